@@ -1,0 +1,112 @@
+"""Configuration: a few frozen dataclasses. Each function is handed the smallest piece that it needs."""
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_type_hints
+
+from jaxrec.schema import RatingScale
+
+Config = TypeVar("Config")
+
+
+class SplitKind(enum.StrEnum):
+    """How the log is cut into training, validation and test (see `jaxrec.split`)."""
+
+    LEAVE_ONE_OUT = "leave-one-out"
+    TEMPORAL = "temporal"
+
+
+class Ties(enum.StrEnum):
+    """What orders one user's events with equal timestamps."""
+
+    FILE = "file"
+    RANDOM = "random"
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """`rating_scale` None means: recognize it (`jaxrec.schema.infer_rating_scale`)."""
+
+    min_user_ratings: int = 10
+    min_movie_ratings: int = 5
+    split: SplitKind = SplitKind.LEAVE_ONE_OUT
+    ties: Ties = Ties.FILE
+    rating_scale: RatingScale | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Widths of one sequence model. `max_length`: events of a history that the model reads, the most recent ones."""
+
+    embedding: int = 64
+    hidden: int = 128
+    rating_width: int = 8
+    time_width: int = 8
+    max_length: int = 200
+    input_dropout: float = 0.2
+    output_dropout: float = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Training of one sequence model. `patience`: epochs without a better validation NDCG@10 before it stops."""
+
+    seed: int = 0
+    max_epochs: int = 30
+    patience: int = 4
+    batch_tokens: int = 6400
+    learning_rate: float = 3e-3
+    warmup_fraction: float = 0.05
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    request_gap_dropout: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardWeights:
+    """Weights of the named reward terms (`jaxrec.rl.rewards`)."""
+
+    hit: float = 0.4
+    genre: float = 0.3
+    rating: float = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig:
+    """Policy-gradient fine-tuning. `kl_target` in nats: how far the policy may drift from the supervised one."""
+
+    seed: int = 0
+    steps: int = 1500
+    steps_per_evaluation: int = 100
+    batch_size: int = 256
+    slate_size: int = 10
+    learning_rate: float = 1e-3
+    kl_target: float = 0.05
+    policy_width: int = 128
+    rewards: RewardWeights = dataclasses.field(default_factory=RewardWeights)
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_json(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """The configuration that `to_json` wrote. Raises ValueError on a key that `kind` does not have."""
+    hints = get_type_hints(kind)
+    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - fields)
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
+    return kind(**{name: _restore(hints[name], value) for name, value in values.items()})
+
+
+def _restore(hint: Any, value: Any) -> Any:
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return hint(value)
+    if isinstance(value, Mapping):
+        kind = next(k for k in (hint, *getattr(hint, "__args__", ())) if dataclasses.is_dataclass(k))
+        return from_json(kind, value)
+    return value

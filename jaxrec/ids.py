@@ -1,0 +1,37 @@
+"""The one place where raw ids become dense indices and back. Index 0 is padding and stands for no id."""
+
+import numpy as np
+import pandas as pd
+
+
+class IdMap:
+    """A fixed set of raw ids (all int64, or all str), in the order of their indices 1..n."""
+
+    def __init__(self, raw_ids: np.ndarray) -> None:
+        self._index = pd.Index(raw_ids)
+        if self._index.has_duplicates:
+            raise ValueError(f"id {self._index[self._index.duplicated()][0]!r} occurs twice")
+
+    @classmethod
+    def fit(cls, raw_ids: np.ndarray | pd.Series) -> "IdMap":
+        """Indices in the sorted order of the distinct ids, so that the order of the rows does not matter."""
+        return cls(np.sort(pd.unique(np.asarray(raw_ids))))
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def raw_ids(self) -> np.ndarray:
+        """The raw ids of the indices 1..n, in that order."""
+        return self._index.to_numpy()
+
+    def encode(self, raw_ids: np.ndarray | pd.Series | list) -> np.ndarray:
+        """Indices (int32) of raw ids; 0 for an id that is not in the map."""
+        return (self._index.get_indexer(pd.Index(raw_ids)) + 1).astype(np.int32)
+
+    def decode(self, indices: np.ndarray) -> np.ndarray:
+        """Raw ids of indices. Raises IndexError for padding and for an index beyond the last."""
+        indices = np.asarray(indices)
+        if indices.size and (indices.min() < 1 or indices.max() > len(self)):
+            raise IndexError(f"indices must be in 1..{len(self)}, not {indices.min()}..{indices.max()}")
+        return self.raw_ids[indices - 1]
