@@ -28,6 +28,14 @@ format: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
+# The folder of the protos stands in for serve/pb, so that the generated code imports from serve.pb.
+STUBS_ROOT ?= .
+stubs: .venv/installed
+	$(BIN)/python -m grpc_tools.protoc -I$(STUBS)=$(dir $(PROTOS)) \
+		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+		--python_out=$(STUBS_ROOT) --grpc_python_out=$(STUBS_ROOT) \
+		--mypy_out=quiet:$(STUBS_ROOT) --mypy_grpc_out=quiet:$(STUBS_ROOT) $(PROTOS)
+
 # Needs `uv` on the path; everything else needs only the lock.
 lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
