@@ -52,8 +52,7 @@ def build_catalog(item_ids: np.ndarray, movies: pd.DataFrame | None) -> Catalog:
         return Catalog(ids, tuple(str(raw) for raw in ids.raw_ids), ((),) * len(ids))
     known = movies.set_index(ITEM).reindex(ids.raw_ids)
     titles = tuple(
-        str(raw) if pd.isna(title) else title
-        for raw, title in zip(ids.raw_ids, known[TITLE], strict=True)
+        str(raw) if pd.isna(title) else title for raw, title in zip(ids.raw_ids, known[TITLE], strict=True)
     )
     genres = tuple(() if pd.isna(text) else split_genres(text) for text in known[GENRES])
     return Catalog(ids, titles, genres)

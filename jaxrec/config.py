@@ -44,7 +44,7 @@ class ModelConfig:
     hidden: int = 128
     rating_width: int = 8
     time_width: int = 8
-    max_length: int = 200
+    max_length: int = 100
     input_dropout: float = 0.2
     output_dropout: float = 0.3
 
@@ -54,9 +54,9 @@ class TrainConfig:
     """Training of one sequence model. `patience`: epochs without a better validation NDCG@10 before it stops."""
 
     seed: int = 0
-    max_epochs: int = 30
+    max_epochs: int = 20
     patience: int = 4
-    batch_tokens: int = 6400
+    batch_tokens: int = 1600
     learning_rate: float = 3e-3
     warmup_fraction: float = 0.05
     weight_decay: float = 0.01

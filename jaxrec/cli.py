@@ -1,0 +1,120 @@
+"""The command line: each command is one stage, and does what the function of the same name does from Python."""
+
+from pathlib import Path
+
+import click
+
+from jaxrec.config import ModelConfig, PrepareConfig, SplitKind, Ties, TrainConfig
+from jaxrec.prepare import prepare_files, write_prepared
+from jaxrec.runs import train_run
+from jaxrec.schema import DataError, RatingScale
+from jaxrec.train import TrainingError
+
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+NEW_PATH = click.Path(path_type=Path)
+
+
+class _Group(click.Group):
+    def invoke(self, context: click.Context) -> object:
+        """Errors that the user can mend are one line on stderr and exit status 1."""
+        try:
+            return super().invoke(context)
+        except (DataError, TrainingError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"show_default": True})
+@click.version_option(package_name="jaxrec")
+def main() -> None:
+    """Next-item recommendation from an interaction log: prepare, train, rl, evaluate, export; then `python -m serve`."""
+
+
+@main.command()
+@click.argument("ratings", type=EXISTING_FILE)
+@click.option(
+    "--movies", type=EXISTING_FILE, help="movieId,title,genres; without it there are no titles and genres."
+)
+@click.option("--min-user-ratings", type=click.IntRange(0), default=PrepareConfig.min_user_ratings)
+@click.option("--min-movie-ratings", type=click.IntRange(0), default=PrepareConfig.min_movie_ratings)
+@click.option("--split", type=click.Choice([k.value for k in SplitKind]), default=PrepareConfig.split.value)
+@click.option(
+    "--ties",
+    type=click.Choice([t.value for t in Ties]),
+    default=PrepareConfig.ties.value,
+    help="What orders one user's equal timestamps: the rows of the file, or chance.",
+)
+@click.option("--rating-scale", type=float, nargs=2, help="Minimum and maximum; recognized where not given.")
+@click.option("--seed", type=int, default=PrepareConfig.seed, help="For --ties random.")
+@click.option(
+    "--out", type=NEW_PATH, required=True, help="Folder for the prepared data; replaced if it exists."
+)
+def prepare(
+    ratings: Path,
+    movies: Path | None,
+    min_user_ratings: int,
+    min_movie_ratings: int,
+    split: str,
+    ties: str,
+    rating_scale: tuple[float, float] | None,
+    seed: int,
+    out: Path,
+) -> None:
+    """Reads RATINGS (CSV with userId,movieId,rating,timestamp), checks every row, and writes prepared data."""
+    scale = RatingScale(*rating_scale) if rating_scale else None
+    config = PrepareConfig(min_user_ratings, min_movie_ratings, SplitKind(split), Ties(ties), scale, seed)
+    data = prepare_files(ratings, movies, config)
+    write_prepared(data, out)
+    for name, value in data.summary().items():
+        click.echo(f"{name}: {value}")
+    click.echo(f"rating scale: {data.config.rating_scale or 'no ratings'}")
+
+
+@main.command()
+@click.argument("data", type=EXISTING_FOLDER)
+@click.option("--out", type=NEW_PATH, required=True, help="Folder for the run.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with an interrupted run, with the options that it started with."
+)
+@click.option("--max-epochs", type=click.IntRange(1), default=TrainConfig.max_epochs)
+@click.option(
+    "--patience",
+    type=click.IntRange(1),
+    default=TrainConfig.patience,
+    help="Epochs without a better validation NDCG@10 before training stops.",
+)
+@click.option(
+    "--batch-tokens", type=click.IntRange(1), default=TrainConfig.batch_tokens, help="Events per step."
+)
+@click.option("--learning-rate", type=float, default=TrainConfig.learning_rate)
+@click.option("--hidden", type=click.IntRange(1), default=ModelConfig.hidden, help="Width of the LSTM.")
+@click.option(
+    "--max-length", type=click.IntRange(2), default=ModelConfig.max_length, help="Events read of a history."
+)
+@click.option("--seed", type=int, default=TrainConfig.seed)
+def train(
+    data: Path,
+    out: Path,
+    resume: bool,
+    max_epochs: int,
+    patience: int,
+    batch_tokens: int,
+    learning_rate: float,
+    hidden: int,
+    max_length: int,
+    seed: int,
+) -> None:
+    """Trains both sequence models on DATA (from `jaxrec prepare`) and tunes their mix on validation."""
+    model_config = ModelConfig(hidden=hidden, max_length=max_length)
+    train_config = TrainConfig(
+        seed=seed,
+        max_epochs=max_epochs,
+        patience=patience,
+        batch_tokens=batch_tokens,
+        learning_rate=learning_rate,
+    )
+    train_run(data, out, model_config, train_config, resume)
+
+
+if __name__ == "__main__":
+    main()

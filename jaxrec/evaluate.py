@@ -1,0 +1,114 @@
+"""Ranks the target of each case among the whole catalogue, and sums up."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxrec.batches import CaseBatch, case_batches
+from jaxrec.metrics import (
+    bootstrap_mean,
+    coverage,
+    exclude_items,
+    hit_rate,
+    ndcg,
+    rank_of_target,
+    reciprocal_rank,
+)
+from jaxrec.models.features import Events
+from jaxrec.models.sequence import TimeRatingAwareLSTM
+from jaxrec.prepare import PreparedData
+from jaxrec.schema import UNKNOWN_GAP
+from jaxrec.split import Cases
+
+TOP = 10
+Scorer = Callable[[CaseBatch], jax.Array | np.ndarray]
+Logits = Callable[[Any, Events, jax.Array], jax.Array]
+
+
+class Ranked(NamedTuple):
+    """`ranks` [cases] int: of each target; `top` [cases, TOP] int32: what is recommended."""
+
+    ranks: np.ndarray
+    top: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """A row of the metrics table; estimates are {mean, low, high}."""
+
+    name: str
+    request_time: bool
+    cases: int
+    hit_rate_10: dict[str, float]
+    ndcg_10: dict[str, float]
+    mrr: dict[str, float]
+    hit_rate_50: dict[str, float]
+    coverage_10: float
+    mean_popularity_10: float
+
+
+@jax.jit
+def _rank_batch(scores: jax.Array, target: jax.Array, exclude: jax.Array) -> tuple[jax.Array, jax.Array]:
+    _, top = jax.lax.top_k(exclude_items(scores, exclude), min(TOP, scores.shape[1] - 1))
+    return rank_of_target(scores, target, exclude), top
+
+
+def rank_cases(
+    scorer: Scorer, data: PreparedData, cases: Cases, max_length: int, request_time: bool
+) -> Ranked:
+    """Ranks every case. Without `request_time` the scorer sees UNKNOWN_GAP for the gap before the target."""
+    ranks, tops = [], []
+    for batch in case_batches(data, cases, max_length):
+        if not request_time:
+            batch = batch._replace(request_gap=np.full_like(batch.request_gap, UNKNOWN_GAP))
+        batch_ranks, batch_top = _rank_batch(scorer(batch), batch.target, batch.exclude)
+        ranks.append(np.asarray(batch_ranks))
+        tops.append(np.asarray(batch_top))
+    if not ranks:
+        raise ValueError("the split has no cases; the log is too short for it")
+    return Ranked(np.concatenate(ranks)[: len(cases)], np.concatenate(tops)[: len(cases)])
+
+
+def model_logits(model: TimeRatingAwareLSTM, events: Events, request_gap: jax.Array) -> jax.Array:
+    """[batch, items + 1] logits of one sequence model after each row's last event."""
+    item_vectors = model.item_vectors()
+    _, (h, _) = model.encode(events, item_vectors)
+    return model.query(h, request_gap) @ item_vectors.T + model.item_bias()
+
+
+def jit_scorer(model: nnx.Module, logits: Logits) -> Scorer:
+    """A scorer that runs `logits(model, events, request_gap)` compiled, once per structure and batch shape."""
+    graphdef, variables = nnx.split(model)
+    return lambda batch: _logits(graphdef, logits, variables, batch.events, batch.request_gap)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(
+    graphdef: nnx.GraphDef[Any], logits: Logits, variables: Any, events: Events, request_gap: jax.Array
+) -> jax.Array:
+    return logits(nnx.merge(graphdef, variables), events, request_gap)
+
+
+def constant_scorer(scores: np.ndarray) -> Scorer:
+    """The same scores [items + 1] for every case."""
+    return lambda batch: np.broadcast_to(scores.astype(np.float32), (len(batch.target), len(scores)))
+
+
+def summarize(name: str, request_time: bool, ranked: Ranked, popularity: np.ndarray) -> Metrics:
+    """The metrics of ranked cases. `popularity` [items + 1]: training events per item."""
+    return Metrics(
+        name=name,
+        request_time=request_time,
+        cases=len(ranked.ranks),
+        hit_rate_10=dataclasses.asdict(bootstrap_mean(hit_rate(ranked.ranks, 10))),
+        ndcg_10=dataclasses.asdict(bootstrap_mean(ndcg(ranked.ranks, 10))),
+        mrr=dataclasses.asdict(bootstrap_mean(reciprocal_rank(ranked.ranks))),
+        hit_rate_50=dataclasses.asdict(bootstrap_mean(hit_rate(ranked.ranks, 50))),
+        coverage_10=coverage(ranked.top, len(popularity) - 1),
+        mean_popularity_10=float(popularity[ranked.top].mean()),
+    )

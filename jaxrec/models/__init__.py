@@ -1,0 +1,1 @@
+"""The sequence models (Flax NNX)."""

@@ -1,0 +1,61 @@
+"""What a model reads of an event: the batch type, and the learned views of rating and time."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+# Bucket 0: unknown. Bucket 1: less than a second. Then powers of two, up to 2**29 seconds (17 years) and beyond.
+GAP_EDGES = np.concatenate([[0.0], 2.0 ** np.arange(30)]).astype(np.float32)
+GAP_BUCKETS = len(GAP_EDGES) + 1
+
+
+class Events(NamedTuple):
+    """A batch of histories, right-padded.
+
+    `item` [batch, length] int32 (0 = padding), `rating` [batch, length] float32 (0..1, MISSING_RATING = none),
+    `gap` [batch, length] float32 (seconds since the event before, UNKNOWN_GAP for the first),
+    `length` [batch] int32 (real events per row, at least 1).
+    """
+
+    item: jax.Array
+    rating: jax.Array
+    gap: jax.Array
+    length: jax.Array
+
+    @property
+    def where(self) -> jax.Array:
+        """[batch, length] bool: True at real events."""
+        return jnp.arange(self.item.shape[1]) < self.length[:, None]
+
+
+def gap_bucket(gap: jax.Array) -> jax.Array:
+    """int32 bucket of gaps in seconds, 0..GAP_BUCKETS - 1; comparisons only, so every runtime agrees at the edges."""
+    return jnp.sum(gap[..., None] >= GAP_EDGES, axis=-1, dtype=jnp.int32)
+
+
+class GapEmbedding(nnx.Module):
+    """A learned vector for each log-sized bucket of a time gap."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
+        self.table = nnx.Param(0.1 * jax.random.normal(rngs.params(), (GAP_BUCKETS, width)))
+
+    def __call__(self, gap: jax.Array) -> jax.Array:
+        """[...] float32 seconds -> [..., width] float32."""
+        return self.table[...][gap_bucket(gap)]
+
+
+class RatingEmbedding(nnx.Module):
+    """A learned line through the rating scale, and a learned vector for a missing rating."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
+        self.slope = nnx.Param(jax.random.normal(rngs.params(), (width,)))
+        self.offset = nnx.Param(jnp.zeros(width))
+        self.missing = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, rating: jax.Array) -> jax.Array:
+        """[...] float32 in 0..1 or MISSING_RATING -> [..., width] float32."""
+        rating = rating[..., None]
+        return jnp.where(rating < 0, self.missing[...], rating * self.slope[...] + self.offset[...])

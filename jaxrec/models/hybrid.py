@@ -1,0 +1,91 @@
+"""The mix of the two models, and the policy on top of it, as one scorer.
+
+A mix of log-probabilities differs from the mix of logits by a constant per request, so the hybrid is one inner
+product: the weighted query vectors side by side, against both models' item vectors side by side.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrec.models.features import Events
+from jaxrec.models.sequence import FixedTable, TimeRatingAwareContentModel, TimeRatingAwareLSTM
+
+State = tuple[jax.Array, jax.Array]
+
+
+class PolicyHead(nnx.Module):
+    """Shifts the query and the item biases. Both shifts start at zero: the policy starts as the supervised one."""
+
+    def __init__(self, width: int, hidden: int, item_count: int, *, rngs: nnx.Rngs) -> None:
+        self.inner = nnx.Linear(width, hidden, rngs=rngs)
+        self.outer = nnx.Linear(hidden, width, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
+        self.item_bias = nnx.Param(jnp.zeros(item_count + 1))
+
+    def __call__(self, query: jax.Array) -> jax.Array:
+        """[..., width] -> [..., width]."""
+        return query + self.outer(jax.nn.relu(self.inner(query)))
+
+
+class Hybrid(nnx.Module):
+    """`weight` in 0..1 is the LSTM's share; `policy` None means the supervised policy.
+
+    The recurrent state is [batch, 4 * hidden] float32: h and c of the LSTM, then h and c of the content model.
+    """
+
+    def __init__(
+        self,
+        lstm: TimeRatingAwareLSTM,
+        content: TimeRatingAwareContentModel,
+        weight: float,
+        policy: PolicyHead | None = None,
+    ) -> None:
+        if not 0.0 <= weight <= 1.0:
+            raise ValueError(f"weight {weight} is outside 0..1")
+        self.lstm = lstm
+        self.content = content
+        self.weight = FixedTable(jnp.float32(weight))
+        self.policy = policy
+
+    def item_vectors(self) -> jax.Array:
+        """[items + 1, 2 * embedding] float32."""
+        return jnp.concatenate([self.lstm.item_vectors(), self.content.item_vectors()], axis=1)
+
+    def item_bias(self) -> jax.Array:
+        """[items + 1] float32, with the policy's shift."""
+        weight = self.weight[...]
+        bias = weight * self.lstm.item_bias() + (1 - weight) * self.content.item_bias()
+        return bias if self.policy is None else bias + self.policy.item_bias[...]
+
+    def query_at(self, outputs: tuple[jax.Array, jax.Array], request_gap: jax.Array) -> jax.Array:
+        """Both models' outputs [..., hidden] and request_gap [...] -> [..., 2 * embedding], with the policy's shift."""
+        query = self.supervised_query(outputs, request_gap)
+        return query if self.policy is None else self.policy(query)
+
+    def supervised_query(self, outputs: tuple[jax.Array, jax.Array], request_gap: jax.Array) -> jax.Array:
+        """`query_at` without the policy."""
+        weight = self.weight[...]
+        of_lstm = weight * self.lstm.query(outputs[0], request_gap)
+        of_content = (1 - weight) * self.content.query(outputs[1], request_gap)
+        return jnp.concatenate([of_lstm, of_content], axis=-1)
+
+    def encode(
+        self, events: Events, state: jax.Array | None = None
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        """Both models' outputs, each [batch, length, hidden], and the state after the last real event."""
+        states: tuple[State | None, State | None] = (None, None)
+        if state is not None:
+            h_lstm, c_lstm, h_content, c_content = jnp.split(state, 4, axis=1)
+            states = ((h_lstm, c_lstm), (h_content, c_content))
+        of_lstm, lstm_state = self.lstm.encode(events, self.lstm.item_vectors(), states[0])
+        of_content, content_state = self.content.encode(events, self.content.item_vectors(), states[1])
+        return (of_lstm, of_content), jnp.concatenate([*lstm_state, *content_state], axis=1)
+
+    def logits(
+        self, events: Events, request_gap: jax.Array, state: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits of the next item, [batch, items + 1], and the state [batch, 4 * hidden], after each row's last event."""
+        _, state = self.encode(events, state)
+        h_lstm, _, h_content, _ = jnp.split(state, 4, axis=1)
+        query = self.query_at((h_lstm, h_content), request_gap)
+        return query @ self.item_vectors().T + self.item_bias(), state

@@ -1,0 +1,156 @@
+"""The run directory: what `jaxrec train` and `jaxrec rl` leave behind, and how later stages read it.
+
+RUN/run.json      where the data is, and the configurations
+RUN/lstm/         checkpoints and log.jsonl of TimeRatingAwareLSTM
+RUN/content/      the same of TimeRatingAwareContentModel
+RUN/hybrid.json   the LSTM's weight in the mix, with the validation figures that chose it
+RUN/policy/       written by `jaxrec rl`: the policy, its log, and whether it is used
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxrec.batches import case_batches
+from jaxrec.checkpoint import read_json
+from jaxrec.config import ModelConfig, TrainConfig, from_json, to_json
+from jaxrec.evaluate import jit_scorer, model_logits
+from jaxrec.files import write_text
+from jaxrec.metrics import ndcg, rank_of_target
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.prepare import PreparedData, read_prepared
+from jaxrec.schema import UNKNOWN_GAP, DataError
+from jaxrec.train import load_trained, train_model
+
+SCHEMA_VERSION = 1
+RUN_FILE = "run.json"
+HYBRID_FILE = "hybrid.json"
+LSTM_FOLDER = "lstm"
+CONTENT_FOLDER = "content"
+MIX_WEIGHTS = np.linspace(0.0, 1.0, 21, dtype=np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory and what its run.json says."""
+
+    folder: Path
+    data_folder: Path
+    model_config: ModelConfig
+    train_config: TrainConfig
+
+    def read_data(self) -> PreparedData:
+        """The prepared data that the run was trained on."""
+        return read_prepared(self.data_folder)
+
+
+def train_run(
+    data_folder: Path,
+    out: Path,
+    model_config: ModelConfig = ModelConfig(),
+    train_config: TrainConfig = TrainConfig(),
+    resume: bool = False,
+) -> Hybrid:
+    """Trains both models on prepared data and tunes their mix; the run directory `out` holds the result.
+
+    With `resume` an interrupted run goes on from its latest checkpoints, with the configuration that it started with.
+    Raises DataError where `out` already holds a run and `resume` is off.
+    """
+    run_file = out / RUN_FILE
+    if resume:
+        run = open_run(out)
+    elif run_file.exists():
+        raise DataError(f"{out} already holds a run; go on with it (--resume) or choose another folder")
+    else:
+        run = Run(out, data_folder, model_config, train_config)
+    data = read_prepared(run.data_folder)
+    if not resume:
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "data": str(data_folder.resolve()),
+            "model": to_json(model_config),
+            "train": to_json(train_config),
+            "jax": jax.__version__,
+            "devices": [device.device_kind for device in jax.devices()],
+        }
+        write_text(run_file, json.dumps(content, indent=2) + "\n")
+    lstm, content_model = new_models(data, run.model_config, run.train_config.seed)
+    trained_lstm = train_model(lstm, data, run.train_config, out / LSTM_FOLDER, "TimeRatingAwareLSTM")
+    trained_content = train_model(
+        content_model, data, run.train_config, out / CONTENT_FOLDER, "TimeRatingAwareContentModel"
+    )
+    figures = mix_figures(trained_lstm.model, trained_content.model, data)
+    weight = float(MIX_WEIGHTS[int(np.argmax(figures))])
+    record = {
+        "weight": weight,
+        "validation_ndcg_10": {f"{w:.2f}": float(f) for w, f in zip(MIX_WEIGHTS, figures)},
+    }
+    write_text(out / HYBRID_FILE, json.dumps(record, indent=2) + "\n")
+    return Hybrid(trained_lstm.model, trained_content.model, weight)
+
+
+def open_run(folder: Path) -> Run:
+    """Reads run.json. Raises DataError where there is none, or of another schema version."""
+    content = read_json(folder / RUN_FILE)
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(
+            f"{folder / RUN_FILE}: schema version {content.get('schema_version')}, expected 1; train again"
+        )
+    model_config, train_config = (
+        from_json(ModelConfig, content["model"]),
+        from_json(TrainConfig, content["train"]),
+    )
+    return Run(folder, Path(content["data"]), model_config, train_config)
+
+
+def new_models(
+    data: PreparedData, config: ModelConfig, seed: int
+) -> tuple[TimeRatingAwareLSTM, TimeRatingAwareContentModel]:
+    """Both models with fresh weights that follow from the seed."""
+    lstm = TimeRatingAwareLSTM(len(data.catalog), config, rngs=nnx.Rngs(2 * seed))
+    content = TimeRatingAwareContentModel(
+        len(data.catalog), data.catalog.genre_matrix(), config, rngs=nnx.Rngs(2 * seed + 1)
+    )
+    return lstm, content
+
+
+def load_supervised(run: Run, data: PreparedData) -> Hybrid:
+    """The mix of the run's two trained models, without a policy."""
+    weight = read_json(run.folder / HYBRID_FILE)["weight"]
+    lstm, content = new_models(data, run.model_config, run.train_config.seed)
+    return Hybrid(
+        load_trained(lstm, run.train_config, run.folder / LSTM_FOLDER).model,
+        load_trained(content, run.train_config, run.folder / CONTENT_FOLDER).model,
+        weight,
+    )
+
+
+def mix_figures(
+    lstm: TimeRatingAwareLSTM, content: TimeRatingAwareContentModel, data: PreparedData
+) -> np.ndarray:
+    """[len(MIX_WEIGHTS)] validation NDCG@10 of each mix, the mean of with and without the request time."""
+    of_lstm, of_content = jit_scorer(lstm, model_logits), jit_scorer(content, model_logits)
+    cases = data.split.validation
+    per_batch = []
+    for batch in case_batches(data, cases, lstm.config.max_length):
+        asked = [batch, batch._replace(request_gap=np.full_like(batch.request_gap, UNKNOWN_GAP))]
+        per_batch.append([_mix_ranks(of_lstm(b), of_content(b), b.target, b.exclude) for b in asked])
+    ranks = np.concatenate(per_batch, axis=2)[:, :, : len(cases)]
+    return ndcg(ranks, 10).mean(axis=(0, 2))
+
+
+@jax.jit
+def _mix_ranks(lstm: Any, content: Any, target: jax.Array, exclude: jax.Array) -> jax.Array:
+    """[len(MIX_WEIGHTS), batch] ranks."""
+
+    def ranks(weight: jax.Array) -> jax.Array:
+        return rank_of_target(weight * lstm + (1 - weight) * content, target, exclude)
+
+    return jax.lax.map(ranks, jnp.asarray(MIX_WEIGHTS))

@@ -1,0 +1,100 @@
+"""The jitted training step of a sequence model: state is a pure pytree, donated; the batch is split over the mesh."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrec.batches import TrainBatch
+from jaxrec.config import TrainConfig
+from jaxrec.losses import next_item_loss
+from jaxrec.models.sequence import TimeRatingAwareLSTM
+from jaxrec.schema import UNKNOWN_GAP
+
+DATA_AXIS = "data"
+
+
+class TrainState(NamedTuple):
+    """`params`: trained variables; `fixed`: the others; `opt_state` of optax; `step` int32 scalar."""
+
+    params: Any
+    fixed: Any
+    opt_state: optax.OptState
+    step: jax.Array
+
+
+StepFunction = Callable[[TrainState, TrainBatch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
+    """AdamW behind gradient clipping; the learning rate warms up linearly, then follows a cosine down to 5 %."""
+    warmup = max(1, int(config.warmup_fraction * total_steps))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warmup, max(total_steps, warmup + 1), 0.05 * config.learning_rate
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.gradient_clip),
+        optax.adamw(schedule, weight_decay=config.weight_decay),
+    )
+
+
+def initial_state(
+    model: TimeRatingAwareLSTM, optimizer: optax.GradientTransformation
+) -> tuple[nnx.GraphDef[TimeRatingAwareLSTM], TrainState]:
+    """Takes a model apart into its structure and a training state at step 0."""
+    graphdef, params, fixed = nnx.split(model, nnx.Param, ...)
+    params, fixed = nnx.to_pure_dict(params), nnx.to_pure_dict(fixed)
+    return graphdef, TrainState(params, fixed, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def merge(graphdef: nnx.GraphDef[TimeRatingAwareLSTM], params: Any, fixed: Any) -> TimeRatingAwareLSTM:
+    """The model of a structure and its variables."""
+    return nnx.merge(graphdef, params, fixed)
+
+
+def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """All devices (or the given ones) as one data-parallel axis; a single device is a mesh of one."""
+    return jax.make_mesh((len(devices or jax.devices()),), (DATA_AXIS,), devices=devices)
+
+
+def training_loss(
+    model: TimeRatingAwareLSTM, batch: TrainBatch, key: jax.Array, request_gap_dropout: float
+) -> jax.Array:
+    """Next-item loss of every position; each request gap is hidden with the given probability, so that one model
+    answers with and without a request time."""
+    item_vectors = model.item_vectors()
+    outputs, _ = model.encode(batch.events, item_vectors, key=jax.random.fold_in(key, 0))
+    hidden = jax.random.bernoulli(jax.random.fold_in(key, 1), request_gap_dropout, batch.target_gap.shape)
+    queries = model.query(outputs, jnp.where(hidden, UNKNOWN_GAP, batch.target_gap))
+    return next_item_loss(queries, item_vectors, model.item_bias(), batch.target, batch.target > 0)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef[TimeRatingAwareLSTM],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    request_gap_dropout: float,
+) -> StepFunction:
+    """step(state, batch, key) -> (state, {loss, gradient_norm}). The key is the run's; the step number is folded in."""
+    replicated, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+    @functools.partial(
+        jax.jit, donate_argnums=0, in_shardings=(replicated, split, replicated), out_shardings=replicated
+    )
+    def step(state: TrainState, batch: TrainBatch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        def loss_of(params: Any) -> jax.Array:
+            model = merge(graphdef, params, state.fixed)
+            return training_loss(model, batch, jax.random.fold_in(key, state.step), request_gap_dropout)
+
+        loss, gradients = jax.value_and_grad(loss_of)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+        return TrainState(params, state.fixed, opt_state, state.step + 1), metrics
+
+    return step
