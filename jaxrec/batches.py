@@ -23,12 +23,13 @@ class TrainBatch(NamedTuple):
 
 class CaseBatch(NamedTuple):
     """`events` [batch, length] before each target, `request_gap` [batch] float32 seconds until it, `target` [batch]
-    int32, `exclude` [batch, width] int32: all items of the history (0 = padding)."""
+    int32, `exclude` [batch, width] int32: all items of the history (0 = padding), `time` [batch] int64 of the target."""
 
     events: Events
     request_gap: np.ndarray
     target: np.ndarray
     exclude: np.ndarray
+    time: np.ndarray
 
 
 def shape_lengths(max_length: int) -> tuple[int, ...]:
@@ -87,9 +88,7 @@ class TrainingData:
         for length, windows in self._batches(batch_tokens, multiple_of, np.random.default_rng((seed, epoch))):
             yield self._batch(windows, length, _batch_size(length, batch_tokens, multiple_of))
 
-    def _batches(
-        self, batch_tokens: int, multiple_of: int, rng: np.random.Generator
-    ) -> list[tuple[int, np.ndarray]]:
+    def _batches(self, batch_tokens: int, multiple_of: int, rng: np.random.Generator) -> list[tuple[int, np.ndarray]]:
         batches = []
         shortest = 0
         for length in shape_lengths(self.max_length):
@@ -110,9 +109,7 @@ class TrainingData:
         events = _events(self._histories, self._ratings, self._gaps, rows, where, lengths)
         following = np.minimum(rows + 1, self._histories.event_count - 1)
         target = np.where(where, self._histories.items[following], 0).astype(np.int32)
-        return TrainBatch(
-            events, target, np.where(where, self._gaps[following], UNKNOWN_GAP).astype(np.float32)
-        )
+        return TrainBatch(events, target, np.where(where, self._gaps[following], UNKNOWN_GAP).astype(np.float32))
 
 
 def case_batches(data: PreparedData, cases: Cases, max_length: int, size: int = 64) -> Iterator[CaseBatch]:
@@ -137,6 +134,7 @@ def case_batches(data: PreparedData, cases: Cases, max_length: int, size: int = 
             gaps[targets],
             histories.items[targets],
             exclude.astype(np.int32),
+            histories.times[targets],
         )
 
 

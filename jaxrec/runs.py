@@ -20,13 +20,13 @@ from flax import nnx
 from jaxrec.batches import case_batches
 from jaxrec.checkpoint import read_json
 from jaxrec.config import ModelConfig, TrainConfig, from_json, to_json
-from jaxrec.evaluate import jit_scorer, model_logits
+from jaxrec.evaluate import jit_scorer, model_logits, without_request_time
 from jaxrec.files import write_text
 from jaxrec.metrics import ndcg, rank_of_target
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.prepare import PreparedData, read_prepared
-from jaxrec.schema import UNKNOWN_GAP, DataError
+from jaxrec.schema import DataError
 from jaxrec.train import load_trained, train_model
 
 SCHEMA_VERSION = 1
@@ -90,7 +90,7 @@ def train_run(
     weight = float(MIX_WEIGHTS[int(np.argmax(figures))])
     record = {
         "weight": weight,
-        "validation_ndcg_10": {f"{w:.2f}": float(f) for w, f in zip(MIX_WEIGHTS, figures)},
+        "validation_ndcg_10": {f"{w:.2f}": float(f) for w, f in zip(MIX_WEIGHTS, figures, strict=True)},
     }
     write_text(out / HYBRID_FILE, json.dumps(record, indent=2) + "\n")
     return Hybrid(trained_lstm.model, trained_content.model, weight)
@@ -100,9 +100,7 @@ def open_run(folder: Path) -> Run:
     """Reads run.json. Raises DataError where there is none, or of another schema version."""
     content = read_json(folder / RUN_FILE)
     if content.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(
-            f"{folder / RUN_FILE}: schema version {content.get('schema_version')}, expected 1; train again"
-        )
+        raise DataError(f"{folder / RUN_FILE}: schema version {content.get('schema_version')}, expected 1; train again")
     model_config, train_config = (
         from_json(ModelConfig, content["model"]),
         from_json(TrainConfig, content["train"]),
@@ -132,15 +130,13 @@ def load_supervised(run: Run, data: PreparedData) -> Hybrid:
     )
 
 
-def mix_figures(
-    lstm: TimeRatingAwareLSTM, content: TimeRatingAwareContentModel, data: PreparedData
-) -> np.ndarray:
+def mix_figures(lstm: TimeRatingAwareLSTM, content: TimeRatingAwareContentModel, data: PreparedData) -> np.ndarray:
     """[len(MIX_WEIGHTS)] validation NDCG@10 of each mix, the mean of with and without the request time."""
     of_lstm, of_content = jit_scorer(lstm, model_logits), jit_scorer(content, model_logits)
     cases = data.split.validation
     per_batch = []
     for batch in case_batches(data, cases, lstm.config.max_length):
-        asked = [batch, batch._replace(request_gap=np.full_like(batch.request_gap, UNKNOWN_GAP))]
+        asked = [batch, without_request_time(batch)]
         per_batch.append([_mix_ranks(of_lstm(b), of_content(b), b.target, b.exclude) for b in asked])
     ranks = np.concatenate(per_batch, axis=2)[:, :, : len(cases)]
     return ndcg(ranks, 10).mean(axis=(0, 2))
