@@ -1,0 +1,135 @@
+"""From weights to ONNX: traces the TensorFlow mirror, converts it with tf2onnx, and finishes the graph."""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from jaxrec.export.errors import ExportError
+from jaxrec.export.signature import OPSET, Signature, sequence_signature, step_signature
+from jaxrec.export.weights import Weights
+
+_LOOPS = ("Loop", "Scan", "If")
+_SEQUENCE_LENS = 4  # the place of the lengths among the inputs of ONNX' LSTM
+
+
+def sequence_graph(weights: Weights) -> bytes:
+    """`sequence.onnx` (see `sequence_signature`). Raises ExportError."""
+    model = _convert("sequence", weights, sequence_signature(weights.state_width))
+    for node in model.graph.node:
+        if node.op_type == "LSTM":
+            # So its last h and c are those of each row's last event.
+            node.input[_SEQUENCE_LENS] = "length"
+    return _checked(model)
+
+
+def step_graph(weights: Weights) -> bytes:
+    """`step.onnx` (see `step_signature`). Raises ExportError."""
+    return _checked(_convert("step", weights, step_signature(weights.state_width)))
+
+
+def _convert(name: str, weights: Weights, signature: Signature) -> Any:
+    """An onnx.ModelProto with the signature's inputs and outputs."""
+    tf, tf2onnx = _load_tensorflow()
+    from jaxrec.export import mirror
+
+    item_arrays = {"item_vectors": weights.item_vectors, "item_bias": weights.item_bias}
+    forward = {"sequence": mirror.sequence, "step": mirror.step}[name]
+    specs = {
+        **{key: tf.TensorSpec(array.shape, array.dtype, key) for key, array in item_arrays.items()},
+        **{
+            key: tf.TensorSpec([None if isinstance(n, str) else n for n in tensor.shape], tensor.dtype, key)
+            for key, tensor in signature.inputs.items()
+            if key != "length"
+        },
+    }
+
+    def program(*arguments: Any) -> dict[str, Any]:
+        return forward(weights, **dict(zip(specs, arguments, strict=True)))
+
+    with _fatal_errors(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, _ = tf2onnx.convert.from_function(
+            tf.function(program, autograph=False), input_signature=list(specs.values()), opset=OPSET
+        )
+    _finish(name, model, signature, item_arrays)
+    return model
+
+
+def _finish(name: str, model: Any, signature: Signature, item_arrays: dict[str, Any]) -> None:
+    """Makes the items' arrays weights, names the dimensions, and checks that the LSTMs are fused."""
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    operators = [node.op_type for node in graph.node]
+    if operators.count("LSTM") != 2 or any(loop in operators for loop in _LOOPS):
+        raise ExportError(
+            f"{name}.onnx: expected two LSTM operators and no loop, found {sorted(set(operators))}"
+        )
+    graph.name = name
+    graph.doc_string = ""
+    graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in item_arrays.items())
+    del graph.value_info[:]
+    for place, tensors in ((graph.input, signature.inputs), (graph.output, signature.outputs)):
+        del place[:]
+        for key, tensor in tensors.items():
+            kind = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+            place.append(helper.make_tensor_value_info(key, kind, tensor.shape))
+
+
+def _checked(model: Any) -> bytes:
+    import onnx
+
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{model.graph.name}.onnx: the conversion gave a broken graph: {error}") from error
+    return bytes(model.SerializeToString())
+
+
+def _load_tensorflow() -> tuple[ModuleType, ModuleType]:
+    """TensorFlow, quiet and on the CPU, and tf2onnx."""
+    # Read once, when TensorFlow is first imported: errors only, and not the notice about oneDNN.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import tensorflow as tf
+            import tf2onnx
+    except ImportError as error:
+        raise ExportError(
+            f"the export needs TensorFlow and tf2onnx: pip install 'jaxrec[export]' ({error})"
+        ) from error
+    # A TensorFlow that runs on a GPU takes all of its memory, and JAX' with it.
+    if tf.config.get_visible_devices("GPU"):
+        tf.config.set_visible_devices([], "GPU")
+    return tf, tf2onnx
+
+
+@contextlib.contextmanager
+def _fatal_errors(name: str) -> Iterator[None]:
+    """Raises ExportError for what tf2onnx logs as an error: it writes the file all the same."""
+    errors: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            errors.append(record.getMessage())
+
+    logger = logging.getLogger("tf2onnx")
+    handler = Collect(logging.ERROR)
+    propagate = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+    if errors:
+        raise ExportError(f"{name}.onnx: tf2onnx: {'; '.join(errors)}")

@@ -1,0 +1,118 @@
+"""Writes the model directory: what `serve` reads, and all that it reads."""
+
+import datetime
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrec.baselines import decayed_popularity
+from jaxrec.export.convert import sequence_graph, step_graph
+from jaxrec.export.errors import ExportError
+from jaxrec.export.parity import check_parity
+from jaxrec.export.signature import OPSET, sequence_signature, step_signature
+from jaxrec.export.weights import Weights, extract_weights
+from jaxrec.files import new_directory, sha256
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.prepare import PreparedData
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+SEQUENCE_FILE = "sequence.onnx"
+STEP_FILE = "step.onnx"
+CATALOG_FILE = "catalog.csv"
+ITEM_VECTORS_FILE = "item_vectors.npy"
+LICENCE_FILE = "DATA_LICENCE.txt"
+
+
+def export_model(
+    hybrid: Hybrid,
+    data: PreparedData,
+    out: Path,
+    *,
+    policy: str,
+    training: dict[str, Any],
+    metrics: dict[str, Any],
+    licence: str,
+) -> dict[str, Any]:
+    """Converts `hybrid`, verifies the graphs against JAX, and writes the model directory `out`; returns its manifest.
+
+    `policy` is "reinforce" for a hybrid with a policy head, "supervised" for one without. `training` and `metrics`
+    are summaries of JSON values; `licence` is the text about the data's licence. An existing `out` is replaced once
+    the new directory is complete. Raises ExportError, and then nothing is written.
+    """
+    expected = "supervised" if hybrid.policy is None else "reinforce"
+    if policy != expected:
+        head = "no policy head" if hybrid.policy is None else "a policy head"
+        raise ExportError(f"policy is {policy!r}, expected {expected!r}: the model has {head}")
+    summaries = {"dataset": data.summary(), "training": training, "metrics": metrics}
+    for name, summary in summaries.items():
+        _require_json(name, summary)
+    weights = extract_weights(hybrid)
+    _require_valid(weights, len(data.catalog))
+    max_history = min(hybrid.lstm.config.max_length, hybrid.content.config.max_length)
+    sequence, step = sequence_graph(weights), step_graph(weights)
+    parity = check_parity(hybrid, sequence, step, max_history)
+
+    with new_directory(out) as folder:
+        (folder / SEQUENCE_FILE).write_bytes(sequence)
+        (folder / STEP_FILE).write_bytes(step)
+        _write_catalog(data, folder / CATALOG_FILE)
+        np.save(folder / ITEM_VECTORS_FILE, np.ascontiguousarray(weights.item_vectors), allow_pickle=False)
+        (folder / LICENCE_FILE).write_text(licence.rstrip() + "\n", encoding="utf-8")
+        files = {
+            path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
+            for path in sorted(folder.iterdir())
+        }
+        now = datetime.datetime.now(datetime.UTC)
+        scale = data.config.rating_scale
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "model_version": f"{now:%Y%m%dT%H%M%SZ}-{_digest(files)[:8]}",
+            "created": f"{now:%Y-%m-%dT%H:%M:%SZ}",
+            "policy": policy,
+            "opset": OPSET,
+            "item_count": weights.item_count,
+            "max_history": max_history,
+            "rating_scale": None if scale is None else {"minimum": scale.minimum, "maximum": scale.maximum},
+            "genres": list(data.catalog.genres),
+            "graphs": {
+                "sequence": {"file": SEQUENCE_FILE, **sequence_signature(weights.state_width).to_json()},
+                "step": {"file": STEP_FILE, **step_signature(weights.state_width).to_json()},
+            },
+            "files": files,
+            **summaries,
+            "parity": parity,
+        }
+        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+    return json.loads(text)
+
+
+def _require_json(name: str, summary: dict[str, Any]) -> None:
+    try:
+        json.dumps(summary, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"{name} must hold JSON values only: {error}") from error
+
+
+def _require_valid(weights: Weights, item_count: int) -> None:
+    if weights.item_count != item_count:
+        raise ExportError(f"the model knows {weights.item_count} items, the catalogue has {item_count}")
+    for name in ("item_vectors", "item_bias", "request_scale", "projection"):
+        if not np.isfinite(getattr(weights, name)).all():
+            raise ExportError(f"{name} of the model holds NaN or infinity")
+
+
+def _write_catalog(data: PreparedData, path: Path) -> None:
+    frame = data.catalog.to_frame()
+    frame["popularity"] = data.train_popularity()[1:]
+    frame["recent_popularity"] = decayed_popularity(data)[1:]
+    frame.to_csv(path, index=False, encoding="utf-8", lineterminator="\n")
+
+
+def _digest(files: dict[str, dict[str, Any]]) -> str:
+    digests = "".join(f"{name} {entry['sha256']}\n" for name, entry in files.items())
+    return hashlib.sha256(digests.encode()).hexdigest()

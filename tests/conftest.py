@@ -1,0 +1,84 @@
+"""Fixtures that several parts of the tests share: one small catalogue, one random model, one exported directory."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+from flax import nnx
+
+from jaxrec.config import ModelConfig, PrepareConfig
+from jaxrec.export.model_directory import export_model
+from jaxrec.models.hybrid import Hybrid, PolicyHead
+from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.prepare import PreparedData, prepare
+from jaxrec.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
+
+MOVIES, USERS, EVENTS_PER_USER = 60, 40, 30
+SMALL = ModelConfig(embedding=16, hidden=16, rating_width=4, time_width=4, max_length=50)
+
+
+@pytest.fixture(scope="session")
+def small_data() -> PreparedData:
+    """60 movies with raw ids 1007, 1014, ... and one to three genres, 40 users with 30 seeded ratings on 0.5..5."""
+    rng = np.random.default_rng(0)
+    raw_ids = 1000 + 7 * np.arange(1, MOVIES + 1)
+    names = np.array(["Action", "Comedy", "Drama", "Horror", "Romance", "Sci-Fi"])
+    movies = pd.DataFrame(
+        {
+            ITEM: raw_ids,
+            TITLE: [f"Movie {n}, The ({1950 + n})" for n in range(1, MOVIES + 1)],
+            GENRES: ["|".join(rng.choice(names, rng.integers(1, 4), replace=False)) for _ in raw_ids],
+        }
+    )
+    start = 1_000_000_000
+    interactions = pd.DataFrame(
+        {
+            USER: np.repeat(np.arange(1, USERS + 1), EVENTS_PER_USER),
+            ITEM: np.concatenate([rng.choice(raw_ids, EVENTS_PER_USER, replace=False) for _ in range(USERS)]),
+            RATING: rng.integers(1, 11, USERS * EVENTS_PER_USER).astype(np.float32) / 2,
+            TIME: start + rng.integers(0, 10**7, USERS * EVENTS_PER_USER),
+        }
+    )
+    return prepare(interactions, movies, PrepareConfig(rating_scale=RatingScale(0.5, 5.0)))
+
+
+def random_hybrid(data: PreparedData, seed: int, with_policy: bool) -> Hybrid:
+    """A hybrid whose every weight is random, and large enough that the logits of the items differ clearly."""
+    items = len(data.catalog)
+    rngs = nnx.Rngs(seed)
+    hybrid = Hybrid(
+        TimeRatingAwareLSTM(items, SMALL, rngs=rngs),
+        TimeRatingAwareContentModel(items, data.catalog.genre_matrix(), SMALL, rngs=rngs),
+        weight=0.4,
+        policy=PolicyHead(2 * SMALL.embedding, 8, items, rngs=rngs) if with_policy else None,
+    )
+    rng = np.random.default_rng(seed)
+    weights = nnx.state(hybrid, nnx.Param)
+    nnx.update(hybrid, jax.tree.map(lambda x: x + 0.4 * rng.normal(size=x.shape).astype(np.float32), weights))
+    return hybrid
+
+
+@pytest.fixture(scope="session")
+def small_hybrid(small_data: PreparedData) -> Hybrid:
+    """A random model of `small_data` with a policy head."""
+    return random_hybrid(small_data, seed=1, with_policy=True)
+
+
+@pytest.fixture(scope="session")
+def model_directory(
+    small_data: PreparedData, small_hybrid: Hybrid, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The exported `small_hybrid`. Shared: copy it before changing it."""
+    out = tmp_path_factory.mktemp("exported") / "model"
+    export_model(
+        small_hybrid,
+        small_data,
+        out,
+        policy="reinforce",
+        training={"note": "random weights"},
+        metrics={},
+        licence="Synthetic data, free for any use.",
+    )
+    return out
