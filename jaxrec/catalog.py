@@ -27,7 +27,7 @@ class Catalog:
         return tuple(sorted({genre for genres in self.item_genres for genre in genres}))
 
     def genre_matrix(self) -> np.ndarray:
-        """[items + 1, genres] float32 of 0 and 1; row 0 (padding) is zero. One zero column where there are no genres."""
+        """[items + 1, genres] float32 of 0 and 1; row 0 (padding) is zero. One zero column if there are no genres."""
         column = {genre: j for j, genre in enumerate(self.genres)}
         matrix = np.zeros((len(self) + 1, max(1, len(column))), np.float32)
         for row, genres in enumerate(self.item_genres, start=1):
@@ -51,9 +51,7 @@ def build_catalog(item_ids: np.ndarray, movies: pd.DataFrame | None) -> Catalog:
     if movies is None:
         return Catalog(ids, tuple(str(raw) for raw in ids.raw_ids), ((),) * len(ids))
     known = movies.set_index(ITEM).reindex(ids.raw_ids)
-    titles = tuple(
-        str(raw) if pd.isna(title) else title for raw, title in zip(ids.raw_ids, known[TITLE], strict=True)
-    )
+    titles = tuple(str(raw) if pd.isna(title) else title for raw, title in zip(ids.raw_ids, known[TITLE], strict=True))
     genres = tuple(() if pd.isna(text) else split_genres(text) for text in known[GENRES])
     return Catalog(ids, titles, genres)
 

@@ -14,7 +14,7 @@ from jaxrec.steps import TrainState
 
 
 class Checkpoints:
-    """One folder of checkpoints, numbered by epoch. A half-written checkpoint is never seen: Orbax renames it at the end."""
+    """One folder of checkpoints, numbered by epoch. A half-written one is never seen: Orbax renames it at the end."""
 
     def __init__(self, folder: Path, metric: str) -> None:
         policy = keep.AnyPreservationPolicy(
@@ -24,13 +24,9 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
         self._metric = metric
 
-    def save(
-        self, epoch: int, state: TrainState, progress: dict[str, Any], metrics: dict[str, float]
-    ) -> None:
+    def save(self, epoch: int, state: TrainState, progress: dict[str, Any], metrics: dict[str, float]) -> None:
         """Saves in the background; `progress` is JSON that a resumed run needs."""
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
-        )
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         self._manager.save(epoch, args=arguments, metrics=metrics)
 
     def latest_epoch(self) -> int | None:
@@ -48,9 +44,7 @@ class Checkpoints:
     def restore(self, epoch: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state of an epoch, with the shapes and the sharding of `like`, and its progress record."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
-        )
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
         restored = self._manager.restore(epoch, args=arguments)
         return restored["state"], restored["progress"]
 

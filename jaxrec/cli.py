@@ -27,14 +27,12 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"show_default": True})
 @click.version_option(package_name="jaxrec")
 def main() -> None:
-    """Next-item recommendation from an interaction log: prepare, train, rl, evaluate, export; then `python -m serve`."""
+    """Next-item recommendation from an interaction log: prepare, train, rl, evaluate, export; then serve."""
 
 
 @main.command()
 @click.argument("ratings", type=EXISTING_FILE)
-@click.option(
-    "--movies", type=EXISTING_FILE, help="movieId,title,genres; without it there are no titles and genres."
-)
+@click.option("--movies", type=EXISTING_FILE, help="movieId,title,genres; without it there are no titles and genres.")
 @click.option("--min-user-ratings", type=click.IntRange(0), default=PrepareConfig.min_user_ratings)
 @click.option("--min-movie-ratings", type=click.IntRange(0), default=PrepareConfig.min_movie_ratings)
 @click.option("--split", type=click.Choice([k.value for k in SplitKind]), default=PrepareConfig.split.value)
@@ -46,9 +44,7 @@ def main() -> None:
 )
 @click.option("--rating-scale", type=float, nargs=2, help="Minimum and maximum; recognized where not given.")
 @click.option("--seed", type=int, default=PrepareConfig.seed, help="For --ties random.")
-@click.option(
-    "--out", type=NEW_PATH, required=True, help="Folder for the prepared data; replaced if it exists."
-)
+@click.option("--out", type=NEW_PATH, required=True, help="Folder for the prepared data; replaced if it exists.")
 def prepare(
     ratings: Path,
     movies: Path | None,
@@ -73,9 +69,7 @@ def prepare(
 @main.command()
 @click.argument("data", type=EXISTING_FOLDER)
 @click.option("--out", type=NEW_PATH, required=True, help="Folder for the run.")
-@click.option(
-    "--resume", is_flag=True, help="Go on with an interrupted run, with the options that it started with."
-)
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run, with the options that it started with.")
 @click.option("--max-epochs", type=click.IntRange(1), default=TrainConfig.max_epochs)
 @click.option(
     "--patience",
@@ -83,14 +77,10 @@ def prepare(
     default=TrainConfig.patience,
     help="Epochs without a better validation NDCG@10 before training stops.",
 )
-@click.option(
-    "--batch-tokens", type=click.IntRange(1), default=TrainConfig.batch_tokens, help="Events per step."
-)
+@click.option("--batch-tokens", type=click.IntRange(1), default=TrainConfig.batch_tokens, help="Events per step.")
 @click.option("--learning-rate", type=float, default=TrainConfig.learning_rate)
 @click.option("--hidden", type=click.IntRange(1), default=ModelConfig.hidden, help="Width of the LSTM.")
-@click.option(
-    "--max-length", type=click.IntRange(2), default=ModelConfig.max_length, help="Events read of a history."
-)
+@click.option("--max-length", type=click.IntRange(2), default=ModelConfig.max_length, help="Events read of a history.")
 @click.option("--seed", type=int, default=TrainConfig.seed)
 def train(
     data: Path,

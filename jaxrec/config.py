@@ -107,6 +107,6 @@ def _restore(hint: Any, value: Any) -> Any:
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return hint(value)
     if isinstance(value, Mapping):
-        kind = next(k for k in (hint, *getattr(hint, "__args__", ())) if dataclasses.is_dataclass(k))
-        return from_json(kind, value)
+        kinds: tuple[Any, ...] = (hint, *getattr(hint, "__args__", ()))
+        return from_json(next(k for k in kinds if isinstance(k, type) and dataclasses.is_dataclass(k)), value)
     return value

@@ -58,20 +58,22 @@ def _rank_batch(scores: jax.Array, target: jax.Array, exclude: jax.Array) -> tup
     return rank_of_target(scores, target, exclude), top
 
 
-def rank_cases(
-    scorer: Scorer, data: PreparedData, cases: Cases, max_length: int, request_time: bool
-) -> Ranked:
+def rank_cases(scorer: Scorer, data: PreparedData, cases: Cases, max_length: int, request_time: bool) -> Ranked:
     """Ranks every case. Without `request_time` the scorer sees UNKNOWN_GAP for the gap before the target."""
     ranks, tops = [], []
     for batch in case_batches(data, cases, max_length):
-        if not request_time:
-            batch = batch._replace(request_gap=np.full_like(batch.request_gap, UNKNOWN_GAP))
-        batch_ranks, batch_top = _rank_batch(scorer(batch), batch.target, batch.exclude)
+        asked = batch if request_time else without_request_time(batch)
+        batch_ranks, batch_top = _rank_batch(scorer(asked), batch.target, batch.exclude)
         ranks.append(np.asarray(batch_ranks))
         tops.append(np.asarray(batch_top))
     if not ranks:
         raise ValueError("the split has no cases; the log is too short for it")
     return Ranked(np.concatenate(ranks)[: len(cases)], np.concatenate(tops)[: len(cases)])
+
+
+def without_request_time(batch: CaseBatch) -> CaseBatch:
+    """The same cases, asked without a request time."""
+    return batch._replace(request_gap=np.full_like(batch.request_gap, UNKNOWN_GAP))
 
 
 def model_logits(model: TimeRatingAwareLSTM, events: Events, request_gap: jax.Array) -> jax.Array:

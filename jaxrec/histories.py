@@ -11,7 +11,7 @@ from jaxrec.schema import ITEM, RATING, TIME, UNKNOWN_GAP, USER
 
 @dataclasses.dataclass(frozen=True)
 class Histories:
-    """`offsets` [users + 1] int64; per event `items` int32 (1..n), `ratings` float32 (raw, NaN = none), `times` int64."""
+    """`offsets` [users + 1] int64; per event `items` int32, `ratings` float32 (raw, NaN = none), `times` int64."""
 
     offsets: np.ndarray
     items: np.ndarray

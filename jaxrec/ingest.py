@@ -43,9 +43,7 @@ def read_movies(path: Path) -> pd.DataFrame:
     return frame
 
 
-def _read_csv(
-    path: Path, columns: dict[str, str], optional: Sequence[str] = ()
-) -> tuple[pd.DataFrame, np.ndarray]:
+def _read_csv(path: Path, columns: dict[str, str], optional: Sequence[str] = ()) -> tuple[pd.DataFrame, np.ndarray]:
     """The named columns as text, and the line number of each row."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:

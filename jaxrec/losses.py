@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrec.models.features import Array
+
 
 def next_item_loss(
-    queries: jax.Array, item_vectors: jax.Array, item_bias: jax.Array, target: jax.Array, where: jax.Array
+    queries: jax.Array, item_vectors: jax.Array, item_bias: jax.Array, target: Array, where: Array
 ) -> jax.Array:
     """Mean full-softmax cross-entropy (nats) of the next item over valid positions; 0 where there are none.
 

@@ -62,8 +62,6 @@ def bootstrap_mean(values: np.ndarray, seed: int = 0) -> Estimate:
     if not len(values):
         raise ValueError("no cases to average")
     rng = np.random.default_rng(seed)
-    means = np.array(
-        [values[rng.integers(len(values), size=len(values))].mean() for _ in range(BOOTSTRAP_SAMPLES)]
-    )
+    means = np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(BOOTSTRAP_SAMPLES)])
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(float(values.mean()), float(low), float(high))

@@ -69,9 +69,7 @@ def prepare(
     that nobody rated, which the content model can recommend. Raises DataError when nothing is left.
     """
     cut = temporal_cut(interactions[TIME].to_numpy())
-    fitted_on = (
-        interactions if config.split is SplitKind.LEAVE_ONE_OUT else interactions[interactions[TIME] < cut]
-    )
+    fitted_on = interactions if config.split is SplitKind.LEAVE_ONE_OUT else interactions[interactions[TIME] < cut]
     kept = filter_rare(fitted_on, config.min_user_ratings, config.min_movie_ratings)
     if kept.empty:
         raise DataError(
@@ -93,9 +91,7 @@ def prepare(
     return PreparedData(catalog, users, histories, split, config)
 
 
-def prepare_files(
-    ratings: Path, movies: Path | None, config: PrepareConfig = PrepareConfig()
-) -> PreparedData:
+def prepare_files(ratings: Path, movies: Path | None, config: PrepareConfig = PrepareConfig()) -> PreparedData:
     """Reads the files and prepares them. Raises DataError naming file and line for bad input."""
     interactions, scale = read_ratings(ratings, config.rating_scale)
     movie_frame = None if movies is None else read_movies(movies)
@@ -112,10 +108,7 @@ def write_prepared(data: PreparedData, out: Path) -> None:
             "user_ids": _id_column(data.users),
             **dataclasses.asdict(data.histories),
             "train_counts": data.split.train_counts,
-            **{
-                f"validation_{name}": array
-                for name, array in dataclasses.asdict(data.split.validation).items()
-            },
+            **{f"validation_{name}": array for name, array in dataclasses.asdict(data.split.validation).items()},
             **{f"test_{name}": array for name, array in dataclasses.asdict(data.split.test).items()},
         }
         np.savez(folder / ARRAYS_FILE, **arrays)
@@ -137,9 +130,7 @@ def read_prepared(path: Path) -> PreparedData:
         raise DataError(f"{path}: not a directory written by `jaxrec prepare`: {error}") from error
     if summary.get("schema_version") != SCHEMA_VERSION:
         came = summary.get("schema_version")
-        raise DataError(
-            f"{path / SUMMARY_FILE}: schema version {came}, expected {SCHEMA_VERSION}; prepare again"
-        )
+        raise DataError(f"{path / SUMMARY_FILE}: schema version {came}, expected {SCHEMA_VERSION}; prepare again")
     for name, digest in summary["sha256"].items():
         if not (path / name).is_file() or sha256(path / name) != digest:
             raise DataError(f"{path / name}: missing or damaged (its SHA-256 differs); prepare again")
@@ -153,9 +144,7 @@ def read_prepared(path: Path) -> PreparedData:
         user_ids = arrays["user_ids"]
     users = IdMap(user_ids.astype(object) if user_ids.dtype.kind == "U" else user_ids)
     catalog = read_catalog(path / CATALOG_FILE, summary["item_id_type"])
-    return PreparedData(
-        catalog, users, Histories(**columns), split, from_json(PrepareConfig, summary["config"])
-    )
+    return PreparedData(catalog, users, Histories(**columns), split, from_json(PrepareConfig, summary["config"]))
 
 
 def _id_type(ids: IdMap) -> str:

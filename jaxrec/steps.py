@@ -2,10 +2,11 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -17,6 +18,7 @@ from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.schema import UNKNOWN_GAP
 
 DATA_AXIS = "data"
+Model = TypeVar("Model", bound=TimeRatingAwareLSTM)
 
 
 class TrainState(NamedTuple):
@@ -43,23 +45,16 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTrans
     )
 
 
-def initial_state(
-    model: TimeRatingAwareLSTM, optimizer: optax.GradientTransformation
-) -> tuple[nnx.GraphDef[TimeRatingAwareLSTM], TrainState]:
+def initial_state(model: Model, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef[Model], TrainState]:
     """Takes a model apart into its structure and a training state at step 0."""
-    graphdef, params, fixed = nnx.split(model, nnx.Param, ...)
-    params, fixed = nnx.to_pure_dict(params), nnx.to_pure_dict(fixed)
+    graphdef, param_state, fixed_state = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    params, fixed = nnx.to_pure_dict(param_state), nnx.to_pure_dict(fixed_state)
     return graphdef, TrainState(params, fixed, optimizer.init(params), jnp.zeros((), jnp.int32))
-
-
-def merge(graphdef: nnx.GraphDef[TimeRatingAwareLSTM], params: Any, fixed: Any) -> TimeRatingAwareLSTM:
-    """The model of a structure and its variables."""
-    return nnx.merge(graphdef, params, fixed)
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     """All devices (or the given ones) as one data-parallel axis; a single device is a mesh of one."""
-    return jax.make_mesh((len(devices or jax.devices()),), (DATA_AXIS,), devices=devices)
+    return Mesh(np.asarray(devices or jax.devices()), (DATA_AXIS,))
 
 
 def training_loss(
@@ -75,7 +70,7 @@ def training_loss(
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef[TimeRatingAwareLSTM],
+    graphdef: nnx.GraphDef[Model],
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     request_gap_dropout: float,
@@ -88,7 +83,7 @@ def make_train_step(
     )
     def step(state: TrainState, batch: TrainBatch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         def loss_of(params: Any) -> jax.Array:
-            model = merge(graphdef, params, state.fixed)
+            model = nnx.merge(graphdef, params, state.fixed)
             return training_loss(model, batch, jax.random.fold_in(key, state.step), request_gap_dropout)
 
         loss, gradients = jax.value_and_grad(loss_of)(state.params)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import jax
 import numpy as np
@@ -20,12 +20,20 @@ from jaxrec.metrics import ndcg
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.prepare import PreparedData
 from jaxrec.schema import DataError
-from jaxrec.steps import StepFunction, TrainState, data_mesh, initial_state, make_optimizer, make_train_step
+from jaxrec.steps import (
+    DATA_AXIS,
+    Model,
+    StepFunction,
+    TrainState,
+    data_mesh,
+    initial_state,
+    make_optimizer,
+    make_train_step,
+)
 
 METRIC = "validation_ndcg_10"
 LOG_FILE = "log.jsonl"
 CHECKPOINT_FOLDER = "checkpoints"
-Model = TypeVar("Model", bound=TimeRatingAwareLSTM)
 
 
 class TrainingError(RuntimeError):
@@ -84,13 +92,18 @@ def train_model(
 def load_trained(model: Model, config: TrainConfig, folder: Path) -> Trained[Model]:
     """The best epoch of a run that `train_model` made in `folder`; `model` gives the structure."""
     graphdef, state = initial_state(model, make_optimizer(config, 1))
-    log = folder / LOG_FILE
-    if not log.is_file():
-        raise DataError(f"{folder}: no trained model; run `jaxrec train` first")
-    epochs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    epochs = read_epochs(folder)
     with Checkpoints(folder / CHECKPOINT_FOLDER, METRIC) as checkpoints:
         state, _ = checkpoints.restore(checkpoints.best_epoch(epochs), state)
     return Trained(nnx.merge(graphdef, state.params, state.fixed), epochs)
+
+
+def read_epochs(folder: Path) -> list[dict[str, Any]]:
+    """The records of log.jsonl, one per epoch. Raises DataError where there are none."""
+    log = folder / LOG_FILE
+    if not log.is_file():
+        raise DataError(f"{folder}: no trained model; run `jaxrec train` first")
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
 def _run_epoch(
@@ -103,7 +116,7 @@ def _run_epoch(
     bar: tqdm,
 ) -> tuple[TrainState, float]:
     """One pass over the windows; the mean of the steps' losses. Losses are read a step late, so the device stays busy."""
-    split = NamedSharding(mesh, PartitionSpec("data"))
+    split = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
     key = jax.random.key(config.seed)
     losses: list[Any] = []
     for batch in windows.epoch(config.seed, epoch, config.batch_tokens, mesh.size):
@@ -124,9 +137,7 @@ def _validate(model: TimeRatingAwareLSTM, data: PreparedData) -> dict[str, float
     scorer = jit_scorer(model, model_logits)
     values = {
         with_time: float(
-            ndcg(
-                rank_cases(scorer, data, data.split.validation, model.config.max_length, with_time).ranks, 10
-            ).mean()
+            ndcg(rank_cases(scorer, data, data.split.validation, model.config.max_length, with_time).ranks, 10).mean()
         )
         for with_time in (False, True)
     }

@@ -68,9 +68,7 @@ def _finish(name: str, model: Any, signature: Signature, item_arrays: dict[str, 
     graph = model.graph
     operators = [node.op_type for node in graph.node]
     if operators.count("LSTM") != 2 or any(loop in operators for loop in _LOOPS):
-        raise ExportError(
-            f"{name}.onnx: expected two LSTM operators and no loop, found {sorted(set(operators))}"
-        )
+        raise ExportError(f"{name}.onnx: expected two LSTM operators and no loop, found {sorted(set(operators))}")
     graph.name = name
     graph.doc_string = ""
     graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in item_arrays.items())
@@ -103,9 +101,7 @@ def _load_tensorflow() -> tuple[ModuleType, ModuleType]:
             import tensorflow as tf
             import tf2onnx
     except ImportError as error:
-        raise ExportError(
-            f"the export needs TensorFlow and tf2onnx: pip install 'jaxrec[export]' ({error})"
-        ) from error
+        raise ExportError(f"the export needs TensorFlow and tf2onnx: pip install 'jaxrec[export]' ({error})") from error
     # A TensorFlow that runs on a GPU takes all of its memory, and JAX' with it.
     if tf.config.get_visible_devices("GPU"):
         tf.config.set_visible_devices([], "GPU")

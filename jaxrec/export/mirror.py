@@ -111,10 +111,7 @@ def _answer(
     """The k best items [batch, k] int32 and their logits."""
     h_lstm, _, h_content, _ = tf.split(state, 4, axis=1)
     scale = tf.gather(weights.request_scale, _gap_bucket(request_gap))
-    query = (
-        tf.matmul(tf.concat([h_lstm, h_content], axis=1) * scale, weights.projection)
-        + weights.projection_bias
-    )
+    query = tf.matmul(tf.concat([h_lstm, h_content], axis=1) * scale, weights.projection) + weights.projection_bias
     if weights.policy is not None:
         query += _policy_shift(weights.policy, query)
     logits = tf.matmul(query, item_vectors, transpose_b=True) + item_bias

@@ -62,10 +62,7 @@ def export_model(
         _write_catalog(data, folder / CATALOG_FILE)
         np.save(folder / ITEM_VECTORS_FILE, np.ascontiguousarray(weights.item_vectors), allow_pickle=False)
         (folder / LICENCE_FILE).write_text(licence.rstrip() + "\n", encoding="utf-8")
-        files = {
-            path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
-            for path in sorted(folder.iterdir())
-        }
+        files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
         now = datetime.datetime.now(datetime.UTC)
         scale = data.config.rating_scale
         manifest = {

@@ -89,16 +89,10 @@ def extract_weights(hybrid: Hybrid) -> Weights:
         content=_lstm_weights(hybrid.content.lstm),
         request_scale=request_scale,
         projection=_block_diagonal(
-            [
-                part * np.asarray(model.projection.kernel[...])
-                for part, model in zip(shares, models, strict=True)
-            ]
+            [part * np.asarray(model.projection.kernel[...]) for part, model in zip(shares, models, strict=True)]
         ),
         projection_bias=np.concatenate(
-            [
-                part * np.asarray(model.projection.bias[...])
-                for part, model in zip(shares, models, strict=True)
-            ]
+            [part * np.asarray(model.projection.bias[...]) for part, model in zip(shares, models, strict=True)]
         ),
         policy=None if hybrid.policy is None else _policy_weights(hybrid.policy),
     )
@@ -109,9 +103,7 @@ def _request_scale(model: TimeRatingAwareLSTM) -> np.ndarray:
 
 
 def _lstm_weights(lstm: LSTM) -> LSTMWeights:
-    return LSTMWeights(
-        np.asarray(lstm.kernel[...]), np.asarray(lstm.recurrent_kernel[...]), np.asarray(lstm.bias[...])
-    )
+    return LSTMWeights(np.asarray(lstm.kernel[...]), np.asarray(lstm.recurrent_kernel[...]), np.asarray(lstm.bias[...]))
 
 
 def _policy_weights(policy: PolicyHead) -> PolicyWeights:

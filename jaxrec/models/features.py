@@ -12,6 +12,9 @@ GAP_EDGES = np.concatenate([[0.0], 2.0 ** np.arange(30)]).astype(np.float32)
 GAP_BUCKETS = len(GAP_EDGES) + 1
 
 
+Array = jax.Array | np.ndarray
+
+
 class Events(NamedTuple):
     """A batch of histories, right-padded.
 
@@ -20,10 +23,10 @@ class Events(NamedTuple):
     `length` [batch] int32 (real events per row, at least 1).
     """
 
-    item: jax.Array
-    rating: jax.Array
-    gap: jax.Array
-    length: jax.Array
+    item: Array
+    rating: Array
+    gap: Array
+    length: Array
 
     @property
     def where(self) -> jax.Array:
@@ -31,7 +34,7 @@ class Events(NamedTuple):
         return jnp.arange(self.item.shape[1]) < self.length[:, None]
 
 
-def gap_bucket(gap: jax.Array) -> jax.Array:
+def gap_bucket(gap: Array) -> jax.Array:
     """int32 bucket of gaps in seconds, 0..GAP_BUCKETS - 1; comparisons only, so every runtime agrees at the edges."""
     return jnp.sum(gap[..., None] >= GAP_EDGES, axis=-1, dtype=jnp.int32)
 
@@ -42,7 +45,7 @@ class GapEmbedding(nnx.Module):
     def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
         self.table = nnx.Param(0.1 * jax.random.normal(rngs.params(), (GAP_BUCKETS, width)))
 
-    def __call__(self, gap: jax.Array) -> jax.Array:
+    def __call__(self, gap: Array) -> jax.Array:
         """[...] float32 seconds -> [..., width] float32."""
         return self.table[...][gap_bucket(gap)]
 
@@ -55,7 +58,7 @@ class RatingEmbedding(nnx.Module):
         self.offset = nnx.Param(jnp.zeros(width))
         self.missing = nnx.Param(jnp.zeros(width))
 
-    def __call__(self, rating: jax.Array) -> jax.Array:
+    def __call__(self, rating: Array) -> jax.Array:
         """[...] float32 in 0..1 or MISSING_RATING -> [..., width] float32."""
         rating = rating[..., None]
         return jnp.where(rating < 0, self.missing[...], rating * self.slope[...] + self.offset[...])

@@ -69,9 +69,7 @@ class Hybrid(nnx.Module):
         of_content = (1 - weight) * self.content.query(outputs[1], request_gap)
         return jnp.concatenate([of_lstm, of_content], axis=-1)
 
-    def encode(
-        self, events: Events, state: jax.Array | None = None
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def encode(self, events: Events, state: jax.Array | None = None) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         """Both models' outputs, each [batch, length, hidden], and the state after the last real event."""
         states: tuple[State | None, State | None] = (None, None)
         if state is not None:

@@ -16,9 +16,7 @@ class LSTM(nnx.Module):
         self.kernel = nnx.Param(jax.nn.initializers.glorot_uniform()(rngs.params(), (inputs, 4 * hidden)))
         blocks = [orthogonal(rngs.params(), (hidden, hidden)) for _ in range(4)]
         self.recurrent_kernel = nnx.Param(jnp.concatenate(blocks, axis=1))
-        forget_open = (
-            jnp.zeros(4 * hidden).at[hidden : 2 * hidden].set(1.0)
-        )  # Jozefowicz et al. 2015, section 3.2
+        forget_open = jnp.zeros(4 * hidden).at[hidden : 2 * hidden].set(1.0)  # Jozefowicz et al. 2015, section 3.2
         self.bias = nnx.Param(forget_open)
         self.hidden = hidden
 
@@ -35,6 +33,8 @@ class LSTM(nnx.Module):
             zeros = jnp.zeros((x.shape[0], self.hidden), x.dtype)
             state = (zeros, zeros)
 
+        carry_0: tuple[jax.Array, jax.Array] = state
+
         def step(
             carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, jax.Array]
         ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
@@ -47,5 +47,5 @@ class LSTM(nnx.Module):
             return (jnp.where(valid, h_t, h_tm1), jnp.where(valid, c_t, c_tm1)), h_t
 
         time_first = (jnp.swapaxes(gates_x, 0, 1), jnp.swapaxes(where, 0, 1))
-        state, outputs = jax.lax.scan(step, state, time_first)
-        return jnp.swapaxes(outputs, 0, 1), state
+        final, outputs = jax.lax.scan(step, carry_0, time_first)
+        return jnp.swapaxes(outputs, 0, 1), final

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxrec.config import ModelConfig
-from jaxrec.models.features import Events, GapEmbedding, RatingEmbedding
+from jaxrec.models.features import Array, Events, GapEmbedding, RatingEmbedding
 from jaxrec.models.lstm import LSTM
 
 NEVER = -1e30  # the logit of padding and of excluded items
@@ -51,9 +51,7 @@ class TimeRatingAwareLSTM(nnx.Module):
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Outputs [batch, length, hidden] and the final (h, c), each [batch, hidden]. With a key, dropout is on."""
-        x = jnp.concatenate(
-            [item_vectors[events.item], self.rating(events.rating), self.gap(events.gap)], axis=-1
-        )
+        x = jnp.concatenate([item_vectors[events.item], self.rating(events.rating), self.gap(events.gap)], axis=-1)
         if key is not None:
             x = dropout(x, self.config.input_dropout, jax.random.fold_in(key, 0))
         outputs, state = self.lstm(x, events.where, state)
@@ -61,7 +59,7 @@ class TimeRatingAwareLSTM(nnx.Module):
             outputs = dropout(outputs, self.config.output_dropout, jax.random.fold_in(key, 1))
         return outputs, state
 
-    def query(self, outputs: jax.Array, request_gap: jax.Array) -> jax.Array:
+    def query(self, outputs: jax.Array, request_gap: Array) -> jax.Array:
         """outputs [..., hidden], request_gap [...] seconds (UNKNOWN_GAP = not known) -> query vectors [..., embedding]."""
         scale = 1.0 + self.request_scale(self.request_gap(request_gap))
         return self.projection(outputs * scale)
@@ -73,9 +71,7 @@ class TimeRatingAwareContentModel(TimeRatingAwareLSTM):
     A movie without ratings keeps its small initial embedding, so its genres place it.
     """
 
-    def __init__(
-        self, item_count: int, genre_matrix: np.ndarray, config: ModelConfig, *, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, item_count: int, genre_matrix: np.ndarray, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(item_count, config, rngs=rngs)
         if genre_matrix.shape[0] != item_count + 1:
             raise ValueError(f"genre_matrix has {genre_matrix.shape[0]} rows, expected {item_count + 1}")

@@ -1,0 +1,193 @@
+"""Ids, catalogue, histories, filters and splits; and that prepared data survives the disk."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrec.catalog import split_genres
+from jaxrec.config import PrepareConfig, SplitKind, Ties
+from jaxrec.histories import filter_rare
+from jaxrec.ids import IdMap
+from jaxrec.prepare import PreparedData, prepare, read_prepared, write_prepared
+from jaxrec.schema import DataError, RatingScale
+
+SCALE = RatingScale(1.0, 5.0)
+EVERYTHING = PrepareConfig(min_user_ratings=1, min_movie_ratings=1, rating_scale=SCALE)
+
+
+def log(rows: list[tuple[int, int, float, int]]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "timestamp"])
+    return frame.astype({"rating": np.float32, "timestamp": np.int64})
+
+
+def movies(rows: list[tuple[int, str, str]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["item_id", "title", "genres"])
+
+
+SMALL = log([(5, 30, 4, 300), (5, 10, 3, 100), (9, 10, 5, 50), (5, 20, 2, 200), (9, 20, 1, 60), (9, 40, 1, 70)])
+
+
+def histories_of(data: PreparedData) -> dict[int, list[int]]:
+    """Raw item ids by raw user id, in order."""
+    offsets = data.histories.offsets
+    return {
+        user: data.catalog.ids.decode(data.histories.items[offsets[u] : offsets[u + 1]]).tolist()
+        for u, user in enumerate(data.users.raw_ids.tolist())
+    }
+
+
+def test_histories_are_in_time_order_per_user() -> None:
+    data = prepare(SMALL, None, EVERYTHING)
+    assert histories_of(data) == {5: [10, 20, 30], 9: [10, 20, 40]}
+    assert data.histories.times.tolist() == [100, 200, 300, 50, 60, 70]
+    assert data.histories.gaps().tolist() == [-1, 100, 100, -1, 10, 10]
+    assert data.unit_ratings().tolist() == [0.5, 0.25, 0.75, 1.0, 0.0, 0.0]
+
+
+def test_the_input_frame_is_not_changed() -> None:
+    before = SMALL.copy(deep=True)
+    prepare(SMALL, None, EVERYTHING)
+    pd.testing.assert_frame_equal(SMALL, before)
+
+
+def test_leave_one_out_by_hand() -> None:
+    data = prepare(SMALL, None, EVERYTHING)
+    assert data.split.train_counts.tolist() == [1, 1]
+    assert data.split.validation.rows.tolist() == [1, 4]
+    assert data.split.test.rows.tolist() == [2, 5]
+    assert data.train_popularity().tolist() == [0, 2, 0, 0, 0]  # only movie 10 of each user is left for training
+
+
+def test_users_with_two_events_only_train() -> None:
+    data = prepare(log([(1, 10, 3, 1), (1, 11, 3, 2), (2, 10, 3, 1), (2, 11, 3, 2), (2, 12, 3, 3)]), None, EVERYTHING)
+    assert data.split.train_counts.tolist() == [2, 1]
+    assert data.split.test.users.tolist() == [1]
+
+
+def test_temporal_split_by_hand() -> None:
+    # The 90 % quantile of the times 0..19 is 18 ("higher"): the events at 18 and 19 are after the cut.
+    rows = [(1, time % 9, 3.0, time) for time in range(18)] + [(1, 0, 3.0, 18), (1, 777, 3.0, 19)]
+    data = prepare(log(rows), None, dataclasses.replace(EVERYTHING, split=SplitKind.TEMPORAL))
+    assert data.split.train_counts.tolist() == [17]  # the last event before the cut is for validation
+    assert data.split.validation.rows.tolist() == [17]
+    assert data.split.test.rows.tolist() == [18]  # movie 777 is not known from before the cut
+    assert 777 not in data.catalog.ids.raw_ids
+
+
+def test_temporal_filter_is_fitted_before_the_cut_and_keeps_new_users() -> None:
+    old = [(user, (item + user) % 10, 3.0, 100 * user + item) for user in range(1, 10) for item in range(10)]
+    new = [(99, item, 3.0, 10_000 + item) for item in range(10)]
+    config = dataclasses.replace(EVERYTHING, split=SplitKind.TEMPORAL, min_user_ratings=10, min_movie_ratings=5)
+    data = prepare(log(old + new), None, config)
+    assert 99 in data.users.raw_ids
+    assert data.split.train_counts[data.users.encode([99])[0] - 1] == 0
+    assert len(data.split.test) == 5  # the first five events of user 99 are too short a history
+
+
+def test_rare_users_and_movies_go_until_none_is_left() -> None:
+    rows = [(1, 1, 3.0, 1), (1, 2, 3.0, 2), (2, 1, 3.0, 1), (2, 2, 3.0, 2), (3, 2, 3.0, 1), (3, 3, 3.0, 2)]
+    kept = filter_rare(log(rows), min_user_ratings=2, min_movie_ratings=2)
+    assert sorted(set(kept["user_id"])) == [1, 2]  # movie 3 goes first, which leaves user 3 with one rating
+    with pytest.raises(DataError, match="no event is left of 6"):
+        prepare(log(rows), None, PrepareConfig())
+
+
+def test_titles_genres_and_matrix() -> None:
+    titles = movies([(10, "Toy Story (1995)", "Adventure|Animation|Children|Comedy|Fantasy"), (20, "B", "Comedy"),
+                     (30, "C", "(no genres listed)"), (99, "unrated", "War")])
+    data = prepare(SMALL, titles, EVERYTHING)
+    assert data.catalog.genres == ("Adventure", "Animation", "Children", "Comedy", "Fantasy")
+    assert data.catalog.genre_matrix().tolist() == [[0] * 5, [1] * 5, [0, 0, 0, 1, 0], [0] * 5, [0] * 5]
+    assert data.catalog.titles == ("Toy Story (1995)", "B", "C", "40")  # movie 40 is not in movies.csv
+    assert split_genres("Comedy|Action| |Comedy") == ("Action", "Comedy")
+
+
+def test_movies_without_ratings_stay_at_threshold_0() -> None:
+    data = prepare(SMALL, movies([(99, "unrated", "War")]), dataclasses.replace(EVERYTHING, min_movie_ratings=0))
+    assert data.catalog.ids.raw_ids.tolist() == [10, 20, 30, 40, 99]
+    assert data.catalog.genre_matrix()[5].tolist() == [1.0]
+
+
+def test_ids_cross_one_boundary() -> None:
+    ids = IdMap.fit(np.array([40, 10, 40, 30]))
+    assert ids.encode([10, 40, 5]).tolist() == [1, 3, 0]
+    assert ids.decode(np.array([3, 1])).tolist() == [40, 10]
+    with pytest.raises(IndexError, match=r"1\.\.3"):
+        ids.decode(np.array([0]))
+
+
+TIED = log([(1, item, 3.0, 7) for item in (50, 20, 40, 10, 30, 60, 80, 70)])
+
+
+def test_equal_times_keep_the_file_order_or_a_seeded_random_one() -> None:
+    assert histories_of(prepare(TIED, None, EVERYTHING))[1] == [50, 20, 40, 10, 30, 60, 80, 70]
+    at_random = dataclasses.replace(EVERYTHING, ties=Ties.RANDOM)
+    first, again = prepare(TIED, None, at_random), prepare(TIED, None, at_random)
+    assert histories_of(first) == histories_of(again)
+    assert histories_of(first)[1] != [50, 20, 40, 10, 30, 60, 80, 70]
+
+
+@pytest.mark.parametrize("split", list(SplitKind))
+def test_prepared_data_survives_the_disk(tmp_path: Path, split: SplitKind) -> None:
+    frame = log([(user, 3 * item + 1, 3.5, 1000 * item + user) for user in range(8) for item in range(9)])
+    data = prepare(frame, movies([(1, 'A "quoted", title', "Drama")]), dataclasses.replace(EVERYTHING, split=split))
+    write_prepared(data, tmp_path / "data")
+    again = read_prepared(tmp_path / "data")
+    assert again.config == data.config
+    assert again.summary() == data.summary()
+    assert again.catalog.titles == data.catalog.titles
+    assert again.catalog.item_genres == data.catalog.item_genres
+    for field in dataclasses.fields(data.histories):
+        np.testing.assert_array_equal(getattr(again.histories, field.name), getattr(data.histories, field.name))
+    np.testing.assert_array_equal(again.split.test.rows, data.split.test.rows)
+
+
+def test_text_ids_survive_the_disk(tmp_path: Path) -> None:
+    frame = log([(user, item, 3.0, item) for user in range(3) for item in range(4)])
+    frame["user_id"] = "u" + frame["user_id"].astype(str)
+    frame["item_id"] = "00" + frame["item_id"].astype(str)
+    write_prepared(prepare(frame, None, EVERYTHING), tmp_path / "data")
+    again = read_prepared(tmp_path / "data")
+    assert again.catalog.ids.raw_ids.tolist() == ["000", "001", "002", "003"]
+    assert again.users.encode(["u2", "x"]).tolist() == [3, 0]
+
+
+def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
+    write_prepared(prepare(SMALL, None, EVERYTHING), tmp_path / "data")
+    damaged = bytearray((tmp_path / "data/arrays.npz").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "data/arrays.npz").write_bytes(damaged)
+    with pytest.raises(DataError, match=r"arrays\.npz: missing or damaged"):
+        read_prepared(tmp_path / "data")
+    with pytest.raises(DataError, match="not a directory written by"):
+        read_prepared(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = prepare(SMALL, None, EVERYTHING)
+    write_prepared(data, tmp_path / "data")
+
+    def disk_full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        write_prepared(data, tmp_path / "data")
+    assert read_prepared(tmp_path / "data").summary() == data.summary()
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6)), min_size=1, max_size=40), st.randoms())
+def test_row_order_does_not_matter_where_times_differ(pairs: list[tuple[int, int]], random: object) -> None:
+    rows = [(user, item, 3.0, time) for time, (user, item) in enumerate(pairs)]
+    shuffled = rows.copy()
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    one, other = prepare(log(rows), None, EVERYTHING), prepare(log(shuffled), None, EVERYTHING)
+    assert histories_of(one) == histories_of(other)
+    assert one.summary() == other.summary()
