@@ -1,0 +1,185 @@
+"""Between messages and the recommender's types. Decoding checks every field and raises InvalidRequest."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from serve.artifact import RatingScale
+from serve.catalog import Catalog
+from serve.engine import Ranking
+from serve.explain import Explanation
+from serve.history import Event
+from serve.pb import recommender_pb2 as pb
+from serve.profile import GenrePreference
+from serve.recommender import Answer, Query, Recommender
+from serve.store import UserEvent
+from serve.validate import (
+    MAX_EXCLUDED_ITEMS,
+    MAX_HISTORY_EVENTS,
+    MAX_K,
+    MAX_RECORDED_EVENTS,
+    InvalidRequest,
+    check_id,
+    check_length,
+    check_rating,
+    check_time,
+    checked_count,
+)
+
+StoredHistory = Callable[[str, int | None], Sequence[Event]]
+"""The events of a user id up to a second, or all of them."""
+
+
+def decode_query(request: pb.RecommendRequest, scale: RatingScale | None, stored: StoredHistory) -> Query:
+    """The question that a request asks; `stored` is called once all fields are checked."""
+    k = checked_count("k", request.k)
+    check_length("exclude_item_ids", request.exclude_item_ids, MAX_EXCLUDED_ITEMS)
+    for at, item_id in enumerate(request.exclude_item_ids):
+        check_id(f"exclude_item_ids[{at}]", item_id)
+    request_time = request.request_time if request.HasField("request_time") else None
+    if request_time is not None:
+        check_time("request_time", request_time)
+    subject = request.WhichOneof("subject")
+    if subject is None:
+        raise InvalidRequest("subject", "user_id or history", "neither")
+    events: Sequence[Event]
+    if subject == "history":
+        events = _decode_history(request.history, request_time, scale)
+    else:
+        check_id("user_id", request.user_id)
+        events = stored(request.user_id, request_time)
+    return Query(events, k, tuple(request.exclude_item_ids), request_time, request.explain)
+
+
+def _decode_history(
+    history: pb.History, request_time: int | None, scale: RatingScale | None
+) -> Sequence[Event]:
+    check_length("history.events", history.events, MAX_HISTORY_EVENTS)
+    events = [_decode_event(f"history.events[{at}]", event, scale) for at, event in enumerate(history.events)]
+    if events and request_time is not None:
+        last = max(event.timestamp for event in events)
+        if request_time < last:
+            raise InvalidRequest("request_time", f"not before the last event at {last}", request_time)
+    return events
+
+
+def _decode_event(path: str, event: pb.Event | pb.UserEvent, scale: RatingScale | None) -> Event:
+    item_id, timestamp, rating = event.item_id, event.timestamp, None
+    check_id(f"{path}.item_id", item_id)
+    if event.HasField("rating"):
+        rating = event.rating
+        check_rating(f"{path}.rating", rating, scale)
+    check_time(f"{path}.timestamp", timestamp)
+    return Event(item_id, rating, timestamp)
+
+
+def decode_user_events(request: pb.RecordEventsRequest, scale: RatingScale | None) -> list[UserEvent]:
+    """The events to store."""
+    check_length("events", request.events, MAX_RECORDED_EVENTS)
+    events = []
+    for at, event in enumerate(request.events):
+        check_id(f"events[{at}].event_id", event.event_id)
+        check_id(f"events[{at}].user_id", event.user_id)
+        decoded = _decode_event(f"events[{at}]", event, scale)
+        events.append(UserEvent(event.event_id, event.user_id, decoded))
+    return events
+
+
+def encode_answer(answer: Answer, model: Recommender) -> pb.RecommendResponse:
+    """The message for one answer."""
+    catalog = model.catalog
+    response = pb.RecommendResponse(
+        model_version=model.info.model_version,
+        policy=answer.policy,
+        ignored_event_count=answer.ignored_event_count,
+    )
+    for item, score in zip(answer.items.tolist(), answer.scores.tolist(), strict=True):
+        response.recommendations.add(
+            item_id=catalog.item_ids[item],
+            title=catalog.titles[item],
+            genres=catalog.genres[item],
+            score=score,
+        )
+    for recommendation, explanation in zip(response.recommendations, answer.explanations, strict=False):
+        recommendation.explanation.CopyFrom(_encode_explanation(explanation, catalog))
+    return response
+
+
+def _encode_explanation(explanation: Explanation, catalog: Catalog) -> pb.Explanation:
+    return pb.Explanation(
+        events=[
+            pb.ExplainingEvent(
+                item_id=catalog.item_ids[reason.event.item],
+                title=catalog.titles[reason.event.item],
+                rating=reason.event.rating,
+                similarity=reason.similarity,
+            )
+            for reason in explanation.events
+        ],
+        shared_genres=explanation.shared_genres,
+        text=explanation.text,
+    )
+
+
+def encode_profile(
+    events: Sequence[Event], limit: int, preferences: Iterable[GenrePreference], model: Recommender
+) -> pb.GetUserProfileResponse:
+    """The message for a user's events in time order; the last `limit` are the watch list."""
+    return pb.GetUserProfileResponse(
+        watch_list=[_encode_watched(event, model.catalog) for event in reversed(events[-limit:])],
+        genre_preferences=[
+            pb.GenrePreference(
+                genre=preference.genre,
+                share=preference.share,
+                mean_rating=preference.mean_rating,
+                recency_weighted_share=preference.recency_weighted_share,
+            )
+            for preference in preferences
+        ],
+        event_count=len(events),
+        model_version=model.info.model_version,
+    )
+
+
+def _encode_watched(event: Event, catalog: Catalog) -> pb.WatchedItem:
+    # Padding has no title and no genres: what an unknown item is answered with.
+    item = catalog.index.get(event.item_id, 0)
+    return pb.WatchedItem(
+        item_id=event.item_id,
+        title=catalog.titles[item],
+        genres=catalog.genres[item],
+        rating=event.rating,
+        timestamp=event.timestamp,
+    )
+
+
+def encode_similar(ranking: Ranking, model: Recommender) -> pb.SimilarItemsResponse:
+    """The message for an item's neighbours."""
+    catalog = model.catalog
+    return pb.SimilarItemsResponse(
+        items=[
+            pb.SimilarItem(
+                item_id=catalog.item_ids[item],
+                title=catalog.titles[item],
+                genres=catalog.genres[item],
+                similarity=similarity,
+            )
+            for item, similarity in zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True)
+        ],
+        model_version=model.info.model_version,
+    )
+
+
+def encode_model_info(model: Recommender) -> pb.GetModelInfoResponse:
+    """The message about the model that answers."""
+    info = model.info
+    scale = info.rating_scale
+    return pb.GetModelInfoResponse(
+        model_version=info.model_version,
+        policy=info.policy,
+        created=info.created,
+        item_count=info.item_count,
+        rating_scale=None if scale is None else pb.RatingScale(minimum=scale.minimum, maximum=scale.maximum),
+        genres=info.genres,
+        execution_provider=model.provider,
+        max_history=info.max_history,
+        max_k=MAX_K,
+    )

@@ -1,0 +1,168 @@
+"""Runs the graphs of a model with ONNX Runtime. Knows item indices and arrays, no raw ids and no gRPC."""
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from serve.artifact import Artifact, ArtifactError
+
+Provider = Literal["auto", "cpu", "cuda"]
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+# Name to dtype, as the model directory's contract has them.
+Signature = dict[str, str]
+_REQUEST = {"request_gap": "float", "exclude": "int32", "k": "int64"}
+_RANKING = {"items": "int32", "scores": "float"}
+_EVENTS = {"item": "int32", "rating": "float", "gap": "float"}
+SEQUENCE_INPUTS: Signature = {**_EVENTS, "length": "int32", **_REQUEST}
+SEQUENCE_OUTPUTS: Signature = {"state": "float", **_RANKING}
+STEP_INPUTS: Signature = {"state": "float", **_EVENTS, **_REQUEST}
+# A graph cannot call an output as one of its inputs, hence not `state`.
+STEP_OUTPUTS: Signature = {"next_state": "float", **_RANKING}
+
+# The graphs give an excluded item a score of at most this.
+EXCLUDED_SCORE = np.float32(-1e30)
+
+
+class ProviderError(Exception):
+    """The execution provider that was demanded does not run here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """One user's history and request, as the graphs take them."""
+
+    item: NDArray[np.int32]
+    """`[n]`, n >= 1, item indices in time order, none of them 0."""
+    rating: NDArray[np.float32]
+    """`[n]`, 0..1 over the rating scale; -1 = no rating."""
+    gap: NDArray[np.float32]
+    """`[n]`, seconds since the event before; -1 for the first of the history."""
+    request_gap: float
+    """Seconds from the last event to the request; -1 = not known."""
+    exclude: NDArray[np.int32]
+    """`[m]`, m >= 0, item indices that are never answered."""
+
+
+class Ranking(NamedTuple):
+    """Items best first, at most as many as were asked for."""
+
+    items: NDArray[np.int32]
+    scores: NDArray[np.float32]
+
+
+class Engine:
+    """The graphs of one model, ready to run. Immutable, and safe to share between threads."""
+
+    def __init__(self, artifact: Artifact, provider: Provider = "auto", intra_op_threads: int = 1) -> None:
+        """Loads the graphs.
+
+        More than one intra-op thread made single requests no faster and the tail worse, so requests run
+        beside each other on one thread each.
+
+        Raises ArtifactError for a graph that breaks the contract, ProviderError when `provider` is "cuda" and
+        CUDA does not run.
+        """
+        self.item_count = artifact.info.item_count
+        self._sequence = _session(artifact, "sequence", provider, intra_op_threads)
+        # Nothing runs it yet, but a model that cannot advance a state must not get into service.
+        _session(artifact, "step", provider, intra_op_threads)
+        self.provider: str = self._sequence.get_providers()[0]
+        """ONNX Runtime's name of the execution provider that really runs."""
+
+    def rank(self, rows: Sequence[Features], k: int) -> list[Ranking]:
+        """Ranks the items for each row, in one run of `sequence.onnx`.
+
+        Rows may differ in length; a row's answer does not depend on its neighbours. `k` is cut to the number
+        of items.
+        """
+        lengths = np.array([len(row.item) for row in rows], np.int32)
+        shape = (len(rows), int(lengths.max()))
+        item, rating, gap = (
+            np.zeros(shape, np.int32),
+            np.zeros(shape, np.float32),
+            np.zeros(shape, np.float32),
+        )
+        for at, row in enumerate(rows):
+            n = len(row.item)
+            item[at, :n], rating[at, :n], gap[at, :n] = row.item, row.rating, row.gap
+        items, scores = self._sequence.run(
+            ["items", "scores"],
+            {
+                "item": item,
+                "rating": rating,
+                "gap": gap,
+                "length": lengths,
+                "request_gap": np.array([row.request_gap for row in rows], np.float32),
+                "exclude": _padded([row.exclude for row in rows]),
+                "k": np.array([min(k, self.item_count)], np.int64),
+            },
+        )
+        answered = (scores > EXCLUDED_SCORE).sum(axis=1)
+        return [Ranking(items[at, :n], scores[at, :n]) for at, n in enumerate(answered)]
+
+
+def _padded(rows: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
+    """Rows side by side as `[batch, longest]`, right-padded with 0, at least one wide."""
+    padded = np.zeros((len(rows), max(1, *(len(row) for row in rows))), np.int32)
+    for at, row in enumerate(rows):
+        padded[at, : len(row)] = row
+    return padded
+
+
+def _session(
+    artifact: Artifact, name: Literal["sequence", "step"], provider: Provider, intra_op_threads: int
+) -> onnxruntime.InferenceSession:
+    file = artifact.directory / f"{name}.onnx"
+    graph = artifact.sequence_graph if name == "sequence" else artifact.step_graph
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = intra_op_threads
+    options.inter_op_num_threads = 1
+    wanted = [CUDA, CPU] if _try_cuda(provider) else [CPU]
+    try:
+        session = onnxruntime.InferenceSession(graph, options, providers=wanted)
+    # ONNX Runtime's exceptions have no common base and no public names.
+    except Exception as error:
+        raise ArtifactError(f"{file}: ONNX Runtime cannot load it: {error}") from error
+    if provider == "cuda" and session.get_providers()[0] != CUDA:
+        raise ProviderError(f"expected CUDA, but {file.name} runs on {session.get_providers()[0]}")
+    inputs, outputs = (
+        (SEQUENCE_INPUTS, SEQUENCE_OUTPUTS) if name == "sequence" else (STEP_INPUTS, STEP_OUTPUTS)
+    )
+    _check_signature(f"{file}: inputs", session.get_inputs(), inputs)
+    _check_signature(f"{file}: outputs", session.get_outputs(), outputs)
+    return session
+
+
+def _try_cuda(provider: Provider) -> bool:
+    """Whether to ask for CUDA: ONNX Runtime lists it as available on machines without a GPU."""
+    if provider == "cpu" or CUDA not in onnxruntime.get_available_providers():
+        return False
+    if provider == "auto" and not _has_cuda_driver():
+        return False
+    onnxruntime.preload_dlls()
+    return True
+
+
+def _has_cuda_driver() -> bool:
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _check_signature(where: str, found: Sequence[onnxruntime.NodeArg], expected: Signature) -> None:
+    came = {node.name: node.type.removeprefix("tensor(").removesuffix(")") for node in found}
+    if came != expected:
+        raise ArtifactError(f"{where} are {_shown(came)}, expected {_shown(expected)}")
+
+
+def _shown(signature: Signature) -> str:
+    return ", ".join(f"{name} {dtype}" for name, dtype in sorted(signature.items()))

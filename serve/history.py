@@ -1,0 +1,70 @@
+"""A user's past events, and what of them the model sees."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.artifact import ModelInfo
+from serve.catalog import Catalog
+from serve.engine import Features
+
+
+class Event(NamedTuple):
+    """One past event of one user."""
+
+    item_id: str
+    rating: float | None
+    timestamp: int
+    """Seconds since 1970-01-01T00:00Z."""
+
+
+class KnownEvent(NamedTuple):
+    """An event on an item of the catalogue."""
+
+    item: int
+    rating: float | None
+    timestamp: int
+
+
+def known_events(events: Sequence[Event], catalog: Catalog) -> list[KnownEvent]:
+    """The events on items that the model knows, by timestamp; equal timestamps keep their order."""
+    index = catalog.index
+    known = [
+        KnownEvent(index[item_id], rating, timestamp)
+        for item_id, rating, timestamp in events
+        if item_id in index
+    ]
+    known.sort(key=lambda event: event.timestamp)
+    return known
+
+
+def features(
+    events: Sequence[KnownEvent], request_time: int | None, exclude: Sequence[int], info: ModelInfo
+) -> Features:
+    """What the graphs see of a history in time order, with at least one event.
+
+    All events are excluded from the answer; only the last `max_history` are fed. The first of those keeps
+    the gap to the event before it, which happened all the same.
+    """
+    fed = events[-info.max_history :]
+    timestamps = np.array([event.timestamp for event in fed], np.int64)
+    gap = np.empty(len(fed), np.float32)
+    gap[0] = fed[0].timestamp - events[-len(fed) - 1].timestamp if len(events) > len(fed) else -1
+    gap[1:] = timestamps[1:] - timestamps[:-1]
+    return Features(
+        item=np.array([event.item for event in fed], np.int32),
+        rating=_scaled_ratings(fed, info),
+        gap=gap,
+        request_gap=-1.0 if request_time is None else float(request_time - fed[-1].timestamp),
+        exclude=np.array([*(event.item for event in events), *exclude], np.int32),
+    )
+
+
+def _scaled_ratings(events: Sequence[KnownEvent], info: ModelInfo) -> NDArray[np.float32]:
+    scale = info.rating_scale
+    if scale is None:
+        return np.full(len(events), -1, np.float32)
+    ratings = [-1.0 if event.rating is None else scale.scaled(event.rating) for event in events]
+    return np.array(ratings, np.float32)

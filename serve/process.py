@@ -1,0 +1,48 @@
+"""Starts a server as a process of its own, for scripts, tests and benchmarks."""
+
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class StartError(Exception):
+    """A server process did not say that it is serving; its error output tells why."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerProcess:
+    """A running server; `line` is what it printed when it was healthy."""
+
+    process: subprocess.Popen[str]
+    address: str
+    line: str
+
+
+@contextmanager
+def running_server(
+    model: Path, store: Path, *, provider: str = "auto", timeout_s: float = 60.0
+) -> Iterator[ServerProcess]:
+    """Runs `python -m serve run` on a free loopback port, healthy on entry, drained and ended on exit.
+
+    Raises StartError when it ends before it serves, or does not serve within `timeout_s` seconds.
+    """
+    command = [sys.executable, "-m", "serve", "run", str(model), "--address", "127.0.0.1:0"]
+    command += ["--store", str(store), "--provider", provider]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            ready, _, _ = select.select([process.stdout], [], [], timeout_s)
+            line = process.stdout.readline().strip() if ready else ""
+            if not line:
+                raise StartError(f"expected a line within {timeout_s:g} s, came none: {' '.join(command)}")
+            address = line.split(" on ", 1)[1].split(" ", 1)[0]
+            yield ServerProcess(process, address, line)
+        except BaseException:
+            process.kill()
+            raise
+        process.send_signal(signal.SIGTERM)

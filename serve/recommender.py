@@ -1,0 +1,118 @@
+"""Answers questions in raw ids with one model. Knows no gRPC and keeps nothing between calls."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.artifact import Artifact
+from serve.engine import Engine, Provider, Ranking
+from serve.explain import Explanation, explain, explain_popularity
+from serve.history import Event, KnownEvent, features, known_events
+
+POPULARITY = "popularity"
+
+
+class UnknownItem(LookupError):
+    """The model does not know an item."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """For whom to recommend, and how much; `k` >= 1, times in seconds."""
+
+    events: Sequence[Event]
+    k: int
+    exclude_item_ids: Sequence[str] = ()
+    request_time: int | None = None
+    """None: not known. Else not before the last event."""
+    explain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Items best first; `explanations` is empty unless asked for, else one for each item."""
+
+    items: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    policy: str
+    ignored_event_count: int
+    explanations: tuple[Explanation, ...]
+
+
+class Recommender:
+    """One loaded model. Immutable, and safe to share between threads."""
+
+    def __init__(self, artifact: Artifact, provider: Provider = "auto", intra_op_threads: int = 1) -> None:
+        """Raises ArtifactError and ProviderError as `Engine` does."""
+        self.info = artifact.info
+        self.catalog = artifact.catalog
+        self._engine = Engine(artifact, provider, intra_op_threads)
+        self.provider = self._engine.provider
+        lengths = np.linalg.norm(artifact.item_vectors, axis=1, keepdims=True)
+        # Padding, and an item that was never trained, may have no direction; they resemble nothing.
+        unit_vectors = artifact.item_vectors / np.where(lengths == 0, 1, lengths)
+        self._unit_vectors: NDArray[np.float32] = unit_vectors.astype(np.float32, copy=False)
+        self._unit_vectors.setflags(write=False)
+
+    def recommend(self, queries: Sequence[Query]) -> list[Answer]:
+        """Answers each query; those with a known event share one run of the model."""
+        histories = [known_events(query.events, self.catalog) for query in queries]
+        rankings = iter(self._ranked(queries, histories))
+        return [
+            self._answer(query, history, next(rankings) if history else None)
+            for query, history in zip(queries, histories, strict=True)
+        ]
+
+    def similar(self, item_id: str, k: int) -> Ranking:
+        """The k nearest items by the cosine of the item vectors, in -1..1, without the item itself.
+
+        Raises UnknownItem.
+        """
+        item = self.catalog.index.get(item_id)
+        if item is None:
+            raise UnknownItem(f"the model {self.info.model_version} does not know the item {item_id!r}")
+        cosines = np.clip(self._unit_vectors @ self._unit_vectors[item], -1, 1)
+        cosines[[0, item]] = -np.inf
+        k = min(k, len(self.catalog) - 1)
+        nearest = np.argpartition(-cosines, k)[:k]
+        nearest = nearest[np.lexsort((nearest, -cosines[nearest]))]
+        return Ranking(nearest.astype(np.int32), cosines[nearest])
+
+    def _ranked(self, queries: Sequence[Query], histories: Sequence[Sequence[KnownEvent]]) -> list[Ranking]:
+        rows = [
+            features(history, query.request_time, self._indices(query.exclude_item_ids), self.info)
+            for query, history in zip(queries, histories, strict=True)
+            if history
+        ]
+        return self._engine.rank(rows, max(query.k for query in queries)) if rows else []
+
+    def _answer(self, query: Query, history: Sequence[KnownEvent], ranking: Ranking | None) -> Answer:
+        if ranking is None:
+            items, scores = self._most_popular(query.k, self._indices(query.exclude_item_ids))
+        else:
+            items, scores = ranking.items[: query.k], ranking.scores[: query.k]
+        explanations: tuple[Explanation, ...] = ()
+        if query.explain and ranking is None:
+            explanations = explain_popularity(items, self.catalog)
+        elif query.explain:
+            fed = history[-self.info.max_history :]
+            explanations = explain(items, fed, self._unit_vectors, self.catalog, self.info.rating_scale)
+        return Answer(
+            items=items,
+            scores=scores,
+            policy=POPULARITY if ranking is None else self.info.policy,
+            ignored_event_count=len(query.events) - len(history),
+            explanations=explanations,
+        )
+
+    def _most_popular(self, k: int, exclude: Sequence[int]) -> Ranking:
+        # Among the first k + len(exclude) at most len(exclude) are dropped.
+        items = self.catalog.by_popularity[: k + len(exclude)]
+        items = items[~np.isin(items, np.array(exclude, np.int32))][:k]
+        return Ranking(items, self.catalog.popularity[items].astype(np.float32))
+
+    def _indices(self, item_ids: Sequence[str]) -> list[int]:
+        index = self.catalog.index
+        return [index[item_id] for item_id in item_ids if item_id in index]

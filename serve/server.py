@@ -1,0 +1,74 @@
+"""Puts the servicer, health checking and reflection on one port."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from serve.pb import recommender_pb2, recommender_pb2_grpc
+from serve.recommender import Recommender
+from serve.servicer import RecommenderServicer
+from serve.store import EventStore
+
+SERVICE = recommender_pb2.DESCRIPTOR.services_by_name["Recommender"].full_name
+
+# A threaded server rather than grpc.aio. 10,000 items, hidden 128, 50 events, 2 shared cores, medians of two
+# rounds: threaded with 8 workers 1.36 ms at concurrency 1 and 1,220 requests/s at 32; aio 1.68 ms and 860/s;
+# aio with two worker threads 2.2 ms and 990/s. Threads also let RecordEvents wait for the disk while others
+# are answered. 32 workers got through 910 requests/s, 1 worker 1,010.
+WORKERS = 8
+DRAIN_S = 10.0
+
+
+class AddressError(Exception):
+    """The server cannot listen on an address."""
+
+
+class RecommenderServer:
+    """A server that was created but not started; `port` is already bound."""
+
+    def __init__(self, server: grpc.Server, health_servicer: health.HealthServicer, port: int) -> None:
+        self._server = server
+        self._health = health_servicer
+        self.port = port
+
+    def start(self) -> None:
+        """Starts to answer, and says so to health checks."""
+        self._server.start()
+        for name in ("", SERVICE):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    def drain(self, timeout_s: float = DRAIN_S) -> None:
+        """Tells health checks, takes no new calls, and returns when the calls under way have been answered.
+
+        Calls that take longer than `timeout_s` seconds are cancelled.
+        """
+        self._health.enter_graceful_shutdown()
+        self._server.stop(timeout_s).wait()
+
+
+def create_server(
+    model: Recommender, store: EventStore, address: str, workers: int = WORKERS
+) -> RecommenderServer:
+    """Binds `address` (HOST:PORT, with port 0 for a free one) for a server that is not started yet.
+
+    Raises AddressError.
+    """
+    # gRPC takes 99999 as the port 34463.
+    port_text = address.rpartition(":")[2]
+    if not (port_text.isascii() and port_text.isdecimal() and int(port_text) < 2**16):
+        raise AddressError(f"expected HOST:PORT with a port in 0..65535, came {address}")
+    # By default two servers could share a port, and a forgotten old one would answer every other call.
+    server = grpc.server(ThreadPoolExecutor(workers), options=[("grpc.so_reuseport", 0)])
+    recommender_pb2_grpc.add_RecommenderServicer_to_server(RecommenderServicer(model, store), server)
+    health_servicer = health.HealthServicer()
+    for name in ("", SERVICE):
+        health_servicer.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise AddressError(f"cannot listen on {address}: {error}") from error
+    return RecommenderServer(server, health_servicer, port)
