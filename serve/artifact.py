@@ -188,9 +188,7 @@ def _verified_files(directory: Path, files: _Fields) -> Mapping[str, bytes]:
             )
         digest = hashlib.sha256(content).hexdigest()
         if digest != entry.get("sha256", str):
-            raise ArtifactError(
-                f"{path}: has sha256 {digest}, expected {entry.get('sha256', str)} as in the manifest"
-            )
+            raise ArtifactError(f"{path}: has sha256 {digest}, expected {entry.get('sha256', str)} as in the manifest")
         contents[name] = content
     return contents
 
@@ -203,9 +201,7 @@ def _catalog(path: Path, content: bytes, info: ModelInfo) -> Catalog:
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path}: expected UTF-8: {error}") from error
     if len(catalog) != info.item_count:
-        raise ArtifactError(
-            f"{path}: has {len(catalog)} items, expected {info.item_count} as in the manifest"
-        )
+        raise ArtifactError(f"{path}: has {len(catalog)} items, expected {info.item_count} as in the manifest")
     return catalog
 
 

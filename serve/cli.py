@@ -72,8 +72,7 @@ def run(model: Path, address: str, store: Path, provider: Provider, threads: int
             server.start()
             host = address.rpartition(":")[0]
             click.echo(
-                f"serving {recommender.info.model_version} on {host}:{server.port}"
-                f" (provider {recommender.provider})"
+                f"serving {recommender.info.model_version} on {host}:{server.port} (provider {recommender.provider})"
             )
             stopped.wait()
             server.drain()
@@ -104,8 +103,7 @@ def run(model: Path, address: str, store: Path, provider: Provider, threads: int
     type=click.Path(dir_okay=False, path_type=Path),
     required=True,
     metavar="CSV",
-    help="Where to write userId,rank,movieId,score, in the order of the requests. Replaced as a whole or not"
-    " at all.",
+    help="Where to write userId,rank,movieId,score, in the order of the requests. Replaced as a whole or not at all.",
 )
 @provider_option
 @threads_option

@@ -89,9 +89,7 @@ class RecommenderClient:
         """
         if (user_id is None) == (history is None):
             raise ValueError("expected user_id or history, and not both")
-        request = RecommendRequest(
-            k=k, exclude_item_ids=exclude_item_ids, request_time=request_time, explain=explain
-        )
+        request = RecommendRequest(k=k, exclude_item_ids=exclude_item_ids, request_time=request_time, explain=explain)
         if user_id is not None:
             request.user_id = user_id
         else:

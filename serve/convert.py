@@ -49,9 +49,7 @@ def decode_query(request: pb.RecommendRequest, scale: RatingScale | None, stored
     return Query(events, k, tuple(request.exclude_item_ids), request_time, request.explain)
 
 
-def _decode_history(
-    history: pb.History, request_time: int | None, scale: RatingScale | None
-) -> Sequence[Event]:
+def _decode_history(history: pb.History, request_time: int | None, scale: RatingScale | None) -> Sequence[Event]:
     check_length("history.events", history.events, MAX_HISTORY_EVENTS)
     events = [_decode_event(f"history.events[{at}]", event, scale) for at, event in enumerate(history.events)]
     if events and request_time is not None:

@@ -132,9 +132,7 @@ def _session(
         raise ArtifactError(f"{file}: ONNX Runtime cannot load it: {error}") from error
     if provider == "cuda" and session.get_providers()[0] != CUDA:
         raise ProviderError(f"expected CUDA, but {file.name} runs on {session.get_providers()[0]}")
-    inputs, outputs = (
-        (SEQUENCE_INPUTS, SEQUENCE_OUTPUTS) if name == "sequence" else (STEP_INPUTS, STEP_OUTPUTS)
-    )
+    inputs, outputs = (SEQUENCE_INPUTS, SEQUENCE_OUTPUTS) if name == "sequence" else (STEP_INPUTS, STEP_OUTPUTS)
     _check_signature(f"{file}: inputs", session.get_inputs(), inputs)
     _check_signature(f"{file}: outputs", session.get_outputs(), outputs)
     return session

@@ -31,11 +31,7 @@ class KnownEvent(NamedTuple):
 def known_events(events: Sequence[Event], catalog: Catalog) -> list[KnownEvent]:
     """The events on items that the model knows, by timestamp; equal timestamps keep their order."""
     index = catalog.index
-    known = [
-        KnownEvent(index[item_id], rating, timestamp)
-        for item_id, rating, timestamp in events
-        if item_id in index
-    ]
+    known = [KnownEvent(index[item_id], rating, timestamp) for item_id, rating, timestamp in events if item_id in index]
     known.sort(key=lambda event: event.timestamp)
     return known
 

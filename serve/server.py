@@ -48,9 +48,7 @@ class RecommenderServer:
         self._server.stop(timeout_s).wait()
 
 
-def create_server(
-    model: Recommender, store: EventStore, address: str, workers: int = WORKERS
-) -> RecommenderServer:
+def create_server(model: Recommender, store: EventStore, address: str, workers: int = WORKERS) -> RecommenderServer:
     """Binds `address` (HOST:PORT, with port 0 for a free one) for a server that is not started yet.
 
     Raises AddressError.

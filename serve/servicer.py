@@ -34,9 +34,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         return encode_answer(answer, self._model)
 
     @answers_errors
-    def RecordEvents(
-        self, request: pb.RecordEventsRequest, context: grpc.ServicerContext
-    ) -> pb.RecordEventsResponse:
+    def RecordEvents(self, request: pb.RecordEventsRequest, context: grpc.ServicerContext) -> pb.RecordEventsResponse:
         events = decode_user_events(request, self._model.info.rating_scale)
         recorded = self._store.record(events)
         unknown = [new for new in recorded if new.event.item_id not in self._model.catalog.index]
@@ -59,15 +57,11 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         return encode_profile(events, limit, preferences, self._model)
 
     @answers_errors
-    def SimilarItems(
-        self, request: pb.SimilarItemsRequest, context: grpc.ServicerContext
-    ) -> pb.SimilarItemsResponse:
+    def SimilarItems(self, request: pb.SimilarItemsRequest, context: grpc.ServicerContext) -> pb.SimilarItemsResponse:
         check_id("item_id", request.item_id)
         ranking = self._model.similar(request.item_id, checked_count("k", request.k))
         return encode_similar(ranking, self._model)
 
     @answers_errors
-    def GetModelInfo(
-        self, request: pb.GetModelInfoRequest, context: grpc.ServicerContext
-    ) -> pb.GetModelInfoResponse:
+    def GetModelInfo(self, request: pb.GetModelInfoRequest, context: grpc.ServicerContext) -> pb.GetModelInfoResponse:
         return encode_model_info(self._model)

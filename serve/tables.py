@@ -74,9 +74,7 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]
                 if not row:
                     continue
                 if len(row) != len(header):
-                    raise TableError(
-                        f"{path}:{reader.line_num}: expected {len(header)} fields, came {len(row)}"
-                    )
+                    raise TableError(f"{path}:{reader.line_num}: expected {len(header)} fields, came {len(row)}")
                 yield reader.line_num, [row[place] for place in places]
         except csv.Error as error:
             raise TableError(f"{path}:{reader.line_num}: expected CSV: {error}") from error
