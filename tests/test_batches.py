@@ -1,0 +1,94 @@
+"""Training windows and evaluation batches: every event once, nothing of the future, padding that is marked."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from jaxrec.batches import TrainingData, case_batches, training_windows
+from jaxrec.config import PrepareConfig
+from jaxrec.prepare import PreparedData, prepare
+from jaxrec.schema import MISSING_RATING, UNKNOWN_GAP
+from tests.synthetic import random_log
+
+
+@pytest.fixture(scope="module")
+def data() -> PreparedData:
+    return prepare(random_log(users=30, items=25, max_events=40, seed=3), None, PrepareConfig(3, 1))
+
+
+def test_windows_by_hand() -> None:
+    users, starts, lengths = training_windows(np.array([1, 2, 6, 7]), max_length=3)
+    # 6 events have 5 targets: the last three (start 2), then the first two. 7 events have 6: twice three.
+    assert users.tolist() == [1, 2, 2, 3, 3]
+    assert starts.tolist() == [0, 2, 0, 3, 0]
+    assert lengths.tolist() == [1, 3, 2, 3, 3]
+
+
+def test_every_training_event_but_the_first_is_a_target_once(data: PreparedData) -> None:
+    windows = TrainingData(data, max_length=8)
+    seen: Counter[tuple[int, float]] = Counter()
+    for batch in windows.epoch(seed=0, epoch=0, batch_tokens=64):
+        where = batch.target > 0
+        np.testing.assert_array_equal(where, np.arange(where.shape[1]) < batch.events.length[:, None])
+        seen.update(zip(batch.target[where].tolist(), batch.target_gap[where].tolist(), strict=True))
+    histories = data.histories
+    rows = data.split.train_rows(histories)
+    rows = rows[histories.positions()[rows] > 0]
+    expected = Counter(zip(histories.items[rows].tolist(), histories.gaps()[rows].tolist(), strict=True))
+    assert seen == expected
+    assert windows.target_count == len(rows)
+
+
+def test_no_held_out_event_is_in_a_training_batch(data: PreparedData) -> None:
+    marked = data.histories.items.copy()
+    marked[data.split.test.rows] = marked[data.split.validation.rows] = 10_000
+    histories = data.histories.__class__(data.histories.offsets, marked, data.histories.ratings, data.histories.times)
+    held_out = PreparedData(data.catalog, data.users, histories, data.split, data.config)
+    for batch in TrainingData(held_out, max_length=8).epoch(0, 0, batch_tokens=64):
+        assert batch.events.item.max() < 10_000
+        assert batch.target.max() < 10_000
+
+
+def test_padding_is_marked(data: PreparedData) -> None:
+    for batch in TrainingData(data, max_length=8).epoch(0, 0, batch_tokens=64):
+        padding = np.arange(batch.target.shape[1]) >= batch.events.length[:, None]
+        assert np.all(batch.events.item[padding] == 0)
+        assert np.all(batch.events.rating[padding] == MISSING_RATING)
+        assert np.all(batch.events.gap[padding] == UNKNOWN_GAP)
+        assert np.all(batch.events.item[~padding] > 0)
+
+
+def test_order_follows_from_seed_and_epoch(data: PreparedData) -> None:
+    windows = TrainingData(data, max_length=8)
+
+    def first_targets(seed: int, epoch: int) -> list[int]:
+        return [int(batch.target[0, 0]) for batch in windows.epoch(seed, epoch, batch_tokens=32)]
+
+    assert first_targets(0, 1) == first_targets(0, 1)
+    assert first_targets(0, 1) != first_targets(0, 2)
+    assert first_targets(0, 1) != first_targets(1, 1)
+
+
+def test_batches_come_in_few_shapes_and_split_over_devices(data: PreparedData) -> None:
+    windows = TrainingData(data, max_length=8)
+    batches = list(windows.epoch(0, 0, batch_tokens=64, multiple_of=4))
+    assert {batch.target.shape for batch in batches} <= {(32, 2), (16, 4), (8, 8)}
+    assert len(batches) == windows.steps_per_epoch(64, multiple_of=4)
+
+
+def test_cases_hold_the_history_and_nothing_later(data: PreparedData) -> None:
+    histories, cases = data.histories, data.split.test
+    row = 0
+    for batch in case_batches(data, cases, max_length=8, size=7):
+        for i in range(min(7, len(cases) - row)):
+            target_row = cases.rows[row]
+            history = histories.items[histories.offsets[cases.users[row]] : target_row]
+            length = int(batch.events.length[i])
+            assert length == min(8, len(history))
+            assert batch.events.item[i, :length].tolist() == history[-8:].tolist()
+            assert set(batch.exclude[i].tolist()) - {0} == set(history.tolist())
+            assert batch.target[i] == histories.items[target_row]
+            assert batch.request_gap[i] == histories.times[target_row] - histories.times[target_row - 1]
+            row += 1
+    assert row == len(cases)

@@ -1,0 +1,63 @@
+"""Ranks and metrics against values worked out by hand."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrec.losses import next_item_loss
+from jaxrec.metrics import bootstrap_mean, coverage, hit_rate, ndcg, rank_of_target, reciprocal_rank
+
+# Column 0 is padding. Item:   1    2    3    4    5
+SCORES = jnp.array([[9.0, 0.5, 0.9, 0.1, 0.7, 0.7], [9.0, 0.5, 0.9, 0.1, 0.7, 0.7]])
+
+
+def test_rank_by_hand() -> None:
+    nothing = jnp.zeros((2, 1), jnp.int32)
+    assert rank_of_target(SCORES, jnp.array([2, 3]), nothing).tolist() == [1, 5]
+
+
+def test_ties_count_against_the_target() -> None:
+    assert rank_of_target(SCORES, jnp.array([4, 5]), jnp.zeros((2, 1), jnp.int32)).tolist() == [3, 3]
+
+
+def test_excluded_items_are_no_competitors_but_the_target_is_ranked() -> None:
+    exclude = jnp.array([[2, 4, 0], [3, 2, 0]])
+    assert rank_of_target(SCORES, jnp.array([5, 3]), exclude).tolist() == [1, 4]
+
+
+def test_equal_scores_rank_last() -> None:
+    assert rank_of_target(jnp.zeros((1, 6)), jnp.array([1]), jnp.zeros((1, 1), jnp.int32)).tolist() == [5]
+
+
+def test_metrics_by_hand() -> None:
+    ranks = np.array([1, 2, 10, 11])
+    assert hit_rate(ranks, 10).tolist() == [1, 1, 1, 0]
+    np.testing.assert_allclose(ndcg(ranks, 10), [1, 1 / math.log2(3), 1 / math.log2(11), 0])
+    np.testing.assert_allclose(reciprocal_rank(ranks), [1, 1 / 2, 1 / 10, 1 / 11])
+    assert coverage(np.array([[1, 2], [2, 3]]), item_count=6) == 3 / 6
+
+
+def test_bootstrap_interval_holds_the_normal_one() -> None:
+    values = (np.arange(400) % 4 == 0).astype(float)  # mean 1/4, standard error sqrt(3/16 / 400)
+    estimate = bootstrap_mean(values)
+    error = math.sqrt(3 / 16 / 400)
+    assert estimate.mean == 1 / 4
+    assert estimate.low == pytest.approx(1 / 4 - 1.96 * error, abs=error / 3)
+    assert estimate.high == pytest.approx(1 / 4 + 1.96 * error, abs=error / 3)
+    with pytest.raises(ValueError, match="no cases"):
+        bootstrap_mean(np.array([]))
+
+
+def test_loss_by_hand() -> None:
+    item_vectors = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+    bias = jnp.array([-1e30, 0.0, 0.5])
+    query = jnp.array([[[1.0, 1.0], [3.0, 0.0]]])  # logits 1, 2.5 and 3, 0.5
+    losses = [math.log(math.e + math.exp(2.5)) - 1, math.log(math.exp(3) + math.exp(0.5)) - 0.5]
+    target = jnp.array([[1, 2]])
+    both = next_item_loss(query, item_vectors, bias, target, jnp.array([[True, True]]))
+    assert float(both) == pytest.approx(sum(losses) / 2, rel=1e-6)
+    one = next_item_loss(query, item_vectors, bias, target, jnp.array([[False, True]]))
+    assert float(one) == pytest.approx(losses[1], rel=1e-6)
+    assert float(next_item_loss(query, item_vectors, bias, target, jnp.array([[False, False]]))) == 0.0
