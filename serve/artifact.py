@@ -36,12 +36,14 @@ class RatingScale:
     maximum: float
 
     def contains(self, rating: float) -> bool:
-        """Whether a rating is valid, compared as float32: that is how it travels in a message."""
+        """Whether a rating is valid; the ends also as float32, which is how they travel in a message."""
+        if self.minimum <= rating <= self.maximum:
+            return True
         return bool(np.float32(self.minimum) <= np.float32(rating) <= np.float32(self.maximum))
 
-    def scaled(self, rating: float) -> float:
-        """A valid rating on 0..1; never below 0 by rounding, where -1 would mean no rating."""
-        return min(1.0, max(0.0, (rating - self.minimum) / (self.maximum - self.minimum)))
+    def scaled(self, ratings: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Valid ratings on 0..1, never below 0 by rounding; nan (no rating) stays nan."""
+        return np.clip((ratings - self.minimum) / (self.maximum - self.minimum), 0, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,12 @@ def decode_query(request: pb.RecommendRequest, scale: RatingScale | None, stored
 
 def _decode_history(history: pb.History, request_time: int | None, scale: RatingScale | None) -> Sequence[Event]:
     check_length("history.events", history.events, MAX_HISTORY_EVENTS)
-    events = [_decode_event(f"history.events[{at}]", event, scale) for at, event in enumerate(history.events)]
+    events = []
+    for at, event in enumerate(history.events):
+        try:
+            events.append(_decode_event(event, scale))
+        except InvalidRequest as error:
+            raise error.within(f"history.events[{at}]") from error
     if events and request_time is not None:
         last = max(event.timestamp for event in events)
         if request_time < last:
@@ -59,13 +64,13 @@ def _decode_history(history: pb.History, request_time: int | None, scale: Rating
     return events
 
 
-def _decode_event(path: str, event: pb.Event | pb.UserEvent, scale: RatingScale | None) -> Event:
+def _decode_event(event: pb.Event | pb.UserEvent, scale: RatingScale | None) -> Event:
     item_id, timestamp, rating = event.item_id, event.timestamp, None
-    check_id(f"{path}.item_id", item_id)
+    check_id("item_id", item_id)
     if event.HasField("rating"):
         rating = event.rating
-        check_rating(f"{path}.rating", rating, scale)
-    check_time(f"{path}.timestamp", timestamp)
+        check_rating("rating", rating, scale)
+    check_time("timestamp", timestamp)
     return Event(item_id, rating, timestamp)
 
 
@@ -74,10 +79,12 @@ def decode_user_events(request: pb.RecordEventsRequest, scale: RatingScale | Non
     check_length("events", request.events, MAX_RECORDED_EVENTS)
     events = []
     for at, event in enumerate(request.events):
-        check_id(f"events[{at}].event_id", event.event_id)
-        check_id(f"events[{at}].user_id", event.user_id)
-        decoded = _decode_event(f"events[{at}]", event, scale)
-        events.append(UserEvent(event.event_id, event.user_id, decoded))
+        try:
+            check_id("event_id", event.event_id)
+            check_id("user_id", event.user_id)
+            events.append(UserEvent(event.event_id, event.user_id, _decode_event(event, scale)))
+        except InvalidRequest as error:
+            raise error.within(f"events[{at}]") from error
     return events
 
 

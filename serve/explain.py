@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from serve.artifact import RatingScale
 from serve.catalog import Catalog
-from serve.history import KnownEvent
+from serve.history import KnownEvent, unit_ratings
 
 MOST_EVENTS = 3
 
@@ -50,7 +50,7 @@ def explain(
     last = {event.item: event for event in events}
     candidates = list(last.values())
     similarities = np.clip(unit_vectors[items] @ unit_vectors[list(last)].T, 0, 1)
-    weights = similarities * np.array([_liking(event, scale) for event in candidates], np.float32)
+    weights = similarities * unit_ratings(candidates, scale, missing=0.5)
     order = np.argsort(-weights, axis=1, kind="stable")[:, :MOST_EVENTS]
     return tuple(
         _explanation(
@@ -70,10 +70,6 @@ def explain_popularity(items: NDArray[np.int32], catalog: Catalog) -> tuple[Expl
     """Explains items that were recommended for their popularity."""
     counts = catalog.popularity[items]
     return tuple(Explanation((), (), f"Popular: {count} events in the training data") for count in counts)
-
-
-def _liking(event: KnownEvent, scale: RatingScale | None) -> float:
-    return 0.5 if event.rating is None or scale is None else scale.scaled(event.rating)
 
 
 def _explanation(item: int, reasons: list[ExplainingEvent], catalog: Catalog) -> Explanation:

@@ -1,12 +1,13 @@
 """A user's past events, and what of them the model sees."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.artifact import ModelInfo
+from serve.artifact import ModelInfo, RatingScale
 from serve.catalog import Catalog
 from serve.engine import Features
 
@@ -32,7 +33,7 @@ def known_events(events: Sequence[Event], catalog: Catalog) -> list[KnownEvent]:
     """The events on items that the model knows, by timestamp; equal timestamps keep their order."""
     index = catalog.index
     known = [KnownEvent(index[item_id], rating, timestamp) for item_id, rating, timestamp in events if item_id in index]
-    known.sort(key=lambda event: event.timestamp)
+    known.sort(key=attrgetter("timestamp"))
     return known
 
 
@@ -51,16 +52,16 @@ def features(
     gap[1:] = timestamps[1:] - timestamps[:-1]
     return Features(
         item=np.array([event.item for event in fed], np.int32),
-        rating=_scaled_ratings(fed, info),
+        rating=unit_ratings(fed, info.rating_scale, missing=-1),
         gap=gap,
         request_gap=-1.0 if request_time is None else float(request_time - fed[-1].timestamp),
         exclude=np.array([*(event.item for event in events), *exclude], np.int32),
     )
 
 
-def _scaled_ratings(events: Sequence[KnownEvent], info: ModelInfo) -> NDArray[np.float32]:
-    scale = info.rating_scale
+def unit_ratings(events: Sequence[KnownEvent], scale: RatingScale | None, missing: float) -> NDArray[np.float32]:
+    """Ratings on 0..1 as `[n]`, with `missing` for an event without one, or for all when there is no scale."""
     if scale is None:
-        return np.full(len(events), -1, np.float32)
-    ratings = [-1.0 if event.rating is None else scale.scaled(event.rating) for event in events]
-    return np.array(ratings, np.float32)
+        return np.full(len(events), missing, np.float32)
+    ratings = np.array([event.rating for event in events], np.float64)
+    return np.nan_to_num(scale.scaled(ratings), nan=missing).astype(np.float32)

@@ -19,6 +19,11 @@ class InvalidRequest(ValueError):
     def __init__(self, field: str, expected: str, came: object) -> None:
         super().__init__(f"{field}: expected {expected}, came {came}")
         self.field = field
+        self._rest = (expected, came)
+
+    def within(self, message: str) -> "InvalidRequest":
+        """The same failure of a field that lies within a message, such as `history.events[3]`."""
+        return InvalidRequest(f"{message}.{self.field}", *self._rest)
 
 
 def check_id(field: str, value: str) -> None:
