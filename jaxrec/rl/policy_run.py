@@ -113,7 +113,7 @@ def _read_record(run: Run) -> tuple[PolicyOutcome, RLConfig, str]:
     try:
         if record["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema version {record['schema_version']}, expected {SCHEMA_VERSION}")
-        outcome = from_json(PolicyOutcome, record["outcome"])
+        outcome = PolicyOutcome(**record["outcome"])
         return outcome, from_json(RLConfig, record["config"]), record["sha256"][VARIABLES_FILE]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not a policy that this version can read ({error}); run `jaxrec rl` again") from error
