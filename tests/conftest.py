@@ -1,5 +1,6 @@
 """Fixtures that several parts of the tests share: one small catalogue, one random model, one exported directory."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -44,8 +45,7 @@ def small_data() -> PreparedData:
     return prepare(interactions, movies, PrepareConfig(rating_scale=RatingScale(0.5, 5.0)))
 
 
-def random_hybrid(data: PreparedData, seed: int, with_policy: bool) -> Hybrid:
-    """A hybrid whose every weight is random, and large enough that the logits of the items differ clearly."""
+def _random_hybrid(data: PreparedData, seed: int, with_policy: bool) -> Hybrid:
     items = len(data.catalog)
     rngs = nnx.Rngs(seed)
     hybrid = Hybrid(
@@ -61,15 +61,22 @@ def random_hybrid(data: PreparedData, seed: int, with_policy: bool) -> Hybrid:
 
 
 @pytest.fixture(scope="session")
-def small_hybrid(small_data: PreparedData) -> Hybrid:
-    """A random model of `small_data` with a policy head."""
-    return random_hybrid(small_data, seed=1, with_policy=True)
+def random_hybrid() -> Callable[[PreparedData, int, bool], Hybrid]:
+    """Builds a hybrid whose every weight is random, and large enough that the logits of the items differ clearly.
+
+    Takes the data, a seed, and whether there is a policy head.
+    """
+    return _random_hybrid
 
 
 @pytest.fixture(scope="session")
-def model_directory(
-    small_data: PreparedData, small_hybrid: Hybrid, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def small_hybrid(small_data: PreparedData) -> Hybrid:
+    """A random model of `small_data` with a policy head."""
+    return _random_hybrid(small_data, seed=1, with_policy=True)
+
+
+@pytest.fixture(scope="session")
+def model_directory(small_data: PreparedData, small_hybrid: Hybrid, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The exported `small_hybrid`. Shared: copy it before changing it."""
     out = tmp_path_factory.mktemp("exported") / "model"
     export_model(

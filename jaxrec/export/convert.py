@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -14,13 +14,17 @@ from jaxrec.export.errors import ExportError
 from jaxrec.export.signature import OPSET, Signature, sequence_signature, step_signature
 from jaxrec.export.weights import Weights
 
-_LOOPS = ("Loop", "Scan", "If")
+_LOOPS = {"Loop", "Scan", "If"}
 _SEQUENCE_LENS = 4  # the place of the lengths among the inputs of ONNX' LSTM
 
 
 def sequence_graph(weights: Weights) -> bytes:
-    """`sequence.onnx` (see `sequence_signature`). Raises ExportError."""
-    model = _convert("sequence", weights, sequence_signature(weights.state_width))
+    """`sequence.onnx`, as `sequence_signature` has it. Raises ExportError."""
+    tf, tf2onnx = _load_tensorflow()
+    from jaxrec.export import mirror
+
+    signature = sequence_signature(weights.state_width)
+    model = _convert(tf, tf2onnx, "sequence", mirror.sequence, weights, signature)
     for node in model.graph.node:
         if node.op_type == "LSTM":
             # So its last h and c are those of each row's last event.
@@ -29,25 +33,23 @@ def sequence_graph(weights: Weights) -> bytes:
 
 
 def step_graph(weights: Weights) -> bytes:
-    """`step.onnx` (see `step_signature`). Raises ExportError."""
-    return _checked(_convert("step", weights, step_signature(weights.state_width)))
-
-
-def _convert(name: str, weights: Weights, signature: Signature) -> Any:
-    """An onnx.ModelProto with the signature's inputs and outputs."""
+    """`step.onnx`, as `step_signature` has it. Raises ExportError."""
     tf, tf2onnx = _load_tensorflow()
     from jaxrec.export import mirror
 
+    return _checked(_convert(tf, tf2onnx, "step", mirror.step, weights, step_signature(weights.state_width)))
+
+
+def _convert(
+    tf: Any, tf2onnx: Any, name: str, forward: Callable[..., dict[str, Any]], weights: Weights, signature: Signature
+) -> Any:
+    """An onnx.ModelProto with the inputs and outputs of the signature."""
     item_arrays = {"item_vectors": weights.item_vectors, "item_bias": weights.item_bias}
-    forward = {"sequence": mirror.sequence, "step": mirror.step}[name]
-    specs = {
-        **{key: tf.TensorSpec(array.shape, array.dtype, key) for key, array in item_arrays.items()},
-        **{
-            key: tf.TensorSpec([None if isinstance(n, str) else n for n in tensor.shape], tensor.dtype, key)
-            for key, tensor in signature.inputs.items()
-            if key != "length"
-        },
-    }
+    specs = {key: tf.TensorSpec(array.shape, array.dtype, key) for key, array in item_arrays.items()}
+    for key, tensor in signature.inputs.items():
+        if key != "length":  # the mirror has no use for it
+            shape = [None if isinstance(size, str) else size for size in tensor.shape]
+            specs[key] = tf.TensorSpec(shape, tensor.dtype, key)
 
     def program(*arguments: Any) -> dict[str, Any]:
         return forward(weights, **dict(zip(specs, arguments, strict=True)))
@@ -61,16 +63,15 @@ def _convert(name: str, weights: Weights, signature: Signature) -> Any:
     return model
 
 
-def _finish(name: str, model: Any, signature: Signature, item_arrays: dict[str, Any]) -> None:
-    """Makes the items' arrays weights, names the dimensions, and checks that the LSTMs are fused."""
+def _finish(name: str, model: Any, signature: Signature, item_arrays: dict[str, np.ndarray]) -> None:
+    """Makes the items' arrays weights, names the dimensions, and refuses a graph whose LSTMs are not fused."""
     from onnx import helper, numpy_helper
 
     graph = model.graph
     operators = [node.op_type for node in graph.node]
-    if operators.count("LSTM") != 2 or any(loop in operators for loop in _LOOPS):
+    if operators.count("LSTM") != 2 or not _LOOPS.isdisjoint(operators):
         raise ExportError(f"{name}.onnx: expected two LSTM operators and no loop, found {sorted(set(operators))}")
     graph.name = name
-    graph.doc_string = ""
     graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in item_arrays.items())
     del graph.value_info[:]
     for place, tensors in ((graph.input, signature.inputs), (graph.output, signature.outputs)):

@@ -35,7 +35,7 @@ def sequence(
 ) -> dict[str, Any]:
     """A batch of histories -> state, items, scores."""
     nothing = tf.zeros([tf.shape(item)[0], weights.state_width])
-    state = _advance(weights, item_vectors, nothing, item, rating, gap)
+    state = _advance(weights, item_vectors, nothing, tf.transpose(item), tf.transpose(rating), tf.transpose(gap))
     items, scores = _answer(weights, item_vectors, item_bias, state, request_gap, exclude, k)
     return {"state": state, "items": items, "scores": scores}
 
@@ -54,16 +54,17 @@ def step(
     k: Any,
 ) -> dict[str, Any]:
     """A batch of states and one event for each -> next_state, items, scores."""
-    state = _advance(weights, item_vectors, state, item[:, None], rating[:, None], gap[:, None])
+    event = (tf.expand_dims(column, 0) for column in (item, rating, gap))
+    state = _advance(weights, item_vectors, state, *event)
     items, scores = _answer(weights, item_vectors, item_bias, state, request_gap, exclude, k)
     return {"next_state": state, "items": items, "scores": scores}
 
 
 def _advance(weights: Weights, item_vectors: Any, state: Any, item: Any, rating: Any, gap: Any) -> Any:
-    """The state [batch, 4 * hidden] after the events [batch, length]."""
+    """The state [batch, 4 * hidden] after the events, [length, batch] as the LSTM wants them."""
     views = [
         tf.gather(item_vectors, item),
-        _rating_vectors(weights, rating[..., None]),
+        _rating_vectors(weights, tf.expand_dims(rating, -1)),
         tf.gather(weights.gap_vectors, _gap_bucket(gap)),
     ]
     of_lstm, of_content = zip(*(tf.split(view, 2, axis=2) for view in views), strict=True)
@@ -78,16 +79,15 @@ def _rating_vectors(weights: Weights, rating: Any) -> Any:
 
 
 def _gap_bucket(gap: Any) -> Any:
-    return tf.reduce_sum(tf.cast(gap[..., None] >= GAP_EDGES, tf.int32), axis=-1)
+    return tf.reduce_sum(tf.cast(tf.expand_dims(gap, -1) >= GAP_EDGES, tf.int32), axis=-1)
 
 
 def _lstm(weights: LSTMWeights, x: Any, h: Any, c: Any) -> tuple[Any, Any]:
-    """Final (h, c) [batch, hidden] of x [batch, length, inputs].
+    """Final (h, c) [batch, hidden] of x [length, batch, inputs].
 
     tf2onnx knows an LSTM by this very shape of the loop, down to the order of the factors and the outputs that
     nobody reads.
     """
-    x = tf.transpose(x, [1, 0, 2])
     length = tf.shape(x)[0]
     inputs = tf.TensorArray(tf.float32, size=length).unstack(x)
     outputs = tf.TensorArray(tf.float32, size=length)
@@ -115,11 +115,11 @@ def _answer(
     if weights.policy is not None:
         query += _policy_shift(weights.policy, query)
     logits = tf.matmul(query, item_vectors, transpose_b=True) + item_bias
-    rows = tf.broadcast_to(tf.range(tf.shape(exclude)[0])[:, None], tf.shape(exclude))
+    rows = tf.broadcast_to(tf.expand_dims(tf.range(tf.shape(exclude)[0]), 1), tf.shape(exclude))
     never = tf.fill(tf.shape(exclude), np.float32(NEVER))
     logits = tf.tensor_scatter_nd_update(logits, tf.stack([rows, exclude], axis=2), never)
     # Without the column of the padding, which so cannot be an answer even when all others are excluded.
-    scores, columns = tf.math.top_k(logits[:, 1:], tf.cast(k[0], tf.int32))
+    scores, columns = tf.math.top_k(logits[:, 1:], tf.squeeze(k, 0))
     return columns + 1, scores
 
 

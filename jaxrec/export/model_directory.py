@@ -13,7 +13,7 @@ from jaxrec.export.convert import sequence_graph, step_graph
 from jaxrec.export.errors import ExportError
 from jaxrec.export.parity import check_parity
 from jaxrec.export.signature import OPSET, sequence_signature, step_signature
-from jaxrec.export.weights import Weights, extract_weights
+from jaxrec.export.weights import extract_weights
 from jaxrec.files import new_directory, sha256
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.prepare import PreparedData
@@ -51,7 +51,8 @@ def export_model(
     for name, summary in summaries.items():
         _require_json(name, summary)
     weights = extract_weights(hybrid)
-    _require_valid(weights, len(data.catalog))
+    if weights.item_count != len(data.catalog):
+        raise ExportError(f"the model knows {weights.item_count} items, the catalogue has {len(data.catalog)}")
     max_history = min(hybrid.lstm.config.max_length, hybrid.content.config.max_length)
     sequence, step = sequence_graph(weights), step_graph(weights)
     parity = check_parity(hybrid, sequence, step, max_history)
@@ -93,14 +94,6 @@ def _require_json(name: str, summary: dict[str, Any]) -> None:
         json.dumps(summary, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ExportError(f"{name} must hold JSON values only: {error}") from error
-
-
-def _require_valid(weights: Weights, item_count: int) -> None:
-    if weights.item_count != item_count:
-        raise ExportError(f"the model knows {weights.item_count} items, the catalogue has {item_count}")
-    for name in ("item_vectors", "item_bias", "request_scale", "projection"):
-        if not np.isfinite(getattr(weights, name)).all():
-            raise ExportError(f"{name} of the model holds NaN or infinity")
 
 
 def _write_catalog(data: PreparedData, path: Path) -> None:

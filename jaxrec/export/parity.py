@@ -53,7 +53,9 @@ def make_probe(item_count: int, max_history: int, seed: int = SEED) -> Probe:
     item = rng.integers(1, item_count + 1, shape)
     item[0, 0], item[1, 0], item[-1, 0], item[-1, -1] = 1, item_count, 1, item_count
     rating = rng.choice(np.array([MISSING_RATING, 0.0, 0.25, 0.5, 0.75, 1.0], np.float32), shape)
-    gaps = np.concatenate([GAP_EDGES, np.nextafter(GAP_EDGES[1:], np.float32(0)), np.float32([3e3, 4e8, 1e12])])
+    gaps = np.concatenate(
+        [GAP_EDGES, np.nextafter(GAP_EDGES[1:], np.float32(0)), np.array([3e3, 4e8, 1e12], np.float32)]
+    )
     gap = rng.choice(gaps, shape)
     gap[:, 0] = UNKNOWN_GAP
     request_gap = rng.choice(gaps, PROBE_ROWS)

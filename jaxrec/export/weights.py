@@ -7,10 +7,11 @@ request gap stands for, and the mix of the two models. Both models' arrays lie s
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from jaxrec.models.hybrid import Hybrid, PolicyHead
+from jaxrec.export.errors import ExportError
+from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.lstm import LSTM
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 
@@ -70,31 +71,36 @@ class Weights:
 
 
 def extract_weights(hybrid: Hybrid) -> Weights:
-    """The weights of `hybrid`, with its policy if it has one."""
+    """The weights of `hybrid`, with its policy if it has one. Raises ExportError on NaN, infinity and unlike models."""
+    for path, value in jax.tree.leaves_with_path(nnx.state(hybrid)):
+        if not np.isfinite(value).all():
+            raise ExportError(f"{jax.tree_util.keystr(path)} of the model holds NaN or infinity")
     models = (hybrid.lstm, hybrid.content)
-    share = np.float32(hybrid.weight[...])
-    shares = (share, 1 - share)
+    for width in ("embedding", "hidden", "rating_width", "time_width"):
+        of_lstm, of_content = (getattr(model.config, width) for model in models)
+        if of_lstm != of_content:
+            raise ExportError(f"the two models differ in {width}: {of_lstm} and {of_content}")
     # Accelerators multiply float32 matrices in a shorter format unless told otherwise.
     with jax.default_matmul_precision("highest"):
         item_vectors = np.asarray(hybrid.item_vectors())
         request_scale = np.concatenate([_request_scale(model) for model in models], axis=1)
+    share = np.float32(hybrid.weight[...])
+    projections = [_linear(model.projection) for model in models]
     return Weights(
         item_vectors=item_vectors,
         item_bias=np.asarray(hybrid.item_bias()),
-        rating_slope=_side_by_side([model.rating.slope[...] for model in models]),
-        rating_offset=_side_by_side([model.rating.offset[...] for model in models]),
-        rating_missing=_side_by_side([model.rating.missing[...] for model in models]),
-        gap_vectors=_side_by_side([model.gap.table[...] for model in models]),
+        rating_slope=np.concatenate([model.rating.slope[...] for model in models]),
+        rating_offset=np.concatenate([model.rating.offset[...] for model in models]),
+        rating_missing=np.concatenate([model.rating.missing[...] for model in models]),
+        gap_vectors=np.concatenate([model.gap.table[...] for model in models], axis=1),
         lstm=_lstm_weights(hybrid.lstm.lstm),
         content=_lstm_weights(hybrid.content.lstm),
         request_scale=request_scale,
-        projection=_block_diagonal(
-            [part * np.asarray(model.projection.kernel[...]) for part, model in zip(shares, models, strict=True)]
-        ),
-        projection_bias=np.concatenate(
-            [part * np.asarray(model.projection.bias[...]) for part, model in zip(shares, models, strict=True)]
-        ),
-        policy=None if hybrid.policy is None else _policy_weights(hybrid.policy),
+        projection=_block_diagonal(share * projections[0][0], (1 - share) * projections[1][0]),
+        projection_bias=np.concatenate([share * projections[0][1], (1 - share) * projections[1][1]]),
+        policy=None
+        if hybrid.policy is None
+        else PolicyWeights(*_linear(hybrid.policy.inner), *_linear(hybrid.policy.outer)),
     )
 
 
@@ -103,24 +109,17 @@ def _request_scale(model: TimeRatingAwareLSTM) -> np.ndarray:
 
 
 def _lstm_weights(lstm: LSTM) -> LSTMWeights:
-    return LSTMWeights(np.asarray(lstm.kernel[...]), np.asarray(lstm.recurrent_kernel[...]), np.asarray(lstm.bias[...]))
+    return LSTMWeights(*(np.asarray(x[...]) for x in (lstm.kernel, lstm.recurrent_kernel, lstm.bias)))
 
 
-def _policy_weights(policy: PolicyHead) -> PolicyWeights:
-    return PolicyWeights(
-        inner_kernel=np.asarray(policy.inner.kernel[...]),
-        inner_bias=np.asarray(policy.inner.bias[...]),
-        outer_kernel=np.asarray(policy.outer.kernel[...]),
-        outer_bias=np.asarray(policy.outer.bias[...]),
-    )
+def _linear(layer: nnx.Linear) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel and bias."""
+    kernel = np.asarray(layer.kernel[...])
+    return kernel, np.zeros(kernel.shape[1], np.float32) if layer.bias is None else np.asarray(layer.bias[...])
 
 
-def _side_by_side(arrays: list[jax.Array]) -> np.ndarray:
-    return np.asarray(jnp.concatenate(arrays, axis=-1))
-
-
-def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
-    first, second = blocks
-    upper = np.concatenate([first, np.zeros((first.shape[0], second.shape[1]), np.float32)], axis=1)
-    lower = np.concatenate([np.zeros((second.shape[0], first.shape[1]), np.float32), second], axis=1)
-    return np.concatenate([upper, lower])
+def _block_diagonal(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    blocks = np.zeros(np.add(first.shape, second.shape), np.float32)
+    blocks[: first.shape[0], : first.shape[1]] = first
+    blocks[first.shape[0] :, first.shape[1] :] = second
+    return blocks
