@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from jaxrec.config import ModelConfig, PrepareConfig, SplitKind, Ties, TrainConfig
+from jaxrec.config import ModelConfig, PrepareConfig, RewardWeights, RLConfig, SplitKind, Ties, TrainConfig
+from jaxrec.export.errors import ExportError
 from jaxrec.prepare import prepare_files, write_prepared
 from jaxrec.runs import train_run
 from jaxrec.schema import DataError, RatingScale
@@ -20,7 +21,7 @@ class _Group(click.Group):
         """Errors that the user can mend are one line on stderr and exit status 1."""
         try:
             return super().invoke(context)
-        except (DataError, TrainingError) as error:
+        except (DataError, TrainingError, ExportError) as error:
             raise click.ClickException(str(error)) from error
 
 
@@ -104,6 +105,70 @@ def train(
         learning_rate=learning_rate,
     )
     train_run(data, out, model_config, train_config, resume)
+
+
+@main.command()
+@click.argument("run", type=EXISTING_FOLDER)
+@click.option("--steps", type=click.IntRange(1), default=RLConfig.steps)
+@click.option("--learning-rate", type=float, default=RLConfig.learning_rate)
+@click.option("--kl-target", type=float, default=RLConfig.kl_target, help="Leash to the supervised policy, in nats.")
+@click.option("--hit-reward", type=float, default=RewardWeights.hit, help="Weight: the actual next item.")
+@click.option("--genre-reward", type=float, default=RewardWeights.genre, help="Weight: genre cosine with it.")
+@click.option("--rating-reward", type=float, default=RewardWeights.rating, help="Weight: rating, 0..1.")
+@click.option("--seed", type=int, default=RLConfig.seed)
+def rl(
+    run: Path,
+    steps: int,
+    learning_rate: float,
+    kl_target: float,
+    hit_reward: float,
+    genre_reward: float,
+    rating_reward: float,
+    seed: int,
+) -> None:
+    """Fine-tunes a policy of RUN (from `jaxrec train`) by policy gradient; it is used only if validation says so."""
+    from jaxrec.rl.policy_run import rl_run
+
+    rewards = RewardWeights(hit_reward, genre_reward, rating_reward)
+    config = RLConfig(seed=seed, steps=steps, learning_rate=learning_rate, kl_target=kl_target, rewards=rewards)
+    click.echo(rl_run(run, config).reason)
+
+
+@main.command()
+@click.argument("run", type=EXISTING_FOLDER)
+@click.option("--json", "json_file", type=NEW_PATH, help="Where to write the figures as JSON, too.")
+def evaluate(run: Path, json_file: Path | None) -> None:
+    """Ranks the test cases of RUN's data with its models, its policy and the baselines, and prints the table."""
+    from jaxrec.report import evaluate_run, format_table, write_evaluation
+
+    evaluation = evaluate_run(run)
+    click.echo(format_table(evaluation))
+    if json_file is not None:
+        write_evaluation(evaluation, json_file)
+
+
+@main.command()
+@click.argument("run", type=EXISTING_FOLDER)
+@click.option("--out", type=NEW_PATH, required=True, help="The model directory; replaced if it exists.")
+@click.option("--licence", type=EXISTING_FILE, help="Text about the data's licence, kept with the model.")
+def export(run: Path, out: Path, licence: Path | None) -> None:
+    """Exports RUN to ONNX for `python -m serve`; refused where ONNX Runtime and JAX differ."""
+    from jaxrec.export.run import NO_LICENCE, export_run
+
+    text = licence.read_text(encoding="utf-8") if licence else NO_LICENCE
+    manifest = export_run(run, out, text)
+    parity = manifest["parity"]["max_abs_difference"]
+    click.echo(f"{out}: model {manifest['model_version']}, policy {manifest['policy']}, within {parity:.1e} of JAX")
+
+
+@main.command()
+@click.option("--out", type=NEW_PATH, default=Path("runs/demo"), help="New folder for everything that the demo makes.")
+@click.option("--seed", type=int, default=0)
+def demo(out: Path, seed: int) -> None:
+    """Does the main job on 100,004 MovieLens ratings: from the log to answers over gRPC."""
+    from jaxrec.demo import run_demo
+
+    run_demo(out, seed)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.config import PrepareConfig, RLConfig, TrainConfig
-from jaxrec.export.model_directory import export_run
+from jaxrec.export.run import export_run
 from jaxrec.files import new_file, write_text
 from jaxrec.plots import plot_metrics, plot_rl, plot_training
 from jaxrec.prepare import PreparedData, prepare_files, write_prepared
@@ -58,8 +58,10 @@ def run_demo(out: Path, seed: int = 0) -> None:
         write_text(out / "metrics.txt", format_table(evaluation) + "\n")
         plot_metrics(evaluation.rows, out / "plots/metrics.png")
     with _stage("Export to ONNX"):
-        manifest = export_run(out / "run", out / "model", licence=LICENCE, evaluation=evaluation)
-        click.echo(f"model {manifest['model_version']}, largest difference to JAX {manifest['parity']}")
+        manifest = export_run(out / "run", out / "model", LICENCE)
+        click.echo(
+            f"model {manifest['model_version']}, largest difference from JAX {manifest['parity']['max_abs_difference']:.1e}"
+        )
     with _stage("Serve and ask"):
         answer = ask_server(out / "model", data, example_user(data))
         write_text(out / "user.json", json.dumps(answer, indent=2) + "\n")
@@ -116,7 +118,10 @@ def ask_server(model: Path, data: PreparedData, user: int) -> dict[str, Any]:
             zip(raw_items, data.histories.ratings[first:stop], data.histories.times[first:stop], strict=True)
         )
     ]
-    with tempfile.TemporaryDirectory() as folder, running_server(model, Path(folder) / "store.sqlite") as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_server(model, Path(folder) / "store.sqlite") as server,
+    ):
         click.echo(server.line)
         with RecommenderClient(server.address) as client:
             for start in range(0, len(events), 1000):

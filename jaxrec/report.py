@@ -31,6 +31,7 @@ from jaxrec.split import Cases
 RECENT_WINDOWS_DAYS = (1.0, 7.0, 30.0, 90.0, 365.0)
 POPULARITY, RECENT_POPULARITY = "popularity", "recent popularity"
 HYBRID, POLICY = "hybrid", "policy"
+EVALUATION_FILE = "evaluation.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,10 @@ class Evaluation:
 
 
 def evaluate_run(folder: Path) -> Evaluation:
-    """Ranks the test cases with every scorer of a run, without and with the request time."""
+    """Ranks the test cases with every scorer of a run, without and with the request time.
+
+    The result is also kept as RUN/evaluation.json, which the export puts into the manifest.
+    """
     run = open_run(folder)
     data = run.read_data()
     supervised = load_supervised(run, data)
@@ -85,7 +89,9 @@ def evaluate_run(folder: Path) -> Evaluation:
     }
     serving = POLICY if outcome is not None and outcome.used else HYBRID
     compared = paired_ratio(ranked[HYBRID, False], ranked[RECENT_POPULARITY, False])
-    return Evaluation(protocol, rows, serving, {"hybrid_over_recent_popularity_ndcg_10": compared})
+    evaluation = Evaluation(protocol, rows, serving, {"hybrid_over_recent_popularity_ndcg_10": compared})
+    write_evaluation(evaluation, folder / EVALUATION_FILE)
+    return evaluation
 
 
 def hybrid_scorer(hybrid: Hybrid) -> Scorer:

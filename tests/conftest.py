@@ -1,6 +1,7 @@
 """Fixtures that several parts of the tests share: one small catalogue, one random model, one exported directory."""
 
 from collections.abc import Callable
+import tempfile
 from pathlib import Path
 
 import jax
@@ -15,6 +16,11 @@ from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.prepare import PreparedData, prepare
 from jaxrec.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
+
+# Tests build the same small models again and again: each program is compiled once per test run.
+_COMPILED = tempfile.TemporaryDirectory(prefix="jaxrec-tests-")
+jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 MOVIES, USERS, EVENTS_PER_USER = 60, 40, 30
 SMALL = ModelConfig(embedding=16, hidden=16, rating_width=4, time_width=4, max_length=50)
