@@ -23,7 +23,7 @@ class TrainBatch(NamedTuple):
 
 class CaseBatch(NamedTuple):
     """`events` [batch, length] before each target, `request_gap` [batch] float32 seconds until it, `target` [batch]
-    int32, `exclude` [batch, width] int32: all items of the history (0 = padding), `time` [batch] int64 of the target."""
+    int32, `exclude` [batch, width] int32: all items of the history (0 = padding), `time` [batch] int64: when."""
 
     events: Events
     request_gap: np.ndarray

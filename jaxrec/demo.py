@@ -59,9 +59,8 @@ def run_demo(out: Path, seed: int = 0) -> None:
         plot_metrics(evaluation.rows, out / "plots/metrics.png")
     with _stage("Export to ONNX"):
         manifest = export_run(out / "run", out / "model", LICENCE)
-        click.echo(
-            f"model {manifest['model_version']}, largest difference from JAX {manifest['parity']['max_abs_difference']:.1e}"
-        )
+        difference = manifest["parity"]["max_abs_difference"]
+        click.echo(f"model {manifest['model_version']}, largest difference from JAX {difference:.1e}")
     with _stage("Serve and ask"):
         answer = ask_server(out / "model", data, example_user(data))
         write_text(out / "user.json", json.dumps(answer, indent=2) + "\n")

@@ -4,20 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt  # noqa: E402 (the backend must be chosen first)
-from matplotlib.figure import Figure  # noqa: E402
-
-from jaxrec.evaluate import Metrics  # noqa: E402
-from jaxrec.files import new_file  # noqa: E402
+from jaxrec.evaluate import Metrics
+from jaxrec.files import new_file
 
 
 def plot_training(epochs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Loss and validation NDCG@10 by epoch; `epochs` maps a model's name to the records of its log."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for name, records in epochs.items():
         numbers = [record["epoch"] + 1 for record in records]
         (line,) = left.plot(numbers, [record["loss"] for record in records], label=name)
@@ -33,7 +29,8 @@ def plot_training(epochs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def plot_rl(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Reward of the sampled slates and KL to the supervised policy by step."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     steps = [record["step"] for record in records]
     left.plot(steps, [record["reward"] for record in records])
     left.set(title="Mean reward of a sampled slate", xlabel="step", ylabel="reward")
@@ -44,7 +41,8 @@ def plot_rl(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 def plot_metrics(rows: Sequence[Metrics], path: Path) -> None:
     """HR@10 and NDCG@10 of every row with their intervals."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.5 * len(rows) + 1.5), sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 0.5 * len(rows) + 1.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     labels = [f"{row.name}{', with request time' if row.request_time else ''}" for row in rows]
     for axis, title, values in (
         (axes[0], "NDCG@10", [row.ndcg_10 for row in rows]),
@@ -62,4 +60,3 @@ def plot_metrics(rows: Sequence[Metrics], path: Path) -> None:
 def _save(figure: Figure, path: Path) -> None:
     with new_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)

@@ -60,7 +60,13 @@ def test_leave_one_out_by_hand() -> None:
     assert data.split.train_counts.tolist() == [1, 1]
     assert data.split.validation.rows.tolist() == [1, 4]
     assert data.split.test.rows.tolist() == [2, 5]
-    assert data.train_popularity().tolist() == [0, 2, 0, 0, 0]  # only movie 10 of each user is left for training
+    assert data.train_popularity().tolist() == [
+        0,
+        2,
+        0,
+        0,
+        0,
+    ]  # only movie 10 of each user is left for training
 
 
 def test_users_with_two_events_only_train() -> None:
@@ -98,8 +104,14 @@ def test_rare_users_and_movies_go_until_none_is_left() -> None:
 
 
 def test_titles_genres_and_matrix() -> None:
-    titles = movies([(10, "Toy Story (1995)", "Adventure|Animation|Children|Comedy|Fantasy"), (20, "B", "Comedy"),
-                     (30, "C", "(no genres listed)"), (99, "unrated", "War")])
+    titles = movies(
+        [
+            (10, "Toy Story (1995)", "Adventure|Animation|Children|Comedy|Fantasy"),
+            (20, "B", "Comedy"),
+            (30, "C", "(no genres listed)"),
+            (99, "unrated", "War"),
+        ]
+    )
     data = prepare(SMALL, titles, EVERYTHING)
     assert data.catalog.genres == ("Adventure", "Animation", "Children", "Comedy", "Fantasy")
     assert data.catalog.genre_matrix().tolist() == [[0] * 5, [1] * 5, [0, 0, 0, 1, 0], [0] * 5, [0] * 5]

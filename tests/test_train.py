@@ -163,7 +163,11 @@ print(json.dumps(losses))
 
 
 def test_eight_devices_give_the_loss_of_one() -> None:
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PATH": ""}
+    environment = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PATH": "",
+    }
     result = subprocess.run(
         [sys.executable, "-c", SHARDED],
         env=environment,

@@ -18,7 +18,13 @@ STEP = round(8.33 * 86_400)  # one event every 8.33 days
 
 def test_reference_example() -> None:
     movies = np.array([8, 12, 45, 67, 72, 98])
-    item_genres = (("Adventure", "Children"), ("Comedy", "Horror"), ("Comedy", "Drama"), ("Drama",), ("Western",))
+    item_genres = (
+        ("Adventure", "Children"),
+        ("Comedy", "Horror"),
+        ("Comedy", "Drama"),
+        ("Drama",),
+        ("Western",),
+    )
     catalog = Catalog(IdMap(movies), ("",) * 6, (*item_genres, tuple(GENRES)))
     histories = Histories(
         offsets=np.array([0, 6]),

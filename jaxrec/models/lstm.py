@@ -23,7 +23,7 @@ class LSTM(nnx.Module):
     def __call__(
         self, x: jax.Array, where: jax.Array, state: tuple[jax.Array, jax.Array] | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """x [batch, length, inputs], where [batch, length] -> outputs [batch, length, hidden] and (h, c) [batch, hidden].
+        """x [batch, length, inputs], where [batch, length] -> outputs [batch, length, hidden], (h, c) [batch, hidden].
 
         The final state is the one after each row's last real event: padding leaves it as it is.
         """

@@ -60,7 +60,7 @@ class TimeRatingAwareLSTM(nnx.Module):
         return outputs, state
 
     def query(self, outputs: jax.Array, request_gap: Array) -> jax.Array:
-        """outputs [..., hidden], request_gap [...] seconds (UNKNOWN_GAP = not known) -> query vectors [..., embedding]."""
+        """outputs [..., hidden], request_gap [...] seconds or UNKNOWN_GAP -> query vectors [..., embedding]."""
         scale = 1.0 + self.request_scale(self.request_gap(request_gap))
         return self.projection(outputs * scale)
 
