@@ -25,7 +25,7 @@ from jaxrec.metrics import ndcg
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.prepare import PreparedData
 from jaxrec.rl.policy_run import load_policy, read_outcome
-from jaxrec.runs import Run, load_supervised, open_run
+from jaxrec.runs import load_supervised, open_run
 from jaxrec.split import Cases
 
 RECENT_WINDOWS_DAYS = (1.0, 7.0, 30.0, 90.0, 365.0)
@@ -152,11 +152,12 @@ def format_table(evaluation: Evaluation) -> str:
         lines.append(f"{name:29}{'with' if row.request_time else 'without':>8}  {cells}{rest}")
     protocol = evaluation.protocol
     ratio = evaluation.comparison["hybrid_over_recent_popularity_ndcg_10"]
+    times = f"{ratio['ratio']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f})"
     lines += [
         f"* is exported and served. {protocol['test_cases']} test cases, {protocol['split']}, {protocol['filter']};",
-        f"all {protocol['data']['items']} items are candidates but those of the history; means with 95 % intervals;",
-        f"{protocol['tied_test_share']:.0%} of the targets share the second of the event before (ties: {protocol['ties']}).",
-        f"NDCG@10 of the hybrid over recent popularity: {ratio['ratio']:.1f} times ({ratio['low']:.1f} to {ratio['high']:.1f}).",
+        f"candidates: all {protocol['data']['items']} items but those of the history; means with 95 % intervals;",
+        f"{protocol['tied_test_share']:.0%} of the targets tie with the event before (ties: {protocol['ties']}).",
+        f"NDCG@10, hybrid without request time over recent popularity: {times} times.",
     ]
     return "\n".join(lines)
 

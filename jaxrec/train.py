@@ -115,7 +115,7 @@ def _run_epoch(
     mesh: Mesh,
     bar: tqdm,
 ) -> tuple[TrainState, float]:
-    """One pass over the windows; the mean of the steps' losses. Losses are read a step late, so the device stays busy."""
+    """One pass over the windows; the mean of the steps' losses, each read a step late, so the device stays busy."""
     split = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
     key = jax.random.key(config.seed)
     losses: list[Any] = []

@@ -1,7 +1,7 @@
 """Fixtures that several parts of the tests share: one small catalogue, one random model, one exported directory."""
 
-from collections.abc import Callable
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax

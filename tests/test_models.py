@@ -158,8 +158,8 @@ def test_the_request_time_does_not_touch_the_state() -> None:
 
 
 def test_bad_arguments_are_named() -> None:
+    hybrid = make_hybrid()
     with pytest.raises(ValueError, match=r"weight 1\.5 is outside 0\.\.1"):
-        hybrid = make_hybrid()
         Hybrid(hybrid.lstm, hybrid.content, weight=1.5)
     with pytest.raises(ValueError, match="genre_matrix has 4 rows, expected 13"):
         TimeRatingAwareContentModel(ITEMS, GENRES[:4], CONFIG, rngs=nnx.Rngs(0))

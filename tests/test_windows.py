@@ -10,9 +10,9 @@ from jaxrec.schema import RatingScale
 from jaxrec.windows import fixed_windows
 
 GENRES = (
-    "Action Adventure Animation Children Comedy Crime Documentary Drama Fantasy "
-    "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western"
-).split()
+    *("Action", "Adventure", "Animation", "Children", "Comedy", "Crime", "Documentary", "Drama", "Fantasy"),
+    *("Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
+)
 STEP = round(8.33 * 86_400)  # one event every 8.33 days
 
 
@@ -25,7 +25,7 @@ def test_reference_example() -> None:
         ("Drama",),
         ("Western",),
     )
-    catalog = Catalog(IdMap(movies), ("",) * 6, (*item_genres, tuple(GENRES)))
+    catalog = Catalog(IdMap(movies), ("",) * 6, (*item_genres, GENRES))
     histories = Histories(
         offsets=np.array([0, 6]),
         items=catalog.ids.encode(movies),
@@ -33,7 +33,7 @@ def test_reference_example() -> None:
         times=np.arange(6) * STEP,
     )
     windows = fixed_windows(histories, catalog.genre_matrix(), RatingScale(1.0, 5.0), length=5)
-    assert catalog.genres == tuple(GENRES)
+    assert catalog.genres == GENRES
     assert catalog.ids.decode(windows.items).tolist() == [[8, 12, 45, 67, 72]]
     assert windows.ratings.tolist() == [[0.75, 1.0, 0.625, 0.875, 1.0]]
     assert np.round(windows.ages, 1).tolist() == np.array([[30, 30, 25, 16.7, 8.3]], np.float32).tolist()

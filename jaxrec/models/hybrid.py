@@ -82,7 +82,7 @@ class Hybrid(nnx.Module):
     def logits(
         self, events: Events, request_gap: jax.Array, state: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """After each row's last event: logits of the next item [batch, items + 1], and the state [batch, 4 * hidden]."""
+        """After each row's last event: logits [batch, items + 1] of the next item, state [batch, 4 * hidden]."""
         _, state = self.encode(events, state)
         h_lstm, _, h_content, _ = jnp.split(state, 4, axis=1)
         query = self.query_at((h_lstm, h_content), request_gap)

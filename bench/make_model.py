@@ -1,0 +1,54 @@
+"""Exports a model with random weights, for benchmarks of serving: latency does not depend on what was learned.
+
+python bench/make_model.py --items 10000 --out runs/bench-model
+"""
+
+from pathlib import Path
+
+import click
+import numpy as np
+import pandas as pd
+from flax import nnx
+
+from jaxrec.config import ModelConfig, PrepareConfig
+from jaxrec.export.model_directory import export_model
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.prepare import prepare
+from jaxrec.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--items", type=click.IntRange(2), default=10_000, help="Size of the catalogue.")
+@click.option("--hidden", type=click.IntRange(1), default=ModelConfig.hidden)
+@click.option("--seed", type=int, default=0)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def main(items: int, hidden: int, seed: int, out: Path) -> None:
+    """Writes a model directory with ITEMS movies, 19 genres and random weights."""
+    rng = np.random.default_rng(seed)
+    ids = np.arange(1, items + 1)
+    genres = ["|".join(f"Genre {g}" for g in rng.choice(19, 3, replace=False)) for _ in ids]
+    movies = pd.DataFrame({ITEM: ids, TITLE: [f"Movie {i}" for i in ids], GENRES: genres})
+    log = pd.DataFrame({USER: 1 + ids % 100, ITEM: rng.permutation(ids), RATING: np.float32(4.0), TIME: 10**9 + ids})
+    config = PrepareConfig(min_user_ratings=1, min_movie_ratings=1, rating_scale=RatingScale(0.5, 5.0))
+    data = prepare(log, movies, config)
+    model, rngs = ModelConfig(hidden=hidden), nnx.Rngs(seed)
+    hybrid = Hybrid(
+        TimeRatingAwareLSTM(items, model, rngs=rngs),
+        TimeRatingAwareContentModel(items, data.catalog.genre_matrix(), model, rngs=rngs),
+        weight=0.5,
+    )
+    manifest = export_model(
+        hybrid,
+        data,
+        out,
+        policy="supervised",
+        training={"note": "random weights"},
+        metrics={},
+        licence="Random data.\n",
+    )
+    click.echo(f"{out}: model {manifest['model_version']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The commands, as a user would type them: every stage from CSV files to a model directory, and clear errors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from jaxrec.cli import main
+from jaxrec.config import RLConfig, TrainConfig, from_json, to_json
+from tests.synthetic import markov_log
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ratings.csv and movies.csv of a small log."""
+    folder = tmp_path_factory.mktemp("files")
+    log = markov_log(users=60, items=30, events=14, stay=0.8, seed=0)
+    log.columns = ["userId", "movieId", "rating", "timestamp"]
+    log.to_csv(folder / "ratings.csv", index=False)
+    genres = ["Drama", "Comedy", "Action|Comedy", "(no genres listed)"]
+    lines = [f'{i},"Movie {i}, The",{genres[i % 4]}' for i in range(1, 31)]
+    (folder / "movies.csv").write_text("\n".join(["movieId,title,genres", *lines]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stages(files: Path) -> Path:
+    """The folder of a whole run over `files`: data, run, evaluation.json, model."""
+    calls = [
+        ("prepare", files / "ratings.csv", "--movies", files / "movies.csv", "--out", files / "data"),
+        ("train", files / "data", "--out", files / "run", "--max-epochs", 3, "--hidden", 16, "--max-length", 16),
+        ("rl", files / "run", "--steps", 200),
+        ("evaluate", files / "run", "--json", files / "evaluation.json"),
+        ("export", files / "run", "--out", files / "model"),
+    ]
+    for call in calls:
+        result = run(*call)
+        assert result.exit_code == 0, f"{call[0]}: {result.output}"
+    return files
+
+
+def test_every_stage_leaves_its_result(stages: Path) -> None:
+    evaluation = json.loads((stages / "evaluation.json").read_text())
+    names = {row["name"] for row in evaluation["rows"]}
+    assert names == {
+        "popularity",
+        "recent popularity",
+        "TimeRatingAwareLSTM",
+        "TimeRatingAwareContentModel",
+        "hybrid",
+        "policy",
+    }
+    for row in evaluation["rows"]:
+        assert row["cases"] == 60
+        assert (
+            0 <= row["ndcg_10"]["low"] <= row["ndcg_10"]["mean"] <= row["ndcg_10"]["high"] <= row["hit_rate_10"]["high"]
+        )
+    manifest = json.loads((stages / "model/manifest.json").read_text())
+    assert manifest["policy"] == ("reinforce" if evaluation["serving"] == "policy" else "supervised")
+    assert manifest["metrics"] == evaluation
+    assert manifest["item_count"] == 30
+
+
+def test_the_hybrid_beats_popularity_on_a_log_with_structure(stages: Path) -> None:
+    rows = json.loads((stages / "evaluation.json").read_text())["rows"]
+    ndcg = {(row["name"], row["request_time"]): row["ndcg_10"]["mean"] for row in rows}
+    assert ndcg["hybrid", False] > 1.5 * ndcg["popularity", False]
+
+
+def test_a_run_is_not_overwritten_and_resumes(stages: Path) -> None:
+    again = run("train", stages / "data", "--out", stages / "run")
+    assert again.exit_code == 1
+    assert "already holds a run" in again.output
+    before = (stages / "run/hybrid.json").read_text()
+    assert run("train", stages / "data", "--out", stages / "run", "--resume").exit_code == 0
+    assert (stages / "run/hybrid.json").read_text() == before
+
+
+def test_errors_are_one_line_and_exit_1(files: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "ratings.csv"
+    bad.write_text("userId,movieId,rating,timestamp\n1,2,4.0,10\n1,3,9.5,11\n")
+    result = run("prepare", bad, "--out", tmp_path / "data")
+    assert result.exit_code == 1
+    assert result.output == f"Error: {bad}:3: rating 9.5 is outside 0.5..5\n"
+    assert not (tmp_path / "data").exists()
+    assert "not a directory written by" in run("train", tmp_path, "--out", tmp_path / "run").output
+    assert "cannot be read" in run("evaluate", tmp_path).output
+    assert run("export", tmp_path, "--out", tmp_path / "model").exit_code == 1
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "rl", "evaluate", "export", "demo"])
+def test_help_explains_every_command(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert result.output.count("--") >= 2
+
+
+def test_configurations_survive_json_and_refuse_unknown_keys() -> None:
+    config = RLConfig(seed=7, kl_target=0.5)
+    assert from_json(RLConfig, json.loads(json.dumps(to_json(config)))) == config
+    with pytest.raises(ValueError, match=r"TrainConfig has no learning_rte; it has .*learning_rate"):
+        from_json(TrainConfig, {"learning_rte": np.pi})
