@@ -1,0 +1,203 @@
+"""The gradient estimator against the exact gradient, and learning where the best slate is known."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrec.config import RewardWeights, RLConfig
+from jaxrec.models.sequence import NEVER
+from jaxrec.rl.policy import sample_slates, slate_logprobs
+from jaxrec.rl.reinforce import (
+    Scoring,
+    baseline_loss,
+    make_updates,
+    new_learner,
+    next_kl_coefficient,
+    policy_logits,
+    reinforce_loss,
+    returns,
+)
+from jaxrec.rl.rewards import RewardTables, discounts
+from jaxrec.rl.states import States
+
+ITEMS, SLOTS, DRAWS = 4, 2, 20_000
+LOGITS = jnp.array([NEVER, 0.5, -0.3, 0.0, 1.0])
+REWARDS = jnp.array([0.0, 0.4, 0.9, 0.3, 0.5])  # of each item
+
+
+def all_slates(items: int, slots: int) -> jax.Array:
+    return jnp.array(list(itertools.permutations(range(1, items + 1), slots)), jnp.int32)
+
+
+def expected_reward(logits: jax.Array, rewards: jax.Array, slots: int) -> jax.Array:
+    """Exact, over all slates; `rewards` [items + 1]."""
+    slates = all_slates(len(rewards) - 1, slots)
+    probabilities = jnp.exp(slate_logprobs(jnp.broadcast_to(logits, (len(slates), len(logits))), slates).sum(axis=1))
+    return probabilities @ returns(rewards[slates])[:, 0]
+
+
+def gradient_samples(baseline: jax.Array) -> np.ndarray:
+    """[DRAWS, items + 1]: one estimate of the policy gradient per drawn slate; `baseline` [slots]."""
+
+    def estimate(key: jax.Array) -> jax.Array:
+        def loss(logits: jax.Array) -> jax.Array:
+            slates = jax.lax.stop_gradient(sample_slates(key, logits, SLOTS))
+            where = jnp.ones((1, SLOTS), bool)
+            return reinforce_loss(slate_logprobs(logits, slates), returns(REWARDS[slates]), baseline[None], where)
+
+        return -jax.grad(loss)(LOGITS[None])[0]
+
+    return np.asarray(jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(0), DRAWS)))
+
+
+def good_baseline() -> jax.Array:
+    """The mean return of each slot under the policy, exact: what a learned baseline goes to."""
+    slates = all_slates(ITEMS, SLOTS)
+    probabilities = jnp.exp(slate_logprobs(jnp.broadcast_to(LOGITS, (len(slates), ITEMS + 1)), slates).sum(axis=1))
+    return probabilities @ returns(REWARDS[slates])
+
+
+@pytest.mark.parametrize("with_baseline", [False, True])
+def test_gradient_estimates_average_to_the_exact_gradient(with_baseline: bool) -> None:
+    exact = np.asarray(jax.grad(expected_reward)(LOGITS, REWARDS, SLOTS))
+    samples = gradient_samples(good_baseline() if with_baseline else jnp.zeros(SLOTS))
+    standard_error = samples.std(axis=0) / np.sqrt(DRAWS)
+    assert np.linalg.norm(exact) > 20 * standard_error.max()  # precise enough to tell it from zero
+    np.testing.assert_array_less(np.abs(samples.mean(axis=0) - exact)[1:], 4 * standard_error[1:])
+
+
+def test_baseline_lowers_the_variance() -> None:
+    plain, centred = gradient_samples(jnp.zeros(SLOTS)), gradient_samples(good_baseline())
+    assert centred.var(axis=0).sum() < 0.5 * plain.var(axis=0).sum()
+
+
+def test_returns_by_hand() -> None:
+    d = discounts(3)
+    rewards = jnp.array([[1.0, 0.5, 0.25]])
+    expected = [d[0] + 0.5 * d[1] + 0.25 * d[2], 0.5 * d[1] + 0.25 * d[2], 0.25 * d[2]]
+    np.testing.assert_allclose(returns(rewards)[0], expected, rtol=1e-6)
+
+
+def test_losses_count_only_slots_that_hold_an_item() -> None:
+    logprobs, achieved = jnp.array([[-1.0, -2.0], [-3.0, -4.0]]), jnp.array([[1.0, 0.5], [0.25, 9.0]])
+    values, where = jnp.array([[0.5, 0.5], [0.0, 0.0]]), jnp.array([[True, True], [True, False]])
+    assert float(reinforce_loss(logprobs, achieved, values, where)) == pytest.approx(
+        -((-1.0 * 0.5 + -2.0 * 0.0) + (-3.0 * 0.25)) / 2
+    )
+    assert float(baseline_loss(values, achieved, where)) == pytest.approx((0.5**2 + 0.0**2 + 0.25**2) / 3)
+
+
+def test_kl_coefficient_follows_the_kl_to_its_target() -> None:
+    one = jnp.float32(1.0)
+    assert float(next_kl_coefficient(one, jnp.float32(0.1), 0.1)) == pytest.approx(1.0)
+    assert float(next_kl_coefficient(one, jnp.float32(0.11), 0.1)) == pytest.approx(1.0 + 0.1 * 0.1)
+    assert float(next_kl_coefficient(one, jnp.float32(5.0), 0.1)) == pytest.approx(1.0 + 0.1 * 0.2)
+    assert float(next_kl_coefficient(one, jnp.float32(0.0), 0.1)) == pytest.approx(1.0 - 0.1 * 0.2)
+
+
+# A contextual bandit: in context c the targets are c, c + 1 and c + 2 (modulo 6) with these probabilities, so over all
+# contexts every item is equally likely, and a policy that does not look at the context earns CHANCE.
+CONTEXTS, SHARES = 6, np.array([0.6, 0.3, 0.1])
+BEST = float(discounts(3) @ SHARES)
+CHANCE = 1 / CONTEXTS
+HITS = RewardWeights(hit=1.0, genre=0.0, rating=0.0)
+
+
+def bandit_states(seed: int, shuffled: bool = False) -> States:
+    rng = np.random.default_rng(seed)
+    context = rng.integers(0, CONTEXTS, 3000)
+    target = 1 + (context + rng.choice(3, len(context), p=SHARES)) % CONTEXTS
+    if shuffled:
+        target = rng.permutation(target)
+    return States(
+        query=np.eye(CONTEXTS, dtype=np.float32)[context],
+        target=target.astype(np.int32),
+        target_rating=np.full(len(context), 0.5, np.float32),
+        window=np.zeros(len(context), np.int32),
+        seen=np.zeros(len(context), np.int32),
+        windows=np.zeros((1, 1), np.int32),
+    )
+
+
+def bandit_scoring() -> Scoring:
+    vectors = jax.random.normal(jax.random.key(5), (CONTEXTS + 1, CONTEXTS))
+    bias = jnp.zeros(CONTEXTS + 1).at[0].set(NEVER)
+    return Scoring(0.1 * vectors, bias, RewardTables(jnp.zeros((CONTEXTS + 1, 1)), jnp.full(CONTEXTS + 1, 0.5)))
+
+
+class Bandit:
+    """A learner on the bandit, and the exact value of its policy."""
+
+    def __init__(self, config: RLConfig, shuffled: bool = False) -> None:
+        self._config = config
+        self._states = bandit_states(config.seed, shuffled)
+        self._graphdef, self._learner = new_learner(CONTEXTS, CONTEXTS, config)
+        self._updates = make_updates(self._graphdef, config)
+
+    def learn(self, count: int) -> dict[str, np.ndarray]:
+        key = jax.random.key(self._config.seed)
+        self._learner, metrics = self._updates(self._learner, bandit_scoring(), self._states, key, count)
+        return jax.device_get(metrics)
+
+    def value(self) -> float:
+        """The expected slate reward, over all contexts and slates."""
+        head = nnx.merge(self._graphdef, self._learner.head)
+        values = []
+        for context in range(CONTEXTS):
+            logits = policy_logits(head, jnp.eye(CONTEXTS)[context], bandit_scoring())
+            of_items = jnp.zeros(CONTEXTS + 1).at[1 + (context + np.arange(3)) % CONTEXTS].set(jnp.float32(SHARES))
+            values.append(float(expected_reward(logits, of_items, 3)))
+        return float(np.mean(values))
+
+
+FREE = RLConfig(
+    batch_size=128, slate_size=3, learning_rate=0.02, kl_target=100.0, policy_width=16, steps=400, rewards=HITS
+)
+
+
+def test_learns_the_best_slate_of_each_context() -> None:
+    bandit = Bandit(FREE)
+    assert bandit.value() == pytest.approx(CHANCE, abs=0.02)
+    bandit.learn(400)
+    assert bandit.value() > CHANCE + 0.9 * (BEST - CHANCE)
+    assert bandit.value() <= BEST + 1e-6
+
+
+def test_shuffled_rewards_teach_nothing() -> None:
+    bandit = Bandit(FREE, shuffled=True)
+    bandit.learn(400)
+    assert bandit.value() < CHANCE + 0.15 * (BEST - CHANCE)
+
+
+def test_policy_starts_as_the_supervised_one_and_the_leash_holds() -> None:
+    loose = Bandit(FREE).learn(400)
+    leashed = Bandit(dataclasses.replace(FREE, kl_target=0.05, learning_rate=0.005)).learn(400)
+    assert loose["kl"][0] == leashed["kl"][0] == 0.0
+    assert loose["kl"][-100:].mean() > 1.0
+    assert 0.025 < leashed["kl"][-100:].mean() < 0.1
+
+
+def test_baseline_learns_the_mean_return() -> None:
+    losses = Bandit(FREE).learn(400)["baseline_loss"]
+    assert losses[-50:].mean() < 0.7 * losses[:5].mean()
+
+
+def test_same_seed_same_policy() -> None:
+    values = []
+    for seed in (0, 0, 1):
+        bandit = Bandit(dataclasses.replace(FREE, seed=seed))
+        bandit.learn(20)
+        bandit.learn(20)
+        values.append(bandit.value())
+    assert values[0] == values[1] != values[2]
+
+
+def test_chunks_of_updates_equal_one_run() -> None:
+    whole, parts = Bandit(FREE), Bandit(FREE)
+    expected = whole.learn(40)["reward"]
+    np.testing.assert_array_equal(np.concatenate([parts.learn(20)["reward"] for _ in range(2)]), expected)
