@@ -1,0 +1,56 @@
+"""`serve` meets `jaxrec` at the model directory and nowhere else."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import serve
+
+NEVER = {"jaxrec", "jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "tf2onnx"}
+# Fine elsewhere, too slow to load for a server.
+NOT_IN_THE_SERVER = NEVER | {"pandas", "scipy", "matplotlib", "onnx"}
+SOURCES = sorted(Path(serve.__file__).parent.rglob("*.py"))
+
+
+def imported(source: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}:{node.lineno}: relative imports hide where they go"
+            names.add(str(node.module))
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_source_imports_nothing_of_training(source: Path) -> None:
+    assert not imported(source) & NEVER
+
+
+def test_running_server_has_loaded_nothing_of_training(model_directory: Path, tmp_path: Path) -> None:
+    """Loads a model, serves and answers in a fresh process, then looks at all that was imported."""
+    program = f"""
+import sys
+from pathlib import Path
+import serve.cli, serve.offline, serve.process
+from serve.artifact import read_artifact
+from serve.client import RecommenderClient
+from serve.recommender import Recommender
+from serve.server import create_server
+from serve.store import EventStore
+with EventStore(Path({str(tmp_path / "s")!r})) as store:
+    server = create_server(Recommender(read_artifact(Path({str(model_directory)!r}))), store, "127.0.0.1:0")
+    server.start()
+    with RecommenderClient(f"127.0.0.1:{{server.port}}", timeout_s=30) as client:
+        assert len(client.recommend(user_id="u").recommendations) == 10
+    server.drain()
+print(*{{name.partition(".")[0] for name in sys.modules}})
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    loaded = set(ended.stdout.split())
+    assert "onnxruntime" in loaded
+    assert not loaded & NOT_IN_THE_SERVER

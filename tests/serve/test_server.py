@@ -1,0 +1,146 @@
+"""The server around the servicer: health, reflection, start, shutdown, and what a client learns of a failure."""
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from serve.client import RecommenderClient, UserEvent
+from serve.errors import status_of
+from serve.pb.recommender_pb2 import RecommendRequest, RecordEventsRequest
+from serve.pb.recommender_pb2_grpc import RecommenderStub
+from serve.process import StartError, running_server
+from serve.recommender import Recommender
+from serve.server import SERVICE, AddressError, create_server
+from serve.store import EventStore
+
+TIMEOUT_S = 30
+ONE_EVENT = RecordEventsRequest(events=[UserEvent(event_id="1", user_id="u", item_id="1007", timestamp=1)])
+
+
+def test_model_info(client: RecommenderClient, model: Recommender) -> None:
+    info = client.get_model_info()
+    assert info.model_version == model.info.model_version
+    assert info.policy == "reinforce"
+    assert info.created == model.info.created
+    assert info.item_count == len(model.catalog)
+    assert (info.rating_scale.minimum, info.rating_scale.maximum) == (0.5, 5.0)
+    assert tuple(info.genres) == model.info.genres
+    assert info.execution_provider == "CPUExecutionProvider"
+    assert (info.max_history, info.max_k) == (50, 1000)
+
+
+def test_health(address: str) -> None:
+    with grpc.insecure_channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", SERVICE):
+            response = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT_S)
+            assert response.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as failure:
+            health.Check(health_pb2.HealthCheckRequest(service="other"), timeout=TIMEOUT_S)
+    assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_health_watchers_are_told_of_the_end(model: Recommender, store: EventStore) -> None:
+    server = create_server(model, store, "127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        draining = threading.Thread(target=server.drain, args=[0.1])
+        draining.start()
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        draining.join(TIMEOUT_S)
+        assert not draining.is_alive()
+
+
+def test_reflection(address: str) -> None:
+    with grpc.insecure_channel(address) as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        services = {"jaxrec.v1.Recommender", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+        assert set(database.get_services()) == services
+        file = database.FindFileContainingSymbol(SERVICE)
+    assert file.package == "jaxrec.v1"
+    methods = {method.name for service in file.service for method in service.method}
+    assert methods == {"Recommend", "RecordEvents", "GetUserProfile", "SimilarItems", "GetModelInfo"}
+
+
+def test_a_port_in_use_is_refused(model: Recommender, store: EventStore, address: str) -> None:
+    with pytest.raises(AddressError, match=f"cannot listen on {address}"):
+        create_server(model, store, address)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:", "127.0.0.1:99999", "127.0.0.1:x", "127.0.0.1:-1"])
+def test_bad_address(model: Recommender, store: EventStore, address: str) -> None:
+    with pytest.raises(AddressError, match=f"expected HOST:PORT with a port in 0..65535, came {address}"):
+        create_server(model, store, address)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_the_server_once_the_calls_under_way_are_answered(
+    model_directory: Path, model: Recommender, tmp_path: Path, number: signal.Signals
+) -> None:
+    with running_server(model_directory, tmp_path / "s", provider="cpu") as server:
+        assert server.line == (
+            f"serving {model.info.model_version} on {server.address} (provider CPUExecutionProvider)"
+        )
+        # Recording waits for this writer, so the call is under way until it is done.
+        other_writer = sqlite3.connect(tmp_path / "s", isolation_level=None)
+        other_writer.execute("BEGIN IMMEDIATE")
+        with grpc.insecure_channel(server.address) as channel:
+            stub = RecommenderStub(channel)
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            recording = stub.RecordEvents.future(ONE_EVENT, timeout=TIMEOUT_S)
+            # The server takes calls in order: once this one is answered, it has taken the one before.
+            stub.Recommend(RecommendRequest(user_id="u"), timeout=TIMEOUT_S)
+            server.process.send_signal(number)
+            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            watch.cancel()
+            assert not recording.done()
+            other_writer.execute("ROLLBACK")
+            assert recording.result(TIMEOUT_S).recorded_count == 1
+        other_writer.close()
+        assert server.process.wait(TIMEOUT_S) == 0
+
+
+def test_no_server_from_a_broken_model(model_directory: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "serve", "run", str(tmp_path / "nowhere"), "--address", "127.0.0.1:0"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    assert ended.stderr == f"Error: {tmp_path}/nowhere/manifest.json: cannot be read: No such file or directory\n"
+    with pytest.raises(StartError), running_server(tmp_path / "nowhere", tmp_path / "s"):
+        pass
+
+
+def test_broken_store_is_unavailable_and_hides_its_path(stub: RecommenderStub, store: EventStore) -> None:
+    """Another writer holds the file for longer than the store waits. `stub` does not repeat a call."""
+    store._writer.execute("PRAGMA busy_timeout = 100")
+    other = sqlite3.connect(store._path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(grpc.RpcError) as failure:
+        stub.RecordEvents(ONE_EVENT, timeout=TIMEOUT_S)
+    assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert failure.value.details().startswith("the event store is not available, logged as ")
+    other.execute("ROLLBACK")
+    other.close()
+    assert stub.RecordEvents(ONE_EVENT, timeout=TIMEOUT_S).recorded_count == 1
+
+
+def test_unexpected_error_is_logged_under_an_id_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    code, message = status_of(KeyError("/secret/path"))
+    assert code is grpc.StatusCode.INTERNAL
+    text, log_id = message.rsplit(" ", 1)
+    assert text == "internal error, logged as"
+    (record,) = caplog.records
+    assert log_id in record.getMessage()
+    assert record.exc_info is not None
+    assert "/secret/path" in str(record.exc_info[1])
