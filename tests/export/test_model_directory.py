@@ -135,7 +135,7 @@ def test_a_metric_that_is_no_number_is_refused(small_data: PreparedData, small_h
 
 
 def test_a_model_of_another_catalogue_is_refused(
-    small_data: PreparedData, random_hybrid, small_hybrid: Hybrid, tmp_path: Path
+    small_data: PreparedData, small_hybrid: Hybrid, tmp_path: Path
 ) -> None:
     fewer = dataclasses.replace(small_data.catalog, ids=type(small_data.catalog.ids)(np.arange(1, 31)))
     other = dataclasses.replace(small_data, catalog=fewer)
@@ -146,6 +146,13 @@ def test_nan_weights_are_refused(small_data: PreparedData, random_hybrid, tmp_pa
     hybrid = random_hybrid(small_data, 3, True)
     hybrid.content.projection.bias[...] = hybrid.content.projection.bias[...].at[0].set(np.nan)
     refused(tmp_path, r"content.*projection.*bias.* of the model holds NaN", hybrid, small_data)
+
+
+def test_a_missing_package_is_named_with_the_remedy(
+    small_data: PreparedData, small_hybrid: Hybrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tf2onnx", None)
+    refused(tmp_path, r"pip install 'jaxrec\[export\]'", small_hybrid, small_data)
 
 
 def test_tensorflow_is_imported_by_a_conversion_only() -> None:
