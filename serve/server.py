@@ -13,7 +13,7 @@ from serve.store import EventStore
 
 SERVICE = recommender_pb2.DESCRIPTOR.services_by_name["Recommender"].full_name
 
-# A threaded server rather than grpc.aio. 10,000 items, hidden 128, 50 events, 2 shared cores, medians of two
+# A threaded server rather than grpc.aio. 10,000 items, hidden 128, 50 events, 2 shared cores, means of two
 # rounds: threaded with 8 workers 1.36 ms at concurrency 1 and 1,220 requests/s at 32; aio 1.68 ms and 860/s;
 # aio with two worker threads 2.2 ms and 990/s. Threads also let RecordEvents wait for the disk while others
 # are answered. 32 workers got through 910 requests/s, 1 worker 1,010.
