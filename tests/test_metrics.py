@@ -2,8 +2,10 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxrec.losses import next_item_loss
@@ -61,3 +63,23 @@ def test_loss_by_hand() -> None:
     one = next_item_loss(query, item_vectors, bias, target, jnp.array([[False, True]]))
     assert float(one) == pytest.approx(losses[1], rel=1e-6)
     assert float(next_item_loss(query, item_vectors, bias, target, jnp.array([[False, False]]))) == 0.0
+
+
+@pytest.mark.parametrize("positions", [1, 256, 300])
+def test_chunked_loss_and_its_gradients_equal_the_plain_ones(positions: int) -> None:
+    keys = jax.random.split(jax.random.key(0), 5)
+    queries = 3 * jax.random.normal(keys[0], (positions, 8))
+    item_vectors, bias = jax.random.normal(keys[1], (40, 8)), jax.random.normal(keys[2], (40,)).at[0].set(-1e30)
+    target = jax.random.randint(keys[3], (positions,), 1, 40)
+    where = jax.random.bernoulli(keys[4], 0.7, (positions,))
+
+    def plain(queries: jax.Array, item_vectors: jax.Array, bias: jax.Array) -> jax.Array:
+        logits = queries @ item_vectors.T + bias
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+        return 2.5 * jnp.sum(jnp.where(where, losses, 0.0)) / jnp.maximum(where.sum(), 1)
+
+    def chunked(queries: jax.Array, item_vectors: jax.Array, bias: jax.Array) -> jax.Array:
+        return 2.5 * next_item_loss(queries, item_vectors, bias, target, where)
+
+    ours, theirs = (jax.value_and_grad(f, argnums=(0, 1, 2))(queries, item_vectors, bias) for f in (chunked, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
