@@ -75,15 +75,17 @@ class RewardWeights:
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
-    """Policy-gradient fine-tuning. `kl_target` in nats: how far the policy may drift from the supervised one."""
+    """Policy-gradient fine-tuning. `kl_target` in nats: how far the policy drifts from the supervised one. `anchor`:
+    the weight of the rating-weighted cross-entropy of the logged items beside the reward."""
 
     seed: int = 0
-    steps: int = 1500
+    steps: int = 1000
     steps_per_evaluation: int = 100
     batch_size: int = 256
     slate_size: int = 10
-    learning_rate: float = 1e-3
-    kl_target: float = 0.05
+    learning_rate: float = 3e-4
+    kl_target: float = 0.02
+    anchor: float = 0.2
     policy_width: int = 128
     rewards: RewardWeights = dataclasses.field(default_factory=RewardWeights)
 

@@ -8,7 +8,9 @@ judged that way. Slot i is answerable for the slots from i on only, so with the 
 
 (Williams 1992, theorem 1, with a baseline; the reward-to-go form is Sutton et al. 2000, theorem 1, for an episode of
 one slate). b is linear in the query vector. The leash adds coefficient * KL(policy || supervised), exact over the
-catalogue; the coefficient follows the KL to its target (Ziegler et al. 2019, section 2.2).
+catalogue; the coefficient follows the KL to its target (Ziegler et al. 2019, section 2.2). The anchor adds the
+cross-entropy of the logged item, weighted by its rating: hits are rare among sampled slates, and without it the denser
+genre and rating rewards buy their gains with hits (on ML-100K, 5 % of NDCG@10).
 """
 
 import functools
@@ -32,6 +34,7 @@ KL_COEFFICIENT_RANGE = (1e-3, 1e3)
 KL_CONTROL_RATE = 0.1  # Ziegler et al. 2019: K_beta
 KL_CONTROL_CLIP = 0.2
 BASELINE_LEARNING_RATE = 1e-2
+WARMUP_FRACTION = 0.1  # of the steps; the baseline learns its level before the policy moves
 
 
 class Scoring(NamedTuple):
@@ -106,6 +109,17 @@ def baseline_loss(baseline: jax.Array, returns: jax.Array, where: jax.Array) -> 
     return jnp.sum(errors) / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1.0)
 
 
+def anchor_loss(logits: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
+    """Mean cross-entropy (nats) of target [batch] int32 under logits [batch, items + 1], weighted by weight [batch].
+
+    Targets that may not be recommended do not count; 0 where none counts.
+    """
+    chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+    weight = jnp.where(recommendable(chosen), weight, 0.0)
+    losses = jnp.where(weight > 0, jax.nn.logsumexp(logits, axis=1) - chosen, 0.0)
+    return jnp.sum(weight * losses) / jnp.maximum(jnp.sum(weight), 1e-6)
+
+
 def next_kl_coefficient(coefficient: jax.Array, kl: jax.Array, target: float) -> jax.Array:
     """Ziegler et al. 2019, section 2.2: a log-space proportional controller; the error is clipped to 20 %."""
     error = jnp.clip(kl / target - 1.0, -KL_CONTROL_CLIP, KL_CONTROL_CLIP)
@@ -138,6 +152,7 @@ def make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig) -> Update
             values = query @ baseline.kernel + baseline.bias
             policy_loss = reinforce_loss(slate_logprobs(logits, slates), achieved, values, where)
             value_loss = baseline_loss(values, achieved, where)
+            anchor = anchor_loss(logits, target, target_rating)
             kl = jnp.mean(kl_divergence(logits, reference))
             metrics = {
                 "reward": jnp.mean(achieved[:, 0]),
@@ -149,8 +164,10 @@ def make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig) -> Update
                 "kl_coefficient": learner.kl_coefficient,
                 "entropy": jnp.mean(entropy(logits)),
                 "baseline_loss": value_loss,
+                "anchor_loss": anchor,
             }
-            return policy_loss + learner.kl_coefficient * kl + value_loss, metrics
+            leash = learner.kl_coefficient * kl
+            return policy_loss + leash + config.anchor * anchor + value_loss, metrics
 
         trained = (learner.head, learner.baseline)
         gradients, metrics = jax.grad(loss_of, has_aux=True)(trained)
@@ -169,8 +186,10 @@ def make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig) -> Update
 
 
 def _optimizer(config: RLConfig) -> optax.GradientTransformation:
-    """Adam for both parts of (head, baseline); the baseline, whose error biases nothing, learns faster."""
+    """Adam for both parts of (head, baseline). The head's rate warms up, then follows a cosine down to 0; the baseline,
+    whose error biases nothing, learns faster."""
+    warmup = max(1, int(WARMUP_FRACTION * config.steps))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(config.steps, warmup + 1))
     return optax.multi_transform(
-        {"head": optax.adam(config.learning_rate), "baseline": optax.adam(BASELINE_LEARNING_RATE)},
-        ("head", "baseline"),
+        {"head": optax.adam(schedule), "baseline": optax.adam(BASELINE_LEARNING_RATE)}, ("head", "baseline")
     )
