@@ -19,7 +19,7 @@ from jaxrec.plots import plot_metrics, plot_rl, plot_training
 from jaxrec.prepare import PreparedData, prepare_files, write_prepared
 from jaxrec.report import evaluate_run, format_table, write_evaluation
 from jaxrec.rl.policy_run import read_log, rl_run
-from jaxrec.runs import train_run
+from jaxrec.runs import CONTENT_FOLDER, LSTM_FOLDER, train_run
 from jaxrec.schema import NO_GENRES, DataError
 from jaxrec.train import read_epochs
 
@@ -46,7 +46,8 @@ def run_demo(out: Path, seed: int = 0) -> None:
         click.echo(", ".join(f"{value} {name}" for name, value in data.summary().items() if "time" not in name))
     with _stage("Train both models and tune their mix"):
         train_run(out / "data", out / "run", train_config=TrainConfig(seed=seed))
-        epochs = {name: read_epochs(out / "run" / name) for name in ("lstm", "content")}
+        logs = {"TimeRatingAwareLSTM": LSTM_FOLDER, "TimeRatingAwareContentModel": CONTENT_FOLDER}
+        epochs = {name: read_epochs(out / "run" / folder) for name, folder in logs.items()}
         plot_training(epochs, out / "plots/training.png")
     with _stage("Reinforcement learning"):
         outcome = rl_run(out / "run", RLConfig(seed=seed))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from jaxrec.evaluate import Metrics
 from jaxrec.files import new_file
@@ -20,6 +21,8 @@ def plot_training(epochs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for suffix, style in (("without", "-"), ("with", "--")):
             values = [record[f"validation_ndcg_10_{suffix}_request_time"] for record in records]
             right.plot(numbers, values, style, color=line.get_color(), label=f"{name}, {suffix} request time")
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy (nats)")
     right.set(title="Validation", xlabel="epoch", ylabel="NDCG@10")
     left.legend(fontsize="small")
