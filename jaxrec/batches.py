@@ -1,7 +1,9 @@
 """Training windows and evaluation batches in a few fixed shapes, so that each compiles once and padding stays small."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -11,12 +13,16 @@ from jaxrec.prepare import PreparedData
 from jaxrec.schema import MISSING_RATING, UNKNOWN_GAP
 from jaxrec.split import Cases
 
+Item = TypeVar("Item")
+
 
 class TrainBatch(NamedTuple):
-    """`events` [batch, length]; `target` [batch, length] int32 is the next item (0 where there is none) and
-    `target_gap` [batch, length] float32 the seconds until it."""
+    """Rows that hold several windows back to back: `events` [batch, length]; `starts` [batch, length] bool is True
+    where a window begins and the recurrent state must be forgotten; `target` [batch, length] int32 is the next item
+    (0 at padding) and `target_gap` [batch, length] float32 the seconds until it."""
 
     events: Events
+    starts: np.ndarray
     target: np.ndarray
     target_gap: np.ndarray
 
@@ -30,12 +36,6 @@ class CaseBatch(NamedTuple):
     target: np.ndarray
     exclude: np.ndarray
     time: np.ndarray
-
-
-def shape_lengths(max_length: int) -> tuple[int, ...]:
-    """The lengths that windows are padded to."""
-    lengths = sorted({max(1, max_length // 4), max(1, max_length // 2), max_length})
-    return tuple(lengths)
 
 
 def training_windows(counts: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -53,63 +53,99 @@ def training_windows(counts: np.ndarray, max_length: int) -> tuple[np.ndarray, n
     return columns[:, 0], columns[:, 1], columns[:, 2]
 
 
-class TrainingData:
-    """The training part of prepared data, cut into windows of at most `max_length` positions."""
+def pack_windows(lengths: np.ndarray, row_length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Fits windows of `lengths` [windows] into rows of `row_length`: the row of each, and its offset there, int64.
 
-    def __init__(self, data: PreparedData, max_length: int) -> None:
+    Best fit, longest first, so that little is left empty; equal lengths come in random order, so that neighbours in
+    a row differ from call to call.
+    """
+    rows, offsets = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
+    with_space: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by what is left in them
+    row_count = 0
+    for window in np.lexsort((rng.random(len(lengths)), -lengths)):
+        length = int(lengths[window])
+        space = next((s for s in range(length, row_length) if with_space[s]), row_length)
+        if space == row_length:
+            row, row_count = row_count, row_count + 1
+        else:
+            row = with_space[space].pop()
+        rows[window], offsets[window] = row, row_length - space
+        with_space[space - length].append(row)
+    return rows, offsets
+
+
+class TrainingData:
+    """The training part of prepared data as batches of one shape: [batch_tokens / max_length, max_length]."""
+
+    def __init__(self, data: PreparedData, max_length: int, batch_tokens: int, multiple_of: int = 1) -> None:
+        """A batch has about `batch_tokens` positions; its number of rows is a multiple of `multiple_of`."""
         self._histories = data.histories
         self._ratings = data.unit_ratings()
         self._gaps = data.histories.gaps()
         self.max_length = max_length
-        users, starts, self.lengths = training_windows(data.split.train_counts, max_length)
+        self.rows_per_batch = max(1, round(batch_tokens / max_length / multiple_of)) * multiple_of
+        users, starts, self._lengths = training_windows(data.split.train_counts, max_length)
         self._starts = data.histories.offsets[users] + starts
-
-    @property
-    def window_count(self) -> int:
-        return len(self.lengths)
+        # Every epoch packs into the same number of rows, since that depends on the lengths alone.
+        rows, _ = pack_windows(self._lengths, max_length, np.random.default_rng(0))
+        self._row_count = int(rows.max(initial=-1)) + 1
 
     @property
     def target_count(self) -> int:
-        return int(self.lengths.sum())
+        """Targets in an epoch."""
+        return int(self._lengths.sum())
 
-    def steps_per_epoch(self, batch_tokens: int, multiple_of: int = 1) -> int:
-        """How many batches `epoch` yields."""
-        return len(self._batches(batch_tokens, multiple_of, np.random.default_rng(0)))
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return -(-self._row_count // self.rows_per_batch)
 
-    def padding_share(self, batch_tokens: int) -> float:
+    def padding_share(self) -> float:
         """The share of positions in an epoch's batches that hold no event."""
-        batches = self._batches(batch_tokens, 1, np.random.default_rng(0))
-        slots = sum(length * _batch_size(length, batch_tokens, 1) for length, _ in batches)
-        return 1.0 - self.target_count / slots
+        return 1.0 - self.target_count / (self.steps_per_epoch * self.rows_per_batch * self.max_length)
 
-    def epoch(self, seed: int, epoch: int, batch_tokens: int, multiple_of: int = 1) -> Iterator[TrainBatch]:
-        """Every window once, in an order that follows from (seed, epoch). Batch sizes are a multiple of `multiple_of`;
-        the last batch of a length is filled with empty rows."""
-        for length, windows in self._batches(batch_tokens, multiple_of, np.random.default_rng((seed, epoch))):
-            yield self._batch(windows, length, _batch_size(length, batch_tokens, multiple_of))
+    def epoch(self, seed: int, epoch: int, first_step: int = 0) -> Iterator[TrainBatch]:
+        """Every window once, in an order that follows from (seed, epoch); the last batch is filled with empty rows.
 
-    def _batches(self, batch_tokens: int, multiple_of: int, rng: np.random.Generator) -> list[tuple[int, np.ndarray]]:
-        batches = []
-        shortest = 0
-        for length in shape_lengths(self.max_length):
-            chosen = np.flatnonzero((self.lengths > shortest) & (self.lengths <= length))
-            shortest = length
-            size = _batch_size(length, batch_tokens, multiple_of)
-            shuffled = rng.permutation(chosen)
-            batches += [(length, shuffled[i : i + size]) for i in range(0, len(shuffled), size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
+        With `first_step` the steps before it are left out: an interrupted epoch goes on where it stopped.
+        """
+        rng = np.random.default_rng((seed, epoch))
+        rows, offsets = pack_windows(self._lengths, self.max_length, rng)
+        by_row = np.argsort(rows, kind="stable")
+        bounds = np.searchsorted(rows[by_row], np.arange(self._row_count + 1))
+        order = rng.permutation(self._row_count)
+        for step in range(first_step, self.steps_per_epoch):
+            chosen = order[step * self.rows_per_batch : (step + 1) * self.rows_per_batch]
+            windows = [by_row[bounds[row] : bounds[row + 1]] for row in chosen]
+            batch_rows = np.repeat(np.arange(len(chosen)), [len(of_row) for of_row in windows])
+            flat = np.concatenate(windows)
+            yield self._batch(flat, batch_rows * self.max_length + offsets[flat])
 
-    def _batch(self, windows: np.ndarray, length: int, size: int) -> TrainBatch:
-        starts = np.zeros(size, np.int64)
-        lengths = np.zeros(size, np.int32)
-        starts[: len(windows)] = self._starts[windows]
-        lengths[: len(windows)] = self.lengths[windows]
-        where = np.arange(length) < lengths[:, None]
-        rows = np.where(where, starts[:, None] + np.arange(length), 0)
-        events = _events(self._histories, self._ratings, self._gaps, rows, where, lengths)
-        following = np.minimum(rows + 1, self._histories.event_count - 1)
+    def _batch(self, windows: np.ndarray, slots: np.ndarray) -> TrainBatch:
+        """The batch with each window's events from its slot on; slots count through the rows."""
+        shape = (self.rows_per_batch, self.max_length)
+        lengths = self._lengths[windows]
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        rows, where, starts = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, bool)
+        occupied = np.repeat(slots, lengths) + within
+        rows.flat[occupied] = np.repeat(self._starts[windows], lengths) + within
+        where.flat[occupied] = True
+        starts.flat[slots] = True
+        events = _events(self._histories, self._ratings, self._gaps, rows, where, where.sum(axis=1, dtype=np.int32))
+        following = np.where(where, rows + 1, 0)
         target = np.where(where, self._histories.items[following], 0).astype(np.int32)
-        return TrainBatch(events, target, np.where(where, self._gaps[following], UNKNOWN_GAP).astype(np.float32))
+        target_gap = np.where(where, self._gaps[following], UNKNOWN_GAP).astype(np.float32)
+        return TrainBatch(events, starts, target, target_gap)
+
+
+def prefetch(batches: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+    """The same batches in the same order, made by a thread up to `depth` ahead of their use."""
+    source = iter(batches)
+    with ThreadPoolExecutor(1) as maker:
+        pending = deque(maker.submit(next, source, None) for _ in range(depth))
+        while (batch := pending.popleft().result()) is not None:
+            pending.append(maker.submit(next, source, None))
+            yield batch
 
 
 def case_batches(data: PreparedData, cases: Cases, max_length: int, size: int = 64) -> Iterator[CaseBatch]:
@@ -136,10 +172,6 @@ def case_batches(data: PreparedData, cases: Cases, max_length: int, size: int = 
             exclude.astype(np.int32),
             histories.times[targets],
         )
-
-
-def _batch_size(length: int, batch_tokens: int, multiple_of: int) -> int:
-    return max(1, round(batch_tokens / length / multiple_of)) * multiple_of
 
 
 def _events(

@@ -63,7 +63,7 @@ def training_loss(
     """Next-item loss of every position; each request gap is hidden with the given probability, so that one model
     answers with and without a request time."""
     item_vectors = model.item_vectors()
-    outputs, _ = model.encode(batch.events, item_vectors, key=jax.random.fold_in(key, 0))
+    outputs, _ = model.encode(batch.events, item_vectors, key=jax.random.fold_in(key, 0), starts=batch.starts)
     hidden = jax.random.bernoulli(jax.random.fold_in(key, 1), request_gap_dropout, batch.target_gap.shape)
     queries = model.query(outputs, jnp.where(hidden, UNKNOWN_GAP, batch.target_gap))
     return next_item_loss(queries, item_vectors, model.item_bias(), batch.target, batch.target > 0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any, Generic
 
@@ -11,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from jaxrec.batches import TrainingData
+from jaxrec.batches import TrainingData, prefetch
 from jaxrec.checkpoint import Checkpoints
 from jaxrec.config import TrainConfig
 from jaxrec.evaluate import jit_scorer, model_logits, rank_cases
@@ -42,7 +43,7 @@ class TrainingError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Trained(Generic[Model]):
-    """The model of the best epoch, and one record per epoch: epoch, loss, validation metrics."""
+    """The model of the best epoch, and one record per epoch: epoch, loss, speed, validation metrics."""
 
     model: Model
     epochs: list[dict[str, Any]]
@@ -58,12 +59,12 @@ def train_model(
     Raises DataError where there is nothing to train on, TrainingError when the loss is not finite.
     """
     mesh = mesh or data_mesh()
-    windows = TrainingData(data, model.config.max_length)
-    if not windows.window_count:
+    batches = TrainingData(data, model.config.max_length, config.batch_tokens, mesh.size)
+    if not batches.target_count:
         raise DataError("no user has two training events; there is nothing to learn from")
     if not len(data.split.validation):
         raise DataError("no validation case is left; the log is too short to tell when to stop")
-    steps = windows.steps_per_epoch(config.batch_tokens, mesh.size)
+    steps = batches.steps_per_epoch
     optimizer = make_optimizer(config, steps * config.max_epochs)
     graphdef, state = initial_state(model, optimizer)
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
@@ -77,12 +78,12 @@ def train_model(
         total = steps * config.max_epochs
         with tqdm(total=total, initial=steps * len(epochs), desc=f"train {name}", unit="step") as bar:
             while len(epochs) < config.max_epochs and not _out_of_patience(epochs, config.patience):
-                state, loss = _run_epoch(step, state, windows, config, len(epochs), mesh, bar)
+                state, trained = _run_epoch(step, state, batches, config.seed, len(epochs), mesh, bar)
                 validation = _validate(nnx.merge(graphdef, state.params, state.fixed), data)
-                epochs.append({"epoch": len(epochs), "loss": loss, **validation})
+                epochs.append({"epoch": len(epochs), **trained, **validation})
                 checkpoints.save(len(epochs) - 1, state, {"epochs": epochs}, {METRIC: validation[METRIC]})
                 write_text(folder / LOG_FILE, "".join(json.dumps(record) + "\n" for record in epochs))
-                bar.set_postfix(epoch=len(epochs), loss=f"{loss:.3f}", ndcg=f"{validation[METRIC]:.4f}")
+                bar.set_postfix(epoch=len(epochs), loss=f"{trained['loss']:.3f}", ndcg=f"{validation[METRIC]:.4f}")
             bar.total = bar.n
             bar.refresh()
         state, _ = checkpoints.restore(checkpoints.best_epoch(epochs), state)
@@ -109,28 +110,43 @@ def read_epochs(folder: Path) -> list[dict[str, Any]]:
 def _run_epoch(
     step: StepFunction,
     state: TrainState,
-    windows: TrainingData,
-    config: TrainConfig,
+    batches: TrainingData,
+    seed: int,
     epoch: int,
     mesh: Mesh,
     bar: tqdm,
-) -> tuple[TrainState, float]:
-    """One pass over the windows; the mean of the steps' losses, each read a step late, so the device stays busy."""
+) -> tuple[TrainState, dict[str, float]]:
+    """One pass over the windows: the mean loss, targets per second, and the share of time spent waiting for batches.
+
+    Each loss is read a step late, so the device stays busy.
+    """
     split = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
-    key = jax.random.key(config.seed)
+    key = jax.random.key(seed)
     losses: list[Any] = []
-    for batch in windows.epoch(config.seed, epoch, config.batch_tokens, mesh.size):
-        state, metrics = step(state, jax.device_put(batch, split), key)
+    waited, started = 0.0, time.perf_counter()
+    on_device = prefetch(jax.device_put(batch, split) for batch in batches.epoch(seed, epoch))
+    while True:
+        asked = time.perf_counter()
+        batch = next(on_device, None)
+        waited += time.perf_counter() - asked
+        if batch is None:
+            break
+        state, metrics = step(state, batch, key)
         losses.append(metrics["loss"])
         if len(losses) > 1:
             losses[-2] = float(losses[-2])
         bar.update()
     values = np.asarray([float(loss) for loss in losses])
+    seconds = time.perf_counter() - started
     if not np.isfinite(values).all():
         first = epoch * len(values) + int(np.argmin(np.isfinite(values)))
         kept = f"the checkpoint of epoch {epoch - 1} is good" if epoch else "no epoch was finished"
         raise TrainingError(f"the loss is not finite from step {first} on (epoch {epoch}); {kept}")
-    return state, float(values.mean())
+    return state, {
+        "loss": float(values.mean()),
+        "targets_per_second": batches.target_count / seconds,
+        "wait_share": waited / seconds,
+    }
 
 
 def _validate(model: TimeRatingAwareLSTM, data: PreparedData) -> dict[str, float]:

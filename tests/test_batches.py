@@ -1,11 +1,12 @@
 """Training windows and evaluation batches: every event once, nothing of the future, padding that is marked."""
 
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from jaxrec.batches import TrainingData, case_batches, training_windows
+from jaxrec.batches import TrainingData, case_batches, pack_windows, prefetch, training_windows
 from jaxrec.config import PrepareConfig
 from jaxrec.prepare import PreparedData, prepare
 from jaxrec.schema import MISSING_RATING, UNKNOWN_GAP
@@ -26,9 +27,9 @@ def test_windows_by_hand() -> None:
 
 
 def test_every_training_event_but_the_first_is_a_target_once(data: PreparedData) -> None:
-    windows = TrainingData(data, max_length=8)
+    windows = TrainingData(data, max_length=8, batch_tokens=64)
     seen: Counter[tuple[int, float]] = Counter()
-    for batch in windows.epoch(seed=0, epoch=0, batch_tokens=64):
+    for batch in windows.epoch(seed=0, epoch=0):
         where = batch.target > 0
         np.testing.assert_array_equal(where, np.arange(where.shape[1]) < batch.events.length[:, None])
         seen.update(zip(batch.target[where].tolist(), batch.target_gap[where].tolist(), strict=True))
@@ -45,13 +46,13 @@ def test_no_held_out_event_is_in_a_training_batch(data: PreparedData) -> None:
     marked[data.split.test.rows] = marked[data.split.validation.rows] = 10_000
     histories = data.histories.__class__(data.histories.offsets, marked, data.histories.ratings, data.histories.times)
     held_out = PreparedData(data.catalog, data.users, histories, data.split, data.config)
-    for batch in TrainingData(held_out, max_length=8).epoch(0, 0, batch_tokens=64):
+    for batch in TrainingData(held_out, max_length=8, batch_tokens=64).epoch(0, 0):
         assert batch.events.item.max() < 10_000
         assert batch.target.max() < 10_000
 
 
 def test_padding_is_marked(data: PreparedData) -> None:
-    for batch in TrainingData(data, max_length=8).epoch(0, 0, batch_tokens=64):
+    for batch in TrainingData(data, max_length=8, batch_tokens=64).epoch(0, 0):
         padding = np.arange(batch.target.shape[1]) >= batch.events.length[:, None]
         assert np.all(batch.events.item[padding] == 0)
         assert np.all(batch.events.rating[padding] == MISSING_RATING)
@@ -60,21 +61,62 @@ def test_padding_is_marked(data: PreparedData) -> None:
 
 
 def test_order_follows_from_seed_and_epoch(data: PreparedData) -> None:
-    windows = TrainingData(data, max_length=8)
+    windows = TrainingData(data, max_length=8, batch_tokens=64)
 
     def first_targets(seed: int, epoch: int) -> list[int]:
-        return [int(batch.target[0, 0]) for batch in windows.epoch(seed, epoch, batch_tokens=32)]
+        return [int(batch.target[0, 0]) for batch in windows.epoch(seed, epoch)]
 
     assert first_targets(0, 1) == first_targets(0, 1)
     assert first_targets(0, 1) != first_targets(0, 2)
     assert first_targets(0, 1) != first_targets(1, 1)
 
 
-def test_batches_come_in_few_shapes_and_split_over_devices(data: PreparedData) -> None:
-    windows = TrainingData(data, max_length=8)
-    batches = list(windows.epoch(0, 0, batch_tokens=64, multiple_of=4))
-    assert {batch.target.shape for batch in batches} <= {(32, 2), (16, 4), (8, 8)}
-    assert len(batches) == windows.steps_per_epoch(64, multiple_of=4)
+def test_batches_have_one_shape_that_splits_over_devices(data: PreparedData) -> None:
+    windows = TrainingData(data, max_length=8, batch_tokens=64, multiple_of=4)
+    batches = list(windows.epoch(0, 0))
+    assert {batch.target.shape for batch in batches} == {(8, 8)}
+    assert len(batches) == windows.steps_per_epoch
+    filled = sum(int((batch.target > 0).sum()) for batch in batches)
+    assert windows.padding_share() == 1 - filled / (len(batches) * 64)
+
+
+def test_packing_by_hand() -> None:
+    rows, offsets = pack_windows(np.array([2, 5, 3, 1, 4]), row_length=5, rng=np.random.default_rng(0))
+    # Longest first: 5 fills a row; 4 leaves 1; 3 leaves 2, which 2 fills; 1 fills what 4 left.
+    assert rows.tolist() == [2, 0, 2, 1, 1]
+    assert offsets.tolist() == [3, 0, 0, 4, 0]
+
+
+def test_packing_wastes_little_on_movielens_like_lengths() -> None:
+    counts = 20 + np.random.default_rng(0).geometric(1 / 120, size=2000)
+    _, _, lengths = training_windows(counts, max_length=100)
+    rows, offsets = pack_windows(lengths, 100, np.random.default_rng(0))
+    assert 1 - lengths.sum() / ((rows.max() + 1) * 100) < 0.05
+    occupied = np.concatenate(
+        [row * 100 + offset + np.arange(n) for row, offset, n in zip(rows, offsets, lengths, strict=True)]
+    )
+    assert len(np.unique(occupied)) == lengths.sum()  # no two windows share a slot
+
+
+def test_an_interrupted_epoch_goes_on_where_it_stopped(data: PreparedData) -> None:
+    windows = TrainingData(data, max_length=8, batch_tokens=64)
+    whole, rest = list(windows.epoch(3, 1)), list(windows.epoch(3, 1, first_step=4))
+    assert len(rest) == len(whole) - 4
+    for ours, theirs in zip(rest, whole[4:], strict=True):
+        np.testing.assert_array_equal(ours.target, theirs.target)
+
+
+def test_prefetching_keeps_the_order_and_passes_errors_on() -> None:
+    assert list(prefetch(iter(range(10)), depth=3)) == list(range(10))
+
+    def broken() -> Iterator[int]:
+        yield 1
+        raise OSError("disk gone")
+
+    batches = prefetch(broken())
+    assert next(batches) == 1
+    with pytest.raises(OSError, match="disk gone"):
+        next(batches)
 
 
 def test_cases_hold_the_history_and_nothing_later(data: PreparedData) -> None:

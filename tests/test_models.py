@@ -110,6 +110,22 @@ def test_padding_changes_nothing() -> None:
     np.testing.assert_allclose(state_longer, state, atol=1e-6)
 
 
+def test_histories_packed_into_a_row_do_not_see_each_other() -> None:
+    model = make_hybrid().content
+    events = random_events(2, 8, seed=7)
+    first, second = (int(n) for n in events.length)
+    packed = Events(
+        *(np.concatenate([x[0, :first], x[1, :second]])[None] for x in (events.item, events.rating, events.gap)),
+        np.array([first + second]),
+    )
+    starts = np.zeros((1, first + second), bool)
+    starts[0, [0, first]] = True
+    alone, _ = model.encode(events, model.item_vectors())
+    together, _ = model.encode(packed, model.item_vectors(), starts=starts)
+    np.testing.assert_allclose(together[0, :first], alone[0, :first], atol=1e-6)
+    np.testing.assert_allclose(together[0, first:], alone[1, :second], atol=1e-6)
+
+
 def test_batch_equals_single() -> None:
     hybrid, events = make_hybrid(), random_events(4, 8, seed=2)
     gap = jnp.array([-1.0, 0.0, 3.0, 1e6])

@@ -54,14 +54,18 @@ def train(data: PreparedData, folder: Path, max_epochs: int = 4, seed: int = 0) 
     return train_model(TimeRatingAwareLSTM(20, MODEL, rngs=nnx.Rngs(seed)), data, config, folder, "test")
 
 
+def curve(trained: Trained[TimeRatingAwareLSTM]) -> list[tuple[float, float]]:
+    return [(record["loss"], record["validation_ndcg_10"]) for record in trained.epochs]
+
+
 def variables(model: TimeRatingAwareLSTM) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))]
 
 
 def test_same_seed_same_curve(data: PreparedData, tmp_path: Path) -> None:
-    first, again, other = (train(data, tmp_path / str(i), seed=seed) for i, seed in enumerate((0, 0, 1)))
-    assert first.epochs == again.epochs
-    assert first.epochs != other.epochs
+    first, again, other = (curve(train(data, tmp_path / str(i), seed=seed)) for i, seed in enumerate((0, 0, 1)))
+    assert first == again
+    assert first != other
 
 
 class _Killed(Exception):
@@ -85,7 +89,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     monkeypatch.undo()
     assert len((tmp_path / "stopped/log.jsonl").read_text().splitlines()) == 2
     resumed = train(data, tmp_path / "stopped")
-    assert resumed.epochs == whole.epochs
+    assert curve(resumed) == curve(whole)
     for ours, theirs in zip(variables(resumed.model), variables(whole.model), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -114,19 +118,18 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(data: PreparedData, tmp_p
         train_model(model, data, TRAIN, tmp_path, "test")
 
 
-def test_one_compile_per_shape_and_the_genres_stay_fixed() -> None:
+def test_the_step_compiles_once_and_the_genres_stay_fixed() -> None:
     data = prepare(random_log(users=40, items=20, max_events=20, seed=5), None, KEEP_ALL)
-    windows = TrainingData(data, max_length=8)
+    windows = TrainingData(data, max_length=8, batch_tokens=64)
     genres = np.eye(21, 4, dtype=np.float32)
     optimizer = make_optimizer(TRAIN, 100)
     graphdef, state = initial_state(TimeRatingAwareContentModel(20, genres, MODEL, rngs=nnx.Rngs(0)), optimizer)
     mesh = data_mesh()
     state = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
     step = make_train_step(graphdef, optimizer, mesh, 0.5)
-    batches = [batch for epoch in range(3) for batch in windows.epoch(0, epoch, 64)]
-    for batch in batches:
+    for batch in (batch for epoch in range(3) for batch in windows.epoch(0, epoch)):
         state, _ = step(state, batch, jax.random.key(0))
-    assert step._cache_size() == len({batch.target.shape for batch in batches})  # type: ignore[attr-defined]
+    assert step._cache_size() == 1  # type: ignore[attr-defined]
     np.testing.assert_array_equal(nnx.merge(graphdef, state.params, state.fixed).genre_matrix[...], genres)
 
 
@@ -144,7 +147,7 @@ from tests.synthetic import random_log
 
 assert len(jax.devices()) == 8
 data = prepare(random_log(users=40, items=20, max_events=20, seed=5), None, PrepareConfig(1, 1))
-windows = TrainingData(data, max_length=8)
+windows = TrainingData(data, max_length=8, batch_tokens=64, multiple_of=8)
 losses = {}
 for count in (1, 8):
     mesh = data_mesh(jax.devices()[:count])
@@ -154,7 +157,7 @@ for count in (1, 8):
     state = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
     step = make_train_step(graphdef, optimizer, mesh, 0.5)
     losses[count] = []
-    for batch in windows.epoch(0, 0, 64, multiple_of=8):
+    for batch in windows.epoch(0, 0):
         batch = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data")))
         state, metrics = step(state, batch, jax.random.key(0))
         losses[count].append(float(metrics["loss"]))
@@ -177,5 +180,5 @@ def test_eight_devices_give_the_loss_of_one() -> None:
     )
     assert result.returncode == 0, result.stderr.decode()
     losses = json.loads(result.stdout)
-    assert len(losses["1"]) > 5
+    assert len(losses["1"]) == 5
     np.testing.assert_allclose(losses["8"], losses["1"], atol=1e-5)

@@ -49,12 +49,16 @@ class TimeRatingAwareLSTM(nnx.Module):
         item_vectors: jax.Array,
         state: tuple[jax.Array, jax.Array] | None = None,
         key: jax.Array | None = None,
+        starts: Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Outputs [batch, length, hidden] and the final (h, c), each [batch, hidden]. With a key, dropout is on."""
+        """Outputs [batch, length, hidden] and the final (h, c), each [batch, hidden].
+
+        With a key, dropout is on. `starts` [batch, length] bool: where a row goes on with another history.
+        """
         x = jnp.concatenate([item_vectors[events.item], self.rating(events.rating), self.gap(events.gap)], axis=-1)
         if key is not None:
             x = dropout(x, self.config.input_dropout, jax.random.fold_in(key, 0))
-        outputs, state = self.lstm(x, events.where, state)
+        outputs, state = self.lstm(x, events.where, state, starts)
         if key is not None:
             outputs = dropout(outputs, self.config.output_dropout, jax.random.fold_in(key, 1))
         return outputs, state
