@@ -69,7 +69,7 @@ def training_states(
     request_gap[where] = np.where(rng.random(len(window)) < 0.5, UNKNOWN_GAP, data.histories.gaps()[target_rows])
     target, rating = data.histories.items[target_rows], data.unit_ratings()[target_rows]
     return States(
-        query=_queries(hybrid, data, rows, lengths, request_gap)[where],
+        query=_queries(hybrid, data, rows, where, request_gap),
         target=target.astype(np.int32),
         target_rating=rating_or_mean(rating, target, item_ratings),
         window=window.astype(np.int32),
@@ -84,26 +84,26 @@ def rating_or_mean(ratings: np.ndarray, items: np.ndarray, item_ratings: np.ndar
 
 
 def _queries(
-    hybrid: Hybrid, data: PreparedData, rows: np.ndarray, lengths: np.ndarray, request_gap: np.ndarray
+    hybrid: Hybrid, data: PreparedData, rows: np.ndarray, where: np.ndarray, request_gap: np.ndarray
 ) -> np.ndarray:
-    """[windows, length, width] float32: the supervised query vector after each event of rows [windows, length]."""
-    encode = query_function(hybrid)
+    """[states, width] float32: the supervised query vector after each event of the windows, rows [windows, length]."""
+    encode = _query_function(hybrid)
     ratings, gaps = data.unit_ratings(), data.histories.gaps()
     queries = []
     for start in range(0, len(rows), WINDOWS_PER_BATCH):
         batch = np.minimum(np.arange(start, start + WINDOWS_PER_BATCH), len(rows) - 1)
-        where = np.arange(rows.shape[1]) < lengths[batch][:, None]
         events = Events(
-            item=np.where(where, data.histories.items[rows[batch]], 0).astype(np.int32),
-            rating=np.where(where, ratings[rows[batch]], MISSING_RATING).astype(np.float32),
-            gap=np.where(where, gaps[rows[batch]], UNKNOWN_GAP).astype(np.float32),
-            length=lengths[batch].astype(np.int32),
+            item=np.where(where[batch], data.histories.items[rows[batch]], 0).astype(np.int32),
+            rating=np.where(where[batch], ratings[rows[batch]], MISSING_RATING).astype(np.float32),
+            gap=np.where(where[batch], gaps[rows[batch]], UNKNOWN_GAP).astype(np.float32),
+            length=where[batch].sum(axis=1, dtype=np.int32),
         )
-        queries.append(np.asarray(encode(events, request_gap[batch])))
-    return np.concatenate(queries)[: len(rows)]
+        of_batch = np.asarray(encode(events, request_gap[batch]))[: len(rows) - start]
+        queries.append(of_batch[where[start : start + WINDOWS_PER_BATCH]])
+    return np.concatenate(queries)
 
 
-def query_function(hybrid: Hybrid) -> Callable[[Events, Array], jax.Array]:
+def _query_function(hybrid: Hybrid) -> Callable[[Events, Array], jax.Array]:
     """Compiled (events [batch, length], request_gap [batch, length]) -> supervised queries [batch, length, width]."""
     graphdef, variables = nnx.split(hybrid)
 

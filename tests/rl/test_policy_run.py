@@ -1,5 +1,6 @@
 """The policy of a run directory, from `jaxrec rl` to the hybrid that is exported."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -136,7 +137,7 @@ def test_policy_of_other_models_is_refused(
 
 
 def test_seed_decides_the_policy(small_data: PreparedData, supervised: Hybrid) -> None:
-    config = RLConfig(**{**vars(SHORT), "seed": 1})
+    config = dataclasses.replace(SHORT, seed=1)
     first, other = train_policy(supervised, small_data, SHORT), train_policy(supervised, small_data, config)
     assert first.log != other.log
     assert not np.array_equal(first.variables["item_bias"], other.variables["item_bias"])
@@ -145,6 +146,6 @@ def test_seed_decides_the_policy(small_data: PreparedData, supervised: Hybrid) -
 def test_not_finite_stops_and_keeps_the_policy_before(run: Run) -> None:
     before = read_outcome(run)
     with pytest.raises(TrainingError, match=r"not finite at step 1 \(of steps 0\.\.19\)"):
-        rl_run(run.folder, RLConfig(**{**vars(SHORT), "learning_rate": float("inf")}))
+        rl_run(run.folder, dataclasses.replace(SHORT, learning_rate=float("inf")))
     assert read_outcome(run) == before
     assert sorted(path.name for path in run.folder.iterdir() if path.name.startswith(".")) == []

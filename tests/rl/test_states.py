@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -67,13 +68,13 @@ def test_query_is_the_supervised_one_of_the_history_alone(
 def test_request_gap_is_hidden_for_about_half_of_the_states(
     small_data: PreparedData, hybrid: Hybrid, states: States
 ) -> None:
-    timeless = dataclass_with_unknown_gaps(hybrid)
+    timeless = deaf_to_request_time(hybrid)
     same = np.isclose(training_states(timeless, small_data, ITEM_RATINGS, seed=0).query, states.query, atol=1e-6)
     share = same.all(axis=1).mean()
     assert abs(share - 0.5) < 4 * np.sqrt(0.25 / len(states.target))
 
 
-def dataclass_with_unknown_gaps(hybrid: Hybrid) -> Hybrid:
+def deaf_to_request_time(hybrid: Hybrid) -> Hybrid:
     """The same models, deaf to the request time: every gap bucket reads as the unknown one."""
     copy = nnx.clone(hybrid)
     for model in (copy.lstm, copy.content):
@@ -84,7 +85,7 @@ def dataclass_with_unknown_gaps(hybrid: Hybrid) -> Hybrid:
 
 def test_limit_keeps_the_most_recent_windows(small_data: PreparedData, hybrid: Hybrid) -> None:
     short = nnx.clone(hybrid)
-    short.lstm.config = type(hybrid.lstm.config)(**{**vars(hybrid.lstm.config), "max_length": 10})
+    short.lstm.config = dataclasses.replace(hybrid.lstm.config, max_length=10)
     users, _, _ = training_windows(small_data.split.train_counts, 10)
     newest = 10 * len(np.unique(users))
     states = training_states(short, small_data, ITEM_RATINGS, seed=0, limit=newest)
