@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrec.config import ModelConfig, RLConfig, TrainConfig
+from jaxrec.config import RLConfig, TrainConfig, to_json
 from jaxrec.evaluate import jit_scorer, rank_cases
 from jaxrec.metrics import ndcg
 from jaxrec.models.hybrid import Hybrid
@@ -26,20 +26,37 @@ from jaxrec.rl.policy_run import (
     rl_run,
 )
 from jaxrec.rl.train_policy import train_policy
-from jaxrec.runs import Run, load_supervised, open_run, train_run
+from jaxrec.runs import Run, open_run
 from jaxrec.schema import DataError
 from jaxrec.train import TrainingError
 
 SHORT = RLConfig(steps=30, steps_per_evaluation=20, batch_size=16, policy_width=8, learning_rate=3e-3)
-TINY = ModelConfig(embedding=16, hidden=16, rating_width=4, time_width=4, max_length=50)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def supervised(
+    small_data: PreparedData, random_hybrid: Callable[[PreparedData, int, bool], Hybrid]
+) -> Iterator[Hybrid]:
+    """Random models in place of the run's trained ones, which tests of the command line train."""
+    hybrid = random_hybrid(small_data, 0, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxrec.rl.policy_run.load_supervised", lambda run, data: hybrid)
+        yield hybrid
 
 
 @pytest.fixture(scope="module")
-def trained(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(small_data: PreparedData, supervised: Hybrid, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a short-lived policy."""
     folder = tmp_path_factory.mktemp("rl")
     write_prepared(small_data, folder / "data")
-    train_run(folder / "data", folder / "run", TINY, TrainConfig(max_epochs=1))
+    description = {
+        "schema_version": 1,
+        "data": str(folder / "data"),
+        "model": to_json(supervised.lstm.config),
+        "train": to_json(TrainConfig()),
+    }
+    (folder / "run").mkdir()
+    (folder / "run/run.json").write_text(json.dumps(description))
     rl_run(folder / "run", SHORT)
     return folder / "run"
 
@@ -48,11 +65,6 @@ def trained(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) 
 def run(trained: Path, tmp_path: Path) -> Run:
     """A copy of the run, to be changed."""
     return open_run(Path(shutil.copytree(trained, tmp_path / "run")))
-
-
-@pytest.fixture(scope="module")
-def supervised(trained: Path, small_data: PreparedData) -> Hybrid:
-    return load_supervised(open_run(trained), small_data)
 
 
 def record_use(run: Run, used: bool) -> None:
