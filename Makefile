@@ -42,4 +42,4 @@ lock:
 		--generate-hashes --no-emit-index-url --quiet --output-file requirements.lock
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv build *.egg-info

@@ -1,4 +1,4 @@
-"""Training windows and evaluation batches in a few fixed shapes, so that each compiles once and padding stays small."""
+"""Training and evaluation batches, each of one shape: a step compiles once, and little is padding."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator

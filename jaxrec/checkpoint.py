@@ -1,6 +1,5 @@
 """Checkpoints of a training run (Orbax): the latest, to resume from, and the best, to use."""
 
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -56,11 +55,3 @@ class Checkpoints:
     ) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file of a run. Raises DataError where it is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error

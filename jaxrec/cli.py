@@ -13,7 +13,10 @@ from jaxrec.train import TrainingError
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-NEW_PATH = click.Path(path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
+SEED = click.IntRange(0)
+SEED_HELP = "Of everything random: the same seed on the same machine gives the same result."
 
 
 class _Group(click.Group):
@@ -23,6 +26,8 @@ class _Group(click.Group):
             return super().invoke(context)
         except (DataError, TrainingError, ExportError) as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            raise click.ClickException(f"{error.filename or 'file'}: {error.strerror or error}") from error
 
 
 @click.group(cls=_Group, context_settings={"show_default": True})
@@ -34,9 +39,24 @@ def main() -> None:
 @main.command()
 @click.argument("ratings", type=EXISTING_FILE)
 @click.option("--movies", type=EXISTING_FILE, help="movieId,title,genres; without it there are no titles and genres.")
-@click.option("--min-user-ratings", type=click.IntRange(0), default=PrepareConfig.min_user_ratings)
-@click.option("--min-movie-ratings", type=click.IntRange(0), default=PrepareConfig.min_movie_ratings)
-@click.option("--split", type=click.Choice([k.value for k in SplitKind]), default=PrepareConfig.split.value)
+@click.option(
+    "--min-user-ratings",
+    type=click.IntRange(0),
+    default=PrepareConfig.min_user_ratings,
+    help="Users with fewer are dropped.",
+)
+@click.option(
+    "--min-movie-ratings",
+    type=click.IntRange(0),
+    default=PrepareConfig.min_movie_ratings,
+    help="Movies with fewer are dropped; 0 keeps those that nobody rated.",
+)
+@click.option(
+    "--split",
+    type=click.Choice([k.value for k in SplitKind]),
+    default=PrepareConfig.split.value,
+    help="What is held out: each user's last events, or the last tenth of all time.",
+)
 @click.option(
     "--ties",
     type=click.Choice([t.value for t in Ties]),
@@ -44,8 +64,8 @@ def main() -> None:
     help="What orders one user's equal timestamps: the rows of the file, or chance.",
 )
 @click.option("--rating-scale", type=float, nargs=2, help="Minimum and maximum; recognized where not given.")
-@click.option("--seed", type=int, default=PrepareConfig.seed, help="For --ties random.")
-@click.option("--out", type=NEW_PATH, required=True, help="Folder for the prepared data; replaced if it exists.")
+@click.option("--seed", type=SEED, default=PrepareConfig.seed, help="For --ties random.")
+@click.option("--out", type=NEW_FOLDER, required=True, help="Folder for the prepared data; replaced if it exists.")
 def prepare(
     ratings: Path,
     movies: Path | None,
@@ -69,9 +89,14 @@ def prepare(
 
 @main.command()
 @click.argument("data", type=EXISTING_FOLDER)
-@click.option("--out", type=NEW_PATH, required=True, help="Folder for the run.")
+@click.option("--out", type=NEW_FOLDER, required=True, help="Folder for the run.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run, with the options that it started with.")
-@click.option("--max-epochs", type=click.IntRange(1), default=TrainConfig.max_epochs)
+@click.option(
+    "--max-epochs",
+    type=click.IntRange(1),
+    default=TrainConfig.max_epochs,
+    help="Passes over the training events, at most.",
+)
 @click.option(
     "--patience",
     type=click.IntRange(1),
@@ -79,10 +104,10 @@ def prepare(
     help="Epochs without a better validation NDCG@10 before training stops.",
 )
 @click.option("--batch-tokens", type=click.IntRange(1), default=TrainConfig.batch_tokens, help="Events per step.")
-@click.option("--learning-rate", type=float, default=TrainConfig.learning_rate)
+@click.option("--learning-rate", type=float, default=TrainConfig.learning_rate, help="Its peak, after the warm-up.")
 @click.option("--hidden", type=click.IntRange(1), default=ModelConfig.hidden, help="Width of the LSTM.")
 @click.option("--max-length", type=click.IntRange(2), default=ModelConfig.max_length, help="Events read of a history.")
-@click.option("--seed", type=int, default=TrainConfig.seed)
+@click.option("--seed", type=SEED, default=TrainConfig.seed, help=SEED_HELP)
 def train(
     data: Path,
     out: Path,
@@ -109,13 +134,13 @@ def train(
 
 @main.command()
 @click.argument("run", type=EXISTING_FOLDER)
-@click.option("--steps", type=click.IntRange(1), default=RLConfig.steps)
-@click.option("--learning-rate", type=float, default=RLConfig.learning_rate)
+@click.option("--steps", type=click.IntRange(1), default=RLConfig.steps, help="Updates of the policy.")
+@click.option("--learning-rate", type=float, default=RLConfig.learning_rate, help="Of Adam.")
 @click.option("--kl-target", type=float, default=RLConfig.kl_target, help="Leash to the supervised policy, in nats.")
 @click.option("--hit-reward", type=float, default=RewardWeights.hit, help="Weight: the actual next item.")
 @click.option("--genre-reward", type=float, default=RewardWeights.genre, help="Weight: genre cosine with it.")
 @click.option("--rating-reward", type=float, default=RewardWeights.rating, help="Weight: rating, 0..1.")
-@click.option("--seed", type=int, default=RLConfig.seed)
+@click.option("--seed", type=SEED, default=RLConfig.seed, help=SEED_HELP)
 def rl(
     run: Path,
     steps: int,
@@ -136,12 +161,13 @@ def rl(
 
 @main.command()
 @click.argument("run", type=EXISTING_FOLDER)
-@click.option("--json", "json_file", type=NEW_PATH, help="Where to write the figures as JSON, too.")
-def evaluate(run: Path, json_file: Path | None) -> None:
+@click.option("--json", "json_file", type=NEW_FILE, help="Where to write the figures as JSON, too.")
+@click.option("--seed", type=SEED, default=0, help="Of the bootstrap intervals.")
+def evaluate(run: Path, json_file: Path | None, seed: int) -> None:
     """Ranks the test cases of RUN's data with its models, its policy and the baselines, and prints the table."""
     from jaxrec.report import evaluate_run, format_table, write_evaluation
 
-    evaluation = evaluate_run(run)
+    evaluation = evaluate_run(run, seed)
     click.echo(format_table(evaluation))
     if json_file is not None:
         write_evaluation(evaluation, json_file)
@@ -149,7 +175,7 @@ def evaluate(run: Path, json_file: Path | None) -> None:
 
 @main.command()
 @click.argument("run", type=EXISTING_FOLDER)
-@click.option("--out", type=NEW_PATH, required=True, help="The model directory; replaced if it exists.")
+@click.option("--out", type=NEW_FOLDER, required=True, help="The model directory; replaced if it exists.")
 @click.option("--licence", type=EXISTING_FILE, help="Text about the data's licence, kept with the model.")
 def export(run: Path, out: Path, licence: Path | None) -> None:
     """Exports RUN to ONNX for `python -m serve`; refused where ONNX Runtime and JAX differ."""
@@ -162,8 +188,10 @@ def export(run: Path, out: Path, licence: Path | None) -> None:
 
 
 @main.command()
-@click.option("--out", type=NEW_PATH, default=Path("runs/demo"), help="New folder for everything that the demo makes.")
-@click.option("--seed", type=int, default=0)
+@click.option(
+    "--out", type=NEW_FOLDER, default=Path("runs/demo"), help="New folder for everything that the demo makes."
+)
+@click.option("--seed", type=SEED, default=0, help=SEED_HELP)
 def demo(out: Path, seed: int) -> None:
     """Does the main job on 100,004 MovieLens ratings: from the log to answers over gRPC."""
     from jaxrec.demo import run_demo

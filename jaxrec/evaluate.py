@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -20,9 +21,9 @@ from jaxrec.metrics import (
     reciprocal_rank,
 )
 from jaxrec.models.features import Events
-from jaxrec.models.sequence import TimeRatingAwareLSTM
+from jaxrec.models.sequence import NEVER, TimeRatingAwareLSTM
 from jaxrec.prepare import PreparedData
-from jaxrec.schema import UNKNOWN_GAP
+from jaxrec.schema import UNKNOWN_GAP, DataError
 from jaxrec.split import Cases
 
 TOP = 10
@@ -31,7 +32,7 @@ Logits = Callable[[Any, Events, jax.Array], jax.Array]
 
 
 class Ranked(NamedTuple):
-    """`ranks` [cases] int: of each target; `top` [cases, TOP] int32: what is recommended."""
+    """`ranks` [cases] int: of each target; `top` [cases, TOP] int32: what is recommended (0 = nothing was left)."""
 
     ranks: np.ndarray
     top: np.ndarray
@@ -54,8 +55,8 @@ class Metrics:
 
 @jax.jit
 def _rank_batch(scores: jax.Array, target: jax.Array, exclude: jax.Array) -> tuple[jax.Array, jax.Array]:
-    _, top = jax.lax.top_k(exclude_items(scores, exclude), min(TOP, scores.shape[1] - 1))
-    return rank_of_target(scores, target, exclude), top
+    top_scores, top = jax.lax.top_k(exclude_items(scores, exclude), min(TOP, scores.shape[1] - 1))
+    return rank_of_target(scores, target, exclude), jnp.where(top_scores <= NEVER, 0, top)
 
 
 def rank_cases(scorer: Scorer, data: PreparedData, cases: Cases, max_length: int, request_time: bool) -> Ranked:
@@ -67,7 +68,7 @@ def rank_cases(scorer: Scorer, data: PreparedData, cases: Cases, max_length: int
         ranks.append(np.asarray(batch_ranks))
         tops.append(np.asarray(batch_top))
     if not ranks:
-        raise ValueError("the split has no cases; the log is too short for it")
+        raise DataError("the split has no case to rank; the log is too short for it")
     return Ranked(np.concatenate(ranks)[: len(cases)], np.concatenate(tops)[: len(cases)])
 
 
@@ -101,16 +102,16 @@ def constant_scorer(scores: np.ndarray) -> Scorer:
     return lambda batch: np.broadcast_to(scores.astype(np.float32), (len(batch.target), len(scores)))
 
 
-def summarize(name: str, request_time: bool, ranked: Ranked, popularity: np.ndarray) -> Metrics:
-    """The metrics of ranked cases. `popularity` [items + 1]: training events per item."""
+def summarize(name: str, request_time: bool, ranked: Ranked, popularity: np.ndarray, seed: int = 0) -> Metrics:
+    """The metrics of ranked cases. `popularity` [items + 1]: training events per item; `seed` of the bootstrap."""
     return Metrics(
         name=name,
         request_time=request_time,
         cases=len(ranked.ranks),
-        hit_rate_10=dataclasses.asdict(bootstrap_mean(hit_rate(ranked.ranks, 10))),
-        ndcg_10=dataclasses.asdict(bootstrap_mean(ndcg(ranked.ranks, 10))),
-        mrr=dataclasses.asdict(bootstrap_mean(reciprocal_rank(ranked.ranks))),
-        hit_rate_50=dataclasses.asdict(bootstrap_mean(hit_rate(ranked.ranks, 50))),
+        hit_rate_10=dataclasses.asdict(bootstrap_mean(hit_rate(ranked.ranks, 10), seed)),
+        ndcg_10=dataclasses.asdict(bootstrap_mean(ndcg(ranked.ranks, 10), seed)),
+        mrr=dataclasses.asdict(bootstrap_mean(reciprocal_rank(ranked.ranks), seed)),
+        hit_rate_50=dataclasses.asdict(bootstrap_mean(hit_rate(ranked.ranks, 50), seed)),
         coverage_10=coverage(ranked.top, len(popularity) - 1),
-        mean_popularity_10=float(popularity[ranked.top].mean()),
+        mean_popularity_10=float(popularity[ranked.top[ranked.top > 0]].mean()),
     )

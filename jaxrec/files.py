@@ -2,39 +2,44 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from jaxrec.schema import DataError
 
 
 @contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """Yields an empty directory that replaces `path` when the block ends well, and vanishes when it does not.
+def new_directory(path: Path, marker: str) -> Iterator[Path]:
+    """Yields an empty directory that becomes `path` when the block ends well, and vanishes when it does not.
 
-    An existing directory stays readable until the new one is complete.
+    An existing directory is replaced only if it holds a file named `marker`, by which its kind is known, or nothing.
+    It stays readable until the new one is complete; for the instant between two renames there is neither, and if the
+    second rename fails the old one comes back. Raises DataError where `path` is something else.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not (path.is_dir() and ((path / marker).exists() or not any(path.iterdir()))):
+        raise DataError(f"{path} exists and is not a folder with {marker}; it is not replaced, choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary.chmod(0o755)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    new, old = work / "new", work / "old"
+    new.mkdir()
     try:
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
+        yield new
+        for file in (*sorted(new.rglob("*")), new):
             sync(file)
-        sync(temporary)
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.rename(old / path.name)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
+            path.rename(old)
+        new.rename(path)
         sync(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(work)
 
 
 @contextlib.contextmanager
@@ -56,6 +61,16 @@ def write_text(path: Path, text: str) -> None:
     """Replaces `path` by `text` (UTF-8), wholly or not at all."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path, hint: str) -> Any:
+    """The content of a JSON file. Raises DataError with `hint` (what would make the file) where it is not there."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {hint}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); {hint}") from error
 
 
 def sync(path: Path) -> None:

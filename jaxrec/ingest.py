@@ -22,13 +22,15 @@ def read_ratings(path: Path, scale: RatingScale | None = None) -> tuple[pd.DataF
     where none is given. Raises DataError naming file and line for the first bad row.
     """
     raw, lines = _read_csv(path, RATING_COLUMNS, optional=("rating",))
-    frame = pd.DataFrame({USER: parse_ids(raw[USER], path, lines), ITEM: parse_ids(raw[ITEM], path, lines)})
+    ids = {USER: _parse_ids(raw[USER], "userId", path, lines), ITEM: _parse_ids(raw[ITEM], "movieId", path, lines)}
+    frame = pd.DataFrame(ids)
     frame[TIME] = _parse_times(raw[TIME], path, lines)
     ratings = _parse_ratings(raw[RATING], path, lines) if RATING in raw else np.full(len(raw), np.nan)
-    scale = scale or infer_rating_scale(ratings)
+    asked, scale = scale, scale or infer_rating_scale(ratings)
     if scale is not None:
         outside = (ratings < scale.minimum) | (ratings > scale.maximum)
-        _fail_at(outside, path, lines, "rating", raw.get(RATING), f"is outside {scale}")
+        source = "" if asked else " (the scale that the log seems to have; another can be given: --rating-scale)"
+        _fail_at(outside, path, lines, "rating", raw.get(RATING), f"is outside {scale}{source}")
     frame[RATING] = ratings.astype(np.float32)
     _reject_duplicates(frame, path, lines)
     return frame[[USER, ITEM, RATING, TIME]], scale
@@ -37,7 +39,7 @@ def read_ratings(path: Path, scale: RatingScale | None = None) -> tuple[pd.DataF
 def read_movies(path: Path) -> pd.DataFrame:
     """Reads movieId,title,genres into item_id, title, genres (as written). Raises DataError naming file and line."""
     raw, lines = _read_csv(path, MOVIE_COLUMNS)
-    frame = pd.DataFrame({ITEM: parse_ids(raw[ITEM], path, lines), TITLE: raw[TITLE], GENRES: raw[GENRES]})
+    frame = pd.DataFrame({ITEM: _parse_ids(raw[ITEM], "movieId", path, lines), TITLE: raw[TITLE], GENRES: raw[GENRES]})
     repeated = frame.duplicated(ITEM).to_numpy()
     _fail_at(repeated, path, lines, "movieId", raw[ITEM], "occurs a second time")
     return frame
@@ -57,6 +59,8 @@ def _read_csv(path: Path, columns: dict[str, str], optional: Sequence[str] = ())
                 raise DataError(f"{path}:1: column {', '.join(missing)} is missing; the header is {came!r}")
             rows, lines = [], []
             for row in reader:
+                if not row:  # an empty line
+                    continue
                 if len(row) != len(header):
                     raise DataError(f"{path}:{reader.line_num}: {len(row)} fields, expected {len(header)}")
                 rows.append(row)
@@ -85,10 +89,10 @@ def _line_of_bad_byte(path: Path) -> int:
     return number
 
 
-def parse_ids(texts: pd.Series, path: Path, lines: np.ndarray) -> np.ndarray:
+def _parse_ids(texts: pd.Series, field: str, path: Path, lines: np.ndarray) -> np.ndarray:
     """int64 where every id is a whole number as text, else the texts themselves. An empty id is an error."""
     texts = texts.str.strip()
-    _fail_at((texts == "").to_numpy(), path, lines, texts.name, texts, "is empty; expected an id")
+    _fail_at((texts == "").to_numpy(), path, lines, field, texts, "is empty; expected an id")
     if texts.str.fullmatch(r"-?(0|[1-9]\d{0,17})").all():
         return texts.to_numpy(dtype=np.int64)
     return texts.to_numpy(dtype=object)
@@ -130,4 +134,4 @@ def _fail_at(
     if bad.any() and texts is not None:
         row = int(np.argmax(bad))
         more = f" (and {int(bad.sum()) - 1} more rows)" if bad.sum() > 1 else ""
-        raise DataError(f"{path}:{lines[row]}: {field} {texts.iloc[row]} {problem}{more}")
+        raise DataError(f"{path}:{lines[row]}: {field} {texts.iloc[row]!r} {problem}{more}")

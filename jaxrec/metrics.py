@@ -1,6 +1,7 @@
 """Ranking metrics over the full catalogue, with bootstrap intervals. Ranks are 1-based."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,13 @@ def exclude_items(scores: jax.Array, exclude: jax.Array) -> jax.Array:
 def rank_of_target(scores: jax.Array, target: jax.Array, exclude: jax.Array) -> jax.Array:
     """[batch] int32 rank of each target among the items that are not excluded; ties count against the target.
 
-    The target itself is ranked even where it is in `exclude` (a user can meet an item twice).
+    A target that is excluded itself (a user can meet an item twice) is never recommended: it has the last rank, as
+    has a target whose score is NaN.
     """
-    target_score = jnp.take_along_axis(scores, target[:, None], axis=1)
     candidates = exclude_items(scores, exclude)
-    ahead = (candidates >= target_score).at[jnp.arange(len(target)), target].set(False)
-    return 1 + jnp.sum(ahead, axis=1, dtype=jnp.int32)
+    target_score = jnp.take_along_axis(candidates, target[:, None], axis=1)
+    behind = (candidates < target_score).at[:, 0].set(True).at[jnp.arange(len(target)), target].set(True)
+    return 1 + jnp.sum(~behind, axis=1, dtype=jnp.int32)
 
 
 def hit_rate(ranks: np.ndarray, k: int) -> np.ndarray:
@@ -44,8 +46,8 @@ def reciprocal_rank(ranks: np.ndarray) -> np.ndarray:
 
 
 def coverage(top: np.ndarray, item_count: int) -> float:
-    """The share of the catalogue that occurs in the lists `top` [cases, k]."""
-    return len(np.unique(top)) / item_count
+    """The share of the catalogue that occurs in the lists `top` [cases, k] (0 = no item left to recommend)."""
+    return len(np.unique(top[top > 0])) / item_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +60,20 @@ class Estimate:
 
 
 def bootstrap_mean(values: np.ndarray, seed: int = 0) -> Estimate:
-    """Mean of `values` [cases] with the percentile interval of BOOTSTRAP_SAMPLES resamples of the cases."""
-    if not len(values):
+    """Mean of `values` [cases] with its interval."""
+    return _bootstrap(lambda cases: values[cases].mean(), len(values), seed)
+
+
+def bootstrap_ratio(values: np.ndarray, reference: np.ndarray, seed: int = 0) -> Estimate:
+    """Mean of `values` over mean of `reference`, both [cases] and of the same cases, with the paired interval."""
+    return _bootstrap(lambda cases: values[cases].mean() / max(reference[cases].mean(), 1e-12), len(values), seed)
+
+
+def _bootstrap(figure: Callable[[np.ndarray], float], count: int, seed: int) -> Estimate:
+    """`figure` of all cases, with the percentile interval of BOOTSTRAP_SAMPLES resamples of the cases."""
+    if not count:
         raise ValueError("no cases to average")
     rng = np.random.default_rng(seed)
-    means = np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(BOOTSTRAP_SAMPLES)])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(values.mean()), float(low), float(high))
+    samples = [figure(rng.integers(count, size=count)) for _ in range(BOOTSTRAP_SAMPLES)]
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return Estimate(float(figure(np.arange(count))), float(low), float(high))

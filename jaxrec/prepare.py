@@ -10,7 +10,7 @@ import pandas as pd
 
 from jaxrec.catalog import Catalog, build_catalog, read_catalog, write_catalog
 from jaxrec.config import PrepareConfig, SplitKind, from_json, to_json
-from jaxrec.files import new_directory, sha256
+from jaxrec.files import new_directory, read_json, sha256
 from jaxrec.histories import Histories, build_histories, filter_rare
 from jaxrec.ids import IdMap
 from jaxrec.ingest import read_movies, read_ratings
@@ -69,7 +69,8 @@ def prepare(
     that nobody rated, which the content model can recommend. Raises DataError when nothing is left.
     """
     cut = temporal_cut(interactions[TIME].to_numpy())
-    fitted_on = interactions if config.split is SplitKind.LEAVE_ONE_OUT else interactions[interactions[TIME] < cut]
+    before = (interactions[TIME] < cut).to_numpy()
+    fitted_on = interactions if config.split is SplitKind.LEAVE_ONE_OUT else interactions[before]
     kept = filter_rare(fitted_on, config.min_user_ratings, config.min_movie_ratings)
     if kept.empty:
         raise DataError(
@@ -81,13 +82,19 @@ def prepare(
         item_ids = np.union1d(item_ids, movies[ITEM].to_numpy())
     catalog = build_catalog(item_ids, movies)
     if config.split is SplitKind.TEMPORAL:
-        later = interactions[(interactions[TIME] >= cut) & (catalog.ids.encode(interactions[ITEM]) > 0)]
-        kept = pd.concat([kept, later])
+        # A user who comes back after the cut is asked about with the whole history, also where it did not train.
+        training_users = kept[USER].unique()
+        asked = interactions[USER].isin(interactions[USER][~before]) & ~interactions[USER].isin(training_users)
+        known = catalog.ids.encode(interactions[ITEM]) > 0
+        kept = interactions[interactions.index.isin(kept.index) | (known & (asked | ~before))]
     users = IdMap.fit(kept[USER])
     histories = build_histories(
         kept, users.encode(kept[USER]) - 1, catalog.ids.encode(kept[ITEM]), config.ties, config.seed
     )
-    split = leave_one_out(histories) if config.split is SplitKind.LEAVE_ONE_OUT else temporal(histories, cut)
+    if config.split is SplitKind.LEAVE_ONE_OUT:
+        split = leave_one_out(histories)
+    else:
+        split = temporal(histories, cut, np.isin(users.raw_ids, training_users))
     return PreparedData(catalog, users, histories, split, config)
 
 
@@ -102,7 +109,7 @@ def prepare_files(ratings: Path, movies: Path | None, config: PrepareConfig = Pr
 
 def write_prepared(data: PreparedData, out: Path) -> None:
     """Writes the directory that `read_prepared` reads; it appears whole or not at all."""
-    with new_directory(out) as folder:
+    with new_directory(out, SUMMARY_FILE) as folder:
         write_catalog(data.catalog, folder / CATALOG_FILE)
         arrays = {
             "user_ids": _id_column(data.users),
@@ -124,10 +131,7 @@ def write_prepared(data: PreparedData, out: Path) -> None:
 
 def read_prepared(path: Path) -> PreparedData:
     """Reads what `write_prepared` wrote. Raises DataError on a missing, foreign or damaged directory."""
-    try:
-        summary = json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a directory written by `jaxrec prepare`: {error}") from error
+    summary = read_json(path / SUMMARY_FILE, "expected a folder written by `jaxrec prepare`")
     if summary.get("schema_version") != SCHEMA_VERSION:
         came = summary.get("schema_version")
         raise DataError(f"{path / SUMMARY_FILE}: schema version {came}, expected {SCHEMA_VERSION}; prepare again")

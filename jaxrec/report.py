@@ -1,6 +1,7 @@
 """The metrics table of a run: baselines, models, hybrid and policy on the test cases."""
 
 import dataclasses
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,16 @@ from jaxrec.evaluate import (
     summarize,
 )
 from jaxrec.files import write_text
-from jaxrec.metrics import ndcg
+from jaxrec.metrics import bootstrap_ratio, ndcg
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.prepare import PreparedData
 from jaxrec.rl.policy_run import load_policy, read_outcome
-from jaxrec.runs import load_supervised, open_run
+from jaxrec.runs import EVALUATION_FILE, load_supervised, open_run
 from jaxrec.split import Cases
 
 RECENT_WINDOWS_DAYS = (1.0, 7.0, 30.0, 90.0, 365.0)
 POPULARITY, RECENT_POPULARITY = "popularity", "recent popularity"
 HYBRID, POLICY = "hybrid", "policy"
-EVALUATION_FILE = "evaluation.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +44,11 @@ class Evaluation:
     comparison: dict[str, Any]
 
 
-def evaluate_run(folder: Path) -> Evaluation:
+def evaluate_run(folder: Path, seed: int = 0) -> Evaluation:
     """Ranks the test cases with every scorer of a run, without and with the request time.
 
-    The result is also kept as RUN/evaluation.json, which the export puts into the manifest.
+    `seed` is that of the bootstrap. The result is also kept as RUN/evaluation.json,
+    which the export puts into the manifest.
     """
     run = open_run(folder)
     data = run.read_data()
@@ -72,7 +73,7 @@ def evaluate_run(folder: Path) -> Evaluation:
         ranked[name, request_time] = rank_cases(
             scorer, data, data.split.test, run.model_config.max_length, request_time
         )
-    rows = [summarize(name, time, ranked[name, time], popularity) for name, time in asked]
+    rows = [summarize(name, time, ranked[name, time], popularity, seed) for name, time in asked]
     protocol = {
         "split": data.config.split.value,
         "ties": data.config.ties.value,
@@ -80,15 +81,21 @@ def evaluate_run(folder: Path) -> Evaluation:
         "candidates": "all items but those of the history",
         "history": f"last {run.model_config.max_length} events",
         "test_cases": len(data.split.test),
+        "repeated_test_share": repeated_share(data, data.split.test),
         "tied_test_share": tied_share(data, data.split.test),
         "interval": "95 % bootstrap over cases",
         "recent_popularity_window_days": window,
         "seed": run.train_config.seed,
+        "bootstrap_seed": seed,
+        "data_folder": str(run.data_folder),
+        "data_sha256": run.data_digest,
+        "jaxrec": importlib.metadata.version("jaxrec"),
         "data": data.summary(),
         "model": to_json(run.model_config),
     }
     serving = POLICY if outcome is not None and outcome.used else HYBRID
-    compared = paired_ratio(ranked[HYBRID, False], ranked[RECENT_POPULARITY, False])
+    ours, theirs = (ndcg(ranked[name, False].ranks, 10) for name in (HYBRID, RECENT_POPULARITY))
+    compared = dataclasses.asdict(bootstrap_ratio(ours, theirs, seed))
     evaluation = Evaluation(protocol, rows, serving, {"hybrid_over_recent_popularity_ndcg_10": compared})
     write_evaluation(evaluation, folder / EVALUATION_FILE)
     return evaluation
@@ -124,14 +131,11 @@ def tied_share(data: PreparedData, cases: Cases) -> float:
     return float((data.histories.gaps()[cases.rows] == 0).mean())
 
 
-def paired_ratio(ranked: Ranked, reference: Ranked, samples: int = 1000) -> dict[str, float]:
-    """NDCG@10 of `ranked` over that of `reference`, with a 95 % interval from resampled pairs of cases."""
-    ours, theirs = ndcg(ranked.ranks, 10), ndcg(reference.ranks, 10)
-    rng = np.random.default_rng(0)
-    draws = rng.integers(len(ours), size=(samples, len(ours)))
-    ratios = ours[draws].mean(axis=1) / np.maximum(theirs[draws].mean(axis=1), 1e-12)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return {"ratio": float(ours.mean() / max(theirs.mean(), 1e-12)), "low": float(low), "high": float(high)}
+def repeated_share(data: PreparedData, cases: Cases) -> float:
+    """The share of targets that their user's history already has; no recommendation can hit them."""
+    items = data.histories.items
+    starts = data.histories.offsets[cases.users]
+    return float(np.mean([items[row] in items[start:row] for start, row in zip(starts, cases.rows, strict=True)]))
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
@@ -152,11 +156,14 @@ def format_table(evaluation: Evaluation) -> str:
         lines.append(f"{name:29}{'with' if row.request_time else 'without':>8}  {cells}{rest}")
     protocol = evaluation.protocol
     ratio = evaluation.comparison["hybrid_over_recent_popularity_ndcg_10"]
-    times = f"{ratio['ratio']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f})"
+    times = f"{ratio['mean']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f})"
+    data = f"{protocol['data_folder']} (SHA-256 {protocol['data_sha256'][:8]})"
+    tied, repeated = protocol["tied_test_share"], protocol["repeated_test_share"]
     lines += [
-        f"* is exported and served. {protocol['test_cases']} test cases, {protocol['split']}, {protocol['filter']};",
-        f"candidates: all {protocol['data']['items']} items but those of the history; means with 95 % intervals;",
-        f"{protocol['tied_test_share']:.0%} of the targets tie with the event before (ties: {protocol['ties']}).",
+        f"* is exported and served. Means with 95 % intervals over {protocol['test_cases']} test cases.",
+        f"Data: {data}, {protocol['filter']}. Split: {protocol['split']}. Seed: {protocol['seed']}.",
+        f"Candidates: all {protocol['data']['items']} items but those of the history. {tied:.0%} of the targets tie in",
+        f"time with the event before them (ties: {protocol['ties']}), {repeated:.0%} are in the history already.",
         f"NDCG@10, hybrid without request time over recent popularity: {times} times.",
     ]
     return "\n".join(lines)

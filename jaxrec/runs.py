@@ -5,9 +5,11 @@ RUN/lstm/         checkpoints and log.jsonl of TimeRatingAwareLSTM
 RUN/content/      the same of TimeRatingAwareContentModel
 RUN/hybrid.json   the LSTM's weight in the mix, with the validation figures that chose it
 RUN/policy/       written by `jaxrec rl`: the policy, its log, and whether it is used
+RUN/evaluation.json  written by `jaxrec evaluate`; goes into the manifest of the exported model
 """
 
 import dataclasses
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,20 @@ import numpy as np
 from flax import nnx
 
 from jaxrec.batches import case_batches
-from jaxrec.checkpoint import read_json
 from jaxrec.config import ModelConfig, TrainConfig, from_json, to_json
 from jaxrec.evaluate import jit_scorer, model_logits, without_request_time
-from jaxrec.files import write_text
+from jaxrec.files import read_json, sha256, write_text
 from jaxrec.metrics import ndcg, rank_of_target
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
-from jaxrec.prepare import PreparedData, read_prepared
+from jaxrec.prepare import SUMMARY_FILE, PreparedData, read_prepared
 from jaxrec.schema import DataError
-from jaxrec.train import load_trained, train_model
+from jaxrec.train import load_trained, require_trainable, train_model
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
 HYBRID_FILE = "hybrid.json"
+EVALUATION_FILE = "evaluation.json"
 LSTM_FOLDER = "lstm"
 CONTENT_FOLDER = "content"
 MIX_WEIGHTS = np.linspace(0.0, 1.0, 21, dtype=np.float32)
@@ -39,16 +41,20 @@ MIX_WEIGHTS = np.linspace(0.0, 1.0, 21, dtype=np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run directory and what its run.json says."""
+    """A run directory and what its run.json says. `data_digest` is the SHA-256 of the data's summary file."""
 
     folder: Path
     data_folder: Path
+    data_digest: str
     model_config: ModelConfig
     train_config: TrainConfig
 
     def read_data(self) -> PreparedData:
-        """The prepared data that the run was trained on."""
-        return read_prepared(self.data_folder)
+        """The prepared data that the run was trained on. Raises DataError where it is gone or was prepared anew."""
+        data = read_prepared(self.data_folder)
+        if sha256(self.data_folder / SUMMARY_FILE) != self.data_digest:
+            raise DataError(f"{self.data_folder} was prepared anew since {self.folder} was trained on it; train again")
+        return data
 
 
 def train_run(
@@ -61,26 +67,22 @@ def train_run(
     """Trains both models on prepared data and tunes their mix; the run directory `out` holds the result.
 
     With `resume` an interrupted run goes on from its latest checkpoints, with the configuration that it started with.
-    Raises DataError where `out` already holds a run and `resume` is off.
+    Raises DataError where `out` already holds a run and `resume` is off, or holds one of other data and it is on.
     """
-    run_file = out / RUN_FILE
     if resume:
         run = open_run(out)
-    elif run_file.exists():
+        if run.data_folder != data_folder.resolve():
+            raise DataError(f"{out} was trained on {run.data_folder}, not on {data_folder}")
+        data = run.read_data()
+    elif (out / RUN_FILE).exists():
         raise DataError(f"{out} already holds a run; go on with it (--resume) or choose another folder")
     else:
-        run = Run(out, data_folder, model_config, train_config)
-    data = read_prepared(run.data_folder)
-    if not resume:
-        content = {
-            "schema_version": SCHEMA_VERSION,
-            "data": str(data_folder.resolve()),
-            "model": to_json(model_config),
-            "train": to_json(train_config),
-            "jax": jax.__version__,
-            "devices": [device.device_kind for device in jax.devices()],
-        }
-        write_text(run_file, json.dumps(content, indent=2) + "\n")
+        data = read_prepared(data_folder)
+        require_trainable(data)
+        digest = sha256(data_folder / SUMMARY_FILE)
+        run = Run(out, data_folder.resolve(), digest, model_config, train_config)
+        _write_run(run)
+    (out / EVALUATION_FILE).unlink(missing_ok=True)
     lstm, content_model = new_models(data, run.model_config, run.train_config.seed)
     trained_lstm = train_model(lstm, data, run.train_config, out / LSTM_FOLDER, "TimeRatingAwareLSTM")
     trained_content = train_model(
@@ -98,14 +100,25 @@ def train_run(
 
 def open_run(folder: Path) -> Run:
     """Reads run.json. Raises DataError where there is none, or of another schema version."""
-    content = read_json(folder / RUN_FILE)
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(f"{folder / RUN_FILE}: schema version {content.get('schema_version')}, expected 1; train again")
-    model_config, train_config = (
-        from_json(ModelConfig, content["model"]),
-        from_json(TrainConfig, content["train"]),
-    )
-    return Run(folder, Path(content["data"]), model_config, train_config)
+    content = read_json(folder / RUN_FILE, "expected a folder written by `jaxrec train`")
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{folder / RUN_FILE}: schema version {version}, expected {SCHEMA_VERSION}; train again")
+    model_config, train_config = from_json(ModelConfig, content["model"]), from_json(TrainConfig, content["train"])
+    return Run(folder, Path(content["data"]), content["data_sha256"], model_config, train_config)
+
+
+def _write_run(run: Run) -> None:
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "data": str(run.data_folder),
+        "data_sha256": run.data_digest,
+        "model": to_json(run.model_config),
+        "train": to_json(run.train_config),
+        "versions": {name: importlib.metadata.version(name) for name in ("jaxrec", "jax", "flax", "optax")},
+        "devices": [device.device_kind for device in jax.devices()],
+    }
+    write_text(run.folder / RUN_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def new_models(
@@ -121,7 +134,9 @@ def new_models(
 
 def load_supervised(run: Run, data: PreparedData) -> Hybrid:
     """The mix of the run's two trained models, without a policy."""
-    weight = read_json(run.folder / HYBRID_FILE)["weight"]
+    weight = read_json(run.folder / HYBRID_FILE, "finish the training: `jaxrec train DATA --out RUN --resume`")[
+        "weight"
+    ]
     lstm, content = new_models(data, run.model_config, run.train_config.seed)
     return Hybrid(
         load_trained(lstm, run.train_config, run.folder / LSTM_FOLDER).model,

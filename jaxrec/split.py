@@ -53,8 +53,10 @@ def temporal_cut(times: np.ndarray) -> int:
     return int(np.quantile(times, TEMPORAL_QUANTILE, method="higher"))
 
 
-def temporal(histories: Histories, cut: int) -> Split:
+def temporal(histories: Histories, cut: int, trains: np.ndarray) -> Split:
     """Events before `cut` (seconds) train; each later event with enough history and an item seen in training is a test.
+
+    `trains` [users] bool: whose events may train; the others (too few events before the cut) are only tested.
 
     Validation is the last event before the cut of each user with enough history; it is held out of training. Users
     who appear only after the cut are tested too, which shows how the model serves users that it never saw.
@@ -62,7 +64,7 @@ def temporal(histories: Histories, cut: int) -> Split:
     users = histories.users()
     positions = histories.positions()
     before = histories.times < cut
-    counts = np.bincount(users[before], minlength=histories.user_count)
+    counts = np.bincount(users[before & trains[users]], minlength=histories.user_count)
     validated = np.flatnonzero(counts > TEMPORAL_MIN_HISTORY)
     train_counts = counts.copy()
     train_counts[validated] -= 1

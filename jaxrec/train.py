@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -60,10 +61,7 @@ def train_model(
     """
     mesh = mesh or data_mesh()
     batches = TrainingData(data, model.config.max_length, config.batch_tokens, mesh.size)
-    if not batches.target_count:
-        raise DataError("no user has two training events; there is nothing to learn from")
-    if not len(data.split.validation):
-        raise DataError("no validation case is left; the log is too short to tell when to stop")
+    require_trainable(data)
     steps = batches.steps_per_epoch
     optimizer = make_optimizer(config, steps * config.max_epochs)
     graphdef, state = initial_state(model, optimizer)
@@ -75,6 +73,7 @@ def train_model(
         if latest is not None:
             state, progress = checkpoints.restore(latest, state)
             epochs = progress["epochs"]
+            _write_log(epochs, folder)  # a crash can come between the checkpoint and its log
         total = steps * config.max_epochs
         with tqdm(total=total, initial=steps * len(epochs), desc=f"train {name}", unit="step") as bar:
             while len(epochs) < config.max_epochs and not _out_of_patience(epochs, config.patience):
@@ -82,12 +81,20 @@ def train_model(
                 validation = _validate(nnx.merge(graphdef, state.params, state.fixed), data)
                 epochs.append({"epoch": len(epochs), **trained, **validation})
                 checkpoints.save(len(epochs) - 1, state, {"epochs": epochs}, {METRIC: validation[METRIC]})
-                write_text(folder / LOG_FILE, "".join(json.dumps(record) + "\n" for record in epochs))
+                _write_log(epochs, folder)
                 bar.set_postfix(epoch=len(epochs), loss=f"{trained['loss']:.3f}", ndcg=f"{validation[METRIC]:.4f}")
             bar.total = bar.n
             bar.refresh()
         state, _ = checkpoints.restore(checkpoints.best_epoch(epochs), state)
     return Trained(nnx.merge(graphdef, state.params, state.fixed), epochs)
+
+
+def require_trainable(data: PreparedData) -> None:
+    """Raises DataError where there is nothing to learn from, or nothing that tells when to stop."""
+    if not (data.split.train_counts > 1).any():
+        raise DataError("no user has two training events; there is nothing to learn from")
+    if not len(data.split.validation):
+        raise DataError("no validation case is left; the log is too short to tell when to stop")
 
 
 def load_trained(model: Model, config: TrainConfig, folder: Path) -> Trained[Model]:
@@ -105,6 +112,10 @@ def read_epochs(folder: Path) -> list[dict[str, Any]]:
     if not log.is_file():
         raise DataError(f"{folder}: no trained model; run `jaxrec train` first")
     return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
+def _write_log(epochs: list[dict[str, Any]], folder: Path) -> None:
+    write_text(folder / LOG_FILE, "".join(json.dumps(record) + "\n" for record in epochs))
 
 
 def _run_epoch(
@@ -138,10 +149,13 @@ def _run_epoch(
         bar.update()
     values = np.asarray([float(loss) for loss in losses])
     seconds = time.perf_counter() - started
-    if not np.isfinite(values).all():
-        first = epoch * len(values) + int(np.argmin(np.isfinite(values)))
+    finite = np.append(
+        np.isfinite(values), all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
+    )
+    if not finite.all():
+        first = epoch * len(values) + int(np.argmin(finite))
         kept = f"the checkpoint of epoch {epoch - 1} is good" if epoch else "no epoch was finished"
-        raise TrainingError(f"the loss is not finite from step {first} on (epoch {epoch}); {kept}")
+        raise TrainingError(f"the loss or the weights are not finite from step {first} on (epoch {epoch}); {kept}")
     return state, {
         "loss": float(values.mean()),
         "targets_per_second": batches.target_count / seconds,

@@ -29,7 +29,7 @@ class Catalog:
     recent_popularity: NDArray[np.float64]
     """`[items+1]`, events per item with a weight that decays with their age."""
     by_popularity: NDArray[np.int32]
-    """`[items]`, item indices, most popular first, ties by item index."""
+    """`[items]`, item indices, most popular first, ties by recent popularity, then by item index."""
     index: Mapping[str, int]
     """Item index by raw id; ids that the model does not know are missing."""
 
@@ -60,14 +60,14 @@ def parse_catalog(text: str) -> Catalog:
         genres.append(tuple(sorted(sys.intern(genre) for genre in joined_genres.split("|") if genre)))
         popularity.append(_count(count, line))
         recent_popularity.append(_weight(recent_count, line))
-    counts = np.array(popularity, np.int64)
+    counts, recent = np.array(popularity, np.int64), np.array(recent_popularity, np.float64)
     return Catalog(
         item_ids=tuple(item_ids),
         titles=tuple(titles),
         genres=tuple(genres),
         popularity=counts,
-        recent_popularity=np.array(recent_popularity, np.float64),
-        by_popularity=(np.argsort(-counts[1:], kind="stable") + 1).astype(np.int32),
+        recent_popularity=recent,
+        by_popularity=(np.lexsort((-recent[1:], -counts[1:])) + 1).astype(np.int32),
         index=index,
     )
 

@@ -1,8 +1,10 @@
 """The commands, as a user would type them: every stage from CSV files to a model directory, and clear errors."""
 
 import json
+import shutil
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -100,18 +102,65 @@ def test_errors_are_one_line_and_exit_1(files: Path, tmp_path: Path) -> None:
     bad.write_text("userId,movieId,rating,timestamp\n1,2,4.0,10\n1,3,9.5,11\n")
     result = run("prepare", bad, "--out", tmp_path / "data")
     assert result.exit_code == 1
-    assert result.output == f"Error: {bad}:3: rating 9.5 is outside 0.5..5\n"
+    assert result.output == (
+        f"Error: {bad}:3: rating '9.5' is outside 0.5..5 "
+        "(the scale that the log seems to have; another can be given: --rating-scale)\n"
+    )
     assert not (tmp_path / "data").exists()
-    assert "not a directory written by" in run("train", tmp_path, "--out", tmp_path / "run").output
-    assert "cannot be read" in run("evaluate", tmp_path).output
+    assert "expected a folder written by `jaxrec prepare`" in run("train", tmp_path, "--out", tmp_path / "run").output
+    assert "expected a folder written by `jaxrec train`" in run("evaluate", tmp_path).output
     assert run("export", tmp_path, "--out", tmp_path / "model").exit_code == 1
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "rl", "evaluate", "export", "demo"])
-def test_help_explains_every_command(command: str) -> None:
-    result = run(command, "--help")
+def test_a_folder_of_something_else_is_never_replaced(files: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(files, folder, ignore=shutil.ignore_patterns("data", "run", "model"))
+    result = run("prepare", folder / "ratings.csv", "--out", folder)
+    assert result.exit_code == 1
+    assert "is not replaced, choose another name" in result.output
+    assert (folder / "ratings.csv").exists()
+    assert run("prepare", folder / "ratings.csv", "--out", folder / "ratings.csv").exit_code == 2
+
+
+def test_a_run_notices_that_its_data_was_prepared_anew(stages: Path, tmp_path: Path) -> None:
+    shutil.copytree(stages / "data", tmp_path / "data")
+    shutil.copytree(stages / "run", tmp_path / "run")
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    record["data"] = str(tmp_path / "data")
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    ratings = stages / "ratings.csv"
+    assert run("prepare", ratings, "--split", "temporal", "--out", tmp_path / "data").exit_code == 0
+    result = run("evaluate", tmp_path / "run")
+    assert result.exit_code == 1
+    assert "was prepared anew since" in result.output
+    other = run("train", stages / "data", "--out", tmp_path / "run", "--resume")
+    assert "was trained on" in other.output
+
+
+def test_data_that_cannot_be_trained_on_blocks_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "two.csv").write_text("userId,movieId,rating,timestamp\n1,2,4.0,10\n1,3,4.5,11\n")
+    thresholds = ("--min-user-ratings", 1, "--min-movie-ratings", 1)
+    assert run("prepare", tmp_path / "two.csv", *thresholds, "--out", tmp_path / "data").exit_code == 0
+    result = run("train", tmp_path / "data", "--out", tmp_path / "run")
+    assert result.exit_code == 1
+    assert "no validation case is left" in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_log_of_a_run_is_mended_from_its_checkpoint(stages: Path, tmp_path: Path) -> None:
+    shutil.copytree(stages / "run", tmp_path / "run")
+    before = (tmp_path / "run/lstm/log.jsonl").read_text()
+    (tmp_path / "run/lstm/log.jsonl").write_text("")
+    assert run("train", stages / "data", "--out", tmp_path / "run", "--resume").exit_code == 0
+    assert (tmp_path / "run/lstm/log.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("command", main.commands.values(), ids=main.commands)
+def test_help_explains_every_option(command: click.Command) -> None:
+    result = run(command.name, "--help")
     assert result.exit_code == 0
-    assert result.output.count("--") >= 2
+    assert command.help
+    assert [parameter.name for parameter in command.params if not getattr(parameter, "help", "an argument")] == []
 
 
 def test_configurations_survive_json_and_refuse_unknown_keys() -> None:

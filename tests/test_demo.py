@@ -54,5 +54,5 @@ def test_the_demo_log_is_movielens(tmp_path: Path) -> None:
 
 def test_the_demo_does_not_overwrite(tmp_path: Path) -> None:
     (tmp_path / "something").touch()
-    with pytest.raises(DataError, match="is not empty"):
+    with pytest.raises(DataError, match="is not replaced, choose another name"):
         run_demo(tmp_path)

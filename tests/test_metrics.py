@@ -24,9 +24,14 @@ def test_ties_count_against_the_target() -> None:
     assert rank_of_target(SCORES, jnp.array([4, 5]), jnp.zeros((2, 1), jnp.int32)).tolist() == [3, 3]
 
 
-def test_excluded_items_are_no_competitors_but_the_target_is_ranked() -> None:
-    exclude = jnp.array([[2, 4, 0], [3, 2, 0]])
+def test_excluded_items_are_no_competitors() -> None:
+    exclude = jnp.array([[2, 4, 0], [2, 0, 0]])
     assert rank_of_target(SCORES, jnp.array([5, 3]), exclude).tolist() == [1, 4]
+
+
+def test_a_target_that_is_excluded_or_not_a_number_ranks_last() -> None:
+    assert rank_of_target(SCORES, jnp.array([2, 2]), jnp.array([[2, 0], [2, 3]])).tolist() == [5, 5]
+    assert rank_of_target(jnp.full((1, 6), jnp.nan), jnp.array([1]), jnp.zeros((1, 1), jnp.int32)).tolist() == [5]
 
 
 def test_equal_scores_rank_last() -> None:
@@ -39,6 +44,7 @@ def test_metrics_by_hand() -> None:
     np.testing.assert_allclose(ndcg(ranks, 10), [1, 1 / math.log2(3), 1 / math.log2(11), 0])
     np.testing.assert_allclose(reciprocal_rank(ranks), [1, 1 / 2, 1 / 10, 1 / 11])
     assert coverage(np.array([[1, 2], [2, 3]]), item_count=6) == 3 / 6
+    assert coverage(np.array([[1, 0], [0, 0]]), item_count=1) == 1.0  # 0: nothing was left to recommend
 
 
 def test_bootstrap_interval_holds_the_normal_one() -> None:

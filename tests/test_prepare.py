@@ -95,6 +95,18 @@ def test_temporal_filter_is_fitted_before_the_cut_and_keeps_new_users() -> None:
     assert len(data.split.test) == 5  # the first five events of user 99 are too short a history
 
 
+def test_temporal_history_of_a_user_too_rare_to_train_is_whole() -> None:
+    old = [(user, (item + user) % 10, 3.0, 100 * user + item) for user in range(1, 10) for item in range(10)]
+    back = [(99, item, 3.0, 950 + item) for item in range(6)] + [(99, 7, 3.0, 9_000), (99, 8, 3.0, 9_001)]
+    late = [(98, item, 3.0, 10_000 + item) for item in range(9)]
+    config = dataclasses.replace(EVERYTHING, split=SplitKind.TEMPORAL, min_user_ratings=10, min_movie_ratings=5)
+    data = prepare(log(old + back + late), None, config)
+    user = data.users.encode([99])[0] - 1
+    assert histories_of(data)[99] == [0, 1, 2, 3, 4, 5, 7, 8]
+    assert data.split.train_counts[user] == 0
+    assert (data.split.test.users == user).sum() == 2
+
+
 def test_rare_users_and_movies_go_until_none_is_left() -> None:
     rows = [(1, 1, 3.0, 1), (1, 2, 3.0, 2), (2, 1, 3.0, 1), (2, 2, 3.0, 2), (3, 2, 3.0, 1), (3, 3, 3.0, 2)]
     kept = filter_rare(log(rows), min_user_ratings=2, min_movie_ratings=2)
@@ -176,7 +188,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "data/arrays.npz").write_bytes(damaged)
     with pytest.raises(DataError, match=r"arrays\.npz: missing or damaged"):
         read_prepared(tmp_path / "data")
-    with pytest.raises(DataError, match="not a directory written by"):
+    with pytest.raises(DataError, match="expected a folder written by `jaxrec prepare`"):
         read_prepared(tmp_path)
 
 

@@ -114,7 +114,7 @@ def test_early_stopping(data: PreparedData, tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_with_the_step(data: PreparedData, tmp_path: Path) -> None:
     model = TimeRatingAwareLSTM(20, MODEL, rngs=nnx.Rngs(0))
     model.item_embedding[...] = model.item_embedding[...] * np.inf
-    with pytest.raises(TrainingError, match=r"not finite from step 0 on \(epoch 0\); no epoch was finished"):
+    with pytest.raises(TrainingError, match=r"are not finite from step 0 on \(epoch 0\); no epoch was finished"):
         train_model(model, data, TRAIN, tmp_path, "test")
 
 

@@ -57,7 +57,7 @@ def export_model(
     sequence, step = sequence_graph(weights), step_graph(weights)
     parity = check_parity(hybrid, sequence, step, max_history)
 
-    with new_directory(out) as folder:
+    with new_directory(out, MANIFEST_FILE) as folder:
         (folder / SEQUENCE_FILE).write_bytes(sequence)
         (folder / STEP_FILE).write_bytes(step)
         _write_catalog(data, folder / CATALOG_FILE)

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from jaxrec.checkpoint import read_json
 from jaxrec.config import to_json
 from jaxrec.export.model_directory import export_model
-from jaxrec.report import EVALUATION_FILE
+from jaxrec.files import read_json
 from jaxrec.rl.policy_run import load_served, policy_name
-from jaxrec.runs import load_supervised, open_run
+from jaxrec.runs import EVALUATION_FILE, load_supervised, open_run
 
 NO_LICENCE = "No notes on the data's licence were given at export (`jaxrec export --licence FILE`).\n"
 
@@ -34,6 +33,6 @@ def export_run(folder: Path, out: Path, licence: str = NO_LICENCE) -> dict[str, 
             "lstm_weight": float(hybrid.weight[...]),
             "prepare": to_json(data.config),
         },
-        metrics=read_json(evaluation) if evaluation.exists() else {},
+        metrics=read_json(evaluation, "run `jaxrec evaluate` again") if evaluation.exists() else {},
         licence=licence,
     )

@@ -20,7 +20,7 @@ class Events(NamedTuple):
 
     `item` [batch, length] int32 (0 = padding), `rating` [batch, length] float32 (0..1, MISSING_RATING = none),
     `gap` [batch, length] float32 (seconds since the event before, UNKNOWN_GAP for the first),
-    `length` [batch] int32 (real events per row, at least 1).
+    `length` [batch] int32 (real events per row).
     """
 
     item: Array

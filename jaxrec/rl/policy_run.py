@@ -16,13 +16,12 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxrec.checkpoint import read_json
 from jaxrec.config import RLConfig, from_json, to_json
-from jaxrec.files import new_directory, sha256
+from jaxrec.files import new_directory, read_json, sha256
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.reinforce import new_learner
 from jaxrec.rl.train_policy import PolicyOutcome, train_policy
-from jaxrec.runs import Run, load_supervised, open_run
+from jaxrec.runs import EVALUATION_FILE, Run, load_supervised, open_run
 from jaxrec.schema import DataError
 
 SCHEMA_VERSION = 1
@@ -41,7 +40,7 @@ def rl_run(folder: Path, config: RLConfig = RLConfig()) -> PolicyOutcome:
     run = open_run(folder)
     data = run.read_data()
     trained = train_policy(load_supervised(run, data), data, config)
-    with new_directory(folder / POLICY_FOLDER) as new:
+    with new_directory(folder / POLICY_FOLDER, POLICY_FILE) as new:
         np.savez(new / VARIABLES_FILE, **flatten_dict(trained.variables, sep="/"))
         record = {
             "schema_version": SCHEMA_VERSION,
@@ -52,6 +51,7 @@ def rl_run(folder: Path, config: RLConfig = RLConfig()) -> PolicyOutcome:
         (new / POLICY_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         lines = "".join(json.dumps(line) + "\n" for line in trained.log)
         (new / LOG_FILE).write_text(lines, encoding="utf-8")
+    (folder / EVALUATION_FILE).unlink(missing_ok=True)  # its figures are of the earlier policy
     return trained.outcome
 
 
@@ -109,7 +109,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 def _read_record(run: Run) -> tuple[PolicyOutcome, RLConfig, str]:
     """policy.json: outcome, configuration, and the SHA-256 of the variables."""
     path = run.folder / POLICY_FOLDER / POLICY_FILE
-    record = read_json(path)
+    record = read_json(path, "run `jaxrec rl` again")
     try:
         if record["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema version {record['schema_version']}, expected {SCHEMA_VERSION}")

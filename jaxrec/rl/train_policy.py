@@ -51,6 +51,7 @@ def train_policy(hybrid: Hybrid, data: PreparedData, config: RLConfig) -> Traine
     """
     if not len(data.split.validation):
         raise DataError("no validation case is left; the log is too short to judge a policy")
+    config = dataclasses.replace(config, slate_size=min(config.slate_size, len(data.catalog)))
     device = jax.devices()[0]
     scoring = jax.device_put(_scoring(hybrid, data), device)
     item_ratings = np.asarray(scoring.tables.item_ratings)

@@ -1,0 +1,41 @@
+"""The lists that the evaluation judges are those that are served: same features, same exclusions, same order."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxrec.evaluate import rank_cases
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.prepare import PreparedData
+from jaxrec.report import hybrid_scorer
+from serve.artifact import read_artifact
+from serve.history import Event
+from serve.recommender import Query, Recommender
+
+
+@pytest.mark.parametrize("max_history", [50, 7], ids=["whole", "truncated"])
+@pytest.mark.parametrize("request_time", [False, True], ids=["without-time", "with-time"])
+def test_evaluated_lists_are_the_served_ones(
+    small_data: PreparedData,
+    small_hybrid: Hybrid,
+    model_directory: Path,
+    request_time: bool,
+    max_history: int,
+) -> None:
+    artifact = read_artifact(model_directory)
+    artifact = dataclasses.replace(artifact, info=dataclasses.replace(artifact.info, max_history=max_history))
+    histories, cases = small_data.histories, small_data.split.test
+    queries = []
+    for user, row in zip(cases.users, cases.rows, strict=True):
+        rows = range(histories.offsets[user], row)
+        raw_items = small_data.catalog.ids.decode(histories.items[rows.start : rows.stop])
+        events = [
+            Event(str(item), float(histories.ratings[i]), int(histories.times[i]))
+            for item, i in zip(raw_items, rows, strict=True)
+        ]
+        queries.append(Query(events, k=10, request_time=int(histories.times[row]) if request_time else None))
+    served = np.stack([answer.items for answer in Recommender(artifact, "cpu").recommend(queries)])
+    ranked = rank_cases(hybrid_scorer(small_hybrid), small_data, cases, max_history, request_time)
+    np.testing.assert_array_equal(served, ranked.top)
