@@ -160,7 +160,9 @@ def test_help_explains_every_option(command: click.Command) -> None:
     result = run(command.name, "--help")
     assert result.exit_code == 0
     assert command.help
-    assert [parameter.name for parameter in command.params if not getattr(parameter, "help", "an argument")] == []
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    assert [option.name for option in options if not option.help] == []
+    assert all(option.opts[0] in result.output for option in options)
 
 
 def test_configurations_survive_json_and_refuse_unknown_keys() -> None:

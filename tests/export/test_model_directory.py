@@ -88,6 +88,7 @@ def test_an_existing_directory_is_replaced_as_a_whole(
 ) -> None:
     out = tmp_path / "model"
     out.mkdir()
+    (out / "manifest.json").write_text("{}")
     (out / "stale.txt").write_text("old")
     unrated = dataclasses.replace(small_data, config=dataclasses.replace(small_data.config, rating_scale=None))
     manifest = export_model(small_hybrid, unrated, out, policy="reinforce", **SUMMARIES)

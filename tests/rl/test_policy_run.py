@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxrec.config import RLConfig, TrainConfig, to_json
 from jaxrec.evaluate import jit_scorer, rank_cases
+from jaxrec.files import sha256
 from jaxrec.metrics import ndcg
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.prepare import PreparedData, write_prepared
@@ -52,6 +53,7 @@ def trained(small_data: PreparedData, supervised: Hybrid, tmp_path_factory: pyte
     description = {
         "schema_version": 1,
         "data": str(folder / "data"),
+        "data_sha256": sha256(folder / "data/prepared.json"),
         "model": to_json(supervised.lstm.config),
         "train": to_json(TrainConfig()),
     }
@@ -122,7 +124,7 @@ def test_without_a_policy_the_supervised_hybrid_is_served(run: Run, supervised: 
     [
         (lambda folder: (folder / "policy.npz").write_bytes(b"half"), r"policy\.npz: missing or damaged"),
         (lambda folder: (folder / "policy.npz").unlink(), r"policy\.npz: missing or damaged"),
-        (lambda folder: (folder / "policy.json").write_text("{"), r"policy\.json: cannot be read"),
+        (lambda folder: (folder / "policy.json").write_text("{"), r"policy\.json: not JSON"),
         (lambda folder: (folder / "policy.json").unlink(), r"policy\.json: cannot be read"),
         (lambda folder: (folder / "policy.json").write_text("[]"), r"policy\.json: not a policy"),
         (lambda folder: (folder / "policy.json").write_text('{"schema_version": 2}'), "schema version 2, expected 1"),

@@ -185,7 +185,8 @@ def test_without_a_known_event_the_most_popular(
     client.record_events(stored("u", history(model, 3)))
     client.record_events(stored("only unknown", [Event(item_id="no such film", timestamp=START)]))
     rows = range(1, len(model.catalog) + 1)
-    expected = sorted(rows, key=lambda item: (-model.catalog.popularity[item], item))
+    catalog = model.catalog
+    expected = sorted(rows, key=lambda item: (-catalog.popularity[item], -catalog.recent_popularity[item], item))
     excluded = [model.catalog.item_ids[expected[1]]]
     del expected[1]
 
