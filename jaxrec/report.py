@@ -157,7 +157,7 @@ def format_table(evaluation: Evaluation) -> str:
     protocol = evaluation.protocol
     ratio = evaluation.comparison["hybrid_over_recent_popularity_ndcg_10"]
     times = f"{ratio['mean']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f})"
-    data = f"{protocol['data_folder']} (SHA-256 {protocol['data_sha256'][:8]})"
+    data = f"{Path(protocol['data_folder']).name} (SHA-256 {protocol['data_sha256'][:8]})"
     tied, repeated = protocol["tied_test_share"], protocol["repeated_test_share"]
     lines += [
         f"* is exported and served. Means with 95 % intervals over {protocol['test_cases']} test cases.",
