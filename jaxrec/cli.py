@@ -6,6 +6,8 @@ import click
 
 from jaxrec.config import ModelConfig, PrepareConfig, RewardWeights, RLConfig, SplitKind, Ties, TrainConfig
 from jaxrec.export.errors import ExportError
+from jaxrec.fetch import BASE_URL, DATASETS
+from jaxrec.fetch import fetch as fetch_archive
 from jaxrec.prepare import prepare_files, write_prepared
 from jaxrec.runs import train_run
 from jaxrec.schema import DataError, RatingScale
@@ -169,6 +171,15 @@ def demo(out: Path, seed: int) -> None:
     from jaxrec.demo import run_demo
 
     run_demo(out, seed)
+
+
+@main.command()
+@click.argument("name", type=click.Choice(DATASETS))
+@click.option("--out", type=NEW_PATH, required=True, help="Folder for NAME.zip and its terms.")
+@click.option("--base-url", default=BASE_URL, help="Where NAME.zip lies: GroupLens, or a mirror.")
+def fetch(name: str, out: Path, base_url: str) -> None:
+    """Downloads the MovieLens data set NAME, verified; a broken download goes on where it stopped."""
+    fetch_archive(name, out, base_url, say=click.echo)
 
 
 if __name__ == "__main__":
