@@ -1,6 +1,8 @@
 """The items: raw ids, titles, genres, and the binary item-by-genre matrix."""
 
+import csv
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -40,14 +42,14 @@ class Catalog:
         return pd.DataFrame({ITEM: self.ids.raw_ids, TITLE: list(self.titles), GENRES: joined})
 
 
+@functools.lru_cache(maxsize=100_000)
 def split_genres(text: str) -> tuple[str, ...]:
     """Genres of MovieLens' `A|B` notation, sorted and distinct; "(no genres listed)" is no genre."""
     return tuple(sorted({genre.strip() for genre in text.split("|")} - {"", NO_GENRES}))
 
 
-def build_catalog(item_ids: np.ndarray, movies: pd.DataFrame | None) -> Catalog:
-    """The catalogue of the given raw ids. An item that `movies` lacks is titled by its id and has no genres."""
-    ids = IdMap.fit(item_ids)
+def build_catalog(ids: IdMap, movies: pd.DataFrame | None) -> Catalog:
+    """The catalogue of the given ids. An item that `movies` lacks is titled by its id and has no genres."""
     if movies is None:
         return Catalog(ids, tuple(str(raw) for raw in ids.raw_ids), ((),) * len(ids))
     known = movies.set_index(ITEM).reindex(ids.raw_ids)
@@ -64,8 +66,12 @@ def write_catalog(catalog: Catalog, path: Path) -> None:
 def read_catalog(path: Path, item_dtype: str) -> Catalog:
     """Reads what `write_catalog` wrote; `item_dtype` is `int64` or `str`. Raises DataError on a broken file."""
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-        raw = frame[ITEM].to_numpy(dtype=np.int64 if item_dtype == "int64" else object)
-    except (OSError, KeyError, ValueError) as error:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            if next(reader, None) != [ITEM, TITLE, GENRES]:
+                raise ValueError(f"the header is not {ITEM},{TITLE},{GENRES}")
+            raw, titles, genres = zip(*reader, strict=True)
+        ids = np.array(raw, dtype=object) if item_dtype == "str" else np.array([int(text) for text in raw], np.int64)
+    except (OSError, csv.Error, ValueError) as error:
         raise DataError(f"{path}: not a catalogue written by `jaxrec prepare`: {error}") from error
-    return Catalog(IdMap(raw), tuple(frame[TITLE]), tuple(split_genres(text) for text in frame[GENRES]))
+    return Catalog(IdMap(ids), titles, tuple(map(split_genres, genres)))
