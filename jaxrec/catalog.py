@@ -1,8 +1,8 @@
 """The items: raw ids, titles, genres, and the binary item-by-genre matrix."""
 
-import csv
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -59,19 +59,18 @@ def build_catalog(ids: IdMap, movies: pd.DataFrame | None) -> Catalog:
 
 
 def write_catalog(catalog: Catalog, path: Path) -> None:
-    """Writes the catalogue as CSV: item_id,title,genres."""
-    catalog.to_frame().to_csv(path, index=False)
+    """Writes the catalogue as JSON: item_id, title, genres, each a list in the order of the indices."""
+    frame = catalog.to_frame()
+    path.write_text(json.dumps({name: frame[name].tolist() for name in frame}, ensure_ascii=False), encoding="utf-8")
 
 
-def read_catalog(path: Path, item_dtype: str) -> Catalog:
-    """Reads what `write_catalog` wrote; `item_dtype` is `int64` or `str`. Raises DataError on a broken file."""
+def read_catalog(path: Path) -> Catalog:
+    """Reads what `write_catalog` wrote. Raises DataError on a broken file."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            if next(reader, None) != [ITEM, TITLE, GENRES]:
-                raise ValueError(f"the header is not {ITEM},{TITLE},{GENRES}")
-            raw, titles, genres = zip(*reader, strict=True)
-        ids = np.array(raw, dtype=object) if item_dtype == "str" else np.array([int(text) for text in raw], np.int64)
-    except (OSError, csv.Error, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        raw, titles, genres = (content[name] for name in (ITEM, TITLE, GENRES))
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: not a catalogue written by `jaxrec prepare`: {error}") from error
-    return Catalog(IdMap(ids), titles, tuple(map(split_genres, genres)))
+    text = any(isinstance(item, str) for item in raw)
+    ids = IdMap(np.array(raw, dtype=object if text else np.int64))
+    return Catalog(ids, tuple(titles), tuple(map(split_genres, genres)))

@@ -1,7 +1,7 @@
 """Prepared data on disk: a folder of memory-mapped columns that opens without being read.
 
 DATA/prepared.json          versions, configuration, counts, and size and SHA-256 of every file
-DATA/catalog.csv            item_id,title,genres by index
+DATA/catalog.json           item_id, title and genres by index
 DATA/user_ids.npy           raw id of each user
 DATA/offsets.npy            user u's events are rows offsets[u] : offsets[u + 1] of
 DATA/{items,ratings,times}.npy
@@ -33,7 +33,7 @@ from jaxrec.split import Cases, Split
 
 SCHEMA_VERSION = 2
 SUMMARY_FILE = "prepared.json"
-CATALOG_FILE = "catalog.csv"
+CATALOG_FILE = "catalog.json"
 LOG_FOLDER = "log"
 MOVIES_FILE = "movies.csv"
 SPLIT_COLUMNS = ("train_counts", "validation_users", "validation_rows", "test_users", "test_rows")
@@ -139,7 +139,6 @@ def finish(data: PreparedData, folder: Path) -> None:
     content = {
         "schema_version": SCHEMA_VERSION,
         "config": to_json(data.config),
-        "item_id_type": "int64" if data.catalog.ids.raw_ids.dtype == np.int64 else "str",
         "summary": data.summary(),
         "input": dict(data.input),
         "files": {
@@ -168,7 +167,7 @@ def read_prepared(path: Path) -> PreparedData:
         log = open_log(path / LOG_FOLDER) if (path / LOG_FOLDER).is_dir() else None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: damaged: {error}; prepare again") from error
-    catalog = read_catalog(path / CATALOG_FILE, content["item_id_type"])
+    catalog = read_catalog(path / CATALOG_FILE)
     split = Split(train_counts, Cases(*cases[:2]), Cases(*cases[2:]))
     config = from_json(PrepareConfig, content["config"])
     return PreparedData(catalog, users, histories, split, config, log, input=content["input"])
