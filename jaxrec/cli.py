@@ -6,6 +6,7 @@ import click
 
 from jaxrec.config import ModelConfig, RewardWeights, RLConfig, TrainConfig
 from jaxrec.data_commands import append, check, prepare
+from jaxrec.distributed.command import prepare_distributed
 from jaxrec.export.errors import ExportError
 from jaxrec.fetch import BASE_URL, DATASETS
 from jaxrec.fetch import fetch as fetch_archive
@@ -149,6 +150,9 @@ def demo(out: Path, seed: int) -> None:
 def fetch(name: str, out: Path, base_url: str) -> None:
     """Downloads the MovieLens data set NAME, verified; a broken download goes on where it stopped."""
     fetch_archive(name, out, base_url, say=click.echo)
+
+
+main.add_command(prepare_distributed)
 
 
 if __name__ == "__main__":
