@@ -63,30 +63,28 @@ def append_directory(
     with (
         new_data_folder(out) as folder,
         reading(ratings, movies, memory_gb, out.parent) as (scratch, source, connection),
-        bad_rows(on_bad_rows, folder) as bad,
     ):
         relation = relation_of(source, options.columns, connection)
-        loaded = load(connection, relation, options, bad, scratch, exact=True)
-        affected = _insert_old_events(connection, log, data)
         (scratch / "sorted").mkdir()
-        found = sort_log(connection, scratch / "sorted", old.config.ties, old.config.seed, bad)
-        bad.fail_if_any()
+        with bad_rows(on_bad_rows, folder) as bad:
+            loaded = load(connection, relation, options, bad, scratch, exact=True)
+            _insert_old_events(connection, log, data)
+            found = sort_log(connection, scratch / "sorted", old.config.ties, old.config.seed, bad)
+            bad.fail_if_any()
         connection.close()
         (folder / LOG_FOLDER).mkdir()
-        merged = merge_logs(log, found.log, affected, folder / LOG_FOLDER)
+        merged = merge_logs(log, found.log, folder / LOG_FOLDER)
         given = movies_for(source, merged)
-        known_movies = read_all_movies(data, log.items.raw_ids.dtype)
-        all_movies = _joined_movies(given, known_movies)
+        all_movies = _joined_movies(given, read_all_movies(data, log.items.raw_ids.dtype))
         write_movies(all_movies, folder / LOG_FOLDER)
         config = dataclasses.replace(old.config, rating_scale=loaded.scale)
         result = prepare_log(merged, all_movies, config, folder, old.users, old.catalog.ids)
-        counts = input_counts(str(source), loaded, found, bad)
-        finish(dataclasses.replace(result, input=counts), folder)
+        finish(dataclasses.replace(result, input=input_counts(str(source), loaded, found, bad)), folder)
     return read_prepared(out)
 
 
-def merge_logs(old: EventLog, new: EventLog, affected: np.ndarray, folder: Path) -> EventLog:
-    """Writes one log into `folder`: `new` holds all events of the old users `affected` (0-based) and of new users.
+def merge_logs(old: EventLog, new: EventLog, folder: Path) -> EventLog:
+    """Writes one log into `folder`: `new` holds all events of each of its users, and `old` those of the others.
 
     Old users and items keep their indices, and new ones follow.
     """
@@ -121,8 +119,8 @@ def merge_logs(old: EventLog, new: EventLog, affected: np.ndarray, folder: Path)
     return open_log(folder)
 
 
-def _insert_old_events(connection: duckdb.DuckDBPyConnection, log: EventLog, data: Path) -> np.ndarray:
-    """Puts the old events of users with new ones before these in `events`; returns these users (0-based)."""
+def _insert_old_events(connection: duckdb.DuckDBPyConnection, log: EventLog, data: Path) -> None:
+    """Puts the old events of users with new ones before these in `events`."""
     found = np.ma.getdata(connection.execute("SELECT DISTINCT user FROM events").fetchnumpy()["user"])
     codes = log.users.encode(found)
     affected = np.sort(codes[codes > 0].astype(np.int64) - 1)
@@ -147,7 +145,6 @@ def _insert_old_events(connection: duckdb.DuckDBPyConnection, log: EventLog, dat
         connection.unregister("old")
     connection.execute("INSERT INTO events SELECT * FROM added ORDER BY rowid")
     connection.execute("DROP TABLE added")
-    return affected
 
 
 def _extended(known: IdMap, found: IdMap) -> IdMap:

@@ -110,19 +110,18 @@ def prepare_directory(
     with (
         new_data_folder(out) as folder,
         reading(ratings, movies, memory_gb, out.parent) as (scratch, source, connection),
-        bad_rows(on_bad_rows, folder) as bad,
     ):
         relation = relation_of(source, options.columns, connection)
         (folder / LOG_FOLDER).mkdir()
         options = dataclasses.replace(options, scale=config.rating_scale)
-        loaded, found = read_log(connection, relation, options, config, bad, scratch, folder / LOG_FOLDER)
+        with bad_rows(on_bad_rows, folder) as bad:
+            loaded, found = read_log(connection, relation, options, config, bad, scratch, folder / LOG_FOLDER)
         connection.close()
         frame = movies_for(source, found.log)
         write_movies(frame, folder / LOG_FOLDER)
         config = dataclasses.replace(config, rating_scale=loaded.scale)
         data = prepare_log(found.log, frame, config, folder)
-        counts = input_counts(str(source), loaded, found, bad)
-        finish(dataclasses.replace(data, input=counts), folder)
+        finish(dataclasses.replace(data, input=input_counts(str(source), loaded, found, bad)), folder)
     return read_prepared(out)
 
 
@@ -154,7 +153,7 @@ def prepare_log(
     if len(catalog) == 1:
         raise DataError(f"only one movie is left ({catalog.titles[0]}); a recommender needs at least two")
     keep_every_user = config.split is not SplitKind.LEAVE_ONE_OUT
-    kept = select(log, fitted, core, catalog.ids, known_users, keep_every_user, folder)
+    kept = select(log, fitted, core, catalog.ids, known_users, keep_every_user, folder, item_ids)
     users = IdMap(log.users.raw_ids[kept.order], distinct=True)
     if config.split is SplitKind.TEMPORAL:
         split = temporal(kept.histories, cut)

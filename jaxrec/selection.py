@@ -108,9 +108,11 @@ def select(
     known_users: IdMap | None,
     keep_every_user: bool,
     folder: Path,
+    current_items: np.ndarray | None = None,
 ) -> Selection:
     """Writes the kept events as columns into `folder`: the fitted ones of the core, and of the others those whose
-    item is in the catalogue and whose user is in the core (or any user).
+    item is in the catalogue (and one of the raw ids `current_items`, where the catalogue has more, which only keep
+    their index) and whose user is in the core (or any user).
 
     Users come in the order of `known_users`, then sorted by raw id; a known user stays, if only without events.
     """
@@ -118,8 +120,8 @@ def select(
     index = catalog.encode(log.items.raw_ids)
     index = np.concatenate([[0], index]).astype(np.int32)
     usable = index > 0
-    if known_users is not None:  # an item that is only kept for its index takes no part
-        usable &= core.items | ~_fitted_items(log, fitted)
+    if current_items is not None:
+        usable[1:] &= np.isin(log.items.raw_ids, current_items)
 
     def kept_events(block: Block, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         of_core = block.per_event(core.users[block.users])
@@ -155,13 +157,6 @@ def select(
     return Selection(
         Histories(offsets, **columns), order, train_counts[order], last_kept[order], before_last_kept[order]
     )
-
-
-def _fitted_items(log: EventLog, fitted: Fitted) -> np.ndarray:
-    found = np.zeros(len(log.items) + 1, bool)
-    for block in blocks(log.events.offsets):
-        found[log.events.items[block.rows][fitted(block)]] = True
-    return found
 
 
 def _user_order(users: IdMap, kept: np.ndarray, known: IdMap | None) -> np.ndarray:
