@@ -18,12 +18,12 @@ import pandas as pd
 
 from jaxrec.bad_rows import OnBadRows, bad_rows
 from jaxrec.columns import ColumnWriter, release
-from jaxrec.engine import MEMORY_GB
-from jaxrec.event_log import EVENT_TYPES, EventLog, open_log, sort_log
+from jaxrec.engine import MEMORY_GB, quoted
+from jaxrec.event_log import EVENT_TYPES, DuplicatesError, EventLog, SortedLog, open_log, sort_log
 from jaxrec.fields import IdKind
 from jaxrec.ids import IdMap, write_ids
 from jaxrec.ingest import input_counts, movies_for, reading
-from jaxrec.load import ReadOptions, load
+from jaxrec.load import Loaded, ReadOptions, load
 from jaxrec.prepare import prepare_log
 from jaxrec.relations import relation_of
 from jaxrec.schema import ITEM, DataError
@@ -67,9 +67,17 @@ def append_directory(
         relation = relation_of(source, options.columns, connection)
         (scratch / "sorted").mkdir()
         with bad_rows(on_bad_rows, folder) as bad:
-            loaded = load(connection, relation, options, bad, scratch, exact=True)
-            _insert_old_events(connection, log, data)
-            found = sort_log(connection, scratch / "sorted", old.config.ties, old.config.seed, bad)
+
+            def read(exact: bool) -> tuple[Loaded, SortedLog]:
+                loaded = load(connection, relation, options, bad, scratch, exact)
+                _insert_old_events(connection, log, data, loaded.exact)
+                reported = bad if loaded.exact else None
+                return loaded, sort_log(connection, scratch / "sorted", old.config.ties, old.config.seed, reported)
+
+            try:
+                loaded, found = read(exact=False)
+            except DuplicatesError:
+                loaded, found = read(exact=True)
             bad.fail_if_any()
         connection.close()
         (folder / LOG_FOLDER).mkdir()
@@ -119,13 +127,14 @@ def merge_logs(old: EventLog, new: EventLog, folder: Path) -> EventLog:
     return open_log(folder)
 
 
-def _insert_old_events(connection: duckdb.DuckDBPyConnection, log: EventLog, data: Path) -> None:
+def _insert_old_events(connection: duckdb.DuckDBPyConnection, log: EventLog, data: Path, exact: bool) -> None:
     """Puts the old events of users with new ones before these in `events`."""
     found = np.ma.getdata(connection.execute("SELECT DISTINCT user FROM events").fetchnumpy()["user"])
     codes = log.users.encode(found)
     affected = np.sort(codes[codes > 0].astype(np.int64) - 1)
     connection.execute("ALTER TABLE events RENAME TO added")
-    connection.execute("CREATE TABLE events AS SELECT * FROM added LIMIT 0")
+    connection.execute("CREATE OR REPLACE TABLE events AS SELECT * FROM added LIMIT 0")
+    origin = f"{quoted(str(data))}, line, ''" if exact else "true"
     for block in blocks(log.events.offsets, affected):
         frame = pd.DataFrame(
             {
@@ -133,18 +142,21 @@ def _insert_old_events(connection: duckdb.DuckDBPyConnection, log: EventLog, dat
                 "item": log.items.raw_ids[log.events.items[block.rows] - 1],
                 "rating": log.events.ratings[block.rows],
                 "time": log.events.times[block.rows],
-                "line": block.rows + 1 if isinstance(block.rows, np.ndarray) else None,
+                "line": _numbers(block.rows) + 1,
             }
         )
         connection.register("old", frame)
         connection.execute(
-            "INSERT INTO events SELECT user, item, CASE WHEN NOT isnan(rating) THEN rating END, time, 0, ?, line, '' "
-            "FROM old",
-            [str(data)],
+            f"INSERT INTO events SELECT user, item, CASE WHEN NOT isnan(rating) THEN rating END, time, 0, {origin} "
+            f"FROM old"
         )
         connection.unregister("old")
     connection.execute("INSERT INTO events SELECT * FROM added ORDER BY rowid")
     connection.execute("DROP TABLE added")
+
+
+def _numbers(rows: slice | np.ndarray) -> np.ndarray:
+    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
 
 
 def _extended(known: IdMap, found: IdMap) -> IdMap:

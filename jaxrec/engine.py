@@ -9,6 +9,7 @@ import duckdb
 
 from jaxrec.schema import DataError
 
+THREADS_PER_GB = 4  # each needs buffers of its own
 MEMORY_GB = 1.5  # of the engine; the process needs about as much again for blocks, ids and Python itself
 
 
@@ -19,7 +20,7 @@ def engine(scratch: Path, memory_gb: float = MEMORY_GB, on_disk: bool = True) ->
     settings: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": f"{memory_gb}GB",
         "temp_directory": str(scratch / "spill"),
-        "threads": os.cpu_count() or 1,
+        "threads": min(os.cpu_count() or 1, max(1, round(THREADS_PER_GB * memory_gb))),
         "autoinstall_known_extensions": False,
     }
     try:

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.catalog import Catalog, read_catalog, write_catalog
-from jaxrec.columns import open_column, release
+from jaxrec.columns import BLOCK_EVENTS, open_column, release
 from jaxrec.config import PrepareConfig, from_json, to_json
 from jaxrec.event_log import EVENT_TYPES, EventLog, open_log
 from jaxrec.files import new_directory, sha256
@@ -68,9 +68,11 @@ class PreparedData:
 
     def summary(self) -> dict[str, Any]:
         """Counts that describe the data, as JSON values."""
-        times = self.histories.times
-        first, last = int(times.min(initial=2**62)), int(times.max(initial=0))
-        release(times)
+        first, last = 2**62, 0
+        for start in range(0, self.histories.event_count, BLOCK_EVENTS):
+            times = self.histories.times[start : start + BLOCK_EVENTS]
+            first, last = min(first, int(times.min())), max(last, int(times.max()))
+            release(times)
         return {
             "users": len(self.users),
             "items": len(self.catalog),

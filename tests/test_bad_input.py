@@ -1,9 +1,11 @@
 """Bad input through the command line: a clear error or a counted quarantine, never a traceback or half an output."""
 
 import csv
+import errno
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -170,14 +172,17 @@ def test_an_output_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> 
     assert result.output.count("\n") == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_read_only_folder_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_read_only_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "ratings.csv"
     source.write_text(HEADER + GOOD)
-    (tmp_path / "locked").mkdir(mode=0o555)
-    result = prepare(source, "--out", tmp_path / "locked/data")
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    result = prepare(source, "--out", tmp_path / "data")
     assert result.exit_code == 1
-    assert "cannot be written: Permission denied" in result.output
+    assert result.output == f"Error: {tmp_path}/data: cannot be written: Read-only file system\n"
 
 
 fields = st.one_of(
