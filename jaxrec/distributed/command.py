@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from jaxrec.config import FilterOn, PrepareConfig, Ties
+from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
 from jaxrec.movies import read_movies
 from jaxrec.schema import DataError
 
@@ -23,9 +23,10 @@ NEW_PATH = click.Path(path_type=Path)
 @click.option("--workers", type=click.IntRange(1), default=2, help="Processes to start here.")
 @click.option("--min-user-ratings", type=click.IntRange(0), default=PrepareConfig.min_user_ratings)
 @click.option("--min-movie-ratings", type=click.IntRange(0), default=PrepareConfig.min_movie_ratings)
+@click.option("--split", type=click.Choice([k.value for k in SplitKind]), default=PrepareConfig.split.value)
 @click.option("--ties", type=click.Choice([t.value for t in Ties]), default=PrepareConfig.ties.value)
 @click.option("--filter-on", type=click.Choice([f.value for f in FilterOn]), default=PrepareConfig.filter_on.value)
-@click.option("--seed", type=int, default=PrepareConfig.seed, help="For --ties random.")
+@click.option("--seed", type=int, default=PrepareConfig.seed, help="For --ties random and --split user-held-out.")
 def prepare_distributed(
     folder: Path,
     movies: Path | None,
@@ -35,18 +36,19 @@ def prepare_distributed(
     workers: int,
     min_user_ratings: int,
     min_movie_ratings: int,
+    split: str,
     ties: str,
     filter_on: str,
     seed: int,
 ) -> None:
-    """Prepares the Parquet files under FOLDER on several machines, into shards by user (leave-one-out)."""
+    """Prepares the Parquet files under FOLDER on several machines, into shards by user."""
     try:
         from jaxrec.distributed import prepare as driver
     except ModuleNotFoundError as error:
         raise DataError(f"{error.name} is missing; install it with: pip install 'jaxrec[distributed]'") from error
 
     config = PrepareConfig(
-        min_user_ratings, min_movie_ratings, ties=Ties(ties), seed=seed, filter_on=FilterOn(filter_on)
+        min_user_ratings, min_movie_ratings, SplitKind(split), Ties(ties), seed=seed, filter_on=FilterOn(filter_on)
     )
     movie_frame = None if movies is None else read_movies(movies)
     with driver.cluster(scheduler, workers) as client, tqdm(unit="task") as bar:

@@ -1,22 +1,24 @@
 """The later passes, each over one shard: sort its rows, count its items under the filter, write it."""
 
 import dataclasses
+import tempfile
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 
-from jaxrec.catalog import read_catalog
-from jaxrec.config import FilterOn, PrepareConfig, Ties
+from jaxrec.catalog import Catalog, read_catalog
+from jaxrec.config import PrepareConfig, SplitKind, Ties
 from jaxrec.distributed.partition import ROW, WITHIN
+from jaxrec.distributed.splits import fitted_events, known_items, split_of
 from jaxrec.event_log import EventLog, open_log
 from jaxrec.files import new_directory
 from jaxrec.histories import Histories
 from jaxrec.ids import IdMap, open_ids
 from jaxrec.schema import ITEM, RATING, TIME, USER, DataError
-from jaxrec.selection import Block, Core, Fitted, blocks, select
-from jaxrec.split import is_training_of_leave_one_out, leave_one_out, leave_one_out_fitted
+from jaxrec.selection import Core, Selection, blocks, select
+from jaxrec.split import SECONDS_PER_DAY
 from jaxrec.store import PreparedData, finish, new_data_folder, write_log
 
 
@@ -63,7 +65,18 @@ def sort_shard(shard: int, parts: list[tuple[Path, str]], vocabulary: Path, conf
     return len(order)
 
 
-def count_items(folder: Path, kept_items: Path, config: PrepareConfig) -> np.ndarray:
+def count_days(folder: Path) -> np.ndarray:
+    """[days since 1970] int64: the shard's events."""
+    return np.bincount(open_log(folder / "log").events.times // SECONDS_PER_DAY)
+
+
+def times_of_day(folder: Path, day: int) -> np.ndarray:
+    """The times of the shard's events of one day since 1970."""
+    times = open_log(folder / "log").events.times
+    return times[times // SECONDS_PER_DAY == day]
+
+
+def count_items(folder: Path, kept_items: Path, config: PrepareConfig, cut: int) -> np.ndarray:
     """[items + 1] int64: the shard's fitted events per item, of users with enough of them among `kept_items`.
 
     A user that falls out in one round has no more events in the next, so nothing has to be remembered of users.
@@ -71,7 +84,7 @@ def count_items(folder: Path, kept_items: Path, config: PrepareConfig) -> np.nda
     log = open_log(folder / "log")
     kept_item = np.load(kept_items)
     counts = np.zeros(len(kept_item), np.int64)
-    fitted = _fitted(config)
+    fitted = fitted_events(log, config, cut)
     for block in blocks(log.events.offsets):
         items = log.events.items[block.rows]
         kept = fitted(block) & kept_item[items]
@@ -80,36 +93,41 @@ def count_items(folder: Path, kept_items: Path, config: PrepareConfig) -> np.nda
     return counts
 
 
-def write_shard(folder: Path, kept_items: Path, catalog_file: Path, config: PrepareConfig, out: Path) -> ShardSize:
-    """Writes what the filter leaves of a sorted shard as a prepared directory with the whole catalogue."""
-    log = open_log(folder / "log")
+def find_known(folder: Path, kept_items: Path, catalog_file: Path, config: PrepareConfig, cut: int) -> np.ndarray:
+    """[catalogue + 1] bool: the items in the shard's training part."""
     catalog = read_catalog(catalog_file)
-    core = Core(np.zeros(len(log.users), bool), np.load(kept_items))
-    fitted = _fitted(config)
-    for block in blocks(log.events.offsets):
-        kept = fitted(block) & core.items[log.events.items[block.rows]]
-        core.users[block.users] = _enough(block.sums(kept), config)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        kept, users = _select(open_log(folder / "log"), kept_items, catalog, config, cut, Path(scratch))
+        return known_items(kept, users, config, cut, len(catalog))
+
+
+def write_shard(
+    folder: Path, kept_items: Path, catalog_file: Path, known: Path | None, config: PrepareConfig, cut: int, out: Path
+) -> ShardSize:
+    """Writes what the filter leaves of a sorted shard as a prepared directory with the whole catalogue.
+
+    `known`: the file of the items in any shard's training part, for the splits that ask for them.
+    """
+    catalog = read_catalog(catalog_file)
     with new_data_folder(out) as result:
-        kept = select(log, fitted, core, catalog.ids, None, keep_every_user=False, folder=result)
-        if config.filter_on is FilterOn.TRAINING:
-            split = leave_one_out_fitted(kept.histories, kept.train_counts, kept.last_kept, kept.before_last_kept)
-        else:
-            split = leave_one_out(kept.histories)
-        users = IdMap(log.users.raw_ids[kept.order], distinct=True)
+        kept, users = _select(open_log(folder / "log"), kept_items, catalog, config, cut, result)
+        split = split_of(kept, users, config, cut, None if known is None else np.load(known))
         finish(PreparedData(catalog, users, kept.histories, split, config), result)
         return ShardSize(out.name, kept.histories.user_count, kept.histories.event_count)
 
 
-def _fitted(config: PrepareConfig) -> Fitted:
-    """Which events the filter counts under leave-one-out, as in `jaxrec.prepare`."""
-
-    def log(block: Block) -> np.ndarray:
-        return np.ones(int(block.lengths.sum()), bool)
-
-    def training(block: Block) -> np.ndarray:
-        return is_training_of_leave_one_out(block.positions(), block.per_event(block.lengths))
-
-    return training if config.filter_on is FilterOn.TRAINING else log
+def _select(
+    log: EventLog, kept_items: Path, catalog: Catalog, config: PrepareConfig, cut: int, out: Path
+) -> tuple[Selection, IdMap]:
+    """Writes the kept events' columns to `out`; returns them with their users."""
+    core = Core(np.zeros(len(log.users), bool), np.load(kept_items))
+    fitted = fitted_events(log, config, cut)
+    for block in blocks(log.events.offsets):
+        kept = fitted(block) & core.items[log.events.items[block.rows]]
+        core.users[block.users] = _enough(block.sums(kept), config)
+    keep_every_user = config.split is not SplitKind.LEAVE_ONE_OUT
+    selection = select(log, fitted, core, catalog.ids, None, keep_every_user, out)
+    return selection, IdMap(log.users.raw_ids[selection.order], distinct=True)
 
 
 def _enough(counts: np.ndarray, config: PrepareConfig) -> np.ndarray:

@@ -54,7 +54,7 @@ def _write(log: pd.DataFrame, folder: Path, files: int = 3) -> Path:
 
 
 def _histories(parts: list[PreparedData]) -> dict[object, tuple[list, ...]]:
-    """By raw user id: items, ratings, times, and how many of the events train, validate and test."""
+    """By raw user id: items, ratings, times, positions of the cases, and how many events are in training."""
     found: dict[object, tuple[list, ...]] = {}
     for data in parts:
         offsets = data.histories.offsets
@@ -63,8 +63,10 @@ def _histories(parts: list[PreparedData]) -> dict[object, tuple[list, ...]]:
             columns = (data.histories.items, ratings, data.histories.times)
             rows = [column[offsets[i] : offsets[i + 1]].tolist() for column in columns]
             assert user not in found
-            cases = [int((split.users == i).sum()) for split in (data.split.validation, data.split.test)]
-            found[user] = (*rows, [int(data.split.train_counts[i]), *cases])
+            cases = [
+                (part.rows[part.users == i] - offsets[i]).tolist() for part in (data.split.validation, data.split.test)
+            ]
+            found[user] = (*rows, *cases, [int(data.split.train_counts[i])])
     return found
 
 
@@ -92,10 +94,18 @@ def test_equals_one_machine(shards: int, client: Client, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
 
 
-@pytest.mark.parametrize("config", [{"ties": Ties.RANDOM, "seed": 7}, {"filter_on": FilterOn.TRAINING}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"ties": Ties.RANDOM, "seed": 7},
+        {"filter_on": FilterOn.TRAINING},
+        {"split": SplitKind.TEMPORAL, "min_movie_ratings": 3},
+        {"split": SplitKind.USER_HELD_OUT, "seed": 3, "min_movie_ratings": 3},
+    ],
+)
 def test_equals_one_machine_in_its_variants(config: dict[str, Any], client: Client, tmp_path: Path) -> None:
     log, config = _log(), dataclasses.replace(CONFIG, **config)
-    prepare_distributed(client, _write(log, tmp_path / "log"), tmp_path / "out", 3, None, config, PIECE)
+    prepare_distributed(client, _write(log, tmp_path / "log"), tmp_path / "out", 12, None, config, PIECE)
     shards = open_shards(tmp_path / "out", 0, 1)
     _assert_equal(shards, _one_machine(log, None, config))
     with pytest.raises(AssertionError):
@@ -152,12 +162,12 @@ def test_killing_a_worker_loses_nothing(stage: str, tmp_path: Path) -> None:
     folder = _write(log, tmp_path / "log")
     with cluster(None, workers=2) as client:
         killer = _Killer(client, stage)
-        prepare_distributed(client, folder, tmp_path / "out", 40, None, CONFIG, 100, progress=killer)
+        prepare_distributed(client, folder, tmp_path / "out", 16, None, CONFIG, 100, progress=killer)
         assert killer.lost_tasks > 0
         assert killer.killed not in client.run(os.getpid).values()
     _assert_equal(open_shards(tmp_path / "out", 0, 1), _one_machine(log, None, CONFIG))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
-    assert len(list((tmp_path / "out").iterdir())) == 40 + 1
+    assert len(list((tmp_path / "out").iterdir())) == 16 + 1
 
 
 def test_hosts_share_the_users(client: Client, tmp_path: Path) -> None:
@@ -202,9 +212,7 @@ def test_an_event_that_occurs_twice(client: Client, tmp_path: Path) -> None:
         prepare_distributed(client, _write(log, tmp_path / "log"), tmp_path / "out", 2, None, CONFIG, PIECE)
 
 
-def test_what_is_not_offered_or_not_there(client: Client, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="split temporal: the distributed preparation offers only leave-one-out"):
-        prepare_distributed(client, tmp_path, tmp_path / "out", 2, None, PrepareConfig(split=SplitKind.TEMPORAL))
+def test_what_is_not_there(client: Client, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no .parquet file"):
         prepare_distributed(client, tmp_path, tmp_path / "out", 2)
     folder = _write(_log(), tmp_path / "log")
