@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-from distributed import Client, KilledWorker, as_completed
+from distributed import Client, KilledWorker, as_completed, wait
 
 from jaxrec.catalog import build_catalog, write_catalog
 from jaxrec.config import PrepareConfig, SplitKind
@@ -147,5 +147,9 @@ class Passes:
             raise DataError(
                 f"{name}: workers died again and again in one task ({error}); if they lack memory, take more shards"
             ) from error
+        except OSError as error:
+            raise DataError(f"{name}: a worker cannot read or write: {error}") from error
         finally:
-            self._client.cancel(futures)
+            running = {key for keys in self._client.processing().values() for key in keys}
+            self._client.cancel([future for future in futures if future.key not in running])
+            wait([future for future in futures if future.key in running])  # else they write to where nothing is read

@@ -16,16 +16,24 @@ from jaxrec.config import PrepareConfig, SplitKind, to_json
 from jaxrec.distributed.passes import Passes, Progress
 from jaxrec.distributed.reading import INDEX_FILE, SCHEMA_VERSION
 from jaxrec.files import new_directory
+from jaxrec.schema import DataError
 
 ROWS_PER_PIECE = 1_000_000
 
 
 @contextlib.contextmanager
 def cluster(address: str | None, workers: int) -> Iterator[Client]:
-    """A client of the Dask scheduler at `address`, or of a local cluster of `workers` processes."""
+    """A client of the Dask scheduler at `address`, or of a local cluster of `workers` processes.
+
+    Raises DataError where no scheduler answers.
+    """
     if address is not None:
-        with Client(address) as client:
-            yield client
+        try:
+            remote = Client(address)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{address}: no Dask scheduler answers there: {error}") from error
+        with remote:
+            yield remote
         return
     with (
         LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0") as local,
@@ -51,7 +59,23 @@ def prepare_distributed(
     file and row, and where workers die again and again.
     """
     folder, out = folder.absolute(), out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return _prepare(client, folder, out, shards, movies, config, rows_per_piece, progress)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
+def _prepare(
+    client: Client,
+    folder: Path,
+    out: Path,
+    shards: int,
+    movies: pd.DataFrame | None,
+    config: PrepareConfig,
+    rows_per_piece: int,
+    progress: Progress,
+) -> dict[str, Any]:
     with (
         tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as scratch,
         new_directory(out) as result,

@@ -3,10 +3,12 @@
 import dataclasses
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pandas as pd
 import pytest
@@ -201,7 +203,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(
     log.loc[1500, column] = value
     with pytest.raises(DataError, match=message):
         prepare_distributed(client, _write(log, tmp_path / "log"), tmp_path / "out", 2, None, CONFIG, PIECE)
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
 def test_an_event_that_occurs_twice(client: Client, tmp_path: Path) -> None:
@@ -223,17 +225,46 @@ def test_what_is_not_there(client: Client, tmp_path: Path) -> None:
         prepare_distributed(client, folder, tmp_path / "out", 2)
 
 
-def test_command_line(tmp_path: Path) -> None:
+def test_command_line(client: Client, tmp_path: Path) -> None:
     folder, out = _write(_log(), tmp_path / "log"), tmp_path / "out"
-    arguments = ["prepare-distributed", str(folder), "--out", str(out), "--shards", "2", "--min-movie-ratings", "6"]
-    result = CliRunner().invoke(main, [*arguments, "--min-user-ratings", "8"])
+    arguments = ["prepare-distributed", str(folder), "--out", str(out), "--shards", "2"]
+    arguments += ["--scheduler", client.scheduler_info()["address"]]
+    result = CliRunner().invoke(main, [*arguments, "--min-movie-ratings", "6", "--min-user-ratings", "8"])
     assert result.exit_code == 0, result.output
     expected = _one_machine(_log(), None, CONFIG)
     _assert_equal(open_shards(out, 0, 1), expected)
     counts = f"{expected.histories.event_count} events of {len(expected.users)} users in 2 shards"
     assert result.stdout == f"{out}: {counts}\n"
-    for path in folder.glob("*.parquet"):
+    for path in folder.iterdir():
         path.unlink()
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1
     assert result.stderr.endswith(f"Error: {folder}: holds no .parquet file\n")
+
+
+def test_no_scheduler(tmp_path: Path) -> None:
+    with socket.socket() as unused, dask.config.set({"distributed.comm.timeouts.connect": "200ms"}):
+        unused.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
+        address = f"tcp://127.0.0.1:{unused.getsockname()[1]}"
+        out = str(tmp_path / "out")
+        arguments = ["prepare-distributed", str(tmp_path), "--out", out, "--shards", "1", "--scheduler", address]
+        result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert f"Error: {address}: no Dask scheduler answers there" in result.stderr
+
+
+def test_workers_that_die_again_and_again_are_an_error(tmp_path: Path) -> None:
+    folder = _write(_log(), tmp_path / "log")
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        cluster(None, workers=2) as client,
+        pytest.raises(DataError, match="workers died again and again in one task"),
+    ):
+        prepare_distributed(client, folder, tmp_path / "out", 16, None, CONFIG, 100, _Killer(client, "partition"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log"]
+
+
+def test_an_output_that_cannot_be_written(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="out: cannot be written"):
+        prepare_distributed(client, _write(_log(), tmp_path / "log"), tmp_path / "file" / "out", 2)
