@@ -26,6 +26,7 @@ def engine(scratch: Path, memory_gb: float = MEMORY_GB, on_disk: bool = True) ->
     try:
         connection = duckdb.connect(str(scratch / "events.duckdb") if on_disk else ":memory:", config=settings)
         with contextlib.closing(connection):
+            connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
             yield connection
     except duckdb.Error as error:
         raise DataError(f"the engine stopped (its scratch files are in {scratch}): {first_line(error)}") from error

@@ -124,7 +124,8 @@ TIMES = {
 
 
 @pytest.mark.parametrize("case", TIMES)
-def test_the_unit_of_times_is_recognized(tmp_path: Path, case: str) -> None:
+def test_the_unit_of_times_is_recognized(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")  # the zone of the machine must not matter
     texts, unit = TIMES[case]
     rows = [f"{user},1,3,{text}" for user, text in enumerate(texts)]
     path = tmp_path / "ratings.csv"
