@@ -138,9 +138,10 @@ class Passes:
 
     def _run(self, name: str, task: Callable[..., Result], arguments: Sequence[tuple[Any, ...]]) -> Iterator[Result]:
         """The tasks' results as they come; Dask runs those of a dead worker again."""
-        futures = self._client.map(lambda values: task(*values), arguments, pure=False)
+        futures = self._client.map(task, *zip(*arguments, strict=True), pure=False)
         try:
-            for done, (_, result) in enumerate(as_completed(futures, with_results=True), start=1):
+            for done, (future, result) in enumerate(as_completed(futures, with_results=True), start=1):
+                future.release()  # else Dask would compute it again when the worker dies that did it
                 yield result
                 self._progress(name, done, len(futures))
         except KilledWorker as error:
