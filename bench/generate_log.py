@@ -182,6 +182,8 @@ def write_parquet(tables: Iterator[pa.Table], path: Path) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A CSV file, or a new Parquet directory.")
 def main(rows: int, seed: int, kind: str, shuffle: bool, out: Path) -> None:
     """Writes a seeded rating log with MovieLens' marginals: userId,movieId,rating,timestamp."""
+    if kind == "parquet" and out.exists():
+        raise click.UsageError(f"{out} exists; Parquet goes to a new directory")
     write = write_csv if kind == "csv" else write_parquet
     write(generate(rows, seed, shuffle), out)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from jaxrec.columns import release
 from jaxrec.files import new_file, write_text
 from jaxrec.histories import Histories
 from jaxrec.prepare import PreparedData
@@ -24,8 +25,8 @@ FINEST_STEPS = 50  # a longer rating scale is shown in 20 steps
 DAYS_BY_DAY = 120  # a log that spans more is counted by month
 
 
-def build_report(data: PreparedData, checks: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """Counts and shares as JSON values. `checks`: counts of reading (duplicates, quarantined rows), where known.
+def build_report(data: PreparedData) -> dict[str, Any]:
+    """Counts and shares as JSON values; `input` has those of reading (duplicates, bad rows), where they are known.
 
     An event is tied if its user's event before it has the same timestamp; the tie rate is their share of all events.
     A genre's share is that of the events whose item has it, so the shares sum to more than 1.
@@ -50,13 +51,13 @@ def build_report(data: PreparedData, checks: Mapping[str, int] | None = None) ->
         "tied_events": tied,
         "tie_rate": tied / histories.event_count,
         "over_time": over_time,
-        "checks": dict(checks or {}),
+        "input": dict(data.input),
     }
 
 
-def write_report(data: PreparedData, folder: Path, checks: Mapping[str, int] | None = None) -> dict[str, Any]:
+def write_report(data: PreparedData, folder: Path) -> dict[str, Any]:
     """Writes `report.json` and `report.png` into `folder`, and returns the report."""
-    report = build_report(data, checks)
+    report = build_report(data)
     write_text(folder / REPORT_FILE, json.dumps(report, indent=2) + "\n")
     plot_report(report, folder / PLOTS_FILE)
     return report
@@ -92,9 +93,10 @@ def plot_report(report: Mapping[str, Any], path: Path) -> None:
 
 
 def _chunks(column: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """The column in pieces of CHUNK rows, each with its first row."""
+    """The column in pieces of CHUNK rows, each with its first row; pages of mapped files are given back after use."""
     for start in range(0, len(column), CHUNK):
         yield start, np.asarray(column[start : start + CHUNK])
+        release(column)
 
 
 def _item_counts(histories: Histories, items: int) -> np.ndarray:

@@ -42,13 +42,13 @@ def tiny() -> PreparedData:
 
 
 def test_counts_by_hand(tiny: PreparedData) -> None:
-    report = build_report(tiny, {"duplicates": 2})
+    report = build_report(dataclasses.replace(tiny, input={"duplicates": 2}))
     assert (report["users"], report["items"], report["events"]) == (3, 4, 7)
     assert (report["first_time"], report["last_time"]) == ("2001-01-31T00:00:00Z", "2001-09-01T00:00:00Z")
     assert report["rating_scale"] == "0.5..5"
     assert report["ratings"] == {"0.5": 1, "3": 1, "4": 2, "4.5": 1, "5": 1}
     assert report["missing_ratings"] == 1
-    assert report["checks"] == {"duplicates": 2}
+    assert report["input"] == {"duplicates": 2}
 
 
 def test_history_lengths_by_hand(tiny: PreparedData) -> None:

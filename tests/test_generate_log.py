@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from click.testing import CliRunner
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "generate_log.py"
 SPEC = importlib.util.spec_from_file_location("generate_log", SCRIPT)
@@ -108,6 +109,13 @@ def test_csv_and_parquet_hold_the_same_rows_and_csv_looks_like_movielens(tmp_pat
     assert lines[0] == "userId,movieId,rating,timestamp"
     rows = pa.parquet.read_table(tmp_path / "log").to_pylist()
     assert lines[1:] == ["{userId},{movieId},{rating:.1f},{timestamp}".format(**row) for row in rows]
+
+
+def test_parquet_does_not_mix_with_what_is_there(tmp_path: Path) -> None:
+    arguments = ["--rows", "100", "--format", "parquet", "--out", str(tmp_path)]
+    result = CliRunner().invoke(generate_log.main, arguments)
+    assert result.exit_code == 2
+    assert f"{tmp_path} exists; Parquet goes to a new directory" in result.output
 
 
 def test_shuffle_parts_the_users_and_keeps_the_rows() -> None:
