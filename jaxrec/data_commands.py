@@ -41,6 +41,53 @@ _READ_OPTIONS = (
 )
 
 
+_FILTER_AND_SPLIT_OPTIONS = (
+    click.option(
+        "--min-user-ratings",
+        type=click.IntRange(0),
+        default=PrepareConfig.min_user_ratings,
+        help="Users with fewer are dropped.",
+    ),
+    click.option(
+        "--min-movie-ratings",
+        type=click.IntRange(0),
+        default=PrepareConfig.min_movie_ratings,
+        help="Movies with fewer are dropped; 0 keeps those that nobody rated.",
+    ),
+    click.option(
+        "--split",
+        type=click.Choice([k.value for k in SplitKind]),
+        default=PrepareConfig.split.value,
+        help="What is held out: each user's last events, the last tenth of all time, or a tenth of the users.",
+    ),
+    click.option(
+        "--ties",
+        type=click.Choice([t.value for t in Ties]),
+        default=PrepareConfig.ties.value,
+        help="What orders one user's equal timestamps: the rows of the file, or chance.",
+    ),
+    click.option(
+        "--filter-on",
+        type=click.Choice([f.value for f in FilterOn]),
+        default=PrepareConfig.filter_on.value,
+        help="Leave-one-out: count ratings over the whole log, as the literature does, or in training alone.",
+    ),
+    click.option(
+        "--seed",
+        type=click.IntRange(0),
+        default=PrepareConfig.seed,
+        help="For --ties random and --split user-held-out.",
+    ),
+)
+
+
+def filter_and_split_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What every preparation is told: thresholds, split, ties and seed."""
+    for option in reversed(_FILTER_AND_SPLIT_OPTIONS):
+        command = option(command)
+    return command
+
+
 def _read_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(_READ_OPTIONS):
         command = option(command)
@@ -50,45 +97,13 @@ def _read_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command()
 @click.argument("ratings", type=EXISTING_PATH)
 @click.option("--movies", type=EXISTING_FILE, help="Titles and genres; found beside the ratings in a folder or zip.")
-@click.option(
-    "--min-user-ratings",
-    type=click.IntRange(0),
-    default=PrepareConfig.min_user_ratings,
-    help="Users with fewer are dropped.",
-)
-@click.option(
-    "--min-movie-ratings",
-    type=click.IntRange(0),
-    default=PrepareConfig.min_movie_ratings,
-    help="Movies with fewer are dropped; 0 keeps those that nobody rated.",
-)
-@click.option(
-    "--split",
-    type=click.Choice([k.value for k in SplitKind]),
-    default=PrepareConfig.split.value,
-    help="What is held out: each user's last events, the last tenth of all time, or a tenth of the users.",
-)
-@click.option(
-    "--ties",
-    type=click.Choice([t.value for t in Ties]),
-    default=PrepareConfig.ties.value,
-    help="What orders one user's equal timestamps: the rows of the file, or chance.",
-)
-@click.option(
-    "--filter-on",
-    type=click.Choice([f.value for f in FilterOn]),
-    default=PrepareConfig.filter_on.value,
-    help="Leave-one-out: count ratings over the whole log, as the literature does, or in training alone.",
-)
+@filter_and_split_options
 @click.option("--rating-scale", type=float, nargs=2, help="Minimum and maximum; recognized where not given.")
 @click.option(
     "--ids",
     type=click.Choice([k.value for k in IdKind]),
     default=IdKind.AUTO.value,
     help="Whether ids are whole numbers or text; recognized where not given.",
-)
-@click.option(
-    "--seed", type=click.IntRange(0), default=PrepareConfig.seed, help="For --ties random and --split user-held-out."
 )
 @_read_options
 @click.option("--out", type=NEW_FOLDER, required=True, help="Folder for the prepared data; replaced if it exists.")

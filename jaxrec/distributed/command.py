@@ -6,27 +6,23 @@ import click
 from tqdm import tqdm
 
 from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
+from jaxrec.data_commands import filter_and_split_options
 from jaxrec.movies import read_movies
 from jaxrec.schema import DataError
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-NEW_PATH = click.Path(path_type=Path)
+NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 @click.command()
 @click.argument("folder", type=EXISTING_FOLDER)
 @click.option("--movies", type=EXISTING_FILE, help="movieId,title,genres; without it there are no titles and genres.")
-@click.option("--out", type=NEW_PATH, required=True, help="Folder for the shards; replaced if it exists.")
+@click.option("--out", type=NEW_FOLDER, required=True, help="Folder for the shards; replaced if it exists.")
 @click.option("--shards", type=click.IntRange(1), required=True, help="At least as many as there will be hosts.")
 @click.option("--scheduler", help="Address of a Dask scheduler; without it, workers are started here.")
 @click.option("--workers", type=click.IntRange(1), default=2, help="Processes to start here.")
-@click.option("--min-user-ratings", type=click.IntRange(0), default=PrepareConfig.min_user_ratings)
-@click.option("--min-movie-ratings", type=click.IntRange(0), default=PrepareConfig.min_movie_ratings)
-@click.option("--split", type=click.Choice([k.value for k in SplitKind]), default=PrepareConfig.split.value)
-@click.option("--ties", type=click.Choice([t.value for t in Ties]), default=PrepareConfig.ties.value)
-@click.option("--filter-on", type=click.Choice([f.value for f in FilterOn]), default=PrepareConfig.filter_on.value)
-@click.option("--seed", type=int, default=PrepareConfig.seed, help="For --ties random and --split user-held-out.")
+@filter_and_split_options
 def prepare_distributed(
     folder: Path,
     movies: Path | None,
