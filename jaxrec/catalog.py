@@ -1,6 +1,8 @@
 """The items: raw ids, titles, genres, and the binary item-by-genre matrix."""
 
 import dataclasses
+import functools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -40,14 +42,14 @@ class Catalog:
         return pd.DataFrame({ITEM: self.ids.raw_ids, TITLE: list(self.titles), GENRES: joined})
 
 
+@functools.lru_cache(maxsize=100_000)
 def split_genres(text: str) -> tuple[str, ...]:
     """Genres of MovieLens' `A|B` notation, sorted and distinct; "(no genres listed)" is no genre."""
     return tuple(sorted({genre.strip() for genre in text.split("|")} - {"", NO_GENRES}))
 
 
-def build_catalog(item_ids: np.ndarray, movies: pd.DataFrame | None) -> Catalog:
-    """The catalogue of the given raw ids. An item that `movies` lacks is titled by its id and has no genres."""
-    ids = IdMap.fit(item_ids)
+def build_catalog(ids: IdMap, movies: pd.DataFrame | None) -> Catalog:
+    """The catalogue of the given ids. An item that `movies` lacks is titled by its id and has no genres."""
     if movies is None:
         return Catalog(ids, tuple(str(raw) for raw in ids.raw_ids), ((),) * len(ids))
     known = movies.set_index(ITEM).reindex(ids.raw_ids)
@@ -57,15 +59,18 @@ def build_catalog(item_ids: np.ndarray, movies: pd.DataFrame | None) -> Catalog:
 
 
 def write_catalog(catalog: Catalog, path: Path) -> None:
-    """Writes the catalogue as CSV: item_id,title,genres."""
-    catalog.to_frame().to_csv(path, index=False)
+    """Writes the catalogue as JSON: item_id, title, genres, each a list in the order of the indices."""
+    frame = catalog.to_frame()
+    path.write_text(json.dumps({name: frame[name].tolist() for name in frame}, ensure_ascii=False), encoding="utf-8")
 
 
-def read_catalog(path: Path, item_dtype: str) -> Catalog:
-    """Reads what `write_catalog` wrote; `item_dtype` is `int64` or `str`. Raises DataError on a broken file."""
+def read_catalog(path: Path) -> Catalog:
+    """Reads what `write_catalog` wrote. Raises DataError on a broken file."""
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-        raw = frame[ITEM].to_numpy(dtype=np.int64 if item_dtype == "int64" else object)
-    except (OSError, KeyError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        raw, titles, genres = (content[name] for name in (ITEM, TITLE, GENRES))
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: not a catalogue written by `jaxrec prepare`: {error}") from error
-    return Catalog(IdMap(raw), tuple(frame[TITLE]), tuple(split_genres(text) for text in frame[GENRES]))
+    text = any(isinstance(item, str) for item in raw)
+    ids = IdMap(np.array(raw, dtype=object if text else np.int64))
+    return Catalog(ids, tuple(titles), tuple(map(split_genres, genres)))

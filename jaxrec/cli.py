@@ -4,11 +4,14 @@ from pathlib import Path
 
 import click
 
-from jaxrec.config import ModelConfig, PrepareConfig, RewardWeights, RLConfig, SplitKind, Ties, TrainConfig
+from jaxrec.config import ModelConfig, RewardWeights, RLConfig, TrainConfig
+from jaxrec.data_commands import append, check, prepare
+from jaxrec.distributed.command import prepare_distributed
 from jaxrec.export.errors import ExportError
-from jaxrec.prepare import prepare_files, write_prepared
+from jaxrec.fetch import BASE_URL, DATASETS
+from jaxrec.fetch import fetch as fetch_archive
 from jaxrec.runs import train_run
-from jaxrec.schema import DataError, RatingScale
+from jaxrec.schema import DataError
 from jaxrec.train import TrainingError
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -36,55 +39,9 @@ def main() -> None:
     """Next-item recommendation from an interaction log: prepare, train, rl, evaluate, export; then serve."""
 
 
-@main.command()
-@click.argument("ratings", type=EXISTING_FILE)
-@click.option("--movies", type=EXISTING_FILE, help="movieId,title,genres; without it there are no titles and genres.")
-@click.option(
-    "--min-user-ratings",
-    type=click.IntRange(0),
-    default=PrepareConfig.min_user_ratings,
-    help="Users with fewer are dropped.",
-)
-@click.option(
-    "--min-movie-ratings",
-    type=click.IntRange(0),
-    default=PrepareConfig.min_movie_ratings,
-    help="Movies with fewer are dropped; 0 keeps those that nobody rated.",
-)
-@click.option(
-    "--split",
-    type=click.Choice([k.value for k in SplitKind]),
-    default=PrepareConfig.split.value,
-    help="What is held out: each user's last events, or the last tenth of all time.",
-)
-@click.option(
-    "--ties",
-    type=click.Choice([t.value for t in Ties]),
-    default=PrepareConfig.ties.value,
-    help="What orders one user's equal timestamps: the rows of the file, or chance.",
-)
-@click.option("--rating-scale", type=float, nargs=2, help="Minimum and maximum; recognized where not given.")
-@click.option("--seed", type=SEED, default=PrepareConfig.seed, help="For --ties random.")
-@click.option("--out", type=NEW_FOLDER, required=True, help="Folder for the prepared data; replaced if it exists.")
-def prepare(
-    ratings: Path,
-    movies: Path | None,
-    min_user_ratings: int,
-    min_movie_ratings: int,
-    split: str,
-    ties: str,
-    rating_scale: tuple[float, float] | None,
-    seed: int,
-    out: Path,
-) -> None:
-    """Reads RATINGS (CSV with userId,movieId,rating,timestamp), checks every row, and writes prepared data."""
-    scale = RatingScale(*rating_scale) if rating_scale else None
-    config = PrepareConfig(min_user_ratings, min_movie_ratings, SplitKind(split), Ties(ties), scale, seed)
-    data = prepare_files(ratings, movies, config)
-    write_prepared(data, out)
-    for name, value in data.summary().items():
-        click.echo(f"{name}: {value}")
-    click.echo(f"rating scale: {data.config.rating_scale or 'no ratings'}")
+main.add_command(prepare)
+main.add_command(append)
+main.add_command(check)
 
 
 @main.command()
@@ -197,6 +154,18 @@ def demo(out: Path, seed: int) -> None:
     from jaxrec.demo import run_demo
 
     run_demo(out, seed)
+
+
+@main.command()
+@click.argument("name", type=click.Choice(DATASETS))
+@click.option("--out", type=NEW_FOLDER, required=True, help="Folder for NAME.zip and its terms.")
+@click.option("--base-url", default=BASE_URL, help="Where NAME.zip lies: GroupLens, or a mirror.")
+def fetch(name: str, out: Path, base_url: str) -> None:
+    """Downloads the MovieLens data set NAME, verified; a broken download goes on where it stopped."""
+    fetch_archive(name, out, base_url, say=click.echo)
+
+
+main.add_command(prepare_distributed)
 
 
 if __name__ == "__main__":

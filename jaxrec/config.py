@@ -15,6 +15,17 @@ class SplitKind(enum.StrEnum):
 
     LEAVE_ONE_OUT = "leave-one-out"
     TEMPORAL = "temporal"
+    USER_HELD_OUT = "user-held-out"
+
+
+class FilterOn(enum.StrEnum):
+    """What the filter for rare users and movies, and with it the catalogue, is fitted on under leave-one-out.
+
+    LOG is what the literature does; TRAINING is the strict way, and the only one of the other splits.
+    """
+
+    LOG = "log"
+    TRAINING = "training"
 
 
 class Ties(enum.StrEnum):
@@ -34,6 +45,7 @@ class PrepareConfig:
     ties: Ties = Ties.FILE
     rating_scale: RatingScale | None = None
     seed: int = 0
+    filter_on: FilterOn = FilterOn.LOG
 
 
 @dataclasses.dataclass(frozen=True)

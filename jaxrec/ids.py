@@ -1,5 +1,7 @@
 """The one place where raw ids become dense indices and back. Index 0 is padding and stands for no id."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -7,9 +9,10 @@ import pandas as pd
 class IdMap:
     """A fixed set of raw ids (all int64, or all str), in the order of their indices 1..n."""
 
-    def __init__(self, raw_ids: np.ndarray) -> None:
+    def __init__(self, raw_ids: np.ndarray, distinct: bool = False) -> None:
+        """`distinct`: the ids are known to be, which saves the time of looking."""
         self._index = pd.Index(raw_ids)
-        if self._index.has_duplicates:
+        if not distinct and self._index.has_duplicates:
             raise ValueError(f"id {self._index[self._index.duplicated()][0]!r} occurs twice")
 
     @classmethod
@@ -35,3 +38,15 @@ class IdMap:
         if indices.size and (indices.min() < 1 or indices.max() > len(self)):
             raise IndexError(f"indices must be in 1..{len(self)}, not {indices.min()}..{indices.max()}")
         return self.raw_ids[indices - 1]
+
+
+def write_ids(ids: IdMap, path: Path) -> None:
+    """Writes the raw ids as .npy, whole numbers as int64 and text as fixed-width Unicode."""
+    raw = ids.raw_ids
+    np.save(path, raw if raw.dtype == np.int64 else raw.astype(str), allow_pickle=False)
+
+
+def open_ids(path: Path) -> IdMap:
+    """Reads what `write_ids` wrote; whole numbers as a memory map."""
+    raw = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    return IdMap(raw.astype(object) if raw.dtype.kind == "U" else raw, distinct=True)

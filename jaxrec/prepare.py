@@ -1,159 +1,220 @@
 """From an interaction log to prepared data: ids, catalogue, histories and split, kept in one directory."""
 
 import dataclasses
-import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from jaxrec.catalog import Catalog, build_catalog, read_catalog, write_catalog
-from jaxrec.config import PrepareConfig, SplitKind, from_json, to_json
-from jaxrec.files import new_directory, read_json, sha256
-from jaxrec.histories import Histories, build_histories, filter_rare
+from jaxrec.bad_rows import BadRows, OnBadRows, bad_rows
+from jaxrec.catalog import build_catalog
+from jaxrec.columns import release
+from jaxrec.config import FilterOn, PrepareConfig, SplitKind
+from jaxrec.engine import MEMORY_GB, engine
+from jaxrec.event_log import EventLog, SortedLog
+from jaxrec.histories import Histories
 from jaxrec.ids import IdMap
-from jaxrec.ingest import read_movies, read_ratings
-from jaxrec.schema import ITEM, TIME, USER, DataError, RatingScale
-from jaxrec.split import Cases, Split, leave_one_out, temporal, temporal_cut
+from jaxrec.ingest import input_counts, movies_for, read_log, reading
+from jaxrec.load import Loaded, ReadOptions
+from jaxrec.relations import FrameRelation, relation_of
+from jaxrec.schema import ITEM, DataError
+from jaxrec.selection import Block, Fitted, k_core, select
+from jaxrec.split import (
+    TRAINING,
+    is_training_of_leave_one_out,
+    leave_one_out,
+    leave_one_out_fitted,
+    temporal,
+    temporal_cut,
+    user_held_out,
+    user_roles,
+)
+from jaxrec.store import (
+    LOG_FOLDER,
+    PreparedData,
+    check_prepared,
+    finish,
+    new_data_folder,
+    read_prepared,
+    write_movies,
+    write_prepared,
+)
 
-SCHEMA_VERSION = 1
-SUMMARY_FILE = "prepared.json"
-ARRAYS_FILE = "arrays.npz"
-CATALOG_FILE = "catalog.csv"
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedData:
-    """What every later stage reads. `config.rating_scale` is the scale in force; None where there are no ratings."""
-
-    catalog: Catalog
-    users: IdMap
-    histories: Histories
-    split: Split
-    config: PrepareConfig
-
-    def unit_ratings(self) -> np.ndarray:
-        """[events] float32: ratings scaled to 0..1, MISSING_RATING where there is none."""
-        scale = self.config.rating_scale or RatingScale(0.0, 1.0)
-        return scale.to_unit(self.histories.ratings)
-
-    def train_popularity(self) -> np.ndarray:
-        """[items + 1] int64: training events per item."""
-        rows = self.split.train_rows(self.histories)
-        return np.bincount(self.histories.items[rows], minlength=len(self.catalog) + 1)
-
-    def summary(self) -> dict[str, Any]:
-        """Counts that describe the data, as JSON values."""
-        times = self.histories.times
-        return {
-            "users": len(self.users),
-            "items": len(self.catalog),
-            "events": self.histories.event_count,
-            "training_events": int(self.split.train_counts.sum()),
-            "validation_cases": len(self.split.validation),
-            "test_cases": len(self.split.test),
-            "genres": len(self.catalog.genres),
-            "first_time": int(times.min(initial=2**62)),
-            "last_time": int(times.max(initial=0)),
-        }
+__all__ = [
+    "PreparedData",
+    "check_prepared",
+    "prepare",
+    "prepare_directory",
+    "prepare_files",
+    "read_prepared",
+    "write_prepared",
+]
 
 
 def prepare(
     interactions: pd.DataFrame, movies: pd.DataFrame | None, config: PrepareConfig = PrepareConfig()
 ) -> PreparedData:
-    """Prepares validated interactions (see `jaxrec.ingest.read_ratings`); the frames are not changed.
+    """Prepares interactions in memory: user_id, item_id, rating (NaN: none), timestamp (seconds); frames stay as they
+    are. The result is that of `prepare_files` on a file with these rows.
 
-    Leave-one-out filters rare users and movies over the whole log, as the literature does; the temporal split fits
-    the filter on the part before the cut, and keeps every user after it. A movie threshold of 0 keeps the movies
-    that nobody rated, which the content model can recommend. Raises DataError when nothing is left.
+    Leave-one-out filters rare users and movies over the whole log, as the literature does, or with
+    `config.filter_on` TRAINING on the training part; the temporal split fits the filter on the part before the cut, and
+    keeps every user after it; the user-held-out split fits it on the training users and keeps every other user. A movie
+    threshold of 0 keeps the movies that nobody rated, which the content model can recommend. Raises DataError for a
+    bad row (named by its number from 1), and when nothing is left.
     """
-    cut = temporal_cut(interactions[TIME].to_numpy())
-    before = (interactions[TIME] < cut).to_numpy()
-    fitted_on = interactions if config.split is SplitKind.LEAVE_ONE_OUT else interactions[before]
-    kept = filter_rare(fitted_on, config.min_user_ratings, config.min_movie_ratings)
-    if kept.empty:
+    with tempfile.TemporaryDirectory(prefix="jaxrec-") as scratch, engine(Path(scratch), on_disk=False) as connection:
+        relation = FrameRelation(interactions, connection)
+        options = ReadOptions(scale=config.rating_scale)
+        loaded, found = read_log(
+            connection, relation, options, config, BadRows(OnBadRows.FAIL), Path(scratch), Path(scratch)
+        )
+        counts = input_counts("a frame", loaded, found, BadRows(OnBadRows.FAIL))
+        return _in_memory(loaded, found, movies, config, Path(scratch), counts)
+
+
+def prepare_files(
+    ratings: Path,
+    movies: Path | None,
+    config: PrepareConfig = PrepareConfig(),
+    options: ReadOptions = ReadOptions(),
+) -> PreparedData:
+    """Reads the files and prepares them in memory; see `prepare_directory` for more than fits there.
+
+    Raises DataError naming file and line for bad input.
+    """
+    bad = BadRows(OnBadRows.FAIL)
+    with reading(ratings, movies, MEMORY_GB, None) as (scratch, source, connection):
+        relation = relation_of(source, options.columns, connection)
+        options = dataclasses.replace(options, scale=config.rating_scale)
+        loaded, found = read_log(connection, relation, options, config, bad, scratch, scratch)
+        frame = movies_for(source, found.log)
+        return _in_memory(loaded, found, frame, config, scratch, input_counts(str(source), loaded, found, bad))
+
+
+def prepare_directory(
+    ratings: Path,
+    movies: Path | None,
+    out: Path,
+    config: PrepareConfig = PrepareConfig(),
+    options: ReadOptions = ReadOptions(),
+    on_bad_rows: OnBadRows = OnBadRows.FAIL,
+    memory_gb: float = MEMORY_GB,
+) -> PreparedData:
+    """Reads the files and writes prepared data to `out`, out of core; the result is opened as memory maps.
+
+    Raises DataError naming file and line for bad input, and where `out` cannot be written; `out` then stays as it was.
+    """
+    with (
+        new_data_folder(out) as folder,
+        reading(ratings, movies, memory_gb, out.parent) as (scratch, source, connection),
+    ):
+        relation = relation_of(source, options.columns, connection)
+        (folder / LOG_FOLDER).mkdir()
+        options = dataclasses.replace(options, scale=config.rating_scale)
+        with bad_rows(on_bad_rows, folder) as bad:
+            loaded, found = read_log(connection, relation, options, config, bad, scratch, folder / LOG_FOLDER)
+        connection.close()
+        frame = movies_for(source, found.log)
+        write_movies(frame, folder / LOG_FOLDER)
+        config = dataclasses.replace(config, rating_scale=loaded.scale)
+        data = prepare_log(found.log, frame, config, folder)
+        finish(dataclasses.replace(data, input=input_counts(str(source), loaded, found, bad)), folder)
+    return read_prepared(out)
+
+
+def prepare_log(
+    log: EventLog,
+    movies: pd.DataFrame | None,
+    config: PrepareConfig,
+    folder: Path,
+    known_users: IdMap | None = None,
+    known_items: IdMap | None = None,
+) -> PreparedData:
+    """Filters and splits a whole log; the columns are written into `folder`. Known ids keep their indices.
+
+    Raises DataError when nothing is left, or a single movie.
+    """
+    cut = temporal_cut(log.events.times) if config.split is SplitKind.TEMPORAL else 0
+    roles = user_roles(log.users.raw_ids, config.seed) if config.split is SplitKind.USER_HELD_OUT else np.empty(0)
+    fitted = _fitted(log, config, cut, roles)
+    core = k_core(log, fitted, config.min_user_ratings, config.min_movie_ratings)
+    if not core.items.any():
         raise DataError(
-            f"no event is left of {len(interactions)} after dropping users with fewer than "
+            f"no event is left of {log.events.event_count} after dropping users with fewer than "
             f"{config.min_user_ratings} and movies with fewer than {config.min_movie_ratings} ratings"
         )
-    item_ids = kept[ITEM].unique()
+    item_ids = log.items.raw_ids[core.items[1:]]
     if config.min_movie_ratings == 0 and movies is not None:
         item_ids = np.union1d(item_ids, movies[ITEM].to_numpy())
-    catalog = build_catalog(item_ids, movies)
+    catalog = build_catalog(_with_known(item_ids, known_items), movies)
+    if len(catalog) == 1:
+        raise DataError(f"only one movie is left ({catalog.titles[0]}); a recommender needs at least two")
+    keep_every_user = config.split is not SplitKind.LEAVE_ONE_OUT
+    kept = select(log, fitted, core, catalog.ids, known_users, keep_every_user, folder, item_ids)
+    users = IdMap(log.users.raw_ids[kept.order], distinct=True)
     if config.split is SplitKind.TEMPORAL:
-        # A user who comes back after the cut is asked about with the whole history, also where it did not train.
-        training_users = kept[USER].unique()
-        asked = interactions[USER].isin(interactions[USER][~before]) & ~interactions[USER].isin(training_users)
-        known = catalog.ids.encode(interactions[ITEM]) > 0
-        kept = interactions[interactions.index.isin(kept.index) | (known & (asked | ~before))]
-    users = IdMap.fit(kept[USER])
-    histories = build_histories(
-        kept, users.encode(kept[USER]) - 1, catalog.ids.encode(kept[ITEM]), config.ties, config.seed
-    )
-    if config.split is SplitKind.LEAVE_ONE_OUT:
-        split = leave_one_out(histories)
+        split = temporal(kept.histories, cut, kept.train_counts > 0)
+    elif config.split is SplitKind.USER_HELD_OUT:
+        split = user_held_out(kept.histories, roles[kept.order])
+    elif config.filter_on is FilterOn.TRAINING:
+        split = leave_one_out_fitted(kept.histories, kept.train_counts, kept.last_kept, kept.before_last_kept)
     else:
-        split = temporal(histories, cut, np.isin(users.raw_ids, training_users))
-    return PreparedData(catalog, users, histories, split, config)
+        split = leave_one_out(kept.histories)
+    return PreparedData(catalog, users, kept.histories, split, config, log, movies)
 
 
-def prepare_files(ratings: Path, movies: Path | None, config: PrepareConfig = PrepareConfig()) -> PreparedData:
-    """Reads the files and prepares them. Raises DataError naming file and line for bad input."""
-    interactions, scale = read_ratings(ratings, config.rating_scale)
-    movie_frame = None if movies is None else read_movies(movies)
-    if movie_frame is not None and movie_frame[ITEM].dtype != interactions[ITEM].dtype:
-        raise DataError(f"{movies}: movieId and those of {ratings} differ in kind (whole numbers and text)")
-    return prepare(interactions, movie_frame, dataclasses.replace(config, rating_scale=scale))
+def _fitted(log: EventLog, config: PrepareConfig, cut: int, roles: np.ndarray) -> Fitted:
+    def leave_one_out_log(block: Block) -> np.ndarray:
+        return np.ones(int(block.lengths.sum()), bool)
+
+    def leave_one_out_training(block: Block) -> np.ndarray:
+        return is_training_of_leave_one_out(block.positions(), block.per_event(block.lengths))
+
+    def before_the_cut(block: Block) -> np.ndarray:
+        before = log.events.times[block.rows] < cut
+        release(log.events.times)
+        return before
+
+    def training_users(block: Block) -> np.ndarray:
+        return block.per_event(roles[block.users] == TRAINING)
+
+    if config.split is SplitKind.TEMPORAL:
+        return before_the_cut
+    if config.split is SplitKind.USER_HELD_OUT:
+        return training_users
+    return leave_one_out_training if config.filter_on is FilterOn.TRAINING else leave_one_out_log
 
 
-def write_prepared(data: PreparedData, out: Path) -> None:
-    """Writes the directory that `read_prepared` reads; it appears whole or not at all."""
-    with new_directory(out, SUMMARY_FILE) as folder:
-        write_catalog(data.catalog, folder / CATALOG_FILE)
-        arrays = {
-            "user_ids": _id_column(data.users),
-            **dataclasses.asdict(data.histories),
-            "train_counts": data.split.train_counts,
-            **{f"validation_{name}": array for name, array in dataclasses.asdict(data.split.validation).items()},
-            **{f"test_{name}": array for name, array in dataclasses.asdict(data.split.test).items()},
-        }
-        np.savez(folder / ARRAYS_FILE, **arrays)
-        summary = {
-            "schema_version": SCHEMA_VERSION,
-            "config": to_json(data.config),
-            "item_id_type": _id_type(data.catalog.ids),
-            "summary": data.summary(),
-            "sha256": {name: sha256(folder / name) for name in (CATALOG_FILE, ARRAYS_FILE)},
-        }
-        (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+def _with_known(item_ids: np.ndarray, known: IdMap | None) -> IdMap:
+    if known is None:
+        return IdMap.fit(item_ids)
+    new = np.sort(item_ids[known.encode(item_ids) == 0])
+    return IdMap(np.concatenate([known.raw_ids, new]))
 
 
-def read_prepared(path: Path) -> PreparedData:
-    """Reads what `write_prepared` wrote. Raises DataError on a missing, foreign or damaged directory."""
-    summary = read_json(path / SUMMARY_FILE, "expected a folder written by `jaxrec prepare`")
-    if summary.get("schema_version") != SCHEMA_VERSION:
-        came = summary.get("schema_version")
-        raise DataError(f"{path / SUMMARY_FILE}: schema version {came}, expected {SCHEMA_VERSION}; prepare again")
-    for name, digest in summary["sha256"].items():
-        if not (path / name).is_file() or sha256(path / name) != digest:
-            raise DataError(f"{path / name}: missing or damaged (its SHA-256 differs); prepare again")
-    with np.load(path / ARRAYS_FILE, allow_pickle=False) as arrays:
-        columns = {field.name: arrays[field.name] for field in dataclasses.fields(Histories)}
-        split = Split(
-            arrays["train_counts"],
-            Cases(arrays["validation_users"], arrays["validation_rows"]),
-            Cases(arrays["test_users"], arrays["test_rows"]),
-        )
-        user_ids = arrays["user_ids"]
-    users = IdMap(user_ids.astype(object) if user_ids.dtype.kind == "U" else user_ids)
-    catalog = read_catalog(path / CATALOG_FILE, summary["item_id_type"])
-    return PreparedData(catalog, users, Histories(**columns), split, from_json(PrepareConfig, summary["config"]))
+def _in_memory(
+    loaded: Loaded,
+    found: SortedLog,
+    movies: pd.DataFrame | None,
+    config: PrepareConfig,
+    scratch: Path,
+    counts: dict[str, Any],
+) -> PreparedData:
+    kept = scratch / "kept"
+    kept.mkdir()
+    config = dataclasses.replace(config, rating_scale=loaded.scale)
+    data = prepare_log(found.log, movies, config, kept)
+    log = dataclasses.replace(found.log, events=_copied(found.log.events), users=_copied_ids(found.log.users))
+    log = dataclasses.replace(log, items=_copied_ids(log.items))
+    return dataclasses.replace(data, histories=_copied(data.histories), log=log, movies=movies, input=counts)
 
 
-def _id_type(ids: IdMap) -> str:
-    return "int64" if ids.raw_ids.dtype == np.int64 else "str"
+def _copied(histories: Histories) -> Histories:
+    return Histories(*(np.array(getattr(histories, field.name)) for field in dataclasses.fields(histories)))
 
 
-def _id_column(ids: IdMap) -> np.ndarray:
-    return ids.raw_ids if _id_type(ids) == "int64" else ids.raw_ids.astype(str)
+def _copied_ids(ids: IdMap) -> IdMap:
+    return IdMap(np.array(ids.raw_ids), distinct=True)

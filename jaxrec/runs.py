@@ -26,8 +26,8 @@ from jaxrec.files import read_json, sha256, write_text
 from jaxrec.metrics import ndcg, rank_of_target
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
-from jaxrec.prepare import SUMMARY_FILE, PreparedData, read_prepared
 from jaxrec.schema import DataError
+from jaxrec.store import SUMMARY_FILE, PreparedData, read_prepared
 from jaxrec.train import load_trained, require_trainable, train_model
 
 SCHEMA_VERSION = 1

@@ -103,7 +103,7 @@ def test_errors_are_one_line_and_exit_1(files: Path, tmp_path: Path) -> None:
     result = run("prepare", bad, "--out", tmp_path / "data")
     assert result.exit_code == 1
     assert result.output == (
-        f"Error: {bad}:3: rating '9.5' is outside 0.5..5 "
+        f"Error: {bad}:3: rating 9.5 is outside 0.5..5 "
         "(the scale that the log seems to have; another can be given: --rating-scale)\n"
     )
     assert not (tmp_path / "data").exists()

@@ -10,11 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrec.catalog import split_genres
-from jaxrec.config import PrepareConfig, SplitKind, Ties
-from jaxrec.histories import filter_rare
+from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
 from jaxrec.ids import IdMap
-from jaxrec.prepare import PreparedData, prepare, read_prepared, write_prepared
+from jaxrec.prepare import (
+    PreparedData,
+    check_prepared,
+    prepare,
+    prepare_directory,
+    prepare_files,
+    read_prepared,
+    write_prepared,
+)
 from jaxrec.schema import DataError, RatingScale
+from tests.logs import by_user
 
 SCALE = RatingScale(1.0, 5.0)
 EVERYTHING = PrepareConfig(min_user_ratings=1, min_movie_ratings=1, rating_scale=SCALE)
@@ -109,8 +117,8 @@ def test_temporal_history_of_a_user_too_rare_to_train_is_whole() -> None:
 
 def test_rare_users_and_movies_go_until_none_is_left() -> None:
     rows = [(1, 1, 3.0, 1), (1, 2, 3.0, 2), (2, 1, 3.0, 1), (2, 2, 3.0, 2), (3, 2, 3.0, 1), (3, 3, 3.0, 2)]
-    kept = filter_rare(log(rows), min_user_ratings=2, min_movie_ratings=2)
-    assert sorted(set(kept["user_id"])) == [1, 2]  # movie 3 goes first, which leaves user 3 with one rating
+    kept = prepare(log(rows), None, dataclasses.replace(EVERYTHING, min_user_ratings=2, min_movie_ratings=2))
+    assert kept.users.raw_ids.tolist() == [1, 2]  # movie 3 goes first, which leaves user 3 with one rating
     with pytest.raises(DataError, match="no event is left of 6"):
         prepare(log(rows), None, PrepareConfig())
 
@@ -181,15 +189,40 @@ def test_text_ids_survive_the_disk(tmp_path: Path) -> None:
     assert again.users.encode(["u2", "x"]).tolist() == [3, 0]
 
 
-def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
+def test_damaged_cut_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     write_prepared(prepare(SMALL, None, EVERYTHING), tmp_path / "data")
-    damaged = bytearray((tmp_path / "data/arrays.npz").read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    (tmp_path / "data/arrays.npz").write_bytes(damaged)
-    with pytest.raises(DataError, match=r"arrays\.npz: missing or damaged"):
+    assert check_prepared(tmp_path / "data") > 0
+    items = tmp_path / "data/items.npy"
+    damaged = bytearray(items.read_bytes())
+    damaged[-1] ^= 1
+    items.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"items\.npy: missing or damaged"):
+        check_prepared(tmp_path / "data")
+    items.write_bytes(damaged[:-1])
+    with pytest.raises(DataError, match=r"items\.npy: 151 bytes, expected 152"):
+        read_prepared(tmp_path / "data")
+    items.unlink()
+    with pytest.raises(DataError, match=r"items\.npy: missing"):
         read_prepared(tmp_path / "data")
     with pytest.raises(DataError, match="expected a folder written by `jaxrec prepare`"):
         read_prepared(tmp_path)
+
+
+def test_prepared_data_opens_as_memory_maps_without_a_copy(tmp_path: Path) -> None:
+    write_prepared(prepare(SMALL, None, EVERYTHING), tmp_path / "data")
+    data = read_prepared(tmp_path / "data")
+    assert data.log is not None
+    for column in (data.histories.items, data.histories.times, data.split.test.rows, data.log.events.ratings):
+        assert isinstance(column.base, np.memmap)
+        assert not column.flags.writeable
+
+
+def test_another_schema_version_is_refused(tmp_path: Path) -> None:
+    write_prepared(prepare(SMALL, None, EVERYTHING), tmp_path / "data")
+    summary = tmp_path / "data/prepared.json"
+    summary.write_text(summary.read_text().replace('"schema_version": 2', '"schema_version": 1'))
+    with pytest.raises(DataError, match="schema version 1, expected 2; prepare again"):
+        read_prepared(tmp_path / "data")
 
 
 def test_a_failed_write_leaves_the_old_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,19 +232,78 @@ def test_a_failed_write_leaves_the_old_data(tmp_path: Path, monkeypatch: pytest.
     def disk_full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", disk_full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(np, "save", disk_full)
+    with pytest.raises(DataError, match="cannot be written: No space left on device"):
         write_prepared(data, tmp_path / "data")
     assert read_prepared(tmp_path / "data").summary() == data.summary()
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6)), min_size=1, max_size=40), st.randoms())
-def test_row_order_does_not_matter_where_times_differ(pairs: list[tuple[int, int]], random: object) -> None:
-    rows = [(user, item, 3.0, time) for time, (user, item) in enumerate(pairs)]
+def test_one_movie_only_is_one_clear_error() -> None:
+    with pytest.raises(DataError, match=r"only one movie is left \(7\); a recommender needs at least two"):
+        prepare(log([(1, 7, 3, 1), (2, 7, 3, 1)]), None, EVERYTHING)
+
+
+def test_users_with_one_event_only_train() -> None:
+    data = prepare(log([(1, 7, 3, 1), (2, 8, 3, 1)]), None, EVERYTHING)
+    assert data.split.train_counts.tolist() == [1, 1]
+    assert len(data.split.test) == 0
+
+
+def test_bad_rows_of_a_frame_are_named() -> None:
+    with pytest.raises(DataError, match=r"interactions:2: rating 7.0 is outside 1..5"):
+        prepare(log([(1, 7, 3, 1), (2, 8, 7, 1)]), None, EVERYTHING)
+    with pytest.raises(DataError, match=r"interactions:3: user 1, movie 7 at time 1 repeats line 1"):
+        prepare(log([(1, 7, 3, 1), (2, 8, 3, 1), (1, 7, 4, 1)]), None, EVERYTHING)
+
+
+events = st.tuples(st.integers(1, 4), st.integers(1, 6), st.sampled_from([1.0, 3.0, 4.5]), st.integers(0, 12))
+logs = st.lists(events, min_size=1, max_size=40, unique_by=lambda event: (event[0], event[1], event[3]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(logs, st.randoms(), st.sampled_from(list(SplitKind)), st.sampled_from(list(FilterOn)), st.integers(1, 2))
+def test_row_order_changes_nothing_but_the_order_among_ties(
+    rows: list[tuple[int, int, float, int]], random: object, split: SplitKind, filter_on: FilterOn, minimum: int
+) -> None:
     shuffled = rows.copy()
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    one, other = prepare(log(rows), None, EVERYTHING), prepare(log(shuffled), None, EVERYTHING)
-    assert histories_of(one) == histories_of(other)
-    assert one.summary() == other.summary()
+    scale = RatingScale(0.5, 5.0)
+    at_random = PrepareConfig(minimum, minimum, split, Ties.RANDOM, scale, filter_on=filter_on)
+    one, other = (outcome(log(chosen), at_random) for chosen in (rows, shuffled))
+    assert one == other  # random ties follow from the ids, so that nothing at all may change
+    in_file_order = PrepareConfig(1, 1, split, Ties.FILE, scale)
+    first, second = (outcome(log(chosen), in_file_order) for chosen in (rows, shuffled))
+    assert (first is None) == (second is None)
+    if first is not None and second is not None and split is SplitKind.LEAVE_ONE_OUT:
+        assert first.keys() == second.keys()
+        for user, history in first.items():
+            assert sorted(history[0]) == sorted(second[user][0])
+            assert [time for time, *_ in history[0]] == [time for time, *_ in second[user][0]]
+
+
+def outcome(frame: pd.DataFrame, config: PrepareConfig) -> dict | None:
+    """By user: its events as (time, item, rating), and its share of the split; None where nothing is left."""
+    try:
+        return by_user(prepare(frame, None, config))
+    except DataError:
+        return None
+
+
+def test_a_frame_and_a_file_give_the_same(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [(user, int(item), 3.5, int(time)) for user in range(1, 30) for item, time in rng.integers(1, 99, (15, 2))]
+    frame = log(rows).drop_duplicates(["user_id", "item_id", "timestamp"], ignore_index=True)
+    frame.columns = ["userId", "movieId", "rating", "timestamp"]
+    frame.to_csv(tmp_path / "ratings.csv", index=False)
+    frame.to_parquet(tmp_path / "ratings.parquet")
+    frame.columns = ["user_id", "item_id", "rating", "timestamp"]
+    config = PrepareConfig(min_user_ratings=2, min_movie_ratings=3)
+    expected = prepare(frame, None, config)
+    for name in ("ratings.csv", "ratings.parquet"):
+        in_memory = prepare_files(tmp_path / name, None, config)
+        on_disk = prepare_directory(tmp_path / name, None, tmp_path / "data", config)
+        for data in (in_memory, on_disk):
+            assert by_user(data) == by_user(expected)
+            assert data.config == expected.config
+            assert data.summary() == expected.summary()
