@@ -7,7 +7,8 @@
 
 Ways: `jaxrec` checks every row, filters, sorts, splits, writes and hashes; `pandas` does the same but for checks,
 splits and hashes, as one would write it; `rectools` is Dataset.construct, which maps ids and keeps the events, unsorted
-and unfiltered, in memory: less work than the others do. Reading the CSV is part of each. `open`: read_prepared alone.
+and unfiltered, in memory: less work than the others do; with `split` it also cuts validation and test (LastNSplitter),
+which sorts. Reading the CSV is part of each. `open`: read_prepared alone.
 """
 
 import json
@@ -62,6 +63,14 @@ frame[Columns.Datetime] = pd.to_datetime(frame[Columns.Datetime], unit="s")
 dataset = Dataset.construct(frame)
 print(len(dataset.interactions.df))
 """
+RECTOOLS_SPLIT = RECTOOLS.replace(
+    "print(",
+    """
+from rectools.model_selection import LastNSplitter
+splitter = LastNSplitter(1, n_splits=2, filter_cold_users=False, filter_cold_items=False, filter_already_seen=False)
+folds = [(train, test) for train, test, _ in splitter.split(dataset.interactions)]
+print(""",
+)
 OPEN = """
 import sys, time
 from pathlib import Path
@@ -106,6 +115,7 @@ def main(log: Path, large: Path | None, peer_python: str | None, scratch: Path, 
     ways = [("jaxrec", sys.executable, JAXREC, log), ("pandas", sys.executable, PANDAS, log)]
     if peer_python is not None:
         ways.append(("rectools", peer_python, RECTOOLS, log))
+        ways.append(("rectools, split", peer_python, RECTOOLS_SPLIT, log))
     if large is not None:
         ways.append(("jaxrec, large", sys.executable, JAXREC, large))
     results = {}
@@ -114,7 +124,7 @@ def main(log: Path, large: Path | None, peer_python: str | None, scratch: Path, 
         rows = int(printed)
         results[name] = {"rows": rows, **figures}
         click.echo(
-            f"{name:14} {rows:>12,} rows {figures['seconds']:8.1f} s ({figures['cpu_seconds']:.1f} s of CPU) "
+            f"{name:15} {rows:>12,} rows {figures['seconds']:8.1f} s ({figures['cpu_seconds']:.1f} s of CPU) "
             f"{rows / figures['seconds']:>10,.0f} rows/s {figures['peak_gb']:6.2f} GB"
         )
     opened, _ = measure(sys.executable, OPEN, scratch / "jaxrec")
