@@ -3,11 +3,14 @@
     python bench/generate_log.py --rows 25000000 --format csv --out r25.csv
     python bench/generate_log.py --rows 250000000 --format parquet --out r250
     python -m venv peer && peer/bin/pip install rectools
-    python bench/prepare.py r25.csv --large r250 --peer-python peer/bin/python
+    python -m venv recbole && recbole/bin/pip install recbole==1.2.1 "numpy<2" "pandas<2.2"
+    python bench/prepare.py r25.csv --large r250 --peer-python peer/bin/python --recbole-python recbole/bin/python
 
 Ways: `jaxrec` checks every row, filters, sorts, splits, writes and hashes; `pandas` does the same but for checks,
 splits and hashes, as one would write it; `rectools` is Dataset.construct, which maps ids and keeps the events, unsorted
-and unfiltered, in memory: less work than the others do. Reading the CSV is part of each. `open`: read_prepared alone.
+and unfiltered, in memory: less work than the others do; with `split` it also cuts validation and test (LastNSplitter),
+which sorts. `recbole` is its Dataset with the same filter and split as ours, in memory, from its own file format, whose
+making is not counted. Reading the file is part of each. `open`: read_prepared alone.
 """
 
 import json
@@ -62,6 +65,33 @@ frame[Columns.Datetime] = pd.to_datetime(frame[Columns.Datetime], unit="s")
 dataset = Dataset.construct(frame)
 print(len(dataset.interactions.df))
 """
+RECTOOLS_SPLIT = RECTOOLS.replace(
+    "print(",
+    """
+from rectools.model_selection import LastNSplitter
+splitter = LastNSplitter(1, n_splits=2, filter_cold_users=False, filter_cold_items=False, filter_already_seen=False)
+folds = [(train, test) for train, test, _ in splitter.split(dataset.interactions)]
+print(""",
+)
+RECBOLE = """
+import sys
+from pathlib import Path
+from recbole.config import Config
+from recbole.data import create_dataset
+folder, sys.argv[1:] = Path(sys.argv[1]), []
+config = Config(model="BPR", dataset=folder.name, config_dict={
+    "data_path": str(folder.parent),
+    "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
+    "user_inter_num_interval": "[10,inf)",
+    "item_inter_num_interval": "[5,inf)",
+    "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full", "group_by": "user"},
+    "use_gpu": False,
+})
+dataset = create_dataset(config)
+kept = len(dataset.inter_feat)
+print("kept, training, validation, test:", kept, *map(len, dataset.build()), file=sys.stderr)
+print(sum(1 for _ in open(folder / f"{folder.name}.inter")) - 1)
+"""
 OPEN = """
 import sys, time
 from pathlib import Path
@@ -94,18 +124,39 @@ def measure(python: str, program: str, *arguments: Path) -> tuple[str, dict[str,
     return printed.strip(), figures
 
 
+def write_inter(log: Path, folder: Path) -> Path:
+    """Writes a CSV of userId,movieId,rating,timestamp as RecBole reads it: FOLDER/NAME.inter, separated by tabs."""
+    folder.mkdir()
+    with open(log) as source, open(folder / f"{folder.name}.inter", "w") as out:
+        next(source)
+        out.write("user_id:token\titem_id:token\trating:float\ttimestamp:float\n")
+        out.writelines(line.replace(",", "\t") for line in source)
+    return folder
+
+
 @click.command(context_settings={"show_default": True})
 @click.argument("log", type=click.Path(exists=True, path_type=Path))
 @click.option("--large", type=click.Path(exists=True, path_type=Path), help="A larger log, for jaxrec alone.")
 @click.option("--peer-python", type=click.Path(exists=True), help="A Python that has rectools.")
+@click.option("--recbole-python", type=click.Path(exists=True), help="A Python that has recbole.")
 @click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/bench-prepare"))
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Where to write the figures.")
-def main(log: Path, large: Path | None, peer_python: str | None, scratch: Path, json_file: Path | None) -> None:
+def main(
+    log: Path,
+    large: Path | None,
+    peer_python: str | None,
+    recbole_python: str | None,
+    scratch: Path,
+    json_file: Path | None,
+) -> None:
     """Prints one line per way: rows, seconds, rows per second, peak memory."""
     scratch.mkdir(parents=True)
     ways = [("jaxrec", sys.executable, JAXREC, log), ("pandas", sys.executable, PANDAS, log)]
     if peer_python is not None:
         ways.append(("rectools", peer_python, RECTOOLS, log))
+        ways.append(("rectools, split", peer_python, RECTOOLS_SPLIT, log))
+    if recbole_python is not None:
+        ways.append(("recbole", recbole_python, RECBOLE, write_inter(log, scratch / "log")))
     if large is not None:
         ways.append(("jaxrec, large", sys.executable, JAXREC, large))
     results = {}
@@ -114,7 +165,7 @@ def main(log: Path, large: Path | None, peer_python: str | None, scratch: Path, 
         rows = int(printed)
         results[name] = {"rows": rows, **figures}
         click.echo(
-            f"{name:14} {rows:>12,} rows {figures['seconds']:8.1f} s ({figures['cpu_seconds']:.1f} s of CPU) "
+            f"{name:15} {rows:>12,} rows {figures['seconds']:8.1f} s ({figures['cpu_seconds']:.1f} s of CPU) "
             f"{rows / figures['seconds']:>10,.0f} rows/s {figures['peak_gb']:6.2f} GB"
         )
     opened, _ = measure(sys.executable, OPEN, scratch / "jaxrec")
