@@ -78,6 +78,7 @@ def evaluate_run(folder: Path, seed: int = 0) -> Evaluation:
         "split": data.config.split.value,
         "ties": data.config.ties.value,
         "filter": f"users with {data.config.min_user_ratings}+, movies with {data.config.min_movie_ratings}+ ratings",
+        "filter_on": data.config.filter_on.value,
         "candidates": "all items but those of the history",
         "history": f"last {run.model_config.max_length} events",
         "test_cases": len(data.split.test),
