@@ -2,10 +2,10 @@
 
 What holds: append(prepare(a), b) has the events, the cases and the catalogue of prepare(a + b), where a + b are the
 rows of a and then those of b. Known users and items keep their indices, and new ones come after them, so the order of
-the ids differs; a model that was trained before still fits. Two limits: times that are exact to the millisecond order
-events within one second of b, not between a and b; and where prepare(a + b) would drop an item or a user of prepare(a)
-(the temporal cut moves back, or a filter that is fitted on training loses an event to the test), its index stays, in
-the catalogue or without events.
+the ids differs; a model that was trained before still fits. Limits: the rating scale stays that of a; times that are
+exact to the millisecond order events within one second of b, not between a and b; and where prepare(a + b) would drop
+an item or a user of prepare(a) (the temporal cut moves back, or a filter that is fitted on training loses an event to
+the test), its index stays, in the catalogue or without events.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from jaxrec.bad_rows import OnBadRows, bad_rows
+from jaxrec.bad_rows import QUARANTINE_FILE, OnBadRows, bad_rows
 from jaxrec.columns import ColumnWriter, release
 from jaxrec.engine import MEMORY_GB, quoted
 from jaxrec.event_log import EVENT_TYPES, DuplicatesError, EventLog, SortedLog, open_log, sort_log
@@ -30,6 +30,7 @@ from jaxrec.schema import ITEM, DataError
 from jaxrec.selection import blocks
 from jaxrec.store import (
     LOG_FOLDER,
+    AddFiles,
     PreparedData,
     finish,
     new_data_folder,
@@ -47,11 +48,13 @@ def append_directory(
     options: ReadOptions = ReadOptions(),
     on_bad_rows: OnBadRows = OnBadRows.FAIL,
     memory_gb: float = MEMORY_GB,
+    add_files: AddFiles | None = None,
 ) -> PreparedData:
     """Writes prepared `data` with the events of `ratings` added to `out`, which may be `data` itself.
 
-    Configuration, kinds of ids and rating scale stay as they were. Raises DataError for bad input, for an event that
-    `data` already has, and where `out` cannot be written; `out` then stays as it was.
+    Configuration, kinds of ids and rating scale stay as they were; rows set aside before stay in quarantine.csv.
+    Raises DataError for bad input, for an event that `data` already has, and where `out` cannot be written; `out` then
+    stays as it was.
     """
     old = read_prepared(data)
     if old.log is None:
@@ -66,7 +69,7 @@ def append_directory(
     ):
         relation = relation_of(source, options.columns, connection)
         (scratch / "sorted").mkdir()
-        with bad_rows(on_bad_rows, folder) as bad:
+        with bad_rows(on_bad_rows, folder, data / QUARANTINE_FILE) as bad:
 
             def read(exact: bool) -> tuple[Loaded, SortedLog]:
                 loaded = load(connection, relation, options, bad, scratch, exact)
@@ -87,7 +90,7 @@ def append_directory(
         write_movies(all_movies, folder / LOG_FOLDER)
         config = dataclasses.replace(old.config, rating_scale=loaded.scale)
         result = prepare_log(merged, all_movies, config, folder, old.users, old.catalog.ids)
-        finish(dataclasses.replace(result, input=input_counts(str(source), loaded, found, bad)), folder)
+        finish(dataclasses.replace(result, input=input_counts(str(source), loaded, found, bad)), folder, add_files)
     return read_prepared(out)
 
 

@@ -68,17 +68,26 @@ class BadRows:
 
 
 @contextlib.contextmanager
-def bad_rows(on_bad_rows: OnBadRows, folder: Path) -> Iterator[BadRows]:
-    """A collector; in quarantine its rows are in folder/quarantine.csv afterwards, a file only if there are any."""
+def bad_rows(on_bad_rows: OnBadRows, folder: Path, earlier: Path | None = None) -> Iterator[BadRows]:
+    """A collector; in quarantine its rows are in folder/quarantine.csv afterwards, a file only if there are any.
+
+    The rows of the quarantine file `earlier`, if there is one, come first.
+    """
+    path = folder / QUARANTINE_FILE
+    before = earlier.read_text(encoding="utf-8") if earlier is not None and earlier.is_file() else ""
     if on_bad_rows is OnBadRows.FAIL:
+        if before:
+            path.write_text(before, encoding="utf-8")
         yield BadRows(on_bad_rows)
         return
-    path = folder / QUARANTINE_FILE
     # What is not UTF-8 in the source stays visible as \\xNN.
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(BadRow)])
+        if before:
+            file.write(before)
+        else:
+            writer.writerow([field.name for field in dataclasses.fields(BadRow)])
         bad = BadRows(on_bad_rows, writer.writerow)
         yield bad
-    if not bad.count:
+    if not bad.count and not before:
         path.unlink()

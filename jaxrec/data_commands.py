@@ -37,7 +37,7 @@ _READ_OPTIONS = (
         default=OnBadRows.FAIL.value,
         help="Stop and name them, or set them aside in OUT/quarantine.csv and go on.",
     ),
-    click.option("--memory", type=click.FloatRange(0.25), default=MEMORY_GB, help="GB for the engine that sorts."),
+    click.option("--memory", type=click.FloatRange(0.25, 1e6), default=MEMORY_GB, help="GB for the engine that sorts."),
 )
 
 
@@ -138,7 +138,10 @@ def prepare(
     )
     columns = ColumnNames(user_col, item_col, rating_col, time_col)
     options = ReadOptions(columns, TimeUnit(time_unit), IdKind(ids), IdKind(ids))
-    _print_prepared(prepare_directory(ratings, movies, out, config, options, OnBadRows(on_bad_rows), memory), out)
+    from jaxrec.data_report import write_report  # brings matplotlib, which takes a second to load
+
+    handling = OnBadRows(on_bad_rows)
+    _print_prepared(prepare_directory(ratings, movies, out, config, options, handling, memory, write_report), out)
 
 
 @click.command()
@@ -164,7 +167,10 @@ def append(
     columns = ColumnNames(user_col, item_col, rating_col, time_col)
     options = ReadOptions(columns, TimeUnit(time_unit))
     out = out or data
-    _print_prepared(append_directory(data, ratings, movies, out, options, OnBadRows(on_bad_rows), memory), out)
+    from jaxrec.data_report import write_report
+
+    handling = OnBadRows(on_bad_rows)
+    _print_prepared(append_directory(data, ratings, movies, out, options, handling, memory, write_report), out)
 
 
 @click.command()
@@ -175,18 +181,11 @@ def check(data: Path) -> None:
 
 
 def _print_prepared(data: PreparedData, out: Path) -> None:
-    from jaxrec.data_report import (  # brings matplotlib, which takes a second to load
-        PLOTS_FILE,
-        REPORT_FILE,
-        write_report,
-    )
-
-    write_report(data, out)
     for name, value in {**data.input, **data.summary()}.items():
         if name == "bad_rows_by_field":
             continue
         click.echo(f"{name}: {value}")
-    click.echo(f"report: {out / REPORT_FILE}, {out / PLOTS_FILE}")
+    click.echo(f"report: {out / 'report.json'}, {out / 'report.png'}")
     click.echo(f"rating scale: {data.config.rating_scale or 'no ratings'}")
     if data.input["bad_rows"]:
         by_field = ", ".join(f"{field} {count}" for field, count in data.input["bad_rows_by_field"].items())

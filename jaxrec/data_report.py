@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from jaxrec.columns import release
 from jaxrec.files import new_file, write_text
 from jaxrec.histories import Histories
-from jaxrec.prepare import PreparedData
 from jaxrec.schema import RatingScale
+from jaxrec.store import PreparedData
 
 REPORT_FILE, PLOTS_FILE = "report.json", "report.png"
 CHUNK = 2_000_000  # events in memory at a time; the columns may be mapped files

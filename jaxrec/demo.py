@@ -44,8 +44,8 @@ def run_demo(out: Path, seed: int = 0) -> None:
         write_movielens(out / "log")
     with _stage("Prepare"):
         config = PrepareConfig(seed=seed)
-        data = prepare_directory(out / "log/ratings.csv", out / "log/movies.csv", out / "data", config)
-        write_report(data, out / "data")
+        log = out / "log"
+        data = prepare_directory(log / "ratings.csv", log / "movies.csv", out / "data", config, add_files=write_report)
         click.echo(", ".join(f"{value} {name}" for name, value in data.summary().items() if "time" not in name))
     with _stage("Train both models and tune their mix"):
         train_run(out / "data", out / "run", train_config=TrainConfig(seed=seed))

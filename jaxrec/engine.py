@@ -1,6 +1,7 @@
 """DuckDB: the engine that reads, checks and sorts logs larger than memory."""
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ MEMORY_GB = 1.5  # of the engine; the process needs about as much again for bloc
 def engine(scratch: Path, memory_gb: float = MEMORY_GB, on_disk: bool = True) -> Iterator[duckdb.DuckDBPyConnection]:
     """A DuckDB connection whose tables and spilled sorts lie in `scratch`. Its failures (a full disk, a file that
     changed while it was read) become DataErrors."""
+    if not (math.isfinite(memory_gb) and memory_gb > 0):
+        raise DataError(f"memory of {memory_gb} GB: expected a positive number")
     settings: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": f"{memory_gb}GB",
         "temp_directory": str(scratch / "spill"),

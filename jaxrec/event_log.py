@@ -79,6 +79,7 @@ def sort_log(
             if len(repeated):
                 if bad is None:
                     raise DuplicatesError
+                repeated = _first_row_first(part["row"], repeated)
                 duplicates += len(repeated)
                 _report(connection, part["row"], repeated, bad)
                 keep = np.ones(len(part_users), bool)
@@ -130,8 +131,21 @@ def _repeats(users: np.ndarray, items: np.ndarray, times: np.ndarray, item_count
     return np.stack([positions[order][repeats], positions[order][firsts[repeats]]], axis=1), tied
 
 
+def _first_row_first(rows: np.ndarray, repeated: np.ndarray) -> np.ndarray:
+    """The same groups of repeats with the event that came first in the input as the one that stays.
+
+    `rows` [events]: each event's row in the input. Times are compared in seconds, so the order within one does not say.
+    """
+    result = repeated.copy()
+    for first in np.unique(repeated[:, 1]):
+        group = np.append(first, repeated[repeated[:, 1] == first, 0])
+        group = group[np.argsort(rows[group], kind="stable")]
+        result[repeated[:, 1] == first] = np.stack([group[1:], np.full(len(group) - 1, group[0])], axis=1)
+    return result
+
+
 def _report(connection: duckdb.DuckDBPyConnection, rows: np.ndarray, repeated: np.ndarray, bad: BadRows) -> None:
-    for second, first in np.sort(rows[repeated], axis=1)[:, ::-1].tolist():
+    for second, first in rows[repeated].tolist():
         found = connection.execute(
             "SELECT file, line, text, user, item, time FROM events WHERE rowid IN (?, ?) ORDER BY rowid",
             [first, second],

@@ -39,7 +39,8 @@ def fetch(
 ) -> Path:
     """Downloads the data set `name` to OUT/NAME.zip with its terms in OUT/NAME.LICENCE.txt, and returns the former.
 
-    A file that is there already is verified and kept. Raises FetchError where network, server, disk or checksum fail;
+    A file that is there already is verified and kept; one that differs is an error, since it may be somebody's. Raises
+    FetchError where network, server, disk or checksum fail;
     what was received stays for the next attempt unless it is wrong.
     """
     if name not in DATASETS:
@@ -54,7 +55,10 @@ def fetch(
         try:
             out.mkdir(parents=True, exist_ok=True)
             md5 = _published_md5(session, f"{url}.md5")
-            if archive.exists() and _problem(archive, md5) is None:
+            if archive.exists():
+                problem = _problem(archive, md5)
+                if problem is not None:
+                    raise FetchError(f"{archive} is there already, but {problem}; move it away to download it anew")
                 say(f"{archive}: already there, and whole")
             else:
                 download(session, url, part, retry)

@@ -56,6 +56,8 @@ def id_field(column: str, sql_type: str, kind: IdKind, where: str) -> Field:
     if sql_type == TEXT_TYPE:
         valid = f"coalesce({column} = trim({column}) AND {column} <> '' AND NOT contains({column}, chr(0)), false)"
         return Field(column, valid, f"{empty}'is empty or has spaces around it; expected an id' END")
+    if sql_type in WHOLE_TYPES and kind is IdKind.TEXT:
+        return Field(f"{column}::VARCHAR", f"{column} IS NOT NULL", "'is empty; expected an id'")
     if sql_type in WHOLE_TYPES:
         value = f"TRY_CAST({column} AS BIGINT)"
         return Field(value, f"{value} IS NOT NULL", f"{empty}'is beyond 64 bits' END")
@@ -95,8 +97,12 @@ def time_fields(column: str, sql_type: str, unit: TimeUnit, now: int, where: str
     if milliseconds:
         value, within = f"({milliseconds} // 1000)", f"({milliseconds} % 1000)"
     scale = 1000 if unit is TimeUnit.MILLISECONDS else 1
-    reason = f"is not a time; expected {expected} in 0..{latest * scale} (a day from now)"
-    return Field(value, f"({valid} AND coalesce({value} BETWEEN 0 AND {latest}, false))", f"'{reason}'"), within
+    # In milliseconds a time of seconds would be a day in 1970.
+    earliest = FIRST_MILLISECONDS // 1000 if unit is TimeUnit.MILLISECONDS else 0
+    reason = f"is not a time; expected {expected} in {earliest * scale}..{latest * scale} (a day from now)"
+    return Field(
+        value, f"({valid} AND coalesce({value} BETWEEN {earliest} AND {latest}, false))", f"'{reason}'"
+    ), within
 
 
 def recognize_time_unit(values: Sequence[object]) -> TimeUnit:

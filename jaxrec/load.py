@@ -217,10 +217,15 @@ def _text_only(field: Field, column: str, all_digits: bool) -> Field:
 
 def _infer_scale(connection: duckdb.DuckDBPyConnection, table: str) -> RatingScale | None:
     """`jaxrec.schema.infer_rating_scale`, by the engine."""
-    query = f"SELECT min(rating), coalesce(bool_and(rating = round(rating)), false) FROM {table}"
-    minimum, whole_ratings = connection.execute(query).fetchall()[0]
-    if minimum is None:
+    query = (
+        f"SELECT count(rating), min(rating) FILTER (rating BETWEEN 0.5 AND 5), "
+        f"coalesce(bool_and(rating = round(rating)) FILTER (rating BETWEEN 0.5 AND 5), false) FROM {table}"
+    )
+    count, minimum, whole_ratings = connection.execute(query).fetchall()[0]
+    if not count:
         return None
+    if minimum is None:
+        return RatingScale(0.5, 5.0)
     return RatingScale(1.0, 5.0) if whole_ratings and minimum >= 1 else RatingScale(0.5, 5.0)
 
 

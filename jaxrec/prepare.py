@@ -33,6 +33,7 @@ from jaxrec.split import (
 )
 from jaxrec.store import (
     LOG_FOLDER,
+    AddFiles,
     PreparedData,
     check_prepared,
     finish,
@@ -102,8 +103,11 @@ def prepare_directory(
     options: ReadOptions = ReadOptions(),
     on_bad_rows: OnBadRows = OnBadRows.FAIL,
     memory_gb: float = MEMORY_GB,
+    add_files: AddFiles | None = None,
 ) -> PreparedData:
     """Reads the files and writes prepared data to `out`, out of core; the result is opened as memory maps.
+
+    `add_files` (such as `jaxrec.data_report.write_report`) can put more files into the folder before it is whole.
 
     Raises DataError naming file and line for bad input, and where `out` cannot be written; `out` then stays as it was.
     """
@@ -121,7 +125,7 @@ def prepare_directory(
         write_movies(frame, folder / LOG_FOLDER)
         config = dataclasses.replace(config, rating_scale=loaded.scale)
         data = prepare_log(found.log, frame, config, folder)
-        finish(dataclasses.replace(data, input=input_counts(str(source), loaded, found, bad)), folder)
+        finish(dataclasses.replace(data, input=input_counts(str(source), loaded, found, bad)), folder, add_files)
     return read_prepared(out)
 
 

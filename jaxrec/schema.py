@@ -1,6 +1,7 @@
 """What an interaction is: column names, the rating scale, and the error for data that breaks the rules."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -28,8 +29,8 @@ class RatingScale:
     maximum: float
 
     def __post_init__(self) -> None:
-        if not self.minimum < self.maximum:
-            raise DataError(f"rating scale {self}: the minimum must be below the maximum")
+        if not (math.isfinite(self.minimum) and math.isfinite(self.maximum) and self.minimum < self.maximum):
+            raise DataError(f"rating scale {self}: expected two finite numbers, the minimum below the maximum")
 
     def __str__(self) -> str:
         return f"{self.minimum:g}..{self.maximum:g}"
@@ -45,5 +46,8 @@ def infer_rating_scale(ratings: np.ndarray) -> RatingScale | None:
     present = ratings[~np.isnan(ratings)]
     if not present.size:
         return None
+    present = present[(present >= 0.5) & (present <= 5)]  # others are errors, which decide nothing
+    if not present.size:
+        return RatingScale(0.5, 5.0)
     whole = bool(np.all(present == np.round(present)))
     return RatingScale(1.0, 5.0) if whole and present.min() >= 1 else RatingScale(0.5, 5.0)

@@ -8,13 +8,14 @@ DATA/{items,ratings,times}.npy
 DATA/{train_counts,validation_users,validation_rows,test_users,test_rows}.npy   the split
 DATA/log/                   the whole log before the filters, in the same form: what `jaxrec append` builds on
 DATA/quarantine.csv         rows that were set aside, if there are any
+DATA/report.{json,png}      what the log looks like, where it was asked for
 """
 
 import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,28 @@ class PreparedData:
         }
 
 
+AddFiles = Callable[[PreparedData, Path], object]
+
+
 @contextlib.contextmanager
 def new_data_folder(out: Path) -> Iterator[Path]:
     """A folder for prepared data that replaces `out` as a whole. Raises DataError where it cannot be written."""
+    _refuse_foreign_files(out)
     try:
         with new_directory(out, SUMMARY_FILE) as folder:
             yield folder
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
+def _refuse_foreign_files(out: Path) -> None:
+    """Raises DataError where `out` is prepared data that holds files of somebody else; they would be lost."""
+    if not (out / SUMMARY_FILE).is_file():
+        return
+    known = {SUMMARY_FILE, *_read_summary(out, any_version=True)["files"]}
+    for path in sorted(out.rglob("*")):
+        if path.is_file() and path.relative_to(out).as_posix() not in known:
+            raise DataError(f"{path} is no part of the prepared data in {out}; move it away first")
 
 
 def write_prepared(data: PreparedData, out: Path) -> None:
@@ -129,8 +144,10 @@ def write_movies(movies: pd.DataFrame | None, folder: Path) -> None:
         movies.to_csv(folder / MOVIES_FILE, index=False)
 
 
-def finish(data: PreparedData, folder: Path) -> None:
+def finish(data: PreparedData, folder: Path, add_files: AddFiles | None = None) -> None:
     """Writes what is not events (catalogue, users, split), and then prepared.json, which makes the folder whole."""
+    if add_files is not None:
+        add_files(data, folder)
     write_catalog(data.catalog, folder / CATALOG_FILE)
     write_ids(data.users, folder / "user_ids.npy")
     split = data.split
@@ -194,9 +211,11 @@ def check_prepared(path: Path) -> int:
     return total
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
+def _read_summary(path: Path, any_version: bool = False) -> dict[str, Any]:
     content: dict[str, Any] = read_json(path / SUMMARY_FILE, "expected a folder written by `jaxrec prepare`")
-    if content.get("schema_version") != SCHEMA_VERSION:
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise DataError(f"{path / SUMMARY_FILE}: not written by `jaxrec prepare`; expected the files and their sizes")
+    if content.get("schema_version") != SCHEMA_VERSION and not any_version:
         came = content.get("schema_version")
         raise DataError(f"{path / SUMMARY_FILE}: schema version {came}, expected {SCHEMA_VERSION}; prepare again")
     return content

@@ -15,6 +15,8 @@ from jaxrec.append import append_directory
 from jaxrec.bad_rows import OnBadRows
 from jaxrec.cli import main
 from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
+from jaxrec.fields import IdKind
+from jaxrec.load import ReadOptions
 from jaxrec.prepare import PreparedData, check_prepared, prepare_directory, read_prepared
 from jaxrec.schema import DataError, RatingScale
 from tests.logs import by_user
@@ -160,3 +162,29 @@ def test_text_ids_and_implicit_logs(tmp_path: Path) -> None:
     assert both.catalog.ids.raw_ids.tolist() == ["x", "y", "w"]
     assert both.users.raw_ids.tolist() == ["ann", "bob", "cid"]
     assert np.isnan(both.histories.ratings).all()
+
+
+def test_rows_that_were_set_aside_before_stay_in_quarantine(tmp_path: Path) -> None:
+    header = "userId,movieId,rating,timestamp\n"
+    good = "".join(f"{user},{item},3.5,{1000 + item}\n" for user in (1, 2) for item in (1, 2, 3))
+    (tmp_path / "a.csv").write_text(header + good + "1,9,99,5000\n")
+    (tmp_path / "b.csv").write_text(header + "2,4,2.5,6000\n2,5,77,6001\n")
+    out, quarantine = tmp_path / "data", OnBadRows.QUARANTINE
+    prepare_directory(tmp_path / "a.csv", None, out, PrepareConfig(1, 1), on_bad_rows=quarantine)
+    append_directory(out, tmp_path / "b.csv", None, out, on_bad_rows=quarantine)
+    assert pd.read_csv(out / "quarantine.csv")["value"].tolist() == [99, 77]
+    (tmp_path / "c.csv").write_text(header + "2,6,2.5,7000\n")
+    append_directory(out, tmp_path / "c.csv", None, out)
+    assert pd.read_csv(out / "quarantine.csv")["value"].tolist() == [99, 77]
+    check_prepared(out)
+
+
+def test_whole_numbers_are_text_where_the_ids_are(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"userId": [1, 1, 2], "movieId": [1, 2, 1], "rating": [4.0, 4.5, 3.0], "timestamp": [1, 2, 3]})
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.assign(timestamp=[11, 12, 13]).to_parquet(tmp_path / "b.parquet")
+    options = ReadOptions(users=IdKind.TEXT, items=IdKind.TEXT)
+    prepare_directory(tmp_path / "a.csv", None, tmp_path / "data", PrepareConfig(1, 1), options)
+    data = append_directory(tmp_path / "data", tmp_path / "b.parquet", None, tmp_path / "data")
+    assert data.users.raw_ids.tolist() == ["1", "2"]
+    assert data.histories.event_count == 6

@@ -151,15 +151,18 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_old_data(tmp_path: Path, 
     source = tmp_path / "ratings.csv"
     rows = "".join(f"{user},{item},3.5,{1000 + item}\n" for user in range(1, 400) for item in range(1, 200))
     source.write_text(HEADER + rows)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/old").write_text("kept")
+    small = tmp_path / "small.csv"
+    small.write_text(HEADER + GOOD)
+    assert prepare(small, "--out", tmp_path / "data").exit_code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir() if path.is_file()}
     command = [sys.executable, "-c", FULL_DISK, str(limit), "prepare", str(source), "--out", str(tmp_path / "data")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("Error: ")
     assert done.stderr.count("\n") == 1, done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "ratings.csv"]
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["old"]
+    assert "File too large" in done.stderr or "cannot be written" in done.stderr or "engine stopped" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "ratings.csv", "small.csv"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir() if path.is_file()} == before
 
 
 def test_an_output_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
@@ -225,3 +228,62 @@ def test_reading_fast_and_exactly_gives_the_same(tmp_path: Path) -> None:
     source.write_text(HEADER + GOOD + quoted + "5,5,x,5\n")
     exact = prepare_directory(source, None, tmp_path / "exact", config, on_bad_rows=OnBadRows.QUARANTINE)
     assert by_user(exact) == fast
+
+
+def test_of_repeated_events_the_first_row_stays_and_the_others_are_in_quarantine(tmp_path: Path) -> None:
+    source = tmp_path / "ratings.csv"
+    rows = "".join(f"2,{item},4,120000000000{item}\n" for item in range(1, 5))
+    # The later row is 400 ms earlier: in whole seconds the two are the same event.
+    source.write_text(HEADER + rows + "1,5,3,1200000000500\n1,5,5,1200000000100\n")
+    result = prepare(source, "--on-bad-rows", "quarantine", "--out", tmp_path / "data")
+    assert result.exit_code == 0, result.output
+    data = read_prepared(tmp_path / "data")
+    user = data.users.encode([1])[0] - 1
+    assert data.histories.ratings[data.histories.offsets[user] : data.histories.offsets[user + 1]].tolist() == [3.0]
+    with open(tmp_path / "data/quarantine.csv", newline="") as file:
+        assert [(row["line"], row["text"]) for row in csv.DictReader(file)] == [("7", "1,5,5,1200000000100")]
+
+
+def test_a_row_that_is_set_aside_does_not_decide_the_scale(tmp_path: Path) -> None:
+    source = tmp_path / "ratings.csv"
+    source.write_text(HEADER + "1,1,4,1\n1,2,5,2\n2,1,1,3\n2,2,-1,4\n")
+    assert prepare(source, "--on-bad-rows", "quarantine", "--out", tmp_path / "data").exit_code == 0
+    assert read_prepared(tmp_path / "data").config.rating_scale == RatingScale(1.0, 5.0)
+
+
+def test_seconds_among_milliseconds_are_no_day_in_1970(tmp_path: Path) -> None:
+    source = tmp_path / "ratings.csv"
+    source.write_text(HEADER + "1,1,4,1500000000000\n1,2,5,1500000001000\n2,1,1,1500000000\n")
+    result = prepare(source, "--out", tmp_path / "data")
+    assert result.exit_code == 1
+    assert "ratings.csv:4: timestamp 1500000000 is not a time; expected whole milliseconds" in result.output
+
+
+@pytest.mark.parametrize("option", [("--memory", "inf"), ("--memory", "nan"), ("--rating-scale", "0", "inf")])
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, option: tuple[str, ...]) -> None:
+    source = tmp_path / "ratings.csv"
+    source.write_text(HEADER + GOOD)
+    result = prepare(source, *option, "--out", tmp_path / "data")
+    assert result.exit_code in (1, 2)
+    assert "Error: " in result.output
+    assert isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"schema_version": 2}', "{"])
+def test_a_damaged_summary_is_one_clear_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/prepared.json").write_text(content)
+    with pytest.raises(DataError, match=r"prepared\.json"):
+        read_prepared(tmp_path / "data")
+
+
+def test_files_of_others_in_the_output_are_never_lost(tmp_path: Path) -> None:
+    source = tmp_path / "ratings.csv"
+    source.write_text(HEADER + GOOD)
+    assert prepare(source, "--out", tmp_path / "data").exit_code == 0
+    assert prepare(source, "--out", tmp_path / "data").exit_code == 0  # nothing foreign: replaced
+    (tmp_path / "data/notes.txt").write_text("mine")
+    result = prepare(source, "--out", tmp_path / "data")
+    assert result.exit_code == 1
+    assert "notes.txt is no part of the prepared data" in result.output
+    assert (tmp_path / "data/notes.txt").read_text() == "mine"

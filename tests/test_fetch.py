@@ -229,13 +229,15 @@ def test_without_a_published_checksum_the_archive_itself_is_checked(
     assert list((tmp_path / "bad").iterdir()) == []
 
 
-def test_what_is_there_is_verified_and_kept_or_replaced(mirror: Mirror, tmp_path: Path) -> None:
+def test_what_is_there_is_verified_and_never_replaced(mirror: Mirror, tmp_path: Path) -> None:
     _fetch(mirror, tmp_path)
     mirror.requests = []
     _fetch(mirror, tmp_path)
     assert mirror.requests == []
     (tmp_path / "ml-1m.zip").write_bytes(b"damaged")
-    assert _fetch(mirror, tmp_path).read_bytes() == mirror.content
+    with pytest.raises(FetchError, match=r"ml-1m\.zip is there already, but the checksum differs.*move it away"):
+        _fetch(mirror, tmp_path)
+    assert (tmp_path / "ml-1m.zip").read_bytes() == b"damaged"
 
 
 def test_a_busy_server_is_asked_again_and_a_refusal_is_not(mirror: Mirror, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxrec.distributed.plan import Columns, Piece
-from jaxrec.fields import TimeUnit
+from jaxrec.fields import FIRST_MILLISECONDS, TimeUnit
 from jaxrec.files import new_file
 from jaxrec.schema import ITEM, RATING, TIME, USER, DataError
 
@@ -71,6 +71,9 @@ def _ids(raw: pa.Array, name: str, piece: Piece) -> np.ndarray:
     """int64, or object (str)."""
     _fail_at(raw.is_null().to_numpy(zero_copy_only=False), piece, name, raw, "is empty; expected an id")
     if pa.types.is_integer(raw.type):
+        if pa.types.is_uint64(raw.type):
+            beyond = pc.greater(raw, pa.scalar(2**63 - 1, pa.uint64())).to_numpy(zero_copy_only=False)
+            _fail_at(beyond, piece, name, raw, "is beyond 64 bits")
         return raw.cast(pa.int64()).to_numpy(zero_copy_only=False)
     texts = raw.to_numpy(zero_copy_only=False)
     bad = np.array([text == "" or text != text.strip() for text in texts], bool)
@@ -84,8 +87,10 @@ def _times(raw: pa.Array, columns: Columns, piece: Piece, latest: int) -> tuple[
     numbers = raw.cast(pa.timestamp("ms", raw.type.tz), safe=False) if pa.types.is_timestamp(raw.type) else raw
     times = pc.fill_null(numbers.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
     name = TimeUnit.MILLISECONDS if columns.milliseconds else TimeUnit.SECONDS
-    expected = f"is not a time; expected whole {name} since 1970 in 0..{latest * unit} (a day from now)"
-    _fail_at((times < 0) | (times > latest * unit), piece, columns.names[TIME], raw, expected)
+    # Among whole milliseconds a time of seconds would be a day in 1970.
+    earliest = FIRST_MILLISECONDS if columns.milliseconds and not pa.types.is_timestamp(raw.type) else 0
+    expected = f"is not a time; expected whole {name} since 1970 in {earliest}..{latest * unit} (a day from now)"
+    _fail_at((times < earliest) | (times > latest * unit), piece, columns.names[TIME], raw, expected)
     return times // unit, (times % unit).astype(np.int16)
 
 
