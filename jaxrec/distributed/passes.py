@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-from distributed import Client, KilledWorker, as_completed, wait
+from distributed import Client, KilledWorker, Worker, as_completed
 
 from jaxrec.catalog import build_catalog, write_catalog
 from jaxrec.config import PrepareConfig, SplitKind
@@ -151,6 +151,16 @@ class Passes:
         except OSError as error:
             raise DataError(f"{name}: a worker cannot read or write: {error}") from error
         finally:
-            running = {key for keys in self._client.processing().values() for key in keys}
-            self._client.cancel([future for future in futures if future.key not in running])
-            wait([future for future in futures if future.key in running])  # else they write to where nothing is read
+            self._client.cancel(futures)
+            _wait_until_idle(self._client)  # else a task still writes to where nothing is read any more
+
+
+def _wait_until_idle(client: Client) -> None:
+    """Returns when no task runs on any worker. A task that has begun cannot be stopped, also not by cancelling it."""
+    while any(client.run(_running_tasks, on_error="ignore").values()):
+        time.sleep(0.05)
+
+
+def _running_tasks(dask_worker: Worker) -> int:
+    """How many tasks, cancelled ones too, occupy a thread of the worker. Dask passes the worker by this name."""
+    return len(dask_worker.state.all_running_tasks)
