@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxrec.prepare import PreparedData
-from jaxrec.windows import SECONDS_PER_DAY
+from jaxrec.schema import SECONDS_PER_DAY
 
 RECENT_HALF_LIFE_DAYS = 30.0
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -83,13 +84,15 @@ _FILTER_AND_SPLIT_OPTIONS = (
 
 def filter_and_split_options(command: Callable[..., None]) -> Callable[..., None]:
     """What every preparation is told: thresholds, split, ties and seed."""
-    for option in reversed(_FILTER_AND_SPLIT_OPTIONS):
-        command = option(command)
-    return command
+    return _with_options(command, _FILTER_AND_SPLIT_OPTIONS)
 
 
 def _read_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(_READ_OPTIONS):
+    return _with_options(command, _READ_OPTIONS)
+
+
+def _with_options(command: Callable[..., None], options: tuple[Callable[..., Any], ...]) -> Callable[..., None]:
+    for option in reversed(options):
         command = option(command)
     return command
 

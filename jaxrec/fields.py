@@ -5,9 +5,8 @@ import enum
 import re
 from collections.abc import Sequence
 
-from jaxrec.schema import DataError
+from jaxrec.schema import SECONDS_PER_DAY, DataError
 
-SECONDS_PER_DAY = 86_400
 FIRST_MILLISECONDS = 100_000_000_000  # as seconds the year 5138, as milliseconds 1973
 ISO_DATE = re.compile(r"\s*\d{4}-\d\d-\d\d")
 _SIGNED = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")

@@ -14,7 +14,7 @@ from jaxrec.bad_rows import BadRow, BadRows
 from jaxrec.engine import first_line
 from jaxrec.fields import TEXT_TYPE, Field, IdKind, TimeUnit, id_field, rating_field, time_fields, whole
 from jaxrec.relations import SHORT, Relation
-from jaxrec.schema import ITEM, RATING, TIME, USER, DataError, RatingScale
+from jaxrec.schema import ITEM, RATING, TIME, USER, DataError, RatingScale, scale_of
 from jaxrec.sources import ColumnNames
 
 EVENT_COLUMNS = "user, item, rating, time, within"
@@ -222,11 +222,7 @@ def _infer_scale(connection: duckdb.DuckDBPyConnection, table: str) -> RatingSca
         f"coalesce(bool_and(rating = round(rating)) FILTER (rating BETWEEN 0.5 AND 5), false) FROM {table}"
     )
     count, minimum, whole_ratings = connection.execute(query).fetchall()[0]
-    if not count:
-        return None
-    if minimum is None:
-        return RatingScale(0.5, 5.0)
-    return RatingScale(1.0, 5.0) if whole_ratings and minimum >= 1 else RatingScale(0.5, 5.0)
+    return scale_of(minimum, whole_ratings) if count else None
 
 
 def _in_scale(column: str, scale: RatingScale) -> str:

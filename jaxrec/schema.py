@@ -14,6 +14,7 @@ GENRES = "genres"
 
 NO_GENRES = "(no genres listed)"
 MISSING_RATING = -1.0  # how "no rating" is written once ratings are scaled to 0..1
+SECONDS_PER_DAY = 86_400
 UNKNOWN_GAP = -1.0  # how "no earlier event" and "request time not known" are written, in seconds
 
 
@@ -47,7 +48,9 @@ def infer_rating_scale(ratings: np.ndarray) -> RatingScale | None:
     if not present.size:
         return None
     present = present[(present >= 0.5) & (present <= 5)]  # others are errors, which decide nothing
-    if not present.size:
-        return RatingScale(0.5, 5.0)
-    whole = bool(np.all(present == np.round(present)))
-    return RatingScale(1.0, 5.0) if whole and present.min() >= 1 else RatingScale(0.5, 5.0)
+    return scale_of(float(present.min()) if present.size else None, bool(np.all(present == np.round(present))))
+
+
+def scale_of(minimum: float | None, whole: bool) -> RatingScale:
+    """The scale of ratings within 0.5..5, by the lowest (None: there is none) and by whether all are whole."""
+    return RatingScale(1.0, 5.0) if minimum is not None and minimum >= 1 and whole else RatingScale(0.5, 5.0)

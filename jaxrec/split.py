@@ -12,11 +12,11 @@ import numpy as np
 
 from jaxrec.columns import release
 from jaxrec.histories import Histories
+from jaxrec.schema import SECONDS_PER_DAY
 from jaxrec.selection import blocks
 
 TEMPORAL_QUANTILE = 0.9
 TEMPORAL_MIN_HISTORY = 5
-SECONDS_PER_DAY = 86_400
 TEST_USERS = 0.1
 VALIDATION_USERS = 0.1
 TRAINING, VALIDATION, TEST = 0, 1, 2

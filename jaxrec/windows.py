@@ -5,9 +5,8 @@ import dataclasses
 import numpy as np
 
 from jaxrec.histories import Histories
-from jaxrec.schema import RatingScale
+from jaxrec.schema import SECONDS_PER_DAY, RatingScale
 
-SECONDS_PER_DAY = 86_400
 MAX_AGE_DAYS = 30.0
 
 

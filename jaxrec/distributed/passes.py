@@ -26,8 +26,8 @@ from jaxrec.distributed.shard import (
     write_shard,
 )
 from jaxrec.ids import IdMap, write_ids
-from jaxrec.schema import ITEM, DataError, RatingScale, infer_rating_scale
-from jaxrec.split import SECONDS_PER_DAY, TEMPORAL_QUANTILE
+from jaxrec.schema import ITEM, SECONDS_PER_DAY, DataError, RatingScale, infer_rating_scale
+from jaxrec.split import TEMPORAL_QUANTILE
 
 Progress = Callable[[str, int, int], None]
 Result = TypeVar("Result")

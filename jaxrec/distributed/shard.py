@@ -16,9 +16,8 @@ from jaxrec.event_log import EventLog, open_log
 from jaxrec.files import new_directory
 from jaxrec.histories import Histories
 from jaxrec.ids import IdMap, open_ids
-from jaxrec.schema import ITEM, RATING, TIME, USER, DataError
+from jaxrec.schema import ITEM, RATING, SECONDS_PER_DAY, TIME, USER, DataError
 from jaxrec.selection import Core, Selection, blocks, select
-from jaxrec.split import SECONDS_PER_DAY
 from jaxrec.store import LOG_FOLDER, PreparedData, finish, new_data_folder, write_log
 
 
