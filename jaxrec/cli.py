@@ -3,15 +3,18 @@
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
-from jaxrec.config import ModelConfig, RewardWeights, RLConfig, TrainConfig
+from jaxrec.config import CheckpointConfig, ModelConfig, RewardWeights, RLConfig, TrainConfig
 from jaxrec.data_commands import append, check, prepare
 from jaxrec.distributed.command import prepare_distributed
 from jaxrec.export.errors import ExportError
 from jaxrec.fetch import BASE_URL, DATASETS
 from jaxrec.fetch import fetch as fetch_archive
-from jaxrec.runs import train_run
+from jaxrec.processes import join
+from jaxrec.runs import extend_run, train_run
 from jaxrec.schema import DataError
+from jaxrec.stopping import TrainingStopped, stop_on_signals
 from jaxrec.train import TrainingError
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -45,9 +48,16 @@ main.add_command(check)
 
 
 @main.command()
-@click.argument("data", type=EXISTING_FOLDER)
+@click.argument("data", type=EXISTING_FOLDER, required=False)
 @click.option("--out", type=NEW_FOLDER, required=True, help="Folder for the run.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run, with the options that it started with.")
+@click.option(
+    "--data",
+    "new_data",
+    type=EXISTING_FOLDER,
+    help="With --resume: go on with this data, from `jaxrec append`, and its new items. Only --max-epochs, --patience "
+    "and --learning-rate can change with it.",
+)
 @click.option(
     "--max-epochs",
     type=click.IntRange(1),
@@ -65,10 +75,39 @@ main.add_command(check)
 @click.option("--hidden", type=click.IntRange(1), default=ModelConfig.hidden, help="Width of the LSTM.")
 @click.option("--max-length", type=click.IntRange(2), default=ModelConfig.max_length, help="Events read of a history.")
 @click.option("--seed", type=SEED, default=TrainConfig.seed, help=SEED_HELP)
+@click.option(
+    "--checkpoint-seconds",
+    type=click.FloatRange(0),
+    default=CheckpointConfig.seconds,
+    help="Save so often within an epoch, too.",
+)
+@click.option(
+    "--keep-checkpoints",
+    type=click.IntRange(1),
+    default=CheckpointConfig.keep,
+    help="How many of the latest stay, beside the best epoch's.",
+)
+@click.option(
+    "--item-shards",
+    type=click.IntRange(1),
+    default=1,
+    help="Devices over which the item tables and the softmax are split; batches are split over the groups of so many.",
+)
+@click.option(
+    "--coordinator",
+    metavar="HOST:PORT",
+    envvar="JAX_COORDINATOR_ADDRESS",
+    help="Where the first of several processes listens; run the same command in each of them.",
+)
+@click.option("--process-count", type=click.IntRange(1), envvar="JAX_NUM_PROCESSES", help="How many there are.")
+@click.option("--process-index", type=click.IntRange(0), envvar="JAX_PROCESS_ID", help="Which one this is, from 0.")
+@click.pass_context
 def train(
-    data: Path,
+    context: click.Context,
+    data: Path | None,
     out: Path,
     resume: bool,
+    new_data: Path | None,
     max_epochs: int,
     patience: int,
     batch_tokens: int,
@@ -76,8 +115,17 @@ def train(
     hidden: int,
     max_length: int,
     seed: int,
+    checkpoint_seconds: float,
+    keep_checkpoints: int,
+    item_shards: int,
+    coordinator: str | None,
+    process_count: int | None,
+    process_index: int | None,
 ) -> None:
-    """Trains both sequence models on DATA (from `jaxrec prepare`) and tunes their mix on validation."""
+    """Trains both sequence models on DATA (from `jaxrec prepare`) and tunes their mix on validation.
+
+    SIGTERM and Ctrl-C save and end the run; --resume goes on with exactly the same result, DATA can be left out then.
+    """
     model_config = ModelConfig(hidden=hidden, max_length=max_length)
     train_config = TrainConfig(
         seed=seed,
@@ -86,7 +134,37 @@ def train(
         batch_tokens=batch_tokens,
         learning_rate=learning_rate,
     )
-    train_run(data, out, model_config, train_config, resume)
+    changes = _changes_on_resume(context, train_config) if resume else {}
+    if not resume and (data is None or new_data is not None):
+        raise click.UsageError("DATA is missing" if data is None else "--data is for --resume; give DATA alone")
+    if new_data is None and changes:
+        raise click.UsageError(f"{_option(next(iter(changes)))} cannot be changed on --resume")
+    if (coordinator is None, process_count is None, process_index is None) not in ((True,) * 3, (False,) * 3):
+        raise click.UsageError("--coordinator, --process-count and --process-index belong together")
+    with stop_on_signals() as stop:
+        if coordinator is not None and process_count is not None and process_index is not None:
+            join(coordinator, process_count, process_index)
+        try:
+            if new_data is not None:
+                extend_run(out, new_data, changes)
+                data = None
+            checkpoints = CheckpointConfig(checkpoint_seconds, keep_checkpoints)
+            train_run(data, out, model_config, train_config, resume, checkpoints, item_shards, stop)
+        except TrainingStopped as stopped:
+            click.echo(f"{stopped}; go on with: jaxrec train --out {out} --resume")
+
+
+def _changes_on_resume(context: click.Context, config: TrainConfig) -> dict[str, object]:
+    """The options of a run that were given, although it is to go on; those of new data can be others."""
+    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    for name in ("batch_tokens", "hidden", "max_length", "seed"):
+        if name in given:
+            raise click.UsageError(f"{_option(name)} cannot be changed on --resume")
+    return {name: getattr(config, name) for name in ("max_epochs", "patience", "learning_rate") if name in given}
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 @main.command()

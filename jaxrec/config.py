@@ -77,6 +77,15 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Training is saved after each epoch, and when `seconds` have passed since it was saved. `keep`: how many of the
+    latest checkpoints stay, beside the best epoch's."""
+
+    seconds: float = 60.0
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardWeights:
     """Weights of the named reward terms (`jaxrec.rl.rewards`)."""
 

@@ -22,7 +22,7 @@ from jaxrec.report import evaluate_run, format_table, write_evaluation
 from jaxrec.rl.policy_run import read_log, rl_run
 from jaxrec.runs import CONTENT_FOLDER, LSTM_FOLDER, train_run
 from jaxrec.schema import NO_GENRES, DataError
-from jaxrec.train import read_epochs
+from jaxrec.training_log import read_epochs
 
 MARKER = "DEMO.txt"
 LICENCE = (

@@ -1,23 +1,22 @@
 """The jitted training step of a sequence model: state is a pure pytree, donated; the batch is split over the mesh."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxrec.batches import TrainBatch
 from jaxrec.config import TrainConfig
 from jaxrec.losses import next_item_loss
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.schema import UNKNOWN_GAP
+from jaxrec.sharded_loss import Loss, loss_over
+from jaxrec.sharding import state_sharding, with_item_rows
 
-DATA_AXIS = "data"
 Model = TypeVar("Model", bound=TimeRatingAwareLSTM)
 
 
@@ -30,35 +29,42 @@ class TrainState(NamedTuple):
     step: jax.Array
 
 
-StepFunction = Callable[[TrainState, TrainBatch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+StepFunction = Any  # of jax.jit: (TrainState, TrainBatch, key) -> (TrainState, metrics), with lower()
+
+
+def learning_rate(config: TrainConfig, total_steps: int) -> optax.Schedule:
+    """The learning rate by step: it warms up linearly, then follows a cosine down to 5 % of its peak."""
+    warmup = max(1, int(config.warmup_fraction * total_steps))
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warmup, max(total_steps, warmup + 1), 0.05 * config.learning_rate
+    )
 
 
 def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
-    """AdamW behind gradient clipping; the learning rate warms up linearly, then follows a cosine down to 5 %."""
-    warmup = max(1, int(config.warmup_fraction * total_steps))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, warmup, max(total_steps, warmup + 1), 0.05 * config.learning_rate
-    )
+    """AdamW behind gradient clipping."""
     return optax.chain(
         optax.clip_by_global_norm(config.gradient_clip),
-        optax.adamw(schedule, weight_decay=config.weight_decay),
+        optax.adamw(learning_rate(config, total_steps), weight_decay=config.weight_decay),
     )
 
 
-def initial_state(model: Model, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef[Model], TrainState]:
-    """Takes a model apart into its structure and a training state at step 0."""
+def initial_state(
+    model: Model, optimizer: optax.GradientTransformation, item_rows: int | None = None
+) -> tuple[nnx.GraphDef[Model], TrainState]:
+    """Takes a model apart into its structure and a training state at step 0, with item tables of `item_rows` rows."""
     graphdef, param_state, fixed_state = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     params, fixed = nnx.to_pure_dict(param_state), nnx.to_pure_dict(fixed_state)
+    if item_rows is not None:
+        params, fixed = with_item_rows(params, item_rows), with_item_rows(fixed, item_rows)
     return graphdef, TrainState(params, fixed, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
-def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """All devices (or the given ones) as one data-parallel axis; a single device is a mesh of one."""
-    return Mesh(np.asarray(devices or jax.devices()), (DATA_AXIS,))
-
-
 def training_loss(
-    model: TimeRatingAwareLSTM, batch: TrainBatch, key: jax.Array, request_gap_dropout: float
+    model: TimeRatingAwareLSTM,
+    batch: TrainBatch,
+    key: jax.Array,
+    request_gap_dropout: float,
+    loss: Loss = next_item_loss,
 ) -> jax.Array:
     """Next-item loss of every position; each request gap is hidden with the given probability, so that one model
     answers with and without a request time."""
@@ -66,7 +72,7 @@ def training_loss(
     outputs, _ = model.encode(batch.events, item_vectors, key=jax.random.fold_in(key, 0), starts=batch.starts)
     hidden = jax.random.bernoulli(jax.random.fold_in(key, 1), request_gap_dropout, batch.target_gap.shape)
     queries = model.query(outputs, jnp.where(hidden, UNKNOWN_GAP, batch.target_gap))
-    return next_item_loss(queries, item_vectors, model.item_bias(), batch.target, batch.target > 0)
+    return loss(queries, item_vectors, model.item_bias(), batch.target, batch.target > 0)
 
 
 def make_train_step(
@@ -75,21 +81,24 @@ def make_train_step(
     mesh: Mesh,
     request_gap_dropout: float,
 ) -> StepFunction:
-    """step(state, batch, key) -> (state, {loss, gradient_norm}). The key is the run's; the step number is folded in."""
-    replicated, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    """step(state, batch, key) -> (state, {loss, gradient_norm}). The key is the run's; the step number is folded in.
 
-    @functools.partial(
-        jax.jit, donate_argnums=0, in_shardings=(replicated, split, replicated), out_shardings=replicated
-    )
+    The state is donated, and stays laid out over the mesh as `state_sharding` says.
+    """
+    loss_function = loss_over(mesh)
+
+    @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: TrainBatch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         def loss_of(params: Any) -> jax.Array:
             model = nnx.merge(graphdef, params, state.fixed)
-            return training_loss(model, batch, jax.random.fold_in(key, state.step), request_gap_dropout)
+            step_key = jax.random.fold_in(key, state.step)
+            return training_loss(model, batch, step_key, request_gap_dropout, loss_function)
 
         loss, gradients = jax.value_and_grad(loss_of)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
-        return TrainState(params, state.fixed, opt_state, state.step + 1), metrics
+        state = TrainState(params, state.fixed, opt_state, state.step + 1)
+        return jax.lax.with_sharding_constraint(state, state_sharding(state, mesh)), metrics
 
     return step

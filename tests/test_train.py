@@ -16,7 +16,8 @@ from jaxrec.evaluate import jit_scorer, model_logits, rank_cases
 from jaxrec.metrics import hit_rate
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.prepare import PreparedData, prepare
-from jaxrec.steps import data_mesh, initial_state, make_optimizer, make_train_step
+from jaxrec.sharding import data_mesh
+from jaxrec.steps import initial_state, make_optimizer, make_train_step
 from jaxrec.train import Trained, TrainingError, load_trained, train_model
 from tests.synthetic import markov_log, random_log, shuffled_items
 
@@ -114,7 +115,7 @@ def test_early_stopping(data: PreparedData, tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_with_the_step(data: PreparedData, tmp_path: Path) -> None:
     model = TimeRatingAwareLSTM(20, MODEL, rngs=nnx.Rngs(0))
     model.item_embedding[...] = model.item_embedding[...] * np.inf
-    with pytest.raises(TrainingError, match=r"are not finite from step 0 on \(epoch 0\); no epoch was finished"):
+    with pytest.raises(TrainingError, match=r"is not finite at step 0 \(epoch 0\); no checkpoint was made yet"):
         train_model(model, data, TRAIN, tmp_path, "test")
 
 
@@ -142,7 +143,8 @@ from jaxrec.batches import TrainingData
 from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.prepare import prepare
-from jaxrec.steps import data_mesh, initial_state, make_optimizer, make_train_step
+from jaxrec.sharding import data_mesh
+from jaxrec.steps import initial_state, make_optimizer, make_train_step
 from tests.synthetic import random_log
 
 assert len(jax.devices()) == 8

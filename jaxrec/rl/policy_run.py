@@ -21,11 +21,10 @@ from jaxrec.files import new_directory, read_json, sha256
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.reinforce import new_learner
 from jaxrec.rl.train_policy import PolicyOutcome, train_policy
-from jaxrec.runs import EVALUATION_FILE, Run, load_supervised, open_run
+from jaxrec.runs import EVALUATION_FILE, POLICY_FOLDER, Run, load_supervised, open_run
 from jaxrec.schema import DataError
 
 SCHEMA_VERSION = 1
-POLICY_FOLDER = "policy"
 POLICY_FILE = "policy.json"
 VARIABLES_FILE = "policy.npz"
 LOG_FILE = "log.jsonl"

@@ -1,0 +1,46 @@
+"""One training run in several operating-system processes (on one host or many), tied together by `jax.distributed`.
+
+Every process runs the same program on the same prepared data, and works on its share of each batch. The first one
+writes the logs; all write their parts of a checkpoint, so the run directory is on storage that all of them see.
+"""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+HEARTBEAT_SECONDS = 20  # a process that was silent for so long counts as dead
+
+
+def join(coordinator: str, process_count: int, process_index: int) -> None:
+    """Makes this process one of `process_count`; the first one listens at `coordinator` (host:port).
+
+    To be called before anything uses a device.
+    """
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is handled by `jaxrec.stopping`
+    jax.distributed.initialize(coordinator, process_count, process_index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what only one may write."""
+    return jax.process_index() == 0
+
+
+def any_process(*flags: bool) -> tuple[bool, ...]:
+    """For each flag whether some process has set it. All processes have to call this at the same point."""
+    if jax.process_count() == 1:
+        return flags
+    return tuple(bool(flag) for flag in multihost_utils.process_allgather(np.asarray(flags)).any(axis=0))
+
+
+def of_first(values: dict[str, float]) -> dict[str, float]:
+    """The first process' values, in every process: decisions that hang on them agree to the last bit."""
+    if jax.process_count() == 1:
+        return values
+    numbers = multihost_utils.broadcast_one_to_all(np.asarray(list(values.values()), np.float64).view(np.uint32))
+    return dict(zip(values, np.asarray(numbers).view(np.float64).tolist(), strict=True))
+
+
+def wait_for_all(point: str) -> None:
+    """Returns when every process has come to the point of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(point)
