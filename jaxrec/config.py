@@ -56,7 +56,7 @@ class ModelConfig:
     hidden: int = 128
     rating_width: int = 8
     time_width: int = 8
-    max_length: int = 100
+    max_length: int = 200
     input_dropout: float = 0.2
     output_dropout: float = 0.3
 

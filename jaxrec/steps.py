@@ -72,7 +72,19 @@ def training_loss(
     outputs, _ = model.encode(batch.events, item_vectors, key=jax.random.fold_in(key, 0), starts=batch.starts)
     hidden = jax.random.bernoulli(jax.random.fold_in(key, 1), request_gap_dropout, batch.target_gap.shape)
     queries = model.query(outputs, jnp.where(hidden, UNKNOWN_GAP, batch.target_gap))
-    return loss(queries, item_vectors, model.item_bias(), batch.target, batch.target > 0)
+    return loss(queries, item_vectors, model.item_bias(), batch.target, batch.target > 0, seen_items(batch))
+
+
+def seen_items(batch: TrainBatch) -> jax.Array:
+    """[batch, length, length] int32: the items of the window up to each position, without its target (0 = none).
+
+    They are never recommended, so the softmax need not learn to leave them out.
+    """
+    item, target = jnp.asarray(batch.events.item), jnp.asarray(batch.target)
+    window = jnp.cumsum(jnp.asarray(batch.starts), axis=1)
+    position = jnp.arange(item.shape[1])
+    seen = (position[None, :] <= position[:, None]) & (window[:, :, None] == window[:, None, :])
+    return jnp.where(seen & (item[:, None, :] != target[:, :, None]), item[:, None, :], 0)
 
 
 def make_train_step(

@@ -32,7 +32,7 @@ def test_the_item_matrix_is_stored_once(exported) -> None:
     for graph in (exported.sequence_bytes, exported.step_bytes):
         model = onnx.load_from_string(graph)
         large = [array.name for array in model.graph.initializer if 61 in array.dims]
-        assert sorted(large) == ["item_bias", "item_vectors"]
+        assert sorted(large) == ["item_bias", "item_vectors", "neighbour_item", "neighbour_weight"]
 
 
 def test_excluded_items_are_never_answered(exported) -> None:

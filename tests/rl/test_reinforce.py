@@ -137,7 +137,9 @@ def bandit_states(seed: int, shuffled: bool = False) -> States:
 def bandit_scoring() -> Scoring:
     vectors = jax.random.normal(jax.random.key(5), (CONTEXTS + 1, CONTEXTS))
     bias = jnp.zeros(CONTEXTS + 1).at[0].set(NEVER)
-    return Scoring(0.1 * vectors, bias, RewardTables(jnp.zeros((CONTEXTS + 1, 1)), jnp.full(CONTEXTS + 1, 0.5)))
+    nobody = jnp.zeros((CONTEXTS + 1, 1))
+    tables = RewardTables(jnp.zeros((CONTEXTS + 1, 1)), jnp.full(CONTEXTS + 1, 0.5))
+    return Scoring(0.1 * vectors, bias, nobody.astype(jnp.int32), nobody, tables)
 
 
 class Bandit:
