@@ -4,11 +4,18 @@ Every process runs the same program on the same prepared data, and works on its 
 writes the logs; all write their parts of a checkpoint, so the run directory is on storage that all of them see.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 HEARTBEAT_SECONDS = 20  # a process that was silent for so long counts as dead
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run is gone. Nothing that involves all of them can end well: leave without it."""
 
 
 def join(coordinator: str, process_count: int, process_index: int) -> None:
@@ -17,6 +24,7 @@ def join(coordinator: str, process_count: int, process_index: int) -> None:
     To be called before anything uses a device.
     """
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is handled by `jaxrec.stopping`
+    jax.config.update("jax_enable_recoverability", True)  # the death of one is an error in the others, not an abort
     jax.distributed.initialize(coordinator, process_count, process_index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 
 
@@ -44,3 +52,14 @@ def wait_for_all(point: str) -> None:
     """Returns when every process has come to the point of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(point)
+
+
+@contextlib.contextmanager
+def noticing_loss() -> Iterator[None]:
+    """Turns the error of a collective or a barrier whose other side is gone into ProcessLost."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, TimeoutError) as error:
+        if jax.process_count() == 1:
+            raise
+        raise ProcessLost(str(error).splitlines()[0]) from error
