@@ -5,7 +5,10 @@ writes the logs; all write their parts of a checkpoint, so the run directory is 
 """
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -63,3 +66,21 @@ def noticing_loss() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         raise ProcessLost(str(error).splitlines()[0]) from error
+
+
+def leave() -> None:
+    """Ends what `join` began, when all processes have come here; the first, which the others talk to, goes last."""
+    if jax.process_count() == 1:
+        return
+    wait_for_all("every process is done")
+    if is_first():
+        with multihost_utils.live_devices(jax.devices()):  # waits for those that are still there
+            pass
+    jax.distributed.shutdown()
+
+
+def leave_at_once() -> NoReturn:
+    """Ends this process with exit status 1 where another one is gone: an orderly end would wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
