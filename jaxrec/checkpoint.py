@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jaxrec.processes import ProcessLost
 from jaxrec.schema import DataError
 from jaxrec.steps import TrainState
 
@@ -118,5 +119,6 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        if not isinstance(value, ProcessLost):  # else there would be nobody to finish with
+            self._manager.wait_until_finished()
+            self._manager.close()

@@ -11,7 +11,7 @@ from jaxrec.distributed.command import prepare_distributed
 from jaxrec.export.errors import ExportError
 from jaxrec.fetch import BASE_URL, DATASETS
 from jaxrec.fetch import fetch as fetch_archive
-from jaxrec.processes import join
+from jaxrec.processes import ProcessLost, join, leave, leave_at_once
 from jaxrec.runs import extend_run, train_run
 from jaxrec.schema import DataError
 from jaxrec.stopping import TrainingStopped, stop_on_signals
@@ -152,6 +152,10 @@ def train(
             train_run(data, out, model_config, train_config, resume, checkpoints, item_shards, stop)
         except TrainingStopped as stopped:
             click.echo(f"{stopped}; go on with: jaxrec train --out {out} --resume")
+        except ProcessLost as lost:
+            click.echo(f"Error: another process is gone ({lost}); go on with all of them: --resume", err=True)
+            leave_at_once()
+        leave()
 
 
 def _changes_on_resume(context: click.Context, config: TrainConfig) -> dict[str, object]:

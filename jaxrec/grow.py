@@ -27,10 +27,10 @@ def restored_state(
     same_data = saved.data_version == now.data_version
     if same_data and saved.item_rows == now.item_rows:
         return checkpoints.restore(number, like)
-    kernel_rows = max(1, len(saved.genres))
 
     def saved_shape(path: tuple[Any, ...], leaf: jax.Array) -> jax.ShapeDtypeStruct:
-        shape = (kernel_rows, *leaf.shape[1:]) if _has_genre_rows(path) else leaf.shape
+        other_genres = _has_genre_rows(path) and not same_data
+        shape = (max(1, len(saved.genres)), *leaf.shape[1:]) if other_genres else leaf.shape
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
 
     restored = checkpoints.restore(number, jax.tree_util.tree_map_with_path(saved_shape, like), exact=False)
@@ -39,7 +39,7 @@ def restored_state(
     def fit(path: tuple[Any, ...], old: jax.Array, new: jax.Array) -> jax.Array:
         if is_item_table(path):
             return _first_rows(old, new, saved.items + 1)
-        return _rows_from(old, new, genre_sources) if _has_genre_rows(path) else old
+        return _rows_from(old, new, genre_sources) if _has_genre_rows(path) and not same_data else old
 
     fitted: TrainState = jax.jit(
         lambda old, new: jax.tree_util.tree_map_with_path(fit, old, new),

@@ -19,7 +19,7 @@ from jaxrec.evaluate import jit_scorer, model_logits, rank_cases
 from jaxrec.grow import restored_state
 from jaxrec.metrics import ndcg
 from jaxrec.prepare import PreparedData
-from jaxrec.processes import any_process, is_first, of_first
+from jaxrec.processes import any_process, is_first, noticing_loss, of_first
 from jaxrec.schema import DataError
 from jaxrec.sharding import (
     DATA_AXIS,
@@ -75,7 +75,8 @@ def train_model(
     with Checkpoints(folder / CHECKPOINT_FOLDER, checkpoint_config.keep) as checkpoints:
         training = _Training(model, data, config, mesh or data_mesh(), checkpoints, checkpoint_config, stop)
         training.restore(data_version)
-        with TrainingLog(folder, name, training.progress.step, training.last_step(), enabled=is_first()) as log:
+        log = TrainingLog(folder, name, training.progress.step, training.last_step(), enabled=is_first())
+        with log, noticing_loss():
             training.run(log)
         return Trained(training.best_model(), training.progress.epochs)
 
