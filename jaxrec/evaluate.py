@@ -74,19 +74,22 @@ def rank_cases(scorer: Scorer, data: PreparedData, cases: Cases, max_length: int
     return Ranked(np.concatenate(ranks)[: len(cases)], np.concatenate(tops)[: len(cases)])
 
 
-def ranks_by_request_time(model: TimeRatingAwareLSTM, data: PreparedData, cases: Cases) -> np.ndarray:
+def ranks_by_request_time(
+    model: TimeRatingAwareLSTM, data: PreparedData, cases: Cases, before_batch: Callable[[], None] = lambda: None
+) -> np.ndarray:
     """[2, cases] int32: the target's rank without and with the request time. The history is read once for both, and
-    cases with histories of like length go together."""
+    cases with histories of like length go together. `before_batch` is called before each batch."""
     graphdef, variables = nnx.split(model)
     max_length = model.config.max_length
     lengths = np.minimum(cases.rows - data.histories.offsets[cases.users], max_length)
     ranks = np.empty((2, len(cases)), np.int32)
     for shortest, longest in itertools.pairwise([0, *(n for n in LENGTHS if n < max_length), max_length]):
         chosen = np.flatnonzero((lengths > shortest) & (lengths <= longest))
-        batches = case_batches(data, Cases(cases.users[chosen], cases.rows[chosen]), longest)
-        found = [
-            np.asarray(_both_ranks(graphdef, variables, b.events, b.request_gap, b.target, b.exclude)) for b in batches
-        ]
+        found = []
+        for batch in case_batches(data, Cases(cases.users[chosen], cases.rows[chosen]), longest):
+            before_batch()
+            asked = batch.events, batch.request_gap, batch.target, batch.exclude
+            found.append(np.asarray(_both_ranks(graphdef, variables, *asked)))
         if found:
             ranks[:, chosen] = np.concatenate(found, axis=1)[:, : len(chosen)]
     return ranks

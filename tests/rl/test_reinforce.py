@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxrec.config import RewardWeights, RLConfig
+from jaxrec.models.cooccurrence import RECENT
 from jaxrec.models.sequence import NEVER
 from jaxrec.rl.policy import sample_slates, slate_logprobs
 from jaxrec.rl.reinforce import (
@@ -161,7 +162,8 @@ class Bandit:
         head = nnx.merge(self._graphdef, self._learner.head)
         values = []
         for context in range(CONTEXTS):
-            logits = policy_logits(head, jnp.eye(CONTEXTS)[context], bandit_scoring())
+            nothing = jnp.zeros((1, RECENT), jnp.int32)
+            logits = policy_logits(head, jnp.eye(CONTEXTS)[context][None], nothing, bandit_scoring())[0]
             of_items = jnp.zeros(CONTEXTS + 1).at[1 + (context + np.arange(3)) % CONTEXTS].set(jnp.float32(SHARES))
             values.append(float(expected_reward(logits, of_items, 3)))
         return float(np.mean(values))
