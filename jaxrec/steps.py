@@ -13,11 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrec.batches import TrainBatch
 from jaxrec.config import TrainConfig
-from jaxrec.losses import next_item_loss
+from jaxrec.host_memory import keep_freed_memory
+from jaxrec.losses import next_item_loss, sampled_softmax_loss
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.schema import UNKNOWN_GAP
 
 DATA_AXIS = "data"
+FULL_SOFTMAX_ITEMS = 100_000  # the largest catalogue whose softmax is computed in full unless the configuration says so
+SAMPLED_ITEMS = 8192
 Model = TypeVar("Model", bound=TimeRatingAwareLSTM)
 
 
@@ -57,16 +60,31 @@ def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     return Mesh(np.asarray(devices or jax.devices()), (DATA_AXIS,))
 
 
+def softmax_sample(item_count: int, sampled_items: int | None) -> int:
+    """How many items estimate the softmax's normalizer in a step; 0: it is computed in full."""
+    if sampled_items is None:
+        sampled_items = SAMPLED_ITEMS if item_count > FULL_SOFTMAX_ITEMS else 0
+    return sampled_items if sampled_items < item_count else 0
+
+
 def training_loss(
-    model: TimeRatingAwareLSTM, batch: TrainBatch, key: jax.Array, request_gap_dropout: float
+    model: TimeRatingAwareLSTM,
+    batch: TrainBatch,
+    key: jax.Array,
+    request_gap_dropout: float,
+    sampled_items: int | None = None,
 ) -> jax.Array:
     """Next-item loss of every position; each request gap is hidden with the given probability, so that one model
-    answers with and without a request time."""
+    answers with and without a request time. `sampled_items` as in TrainConfig."""
     item_vectors = model.item_vectors()
     outputs, _ = model.encode(batch.events, item_vectors, key=jax.random.fold_in(key, 0), starts=batch.starts)
     hidden = jax.random.bernoulli(jax.random.fold_in(key, 1), request_gap_dropout, batch.target_gap.shape)
     queries = model.query(outputs, jnp.where(hidden, UNKNOWN_GAP, batch.target_gap))
-    return next_item_loss(queries, item_vectors, model.item_bias(), batch.target, batch.target > 0)
+    arguments = (queries, item_vectors, model.item_bias(), batch.target, batch.target > 0)
+    sampled = softmax_sample(len(item_vectors) - 1, sampled_items)
+    return (
+        sampled_softmax_loss(*arguments, sampled, jax.random.fold_in(key, 2)) if sampled else next_item_loss(*arguments)
+    )
 
 
 def make_train_step(
@@ -74,8 +92,14 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     request_gap_dropout: float,
+    sampled_items: int | None = None,
 ) -> StepFunction:
-    """step(state, batch, key) -> (state, {loss, gradient_norm}). The key is the run's; the step number is folded in."""
+    """step(state, batch, key) -> (state, {loss, gradient_norm}). The key is the run's; the step number is folded in.
+
+    On a CPU the process keeps freed memory from now on (`jaxrec.host_memory`). `sampled_items` as in TrainConfig.
+    """
+    if mesh.devices.flat[0].platform == "cpu":
+        keep_freed_memory()
     replicated, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
     @functools.partial(
@@ -84,7 +108,8 @@ def make_train_step(
     def step(state: TrainState, batch: TrainBatch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         def loss_of(params: Any) -> jax.Array:
             model = nnx.merge(graphdef, params, state.fixed)
-            return training_loss(model, batch, jax.random.fold_in(key, state.step), request_gap_dropout)
+            step_key = jax.random.fold_in(key, state.step)
+            return training_loss(model, batch, step_key, request_gap_dropout, sampled_items)
 
         loss, gradients = jax.value_and_grad(loss_of)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

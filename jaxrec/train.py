@@ -66,7 +66,7 @@ def train_model(
     optimizer = make_optimizer(config, steps * config.max_epochs)
     graphdef, state = initial_state(model, optimizer)
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    step = make_train_step(graphdef, optimizer, mesh, config.request_gap_dropout)
+    step = make_train_step(graphdef, optimizer, mesh, config.request_gap_dropout, config.sampled_items)
     epochs: list[dict[str, Any]] = []
     with Checkpoints(folder / CHECKPOINT_FOLDER, METRIC) as checkpoints:
         latest = checkpoints.latest_epoch()
