@@ -63,7 +63,9 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Training of one sequence model. `patience`: epochs without a better validation NDCG@10 before it stops."""
+    """Training of one sequence model. `patience`: epochs without a better validation NDCG@10 before it stops.
+    `sampled_items`: how many items estimate the softmax's normalizer in a step; 0: all of them are computed; None: by
+    the catalogue's size (`jaxrec.steps.softmax_sample`)."""
 
     seed: int = 0
     max_epochs: int = 20
@@ -74,6 +76,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     request_gap_dropout: float = 0.5
+    sampled_items: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
