@@ -51,9 +51,12 @@ def trained(small_data: PreparedData, supervised: Hybrid, tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("rl")
     write_prepared(small_data, folder / "data")
     description = {
-        "schema_version": 1,
+        "schema_version": 2,
         "data": str(folder / "data"),
         "data_sha256": sha256(folder / "data/prepared.json"),
+        "data_version": 0,
+        "items": len(small_data.catalog),
+        "items_sha256": "",
         "model": to_json(supervised.lstm.config),
         "train": to_json(TrainConfig()),
     }
