@@ -105,3 +105,24 @@ def test_a_markov_log_is_learned_from_samples(tmp_path: Path) -> None:
     model = train_model(TimeRatingAwareLSTM(40, config, rngs=nnx.Rngs(0)), data, training, tmp_path, "test").model
     ranks = rank_cases(jit_scorer(model, model_logits), data, data.split.test, 16, request_time=False).ranks
     assert hit_rate(ranks, 3).mean() > 0.75  # at best 0.9 and a little
+
+
+@pytest.mark.parametrize("positions", [7, 300])
+def test_excluded_items_are_no_candidates(positions: int) -> None:
+    """Equal to the softmax over the other items, in value and gradients; the excluded ones get none."""
+    rng = np.random.default_rng(positions)
+    queries, vectors, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((positions, 4), (9, 4), (9,)))
+    target = rng.integers(1, 9, positions).astype(np.int32)
+    where = rng.random(positions) < 0.8
+    exclude = rng.integers(0, 9, (positions, 3)).astype(np.int32)
+    exclude = np.where(exclude == target[:, None], 0, exclude)
+
+    def plain(queries: jax.Array, vectors: jax.Array, bias: jax.Array) -> jax.Array:
+        logits = (queries @ vectors.T + bias).at[np.arange(positions)[:, None], exclude].set(-jnp.inf)
+        losses = -jax.nn.log_softmax(logits)[np.arange(positions), target]
+        return jnp.sum(jnp.where(where, losses, 0.0)) / where.sum()
+
+    expected = jax.value_and_grad(plain, argnums=(0, 1, 2))(queries, vectors, bias)
+    found = jax.value_and_grad(next_item_loss, argnums=(0, 1, 2))(queries, vectors, bias, target, where, exclude)
+    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-6)
