@@ -51,11 +51,7 @@ def trained(small_data: PreparedData, supervised: Hybrid, tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("rl")
     write_prepared(small_data, folder / "data")
     description = {
-<<<<<<< HEAD
         "schema_version": SCHEMA_VERSION,
-=======
-        "schema_version": 2,
->>>>>>> trainer
         "data": str(folder / "data"),
         "data_sha256": sha256(folder / "data/prepared.json"),
         "data_version": 0,
