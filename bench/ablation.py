@@ -120,9 +120,9 @@ def write_table(work: Path, names: list[str], seeds: int) -> None:
     lines = [
         "# Ablation\n",
         f"`python bench/ablation.py {' '.join(without_folder(a) for a in sys.argv[1:])}` at commit {commit()}. "
-        f"TimeRatingAwareContentModel alone, leave-one-out, {seeds} seed(s); NDCG@10 / HR@10, without and then with the "
-        "request time. One standard error of NDCG@10 over these cases is about .008: read the validation column for choices, small "
-        "differences for nothing.",
+        f"TimeRatingAwareContentModel alone, leave-one-out, {seeds} seed(s); NDCG@10 / HR@10, without, then with the "
+        "request time. One standard error of NDCG@10 over these cases is about .008: choices were made on validation, "
+        "and small differences say nothing.",
     ]
     for name in names:
         lines += [f"\n## {name}\n", "| | validation | test | epochs |", "|---|---|---|---|"]

@@ -68,8 +68,8 @@ class TrainConfig:
     the catalogue's size (`jaxrec.steps.softmax_sample`)."""
 
     seed: int = 0
-    max_epochs: int = 20
-    patience: int = 4
+    max_epochs: int = 16
+    patience: int = 6
     batch_tokens: int = 1600
     learning_rate: float = 3e-3
     warmup_fraction: float = 0.05

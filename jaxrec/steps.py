@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -13,7 +14,7 @@ from jaxrec.batches import TrainBatch
 from jaxrec.config import TrainConfig
 from jaxrec.host_memory import keep_freed_memory
 from jaxrec.losses import next_item_loss, sampled_softmax_loss
-from jaxrec.models.sequence import TimeRatingAwareLSTM
+from jaxrec.models.sequence import NEVER, TimeRatingAwareLSTM
 from jaxrec.schema import UNKNOWN_GAP
 from jaxrec.sharded_loss import Loss, loss_over
 from jaxrec.sharding import state_sharding, with_item_rows
@@ -76,9 +77,14 @@ def training_loss(
     request_gap_dropout: float,
     loss: Loss = next_item_loss,
     sampled_items: int | None = None,
+    trained_items: np.ndarray | None = None,
 ) -> jax.Array:
     """Next-item loss of every position; each request gap is hidden with the given probability, so that one model
-    answers with and without a request time. `loss` is that of the full softmax; `sampled_items` as in TrainConfig."""
+    answers with and without a request time. `loss` is that of the full softmax; `sampled_items` as in TrainConfig.
+
+    `trained_items` [items + 1] bool: the candidates of the full softmax. An item that nobody has taken yet is none, or
+    training would teach its vector and its bias that it is never taken.
+    """
     item_vectors = model.item_vectors()
     outputs, _ = model.encode(batch.events, item_vectors, key=jax.random.fold_in(key, 0), starts=batch.starts)
     hidden = jax.random.bernoulli(jax.random.fold_in(key, 1), request_gap_dropout, batch.target_gap.shape)
@@ -88,6 +94,10 @@ def training_loss(
     if sampled:
         # A sample seldom meets the few items of a history, so they stay in.
         return sampled_softmax_loss(*arguments, sampled, jax.random.fold_in(key, 2))
+    if trained_items is not None:
+        rows = np.zeros(len(item_vectors), bool)  # more than items where the tables are split over devices
+        rows[: len(trained_items)] = trained_items
+        arguments = (*arguments[:2], jnp.where(rows, arguments[2], NEVER), *arguments[3:])
     return loss(*arguments, seen_items(batch))
 
 
@@ -109,11 +119,13 @@ def make_train_step(
     mesh: Mesh,
     request_gap_dropout: float,
     sampled_items: int | None = None,
+    trained_items: np.ndarray | None = None,
 ) -> StepFunction:
     """step(state, batch, key) -> (state, {loss, gradient_norm}). The key is the run's; the step number is folded in.
 
     The state is donated, and stays laid out over the mesh as `state_sharding` says. On a CPU the process keeps freed
-    memory from now on (`jaxrec.host_memory`). `sampled_items` as in TrainConfig.
+    memory from now on (`jaxrec.host_memory`). `sampled_items` and `trained_items` as in
+    `training_loss`.
     """
     if mesh.devices.flat[0].platform == "cpu":
         keep_freed_memory()
@@ -124,7 +136,9 @@ def make_train_step(
         def loss_of(params: Any) -> jax.Array:
             model = nnx.merge(graphdef, params, state.fixed)
             step_key = jax.random.fold_in(key, state.step)
-            return training_loss(model, batch, step_key, request_gap_dropout, loss_function, sampled_items)
+            return training_loss(
+                model, batch, step_key, request_gap_dropout, loss_function, sampled_items, trained_items
+            )
 
         loss, gradients = jax.value_and_grad(loss_of)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

@@ -132,7 +132,10 @@ class _Training(Generic[Model]):
         rows = item_rows(len(data.catalog), mesh)
         self.graphdef, state = initial_state(model, optimizer, rows)
         self.state = put(state, state_sharding(state, mesh))
-        self.step = make_train_step(self.graphdef, optimizer, mesh, config.request_gap_dropout, config.sampled_items)
+        trained_items = data.train_popularity() > 0
+        self.step = make_train_step(
+            self.graphdef, optimizer, mesh, config.request_gap_dropout, config.sampled_items, trained_items
+        )
         self.compiled: Any = None
         self.compile_seconds = 0.0
         self.replicated = NamedSharding(mesh, PartitionSpec())
