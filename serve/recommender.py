@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from serve.artifact import Artifact
 from serve.engine import Engine, Provider, Ranking
-from serve.explain import Explanation, explain, explain_popularity
+from serve.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
 from serve.history import Event, KnownEvent, features, known_events
 
 POPULARITY = "popularity"
@@ -39,6 +39,8 @@ class Answer:
     policy: str
     ignored_event_count: int
     explanations: tuple[Explanation, ...]
+    log_propensities: tuple[float, ...] = ()
+    """Of each item given those above it; empty: 0 for all, since the same query gets the same answer."""
 
 
 class Recommender:
@@ -64,6 +66,10 @@ class Recommender:
             self._answer(query, history, next(rankings) if history else None)
             for query, history in zip(queries, histories, strict=True)
         ]
+
+    def explain(self, query: Query, items: NDArray[np.int32]) -> tuple[Explanation, ...]:
+        """Why these items, which the model answered to the query with at least one known event."""
+        return self._explain(query, known_events(query.events, self.catalog), items)
 
     def similar(self, item_id: str, k: int) -> Ranking:
         """The k nearest items by the cosine of the item vectors, in -1..1, without the item itself.
@@ -97,8 +103,7 @@ class Recommender:
         if query.explain and ranking is None:
             explanations = explain_popularity(items, self.catalog)
         elif query.explain:
-            fed = history[-self.info.max_history :]
-            explanations = explain(items, fed, self._unit_vectors, self.catalog, self.info.rating_scale)
+            explanations = self._explain(query, history, items)
         return Answer(
             items=items,
             scores=scores,
@@ -106,6 +111,27 @@ class Recommender:
             ignored_event_count=len(query.events) - len(history),
             explanations=explanations,
         )
+
+    def _explain(
+        self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]
+    ) -> tuple[Explanation, ...]:
+        asked = history[-ASKED_EVENTS:]
+        influences = self._influences(query, history, items) if len(history) > 1 and len(items) else None
+        return explain(items, asked, influences, self._unit_vectors, self.catalog)
+
+    def _influences(
+        self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
+        """By how much each item's score is lower without each of the last events, `[items, events]`."""
+        exclude = [*self._indices(query.exclude_item_ids), *(event.item for event in history)]
+        kept = range(max(0, len(history) - ASKED_EVENTS), len(history))
+        rows = [features(history, query.request_time, exclude, self.info)]
+        rows += [features([*history[:at], *history[at + 1 :]], query.request_time, exclude, self.info) for at in kept]
+        scores = np.empty((len(rows), len(self.catalog) + 1), np.float32)
+        for row, ranking in zip(scores, self._engine.rank(rows, ASKED_ITEMS), strict=True):
+            row.fill(ranking.scores[-1])
+            row[ranking.items] = ranking.scores
+        return (scores[0] - scores[1:])[:, items].T
 
     def _most_popular(self, k: int, exclude: Sequence[int]) -> Ranking:
         # Among the first k + len(exclude) at most len(exclude) are dropped.

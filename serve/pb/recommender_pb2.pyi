@@ -311,8 +311,8 @@ class Explanation(_message.Message):
     """The same as a sentence in English. Never empty."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainingEvent]:
-        """The events that speak most for the item, strongest first, at most 3. Empty with
-        the policy `popularity`, and when no event speaks for the item.
+        """The events that speak most for the item, strongest first, at most 3 of the last 32.
+        Empty with the policy `popularity`, and when no event speaks for the item.
         """
 
     @_builtins.property
@@ -356,9 +356,9 @@ class ExplainingEvent(_message.Message):
     """Cosine of the two item vectors, -1 to 1 (the same direction)."""
     influence: _builtins.float
     """By how much the item's score would be lower if this event had not happened, above
-    0, in the unit of `Recommendation.score`. The model itself was asked: it answered
-    once more without the event. Absent: not asked, because the event is the only one
-    of the history or not among its last 32; then `similarity` alone speaks.
+    0, in the unit of `Recommendation.score`: the model itself answered once more
+    without the event. Absent: it was not asked, because the event is the only one of
+    the history, and `similarity` alone speaks.
     """
     @_builtins.property
     def shared_genres(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -836,9 +836,10 @@ class GetModelInfoResponse(_message.Message):
     max_k: _builtins.int
     """Largest `k` and `limit` that a request may ask for."""
     exploration_temperature: _builtins.float
-    """Temperature of the exploration: items are drawn without replacement with
-    probabilities in proportion to exp(score / temperature). 0: no exploration, the
-    same question gets the same answer.
+    """Temperature of the exploration: the items of an answer are drawn from the best 100,
+    or from as many as are asked for if that is more, without replacement, in
+    proportion to exp(score / temperature). 0: no exploration, the same question gets
+    the same answer.
     """
     @_builtins.property
     def rating_scale(self) -> Global___RatingScale:
