@@ -59,7 +59,7 @@ def run(model: Path, address: str, store: Path, provider: Provider, threads: int
     """
     # gRPC is not needed for the other command.
     from serve.server import AddressError, create_server
-    from serve.store import EventStore, StoreError
+    from serve.store import StoreError, open_store
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     stopped = threading.Event()
@@ -67,7 +67,7 @@ def run(model: Path, address: str, store: Path, provider: Provider, threads: int
         signal.signal(number, lambda *_: stopped.set())
     try:
         recommender = _load(model, provider, threads)
-        with EventStore(store) as events:
+        with open_store(store) as events:
             server = create_server(recommender, events, address)
             server.start()
             host = address.rpartition(":")[0]

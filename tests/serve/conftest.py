@@ -11,7 +11,7 @@ from serve.client import RecommenderClient
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.recommender import Recommender
 from serve.server import create_server
-from serve.store import EventStore
+from serve.store import EventStore, open_store
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def model(artifact: Artifact) -> Recommender:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[EventStore]:
-    with EventStore(tmp_path / "events.sqlite") as opened:
+    with open_store(tmp_path / "events.sqlite") as opened:
         yield opened
 
 
