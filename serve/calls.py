@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 REQUEST_ID_KEY = "x-request-id"
 LONGEST_REQUEST_ID = 128
 
-Handle = Callable[[bytes, grpc.ServicerContext], Any]
+Handle = Callable[[bytes, Any], Any]
 
 
 class Calls(grpc.ServerInterceptor):
@@ -60,9 +60,11 @@ class Calls(grpc.ServerInterceptor):
 
     def _around(self, method: str, handler: grpc.RpcMethodHandler) -> Handle:
         decode, answer = handler.request_deserializer, handler.unary_unary
+        assert answer is not None
         observe, log_calls = self._metrics.call, self._log_calls
 
-        def handle(message: bytes, context: grpc.ServicerContext) -> Any:
+        # `Any`: the types of grpc-stubs don't know `code`.
+        def handle(message: bytes, context: Any) -> Any:
             start = time.perf_counter()
             metadata = context.invocation_metadata()
             request_id = self._request_id(metadata)

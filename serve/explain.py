@@ -15,7 +15,7 @@ from serve.history import KnownEvent
 
 MOST_EVENTS = 3
 ASKED_EVENTS = 32
-"""So many of the last events are left out in turn: a bound for the cost of an explanation, one batch of so many rows."""
+"""So many of the last events are left out in turn, in one batch: a bound for the cost of an explanation."""
 ASKED_ITEMS = 1_000
 """An item that falls below so many others without an event counts as if it had the score of the last of them."""
 

@@ -1,4 +1,4 @@
-"""Showing now and then what is not the best, with known probabilities: without it a log cannot tell what else would do."""
+"""Showing now and then what is not the best, with known probabilities, so that the log can tell what else would do."""
 
 import threading
 from dataclasses import dataclass

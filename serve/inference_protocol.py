@@ -23,12 +23,12 @@ from serve.validate import MAX_BATCH, MAX_EXCLUDED_ITEMS, MAX_HISTORY_EVENTS, MA
 MODEL_NAME = "jaxrec"
 PLATFORM = "onnxruntime_onnx"
 # By ONNX Runtime's name of a type: the protocol's, NumPy's (little-endian, as in raw contents), and the typed field.
-_TYPES = {
+_TYPES: dict[str, tuple[str, np.dtype[Any], str]] = {
     "int32": ("INT32", np.dtype("<i4"), "int_contents"),
     "int64": ("INT64", np.dtype("<i8"), "int64_contents"),
     "float": ("FP32", np.dtype("<f4"), "fp32_contents"),
 }
-_INPUT_SHAPES = {
+_INPUT_SHAPES: dict[str, tuple[int, ...]] = {
     "item": (-1, -1),
     "rating": (-1, -1),
     "gap": (-1, -1),
@@ -76,7 +76,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         shapes = {"state": (-1, model.state_width), "items": (-1, -1), "scores": (-1, -1)}
         return pb.ModelMetadataResponse(
             name=MODEL_NAME,
-            versions=[model.info.model_version],
+            versions=self._models.versions(),
             platform=PLATFORM,
             inputs=[
                 tensor(name=name, datatype=_TYPES[dtype][0], shape=_INPUT_SHAPES[name])
@@ -97,9 +97,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         inputs = _decoded(request)
         _check(inputs, model)
         outputs = model.infer(inputs, wanted)
-        response = pb.ModelInferResponse(
-            model_name=MODEL_NAME, model_version=model.info.model_version, id=request.id
-        )
+        response = pb.ModelInferResponse(model_name=MODEL_NAME, model_version=model.info.model_version, id=request.id)
         for name, values in zip(wanted, outputs, strict=True):
             datatype, dtype, _ = _TYPES[SEQUENCE_OUTPUTS[name]]
             response.outputs.add(name=name, datatype=datatype, shape=values.shape)
@@ -131,7 +129,7 @@ def _tensor(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) ->
         raise InvalidRequest(f"{where}.datatype", datatype, repr(tensor.datatype[:80]))
     shape, expected = tuple(tensor.shape), _INPUT_SHAPES[tensor.name]
     if len(shape) != len(expected) or any(size != want for size, want in zip(shape, expected, strict=True) if want > 0):
-        raise InvalidRequest(f"{where}.shape", list(expected), list(shape[:8]))
+        raise InvalidRequest(f"{where}.shape", str(list(expected)), list(shape[:8]))
     if any(size < 1 for size in shape):
         raise InvalidRequest(f"{where}.shape", "sizes from 1 on", list(shape))
     # Python's numbers don't overflow, so a product of huge sizes is just wrong.
@@ -159,7 +157,7 @@ def _check(inputs: Mapping[str, NDArray[Any]], model: Recommender) -> None:
         raise InvalidRequest("inputs[item].shape", limits, [batch, longest])
     for name in ("rating", "gap"):
         if inputs[name].shape != item.shape:
-            raise InvalidRequest(f"inputs[{name}].shape", [batch, longest], list(inputs[name].shape))
+            raise InvalidRequest(f"inputs[{name}].shape", f"[{batch}, {longest}] as item", list(inputs[name].shape))
     for name in ("length", "request_gap", "exclude"):
         if inputs[name].shape[0] != batch:
             raise InvalidRequest(f"inputs[{name}].shape", f"{batch} rows as in item", inputs[name].shape[0])

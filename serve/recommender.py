@@ -1,7 +1,8 @@
 """Answers questions in raw ids with one model. Knows no gRPC and keeps nothing between calls."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,7 @@ class Recommender:
         self.catalog = artifact.catalog
         self._engine = Engine(artifact, provider, intra_op_threads)
         self.provider = self._engine.provider
+        self.state_width = self._engine.state_width
         lengths = np.linalg.norm(artifact.item_vectors, axis=1, keepdims=True)
         # Padding, and an item that was never trained, may have no direction; they resemble nothing.
         unit_vectors = artifact.item_vectors / np.where(lengths == 0, 1, lengths)
@@ -70,6 +72,10 @@ class Recommender:
     def explain(self, query: Query, items: NDArray[np.int32]) -> tuple[Explanation, ...]:
         """Why these items, which the model answered to the query with at least one known event."""
         return self._explain(query, known_events(query.events, self.catalog), items)
+
+    def infer(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        """As `Engine.run_sequence`: for those who bring features of their own."""
+        return self._engine.run_sequence(inputs, outputs)
 
     def similar(self, item_id: str, k: int) -> Ranking:
         """The k nearest items by the cosine of the item vectors, in -1..1, without the item itself.
@@ -119,9 +125,7 @@ class Recommender:
         influences = self._influences(query, history, items) if len(history) > 1 and len(items) else None
         return explain(items, asked, influences, self._unit_vectors, self.catalog)
 
-    def _influences(
-        self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]
-    ) -> NDArray[np.float32]:
+    def _influences(self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]) -> NDArray[np.float32]:
         """By how much each item's score is lower without each of the last events, `[items, events]`."""
         exclude = [*self._indices(query.exclude_item_ids), *(event.item for event in history)]
         kept = range(max(0, len(history) - ASKED_EVENTS), len(history))

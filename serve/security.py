@@ -6,7 +6,6 @@ checks need none. A method that is in no table needs `admin`.
 
 import hashlib
 import hmac
-import ipaddress
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from serve.addresses import is_loopback
 from serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ class Tls:
         )
 
     def _contents(self) -> tuple[bytes, bytes, bytes | None]:
-        certificate = _pem(self.certificate, b"CERTIFICATE")
-        return certificate, _pem(self.key, b"PRIVATE KEY"), self.client_ca and _pem(self.client_ca, b"CERTIFICATE")
+        client_ca = None if self.client_ca is None else _pem(self.client_ca, b"CERTIFICATE")
+        return _pem(self.certificate, b"CERTIFICATE"), _pem(self.key, b"PRIVATE KEY"), client_ca
 
 
 def _pem(path: Path, kind: bytes) -> bytes:
@@ -173,7 +173,7 @@ class TokenInterceptor(grpc.ServerInterceptor):
             return continuation(handler_call_details)
         given = [value for key, value in handler_call_details.invocation_metadata if key == "authorization"]
         # Of several headers, which one counts would be anybody's guess.
-        rights = self._tokens.rights(given[0]) if len(given) == 1 else None
+        rights = self._tokens.rights(str(given[0])) if len(given) == 1 else None
         if rights is None:
             self._metrics.rejected("unauthenticated")
             return self._unauthenticated
@@ -202,18 +202,5 @@ def check_exposure(address: str, encrypted: bool, authenticated: bool, allow_ins
         what for what, there in (("TLS", encrypted), ("tokens or client certificates", authenticated)) if not there
     )
     raise SecurityError(
-        f"{address} can be reached from other machines, and there is no {missing}; if that is meant, allow it explicitly"
+        f"{address} can be reached from other machines, and there is no {missing}; allow it if that is meant"
     )
-
-
-def is_loopback(address: str) -> bool:
-    """Whether HOST:PORT, or a Unix socket, can be reached from this machine only."""
-    if address.startswith("unix:"):
-        return True
-    host = address.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -84,7 +84,9 @@ def create_server(
     check_exposure(address, tls is not None, authenticated, allow_insecure)
     metrics = metrics or Metrics()
     calls = Calls(metrics, tracer_of_the_process(), log_calls)
-    interceptors = [calls] if tokens is None else [TokenInterceptor(tokens, metrics), calls]
+    interceptors: list[grpc.ServerInterceptor] = (
+        [calls] if tokens is None else [TokenInterceptor(tokens, metrics), calls]
+    )
     # By default two servers could share a port, and a forgotten old one would answer every other call.
     server = grpc.server(ThreadPoolExecutor(workers), interceptors=interceptors, options=[("grpc.so_reuseport", 0)])
     servicer = RecommenderServicer(models, store, metrics, exploration)

@@ -41,6 +41,9 @@ class Models(Protocol):
     def version(self, model_version: str) -> Recommender:
         """One loaded version, or with "" the one that answers most; raises UnknownModel."""
 
+    def versions(self) -> Sequence[str]:
+        """The loaded versions, the one that answers most first."""
+
 
 class OneModel:
     """One model for all."""
@@ -56,6 +59,9 @@ class OneModel:
         if model_version not in ("", loaded):
             raise UnknownModel(f"the version {model_version!r} is not loaded, {loaded!r} is")
         return self._model
+
+    def versions(self) -> Sequence[str]:
+        return [self._model.info.model_version]
 
 
 class _Asked(NamedTuple):
@@ -92,12 +98,11 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
             _Asked(single.user_id, query, model)
             for single, query, model in zip(request.requests, queries, models, strict=True)
         ]
-        responses: list[pb.RecommendResponse | None] = [None] * len(asked)
+        responses: dict[int, pb.RecommendResponse] = {}
         for model in {id(model): model for model in models}.values():
             places = [at for at, one in enumerate(asked) if one.model is model]
-            for at, response in zip(places, self._answer(model, [asked[at] for at in places]), strict=True):
-                responses[at] = response
-        return pb.BatchRecommendResponse(responses=responses)
+            responses.update(zip(places, self._answer(model, [asked[at] for at in places]), strict=True))
+        return pb.BatchRecommendResponse(responses=[responses[at] for at in range(len(asked))])
 
     def _answer(self, model: Recommender, asked: Sequence[_Asked]) -> list[pb.RecommendResponse]:
         if self._exploration is None:
@@ -120,7 +125,10 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
                 )
             )
             self._metrics.answered(
-                answer.policy, answer.items, len(one.query.events) - answer.ignored_event_count, answer.ignored_event_count
+                answer.policy,
+                answer.items,
+                len(one.query.events) - answer.ignored_event_count,
+                answer.ignored_event_count,
             )
             responses.append(response)
         return responses
