@@ -52,6 +52,10 @@ class Features:
     exclude: NDArray[np.int32]
     """`[m]`, m >= 0, item indices that are never answered."""
 
+    def without_last(self) -> "Features":
+        """The history before its last event, of at least two; the same exclusions."""
+        return Features(self.item[:-1], self.rating[:-1], self.gap[:-1], -1.0, self.exclude)
+
 
 class Ranking(NamedTuple):
     """Items best first, at most as many as were asked for."""
@@ -202,9 +206,7 @@ def _padded(rows: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
     return padded
 
 
-def _state_width(
-    artifact: Artifact, sequence: onnxruntime.InferenceSession, step: onnxruntime.InferenceSession
-) -> int:
+def _state_width(artifact: Artifact, sequence: onnxruntime.InferenceSession, step: onnxruntime.InferenceSession) -> int:
     """The width of the state, which the graphs tell and nobody else knows."""
     widths = [
         node.shape[-1]
