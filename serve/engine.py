@@ -52,6 +52,10 @@ class Features:
     exclude: NDArray[np.int32]
     """`[m]`, m >= 0, item indices that are never answered."""
 
+    def without_last(self) -> "Features":
+        """The history before its last event, of at least two; the same exclusions."""
+        return Features(self.item[:-1], self.rating[:-1], self.gap[:-1], -1.0, self.exclude)
+
 
 class Ranking(NamedTuple):
     """Items best first, at most as many as were asked for."""

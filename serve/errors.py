@@ -9,6 +9,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from serve.batching import Cancelled, Expired, QueueFull
+from serve.loaded import UnknownModel
 from serve.recommender import UnknownItem
 from serve.store import StoreError
 from serve.validate import InvalidRequest
@@ -21,18 +23,6 @@ DETAILS_KEY = "grpc-status-details-bin"
 
 class UnknownUser(LookupError):
     """No event of a user is stored."""
-
-
-class UnknownModel(LookupError):
-    """A version, or a name, of a model that is not loaded."""
-
-
-class Overloaded(Exception):
-    """More requests wait than may; `retry_s` seconds from now it may be better."""
-
-    def __init__(self, retry_s: float) -> None:
-        super().__init__(f"too many requests wait for the model, try again in {retry_s:g} s")
-        self.retry_s = retry_s
 
 
 class Status(NamedTuple):
@@ -51,7 +41,9 @@ STATUS: dict[type[Exception], tuple[grpc.StatusCode, str | None]] = {
     UnknownItem: (grpc.StatusCode.NOT_FOUND, None),
     UnknownUser: (grpc.StatusCode.NOT_FOUND, None),
     UnknownModel: (grpc.StatusCode.NOT_FOUND, None),
-    Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, None),
+    QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, None),
+    Expired: (grpc.StatusCode.DEADLINE_EXCEEDED, None),
+    Cancelled: (grpc.StatusCode.CANCELLED, None),
     StoreError: (grpc.StatusCode.UNAVAILABLE, "the event store is not available"),
 }
 UNEXPECTED = (grpc.StatusCode.INTERNAL, "internal error")
@@ -80,8 +72,8 @@ def _details(error: Exception) -> Message | None:
     if isinstance(error, InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.reason)
         return error_details_pb2.BadRequest(field_violations=[violation])
-    if isinstance(error, Overloaded):
+    if isinstance(error, QueueFull):
         delay = Duration()
-        delay.FromNanoseconds(int(error.retry_s * 1e9))
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         return error_details_pb2.RetryInfo(retry_delay=delay)
     return None

@@ -2,7 +2,7 @@
 
 Shares and rates are left to the one who asks, as counters: the share of fallback answers is
 `rate(jaxrec_answers_total{policy="popularity"}[5m]) / rate(jaxrec_answers_total[5m])`, that of unknown items
-`rate(jaxrec_history_events_total{known="false"}[5m]) / rate(jaxrec_history_events_total[5m])`, and the feedback rate
+`rate(jaxrec_events_total{known="false"}[5m]) / rate(jaxrec_events_total[5m])`, and the feedback rate
 `rate(jaxrec_feedback_events_total[5m]) / rate(jaxrec_answers_total[5m])`.
 """
 
@@ -99,11 +99,12 @@ class Metrics:
         age.set_function(lambda: 0.0 if self._created is None else time.time() - self._created)
         self._answers = self._counter("answers_total", "Recommendations by what ranked them.", ("policy",))
         self._by_policy: dict[str, Counter] = {}
-        events = self._counter("history_events_total", "Events of the histories of answers.", ("known",))
+        events = self._counter(
+            "events_total", "Events recorded or sent along, by whether the item is known.", ("known",)
+        )
         self._known, self._unknown = events.labels("true"), events.labels("false")
         recorded = self._counter("recorded_events_total", "Events sent to be recorded.", ("result",))
         self._recorded, self._duplicate = recorded.labels("recorded"), recorded.labels("duplicate")
-        self._recorded_unknown = self._counter("recorded_unknown_items_total", "Recorded events on unknown items.")
         self._feedback = self._counter("feedback_events_total", "Recorded events that refer to a recommendation.")
         self._coverage = Coverage()
         coverage = self._gauge("catalogue_coverage_ratio", "Share of the catalogue shown in the last 10 to 20 minutes.")
@@ -120,23 +121,25 @@ class Metrics:
         """One call that was turned away before it was looked at: `unauthenticated`, `permission` or `overload`."""
         self._rejected.labels(reason).inc()
 
-    def answered(self, policy: str, items: NDArray[np.int32], known: int, unknown: int) -> None:
-        """One recommendation, the indices of its items, and its history's events on known and unknown items."""
+    def answered(self, policy: str, items: NDArray[np.int32]) -> None:
+        """One recommendation, and the indices of its items."""
         counter = self._by_policy.get(policy)
         if counter is None:
             counter = self._by_policy[policy] = self._answers.labels(policy)
         counter.inc()
         self._coverage.mark(items)
+
+    def events(self, known: int, unknown: int) -> None:
+        """Events that came in, by whether the model knows their items."""
         if known:
             self._known.inc(known)
         if unknown:
             self._unknown.inc(unknown)
 
-    def recorded(self, recorded: int, duplicates: int, unknown_items: int, feedback: int) -> None:
-        """Events of one RecordEvents call."""
+    def recorded(self, recorded: int, duplicates: int, feedback: int) -> None:
+        """Events of one RecordEvents call; `feedback` are those that refer to a recommendation."""
         self._recorded.inc(recorded)
         self._duplicate.inc(duplicates)
-        self._recorded_unknown.inc(unknown_items)
         self._feedback.inc(feedback)
 
     def reloaded(self, result: str) -> None:

@@ -7,12 +7,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from serve.calls import Calls
-from serve.exploration import Exploration
 from serve.inference_protocol import InferenceServicer
+from serve.loaded import Models
 from serve.metrics import Metrics
 from serve.pb import open_inference_pb2, open_inference_pb2_grpc, recommender_pb2, recommender_pb2_grpc
 from serve.security import Tls, TokenInterceptor, Tokens, check_exposure
-from serve.servicer import Models, RecommenderServicer
+from serve.servicer import RecommenderServicer
 from serve.store import EventStore
 from serve.tracing import tracer_of_the_process
 
@@ -66,7 +66,6 @@ def create_server(
     *,
     workers: int = WORKERS,
     metrics: Metrics | None = None,
-    exploration: Exploration | None = None,
     tls: Tls | None = None,
     tokens: Tokens | None = None,
     allow_insecure: bool = False,
@@ -89,7 +88,7 @@ def create_server(
     )
     # By default two servers could share a port, and a forgotten old one would answer every other call.
     server = grpc.server(ThreadPoolExecutor(workers), interceptors=interceptors, options=[("grpc.so_reuseport", 0)])
-    servicer = RecommenderServicer(models, store, metrics, exploration)
+    servicer = RecommenderServicer(models, store, metrics)
     recommender_pb2_grpc.add_RecommenderServicer_to_server(servicer, server)
     health_servicer = health.HealthServicer()
     inference = InferenceServicer(models)
