@@ -6,12 +6,13 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from serve.addresses import AddressError, check_exposure, host_and_port
 from serve.calls import Calls
 from serve.inference_protocol import InferenceServicer
 from serve.loaded import Models
 from serve.metrics import Metrics
 from serve.pb import open_inference_pb2, open_inference_pb2_grpc, recommender_pb2, recommender_pb2_grpc
-from serve.security import Tls, TokenInterceptor, Tokens, check_exposure
+from serve.security import Tls, TokenInterceptor, Tokens
 from serve.servicer import RecommenderServicer
 from serve.store import EventStore
 from serve.tracing import tracer_of_the_process
@@ -25,10 +26,6 @@ SERVICES = (SERVICE, open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferen
 # are answered. 32 workers got through 910 requests/s, 1 worker 1,010.
 WORKERS = 8
 DRAIN_S = 10.0
-
-
-class AddressError(Exception):
-    """The server cannot listen on an address."""
 
 
 class RecommenderServer:
@@ -70,19 +67,17 @@ def create_server(
     tokens: Tokens | None = None,
     allow_insecure: bool = False,
     log_calls: bool = False,
+    calls: Calls | None = None,
 ) -> RecommenderServer:
     """Binds `address` (HOST:PORT, with port 0 for a free one) for a server that is not started yet.
 
     Raises AddressError, and SecurityError for an address that others reach without TLS or authentication.
     """
-    # gRPC takes 99999 as the port 34463.
-    port_text = address.rpartition(":")[2]
-    if not (port_text.isascii() and port_text.isdecimal() and int(port_text) < 2**16):
-        raise AddressError(f"expected HOST:PORT with a port in 0..65535, came {address}")
+    host_and_port(address)
     authenticated = tokens is not None or (tls is not None and tls.client_ca is not None)
     check_exposure(address, tls is not None, authenticated, allow_insecure)
     metrics = metrics or Metrics()
-    calls = Calls(metrics, tracer_of_the_process(), log_calls)
+    calls = calls or Calls(metrics, tracer_of_the_process(), log_calls)
     interceptors: list[grpc.ServerInterceptor] = (
         [calls] if tokens is None else [TokenInterceptor(tokens, metrics), calls]
     )
