@@ -58,6 +58,7 @@ def run(model: Path, address: str, store: Path, provider: Provider, threads: int
     answers the calls under way, takes no new ones, and exits with 0.
     """
     # gRPC is not needed for the other command.
+    from serve.loaded import one_model
     from serve.server import AddressError, create_server
     from serve.store import StoreError, open_store
 
@@ -68,7 +69,7 @@ def run(model: Path, address: str, store: Path, provider: Provider, threads: int
     try:
         recommender = _load(model, provider, threads)
         with open_store(store) as events:
-            server = create_server(recommender, events, address)
+            server = create_server(one_model(recommender, events), events, address)
             server.start()
             host = address.rpartition(":")[0]
             click.echo(

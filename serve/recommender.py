@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from serve.artifact import Artifact
 from serve.engine import Engine, Provider, Ranking
-from serve.explain import Explanation, explain, explain_popularity
+from serve.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
 from serve.history import Event, KnownEvent, features, known_events
 
 POPULARITY = "popularity"
@@ -42,6 +42,8 @@ class Answer:
     policy: str
     ignored_event_count: int
     explanations: tuple[Explanation, ...]
+    log_propensities: tuple[float, ...] = ()
+    """Of each item given those above it; empty: 0 for all, since the same query gets the same answer."""
 
 
 class Recommender:
@@ -80,10 +82,7 @@ class Recommender:
     ) -> Answer:
         """The answer to a query whose items the model ranked; `history` is needed to explain it."""
         items, scores = ranking.items[: query.k], ranking.scores[: query.k]
-        explanations: tuple[Explanation, ...] = ()
-        if query.explain:
-            fed = history[-self.info.max_history :]
-            explanations = explain(items, fed, self._unit_vectors, self.catalog, self.info.rating_scale)
+        explanations = self._explain(query, history, items) if query.explain else ()
         return Answer(items, scores, self.info.policy, ignored_event_count, explanations)
 
     def popular(self, query: Query, ignored_event_count: int) -> Answer:
@@ -95,6 +94,36 @@ class Recommender:
         scores = self.catalog.popularity[items].astype(np.float32)
         explanations = explain_popularity(items, self.catalog) if query.explain else ()
         return Answer(items, scores, POPULARITY, ignored_event_count, explanations)
+
+    def explain(self, query: Query, items: NDArray[np.int32]) -> tuple[Explanation, ...]:
+        """Why these items, which the model answered to the query with at least one known event."""
+        return self._explain(query, known_events(query.events, self.catalog), items)
+
+    def _explain(
+        self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]
+    ) -> tuple[Explanation, ...]:
+        asked = history[-ASKED_EVENTS:]
+        influences = self._influences(query, history, items) if len(history) > 1 and len(items) else None
+        return explain(items, asked, influences, self._unit_vectors, self.catalog)
+
+    def _influences(self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]) -> NDArray[np.float32]:
+        """By how much each item's score is lower without each of the last events, `[items, events]`."""
+        exclude = [*self.indices(query.exclude_item_ids), *(event.item for event in history)]
+        kept = range(max(0, len(history) - ASKED_EVENTS), len(history))
+        rows = [features(history, query.request_time, exclude, self.info)]
+        rows += [features([*history[:at], *history[at + 1 :]], query.request_time, exclude, self.info) for at in kept]
+        differences = np.empty((len(items), len(kept)), np.float32)
+        whole, *others = (self._scores(ranking, items) for ranking in self.engine.rank(rows, ASKED_ITEMS))
+        for at, without in enumerate(others):
+            differences[:, at] = whole - without
+        return differences
+
+    @staticmethod
+    def _scores(ranking: Ranking, items: NDArray[np.int32]) -> NDArray[np.float32]:
+        """The items' scores in a ranking; those that are not in it have at most the last one's."""
+        place = np.argsort(ranking.items)
+        found = place[np.minimum(np.searchsorted(ranking.items, items, sorter=place), len(place) - 1)]
+        return np.where(ranking.items[found] == items, ranking.scores[found], ranking.scores[-1])
 
     def indices(self, item_ids: Sequence[str]) -> list[int]:
         """Item indices of the ids that the model knows."""
