@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from serve.recommender import Answer, Query
 
@@ -86,6 +86,21 @@ class Pending:
         return self.done
 
 
+class Loop(Protocol):
+    """A thread that serves many requests by turns, and must not sleep for one of them."""
+
+    def park(self, batcher: "Batcher", pending: Pending) -> None:
+        """Sets the caller aside until the request is done; the loop sees to that with `Batcher.drive`."""
+
+
+_of_thread = threading.local()
+
+
+def use_loop(loop: Loop) -> None:
+    """From now on requests of this thread are parked in `loop`."""
+    _of_thread.loop = loop
+
+
 class Batcher:
     """Answers single requests in batches, from any number of threads."""
 
@@ -119,12 +134,18 @@ class Batcher:
         Raises QueueFull at once, Expired and Cancelled before the model runs for the request, or when it has run in
         vain, and whatever the model raises for this very query.
         """
-        return self.complete(self.enqueue(query, deadline_s, is_cancelled))
+        pending = self.enqueue(query, deadline_s, is_cancelled)
+        loop: Loop | None = getattr(_of_thread, "loop", None)
+        if loop is None:
+            self.drive(pending)
+        else:
+            loop.park(self, pending)
+        return pending.result()
 
     def enqueue(
         self, query: Query, deadline_s: float | None = None, is_cancelled: Callable[[], bool] | None = None
     ) -> Pending:
-        """Puts a query into the queue, to be followed by `complete`; raises QueueFull."""
+        """Puts a query into the queue, to be followed by `drive` and its `result`; raises QueueFull."""
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
         pending = Pending(query, deadline, is_cancelled)
         with self._lock:
@@ -134,11 +155,11 @@ class Batcher:
             self._queue.append(pending)
         return pending
 
-    def complete(self, pending: Pending) -> Answer:
-        """Waits for the answer, running the model itself if nobody does; raises as `recommend`."""
+    def drive(self, pending: Pending) -> None:
+        """Returns when a request is done, having run the model itself if nobody else did."""
         with self._lock:
             if pending.done:
-                return pending.result()
+                return
             leads = not self._running
             self._running = True
             if not leads:
@@ -154,7 +175,6 @@ class Batcher:
         finally:
             if leads:
                 self._hand_over()
-        return pending.result()
 
     def _hand_over(self) -> None:
         """Has the first of the sleeping threads run the model; with none, the next one to come will."""
