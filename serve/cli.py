@@ -74,7 +74,13 @@ existing_file = click.Path(dir_okay=False, path_type=Path)
     help="Draw the items of an answer in proportion to exp(score / TEMPERATURE), with their probabilities in the answer"
     " and in the store: a log to learn from. 0: always the best.",
 )
-@click.option("--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True)
+@click.option(
+    "--log-format",
+    type=click.Choice(["json", "text"]),
+    default="json",
+    show_default=True,
+    help="Lines of the log on standard error: JSON objects, or for human readers.",
+)
 @click.option("--log-calls", is_flag=True, help="A log line for every call, not only for failures of the server.")
 def run(
     model: Path,

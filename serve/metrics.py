@@ -6,6 +6,7 @@ Shares and rates are left to the one who asks, as counters: the share of fallbac
 `rate(jaxrec_feedback_events_total[5m]) / rate(jaxrec_answers_total[5m])`.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
 from serve.addresses import AddressError, check_exposure, host_and_port
+
+logger = logging.getLogger(__name__)
 
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -48,9 +51,7 @@ class Coverage:
 
     def mark(self, items: NDArray[np.int32]) -> None:
         """Notes item indices that were shown; those beyond the catalogue, of another model, don't count."""
-        window = self._windows[0]
-        if self._clock() >= self._ends:
-            window = self._turned()
+        window = self._windows[0] if self._clock() < self._ends else self._turned()
         try:
             window[items] = True
         except IndexError:
@@ -167,6 +168,8 @@ class Metrics:
             server, thread = start_http_server(port, host, self.registry)
         except OSError as error:
             raise AddressError(f"cannot listen on {address}: {error.strerror}") from error
+
+        logger.info("metrics are served", extra={"address": f"{host}:{server.server_port}"})
 
         def stop() -> None:
             server.shutdown()

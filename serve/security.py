@@ -9,6 +9,7 @@ import hmac
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ def read_tokens(path: Path) -> Tokens:
         raise SecurityError(f"{path}: expected lines of text: {type(error).__name__}") from error
 
 
+@lru_cache(maxsize=256)
 def needed_right(method: str) -> str | None:
     """What a call of `/package.Service/Method` needs."""
     return NEEDED[max((prefix for prefix in NEEDED if method.startswith(prefix)), key=len)]
