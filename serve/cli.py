@@ -59,6 +59,7 @@ def run(model: Path, address: str, store: Path, provider: Provider, threads: int
     """
     # gRPC is not needed for the other command.
     from serve.server import AddressError, create_server
+    from serve.servicer import OneModel
     from serve.store import StoreError, open_store
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -68,7 +69,7 @@ def run(model: Path, address: str, store: Path, provider: Provider, threads: int
     try:
         recommender = _load(model, provider, threads)
         with open_store(store) as events:
-            server = create_server(recommender, events, address)
+            server = create_server(OneModel(recommender), events, address)
             server.start()
             host = address.rpartition(":")[0]
             click.echo(

@@ -2,9 +2,9 @@
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -118,6 +118,11 @@ class Engine:
             for at, answer in zip(group, self._run_sequence([rows[at] for at in group], k), strict=True):
                 answers[at] = answer
         return [answer for answer in answers if answer is not None]
+
+    def run_sequence(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        """One run of `sequence.onnx` on tensors as its contract has them; nothing is checked."""
+        answered: list[NDArray[Any]] = self._sequence.run(outputs, inputs)
+        return answered
 
     def step(self, rows: Sequence[Step], k: int) -> list[tuple[Ranking, NDArray[np.float32]]]:
         """Ranks the items after each row's event, in one run of `step.onnx`, with the next state `[1, width]`.

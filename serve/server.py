@@ -6,18 +6,27 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from serve.pb import recommender_pb2, recommender_pb2_grpc
-from serve.recommender import Recommender
-from serve.servicer import RecommenderServicer
+from serve.calls import Calls
+from serve.exploration import Exploration
+from serve.inference_protocol import InferenceServicer
+from serve.metrics import Metrics
+from serve.pb import open_inference_pb2, open_inference_pb2_grpc, recommender_pb2, recommender_pb2_grpc
+from serve.polling import is_supported, polling_server
+from serve.security import Tls, TokenInterceptor, Tokens, check_exposure
+from serve.servicer import Models, RecommenderServicer
 from serve.store import EventStore
+from serve.tracing import tracer_of_the_process
 
 SERVICE = recommender_pb2.DESCRIPTOR.services_by_name["Recommender"].full_name
+SERVICES = (SERVICE, open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name)
 
 # A threaded server rather than grpc.aio. 10,000 items, hidden 128, 50 events, 2 shared cores, means of two
 # rounds: threaded with 8 workers 1.36 ms at concurrency 1 and 1,220 requests/s at 32; aio 1.68 ms and 860/s;
 # aio with two worker threads 2.2 ms and 990/s. Threads also let RecordEvents wait for the disk while others
 # are answered. 32 workers got through 910 requests/s, 1 worker 1,010.
 WORKERS = 8
+# These read the store's file at most, and wait for the model: the polling thread answers them itself.
+INLINE = (f"/{SERVICE}/Recommend",)
 DRAIN_S = 10.0
 
 
@@ -28,16 +37,20 @@ class AddressError(Exception):
 class RecommenderServer:
     """A server that was created but not started; `port` is already bound."""
 
-    def __init__(self, server: grpc.Server, health_servicer: health.HealthServicer, port: int) -> None:
+    def __init__(
+        self, server: grpc.Server, health_servicer: health.HealthServicer, port: int, inference: InferenceServicer
+    ) -> None:
         self._server = server
         self._health = health_servicer
+        self._inference = inference
         self.port = port
 
     def start(self) -> None:
         """Starts to answer, and says so to health checks."""
         self._server.start()
-        for name in ("", SERVICE):
+        for name in ("", *SERVICES):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._inference.ready = True
 
     def drain(self, timeout_s: float = DRAIN_S) -> None:
         """Tells health checks, takes no new calls, and returns when the calls under way have been answered.
@@ -45,28 +58,58 @@ class RecommenderServer:
         Calls that take longer than `timeout_s` seconds are cancelled.
         """
         self._health.enter_graceful_shutdown()
+        self._inference.ready = False
         self._server.stop(timeout_s).wait()
 
 
-def create_server(model: Recommender, store: EventStore, address: str, workers: int = WORKERS) -> RecommenderServer:
+def create_server(
+    models: Models,
+    store: EventStore,
+    address: str,
+    *,
+    workers: int = WORKERS,
+    metrics: Metrics | None = None,
+    exploration: Exploration | None = None,
+    tls: Tls | None = None,
+    tokens: Tokens | None = None,
+    allow_insecure: bool = False,
+    log_calls: bool = False,
+    polling: bool = True,
+) -> RecommenderServer:
     """Binds `address` (HOST:PORT, with port 0 for a free one) for a server that is not started yet.
 
-    Raises AddressError.
+    Raises AddressError, and SecurityError for an address that others reach without TLS or authentication.
     """
     # gRPC takes 99999 as the port 34463.
     port_text = address.rpartition(":")[2]
     if not (port_text.isascii() and port_text.isdecimal() and int(port_text) < 2**16):
         raise AddressError(f"expected HOST:PORT with a port in 0..65535, came {address}")
+    authenticated = tokens is not None or (tls is not None and tls.client_ca is not None)
+    check_exposure(address, tls is not None, authenticated, allow_insecure)
+    metrics = metrics or Metrics()
+    calls = Calls(metrics, tracer_of_the_process(), log_calls)
+    interceptors: list[grpc.ServerInterceptor] = (
+        [calls] if tokens is None else [TokenInterceptor(tokens, metrics), calls]
+    )
     # By default two servers could share a port, and a forgotten old one would answer every other call.
-    server = grpc.server(ThreadPoolExecutor(workers), options=[("grpc.so_reuseport", 0)])
-    recommender_pb2_grpc.add_RecommenderServicer_to_server(RecommenderServicer(model, store), server)
+    options = [("grpc.so_reuseport", 0)]
+    pool = ThreadPoolExecutor(workers)
+    server: grpc.Server
+    if polling and is_supported():
+        server = polling_server(pool, INLINE, interceptors=interceptors, options=options)
+    else:
+        server = grpc.server(pool, interceptors=interceptors, options=options)
+    servicer = RecommenderServicer(models, store, metrics, exploration)
+    recommender_pb2_grpc.add_RecommenderServicer_to_server(servicer, server)
     health_servicer = health.HealthServicer()
-    for name in ("", SERVICE):
+    inference = InferenceServicer(models)
+    open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)
+    for name in ("", *SERVICES):
         health_servicer.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        port = server.add_insecure_port(address)
+        port = server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls.credentials())
     except RuntimeError as error:
         raise AddressError(f"cannot listen on {address}: {error}") from error
-    return RecommenderServer(server, health_servicer, port)
+    return RecommenderServer(server, health_servicer, port, inference)

@@ -18,7 +18,8 @@ from serve.pb.recommender_pb2 import RecommendRequest, RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.process import StartError, running_server
 from serve.recommender import Recommender
-from serve.server import SERVICE, AddressError, create_server
+from serve.server import SERVICE, SERVICES, AddressError, create_server
+from serve.servicer import OneModel
 from serve.store import EventStore
 
 TIMEOUT_S = 30
@@ -40,7 +41,7 @@ def test_model_info(client: RecommenderClient, model: Recommender) -> None:
 def test_health(address: str) -> None:
     with grpc.insecure_channel(address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        for service in ("", SERVICE):
+        for service in ("", *SERVICES):
             response = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT_S)
             assert response.status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(grpc.RpcError) as failure:
@@ -49,7 +50,7 @@ def test_health(address: str) -> None:
 
 
 def test_health_watchers_are_told_of_the_end(model: Recommender, store: EventStore) -> None:
-    server = create_server(model, store, "127.0.0.1:0")
+    server = create_server(OneModel(model), store, "127.0.0.1:0")
     server.start()
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
@@ -64,23 +65,44 @@ def test_health_watchers_are_told_of_the_end(model: Recommender, store: EventSto
 def test_reflection(address: str) -> None:
     with grpc.insecure_channel(address) as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
-        services = {"jaxrec.v1.Recommender", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
-        assert set(database.get_services()) == services
+        assert set(database.get_services()) == {
+            "jaxrec.v1.Recommender",
+            "inference.GRPCInferenceService",
+            "grpc.health.v1.Health",
+            "grpc.reflection.v1alpha.ServerReflection",
+        }
         file = database.FindFileContainingSymbol(SERVICE)
+        inference = database.FindFileContainingSymbol("inference.GRPCInferenceService")
     assert file.package == "jaxrec.v1"
     methods = {method.name for service in file.service for method in service.method}
-    assert methods == {"Recommend", "RecordEvents", "GetUserProfile", "SimilarItems", "GetModelInfo"}
+    assert methods == {
+        "Recommend",
+        "BatchRecommend",
+        "RecordEvents",
+        "GetUserProfile",
+        "DeleteUser",
+        "SimilarItems",
+        "GetModelInfo",
+    }
+    assert {method.name for service in inference.service for method in service.method} == {
+        "ServerLive",
+        "ServerReady",
+        "ModelReady",
+        "ServerMetadata",
+        "ModelMetadata",
+        "ModelInfer",
+    }
 
 
 def test_a_port_in_use_is_refused(model: Recommender, store: EventStore, address: str) -> None:
     with pytest.raises(AddressError, match=f"cannot listen on {address}"):
-        create_server(model, store, address)
+        create_server(OneModel(model), store, address)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:", "127.0.0.1:99999", "127.0.0.1:x", "127.0.0.1:-1"])
 def test_bad_address(model: Recommender, store: EventStore, address: str) -> None:
     with pytest.raises(AddressError, match=f"expected HOST:PORT with a port in 0..65535, came {address}"):
-        create_server(model, store, address)
+        create_server(OneModel(model), store, address)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -136,9 +158,9 @@ def test_broken_store_is_unavailable_and_hides_its_path(stub: RecommenderStub, s
 
 
 def test_unexpected_error_is_logged_under_an_id_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
-    code, message = status_of(KeyError("/secret/path"))
-    assert code is grpc.StatusCode.INTERNAL
-    text, log_id = message.rsplit(" ", 1)
+    status = status_of(KeyError("/secret/path"))
+    assert status.code is grpc.StatusCode.INTERNAL
+    text, log_id = status.message.rsplit(" ", 1)
     assert text == "internal error, logged as"
     (record,) = caplog.records
     assert log_id in record.getMessage()

@@ -1,0 +1,60 @@
+"""Spans of OpenTelemetry, if its library is installed and was set up; without, nothing is loaded and nothing costs.
+
+The usual way to set it up: `opentelemetry-instrument python -m serve run ...`, with the exporter in the environment.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Span:
+    """One call under way."""
+
+    def __init__(self, span: Any) -> None:
+        self._span = span
+
+    def failed(self, code: str) -> None:
+        """Notes the status' name."""
+        from opentelemetry.trace import Status, StatusCode
+
+        self._span.set_attribute("rpc.grpc.status", code)
+        self._span.set_status(Status(StatusCode.ERROR, code))
+
+
+class Tracer:
+    """Makes a span for every call, as a child of the client's where the call brings one."""
+
+    def __init__(self, provider: Any = None) -> None:
+        """With the provider of the process, or the one given; raises ImportError without the library."""
+        from opentelemetry import propagate, trace
+
+        self._propagate = propagate
+        self._kind = trace.SpanKind.SERVER
+        self._tracer = trace.get_tracer("jaxrec.serve", tracer_provider=provider)
+
+    @contextmanager
+    def span(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> Iterator[Span]:
+        """The span of one call; an exception that leaves it is not recorded, since it is the answer's status."""
+        service, _, name = method[1:].partition("/")
+        attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
+        with self._tracer.start_as_current_span(
+            method[1:],
+            context=self._propagate.extract({key: value for key, value in metadata if isinstance(value, str)}),
+            kind=self._kind,
+            attributes=attributes,
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+            yield Span(span)
+
+
+def tracer_of_the_process() -> Tracer | None:
+    """A tracer if this process set up OpenTelemetry before, else None."""
+    trace = sys.modules.get("opentelemetry.trace")
+    if trace is None:
+        return None
+    # Without a set-up the provider is a stand-in that records nothing.
+    real = "opentelemetry.sdk.trace" in sys.modules and hasattr(trace.get_tracer_provider(), "add_span_processor")
+    return Tracer() if real else None
