@@ -58,8 +58,9 @@ def run(model: Path, address: str, store: Path, provider: Provider, threads: int
     answers the calls under way, takes no new ones, and exits with 0.
     """
     # gRPC is not needed for the other command.
-    from serve.loaded import one_model
-    from serve.server import AddressError, create_server
+    from serve.loading import open_models
+    from serve.metrics import Metrics
+    from serve.server import AddressError, create_server, leave_process
     from serve.store import StoreError, open_store
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -67,18 +68,21 @@ def run(model: Path, address: str, store: Path, provider: Provider, threads: int
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     try:
-        recommender = _load(model, provider, threads)
-        with open_store(store) as events:
-            server = create_server(one_model(recommender, events), events, address)
+        metrics = Metrics()
+        with (
+            open_store(store) as events,
+            open_models(model, events, metrics, provider=provider, threads=threads) as models,
+        ):
+            server = create_server(models, events, address, metrics=metrics)
             server.start()
             host = address.rpartition(":")[0]
-            click.echo(
-                f"serving {recommender.info.model_version} on {host}:{server.port} (provider {recommender.provider})"
-            )
+            main = models.version("").model
+            click.echo(f"serving {main.info.model_version} on {host}:{server.port} (provider {main.provider})")
             stopped.wait()
-            server.drain()
-    except (AddressError, StoreError) as error:
+            server.finish_calls()
+    except (AddressError, ArtifactError, ProviderError, StoreError) as error:
         raise click.ClickException(str(error)) from error
+    leave_process()
 
 
 @main.command(short_help="Recommend for many users at once, from CSV to CSV.")

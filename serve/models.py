@@ -79,7 +79,7 @@ class _Traffic:
 
 
 class ModelLibrary:
-    """The loaded versions of one directory. Safe to share between threads; close it, or use it in a `with` statement."""
+    """The loaded versions of one directory, to be shared between threads. Close it, or use it in a `with` statement."""
 
     def __init__(
         self,

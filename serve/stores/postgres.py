@@ -261,7 +261,8 @@ class PostgresStore(EventStore):
 
 def _insert_shown(connection: psycopg.Connection, shown: Sequence[Shown]) -> None:
     connection.cursor().executemany(
-        "INSERT INTO jaxrec.shown (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp)"
+        "INSERT INTO jaxrec.shown"
+        " (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp)"
         " VALUES (%s, %s, %s, %s, %s, %s, %s)",
         [
             (
