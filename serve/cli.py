@@ -1,6 +1,7 @@
 """The commands of `python -m serve`."""
 
 import logging
+import os
 import signal
 import threading
 from pathlib import Path
@@ -33,6 +34,9 @@ def main() -> None:
     """Serve an exported model directory with ONNX Runtime."""
 
 
+existing_file = click.Path(dir_okay=False, path_type=Path)
+
+
 @main.command(short_help="Answer gRPC calls with a model.")
 @model_argument
 @click.option(
@@ -40,47 +44,131 @@ def main() -> None:
     default="127.0.0.1:50051",
     show_default=True,
     metavar="HOST:PORT",
-    help="Where to listen, without encryption. Port 0: a free one.",
+    help="Where to listen. Port 0: a free one. An address that other machines reach needs TLS and authentication.",
 )
 @click.option(
     "--store",
-    type=click.Path(dir_okay=False, path_type=Path),
     default="events.sqlite",
     show_default=True,
-    help="SQLite file with the events of all users; created when missing.",
+    help="SQLite file with the events of all users, created when missing; or postgresql://... or redis://...",
 )
 @provider_option
 @threads_option
-def run(model: Path, address: str, store: Path, provider: Provider, threads: int) -> None:
-    """Answer gRPC calls with the model directory MODEL until SIGTERM or SIGINT.
+@click.option("--tls-cert", type=existing_file, help="Certificate chain in PEM; read again when it changes.")
+@click.option("--tls-key", type=existing_file, help="Its private key in PEM.")
+@click.option("--tls-client-ca", type=existing_file, help="Let in only clients with a certificate of these.")
+@click.option(
+    "--tokens",
+    type=existing_file,
+    help="File with a line `RIGHTS TOKEN` for each token that is accepted, RIGHTS being some of read,write,admin."
+    " Without: the same lines in the environment variable JAXREC_TOKENS, or no tokens.",
+)
+@click.option("--allow-insecure", is_flag=True, help="Listen for other machines without TLS or authentication.")
+@click.option("--metrics", "metrics_address", metavar="HOST:PORT", help="Where Prometheus fetches metrics, over HTTP.")
+@click.option(
+    "--explore",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    metavar="TEMPERATURE",
+    help="Draw the items of an answer in proportion to exp(score / TEMPERATURE), with their probabilities in the answer"
+    " and in the store: a log to learn from. 0: always the best.",
+)
+@click.option(
+    "--watch",
+    type=click.FloatRange(0),
+    default=2.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often MODEL is looked at for a newer version. 0: never.",
+)
+@click.option(
+    "--drain",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long calls under way may take once the server is to end.",
+)
+@click.option("--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True)
+@click.option("--log-calls", is_flag=True, help="A log line for every call, not only for failures of the server.")
+def run(
+    model: Path,
+    address: str,
+    store: str,
+    provider: Provider,
+    threads: int,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    tokens: Path | None,
+    allow_insecure: bool,
+    metrics_address: str | None,
+    explore: float,
+    watch: float,
+    drain: float,
+    log_format: str,
+    log_calls: bool,
+) -> None:
+    """Answer gRPC calls with the model directory MODEL, or the newest of the model directories in it, until SIGTERM
+    or SIGINT.
 
     Prints `serving MODEL_VERSION on HOST:PORT (provider NAME)` when it is healthy. On SIGTERM or SIGINT it
     answers the calls under way, takes no new ones, and exits with 0.
     """
     # gRPC is not needed for the other command.
+    from serve.addresses import SecurityError
+    from serve.exploration import Exploration
     from serve.loading import open_models
+    from serve.logs import log_as_json
     from serve.metrics import Metrics
+    from serve.security import Tls, parse_tokens, read_tokens
     from serve.server import AddressError, create_server, leave_process
     from serve.store import StoreError, open_store
 
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if log_format == "json":
+        log_as_json()
+    else:
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    if (tls_cert is None) != (tls_key is None) or (tls_client_ca is not None and tls_cert is None):
+        raise click.UsageError("expected --tls-cert and --tls-key together, and --tls-client-ca only with them")
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     try:
+        accepted = None
+        if tokens is not None:
+            accepted = read_tokens(tokens)
+        elif "JAXREC_TOKENS" in os.environ:
+            accepted = parse_tokens(os.environ["JAXREC_TOKENS"], "JAXREC_TOKENS")
         metrics = Metrics()
+        exploration = Exploration(explore) if explore else None
         with (
             open_store(store) as events,
-            open_models(model, events, metrics, provider=provider, threads=threads) as models,
+            open_models(
+                model, events, metrics, provider=provider, threads=threads, exploration=exploration, watch_s=watch
+            ) as models,
         ):
-            server = create_server(models, events, address, metrics=metrics)
+            server = create_server(
+                models,
+                events,
+                address,
+                metrics=metrics,
+                tls=None if tls_cert is None or tls_key is None else Tls(tls_cert, tls_key, tls_client_ca),
+                tokens=accepted,
+                allow_insecure=allow_insecure,
+                log_calls=log_calls,
+            )
+            stop_metrics = None if metrics_address is None else metrics.serve(metrics_address, allow_insecure)
             server.start()
             host = address.rpartition(":")[0]
             main = models.version("").model
             click.echo(f"serving {main.info.model_version} on {host}:{server.port} (provider {main.provider})")
             stopped.wait()
-            server.finish_calls()
-    except (AddressError, ArtifactError, ProviderError, StoreError) as error:
+            server.finish_calls(drain)
+            if stop_metrics is not None:
+                stop_metrics()
+    except (AddressError, ArtifactError, ProviderError, SecurityError, StoreError) as error:
         raise click.ClickException(str(error)) from error
     leave_process()
 

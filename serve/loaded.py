@@ -1,14 +1,13 @@
 """A loaded model with all that it needs to answer, and which of several answers whom."""
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.batching import Batcher, Cancelled, Pending, QueueFull, Run
+from serve.batching import Batcher, Pending, QueueFull, Run
 from serve.exploration import Exploration
 from serve.metrics import Metrics
 from serve.recommender import POPULARITY, Answer, Query, Recommender
@@ -62,10 +61,10 @@ class LoadedModel:
             except QueueFull:
                 for one in pending:
                     one.is_cancelled = lambda: True
-                    with suppress(Cancelled):
-                        self._batcher.complete(one)
                 raise
-            answers += [self._batcher.complete(one) for one in pending]
+            for one in pending:
+                self._batcher.drive(one)
+            answers += [one.result() for one in pending]
         if exploration is None:
             return answers
         return [self._drawn(query, answer, exploration) for query, answer in zip(queries, answers, strict=True)]

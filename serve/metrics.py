@@ -13,7 +13,9 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+
+from serve.addresses import AddressError, check_exposure, host_and_port
 
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -99,9 +101,7 @@ class Metrics:
         age.set_function(lambda: 0.0 if self._created is None else time.time() - self._created)
         self._answers = self._counter("answers_total", "Recommendations by what ranked them.", ("policy",))
         self._by_policy: dict[str, Counter] = {}
-        events = self._counter(
-            "events_total", "Events recorded or sent along, by whether the item is known.", ("known",)
-        )
+        events = self._counter("events_total", "Events that came in, by whether the item is known.", ("known",))
         self._known, self._unknown = events.labels("true"), events.labels("false")
         recorded = self._counter("recorded_events_total", "Events sent to be recorded.", ("result",))
         self._recorded, self._duplicate = recorded.labels("recorded"), recorded.labels("duplicate")
@@ -155,6 +155,25 @@ class Metrics:
         self._model_created.set(self._created or 0)
         if models:
             self._coverage.reset(models[0][3])
+
+    def serve(self, address: str, allow_insecure: bool = False) -> Callable[[], None]:
+        """Answers Prometheus on HOST:PORT over HTTP; returns what ends it.
+
+        Raises AddressError, and SecurityError for an address beyond this machine that is not explicitly allowed.
+        """
+        host, port = host_and_port(address)
+        check_exposure(address, encrypted=False, authenticated=False, allow_insecure=allow_insecure)
+        try:
+            server, thread = start_http_server(port, host, self.registry)
+        except OSError as error:
+            raise AddressError(f"cannot listen on {address}: {error.strerror}") from error
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return stop
 
     def _histogram(self, name: str, what: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
         return Histogram(name, what, labels, namespace="jaxrec", buckets=buckets, registry=self.registry)

@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from serve.addresses import is_loopback
+from serve.addresses import SecurityError
 from serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -32,10 +32,6 @@ NEEDED: Mapping[str, str | None] = {
     "/grpc.reflection.": "read",
     "/grpc.health.v1.Health/": None,
 }
-
-
-class SecurityError(ValueError):
-    """The set-up of the security cannot be used; the message never holds a secret."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,18 +185,3 @@ def _abort(code: grpc.StatusCode, message: str) -> grpc.RpcMethodHandler:
 
     # gRPC asks a handler for what the client began; a stream that is never read ends all the same.
     return grpc.unary_unary_rpc_method_handler(abort)
-
-
-def check_exposure(address: str, encrypted: bool, authenticated: bool, allow_insecure: bool) -> None:
-    """Raises SecurityError for an address beyond this machine without encryption or without authentication.
-
-    Not when `allow_insecure` says that this is meant, for example behind a proxy that sees to both.
-    """
-    if is_loopback(address) or allow_insecure or (encrypted and authenticated):
-        return
-    missing = " and ".join(
-        what for what, there in (("TLS", encrypted), ("tokens or client certificates", authenticated)) if not there
-    )
-    raise SecurityError(
-        f"{address} can be reached from other machines, and there is no {missing}; allow it if that is meant"
-    )

@@ -12,6 +12,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from serve.addresses import AddressError, check_exposure, host_and_port
 from serve.admin import ModelAdminServicer
 from serve.calls import Calls
 from serve.gate import Gate
@@ -28,7 +29,7 @@ from serve.pb import (
     recommender_pb2_grpc,
 )
 from serve.polling import is_supported, polling_server
-from serve.security import Tls, TokenInterceptor, Tokens, check_exposure
+from serve.security import Tls, TokenInterceptor, Tokens
 from serve.servicer import RecommenderServicer
 from serve.store import EventStore
 from serve.stores.sqlite import SQLiteStore
@@ -49,10 +50,6 @@ DRAIN_S = 10.0
 LINGER_S = 0.05
 # A history of 10,000 events with ids of 36 characters takes 0.5 MB. gRPC refuses more with RESOURCE_EXHAUSTED.
 MAX_MESSAGE_BYTES = 8 * 2**20
-
-
-class AddressError(Exception):
-    """The server cannot listen on an address."""
 
 
 class RecommenderServer:
@@ -123,6 +120,7 @@ def create_server(
     allow_insecure: bool = False,
     log_calls: bool = False,
     polling: bool | None = None,
+    calls: Calls | None = None,
 ) -> RecommenderServer:
     """Binds `address` (HOST:PORT, with port 0 for a free one) for a server that is not started yet.
 
@@ -131,15 +129,12 @@ def create_server(
 
     Raises AddressError, and SecurityError for an address that others reach without TLS or authentication.
     """
-    # gRPC takes 99999 as the port 34463.
-    port_text = address.rpartition(":")[2]
-    if not (port_text.isascii() and port_text.isdecimal() and int(port_text) < 2**16):
-        raise AddressError(f"expected HOST:PORT with a port in 0..65535, came {address}")
+    host_and_port(address)
     authenticated = tokens is not None or (tls is not None and tls.client_ca is not None)
     check_exposure(address, tls is not None, authenticated, allow_insecure)
     metrics = metrics or Metrics()
-    calls = Calls(metrics, tracer_of_the_process(), log_calls)
     gate = Gate()
+    calls = calls or Calls(metrics, tracer_of_the_process(), log_calls)
     interceptors: list[grpc.ServerInterceptor] = (
         [gate, calls] if tokens is None else [TokenInterceptor(tokens, metrics), gate, calls]
     )

@@ -49,12 +49,8 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
                 [queries[at] for at in places], context.time_remaining(), lambda: not context.is_active()
             )
             answers.update(zip(places, found, strict=True))
-        return pb.BatchRecommendResponse(
-            responses=[
-                self._shown(one, query, answers[at])
-                for at, (one, query) in enumerate(zip(loaded, queries, strict=True))
-            ]
-        )
+        responses = [self._shown(one, queries[at], answers[at]) for at, one in enumerate(loaded)]
+        return pb.BatchRecommendResponse(responses=responses)
 
     def _shown(self, loaded: LoadedModel, query: Query, answer: Answer) -> pb.RecommendResponse:
         """The message for an answer, noted and counted."""

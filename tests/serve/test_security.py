@@ -11,16 +11,15 @@ import pytest
 import trustme
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from serve.addresses import SecurityError, check_exposure
 from serve.client import Connection, RecommenderClient, UserEvent
 from serve.loaded import one_model
 from serve.pb.recommender_pb2 import GetModelInfoRequest, RecommendRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.recommender import Recommender
 from serve.security import (
-    SecurityError,
     Tls,
     Tokens,
-    check_exposure,
     needed_right,
     parse_tokens,
     read_tokens,
