@@ -75,6 +75,22 @@ existing_file = click.Path(dir_okay=False, path_type=Path)
     " and in the store: a log to learn from. 0: always the best.",
 )
 @click.option(
+    "--watch",
+    type=click.FloatRange(0),
+    default=2.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often MODEL is looked at for a newer version. 0: never.",
+)
+@click.option(
+    "--drain",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long calls under way may take once the server is to end.",
+)
+@click.option(
     "--log-format",
     type=click.Choice(["json", "text"]),
     default="json",
@@ -95,10 +111,13 @@ def run(
     allow_insecure: bool,
     metrics_address: str | None,
     explore: float,
+    watch: float,
+    drain: float,
     log_format: str,
     log_calls: bool,
 ) -> None:
-    """Answer gRPC calls with the model directory MODEL until SIGTERM or SIGINT.
+    """Answer gRPC calls with the model directory MODEL, or the newest of the model directories in it, until SIGTERM
+    or SIGINT.
 
     Prints `serving MODEL_VERSION on HOST:PORT (provider NAME)` when it is healthy. On SIGTERM or SIGINT it
     answers the calls under way, takes no new ones, and exits with 0.
@@ -106,11 +125,11 @@ def run(
     # gRPC is not needed for the other command.
     from serve.addresses import SecurityError
     from serve.exploration import Exploration
-    from serve.loaded import one_model
+    from serve.loading import open_models
     from serve.logs import log_as_json
     from serve.metrics import Metrics
     from serve.security import Tls, parse_tokens, read_tokens
-    from serve.server import AddressError, create_server
+    from serve.server import AddressError, create_server, leave_process
     from serve.store import StoreError, open_store
 
     if log_format == "json":
@@ -129,10 +148,15 @@ def run(
         elif "JAXREC_TOKENS" in os.environ:
             accepted = parse_tokens(os.environ["JAXREC_TOKENS"], "JAXREC_TOKENS")
         metrics = Metrics()
-        recommender = _load(model, provider, threads)
-        with open_store(store) as events:
+        exploration = Exploration(explore) if explore else None
+        with (
+            open_store(store) as events,
+            open_models(
+                model, events, metrics, provider=provider, threads=threads, exploration=exploration, watch_s=watch
+            ) as models,
+        ):
             server = create_server(
-                one_model(recommender, events, metrics, Exploration(explore) if explore else None),
+                models,
                 events,
                 address,
                 metrics=metrics,
@@ -144,76 +168,15 @@ def run(
             stop_metrics = None if metrics_address is None else metrics.serve(metrics_address, allow_insecure)
             server.start()
             host = address.rpartition(":")[0]
-            click.echo(
-                f"serving {recommender.info.model_version} on {host}:{server.port} (provider {recommender.provider})"
-            )
+            main = models.version("").model
+            click.echo(f"serving {main.info.model_version} on {host}:{server.port} (provider {main.provider})")
             stopped.wait()
-            server.drain()
+            server.finish_calls(drain)
             if stop_metrics is not None:
                 stop_metrics()
-    except (AddressError, SecurityError, StoreError) as error:
+    except (AddressError, ArtifactError, ProviderError, SecurityError, StoreError) as error:
         raise click.ClickException(str(error)) from error
-
-
-@main.command(short_help="Ask a running server, for an answer to read.")
-@click.option("--address", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT", help="The server.")
-@click.option("--user", metavar="ID", help="Recommend for a stored user.")
-@click.option(
-    "--watched",
-    multiple=True,
-    metavar="ITEM[=RATING]",
-    help="Recommend after this item. Repeat it for several, oldest first, as if one a day up to now.",
-)
-@click.option("--similar", "similar_to", metavar="ITEM", help="Items like this one.")
-@click.option("--profile", "profile_of", metavar="ID", help="What is stored of a user.")
-@click.option("--k", type=click.IntRange(1, 1000), default=10, show_default=True, help="Lines to answer.")
-@click.option("--why", is_flag=True, help="Say why each item is recommended.")
-@click.option("--tls", is_flag=True, help="Encrypt, trusting the authorities of the system. Implied by the next three.")
-@click.option("--ca", type=existing_file, help="Trust these authorities instead, in PEM.")
-@click.option("--cert", type=existing_file, help="The client's certificate in PEM, for servers that ask for one.")
-@click.option("--key", type=existing_file, help="Its private key in PEM.")
-@click.option("--token-file", type=existing_file, help="File with the token. Without: JAXREC_TOKEN, or none.")
-@click.option("--timeout", type=click.FloatRange(0.001), default=5.0, show_default=True, help="Seconds.")
-def ask(
-    address: str,
-    user: str | None,
-    watched: tuple[str, ...],
-    similar_to: str | None,
-    profile_of: str | None,
-    k: int,
-    why: bool,
-    tls: bool,
-    ca: Path | None,
-    cert: Path | None,
-    key: Path | None,
-    token_file: Path | None,
-    timeout: float,
-) -> None:
-    """Ask a running server and print its answer as a table: recommendations, similar items, a user's profile, or,
-    without a question, which model answers."""
-    import grpc
-
-    from serve import ask as tables
-    from serve.client import Connection, RecommenderClient
-
-    if sum((user is not None, bool(watched), similar_to is not None, profile_of is not None)) > 1:
-        raise click.UsageError("expected one of --user, --watched, --similar and --profile")
-    try:
-        token = os.environ.get("JAXREC_TOKEN") if token_file is None else token_file.read_text("utf-8").strip()
-        connection = Connection(address, timeout, tls=tls, ca=ca, certificate=cert, key=key, token=token)
-        with RecommenderClient(connection) as client:
-            if user is not None or watched:
-                click.echo(tables.recommendations(client, user, watched, k, why))
-            elif similar_to is not None:
-                click.echo(tables.similar(client, similar_to, k))
-            elif profile_of is not None:
-                click.echo(tables.profile(client, profile_of, k))
-            else:
-                click.echo(tables.model(client))
-    except grpc.RpcError as error:
-        raise click.ClickException(f"{error.code().name}: {error.details()}") from error
-    except (OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
+    leave_process()
 
 
 @main.command(short_help="Recommend for many users at once, from CSV to CSV.")

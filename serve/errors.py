@@ -11,6 +11,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from serve.batching import Cancelled, Expired, QueueFull
 from serve.loaded import UnknownModel
+from serve.models import RefusedModel
 from serve.recommender import UnknownItem
 from serve.store import StoreError
 from serve.validate import InvalidRequest
@@ -41,6 +42,7 @@ STATUS: dict[type[Exception], tuple[grpc.StatusCode, str | None]] = {
     UnknownItem: (grpc.StatusCode.NOT_FOUND, None),
     UnknownUser: (grpc.StatusCode.NOT_FOUND, None),
     UnknownModel: (grpc.StatusCode.NOT_FOUND, None),
+    RefusedModel: (grpc.StatusCode.FAILED_PRECONDITION, None),
     QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     Expired: (grpc.StatusCode.DEADLINE_EXCEEDED, None),
     Cancelled: (grpc.StatusCode.CANCELLED, None),

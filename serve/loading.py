@@ -1,5 +1,7 @@
 """Makes a loaded model of a model directory: verified, and asked once so that its first user does not wait."""
 
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from serve.exploration import Exploration
 from serve.history import KnownEvent, features
 from serve.loaded import LoadedModel
 from serve.metrics import Metrics
+from serve.models import WATCH_S, ModelLibrary
 from serve.profile import SECONDS_PER_DAY
 from serve.recommender import Recommender
 from serve.store import EventStore
@@ -32,6 +35,31 @@ def load_model(
     model = Recommender(read_artifact(directory), provider, threads)
     warm_up(model)
     return LoadedModel(model, store, metrics, exploration)
+
+
+def open_models(
+    directory: Path,
+    store: EventStore,
+    metrics: Metrics,
+    *,
+    provider: Provider = "auto",
+    threads: int = 1,
+    exploration: Exploration | None = None,
+    watch_s: float = WATCH_S,
+) -> ModelLibrary:
+    """The versions of a directory, with their attempts and what serves in the metrics; raises as `ModelLibrary`."""
+
+    def tell(models: Sequence[LoadedModel]) -> None:
+        infos = [loaded.model.info for loaded in models]
+        metrics.serving([(info.model_version, info.policy, _seconds(info.created), info.item_count) for info in infos])
+
+    return ModelLibrary(
+        directory,
+        lambda path: load_model(path, store, metrics, provider=provider, threads=threads, exploration=exploration),
+        watch_s=watch_s,
+        on_attempt=metrics.reloaded,
+        on_change=tell,
+    )
 
 
 def warm_up(model: Recommender) -> None:
@@ -66,3 +94,10 @@ def _check(ranking: Ranking, item_count: int) -> None:
         raise ValueError("scores that are not finite")
     if ranking.items.min(initial=1) < 1 or ranking.items.max(initial=1) > item_count:
         raise ValueError(f"expected items in 1..{item_count}, came {ranking.items.min()}..{ranking.items.max()}")
+
+
+def _seconds(created: str) -> float:
+    try:
+        return datetime.fromisoformat(created).timestamp()
+    except ValueError:
+        return 0.0

@@ -79,7 +79,7 @@ class _Traffic:
 
 
 class ModelLibrary:
-    """The loaded versions of one directory. Safe to share between threads; close it, or use it in a `with` statement."""
+    """The loaded versions of one directory, to be shared between threads. Close it, or use it in a `with` statement."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class ModelLibrary:
         self._watches = self.automatic
         versions = find_versions(directory)
         if not versions:
-            raise ArtifactError(f"{directory}/manifest.json: cannot be read: No such file or directory")
+            raise ArtifactError(f"{directory}: expected a model directory, or one with model directories in it")
         error: Exception | None = None
         for version in versions:
             try:

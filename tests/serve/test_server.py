@@ -138,7 +138,7 @@ def test_no_server_from_a_broken_model(model_directory: Path, tmp_path: Path) ->
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert ended.returncode == 1
     assert ended.stdout == ""
-    assert ended.stderr == f"Error: {tmp_path}/nowhere/manifest.json: cannot be read: No such file or directory\n"
+    assert ended.stderr == f"Error: {tmp_path}/nowhere: cannot be read: No such file or directory\n"
     with pytest.raises(StartError), running_server(tmp_path / "nowhere", tmp_path / "s"):
         pass
 
