@@ -179,6 +179,67 @@ def run(
     leave_process()
 
 
+@main.command(short_help="Ask a running server, for an answer to read.")
+@click.option("--address", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT", help="The server.")
+@click.option("--user", metavar="ID", help="Recommend for a stored user.")
+@click.option(
+    "--watched",
+    multiple=True,
+    metavar="ITEM[=RATING]",
+    help="Recommend after this item. Repeat it for several, oldest first, as if one a day up to now.",
+)
+@click.option("--similar", "similar_to", metavar="ITEM", help="Items like this one.")
+@click.option("--profile", "profile_of", metavar="ID", help="What is stored of a user.")
+@click.option("--k", type=click.IntRange(1, 1000), default=10, show_default=True, help="Lines to answer.")
+@click.option("--why", is_flag=True, help="Say why each item is recommended.")
+@click.option("--tls", is_flag=True, help="Encrypt, trusting the authorities of the system. Implied by the next three.")
+@click.option("--ca", type=existing_file, help="Trust these authorities instead, in PEM.")
+@click.option("--cert", type=existing_file, help="The client's certificate in PEM, for servers that ask for one.")
+@click.option("--key", type=existing_file, help="Its private key in PEM.")
+@click.option("--token-file", type=existing_file, help="File with the token. Without: JAXREC_TOKEN, or none.")
+@click.option("--timeout", type=click.FloatRange(0.001), default=5.0, show_default=True, help="Seconds.")
+def ask(
+    address: str,
+    user: str | None,
+    watched: tuple[str, ...],
+    similar_to: str | None,
+    profile_of: str | None,
+    k: int,
+    why: bool,
+    tls: bool,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    token_file: Path | None,
+    timeout: float,
+) -> None:
+    """Ask a running server and print its answer as a table: recommendations, similar items, a user's profile, or,
+    without a question, which model answers."""
+    import grpc
+
+    from serve import ask as tables
+    from serve.client import Connection, RecommenderClient
+
+    if sum((user is not None, bool(watched), similar_to is not None, profile_of is not None)) > 1:
+        raise click.UsageError("expected one of --user, --watched, --similar and --profile")
+    try:
+        token = os.environ.get("JAXREC_TOKEN") if token_file is None else token_file.read_text("utf-8").strip()
+        connection = Connection(address, timeout, tls=tls, ca=ca, certificate=cert, key=key, token=token)
+        with RecommenderClient(connection) as client:
+            if user is not None or watched:
+                click.echo(tables.recommendations(client, user, watched, k, why))
+            elif similar_to is not None:
+                click.echo(tables.similar(client, similar_to, k))
+            elif profile_of is not None:
+                click.echo(tables.profile(client, profile_of, k))
+            else:
+                click.echo(tables.model(client))
+    except grpc.RpcError as error:
+        raise click.ClickException(f"{error.code().name}: {error.details()}") from error
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+
+
 @main.command(short_help="Recommend for many users at once, from CSV to CSV.")
 @model_argument
 @click.option(
