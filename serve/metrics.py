@@ -119,7 +119,7 @@ class Metrics:
         observe(seconds)
 
     def rejected(self, reason: str) -> None:
-        """One call that was turned away before it was looked at: `unauthenticated`, `permission` or `overload`."""
+        """One call that was turned away before it was looked at: `unauthenticated` or `permission`."""
         self._rejected.labels(reason).inc()
 
     def answered(self, policy: str, items: NDArray[np.int32]) -> None:

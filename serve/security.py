@@ -1,7 +1,7 @@
 """Who may call what: TLS, client certificates, and bearer tokens with rights.
 
 The rights are `read` (recommend, look things up), `write` (record events, forget users) and `admin` (models). Health
-checks need none. A method that is in no table needs `admin`.
+checks need none. A method that is in no table needs `admin`. Without tokens, who gets in may call everything.
 """
 
 import hashlib
