@@ -67,7 +67,8 @@ def test_other_errors_are_not_tried_again_and_every_call_has_a_deadline(
         late_client.get_model_info()
     assert failure.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert servicer.time_left_s is not None
-    assert 0 < servicer.time_left_s <= 20
+    # gRPC rounds what is left up, and reads more than one clock.
+    assert 0 < servicer.time_left_s < 21
 
 
 def test_nobody_listens() -> None:
