@@ -75,6 +75,14 @@ existing_file = click.Path(dir_okay=False, path_type=Path)
     " and in the store: a log to learn from. 0: always the best.",
 )
 @click.option(
+    "--front",
+    type=click.Choice(["auto", "polling", "threads"]),
+    default="auto",
+    show_default=True,
+    help="Which thread answers Recommend: the one that polls for calls, or one of a pool. `auto`: the polling one when"
+    " the store is a local file.",
+)
+@click.option(
     "--watch",
     type=click.FloatRange(0),
     default=2.0,
@@ -111,6 +119,7 @@ def run(
     allow_insecure: bool,
     metrics_address: str | None,
     explore: float,
+    front: str,
     watch: float,
     drain: float,
     log_format: str,
@@ -164,6 +173,7 @@ def run(
                 tokens=accepted,
                 allow_insecure=allow_insecure,
                 log_calls=log_calls,
+                polling=None if front == "auto" else front == "polling",
             )
             stop_metrics = None if metrics_address is None else metrics.serve(metrics_address, allow_insecure)
             server.start()

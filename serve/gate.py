@@ -6,11 +6,13 @@ from typing import Any
 
 import grpc
 
+# Its checks go on, to say that the server ends.
+HEALTH = "/grpc.health.v1.Health/"
 DRAINING = "the server is shutting down, try another or again"
 
 
 class Gate(grpc.ServerInterceptor):
-    """Wraps every unary RPC of a server, once for each; streams (health, reflection) pass uncounted."""
+    """Wraps every unary RPC of a server, once for each; health checks and streams pass uncounted."""
 
     def __init__(self) -> None:
         self._handlers: dict[str, grpc.RpcMethodHandler] = {}
@@ -26,7 +28,7 @@ class Gate(grpc.ServerInterceptor):
         handler = self._handlers.get(handler_call_details.method)
         if handler is None:
             handler = continuation(handler_call_details)
-            if handler is None or handler.unary_unary is None:
+            if handler is None or handler.unary_unary is None or handler_call_details.method.startswith(HEALTH):
                 return handler
             handler = self._handlers[handler_call_details.method] = grpc.unary_unary_rpc_method_handler(
                 self._counted(handler.unary_unary), handler.request_deserializer, handler.response_serializer

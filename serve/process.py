@@ -27,19 +27,22 @@ class ServerProcess:
 @contextmanager
 def running_server(
     model: Path,
-    store: Path,
+    store: Path | str,
     *,
+    address: str = "127.0.0.1:0",
     provider: str = "auto",
-    timeout_s: float = 60.0,
     options: Sequence[str] = (),
+    timeout_s: float = 60.0,
     stderr: TextIO | None = None,
 ) -> Iterator[ServerProcess]:
-    """Runs `python -m serve run` on a free loopback port, healthy on entry, drained and ended on exit.
+    """Runs `python -m serve run`, by default on a free loopback port; healthy on entry, drained and ended on exit.
 
-    `options` are more of the command's, and `stderr` takes its log, which else comes here. Raises StartError when it
-    ends before it serves, or does not serve within `timeout_s` seconds.
+    `options` are further options of the command, such as `("--watch", "0.5")`; `stderr` takes its log, which else goes
+    where this process' goes.
+
+    Raises StartError when it ends before it serves, or does not serve within `timeout_s` seconds.
     """
-    command = [sys.executable, "-m", "serve", "run", str(model), "--address", "127.0.0.1:0"]
+    command = [sys.executable, "-m", "serve", "run", str(model), "--address", address]
     command += ["--store", str(store), "--provider", provider, *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
         try:
