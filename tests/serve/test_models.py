@@ -24,7 +24,7 @@ from serve.pb.model_admin_pb2_grpc import ModelAdminStub
 from serve.recommender import Query
 from serve.server import create_server
 from serve.store import EventStore
-from tests.serve.versions import DAMAGES, add_version, edit_manifest, flip_a_byte, garble_the_manifest
+from bench.model_versions import DAMAGES, add_version, edit_manifest, flip_a_byte, garble_the_manifest
 
 DEADLINE_S = 30.0
 WATCH_S = 0.05
