@@ -12,7 +12,6 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,8 +75,11 @@ def reload_rounds(models: tuple[Path, Path], reloads: int, folder: Path) -> Relo
                 damage = DAMAGES[number // 3 % len(DAMAGES)] if number % 3 == 0 else None
                 version = _name(number, number % 2)
                 path = add_version(directory, models[number % 2], version, damage=damage)
-                state = model_admin_pb2.MODEL_STATE_READY if damage is None else model_admin_pb2.MODEL_STATE_REFUSED
-                _wait_until(lambda: _state(admin, version) == state, f"{version} to be {state}")
+                _wait_for_state(
+                    admin,
+                    version,
+                    model_admin_pb2.MODEL_STATE_READY if damage is None else model_admin_pb2.MODEL_STATE_REFUSED,
+                )
                 result.reloads += 1
                 result.refused += damage is not None
                 if number > WARM_UP_RELOADS:
@@ -145,11 +147,11 @@ def _state(admin: ModelAdminStub, version: str) -> int | None:
     return next((one.state for one in models if version in (one.model_version, one.folder)), None)
 
 
-def _wait_until(condition: Callable[[], bool], what: str) -> None:
+def _wait_for_state(admin: ModelAdminStub, version: str, state: int) -> None:
     end = time.monotonic() + DEADLINE_S
-    while not condition():
+    while _state(admin, version) != state:
         if time.monotonic() > end:
-            raise click.ClickException(f"waited in vain for {what}")
+            raise click.ClickException(f"waited in vain for {version} to be {model_admin_pb2.ModelState.Name(state)}")
         time.sleep(0.02)
 
 

@@ -14,7 +14,9 @@ from grpc_reflection.v1alpha import reflection
 
 from serve.addresses import AddressError, check_exposure, host_and_port
 from serve.admin import ModelAdminServicer
+from serve.batching import DEFAULT_CAPACITY, RETRY_AFTER_S, QueueFull
 from serve.calls import Calls
+from serve.errors import status_of
 from serve.gate import Gate
 from serve.inference_protocol import InferenceServicer
 from serve.loaded import Models
@@ -145,7 +147,13 @@ def create_server(
     if polling is None:
         polling = isinstance(store, SQLiteStore)
     if polling and is_supported():
-        server = polling_server(pool, INLINE, interceptors=interceptors, options=options)
+        full = status_of(QueueFull(DEFAULT_CAPACITY, RETRY_AFTER_S))
+
+        def turn_away() -> tuple[grpc.StatusCode, str, Sequence[tuple[str, str | bytes]]]:
+            metrics.rejected("overload")
+            return full
+
+        server = polling_server(pool, INLINE, interceptors=interceptors, options=options, turn_away=turn_away)
     else:
         server = grpc.server(pool, interceptors=interceptors, options=options)
     servicer = RecommenderServicer(models, store, metrics)

@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from bench.model_versions import DAMAGES, add_version, edit_manifest, flip_a_byte, garble_the_manifest
 from serve.artifact import ArtifactError
 from serve.client import RecommenderClient
 from serve.history import Event
@@ -24,7 +25,6 @@ from serve.pb.model_admin_pb2_grpc import ModelAdminStub
 from serve.recommender import Query
 from serve.server import create_server
 from serve.store import EventStore
-from bench.model_versions import DAMAGES, add_version, edit_manifest, flip_a_byte, garble_the_manifest
 
 DEADLINE_S = 30.0
 WATCH_S = 0.05
