@@ -52,6 +52,8 @@ DRAIN_S = 10.0
 LINGER_S = 0.05
 # A history of 10,000 events with ids of 36 characters takes 0.5 MB. gRPC refuses more with RESOURCE_EXHAUSTED.
 MAX_MESSAGE_BYTES = 8 * 2**20
+# Further calls wait at the client, where they cost the server nothing. HTTP/2 recommends no less.
+MAX_CALLS_OF_A_CONNECTION = 100
 
 
 class RecommenderServer:
@@ -141,7 +143,11 @@ def create_server(
         [gate, calls] if tokens is None else [TokenInterceptor(tokens, metrics), gate, calls]
     )
     # By default two servers could share a port, and a forgotten old one would answer every other call.
-    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+    options = [
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_concurrent_streams", MAX_CALLS_OF_A_CONNECTION),
+    ]
     pool = ThreadPoolExecutor(workers)
     server: grpc.Server
     if polling is None:
