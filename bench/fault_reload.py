@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,8 @@ class Reloaded:
 def reload_rounds(models: tuple[Path, Path], reloads: int, folder: Path) -> Reloaded:
     """Puts so many versions of two models into a watched directory in `folder` while callers ask."""
     result = Reloaded()
-    histories = [[int(at) for at in range(1 + caller, 40 + caller)] for caller in range(CALLERS)]
+    item_ids = read_artifact(models[0]).catalog.item_ids
+    histories = [item_ids[1 + caller : 40 + caller] for caller in range(CALLERS)]
     expected = [_answers(model, histories) for model in models]
     directory = folder / "versions"
     add_version(directory, models[0], _name(0, 0))
@@ -64,9 +66,8 @@ def reload_rounds(models: tuple[Path, Path], reloads: int, folder: Path) -> Relo
         grpc.insecure_channel(server.address) as channel,
         ThreadPoolExecutor(CALLERS) as threads,
     ):
-        item_ids = read_artifact(models[0]).catalog.item_ids
         callers = [
-            threads.submit(_ask, server.address, _request(item_ids, history), caller, expected, stop, result)
+            threads.submit(_ask, server.address, _request(history), caller, expected, stop, result)
             for caller, history in enumerate(histories)
         ]
         admin = ModelAdminStub(channel)
@@ -104,18 +105,17 @@ def _last_good(number: int) -> str:
     return _name(before, before % 2)
 
 
-def _answers(model: Path, histories: list[list[int]]) -> list[list[str]]:
+def _answers(model: Path, histories: Sequence[Sequence[str]]) -> list[list[str]]:
     recommender = Recommender(read_artifact(model), "cpu")
-    item_ids = recommender.catalog.item_ids
     queries = [
-        Query([HistoryEvent(item_ids[item], None, at * 86_400) for at, item in enumerate(history)], K)
+        Query([HistoryEvent(item_id, None, at * 86_400) for at, item_id in enumerate(history)], K)
         for history in histories
     ]
-    return [[item_ids[item] for item in answer.items] for answer in recommender.recommend(queries)]
+    return [[recommender.catalog.item_ids[item] for item in answer.items] for answer in recommender.recommend(queries)]
 
 
-def _request(item_ids: tuple[str, ...], history: list[int]) -> recommender_pb2.RecommendRequest:
-    events = [recommender_pb2.Event(item_id=item_ids[item], timestamp=at * 86_400) for at, item in enumerate(history)]
+def _request(history: Sequence[str]) -> recommender_pb2.RecommendRequest:
+    events = [recommender_pb2.Event(item_id=item_id, timestamp=at * 86_400) for at, item_id in enumerate(history)]
     return recommender_pb2.RecommendRequest(history=recommender_pb2.History(events=events), k=K)
 
 
