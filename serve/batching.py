@@ -134,18 +134,12 @@ class Batcher:
         Raises QueueFull at once, Expired and Cancelled before the model runs for the request, or when it has run in
         vain, and whatever the model raises for this very query.
         """
-        pending = self.enqueue(query, deadline_s, is_cancelled)
-        loop: Loop | None = getattr(_of_thread, "loop", None)
-        if loop is None:
-            self.drive(pending)
-        else:
-            loop.park(self, pending)
-        return pending.result()
+        return self.complete(self.enqueue(query, deadline_s, is_cancelled))
 
     def enqueue(
         self, query: Query, deadline_s: float | None = None, is_cancelled: Callable[[], bool] | None = None
     ) -> Pending:
-        """Puts a query into the queue, to be followed by `drive` and its `result`; raises QueueFull."""
+        """Puts a query into the queue, to be followed by `complete`; raises QueueFull."""
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
         pending = Pending(query, deadline, is_cancelled)
         with self._lock:
@@ -154,6 +148,15 @@ class Batcher:
                 raise QueueFull(self._capacity, min(max(waiting_s, 0.01), 10.0))
             self._queue.append(pending)
         return pending
+
+    def complete(self, pending: Pending) -> Answer:
+        """Waits for the answer, running the model itself if nobody does; raises as `recommend`."""
+        loop: Loop | None = getattr(_of_thread, "loop", None)
+        if loop is None:
+            self.drive(pending)
+        else:
+            loop.park(self, pending)
+        return pending.result()
 
     def drive(self, pending: Pending) -> None:
         """Returns when a request is done, having run the model itself if nobody else did."""

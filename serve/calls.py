@@ -5,13 +5,12 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from serve.errors import Status, status_of
+from serve.errors import status_of
 from serve.logs import REQUEST_ID
 from serve.metrics import Metrics
 from serve.tracing import Tracer
@@ -66,40 +65,32 @@ class Calls(grpc.ServerInterceptor):
         # `Any`: the types of grpc-stubs don't know `code`.
         def handle(message: bytes, context: Any) -> Any:
             start = time.perf_counter()
-            metadata = context.invocation_metadata()
-            request_id = self._request_id(metadata)
+            request_id = self._request_id(context.invocation_metadata())
             token = REQUEST_ID.set(request_id)
-            code = "OK"
+            status: grpc.StatusCode | None = None
             try:
-                with self._span(method, metadata) as span:
-                    try:
-                        response = answer(_decoded(decode, message), context)
-                        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
-                        if context.code():
-                            code = context.code().name
-                        return response
-                    except Exception as error:
-                        aborted = context.code()
-                        status = Status(aborted, "") if aborted else status_of(error)
-                        code = status.code.name
-                        if span is not None:
-                            span.failed(code)
-                        if aborted:
-                            raise
-                        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id), *status.metadata))
-                        context.abort(status.code, status.message)
-                        raise
+                response = answer(_decoded(decode, message), context)
+                context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
+                status = context.code()
+                return response
+            except Exception as error:
+                status = context.code()
+                if status is not None:
+                    # The RPC ended the call itself.
+                    raise
+                status, text, details = status_of(error)
+                context.set_trailing_metadata(((REQUEST_ID_KEY, request_id), *details))
+                context.abort(status, text)
+                raise
             finally:
                 seconds = time.perf_counter() - start
+                code = "OK" if status is None else status.name
                 observe(method, code, seconds)
                 if log_calls:
                     logger.info("%s %s", method, code, extra={"method": method, "code": code, "seconds": seconds})
                 REQUEST_ID.reset(token)
 
-        return handle
-
-    def _span(self, method: str, metadata: Any) -> AbstractContextManager[Any]:
-        return nullcontext() if self._tracer is None else self._tracer.span(method, metadata)
+        return handle if self._tracer is None else self._tracer.around(method, handle)
 
     def _request_id(self, metadata: Any) -> str:
         for key, value in metadata:

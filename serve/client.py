@@ -65,6 +65,7 @@ class RecommenderClient:
     def __init__(self, server: str | Connection, timeout_s: float = 5.0) -> None:
         """Connects when first used, to HOST:PORT without encryption and with this deadline, or as `server` says."""
         connection = Connection(server, timeout_s) if isinstance(server, str) else server
+        self.address = connection.address
         self._timeout_s, self._metadata = connection.timeout_s, connection.metadata
         self._channel = connection.channel()
         self._stub = RecommenderStub(self._channel)

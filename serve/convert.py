@@ -1,6 +1,6 @@
 """Between messages and the recommender's types. Decoding checks every field and raises InvalidRequest."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from serve.artifact import RatingScale
 from serve.catalog import Catalog
@@ -29,16 +29,9 @@ from serve.validate import (
     checked_count,
 )
 
-StoredHistory = Callable[[str, int | None], Sequence[Event]]
-"""The events of a user id up to a second, or all of them."""
 
-
-def decode_query(request: pb.RecommendRequest, scale: RatingScale | None, stored: StoredHistory) -> Query:
-    """The question that a request asks.
-
-    A stored user stays a user id, unless the answer is to be explained: then `stored` is called once all fields are
-    checked.
-    """
+def decode_query(request: pb.RecommendRequest, scale: RatingScale | None) -> Query:
+    """The question that a request asks."""
     k = checked_count("k", request.k)
     check_length("exclude_item_ids", request.exclude_item_ids, MAX_EXCLUDED_ITEMS)
     for at, item_id in enumerate(request.exclude_item_ids):
@@ -49,20 +42,17 @@ def decode_query(request: pb.RecommendRequest, scale: RatingScale | None, stored
     subject = request.WhichOneof("subject")
     if subject is None:
         raise InvalidRequest("subject", "user_id or history", "neither")
-    events: Sequence[Event]
+    events: Sequence[Event] = ()
+    user_id = None
     if subject == "history":
         events = _decode_history(request.history, request_time, scale)
     else:
-        check_id("user_id", request.user_id)
-        if not request.explain:
-            return Query((), k, tuple(request.exclude_item_ids), request_time, user_id=request.user_id)
-        events = stored(request.user_id, request_time)
-    return Query(events, k, tuple(request.exclude_item_ids), request_time, request.explain)
+        user_id = request.user_id
+        check_id("user_id", user_id)
+    return Query(events, k, tuple(request.exclude_item_ids), request_time, request.explain, user_id)
 
 
-def decode_batch(
-    request: pb.BatchRecommendRequest, scales: Sequence[RatingScale | None], stored: StoredHistory
-) -> list[Query]:
+def decode_batch(request: pb.BatchRecommendRequest, scales: Sequence[RatingScale | None]) -> list[Query]:
     """The questions of a batch, each on the scale of the model that answers it."""
     check_length("requests", request.requests, MAX_BATCH)
     items = sum(single.k or DEFAULT_K for single in request.requests)
@@ -74,7 +64,7 @@ def decode_batch(
     queries = []
     for at, (single, scale) in enumerate(zip(request.requests, scales, strict=True)):
         try:
-            queries.append(decode_query(single, scale, stored))
+            queries.append(decode_query(single, scale))
         except InvalidRequest as error:
             raise error.within(f"requests[{at}]") from error
     return queries

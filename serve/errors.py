@@ -10,6 +10,8 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from serve.batching import Cancelled, Expired, QueueFull
+from serve.loaded import UnknownModel
+from serve.models import RefusedModel
 from serve.recommender import UnknownItem
 from serve.store import StoreError
 from serve.validate import InvalidRequest
@@ -22,10 +24,6 @@ DETAILS_KEY = "grpc-status-details-bin"
 
 class UnknownUser(LookupError):
     """No event of a user is stored."""
-
-
-class UnknownModel(LookupError):
-    """A version, or a name, of a model that is not loaded."""
 
 
 class Status(NamedTuple):
@@ -44,6 +42,7 @@ STATUS: dict[type[Exception], tuple[grpc.StatusCode, str | None]] = {
     UnknownItem: (grpc.StatusCode.NOT_FOUND, None),
     UnknownUser: (grpc.StatusCode.NOT_FOUND, None),
     UnknownModel: (grpc.StatusCode.NOT_FOUND, None),
+    RefusedModel: (grpc.StatusCode.FAILED_PRECONDITION, None),
     QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     Expired: (grpc.StatusCode.DEADLINE_EXCEEDED, None),
     Cancelled: (grpc.StatusCode.CANCELLED, None),

@@ -14,9 +14,9 @@ from serve.catalog import Catalog
 from serve.history import KnownEvent
 
 MOST_EVENTS = 3
-ASKED_EVENTS = 32
+ASKED_EVENTS = 16
 """So many of the last events are left out in turn, in one batch: a bound for the cost of an explanation."""
-ASKED_ITEMS = 1_000
+ASKED_ITEMS = 200
 """An item that falls below so many others without an event counts as if it had the score of the last of them."""
 
 

@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.engine import SEQUENCE_INPUTS, SEQUENCE_OUTPUTS
-from serve.errors import UnknownModel
+from serve.loaded import Models, UnknownModel
 from serve.pb import open_inference_pb2 as pb
 from serve.pb import open_inference_pb2_grpc
 from serve.recommender import Recommender
-from serve.servicer import Models
 from serve.validate import MAX_BATCH, MAX_EXCLUDED_ITEMS, MAX_HISTORY_EVENTS, MAX_K, InvalidRequest
 
 MODEL_NAME = "jaxrec"
@@ -73,7 +72,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> pb.ModelMetadataResponse:
         model = self._model(request.name, request.version)
         tensor = pb.ModelMetadataResponse.TensorMetadata
-        shapes = {"state": (-1, model.state_width), "items": (-1, -1), "scores": (-1, -1)}
+        shapes = {"state": (-1, model.engine.state_width), "items": (-1, -1), "scores": (-1, -1)}
         return pb.ModelMetadataResponse(
             name=MODEL_NAME,
             versions=self._models.versions(),
@@ -96,7 +95,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
                 raise InvalidRequest(f"outputs[{at}]", f"one of {', '.join(SEQUENCE_OUTPUTS)}, each once", repr(name))
         inputs = _decoded(request)
         _check(inputs, model)
-        outputs = model.infer(inputs, wanted)
+        outputs = model.engine.run_sequence(inputs, wanted)
         response = pb.ModelInferResponse(model_name=MODEL_NAME, model_version=model.info.model_version, id=request.id)
         for name, values in zip(wanted, outputs, strict=True):
             datatype, dtype, _ = _TYPES[SEQUENCE_OUTPUTS[name]]
@@ -107,7 +106,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
     def _model(self, name: str, version: str) -> Recommender:
         if name != MODEL_NAME:
             raise UnknownModel(f"there is no model {name!r}, the one here is {MODEL_NAME!r}")
-        return self._models.version(version)
+        return self._models.version(version).model
 
 
 def _decoded(request: pb.ModelInferRequest) -> Tensors:

@@ -1,95 +1,151 @@
-"""What belongs to each model in service: its queue, and the states of its users."""
+"""A loaded model with all that it needs to answer, and which of several answers whom."""
 
-import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import replace
+from typing import Protocol
 
-from serve.batching import DEFAULT_CAPACITY, LARGEST_BATCH, Batcher, Run
-from serve.recommender import Answer, Query, Recommender
-from serve.states import DEFAULT_CAPACITY as DEFAULT_CACHED_USERS
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.batching import Batcher, Pending, QueueFull, Run
+from serve.exploration import Exploration
+from serve.metrics import Metrics
+from serve.recommender import POPULARITY, Answer, Query, Recommender
 from serve.states import StateCache
 from serve.store import EventStore
+
+# So many questions of one call are in the queue at a time: a call must not crowd out all others.
+AT_ONCE = 16
+
+IsCancelled = Callable[[], bool]
+
+
+class UnknownModel(LookupError):
+    """A version, or a name, of a model that is not loaded."""
+
+
+class LoadedModel:
+    """One model, the states of its users, and its queue. Safe to share between threads."""
+
+    def __init__(
+        self, model: Recommender, store: EventStore, metrics: Metrics, exploration: Exploration | None = None
+    ) -> None:
+        self.model = model
+        self.exploration = exploration
+        self.states = StateCache(model, store)
+        self._store = store
+        self._metrics = metrics
+        self._batcher = Batcher(self.states.recommend, on_run=self._observe)
+
+    def recommend(
+        self, query: Query, deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
+    ) -> Answer:
+        """Answers one query; raises as `Batcher.recommend`."""
+        if self.exploration is None:
+            return self._batcher.recommend(query, deadline_s, is_cancelled)
+        answer = self._batcher.recommend(_wider(query, self.exploration), deadline_s, is_cancelled)
+        return self._drawn(query, answer, self.exploration)
+
+    def recommend_all(
+        self, queries: Sequence[Query], deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
+    ) -> list[Answer]:
+        """Answers several queries of one call, all or none; raises as `Batcher.recommend`."""
+        exploration = self.exploration
+        asked = queries if exploration is None else [_wider(query, exploration) for query in queries]
+        answers: list[Answer] = []
+        for start in range(0, len(asked), AT_ONCE):
+            pending: list[Pending] = []
+            try:
+                for query in asked[start : start + AT_ONCE]:
+                    pending.append(self._batcher.enqueue(query, deadline_s, is_cancelled))
+            except QueueFull:
+                for one in pending:
+                    one.is_cancelled = lambda: True
+                raise
+            for one in pending:
+                self._batcher.drive(one)
+            answers += [one.result() for one in pending]
+        if exploration is None:
+            return answers
+        return [self._drawn(query, answer, exploration) for query, answer in zip(queries, answers, strict=True)]
+
+    def _drawn(self, query: Query, answer: Answer, exploration: Exploration) -> Answer:
+        """The answer whose items are drawn from those of a wider one; what is popular is not drawn."""
+        places: NDArray[np.intp] = np.arange(min(query.k, len(answer.items)))
+        log_propensities: tuple[float, ...] = ()
+        if answer.policy != POPULARITY:
+            slate = exploration.draw(answer.scores, query.k)
+            places, log_propensities = slate.places, tuple(slate.log_propensities.tolist())
+        items, explanations = answer.items[places], answer.explanations
+        if query.explain and answer.policy != POPULARITY:
+            events = query.events
+            if query.user_id is not None:
+                events = self._store.history(query.user_id, query.request_time)
+            explanations = self.model.explain(query._replace(events=events), items)
+        elif query.explain:
+            explanations = self.model.popular(query, 0).explanations
+        return replace(
+            answer,
+            items=items,
+            scores=answer.scores[places],
+            explanations=explanations,
+            log_propensities=log_propensities,
+        )
+
+    def _observe(self, run: Run) -> None:
+        self._metrics.batch_size(run.size)
+        self._metrics.inference_seconds(run.seconds)
+        for waited_s in run.waited_s:
+            self._metrics.queue_seconds(waited_s)
+
+
+def _wider(query: Query, exploration: Exploration) -> Query:
+    return query._replace(k=max(query.k, exploration.pool), explain=False)
 
 
 class Models(Protocol):
     """The models that are loaded."""
 
-    def for_user(self, user_id: str | None) -> Recommender:
+    def for_user(self, user_id: str | None) -> LoadedModel:
         """The model that answers a user, always the same while the traffic stays; None: nobody in particular."""
 
-    def version(self, model_version: str) -> Recommender:
+    def version(self, model_version: str) -> LoadedModel:
         """One loaded version, or with "" the one that answers most; raises UnknownModel."""
 
     def versions(self) -> Sequence[str]:
         """The loaded versions, the one that answers most first."""
 
-
-class LoadedModel(NamedTuple):
-    """A model with its users' states and its queue."""
-
-    model: Recommender
-    states: StateCache
-    batcher: Batcher
-
-    def recommend(self, queries: Sequence[Query]) -> list[Answer]:
-        """Answers many queries of one caller beside the queue, which gets its turns between the runs."""
-        answers: list[Answer] = []
-        for start in range(0, len(queries), LARGEST_BATCH):
-            answers += self.states.recommend(queries[start : start + LARGEST_BATCH])
-        return answers
+    def forget(self, user_id: str) -> None:
+        """Drops what is in memory of a user who was deleted from the store."""
 
 
-class LoadedModels:
-    """A `LoadedModel` for each of the models, made when it first answers and dropped some time after it left."""
+class OneModel:
+    """One model for all."""
 
-    def __init__(
-        self,
-        models: Models,
-        store: EventStore,
-        *,
-        capacity: int = DEFAULT_CAPACITY,
-        cached_users: int = DEFAULT_CACHED_USERS,
-        on_run: Callable[[Run], None] | None = None,
-    ) -> None:
-        """`capacity` requests may wait for each model, `cached_users` states are kept in memory for each."""
-        self._models = models
-        self._store = store
-        self._capacity = capacity
-        self._cached_users = cached_users
-        self._on_run = on_run
-        self._loaded: dict[str, LoadedModel] = {}
-        self._lock = threading.Lock()
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
 
     def for_user(self, user_id: str | None) -> LoadedModel:
-        """As `Models.for_user`."""
-        return self.of(self._models.for_user(user_id))
+        return self._loaded
 
-    def of(self, model: Recommender) -> LoadedModel:
-        """What belongs to a loaded model."""
-        loaded = self._loaded.get(model.info.model_version)
-        if loaded is None or loaded.model is not model:
-            with self._lock:
-                loaded = self._loaded.get(model.info.model_version)
-                if loaded is None or loaded.model is not model:
-                    loaded = self._load(model)
-        return loaded
+    def version(self, model_version: str) -> LoadedModel:
+        version = self._loaded.model.info.model_version
+        if model_version not in ("", version):
+            raise UnknownModel(f"the version {model_version!r} is not loaded, {version!r} is")
+        return self._loaded
+
+    def versions(self) -> Sequence[str]:
+        return [self._loaded.model.info.model_version]
 
     def forget(self, user_id: str) -> None:
-        """Drops what is kept of a user who was deleted from the store."""
-        for loaded in list(self._loaded.values()):
-            loaded.states.forget(user_id)
+        self._loaded.states.forget(user_id)
 
-    def spill(self) -> None:
-        """Hands the states of all users to the store, for the next start; no call may be under way."""
-        for loaded in list(self._loaded.values()):
-            loaded.states.spill()
 
-    def _load(self, model: Recommender) -> LoadedModel:
-        # In a new dictionary, since others read the old one meanwhile.
-        staying = set(self._models.versions())
-        kept = {version: loaded for version, loaded in self._loaded.items() if version in staying}
-        states = StateCache(model, self._store, self._cached_users)
-        batcher = Batcher(states.recommend, self._capacity, on_run=self._on_run)
-        loaded = kept[model.info.model_version] = LoadedModel(model, states, batcher)
-        self._loaded = kept
-        return loaded
+def one_model(
+    model: Recommender,
+    store: EventStore,
+    metrics: Metrics | None = None,
+    exploration: Exploration | None = None,
+) -> OneModel:
+    """All users are answered by one model."""
+    return OneModel(LoadedModel(model, store, metrics or Metrics(), exploration))

@@ -2,10 +2,11 @@
 
 Shares and rates are left to the one who asks, as counters: the share of fallback answers is
 `rate(jaxrec_answers_total{policy="popularity"}[5m]) / rate(jaxrec_answers_total[5m])`, that of unknown items
-`rate(jaxrec_history_events_total{known="false"}[5m]) / rate(jaxrec_history_events_total[5m])`, and the feedback rate
+`rate(jaxrec_events_total{known="false"}[5m]) / rate(jaxrec_events_total[5m])`, and the feedback rate
 `rate(jaxrec_feedback_events_total[5m]) / rate(jaxrec_answers_total[5m])`.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,11 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+
+from serve.addresses import AddressError, check_exposure, host_and_port
+
+logger = logging.getLogger(__name__)
 
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -46,9 +51,7 @@ class Coverage:
 
     def mark(self, items: NDArray[np.int32]) -> None:
         """Notes item indices that were shown; those beyond the catalogue, of another model, don't count."""
-        window = self._windows[0]
-        if self._clock() >= self._ends:
-            window = self._turned()
+        window = self._windows[0] if self._clock() < self._ends else self._turned()
         try:
             window[items] = True
         except IndexError:
@@ -99,11 +102,10 @@ class Metrics:
         age.set_function(lambda: 0.0 if self._created is None else time.time() - self._created)
         self._answers = self._counter("answers_total", "Recommendations by what ranked them.", ("policy",))
         self._by_policy: dict[str, Counter] = {}
-        events = self._counter("history_events_total", "Events of the histories of answers.", ("known",))
+        events = self._counter("events_total", "Events that came in, by whether the item is known.", ("known",))
         self._known, self._unknown = events.labels("true"), events.labels("false")
         recorded = self._counter("recorded_events_total", "Events sent to be recorded.", ("result",))
         self._recorded, self._duplicate = recorded.labels("recorded"), recorded.labels("duplicate")
-        self._recorded_unknown = self._counter("recorded_unknown_items_total", "Recorded events on unknown items.")
         self._feedback = self._counter("feedback_events_total", "Recorded events that refer to a recommendation.")
         self._coverage = Coverage()
         coverage = self._gauge("catalogue_coverage_ratio", "Share of the catalogue shown in the last 10 to 20 minutes.")
@@ -117,26 +119,28 @@ class Metrics:
         observe(seconds)
 
     def rejected(self, reason: str) -> None:
-        """One call that was turned away before it was looked at: `unauthenticated`, `permission` or `overload`."""
+        """One call that was turned away before it was looked at: `unauthenticated` or `permission`."""
         self._rejected.labels(reason).inc()
 
-    def answered(self, policy: str, items: NDArray[np.int32], known: int, unknown: int) -> None:
-        """One recommendation, the indices of its items, and its history's events on known and unknown items."""
+    def answered(self, policy: str, items: NDArray[np.int32]) -> None:
+        """One recommendation, and the indices of its items."""
         counter = self._by_policy.get(policy)
         if counter is None:
             counter = self._by_policy[policy] = self._answers.labels(policy)
         counter.inc()
         self._coverage.mark(items)
+
+    def events(self, known: int, unknown: int) -> None:
+        """Events that came in, by whether the model knows their items."""
         if known:
             self._known.inc(known)
         if unknown:
             self._unknown.inc(unknown)
 
-    def recorded(self, recorded: int, duplicates: int, unknown_items: int, feedback: int) -> None:
-        """Events of one RecordEvents call."""
+    def recorded(self, recorded: int, duplicates: int, feedback: int) -> None:
+        """Events of one RecordEvents call; `feedback` are those that refer to a recommendation."""
         self._recorded.inc(recorded)
         self._duplicate.inc(duplicates)
-        self._recorded_unknown.inc(unknown_items)
         self._feedback.inc(feedback)
 
     def reloaded(self, result: str) -> None:
@@ -152,6 +156,27 @@ class Metrics:
         self._model_created.set(self._created or 0)
         if models:
             self._coverage.reset(models[0][3])
+
+    def serve(self, address: str, allow_insecure: bool = False) -> Callable[[], None]:
+        """Answers Prometheus on HOST:PORT over HTTP; returns what ends it.
+
+        Raises AddressError, and SecurityError for an address beyond this machine that is not explicitly allowed.
+        """
+        host, port = host_and_port(address)
+        check_exposure(address, encrypted=False, authenticated=False, allow_insecure=allow_insecure)
+        try:
+            server, thread = start_http_server(port, host, self.registry)
+        except OSError as error:
+            raise AddressError(f"cannot listen on {address}: {error.strerror}") from error
+
+        logger.info("metrics are served", extra={"address": f"{host}:{server.server_port}"})
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return stop
 
     def _histogram(self, name: str, what: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
         return Histogram(name, what, labels, namespace="jaxrec", buckets=buckets, registry=self.registry)

@@ -1,8 +1,8 @@
 """Answers questions in raw ids with one model. Knows no gRPC and keeps nothing between calls."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,9 +40,8 @@ class Answer:
     items: NDArray[np.int32]
     scores: NDArray[np.float32]
     policy: str
-    known_event_count: int
     ignored_event_count: int
-    explanations: tuple[Explanation, ...] = ()
+    explanations: tuple[Explanation, ...]
     log_propensities: tuple[float, ...] = ()
     """Of each item given those above it; empty: 0 for all, since the same query gets the same answer."""
 
@@ -56,7 +55,6 @@ class Recommender:
         self.catalog = artifact.catalog
         self.engine = Engine(artifact, provider, intra_op_threads)
         self.provider = self.engine.provider
-        self.state_width = self.engine.state_width
         lengths = np.linalg.norm(artifact.item_vectors, axis=1, keepdims=True)
         # Padding, and an item that was never trained, may have no direction; they resemble nothing.
         unit_vectors = artifact.item_vectors / np.where(lengths == 0, 1, lengths)
@@ -73,26 +71,19 @@ class Recommender:
         ]
         rankings = iter(self.engine.rank(rows, max(query.k for query in queries)) if rows else ())
         return [
-            self.ranked(query, next(rankings), len(history), len(query.events) - len(history), history)
+            self.ranked(query, next(rankings), len(query.events) - len(history), history)
             if history
             else self.popular(query, len(query.events))
             for query, history in zip(queries, histories, strict=True)
         ]
 
     def ranked(
-        self,
-        query: Query,
-        ranking: Ranking,
-        known_event_count: int,
-        ignored_event_count: int,
-        history: Sequence[KnownEvent] = (),
+        self, query: Query, ranking: Ranking, ignored_event_count: int, history: Sequence[KnownEvent] = ()
     ) -> Answer:
         """The answer to a query whose items the model ranked; `history` is needed to explain it."""
         items, scores = ranking.items[: query.k], ranking.scores[: query.k]
-        explanations: tuple[Explanation, ...] = ()
-        if query.explain:
-            explanations = self._explain(query, history, items)
-        return Answer(items, scores, self.info.policy, known_event_count, ignored_event_count, explanations)
+        explanations = self._explain(query, history, items) if query.explain else ()
+        return Answer(items, scores, self.info.policy, ignored_event_count, explanations)
 
     def popular(self, query: Query, ignored_event_count: int) -> Answer:
         """The answer to a query without an event that the model knows."""
@@ -102,20 +93,42 @@ class Recommender:
         items = items[~np.isin(items, np.array(exclude, np.int32))][: query.k]
         scores = self.catalog.popularity[items].astype(np.float32)
         explanations = explain_popularity(items, self.catalog) if query.explain else ()
-        return Answer(items, scores, POPULARITY, 0, ignored_event_count, explanations)
-
-    def indices(self, item_ids: Sequence[str]) -> list[int]:
-        """Item indices of the ids that the model knows."""
-        index = self.catalog.index
-        return [index[item_id] for item_id in item_ids if item_id in index]
+        return Answer(items, scores, POPULARITY, ignored_event_count, explanations)
 
     def explain(self, query: Query, items: NDArray[np.int32]) -> tuple[Explanation, ...]:
         """Why these items, which the model answered to the query with at least one known event."""
         return self._explain(query, known_events(query.events, self.catalog), items)
 
-    def infer(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
-        """As `Engine.run_sequence`: for those who bring features of their own."""
-        return self.engine.run_sequence(inputs, outputs)
+    def _explain(
+        self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]
+    ) -> tuple[Explanation, ...]:
+        asked = history[-ASKED_EVENTS:]
+        influences = self._influences(query, history, items) if len(history) > 1 and len(items) else None
+        return explain(items, asked, influences, self._unit_vectors, self.catalog)
+
+    def _influences(self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]) -> NDArray[np.float32]:
+        """By how much each item's score is lower without each of the last events, `[items, events]`."""
+        exclude = [*self.indices(query.exclude_item_ids), *(event.item for event in history)]
+        kept = range(max(0, len(history) - ASKED_EVENTS), len(history))
+        rows = [features(history, query.request_time, exclude, self.info)]
+        rows += [features([*history[:at], *history[at + 1 :]], query.request_time, exclude, self.info) for at in kept]
+        differences = np.empty((len(items), len(kept)), np.float32)
+        whole, *others = (self._scores(ranking, items) for ranking in self.engine.rank(rows, ASKED_ITEMS))
+        for at, without in enumerate(others):
+            differences[:, at] = whole - without
+        return differences
+
+    @staticmethod
+    def _scores(ranking: Ranking, items: NDArray[np.int32]) -> NDArray[np.float32]:
+        """The items' scores in a ranking; those that are not in it have at most the last one's."""
+        place = np.argsort(ranking.items)
+        found = place[np.minimum(np.searchsorted(ranking.items, items, sorter=place), len(place) - 1)]
+        return np.where(ranking.items[found] == items, ranking.scores[found], ranking.scores[-1])
+
+    def indices(self, item_ids: Sequence[str]) -> list[int]:
+        """Item indices of the ids that the model knows."""
+        index = self.catalog.index
+        return [index[item_id] for item_id in item_ids if item_id in index]
 
     def similar(self, item_id: str, k: int) -> Ranking:
         """The k nearest items by the cosine of the item vectors, in -1..1, without the item itself.
@@ -131,22 +144,3 @@ class Recommender:
         nearest = np.argpartition(-cosines, k)[:k]
         nearest = nearest[np.lexsort((nearest, -cosines[nearest]))]
         return Ranking(nearest.astype(np.int32), cosines[nearest])
-
-    def _explain(
-        self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]
-    ) -> tuple[Explanation, ...]:
-        asked = history[-ASKED_EVENTS:]
-        influences = self._influences(query, history, items) if len(history) > 1 and len(items) else None
-        return explain(items, asked, influences, self._unit_vectors, self.catalog)
-
-    def _influences(self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]) -> NDArray[np.float32]:
-        """By how much each item's score is lower without each of the last events, `[items, events]`."""
-        exclude = [*self.indices(query.exclude_item_ids), *(event.item for event in history)]
-        kept = range(max(0, len(history) - ASKED_EVENTS), len(history))
-        rows = [features(history, query.request_time, exclude, self.info)]
-        rows += [features([*history[:at], *history[at + 1 :]], query.request_time, exclude, self.info) for at in kept]
-        scores = np.empty((len(rows), len(self.catalog) + 1), np.float32)
-        for row, ranking in zip(scores, self.engine.rank(rows, ASKED_ITEMS), strict=True):
-            row.fill(ranking.scores[-1])
-            row[ranking.items] = ranking.scores
-        return (scores[0] - scores[1:])[:, items].T

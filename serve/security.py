@@ -1,7 +1,7 @@
 """Who may call what: TLS, client certificates, and bearer tokens with rights.
 
 The rights are `read` (recommend, look things up), `write` (record events, forget users) and `admin` (models). Health
-checks need none. A method that is in no table needs `admin`.
+checks need none. A method that is in no table needs `admin`. Without tokens, who gets in may call everything.
 """
 
 import hashlib
@@ -9,12 +9,13 @@ import hmac
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from serve.addresses import is_loopback
+from serve.addresses import SecurityError
 from serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -32,10 +33,6 @@ NEEDED: Mapping[str, str | None] = {
     "/grpc.reflection.": "read",
     "/grpc.health.v1.Health/": None,
 }
-
-
-class SecurityError(ValueError):
-    """The set-up of the security cannot be used; the message never holds a secret."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +141,7 @@ def read_tokens(path: Path) -> Tokens:
         raise SecurityError(f"{path}: expected lines of text: {type(error).__name__}") from error
 
 
+@lru_cache(maxsize=256)
 def needed_right(method: str) -> str | None:
     """What a call of `/package.Service/Method` needs."""
     return NEEDED[max((prefix for prefix in NEEDED if method.startswith(prefix)), key=len)]
@@ -189,18 +187,3 @@ def _abort(code: grpc.StatusCode, message: str) -> grpc.RpcMethodHandler:
 
     # gRPC asks a handler for what the client began; a stream that is never read ends all the same.
     return grpc.unary_unary_rpc_method_handler(abort)
-
-
-def check_exposure(address: str, encrypted: bool, authenticated: bool, allow_insecure: bool) -> None:
-    """Raises SecurityError for an address beyond this machine without encryption or without authentication.
-
-    Not when `allow_insecure` says that this is meant, for example behind a proxy that sees to both.
-    """
-    if is_loopback(address) or allow_insecure or (encrypted and authenticated):
-        return
-    missing = " and ".join(
-        what for what, there in (("TLS", encrypted), ("tokens or client certificates", authenticated)) if not there
-    )
-    raise SecurityError(
-        f"{address} can be reached from other machines, and there is no {missing}; allow it if that is meant"
-    )

@@ -165,7 +165,7 @@ class StateCache:
         results = self._engine.step(rows, max(query.k for _, query, _ in stored))
         for (at, query, user), (ranking, after) in zip(stored, results, strict=True):
             user.after = after
-            found.append((at, self._model.ranked(query, ranking, user.known_count, user.ignored_count)))
+            found.append((at, self._model.ranked(query, ranking, user.ignored_count)))
         return found
 
     def _excluded(self, query: Query, user: UserState) -> NDArray[np.int32]:

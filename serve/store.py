@@ -34,8 +34,9 @@ class Shown(NamedTuple):
     """None: the history came with the request."""
     item_ids: tuple[str, ...]
     """Best first."""
-    propensity: float | None
-    """Probability of this slate under the policy; None: not known."""
+    log_propensities: tuple[float, ...]
+    """Natural logarithm of each item's probability, given those above it; their sum is the slate's. Empty: 0 for all,
+    since the policy is deterministic."""
     policy: str
     model_version: str
     timestamp: int

@@ -4,23 +4,10 @@ The usual way to set it up: `opentelemetry-instrument python -m serve run ...`, 
 """
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-
-class Span:
-    """One call under way."""
-
-    def __init__(self, span: Any) -> None:
-        self._span = span
-
-    def failed(self, code: str) -> None:
-        """Notes the status' name."""
-        from opentelemetry.trace import Status, StatusCode
-
-        self._span.set_attribute("rpc.grpc.status", code)
-        self._span.set_status(Status(StatusCode.ERROR, code))
+Handle = Callable[[bytes, Any], Any]
 
 
 class Tracer:
@@ -32,22 +19,33 @@ class Tracer:
 
         self._propagate = propagate
         self._kind = trace.SpanKind.SERVER
+        self._error = trace.Status(trace.StatusCode.ERROR)
         self._tracer = trace.get_tracer("jaxrec.serve", tracer_provider=provider)
 
-    @contextmanager
-    def span(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> Iterator[Span]:
-        """The span of one call; an exception that leaves it is not recorded, since it is the answer's status."""
+    def around(self, method: str, handle: Handle) -> Handle:
+        """The handler of a method, with a span for each call; how the call ended is read from gRPC's context."""
         service, _, name = method[1:].partition("/")
         attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
-        with self._tracer.start_as_current_span(
-            method[1:],
-            context=self._propagate.extract({key: value for key, value in metadata if isinstance(value, str)}),
-            kind=self._kind,
-            attributes=attributes,
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
-            yield Span(span)
+
+        def traced(message: bytes, context: Any) -> Any:
+            metadata = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+            with self._tracer.start_as_current_span(
+                method[1:],
+                context=self._propagate.extract(metadata),
+                kind=self._kind,
+                attributes=attributes,
+                # The exception is the answer's status.
+                record_exception=False,
+                set_status_on_exception=False,
+            ) as span:
+                try:
+                    return handle(message, context)
+                finally:
+                    if context.code() is not None:
+                        span.set_attribute("rpc.grpc.status", context.code().name)
+                        span.set_status(self._error)
+
+        return traced
 
 
 def tracer_of_the_process() -> Tracer | None:

@@ -311,7 +311,7 @@ class Explanation(_message.Message):
     """The same as a sentence in English. Never empty."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainingEvent]:
-        """The events that speak most for the item, strongest first, at most 3 of the last 32.
+        """The events that speak most for the item, strongest first, at most 3 of the last 16.
         Empty with the policy `popularity`, and when no event speaks for the item.
         """
 

@@ -40,7 +40,7 @@ SCHEMA: tuple[LiteralString, ...] = (
         recommendation_id text NOT NULL,
         user_id text,
         item_ids text NOT NULL,
-        propensity double precision,
+        log_propensities text NOT NULL,
         policy text NOT NULL,
         model_version text NOT NULL,
         timestamp bigint NOT NULL
@@ -170,11 +170,11 @@ class PostgresStore(EventStore):
 
     def shown(self, user_id: str | None) -> list[Shown]:
         rows = self._read(
-            "SELECT recommendation_id, user_id, item_ids, propensity, policy, model_version, timestamp"
+            "SELECT recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp"
             " FROM jaxrec.shown WHERE user_id IS NOT DISTINCT FROM %s ORDER BY number",
             user_id,
         )
-        return [Shown(row[0], row[1], tuple(json.loads(row[2])), *row[3:]) for row in rows]
+        return [Shown(row[0], row[1], tuple(json.loads(row[2])), tuple(json.loads(row[3])), *row[4:]) for row in rows]
 
     def save_states(self, states: Sequence[SpilledState]) -> None:
         self._deferred.add(states)
@@ -261,9 +261,17 @@ class PostgresStore(EventStore):
 
 def _insert_shown(connection: psycopg.Connection, shown: Sequence[Shown]) -> None:
     connection.cursor().executemany(
-        "INSERT INTO jaxrec.shown (recommendation_id, user_id, item_ids, propensity, policy, model_version, timestamp)"
+        "INSERT INTO jaxrec.shown"
+        " (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp)"
         " VALUES (%s, %s, %s, %s, %s, %s, %s)",
-        [(one.recommendation_id, one.user_id, json.dumps(one.item_ids, ensure_ascii=False), *one[3:]) for one in shown],
+        [
+            (
+                *(one.recommendation_id, one.user_id),
+                *(json.dumps(one.item_ids, ensure_ascii=False), json.dumps(one.log_propensities)),
+                *one[4:],
+            )
+            for one in shown
+        ],
     )
 
 

@@ -142,7 +142,7 @@ class RedisStore(EventStore):
     def shown(self, user_id: str | None) -> list[Shown]:
         values = self._read(lambda: self._redis.lrange(_shown_key(user_id), 0, -1))
         rows = [json.loads(value) for value in values]
-        return [Shown(row[0], row[1], tuple(row[2]), *row[3:]) for row in rows]
+        return [Shown(row[0], row[1], tuple(row[2]), tuple(row[3]), *row[4:]) for row in rows]
 
     def save_states(self, states: Sequence[SpilledState]) -> None:
         self._deferred.add(states)

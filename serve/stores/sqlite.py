@@ -44,7 +44,7 @@ CREATE TABLE IF NOT EXISTS shown (
     recommendation_id TEXT NOT NULL,
     user_id TEXT,
     item_ids TEXT NOT NULL,
-    propensity REAL,
+    log_propensities TEXT NOT NULL,
     policy TEXT NOT NULL,
     model_version TEXT NOT NULL,
     timestamp INTEGER NOT NULL
@@ -148,11 +148,11 @@ class SQLiteStore(EventStore):
 
     def shown(self, user_id: str | None) -> list[Shown]:
         rows = self._read(
-            "SELECT recommendation_id, user_id, item_ids, propensity, policy, model_version, timestamp FROM shown"
+            "SELECT recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp FROM shown"
             " WHERE user_id IS ? ORDER BY number",
             user_id,
         )
-        return [Shown(row[0], row[1], tuple(json.loads(row[2])), *row[3:]) for row in rows]
+        return [Shown(row[0], row[1], tuple(json.loads(row[2])), tuple(json.loads(row[3])), *row[4:]) for row in rows]
 
     def save_states(self, states: Sequence[SpilledState]) -> None:
         self._deferred.add(states)
@@ -327,9 +327,16 @@ def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) 
 
 def _insert_shown(connection: sqlite3.Connection, shown: Sequence[Shown]) -> None:
     connection.executemany(
-        "INSERT INTO shown (recommendation_id, user_id, item_ids, propensity, policy, model_version, timestamp)"
+        "INSERT INTO shown (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp)"
         " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [(one.recommendation_id, one.user_id, json.dumps(one.item_ids, ensure_ascii=False), *one[3:]) for one in shown],
+        [
+            (
+                *(one.recommendation_id, one.user_id),
+                *(json.dumps(one.item_ids, ensure_ascii=False), json.dumps(one.log_propensities)),
+                *one[4:],
+            )
+            for one in shown
+        ],
     )
 
 

@@ -86,7 +86,7 @@ def test_a_long_history_costs_a_bounded_number_of_rows(client: RecommenderClient
     answer = client.recommend(history=events, k=5, explain=True)
     given = {reason.item_id for one in answer.recommendations for reason in one.explanation.events}
     assert given
-    assert given <= set(ids[-32:])
+    assert given <= set(ids[-16:])
 
 
 def test_explanations_of_the_server(client: RecommenderClient, model: Recommender) -> None:

@@ -93,7 +93,7 @@ def test_tritons_client_works_unchanged(address: str, client: RecommenderClient,
     described = {tensor["name"]: (tensor["datatype"], tensor["shape"]) for tensor in told["metadata"]["inputs"]}
     assert described["item"] == ("INT32", ["-1", "-1"])
     assert described["k"] == ("INT64", ["1"])
-    assert told["state"] == [2, model.state_width]
+    assert told["state"] == [2, model.engine.state_width]
 
     ids = model.catalog.item_ids
     times = (1000, 1060, 4660)
@@ -118,7 +118,7 @@ def test_typed_and_raw_contents_give_the_same(inference: GRPCInferenceServiceStu
     assert by_typed == by_raw
     assert [output.name for output in by_raw.outputs] == ["state", "items", "scores"]
     items = np.frombuffer(by_raw.raw_output_contents[1], np.int32).reshape(tuple(by_raw.outputs[1].shape))
-    direct = model.infer(features(), ["items"])[0]
+    direct = model.engine.run_sequence(features(), ["items"])[0]
     np.testing.assert_array_equal(items, direct)
 
 

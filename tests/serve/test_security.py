@@ -11,21 +11,20 @@ import pytest
 import trustme
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from serve.addresses import SecurityError, check_exposure
 from serve.client import Connection, RecommenderClient, UserEvent
+from serve.loaded import one_model
 from serve.pb.recommender_pb2 import GetModelInfoRequest, RecommendRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.recommender import Recommender
 from serve.security import (
-    SecurityError,
     Tls,
     Tokens,
-    check_exposure,
     needed_right,
     parse_tokens,
     read_tokens,
 )
 from serve.server import create_server
-from serve.servicer import OneModel
 from serve.store import EventStore
 
 READER, WRITER, ADMIN = "reader-token-0123", "writer-token-0123", "admin-token-01234"
@@ -39,7 +38,7 @@ Serving = Callable[..., Any]
 def serving(model: Recommender, store: EventStore) -> Serving:
     @contextmanager
     def serve(**security: Any) -> Iterator[str]:
-        server = create_server(OneModel(model), store, "localhost:0", **security)
+        server = create_server(one_model(model, store), store, "localhost:0", **security)
         server.start()
         yield f"localhost:{server.port}"
         server.drain()
@@ -257,9 +256,9 @@ def test_others_reach_only_what_is_protected(address: str, encrypted: bool, auth
 
 def test_a_server_for_all_without_protection_is_not_created(model: Recommender, store: EventStore) -> None:
     with pytest.raises(SecurityError, match=r"0\.0\.0\.0:0 can be reached .* no TLS and tokens or client certificates"):
-        create_server(OneModel(model), store, "0.0.0.0:0")
+        create_server(one_model(model, store), store, "0.0.0.0:0")
     with pytest.raises(SecurityError, match="there is no TLS;"):
-        create_server(OneModel(model), store, "0.0.0.0:0", tokens=Tokens({READER: ["read"]}))
+        create_server(one_model(model, store), store, "0.0.0.0:0", tokens=Tokens({READER: ["read"]}))
 
 
 def test_a_client_keeps_its_token() -> None:

@@ -14,12 +14,12 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from serve.client import RecommenderClient, UserEvent
 from serve.errors import status_of
+from serve.loaded import one_model
 from serve.pb.recommender_pb2 import RecommendRequest, RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.process import StartError, running_server
 from serve.recommender import Recommender
 from serve.server import SERVICE, SERVICES, AddressError, create_server
-from serve.servicer import OneModel
 from serve.store import EventStore
 
 TIMEOUT_S = 30
@@ -50,7 +50,7 @@ def test_health(address: str) -> None:
 
 
 def test_health_watchers_are_told_of_the_end(model: Recommender, store: EventStore) -> None:
-    server = create_server(OneModel(model), store, "127.0.0.1:0")
+    server = create_server(one_model(model, store), store, "127.0.0.1:0")
     server.start()
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
@@ -96,13 +96,13 @@ def test_reflection(address: str) -> None:
 
 def test_a_port_in_use_is_refused(model: Recommender, store: EventStore, address: str) -> None:
     with pytest.raises(AddressError, match=f"cannot listen on {address}"):
-        create_server(OneModel(model), store, address)
+        create_server(one_model(model, store), store, address)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:", "127.0.0.1:99999", "127.0.0.1:x", "127.0.0.1:-1"])
 def test_bad_address(model: Recommender, store: EventStore, address: str) -> None:
     with pytest.raises(AddressError, match=f"expected HOST:PORT with a port in 0..65535, came {address}"):
-        create_server(OneModel(model), store, address)
+        create_server(one_model(model, store), store, address)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -138,7 +138,7 @@ def test_no_server_from_a_broken_model(model_directory: Path, tmp_path: Path) ->
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert ended.returncode == 1
     assert ended.stdout == ""
-    assert ended.stderr == f"Error: {tmp_path}/nowhere/manifest.json: cannot be read: No such file or directory\n"
+    assert ended.stderr == f"Error: {tmp_path}/nowhere: cannot be read: No such file or directory\n"
     with pytest.raises(StartError), running_server(tmp_path / "nowhere", tmp_path / "s"):
         pass
 

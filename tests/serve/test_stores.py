@@ -18,7 +18,7 @@ from tests.serve.databases import DEADLINE_S, DatabaseServer, NotInstalled, post
 
 KINDS = ("sqlite", "postgres", "redis")
 SERVERS = {"postgres": postgres_server, "redis": redis_server}
-SHOWN = Shown("r1", "u", ("a", "ü"), 0.25, "reinforce", "v1", 1_700_000_000)
+SHOWN = Shown("r1", "u", ("a", "ü"), (-1.25, -0.5), "reinforce", "v1", 1_700_000_000)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_changes_since_a_revision(store: EventStore) -> None:
 
 
 def test_shown_is_kept_by_user_in_order(store: EventStore) -> None:
-    anonymous = Shown("r3", None, (), None, "popularity", "v1", 5)
+    anonymous = Shown("r3", None, (), (), "popularity", "v1", 5)
     for number, one in enumerate((SHOWN, SHOWN._replace(recommendation_id="r2", user_id="v"), anonymous)):
         store.log_shown(one, wait=number == 1)
     store.flush()
