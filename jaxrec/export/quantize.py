@@ -1,10 +1,10 @@
 """int8 weights for the LSTMs, behind a gate: an export whose answers got worse is refused.
 
 ONNX Runtime's dynamic quantization: weights become int8 once, with a scale for each column (one for all kept 0.984 of
-the demo model's first ten items and lost 1 % of NDCG@10; so it is 0.992 and nothing), activations are quantized anew in
-each run. The head and the embeddings stay float32. A run chooses one scale for all of its rows and steps, so the answers of a quantized model
-depend slightly on what is run together: a state that was advanced event by event equals the replay of the history only
-within the noise of the quantization, which the manifest tells (`parity.int8`).
+the demo model's first ten items and lost 1 % of NDCG@10; so it is 0.992 and nothing), activations are quantized anew
+in each run. The head and the embeddings stay float32. A run chooses one scale for all of its rows and steps, so the
+answers of a quantized model depend slightly on what is run together: a state that was advanced event by event equals
+the replay of the history only within the noise of the quantization, which the manifest tells (`parity.int8`).
 """
 
 import logging
