@@ -1,5 +1,6 @@
 """Between messages and the recommender's types. Decoding checks every field and raises InvalidRequest."""
 
+import struct
 from collections.abc import Iterable, Sequence
 
 from serve.artifact import RatingScale
@@ -28,6 +29,8 @@ from serve.validate import (
     check_time,
     checked_count,
 )
+
+_SCORE = struct.Struct("<f")
 
 
 def decode_query(request: pb.RecommendRequest, scale: RatingScale | None) -> Query:
@@ -115,27 +118,39 @@ def decode_user_events(request: pb.RecordEventsRequest, scale: RatingScale | Non
 
 def encode_answer(answer: Answer, model: Recommender, recommendation_id: str) -> pb.RecommendResponse:
     """The message for one answer."""
-    catalog = model.catalog
-    response = pb.RecommendResponse(
-        model_version=model.info.model_version,
-        policy=answer.policy,
-        ignored_event_count=answer.ignored_event_count,
-        recommendation_id=recommendation_id,
-    )
+    messages = model.messages
+    parts: list[bytes] = []
     for item, score in zip(answer.items.tolist(), answer.scores.tolist(), strict=True):
-        response.recommendations.add(
-            item_id=catalog.item_ids[item],
-            title=catalog.titles[item],
-            genres=catalog.genres[item],
-            score=score,
-        )
+        parts += (messages.get(item) or _item_message(item, model), _SCORE.pack(score))
+    # Joined and parsed at once: a third of the time of one message after the other.
+    response = pb.RecommendResponse.FromString(b"".join(parts))
+    response.model_version = model.info.model_version
+    response.policy = answer.policy
+    response.ignored_event_count = answer.ignored_event_count
+    response.recommendation_id = recommendation_id
     if answer.log_propensities:
         response.log_propensity = sum(answer.log_propensities)
         for recommendation, log_propensity in zip(response.recommendations, answer.log_propensities, strict=True):
             recommendation.log_propensity = log_propensity
     for recommendation, explanation in zip(response.recommendations, answer.explanations, strict=False):
-        recommendation.explanation.CopyFrom(_encode_explanation(explanation, catalog))
+        recommendation.explanation.CopyFrom(_encode_explanation(explanation, model.catalog))
     return response
+
+
+def _item_message(item: int, model: Recommender) -> bytes:
+    """All of an item's `recommendations` in a response but the four bytes of the score, which is its last field."""
+    catalog = model.catalog
+    message = pb.RecommendResponse()
+    message.recommendations.add(item_id=catalog.item_ids[item], title=catalog.titles[item], genres=catalog.genres[item])
+    unscored = message.recommendations[0].SerializeToString()
+    # Length-delimited field 1 of the response; field 4 with four bytes within it. protobuf's encoding guide.
+    length, head = len(unscored) + 1 + _SCORE.size, bytearray(b"\x0a")
+    while length > 0x7F:
+        head.append(length & 0x7F | 0x80)
+        length >>= 7
+    head.append(length)
+    encoded = model.messages[item] = bytes(head) + unscored + b"\x25"
+    return encoded
 
 
 def _encode_explanation(explanation: Explanation, catalog: Catalog) -> pb.Explanation:

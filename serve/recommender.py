@@ -55,6 +55,8 @@ class Recommender:
         self.catalog = artifact.catalog
         self.engine = Engine(artifact, provider, intra_op_threads)
         self.provider = self.engine.provider
+        self.messages: dict[int, bytes] = {}
+        """By item index, what of an answer does not depend on the query, encoded once: see `serve.convert`."""
         lengths = np.linalg.norm(artifact.item_vectors, axis=1, keepdims=True)
         # Padding, and an item that was never trained, may have no direction; they resemble nothing.
         unit_vectors = artifact.item_vectors / np.where(lengths == 0, 1, lengths)

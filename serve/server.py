@@ -138,6 +138,7 @@ def create_server(
     check_exposure(address, tls is not None, authenticated, allow_insecure)
     metrics = metrics or Metrics()
     gate = Gate()
+    metrics.count_under_way(lambda: gate.under_way)
     calls = calls or Calls(metrics, tracer_of_the_process(), log_calls)
     interceptors: list[grpc.ServerInterceptor] = (
         [gate, calls] if tokens is None else [TokenInterceptor(tokens, metrics), gate, calls]

@@ -1,7 +1,7 @@
 """The RPCs of `jaxrec.v1.Recommender`: decode, call, encode; note what was shown, and count."""
 
+import os
 import time
-import uuid
 from typing import Any
 
 from serve.convert import (
@@ -54,7 +54,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
 
     def _shown(self, loaded: LoadedModel, query: Query, answer: Answer) -> pb.RecommendResponse:
         """The message for an answer, noted and counted."""
-        model, recommendation_id = loaded.model, uuid.uuid4().hex
+        model, recommendation_id = loaded.model, os.urandom(16).hex()
         item_ids = model.catalog.item_ids
         self._store.log_shown(
             Shown(

@@ -1,9 +1,10 @@
 """int8 weights for the LSTMs, behind a gate: an export whose answers got worse is refused.
 
-ONNX Runtime's dynamic quantization: weights become int8 once, activations are quantized anew in each run. The head and
-the embeddings stay float32. A run chooses one scale for all of its rows and steps, so the answers of a quantized model
-depend slightly on what is run together: a state that was advanced event by event equals the replay of the history only
-within the noise of the quantization, which the manifest tells (`parity.int8`).
+ONNX Runtime's dynamic quantization: weights become int8 once, with a scale for each column (one for all kept 0.984 of
+the demo model's first ten items and lost 1 % of NDCG@10; so it is 0.992 and nothing), activations are quantized anew
+in each run. The head and the embeddings stay float32. A run chooses one scale for all of its rows and steps, so the
+answers of a quantized model depend slightly on what is run together: a state that was advanced event by event equals
+the replay of the history only within the noise of the quantization, which the manifest tells (`parity.int8`).
 """
 
 import logging
@@ -34,7 +35,11 @@ def quantize_lstms(graph: bytes) -> bytes:
     with tempfile.TemporaryDirectory() as folder, _quiet():
         out = Path(folder) / "int8.onnx"
         quantize_dynamic(
-            onnx.load_from_string(graph), str(out), op_types_to_quantize=["LSTM"], weight_type=QuantType.QInt8
+            onnx.load_from_string(graph),
+            str(out),
+            op_types_to_quantize=["LSTM"],
+            weight_type=QuantType.QInt8,
+            per_channel=True,
         )
         quantized = out.read_bytes()
     operators = [node.op_type for node in onnx.load_from_string(quantized).graph.node]

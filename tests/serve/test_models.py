@@ -134,7 +134,8 @@ def test_a_damaged_version_is_refused_and_the_old_one_serves(
     assert any("refused the model 2" in record.getMessage() for record in caplog.records)
     # It is not tried again as it is, and once it has been repaired it is loaded.
     add_version(versions, model_directory, "0")
-    shutil.rmtree(bad)
+    # At once: removed file by file it would be another damaged version for a moment.
+    bad.rename(versions.parent / "removed")
     add_version(versions, model_directory, "2")
     wait_for(lambda: models.versions() == ["2"])
     assert attempts(metrics, "refused") == 1

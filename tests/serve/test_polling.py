@@ -82,7 +82,8 @@ def test_context_is_that_of_the_call() -> None:
         assert dict(call.trailing_metadata())["last"] == "2"
     assert seen["who"] == "me"
     assert seen["peer"].startswith("ipv4:127.0.0.1:")
-    assert 0 < seen["remaining"] <= PATIENCE_S
+    # gRPC rounds a deadline up.
+    assert 0 < seen["remaining"] <= PATIENCE_S + 1
     assert seen["active"]
     assert seen["ended"]
 
