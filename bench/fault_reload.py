@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +53,8 @@ class Reloaded:
 def reload_rounds(models: tuple[Path, Path], reloads: int, folder: Path) -> Reloaded:
     """Puts so many versions of two models into a watched directory in `folder` while callers ask."""
     result = Reloaded()
-    histories = [[int(at) for at in range(1 + caller, 40 + caller)] for caller in range(CALLERS)]
+    item_ids = read_artifact(models[0]).catalog.item_ids
+    histories = [item_ids[1 + caller : 40 + caller] for caller in range(CALLERS)]
     expected = [_answers(model, histories) for model in models]
     directory = folder / "versions"
     add_version(directory, models[0], _name(0, 0))
@@ -65,9 +66,8 @@ def reload_rounds(models: tuple[Path, Path], reloads: int, folder: Path) -> Relo
         grpc.insecure_channel(server.address) as channel,
         ThreadPoolExecutor(CALLERS) as threads,
     ):
-        item_ids = read_artifact(models[0]).catalog.item_ids
         callers = [
-            threads.submit(_ask, server.address, _request(item_ids, history), caller, expected, stop, result)
+            threads.submit(_ask, server.address, _request(history), caller, expected, stop, result)
             for caller, history in enumerate(histories)
         ]
         admin = ModelAdminStub(channel)
@@ -76,8 +76,11 @@ def reload_rounds(models: tuple[Path, Path], reloads: int, folder: Path) -> Relo
                 damage = DAMAGES[number // 3 % len(DAMAGES)] if number % 3 == 0 else None
                 version = _name(number, number % 2)
                 path = add_version(directory, models[number % 2], version, damage=damage)
-                state = model_admin_pb2.MODEL_STATE_READY if damage is None else model_admin_pb2.MODEL_STATE_REFUSED
-                _wait_until(lambda: _state(admin, version) == state, f"{version} to be {state}")
+                _wait_for_state(
+                    admin,
+                    version,
+                    model_admin_pb2.MODEL_STATE_READY if damage is None else model_admin_pb2.MODEL_STATE_REFUSED,
+                )
                 result.reloads += 1
                 result.refused += damage is not None
                 if number > WARM_UP_RELOADS:
@@ -102,18 +105,17 @@ def _last_good(number: int) -> str:
     return _name(before, before % 2)
 
 
-def _answers(model: Path, histories: list[list[int]]) -> list[list[str]]:
+def _answers(model: Path, histories: Sequence[Sequence[str]]) -> list[list[str]]:
     recommender = Recommender(read_artifact(model), "cpu")
-    item_ids = recommender.catalog.item_ids
     queries = [
-        Query([HistoryEvent(item_ids[item], None, at * 86_400) for at, item in enumerate(history)], K)
+        Query([HistoryEvent(item_id, None, at * 86_400) for at, item_id in enumerate(history)], K)
         for history in histories
     ]
-    return [[item_ids[item] for item in answer.items] for answer in recommender.recommend(queries)]
+    return [[recommender.catalog.item_ids[item] for item in answer.items] for answer in recommender.recommend(queries)]
 
 
-def _request(item_ids: tuple[str, ...], history: list[int]) -> recommender_pb2.RecommendRequest:
-    events = [recommender_pb2.Event(item_id=item_ids[item], timestamp=at * 86_400) for at, item in enumerate(history)]
+def _request(history: Sequence[str]) -> recommender_pb2.RecommendRequest:
+    events = [recommender_pb2.Event(item_id=item_id, timestamp=at * 86_400) for at, item_id in enumerate(history)]
     return recommender_pb2.RecommendRequest(history=recommender_pb2.History(events=events), k=K)
 
 
@@ -145,11 +147,11 @@ def _state(admin: ModelAdminStub, version: str) -> int | None:
     return next((one.state for one in models if version in (one.model_version, one.folder)), None)
 
 
-def _wait_until(condition: Callable[[], bool], what: str) -> None:
+def _wait_for_state(admin: ModelAdminStub, version: str, state: int) -> None:
     end = time.monotonic() + DEADLINE_S
-    while not condition():
+    while _state(admin, version) != state:
         if time.monotonic() > end:
-            raise click.ClickException(f"waited in vain for {what}")
+            raise click.ClickException(f"waited in vain for {version} to be {model_admin_pb2.ModelState.Name(state)}")
         time.sleep(0.02)
 
 

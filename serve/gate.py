@@ -40,6 +40,11 @@ class Gate(grpc.ServerInterceptor):
         with self._changed:
             self._closed = True
 
+    @property
+    def under_way(self) -> int:
+        """How many calls are being answered."""
+        return self._under_way
+
     def wait_until_idle(self, timeout_s: float) -> bool:
         """Whether no call is under way any more, within so many seconds."""
         with self._changed:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -35,7 +36,7 @@ class LoadedModel:
         self.states = StateCache(model, store)
         self._store = store
         self._metrics = metrics
-        self._batcher = Batcher(self.states.recommend, on_run=self._observe)
+        self._batcher = Batcher(self.states.recommend, on_run=partial(_observe, metrics))
 
     def recommend(
         self, query: Query, deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
@@ -92,11 +93,13 @@ class LoadedModel:
             log_propensities=log_propensities,
         )
 
-    def _observe(self, run: Run) -> None:
-        self._metrics.batch_size(run.size)
-        self._metrics.inference_seconds(run.seconds)
-        for waited_s in run.waited_s:
-            self._metrics.queue_seconds(waited_s)
+
+def _observe(metrics: Metrics, run: Run) -> None:
+    """Not a method: a model that its queue refers to would stay in memory until the garbage collector comes by."""
+    metrics.batch_size(run.size)
+    metrics.inference_seconds(run.seconds)
+    for waited_s in run.waited_s:
+        metrics.queue_seconds(waited_s)
 
 
 def _wider(query: Query, exploration: Exploration) -> Query:

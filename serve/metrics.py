@@ -91,6 +91,7 @@ class Metrics:
             "inference_seconds", "One run of the model for a batch.", SECONDS
         ).observe
         self.batch_size: Observe = self._histogram("batch_size", "Requests in one run of the model.", BATCHES).observe
+        self._under_way = self._gauge("rpcs_under_way", "Calls that are being answered.")
         self._rejected = self._counter("rejected_calls_total", "Calls that were turned away.", ("reason",))
         self._reloads = self._counter("model_reloads_total", "Attempts to load a model.", ("result",))
         self._model_info = self._gauge("model_info", "1 for each loaded version.", ("model_version", "policy"))
@@ -117,6 +118,10 @@ class Metrics:
         if observe is None:
             observe = self._observers[method, code] = self._calls.labels(method, code).observe
         observe(seconds)
+
+    def count_under_way(self, count: Callable[[], int]) -> None:
+        """Where to look for how many calls are being answered."""
+        self._under_way.set_function(count)
 
     def rejected(self, reason: str) -> None:
         """One call that was turned away before it was looked at: `unauthenticated` or `permission`."""

@@ -14,7 +14,9 @@ from grpc_reflection.v1alpha import reflection
 
 from serve.addresses import AddressError, check_exposure, host_and_port
 from serve.admin import ModelAdminServicer
+from serve.batching import DEFAULT_CAPACITY, RETRY_AFTER_S, QueueFull
 from serve.calls import Calls
+from serve.errors import status_of
 from serve.gate import Gate
 from serve.inference_protocol import InferenceServicer
 from serve.loaded import Models
@@ -50,6 +52,8 @@ DRAIN_S = 10.0
 LINGER_S = 0.05
 # A history of 10,000 events with ids of 36 characters takes 0.5 MB. gRPC refuses more with RESOURCE_EXHAUSTED.
 MAX_MESSAGE_BYTES = 8 * 2**20
+# Further calls wait at the client, where they cost the server nothing. HTTP/2 recommends no less.
+MAX_CALLS_OF_A_CONNECTION = 100
 
 
 class RecommenderServer:
@@ -134,18 +138,29 @@ def create_server(
     check_exposure(address, tls is not None, authenticated, allow_insecure)
     metrics = metrics or Metrics()
     gate = Gate()
+    metrics.count_under_way(lambda: gate.under_way)
     calls = calls or Calls(metrics, tracer_of_the_process(), log_calls)
     interceptors: list[grpc.ServerInterceptor] = (
         [gate, calls] if tokens is None else [TokenInterceptor(tokens, metrics), gate, calls]
     )
     # By default two servers could share a port, and a forgotten old one would answer every other call.
-    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+    options = [
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_concurrent_streams", MAX_CALLS_OF_A_CONNECTION),
+    ]
     pool = ThreadPoolExecutor(workers)
     server: grpc.Server
     if polling is None:
         polling = isinstance(store, SQLiteStore)
     if polling and is_supported():
-        server = polling_server(pool, INLINE, interceptors=interceptors, options=options)
+        full = status_of(QueueFull(DEFAULT_CAPACITY, RETRY_AFTER_S))
+
+        def turn_away() -> tuple[grpc.StatusCode, str, Sequence[tuple[str, str | bytes]]]:
+            metrics.rejected("overload")
+            return full
+
+        server = polling_server(pool, INLINE, interceptors=interceptors, options=options, turn_away=turn_away)
     else:
         server = grpc.server(pool, interceptors=interceptors, options=options)
     servicer = RecommenderServicer(models, store, metrics)

@@ -1,10 +1,13 @@
 """The server around the servicer: health, reflection, start, shutdown, and what a client learns of a failure."""
 
+import json
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from pathlib import Path
 
 import grpc
@@ -15,7 +18,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from serve.client import RecommenderClient, UserEvent
 from serve.errors import status_of
 from serve.loaded import one_model
-from serve.pb.recommender_pb2 import RecommendRequest, RecordEventsRequest
+from serve.pb.recommender_pb2 import RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.process import StartError, running_server
 from serve.recommender import Recommender
@@ -105,11 +108,26 @@ def test_bad_address(model: Recommender, store: EventStore, address: str) -> Non
         create_server(one_model(model, store), store, address)
 
 
+def wait_until_under_way(log: Path) -> None:
+    """Returns when the server's metrics, whose address is in its log, say that a call is being answered."""
+    address = next(line["address"] for line in map(json.loads, log.read_text().splitlines()) if "address" in line)
+    end = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < end:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=TIMEOUT_S) as response:
+            if "\njaxrec_rpcs_under_way 1.0\n" in response.read().decode():
+                return
+    raise AssertionError("no call is under way")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_ends_the_server_once_the_calls_under_way_are_answered(
     model_directory: Path, model: Recommender, tmp_path: Path, number: signal.Signals
 ) -> None:
-    with running_server(model_directory, tmp_path / "s", provider="cpu") as server:
+    log, options = tmp_path / "log", ["--metrics", "127.0.0.1:0"]
+    with (
+        log.open("w") as stream,
+        running_server(model_directory, tmp_path / "s", provider="cpu", options=options, stderr=stream) as server,
+    ):
         assert server.line == (
             f"serving {model.info.model_version} on {server.address} (provider CPUExecutionProvider)"
         )
@@ -121,8 +139,7 @@ def test_signal_ends_the_server_once_the_calls_under_way_are_answered(
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
             assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
             recording = stub.RecordEvents.future(ONE_EVENT, timeout=TIMEOUT_S)
-            # The server takes calls in order: once this one is answered, it has taken the one before.
-            stub.Recommend(RecommendRequest(user_id="u"), timeout=TIMEOUT_S)
+            wait_until_under_way(log)
             server.process.send_signal(number)
             assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
             watch.cancel()
