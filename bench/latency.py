@@ -19,6 +19,7 @@ Prints tables with medians over the rounds and, in brackets, the lowest and high
 """
 
 import csv
+import itertools
 import json
 import os
 import platform
@@ -29,7 +30,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ HISTORIES = 64
 START = 1_600_000_000
 DAY = 86_400
 DEADLINE_S = 30.0
+RECOMMEND = "/jaxrec.v1.Recommender/Recommend"
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 Feed = dict[str, Any]
 
@@ -74,6 +76,47 @@ def sequence_feed(items: np.ndarray, k: int) -> Feed:
     }
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What all targets are asked: the same histories, in the form that each of them takes."""
+
+    model: Path
+    k: int
+    histories: list[list[Event]]
+    request_time: int
+    feeds: list[Feed]
+    sequence: onnxruntime.InferenceSession
+    step: onnxruntime.InferenceSession
+    expected: list[list[str]]
+    """Raw ids of the answers, by `session.run`."""
+    ids: list[str]
+    """Raw ids by item index."""
+
+
+def workload(model: Path, length: int, k: int) -> Workload:
+    with (model / "catalog.csv").open(encoding="utf-8", newline="") as file:
+        item_ids = ["", *(row["item_id"] for row in csv.DictReader(file))]
+    if len(item_ids) - 1 < length + k:
+        raise click.BadParameter(f"{len(item_ids) - 1} items are too few for {length} events and {k} answers")
+    random = np.random.default_rng(0)
+    rows = [random.choice(len(item_ids) - 1, length, replace=False).astype(np.int32) + 1 for _ in range(HISTORIES)]
+    sequence = graph_session(model, "sequence")
+    feeds = [sequence_feed(row, k) for row in rows]
+    return Workload(
+        model=model,
+        k=k,
+        histories=[
+            [Event(item_id=item_ids[item], timestamp=START + DAY * at) for at, item in enumerate(row)] for row in rows
+        ],
+        request_time=START + DAY * length,
+        feeds=feeds,
+        sequence=sequence,
+        step=graph_session(model, "step"),
+        expected=[[item_ids[item] for item in sequence.run(["items"], feed)[0][0]] for feed in feeds],
+        ids=item_ids,
+    )
+
+
 def step_feed(session: onnxruntime.InferenceSession, feed: Feed) -> Feed:
     """The last event of such a history, on a state of zeros: what it holds makes no difference to the time."""
     (width,) = (node.shape[-1] for node in session.get_inputs() if node.name == "state")
@@ -97,7 +140,7 @@ def run_graph(session: onnxruntime.InferenceSession, feeds: Sequence[Feed], seco
     return Sample(float(p50), float(p95), float(p99), len(latencies) / elapsed, cpu * 1e3 / len(latencies))
 
 
-def must(name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+def must(name: str, found: Sequence[str], expected: Sequence[str]) -> None:
     """Scores that are almost equal may change places."""
     if len(set(found) ^ set(expected)) > 2:
         raise click.ClickException(f"{name}: expected the items {list(expected)}, came {list(found)}")
@@ -117,17 +160,25 @@ def rpc_target(
     return Target(name, pid, f"http://127.0.0.1:{port}{method}", [framed(one) for one in requests], answer), channel
 
 
-def infer_request(feed: Feed, shape_of_scalars: Sequence[int]) -> bytes:
+def infer_request(feed: Feed) -> bytes:
     request = v2.ModelInferRequest(model_name=peer_servers.MODEL_NAME)
     types = {"item": "INT32", "rating": "FP32", "gap": "FP32", "request_gap": "FP32", "exclude": "INT32", "k": "INT64"}
     for name, kind in types.items():
-        shape = shape_of_scalars if name in ("request_gap", "k") else feed[name].shape
+        shape = (1, 1) if name in ("request_gap", "k") else feed[name].shape
         request.inputs.add(name=name, datatype=kind, shape=shape)
         request.raw_input_contents.append(feed[name].tobytes())
     return request.SerializeToString()
 
 
-def infer_check(name: str, expected: np.ndarray) -> Callable[[int, bytes], None]:
+def recommend_check(work: Workload) -> Callable[[int, bytes], None]:
+    def check(number: int, response: bytes) -> None:
+        answer = RecommendResponse.FromString(response)
+        must("Recommend", [one.item_id for one in answer.recommendations], work.expected[number])
+
+    return check
+
+
+def infer_check(name: str, work: Workload) -> Callable[[int, bytes], None]:
     def check(number: int, response: bytes) -> None:
         answer = v2.ModelInferResponse.FromString(response)
         at = [output.name for output in answer.outputs].index("items")
@@ -136,12 +187,12 @@ def infer_check(name: str, expected: np.ndarray) -> Callable[[int, bytes], None]
             if answer.raw_output_contents
             else answer.outputs[at].contents.int_contents
         )
-        must(name, list(found), expected[number])
+        must(name, [work.ids[item] for item in found], work.expected[number])
 
     return check
 
 
-def fastapi_target(server: peer_servers.Started, feeds: Sequence[Feed], expected: np.ndarray) -> Target:
+def fastapi_target(server: peer_servers.Started, work: Workload) -> Target:
     requests = [
         json.dumps(
             {
@@ -150,7 +201,7 @@ def fastapi_target(server: peer_servers.Started, feeds: Sequence[Feed], expected
                 "k": int(feed["k"][0]),
             }
         ).encode()
-        for feed in feeds
+        for feed in work.feeds
     ]
     url = f"http://127.0.0.1:{server.port}/recommend"
 
@@ -158,7 +209,7 @@ def fastapi_target(server: peer_servers.Started, feeds: Sequence[Feed], expected
         request = urllib.request.Request(url, requests[number], {"content-type": "application/json"})
         with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
             body: bytes = response.read()
-        must("FastAPI", json.loads(body)["items"], expected[number])
+        must("FastAPI", [work.ids[item] for item in json.loads(body)["items"]], work.expected[number])
         return body
 
     return Target("FastAPI, JSON", server.process.pid, url, requests, answer, is_http1=True)
@@ -195,7 +246,8 @@ def facts(model: Path) -> dict[str, str]:
     size = sum(path.stat().st_size for path in model.iterdir()) / 1e6
     return {
         "machine": f"{cpu}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f} at the start",
-        "versions": f"Python {platform.python_version()}, onnxruntime {onnxruntime.__version__}, grpc {grpc.__version__}",
+        "versions": f"Python {platform.python_version()}, onnxruntime {onnxruntime.__version__},"
+        f" grpc {grpc.__version__}",
         "commit": commit,
         "model": f"{manifest['item_count']} items, {size:.0f} MB",
     }
@@ -239,6 +291,45 @@ def plot(measured: Measured, file: Path) -> None:
     figure.savefig(file)
 
 
+def start_all(
+    stack: ExitStack, work: Workload, peers: Path | None, folder: Path
+) -> tuple[list[Target], dict[str, float]]:
+    """Starts every server until `stack` ends; with the seconds that each took until it answered."""
+    seconds = {"ours": statistics.median(start_seconds(work.model, folder) for _ in range(5))}
+    targets = []
+
+    def add(*arguments: Any) -> None:
+        target, channel = rpc_target(*arguments)
+        stack.enter_context(channel)
+        targets.append(target)
+
+    for kind in ("polling", "threaded"):
+        server = stack.enter_context(peer_servers.echo(kind, folder))
+        add(f"echo, {kind}", server.process.pid, server.port, "/bench.Echo/Echo", [b""], lambda *_: None)
+    ours = stack.enter_context(running_server(work.model, folder / "events.sqlite"))
+    record(ours.address, work.histories)
+    asked: dict[str, Any] = {"k": work.k, "request_time": work.request_time}
+    ways = {
+        "stored user": [RecommendRequest(user_id=str(user), **asked) for user in range(HISTORIES)],
+        "inline history": [RecommendRequest(history=History(events=one), **asked) for one in work.histories],
+    }
+    for name, requests in ways.items():
+        messages = [request.SerializeToString() for request in requests]
+        port = int(ours.address.rpartition(":")[2])
+        add(f"ours, {name}", ours.process.pid, port, RECOMMEND, messages, recommend_check(work))
+    if peers is not None:
+        graph = (work.model / "sequence.onnx").resolve()
+        for name, start in (("Triton", peer_servers.triton), ("MLServer", peer_servers.mlserver)):
+            server = stack.enter_context(start(peers, graph, folder))
+            seconds[name] = server.seconds
+            messages = [infer_request(feed) for feed in work.feeds]
+            add(name, server.process.pid, server.port, INFER, messages, infer_check(name, work))
+        server = stack.enter_context(peer_servers.fastapi(peers, graph, folder))
+        targets.append(fastapi_target(server, work))
+        seconds["FastAPI, JSON"] = server.seconds
+    return targets, seconds
+
+
 @click.command(context_settings={"show_default": True})
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--rounds", type=click.IntRange(1), default=5)
@@ -265,69 +356,21 @@ def main(
     """Measure the server on the model directory MODEL beside the graphs alone, gRPC alone, and peers."""
     require_h2load()
     described = facts(model)
-    with (model / "catalog.csv").open(encoding="utf-8", newline="") as file:
-        item_ids = ["", *(row["item_id"] for row in csv.DictReader(file))]
-    if len(item_ids) - 1 < length + k:
-        raise click.BadParameter(f"{len(item_ids) - 1} items are too few for {length} events and {k} answers")
-    random = np.random.default_rng(0)
-    rows = [random.choice(len(item_ids) - 1, length, replace=False).astype(np.int32) + 1 for _ in range(HISTORIES)]
-    histories = [
-        [Event(item_id=item_ids[item], timestamp=START + DAY * at) for at, item in enumerate(row)] for row in rows
-    ]
-    asked: dict[str, Any] = {"k": k, "request_time": START + DAY * length}
-    sequence, step = graph_session(model, "sequence"), graph_session(model, "step")
-    feeds = [sequence_feed(row, k) for row in rows]
-    expected = np.concatenate([sequence.run(["items"], feed)[0] for feed in feeds])
+    work = workload(model, length, k)
     measured: Measured = {}
-    seconds_to_serve: dict[str, float] = {}
-
-    def check_ours(number: int, response: bytes) -> None:
-        answer = RecommendResponse.FromString(response)
-        must("Recommend", [item_ids.index(one.item_id) for one in answer.recommendations], expected[number].tolist())
-
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        seconds_to_serve["ours"] = statistics.median(start_seconds(model, folder) for _ in range(5))
-        ours = stack.enter_context(running_server(model, folder / "events.sqlite"))
-        record(ours.address, histories)
-        port, targets = int(ours.address.rpartition(":")[2]), []
-
-        def add(*arguments: Any) -> None:
-            target, channel = rpc_target(*arguments)
-            stack.enter_context(channel)
-            targets.append(target)
-
-        for kind in ("polling", "threaded"):
-            server = stack.enter_context(peer_servers.echo(kind, folder))
-            add(f"echo, {kind}", server.process.pid, server.port, "/bench.Echo/Echo", [b""], lambda *_: None)
-        recommend = "/jaxrec.v1.Recommender/Recommend"
-        stored = [RecommendRequest(user_id=str(user), **asked).SerializeToString() for user in range(HISTORIES)]
-        add("ours, stored user", ours.process.pid, port, recommend, stored, check_ours)
-        inline = [RecommendRequest(history=History(events=one), **asked).SerializeToString() for one in histories]
-        add("ours, inline history", ours.process.pid, port, recommend, inline, check_ours)
-        if peers is not None:
-            graph = (model / "sequence.onnx").resolve()
-            for name, start in (("Triton", peer_servers.triton), ("MLServer", peer_servers.mlserver)):
-                server = stack.enter_context(start(peers, graph, folder))
-                seconds_to_serve[name] = server.seconds
-                requests = [infer_request(feed, (1, 1)) for feed in feeds]
-                add(name, server.process.pid, server.port, INFER, requests, infer_check(name, expected))
-            server = stack.enter_context(peer_servers.fastapi(peers, graph, folder))
-            seconds_to_serve["FastAPI, JSON"] = server.seconds
-            targets.append(fastapi_target(server, feeds, expected))
-
+        targets, seconds_to_serve = start_all(stack, work, peers, folder)
+        steps = [step_feed(work.step, feed) for feed in work.feeds]
         for number in range(rounds):
             click.echo(f"round {number + 1} of {rounds}", err=True)
-            for name, session, fed in (
-                ("session.run, sequence", sequence, feeds),
-                ("session.run, step", step, [step_feed(step, feed) for feed in feeds]),
-            ):
-                measured.setdefault((name, 0), []).append(run_graph(session, fed, seconds))
-            for callers in concurrency:
-                for at in range(len(targets)):
-                    target = targets[(at + number) % len(targets)]
-                    sample = drive(target, callers, seconds, number, folder)
-                    measured.setdefault((target.name, callers), []).append(sample)
+            for name, session, feeds in (("sequence", work.sequence, work.feeds), ("step", work.step, steps)):
+                sample = run_graph(session, feeds, seconds)
+                measured.setdefault((f"session.run, {name}", 0), []).append(sample)
+            for callers, at in itertools.product(concurrency, range(len(targets))):
+                target = targets[(at + number) % len(targets)]
+                sample = drive(target, callers, seconds, number, folder)
+                measured.setdefault((target.name, callers), []).append(sample)
         for target in targets:
             for number in range(len(target.requests)):
                 target.answer(number)

@@ -83,6 +83,12 @@ existing_file = click.Path(dir_okay=False, path_type=Path)
     " the store is a local file.",
 )
 @click.option(
+    "--shared-port",
+    is_flag=True,
+    help="Let other servers that are started with this listen on the same port, one for each core: the kernel spreads"
+    " connections over them. They may share a store.",
+)
+@click.option(
     "--watch",
     type=click.FloatRange(0),
     default=2.0,
@@ -120,6 +126,7 @@ def run(
     metrics_address: str | None,
     explore: float,
     front: str,
+    shared_port: bool,
     watch: float,
     drain: float,
     log_format: str,
@@ -174,6 +181,7 @@ def run(
                 allow_insecure=allow_insecure,
                 log_calls=log_calls,
                 polling=None if front == "auto" else front == "polling",
+                shared_port=shared_port,
             )
             stop_metrics = None if metrics_address is None else metrics.serve(metrics_address, allow_insecure)
             server.start()

@@ -124,11 +124,13 @@ def create_server(
     allow_insecure: bool = False,
     log_calls: bool = False,
     polling: bool | None = None,
+    shared_port: bool = False,
     calls: Calls | None = None,
 ) -> RecommenderServer:
     """Binds `address` (HOST:PORT, with port 0 for a free one) for a server that is not started yet.
 
     `polling`: whether Recommend is answered in the thread that polls; None: when the store is a local file.
+    `shared_port`: other servers of the same kind may listen there too, and the kernel spreads connections over them.
     A `ModelLibrary` as the models comes with the admin service.
 
     Raises AddressError, and SecurityError for an address that others reach without TLS or authentication.
@@ -143,9 +145,9 @@ def create_server(
     interceptors: list[grpc.ServerInterceptor] = (
         [gate, calls] if tokens is None else [TokenInterceptor(tokens, metrics), gate, calls]
     )
-    # By default two servers could share a port, and a forgotten old one would answer every other call.
+    # Unless asked for: a forgotten old server would answer every other call.
     options = [
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(shared_port)),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_concurrent_streams", MAX_CALLS_OF_A_CONNECTION),
     ]
