@@ -1,5 +1,6 @@
 """Makes a loaded model of a model directory: verified, and asked once so that its first user does not wait."""
 
+import logging
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +16,9 @@ from serve.metrics import Metrics
 from serve.models import WATCH_S, ModelLibrary
 from serve.profile import SECONDS_PER_DAY
 from serve.recommender import Recommender
-from serve.store import EventStore
+from serve.store import EventStore, StoreError
+
+logger = logging.getLogger(__name__)
 
 K = 10
 # Of the largest score; parity of the graphs is held much closer when they are exported.
@@ -51,6 +54,11 @@ def open_models(
 
     def tell(models: Sequence[LoadedModel]) -> None:
         infos = [loaded.model.info for loaded in models]
+        try:
+            # A version that left is rarely asked again, and its states can be rebuilt.
+            store.drop_states([info.model_version for info in infos])
+        except StoreError as error:
+            logger.error("the states of earlier versions stay in the store", exc_info=error)
         metrics.serving([(info.model_version, info.policy, _seconds(info.created), info.item_count) for info in infos])
 
     return ModelLibrary(

@@ -61,18 +61,19 @@ def polling_server(
     *,
     interceptors: Sequence[grpc.ServerInterceptor] = (),
     options: Sequence[tuple[str, Any]] = (),
+    maximum_concurrent_rpcs: int | None = None,
     capacity: int = batching.DEFAULT_CAPACITY,
     turn_away: Callable[[], TurnedAway] = lambda: (grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls wait", ()),
 ) -> "PollingServer":
     """As `grpc.server`, with the full names of the unary methods (`/package.Service/Method`) to be answered inline.
 
     While `capacity` of those wait, further ones end with the status of `turn_away`, without reaching an interceptor.
+    `maximum_concurrent_rpcs` counts the others only.
 
     Those must be registered by their generated `add_...Servicer_to_server`.
     """
-    return PollingServer(
-        frozenset(inline), capacity, turn_away, pool, (), tuple(interceptors), tuple(options), None, None, False
-    )
+    arguments = (pool, (), tuple(interceptors), tuple(options), maximum_concurrent_rpcs, None, False)
+    return PollingServer(frozenset(inline), capacity, turn_away, *arguments)
 
 
 class PollingServer(_server._Server):

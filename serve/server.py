@@ -54,6 +54,7 @@ LINGER_S = 0.05
 MAX_MESSAGE_BYTES = 8 * 2**20
 # Further calls wait at the client, where they cost the server nothing. HTTP/2 recommends no less.
 MAX_CALLS_OF_A_CONNECTION = 100
+MAX_CALLS = 256
 
 
 class RecommenderServer:
@@ -124,6 +125,7 @@ def create_server(
     allow_insecure: bool = False,
     log_calls: bool = False,
     polling: bool | None = None,
+    max_calls: int = MAX_CALLS,
     shared_port: bool = False,
     calls: Calls | None = None,
 ) -> RecommenderServer:
@@ -131,6 +133,7 @@ def create_server(
 
     `polling`: whether Recommend is answered in the thread that polls; None: when the store is a local file.
     `shared_port`: other servers of the same kind may listen there too, and the kernel spreads connections over them.
+    Of calls for the pool of threads `max_calls` run or wait; further ones are RESOURCE_EXHAUSTED at once.
     A `ModelLibrary` as the models comes with the admin service.
 
     Raises AddressError, and SecurityError for an address that others reach without TLS or authentication.
@@ -162,9 +165,16 @@ def create_server(
             metrics.rejected("overload")
             return full
 
-        server = polling_server(pool, INLINE, interceptors=interceptors, options=options, turn_away=turn_away)
+        server = polling_server(
+            pool,
+            INLINE,
+            interceptors=interceptors,
+            options=options,
+            maximum_concurrent_rpcs=max_calls,
+            turn_away=turn_away,
+        )
     else:
-        server = grpc.server(pool, interceptors=interceptors, options=options)
+        server = grpc.server(pool, interceptors=interceptors, options=options, maximum_concurrent_rpcs=max_calls)
     servicer = RecommenderServicer(models, store, metrics)
     recommender_pb2_grpc.add_RecommenderServicer_to_server(servicer, server)
     health_servicer = health.HealthServicer()

@@ -31,9 +31,12 @@ class InvalidRequest(ValueError):
 
 
 def check_id(field: str, value: str) -> None:
-    """Raises InvalidRequest unless a raw id has 1 to 256 characters."""
+    """Raises InvalidRequest unless a raw id has 1 to 256 characters, none of them U+0000."""
     if not 1 <= len(value) <= MAX_ID_LENGTH:
         raise InvalidRequest(field, f"an id of 1 to {MAX_ID_LENGTH} characters", f"{len(value)} characters")
+    # PostgreSQL cannot store it.
+    if "\0" in value:
+        raise InvalidRequest(field, "an id without the character U+0000", "one with it")
 
 
 def check_time(field: str, value: int) -> None:

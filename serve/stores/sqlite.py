@@ -64,6 +64,7 @@ ALTER TABLE events ADD COLUMN recommendation_id TEXT;
 FILL_USERS = "INSERT INTO users SELECT user_id, min(arrival), max(arrival) FROM events GROUP BY user_id"
 LOCK_TIMEOUT_S = 5.0
 LARGEST_GROUP = 256
+DROPPED_AT_ONCE = 1000
 
 T = TypeVar("T")
 
@@ -163,8 +164,16 @@ class SQLiteStore(EventStore):
         return SpilledState(*rows[0]) if rows else None
 
     def drop_states(self, keep_versions: Collection[str]) -> int:
-        query = f"DELETE FROM states WHERE model_version NOT IN ({', '.join('?' * len(keep_versions))})"
-        return self._write(lambda connection: connection.execute(query, tuple(keep_versions)).rowcount)
+        kept = ", ".join("?" * len(keep_versions))
+        query = (
+            "DELETE FROM states WHERE (user_id, model_version) IN"
+            f" (SELECT user_id, model_version FROM states WHERE model_version NOT IN ({kept}) LIMIT {DROPPED_AT_ONCE})"
+        )
+        dropped = 0
+        # In parts, so that events do not wait for all of it.
+        while part := self._write(lambda connection: connection.execute(query, tuple(keep_versions)).rowcount):
+            dropped += part
+        return dropped
 
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)

@@ -149,11 +149,11 @@ def test_calls_that_are_there_go_together_and_get_their_own_answers(model: Recom
         return answer.items.tobytes()
 
     with serving(handle) as channel:
-        calls = [method(channel, "Inline").future(b"%d" % n, timeout=PATIENCE_S) for n in range(300)]
+        calls = [method(channel, "Inline").future(b"%d" % n, timeout=PATIENCE_S) for n in range(200)]
         for number, call in enumerate(calls):
             (expected,) = model.recommend([query_of(model, b"%d" % number)])
             np.testing.assert_array_equal(np.frombuffer(call.result(), np.int32), expected.items)
-    assert sum(run.size for run in runs) == 300
+    assert sum(run.size for run in runs) == 200
     assert max(run.size for run in runs) > 1
 
 

@@ -8,7 +8,9 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -183,3 +185,31 @@ def test_unexpected_error_is_logged_under_an_id_and_not_told(caplog: pytest.LogC
     assert log_id in record.getMessage()
     assert record.exc_info is not None
     assert "/secret/path" in str(record.exc_info[1])
+
+
+@pytest.mark.parametrize("polling", [True, False])
+def test_more_calls_than_may_wait_are_turned_away_at_once(model: Recommender, store: EventStore, polling: bool) -> None:
+    server = create_server(one_model(model, store), store, "127.0.0.1:0", workers=1, max_calls=2, polling=polling)
+    server.start()
+    goes_on = threading.Event()
+    record = store.record
+
+    def slow_record(events: Sequence[Any]) -> Any:
+        assert goes_on.wait(TIMEOUT_S)
+        return record(events)
+
+    store.record = slow_record  # type: ignore[method-assign]
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = RecommenderStub(channel)
+        calls = [stub.RecordEvents.future(ONE_EVENT, timeout=TIMEOUT_S) for _ in range(6)]
+        ended = threading.Semaphore(0)
+        for call in calls:
+            call.add_done_callback(lambda _: ended.release())
+        # One runs and one waits; the others know before the first has moved.
+        for _ in range(4):
+            assert ended.acquire(timeout=TIMEOUT_S)
+        assert {call.code() for call in calls if call.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        taken = [call for call in calls if not call.done()]
+        goes_on.set()
+        assert sorted(call.result(TIMEOUT_S).recorded_count for call in taken) == [0, 1]
+    server.drain()
