@@ -310,8 +310,8 @@ class ModelLibrary:
                 raise ArtifactError(f"{version.path}: was replaced while it was read")
         except (ArtifactError, ProviderError) as error:
             self._refused[version.folder] = (version.fingerprint, str(error))
-            self._on_attempt("refused")
             logger.error("refused the model %s: %s", version.model_version or version.folder, error)
+            self._on_attempt("refused")
             raise
         finally:
             self._loading = ""
