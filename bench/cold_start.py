@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from quality import commit, without_folder
@@ -90,7 +91,7 @@ def table(name: str, ratings: Path, folder: Path, seed: int) -> list[str]:
         everywhere, among = [], []
         for batch in batches:
             real = batch.target > 0
-            scores = np.asarray(exclude_items(np.asarray(scorer(batch), np.float32), batch.exclude))
+            scores = np.asarray(exclude_items(jnp.asarray(scorer(batch), jnp.float32), jnp.asarray(batch.exclude)))
             own = np.take_along_axis(scores, batch.target[:, None], axis=1)
             everywhere.append(((scores >= own).sum(axis=1) <= TOP)[real])
             among.append(((scores[:, candidates] >= own).sum(axis=1) <= TOP)[real])

@@ -14,6 +14,7 @@ from jaxrec.export.convert import sequence_graph, step_graph
 from jaxrec.export.errors import ExportError
 from jaxrec.export.parity import check_parity, make_probe
 from jaxrec.export.weights import LSTMWeights, Weights, extract_weights
+from jaxrec.models.cooccurrence import RECENT
 from jaxrec.models.hybrid import Hybrid
 
 PROBE = make_probe(item_count=60, max_history=50, seed=3)
@@ -75,7 +76,7 @@ def test_types_and_shapes_follow_the_inputs(exported) -> None:
         )
         found = {name: (array.dtype.name, array.shape) for name, array in answer.items()}
         assert found == {
-            "state": ("float32", (batch, 64)),
+            "state": ("float32", (batch, 64 + RECENT)),
             "items": ("int32", (batch, k)),
             "scores": ("float32", (batch, k)),
         }
