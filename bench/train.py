@@ -178,7 +178,8 @@ def train_random(items: int, rows: int, length: int, sampled_items: int | None) 
         np.full(rows, length, np.int32),
     )
     starts = rng.random(shape) < 0.01
-    batch = TrainBatch(events, starts, np.roll(events.item, -1, axis=1), np.roll(events.gap, -1, axis=1))
+    earlier = np.zeros((len(starts), 1), np.int32)
+    batch = TrainBatch(events, starts, np.roll(events.item, -1, axis=1), np.roll(events.gap, -1, axis=1), earlier)
     config, mesh = TrainConfig(sampled_items=sampled_items), data_mesh()
     optimizer = make_optimizer(config, 100)
     model = TimeRatingAwareLSTM(items, ModelConfig(max_length=length), rngs=nnx.Rngs(0))

@@ -102,15 +102,19 @@ def training_loss(
 
 
 def seen_items(batch: TrainBatch) -> jax.Array:
-    """[batch, length, length] int32: the items of the window up to each position, without its target (0 = none).
+    """[batch, length, length + width] int32: what the user took up to each position, without its target (0 = none).
 
-    They are never recommended, so the softmax need not learn to leave them out.
+    It is never recommended, so the softmax need not learn to leave it out.
     """
     item, target = jnp.asarray(batch.events.item), jnp.asarray(batch.target)
     window = jnp.cumsum(jnp.asarray(batch.starts), axis=1)
     position = jnp.arange(item.shape[1])
     seen = (position[None, :] <= position[:, None]) & (window[:, :, None] == window[:, None, :])
-    return jnp.where(seen & (item[:, None, :] != target[:, :, None]), item[:, None, :], 0)
+    in_window = jnp.where(seen, item[:, None, :], 0)
+    before = jnp.asarray(batch.earlier)[:, None, :]
+    before = jnp.broadcast_to(before, (*target.shape, before.shape[2]))
+    taken = jnp.concatenate([in_window, before], axis=2)
+    return jnp.where(taken == target[:, :, None], 0, taken)
 
 
 def make_train_step(

@@ -61,7 +61,7 @@ def _random_hybrid(data: PreparedData, seed: int, with_policy: bool) -> Hybrid:
         TimeRatingAwareContentModel(items, data.catalog.genre_matrix(), SMALL, rngs=rngs),
         CoOccurrence(neighbours(data, width=8)),
         weight=0.4,
-        cooccurrence_weight=3.0,
+        cooccurrence_weight=0.3,
         policy=PolicyHead(2 * SMALL.embedding, 8, items, rngs=rngs) if with_policy else None,
     )
     rng = np.random.default_rng(seed)

@@ -188,12 +188,13 @@ def test_eight_devices_give_the_loss_of_one() -> None:
 
 
 def test_the_softmax_leaves_out_what_the_window_has_shown() -> None:
-    """Two windows in a row, abca and bda, and a place of padding: what a position has seen, without its target."""
-    a, b, c, d = 1, 2, 3, 4
+    """Two windows in a row, abca and bda, and a place of padding; before both, e and c were taken. What a position has
+    seen, without its target."""
+    a, b, c, d, e = 1, 2, 3, 4, 5
     item = np.array([[a, b, c, b, d, 0]], np.int32)
     target = np.array([[b, c, a, d, a, 0]], np.int32)
     nothing = np.zeros(item.shape, np.float32)
     starts = np.array([[True, False, False, True, False, False]])
-    batch = TrainBatch(Events(item, nothing, nothing, np.array([5])), starts, target, nothing)
+    batch = TrainBatch(Events(item, nothing, nothing, np.array([5])), starts, target, nothing, np.array([[c, e, 0]]))
     seen = [set(row.tolist()) - {0} for row in np.asarray(seen_items(batch))[0]]
-    assert seen[:5] == [{a}, {a, b}, {b, c}, {b}, {b, d}]
+    assert seen[:5] == [{a, c, e}, {a, b, e}, {b, c, e}, {b, c, e}, {b, c, d, e}]

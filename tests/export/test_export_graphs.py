@@ -120,8 +120,11 @@ def one_unit_weights(gates: tuple[list[float], list[float]]) -> Weights:
         lstm=lstm(gates[0]),
         content=lstm(gates[1]),
         request_scale=np.ones((32, 2), np.float32),
+        request_shift=np.zeros((32, 2), np.float32),
         projection=np.eye(2, dtype=np.float32),
         projection_bias=zeros,
+        neighbour_item=np.zeros((2, 1), np.int32),
+        neighbour_weight=np.zeros((2, 1), np.float32),
         policy=None,
     )
 
@@ -135,7 +138,8 @@ def test_gate_order_by_hand() -> None:
         )
     )
     session = onnxruntime.InferenceSession(step_graph(weights), providers=["CPUExecutionProvider"])
-    state = np.array([[0.3, 0.9, 0.0, 0.5]], np.float32)  # h, c of the LSTM; h, c of the content model
+    nothing = [0.0] * RECENT
+    state = np.array([[0.3, 0.9, 0.0, 0.5, *nothing]], np.float32)  # h, c of the LSTM; h, c of the content model
     inputs = {
         "state": state,
         "item": np.array([1], np.int32),
@@ -156,7 +160,8 @@ def test_gate_order_by_hand() -> None:
     h_lstm = sigmoid(o) * math.tanh(c_lstm)
     c_content = sigmoid(2) * 0.5 + sigmoid(1) * math.tanh(3)
     h_content = sigmoid(4) * math.tanh(c_content)
-    np.testing.assert_allclose(next_state, [[h_lstm, c_lstm, h_content, c_content]], atol=1e-6)
+    expected = [h_lstm, c_lstm, h_content, c_content, 1.0, *nothing[1:]]  # item 1 is the most recent one
+    np.testing.assert_allclose(next_state, [expected], atol=1e-6)
     np.testing.assert_allclose(scores, [[2 * h_lstm + 3 * h_content]], atol=1e-6)
 
 

@@ -85,7 +85,8 @@ def reference(hybrid: Hybrid, history: Probe) -> tuple[np.ndarray, np.ndarray]:
         bias = bias + array(policy.item_bias)
     logits = np.concatenate(vectors, axis=1) @ query + bias
     recent = history.item[0][::-1][:RECENT]
-    items, weights = array(hybrid.cooccurrence.neighbour_item), array(hybrid.cooccurrence.neighbour_weight)
+    items = np.asarray(hybrid.cooccurrence.neighbour_item[...])
+    weights = array(hybrid.cooccurrence.neighbour_weight)
     for age, item in enumerate(recent):
         for neighbour, weight in zip(items[item], weights[item], strict=True):
             logits[neighbour] += float(hybrid.cooccurrence_weight[...]) * RECENT_DECAY**age * weight
