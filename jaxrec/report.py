@@ -157,7 +157,9 @@ def format_table(evaluation: Evaluation) -> str:
         lines.append(f"{name:29}{'with' if row.request_time else 'without':>8}  {cells}{rest}")
     protocol = evaluation.protocol
     ratio = evaluation.comparison["hybrid_over_recent_popularity_ndcg_10"]
-    times = f"{ratio['mean']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f})"
+    times = f"{ratio['mean']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f}) times."
+    if ratio["mean"] > 1000:
+        times = "the latter finds next to nothing."
     data = f"{Path(protocol['data_folder']).name} (SHA-256 {protocol['data_sha256'][:8]})"
     tied, repeated = protocol["tied_test_share"], protocol["repeated_test_share"]
     lines += [
@@ -165,7 +167,7 @@ def format_table(evaluation: Evaluation) -> str:
         f"Data: {data}, {protocol['filter']}. Split: {protocol['split']}. Seed: {protocol['seed']}.",
         f"Candidates: all {protocol['data']['items']} items but those of the history. {tied:.0%} of the targets tie in",
         f"time with the event before them (ties: {protocol['ties']}), {repeated:.0%} are in the history already.",
-        f"NDCG@10, hybrid without request time over recent popularity: {times} times.",
+        f"NDCG@10, hybrid without request time over recent popularity: {times}",
     ]
     return "\n".join(lines)
 
