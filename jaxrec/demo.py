@@ -123,7 +123,7 @@ def ask_server(model: Path, data: PreparedData, user: int) -> dict[str, Any]:
     ]
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_server(model, Path(folder) / "store.sqlite") as server,
+        running_server(model, Path(folder) / "store.sqlite", options=("--log-format", "text")) as server,
     ):
         click.echo(server.line)
         with RecommenderClient(server.address) as client:

@@ -41,10 +41,9 @@ SERVICE = recommender_pb2.DESCRIPTOR.services_by_name["Recommender"].full_name
 SERVICES = (SERVICE, open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name)
 ADMIN_SERVICE = model_admin_pb2.DESCRIPTOR.services_by_name["ModelAdmin"].full_name
 
-# A threaded server rather than grpc.aio. 10,000 items, hidden 128, 50 events, 2 shared cores, means of two
-# rounds: threaded with 8 workers 1.36 ms at concurrency 1 and 1,220 requests/s at 32; aio 1.68 ms and 860/s;
-# aio with two worker threads 2.2 ms and 990/s. Threads also let RecordEvents wait for the disk while others
-# are answered. 32 workers got through 910 requests/s, 1 worker 1,010.
+# Threads for what the polling thread does not answer itself (`serve/polling.py`): RecordEvents, which waits for the
+# disk, and all else but Recommend; Recommend too with a store on another machine. When all calls went to the pool, 8
+# threads got through 1,220 Recommends/s, 32 threads 910 and 1 thread 1,010 (10,000 items, 50 events, 2 shared cores).
 WORKERS = 8
 # These read the store's file at most, and wait for the model: the polling thread answers them itself.
 INLINE = (f"/{SERVICE}/Recommend",)

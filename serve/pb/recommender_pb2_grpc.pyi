@@ -30,7 +30,8 @@ class RecommenderStub:
     """Recommends the next items from a sequence of past events.
 
     Conventions: ids are the raw ids of the training data as text, 1 to 256
-    characters. Times are whole seconds since 1970-01-01T00:00Z and not negative.
+    characters and none of them U+0000. Times are whole seconds since
+    1970-01-01T00:00Z and not negative.
     A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
     names the field, for example `history.events[3].rating`, and so does the detail
     `google.rpc.BadRequest`. A server with more waiting requests than it can answer
@@ -70,7 +71,8 @@ class RecommenderAsyncStub(RecommenderStub):
     """Recommends the next items from a sequence of past events.
 
     Conventions: ids are the raw ids of the training data as text, 1 to 256
-    characters. Times are whole seconds since 1970-01-01T00:00Z and not negative.
+    characters and none of them U+0000. Times are whole seconds since
+    1970-01-01T00:00Z and not negative.
     A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
     names the field, for example `history.events[3].rating`, and so does the detail
     `google.rpc.BadRequest`. A server with more waiting requests than it can answer
@@ -106,7 +108,8 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
     """Recommends the next items from a sequence of past events.
 
     Conventions: ids are the raw ids of the training data as text, 1 to 256
-    characters. Times are whole seconds since 1970-01-01T00:00Z and not negative.
+    characters and none of them U+0000. Times are whole seconds since
+    1970-01-01T00:00Z and not negative.
     A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
     names the field, for example `history.events[3].rating`, and so does the detail
     `google.rpc.BadRequest`. A server with more waiting requests than it can answer
