@@ -189,7 +189,8 @@ def run(
             main = models.version("").model
             click.echo(f"serving {main.info.model_version} on {host}:{server.port} (provider {main.provider})")
             stopped.wait()
-            server.finish_calls(drain)
+            if not server.finish_calls(drain):
+                logging.getLogger(__name__).warning("calls were still under way after %g s, and are cut off", drain)
             if stop_metrics is not None:
                 stop_metrics()
     except (AddressError, ArtifactError, ProviderError, SecurityError, StoreError) as error:

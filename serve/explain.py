@@ -17,7 +17,8 @@ MOST_EVENTS = 3
 ASKED_EVENTS = 16
 """So many of the last events are left out in turn, in one batch: a bound for the cost of an explanation."""
 ASKED_ITEMS = 200
-"""An item that falls below so many others without an event counts as if it had the score of the last of them."""
+"""An item that falls below so many others without an event counts as if it had the score of the last of them. More
+when more are explained."""
 
 
 @dataclass(frozen=True, slots=True)

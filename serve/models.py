@@ -324,7 +324,7 @@ class ModelLibrary:
         before: _Traffic | None = getattr(self, "_traffic", None)
         self._traffic = traffic
         self._has_changed = True
-        if before is not None and before.main != traffic.main:
+        if before is not None:
             self._previous = before.main
         logger.info("serving %s", ", ".join(f"{version} to {share:.1%}" for version, share in self.shares()))
         self._on_change([traffic.ready[version].model for version in self.versions()])

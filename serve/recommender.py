@@ -115,7 +115,9 @@ class Recommender:
         rows = [features(history, query.request_time, exclude, self.info)]
         rows += [features([*history[:at], *history[at + 1 :]], query.request_time, exclude, self.info) for at in kept]
         differences = np.empty((len(items), len(kept)), np.float32)
-        whole, *others = (self._scores(ranking, items) for ranking in self.engine.rank(rows, ASKED_ITEMS))
+        # All items must be in the ranking with every event, or the difference would be that of others' scores.
+        asked_items = max(ASKED_ITEMS, query.k)
+        whole, *others = (self._scores(ranking, items) for ranking in self.engine.rank(rows, asked_items))
         for at, without in enumerate(others):
             differences[:, at] = whole - without
         return differences

@@ -80,6 +80,27 @@ def test_influence_is_the_difference_that_leaving_an_event_out_makes(
     assert checked > 5
 
 
+def test_influence_is_never_overstated(
+    client: RecommenderClient, model: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for items below those that the model is asked for when it explains."""
+    monkeypatch.setattr("serve.recommender.ASKED_ITEMS", 2)
+    ids = model.catalog.item_ids
+    events = [Event(item_id=ids[at], rating=4.0, timestamp=10**6 * at) for at in (3, 9, 4, 7)]
+    whole = client.recommend(history=events, k=30, request_time=10**7, explain=True)
+    checked = 0
+    for left_out in events:
+        rest = [event for event in events if event is not left_out]
+        answer = client.recommend(history=rest, k=1000, request_time=10**7, exclude_item_ids=[left_out.item_id])
+        without = {one.item_id: one.score for one in answer.recommendations}
+        for item in whole.recommendations:
+            for reason in item.explanation.events:
+                if reason.item_id == left_out.item_id:
+                    assert reason.influence <= item.score - without[item.item_id] + 1e-4
+                    checked += 1
+    assert checked > 20
+
+
 def test_a_long_history_costs_a_bounded_number_of_rows(client: RecommenderClient, model: Recommender) -> None:
     ids = model.catalog.item_ids[1:50]
     events = [Event(item_id=item, rating=4.5, timestamp=at) for at, item in enumerate(ids)]

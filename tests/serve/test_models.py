@@ -248,3 +248,15 @@ def test_admin_service(versions: Path, model_directory: Path, models: ModelLibra
             request = pb.SetTrafficRequest(shares=bad)
             assert failure(admin.SetTraffic, request) is grpc.StatusCode.INVALID_ARGUMENT
     server.drain()
+
+
+def test_rolling_back_undoes_a_trial_of_another_version(
+    versions: Path, model_directory: Path, models: ModelLibrary
+) -> None:
+    """Not what served before the version that most are still answered by."""
+    add_version(versions, model_directory, "2")
+    wait_for(lambda: models.versions() == ["2"])
+    add_version(versions, model_directory, "0")
+    models.set_traffic({"2": 0.9, "0": 0.1})
+    assert models.roll_back() == "2"
+    assert models.shares() == [("2", 1.0)]
