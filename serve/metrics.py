@@ -124,7 +124,7 @@ class Metrics:
         self._under_way.set_function(count)
 
     def rejected(self, reason: str) -> None:
-        """One call that was turned away before it was looked at: `unauthenticated` or `permission`."""
+        """One call that was turned away before it was looked at: `unauthenticated`, `permission` or `overload`."""
         self._rejected.labels(reason).inc()
 
     def answered(self, policy: str, items: NDArray[np.int32]) -> None:
