@@ -145,6 +145,7 @@ def create_server(
     metrics = metrics or Metrics()
     gate = Gate()
     metrics.count_under_way(lambda: gate.under_way)
+    metrics.count_dropped(lambda: store.dropped_count)
     calls = calls or Calls(metrics, tracer_of_the_process(), log_calls)
     interceptors: list[grpc.ServerInterceptor] = (
         [gate, calls] if tokens is None else [TokenInterceptor(tokens, metrics), gate, calls]
