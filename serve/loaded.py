@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.batching import Batcher, Pending, QueueFull, Run
+from serve.explain import Explanation, explain_popularity
 from serve.exploration import Exploration
 from serve.metrics import Metrics
 from serve.recommender import POPULARITY, Answer, Query, Recommender
@@ -42,17 +43,13 @@ class LoadedModel:
         self, query: Query, deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
     ) -> Answer:
         """Answers one query; raises as `Batcher.recommend`."""
-        if self.exploration is None:
-            return self._batcher.recommend(query, deadline_s, is_cancelled)
-        answer = self._batcher.recommend(_wider(query, self.exploration), deadline_s, is_cancelled)
-        return self._drawn(query, answer, self.exploration)
+        return self._finished(query, self._batcher.recommend(self._asked(query), deadline_s, is_cancelled))
 
     def recommend_all(
         self, queries: Sequence[Query], deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
     ) -> list[Answer]:
         """Answers several queries of one call, all or none; raises as `Batcher.recommend`."""
-        exploration = self.exploration
-        asked = queries if exploration is None else [_wider(query, exploration) for query in queries]
+        asked = [self._asked(query) for query in queries]
         answers: list[Answer] = []
         for start in range(0, len(asked), AT_ONCE):
             pending: list[Pending] = []
@@ -66,32 +63,37 @@ class LoadedModel:
             for one in pending:
                 self._batcher.drive(one)
             answers += [one.result() for one in pending]
-        if exploration is None:
-            return answers
-        return [self._drawn(query, answer, exploration) for query, answer in zip(queries, answers, strict=True)]
+        return [self._finished(query, answer) for query, answer in zip(queries, answers, strict=True)]
 
-    def _drawn(self, query: Query, answer: Answer, exploration: Exploration) -> Answer:
-        """The answer whose items are drawn from those of a wider one; what is popular is not drawn."""
-        places: NDArray[np.intp] = np.arange(min(query.k, len(answer.items)))
-        log_propensities: tuple[float, ...] = ()
-        if answer.policy != POPULARITY:
-            slate = exploration.draw(answer.scores, query.k)
-            places, log_propensities = slate.places, tuple(slate.log_propensities.tolist())
-        items, explanations = answer.items[places], answer.explanations
-        if query.explain and answer.policy != POPULARITY:
-            events = query.events
-            if query.user_id is not None:
-                events = self._store.history(query.user_id, query.request_time)
-            explanations = self.model.explain(query._replace(events=events), items)
-        elif query.explain:
-            explanations = self.model.popular(query, 0).explanations
-        return replace(
-            answer,
-            items=items,
-            scores=answer.scores[places],
-            explanations=explanations,
-            log_propensities=log_propensities,
-        )
+    def _asked(self, query: Query) -> Query:
+        """What the batch is asked: without explanations, for which its neighbours would have to wait."""
+        if self.exploration is not None:
+            query = query._replace(k=max(query.k, self.exploration.pool))
+        return query._replace(explain=False) if query.explain else query
+
+    def _finished(self, query: Query, answer: Answer) -> Answer:
+        """The answer to a query from what the batch answered."""
+        if self.exploration is not None:
+            answer = _drawn(query, answer, self.exploration)
+        return replace(answer, explanations=self._explanations(query, answer)) if query.explain else answer
+
+    def _explanations(self, query: Query, answer: Answer) -> tuple[Explanation, ...]:
+        if answer.policy == POPULARITY:
+            return explain_popularity(answer.items, self.model.catalog)
+        events = query.events
+        if query.user_id is not None:
+            events = self._store.history(query.user_id, query.request_time)
+        return self.model.explain(query._replace(events=events), answer.items)
+
+
+def _drawn(query: Query, answer: Answer, exploration: Exploration) -> Answer:
+    """The answer whose items are drawn from those of a wider one; what is popular is not drawn."""
+    places: NDArray[np.intp] = np.arange(min(query.k, len(answer.items)))
+    log_propensities: tuple[float, ...] = ()
+    if answer.policy != POPULARITY:
+        slate = exploration.draw(answer.scores, query.k)
+        places, log_propensities = slate.places, tuple(slate.log_propensities.tolist())
+    return replace(answer, items=answer.items[places], scores=answer.scores[places], log_propensities=log_propensities)
 
 
 def _observe(metrics: Metrics, run: Run) -> None:
@@ -100,10 +102,6 @@ def _observe(metrics: Metrics, run: Run) -> None:
     metrics.inference_seconds(run.seconds)
     for waited_s in run.waited_s:
         metrics.queue_seconds(waited_s)
-
-
-def _wider(query: Query, exploration: Exploration) -> Query:
-    return query._replace(k=max(query.k, exploration.pool), explain=False)
 
 
 class Models(Protocol):

@@ -92,6 +92,9 @@ class Metrics:
         ).observe
         self.batch_size: Observe = self._histogram("batch_size", "Requests in one run of the model.", BATCHES).observe
         self._under_way = self._gauge("rpcs_under_way", "Calls that are being answered.")
+        self._dropped = self._gauge(
+            "dropped_log_entries", "Shown recommendations and states that the store gave up since the start."
+        )
         self._rejected = self._counter("rejected_calls_total", "Calls that were turned away.", ("reason",))
         self._reloads = self._counter("model_reloads_total", "Attempts to load a model.", ("result",))
         self._model_info = self._gauge("model_info", "1 for each loaded version.", ("model_version", "policy"))
@@ -122,6 +125,10 @@ class Metrics:
     def count_under_way(self, count: Callable[[], int]) -> None:
         """Where to look for how many calls are being answered."""
         self._under_way.set_function(count)
+
+    def count_dropped(self, count: Callable[[], int]) -> None:
+        """Where to look for how much of what was shown is lost."""
+        self._dropped.set_function(count)
 
     def rejected(self, reason: str) -> None:
         """One call that was turned away before it was looked at: `unauthenticated`, `permission` or `overload`."""

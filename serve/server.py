@@ -18,6 +18,7 @@ from serve.batching import DEFAULT_CAPACITY, RETRY_AFTER_S, QueueFull
 from serve.calls import Calls
 from serve.errors import status_of
 from serve.gate import Gate
+from serve.health import HealthServicer
 from serve.inference_protocol import InferenceServicer
 from serve.loaded import Models
 from serve.metrics import Metrics
@@ -143,6 +144,7 @@ def create_server(
     metrics = metrics or Metrics()
     gate = Gate()
     metrics.count_under_way(lambda: gate.under_way)
+    metrics.count_dropped(lambda: store.dropped_count)
     calls = calls or Calls(metrics, tracer_of_the_process(), log_calls)
     interceptors: list[grpc.ServerInterceptor] = (
         [gate, calls] if tokens is None else [TokenInterceptor(tokens, metrics), gate, calls]
@@ -176,15 +178,13 @@ def create_server(
         server = grpc.server(pool, interceptors=interceptors, options=options, maximum_concurrent_rpcs=max_calls)
     servicer = RecommenderServicer(models, store, metrics)
     recommender_pb2_grpc.add_RecommenderServicer_to_server(servicer, server)
-    health_servicer = health.HealthServicer()
     inference = InferenceServicer(models)
     open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)
     services = list(SERVICES)
     if isinstance(models, ModelLibrary):
         model_admin_pb2_grpc.add_ModelAdminServicer_to_server(ModelAdminServicer(models), server)
         services.append(ADMIN_SERVICE)
-    for name in ("", *services):
-        health_servicer.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+    health_servicer = HealthServicer(services)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:

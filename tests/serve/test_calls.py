@@ -27,7 +27,7 @@ from serve.pb.recommender_pb2 import DeleteUserRequest, GetModelInfoRequest, Rec
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.recommender import Recommender
 from serve.server import create_server
-from serve.store import EventStore, StoreError
+from serve.store import EventStore, SpilledState, StoreError
 from serve.tracing import Tracer, tracer_of_the_process
 
 TIMEOUT_S = 30
@@ -204,3 +204,12 @@ def test_a_span_for_every_call_continues_the_clients_trace(model: Recommender, s
     assert bad.status.status_code is StatusCode.ERROR
     assert bad.attributes is not None
     assert bad.attributes["rpc.grpc.status"] == "INVALID_ARGUMENT"
+
+
+def test_what_the_store_gave_up_is_counted(
+    address: str, metrics: Metrics, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert metrics.registry.get_sample_value("jaxrec_dropped_log_entries") == 0
+    monkeypatch.setattr("serve.stores.deferred.LIMIT", 1)
+    store.save_states([SpilledState("u", "v", 1, b"") for _ in range(4)])
+    assert metrics.registry.get_sample_value("jaxrec_dropped_log_entries") == 3

@@ -1,13 +1,17 @@
 """Explanations: which events speak for an item, on vectors whose cosines a reader sees."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from serve.catalog import Catalog, parse_catalog
-from serve.client import Event, RecommenderClient
-from serve.explain import explain
+from serve.client import Event, RecommenderClient, recommend_request
+from serve.explain import Explanation, explain
 from serve.history import KnownEvent
-from serve.recommender import Recommender
+from serve.recommender import Query, Recommender
 
 TARGET, SAME, CLOSE, ACROSS, OPPOSITE = 1, 2, 3, 4, 5
 VECTORS = np.array([[0, 0], [1, 0], [1, 0], [0.8, 0.6], [0, 1], [-1, 0]], np.float32)
@@ -127,3 +131,27 @@ def test_explanations_of_the_server(client: RecommenderClient, model: Recommende
             assert reason.rating == 4.5
         for genre in one.explanation.shared_genres:
             assert genre in one.genres
+
+
+def test_explaining_a_batch_holds_up_nobody(
+    client: RecommenderClient, model: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is free for others meanwhile."""
+    started, goes_on = threading.Event(), threading.Event()
+    explained = model.explain
+
+    def slow(query: Query, items: NDArray[np.int32]) -> tuple[Explanation, ...]:
+        started.set()
+        assert goes_on.wait(30)
+        return explained(query, items)
+
+    monkeypatch.setattr(model, "explain", slow)
+    events = [Event(item_id=model.catalog.item_ids[at], timestamp=at) for at in (3, 9)]
+    with ThreadPoolExecutor(1) as threads:
+        batch = threads.submit(client.batch_recommend, [recommend_request(history=events, k=3, explain=True)])
+        assert started.wait(30)
+        plain = client.recommend(history=events, k=3)
+        goes_on.set()
+    (answer,) = batch.result()
+    assert all(one.explanation.text for one in answer.recommendations)
+    assert [one.item_id for one in answer.recommendations] == [one.item_id for one in plain.recommendations]
