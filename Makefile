@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STUBS := serve/pb
-PROTOS := proto/jaxrec/v1/recommender.proto
+PROTOS := $(wildcard proto/jaxrec/v1/*.proto) $(wildcard proto/inference/*.proto)
 
-.PHONY: demo test check format stubs lock clean
+.PHONY: demo test check format protos stubs baseline lock clean
 
 demo: .venv/installed
 	$(BIN)/jaxrec demo --out runs/demo
@@ -12,10 +12,19 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
-check: .venv/installed
+check: .venv/installed protos
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Style of the contract, and that clients built from the released one still work.
+protos: .venv/installed
+	$(BIN)/buf lint proto
+	$(BIN)/buf breaking proto --against proto/baseline.binpb
+
+# With each release: from here on, what the contract says now must not break.
+baseline: .venv/installed
+	$(BIN)/buf build proto --exclude-source-info --output proto/baseline.binpb
 
 format: .venv/installed
 	$(BIN)/ruff format .
@@ -28,10 +37,10 @@ format: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-# The folder of the protos stands in for serve/pb, so that the generated code imports from serve.pb.
+# The folders of the protos stand in for serve/pb, so that the generated code imports from serve.pb.
 STUBS_ROOT ?= .
 stubs: .venv/installed
-	$(BIN)/python -m grpc_tools.protoc -I$(STUBS)=$(dir $(PROTOS)) \
+	$(BIN)/python -m grpc_tools.protoc $(foreach folder,$(sort $(dir $(PROTOS))),-I$(STUBS)=$(folder)) \
 		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 		--python_out=$(STUBS_ROOT) --grpc_python_out=$(STUBS_ROOT) \
 		--mypy_out=quiet:$(STUBS_ROOT) --mypy_grpc_out=quiet:$(STUBS_ROOT) $(PROTOS)

@@ -1,12 +1,16 @@
-"""An empty RPC on the same kind of server as `serve`: what gRPC alone costs.
+"""An empty RPC on the kinds of server that Python's gRPC has: what gRPC alone costs.
 
-Prints its port on one line and answers until it is killed.
+    python bench/echo_server.py polling|threaded
+
+`polling` is the kind that `serve` is. Prints its port on one line and answers until it is killed.
 """
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
+from serve.polling import polling_server
 from serve.server import WORKERS
 
 SERVICE, METHOD = "bench.Echo", "Echo"
@@ -15,8 +19,9 @@ SERVICE, METHOD = "bench.Echo", "Echo"
 def main() -> None:
     """Answers every message with itself."""
     handler = grpc.unary_unary_rpc_method_handler(lambda request, context: request)
-    server = grpc.server(ThreadPoolExecutor(WORKERS))
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+    pool = ThreadPoolExecutor(WORKERS)
+    server = polling_server(pool, [f"/{SERVICE}/{METHOD}"]) if sys.argv[1] == "polling" else grpc.server(pool)
+    server.add_registered_method_handlers(SERVICE, {METHOD: handler})
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     print(port, flush=True)

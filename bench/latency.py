@@ -1,123 +1,67 @@
-"""Latency of the real server beside its floor: the graph alone, and gRPC alone.
+"""Latency, throughput and CPU cost of the server, beside its floor and beside its peers.
 
-    python bench/latency.py MODEL
+    python bench/make_model.py --items 10000 --out runs/bench-model
+    python3.11 -m venv runs/peers && runs/peers/bin/pip install -r bench/peers/requirements.txt
+    python bench/latency.py runs/bench-model --peers runs/peers --plot bench/latency.svg
 
-Starts `python -m serve run MODEL` and an empty echo server of the same kind, each in a process of its own, and drives
-them from this one at several concurrencies, in interleaved rounds so that a busy moment of the machine hits all alike.
-`session.run` is one run of `sequence.onnx` on one thread, in this process while the servers are idle. Every answer is
-checked; a call that fails, or an answer that is not the model's with all its items, ends the benchmark.
+Starts `python -m serve run MODEL`, an empty echo server of the same kind and one with grpc's thread pool, and with
+`--peers` Triton, FastAPI and MLServer on the same `sequence.onnx`, each in a process of its own. They are driven one
+after the other by h2load at several concurrencies, in interleaved rounds, so that a busy moment of the machine hits
+all alike. `session.run` is the graph alone on one thread, in this process.
 
-Prints medians over the rounds, with the lowest and highest round in brackets.
+The peers get features ready for the graph and answer indices and scores. Ours gets raw ids, keeps (stored user) or
+takes (inline history) the history, and answers ids, titles and genres; so the comparison is to the peers' advantage.
+
+Every measurement begins with an answer that another client checks: its status, and its items against `session.run`.
+h2load's answers must have the same size. At the end all requests are checked once more.
+
+Prints tables with medians over the rounds and, in brackets, the lowest and highest round.
 """
 
-import asyncio
 import csv
+import itertools
 import json
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import grpc
 import numpy as np
 import onnxruntime
+import peer_servers
+from load import Sample, Target, drive, framed, memory_mb, require_h2load
 
 from serve.client import Event, RecommenderClient, UserEvent
+from serve.pb import open_inference_pb2 as v2
 from serve.pb.recommender_pb2 import History, RecommendRequest, RecommendResponse
 from serve.process import running_server
 
-ECHO_METHOD = "/bench.Echo/Echo"
-RECOMMEND_METHOD = "/jaxrec.v1.Recommender/Recommend"
-HISTORIES = 256
+HISTORIES = 64
 START = 1_600_000_000
 DAY = 86_400
 DEADLINE_S = 30.0
-WARM_UP_CALLS = 20
+RECOMMEND = "/jaxrec.v1.Recommender/Recommend"
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+Feed = dict[str, Any]
 
 
-class Target(NamedTuple):
-    """What calls are sent to: `check` raises for an answer that is not right."""
-
-    name: str
-    address: str
-    method: str
-    requests: Sequence[bytes]
-    check: Callable[[bytes], None]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One round of one target: percentiles in ms, and requests per second."""
-
-    p50: float
-    p95: float
-    p99: float
-    rate: float
-
-
-def sample(latencies_s: Sequence[float], elapsed_s: float) -> Sample:
-    p50, p95, p99 = np.percentile(latencies_s, [50, 95, 99]) * 1e3
-    return Sample(float(p50), float(p95), float(p99), len(latencies_s) / elapsed_s)
-
-
-async def drive(target: Target, concurrency: int, seconds: float) -> Sample:
-    """Sends calls for so long, each of `concurrency` callers waiting for its answer before it sends the next."""
-    latencies: list[float] = []
-    async with grpc.aio.insecure_channel(target.address) as channel:
-        call = channel.unary_unary(target.method, None, None)
-
-        async def answered(number: int) -> float:
-            start = time.perf_counter()
-            response = await call(target.requests[number % len(target.requests)], timeout=DEADLINE_S)
-            latency = time.perf_counter() - start
-            target.check(response)
-            return latency
-
-        async def caller(first: int) -> None:
-            number = first
-            while time.perf_counter() < end:
-                latencies.append(await answered(number))
-                number += concurrency
-
-        for number in range(WARM_UP_CALLS):
-            await answered(number)
-        start = time.perf_counter()
-        end = start + seconds
-        await asyncio.gather(*(caller(first) for first in range(concurrency)))
-        return sample(latencies, time.perf_counter() - start)
-
-
-def run_graph(session: onnxruntime.InferenceSession, feeds: Sequence[dict[str, Any]], seconds: float) -> Sample:
-    """Runs the graph on one request after the other."""
-    latencies: list[float] = []
-    for feed in feeds[:WARM_UP_CALLS]:
-        session.run(["items", "scores"], feed)
-    start = time.perf_counter()
-    while time.perf_counter() < start + seconds:
-        feed = feeds[len(latencies) % len(feeds)]
-        begin = time.perf_counter()
-        session.run(["items", "scores"], feed)
-        latencies.append(time.perf_counter() - begin)
-    return sample(latencies, time.perf_counter() - start)
-
-
-def graph_session(model: Path) -> onnxruntime.InferenceSession:
+def graph_session(model: Path, name: str) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(model / "sequence.onnx", options, providers=["CPUExecutionProvider"])
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(model / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
 
 
-def graph_feed(items: np.ndarray, k: int) -> dict[str, Any]:
+def sequence_feed(items: np.ndarray, k: int) -> Feed:
     """One history as `sequence.onnx` takes it: an event a day, no ratings, a request a day after the last."""
     gap = np.full((1, len(items)), DAY, np.float32)
     gap[0, 0] = -1
@@ -132,32 +76,143 @@ def graph_feed(items: np.ndarray, k: int) -> dict[str, Any]:
     }
 
 
-def check_echo(response: bytes) -> None:
-    if response:
-        raise click.ClickException(f"expected an empty echo, came {len(response)} bytes")
+@dataclass(frozen=True)
+class Workload:
+    """What all targets are asked: the same histories, in the form that each of them takes."""
+
+    model: Path
+    k: int
+    histories: list[list[Event]]
+    request_time: int
+    feeds: list[Feed]
+    sequence: onnxruntime.InferenceSession
+    step: onnxruntime.InferenceSession
+    expected: list[list[str]]
+    """Raw ids of the answers, by `session.run`."""
+    ids: list[str]
+    """Raw ids by item index."""
 
 
-def recommendation_check(k: int) -> Callable[[bytes], None]:
-    def check(response: bytes) -> None:
+def workload(model: Path, length: int, k: int) -> Workload:
+    with (model / "catalog.csv").open(encoding="utf-8", newline="") as file:
+        item_ids = ["", *(row["item_id"] for row in csv.DictReader(file))]
+    if len(item_ids) - 1 < length + k:
+        raise click.BadParameter(f"{len(item_ids) - 1} items are too few for {length} events and {k} answers")
+    random = np.random.default_rng(0)
+    rows = [random.choice(len(item_ids) - 1, length, replace=False).astype(np.int32) + 1 for _ in range(HISTORIES)]
+    sequence = graph_session(model, "sequence")
+    feeds = [sequence_feed(row, k) for row in rows]
+    return Workload(
+        model=model,
+        k=k,
+        histories=[
+            [Event(item_id=item_ids[item], timestamp=START + DAY * at) for at, item in enumerate(row)] for row in rows
+        ],
+        request_time=START + DAY * length,
+        feeds=feeds,
+        sequence=sequence,
+        step=graph_session(model, "step"),
+        expected=[[item_ids[item] for item in sequence.run(["items"], feed)[0][0]] for feed in feeds],
+        ids=item_ids,
+    )
+
+
+def step_feed(session: onnxruntime.InferenceSession, feed: Feed) -> Feed:
+    """The last event of such a history, on a state of zeros: what it holds makes no difference to the time."""
+    (width,) = (node.shape[-1] for node in session.get_inputs() if node.name == "state")
+    last = {name: feed[name][:, -1] for name in ("item", "rating", "gap")}
+    return {"state": np.zeros((1, width), np.float32), **last, **{n: feed[n] for n in ("request_gap", "exclude", "k")}}
+
+
+def run_graph(session: onnxruntime.InferenceSession, feeds: Sequence[Feed], seconds: float) -> Sample:
+    """Runs a graph on one request after the other."""
+    latencies: list[float] = []
+    outputs = ["items", "scores"]
+    for feed in feeds[:20]:
+        session.run(outputs, feed)
+    start, cpu = time.perf_counter(), time.process_time()
+    while time.perf_counter() < start + seconds:
+        begin = time.perf_counter()
+        session.run(outputs, feeds[len(latencies) % len(feeds)])
+        latencies.append(time.perf_counter() - begin)
+    elapsed, cpu = time.perf_counter() - start, time.process_time() - cpu
+    p50, p95, p99 = np.percentile(latencies, [50, 95, 99]) * 1e3
+    return Sample(float(p50), float(p95), float(p99), len(latencies) / elapsed, cpu * 1e3 / len(latencies))
+
+
+def must(name: str, found: Sequence[str], expected: Sequence[str]) -> None:
+    """Scores that are almost equal may change places."""
+    if len(set(found) ^ set(expected)) > 2:
+        raise click.ClickException(f"{name}: expected the items {list(expected)}, came {list(found)}")
+
+
+def rpc_target(
+    name: str, pid: int, port: int, method: str, requests: Sequence[bytes], check: Callable[[int, bytes], None]
+) -> tuple[Target, grpc.Channel]:
+    channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+    call = channel.unary_unary(method)
+
+    def answer(number: int) -> bytes:
+        response: bytes = call(requests[number], timeout=DEADLINE_S)
+        check(number, response)
+        return framed(response)
+
+    return Target(name, pid, f"http://127.0.0.1:{port}{method}", [framed(one) for one in requests], answer), channel
+
+
+def infer_request(feed: Feed) -> bytes:
+    request = v2.ModelInferRequest(model_name=peer_servers.MODEL_NAME)
+    types = {"item": "INT32", "rating": "FP32", "gap": "FP32", "request_gap": "FP32", "exclude": "INT32", "k": "INT64"}
+    for name, kind in types.items():
+        shape = (1, 1) if name in ("request_gap", "k") else feed[name].shape
+        request.inputs.add(name=name, datatype=kind, shape=shape)
+        request.raw_input_contents.append(feed[name].tobytes())
+    return request.SerializeToString()
+
+
+def recommend_check(work: Workload) -> Callable[[int, bytes], None]:
+    def check(number: int, response: bytes) -> None:
         answer = RecommendResponse.FromString(response)
-        if len(answer.recommendations) != k or answer.policy == "popularity":
-            raise click.ClickException(
-                f"expected {k} items of the model, came {len(answer.recommendations)} of the policy {answer.policy}"
-            )
+        must("Recommend", [one.item_id for one in answer.recommendations], work.expected[number])
 
     return check
 
 
-@contextmanager
-def echo_server() -> Iterator[str]:
-    """The address of a running echo server."""
-    command = [sys.executable, str(Path(__file__).with_name("echo_server.py"))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield f"127.0.0.1:{int(process.stdout.readline())}"
-        finally:
-            process.terminate()
+def infer_check(name: str, work: Workload) -> Callable[[int, bytes], None]:
+    def check(number: int, response: bytes) -> None:
+        answer = v2.ModelInferResponse.FromString(response)
+        at = [output.name for output in answer.outputs].index("items")
+        found = (
+            np.frombuffer(answer.raw_output_contents[at], np.int32)
+            if answer.raw_output_contents
+            else answer.outputs[at].contents.int_contents
+        )
+        must(name, [work.ids[item] for item in found], work.expected[number])
+
+    return check
+
+
+def fastapi_target(server: peer_servers.Started, work: Workload) -> Target:
+    requests = [
+        json.dumps(
+            {
+                **{name: feed[name][0].tolist() for name in ("item", "rating", "gap", "exclude")},
+                "request_gap": float(feed["request_gap"][0]),
+                "k": int(feed["k"][0]),
+            }
+        ).encode()
+        for feed in work.feeds
+    ]
+    url = f"http://127.0.0.1:{server.port}/recommend"
+
+    def answer(number: int) -> bytes:
+        request = urllib.request.Request(url, requests[number], {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
+            body: bytes = response.read()
+        must("FastAPI", [work.ids[item] for item in json.loads(body)["items"]], work.expected[number])
+        return body
+
+    return Target("FastAPI, JSON", server.process.pid, url, requests, answer, is_http1=True)
 
 
 def record(address: str, histories: Sequence[Sequence[Event]]) -> None:
@@ -170,109 +225,168 @@ def record(address: str, histories: Sequence[Sequence[Event]]) -> None:
             )
 
 
-def facts(model: Path, session: onnxruntime.InferenceSession, server_line: str) -> dict[str, Any]:
+def start_seconds(model: Path, folder: Path) -> float:
+    """From the start of the process until it says that it is serving, which it does when health does."""
+    begin = time.monotonic()
+    with running_server(model, folder / f"start-{begin}.sqlite"):
+        return time.monotonic() - begin
+
+
+def facts(model: Path) -> dict[str, str]:
     manifest = json.loads((model / "manifest.json").read_text(encoding="utf-8"))
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), cpu)
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
-        check=False,
+        check=True,
     ).stdout.strip()
-    (state,) = (node.shape[-1] for node in session.get_outputs() if node.name == "state")
+    size = sum(path.stat().st_size for path in model.iterdir()) / 1e6
     return {
-        "machine": f"{cpu}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}",
+        "machine": f"{cpu}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f} at the start",
         "versions": f"Python {platform.python_version()}, onnxruntime {onnxruntime.__version__},"
         f" grpc {grpc.__version__}",
-        "commit": commit or "unknown",
-        "command": " ".join(["python", *sys.argv]),
-        "model": f"{manifest['model_version']} ({manifest['policy']}), {manifest['item_count']} items, state {state},"
-        f" sequence.onnx {(model / 'sequence.onnx').stat().st_size / 1e6:.1f} MB",
-        "server": server_line,
+        "commit": commit,
+        "model": f"{manifest['item_count']} items, {size:.0f} MB",
     }
 
 
-def table(rounds: dict[str, list[Sample]]) -> str:
+Measured = dict[tuple[str, int], list[Sample]]
+
+
+def table(measured: Measured) -> str:
     """One line per measurement: the median of the rounds (lowest to highest)."""
-    lines = ["| what | p50 ms | p95 ms | p99 ms | requests/s |", "|---|---|---|---|---|"]
-    for name, samples in rounds.items():
+    lines = ["| concurrency | what | p50 ms | p99 ms | requests/s | CPU ms per request |", "|---|---|---|---|---|---|"]
+    for (name, callers), samples in sorted(measured.items(), key=lambda one: one[0][1]):
         columns = []
-        for field, digits in (("p50", 2), ("p95", 2), ("p99", 2), ("rate", 0)):
+        for field, digits in (("p50", 2), ("p99", 2), ("rate", 0), ("cpu", 3)):
             values = [getattr(one, field) for one in samples]
-            low, middle, high = (
-                f"{value:.{digits}f}" for value in (min(values), statistics.median(values), max(values))
-            )
+            low, middle, high = (f"{one:.{digits}f}" for one in (min(values), statistics.median(values), max(values)))
             columns.append(f"{middle} ({low} to {high})")
-        lines.append(f"| {name} | {' | '.join(columns)} |")
+        lines.append(f"| {callers or '-'} | {name} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
-@click.command()
+def plot(measured: Measured, file: Path) -> None:
+    """Requests per second and CPU time of each server at each concurrency."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(name for name, callers in measured if callers))
+    concurrencies = sorted({callers for _, callers in measured if callers})
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axis, field, title in zip(axes, ("rate", "cpu"), ("requests/s", "CPU ms per request"), strict=True):
+        for name in names:
+            values = [[getattr(one, field) for one in measured[name, callers]] for callers in concurrencies]
+            middle = np.array([statistics.median(one) for one in values])
+            spread = [middle - [min(one) for one in values], [max(one) for one in values] - middle]
+            axis.errorbar(range(len(values)), middle, spread, marker="o", capsize=3, label=name)
+        axis.set(title=title, xlabel="concurrency", xticks=range(len(concurrencies)), xticklabels=concurrencies, ylim=0)
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize="small")
+    figure.savefig(file)
+
+
+def start_all(
+    stack: ExitStack, work: Workload, peers: Path | None, folder: Path
+) -> tuple[list[Target], dict[str, float]]:
+    """Starts every server until `stack` ends; with the seconds that each took until it answered."""
+    seconds = {"ours": statistics.median(start_seconds(work.model, folder) for _ in range(5))}
+    targets = []
+
+    def add(*arguments: Any) -> None:
+        target, channel = rpc_target(*arguments)
+        stack.enter_context(channel)
+        targets.append(target)
+
+    for kind in ("polling", "threaded"):
+        server = stack.enter_context(peer_servers.echo(kind, folder))
+        add(f"echo, {kind}", server.process.pid, server.port, "/bench.Echo/Echo", [b""], lambda *_: None)
+    ours = stack.enter_context(running_server(work.model, folder / "events.sqlite"))
+    record(ours.address, work.histories)
+    asked: dict[str, Any] = {"k": work.k, "request_time": work.request_time}
+    ways = {
+        "stored user": [RecommendRequest(user_id=str(user), **asked) for user in range(HISTORIES)],
+        "inline history": [RecommendRequest(history=History(events=one), **asked) for one in work.histories],
+    }
+    for name, requests in ways.items():
+        messages = [request.SerializeToString() for request in requests]
+        port = int(ours.address.rpartition(":")[2])
+        add(f"ours, {name}", ours.process.pid, port, RECOMMEND, messages, recommend_check(work))
+    if peers is not None:
+        graph = (work.model / "sequence.onnx").resolve()
+        for name, start in (("Triton", peer_servers.triton), ("MLServer", peer_servers.mlserver)):
+            server = stack.enter_context(start(peers, graph, folder))
+            seconds[name] = server.seconds
+            messages = [infer_request(feed) for feed in work.feeds]
+            add(name, server.process.pid, server.port, INFER, messages, infer_check(name, work))
+        server = stack.enter_context(peer_servers.fastapi(peers, graph, folder))
+        targets.append(fastapi_target(server, work))
+        seconds["FastAPI, JSON"] = server.seconds
+    return targets, seconds
+
+
+@click.command(context_settings={"show_default": True})
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--seconds", type=click.FloatRange(0.1), default=2.0, show_default=True, help="For each measurement.")
-@click.option("--history", "length", type=click.IntRange(1), default=50, show_default=True, help="Events per history.")
-@click.option("--k", type=click.IntRange(1, 1000), default=10, show_default=True, help="Items per answer.")
+@click.option("--rounds", type=click.IntRange(1), default=5)
+@click.option("--seconds", type=click.FloatRange(0.1), default=1.0, help="For each measurement.")
+@click.option("--history", "length", type=click.IntRange(1), default=50, help="Events per history.")
+@click.option("--k", type=click.IntRange(1, 1000), default=10, help="Items per answer.")
+@click.option("--concurrency", type=click.IntRange(1), multiple=True, default=(1, 8, 32, 128), help="Repeatable.")
 @click.option(
-    "--concurrency", type=click.IntRange(1), multiple=True, default=(1, 8, 32), show_default=True, help="Repeatable."
+    "--peers", type=click.Path(exists=True, path_type=Path), help="Environment with bench/peers/requirements.txt."
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write all rounds here.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the figures here (SVG).")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all rounds here.")
 def main(
-    model: Path, rounds: int, seconds: float, length: int, k: int, concurrency: tuple[int, ...], json_file: Path | None
+    model: Path,
+    rounds: int,
+    seconds: float,
+    length: int,
+    k: int,
+    concurrency: tuple[int, ...],
+    peers: Path | None,
+    plot_file: Path | None,
+    json_file: Path | None,
 ) -> None:
-    """Measure the server on the model directory MODEL beside the graph alone and gRPC alone."""
-    with (model / "catalog.csv").open(encoding="utf-8", newline="") as file:
-        item_ids = ["", *(row["item_id"] for row in csv.DictReader(file))]
-    if len(item_ids) - 1 < length + k:
-        raise click.BadParameter(f"{len(item_ids) - 1} items are too few for {length} events and {k} answers")
-    random = np.random.default_rng(0)
-    indices = [random.choice(len(item_ids) - 1, length, replace=False).astype(np.int32) + 1 for _ in range(HISTORIES)]
-    histories = [
-        [Event(item_id=item_ids[item], timestamp=START + DAY * at) for at, item in enumerate(row)] for row in indices
-    ]
-    request_time = START + DAY * length
-    inline = [
-        RecommendRequest(history=History(events=events), k=k, request_time=request_time).SerializeToString()
-        for events in histories
-    ]
-    stored = [
-        RecommendRequest(user_id=str(user), k=k, request_time=request_time).SerializeToString()
-        for user in range(HISTORIES)
-    ]
-    feeds = [graph_feed(row, k) for row in indices]
-    session = graph_session(model)
-    measured: dict[str, list[Sample]] = {}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        running_server(model, Path(folder) / "events.sqlite") as server,
-        echo_server() as echo_address,
-    ):
-        record(server.address, histories)
-        check = recommendation_check(k)
-        targets = [
-            Target("echo RPC", echo_address, ECHO_METHOD, [b""], check_echo),
-            Target("Recommend, inline history", server.address, RECOMMEND_METHOD, inline, check),
-            Target("Recommend, stored user", server.address, RECOMMEND_METHOD, stored, check),
-        ]
-        described = facts(model, session, server.line)
+    """Measure the server on the model directory MODEL beside the graphs alone, gRPC alone, and peers."""
+    require_h2load()
+    described = facts(model)
+    work = workload(model, length, k)
+    measured: Measured = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        targets, seconds_to_serve = start_all(stack, work, peers, folder)
+        steps = [step_feed(work.step, feed) for feed in work.feeds]
         for number in range(rounds):
             click.echo(f"round {number + 1} of {rounds}", err=True)
-            measured.setdefault("session.run, 1 thread", []).append(run_graph(session, feeds, seconds))
-            for callers in concurrency:
-                for target in targets:
-                    name = f"{target.name}, concurrency {callers}"
-                    measured.setdefault(name, []).append(asyncio.run(drive(target, callers, seconds)))
-    described["setting"] = f"{length} events, top {k}, {rounds} rounds of {seconds:g} s, every answer checked"
+            for name, session, feeds in (("sequence", work.sequence, work.feeds), ("step", work.step, steps)):
+                sample = run_graph(session, feeds, seconds)
+                measured.setdefault((f"session.run, {name}", 0), []).append(sample)
+            for callers, at in itertools.product(concurrency, range(len(targets))):
+                target = targets[(at + number) % len(targets)]
+                sample = drive(target, callers, seconds, number, folder)
+                measured.setdefault((target.name, callers), []).append(sample)
+        for target in targets:
+            for number in range(len(target.requests)):
+                target.answer(number)
+        memory = {target.name: memory_mb(target.pid) for target in targets}
     for name, value in described.items():
-        click.echo(f"{name}: {value}")
-    click.echo(f"\n{table(measured)}")
+        click.echo(f"- {name}: {value}")
+    click.echo(f"- {length} events, top {k}, {rounds} interleaved rounds of {seconds:g} s\n\n{table(measured)}\n")
+    click.echo("| what | seconds to serve | resident MB |\n|---|---|---|")
+    for name, megabytes in memory.items():
+        begun = seconds_to_serve.get("ours" if name.startswith("ours") else name)
+        click.echo(f"| {name} | {'-' if begun is None else f'{begun:.2f}'} | {megabytes:.0f} |")
+    if plot_file is not None:
+        plot(measured, plot_file)
     if json_file is not None:
-        result = {**described, "rounds": {name: [asdict(one) for one in samples] for name, samples in measured.items()}}
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        samples = {f"{name} @ {callers}": [asdict(one) for one in each] for (name, callers), each in measured.items()}
+        json_file.write_text(json.dumps({**described, "rounds": samples}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,21 @@ import pandas as pd
 from flax import nnx
 
 from jaxrec.config import ModelConfig, PrepareConfig
+from jaxrec.cooccurrence import NEIGHBOURS, Neighbours
 from jaxrec.export.model_directory import export_model
+from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.prepare import prepare
 from jaxrec.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
+
+
+def random_neighbours(items: int, rng: np.random.Generator) -> Neighbours:
+    """As many neighbours as training would find for items that are met often."""
+    shape = (items + 1, min(NEIGHBOURS, items))
+    item, weight = rng.integers(1, items + 1, shape, dtype=np.int32), rng.random(shape, dtype=np.float32)
+    item[0], weight[0] = 0, 0.0
+    return Neighbours(item, -np.sort(-weight, axis=1))
 
 
 @click.command(context_settings={"show_default": True})
@@ -36,7 +46,9 @@ def main(items: int, hidden: int, seed: int, out: Path) -> None:
     hybrid = Hybrid(
         TimeRatingAwareLSTM(items, model, rngs=rngs),
         TimeRatingAwareContentModel(items, data.catalog.genre_matrix(), model, rngs=rngs),
+        CoOccurrence(random_neighbours(items, rng)),
         weight=0.5,
+        cooccurrence_weight=8.0,
     )
     manifest = export_model(
         hybrid,

@@ -16,15 +16,20 @@ from jaxrec.split import Cases
 Item = TypeVar("Item")
 
 
+MAX_EARLIER = 1000  # of what a user took before a window, the most recent items are known to be no candidates
+
+
 class TrainBatch(NamedTuple):
     """Rows that hold several windows back to back: `events` [batch, length]; `starts` [batch, length] bool is True
     where a window begins and the recurrent state must be forgotten; `target` [batch, length] int32 is the next item
-    (0 at padding) and `target_gap` [batch, length] float32 the seconds until it."""
+    (0 at padding) and `target_gap` [batch, length] float32 the seconds until it; `earlier` [batch, width] int32 what
+    the row's user took before its window, the last item first (0 = no more)."""
 
     events: Events
     starts: np.ndarray
     target: np.ndarray
     target_gap: np.ndarray
+    earlier: np.ndarray
 
 
 class CaseBatch(NamedTuple):
@@ -86,6 +91,9 @@ class TrainingData:
         self.rows_per_batch = max(1, round(batch_tokens / max_length / multiple_of)) * multiple_of
         users, starts, self._lengths = training_windows(data.split.train_counts, max_length)
         self._starts = data.histories.offsets[users] + starts
+        # Only a full window has something before it, so a row has one such window at most, and no other one.
+        self._earlier_counts = starts
+        self._earlier_width = int(np.clip(starts.max(initial=0), 1, MAX_EARLIER))
         # Every epoch packs into the same number of rows, since that depends on the lengths alone.
         rows, _ = pack_windows(self._lengths, max_length, np.random.default_rng(0))
         self._row_count = int(rows.max(initial=-1)) + 1
@@ -135,7 +143,17 @@ class TrainingData:
         following = np.where(where, rows + 1, 0)
         target = np.where(where, self._histories.items[following], 0).astype(np.int32)
         target_gap = np.where(where, self._gaps[following], UNKNOWN_GAP).astype(np.float32)
-        return TrainBatch(events, starts, target, target_gap)
+        return TrainBatch(events, starts, target, target_gap, self._earlier(windows, slots))
+
+    def _earlier(self, windows: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """[batch, width] int32: the items before each row's window."""
+        earlier = np.zeros((self.rows_per_batch, self._earlier_width), np.int32)
+        counts = self._earlier_counts[windows]
+        later, ago = np.flatnonzero(counts), np.arange(self._earlier_width)
+        where = ago < counts[later, None]
+        rows = np.where(where, self._starts[windows[later], None] - 1 - ago, 0)
+        earlier[slots[later] // self.max_length] = np.where(where, self._histories.items[rows], 0)
+        return earlier
 
 
 def prefetch(batches: Iterable[Item], depth: int = 2) -> Iterator[Item]:

@@ -216,12 +216,13 @@ def evaluate(run: Path, json_file: Path | None, seed: int) -> None:
 @click.argument("run", type=EXISTING_FOLDER)
 @click.option("--out", type=NEW_FOLDER, required=True, help="The model directory; replaced if it exists.")
 @click.option("--licence", type=EXISTING_FILE, help="Text about the data's licence, kept with the model.")
-def export(run: Path, out: Path, licence: Path | None) -> None:
+@click.option("--int8", is_flag=True, help="Quantize the LSTMs; refused where the answers get worse.")
+def export(run: Path, out: Path, licence: Path | None, int8: bool) -> None:
     """Exports RUN to ONNX for `python -m serve`; refused where ONNX Runtime and JAX differ."""
     from jaxrec.export.run import NO_LICENCE, export_run
 
     text = licence.read_text(encoding="utf-8") if licence else NO_LICENCE
-    manifest = export_run(run, out, text)
+    manifest = export_run(run, out, text, int8)
     parity = manifest["parity"]["max_abs_difference"]
     click.echo(f"{out}: model {manifest['model_version']}, policy {manifest['policy']}, within {parity:.1e} of JAX")
 

@@ -56,24 +56,27 @@ class ModelConfig:
     hidden: int = 128
     rating_width: int = 8
     time_width: int = 8
-    max_length: int = 100
+    max_length: int = 200
     input_dropout: float = 0.2
     output_dropout: float = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Training of one sequence model. `patience`: epochs without a better validation NDCG@10 before it stops."""
+    """Training of one sequence model. `patience`: epochs without a better validation NDCG@10 before it stops.
+    `sampled_items`: how many items estimate the softmax's normalizer in a step; 0: all of them are computed; None: by
+    the catalogue's size (`jaxrec.steps.softmax_sample`)."""
 
     seed: int = 0
-    max_epochs: int = 20
-    patience: int = 4
+    max_epochs: int = 16
+    patience: int = 6
     batch_tokens: int = 1600
     learning_rate: float = 3e-3
     warmup_fraction: float = 0.05
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     request_gap_dropout: float = 0.5
+    sampled_items: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

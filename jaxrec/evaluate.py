@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from jaxrec.schema import UNKNOWN_GAP, DataError
 from jaxrec.split import Cases
 
 TOP = 10
+LENGTHS = (25, 50, 100)  # of histories that are ranked together, below the longest
 Scorer = Callable[[CaseBatch], jax.Array | np.ndarray]
 Logits = Callable[[Any, Events, jax.Array], jax.Array]
 
@@ -70,6 +72,44 @@ def rank_cases(scorer: Scorer, data: PreparedData, cases: Cases, max_length: int
     if not ranks:
         raise DataError("the split has no case to rank; the log is too short for it")
     return Ranked(np.concatenate(ranks)[: len(cases)], np.concatenate(tops)[: len(cases)])
+
+
+def ranks_by_request_time(
+    model: TimeRatingAwareLSTM, data: PreparedData, cases: Cases, before_batch: Callable[[], None] = lambda: None
+) -> np.ndarray:
+    """[2, cases] int32: the target's rank without and with the request time. The history is read once for both, and
+    cases with histories of like length go together. `before_batch` is called before each batch."""
+    graphdef, variables = nnx.split(model)
+    max_length = model.config.max_length
+    lengths = np.minimum(cases.rows - data.histories.offsets[cases.users], max_length)
+    ranks = np.empty((2, len(cases)), np.int32)
+    for shortest, longest in itertools.pairwise([0, *(n for n in LENGTHS if n < max_length), max_length]):
+        chosen = np.flatnonzero((lengths > shortest) & (lengths <= longest))
+        found = []
+        for batch in case_batches(data, Cases(cases.users[chosen], cases.rows[chosen]), longest):
+            before_batch()
+            asked = batch.events, batch.request_gap, batch.target, batch.exclude
+            found.append(np.asarray(_both_ranks(graphdef, variables, *asked)))
+        if found:
+            ranks[:, chosen] = np.concatenate(found, axis=1)[:, : len(chosen)]
+    return ranks
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _both_ranks(
+    graphdef: nnx.GraphDef[Any],
+    variables: Any,
+    events: Events,
+    request_gap: jax.Array,
+    target: jax.Array,
+    exclude: jax.Array,
+) -> jax.Array:
+    model = nnx.merge(graphdef, variables)
+    item_vectors = model.item_vectors()
+    _, (h, _) = model.encode(events, item_vectors)
+    unknown = jnp.full_like(request_gap, UNKNOWN_GAP)
+    logits = (model.query(h, gap) @ item_vectors.T + model.item_bias() for gap in (unknown, request_gap))
+    return jnp.stack([rank_of_target(of_one, target, exclude) for of_one in logits])
 
 
 def without_request_time(batch: CaseBatch) -> CaseBatch:

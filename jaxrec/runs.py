@@ -4,7 +4,8 @@ RUN/run.json      where the data is, and the configurations
 RUN/lstm/         checkpoints and logs of TimeRatingAwareLSTM (`jaxrec.training_log`)
 RUN/content/      the same of TimeRatingAwareContentModel
 RUN/training.png  loss and validation figures by epoch
-RUN/hybrid.json   the LSTM's weight in the mix, with the validation figures that chose it
+RUN/cooccurrence.npz  the neighbours of each item
+RUN/hybrid.json   the weights of the mix, with the validation figures that chose them
 RUN/policy/       written by `jaxrec rl`: the policy, its log, and whether it is used
 RUN/evaluation.json  written by `jaxrec evaluate`; goes into the manifest of the exported model
 """
@@ -15,20 +16,20 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxrec.batches import case_batches
 from jaxrec.config import CheckpointConfig, ModelConfig, TrainConfig, from_json, to_json
-from jaxrec.evaluate import jit_scorer, model_logits, without_request_time
-from jaxrec.files import read_json, sha256, write_text
-from jaxrec.metrics import ndcg, rank_of_target
+from jaxrec.cooccurrence import Neighbours, initial_embedding, neighbours
+from jaxrec.files import new_file, read_json, sha256, write_text
+from jaxrec.mix import tune_mix
+from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.processes import is_first, wait_for_all
@@ -38,15 +39,15 @@ from jaxrec.stopping import StopRequested, TrainingStopped, never
 from jaxrec.store import SUMMARY_FILE, PreparedData, read_prepared
 from jaxrec.train import load_trained, require_trainable, train_model
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 RUN_FILE = "run.json"
 HYBRID_FILE = "hybrid.json"
+NEIGHBOURS_FILE = "cooccurrence.npz"
 EVALUATION_FILE = "evaluation.json"
 LSTM_FOLDER = "lstm"
 CONTENT_FOLDER = "content"
 POLICY_FOLDER = "policy"
 PLOT_FILE = "training.png"
-MIX_WEIGHTS = np.linspace(0.0, 1.0, 21, dtype=np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,10 @@ def train_run(
     if is_first():
         (out / EVALUATION_FILE).unlink(missing_ok=True)
     with building_device(item_shards):
-        lstm, content_model = new_models(data, run.model_config, run.train_config.seed)
+        cooccurrence = _run_neighbours(run, data)
+        # Vectors that start from other counts would not fit what is trained already.
+        start = None if run.data_version else initial_embedding(cooccurrence, run.model_config.embedding)
+        lstm, content_model = new_models(data, run.model_config, run.train_config.seed, start)
         common = (mesh, checkpoint_config, run.data_version, stop)
         trained_lstm = train_model(lstm, data, run.train_config, out / LSTM_FOLDER, "TimeRatingAwareLSTM", *common)
         trained_content = train_model(
@@ -118,19 +122,15 @@ def train_run(
         )
         if stop():
             raise TrainingStopped("stopped: both models are trained and saved, their mix is not tuned yet")
-        figures = mix_figures(trained_lstm.model, trained_content.model, data)
-    weight = float(MIX_WEIGHTS[int(np.argmax(figures))])
-    record = {
-        "weight": weight,
-        "validation_ndcg_10": {f"{w:.2f}": float(f) for w, f in zip(MIX_WEIGHTS, figures, strict=True)},
-    }
+        model = CoOccurrence(cooccurrence)
+        mix = tune_mix(trained_lstm.model, trained_content.model, model, data)
     if is_first():
         from jaxrec.plots import plot_training
 
-        write_text(out / HYBRID_FILE, json.dumps(record, indent=2) + "\n")
+        write_text(out / HYBRID_FILE, json.dumps(dataclasses.asdict(mix), indent=2) + "\n")
         epochs = {"TimeRatingAwareLSTM": trained_lstm.epochs, "TimeRatingAwareContentModel": trained_content.epochs}
         plot_training(epochs, out / PLOT_FILE)
-    return Hybrid(trained_lstm.model, trained_content.model, weight)
+    return Hybrid(trained_lstm.model, trained_content.model, model, mix.weight, mix.cooccurrence_weight)
 
 
 def extend_run(out: Path, data_folder: Path, changes: Mapping[str, Any] = {}) -> None:
@@ -155,7 +155,7 @@ def extend_run(out: Path, data_folder: Path, changes: Mapping[str, Any] = {}) ->
     extended = _new_run(out, data_folder, data, run.model_config, train_config, run.data_version + 1)
     wait_for_all("every process has seen the run as it was")
     if is_first():
-        for name in (HYBRID_FILE, EVALUATION_FILE):
+        for name in (HYBRID_FILE, NEIGHBOURS_FILE, EVALUATION_FILE):
             (out / name).unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(out / POLICY_FOLDER)
@@ -218,46 +218,48 @@ def _write_run(run: Run) -> None:
 
 
 def new_models(
-    data: PreparedData, config: ModelConfig, seed: int
+    data: PreparedData, config: ModelConfig, seed: int, item_embedding: np.ndarray | None = None
 ) -> tuple[TimeRatingAwareLSTM, TimeRatingAwareContentModel]:
-    """Both models with fresh weights that follow from the seed."""
-    lstm = TimeRatingAwareLSTM(len(data.catalog), config, rngs=nnx.Rngs(2 * seed))
+    """Both models with fresh weights that follow from the seed, and item embeddings [items + 1, embedding] if given."""
+    items = len(data.catalog)
+    lstm = TimeRatingAwareLSTM(items, config, rngs=nnx.Rngs(2 * seed), item_embedding=item_embedding)
     content = TimeRatingAwareContentModel(
-        len(data.catalog), data.catalog.genre_matrix(), config, rngs=nnx.Rngs(2 * seed + 1)
+        items, data.catalog.genre_matrix(), config, rngs=nnx.Rngs(2 * seed + 1), item_embedding=item_embedding
     )
     return lstm, content
 
 
+def _run_neighbours(run: Run, data: PreparedData) -> Neighbours:
+    """The neighbours that the run keeps; counted, and written by the first process, where it has none yet."""
+    path = run.folder / NEIGHBOURS_FILE
+    if path.is_file():
+        return _read_neighbours(run)
+    counted = neighbours(data)
+    wait_for_all("every process has seen that the neighbours are to be counted")
+    if is_first():
+        with new_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **counted._asdict())
+    wait_for_all("the neighbours are written")
+    return counted
+
+
+def _read_neighbours(run: Run) -> Neighbours:
+    path = run.folder / NEIGHBOURS_FILE
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Neighbours(arrays["item"], arrays["weight"])
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read ({error}); train again") from error
+
+
 def load_supervised(run: Run, data: PreparedData) -> Hybrid:
-    """The mix of the run's two trained models, without a policy."""
-    weight = read_json(run.folder / HYBRID_FILE, "finish the training: `jaxrec train DATA --out RUN --resume`")[
-        "weight"
-    ]
+    """The mix of the run's two trained models and its co-occurrence, without a policy."""
+    mix = read_json(run.folder / HYBRID_FILE, "finish the training: `jaxrec train DATA --out RUN --resume`")
     lstm, content = new_models(data, run.model_config, run.train_config.seed)
     return Hybrid(
         load_trained(lstm, run.train_config, run.folder / LSTM_FOLDER).model,
         load_trained(content, run.train_config, run.folder / CONTENT_FOLDER).model,
-        weight,
+        CoOccurrence(_read_neighbours(run)),
+        mix["weight"],
+        mix["cooccurrence_weight"],
     )
-
-
-def mix_figures(lstm: TimeRatingAwareLSTM, content: TimeRatingAwareContentModel, data: PreparedData) -> np.ndarray:
-    """[len(MIX_WEIGHTS)] validation NDCG@10 of each mix, the mean of with and without the request time."""
-    of_lstm, of_content = jit_scorer(lstm, model_logits), jit_scorer(content, model_logits)
-    cases = data.split.validation
-    per_batch = []
-    for batch in case_batches(data, cases, lstm.config.max_length):
-        asked = [batch, without_request_time(batch)]
-        per_batch.append([_mix_ranks(of_lstm(b), of_content(b), b.target, b.exclude) for b in asked])
-    ranks = np.concatenate(per_batch, axis=2)[:, :, : len(cases)]
-    return ndcg(ranks, 10).mean(axis=(0, 2))
-
-
-@jax.jit
-def _mix_ranks(lstm: Any, content: Any, target: jax.Array, exclude: jax.Array) -> jax.Array:
-    """[len(MIX_WEIGHTS), batch] ranks."""
-
-    def ranks(weight: jax.Array) -> jax.Array:
-        return rank_of_target(weight * lstm + (1 - weight) * content, target, exclude)
-
-    return jax.lax.map(ranks, jnp.asarray(MIX_WEIGHTS))

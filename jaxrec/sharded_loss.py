@@ -14,10 +14,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxrec.losses import next_item_loss
 from jaxrec.models.features import Array
+from jaxrec.models.sequence import NEVER
 from jaxrec.sharding import DATA_AXIS, ITEM_AXIS
 
 CHUNK = 256  # positions whose logits exist at the same time on a device
-Loss = Callable[[jax.Array, jax.Array, jax.Array, Array, Array], jax.Array]
+Loss = Callable[[jax.Array, jax.Array, jax.Array, Array, Array, Array], jax.Array]
 LossAndGradients = tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]
 
 
@@ -32,38 +33,50 @@ def loss_over(mesh: Mesh) -> Loss:
     loss_and_gradients = jax.shard_map(
         _of_replica if mesh.shape[ITEM_AXIS] == 1 else _of_shard,
         mesh=mesh,
-        in_specs=(positions, items, items, positions, positions),
+        in_specs=(positions, items, items, positions, positions, positions),
         out_specs=(PartitionSpec(), (positions, items, items)),
         check_vma=False,
     )
 
     @jax.custom_vjp
-    def loss(queries: jax.Array, item_vectors: jax.Array, item_bias: jax.Array, target: Any, where: Any) -> Any:
-        return loss_and_gradients(queries, item_vectors, item_bias, target, where)[0]
+    def loss(
+        queries: jax.Array, item_vectors: jax.Array, item_bias: jax.Array, target: Any, where: Any, exclude: Any
+    ) -> Any:
+        return loss_and_gradients(queries, item_vectors, item_bias, target, where, exclude)[0]
 
     loss.defvjp(loss_and_gradients, _backward)
     return loss
 
 
 def _backward(gradients: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[Any, ...]:
-    return (*[gradient * cotangent for gradient in gradients], None, None)
+    return (*[gradient * cotangent for gradient in gradients], None, None, None)
 
 
 def _of_replica(
-    queries: jax.Array, item_vectors: jax.Array, item_bias: jax.Array, target: jax.Array, where: jax.Array
+    queries: jax.Array,
+    item_vectors: jax.Array,
+    item_bias: jax.Array,
+    target: jax.Array,
+    where: jax.Array,
+    exclude: jax.Array,
 ) -> LossAndGradients:
     """On a device that holds all items: its own loss and gradients, weighted by its share of the valid positions."""
     count = jnp.sum(where)
     share = count / jnp.maximum(jax.lax.psum(count, DATA_AXIS), 1)
     loss, (of_queries, of_vectors, of_bias) = jax.value_and_grad(next_item_loss, argnums=(0, 1, 2))(
-        queries, item_vectors, item_bias, target, where
+        queries, item_vectors, item_bias, target, where, exclude
     )
     loss, of_vectors, of_bias = jax.lax.psum((loss * share, of_vectors * share, of_bias * share), DATA_AXIS)
     return loss, (of_queries * share, of_vectors, of_bias)
 
 
 def _of_shard(
-    queries: jax.Array, item_vectors: jax.Array, item_bias: jax.Array, target: jax.Array, where: jax.Array
+    queries: jax.Array,
+    item_vectors: jax.Array,
+    item_bias: jax.Array,
+    target: jax.Array,
+    where: jax.Array,
+    exclude: jax.Array,
 ) -> LossAndGradients:
     """On a device that holds the items of its shard. A chunk's logits become its gradients (softmax minus one-hot)
     in the same pass, as soon as the shards have agreed on the normalizer."""
@@ -72,13 +85,20 @@ def _of_shard(
     query = jnp.pad(queries.reshape(-1, width), ((0, missing), (0, 0))).reshape(-1, CHUNK, width)
     index = jnp.pad(jnp.ravel(target), (0, missing)).reshape(-1, CHUNK)
     valid = jnp.pad(jnp.ravel(where), (0, missing)).reshape(-1, CHUNK)
-    index = index - jax.lax.axis_index(ITEM_AXIS) * len(item_vectors)  # rows of this shard
+    excluded = exclude.reshape(*shape[:-1], -1)
+    excluded = jnp.pad(excluded.reshape(-1, excluded.shape[-1]), ((0, missing), (0, 0)))
+    first = jax.lax.axis_index(ITEM_AXIS) * len(item_vectors)
+    index = index - first  # rows of this shard
+    # An index of another shard becomes one past the end, which a scatter drops; a negative one would wrap around.
+    outside = (excluded < first) | (excluded >= first + len(item_vectors))
+    excluded = jnp.where(outside, len(item_vectors), excluded - first).reshape(-1, CHUNK, excluded.shape[-1])
     over_items = functools.partial(jax.lax.psum, axis_name=ITEM_AXIS)
 
-    def chunk(carry: Any, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+    def chunk(carry: Any, inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
         of_vectors, of_bias, total = carry
-        query, index, valid = inputs
+        query, index, valid, excluded = inputs
         logits = query @ item_vectors.T + item_bias
+        logits = logits.at[jnp.arange(CHUNK)[:, None], excluded].set(NEVER, mode="drop")
         highest = jax.lax.pmax(jnp.max(logits, axis=1), ITEM_AXIS)
         exponentials = jnp.exp(logits - highest[:, None])
         here = (index >= 0) & (index < len(item_vectors))
@@ -93,7 +113,7 @@ def _of_shard(
         return (of_vectors + gradient.T @ query, of_bias + jnp.sum(gradient, axis=0), total), gradient @ item_vectors
 
     zeros = (jnp.zeros_like(item_vectors), jnp.zeros_like(item_bias), jnp.zeros((), queries.dtype))
-    (of_vectors, of_bias, total), of_queries = jax.lax.scan(chunk, zeros, (query, index, valid))
+    (of_vectors, of_bias, total), of_queries = jax.lax.scan(chunk, zeros, (query, index, valid, excluded))
     of_queries = over_items(of_queries.reshape(-1, width)[: queries[..., 0].size].reshape(shape))
     of_vectors, of_bias, total, count = jax.lax.psum((of_vectors, of_bias, total, jnp.sum(where)), DATA_AXIS)
     count = jnp.maximum(count, 1)

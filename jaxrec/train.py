@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrec.batches import CaseBatch, TrainBatch, TrainingData, prefetch
+from jaxrec.batches import TrainBatch, TrainingData, prefetch
 from jaxrec.checkpoint import METRIC, Checkpoints, Progress
 from jaxrec.config import CheckpointConfig, TrainConfig
-from jaxrec.evaluate import jit_scorer, model_logits, rank_cases
+from jaxrec.evaluate import ranks_by_request_time
 from jaxrec.grow import restored_state
 from jaxrec.metrics import ndcg
 from jaxrec.prepare import PreparedData
@@ -132,7 +132,10 @@ class _Training(Generic[Model]):
         rows = item_rows(len(data.catalog), mesh)
         self.graphdef, state = initial_state(model, optimizer, rows)
         self.state = put(state, state_sharding(state, mesh))
-        self.step = make_train_step(self.graphdef, optimizer, mesh, config.request_gap_dropout)
+        trained_items = data.train_popularity() > 0
+        self.step = make_train_step(
+            self.graphdef, optimizer, mesh, config.request_gap_dropout, config.sampled_items, trained_items
+        )
         self.compiled: Any = None
         self.compile_seconds = 0.0
         self.replicated = NamedSharding(mesh, PartitionSpec())
@@ -279,19 +282,14 @@ class _Training(Generic[Model]):
         started = time.perf_counter()
         params, fixed = local_view((self.state.params, self.state.fixed), self.mesh)
         model = nnx.merge(self.graphdef, params, fixed)
-        score = jit_scorer(model, model_logits)
 
-        def scorer(batch: CaseBatch) -> jax.Array | np.ndarray:
+        def before_batch() -> None:
             if jax.process_count() == 1 and self.stop():
                 self._save(log)
                 self._stop()
-            return score(batch)
 
-        cases, length = self.data.split.validation, model.config.max_length
-        without, with_time = (
-            float(ndcg(rank_cases(scorer, self.data, cases, length, request_time).ranks, 10).mean())
-            for request_time in (False, True)
-        )
+        ranks = ranks_by_request_time(model, self.data, self.data.split.validation, before_batch)
+        without, with_time = (float(value) for value in ndcg(ranks, 10).mean(axis=1))
         values = {
             METRIC: (without + with_time) / 2,
             f"{METRIC}_without_request_time": without,

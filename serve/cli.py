@@ -1,6 +1,7 @@
 """The commands of `python -m serve`."""
 
 import logging
+import os
 import signal
 import threading
 from pathlib import Path
@@ -33,6 +34,9 @@ def main() -> None:
     """Serve an exported model directory with ONNX Runtime."""
 
 
+existing_file = click.Path(dir_okay=False, path_type=Path)
+
+
 @main.command(short_help="Answer gRPC calls with a model.")
 @model_argument
 @click.option(
@@ -40,43 +44,217 @@ def main() -> None:
     default="127.0.0.1:50051",
     show_default=True,
     metavar="HOST:PORT",
-    help="Where to listen, without encryption. Port 0: a free one.",
+    help="Where to listen. Port 0: a free one. An address that other machines reach needs TLS and authentication.",
 )
 @click.option(
     "--store",
-    type=click.Path(dir_okay=False, path_type=Path),
     default="events.sqlite",
     show_default=True,
-    help="SQLite file with the events of all users; created when missing.",
+    help="SQLite file with the events of all users, created when missing; or postgresql://... or redis://...",
 )
 @provider_option
 @threads_option
-def run(model: Path, address: str, store: Path, provider: Provider, threads: int) -> None:
-    """Answer gRPC calls with the model directory MODEL until SIGTERM or SIGINT.
+@click.option("--tls-cert", type=existing_file, help="Certificate chain in PEM; read again when it changes.")
+@click.option("--tls-key", type=existing_file, help="Its private key in PEM.")
+@click.option("--tls-client-ca", type=existing_file, help="Let in only clients with a certificate of these.")
+@click.option(
+    "--tokens",
+    type=existing_file,
+    help="File with a line `RIGHTS TOKEN` for each token that is accepted, RIGHTS being some of read,write,admin."
+    " Without: the same lines in the environment variable JAXREC_TOKENS, or no tokens.",
+)
+@click.option("--allow-insecure", is_flag=True, help="Listen for other machines without TLS or authentication.")
+@click.option("--metrics", "metrics_address", metavar="HOST:PORT", help="Where Prometheus fetches metrics, over HTTP.")
+@click.option(
+    "--explore",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    metavar="TEMPERATURE",
+    help="Draw the items of an answer in proportion to exp(score / TEMPERATURE), with their probabilities in the answer"
+    " and in the store: a log to learn from. 0: always the best.",
+)
+@click.option(
+    "--front",
+    type=click.Choice(["auto", "polling", "threads"]),
+    default="auto",
+    show_default=True,
+    help="Which thread answers Recommend: the one that polls for calls, or one of a pool. `auto`: the polling one when"
+    " the store is a local file.",
+)
+@click.option(
+    "--shared-port",
+    is_flag=True,
+    help="Let other servers that are started with this listen on the same port, one for each core: the kernel spreads"
+    " connections over them. They may share a store.",
+)
+@click.option(
+    "--watch",
+    type=click.FloatRange(0),
+    default=2.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often MODEL is looked at for a newer version. 0: never.",
+)
+@click.option(
+    "--drain",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long calls under way may take once the server is to end.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["json", "text"]),
+    default="json",
+    show_default=True,
+    help="Lines of the log on standard error: JSON objects, or for human readers.",
+)
+@click.option("--log-calls", is_flag=True, help="A log line for every call, not only for failures of the server.")
+def run(
+    model: Path,
+    address: str,
+    store: str,
+    provider: Provider,
+    threads: int,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    tokens: Path | None,
+    allow_insecure: bool,
+    metrics_address: str | None,
+    explore: float,
+    front: str,
+    shared_port: bool,
+    watch: float,
+    drain: float,
+    log_format: str,
+    log_calls: bool,
+) -> None:
+    """Answer gRPC calls with the model directory MODEL, or the newest of the model directories in it, until SIGTERM
+    or SIGINT.
 
     Prints `serving MODEL_VERSION on HOST:PORT (provider NAME)` when it is healthy. On SIGTERM or SIGINT it
     answers the calls under way, takes no new ones, and exits with 0.
     """
     # gRPC is not needed for the other command.
-    from serve.server import AddressError, create_server
-    from serve.store import EventStore, StoreError
+    from serve.addresses import SecurityError
+    from serve.exploration import Exploration
+    from serve.loading import open_models
+    from serve.logs import log_as_json
+    from serve.metrics import Metrics
+    from serve.security import Tls, parse_tokens, read_tokens
+    from serve.server import AddressError, create_server, leave_process
+    from serve.store import StoreError, open_store
 
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if log_format == "json":
+        log_as_json()
+    else:
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    if (tls_cert is None) != (tls_key is None) or (tls_client_ca is not None and tls_cert is None):
+        raise click.UsageError("expected --tls-cert and --tls-key together, and --tls-client-ca only with them")
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     try:
-        recommender = _load(model, provider, threads)
-        with EventStore(store) as events:
-            server = create_server(recommender, events, address)
+        accepted = None
+        if tokens is not None:
+            accepted = read_tokens(tokens)
+        elif "JAXREC_TOKENS" in os.environ:
+            accepted = parse_tokens(os.environ["JAXREC_TOKENS"], "JAXREC_TOKENS")
+        metrics = Metrics()
+        exploration = Exploration(explore) if explore else None
+        with (
+            open_store(store) as events,
+            open_models(
+                model, events, metrics, provider=provider, threads=threads, exploration=exploration, watch_s=watch
+            ) as models,
+        ):
+            server = create_server(
+                models,
+                events,
+                address,
+                metrics=metrics,
+                tls=None if tls_cert is None or tls_key is None else Tls(tls_cert, tls_key, tls_client_ca),
+                tokens=accepted,
+                allow_insecure=allow_insecure,
+                log_calls=log_calls,
+                polling=None if front == "auto" else front == "polling",
+                shared_port=shared_port,
+            )
+            stop_metrics = None if metrics_address is None else metrics.serve(metrics_address, allow_insecure)
             server.start()
             host = address.rpartition(":")[0]
-            click.echo(
-                f"serving {recommender.info.model_version} on {host}:{server.port} (provider {recommender.provider})"
-            )
+            main = models.version("").model
+            click.echo(f"serving {main.info.model_version} on {host}:{server.port} (provider {main.provider})")
             stopped.wait()
-            server.drain()
-    except (AddressError, StoreError) as error:
+            server.finish_calls(drain)
+            if stop_metrics is not None:
+                stop_metrics()
+    except (AddressError, ArtifactError, ProviderError, SecurityError, StoreError) as error:
+        raise click.ClickException(str(error)) from error
+    leave_process()
+
+
+@main.command(short_help="Ask a running server, for an answer to read.")
+@click.option("--address", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT", help="The server.")
+@click.option("--user", metavar="ID", help="Recommend for a stored user.")
+@click.option(
+    "--watched",
+    multiple=True,
+    metavar="ITEM[=RATING]",
+    help="Recommend after this item. Repeat it for several, oldest first, as if one a day up to now.",
+)
+@click.option("--similar", "similar_to", metavar="ITEM", help="Items like this one.")
+@click.option("--profile", "profile_of", metavar="ID", help="What is stored of a user.")
+@click.option("--k", type=click.IntRange(1, 1000), default=10, show_default=True, help="Lines to answer.")
+@click.option("--why", is_flag=True, help="Say why each item is recommended.")
+@click.option("--tls", is_flag=True, help="Encrypt, trusting the authorities of the system. Implied by the next three.")
+@click.option("--ca", type=existing_file, help="Trust these authorities instead, in PEM.")
+@click.option("--cert", type=existing_file, help="The client's certificate in PEM, for servers that ask for one.")
+@click.option("--key", type=existing_file, help="Its private key in PEM.")
+@click.option("--token-file", type=existing_file, help="File with the token. Without: JAXREC_TOKEN, or none.")
+@click.option("--timeout", type=click.FloatRange(0.001), default=5.0, show_default=True, help="Seconds.")
+def ask(
+    address: str,
+    user: str | None,
+    watched: tuple[str, ...],
+    similar_to: str | None,
+    profile_of: str | None,
+    k: int,
+    why: bool,
+    tls: bool,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    token_file: Path | None,
+    timeout: float,
+) -> None:
+    """Ask a running server and print its answer as a table: recommendations, similar items, a user's profile, or,
+    without a question, which model answers."""
+    import grpc
+
+    from serve import ask as tables
+    from serve.client import Connection, RecommenderClient
+
+    if sum((user is not None, bool(watched), similar_to is not None, profile_of is not None)) > 1:
+        raise click.UsageError("expected one of --user, --watched, --similar and --profile")
+    try:
+        token = os.environ.get("JAXREC_TOKEN") if token_file is None else token_file.read_text("utf-8").strip()
+        connection = Connection(address, timeout, tls=tls, ca=ca, certificate=cert, key=key, token=token)
+        with RecommenderClient(connection) as client:
+            if user is not None or watched:
+                click.echo(tables.recommendations(client, user, watched, k, why))
+            elif similar_to is not None:
+                click.echo(tables.similar(client, similar_to, k))
+            elif profile_of is not None:
+                click.echo(tables.profile(client, profile_of, k))
+            else:
+                click.echo(tables.model(client))
+    except grpc.RpcError as error:
+        raise click.ClickException(f"{error.code().name}: {error.details()}") from error
+    except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
 
 

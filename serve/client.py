@@ -5,17 +5,21 @@
         for item in client.recommend(history=history, k=5).recommendations:
             print(item.title, item.score)
 
-A call that fails raises `grpc.RpcError`, with the status in `code()` and the reason in `details()`.
+`RecommenderClient(Connection("recommender.example:443", tls=True, token=...))` encrypts and says who asks. A call that
+fails raises `grpc.RpcError`, with the status in `code()` and the reason in `details()`. For asyncio:
+`serve.async_client`.
 """
 
-import json
 from collections.abc import Iterable
 from typing import Self
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from serve.connection import Connection
 from serve.pb.recommender_pb2 import (
+    BatchRecommendRequest,
+    DeleteUserRequest,
+    DeleteUserResponse,
     Event,
     GetModelInfoRequest,
     GetModelInfoResponse,
@@ -32,34 +36,38 @@ from serve.pb.recommender_pb2 import (
 )
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 
-__all__ = ["Event", "RecommenderClient", "UserEvent"]
+__all__ = ["Connection", "Event", "RecommenderClient", "UserEvent", "recommend_request"]
 
-# Each call can be repeated: RecordEvents counts an event id once, and the others change nothing.
-SERVICE_CONFIG = json.dumps(
-    {
-        "methodConfig": [
-            {
-                "name": [{"service": "jaxrec.v1.Recommender"}],
-                "retryPolicy": {
-                    "maxAttempts": 5,
-                    "initialBackoff": "0.1s",
-                    "maxBackoff": "2s",
-                    "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
-                },
-            }
-        ]
-    }
-)
+
+def recommend_request(
+    *,
+    user_id: str | None = None,
+    history: Iterable[Event] | None = None,
+    k: int = 10,
+    exclude_item_ids: Iterable[str] = (),
+    request_time: int | None = None,
+    explain: bool = False,
+) -> RecommendRequest:
+    """The message for one question; raises ValueError unless exactly one of `user_id` and `history` is given."""
+    if (user_id is None) == (history is None):
+        raise ValueError("expected user_id or history, and not both")
+    request = RecommendRequest(k=k, exclude_item_ids=exclude_item_ids, request_time=request_time, explain=explain)
+    if user_id is not None:
+        request.user_id = user_id
+    else:
+        request.history.CopyFrom(History(events=history))
+    return request
 
 
 class RecommenderClient:
     """A connection to one server, to be shared between threads. Close it, or use it in a `with` statement."""
 
-    def __init__(self, address: str, timeout_s: float = 5.0) -> None:
-        """Connects when first used. `timeout_s` seconds is the deadline of a call with its repetitions."""
-        self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address, options=[("grpc.service_config", SERVICE_CONFIG)])
+    def __init__(self, server: str | Connection, timeout_s: float = 5.0) -> None:
+        """Connects when first used, to HOST:PORT without encryption and with this deadline, or as `server` says."""
+        connection = Connection(server, timeout_s) if isinstance(server, str) else server
+        self.address = connection.address
+        self._timeout_s, self._metadata = connection.timeout_s, connection.metadata
+        self._channel = connection.channel()
         self._stub = RecommenderStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -87,31 +95,45 @@ class RecommenderClient:
 
         Raises ValueError unless exactly one of `user_id` and `history` is given.
         """
-        if (user_id is None) == (history is None):
-            raise ValueError("expected user_id or history, and not both")
-        request = RecommendRequest(k=k, exclude_item_ids=exclude_item_ids, request_time=request_time, explain=explain)
-        if user_id is not None:
-            request.user_id = user_id
-        else:
-            request.history.CopyFrom(History(events=history))
-        return self._stub.Recommend(request, timeout=self._timeout_s)
+        request = recommend_request(
+            user_id=user_id,
+            history=history,
+            k=k,
+            exclude_item_ids=exclude_item_ids,
+            request_time=request_time,
+            explain=explain,
+        )
+        return self._stub.Recommend(request, timeout=self._timeout_s, metadata=self._metadata)
+
+    def batch_recommend(self, requests: Iterable[RecommendRequest]) -> list[RecommendResponse]:
+        """The answers to several questions (`recommend_request`) in their order, as `Recommender.BatchRecommend`."""
+        request = BatchRecommendRequest(requests=requests)
+        return list(self._stub.BatchRecommend(request, timeout=self._timeout_s, metadata=self._metadata).responses)
 
     def record_events(self, events: Iterable[UserEvent]) -> RecordEventsResponse:
         """Stores events, as `Recommender.RecordEvents`; they are on disk when this returns."""
-        return self._stub.RecordEvents(RecordEventsRequest(events=events), timeout=self._timeout_s)
+        request = RecordEventsRequest(events=events)
+        return self._stub.RecordEvents(request, timeout=self._timeout_s, metadata=self._metadata)
 
     def get_user_profile(self, user_id: str, limit: int = 10) -> GetUserProfileResponse:
         """Watch list and genre preferences of a stored user, as `Recommender.GetUserProfile`."""
         request = GetUserProfileRequest(user_id=user_id, limit=limit)
-        return self._stub.GetUserProfile(request, timeout=self._timeout_s)
+        return self._stub.GetUserProfile(request, timeout=self._timeout_s, metadata=self._metadata)
+
+    def delete_user(self, user_id: str) -> DeleteUserResponse:
+        """Forgets a user, as `Recommender.DeleteUser`."""
+        request = DeleteUserRequest(user_id=user_id)
+        return self._stub.DeleteUser(request, timeout=self._timeout_s, metadata=self._metadata)
 
     def similar_items(self, item_id: str, k: int = 10) -> SimilarItemsResponse:
         """The `k` items most like one item, as `Recommender.SimilarItems`."""
-        return self._stub.SimilarItems(SimilarItemsRequest(item_id=item_id, k=k), timeout=self._timeout_s)
+        request = SimilarItemsRequest(item_id=item_id, k=k)
+        return self._stub.SimilarItems(request, timeout=self._timeout_s, metadata=self._metadata)
 
-    def get_model_info(self) -> GetModelInfoResponse:
-        """Which model answers, as `Recommender.GetModelInfo`."""
-        return self._stub.GetModelInfo(GetModelInfoRequest(), timeout=self._timeout_s)
+    def get_model_info(self, model_version: str = "") -> GetModelInfoResponse:
+        """Which model answers, or one of several that do, as `Recommender.GetModelInfo`."""
+        request = GetModelInfoRequest(model_version=model_version)
+        return self._stub.GetModelInfo(request, timeout=self._timeout_s, metadata=self._metadata)
 
     def is_serving(self) -> bool:
         """Whether the server says that it is healthy; raises `grpc.RpcError` when it cannot be reached."""

@@ -1,6 +1,7 @@
 """Between messages and the recommender's types. Decoding checks every field and raises InvalidRequest."""
 
-from collections.abc import Callable, Iterable, Sequence
+import struct
+from collections.abc import Iterable, Sequence
 
 from serve.artifact import RatingScale
 from serve.catalog import Catalog
@@ -12,8 +13,13 @@ from serve.profile import GenrePreference
 from serve.recommender import Answer, Query, Recommender
 from serve.store import UserEvent
 from serve.validate import (
+    DEFAULT_K,
+    MAX_BATCH,
+    MAX_BATCH_EVENTS,
+    MAX_BATCH_ITEMS,
     MAX_EXCLUDED_ITEMS,
     MAX_HISTORY_EVENTS,
+    MAX_ID_LENGTH,
     MAX_K,
     MAX_RECORDED_EVENTS,
     InvalidRequest,
@@ -24,12 +30,11 @@ from serve.validate import (
     checked_count,
 )
 
-StoredHistory = Callable[[str, int | None], Sequence[Event]]
-"""The events of a user id up to a second, or all of them."""
+_SCORE = struct.Struct("<f")
 
 
-def decode_query(request: pb.RecommendRequest, scale: RatingScale | None, stored: StoredHistory) -> Query:
-    """The question that a request asks; `stored` is called once all fields are checked."""
+def decode_query(request: pb.RecommendRequest, scale: RatingScale | None) -> Query:
+    """The question that a request asks."""
     k = checked_count("k", request.k)
     check_length("exclude_item_ids", request.exclude_item_ids, MAX_EXCLUDED_ITEMS)
     for at, item_id in enumerate(request.exclude_item_ids):
@@ -40,13 +45,32 @@ def decode_query(request: pb.RecommendRequest, scale: RatingScale | None, stored
     subject = request.WhichOneof("subject")
     if subject is None:
         raise InvalidRequest("subject", "user_id or history", "neither")
-    events: Sequence[Event]
+    events: Sequence[Event] = ()
+    user_id = None
     if subject == "history":
         events = _decode_history(request.history, request_time, scale)
     else:
-        check_id("user_id", request.user_id)
-        events = stored(request.user_id, request_time)
-    return Query(events, k, tuple(request.exclude_item_ids), request_time, request.explain)
+        user_id = request.user_id
+        check_id("user_id", user_id)
+    return Query(events, k, tuple(request.exclude_item_ids), request_time, request.explain, user_id)
+
+
+def decode_batch(request: pb.BatchRecommendRequest, scales: Sequence[RatingScale | None]) -> list[Query]:
+    """The questions of a batch, each on the scale of the model that answers it."""
+    check_length("requests", request.requests, MAX_BATCH)
+    items = sum(single.k or DEFAULT_K for single in request.requests)
+    if items > MAX_BATCH_ITEMS:
+        raise InvalidRequest("requests", f"at most {MAX_BATCH_ITEMS} items (k) in all", items)
+    events = sum(len(single.history.events) for single in request.requests)
+    if events > MAX_BATCH_EVENTS:
+        raise InvalidRequest("requests", f"at most {MAX_BATCH_EVENTS} events in all", events)
+    queries = []
+    for at, (single, scale) in enumerate(zip(request.requests, scales, strict=True)):
+        try:
+            queries.append(decode_query(single, scale))
+        except InvalidRequest as error:
+            raise error.within(f"requests[{at}]") from error
+    return queries
 
 
 def _decode_history(history: pb.History, request_time: int | None, scale: RatingScale | None) -> Sequence[Event]:
@@ -82,30 +106,51 @@ def decode_user_events(request: pb.RecordEventsRequest, scale: RatingScale | Non
         try:
             check_id("event_id", event.event_id)
             check_id("user_id", event.user_id)
-            events.append(UserEvent(event.event_id, event.user_id, _decode_event(event, scale)))
+            if len(event.recommendation_id) > MAX_ID_LENGTH:
+                check_id("recommendation_id", event.recommendation_id)
+            events.append(
+                UserEvent(event.event_id, event.user_id, _decode_event(event, scale), event.recommendation_id or None)
+            )
         except InvalidRequest as error:
             raise error.within(f"events[{at}]") from error
     return events
 
 
-def encode_answer(answer: Answer, model: Recommender) -> pb.RecommendResponse:
+def encode_answer(answer: Answer, model: Recommender, recommendation_id: str) -> pb.RecommendResponse:
     """The message for one answer."""
-    catalog = model.catalog
-    response = pb.RecommendResponse(
-        model_version=model.info.model_version,
-        policy=answer.policy,
-        ignored_event_count=answer.ignored_event_count,
-    )
+    messages = model.messages
+    parts: list[bytes] = []
     for item, score in zip(answer.items.tolist(), answer.scores.tolist(), strict=True):
-        response.recommendations.add(
-            item_id=catalog.item_ids[item],
-            title=catalog.titles[item],
-            genres=catalog.genres[item],
-            score=score,
-        )
+        parts += (messages.get(item) or _item_message(item, model), _SCORE.pack(score))
+    # Joined and parsed at once: a third of the time of one message after the other.
+    response = pb.RecommendResponse.FromString(b"".join(parts))
+    response.model_version = model.info.model_version
+    response.policy = answer.policy
+    response.ignored_event_count = answer.ignored_event_count
+    response.recommendation_id = recommendation_id
+    if answer.log_propensities:
+        response.log_propensity = sum(answer.log_propensities)
+        for recommendation, log_propensity in zip(response.recommendations, answer.log_propensities, strict=True):
+            recommendation.log_propensity = log_propensity
     for recommendation, explanation in zip(response.recommendations, answer.explanations, strict=False):
-        recommendation.explanation.CopyFrom(_encode_explanation(explanation, catalog))
+        recommendation.explanation.CopyFrom(_encode_explanation(explanation, model.catalog))
     return response
+
+
+def _item_message(item: int, model: Recommender) -> bytes:
+    """All of an item's `recommendations` in a response but the four bytes of the score, which is its last field."""
+    catalog = model.catalog
+    message = pb.RecommendResponse()
+    message.recommendations.add(item_id=catalog.item_ids[item], title=catalog.titles[item], genres=catalog.genres[item])
+    unscored = message.recommendations[0].SerializeToString()
+    # Length-delimited field 1 of the response; field 4 with four bytes within it. protobuf's encoding guide.
+    length, head = len(unscored) + 1 + _SCORE.size, bytearray(b"\x0a")
+    while length > 0x7F:
+        head.append(length & 0x7F | 0x80)
+        length >>= 7
+    head.append(length)
+    encoded = model.messages[item] = bytes(head) + unscored + b"\x25"
+    return encoded
 
 
 def _encode_explanation(explanation: Explanation, catalog: Catalog) -> pb.Explanation:
@@ -116,6 +161,8 @@ def _encode_explanation(explanation: Explanation, catalog: Catalog) -> pb.Explan
                 title=catalog.titles[reason.event.item],
                 rating=reason.event.rating,
                 similarity=reason.similarity,
+                influence=reason.influence,
+                shared_genres=reason.shared_genres,
             )
             for reason in explanation.events
         ],
@@ -173,8 +220,8 @@ def encode_similar(ranking: Ranking, model: Recommender) -> pb.SimilarItemsRespo
     )
 
 
-def encode_model_info(model: Recommender) -> pb.GetModelInfoResponse:
-    """The message about the model that answers."""
+def encode_model_info(model: Recommender, exploration_temperature: float) -> pb.GetModelInfoResponse:
+    """The message about one model."""
     info = model.info
     scale = info.rating_scale
     return pb.GetModelInfoResponse(
@@ -187,4 +234,5 @@ def encode_model_info(model: Recommender) -> pb.GetModelInfoResponse:
         execution_provider=model.provider,
         max_history=info.max_history,
         max_k=MAX_K,
+        exploration_temperature=exploration_temperature,
     )

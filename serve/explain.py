@@ -1,7 +1,7 @@
-"""Why an item was recommended: the past events that resemble it, and the genres they share.
+"""Why an item was recommended: the past events without which it would have a lower score, and the genres they share.
 
-Compares item vectors; it does not look into the network, so it says what speaks for an item and not what the
-model computed.
+The model itself is asked: it answers once more for the history without each of the last events (leave-one-out), in one
+batch. That is what the network computed, and not what a comparison of item vectors suggests.
 """
 
 from collections.abc import Sequence
@@ -10,19 +10,26 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.artifact import RatingScale
 from serve.catalog import Catalog
-from serve.history import KnownEvent, unit_ratings
+from serve.history import KnownEvent
 
 MOST_EVENTS = 3
+ASKED_EVENTS = 16
+"""So many of the last events are left out in turn, in one batch: a bound for the cost of an explanation."""
+ASKED_ITEMS = 200
+"""An item that falls below so many others without an event counts as if it had the score of the last of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExplainingEvent:
-    """A past event that speaks for an item; `similarity` is a cosine in 0..1."""
+    """A past event that speaks for an item."""
 
     event: KnownEvent
     similarity: float
+    """Cosine of the item vectors, -1..1."""
+    influence: float | None
+    """By how much the item's score would be lower without the event, above 0; None: the model was not asked."""
+    shared_genres: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,33 +44,48 @@ class Explanation:
 def explain(
     items: NDArray[np.int32],
     events: Sequence[KnownEvent],
+    influences: NDArray[np.float32] | None,
     unit_vectors: NDArray[np.float32],
     catalog: Catalog,
-    scale: RatingScale | None,
 ) -> tuple[Explanation, ...]:
-    """Explains each recommended item by the events that the model saw, in time order.
+    """Explains each recommended item by events that the model saw, in time order.
 
-    An event's weight is the cosine of the two item vectors (`unit_vectors` is `[items+1, width]`, rows of
-    length 1) times its rating on 0..1; without a rating 0.5. So a film that the user disliked is no reason.
-    Of several events on one item the last counts.
+    `influences` is `[items, events]`: by how much an item's score would be lower without an event. Events with a
+    positive one are reasons, the strongest first, and of several on one item the strongest. Without influences (None)
+    the cosine of the two item vectors counts instead (`unit_vectors` is `[items+1, width]`, rows of length 1).
     """
-    last = {event.item: event for event in events}
-    candidates = list(last.values())
-    similarities = np.clip(unit_vectors[items] @ unit_vectors[list(last)].T, 0, 1)
-    weights = similarities * unit_ratings(candidates, scale, missing=0.5)
-    order = np.argsort(-weights, axis=1, kind="stable")[:, :MOST_EVENTS]
+    similarities = np.clip(unit_vectors[items] @ unit_vectors[[event.item for event in events]].T, -1, 1)
+    weights = similarities if influences is None else influences
     return tuple(
         _explanation(
             item,
             [
-                ExplainingEvent(candidates[at], float(similarities[row, at]))
-                for at in order[row]
-                if weights[row, at] > 0
+                ExplainingEvent(
+                    event=events[at],
+                    similarity=float(similarities[row, at]),
+                    influence=None if influences is None else float(influences[row, at]),
+                    shared_genres=_shared_genres(item, events[at].item, catalog),
+                )
+                for at in _strongest(weights[row], events)
             ],
             catalog,
         )
-        for row, item in enumerate(items)
+        for row, item in enumerate(items.tolist())
     )
+
+
+def _strongest(weights: NDArray[np.float32], events: Sequence[KnownEvent]) -> list[int]:
+    """Places of the events with the largest positive weights, each item once."""
+    strongest: dict[int, int] = {}
+    for at in np.argsort(-weights, kind="stable").tolist():
+        if weights[at] <= 0 or len(strongest) == MOST_EVENTS:
+            break
+        strongest.setdefault(events[at].item, at)
+    return list(strongest.values())
+
+
+def _shared_genres(item: int, other: int, catalog: Catalog) -> tuple[str, ...]:
+    return tuple(genre for genre in catalog.genres[item] if genre in catalog.genres[other])
 
 
 def explain_popularity(items: NDArray[np.int32], catalog: Catalog) -> tuple[Explanation, ...]:
@@ -73,14 +95,14 @@ def explain_popularity(items: NDArray[np.int32], catalog: Catalog) -> tuple[Expl
 
 
 def _explanation(item: int, reasons: list[ExplainingEvent], catalog: Catalog) -> Explanation:
-    genres = {genre for reason in reasons for genre in catalog.genres[reason.event.item]}
+    genres = {genre for reason in reasons for genre in reason.shared_genres}
     shared = tuple(genre for genre in catalog.genres[item] if genre in genres)
     return Explanation(tuple(reasons), shared, _text(reasons, shared, catalog))
 
 
 def _text(reasons: Sequence[ExplainingEvent], shared: Sequence[str], catalog: Catalog) -> str:
     if not reasons:
-        return "Fits the order of your history; no single event resembles it"
+        return "Fits the order of your history; no single event speaks for it"
     names = []
     for reason in reasons:
         event = reason.event

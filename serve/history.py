@@ -55,7 +55,7 @@ def features(
         rating=unit_ratings(fed, info.rating_scale, missing=-1),
         gap=gap,
         request_gap=-1.0 if request_time is None else float(request_time - fed[-1].timestamp),
-        exclude=np.array([*(event.item for event in events), *exclude], np.int32),
+        exclude=np.array([*[event.item for event in events], *exclude], np.int32),
     )
 
 
@@ -63,5 +63,6 @@ def unit_ratings(events: Sequence[KnownEvent], scale: RatingScale | None, missin
     """Ratings on 0..1 as `[n]`, with `missing` for an event without one, or for all when there is no scale."""
     if scale is None:
         return np.full(len(events), missing, np.float32)
-    ratings = np.array([event.rating for event in events], np.float64)
-    return np.nan_to_num(scale.scaled(ratings), nan=missing).astype(np.float32)
+    ratings = scale.scaled(np.array([event.rating for event in events], np.float64))
+    ratings[np.isnan(ratings)] = missing
+    return ratings.astype(np.float32)

@@ -4,10 +4,11 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 
 class StartError(Exception):
@@ -25,15 +26,25 @@ class ServerProcess:
 
 @contextmanager
 def running_server(
-    model: Path, store: Path, *, provider: str = "auto", timeout_s: float = 60.0
+    model: Path,
+    store: Path | str,
+    *,
+    address: str = "127.0.0.1:0",
+    provider: str = "auto",
+    options: Sequence[str] = (),
+    timeout_s: float = 60.0,
+    stderr: TextIO | None = None,
 ) -> Iterator[ServerProcess]:
-    """Runs `python -m serve run` on a free loopback port, healthy on entry, drained and ended on exit.
+    """Runs `python -m serve run`, by default on a free loopback port; healthy on entry, drained and ended on exit.
+
+    `options` are further options of the command, such as `("--watch", "0.5")`; `stderr` takes its log, which else goes
+    where this process' goes.
 
     Raises StartError when it ends before it serves, or does not serve within `timeout_s` seconds.
     """
-    command = [sys.executable, "-m", "serve", "run", str(model), "--address", "127.0.0.1:0"]
-    command += ["--store", str(store), "--provider", provider]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "serve", "run", str(model), "--address", address]
+    command += ["--store", str(store), "--provider", provider, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
         try:
             assert process.stdout is not None
             ready, _, _ = select.select([process.stdout], [], [], timeout_s)

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve.artifact import Artifact
 from serve.engine import Engine, Provider, Ranking
-from serve.explain import Explanation, explain, explain_popularity
+from serve.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
 from serve.history import Event, KnownEvent, features, known_events
 
 POPULARITY = "popularity"
@@ -18,16 +19,18 @@ class UnknownItem(LookupError):
     """The model does not know an item."""
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
+class Query(NamedTuple):
     """For whom to recommend, and how much; `k` >= 1, times in seconds."""
 
     events: Sequence[Event]
+    """The history that was sent along; empty with `user_id`."""
     k: int
     exclude_item_ids: Sequence[str] = ()
     request_time: int | None = None
-    """None: not known. Else not before the last event."""
+    """None: not known. Else not before the last event; a stored user's events after it are left out."""
     explain: bool = False
+    user_id: str | None = None
+    """A stored user, for `StateCache`: a `Recommender` by itself knows no users."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class Answer:
     policy: str
     ignored_event_count: int
     explanations: tuple[Explanation, ...]
+    log_propensities: tuple[float, ...] = ()
+    """Of each item given those above it; empty: 0 for all, since the same query gets the same answer."""
 
 
 class Recommender:
@@ -48,8 +53,10 @@ class Recommender:
         """Raises ArtifactError and ProviderError as `Engine` does."""
         self.info = artifact.info
         self.catalog = artifact.catalog
-        self._engine = Engine(artifact, provider, intra_op_threads)
-        self.provider = self._engine.provider
+        self.engine = Engine(artifact, provider, intra_op_threads)
+        self.provider = self.engine.provider
+        self.messages: dict[int, bytes] = {}
+        """By item index, what of an answer does not depend on the query, encoded once: see `serve.convert`."""
         lengths = np.linalg.norm(artifact.item_vectors, axis=1, keepdims=True)
         # Padding, and an item that was never trained, may have no direction; they resemble nothing.
         unit_vectors = artifact.item_vectors / np.where(lengths == 0, 1, lengths)
@@ -57,13 +64,73 @@ class Recommender:
         self._unit_vectors.setflags(write=False)
 
     def recommend(self, queries: Sequence[Query]) -> list[Answer]:
-        """Answers each query; those with a known event share one run of the model."""
+        """Answers each query from its events; those with a known event share runs of the model."""
         histories = [known_events(query.events, self.catalog) for query in queries]
-        rankings = iter(self._ranked(queries, histories))
+        rows = [
+            features(history, query.request_time, self.indices(query.exclude_item_ids), self.info)
+            for query, history in zip(queries, histories, strict=True)
+            if history
+        ]
+        rankings = iter(self.engine.rank(rows, max(query.k for query in queries)) if rows else ())
         return [
-            self._answer(query, history, next(rankings) if history else None)
+            self.ranked(query, next(rankings), len(query.events) - len(history), history)
+            if history
+            else self.popular(query, len(query.events))
             for query, history in zip(queries, histories, strict=True)
         ]
+
+    def ranked(
+        self, query: Query, ranking: Ranking, ignored_event_count: int, history: Sequence[KnownEvent] = ()
+    ) -> Answer:
+        """The answer to a query whose items the model ranked; `history` is needed to explain it."""
+        items, scores = ranking.items[: query.k], ranking.scores[: query.k]
+        explanations = self._explain(query, history, items) if query.explain else ()
+        return Answer(items, scores, self.info.policy, ignored_event_count, explanations)
+
+    def popular(self, query: Query, ignored_event_count: int) -> Answer:
+        """The answer to a query without an event that the model knows."""
+        exclude = self.indices(query.exclude_item_ids)
+        # Among the first k + len(exclude) at most len(exclude) are dropped.
+        items = self.catalog.by_popularity[: query.k + len(exclude)]
+        items = items[~np.isin(items, np.array(exclude, np.int32))][: query.k]
+        scores = self.catalog.popularity[items].astype(np.float32)
+        explanations = explain_popularity(items, self.catalog) if query.explain else ()
+        return Answer(items, scores, POPULARITY, ignored_event_count, explanations)
+
+    def explain(self, query: Query, items: NDArray[np.int32]) -> tuple[Explanation, ...]:
+        """Why these items, which the model answered to the query with at least one known event."""
+        return self._explain(query, known_events(query.events, self.catalog), items)
+
+    def _explain(
+        self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]
+    ) -> tuple[Explanation, ...]:
+        asked = history[-ASKED_EVENTS:]
+        influences = self._influences(query, history, items) if len(history) > 1 and len(items) else None
+        return explain(items, asked, influences, self._unit_vectors, self.catalog)
+
+    def _influences(self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]) -> NDArray[np.float32]:
+        """By how much each item's score is lower without each of the last events, `[items, events]`."""
+        exclude = [*self.indices(query.exclude_item_ids), *(event.item for event in history)]
+        kept = range(max(0, len(history) - ASKED_EVENTS), len(history))
+        rows = [features(history, query.request_time, exclude, self.info)]
+        rows += [features([*history[:at], *history[at + 1 :]], query.request_time, exclude, self.info) for at in kept]
+        differences = np.empty((len(items), len(kept)), np.float32)
+        whole, *others = (self._scores(ranking, items) for ranking in self.engine.rank(rows, ASKED_ITEMS))
+        for at, without in enumerate(others):
+            differences[:, at] = whole - without
+        return differences
+
+    @staticmethod
+    def _scores(ranking: Ranking, items: NDArray[np.int32]) -> NDArray[np.float32]:
+        """The items' scores in a ranking; those that are not in it have at most the last one's."""
+        place = np.argsort(ranking.items)
+        found = place[np.minimum(np.searchsorted(ranking.items, items, sorter=place), len(place) - 1)]
+        return np.where(ranking.items[found] == items, ranking.scores[found], ranking.scores[-1])
+
+    def indices(self, item_ids: Sequence[str]) -> list[int]:
+        """Item indices of the ids that the model knows."""
+        index = self.catalog.index
+        return [index[item_id] for item_id in item_ids if item_id in index]
 
     def similar(self, item_id: str, k: int) -> Ranking:
         """The k nearest items by the cosine of the item vectors, in -1..1, without the item itself.
@@ -79,40 +146,3 @@ class Recommender:
         nearest = np.argpartition(-cosines, k)[:k]
         nearest = nearest[np.lexsort((nearest, -cosines[nearest]))]
         return Ranking(nearest.astype(np.int32), cosines[nearest])
-
-    def _ranked(self, queries: Sequence[Query], histories: Sequence[Sequence[KnownEvent]]) -> list[Ranking]:
-        rows = [
-            features(history, query.request_time, self._indices(query.exclude_item_ids), self.info)
-            for query, history in zip(queries, histories, strict=True)
-            if history
-        ]
-        return self._engine.rank(rows, max(query.k for query in queries)) if rows else []
-
-    def _answer(self, query: Query, history: Sequence[KnownEvent], ranking: Ranking | None) -> Answer:
-        if ranking is None:
-            items, scores = self._most_popular(query.k, self._indices(query.exclude_item_ids))
-        else:
-            items, scores = ranking.items[: query.k], ranking.scores[: query.k]
-        explanations: tuple[Explanation, ...] = ()
-        if query.explain and ranking is None:
-            explanations = explain_popularity(items, self.catalog)
-        elif query.explain:
-            fed = history[-self.info.max_history :]
-            explanations = explain(items, fed, self._unit_vectors, self.catalog, self.info.rating_scale)
-        return Answer(
-            items=items,
-            scores=scores,
-            policy=POPULARITY if ranking is None else self.info.policy,
-            ignored_event_count=len(query.events) - len(history),
-            explanations=explanations,
-        )
-
-    def _most_popular(self, k: int, exclude: Sequence[int]) -> Ranking:
-        # Among the first k + len(exclude) at most len(exclude) are dropped.
-        items = self.catalog.by_popularity[: k + len(exclude)]
-        items = items[~np.isin(items, np.array(exclude, np.int32))][:k]
-        return Ranking(items, self.catalog.popularity[items].astype(np.float32))
-
-    def _indices(self, item_ids: Sequence[str]) -> list[int]:
-        index = self.catalog.index
-        return [index[item_id] for item_id in item_ids if item_id in index]

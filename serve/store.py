@@ -1,41 +1,19 @@
-"""Keeps the events of all users in one SQLite file.
+"""What a store of events, shown recommendations and recurrent states promises, whichever database is behind it.
 
-Writes are on disk before they are acknowledged (WAL with synchronous=FULL), an event id is stored once, and a
-history comes back in the order of (timestamp, arrival).
+with open_store("events.sqlite") as store:          # or postgresql://..., redis://...
+    store.record([UserEvent("e1", "7", Event("318", 4.5, 964983000))])
+    store.history("7")
 """
 
-import sqlite3
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 from serve.history import Event
 
-# "jxrc": marks the file, so that another program's database is not taken for a store.
-APPLICATION_ID = 0x6A787263
-SCHEMA_VERSION = 1
-SCHEMA = f"""
-BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS events (
-    arrival INTEGER PRIMARY KEY AUTOINCREMENT,
-    event_id TEXT NOT NULL UNIQUE,
-    user_id TEXT NOT NULL,
-    item_id TEXT NOT NULL,
-    rating REAL,
-    timestamp INTEGER NOT NULL
-) STRICT;
-CREATE INDEX IF NOT EXISTS history ON events (user_id, timestamp, arrival, item_id, rating);
-PRAGMA application_id = {APPLICATION_ID};
-PRAGMA user_version = {SCHEMA_VERSION};
-COMMIT;
-"""
-LOCK_TIMEOUT_S = 5.0
-
 
 class StoreError(Exception):
-    """The store cannot be opened, read or written; nothing of the failed call was kept."""
+    """The store cannot be opened, read or written; nothing of the failed call was acknowledged."""
 
 
 class UserEvent(NamedTuple):
@@ -44,111 +22,142 @@ class UserEvent(NamedTuple):
     event_id: str
     user_id: str
     event: Event
+    recommendation_id: str | None = None
+    """The recommendation that the event answers to; not checked against what was shown."""
 
 
-class EventStore:
-    """An open store, to be shared between threads. Close it, or use it in a `with` statement."""
+class Shown(NamedTuple):
+    """A recommendation as it was answered: with the events that refer to it, what the next policy learns from."""
 
-    def __init__(self, path: Path) -> None:
-        """Opens the file, or creates it; raises StoreError."""
-        self._path = path
-        self._readers = threading.local()
-        self._connections: list[sqlite3.Connection] = []
-        self._connections_lock = threading.Lock()
-        self._write_lock = threading.Lock()
-        try:
-            self._writer = self._connect()
-            with self._failures("cannot be opened"):
-                self._prepare(self._writer)
-        except BaseException:
-            self.close()
-            raise
+    recommendation_id: str
+    user_id: str | None
+    """None: the history came with the request."""
+    item_ids: tuple[str, ...]
+    """Best first."""
+    log_propensities: tuple[float, ...]
+    """Natural logarithm of each item's probability, given those above it; their sum is the slate's. Empty: 0 for all,
+    since the policy is deterministic."""
+    policy: str
+    model_version: str
+    timestamp: int
+    """When it was answered, seconds since 1970-01-01T00:00Z."""
 
-    def __enter__(self) -> "EventStore":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+class Changes(NamedTuple):
+    """What became of a user's history since a revision that was read before."""
 
-    def close(self) -> None:
-        """Closes the file. No call may be under way or follow."""
-        with self._connections_lock:
-            while self._connections:
-                self._connections.pop().close()
+    revision: int
+    """Of the history with these events; 0: the user has none."""
+    events: list[Event]
+    """By (timestamp, arrival)."""
+    complete: bool
+    """True: `events` is the whole history, and what was known before is void (the user was deleted since, or
+    the revision asked for was 0). False: `events` are those that arrived since, late ones among them."""
+
+
+class SpilledState(NamedTuple):
+    """A user's recurrent state as a state cache wants it back; the store does not look into it."""
+
+    user_id: str
+    model_version: str
+    revision: int
+    """Of the history that the state has seen."""
+    state: bytes
+
+
+class Deleted(NamedTuple):
+    """How much of a user there was."""
+
+    event_count: int
+    shown_count: int
+
+
+class EventStore(Protocol):
+    """An open store, to be shared between threads. Close it, or use it in a `with` statement.
+
+    Every call may raise StoreError, and works again once the cause is gone.
+    """
 
     def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
         """Stores the events whose id is new, all or none; returns those, once they are on disk."""
-        recorded = []
-        with self._failures("cannot be written"), self._write_lock, self._transaction():
-            for new in events:
-                cursor = self._writer.execute(
-                    "INSERT INTO events (event_id, user_id, item_id, rating, timestamp)"
-                    " VALUES (?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING",
-                    (new.event_id, new.user_id, *new.event),
-                )
-                if cursor.rowcount:
-                    recorded.append(new)
-        return recorded
 
     def history(self, user_id: str, until: int | None = None) -> list[Event]:
         """A user's events by (timestamp, arrival); with `until`, only those up to that second.
 
         Empty for a user without events.
         """
-        query = "SELECT item_id, rating, timestamp FROM events WHERE user_id = ?"
-        parameters: tuple[str | int, ...] = (user_id,)
-        if until is not None:
-            query += " AND timestamp <= ?"
-            parameters += (until,)
-        with self._failures("cannot be read"):
-            rows = self._reader().execute(f"{query} ORDER BY timestamp, arrival", parameters).fetchall()
-        return [Event(*row) for row in rows]
 
-    def _reader(self) -> sqlite3.Connection:
-        """This thread's own connection: on a shared one, overlapping reads could keep an old snapshot."""
-        connection: sqlite3.Connection | None = getattr(self._readers, "connection", None)
-        if connection is None:
-            connection = self._readers.connection = self._connect()
-        return connection
+    def revision(self, user_id: str) -> int:
+        """A number that changes with the user's history and never comes back; 0 for a user without events.
 
-    def _connect(self) -> sqlite3.Connection:
-        with self._failures("cannot be opened"):
-            connection = sqlite3.connect(
-                self._path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
-            )
-            with self._connections_lock:
-                self._connections.append(connection)
-            connection.execute("PRAGMA synchronous = FULL")
-        return connection
+        It grows with every recorded event, and after a deletion starts above all that went before.
+        """
 
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        (application_id,) = connection.execute("PRAGMA application_id").fetchone()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        if (application_id, version) == (APPLICATION_ID, SCHEMA_VERSION):
-            return
-        if tables or application_id or version:
-            raise StoreError(
-                f"{self._path}: is a database of application {application_id} in version {version}, expected"
-                f" an event store ({APPLICATION_ID}) in version {SCHEMA_VERSION}"
-            )
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.executescript(SCHEMA)
+    def changes(self, user_id: str, since: int = 0) -> Changes:
+        """What came to a user's history after the revision `since`; 0: all of it. Costs little when nothing did."""
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._writer.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._writer.execute("COMMIT")
-        except BaseException:
-            if self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
-            raise
+    def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
+        """Notes what was shown. Raises StoreError only with `wait`.
 
-    @contextmanager
-    def _failures(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise StoreError(f"{self._path}: {what}: {error}") from error
+        With `wait` it is on disk on return. Without, it is written with others within about a second; a crash
+        or a store that stays broken loses it (counted in `dropped_count`), since an answer is worth more than
+        its log.
+        """
+
+    def shown(self, user_id: str | None) -> list[Shown]:
+        """What was shown to a user, or (None) for histories that came with their requests, oldest first."""
+
+    def save_states(self, states: Sequence[SpilledState]) -> None:
+        """Keeps states until they are wanted again, like `log_shown` in a while and without a promise.
+
+        A later state of the same user and model version replaces the earlier one.
+        """
+
+    def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
+        """The state that was kept for a user, perhaps of an older revision; None: there is none."""
+
+    def drop_states(self, keep_versions: Collection[str]) -> int:
+        """Forgets the states of all model versions but these; returns how many those were."""
+
+    def delete_user(self, user_id: str) -> Deleted:
+        """Deletes all that is known of a user, on disk on return; the ids of the events may be used again."""
+
+    @property
+    def dropped_count(self) -> int:
+        """How many shown recommendations and states were given up since the store was opened."""
+
+    def flush(self) -> None:
+        """Returns when what `log_shown` and `save_states` put off has been written."""
+
+    def close(self) -> None:
+        """Flushes and closes. No call may be under way or follow."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def open_store(location: str | Path) -> EventStore:
+    """Opens what `location` names, and creates what is missing in it; raises StoreError.
+
+    `postgresql://USER@HOST/DATABASE` and `redis://HOST:PORT/NUMBER` are for several servers with one store and
+    need the extras `postgres` and `redis`; anything else is the path of a SQLite file.
+    """
+    scheme = str(location).partition("://")[0] if "://" in str(location) else ""
+    try:
+        if scheme in ("postgresql", "postgres"):
+            from serve.stores.postgres import PostgresStore
+
+            return PostgresStore(str(location))
+        if scheme in ("redis", "rediss", "unix"):
+            from serve.stores.redis import RedisStore
+
+            return RedisStore(str(location))
+    except ModuleNotFoundError as error:
+        extra = "postgres" if scheme.startswith("postgres") else "redis"
+        raise StoreError(f"{scheme}:// needs {error.name}: install jaxrec[{extra}]") from error
+    if scheme:
+        raise StoreError(f"expected a path, postgresql:// or redis://, came {scheme}://")
+    from serve.stores.sqlite import SQLiteStore
+
+    return SQLiteStore(Path(location))

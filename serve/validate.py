@@ -10,6 +10,9 @@ MAX_K = 1_000
 MAX_HISTORY_EVENTS = 10_000
 MAX_EXCLUDED_ITEMS = 10_000
 MAX_RECORDED_EVENTS = 1_000
+MAX_BATCH = 256
+MAX_BATCH_ITEMS = 10_000
+MAX_BATCH_EVENTS = 100_000
 MAX_ID_LENGTH = 256
 
 
@@ -17,7 +20,8 @@ class InvalidRequest(ValueError):
     """A field of a request breaks a rule."""
 
     def __init__(self, field: str, expected: str, came: object) -> None:
-        super().__init__(f"{field}: expected {expected}, came {came}")
+        self.reason = f"expected {expected}, came {came}"
+        super().__init__(f"{field}: {self.reason}")
         self.field = field
         self._rest = (expected, came)
 
@@ -27,9 +31,12 @@ class InvalidRequest(ValueError):
 
 
 def check_id(field: str, value: str) -> None:
-    """Raises InvalidRequest unless a raw id has 1 to 256 characters."""
+    """Raises InvalidRequest unless a raw id has 1 to 256 characters, none of them U+0000."""
     if not 1 <= len(value) <= MAX_ID_LENGTH:
         raise InvalidRequest(field, f"an id of 1 to {MAX_ID_LENGTH} characters", f"{len(value)} characters")
+    # PostgreSQL cannot store it.
+    if "\0" in value:
+        raise InvalidRequest(field, "an id without the character U+0000", "one with it")
 
 
 def check_time(field: str, value: int) -> None:

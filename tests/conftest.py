@@ -11,7 +11,9 @@ import pytest
 from flax import nnx
 
 from jaxrec.config import ModelConfig, PrepareConfig
+from jaxrec.cooccurrence import neighbours
 from jaxrec.export.model_directory import export_model
+from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.prepare import PreparedData, prepare
@@ -57,7 +59,9 @@ def _random_hybrid(data: PreparedData, seed: int, with_policy: bool) -> Hybrid:
     hybrid = Hybrid(
         TimeRatingAwareLSTM(items, SMALL, rngs=rngs),
         TimeRatingAwareContentModel(items, data.catalog.genre_matrix(), SMALL, rngs=rngs),
+        CoOccurrence(neighbours(data, width=8)),
         weight=0.4,
+        cooccurrence_weight=0.3,
         policy=PolicyHead(2 * SMALL.embedding, 8, items, rngs=rngs) if with_policy else None,
     )
     rng = np.random.default_rng(seed)

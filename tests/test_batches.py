@@ -1,5 +1,6 @@
 """Training windows and evaluation batches: every event once, nothing of the future, padding that is marked."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 
@@ -58,6 +59,27 @@ def test_padding_is_marked(data: PreparedData) -> None:
         assert np.all(batch.events.rating[padding] == MISSING_RATING)
         assert np.all(batch.events.gap[padding] == UNKNOWN_GAP)
         assert np.all(batch.events.item[~padding] > 0)
+
+
+def test_a_row_knows_what_was_taken_before_its_window(data: PreparedData) -> None:
+    """Backwards from a window: the items before it are those of its user, and nothing is before a first window."""
+    windows, max_length = TrainingData(data, max_length=8, batch_tokens=64), 8
+    histories = data.histories
+    beginnings = {
+        tuple(histories.items[first : first + stop].tolist())
+        for first, count in zip(histories.offsets[:-1], data.split.train_counts, strict=True)
+        for stop in range(1, count + 1)
+    }
+    later = 0
+    for batch in windows.epoch(0, 0):
+        for row in range(len(batch.target)):
+            places = np.flatnonzero(batch.starts[row])
+            for start, stop in itertools.pairwise([*places, batch.events.length[row]]):
+                before = batch.earlier[row][batch.earlier[row] > 0]
+                assert len(before) == 0 or (len(places) == 1 and stop == max_length)
+                assert (*before[::-1].tolist(), *batch.events.item[row, start:stop].tolist()) in beginnings
+                later += len(before) > 0
+    assert later
 
 
 def test_order_follows_from_seed_and_epoch(data: PreparedData) -> None:

@@ -7,6 +7,8 @@ import pytest
 from flax import nnx
 
 from jaxrec.config import ModelConfig
+from jaxrec.cooccurrence import Neighbours
+from jaxrec.models.cooccurrence import RECENT, CoOccurrence, recent_items
 from jaxrec.models.features import GAP_BUCKETS, Events, RatingEmbedding, gap_bucket
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.models.lstm import LSTM
@@ -14,6 +16,10 @@ from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareL
 
 ITEMS = 12
 CONFIG = ModelConfig(embedding=6, hidden=5, rating_width=3, time_width=2, max_length=8)
+NEIGHBOURS = Neighbours(
+    np.vstack([np.zeros(2), np.random.default_rng(1).integers(1, ITEMS + 1, (ITEMS, 2))]).astype(np.int32),
+    np.vstack([np.zeros(2), np.random.default_rng(2).random((ITEMS, 2))]).astype(np.float32),
+)
 GENRES = np.vstack([np.zeros(3), np.random.default_rng(0).integers(0, 2, (ITEMS, 3))]).astype(np.float32)
 
 
@@ -34,7 +40,9 @@ def make_hybrid(policy: bool = False) -> Hybrid:
     return Hybrid(
         TimeRatingAwareLSTM(ITEMS, CONFIG, rngs=rngs),
         TimeRatingAwareContentModel(ITEMS, GENRES, CONFIG, rngs=rngs),
+        CoOccurrence(NEIGHBOURS),
         weight=0.3,
+        cooccurrence_weight=2.0,
         policy=PolicyHead(12, 4, ITEMS, rngs=rngs) if policy else None,
     )
 
@@ -155,7 +163,8 @@ def test_the_mix_of_logits_ranks_as_the_mix_of_log_probabilities() -> None:
     for model in (hybrid.lstm, hybrid.content):
         _, (h, _) = model.encode(events, model.item_vectors())
         alone.append(jax.nn.log_softmax(model.query(h, gap) @ model.item_vectors().T + model.item_bias()))
-    expected = 0.3 * alone[0] + 0.7 * alone[1]
+    near = hybrid.cooccurrence.scores(recent_items(events.item, events.length))
+    expected = 0.3 * alone[0] + 0.7 * alone[1] + 2.0 * near
     np.testing.assert_allclose(jax.nn.log_softmax(mixed)[:, 1:], jax.nn.log_softmax(expected)[:, 1:], atol=1e-4)
 
 
@@ -173,9 +182,45 @@ def test_the_request_time_does_not_touch_the_state() -> None:
     assert not np.allclose(soon, late)
 
 
+def test_cooccurrence_scores_by_the_neighbours_of_the_last_events() -> None:
+    """Items 1, 2, 1 in this order: 1 twice, as the last (weight 1) and the third last (0.75 ** 2), 2 in between."""
+    neighbours = Neighbours(
+        np.array([[0, 0], [2, 3], [3, 0]], np.int32), np.array([[0, 0], [8, 4], [1, 0]], np.float32)
+    )
+    padded = Neighbours(*(np.pad(table, ((0, 1), (0, 0))) for table in neighbours))
+    recent = recent_items(np.array([[1, 2, 1, 0]], np.int32), np.array([3], np.int32))
+    np.testing.assert_array_equal(recent, [[1, 2, 1] + [0] * (RECENT - 3)])
+    scores = CoOccurrence(padded).scores(recent)
+    np.testing.assert_allclose(scores, [[0, 0, 8 * (1 + 0.75**2), 4 * (1 + 0.75**2) + 1 * 0.75]], rtol=1e-6)
+
+
+def test_recent_items_go_on_where_they_stopped() -> None:
+    items = np.arange(1, 15, dtype=np.int32)[None]
+    whole = recent_items(items, np.array([14]))
+    np.testing.assert_array_equal(whole, [np.arange(14, 4, -1)])
+    before = recent_items(items[:, :9], np.array([9]))
+    np.testing.assert_array_equal(recent_items(items[:, 9:], np.array([5]), before), whole)
+    np.testing.assert_array_equal(recent_items(items[:, 9:], np.array([0]), before), before)
+
+
+def test_cooccurrence_adds_to_the_logits_by_its_weight() -> None:
+    hybrid, events = make_hybrid(), random_events(5, 8, seed=3)
+    gap = jnp.full(5, -1.0)
+    without = Hybrid(hybrid.lstm, hybrid.content, hybrid.cooccurrence, weight=0.3, cooccurrence_weight=0.0)
+    scores = hybrid.cooccurrence.scores(recent_items(events.item, events.length))
+    assert float(scores.max()) > 0
+    np.testing.assert_allclose(
+        hybrid.logits(events, gap)[0], without.logits(events, gap)[0] + 2.0 * scores, rtol=1e-5, atol=1e-5
+    )
+
+
 def test_bad_arguments_are_named() -> None:
     hybrid = make_hybrid()
+    with pytest.raises(ValueError, match=r"cooccurrence_weight -1\.0 is not a number of at least 0"):
+        Hybrid(hybrid.lstm, hybrid.content, hybrid.cooccurrence, weight=0.5, cooccurrence_weight=-1.0)
+    with pytest.raises(ValueError, match=r"item_embedding is \(3, 6\), expected \(13, 6\)"):
+        TimeRatingAwareLSTM(ITEMS, CONFIG, rngs=nnx.Rngs(0), item_embedding=np.zeros((3, 6), np.float32))
     with pytest.raises(ValueError, match=r"weight 1\.5 is outside 0\.\.1"):
-        Hybrid(hybrid.lstm, hybrid.content, weight=1.5)
+        Hybrid(hybrid.lstm, hybrid.content, hybrid.cooccurrence, weight=1.5, cooccurrence_weight=0.0)
     with pytest.raises(ValueError, match="genre_matrix has 4 rows, expected 13"):
         TimeRatingAwareContentModel(ITEMS, GENRES[:4], CONFIG, rngs=nnx.Rngs(0))

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrec.batches import TrainingData
+from jaxrec.batches import TrainBatch, TrainingData
 from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig
 from jaxrec.evaluate import jit_scorer, model_logits, rank_cases
 from jaxrec.metrics import hit_rate
+from jaxrec.models.features import Events
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.prepare import PreparedData, prepare
 from jaxrec.sharding import data_mesh
-from jaxrec.steps import initial_state, make_optimizer, make_train_step
+from jaxrec.steps import initial_state, make_optimizer, make_train_step, seen_items
 from jaxrec.train import Trained, TrainingError, load_trained, train_model
 from tests.synthetic import markov_log, random_log, shuffled_items
 
@@ -139,12 +140,12 @@ import json, sys
 from pathlib import Path
 import jax
 from flax import nnx
-from jaxrec.batches import TrainingData
+from jaxrec.batches import TrainBatch, TrainingData
 from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.prepare import prepare
 from jaxrec.sharding import data_mesh
-from jaxrec.steps import initial_state, make_optimizer, make_train_step
+from jaxrec.steps import initial_state, make_optimizer, make_train_step, seen_items
 from tests.synthetic import random_log
 
 assert len(jax.devices()) == 8
@@ -184,3 +185,16 @@ def test_eight_devices_give_the_loss_of_one() -> None:
     losses = json.loads(result.stdout)
     assert len(losses["1"]) == 5
     np.testing.assert_allclose(losses["8"], losses["1"], atol=1e-5)
+
+
+def test_the_softmax_leaves_out_what_the_window_has_shown() -> None:
+    """Two windows in a row, abca and bda, and a place of padding; before both, e and c were taken. What a position has
+    seen, without its target."""
+    a, b, c, d, e = 1, 2, 3, 4, 5
+    item = np.array([[a, b, c, b, d, 0]], np.int32)
+    target = np.array([[b, c, a, d, a, 0]], np.int32)
+    nothing = np.zeros(item.shape, np.float32)
+    starts = np.array([[True, False, False, True, False, False]])
+    batch = TrainBatch(Events(item, nothing, nothing, np.array([5])), starts, target, nothing, np.array([[c, e, 0]]))
+    seen = [set(row.tolist()) - {0} for row in np.asarray(seen_items(batch))[0]]
+    assert seen[:5] == [{a, c, e}, {a, b, e}, {b, c, e}, {b, c, e}, {b, c, d, e}]

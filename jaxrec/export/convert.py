@@ -44,15 +44,23 @@ def _convert(
     tf: Any, tf2onnx: Any, name: str, forward: Callable[..., dict[str, Any]], weights: Weights, signature: Signature
 ) -> Any:
     """An onnx.ModelProto with the inputs and outputs of the signature."""
-    item_arrays = {"item_vectors": weights.item_vectors, "item_bias": weights.item_bias}
+    from jaxrec.export import mirror
+
+    item_arrays = {
+        "item_vectors": weights.item_vectors,
+        "item_bias": weights.item_bias,
+        "neighbour_item": weights.neighbour_item,
+        "neighbour_weight": weights.neighbour_weight,
+    }
     specs = {key: tf.TensorSpec(array.shape, array.dtype, key) for key, array in item_arrays.items()}
     for key, tensor in signature.inputs.items():
-        if key != "length":  # the mirror has no use for it
-            shape = [None if isinstance(size, str) else size for size in tensor.shape]
-            specs[key] = tf.TensorSpec(shape, tensor.dtype, key)
+        shape = [None if isinstance(size, str) else size for size in tensor.shape]
+        specs[key] = tf.TensorSpec(shape, tensor.dtype, key)
 
     def program(*arguments: Any) -> dict[str, Any]:
-        return forward(weights, **dict(zip(specs, arguments, strict=True)))
+        count = len(item_arrays)
+        inputs = dict(zip(list(specs)[count:], arguments[count:], strict=True))
+        return forward(weights, mirror.ItemArrays(*arguments[:count]), **inputs)
 
     with _fatal_errors(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -3,19 +3,31 @@
 Importing this module imports TensorFlow; only `jaxrec.export.convert` does, while it converts.
 
 Two things differ from a plain TensorFlow program. The items' arrays are inputs here and become weights of the ONNX
-file after the conversion, so that the largest matrix passes through no optimizer and is stored once. And the loop of
+file after the conversion, so that the largest matrices pass through no optimizer and are stored once. And the loop of
 the LSTM knows no lengths, because with them tf2onnx would leave it a loop: the conversion hands them to the fused
 operator, and TensorFlow itself would be right about rows without padding only.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from jaxrec.export.weights import LSTMWeights, PolicyWeights, Weights
+from jaxrec.models.cooccurrence import RECENT, RECENT_DECAY
 from jaxrec.models.features import GAP_EDGES
 from jaxrec.models.sequence import NEVER
+
+
+class ItemArrays(NamedTuple):
+    """`vectors` [items + 1, width], `bias` [items + 1], `neighbours` [items + 1, neighbours] int32 and their weights,
+    `closeness`, of the same shape."""
+
+    vectors: Any
+    bias: Any
+    neighbours: Any
+    closeness: Any
+
 
 # Every weight is a NumPy array that becomes a constant inside the traced function; tf2onnx turns tensors that were
 # made outside of it into inputs of the graph.
@@ -23,28 +35,31 @@ from jaxrec.models.sequence import NEVER
 
 def sequence(
     weights: Weights,
+    items: ItemArrays,
     *,
-    item_vectors: Any,
-    item_bias: Any,
     item: Any,
     rating: Any,
     gap: Any,
+    length: Any,
     request_gap: Any,
     exclude: Any,
     k: Any,
 ) -> dict[str, Any]:
     """A batch of histories -> state, items, scores."""
-    nothing = tf.zeros([tf.shape(item)[0], weights.state_width])
-    state = _advance(weights, item_vectors, nothing, tf.transpose(item), tf.transpose(rating), tf.transpose(gap))
-    items, scores = _answer(weights, item_vectors, item_bias, state, request_gap, exclude, k)
-    return {"state": state, "items": items, "scores": scores}
+    batch = tf.shape(item)[0]
+    nothing = tf.zeros([batch, weights.state_width - RECENT])
+    recurrent = _advance(weights, items, nothing, tf.transpose(item), tf.transpose(rating), tf.transpose(gap))
+    timeline = tf.concat([tf.zeros([batch, RECENT], tf.int32), item], axis=1)
+    places = tf.expand_dims(length, 1) + (RECENT - 1 - np.arange(RECENT, dtype=np.int32))
+    recent = tf.gather(timeline, places, batch_dims=1)
+    best, scores = _answer(weights, items, recurrent, recent, request_gap, exclude, k)
+    return {"state": _state(recurrent, recent), "items": best, "scores": scores}
 
 
 def step(
     weights: Weights,
+    items: ItemArrays,
     *,
-    item_vectors: Any,
-    item_bias: Any,
     state: Any,
     item: Any,
     rating: Any,
@@ -55,15 +70,20 @@ def step(
 ) -> dict[str, Any]:
     """A batch of states and one event for each -> next_state, items, scores."""
     event = (tf.expand_dims(column, 0) for column in (item, rating, gap))
-    state = _advance(weights, item_vectors, state, *event)
-    items, scores = _answer(weights, item_vectors, item_bias, state, request_gap, exclude, k)
-    return {"next_state": state, "items": items, "scores": scores}
+    recurrent = _advance(weights, items, state[:, :-RECENT], *event)
+    recent = tf.concat([tf.expand_dims(item, 1), tf.cast(state[:, -RECENT:-1], tf.int32)], axis=1)
+    best, scores = _answer(weights, items, recurrent, recent, request_gap, exclude, k)
+    return {"next_state": _state(recurrent, recent), "items": best, "scores": scores}
 
 
-def _advance(weights: Weights, item_vectors: Any, state: Any, item: Any, rating: Any, gap: Any) -> Any:
-    """The state [batch, 4 * hidden] after the events, [length, batch] as the LSTM wants them."""
+def _state(recurrent: Any, recent: Any) -> Any:
+    return tf.concat([recurrent, tf.cast(recent, tf.float32)], axis=1)
+
+
+def _advance(weights: Weights, items: ItemArrays, state: Any, item: Any, rating: Any, gap: Any) -> Any:
+    """h and c of both models [batch, 4 * hidden] after the events, [length, batch] as the LSTM wants them."""
     views = [
-        tf.gather(item_vectors, item),
+        tf.gather(items.vectors, item),
         _rating_vectors(weights, tf.expand_dims(rating, -1)),
         tf.gather(weights.gap_vectors, _gap_bucket(gap)),
     ]
@@ -106,21 +126,32 @@ def _lstm(weights: LSTMWeights, x: Any, h: Any, c: Any) -> tuple[Any, Any]:
 
 
 def _answer(
-    weights: Weights, item_vectors: Any, item_bias: Any, state: Any, request_gap: Any, exclude: Any, k: Any
+    weights: Weights, items: ItemArrays, recurrent: Any, recent: Any, request_gap: Any, exclude: Any, k: Any
 ) -> tuple[Any, Any]:
     """The k best items [batch, k] int32 and their logits."""
-    h_lstm, _, h_content, _ = tf.split(state, 4, axis=1)
-    scale = tf.gather(weights.request_scale, _gap_bucket(request_gap))
-    query = tf.matmul(tf.concat([h_lstm, h_content], axis=1) * scale, weights.projection) + weights.projection_bias
+    h_lstm, _, h_content, _ = tf.split(recurrent, 4, axis=1)
+    bucket = _gap_bucket(request_gap)
+    scale, shift = tf.gather(weights.request_scale, bucket), tf.gather(weights.request_shift, bucket)
+    hidden = tf.concat([h_lstm, h_content], axis=1) * scale + shift
+    query = tf.matmul(hidden, weights.projection) + weights.projection_bias
     if weights.policy is not None:
         query += _policy_shift(weights.policy, query)
-    logits = tf.matmul(query, item_vectors, transpose_b=True) + item_bias
-    rows = tf.broadcast_to(tf.expand_dims(tf.range(tf.shape(exclude)[0]), 1), tf.shape(exclude))
+    logits = tf.matmul(query, items.vectors, transpose_b=True) + items.bias
+    neighbours = tf.reshape(tf.gather(items.neighbours, recent), [-1, RECENT * weights.neighbour_item.shape[1]])
+    decays = RECENT_DECAY ** np.arange(RECENT, dtype=np.float32)[:, None]
+    closeness = tf.reshape(tf.gather(items.closeness, recent) * decays, tf.shape(neighbours))
+    logits = tf.tensor_scatter_nd_add(logits, _places(neighbours), closeness)
     never = tf.fill(tf.shape(exclude), np.float32(NEVER))
-    logits = tf.tensor_scatter_nd_update(logits, tf.stack([rows, exclude], axis=2), never)
+    logits = tf.tensor_scatter_nd_update(logits, _places(exclude), never)
     # Without the column of the padding, which so cannot be an answer even when all others are excluded.
     scores, columns = tf.math.top_k(logits[:, 1:], tf.squeeze(k, 0))
     return columns + 1, scores
+
+
+def _places(items: Any) -> Any:
+    """items [batch, width] -> [batch, width, 2]: their places (row, item) among the logits."""
+    rows = tf.broadcast_to(tf.expand_dims(tf.range(tf.shape(items)[0]), 1), tf.shape(items))
+    return tf.stack([rows, items], axis=2)
 
 
 def _policy_shift(policy: PolicyWeights, query: Any) -> Any:

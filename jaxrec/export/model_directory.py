@@ -12,6 +12,7 @@ from jaxrec.baselines import decayed_popularity
 from jaxrec.export.convert import sequence_graph, step_graph
 from jaxrec.export.errors import ExportError
 from jaxrec.export.parity import check_parity
+from jaxrec.export.quantize import check_quality, quantize_lstms
 from jaxrec.export.signature import OPSET, sequence_signature, step_signature
 from jaxrec.export.weights import extract_weights
 from jaxrec.files import new_directory, sha256
@@ -36,12 +37,14 @@ def export_model(
     training: dict[str, Any],
     metrics: dict[str, Any],
     licence: str,
+    int8: bool = False,
 ) -> dict[str, Any]:
     """Converts `hybrid`, verifies the graphs against JAX, and writes the model directory `out`; returns its manifest.
 
     `policy` is "reinforce" for a hybrid with a policy head, "supervised" for one without. `training` and `metrics`
-    are summaries of JSON values; `licence` is the text about the data's licence. An existing `out` is replaced once
-    the new directory is complete. Raises ExportError, and then nothing is written.
+    are summaries of JSON values; `licence` is the text about the data's licence. `int8` quantizes the LSTMs, once the
+    float32 graphs were verified, and refuses where that costs quality (`jaxrec.export.quantize`). An existing `out` is
+    replaced once the new directory is complete. Raises ExportError, and then nothing is written.
     """
     expected = "supervised" if hybrid.policy is None else "reinforce"
     if policy != expected:
@@ -56,6 +59,10 @@ def export_model(
     max_history = min(hybrid.lstm.config.max_length, hybrid.content.config.max_length)
     sequence, step = sequence_graph(weights), step_graph(weights)
     parity = check_parity(hybrid, sequence, step, max_history)
+    if int8:
+        quantized = quantize_lstms(sequence)
+        parity["int8"] = check_quality(sequence, quantized, data, max_history)
+        sequence, step = quantized, quantize_lstms(step)
 
     with new_directory(out, MANIFEST_FILE) as folder:
         (folder / SEQUENCE_FILE).write_bytes(sequence)

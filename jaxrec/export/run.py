@@ -12,8 +12,9 @@ from jaxrec.runs import EVALUATION_FILE, load_supervised, open_run
 NO_LICENCE = "No notes on the data's licence were given at export (`jaxrec export --licence FILE`).\n"
 
 
-def export_run(folder: Path, out: Path, licence: str = NO_LICENCE) -> dict[str, Any]:
+def export_run(folder: Path, out: Path, licence: str = NO_LICENCE, int8: bool = False) -> dict[str, Any]:
     """Writes the model directory `out` and returns its manifest, with the figures of the run's last evaluation.
+    `int8` as in `export_model`.
 
     Raises DataError where the run cannot be read, ExportError (and then nothing is written) where the graphs differ
     from JAX.
@@ -31,8 +32,10 @@ def export_run(folder: Path, out: Path, licence: str = NO_LICENCE) -> dict[str, 
             "model": to_json(run.model_config),
             "train": to_json(run.train_config),
             "lstm_weight": float(hybrid.weight[...]),
+            "cooccurrence_weight": float(hybrid.cooccurrence_weight[...]),
             "prepare": to_json(data.config),
         },
         metrics=read_json(evaluation, "run `jaxrec evaluate` again") if evaluation.exists() else {},
         licence=licence,
+        int8=int8,
     )

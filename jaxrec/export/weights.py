@@ -1,7 +1,7 @@
 """The hybrid taken apart into NumPy arrays: all that an answer needs, and nothing that only training needs.
 
-What does not depend on a request is computed here once: the item vectors with their genres, the scale that each
-request gap stands for, and the mix of the two models. Both models' arrays lie side by side, the LSTM's first.
+What does not depend on a request is computed here once: the item vectors with their genres, the scale and the shift
+that each request gap stands for, and the mix of the models. Both models' arrays lie side by side, the LSTM's first.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jaxrec.export.errors import ExportError
+from jaxrec.models.cooccurrence import RECENT
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.lstm import LSTM
 from jaxrec.models.sequence import TimeRatingAwareLSTM
@@ -44,8 +45,10 @@ class Weights:
     """Float32 arrays. width = 2 * embedding; `ratings` and `times` are twice the width of one model's features.
 
     `item_vectors` [items + 1, width] (row 0 zero), `item_bias` [items + 1], `rating_slope`, `rating_offset`,
-    `rating_missing` [ratings], `gap_vectors` [gap buckets, times], `request_scale` [gap buckets, 2 * hidden],
-    `projection` [2 * hidden, width] (block-diagonal), `projection_bias` [width].
+    `rating_missing` [ratings], `gap_vectors` [gap buckets, times], `request_scale` and `request_shift`
+    [gap buckets, 2 * hidden],
+    `projection` [2 * hidden, width] (block-diagonal), `projection_bias` [width], `neighbour_item` int32 and
+    `neighbour_weight` [items + 1, neighbours] of the co-occurrence, the weights as they are added to the logits.
     """
 
     item_vectors: np.ndarray
@@ -57,8 +60,11 @@ class Weights:
     lstm: LSTMWeights
     content: LSTMWeights
     request_scale: np.ndarray
+    request_shift: np.ndarray
     projection: np.ndarray
     projection_bias: np.ndarray
+    neighbour_item: np.ndarray
+    neighbour_weight: np.ndarray
     policy: PolicyWeights | None
 
     @property
@@ -67,7 +73,7 @@ class Weights:
 
     @property
     def state_width(self) -> int:
-        return 2 * self.lstm.hidden + 2 * self.content.hidden
+        return 2 * self.lstm.hidden + 2 * self.content.hidden + RECENT
 
 
 def extract_weights(hybrid: Hybrid) -> Weights:
@@ -83,7 +89,8 @@ def extract_weights(hybrid: Hybrid) -> Weights:
     # Accelerators multiply float32 matrices in a shorter format unless told otherwise.
     with jax.default_matmul_precision("highest"):
         item_vectors = np.asarray(hybrid.item_vectors())
-        request_scale = np.concatenate([_request_scale(model) for model in models], axis=1)
+        views = [_request_views(model) for model in models]
+        request_scale, request_shift = (np.concatenate(of_both, axis=1) for of_both in zip(*views, strict=True))
     share = np.float32(hybrid.weight[...])
     projections = [_linear(model.projection) for model in models]
     return Weights(
@@ -96,16 +103,23 @@ def extract_weights(hybrid: Hybrid) -> Weights:
         lstm=_lstm_weights(hybrid.lstm.lstm),
         content=_lstm_weights(hybrid.content.lstm),
         request_scale=request_scale,
+        request_shift=request_shift,
         projection=_block_diagonal(share * projections[0][0], (1 - share) * projections[1][0]),
         projection_bias=np.concatenate([share * projections[0][1], (1 - share) * projections[1][1]]),
+        neighbour_item=np.asarray(hybrid.cooccurrence.neighbour_item[...]),
+        neighbour_weight=np.asarray(
+            hybrid.cooccurrence_weight[...] * hybrid.cooccurrence.neighbour_weight[...], np.float32
+        ),
         policy=None
         if hybrid.policy is None
         else PolicyWeights(*_linear(hybrid.policy.inner), *_linear(hybrid.policy.outer)),
     )
 
 
-def _request_scale(model: TimeRatingAwareLSTM) -> np.ndarray:
-    return np.asarray(1.0 + model.request_scale(model.request_gap.table[...]))
+def _request_views(model: TimeRatingAwareLSTM) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and shift for each gap bucket."""
+    gaps = model.request_gap.table[...]
+    return np.asarray(1.0 + model.request_scale(gaps)), np.asarray(model.request_shift(gaps))
 
 
 def _lstm_weights(lstm: LSTM) -> LSTMWeights:

@@ -1,17 +1,20 @@
-"""The mix of the two models, and the policy on top of it, as one scorer.
+"""The mix of the two sequence models and co-occurrence, and the policy on top of it, as one scorer.
 
-A mix of log-probabilities differs from the mix of logits by a constant per request, so the hybrid is one inner
-product: the weighted query vectors side by side, against both models' item vectors side by side.
+A mix of log-probabilities differs from the mix of logits by a constant per request, so the two sequence models are one
+inner product: the weighted query vectors side by side, against both models' item vectors side by side. The scores of
+co-occurrence are added with a weight of their own.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrec.models.cooccurrence import RECENT, CoOccurrence, recent_items
 from jaxrec.models.features import Events
 from jaxrec.models.sequence import FixedTable, TimeRatingAwareContentModel, TimeRatingAwareLSTM
 
 State = tuple[jax.Array, jax.Array]
+MAX_ITEMS = 2**24  # larger indices are not exact as float32, which is what the recurrent state is made of
 
 
 class PolicyHead(nnx.Module):
@@ -28,24 +31,39 @@ class PolicyHead(nnx.Module):
 
 
 class Hybrid(nnx.Module):
-    """`weight` in 0..1 is the LSTM's share; `policy` None means the supervised policy.
+    """`weight` in 0..1 is the LSTM's share of the two sequence models, `cooccurrence_weight` >= 0 what one unit of
+    co-occurrence adds to a logit; `policy` None means the supervised policy.
 
-    The recurrent state is [batch, 4 * hidden] float32: h and c of the LSTM, then h and c of the content model.
+    The recurrent state is [batch, 4 * hidden + RECENT] float32: h and c of the LSTM, h and c of the content model, and
+    the most recent items, the last one first.
     """
 
     def __init__(
         self,
         lstm: TimeRatingAwareLSTM,
         content: TimeRatingAwareContentModel,
+        cooccurrence: CoOccurrence,
         weight: float,
+        cooccurrence_weight: float,
         policy: PolicyHead | None = None,
     ) -> None:
         if not 0.0 <= weight <= 1.0:
             raise ValueError(f"weight {weight} is outside 0..1")
+        if not 0.0 <= cooccurrence_weight < float("inf"):
+            raise ValueError(f"cooccurrence_weight {cooccurrence_weight} is not a number of at least 0")
         self.lstm = lstm
         self.content = content
+        self.cooccurrence = cooccurrence
         self.weight = FixedTable(jnp.float32(weight))
+        self.cooccurrence_weight = FixedTable(jnp.float32(cooccurrence_weight))
         self.policy = policy
+        if len(self.item_bias()) > MAX_ITEMS:
+            raise ValueError(f"{len(self.item_bias()) - 1} items, expected fewer than {MAX_ITEMS}")
+
+    def with_policy(self, policy: PolicyHead | None) -> "Hybrid":
+        """The same supervised models under `policy`, or under none."""
+        weights = float(self.weight[...]), float(self.cooccurrence_weight[...])
+        return Hybrid(self.lstm, self.content, self.cooccurrence, *weights, policy)
 
     def item_vectors(self) -> jax.Array:
         """[items + 1, 2 * embedding] float32."""
@@ -69,21 +87,32 @@ class Hybrid(nnx.Module):
         of_content = (1 - weight) * self.content.query(outputs[1], request_gap)
         return jnp.concatenate([of_lstm, of_content], axis=-1)
 
+    def cooccurrence_logits(self, recent: jax.Array) -> jax.Array:
+        """recent [batch, RECENT] int32 -> [batch, items + 1]: what co-occurrence adds to the logits."""
+        return self.cooccurrence_weight[...] * self.cooccurrence.scores(recent)
+
     def encode(self, events: Events, state: jax.Array | None = None) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         """Both models' outputs, each [batch, length, hidden], and the state after the last real event."""
         states: tuple[State | None, State | None] = (None, None)
+        recent = None
         if state is not None:
-            h_lstm, c_lstm, h_content, c_content = jnp.split(state, 4, axis=1)
+            h_lstm, c_lstm, h_content, c_content, recent = self.split_state(state)
             states = ((h_lstm, c_lstm), (h_content, c_content))
         of_lstm, lstm_state = self.lstm.encode(events, self.lstm.item_vectors(), states[0])
         of_content, content_state = self.content.encode(events, self.content.item_vectors(), states[1])
-        return (of_lstm, of_content), jnp.concatenate([*lstm_state, *content_state], axis=1)
+        recent = recent_items(events.item, events.length, recent).astype(jnp.float32)
+        return (of_lstm, of_content), jnp.concatenate([*lstm_state, *content_state, recent], axis=1)
+
+    def split_state(self, state: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+        """state [batch, 4 * hidden + RECENT] -> h and c of the LSTM, h and c of the content model, recent items."""
+        parts = jnp.split(state[:, :-RECENT], 4, axis=1)
+        return *parts, state[:, -RECENT:].astype(jnp.int32)  # type: ignore[return-value]
 
     def logits(
         self, events: Events, request_gap: jax.Array, state: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """After each row's last event: logits [batch, items + 1] of the next item, state [batch, 4 * hidden]."""
+        """After each row's last event: logits [batch, items + 1] of the next item, and the state."""
         _, state = self.encode(events, state)
-        h_lstm, _, h_content, _ = jnp.split(state, 4, axis=1)
+        h_lstm, _, h_content, _, recent = self.split_state(state)
         query = self.query_at((h_lstm, h_content), request_gap)
-        return query @ self.item_vectors().T + self.item_bias(), state
+        return query @ self.item_vectors().T + self.item_bias() + self.cooccurrence_logits(recent), state

@@ -19,19 +19,28 @@ NEVER = -1e30  # the logit of padding and of excluded items
 
 
 class TimeRatingAwareLSTM(nnx.Module):
-    """Movie, rating and time. `item_count` is without padding."""
+    """Movie, rating and time. `item_count` is without padding; `item_embedding` [items + 1, embedding] float32 is what
+    the item embedding starts as (`jaxrec.cooccurrence.initial_embedding`), small random vectors where it is None."""
 
-    def __init__(self, item_count: int, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, item_count: int, config: ModelConfig, *, rngs: nnx.Rngs, item_embedding: np.ndarray | None = None
+    ) -> None:
         width = config.embedding
-        self.item_embedding = nnx.Param(0.05 * jax.random.normal(rngs.params(), (item_count + 1, width)))
+        if item_embedding is None:
+            start = 0.05 * jax.random.normal(rngs.params(), (item_count + 1, width))
+        elif item_embedding.shape == (item_count + 1, width):
+            start = jnp.asarray(item_embedding, jnp.float32)
+        else:
+            raise ValueError(f"item_embedding is {item_embedding.shape}, expected {(item_count + 1, width)}")
+        self.item_embedding = nnx.Param(start)
         self.item_bias_table = nnx.Param(jnp.zeros(item_count + 1))
         self.rating = RatingEmbedding(config.rating_width, rngs=rngs)
         self.gap = GapEmbedding(config.time_width, rngs=rngs)
         self.lstm = LSTM(width + config.rating_width + config.time_width, config.hidden, rngs=rngs)
         self.request_gap = GapEmbedding(config.time_width, rngs=rngs)
-        self.request_scale = nnx.Linear(
-            config.time_width, config.hidden, kernel_init=nnx.initializers.zeros_init(), rngs=rngs
-        )
+        zeros = nnx.initializers.zeros_init()
+        self.request_scale = nnx.Linear(config.time_width, config.hidden, kernel_init=zeros, rngs=rngs)
+        self.request_shift = nnx.Linear(config.time_width, config.hidden, kernel_init=zeros, rngs=rngs)
         self.projection = nnx.Linear(config.hidden, width, rngs=rngs)
         self.config = config
 
@@ -64,9 +73,12 @@ class TimeRatingAwareLSTM(nnx.Module):
         return outputs, state
 
     def query(self, outputs: jax.Array, request_gap: Array) -> jax.Array:
-        """outputs [..., hidden], request_gap [...] seconds or UNKNOWN_GAP -> query vectors [..., embedding]."""
-        scale = 1.0 + self.request_scale(self.request_gap(request_gap))
-        return self.projection(outputs * scale)
+        """outputs [..., hidden], request_gap [...] seconds or UNKNOWN_GAP -> query vectors [..., embedding].
+
+        The request gap scales and shifts each feature (Perez et al. 2018, "FiLM", equation 2).
+        """
+        gap = self.request_gap(request_gap)
+        return self.projection(outputs * (1.0 + self.request_scale(gap)) + self.request_shift(gap))
 
 
 class TimeRatingAwareContentModel(TimeRatingAwareLSTM):
@@ -75,8 +87,16 @@ class TimeRatingAwareContentModel(TimeRatingAwareLSTM):
     A movie without ratings keeps its small initial embedding, so its genres place it.
     """
 
-    def __init__(self, item_count: int, genre_matrix: np.ndarray, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        super().__init__(item_count, config, rngs=rngs)
+    def __init__(
+        self,
+        item_count: int,
+        genre_matrix: np.ndarray,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        item_embedding: np.ndarray | None = None,
+    ) -> None:
+        super().__init__(item_count, config, rngs=rngs, item_embedding=item_embedding)
         if genre_matrix.shape[0] != item_count + 1:
             raise ValueError(f"genre_matrix has {genre_matrix.shape[0]} rows, expected {item_count + 1}")
         self.genre_matrix = FixedTable(jnp.asarray(genre_matrix, jnp.float32))

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxrec.batches import case_batches
 from jaxrec.config import RewardWeights
 from jaxrec.metrics import exclude_items, hit_rate, ndcg, rank_of_target
+from jaxrec.models.cooccurrence import recent_items
 from jaxrec.models.features import Array, Events
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.prepare import PreparedData
@@ -100,7 +101,7 @@ def case_states(hybrid: Hybrid, data: PreparedData, cases: Cases, item_ratings: 
     def queries(variables: nnx.State, events: Events, request_gap: Array) -> jax.Array:
         model = nnx.merge(graphdef, variables)
         _, state = model.encode(events)
-        h_lstm, _, h_content, _ = jnp.split(state, 4, axis=1)
+        h_lstm, _, h_content, _, _ = model.split_state(state)
         gap = jnp.asarray(request_gap)
         gaps = (jnp.full_like(gap, UNKNOWN_GAP), gap)
         return jnp.stack([model.supervised_query((h_lstm, h_content), gap) for gap in gaps])
@@ -124,9 +125,15 @@ def make_judge(
 
     @jax.jit
     def judge_batch(
-        head: Any, scoring: Scoring, query: jax.Array, target: jax.Array, target_rating: jax.Array, exclude: jax.Array
+        head: Any,
+        scoring: Scoring,
+        query: jax.Array,
+        recent: jax.Array,
+        target: jax.Array,
+        target_rating: jax.Array,
+        exclude: jax.Array,
     ) -> dict[str, jax.Array]:
-        logits = policy_logits(nnx.merge(graphdef, head), query, scoring)
+        logits = policy_logits(nnx.merge(graphdef, head), query, recent, scoring)
         allowed = exclude_items(logits, exclude)
         slates = greedy_slates(allowed, min(TOP, logits.shape[1] - 1))
         where = recommendable(jnp.take_along_axis(allowed, slates, axis=-1))
@@ -134,7 +141,7 @@ def make_judge(
         rewards = {"reward": total_reward(terms, weights), **terms._asdict()}
         return {
             "rank": rank_of_target(logits, target, exclude),
-            "kl": kl_divergence(allowed, exclude_items(supervised_logits(query, scoring), exclude)),
+            "kl": kl_divergence(allowed, exclude_items(supervised_logits(query, recent, scoring), exclude)),
             **{name: returns(jnp.where(where, reward, 0.0))[:, 0] for name, reward in rewards.items()},
         }
 
@@ -142,7 +149,8 @@ def make_judge(
         answers: tuple[list[dict[str, np.ndarray]], ...] = ([], [])
         for number, batch in enumerate(case_batches(data, states.cases, max_length, CASES_PER_BATCH)):
             rows = np.minimum(number * CASES_PER_BATCH + np.arange(CASES_PER_BATCH), len(states.cases) - 1)
-            logged = jax.device_put((batch.target, states.target_rating[rows], batch.exclude))
+            recent = recent_items(batch.events.item, batch.events.length)
+            logged = jax.device_put((recent, batch.target, states.target_rating[rows], batch.exclude))
             for query, answered in zip(states.query, answers, strict=True):
                 answered.append(jax.device_get(judge_batch(head, scoring, jnp.asarray(query[rows]), *logged)))
         columns = {

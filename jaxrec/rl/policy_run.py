@@ -87,7 +87,7 @@ def load_policy(run: Run, supervised: Hybrid, only_if_used: bool = True) -> Hybr
     if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, learner.head):
         raise DataError(f"{path}: its arrays do not fit the models of {run.folder}; run `jaxrec rl` again")
     head = nnx.merge(graphdef, jax.tree.map(jnp.asarray, variables))
-    return Hybrid(supervised.lstm, supervised.content, float(supervised.weight[...]), head)
+    return supervised.with_policy(head)
 
 
 def load_served(run: Run, supervised: Hybrid) -> Hybrid:

@@ -24,7 +24,8 @@ from flax import nnx
 
 from jaxrec.config import RLConfig
 from jaxrec.metrics import exclude_items
-from jaxrec.models.hybrid import PolicyHead
+from jaxrec.models.cooccurrence import neighbour_scores
+from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.rl.policy import entropy, kl_divergence, recommendable, sample_slates, slate_logprobs
 from jaxrec.rl.rewards import RewardTables, discounts, reward_terms, total_reward
 from jaxrec.rl.states import States
@@ -39,10 +40,13 @@ WARMUP_FRACTION = 0.1  # of the steps; the baseline learns its level before the 
 
 class Scoring(NamedTuple):
     """The frozen side of the logits: `item_vectors` [items + 1, width] and `item_bias` [items + 1] of the supervised
-    hybrid, and what the rewards look up."""
+    hybrid, the neighbours and their weights (both [items + 1, neighbours]) of its co-occurrence, scaled as it adds them
+    to the logits, and what the rewards look up."""
 
     item_vectors: jax.Array
     item_bias: jax.Array
+    neighbour_item: jax.Array
+    neighbour_weight: jax.Array
     tables: RewardTables
 
 
@@ -82,14 +86,22 @@ def new_learner(width: int, item_count: int, config: RLConfig) -> tuple[nnx.Grap
     )
 
 
-def supervised_logits(query: jax.Array, scoring: Scoring) -> jax.Array:
-    """query [..., width] -> [..., items + 1]."""
-    return query @ scoring.item_vectors.T + scoring.item_bias
+def frozen_scoring(supervised: Hybrid, tables: RewardTables) -> Scoring:
+    """What a policy on top of `supervised` (a hybrid without a policy) scores with."""
+    near = supervised.cooccurrence
+    weight = supervised.cooccurrence_weight[...] * near.neighbour_weight[...]
+    return Scoring(supervised.item_vectors(), supervised.item_bias(), near.neighbour_item[...], weight, tables)
 
 
-def policy_logits(head: PolicyHead, query: jax.Array, scoring: Scoring) -> jax.Array:
-    """Supervised query [..., width] -> the policy's logits [..., items + 1]."""
-    return head(query) @ scoring.item_vectors.T + scoring.item_bias + head.item_bias[...]
+def supervised_logits(query: jax.Array, recent: jax.Array, scoring: Scoring) -> jax.Array:
+    """query [batch, width], recent [batch, RECENT] int32 -> [batch, items + 1]."""
+    of_neighbours = neighbour_scores(scoring.neighbour_item, scoring.neighbour_weight, recent)
+    return query @ scoring.item_vectors.T + scoring.item_bias + of_neighbours
+
+
+def policy_logits(head: PolicyHead, query: jax.Array, recent: jax.Array, scoring: Scoring) -> jax.Array:
+    """Supervised query [batch, width], recent [batch, RECENT] int32 -> the policy's logits [batch, items + 1]."""
+    return supervised_logits(head(query), recent, scoring) + head.item_bias[...]
 
 
 def returns(rewards: jax.Array) -> jax.Array:
@@ -138,13 +150,13 @@ def make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig) -> Update
     ) -> tuple[Learner, dict[str, jax.Array]]:
         row_key, slate_key = jax.random.split(jax.random.fold_in(key, learner.step))
         rows = jax.random.randint(row_key, (config.batch_size,), 0, len(states.target))
-        query, exclude = jnp.asarray(states.query)[rows], states.histories(rows)
+        query, recent, exclude = jnp.asarray(states.query)[rows], states.recent(rows), states.histories(rows)
         target, target_rating = jnp.asarray(states.target)[rows], jnp.asarray(states.target_rating)[rows]
-        reference = exclude_items(supervised_logits(query, scoring), exclude)
+        reference = exclude_items(supervised_logits(query, recent, scoring), exclude)
 
         def loss_of(trained: tuple[Any, Baseline]) -> tuple[jax.Array, dict[str, jax.Array]]:
             params, baseline = trained
-            logits = exclude_items(policy_logits(nnx.merge(graphdef, params), query, scoring), exclude)
+            logits = exclude_items(policy_logits(nnx.merge(graphdef, params), query, recent, scoring), exclude)
             slates = jax.lax.stop_gradient(sample_slates(slate_key, logits, config.slate_size))
             where = recommendable(jnp.take_along_axis(logits, slates, axis=-1))
             terms = reward_terms(slates, target, target_rating, scoring.tables)

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jaxrec.batches import training_windows
+from jaxrec.models.cooccurrence import recent_items
 from jaxrec.models.features import Array, Events
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.prepare import PreparedData
@@ -32,6 +33,11 @@ class States(NamedTuple):
     window: Array
     seen: Array
     windows: Array
+
+    def recent(self, rows: jax.Array) -> jax.Array:
+        """[rows, RECENT] int32: the last items of the given states' histories, the last one first, 0 = padding."""
+        windows = jnp.asarray(self.windows)[jnp.asarray(self.window)[rows]]
+        return recent_items(windows, jnp.asarray(self.seen)[rows])
 
     def histories(self, rows: jax.Array) -> jax.Array:
         """[rows, length] int32: the items of the given states' histories, 0 = padding."""

@@ -12,7 +12,7 @@ from jaxrec.config import RLConfig
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.prepare import PreparedData
 from jaxrec.rl.judge import case_states, decide, make_judge
-from jaxrec.rl.reinforce import Scoring, make_updates, new_learner
+from jaxrec.rl.reinforce import Scoring, frozen_scoring, make_updates, new_learner
 from jaxrec.rl.rewards import RewardTables, genre_directions, shrunk_item_ratings
 from jaxrec.rl.states import training_states
 from jaxrec.schema import DataError
@@ -87,7 +87,7 @@ def _scoring(hybrid: Hybrid, data: PreparedData) -> Scoring:
     rows = data.split.train_rows(data.histories)
     item_ratings = shrunk_item_ratings(data.histories.items[rows], data.unit_ratings()[rows], len(data.catalog))
     tables = RewardTables(jnp.asarray(genre_directions(data.catalog.genre_matrix())), jnp.asarray(item_ratings))
-    return Scoring(hybrid.item_vectors(), hybrid.item_bias(), tables)
+    return frozen_scoring(hybrid, tables)
 
 
 def _means(metrics: dict[str, np.ndarray], start: int) -> dict[str, float]:

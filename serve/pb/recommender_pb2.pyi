@@ -83,6 +83,8 @@ Global___History: _TypeAlias = History  # noqa: Y015
 
 @_typing.final
 class RecommendRequest(_message.Message):
+    """A question for the best next items."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_ID_FIELD_NUMBER: _builtins.int
@@ -143,12 +145,16 @@ Global___RecommendRequest: _TypeAlias = RecommendRequest  # noqa: Y015
 
 @_typing.final
 class RecommendResponse(_message.Message):
+    """The answer to one RecommendRequest."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RECOMMENDATIONS_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     IGNORED_EVENT_COUNT_FIELD_NUMBER: _builtins.int
+    RECOMMENDATION_ID_FIELD_NUMBER: _builtins.int
+    LOG_PROPENSITY_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """Version of the model that answered."""
     policy: _builtins.str
@@ -157,6 +163,16 @@ class RecommendResponse(_message.Message):
     """
     ignored_event_count: _builtins.int
     """Events of the history that were left out since the model does not know the item."""
+    recommendation_id: _builtins.str
+    """Names this answer: 32 hexadecimal digits. What the user does with it is recorded
+    with `UserEvent.recommendation_id`. Never empty.
+    """
+    log_propensity: _builtins.float
+    """Natural logarithm of the probability with which the policy shows exactly these
+    items in this order: the propensity of the slate. 0: always, since the policy is
+    deterministic, as it is unless the server was told to explore. Else the sum of
+    `Recommendation.log_propensity`, below 0.
+    """
     @_builtins.property
     def recommendations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Recommendation]:
         """Best first. Fewer than `k` when not so many items are left."""
@@ -168,10 +184,12 @@ class RecommendResponse(_message.Message):
         model_version: _builtins.str = ...,
         policy: _builtins.str = ...,
         ignored_event_count: _builtins.int = ...,
+        recommendation_id: _builtins.str = ...,
+        log_propensity: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ignored_event_count", b"ignored_event_count", "model_version", b"model_version", "policy", b"policy", "recommendations", b"recommendations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ignored_event_count", b"ignored_event_count", "log_propensity", b"log_propensity", "model_version", b"model_version", "policy", b"policy", "recommendation_id", b"recommendation_id", "recommendations", b"recommendations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -179,6 +197,8 @@ Global___RecommendResponse: _TypeAlias = RecommendResponse  # noqa: Y015
 
 @_typing.final
 class Recommendation(_message.Message):
+    """One recommended item."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ITEM_ID_FIELD_NUMBER: _builtins.int
@@ -186,12 +206,18 @@ class Recommendation(_message.Message):
     GENRES_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     EXPLANATION_FIELD_NUMBER: _builtins.int
+    LOG_PROPENSITY_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
+    """Raw id of the item. Never empty."""
     title: _builtins.str
     """Empty: the training data had no title."""
     score: _builtins.float
     """Higher is better. A logit of the model; with the policy `popularity` the number
     of training events. Comparable within one answer only.
+    """
+    log_propensity: _builtins.float
+    """Natural logarithm of the probability with which the policy shows this item next,
+    given the items above it. 0: always, the policy is deterministic.
     """
     @_builtins.property
     def genres(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -209,19 +235,71 @@ class Recommendation(_message.Message):
         genres: _abc.Iterable[_builtins.str] | None = ...,
         score: _builtins.float = ...,
         explanation: Global___Explanation | None = ...,
+        log_propensity: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "genres", b"genres", "item_id", b"item_id", "score", b"score", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "genres", b"genres", "item_id", b"item_id", "log_propensity", b"log_propensity", "score", b"score", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Recommendation: _TypeAlias = Recommendation  # noqa: Y015
 
 @_typing.final
+class BatchRecommendRequest(_message.Message):
+    """Several questions at once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecommendRequest]:
+        """All are checked before any is answered: one bad request and none is answered.
+        Empty: nothing to do. At most 256, with at most 10,000 items (`k`) and 100,000
+        events of histories in all.
+        """
+
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___RecommendRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchRecommendRequest: _TypeAlias = BatchRecommendRequest  # noqa: Y015
+
+@_typing.final
+class BatchRecommendResponse(_message.Message):
+    """The answers to one BatchRecommendRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONSES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def responses(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecommendResponse]:
+        """One for each request, in the order of the requests."""
+
+    def __init__(
+        self,
+        *,
+        responses: _abc.Iterable[Global___RecommendResponse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["responses", b"responses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchRecommendResponse: _TypeAlias = BatchRecommendResponse  # noqa: Y015
+
+@_typing.final
 class Explanation(_message.Message):
-    """Why an item was recommended, as far as a comparison with the history tells. It
-    compares item vectors and does not look into the network.
+    """Why an item was recommended: the past events without which the model would have
+    given it a lower score.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -233,8 +311,8 @@ class Explanation(_message.Message):
     """The same as a sentence in English. Never empty."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainingEvent]:
-        """The events that speak most for the item, strongest first, at most 3. Empty with
-        the policy `popularity`, and when no event resembles the item.
+        """The events that speak most for the item, strongest first, at most 3 of the last 16.
+        Empty with the policy `popularity`, and when no event speaks for the item.
         """
 
     @_builtins.property
@@ -258,19 +336,34 @@ Global___Explanation: _TypeAlias = Explanation  # noqa: Y015
 
 @_typing.final
 class ExplainingEvent(_message.Message):
+    """A past event that speaks for a recommended item."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ITEM_ID_FIELD_NUMBER: _builtins.int
     TITLE_FIELD_NUMBER: _builtins.int
     RATING_FIELD_NUMBER: _builtins.int
     SIMILARITY_FIELD_NUMBER: _builtins.int
+    INFLUENCE_FIELD_NUMBER: _builtins.int
+    SHARED_GENRES_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
+    """Raw id of the event's item. Never empty."""
     title: _builtins.str
     """Empty: the training data had no title."""
     rating: _builtins.float
     """As it was given with the event. Absent: the event had no rating."""
     similarity: _builtins.float
-    """Cosine of the two item vectors, above 0 and up to 1 (the same direction)."""
+    """Cosine of the two item vectors, -1 to 1 (the same direction)."""
+    influence: _builtins.float
+    """By how much the item's score would be lower if this event had not happened, above
+    0, in the unit of `Recommendation.score`: the model itself answered once more
+    without the event. Absent: it was not asked, because the event is the only one of
+    the history, and `similarity` alone speaks.
+    """
+    @_builtins.property
+    def shared_genres(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Genres of the recommended item that this event's item has too, sorted. Empty: none."""
+
     def __init__(
         self,
         *,
@@ -278,13 +371,20 @@ class ExplainingEvent(_message.Message):
         title: _builtins.str = ...,
         rating: _builtins.float | None = ...,
         similarity: _builtins.float = ...,
+        influence: _builtins.float | None = ...,
+        shared_genres: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "rating", b"rating"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_influence", b"_influence", "_rating", b"_rating", "influence", b"influence", "rating", b"rating"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "item_id", b"item_id", "rating", b"rating", "similarity", b"similarity", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_influence", b"_influence", "_rating", b"_rating", "influence", b"influence", "item_id", b"item_id", "rating", b"rating", "shared_genres", b"shared_genres", "similarity", b"similarity", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__influence: _TypeAlias = _typing.Literal["influence"]  # noqa: Y015
+    _WhichOneofArgType__influence: _TypeAlias = _typing.Literal["_influence", b"_influence"]  # noqa: Y015
     _WhichOneofReturnType__rating: _TypeAlias = _typing.Literal["rating"]  # noqa: Y015
     _WhichOneofArgType__rating: _TypeAlias = _typing.Literal["_rating", b"_rating"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__influence) -> _WhichOneofReturnType__influence | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rating) -> _WhichOneofReturnType__rating | None: ...
 
 Global___ExplainingEvent: _TypeAlias = ExplainingEvent  # noqa: Y015
@@ -300,6 +400,7 @@ class UserEvent(_message.Message):
     ITEM_ID_FIELD_NUMBER: _builtins.int
     RATING_FIELD_NUMBER: _builtins.int
     TIMESTAMP_FIELD_NUMBER: _builtins.int
+    RECOMMENDATION_ID_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """Required, chosen by the client and unique among all events of all users. A second
     event with the same id is not stored, whatever it contains.
@@ -312,6 +413,10 @@ class UserEvent(_message.Message):
     """On the rating scale of the model, both ends included. Absent: no rating."""
     timestamp: _builtins.int
     """When it happened, in seconds. 0 is 1970-01-01T00:00Z, not "unknown"."""
+    recommendation_id: _builtins.str
+    """`RecommendResponse.recommendation_id` of the answer that led to this event. Kept
+    as it is, for learning from what was shown. Empty: none did, or it is not known.
+    """
     def __init__(
         self,
         *,
@@ -320,10 +425,11 @@ class UserEvent(_message.Message):
         item_id: _builtins.str = ...,
         rating: _builtins.float | None = ...,
         timestamp: _builtins.int = ...,
+        recommendation_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "rating", b"rating"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "event_id", b"event_id", "item_id", b"item_id", "rating", b"rating", "timestamp", b"timestamp", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "event_id", b"event_id", "item_id", b"item_id", "rating", b"rating", "recommendation_id", b"recommendation_id", "timestamp", b"timestamp", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rating: _TypeAlias = _typing.Literal["rating"]  # noqa: Y015
     _WhichOneofArgType__rating: _TypeAlias = _typing.Literal["_rating", b"_rating"]  # noqa: Y015
@@ -333,6 +439,8 @@ Global___UserEvent: _TypeAlias = UserEvent  # noqa: Y015
 
 @_typing.final
 class RecordEventsRequest(_message.Message):
+    """Events to store."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     EVENTS_FIELD_NUMBER: _builtins.int
@@ -387,6 +495,8 @@ Global___RecordEventsResponse: _TypeAlias = RecordEventsResponse  # noqa: Y015
 
 @_typing.final
 class GetUserProfileRequest(_message.Message):
+    """A question for what is stored of a user."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_ID_FIELD_NUMBER: _builtins.int
@@ -411,6 +521,8 @@ Global___GetUserProfileRequest: _TypeAlias = GetUserProfileRequest  # noqa: Y015
 
 @_typing.final
 class GetUserProfileResponse(_message.Message):
+    """What is stored of a user."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     WATCH_LIST_FIELD_NUMBER: _builtins.int
@@ -449,6 +561,8 @@ Global___GetUserProfileResponse: _TypeAlias = GetUserProfileResponse  # noqa: Y0
 
 @_typing.final
 class WatchedItem(_message.Message):
+    """One event of a user's watch list."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ITEM_ID_FIELD_NUMBER: _builtins.int
@@ -457,6 +571,7 @@ class WatchedItem(_message.Message):
     RATING_FIELD_NUMBER: _builtins.int
     TIMESTAMP_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
+    """Raw id of the item, as it was recorded. Never empty."""
     title: _builtins.str
     """Empty: no title is known, or the model does not know the item."""
     rating: _builtins.float
@@ -488,6 +603,8 @@ Global___WatchedItem: _TypeAlias = WatchedItem  # noqa: Y015
 
 @_typing.final
 class GenrePreference(_message.Message):
+    """How much of a user's history is of one genre."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     GENRE_FIELD_NUMBER: _builtins.int
@@ -495,6 +612,7 @@ class GenrePreference(_message.Message):
     MEAN_RATING_FIELD_NUMBER: _builtins.int
     RECENCY_WEIGHTED_SHARE_FIELD_NUMBER: _builtins.int
     genre: _builtins.str
+    """Name of the genre, as in the catalogue. Never empty."""
     share: _builtins.float
     """Share of the user's events whose item has this genre, 0 to 1. An item has several
     genres, so the shares of all genres can add up to more than 1.
@@ -524,7 +642,57 @@ class GenrePreference(_message.Message):
 Global___GenrePreference: _TypeAlias = GenrePreference  # noqa: Y015
 
 @_typing.final
+class DeleteUserRequest(_message.Message):
+    """Whom to forget."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Required."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteUserRequest: _TypeAlias = DeleteUserRequest  # noqa: Y015
+
+@_typing.final
+class DeleteUserResponse(_message.Message):
+    """What was forgotten. When it arrives, the removal is on disk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELETED_EVENT_COUNT_FIELD_NUMBER: _builtins.int
+    DELETED_RECOMMENDATION_COUNT_FIELD_NUMBER: _builtins.int
+    deleted_event_count: _builtins.int
+    """Events that were removed. 0: no event of the user was stored."""
+    deleted_recommendation_count: _builtins.int
+    """Logged recommendations to the user that were removed. 0: none was logged."""
+    def __init__(
+        self,
+        *,
+        deleted_event_count: _builtins.int = ...,
+        deleted_recommendation_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted_event_count", b"deleted_event_count", "deleted_recommendation_count", b"deleted_recommendation_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteUserResponse: _TypeAlias = DeleteUserResponse  # noqa: Y015
+
+@_typing.final
 class SimilarItemsRequest(_message.Message):
+    """A question for the neighbours of an item."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ITEM_ID_FIELD_NUMBER: _builtins.int
@@ -549,6 +717,8 @@ Global___SimilarItemsRequest: _TypeAlias = SimilarItemsRequest  # noqa: Y015
 
 @_typing.final
 class SimilarItemsResponse(_message.Message):
+    """The neighbours of an item."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ITEMS_FIELD_NUMBER: _builtins.int
@@ -575,6 +745,8 @@ Global___SimilarItemsResponse: _TypeAlias = SimilarItemsResponse  # noqa: Y015
 
 @_typing.final
 class SimilarItem(_message.Message):
+    """One neighbour of an item."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ITEM_ID_FIELD_NUMBER: _builtins.int
@@ -582,6 +754,7 @@ class SimilarItem(_message.Message):
     GENRES_FIELD_NUMBER: _builtins.int
     SIMILARITY_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
+    """Raw id of the neighbour. Never empty."""
     title: _builtins.str
     """Empty: the training data had no title."""
     similarity: _builtins.float
@@ -608,14 +781,23 @@ Global___SimilarItem: _TypeAlias = SimilarItem  # noqa: Y015
 
 @_typing.final
 class GetModelInfoRequest(_message.Message):
+    """A question for the model that answers."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    model_version: _builtins.str
+    """Which version. Empty: the one that answers most requests. A version that is not
+    loaded is NOT_FOUND.
+    """
     def __init__(
         self,
+        *,
+        model_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_version", b"model_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -623,6 +805,8 @@ Global___GetModelInfoRequest: _TypeAlias = GetModelInfoRequest  # noqa: Y015
 
 @_typing.final
 class GetModelInfoResponse(_message.Message):
+    """One loaded model and its limits."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
@@ -634,6 +818,7 @@ class GetModelInfoResponse(_message.Message):
     EXECUTION_PROVIDER_FIELD_NUMBER: _builtins.int
     MAX_HISTORY_FIELD_NUMBER: _builtins.int
     MAX_K_FIELD_NUMBER: _builtins.int
+    EXPLORATION_TEMPERATURE_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """Starts with the time of the export, so later models sort later."""
     policy: _builtins.str
@@ -650,6 +835,12 @@ class GetModelInfoResponse(_message.Message):
     """Of a longer history the model sees this many of the last events."""
     max_k: _builtins.int
     """Largest `k` and `limit` that a request may ask for."""
+    exploration_temperature: _builtins.float
+    """Temperature of the exploration: the items of an answer are drawn from the best 100,
+    or from as many as are asked for if that is more, without replacement, in
+    proportion to exp(score / temperature). 0: no exploration, the same question gets
+    the same answer.
+    """
     @_builtins.property
     def rating_scale(self) -> Global___RatingScale:
         """Absent: the training data had no ratings, and the model ignores them."""
@@ -670,10 +861,11 @@ class GetModelInfoResponse(_message.Message):
         execution_provider: _builtins.str = ...,
         max_history: _builtins.int = ...,
         max_k: _builtins.int = ...,
+        exploration_temperature: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rating_scale", b"rating_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "execution_provider", b"execution_provider", "genres", b"genres", "item_count", b"item_count", "max_history", b"max_history", "max_k", b"max_k", "model_version", b"model_version", "policy", b"policy", "rating_scale", b"rating_scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "max_history", b"max_history", "max_k", b"max_k", "model_version", b"model_version", "policy", b"policy", "rating_scale", b"rating_scale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -681,13 +873,16 @@ Global___GetModelInfoResponse: _TypeAlias = GetModelInfoResponse  # noqa: Y015
 
 @_typing.final
 class RatingScale(_message.Message):
+    """Range of the ratings that the model was trained on."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MINIMUM_FIELD_NUMBER: _builtins.int
     MAXIMUM_FIELD_NUMBER: _builtins.int
     minimum: _builtins.float
-    """Both ends are valid ratings."""
+    """Lowest rating, itself valid."""
     maximum: _builtins.float
+    """Highest rating, itself valid, above `minimum`."""
     def __init__(
         self,
         *,

@@ -30,8 +30,11 @@ class RecommenderStub:
 
     Conventions: ids are the raw ids of the training data as text, 1 to 256
     characters. Times are whole seconds since 1970-01-01T00:00Z and not negative.
-    A request that breaks a rule stated here fails with INVALID_ARGUMENT, and the
-    message names the field, for example `history.events[3].rating`.
+    A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
+    names the field, for example `history.events[3].rating`, and so does the detail
+    `google.rpc.BadRequest`. A server with more waiting requests than it can answer
+    fails with RESOURCE_EXHAUSTED at once, and the detail `google.rpc.RetryInfo` says
+    when to come again.
     """
 
     def __init__(self, channel):
@@ -45,6 +48,11 @@ class RecommenderStub:
                 request_serializer=serve_dot_pb_dot_recommender__pb2.RecommendRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_recommender__pb2.RecommendResponse.FromString,
                 _registered_method=True)
+        self.BatchRecommend = channel.unary_unary(
+                '/jaxrec.v1.Recommender/BatchRecommend',
+                request_serializer=serve_dot_pb_dot_recommender__pb2.BatchRecommendRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_recommender__pb2.BatchRecommendResponse.FromString,
+                _registered_method=True)
         self.RecordEvents = channel.unary_unary(
                 '/jaxrec.v1.Recommender/RecordEvents',
                 request_serializer=serve_dot_pb_dot_recommender__pb2.RecordEventsRequest.SerializeToString,
@@ -54,6 +62,11 @@ class RecommenderStub:
                 '/jaxrec.v1.Recommender/GetUserProfile',
                 request_serializer=serve_dot_pb_dot_recommender__pb2.GetUserProfileRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_recommender__pb2.GetUserProfileResponse.FromString,
+                _registered_method=True)
+        self.DeleteUser = channel.unary_unary(
+                '/jaxrec.v1.Recommender/DeleteUser',
+                request_serializer=serve_dot_pb_dot_recommender__pb2.DeleteUserRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_recommender__pb2.DeleteUserResponse.FromString,
                 _registered_method=True)
         self.SimilarItems = channel.unary_unary(
                 '/jaxrec.v1.Recommender/SimilarItems',
@@ -72,13 +85,23 @@ class RecommenderServicer:
 
     Conventions: ids are the raw ids of the training data as text, 1 to 256
     characters. Times are whole seconds since 1970-01-01T00:00Z and not negative.
-    A request that breaks a rule stated here fails with INVALID_ARGUMENT, and the
-    message names the field, for example `history.events[3].rating`.
+    A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
+    names the field, for example `history.events[3].rating`, and so does the detail
+    `google.rpc.BadRequest`. A server with more waiting requests than it can answer
+    fails with RESOURCE_EXHAUSTED at once, and the detail `google.rpc.RetryInfo` says
+    when to come again.
     """
 
     def Recommend(self, request, context):
         """The best next items for a history that is sent along, or for the stored
         history of a user.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BatchRecommend(self, request, context):
+        """As Recommend, for several at once, in fewer runs of the model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,6 +118,13 @@ class RecommenderServicer:
     def GetUserProfile(self, request, context):
         """What a stored user watched and which genres the user prefers. A user without
         events is NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteUser(self, request, context):
+        """Forgets a user: the events, and what was recommended to the user. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +153,11 @@ def add_RecommenderServicer_to_server(servicer, server):
                     request_deserializer=serve_dot_pb_dot_recommender__pb2.RecommendRequest.FromString,
                     response_serializer=serve_dot_pb_dot_recommender__pb2.RecommendResponse.SerializeToString,
             ),
+            'BatchRecommend': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchRecommend,
+                    request_deserializer=serve_dot_pb_dot_recommender__pb2.BatchRecommendRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_recommender__pb2.BatchRecommendResponse.SerializeToString,
+            ),
             'RecordEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.RecordEvents,
                     request_deserializer=serve_dot_pb_dot_recommender__pb2.RecordEventsRequest.FromString,
@@ -132,6 +167,11 @@ def add_RecommenderServicer_to_server(servicer, server):
                     servicer.GetUserProfile,
                     request_deserializer=serve_dot_pb_dot_recommender__pb2.GetUserProfileRequest.FromString,
                     response_serializer=serve_dot_pb_dot_recommender__pb2.GetUserProfileResponse.SerializeToString,
+            ),
+            'DeleteUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteUser,
+                    request_deserializer=serve_dot_pb_dot_recommender__pb2.DeleteUserRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_recommender__pb2.DeleteUserResponse.SerializeToString,
             ),
             'SimilarItems': grpc.unary_unary_rpc_method_handler(
                     servicer.SimilarItems,
@@ -156,8 +196,11 @@ class Recommender:
 
     Conventions: ids are the raw ids of the training data as text, 1 to 256
     characters. Times are whole seconds since 1970-01-01T00:00Z and not negative.
-    A request that breaks a rule stated here fails with INVALID_ARGUMENT, and the
-    message names the field, for example `history.events[3].rating`.
+    A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
+    names the field, for example `history.events[3].rating`, and so does the detail
+    `google.rpc.BadRequest`. A server with more waiting requests than it can answer
+    fails with RESOURCE_EXHAUSTED at once, and the detail `google.rpc.RetryInfo` says
+    when to come again.
     """
 
     @staticmethod
@@ -177,6 +220,33 @@ class Recommender:
             '/jaxrec.v1.Recommender/Recommend',
             serve_dot_pb_dot_recommender__pb2.RecommendRequest.SerializeToString,
             serve_dot_pb_dot_recommender__pb2.RecommendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchRecommend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxrec.v1.Recommender/BatchRecommend',
+            serve_dot_pb_dot_recommender__pb2.BatchRecommendRequest.SerializeToString,
+            serve_dot_pb_dot_recommender__pb2.BatchRecommendResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -231,6 +301,33 @@ class Recommender:
             '/jaxrec.v1.Recommender/GetUserProfile',
             serve_dot_pb_dot_recommender__pb2.GetUserProfileRequest.SerializeToString,
             serve_dot_pb_dot_recommender__pb2.GetUserProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxrec.v1.Recommender/DeleteUser',
+            serve_dot_pb_dot_recommender__pb2.DeleteUserRequest.SerializeToString,
+            serve_dot_pb_dot_recommender__pb2.DeleteUserResponse.FromString,
             options,
             channel_credentials,
             insecure,

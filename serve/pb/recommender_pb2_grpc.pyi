@@ -31,8 +31,11 @@ class RecommenderStub:
 
     Conventions: ids are the raw ids of the training data as text, 1 to 256
     characters. Times are whole seconds since 1970-01-01T00:00Z and not negative.
-    A request that breaks a rule stated here fails with INVALID_ARGUMENT, and the
-    message names the field, for example `history.events[3].rating`.
+    A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
+    names the field, for example `history.events[3].rating`, and so does the detail
+    `google.rpc.BadRequest`. A server with more waiting requests than it can answer
+    fails with RESOURCE_EXHAUSTED at once, and the detail `google.rpc.RetryInfo` says
+    when to come again.
     """
 
     @_typing.overload
@@ -43,6 +46,8 @@ class RecommenderStub:
     """The best next items for a history that is sent along, or for the stored
     history of a user.
     """
+    BatchRecommend: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.BatchRecommendRequest, _recommender_pb2.BatchRecommendResponse]
+    """As Recommend, for several at once, in fewer runs of the model."""
     RecordEvents: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.RecordEventsRequest, _recommender_pb2.RecordEventsResponse]
     """Adds events to the stored histories. When the answer arrives the events are
     on disk. Safe to repeat: an event id counts once, whoever sends it again.
@@ -51,6 +56,8 @@ class RecommenderStub:
     """What a stored user watched and which genres the user prefers. A user without
     events is NOT_FOUND.
     """
+    DeleteUser: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.DeleteUserRequest, _recommender_pb2.DeleteUserResponse]
+    """Forgets a user: the events, and what was recommended to the user. Safe to repeat."""
     SimilarItems: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.SimilarItemsRequest, _recommender_pb2.SimilarItemsResponse]
     """The items whose learned vectors are nearest to one item's. An item that the
     model does not know is NOT_FOUND.
@@ -64,8 +71,11 @@ class RecommenderAsyncStub(RecommenderStub):
 
     Conventions: ids are the raw ids of the training data as text, 1 to 256
     characters. Times are whole seconds since 1970-01-01T00:00Z and not negative.
-    A request that breaks a rule stated here fails with INVALID_ARGUMENT, and the
-    message names the field, for example `history.events[3].rating`.
+    A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
+    names the field, for example `history.events[3].rating`, and so does the detail
+    `google.rpc.BadRequest`. A server with more waiting requests than it can answer
+    fails with RESOURCE_EXHAUSTED at once, and the detail `google.rpc.RetryInfo` says
+    when to come again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -73,6 +83,8 @@ class RecommenderAsyncStub(RecommenderStub):
     """The best next items for a history that is sent along, or for the stored
     history of a user.
     """
+    BatchRecommend: _aio.UnaryUnaryMultiCallable[_recommender_pb2.BatchRecommendRequest, _recommender_pb2.BatchRecommendResponse]  # type: ignore[assignment]
+    """As Recommend, for several at once, in fewer runs of the model."""
     RecordEvents: _aio.UnaryUnaryMultiCallable[_recommender_pb2.RecordEventsRequest, _recommender_pb2.RecordEventsResponse]  # type: ignore[assignment]
     """Adds events to the stored histories. When the answer arrives the events are
     on disk. Safe to repeat: an event id counts once, whoever sends it again.
@@ -81,6 +93,8 @@ class RecommenderAsyncStub(RecommenderStub):
     """What a stored user watched and which genres the user prefers. A user without
     events is NOT_FOUND.
     """
+    DeleteUser: _aio.UnaryUnaryMultiCallable[_recommender_pb2.DeleteUserRequest, _recommender_pb2.DeleteUserResponse]  # type: ignore[assignment]
+    """Forgets a user: the events, and what was recommended to the user. Safe to repeat."""
     SimilarItems: _aio.UnaryUnaryMultiCallable[_recommender_pb2.SimilarItemsRequest, _recommender_pb2.SimilarItemsResponse]  # type: ignore[assignment]
     """The items whose learned vectors are nearest to one item's. An item that the
     model does not know is NOT_FOUND.
@@ -93,8 +107,11 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
 
     Conventions: ids are the raw ids of the training data as text, 1 to 256
     characters. Times are whole seconds since 1970-01-01T00:00Z and not negative.
-    A request that breaks a rule stated here fails with INVALID_ARGUMENT, and the
-    message names the field, for example `history.events[3].rating`.
+    A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
+    names the field, for example `history.events[3].rating`, and so does the detail
+    `google.rpc.BadRequest`. A server with more waiting requests than it can answer
+    fails with RESOURCE_EXHAUSTED at once, and the detail `google.rpc.RetryInfo` says
+    when to come again.
     """
 
     @_abc_1.abstractmethod
@@ -106,6 +123,14 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
         """The best next items for a history that is sent along, or for the stored
         history of a user.
         """
+
+    @_abc_1.abstractmethod
+    def BatchRecommend(
+        self,
+        request: _recommender_pb2.BatchRecommendRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommender_pb2.BatchRecommendResponse, _abc.Awaitable[_recommender_pb2.BatchRecommendResponse]]:
+        """As Recommend, for several at once, in fewer runs of the model."""
 
     @_abc_1.abstractmethod
     def RecordEvents(
@@ -126,6 +151,14 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
         """What a stored user watched and which genres the user prefers. A user without
         events is NOT_FOUND.
         """
+
+    @_abc_1.abstractmethod
+    def DeleteUser(
+        self,
+        request: _recommender_pb2.DeleteUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommender_pb2.DeleteUserResponse, _abc.Awaitable[_recommender_pb2.DeleteUserResponse]]:
+        """Forgets a user: the events, and what was recommended to the user. Safe to repeat."""
 
     @_abc_1.abstractmethod
     def SimilarItems(

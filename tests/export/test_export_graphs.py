@@ -14,6 +14,7 @@ from jaxrec.export.convert import sequence_graph, step_graph
 from jaxrec.export.errors import ExportError
 from jaxrec.export.parity import check_parity, make_probe
 from jaxrec.export.weights import LSTMWeights, Weights, extract_weights
+from jaxrec.models.cooccurrence import RECENT
 from jaxrec.models.hybrid import Hybrid
 
 PROBE = make_probe(item_count=60, max_history=50, seed=3)
@@ -32,7 +33,7 @@ def test_the_item_matrix_is_stored_once(exported) -> None:
     for graph in (exported.sequence_bytes, exported.step_bytes):
         model = onnx.load_from_string(graph)
         large = [array.name for array in model.graph.initializer if 61 in array.dims]
-        assert sorted(large) == ["item_bias", "item_vectors"]
+        assert sorted(large) == ["item_bias", "item_vectors", "neighbour_item", "neighbour_weight"]
 
 
 def test_excluded_items_are_never_answered(exported) -> None:
@@ -75,7 +76,7 @@ def test_types_and_shapes_follow_the_inputs(exported) -> None:
         )
         found = {name: (array.dtype.name, array.shape) for name, array in answer.items()}
         assert found == {
-            "state": ("float32", (batch, 64)),
+            "state": ("float32", (batch, 64 + RECENT)),
             "items": ("int32", (batch, k)),
             "scores": ("float32", (batch, k)),
         }
@@ -119,8 +120,11 @@ def one_unit_weights(gates: tuple[list[float], list[float]]) -> Weights:
         lstm=lstm(gates[0]),
         content=lstm(gates[1]),
         request_scale=np.ones((32, 2), np.float32),
+        request_shift=np.zeros((32, 2), np.float32),
         projection=np.eye(2, dtype=np.float32),
         projection_bias=zeros,
+        neighbour_item=np.zeros((2, 1), np.int32),
+        neighbour_weight=np.zeros((2, 1), np.float32),
         policy=None,
     )
 
@@ -134,7 +138,8 @@ def test_gate_order_by_hand() -> None:
         )
     )
     session = onnxruntime.InferenceSession(step_graph(weights), providers=["CPUExecutionProvider"])
-    state = np.array([[0.3, 0.9, 0.0, 0.5]], np.float32)  # h, c of the LSTM; h, c of the content model
+    nothing = [0.0] * RECENT
+    state = np.array([[0.3, 0.9, 0.0, 0.5, *nothing]], np.float32)  # h, c of the LSTM; h, c of the content model
     inputs = {
         "state": state,
         "item": np.array([1], np.int32),
@@ -155,7 +160,8 @@ def test_gate_order_by_hand() -> None:
     h_lstm = sigmoid(o) * math.tanh(c_lstm)
     c_content = sigmoid(2) * 0.5 + sigmoid(1) * math.tanh(3)
     h_content = sigmoid(4) * math.tanh(c_content)
-    np.testing.assert_allclose(next_state, [[h_lstm, c_lstm, h_content, c_content]], atol=1e-6)
+    expected = [h_lstm, c_lstm, h_content, c_content, 1.0, *nothing[1:]]  # item 1 is the most recent one
+    np.testing.assert_allclose(next_state, [expected], atol=1e-6)
     np.testing.assert_allclose(scores, [[2 * h_lstm + 3 * h_content]], atol=1e-6)
 
 

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxrec.export.parity import Probe, make_probe
+from jaxrec.models.cooccurrence import RECENT, RECENT_DECAY
 from jaxrec.models.features import Events
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
@@ -62,7 +63,8 @@ def reference_encode(
 def reference_query(model: TimeRatingAwareLSTM, h: np.ndarray, request_gap: float) -> np.ndarray:
     vector = array(model.request_gap.table)[bucket(request_gap)]
     scale = 1 + vector @ array(model.request_scale.kernel) + array(model.request_scale.bias)
-    return (h * scale) @ array(model.projection.kernel) + array(model.projection.bias)
+    shift = vector @ array(model.request_shift.kernel) + array(model.request_shift.bias)
+    return (h * scale + shift) @ array(model.projection.kernel) + array(model.projection.bias)
 
 
 def reference(hybrid: Hybrid, history: Probe) -> tuple[np.ndarray, np.ndarray]:
@@ -82,8 +84,14 @@ def reference(hybrid: Hybrid, history: Probe) -> tuple[np.ndarray, np.ndarray]:
         query = query + inner @ array(policy.outer.kernel) + array(policy.outer.bias)
         bias = bias + array(policy.item_bias)
     logits = np.concatenate(vectors, axis=1) @ query + bias
+    recent = history.item[0][::-1][:RECENT]
+    items = np.asarray(hybrid.cooccurrence.neighbour_item[...])
+    weights = array(hybrid.cooccurrence.neighbour_weight)
+    for age, item in enumerate(recent):
+        for neighbour, weight in zip(items[item], weights[item], strict=True):
+            logits[neighbour] += float(hybrid.cooccurrence_weight[...]) * RECENT_DECAY**age * weight
     logits[0] = NEVER
-    return logits, np.concatenate(state)
+    return logits, np.concatenate([*state, np.pad(recent, (0, RECENT - len(recent)))])
 
 
 @pytest.fixture(scope="module")

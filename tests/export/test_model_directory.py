@@ -16,6 +16,7 @@ from jaxrec.baselines import decayed_popularity
 from jaxrec.export import model_directory as model_directory_module
 from jaxrec.export.errors import ExportError
 from jaxrec.export.model_directory import export_model
+from jaxrec.models.cooccurrence import RECENT
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.prepare import PreparedData
 
@@ -59,7 +60,7 @@ def test_manifest_describes_the_graphs(manifest: dict) -> None:
     assert manifest["graphs"]["sequence"]["file"] == "sequence.onnx"
     assert manifest["graphs"]["step"]["file"] == "step.onnx"
     assert manifest["graphs"]["sequence"]["inputs"]["item"] == {"dtype": "int32", "shape": ["batch", "length"]}
-    assert manifest["graphs"]["sequence"]["outputs"]["state"] == {"dtype": "float32", "shape": ["batch", 64]}
+    assert manifest["graphs"]["sequence"]["outputs"]["state"] == {"dtype": "float32", "shape": ["batch", 64 + RECENT]}
     assert list(manifest["graphs"]["step"]["outputs"]) == ["next_state", "items", "scores"]
 
 

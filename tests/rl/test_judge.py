@@ -11,7 +11,7 @@ from jaxrec.evaluate import jit_scorer, rank_cases
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.prepare import PreparedData
 from jaxrec.rl.judge import Judged, case_states, decide, make_judge
-from jaxrec.rl.reinforce import Scoring, new_learner
+from jaxrec.rl.reinforce import frozen_scoring, new_learner
 from jaxrec.rl.rewards import RewardTables, discounts, genre_directions, reward_terms, total_reward
 
 MAX_LENGTH = 50
@@ -56,9 +56,9 @@ def test_judge_sees_what_the_recommender_does(
     weights, cases = RewardWeights(), small_data.split.validation
     item_ratings = np.linspace(0, 1, len(small_data.catalog) + 1, dtype=np.float32)
     tables = RewardTables(jnp.asarray(genre_directions(small_data.catalog.genre_matrix())), jnp.asarray(item_ratings))
-    recommender = hybrid if with_policy else Hybrid(hybrid.lstm, hybrid.content, float(hybrid.weight[...]))
-    frozen = Hybrid(hybrid.lstm, hybrid.content, float(hybrid.weight[...]))
-    scoring = Scoring(frozen.item_vectors(), frozen.item_bias(), tables)
+    supervised = hybrid.with_policy(None)
+    recommender = hybrid if with_policy else supervised
+    scoring = frozen_scoring(supervised, tables)
     graphdef, learner = new_learner(32, len(small_data.catalog), RLConfig(policy_width=8))
     head = nnx.to_pure_dict(nnx.state(hybrid.policy)) if with_policy else learner.head
     states = case_states(hybrid, small_data, cases, item_ratings)

@@ -27,7 +27,7 @@ from jaxrec.rl.policy_run import (
     rl_run,
 )
 from jaxrec.rl.train_policy import train_policy
-from jaxrec.runs import Run, open_run
+from jaxrec.runs import SCHEMA_VERSION, Run, open_run
 from jaxrec.schema import DataError
 from jaxrec.train import TrainingError
 
@@ -51,7 +51,7 @@ def trained(small_data: PreparedData, supervised: Hybrid, tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("rl")
     write_prepared(small_data, folder / "data")
     description = {
-        "schema_version": 2,
+        "schema_version": SCHEMA_VERSION,
         "data": str(folder / "data"),
         "data_sha256": sha256(folder / "data/prepared.json"),
         "data_version": 0,

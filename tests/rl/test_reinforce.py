@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxrec.config import RewardWeights, RLConfig
+from jaxrec.models.cooccurrence import RECENT
 from jaxrec.models.sequence import NEVER
 from jaxrec.rl.policy import sample_slates, slate_logprobs
 from jaxrec.rl.reinforce import (
@@ -137,7 +138,9 @@ def bandit_states(seed: int, shuffled: bool = False) -> States:
 def bandit_scoring() -> Scoring:
     vectors = jax.random.normal(jax.random.key(5), (CONTEXTS + 1, CONTEXTS))
     bias = jnp.zeros(CONTEXTS + 1).at[0].set(NEVER)
-    return Scoring(0.1 * vectors, bias, RewardTables(jnp.zeros((CONTEXTS + 1, 1)), jnp.full(CONTEXTS + 1, 0.5)))
+    nobody = jnp.zeros((CONTEXTS + 1, 1))
+    tables = RewardTables(jnp.zeros((CONTEXTS + 1, 1)), jnp.full(CONTEXTS + 1, 0.5))
+    return Scoring(0.1 * vectors, bias, nobody.astype(jnp.int32), nobody, tables)
 
 
 class Bandit:
@@ -159,7 +162,8 @@ class Bandit:
         head = nnx.merge(self._graphdef, self._learner.head)
         values = []
         for context in range(CONTEXTS):
-            logits = policy_logits(head, jnp.eye(CONTEXTS)[context], bandit_scoring())
+            nothing = jnp.zeros((1, RECENT), jnp.int32)
+            logits = policy_logits(head, jnp.eye(CONTEXTS)[context][None], nothing, bandit_scoring())[0]
             of_items = jnp.zeros(CONTEXTS + 1).at[1 + (context + np.arange(3)) % CONTEXTS].set(jnp.float32(SHARES))
             values.append(float(expected_reward(logits, of_items, 3)))
         return float(np.mean(values))

@@ -8,10 +8,11 @@ import pytest
 
 from serve.artifact import Artifact, read_artifact
 from serve.client import RecommenderClient
+from serve.loaded import one_model
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.recommender import Recommender
 from serve.server import create_server
-from serve.store import EventStore
+from serve.store import EventStore, open_store
 
 
 @pytest.fixture(scope="session")
@@ -26,13 +27,13 @@ def model(artifact: Artifact) -> Recommender:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[EventStore]:
-    with EventStore(tmp_path / "events.sqlite") as opened:
+    with open_store(tmp_path / "events.sqlite") as opened:
         yield opened
 
 
 @pytest.fixture
 def address(model: Recommender, store: EventStore) -> Iterator[str]:
-    server = create_server(model, store, "127.0.0.1:0")
+    server = create_server(one_model(model, store), store, "127.0.0.1:0")
     server.start()
     yield f"127.0.0.1:{server.port}"
     server.drain()

@@ -3,14 +3,12 @@
 import numpy as np
 import pytest
 
-from serve.artifact import RatingScale
 from serve.catalog import Catalog, parse_catalog
 from serve.client import Event, RecommenderClient
 from serve.explain import explain
 from serve.history import KnownEvent
 from serve.recommender import Recommender
 
-SCALE = RatingScale(1, 5)
 TARGET, SAME, CLOSE, ACROSS, OPPOSITE = 1, 2, 3, 4, 5
 VECTORS = np.array([[0, 0], [1, 0], [1, 0], [0.8, 0.6], [0, 1], [-1, 0]], np.float32)
 
@@ -27,34 +25,68 @@ def catalog() -> Catalog:
     )
 
 
-def test_strongest_events_first(catalog: Catalog) -> None:
-    # Weights: 1.0 * (2-1)/4 = 0.25 for the same, 0.8 * 0.5 (no rating) = 0.4 for the close; the others have cosines of
-    # 0 and below.
-    events = [
-        KnownEvent(SAME, 2.0, 0),
-        KnownEvent(CLOSE, None, 1),
-        KnownEvent(ACROSS, 5.0, 2),
-        KnownEvent(OPPOSITE, 5.0, 3),
-    ]
-    (explanation,) = explain(np.array([TARGET], np.int32), events, VECTORS, catalog, SCALE)
+def test_what_the_model_would_miss_most_comes_first(catalog: Catalog) -> None:
+    events = [KnownEvent(SAME, 2.0, 0), KnownEvent(CLOSE, None, 1), KnownEvent(ACROSS, 5.0, 2)]
+    # Without the last the score would be higher: it speaks against the item.
+    influences = np.array([[0.1, 0.4, -0.2]], np.float32)
+    (explanation,) = explain(np.array([TARGET], np.int32), events, influences, VECTORS, catalog)
     assert [reason.event for reason in explanation.events] == [events[1], events[0]]
+    assert [reason.influence for reason in explanation.events] == pytest.approx([0.4, 0.1])
     assert [reason.similarity for reason in explanation.events] == pytest.approx([0.8, 1.0])
+    assert [reason.shared_genres for reason in explanation.events] == [("War",), ("Drama",)]
     assert explanation.shared_genres == ("Drama", "War")
     assert explanation.text == "Because of c, Same (rated 2); shared genres: Drama, War"
 
 
-def test_a_disliked_film_is_no_reason_and_the_last_rating_counts(catalog: Catalog) -> None:
-    events = [KnownEvent(SAME, 5.0, 0), KnownEvent(SAME, 1.0, 1)]
-    (explanation,) = explain(np.array([TARGET], np.int32), events, VECTORS, catalog, SCALE)
+def test_of_several_events_on_one_item_the_strongest_counts_and_at_most_three_do(catalog: Catalog) -> None:
+    events = [KnownEvent(item, 5.0, at) for at, item in enumerate([SAME, SAME, CLOSE, ACROSS, OPPOSITE])]
+    influences = np.array([[0.5, 0.6, 0.3, 0.4, 0.2]], np.float32)
+    (explanation,) = explain(np.array([TARGET], np.int32), events, influences, VECTORS, catalog)
+    assert [reason.event for reason in explanation.events] == [events[1], events[3], events[2]]
+
+
+def test_without_influences_the_vectors_speak(catalog: Catalog) -> None:
+    same, opposite = KnownEvent(SAME, 5.0, 0), KnownEvent(OPPOSITE, 5.0, 0)
+    (explanation,) = explain(np.array([TARGET], np.int32), [same], None, VECTORS, catalog)
+    assert [(reason.event, reason.influence) for reason in explanation.events] == [(same, None)]
+    (explanation,) = explain(np.array([TARGET], np.int32), [opposite], None, VECTORS, catalog)
     assert explanation.events == explanation.shared_genres == ()
-    assert explanation.text == "Fits the order of your history; no single event resembles it"
+    assert explanation.text == "Fits the order of your history; no single event speaks for it"
 
 
-def test_at_most_three_events(catalog: Catalog) -> None:
-    vectors = np.tile(np.array([1, 0], np.float32), (6, 1))
-    events = [KnownEvent(item, 5.0, item) for item in (SAME, CLOSE, ACROSS, OPPOSITE)]
-    (explanation,) = explain(np.array([TARGET], np.int32), events, vectors, catalog, SCALE)
-    assert [reason.event.item for reason in explanation.events] == [SAME, CLOSE, ACROSS]
+def test_influence_is_the_difference_that_leaving_an_event_out_makes(
+    client: RecommenderClient, model: Recommender
+) -> None:
+    """The same figures as from asking the server again without each event, its item excluded as before."""
+    ids = model.catalog.item_ids
+    events = [Event(item_id=ids[at], rating=at / 2, timestamp=10**6 * at) for at in (3, 9, 4, 7)]
+    now = 10**7
+    whole = client.recommend(history=events, k=5, request_time=now, explain=True)
+    without = []
+    for left_out in events:
+        rest = [event for event in events if event is not left_out]
+        answer = client.recommend(history=rest, k=1000, request_time=now, exclude_item_ids=[left_out.item_id])
+        without.append({one.item_id: one.score for one in answer.recommendations})
+    checked = 0
+    for item in whole.recommendations:
+        influence = {
+            event.item_id: item.score - scores[item.item_id] for event, scores in zip(events, without, strict=True)
+        }
+        strongest = sorted((i for i in influence if influence[i] > 0), key=lambda i: -influence[i])[:3]
+        assert [reason.item_id for reason in item.explanation.events] == strongest
+        for reason in item.explanation.events:
+            assert reason.influence == pytest.approx(influence[reason.item_id], abs=1e-4)
+            checked += 1
+    assert checked > 5
+
+
+def test_a_long_history_costs_a_bounded_number_of_rows(client: RecommenderClient, model: Recommender) -> None:
+    ids = model.catalog.item_ids[1:50]
+    events = [Event(item_id=item, rating=4.5, timestamp=at) for at, item in enumerate(ids)]
+    answer = client.recommend(history=events, k=5, explain=True)
+    given = {reason.item_id for one in answer.recommendations for reason in one.explanation.events}
+    assert given
+    assert given <= set(ids[-16:])
 
 
 def test_explanations_of_the_server(client: RecommenderClient, model: Recommender) -> None:
@@ -67,7 +99,8 @@ def test_explanations_of_the_server(client: RecommenderClient, model: Recommende
     for one in explained.recommendations:
         assert one.explanation.text
         for reason in one.explanation.events:
-            assert 0 < reason.similarity <= 1
+            assert -1 <= reason.similarity <= 1
+            assert reason.influence > 0
             assert reason.item_id in ids[1:6]
             assert reason.title == model.catalog.titles[model.catalog.index[reason.item_id]]
             assert reason.rating == 4.5

@@ -41,9 +41,11 @@ from serve.artifact import read_artifact
 from serve.client import RecommenderClient
 from serve.recommender import Recommender
 from serve.server import create_server
-from serve.store import EventStore
-with EventStore(Path({str(tmp_path / "s")!r})) as store:
-    server = create_server(Recommender(read_artifact(Path({str(model_directory)!r}))), store, "127.0.0.1:0")
+from serve.loaded import one_model
+from serve.store import open_store
+with open_store(Path({str(tmp_path / "s")!r})) as store:
+    models = one_model(Recommender(read_artifact(Path({str(model_directory)!r}))), store)
+    server = create_server(models, store, "127.0.0.1:0")
     server.start()
     with RecommenderClient(f"127.0.0.1:{{server.port}}", timeout_s=30) as client:
         assert len(client.recommend(user_id="u").recommendations) == 10

@@ -166,7 +166,7 @@ def test_no_model(tmp_path: Path) -> None:
     assert_error(result, "manifest.json: cannot be read: No such file or directory")
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["recommend"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["ask"], ["recommend"]])
 def test_help_explains_every_option(command: list[str]) -> None:
     result = CliRunner().invoke(main, [*command, "--help"])
     assert result.exit_code == 0

@@ -1,11 +1,16 @@
 """The server around the servicer: health, reflection, start, shutdown, and what a client learns of a failure."""
 
+import json
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -14,11 +19,12 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from serve.client import RecommenderClient, UserEvent
 from serve.errors import status_of
-from serve.pb.recommender_pb2 import RecommendRequest, RecordEventsRequest
+from serve.loaded import one_model
+from serve.pb.recommender_pb2 import RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.process import StartError, running_server
 from serve.recommender import Recommender
-from serve.server import SERVICE, AddressError, create_server
+from serve.server import SERVICE, SERVICES, AddressError, create_server
 from serve.store import EventStore
 
 TIMEOUT_S = 30
@@ -40,7 +46,7 @@ def test_model_info(client: RecommenderClient, model: Recommender) -> None:
 def test_health(address: str) -> None:
     with grpc.insecure_channel(address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        for service in ("", SERVICE):
+        for service in ("", *SERVICES):
             response = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT_S)
             assert response.status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(grpc.RpcError) as failure:
@@ -49,7 +55,7 @@ def test_health(address: str) -> None:
 
 
 def test_health_watchers_are_told_of_the_end(model: Recommender, store: EventStore) -> None:
-    server = create_server(model, store, "127.0.0.1:0")
+    server = create_server(one_model(model, store), store, "127.0.0.1:0")
     server.start()
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
@@ -64,30 +70,66 @@ def test_health_watchers_are_told_of_the_end(model: Recommender, store: EventSto
 def test_reflection(address: str) -> None:
     with grpc.insecure_channel(address) as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
-        services = {"jaxrec.v1.Recommender", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
-        assert set(database.get_services()) == services
+        assert set(database.get_services()) == {
+            "jaxrec.v1.Recommender",
+            "inference.GRPCInferenceService",
+            "grpc.health.v1.Health",
+            "grpc.reflection.v1alpha.ServerReflection",
+        }
         file = database.FindFileContainingSymbol(SERVICE)
+        inference = database.FindFileContainingSymbol("inference.GRPCInferenceService")
     assert file.package == "jaxrec.v1"
     methods = {method.name for service in file.service for method in service.method}
-    assert methods == {"Recommend", "RecordEvents", "GetUserProfile", "SimilarItems", "GetModelInfo"}
+    assert methods == {
+        "Recommend",
+        "BatchRecommend",
+        "RecordEvents",
+        "GetUserProfile",
+        "DeleteUser",
+        "SimilarItems",
+        "GetModelInfo",
+    }
+    assert {method.name for service in inference.service for method in service.method} == {
+        "ServerLive",
+        "ServerReady",
+        "ModelReady",
+        "ServerMetadata",
+        "ModelMetadata",
+        "ModelInfer",
+    }
 
 
 def test_a_port_in_use_is_refused(model: Recommender, store: EventStore, address: str) -> None:
     with pytest.raises(AddressError, match=f"cannot listen on {address}"):
-        create_server(model, store, address)
+        create_server(one_model(model, store), store, address)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:", "127.0.0.1:99999", "127.0.0.1:x", "127.0.0.1:-1"])
 def test_bad_address(model: Recommender, store: EventStore, address: str) -> None:
     with pytest.raises(AddressError, match=f"expected HOST:PORT with a port in 0..65535, came {address}"):
-        create_server(model, store, address)
+        create_server(one_model(model, store), store, address)
+
+
+def wait_until_under_way(log: Path) -> None:
+    """Returns when the server's metrics, whose address is in its log, say that a call is being answered."""
+    address = next(line["address"] for line in map(json.loads, log.read_text().splitlines()) if "address" in line)
+    end = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < end:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=TIMEOUT_S) as response:
+            if "\njaxrec_rpcs_under_way 1.0\n" in response.read().decode():
+                return
+    raise AssertionError("no call is under way")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_ends_the_server_once_the_calls_under_way_are_answered(
     model_directory: Path, model: Recommender, tmp_path: Path, number: signal.Signals
 ) -> None:
-    with running_server(model_directory, tmp_path / "s", provider="cpu") as server:
+    log, options = tmp_path / "log", ["--metrics", "127.0.0.1:0"]
+    with (
+        log.open("w") as stream,
+        running_server(model_directory, tmp_path / "s", provider="cpu", options=options, stderr=stream) as server,
+    ):
         assert server.line == (
             f"serving {model.info.model_version} on {server.address} (provider CPUExecutionProvider)"
         )
@@ -99,8 +141,7 @@ def test_signal_ends_the_server_once_the_calls_under_way_are_answered(
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
             assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
             recording = stub.RecordEvents.future(ONE_EVENT, timeout=TIMEOUT_S)
-            # The server takes calls in order: once this one is answered, it has taken the one before.
-            stub.Recommend(RecommendRequest(user_id="u"), timeout=TIMEOUT_S)
+            wait_until_under_way(log)
             server.process.send_signal(number)
             assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
             watch.cancel()
@@ -116,7 +157,7 @@ def test_no_server_from_a_broken_model(model_directory: Path, tmp_path: Path) ->
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert ended.returncode == 1
     assert ended.stdout == ""
-    assert ended.stderr == f"Error: {tmp_path}/nowhere/manifest.json: cannot be read: No such file or directory\n"
+    assert ended.stderr == f"Error: {tmp_path}/nowhere: cannot be read: No such file or directory\n"
     with pytest.raises(StartError), running_server(tmp_path / "nowhere", tmp_path / "s"):
         pass
 
@@ -136,11 +177,39 @@ def test_broken_store_is_unavailable_and_hides_its_path(stub: RecommenderStub, s
 
 
 def test_unexpected_error_is_logged_under_an_id_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
-    code, message = status_of(KeyError("/secret/path"))
-    assert code is grpc.StatusCode.INTERNAL
-    text, log_id = message.rsplit(" ", 1)
+    status = status_of(KeyError("/secret/path"))
+    assert status.code is grpc.StatusCode.INTERNAL
+    text, log_id = status.message.rsplit(" ", 1)
     assert text == "internal error, logged as"
     (record,) = caplog.records
     assert log_id in record.getMessage()
     assert record.exc_info is not None
     assert "/secret/path" in str(record.exc_info[1])
+
+
+@pytest.mark.parametrize("polling", [True, False])
+def test_more_calls_than_may_wait_are_turned_away_at_once(model: Recommender, store: EventStore, polling: bool) -> None:
+    server = create_server(one_model(model, store), store, "127.0.0.1:0", workers=1, max_calls=2, polling=polling)
+    server.start()
+    goes_on = threading.Event()
+    record = store.record
+
+    def slow_record(events: Sequence[Any]) -> Any:
+        assert goes_on.wait(TIMEOUT_S)
+        return record(events)
+
+    store.record = slow_record  # type: ignore[method-assign]
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = RecommenderStub(channel)
+        calls = [stub.RecordEvents.future(ONE_EVENT, timeout=TIMEOUT_S) for _ in range(6)]
+        ended = threading.Semaphore(0)
+        for call in calls:
+            call.add_done_callback(lambda _: ended.release())
+        # One runs and one waits; the others know before the first has moved.
+        for _ in range(4):
+            assert ended.acquire(timeout=TIMEOUT_S)
+        assert {call.code() for call in calls if call.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        taken = [call for call in calls if not call.done()]
+        goes_on.set()
+        assert sorted(call.result(TIMEOUT_S).recorded_count for call in taken) == [0, 1]
+    server.drain()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from serve.history import Event
-from serve.store import EventStore, StoreError, UserEvent
+from serve.store import EventStore, StoreError, UserEvent, open_store
 
 
 def user_event(event_id: str, item_id: str = "i", timestamp: int = 0, user_id: str = "u") -> UserEvent:
@@ -26,10 +26,10 @@ def test_history_is_ordered_by_time_then_arrival(store: EventStore) -> None:
 
 def test_what_is_stored_comes_back(tmp_path: Path) -> None:
     events = [Event("i", 3.5, 0), Event("ü\0\n", None, 2**63 - 1)]
-    with EventStore(tmp_path / "s") as store:
+    with open_store(tmp_path / "s") as store:
         store.record([UserEvent(str(at), "u", event) for at, event in enumerate(events)])
         assert store.history("u") == events
-    with EventStore(tmp_path / "s") as reopened:
+    with open_store(tmp_path / "s") as reopened:
         assert reopened.history("u") == events
 
 
@@ -71,7 +71,7 @@ def test_many_threads_write_and_read(store: EventStore) -> None:
 
 
 def test_two_stores_share_a_file(tmp_path: Path) -> None:
-    with EventStore(tmp_path / "s") as one, EventStore(tmp_path / "s") as two:
+    with open_store(tmp_path / "s") as one, open_store(tmp_path / "s") as two:
         one.record([user_event("1", "a")])
         assert two.record([user_event("1", "a"), user_event("2", "b")]) == [user_event("2", "b")]
         assert one.history("u") == two.history("u") == [Event("a", None, 0), Event("b", None, 0)]
@@ -86,7 +86,7 @@ def test_commits_reach_the_disk(store: EventStore) -> None:
 def test_not_a_database(tmp_path: Path) -> None:
     (tmp_path / "s").write_text("userId,movieId\n" * 100)
     with pytest.raises(StoreError, match="s: cannot be opened: file is not a database"):
-        EventStore(tmp_path / "s")
+        open_store(tmp_path / "s")
 
 
 def test_another_programs_database(tmp_path: Path) -> None:
@@ -94,9 +94,9 @@ def test_another_programs_database(tmp_path: Path) -> None:
     connection.execute("CREATE TABLE events (id)")
     connection.close()
     with pytest.raises(StoreError, match="is a database of application 0 in version 0, expected an event store"):
-        EventStore(tmp_path / "s")
+        open_store(tmp_path / "s")
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="s: cannot be opened"):
-        EventStore(tmp_path / "nowhere" / "s")
+        open_store(tmp_path / "nowhere" / "s")

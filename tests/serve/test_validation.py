@@ -5,9 +5,13 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from serve.client import Event, RecommenderClient, UserEvent
 from serve.pb.recommender_pb2 import (
+    BatchRecommendRequest,
+    DeleteUserRequest,
     GetUserProfileRequest,
     History,
     RecommendRequest,
@@ -63,6 +67,7 @@ RECORD = [
     (recording(rating=7.5), "events[1].rating: expected a rating in 0.5..5, came 7.5"),
     (recording(rating=math.nan), "events[1].rating: expected a rating in 0.5..5, came nan"),
     (recording(timestamp=-5), "events[1].timestamp: expected seconds since 1970"),
+    (recording(recommendation_id=LONG), "events[1].recommendation_id: expected an id"),
     (RecordEventsRequest(events=[UserEvent()] * 1001), "events: expected at most 1000 entries, came 1001"),
 ]
 PROFILE = [
@@ -77,6 +82,28 @@ SIMILAR = [
 ]
 
 
+BATCH = [
+    (
+        BatchRecommendRequest(requests=[RecommendRequest(user_id="u"), RecommendRequest(user_id="u", k=-1)]),
+        "requests[1].k: expected 1 to 1000, or 0 for 10, came -1",
+    ),
+    (BatchRecommendRequest(requests=[with_event(rating=9)]), "requests[0].history.events[2].rating: expected a rating"),
+    (BatchRecommendRequest(requests=[RecommendRequest(user_id="u")] * 257), "requests: expected at most 256 entries"),
+    (
+        BatchRecommendRequest(requests=[RecommendRequest(user_id="u", k=1000)] * 11),
+        "requests: expected at most 10000 items (k) in all, came 11000",
+    ),
+    (
+        BatchRecommendRequest(requests=[RecommendRequest(history=History(events=[Event(item_id="1")] * 10_000))] * 11),
+        "requests: expected at most 100000 events in all, came 110000",
+    ),
+]
+DELETE = [
+    (DeleteUserRequest(), "user_id: expected an id"),
+    (DeleteUserRequest(user_id=LONG), "user_id: expected an id"),
+]
+
+
 @pytest.mark.parametrize(
     ("rpc", "request_", "message"),
     [
@@ -84,6 +111,8 @@ SIMILAR = [
         *(("RecordEvents", *case) for case in RECORD),
         *(("GetUserProfile", *case) for case in PROFILE),
         *(("SimilarItems", *case) for case in SIMILAR),
+        *(("BatchRecommend", *case) for case in BATCH),
+        *(("DeleteUser", *case) for case in DELETE),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -92,6 +121,12 @@ def test_bad_request_names_the_field(stub: RecommenderStub, rpc: str, request_: 
         getattr(stub, rpc)(request_, timeout=10)
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert failure.value.details().startswith(message)
+    details = error_details_pb2.BadRequest()
+    status = rpc_status.from_call(failure.value)
+    assert status is not None
+    assert status.details[0].Unpack(details)
+    (violation,) = details.field_violations
+    assert f"{violation.field}: {violation.description}" == failure.value.details()
 
 
 def test_nothing_of_a_bad_request_is_recorded(stub: RecommenderStub, client: RecommenderClient) -> None:
@@ -122,5 +157,6 @@ def test_a_message_of_random_bytes_is_an_error_and_the_server_lives(address: str
         call = channel.unary_unary("/jaxrec.v1.Recommender/Recommend", None, None)
         with pytest.raises(grpc.RpcError) as failure:
             call(b"\xff\x00garbage" * 100, timeout=10)
-    assert failure.value.code() is grpc.StatusCode.INTERNAL
+    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert failure.value.details() == "message: expected a message of this RPC, came 900 bytes that are none"
     assert client.is_serving()

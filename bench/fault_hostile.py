@@ -1,0 +1,367 @@
+"""Sends malformed and hostile requests to a server, with good ones among them, and looks whether anything breaks.
+
+    python bench/fault_hostile.py MODEL --requests 200000
+
+Every RPC of the server gets random bytes, mutilated messages, messages with hostile values in every field (by its
+type: NaN, infinities, negative and huge numbers, empty and overlong and strange texts, overlong lists), wire data that
+lies about its lengths, messages beyond the size limit, odd and repeated metadata, impossible deadlines and
+cancellations, and there are calls of methods that do not exist. Each must end with an error status that blames the
+request, or with a valid answer: never INTERNAL, UNKNOWN or UNAVAILABLE. Every tenth request is a good one, in the same
+batches as the bad, and its answer must be what it was before. The server's memory is noted along the way.
+"""
+
+import asyncio
+import math
+import random
+import struct
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import grpc
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor_pool import Default
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from serve.client import Event, RecommenderClient, UserEvent, recommend_request
+from serve.pb import model_admin_pb2, open_inference_pb2, recommender_pb2
+from serve.pb.recommender_pb2 import RecommendRequest, RecommendResponse
+from serve.process import running_server
+
+CALLERS = 64
+GOOD_EVERY = 10
+DEADLINE_S = 60.0
+GOOD_USER = "hostile-test-good-user"
+RECOMMEND = "/jaxrec.v1.Recommender/Recommend"
+SERVICES = (
+    recommender_pb2.DESCRIPTOR.services_by_name["Recommender"],
+    recommender_pb2.DESCRIPTOR.services_by_name["Recommender"],  # twice: it is what clients meet
+    open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"],
+    model_admin_pb2.DESCRIPTOR.services_by_name["ModelAdmin"],
+)
+POOL = Default()
+PLAUSIBLE = {
+    "name": ["jaxrec", "item", "rating", "gap", "length", "request_gap", "exclude", "k"],
+    "model_name": ["jaxrec"],
+    "model_version": [""],
+    "version": [""],
+    "datatype": ["INT32", "INT64", "FP32"],
+}
+# What a server may say of a bad request. DEADLINE_EXCEEDED and CANCELLED are what the client asked for.
+BLAMES_THE_REQUEST = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+}
+TEXTS = ["", "1", "u", "good", "\x00", "\x1b[2J", "ü" * 300, "x" * 256, "x" * 257, "\U0010ffff", "../../etc/passwd"]
+FLOATS = [math.nan, math.inf, -math.inf, -1.0, 0.0, -0.0, 5.0, 1e-45, 3.4e38, -3.4e38]
+INTEGERS = [0, 1, -1, 10, 1000, 1001, 2**31 - 1, -(2**31), 2**31, 2**32 - 1, 2**63 - 1, -(2**63), 2**64 - 1]
+RANGES = {
+    FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
+    FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63 - 1),
+    FieldDescriptor.CPPTYPE_UINT32: (0, 2**32 - 1),
+    FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
+    FieldDescriptor.CPPTYPE_ENUM: (0, 2**31 - 1),
+}
+
+
+class Attack(NamedTuple):
+    """One hostile call."""
+
+    method: str
+    message: bytes
+    metadata: tuple[tuple[str, str | bytes], ...] = ()
+    timeout_s: float = DEADLINE_S
+    cancelled: bool = False
+
+
+@dataclass
+class Outcome:
+    """What came of the requests."""
+
+    hostile: int = 0
+    good: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    broken: list[str] = field(default_factory=list)
+    """Of the first failures, what they were."""
+    memory_mb: list[float] = field(default_factory=list)
+    """Resident, before the first request and after each tenth of them."""
+
+
+class Attacker:
+    """Makes hostile calls; the same seed makes the same."""
+
+    def __init__(self, item_ids: Sequence[str], seed: int) -> None:
+        self._random = random.Random(seed)
+        # Few, since they are users' names too, and the server may remember ten thousand users.
+        self._item_ids = self._random.sample(list(item_ids), min(200, len(item_ids)))
+
+    def attack(self) -> Attack:
+        chance = self._random
+        service = chance.choice(SERVICES)
+        method = chance.choice(service.methods)
+        name = f"/{service.full_name}/{method.name}"
+        kind = chance.random()
+        message = self._message(_class_of(method.input_type.full_name)).SerializeToString()
+        if kind < 0.15:
+            return Attack(name, chance.randbytes(chance.choice([0, 1, 5, 50, 500])))
+        if kind < 0.4:
+            return Attack(name, self._mutilated(message) if kind < 0.3 else self._lying())
+        if kind < 0.44:
+            return Attack(f"/{chance.choice(['no.Service', service.full_name])}/{chance.randbytes(4).hex()}", message)
+        return Attack(
+            name,
+            message,
+            self._metadata() if kind < 0.55 else (),
+            chance.choice([1e-6, 1e-3]) if 0.55 < kind < 0.57 else DEADLINE_S,
+            cancelled=0.57 < kind < 0.59,
+        )
+
+    def _message(self, kind: type[Message], depth: int = 0) -> Message:
+        """Every field is left out, or filled with what its type can hold at worst, or with something plausible."""
+        message = kind()
+        for one in kind.DESCRIPTOR.fields:
+            if self._random.random() < 0.25 or depth > 4:
+                continue
+            if one.message_type is not None and one.message_type.GetOptions().map_entry:
+                continue
+            if one.is_repeated:
+                values = [self._value(one, depth) for _ in range(self._count(one, depth))]
+                getattr(message, one.name).extend(values)
+            elif one.message_type is not None:
+                getattr(message, one.name).CopyFrom(self._value(one, depth))
+            else:
+                setattr(message, one.name, self._value(one, depth))
+        return message
+
+    def _count(self, one: FieldDescriptor, depth: int) -> int:
+        if depth == 0 and one.message_type is None and self._random.random() < 0.02:
+            return 10_001
+        return self._random.choice([0, 1, 1, 2, 5, 30 if depth < 2 else 3])
+
+    def _value(self, one: FieldDescriptor, depth: int) -> Any:
+        chance, kind = self._random, one.cpp_type
+        value: Any
+        if one.message_type is not None:
+            value = self._message(_class_of(one.message_type.full_name), depth + 1)
+        elif one.type == FieldDescriptor.TYPE_BYTES:
+            value = chance.randbytes(chance.choice([0, 4, 7, 4096]))
+        elif kind == FieldDescriptor.CPPTYPE_STRING:
+            plausible = PLAUSIBLE.get(one.name, chance.choices(self._item_ids, k=len(TEXTS)))
+            value = chance.choice(plausible if chance.random() < 0.5 else TEXTS)
+        elif kind in (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE):
+            value = chance.choice(FLOATS)
+        elif kind == FieldDescriptor.CPPTYPE_BOOL:
+            value = chance.random() < 0.5
+        else:
+            low, high = RANGES[kind]
+            value = min(max(chance.choice(INTEGERS), low), high)
+        return value
+
+    def _mutilated(self, message: bytes) -> bytes:
+        chance, mutilated = self._random, bytearray(message)
+        for _ in range(chance.choice([1, 1, 3, 10])):
+            if not mutilated:
+                break
+            at = chance.randrange(len(mutilated))
+            what = chance.random()
+            if what < 0.4:
+                mutilated[at] ^= 1 << chance.randrange(8)
+            elif what < 0.7:
+                del mutilated[at:]
+            else:
+                mutilated[at:at] = chance.randbytes(3)
+        return bytes(mutilated)
+
+    def _lying(self) -> bytes:
+        """A field that says that it is longer than all there is, nested groups, or far too many of one field."""
+        chance = self._random
+        tag = bytes([chance.randrange(1, 8) << 3 | chance.choice([0, 1, 2, 3, 5])])
+        return chance.choice(
+            [
+                tag + b"\xff\xff\xff\xff\x07" + b"x" * 10,
+                tag + b"\xff" * 10,
+                bytes([chance.randrange(1, 8) << 3 | 3]) * 200,
+                (b"\x12\x02\x0a\x00" * 10_001),
+                tag + struct.pack("<d", math.nan),
+                b"\x0a\x80\x80\x80\x80\x08",
+                # k = 2**31, which int32 reads as the lowest number.
+                b"\x0a\x01u\x20\x80\x80\x80\x80\x08",
+                bytes(5_000_000 if chance.random() < 0.02 else 5),
+            ]
+        )
+
+    def _metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        chance = self._random
+        entries: list[tuple[str, str | bytes]] = [
+            ("x-request-id", "a"),
+            ("x-request-id", "x" * 1000),
+            ("x-request-id", ""),
+            ("authorization", "Bearer nobody-asked-for-it"),
+            ("authorization", ""),
+            ("traceparent", "00-zz-1"),
+            ("trace-bin", chance.randbytes(20)),
+            ("grpc-previous-rpc-attempts", "-1"),
+            ("x-many", "y" * 3000),
+        ]
+        return tuple(chance.choices(entries, k=chance.choice([1, 2, 5])))
+
+
+def _class_of(full_name: str) -> type[Message]:
+    return GetMessageClass(POOL.FindMessageTypeByName(full_name))
+
+
+def good_requests(item_ids: Sequence[str]) -> list[RecommendRequest]:
+    """Histories of several lengths, and one stored user."""
+    histories = [
+        [Event(item_id=item_ids[(7 * at + length) % len(item_ids)], timestamp=1000 * at) for at in range(length)]
+        for length in (1, 2, 5, 20, 45)
+    ]
+    requests = [recommend_request(history=history, k=5, request_time=10**6) for history in histories]
+    return [*requests, recommend_request(user_id=GOOD_USER, k=5)]
+
+
+def is_answer(request: bytes, answer: bytes, item_ids: frozenset[str]) -> bool:
+    """Whether an answer of Recommend is one that a client can use."""
+    asked, got = RecommendRequest.FromString(request), RecommendResponse.FromString(answer)
+    ids = [one.item_id for one in got.recommendations]
+    return (
+        len(ids) <= (asked.k or 10)
+        and len(set(ids)) == len(ids)
+        and item_ids.issuperset(ids)
+        and not {event.item_id for event in asked.history.events} & set(ids)
+        and all(math.isfinite(one.score) for one in got.recommendations)
+        and bool(got.recommendation_id and got.model_version and got.policy)
+    )
+
+
+def same_answer(first: RecommendResponse, second: RecommendResponse) -> bool:
+    """Whether two answers recommend the same, up to the rounding of batches of other sizes."""
+    if [one.item_id for one in first.recommendations] != [one.item_id for one in second.recommendations]:
+        return False
+    pairs = zip(first.recommendations, second.recommendations, strict=True)
+    return all(math.isclose(one.score, other.score, abs_tol=1e-3) for one, other in pairs)
+
+
+def resident_mb(process_id: int) -> float:
+    status = Path(f"/proc/{process_id}/status").read_text(encoding="utf-8")
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+def attack_server(
+    address: str,
+    process_id: int,
+    item_ids: Sequence[str],
+    requests: int,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """Sends so many requests to a running server, which nobody else uses."""
+    good = good_requests(item_ids)
+    with RecommenderClient(address, DEADLINE_S) as client:
+        client.record_events(
+            UserEvent(event_id=f"hostile-test-{at}", user_id=GOOD_USER, item_id=item_ids[at], timestamp=at)
+            for at in range(10)
+        )
+        expected = client.batch_recommend(good)
+    return asyncio.run(_attack(address, process_id, frozenset(item_ids), requests, seed, good, expected, progress))
+
+
+async def _attack(
+    address: str,
+    process_id: int,
+    item_ids: frozenset[str],
+    requests: int,
+    seed: int,
+    good: Sequence[RecommendRequest],
+    expected: Sequence[RecommendResponse],
+    progress: Callable[[str], None],
+) -> Outcome:
+    attacker, outcome = Attacker(sorted(item_ids), seed), Outcome()
+    outcome.memory_mb.append(resident_mb(process_id))
+    sent = 0
+
+    async def attacked(channel: grpc.aio.Channel) -> None:
+        one = attacker.attack()
+        call = channel.unary_unary(one.method)(one.message, timeout=one.timeout_s, metadata=one.metadata)
+        if one.cancelled:
+            await asyncio.sleep(0)
+            call.cancel()
+        outcome.hostile += 1
+        try:
+            answer = await call
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            code = error.code() if isinstance(error, grpc.aio.AioRpcError) else grpc.StatusCode.CANCELLED
+            outcome.statuses[code.name] += 1
+            if code not in BLAMES_THE_REQUEST:
+                outcome.broken.append(f"{code.name} for {one}")
+            return
+        outcome.statuses["OK"] += 1
+        if one.method == RECOMMEND and not is_answer(one.message, answer, item_ids):
+            outcome.broken.append(f"no valid answer to {one}")
+
+    async def asked(channel: grpc.aio.Channel, at: int) -> None:
+        outcome.good += 1
+        try:
+            answer = await channel.unary_unary(RECOMMEND)(good[at].SerializeToString(), timeout=DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            outcome.broken.append(f"{error.code().name} for a good request: {error.details()}")
+            return
+        if not same_answer(RecommendResponse.FromString(answer), expected[at]):
+            outcome.broken.append(f"another answer to the good request {at}")
+
+    async def caller(channel: grpc.aio.Channel) -> None:
+        nonlocal sent
+        while sent < requests and len(outcome.broken) < 20:
+            sent += 1
+            number = sent
+            if number % GOOD_EVERY == 0:
+                await asked(channel, (number // GOOD_EVERY) % len(good))
+            else:
+                await attacked(channel)
+            if number % max(1, requests // 10) == 0:
+                outcome.memory_mb.append(resident_mb(process_id))
+                progress(f"{number} requests, {outcome.memory_mb[-1]:.0f} MB, {len(outcome.broken)} broken")
+
+    async with grpc.aio.insecure_channel(address) as channel:
+        await asyncio.gather(*(caller(channel) for _ in range(CALLERS)))
+    return outcome
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--requests", type=click.IntRange(1), default=200_000, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def main(model: Path, requests: int, seed: int) -> None:
+    """Attack the server on the model directory MODEL."""
+    from serve.artifact import read_artifact
+
+    item_ids = read_artifact(model).catalog.item_ids[1:]
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w") as log:
+        with running_server(model, Path(folder) / "events.sqlite", stderr=log) as server:
+            outcome = attack_server(
+                server.address, server.process.pid, item_ids, requests, seed, lambda line: click.echo(line, err=True)
+            )
+            alive = server.process.poll() is None
+        errors = (Path(folder) / "log").read_text(encoding="utf-8").count('"level": "ERROR"')
+    click.echo(f"{outcome.hostile} hostile and {outcome.good} good requests, seed {seed}; the server lives: {alive}")
+    click.echo(f"statuses: {', '.join(f'{name} {count}' for name, count in outcome.statuses.most_common())}")
+    click.echo(f"memory, MB: {' '.join(f'{mb:.0f}' for mb in outcome.memory_mb)}; errors in the server's log: {errors}")
+    click.echo(f"broken: {len(outcome.broken)}")
+    for line in outcome.broken[:20]:
+        click.echo(line[:2000])
+    if outcome.broken or not alive:
+        raise click.ClickException("the server did not withstand")
+
+
+if __name__ == "__main__":
+    main()

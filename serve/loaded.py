@@ -1,0 +1,154 @@
+"""A loaded model with all that it needs to answer, and which of several answers whom."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.batching import Batcher, Pending, QueueFull, Run
+from serve.exploration import Exploration
+from serve.metrics import Metrics
+from serve.recommender import POPULARITY, Answer, Query, Recommender
+from serve.states import StateCache
+from serve.store import EventStore
+
+# So many questions of one call are in the queue at a time: a call must not crowd out all others.
+AT_ONCE = 16
+
+IsCancelled = Callable[[], bool]
+
+
+class UnknownModel(LookupError):
+    """A version, or a name, of a model that is not loaded."""
+
+
+class LoadedModel:
+    """One model, the states of its users, and its queue. Safe to share between threads."""
+
+    def __init__(
+        self, model: Recommender, store: EventStore, metrics: Metrics, exploration: Exploration | None = None
+    ) -> None:
+        self.model = model
+        self.exploration = exploration
+        self.states = StateCache(model, store)
+        self._store = store
+        self._metrics = metrics
+        self._batcher = Batcher(self.states.recommend, on_run=partial(_observe, metrics))
+
+    def recommend(
+        self, query: Query, deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
+    ) -> Answer:
+        """Answers one query; raises as `Batcher.recommend`."""
+        if self.exploration is None:
+            return self._batcher.recommend(query, deadline_s, is_cancelled)
+        answer = self._batcher.recommend(_wider(query, self.exploration), deadline_s, is_cancelled)
+        return self._drawn(query, answer, self.exploration)
+
+    def recommend_all(
+        self, queries: Sequence[Query], deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
+    ) -> list[Answer]:
+        """Answers several queries of one call, all or none; raises as `Batcher.recommend`."""
+        exploration = self.exploration
+        asked = queries if exploration is None else [_wider(query, exploration) for query in queries]
+        answers: list[Answer] = []
+        for start in range(0, len(asked), AT_ONCE):
+            pending: list[Pending] = []
+            try:
+                for query in asked[start : start + AT_ONCE]:
+                    pending.append(self._batcher.enqueue(query, deadline_s, is_cancelled))
+            except QueueFull:
+                for one in pending:
+                    one.is_cancelled = lambda: True
+                raise
+            for one in pending:
+                self._batcher.drive(one)
+            answers += [one.result() for one in pending]
+        if exploration is None:
+            return answers
+        return [self._drawn(query, answer, exploration) for query, answer in zip(queries, answers, strict=True)]
+
+    def _drawn(self, query: Query, answer: Answer, exploration: Exploration) -> Answer:
+        """The answer whose items are drawn from those of a wider one; what is popular is not drawn."""
+        places: NDArray[np.intp] = np.arange(min(query.k, len(answer.items)))
+        log_propensities: tuple[float, ...] = ()
+        if answer.policy != POPULARITY:
+            slate = exploration.draw(answer.scores, query.k)
+            places, log_propensities = slate.places, tuple(slate.log_propensities.tolist())
+        items, explanations = answer.items[places], answer.explanations
+        if query.explain and answer.policy != POPULARITY:
+            events = query.events
+            if query.user_id is not None:
+                events = self._store.history(query.user_id, query.request_time)
+            explanations = self.model.explain(query._replace(events=events), items)
+        elif query.explain:
+            explanations = self.model.popular(query, 0).explanations
+        return replace(
+            answer,
+            items=items,
+            scores=answer.scores[places],
+            explanations=explanations,
+            log_propensities=log_propensities,
+        )
+
+
+def _observe(metrics: Metrics, run: Run) -> None:
+    """Not a method: a model that its queue refers to would stay in memory until the garbage collector comes by."""
+    metrics.batch_size(run.size)
+    metrics.inference_seconds(run.seconds)
+    for waited_s in run.waited_s:
+        metrics.queue_seconds(waited_s)
+
+
+def _wider(query: Query, exploration: Exploration) -> Query:
+    return query._replace(k=max(query.k, exploration.pool), explain=False)
+
+
+class Models(Protocol):
+    """The models that are loaded."""
+
+    def for_user(self, user_id: str | None) -> LoadedModel:
+        """The model that answers a user, always the same while the traffic stays; None: nobody in particular."""
+
+    def version(self, model_version: str) -> LoadedModel:
+        """One loaded version, or with "" the one that answers most; raises UnknownModel."""
+
+    def versions(self) -> Sequence[str]:
+        """The loaded versions, the one that answers most first."""
+
+    def forget(self, user_id: str) -> None:
+        """Drops what is in memory of a user who was deleted from the store."""
+
+
+class OneModel:
+    """One model for all."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+
+    def for_user(self, user_id: str | None) -> LoadedModel:
+        return self._loaded
+
+    def version(self, model_version: str) -> LoadedModel:
+        version = self._loaded.model.info.model_version
+        if model_version not in ("", version):
+            raise UnknownModel(f"the version {model_version!r} is not loaded, {version!r} is")
+        return self._loaded
+
+    def versions(self) -> Sequence[str]:
+        return [self._loaded.model.info.model_version]
+
+    def forget(self, user_id: str) -> None:
+        self._loaded.states.forget(user_id)
+
+
+def one_model(
+    model: Recommender,
+    store: EventStore,
+    metrics: Metrics | None = None,
+    exploration: Exploration | None = None,
+) -> OneModel:
+    """All users are answered by one model."""
+    return OneModel(LoadedModel(model, store, metrics or Metrics(), exploration))

@@ -1,0 +1,111 @@
+"""Makes a loaded model of a model directory: verified, and asked once so that its first user does not wait."""
+
+import logging
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from serve.artifact import ArtifactError, read_artifact
+from serve.engine import Provider, Ranking, Step
+from serve.exploration import Exploration
+from serve.history import KnownEvent, features
+from serve.loaded import LoadedModel
+from serve.metrics import Metrics
+from serve.models import WATCH_S, ModelLibrary
+from serve.profile import SECONDS_PER_DAY
+from serve.recommender import Recommender
+from serve.store import EventStore, StoreError
+
+logger = logging.getLogger(__name__)
+
+K = 10
+# Of the largest score; parity of the graphs is held much closer when they are exported.
+TOLERANCE = 1e-3
+
+
+def load_model(
+    directory: Path,
+    store: EventStore,
+    metrics: Metrics,
+    *,
+    provider: Provider = "auto",
+    threads: int = 1,
+    exploration: Exploration | None = None,
+) -> LoadedModel:
+    """Raises ArtifactError for a directory that cannot be served, and ProviderError."""
+    model = Recommender(read_artifact(directory), provider, threads)
+    warm_up(model)
+    return LoadedModel(model, store, metrics, exploration)
+
+
+def open_models(
+    directory: Path,
+    store: EventStore,
+    metrics: Metrics,
+    *,
+    provider: Provider = "auto",
+    threads: int = 1,
+    exploration: Exploration | None = None,
+    watch_s: float = WATCH_S,
+) -> ModelLibrary:
+    """The versions of a directory, with their attempts and what serves in the metrics; raises as `ModelLibrary`."""
+
+    def tell(models: Sequence[LoadedModel]) -> None:
+        infos = [loaded.model.info for loaded in models]
+        try:
+            # A version that left is rarely asked again, and its states can be rebuilt.
+            store.drop_states([info.model_version for info in infos])
+        except StoreError as error:
+            logger.error("the states of earlier versions stay in the store", exc_info=error)
+        metrics.serving([(info.model_version, info.policy, _seconds(info.created), info.item_count) for info in infos])
+
+    return ModelLibrary(
+        directory,
+        lambda path: load_model(path, store, metrics, provider=provider, threads=threads, exploration=exploration),
+        watch_s=watch_s,
+        on_attempt=metrics.reloaded,
+        on_change=tell,
+    )
+
+
+def warm_up(model: Recommender) -> None:
+    """Asks a model about histories of one event, of two and of the longest; raises ArtifactError when it fails.
+
+    That tells what checksums cannot: a graph that was written as it is, and fails or gives nonsense.
+    """
+    info, engine = model.info, model.engine
+    indices = [1 + at % info.item_count for at in range(info.max_history)]
+    events = [KnownEvent(item, None, SECONDS_PER_DAY * at) for at, item in enumerate(indices)]
+    rows = [features(events[:length], None, (), info) for length in (1, 2, len(events))]
+    try:
+        (_, state), (of_two, _), _ = answers = engine.replay(rows, K)
+        stepped = of_two
+        if info.max_history > 1:
+            last = rows[1]
+            step = Step(state, last.item[-1:], last.rating[-1:], last.gap[-1:], -1.0, last.exclude[None])
+            ((stepped, _),) = engine.step([step], K)
+        for ranking in (*(ranking for ranking, _ in answers), stepped):
+            _check(ranking, info.item_count)
+        if stepped.scores.shape != of_two.scores.shape or np.abs(stepped.scores - of_two.scores).max(initial=0) > (
+            TOLERANCE * (1 + np.abs(of_two.scores).max(initial=0))
+        ):
+            raise ValueError("step.onnx and sequence.onnx answer the same history differently")
+    # ONNX Runtime's exceptions have no common base and no public names.
+    except Exception as error:
+        raise ArtifactError(f"the model {info.model_version} fails when it is asked: {error}") from error
+
+
+def _check(ranking: Ranking, item_count: int) -> None:
+    if not np.isfinite(ranking.scores).all():
+        raise ValueError("scores that are not finite")
+    if ranking.items.min(initial=1) < 1 or ranking.items.max(initial=1) > item_count:
+        raise ValueError(f"expected items in 1..{item_count}, came {ranking.items.min()}..{ranking.items.max()}")
+
+
+def _seconds(created: str) -> float:
+    try:
+        return datetime.fromisoformat(created).timestamp()
+    except ValueError:
+        return 0.0

@@ -1,0 +1,290 @@
+"""Events, shown recommendations and spilled states in PostgreSQL, for several servers with one store.
+
+The database commits groups of transactions by itself. A user's row in `users` is locked before events of the user are
+inserted, so that a user's arrivals become visible in their order and the latest is a revision.
+"""
+
+import json
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, LiteralString
+
+import psycopg
+
+from serve.history import Event
+from serve.store import Changes, Deleted, EventStore, Shown, SpilledState, StoreError, UserEvent
+from serve.stores.deferred import DeferredWrites
+
+SCHEMA_VERSION = 1
+SCHEMA: tuple[LiteralString, ...] = (
+    "CREATE SCHEMA IF NOT EXISTS jaxrec",
+    "CREATE TABLE IF NOT EXISTS jaxrec.store (version integer NOT NULL)",
+    """CREATE TABLE IF NOT EXISTS jaxrec.events (
+        arrival bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        event_id text NOT NULL UNIQUE,
+        user_id text NOT NULL,
+        item_id text NOT NULL,
+        rating double precision,
+        timestamp bigint NOT NULL,
+        recommendation_id text
+    )""",
+    "CREATE INDEX IF NOT EXISTS history ON jaxrec.events (user_id, timestamp, arrival)",
+    """CREATE TABLE IF NOT EXISTS jaxrec.users (
+        user_id text PRIMARY KEY,
+        first_arrival bigint NOT NULL,
+        last_arrival bigint NOT NULL
+    )""",
+    """CREATE TABLE IF NOT EXISTS jaxrec.shown (
+        number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        recommendation_id text NOT NULL,
+        user_id text,
+        item_ids text NOT NULL,
+        log_propensities text NOT NULL,
+        policy text NOT NULL,
+        model_version text NOT NULL,
+        timestamp bigint NOT NULL
+    )""",
+    "CREATE INDEX IF NOT EXISTS shown_to ON jaxrec.shown (user_id)",
+    """CREATE TABLE IF NOT EXISTS jaxrec.states (
+        user_id text NOT NULL,
+        model_version text NOT NULL,
+        revision bigint NOT NULL,
+        state bytea NOT NULL,
+        PRIMARY KEY (user_id, model_version)
+    )""",
+)
+# Taken while the schema is looked at, so that servers that start together don't create it twice. "jxrc".
+SCHEMA_LOCK = 0x6A787263
+CONNECT_TIMEOUT_S = 5
+# Kept open between calls; there are never more than threads that call at once.
+IDLE_CONNECTIONS = 16
+# A statement that waits longer, say for a lock, fails; the client is told to come back.
+STATEMENT_TIMEOUT_MS = 5_000
+SETTINGS = f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c synchronous_commit=on"
+
+
+class PostgresStore(EventStore):
+    """A store in the schema `jaxrec` of a database that exists."""
+
+    def __init__(self, location: str) -> None:
+        """Connects and creates the tables that are missing; raises StoreError, also where fsync is off."""
+        self._location = location
+        self._where = "PostgreSQL"
+        # Not psycopg_pool: while the database is away, its callers wait for the whole timeout, one after the other,
+        # and it comes back with a delay that grows. Here a call fails and works again as soon as a connection does.
+        self._idle: deque[psycopg.Connection] = deque()
+        with self._connection("cannot be opened") as connection:
+            _prepare(connection)
+            self._where = f"PostgreSQL {connection.info.host}:{connection.info.port}/{connection.info.dbname}"
+        self._deferred = DeferredWrites(self._write_deferred)
+
+    def __enter__(self) -> "PostgresStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._deferred.close()
+        self._close_idle()
+
+    def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
+        if not events:
+            return []
+        # In one order everywhere: two servers that lock the same users don't wait for each other in a circle.
+        users = sorted({new.user_id for new in events})
+        columns: list[list[Any]] = [
+            [new.event_id for new in events],
+            [new.user_id for new in events],
+            [new.event.item_id for new in events],
+            [new.event.rating for new in events],
+            [new.event.timestamp for new in events],
+            [new.recommendation_id for new in events],
+        ]
+        with self._connection("cannot be written") as connection:
+            connection.execute(
+                "INSERT INTO jaxrec.users SELECT user_id, 0, 0 FROM unnest(%s::text[]) AS new (user_id)"
+                " ON CONFLICT (user_id) DO UPDATE SET user_id = excluded.user_id",
+                [users],
+            )
+            rows = connection.execute(
+                "INSERT INTO jaxrec.events (event_id, user_id, item_id, rating, timestamp, recommendation_id)"
+                " SELECT event_id, user_id, item_id, rating, time, recommendation_id FROM unnest(%s::text[],"
+                " %s::text[], %s::text[], %s::float8[], %s::bigint[], %s::text[]) WITH ORDINALITY AS"
+                " new (event_id, user_id, item_id, rating, time, recommendation_id, at) ORDER BY at"
+                " ON CONFLICT (event_id) DO NOTHING RETURNING event_id",
+                columns,
+            ).fetchall()
+            connection.execute(
+                "UPDATE jaxrec.users SET last_arrival = latest,"
+                " first_arrival = CASE WHEN first_arrival = 0 THEN earliest ELSE first_arrival END"
+                " FROM (SELECT user_id AS who, min(arrival) AS earliest, max(arrival) AS latest FROM jaxrec.events"
+                " WHERE event_id = ANY(%s) GROUP BY user_id) AS new WHERE user_id = who",
+                [[event_id for (event_id,) in rows]],
+            )
+            # A user whose events were all another's duplicates is none.
+            connection.execute(
+                "DELETE FROM jaxrec.users WHERE user_id = ANY(%s) AND last_arrival = 0",
+                [users],
+            )
+        new_ids = {event_id for (event_id,) in rows}
+        # Of equal ids in one request the first counts.
+        return [new for new in {new.event_id: new for new in reversed(events)}.values() if new.event_id in new_ids][
+            ::-1
+        ]
+
+    def history(self, user_id: str, until: int | None = None) -> list[Event]:
+        rows = self._read(
+            "SELECT item_id, rating, timestamp FROM jaxrec.events WHERE user_id = %s"
+            " AND (%s::bigint IS NULL OR timestamp <= %s) ORDER BY timestamp, arrival",
+            *(user_id, until, until),
+        )
+        return [Event(*row) for row in rows]
+
+    def revision(self, user_id: str) -> int:
+        return self._life(user_id)[1]
+
+    def changes(self, user_id: str, since: int = 0) -> Changes:
+        first, revision = self._life(user_id)
+        complete = since < first or not revision
+        if complete:
+            since = 0
+        elif since >= revision:
+            return Changes(revision, [], complete=False)
+        # Not in one snapshot: events after `revision` are left to the next call, and a deletion in between
+        # changes the revision, so the next call starts anew.
+        rows = self._read(
+            "SELECT item_id, rating, timestamp FROM jaxrec.events WHERE user_id = %s AND arrival > %s"
+            " AND arrival <= %s ORDER BY timestamp, arrival",
+            *(user_id, since, revision),
+        )
+        return Changes(revision, [Event(*row) for row in rows], complete)
+
+    def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
+        if wait:
+            with self._connection("cannot be written") as connection:
+                _insert_shown(connection, [shown])
+        else:
+            self._deferred.add([shown])
+
+    def shown(self, user_id: str | None) -> list[Shown]:
+        rows = self._read(
+            "SELECT recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp"
+            " FROM jaxrec.shown WHERE user_id IS NOT DISTINCT FROM %s ORDER BY number",
+            user_id,
+        )
+        return [Shown(row[0], row[1], tuple(json.loads(row[2])), tuple(json.loads(row[3])), *row[4:]) for row in rows]
+
+    def save_states(self, states: Sequence[SpilledState]) -> None:
+        self._deferred.add(states)
+
+    def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
+        query = "SELECT * FROM jaxrec.states WHERE user_id = %s AND model_version = %s"
+        rows = self._read(query, user_id, model_version)
+        return SpilledState(*rows[0]) if rows else None
+
+    def drop_states(self, keep_versions: Collection[str]) -> int:
+        with self._connection("cannot be written") as connection:
+            query = "DELETE FROM jaxrec.states WHERE NOT model_version = ANY(%s)"
+            return connection.execute(query, [list(keep_versions)]).rowcount
+
+    def delete_user(self, user_id: str) -> Deleted:
+        self._deferred.discard(user_id)
+        with self._connection("cannot be written") as connection:
+            # The lock of `record`: no event can come in between.
+            connection.execute("SELECT 1 FROM jaxrec.users WHERE user_id = %s FOR UPDATE", [user_id])
+            events = connection.execute("DELETE FROM jaxrec.events WHERE user_id = %s", [user_id]).rowcount
+            shown = connection.execute("DELETE FROM jaxrec.shown WHERE user_id = %s", [user_id]).rowcount
+            connection.execute("DELETE FROM jaxrec.states WHERE user_id = %s", [user_id])
+            connection.execute("DELETE FROM jaxrec.users WHERE user_id = %s", [user_id])
+        return Deleted(events, shown)
+
+    @property
+    def dropped_count(self) -> int:
+        return self._deferred.dropped_count
+
+    def flush(self) -> None:
+        self._deferred.flush()
+
+    def _life(self, user_id: str) -> tuple[int, int]:
+        """First and last arrival of a user's events; zeros: there are none."""
+        rows = self._read("SELECT first_arrival, last_arrival FROM jaxrec.users WHERE user_id = %s", user_id)
+        return rows[0] if rows else (0, 0)
+
+    def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
+        with self._connection("cannot be read") as connection:
+            return connection.execute(query, parameters).fetchall()
+
+    def _write_deferred(self, shown: Sequence[Shown], states: Sequence[SpilledState]) -> None:
+        with self._connection("cannot be written") as connection:
+            _insert_shown(connection, shown)
+            # States of users that were deleted meanwhile have no place any more.
+            connection.cursor().executemany(
+                "INSERT INTO jaxrec.states SELECT user_id, %(model_version)s, %(revision)s, %(state)s FROM jaxrec.users"
+                " WHERE user_id = %(user_id)s AND first_arrival <= %(revision)s ON CONFLICT (user_id, model_version)"
+                " DO UPDATE SET revision = excluded.revision, state = excluded.state",
+                [one._asdict() for one in states],
+            )
+
+    @contextmanager
+    def _connection(self, what: str) -> Iterator[psycopg.Connection]:
+        """A connection for one transaction, which is committed at the end."""
+        try:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                connection = psycopg.connect(
+                    self._location, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S, options=SETTINGS
+                )
+            try:
+                with connection.transaction():
+                    yield connection
+            except BaseException:
+                connection.close()
+                raise
+        except psycopg.Error as error:
+            if isinstance(error, psycopg.OperationalError):
+                # After a restart of the database the others are dead too.
+                self._close_idle()
+            raise StoreError(f"{self._where}: {what}: {error}") from error
+        if len(self._idle) < IDLE_CONNECTIONS:
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+    def _close_idle(self) -> None:
+        with suppress(IndexError):
+            while True:
+                self._idle.pop().close()
+
+
+def _insert_shown(connection: psycopg.Connection, shown: Sequence[Shown]) -> None:
+    connection.cursor().executemany(
+        "INSERT INTO jaxrec.shown"
+        " (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp)"
+        " VALUES (%s, %s, %s, %s, %s, %s, %s)",
+        [
+            (
+                *(one.recommendation_id, one.user_id),
+                *(json.dumps(one.item_ids, ensure_ascii=False), json.dumps(one.log_propensities)),
+                *one[4:],
+            )
+            for one in shown
+        ],
+    )
+
+
+def _prepare(connection: psycopg.Connection) -> None:
+    """Creates the schema, or checks its version, in the connection's transaction."""
+    (fsync,) = connection.execute("SHOW fsync").fetchone() or ("",)
+    if fsync != "on":
+        raise StoreError("PostgreSQL: runs with fsync = off, so that acknowledged events can be lost; expected on")
+    connection.execute("SELECT pg_advisory_xact_lock(%s)", [SCHEMA_LOCK])
+    for step in SCHEMA:
+        connection.execute(step)
+    row = connection.execute("SELECT version FROM jaxrec.store").fetchone()
+    if row is None:
+        connection.execute("INSERT INTO jaxrec.store VALUES (%s)", [SCHEMA_VERSION])
+    elif row[0] != SCHEMA_VERSION:
+        raise StoreError(f"PostgreSQL: is a store in version {row[0]}, expected {SCHEMA_VERSION}")

@@ -1,0 +1,367 @@
+"""Events, shown recommendations and spilled states in one SQLite file, for one server.
+
+One thread writes; calls that wait for it share a transaction and its fsync (group commit), each with a savepoint of
+its own, so that a call that fails takes no other with it. WAL with synchronous=FULL: what was acknowledged survives
+the end of the process and, as far as fsync keeps its word, of the power. Reads don't wait for writes.
+"""
+
+import json
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from serve.history import Event
+from serve.store import Changes, Deleted, EventStore, Shown, SpilledState, StoreError, UserEvent
+from serve.stores.deferred import DeferredWrites
+
+# "jxrc": marks the file, so that another program's database is not taken for a store.
+APPLICATION_ID = 0x6A787263
+SCHEMA_VERSION = 2
+# `arrival` is never given twice (AUTOINCREMENT), so a user's latest is a revision that never comes back.
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS events (
+    arrival INTEGER PRIMARY KEY AUTOINCREMENT,
+    event_id TEXT NOT NULL UNIQUE,
+    user_id TEXT NOT NULL,
+    item_id TEXT NOT NULL,
+    rating REAL,
+    timestamp INTEGER NOT NULL,
+    recommendation_id TEXT
+) STRICT;
+CREATE INDEX IF NOT EXISTS history ON events (user_id, timestamp, arrival, item_id, rating);
+CREATE TABLE IF NOT EXISTS users (
+    user_id TEXT PRIMARY KEY,
+    first_arrival INTEGER NOT NULL,
+    last_arrival INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS shown (
+    number INTEGER PRIMARY KEY,
+    recommendation_id TEXT NOT NULL,
+    user_id TEXT,
+    item_ids TEXT NOT NULL,
+    log_propensities TEXT NOT NULL,
+    policy TEXT NOT NULL,
+    model_version TEXT NOT NULL,
+    timestamp INTEGER NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS shown_to ON shown (user_id);
+CREATE TABLE IF NOT EXISTS states (
+    user_id TEXT NOT NULL,
+    model_version TEXT NOT NULL,
+    revision INTEGER NOT NULL,
+    state BLOB NOT NULL,
+    PRIMARY KEY (user_id, model_version)
+) STRICT, WITHOUT ROWID;
+"""
+FROM_VERSION_1 = """
+ALTER TABLE events ADD COLUMN recommendation_id TEXT;
+"""
+FILL_USERS = "INSERT INTO users SELECT user_id, min(arrival), max(arrival) FROM events GROUP BY user_id"
+LOCK_TIMEOUT_S = 5.0
+LARGEST_GROUP = 256
+DROPPED_AT_ONCE = 1000
+
+T = TypeVar("T")
+
+
+class _Write(NamedTuple):
+    """What to do within the writer's transaction, and whom to tell."""
+
+    work: Callable[[sqlite3.Connection], Any]
+    done: Future[Any]
+
+
+class SQLiteStore(EventStore):
+    """The store of one server process; a second process may read and write the same file."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens the file, or creates it; raises StoreError."""
+        self._path = path
+        self._readers = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self._connections_lock = threading.Lock()
+        self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        try:
+            self._writer = self._connect()
+            with self._failures("cannot be opened"):
+                self._prepare(self._writer)
+        except BaseException:
+            self._close_connections()
+            raise
+        self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
+        self._thread.start()
+        self._deferred = DeferredWrites(self._write_deferred)
+
+    def __enter__(self) -> "SQLiteStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._deferred.close()
+        self._writes.put(None)
+        self._thread.join()
+        self._close_connections()
+
+    def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
+        if not events:
+            return []
+        return self._write(lambda connection: _insert_events(connection, events))
+
+    def history(self, user_id: str, until: int | None = None) -> list[Event]:
+        query = "SELECT item_id, rating, timestamp FROM events WHERE user_id = ?"
+        parameters: tuple[str | int, ...] = (user_id,)
+        if until is not None:
+            query += " AND timestamp <= ?"
+            parameters += (until,)
+        return [Event(*row) for row in self._read(f"{query} ORDER BY timestamp, arrival", *parameters)]
+
+    def revision(self, user_id: str) -> int:
+        return self._life(user_id)[1]
+
+    def changes(self, user_id: str, since: int = 0) -> Changes:
+        first, revision = self._life(user_id)
+        complete = since < first or not revision
+        if complete:
+            since = 0
+        elif since >= revision:
+            return Changes(revision, [], complete=False)
+        # Not in one snapshot: events after `revision` are left to the next call, and a deletion in between
+        # changes the revision, so the next call starts anew.
+        rows = self._read(
+            "SELECT item_id, rating, timestamp FROM events WHERE user_id = ? AND arrival > ? AND arrival <= ?"
+            " ORDER BY timestamp, arrival",
+            *(user_id, since, revision),
+        )
+        return Changes(revision, [Event(*row) for row in rows], complete)
+
+    def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
+        if wait:
+            self._write(lambda connection: _insert_shown(connection, [shown]))
+        else:
+            self._deferred.add([shown])
+
+    def shown(self, user_id: str | None) -> list[Shown]:
+        rows = self._read(
+            "SELECT recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp FROM shown"
+            " WHERE user_id IS ? ORDER BY number",
+            user_id,
+        )
+        return [Shown(row[0], row[1], tuple(json.loads(row[2])), tuple(json.loads(row[3])), *row[4:]) for row in rows]
+
+    def save_states(self, states: Sequence[SpilledState]) -> None:
+        self._deferred.add(states)
+
+    def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
+        query = "SELECT * FROM states WHERE user_id = ? AND model_version = ?"
+        rows = self._read(query, user_id, model_version)
+        return SpilledState(*rows[0]) if rows else None
+
+    def drop_states(self, keep_versions: Collection[str]) -> int:
+        kept = ", ".join("?" * len(keep_versions))
+        query = (
+            "DELETE FROM states WHERE (user_id, model_version) IN"
+            f" (SELECT user_id, model_version FROM states WHERE model_version NOT IN ({kept}) LIMIT {DROPPED_AT_ONCE})"
+        )
+        dropped = 0
+        # In parts, so that events do not wait for all of it.
+        while part := self._write(lambda connection: connection.execute(query, tuple(keep_versions)).rowcount):
+            dropped += part
+        return dropped
+
+    def delete_user(self, user_id: str) -> Deleted:
+        self._deferred.discard(user_id)
+        return self._write(lambda connection: _delete_user(connection, user_id))
+
+    @property
+    def dropped_count(self) -> int:
+        return self._deferred.dropped_count
+
+    def flush(self) -> None:
+        self._deferred.flush()
+
+    def _life(self, user_id: str) -> tuple[int, int]:
+        """First and last arrival of a user's events; zeros: there are none."""
+        rows = self._read("SELECT first_arrival, last_arrival FROM users WHERE user_id = ?", user_id)
+        return rows[0] if rows else (0, 0)
+
+    def _read(self, query: str, *parameters: str | int | None) -> list[Any]:
+        with self._failures("cannot be read"):
+            return self._reader().execute(query, parameters).fetchall()
+
+    def _write_deferred(self, shown: Sequence[Shown], states: Sequence[SpilledState]) -> None:
+        def work(connection: sqlite3.Connection) -> None:
+            _insert_shown(connection, shown)
+            _insert_states(connection, states)
+
+        self._write(work)
+
+    def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Has the writer do some work within a transaction, and returns its result when that is on disk."""
+        done: Future[T] = Future()
+        self._writes.put(_Write(work, done))
+        with self._failures("cannot be written"):
+            return done.result()
+
+    def _run(self) -> None:
+        while True:
+            first = self._writes.get()
+            if first is None:
+                return
+            group = [first]
+            with suppress(queue.Empty):
+                while len(group) < LARGEST_GROUP:
+                    write = self._writes.get_nowait()
+                    if write is None:
+                        self._writes.put(None)
+                        break
+                    group.append(write)
+            self._commit(group)
+
+    def _commit(self, group: Sequence[_Write]) -> None:
+        """Does what it can of a group in one transaction; never raises."""
+        results: list[tuple[Future[Any], Any]] = []
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+            for write in group:
+                self._writer.execute("SAVEPOINT one")
+                try:
+                    results.append((write.done, write.work(self._writer)))
+                except Exception as error:
+                    # A full disk may have ended the transaction, and with it the group.
+                    if not self._writer.in_transaction:
+                        raise
+                    self._writer.execute("ROLLBACK TO one")
+                    write.done.set_exception(error)
+                self._writer.execute("RELEASE one")
+            self._writer.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._writer.in_transaction:
+                with suppress(sqlite3.Error):
+                    self._writer.execute("ROLLBACK")
+            for write in group:
+                if not write.done.done():
+                    write.done.set_exception(error)
+            return
+        for done, result in results:
+            done.set_result(result)
+
+    def _reader(self) -> sqlite3.Connection:
+        """This thread's own connection: on a shared one, overlapping reads could keep an old snapshot."""
+        connection: sqlite3.Connection | None = getattr(self._readers, "connection", None)
+        if connection is None:
+            connection = self._readers.connection = self._connect()
+        return connection
+
+    def _connect(self) -> sqlite3.Connection:
+        with self._failures("cannot be opened"):
+            connection = sqlite3.connect(
+                self._path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
+            with self._connections_lock:
+                self._connections.append(connection)
+            connection.execute("PRAGMA synchronous = FULL")
+            # What is deleted is overwritten, not only unlinked.
+            connection.execute("PRAGMA secure_delete = ON")
+        return connection
+
+    def _close_connections(self) -> None:
+        with self._connections_lock:
+            while self._connections:
+                self._connections.pop().close()
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        if self._version(connection) == SCHEMA_VERSION:
+            return
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            # Another process may have been faster.
+            version = self._version(connection)
+            if version != SCHEMA_VERSION:
+                steps = [*(FROM_VERSION_1.split(";") if version == 1 else ()), *SCHEMA.split(";")]
+                steps += [FILL_USERS, f"PRAGMA application_id = {APPLICATION_ID}"]
+                for step in [*steps, f"PRAGMA user_version = {SCHEMA_VERSION}"]:
+                    connection.execute(step)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _version(self, connection: sqlite3.Connection) -> int:
+        """The version of the schema, 0 for an empty file; raises StoreError when it is no store's."""
+        (application_id,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        if application_id == APPLICATION_ID and 1 <= version <= SCHEMA_VERSION:
+            return int(version)
+        if tables or application_id or version:
+            raise StoreError(
+                f"{self._path}: is a database of application {application_id} in version {version}, expected"
+                f" an event store ({APPLICATION_ID}) in version 1..{SCHEMA_VERSION}"
+            )
+        return 0
+
+    @contextmanager
+    def _failures(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StoreError(f"{self._path}: {what}: {error}") from error
+
+
+def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) -> list[UserEvent]:
+    recorded = []
+    for new in events:
+        cursor = connection.execute(
+            "INSERT INTO events (event_id, user_id, item_id, rating, timestamp, recommendation_id)"
+            " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING",
+            (new.event_id, new.user_id, *new.event, new.recommendation_id),
+        )
+        if cursor.rowcount:
+            recorded.append(new)
+            connection.execute(
+                "INSERT INTO users VALUES (?1, ?2, ?2) ON CONFLICT (user_id) DO UPDATE SET last_arrival = ?2",
+                (new.user_id, cursor.lastrowid),
+            )
+    return recorded
+
+
+def _insert_shown(connection: sqlite3.Connection, shown: Sequence[Shown]) -> None:
+    connection.executemany(
+        "INSERT INTO shown (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [
+            (
+                *(one.recommendation_id, one.user_id),
+                *(json.dumps(one.item_ids, ensure_ascii=False), json.dumps(one.log_propensities)),
+                *one[4:],
+            )
+            for one in shown
+        ],
+    )
+
+
+def _insert_states(connection: sqlite3.Connection, states: Sequence[SpilledState]) -> None:
+    """States of users that were deleted meanwhile have no place any more."""
+    connection.executemany(
+        "INSERT INTO states SELECT ?1, ?2, ?3, ?4"
+        " WHERE EXISTS (SELECT 1 FROM users WHERE user_id = ?1 AND first_arrival <= ?3)"
+        " ON CONFLICT (user_id, model_version) DO UPDATE SET revision = excluded.revision, state = excluded.state",
+        states,
+    )
+
+
+def _delete_user(connection: sqlite3.Connection, user_id: str) -> Deleted:
+    counts = {
+        table: connection.execute(f"DELETE FROM {table} WHERE user_id = ?", (user_id,)).rowcount
+        for table in ("events", "shown", "users", "states")
+    }
+    return Deleted(counts["events"], counts["shown"])

@@ -1,0 +1,326 @@
+"""What every store promises: order, ids that count once, revisions, deletion, and recovery from a lost server."""
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import psycopg
+import pytest
+import redis
+
+from serve.history import Event
+from serve.store import Changes, Deleted, EventStore, Shown, SpilledState, StoreError, UserEvent, open_store
+from tests.serve.databases import DEADLINE_S, DatabaseServer, NotInstalled, postgres_server, redis_server, wait_until
+
+KINDS = ("sqlite", "postgres", "redis")
+SERVERS = {"postgres": postgres_server, "redis": redis_server}
+SHOWN = Shown("r1", "u", ("a", "ü"), (-1.25, -0.5), "reinforce", "v1", 1_700_000_000)
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[dict[str, DatabaseServer]]:
+    """Those that a test asked for; each is started once."""
+    with ExitStack() as stack:
+        started = _Started(stack)
+        yield started
+
+
+class _Started(dict[str, DatabaseServer]):
+    def __init__(self, stack: ExitStack) -> None:
+        super().__init__()
+        self._stack = stack
+
+    def __missing__(self, kind: str) -> DatabaseServer:
+        try:
+            self[kind] = self._stack.enter_context(SERVERS[kind]())
+        except NotInstalled as error:
+            pytest.skip(str(error))
+        return self[kind]
+
+
+def emptied(kind: str, servers: dict[str, DatabaseServer], folder: Path) -> str:
+    """The location of a store with nothing in it."""
+    if kind == "sqlite":
+        return str(folder / "events.sqlite")
+    location = servers[kind].location
+    if kind == "postgres":
+        with psycopg.connect(location) as connection:
+            connection.execute("DROP SCHEMA IF EXISTS jaxrec CASCADE")
+    else:
+        with redis.Redis.from_url(location) as client:
+            client.flushall()
+    return location
+
+
+@pytest.fixture(params=KINDS)
+def location(request: pytest.FixtureRequest, servers: dict[str, DatabaseServer], tmp_path: Path) -> str:
+    return emptied(request.param, servers, tmp_path)
+
+
+@pytest.fixture
+def store(location: str) -> Iterator[EventStore]:
+    with open_store(location) as opened:
+        yield opened
+
+
+def user_event(event_id: str, item_id: str = "i", timestamp: int = 0, user_id: str = "u") -> UserEvent:
+    return UserEvent(event_id, user_id, Event(item_id, None, timestamp))
+
+
+def test_history_is_ordered_by_time_then_arrival(store: EventStore) -> None:
+    store.record([user_event("1", "c", 20), user_event("2", "a", 10)])
+    store.record([user_event("3", "b", 10), user_event("4", "other", 5, user_id="v")])
+    assert store.history("u") == [Event("a", None, 10), Event("b", None, 10), Event("c", None, 20)]
+    assert store.history("u", until=19) == [Event("a", None, 10), Event("b", None, 10)]
+    assert store.history("u", until=9) == []
+    assert store.history("nobody") == []
+
+
+def test_what_is_stored_comes_back_after_reopening(location: str) -> None:
+    events = [Event("i", 3.5, 0), Event('ü"\n[:%s', None, 2**63 - 1)]
+    with open_store(location) as store:
+        store.record([UserEvent(f"e {at}", "u:%", event, "r1") for at, event in enumerate(events)])
+        store.log_shown(SHOWN)
+        assert store.history("u:%") == events
+    with open_store(location) as store:
+        assert store.history("u:%") == events
+        assert store.shown("u") == [SHOWN]
+
+
+def test_an_event_id_counts_once(store: EventStore) -> None:
+    first = user_event("1", "first")
+    assert store.record([first, user_event("1", "same request")]) == [first]
+    assert store.record([user_event("1", "later", user_id="v")]) == []
+    assert store.record([user_event("0"), user_event("1"), user_event("2")]) == [user_event("0"), user_event("2")]
+    assert store.record([]) == []
+    assert [event.item_id for event in store.history("u")] == ["first", "i", "i"]
+    assert store.history("v") == []
+    assert store.revision("v") == 0
+
+
+def test_revision_changes_with_every_new_event_of_the_user_and_with_nothing_else(store: EventStore) -> None:
+    assert store.revision("u") == 0
+    seen = [0]
+    for at in range(3):
+        store.record([user_event(str(at))])
+        seen.append(store.revision("u"))
+    assert seen == sorted(set(seen))
+    store.record([user_event("2"), user_event("v", user_id="v")])
+    store.log_shown(SHOWN, wait=True)
+    assert store.revision("u") == seen[-1]
+    store.delete_user("u")
+    assert store.revision("u") == 0
+    store.record([user_event("0")])
+    assert store.revision("u") > seen[-1]
+
+
+def test_changes_since_a_revision(store: EventStore) -> None:
+    assert store.changes("u") == Changes(0, [], complete=True)
+    assert store.changes("u", 7) == Changes(0, [], complete=True)
+    store.record([user_event("1", "a", 10), user_event("2", "b", 30)])
+    first = store.revision("u")
+    assert store.changes("u") == Changes(first, [Event("a", None, 10), Event("b", None, 30)], complete=True)
+    assert store.changes("u", first) == Changes(first, [], complete=False)
+    store.record([user_event("3", "d", 40), user_event("4", "late", 20)])
+    second = store.revision("u")
+    assert store.changes("u", first) == Changes(second, [Event("late", None, 20), Event("d", None, 40)], complete=False)
+    store.delete_user("u")
+    assert store.changes("u", second) == Changes(0, [], complete=True)
+    store.record([user_event("5", "new life", 5)])
+    for since in (0, first, second):
+        assert store.changes("u", since) == Changes(store.revision("u"), [Event("new life", None, 5)], complete=True)
+
+
+def test_shown_is_kept_by_user_in_order(store: EventStore) -> None:
+    anonymous = Shown("r3", None, (), (), "popularity", "v1", 5)
+    for number, one in enumerate((SHOWN, SHOWN._replace(recommendation_id="r2", user_id="v"), anonymous)):
+        store.log_shown(one, wait=number == 1)
+    store.flush()
+    assert store.shown("u") == [SHOWN]
+    assert [one.recommendation_id for one in store.shown("v")] == ["r2"]
+    assert store.shown(None) == [anonymous]
+    store.log_shown(SHOWN._replace(recommendation_id="r4"), wait=True)
+    assert [one.recommendation_id for one in store.shown("u")] == ["r1", "r4"]
+    assert store.dropped_count == 0
+
+
+def test_states_are_kept_by_user_and_model_version(store: EventStore) -> None:
+    store.record([user_event("1"), user_event("2", user_id="v")])
+    revision = store.revision("u")
+    states = [SpilledState("u", version, revision, b"\0\xff" + version.encode()) for version in ("v1", "v2")]
+    store.save_states([*states, SpilledState("v", "v1", store.revision("v"), b"")])
+    store.flush()
+    assert [store.load_state("u", version) for version in ("v1", "v2", "v3")] == [*states, None]
+    later = states[0]._replace(state=b"later")
+    store.save_states([later])
+    store.flush()
+    assert store.load_state("u", "v1") == later
+    assert store.drop_states(["v2"]) == 2
+    assert [store.load_state("u", version) for version in ("v1", "v2")] == [None, states[1]]
+    assert store.drop_states([]) == 1
+
+
+def test_nothing_of_a_deleted_user_is_left(store: EventStore, location: str) -> None:
+    store.record([user_event("1"), user_event("2"), user_event("3", user_id="v")])
+    revision = store.revision("u")
+    store.log_shown(SHOWN, wait=True)
+    store.save_states([SpilledState("u", "v1", revision, b"x")])
+    store.flush()
+    # Still to be written when the deletion comes.
+    store.log_shown(SHOWN)
+    store.save_states([SpilledState("u", "v2", revision, b"x")])
+    assert store.delete_user("u") == Deleted(event_count=2, shown_count=1)
+    # A state that a cache spills afterwards has no user any more, also when the user comes back.
+    store.save_states([SpilledState("u", "v3", revision, b"x")])
+    store.flush()
+    store.record([user_event("1")])
+    store.save_states([SpilledState("u", "v4", revision, b"x")])
+    store.flush()
+    assert [store.load_state("u", version) for version in ("v1", "v2", "v3", "v4")] == [None] * 4
+    assert store.shown("u") == []
+    assert store.history("u") == [Event("i", None, 0)]
+    assert len(store.history("v")) == 1
+    assert store.delete_user("nobody") == Deleted(0, 0)
+
+
+def test_many_threads_of_two_servers_write_and_read(location: str) -> None:
+    """Each event is sent by two threads and counts for one; a thread reads what it wrote; no revision is missed."""
+    start = threading.Barrier(8)
+
+    def write(thread: int) -> int:
+        store = stores[thread % 2]
+        user = str(thread // 2)
+        start.wait()
+        recorded = 0
+        for at in range(25):
+            event = user_event(f"{user}-{at}", user_id=user, timestamp=at)
+            shared = user_event(f"shared-{thread}-{at}", user_id="shared", timestamp=at)
+            # The users of a request in either order must not lock each other out.
+            recorded += len(store.record([shared, event] if thread % 3 else [event, shared]))
+            assert event.event in store.history(user)
+        return recorded
+
+    with open_store(location) as one, open_store(location) as two, ThreadPoolExecutor(8) as threads:
+        stores = (one, two)
+        following = threads.submit(follow, one, "shared", 8 * 25)
+        counts = [threads.submit(write, thread) for thread in range(7)]
+        last = write(7)
+        assert sum(count.result() for count in counts) + last == 4 * 25 + 8 * 25
+        for user in range(4):
+            assert [event.timestamp for event in one.history(str(user))] == list(range(25))
+        assert following.result() == one.history("shared")
+
+
+def follow(store: EventStore, user_id: str, count: int) -> list[Event]:
+    """The history of a user who is being written to, put together from changes until it has so many events."""
+    known: list[Event] = []
+    revision = 0
+    end = time.monotonic() + DEADLINE_S
+    while len(known) < count:
+        assert time.monotonic() < end, f"only {len(known)} events of {count} came"
+        changes = store.changes(user_id, revision)
+        assert changes.complete == (revision == 0)
+        known += changes.events
+        revision = changes.revision
+    return sorted(known, key=lambda event: event.timestamp)
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.parametrize("kill", [False, True], ids=["stopped", "killed"])
+def test_a_database_that_comes_back_has_what_was_acknowledged(
+    kind: str, kill: bool, servers: dict[str, DatabaseServer], tmp_path: Path
+) -> None:
+    server = servers[kind]
+    with open_store(emptied(kind, servers, tmp_path)) as store, ThreadPoolExecutor(4) as threads:
+        acknowledged = [threads.submit(record_until_failure, store, str(user)) for user in range(4)]
+        wait_until(lambda: assert_recorded(store, 4))
+        server.stop(kill=kill)
+        counts = [one.result(DEADLINE_S) for one in acknowledged]
+        with pytest.raises(StoreError, match="cannot be written"):
+            store.record([user_event("down")])
+        with pytest.raises(StoreError, match="cannot be read"):
+            store.history("0")
+        # Kept until the database is there again.
+        store.log_shown(SHOWN)
+        with pytest.raises(StoreError, match="cannot be written"):
+            store.flush()
+        server.start()
+        wait_until(lambda: store.record([user_event("up", user_id="v")]))
+        for user, count in enumerate(counts):
+            # The event that was under way may be there; sent again it counts once.
+            assert count <= len(store.history(str(user))) <= count + 1
+            store.record([user_event(f"{user}-{count}", user_id=str(user))])
+            assert len(store.history(str(user))) == count + 1
+        store.flush()
+        assert store.shown("u") == [SHOWN]
+
+
+def record_until_failure(store: EventStore, user: str) -> int:
+    """How many events of a user were acknowledged."""
+    end = time.monotonic() + DEADLINE_S
+    for count in itertools.count():
+        assert time.monotonic() < end, "the store does not fail"
+        try:
+            store.record([user_event(f"{user}-{count}", user_id=user)])
+        except StoreError:
+            return count
+    raise AssertionError
+
+
+def assert_recorded(store: EventStore, users: int) -> None:
+    for user in range(users):
+        assert len(store.history(str(user))) >= 5
+
+
+@pytest.mark.parametrize(
+    ("options", "durable", "message"),
+    [
+        ((), False, "came appendonly no; set it to yes"),
+        (("--appendfsync", "everysec"), True, "set appendfsync to always, or use Redis 7.2"),
+        (("--maxmemory-policy", "allkeys-lru"), True, "came maxmemory-policy allkeys-lru; set it to noeviction"),
+    ],
+)
+def test_a_redis_that_forgets_is_refused(options: tuple[str, ...], durable: bool, message: str) -> None:
+    try:
+        with redis_server(*options, durable=durable) as server:
+            if "everysec" in options:
+                with redis.Redis.from_url(server.location) as client:
+                    version = [int(part) for part in client.info()["redis_version"].split(".")[:2]]
+                if version >= [7, 2]:
+                    pytest.skip("this Redis can be asked to wait")
+            with pytest.raises(StoreError, match=message):
+                open_store(server.location)
+    except NotInstalled as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_another_version_is_refused(kind: str, servers: dict[str, DatabaseServer], tmp_path: Path) -> None:
+    location = emptied(kind, servers, tmp_path)
+    open_store(location).close()
+    if kind == "postgres":
+        with psycopg.connect(location) as connection:
+            connection.execute("UPDATE jaxrec.store SET version = 9")
+    else:
+        with redis.Redis.from_url(location) as client:
+            client.set("jaxrec:version", "9")
+    with pytest.raises(StoreError, match="is a store in version 9, expected 1"):
+        open_store(location)
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("postgresql://jaxrec@127.0.0.1:1/nothing", "PostgreSQL: cannot be opened: .*Connection refused"),
+        ("redis://127.0.0.1:1/0", "Redis: cannot be opened: .*Connection refused"),
+        ("redis://127.0.0.1:1/x?nonsense=", "Redis: "),
+        ("mysql://127.0.0.1/x", "expected a path, postgresql:// or redis://, came mysql://"),
+    ],
+)
+def test_no_such_store(location: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message):
+        open_store(location)
