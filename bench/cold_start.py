@@ -50,7 +50,7 @@ def main(work: Path, seed: int, logs: tuple[str, ...]) -> None:
     ]
     for log in logs:
         name, _, ratings = log.partition("=")
-        lines += table(name, Path(ratings), work / name, seed)
+        lines += table(name, Path(ratings), work / f"{name}-{seed}", seed)
     write_text(OUT, "\n".join(lines) + "\n")
 
 

@@ -27,15 +27,18 @@ import numpy as np
 from flax import nnx
 from train_steps import Shape, Step, our_step, plain_jax_step, random_batch, random_weights, torch_step
 
-from jaxrec.batches import TrainBatch, TrainingData
+from jaxrec.batches import MAX_EARLIER, TrainBatch, TrainingData
 from jaxrec.config import ModelConfig, TrainConfig
+from jaxrec.cooccurrence import initial_embedding, neighbours
 from jaxrec.evaluate import jit_scorer, model_logits, rank_cases
 from jaxrec.host_memory import keep_freed_memory
 from jaxrec.metrics import hit_rate, ndcg
 from jaxrec.models.features import Events
-from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.prepare import read_prepared
-from jaxrec.steps import data_mesh, initial_state, make_optimizer, make_train_step, softmax_sample
+from jaxrec.runs import new_models
+from jaxrec.sharding import data_mesh
+from jaxrec.steps import initial_state, make_optimizer, make_train_step, softmax_sample
 
 OURS, TORCH, PLAIN = "jaxrec", "PyTorch nn.LSTM", "plain JAX"
 GRU4REC_NDCG = 0.099  # ML-100K, leave-one-out, test
@@ -178,7 +181,7 @@ def train_random(items: int, rows: int, length: int, sampled_items: int | None) 
         np.full(rows, length, np.int32),
     )
     starts = rng.random(shape) < 0.01
-    earlier = np.zeros((len(starts), 1), np.int32)
+    earlier = rng.integers(1, items + 1, (rows, MAX_EARLIER)).astype(np.int32)
     batch = TrainBatch(events, starts, np.roll(events.item, -1, axis=1), np.roll(events.gap, -1, axis=1), earlier)
     config, mesh = TrainConfig(sampled_items=sampled_items), data_mesh()
     optimizer = make_optimizer(config, 100)
@@ -205,22 +208,26 @@ def train_random(items: int, rows: int, length: int, sampled_items: int | None) 
 def quality(data: Path, epochs: int, target: float, content: bool, seed: int) -> None:
     """Test NDCG@10, without request time, over the seconds of training.
 
-    The clock runs while batches are made, compiled and trained on; it stops for the evaluation after each epoch.
+    The clock runs while co-occurrence is counted and batches are made, compiled and trained on; it stops for the
+    evaluation after each epoch.
     """
     prepared = read_prepared(data)
     config, model_config, mesh = TrainConfig(seed=seed, max_epochs=epochs), ModelConfig(), data_mesh()
-    items, rngs = len(prepared.catalog), nnx.Rngs(seed)
-    model = (
-        TimeRatingAwareContentModel(items, prepared.catalog.genre_matrix(), model_config, rngs=rngs)
-        if content
-        else TimeRatingAwareLSTM(items, model_config, rngs=rngs)
-    )
+    start = time.perf_counter()
+    vectors = initial_embedding(neighbours(prepared), model_config.embedding)
+    counted = time.perf_counter() - start
+    model = new_models(prepared, model_config, seed, vectors)[content]
     batches = TrainingData(prepared, model_config.max_length, config.batch_tokens)
     optimizer = make_optimizer(config, batches.steps_per_epoch * epochs)
     graphdef, state = initial_state(model, optimizer)
-    train_step = make_train_step(graphdef, optimizer, mesh, config.request_gap_dropout, config.sampled_items)
-    key, trained, reached = jax.random.key(seed), 0.0, None
-    click.echo(f"{type(model).__name__}, seed {seed}, {items} items, {len(prepared.split.test)} test cases\n")
+    trained_items = prepared.train_popularity() > 0
+    train_step = make_train_step(
+        graphdef, optimizer, mesh, config.request_gap_dropout, config.sampled_items, trained_items
+    )
+    key, trained, reached = jax.random.key(seed), counted, None
+    click.echo(
+        f"{type(model).__name__}, seed {seed}, {len(prepared.catalog)} items, {len(prepared.split.test)} test cases\n"
+    )
     click.echo("| epoch | seconds of training | test NDCG@10 | test HR@10 |\n|---|---|---|---|")
     for epoch in range(epochs):
         start = time.perf_counter()

@@ -28,6 +28,7 @@ POWER = 0.68
 NEIGHBOURS = 100
 MAX_EVENTS = 5_000_000  # of a larger log, the most recent part of it: more events change the counts little
 EVENTS_PER_CHUNK = 500_000
+ITEMS_PER_CHUNK = 1000  # sorted together: sorting takes several times the memory of the counts
 INITIAL_DEVIATION = 0.3
 DENSE_ITEMS = 2000  # up to here a full eigendecomposition takes a second
 
@@ -52,11 +53,16 @@ def neighbours(data: PreparedData, width: int = NEIGHBOURS) -> Neighbours:
     for first, second, lag in _pairs(items, users):
         weight = LAG_DECAY ** (lag - 1.0)
         total = total + scipy.sparse.csr_array((weight, (first, second)), shape=(size, size))
-    total = (total + BACKWARD * total.T).tocoo()
-    apart = total.row != total.col
-    row, column = total.row[apart], total.col[apart]
-    weight = total.data[apart] / (counts[row] ** POWER * counts[column] ** (1.0 - POWER))
-    return _strongest(row, column, weight, size, width)
+    total = (total + BACKWARD * total.T).tocsr()
+    found = Neighbours(np.zeros((size, width), np.int32), np.zeros((size, width), np.float32))
+    for start in range(0, size, ITEMS_PER_CHUNK):
+        part = total[start : start + ITEMS_PER_CHUNK].tocoo()
+        row, column = part.row + start, part.col
+        apart = row != column
+        row, column = row[apart], column[apart]
+        weight = part.data[apart] / (counts[row] ** POWER * counts[column] ** (1.0 - POWER))
+        _keep_strongest(row, column, weight, found)
+    return found
 
 
 def initial_embedding(neighbours: Neighbours, width: int) -> np.ndarray:
@@ -110,13 +116,11 @@ def _pairs(items: np.ndarray, users: np.ndarray) -> Iterator[tuple[np.ndarray, n
         yield np.concatenate(first), np.concatenate(second), np.concatenate(lags)
 
 
-def _strongest(row: np.ndarray, column: np.ndarray, weight: np.ndarray, size: int, width: int) -> Neighbours:
-    """The `width` largest weights of each row; equal ones in the order of the items."""
+def _keep_strongest(row: np.ndarray, column: np.ndarray, weight: np.ndarray, found: Neighbours) -> None:
+    """Fills the given rows of `found` with their largest weights; equal ones in the order of the items."""
     order = np.lexsort((column, -weight, row))
     row, column, weight = row[order], column[order], weight[order]
     place = np.arange(len(row)) - np.searchsorted(row, row)
-    kept = place < width
-    item, strength = np.zeros((size, width), np.int32), np.zeros((size, width), np.float32)
-    item[row[kept], place[kept]] = column[kept]
-    strength[row[kept], place[kept]] = weight[kept]
-    return Neighbours(item, strength)
+    kept = place < found.item.shape[1]
+    found.item[row[kept], place[kept]] = column[kept]
+    found.weight[row[kept], place[kept]] = weight[kept]

@@ -83,7 +83,7 @@ def ranks_by_request_time(
     max_length = model.config.max_length
     lengths = np.minimum(cases.rows - data.histories.offsets[cases.users], max_length)
     ranks = np.empty((2, len(cases)), np.int32)
-    for shortest, longest in itertools.pairwise([0, *(n for n in LENGTHS if n < max_length), max_length]):
+    for shortest, longest in itertools.pairwise([-1, *(n for n in LENGTHS if n < max_length), max_length]):
         chosen = np.flatnonzero((lengths > shortest) & (lengths <= longest))
         found = []
         for batch in case_batches(data, Cases(cases.users[chosen], cases.rows[chosen]), longest):

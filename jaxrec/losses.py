@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.models.features import Array
+from jaxrec.models.sequence import NEVER
 
 CHUNK = 256  # positions whose logits exist at the same time: few enough for the cache, many enough for the product
-EXCLUDED = -1e30  # the logit of what is no candidate
 
 
 def next_item_loss(
@@ -76,7 +76,7 @@ def sampled_softmax_loss(
         query, index, valid, vector, bias = inputs
         target_logit = jnp.sum(query * vector, axis=1) + bias
         logits = query @ sampled_vectors.T + sampled_bias
-        logits = jnp.where(sampled == index[:, None], EXCLUDED, logits)
+        logits = jnp.where(sampled == index[:, None], NEVER, logits)
         losses = jnp.logaddexp(jax.nn.logsumexp(logits, axis=1), target_logit) - target_logit
         return total + jnp.sum(jnp.where(valid, losses, 0.0)), None
 
@@ -124,7 +124,7 @@ def _loss_and_gradients(
         query, index, valid, excluded = inputs
         logits = query @ transposed + item_bias
         if excluded is not None:
-            logits = logits.at[jnp.arange(CHUNK)[:, None], excluded].set(EXCLUDED)
+            logits = logits.at[jnp.arange(CHUNK)[:, None], excluded].set(NEVER)
         highest = jnp.max(logits, axis=1)  # subtracted so that exp cannot overflow
         exponentials = jnp.exp(logits - highest[:, None])
         normalizer = jnp.sum(exponentials, axis=1)

@@ -24,7 +24,7 @@ MAX_CASES = 10_000
 @dataclasses.dataclass(frozen=True)
 class Mix:
     """The two weights of `jaxrec.models.hybrid.Hybrid`, and validation NDCG@10 (the mean of without and with the
-    request time) of the mix and of each weight beside it, the other one being as chosen."""
+    request time) of the mix and of each weight beside it, the other one being as it was in the last round."""
 
     weight: float
     cooccurrence_weight: float
@@ -44,9 +44,9 @@ def tune_mix(
         cases = Cases(cases.users[chosen], cases.rows[chosen])
     weight, added = np.float32(0.5), np.float32(0.0)
     for _ in range(ROUNDS):
-        of_added = _figures(lstm, content, cooccurrence, data, cases, weight[None], COOCCURRENCE_WEIGHTS)
+        of_added = _figures(lstm, content, cooccurrence, data, cases, np.array([weight]), COOCCURRENCE_WEIGHTS)
         added = COOCCURRENCE_WEIGHTS[np.argmax(of_added)]
-        of_weight = _figures(lstm, content, cooccurrence, data, cases, WEIGHTS, added[None])
+        of_weight = _figures(lstm, content, cooccurrence, data, cases, WEIGHTS, np.array([added]))
         weight = WEIGHTS[np.argmax(of_weight)]
     return Mix(
         weight=float(weight),

@@ -92,7 +92,7 @@ def training_loss(
     arguments = (queries, item_vectors, model.item_bias(), batch.target, batch.target > 0)
     sampled = softmax_sample(len(item_vectors) - 1, sampled_items)
     if sampled:
-        # A sample seldom meets the few items of a history, so they stay in.
+        # A sample seldom meets the few items of a history, so they stay in, and so do the items that nobody has taken.
         return sampled_softmax_loss(*arguments, sampled, jax.random.fold_in(key, 2))
     if trained_items is not None:
         rows = np.zeros(len(item_vectors), bool)  # more than items where the tables are split over devices
@@ -128,8 +128,7 @@ def make_train_step(
     """step(state, batch, key) -> (state, {loss, gradient_norm}). The key is the run's; the step number is folded in.
 
     The state is donated, and stays laid out over the mesh as `state_sharding` says. On a CPU the process keeps freed
-    memory from now on (`jaxrec.host_memory`). `sampled_items` and `trained_items` as in
-    `training_loss`.
+    memory from now on (`jaxrec.host_memory`). `sampled_items` and `trained_items` as in `training_loss`.
     """
     if mesh.devices.flat[0].platform == "cpu":
         keep_freed_memory()

@@ -231,7 +231,7 @@ class _Training(Generic[Model]):
             "learning_rate": float(self.learning_rates[progress.step - progress.first_step]),
         }
         if not all(np.isfinite(value) for value in metrics.values()):
-            raise TrainingError(self._not_finite("loss or its gradient"))
+            raise TrainingError(self._not_finite("loss or its gradient is"))
         progress.step += 1
         progress.epoch_steps += 1
         progress.loss_sum += metrics["loss"]
@@ -240,7 +240,7 @@ class _Training(Generic[Model]):
     def _not_finite(self, what: str) -> str:
         kept = f"the checkpoint of step {self.saved_step} is good" if self.saved_step else "no checkpoint was made yet"
         return (
-            f"the {what} is not finite at step {self.progress.step} (epoch {len(self.progress.epochs)}); {kept}, "
+            f"the {what} not finite at step {self.progress.step} (epoch {len(self.progress.epochs)}); {kept}, "
             f"lost are the steps {self.saved_step}..{self.progress.step}"
         )
 
@@ -264,7 +264,7 @@ class _Training(Generic[Model]):
         """Saves a state that is good: every loss until here was finite, and every weight is."""
         self._read_pending(log)
         if not bool(jax.device_get(_all_finite(self.state.params))):
-            raise TrainingError(self._not_finite("weights' values"))
+            raise TrainingError(self._not_finite("weights are"))
         log.sync()
         self.checkpoints.save(self.state, self.progress)
         self.saved_at, self.saved_step = time.monotonic(), self.progress.step

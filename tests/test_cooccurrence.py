@@ -64,6 +64,7 @@ def test_pairs_stay_within_a_user_and_the_window(monkeypatch: pytest.MonkeyPatch
 def test_chunks_do_not_change_the_counts(small_data: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = neighbours(small_data)
     monkeypatch.setattr(cooccurrence, "EVENTS_PER_CHUNK", 37)
+    monkeypatch.setattr(cooccurrence, "ITEMS_PER_CHUNK", 7)
     for left, right in zip(neighbours(small_data), whole, strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-6)
 

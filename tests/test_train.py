@@ -18,7 +18,7 @@ from jaxrec.models.features import Events
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.prepare import PreparedData, prepare
 from jaxrec.sharding import data_mesh
-from jaxrec.steps import initial_state, make_optimizer, make_train_step, seen_items
+from jaxrec.steps import initial_state, make_optimizer, make_train_step, seen_items, training_loss
 from jaxrec.train import Trained, TrainingError, load_trained, train_model
 from tests.synthetic import markov_log, random_log, shuffled_items
 
@@ -140,12 +140,12 @@ import json, sys
 from pathlib import Path
 import jax
 from flax import nnx
-from jaxrec.batches import TrainBatch, TrainingData
+from jaxrec.batches import TrainingData
 from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.prepare import prepare
 from jaxrec.sharding import data_mesh
-from jaxrec.steps import initial_state, make_optimizer, make_train_step, seen_items
+from jaxrec.steps import initial_state, make_optimizer, make_train_step
 from tests.synthetic import random_log
 
 assert len(jax.devices()) == 8
@@ -198,3 +198,30 @@ def test_the_softmax_leaves_out_what_the_window_has_shown() -> None:
     batch = TrainBatch(Events(item, nothing, nothing, np.array([5])), starts, target, nothing, np.array([[c, e, 0]]))
     seen = [set(row.tolist()) - {0} for row in np.asarray(seen_items(batch))[0]]
     assert seen[:5] == [{a, c, e}, {a, b, e}, {b, c, e}, {b, c, e}, {b, c, d, e}]
+
+
+def test_items_that_nobody_has_taken_are_no_candidates(data: PreparedData) -> None:
+    """Whatever their vectors and biases are, the loss is the same and they get no gradient; a taken item's matter."""
+    batch = next(TrainingData(data, max_length=16, batch_tokens=64).epoch(0, 0))
+    missing, taken = 20, int(batch.target[0, 0])
+    trained_items = np.arange(21) != missing
+    batch = batch._replace(
+        events=batch.events._replace(item=np.where(batch.events.item == missing, taken, batch.events.item)),
+        target=np.where(batch.target == missing, taken, batch.target),
+    )
+    model = TimeRatingAwareLSTM(20, MODEL, rngs=nnx.Rngs(0))
+    graphdef, variables = nnx.split(model)
+
+    @jax.jit
+    def loss(variables: nnx.State) -> jax.Array:
+        return training_loss(nnx.merge(graphdef, variables), batch, jax.random.key(0), 0.5, trained_items=trained_items)
+
+    of_loss = jax.grad(loss)(variables)
+    for gradient in (of_loss["item_embedding"][...], of_loss["item_bias_table"][...]):
+        np.testing.assert_array_equal(gradient[missing], 0.0)
+        assert np.abs(gradient[taken]).max() > 0
+    before = float(loss(variables))
+    model.item_bias_table[...] = model.item_bias_table[...].at[missing].set(5.0)
+    assert float(loss(nnx.state(model))) == before
+    model.item_bias_table[...] = model.item_bias_table[...].at[taken].set(5.0)
+    assert float(loss(nnx.state(model))) != before

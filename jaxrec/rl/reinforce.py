@@ -1,8 +1,9 @@
 """REINFORCE on slates (Williams 1992) with a learned baseline and a leash to the supervised policy.
 
-The state is the supervised query vector, the action a slate drawn from the policy, its reward the discounted mean of
-its items' rewards, sum_i d_i r_i with DCG's discounts d (`jaxrec.rl.rewards.discounts`), because the top of a list is
-judged that way. Slot i is answerable for the slots from i on only, so with the return G_i = sum_(j >= i) d_j r_j
+The state is the supervised query vector with the most recent items, by which co-occurrence adds to the logits; the
+action a slate drawn from the policy, its reward the discounted mean of its items' rewards, sum_i d_i r_i with DCG's
+discounts d (`jaxrec.rl.rewards.discounts`), because the top of a list is judged that way. Slot i is answerable for the
+slots from i on only, so with the return G_i = sum_(j >= i) d_j r_j
 
     gradient = E[ sum_i grad log p(slot i | slots before it) * (G_i - b_i(state)) ]
 

@@ -1,4 +1,5 @@
-"""States of the policy: the two models' query vectors at logged decisions, computed once, and what came next."""
+"""States of the policy: the two models' query vectors at logged decisions, computed once, the items before them, and
+what came next."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -53,8 +54,8 @@ def training_states(
 
     Where there are more, whole windows are left out: users' older windows before their most recent ones, and users at
     random among windows of equal age. The gap before the target is hidden for half of the states, at random. A state
-    knows its window only, so a user's older windows are not excluded from its slates. Raises DataError where there is
-    nothing to learn from.
+    knows its window only, so a user's older windows are not excluded from its slates, nor among its recent items.
+    Raises DataError where there is nothing to learn from.
     """
     rng = np.random.default_rng(seed)
     users, starts, lengths = training_windows(data.split.train_counts, hybrid.lstm.config.max_length)
