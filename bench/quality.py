@@ -77,8 +77,8 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
             arrays[f"{model}|{time}|ranks"], arrays[f"{model}|{time}|top"] = ranked.ranks, ranked.top
     with new_file(done) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
-    summary = {"cases": len(cases), "items": len(data.catalog), "users": data.histories.user_count}
-    write_text(folder / "summary.json", json.dumps(summary | {"mix": json.loads((out / "hybrid.json").read_text())}))
+    summary = {"commit": commit(), "cases": len(cases), "items": len(data.catalog), "users": data.histories.user_count}
+    write_text(folder / "summary.json", json.dumps(summary))
 
 
 def few_per_user(cases: Cases) -> Cases:
@@ -109,7 +109,7 @@ def write_tables(work: Path, arguments: list[str]) -> None:
     parts = [
         "# Ranking quality\n",
         f"`python bench/quality.py {' '.join(without_folder(argument) for argument in arguments)}`",
-        f"at commit {commit()}, {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
+        f"on {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
         f"jax {jax.__version__}.\n",
         __doc__.split("\n\n")[2].strip().replace("\n", " ") + "\n",
         "Ties count against the target. `time`: whether the request time is told. NDCG and HR at 10 with their 95 % "
@@ -127,7 +127,8 @@ def table(folder: Path, files: list[Path]) -> list[str]:
     summary = json.loads((folder / "summary.json").read_text())
     lines = [
         f"\n## {folder.name}\n",
-        f"{summary['cases']} cases, {summary['users']} users, {summary['items']} movies, {len(files)} seed(s).\n",
+        f"{summary['cases']} cases, {summary['users']} users, {summary['items']} movies, {len(files)} seed(s), trained "
+        f"at {summary['commit']}.\n",
         "| | time | NDCG@10 | HR@10 | MRR | HR@50 | coverage@10 | mean popularity |",
         "|---|---|---|---|---|---|---|---|",
     ]

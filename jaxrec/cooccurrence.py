@@ -26,10 +26,11 @@ LAG_DECAY = 0.85
 BACKWARD = 0.5
 POWER = 0.68
 NEIGHBOURS = 100
-MAX_EVENTS = 5_000_000  # of a larger log, the most recent part of it: more events change the counts little
+MAX_EVENTS = 2_000_000  # of a larger log, the most recent part of it: more events change the counts little
 EVENTS_PER_CHUNK = 500_000
 ITEMS_PER_CHUNK = 1000  # sorted together: sorting takes several times the memory of the counts
 INITIAL_DEVIATION = 0.3
+MAX_START_ITEMS = 100_000  # beyond, the factorization takes longer than it can save
 DENSE_ITEMS = 2000  # up to here a full eigendecomposition takes a second
 
 
@@ -86,7 +87,7 @@ def initial_embedding(neighbours: Neighbours, width: int) -> np.ndarray:
         values, vectors = np.linalg.eigh(symmetric.toarray())
         values, vectors = values[-rank:], vectors[:, -rank:]
     else:
-        values, vectors = scipy.sparse.linalg.eigsh(symmetric, rank, v0=np.ones(size), tol=1e-3)
+        values, vectors = scipy.sparse.linalg.eigsh(symmetric, rank, which="LA", v0=np.ones(size), tol=1e-3)
     embedding = np.zeros((size, width), np.float32)
     embedding[:, :rank] = vectors * np.sqrt(np.maximum(values, 0.0))
     return embedding * np.float32(INITIAL_DEVIATION / max(float(embedding.std()), 1e-12))

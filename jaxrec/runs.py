@@ -4,7 +4,7 @@ RUN/run.json      where the data is, and the configurations
 RUN/lstm/         checkpoints and logs of TimeRatingAwareLSTM (`jaxrec.training_log`)
 RUN/content/      the same of TimeRatingAwareContentModel
 RUN/training.png  loss and validation figures by epoch
-RUN/cooccurrence.npz  the neighbours of each item
+RUN/cooccurrence.npz  the neighbours of each item, and the item vectors that training started from
 RUN/hybrid.json   the weights of the mix, with the validation figures that chose them
 RUN/policy/       written by `jaxrec rl`: the policy, its log, and whether it is used
 RUN/evaluation.json  written by `jaxrec evaluate`; goes into the manifest of the exported model
@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 from jaxrec.config import CheckpointConfig, ModelConfig, TrainConfig, from_json, to_json
-from jaxrec.cooccurrence import Neighbours, initial_embedding, neighbours
+from jaxrec.cooccurrence import MAX_START_ITEMS, Neighbours, initial_embedding, neighbours
 from jaxrec.files import new_file, read_json, sha256, write_text
 from jaxrec.mix import tune_mix
 from jaxrec.models.cooccurrence import CoOccurrence
@@ -111,9 +111,7 @@ def train_run(
     if is_first():
         (out / EVALUATION_FILE).unlink(missing_ok=True)
     with building_device(item_shards):
-        cooccurrence = _run_neighbours(run, data)
-        # Vectors that start from other counts would not fit what is trained already.
-        start = None if run.data_version else initial_embedding(cooccurrence, run.model_config.embedding)
+        cooccurrence, start = _run_cooccurrence(run, data)
         lstm, content_model = new_models(data, run.model_config, run.train_config.seed, start)
         common = (mesh, checkpoint_config, run.data_version, stop)
         trained_lstm = train_model(lstm, data, run.train_config, out / LSTM_FOLDER, "TimeRatingAwareLSTM", *common)
@@ -229,25 +227,29 @@ def new_models(
     return lstm, content
 
 
-def _run_neighbours(run: Run, data: PreparedData) -> Neighbours:
-    """The neighbours that the run keeps; counted, and written by the first process, where it has none yet."""
+def _run_cooccurrence(run: Run, data: PreparedData) -> tuple[Neighbours, np.ndarray | None]:
+    """The neighbours that the run keeps, and what its item vectors start from (None: at random). Where it has none yet
+    the first process counts and writes them, so that all processes have the same."""
     path = run.folder / NEIGHBOURS_FILE
-    if path.is_file():
-        return _read_neighbours(run)
-    counted = neighbours(data)
-    wait_for_all("every process has seen that the neighbours are to be counted")
-    if is_first():
+    missing = not path.is_file()
+    wait_for_all("every process has seen whether the neighbours are to be counted")
+    if missing and is_first():
+        counted = neighbours(data)
+        # Vectors that start from other counts would not fit what is trained already.
+        at_random = run.data_version > 0 or len(data.catalog) > MAX_START_ITEMS
+        start = np.zeros((0, 0)) if at_random else initial_embedding(counted, run.model_config.embedding)
         with new_file(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **counted._asdict())
+            np.savez(file, **counted._asdict(), start=start)
     wait_for_all("the neighbours are written")
-    return counted
+    return _read_cooccurrence(run)
 
 
-def _read_neighbours(run: Run) -> Neighbours:
+def _read_cooccurrence(run: Run) -> tuple[Neighbours, np.ndarray | None]:
     path = run.folder / NEIGHBOURS_FILE
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return Neighbours(arrays["item"], arrays["weight"])
+            start = arrays["start"]
+            return Neighbours(arrays["item"], arrays["weight"]), start if start.size else None
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read ({error}); train again") from error
 
@@ -259,7 +261,7 @@ def load_supervised(run: Run, data: PreparedData) -> Hybrid:
     return Hybrid(
         load_trained(lstm, run.train_config, run.folder / LSTM_FOLDER).model,
         load_trained(content, run.train_config, run.folder / CONTENT_FOLDER).model,
-        CoOccurrence(_read_neighbours(run)),
+        CoOccurrence(_read_cooccurrence(run)[0]),
         mix["weight"],
         mix["cooccurrence_weight"],
     )

@@ -90,14 +90,14 @@ def training_loss(
     hidden = jax.random.bernoulli(jax.random.fold_in(key, 1), request_gap_dropout, batch.target_gap.shape)
     queries = model.query(outputs, jnp.where(hidden, UNKNOWN_GAP, batch.target_gap))
     arguments = (queries, item_vectors, model.item_bias(), batch.target, batch.target > 0)
-    sampled = softmax_sample(len(item_vectors) - 1, sampled_items)
-    if sampled:
-        # A sample seldom meets the few items of a history, so they stay in, and so do the items that nobody has taken.
-        return sampled_softmax_loss(*arguments, sampled, jax.random.fold_in(key, 2))
     if trained_items is not None:
         rows = np.zeros(len(item_vectors), bool)  # more than items where the tables are split over devices
         rows[: len(trained_items)] = trained_items
         arguments = (*arguments[:2], jnp.where(rows, arguments[2], NEVER), *arguments[3:])
+    sampled = softmax_sample(len(item_vectors) - 1, sampled_items)
+    if sampled:
+        # A sample seldom meets the few items of a history, so they stay in.
+        return sampled_softmax_loss(*arguments, sampled, jax.random.fold_in(key, 2))
     return loss(*arguments, seen_items(batch))
 
 
