@@ -6,7 +6,8 @@
 
 Each prints a section of bench/train.md. `step` interleaves the ways in rounds within one process, so that a busy moment
 of the machine hits all alike; ratios are medians of the rounds' ratios. All ways run after
-`jaxrec.host_memory.keep_freed_memory`, which is part of jaxrec's step and helps the others, too.
+`jaxrec.host_memory.keep_freed_memory`, which is part of jaxrec's step and helps the others, too; with `--plain-malloc`
+all run without it.
 """
 
 import functools
@@ -80,9 +81,11 @@ def main() -> None:
 @main.command(context_settings={"show_default": True})
 @click.option("--rounds", type=click.IntRange(1), default=10)
 @click.option("--steps", type=click.IntRange(1), default=3, help="Steps of each way in a round.")
-def step(rounds: int, steps: int) -> None:
+@click.option("--kept-memory/--plain-malloc", default=True, help="As jaxrec trains / as PyTorch and JAX come.")
+def step(rounds: int, steps: int, kept_memory: bool) -> None:
     """The same training step three ways."""
-    keep_freed_memory()
+    if kept_memory:
+        keep_freed_memory()
     threads, shape = len(os.sched_getaffinity(0)), Shape()
     load = os.getloadavg()[0]
     weights, batch = random_weights(shape), random_batch(shape)
