@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def main(work: Path, seeds: int, splits: str, ties: str, logs: tuple[str, ...]) 
             name, _, ratings = log.partition("=")
             for seed in range(seeds):
                 measure(work, name, Path(ratings), split, Ties(ties), seed)
-                write_tables(work, sys.argv[1:])
+                write_tables(work)
 
 
 def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: int) -> None:
@@ -104,11 +103,12 @@ def scorers(hybrid: Hybrid) -> dict[str, Scorer]:
     }
 
 
-def write_tables(work: Path, arguments: list[str]) -> None:
+def write_tables(work: Path) -> None:
     """bench/quality.md from all ranks in the work folder."""
     parts = [
         "# Ranking quality\n",
-        f"`python bench/quality.py {' '.join(without_folder(argument) for argument in arguments)}`",
+        "`python bench/quality.py --work FOLDER ml-100k=PATH/u.data ml-latest-small=PATH/ml-latest-small`, with `--ties "
+        "random` for equal times shuffled (in training and test) and `--seeds` as each table says,",
         f"on {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
         f"jax {jax.__version__}.\n",
         __doc__.split("\n\n")[2].strip().replace("\n", " ") + "\n",
