@@ -107,8 +107,8 @@ def write_tables(work: Path) -> None:
     """bench/quality.md from all ranks in the work folder."""
     parts = [
         "# Ranking quality\n",
-        "`python bench/quality.py --work FOLDER ml-100k=PATH/u.data ml-latest-small=PATH/ml-latest-small`, with `--ties "
-        "random` for equal times shuffled (in training and test) and `--seeds` as each table says,",
+        "`python bench/quality.py --work FOLDER ml-100k=PATH/u.data ml-latest-small=PATH/ml-latest-small`, with",
+        "`--ties random` for equal times shuffled (in training and test) and `--seeds` as each table says,",
         f"on {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
         f"jax {jax.__version__}.\n",
         __doc__.split("\n\n")[2].strip().replace("\n", " ") + "\n",

@@ -1,6 +1,7 @@
 """Puts the servicer, health checking and reflection on one port."""
 
 import atexit
+import logging
 import os
 import sys
 import time
@@ -37,6 +38,8 @@ from serve.servicer import RecommenderServicer
 from serve.store import EventStore
 from serve.stores.sqlite import SQLiteStore
 from serve.tracing import tracer_of_the_process
+
+logger = logging.getLogger(__name__)
 
 SERVICE = recommender_pb2.DESCRIPTOR.services_by_name["Recommender"].full_name
 SERVICES = (SERVICE, open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name)
@@ -175,6 +178,8 @@ def create_server(
             turn_away=turn_away,
         )
     else:
+        if polling:
+            logger.warning("this grpcio has no front that polls (serve.polling); Recommend runs in the pool of threads")
         server = grpc.server(pool, interceptors=interceptors, options=options, maximum_concurrent_rpcs=max_calls)
     servicer = RecommenderServicer(models, store, metrics)
     recommender_pb2_grpc.add_RecommenderServicer_to_server(servicer, server)

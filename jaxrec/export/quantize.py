@@ -63,7 +63,7 @@ def check_quality(graph: bytes, quantized: bytes, data: PreparedData, max_histor
 
 def judge(exact: Ranked, rough: Ranked) -> dict[str, float]:
     """The figures of the gate; raises ExportError where they are too bad."""
-    overlap = float(np.mean([len(np.intersect1d(*rows)) / TOP for rows in zip(exact.top, rough.top, strict=True)]))
+    overlap = float(np.mean([_overlap(*rows) for rows in zip(exact.top, rough.top, strict=True)]))
     before, after = (float(ndcg(one.ranks, TOP).mean()) for one in (exact, rough))
     figures = {"top_10_overlap": overlap, "ndcg_10_float32": before, "ndcg_10_int8": after, "cases": len(exact.ranks)}
     if overlap < LEAST_OVERLAP or abs(after - before) > MOST_NDCG_LOSS * before:
@@ -73,6 +73,12 @@ def judge(exact: Ranked, rough: Ranked) -> dict[str, float]:
             f"{MOST_NDCG_LOSS:.1%}); export without --int8"
         )
     return figures
+
+
+def _overlap(exact: np.ndarray, rough: np.ndarray) -> float:
+    """The share of the items `exact` [TOP] (0 = nothing was left) that `rough` has, too."""
+    items = exact[exact > 0]
+    return len(np.intersect1d(items, rough)) / len(items) if len(items) else 1.0
 
 
 def graph_scorer(graph: bytes, item_count: int) -> Scorer:
