@@ -14,7 +14,6 @@ import platform
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import jax
@@ -25,7 +24,7 @@ from jaxrec.data_report import write_report
 from jaxrec.evaluate import Scorer, jit_scorer, model_logits, rank_cases
 from jaxrec.files import new_file, write_text
 from jaxrec.metrics import bootstrap_mean, coverage, hit_rate, ndcg, reciprocal_rank
-from jaxrec.models.cooccurrence import recent_items
+from jaxrec.mix import neighbour_logits
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.prepare import prepare_directory
 from jaxrec.report import hybrid_scorer
@@ -91,12 +90,8 @@ def few_per_user(cases: Cases) -> Cases:
 
 def scorers(hybrid: Hybrid) -> dict[str, Scorer]:
     """The parts of the mix, and the mix."""
-
-    def near(model: Any, events: Any, request_gap: Any) -> jax.Array:
-        return model.scores(recent_items(events.item, events.length))
-
     return {
-        "co-occurrence": jit_scorer(hybrid.cooccurrence, near),
+        "co-occurrence": jit_scorer(hybrid.cooccurrence, neighbour_logits),
         "TimeRatingAwareLSTM": jit_scorer(hybrid.lstm, model_logits),
         "TimeRatingAwareContentModel": jit_scorer(hybrid.content, model_logits),
         "hybrid": hybrid_scorer(hybrid),

@@ -11,6 +11,7 @@ from jaxrec.batches import case_batches
 from jaxrec.evaluate import jit_scorer, model_logits, without_request_time
 from jaxrec.metrics import ndcg, rank_of_target
 from jaxrec.models.cooccurrence import CoOccurrence, recent_items
+from jaxrec.models.features import Events
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.prepare import PreparedData
 from jaxrec.split import Cases
@@ -38,10 +39,7 @@ def tune_mix(
 ) -> Mix:
     """The weights are chosen in turn, ROUNDS times: a grid for one while the other stays. Of more than MAX_CASES
     validation cases evenly spaced ones are taken."""
-    cases = data.split.validation
-    if len(cases) > MAX_CASES:
-        chosen = np.linspace(0, len(cases) - 1, MAX_CASES).astype(np.int64)
-        cases = Cases(cases.users[chosen], cases.rows[chosen])
+    cases = data.split.validation.at_most(MAX_CASES)
     weight, added = np.float32(0.5), np.float32(0.0)
     for _ in range(ROUNDS):
         of_added = _figures(lstm, content, cooccurrence, data, cases, np.array([weight]), COOCCURRENCE_WEIGHTS)
@@ -68,7 +66,7 @@ def _figures(
 ) -> np.ndarray:
     """[max(weights, added)] validation NDCG@10 of the pairs of weights; one of the two has length 1."""
     of_lstm, of_content = jit_scorer(lstm, model_logits), jit_scorer(content, model_logits)
-    of_neighbours = jit_scorer(cooccurrence, _neighbour_logits)
+    of_neighbours = jit_scorer(cooccurrence, neighbour_logits)
     pairs = jnp.stack(jnp.broadcast_arrays(jnp.asarray(weights), jnp.asarray(added)), axis=1)
     per_batch = []
     for batch in case_batches(data, cases, lstm.config.max_length):
@@ -79,7 +77,8 @@ def _figures(
     return np.asarray(ndcg(ranks, 10).mean(axis=(0, 2)))
 
 
-def _neighbour_logits(model: CoOccurrence, events: Any, request_gap: Any) -> jax.Array:
+def neighbour_logits(model: CoOccurrence, events: Events, request_gap: jax.Array) -> jax.Array:
+    """[batch, items + 1] scores of co-occurrence, which knows no request time."""
     return model.scores(recent_items(events.item, events.length))
 
 

@@ -32,6 +32,13 @@ class Cases:
     def __len__(self) -> int:
         return len(self.users)
 
+    def at_most(self, limit: int) -> "Cases":
+        """These cases, or evenly spaced ones where there are more than `limit`."""
+        if len(self) <= limit:
+            return self
+        chosen = np.linspace(0, len(self) - 1, limit).astype(np.int64)
+        return Cases(self.users[chosen], self.rows[chosen])
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:

@@ -13,7 +13,7 @@ from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
 from jaxrec.histories import Histories
 from jaxrec.prepare import PreparedData, prepare
 from jaxrec.schema import GENRES, ITEM, TITLE, DataError, RatingScale
-from jaxrec.split import TEST, TRAINING, VALIDATION, temporal_cut, user_held_out, user_roles
+from jaxrec.split import TEST, TRAINING, VALIDATION, Cases, temporal_cut, user_held_out, user_roles
 
 Row = tuple[int, int, float, int]
 SCALE = RatingScale(0.5, 5.0)
@@ -143,3 +143,11 @@ def test_cases_are_never_in_training_and_have_a_history(rows: list[Row], split: 
     if split is not SplitKind.LEAVE_ONE_OUT:
         assert (data.split.test.rows > data.histories.offsets[data.split.test.users]).all()
     assert dataclasses.asdict(config) == dataclasses.asdict(data.config)
+
+
+def test_at_most_takes_evenly_spaced_cases() -> None:
+    cases = Cases(np.arange(9), np.arange(9) * 10)
+    assert cases.at_most(9) is cases
+    few = cases.at_most(3)
+    assert few.users.tolist() == [0, 4, 8]
+    assert few.rows.tolist() == [0, 40, 80]

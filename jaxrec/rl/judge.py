@@ -92,9 +92,7 @@ def decide(policy: dict[str, float], supervised: dict[str, float]) -> tuple[bool
 
 def case_states(hybrid: Hybrid, data: PreparedData, cases: Cases, item_ratings: np.ndarray) -> CaseStates:
     """Encodes the cases once; of more than MAX_CASES, evenly spaced ones are taken."""
-    if len(cases) > MAX_CASES:
-        chosen = np.linspace(0, len(cases) - 1, MAX_CASES).astype(np.int64)
-        cases = Cases(cases.users[chosen], cases.rows[chosen])
+    cases = cases.at_most(MAX_CASES)
     graphdef, variables = nnx.split(hybrid)
 
     @jax.jit
