@@ -346,9 +346,9 @@ def main(logs: int, processes: int, out: Path) -> None:
         "In short: where the effective sample size is in the hundreds, IPS, SNIPS, doubly robust and RIPS cover "
         "the truth about as often as they say, resampled by user. Rows taken as independent cover it less often. "
         "Caps, switching and a short lookback buy narrow intervals with a bias, which no interval knows of. With "
-        "few effective users percentile intervals are too narrow, and in the end all are; the studentized ones "
-        "grow wide first. That is why they are the default, and why the gate refuses below an effective sample "
-        "size. The estimators are those of Open Bandit Pipeline to 1e-6 "
+        "few effective users percentile intervals are too narrow; studentized ones, which are the default, grow "
+        "wide instead, until those of doubly robust and of the gain are too narrow as well: the gate refuses "
+        "before. The estimators are those of Open Bandit Pipeline to 1e-6 "
         "(tests/rl/offline_evaluation/test_open_bandit_pipeline.py).",
         "",
         "## Single actions",
