@@ -27,14 +27,13 @@ from jaxrec.config import RLConfig
 from jaxrec.metrics import exclude_items
 from jaxrec.models.cooccurrence import neighbour_scores
 from jaxrec.models.hybrid import Hybrid, PolicyHead
+from jaxrec.rl.objectives.anchors import anchor_loss, next_kl_coefficient
+from jaxrec.rl.objectives.policy_gradient import baseline_loss, reinforce_loss
 from jaxrec.rl.policy import entropy, kl_divergence, recommendable, sample_slates, slate_logprobs
 from jaxrec.rl.rewards import RewardTables, discounts, reward_terms, total_reward
 from jaxrec.rl.states import States
 
 KL_COEFFICIENT_START = 1.0
-KL_COEFFICIENT_RANGE = (1e-3, 1e3)
-KL_CONTROL_RATE = 0.1  # Ziegler et al. 2019: K_beta
-KL_CONTROL_CLIP = 0.2
 BASELINE_LEARNING_RATE = 1e-2
 WARMUP_FRACTION = 0.1  # of the steps; the baseline learns its level before the policy moves
 
@@ -108,35 +107,6 @@ def policy_logits(head: PolicyHead, query: jax.Array, recent: jax.Array, scoring
 def returns(rewards: jax.Array) -> jax.Array:
     """rewards [..., k] of the slots -> G [..., k], the discounted rewards from each slot on; the first: the slate's."""
     return jax.lax.cumsum(rewards * discounts(rewards.shape[-1]), axis=rewards.ndim - 1, reverse=True)
-
-
-def reinforce_loss(logprobs: jax.Array, returns: jax.Array, baseline: jax.Array, where: jax.Array) -> jax.Array:
-    """Scalar whose gradient is minus the policy gradient. All [batch, k]; `where` marks slots that hold an item."""
-    advantages = jax.lax.stop_gradient(returns - baseline)
-    return -jnp.mean(jnp.sum(jnp.where(where, logprobs * advantages, 0.0), axis=-1))
-
-
-def baseline_loss(baseline: jax.Array, returns: jax.Array, where: jax.Array) -> jax.Array:
-    """Mean squared error over the slots that hold an item. All [batch, k]."""
-    errors = jnp.where(where, jnp.square(baseline - jax.lax.stop_gradient(returns)), 0.0)
-    return jnp.sum(errors) / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1.0)
-
-
-def anchor_loss(logits: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
-    """Mean cross-entropy (nats) of target [batch] int32 under logits [batch, items + 1], weighted by weight [batch].
-
-    Targets that may not be recommended do not count; 0 where none counts.
-    """
-    chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
-    weight = jnp.where(recommendable(chosen), weight, 0.0)
-    losses = jnp.where(weight > 0, jax.nn.logsumexp(logits, axis=1) - chosen, 0.0)
-    return jnp.sum(weight * losses) / jnp.maximum(jnp.sum(weight), 1e-6)
-
-
-def next_kl_coefficient(coefficient: jax.Array, kl: jax.Array, target: float) -> jax.Array:
-    """Ziegler et al. 2019, section 2.2: a log-space proportional controller; the error is clipped to 20 %."""
-    error = jnp.clip(kl / target - 1.0, -KL_CONTROL_CLIP, KL_CONTROL_CLIP)
-    return jnp.clip(coefficient * (1.0 + KL_CONTROL_RATE * error), *KL_COEFFICIENT_RANGE)
 
 
 def make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig) -> Updates:

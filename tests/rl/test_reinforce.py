@@ -1,7 +1,6 @@
-"""The gradient estimator against the exact gradient, and learning where the best slate is known."""
+"""Learning where the best slate is known."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,70 +11,16 @@ from flax import nnx
 from jaxrec.config import RewardWeights, RLConfig
 from jaxrec.models.cooccurrence import RECENT
 from jaxrec.models.sequence import NEVER
-from jaxrec.rl.policy import sample_slates, slate_logprobs
 from jaxrec.rl.reinforce import (
     Scoring,
-    anchor_loss,
-    baseline_loss,
     make_updates,
     new_learner,
-    next_kl_coefficient,
     policy_logits,
-    reinforce_loss,
     returns,
 )
 from jaxrec.rl.rewards import RewardTables, discounts
 from jaxrec.rl.states import States
-
-ITEMS, SLOTS, DRAWS = 4, 2, 20_000
-LOGITS = jnp.array([NEVER, 0.5, -0.3, 0.0, 1.0])
-REWARDS = jnp.array([0.0, 0.4, 0.9, 0.3, 0.5])  # of each item
-
-
-def all_slates(items: int, slots: int) -> jax.Array:
-    return jnp.array(list(itertools.permutations(range(1, items + 1), slots)), jnp.int32)
-
-
-def expected_reward(logits: jax.Array, rewards: jax.Array, slots: int) -> jax.Array:
-    """Exact, over all slates; `rewards` [items + 1]."""
-    slates = all_slates(len(rewards) - 1, slots)
-    probabilities = jnp.exp(slate_logprobs(jnp.broadcast_to(logits, (len(slates), len(logits))), slates).sum(axis=1))
-    return probabilities @ returns(rewards[slates])[:, 0]
-
-
-def gradient_samples(baseline: jax.Array) -> np.ndarray:
-    """[DRAWS, items + 1]: one estimate of the policy gradient per drawn slate; `baseline` [slots]."""
-
-    def estimate(key: jax.Array) -> jax.Array:
-        def loss(logits: jax.Array) -> jax.Array:
-            slates = jax.lax.stop_gradient(sample_slates(key, logits, SLOTS))
-            where = jnp.ones((1, SLOTS), bool)
-            return reinforce_loss(slate_logprobs(logits, slates), returns(REWARDS[slates]), baseline[None], where)
-
-        return -jax.grad(loss)(LOGITS[None])[0]
-
-    return np.asarray(jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(0), DRAWS)))
-
-
-def good_baseline() -> jax.Array:
-    """The mean return of each slot under the policy, exact: what a learned baseline goes to."""
-    slates = all_slates(ITEMS, SLOTS)
-    probabilities = jnp.exp(slate_logprobs(jnp.broadcast_to(LOGITS, (len(slates), ITEMS + 1)), slates).sum(axis=1))
-    return probabilities @ returns(REWARDS[slates])
-
-
-@pytest.mark.parametrize("with_baseline", [False, True])
-def test_gradient_estimates_average_to_the_exact_gradient(with_baseline: bool) -> None:
-    exact = np.asarray(jax.grad(expected_reward)(LOGITS, REWARDS, SLOTS))
-    samples = gradient_samples(good_baseline() if with_baseline else jnp.zeros(SLOTS))
-    standard_error = samples.std(axis=0) / np.sqrt(DRAWS)
-    assert np.linalg.norm(exact) > 20 * standard_error.max()  # precise enough to tell it from zero
-    np.testing.assert_array_less(np.abs(samples.mean(axis=0) - exact)[1:], 4 * standard_error[1:])
-
-
-def test_baseline_lowers_the_variance() -> None:
-    plain, centred = gradient_samples(jnp.zeros(SLOTS)), gradient_samples(good_baseline())
-    assert centred.var(axis=0).sum() < 0.5 * plain.var(axis=0).sum()
+from tests.rl.enumeration import expected_reward
 
 
 def test_returns_by_hand() -> None:
@@ -83,32 +28,6 @@ def test_returns_by_hand() -> None:
     rewards = jnp.array([[1.0, 0.5, 0.25]])
     expected = [d[0] + 0.5 * d[1] + 0.25 * d[2], 0.5 * d[1] + 0.25 * d[2], 0.25 * d[2]]
     np.testing.assert_allclose(returns(rewards)[0], expected, rtol=1e-6)
-
-
-def test_losses_count_only_slots_that_hold_an_item() -> None:
-    logprobs, achieved = jnp.array([[-1.0, -2.0], [-3.0, -4.0]]), jnp.array([[1.0, 0.5], [0.25, 9.0]])
-    values, where = jnp.array([[0.5, 0.5], [0.0, 0.0]]), jnp.array([[True, True], [True, False]])
-    assert float(reinforce_loss(logprobs, achieved, values, where)) == pytest.approx(
-        -((-1.0 * 0.5 + -2.0 * 0.0) + (-3.0 * 0.25)) / 2
-    )
-    assert float(baseline_loss(values, achieved, where)) == pytest.approx((0.5**2 + 0.0**2 + 0.25**2) / 3)
-
-
-def test_anchor_loss_by_hand() -> None:
-    """Uniform over two items, then over three; the third target is excluded, the fourth has no weight."""
-    logits = jnp.array([[NEVER, 0, 0, NEVER], [NEVER, 0, 0, 0], [NEVER, 0, 0, NEVER], [NEVER, 9, 0, 0]], jnp.float32)
-    target, weight = jnp.array([1, 2, 3, 2], jnp.int32), jnp.array([1.0, 0.25, 1.0, 0.0])
-    expected = (1.0 * np.log(2) + 0.25 * np.log(3)) / 1.25
-    assert float(anchor_loss(logits, target, weight)) == pytest.approx(expected, rel=1e-6)
-    assert float(anchor_loss(logits[2:3], target[2:3], weight[2:3])) == 0.0
-
-
-def test_kl_coefficient_follows_the_kl_to_its_target() -> None:
-    one = jnp.float32(1.0)
-    assert float(next_kl_coefficient(one, jnp.float32(0.1), 0.1)) == pytest.approx(1.0)
-    assert float(next_kl_coefficient(one, jnp.float32(0.11), 0.1)) == pytest.approx(1.0 + 0.1 * 0.1)
-    assert float(next_kl_coefficient(one, jnp.float32(5.0), 0.1)) == pytest.approx(1.0 + 0.1 * 0.2)
-    assert float(next_kl_coefficient(one, jnp.float32(0.0), 0.1)) == pytest.approx(1.0 - 0.1 * 0.2)
 
 
 # A contextual bandit: in context c the targets are c, c + 1 and c + 2 (modulo 6) with these probabilities, so over all

@@ -1,0 +1,1 @@
+"""Objectives of policies: pure functions on arrays, one file a family."""
