@@ -142,7 +142,7 @@ def _answered(metrics: str) -> dict[str, float]:
         name, _, value = line.rpartition(" ")
         if name.startswith("jaxrec_rpc_seconds_count") and METHOD in name:
             counts[name.split('code="')[1].split('"')[0]] = float(value)
-        elif name == 'jaxrec_rejected_calls_total{reason="overload"}':
+        elif name.startswith("jaxrec_rejected_calls_total") and 'reason="overload"' in name and METHOD in name:
             counts["unread"] = float(value)
     return counts
 
