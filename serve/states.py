@@ -75,24 +75,35 @@ class UserState:
         return header + self.before.tobytes() + self.exclude.tobytes()
 
     @classmethod
-    def from_bytes(cls, revision: int, content: bytes, width: int) -> Self | None:
-        """None for bytes that are no state of this width."""
+    def from_bytes(cls, revision: int, content: bytes, width: int, item_count: int) -> Self | None:
+        """None for bytes that are no state of this width and on these items."""
         end = _HEADER.size + 4 * width
         if len(content) <= end or (len(content) - end) % 4:
             return None
         last, newest, known_count, ignored_count, item, rating, gap = _HEADER.unpack_from(content)
+        before = np.frombuffer(content, np.float32, width, _HEADER.size)
+        exclude = np.frombuffer(content, np.int32, -1, end)
+        if not (
+            1 <= item <= item_count
+            and exclude.min() >= 0
+            and exclude.max() <= item_count
+            and known_count > 0
+            and np.isfinite(before).all()
+            and np.isfinite((rating, gap)).all()
+        ):
+            return None
         return cls(
             revision=revision,
             newest=newest,
             known_count=known_count,
             ignored_count=ignored_count,
-            before=np.frombuffer(content, np.float32, width, _HEADER.size)[None],
+            before=before[None],
             after=None,
             item=np.array([item], np.int32),
             rating=np.array([rating], np.float32),
             gap=np.array([gap], np.float32),
             last=last,
-            exclude=np.frombuffer(content, np.int32, -1, end)[None],
+            exclude=exclude[None],
             spilled=True,
         )
 
@@ -238,7 +249,7 @@ class StateCache:
             row = features(known, None, (), self._model.info)
             user.known_count, user.last = len(known), known[-1].timestamp
             user.item, user.rating, user.gap = row.item[-1:].copy(), row.rating[-1:].copy(), row.gap[-1:].copy()
-            user.exclude = row.exclude[None]
+            user.exclude = np.unique(row.exclude)[None]
             if len(row.item) > 1:
                 rows.append(row.without_last())
                 replayed.append(user)
@@ -248,7 +259,9 @@ class StateCache:
 
     def _unspilled(self, user_id: str) -> UserState | None:
         found = self._store.load_state(user_id, self._model.info.model_version)
-        return found and UserState.from_bytes(found.revision, found.state, self._engine.state_width)
+        return found and UserState.from_bytes(
+            found.revision, found.state, self._engine.state_width, self._model.info.item_count
+        )
 
     def _make_room(self) -> None:
         leaving = [self._users.popitem(last=False) for _ in range(len(self._users) - self._capacity)]
