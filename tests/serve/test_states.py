@@ -149,6 +149,28 @@ def test_a_spilled_state_comes_back_without_a_replay(
     assert (runs.replayed, runs.stepped) == (0, 1)
 
 
+@pytest.mark.parametrize("what", ["item", "excluded item", "number"])
+def test_a_spilled_state_that_no_model_can_use_is_rebuilt(model: Recommender, store: EventStore, what: str) -> None:
+    """As one of another model that had the same version and more items."""
+    record(store, "ada", history(model, 20))
+    states = StateCache(model, store)
+    states.recommend([Query((), 5, user_id="ada")])
+    states.spill()
+    store.flush()
+    spilled = store.load_state("ada", model.info.model_version)
+    assert spilled is not None
+    content, beyond = bytearray(spilled.state), (len(model.catalog) + 1).to_bytes(4, "little")
+    if what == "item":
+        content[32:36] = beyond
+    elif what == "excluded item":
+        content[-4:] = beyond
+    else:
+        content[44:48] = np.float32(np.nan).tobytes()
+    store.save_states([spilled._replace(state=bytes(content))])
+    store.flush()
+    checked(StateCache(model, store), model, store, [Query((), 5, user_id="ada")])
+
+
 def test_the_state_of_another_model_version_is_not_used(artifact: Artifact, store: EventStore) -> None:
     info = dataclasses.replace(artifact.info, model_version="another")
     old, new = Recommender(dataclasses.replace(artifact, info=info), "cpu"), Recommender(artifact, "cpu")
