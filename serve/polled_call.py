@@ -37,7 +37,8 @@ class PolledCall(grpc.ServicerContext):
         self._callbacks: list[Callable[[], None]] = []
         self._writer: _Writer | None = None
         self._due = 2
-        self.is_in_pool = self.is_stream = False
+        self.pool: Any = None
+        self.is_stream = False
         self.waits_for_message = False
 
     @property
@@ -77,9 +78,9 @@ class PolledCall(grpc.ServicerContext):
         self._trailing = metadata
         self._send(None, code, details)
 
-    def hand_over(self) -> None:
-        """Before another thread answers: it sends something in any case, which is due from now on."""
-        self.is_in_pool = True
+    def hand_over(self, pool: Any) -> None:
+        """Before a thread of a pool answers: it sends something in any case, which is due from now on."""
+        self.pool = pool
         self._due += 1
 
     def answer_in_pool(self, message: bytes) -> None:
@@ -156,7 +157,7 @@ class PolledCall(grpc.ServicerContext):
         self._writer.written()
 
     def _send(self, message: bytes | None, code: grpc.StatusCode, details: str) -> None:
-        if self.is_in_pool:
+        if self.pool is not None:
             # Is due already, also of a call that was cancelled meanwhile: gRPC takes it and sends nothing.
             pass
         elif self._is_cancelled:

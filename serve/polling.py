@@ -71,15 +71,17 @@ class Front:
     `/package.Service/Method`."""
 
     inline: Collection[str] = ()
-    """Unary methods that the polling thread answers, unless `takes_long`."""
+    """Unary methods that the polling thread answers, unless a call `takes_long`."""
     at_once: Collection[str] = ()
     """Unary methods that it answers however many calls wait."""
-    takes_long: Callable[[bytes], bool] = lambda message: False
-    """Whether a message of an inline method is for the pool all the same."""
+    takes_long: Callable[[str, bytes], bool] = lambda method, message: False
+    """Whether a call, by its method and message, is for the pool of slow ones, which must keep no others waiting."""
     most_parked: int = batching.DEFAULT_CAPACITY
     """So many inline calls may wait for the model."""
     most_in_pool: int = 256
     """So many calls may run in the pool, or wait for one of its threads."""
+    most_slow: int = 64
+    """The same for the pool of slow ones."""
     turn_away: Callable[[str], TurnedAway] = lambda method: (
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         "too many calls wait",
@@ -97,6 +99,7 @@ def is_supported() -> bool:
 
 def polling_server(
     pool: ThreadPoolExecutor,
+    slow_pool: ThreadPoolExecutor,
     front: Front,
     *,
     interceptors: Sequence[grpc.ServerInterceptor] = (),
@@ -105,15 +108,29 @@ def polling_server(
     """As `grpc.server`; inline methods must be registered by their generated `add_...Servicer_to_server`."""
     streams = ThreadPoolExecutor(STREAM_WORKERS, "grpc-streams")
     options = (*options, ("grpc.http.overload_protection", 0))
-    return PollingServer(pool, front, streams, (), tuple(interceptors), options, MOST_STREAMS, None, False)
+    pools = _Pool(pool, front.most_in_pool), _Pool(slow_pool, front.most_slow)
+    return PollingServer(pools, front, streams, (), tuple(interceptors), options, MOST_STREAMS, None, False)
+
+
+class _Pool:
+    """Threads, and how many calls they have or are to have."""
+
+    def __init__(self, threads: ThreadPoolExecutor, most: int) -> None:
+        self.threads = threads
+        self.most = most
+        self.count = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.count >= self.most
 
 
 class PollingServer(_server._Server):
     """A `grpc.Server`; made by `polling_server`."""
 
-    def __init__(self, pool: ThreadPoolExecutor, front: Front, *arguments: Any) -> None:
+    def __init__(self, pools: tuple[_Pool, _Pool], front: Front, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._pool = pool
+        self._pools = pools
         self._front = front
 
     def start(self) -> None:
@@ -130,19 +147,18 @@ class PollingServer(_server._Server):
             for method in state.registered_method_handlers:
                 _server._request_registered_call(state, method)
             _server._request_call(state)
-        threading.Thread(target=_Loop(state, self._pool, self._front).run, name="grpc-polling", daemon=True).start()
+        threading.Thread(target=_Loop(state, self._pools, self._front).run, name="grpc-polling", daemon=True).start()
 
 
 class _Loop:
     """The polling thread's work."""
 
-    def __init__(self, state: Any, pool: ThreadPoolExecutor, front: Front) -> None:
+    def __init__(self, state: Any, pools: tuple[_Pool, _Pool], front: Front) -> None:
         self._state = state
-        self._pool = pool
+        self._pool, self._slow_pool = pools
         self._front = front
         self._inline = frozenset(front.inline)
         self._at_once = frozenset(front.at_once)
-        self._in_pool = 0
         self._parked: deque[tuple[greenlet, batching.Batcher, batching.Pending]] = deque()
         # With when they came, the oldest first.
         self._without_message: dict[PolledCall, float] = {}
@@ -157,25 +173,30 @@ class _Loop:
             logger.critical("the thread that polls for calls failed, nobody is answered any more", exc_info=True)
             self._front.on_failure()
         finally:
-            self._pool.shutdown(wait=False)
+            for pool in (self._pool, self._slow_pool):
+                pool.threads.shutdown(wait=False)
 
     def answer(self, call: PolledCall, message: bytes) -> None:
-        """Answers a call whose message is there: in this thread, or in one of the pool."""
+        """Answers a call whose message is there: in this thread, or in one of a pool."""
         method = call.method
         if method in self._at_once or call.is_stream:
             greenlet(call.answer).switch(message)
-        elif method in self._inline and not self._front.takes_long(message):
+            return
+        takes_long = self._front.takes_long(method, message)
+        if method in self._inline and not takes_long:
             if len(self._parked) >= self._front.most_parked:
                 self._turned_away += 1
                 call.refuse(*self._front.turn_away(method))
             else:
                 greenlet(call.answer).switch(message)
-        elif self._in_pool >= self._front.most_in_pool:
+            return
+        pool = self._slow_pool if takes_long else self._pool
+        if pool.is_full:
             call.refuse(*self._front.turn_away(method))
         else:
-            self._in_pool += 1
-            call.hand_over()
-            self._pool.submit(call.answer_in_pool, message)
+            pool.count += 1
+            call.hand_over(pool)
+            pool.threads.submit(call.answer_in_pool, message)
 
     def park(self, batcher: batching.Batcher, pending: batching.Pending) -> None:
         """Sets the calling handler aside until its request is answered."""
@@ -232,7 +253,8 @@ class _Loop:
             self._without_message.pop(call, None)
         if not call.is_over:
             return True
-        self._in_pool -= call.is_in_pool
+        if call.pool is not None:
+            call.pool.count -= 1
         call.end()
         with self._state.lock:
             self._state.rpc_states.remove(call)
@@ -274,7 +296,7 @@ class _Loop:
         """Whether a call need not be looked at, because it could not be answered."""
         if method in self._inline:
             return len(self._parked) >= self._front.most_parked
-        return self._in_pool >= self._front.most_in_pool and method not in self._at_once
+        return self._pool.is_full and self._slow_pool.is_full and method not in self._at_once
 
     def _handler(self, event: Any, method: str) -> Any:
         """What answers a call, by way of the interceptors; None: nothing does."""

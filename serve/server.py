@@ -60,7 +60,18 @@ METHODS = frozenset(
 # threads got through 1,220 Recommends/s, 32 threads 910 and 1 thread 1,010 (10,000 items, 50 events, 2 shared cores).
 WORKERS = 8
 # These read the store's file at most, and wait for the model: the polling thread answers them itself.
-INLINE = (f"/{SERVICE}/Recommend",)
+RECOMMEND = f"/{SERVICE}/Recommend"
+INLINE = (RECOMMEND,)
+# These run the model for many rows, or load one: in a few threads of their own, for which no event waits.
+SLOW = (
+    f"/{SERVICE}/BatchRecommend",
+    f"/{INFERENCE_SERVICE}/ModelInfer",
+    *(
+        f"/{ADMIN_SERVICE}/{method.name}"
+        for method in model_admin_pb2.DESCRIPTOR.services_by_name["ModelAdmin"].methods
+    ),
+)
+SLOW_WORKERS = 3
 # A server that is only busy must not be taken for a dead one.
 AT_ONCE = (
     f"/{health.SERVICE_NAME}/Check",
@@ -79,8 +90,12 @@ MAX_CALLS_OF_A_CONNECTION = 100
 MAX_CALLS = 256
 
 
-def takes_long(message: bytes) -> bool:
-    """Whether a RecommendRequest would hold up all others: a long history, or up to 17 rows to explain the answer."""
+def takes_long(method: str, message: bytes) -> bool:
+    """Whether a call would hold up all others: long histories, up to 17 rows to explain an answer, whole batches."""
+    if method in SLOW:
+        return True
+    if method != RECOMMEND:
+        return False
     if len(message) > LONG_MESSAGE_BYTES:
         return True
     try:
@@ -218,7 +233,8 @@ def create_server(
             turn_away=turn_away,
             on_failure=on_failure,
         )
-        server = polling_server(pool, front, interceptors=interceptors, options=options)
+        slow_pool = ThreadPoolExecutor(SLOW_WORKERS, "grpc-slow")
+        server = polling_server(pool, slow_pool, front, interceptors=interceptors, options=options)
     else:
         logger.warning("this grpcio has no front that polls (serve.polling): calls without a message hold threads")
         server = grpc.server(pool, interceptors=interceptors, options=options, maximum_concurrent_rpcs=max_calls)

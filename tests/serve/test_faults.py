@@ -70,7 +70,9 @@ def test_soak(model_directory: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not is_supported(), reason="the installed grpcio is another")
 def test_a_full_queue_turns_calls_away_with_a_hint() -> None:
     full = status_of(QueueFull(0, 0.5))
-    server = polling_server(ThreadPoolExecutor(1), Front(["/t.S/Ask"], most_parked=0, turn_away=lambda method: full))
+    server = polling_server(
+        ThreadPoolExecutor(1), ThreadPoolExecutor(1), Front(["/t.S/Ask"], most_parked=0, turn_away=lambda method: full)
+    )
     handler = grpc.unary_unary_rpc_method_handler(lambda request, context: request)
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("t.S", {"Ask": handler})])
     server.add_registered_method_handlers("t.S", {"Ask": handler})

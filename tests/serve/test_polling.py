@@ -34,11 +34,13 @@ def serving(
     """A channel to a server with the methods Inline (in the pool when asked for `b"long"`) and Pooled, and health."""
     server = polling_server(
         ThreadPoolExecutor(THREADS),
+        ThreadPoolExecutor(1),
         Front(
             [f"/{SERVICE}/Inline"],
             ["/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"],
-            lambda message: message == b"long",
+            lambda method, message: message == b"long",
             most_in_pool=most_pooled,
+            most_slow=most_pooled,
         ),
         interceptors=[interceptor] if interceptor else [],
     )
@@ -160,19 +162,20 @@ def test_a_full_pool_turns_calls_away_and_answers_health_checks() -> None:
         assert gate.wait(PATIENCE_S)
         return request
 
-    with serving(wait, wait, most_pooled=1) as channel:
+    with serving(lambda request, _: request, wait, most_pooled=1) as channel:
         first = method(channel, "Pooled").future(b"1", timeout=PATIENCE_S)
         assert started.wait(PATIENCE_S)
-        for name, request in (("Pooled", b"2"), ("Inline", b"long")):
-            with pytest.raises(grpc.RpcError) as refused:
-                method(channel, name)(request, timeout=PATIENCE_S)
-            assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        with pytest.raises(grpc.RpcError) as refused:
+            method(channel, "Pooled")(b"2", timeout=PATIENCE_S)
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        # Slow calls have threads of their own.
+        assert method(channel, "Inline")(b"long", timeout=PATIENCE_S) == b"long"
         gate.set()
         assert first.result() == b"1"
         # There is room again.
-        assert method(channel, "Inline")(b"long", timeout=PATIENCE_S) == b"long"
+        assert method(channel, "Pooled")(b"3", timeout=PATIENCE_S) == b"3"
 
 
 def test_a_cancelled_call_in_the_pool_ends_and_makes_room() -> None:
@@ -227,7 +230,9 @@ def test_a_call_whose_message_does_not_come_is_ended(
 def test_a_client_that_keeps_to_the_limit_of_its_connection_is_never_refused() -> None:
     """What is over for the client may not be over for the server yet, and must not count."""
     limit, rounds = 4, 400
-    server = polling_server(ThreadPoolExecutor(THREADS), Front(), options=[("grpc.max_concurrent_streams", limit)])
+    server = polling_server(
+        ThreadPoolExecutor(THREADS), ThreadPoolExecutor(1), Front(), options=[("grpc.max_concurrent_streams", limit)]
+    )
     handler = grpc.unary_unary_rpc_method_handler(lambda request, _: request)
     server.add_registered_method_handlers(SERVICE, {"Pooled": handler})
     port = server.add_insecure_port("127.0.0.1:0")
@@ -246,7 +251,7 @@ def test_a_client_that_keeps_to_the_limit_of_its_connection_is_never_refused() -
 def test_watching_holds_no_thread_and_who_does_not_read_holds_up_nobody() -> None:
     states = health_pb2.HealthCheckResponse
     servicer = HealthServicer(["a.Service"])
-    server = polling_server(ThreadPoolExecutor(1), Front())
+    server = polling_server(ThreadPoolExecutor(1), ThreadPoolExecutor(1), Front())
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -276,7 +281,7 @@ def test_a_failure_of_the_polling_thread_is_told(caplog: pytest.LogCaptureFixtur
         raise SystemExit
 
     front = Front([f"/{SERVICE}/Inline"], on_failure=failed.set)
-    server = polling_server(ThreadPoolExecutor(1), front)
+    server = polling_server(ThreadPoolExecutor(1), ThreadPoolExecutor(1), front)
     server.add_registered_method_handlers(SERVICE, {"Inline": grpc.unary_unary_rpc_method_handler(leave)})
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -387,7 +392,7 @@ def test_stop_lets_calls_finish() -> None:
         assert gate.wait(PATIENCE_S)
         return request
 
-    server = polling_server(ThreadPoolExecutor(1), Front([f"/{SERVICE}/Inline"]))
+    server = polling_server(ThreadPoolExecutor(1), ThreadPoolExecutor(1), Front([f"/{SERVICE}/Inline"]))
     server.add_registered_method_handlers(SERVICE, {"Inline": grpc.unary_unary_rpc_method_handler(handle)})
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -402,6 +407,6 @@ def test_stop_lets_calls_finish() -> None:
 
 
 def test_an_inline_method_must_exist() -> None:
-    server = polling_server(ThreadPoolExecutor(1), Front(["/test.Echo/Absent"]))
+    server = polling_server(ThreadPoolExecutor(1), ThreadPoolExecutor(1), Front(["/test.Echo/Absent"]))
     with pytest.raises(ValueError, match=r"\['/test\.Echo/Absent'\]"):
         server.start()
