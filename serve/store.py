@@ -104,10 +104,10 @@ class EventStore(Protocol):
         It grows with every recorded event, and after a deletion starts above all that went before.
         """
 
-    def changes(self, user_id: str, since: int = 0) -> Changes:
+    def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
         """What came to a user's history after the revision `since`; 0: all of it. Costs little when nothing did.
 
-        When more than `MOST_EVENTS` came, it is the whole history as `history` has it.
+        When more than `most` came, it is the whole history, of which `events` are the newest `most`.
         """
 
     def log_shown(self, shown: Shown, *, wait: bool = False) -> None:

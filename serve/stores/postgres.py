@@ -158,12 +158,12 @@ class PostgresStore(EventStore):
         ]
 
     def history(self, user_id: str, until: int | None = None) -> list[Event]:
-        return self._events(user_id, (0, LARGEST), LARGEST if until is None else until)
+        return self._events(user_id, (0, LARGEST), MOST_EVENTS, LARGEST if until is None else until)
 
     def revision(self, user_id: str) -> int:
         return self._life(user_id)[1]
 
-    def changes(self, user_id: str, since: int = 0) -> Changes:
+    def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
         first, revision = self._life(user_id)
         complete = since < first or not revision
         if complete:
@@ -172,9 +172,9 @@ class PostgresStore(EventStore):
             return Changes(revision, [], complete=False)
         # Not in one snapshot: events after `revision` are left to the next call, and a deletion in between
         # changes the revision, so the next call starts anew.
-        events = self._events(user_id, (since, revision))
-        if not complete and len(events) == MOST_EVENTS:
-            events, complete = self._events(user_id, (0, revision)), True
+        events = self._events(user_id, (since, revision), most)
+        if not complete and len(events) == most:
+            events, complete = self._events(user_id, (0, revision), most), True
         return Changes(revision, events, complete)
 
     def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
@@ -260,12 +260,12 @@ class PostgresStore(EventStore):
         rows = self._read("SELECT first_arrival, last_arrival FROM jaxrec.users WHERE user_id = %s", user_id)
         return rows[0] if rows else (0, 0)
 
-    def _events(self, user_id: str, arrivals: tuple[int, int], until: int = LARGEST) -> list[Event]:
+    def _events(self, user_id: str, arrivals: tuple[int, int], most: int, until: int = LARGEST) -> list[Event]:
         """A user's newest events that arrived after the first and up to the second, by (timestamp, arrival)."""
         rows = self._read(
             "SELECT item_id, rating, timestamp FROM jaxrec.events WHERE user_id = %s AND arrival > %s"
             " AND arrival <= %s AND timestamp <= %s ORDER BY timestamp DESC, arrival DESC LIMIT %s",
-            *(user_id, *arrivals, until, MOST_EVENTS),
+            *(user_id, *arrivals, until, most),
         )
         return [Event(*row) for row in reversed(rows)]
 

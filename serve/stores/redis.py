@@ -170,7 +170,7 @@ class RedisStore(EventStore):
         return [event for event, new in zip(events, is_new, strict=True) if new]
 
     def history(self, user_id: str, until: int | None = None) -> list[Event]:
-        events = _decoded(self._events(user_id), 0)
+        events = _decoded(self._events(user_id, MOST_EVENTS), 0)
         if until is not None:
             events = [event for event in events if event.timestamp <= until]
         return events[-MOST_EVENTS:]
@@ -178,7 +178,7 @@ class RedisStore(EventStore):
     def revision(self, user_id: str) -> int:
         return int(self._read(lambda: self._redis.hget(f"jaxrec:user:{user_id}", "last")) or 0)
 
-    def changes(self, user_id: str, since: int = 0) -> Changes:
+    def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
         first, last = self._read(lambda: self._redis.hmget(f"jaxrec:user:{user_id}", "first", "last"))
         first, revision = int(first or 0), int(last or 0)
         complete = since < first or not revision
@@ -186,10 +186,11 @@ class RedisStore(EventStore):
             since = 0
         elif since >= revision:
             return Changes(revision, [], complete=False)
-        events = _decoded(self._events(user_id), since, revision)
-        if not complete and len(events) >= MOST_EVENTS:
-            events, complete = _decoded(self._events(user_id), 0, revision), True
-        return Changes(revision, events[-MOST_EVENTS:], complete)
+        values = self._events(user_id, most)
+        events = _decoded(values, since, revision)
+        if not complete and len(events) >= most:
+            events, complete = _decoded(values, 0, revision), True
+        return Changes(revision, events[-most:], complete)
 
     def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
         if wait:
@@ -248,10 +249,10 @@ class RedisStore(EventStore):
     def flush(self) -> None:
         self._deferred.flush()
 
-    def _events(self, user_id: str) -> list[bytes]:
+    def _events(self, user_id: str, most: int) -> list[bytes]:
         """A user's events as they are stored, of many those that arrived last: the newest by time are among them,
         unless most of them came late."""
-        values: list[bytes] = self._read(lambda: self._redis.lrange(f"jaxrec:events:{user_id}", -2 * MOST_EVENTS, -1))
+        values: list[bytes] = self._read(lambda: self._redis.lrange(f"jaxrec:events:{user_id}", -2 * most, -1))
         return values
 
     def _keys(self, pattern: bytes) -> Iterator[bytes]:

@@ -139,12 +139,12 @@ class SQLiteStore(EventStore):
         if until is not None:
             query += " AND timestamp <= ?"
             parameters += (until,)
-        return self._events(query, *parameters)
+        return self._events(query, MOST_EVENTS, *parameters)
 
     def revision(self, user_id: str) -> int:
         return self._life(user_id)[1]
 
-    def changes(self, user_id: str, since: int = 0) -> Changes:
+    def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
         first, revision = self._life(user_id)
         complete = since < first or not revision
         if complete:
@@ -154,9 +154,9 @@ class SQLiteStore(EventStore):
         # Not in one snapshot: events after `revision` are left to the next call, and a deletion in between
         # changes the revision, so the next call starts anew.
         query = "SELECT item_id, rating, timestamp FROM events WHERE user_id = ? AND arrival > ? AND arrival <= ?"
-        events = self._events(query, user_id, since, revision)
-        if not complete and len(events) == MOST_EVENTS:
-            events, complete = self._events(query, user_id, 0, revision), True
+        events = self._events(query, most, user_id, since, revision)
+        if not complete and len(events) == most:
+            events, complete = self._events(query, most, user_id, 0, revision), True
         return Changes(revision, events, complete)
 
     def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
@@ -218,9 +218,9 @@ class SQLiteStore(EventStore):
         rows = self._read("SELECT first_arrival, last_arrival FROM users WHERE user_id = ?", user_id)
         return rows[0] if rows else (0, 0)
 
-    def _events(self, query: str, *parameters: str | int) -> list[Event]:
+    def _events(self, query: str, most: int, *parameters: str | int) -> list[Event]:
         """The newest of the events that a query finds, by (timestamp, arrival)."""
-        rows = self._read(f"{query} ORDER BY timestamp DESC, arrival DESC LIMIT {MOST_EVENTS}", *parameters)
+        rows = self._read(f"{query} ORDER BY timestamp DESC, arrival DESC LIMIT ?", *parameters, most)
         return [Event(*row) for row in reversed(rows)]
 
     def _read(self, query: str, *parameters: str | int | None) -> list[Any]:

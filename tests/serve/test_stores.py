@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -232,19 +233,20 @@ def test_a_recommendation_is_logged_once(store: EventStore) -> None:
 def test_of_a_user_with_very_many_events_the_newest_count(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("sqlite", "postgres", "redis"):
         monkeypatch.setattr(f"serve.stores.{module}.MOST_EVENTS", 5)
+    changes = partial(store.changes, most=5)
     store.record([user_event(str(at), f"i{at}", 100 - at) for at in range(4)])
     few = store.revision("u")
-    assert len(store.changes("u").events) == 4
+    assert len(changes("u").events) == 4
     store.record([user_event(f"later {at}", f"later {at}", 200 + at) for at in range(4)])
     newest = [Event("i0", None, 100), *(Event(f"later {at}", None, 200 + at) for at in range(4))]
     assert store.history("u") == newest
     assert store.history("u", until=200) == [*(Event(f"i{at}", None, 100 - at) for at in (3, 2, 1, 0)), newest[1]]
-    assert store.changes("u") == Changes(store.revision("u"), newest, complete=True)
-    assert store.changes("u", few) == Changes(store.revision("u"), newest[1:], complete=False)
+    assert changes("u") == Changes(store.revision("u"), newest, complete=True)
+    assert changes("u", few) == Changes(store.revision("u"), newest[1:], complete=False)
     store.record([user_event(f"last {at}", "last", 300 + at) for at in range(6)])
     # Too many to take in one by one.
     last = [Event("last", None, 300 + at) for at in range(1, 6)]
-    assert store.changes("u", few) == Changes(store.revision("u"), last, complete=True)
+    assert changes("u", few) == Changes(store.revision("u"), last, complete=True)
     # The log has them all.
     assert sum(len(part) for part in store.all_events()) == 14
 
