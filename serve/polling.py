@@ -289,7 +289,8 @@ class _Loop:
             call.begin(handler)
             if call.waits_for_message:
                 self._without_message[call] = time.monotonic()
-                self._end_overdue()
+                if len(self._without_message) > MOST_WITHOUT_MESSAGE:
+                    self._end_overdue()
         return True
 
     def _is_full(self, method: str) -> bool:

@@ -33,6 +33,8 @@ def still_wanted(shown: Sequence[Aged], deleted: Mapping[str, float], now: float
 
     `deleted` has the times of deletion by digest, `now` is the time by the same clock.
     """
+    if not deleted:
+        return [one for one, _ in shown]
     return [
         one
         for one, age_s in shown
@@ -42,7 +44,7 @@ def still_wanted(shown: Sequence[Aged], deleted: Mapping[str, float], now: float
 
 def digests(shown: Sequence[Aged]) -> list[str]:
     """Of the users in question."""
-    return sorted({digest(one.user_id) for one, _ in shown if one.user_id is not None})
+    return sorted(digest(user_id) for user_id in {one.user_id for one, _ in shown} if user_id is not None)
 
 
 def shown_row(one: Shown) -> tuple[str | int | None, ...]:
