@@ -82,6 +82,7 @@ FILL_USERS = "INSERT OR IGNORE INTO users SELECT user_id, min(arrival), max(arri
 LOCK_TIMEOUT_S = 5.0
 LARGEST_GROUP = 256
 COPIED_AT_ONCE = 10_000
+SHOWN_AT_ONCE = 100
 
 SHOWN = "recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp FROM shown"
 
@@ -371,11 +372,16 @@ def _insert_shown(connection: sqlite3.Connection, shown: Sequence[Aged]) -> None
     users = digests(shown)
     query = f"SELECT user, time FROM deletions WHERE user IN ({', '.join('?' * len(users))})"
     deleted = dict(connection.execute(query, users).fetchall())
-    connection.executemany(
-        "INSERT INTO shown (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (recommendation_id) DO NOTHING",
-        [shown_row(one) for one in still_wanted(shown, deleted, time.time())],
-    )
+    rows = [shown_row(one) for one in still_wanted(shown, deleted, time.time())]
+    # Many in one statement: after each statement Python takes its lock again, which the threads that answer want too.
+    for start in range(0, len(rows), SHOWN_AT_ONCE):
+        part = rows[start : start + SHOWN_AT_ONCE]
+        values = ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(part))
+        connection.execute(
+            "INSERT INTO shown (recommendation_id, user_id, item_ids, log_propensities, policy, model_version,"
+            f" timestamp) VALUES {values} ON CONFLICT (recommendation_id) DO NOTHING",
+            [value for row in part for value in row],
+        )
 
 
 def _insert_states(connection: sqlite3.Connection, states: Sequence[SpilledState]) -> None:
