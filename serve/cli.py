@@ -136,7 +136,7 @@ def run(
     or SIGINT.
 
     Prints `serving MODEL_VERSION on HOST:PORT (provider NAME)` when it is healthy. On SIGTERM or SIGINT it
-    answers the calls under way, takes no new ones, and exits with 0.
+    answers the calls under way, takes no new ones, and exits with 0; with 1 when it cannot go on.
     """
     # gRPC is not needed for the other command.
     from serve.addresses import SecurityError
@@ -157,6 +157,12 @@ def run(
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
+    failed = threading.Event()
+
+    def fail() -> None:
+        failed.set()
+        stopped.set()
+
     try:
         accepted = None
         if tokens is not None:
@@ -168,7 +174,12 @@ def run(
         with (
             open_store(store) as events,
             open_models(
-                model, events, metrics, provider=provider, threads=threads, exploration=exploration, watch_s=watch
+                *(model, events, metrics),
+                provider=provider,
+                threads=threads,
+                exploration=exploration,
+                watch_s=watch,
+                load_now=False,
             ) as models,
         ):
             server = create_server(
@@ -182,8 +193,12 @@ def run(
                 log_calls=log_calls,
                 polling=None if front == "auto" else front == "polling",
                 shared_port=shared_port,
+                on_failure=fail,
             )
             stop_metrics = None if metrics_address is None else metrics.serve(metrics_address, allow_insecure)
+            # Open from here on, so that health checks see a server that is not ready, and not none.
+            server.listen()
+            models.open()
             server.start()
             host = address.rpartition(":")[0]
             main = models.version("").model
@@ -195,7 +210,7 @@ def run(
                 stop_metrics()
     except (AddressError, ArtifactError, ProviderError, SecurityError, StoreError) as error:
         raise click.ClickException(str(error)) from error
-    leave_process()
+    leave_process(int(failed.is_set()))
 
 
 @main.command(short_help="Ask a running server, for an answer to read.")
@@ -257,6 +272,31 @@ def ask(
         raise click.ClickException(f"{error.code().name}: {error.details()}") from error
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
+
+
+@main.command(short_help="Copy events and shown recommendations into a file.")
+@click.argument("store")
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path), metavar="OUT.sqlite")
+def log(store: str, out: Path) -> None:
+    """Copy the log of STORE, a SQLite file, postgresql://... or redis://... that servers may be using, into the SQLite
+    file OUT: all events, and all recommendations that were shown. It is the next policy's training data."""
+    from tqdm import tqdm
+
+    from serve.log_copy import copy_log
+    from serve.store import StoreError, open_store
+
+    if "://" not in store and not Path(store).is_file():
+        raise click.ClickException(f"{store}: expected a store, there is no such file")
+    try:
+        with open_store(store) as opened, tqdm(unit=" rows", delay=1) as bar:
+
+            def progress(rows: int) -> None:
+                bar.update(rows)
+
+            copied = copy_log(opened, out, progress)
+    except StoreError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{out}: {copied.events} events, {copied.shown} recommendations shown")
 
 
 @main.command(short_help="Recommend for many users at once, from CSV to CSV.")

@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from serve.batching import Cancelled
 from serve.catalog import Catalog, parse_catalog
 from serve.client import Event, RecommenderClient, recommend_request
 from serve.explain import Explanation, explain
+from serve.history import Event as HistoryEvent
 from serve.history import KnownEvent
+from serve.loaded import LoadedModel
+from serve.metrics import Metrics
 from serve.recommender import Query, Recommender
+from serve.store import EventStore
 
 TARGET, SAME, CLOSE, ACROSS, OPPOSITE = 1, 2, 3, 4, 5
 VECTORS = np.array([[0, 0], [1, 0], [1, 0], [0.8, 0.6], [0, 1], [-1, 0]], np.float32)
@@ -155,3 +160,22 @@ def test_explaining_a_batch_holds_up_nobody(
     (answer,) = batch.result()
     assert all(one.explanation.text for one in answer.recommendations)
     assert [one.item_id for one in answer.recommendations] == [one.item_id for one in plain.recommendations]
+
+
+def test_what_nobody_waits_for_any_more_is_not_explained(
+    model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics, explained = Metrics(), []
+    monkeypatch.setattr(model, "explain", lambda query, items: explained.append(query))
+    loaded = LoadedModel(model, store, metrics)
+    query = Query([HistoryEvent("1007", None, 0)], k=3, explain=True)
+
+    def has_run() -> bool:
+        return bool(metrics.registry.get_sample_value("jaxrec_batch_size_count"))
+
+    with pytest.raises(Cancelled):
+        loaded.recommend(query, is_cancelled=has_run)
+    assert has_run()
+    with pytest.raises(Cancelled):
+        LoadedModel(model, store, metrics := Metrics()).recommend_all([query, query], is_cancelled=has_run)
+    assert explained == []
