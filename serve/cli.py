@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from serve.artifact import ArtifactError, read_artifact
-from serve.engine import Provider, ProviderError
+from serve.engine import Provider, ProviderError, SearchBy
 from serve.recommender import Recommender
 
 model_argument = click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
@@ -26,6 +26,16 @@ threads_option = click.option(
     default=1,
     show_default=True,
     help="Threads within one run of the model. Requests run beside each other anyway.",
+)
+
+search_option = click.option(
+    "--search",
+    "search_by",
+    type=click.Choice(["auto", "exact", "index"]),
+    default="auto",
+    show_default=True,
+    help="How the best items are found. `auto`: with the model's index if it has one, which large catalogues do;"
+    " `exact`: all items are looked at; `index`: nothing else will do.",
 )
 
 
@@ -54,6 +64,7 @@ existing_file = click.Path(dir_okay=False, path_type=Path)
 )
 @provider_option
 @threads_option
+@search_option
 @click.option("--tls-cert", type=existing_file, help="Certificate chain in PEM; read again when it changes.")
 @click.option("--tls-key", type=existing_file, help="Its private key in PEM.")
 @click.option("--tls-client-ca", type=existing_file, help="Let in only clients with a certificate of these.")
@@ -118,6 +129,7 @@ def run(
     store: str,
     provider: Provider,
     threads: int,
+    search_by: SearchBy,
     tls_cert: Path | None,
     tls_key: Path | None,
     tls_client_ca: Path | None,
@@ -168,7 +180,14 @@ def run(
         with (
             open_store(store) as events,
             open_models(
-                model, events, metrics, provider=provider, threads=threads, exploration=exploration, watch_s=watch
+                model,
+                events,
+                metrics,
+                provider=provider,
+                threads=threads,
+                search_by=search_by,
+                exploration=exploration,
+                watch_s=watch,
             ) as models,
         ):
             server = create_server(
@@ -286,8 +305,16 @@ def ask(
 )
 @provider_option
 @threads_option
+@search_option
 def recommend(
-    model: Path, history: Path, requests: Path | None, k: int, out: Path, provider: Provider, threads: int
+    model: Path,
+    history: Path,
+    requests: Path | None,
+    k: int,
+    out: Path,
+    provider: Provider,
+    threads: int,
+    search_by: SearchBy,
 ) -> None:
     """Recommend for many users at once with the model directory MODEL, without a server.
 
@@ -297,7 +324,7 @@ def recommend(
     from serve.offline import recommend_file
     from serve.tables import TableError
 
-    recommender = _load(model, provider, threads)
+    recommender = _load(model, provider, threads, search_by)
     try:
         recommend_file(recommender, history, requests, k, out)
     except TableError as error:
@@ -306,8 +333,8 @@ def recommend(
         raise click.ClickException(f"{error.filename}: {error.strerror}") from error
 
 
-def _load(model: Path, provider: Provider, threads: int) -> Recommender:
+def _load(model: Path, provider: Provider, threads: int, search_by: SearchBy) -> Recommender:
     try:
-        return Recommender(read_artifact(model), provider, threads)
+        return Recommender(read_artifact(model), provider, threads, search_by)
     except (ArtifactError, ProviderError) as error:
         raise click.ClickException(str(error)) from error
