@@ -6,6 +6,7 @@ index. The logits of all of those are computed exactly, so an item can be missin
 score. How many candidates it takes for that to be rare was measured at the export.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -53,6 +54,7 @@ class Search:
         self._count = artifact.info.item_count
         self._recent = len(files.recent_weights)
         self._index = _read_index(artifact, files)
+        self._of_thread = threading.local()
 
     def best(
         self, query: NDArray[np.float32], state: NDArray[np.float32], exclude: NDArray[np.int32], k: int
@@ -71,45 +73,60 @@ class Search:
         found = self._index.search(points, min(candidates, self._count))[1] + 1
         recent = state[:, -self._recent :].astype(np.int32)
         items, scores = np.empty((len(query), k), np.int32), np.empty((len(query), k), np.float32)
+        more = self._zeros()
         for row in range(len(query)):
-            items[row], scores[row] = self._best_of(found[row], query[row], recent[row], exclude[row], k)
+            near = files.neighbour_item[recent[row]].ravel()
+            excluded = exclude[row]
+            # What is added to the product: an array of all items, zeros but here, and afterwards zeros again.
+            try:
+                np.add.at(more, near, (files.neighbour_weight[recent[row]] * files.recent_weights).ravel())
+                more[excluded] = more[0] = NEVER
+                best = self._best_of(np.concatenate((near, found[row])), query[row], more, k)
+                if best is None:
+                    # Too few were found: so much is asked for, or excluded, that all items have to be looked at.
+                    best = self._best_of_all(query[row], more, k)
+            finally:
+                more[near] = more[excluded] = more[0] = 0
+            items[row], scores[row] = best
         return items, scores
 
     def _best_of(
-        self,
-        found: NDArray[np.int64],
-        query: NDArray[np.float32],
-        recent: NDArray[np.int32],
-        exclude: NDArray[np.int32],
-        k: int,
-    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        files = self._files
-        near = files.neighbour_item[recent].ravel()
-        closeness = (files.neighbour_weight[recent] * files.recent_weights).ravel()
-        items, places = np.unique(np.concatenate((near, found)), return_inverse=True)
-        scores = self._logits(items, query, places[: len(near)], closeness)
-        where = np.searchsorted(items, exclude)
-        where[where == len(items)] = 0
-        scores[where[items[where] == exclude]] = NEVER
-        if items[0] == 0:
-            scores[0] = NEVER
-        if np.count_nonzero(scores > NEVER) < k:
-            # Too few were found: so much is asked for, or excluded, that all items have to be looked at.
-            items = np.arange(self._count + 1)
-            scores = self._logits(items, query, near, closeness)
-            scores[exclude] = NEVER
-            items, scores = items[1:], scores[1:]
-        chosen = np.argpartition(scores, len(scores) - k)[len(scores) - k :]
-        chosen = chosen[np.lexsort((items[chosen], -scores[chosen]))]
-        return items[chosen].astype(np.int32), scores[chosen]
+        self, candidates: NDArray[np.int64], query: NDArray[np.float32], more: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[Any], NDArray[np.float32]] | None:
+        """The k best of candidates, some of which are there several times, and their logits; None: there are fewer."""
+        scores = self._logits(candidates, query, more)
+        most = k * (self._recent + 1)
+        if most < len(scores):
+            chosen = np.argpartition(scores, len(scores) - most)[len(scores) - most :]
+            candidates, scores = candidates[chosen], scores[chosen]
+        candidates, first = np.unique(candidates, return_index=True)
+        scores = scores[first]
+        return _best(candidates, scores, k) if np.count_nonzero(scores > NEVER) >= k else None
+
+    def _best_of_all(
+        self, query: NDArray[np.float32], more: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        items = np.arange(1, self._count + 1)
+        return _best(items, self._logits(slice(1, None), query, more), k)
 
     def _logits(
-        self, items: NDArray[Any], query: NDArray[np.float32], places: NDArray[Any], closeness: NDArray[np.float32]
+        self, items: NDArray[np.int64] | slice, query: NDArray[np.float32], more: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """Logits `[items]`; `closeness` is added at `places`, some of them twice."""
-        scores = self.item_vectors[items] @ query + self._files.item_bias[items]
-        scores += np.bincount(places, closeness, len(items))
-        return scores
+        return self.item_vectors[items] @ query + self._files.item_bias[items] + more[items]
+
+    def _zeros(self) -> NDArray[np.float32]:
+        """`[items+1]` zeros, the calling thread's own."""
+        zeros: NDArray[np.float32] | None = getattr(self._of_thread, "zeros", None)
+        if zeros is None:
+            zeros = self._of_thread.zeros = np.zeros(self._count + 1, np.float32)
+        return zeros
+
+
+def _best(items: NDArray[Any], scores: NDArray[np.float32], k: int) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """The k best of at least as many items, lower ones first among equals."""
+    chosen = np.argpartition(scores, len(scores) - k)[len(scores) - k :]
+    chosen = chosen[np.lexsort((items[chosen], -scores[chosen]))]
+    return items[chosen], scores[chosen]
 
 
 def _read_index(artifact: Artifact, files: IndexFiles) -> Any:

@@ -9,6 +9,7 @@ How many lists are scanned and how many candidates are taken is measured here, o
 keeps WANTED_RECALL of the ten best items. Where no pair keeps LEAST_RECALL the export is refused.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ SCAN_NS, RESCORE_NS = 8, 150
 POINTS_PER_LIST = 64  # of the k-means
 ITERATIONS = 10
 CHUNK = 50_000
-MOST_PROBES = 500
+MOST_PROBES = 250
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,12 @@ class Probes:
 
 
 def probe_requests(data: PreparedData, sequence_query: bytes, item_vectors: np.ndarray, max_history: int) -> Probes:
-    """The requests of the validation cases, at most MOST_PROBES of them; without any, made-up ones."""
+    """Requests of at most MOST_PROBES validation cases, and as many made-up ones, which may be less alike."""
     session = open_session(sequence_query)
     queries, excluded = [], []
-    for request in _requests(data, len(item_vectors) - 1, max_history):
+    item_count = len(item_vectors) - 1
+    made_up = (vars(make_probe(item_count, max_history, seed)) for seed in range(MOST_PROBES // PROBE_ROWS))
+    for request in itertools.chain(_validation_requests(data, max_history), made_up):
         inputs = {name: array for name, array in request.items() if name != "exclude"}
         queries.append(session.run(["query"], {**inputs, "vector": item_vectors[request["item"]]})[0])
         excluded.append(request["exclude"])
@@ -74,11 +77,10 @@ def probe_requests(data: PreparedData, sequence_query: bytes, item_vectors: np.n
     return Probes(np.concatenate(queries), np.concatenate(exclude))
 
 
-def _requests(data: PreparedData, item_count: int, max_history: int) -> Iterator[dict[str, np.ndarray]]:
+def _validation_requests(data: PreparedData, max_history: int) -> Iterator[dict[str, np.ndarray]]:
     """Batches as the inputs of `sequence.onnx`, without k."""
     cases = data.split.validation
     if not len(cases):
-        yield from (vars(make_probe(item_count, max_history, seed)) for seed in range(MOST_PROBES // PROBE_ROWS))
         return
     chosen = np.unique(np.linspace(0, len(cases) - 1, MOST_PROBES).astype(np.int64))
     left = len(chosen)
