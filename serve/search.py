@@ -66,9 +66,8 @@ class Search:
         """
         files = self._files
         candidates = files.candidates + files.candidates_per_answer * k + exclude.shape[1]
-        points = np.zeros((len(query), self._index.d), np.float32)
-        points[:, : query.shape[1]] = query
-        points[:, query.shape[1]] = 1  # times the bias
+        points = np.ones((len(query), query.shape[1] + 1), np.float32)
+        points[:, :-1] = query  # and 1 times the bias
         # Places in the index, -1 for none; with the padding in row 0 of all arrays, item indices.
         found = self._index.search(points, min(candidates, self._count))[1] + 1
         recent = state[:, -self._recent :].astype(np.int32)
@@ -141,12 +140,12 @@ def _read_index(artifact: Artifact, files: IndexFiles) -> Any:
     try:
         index: Any = faiss.deserialize_index(np.frombuffer(files.content, np.uint8))
         count, width = index.ntotal, index.d
-        index.nprobe = files.probed_lists
+        faiss.extract_index_ivf(index).nprobe = files.probed_lists
     except (RuntimeError, AttributeError) as error:
         raise ArtifactError(f"{files.path}: faiss cannot load it: {error}") from error
-    least = artifact.item_vectors.shape[1] + 1
-    if count != artifact.info.item_count or width not in (least, least + 1):
+    expected = artifact.item_vectors.shape[1] + 1
+    if count != artifact.info.item_count or width != expected:
         raise ArtifactError(
-            f"{files.path}: holds {count} points of {width} numbers, expected {artifact.info.item_count} of {least}"
+            f"{files.path}: holds {count} points of {width} numbers, expected {artifact.info.item_count} of {expected}"
         )
     return index

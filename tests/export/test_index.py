@@ -30,7 +30,7 @@ def test_what_the_manifest_says_of_recall_is_what_the_index_does() -> None:
     asked = probes()
     index = build_index(vectors, bias, asked)
     loaded = faiss.deserialize_index(np.frombuffer(index.content, np.uint8))
-    loaded.nprobe = index.probed_lists
+    faiss.extract_index_ivf(loaded).nprobe = index.probed_lists
     logits = asked.query @ vectors.T + bias
     np.put_along_axis(logits, asked.exclude.astype(np.int64), -np.inf, axis=1)
     best = np.argsort(-logits[:, 1:], axis=1)[:, :10] + 1
