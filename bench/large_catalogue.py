@@ -89,7 +89,7 @@ def measure(model: Path, rounds: int, count: int, bandwidth: float) -> None:
                 together[way].append((time.perf_counter() - begin) / 16)
     megabytes = artifact.item_vectors.nbytes / 1e6
     manifest = json.loads((model / "manifest.json").read_text())["index"]
-    looks = f"{manifest['probed_lists']} of {manifest['lists']} lists, {manifest['candidates']} candidates"
+    looks = f"{manifest['candidates']} candidates"
     for way in ways:
         p10, p50, p99 = np.percentile(alone[way], [10, 50, 99]) * 1e3
         batch = np.percentile(together[way], [10, 50]) * 1e3

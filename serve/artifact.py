@@ -70,7 +70,6 @@ class IndexFiles:
     path: Path
     content: bytes
     """Of the index itself, as faiss writes it."""
-    probed_lists: int
     candidates: int
     candidates_per_answer: int
     recent_weights: NDArray[np.float32]
@@ -260,7 +259,7 @@ def _item_vectors(path: Path, content: Content, info: ModelInfo) -> NDArray[np.f
 
 
 def _index_files(directory: Path, fields: _Fields, contents: Mapping[str, Content], info: ModelInfo) -> IndexFiles:
-    for name in ("probed_lists", "candidates", "candidates_per_answer"):
+    for name in ("candidates", "candidates_per_answer"):
         if not 1 <= fields.get(name, int) <= LARGEST_ITEM_COUNT:
             fields.fail(name, f"a number in 1..{LARGEST_ITEM_COUNT}", fields.get(name, int))
     weights = fields.get("recent_weights", list)
@@ -280,7 +279,6 @@ def _index_files(directory: Path, fields: _Fields, contents: Mapping[str, Conten
     return IndexFiles(
         path=directory / fields.get("file", str),
         content=bytes(contents[fields.get("file", str)]),
-        probed_lists=fields.get("probed_lists", int),
         candidates=fields.get("candidates", int),
         candidates_per_answer=fields.get("candidates_per_answer", int),
         recent_weights=np.array(weights, np.float32)[:, None],

@@ -140,7 +140,6 @@ def _read_index(artifact: Artifact, files: IndexFiles) -> Any:
     try:
         index: Any = faiss.deserialize_index(np.frombuffer(files.content, np.uint8))
         count, width = index.ntotal, index.d
-        faiss.extract_index_ivf(index).nprobe = files.probed_lists
     except (RuntimeError, AttributeError) as error:
         raise ArtifactError(f"{files.path}: faiss cannot load it: {error}") from error
     expected = artifact.item_vectors.shape[1] + 1

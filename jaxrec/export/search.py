@@ -50,8 +50,6 @@ class Search:
         return {
             "file": INDEX_FILE,
             "kind": self.index.kind,
-            "lists": self.index.lists,
-            "probed_lists": self.index.probed_lists,
             "candidates": self.index.candidates,
             "candidates_per_answer": CANDIDATES_PER_ANSWER,
             "recent_weights": RECENT_WEIGHTS.tolist(),
