@@ -42,6 +42,10 @@ PARTS = (
 )
 
 
+# py-spy takes some threads that wait for busy ones.
+WAITING = ("_worker (concurrent", "wait (threading.py")
+
+
 def part_of(stack: str) -> str:
     for frame in reversed(stack.split(";")):
         for part, marks in PARTS:
@@ -85,6 +89,8 @@ def main(model: Path, concurrency: int, seconds: int, out: Path) -> None:
         shares: Counter[str] = Counter()
         for line in raw.read_text().splitlines():
             frames, _, count = line.rpartition(" ")
+            if any(mark in frames.rpartition(";")[2] for mark in WAITING):
+                continue
             shares[part_of(frames)] += int(count)
     click.echo(f"{sample.rate:.0f} requests/s while sampled\n\n| part | share of samples |\n|---|---|")
     for part, count in shares.most_common():
