@@ -1,5 +1,6 @@
 """The commands of `python -m serve`."""
 
+import gc
 import logging
 import os
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 import click
 
 from serve.artifact import ArtifactError, read_artifact
-from serve.engine import Provider, ProviderError
+from serve.engine import Provider, ProviderError, SearchBy
 from serve.recommender import Recommender
 
 model_argument = click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
@@ -26,6 +27,16 @@ threads_option = click.option(
     default=1,
     show_default=True,
     help="Threads within one run of the model. Requests run beside each other anyway.",
+)
+
+search_option = click.option(
+    "--search",
+    "search_by",
+    type=click.Choice(["auto", "exact", "index"]),
+    default="auto",
+    show_default=True,
+    help="How the best items are found. `auto`: with the model's index if it has one, which large catalogues do;"
+    " `exact`: all items are looked at; `index`: nothing else will do.",
 )
 
 
@@ -54,6 +65,7 @@ existing_file = click.Path(dir_okay=False, path_type=Path)
 )
 @provider_option
 @threads_option
+@search_option
 @click.option("--tls-cert", type=existing_file, help="Certificate chain in PEM; read again when it changes.")
 @click.option("--tls-key", type=existing_file, help="Its private key in PEM.")
 @click.option("--tls-client-ca", type=existing_file, help="Let in only clients with a certificate of these.")
@@ -118,6 +130,7 @@ def run(
     store: str,
     provider: Provider,
     threads: int,
+    search_by: SearchBy,
     tls_cert: Path | None,
     tls_key: Path | None,
     tls_client_ca: Path | None,
@@ -177,11 +190,15 @@ def run(
                 *(model, events, metrics),
                 provider=provider,
                 threads=threads,
+                search_by=search_by,
                 exploration=exploration,
                 watch_s=watch,
                 load_now=False,
             ) as models,
         ):
+            # Catalogue and libraries stay: without them a full collection takes microseconds, not tens of milliseconds.
+            gc.collect()
+            gc.freeze()
             server = create_server(
                 models,
                 events,
@@ -326,8 +343,16 @@ def log(store: str, out: Path) -> None:
 )
 @provider_option
 @threads_option
+@search_option
 def recommend(
-    model: Path, history: Path, requests: Path | None, k: int, out: Path, provider: Provider, threads: int
+    model: Path,
+    history: Path,
+    requests: Path | None,
+    k: int,
+    out: Path,
+    provider: Provider,
+    threads: int,
+    search_by: SearchBy,
 ) -> None:
     """Recommend for many users at once with the model directory MODEL, without a server.
 
@@ -337,7 +362,7 @@ def recommend(
     from serve.offline import recommend_file
     from serve.tables import TableError
 
-    recommender = _load(model, provider, threads)
+    recommender = _load(model, provider, threads, search_by)
     try:
         recommend_file(recommender, history, requests, k, out)
     except TableError as error:
@@ -346,8 +371,8 @@ def recommend(
         raise click.ClickException(f"{error.filename}: {error.strerror}") from error
 
 
-def _load(model: Path, provider: Provider, threads: int) -> Recommender:
+def _load(model: Path, provider: Provider, threads: int, search_by: SearchBy) -> Recommender:
     try:
-        return Recommender(read_artifact(model), provider, threads)
+        return Recommender(read_artifact(model), provider, threads, search_by)
     except (ArtifactError, ProviderError) as error:
         raise click.ClickException(str(error)) from error

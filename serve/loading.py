@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from serve.artifact import ArtifactError, read_artifact
-from serve.engine import Provider, Ranking, Step
+from serve.engine import Provider, Ranking, SearchBy, Step
 from serve.exploration import Exploration
 from serve.history import KnownEvent, features
 from serve.loaded import LoadedModel
@@ -36,10 +36,11 @@ def load_model(
     *,
     provider: Provider = "auto",
     threads: int = 1,
+    search_by: SearchBy = "auto",
     exploration: Exploration | None = None,
 ) -> LoadedModel:
     """Raises ArtifactError for a directory that cannot be served, and ProviderError."""
-    model = Recommender(read_artifact(directory), provider, threads)
+    model = Recommender(read_artifact(directory), provider, threads, search_by)
     warm_up(model)
     return LoadedModel(model, store, metrics, exploration)
 
@@ -51,6 +52,7 @@ def open_models(
     *,
     provider: Provider = "auto",
     threads: int = 1,
+    search_by: SearchBy = "auto",
     exploration: Exploration | None = None,
     watch_s: float = WATCH_S,
     load_now: bool = True,
@@ -65,7 +67,9 @@ def open_models(
 
     return ModelLibrary(
         directory,
-        lambda path: load_model(path, store, metrics, provider=provider, threads=threads, exploration=exploration),
+        lambda path: load_model(
+            path, store, metrics, provider=provider, threads=threads, search_by=search_by, exploration=exploration
+        ),
         watch_s=watch_s,
         on_attempt=metrics.reloaded,
         on_change=tell,
