@@ -54,6 +54,9 @@ MOST_WITHOUT_MESSAGE = 1_000
 # For streams that are read from: reflection, which is asked by hand.
 STREAM_WORKERS = 4
 MOST_STREAMS = 16
+# So many calls may wait in gRPC to be looked at. It then resets some, which a client sees as CANCELLED and does not
+# repeat; by default from 1,000 on, which ten full connections are.
+MOST_AT_THE_DOOR = 10_000
 IDLE_S = 1.0
 _USED = (
     *("_Server", "_ServerStage", "_HandlerCallDetails", "_GenericMethod", "_REQUEST_CALL_TAG"),
@@ -107,7 +110,12 @@ def polling_server(
 ) -> "PollingServer":
     """As `grpc.server`; inline methods must be registered by their generated `add_...Servicer_to_server`."""
     streams = ThreadPoolExecutor(STREAM_WORKERS, "grpc-streams")
-    options = (*options, ("grpc.http.overload_protection", 0))
+    options = (
+        *options,
+        ("grpc.http.overload_protection", 0),
+        ("grpc.server.max_pending_requests", MOST_AT_THE_DOOR),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * MOST_AT_THE_DOOR),
+    )
     pools = _Pool(pool, front.most_in_pool), _Pool(slow_pool, front.most_slow)
     return PollingServer(pools, front, streams, (), tuple(interceptors), options, MOST_STREAMS, None, False)
 

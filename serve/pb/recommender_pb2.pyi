@@ -530,7 +530,9 @@ class GetUserProfileResponse(_message.Message):
     EVENT_COUNT_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     event_count: _builtins.int
-    """All events of the user, also those beyond `limit` or on unknown items."""
+    """All events of the user's history, also those beyond `limit` or on unknown
+    items; at most 10,000.
+    """
     model_version: _builtins.str
     """Version of the model whose catalogue gave titles and genres."""
     @_builtins.property
