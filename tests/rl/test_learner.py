@@ -11,7 +11,7 @@ from flax import nnx
 from jaxrec.config import RewardWeights, RLConfig
 from jaxrec.models.cooccurrence import RECENT
 from jaxrec.models.sequence import NEVER
-from jaxrec.rl.reinforce import (
+from jaxrec.rl.learner import (
     Scoring,
     make_updates,
     new_learner,
