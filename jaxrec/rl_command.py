@@ -12,6 +12,7 @@ SEED = click.IntRange(0)
 SEED_HELP = "Of everything random: the same seed on the same machine gives the same result."
 POSITIVE = click.FloatRange(0, min_open=True)
 SHARE = click.FloatRange(0, 1)
+NOT_WITH_LOG = ("objective", "slate_size", "samples", "anchor", "discount", "resume")
 OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
 
 
@@ -78,6 +79,9 @@ def rl(
     context: click.Context,
     run: Path,
     objective: str,
+    log: Path | None,
+    temperature: float | None,
+    min_effective: float,
     resume: bool,
     steps: int,
     batch_size: int,
@@ -101,8 +105,10 @@ def rl(
     """Fine-tunes a policy of RUN (from `jaxrec train`) by policy gradient.
 
     It is used only if validation shows that it is better. SIGTERM and Ctrl-C save and end the training; --resume goes
-    on with exactly the same result.
+    on with exactly the same result. With --log the policy in use learns from what a server showed, and is replaced only
+    if off-policy evaluation on other users of the log shows that the new one is better.
     """
+    from jaxrec.rl.log_run import rl_log_run
     from jaxrec.rl.methods import METHODS
     from jaxrec.rl.policy_run import rl_run
 
@@ -127,8 +133,18 @@ def rl(
         importance_cap=importance_cap,
         rewards=rewards,
     )
+    of_log = [name for name in ("temperature", "min_effective") if name in given]
+    without_log = [name for name in NOT_WITH_LOG if name in given]
+    if log is None and of_log:
+        raise click.UsageError(f"--{of_log[0].replace('_', '-')} is for --log")
+    if log is not None and without_log:
+        raise click.UsageError(f"--{without_log[0].replace('_', '-')} has no meaning with --log")
     with stop_on_signals() as stop:
         try:
+            if log is not None:
+                found = rl_log_run(run, log, config, temperature, min_effective, stop)
+                click.echo(f"{found.told}\n{found.reason}")
+                return
             click.echo(rl_run(run, config, METHODS[objective], resume, stop).reason)
         except TrainingStopped as stopped:
-            click.echo(f"{stopped}; go on with: jaxrec rl {run} --resume")
+            click.echo(str(stopped) if log else f"{stopped}; go on with: jaxrec rl {run} --resume")

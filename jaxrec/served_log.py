@@ -81,7 +81,9 @@ def read_served_log(path: Path, catalog: Catalog) -> ServedLog:
                 "ORDER BY user_id, timestamp, number"
             ).fetchall()
     except sqlite3.Error as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected the event store of `python -m serve run`") from error
+        raise DataError(
+            f"{path}: cannot be read ({error}); expected the event store of `python -m serve run`"
+        ) from error
     skipped: Counter[str] = Counter()
     recommendations: list[Recommendation] = []
     users: dict[str, int] = {}

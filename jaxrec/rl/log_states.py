@@ -1,6 +1,7 @@
 """States of the policy at served recommendations: what the models made of the user's history, what was shown with which
 propensity, and what it earned."""
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxrec.models.cooccurrence import recent_items
 from jaxrec.models.features import Array, Events
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.rewards import SHRINKAGE, RewardTables, RewardTerms, reward_terms
@@ -21,8 +21,8 @@ ROWS_PER_BATCH = 64
 
 
 class LogStates(NamedTuple):
-    """Served recommendations [rows]: the supervised `query` [rows, width] before each, `recent` [rows, RECENT] int32 and
-    `exclude` [rows, width] int32 (0 = none) of the history, the `slate` [rows, k] int32 (0 = empty slot) with its
+    """Served recommendations [rows]: the supervised `query` [rows, width] before each, `recent` [rows, RECENT] int32
+    and `exclude` [rows, width] int32 (0 = none) of the history, the `slate` [rows, k] int32 (0 = empty slot) with its
     `log_propensities` [rows, k] float32, and the `terms` of its rewards, each [rows, k]. `user` [rows] int32."""
 
     query: Array
@@ -42,33 +42,19 @@ class LogStates(NamedTuple):
 
 
 def log_states(
-    hybrid: Hybrid,
-    recommendations: list[Recommendation],
-    scale: RatingScale | None,
-    tables: RewardTables,
-    told_time: bool,
-) -> LogStates:
-    """Encodes the recommendations' histories. `told_time`: the requests told their time, which the store does not note.
+    hybrid: Hybrid, recommendations: list[Recommendation], scale: RatingScale | None, tables: RewardTables
+) -> tuple[LogStates, LogStates]:
+    """Encodes the recommendations' histories: as requests that did not tell their time, and as ones that did.
 
     The models read the last `max_length` events, all of the history is excluded, as the server does.
     """
-    max_length = hybrid.lstm.config.max_length
     graphdef, variables = nnx.split(hybrid)
-
-    @jax.jit
-    def queries(variables: nnx.State, events: Events, request_gap: Array) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graphdef, variables)
-        _, state = model.encode(events)
-        h_lstm, _, h_content, _, _ = model.split_state(state)
-        query = model.supervised_query((h_lstm, h_content), jnp.asarray(request_gap))
-        return query, recent_items(events.item, events.length)
-
-    batches = _batches(recommendations, scale, max_length, told_time)
-    encoded = [jax.device_get(queries(variables, events, gap)) for events, gap in batches]
-    query, recent = (np.concatenate(column)[: len(recommendations)] for column in zip(*encoded, strict=True))
+    batches = _batches(recommendations, scale, hybrid.lstm.config.max_length)
+    encoded = [jax.device_get(_encode(graphdef, variables, events, gap)) for events, gap in batches]
+    untold, told, recent = (np.concatenate(column)[: len(recommendations)] for column in zip(*encoded, strict=True))
     slate = _padded([one.slate for one in recommendations], np.int32)
-    return LogStates(
-        query=query,
+    states = LogStates(
+        query=untold,
         recent=recent,
         exclude=_padded([one.history.items for one in recommendations], np.int32),
         slate=slate,
@@ -76,10 +62,26 @@ def log_states(
         terms=_answer_terms(recommendations, slate, scale, tables),
         user=np.array([one.user for one in recommendations], np.int32),
     )
+    return states, states._replace(query=told)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(
+    graphdef: nnx.GraphDef[Hybrid], variables: nnx.State, events: Events, request_gap: Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [batch, width] without and with the request gap [batch], and the most recent items [batch, RECENT]."""
+    model = nnx.merge(graphdef, variables)
+    _, state = model.encode(events)
+    h_lstm, _, h_content, _, recent = model.split_state(state)
+    gap = jnp.asarray(request_gap)
+    untold, told = (
+        model.supervised_query((h_lstm, h_content), of_one) for of_one in (jnp.full_like(gap, UNKNOWN_GAP), gap)
+    )
+    return untold, told, recent
 
 
 def _batches(
-    recommendations: list[Recommendation], scale: RatingScale | None, max_length: int, told_time: bool
+    recommendations: list[Recommendation], scale: RatingScale | None, max_length: int
 ) -> Iterator[tuple[Events, np.ndarray]]:
     """Histories and request gaps of ROWS_PER_BATCH recommendations at a time; the last batch repeats its last one."""
     for start in range(0, len(recommendations), ROWS_PER_BATCH):
@@ -95,8 +97,7 @@ def _batches(
             gaps = np.concatenate([[UNKNOWN_GAP], np.diff(times)])  # the first that is read keeps its true gap
             item[number, :count], gap[number, :count] = items[-count:], gaps[-count:]
             rating[number, :count] = unit_ratings(ratings[-count:], scale)
-            if told_time:
-                request_gap[number] = max(one.time - times[-1], 0)
+            request_gap[number] = max(one.time - times[-1], 0)
         yield Events(item, rating, gap, length), request_gap
 
 

@@ -139,7 +139,7 @@ def _actor_critic(
 
     allowed = recommendable(decisions.logits)
     left = allowed.at[jnp.arange(len(decisions.target)), decisions.target].set(False)
-    negatives = sample_slates(negative_key, jnp.where(left, 0.0, NEVER), NEGATIVES)
+    negatives = sample_slates(negative_key, jnp.where(left, 0.0, NEVER), min(NEGATIVES, left.shape[1] - 1))
     here, discount = q(learning, decisions.query), config.discount * decisions.has_next
     after = q(learning, decisions.next_query), q(other, decisions.next_query)
     target = double_q_target(decisions.reward, discount, *after, left)

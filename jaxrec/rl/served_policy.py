@@ -1,5 +1,5 @@
-"""The policy as a server with `--explore TEMPERATURE` plays it: Plackett-Luce over the best POOL items of logits divided
-by the temperature (`serve/exploration.py`)."""
+"""The policy as a server with `--explore TEMPERATURE` plays it: Plackett-Luce over the best POOL items of the logits
+divided by the temperature (`serve/exploration.py`)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -46,19 +46,28 @@ class Fit(NamedTuple):
         return self.error <= EXACT
 
 
-def fit_temperature(logits: jax.Array, slates: jax.Array, log_propensities: jax.Array) -> Fit:
-    """The temperature at which a policy with logits [rows, items + 1] comes closest to the propensities [rows, k] of the
-    logged slates. The store does not note the temperature; where the log is this policy's it is found exactly."""
+def fit_temperature(
+    logits: jax.Array, slates: jax.Array, log_propensities: jax.Array, temperature: float | None = None
+) -> Fit:
+    """The temperature at which a policy with logits [rows, items + 1] comes closest to the propensities [rows, k] of
+    the logged slates, or how close it comes at the given one. The store does not note the temperature; where the log
+    is this policy's it is found exactly."""
 
-    @jax.jit
-    def errors(temperatures: jax.Array) -> jax.Array:
-        def error(temperature: jax.Array) -> jax.Array:
-            logprobs = served_logprobs(served_logits(logits, temperature, slates.shape[1]), slates)
-            return jnp.nanmedian(jnp.where(slates > 0, jnp.abs(logprobs - log_propensities), jnp.nan))
+    def errors(temperatures: np.ndarray) -> np.ndarray:
+        return np.asarray(_errors(jnp.asarray(temperatures, jnp.float32), logits, slates, log_propensities))
 
-        return jax.lax.map(error, temperatures)
+    if temperature is not None:
+        return Fit(temperature, float(errors(np.array([temperature]))[0]))
+    return _least(errors)
 
-    return _least(lambda temperatures: np.asarray(errors(jnp.asarray(temperatures, jnp.float32))))
+
+@jax.jit
+def _errors(temperatures: jax.Array, logits: jax.Array, slates: jax.Array, log_propensities: jax.Array) -> jax.Array:
+    def error(temperature: jax.Array) -> jax.Array:
+        logprobs = served_logprobs(served_logits(logits, temperature, slates.shape[1]), slates)
+        return jnp.nanmedian(jnp.where(slates > 0, jnp.abs(logprobs - log_propensities), jnp.nan))
+
+    return jax.lax.map(error, temperatures)
 
 
 def _least(errors: Callable[[np.ndarray], np.ndarray]) -> Fit:

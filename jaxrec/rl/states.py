@@ -14,10 +14,12 @@ from jaxrec.models.cooccurrence import recent_items
 from jaxrec.models.features import Array, Events
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.prepare import PreparedData
+from jaxrec.rl.behaviour import BehaviourConfig, Choices, Fit, action_logprobs, fit_behaviour
 from jaxrec.rl.rewards import running_user_means
 from jaxrec.schema import MISSING_RATING, UNKNOWN_GAP, DataError
 
 MAX_STATES = 60_000
+BEHAVIOUR_EPOCHS = 5
 WINDOWS_PER_BATCH = 32
 
 
@@ -98,6 +100,23 @@ def training_states(
         seen=(position + 1).astype(np.int32),
         windows=windows,
     )
+
+
+def with_behaviour(states: States, item_count: int, seed: int) -> tuple[States, Fit]:
+    """The states with the log-probability of each target under a behaviour model fitted to them, and how good that is
+    on the tenth of the windows that it was not fitted to. Targets that the history holds already have none."""
+    rows = np.arange(len(states.target))
+    exclude = np.asarray(states.histories(jnp.asarray(rows)))
+    choices = Choices(np.asarray(states.query), np.asarray(states.target), exclude)
+    possible = ~(exclude == choices.action[:, None]).any(axis=1)
+    window_count = len(states.windows)
+    held_out = np.random.default_rng(seed).permutation(window_count) < max(1, window_count // 10)
+    of_held_out = held_out[np.asarray(states.window)]
+    parts = (choices.rows(np.flatnonzero(possible & mask)) for mask in (~of_held_out, of_held_out))
+    beta, fit = fit_behaviour(*parts, item_count, BehaviourConfig(max_epochs=BEHAVIOUR_EPOCHS, seed=seed))
+    logprobs = np.zeros(len(rows), np.float32)
+    logprobs[possible] = action_logprobs(beta, choices.rows(np.flatnonzero(possible)))
+    return states._replace(logprob_beta=logprobs), fit
 
 
 def rating_or_mean(ratings: np.ndarray, items: np.ndarray, item_ratings: np.ndarray) -> np.ndarray:

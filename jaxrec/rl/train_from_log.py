@@ -23,7 +23,7 @@ from tqdm import tqdm
 from jaxrec.config import RLConfig
 from jaxrec.metrics import exclude_items
 from jaxrec.models.hybrid import PolicyHead
-from jaxrec.rl.learner import Learner, apply_update, guards, policy_optimizer, slate_coverage
+from jaxrec.rl.learner import KL_COEFFICIENT_START, Learner, apply_update, guards, policy_optimizer, slate_coverage
 from jaxrec.rl.log_states import LogStates
 from jaxrec.rl.methods import Linear, weight_metrics
 from jaxrec.rl.objectives.off_policy import importance_weights
@@ -39,7 +39,6 @@ from jaxrec.rl.train_policy import step_records
 from jaxrec.schema import DataError
 from jaxrec.stopping import StopRequested, TrainingStopped, never
 
-KL_COEFFICIENT_START = 0.01  # the rewards of a log are sparse, and a stiff leash would outweigh them for long
 TRAIN_SHARE = 0.5  # of the log's users; the others judge
 FIT_ROWS = 500
 ROWS_PER_BATCH = 256
@@ -62,7 +61,9 @@ def split_users(users: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows [rows] of the users that train, and of those that judge. Raises DataError for fewer than four users."""
     labels = np.unique(users)
     if len(labels) < 4:
-        raise DataError(f"the log has usable recommendations of {len(labels)} users, expected 4 or more: half of them judge")
+        raise DataError(
+            f"the log has usable recommendations of {len(labels)} users, expected 4 or more: half of them judge"
+        )
     trains = np.random.default_rng(seed).permutation(labels)[: round(TRAIN_SHARE * len(labels))]
     of_training = np.isin(users, trains)
     return np.flatnonzero(of_training), np.flatnonzero(~of_training)
@@ -78,8 +79,8 @@ def train_from_log(
     minimum_effective: float,
     stop: StopRequested = never,
 ) -> FromLog:
-    """Trains from the policy in use (`current`: variables of PolicyHead) on half of the users, and has the gate judge it
-    on the other half, against what was logged, or, where the log is another policy's, against an estimate of the
+    """Trains from the policy in use (`current`: variables of PolicyHead) on half of the users, and has the gate judge
+    it on the other half, against what was logged, or, where the log is another policy's, against an estimate of the
     present one's worth.
 
     Raises DataError where too few users are there, TrainingError where a figure is not finite, TrainingStopped where
@@ -128,9 +129,7 @@ def judge_from_log(
     if not fit.exact:
         before = snips(_weights(graphdef, current, scoring, states, fit.temperature, config.importance_cap), rewards)
     users = np.asarray(states.user)
-    return gate(
-        snips(weights, rewards), before, weights, users, discounts(slots), minimum_effective, seed=config.seed
-    )
+    return gate(snips(weights, rewards), before, weights, users, discounts(slots), minimum_effective, seed=config.seed)
 
 
 def slot_rewards(states: LogStates, config: RLConfig) -> np.ndarray:
@@ -139,11 +138,14 @@ def slot_rewards(states: LogStates, config: RLConfig) -> np.ndarray:
     return np.where(np.asarray(states.slate) > 0, rewards, 0.0) * discounts(rewards.shape[1])
 
 
-def fit_log(graphdef: nnx.GraphDef[PolicyHead], current: Any, scoring: Scoring, states: LogStates) -> Fit:
-    """The temperature at which the policy in use comes closest to the log, by its latest users."""
+def fit_log(
+    graphdef: nnx.GraphDef[PolicyHead], current: Any, scoring: Scoring, states: LogStates, temperature: float | None
+) -> Fit:
+    """The temperature at which the policy in use comes closest to the log, or how close it comes at the given one; by
+    FIT_ROWS recommendations, evenly spaced."""
     some = states.at(np.linspace(0, len(states) - 1, min(FIT_ROWS, len(states))).astype(np.int64))
     logits = _logits(graphdef, current, scoring, some)
-    return fit_temperature(logits, jnp.asarray(some.slate), jnp.asarray(some.log_propensities))
+    return fit_temperature(logits, jnp.asarray(some.slate), jnp.asarray(some.log_propensities), temperature)
 
 
 def _logits(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: LogStates) -> jax.Array:

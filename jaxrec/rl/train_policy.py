@@ -12,12 +12,13 @@ from tqdm import tqdm
 from jaxrec.config import RewardWeights, RLConfig
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.prepare import PreparedData
+from jaxrec.rl.behaviour import Fit
 from jaxrec.rl.judge import Judged, case_states, decide, make_judge
 from jaxrec.rl.learner import Learner, Updates, make_updates, new_learner
 from jaxrec.rl.methods import REINFORCE, Method
 from jaxrec.rl.rewards import reward_tables
 from jaxrec.rl.scoring import Scoring, frozen_scoring
-from jaxrec.rl.states import States, training_states
+from jaxrec.rl.states import States, training_states, with_behaviour
 from jaxrec.schema import DataError
 from jaxrec.stopping import StopRequested, TrainingStopped, never
 from jaxrec.train import TrainingError
@@ -29,8 +30,8 @@ NO_REWARDS = RewardWeights(**{field.name: 0.0 for field in dataclasses.fields(Re
 @dataclasses.dataclass(frozen=True)
 class PolicyOutcome:
     """`used`: whether the policy replaces what was in use before, and `reason` why, with the figures. `step`: the
-    updates that it took. `figures`: by name (supervised, policy, and the controls) on what it was judged on;
-    `differences`: paired gains over the supervised policy as mean, low and high."""
+    updates that it took. `figures`: by name (supervised, policy, the controls, the behaviour model) on what it was
+    judged on; `differences`: paired gains over the supervised policy as mean, low and high."""
 
     used: bool
     reason: str
@@ -65,13 +66,14 @@ Judge = Callable[[Any], Judged]
 
 
 class Problem(NamedTuple):
-    """What is trained on, and what judges."""
+    """What is trained on, and what judges. `behaviour`: how good the behaviour model is that the method needed."""
 
     scoring: Scoring
     states: States
     judge: Judge
     graphdef: nnx.GraphDef[PolicyHead]
     new_learner: Callable[[], Learner]
+    behaviour: Fit | None
 
 
 def train_policy(
@@ -101,6 +103,8 @@ def train_policy(
     judged = {name: problem.judge(head) for name, head in zip(PHASES, progress.heads, strict=True)}
     decision = decide(judged[POLICY], supervised, judged[ANCHOR_ONLY], judged[PERMUTED])
     figures = {"supervised": supervised.figures(), **{name: of_one.figures() for name, of_one in judged.items()}}
+    if problem.behaviour is not None:
+        figures["behaviour model"] = dataclasses.asdict(problem.behaviour)
     differences = {name: dataclasses.asdict(estimate) for name, estimate in decision.differences.items()}
     outcome = PolicyOutcome(decision.used, decision.reason, config.steps, figures, differences)
     return TrainedPolicy(outcome, progress.heads[0], progress.steps, progress.log)
@@ -119,7 +123,10 @@ def new_problem(hybrid: Hybrid, data: PreparedData, config: RLConfig, method: Me
     device = jax.devices()[0]
     scoring = jax.device_put(frozen_scoring(hybrid, reward_tables(data)), device)
     item_ratings = np.asarray(scoring.tables.item_ratings)
-    states = jax.device_put(training_states(hybrid, data, item_ratings, config.seed), device)
+    states, behaviour = training_states(hybrid, data, item_ratings, config.seed), None
+    if method.logged:
+        states, behaviour = with_behaviour(states, len(data.catalog), config.seed)
+    states = jax.device_put(states, device)
     cases = case_states(hybrid, data, data.split.validation, item_ratings)
     width, items = scoring.item_vectors.shape[1], len(data.catalog)
     graphdef, _ = new_learner(width, items, config, method)
@@ -128,7 +135,7 @@ def new_problem(hybrid: Hybrid, data: PreparedData, config: RLConfig, method: Me
     def fresh() -> Learner:
         return jax.device_put(new_learner(width, items, config, method)[1], device)
 
-    return Problem(scoring, states, judge, graphdef, fresh)
+    return Problem(scoring, states, judge, graphdef, fresh, behaviour)
 
 
 def phase_updates(problem: Problem, config: RLConfig, method: Method, phase: str) -> Updates:

@@ -115,8 +115,8 @@ def test_learns_the_best_slate_of_each_context() -> None:
 @pytest.mark.parametrize(("method", "share"), [(PLACKETT_LUCE, 0.9), (TOP_K, 0.6), (ACTOR_CRITIC, 0.8)])
 def test_other_methods_learn_too(method: Method, share: float) -> None:
     """The correction of the top K undoes how often the log has an item: it finds the three that are ever taken."""
-    bandit = Bandit(dataclasses.replace(FREE, steps=200), method=method)
-    metrics = bandit.learn(200)
+    bandit = Bandit(FREE, method=method)
+    metrics = bandit.learn(FREE.steps)
     assert bandit.value() > CHANCE + share * (BEST - CHANCE)
     if method is TOP_K:
         assert 0 < metrics["ess_share"][-1] < 1

@@ -96,9 +96,7 @@ def test_diversity_by_hand() -> None:
 
 def test_novelty_by_hand() -> None:
     """Seven users: taken by none, by one, by three, by all, and twice by each."""
-    np.testing.assert_allclose(
-        novelties(np.array([0, 1, 3, 7, 14]), users=7), [1.0, 2 / 3, 1 / 3, 0.0, 0.0], rtol=1e-6
-    )
+    np.testing.assert_allclose(novelties(np.array([0, 1, 3, 7, 14]), users=7), [1.0, 2 / 3, 1 / 3, 0.0, 0.0], rtol=1e-6)
 
 
 def test_a_users_mean_knows_only_what_came_before() -> None:
