@@ -52,7 +52,19 @@ class Learner(NamedTuple):
     step: jax.Array
 
 
-Updates = Callable[[Learner, Scoring, States, jax.Array, int], tuple[Learner, dict[str, jax.Array]]]
+class Pay(NamedTuple):
+    """What decisions are paid: `share` [] float32 of their rewards, and where `permuted` [] bool, that of the rewards of
+    another decision of the batch, drawn at random: a control, which has nothing to learn."""
+
+    share: jax.Array
+    permuted: jax.Array
+
+
+Updates = Callable[..., tuple[Learner, dict[str, jax.Array]]]
+
+
+def pay(share: float = 1.0, permuted: bool = False) -> Pay:
+    return Pay(jnp.float32(share), jnp.asarray(permuted))
 
 
 def new_learner(
@@ -77,18 +89,15 @@ def new_head(width: int, item_count: int, config: RLConfig) -> tuple[nnx.GraphDe
     return graphdef, nnx.to_pure_dict(variables)
 
 
-def make_updates(
-    graphdef: nnx.GraphDef[PolicyHead], config: RLConfig, method: Method, permuted: bool = False
-) -> Updates:
-    """updates(learner, scoring, states, key, count) -> (learner, metrics [count] each), in one compiled scan.
+def make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig, method: Method) -> Updates:
+    """updates(learner, scoring, states, key, count, pay) -> (learner, metrics [count] each), in one compiled scan.
 
-    The learner is donated. The key is the run's; the number of the update is folded in. Where `permuted`, each
-    decision is paid the rewards of another one of its batch, drawn at random: a control, which has nothing to learn.
+    The learner is donated. The key is the run's; the number of the update is folded in.
     """
     optimizer = policy_optimizer(config)
 
     def update(
-        scoring: Scoring, states: States, key: jax.Array, learner: Learner
+        scoring: Scoring, states: States, key: jax.Array, pay: Pay, learner: Learner
     ) -> tuple[Learner, dict[str, jax.Array]]:
         row_key, slate_key, method_key, order_key = jax.random.split(jax.random.fold_in(key, learner.step), 4)
         rows = jax.random.randint(row_key, (config.batch_size,), 0, len(states.target))
@@ -99,13 +108,15 @@ def make_updates(
         )
         next_query, has_next = states.following(rows)
         reference = exclude_items(supervised_logits(query, recent, scoring), exclude)
-        order = jax.random.permutation(order_key, config.batch_size) if permuted else jnp.arange(config.batch_size)
+        order = jnp.arange(config.batch_size)
+        order = jnp.where(pay.permuted, jax.random.permutation(order_key, order), order)
 
         def loss_of(trained: tuple[Any, Critic]) -> tuple[jax.Array, dict[str, jax.Array]]:
             params, critic = trained
             logits = exclude_items(policy_logits(nnx.merge(graphdef, params), query, recent, scoring), exclude)
-            shape = (config.samples, *logits.shape)
-            slates = sample_slates(slate_key, jnp.broadcast_to(jax.lax.stop_gradient(logits), shape), config.slate_size)
+            # Two axes, because of three the CPU would sort all items instead of picking the best k.
+            repeated = jnp.tile(jax.lax.stop_gradient(logits), (config.samples, 1))
+            slates = sample_slates(slate_key, repeated, config.slate_size).reshape(config.samples, len(rows), -1)
             where = recommendable(jnp.take_along_axis(logits[None], slates, axis=-1))
             terms = reward_terms(slates, target, target_rating, user_mean, scoring.tables)
             earned = {name: returns(jnp.where(where, term, 0.0)) for name, term in terms._asdict().items()}
@@ -115,10 +126,10 @@ def make_updates(
                 query=query,
                 logits=logits,
                 target=target,
-                logprobs=slate_logprobs(jnp.broadcast_to(logits, shape), slates),
-                returns=achieved[:, order],
+                logprobs=slate_logprobs(jnp.broadcast_to(logits, (config.samples, *logits.shape)), slates),
+                returns=pay.share * achieved[:, order],
                 where=where,
-                reward=total_reward(of_target, config.rewards)[order, 0],
+                reward=pay.share * total_reward(of_target, config.rewards)[order, 0],
                 logprob_beta=logprob_beta,
                 next_query=next_query,
                 has_next=has_next,
@@ -144,17 +155,11 @@ def make_updates(
 
         return apply_update(loss_of, learner, optimizer, config)
 
-    return scan_updates(update)
-
-
-def scan_updates(update: Callable[..., tuple[Learner, dict[str, jax.Array]]]) -> Updates:
-    """The compiled scan of update(scoring, states, key, learner)."""
-
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
     def updates(
-        learner: Learner, scoring: Scoring, states: States, key: jax.Array, count: int
+        learner: Learner, scoring: Scoring, states: States, key: jax.Array, count: int, pay: Pay
     ) -> tuple[Learner, dict[str, jax.Array]]:
-        return jax.lax.scan(lambda carry, _: update(scoring, states, key, carry), learner, length=count)
+        return jax.lax.scan(lambda carry, _: update(scoring, states, key, pay, carry), learner, length=count)
 
     return updates
 

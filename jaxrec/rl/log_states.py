@@ -33,9 +33,6 @@ class LogStates(NamedTuple):
     terms: RewardTerms
     user: Array
 
-    def __len__(self) -> int:
-        return len(self.user)
-
     def at(self, rows: Array) -> "LogStates":
         """These rows alone."""
         return jax.tree.map(lambda column: column[rows], self)

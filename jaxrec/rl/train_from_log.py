@@ -143,7 +143,7 @@ def fit_log(
 ) -> Fit:
     """The temperature at which the policy in use comes closest to the log, or how close it comes at the given one; by
     FIT_ROWS recommendations, evenly spaced."""
-    some = states.at(np.linspace(0, len(states) - 1, min(FIT_ROWS, len(states))).astype(np.int64))
+    some = states.at(np.linspace(0, len(states.user) - 1, min(FIT_ROWS, len(states.user))).astype(np.int64))
     logits = _logits(graphdef, current, scoring, some)
     return fit_temperature(logits, jnp.asarray(some.slate), jnp.asarray(some.log_propensities), temperature)
 
@@ -163,10 +163,10 @@ def _weights(
         return served_logprobs(logits, jnp.asarray(states.slate))
 
     found = []
-    for start in range(0, len(states), ROWS_PER_BATCH):
-        rows = np.minimum(np.arange(start, start + ROWS_PER_BATCH), len(states) - 1)
+    for start in range(0, len(states.user), ROWS_PER_BATCH):
+        rows = np.minimum(np.arange(start, start + ROWS_PER_BATCH), len(states.user) - 1)
         found.append(np.asarray(logprobs(head, scoring, states.at(rows)), np.float64))
-    new = np.minimum(np.concatenate(found)[: len(states)], 0.0)
+    new = np.minimum(np.concatenate(found)[: len(states.user)], 0.0)
     return slate_weights(new, np.minimum(states.log_propensities, 0.0), np.asarray(states.slate) > 0, cap)
 
 

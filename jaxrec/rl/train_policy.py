@@ -9,12 +9,12 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from jaxrec.config import RewardWeights, RLConfig
+from jaxrec.config import RLConfig
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.prepare import PreparedData
 from jaxrec.rl.behaviour import Fit
 from jaxrec.rl.judge import Judged, case_states, decide, make_judge
-from jaxrec.rl.learner import Learner, Updates, make_updates, new_learner
+from jaxrec.rl.learner import Learner, Updates, make_updates, new_learner, pay
 from jaxrec.rl.methods import REINFORCE, Method
 from jaxrec.rl.rewards import reward_tables
 from jaxrec.rl.scoring import Scoring, frozen_scoring
@@ -24,7 +24,6 @@ from jaxrec.stopping import StopRequested, TrainingStopped, never
 from jaxrec.train import TrainingError
 
 POLICY, ANCHOR_ONLY, PERMUTED = PHASES = ("policy", "anchor only", "permuted rewards")
-NO_REWARDS = RewardWeights(**{field.name: 0.0 for field in dataclasses.fields(RewardWeights)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +93,11 @@ def train_policy(
     config = settled(config, method, len(data.catalog))
     problem = new_problem(hybrid, data, config, method)
     progress = resumed(problem) or Progress(problem.new_learner(), [], [], [])
-    total = config.steps * len(PHASES)
+    updates, total = make_updates(problem.graphdef, config, method), config.steps * len(PHASES)
     done = len(progress.heads) * config.steps + int(progress.learner.step)
     with tqdm(total=total, initial=done, desc="train policy", unit="step") as bar:
         while len(progress.heads) < len(PHASES):
-            progress = _train_phase(problem, config, method, progress, save, stop, bar)
+            progress = _train_phase(problem, updates, config, progress, save, stop, bar)
     supervised = problem.judge(problem.new_learner().head)
     judged = {name: problem.judge(head) for name, head in zip(PHASES, progress.heads, strict=True)}
     decision = decide(judged[POLICY], supervised, judged[ANCHOR_ONLY], judged[PERMUTED])
@@ -138,17 +137,10 @@ def new_problem(hybrid: Hybrid, data: PreparedData, config: RLConfig, method: Me
     return Problem(scoring, states, judge, graphdef, fresh, behaviour)
 
 
-def phase_updates(problem: Problem, config: RLConfig, method: Method, phase: str) -> Updates:
-    """The updates of a phase, which differ in what they are paid."""
-    if phase == ANCHOR_ONLY:
-        config = dataclasses.replace(config, rewards=NO_REWARDS)
-    return make_updates(problem.graphdef, config, method, permuted=phase == PERMUTED)
-
-
 def _train_phase(
     problem: Problem,
+    updates: Updates,
     config: RLConfig,
-    method: Method,
     progress: Progress,
     save: Save,
     stop: StopRequested,
@@ -156,10 +148,10 @@ def _train_phase(
 ) -> Progress:
     """The updates that are left of the phase under way; the next one's learner is fresh."""
     phase = PHASES[len(progress.heads)]
-    updates, key = phase_updates(problem, config, method, phase), jax.random.key(config.seed)
+    key, paid = jax.random.key(config.seed), pay(share=float(phase != ANCHOR_ONLY), permuted=phase == PERMUTED)
     while (start := int(progress.learner.step)) < config.steps:
         count = min(config.steps_per_evaluation, config.steps - start)
-        learner, metrics = updates(progress.learner, problem.scoring, problem.states, key, count)
+        learner, metrics = updates(progress.learner, problem.scoring, problem.states, key, count, paid)
         records = step_records(jax.device_get(metrics), start)
         means = {name: float(np.mean([record[name] for record in records])) for name in records[0] if name != "step"}
         progress = progress._replace(learner=learner)

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxrec.config import RewardWeights, RLConfig
 from jaxrec.models.cooccurrence import RECENT
 from jaxrec.models.sequence import NEVER
-from jaxrec.rl.learner import make_updates, new_learner
+from jaxrec.rl.learner import make_updates, new_learner, pay
 from jaxrec.rl.methods import ACTOR_CRITIC, METHODS, PLACKETT_LUCE, REINFORCE, TOP_K, Method
 from jaxrec.rl.rewards import RewardTables, discounts
 from jaxrec.rl.scoring import Scoring, policy_logits, returns
@@ -71,11 +71,12 @@ class Bandit:
         self._config = config
         self._states = bandit_states(config.seed, shuffled)
         self._graphdef, self._learner = new_learner(CONTEXTS, CONTEXTS, config, method)
-        self._updates = make_updates(self._graphdef, config, method, permuted)
+        self._updates = make_updates(self._graphdef, config, method)
+        self._pay = pay(permuted=permuted)
 
     def learn(self, count: int) -> dict[str, np.ndarray]:
         key = jax.random.key(self._config.seed)
-        self._learner, metrics = self._updates(self._learner, bandit_scoring(), self._states, key, count)
+        self._learner, metrics = self._updates(self._learner, bandit_scoring(), self._states, key, count, self._pay)
         return jax.device_get(metrics)
 
     def value(self) -> float:

@@ -28,10 +28,10 @@ from serve.recommender import Query, Recommender
 from serve.store import Shown, UserEvent
 from serve.stores.sqlite import SQLiteStore
 
-TEMPERATURE, USERS, ROUNDS, SLOTS = 1.5, 150, 3, 4
+TEMPERATURE, USERS, ROUNDS, SLOTS = 1.5, 150, 4, 4
 START = 1_200_000_000
 HITS = RewardWeights(hit=1.0, genre=0.0, rating=0.0)
-CONFIG = RLConfig(steps=100, batch_size=64, learning_rate=1e-2, kl_target=0.1, policy_width=8, rewards=HITS)
+CONFIG = RLConfig(steps=100, batch_size=64, learning_rate=3e-2, kl_target=0.3, policy_width=8, rewards=HITS)
 GATE = {"minimum_effective": 20.0}
 
 

@@ -33,7 +33,7 @@ from jaxrec.schema import DataError
 from jaxrec.stopping import TrainingStopped
 from jaxrec.train import TrainingError
 
-SHORT = RLConfig(steps=30, steps_per_evaluation=20, batch_size=16, policy_width=8, learning_rate=3e-3)
+SHORT = RLConfig(steps=40, steps_per_evaluation=20, batch_size=16, policy_width=8, learning_rate=3e-3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,8 +77,8 @@ def test_outcome_is_written_and_read_back(run: Run, small_data: PreparedData, su
     assert outcome.figures.keys() == {"supervised", "policy", "anchor only", "permuted rewards"}
     assert read_log(run.folder) == again.log
     assert read_steps(run.folder) == again.steps
-    assert [record["step"] for record in again.log] == [20, 30]
-    assert [record["step"] for record in again.steps] == list(range(30))
+    assert [record["step"] for record in again.log] == [20, 40]
+    assert [record["step"] for record in again.steps] == list(range(40))
     assert again.log[0]["kl"] > 0
     assert (run.folder / POLICY_FOLDER / "training.png").read_bytes().startswith(b"\x89PNG")
     assert not (run.folder / "policy.partial").exists()
@@ -98,7 +98,7 @@ class StopAfter:
 @pytest.mark.parametrize("calls", [0, 2])  # within the policy's own training, and within a control's
 def test_an_interrupted_training_goes_on_with_the_same_result(trained: Path, run: Run, calls: int) -> None:
     shutil.rmtree(run.folder / POLICY_FOLDER)
-    with pytest.raises(TrainingStopped, match="stopped and saved after step 20 of 30 of: "):
+    with pytest.raises(TrainingStopped, match="stopped and saved after step 20 of 40 of: "):
         rl_run(run.folder, SHORT, stop=StopAfter(calls))
     assert not (run.folder / POLICY_FOLDER).exists()
     rl_run(run.folder, resume=True)
