@@ -12,8 +12,8 @@ SNQN and SA2C: Xin et al. 2022, "Supervised Advantage Actor-Critic for Recommend
 
 Q weighs the actor as a constant, and targets are constants. There are two copies of the Q head: a coin says in each
 step which of them learns (`q`, `q_next`) and which gives values (`q_next_target`, `q_target`). SA2C is SNQN in its
-first epochs, since advantages of an untrained Q are noise. The paper's correction of SA2C by smoothed item frequencies
-is an importance weight of the actor: `weight`.
+first epochs, since advantages of an untrained Q are noise. The off-policy correction of SA2C, (π/β)^smooth clipped to
+0.1..10, with β from item frequencies, is an importance weight of the actor: `weight`.
 """
 
 import jax

@@ -30,7 +30,7 @@ def baseline_loss(baseline: jax.Array, returns: jax.Array, where: jax.Array) -> 
 def plackett_luce_loss(logprobs: jax.Array, returns: jax.Array, where: jax.Array) -> jax.Array:
     """Scalar whose gradient is minus the policy gradient, from several slates of each state.
 
-    Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!", section 2: with S independent samples
+    Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!": with S independent samples
 
         gradient = 1/S sum_s grad log p(slate_s) * (f_s - 1/(S - 1) sum_(j != s) f_j)
 

@@ -41,8 +41,10 @@ def on_policy(rewards: np.ndarray) -> Terms:
 
 
 def ips(weights: Weights, rewards: np.ndarray) -> Terms:
-    """Inverse propensity scoring, mean(w r): Horvitz & Thompson 1952; Dudík et al. 2014, equation 3. For slates RIPS
-    without its normalization, mean(sum_k w_k r_k) (McInerney et al. 2020). No bias but that of a cap."""
+    """Inverse propensity scoring, mean(w r): Horvitz & Thompson 1952. No bias but that of a cap.
+
+    For slates RIPS without its normalization: mean(sum_k w_k r_k) (McInerney et al. 2020).
+    """
     return _mean(np.sum(_columns(weights.value) * _columns(rewards), axis=1))
 
 
@@ -56,7 +58,7 @@ def snips(weights: Weights, rewards: np.ndarray) -> Terms:
 
 
 def doubly_robust(weights: Weights, rewards: np.ndarray, q_logged: np.ndarray, q_new: np.ndarray) -> Terms:
-    """mean(q_new + w (r - q_logged)): Dudík et al. 2014, equation 5.
+    """mean(q_new + w (r - q_logged)): Dudík et al. 2014, "Doubly Robust Policy Evaluation and Optimization".
 
     q_logged [rows] is a model's reward of what was logged, q_new [rows] its mean over what the new policy would do; no
     bias if either the propensities or the model are right, so the model must not be fitted on these rows' rewards.
@@ -72,7 +74,7 @@ def self_normalized_doubly_robust(
     weights: Weights, rewards: np.ndarray, q_logged: np.ndarray, q_new: np.ndarray
 ) -> Terms:
     """mean(q_new) + sum(w (r - q_logged)) / sum(w); for slates each slot's w_k and w_(k-1) are normalized likewise
-    (weighted doubly robust: Thomas & Brunskill 2016, definition 2)."""
+    (weighted doubly robust: Thomas & Brunskill 2016)."""
     correction, model = _doubly_robust_parts(weights, rewards, q_logged, q_new)
     value, before = _columns(weights.value), _before(weights)
     return Terms(np.concatenate([model, correction], axis=1), np.concatenate([before, value], axis=1))
@@ -81,7 +83,7 @@ def self_normalized_doubly_robust(
 def switch_doubly_robust(
     weights: Weights, rewards: np.ndarray, q_logged: np.ndarray, q_new: np.ndarray, threshold: float
 ) -> Terms:
-    """mean(q_new + w (r - q_logged) [w <= threshold]): SWITCH-DR, Wang et al. 2017 (arXiv:1612.01205), section 4.
+    """mean(q_new + w (r - q_logged) [w <= threshold]): SWITCH-DR of Wang et al. 2017 (arXiv:1612.01205).
 
     Where the uncapped weight is above the threshold the model's word is taken. For single actions, all [rows].
     """

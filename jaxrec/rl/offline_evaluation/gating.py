@@ -19,8 +19,9 @@ class Decision:
     """`used`: whether the new policy may be used, and `reason` why, a sentence with the figures.
 
     `new`, `logged`, `gain`: the values of the new policy and of what was logged, and their paired difference; None
-    where the log does not allow to tell. `effective_sample_size` in groups, and the `minimum_effective` asked for;
-    `mean_weight`: of the slot where it is furthest from 1; `clipped_share` of the weights; `rows` and `groups` judged.
+    where the log does not allow to tell, and bounds may be infinite. `effective_sample_size` in groups, and the
+    `minimum_effective` asked for; `mean_weight`: of the slot where it is furthest from 1; `clipped_share` of the
+    weights; `rows` and `groups` judged.
     """
 
     used: bool
@@ -105,8 +106,8 @@ def gate(
 def _mean_weight(weights: Weights, groups: np.ndarray | None) -> tuple[float, float]:
     """The mean uncapped weight of the slot where it is furthest from 1, and how many standard errors that is."""
     log = as_columns(weights.log)
-    if len(log) < 2:
-        return float("nan"), 0.0
+    if not len(log):
+        return 0.0, 0.0
     off = group_sums(np.exp(np.minimum(log, 300.0)) - 1.0, groups)
     count = len(off)
     errors = np.sqrt(np.sum((off - off.mean(axis=0)) ** 2, axis=0) * count / max(count - 1, 1))
