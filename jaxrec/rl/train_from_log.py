@@ -95,7 +95,8 @@ def train_from_log(
     head = jax.tree.map(jnp.copy, current)
     optimizer = policy_optimizer(config).init((head, critic))
     learner = Learner(head, critic, optimizer, jnp.float32(KL_COEFFICIENT_START), jnp.zeros((), jnp.int32))
-    training, key, steps = jax.device_put(states.at(trains), device), jax.random.key(config.seed), []
+    training, key = jax.device_put(states.at(trains), device), jax.random.key(config.seed)
+    steps: list[dict[str, float]] = []
     with tqdm(total=config.steps, desc="train policy on the log", unit="step") as bar:
         while (start := len(steps)) < config.steps:
             count = min(config.steps_per_evaluation, config.steps - start)
