@@ -109,13 +109,13 @@ class RLConfig:
     largest importance weight."""
 
     seed: int = 0
-    steps: int = 1000
-    steps_per_evaluation: int = 100
+    steps: int = 300
+    steps_per_evaluation: int = 50
     batch_size: int = 256
     slate_size: int = 10
     samples: int = 1
     learning_rate: float = 3e-4
-    kl_target: float = 0.02
+    kl_target: float = 0.005
     anchor: float = 0.2
     policy_width: int = 128
     entropy_floor: float = 0.8

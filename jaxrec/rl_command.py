@@ -38,7 +38,12 @@ OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
     help="Slates drawn for each decision, at least; plackett-luce draws 4.",
 )
 @click.option("--learning-rate", type=POSITIVE, default=RLConfig.learning_rate, help="Of Adam, its peak.")
-@click.option("--kl-target", type=POSITIVE, default=RLConfig.kl_target, help="Leash to the policy before, in nats.")
+@click.option(
+    "--kl-target",
+    type=POSITIVE,
+    help=f"Leash to the policy before, in nats.  [default: {RLConfig.kl_target:g}, with --log 0.05]",
+    show_default=False,
+)
 @click.option(
     "--anchor",
     type=click.FloatRange(0),
@@ -88,7 +93,7 @@ def rl(
     slate_size: int,
     samples: int,
     learning_rate: float,
-    kl_target: float,
+    kl_target: float | None,
     anchor: float,
     entropy_floor: float,
     coverage_floor: float,
@@ -108,7 +113,7 @@ def rl(
     on with exactly the same result. With --log the policy in use learns from what a server showed, and is replaced only
     if off-policy evaluation on other users of the log shows that the new one is better.
     """
-    from jaxrec.rl.log_run import rl_log_run
+    from jaxrec.rl.log_run import KL_TARGET, rl_log_run
     from jaxrec.rl.methods import METHODS
     from jaxrec.rl.policy_run import rl_run
 
@@ -125,7 +130,7 @@ def rl(
         slate_size=slate_size,
         samples=samples,
         learning_rate=learning_rate,
-        kl_target=kl_target,
+        kl_target=kl_target or (RLConfig.kl_target if log is None else KL_TARGET),
         anchor=anchor,
         entropy_floor=entropy_floor,
         coverage_floor=coverage_floor,

@@ -28,6 +28,7 @@ from jaxrec.stopping import StopRequested, never
 
 LOG_OUTCOME_FILE = "policy_from_log.json"
 METHOD = "log"
+KL_TARGET = 0.05  # what a log says is news to the models, unlike what they were trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class _Base(NamedTuple):
 def rl_log_run(
     folder: Path,
     log: Path,
-    config: RLConfig = RLConfig(),
+    config: RLConfig = RLConfig(kl_target=KL_TARGET),
     temperature: float | None = None,
     minimum_effective: float = MINIMUM_EFFECTIVE,
     stop: StopRequested = never,
