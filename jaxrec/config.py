@@ -125,6 +125,10 @@ class RLConfig:
     rewards: RewardWeights = dataclasses.field(default_factory=RewardWeights)
 
 
+# What a log says is news to the models, unlike what they were trained on: a longer leash, and larger steps.
+LOG_RL = RLConfig(learning_rate=3e-3, kl_target=0.05)
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON values."""
     return dataclasses.asdict(config)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxrec.config import RLConfig
+from jaxrec.config import LOG_RL, RLConfig
 from jaxrec.files import write_text
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.prepare import PreparedData
@@ -28,7 +28,6 @@ from jaxrec.stopping import StopRequested, never
 
 LOG_OUTCOME_FILE = "policy_from_log.json"
 METHOD = "log"
-KL_TARGET = 0.05  # what a log says is news to the models, unlike what they were trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ class _Base(NamedTuple):
 def rl_log_run(
     folder: Path,
     log: Path,
-    config: RLConfig = RLConfig(kl_target=KL_TARGET),
+    config: RLConfig = LOG_RL,
     temperature: float | None = None,
     minimum_effective: float = MINIMUM_EFFECTIVE,
     stop: StopRequested = never,

@@ -13,8 +13,8 @@ from jaxrec.rl.policy import recommendable, slate_logprobs
 
 POOL = 100
 TEMPERATURES = (0.01, 100.0)
-GRID = 33
-REFINEMENTS = 5
+GRID = 17
+REFINEMENTS = 6
 EXACT = 0.01  # nats; propensities that are reproduced as closely are this policy's
 
 
@@ -63,8 +63,10 @@ def fit_temperature(
 
 @jax.jit
 def _errors(temperatures: jax.Array, logits: jax.Array, slates: jax.Array, log_propensities: jax.Array) -> jax.Array:
+    pool = served_logits(logits, 1.0, slates.shape[1])  # the same at every temperature
+
     def error(temperature: jax.Array) -> jax.Array:
-        logprobs = served_logprobs(served_logits(logits, temperature, slates.shape[1]), slates)
+        logprobs = served_logprobs(jnp.where(recommendable(pool), pool / temperature, NEVER), slates)
         return jnp.nanmedian(jnp.where(slates > 0, jnp.abs(logprobs - log_propensities), jnp.nan))
 
     return jax.lax.map(error, temperatures)

@@ -40,7 +40,7 @@ from jaxrec.schema import DataError
 from jaxrec.stopping import StopRequested, TrainingStopped, never
 
 TRAIN_SHARE = 0.5  # of the log's users; the others judge
-FIT_ROWS = 500
+FIT_ROWS = 200
 ROWS_PER_BATCH = 256
 
 
