@@ -34,7 +34,7 @@ from jaxrec.rl.offline_evaluation.weights import Weights, slate_weights
 from jaxrec.rl.policy import kl_divergence, recommendable
 from jaxrec.rl.rewards import discounts, total_reward
 from jaxrec.rl.scoring import Scoring, policy_logits
-from jaxrec.rl.served_policy import Fit, fit_temperature, served_logits, served_logprobs
+from jaxrec.rl.served_policy import Fit, fit_temperature, own_share, served_logits, served_logprobs
 from jaxrec.rl.train_policy import step_records
 from jaxrec.schema import DataError
 from jaxrec.stopping import StopRequested, TrainingStopped, never
@@ -127,7 +127,7 @@ def judge_from_log(
     rewards = slot_rewards(states, config)
     weights = _weights(graphdef, new, scoring, states, fit.temperature, config.importance_cap)
     before = on_policy(rewards)
-    if not fit.exact:
+    if not fit.is_own:
         before = snips(_weights(graphdef, current, scoring, states, fit.temperature, config.importance_cap), rewards)
     users = np.asarray(states.user)
     return gate(snips(weights, rewards), before, weights, users, discounts(slots), minimum_effective, seed=config.seed)
@@ -140,13 +140,24 @@ def slot_rewards(states: LogStates, config: RLConfig) -> np.ndarray:
 
 
 def fit_log(
-    graphdef: nnx.GraphDef[PolicyHead], current: Any, scoring: Scoring, states: LogStates, temperature: float | None
+    graphdef: nnx.GraphDef[PolicyHead],
+    current: Any,
+    scoring: Scoring,
+    states: LogStates,
+    times: np.ndarray,
+    temperature: float | None,
 ) -> Fit:
-    """The temperature at which the policy in use comes closest to the log, or how close it comes at the given one; by
-    FIT_ROWS recommendations, evenly spaced."""
-    some = states.at(np.linspace(0, len(states.user) - 1, min(FIT_ROWS, len(states.user))).astype(np.int64))
-    logits = _logits(graphdef, current, scoring, some)
-    return fit_temperature(logits, jnp.asarray(some.slate), jnp.asarray(some.log_propensities), temperature)
+    """The temperature at which the policy in use comes closest to what was shown last (by `times` [rows] seconds), or
+    the given one, and how much of the log is that policy's. By FIT_ROWS recommendations each."""
+
+    def logged(rows: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
+        some = states.at(rows)
+        return _logits(graphdef, current, scoring, some), jnp.asarray(some.slate), jnp.asarray(some.log_propensities)
+
+    latest = np.argsort(times, kind="stable")[-FIT_ROWS:]
+    found, error = fit_temperature(*logged(latest), temperature)
+    spread = np.linspace(0, len(times) - 1, min(FIT_ROWS, len(times))).astype(np.int64)
+    return Fit(found, error, own_share(*logged(spread), found))
 
 
 def _logits(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: LogStates) -> jax.Array:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.models.sequence import NEVER
-from jaxrec.rl.served_policy import POOL, fit_temperature, served_logits, served_logprobs
+from jaxrec.rl.served_policy import POOL, fit_temperature, own_share, served_logits, served_logprobs
 from serve import exploration
 
 ITEMS, SLOTS, TEMPERATURE = 150, 5, 0.7
@@ -29,10 +29,14 @@ def test_propensities_are_those_of_the_server() -> None:
     batch = jnp.broadcast_to(logits, (20, ITEMS + 1))
     found = served_logprobs(served_logits(batch, TEMPERATURE, SLOTS), jnp.asarray(slates))
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    fit = fit_temperature(batch, jnp.asarray(slates), jnp.asarray(expected))
-    assert abs(fit.temperature - TEMPERATURE) < 1e-3
-    assert fit.exact
-    assert not fit_temperature(batch, jnp.asarray(slates), jnp.asarray(expected), 2.0).exact
+    logged = batch, jnp.asarray(slates), jnp.asarray(expected)
+    temperature, error = fit_temperature(*logged)
+    assert abs(temperature - TEMPERATURE) < 1e-3
+    assert error < 1e-4
+    assert fit_temperature(*logged, 2.0)[1] > 0.1
+    assert own_share(*logged, temperature) == 1.0
+    of_others = jnp.asarray(expected).at[:5].add(0.1)
+    assert own_share(*logged[:2], of_others, temperature) == 0.75
 
 
 def test_what_is_not_drawn_from_has_no_probability_and_empty_slots_count_nothing() -> None:
