@@ -116,12 +116,12 @@ def _explained(
 
 
 def _told(log: Path, served: ServedLog, fit: Fit, told_time: bool, given: bool) -> str:
-    whose = f"{fit.own_share:.0%} of it was shown by the policy in use"
-    if not fit.is_own:
-        whose += ", so the gate compares with an estimate of what that one is worth"
     time = "told" if told_time else "not told"
     source = "as given" if given else "as fitted"
-    return f"{log}: {_counts(served)}; temperature {fit.temperature:.4g} {source}, request time {time}; {whose}."
+    return (
+        f"{log}: {_counts(served)}; temperature {fit.temperature:.4g} {source}, request time {time}; "
+        f"{fit.own_share:.0%} of it was shown by the policy in use."
+    )
 
 
 def _counts(served: ServedLog) -> str:

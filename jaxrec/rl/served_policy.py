@@ -16,7 +16,6 @@ TEMPERATURES = (0.01, 100.0)
 GRID = 17
 REFINEMENTS = 6
 EXACT = 0.02  # nats; propensities that are reproduced as closely are this policy's
-OWN_SHARE = 0.9
 
 
 def served_logits(logits: jax.Array, temperature: jax.Array | float, slots: int) -> jax.Array:
@@ -42,11 +41,6 @@ class Fit(NamedTuple):
     temperature: float
     error: float
     own_share: float
-
-    @property
-    def is_own(self) -> bool:
-        """Whether the log is that policy's own."""
-        return self.own_share >= OWN_SHARE
 
 
 def fit_temperature(

@@ -158,7 +158,7 @@ def test_a_log_of_another_policy_is_recognized(
     outcome = PolicyOutcome(True, "for the test", 0, {}, {})
     write_policy(open_run(run), supervised, outcome, CONFIG, "reinforce", variables, [], [])
     found = rl_log_run(run, liked, CONFIG, TEMPERATURE, **GATE)
-    assert "0% of it was shown by the policy in use, so the gate compares with an estimate" in found.told
+    assert "; 0% of it was shown by the policy in use." in found.told
     assert "temperature 1.5 as given" in found.told
 
 
