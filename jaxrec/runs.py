@@ -7,6 +7,8 @@ RUN/training.png  loss and validation figures by epoch
 RUN/cooccurrence.npz  the neighbours of each item, and the item vectors that training started from
 RUN/hybrid.json   the weights of the mix, with the validation figures that chose them
 RUN/policy/       written by `jaxrec rl`: the policy, its log, and whether it is used
+RUN/policy.partial/  where an interrupted `jaxrec rl` stands; RUN/policy.previous/ what was in use before
+RUN/policy_from_log.json  what came of the last `jaxrec rl --log`
 RUN/evaluation.json  written by `jaxrec evaluate`; goes into the manifest of the exported model
 """
 
@@ -47,6 +49,7 @@ EVALUATION_FILE = "evaluation.json"
 LSTM_FOLDER = "lstm"
 CONTENT_FOLDER = "content"
 POLICY_FOLDER = "policy"
+POLICY_PARTIAL_FOLDER = "policy.partial"
 PLOT_FILE = "training.png"
 
 
@@ -155,8 +158,9 @@ def extend_run(out: Path, data_folder: Path, changes: Mapping[str, Any] = {}) ->
     if is_first():
         for name in (HYBRID_FILE, NEIGHBOURS_FILE, EVALUATION_FILE):
             (out / name).unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(out / POLICY_FOLDER)
+        for name in (POLICY_FOLDER, POLICY_PARTIAL_FOLDER):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(out / name)
     _write_run(extended)
 
 

@@ -31,7 +31,7 @@ def next_kl_coefficient(coefficient: jax.Array, kl: jax.Array, target: float) ->
     return jnp.clip(coefficient * (1.0 + KL_CONTROL_RATE * error), *KL_COEFFICIENT_RANGE)
 
 
-def entropy_floor_loss(entropies: jax.Array, floor: float, where: jax.Array) -> jax.Array:
+def entropy_floor_loss(entropies: jax.Array, floor: float | jax.Array, where: jax.Array) -> jax.Array:
     """Mean nats by which entropies [batch] (`jaxrec.rl.policy.entropy`) fall below the floor, over `where` [batch].
 
     An entropy bonus (Williams & Peng 1991) that ends at a floor: a policy above it is not pushed towards uniform.
@@ -40,7 +40,7 @@ def entropy_floor_loss(entropies: jax.Array, floor: float, where: jax.Array) -> 
     return jnp.sum(missing) / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1.0)
 
 
-def coverage_guard_loss(logits: jax.Array, floor: float, where: jax.Array) -> tuple[jax.Array, jax.Array]:
+def coverage_guard_loss(logits: jax.Array, floor: float | jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(loss, effective items) of logits [batch, items + 1], of which the states of `where` [batch] count.
 
     The mean policy over the batch says what share of all recommendations each item gets; exp of its entropy is the

@@ -8,7 +8,7 @@ import pytest
 from jaxrec.models.sequence import NEVER
 from jaxrec.rl.objectives.policy_gradient import baseline_loss, plackett_luce_loss, reinforce_loss
 from jaxrec.rl.policy import sample_slates, slate_logprobs
-from jaxrec.rl.reinforce import returns
+from jaxrec.rl.scoring import returns
 from tests.rl.enumeration import all_slates, expected_reward
 
 ITEMS, SLOTS, DRAWS = 4, 2, 20_000
