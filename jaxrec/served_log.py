@@ -19,7 +19,7 @@ from jaxrec.catalog import Catalog
 from jaxrec.schema import DataError, RatingScale
 
 APPLICATION_ID = 0x6A787263
-STORE_VERSION = 2
+STORE_VERSION = 3
 
 # Why a recommendation cannot be learned from.
 SENT_ALONG = "histories that came with the request"
