@@ -5,13 +5,14 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from jaxrec.config import CheckpointConfig, ModelConfig, RewardWeights, RLConfig, TrainConfig
+from jaxrec.config import CheckpointConfig, ModelConfig, TrainConfig
 from jaxrec.data_commands import append, check, prepare
 from jaxrec.distributed.command import prepare_distributed
 from jaxrec.export.errors import ExportError
 from jaxrec.fetch import BASE_URL, DATASETS
 from jaxrec.fetch import fetch as fetch_archive
 from jaxrec.processes import ProcessLost, join, leave, leave_at_once
+from jaxrec.rl_command import SEED, SEED_HELP, rl
 from jaxrec.runs import extend_run, train_run
 from jaxrec.schema import DataError
 from jaxrec.stopping import TrainingStopped, stop_on_signals
@@ -21,8 +22,6 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
-SEED = click.IntRange(0)
-SEED_HELP = "Of everything random: the same seed on the same machine gives the same result."
 
 
 class _Group(click.Group):
@@ -171,31 +170,7 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-@main.command()
-@click.argument("run", type=EXISTING_FOLDER)
-@click.option("--steps", type=click.IntRange(1), default=RLConfig.steps, help="Updates of the policy.")
-@click.option("--learning-rate", type=float, default=RLConfig.learning_rate, help="Of Adam.")
-@click.option("--kl-target", type=float, default=RLConfig.kl_target, help="Leash to the supervised policy, in nats.")
-@click.option("--hit-reward", type=float, default=RewardWeights.hit, help="Weight: the actual next item.")
-@click.option("--genre-reward", type=float, default=RewardWeights.genre, help="Weight: genre cosine with it.")
-@click.option("--rating-reward", type=float, default=RewardWeights.rating, help="Weight: rating, 0..1.")
-@click.option("--seed", type=SEED, default=RLConfig.seed, help=SEED_HELP)
-def rl(
-    run: Path,
-    steps: int,
-    learning_rate: float,
-    kl_target: float,
-    hit_reward: float,
-    genre_reward: float,
-    rating_reward: float,
-    seed: int,
-) -> None:
-    """Fine-tunes a policy of RUN (from `jaxrec train`) by policy gradient; it is used only if validation says so."""
-    from jaxrec.rl.policy_run import rl_run
-
-    rewards = RewardWeights(hit_reward, genre_reward, rating_reward)
-    config = RLConfig(seed=seed, steps=steps, learning_rate=learning_rate, kl_target=kl_target, rewards=rewards)
-    click.echo(rl_run(run, config).reason)
+main.add_command(rl)
 
 
 @main.command()

@@ -95,22 +95,33 @@ class RewardWeights:
     hit: float = 0.4
     genre: float = 0.3
     rating: float = 0.3
+    centred_rating: float = 0.0
+    novelty: float = 0.0
+    diversity: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
-    """Policy-gradient fine-tuning. `kl_target` in nats: how far the policy drifts from the supervised one. `anchor`:
-    the weight of the rating-weighted cross-entropy of the logged items beside the reward."""
+    """Fine-tuning of a policy. `samples`: slates drawn for each state and update. `kl_target` in nats: how far the
+    policy drifts from where it starts. `anchor`: the weight of the rating-weighted cross-entropy of the logged items
+    beside the reward. `entropy_floor` and `coverage_floor`, as shares of what the policy starts with: below them a
+    penalty pulls back. `discount`: what a reward one event later counts (the actor-critic's). `importance_cap`: the
+    largest importance weight."""
 
     seed: int = 0
     steps: int = 1000
     steps_per_evaluation: int = 100
     batch_size: int = 256
     slate_size: int = 10
+    samples: int = 1
     learning_rate: float = 3e-4
     kl_target: float = 0.02
     anchor: float = 0.2
     policy_width: int = 128
+    entropy_floor: float = 0.8
+    coverage_floor: float = 0.8
+    discount: float = 0.5
+    importance_cap: float = 20.0
     rewards: RewardWeights = dataclasses.field(default_factory=RewardWeights)
 
 

@@ -19,7 +19,7 @@ from jaxrec.files import new_directory, new_file, write_text
 from jaxrec.plots import plot_metrics, plot_rl, plot_training
 from jaxrec.prepare import PreparedData, prepare_directory
 from jaxrec.report import evaluate_run, format_table, write_evaluation
-from jaxrec.rl.policy_run import read_log, rl_run
+from jaxrec.rl.policy_run import read_log, read_steps, rl_run
 from jaxrec.runs import CONTENT_FOLDER, LSTM_FOLDER, train_run
 from jaxrec.schema import NO_GENRES, DataError
 from jaxrec.training_log import read_epochs
@@ -54,7 +54,7 @@ def run_demo(out: Path, seed: int = 0) -> None:
         plot_training(epochs, out / "plots/training.png")
     with _stage("Reinforcement learning"):
         outcome = rl_run(out / "run", RLConfig(seed=seed))
-        plot_rl(read_log(out / "run"), out / "plots/rl.png")
+        plot_rl(read_steps(out / "run"), read_log(out / "run"), out / "plots/rl.png")
         click.echo(outcome.reason)
     with _stage("Evaluate on the test cases"):
         evaluation = evaluate_run(out / "run")

@@ -1,6 +1,6 @@
 """Plots of a run as PNG files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,30 @@ def plot_training(epochs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_rl(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Reward of the sampled slates and KL to the supervised policy by step."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    steps = [record["step"] for record in records]
-    left.plot(steps, [record["reward"] for record in records])
-    left.set(title="Mean reward of a sampled slate", xlabel="step", ylabel="reward")
-    right.plot(steps, [record["kl"] for record in records])
-    right.set(title="KL to the supervised policy", xlabel="step", ylabel="nats")
+def plot_rl(steps: Sequence[Mapping[str, float]], log: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The training of a policy: by update its reward, distance, spread and importance weights (those that it has), and
+    by evaluation the figures on validation."""
+    panels = {
+        "Mean reward of a slate": ("reward",),
+        "KL to where it started (nats)": ("kl",),
+        "Entropy (nats)": ("entropy",),
+        "Coverage of a batch's slates": ("coverage",),
+        "Importance weights": ("ess_share", "clipped_share"),
+    }
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    axes = figure.subplots(2, 3).ravel()
+    for axis, (title, names) in zip(axes, panels.items(), strict=False):
+        for name in names:
+            points = [(record["step"], record[name]) for record in steps if name in record]
+            axis.plot([step for step, _ in points], [value for _, value in points], linewidth=0.8, label=name)
+        axis.set(title=title, xlabel="update")
+        if len(names) > 1:
+            axis.legend(fontsize="small")
+    for name in ("reward_weighted_ndcg_10", "ndcg_10"):
+        points = [(record["step"], record["validation"][name]) for record in log if "validation" in record]
+        axes[-1].plot([step for step, _ in points], [value for _, value in points], "o-", label=name)
+    axes[-1].set(title="Validation", xlabel="update")
+    axes[-1].legend(fontsize="small")
     _save(figure, path)
 
 

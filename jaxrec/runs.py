@@ -47,6 +47,7 @@ EVALUATION_FILE = "evaluation.json"
 LSTM_FOLDER = "lstm"
 CONTENT_FOLDER = "content"
 POLICY_FOLDER = "policy"
+POLICY_PARTIAL_FOLDER = "policy.partial"
 PLOT_FILE = "training.png"
 
 
@@ -155,8 +156,9 @@ def extend_run(out: Path, data_folder: Path, changes: Mapping[str, Any] = {}) ->
     if is_first():
         for name in (HYBRID_FILE, NEIGHBOURS_FILE, EVALUATION_FILE):
             (out / name).unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(out / POLICY_FOLDER)
+        for name in (POLICY_FOLDER, POLICY_PARTIAL_FOLDER):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(out / name)
     _write_run(extended)
 
 

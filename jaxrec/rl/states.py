@@ -14,15 +14,20 @@ from jaxrec.models.cooccurrence import recent_items
 from jaxrec.models.features import Array, Events
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.prepare import PreparedData
+from jaxrec.rl.behaviour import BehaviourConfig, Choices, Fit, action_logprobs, fit_behaviour
+from jaxrec.rl.rewards import running_user_means
 from jaxrec.schema import MISSING_RATING, UNKNOWN_GAP, DataError
 
 MAX_STATES = 60_000
+BEHAVIOUR_EPOCHS = 5
 WINDOWS_PER_BATCH = 32
 
 
 class States(NamedTuple):
     """Logged decisions: `query` [states, width] float32 is the supervised query vector before each, `target` [states]
-    int32 the item that came, `target_rating` [states] float32 its unit rating (the item's mean where it has none).
+    int32 the item that came, `target_rating` [states] float32 its unit rating (the item's mean where it has none),
+    `user_mean` [states] float32 the mean of the user's ratings before, `logprob_beta` [states] float32 the target's
+    log-probability under the behaviour model (0 where none was fitted).
 
     `windows` [windows, length] int32 holds items (0 = padding); a state's history is the first `seen` [states] int32 of
     row `window` [states] int32.
@@ -31,6 +36,8 @@ class States(NamedTuple):
     query: Array
     target: Array
     target_rating: Array
+    user_mean: Array
+    logprob_beta: Array
     window: Array
     seen: Array
     windows: Array
@@ -45,6 +52,13 @@ class States(NamedTuple):
         windows = jnp.asarray(self.windows)[jnp.asarray(self.window)[rows]]
         seen = jnp.asarray(self.seen)[rows]
         return jnp.where(jnp.arange(windows.shape[1]) < seen[:, None], windows, 0)
+
+    def following(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The query vectors [rows, width] at the decisions after the given ones, and whether [rows] there is one in the
+        same window (where not, the vector is some other's)."""
+        window, after = jnp.asarray(self.window), jnp.minimum(rows + 1, len(self.window) - 1)
+        has_next = (rows + 1 < len(self.window)) & (window[after] == window[rows])
+        return jnp.asarray(self.query)[after], has_next
 
 
 def training_states(
@@ -74,15 +88,35 @@ def training_states(
     target_rows = rows[where] + 1
     request_gap = np.full(where.shape, UNKNOWN_GAP, np.float32)
     request_gap[where] = np.where(rng.random(len(window)) < 0.5, UNKNOWN_GAP, data.histories.gaps()[target_rows])
-    target, rating = data.histories.items[target_rows], data.unit_ratings()[target_rows]
+    unit_ratings = data.unit_ratings()
+    target, rating = data.histories.items[target_rows], unit_ratings[target_rows]
     return States(
         query=_queries(hybrid, data, rows, where, request_gap),
         target=target.astype(np.int32),
         target_rating=rating_or_mean(rating, target, item_ratings),
+        user_mean=running_user_means(data.histories.offsets, unit_ratings, float(item_ratings[0]))[target_rows],
+        logprob_beta=np.zeros(len(target), np.float32),
         window=window.astype(np.int32),
         seen=(position + 1).astype(np.int32),
         windows=windows,
     )
+
+
+def with_behaviour(states: States, item_count: int, seed: int) -> tuple[States, Fit]:
+    """The states with the log-probability of each target under a behaviour model fitted to them, and how good that is
+    on the tenth of the windows that it was not fitted to. Targets that the history holds already have none."""
+    rows = np.arange(len(states.target))
+    exclude = np.asarray(states.histories(jnp.asarray(rows)))
+    choices = Choices(np.asarray(states.query), np.asarray(states.target), exclude)
+    possible = ~(exclude == choices.action[:, None]).any(axis=1)
+    window_count = len(states.windows)
+    held_out = np.random.default_rng(seed).permutation(window_count) < max(1, window_count // 10)
+    of_held_out = held_out[np.asarray(states.window)]
+    parts = (choices.rows(np.flatnonzero(possible & mask)) for mask in (~of_held_out, of_held_out))
+    beta, fit = fit_behaviour(*parts, item_count, BehaviourConfig(max_epochs=BEHAVIOUR_EPOCHS, seed=seed))
+    logprobs = np.zeros(len(rows), np.float32)
+    logprobs[possible] = action_logprobs(beta, choices.rows(np.flatnonzero(possible)))
+    return states._replace(logprob_beta=logprobs), fit
 
 
 def rating_or_mean(ratings: np.ndarray, items: np.ndarray, item_ratings: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrec.rl.policy import slate_logprobs
-from jaxrec.rl.reinforce import returns
+from jaxrec.rl.scoring import returns
 
 
 def all_slates(items: int, slots: int) -> jax.Array:

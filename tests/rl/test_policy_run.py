@@ -6,32 +6,34 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from jaxrec.config import RLConfig, TrainConfig, to_json
+from jaxrec.config import RLConfig
 from jaxrec.evaluate import jit_scorer, rank_cases
 from jaxrec.files import sha256
 from jaxrec.metrics import ndcg
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.prepare import PreparedData, write_prepared
+from jaxrec.prepare import PreparedData
+from jaxrec.rl.methods import TOP_K
 from jaxrec.rl.policy_run import (
     POLICY_FOLDER,
+    PREVIOUS_FOLDER,
     load_policy,
     load_served,
     policy_name,
     read_log,
     read_outcome,
+    read_steps,
     rl_run,
 )
 from jaxrec.rl.train_policy import train_policy
-from jaxrec.runs import SCHEMA_VERSION, Run, open_run
+from jaxrec.runs import Run, open_run
 from jaxrec.schema import DataError
+from jaxrec.stopping import TrainingStopped
 from jaxrec.train import TrainingError
 
-SHORT = RLConfig(steps=30, steps_per_evaluation=20, batch_size=16, policy_width=8, learning_rate=3e-3)
+SHORT = RLConfig(steps=40, steps_per_evaluation=20, batch_size=16, policy_width=8, learning_rate=3e-3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,24 +48,13 @@ def supervised(
 
 
 @pytest.fixture(scope="module")
-def trained(small_data: PreparedData, supervised: Hybrid, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    supervised: Hybrid, new_run: Callable[[Path, Hybrid], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run with a short-lived policy."""
-    folder = tmp_path_factory.mktemp("rl")
-    write_prepared(small_data, folder / "data")
-    description = {
-        "schema_version": SCHEMA_VERSION,
-        "data": str(folder / "data"),
-        "data_sha256": sha256(folder / "data/prepared.json"),
-        "data_version": 0,
-        "items": len(small_data.catalog),
-        "items_sha256": "",
-        "model": to_json(supervised.lstm.config),
-        "train": to_json(TrainConfig()),
-    }
-    (folder / "run").mkdir()
-    (folder / "run/run.json").write_text(json.dumps(description))
-    rl_run(folder / "run", SHORT)
-    return folder / "run"
+    folder = new_run(tmp_path_factory.mktemp("rl"), supervised)
+    rl_run(folder, SHORT)
+    return folder
 
 
 @pytest.fixture
@@ -83,11 +74,82 @@ def test_outcome_is_written_and_read_back(run: Run, small_data: PreparedData, su
     outcome = read_outcome(run)
     again = train_policy(supervised, small_data, SHORT)
     assert outcome == again.outcome
+    assert outcome.figures.keys() == {"supervised", "policy", "anchor only", "permuted rewards"}
     assert read_log(run.folder) == again.log
-    assert [record["step"] for record in again.log] == [20, 30]
-    assert outcome is not None
-    assert outcome.step in (20, 30)
+    assert read_steps(run.folder) == again.steps
+    assert [record["step"] for record in again.log] == [20, 40]
+    assert [record["step"] for record in again.steps] == list(range(40))
     assert again.log[0]["kl"] > 0
+    assert (run.folder / POLICY_FOLDER / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert not (run.folder / "policy.partial").exists()
+
+
+class StopAfter:
+    """Asks to stop from the given call on."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("calls", [0, 2])  # within the policy's own training, and within a control's
+def test_an_interrupted_training_goes_on_with_the_same_result(trained: Path, run: Run, calls: int) -> None:
+    shutil.rmtree(run.folder / POLICY_FOLDER)
+    with pytest.raises(TrainingStopped, match="stopped and saved after step 20 of 40 of: "):
+        rl_run(run.folder, SHORT, stop=StopAfter(calls))
+    assert not (run.folder / POLICY_FOLDER).exists()
+    rl_run(run.folder, resume=True)
+    for name in ("policy.npz", "policy.json", "steps.jsonl", "log.jsonl"):
+        assert sha256(run.folder / POLICY_FOLDER / name) == sha256(trained / POLICY_FOLDER / name), name
+    assert not (run.folder / "policy.partial").exists()
+    with pytest.raises(DataError, match="no interrupted training of a policy to go on with"):
+        rl_run(run.folder, resume=True)
+
+
+def test_an_interrupted_training_on_other_weights_is_refused(run: Run, supervised: Hybrid) -> None:
+    with pytest.raises(TrainingStopped):
+        rl_run(run.folder, SHORT, stop=StopAfter(0))
+    other = Hybrid(supervised.lstm, supervised.content, supervised.cooccurrence, 0.5, 0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxrec.rl.policy_run.load_supervised", lambda run, data: other)
+        with pytest.raises(DataError, match=r"policy\.partial: was begun on top of other weights"):
+            rl_run(run.folder, resume=True)
+    (run.folder / "policy.partial/arrays.npz").write_bytes(b"half")
+    with pytest.raises(DataError, match=r"arrays\.npz: damaged"):
+        rl_run(run.folder, resume=True)
+
+
+def test_policy_on_top_of_other_weights_is_refused(run: Run, supervised: Hybrid) -> None:
+    """Of the same shapes: another mix of the same models is enough."""
+    other = Hybrid(supervised.lstm, supervised.content, supervised.cooccurrence, 0.4, 0.31)
+    with pytest.raises(DataError, match=r"the policy was trained on top of other weights than the models of .* have"):
+        load_policy(run, other, only_if_used=False)
+
+
+def test_a_policy_in_use_is_kept_beside_its_successor(run: Run) -> None:
+    record_use(run, False)
+    rl_run(run.folder, dataclasses.replace(SHORT, steps=20))
+    assert not (run.folder / PREVIOUS_FOLDER).exists()
+    record_use(run, True)
+    digest = sha256(run.folder / POLICY_FOLDER / "policy.npz")
+    rl_run(run.folder, dataclasses.replace(SHORT, steps=20, seed=1))
+    assert (
+        sha256(run.folder / PREVIOUS_FOLDER / "policy.npz")
+        == digest
+        != sha256(run.folder / POLICY_FOLDER / "policy.npz")
+    )
+
+
+def test_off_policy_training_tells_how_good_its_behaviour_model_is(
+    small_data: PreparedData, supervised: Hybrid
+) -> None:
+    trained = train_policy(supervised, small_data, SHORT, TOP_K)
+    fit = trained.outcome.figures["behaviour model"]
+    assert -10 < fit["log_likelihood"] < 0
+    assert 0 < trained.steps[-1]["ess_share"] < 1
 
 
 def test_judged_figures_are_those_of_the_loaded_policy(run: Run, small_data: PreparedData, supervised: Hybrid) -> None:
@@ -95,7 +157,7 @@ def test_judged_figures_are_those_of_the_loaded_policy(run: Run, small_data: Pre
     outcome, hybrid = read_outcome(run), load_policy(run, supervised, only_if_used=False)
     assert outcome is not None
     assert hybrid is not None
-    for model, expected in ((supervised, outcome.supervised), (hybrid, outcome.policy)):
+    for model, expected in ((supervised, outcome.figures["supervised"]), (hybrid, outcome.figures["policy"])):
         scorer = jit_scorer(model, lambda model, events, gap: model.logits(events, gap)[0])
         figures = [
             ndcg(rank_cases(scorer, small_data, small_data.split.validation, 50, time).ranks, 10).mean()
@@ -130,8 +192,8 @@ def test_without_a_policy_the_supervised_hybrid_is_served(run: Run, supervised: 
         (lambda folder: (folder / "policy.json").write_text("{"), r"policy\.json: not JSON"),
         (lambda folder: (folder / "policy.json").unlink(), r"policy\.json: cannot be read"),
         (lambda folder: (folder / "policy.json").write_text("[]"), r"policy\.json: not a policy"),
-        (lambda folder: (folder / "policy.json").write_text('{"schema_version": 2}'), "schema version 2, expected 1"),
-        (lambda folder: (folder / "policy.json").write_text('{"schema_version": 1}'), "'outcome'"),
+        (lambda folder: (folder / "policy.json").write_text('{"schema_version": 1}'), "schema version 1, expected 2"),
+        (lambda folder: (folder / "policy.json").write_text('{"schema_version": 2}'), "'outcome'"),
     ],
 )
 def test_damaged_files_are_reported(
@@ -140,17 +202,6 @@ def test_damaged_files_are_reported(
     damage(run.folder / POLICY_FOLDER)
     with pytest.raises(DataError, match=message):
         load_policy(run, supervised, only_if_used=False)
-
-
-def test_policy_of_other_models_is_refused(
-    run: Run, small_data: PreparedData, random_hybrid: Callable[[PreparedData, int, bool], Hybrid]
-) -> None:
-    hybrid = random_hybrid(small_data, 0, False)
-    for model in (hybrid.lstm, hybrid.content):
-        model.item_embedding = nnx.Param(jnp.zeros((len(small_data.catalog) + 1, 4)))
-    hybrid.content.genre_projection = nnx.Linear(len(small_data.catalog.genres), 4, use_bias=False, rngs=nnx.Rngs(0))
-    with pytest.raises(DataError, match="do not fit the models"):
-        load_policy(run, hybrid, only_if_used=False)
 
 
 def test_seed_decides_the_policy(small_data: PreparedData, supervised: Hybrid) -> None:

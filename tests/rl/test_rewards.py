@@ -1,14 +1,21 @@
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrec.config import RewardWeights
+from jaxrec.prepare import PreparedData
 from jaxrec.rl.rewards import (
     SHRINKAGE,
     RewardTables,
     discounts,
+    diversity_term,
     genre_directions,
+    novelties,
+    reward_tables,
     reward_terms,
+    running_user_means,
     shrunk_item_ratings,
     total_reward,
 )
@@ -25,11 +32,15 @@ GENRES = np.array(
     np.float32,
 )
 ITEM_RATINGS = np.array([0.5, 0.6, 0.75, 0.2, 0.9], np.float32)
-TABLES = RewardTables(jnp.asarray(genre_directions(GENRES)), jnp.asarray(ITEM_RATINGS))
+CENTRED = np.array([0.5, 0.55, 0.6, 0.3, 0.7], np.float32)
+NOVELTY = np.array([0.0, 0.1, 0.2, 0.9, 1.0], np.float32)
+TABLES = RewardTables(*map(jnp.asarray, (genre_directions(GENRES), ITEM_RATINGS, CENTRED, NOVELTY)))
+USER_MEAN = 0.6
 
 
 def reward(recommended: int, target: int, target_rating: float, weights: RewardWeights = RewardWeights()) -> float:
-    terms = reward_terms(jnp.array([recommended]), jnp.int32(target), jnp.float32(target_rating), TABLES)
+    logged = jnp.int32(target), jnp.float32(target_rating), jnp.float32(USER_MEAN)
+    terms = reward_terms(jnp.array([recommended]), *logged, TABLES)
     return float(total_reward(terms, weights)[0])
 
 
@@ -55,23 +66,80 @@ def test_items_without_genres_have_no_genre_reward() -> None:
         (RewardWeights(hit=1, genre=0, rating=0), 0.0),
         (RewardWeights(hit=0, genre=1, rating=0), 1 / np.sqrt(5)),
         (RewardWeights(hit=0, genre=0, rating=1), 0.2),
+        (RewardWeights(hit=0, genre=0, rating=0, centred_rating=1), 0.3),
+        (RewardWeights(hit=0, genre=0, rating=0, novelty=1), 0.9),
+        (RewardWeights(hit=0, genre=0, rating=0, diversity=1), 1.0),
     ],
 )
 def test_each_term_by_itself(weights: RewardWeights, expected: float) -> None:
     assert reward(recommended=3, target=1, target_rating=1.0, weights=weights) == pytest.approx(expected)
 
 
+def test_new_terms_weigh_nothing_unless_asked_for() -> None:
+    assert RewardWeights() == RewardWeights(0.4, 0.3, 0.3, 0.0, 0.0, 0.0)
+
+
+def test_a_hit_is_rated_beside_the_mean_of_its_user() -> None:
+    only = RewardWeights(hit=0, genre=0, rating=0, centred_rating=1)
+    assert reward(recommended=1, target=1, target_rating=1.0, weights=only) == pytest.approx(0.5 + (1.0 - 0.6) / 2)
+    assert reward(recommended=1, target=1, target_rating=0.6, weights=only) == pytest.approx(0.5)
+    assert reward(recommended=2, target=1, target_rating=1.0, weights=only) == pytest.approx(0.6)
+
+
+def test_diversity_by_hand() -> None:
+    """Items 1 and 2 share two of five genres, 1 and 3 one of five and one; item 4 has none."""
+    directions = jnp.asarray(genre_directions(GENRES))
+    expected = [1.0, 1 - 2 / 5, 1 - (1 / np.sqrt(5) + 0) / 2, 1.0]
+    np.testing.assert_allclose(diversity_term(jnp.array([1, 2, 3, 4]), directions), expected, rtol=1e-6)
+    np.testing.assert_allclose(diversity_term(jnp.array([1, 1, 1]), directions), [1.0, 0.0, 0.0], atol=1e-6)
+
+
+def test_novelty_by_hand() -> None:
+    """Seven users: taken by none, by one, by three, by all, and twice by each."""
+    np.testing.assert_allclose(novelties(np.array([0, 1, 3, 7, 14]), users=7), [1.0, 2 / 3, 1 / 3, 0.0, 0.0], rtol=1e-6)
+
+
+def test_a_users_mean_knows_only_what_came_before() -> None:
+    offsets, ratings = np.array([0, 4, 5]), np.array([1.0, -1.0, 0.0, 0.5, 0.2], np.float32)
+    mean = 0.6
+    start, after_one, after_two = (
+        (total + SHRINKAGE * mean) / (count + SHRINKAGE) for total, count in ((0.0, 0), (1.0, 1), (1.0, 2))
+    )
+    np.testing.assert_allclose(
+        running_user_means(offsets, ratings, mean), [start, after_one, after_one, after_two, start], rtol=1e-6
+    )
+    changed = ratings.copy()
+    changed[3:] = 1.0
+    np.testing.assert_array_equal(
+        running_user_means(offsets, changed, mean)[:4], running_user_means(offsets, ratings, mean)[:4]
+    )
+
+
+def test_tables_of_data_are_fitted_on_training_events(small_data: PreparedData) -> None:
+    tables = reward_tables(small_data)
+    held_out = np.concatenate([small_data.split.validation.rows, small_data.split.test.rows])
+    ratings = small_data.histories.ratings.copy()
+    ratings[held_out] = 0.5
+    changed = dataclasses.replace(small_data, histories=dataclasses.replace(small_data.histories, ratings=ratings))
+    for table, again in zip(tables, reward_tables(changed), strict=True):
+        np.testing.assert_array_equal(table, again)
+        assert float(jnp.min(table)) >= 0
+        assert float(jnp.max(table)) <= 1 + 1e-6
+    items = np.asarray(tables.item_centred)
+    assert abs(items[1:].mean() - 0.5) < 0.01
+    assert items.std() > 0.001
+
+
 def test_terms_of_a_batch_of_slates_are_those_of_its_items() -> None:
     slates, targets = np.array([[1, 2, 3], [4, 3, 2]], np.int32), np.array([2, 4], np.int32)
-    ratings = np.array([0.1, 0.3], np.float32)
-    terms = reward_terms(jnp.asarray(slates), jnp.asarray(targets), jnp.asarray(ratings), TABLES)
+    ratings, means = np.array([0.1, 0.3], np.float32), np.array([0.5, 0.7], np.float32)
+    terms = reward_terms(*map(jnp.asarray, (slates, targets, ratings, means)), TABLES)
     for row in range(2):
         for slot in range(3):
-            alone = reward_terms(
-                jnp.asarray(slates[row, slot : slot + 1]), jnp.asarray(targets[row]), jnp.asarray(ratings[row]), TABLES
-            )
-            for of_batch, of_one in zip(terms, alone, strict=True):
-                assert of_batch[row, slot] == pytest.approx(float(of_one[0]))
+            logged = (jnp.asarray(column[row]) for column in (targets, ratings, means))
+            alone = reward_terms(jnp.asarray(slates[row, slot : slot + 1]), *logged, TABLES)
+            for name in ("hit", "genre", "rating", "centred_rating", "novelty"):
+                assert getattr(terms, name)[row, slot] == pytest.approx(float(getattr(alone, name)[0]))
 
 
 def test_discounts_are_those_of_dcg_scaled_to_one() -> None:

@@ -1,4 +1,8 @@
-"""What keeps a policy near what it is known to do well."""
+"""What keeps a policy near what it is known to do well, and from giving the same few items to everybody.
+
+Each is added to a policy's loss: the anchor and the leash always pull, the entropy floor and the coverage guard are 0
+until their floor is reached, and then grow by one per nat.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -25,3 +29,26 @@ def next_kl_coefficient(coefficient: jax.Array, kl: jax.Array, target: float) ->
     """Ziegler et al. 2019, section 2.2: a log-space proportional controller; the error is clipped to 20 %."""
     error = jnp.clip(kl / target - 1.0, -KL_CONTROL_CLIP, KL_CONTROL_CLIP)
     return jnp.clip(coefficient * (1.0 + KL_CONTROL_RATE * error), *KL_COEFFICIENT_RANGE)
+
+
+def entropy_floor_loss(entropies: jax.Array, floor: float | jax.Array, where: jax.Array) -> jax.Array:
+    """Mean nats by which entropies [batch] (`jaxrec.rl.policy.entropy`) fall below the floor, over `where` [batch].
+
+    An entropy bonus (Williams & Peng 1991) that ends at a floor: a policy above it is not pushed towards uniform.
+    """
+    missing = jnp.where(where, jnp.maximum(floor - entropies, 0.0), 0.0)
+    return jnp.sum(missing) / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1.0)
+
+
+def coverage_guard_loss(logits: jax.Array, floor: float | jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(loss, effective items) of logits [batch, items + 1], of which the states of `where` [batch] count.
+
+    The mean policy over the batch says what share of all recommendations each item gets; exp of its entropy is the
+    number of items that it is spread over (Hill 1973, number of order 1). The loss is the logarithm of how many times
+    that number is below `floor`, and 0 above it; a policy may be certain in every state if it differs between states.
+    """
+    count = jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1.0)
+    share = jnp.sum(jnp.where(where[:, None], jax.nn.softmax(logits), 0.0), axis=0) / count
+    some = share > 0  # the logarithm of an item that nobody may get has no gradient
+    spread = -jnp.sum(jnp.where(some, share * jnp.log(jnp.where(some, share, 1.0)), 0.0))
+    return jnp.maximum(jnp.log(floor) - spread, 0.0), jnp.exp(spread)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrec.models.sequence import NEVER
-from jaxrec.rl.objectives.policy_gradient import baseline_loss, reinforce_loss
+from jaxrec.rl.objectives.policy_gradient import baseline_loss, plackett_luce_loss, reinforce_loss
 from jaxrec.rl.policy import sample_slates, slate_logprobs
-from jaxrec.rl.reinforce import returns
+from jaxrec.rl.scoring import returns
 from tests.rl.enumeration import all_slates, expected_reward
 
 ITEMS, SLOTS, DRAWS = 4, 2, 20_000
@@ -58,3 +58,56 @@ def test_losses_count_only_slots_that_hold_an_item() -> None:
         -((-1.0 * 0.5 + -2.0 * 0.0) + (-3.0 * 0.25)) / 2
     )
     assert float(baseline_loss(values, achieved, where)) == pytest.approx((0.5**2 + 0.0**2 + 0.25**2) / 3)
+
+
+def leave_one_out_samples(samples: int, of_slots: bool) -> np.ndarray:
+    """[DRAWS, items + 1]: policy-gradient estimates from `samples` slates each; of whole slates, or slot by slot."""
+
+    def estimate(key: jax.Array) -> jax.Array:
+        def loss(logits: jax.Array) -> jax.Array:
+            logits = jnp.broadcast_to(logits, (samples, 1, ITEMS + 1))
+            slates = jax.lax.stop_gradient(sample_slates(key, logits, SLOTS))
+            logprobs, achieved = slate_logprobs(logits, slates), returns(REWARDS[slates])
+            if of_slots:
+                return plackett_luce_loss(logprobs, achieved, jnp.ones((1, SLOTS), bool))
+            return plackett_luce_loss(logprobs.sum(axis=-1), achieved[..., 0], jnp.ones(1, bool))
+
+        return -jax.grad(loss)(LOGITS)
+
+    return np.asarray(jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(1), DRAWS)))
+
+
+@pytest.mark.parametrize("of_slots", [False, True])
+def test_leave_one_out_averages_to_the_exact_gradient(of_slots: bool) -> None:
+    exact = np.asarray(jax.grad(expected_reward)(LOGITS, REWARDS, SLOTS))
+    samples = leave_one_out_samples(3, of_slots)
+    standard_error = samples.std(axis=0) / np.sqrt(DRAWS)
+    assert np.linalg.norm(exact) > 20 * standard_error.max()
+    np.testing.assert_array_less(np.abs(samples.mean(axis=0) - exact)[1:], 4 * standard_error[1:])
+
+
+def test_leave_one_out_has_less_variance_than_no_baseline() -> None:
+    """Four slates with the others' mean as baseline, against four without a baseline."""
+    plain = gradient_samples(jnp.zeros(SLOTS)).reshape(DRAWS // 4, 4, -1).mean(axis=1)
+    assert leave_one_out_samples(4, True).var(axis=0).sum() < 0.7 * plain.var(axis=0).sum()
+
+
+def test_leave_one_out_by_hand() -> None:
+    """Three samples of two states, of which the second does not count: baselines are the means of the other two."""
+    logprobs = jnp.array([[-1.0, -9.0], [-2.0, -9.0], [-3.0, -9.0]])
+    rewards = jnp.array([[1.0, jnp.nan], [0.0, 5.0], [0.5, 5.0]])
+    expected = -(-1 * (1 - 0.25) - 2 * (0 - 0.75) - 3 * (0.5 - 0.5)) / 3
+    assert float(plackett_luce_loss(logprobs, rewards, jnp.array([True, False]))) == pytest.approx(expected)
+    slots, where = jnp.stack([logprobs] * 2, axis=-1), jnp.array([[True, False], [False, False]])
+    assert float(plackett_luce_loss(slots, jnp.stack([rewards] * 2, axis=-1), where)) == pytest.approx(expected)
+
+
+def test_equal_rewards_teach_nothing() -> None:
+    logprobs = jnp.array([[-1.0], [-2.0]])
+    gradient = jax.grad(plackett_luce_loss)(logprobs, jnp.full((2, 1), 0.7), jnp.ones(1, bool))
+    np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_one_sample_has_no_others() -> None:
+    with pytest.raises(ValueError, match=r"1 sample\(s\)"):
+        plackett_luce_loss(jnp.zeros((1, 2)), jnp.zeros((1, 2)), jnp.ones(2, bool))

@@ -11,14 +11,10 @@ from flax import nnx
 from jaxrec.config import RewardWeights, RLConfig
 from jaxrec.models.cooccurrence import RECENT
 from jaxrec.models.sequence import NEVER
-from jaxrec.rl.reinforce import (
-    Scoring,
-    make_updates,
-    new_learner,
-    policy_logits,
-    returns,
-)
+from jaxrec.rl.learner import make_updates, new_learner, pay
+from jaxrec.rl.methods import ACTOR_CRITIC, METHODS, PLACKETT_LUCE, REINFORCE, TOP_K, Method
 from jaxrec.rl.rewards import RewardTables, discounts
+from jaxrec.rl.scoring import Scoring, policy_logits, returns
 from jaxrec.rl.states import States
 from tests.rl.enumeration import expected_reward
 
@@ -48,6 +44,8 @@ def bandit_states(seed: int, shuffled: bool = False) -> States:
         query=np.eye(CONTEXTS, dtype=np.float32)[context],
         target=target.astype(np.int32),
         target_rating=np.full(len(context), 0.5, np.float32),
+        user_mean=np.full(len(context), 0.5, np.float32),
+        logprob_beta=np.log(np.append(SHARES, [0.1] * 3))[(target - 1 - context) % CONTEXTS].astype(np.float32),
         window=np.zeros(len(context), np.int32),
         seen=np.zeros(len(context), np.int32),
         windows=np.zeros((1, 1), np.int32),
@@ -58,22 +56,27 @@ def bandit_scoring() -> Scoring:
     vectors = jax.random.normal(jax.random.key(5), (CONTEXTS + 1, CONTEXTS))
     bias = jnp.zeros(CONTEXTS + 1).at[0].set(NEVER)
     nobody = jnp.zeros((CONTEXTS + 1, 1))
-    tables = RewardTables(jnp.zeros((CONTEXTS + 1, 1)), jnp.full(CONTEXTS + 1, 0.5))
+    half = jnp.full(CONTEXTS + 1, 0.5)
+    tables = RewardTables(jnp.zeros((CONTEXTS + 1, 1)), half, half, half)
     return Scoring(0.1 * vectors, bias, nobody.astype(jnp.int32), nobody, tables)
 
 
 class Bandit:
     """A learner on the bandit, and the exact value of its policy."""
 
-    def __init__(self, config: RLConfig, shuffled: bool = False) -> None:
+    def __init__(
+        self, config: RLConfig, shuffled: bool = False, method: Method = REINFORCE, permuted: bool = False
+    ) -> None:
+        config = dataclasses.replace(config, samples=method.samples)
         self._config = config
         self._states = bandit_states(config.seed, shuffled)
-        self._graphdef, self._learner = new_learner(CONTEXTS, CONTEXTS, config)
-        self._updates = make_updates(self._graphdef, config)
+        self._graphdef, self._learner = new_learner(CONTEXTS, CONTEXTS, config, method)
+        self._updates = make_updates(self._graphdef, config, method)
+        self._pay = pay(permuted=permuted)
 
     def learn(self, count: int) -> dict[str, np.ndarray]:
         key = jax.random.key(self._config.seed)
-        self._learner, metrics = self._updates(self._learner, bandit_scoring(), self._states, key, count)
+        self._learner, metrics = self._updates(self._learner, bandit_scoring(), self._states, key, count, self._pay)
         return jax.device_get(metrics)
 
     def value(self) -> float:
@@ -95,6 +98,8 @@ FREE = RLConfig(
     kl_target=100.0,
     anchor=0.0,
     policy_width=16,
+    entropy_floor=0.0,
+    coverage_floor=0.0,
     steps=400,
     rewards=HITS,
 )
@@ -108,10 +113,38 @@ def test_learns_the_best_slate_of_each_context() -> None:
     assert bandit.value() <= BEST + 1e-6
 
 
-def test_shuffled_rewards_teach_nothing() -> None:
-    bandit = Bandit(FREE, shuffled=True)
+@pytest.mark.parametrize(("method", "share"), [(PLACKETT_LUCE, 0.9), (TOP_K, 0.6), (ACTOR_CRITIC, 0.8)])
+def test_other_methods_learn_too(method: Method, share: float) -> None:
+    """The correction of the top K undoes how often the log has an item: it finds the three that are ever taken."""
+    bandit = Bandit(FREE, method=method)
+    metrics = bandit.learn(FREE.steps)
+    assert bandit.value() > CHANCE + share * (BEST - CHANCE)
+    if method is TOP_K:
+        assert 0 < metrics["ess_share"][-1] < 1
+        assert metrics["clipped_share"].max() <= 1
+
+
+@pytest.mark.parametrize("controls", [{"shuffled": True}, {"permuted": True}])
+def test_shuffled_targets_and_permuted_rewards_teach_nothing(controls: dict[str, bool]) -> None:
+    bandit = Bandit(FREE, **controls)
     bandit.learn(400)
     assert bandit.value() < CHANCE + 0.15 * (BEST - CHANCE)
+
+
+def test_guards_hold_entropy_and_coverage() -> None:
+    free = Bandit(FREE).learn(400)
+    guarded = Bandit(dataclasses.replace(FREE, entropy_floor=0.9, coverage_floor=0.9)).learn(400)
+    assert free["entropy"][-1] < 0.6 * free["entropy"][0]
+    assert guarded["entropy"][-1] > 0.85 * guarded["entropy"][0]
+    assert guarded["effective_items"][-1] > 0.85 * guarded["effective_items"][0]
+
+
+def test_every_update_is_measured() -> None:
+    expected = {"reward", "reward_hit", "reward_novelty", "kl", "entropy", "coverage", "ess_share", "clipped_share"}
+    for method in METHODS.values():
+        metrics = Bandit(dataclasses.replace(FREE, batch_size=8), method=method).learn(2)
+        assert expected <= metrics.keys()
+        assert all(np.isfinite(values).all() and len(values) == 2 for values in metrics.values())
 
 
 def test_policy_starts_as_the_supervised_one_and_the_leash_holds() -> None:

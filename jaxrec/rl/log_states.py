@@ -1,0 +1,141 @@
+"""States of the policy at served recommendations: what the models made of the user's history, what was shown with which
+propensity, and what it earned."""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxrec.models.features import Array, Events
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.rl.rewards import SHRINKAGE, RewardTables, RewardTerms, reward_terms
+from jaxrec.rl.states import rating_or_mean
+from jaxrec.schema import MISSING_RATING, UNKNOWN_GAP, RatingScale
+from jaxrec.served_log import Recommendation, unit_ratings
+
+ROWS_PER_BATCH = 64
+
+
+class LogStates(NamedTuple):
+    """Served recommendations [rows]: the supervised `query` [rows, width] before each, `recent` [rows, RECENT] int32
+    and `exclude` [rows, width] int32 (0 = none) of the history, the `slate` [rows, k] int32 (0 = empty slot) with its
+    `log_propensities` [rows, k] float32, and the `terms` of its rewards, each [rows, k]. `user` [rows] int32."""
+
+    query: Array
+    recent: Array
+    exclude: Array
+    slate: Array
+    log_propensities: Array
+    terms: RewardTerms
+    user: Array
+
+    def at(self, rows: Array) -> "LogStates":
+        """These rows alone."""
+        return jax.tree.map(lambda column: column[rows], self)
+
+
+def log_states(
+    hybrid: Hybrid, recommendations: list[Recommendation], scale: RatingScale | None, tables: RewardTables
+) -> tuple[LogStates, LogStates]:
+    """Encodes the recommendations' histories: as requests that did not tell their time, and as ones that did.
+
+    The models read the last `max_length` events, all of the history is excluded, as the server does.
+    """
+    graphdef, variables = nnx.split(hybrid)
+    batches = _batches(recommendations, scale, hybrid.lstm.config.max_length)
+    encoded = [jax.device_get(_encode(graphdef, variables, events, gap)) for events, gap in batches]
+    untold, told, recent = (np.concatenate(column)[: len(recommendations)] for column in zip(*encoded, strict=True))
+    slate = _padded([one.slate for one in recommendations], np.int32)
+    states = LogStates(
+        query=untold,
+        recent=recent,
+        exclude=_padded([one.history.items for one in recommendations], np.int32),
+        slate=slate,
+        log_propensities=_padded([one.log_propensities for one in recommendations], np.float32),
+        terms=_answer_terms(recommendations, slate, scale, tables),
+        user=np.array([one.user for one in recommendations], np.int32),
+    )
+    return states, states._replace(query=told)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(
+    graphdef: nnx.GraphDef[Hybrid], variables: nnx.State, events: Events, request_gap: Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [batch, width] without and with the request gap [batch], and the most recent items [batch, RECENT]."""
+    model = nnx.merge(graphdef, variables)
+    _, state = model.encode(events)
+    h_lstm, _, h_content, _, recent = model.split_state(state)
+    gap = jnp.asarray(request_gap)
+    untold, told = (
+        model.supervised_query((h_lstm, h_content), of_one) for of_one in (jnp.full_like(gap, UNKNOWN_GAP), gap)
+    )
+    return untold, told, recent
+
+
+def _batches(
+    recommendations: list[Recommendation], scale: RatingScale | None, max_length: int
+) -> Iterator[tuple[Events, np.ndarray]]:
+    """Histories and request gaps of ROWS_PER_BATCH recommendations at a time; the last batch repeats its last one."""
+    for start in range(0, len(recommendations), ROWS_PER_BATCH):
+        rows = np.minimum(np.arange(start, start + ROWS_PER_BATCH), len(recommendations) - 1)
+        batch = [recommendations[row] for row in rows]
+        shape = (ROWS_PER_BATCH, max_length)
+        item, rating = np.zeros(shape, np.int32), np.full(shape, MISSING_RATING, np.float32)
+        gap, length = np.full(shape, UNKNOWN_GAP, np.float32), np.zeros(ROWS_PER_BATCH, np.int32)
+        request_gap = np.full(ROWS_PER_BATCH, UNKNOWN_GAP, np.float32)
+        for number, one in enumerate(batch):
+            items, ratings, times = one.history
+            count = length[number] = min(len(items), max_length)
+            gaps = np.concatenate([[UNKNOWN_GAP], np.diff(times)])  # the first that is read keeps its true gap
+            item[number, :count], gap[number, :count] = items[-count:], gaps[-count:]
+            rating[number, :count] = unit_ratings(ratings[-count:], scale)
+            request_gap[number] = max(one.time - times[-1], 0)
+        yield Events(item, rating, gap, length), request_gap
+
+
+def _answer_terms(
+    recommendations: list[Recommendation], slate: np.ndarray, scale: RatingScale | None, tables: RewardTables
+) -> RewardTerms:
+    """Each [rows, k]: of several answers to a recommendation each slot has the best hit and the nearest genres, and the
+    rating of the answer that took it. Where there was none, nothing was hit and no genre was near."""
+    item_ratings = np.asarray(tables.item_ratings)
+    answers = _padded([one.answers for one in recommendations], np.int32)
+    missing = [np.where(one.answers > 0, unit_ratings(one.answer_ratings, scale), 0.0) for one in recommendations]
+    ratings = rating_or_mean(_padded(missing, np.float32), answers, item_ratings)
+    means = np.array([_mean_rating(one, scale, float(item_ratings[0])) for one in recommendations], np.float32)
+    found: RewardTerms | None = None
+    for column in range(answers.shape[1]):
+        logged = jnp.asarray(answers[:, column]), jnp.asarray(ratings[:, column]), jnp.asarray(means)
+        terms = reward_terms(jnp.asarray(slate), *logged, tables)
+        if found is None:
+            found = terms
+            continue
+        found = found._replace(
+            hit=jnp.maximum(found.hit, terms.hit),
+            genre=jnp.maximum(found.genre, terms.genre),
+            rating=jnp.where(terms.hit > 0, terms.rating, found.rating),
+            centred_rating=jnp.where(terms.hit > 0, terms.centred_rating, found.centred_rating),
+        )
+    assert found is not None
+    where = jnp.asarray(slate > 0)
+    return jax.tree.map(lambda term: np.asarray(jnp.where(where, term, 0.0)), found)
+
+
+def _mean_rating(one: Recommendation, scale: RatingScale | None, global_mean: float) -> float:
+    """The mean of the user's ratings before, shrunk as `jaxrec.rl.rewards.running_user_means` does."""
+    ratings = unit_ratings(one.history.ratings, scale)
+    rated = ratings[ratings >= 0]
+    return float((rated.sum() + SHRINKAGE * global_mean) / (len(rated) + SHRINKAGE))
+
+
+def _padded(rows: list[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
+    """[rows, longest], right-padded with 0, at least one wide."""
+    padded = np.zeros((len(rows), max(1, *(len(row) for row in rows))), dtype)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = row
+    return padded

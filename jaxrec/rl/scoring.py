@@ -1,0 +1,44 @@
+"""Logits of the supervised mix and of a policy on top of it, from what is computed once: queries and item vectors."""
+
+from typing import NamedTuple
+
+import jax
+
+from jaxrec.models.cooccurrence import neighbour_scores
+from jaxrec.models.hybrid import Hybrid, PolicyHead
+from jaxrec.rl.rewards import RewardTables, discounts
+
+
+class Scoring(NamedTuple):
+    """The frozen side of the logits: `item_vectors` [items + 1, width] and `item_bias` [items + 1] of the supervised
+    hybrid, the neighbours and their weights (both [items + 1, neighbours]) of its co-occurrence, scaled as it adds them
+    to the logits, and what the rewards look up."""
+
+    item_vectors: jax.Array
+    item_bias: jax.Array
+    neighbour_item: jax.Array
+    neighbour_weight: jax.Array
+    tables: RewardTables
+
+
+def frozen_scoring(supervised: Hybrid, tables: RewardTables) -> Scoring:
+    """What a policy on top of `supervised` (a hybrid without a policy) scores with."""
+    near = supervised.cooccurrence
+    weight = supervised.cooccurrence_weight[...] * near.neighbour_weight[...]
+    return Scoring(supervised.item_vectors(), supervised.item_bias(), near.neighbour_item[...], weight, tables)
+
+
+def supervised_logits(query: jax.Array, recent: jax.Array, scoring: Scoring) -> jax.Array:
+    """query [batch, width], recent [batch, RECENT] int32 -> [batch, items + 1]."""
+    of_neighbours = neighbour_scores(scoring.neighbour_item, scoring.neighbour_weight, recent)
+    return query @ scoring.item_vectors.T + scoring.item_bias + of_neighbours
+
+
+def policy_logits(head: PolicyHead, query: jax.Array, recent: jax.Array, scoring: Scoring) -> jax.Array:
+    """Supervised query [batch, width], recent [batch, RECENT] int32 -> the policy's logits [batch, items + 1]."""
+    return supervised_logits(head(query), recent, scoring) + head.item_bias[...]
+
+
+def returns(rewards: jax.Array) -> jax.Array:
+    """rewards [..., k] of the slots -> G [..., k], the discounted rewards from each slot on; the first: the slate's."""
+    return jax.lax.cumsum(rewards * discounts(rewards.shape[-1]), axis=rewards.ndim - 1, reverse=True)

@@ -1,0 +1,229 @@
+"""Improves a policy from a server's log, off-policy, and judges it on other users of the same log.
+
+The gradient is that of the policy's value, by per-decision importance sampling (Precup et al. 2000, "Eligibility Traces
+for Off-Policy Policy Evaluation", section 3, with the slots of a slate as its steps). With the cumulative weights
+W_i = prod_(j <= i) pi(slot j | slots before it) / logged propensity, in log space and capped, slot j is answerable for
+
+    sum_j grad log pi(slot j | slots before it) * (sum_(i >= j) W_i d_i r_i - W_j b_j(state))
+
+b_j is a baseline, linear in the query, that learns the logged reward from slot j on; W_j b_j has no gradient in
+expectation. pi is the policy as it is served: the same pool of best items, at the temperature of the log
+(`jaxrec.rl.served_policy`). The leash holds it near the policy in use.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from jaxrec.config import RLConfig
+from jaxrec.metrics import exclude_items
+from jaxrec.models.hybrid import PolicyHead
+from jaxrec.rl.learner import KL_COEFFICIENT_START, Learner, apply_update, guards, policy_optimizer, slate_coverage
+from jaxrec.rl.log_states import LogStates
+from jaxrec.rl.methods import Linear, weight_metrics
+from jaxrec.rl.objectives.off_policy import importance_weights
+from jaxrec.rl.objectives.policy_gradient import baseline_loss
+from jaxrec.rl.offline_evaluation.estimators import on_policy, snips
+from jaxrec.rl.offline_evaluation.gating import Decision, gate
+from jaxrec.rl.offline_evaluation.weights import Weights, slate_weights
+from jaxrec.rl.policy import kl_divergence, recommendable
+from jaxrec.rl.rewards import discounts, total_reward
+from jaxrec.rl.scoring import Scoring, policy_logits
+from jaxrec.rl.served_policy import Fit, fit_temperature, served_logits, served_logprobs
+from jaxrec.rl.train_policy import step_records
+from jaxrec.schema import DataError
+from jaxrec.stopping import StopRequested, TrainingStopped, never
+
+TRAIN_SHARE = 0.5  # of the log's users; the others judge
+FIT_ROWS = 500
+ROWS_PER_BATCH = 256
+
+
+class FromLog(NamedTuple):
+    """What came of a log: the gate's `decision`, the new `variables` of PolicyHead, one record per update, the
+    temperature that was assumed and how well the policy in use explains the log with it, and how many recommendations
+    trained and judged."""
+
+    decision: Decision
+    variables: Any
+    steps: list[dict[str, float]]
+    fit: Fit
+    train_rows: int
+    gate_rows: int
+
+
+def split_users(users: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [rows] of the users that train, and of those that judge. Raises DataError for fewer than four users."""
+    labels = np.unique(users)
+    if len(labels) < 4:
+        raise DataError(
+            f"the log has usable recommendations of {len(labels)} users, expected 4 or more: half of them judge"
+        )
+    trains = np.random.default_rng(seed).permutation(labels)[: round(TRAIN_SHARE * len(labels))]
+    of_training = np.isin(users, trains)
+    return np.flatnonzero(of_training), np.flatnonzero(~of_training)
+
+
+def train_from_log(
+    graphdef: nnx.GraphDef[PolicyHead],
+    current: Any,
+    scoring: Scoring,
+    states: LogStates,
+    config: RLConfig,
+    fit: Fit,
+    minimum_effective: float,
+    stop: StopRequested = never,
+) -> FromLog:
+    """Trains from the policy in use (`current`: variables of PolicyHead) on half of the users, and has the gate judge
+    it on the other half, against what was logged, or, where the log is another policy's, against an estimate of the
+    present one's worth.
+
+    Raises DataError where too few users are there, TrainingError where a figure is not finite, TrainingStopped where
+    `stop()` became true: nothing is kept then.
+    """
+    trains, judges = split_users(np.asarray(states.user), config.seed)
+    device = jax.devices()[0]
+    current = jax.device_put(jax.tree.map(jnp.asarray, current), device)
+    updates = _make_updates(graphdef, config, fit.temperature)
+    slots, width = states.slate.shape[1], states.query.shape[1]
+    critic = Linear(jnp.zeros((width, slots)), jnp.zeros(slots))
+    head = jax.tree.map(jnp.copy, current)
+    optimizer = policy_optimizer(config).init((head, critic))
+    learner = Learner(head, critic, optimizer, jnp.float32(KL_COEFFICIENT_START), jnp.zeros((), jnp.int32))
+    training, key, steps = jax.device_put(states.at(trains), device), jax.random.key(config.seed), []
+    with tqdm(total=config.steps, desc="train policy on the log", unit="step") as bar:
+        while (start := len(steps)) < config.steps:
+            count = min(config.steps_per_evaluation, config.steps - start)
+            learner, metrics = updates(learner, current, scoring, training, key, count)
+            steps += step_records(jax.device_get(metrics), start)
+            bar.update(count)
+            bar.set_postfix(value=f"{steps[-1]['value']:.4f}", kl=f"{steps[-1]['kl']:.4f}")
+            if stop():
+                raise TrainingStopped(f"stopped after step {start + count} of {config.steps}; the policy in use stays")
+    variables = jax.tree.map(np.array, learner.head)
+    judging = states.at(judges)
+    decision = judge_from_log(graphdef, variables, current, scoring, judging, config, fit, minimum_effective)
+    return FromLog(decision, variables, steps, fit, len(trains), len(judges))
+
+
+def judge_from_log(
+    graphdef: nnx.GraphDef[PolicyHead],
+    new: Any,
+    current: Any,
+    scoring: Scoring,
+    states: LogStates,
+    config: RLConfig,
+    fit: Fit,
+    minimum_effective: float,
+) -> Decision:
+    """The gate's word on recommendations that trained nothing: self-normalized RIPS, resampled by user."""
+    slots = states.slate.shape[1]
+    rewards = slot_rewards(states, config)
+    weights = _weights(graphdef, new, scoring, states, fit.temperature, config.importance_cap)
+    before = on_policy(rewards)
+    if not fit.exact:
+        before = snips(_weights(graphdef, current, scoring, states, fit.temperature, config.importance_cap), rewards)
+    users = np.asarray(states.user)
+    return gate(snips(weights, rewards), before, weights, users, discounts(slots), minimum_effective, seed=config.seed)
+
+
+def slot_rewards(states: LogStates, config: RLConfig) -> np.ndarray:
+    """[rows, k] float64: each slot's reward as it counts in the slate's."""
+    rewards = np.asarray(total_reward(states.terms, config.rewards), np.float64)
+    return np.where(np.asarray(states.slate) > 0, rewards, 0.0) * discounts(rewards.shape[1])
+
+
+def fit_log(
+    graphdef: nnx.GraphDef[PolicyHead], current: Any, scoring: Scoring, states: LogStates, temperature: float | None
+) -> Fit:
+    """The temperature at which the policy in use comes closest to the log, or how close it comes at the given one; by
+    FIT_ROWS recommendations, evenly spaced."""
+    some = states.at(np.linspace(0, len(states.user) - 1, min(FIT_ROWS, len(states.user))).astype(np.int64))
+    logits = _logits(graphdef, current, scoring, some)
+    return fit_temperature(logits, jnp.asarray(some.slate), jnp.asarray(some.log_propensities), temperature)
+
+
+def _logits(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: LogStates) -> jax.Array:
+    """The policy's logits [rows, items + 1]; NEVER at the items of the history."""
+    logits = policy_logits(nnx.merge(graphdef, head), jnp.asarray(states.query), jnp.asarray(states.recent), scoring)
+    return exclude_items(logits, jnp.asarray(states.exclude))
+
+
+def _weights(
+    graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: LogStates, temperature: float, cap: float
+) -> Weights:
+    @jax.jit
+    def logprobs(head: Any, scoring: Scoring, states: LogStates) -> jax.Array:
+        logits = served_logits(_logits(graphdef, head, scoring, states), temperature, states.slate.shape[1])
+        return served_logprobs(logits, jnp.asarray(states.slate))
+
+    found = []
+    for start in range(0, len(states.user), ROWS_PER_BATCH):
+        rows = np.minimum(np.arange(start, start + ROWS_PER_BATCH), len(states.user) - 1)
+        found.append(np.asarray(logprobs(head, scoring, states.at(rows)), np.float64))
+    new = np.minimum(np.concatenate(found)[: len(states.user)], 0.0)
+    return slate_weights(new, np.minimum(states.log_propensities, 0.0), np.asarray(states.slate) > 0, cap)
+
+
+def _make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig, temperature: float) -> Any:
+    """updates(learner, current, scoring, states, key, count) -> (learner, metrics [count] each), one compiled scan."""
+    optimizer = policy_optimizer(config)
+
+    def update(
+        current: Any, scoring: Scoring, states: LogStates, key: jax.Array, learner: Learner
+    ) -> tuple[Learner, dict[str, jax.Array]]:
+        rows = jax.random.randint(jax.random.fold_in(key, learner.step), (config.batch_size,), 0, len(states.user))
+        batch = states.at(rows)
+        slate = jnp.asarray(batch.slate)
+        where, slots = slate > 0, slate.shape[1]
+        discount = jnp.asarray(discounts(slots))
+        rewards = jnp.where(where, total_reward(batch.terms, config.rewards), 0.0) * discount
+        reference = _logits(graphdef, current, scoring, batch)
+
+        def loss_of(trained: tuple[Any, Linear]) -> tuple[jax.Array, dict[str, jax.Array]]:
+            head, critic = trained
+            logits = _logits(graphdef, head, scoring, batch)
+            logprobs = served_logprobs(served_logits(logits, temperature, slots), slate)
+            ratios = jnp.cumsum(jnp.where(where, logprobs - batch.log_propensities, 0.0), axis=1)
+            weights, clipped = importance_weights(ratios, jnp.zeros_like(ratios), config.importance_cap)
+            weights = jnp.where(where, weights, 0.0)
+            ahead = jax.lax.cumsum(weights * rewards, axis=1, reverse=True)
+            values = critic(jnp.asarray(batch.query))
+            advantages = jax.lax.stop_gradient(ahead - weights * values)
+            drawn = where & (weights > 0)
+            policy_loss = -jnp.mean(jnp.sum(jnp.where(drawn, logprobs * advantages, 0.0), axis=1))
+            value_loss = baseline_loss(values, jax.lax.cumsum(rewards, axis=1, reverse=True), where)
+            tempered, before = (jnp.where(recommendable(x), x / temperature, x) for x in (logits, reference))
+            kl = jnp.mean(kl_divergence(tempered, before))
+            guard, guarded = guards(tempered, before, config)
+            earned = {
+                f"reward_{name}": jnp.mean(jnp.sum(jnp.where(where, term, 0.0) * discount, axis=1))
+                for name, term in batch.terms._asdict().items()
+            }
+            metrics = {
+                "reward": jnp.mean(jnp.sum(rewards, axis=1)),
+                "value": jnp.sum(jnp.sum(weights * rewards, axis=0) / jnp.maximum(jnp.sum(weights, axis=0), 1e-6)),
+                **earned,
+                "kl": kl,
+                "kl_coefficient": learner.kl_coefficient,
+                **weight_metrics(weights, clipped, where),
+                "coverage": slate_coverage(slate, logits.shape[1]),
+                "baseline_loss": value_loss,
+                **guarded,
+            }
+            return policy_loss + value_loss + learner.kl_coefficient * kl + guard, metrics
+
+        return apply_update(loss_of, learner, optimizer, config)
+
+    @functools.partial(jax.jit, donate_argnums=0, static_argnums=5)
+    def updates(
+        learner: Learner, current: Any, scoring: Scoring, states: LogStates, key: jax.Array, count: int
+    ) -> tuple[Learner, dict[str, jax.Array]]:
+        return jax.lax.scan(lambda carry, _: update(current, scoring, states, key, carry), learner, length=count)
+
+    return updates

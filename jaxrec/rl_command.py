@@ -1,0 +1,150 @@
+"""`jaxrec rl`: its options, and what it prints."""
+
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from jaxrec.config import RewardWeights, RLConfig
+from jaxrec.stopping import TrainingStopped, stop_on_signals
+
+SEED = click.IntRange(0)
+SEED_HELP = "Of everything random: the same seed on the same machine gives the same result."
+POSITIVE = click.FloatRange(0, min_open=True)
+SHARE = click.FloatRange(0, 1)
+NOT_WITH_LOG = ("objective", "slate_size", "samples", "anchor", "discount", "resume")
+OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--objective",
+    type=click.Choice(OBJECTIVES),
+    default=OBJECTIVES[0],
+    help="REINFORCE with a learned baseline; Plackett-Luce with the other samples as baseline; off-policy from the "
+    "logged items with top-K correction; actor-critic with advantages over sampled items.",
+)
+@click.option(
+    "--resume", is_flag=True, help="Go on with an interrupted training, with the options that it started with."
+)
+@click.option("--steps", type=click.IntRange(1), default=RLConfig.steps, help="Updates of the policy.")
+@click.option("--batch-size", type=click.IntRange(2), default=RLConfig.batch_size, help="Logged decisions per update.")
+@click.option("--slate-size", type=click.IntRange(1), default=RLConfig.slate_size, help="Items of a slate.")
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    default=RLConfig.samples,
+    help="Slates drawn for each decision, at least; plackett-luce draws 4.",
+)
+@click.option("--learning-rate", type=POSITIVE, default=RLConfig.learning_rate, help="Of Adam, its peak.")
+@click.option("--kl-target", type=POSITIVE, default=RLConfig.kl_target, help="Leash to the policy before, in nats.")
+@click.option(
+    "--anchor",
+    type=click.FloatRange(0),
+    default=RLConfig.anchor,
+    help="Weight of the rating-weighted cross-entropy of the logged items beside the reward.",
+)
+@click.option(
+    "--entropy-floor", type=SHARE, default=RLConfig.entropy_floor, help="Share of the entropy at the start to keep."
+)
+@click.option(
+    "--coverage-floor", type=SHARE, default=RLConfig.coverage_floor, help="Share of the coverage at the start to keep."
+)
+@click.option(
+    "--discount", type=SHARE, default=RLConfig.discount, help="Of the reward one event later, for actor-critic."
+)
+@click.option("--importance-cap", type=POSITIVE, default=RLConfig.importance_cap, help="The largest importance weight.")
+@click.option("--hit-reward", type=float, default=RewardWeights.hit, help="Weight: the actual next item.")
+@click.option("--genre-reward", type=float, default=RewardWeights.genre, help="Weight: genre cosine with it.")
+@click.option("--rating-reward", type=float, default=RewardWeights.rating, help="Weight: rating, 0..1.")
+@click.option(
+    "--centred-rating-reward",
+    type=float,
+    default=RewardWeights.centred_rating,
+    help="Weight: rating beside the mean of the user's ratings, 0..1.",
+)
+@click.option(
+    "--novelty-reward", type=float, default=RewardWeights.novelty, help="Weight: how few took the item, 0..1."
+)
+@click.option(
+    "--diversity-reward",
+    type=float,
+    default=RewardWeights.diversity,
+    help="Weight: how unlike the items above it in genres, 0..1.",
+)
+@click.option("--seed", type=SEED, default=RLConfig.seed, help=SEED_HELP)
+@click.pass_context
+def rl(
+    context: click.Context,
+    run: Path,
+    objective: str,
+    log: Path | None,
+    temperature: float | None,
+    min_effective: float,
+    resume: bool,
+    steps: int,
+    batch_size: int,
+    slate_size: int,
+    samples: int,
+    learning_rate: float,
+    kl_target: float,
+    anchor: float,
+    entropy_floor: float,
+    coverage_floor: float,
+    discount: float,
+    importance_cap: float,
+    hit_reward: float,
+    genre_reward: float,
+    rating_reward: float,
+    centred_rating_reward: float,
+    novelty_reward: float,
+    diversity_reward: float,
+    seed: int,
+) -> None:
+    """Fine-tunes a policy of RUN (from `jaxrec train`) by policy gradient.
+
+    It is used only if validation shows that it is better. SIGTERM and Ctrl-C save and end the training; --resume goes
+    on with exactly the same result. With --log the policy in use learns from what a server showed, and is replaced only
+    if off-policy evaluation on other users of the log shows that the new one is better.
+    """
+    from jaxrec.rl.log_run import rl_log_run
+    from jaxrec.rl.methods import METHODS
+    from jaxrec.rl.policy_run import rl_run
+
+    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if resume and (changed := [name for name in given if name not in ("run", "resume")]):
+        raise click.UsageError(f"--{changed[0].replace('_', '-')} cannot be changed on --resume")
+    rewards = RewardWeights(
+        hit_reward, genre_reward, rating_reward, centred_rating_reward, novelty_reward, diversity_reward
+    )
+    config = RLConfig(
+        seed=seed,
+        steps=steps,
+        batch_size=batch_size,
+        slate_size=slate_size,
+        samples=samples,
+        learning_rate=learning_rate,
+        kl_target=kl_target,
+        anchor=anchor,
+        entropy_floor=entropy_floor,
+        coverage_floor=coverage_floor,
+        discount=discount,
+        importance_cap=importance_cap,
+        rewards=rewards,
+    )
+    of_log = [name for name in ("temperature", "min_effective") if name in given]
+    without_log = [name for name in NOT_WITH_LOG if name in given]
+    if log is None and of_log:
+        raise click.UsageError(f"--{of_log[0].replace('_', '-')} is for --log")
+    if log is not None and without_log:
+        raise click.UsageError(f"--{without_log[0].replace('_', '-')} has no meaning with --log")
+    with stop_on_signals() as stop:
+        try:
+            if log is not None:
+                found = rl_log_run(run, log, config, temperature, min_effective, stop)
+                click.echo(f"{found.told}\n{found.reason}")
+                return
+            click.echo(rl_run(run, config, METHODS[objective], resume, stop).reason)
+        except TrainingStopped as stopped:
+            click.echo(str(stopped) if log else f"{stopped}; go on with: jaxrec rl {run} --resume")
