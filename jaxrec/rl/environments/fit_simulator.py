@@ -103,11 +103,7 @@ def fit_simulator(
     popularity_nats, popularity_ranked = _judge(features[..., 1:2], of_popularity, test)
 
     rated, rating_rmse, mean_rmse = fit_ratings(histories, items, seed)
-    profile = np.zeros((histories.user_count, RECENT), np.int32)
-    profile_rating = np.zeros((histories.user_count, RECENT), np.float32)
-    for user, (start, stop) in enumerate(zip(histories.offsets[:-1], histories.offsets[1:], strict=True)):
-        rows = np.arange(start, min(stop, start + min(start_events, RECENT)))[::-1]
-        profile[user, : len(rows)], profile_rating[user, : len(rows)] = histories.items[rows], histories.ratings[rows]
+    first_events = profiles(histories, np.zeros(histories.user_count, np.int64), start_events)
     scalars = {
         "taste": coefficients[0],
         "decay": decay,
@@ -124,13 +120,25 @@ def fit_simulator(
         log_popularity=jnp.asarray(log_popularity),
         genre_directions=jnp.asarray(directions),
         rating_range=jnp.array([scale.minimum, scale.maximum, star], jnp.float32),
-        profile=jnp.asarray(profile),
-        profile_rating=jnp.asarray(profile_rating),
+        **first_events,
         **{name: jnp.asarray(array, jnp.float32) for name, array in rated.items()},
         **{name: jnp.float32(number) for name, number in scalars.items()},
     )
     uniform = float(np.log(items - np.array([len(set(history)) for history, _ in test])).mean())
     return SimulatorFit(params, nats, popularity_nats, uniform, ranked, popularity_ranked, rating_rmse, mean_rmse)
+
+
+def profiles(histories: Histories, first: np.ndarray, events: int) -> dict[str, jax.Array]:
+    """`profile` and `profile_rating` of SimulatorParams: `events` successive events of each user from its event
+    `first` [users] on, or as many as there are; at most RECENT, and 0 where an event has no rating."""
+    places = first[:, None] + np.arange(RECENT)
+    lengths = np.minimum(np.minimum(first + events, first + RECENT), histories.lengths()) - first
+    backwards = places[:, :1] + lengths[:, None] - 1 - np.arange(RECENT)  # the last one first
+    where = np.arange(RECENT) < lengths[:, None]
+    rows = np.where(where, histories.offsets[:-1, None] + backwards, 0)
+    ratings = np.where(where, np.nan_to_num(histories.ratings[rows]), 0.0)
+    items = np.where(where, histories.items[rows], 0)
+    return {"profile": jnp.asarray(items, jnp.int32), "profile_rating": jnp.asarray(ratings, jnp.float32)}
 
 
 def ease(histories: Histories, users: np.ndarray, items: int) -> np.ndarray:
