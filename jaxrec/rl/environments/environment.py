@@ -16,7 +16,8 @@ class Environment(NamedTuple):
     `action` is an item [] int32, or where `slate_size` is above 1 a slate [slate_size] int32, best first; `reward` []
     float32; `done` [] bool. `features(observation)` [`feature_count`] float32 is the policy's input, and
     `recommendable(observation)` [item_count + 1] bool says what may be shown. `terms(observation, reward)`: what the
-    reward of the step that led to the observation is made of, by name.
+    reward of the step that led to the observation is made of, by name. `bounds`: the least and greatest number in each
+    field of the observation.
     """
 
     reset: Callable[[jax.Array], tuple[Any, Any]]
@@ -27,3 +28,4 @@ class Environment(NamedTuple):
     item_count: int
     slate_size: int
     feature_count: int
+    bounds: dict[str, tuple[float, float]]

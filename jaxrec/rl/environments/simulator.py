@@ -116,17 +116,21 @@ def utilities(params: SimulatorParams, recent: jax.Array, taken: jax.Array) -> j
 
 
 def choice_logprobs(params: SimulatorParams, u: jax.Array, slate: jax.Array) -> jax.Array:
-    """[k + 1] float32: log-probabilities that each slot of slate [k] int32 is taken, and last that nothing is."""
+    """[k + 1] float32: log-probabilities that each slot of slate [k] int32 is taken, and last that nothing is.
+
+    What may not be taken, and an item that stands higher up already, is not taken.
+    """
+    repeated = jnp.tril(slate[:, None] == slate, k=-1).any(axis=1)
     examine = -params.position_bias * jnp.log(jnp.arange(1, len(slate) + 1, dtype=jnp.float32))
     shown = u[slate] + jnp.log(params.salience) + examine
     rest = jax.nn.logsumexp(u.at[slate].set(NEVER))
-    return jax.nn.log_softmax(jnp.append(jnp.where(u[slate] > NEVER / 2, shown, NEVER), rest))
+    return jax.nn.log_softmax(jnp.append(jnp.where((u[slate] > NEVER / 2) & ~repeated, shown, NEVER), rest))
 
 
 def step(
     params: SimulatorParams, state: SimulatorState, action: jax.Array, key: jax.Array
 ) -> tuple[SimulatorState, SimulatorObservation, jax.Array, jax.Array]:
-    """Shows the slate `action` [k] int32, of different items, best first."""
+    """Shows the slate `action` [k] int32, best first."""
     choice_key, rating_key, leave_key = jax.random.split(key, 3)
     u = utilities(params, state.recent, state.taken)
     choice = jax.random.categorical(choice_key, choice_logprobs(params, u, action))
@@ -183,16 +187,23 @@ def simulator_environment(params: SimulatorParams, slate_size: int) -> Environme
     """The environment with these users and slates of this size, at least 2."""
     if slate_size < 2:
         raise ValueError(f"slate_size is {slate_size}, expected at least 2")
-    padding = jnp.arange(len(params.log_popularity)) == 0
+    item_count = len(params.log_popularity) - 1
+    padding = jnp.arange(item_count + 1) == 0
     return Environment(
         reset=lambda key: reset(params, key),
         step=lambda state, action, key: step(params, state, action, key),
         features=lambda observation: features(params, observation),
         recommendable=lambda observation: ~(observation.taken | padding),
         terms=lambda observation, reward: reward_terms(params, observation),
-        item_count=len(params.log_popularity) - 1,
+        item_count=item_count,
         slate_size=slate_size,
         feature_count=3 * params.genre_directions.shape[1],
+        bounds={
+            "recent": (0, item_count),
+            "rating": (min(0.0, float(params.rating_range[0])), float(params.rating_range[1])),
+            "taken": (0, 1),
+            "slot": (-1, slate_size - 1),
+        },
     )
 
 

@@ -143,4 +143,5 @@ def synthetic_environment(params: SyntheticParams) -> Environment:
         item_count=item_count,
         slate_size=1,
         feature_count=(TAKEN + SHOWN) * len(params.base),
+        bounds={"taken": (0, item_count), "shown": (0, item_count)},
     )
