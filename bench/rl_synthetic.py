@@ -3,15 +3,15 @@
     python -m bench.rl_synthetic [--parts values,speed] [--torch PYTHON]
 
 Values are exact (`jaxrec.rl.environments.synthetic_exact`): what a new user takes until it leaves, as a share of what
-it takes under the best policy, which policy iteration finds. Learned policies are judged as they draw, and where it says
-"best item" as the one that always takes its likeliest item. Intervals are 95 % Student intervals over the seeds.
+it takes under the best policy, which policy iteration finds. Policies are judged as they draw, and in the last column
+as the ones that always take their likeliest item. Intervals are 95 % Student intervals over the seeds.
 
 The supervised policy is fitted by the cross-entropy of the items that were taken in a log of 2,000 visits of the
-logging policy; off-policy learning (Chen et al. 2019) starts from it and has the same log with its propensities, and
-returns until the visit's end. On-policy learning starts uniform and plays 256 users for 16 steps in each of 1,000
-updates. The speed of that update is measured beside loops that do the same with the same batch: an environment in NumPy
-(vectorized over the users) with a network in NumPy or PyTorch, two threads, and the plain loop with one user at a time
-that environments with a `step` function invite; the loop's learning is PyTorch's, per step of 256.
+logging policy; off-policy learning (Chen et al. 2019, K = 1, since one item is shown) starts from it and has the same
+log with its propensities, and returns until the visit's end. On-policy learning starts uniform and plays 256 users for
+16 steps in each update. The speed of that update is measured beside loops that do the same with the same batch, in one
+call: with all users at once in NumPy, and with one user at a time, as environments with a `step` function invite; the
+network in NumPy (gradient by hand) or PyTorch; two threads (`bench/rl_loops.py`).
 """
 
 import dataclasses

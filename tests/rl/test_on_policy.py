@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrec.models.sequence import NEVER
 from jaxrec.rl import on_policy
-from jaxrec.rl.environment_policy import action_logprobs, probabilities
+from jaxrec.rl.environment_policy import act, action_logprobs, probabilities
 from jaxrec.rl.environments.synthetic import acquired_taste, synthetic_environment
 from jaxrec.rl.environments.synthetic_exact import all_states, best_policy, build_model, value
 from jaxrec.rl.on_policy import LEARNER_FILE, LOG_FILE, OnPolicyConfig, td_lambda_returns, train_on_policy
@@ -110,3 +111,13 @@ def test_resumed_run_equals_one_left_in_peace(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="another configuration"):
         train_on_policy(ENVIRONMENT, dataclasses.replace(config, discount=0.5), folder)
     assert (folder / LEARNER_FILE).exists()
+
+
+def test_items_are_drawn_from_the_softmax() -> None:
+    logits = jnp.array([NEVER, 0.5, -1.0, NEVER, 2.0, 0.0])
+    environment = ENVIRONMENT._replace(item_count=5)
+    _, actions = act(environment, jax.random.key(0), jnp.broadcast_to(logits, (20_000, 6)))
+    shares = np.bincount(np.asarray(actions), minlength=6) / 20_000
+    p = np.asarray(jax.nn.softmax(logits))
+    assert shares[[0, 3]].sum() == 0
+    np.testing.assert_allclose(shares, p, atol=4 * 0.5 / np.sqrt(20_000))
