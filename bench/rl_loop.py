@@ -38,6 +38,7 @@ from jaxrec.prepare import PreparedData, prepare_files, read_prepared, write_pre
 from jaxrec.rl.environments.fit_simulator import SimulatorFit, fit_simulator, profiles, simulator_histories
 from jaxrec.rl.environments.simulator import SimulatorParams, reward_terms, start_user, step
 from jaxrec.rl.log_run import rl_log_run
+from jaxrec.rl.offline_evaluation.gating import MINIMUM_EFFECTIVE
 from jaxrec.runs import open_run, train_run
 from jaxrec.schema import ITEM, RATING, TIME, USER
 from serve.client import Connection, RecommenderClient, UserEvent, recommend_request
@@ -62,7 +63,8 @@ LEARNING = RLConfig(
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
     """`requests` of each user in a round, for slates of `slate` items; `temperature` of the exploration; `events` that
-    users come with. `learning`: of `jaxrec rl --log`."""
+    users come with. `learning`: of `jaxrec rl --log`, with `minimum_effective` of its
+    gate."""
 
     rounds: int = 5
     requests: int = 10
@@ -70,6 +72,7 @@ class LoopConfig:
     temperature: float = 0.5
     events: int = 20
     learning: RLConfig = LEARNING
+    minimum_effective: float = MINIMUM_EFFECTIVE
 
 
 class Users(NamedTuple):
@@ -118,7 +121,7 @@ def loop(run: Path, model: Path, users: Users, config: LoopConfig, seed: int, wo
             if learns and number < config.rounds:
                 _wait_for_log(store, (number + 1) * len(reward) * config.requests)
                 learning = dataclasses.replace(config.learning, seed=1000 * seed + number)
-                outcome = rl_log_run(run, store, learning)
+                outcome = rl_log_run(run, store, learning, minimum_effective=config.minimum_effective)
                 decision, used = outcome.reason, outcome.used
                 if used:
                     export_run(run, models / str(number + 1))

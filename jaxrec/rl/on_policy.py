@@ -225,7 +225,8 @@ def train_on_policy(
     Raises DataError where `folder` holds a run of another configuration, TrainingError when a figure is not finite.
     """
     policy = new_policy(environment, config.hidden, config.seed)
-    learner, log = new_learner(environment, policy, config, start), []
+    learner = new_learner(environment, policy, config, start)
+    log: list[dict[str, float]] = []
     if folder is not None:
         learner, log = _resume(folder, config, learner)
     updates, key = make_updates(environment, policy, config), jax.random.key(config.seed)
@@ -269,7 +270,7 @@ def _save(folder: Path, config: OnPolicyConfig, learner: Learner, log: list[dict
     if not (folder / CONFIG_FILE).exists():
         write_text(folder / CONFIG_FILE, json.dumps(to_json(config), indent=2) + "\n")
     lines = "".join(json.dumps(record) + "\n" for record in log)
-    leaves = {f"leaf_{n}": np.asarray(leaf) for n, leaf in enumerate(jax.tree.leaves(learner))}
+    leaves: dict[str, Any] = {f"leaf_{n}": np.asarray(leaf) for n, leaf in enumerate(jax.tree.leaves(learner))}
     with new_file(folder / LEARNER_FILE) as temporary, temporary.open("wb") as file:
         np.savez(file, log=np.array(lines), **leaves)
     write_text(folder / LOG_FILE, lines)

@@ -1,66 +1,78 @@
-"""One short turn of the closed loop (bench/rl_loop.py) with a real server and a small model."""
+"""The closed loop of bench/rl_loop.py in small: a real server, simulated users, a model of random weights."""
 
 import dataclasses
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 
-from bench.rl_loop import LoopConfig, Round, fitted_users, loop
-from jaxrec.config import ModelConfig, TrainConfig
-from jaxrec.export.run import export_run
-from jaxrec.prepare import PreparedData, write_prepared
-from jaxrec.runs import train_run
+from bench.rl_loop import LoopConfig, Users, fitted_users, loop
+from jaxrec.config import RewardWeights, RLConfig
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.prepare import PreparedData
+from jaxrec.rl.policy_run import write_policy
+from jaxrec.rl.train_policy import PolicyOutcome
+from jaxrec.runs import open_run
 from jaxrec.served_log import read_served_log
 from tests.rl.simulated import genre_lovers
 
-SMALL = ModelConfig(embedding=16, hidden=16, rating_width=4, time_width=4, max_length=50)
-CONFIG = LoopConfig(rounds=1, requests=4, slate=3, temperature=1.0, events=6)
+USERS = 200
+LEARNING = RLConfig(
+    steps=100,
+    steps_per_evaluation=50,
+    batch_size=128,
+    learning_rate=3e-2,
+    kl_target=1.0,
+    entropy_floor=0.0,
+    coverage_floor=0.0,
+    policy_width=8,
+    rewards=RewardWeights(hit=1.0, genre=0.0, rating=0.0),
+)
+CONFIG = LoopConfig(rounds=1, requests=12, slate=3, temperature=2.0, events=6, learning=LEARNING, minimum_effective=15.0)
 
 
 @pytest.fixture(scope="module")
-def play(
-    small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[bool], tuple[list[Round], Path]]:
-    folder = tmp_path_factory.mktemp("loop")
-    write_prepared(small_data, folder / "data")
-    train_run(folder / "data", folder / "run", SMALL, TrainConfig(max_epochs=1))
-    export_run(folder / "run", folder / "model")
-    users, _ = fitted_users(genre_lovers(small_data), small_data)
-    learning = dataclasses.replace(CONFIG.learning, steps=20, steps_per_evaluation=10, batch_size=64)
-
-    def played(learns: bool) -> tuple[list[Round], Path]:
-        work = folder / f"serving-{learns}"
-        shutil.copytree(folder / "run", folder / f"run-{learns}")
-        config = dataclasses.replace(CONFIG, learning=learning)
-        return loop(folder / f"run-{learns}", folder / "model", users, config, 0, work, learns), work
-
-    return played
+def users(small_data: PreparedData) -> Users:
+    return fitted_users(genre_lovers(small_data, users=USERS), small_data)[0]
 
 
-def test_loop_serves_logs_learns_and_asks_the_gate(
-    play: Callable[[bool], tuple[list[Round], Path]], small_data: PreparedData
+@pytest.fixture
+def run(tmp_path: Path, new_run: Callable[[Path, Hybrid], Path], small_hybrid: Hybrid) -> Iterator[Path]:
+    """A run whose policy is that of `model_directory`."""
+    supervised = small_hybrid.with_policy(None)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("jaxrec.rl.log_run", "jaxrec.export.run"):
+            patch.setattr(f"{module}.load_supervised", lambda run, data: supervised)
+        folder = new_run(tmp_path, supervised)
+        outcome = PolicyOutcome(True, "for the test", 0, {}, {})
+        variables = nnx.to_pure_dict(nnx.state(small_hybrid.policy))
+        write_policy(open_run(folder), supervised, outcome, LEARNING, "reinforce", variables, [], [])
+        yield folder
+
+
+def test_what_is_learned_from_the_log_is_served_and_earns_more(
+    run: Path, model_directory: Path, users: Users, small_data: PreparedData, tmp_path: Path
 ) -> None:
-    rounds, work = play(True)
-    assert len(rounds) == 2
-    first = rounds[0]
-    assert "decisions of 20 users" in first.decision or "effective sample size" in first.decision
-    assert (rounds[1].version != first.version) == first.used
-    log = read_served_log(work / "events.sqlite", small_data.catalog)
-    assert log.shown == 2 * 40 * 4
-    assert len(log.recommendations) == log.shown  # all of them can be learned from
-    taken = sum(len(one.answers) for one in log.recommendations)
-    assert taken == pytest.approx(4 * sum(one.taken.sum() for one in rounds))
-    assert 0 < taken < log.shown
+    """The models are random, so that there is much to learn."""
+    before, after = loop(run, model_directory, users, CONFIG, 0, tmp_path / "serving", learns=True)
+    assert before.used, before.decision
+    assert after.version != before.version
+    assert after.reward.mean() > before.reward.mean()
+    log = read_served_log(tmp_path / "serving/events.sqlite", small_data.catalog)
+    assert log.shown == len(log.recommendations) == 2 * USERS * CONFIG.requests  # all can be learned from
+    answers = sum(len(one.answers) for one in log.recommendations)
+    assert answers == round(CONFIG.requests * sum(one.taken.sum() for one in (before, after)))
+    assert 0 < answers < log.shown
     for one in log.recommendations:
-        assert len(one.history.items) >= 6
+        assert len(one.history.items) >= CONFIG.events
         assert not set(one.slate.tolist()) & set(one.history.items.tolist())
 
 
-def test_control_never_learns(play: Callable[[bool], tuple[list[Round], Path]]) -> None:
-    rounds, _ = play(False)
+def test_control_never_learns(run: Path, model_directory: Path, users: Users, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, requests=2)
+    rounds = loop(run, model_directory, users, config, 0, tmp_path / "serving", learns=False)
     assert [one.decision for one in rounds] == ["", ""]
     assert rounds[0].version == rounds[1].version
     for one in rounds:

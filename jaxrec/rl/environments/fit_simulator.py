@@ -235,7 +235,7 @@ def fit_ratings(histories: Histories, items: int, seed: int) -> tuple[dict[str, 
     test = rated[held_out]
     errors = histories.ratings[test] - mean - (user[users[test]] * item[histories.items[test]]).sum(axis=1)
     params = {
-        "mean_rating": np.float32(mean),
+        "mean_rating": np.array(mean),
         "user_bias": user[:, 0],
         "user_factors": user[:, 2:],
         "item_bias": item[:, 1],

@@ -28,7 +28,8 @@ class GymnasiumEnvironment(gymnasium.Env[dict[str, Any], Any]):
             self.action_space = spaces.MultiDiscrete(np.full(slate, items), start=np.ones(slate, np.int64))
         _, seen = jax.eval_shape(environment.reset, jax.random.key(0))
         fields = {name: _space(shape, *environment.bounds[name]) for name, shape in seen._asdict().items()}
-        self.observation_space = spaces.Dict(fields)
+        self._fields = spaces.Dict(fields)
+        self.observation_space = self._fields
         self._reset, self._step = jax.jit(environment.reset), jax.jit(environment.step)
         self._terms = jax.jit(environment.terms)
         self._key, self._state = jax.random.key(0), None
@@ -60,7 +61,7 @@ class GymnasiumEnvironment(gymnasium.Env[dict[str, Any], Any]):
     def _observed(self, observation: Any) -> dict[str, Any]:
         fields = {name: np.asarray(array) for name, array in observation._asdict().items()}
         return {
-            name: array.astype(self.observation_space[name].dtype) if array.ndim else np.int64(array)
+            name: array.astype(self._fields[name].dtype) if array.ndim else np.int64(array)
             for name, array in fields.items()
         }
 

@@ -19,7 +19,7 @@ parts is a neural network over sequences, which the recommender's are.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -210,7 +210,8 @@ def simulator_environment(params: SimulatorParams, slate_size: int) -> Environme
 def write_simulator(params: SimulatorParams, path: Path) -> None:
     """Writes the parameters as .npz."""
     with new_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **{name: np.asarray(array) for name, array in params._asdict().items()})
+        arrays: dict[str, Any] = {name: np.asarray(array) for name, array in params._asdict().items()}
+        np.savez(file, **arrays)
 
 
 def read_simulator(path: Path) -> SimulatorParams:

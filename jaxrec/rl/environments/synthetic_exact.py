@@ -62,7 +62,7 @@ def build_model(params: SyntheticParams) -> Model:
     of_topic = np.array(successors)  # [topics, taken or not, states]
     take = jax.vmap(lambda state: take_probability(params, state))(all_states(params))
     start = np.bincount(item_topic, weights=np.asarray(params.start)[1:], minlength=count)
-    start /= start.sum()
+    start = start / start.sum()
     # A new user was shown what it has taken, so both halves of its state are the same topics.
     same = (taken[:, : min(TAKEN, SHOWN)] == shown[:, : min(TAKEN, SHOWN)]).all(axis=1)
     longer = taken if TAKEN >= SHOWN else shown
