@@ -51,7 +51,7 @@ class OnPolicyConfig:
     discount: float = 0.95
     trace: float = 0.9
     learning_rate: float = 1e-2
-    entropy_weight: float = 0.02
+    entropy_weight: float = 0.1
     kl_target: float | None = None
     hidden: int = 64
     updates_per_record: int = 100
