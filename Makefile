@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/jaxrec demo --out runs/demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/installed protos
 	$(BIN)/ruff format --check .

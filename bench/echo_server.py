@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from serve.polling import polling_server
+from serve.polling import Front, polling_server
 from serve.server import WORKERS
 
 SERVICE, METHOD = "bench.Echo", "Echo"
@@ -20,7 +20,11 @@ def main() -> None:
     """Answers every message with itself."""
     handler = grpc.unary_unary_rpc_method_handler(lambda request, context: request)
     pool = ThreadPoolExecutor(WORKERS)
-    server = polling_server(pool, [f"/{SERVICE}/{METHOD}"]) if sys.argv[1] == "polling" else grpc.server(pool)
+    server: grpc.Server
+    if sys.argv[1] == "polling":
+        server = polling_server(pool, ThreadPoolExecutor(1), Front([f"/{SERVICE}/{METHOD}"]))
+    else:
+        server = grpc.server(pool)
     server.add_registered_method_handlers(SERVICE, {METHOD: handler})
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()

@@ -61,8 +61,9 @@ def kill_rounds(path: Path, kills: int, seed: int = 0) -> Killed:
         for thread, number in came:
             acknowledged[thread].append(number)
     with open_store(path) as store:
+        stored = [new for part in store.all_events() for _, new in part]
         for thread, requests in enumerate(acknowledged):
-            _check(store, thread, requests, result)
+            _check(store, [new for new in stored if new.user_id == str(thread)], thread, requests, result)
     return result
 
 
@@ -118,10 +119,10 @@ def events(thread: int, number: int) -> list[UserEvent]:
     return [UserEvent(f"{thread}-{number}-{at}", str(thread), Event("i", None, number)) for at in range(EVENTS)]
 
 
-def _check(store: EventStore, thread: int, requests: list[int], result: Killed) -> None:
+def _check(store: EventStore, found: list[UserEvent], thread: int, requests: list[int], result: Killed) -> None:
     stored: dict[int, int] = {}
-    for event in store.history(str(thread)):
-        stored[event.timestamp] = stored.get(event.timestamp, 0) + 1
+    for new in found:
+        stored[new.event.timestamp] = stored.get(new.event.timestamp, 0) + 1
     result.acknowledged += EVENTS * len(requests)
     result.stored += sum(stored.values())
     result.lost += sum(max(EVENTS - stored.get(number, 0), 0) for number in requests)

@@ -147,7 +147,12 @@ def must(name: str, found: Sequence[str], expected: Sequence[str]) -> None:
 
 
 def rpc_target(
-    name: str, pid: int, port: int, method: str, requests: Sequence[bytes], check: Callable[[int, bytes], None]
+    name: str,
+    pids: Sequence[int],
+    port: int,
+    method: str,
+    requests: Sequence[bytes],
+    check: Callable[[int, bytes], None],
 ) -> tuple[Target, grpc.Channel]:
     channel = grpc.insecure_channel(f"127.0.0.1:{port}")
     call = channel.unary_unary(method)
@@ -157,7 +162,7 @@ def rpc_target(
         check(number, response)
         return framed(response)
 
-    return Target(name, pid, f"http://127.0.0.1:{port}{method}", [framed(one) for one in requests], answer), channel
+    return Target(name, pids, f"http://127.0.0.1:{port}{method}", [framed(one) for one in requests], answer), channel
 
 
 def infer_request(feed: Feed) -> bytes:
@@ -212,7 +217,7 @@ def fastapi_target(server: peer_servers.Started, work: Workload) -> Target:
         must("FastAPI", [work.ids[item] for item in json.loads(body)["items"]], work.expected[number])
         return body
 
-    return Target("FastAPI, JSON", server.process.pid, url, requests, answer, is_http1=True)
+    return Target("FastAPI, JSON", [server.process.pid], url, requests, answer, is_http1=True)
 
 
 def record(address: str, histories: Sequence[Sequence[Event]]) -> None:
@@ -305,7 +310,7 @@ def start_all(
 
     for kind in ("polling", "threaded"):
         server = stack.enter_context(peer_servers.echo(kind, folder))
-        add(f"echo, {kind}", server.process.pid, server.port, "/bench.Echo/Echo", [b""], lambda *_: None)
+        add(f"echo, {kind}", [server.process.pid], server.port, "/bench.Echo/Echo", [b""], lambda *_: None)
     ours = stack.enter_context(running_server(work.model, folder / "events.sqlite"))
     record(ours.address, work.histories)
     asked: dict[str, Any] = {"k": work.k, "request_time": work.request_time}
@@ -313,17 +318,29 @@ def start_all(
         "stored user": [RecommendRequest(user_id=str(user), **asked) for user in range(HISTORIES)],
         "inline history": [RecommendRequest(history=History(events=one), **asked) for one in work.histories],
     }
+    check = recommend_check(work)
     for name, requests in ways.items():
         messages = [request.SerializeToString() for request in requests]
         port = int(ours.address.rpartition(":")[2])
-        add(f"ours, {name}", ours.process.pid, port, RECOMMEND, messages, recommend_check(work))
+        add(f"ours, {name}", [ours.process.pid], port, RECOMMEND, messages, check)
+    # One process for each core: on one port, which the kernel divides, and on one store.
+    shared = f"127.0.0.1:{peer_servers.free_port()}"
+    both = [
+        stack.enter_context(
+            running_server(work.model, folder / "events.sqlite", address=shared, options=["--shared-port"])
+        )
+        for _ in range(2)
+    ]
+    messages = [request.SerializeToString() for request in ways["stored user"]]
+    port = int(shared.rpartition(":")[2])
+    add("ours, stored user, 2 processes", [one.process.pid for one in both], port, RECOMMEND, messages, check)
     if peers is not None:
         graph = (work.model / "sequence.onnx").resolve()
         for name, start in (("Triton", peer_servers.triton), ("MLServer", peer_servers.mlserver)):
             server = stack.enter_context(start(peers, graph, folder))
             seconds[name] = server.seconds
             messages = [infer_request(feed) for feed in work.feeds]
-            add(name, server.process.pid, server.port, INFER, messages, infer_check(name, work))
+            add(name, [server.process.pid], server.port, INFER, messages, infer_check(name, work))
         server = stack.enter_context(peer_servers.fastapi(peers, graph, folder))
         targets.append(fastapi_target(server, work))
         seconds["FastAPI, JSON"] = server.seconds
@@ -374,7 +391,7 @@ def main(
         for target in targets:
             for number in range(len(target.requests)):
                 target.answer(number)
-        memory = {target.name: memory_mb(target.pid) for target in targets}
+        memory = {target.name: memory_mb(target.pids) for target in targets}
     for name, value in described.items():
         click.echo(f"- {name}: {value}")
     click.echo(f"- {length} events, top {k}, {rounds} interleaved rounds of {seconds:g} s\n\n{table(measured)}\n")

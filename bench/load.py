@@ -22,10 +22,11 @@ CLOCK_TICK_MS = 10.0
 
 @dataclass(frozen=True)
 class Target:
-    """Where calls go: `requests` are whole bodies, `check` raises for an answer that is not right."""
+    """Where calls go: `requests` are whole bodies, `answer` raises for an answer that is not right."""
 
     name: str
-    pid: int
+    pids: Sequence[int]
+    """Of the processes that answer; what they started counts with them."""
     url: str
     requests: Sequence[bytes]
     answer: Callable[[int], bytes]
@@ -67,9 +68,9 @@ def drive(target: Target, concurrency: int, seconds: float, number: int, folder:
         command += ["--h1", "-H", "content-type: application/json"]
     else:
         command += [part for header in GRPC_HEADERS for part in ("-H", header)]
-    before = cpu_ms(target.pid)
+    before = cpu_ms(target.pids)
     output = subprocess.run([*command, target.url], capture_output=True, text=True, check=True).stdout
-    used_ms = cpu_ms(target.pid) - before
+    used_ms = cpu_ms(target.pids) - before
     done = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored, (\d+) timeout", output)
     data = re.search(r"\((\d+)\) data", output)
     if done is None or data is None:
@@ -92,19 +93,19 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def cpu_ms(pid: int) -> float:
-    """CPU time that a process and its children have used."""
+def cpu_ms(pids: Sequence[int]) -> float:
+    """CPU time that processes and their children have used."""
     ticks = 0
-    for member in family(pid):
+    for member in (member for pid in pids for member in family(pid)):
         fields = Path(f"/proc/{member}/stat").read_text().rsplit(")", 1)[1].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks * CLOCK_TICK_MS
 
 
-def memory_mb(pid: int) -> float:
-    """Resident memory of a process and its children; what they share counts for each."""
+def memory_mb(pids: Sequence[int]) -> float:
+    """Resident memory of processes and their children; what they share counts for each."""
     kilobytes = 0
-    for member in family(pid):
+    for member in (member for pid in pids for member in family(pid)):
         status = Path(f"/proc/{member}/status").read_text()
         kilobytes += int(status.split("VmRSS:")[1].split()[0])
     return kilobytes / 1024

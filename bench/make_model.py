@@ -1,11 +1,17 @@
 """Exports a model with random weights, for benchmarks of serving: latency does not depend on what was learned.
 
-python bench/make_model.py --items 10000 --out runs/bench-model
+    python bench/make_model.py --items 10000 --out runs/bench-model
+
+With an index it does, a little: how many candidates it takes depends on how the item vectors lie. `--clustered` places
+them as training does in kind: around centres, one for about 100 items, few of them large, along axes that matter less
+and less, with biases for what is popular. The LSTMs stay random, so queries don't favour a centre as real ones do,
+which makes it harder for the index.
 """
 
 from pathlib import Path
 
 import click
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from flax import nnx
@@ -28,12 +34,23 @@ def random_neighbours(items: int, rng: np.random.Generator) -> Neighbours:
     return Neighbours(item, -np.sort(-weight, axis=1))
 
 
+def clustered_vectors(items: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """[items + 1, width] float32 around centres whose sizes follow a power law."""
+    axes = np.linspace(1, 0.2, width)
+    centres = rng.normal(size=(max(20, items // 100), width)) * axes
+    shares = np.arange(1, len(centres) + 1) ** -0.7
+    of_item = rng.choice(len(centres), items + 1, p=shares / shares.sum())
+    return (centres[of_item] + 0.7 * rng.normal(size=(items + 1, width)) * axes).astype(np.float32)
+
+
 @click.command(context_settings={"show_default": True})
 @click.option("--items", type=click.IntRange(2), default=10_000, help="Size of the catalogue.")
 @click.option("--hidden", type=click.IntRange(1), default=ModelConfig.hidden)
+@click.option("--clustered", is_flag=True, help="Item vectors around centres.")
+@click.option("--index/--no-index", default=None, help="An index of the items; otherwise as `jaxrec export` has it.")
 @click.option("--seed", type=int, default=0)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(items: int, hidden: int, seed: int, out: Path) -> None:
+def main(items: int, hidden: int, clustered: bool, index: bool | None, seed: int, out: Path) -> None:
     """Writes a model directory with ITEMS movies, 19 genres and random weights."""
     rng = np.random.default_rng(seed)
     ids = np.arange(1, items + 1)
@@ -43,12 +60,18 @@ def main(items: int, hidden: int, seed: int, out: Path) -> None:
     config = PrepareConfig(min_user_ratings=1, min_movie_ratings=1, rating_scale=RatingScale(0.5, 5.0))
     data = prepare(log, movies, config)
     model, rngs = ModelConfig(hidden=hidden), nnx.Rngs(seed)
+    start = clustered_vectors(items, model.embedding, rng) if clustered else None
+    lstm = TimeRatingAwareLSTM(items, model, rngs=rngs, item_embedding=start)
+    genre_matrix = data.catalog.genre_matrix()
+    content = TimeRatingAwareContentModel(items, genre_matrix, model, rngs=rngs, item_embedding=start)
+    if clustered:
+        lstm.item_bias_table[...] = jnp.asarray(rng.gamma(1.0, 0.5, items + 1), jnp.float32)
     hybrid = Hybrid(
-        TimeRatingAwareLSTM(items, model, rngs=rngs),
-        TimeRatingAwareContentModel(items, data.catalog.genre_matrix(), model, rngs=rngs),
+        lstm,
+        content,
         CoOccurrence(random_neighbours(items, rng)),
         weight=0.5,
-        cooccurrence_weight=8.0,
+        cooccurrence_weight=1.0 if clustered else 8.0,
     )
     manifest = export_model(
         hybrid,
@@ -58,6 +81,7 @@ def main(items: int, hidden: int, seed: int, out: Path) -> None:
         training={"note": "random weights"},
         metrics={},
         licence="Random data.\n",
+        index=index,
     )
     click.echo(f"{out}: model {manifest['model_version']}")
 

@@ -192,12 +192,20 @@ def evaluate(run: Path, json_file: Path | None, seed: int) -> None:
 @click.option("--out", type=NEW_FOLDER, required=True, help="The model directory; replaced if it exists.")
 @click.option("--licence", type=EXISTING_FILE, help="Text about the data's licence, kept with the model.")
 @click.option("--int8", is_flag=True, help="Quantize the LSTMs; refused where the answers get worse.")
-def export(run: Path, out: Path, licence: Path | None, int8: bool) -> None:
+@click.option(
+    "--index",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="Whether to add an approximate index of the items; auto: for large catalogues. Refused where it misses too"
+    " many of the best items.",
+)
+def export(run: Path, out: Path, licence: Path | None, int8: bool, index: str) -> None:
     """Exports RUN to ONNX for `python -m serve`; refused where ONNX Runtime and JAX differ."""
     from jaxrec.export.run import NO_LICENCE, export_run
 
     text = licence.read_text(encoding="utf-8") if licence else NO_LICENCE
-    manifest = export_run(run, out, text, int8)
+    manifest = export_run(run, out, text, int8, {"auto": None, "always": True, "never": False}[index])
     parity = manifest["parity"]["max_abs_difference"]
     click.echo(f"{out}: model {manifest['model_version']}, policy {manifest['policy']}, within {parity:.1e} of JAX")
 

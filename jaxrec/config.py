@@ -109,13 +109,13 @@ class RLConfig:
     largest importance weight."""
 
     seed: int = 0
-    steps: int = 1000
-    steps_per_evaluation: int = 100
+    steps: int = 300
+    steps_per_evaluation: int = 50
     batch_size: int = 256
     slate_size: int = 10
     samples: int = 1
     learning_rate: float = 3e-4
-    kl_target: float = 0.02
+    kl_target: float = 0.005
     anchor: float = 0.2
     policy_width: int = 128
     entropy_floor: float = 0.8
@@ -123,6 +123,10 @@ class RLConfig:
     discount: float = 0.5
     importance_cap: float = 20.0
     rewards: RewardWeights = dataclasses.field(default_factory=RewardWeights)
+
+
+# What a log says is news to the models, unlike what they were trained on: a longer leash, and larger steps.
+LOG_RL = RLConfig(learning_rate=3e-3, kl_target=0.05)
 
 
 def to_json(config: Any) -> dict[str, Any]:

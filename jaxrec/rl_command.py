@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from jaxrec.config import RewardWeights, RLConfig
+from jaxrec.config import LOG_RL, RewardWeights, RLConfig
 from jaxrec.stopping import TrainingStopped, stop_on_signals
 
 SEED = click.IntRange(0)
@@ -26,6 +26,24 @@ OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
     "logged items with top-K correction; actor-critic with advantages over sampled items.",
 )
 @click.option(
+    "--log",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="EVENTS",
+    help="A server's event store (SQLite): improve the policy in use from what was shown and what came of it.",
+)
+@click.option(
+    "--temperature",
+    type=POSITIVE,
+    help="With --log: of the server's --explore.  [default: what explains the log's propensities best]",
+    show_default=False,
+)
+@click.option(
+    "--min-effective",
+    type=POSITIVE,
+    default=100.0,
+    help="With --log: refuse a policy where fewer users than that, effectively, judge it.",
+)
+@click.option(
     "--resume", is_flag=True, help="Go on with an interrupted training, with the options that it started with."
 )
 @click.option("--steps", type=click.IntRange(1), default=RLConfig.steps, help="Updates of the policy.")
@@ -37,8 +55,18 @@ OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
     default=RLConfig.samples,
     help="Slates drawn for each decision, at least; plackett-luce draws 4.",
 )
-@click.option("--learning-rate", type=POSITIVE, default=RLConfig.learning_rate, help="Of Adam, its peak.")
-@click.option("--kl-target", type=POSITIVE, default=RLConfig.kl_target, help="Leash to the policy before, in nats.")
+@click.option(
+    "--learning-rate",
+    type=POSITIVE,
+    help=f"Of Adam, its peak.  [default: {RLConfig.learning_rate:g}, with --log {LOG_RL.learning_rate:g}]",
+    show_default=False,
+)
+@click.option(
+    "--kl-target",
+    type=POSITIVE,
+    help=f"Leash to the policy before, in nats.  [default: {RLConfig.kl_target:g}, with --log {LOG_RL.kl_target:g}]",
+    show_default=False,
+)
 @click.option(
     "--anchor",
     type=click.FloatRange(0),
@@ -87,8 +115,8 @@ def rl(
     batch_size: int,
     slate_size: int,
     samples: int,
-    learning_rate: float,
-    kl_target: float,
+    learning_rate: float | None,
+    kl_target: float | None,
     anchor: float,
     entropy_floor: float,
     coverage_floor: float,
@@ -118,14 +146,15 @@ def rl(
     rewards = RewardWeights(
         hit_reward, genre_reward, rating_reward, centred_rating_reward, novelty_reward, diversity_reward
     )
+    defaults = RLConfig() if log is None else LOG_RL
     config = RLConfig(
         seed=seed,
         steps=steps,
         batch_size=batch_size,
         slate_size=slate_size,
         samples=samples,
-        learning_rate=learning_rate,
-        kl_target=kl_target,
+        learning_rate=learning_rate or defaults.learning_rate,
+        kl_target=kl_target or defaults.kl_target,
         anchor=anchor,
         entropy_floor=entropy_floor,
         coverage_floor=coverage_floor,

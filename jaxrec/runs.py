@@ -7,6 +7,8 @@ RUN/training.png  loss and validation figures by epoch
 RUN/cooccurrence.npz  the neighbours of each item, and the item vectors that training started from
 RUN/hybrid.json   the weights of the mix, with the validation figures that chose them
 RUN/policy/       written by `jaxrec rl`: the policy, its log, and whether it is used
+RUN/policy.partial/  where an interrupted `jaxrec rl` stands; RUN/policy.previous/ what was in use before
+RUN/policy_from_log.json  what came of the last `jaxrec rl --log`
 RUN/evaluation.json  written by `jaxrec evaluate`; goes into the manifest of the exported model
 """
 

@@ -2,12 +2,14 @@
 
 Every file is read once, its checksum is compared with the manifest, and what is
 returned was built from those same bytes, so a directory that changes while it is
-being read cannot slip in unverified.
+being read cannot slip in unverified. Only the large arrays of a directory with an
+index are mapped into memory instead.
 """
 
 import hashlib
 import io
 import json
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from serve.catalog import Catalog, CatalogError, parse_catalog
 SCHEMA_VERSION = 1
 POLICIES = ("reinforce", "supervised")
 REQUIRED_FILES = ("sequence.onnx", "step.onnx", "catalog.csv", "item_vectors.npy", "DATA_LICENCE.txt")
+INDEX_ARRAYS = ("item_bias.npy", "neighbour_item.npy", "neighbour_weight.npy")
+INDEX_GRAPHS = ("sequence_query", "step_query")
 LARGEST_ITEM_COUNT = 2**31 - 2
 
 
@@ -60,6 +64,27 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class IndexFiles:
+    """What a model directory with an index of its items has besides; see `serve.search`."""
+
+    path: Path
+    content: bytes
+    """Of the index itself, as faiss writes it."""
+    candidates: int
+    candidates_per_answer: int
+    recent_weights: NDArray[np.float32]
+    """`[recent, 1]`, what the neighbours of the last items count, the last item first."""
+    item_bias: NDArray[np.float32]
+    """`[items+1]`."""
+    neighbour_item: NDArray[np.int32]
+    """`[items+1, neighbours]`; 0 is none."""
+    neighbour_weight: NDArray[np.float32]
+    """`[items+1, neighbours]`, what is added to their logits."""
+    sequence_query_graph: bytes
+    step_query_graph: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Artifact:
     """A verified model directory."""
 
@@ -70,6 +95,7 @@ class Artifact:
     """`[items+1, width]`, not writeable; row 0 is zeros."""
     sequence_graph: bytes
     step_graph: bytes
+    index: IndexFiles | None = None
 
 
 def read_artifact(directory: Path) -> Artifact:
@@ -87,18 +113,20 @@ def read_artifact(directory: Path) -> Artifact:
         fields.fail("schema_version", f"{SCHEMA_VERSION}, the only one this server reads", version)
     info = _model_info(fields)
     graphs = fields.section("graphs")
-    for name in ("sequence", "step"):
+    indexed = fields.section("index") if "index" in fields else None
+    for name in ("sequence", "step", *(INDEX_GRAPHS if indexed else ())):
         file = graphs.section(name).get("file", str)
         if file != f"{name}.onnx":
             graphs.section(name).fail("file", f"{name}.onnx", file)
-    contents = _verified_files(directory, fields.section("files"))
+    contents = _verified_files(directory, fields.section("files"), indexed)
     return Artifact(
         directory=directory,
         info=info,
         catalog=_catalog(directory / "catalog.csv", contents["catalog.csv"], info),
         item_vectors=_item_vectors(directory / "item_vectors.npy", contents["item_vectors.npy"], info),
-        sequence_graph=contents["sequence.onnx"],
-        step_graph=contents["step.onnx"],
+        sequence_graph=bytes(contents["sequence.onnx"]),
+        step_graph=bytes(contents["step.onnx"]),
+        index=None if indexed is None else _index_files(directory, indexed, contents, info),
     )
 
 
@@ -173,15 +201,22 @@ def _model_info(fields: _Fields) -> ModelInfo:
     )
 
 
-def _verified_files(directory: Path, files: _Fields) -> Mapping[str, bytes]:
-    contents = {}
-    for name in (*REQUIRED_FILES, *(name for name in files if name not in REQUIRED_FILES)):
+Content = bytes | mmap.mmap
+
+
+def _verified_files(directory: Path, files: _Fields, indexed: _Fields | None) -> Mapping[str, Content]:
+    contents: dict[str, Content] = {}
+    required: tuple[str, ...] = REQUIRED_FILES
+    if indexed is not None:
+        graphs = (f"{name}.onnx" for name in INDEX_GRAPHS)
+        required = (*required, *INDEX_ARRAYS, *graphs, indexed.get("file", str))
+    for name in (*required, *(name for name in files if name not in required)):
         entry = files.section(name)
         if "/" in name or "\\" in name or name in ("", ".", ".."):
             raise ArtifactError(f"{directory / 'manifest.json'}: files.{name!r} is not a plain file name")
         path = directory / name
         try:
-            content = path.read_bytes()
+            content = _mapped(path) if indexed is not None and name.endswith(".npy") else path.read_bytes()
         except OSError as error:
             raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
         if len(content) != entry.get("bytes", int):
@@ -195,9 +230,15 @@ def _verified_files(directory: Path, files: _Fields) -> Mapping[str, bytes]:
     return contents
 
 
-def _catalog(path: Path, content: bytes, info: ModelInfo) -> Catalog:
+def _mapped(path: Path) -> Content:
+    with path.open("rb") as file:
+        # An empty file cannot be mapped.
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+
+
+def _catalog(path: Path, content: Content, info: ModelInfo) -> Catalog:
     try:
-        catalog = parse_catalog(content.decode())
+        catalog = parse_catalog(bytes(content).decode())
     except CatalogError as error:
         raise ArtifactError(f"{path}:{error}") from error
     except UnicodeDecodeError as error:
@@ -207,15 +248,62 @@ def _catalog(path: Path, content: bytes, info: ModelInfo) -> Catalog:
     return catalog
 
 
-def _item_vectors(path: Path, content: bytes, info: ModelInfo) -> NDArray[np.float32]:
-    try:
-        vectors: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ArtifactError(f"{path}: expected a NumPy array without pickle: {error}") from error
+def _item_vectors(path: Path, content: Content, info: ModelInfo) -> NDArray[np.float32]:
+    vectors = _array(path, content)
     rows = info.item_count + 1
     if vectors.ndim != 2 or vectors.dtype != np.float32 or vectors.shape[0] != rows:
         raise ArtifactError(f"{path}: is {vectors.dtype} {vectors.shape}, expected float32 ({rows}, width)")
     if vectors[0].any() or not np.isfinite(vectors).all():
         raise ArtifactError(f"{path}: expected finite numbers, and zeros in row 0")
-    vectors.setflags(write=False)
     return vectors
+
+
+def _index_files(directory: Path, fields: _Fields, contents: Mapping[str, Content], info: ModelInfo) -> IndexFiles:
+    for name in ("candidates", "candidates_per_answer"):
+        if not 1 <= fields.get(name, int) <= LARGEST_ITEM_COUNT:
+            fields.fail(name, f"a number in 1..{LARGEST_ITEM_COUNT}", fields.get(name, int))
+    weights = fields.get("recent_weights", list)
+    if not weights or not all(type(weight) in (int, float) for weight in weights):
+        fields.fail("recent_weights", "a list of numbers", weights)
+    bias, item, weight = (_array(directory / name, contents[name]) for name in INDEX_ARRAYS)
+    rows = info.item_count + 1
+    shape = (rows, item.shape[1] if item.ndim == 2 else 0)
+    for name, array, dtype, expected in zip(
+        INDEX_ARRAYS, (bias, item, weight), (np.float32, np.int32, np.float32), ((rows,), shape, shape), strict=True
+    ):
+        if array.dtype != dtype or array.shape != expected or not np.isfinite(array).all():
+            where = f"{directory / name}: is {array.dtype} {array.shape}"
+            raise ArtifactError(f"{where}, expected finite {np.dtype(dtype)} {expected}")
+    if item.min(initial=0) < 0 or item.max(initial=0) > info.item_count:
+        raise ArtifactError(f"{directory / INDEX_ARRAYS[1]}: expected items in 0..{info.item_count}")
+    return IndexFiles(
+        path=directory / fields.get("file", str),
+        content=bytes(contents[fields.get("file", str)]),
+        candidates=fields.get("candidates", int),
+        candidates_per_answer=fields.get("candidates_per_answer", int),
+        recent_weights=np.array(weights, np.float32)[:, None],
+        item_bias=bias,
+        neighbour_item=item,
+        neighbour_weight=weight,
+        sequence_query_graph=bytes(contents["sequence_query.onnx"]),
+        step_query_graph=bytes(contents["step_query.onnx"]),
+    )
+
+
+def _array(path: Path, content: Content) -> NDArray[Any]:
+    """The array of an .npy file, in the memory of its content, not writeable."""
+    stream = io.BytesIO(content[:_LONGEST_HEADER])
+    try:
+        read_header = _HEADERS[np.lib.format.read_magic(stream)]
+        shape, fortran, dtype = read_header(stream)
+        if fortran or dtype.hasobject:
+            raise ValueError("in C order and of numbers")
+        array: NDArray[Any] = np.frombuffer(content, dtype, int(np.prod(shape)), stream.tell()).reshape(shape)
+    except (ValueError, EOFError, KeyError) as error:
+        raise ArtifactError(f"{path}: expected a NumPy array without pickle: {error}") from error
+    array.setflags(write=False)
+    return array
+
+
+_LONGEST_HEADER = 2**16
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

@@ -1,5 +1,6 @@
 """The commands of `python -m serve`."""
 
+import gc
 import logging
 import os
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 import click
 
 from serve.artifact import ArtifactError, read_artifact
-from serve.engine import Provider, ProviderError
+from serve.engine import Provider, ProviderError, SearchBy
 from serve.recommender import Recommender
 
 model_argument = click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
@@ -26,6 +27,16 @@ threads_option = click.option(
     default=1,
     show_default=True,
     help="Threads within one run of the model. Requests run beside each other anyway.",
+)
+
+search_option = click.option(
+    "--search",
+    "search_by",
+    type=click.Choice(["auto", "exact", "index"]),
+    default="auto",
+    show_default=True,
+    help="How the best items are found. `auto`: with the model's index if it has one, which large catalogues do;"
+    " `exact`: all items are looked at; `index`: nothing else will do.",
 )
 
 
@@ -54,6 +65,7 @@ existing_file = click.Path(dir_okay=False, path_type=Path)
 )
 @provider_option
 @threads_option
+@search_option
 @click.option("--tls-cert", type=existing_file, help="Certificate chain in PEM; read again when it changes.")
 @click.option("--tls-key", type=existing_file, help="Its private key in PEM.")
 @click.option("--tls-client-ca", type=existing_file, help="Let in only clients with a certificate of these.")
@@ -118,6 +130,7 @@ def run(
     store: str,
     provider: Provider,
     threads: int,
+    search_by: SearchBy,
     tls_cert: Path | None,
     tls_key: Path | None,
     tls_client_ca: Path | None,
@@ -136,7 +149,7 @@ def run(
     or SIGINT.
 
     Prints `serving MODEL_VERSION on HOST:PORT (provider NAME)` when it is healthy. On SIGTERM or SIGINT it
-    answers the calls under way, takes no new ones, and exits with 0.
+    answers the calls under way, takes no new ones, and exits with 0; with 1 when it cannot go on.
     """
     # gRPC is not needed for the other command.
     from serve.addresses import SecurityError
@@ -157,6 +170,12 @@ def run(
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
+    failed = threading.Event()
+
+    def fail() -> None:
+        failed.set()
+        stopped.set()
+
     try:
         accepted = None
         if tokens is not None:
@@ -168,9 +187,18 @@ def run(
         with (
             open_store(store) as events,
             open_models(
-                model, events, metrics, provider=provider, threads=threads, exploration=exploration, watch_s=watch
+                *(model, events, metrics),
+                provider=provider,
+                threads=threads,
+                search_by=search_by,
+                exploration=exploration,
+                watch_s=watch,
+                load_now=False,
             ) as models,
         ):
+            # Catalogue and libraries stay: without them a full collection takes microseconds, not tens of milliseconds.
+            gc.collect()
+            gc.freeze()
             server = create_server(
                 models,
                 events,
@@ -182,8 +210,12 @@ def run(
                 log_calls=log_calls,
                 polling=None if front == "auto" else front == "polling",
                 shared_port=shared_port,
+                on_failure=fail,
             )
             stop_metrics = None if metrics_address is None else metrics.serve(metrics_address, allow_insecure)
+            # Open from here on, so that health checks see a server that is not ready, and not none.
+            server.listen()
+            models.open()
             server.start()
             host = address.rpartition(":")[0]
             main = models.version("").model
@@ -195,7 +227,7 @@ def run(
                 stop_metrics()
     except (AddressError, ArtifactError, ProviderError, SecurityError, StoreError) as error:
         raise click.ClickException(str(error)) from error
-    leave_process()
+    leave_process(int(failed.is_set()))
 
 
 @main.command(short_help="Ask a running server, for an answer to read.")
@@ -259,6 +291,31 @@ def ask(
         raise click.ClickException(str(error)) from error
 
 
+@main.command(short_help="Copy events and shown recommendations into a file.")
+@click.argument("store")
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path), metavar="OUT.sqlite")
+def log(store: str, out: Path) -> None:
+    """Copy the log of STORE, a SQLite file, postgresql://... or redis://... that servers may be using, into the SQLite
+    file OUT: all events, and all recommendations that were shown. It is the next policy's training data."""
+    from tqdm import tqdm
+
+    from serve.log_copy import copy_log
+    from serve.store import StoreError, open_store
+
+    if "://" not in store and not Path(store).is_file():
+        raise click.ClickException(f"{store}: expected a store, there is no such file")
+    try:
+        with open_store(store) as opened, tqdm(unit=" rows", delay=1) as bar:
+
+            def progress(rows: int) -> None:
+                bar.update(rows)
+
+            copied = copy_log(opened, out, progress)
+    except StoreError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{out}: {copied.events} events, {copied.shown} recommendations shown")
+
+
 @main.command(short_help="Recommend for many users at once, from CSV to CSV.")
 @model_argument
 @click.option(
@@ -286,8 +343,16 @@ def ask(
 )
 @provider_option
 @threads_option
+@search_option
 def recommend(
-    model: Path, history: Path, requests: Path | None, k: int, out: Path, provider: Provider, threads: int
+    model: Path,
+    history: Path,
+    requests: Path | None,
+    k: int,
+    out: Path,
+    provider: Provider,
+    threads: int,
+    search_by: SearchBy,
 ) -> None:
     """Recommend for many users at once with the model directory MODEL, without a server.
 
@@ -297,7 +362,7 @@ def recommend(
     from serve.offline import recommend_file
     from serve.tables import TableError
 
-    recommender = _load(model, provider, threads)
+    recommender = _load(model, provider, threads, search_by)
     try:
         recommend_file(recommender, history, requests, k, out)
     except TableError as error:
@@ -306,8 +371,8 @@ def recommend(
         raise click.ClickException(f"{error.filename}: {error.strerror}") from error
 
 
-def _load(model: Path, provider: Provider, threads: int) -> Recommender:
+def _load(model: Path, provider: Provider, threads: int, search_by: SearchBy) -> Recommender:
     try:
-        return Recommender(read_artifact(model), provider, threads)
+        return Recommender(read_artifact(model), provider, threads, search_by)
     except (ArtifactError, ProviderError) as error:
         raise click.ClickException(str(error)) from error

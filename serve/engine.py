@@ -4,15 +4,18 @@ import ctypes
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from serve.artifact import Artifact, ArtifactError
+from serve.artifact import Artifact, ArtifactError, IndexFiles
+from serve.search import NEVER, Graph, IndexedGraph, Search
 
 Provider = Literal["auto", "cpu", "cuda"]
+SearchBy = Literal["auto", "exact", "index"]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 # Name to dtype, as the model directory's contract has them.
@@ -25,9 +28,15 @@ SEQUENCE_OUTPUTS: Signature = {"state": "float", **_RANKING}
 STEP_INPUTS: Signature = {"state": "float", **_EVENTS, **_REQUEST}
 # A graph cannot call an output as one of its inputs, hence not `state`.
 STEP_OUTPUTS: Signature = {"next_state": "float", **_RANKING}
+# The graphs of a directory with an index, which answer a query.
+_QUERY_REQUEST = {"vector": "float", "request_gap": "float"}
+SEQUENCE_QUERY_INPUTS: Signature = {**_EVENTS, "length": "int32", **_QUERY_REQUEST}
+SEQUENCE_QUERY_OUTPUTS: Signature = {"state": "float", "query": "float"}
+STEP_QUERY_INPUTS: Signature = {"state": "float", **_EVENTS, **_QUERY_REQUEST}
+STEP_QUERY_OUTPUTS: Signature = {"next_state": "float", "query": "float"}
 
 # The graphs give an excluded item a score of at most this.
-EXCLUDED_SCORE = np.float32(-1e30)
+EXCLUDED_SCORE = NEVER
 
 # A run costs about as much as so many events of one more row in it (10,000 items, two LSTMs of 128).
 PADDING = 10
@@ -88,8 +97,14 @@ class Engine:
     user took as long (0.140 beside 0.142 ms, 10,000 items), and answers would have to be copied out of them.
     """
 
-    def __init__(self, artifact: Artifact, provider: Provider = "auto", intra_op_threads: int = 1) -> None:
-        """Loads the graphs.
+    def __init__(
+        self,
+        artifact: Artifact,
+        provider: Provider = "auto",
+        intra_op_threads: int = 1,
+        search_by: SearchBy = "auto",
+    ) -> None:
+        """Loads the graphs. `search_by`: with the items' index or the whole product; auto: the index, if there is one.
 
         More than one intra-op thread made single requests no faster and the tail worse, so requests run
         beside each other on one thread each.
@@ -98,11 +113,21 @@ class Engine:
         CUDA does not run.
         """
         self.item_count = artifact.info.item_count
-        self._sequence = _session(artifact, "sequence", provider, intra_op_threads)
-        self._step = _session(artifact, "step", provider, intra_op_threads)
-        self.state_width = _state_width(artifact, self._sequence, self._step)
-        self.provider: str = self._sequence.get_providers()[0]
+        if search_by == "index" and artifact.index is None:
+            raise ArtifactError(f"{artifact.directory}: has no index, export it with --index always")
+        index = None if search_by == "exact" else artifact.index
+        graphs = _exact_graphs(artifact) if index is None else _query_graphs(artifact.directory, index)
+        sequence, step = (_session(graph, provider, intra_op_threads) for graph in graphs)
+        self.state_width = _state_width(artifact, sequence, step)
+        self.provider: str = sequence.get_providers()[0]
         """ONNX Runtime's name of the execution provider that really runs."""
+        self.search_by: Literal["exact", "index"] = "exact" if index is None else "index"
+        self._sequence: Graph = sequence
+        self._step: Graph = step
+        if index is not None:
+            search = Search(artifact, index)
+            self._sequence = IndexedGraph(sequence, "state", search)
+            self._step = IndexedGraph(step, "next_state", search)
 
     def rank(self, rows: Sequence[Features], k: int) -> list[Ranking]:
         """Ranks the items for each row with `sequence.onnx`, rows of like length in one run.
@@ -223,25 +248,48 @@ def _state_width(artifact: Artifact, sequence: onnxruntime.InferenceSession, ste
     return widths[0]
 
 
-def _session(
-    artifact: Artifact, name: Literal["sequence", "step"], provider: Provider, intra_op_threads: int
-) -> onnxruntime.InferenceSession:
-    file = artifact.directory / f"{name}.onnx"
-    graph = artifact.sequence_graph if name == "sequence" else artifact.step_graph
+class _GraphFile(NamedTuple):
+    """A graph with what is expected of it."""
+
+    file: Path
+    content: bytes
+    inputs: Signature
+    outputs: Signature
+
+
+def _exact_graphs(artifact: Artifact) -> tuple[_GraphFile, _GraphFile]:
+    folder = artifact.directory
+    return (
+        _GraphFile(folder / "sequence.onnx", artifact.sequence_graph, SEQUENCE_INPUTS, SEQUENCE_OUTPUTS),
+        _GraphFile(folder / "step.onnx", artifact.step_graph, STEP_INPUTS, STEP_OUTPUTS),
+    )
+
+
+def _query_graphs(folder: Path, index: IndexFiles) -> tuple[_GraphFile, _GraphFile]:
+    sequence = folder / "sequence_query.onnx", index.sequence_query_graph
+    step = folder / "step_query.onnx", index.step_query_graph
+    return (
+        _GraphFile(*sequence, SEQUENCE_QUERY_INPUTS, SEQUENCE_QUERY_OUTPUTS),
+        _GraphFile(*step, STEP_QUERY_INPUTS, STEP_QUERY_OUTPUTS),
+    )
+
+
+def _session(graph: _GraphFile, provider: Provider, intra_op_threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = intra_op_threads
     options.inter_op_num_threads = 1
+    # The items' arrays of a directory with an index are files of their own.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.file.parent))
     wanted = [CUDA, CPU] if _try_cuda(provider) else [CPU]
     try:
-        session = onnxruntime.InferenceSession(graph, options, providers=wanted)
+        session = onnxruntime.InferenceSession(graph.content, options, providers=wanted)
     # ONNX Runtime's exceptions have no common base and no public names.
     except Exception as error:
-        raise ArtifactError(f"{file}: ONNX Runtime cannot load it: {error}") from error
+        raise ArtifactError(f"{graph.file}: ONNX Runtime cannot load it: {error}") from error
     if provider == "cuda" and session.get_providers()[0] != CUDA:
-        raise ProviderError(f"expected CUDA, but {file.name} runs on {session.get_providers()[0]}")
-    inputs, outputs = (SEQUENCE_INPUTS, SEQUENCE_OUTPUTS) if name == "sequence" else (STEP_INPUTS, STEP_OUTPUTS)
-    _check_signature(f"{file}: inputs", session.get_inputs(), inputs)
-    _check_signature(f"{file}: outputs", session.get_outputs(), outputs)
+        raise ProviderError(f"expected CUDA, but {graph.file.name} runs on {session.get_providers()[0]}")
+    _check_signature(f"{graph.file}: inputs", session.get_inputs(), graph.inputs)
+    _check_signature(f"{graph.file}: outputs", session.get_outputs(), graph.outputs)
     return session
 
 

@@ -46,16 +46,15 @@ def explain(
     items: NDArray[np.int32],
     events: Sequence[KnownEvent],
     influences: NDArray[np.float32] | None,
-    unit_vectors: NDArray[np.float32],
+    similarities: NDArray[np.float32],
     catalog: Catalog,
 ) -> tuple[Explanation, ...]:
     """Explains each recommended item by events that the model saw, in time order.
 
     `influences` is `[items, events]`: by how much an item's score would be lower without an event. Events with a
     positive one are reasons, the strongest first, and of several on one item the strongest. Without influences (None)
-    the cosine of the two item vectors counts instead (`unit_vectors` is `[items+1, width]`, rows of length 1).
+    the cosine of the two item vectors counts instead, which is `similarities` `[items, events]`.
     """
-    similarities = np.clip(unit_vectors[items] @ unit_vectors[[event.item for event in events]].T, -1, 1)
     weights = similarities if influences is None else influences
     return tuple(
         _explanation(

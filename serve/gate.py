@@ -1,4 +1,4 @@
-"""Counts the calls under way, and turns new ones away once the server is to end."""
+"""Counts the calls under way, and turns new ones away until the server is ready, and once it is to end."""
 
 import threading
 from collections.abc import Callable
@@ -6,19 +6,24 @@ from typing import Any
 
 import grpc
 
-# Its checks go on, to say that the server ends.
-HEALTH = "/grpc.health.v1.Health/"
+# These go on, to say how the server stands.
+UNGATED = (
+    "/grpc.health.v1.Health/",
+    "/inference.GRPCInferenceService/ServerLive",
+    "/inference.GRPCInferenceService/ServerReady",
+)
+LOADING = "the model is being loaded, try again"
 DRAINING = "the server is shutting down, try another or again"
 
 
 class Gate(grpc.ServerInterceptor):
-    """Wraps every unary RPC of a server, once for each; health checks and streams pass uncounted."""
+    """Wraps every unary RPC of a server, once for each; health checks and streams pass uncounted. Closed at first."""
 
     def __init__(self) -> None:
         self._handlers: dict[str, grpc.RpcMethodHandler] = {}
         self._changed = threading.Condition()
         self._under_way = 0
-        self._closed = False
+        self._closed = LOADING
 
     def intercept_service(
         self,
@@ -28,17 +33,22 @@ class Gate(grpc.ServerInterceptor):
         handler = self._handlers.get(handler_call_details.method)
         if handler is None:
             handler = continuation(handler_call_details)
-            if handler is None or handler.unary_unary is None or handler_call_details.method.startswith(HEALTH):
+            if handler is None or handler.unary_unary is None or handler_call_details.method.startswith(UNGATED):
                 return handler
             handler = self._handlers[handler_call_details.method] = grpc.unary_unary_rpc_method_handler(
                 self._counted(handler.unary_unary), handler.request_deserializer, handler.response_serializer
             )
         return handler
 
+    def open(self) -> None:
+        """From now on calls are answered."""
+        with self._changed:
+            self._closed = ""
+
     def close(self) -> None:
         """From now on every call that is not under way ends with UNAVAILABLE, which tells a client to try again."""
         with self._changed:
-            self._closed = True
+            self._closed = DRAINING
 
     @property
     def under_way(self) -> int:
@@ -54,9 +64,10 @@ class Gate(grpc.ServerInterceptor):
         def handle(request: Any, context: Any) -> Any:
             with self._changed:
                 closed = self._closed
-                self._under_way += not closed
+                if not closed:
+                    self._under_way += 1
             if closed:
-                context.abort(grpc.StatusCode.UNAVAILABLE, DRAINING)
+                context.abort(grpc.StatusCode.UNAVAILABLE, closed)
             try:
                 return answer(request, context)
             finally:

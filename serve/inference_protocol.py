@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.batching import Cancelled, Expired
 from serve.engine import SEQUENCE_INPUTS, SEQUENCE_OUTPUTS
 from serve.loaded import Models, UnknownModel
 from serve.pb import open_inference_pb2 as pb
@@ -95,6 +96,10 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
                 raise InvalidRequest(f"outputs[{at}]", f"one of {', '.join(SEQUENCE_OUTPUTS)}, each once", repr(name))
         inputs = _decoded(request)
         _check(inputs, model)
+        if not context.is_active():
+            raise Cancelled("cancelled by the client")
+        if not context.time_remaining():
+            raise Expired("the deadline passed before the model ran")
         outputs = model.engine.run_sequence(inputs, wanted)
         response = pb.ModelInferResponse(model_name=MODEL_NAME, model_version=model.info.model_version, id=request.id)
         for name, values in zip(wanted, outputs, strict=True):

@@ -1,5 +1,7 @@
 """A loaded model with all that it needs to answer, and which of several answers whom."""
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -8,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.batching import Batcher, Pending, QueueFull, Run
+from serve.batching import Batcher, Cancelled, Expired, Pending, QueueFull, Run
 from serve.explain import Explanation, explain_popularity
 from serve.exploration import Exploration
 from serve.metrics import Metrics
@@ -43,12 +45,14 @@ class LoadedModel:
         self, query: Query, deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
     ) -> Answer:
         """Answers one query; raises as `Batcher.recommend`."""
-        return self._finished(query, self._batcher.recommend(self._asked(query), deadline_s, is_cancelled))
+        wanted = _Wanted(deadline_s, is_cancelled)
+        return self._finished(query, self._batcher.recommend(self._asked(query), deadline_s, is_cancelled), wanted)
 
     def recommend_all(
         self, queries: Sequence[Query], deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
     ) -> list[Answer]:
         """Answers several queries of one call, all or none; raises as `Batcher.recommend`."""
+        wanted = _Wanted(deadline_s, is_cancelled)
         asked = [self._asked(query) for query in queries]
         answers: list[Answer] = []
         for start in range(0, len(asked), AT_ONCE):
@@ -63,7 +67,7 @@ class LoadedModel:
             for one in pending:
                 self._batcher.drive(one)
             answers += [one.result() for one in pending]
-        return [self._finished(query, answer) for query, answer in zip(queries, answers, strict=True)]
+        return [self._finished(query, answer, wanted) for query, answer in zip(queries, answers, strict=True)]
 
     def _asked(self, query: Query) -> Query:
         """What the batch is asked: without explanations, for which its neighbours would have to wait."""
@@ -71,11 +75,14 @@ class LoadedModel:
             query = query._replace(k=max(query.k, self.exploration.pool))
         return query._replace(explain=False) if query.explain else query
 
-    def _finished(self, query: Query, answer: Answer) -> Answer:
+    def _finished(self, query: Query, answer: Answer, wanted: "_Wanted") -> Answer:
         """The answer to a query from what the batch answered."""
         if self.exploration is not None:
             answer = _drawn(query, answer, self.exploration)
-        return replace(answer, explanations=self._explanations(query, answer)) if query.explain else answer
+        if not query.explain:
+            return answer
+        wanted.check()
+        return replace(answer, explanations=self._explanations(query, answer))
 
     def _explanations(self, query: Query, answer: Answer) -> tuple[Explanation, ...]:
         if answer.policy == POPULARITY:
@@ -84,6 +91,21 @@ class LoadedModel:
         if query.user_id is not None:
             events = self._store.history(query.user_id, query.request_time)
         return self.model.explain(query._replace(events=events), answer.items)
+
+
+class _Wanted:
+    """Until when and whether an answer is wanted, for what is computed after the batch."""
+
+    def __init__(self, deadline_s: float | None, is_cancelled: IsCancelled | None) -> None:
+        self._end = math.inf if deadline_s is None else time.monotonic() + deadline_s
+        self._is_cancelled = is_cancelled
+
+    def check(self) -> None:
+        """Raises Expired or Cancelled."""
+        if self._is_cancelled is not None and self._is_cancelled():
+            raise Cancelled("cancelled by the client")
+        if time.monotonic() >= self._end:
+            raise Expired("the deadline passed before the answer was explained")
 
 
 def _drawn(query: Query, answer: Answer, exploration: Exploration) -> Answer:

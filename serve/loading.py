@@ -1,6 +1,7 @@
 """Makes a loaded model of a model directory: verified, and asked once so that its first user does not wait."""
 
 import logging
+import threading
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from serve.artifact import ArtifactError, read_artifact
-from serve.engine import Provider, Ranking, Step
+from serve.engine import Provider, Ranking, SearchBy, Step
 from serve.exploration import Exploration
 from serve.history import KnownEvent, features
 from serve.loaded import LoadedModel
@@ -21,6 +22,9 @@ from serve.store import EventStore, StoreError
 logger = logging.getLogger(__name__)
 
 K = 10
+# States to forget in one transaction, and the pause after it.
+DROPPED_AT_ONCE = 1000
+PAUSE_S = 0.05
 # Of the largest score; parity of the graphs is held much closer when they are exported.
 TOLERANCE = 1e-3
 
@@ -32,10 +36,11 @@ def load_model(
     *,
     provider: Provider = "auto",
     threads: int = 1,
+    search_by: SearchBy = "auto",
     exploration: Exploration | None = None,
 ) -> LoadedModel:
     """Raises ArtifactError for a directory that cannot be served, and ProviderError."""
-    model = Recommender(read_artifact(directory), provider, threads)
+    model = Recommender(read_artifact(directory), provider, threads, search_by)
     warm_up(model)
     return LoadedModel(model, store, metrics, exploration)
 
@@ -47,27 +52,77 @@ def open_models(
     *,
     provider: Provider = "auto",
     threads: int = 1,
+    search_by: SearchBy = "auto",
     exploration: Exploration | None = None,
     watch_s: float = WATCH_S,
+    load_now: bool = True,
 ) -> ModelLibrary:
     """The versions of a directory, with their attempts and what serves in the metrics; raises as `ModelLibrary`."""
+    sweeper = StateSweeper(store)
 
     def tell(models: Sequence[LoadedModel]) -> None:
         infos = [loaded.model.info for loaded in models]
-        try:
-            # A version that left is rarely asked again, and its states can be rebuilt.
-            store.drop_states([info.model_version for info in infos])
-        except StoreError as error:
-            logger.error("the states of earlier versions stay in the store", exc_info=error)
+        sweeper.keep([info.model_version for info in infos])
         metrics.serving([(info.model_version, info.policy, _seconds(info.created), info.item_count) for info in infos])
 
     return ModelLibrary(
         directory,
-        lambda path: load_model(path, store, metrics, provider=provider, threads=threads, exploration=exploration),
+        lambda path: load_model(
+            path, store, metrics, provider=provider, threads=threads, search_by=search_by, exploration=exploration
+        ),
         watch_s=watch_s,
         on_attempt=metrics.reloaded,
         on_change=tell,
+        on_close=sweeper.close,
+        load_now=load_now,
     )
+
+
+class StateSweeper:
+    """Forgets the states of versions that left, in a thread of its own: a million of them takes a minute.
+
+    Such a version is rarely asked again, and its states can be rebuilt.
+    """
+
+    def __init__(self, store: EventStore) -> None:
+        self._store = store
+        self._changed = threading.Condition()
+        self._versions: Sequence[str] | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="state-sweeper", daemon=True)
+        self._thread.start()
+
+    def keep(self, versions: Sequence[str]) -> None:
+        """All states but those of these versions go; returns at once."""
+        with self._changed:
+            self._versions = versions
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Stops, wherever it is: what is left goes after the next start."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._versions is not None)
+                versions, self._versions = self._versions, None
+            while not self._closed and versions is not None:
+                try:
+                    if not self._store.drop_states(versions, DROPPED_AT_ONCE):
+                        break
+                except StoreError as error:
+                    logger.error("the states of earlier versions stay in the store", exc_info=error)
+                    break
+                with self._changed:
+                    # Between two parts others write.
+                    self._changed.wait_for(lambda: self._closed or self._versions is not None, PAUSE_S)
+                    versions, self._versions = self._versions or versions, None
+            if self._closed:
+                return
 
 
 def warm_up(model: Recommender) -> None:

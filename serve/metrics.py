@@ -9,7 +9,7 @@ Shares and rates are left to the one who asks, as counters: the share of fallbac
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -95,7 +95,8 @@ class Metrics:
         self._dropped = self._gauge(
             "dropped_log_entries", "Shown recommendations and states that the store gave up since the start."
         )
-        self._rejected = self._counter("rejected_calls_total", "Calls that were turned away.", ("reason",))
+        self._rejected = self._counter("rejected_calls_total", "Calls that were turned away.", ("reason", "method"))
+        self._methods: frozenset[str] = frozenset()
         self._reloads = self._counter("model_reloads_total", "Attempts to load a model.", ("result",))
         self._model_info = self._gauge("model_info", "1 for each loaded version.", ("model_version", "policy"))
         self._model_created = self._gauge(
@@ -130,9 +131,13 @@ class Metrics:
         """Where to look for how much of what was shown is lost."""
         self._dropped.set_function(count)
 
-    def rejected(self, reason: str) -> None:
+    def know_methods(self, methods: Iterable[str]) -> None:
+        """The methods of the server; all others are counted as one, since anybody can think of names."""
+        self._methods = frozenset(methods)
+
+    def rejected(self, reason: str, method: str) -> None:
         """One call that was turned away before it was looked at: `unauthenticated`, `permission` or `overload`."""
-        self._rejected.labels(reason).inc()
+        self._rejected.labels(reason, method if method in self._methods else "unknown").inc()
 
     def answered(self, policy: str, items: NDArray[np.int32]) -> None:
         """One recommendation, and the indices of its items."""

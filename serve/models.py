@@ -69,7 +69,7 @@ class _Traffic:
     def __init__(self, ready: Mapping[str, _Ready], shares: Mapping[str, float]) -> None:
         self.ready = ready
         self.shares = shares
-        self.main = max(shares, key=lambda version: shares[version])
+        self.main = max(shares, key=lambda version: shares[version], default="")
         # In the order of versions: as a share grows, users move to it and none move elsewhere.
         self._models = [ready[version].model for version in sorted(shares)]
         self._bounds = list(accumulate(shares[version] for version in sorted(shares)))[:-1]
@@ -91,28 +91,39 @@ class ModelLibrary:
         watch_s: float = WATCH_S,
         on_attempt: Callable[[str], None] = lambda result: None,
         on_change: Callable[[Sequence[LoadedModel]], None] = lambda models: None,
+        on_close: Callable[[], None] = lambda: None,
+        load_now: bool = True,
     ) -> None:
-        """Loads the newest valid version, or raises ArtifactError or ProviderError with the reason of the newest.
+        """Loads and raises as `open`, or leaves that for later.
 
         `load` verifies, loads and warms up, and raises ArtifactError or ProviderError. Every `watch_s` seconds the
         directory is looked at for a newer version; 0: never. `on_attempt` is told `loaded` or `refused`, `on_change`
-        what serves, most traffic first.
+        what serves, most traffic first; `on_close` is called at the end.
         """
         self._directory = directory
         self._load = load
         self._on_attempt = on_attempt
         self._on_change = on_change
+        self._on_close = on_close
         # Held while versions are loaded and traffic changes; answering needs no lock.
         self._changing = threading.Lock()
         self._refused: dict[str, tuple[Fingerprint, str]] = {}
         self._loading = ""
+        self._traffic = _Traffic({}, {})
         self._previous: str | None = None
         self._has_changed = False
         self.automatic = watch_s > 0
         self._watches = self.automatic
-        versions = find_versions(directory)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=[watch_s], name="model-watch", daemon=True)
+        if load_now:
+            self.open()
+
+    def open(self) -> None:
+        """Loads the newest valid version, or raises ArtifactError or ProviderError with the reason of the newest."""
+        versions = find_versions(self._directory)
         if not versions:
-            raise ArtifactError(f"{directory}: expected a model directory, or one with model directories in it")
+            raise ArtifactError(f"{self._directory}: expected a model directory, or one with model directories in it")
         error: Exception | None = None
         for version in versions:
             try:
@@ -125,8 +136,6 @@ class ModelLibrary:
         else:
             assert error is not None
             raise error
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, args=[watch_s], name="model-watch", daemon=True)
         if self._watches:
             self._thread.start()
 
@@ -139,8 +148,9 @@ class ModelLibrary:
     def close(self) -> None:
         """Stops watching, and has the states of users spilled. Calls under way may go on."""
         self._closed.set()
-        if self._watches:
+        if self._thread.is_alive():
             self._thread.join()
+        self._on_close()
         for ready in self._traffic.ready.values():
             ready.model.states.spill()
 
@@ -272,6 +282,8 @@ class ModelLibrary:
 
     def _follow(self, versions: Sequence[Version], *, older_too: bool) -> None:
         """Serves the newest version that can be loaded, alone."""
+        folders = {version.folder for version in versions}
+        self._refused = {folder: refused for folder, refused in self._refused.items() if folder in folders}
         for version in versions:
             if not version.model_version:
                 # Its manifest cannot be read: for the record.
@@ -321,10 +333,10 @@ class ModelLibrary:
         return _Ready(model, int(time.time()))
 
     def _serve(self, traffic: _Traffic) -> None:
-        before: _Traffic | None = getattr(self, "_traffic", None)
+        before = self._traffic
         self._traffic = traffic
         self._has_changed = True
-        if before is not None:
+        if before.main:
             self._previous = before.main
         logger.info("serving %s", ", ".join(f"{version} to {share:.1%}" for version, share in self.shares()))
         self._on_change([traffic.ready[version].model for version in self.versions()])

@@ -7,8 +7,16 @@ are no more the model runs once, and then the thread looks again who has come. W
 ones are turned away unread, for a fraction of what an answer costs: what cannot be answered in time must not wait in
 gRPC, where nobody counts it, nor take the time of the others.
 
-Everything else is grpc's own: other methods, health, reflection and streams go to the thread pool, interceptors and
-servicers are the usual ones, and so are `stop` and its grace.
+Calls of other unary methods go to the thread pool, once their message is there: grpc lets a thread wait for it, so
+that a few callers who send none, and need no token for that, keep all threads from the others. Here a call without a
+message costs its memory, for so many calls and so long and no more. A stream that is only written to, by a handler
+that does not block (watching health), holds no thread either. Other streams are grpc's own and have a few threads for
+themselves, since each holds one as long as it likes. Interceptors and servicers are the usual ones, and so are `stop`
+and its grace.
+
+gRPC's own limit on the calls of a connection (`grpc.max_concurrent_streams`) holds, but not its "overload protection":
+that counts calls which the client has its answer to, until this thread has seen them off, and refuses good ones of a
+client that stays below the limit. What is in the server is counted here instead.
 
 This reaches into `grpc._server`, which promises nothing: `is_supported` says whether the installed grpcio has what is
 used here, and `grpc.server` does the same job, only slower. A handler of an inline method holds up all others while it
@@ -19,9 +27,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from greenlet import getcurrent, greenlet
@@ -29,6 +38,7 @@ from grpc import _common, _server
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from serve import batching
+from serve.polled_call import Metadata, PolledCall
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +47,49 @@ MOST_AT_ONCE = 256
 # For each run of the model: what gRPC does for a call costs more than half of an answer, also for one that is turned
 # away. With as many turned away as answered, 62 % of the peak were answered; whoever comes beyond that waits.
 MOST_TURNED_AWAY = batching.LARGEST_BATCH // 4
+# A message travels with its call; who needs longer is very far away or up to no good.
+MESSAGE_S = 30.0
+# So many calls may wait for their message, of some 5 KB each; with more, the oldest of them end.
+MOST_WITHOUT_MESSAGE = 1_000
+# For streams that are read from: reflection, which is asked by hand.
+STREAM_WORKERS = 4
+MOST_STREAMS = 16
 IDLE_S = 1.0
-_NO_FLAGS = 0
 _USED = (
-    *("_Server", "_ServerStage", "_HandlerCallDetails"),
+    *("_Server", "_ServerStage", "_HandlerCallDetails", "_GenericMethod", "_REQUEST_CALL_TAG"),
     *("_process_event_and_continue", "_request_registered_call", "_request_call"),
     *("_stop_serving", "_begin_shutdown_once"),
 )
 
-Metadata = Sequence[tuple[str, str | bytes]]
 TurnedAway = tuple[grpc.StatusCode, str, Metadata]
 """How a call ends that is not looked at: status, message and trailing metadata."""
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """Which calls the polling thread answers itself, and how many others may wait; methods by their full names,
+    `/package.Service/Method`."""
+
+    inline: Collection[str] = ()
+    """Unary methods that the polling thread answers, unless a call `takes_long`."""
+    at_once: Collection[str] = ()
+    """Unary methods that it answers however many calls wait."""
+    takes_long: Callable[[str, bytes], bool] = lambda method, message: False
+    """Whether a call, by its method and message, is for the pool of slow ones, which must keep no others waiting."""
+    most_parked: int = batching.DEFAULT_CAPACITY
+    """So many inline calls may wait for the model."""
+    most_in_pool: int = 256
+    """So many calls may run in the pool, or wait for one of its threads."""
+    most_slow: int = 64
+    """The same for the pool of slow ones."""
+    turn_away: Callable[[str], TurnedAway] = lambda method: (
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "too many calls wait",
+        (),
+    )
+    """How further calls of a method end, without reaching an interceptor."""
+    on_failure: Callable[[], None] = lambda: None
+    """Called when the polling thread ends without having been asked to: nobody is answered any more."""
 
 
 def is_supported() -> bool:
@@ -57,35 +99,39 @@ def is_supported() -> bool:
 
 def polling_server(
     pool: ThreadPoolExecutor,
-    inline: Collection[str],
+    slow_pool: ThreadPoolExecutor,
+    front: Front,
     *,
     interceptors: Sequence[grpc.ServerInterceptor] = (),
     options: Sequence[tuple[str, Any]] = (),
-    maximum_concurrent_rpcs: int | None = None,
-    capacity: int = batching.DEFAULT_CAPACITY,
-    turn_away: Callable[[], TurnedAway] = lambda: (grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls wait", ()),
 ) -> "PollingServer":
-    """As `grpc.server`, with the full names of the unary methods (`/package.Service/Method`) to be answered inline.
+    """As `grpc.server`; inline methods must be registered by their generated `add_...Servicer_to_server`."""
+    streams = ThreadPoolExecutor(STREAM_WORKERS, "grpc-streams")
+    options = (*options, ("grpc.http.overload_protection", 0))
+    pools = _Pool(pool, front.most_in_pool), _Pool(slow_pool, front.most_slow)
+    return PollingServer(pools, front, streams, (), tuple(interceptors), options, MOST_STREAMS, None, False)
 
-    While `capacity` of those wait, further ones end with the status of `turn_away`, without reaching an interceptor.
-    `maximum_concurrent_rpcs` counts the others only.
 
-    Those must be registered by their generated `add_...Servicer_to_server`.
-    """
-    arguments = (pool, (), tuple(interceptors), tuple(options), maximum_concurrent_rpcs, None, False)
-    return PollingServer(frozenset(inline), capacity, turn_away, *arguments)
+class _Pool:
+    """Threads, and how many calls they have or are to have."""
+
+    def __init__(self, threads: ThreadPoolExecutor, most: int) -> None:
+        self.threads = threads
+        self.most = most
+        self.count = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.count >= self.most
 
 
 class PollingServer(_server._Server):
     """A `grpc.Server`; made by `polling_server`."""
 
-    def __init__(
-        self, inline: frozenset[str], capacity: int, turn_away: Callable[[], TurnedAway], *arguments: Any
-    ) -> None:
+    def __init__(self, pools: tuple[_Pool, _Pool], front: Front, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._inline = inline
-        self._capacity = capacity
-        self._turn_away = turn_away
+        self._pools = pools
+        self._front = front
 
     def start(self) -> None:
         """Starts to answer, in a thread of its own."""
@@ -93,7 +139,7 @@ class PollingServer(_server._Server):
         with state.lock:
             if state.stage is not _server._ServerStage.STOPPED:
                 raise ValueError("the server was started before")
-            missing = self._inline - state.registered_method_handlers.keys()
+            missing = {*self._front.inline, *self._front.at_once} - state.registered_method_handlers.keys()
             if missing:
                 raise ValueError(f"expected registered methods to answer inline, came {sorted(missing)}")
             state.server.start()
@@ -101,25 +147,63 @@ class PollingServer(_server._Server):
             for method in state.registered_method_handlers:
                 _server._request_registered_call(state, method)
             _server._request_call(state)
-        threading.Thread(
-            target=_Loop(state, self._inline, self._capacity, self._turn_away).run, name="grpc-polling", daemon=True
-        ).start()
+        threading.Thread(target=_Loop(state, self._pools, self._front).run, name="grpc-polling", daemon=True).start()
 
 
 class _Loop:
     """The polling thread's work."""
 
-    def __init__(self, state: Any, inline: frozenset[str], capacity: int, turn_away: Callable[[], TurnedAway]) -> None:
+    def __init__(self, state: Any, pools: tuple[_Pool, _Pool], front: Front) -> None:
         self._state = state
-        self._inline = inline
-        self._capacity = capacity
-        self._turn_away = turn_away
+        self._pool, self._slow_pool = pools
+        self._front = front
+        self._inline = frozenset(front.inline)
+        self._at_once = frozenset(front.at_once)
         self._parked: deque[tuple[greenlet, batching.Batcher, batching.Pending]] = deque()
+        # With when they came, the oldest first.
+        self._without_message: dict[PolledCall, float] = {}
         self._greenlet: greenlet
         self._turned_away = 0
 
     def run(self) -> None:
         """Until the server has stopped."""
+        try:
+            self._poll()
+        except BaseException:
+            logger.critical("the thread that polls for calls failed, nobody is answered any more", exc_info=True)
+            self._front.on_failure()
+        finally:
+            for pool in (self._pool, self._slow_pool):
+                pool.threads.shutdown(wait=False)
+
+    def answer(self, call: PolledCall, message: bytes) -> None:
+        """Answers a call whose message is there: in this thread, or in one of a pool."""
+        method = call.method
+        if method in self._at_once or call.is_stream:
+            greenlet(call.answer).switch(message)
+            return
+        takes_long = self._front.takes_long(method, message)
+        if method in self._inline and not takes_long:
+            if len(self._parked) >= self._front.most_parked:
+                self._turned_away += 1
+                call.refuse(*self._front.turn_away(method))
+            else:
+                greenlet(call.answer).switch(message)
+            return
+        pool = self._slow_pool if takes_long else self._pool
+        if pool.is_full:
+            call.refuse(*self._front.turn_away(method))
+        else:
+            pool.count += 1
+            call.hand_over(pool)
+            pool.threads.submit(call.answer_in_pool, message)
+
+    def park(self, batcher: batching.Batcher, pending: batching.Pending) -> None:
+        """Sets the calling handler aside until its request is answered."""
+        self._parked.append((getcurrent(), batcher, pending))
+        self._greenlet.switch()
+
+    def _poll(self) -> None:
         self._greenlet = getcurrent()
         batching.use_loop(self)
         poll = self._state.completion_queue.poll
@@ -130,6 +214,7 @@ class _Loop:
             if event.completion_type == cygrpc.CompletionType.queue_timeout:
                 if self._parked:
                     self._answer_parked()
+                self._end_overdue()
                 taken = 0
             elif not self._process(event):
                 return
@@ -143,11 +228,6 @@ class _Loop:
                 _server._begin_shutdown_once(self._state)
             # A call that an event refers to must end before the next poll.
             del event
-
-    def park(self, batcher: batching.Batcher, pending: batching.Pending) -> None:
-        """Sets the calling handler aside until its request is answered."""
-        self._parked.append((getcurrent(), batcher, pending))
-        self._greenlet.switch()
 
     def _answer_parked(self) -> None:
         """One run of the model, for the one that waits longest and those that go with it."""
@@ -163,208 +243,99 @@ class _Loop:
     def _process(self, event: Any) -> bool:
         """Handles one event; False when the server has stopped."""
         tag = event.tag
-        if isinstance(tag, str) and tag in self._inline and event.success:
-            self._begin(event)
-            return True
-        owner = getattr(tag, "__self__", None)
-        if not isinstance(owner, _Call):
+        call = getattr(tag, "__self__", None)
+        if not isinstance(call, PolledCall):
+            if event.success and (tag is _server._REQUEST_CALL_TAG or tag in self._state.registered_method_handlers):
+                return self._begin(event)
             return bool(_server._process_event_and_continue(self._state, event))
         tag(event)
-        if owner.due:
+        if not call.waits_for_message:
+            self._without_message.pop(call, None)
+        if not call.is_over:
             return True
-        for callback in owner.callbacks:
-            _called(callback)
+        if call.pool is not None:
+            call.pool.count -= 1
+        call.end()
         with self._state.lock:
-            self._state.rpc_states.remove(owner)
+            self._state.rpc_states.remove(call)
             return not _server._stop_serving(self._state)
 
-    def _begin(self, event: Any) -> None:
-        """Takes in a call of an inline method; its message comes with another event."""
-        state, method = self._state, event.tag
-        handler: grpc.RpcMethodHandler | None = state.registered_method_handlers[method]
-        call = _Call(event)
+    def _begin(self, event: Any) -> bool:
+        """Takes in a call; its message comes with another event."""
+        state, tag = self._state, event.tag
+        method = _common.decode(event.call_details.method) if tag is _server._REQUEST_CALL_TAG else tag
+        call = PolledCall(event, method, self.answer)
+        is_full = self._is_full(method)
+        handler: Any = None
+        if not is_full:
+            handler = self._handler(event, method)
+            call.is_stream = handler is not None and handler.unary_unary is None
+            if call.is_stream and not getattr(handler.unary_stream, "experimental_non_blocking", False):
+                return bool(_server._process_event_and_continue(state, event))
         with state.lock:
-            state.due.remove(method)
+            state.due.remove(tag)
             state.rpc_states.add(call)
             if state.stage is _server._ServerStage.STARTED:
-                _server._request_registered_call(state, method)
-        if len(self._parked) >= self._capacity:
-            self._turned_away += 1
-            call.turn_away(*self._turn_away())
-            return
-        if state.interceptor_pipeline is not None:
-            details = _server._HandlerCallDetails(method, event.invocation_metadata)
-            try:
-                handler = state.interceptor_pipeline.execute(
-                    lambda _: state.registered_method_handlers[method], details
-                )
-            except Exception:
-                logger.exception("an interceptor failed")
-                handler = None
-        call.begin(handler)
-
-
-class _Call(grpc.ServicerContext):
-    """One call of an inline method: grpc's context of it, and its progress.
-
-    Used by the polling thread alone, but for what a handler hands on to other threads: whether it is active.
-    """
-
-    def __init__(self, event: Any) -> None:
-        self._event = event
-        self._call = event.call
-        self._handler: grpc.RpcMethodHandler | None = None
-        self._is_cancelled = self._is_answered = self._is_aborted = False
-        self._initial: Metadata = ()
-        self._trailing: Metadata = ()
-        self._code: grpc.StatusCode | None = None
-        self._details = ""
-        self.callbacks: list[Callable[[], None]] = []
-        self.due = 2
-        """How many events are still to come."""
-
-    def begin(self, handler: grpc.RpcMethodHandler | None) -> None:
-        """Waits for the message; without a handler the call fails."""
-        self._handler = handler
-        self._call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), self._on_close)
-        if handler is None:
-            self.due -= 1
-            self._send(None, grpc.StatusCode.INTERNAL, "internal error")
+                if tag is _server._REQUEST_CALL_TAG:
+                    _server._request_call(state)
+                else:
+                    _server._request_registered_call(state, tag)
+        if is_full:
+            self._turned_away += method in self._inline
+            call.turn_away(*self._front.turn_away(method))
+        elif handler is None:
+            call.turn_away(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         else:
-            self._call.start_server_batch((cygrpc.ReceiveMessageOperation(_NO_FLAGS),), self._on_message)
-
-    def turn_away(self, code: grpc.StatusCode, details: str, metadata: Metadata) -> None:
-        """Ends the call unread, all in one operation."""
-        self._is_answered = True
-        self.due = 1
-        status = _common.STATUS_CODE_TO_CYGRPC_STATUS_CODE[code]
-        self._call.start_server_batch(
-            (
-                cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),
-                cygrpc.SendInitialMetadataOperation((), _NO_FLAGS),
-                cygrpc.SendStatusFromServerOperation(metadata, status, details.encode(), _NO_FLAGS),
-            ),
-            self._on_close,
-        )
-
-    def _on_close(self, event: Any) -> None:
-        self.due -= 1
-        self._is_cancelled = event.batch_operations[0].cancelled()
-
-    def _on_message(self, event: Any) -> None:
-        self.due -= 1
-        message = event.batch_operations[0].message()
-        if message is not None:
-            greenlet(self._answer).switch(message)
-        elif not self._is_cancelled:
-            self._send(None, grpc.StatusCode.UNIMPLEMENTED, "expected one request message, came none")
-
-    def _on_sent(self, _: Any) -> None:
-        self.due -= 1
-
-    def _answer(self, message: bytes) -> None:
-        handler = self._handler
-        assert handler is not None
-        assert handler.unary_unary is not None
-        try:
-            request = handler.request_deserializer(message) if handler.request_deserializer else message
-        except Exception:
-            self._send(None, grpc.StatusCode.INTERNAL, "the request message cannot be read")
-            return
-        try:
-            response = handler.unary_unary(request, self)
-            if handler.response_serializer:
-                response = handler.response_serializer(response)
-        except Exception:
-            if not self._is_aborted:
-                logger.exception("a handler failed")
-                self._code, self._details = grpc.StatusCode.UNKNOWN, "internal error"
-            self._send(None, self._code or grpc.StatusCode.UNKNOWN, self._details)
-        else:
-            self._send(response, self._code or grpc.StatusCode.OK, self._details)
-
-    def _send(self, message: bytes | None, code: grpc.StatusCode, details: str) -> None:
-        if self._is_cancelled:
-            return
-        self._is_answered = True
-        status = _common.STATUS_CODE_TO_CYGRPC_STATUS_CODE[code]
-        operations = [
-            cygrpc.SendInitialMetadataOperation(self._initial, _NO_FLAGS),
-            cygrpc.SendStatusFromServerOperation(self._trailing, status, details.encode(), _NO_FLAGS),
-        ]
-        if message is not None:
-            operations.append(cygrpc.SendMessageOperation(message, _NO_FLAGS))
-        self.due += 1
-        self._call.start_server_batch(operations, self._on_sent)
-
-    # What follows is grpc.ServicerContext, which documents it.
-
-    def is_active(self) -> bool:
-        return not (self._is_cancelled or self._is_answered)
-
-    def time_remaining(self) -> float:
-        return max(self._event.call_details.deadline - time.time(), 0)
-
-    def cancel(self) -> None:
-        self._call.cancel()
-
-    def add_callback(self, callback: Callable[[], None]) -> bool:
-        self.callbacks.append(callback)
+            call.begin(handler)
+            if call.waits_for_message:
+                self._without_message[call] = time.monotonic()
+                if len(self._without_message) > MOST_WITHOUT_MESSAGE:
+                    self._end_overdue()
         return True
 
-    def invocation_metadata(self) -> Any:
-        return self._event.invocation_metadata
+    def _is_full(self, method: str) -> bool:
+        """Whether a call need not be looked at, because it could not be answered."""
+        if method in self._inline:
+            return len(self._parked) >= self._front.most_parked
+        return self._pool.is_full and self._slow_pool.is_full and method not in self._at_once
 
-    def peer(self) -> str:
-        return str(_common.decode(self._call.peer()))
+    def _handler(self, event: Any, method: str) -> Any:
+        """What answers a call, by way of the interceptors; None: nothing does."""
+        state = self._state
+        details = _server._HandlerCallDetails(method, event.invocation_metadata)
+        handler = state.registered_method_handlers.get(method)
 
-    def peer_identities(self) -> Iterable[bytes] | None:
-        found: Iterable[bytes] | None = cygrpc.peer_identities(self._call)
-        return found
+        def find(details: Any) -> Any:
+            return handler or _server._GenericMethod(state.generic_handlers).handler(details)
 
-    def peer_identity_key(self) -> str | None:
-        key = cygrpc.peer_identity_key(self._call)
-        return None if key is None else str(_common.decode(key))
+        try:
+            return (
+                find(details)
+                if state.interceptor_pipeline is None
+                else state.interceptor_pipeline.execute(find, details)
+            )
+        except Exception:
+            logger.exception("an interceptor failed")
+            return FAILED
 
-    def auth_context(self) -> Mapping[str, Any]:
-        found = cygrpc.auth_context(self._call) or {}
-        return {_common.decode(key): value for key, value in found.items()}
-
-    def send_initial_metadata(self, initial_metadata: Metadata) -> None:
-        """Here it travels with the answer."""
-        self._initial = initial_metadata
-
-    def set_trailing_metadata(self, trailing_metadata: Metadata) -> None:
-        self._trailing = trailing_metadata
-
-    def trailing_metadata(self) -> Any:
-        return self._trailing
-
-    def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
-        self._code = grpc.StatusCode.UNKNOWN if code is grpc.StatusCode.OK else code
-        self._details = details
-        self._is_aborted = True
-        raise Exception("the call was aborted")
-
-    def abort_with_status(self, status: grpc.Status) -> NoReturn:
-        self._trailing = status.trailing_metadata or ()
-        self.abort(status.code, status.details)
-
-    def set_code(self, code: grpc.StatusCode) -> None:
-        self._code = code
-
-    def set_details(self, details: str) -> None:
-        self._details = details
-
-    def code(self) -> grpc.StatusCode | None:
-        return self._code
-
-    def details(self) -> bytes:
-        return self._details.encode()
+    def _end_overdue(self) -> None:
+        """Ends calls that have waited too long for their message, or are too many."""
+        now = time.monotonic()
+        while self._without_message:
+            call, since = next(iter(self._without_message.items()))
+            if len(self._without_message) > MOST_WITHOUT_MESSAGE:
+                end = grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls wait for their message"
+            elif now - since > MESSAGE_S:
+                end = grpc.StatusCode.DEADLINE_EXCEEDED, f"the message did not come within {MESSAGE_S:g} s"
+            else:
+                return
+            del self._without_message[call]
+            call.refuse(*end)
 
 
-def _called(callback: Callable[[], None]) -> None:
-    try:
-        callback()
-    except Exception:
-        logger.exception("a callback failed")
+def _fail(_: Any, context: grpc.ServicerContext) -> Any:
+    context.abort(grpc.StatusCode.INTERNAL, "internal error")
+
+
+FAILED = grpc.unary_unary_rpc_method_handler(_fail)
+"""For calls whose interceptors raised something."""

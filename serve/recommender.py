@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.artifact import Artifact
-from serve.engine import Engine, Provider, Ranking
+from serve.engine import Engine, Provider, Ranking, SearchBy
 from serve.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
 from serve.history import Event, KnownEvent, features, known_events
 
@@ -49,19 +49,24 @@ class Answer:
 class Recommender:
     """One loaded model. Immutable, and safe to share between threads."""
 
-    def __init__(self, artifact: Artifact, provider: Provider = "auto", intra_op_threads: int = 1) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        provider: Provider = "auto",
+        intra_op_threads: int = 1,
+        search_by: SearchBy = "auto",
+    ) -> None:
         """Raises ArtifactError and ProviderError as `Engine` does."""
         self.info = artifact.info
         self.catalog = artifact.catalog
-        self.engine = Engine(artifact, provider, intra_op_threads)
+        self.engine = Engine(artifact, provider, intra_op_threads, search_by)
         self.provider = self.engine.provider
         self.messages: dict[int, bytes] = {}
         """By item index, what of an answer does not depend on the query, encoded once: see `serve.convert`."""
-        lengths = np.linalg.norm(artifact.item_vectors, axis=1, keepdims=True)
+        self._vectors = artifact.item_vectors
+        lengths = np.sqrt(np.einsum("ij,ij->i", self._vectors, self._vectors))
         # Padding, and an item that was never trained, may have no direction; they resemble nothing.
-        unit_vectors = artifact.item_vectors / np.where(lengths == 0, 1, lengths)
-        self._unit_vectors: NDArray[np.float32] = unit_vectors.astype(np.float32, copy=False)
-        self._unit_vectors.setflags(write=False)
+        self._lengths: NDArray[np.float32] = np.where(lengths == 0, np.float32(1), lengths)
 
     def recommend(self, queries: Sequence[Query]) -> list[Answer]:
         """Answers each query from its events; those with a known event share runs of the model."""
@@ -106,7 +111,12 @@ class Recommender:
     ) -> tuple[Explanation, ...]:
         asked = history[-ASKED_EVENTS:]
         influences = self._influences(query, history, items) if len(history) > 1 and len(items) else None
-        return explain(items, asked, influences, self._unit_vectors, self.catalog)
+        of_items, of_events = self._directions(items), self._directions([event.item for event in asked])
+        return explain(items, asked, influences, np.clip(of_items @ of_events.T, -1, 1), self.catalog)
+
+    def _directions(self, items: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
+        """Vectors of length 1."""
+        return self._vectors[items] / self._lengths[items, None]
 
     def _influences(self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]) -> NDArray[np.float32]:
         """By how much each item's score is lower without each of the last events, `[items, events]`."""
@@ -142,7 +152,7 @@ class Recommender:
         item = self.catalog.index.get(item_id)
         if item is None:
             raise UnknownItem(f"the model {self.info.model_version} does not know the item {item_id!r}")
-        cosines = np.clip(self._unit_vectors @ self._unit_vectors[item], -1, 1)
+        cosines = np.clip(self._vectors @ self._directions([item])[0] / self._lengths, -1, 1)
         cosines[[0, item]] = -np.inf
         k = min(k, len(self.catalog) - 1)
         nearest = np.argpartition(-cosines, k)[:k]

@@ -173,10 +173,10 @@ class TokenInterceptor(grpc.ServerInterceptor):
         # Of several headers, which one counts would be anybody's guess.
         rights = self._tokens.rights(str(given[0])) if len(given) == 1 else None
         if rights is None:
-            self._metrics.rejected("unauthenticated")
+            self._metrics.rejected("unauthenticated", handler_call_details.method)
             return self._unauthenticated
         if right not in rights:
-            self._metrics.rejected("permission")
+            self._metrics.rejected("permission", handler_call_details.method)
             return self._forbidden[right]
         return continuation(handler_call_details)
 
@@ -185,5 +185,7 @@ def _abort(code: grpc.StatusCode, message: str) -> grpc.RpcMethodHandler:
     def abort(_: Any, context: grpc.ServicerContext) -> Any:
         context.abort(code, message)
 
+    # For `serve.polling`: whoever may not call need not be waited for.
+    abort.refuses = True  # type: ignore[attr-defined]
     # gRPC asks a handler for what the client began; a stream that is never read ends all the same.
     return grpc.unary_unary_rpc_method_handler(abort)

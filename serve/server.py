@@ -5,13 +5,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from serve.addresses import AddressError, check_exposure, host_and_port
 from serve.admin import ModelAdminServicer
@@ -32,7 +33,8 @@ from serve.pb import (
     recommender_pb2,
     recommender_pb2_grpc,
 )
-from serve.polling import is_supported, polling_server
+from serve.polling import Front, TurnedAway, is_supported, polling_server
+from serve.reflection import ReflectionServicer
 from serve.security import Tls, TokenInterceptor, Tokens
 from serve.servicer import RecommenderServicer
 from serve.store import EventStore
@@ -42,15 +44,43 @@ from serve.tracing import tracer_of_the_process
 logger = logging.getLogger(__name__)
 
 SERVICE = recommender_pb2.DESCRIPTOR.services_by_name["Recommender"].full_name
-SERVICES = (SERVICE, open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name)
+INFERENCE_SERVICE = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 ADMIN_SERVICE = model_admin_pb2.DESCRIPTOR.services_by_name["ModelAdmin"].full_name
+SERVICES = (SERVICE, INFERENCE_SERVICE)
+FILES = (recommender_pb2, open_inference_pb2, model_admin_pb2, health_pb2)
+METHODS = frozenset(
+    f"/{service.full_name}/{method.name}"
+    for file in FILES
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+)
 
 # Threads for what the polling thread does not answer itself (`serve/polling.py`): RecordEvents, which waits for the
 # disk, and all else but Recommend; Recommend too with a store on another machine. When all calls went to the pool, 8
 # threads got through 1,220 Recommends/s, 32 threads 910 and 1 thread 1,010 (10,000 items, 50 events, 2 shared cores).
 WORKERS = 8
 # These read the store's file at most, and wait for the model: the polling thread answers them itself.
-INLINE = (f"/{SERVICE}/Recommend",)
+RECOMMEND = f"/{SERVICE}/Recommend"
+INLINE = (RECOMMEND,)
+# These run the model for many rows, or load one: in a few threads of their own, for which no event waits.
+SLOW = (
+    f"/{SERVICE}/BatchRecommend",
+    f"/{INFERENCE_SERVICE}/ModelInfer",
+    *(
+        f"/{ADMIN_SERVICE}/{method.name}"
+        for method in model_admin_pb2.DESCRIPTOR.services_by_name["ModelAdmin"].methods
+    ),
+)
+SLOW_WORKERS = 3
+# A server that is only busy must not be taken for a dead one.
+AT_ONCE = (
+    f"/{health.SERVICE_NAME}/Check",
+    f"/{health.SERVICE_NAME}/Watch",
+    f"/{INFERENCE_SERVICE}/ServerLive",
+    f"/{INFERENCE_SERVICE}/ServerReady",
+)
+# A history of 300 events. To decode and check the longest that is allowed takes as long as a run of the model.
+LONG_MESSAGE_BYTES = 16 * 2**10
 DRAIN_S = 10.0
 LINGER_S = 0.05
 # A history of 10,000 events with ids of 36 characters takes 0.5 MB. gRPC refuses more with RESOURCE_EXHAUSTED.
@@ -58,6 +88,20 @@ MAX_MESSAGE_BYTES = 8 * 2**20
 # Further calls wait at the client, where they cost the server nothing. HTTP/2 recommends no less.
 MAX_CALLS_OF_A_CONNECTION = 100
 MAX_CALLS = 256
+
+
+def takes_long(method: str, message: bytes) -> bool:
+    """Whether a call would hold up all others: long histories, up to 17 rows to explain an answer, whole batches."""
+    if method in SLOW:
+        return True
+    if method != RECOMMEND:
+        return False
+    if len(message) > LONG_MESSAGE_BYTES:
+        return True
+    try:
+        return recommender_pb2.RecommendRequest.FromString(message).explain
+    except DecodeError:
+        return False
 
 
 class RecommenderServer:
@@ -77,11 +121,19 @@ class RecommenderServer:
         self._health = health_servicer
         self._inference = inference
         self._services = services
+        self._listens = False
         self.port = port
+
+    def listen(self) -> None:
+        """Opens the port: health checks are told NOT_SERVING, calls are UNAVAILABLE until `start`."""
+        self._server.start()
+        self._listens = True
 
     def start(self) -> None:
         """Starts to answer, and says so to health checks."""
-        self._server.start()
+        if not self._listens:
+            self.listen()
+        self._gate.open()
         for name in ("", *self._services):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._inference.ready = True
@@ -107,13 +159,13 @@ class RecommenderServer:
         self._server.stop(None).wait()
 
 
-def leave_process() -> NoReturn:
+def leave_process(status: int = 0) -> NoReturn:
     """Ends the process after `finish_calls`: calls that came too late see a closed connection, which is UNAVAILABLE."""
     # Its handlers flush logs, traces and profiles.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def create_server(
@@ -131,12 +183,15 @@ def create_server(
     max_calls: int = MAX_CALLS,
     shared_port: bool = False,
     calls: Calls | None = None,
+    on_failure: Callable[[], None] = lambda: None,
 ) -> RecommenderServer:
     """Binds `address` (HOST:PORT, with port 0 for a free one) for a server that is not started yet.
 
     `polling`: whether Recommend is answered in the thread that polls; None: when the store is a local file.
+    `on_failure` is called when that thread ends by a failure: the server is deaf, and the process should end.
     `shared_port`: other servers of the same kind may listen there too, and the kernel spreads connections over them.
-    Of calls for the pool of threads `max_calls` run or wait; further ones are RESOURCE_EXHAUSTED at once.
+    Of calls for the pool of threads `max_calls` run or wait; further ones are RESOURCE_EXHAUSTED at once, but never
+    a health check.
     A `ModelLibrary` as the models comes with the admin service.
 
     Raises AddressError, and SecurityError for an address that others reach without TLS or authentication.
@@ -146,6 +201,7 @@ def create_server(
     check_exposure(address, tls is not None, authenticated, allow_insecure)
     metrics = metrics or Metrics()
     gate = Gate()
+    metrics.know_methods(METHODS)
     metrics.count_under_way(lambda: gate.under_way)
     metrics.count_dropped(lambda: store.dropped_count)
     calls = calls or Calls(metrics, tracer_of_the_process(), log_calls)
@@ -162,24 +218,25 @@ def create_server(
     server: grpc.Server
     if polling is None:
         polling = isinstance(store, SQLiteStore)
-    if polling and is_supported():
-        full = status_of(QueueFull(DEFAULT_CAPACITY, RETRY_AFTER_S))
+    full = status_of(QueueFull(DEFAULT_CAPACITY, RETRY_AFTER_S))
 
-        def turn_away() -> tuple[grpc.StatusCode, str, Sequence[tuple[str, str | bytes]]]:
-            metrics.rejected("overload")
-            return full
+    def turn_away(method: str) -> TurnedAway:
+        metrics.rejected("overload", method)
+        return full
 
-        server = polling_server(
-            pool,
-            INLINE,
-            interceptors=interceptors,
-            options=options,
-            maximum_concurrent_rpcs=max_calls,
+    if is_supported():
+        front = Front(
+            INLINE if polling else (),
+            AT_ONCE,
+            takes_long,
+            most_in_pool=max_calls,
             turn_away=turn_away,
+            on_failure=on_failure,
         )
+        slow_pool = ThreadPoolExecutor(SLOW_WORKERS, "grpc-slow")
+        server = polling_server(pool, slow_pool, front, interceptors=interceptors, options=options)
     else:
-        if polling:
-            logger.warning("this grpcio has no front that polls (serve.polling); Recommend runs in the pool of threads")
+        logger.warning("this grpcio has no front that polls (serve.polling): calls without a message hold threads")
         server = grpc.server(pool, interceptors=interceptors, options=options, maximum_concurrent_rpcs=max_calls)
     servicer = RecommenderServicer(models, store, metrics)
     recommender_pb2_grpc.add_RecommenderServicer_to_server(servicer, server)
@@ -191,7 +248,8 @@ def create_server(
         services.append(ADMIN_SERVICE)
     health_servicer = HealthServicer(services)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflected = ReflectionServicer((*services, health.SERVICE_NAME, reflection.SERVICE_NAME))
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, server)
     try:
         port = server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls.credentials())
     except RuntimeError as error:

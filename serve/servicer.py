@@ -54,7 +54,9 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
 
     def _shown(self, loaded: LoadedModel, query: Query, answer: Answer) -> pb.RecommendResponse:
         """The message for an answer, noted and counted."""
-        model, recommendation_id = loaded.model, os.urandom(16).hex()
+        model, now = loaded.model, time.time()
+        # The time first: an index of ids in their order grows at one end, which costs half of one in no order.
+        recommendation_id = f"{int(now * 1e3):012x}{os.urandom(10).hex()}"
         item_ids = model.catalog.item_ids
         self._store.log_shown(
             Shown(
@@ -64,7 +66,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
                 log_propensities=answer.log_propensities,
                 policy=answer.policy,
                 model_version=model.info.model_version,
-                timestamp=int(time.time()),
+                timestamp=int(now),
             )
         )
         self._metrics.answered(answer.policy, answer.items)

@@ -20,21 +20,24 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve.engine import Step
-from serve.history import features, known_events, unit_ratings
+from serve.history import Event, features, known_events, unit_ratings
 from serve.recommender import Answer, Query, Recommender
-from serve.store import Changes, EventStore, SpilledState
+from serve.store import MOST_EVENTS, Changes, EventStore, SpilledState
 
 DEFAULT_CAPACITY = 10_000
 """Users; with a state of 512 numbers and histories of 50 events about 5 KB each."""
 
 # From so many new events on, one run over the history costs less than a step for each of them.
 MOST_STEPS = 8
+
+# A state that leaves out more items than this is made anew, of the newest events.
+MOST_EXCLUDED = MOST_EVENTS + 1_000
 
 # last, newest, known_count, ignored_count, item, rating, gap; then the state and the excluded items.
 _HEADER = struct.Struct("<qqqqiff")
@@ -75,24 +78,35 @@ class UserState:
         return header + self.before.tobytes() + self.exclude.tobytes()
 
     @classmethod
-    def from_bytes(cls, revision: int, content: bytes, width: int) -> Self | None:
-        """None for bytes that are no state of this width."""
+    def from_bytes(cls, revision: int, content: bytes, width: int, item_count: int) -> Self | None:
+        """None for bytes that are no state of this width and on these items."""
         end = _HEADER.size + 4 * width
         if len(content) <= end or (len(content) - end) % 4:
             return None
         last, newest, known_count, ignored_count, item, rating, gap = _HEADER.unpack_from(content)
+        before = np.frombuffer(content, np.float32, width, _HEADER.size)
+        exclude = np.frombuffer(content, np.int32, -1, end)
+        if not (
+            1 <= item <= item_count
+            and exclude.min() >= 0
+            and exclude.max() <= item_count
+            and known_count > 0
+            and np.isfinite(before).all()
+            and np.isfinite((rating, gap)).all()
+        ):
+            return None
         return cls(
             revision=revision,
             newest=newest,
             known_count=known_count,
             ignored_count=ignored_count,
-            before=np.frombuffer(content, np.float32, width, _HEADER.size)[None],
+            before=before[None],
             after=None,
             item=np.array([item], np.int32),
             rating=np.array([rating], np.float32),
             gap=np.array([gap], np.float32),
             last=last,
-            exclude=np.frombuffer(content, np.int32, -1, end)[None],
+            exclude=exclude[None],
             spilled=True,
         )
 
@@ -177,19 +191,19 @@ class StateCache:
     def _current(self, user_ids: Iterable[str]) -> dict[str, UserState]:
         """The users' states as of their stored histories."""
         current: dict[str, UserState] = {}
-        unread: dict[str, Changes] = {}
+        unread: dict[str, _Unread] = {}
         for user_id in user_ids:
             user = self._users.get(user_id) or self._unspilled(user_id)
             if user is None:
-                unread[user_id] = self._store.changes(user_id)
+                unread[user_id] = _Unread(self._store.changes(user_id))
                 continue
             if user.revision != self._store.revision(user_id):
                 changes = self._store.changes(user_id, user.revision)
-                user = None if changes.complete else self._advanced(user, changes)
-                if user is None:
-                    # Where only late events came, the others have to be read once more.
-                    unread[user_id] = changes if changes.complete else self._store.changes(user_id)
+                advanced = None if changes.complete else self._advanced(user, changes)
+                if advanced is None:
+                    unread[user_id] = _Unread(changes) if changes.complete else self._to_be_read(user_id, user, changes)
                     continue
+                user = advanced
             current[user_id] = user
         current.update(self._rebuilt(unread))
         for user_id, user in current.items():
@@ -226,11 +240,23 @@ class StateCache:
             user.last = event.timestamp
         return user
 
-    def _rebuilt(self, unread: dict[str, Changes]) -> dict[str, UserState]:
-        """States from whole histories, all in one replay."""
+    def _to_be_read(self, user_id: str, user: UserState, changes: Changes) -> "_Unread":
+        """What a rebuild needs, once some events arrived: of a history that is longer than the model reads, only what
+        the model reads. Else every event of a user with thousands of them would cost as much as all of those."""
+        window = self._model.info.max_history
+        if user.known_count > window and user.exclude.shape[1] < MOST_EXCLUDED:
+            # Some may be on items that the model does not know.
+            recent = self._store.changes(user_id, 0, 2 * window)
+            known = known_events(recent.events, self._model.catalog)
+            if recent.revision == changes.revision and len(known) > window:
+                return _Unread(recent, user, changes.events)
+        return _Unread(self._store.changes(user_id))
+
+    def _rebuilt(self, unread: "dict[str, _Unread]") -> dict[str, UserState]:
+        """States from whole histories, or from the ends of long ones, all in one replay."""
         rebuilt = {}
         rows, replayed = [], []
-        for user_id, changes in unread.items():
+        for user_id, (changes, before, new) in unread.items():
             known = known_events(changes.events, self._model.catalog)
             user = rebuilt[user_id] = _empty(changes, len(changes.events) - len(known), self._engine.state_width)
             if not known:
@@ -238,7 +264,14 @@ class StateCache:
             row = features(known, None, (), self._model.info)
             user.known_count, user.last = len(known), known[-1].timestamp
             user.item, user.rating, user.gap = row.item[-1:].copy(), row.rating[-1:].copy(), row.gap[-1:].copy()
-            user.exclude = row.exclude[None]
+            user.exclude = np.unique(row.exclude)[None]
+            if before is not None:
+                arrived = [event.item for event in known_events(new, self._model.catalog)]
+                user.known_count = before.known_count + len(arrived)
+                user.ignored_count = before.ignored_count + len(new) - len(arrived)
+                user.newest = max(before.newest, user.newest)
+                # Late ones need not be at the end.
+                user.exclude = np.union1d(before.exclude, [*arrived, *row.exclude]).astype(np.int32)[None]
             if len(row.item) > 1:
                 rows.append(row.without_last())
                 replayed.append(user)
@@ -248,7 +281,9 @@ class StateCache:
 
     def _unspilled(self, user_id: str) -> UserState | None:
         found = self._store.load_state(user_id, self._model.info.model_version)
-        return found and UserState.from_bytes(found.revision, found.state, self._engine.state_width)
+        return found and UserState.from_bytes(
+            found.revision, found.state, self._engine.state_width, self._model.info.item_count
+        )
 
     def _make_room(self) -> None:
         leaving = [self._users.popitem(last=False) for _ in range(len(self._users) - self._capacity)]
@@ -265,6 +300,17 @@ class StateCache:
             )
         for _, user in changed:
             user.spilled = True
+
+
+class _Unread(NamedTuple):
+    """What a state is made of anew."""
+
+    changes: Changes
+    """The history, or with `before` its end."""
+    before: UserState | None = None
+    """The state until now, which knows of the rest."""
+    new: Sequence[Event] = ()
+    """What arrived since that was."""
 
 
 def _asks_for_events(query: Query, user: UserState) -> bool:

@@ -5,11 +5,22 @@ with open_store("events.sqlite") as store:          # or postgresql://..., redis
     store.history("7")
 """
 
-from collections.abc import Collection, Sequence
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
 from serve.history import Event
+
+MOST_EVENTS = 10_000
+"""Of a user's history so many are read, the newest by time. All that is recorded stays in the store, as a log to learn
+from; but a user with millions of events must not cost all others their answers."""
+
+# A deletion is remembered for so long, by a digest of the user's id: what other servers still had to write of the user
+# is not written any more.
+DELETION_S = 7 * 86_400
+# A recommendation that was under way when its user was deleted is logged within this time.
+UNDER_WAY_S = 1.0
 
 
 class StoreError(Exception):
@@ -82,7 +93,7 @@ class EventStore(Protocol):
         """Stores the events whose id is new, all or none; returns those, once they are on disk."""
 
     def history(self, user_id: str, until: int | None = None) -> list[Event]:
-        """A user's events by (timestamp, arrival); with `until`, only those up to that second.
+        """A user's newest `MOST_EVENTS` events by (timestamp, arrival); with `until`, only those up to that second.
 
         Empty for a user without events.
         """
@@ -93,15 +104,18 @@ class EventStore(Protocol):
         It grows with every recorded event, and after a deletion starts above all that went before.
         """
 
-    def changes(self, user_id: str, since: int = 0) -> Changes:
-        """What came to a user's history after the revision `since`; 0: all of it. Costs little when nothing did."""
+    def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
+        """What came to a user's history after the revision `since`; 0: all of it. Costs little when nothing did.
+
+        When more than `most` came, it is the whole history, of which `events` are the newest `most`.
+        """
 
     def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
         """Notes what was shown. Raises StoreError only with `wait`.
 
         With `wait` it is on disk on return. Without, it is written with others within about a second; a crash
         or a store that stays broken loses it (counted in `dropped_count`), since an answer is worth more than
-        its log.
+        its log. A `recommendation_id` is logged once.
         """
 
     def shown(self, user_id: str | None) -> list[Shown]:
@@ -116,11 +130,20 @@ class EventStore(Protocol):
     def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
         """The state that was kept for a user, perhaps of an older revision; None: there is none."""
 
-    def drop_states(self, keep_versions: Collection[str]) -> int:
-        """Forgets the states of all model versions but these; returns how many those were."""
+    def drop_states(self, keep_versions: Collection[str], most: int) -> int:
+        """Forgets about `most` states of other model versions than these; returns how many, 0 when none was left."""
 
     def delete_user(self, user_id: str) -> Deleted:
-        """Deletes all that is known of a user, on disk on return; the ids of the events may be used again."""
+        """Deletes all that is known of a user, on disk on return; the ids of the events may be used again.
+
+        What any server was told to log or keep of the user before is not written any more.
+        """
+
+    def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
+        """Every recorded event with the number of its arrival, in parts; those that come meanwhile may be missing."""
+
+    def all_shown(self) -> Iterator[Sequence[Shown]]:
+        """Every recommendation that was logged, in parts; those of one user in their order."""
 
     @property
     def dropped_count(self) -> int:
@@ -135,6 +158,11 @@ class EventStore(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
+
+
+def digest(user_id: str) -> str:
+    """What is remembered of a deleted user."""
+    return hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def open_store(location: str | Path) -> EventStore:

@@ -11,6 +11,8 @@ from click.testing import CliRunner, Result
 
 from jaxrec.cli import main
 from jaxrec.config import RLConfig, TrainConfig, from_json, to_json
+from jaxrec.rl.methods import METHODS
+from jaxrec.rl_command import NOT_WITH_LOG, OBJECTIVES
 from tests.synthetic import markov_log
 
 
@@ -153,6 +155,30 @@ def test_the_log_of_a_run_is_mended_from_its_checkpoint(stages: Path, tmp_path: 
     (tmp_path / "run/lstm/log.jsonl").write_text("")
     assert run("train", stages / "data", "--out", tmp_path / "run", "--resume").exit_code == 0
     assert (tmp_path / "run/lstm/log.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--resume", "--steps", 5), "--steps cannot be changed on --resume"),
+        (("--resume",), "no interrupted training of a policy to go on with"),
+        (("--temperature", 0.5), "--temperature is for --log"),
+        (("--log", "DATA", "--objective", "top-k"), "--objective has no meaning with --log"),
+        (("--log", "DATA"), "expected the event store of `python -m serve run`"),
+        (("--objective", "bpr"), "is not one of 'reinforce', 'plackett-luce', 'top-k', 'actor-critic'"),
+        (("--kl-target", 0), "0 is not in the range x>0"),
+    ],
+)
+def test_options_of_rl_that_do_not_fit_are_named(stages: Path, options: tuple[object, ...], message: str) -> None:
+    given = [stages / "ratings.csv" if option == "DATA" else option for option in options]
+    result = run("rl", stages / "run", *given)
+    assert result.exit_code != 0
+    assert message in result.output
+
+
+def test_objectives_of_the_command_line_are_those_there_are() -> None:
+    assert set(OBJECTIVES) == set(METHODS)
+    assert set(NOT_WITH_LOG) <= {parameter.name for parameter in main.commands["rl"].params}
 
 
 @pytest.mark.parametrize("command", main.commands.values(), ids=main.commands)

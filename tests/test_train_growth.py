@@ -94,6 +94,7 @@ def test_a_run_goes_on_with_appended_data(trained: Path, tmp_path: Path) -> None
     out = tmp_path / "run"
     shutil.copytree(trained / "run", out)
     (out / "policy").mkdir()
+    (out / "policy.partial").mkdir()
     before = read_epochs(out / "content")
     command = ("train", "--out", out, "--resume", "--data", trained / "more")
     result = run(*command, "--max-epochs", 3)
@@ -108,6 +109,7 @@ def test_a_run_goes_on_with_appended_data(trained: Path, tmp_path: Path) -> None
     grown = open_run(out)
     assert (grown.item_count, grown.data_version, grown.train_config.max_epochs) == (40, 1, 3)
     assert not (out / "policy").exists()  # it was of the old models
+    assert not (out / "policy.partial").exists()
     hybrid = load_supervised(grown, grown.read_data())
     assert hybrid.item_vectors().shape[0] == 41
     # The same command again finds nothing left to do, whether it was killed before its end or not.

@@ -4,14 +4,21 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from jaxrec.export.errors import ExportError
-from jaxrec.export.signature import OPSET, Signature, sequence_signature, step_signature
+from jaxrec.export.signature import (
+    OPSET,
+    Signature,
+    sequence_query_signature,
+    sequence_signature,
+    step_query_signature,
+    step_signature,
+)
 from jaxrec.export.weights import Weights
 
 _LOOPS = {"Loop", "Scan", "If"}
@@ -20,38 +27,42 @@ _SEQUENCE_LENS = 4  # the place of the lengths among the inputs of ONNX' LSTM
 
 def sequence_graph(weights: Weights) -> bytes:
     """`sequence.onnx`, as `sequence_signature` has it. Raises ExportError."""
-    tf, tf2onnx = _load_tensorflow()
-    from jaxrec.export import mirror
-
-    signature = sequence_signature(weights.state_width)
-    model = _convert(tf, tf2onnx, "sequence", mirror.sequence, weights, signature)
-    for node in model.graph.node:
-        if node.op_type == "LSTM":
-            # So its last h and c are those of each row's last event.
-            node.input[_SEQUENCE_LENS] = "length"
-    return _checked(model)
+    return _graph("sequence", weights, sequence_signature(weights.state_width), _item_arrays(weights))
 
 
 def step_graph(weights: Weights) -> bytes:
     """`step.onnx`, as `step_signature` has it. Raises ExportError."""
-    tf, tf2onnx = _load_tensorflow()
-    from jaxrec.export import mirror
-
-    return _checked(_convert(tf, tf2onnx, "step", mirror.step, weights, step_signature(weights.state_width)))
+    return _graph("step", weights, step_signature(weights.state_width), _item_arrays(weights))
 
 
-def _convert(
-    tf: Any, tf2onnx: Any, name: str, forward: Callable[..., dict[str, Any]], weights: Weights, signature: Signature
-) -> Any:
-    """An onnx.ModelProto with the inputs and outputs of the signature."""
-    from jaxrec.export import mirror
+def sequence_query_graph(weights: Weights) -> bytes:
+    """`sequence_query.onnx`, as `sequence_query_signature` has it. Raises ExportError."""
+    return _graph("sequence_query", weights, sequence_query_signature(weights.state_width, weights.width), {})
 
-    item_arrays = {
+
+def step_query_graph(weights: Weights) -> bytes:
+    """`step_query.onnx`, as `step_query_signature` has it. Raises ExportError."""
+    return _graph("step_query", weights, step_query_signature(weights.state_width, weights.width), {})
+
+
+def _item_arrays(weights: Weights) -> dict[str, np.ndarray]:
+    return {
         "item_vectors": weights.item_vectors,
         "item_bias": weights.item_bias,
         "neighbour_item": weights.neighbour_item,
         "neighbour_weight": weights.neighbour_weight,
     }
+
+
+def _graph(name: str, weights: Weights, signature: Signature, item_arrays: dict[str, np.ndarray]) -> bytes:
+    """The function of this name in `mirror` as ONNX with the inputs and outputs of the signature.
+
+    `item_arrays` are its `mirror.ItemArrays`, or empty for a function without.
+    """
+    tf, tf2onnx = _load_tensorflow()
+    from jaxrec.export import mirror
+
+    forward = getattr(mirror, name)
     specs = {key: tf.TensorSpec(array.shape, array.dtype, key) for key, array in item_arrays.items()}
     for key, tensor in signature.inputs.items():
         shape = [None if isinstance(size, str) else size for size in tensor.shape]
@@ -60,7 +71,9 @@ def _convert(
     def program(*arguments: Any) -> dict[str, Any]:
         count = len(item_arrays)
         inputs = dict(zip(list(specs)[count:], arguments[count:], strict=True))
-        return forward(weights, mirror.ItemArrays(*arguments[:count]), **inputs)
+        items = [mirror.ItemArrays(*arguments[:count])] if count else []
+        outputs: dict[str, Any] = forward(weights, *items, **inputs)
+        return outputs
 
     with _fatal_errors(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -68,7 +81,12 @@ def _convert(
             tf.function(program, autograph=False), input_signature=list(specs.values()), opset=OPSET
         )
     _finish(name, model, signature, item_arrays)
-    return model
+    if "length" in signature.inputs:
+        for node in model.graph.node:
+            if node.op_type == "LSTM":
+                # So its last h and c are those of each row's last event.
+                node.input[_SEQUENCE_LENS] = "length"
+    return _checked(model)
 
 
 def _finish(name: str, model: Any, signature: Signature, item_arrays: dict[str, np.ndarray]) -> None:

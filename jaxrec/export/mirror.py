@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from jaxrec.export.weights import LSTMWeights, PolicyWeights, Weights
-from jaxrec.models.cooccurrence import RECENT, RECENT_DECAY
+from jaxrec.export.weights import RECENT_WEIGHTS, LSTMWeights, PolicyWeights, Weights
+from jaxrec.models.cooccurrence import RECENT
 from jaxrec.models.features import GAP_EDGES
 from jaxrec.models.sequence import NEVER
 
@@ -46,13 +46,9 @@ def sequence(
     k: Any,
 ) -> dict[str, Any]:
     """A batch of histories -> state, items, scores."""
-    batch = tf.shape(item)[0]
-    nothing = tf.zeros([batch, weights.state_width - RECENT])
-    recurrent = _advance(weights, items, nothing, tf.transpose(item), tf.transpose(rating), tf.transpose(gap))
-    timeline = tf.concat([tf.zeros([batch, RECENT], tf.int32), item], axis=1)
-    places = tf.expand_dims(length, 1) + (RECENT - 1 - np.arange(RECENT, dtype=np.int32))
-    recent = tf.gather(timeline, places, batch_dims=1)
-    best, scores = _answer(weights, items, recurrent, recent, request_gap, exclude, k)
+    vectors = tf.gather(items.vectors, tf.transpose(item))
+    recurrent, recent = _read(weights, vectors, item, rating, gap, length)
+    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, exclude, k)
     return {"state": _state(recurrent, recent), "items": best, "scores": scores}
 
 
@@ -69,21 +65,52 @@ def step(
     k: Any,
 ) -> dict[str, Any]:
     """A batch of states and one event for each -> next_state, items, scores."""
-    event = (tf.expand_dims(column, 0) for column in (item, rating, gap))
-    recurrent = _advance(weights, items, state[:, :-RECENT], *event)
-    recent = tf.concat([tf.expand_dims(item, 1), tf.cast(state[:, -RECENT:-1], tf.int32)], axis=1)
-    best, scores = _answer(weights, items, recurrent, recent, request_gap, exclude, k)
+    recurrent, recent = _step(weights, state, tf.gather(items.vectors, item), item, rating, gap)
+    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, exclude, k)
     return {"next_state": _state(recurrent, recent), "items": best, "scores": scores}
+
+
+def sequence_query(
+    weights: Weights, *, vector: Any, item: Any, rating: Any, gap: Any, length: Any, request_gap: Any
+) -> dict[str, Any]:
+    """`sequence` without the items' arrays: a batch of histories and their items' vectors -> state, query."""
+    recurrent, recent = _read(weights, tf.transpose(vector, [1, 0, 2]), item, rating, gap, length)
+    return {"state": _state(recurrent, recent), "query": _query(weights, recurrent, request_gap)}
+
+
+def step_query(
+    weights: Weights, *, state: Any, vector: Any, item: Any, rating: Any, gap: Any, request_gap: Any
+) -> dict[str, Any]:
+    """`step` without the items' arrays -> next_state, query."""
+    recurrent, recent = _step(weights, state, vector, item, rating, gap)
+    return {"next_state": _state(recurrent, recent), "query": _query(weights, recurrent, request_gap)}
+
+
+def _read(weights: Weights, vectors: Any, item: Any, rating: Any, gap: Any, length: Any) -> tuple[Any, Any]:
+    """Whole histories, vectors [length, batch, width] -> what is recurrent of the state, and the recent items."""
+    batch = tf.shape(item)[0]
+    nothing = tf.zeros([batch, weights.state_width - RECENT])
+    recurrent = _advance(weights, nothing, vectors, tf.transpose(rating), tf.transpose(gap))
+    timeline = tf.concat([tf.zeros([batch, RECENT], tf.int32), item], axis=1)
+    places = tf.expand_dims(length, 1) + (RECENT - 1 - np.arange(RECENT, dtype=np.int32))
+    return recurrent, tf.gather(timeline, places, batch_dims=1)
+
+
+def _step(weights: Weights, state: Any, vector: Any, item: Any, rating: Any, gap: Any) -> tuple[Any, Any]:
+    """One event each, vector [batch, width] -> as `_read`."""
+    event = (tf.expand_dims(column, 0) for column in (vector, rating, gap))
+    recurrent = _advance(weights, state[:, :-RECENT], *event)
+    return recurrent, tf.concat([tf.expand_dims(item, 1), tf.cast(state[:, -RECENT:-1], tf.int32)], axis=1)
 
 
 def _state(recurrent: Any, recent: Any) -> Any:
     return tf.concat([recurrent, tf.cast(recent, tf.float32)], axis=1)
 
 
-def _advance(weights: Weights, items: ItemArrays, state: Any, item: Any, rating: Any, gap: Any) -> Any:
+def _advance(weights: Weights, state: Any, vectors: Any, rating: Any, gap: Any) -> Any:
     """h and c of both models [batch, 4 * hidden] after the events, [length, batch] as the LSTM wants them."""
     views = [
-        tf.gather(items.vectors, item),
+        vectors,
         _rating_vectors(weights, tf.expand_dims(rating, -1)),
         tf.gather(weights.gap_vectors, _gap_bucket(gap)),
     ]
@@ -125,20 +152,21 @@ def _lstm(weights: LSTMWeights, x: Any, h: Any, c: Any) -> tuple[Any, Any]:
     return h, c
 
 
-def _answer(
-    weights: Weights, items: ItemArrays, recurrent: Any, recent: Any, request_gap: Any, exclude: Any, k: Any
-) -> tuple[Any, Any]:
-    """The k best items [batch, k] int32 and their logits."""
+def _query(weights: Weights, recurrent: Any, request_gap: Any) -> Any:
+    """[batch, width]: what the items' vectors are multiplied with, the policy's shift included."""
     h_lstm, _, h_content, _ = tf.split(recurrent, 4, axis=1)
     bucket = _gap_bucket(request_gap)
     scale, shift = tf.gather(weights.request_scale, bucket), tf.gather(weights.request_shift, bucket)
     hidden = tf.concat([h_lstm, h_content], axis=1) * scale + shift
     query = tf.matmul(hidden, weights.projection) + weights.projection_bias
-    if weights.policy is not None:
-        query += _policy_shift(weights.policy, query)
+    return query if weights.policy is None else query + _policy_shift(weights.policy, query)
+
+
+def _answer(items: ItemArrays, query: Any, recent: Any, exclude: Any, k: Any) -> tuple[Any, Any]:
+    """The k best items [batch, k] int32 and their logits."""
     logits = tf.matmul(query, items.vectors, transpose_b=True) + items.bias
-    neighbours = tf.reshape(tf.gather(items.neighbours, recent), [-1, RECENT * weights.neighbour_item.shape[1]])
-    decays = RECENT_DECAY ** np.arange(RECENT, dtype=np.float32)[:, None]
+    neighbours = tf.reshape(tf.gather(items.neighbours, recent), [-1, RECENT * items.neighbours.shape[1]])
+    decays = RECENT_WEIGHTS[:, None]
     closeness = tf.reshape(tf.gather(items.closeness, recent) * decays, tf.shape(neighbours))
     logits = tf.tensor_scatter_nd_add(logits, _places(neighbours), closeness)
     never = tf.fill(tf.shape(exclude), np.float32(NEVER))

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxrec.baselines import decayed_popularity
 from jaxrec.export.convert import sequence_graph, step_graph
 from jaxrec.export.errors import ExportError
+from jaxrec.export.index import FROM_ITEMS
 from jaxrec.export.parity import check_parity
 from jaxrec.export.quantize import check_quality, quantize_lstms
+from jaxrec.export.search import externalized, make_search, write_array
 from jaxrec.export.signature import OPSET, sequence_signature, step_signature
 from jaxrec.export.weights import extract_weights
 from jaxrec.files import new_directory, sha256
@@ -38,13 +38,15 @@ def export_model(
     metrics: dict[str, Any],
     licence: str,
     int8: bool = False,
+    index: bool | None = None,
 ) -> dict[str, Any]:
     """Converts `hybrid`, verifies the graphs against JAX, and writes the model directory `out`; returns its manifest.
 
     `policy` is "reinforce" for a hybrid with a policy head, "supervised" for one without. `training` and `metrics`
     are summaries of JSON values; `licence` is the text about the data's licence. `int8` quantizes the LSTMs, once the
-    float32 graphs were verified, and refuses where that costs quality (`jaxrec.export.quantize`). An existing `out` is
-    replaced once the new directory is complete. Raises ExportError, and then nothing is written.
+    float32 graphs were verified, and refuses where that costs quality (`jaxrec.export.quantize`). `index`: whether an
+    approximate index of the items is added (`jaxrec.export.index`); None: from FROM_ITEMS items on. An existing `out`
+    is replaced once the new directory is complete. Raises ExportError, and then nothing is written.
     """
     expected = "supervised" if hybrid.policy is None else "reinforce"
     if policy != expected:
@@ -59,16 +61,31 @@ def export_model(
     max_history = min(hybrid.lstm.config.max_length, hybrid.content.config.max_length)
     sequence, step = sequence_graph(weights), step_graph(weights)
     parity = check_parity(hybrid, sequence, step, max_history)
+    search = None
+    if weights.item_count >= FROM_ITEMS if index is None else index:
+        search = make_search(weights, sequence, data, max_history, int8)
+        parity["max_abs_query_difference"] = search.parity
     if int8:
         quantized = quantize_lstms(sequence)
         parity["int8"] = check_quality(sequence, quantized, data, max_history)
         sequence, step = quantized, quantize_lstms(step)
+    graphs = {
+        "sequence": {"file": SEQUENCE_FILE, **sequence_signature(weights.state_width).to_json()},
+        "step": {"file": STEP_FILE, **step_signature(weights.state_width).to_json()},
+    }
+    if search is not None:
+        graphs |= search.graphs
 
     with new_directory(out, MANIFEST_FILE) as folder:
-        (folder / SEQUENCE_FILE).write_bytes(sequence)
-        (folder / STEP_FILE).write_bytes(step)
+        write_array(folder / ITEM_VECTORS_FILE, weights.item_vectors)
+        if search is None:
+            (folder / SEQUENCE_FILE).write_bytes(sequence)
+            (folder / STEP_FILE).write_bytes(step)
+        else:
+            search.write(folder)
+            (folder / SEQUENCE_FILE).write_bytes(externalized(sequence, folder))
+            (folder / STEP_FILE).write_bytes(externalized(step, folder))
         _write_catalog(data, folder / CATALOG_FILE)
-        np.save(folder / ITEM_VECTORS_FILE, np.ascontiguousarray(weights.item_vectors), allow_pickle=False)
         (folder / LICENCE_FILE).write_text(licence.rstrip() + "\n", encoding="utf-8")
         files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
         now = datetime.datetime.now(datetime.UTC)
@@ -83,10 +100,8 @@ def export_model(
             "max_history": max_history,
             "rating_scale": None if scale is None else {"minimum": scale.minimum, "maximum": scale.maximum},
             "genres": list(data.catalog.genres),
-            "graphs": {
-                "sequence": {"file": SEQUENCE_FILE, **sequence_signature(weights.state_width).to_json()},
-                "step": {"file": STEP_FILE, **step_signature(weights.state_width).to_json()},
-            },
+            "graphs": graphs,
+            **({} if search is None else {"index": search.summary}),
             "files": files,
             **summaries,
             "parity": parity,

@@ -9,6 +9,8 @@ import numpy as np
 from flax import nnx
 
 from jaxrec.export.errors import ExportError
+from jaxrec.export.weights import RECENT_WEIGHTS, Weights
+from jaxrec.models.cooccurrence import RECENT
 from jaxrec.models.features import GAP_EDGES, Events
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.sequence import NEVER
@@ -83,7 +85,7 @@ def check_parity(hybrid: Hybrid, sequence: bytes, step: bytes, max_history: int)
     item_count = len(hybrid.item_bias()) - 1
     probe = make_probe(item_count, max_history)
     logits, state = _jax_answer(hybrid, probe)
-    graphs = {"sequence.onnx": _session(sequence), "step.onnx": _session(step)}
+    graphs = {"sequence.onnx": open_session(sequence), "step.onnx": open_session(step)}
     everything = np.array([item_count], np.int64)
 
     answer = _run(graphs["sequence.onnx"], **vars(probe), k=everything)
@@ -109,6 +111,51 @@ def check_parity(hybrid: Hybrid, sequence: bytes, step: bytes, max_history: int)
     }
 
 
+def check_query_parity(
+    weights: Weights, sequence: bytes, sequence_query: bytes, step_query: bytes, max_history: int
+) -> float:
+    """Holds the graphs that answer a query against `sequence.onnx`, which was verified: the query with the items'
+    arrays must give its logits, and both must give its state, within TOLERANCE. Returns the largest difference.
+
+    Raises ExportError.
+    """
+    probe = make_probe(weights.item_count, max_history)
+    whole, of_sequence, of_step = (open_session(graph) for graph in (sequence, sequence_query, step_query))
+    answer = _run(whole, **vars(probe), k=np.array([min(100, weights.item_count)], np.int64))
+    events = {name: array for name, array in vars(probe).items() if name != "exclude"}
+    found = _run(of_sequence, **events, vector=weights.item_vectors[probe.item])
+    difference = _difference("sequence_query.onnx: states", found["state"], answer["state"])
+    logits = _logits(weights, found["query"], found["state"])
+    scores = np.take_along_axis(logits, answer["items"].astype(np.int64), axis=1)
+    # Excluded items are last, where there are few others.
+    expected = np.where(answer["scores"] > NEVER / 2, answer["scores"], scores)
+    difference = max(difference, _difference("sequence_query.onnx: logits", scores, expected))
+    for at in range(PROBE_ROWS):
+        row, last = probe.row(at), probe.length[at] - 1
+        before = np.zeros((1, weights.state_width), np.float32)
+        if last:
+            shorter = {name: getattr(row, name)[:, :last] for name in ("item", "rating", "gap")}
+            rest = {"length": row.length - 1, "request_gap": row.request_gap, "exclude": row.exclude}
+            before = _run(whole, **shorter, **rest, k=np.array([1], np.int64))["state"]
+        event = {name: getattr(row, name)[:, last] for name in ("item", "rating", "gap")}
+        vector = weights.item_vectors[event["item"]]
+        stepped = _run(of_step, state=before, vector=vector, **event, request_gap=row.request_gap)
+        for name in ("state", "query"):
+            one = _difference(f"step_query.onnx on row {at}: {name}", stepped[name], found[name][at, None])
+            difference = max(difference, one)
+    return difference
+
+
+def _logits(weights: Weights, query: np.ndarray, state: np.ndarray) -> np.ndarray:
+    """[rows, items + 1]: what `serve` computes of them for its candidates."""
+    logits = query @ weights.item_vectors.T + weights.item_bias
+    recent = state[:, -RECENT:].astype(np.int64)
+    closeness = weights.neighbour_weight[recent] * RECENT_WEIGHTS[:, None]
+    rows = np.broadcast_to(np.arange(len(query))[:, None, None], closeness.shape)
+    np.add.at(logits, (rows, weights.neighbour_item[recent]), closeness)
+    return logits
+
+
 def _jax_answer(hybrid: Hybrid, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
     definition, weights = nnx.split(hybrid)
 
@@ -122,7 +169,8 @@ def _jax_answer(hybrid: Hybrid, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(logits), np.asarray(state)
 
 
-def _session(graph: bytes) -> Any:
+def open_session(graph: bytes) -> Any:
+    """ONNX Runtime on the CPU, one thread. Raises ExportError where it is not installed."""
     try:
         import onnxruntime
     except ImportError as error:

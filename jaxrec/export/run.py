@@ -12,9 +12,11 @@ from jaxrec.runs import EVALUATION_FILE, load_supervised, open_run
 NO_LICENCE = "No notes on the data's licence were given at export (`jaxrec export --licence FILE`).\n"
 
 
-def export_run(folder: Path, out: Path, licence: str = NO_LICENCE, int8: bool = False) -> dict[str, Any]:
+def export_run(
+    folder: Path, out: Path, licence: str = NO_LICENCE, int8: bool = False, index: bool | None = None
+) -> dict[str, Any]:
     """Writes the model directory `out` and returns its manifest, with the figures of the run's last evaluation.
-    `int8` as in `export_model`.
+    `int8` and `index` as in `export_model`.
 
     Raises DataError where the run cannot be read, ExportError (and then nothing is written) where the graphs differ
     from JAX.
@@ -38,4 +40,5 @@ def export_run(folder: Path, out: Path, licence: str = NO_LICENCE, int8: bool = 
         metrics=read_json(evaluation, "run `jaxrec evaluate` again") if evaluation.exists() else {},
         licence=licence,
         int8=int8,
+        index=index,
     )

@@ -1,4 +1,4 @@
-"""Names, types and shapes of the two graphs' inputs and outputs: the contract with `serve`."""
+"""Names, types and shapes of the graphs' inputs and outputs: the contract with `serve`."""
 
 import dataclasses
 from typing import Any
@@ -59,4 +59,25 @@ def step_signature(state_width: int) -> Signature:
         },
         # ONNX wants different names for an input and an output.
         outputs={"next_state": state, **_RANKING},
+    )
+
+
+def sequence_query_signature(state_width: int, vector_width: int) -> Signature:
+    """As `sequence_signature`, with the vectors of the items, and the query instead of an answer."""
+    whole = sequence_signature(state_width)
+    inputs = {name: tensor for name, tensor in whole.inputs.items() if name not in ("exclude", "k")}
+    return Signature(
+        inputs={"vector": Tensor("float32", ("batch", "length", vector_width)), **inputs},
+        outputs={"state": whole.outputs["state"], "query": Tensor("float32", ("batch", vector_width))},
+    )
+
+
+def step_query_signature(state_width: int, vector_width: int) -> Signature:
+    """As `step_signature`, with the vector of the item, and the query instead of an answer."""
+    whole = step_signature(state_width)
+    inputs = {name: tensor for name, tensor in whole.inputs.items() if name not in ("exclude", "k")}
+    vector = Tensor("float32", ("batch", vector_width))
+    return Signature(
+        inputs={"vector": vector, **inputs},
+        outputs={"next_state": whole.outputs["next_state"], "query": vector},
     )

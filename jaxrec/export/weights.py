@@ -11,10 +11,13 @@ import numpy as np
 from flax import nnx
 
 from jaxrec.export.errors import ExportError
-from jaxrec.models.cooccurrence import RECENT
+from jaxrec.models.cooccurrence import RECENT, RECENT_DECAY
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.lstm import LSTM
 from jaxrec.models.sequence import TimeRatingAwareLSTM
+
+RECENT_WEIGHTS = RECENT_DECAY ** np.arange(RECENT, dtype=np.float32)
+"""What the neighbours of the last event, the one before it, and so on, count."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,10 @@ class Weights:
     @property
     def item_count(self) -> int:
         return len(self.item_vectors) - 1
+
+    @property
+    def width(self) -> int:
+        return self.item_vectors.shape[1]
 
     @property
     def state_width(self) -> int:

@@ -53,7 +53,7 @@ class Learner(NamedTuple):
 
 
 class Pay(NamedTuple):
-    """What decisions are paid: `share` [] float32 of their rewards, and where `permuted` [] bool, that of the rewards of
+    """What decisions are paid: `share` [] float32 of their rewards, and where `permuted` [] bool, of the rewards of
     another decision of the batch, drawn at random: a control, which has nothing to learn."""
 
     share: jax.Array

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
-from jaxrec.config import RLConfig
+from jaxrec.config import LOG_RL, RLConfig
 from jaxrec.files import write_text
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.prepare import PreparedData
@@ -51,7 +52,7 @@ class _Base(NamedTuple):
 def rl_log_run(
     folder: Path,
     log: Path,
-    config: RLConfig = RLConfig(),
+    config: RLConfig = LOG_RL,
     temperature: float | None = None,
     minimum_effective: float = MINIMUM_EFFECTIVE,
     stop: StopRequested = never,
@@ -106,23 +107,20 @@ def _explained(
     """The states, the temperature, and whether requests told their time: the store notes neither, so both are what the
     policy in use explains the propensities with best."""
     both = log_states(supervised, served.recommendations, data.config.rating_scale, scoring.tables)
+    times = np.array([one.time for one in served.recommendations])
     found = [
-        (states, fit_log(base.graphdef, base.variables, scoring, states, temperature), told_time)
+        (states, fit_log(base.graphdef, base.variables, scoring, states, times, temperature), told_time)
         for states, told_time in zip(both, (False, True), strict=True)
     ]
     return min(found, key=lambda one: one[1].error)
 
 
 def _told(log: Path, served: ServedLog, fit: Fit, told_time: bool, given: bool) -> str:
-    if fit.exact:
-        kin = "which the policy in use gives, too"
-    else:
-        kin = f"from which the policy in use is {fit.error:.2f} nats away: the log is another one's"
     time = "told" if told_time else "not told"
     source = "as given" if given else "as fitted"
     return (
         f"{log}: {_counts(served)}; temperature {fit.temperature:.4g} {source}, request time {time}; "
-        f"propensities {kin}."
+        f"{fit.own_share:.0%} of it was shown by the policy in use."
     )
 
 

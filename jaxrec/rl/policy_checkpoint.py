@@ -80,7 +80,9 @@ class PolicyCheckpoint:
 
     def write(self, progress: Progress) -> None:
         """Replaces the checkpoint."""
-        arrays = {f"learner/{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(progress.learner))}
+        arrays: dict[str, Any] = {
+            f"learner/{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(progress.learner))
+        }
         for number, head in enumerate(progress.heads):
             arrays |= {f"head/{number}/{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(head))}
         content = {**self._started, "heads": len(progress.heads), "steps": progress.steps, "log": progress.log}

@@ -13,9 +13,9 @@ from jaxrec.rl.policy import recommendable, slate_logprobs
 
 POOL = 100
 TEMPERATURES = (0.01, 100.0)
-GRID = 33
-REFINEMENTS = 5
-EXACT = 0.01  # nats; propensities that are reproduced as closely are this policy's
+GRID = 17
+REFINEMENTS = 6
+EXACT = 0.02  # nats; propensities that are reproduced as closely are this policy's
 
 
 def served_logits(logits: jax.Array, temperature: jax.Array | float, slots: int) -> jax.Array:
@@ -35,42 +35,48 @@ def served_logprobs(logits: jax.Array, slates: jax.Array) -> jax.Array:
 
 
 class Fit(NamedTuple):
-    """`error` nats: the median distance between the logged log-propensities and those of a policy at `temperature`."""
+    """`error` nats: the median distance between the logged log-propensities and those of a policy at `temperature`, in
+    what was shown last; `own_share`: of the whole log's slates, those that this policy reproduces."""
 
     temperature: float
     error: float
-
-    @property
-    def exact(self) -> bool:
-        """Whether the log is that policy's own."""
-        return self.error <= EXACT
+    own_share: float
 
 
 def fit_temperature(
     logits: jax.Array, slates: jax.Array, log_propensities: jax.Array, temperature: float | None = None
-) -> Fit:
+) -> tuple[float, float]:
     """The temperature at which a policy with logits [rows, items + 1] comes closest to the propensities [rows, k] of
-    the logged slates, or how close it comes at the given one. The store does not note the temperature; where the log
-    is this policy's it is found exactly."""
+    the logged slates, or the given one, and the median distance there in nats. The store does not note the temperature;
+    where the log is this policy's it is found exactly."""
 
     def errors(temperatures: np.ndarray) -> np.ndarray:
         return np.asarray(_errors(jnp.asarray(temperatures, jnp.float32), logits, slates, log_propensities))
 
     if temperature is not None:
-        return Fit(temperature, float(errors(np.array([temperature]))[0]))
+        return temperature, float(errors(np.array([temperature]))[0])
     return _least(errors)
+
+
+def own_share(logits: jax.Array, slates: jax.Array, log_propensities: jax.Array, temperature: float) -> float:
+    """The share of the slates [rows, k] all of whose propensities a policy with these logits reproduces."""
+    logprobs = served_logprobs(served_logits(logits, temperature, slates.shape[1]), slates)
+    distance = jnp.max(jnp.where(slates > 0, jnp.abs(logprobs - log_propensities), 0.0), axis=1)
+    return float(jnp.mean(distance <= EXACT))
 
 
 @jax.jit
 def _errors(temperatures: jax.Array, logits: jax.Array, slates: jax.Array, log_propensities: jax.Array) -> jax.Array:
+    pool = served_logits(logits, 1.0, slates.shape[1])  # the same at every temperature
+
     def error(temperature: jax.Array) -> jax.Array:
-        logprobs = served_logprobs(served_logits(logits, temperature, slates.shape[1]), slates)
+        logprobs = served_logprobs(jnp.where(recommendable(pool), pool / temperature, NEVER), slates)
         return jnp.nanmedian(jnp.where(slates > 0, jnp.abs(logprobs - log_propensities), jnp.nan))
 
     return jax.lax.map(error, temperatures)
 
 
-def _least(errors: Callable[[np.ndarray], np.ndarray]) -> Fit:
+def _least(errors: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
     """By a grid in the logarithm, refined around the best point."""
     low, high = np.log(TEMPERATURES)
     for _ in range(1 + REFINEMENTS):
@@ -79,4 +85,4 @@ def _least(errors: Callable[[np.ndarray], np.ndarray]) -> Fit:
         best = int(np.argmin(found))
         step = grid[1] - grid[0]
         low, high = grid[best] - step, grid[best] + step
-    return Fit(float(np.exp(grid[best])), float(found[best]))
+    return float(np.exp(grid[best])), float(found[best])

@@ -112,8 +112,8 @@ def with_behaviour(states: States, item_count: int, seed: int) -> tuple[States, 
     window_count = len(states.windows)
     held_out = np.random.default_rng(seed).permutation(window_count) < max(1, window_count // 10)
     of_held_out = held_out[np.asarray(states.window)]
-    parts = (choices.rows(np.flatnonzero(possible & mask)) for mask in (~of_held_out, of_held_out))
-    beta, fit = fit_behaviour(*parts, item_count, BehaviourConfig(max_epochs=BEHAVIOUR_EPOCHS, seed=seed))
+    fitted, judging = (choices.rows(np.flatnonzero(possible & mask)) for mask in (~of_held_out, of_held_out))
+    beta, fit = fit_behaviour(fitted, judging, item_count, BehaviourConfig(max_epochs=BEHAVIOUR_EPOCHS, seed=seed))
     logprobs = np.zeros(len(rows), np.float32)
     logprobs[possible] = action_logprobs(beta, choices.rows(np.flatnonzero(possible)))
     return states._replace(logprob_beta=logprobs), fit

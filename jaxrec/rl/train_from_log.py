@@ -34,13 +34,13 @@ from jaxrec.rl.offline_evaluation.weights import Weights, slate_weights
 from jaxrec.rl.policy import kl_divergence, recommendable
 from jaxrec.rl.rewards import discounts, total_reward
 from jaxrec.rl.scoring import Scoring, policy_logits
-from jaxrec.rl.served_policy import Fit, fit_temperature, served_logits, served_logprobs
+from jaxrec.rl.served_policy import EXACT, Fit, fit_temperature, own_share, served_logits, served_logprobs
 from jaxrec.rl.train_policy import step_records
 from jaxrec.schema import DataError
 from jaxrec.stopping import StopRequested, TrainingStopped, never
 
 TRAIN_SHARE = 0.5  # of the log's users; the others judge
-FIT_ROWS = 500
+FIT_ROWS = 200
 ROWS_PER_BATCH = 256
 
 
@@ -80,8 +80,7 @@ def train_from_log(
     stop: StopRequested = never,
 ) -> FromLog:
     """Trains from the policy in use (`current`: variables of PolicyHead) on half of the users, and has the gate judge
-    it on the other half, against what was logged, or, where the log is another policy's, against an estimate of the
-    present one's worth.
+    it on the other half (`judge_from_log`).
 
     Raises DataError where too few users are there, TrainingError where a figure is not finite, TrainingStopped where
     `stop()` became true: nothing is kept then.
@@ -95,7 +94,8 @@ def train_from_log(
     head = jax.tree.map(jnp.copy, current)
     optimizer = policy_optimizer(config).init((head, critic))
     learner = Learner(head, critic, optimizer, jnp.float32(KL_COEFFICIENT_START), jnp.zeros((), jnp.int32))
-    training, key, steps = jax.device_put(states.at(trains), device), jax.random.key(config.seed), []
+    training, key = jax.device_put(states.at(trains), device), jax.random.key(config.seed)
+    steps: list[dict[str, float]] = []
     with tqdm(total=config.steps, desc="train policy on the log", unit="step") as bar:
         while (start := len(steps)) < config.steps:
             count = min(config.steps_per_evaluation, config.steps - start)
@@ -121,15 +121,31 @@ def judge_from_log(
     fit: Fit,
     minimum_effective: float,
 ) -> Decision:
-    """The gate's word on recommendations that trained nothing: self-normalized RIPS, resampled by user."""
-    slots = states.slate.shape[1]
+    """The gate's word on recommendations that trained nothing: self-normalized RIPS, resampled by user.
+
+    Judged is by what the policy in use itself showed, where that is of `minimum_effective` users at least: older
+    policies' slates are further from what the new one would show, and would tell of its gain over them. Else all of the
+    log counts, and what the policy in use is worth is estimated, too.
+    """
+    of_current = _logprobs(graphdef, current, scoring, states, fit.temperature)
+    shown_by_current = np.abs(of_current - np.asarray(states.log_propensities)).max(axis=1) <= EXACT
+    own = len(np.unique(np.asarray(states.user)[shown_by_current])) >= minimum_effective
+    rows = np.flatnonzero(shown_by_current | (not own))
+    states, of_current = states.at(rows), of_current[rows]
     rewards = slot_rewards(states, config)
-    weights = _weights(graphdef, new, scoring, states, fit.temperature, config.importance_cap)
-    before = on_policy(rewards)
-    if not fit.exact:
-        before = snips(_weights(graphdef, current, scoring, states, fit.temperature, config.importance_cap), rewards)
+    of_new = _logprobs(graphdef, new, scoring, states, fit.temperature)
+    weights = _weights(of_new, states, config.importance_cap)
+    before = on_policy(rewards) if own else snips(_weights(of_current, states, config.importance_cap), rewards)
     users = np.asarray(states.user)
-    return gate(snips(weights, rewards), before, weights, users, discounts(slots), minimum_effective, seed=config.seed)
+    return gate(
+        snips(weights, rewards),
+        before,
+        weights,
+        users,
+        discounts(rewards.shape[1]),
+        minimum_effective,
+        seed=config.seed,
+    )
 
 
 def slot_rewards(states: LogStates, config: RLConfig) -> np.ndarray:
@@ -139,13 +155,24 @@ def slot_rewards(states: LogStates, config: RLConfig) -> np.ndarray:
 
 
 def fit_log(
-    graphdef: nnx.GraphDef[PolicyHead], current: Any, scoring: Scoring, states: LogStates, temperature: float | None
+    graphdef: nnx.GraphDef[PolicyHead],
+    current: Any,
+    scoring: Scoring,
+    states: LogStates,
+    times: np.ndarray,
+    temperature: float | None,
 ) -> Fit:
-    """The temperature at which the policy in use comes closest to the log, or how close it comes at the given one; by
-    FIT_ROWS recommendations, evenly spaced."""
-    some = states.at(np.linspace(0, len(states.user) - 1, min(FIT_ROWS, len(states.user))).astype(np.int64))
-    logits = _logits(graphdef, current, scoring, some)
-    return fit_temperature(logits, jnp.asarray(some.slate), jnp.asarray(some.log_propensities), temperature)
+    """The temperature at which the policy in use comes closest to what was shown last (by `times` [rows] seconds), or
+    the given one, and how much of the log is that policy's. By FIT_ROWS recommendations each."""
+
+    def logged(rows: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
+        some = states.at(rows)
+        return _logits(graphdef, current, scoring, some), jnp.asarray(some.slate), jnp.asarray(some.log_propensities)
+
+    latest = np.argsort(times, kind="stable")[-FIT_ROWS:]
+    found, error = fit_temperature(*logged(latest), temperature)
+    spread = np.linspace(0, len(times) - 1, min(FIT_ROWS, len(times))).astype(np.int64)
+    return Fit(found, error, own_share(*logged(spread), found))
 
 
 def _logits(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: LogStates) -> jax.Array:
@@ -154,9 +181,11 @@ def _logits(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, sta
     return exclude_items(logits, jnp.asarray(states.exclude))
 
 
-def _weights(
-    graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: LogStates, temperature: float, cap: float
-) -> Weights:
+def _logprobs(
+    graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: LogStates, temperature: float
+) -> np.ndarray:
+    """[rows, k] float64: log-probabilities of the logged slots under a policy as it is served."""
+
     @jax.jit
     def logprobs(head: Any, scoring: Scoring, states: LogStates) -> jax.Array:
         logits = served_logits(_logits(graphdef, head, scoring, states), temperature, states.slate.shape[1])
@@ -166,8 +195,12 @@ def _weights(
     for start in range(0, len(states.user), ROWS_PER_BATCH):
         rows = np.minimum(np.arange(start, start + ROWS_PER_BATCH), len(states.user) - 1)
         found.append(np.asarray(logprobs(head, scoring, states.at(rows)), np.float64))
-    new = np.minimum(np.concatenate(found)[: len(states.user)], 0.0)
-    return slate_weights(new, np.minimum(states.log_propensities, 0.0), np.asarray(states.slate) > 0, cap)
+    return np.minimum(np.concatenate(found)[: len(states.user)], 0.0)
+
+
+def _weights(logprobs: np.ndarray, states: LogStates, cap: float) -> Weights:
+    logged = np.minimum(np.asarray(states.log_propensities, np.float64), 0.0)
+    return slate_weights(logprobs, logged, np.asarray(states.slate) > 0, cap)
 
 
 def _make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig, temperature: float) -> Any:

@@ -1,11 +1,15 @@
 """Writes that nobody waits for: gathered, and written together by a thread of their own."""
 
+import json
 import logging
+import math
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from serve.store import Shown, SpilledState, StoreError
+from serve.store import UNDER_WAY_S, Shown, SpilledState, StoreError, digest
 
 logger = logging.getLogger(__name__)
 
@@ -13,8 +17,56 @@ INTERVAL_S = 1.0
 BATCH = 500
 # A store that stays broken costs so much memory and no more: some 20 MB.
 LIMIT = 20_000
+# Well below DELETION_S: what is older could be of a user whose deletion is forgotten.
+LONGEST_WAIT_S = 86_400.0
 
-Write = Callable[[Sequence[Shown], Sequence[SpilledState]], None]
+
+class Aged(NamedTuple):
+    """A recommendation to log, and how many seconds ago it was made: clocks of several servers need not agree."""
+
+    shown: Shown
+    age_s: float
+
+
+def still_wanted(shown: Sequence[Aged], deleted: Mapping[str, float], now: float) -> list[Shown]:
+    """Those that were not made for users before they were deleted.
+
+    `deleted` has the times of deletion by digest, `now` is the time by the same clock.
+    """
+    if not deleted:
+        return [one for one, _ in shown]
+    return [
+        one
+        for one, age_s in shown
+        if one.user_id is None or now - age_s > deleted.get(digest(one.user_id), -math.inf) + UNDER_WAY_S
+    ]
+
+
+def digests(shown: Sequence[Aged]) -> list[str]:
+    """Of the users in question."""
+    return sorted(digest(user_id) for user_id in {one.user_id for one, _ in shown} if user_id is not None)
+
+
+def shown_row(one: Shown) -> tuple[str | int | None, ...]:
+    """As SQL databases have it: lists are JSON."""
+    return (
+        *(one.recommendation_id, one.user_id),
+        *(json.dumps(one.item_ids, ensure_ascii=False), json.dumps(one.log_propensities)),
+        *(one.policy, one.model_version, one.timestamp),
+    )
+
+
+def shown_of_row(row: Sequence[Any]) -> Shown:
+    """The reverse of `shown_row`."""
+    return Shown(row[0], row[1], tuple(json.loads(row[2])), tuple(json.loads(row[3])), *row[4:])
+
+
+Write = Callable[[Sequence[Aged], Sequence[SpilledState]], None]
+
+
+class _Waiting(NamedTuple):
+    entry: Shown | SpilledState
+    since: float
 
 
 class DeferredWrites:
@@ -22,7 +74,7 @@ class DeferredWrites:
 
     def __init__(self, write: Write) -> None:
         self._write = write
-        self._waiting: deque[Shown | SpilledState] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._changed = threading.Condition()
         # Held while a batch is written, so that `discard` knows that nothing is half-way.
         self._writing = threading.Lock()
@@ -34,8 +86,9 @@ class DeferredWrites:
 
     def add(self, entries: Sequence[Shown | SpilledState]) -> None:
         """Returns at once; beyond the limit the oldest entries are dropped."""
+        since = time.monotonic()
         with self._changed:
-            self._waiting.extend(entries)
+            self._waiting.extend(_Waiting(entry, since) for entry in entries)
             while len(self._waiting) > LIMIT:
                 self._waiting.popleft()
                 self.dropped_count += 1
@@ -45,7 +98,7 @@ class DeferredWrites:
     def discard(self, user_id: str) -> None:
         """Forgets what waits for a user; nothing of the user is written after this returns but what is added later."""
         with self._writing, self._changed:
-            self._waiting = deque(entry for entry in self._waiting if entry.user_id != user_id)
+            self._waiting = deque(waiting for waiting in self._waiting if waiting.entry.user_id != user_id)
 
     def flush(self) -> None:
         """Writes all that waits now; raises StoreError, and keeps it."""
@@ -58,14 +111,17 @@ class DeferredWrites:
                 if not batch:
                     return
                 left -= len(batch)
+                now = time.monotonic()
+                kept = [waiting for waiting in batch if now - waiting.since <= LONGEST_WAIT_S]
+                self.dropped_count += len(batch) - len(kept)
                 try:
                     self._write(
-                        [entry for entry in batch if isinstance(entry, Shown)],
-                        [entry for entry in batch if isinstance(entry, SpilledState)],
+                        [Aged(entry, now - since) for entry, since in kept if isinstance(entry, Shown)],
+                        [entry for entry, _ in kept if isinstance(entry, SpilledState)],
                     )
                 except StoreError:
                     with self._changed:
-                        self._waiting.extendleft(reversed(batch))
+                        self._waiting.extendleft(reversed(kept))
                     raise
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ The database commits groups of transactions by itself. A user's row in `users` i
 inserted, so that a user's arrivals become visible in their order and the latest is a revision.
 """
 
-import json
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,13 +12,26 @@ from typing import Any, LiteralString
 import psycopg
 
 from serve.history import Event
-from serve.store import Changes, Deleted, EventStore, Shown, SpilledState, StoreError, UserEvent
-from serve.stores.deferred import DeferredWrites
+from serve.store import (
+    DELETION_S,
+    MOST_EVENTS,
+    Changes,
+    Deleted,
+    EventStore,
+    Shown,
+    SpilledState,
+    StoreError,
+    UserEvent,
+    digest,
+)
+from serve.stores.deferred import Aged, DeferredWrites, digests, shown_of_row, shown_row, still_wanted
 
-SCHEMA_VERSION = 1
-SCHEMA: tuple[LiteralString, ...] = (
+SCHEMA_VERSION = 2
+VERSION_TABLE: tuple[LiteralString, ...] = (
     "CREATE SCHEMA IF NOT EXISTS jaxrec",
     "CREATE TABLE IF NOT EXISTS jaxrec.store (version integer NOT NULL)",
+)
+SCHEMA: tuple[LiteralString, ...] = (
     """CREATE TABLE IF NOT EXISTS jaxrec.events (
         arrival bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
         event_id text NOT NULL UNIQUE,
@@ -46,6 +58,13 @@ SCHEMA: tuple[LiteralString, ...] = (
         timestamp bigint NOT NULL
     )""",
     "CREATE INDEX IF NOT EXISTS shown_to ON jaxrec.shown (user_id)",
+    """DELETE FROM jaxrec.shown AS later USING jaxrec.shown AS earlier
+        WHERE later.recommendation_id = earlier.recommendation_id AND later.number > earlier.number""",
+    "CREATE UNIQUE INDEX IF NOT EXISTS shown_once ON jaxrec.shown (recommendation_id)",
+    """CREATE TABLE IF NOT EXISTS jaxrec.deletions (
+        digest text PRIMARY KEY,
+        time timestamptz NOT NULL
+    )""",
     """CREATE TABLE IF NOT EXISTS jaxrec.states (
         user_id text NOT NULL,
         model_version text NOT NULL,
@@ -54,8 +73,12 @@ SCHEMA: tuple[LiteralString, ...] = (
         PRIMARY KEY (user_id, model_version)
     )""",
 )
+LARGEST = 2**63 - 1
 # Taken while the schema is looked at, so that servers that start together don't create it twice. "jxrc".
 SCHEMA_LOCK = 0x6A787263
+# Taken whole by a deletion, and shared by who writes what was put off: neither sees half of the other's work.
+DELETION_LOCK = SCHEMA_LOCK + 1
+COPIED_AT_ONCE = 10_000
 CONNECT_TIMEOUT_S = 5
 # Kept open between calls; there are never more than threads that call at once.
 IDLE_CONNECTIONS = 16
@@ -135,17 +158,12 @@ class PostgresStore(EventStore):
         ]
 
     def history(self, user_id: str, until: int | None = None) -> list[Event]:
-        rows = self._read(
-            "SELECT item_id, rating, timestamp FROM jaxrec.events WHERE user_id = %s"
-            " AND (%s::bigint IS NULL OR timestamp <= %s) ORDER BY timestamp, arrival",
-            *(user_id, until, until),
-        )
-        return [Event(*row) for row in rows]
+        return self._events(user_id, (0, LARGEST), MOST_EVENTS, LARGEST if until is None else until)
 
     def revision(self, user_id: str) -> int:
         return self._life(user_id)[1]
 
-    def changes(self, user_id: str, since: int = 0) -> Changes:
+    def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
         first, revision = self._life(user_id)
         complete = since < first or not revision
         if complete:
@@ -154,17 +172,15 @@ class PostgresStore(EventStore):
             return Changes(revision, [], complete=False)
         # Not in one snapshot: events after `revision` are left to the next call, and a deletion in between
         # changes the revision, so the next call starts anew.
-        rows = self._read(
-            "SELECT item_id, rating, timestamp FROM jaxrec.events WHERE user_id = %s AND arrival > %s"
-            " AND arrival <= %s ORDER BY timestamp, arrival",
-            *(user_id, since, revision),
-        )
-        return Changes(revision, [Event(*row) for row in rows], complete)
+        events = self._events(user_id, (since, revision), most)
+        if not complete and len(events) == most:
+            events, complete = self._events(user_id, (0, revision), most), True
+        return Changes(revision, events, complete)
 
     def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
         if wait:
             with self._connection("cannot be written") as connection:
-                _insert_shown(connection, [shown])
+                _insert_shown(connection, [Aged(shown, 0.0)])
         else:
             self._deferred.add([shown])
 
@@ -174,7 +190,7 @@ class PostgresStore(EventStore):
             " FROM jaxrec.shown WHERE user_id IS NOT DISTINCT FROM %s ORDER BY number",
             user_id,
         )
-        return [Shown(row[0], row[1], tuple(json.loads(row[2])), tuple(json.loads(row[3])), *row[4:]) for row in rows]
+        return [shown_of_row(row) for row in rows]
 
     def save_states(self, states: Sequence[SpilledState]) -> None:
         self._deferred.add(states)
@@ -184,21 +200,53 @@ class PostgresStore(EventStore):
         rows = self._read(query, user_id, model_version)
         return SpilledState(*rows[0]) if rows else None
 
-    def drop_states(self, keep_versions: Collection[str]) -> int:
+    def drop_states(self, keep_versions: Collection[str], most: int) -> int:
         with self._connection("cannot be written") as connection:
-            query = "DELETE FROM jaxrec.states WHERE NOT model_version = ANY(%s)"
-            return connection.execute(query, [list(keep_versions)]).rowcount
+            return connection.execute(
+                "DELETE FROM jaxrec.states WHERE (user_id, model_version) IN (SELECT user_id, model_version"
+                " FROM jaxrec.states WHERE NOT model_version = ANY(%s) LIMIT %s FOR UPDATE SKIP LOCKED)",
+                [list(keep_versions), most],
+            ).rowcount
 
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
         with self._connection("cannot be written") as connection:
+            connection.execute("SELECT pg_advisory_xact_lock(%s)", [DELETION_LOCK])
             # The lock of `record`: no event can come in between.
             connection.execute("SELECT 1 FROM jaxrec.users WHERE user_id = %s FOR UPDATE", [user_id])
             events = connection.execute("DELETE FROM jaxrec.events WHERE user_id = %s", [user_id]).rowcount
             shown = connection.execute("DELETE FROM jaxrec.shown WHERE user_id = %s", [user_id]).rowcount
             connection.execute("DELETE FROM jaxrec.states WHERE user_id = %s", [user_id])
             connection.execute("DELETE FROM jaxrec.users WHERE user_id = %s", [user_id])
+            connection.execute(
+                "DELETE FROM jaxrec.deletions WHERE time < clock_timestamp() - make_interval(secs => %s)", [DELETION_S]
+            )
+            connection.execute(
+                "INSERT INTO jaxrec.deletions VALUES (%s, clock_timestamp())"
+                " ON CONFLICT (digest) DO UPDATE SET time = excluded.time",
+                [digest(user_id)],
+            )
         return Deleted(events, shown)
+
+    def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
+        last = 0
+        while rows := self._read(
+            "SELECT arrival, event_id, user_id, item_id, rating, timestamp, recommendation_id FROM jaxrec.events"
+            " WHERE arrival > %s ORDER BY arrival LIMIT %s",
+            *(last, COPIED_AT_ONCE),
+        ):
+            yield [(row[0], UserEvent(row[1], row[2], Event(*row[3:6]), row[6])) for row in rows]
+            last = rows[-1][0]
+
+    def all_shown(self) -> Iterator[Sequence[Shown]]:
+        last = 0
+        while rows := self._read(
+            "SELECT number, recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp"
+            " FROM jaxrec.shown WHERE number > %s ORDER BY number LIMIT %s",
+            *(last, COPIED_AT_ONCE),
+        ):
+            yield [shown_of_row(row[1:]) for row in rows]
+            last = rows[-1][0]
 
     @property
     def dropped_count(self) -> int:
@@ -212,12 +260,22 @@ class PostgresStore(EventStore):
         rows = self._read("SELECT first_arrival, last_arrival FROM jaxrec.users WHERE user_id = %s", user_id)
         return rows[0] if rows else (0, 0)
 
+    def _events(self, user_id: str, arrivals: tuple[int, int], most: int, until: int = LARGEST) -> list[Event]:
+        """A user's newest events that arrived after the first and up to the second, by (timestamp, arrival)."""
+        rows = self._read(
+            "SELECT item_id, rating, timestamp FROM jaxrec.events WHERE user_id = %s AND arrival > %s"
+            " AND arrival <= %s AND timestamp <= %s ORDER BY timestamp DESC, arrival DESC LIMIT %s",
+            *(user_id, *arrivals, until, most),
+        )
+        return [Event(*row) for row in reversed(rows)]
+
     def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
         with self._connection("cannot be read") as connection:
             return connection.execute(query, parameters).fetchall()
 
-    def _write_deferred(self, shown: Sequence[Shown], states: Sequence[SpilledState]) -> None:
+    def _write_deferred(self, shown: Sequence[Aged], states: Sequence[SpilledState]) -> None:
         with self._connection("cannot be written") as connection:
+            connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", [DELETION_LOCK])
             _insert_shown(connection, shown)
             # States of users that were deleted meanwhile have no place any more.
             connection.cursor().executemany(
@@ -259,19 +317,18 @@ class PostgresStore(EventStore):
                 self._idle.pop().close()
 
 
-def _insert_shown(connection: psycopg.Connection, shown: Sequence[Shown]) -> None:
+def _insert_shown(connection: psycopg.Connection, shown: Sequence[Aged]) -> None:
+    """What was made for users before they were deleted has no place any more."""
+    rows = connection.execute(
+        "SELECT digest, extract(epoch FROM time)::float8 FROM jaxrec.deletions WHERE digest = ANY(%s)",
+        [digests(shown)],
+    ).fetchall()
+    (now,) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone() or (0.0,)
     connection.cursor().executemany(
         "INSERT INTO jaxrec.shown"
         " (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp)"
-        " VALUES (%s, %s, %s, %s, %s, %s, %s)",
-        [
-            (
-                *(one.recommendation_id, one.user_id),
-                *(json.dumps(one.item_ids, ensure_ascii=False), json.dumps(one.log_propensities)),
-                *one[4:],
-            )
-            for one in shown
-        ],
+        " VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (recommendation_id) DO NOTHING",
+        [shown_row(one) for one in still_wanted(shown, dict(rows), now)],
     )
 
 
@@ -281,10 +338,16 @@ def _prepare(connection: psycopg.Connection) -> None:
     if fsync != "on":
         raise StoreError("PostgreSQL: runs with fsync = off, so that acknowledged events can be lost; expected on")
     connection.execute("SELECT pg_advisory_xact_lock(%s)", [SCHEMA_LOCK])
+    connection.execute(VERSION_TABLE[0])
+    connection.execute(VERSION_TABLE[1])
+    row = connection.execute("SELECT version FROM jaxrec.store").fetchone()
+    if row is not None and row[0] == SCHEMA_VERSION:
+        return
+    if row is not None and not 1 <= row[0] < SCHEMA_VERSION:
+        raise StoreError(f"PostgreSQL: is a store in version {row[0]}, expected 1..{SCHEMA_VERSION}")
+    # To bring a large log up to date takes longer than a call may.
+    connection.execute("SET LOCAL statement_timeout = 0")
     for step in SCHEMA:
         connection.execute(step)
-    row = connection.execute("SELECT version FROM jaxrec.store").fetchone()
-    if row is None:
-        connection.execute("INSERT INTO jaxrec.store VALUES (%s)", [SCHEMA_VERSION])
-    elif row[0] != SCHEMA_VERSION:
-        raise StoreError(f"PostgreSQL: is a store in version {row[0]}, expected {SCHEMA_VERSION}")
+    connection.execute("DELETE FROM jaxrec.store")
+    connection.execute("INSERT INTO jaxrec.store VALUES (%s)", [SCHEMA_VERSION])

@@ -6,10 +6,12 @@ A server that would lose or evict events is refused. One Redis server (with repl
 script touches keys of several users.
 
 Keys, all below `jaxrec:`: `event_ids` (set), `revision` (counter), `user:ID` (hash of the first and last revision),
-`events:ID` (list in order of arrival), `shown:ID` and `shown` (lists), `states:ID` (hash by model version),
-`states` (sorted set of the IDs that have one, so that they can be found).
+`events:ID` (list in order of arrival), `shown:ID` and `shown` (lists), `shown_ids` (set of what is in them),
+`states:ID` (hash by model version), `states` (set of the IDs that have one, so that they can be found),
+`deletions` (sorted set of digests of deleted users by time).
 """
 
+import itertools
 import json
 import struct
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,10 +23,23 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from serve.history import Event
-from serve.store import Changes, Deleted, EventStore, Shown, SpilledState, StoreError, UserEvent
-from serve.stores.deferred import DeferredWrites
+from serve.store import (
+    DELETION_S,
+    MOST_EVENTS,
+    UNDER_WAY_S,
+    Changes,
+    Deleted,
+    EventStore,
+    Shown,
+    SpilledState,
+    StoreError,
+    UserEvent,
+    digest,
+)
+from serve.stores.deferred import Aged, DeferredWrites
 
-VERSION = "1"
+VERSION = "2"
+COPIED_AT_ONCE = 1_000
 TIMEOUT_S = 5.0
 FIRST_WITH_WAITAOF = (7, 2)
 REVISION = struct.Struct("<q")
@@ -45,7 +60,7 @@ for at = 1, #ARGV, 3 do
 end
 return new
 """
-# ARGV: user. Returns how many events and shown recommendations there were.
+# ARGV: user, its digest, for how many seconds that is kept. Returns how many events and shown recommendations it had.
 DELETE_USER = """
 local user = ARGV[1]
 local events = redis.call('LRANGE', 'jaxrec:events:' .. user, 0, -1)
@@ -53,10 +68,48 @@ for _, text in ipairs(events) do
     local event = cjson.decode(string.sub(text, string.find(text, ' ') + 1))
     redis.call('SREM', 'jaxrec:event_ids', event[1])
 end
-local shown = redis.call('LLEN', 'jaxrec:shown:' .. user)
+local shown = redis.call('LRANGE', 'jaxrec:shown:' .. user, 0, -1)
+for _, text in ipairs(shown) do
+    redis.call('SREM', 'jaxrec:shown_ids', cjson.decode(text)[1])
+end
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1e6
+redis.call('ZREMRANGEBYSCORE', 'jaxrec:deletions', '-inf', now - ARGV[3])
+redis.call('ZADD', 'jaxrec:deletions', string.format('%.6f', now), ARGV[2])
 redis.call('SREM', 'jaxrec:states', user)
 redis.call('DEL', 'jaxrec:events:' .. user, 'jaxrec:shown:' .. user, 'jaxrec:states:' .. user, 'jaxrec:user:' .. user)
-return {#events, shown}
+return {#events, #shown}
+"""
+# ARGV: list, id and value of a shown recommendation, its age in seconds, the digest of its user ('' for nobody), and
+# how long one may have been under way when its user was deleted. Only once, and not if the user was deleted since.
+LOG_SHOWN = """
+local deleted = redis.call('ZSCORE', 'jaxrec:deletions', ARGV[5])
+local time = redis.call('TIME')
+if deleted and time[1] + time[2] / 1e6 - ARGV[4] <= deleted + ARGV[6] then
+    return
+end
+if redis.call('SADD', 'jaxrec:shown_ids', ARGV[2]) == 1 then
+    redis.call('RPUSH', ARGV[1], ARGV[3])
+end
+"""
+# ARGV: a list of shown recommendations of version 1, which has no ids and may have some twice.
+FILL_SHOWN_IDS = """
+local all = redis.call('LRANGE', ARGV[1], 0, -1)
+local seen, kept = {}, {}
+for _, text in ipairs(all) do
+    local id = cjson.decode(text)[1]
+    if not seen[id] then
+        seen[id] = true
+        kept[#kept + 1] = text
+        redis.call('SADD', 'jaxrec:shown_ids', id)
+    end
+end
+if #kept < #all then
+    redis.call('DEL', ARGV[1])
+    for _, text in ipairs(kept) do
+        redis.call('RPUSH', ARGV[1], text)
+    end
+end
 """
 # ARGV: user, model version, revision, revision and state as bytes. Only for a user that was not deleted since.
 SAVE_STATE = """
@@ -87,6 +140,7 @@ class RedisStore(EventStore):
         self._record = self._redis.register_script(RECORD)
         self._delete = self._redis.register_script(DELETE_USER)
         self._save_state = self._redis.register_script(SAVE_STATE)
+        self._log_shown = self._redis.register_script(LOG_SHOWN)
         try:
             with self._failures("cannot be opened"):
                 self._waits_for_disk = self._check_server()
@@ -116,13 +170,15 @@ class RedisStore(EventStore):
         return [event for event, new in zip(events, is_new, strict=True) if new]
 
     def history(self, user_id: str, until: int | None = None) -> list[Event]:
-        events = _decoded(self._read(lambda: self._redis.lrange(f"jaxrec:events:{user_id}", 0, -1)), 0)
-        return events if until is None else [event for event in events if event.timestamp <= until]
+        events = _decoded(self._events(user_id, MOST_EVENTS), 0)
+        if until is not None:
+            events = [event for event in events if event.timestamp <= until]
+        return events[-MOST_EVENTS:]
 
     def revision(self, user_id: str) -> int:
         return int(self._read(lambda: self._redis.hget(f"jaxrec:user:{user_id}", "last")) or 0)
 
-    def changes(self, user_id: str, since: int = 0) -> Changes:
+    def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
         first, last = self._read(lambda: self._redis.hmget(f"jaxrec:user:{user_id}", "first", "last"))
         first, revision = int(first or 0), int(last or 0)
         complete = since < first or not revision
@@ -130,19 +186,20 @@ class RedisStore(EventStore):
             since = 0
         elif since >= revision:
             return Changes(revision, [], complete=False)
-        values = self._read(lambda: self._redis.lrange(f"jaxrec:events:{user_id}", 0, -1))
-        return Changes(revision, _decoded(values, since, revision), complete)
+        values = self._events(user_id, most)
+        events = _decoded(values, since, revision)
+        if not complete and len(events) >= most:
+            events, complete = _decoded(values, 0, revision), True
+        return Changes(revision, events[-most:], complete)
 
     def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
         if wait:
-            self._written(lambda client: client.rpush(_shown_key(shown.user_id), json.dumps(shown)))
+            self._written(lambda client: self._log_shown(args=_shown_arguments(Aged(shown, 0.0)), client=client))
         else:
             self._deferred.add([shown])
 
     def shown(self, user_id: str | None) -> list[Shown]:
-        values = self._read(lambda: self._redis.lrange(_shown_key(user_id), 0, -1))
-        rows = [json.loads(value) for value in values]
-        return [Shown(row[0], row[1], tuple(row[2]), tuple(row[3]), *row[4:]) for row in rows]
+        return [_shown(value) for value in self._read(lambda: self._redis.lrange(_shown_key(user_id), 0, -1))]
 
     def save_states(self, states: Sequence[SpilledState]) -> None:
         self._deferred.add(states)
@@ -154,7 +211,7 @@ class RedisStore(EventStore):
         (revision,) = REVISION.unpack_from(value)
         return SpilledState(user_id, model_version, revision, value[REVISION.size :])
 
-    def drop_states(self, keep_versions: Collection[str]) -> int:
+    def drop_states(self, keep_versions: Collection[str], most: int) -> int:
         kept = {version.encode() for version in keep_versions}
         dropped = 0
         with self._failures("cannot be written"):
@@ -162,12 +219,28 @@ class RedisStore(EventStore):
                 key = b"jaxrec:states:" + user
                 old = [version for version in self._redis.hkeys(key) if version not in kept]
                 dropped += self._redis.hdel(key, *old) if old else 0
+                if dropped >= most:
+                    break
         return dropped
 
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
-        events, shown = self._written(lambda client: self._delete(args=[user_id], client=client))
+        events, shown = self._written(
+            lambda client: self._delete(args=[user_id, digest(user_id), DELETION_S], client=client)
+        )
         return Deleted(events, shown)
+
+    def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
+        prefix = b"jaxrec:events:"
+        for key in self._keys(prefix + b"*"):
+            user_id = key.removeprefix(prefix).decode()
+            for values in self._parts(key):
+                yield [_user_event(user_id, value) for value in values]
+
+    def all_shown(self) -> Iterator[Sequence[Shown]]:
+        for key in (b"jaxrec:shown", *self._keys(b"jaxrec:shown:*")):
+            for values in self._parts(key):
+                yield [_shown(value) for value in values]
 
     @property
     def dropped_count(self) -> int:
@@ -176,10 +249,33 @@ class RedisStore(EventStore):
     def flush(self) -> None:
         self._deferred.flush()
 
-    def _write_deferred(self, shown: Sequence[Shown], states: Sequence[SpilledState]) -> None:
+    def _events(self, user_id: str, most: int) -> list[bytes]:
+        """A user's events as they are stored, of many those that arrived last: the newest by time are among them,
+        unless most of them came late."""
+        values: list[bytes] = self._read(lambda: self._redis.lrange(f"jaxrec:events:{user_id}", -2 * most, -1))
+        return values
+
+    def _keys(self, pattern: bytes) -> Iterator[bytes]:
+        """Those that match, each once."""
+        seen = set()
+        with self._failures("cannot be read"):
+            for key in self._redis.scan_iter(pattern, count=1000):
+                if key not in seen:
+                    seen.add(key)
+                    yield key
+
+    def _parts(self, key: bytes) -> Iterator[list[bytes]]:
+        for start in itertools.count(0, COPIED_AT_ONCE):
+            with self._failures("cannot be read"):
+                values: list[Any] = self._redis.lrange(key, start, start + COPIED_AT_ONCE - 1)
+            if not values:
+                return
+            yield values
+
+    def _write_deferred(self, shown: Sequence[Aged], states: Sequence[SpilledState]) -> None:
         with self._failures("cannot be written"), self._redis.pipeline(transaction=True) as pipeline:
             for one in shown:
-                pipeline.rpush(_shown_key(one.user_id), json.dumps(one))
+                self._log_shown(args=_shown_arguments(one), client=pipeline)
             for state in states:
                 value = REVISION.pack(state.revision) + state.state
                 self._save_state(args=[state.user_id, state.model_version, state.revision, value], client=pipeline)
@@ -221,10 +317,19 @@ class RedisStore(EventStore):
             raise StoreError(f"{where} before it answers; set appendfsync to always, or use Redis 7.2 or later")
         if not self._redis.set("jaxrec:version", VERSION, nx=True):
             found = self._redis.get("jaxrec:version")
-            if found != VERSION.encode():
+            if found == b"1":
+                self._update_from_version_1()
+            elif found != VERSION.encode():
                 shown = found.decode() if isinstance(found, bytes) else found
-                raise StoreError(f"Redis: is a store in version {shown}, expected {VERSION}")
+                raise StoreError(f"Redis: is a store in version {shown}, expected 1..{VERSION}")
         return not always
+
+    def _update_from_version_1(self) -> None:
+        """Can be repeated, also by two at once: a list is brought up to date in one step, and then stays as it is."""
+        fill = self._redis.register_script(FILL_SHOWN_IDS)
+        for key in (b"jaxrec:shown", *self._keys(b"jaxrec:shown:*")):
+            fill(args=[key])
+        self._redis.set("jaxrec:version", VERSION)
 
     @contextmanager
     def _failures(self, what: str) -> Iterator[None]:
@@ -236,6 +341,25 @@ class RedisStore(EventStore):
 
 def _shown_key(user_id: str | None) -> str:
     return "jaxrec:shown" if user_id is None else f"jaxrec:shown:{user_id}"
+
+
+def _shown_arguments(one: Aged) -> list[Any]:
+    """Those of the script LOG_SHOWN."""
+    shown, age_s = one
+    user = "" if shown.user_id is None else digest(shown.user_id)
+    return [_shown_key(shown.user_id), shown.recommendation_id, json.dumps(shown), age_s, user, UNDER_WAY_S]
+
+
+def _shown(value: bytes) -> Shown:
+    row = json.loads(value)
+    return Shown(row[0], row[1], tuple(row[2]), tuple(row[3]), *row[4:])
+
+
+def _user_event(user_id: str, value: bytes) -> tuple[int, UserEvent]:
+    """An event with its revision."""
+    revision, _, text = value.partition(b" ")
+    event_id, item_id, rating, timestamp, *rest = json.loads(text)
+    return int(revision), UserEvent(event_id, user_id, Event(item_id, rating, timestamp), rest[0] if rest else None)
 
 
 def _decoded(values: Sequence[bytes], since: int, until: int | None = None) -> list[Event]:

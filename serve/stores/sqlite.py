@@ -5,10 +5,10 @@ its own, so that a call that fails takes no other with it. WAL with synchronous=
 the end of the process and, as far as fsync keeps its word, of the power. Reads don't wait for writes.
 """
 
-import json
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -16,12 +16,23 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from serve.history import Event
-from serve.store import Changes, Deleted, EventStore, Shown, SpilledState, StoreError, UserEvent
-from serve.stores.deferred import DeferredWrites
+from serve.store import (
+    DELETION_S,
+    MOST_EVENTS,
+    Changes,
+    Deleted,
+    EventStore,
+    Shown,
+    SpilledState,
+    StoreError,
+    UserEvent,
+    digest,
+)
+from serve.stores.deferred import Aged, DeferredWrites, digests, shown_of_row, shown_row, still_wanted
 
 # "jxrc": marks the file, so that another program's database is not taken for a store.
 APPLICATION_ID = 0x6A787263
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # `arrival` is never given twice (AUTOINCREMENT), so a user's latest is a revision that never comes back.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
@@ -50,6 +61,12 @@ CREATE TABLE IF NOT EXISTS shown (
     timestamp INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX IF NOT EXISTS shown_to ON shown (user_id);
+DELETE FROM shown WHERE number NOT IN (SELECT min(number) FROM shown GROUP BY recommendation_id);
+CREATE UNIQUE INDEX IF NOT EXISTS shown_once ON shown (recommendation_id);
+CREATE TABLE IF NOT EXISTS deletions (
+    user TEXT PRIMARY KEY,
+    time REAL NOT NULL
+) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS states (
     user_id TEXT NOT NULL,
     model_version TEXT NOT NULL,
@@ -61,10 +78,13 @@ CREATE TABLE IF NOT EXISTS states (
 FROM_VERSION_1 = """
 ALTER TABLE events ADD COLUMN recommendation_id TEXT;
 """
-FILL_USERS = "INSERT INTO users SELECT user_id, min(arrival), max(arrival) FROM events GROUP BY user_id"
+FILL_USERS = "INSERT OR IGNORE INTO users SELECT user_id, min(arrival), max(arrival) FROM events GROUP BY user_id"
 LOCK_TIMEOUT_S = 5.0
 LARGEST_GROUP = 256
-DROPPED_AT_ONCE = 1000
+COPIED_AT_ONCE = 10_000
+SHOWN_AT_ONCE = 100
+
+SHOWN = "recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp FROM shown"
 
 T = TypeVar("T")
 
@@ -120,12 +140,12 @@ class SQLiteStore(EventStore):
         if until is not None:
             query += " AND timestamp <= ?"
             parameters += (until,)
-        return [Event(*row) for row in self._read(f"{query} ORDER BY timestamp, arrival", *parameters)]
+        return self._events(query, MOST_EVENTS, *parameters)
 
     def revision(self, user_id: str) -> int:
         return self._life(user_id)[1]
 
-    def changes(self, user_id: str, since: int = 0) -> Changes:
+    def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
         first, revision = self._life(user_id)
         complete = since < first or not revision
         if complete:
@@ -134,26 +154,20 @@ class SQLiteStore(EventStore):
             return Changes(revision, [], complete=False)
         # Not in one snapshot: events after `revision` are left to the next call, and a deletion in between
         # changes the revision, so the next call starts anew.
-        rows = self._read(
-            "SELECT item_id, rating, timestamp FROM events WHERE user_id = ? AND arrival > ? AND arrival <= ?"
-            " ORDER BY timestamp, arrival",
-            *(user_id, since, revision),
-        )
-        return Changes(revision, [Event(*row) for row in rows], complete)
+        query = "SELECT item_id, rating, timestamp FROM events WHERE user_id = ? AND arrival > ? AND arrival <= ?"
+        events = self._events(query, most, user_id, since, revision)
+        if not complete and len(events) == most:
+            events, complete = self._events(query, most, user_id, 0, revision), True
+        return Changes(revision, events, complete)
 
     def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
         if wait:
-            self._write(lambda connection: _insert_shown(connection, [shown]))
+            self._write(lambda connection: _insert_shown(connection, [Aged(shown, 0.0)]))
         else:
             self._deferred.add([shown])
 
     def shown(self, user_id: str | None) -> list[Shown]:
-        rows = self._read(
-            "SELECT recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp FROM shown"
-            " WHERE user_id IS ? ORDER BY number",
-            user_id,
-        )
-        return [Shown(row[0], row[1], tuple(json.loads(row[2])), tuple(json.loads(row[3])), *row[4:]) for row in rows]
+        return [shown_of_row(row) for row in self._read(f"SELECT {SHOWN} WHERE user_id IS ? ORDER BY number", user_id)]
 
     def save_states(self, states: Sequence[SpilledState]) -> None:
         self._deferred.add(states)
@@ -163,21 +177,35 @@ class SQLiteStore(EventStore):
         rows = self._read(query, user_id, model_version)
         return SpilledState(*rows[0]) if rows else None
 
-    def drop_states(self, keep_versions: Collection[str]) -> int:
+    def drop_states(self, keep_versions: Collection[str], most: int) -> int:
         kept = ", ".join("?" * len(keep_versions))
         query = (
             "DELETE FROM states WHERE (user_id, model_version) IN"
-            f" (SELECT user_id, model_version FROM states WHERE model_version NOT IN ({kept}) LIMIT {DROPPED_AT_ONCE})"
+            f" (SELECT user_id, model_version FROM states WHERE model_version NOT IN ({kept}) LIMIT ?)"
         )
-        dropped = 0
-        # In parts, so that events do not wait for all of it.
-        while part := self._write(lambda connection: connection.execute(query, tuple(keep_versions)).rowcount):
-            dropped += part
-        return dropped
+        return self._write(lambda connection: connection.execute(query, (*keep_versions, most)).rowcount)
 
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
         return self._write(lambda connection: _delete_user(connection, user_id))
+
+    def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
+        query = (
+            "SELECT arrival, event_id, user_id, item_id, rating, timestamp, recommendation_id FROM events"
+            " WHERE arrival > ? ORDER BY arrival LIMIT ?"
+        )
+        last = 0
+        while rows := self._read(query, last, COPIED_AT_ONCE):
+            yield [(row[0], UserEvent(row[1], row[2], Event(*row[3:6]), row[6])) for row in rows]
+            last = rows[-1][0]
+
+    def all_shown(self) -> Iterator[Sequence[Shown]]:
+        last = 0
+        while rows := self._read(
+            f"SELECT number, {SHOWN} WHERE number > ? ORDER BY number LIMIT ?", last, COPIED_AT_ONCE
+        ):
+            yield [shown_of_row(row[1:]) for row in rows]
+            last = rows[-1][0]
 
     @property
     def dropped_count(self) -> int:
@@ -191,11 +219,16 @@ class SQLiteStore(EventStore):
         rows = self._read("SELECT first_arrival, last_arrival FROM users WHERE user_id = ?", user_id)
         return rows[0] if rows else (0, 0)
 
+    def _events(self, query: str, most: int, *parameters: str | int) -> list[Event]:
+        """The newest of the events that a query finds, by (timestamp, arrival)."""
+        rows = self._read(f"{query} ORDER BY timestamp DESC, arrival DESC LIMIT ?", *parameters, most)
+        return [Event(*row) for row in reversed(rows)]
+
     def _read(self, query: str, *parameters: str | int | None) -> list[Any]:
         with self._failures("cannot be read"):
             return self._reader().execute(query, parameters).fetchall()
 
-    def _write_deferred(self, shown: Sequence[Shown], states: Sequence[SpilledState]) -> None:
+    def _write_deferred(self, shown: Sequence[Aged], states: Sequence[SpilledState]) -> None:
         def work(connection: sqlite3.Connection) -> None:
             _insert_shown(connection, shown)
             _insert_states(connection, states)
@@ -334,19 +367,21 @@ def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) 
     return recorded
 
 
-def _insert_shown(connection: sqlite3.Connection, shown: Sequence[Shown]) -> None:
-    connection.executemany(
-        "INSERT INTO shown (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [
-            (
-                *(one.recommendation_id, one.user_id),
-                *(json.dumps(one.item_ids, ensure_ascii=False), json.dumps(one.log_propensities)),
-                *one[4:],
-            )
-            for one in shown
-        ],
-    )
+def _insert_shown(connection: sqlite3.Connection, shown: Sequence[Aged]) -> None:
+    """What was made for users before they were deleted has no place any more."""
+    users = digests(shown)
+    query = f"SELECT user, time FROM deletions WHERE user IN ({', '.join('?' * len(users))})"
+    deleted = dict(connection.execute(query, users).fetchall())
+    rows = [shown_row(one) for one in still_wanted(shown, deleted, time.time())]
+    # Many in one statement: after each statement Python takes its lock again, which the threads that answer want too.
+    for start in range(0, len(rows), SHOWN_AT_ONCE):
+        part = rows[start : start + SHOWN_AT_ONCE]
+        values = ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(part))
+        connection.execute(
+            "INSERT INTO shown (recommendation_id, user_id, item_ids, log_propensities, policy, model_version,"
+            f" timestamp) VALUES {values} ON CONFLICT (recommendation_id) DO NOTHING",
+            [value for row in part for value in row],
+        )
 
 
 def _insert_states(connection: sqlite3.Connection, states: Sequence[SpilledState]) -> None:
@@ -364,4 +399,7 @@ def _delete_user(connection: sqlite3.Connection, user_id: str) -> Deleted:
         table: connection.execute(f"DELETE FROM {table} WHERE user_id = ?", (user_id,)).rowcount
         for table in ("events", "shown", "users", "states")
     }
+    now = time.time()
+    connection.execute("DELETE FROM deletions WHERE time < ?", (now - DELETION_S,))
+    connection.execute("INSERT OR REPLACE INTO deletions VALUES (?, ?)", (digest(user_id), now))
     return Deleted(counts["events"], counts["shown"])

@@ -113,7 +113,7 @@ def test_a_better_policy_replaces_the_one_in_use(
     found = rl_log_run(run, liked, CONFIG, **GATE)
     assert found.used, found.reason
     assert f"{ROUNDS * USERS} recommendations shown" in found.told
-    assert "temperature 1.5 as fitted, request time not told; propensities which the policy in use gives" in found.told
+    assert "temperature 1.5 as fitted, request time not told; 100% of it was shown by the policy in use." in found.told
     assert "the new policy may be used" in found.reason
     new = load_policy(open_run(run), supervised)
     assert new is not None
@@ -158,7 +158,7 @@ def test_a_log_of_another_policy_is_recognized(
     outcome = PolicyOutcome(True, "for the test", 0, {}, {})
     write_policy(open_run(run), supervised, outcome, CONFIG, "reinforce", variables, [], [])
     found = rl_log_run(run, liked, CONFIG, TEMPERATURE, **GATE)
-    assert "nats away: the log is another one's" in found.told
+    assert "; 0% of it was shown by the policy in use." in found.told
     assert "temperature 1.5 as given" in found.told
 
 

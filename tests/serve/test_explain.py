@@ -7,14 +7,23 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from serve.batching import Cancelled
 from serve.catalog import Catalog, parse_catalog
 from serve.client import Event, RecommenderClient, recommend_request
 from serve.explain import Explanation, explain
+from serve.history import Event as HistoryEvent
 from serve.history import KnownEvent
+from serve.loaded import LoadedModel
+from serve.metrics import Metrics
 from serve.recommender import Query, Recommender
+from serve.store import EventStore
 
 TARGET, SAME, CLOSE, ACROSS, OPPOSITE = 1, 2, 3, 4, 5
 VECTORS = np.array([[0, 0], [1, 0], [1, 0], [0.8, 0.6], [0, 1], [-1, 0]], np.float32)
+
+
+def similarities(events: list[KnownEvent]) -> NDArray[np.float32]:
+    return VECTORS[[TARGET]] @ VECTORS[[event.item for event in events]].T
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +42,7 @@ def test_what_the_model_would_miss_most_comes_first(catalog: Catalog) -> None:
     events = [KnownEvent(SAME, 2.0, 0), KnownEvent(CLOSE, None, 1), KnownEvent(ACROSS, 5.0, 2)]
     # Without the last the score would be higher: it speaks against the item.
     influences = np.array([[0.1, 0.4, -0.2]], np.float32)
-    (explanation,) = explain(np.array([TARGET], np.int32), events, influences, VECTORS, catalog)
+    (explanation,) = explain(np.array([TARGET], np.int32), events, influences, similarities(events), catalog)
     assert [reason.event for reason in explanation.events] == [events[1], events[0]]
     assert [reason.influence for reason in explanation.events] == pytest.approx([0.4, 0.1])
     assert [reason.similarity for reason in explanation.events] == pytest.approx([0.8, 1.0])
@@ -45,15 +54,15 @@ def test_what_the_model_would_miss_most_comes_first(catalog: Catalog) -> None:
 def test_of_several_events_on_one_item_the_strongest_counts_and_at_most_three_do(catalog: Catalog) -> None:
     events = [KnownEvent(item, 5.0, at) for at, item in enumerate([SAME, SAME, CLOSE, ACROSS, OPPOSITE])]
     influences = np.array([[0.5, 0.6, 0.3, 0.4, 0.2]], np.float32)
-    (explanation,) = explain(np.array([TARGET], np.int32), events, influences, VECTORS, catalog)
+    (explanation,) = explain(np.array([TARGET], np.int32), events, influences, similarities(events), catalog)
     assert [reason.event for reason in explanation.events] == [events[1], events[3], events[2]]
 
 
 def test_without_influences_the_vectors_speak(catalog: Catalog) -> None:
     same, opposite = KnownEvent(SAME, 5.0, 0), KnownEvent(OPPOSITE, 5.0, 0)
-    (explanation,) = explain(np.array([TARGET], np.int32), [same], None, VECTORS, catalog)
+    (explanation,) = explain(np.array([TARGET], np.int32), [same], None, similarities([same]), catalog)
     assert [(reason.event, reason.influence) for reason in explanation.events] == [(same, None)]
-    (explanation,) = explain(np.array([TARGET], np.int32), [opposite], None, VECTORS, catalog)
+    (explanation,) = explain(np.array([TARGET], np.int32), [opposite], None, similarities([opposite]), catalog)
     assert explanation.events == explanation.shared_genres == ()
     assert explanation.text == "Fits the order of your history; no single event speaks for it"
 
@@ -155,3 +164,22 @@ def test_explaining_a_batch_holds_up_nobody(
     (answer,) = batch.result()
     assert all(one.explanation.text for one in answer.recommendations)
     assert [one.item_id for one in answer.recommendations] == [one.item_id for one in plain.recommendations]
+
+
+def test_what_nobody_waits_for_any_more_is_not_explained(
+    model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics, explained = Metrics(), []
+    monkeypatch.setattr(model, "explain", lambda query, items: explained.append(query))
+    loaded = LoadedModel(model, store, metrics)
+    query = Query([HistoryEvent("1007", None, 0)], k=3, explain=True)
+
+    def has_run() -> bool:
+        return bool(metrics.registry.get_sample_value("jaxrec_batch_size_count"))
+
+    with pytest.raises(Cancelled):
+        loaded.recommend(query, is_cancelled=has_run)
+    assert has_run()
+    with pytest.raises(Cancelled):
+        LoadedModel(model, store, metrics := Metrics()).recommend_all([query, query], is_cancelled=has_run)
+    assert explained == []

@@ -15,7 +15,7 @@ from bench import fault_reload, fault_soak, fault_store
 from bench.model_versions import replace_file
 from serve.batching import QueueFull
 from serve.errors import status_of
-from serve.polling import is_supported, polling_server
+from serve.polling import Front, is_supported, polling_server
 from tests.serve.databases import NotInstalled, redis_server
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 def test_kill_9_loses_nothing_and_doubles_nothing() -> None:
     """In a process of its own: it forks, which one with threads must not."""
     command = [sys.executable, "-m", "bench.fault_kill", "--kills", "12"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     assert ended.returncode == 0, ended.stderr
     assert re.match(r"12 kills .*: [1-9]\d* events acknowledged, \d+ stored, 0 lost, 0 counted twice\n", ended.stdout)
 
@@ -70,7 +70,9 @@ def test_soak(model_directory: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not is_supported(), reason="the installed grpcio is another")
 def test_a_full_queue_turns_calls_away_with_a_hint() -> None:
     full = status_of(QueueFull(0, 0.5))
-    server = polling_server(ThreadPoolExecutor(1), ["/t.S/Ask"], capacity=0, turn_away=lambda: full)
+    server = polling_server(
+        ThreadPoolExecutor(1), ThreadPoolExecutor(1), Front(["/t.S/Ask"], most_parked=0, turn_away=lambda method: full)
+    )
     handler = grpc.unary_unary_rpc_method_handler(lambda request, context: request)
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("t.S", {"Ask": handler})])
     server.add_registered_method_handlers("t.S", {"Ask": handler})

@@ -1,6 +1,7 @@
 """`serve` meets `jaxrec` at the model directory and nowhere else."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,27 @@ print(*{{name.partition(".")[0] for name in sys.modules}})
     loaded = set(ended.stdout.split())
     assert "onnxruntime" in loaded
     assert not loaded & NOT_IN_THE_SERVER
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="OpenBLAS starts no threads on one core")
+def test_the_command_line_has_no_threads_of_openblas() -> None:
+    """They would spin after every product; who sets their number gets it."""
+    program = """
+import os, runpy, sys
+sys.argv = ["serve", "--help"]
+try:
+    runpy.run_module("serve", run_name="__main__")
+except SystemExit:
+    pass
+import numpy
+print(len(os.listdir("/proc/self/task")))
+"""
+    names = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    ran = [
+        subprocess.run(
+            [sys.executable, "-c", program], env=names | more, check=True, capture_output=True, text=True, timeout=60
+        )
+        for more in ({}, {"OPENBLAS_NUM_THREADS": "1"}, {"OPENBLAS_NUM_THREADS": "2"})
+    ]
+    by_default, one, two = (int(of.stdout.splitlines()[-1]) for of in ran)
+    assert (by_default, two) == (one, one + 1)

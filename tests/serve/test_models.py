@@ -3,16 +3,18 @@
 import gc
 import os
 import shutil
+import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
 from bench.model_versions import DAMAGES, add_version, edit_manifest, flip_a_byte, garble_the_manifest
+from serve import loading
 from serve.artifact import ArtifactError
 from serve.client import RecommenderClient
 from serve.history import Event
@@ -24,7 +26,7 @@ from serve.pb import model_admin_pb2 as pb
 from serve.pb.model_admin_pb2_grpc import ModelAdminStub
 from serve.recommender import Query
 from serve.server import create_server
-from serve.store import EventStore
+from serve.store import EventStore, SpilledState, UserEvent
 
 DEADLINE_S = 30.0
 WATCH_S = 0.05
@@ -72,6 +74,43 @@ def test_the_newest_valid_version_is_loaded(
         states = {report.model_version: report.state for report in models.report()}
         assert states == {"3": State.REFUSED, "2": State.READY, "1": State.AVAILABLE}
     assert (attempts(metrics, "loaded"), attempts(metrics, "refused")) == (1, 1)
+
+
+def test_refused_folders_that_are_gone_are_forgotten(
+    versions: Path, model_directory: Path, models: ModelLibrary
+) -> None:
+    for name in ("2", "3"):
+        damaged = add_version(versions, model_directory, name, damage=flip_a_byte)
+        wait_for(lambda: State.REFUSED in {report.state for report in models.report()})
+        shutil.rmtree(damaged)
+    wait_for(lambda: not models._refused)
+
+
+def test_states_of_versions_that_left_are_forgotten_in_the_background(
+    versions: Path, store: EventStore, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "DROPPED_AT_ONCE", 2)
+    users = [f"u{at}" for at in range(7)]
+    store.record([UserEvent(user, user, Event("1007", None, 0)) for user in users])
+    old = [SpilledState(user, "0", store.revision(user), b"x") for user in users]
+    store.save_states([*old, old[0]._replace(model_version="1")])
+    store.flush()
+    drop, may_drop, parts = store.drop_states, threading.Event(), []
+
+    def watched_drop(versions: Collection[str], most: int) -> int:
+        assert may_drop.wait(DEADLINE_S)
+        parts.append(drop(versions, most))
+        return parts[-1]
+
+    monkeypatch.setattr(store, "drop_states", watched_drop)
+    with open_models(versions, store, metrics, provider="cpu", watch_s=0) as models:
+        # It serves though nothing was forgotten yet.
+        assert models.versions() == ["1"]
+        may_drop.set()
+        wait_for(lambda: 0 in parts)
+    assert parts == [2, 2, 2, 1, 0]
+    assert [store.load_state(user, "0") for user in users] == [None] * 7
+    assert store.load_state("u0", "1") is not None
 
 
 def test_a_model_directory_is_its_own_version(

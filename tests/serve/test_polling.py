@@ -1,6 +1,7 @@
 """The polling server keeps grpc's promises, for methods that it answers inline and for all others."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,23 +11,38 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from serve import polling
 from serve.batching import Batcher, Cancelled, Run
+from serve.health import HealthServicer
 from serve.history import Event
-from serve.polling import is_supported, polling_server
+from serve.polling import Front, is_supported, polling_server
 from serve.recommender import Query, Recommender
 
 PATIENCE_S = 30.0
 SERVICE = "test.Echo"
+THREADS = 4
 Handler = Callable[[bytes, grpc.ServicerContext], bytes]
 
 
 @contextmanager
 def serving(
-    inline: Handler, pooled: Handler | None = None, interceptor: grpc.ServerInterceptor | None = None
+    inline: Handler,
+    pooled: Handler | None = None,
+    interceptor: grpc.ServerInterceptor | None = None,
+    most_pooled: int = 100,
 ) -> Iterator[grpc.Channel]:
-    """A channel to a server with the methods Inline and Pooled, and health."""
+    """A channel to a server with the methods Inline (in the pool when asked for `b"long"`) and Pooled, and health."""
     server = polling_server(
-        ThreadPoolExecutor(4), [f"/{SERVICE}/Inline"], interceptors=[interceptor] if interceptor else []
+        ThreadPoolExecutor(THREADS),
+        ThreadPoolExecutor(1),
+        Front(
+            [f"/{SERVICE}/Inline"],
+            ["/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"],
+            lambda method, message: message == b"long",
+            most_in_pool=most_pooled,
+            most_slow=most_pooled,
+        ),
+        interceptors=[interceptor] if interceptor else [],
     )
     handlers = {"Inline": grpc.unary_unary_rpc_method_handler(inline)}
     if pooled is not None:
@@ -57,6 +73,7 @@ def test_inline_methods_run_in_the_polling_thread_and_others_do_not() -> None:
     with serving(thread_name, thread_name) as channel:
         assert method(channel, "Inline")(b"", timeout=PATIENCE_S) == b"grpc-polling"
         assert method(channel, "Pooled")(b"", timeout=PATIENCE_S) != b"grpc-polling"
+        assert method(channel, "Inline")(b"long", timeout=PATIENCE_S) != b"grpc-polling"
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         watch.cancel()
@@ -112,6 +129,180 @@ def test_failures_have_their_status() -> None:
             if request == b"abort":
                 assert dict(failed.value.trailing_metadata())["retry-after"] == "3"
         assert method(channel, "Inline")(b"fine", timeout=PATIENCE_S) == b""
+
+
+@pytest.mark.parametrize("name", ["Inline", "Pooled"])
+def test_calls_that_send_no_message_keep_no_thread(name: str) -> None:
+    """Anybody can open them, without a token."""
+    never = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        never.wait(PATIENCE_S)
+        yield from ()
+
+    with serving(lambda request, _: request, lambda request, _: request) as channel:
+        half_open = [channel.stream_unary(f"/{SERVICE}/{name}").future(nothing()) for _ in range(THREADS)]
+        half_open += [channel.stream_unary("/grpc.health.v1.Health/Check").future(nothing()) for _ in range(THREADS)]
+        try:
+            # On the same connection and after them.
+            assert method(channel, name)(b"x", timeout=PATIENCE_S) == b"x"
+            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+            assert not any(call.done() for call in half_open)
+        finally:
+            for call in half_open:
+                call.cancel()
+            never.set()
+
+
+def test_a_full_pool_turns_calls_away_and_answers_health_checks() -> None:
+    started, gate = threading.Event(), threading.Event()
+
+    def wait(request: bytes, _: grpc.ServicerContext) -> bytes:
+        started.set()
+        assert gate.wait(PATIENCE_S)
+        return request
+
+    with serving(lambda request, _: request, wait, most_pooled=1) as channel:
+        first = method(channel, "Pooled").future(b"1", timeout=PATIENCE_S)
+        assert started.wait(PATIENCE_S)
+        with pytest.raises(grpc.RpcError) as refused:
+            method(channel, "Pooled")(b"2", timeout=PATIENCE_S)
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        # Slow calls have threads of their own.
+        assert method(channel, "Inline")(b"long", timeout=PATIENCE_S) == b"long"
+        gate.set()
+        assert first.result() == b"1"
+        # There is room again.
+        assert method(channel, "Pooled")(b"3", timeout=PATIENCE_S) == b"3"
+
+
+def test_a_cancelled_call_in_the_pool_ends_and_makes_room() -> None:
+    started, gate = threading.Event(), threading.Event()
+
+    def wait(request: bytes, context: grpc.ServicerContext) -> bytes:
+        if request == b"1":
+            started.set()
+            assert gate.wait(PATIENCE_S)
+            end = time.monotonic() + PATIENCE_S
+            while context.is_active():
+                assert time.monotonic() < end
+        return request
+
+    with serving(wait, wait, most_pooled=1) as channel:
+        call = method(channel, "Pooled").future(b"1", timeout=PATIENCE_S)
+        assert started.wait(PATIENCE_S)
+        call.cancel()
+        gate.set()
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            second = method(channel, "Pooled").future(b"2", timeout=PATIENCE_S)
+            if second.exception() is None:
+                break
+            assert second.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert time.monotonic() < end
+
+
+@pytest.mark.parametrize(
+    ("limit", "code"),
+    [
+        ("MESSAGE_S", grpc.StatusCode.DEADLINE_EXCEEDED),
+        ("MOST_WITHOUT_MESSAGE", grpc.StatusCode.RESOURCE_EXHAUSTED),
+    ],
+)
+def test_a_call_whose_message_does_not_come_is_ended(
+    limit: str, code: grpc.StatusCode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        never.wait(PATIENCE_S)
+        yield from ()
+
+    monkeypatch.setattr(polling, limit, 0)
+    with serving(lambda request, _: request, lambda request, _: request) as channel:
+        call = channel.stream_unary(f"/{SERVICE}/Pooled").future(nothing(), timeout=2 * PATIENCE_S)
+        assert call.exception(PATIENCE_S).code() is code
+        never.set()
+
+
+def test_a_client_that_keeps_to_the_limit_of_its_connection_is_never_refused() -> None:
+    """What is over for the client may not be over for the server yet, and must not count."""
+    limit, rounds = 4, 400
+    server = polling_server(
+        ThreadPoolExecutor(THREADS), ThreadPoolExecutor(1), Front(), options=[("grpc.max_concurrent_streams", limit)]
+    )
+    handler = grpc.unary_unary_rpc_method_handler(lambda request, _: request)
+    server.add_registered_method_handlers(SERVICE, {"Pooled": handler})
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    # Without retries, which hide a refusal.
+    options = [("grpc.enable_retries", 0)]
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options) as channel, ThreadPoolExecutor(limit) as callers:
+
+        def ask(_: int) -> int:
+            return sum(method(channel, "Pooled")(b"x", timeout=PATIENCE_S) == b"x" for _ in range(rounds))
+
+        assert list(callers.map(ask, range(limit))) == [rounds] * limit
+    assert server.stop(PATIENCE_S).wait(PATIENCE_S)
+
+
+def test_watching_holds_no_thread_and_who_does_not_read_holds_up_nobody() -> None:
+    states = health_pb2.HealthCheckResponse
+    servicer = HealthServicer(["a.Service"])
+    server = polling_server(ThreadPoolExecutor(1), ThreadPoolExecutor(1), Front())
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="a.Service")
+        watches = [stub.Watch(request, timeout=PATIENCE_S) for _ in range(20)]
+        assert [next(watch).status for watch in watches] == [states.NOT_SERVING] * 20
+        # Nobody reads these; the last is what counts.
+        for at in range(1001):
+            servicer.set("a.Service", states.SERVING if at % 2 else states.UNKNOWN)
+        servicer.set("a.Service", states.SERVING)
+        for watch in watches:
+            while next(watch).status != states.SERVING:
+                pass
+            watch.cancel()
+        assert stub.Check(request, timeout=PATIENCE_S).status == states.SERVING
+    assert server.stop(PATIENCE_S).wait(PATIENCE_S)
+    assert servicer._send_response_callbacks["a.Service"] == set()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failure_of_the_polling_thread_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    failed = threading.Event()
+
+    def leave(_: bytes, __: grpc.ServicerContext) -> bytes:
+        raise SystemExit
+
+    front = Front([f"/{SERVICE}/Inline"], on_failure=failed.set)
+    server = polling_server(ThreadPoolExecutor(1), ThreadPoolExecutor(1), front)
+    server.add_registered_method_handlers(SERVICE, {"Inline": grpc.unary_unary_rpc_method_handler(leave)})
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = method(channel, "Inline").future(b"", timeout=PATIENCE_S)
+        assert failed.wait(PATIENCE_S)
+        call.cancel()
+    assert [record.levelname for record in caplog.records] == ["CRITICAL"]
+
+
+def test_a_thread_of_the_pool_survives_what_would_end_it(caplog: pytest.LogCaptureFixture) -> None:
+    def leave(request: bytes, _: grpc.ServicerContext) -> bytes:
+        if request == b"leave":
+            raise SystemExit
+        return request
+
+    with serving(leave, leave, most_pooled=1) as channel:
+        with pytest.raises(grpc.RpcError) as failed:
+            method(channel, "Pooled")(b"leave", timeout=PATIENCE_S)
+        assert failed.value.code() is grpc.StatusCode.INTERNAL
+        assert method(channel, "Pooled")(b"x", timeout=PATIENCE_S) == b"x"
 
 
 class RefuseAll(grpc.ServerInterceptor):  # type: ignore[misc]
@@ -201,7 +392,7 @@ def test_stop_lets_calls_finish() -> None:
         assert gate.wait(PATIENCE_S)
         return request
 
-    server = polling_server(ThreadPoolExecutor(1), [f"/{SERVICE}/Inline"])
+    server = polling_server(ThreadPoolExecutor(1), ThreadPoolExecutor(1), Front([f"/{SERVICE}/Inline"]))
     server.add_registered_method_handlers(SERVICE, {"Inline": grpc.unary_unary_rpc_method_handler(handle)})
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -216,6 +407,6 @@ def test_stop_lets_calls_finish() -> None:
 
 
 def test_an_inline_method_must_exist() -> None:
-    server = polling_server(ThreadPoolExecutor(1), ["/test.Echo/Absent"])
+    server = polling_server(ThreadPoolExecutor(1), ThreadPoolExecutor(1), Front(["/test.Echo/Absent"]))
     with pytest.raises(ValueError, match=r"\['/test\.Echo/Absent'\]"):
         server.start()

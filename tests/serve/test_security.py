@@ -14,6 +14,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from serve.addresses import SecurityError, check_exposure
 from serve.client import Connection, RecommenderClient, UserEvent
 from serve.loaded import one_model
+from serve.loading import open_models
+from serve.metrics import Metrics
+from serve.pb import model_admin_pb2 as pb
+from serve.pb.model_admin_pb2_grpc import ModelAdminStub
 from serve.pb.recommender_pb2 import GetModelInfoRequest, RecommendRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.recommender import Recommender
@@ -74,6 +78,46 @@ class Authority:
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
     return Authority(tmp_path / "authority")
+
+
+def test_admin_calls_need_the_admin_right(model_directory: Path, store: EventStore, tmp_path: Path) -> None:
+    metrics = Metrics()
+    with open_models(model_directory, store, metrics, provider="cpu", watch_s=0) as models:
+        server = create_server(
+            models, store, "localhost:0", metrics=metrics, tokens=parse_tokens(TOKENS, "tokens"), allow_insecure=True
+        )
+        server.start()
+        with grpc.insecure_channel(f"localhost:{server.port}") as channel:
+            admin = ModelAdminStub(channel)
+            calls = [
+                (admin.ListModels, pb.ListModelsRequest()),
+                (admin.LoadModel, pb.LoadModelRequest()),
+                (admin.SetTraffic, pb.SetTrafficRequest()),
+                (admin.RollBack, pb.RollBackRequest()),
+            ]
+            expected = [None, None, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION]
+            for (call, request), code in zip(calls, expected, strict=True):
+                for token in (READER, WRITER):
+                    metadata = (("authorization", f"Bearer {token}"),)
+                    assert (
+                        denied(lambda: call(request, timeout=TIMEOUT_S, metadata=metadata))  # noqa: B023
+                        is grpc.StatusCode.PERMISSION_DENIED
+                    )
+                assert denied(lambda: call(request, timeout=TIMEOUT_S)) is grpc.StatusCode.UNAUTHENTICATED  # noqa: B023
+                metadata = (("authorization", f"Bearer {ADMIN}"),)
+                if code is None:
+                    assert call(request, timeout=TIMEOUT_S, metadata=metadata) is not None
+                else:
+                    assert denied(lambda: call(request, timeout=TIMEOUT_S, metadata=metadata)) is code  # noqa: B023
+            method = "/jaxrec.v1.ModelAdmin/RollBack"
+            counted = {
+                reason: metrics.registry.get_sample_value(
+                    "jaxrec_rejected_calls_total", {"reason": reason, "method": method}
+                )
+                for reason in ("permission", "unauthenticated")
+            }
+            assert counted == {"permission": 2, "unauthenticated": 1}
+        server.drain()
 
 
 def test_tls(serving: Serving, authority: Authority, tmp_path: Path) -> None:

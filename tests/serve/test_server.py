@@ -17,15 +17,19 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from serve.client import RecommenderClient, UserEvent
+from serve.client import Event, RecommenderClient, UserEvent, recommend_request
 from serve.errors import status_of
 from serve.loaded import one_model
-from serve.pb.recommender_pb2 import RecordEventsRequest
+from serve.loading import open_models
+from serve.metrics import Metrics
+from serve.pb.open_inference_pb2 import ServerReadyRequest
+from serve.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from serve.pb.recommender_pb2 import RecommendRequest, RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.process import StartError, running_server
 from serve.recommender import Recommender
-from serve.server import SERVICE, SERVICES, AddressError, create_server
-from serve.store import EventStore
+from serve.server import RECOMMEND, SERVICE, SERVICES, AddressError, create_server, takes_long
+from serve.store import EventStore, open_store
 
 TIMEOUT_S = 30
 ONE_EVENT = RecordEventsRequest(events=[UserEvent(event_id="1", user_id="u", item_id="1007", timestamp=1)])
@@ -213,3 +217,82 @@ def test_more_calls_than_may_wait_are_turned_away_at_once(model: Recommender, st
         goes_on.set()
         assert sorted(call.result(TIMEOUT_S).recorded_count for call in taken) == [0, 1]
     server.drain()
+
+
+def test_the_port_is_open_before_the_model_is_loaded(
+    model_directory: Path, model: Recommender, store: EventStore
+) -> None:
+    states = health_pb2.HealthCheckResponse
+    with open_models(model_directory, store, Metrics(), provider="cpu", watch_s=0, load_now=False) as models:
+        server = create_server(models, store, "127.0.0.1:0")
+        server.listen()
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            health_stub, stub = health_pb2_grpc.HealthStub(channel), RecommenderStub(channel)
+            assert health_stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S).status == states.NOT_SERVING
+            ready = GRPCInferenceServiceStub(channel).ServerReady(ServerReadyRequest(), timeout=TIMEOUT_S)
+            assert not ready.ready
+            request = RecommendRequest(user_id="u")
+            with pytest.raises(grpc.RpcError) as failure:
+                stub.Recommend(request, timeout=TIMEOUT_S)
+            assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert failure.value.details() == "the model is being loaded, try again"
+            models.open()
+            server.start()
+            assert health_stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S).status == states.SERVING
+            answer = stub.Recommend(request, timeout=TIMEOUT_S)
+            assert answer.model_version == model.info.model_version
+        server.drain()
+
+
+DEAF = """
+import sys
+from serve import servicer
+from serve.cli import main
+
+recommend = servicer.RecommenderServicer.Recommend
+
+def fail(self, request, context):
+    if request.user_id == "the one":
+        raise SystemExit
+    return recommend(self, request, context)
+
+servicer.RecommenderServicer.Recommend = fail
+main()
+"""
+
+
+def test_a_server_whose_polling_thread_fails_ends(model_directory: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DEAF, "run", str(model_directory), "--address", "127.0.0.1:0", "--drain", "5"]
+    command += ["--store", str(tmp_path / "s"), "--provider", "cpu"]
+    log = tmp_path / "log"
+    with (
+        log.open("w") as stream,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream, text=True) as process,
+    ):
+        assert process.stdout is not None
+        address = process.stdout.readline().split(" on ")[1].split()[0]
+        with grpc.insecure_channel(address) as channel:
+            stub = RecommenderStub(channel)
+            assert stub.RecordEvents(ONE_EVENT, timeout=TIMEOUT_S).recorded_count == 1
+            with pytest.raises(grpc.RpcError) as failure:
+                stub.Recommend(RecommendRequest(user_id="the one"), timeout=TIMEOUT_S)
+            assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert process.wait(TIMEOUT_S) == 1
+    critical = [line for line in map(json.loads, log.read_text().splitlines()) if line["level"] == "CRITICAL"]
+    assert ["nobody is answered any more" in line["message"] for line in critical] == [True]
+    with open_store(tmp_path / "s") as store:
+        assert len(store.history(ONE_EVENT.events[0].user_id)) == 1
+
+
+def test_slow_calls_are_told_by_their_message() -> None:
+    short = recommend_request(history=[Event(item_id="0" * 20, timestamp=at) for at in range(100)])
+    long = recommend_request(history=[Event(item_id="0" * 20, timestamp=at) for at in range(10_000)])
+    explained = recommend_request(user_id="u", explain=True)
+    # As few write it, but protobuf reads it: another number for true, and more bytes than needed for it.
+    odd = [recommend_request(user_id="u").SerializeToString() + field for field in (b"\x30\x02", b"\xb0\x00\x81\x00")]
+    assert not any(takes_long(RECOMMEND, message) for message in (b"", b"\xff", short.SerializeToString()))
+    assert all(takes_long(RECOMMEND, one.SerializeToString()) for one in (long, explained))
+    assert [RecommendRequest.FromString(message).explain for message in odd] == [True, True]
+    assert all(takes_long(RECOMMEND, message) for message in odd)
+    assert takes_long("/jaxrec.v1.Recommender/BatchRecommend", b"")
+    assert not takes_long("/jaxrec.v1.Recommender/RecordEvents", explained.SerializeToString())

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serve import states as states_module
 from serve.artifact import Artifact
 from serve.history import Event
 from serve.recommender import POPULARITY, Answer, Query, Recommender
 from serve.states import StateCache
-from serve.store import EventStore, UserEvent, open_store
+from serve.store import MOST_EVENTS, Changes, EventStore, UserEvent, open_store
 
 USERS = ("ada", "bob", "cy")
 UNKNOWN = "no such movie"
@@ -147,6 +148,56 @@ def test_a_spilled_state_comes_back_without_a_replay(
     runs = CountedRuns(model, monkeypatch)
     states.recommend([Query((), 5, user_id=USERS[0])])
     assert (runs.replayed, runs.stepped) == (0, 1)
+
+
+def test_an_event_of_a_user_with_thousands_costs_no_reading_of_them(
+    artifact: Artifact, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = dataclasses.replace(artifact.info, max_history=6)
+    model = Recommender(dataclasses.replace(artifact, info=info), "cpu")
+    states, query, read = StateCache(model, store), Query((), 10, user_id="ada"), []
+    changes = store.changes
+
+    def watched(user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
+        found = changes(user_id, since, most)
+        read.append(len(found.events))
+        return found
+
+    record(store, "ada", [Event(UNKNOWN, None, 5), *history(model, 40)])
+    states.recommend([query])
+    monkeypatch.setattr(store, "changes", watched)
+    late = Event(model.catalog.item_ids[55], None, 7)
+    for name, new in (("late", late), ("unknown", Event(UNKNOWN, None, 8)), ("last", late._replace(timestamp=2**33))):
+        record(store, "ada", [new], name)
+        checked(states, model, store, [query])
+    assert max(read) <= 2 * 6
+    # Of very many items the oldest may be recommended again.
+    monkeypatch.setattr(states_module, "MOST_EXCLUDED", 30)
+    record(store, "ada", [late._replace(timestamp=2**34)], "once more")
+    checked(states, model, store, [query])
+    assert max(read) == 45
+
+
+@pytest.mark.parametrize("what", ["item", "excluded item", "number"])
+def test_a_spilled_state_that_no_model_can_use_is_rebuilt(model: Recommender, store: EventStore, what: str) -> None:
+    """As one of another model that had the same version and more items."""
+    record(store, "ada", history(model, 20))
+    states = StateCache(model, store)
+    states.recommend([Query((), 5, user_id="ada")])
+    states.spill()
+    store.flush()
+    spilled = store.load_state("ada", model.info.model_version)
+    assert spilled is not None
+    content, beyond = bytearray(spilled.state), (len(model.catalog) + 1).to_bytes(4, "little")
+    if what == "item":
+        content[32:36] = beyond
+    elif what == "excluded item":
+        content[-4:] = beyond
+    else:
+        content[44:48] = np.float32(np.nan).tobytes()
+    store.save_states([spilled._replace(state=bytes(content))])
+    store.flush()
+    checked(StateCache(model, store), model, store, [Query((), 5, user_id="ada")])
 
 
 def test_the_state_of_another_model_version_is_not_used(artifact: Artifact, store: EventStore) -> None:

@@ -1,11 +1,16 @@
 """What every store promises: order, ids that count once, revisions, deletion, and recovery from a lost server."""
 
 import itertools
+import json
+import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -13,6 +18,7 @@ import pytest
 import redis
 
 from serve.history import Event
+from serve.log_copy import copy_log
 from serve.store import Changes, Deleted, EventStore, Shown, SpilledState, StoreError, UserEvent, open_store
 from tests.serve.databases import DEADLINE_S, DatabaseServer, NotInstalled, postgres_server, redis_server, wait_until
 
@@ -159,9 +165,11 @@ def test_states_are_kept_by_user_and_model_version(store: EventStore) -> None:
     store.save_states([later])
     store.flush()
     assert store.load_state("u", "v1") == later
-    assert store.drop_states(["v2"]) == 2
+    assert store.drop_states(["v2"], 1) == 1
+    assert store.drop_states(["v2"], 10) == 1
+    assert store.drop_states(["v2"], 10) == 0
     assert [store.load_state("u", version) for version in ("v1", "v2")] == [None, states[1]]
-    assert store.drop_states([]) == 1
+    assert store.drop_states([], 10) == 1
 
 
 def test_nothing_of_a_deleted_user_is_left(store: EventStore, location: str) -> None:
@@ -185,6 +193,85 @@ def test_nothing_of_a_deleted_user_is_left(store: EventStore, location: str) -> 
     assert store.history("u") == [Event("i", None, 0)]
     assert len(store.history("v")) == 1
     assert store.delete_user("nobody") == Deleted(0, 0)
+
+
+def test_what_another_server_has_still_to_write_does_not_bring_a_deleted_user_back(location: str) -> None:
+    with open_store(location) as one, open_store(location) as other:
+        one.record([user_event("1")])
+        other.log_shown(SHOWN)
+        other.log_shown(SHOWN._replace(recommendation_id="r2", user_id="v"))
+        other.save_states([SpilledState("u", "v1", other.revision("u"), b"x")])
+        one.delete_user("u")
+        # Under way when the user was deleted.
+        other.log_shown(SHOWN._replace(recommendation_id="r3"))
+        other.flush()
+        assert other.shown("u") == []
+        assert [shown.recommendation_id for shown in one.shown("v")] == ["r2"]
+        one.record([user_event("1")])
+        assert other.load_state("u", "v1") is None
+        # Who comes back is a user like any other.
+        wait_until(lambda: assert_logged(other))
+
+
+def assert_logged(store: EventStore) -> None:
+    store.log_shown(SHOWN._replace(recommendation_id="r4"))
+    store.flush()
+    assert [shown.recommendation_id for shown in store.shown("u")] == ["r4"]
+
+
+def test_a_recommendation_is_logged_once(store: EventStore) -> None:
+    """As when the answer to a commit is lost, and what was put off is written again."""
+    store.log_shown(SHOWN, wait=True)
+    store.log_shown(SHOWN)
+    store.log_shown(SHOWN._replace(recommendation_id="r2"))
+    store.log_shown(SHOWN._replace(recommendation_id="r2"))
+    store.flush()
+    assert [shown.recommendation_id for shown in store.shown("u")] == ["r1", "r2"]
+    assert store.delete_user("u").shown_count == 2
+
+
+def test_of_a_user_with_very_many_events_the_newest_count(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("sqlite", "postgres", "redis"):
+        monkeypatch.setattr(f"serve.stores.{module}.MOST_EVENTS", 5)
+    changes = partial(store.changes, most=5)
+    store.record([user_event(str(at), f"i{at}", 100 - at) for at in range(4)])
+    few = store.revision("u")
+    assert len(changes("u").events) == 4
+    store.record([user_event(f"later {at}", f"later {at}", 200 + at) for at in range(4)])
+    newest = [Event("i0", None, 100), *(Event(f"later {at}", None, 200 + at) for at in range(4))]
+    assert store.history("u") == newest
+    assert store.history("u", until=200) == [*(Event(f"i{at}", None, 100 - at) for at in (3, 2, 1, 0)), newest[1]]
+    assert changes("u") == Changes(store.revision("u"), newest, complete=True)
+    assert changes("u", few) == Changes(store.revision("u"), newest[1:], complete=False)
+    store.record([user_event(f"last {at}", "last", 300 + at) for at in range(6)])
+    # Too many to take in one by one.
+    last = [Event("last", None, 300 + at) for at in range(1, 6)]
+    assert changes("u", few) == Changes(store.revision("u"), last, complete=True)
+    # The log has them all.
+    assert sum(len(part) for part in store.all_events()) == 14
+
+
+def test_the_log_is_copied_into_one_file(store: EventStore, location: str, tmp_path: Path) -> None:
+    events = [user_event(f"e{at}", f"i{at}", at, user_id=f"u{at % 3}") for at in range(10)]
+    events[4] = events[4]._replace(recommendation_id="r1", event=Event("ü", 2.5, 4))
+    store.record(events)
+    store.log_shown(SHOWN, wait=True)
+    store.log_shown(SHOWN._replace(recommendation_id="r2", user_id=None), wait=True)
+    command = [sys.executable, "-m", "serve", "log", location, str(tmp_path / "log.sqlite")]
+    for _ in range(2):
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (ended.returncode, ended.stdout) == (
+            0,
+            f"{tmp_path / 'log.sqlite'}: 10 events, 2 recommendations shown\n",
+        ), ended.stderr
+    assert [path.name for path in tmp_path.iterdir() if "log" in path.name] == ["log.sqlite"]
+    with open_store(tmp_path / "log.sqlite") as copy:
+        assert [event for part in copy.all_events() for event in part] == sorted(
+            event for part in store.all_events() for event in part
+        )
+        assert [copy.history(f"u{user}") for user in range(3)] == [store.history(f"u{user}") for user in range(3)]
+        assert copy.revision("u1") == store.revision("u1")
+        assert (copy.shown("u"), copy.shown(None)) == (store.shown("u"), store.shown(None))
 
 
 def test_many_threads_of_two_servers_write_and_read(location: str) -> None:
@@ -296,6 +383,58 @@ def test_a_redis_that_forgets_is_refused(options: tuple[str, ...], durable: bool
                 open_store(server.location)
     except NotInstalled as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_of_before_is_brought_up_to_date(kind: str, servers: dict[str, DatabaseServer], tmp_path: Path) -> None:
+    """It has some recommendations twice, and no means against it."""
+    location = emptied(kind, servers, tmp_path)
+    with open_store(location) as store:
+        store.record([user_event("1")])
+        for name in ("r1", "r2"):
+            store.log_shown(SHOWN._replace(recommendation_id=name), wait=True)
+        store.log_shown(SHOWN._replace(recommendation_id="r3", user_id=None), wait=True)
+    twice = (
+        "INSERT INTO {0} (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp)"
+        " SELECT recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp FROM {0}"
+    )
+    if kind == "sqlite":
+        with closing(sqlite3.connect(location, isolation_level=None)) as connection:
+            for step in ("DROP INDEX shown_once", "DROP TABLE deletions", twice.format("shown")):
+                connection.execute(step)
+            connection.execute("PRAGMA user_version = 2")
+    elif kind == "postgres":
+        with psycopg.connect(location) as connection:
+            steps = (
+                "DROP INDEX jaxrec.shown_once",
+                "DROP TABLE jaxrec.deletions",
+                "UPDATE jaxrec.store SET version = 1",
+            )
+            for step in (*steps, twice.format("jaxrec.shown")):
+                connection.execute(step)
+    else:
+        with redis.Redis.from_url(location) as client:
+            client.set("jaxrec:version", "1")
+            client.delete("jaxrec:shown_ids")
+            client.rpush("jaxrec:shown:u", json.dumps(SHOWN))
+    with open_store(location) as store:
+        assert store.history("u") == [Event("i", None, 0)]
+        store.log_shown(SHOWN, wait=True)
+        assert [shown.recommendation_id for shown in store.shown("u")] == ["r1", "r2"]
+        assert [shown.recommendation_id for shown in store.shown(None)] == ["r3"]
+        assert store.delete_user("u") == Deleted(1, 2)
+
+
+def test_what_cannot_be_copied_is_said(tmp_path: Path) -> None:
+    with open_store(tmp_path / "events.sqlite") as store:
+        store.record([user_event("1")])
+        with pytest.raises(StoreError, match="expected a new file or an older copy, came a store that is in use"):
+            copy_log(store, tmp_path / "events.sqlite")
+        with pytest.raises(StoreError, match="cannot be"):
+            copy_log(store, tmp_path / "nowhere" / "log.sqlite")
+    command = [sys.executable, "-m", "serve", "log", str(tmp_path / "none"), str(tmp_path / "log.sqlite")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (1, f"Error: {tmp_path}/none: expected a store, there is no such file\n")
 
 
 @pytest.mark.parametrize("kind", SERVERS)

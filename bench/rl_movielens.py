@@ -1,0 +1,371 @@
+"""Policies beside the supervised hybrid on MovieLens; writes bench/rl_movielens.md.
+
+    python bench/rl_movielens.py --runs FOLDER --work FOLDER ml-100k ml-latest-small
+
+FOLDER/NAME-leave-one-out-file/run-SEED are runs of bench/quality.py, which are read only. Of each the test cases are
+ranked, with and without the request time, by the supervised hybrid and by policies on top of it:
+
+- the policy: the defaults of `jaxrec rl`, as it is after its last update; nothing is chosen on test, and one table says
+  what validation decided;
+- greedy one-step reward: each item's expected reward under the supervised model's next-item distribution;
+- reward-weighted cross-entropy: the anchor alone, without a leash;
+- anchor only and permuted rewards: the controls of `jaxrec rl` (the second is the shuffled-reward control);
+- recent popularity, with the window that is best on validation.
+
+Before that, on validation and without any training: what knowing ratings could add at most. The supervised scores are
+shifted by the logarithm of a predicted rating, or of the target's true one, which nobody knows.
+
+Figures are means over the seeds; gains over the supervised hybrid of the same seed are averaged over seeds for each
+case, and intervals are 95 % bootstrap intervals over the cases. What is finished stays in the work folder.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+from quality import commit
+
+from jaxrec.batches import case_batches
+from jaxrec.config import RLConfig
+from jaxrec.evaluate import rank_cases
+from jaxrec.files import new_file, write_text
+from jaxrec.metrics import Estimate, bootstrap_mean, coverage, exclude_items, ndcg, rank_of_target
+from jaxrec.models.cooccurrence import recent_items
+from jaxrec.prepare import PreparedData
+from jaxrec.report import best_window, recent_scorer
+from jaxrec.rl.judge import CASES_PER_BATCH, TOP, CaseStates, Judged, case_states, decide, make_judge
+from jaxrec.rl.learner import make_updates, pay
+from jaxrec.rl.methods import METHODS, REINFORCE
+from jaxrec.rl.policy import greedy_slates
+from jaxrec.rl.rewards import reward_terms, total_reward
+from jaxrec.rl.scoring import Scoring, returns, supervised_logits
+from jaxrec.rl.train_policy import Problem, new_problem, settled
+from jaxrec.runs import load_supervised, open_run
+
+OUT = Path(__file__).with_name("rl_movielens.md")
+SUPERVISED, POLICY, GREEDY, CROSS_ENTROPY = (
+    "supervised hybrid",
+    "policy",
+    "greedy one-step reward",
+    "reward-weighted CE",
+)
+ANCHOR_ONLY, PERMUTED, RECENT = "anchor only", "permuted rewards", "recent popularity"
+TRAINED = {POLICY: pay(), ANCHOR_ONLY: pay(0.0), PERMUTED: pay(permuted=True)}
+OTHER_METHODS = ("plackett-luce", "top-k", "actor-critic")
+SHIFTS = (0.5, 1.0, 2.0)
+
+
+@click.command()
+@click.option("--runs", type=click.Path(path_type=Path), required=True, help="The work folder of bench/quality.py.")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Results stay here.")
+@click.option("--seeds", default=5, show_default=True)
+@click.option("--steps", default=RLConfig.steps, show_default=True)
+@click.option("--methods/--no-methods", default=True, help="Also the other objectives, on the first seed.")
+@click.argument("names", nargs=-1, required=True)
+def main(runs: Path, work: Path, seeds: int, steps: int, methods: bool, names: tuple[str, ...]) -> None:
+    """Measures what is not there yet, then writes the tables of all that is."""
+    for seed in range(seeds):
+        for name in names:
+            run = runs / f"{name}-leave-one-out-file" / f"run-{seed}"
+            measure(run, work / name / f"{seed}.npz", dataclasses.replace(RLConfig(), seed=seed, steps=steps))
+            write_tables(work, names, steps)
+    for name in names if methods else ():
+        run = runs / f"{name}-leave-one-out-file" / "run-0"
+        measure_methods(run, work / name / "methods.json", dataclasses.replace(RLConfig(), steps=steps))
+        write_tables(work, names, steps)
+
+
+def measure(folder: Path, out: Path, config: RLConfig) -> None:
+    """Leaves what every policy of one run does on the test cases, and what validation said of it."""
+    if out.is_file():
+        return
+    run = open_run(folder)
+    data = run.read_data()
+    supervised = load_supervised(run, data)
+    config = settled(config, REINFORCE, len(data.catalog))
+    problem = new_problem(supervised, data, config, REINFORCE)
+    scoring = problem.scoring
+    tested = case_states(supervised, data, data.split.test, np.asarray(scoring.tables.item_ratings))
+    max_length = run.model_config.max_length
+    judge = make_judge(problem.graphdef, scoring, tested, data, max_length, config.rewards)
+    updates = make_updates(problem.graphdef, config, REINFORCE)
+    free = dataclasses.replace(config, anchor=1.0, kl_target=1e3)
+    heads = {SUPERVISED: problem.new_learner().head}
+    for name, paid in TRAINED.items():
+        heads[name] = trained(problem, updates, config, paid)
+    heads[CROSS_ENTROPY] = trained(problem, make_updates(problem.graphdef, free, REINFORCE), free, pay(0.0))
+    found = {name: judge(head) for name, head in heads.items()}
+    found[GREEDY] = judge_scores(greedy_scores(scoring, config), scoring, tested, data, max_length, config)
+    window = best_window(data, max_length)
+    ranked = rank_cases(recent_scorer(data, window), data, data.split.test, max_length, request_time=False)
+    zeros = np.zeros((2, len(data.split.test)))
+    twice = np.stack([ranked.ranks, ranked.ranks]), zeros, {}, zeros, tested.target_rating
+    found[RECENT] = Judged(*twice, np.stack([ranked.top, ranked.top]), len(data.catalog))
+    validated = {name: problem.judge(heads[name]) for name in (POLICY, SUPERVISED, ANCHOR_ONLY, PERMUTED)}
+    decision = decide(*validated.values())
+    arrays: dict[str, Any] = {"decision": decision.reason, "used": decision.used}
+    for name, judged in found.items():
+        arrays |= {f"{name}|rank": judged.rank, f"{name}|reward": judged.reward, f"{name}|kl": judged.kl}
+        arrays |= {f"{name}|coverage": [coverage(top, judged.item_count) for top in judged.top]}
+    arrays |= {f"validation|{name}|rank": judged.rank for name, judged in validated.items()}
+    if config.seed == 0:
+        arrays["bound"] = json.dumps(rating_bound(problem, supervised, data, max_length))
+    with new_file(out) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, weight=tested.target_rating, **arrays)
+
+
+def trained(problem: Problem, updates: Any, config: RLConfig, paid: Any) -> Any:
+    """The head after the last update."""
+    learner, key = problem.new_learner(), jax.random.key(config.seed)
+    learner, _ = updates(learner, problem.scoring, problem.states, key, config.steps, paid)
+    return jax.tree.map(np.array, learner.head)
+
+
+def measure_methods(folder: Path, out: Path, config: RLConfig) -> None:
+    """The other objectives on validation, as gains over the supervised hybrid."""
+    if out.is_file():
+        return
+    run = open_run(folder)
+    data = run.read_data()
+    supervised = load_supervised(run, data)
+    lines = {}
+    for name in OTHER_METHODS:
+        method = METHODS[name]
+        settings = settled(config, method, len(data.catalog))
+        problem = new_problem(supervised, data, settings, method)
+        updates = make_updates(problem.graphdef, settings, method)
+        before = problem.judge(problem.new_learner().head)
+        after = problem.judge(trained(problem, updates, settings, pay()))
+        gain = after.reward_weighted_ndcg() - before.reward_weighted_ndcg()
+        plain = (ndcg(after.rank, TOP) - ndcg(before.rank, TOP)).mean(axis=0)
+        lines[name] = [
+            shown(bootstrap_mean(gain)),
+            shown(bootstrap_mean(plain)),
+            shown(bootstrap_mean((after.reward - before.reward).mean(axis=0))),
+            f"{after.figures()['kl']:.3f}",
+        ]
+    write_text(out, json.dumps(lines))
+
+
+def greedy_scores(scoring: Scoring, config: RLConfig) -> Any:
+    """(logits [batch, items + 1]) -> each item's expected reward, the next item being drawn from softmax(logits).
+
+    In closed form: an item hits with its own probability, and its genre cosine is with the expected genre vector.
+    """
+    tables, weights = scoring.tables, config.rewards
+
+    def scores(logits: jax.Array) -> jax.Array:
+        probability = jax.nn.softmax(logits)
+        genre = (probability @ tables.genre_directions) @ tables.genre_directions.T
+        return weights.hit * probability + weights.genre * genre + weights.rating * tables.item_ratings
+
+    return scores
+
+
+def judge_scores(
+    scores: Any, scoring: Scoring, states: CaseStates, data: PreparedData, max_length: int, config: RLConfig
+) -> Judged:
+    """What recommending by scores(supervised logits) does on the cases."""
+
+    @jax.jit
+    def judge(
+        query: jax.Array, recent: jax.Array, logged: tuple[jax.Array, ...], exclude: jax.Array, scoring: Scoring
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        ranked = scores(exclude_items(supervised_logits(query, recent, scoring), exclude))
+        slates = greedy_slates(exclude_items(ranked, exclude), TOP)
+        terms = reward_terms(slates, *logged, scoring.tables)
+        reward = returns(total_reward(terms, config.rewards))[:, 0]
+        return rank_of_target(ranked, logged[0], exclude), reward, slates
+
+    columns: tuple[list[Any], list[Any]] = ([], [])
+    for number, batch in enumerate(case_batches(data, states.cases, max_length, CASES_PER_BATCH)):
+        rows = np.minimum(number * CASES_PER_BATCH + np.arange(CASES_PER_BATCH), len(states.cases) - 1)
+        recent = recent_items(batch.events.item, batch.events.length)
+        logged = jnp.asarray(batch.target), jnp.asarray(states.target_rating[rows]), jnp.asarray(states.user_mean[rows])
+        for query, column in zip(states.query, columns, strict=True):
+            column.append(judge(jnp.asarray(query[rows]), recent, logged, jnp.asarray(batch.exclude), scoring))
+    rank, reward, top = (
+        np.stack([np.concatenate([part[i] for part in column])[: len(states.cases)] for column in columns])
+        for i in range(3)
+    )
+    nothing = np.full(rank.shape, np.nan)
+    return Judged(rank, reward, {}, nothing, states.target_rating, top, len(data.catalog))
+
+
+def rating_bound(problem: Problem, supervised: Any, data: PreparedData, max_length: int) -> dict[str, list[str]]:
+    """On validation: reward-weighted and plain NDCG@10 gained by scores + a * log(rating), for each rating and a."""
+    cases, tables = data.split.validation, problem.scoring.tables
+    states = case_states(supervised, data, cases, np.asarray(tables.item_ratings))
+    target = data.histories.items[cases.rows]
+    known = np.broadcast_to(np.asarray(tables.item_ratings), (len(cases), len(data.catalog) + 1))
+    true = known.copy()
+    true[np.arange(len(cases)), target] = states.target_rating
+    ratings = {
+        "mean rating of the item": known,
+        "factorization of training ratings": predicted_ratings(data)[cases.users],
+        "mean, and the target's true rating": true,
+    }
+    head = problem.new_learner().head
+    before = problem.judge(head)
+    lines = {}
+    for name, rating in ratings.items():
+        for share in SHIFTS:
+            shift = share * np.log(np.clip(rating, 0.02, 1.0)).astype(np.float32)
+            ranks = shifted_ranks(problem, states, data, max_length, shift)
+            gain = (ndcg(ranks, TOP) - ndcg(before.rank, TOP)).mean(axis=0)
+            weighted = gain * states.target_rating / states.target_rating.mean()
+            base = before.figures()
+            lines[f"{name}, a = {share:g}"] = [
+                percent(weighted, base["reward_weighted_ndcg_10"]),
+                percent(gain, base["ndcg_10"]),
+            ]
+    return lines
+
+
+def shifted_ranks(
+    problem: Problem, states: CaseStates, data: PreparedData, max_length: int, shift: np.ndarray
+) -> np.ndarray:
+    """[2, cases]: ranks of the targets by supervised logits + shift [cases, items + 1]."""
+
+    @jax.jit
+    def rank(query: jax.Array, recent: jax.Array, target: jax.Array, exclude: jax.Array, of_case: jax.Array) -> Any:
+        return rank_of_target(supervised_logits(query, recent, problem.scoring) + of_case, target, exclude)
+
+    found: tuple[list[Any], list[Any]] = ([], [])
+    for number, batch in enumerate(case_batches(data, states.cases, max_length, CASES_PER_BATCH)):
+        rows = np.minimum(number * CASES_PER_BATCH + np.arange(CASES_PER_BATCH), len(states.cases) - 1)
+        recent = recent_items(batch.events.item, batch.events.length)
+        for query, ranks in zip(states.query, found, strict=True):
+            ranks.append(np.asarray(rank(query[rows], recent, batch.target, batch.exclude, shift[rows])))
+    return np.stack([np.concatenate(ranks)[: len(states.cases)] for ranks in found])
+
+
+def predicted_ratings(data: PreparedData, width: int = 20, penalty: float = 1.6, rounds: int = 12) -> np.ndarray:
+    """[users, items + 1]: unit ratings by biases and a factorization of what they leave, by alternating least squares
+    on training ratings (Koren et al. 2009, "Matrix Factorization Techniques", equations 4 and 5)."""
+    rows = data.split.train_rows(data.histories)
+    ratings = data.unit_ratings()[rows].astype(np.float64)
+    items, users = data.histories.items[rows], data.histories.users()[rows]
+    items, users, ratings = items[ratings >= 0], users[ratings >= 0], ratings[ratings >= 0]
+    shape = data.histories.user_count, len(data.catalog) + 1
+    mean, of_user, of_item = ratings.mean(), np.zeros(shape[0]), np.zeros(shape[1])
+    for _ in range(10):
+        of_item = np.bincount(items, ratings - mean - of_user[users], shape[1]) / (
+            np.bincount(items, minlength=shape[1]) + 10
+        )
+        of_user = np.bincount(users, ratings - mean - of_item[items], shape[0]) / (
+            np.bincount(users, minlength=shape[0]) + 10
+        )
+    left = ratings - mean - of_user[users] - of_item[items]
+    rng = np.random.default_rng(0)
+    user_vectors, item_vectors = (rng.normal(0, 0.05, (size, width)) for size in shape)
+    for _ in range(rounds):
+        solve(user_vectors, item_vectors, users, items, left, penalty)
+        solve(item_vectors, user_vectors, items, users, left, penalty)
+    return mean + of_user[:, None] + of_item + user_vectors @ item_vectors.T
+
+
+def solve(
+    vectors: np.ndarray, others: np.ndarray, index: np.ndarray, other: np.ndarray, left: np.ndarray, penalty: float
+) -> None:
+    """Least squares of each row of `vectors`, in place."""
+    order = np.argsort(index, kind="stable")
+    bounds = np.searchsorted(index[order], np.arange(len(vectors) + 1))
+    for row in range(len(vectors)):
+        chosen = order[bounds[row] : bounds[row + 1]]
+        features = others[other[chosen]]
+        vectors[row] = np.linalg.solve(
+            features.T @ features + penalty * np.eye(features.shape[1]), features.T @ left[chosen]
+        )
+
+
+def write_tables(work: Path, names: tuple[str, ...], steps: int) -> None:
+    """bench/rl_movielens.md from all results in the work folder."""
+    parts = [
+        "# Policies on MovieLens\n",
+        f"`python bench/rl_movielens.py --runs FOLDER --work FOLDER {' '.join(names)}` at commit {commit()}, with "
+        f"{steps} updates for each policy, on {os.cpu_count()} cores ({platform.machine()}), Python "
+        f"{platform.python_version()}, jax {jax.__version__}.\n",
+        (__doc__ or "").split("\n\n", 2)[2].strip() + "\n",
+    ]
+    for name in names:
+        files = sorted((work / name).glob("[0-9]*.npz"))
+        if files:
+            parts += table(name, [dict(np.load(file)) for file in files], work / name / "methods.json")
+    write_text(OUT, "\n".join(parts) + "\n")
+
+
+def table(name: str, seeds: list[dict[str, np.ndarray]], methods: Path) -> list[str]:
+    """The tables of one data set."""
+    weight = seeds[0]["weight"]
+    own = {
+        policy: np.stack([ndcg(seed[f"{policy}|rank"], TOP).mean(axis=0) for seed in seeds]).mean(axis=0)
+        for policy in (SUPERVISED, POLICY, GREEDY, CROSS_ENTROPY, ANCHOR_ONLY, PERMUTED, RECENT)
+    }
+    base, anchored = own[SUPERVISED], own[ANCHOR_ONLY]
+    weighted_base = float((weight * base).mean() / weight.mean())
+    lines = [
+        f"\n## {name}, leave-one-out: {len(weight)} test cases, {len(seeds)} seed(s)\n",
+        "| | reward-weighted NDCG@10 | gain | NDCG@10 | gain | coverage@10 | KL (nats) | reward |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for policy, values in own.items():
+        cells = [
+            policy,
+            f"{float((weight * values).mean() / weight.mean()):.4f}",
+            percent(weight * (values - base) / weight.mean(), weighted_base),
+            f"{values.mean():.4f}",
+            percent(values - base, float(base.mean())),
+            f"{np.mean([seed[f'{policy}|coverage'] for seed in seeds]):.3f}",
+            f"{np.mean([seed[f'{policy}|kl'] for seed in seeds]):.3f}" if policy not in (GREEDY, RECENT) else "",
+            f"{np.mean([seed[f'{policy}|reward'] for seed in seeds]):.4f}" if policy != RECENT else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    of_anchor = float((weight * anchored).mean() / weight.mean())
+    control, beyond = (
+        percent(weight * (own[policy] - anchored) / weight.mean(), of_anchor) for policy in (PERMUTED, POLICY)
+    )
+    used = sum(bool(seed["used"]) for seed in seeds)
+    lines += [
+        f"\nIn reward-weighted NDCG@10 beyond the anchor alone: the policy {beyond}, permuted rewards {control}. "
+        f"Validation let {used} of {len(seeds)} policies be used. The first seed's decision: "
+        f"{seeds[0]['decision']}",
+    ]
+    if "bound" in seeds[0]:
+        lines += [
+            "\nWhat ratings could add, on validation (first seed, no training):\n",
+            "| scores + a log(rating) | reward-weighted NDCG@10 | NDCG@10 |",
+            "|---|---|---|",
+        ]
+        bound = json.loads(str(seeds[0]["bound"]))
+        lines += [f"| {label} | {weighted} | {plain} |" for label, (weighted, plain) in bound.items()]
+    if methods.is_file():
+        lines += [
+            "\nThe other objectives, on validation (first seed), as differences from the supervised hybrid:\n",
+            "| | reward-weighted NDCG@10 | NDCG@10 | reward | KL (nats) |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in json.loads(methods.read_text()).items()]
+    return lines
+
+
+def percent(values: np.ndarray, base: float) -> str:
+    """The mean of values [cases] with its interval, as shares of `base`."""
+    estimate = bootstrap_mean(values)
+    mean, low, high = (100 * bound / base for bound in (estimate.mean, estimate.low, estimate.high))
+    return f"{mean:+.1f} % ({low:+.1f} to {high:+.1f})"
+
+
+def shown(estimate: Estimate) -> str:
+    return f"{estimate.mean:+.4f} ({estimate.low:+.4f} to {estimate.high:+.4f})"
+
+
+if __name__ == "__main__":
+    main()

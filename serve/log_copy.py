@@ -1,0 +1,75 @@
+"""Copies the log of a store, events and what was shown, into one SQLite file: what the next policy learns from."""
+
+import os
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from serve.store import EventStore, StoreError
+from serve.stores.deferred import shown_row
+from serve.stores.sqlite import FILL_USERS, SQLiteStore
+
+
+class Copied(NamedTuple):
+    """How much there was."""
+
+    events: int
+    shown: int
+
+
+def copy_log(store: EventStore, path: Path, progress: Callable[[int], None] = lambda rows: None) -> Copied:
+    """Writes the file at `path`, a store itself, as a whole or not at all; an older copy is replaced.
+
+    All that was on disk when this began is in it, and what came meanwhile may be. `progress` is told of rows that were
+    copied. Raises StoreError, also for a file that a server has open.
+    """
+    if path.with_name(f"{path.name}-wal").exists():
+        raise StoreError(f"{path}: expected a new file or an older copy, came a store that is in use")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        SQLiteStore(partial).close()
+        copied = _filled(partial, store, progress)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, sqlite3.Error) as error:
+        raise StoreError(f"{path}: cannot be written: {error}") from error
+    finally:
+        for suffix in ("", "-wal", "-shm"):
+            partial.with_name(partial.name + suffix).unlink(missing_ok=True)
+    return copied
+
+
+def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> Copied:
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        # Until it is renamed nobody misses it; and then it is one file.
+        connection.execute("PRAGMA journal_mode = DELETE")
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("BEGIN")
+        for events in store.all_events():
+            connection.executemany(
+                "INSERT OR IGNORE INTO events (arrival, event_id, user_id, item_id, rating, timestamp,"
+                " recommendation_id) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [(at, new.event_id, new.user_id, *new.event, new.recommendation_id) for at, new in events],
+            )
+            progress(len(events))
+        for shown in store.all_shown():
+            connection.executemany(
+                "INSERT OR IGNORE INTO shown (recommendation_id, user_id, item_ids, log_propensities, policy,"
+                " model_version, timestamp) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [shown_row(one) for one in shown],
+            )
+            progress(len(shown))
+        connection.execute(FILL_USERS)
+        connection.execute("COMMIT")
+        counts = [connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("events", "shown")]
+        return Copied(*counts)
+    finally:
+        connection.close()
