@@ -1,0 +1,335 @@
+"""Closes the loop: serve, log, learn, gate, reload, with simulated users; writes bench/rl_loop.md.
+
+    python -m bench.rl_loop --work FOLDER RATINGS
+
+Half of the log's users train a run (`jaxrec train`, defaults). The other half, whom it never sees, are the users of the
+simulator, which is fitted on them and is of another family of models (`jaxrec.rl.environments.simulator`).
+
+A round: every simulated user comes with 20 successive events of its own (others in each round, so that histories do
+not grow over the rounds), asks the server over gRPC for slates, takes an item or none, rates it, and records that with
+the recommendation's id. The server (`python -m serve run MODELS --explore TEMPERATURE`) logs what it showed. Then
+`jaxrec rl RUN --log EVENTS` learns from the server's store and its gate decides; where it lets the new policy pass, the
+run is exported as the next version, and the server loads it by the admin service. The control has the same users and
+seeds, and never learns. The reward is half for taking and half for the rating (0..1) of what was taken.
+"""
+
+import dataclasses
+import json
+import shutil
+import sqlite3
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from bench.quality import commit
+from jaxrec.catalog import Catalog
+from jaxrec.config import RewardWeights, RLConfig
+from jaxrec.export.run import export_run
+from jaxrec.files import write_text
+from jaxrec.histories import Histories
+from jaxrec.prepare import PreparedData, prepare_files, read_prepared, write_prepared
+from jaxrec.rl.environments.fit_simulator import SimulatorFit, fit_simulator, profiles, simulator_histories
+from jaxrec.rl.environments.simulator import SimulatorParams, reward_terms, start_user, step
+from jaxrec.rl.log_run import rl_log_run
+from jaxrec.rl.offline_evaluation.gating import MINIMUM_EFFECTIVE
+from jaxrec.runs import open_run, train_run
+from jaxrec.schema import ITEM, RATING, TIME, USER
+from serve.client import Connection, RecommenderClient, UserEvent, recommend_request
+from serve.pb.model_admin_pb2 import LoadModelRequest
+from serve.pb.model_admin_pb2_grpc import ModelAdminStub
+from serve.process import running_server
+
+OUT = Path(__file__).with_name("rl_loop.md")
+BATCH, RECORDED = 128, 1000  # recommendations and events per call
+HOUR, DAY = 3600, 86_400
+LOGGED_WITHIN_S = 30.0
+LEARNING = RLConfig(
+    steps=200,
+    learning_rate=1e-3,
+    kl_target=0.1,
+    entropy_floor=0.0,
+    coverage_floor=0.0,
+    rewards=RewardWeights(hit=1.0, genre=0.0, rating=0.0),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """`requests` of each user in a round, for slates of `slate` items; `temperature` of the exploration; `events` that
+    users come with. `learning`: of `jaxrec rl --log`, with `minimum_effective` of its
+    gate."""
+
+    rounds: int = 5
+    requests: int = 10
+    slate: int = 5
+    temperature: float = 0.5
+    events: int = 20
+    learning: RLConfig = LEARNING
+    minimum_effective: float = MINIMUM_EFFECTIVE
+
+
+class Users(NamedTuple):
+    """The simulated users and the catalogue that they choose from; `histories` are those they were fitted on."""
+
+    params: SimulatorParams
+    histories: Histories
+    catalog: Catalog
+
+
+class Round(NamedTuple):
+    """Means over a round's requests by user [users]: `reward`, and its terms; `decision`: what the gate said after
+    it, empty in the control; `version` that served; `coverage`: the share of the catalogue that was shown."""
+
+    reward: np.ndarray
+    taken: np.ndarray
+    rating: np.ndarray
+    coverage: float
+    version: str
+    decision: str
+    used: bool
+
+
+def loop(run: Path, model: Path, users: Users, config: LoopConfig, seed: int, work: Path, learns: bool) -> list[Round]:
+    """The rounds, each with its serving and, where it `learns`, what it learned after; and a last serving.
+
+    `run` is changed: its policy is replaced where the gate agrees. `model` is the run as it was exported at first.
+    """
+    models, store = work / "models", work / "events.sqlite"
+    work.mkdir(parents=True)
+    shutil.copytree(model, models / "0")
+    options = ("--explore", str(config.temperature), "--watch", "0")
+    rounds: list[Round] = []
+    with (
+        (work / "server.log").open("w") as log,
+        running_server(models, store, options=options, stderr=log) as server,
+        RecommenderClient(server.address, timeout_s=60.0) as client,
+        Connection(server.address, 60.0).channel() as channel,
+    ):
+        for number in range(config.rounds + 1):
+            started = time.perf_counter()
+            version = client.get_model_info().model_version
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            reward, terms, coverage = serve_round(client, users, config, key, f"{seed}-{number}")
+            decision, used = "", False
+            if learns and number < config.rounds:
+                _wait_for_log(store, (number + 1) * len(reward) * config.requests)
+                learning = dataclasses.replace(config.learning, seed=1000 * seed + number)
+                outcome = rl_log_run(run, store, learning, minimum_effective=config.minimum_effective)
+                decision, used = outcome.reason, outcome.used
+                if used:
+                    export_run(run, models / str(number + 1))
+                    ModelAdminStub(channel).LoadModel(LoadModelRequest(), timeout=120.0)
+            rounds.append(Round(reward, terms["taken"], terms["rating"], coverage, version, decision, used))
+            print(
+                f"seed {seed}, {'learns' if learns else 'control'}, round {number}: reward {reward.mean():.4f}, "
+                f"{time.perf_counter() - started:.0f} s; {decision}",
+                flush=True,
+            )
+    return rounds
+
+
+def serve_round(
+    client: RecommenderClient, users: Users, config: LoopConfig, key: jax.Array, name: str
+) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
+    """Every simulated user asks and answers; means over the requests [users] of the reward and of its terms, and the
+    share of the catalogue that was shown."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
+    latest = np.maximum(users.histories.lengths() - config.events, 0)
+    first = rng.integers(0, latest + 1)
+    params = users.params._replace(**profiles(users.histories, first, config.events))
+    count = len(params.profile)
+    ids = [f"{name}-{user}" for user in range(count)]
+    _record_profiles(client, params, ids, users.catalog)
+    state, _ = jax.vmap(lambda user: start_user(params, user))(jnp.arange(count))
+    go = jax.jit(jax.vmap(step, in_axes=(None, 0, 0, 0)))
+    terms_of = jax.jit(jax.vmap(reward_terms, in_axes=(None, 0)))
+    index = {str(raw): number for number, raw in enumerate(users.catalog.ids.raw_ids.tolist(), start=1)}
+    rewards, terms, shown = [], [], set[int]()
+    for number in range(config.requests):
+        questions = [recommend_request(user_id=user, k=config.slate) for user in ids]
+        answers = [
+            answer
+            for start in range(0, count, BATCH)
+            for answer in client.batch_recommend(questions[start : start + BATCH])
+        ]
+        slates = np.array([[index[one.item_id] for one in answer.recommendations] for answer in answers], np.int32)
+        shown.update(slates.ravel().tolist())
+        keys = jax.random.split(jax.random.fold_in(key, number), count)
+        state, observation, reward, _ = go(params, state, slates, keys)
+        slot, rating = np.asarray(observation.slot), np.asarray(observation.rating[:, 0])
+        now = int(time.time())
+        _record(
+            client,
+            [
+                UserEvent(
+                    event_id=f"{ids[user]}-{number}",
+                    user_id=ids[user],
+                    item_id=answers[user].recommendations[slot[user]].item_id,
+                    rating=float(rating[user]),
+                    timestamp=now,
+                    recommendation_id=answers[user].recommendation_id,
+                )
+                for user in np.flatnonzero(slot >= 0)
+            ],
+        )
+        rewards.append(np.asarray(reward))
+        terms.append(jax.device_get(terms_of(params, observation)))
+    means = {name: np.mean([each[name] for each in terms], axis=0) for name in terms[0]}
+    return np.mean(rewards, axis=0), means, len(shown) / len(users.catalog)
+
+
+def _record_profiles(client: RecommenderClient, params: SimulatorParams, ids: list[str], catalog: Catalog) -> None:
+    """The events that the users come with, one an hour, the last one a day ago."""
+    items, ratings = np.asarray(params.profile), np.asarray(params.profile_rating)
+    latest = int(time.time()) - DAY
+    events = []
+    for user, user_id in enumerate(ids):
+        for back in np.flatnonzero(items[user])[::-1]:
+            item, rating = str(catalog.ids.raw_ids[items[user, back] - 1]), float(ratings[user, back])
+            event_id = f"{user_id}-before-{back}"
+            when = latest - HOUR * int(back)
+            events.append(UserEvent(event_id=event_id, user_id=user_id, item_id=item, rating=rating, timestamp=when))
+    _record(client, events)
+
+
+def _record(client: RecommenderClient, events: list[UserEvent]) -> None:
+    for start in range(0, len(events), RECORDED):
+        client.record_events(events[start : start + RECORDED])
+
+
+def _wait_for_log(store: Path, count: int) -> None:
+    """Returns when `count` recommendations are in the store; the server writes them within a second or so."""
+    deadline = time.monotonic() + LOGGED_WITHIN_S
+    while True:
+        with sqlite3.connect(f"{store.resolve().as_uri()}?mode=ro", uri=True) as connection:
+            (there,) = connection.execute("SELECT count(*) FROM shown").fetchone()
+        connection.close()
+        if there >= count:
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{there} of {count} recommendations were logged within {LOGGED_WITHIN_S:g} s")
+        time.sleep(0.05)
+
+
+def halves(ratings: pd.DataFrame, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The ratings of one half of the users, drawn at random, and those of the other half."""
+    users = np.random.default_rng(seed).permutation(ratings[USER].unique())
+    first = ratings[USER].isin(users[: len(users) // 2])
+    return ratings[first], ratings[~first]
+
+
+def fitted_users(interactions: pd.DataFrame, data: PreparedData, seed: int = 0) -> tuple[Users, SimulatorFit]:
+    """Simulated users from interactions of people on whom `data` does not hold anything."""
+    assert data.config.rating_scale is not None
+    histories, _ = simulator_histories(interactions, data.catalog, data.users)
+    stars = np.unique(histories.ratings[~np.isnan(histories.ratings)])
+    star = float(np.diff(stars).min())
+    fit = fit_simulator(histories, data.catalog.genre_matrix(), data.config.rating_scale, star, seed)
+    return Users(fit.params, histories, data.catalog), fit
+
+
+@click.command()
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Data, run and figures stay here.")
+@click.option("--seeds", default=5, show_default=True)
+@click.option("--rounds", default=LoopConfig.rounds, show_default=True)
+@click.argument("ratings", type=click.Path(exists=True, path_type=Path))
+def main(work: Path, seeds: int, rounds: int, ratings: Path) -> None:
+    """Plays what is not there yet, then writes the table."""
+    config = LoopConfig(rounds=rounds)
+    frame = pd.read_csv(ratings)
+    frame.columns = [USER, ITEM, RATING, TIME]
+    training, others = halves(frame)
+    if not (work / "data").is_dir():
+        work.mkdir(parents=True, exist_ok=True)
+        training.set_axis(["userId", "movieId", "rating", "timestamp"], axis=1).to_csv(work / "half.csv", index=False)
+        write_prepared(prepare_files(work / "half.csv", ratings.with_name("movies.csv")), work / "data")
+    run, data = work / "run", read_prepared(work / "data")
+    if not (run / "hybrid.json").is_file():
+        train_run(work / "data", run, resume=(run / "run.json").is_file())
+    users, fit = fitted_users(others, data)
+    if not (work / "model").is_dir():
+        export_run(run, work / "model")
+    for seed in range(seeds):
+        for learns in (True, False):
+            name = f"{'learns' if learns else 'control'}-{seed}"
+            if (work / f"{name}.json").is_file():
+                continue
+            folder = work / name
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(run, folder / "run")
+            rounds_of = loop(folder / "run", work / "model", users, config, seed, folder / "serving", learns)
+            figures = [{**one._asdict(), **{n: getattr(one, n).tolist() for n in TERMS}} for one in rounds_of]
+            write_text(work / f"{name}.json", json.dumps(figures))
+        write_table(work, config, fit, users, len(open_run(run).read_data().users))
+
+
+TERMS = ("reward", "taken", "rating")
+
+
+def write_table(work: Path, config: LoopConfig, fit: SimulatorFit, users: Users, trained_on: int) -> None:
+    """bench/rl_loop.md from all that was played; intervals are over the users, whose seeds are averaged."""
+    played = {
+        name: [json.loads(path.read_text()) for path in sorted(work.glob(f"{name}-*.json"))]
+        for name in ("learns", "control")
+    }
+    seeds = min(len(of_arm) for of_arm in played.values())
+    if not seeds:
+        return
+    paragraphs = [paragraph.strip().replace("\n", " ") for paragraph in (__doc__ or "").split("\n\n")[2:]]
+    params = users.params
+    lines = [
+        "# The closed loop\n",
+        f"`python -m bench.rl_loop --seeds {seeds} --rounds {config.rounds}` at commit {commit()}.\n",
+        *(f"{paragraph}\n" for paragraph in paragraphs),
+        f"{trained_on} users trained the run, {len(params.profile)} others are simulated. Held-out next items of the "
+        f"simulator's own users: {fit.nats:.3f} nats per event (popularity alone {fit.popularity_nats:.3f}, all "
+        f"items alike {fit.uniform_nats:.3f}), NDCG@10 {fit.ndcg_10:.3f} (popularity {fit.popularity_ndcg_10:.3f}); "
+        f"held-out ratings: error {fit.rating_rmse:.3f} stars (their mean: {fit.mean_rating_rmse:.3f}). Genres of the "
+        f"last three items weigh {float(params.repetition):+.2f} in the choice (below 0 would be satiation). Position "
+        f"bias {float(params.position_bias):g} and salience {float(params.salience):g} are assumed.\n",
+        f"{config.requests} requests of each user in a round for slates of {config.slate}, exploration at temperature "
+        f"{config.temperature:g}; `jaxrec rl --log` with {config.learning.steps} steps, learning rate "
+        f"{config.learning.learning_rate:g}, KL target {config.learning.kl_target:g}, no floors, reward: the hit "
+        f"alone. {seeds} seeds; 95 % intervals over users (Student), each the mean of its seeds.\n",
+        "| round | reward, learning | reward, control | difference | taken | rating of the taken | coverage | gate |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    means = {
+        name: {term: np.array([[one[term] for one in of_seed] for of_seed in of_arm[:seeds]]) for term in TERMS}
+        for name, of_arm in played.items()
+    }  # [seeds, rounds, users]
+    learns, control = means["learns"]["reward"].mean(axis=0), means["control"]["reward"].mean(axis=0)
+    for number in range(learns.shape[0]):
+        used = [of_seed[number]["used"] for of_seed in played["learns"][:seeds]]
+        taken, rating = (means["learns"][term].mean(axis=0)[number].mean() for term in ("taken", "rating"))
+        covered = np.mean([of_seed[number]["coverage"] for of_seed in played["learns"][:seeds]])
+        gated = f"{sum(used)} of {seeds} passed" if number < config.rounds else ""
+        rewards = (learns[number], control[number], learns[number] - control[number])
+        figures = (*map(interval, rewards), f"{taken:.3f}", f"{rating / taken:.3f}", f"{covered:.3f}", gated)
+        lines.append(f"| {number} | {' | '.join(figures)} |")
+    gain = {name: interval(of_arm[-1] - of_arm[0]) for name, of_arm in (("learning", learns), ("control", control))}
+    lines.append(f"\nLast round less round 0: {gain['learning']} learning, {gain['control']} in the control.\n")
+    lines += [
+        f"- seed {seed}, after round {number}: {one['decision']}"
+        for seed, of_seed in enumerate(played["learns"][:seeds])
+        for number, one in enumerate(of_seed)
+        if one["decision"]
+    ]
+    write_text(OUT, "\n".join(lines) + "\n")
+
+
+def interval(values: np.ndarray) -> str:
+    """Mean and Student's 95 % interval of values [users]."""
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return f"{values.mean():.4f} ({values.mean() - half:.4f}-{values.mean() + half:.4f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Learns in the environment whose best policy is known; writes bench/rl_synthetic.md.
+
+    python -m bench.rl_synthetic [--parts values,speed] [--torch PYTHON]
+
+Values are exact (`jaxrec.rl.environments.synthetic_exact`): what a new user takes until it leaves, as a share of what
+it takes under the best policy, which policy iteration finds. Policies are judged as they draw, and in the last column
+as the ones that always take their likeliest item. Intervals are 95 % Student intervals over the seeds.
+
+The supervised policy is fitted by the cross-entropy of the items that were taken in a log of 2,000 visits of the
+logging policy; off-policy learning (Chen et al. 2019, K = 1, since one item is shown) starts from it and has the same
+log with its propensities, and returns until the visit's end. On-policy learning starts uniform and plays 256 users for
+16 steps in each update. The speed of that update is measured beside loops that do the same with the same batch, in one
+call: with all users at once in NumPy, and with one user at a time, as environments with a `step` function invite; the
+network in NumPy (gradient by hand) or PyTorch; two threads (`bench/rl_loops.py`).
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import jax
+import numpy as np
+from scipy import stats
+
+from bench.quality import commit
+from jaxrec.files import write_text
+from jaxrec.rl.environment_policy import EnvironmentPolicy, Params, new_policy, probabilities
+from jaxrec.rl.environments.synthetic import acquired_taste, logging_logprobs, synthetic_environment
+from jaxrec.rl.environments.synthetic_exact import all_states, best_policy, build_model, deterministic, value
+from jaxrec.rl.from_environment_log import FromLogConfig, collect_log, fit_to_log, next_item_loss, off_policy_loss
+from jaxrec.rl.on_policy import OnPolicyConfig, make_updates, new_learner, train_on_policy
+
+OUT = Path(__file__).with_name("rl_synthetic.md")
+PARAMS = acquired_taste()
+ENVIRONMENT = synthetic_environment(PARAMS)
+DISCOUNTS = (0.0, 0.5, 0.9, 0.95, 0.98)
+VISITS, LONGEST = 2000, 400
+
+
+@click.command()
+@click.option("--seeds", default=5, show_default=True)
+@click.option("--updates", default=OnPolicyConfig.updates, show_default=True)
+@click.option("--parts", default="values,speed", show_default=True)
+@click.option("--torch", "torch_python", default="", help="A Python with PyTorch and NumPy, for the loops.")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Figures of both parts stay here.")
+def main(seeds: int, updates: int, parts: str, torch_python: str, work: Path) -> None:
+    """Measures, then writes the tables of all that was measured."""
+    work.mkdir(parents=True, exist_ok=True)
+    if "values" in parts:
+        write_text(work / "values.json", json.dumps(values(seeds, updates, work)))
+    if "speed" in parts:
+        write_text(work / "speed.json", json.dumps(speed(torch_python)))
+    write_tables(work, seeds, updates)
+
+
+def values(seeds: int, updates: int, work: Path) -> dict[str, list[float]]:
+    """Shares of the best value by policy, one per seed where something is learned."""
+    model = build_model(PARAMS)
+    best = value(model, best_policy(model))
+
+    def shares(policy: EnvironmentPolicy, params: Params) -> tuple[float, float]:
+        table = np.asarray(probabilities(policy, params, ENVIRONMENT, all_states(PARAMS)), np.float64)
+        table /= table.sum(axis=1, keepdims=True)
+        top = deterministic(table.argmax(axis=1), table.shape[1])
+        return value(model, table) / best, value(model, top) / best
+
+    logging = np.exp(np.asarray(jax.vmap(lambda s: logging_logprobs(PARAMS, s))(all_states(PARAMS)), np.float64))[:, 1:]
+    found: dict[str, list[float]] = {
+        "best value": [best],
+        "best policy": [1.0],
+        "greedy, exact one-step reward": [value(model, best_policy(model, discount=0.0)) / best],
+        "logging policy": [value(model, logging / logging.sum(axis=1, keepdims=True)) / best],
+        "uniform": [value(model, np.full_like(logging, 1 / logging.shape[1])) / best],
+    }
+
+    def add(name: str, shares: tuple[float, float]) -> None:
+        found.setdefault(name, []).append(shares[0])
+        found.setdefault(f"{name}, best item", []).append(shares[1])
+        print(name, shares, flush=True)
+
+    for seed in range(seeds):
+        policy = new_policy(ENVIRONMENT, OnPolicyConfig.hidden, seed)
+        for discount in (0.0, 0.95):
+            log = collect_log(
+                ENVIRONMENT,
+                lambda s: logging_logprobs(PARAMS, s),
+                jax.random.key(100 + seed),
+                VISITS,
+                LONGEST,
+                discount,
+            )
+            config = FromLogConfig(seed=seed)
+            supervised, _ = fit_to_log(policy, policy.start, log, next_item_loss, config)
+            if discount:
+                add("supervised: next taken item", shares(policy, supervised))
+            learned, metrics = fit_to_log(policy, supervised, log, off_policy_loss(config), config)
+            add(f"off-policy from the log, discount {discount:g}", shares(policy, learned))
+            for name, of_updates in metrics.items():
+                found.setdefault(f"{name}, discount {discount:g}", []).append(float(of_updates[-100:].mean()))
+        for discount in DISCOUNTS:
+            config_on = OnPolicyConfig(seed=seed, discount=discount, updates=updates)
+            folder = work / f"on-policy-{discount:g}-{seed}"
+            trained = train_on_policy(ENVIRONMENT, config_on, folder)
+            add(f"on-policy, discount {discount:g}", shares(trained.policy, trained.params))
+    return found
+
+
+def speed(torch_python: str) -> dict[str, float]:
+    """Environment steps per second: of the jitted update, of its environment alone, and of the loops."""
+    config = OnPolicyConfig()
+    policy = new_policy(ENVIRONMENT, config.hidden, 0)
+    updates = make_updates(ENVIRONMENT, policy, config)
+    learner, key = new_learner(ENVIRONMENT, policy, config), jax.random.key(0)
+    count = 50
+    learner, metrics = updates(learner, key, count)
+    jax.block_until_ready(metrics)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        learner, metrics = updates(learner, key, count)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - start)
+    found = {"jaxrec, rollout and update": count * config.users * config.steps / float(np.median(seconds))}
+
+    @jax.jit
+    def alone(key: jax.Array) -> jax.Array:
+        keys = jax.random.split(key, config.users)
+        state = jax.vmap(ENVIRONMENT.reset)(keys)[0]
+
+        def go(state: object, key: jax.Array) -> tuple[object, jax.Array]:
+            act_key, step_key = jax.random.split(key)
+            actions = jax.random.randint(act_key, (config.users,), 1, ENVIRONMENT.item_count + 1)
+            state, _, reward, _ = jax.vmap(ENVIRONMENT.step)(state, actions, jax.random.split(step_key, config.users))
+            return state, reward.sum()
+
+        return jax.lax.scan(go, state, jax.random.split(key, 2000))[1].sum()
+
+    jax.block_until_ready(alone(key))
+    start = time.perf_counter()
+    jax.block_until_ready(alone(jax.random.key(1)))
+    found["jaxrec, environment alone, random items"] = 2000 * config.users / (time.perf_counter() - start)
+    if torch_python:
+        with tempfile.TemporaryDirectory() as folder:
+            tables = {name: np.asarray(array) for name, array in PARAMS._asdict().items()}
+            np.savez(Path(folder) / "params.npz", **tables)
+            command = [torch_python, str(Path(__file__).with_name("rl_loops.py")), f"{folder}/params.npz"]
+            command.append(json.dumps(dataclasses.asdict(config)))
+            found |= json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+def write_tables(work: Path, seeds: int, updates: int) -> None:
+    """bench/rl_synthetic.md from the figures in `work`."""
+    lines = [
+        "# Reinforcement learning where the truth is known\n",
+        f"`python -m bench.rl_synthetic --seeds {seeds} --updates {updates}` at commit {commit()}.\n",
+        __doc__.split("\n\n")[2].strip().replace("\n", " ") + "\n",
+        __doc__.split("\n\n")[3].strip().replace("\n", " ") + "\n",
+    ]
+    if (work / "values.json").is_file():
+        found = json.loads((work / "values.json").read_text())
+        lines += [
+            f"Best value: {found.pop('best value')[0]:.2f} items taken in a visit of 50 steps on average.\n",
+            "| policy | share of the best value | always its likeliest item |",
+            "|---|---|---|",
+        ]
+        lines += [
+            f"| {name} | {interval(shares)} | {interval(found[f'{name}, best item']) if learned else ''} |"
+            for name, shares in found.items()
+            if not name.endswith("best item") and not name.startswith(("effective_share", "clipped"))
+            for learned in [f"{name}, best item" in found]
+        ]
+        for discount in ("0", "0.95"):
+            effective, clipped = found[f"effective_share, discount {discount}"], found[f"clipped, discount {discount}"]
+            lines.append(
+                f"\nOff-policy, discount {discount}, last 100 updates: effective sample size {np.mean(effective):.0%} "
+                f"of the batch, {np.mean(clipped):.1%} of the weights at the cap."
+            )
+    if (work / "speed.json").is_file():
+        found = json.loads((work / "speed.json").read_text())
+        ours = found["jaxrec, rollout and update"]
+        lines += [
+            "\n## Speed\n",
+            "| | environment steps per second | the jitted update is faster by |",
+            "|---|---|---|",
+            *(f"| {name} | {rate:,.0f} | {ours / rate:.1f} |" for name, rate in found.items()),
+        ]
+    write_text(OUT, "\n".join(lines) + "\n")
+
+
+def interval(shares: list[float]) -> str:
+    """Mean and Student's 95 % interval."""
+    mean = float(np.mean(shares))
+    if len(shares) == 1:
+        return f"{mean:.3f}"
+    half = stats.t.ppf(0.975, len(shares) - 1) * np.std(shares, ddof=1) / np.sqrt(len(shares))
+    return f"{mean:.3f} ({mean - half:.3f}-{mean + half:.3f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

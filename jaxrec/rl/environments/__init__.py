@@ -1,0 +1,1 @@
+"""Users to recommend to, as pure `reset` and `step` functions: one whose best policy is known, one fitted on logs."""

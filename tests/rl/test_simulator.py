@@ -1,0 +1,197 @@
+"""The simulated users by hand, their fit, and that they are not the recommender's."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrec.histories import Histories
+from jaxrec.models.sequence import NEVER
+from jaxrec.prepare import PreparedData
+from jaxrec.rl.environments.fit_simulator import SimulatorFit, ease, fit_simulator, profiles, simulator_histories
+from jaxrec.rl.environments.simulator import (
+    RECENT,
+    SimulatorParams,
+    choice_logprobs,
+    expected_rating,
+    rate,
+    read_simulator,
+    simulator_environment,
+    start_user,
+    step,
+    utilities,
+    write_simulator,
+)
+from jaxrec.schema import USER, DataError, RatingScale
+from tests.rl.simulated import FIRST_USER, genre_lovers
+
+
+@pytest.fixture(scope="module")
+def histories(small_data: PreparedData) -> Histories:
+    return simulator_histories(genre_lovers(small_data), small_data.catalog, small_data.users)[0]
+
+
+@pytest.fixture(scope="module")
+def fit(small_data: PreparedData, histories: Histories) -> SimulatorFit:
+    return fit_simulator(histories, small_data.catalog.genre_matrix(), RatingScale(0.5, 5.0), 0.5, start_events=6)
+
+
+def hand_made() -> SimulatorParams:
+    """Four items: 1 draws 2 with 0.5, and 3 with 0.25; items 1 and 2 share a genre."""
+    item_item = np.zeros((5, 5), np.float32)
+    item_item[1, 2], item_item[1, 3], item_item[4, 3] = 0.5, 0.25, 1.0
+    genres = np.array([[0, 0], [1, 0], [1, 0], [0, 1], [0, 1]], np.float32)
+    scalars = {
+        "taste": 2.0,
+        "decay": 0.5,
+        "popularity": 0.1,
+        "repetition": -0.3,
+        "position_bias": 1.0,
+        "salience": 3.0,
+        "mean_rating": 3.0,
+        "rating_noise": 0.0,
+        "rating_share": 0.5,
+        "leave": 0.0,
+    }
+    profile = np.zeros((1, RECENT), np.int32)
+    profile[0, :2] = [4, 1]
+    return SimulatorParams(
+        item_item=jnp.asarray(item_item),
+        log_popularity=jnp.array([0.0, 1.0, 2.0, 3.0, 4.0]),
+        genre_directions=jnp.asarray(genres),
+        item_bias=jnp.array([0.0, 0.5, 0.0, -0.5, 0.0]),
+        item_factors=jnp.array([[0.0], [1.0], [2.0], [3.0], [9.0]]),
+        user_bias=jnp.array([0.25]),
+        user_factors=jnp.array([[0.5]]),
+        rating_range=jnp.array([1.0, 5.0, 1.0]),
+        profile=jnp.asarray(profile),
+        profile_rating=jnp.asarray((profile > 0) * 4.0, jnp.float32),
+        **{name: jnp.float32(number) for name, number in scalars.items()},
+    )
+
+
+def test_utilities_by_hand() -> None:
+    """The last item is 4, the one before 1; half of the last genres are those of items 1 and 2."""
+    params = hand_made()
+    state, _ = start_user(params, jnp.int32(0))
+    u = np.asarray(utilities(params, state.recent, state.taken))
+    assert u[2] == pytest.approx(2 * (0.5 * 0.5) + 0.1 * 2 - 0.3 * 0.5)
+    assert u[3] == pytest.approx(2 * (1.0 + 0.5 * 0.25) + 0.1 * 3 - 0.3 * 0.5)
+    assert (u[[0, 1, 4]] == NEVER).all()
+
+
+def test_choice_by_hand() -> None:
+    params = hand_made()
+    u = jnp.array([NEVER, 0.0, 0.5, 1.0, -1.0])
+    p = np.exp(choice_logprobs(params, u, jnp.array([3, 1])))
+    first, second, rest = 3 * np.exp(1.0), 3 * 0.5 * np.exp(0.0), np.exp(0.5) + np.exp(-1.0)
+    np.testing.assert_allclose(p, np.array([first, second, rest]) / (first + second + rest), rtol=1e-5)
+
+
+def test_what_stands_higher_up_or_was_taken_is_not_taken() -> None:
+    u = jnp.array([NEVER, 0.0, NEVER, 1.0, -1.0])
+    p = np.exp(choice_logprobs(hand_made(), u, jnp.array([3, 3, 2])))
+    assert p[1] == p[2] == 0.0
+    first, rest = 3 * np.exp(1.0), np.exp(0.0) + np.exp(-1.0)
+    assert p[0] == pytest.approx(first / (first + rest), rel=1e-5)
+
+
+def test_rating_by_hand() -> None:
+    params, key = hand_made(), jax.random.key(0)
+    assert float(expected_rating(params, jnp.int32(0), jnp.int32(3))) == pytest.approx(3.0 + 0.25 - 0.5 + 0.5 * 3.0)
+    assert float(rate(params, jnp.int32(0), jnp.int32(2), key)) == 4.0  # 4.25, to a whole star
+    assert float(rate(params, jnp.int32(0), jnp.int32(4), key)) == 5.0  # 7.75, to the scale's end
+
+
+def test_step_takes_at_most_once_and_remembers() -> None:
+    params = hand_made()
+    state, _ = start_user(params, jnp.int32(0))
+    keys = jax.random.split(jax.random.key(1), 3000)
+    new, seen, reward, _ = jax.vmap(lambda key: step(params, state, jnp.array([3, 2]), key))(keys)
+    slot = np.asarray(seen.slot)
+    u = utilities(params, state.recent, state.taken)
+    expected = np.exp(choice_logprobs(params, u, jnp.array([3, 2])))
+    shares = np.bincount(np.where(slot < 0, 2, slot), minlength=3) / 3000
+    np.testing.assert_allclose(shares, expected, atol=4 * 0.5 / np.sqrt(3000))
+    first = slot == 0
+    np.testing.assert_array_equal(np.asarray(new.recent)[first, :3], np.broadcast_to([3, 4, 1], (first.sum(), 3)))
+    np.testing.assert_array_equal(
+        np.asarray(new.recent)[slot < 0], np.broadcast_to(state.recent, ((slot < 0).sum(), RECENT))
+    )
+    assert np.asarray(new.taken)[first][:, 3].all()
+    assert not np.asarray(new.taken)[:, 0].any()
+    # 4.25 stars: 4 of 1..5, which is 0.75.
+    np.testing.assert_allclose(np.asarray(reward)[first], 0.5 + 0.5 * 0.75)
+    assert (np.asarray(reward)[slot < 0] == 0).all()
+
+
+def test_ease_is_the_constrained_ridge_regression(histories: Histories) -> None:
+    """Each column solves min |X_j - X b|^2 + λ |b|^2 with b_j = 0 (Steck 2019, equation 3)."""
+    items, users = 60, np.arange(histories.user_count)
+    b = ease(histories, users, items)
+    assert (b[0] == 0).all()
+    assert (b[:, 0] == 0).all()
+    assert (np.diag(b) == 0).all()
+    x = np.zeros((histories.user_count, items))
+    x[histories.users(), histories.items - 1] = 1
+    j = 7
+    others = np.delete(np.arange(items), j)
+    solved = np.linalg.solve(x[:, others].T @ x[:, others] + 100 * np.eye(items - 1), x[:, others].T @ x[:, j])
+    np.testing.assert_allclose(b[1 + others, 1 + j], solved, atol=1e-5)
+
+
+def test_fits_users_who_were_left_out(fit: SimulatorFit) -> None:
+    assert fit.nats < fit.popularity_nats
+    assert fit.nats < fit.uniform_nats - 0.02
+    assert fit.rating_rmse < 0.8 * fit.mean_rating_rmse
+
+
+def test_same_seed_same_simulator_and_it_is_kept(
+    fit: SimulatorFit, small_data: PreparedData, histories: Histories, tmp_path: Path
+) -> None:
+    again = fit_simulator(histories, small_data.catalog.genre_matrix(), RatingScale(0.5, 5.0), 0.5, start_events=6)
+    write_simulator(fit.params, tmp_path / "simulator.npz")
+    kept = read_simulator(tmp_path / "simulator.npz")
+    for first, second, third in zip(fit.params, again.params, kept, strict=True):
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_array_equal(first, third)
+    (tmp_path / "other").write_text("no")
+    with pytest.raises(DataError, match="not a simulator"):
+        read_simulator(tmp_path / "other")
+
+
+def test_users_of_the_recommender_are_refused(small_data: PreparedData) -> None:
+    frame = genre_lovers(small_data)
+    frame.loc[frame[USER] == FIRST_USER, USER] = small_data.users.raw_ids[3]
+    with pytest.raises(DataError, match="among those that the recommender was trained on"):
+        simulator_histories(frame, small_data.catalog, small_data.users)
+
+
+def test_too_few_users_are_refused(small_data: PreparedData) -> None:
+    few = simulator_histories(genre_lovers(small_data, users=4), small_data.catalog, small_data.users)[0]
+    with pytest.raises(DataError, match="expected at least 5"):
+        fit_simulator(few, small_data.catalog.genre_matrix(), RatingScale(0.5, 5.0), 0.5)
+
+
+def test_profiles_are_successive_events(histories: Histories) -> None:
+    first = np.full(histories.user_count, 3)
+    found = profiles(histories, first, 5)
+    for user in (0, 11):
+        start = histories.offsets[user] + 3
+        np.testing.assert_array_equal(found["profile"][user, :5], histories.items[start : start + 5][::-1])
+        np.testing.assert_array_equal(found["profile_rating"][user, :5], histories.ratings[start : start + 5][::-1])
+        assert (np.asarray(found["profile"])[user, 5:] == 0).all()
+
+
+def test_vectorized_steps_equal_a_loop(fit: SimulatorFit) -> None:
+    environment = simulator_environment(fit.params, 4)
+    keys = jax.random.split(jax.random.key(0), 3)
+    slates = jnp.stack([jax.random.permutation(key, 60)[:4] + 1 for key in keys]).astype(jnp.int32)
+    state, _ = jax.vmap(environment.reset)(keys)
+    together = jax.jit(jax.vmap(environment.step))(state, slates, keys)
+    for user in range(3):
+        of_user, got = (jax.tree.map(lambda column, at=user: column[at], each) for each in (state, together))
+        alone = environment.step(of_user, slates[user], keys[user])
+        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), alone, got)
