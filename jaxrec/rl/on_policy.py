@@ -47,7 +47,7 @@ class OnPolicyConfig:
     seed: int = 0
     users: int = 256
     steps: int = 16
-    updates: int = 1000
+    updates: int = 2000
     discount: float = 0.95
     trace: float = 0.9
     learning_rate: float = 1e-2
