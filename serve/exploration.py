@@ -38,17 +38,21 @@ def draw(scores: NDArray[np.float32], k: int, temperature: float, random: np.ran
 class Exploration:
     """The server's way to explore: one temperature, and noise that no two threads share."""
 
-    def __init__(self, temperature: float, pool: int = POOL) -> None:
-        """Raises ValueError unless `temperature` is positive and finite."""
+    def __init__(self, temperature: float, pool: int = POOL, seed: int | None = None) -> None:
+        """`seed` makes the noise of the first thread that draws, of the second and so on repeatable.
+
+        Raises ValueError unless `temperature` is positive and finite.
+        """
         if not 0 < temperature < np.inf:
             raise ValueError(f"expected a temperature above 0, came {temperature:g}")
         self.temperature = temperature
         self.pool = pool
+        self._seeds = np.random.SeedSequence(seed)
         self._local = threading.local()
 
     def draw(self, scores: NDArray[np.float32], k: int) -> Slate:
         """As `draw`, with this thread's noise."""
         random: np.random.Generator | None = getattr(self._local, "random", None)
         if random is None:
-            random = self._local.random = np.random.default_rng()
+            random = self._local.random = np.random.default_rng(self._seeds.spawn(1)[0])
         return draw(scores, k, self.temperature, random)

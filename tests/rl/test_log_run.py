@@ -58,7 +58,7 @@ def serve_and_log(
     model_directory: Path, data: PreparedData, store: SQLiteStore, takes: Callable[[int, np.random.Generator], bool]
 ) -> None:
     """USERS users of the server's own code ask ROUNDS times and take of each slate what they like."""
-    model = LoadedModel(Recommender(read_artifact(model_directory)), store, Metrics(), Exploration(TEMPERATURE))
+    model = LoadedModel(Recommender(read_artifact(model_directory)), store, Metrics(), Exploration(TEMPERATURE, seed=4))
     rng, raw_ids = np.random.default_rng(3), data.catalog.ids.raw_ids.astype(str)
     number = 0
     for user in range(USERS):
