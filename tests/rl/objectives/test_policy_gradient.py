@@ -87,7 +87,8 @@ def test_slots_without_an_item_may_hold_anything() -> None:
 
 def test_returns_and_baselines_are_constants() -> None:
     """What a slate earned is no function of the parameters here: a gradient of it would be learned as if it were."""
-    logprobs, achieved, where = -jnp.ones((2, 2)), jnp.array([[1.0, 2.0], [3.0, 5.0]]), jnp.ones((2, 2), bool)
+    logprobs, achieved = -jnp.array([[1.0, 2.0], [4.0, 8.0]]), jnp.array([[1.0, 2.0], [3.0, 5.0]])
+    where = jnp.ones((2, 2), bool)
     for gradient in (
         *jax.grad(reinforce_loss, (1, 2))(logprobs, achieved, 0.5 * achieved, where),
         jax.grad(baseline_loss, 1)(0.5 * achieved, achieved, where),
