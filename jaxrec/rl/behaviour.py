@@ -24,7 +24,7 @@ LEAST_PROBABILITY = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class BehaviourConfig:
-    """`l2`: the penalty of the squared weights, per row. `patience`: epochs without a better held-out likelihood."""
+    """`l2`: the penalty of the squared weights, per row. `patience`: epochs without a better likelihood."""
 
     max_epochs: int = 50
     patience: int = 3
@@ -62,8 +62,9 @@ class Choices(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Nats per held-out row: `log_likelihood`, beside that of the training rows' item frequencies and of a uniform
-    choice. `calibration_error`: the share of probability that is in the wrong place (`Calibration`). `epochs` taken."""
+    """Nats per row of the second half of the held-out rows, which chose nothing: `log_likelihood`, beside that of the
+    training rows' item frequencies and of a uniform choice. `calibration_error`, of the same rows: the share of
+    probability that is in the wrong place (`Calibration`). `epochs` taken."""
 
     log_likelihood: float
     frequency_log_likelihood: float
@@ -88,14 +89,17 @@ class Calibration(NamedTuple):
 def fit_behaviour(
     training: Choices, held_out: Choices, item_count: int, config: BehaviourConfig = BehaviourConfig()
 ) -> tuple[Behaviour, Fit]:
-    """β in its epoch of best held-out likelihood, and how good it is on the held-out rows.
+    """β in its epoch of best likelihood on the first half of the held-out rows, and how good it is on the second.
 
     It starts at the logarithm of the smoothed item frequencies (plus one per item); Adam on the mean negative
-    log-likelihood. Hold out whole users. Raises ValueError where there is nothing to fit or to hold out, and where a
-    logged action is padding or excluded.
+    log-likelihood. Hold out whole users, the rows of each one after the other, so that at most one is in both halves.
+    Raises ValueError where there is nothing to fit or fewer than two rows to hold out, where a logged action is padding
+    or excluded, an excluded item is none, a feature is not finite, or the likelihood is not.
     """
-    for name, choices in (("training", training), ("held-out", held_out)):
-        _check(name, choices, item_count)
+    for name, choices, least in (("training", training, 1), ("held-out", held_out, 2)):
+        _check(name, choices, item_count, least)
+    half = len(held_out.action) // 2
+    choosing, held_out = (held_out.rows(rows) for rows in np.split(np.arange(len(held_out.action)), [half]))
     counts = np.bincount(training.action, minlength=item_count + 1) + 1.0
     start = Behaviour(
         jnp.zeros((training.features.shape[1], item_count + 1)),
@@ -105,21 +109,22 @@ def fit_behaviour(
     optimizer = optax.adam(config.learning_rate)
     epoch = _make_epoch(optimizer, config)
     beta, state, rng = start, optimizer.init(start), np.random.default_rng(config.seed)
-    best, best_likelihood, best_epoch = start, log_likelihood(start, held_out, config.batch_size), 0
-    frequency_likelihood = best_likelihood
+    best, best_likelihood, best_epoch = start, log_likelihood(start, choosing, config.batch_size), 0
     device_rows = jax.tree.map(jnp.asarray, training)
     for number in range(1, config.max_epochs + 1):
         order = rng.permutation(len(training.action))
         padded = np.resize(order, -(-len(order) // config.batch_size) * config.batch_size)
         beta, state = epoch(beta, state, device_rows, jnp.asarray(padded.reshape(-1, config.batch_size)))
-        likelihood = log_likelihood(beta, held_out, config.batch_size)
+        likelihood = log_likelihood(beta, choosing, config.batch_size)
+        if not np.isfinite(likelihood):
+            raise ValueError(f"epoch {number}: the held-out log-likelihood is {likelihood}, expected a finite number")
         if likelihood > best_likelihood:
             best, best_likelihood, best_epoch = beta, likelihood, number
         if number - best_epoch >= config.patience:
             break
     return best, Fit(
-        best_likelihood,
-        frequency_likelihood,
+        log_likelihood(best, held_out, config.batch_size),
+        log_likelihood(start, held_out, config.batch_size),
         log_likelihood(uniform, held_out, config.batch_size),
         calibration(best, held_out, config.batch_size).error,
         best_epoch,
@@ -188,9 +193,9 @@ def _make_epoch(optimizer: optax.GradientTransformation, config: BehaviourConfig
     return epoch
 
 
-def _check(name: str, choices: Choices, item_count: int) -> None:
-    if not len(choices.action):
-        raise ValueError(f"there are no {name} choices")
+def _check(name: str, choices: Choices, item_count: int, least: int) -> None:
+    if len(choices.action) < least:
+        raise ValueError(f"there are {len(choices.action)} {name} choices, expected at least {least}")
     impossible = (choices.action < 1) | (choices.action > item_count)
     impossible |= (choices.exclude == choices.action[:, None]).any(axis=1)
     if impossible.any():
@@ -198,3 +203,9 @@ def _check(name: str, choices: Choices, item_count: int) -> None:
         raise ValueError(
             f"{name} row {row}: item {choices.action[row]} was chosen, expected a candidate of 1..{item_count}"
         )
+    for what, wrong in (
+        (f"an excluded item is not of 0..{item_count}", (choices.exclude < 0) | (choices.exclude > item_count)),
+        ("a feature is not finite", ~np.isfinite(choices.features)),
+    ):
+        if wrong.any():
+            raise ValueError(f"{name} row {int(np.argmax(wrong.any(axis=1)))}: {what}")

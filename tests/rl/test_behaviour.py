@@ -56,12 +56,13 @@ def test_logprobs_by_hand() -> None:
 
 def test_fit_comes_near_the_true_propensities(training: Choices, held_out: Choices) -> None:
     beta, fit = fit_behaviour(training, held_out, ITEMS, CONFIG)
-    best = log_likelihood(true_beta(), held_out)
+    reported = held_out.rows(np.arange(1000, 2000))
+    best = log_likelihood(true_beta(), reported)
     assert best - 0.02 < fit.log_likelihood < best + 0.005  # more than the truth would be leakage
     assert fit.frequency_log_likelihood < fit.log_likelihood - 0.05
     assert fit.uniform_log_likelihood == pytest.approx(-np.log(ITEMS - 1), rel=1e-5)
     assert fit.calibration_error < 0.05
-    assert fit.log_likelihood == pytest.approx(log_likelihood(beta, held_out))
+    assert fit.log_likelihood == pytest.approx(log_likelihood(beta, reported))
     assert 1 <= fit.epochs <= 20
 
 
@@ -107,6 +108,23 @@ def test_features_receive_no_gradient() -> None:
     np.testing.assert_array_equal(gradient, 0.0)
 
 
+def test_figures_are_of_rows_that_chose_nothing(training: Choices, held_out: Choices) -> None:
+    """Other choices in the second half of the held-out rows: the same model in the same epoch, and other figures."""
+    second = np.arange(2000) >= 1000
+    other = held_out._replace(action=np.where(second, draw_other(held_out), held_out.action))
+    config = BehaviourConfig(batch_size=128, max_epochs=6, patience=1)
+    (first, fit), (again, fit_other) = (fit_behaviour(training, rows, ITEMS, config) for rows in (held_out, other))
+    np.testing.assert_array_equal(first.kernel, again.kernel)
+    assert fit.epochs == fit_other.epochs > 0
+    assert fit_other.log_likelihood < fit.log_likelihood - 0.1
+
+
+def draw_other(choices: Choices) -> np.ndarray:
+    """[rows] int32: the candidates that the true β likes least."""
+    logprobs = np.asarray(true_beta().logprobs(jnp.asarray(choices.features), jnp.asarray(choices.exclude)))
+    return np.where(logprobs < -50.0, 0.0, logprobs).argmin(axis=1).astype(np.int32)
+
+
 def test_same_seed_same_model(training: Choices, held_out: Choices) -> None:
     config = BehaviourConfig(batch_size=128, max_epochs=2)
     models = [fit_behaviour(training, held_out, ITEMS, config)[0] for _ in range(2)]
@@ -115,10 +133,30 @@ def test_same_seed_same_model(training: Choices, held_out: Choices) -> None:
 
 def test_impossible_choices_are_refused(training: Choices, held_out: Choices) -> None:
     nothing = training.rows(np.arange(0))
-    with pytest.raises(ValueError, match="no held-out choices"):
-        fit_behaviour(training, nothing, ITEMS)
+    with pytest.raises(ValueError, match="0 training choices, expected at least 1"):
+        fit_behaviour(nothing, held_out, ITEMS)
+    with pytest.raises(ValueError, match="1 held-out choices, expected at least 2"):
+        fit_behaviour(training, held_out.rows(np.arange(1)), ITEMS)
     wrong = training._replace(exclude=np.where(np.arange(6000)[:, None] == 5, training.action[:, None], 0))
     with pytest.raises(ValueError, match=r"training row 5: item \d was chosen"):
         fit_behaviour(wrong, held_out, ITEMS)
     with pytest.raises(ValueError, match=r"expected a candidate of 1\.\.3"):
         fit_behaviour(training, held_out, 3)
+
+
+@pytest.mark.parametrize("item", [-1, ITEMS + 1])
+def test_excluded_items_must_exist(training: Choices, held_out: Choices, item: int) -> None:
+    """-1 would take away the last item of the row without a word."""
+    wrong = held_out._replace(exclude=np.where(np.arange(2000)[:, None] == 7, item, 0).astype(np.int32))
+    with pytest.raises(ValueError, match=r"held-out row 7: an excluded item is not of 0\.\.8"):
+        fit_behaviour(training, wrong, ITEMS)
+
+
+def test_features_and_likelihoods_must_be_finite(training: Choices, held_out: Choices) -> None:
+    features = training.features.copy()
+    features[3, 1] = np.nan
+    with pytest.raises(ValueError, match="training row 3: a feature is not finite"):
+        fit_behaviour(training._replace(features=features), held_out, ITEMS)
+    diverging = BehaviourConfig(batch_size=128, learning_rate=1e38)
+    with pytest.raises(ValueError, match="epoch 1: the held-out log-likelihood is nan"):
+        fit_behaviour(training, held_out, ITEMS, diverging)

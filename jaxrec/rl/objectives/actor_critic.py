@@ -13,7 +13,8 @@ SNQN and SA2C: Xin et al. 2022, "Supervised Advantage Actor-Critic for Recommend
 Q weighs the actor as a constant, and targets are constants. There are two copies of the Q head: a coin says in each
 step which of them learns (`q`, `q_next`) and which gives values (`q_next_target`, `q_target`). SA2C is SNQN in its
 first epochs, since advantages of an untrained Q are noise. The off-policy correction of SA2C, (π/β)^smooth clipped to
-0.1..10, with β from item frequencies, is an importance weight of the actor: `weight`.
+0.1..10, with β from item frequencies, is an importance weight of the actor: `weight`. What an entry outside of `where`
+holds (a NaN, too) reaches neither the mean nor its gradient.
 """
 
 import jax
@@ -64,11 +65,13 @@ def advantage(q: jax.Array, action: jax.Array, negatives: jax.Array) -> jax.Arra
 
 def sqn_loss(logits: jax.Array, q: jax.Array, action: jax.Array, target: jax.Array, where: jax.Array) -> jax.Array:
     """Mean of L_s + L_q over `where` [batch]."""
+    logits, q, target = _counted(where, logits, q, target)
     return masked_mean(supervised_losses(logits, action) + q_losses(q, action, target), where)
 
 
 def sac_loss(logits: jax.Array, q: jax.Array, action: jax.Array, target: jax.Array, where: jax.Array) -> jax.Array:
     """Mean of Q(s, a+) L_s + L_q over `where` [batch]."""
+    logits, q, target = _counted(where, logits, q, target)
     actor = jax.lax.stop_gradient(_at(q, action)) * supervised_losses(logits, action)
     return masked_mean(actor + q_losses(q, action, target), where)
 
@@ -83,6 +86,7 @@ def snqn_loss(
     where: jax.Array,
 ) -> jax.Array:
     """Mean of L_s + L_q + L_n over `where` [batch]."""
+    logits, q, target, negative_target = _counted(where, logits, q, target, negative_target)
     critic = q_losses(q, action, target) + negative_q_losses(q, negatives, negative_target)
     return masked_mean(supervised_losses(logits, action) + critic, where)
 
@@ -98,9 +102,15 @@ def sa2c_loss(
     where: jax.Array,
 ) -> jax.Array:
     """Mean of weight A(s, a+) L_s + L_q + L_n over `where` [batch]; `weight` [batch]: 1, or importance weights."""
+    logits, q, target, negative_target, weight = _counted(where, logits, q, target, negative_target, weight)
     actor = jax.lax.stop_gradient(weight) * advantage(q, action, negatives) * supervised_losses(logits, action)
     critic = q_losses(q, action, target) + negative_q_losses(q, negatives, negative_target)
     return masked_mean(actor + critic, where)
+
+
+def _counted(where: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, ...]:
+    """0 outside of `where` [batch], before anything is computed: 0 times the derivative at a NaN is a NaN."""
+    return tuple(jnp.where(where.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0) for x in inputs)
 
 
 def _at(values: jax.Array, items: jax.Array) -> jax.Array:

@@ -36,7 +36,7 @@ def entropy_floor_loss(entropies: jax.Array, floor: float | jax.Array, where: ja
 
     An entropy bonus (Williams & Peng 1991) that ends at a floor: a policy above it is not pushed towards uniform.
     """
-    missing = jnp.where(where, jnp.maximum(floor - entropies, 0.0), 0.0)
+    missing = jnp.maximum(jnp.where(where, floor - entropies, 0.0), 0.0)
     return jnp.sum(missing) / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1.0)
 
 
@@ -46,9 +46,12 @@ def coverage_guard_loss(logits: jax.Array, floor: float | jax.Array, where: jax.
     The mean policy over the batch says what share of all recommendations each item gets; exp of its entropy is the
     number of items that it is spread over (Hill 1973, number of order 1). The loss is the logarithm of how many times
     that number is below `floor`, and 0 above it; a policy may be certain in every state if it differs between states.
+    Where no state counts both are 0.
     """
-    count = jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1.0)
-    share = jnp.sum(jnp.where(where[:, None], jax.nn.softmax(logits), 0.0), axis=0) / count
+    any_counts, count = jnp.any(where), jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1.0)
+    counted = jnp.where(where[:, None], logits, 0.0)  # before the softmax, whose gradient would spread a NaN
+    share = jnp.sum(jnp.where(where[:, None], jax.nn.softmax(counted), 0.0), axis=0) / count
     some = share > 0  # the logarithm of an item that nobody may get has no gradient
     spread = -jnp.sum(jnp.where(some, share * jnp.log(jnp.where(some, share, 1.0)), 0.0))
-    return jnp.maximum(jnp.log(floor) - spread, 0.0), jnp.exp(spread)
+    loss = jnp.maximum(jnp.log(floor) - spread, 0.0)
+    return jnp.where(any_counts, loss, 0.0), jnp.where(any_counts, jnp.exp(spread), 0.0)

@@ -60,11 +60,13 @@ def top_k_off_policy_loss(
 ) -> jax.Array:
     """Scalar whose gradient is minus equation 6 with the cap of equation 8, a mean over the entries of `where`.
 
-    All [...], at the logged actions. `k` = 1 is the plain off-policy correction (equation 3). A baseline that does not
-    depend on the action may be subtracted from the returns; for k > 1 that is a deviation which adds a bias, since
-    E_β[w λ_K grad log π] is not 0.
+    All [...], at the logged actions; what the others hold reaches neither value nor gradient. `k` = 1 is the plain
+    off-policy correction (equation 3). A baseline that does not depend on the action may be subtracted from the
+    returns: without a bias only for k = 1 and no `cap`, where E_β[w grad log π] is 0. E_β[w λ_K grad log π] is not, nor
+    is it with capped weights, and there a baseline is a deviation which adds a bias.
     """
+    logprob_pi, logprob_beta, returns = (jnp.where(where, x, 0.0) for x in (logprob_pi, logprob_beta, returns))
     weights, _ = importance_weights(logprob_pi, logprob_beta, cap)
     coefficients = jax.lax.stop_gradient(weights * top_k_multiplier(logprob_pi, k) * returns)
-    terms = jnp.where(where, coefficients * jnp.where(where, logprob_pi, 0.0), 0.0)
+    terms = jnp.where(where, coefficients * logprob_pi, 0.0)
     return -jnp.sum(terms) / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1.0)

@@ -18,6 +18,7 @@ from jaxrec.rl.offline_evaluation.weights import group_sums
 
 SAMPLES = 2000
 CHUNK = 4_000_000  # draws that are held in memory at a time
+ROUNDING = 1e-12  # of the size of the terms: spread below it is that of sums in floating point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,22 +88,26 @@ def interval(
 ) -> Interval:
     """The value of the terms with its bootstrap interval; `groups` [rows]: whose row it is (None: each its own).
 
+    The interval holds the value; a bound that the resamples do not tell is infinite.
     Raises ValueError for fewer than two groups, and where the rows have no weight.
     """
     drawn = replicates(terms, groups, samples, seed)
     low, high = method(drawn, level)
-    return Interval(drawn.value, float(low), float(high), drawn.standard_error)
+    low = min(float(low), drawn.value) if np.isfinite(low) else -np.inf
+    high = max(float(high), drawn.value) if np.isfinite(high) else np.inf
+    return Interval(drawn.value, low, high, drawn.standard_error)
 
 
 def replicates(terms: Terms, groups: np.ndarray | None, samples: int, seed: int) -> Replicates:
     """The bootstrap of the terms. Samples in which a denominator is 0 have no value and are left out."""
     value = terms.value()
-    numerator, denominator = (group_sums(part, groups) for part in terms)
+    numerator, denominator = (group_sums(part, groups) for part in (terms.numerator, terms.denominator))
     count = len(numerator)
     if count < 2:
         raise ValueError(f"{count} group(s) of rows, expected at least 2 to tell how sure the estimate is")
     correction = count / (count - 1)
     scale = 1 / denominator.sum(axis=0)
+    rounding = ROUNDING * float(np.abs(numerator).sum(axis=0) @ scale)
     influence = numerator @ scale - denominator @ (numerator.sum(axis=0) * scale**2)
     rng = np.random.default_rng(seed)
     values, standard_errors = [], []
@@ -115,14 +120,19 @@ def replicates(terms: Terms, groups: np.ndarray | None, samples: int, seed: int)
         kept = (totals > 0).all(axis=1)
         times, sums, scales = times[kept], sums[kept], 1 / totals[kept]
         errors = scales @ numerator.T - (sums * scales**2) @ denominator.T
-        values.append(np.sum(sums * scales, axis=1))
-        standard_errors.append(np.sqrt(correction * np.sum(times * errors**2, axis=1)))
+        drawn = np.sum(sums * scales, axis=1)
+        values.append(np.where(np.abs(drawn - value) <= rounding, value, drawn))
+        standard_errors.append(_spread(np.sqrt(correction * np.sum(times * errors**2, axis=1)), rounding))
     if not sum(len(part) for part in values):
         raise ValueError("no bootstrap sample has any weight: the new policy does next to nothing that was logged")
     return Replicates(
         value,
-        float(np.sqrt(correction * np.sum(influence**2))),
+        float(_spread(np.sqrt(correction * np.sum(influence**2)), rounding)),
         influence,
         np.concatenate(values),
         np.concatenate(standard_errors),
     )
+
+
+def _spread(standard_errors: np.ndarray, rounding: float) -> np.ndarray:
+    return np.where(standard_errors <= rounding, 0.0, standard_errors)

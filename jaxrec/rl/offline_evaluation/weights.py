@@ -9,21 +9,30 @@ MAX_LOG = 700.0  # exp of more is no float64
 
 class Weights(NamedTuple):
     """Of decisions [rows], or of slots [rows, slots]. `log`: the logarithm of the uncapped weight, -inf where the new
-    policy never does what was logged; `value`: the weight, capped; `clipped`: where the cap was reached (bool)."""
+    policy never does what was logged; `value`: the weight, capped; `clipped`: where the cap was reached (bool);
+    `lookback`: how many slots the product was limited to, None where it goes over all."""
 
     log: np.ndarray
     value: np.ndarray
     clipped: np.ndarray
+    lookback: int | None = None
 
     @property
     def clipped_share(self) -> float:
         return float(self.clipped.mean()) if self.clipped.size else 0.0
 
+    @property
+    def bias(self) -> str:
+        """What makes these weights other than the policies' ratio; empty where nothing does."""
+        if self.clipped.any():
+            return f"{self.clipped_share:.1%} of the weights are capped"
+        return "" if self.lookback is None else f"the weights look back over {self.lookback} slot(s) of the slate"
+
 
 def importance_weights(logprob_new: np.ndarray, logprob_logged: np.ndarray, cap: float | None = None) -> Weights:
     """π_new(a|x) / π_logged(a|x) of logged actions, from their log-probabilities [rows] (nats).
 
-    Raises ValueError where a logged probability is 0 or a log-probability is none.
+    Raises ValueError where a logged probability is 0, a log-probability is none, or the cap is not above 0.
     """
     new, logged = _checked(logprob_new, logprob_logged)
     return _weights(new - logged, cap)
@@ -52,7 +61,8 @@ def slate_weights(
         raise ValueError(f"lookback is {lookback}, expected at least 1 slot")
     padded = np.concatenate([np.zeros((len(ratio), lookback - 1)), ratio], axis=1)
     windows = np.lib.stride_tricks.sliding_window_view(padded, lookback, axis=1)
-    return _weights(windows.sum(axis=-1), cap)
+    limited = _weights(windows.sum(axis=-1), cap)
+    return limited if lookback >= ratio.shape[1] else limited._replace(lookback=lookback)
 
 
 def effective_sample_size(weights: Weights, groups: np.ndarray | None = None) -> np.ndarray:
@@ -75,8 +85,14 @@ def over_slots(sizes: np.ndarray, discounts: np.ndarray | None = None) -> float:
 
     The variance of sum_k d_k mean_k is the sum of d_k^2 / size_k times a slot's, were the slots' rewards independent;
     this is the size that each would need for the same. `discounts` [slots]: what a slot's reward counts; None: all 1.
+    Raises ValueError unless there is one for each slot, none below 0 and some above it.
     """
-    importance = np.ones(len(sizes)) if discounts is None else np.square(np.asarray(discounts, np.float64))
+    discounts = np.ones(len(sizes)) if discounts is None else np.asarray(discounts, np.float64)
+    if discounts.shape != sizes.shape:
+        raise ValueError(f"discounts of shape {discounts.shape}, expected one for each of {len(sizes)} slot(s)")
+    if not (np.isfinite(discounts).all() and (discounts >= 0).all() and (discounts > 0).any()):
+        raise ValueError(f"discounts {discounts.tolist()}, expected finite, at least 0 and not all of them 0")
+    importance = np.square(discounts)
     if not sizes[importance > 0].all():
         return 0.0
     kept = importance > 0
@@ -101,6 +117,8 @@ def group_sums(values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
 
 
 def _weights(log: np.ndarray, cap: float | None) -> Weights:
+    if cap is not None and not cap > 0:
+        raise ValueError(f"the cap of the weights is {cap}, expected above 0")
     limit = MAX_LOG if cap is None else min(float(np.log(cap)), MAX_LOG)
     return Weights(log, np.exp(np.minimum(log, limit)), log > limit)
 

@@ -73,6 +73,52 @@ def test_actor_weight_is_a_constant_and_the_critic_does_not_touch_the_logits() -
     assert not np.asarray(q[1]).any()
 
 
+def test_targets_and_weights_are_constants() -> None:
+    """The targets would otherwise learn to fit the values, and the weight to shrink the actor's loss."""
+    reward, discount = jnp.ones(2), jnp.full(2, 0.5)
+
+    def target(reward: jax.Array, discount: jax.Array, q_next: jax.Array, q_next_target: jax.Array) -> jax.Array:
+        return jnp.sum(double_q_target(reward, discount, q_next, q_next_target, jnp.ones(Q.shape, bool)))
+
+    def losses(target: jax.Array, negative_target: jax.Array) -> jax.Array:
+        return jnp.sum(q_losses(Q, ACTION, target) + negative_q_losses(Q, NEGATIVES, negative_target))
+
+    def actor(weight: jax.Array, target: jax.Array, negative_target: jax.Array) -> jax.Array:
+        return sa2c_loss(LOGITS, Q, ACTION, NEGATIVES, target, negative_target, weight, jnp.ones(2, bool))
+
+    def of_advantage(q: jax.Array) -> jax.Array:
+        return jnp.sum(advantage(q, ACTION, NEGATIVES))
+
+    for loss, inputs in (
+        (target, (reward, discount, Q, Q + 1)),
+        (losses, (TARGET, NEGATIVE_TARGET)),
+        (actor, (jnp.ones(2), TARGET, NEGATIVE_TARGET)),
+        (of_advantage, (Q,)),
+    ):
+        for gradient in jax.grad(loss, tuple(range(len(inputs))))(*inputs):
+            np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_entries_that_do_not_count_may_hold_anything() -> None:
+    """NaN in every input of the second state: values and gradients are those of the first alone."""
+    bad = jnp.array([1.0, jnp.nan])
+    logits, q = LOGITS * bad[:, None], Q * bad[:, None]
+    both = (0, 1)
+    for loss, inputs in (
+        (sqn_loss, (ACTION, TARGET * bad)),
+        (sac_loss, (ACTION, TARGET * bad)),
+        (snqn_loss, (ACTION, NEGATIVES, TARGET * bad, NEGATIVE_TARGET * bad)),
+        (sa2c_loss, (ACTION, NEGATIVES, TARGET * bad, NEGATIVE_TARGET * bad, bad)),
+    ):
+        value, gradients = jax.value_and_grad(loss, both)(logits, q, *inputs, WHERE)
+        clean = [jnp.nan_to_num(x) for x in inputs]
+        expected, expected_gradients = jax.value_and_grad(loss, both)(LOGITS, Q, *clean, WHERE)
+        assert float(value) == pytest.approx(float(expected))
+        for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+            assert np.isfinite(gradient).all()
+            np.testing.assert_allclose(gradient, wanted, atol=1e-6)
+
+
 def test_without_negatives_to_tell_apart_the_advantage_is_zero() -> None:
     np.testing.assert_allclose(advantage(jnp.full((2, 4), 3.0), ACTION, NEGATIVES), 0.0, atol=1e-6)
 

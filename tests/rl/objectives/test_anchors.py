@@ -46,6 +46,24 @@ def test_coverage_guard_by_hand() -> None:
     assert float(loss) == 0.0
 
 
+def test_states_that_do_not_count_may_hold_anything() -> None:
+    where = jnp.array([True, False])
+    gradient = jax.grad(entropy_floor_loss)(jnp.array([0.5, jnp.nan]), 1.0, where)
+    np.testing.assert_array_equal(gradient, [-1.0, 0.0])
+    logits = jnp.array([[NEVER, 3.0, 0.0], [jnp.nan] * 3])
+    gradient = jax.grad(lambda x: coverage_guard_loss(x, 2.0, where)[0])(logits)
+    assert np.isfinite(gradient).all()
+    assert float(gradient[0, 1]) > 0
+
+
+def test_coverage_guard_of_no_state_is_zero() -> None:
+    nothing = jnp.zeros(2, bool)
+    value, gradient = jax.value_and_grad(lambda x: coverage_guard_loss(x, 4.0, nothing)[0])(jnp.zeros((2, 5)))
+    assert float(value) == 0.0
+    np.testing.assert_array_equal(gradient, 0.0)
+    assert float(coverage_guard_loss(jnp.zeros((2, 5)), 4.0, nothing)[1]) == 0.0
+
+
 def test_coverage_guard_pushes_towards_the_items_left_out() -> None:
     logits, where = jnp.array([[NEVER, 3.0, 0.0], [NEVER, 3.0, 0.0]]), jnp.ones(2, bool)
     gradient = jax.grad(lambda x: coverage_guard_loss(x, 2.0, where)[0])(logits)

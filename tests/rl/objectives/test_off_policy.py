@@ -74,6 +74,15 @@ def test_loss_by_hand() -> None:
     assert float(top_k_off_policy_loss(pi, beta, jnp.ones(2), jnp.zeros(2, bool), 2)) == 0.0
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_entries_that_do_not_count_may_hold_anything(k: int) -> None:
+    where, bad = jnp.array([True, False]), jnp.array([-1.0, jnp.nan])
+    value, gradient = jax.value_and_grad(top_k_off_policy_loss)(bad, bad, bad, where, k, 10.0)
+    expected, expected_gradient = jax.value_and_grad(top_k_off_policy_loss)(*[bad[:1]] * 3, where[:1], k, 10.0)
+    assert float(value) == pytest.approx(float(expected))
+    np.testing.assert_allclose(gradient, [expected_gradient[0], 0.0])
+
+
 @pytest.mark.parametrize("cap", [0.5, 1.0, 10.0, 1e6])
 def test_cap_never_raises_a_weight(cap: float) -> None:
     pi, beta = jax.random.normal(jax.random.key(0), (2, 1000)) * 10

@@ -60,6 +60,43 @@ def test_losses_count_only_slots_that_hold_an_item() -> None:
     assert float(baseline_loss(values, achieved, where)) == pytest.approx((0.5**2 + 0.0**2 + 0.25**2) / 3)
 
 
+def test_rows_without_an_item_do_not_dilute_the_loss() -> None:
+    """A third row that holds nothing: the mean stays that of two; of no row at all it is 0."""
+    logprobs, achieved = jnp.array([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0]]), jnp.ones((3, 2))
+    where = jnp.array([[True, True], [True, False], [False, False]])
+    assert float(reinforce_loss(logprobs, achieved, 0 * achieved, where)) == pytest.approx((1 + 2 + 3) / 2)
+    assert float(reinforce_loss(logprobs, achieved, 0 * achieved, jnp.zeros((3, 2), bool))) == 0.0
+
+
+def test_slots_without_an_item_may_hold_anything() -> None:
+    """NaN in every input of the slots that do not count: value and gradients are finite, and 0 there."""
+    where = jnp.array([[True, False], [False, False]])
+    logprobs, achieved = jnp.where(where, -2.0, jnp.nan), jnp.where(where, 3.0, jnp.nan)
+    values = jnp.where(where, 0.5, jnp.nan)
+    value, gradient = jax.value_and_grad(reinforce_loss)(logprobs, achieved, values, where)
+    assert float(value) == pytest.approx(2.0 * 2.5)
+    np.testing.assert_array_equal(gradient, [[-2.5, 0], [0, 0]])
+    value, gradient = jax.value_and_grad(baseline_loss)(values, achieved, where)
+    assert float(value) == pytest.approx(2.5**2)
+    np.testing.assert_array_equal(gradient, [[-2 * 2.5, 0], [0, 0]])
+    samples, rewards = jnp.stack([logprobs, 2 * logprobs]), jnp.stack([achieved, 0 * achieved])
+    value, gradient = jax.value_and_grad(plackett_luce_loss)(samples, rewards, where)
+    assert float(value) == pytest.approx(-(-2.0 * 3 + -4.0 * -3) / 2)
+    np.testing.assert_array_equal(gradient, [[[-1.5, 0], [0, 0]], [[1.5, 0], [0, 0]]])
+
+
+def test_returns_and_baselines_are_constants() -> None:
+    """What a slate earned is no function of the parameters here: a gradient of it would be learned as if it were."""
+    logprobs, achieved = -jnp.array([[1.0, 2.0], [4.0, 8.0]]), jnp.array([[1.0, 2.0], [3.0, 5.0]])
+    where = jnp.ones((2, 2), bool)
+    for gradient in (
+        *jax.grad(reinforce_loss, (1, 2))(logprobs, achieved, 0.5 * achieved, where),
+        jax.grad(baseline_loss, 1)(0.5 * achieved, achieved, where),
+        jax.grad(plackett_luce_loss, 1)(logprobs, achieved, jnp.ones(2, bool)),
+    ):
+        np.testing.assert_array_equal(gradient, 0.0)
+
+
 def leave_one_out_samples(samples: int, of_slots: bool) -> np.ndarray:
     """[DRAWS, items + 1]: policy-gradient estimates from `samples` slates each; of whole slates, or slot by slot."""
 
@@ -111,3 +148,12 @@ def test_equal_rewards_teach_nothing() -> None:
 def test_one_sample_has_no_others() -> None:
     with pytest.raises(ValueError, match=r"1 sample\(s\)"):
         plackett_luce_loss(jnp.zeros((1, 2)), jnp.zeros((1, 2)), jnp.ones(2, bool))
+
+
+def test_mask_of_samples_must_fit() -> None:
+    """A mask [batch] beside slots [samples, batch, k] would mask slots as if they were states."""
+    slots = -jnp.ones((3, 2, 2))
+    with pytest.raises(ValueError, match=r"where \(2,\), expected"):
+        plackett_luce_loss(slots, slots, jnp.ones(2, bool))
+    with pytest.raises(ValueError, match=r"returns \(3, 2\)"):
+        plackett_luce_loss(slots, slots[..., 0], jnp.ones((2, 2), bool))

@@ -148,6 +148,36 @@ def test_bad_input_is_refused() -> None:
         switch_doubly_robust(slate_weights(np.zeros((2, 2)), np.zeros((2, 2))), np.ones((2, 2)), *np.ones((2, 2, 2)), 1)
 
 
+def test_shapes_must_be_equal() -> None:
+    """Rewards of whole slates [rows] against weights of slots [rows, slots] would count each reward in every slot."""
+    slate = slate_weights(np.zeros((3, 2)), np.zeros((3, 2)))
+    for estimator in (ips, snips):
+        for weights, rewards in ((slate, REWARDS), (WEIGHTS, REWARDS[:, None]), (WEIGHTS, REWARDS[:1])):
+            with pytest.raises(ValueError, match=r"rewards of shape .*, expected .* as the weights"):
+                estimator(weights, rewards)
+    for robust in (doubly_robust, self_normalized_doubly_robust):
+        with pytest.raises(ValueError, match=r"q_logged of shape \(1,\)"):
+            robust(WEIGHTS, REWARDS, Q_LOGGED[:1], Q_NEW)
+        with pytest.raises(ValueError, match=r"q_new of shape \(3, 1\)"):
+            robust(WEIGHTS, REWARDS, Q_LOGGED, Q_NEW[:, None])
+    with pytest.raises(ValueError, match=r"shapes \(3, 1\) \(numerator\) and \(3, 2\)"):
+        Terms(np.ones((3, 1)), np.ones((3, 2))).value()
+    with pytest.raises(ValueError, match="terms of 3 and of 2 rows"):
+        on_policy(REWARDS).minus(on_policy(REWARDS[:2]))
+
+
+def test_doubly_robust_slates_need_whole_products() -> None:
+    """Cascade-DR adds up over slots only if each weight is the product of all ratios above."""
+    ratio, rewards = np.log(np.full((3, 2), 0.2)), np.ones((3, 2))
+    for weights in (
+        slate_weights(ratio, ratio - 1.0, lookback=1),
+        slate_weights(ratio, ratio - 1.0, cap=2.0),
+    ):
+        for robust in (doubly_robust, self_normalized_doubly_robust):
+            with pytest.raises(ValueError, match="expected uncapped weights over whole slates"):
+                robust(weights, rewards, rewards, rewards)
+
+
 def test_terms_do_not_change_their_input() -> None:
     rewards = REWARDS.copy()
     terms = snips(WEIGHTS, rewards)

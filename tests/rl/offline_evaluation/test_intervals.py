@@ -92,6 +92,24 @@ def test_without_spread_the_interval_is_the_value(method: Method) -> None:
     assert (estimate.low, estimate.value, estimate.high) == (0.25, 0.25, 0.25)
 
 
+@pytest.mark.parametrize("method", [studentized, percentile, bias_corrected_accelerated])
+@pytest.mark.parametrize(("rows", "reward"), [(20, 0.1), (37, 0.3), (20, -1e6 / 3)])
+def test_rounding_is_no_spread(method: Method, rows: int, reward: float) -> None:
+    """Sums of 0.1 differ in their last bit; studentized by that, the interval of a constant was inf to inf."""
+    estimate = interval(mean_of(np.full(rows, reward)), method=method)
+    assert (estimate.low, estimate.value, estimate.high) == pytest.approx((reward, reward, reward), rel=1e-12)
+    assert estimate.low <= estimate.value <= estimate.high
+    gain = interval(mean_of(np.full(rows, reward)).minus(mean_of(np.full(rows, reward))), method=method)
+    assert (gain.low, gain.value, gain.high, gain.standard_error) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("ends", "expected"), [((0.6, 0.7), (0.5, 0.7)), ((np.inf, np.inf), (-np.inf, np.inf))])
+def test_interval_holds_the_value(ends: tuple[float, float], expected: tuple[float, float]) -> None:
+    """Whatever a method makes of the resamples; a bound that is no number is none."""
+    estimate = interval(mean_of(np.array([0.0, 1.0])), samples=10, method=lambda replicates, level: ends)
+    assert (estimate.low, estimate.high) == expected
+
+
 def test_rare_rewards_leave_the_upper_bound_open() -> None:
     """One reward in 50 rows: a third of the resamples have none, and no spread to studentize with."""
     estimate = interval(mean_of(np.eye(50)[0]))

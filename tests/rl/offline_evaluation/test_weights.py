@@ -87,3 +87,21 @@ def test_groups_and_lookback_must_fit() -> None:
         effective_sample_size(weights, np.array([1, 2]))
     with pytest.raises(ValueError, match="lookback is 0"):
         slate_weights(np.zeros((1, 2)), np.zeros((1, 2)), lookback=0)
+
+
+def test_discounts_and_caps_must_make_sense() -> None:
+    for wrong in ([1.0], [0.0, 0.0], [1.0, np.nan], [1.0, -1.0]):
+        with pytest.raises(ValueError, match="discounts"):
+            over_slots(np.array([5.0, 5.0]), np.array(wrong))
+    for cap in (0.0, -1.0, np.nan):
+        with pytest.raises(ValueError, match="expected above 0"):
+            importance_weights(np.zeros(2), np.zeros(2), cap)
+
+
+def test_weights_say_what_biases_them() -> None:
+    ratio = np.log(np.full((2, 3), 0.25))
+    assert slate_weights(ratio, ratio).bias == ""
+    assert slate_weights(ratio, ratio, cap=2.0).bias == ""  # nothing reaches it
+    assert slate_weights(ratio, ratio, lookback=3).bias == ""
+    assert slate_weights(ratio, ratio - 1.0, cap=2.0).bias == "100.0% of the weights are capped"
+    assert slate_weights(ratio, ratio, lookback=2).bias == "the weights look back over 2 slot(s) of the slate"
