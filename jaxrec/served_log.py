@@ -26,7 +26,6 @@ SENT_ALONG = "histories that came with the request"
 DETERMINISTIC = "shown without drawing (no propensities)"
 UNKNOWN_ITEM = "with an item that the run does not know"
 NO_HISTORY = "to users without a known event"
-REPEATED = "logged twice"
 
 
 class History(NamedTuple):
@@ -87,14 +86,9 @@ def read_served_log(path: Path, catalog: Catalog) -> ServedLog:
     skipped: Counter[str] = Counter()
     recommendations: list[Recommendation] = []
     users: dict[str, int] = {}
-    seen: set[str] = set()
     earlier: set[str] = set()  # the present user's recommendations before this one
     present = None
     for recommendation_id, user_id, item_ids, log_propensities, timestamp in shown:
-        if recommendation_id in seen:
-            skipped[REPEATED] += 1
-            continue
-        seen.add(recommendation_id)
         if user_id != present:
             present, earlier = user_id, set()
         known = events.get(user_id)

@@ -134,8 +134,8 @@ def judge_from_log(
     states, of_current = states.at(rows), of_current[rows]
     rewards = slot_rewards(states, config)
     of_new = _logprobs(graphdef, new, scoring, states, fit.temperature)
-    weights = _weights(of_new, states, config.importance_cap)
-    before = on_policy(rewards) if own else snips(_weights(of_current, states, config.importance_cap), rewards)
+    weights = _weights(of_new, states)
+    before = on_policy(rewards) if own else snips(_weights(of_current, states), rewards)
     users = np.asarray(states.user)
     return gate(
         snips(weights, rewards),
@@ -198,9 +198,10 @@ def _logprobs(
     return np.minimum(np.concatenate(found)[: len(states.user)], 0.0)
 
 
-def _weights(logprobs: np.ndarray, states: LogStates, cap: float) -> Weights:
+def _weights(logprobs: np.ndarray, states: LogStates) -> Weights:
+    """Uncapped: a cap cuts away where the policies differ most, and the gate refuses that."""
     logged = np.minimum(np.asarray(states.log_propensities, np.float64), 0.0)
-    return slate_weights(logprobs, logged, np.asarray(states.slate) > 0, cap)
+    return slate_weights(logprobs, logged, np.asarray(states.slate) > 0)
 
 
 def _make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig, temperature: float) -> Any:
