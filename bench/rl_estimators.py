@@ -238,7 +238,7 @@ CASES = (
     Case("as good as the logged one, further, in a tiny log", 15, 5.0, 0.0, 1.0),
     Case("worse, near", 300, 0.3, -0.5, 1.0),
     Case("better, near, logged propensities 1.3 times too small", 300, 0.3, 0.5, 1.3),
-    Case("worse, 10 % of it was never logged", 300, 1.2, 0.1, 1.0, 0.1),
+    Case("10 % of it was never logged", 300, 1.2, 0.1, 1.0, 0.1),
     Case("worse, 25 % of it was never logged", 300, 1.2, 0.3, 1.0, 0.25),
 )
 
