@@ -127,6 +127,8 @@ class Engine:
                 sequence = step = None
         if sequence is None or step is None:
             arrays = {} if index is None else _graph_arrays(artifact.item_vectors, index)
+            # The graphs may refer to their memory.
+            self._arrays = arrays
             sequence, step = (_session(graph, provider, intra_op_threads, arrays) for graph in _exact_graphs(artifact))
             index = None
         self.state_width = _state_width(artifact, sequence, step)
@@ -304,32 +306,46 @@ def searches_index(asked: SearchBy, provider: str) -> bool:
     return asked == "index" or (asked == "auto" and provider != CUDA)
 
 
-def _graph_arrays(item_vectors: NDArray[np.float32], index: IndexFiles) -> dict[str, NDArray[Any]]:
+def _graph_arrays(item_vectors: NDArray[np.float32], index: IndexFiles) -> dict[str, onnxruntime.OrtValue]:
     """The weights that `sequence.onnx` and `step.onnx` of a directory with an index have in files of their own."""
-    return {
+    arrays = {
         "item_vectors": item_vectors,
         "item_bias": index.item_bias,
         "neighbour_item": index.neighbour_item,
         "neighbour_weight": index.neighbour_weight,
     }
+    return {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
 
 
 def _session(
-    graph: _GraphFile, provider: Provider, intra_op_threads: int, arrays: Mapping[str, NDArray[Any]]
+    graph: _GraphFile, provider: Provider, intra_op_threads: int, arrays: Mapping[str, onnxruntime.OrtValue]
 ) -> onnxruntime.InferenceSession:
-    """`arrays` are the verified contents of the files that the graph names; no file is read for it."""
+    """`arrays` are the verified contents of the files that the graph names; no file is read for it.
+
+    On the CPU the session refers to their memory, and they must live as long as it does.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = intra_op_threads
     options.inter_op_num_threads = 1
     wanted = [CUDA, CPU] if _try_cuda(provider) else [CPU]
     try:
-        # ONNX Runtime would look for files that a graph names in the working directory. Here it finds none.
-        with tempfile.TemporaryDirectory(prefix="jaxrec-") as empty:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", empty)
-            # Copies them. To share them (`add_initializer`) is not enough: constant folding reads the files then.
-            values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
-            options.add_external_initializers(list(arrays), values)
-            session = onnxruntime.InferenceSession(graph.content, options, providers=wanted)
+        # ONNX Runtime would look in the working directory for the files that a graph names. Here it finds none, or
+        # empty ones where it asks that they exist, though it has their contents.
+        with tempfile.TemporaryDirectory(prefix="jaxrec-") as folder:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+            if CUDA in wanted:
+                options.add_external_initializers(list(arrays), list(arrays.values()))  # copies
+            else:
+                for name, array in arrays.items():
+                    (Path(folder) / f"{name}.npy").touch()
+                    options.add_initializer(name, array)
+            session = onnxruntime.InferenceSession(
+                graph.content,
+                options,
+                providers=wanted,
+                # It would read the files, and hold a copy of the vectors for each graph.
+                disabled_optimizers=["ConstantFolding"] if arrays and CUDA not in wanted else None,
+            )
     # ONNX Runtime's exceptions have no common base and no public names.
     except Exception as error:
         raise ArtifactError(f"{graph.file}: ONNX Runtime cannot load it: {error}") from error
