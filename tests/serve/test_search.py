@@ -209,7 +209,8 @@ def test_an_index_of_other_items_is_refused(large: Artifact) -> None:
 
 
 def test_an_answer_does_not_depend_on_its_neighbours(large: Artifact) -> None:
-    few = dataclasses.replace(index_of(large), candidates=30)  # so that some of the best are missed
+    # So that some of the best are missed.
+    few = dataclasses.replace(index_of(large), candidates=5, candidates_per_answer=1)
     engine = Engine(dataclasses.replace(large, index=few), "cpu")
     rows = [row for seed in range(10) for row in histories(seed, LARGE)]
     heavy = dataclasses.replace(rows[0], exclude=np.arange(1, 1501, dtype=np.int32))
