@@ -3,7 +3,10 @@
 Every file is read once, its checksum is compared with the manifest, and what is
 returned was built from those same bytes, so a directory that changes while it is
 being read cannot slip in unverified. Only the large arrays of a directory with an
-index are mapped into memory instead.
+index are mapped into memory instead, for as long as the model serves. So a served
+directory must not be overwritten in place (`cp`, `rsync --inplace`): that would change
+the arrays unverified, and a shorter file ends the process with SIGBUS. Write another
+directory or file and rename it, as `jaxrec export` and plain `rsync` do.
 """
 
 import hashlib
@@ -26,6 +29,7 @@ REQUIRED_FILES = ("sequence.onnx", "step.onnx", "catalog.csv", "item_vectors.npy
 INDEX_ARRAYS = ("item_bias.npy", "neighbour_item.npy", "neighbour_weight.npy")
 INDEX_GRAPHS = ("sequence_query", "step_query")
 LARGEST_ITEM_COUNT = 2**31 - 2
+MOST_RECENT = 1000
 
 
 class ArtifactError(Exception):
@@ -263,8 +267,11 @@ def _index_files(directory: Path, fields: _Fields, contents: Mapping[str, Conten
         if not 1 <= fields.get(name, int) <= LARGEST_ITEM_COUNT:
             fields.fail(name, f"a number in 1..{LARGEST_ITEM_COUNT}", fields.get(name, int))
     weights = fields.get("recent_weights", list)
-    if not weights or not all(type(weight) in (int, float) for weight in weights):
-        fields.fail("recent_weights", "a list of numbers", weights)
+    largest = float(np.finfo(np.float32).max)
+    if not 1 <= len(weights) <= MOST_RECENT or not all(
+        type(weight) in (int, float) and -largest <= weight <= largest for weight in weights
+    ):
+        fields.fail("recent_weights", f"a list of 1..{MOST_RECENT} finite numbers", weights)
     bias, item, weight = (_array(directory / name, contents[name]) for name in INDEX_ARRAYS)
     rows = info.item_count + 1
     shape = (rows, item.shape[1] if item.ndim == 2 else 0)

@@ -148,7 +148,7 @@ def run(
     """Answer gRPC calls with the model directory MODEL, or the newest of the model directories in it, until SIGTERM
     or SIGINT.
 
-    Prints `serving MODEL_VERSION on HOST:PORT (provider NAME)` when it is healthy. On SIGTERM or SIGINT it
+    Prints `serving MODEL_VERSION on HOST:PORT (provider NAME, search WAY)` when it is healthy. On SIGTERM or SIGINT it
     answers the calls under way, takes no new ones, and exits with 0; with 1 when it cannot go on.
     """
     # gRPC is not needed for the other command.
@@ -219,7 +219,8 @@ def run(
             server.start()
             host = address.rpartition(":")[0]
             main = models.version("").model
-            click.echo(f"serving {main.info.model_version} on {host}:{server.port} (provider {main.provider})")
+            how = f"provider {main.provider}, search {main.engine.search_by}"
+            click.echo(f"serving {main.info.model_version} on {host}:{server.port} ({how})")
             stopped.wait()
             if not server.finish_calls(drain):
                 logging.getLogger(__name__).warning("calls were still under way after %g s, and are cut off", drain)

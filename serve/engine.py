@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,8 @@ class Engine:
         intra_op_threads: int = 1,
         search_by: SearchBy = "auto",
     ) -> None:
-        """Loads the graphs. `search_by`: with the items' index or the whole product; auto: the index, if there is one.
+        """Loads the graphs. `search_by`: with the items' index or the whole product; auto: the index, if there is one
+        and the graphs don't run on CUDA, where the whole product is fast and the index would search on the CPU.
 
         More than one intra-op thread made single requests no faster and the tail worse, so requests run
         beside each other on one thread each.
@@ -115,9 +117,20 @@ class Engine:
         self.item_count = artifact.info.item_count
         if search_by == "index" and artifact.index is None:
             raise ArtifactError(f"{artifact.directory}: has no index, export it with --index always")
-        index = None if search_by == "exact" else artifact.index
-        graphs = _exact_graphs(artifact) if index is None else _query_graphs(artifact.directory, index)
-        sequence, step = (_session(graph, provider, intra_op_threads) for graph in graphs)
+        index = artifact.index
+        sequence = step = None
+        if index is not None and search_by != "exact":
+            sequence, step = (
+                _session(graph, provider, intra_op_threads, {}) for graph in _query_graphs(artifact.directory, index)
+            )
+            if not searches_index(search_by, sequence.get_providers()[0]):
+                sequence = step = None
+        if sequence is None or step is None:
+            arrays = {} if index is None else _graph_arrays(artifact.item_vectors, index)
+            # The graphs may refer to their memory.
+            self._arrays = arrays
+            sequence, step = (_session(graph, provider, intra_op_threads, arrays) for graph in _exact_graphs(artifact))
+            index = None
         self.state_width = _state_width(artifact, sequence, step)
         self.provider: str = sequence.get_providers()[0]
         """ONNX Runtime's name of the execution provider that really runs."""
@@ -125,22 +138,31 @@ class Engine:
         self._sequence: Graph = sequence
         self._step: Graph = step
         if index is not None:
+            if len(index.recent_weights) > self.state_width:
+                raise ArtifactError(
+                    f"{artifact.directory}: index.recent_weights are {len(index.recent_weights)}, expected no more than"
+                    f" the state's {self.state_width} numbers"
+                )
             search = Search(artifact, index)
             self._sequence = IndexedGraph(sequence, "state", search)
             self._step = IndexedGraph(step, "next_state", search)
 
-    def rank(self, rows: Sequence[Features], k: int) -> list[Ranking]:
+    def rank(self, rows: Sequence[Features], k: int | Sequence[int]) -> list[Ranking]:
         """Ranks the items for each row with `sequence.onnx`, rows of like length in one run.
 
-        A row's answer does not depend on its neighbours. `k` is cut to the number of items.
+        A row's answer does not depend on its neighbours. `k`, one for all or one for each row, is cut to the number of
+        items; without the index a row can get as many as the neighbour that asked for most.
         """
         return [ranking for ranking, _ in self.replay(rows, k)]
 
-    def replay(self, rows: Sequence[Features], k: int = 1) -> list[tuple[Ranking, NDArray[np.float32]]]:
+    def replay(self, rows: Sequence[Features], k: int | Sequence[int] = 1) -> list[tuple[Ranking, NDArray[np.float32]]]:
         """As `rank`, with the state `[1, width]` after each row's last event."""
+        ks = [k] * len(rows) if isinstance(k, int) else k
         answers: list[tuple[Ranking, NDArray[np.float32]] | None] = [None] * len(rows)
         for group in like_lengths([len(row.item) for row in rows]):
-            for at, answer in zip(group, self._run_sequence([rows[at] for at in group], k), strict=True):
+            for at, answer in zip(
+                group, self._run_sequence([rows[at] for at in group], [ks[at] for at in group]), strict=True
+            ):
                 answers[at] = answer
         return [answer for answer in answers if answer is not None]
 
@@ -149,7 +171,7 @@ class Engine:
         answered: list[NDArray[Any]] = self._sequence.run(outputs, inputs)
         return answered
 
-    def step(self, rows: Sequence[Step], k: int) -> list[tuple[Ranking, NDArray[np.float32]]]:
+    def step(self, rows: Sequence[Step], k: int | Sequence[int]) -> list[tuple[Ranking, NDArray[np.float32]]]:
         """Ranks the items after each row's event, in one run of `step.onnx`, with the next state `[1, width]`.
 
         Neither does a row's answer depend on its neighbours here, nor may `k` be too large.
@@ -169,14 +191,19 @@ class Engine:
                 "gap": gap,
                 "request_gap": np.array([row.request_gap for row in rows], np.float32),
                 "exclude": exclude,
-                "k": np.array([min(k, self.item_count)], np.int64),
+                "k": self._k(k),
             },
         )
         # Copies of the rows of a batch, else one kept state would keep those of all its neighbours.
         states = [next_state] if len(rows) == 1 else [next_state[at : at + 1].copy() for at in range(len(rows))]
         return list(zip(_rankings(items, scores), states, strict=True))
 
-    def _run_sequence(self, rows: Sequence[Features], k: int) -> list[tuple[Ranking, NDArray[np.float32]]]:
+    def _k(self, k: int | Sequence[int]) -> NDArray[np.int64]:
+        """What the graphs take: one number, the largest; with the index one for each row, if they were given so."""
+        largest = k if isinstance(k, int) else k if self.search_by == "index" else max(k)
+        return np.minimum(np.atleast_1d(np.array(largest, np.int64)), self.item_count)
+
+    def _run_sequence(self, rows: Sequence[Features], k: Sequence[int]) -> list[tuple[Ranking, NDArray[np.float32]]]:
         lengths = np.array([len(row.item) for row in rows], np.int32)
         shape = (len(rows), int(lengths.max()))
         item, rating, gap = (
@@ -196,7 +223,7 @@ class Engine:
                 "length": lengths,
                 "request_gap": np.array([row.request_gap for row in rows], np.float32),
                 "exclude": _padded([row.exclude for row in rows]),
-                "k": np.array([min(k, self.item_count)], np.int64),
+                "k": self._k(k),
             },
         )
         states = [state[at : at + 1].copy() for at in range(len(rows))]
@@ -274,15 +301,51 @@ def _query_graphs(folder: Path, index: IndexFiles) -> tuple[_GraphFile, _GraphFi
     )
 
 
-def _session(graph: _GraphFile, provider: Provider, intra_op_threads: int) -> onnxruntime.InferenceSession:
+def searches_index(asked: SearchBy, provider: str) -> bool:
+    """Whether a directory with an index is searched by it, when its graphs run on ONNX Runtime's `provider`."""
+    return asked == "index" or (asked == "auto" and provider != CUDA)
+
+
+def _graph_arrays(item_vectors: NDArray[np.float32], index: IndexFiles) -> dict[str, onnxruntime.OrtValue]:
+    """The weights that `sequence.onnx` and `step.onnx` of a directory with an index have in files of their own."""
+    arrays = {
+        "item_vectors": item_vectors,
+        "item_bias": index.item_bias,
+        "neighbour_item": index.neighbour_item,
+        "neighbour_weight": index.neighbour_weight,
+    }
+    return {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+
+
+def _session(
+    graph: _GraphFile, provider: Provider, intra_op_threads: int, arrays: Mapping[str, onnxruntime.OrtValue]
+) -> onnxruntime.InferenceSession:
+    """`arrays` are the verified contents of the files that the graph names; no file is read for it.
+
+    On the CPU the session refers to their memory, and they must live as long as it does.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = intra_op_threads
     options.inter_op_num_threads = 1
-    # The items' arrays of a directory with an index are files of their own.
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.file.parent))
     wanted = [CUDA, CPU] if _try_cuda(provider) else [CPU]
     try:
-        session = onnxruntime.InferenceSession(graph.content, options, providers=wanted)
+        # ONNX Runtime would look in the working directory for the files that a graph names. Here it finds none, or
+        # empty ones where it asks that they exist, though it has their contents.
+        with tempfile.TemporaryDirectory(prefix="jaxrec-") as folder:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+            if CUDA in wanted:
+                options.add_external_initializers(list(arrays), list(arrays.values()))  # copies
+            else:
+                for name, array in arrays.items():
+                    (Path(folder) / f"{name}.npy").touch()
+                    options.add_initializer(name, array)
+            session = onnxruntime.InferenceSession(
+                graph.content,
+                options,
+                providers=wanted,
+                # It would read the files, and hold a copy of the vectors for each graph.
+                disabled_optimizers=["ConstantFolding"] if arrays and CUDA not in wanted else None,
+            )
     # ONNX Runtime's exceptions have no common base and no public names.
     except Exception as error:
         raise ArtifactError(f"{graph.file}: ONNX Runtime cannot load it: {error}") from error

@@ -11,6 +11,7 @@ from serve.artifact import Artifact
 from serve.engine import Engine, Provider, Ranking, SearchBy
 from serve.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
 from serve.history import Event, KnownEvent, features, known_events
+from serve.search import best_of
 
 POPULARITY = "popularity"
 
@@ -76,7 +77,8 @@ class Recommender:
             for query, history in zip(queries, histories, strict=True)
             if history
         ]
-        rankings = iter(self.engine.rank(rows, max(query.k for query in queries)) if rows else ())
+        ks = [query.k for query, history in zip(queries, histories, strict=True) if history]
+        rankings = iter(self.engine.rank(rows, ks) if rows else ())
         return [
             self.ranked(query, next(rankings), len(query.events) - len(history), history)
             if history
@@ -155,6 +157,4 @@ class Recommender:
         cosines = np.clip(self._vectors @ self._directions([item])[0] / self._lengths, -1, 1)
         cosines[[0, item]] = -np.inf
         k = min(k, len(self.catalog) - 1)
-        nearest = np.argpartition(-cosines, k)[:k]
-        nearest = nearest[np.lexsort((nearest, -cosines[nearest]))]
-        return Ranking(nearest.astype(np.int32), cosines[nearest])
+        return Ranking(*best_of(np.arange(len(cosines), dtype=np.int32), cosines, k))

@@ -176,7 +176,7 @@ class StateCache:
             for _, query, user in stored
         ]
         found = []
-        results = self._engine.step(rows, max(query.k for _, query, _ in stored))
+        results = self._engine.step(rows, [query.k for _, query, _ in stored])
         for (at, query, user), (ranking, after) in zip(stored, results, strict=True):
             user.after = after
             found.append((at, self._model.ranked(query, ranking, user.ignored_count)))

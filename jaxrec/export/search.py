@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxrec.export.convert import sequence_query_graph, step_query_graph
-from jaxrec.export.index import CANDIDATES_PER_ANSWER, TOP, Index, build_index, probe_requests
+from jaxrec.export.index import CANDIDATES_PER_ANSWER, MANY, TOP, Index, build_index, probe_requests
 from jaxrec.export.parity import check_query_parity
 from jaxrec.export.quantize import quantize_lstms
 from jaxrec.export.signature import sequence_query_signature, step_query_signature
@@ -46,15 +46,20 @@ class Search:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The index' entry in the manifest."""
+        """The index' entry in the manifest; `recall` by kind of request, beside it the least of them."""
+        recalls = self.index.recall.values()
         return {
             "file": INDEX_FILE,
             "kind": self.index.kind,
             "candidates": self.index.candidates,
             "candidates_per_answer": CANDIDATES_PER_ANSWER,
             "recent_weights": RECENT_WEIGHTS.tolist(),
-            f"recall_{TOP}": self.index.recall,
-            "probes": self.index.probes,
+            f"recall_{TOP}": min(recall.of_top for recall in recalls),
+            f"recall_{MANY}": min(recall.of_many for recall in recalls),
+            "recall": {
+                kind: {f"recall_{TOP}": recall.of_top, f"recall_{MANY}": recall.of_many, "probes": recall.probes}
+                for kind, recall in self.index.recall.items()
+            },
         }
 
     def write(self, folder: Path) -> None:

@@ -81,3 +81,25 @@ print(len(os.listdir("/proc/self/task")))
     ]
     by_default, one, two = (int(of.stdout.splitlines()[-1]) for of in ran)
     assert (by_default, two) == (one, one + 1)
+
+
+def test_the_command_line_has_one_thread_of_openmp() -> None:
+    """In every thread; faiss' would spin after every batch. Who sets their number gets it."""
+    program = """
+import runpy, sys, threading
+sys.argv = ["serve", "--help"]
+try:
+    runpy.run_module("serve", run_name="__main__")
+except SystemExit:
+    pass
+import faiss
+thread = threading.Thread(target=lambda: print(faiss.omp_get_max_threads()))
+thread.start()
+thread.join()
+"""
+    names = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    for more, expected in (({}, "1"), ({"OMP_NUM_THREADS": "3"}, "3")):
+        ran = subprocess.run(
+            [sys.executable, "-c", program], env=names | more, check=True, capture_output=True, text=True, timeout=60
+        )
+        assert ran.stdout.splitlines()[-1] == expected

@@ -135,7 +135,7 @@ def test_signal_ends_the_server_once_the_calls_under_way_are_answered(
         running_server(model_directory, tmp_path / "s", provider="cpu", options=options, stderr=stream) as server,
     ):
         assert server.line == (
-            f"serving {model.info.model_version} on {server.address} (provider CPUExecutionProvider)"
+            f"serving {model.info.model_version} on {server.address} (provider CPUExecutionProvider, search exact)"
         )
         # Recording waits for this writer, so the call is under way until it is done.
         other_writer = sqlite3.connect(tmp_path / "s", isolation_level=None)
