@@ -337,6 +337,8 @@ def _prepare(connection: psycopg.Connection) -> None:
     (fsync,) = connection.execute("SHOW fsync").fetchone() or ("",)
     if fsync != "on":
         raise StoreError("PostgreSQL: runs with fsync = off, so that acknowledged events can be lost; expected on")
+    # To bring a large log up to date takes longer than a call may, and so does waiting for another server that does.
+    connection.execute("SET LOCAL statement_timeout = 0")
     connection.execute("SELECT pg_advisory_xact_lock(%s)", [SCHEMA_LOCK])
     connection.execute(VERSION_TABLE[0])
     connection.execute(VERSION_TABLE[1])
@@ -345,8 +347,6 @@ def _prepare(connection: psycopg.Connection) -> None:
         return
     if row is not None and not 1 <= row[0] < SCHEMA_VERSION:
         raise StoreError(f"PostgreSQL: is a store in version {row[0]}, expected 1..{SCHEMA_VERSION}")
-    # To bring a large log up to date takes longer than a call may.
-    connection.execute("SET LOCAL statement_timeout = 0")
     for step in SCHEMA:
         connection.execute(step)
     connection.execute("DELETE FROM jaxrec.store")

@@ -8,7 +8,8 @@ script touches keys of several users.
 Keys, all below `jaxrec:`: `event_ids` (set), `revision` (counter), `user:ID` (hash of the first and last revision),
 `events:ID` (list in order of arrival), `shown:ID` and `shown` (lists), `shown_ids` (set of what is in them),
 `states:ID` (hash by model version), `states` (set of the IDs that have one, so that they can be found),
-`deletions` (sorted set of digests of deleted users by time).
+`deletions` (sorted set of digests of deleted users by time); while a store of version 1 is brought up to date,
+`update` (hash of the lists of what was shown: how much of each is left) and `update_ids` (`shown_ids` later).
 """
 
 import itertools
@@ -37,88 +38,14 @@ from serve.store import (
     digest,
 )
 from serve.stores.deferred import Aged, DeferredWrites
+from serve.stores.redis_scripts import DELETE_USER, END_UPDATE, LOG_SHOWN, RECORD, SAVE_STATE, UPDATE_SHOWN
 
 VERSION = "2"
 COPIED_AT_ONCE = 1_000
+UPDATED_AT_ONCE = 1_000
 TIMEOUT_S = 5.0
 FIRST_WITH_WAITAOF = (7, 2)
 REVISION = struct.Struct("<q")
-
-# ARGV: for each event its id, user and value. Returns 1 for each that is new. Arguments, not KEYS: see above.
-RECORD = """
-local new = {}
-for at = 1, #ARGV, 3 do
-    local user = ARGV[at + 1]
-    local is_new = redis.call('SADD', 'jaxrec:event_ids', ARGV[at])
-    if is_new == 1 then
-        local revision = redis.call('INCR', 'jaxrec:revision')
-        redis.call('HSETNX', 'jaxrec:user:' .. user, 'first', revision)
-        redis.call('HSET', 'jaxrec:user:' .. user, 'last', revision)
-        redis.call('RPUSH', 'jaxrec:events:' .. user, string.format('%d', revision) .. ' ' .. ARGV[at + 2])
-    end
-    new[#new + 1] = is_new
-end
-return new
-"""
-# ARGV: user, its digest, for how many seconds that is kept. Returns how many events and shown recommendations it had.
-DELETE_USER = """
-local user = ARGV[1]
-local events = redis.call('LRANGE', 'jaxrec:events:' .. user, 0, -1)
-for _, text in ipairs(events) do
-    local event = cjson.decode(string.sub(text, string.find(text, ' ') + 1))
-    redis.call('SREM', 'jaxrec:event_ids', event[1])
-end
-local shown = redis.call('LRANGE', 'jaxrec:shown:' .. user, 0, -1)
-for _, text in ipairs(shown) do
-    redis.call('SREM', 'jaxrec:shown_ids', cjson.decode(text)[1])
-end
-local time = redis.call('TIME')
-local now = time[1] + time[2] / 1e6
-redis.call('ZREMRANGEBYSCORE', 'jaxrec:deletions', '-inf', now - ARGV[3])
-redis.call('ZADD', 'jaxrec:deletions', string.format('%.6f', now), ARGV[2])
-redis.call('SREM', 'jaxrec:states', user)
-redis.call('DEL', 'jaxrec:events:' .. user, 'jaxrec:shown:' .. user, 'jaxrec:states:' .. user, 'jaxrec:user:' .. user)
-return {#events, #shown}
-"""
-# ARGV: list, id and value of a shown recommendation, its age in seconds, the digest of its user ('' for nobody), and
-# how long one may have been under way when its user was deleted. Only once, and not if the user was deleted since.
-LOG_SHOWN = """
-local deleted = redis.call('ZSCORE', 'jaxrec:deletions', ARGV[5])
-local time = redis.call('TIME')
-if deleted and time[1] + time[2] / 1e6 - ARGV[4] <= deleted + ARGV[6] then
-    return
-end
-if redis.call('SADD', 'jaxrec:shown_ids', ARGV[2]) == 1 then
-    redis.call('RPUSH', ARGV[1], ARGV[3])
-end
-"""
-# ARGV: a list of shown recommendations of version 1, which has no ids and may have some twice.
-FILL_SHOWN_IDS = """
-local all = redis.call('LRANGE', ARGV[1], 0, -1)
-local seen, kept = {}, {}
-for _, text in ipairs(all) do
-    local id = cjson.decode(text)[1]
-    if not seen[id] then
-        seen[id] = true
-        kept[#kept + 1] = text
-        redis.call('SADD', 'jaxrec:shown_ids', id)
-    end
-end
-if #kept < #all then
-    redis.call('DEL', ARGV[1])
-    for _, text in ipairs(kept) do
-        redis.call('RPUSH', ARGV[1], text)
-    end
-end
-"""
-# ARGV: user, model version, revision, revision and state as bytes. Only for a user that was not deleted since.
-SAVE_STATE = """
-local first = redis.call('HGET', 'jaxrec:user:' .. ARGV[1], 'first')
-if first and tonumber(first) <= tonumber(ARGV[3]) then
-    redis.call('HSET', 'jaxrec:states:' .. ARGV[1], ARGV[2], ARGV[4])
-    redis.call('SADD', 'jaxrec:states', ARGV[1])
-end
-"""
 
 
 class RedisStore(EventStore):
@@ -325,11 +252,12 @@ class RedisStore(EventStore):
         return not always
 
     def _update_from_version_1(self) -> None:
-        """Can be repeated, also by two at once: a list is brought up to date in one step, and then stays as it is."""
-        fill = self._redis.register_script(FILL_SHOWN_IDS)
+        """Goes on where it was broken off. Servers of version 1 have to be stopped: they would log without ids."""
+        update = self._redis.register_script(UPDATE_SHOWN)
         for key in (b"jaxrec:shown", *self._keys(b"jaxrec:shown:*")):
-            fill(args=[key])
-        self._redis.set("jaxrec:version", VERSION)
+            while update(args=[key, UPDATED_AT_ONCE]):
+                pass
+        self._redis.register_script(END_UPDATE)(args=[VERSION])
 
     @contextmanager
     def _failures(self, what: str) -> Iterator[None]:

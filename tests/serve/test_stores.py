@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,8 @@ import redis
 from serve.history import Event
 from serve.log_copy import copy_log
 from serve.store import Changes, Deleted, EventStore, Shown, SpilledState, StoreError, UserEvent, open_store
+from serve.stores.postgres import SCHEMA_LOCK
+from serve.stores.redis_scripts import UPDATE_SHOWN
 from tests.serve.databases import DEADLINE_S, DatabaseServer, NotInstalled, postgres_server, redis_server, wait_until
 
 KINDS = ("sqlite", "postgres", "redis")
@@ -423,6 +426,62 @@ def test_a_store_of_before_is_brought_up_to_date(kind: str, servers: dict[str, D
         assert [shown.recommendation_id for shown in store.shown("u")] == ["r1", "r2"]
         assert [shown.recommendation_id for shown in store.shown(None)] == ["r3"]
         assert store.delete_user("u") == Deleted(1, 2)
+
+
+def test_a_long_redis_log_is_brought_up_to_date_in_parts(
+    servers: dict[str, DatabaseServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that was broken off, where an earlier attempt left ids behind, and by two servers at once."""
+    monkeypatch.setattr("serve.stores.redis.UPDATED_AT_ONCE", 10)
+    location = emptied("redis", servers, tmp_path)
+    open_store(location).close()
+    ids = [f"r{at}" for at in range(95)]
+    with redis.Redis.from_url(location) as client:
+        client.set("jaxrec:version", "1")
+        for user_id in (None, "u"):
+            key = "jaxrec:shown" if user_id is None else f"jaxrec:shown:{user_id}"
+            # Every tenth a second time, near and far.
+            for name in (*ids[:50], *ids[:50:10], *ids[50:], *ids[::10]):
+                recommendation_id = name if user_id is None else f"{user_id} {name}"
+                client.rpush(key, json.dumps(SHOWN._replace(recommendation_id=recommendation_id, user_id=user_id)))
+        client.sadd("jaxrec:shown_ids", *ids)
+        step = client.register_script(UPDATE_SHOWN)
+        assert [step(args=["jaxrec:shown", 10]) for _ in range(3)] == [1, 1, 1]
+        client.config_resetstat()
+        with ThreadPoolExecutor(2) as threads:
+            for opened in threads.map(open_store, [location] * 2):
+                opened.close()
+        # None looks at more than ten: of 110, 30 were done.
+        assert client.info("commandstats")["cmdstat_evalsha"]["calls"] >= 8 + 11
+        assert not client.exists("jaxrec:update", "jaxrec:update_ids")
+        assert client.scard("jaxrec:shown_ids") == 2 * 95
+    with open_store(location) as store:
+        assert [shown.recommendation_id for shown in store.shown(None)] == ids
+        assert [shown.recommendation_id for shown in store.shown("u")] == [f"u {name}" for name in ids]
+        store.log_shown(SHOWN._replace(recommendation_id="r94", user_id=None), wait=True)
+        assert len(store.shown(None)) == 95
+
+
+def test_a_server_waits_for_another_that_brings_postgres_up_to_date(
+    servers: dict[str, DatabaseServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than a statement may take."""
+    monkeypatch.setattr("serve.stores.postgres.SETTINGS", "-c statement_timeout=100")
+    location = emptied("postgres", servers, tmp_path)
+    with ThreadPoolExecutor(1) as threads, psycopg.connect(location) as first:
+        first.execute("SELECT pg_advisory_xact_lock(%s)", [SCHEMA_LOCK])
+        opening = threads.submit(open_store, location)
+        waiting = (
+            "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'advisory' AND clock_timestamp() - query_start > %s"
+        )
+
+        def has_waited() -> None:
+            with psycopg.connect(location) as look:
+                assert look.execute(waiting, [timedelta(seconds=0.3)]).fetchone() is not None
+
+        wait_until(has_waited, lambda: not opening.done())
+        first.rollback()
+        opening.result(DEADLINE_S).close()
 
 
 def test_what_cannot_be_copied_is_said(tmp_path: Path) -> None:
