@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -79,6 +79,9 @@ FROM_VERSION_1 = """
 ALTER TABLE events ADD COLUMN recommendation_id TEXT;
 """
 FILL_USERS = "INSERT OR IGNORE INTO users SELECT user_id, min(arrival), max(arrival) FROM events GROUP BY user_id"
+# In a copy of a log that no store was opened on, see `serve.log_copy`: it may be replaced by a newer one.
+MARK_COPY = "CREATE TABLE untouched_copy (marked INTEGER) STRICT"
+UNMARK_COPY = "DROP TABLE IF EXISTS untouched_copy"
 LOCK_TIMEOUT_S = 5.0
 LARGEST_GROUP = 256
 COPIED_AT_ONCE = 10_000
@@ -310,11 +313,16 @@ class SQLiteStore(EventStore):
                 self._connections.pop().close()
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        if self._version(connection) == SCHEMA_VERSION:
+        self._version(connection)
+        # Also of a file that is up to date: a copy of a log comes without, as one file.
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise StoreError(f"{self._path}: cannot be opened: expected journal mode wal, came {mode}")
+        if self._version(connection) == SCHEMA_VERSION and not _has_mark(connection):
             return
-        connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("BEGIN IMMEDIATE")
         try:
+            connection.execute(UNMARK_COPY)
             # Another process may have been faster.
             version = self._version(connection)
             if version != SCHEMA_VERSION:
@@ -348,6 +356,19 @@ class SQLiteStore(EventStore):
             yield
         except sqlite3.Error as error:
             raise StoreError(f"{self._path}: {what}: {error}") from error
+
+
+def is_copy(path: Path) -> bool:
+    """Whether a file is a copy of a log that was not opened as a store since."""
+    # Immutable: looking at another's database neither waits for it nor leaves files beside it.
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{path.resolve().as_uri()}?immutable=1", uri=True)) as file:
+        return file.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,) and _has_mark(file)
+    return False
+
+
+def _has_mark(connection: sqlite3.Connection) -> bool:
+    query = "SELECT count(*) FROM sqlite_schema WHERE name = 'untouched_copy'"
+    return connection.execute(query).fetchone() == (1,)
 
 
 def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) -> list[UserEvent]:

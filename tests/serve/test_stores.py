@@ -484,13 +484,43 @@ def test_a_server_waits_for_another_that_brings_postgres_up_to_date(
         opening.result(DEADLINE_S).close()
 
 
-def test_what_cannot_be_copied_is_said(tmp_path: Path) -> None:
+def test_a_copy_that_is_opened_becomes_a_store(tmp_path: Path) -> None:
+    """With what keeps its acknowledged events, and not to be replaced any more."""
+    copy = tmp_path / "copy.sqlite"
     with open_store(tmp_path / "events.sqlite") as store:
         store.record([user_event("1")])
-        with pytest.raises(StoreError, match="expected a new file or an older copy, came a store that is in use"):
+        for _ in range(2):
+            copy_log(store, copy)
+        with open_store(copy) as opened:
+            opened.record([user_event("2")])
+            with closing(sqlite3.connect(copy)) as connection:
+                assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+            with pytest.raises(StoreError, match="came a store that is in use"):
+                copy_log(store, copy)
+        with pytest.raises(StoreError, match="a copy that was opened as a store since"):
+            copy_log(store, copy)
+    with open_store(copy) as opened:
+        assert len(opened.history("u")) == 2
+
+
+def test_what_cannot_be_copied_is_said(tmp_path: Path) -> None:
+    other = tmp_path / "notes.txt"
+    other.write_text("not to be lost")
+    with open_store(tmp_path / "events.sqlite") as store:
+        store.record([user_event("1")])
+        with pytest.raises(StoreError, match="expected a new file or an older copy of a log, came a store that is in"):
             copy_log(store, tmp_path / "events.sqlite")
+        with pytest.raises(StoreError, match=r"notes.txt: expected .*, came another file, or"):
+            copy_log(store, other)
         with pytest.raises(StoreError, match="cannot be"):
             copy_log(store, tmp_path / "nowhere" / "log.sqlite")
+    assert other.read_text() == "not to be lost"
+    # Nobody has it open, but it is the only one.
+    with (
+        open_store(tmp_path / "empty.sqlite") as store,
+        pytest.raises(StoreError, match=r"events.sqlite: expected .*, came another file, or"),
+    ):
+        copy_log(store, tmp_path / "events.sqlite")
     command = [sys.executable, "-m", "serve", "log", str(tmp_path / "none"), str(tmp_path / "log.sqlite")]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (1, f"Error: {tmp_path}/none: expected a store, there is no such file\n")
