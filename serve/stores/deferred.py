@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from serve.store import UNDER_WAY_S, Shown, SpilledState, StoreError, digest
+from serve.store import Shown, SpilledState, StoreError, digest
 
 logger = logging.getLogger(__name__)
 
@@ -21,28 +21,37 @@ LIMIT = 20_000
 LONGEST_WAIT_S = 86_400.0
 
 
-class Aged(NamedTuple):
-    """A recommendation to log, and how many seconds ago it was made: clocks of several servers need not agree."""
+class Started(NamedTuple):
+    """A recommendation to log, and when its request was taken in, by `time.monotonic()` of this process."""
 
     shown: Shown
-    age_s: float
+    started: float
+
+    @classmethod
+    def at(cls, shown: Shown, started: float | None) -> "Started":
+        """None: now."""
+        return cls(shown, time.monotonic() if started is None else started)
+
+    def by(self, now: float) -> float:
+        """The same by another clock, which showed `now` a moment ago: clocks of several servers need not agree."""
+        return now - (time.monotonic() - self.started)
 
 
-def still_wanted(shown: Sequence[Aged], deleted: Mapping[str, float], now: float) -> list[Shown]:
-    """Those that were not made for users before they were deleted.
+def still_wanted(shown: Sequence[Started], deleted: Mapping[str, float], now: float) -> list[Shown]:
+    """Those whose request was not taken in before its user was deleted.
 
     `deleted` has the times of deletion by digest, `now` is the time by the same clock.
     """
     if not deleted:
         return [one for one, _ in shown]
     return [
-        one
-        for one, age_s in shown
-        if one.user_id is None or now - age_s > deleted.get(digest(one.user_id), -math.inf) + UNDER_WAY_S
+        one.shown
+        for one in shown
+        if one.shown.user_id is None or one.by(now) > deleted.get(digest(one.shown.user_id), -math.inf)
     ]
 
 
-def digests(shown: Sequence[Aged]) -> list[str]:
+def digests(shown: Sequence[Started]) -> list[str]:
     """Of the users in question."""
     return sorted(digest(user_id) for user_id in {one.user_id for one, _ in shown} if user_id is not None)
 
@@ -61,7 +70,7 @@ def shown_of_row(row: Sequence[Any]) -> Shown:
     return Shown(row[0], row[1], tuple(json.loads(row[2])), tuple(json.loads(row[3])), *row[4:])
 
 
-Write = Callable[[Sequence[Aged], Sequence[SpilledState]], None]
+Write = Callable[[Sequence[Started], Sequence[SpilledState]], None]
 
 
 class _Waiting(NamedTuple):
@@ -84,9 +93,9 @@ class DeferredWrites:
         self._thread = threading.Thread(target=self._run, name="deferred-writes", daemon=True)
         self._thread.start()
 
-    def add(self, entries: Sequence[Shown | SpilledState]) -> None:
-        """Returns at once; beyond the limit the oldest entries are dropped."""
-        since = time.monotonic()
+    def add(self, entries: Sequence[Shown | SpilledState], since: float | None = None) -> None:
+        """Returns at once; beyond the limit the oldest entries are dropped. They are as of `since`, None: now."""
+        since = time.monotonic() if since is None else since
         with self._changed:
             self._waiting.extend(_Waiting(entry, since) for entry in entries)
             while len(self._waiting) > LIMIT:
@@ -116,7 +125,7 @@ class DeferredWrites:
                 self.dropped_count += len(batch) - len(kept)
                 try:
                     self._write(
-                        [Aged(entry, now - since) for entry, since in kept if isinstance(entry, Shown)],
+                        [Started(entry, since) for entry, since in kept if isinstance(entry, Shown)],
                         [entry for entry, _ in kept if isinstance(entry, SpilledState)],
                     )
                 except StoreError:

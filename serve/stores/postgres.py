@@ -24,7 +24,7 @@ from serve.store import (
     UserEvent,
     digest,
 )
-from serve.stores.deferred import Aged, DeferredWrites, digests, shown_of_row, shown_row, still_wanted
+from serve.stores.deferred import DeferredWrites, Started, digests, shown_of_row, shown_row, still_wanted
 
 SCHEMA_VERSION = 2
 VERSION_TABLE: tuple[LiteralString, ...] = (
@@ -177,12 +177,13 @@ class PostgresStore(EventStore):
             events, complete = self._events(user_id, (0, revision), most), True
         return Changes(revision, events, complete)
 
-    def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
+    def log_shown(self, shown: Shown, *, started: float | None = None, wait: bool = False) -> None:
+        one = Started.at(shown, started)
         if wait:
             with self._connection("cannot be written") as connection:
-                _insert_shown(connection, [Aged(shown, 0.0)])
+                _insert_shown(connection, [one])
         else:
-            self._deferred.add([shown])
+            self._deferred.add([shown], one.started)
 
     def shown(self, user_id: str | None) -> list[Shown]:
         rows = self._read(
@@ -273,9 +274,8 @@ class PostgresStore(EventStore):
         with self._connection("cannot be read") as connection:
             return connection.execute(query, parameters).fetchall()
 
-    def _write_deferred(self, shown: Sequence[Aged], states: Sequence[SpilledState]) -> None:
+    def _write_deferred(self, shown: Sequence[Started], states: Sequence[SpilledState]) -> None:
         with self._connection("cannot be written") as connection:
-            connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", [DELETION_LOCK])
             _insert_shown(connection, shown)
             # States of users that were deleted meanwhile have no place any more.
             connection.cursor().executemany(
@@ -317,8 +317,9 @@ class PostgresStore(EventStore):
                 self._idle.pop().close()
 
 
-def _insert_shown(connection: psycopg.Connection, shown: Sequence[Aged]) -> None:
+def _insert_shown(connection: psycopg.Connection, shown: Sequence[Started]) -> None:
     """What was made for users before they were deleted has no place any more."""
+    connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", [DELETION_LOCK])
     rows = connection.execute(
         "SELECT digest, extract(epoch FROM time)::float8 FROM jaxrec.deletions WHERE digest = ANY(%s)",
         [digests(shown)],

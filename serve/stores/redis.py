@@ -27,7 +27,6 @@ from serve.history import Event
 from serve.store import (
     DELETION_S,
     MOST_EVENTS,
-    UNDER_WAY_S,
     Changes,
     Deleted,
     EventStore,
@@ -37,7 +36,7 @@ from serve.store import (
     UserEvent,
     digest,
 )
-from serve.stores.deferred import Aged, DeferredWrites
+from serve.stores.deferred import DeferredWrites, Started
 from serve.stores.redis_scripts import DELETE_USER, END_UPDATE, LOG_SHOWN, RECORD, SAVE_STATE, UPDATE_SHOWN
 
 VERSION = "2"
@@ -119,11 +118,13 @@ class RedisStore(EventStore):
             events, complete = _decoded(values, 0, revision), True
         return Changes(revision, events[-most:], complete)
 
-    def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
+    def log_shown(self, shown: Shown, *, started: float | None = None, wait: bool = False) -> None:
+        one = Started.at(shown, started)
         if wait:
-            self._written(lambda client: self._log_shown(args=_shown_arguments(Aged(shown, 0.0)), client=client))
+            arguments = _shown_arguments(one, self._read(self._now))
+            self._written(lambda client: self._log_shown(args=arguments, client=client))
         else:
-            self._deferred.add([shown])
+            self._deferred.add([shown], one.started)
 
     def shown(self, user_id: str | None) -> list[Shown]:
         return [_shown(value) for value in self._read(lambda: self._redis.lrange(_shown_key(user_id), 0, -1))]
@@ -199,14 +200,20 @@ class RedisStore(EventStore):
                 return
             yield values
 
-    def _write_deferred(self, shown: Sequence[Aged], states: Sequence[SpilledState]) -> None:
+    def _write_deferred(self, shown: Sequence[Started], states: Sequence[SpilledState]) -> None:
         with self._failures("cannot be written"), self._redis.pipeline(transaction=True) as pipeline:
+            now = self._now()
             for one in shown:
-                self._log_shown(args=_shown_arguments(one), client=pipeline)
+                self._log_shown(args=_shown_arguments(one, now), client=pipeline)
             for state in states:
                 value = REVISION.pack(state.revision) + state.state
                 self._save_state(args=[state.user_id, state.model_version, state.revision, value], client=pipeline)
             pipeline.execute()
+
+    def _now(self) -> float:
+        """By the server's clock, which the times of deletions are of."""
+        seconds, microseconds = self._redis.time()
+        return float(seconds + microseconds / 1e6)
 
     def _read(self, call: Callable[[], Any]) -> Any:
         with self._failures("cannot be read"):
@@ -271,11 +278,11 @@ def _shown_key(user_id: str | None) -> str:
     return "jaxrec:shown" if user_id is None else f"jaxrec:shown:{user_id}"
 
 
-def _shown_arguments(one: Aged) -> list[Any]:
-    """Those of the script LOG_SHOWN."""
-    shown, age_s = one
+def _shown_arguments(one: Started, now: float) -> list[Any]:
+    """Those of the script LOG_SHOWN; `now` is the server's time."""
+    shown = one.shown
     user = "" if shown.user_id is None else digest(shown.user_id)
-    return [_shown_key(shown.user_id), shown.recommendation_id, json.dumps(shown), age_s, user, UNDER_WAY_S]
+    return [_shown_key(shown.user_id), shown.recommendation_id, json.dumps(shown), one.by(now), user]
 
 
 def _shown(value: bytes) -> Shown:

@@ -39,12 +39,11 @@ redis.call('SREM', 'jaxrec:states', user)
 redis.call('DEL', 'jaxrec:events:' .. user, 'jaxrec:shown:' .. user, 'jaxrec:states:' .. user, 'jaxrec:user:' .. user)
 return {#events, #shown}
 """
-# ARGV: list, id and value of a shown recommendation, its age in seconds, the digest of its user ('' for nobody), and
-# how long one may have been under way when its user was deleted. Only once, and not if the user was deleted since.
+# ARGV: list, id and value of a shown recommendation, when its request was taken in (seconds, by the server's clock) and
+# the digest of its user ('' for nobody). Only once, and not if the user was deleted since.
 LOG_SHOWN = """
 local deleted = redis.call('ZSCORE', 'jaxrec:deletions', ARGV[5])
-local time = redis.call('TIME')
-if deleted and time[1] + time[2] / 1e6 - ARGV[4] <= deleted + ARGV[6] then
+if deleted and tonumber(ARGV[4]) <= tonumber(deleted) then
     return
 end
 if redis.call('SADD', 'jaxrec:shown_ids', ARGV[2]) == 1 then

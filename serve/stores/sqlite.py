@@ -28,7 +28,7 @@ from serve.store import (
     UserEvent,
     digest,
 )
-from serve.stores.deferred import Aged, DeferredWrites, digests, shown_of_row, shown_row, still_wanted
+from serve.stores.deferred import DeferredWrites, Started, digests, shown_of_row, shown_row, still_wanted
 
 # "jxrc": marks the file, so that another program's database is not taken for a store.
 APPLICATION_ID = 0x6A787263
@@ -163,11 +163,12 @@ class SQLiteStore(EventStore):
             events, complete = self._events(query, most, user_id, 0, revision), True
         return Changes(revision, events, complete)
 
-    def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
+    def log_shown(self, shown: Shown, *, started: float | None = None, wait: bool = False) -> None:
+        one = Started.at(shown, started)
         if wait:
-            self._write(lambda connection: _insert_shown(connection, [Aged(shown, 0.0)]))
+            self._write(lambda connection: _insert_shown(connection, [one]))
         else:
-            self._deferred.add([shown])
+            self._deferred.add([shown], one.started)
 
     def shown(self, user_id: str | None) -> list[Shown]:
         return [shown_of_row(row) for row in self._read(f"SELECT {SHOWN} WHERE user_id IS ? ORDER BY number", user_id)]
@@ -231,7 +232,7 @@ class SQLiteStore(EventStore):
         with self._failures("cannot be read"):
             return self._reader().execute(query, parameters).fetchall()
 
-    def _write_deferred(self, shown: Sequence[Aged], states: Sequence[SpilledState]) -> None:
+    def _write_deferred(self, shown: Sequence[Started], states: Sequence[SpilledState]) -> None:
         def work(connection: sqlite3.Connection) -> None:
             _insert_shown(connection, shown)
             _insert_states(connection, states)
@@ -388,7 +389,7 @@ def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) 
     return recorded
 
 
-def _insert_shown(connection: sqlite3.Connection, shown: Sequence[Aged]) -> None:
+def _insert_shown(connection: sqlite3.Connection, shown: Sequence[Started]) -> None:
     """What was made for users before they were deleted has no place any more."""
     users = digests(shown)
     query = f"SELECT user, time FROM deletions WHERE user IN ({', '.join('?' * len(users))})"

@@ -204,22 +204,25 @@ def test_what_another_server_has_still_to_write_does_not_bring_a_deleted_user_ba
         other.log_shown(SHOWN)
         other.log_shown(SHOWN._replace(recommendation_id="r2", user_id="v"))
         other.save_states([SpilledState("u", "v1", other.revision("u"), b"x")])
+        started = time.monotonic()
         one.delete_user("u")
-        # Under way when the user was deleted.
-        other.log_shown(SHOWN._replace(recommendation_id="r3"))
+        # Under way when the user was deleted, however long they take to be answered and logged.
+        other.log_shown(SHOWN._replace(recommendation_id="r3"), started=started)
+        other.log_shown(SHOWN._replace(recommendation_id="r4"), started=started - 60)
+        other.log_shown(SHOWN._replace(recommendation_id="r5"), started=started, wait=True)
+        one.log_shown(SHOWN._replace(recommendation_id="r6"), started=started, wait=True)
         other.flush()
         assert other.shown("u") == []
         assert [shown.recommendation_id for shown in one.shown("v")] == ["r2"]
         one.record([user_event("1")])
         assert other.load_state("u", "v1") is None
-        # Who comes back is a user like any other.
-        wait_until(lambda: assert_logged(other))
-
-
-def assert_logged(store: EventStore) -> None:
-    store.log_shown(SHOWN._replace(recommendation_id="r4"))
-    store.flush()
-    assert [shown.recommendation_id for shown in store.shown("u")] == ["r4"]
+        # Who comes back, say half a second later, is a user like any other.
+        later = time.monotonic() + 0.5
+        other.log_shown(SHOWN._replace(recommendation_id="r7"), started=later, wait=True)
+        one.log_shown(SHOWN._replace(recommendation_id="r8"), started=later)
+        one.flush()
+        assert [shown.recommendation_id for shown in other.shown("u")] == ["r7", "r8"]
+        assert (one.dropped_count, other.dropped_count) == (0, 0)
 
 
 def test_a_recommendation_is_logged_once(store: EventStore) -> None:
