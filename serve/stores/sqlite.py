@@ -75,6 +75,8 @@ CREATE TABLE IF NOT EXISTS states (
     PRIMARY KEY (user_id, model_version)
 ) STRICT, WITHOUT ROWID;
 """
+# No other version: who does not know it can use the store. It holds `arrival` too, as all indexes hold the row's key.
+ARRIVALS = "CREATE INDEX IF NOT EXISTS arrivals ON events (user_id)"
 FROM_VERSION_1 = """
 ALTER TABLE events ADD COLUMN recommendation_id TEXT;
 """
@@ -83,10 +85,20 @@ FILL_USERS = "INSERT OR IGNORE INTO users SELECT user_id, min(arrival), max(arri
 MARK_COPY = "CREATE TABLE untouched_copy (marked INTEGER) STRICT"
 UNMARK_COPY = "DROP TABLE IF EXISTS untouched_copy"
 LOCK_TIMEOUT_S = 5.0
+LARGEST = 2**63 - 1
 LARGEST_GROUP = 256
 COPIED_AT_ONCE = 10_000
 SHOWN_AT_ONCE = 100
 
+# Each walks as many of a user's events as it finds: without a hint, the first would walk all of `history`.
+CHANGES = (
+    "SELECT item_id, rating, timestamp FROM events INDEXED BY arrivals"
+    " WHERE user_id = ? AND arrival > ? AND arrival <= ? ORDER BY arrival LIMIT ?"
+)
+NEWEST = (
+    "SELECT item_id, rating, timestamp FROM events INDEXED BY history"
+    " WHERE user_id = ? AND arrival <= ? AND timestamp <= ? ORDER BY timestamp DESC, arrival DESC LIMIT ?"
+)
 SHOWN = "recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp FROM shown"
 
 T = TypeVar("T")
@@ -138,30 +150,22 @@ class SQLiteStore(EventStore):
         return self._write(lambda connection: _insert_events(connection, events))
 
     def history(self, user_id: str, until: int | None = None) -> list[Event]:
-        query = "SELECT item_id, rating, timestamp FROM events WHERE user_id = ?"
-        parameters: tuple[str | int, ...] = (user_id,)
-        if until is not None:
-            query += " AND timestamp <= ?"
-            parameters += (until,)
-        return self._events(query, MOST_EVENTS, *parameters)
+        return self._newest(user_id, LARGEST, LARGEST if until is None else until, MOST_EVENTS)
 
     def revision(self, user_id: str) -> int:
         return self._life(user_id)[1]
 
     def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
         first, revision = self._life(user_id)
-        complete = since < first or not revision
-        if complete:
-            since = 0
-        elif since >= revision:
+        if revision and since >= revision:
             return Changes(revision, [], complete=False)
         # Not in one snapshot: events after `revision` are left to the next call, and a deletion in between
         # changes the revision, so the next call starts anew.
-        query = "SELECT item_id, rating, timestamp FROM events WHERE user_id = ? AND arrival > ? AND arrival <= ?"
-        events = self._events(query, most, user_id, since, revision)
-        if not complete and len(events) == most:
-            events, complete = self._events(query, most, user_id, 0, revision), True
-        return Changes(revision, events, complete)
+        if revision and since >= first:
+            events = [Event(*row) for row in self._read(CHANGES, user_id, since, revision, most)]
+            if len(events) < most:
+                return Changes(revision, sorted(events, key=lambda event: event.timestamp), complete=False)
+        return Changes(revision, self._newest(user_id, revision, LARGEST, most), complete=True)
 
     def log_shown(self, shown: Shown, *, started: float | None = None, wait: bool = False) -> None:
         one = Started.at(shown, started)
@@ -223,10 +227,9 @@ class SQLiteStore(EventStore):
         rows = self._read("SELECT first_arrival, last_arrival FROM users WHERE user_id = ?", user_id)
         return rows[0] if rows else (0, 0)
 
-    def _events(self, query: str, most: int, *parameters: str | int) -> list[Event]:
-        """The newest of the events that a query finds, by (timestamp, arrival)."""
-        rows = self._read(f"{query} ORDER BY timestamp DESC, arrival DESC LIMIT ?", *parameters, most)
-        return [Event(*row) for row in reversed(rows)]
+    def _newest(self, user_id: str, last_arrival: int, until: int, most: int) -> list[Event]:
+        """A user's newest events up to an arrival and a time, by (timestamp, arrival)."""
+        return [Event(*row) for row in reversed(self._read(NEWEST, user_id, last_arrival, until, most))]
 
     def _read(self, query: str, *parameters: str | int | None) -> list[Any]:
         with self._failures("cannot be read"):
@@ -319,7 +322,7 @@ class SQLiteStore(EventStore):
         (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise StoreError(f"{self._path}: cannot be opened: expected journal mode wal, came {mode}")
-        if self._version(connection) == SCHEMA_VERSION and not _has_mark(connection):
+        if self._version(connection) == SCHEMA_VERSION and _has(connection, "arrivals") and not _is_marked(connection):
             return
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -331,6 +334,7 @@ class SQLiteStore(EventStore):
                 steps += [FILL_USERS, f"PRAGMA application_id = {APPLICATION_ID}"]
                 for step in [*steps, f"PRAGMA user_version = {SCHEMA_VERSION}"]:
                     connection.execute(step)
+            connection.execute(ARRIVALS)
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
@@ -363,13 +367,17 @@ def is_copy(path: Path) -> bool:
     """Whether a file is a copy of a log that was not opened as a store since."""
     # Immutable: looking at another's database neither waits for it nor leaves files beside it.
     with suppress(sqlite3.Error), closing(sqlite3.connect(f"{path.resolve().as_uri()}?immutable=1", uri=True)) as file:
-        return file.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,) and _has_mark(file)
+        return file.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,) and _is_marked(file)
     return False
 
 
-def _has_mark(connection: sqlite3.Connection) -> bool:
-    query = "SELECT count(*) FROM sqlite_schema WHERE name = 'untouched_copy'"
-    return connection.execute(query).fetchone() == (1,)
+def _is_marked(connection: sqlite3.Connection) -> bool:
+    return _has(connection, "untouched_copy")
+
+
+def _has(connection: sqlite3.Connection, name: str) -> bool:
+    """Whether there is such a table or index."""
+    return connection.execute("SELECT count(*) FROM sqlite_schema WHERE name = ?", [name]).fetchone() == (1,)
 
 
 def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) -> list[UserEvent]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sqlite3
 import subprocess
 import sys
@@ -21,8 +22,9 @@ import redis
 from serve.history import Event
 from serve.log_copy import copy_log
 from serve.store import Changes, Deleted, EventStore, Shown, SpilledState, StoreError, UserEvent, open_store
-from serve.stores.postgres import SCHEMA_LOCK
+from serve.stores.postgres import CHANGES, SCHEMA_LOCK
 from serve.stores.redis_scripts import UPDATE_SHOWN
+from serve.stores.sqlite import SQLiteStore
 from tests.serve.databases import DEADLINE_S, DatabaseServer, NotInstalled, postgres_server, redis_server, wait_until
 
 KINDS = ("sqlite", "postgres", "redis")
@@ -255,6 +257,55 @@ def test_of_a_user_with_very_many_events_the_newest_count(store: EventStore, mon
     assert changes("u", few) == Changes(store.revision("u"), last, complete=True)
     # The log has them all.
     assert sum(len(part) for part in store.all_events()) == 14
+
+
+def test_changes_of_a_user_with_very_many_events_cost_what_they_are(tmp_path: Path) -> None:
+    """Counted in steps of SQLite's virtual machine, also where the store comes from a server without the index."""
+    path = tmp_path / "events.sqlite"
+    with open_store(path) as store:
+        store.record([user_event(str(at), timestamp=at) for at in range(20_000)])
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP INDEX arrivals")
+    with SQLiteStore(path) as store:
+        known = store.revision("u")
+        store.record([user_event("new", "new", 5)])
+        hundreds = 0
+
+        def count() -> None:
+            nonlocal hundreds
+            hundreds += 1
+
+        store._reader().set_progress_handler(count, 100)
+        assert store.changes("u", known).events == [Event("new", None, 5)]
+        assert hundreds < 5
+        assert len(store.changes("u", 0, 10).events) == len(store.changes("u", 1, 10).events) == 10
+        assert hundreds < 20
+
+
+def test_changes_in_postgres_use_the_order_of_arrival(servers: dict[str, DatabaseServer], tmp_path: Path) -> None:
+    location = emptied("postgres", servers, tmp_path)
+    with open_store(location) as store:
+        store.record([user_event(str(at), timestamp=at) for at in range(10_000)])
+        store.record([user_event(f"v{at}", user_id=f"v{at}") for at in range(10_000)])
+    with psycopg.connect(location) as connection:
+        connection.execute("DROP INDEX jaxrec.arrivals")
+    open_store(location).close()
+    with psycopg.connect(location) as connection:
+        connection.execute("ANALYZE jaxrec.events")
+        # Whatever the parameters: what a server asks often is planned once.
+        connection.execute("SET LOCAL plan_cache_mode = force_generic_plan")
+        connection.execute(f"PREPARE changes (text, bigint, bigint, bigint) AS {numbered(CHANGES)}")
+        for arrivals in ("9999, 10000", "5, 10000"):
+            rows = connection.execute(f"EXPLAIN EXECUTE changes ('u', {arrivals}, 10000)").fetchall()
+            plan = "\n".join(line for (line,) in rows)
+            assert re.search("Index Scan using arrivals .*\n +Index Cond: .*user_id = .*arrival > ", plan), plan
+            assert "Filter" not in plan
+
+
+def numbered(query: str) -> str:
+    """With $1, $2, ... for what psycopg writes %s."""
+    numbers = itertools.count(1)
+    return re.sub("%s", lambda _: f"${next(numbers)}", query)
 
 
 def test_the_log_is_copied_into_one_file(store: EventStore, location: str, tmp_path: Path) -> None:
