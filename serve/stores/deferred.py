@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from serve.store import Shown, SpilledState, StoreError, digest
@@ -110,27 +111,19 @@ class DeferredWrites:
             self._waiting = deque(waiting for waiting in self._waiting if waiting.entry.user_id != user_id)
 
     def flush(self) -> None:
-        """Writes all that waits now; raises StoreError, and keeps it."""
+        """Writes all that waits now, or raises what came of it and keeps it: a StoreError, unless an entry is bad."""
         with self._writing:
             with self._changed:
                 left = len(self._waiting)
             while left > 0:
-                with self._changed:
-                    batch = [self._waiting.popleft() for _ in range(min(BATCH, left, len(self._waiting)))]
+                batch = self._take(left)
                 if not batch:
                     return
                 left -= len(batch)
-                now = time.monotonic()
-                kept = [waiting for waiting in batch if now - waiting.since <= LONGEST_WAIT_S]
-                self.dropped_count += len(batch) - len(kept)
                 try:
-                    self._write(
-                        [Started(entry, since) for entry, since in kept if isinstance(entry, Shown)],
-                        [entry for entry, _ in kept if isinstance(entry, SpilledState)],
-                    )
-                except StoreError:
-                    with self._changed:
-                        self._waiting.extendleft(reversed(kept))
+                    self._write_batch(batch)
+                except Exception:
+                    self._put_back(batch)
                     raise
 
     def close(self) -> None:
@@ -140,8 +133,12 @@ class DeferredWrites:
             self._changed.notify()
         self._thread.join()
         try:
-            self.flush()
-        except StoreError as error:
+            try:
+                self.flush()
+            except Exception:
+                self._write_one_by_one()
+                self.flush()
+        except Exception as error:
             self.dropped_count += len(self._waiting)
             logger.error("%d shown recommendations and states are lost", len(self._waiting), exc_info=error)
 
@@ -151,13 +148,68 @@ class DeferredWrites:
                 self._changed.wait_for(self._has_cause_to_write, INTERVAL_S)
                 if self._closed:
                     return
+            # Whatever happens, the thread goes on: nobody would start another.
             try:
                 self.flush()
                 self._failing = False
-            except StoreError as error:
-                if not self._failing:
+            except Exception as error:
+                if self._failing:
+                    with suppress(Exception):
+                        self._write_one_by_one()
+                else:
                     logger.error("shown recommendations and states wait for the store", exc_info=error)
                 self._failing = True
+
+    def _take(self, most: int) -> list[_Waiting]:
+        """The next batch, without what waited for too long; empty when nothing waits."""
+        with self._changed:
+            while self._waiting and time.monotonic() - self._waiting[0].since > LONGEST_WAIT_S:
+                self._waiting.popleft()
+                self.dropped_count += 1
+            return [self._waiting.popleft() for _ in range(min(BATCH, most, len(self._waiting)))]
+
+    def _put_back(self, batch: Sequence[_Waiting]) -> None:
+        with self._changed:
+            self._waiting.extendleft(reversed(batch))
+
+    def _write_batch(self, batch: Sequence[_Waiting]) -> None:
+        self._write(
+            [Started(entry, since) for entry, since in batch if isinstance(entry, Shown)],
+            [entry for entry, _ in batch if isinstance(entry, SpilledState)],
+        )
+
+    def _write_one_by_one(self) -> None:
+        """Writes the next batch, and drops what cannot be written where others can: it would hold up all of them.
+
+        Keeps what may be the store's failure, and raises StoreError where it is.
+        """
+        with self._writing:
+            self._write_batch([])
+            left = deque(self._take(BATCH))
+            failed: list[_Waiting] = []
+            try:
+                while left:
+                    one = left.popleft()
+                    try:
+                        self._write_batch([one])
+                    except StoreError:
+                        failed.append(one)
+                        # Where the store is down, the others need not be tried.
+                        self._write_batch([])
+                    except Exception as error:
+                        self._drop([one], error)
+                    else:
+                        # So the store was not to blame.
+                        self._drop(failed)
+                        failed = []
+            finally:
+                self._put_back([*failed, *left])
+
+    def _drop(self, bad: Sequence[_Waiting], error: Exception | None = None) -> None:
+        if bad:
+            self.dropped_count += len(bad)
+            kinds = sorted({type(waiting.entry).__name__ for waiting in bad})
+            logger.error("%d of %s cannot be written and are dropped", len(bad), ", ".join(kinds), exc_info=error)
 
     def _has_cause_to_write(self) -> bool:
         return self._closed or (len(self._waiting) >= BATCH and not self._failing)

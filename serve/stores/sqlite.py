@@ -281,7 +281,7 @@ class SQLiteStore(EventStore):
                     write.done.set_exception(error)
                 self._writer.execute("RELEASE one")
             self._writer.execute("COMMIT")
-        except sqlite3.Error as error:
+        except Exception as error:
             if self._writer.in_transaction:
                 with suppress(sqlite3.Error):
                     self._writer.execute("ROLLBACK")

@@ -238,6 +238,34 @@ def test_a_recommendation_is_logged_once(store: EventStore) -> None:
     assert store.delete_user("u").shown_count == 2
 
 
+def test_what_cannot_be_written_does_not_hold_up_the_rest(store: EventStore) -> None:
+    """Bad for the encoder or for the database; it is dropped and counted, and the thread that writes goes on."""
+    store.record([user_event("1")])
+    bad = [
+        SHOWN._replace(recommendation_id="b1", item_ids=(b"bytes",)),  # type: ignore[arg-type]
+        SHOWN._replace(recommendation_id="b2", policy=object()),  # type: ignore[arg-type]
+        SpilledState("u", "v1", store.revision("u"), object()),  # type: ignore[arg-type]
+    ]
+    for number, one in enumerate(bad):
+        if isinstance(one, Shown):
+            store.log_shown(one)
+        else:
+            store.save_states([one])
+        store.log_shown(SHOWN._replace(recommendation_id=f"r{number}"))
+
+    def assert_written() -> None:
+        assert [shown.recommendation_id for shown in store.shown("u")] == ["r0", "r1", "r2"]
+        assert store.dropped_count == 3
+
+    wait_until(assert_written)
+    store.log_shown(SHOWN._replace(recommendation_id="r3"))
+    wait_until(lambda: assert_last(store, "r3"))
+
+
+def assert_last(store: EventStore, recommendation_id: str) -> None:
+    assert store.shown("u")[-1].recommendation_id == recommendation_id
+
+
 def test_of_a_user_with_very_many_events_the_newest_count(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("sqlite", "postgres", "redis"):
         monkeypatch.setattr(f"serve.stores.{module}.MOST_EVENTS", 5)
