@@ -8,7 +8,8 @@ script touches keys of several users.
 Keys, all below `jaxrec:`: `event_ids` (set), `revision` (counter), `user:ID` (hash of the first and last revision),
 `events:ID` (list in order of arrival), `shown:ID` and `shown` (lists), `shown_ids` (set of what is in them),
 `states:ID` (hash by model version), `states` (set of the IDs that have one, so that they can be found),
-`deletions` (sorted set of digests of deleted users by time); while a store of version 1 is brought up to date,
+`deletions` (sorted set of digests of deleted users by time), `deleted` (hash of lists `deleted:NUMBER`, what is left of
+long deleted lists, and of which set it has ids); while a store of version 1 is brought up to date,
 `update` (hash of the lists of what was shown: how much of each is left) and `update_ids` (`shown_ids` later).
 """
 
@@ -37,11 +38,22 @@ from serve.store import (
     digest,
 )
 from serve.stores.deferred import DeferredWrites, Started
-from serve.stores.redis_scripts import DELETE_USER, END_UPDATE, LOG_SHOWN, RECORD, SAVE_STATE, UPDATE_SHOWN
+from serve.stores.redis_scripts import (
+    DELETE_USER,
+    DROP_STATES,
+    END_UPDATE,
+    FORGET_REST,
+    LOG_SHOWN,
+    RECORD,
+    SAVE_STATE,
+    UPDATE_SHOWN,
+)
 
 VERSION = "2"
 COPIED_AT_ONCE = 1_000
 UPDATED_AT_ONCE = 1_000
+DELETED_AT_ONCE = 1_000
+DROPPED_AT_ONCE = 1_000
 TIMEOUT_S = 5.0
 FIRST_WITH_WAITAOF = (7, 2)
 REVISION = struct.Struct("<q")
@@ -65,11 +77,15 @@ class RedisStore(EventStore):
             raise StoreError(f"Redis: {error}") from error
         self._record = self._redis.register_script(RECORD)
         self._delete = self._redis.register_script(DELETE_USER)
+        self._forget_rest = self._redis.register_script(FORGET_REST)
+        self._drop_states = self._redis.register_script(DROP_STATES)
+        self._drop_from = 0
         self._save_state = self._redis.register_script(SAVE_STATE)
         self._log_shown = self._redis.register_script(LOG_SHOWN)
         try:
             with self._failures("cannot be opened"):
                 self._waits_for_disk = self._check_server()
+                self._finish_deletions()
         except BaseException:
             self._redis.close()
             raise
@@ -140,22 +156,26 @@ class RedisStore(EventStore):
         return SpilledState(user_id, model_version, revision, value[REVISION.size :])
 
     def drop_states(self, keep_versions: Collection[str], most: int) -> int:
-        kept = {version.encode() for version in keep_versions}
-        dropped = 0
+        # From where the last call ended; before "none is left" is said, all users are seen once.
+        dropped, sees_all = 0, self._drop_from == 0
         with self._failures("cannot be written"):
-            for user in self._redis.sscan_iter("jaxrec:states", count=1000):
-                key = b"jaxrec:states:" + user
-                old = [version for version in self._redis.hkeys(key) if version not in kept]
-                dropped += self._redis.hdel(key, *old) if old else 0
-                if dropped >= most:
-                    break
+            while dropped < most:
+                at_once = min(most - dropped, DROPPED_AT_ONCE)
+                cursor, count = self._drop_states(args=[self._drop_from, at_once, *keep_versions])
+                self._drop_from = int(cursor)
+                dropped += count
+                if self._drop_from == 0:
+                    if sees_all or dropped:
+                        break
+                    sees_all = True
         return dropped
 
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
-        events, shown = self._written(
-            lambda client: self._delete(args=[user_id, digest(user_id), DELETION_S], client=client)
-        )
+        arguments: list[Any] = [user_id, digest(user_id), DELETION_S, DELETED_AT_ONCE]
+        events, shown = self._written(lambda client: self._delete(args=arguments, client=client))
+        # Also what an attempt that failed left.
+        self._finish_deletions()
         return Deleted(events, shown)
 
     def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
@@ -176,6 +196,16 @@ class RedisStore(EventStore):
 
     def flush(self) -> None:
         self._deferred.flush()
+
+    def _finish_deletions(self) -> None:
+        """Of long lists, also where another server began; may be broken off, and done by two at once."""
+        lists: dict[bytes, bytes] = self._read(lambda: self._redis.hgetall("jaxrec:deleted"))
+        with self._failures("cannot be written"):
+            for rest, ids in lists.items():
+                while self._forget_rest(args=[rest, ids, DELETED_AT_ONCE]):
+                    pass
+        if lists:
+            self._written(lambda client: client.hdel("jaxrec:deleted", *lists))
 
     def _events(self, user_id: str, most: int) -> list[bytes]:
         """A user's events as they are stored, of many those that arrived last: the newest by time are among them,

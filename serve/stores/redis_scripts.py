@@ -19,25 +19,71 @@ for at = 1, #ARGV, 3 do
 end
 return new
 """
-# ARGV: user, its digest, for how many seconds that is kept. Returns how many events and shown recommendations it had.
-DELETE_USER = """
+# Takes so many entries from the head of a list, and their ids from the set of all; returns how many are left.
+FORGET = """
+local function forget(list, ids, most)
+    local part = redis.call('LRANGE', list, 0, most - 1)
+    for _, text in ipairs(part) do
+        local value = cjson.decode(string.sub(text, (string.find(text, '[', 1, true))))
+        redis.call('SREM', ids, value[1])
+    end
+    redis.call('LTRIM', list, #part, -1)
+    return redis.call('LLEN', list)
+end
+"""
+# ARGV: user, its digest, for how many seconds that is kept, and how many entries of a list to delete now. More of them
+# are put away where no reader looks, for FORGET_REST. Returns how many events and shown recommendations there were.
+DELETE_USER = (
+    FORGET
+    + """
 local user = ARGV[1]
-local events = redis.call('LRANGE', 'jaxrec:events:' .. user, 0, -1)
-for _, text in ipairs(events) do
-    local event = cjson.decode(string.sub(text, string.find(text, ' ') + 1))
-    redis.call('SREM', 'jaxrec:event_ids', event[1])
-end
-local shown = redis.call('LRANGE', 'jaxrec:shown:' .. user, 0, -1)
-for _, text in ipairs(shown) do
-    redis.call('SREM', 'jaxrec:shown_ids', cjson.decode(text)[1])
-end
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
 redis.call('ZREMRANGEBYSCORE', 'jaxrec:deletions', '-inf', now - ARGV[3])
 redis.call('ZADD', 'jaxrec:deletions', string.format('%.6f', now), ARGV[2])
 redis.call('SREM', 'jaxrec:states', user)
-redis.call('DEL', 'jaxrec:events:' .. user, 'jaxrec:shown:' .. user, 'jaxrec:states:' .. user, 'jaxrec:user:' .. user)
-return {#events, #shown}
+redis.call('DEL', 'jaxrec:states:' .. user, 'jaxrec:user:' .. user)
+local counts = {}
+for at, kind in ipairs({'events', 'shown'}) do
+    local list, ids = 'jaxrec:' .. kind .. ':' .. user, ({'jaxrec:event_ids', 'jaxrec:shown_ids'})[at]
+    counts[at] = redis.call('LLEN', list)
+    if forget(list, ids, ARGV[4]) > 0 then
+        local rest = string.format('jaxrec:deleted:%d', redis.call('INCR', 'jaxrec:revision'))
+        redis.call('RENAME', list, rest)
+        redis.call('HSET', 'jaxrec:deleted', rest, ids)
+    end
+end
+return counts
+"""
+)
+# ARGV: a list that was put away, the set of its ids, how many entries to delete now. Returns how many are left.
+FORGET_REST = (
+    FORGET
+    + """
+return forget(ARGV[1], ARGV[2], ARGV[3])
+"""
+)
+# ARGV: where to go on (0: at the beginning), of about how many users, and the model versions to keep.
+# Returns where to go on (0: all were seen), and how many states were dropped.
+DROP_STATES = """
+local kept = {}
+for at = 3, #ARGV do
+    kept[ARGV[at]] = true
+end
+local found = redis.call('SSCAN', 'jaxrec:states', ARGV[1], 'COUNT', ARGV[2])
+local dropped = 0
+for _, user in ipairs(found[2]) do
+    local states = 'jaxrec:states:' .. user
+    for _, version in ipairs(redis.call('HKEYS', states)) do
+        if not kept[version] then
+            dropped = dropped + redis.call('HDEL', states, version)
+        end
+    end
+    if redis.call('EXISTS', states) == 0 then
+        redis.call('SREM', 'jaxrec:states', user)
+    end
+end
+return {found[1], dropped}
 """
 # ARGV: list, id and value of a shown recommendation, when its request was taken in (seconds, by the server's clock) and
 # the digest of its user ('' for nobody). Only once, and not if the user was deleted since.

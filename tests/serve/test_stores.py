@@ -23,7 +23,7 @@ from serve.history import Event
 from serve.log_copy import copy_log
 from serve.store import Changes, Deleted, EventStore, Shown, SpilledState, StoreError, UserEvent, open_store
 from serve.stores.postgres import CHANGES, SCHEMA_LOCK
-from serve.stores.redis_scripts import UPDATE_SHOWN
+from serve.stores.redis_scripts import DELETE_USER, UPDATE_SHOWN
 from serve.stores.sqlite import SQLiteStore
 from tests.serve.databases import DEADLINE_S, DatabaseServer, NotInstalled, postgres_server, redis_server, wait_until
 
@@ -241,7 +241,7 @@ def test_a_recommendation_is_logged_once(store: EventStore) -> None:
 def test_what_cannot_be_written_does_not_hold_up_the_rest(store: EventStore) -> None:
     """Bad for the encoder or for the database; it is dropped and counted, and the thread that writes goes on."""
     store.record([user_event("1")])
-    bad = [
+    bad: list[Shown | SpilledState] = [
         SHOWN._replace(recommendation_id="b1", item_ids=(b"bytes",)),  # type: ignore[arg-type]
         SHOWN._replace(recommendation_id="b2", policy=object()),  # type: ignore[arg-type]
         SpilledState("u", "v1", store.revision("u"), object()),  # type: ignore[arg-type]
@@ -542,6 +542,61 @@ def test_a_long_redis_log_is_brought_up_to_date_in_parts(
         assert [shown.recommendation_id for shown in store.shown("u")] == [f"u {name}" for name in ids]
         store.log_shown(SHOWN._replace(recommendation_id="r94", user_id=None), wait=True)
         assert len(store.shown(None)) == 95
+
+
+def test_a_long_redis_list_is_deleted_in_parts(
+    servers: dict[str, DatabaseServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of sight at once, and to the end also where the server that began did not live to see it."""
+    monkeypatch.setattr("serve.stores.redis.DELETED_AT_ONCE", 10)
+    location = emptied("redis", servers, tmp_path)
+    events = [user_event(str(at)) for at in range(95)]
+    with open_store(location) as store, redis.Redis.from_url(location) as client:
+        store.record([*events, user_event("v", user_id="v")])
+        for at in range(25):
+            store.log_shown(SHOWN._replace(recommendation_id=f"r{at}"), wait=True)
+        revision = store.revision("u")
+        client.config_resetstat()
+        assert store.delete_user("u") == Deleted(95, 25)
+        # Each takes ten.
+        assert client.info("commandstats")["cmdstat_evalsha"]["calls"] >= 10 + 1
+        assert sorted(client.keys("jaxrec:*")) == sorted(
+            f"jaxrec:{name}".encode()
+            for name in ("deletions", "event_ids", "events:v", "revision", "user:v", "version")
+        )
+        assert client.smembers("jaxrec:event_ids") == {b"v"}
+        assert store.record(events) == events
+        assert store.revision("u") > revision
+        assert client.register_script(DELETE_USER)(args=["u", "digest", 100, 10]) == [95, 0]
+        assert (store.history("u"), store.revision("u")) == ([], 0)
+        assert client.scard("jaxrec:event_ids") == 1 + 85
+    with open_store(location) as store, redis.Redis.from_url(location) as client:
+        assert client.smembers("jaxrec:event_ids") == {b"v"}
+        assert not client.keys("jaxrec:deleted*")
+        assert store.record(events) == events
+
+
+def test_dropped_states_cost_redis_one_look_at_each_user(
+    servers: dict[str, DatabaseServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.stores.redis.DROPPED_AT_ONCE", 20)
+    location, users = emptied("redis", servers, tmp_path), 600
+    with open_store(location) as store, redis.Redis.from_url(location) as client:
+        store.record([user_event(f"e{at}", user_id=f"u{at}") for at in range(users)])
+        store.save_states([SpilledState(f"u{at}", "old", users, b"x") for at in range(users)])
+        store.save_states([SpilledState(f"u{at}", "new", users, b"x") for at in range(0, users, 2)])
+        store.flush()
+        client.config_resetstat()
+        dropped = list(itertools.takewhile(bool, (store.drop_states(["new"], 20) for _ in range(users))))
+        assert sum(dropped) == users
+        # Once until all are seen, and once more to know that none is left.
+        assert client.info("commandstats")["cmdstat_hkeys"]["calls"] <= 2 * users
+        assert client.scard("jaxrec:states") == users / 2
+        assert store.load_state("u0", "new") is not None
+        store.save_states([SpilledState("u1", "old", users, b"x")])
+        store.flush()
+        assert store.drop_states(["new"], 20) == 1
+        assert store.drop_states(["new"], 20) == 0
 
 
 def test_a_server_waits_for_another_that_brings_postgres_up_to_date(
