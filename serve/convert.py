@@ -1,6 +1,7 @@
 """Between messages and the recommender's types. Decoding checks every field and raises InvalidRequest."""
 
 import struct
+import time
 from collections.abc import Iterable, Sequence
 
 from serve.artifact import RatingScale
@@ -34,7 +35,8 @@ _SCORE = struct.Struct("<f")
 
 
 def decode_query(request: pb.RecommendRequest, scale: RatingScale | None) -> Query:
-    """The question that a request asks."""
+    """The question that a request asks, from now on."""
+    started = time.monotonic()
     k = checked_count("k", request.k)
     check_length("exclude_item_ids", request.exclude_item_ids, MAX_EXCLUDED_ITEMS)
     for at, item_id in enumerate(request.exclude_item_ids):
@@ -52,7 +54,7 @@ def decode_query(request: pb.RecommendRequest, scale: RatingScale | None) -> Que
     else:
         user_id = request.user_id
         check_id("user_id", user_id)
-    return Query(events, k, tuple(request.exclude_item_ids), request_time, request.explain, user_id)
+    return Query(events, k, tuple(request.exclude_item_ids), request_time, request.explain, user_id, started)
 
 
 def decode_batch(request: pb.BatchRecommendRequest, scales: Sequence[RatingScale | None]) -> list[Query]:

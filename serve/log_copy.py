@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from serve.store import EventStore, StoreError
 from serve.stores.deferred import shown_row
-from serve.stores.sqlite import FILL_USERS, SQLiteStore
+from serve.stores.sqlite import FILL_USERS, MARK_COPY, SQLiteStore, is_copy
 
 
 class Copied(NamedTuple):
@@ -22,16 +22,17 @@ def copy_log(store: EventStore, path: Path, progress: Callable[[int], None] = la
     """Writes the file at `path`, a store itself, as a whole or not at all; an older copy is replaced.
 
     All that was on disk when this began is in it, and what came meanwhile may be. `progress` is told of rows that were
-    copied. Raises StoreError, also for a file that a server has open.
+    copied. Raises StoreError, also for a file that is no copy, or no more: one that was opened as a store since.
     """
-    if path.with_name(f"{path.name}-wal").exists():
-        raise StoreError(f"{path}: expected a new file or an older copy, came a store that is in use")
+    _require_replaceable(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         SQLiteStore(partial).close()
         copied = _filled(partial, store, progress)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
+        # It may have been opened meanwhile.
+        _require_replaceable(path)
         partial.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -44,6 +45,14 @@ def copy_log(store: EventStore, path: Path, progress: Callable[[int], None] = la
         for suffix in ("", "-wal", "-shm"):
             partial.with_name(partial.name + suffix).unlink(missing_ok=True)
     return copied
+
+
+def _require_replaceable(path: Path) -> None:
+    """Raises StoreError for a file that is there and is no untouched copy."""
+    in_use = path.with_name(f"{path.name}-wal").exists()
+    if in_use or (path.exists() and not is_copy(path)):
+        found = "a store that is in use" if in_use else "another file, or a copy that was opened as a store since"
+        raise StoreError(f"{path}: expected a new file or an older copy of a log, came {found}")
 
 
 def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> Copied:
@@ -68,6 +77,7 @@ def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> C
             )
             progress(len(shown))
         connection.execute(FILL_USERS)
+        connection.execute(MARK_COPY)
         connection.execute("COMMIT")
         counts = [connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("events", "shown")]
         return Copied(*counts)

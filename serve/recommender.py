@@ -32,6 +32,8 @@ class Query(NamedTuple):
     explain: bool = False
     user_id: str | None = None
     """A stored user, for `StateCache`: a `Recommender` by itself knows no users."""
+    started: float | None = None
+    """When the request was taken in, by `time.monotonic()`: its answer is not logged if the user was deleted since."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,8 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
                 policy=answer.policy,
                 model_version=model.info.model_version,
                 timestamp=int(now),
-            )
+            ),
+            started=query.started,
         )
         self._metrics.answered(answer.policy, answer.items)
         if query.events:

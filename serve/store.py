@@ -19,8 +19,6 @@ from; but a user with millions of events must not cost all others their answers.
 # A deletion is remembered for so long, by a digest of the user's id: what other servers still had to write of the user
 # is not written any more.
 DELETION_S = 7 * 86_400
-# A recommendation that was under way when its user was deleted is logged within this time.
-UNDER_WAY_S = 1.0
 
 
 class StoreError(Exception):
@@ -110,8 +108,11 @@ class EventStore(Protocol):
         When more than `most` came, it is the whole history, of which `events` are the newest `most`.
         """
 
-    def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
+    def log_shown(self, shown: Shown, *, started: float | None = None, wait: bool = False) -> None:
         """Notes what was shown. Raises StoreError only with `wait`.
+
+        `started` is when the request was taken in, by `time.monotonic()`; None: now. What was under way when its user
+        was deleted is not written, and does not count as dropped.
 
         With `wait` it is on disk on return. Without, it is written with others within about a second; a crash
         or a store that stays broken loses it (counted in `dropped_count`), since an answer is worth more than

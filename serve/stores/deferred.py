@@ -7,9 +7,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from serve.store import UNDER_WAY_S, Shown, SpilledState, StoreError, digest
+from serve.store import Shown, SpilledState, StoreError, digest
 
 logger = logging.getLogger(__name__)
 
@@ -21,28 +22,37 @@ LIMIT = 20_000
 LONGEST_WAIT_S = 86_400.0
 
 
-class Aged(NamedTuple):
-    """A recommendation to log, and how many seconds ago it was made: clocks of several servers need not agree."""
+class Started(NamedTuple):
+    """A recommendation to log, and when its request was taken in, by `time.monotonic()` of this process."""
 
     shown: Shown
-    age_s: float
+    started: float
+
+    @classmethod
+    def at(cls, shown: Shown, started: float | None) -> "Started":
+        """None: now."""
+        return cls(shown, time.monotonic() if started is None else started)
+
+    def by(self, now: float) -> float:
+        """The same by another clock, which showed `now` a moment ago: clocks of several servers need not agree."""
+        return now - (time.monotonic() - self.started)
 
 
-def still_wanted(shown: Sequence[Aged], deleted: Mapping[str, float], now: float) -> list[Shown]:
-    """Those that were not made for users before they were deleted.
+def still_wanted(shown: Sequence[Started], deleted: Mapping[str, float], now: float) -> list[Shown]:
+    """Those whose request was not taken in before its user was deleted.
 
     `deleted` has the times of deletion by digest, `now` is the time by the same clock.
     """
     if not deleted:
         return [one for one, _ in shown]
     return [
-        one
-        for one, age_s in shown
-        if one.user_id is None or now - age_s > deleted.get(digest(one.user_id), -math.inf) + UNDER_WAY_S
+        one.shown
+        for one in shown
+        if one.shown.user_id is None or one.by(now) > deleted.get(digest(one.shown.user_id), -math.inf)
     ]
 
 
-def digests(shown: Sequence[Aged]) -> list[str]:
+def digests(shown: Sequence[Started]) -> list[str]:
     """Of the users in question."""
     return sorted(digest(user_id) for user_id in {one.user_id for one, _ in shown} if user_id is not None)
 
@@ -61,7 +71,7 @@ def shown_of_row(row: Sequence[Any]) -> Shown:
     return Shown(row[0], row[1], tuple(json.loads(row[2])), tuple(json.loads(row[3])), *row[4:])
 
 
-Write = Callable[[Sequence[Aged], Sequence[SpilledState]], None]
+Write = Callable[[Sequence[Started], Sequence[SpilledState]], None]
 
 
 class _Waiting(NamedTuple):
@@ -84,9 +94,9 @@ class DeferredWrites:
         self._thread = threading.Thread(target=self._run, name="deferred-writes", daemon=True)
         self._thread.start()
 
-    def add(self, entries: Sequence[Shown | SpilledState]) -> None:
-        """Returns at once; beyond the limit the oldest entries are dropped."""
-        since = time.monotonic()
+    def add(self, entries: Sequence[Shown | SpilledState], since: float | None = None) -> None:
+        """Returns at once; beyond the limit the oldest entries are dropped. They are as of `since`, None: now."""
+        since = time.monotonic() if since is None else since
         with self._changed:
             self._waiting.extend(_Waiting(entry, since) for entry in entries)
             while len(self._waiting) > LIMIT:
@@ -101,27 +111,19 @@ class DeferredWrites:
             self._waiting = deque(waiting for waiting in self._waiting if waiting.entry.user_id != user_id)
 
     def flush(self) -> None:
-        """Writes all that waits now; raises StoreError, and keeps it."""
+        """Writes all that waits now, or raises what came of it and keeps it: a StoreError, unless an entry is bad."""
         with self._writing:
             with self._changed:
                 left = len(self._waiting)
             while left > 0:
-                with self._changed:
-                    batch = [self._waiting.popleft() for _ in range(min(BATCH, left, len(self._waiting)))]
+                batch = self._take(left)
                 if not batch:
                     return
                 left -= len(batch)
-                now = time.monotonic()
-                kept = [waiting for waiting in batch if now - waiting.since <= LONGEST_WAIT_S]
-                self.dropped_count += len(batch) - len(kept)
                 try:
-                    self._write(
-                        [Aged(entry, now - since) for entry, since in kept if isinstance(entry, Shown)],
-                        [entry for entry, _ in kept if isinstance(entry, SpilledState)],
-                    )
-                except StoreError:
-                    with self._changed:
-                        self._waiting.extendleft(reversed(kept))
+                    self._write_batch(batch)
+                except Exception:
+                    self._put_back(batch)
                     raise
 
     def close(self) -> None:
@@ -131,8 +133,12 @@ class DeferredWrites:
             self._changed.notify()
         self._thread.join()
         try:
-            self.flush()
-        except StoreError as error:
+            try:
+                self.flush()
+            except Exception:
+                self._write_one_by_one()
+                self.flush()
+        except Exception as error:
             self.dropped_count += len(self._waiting)
             logger.error("%d shown recommendations and states are lost", len(self._waiting), exc_info=error)
 
@@ -142,13 +148,68 @@ class DeferredWrites:
                 self._changed.wait_for(self._has_cause_to_write, INTERVAL_S)
                 if self._closed:
                     return
+            # Whatever happens, the thread goes on: nobody would start another.
             try:
                 self.flush()
                 self._failing = False
-            except StoreError as error:
-                if not self._failing:
+            except Exception as error:
+                if self._failing:
+                    with suppress(Exception):
+                        self._write_one_by_one()
+                else:
                     logger.error("shown recommendations and states wait for the store", exc_info=error)
                 self._failing = True
+
+    def _take(self, most: int) -> list[_Waiting]:
+        """The next batch, without what waited for too long; empty when nothing waits."""
+        with self._changed:
+            while self._waiting and time.monotonic() - self._waiting[0].since > LONGEST_WAIT_S:
+                self._waiting.popleft()
+                self.dropped_count += 1
+            return [self._waiting.popleft() for _ in range(min(BATCH, most, len(self._waiting)))]
+
+    def _put_back(self, batch: Sequence[_Waiting]) -> None:
+        with self._changed:
+            self._waiting.extendleft(reversed(batch))
+
+    def _write_batch(self, batch: Sequence[_Waiting]) -> None:
+        self._write(
+            [Started(entry, since) for entry, since in batch if isinstance(entry, Shown)],
+            [entry for entry, _ in batch if isinstance(entry, SpilledState)],
+        )
+
+    def _write_one_by_one(self) -> None:
+        """Writes the next batch, and drops what cannot be written where others can: it would hold up all of them.
+
+        Keeps what may be the store's failure, and raises StoreError where it is.
+        """
+        with self._writing:
+            self._write_batch([])
+            left = deque(self._take(BATCH))
+            failed: list[_Waiting] = []
+            try:
+                while left:
+                    one = left.popleft()
+                    try:
+                        self._write_batch([one])
+                    except StoreError:
+                        failed.append(one)
+                        # Where the store is down, the others need not be tried.
+                        self._write_batch([])
+                    except Exception as error:
+                        self._drop([one], error)
+                    else:
+                        # So the store was not to blame.
+                        self._drop(failed)
+                        failed = []
+            finally:
+                self._put_back([*failed, *left])
+
+    def _drop(self, bad: Sequence[_Waiting], error: Exception | None = None) -> None:
+        if bad:
+            self.dropped_count += len(bad)
+            kinds = sorted({type(waiting.entry).__name__ for waiting in bad})
+            logger.error("%d of %s cannot be written and are dropped", len(bad), ", ".join(kinds), exc_info=error)
 
     def _has_cause_to_write(self) -> bool:
         return self._closed or (len(self._waiting) >= BATCH and not self._failing)

@@ -24,7 +24,7 @@ from serve.store import (
     UserEvent,
     digest,
 )
-from serve.stores.deferred import Aged, DeferredWrites, digests, shown_of_row, shown_row, still_wanted
+from serve.stores.deferred import DeferredWrites, Started, digests, shown_of_row, shown_row, still_wanted
 
 SCHEMA_VERSION = 2
 VERSION_TABLE: tuple[LiteralString, ...] = (
@@ -72,6 +72,17 @@ SCHEMA: tuple[LiteralString, ...] = (
         state bytea NOT NULL,
         PRIMARY KEY (user_id, model_version)
     )""",
+)
+# No other version: who does not know it can use the store.
+ARRIVALS: LiteralString = "CREATE INDEX IF NOT EXISTS arrivals ON jaxrec.events (user_id, arrival)"
+# Each walks as many of a user's events as it finds; by time, the first would walk all that the user has.
+CHANGES: LiteralString = (
+    "SELECT item_id, rating, timestamp FROM jaxrec.events"
+    " WHERE user_id = %s AND arrival > %s AND arrival <= %s ORDER BY arrival LIMIT %s"
+)
+NEWEST: LiteralString = (
+    "SELECT item_id, rating, timestamp FROM jaxrec.events"
+    " WHERE user_id = %s AND arrival <= %s AND timestamp <= %s ORDER BY timestamp DESC, arrival DESC LIMIT %s"
 )
 LARGEST = 2**63 - 1
 # Taken while the schema is looked at, so that servers that start together don't create it twice. "jxrc".
@@ -158,31 +169,30 @@ class PostgresStore(EventStore):
         ]
 
     def history(self, user_id: str, until: int | None = None) -> list[Event]:
-        return self._events(user_id, (0, LARGEST), MOST_EVENTS, LARGEST if until is None else until)
+        return self._newest(user_id, LARGEST, LARGEST if until is None else until, MOST_EVENTS)
 
     def revision(self, user_id: str) -> int:
         return self._life(user_id)[1]
 
     def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
         first, revision = self._life(user_id)
-        complete = since < first or not revision
-        if complete:
-            since = 0
-        elif since >= revision:
+        if revision and since >= revision:
             return Changes(revision, [], complete=False)
         # Not in one snapshot: events after `revision` are left to the next call, and a deletion in between
         # changes the revision, so the next call starts anew.
-        events = self._events(user_id, (since, revision), most)
-        if not complete and len(events) == most:
-            events, complete = self._events(user_id, (0, revision), most), True
-        return Changes(revision, events, complete)
+        if revision and since >= first:
+            events = [Event(*row) for row in self._read(CHANGES, user_id, since, revision, most)]
+            if len(events) < most:
+                return Changes(revision, sorted(events, key=lambda event: event.timestamp), complete=False)
+        return Changes(revision, self._newest(user_id, revision, LARGEST, most), complete=True)
 
-    def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
+    def log_shown(self, shown: Shown, *, started: float | None = None, wait: bool = False) -> None:
+        one = Started.at(shown, started)
         if wait:
             with self._connection("cannot be written") as connection:
-                _insert_shown(connection, [Aged(shown, 0.0)])
+                _insert_shown(connection, [one])
         else:
-            self._deferred.add([shown])
+            self._deferred.add([shown], one.started)
 
     def shown(self, user_id: str | None) -> list[Shown]:
         rows = self._read(
@@ -260,22 +270,16 @@ class PostgresStore(EventStore):
         rows = self._read("SELECT first_arrival, last_arrival FROM jaxrec.users WHERE user_id = %s", user_id)
         return rows[0] if rows else (0, 0)
 
-    def _events(self, user_id: str, arrivals: tuple[int, int], most: int, until: int = LARGEST) -> list[Event]:
-        """A user's newest events that arrived after the first and up to the second, by (timestamp, arrival)."""
-        rows = self._read(
-            "SELECT item_id, rating, timestamp FROM jaxrec.events WHERE user_id = %s AND arrival > %s"
-            " AND arrival <= %s AND timestamp <= %s ORDER BY timestamp DESC, arrival DESC LIMIT %s",
-            *(user_id, *arrivals, until, most),
-        )
-        return [Event(*row) for row in reversed(rows)]
+    def _newest(self, user_id: str, last_arrival: int, until: int, most: int) -> list[Event]:
+        """A user's newest events up to an arrival and a time, by (timestamp, arrival)."""
+        return [Event(*row) for row in reversed(self._read(NEWEST, user_id, last_arrival, until, most))]
 
     def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
         with self._connection("cannot be read") as connection:
             return connection.execute(query, parameters).fetchall()
 
-    def _write_deferred(self, shown: Sequence[Aged], states: Sequence[SpilledState]) -> None:
+    def _write_deferred(self, shown: Sequence[Started], states: Sequence[SpilledState]) -> None:
         with self._connection("cannot be written") as connection:
-            connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", [DELETION_LOCK])
             _insert_shown(connection, shown)
             # States of users that were deleted meanwhile have no place any more.
             connection.cursor().executemany(
@@ -317,8 +321,9 @@ class PostgresStore(EventStore):
                 self._idle.pop().close()
 
 
-def _insert_shown(connection: psycopg.Connection, shown: Sequence[Aged]) -> None:
+def _insert_shown(connection: psycopg.Connection, shown: Sequence[Started]) -> None:
     """What was made for users before they were deleted has no place any more."""
+    connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", [DELETION_LOCK])
     rows = connection.execute(
         "SELECT digest, extract(epoch FROM time)::float8 FROM jaxrec.deletions WHERE digest = ANY(%s)",
         [digests(shown)],
@@ -337,17 +342,19 @@ def _prepare(connection: psycopg.Connection) -> None:
     (fsync,) = connection.execute("SHOW fsync").fetchone() or ("",)
     if fsync != "on":
         raise StoreError("PostgreSQL: runs with fsync = off, so that acknowledged events can be lost; expected on")
+    # To bring a large log up to date takes longer than a call may, and so does waiting for another server that does.
+    connection.execute("SET LOCAL statement_timeout = 0")
     connection.execute("SELECT pg_advisory_xact_lock(%s)", [SCHEMA_LOCK])
     connection.execute(VERSION_TABLE[0])
     connection.execute(VERSION_TABLE[1])
     row = connection.execute("SELECT version FROM jaxrec.store").fetchone()
     if row is not None and row[0] == SCHEMA_VERSION:
+        if connection.execute("SELECT to_regclass('jaxrec.arrivals')").fetchone() == (None,):
+            connection.execute(ARRIVALS)
         return
     if row is not None and not 1 <= row[0] < SCHEMA_VERSION:
         raise StoreError(f"PostgreSQL: is a store in version {row[0]}, expected 1..{SCHEMA_VERSION}")
-    # To bring a large log up to date takes longer than a call may.
-    connection.execute("SET LOCAL statement_timeout = 0")
-    for step in SCHEMA:
+    for step in (*SCHEMA, ARRIVALS):
         connection.execute(step)
     connection.execute("DELETE FROM jaxrec.store")
     connection.execute("INSERT INTO jaxrec.store VALUES (%s)", [SCHEMA_VERSION])

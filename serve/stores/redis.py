@@ -8,7 +8,9 @@ script touches keys of several users.
 Keys, all below `jaxrec:`: `event_ids` (set), `revision` (counter), `user:ID` (hash of the first and last revision),
 `events:ID` (list in order of arrival), `shown:ID` and `shown` (lists), `shown_ids` (set of what is in them),
 `states:ID` (hash by model version), `states` (set of the IDs that have one, so that they can be found),
-`deletions` (sorted set of digests of deleted users by time).
+`deletions` (sorted set of digests of deleted users by time), `deleted` (hash of lists `deleted:NUMBER`, what is left of
+long deleted lists, and of which set it has ids); while a store of version 1 is brought up to date,
+`update` (hash of the lists of what was shown: how much of each is left) and `update_ids` (`shown_ids` later).
 """
 
 import itertools
@@ -26,7 +28,6 @@ from serve.history import Event
 from serve.store import (
     DELETION_S,
     MOST_EVENTS,
-    UNDER_WAY_S,
     Changes,
     Deleted,
     EventStore,
@@ -36,89 +37,26 @@ from serve.store import (
     UserEvent,
     digest,
 )
-from serve.stores.deferred import Aged, DeferredWrites
+from serve.stores.deferred import DeferredWrites, Started
+from serve.stores.redis_scripts import (
+    DELETE_USER,
+    DROP_STATES,
+    END_UPDATE,
+    FORGET_REST,
+    LOG_SHOWN,
+    RECORD,
+    SAVE_STATE,
+    UPDATE_SHOWN,
+)
 
 VERSION = "2"
 COPIED_AT_ONCE = 1_000
+UPDATED_AT_ONCE = 1_000
+DELETED_AT_ONCE = 1_000
+DROPPED_AT_ONCE = 1_000
 TIMEOUT_S = 5.0
 FIRST_WITH_WAITAOF = (7, 2)
 REVISION = struct.Struct("<q")
-
-# ARGV: for each event its id, user and value. Returns 1 for each that is new. Arguments, not KEYS: see above.
-RECORD = """
-local new = {}
-for at = 1, #ARGV, 3 do
-    local user = ARGV[at + 1]
-    local is_new = redis.call('SADD', 'jaxrec:event_ids', ARGV[at])
-    if is_new == 1 then
-        local revision = redis.call('INCR', 'jaxrec:revision')
-        redis.call('HSETNX', 'jaxrec:user:' .. user, 'first', revision)
-        redis.call('HSET', 'jaxrec:user:' .. user, 'last', revision)
-        redis.call('RPUSH', 'jaxrec:events:' .. user, string.format('%d', revision) .. ' ' .. ARGV[at + 2])
-    end
-    new[#new + 1] = is_new
-end
-return new
-"""
-# ARGV: user, its digest, for how many seconds that is kept. Returns how many events and shown recommendations it had.
-DELETE_USER = """
-local user = ARGV[1]
-local events = redis.call('LRANGE', 'jaxrec:events:' .. user, 0, -1)
-for _, text in ipairs(events) do
-    local event = cjson.decode(string.sub(text, string.find(text, ' ') + 1))
-    redis.call('SREM', 'jaxrec:event_ids', event[1])
-end
-local shown = redis.call('LRANGE', 'jaxrec:shown:' .. user, 0, -1)
-for _, text in ipairs(shown) do
-    redis.call('SREM', 'jaxrec:shown_ids', cjson.decode(text)[1])
-end
-local time = redis.call('TIME')
-local now = time[1] + time[2] / 1e6
-redis.call('ZREMRANGEBYSCORE', 'jaxrec:deletions', '-inf', now - ARGV[3])
-redis.call('ZADD', 'jaxrec:deletions', string.format('%.6f', now), ARGV[2])
-redis.call('SREM', 'jaxrec:states', user)
-redis.call('DEL', 'jaxrec:events:' .. user, 'jaxrec:shown:' .. user, 'jaxrec:states:' .. user, 'jaxrec:user:' .. user)
-return {#events, #shown}
-"""
-# ARGV: list, id and value of a shown recommendation, its age in seconds, the digest of its user ('' for nobody), and
-# how long one may have been under way when its user was deleted. Only once, and not if the user was deleted since.
-LOG_SHOWN = """
-local deleted = redis.call('ZSCORE', 'jaxrec:deletions', ARGV[5])
-local time = redis.call('TIME')
-if deleted and time[1] + time[2] / 1e6 - ARGV[4] <= deleted + ARGV[6] then
-    return
-end
-if redis.call('SADD', 'jaxrec:shown_ids', ARGV[2]) == 1 then
-    redis.call('RPUSH', ARGV[1], ARGV[3])
-end
-"""
-# ARGV: a list of shown recommendations of version 1, which has no ids and may have some twice.
-FILL_SHOWN_IDS = """
-local all = redis.call('LRANGE', ARGV[1], 0, -1)
-local seen, kept = {}, {}
-for _, text in ipairs(all) do
-    local id = cjson.decode(text)[1]
-    if not seen[id] then
-        seen[id] = true
-        kept[#kept + 1] = text
-        redis.call('SADD', 'jaxrec:shown_ids', id)
-    end
-end
-if #kept < #all then
-    redis.call('DEL', ARGV[1])
-    for _, text in ipairs(kept) do
-        redis.call('RPUSH', ARGV[1], text)
-    end
-end
-"""
-# ARGV: user, model version, revision, revision and state as bytes. Only for a user that was not deleted since.
-SAVE_STATE = """
-local first = redis.call('HGET', 'jaxrec:user:' .. ARGV[1], 'first')
-if first and tonumber(first) <= tonumber(ARGV[3]) then
-    redis.call('HSET', 'jaxrec:states:' .. ARGV[1], ARGV[2], ARGV[4])
-    redis.call('SADD', 'jaxrec:states', ARGV[1])
-end
-"""
 
 
 class RedisStore(EventStore):
@@ -139,11 +77,15 @@ class RedisStore(EventStore):
             raise StoreError(f"Redis: {error}") from error
         self._record = self._redis.register_script(RECORD)
         self._delete = self._redis.register_script(DELETE_USER)
+        self._forget_rest = self._redis.register_script(FORGET_REST)
+        self._drop_states = self._redis.register_script(DROP_STATES)
+        self._drop_from = 0
         self._save_state = self._redis.register_script(SAVE_STATE)
         self._log_shown = self._redis.register_script(LOG_SHOWN)
         try:
             with self._failures("cannot be opened"):
                 self._waits_for_disk = self._check_server()
+                self._finish_deletions()
         except BaseException:
             self._redis.close()
             raise
@@ -192,11 +134,13 @@ class RedisStore(EventStore):
             events, complete = _decoded(values, 0, revision), True
         return Changes(revision, events[-most:], complete)
 
-    def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
+    def log_shown(self, shown: Shown, *, started: float | None = None, wait: bool = False) -> None:
+        one = Started.at(shown, started)
         if wait:
-            self._written(lambda client: self._log_shown(args=_shown_arguments(Aged(shown, 0.0)), client=client))
+            arguments = _shown_arguments(one, self._read(self._now))
+            self._written(lambda client: self._log_shown(args=arguments, client=client))
         else:
-            self._deferred.add([shown])
+            self._deferred.add([shown], one.started)
 
     def shown(self, user_id: str | None) -> list[Shown]:
         return [_shown(value) for value in self._read(lambda: self._redis.lrange(_shown_key(user_id), 0, -1))]
@@ -212,22 +156,26 @@ class RedisStore(EventStore):
         return SpilledState(user_id, model_version, revision, value[REVISION.size :])
 
     def drop_states(self, keep_versions: Collection[str], most: int) -> int:
-        kept = {version.encode() for version in keep_versions}
-        dropped = 0
+        # From where the last call ended; before "none is left" is said, all users are seen once.
+        dropped, sees_all = 0, self._drop_from == 0
         with self._failures("cannot be written"):
-            for user in self._redis.sscan_iter("jaxrec:states", count=1000):
-                key = b"jaxrec:states:" + user
-                old = [version for version in self._redis.hkeys(key) if version not in kept]
-                dropped += self._redis.hdel(key, *old) if old else 0
-                if dropped >= most:
-                    break
+            while dropped < most:
+                at_once = min(most - dropped, DROPPED_AT_ONCE)
+                cursor, count = self._drop_states(args=[self._drop_from, at_once, *keep_versions])
+                self._drop_from = int(cursor)
+                dropped += count
+                if self._drop_from == 0:
+                    if sees_all or dropped:
+                        break
+                    sees_all = True
         return dropped
 
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
-        events, shown = self._written(
-            lambda client: self._delete(args=[user_id, digest(user_id), DELETION_S], client=client)
-        )
+        arguments: list[Any] = [user_id, digest(user_id), DELETION_S, DELETED_AT_ONCE]
+        events, shown = self._written(lambda client: self._delete(args=arguments, client=client))
+        # Also what an attempt that failed left.
+        self._finish_deletions()
         return Deleted(events, shown)
 
     def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
@@ -248,6 +196,16 @@ class RedisStore(EventStore):
 
     def flush(self) -> None:
         self._deferred.flush()
+
+    def _finish_deletions(self) -> None:
+        """Of long lists, also where another server began; may be broken off, and done by two at once."""
+        lists: dict[bytes, bytes] = self._read(lambda: self._redis.hgetall("jaxrec:deleted"))
+        with self._failures("cannot be written"):
+            for rest, ids in lists.items():
+                while self._forget_rest(args=[rest, ids, DELETED_AT_ONCE]):
+                    pass
+        if lists:
+            self._written(lambda client: client.hdel("jaxrec:deleted", *lists))
 
     def _events(self, user_id: str, most: int) -> list[bytes]:
         """A user's events as they are stored, of many those that arrived last: the newest by time are among them,
@@ -272,14 +230,20 @@ class RedisStore(EventStore):
                 return
             yield values
 
-    def _write_deferred(self, shown: Sequence[Aged], states: Sequence[SpilledState]) -> None:
+    def _write_deferred(self, shown: Sequence[Started], states: Sequence[SpilledState]) -> None:
         with self._failures("cannot be written"), self._redis.pipeline(transaction=True) as pipeline:
+            now = self._now()
             for one in shown:
-                self._log_shown(args=_shown_arguments(one), client=pipeline)
+                self._log_shown(args=_shown_arguments(one, now), client=pipeline)
             for state in states:
                 value = REVISION.pack(state.revision) + state.state
                 self._save_state(args=[state.user_id, state.model_version, state.revision, value], client=pipeline)
             pipeline.execute()
+
+    def _now(self) -> float:
+        """By the server's clock, which the times of deletions are of."""
+        seconds, microseconds = self._redis.time()
+        return float(seconds + microseconds / 1e6)
 
     def _read(self, call: Callable[[], Any]) -> Any:
         with self._failures("cannot be read"):
@@ -325,11 +289,12 @@ class RedisStore(EventStore):
         return not always
 
     def _update_from_version_1(self) -> None:
-        """Can be repeated, also by two at once: a list is brought up to date in one step, and then stays as it is."""
-        fill = self._redis.register_script(FILL_SHOWN_IDS)
+        """Goes on where it was broken off. Servers of version 1 have to be stopped: they would log without ids."""
+        update = self._redis.register_script(UPDATE_SHOWN)
         for key in (b"jaxrec:shown", *self._keys(b"jaxrec:shown:*")):
-            fill(args=[key])
-        self._redis.set("jaxrec:version", VERSION)
+            while update(args=[key, UPDATED_AT_ONCE]):
+                pass
+        self._redis.register_script(END_UPDATE)(args=[VERSION])
 
     @contextmanager
     def _failures(self, what: str) -> Iterator[None]:
@@ -343,11 +308,11 @@ def _shown_key(user_id: str | None) -> str:
     return "jaxrec:shown" if user_id is None else f"jaxrec:shown:{user_id}"
 
 
-def _shown_arguments(one: Aged) -> list[Any]:
-    """Those of the script LOG_SHOWN."""
-    shown, age_s = one
+def _shown_arguments(one: Started, now: float) -> list[Any]:
+    """Those of the script LOG_SHOWN; `now` is the server's time."""
+    shown = one.shown
     user = "" if shown.user_id is None else digest(shown.user_id)
-    return [_shown_key(shown.user_id), shown.recommendation_id, json.dumps(shown), age_s, user, UNDER_WAY_S]
+    return [_shown_key(shown.user_id), shown.recommendation_id, json.dumps(shown), one.by(now), user]
 
 
 def _shown(value: bytes) -> Shown:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,7 +28,7 @@ from serve.store import (
     UserEvent,
     digest,
 )
-from serve.stores.deferred import Aged, DeferredWrites, digests, shown_of_row, shown_row, still_wanted
+from serve.stores.deferred import DeferredWrites, Started, digests, shown_of_row, shown_row, still_wanted
 
 # "jxrc": marks the file, so that another program's database is not taken for a store.
 APPLICATION_ID = 0x6A787263
@@ -75,15 +75,30 @@ CREATE TABLE IF NOT EXISTS states (
     PRIMARY KEY (user_id, model_version)
 ) STRICT, WITHOUT ROWID;
 """
+# No other version: who does not know it can use the store. It holds `arrival` too, as all indexes hold the row's key.
+ARRIVALS = "CREATE INDEX IF NOT EXISTS arrivals ON events (user_id)"
 FROM_VERSION_1 = """
 ALTER TABLE events ADD COLUMN recommendation_id TEXT;
 """
 FILL_USERS = "INSERT OR IGNORE INTO users SELECT user_id, min(arrival), max(arrival) FROM events GROUP BY user_id"
+# In a copy of a log that no store was opened on, see `serve.log_copy`: it may be replaced by a newer one.
+MARK_COPY = "CREATE TABLE untouched_copy (marked INTEGER) STRICT"
+UNMARK_COPY = "DROP TABLE IF EXISTS untouched_copy"
 LOCK_TIMEOUT_S = 5.0
+LARGEST = 2**63 - 1
 LARGEST_GROUP = 256
 COPIED_AT_ONCE = 10_000
 SHOWN_AT_ONCE = 100
 
+# Each walks as many of a user's events as it finds: without a hint, the first would walk all of `history`.
+CHANGES = (
+    "SELECT item_id, rating, timestamp FROM events INDEXED BY arrivals"
+    " WHERE user_id = ? AND arrival > ? AND arrival <= ? ORDER BY arrival LIMIT ?"
+)
+NEWEST = (
+    "SELECT item_id, rating, timestamp FROM events INDEXED BY history"
+    " WHERE user_id = ? AND arrival <= ? AND timestamp <= ? ORDER BY timestamp DESC, arrival DESC LIMIT ?"
+)
 SHOWN = "recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp FROM shown"
 
 T = TypeVar("T")
@@ -135,36 +150,29 @@ class SQLiteStore(EventStore):
         return self._write(lambda connection: _insert_events(connection, events))
 
     def history(self, user_id: str, until: int | None = None) -> list[Event]:
-        query = "SELECT item_id, rating, timestamp FROM events WHERE user_id = ?"
-        parameters: tuple[str | int, ...] = (user_id,)
-        if until is not None:
-            query += " AND timestamp <= ?"
-            parameters += (until,)
-        return self._events(query, MOST_EVENTS, *parameters)
+        return self._newest(user_id, LARGEST, LARGEST if until is None else until, MOST_EVENTS)
 
     def revision(self, user_id: str) -> int:
         return self._life(user_id)[1]
 
     def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
         first, revision = self._life(user_id)
-        complete = since < first or not revision
-        if complete:
-            since = 0
-        elif since >= revision:
+        if revision and since >= revision:
             return Changes(revision, [], complete=False)
         # Not in one snapshot: events after `revision` are left to the next call, and a deletion in between
         # changes the revision, so the next call starts anew.
-        query = "SELECT item_id, rating, timestamp FROM events WHERE user_id = ? AND arrival > ? AND arrival <= ?"
-        events = self._events(query, most, user_id, since, revision)
-        if not complete and len(events) == most:
-            events, complete = self._events(query, most, user_id, 0, revision), True
-        return Changes(revision, events, complete)
+        if revision and since >= first:
+            events = [Event(*row) for row in self._read(CHANGES, user_id, since, revision, most)]
+            if len(events) < most:
+                return Changes(revision, sorted(events, key=lambda event: event.timestamp), complete=False)
+        return Changes(revision, self._newest(user_id, revision, LARGEST, most), complete=True)
 
-    def log_shown(self, shown: Shown, *, wait: bool = False) -> None:
+    def log_shown(self, shown: Shown, *, started: float | None = None, wait: bool = False) -> None:
+        one = Started.at(shown, started)
         if wait:
-            self._write(lambda connection: _insert_shown(connection, [Aged(shown, 0.0)]))
+            self._write(lambda connection: _insert_shown(connection, [one]))
         else:
-            self._deferred.add([shown])
+            self._deferred.add([shown], one.started)
 
     def shown(self, user_id: str | None) -> list[Shown]:
         return [shown_of_row(row) for row in self._read(f"SELECT {SHOWN} WHERE user_id IS ? ORDER BY number", user_id)]
@@ -219,16 +227,15 @@ class SQLiteStore(EventStore):
         rows = self._read("SELECT first_arrival, last_arrival FROM users WHERE user_id = ?", user_id)
         return rows[0] if rows else (0, 0)
 
-    def _events(self, query: str, most: int, *parameters: str | int) -> list[Event]:
-        """The newest of the events that a query finds, by (timestamp, arrival)."""
-        rows = self._read(f"{query} ORDER BY timestamp DESC, arrival DESC LIMIT ?", *parameters, most)
-        return [Event(*row) for row in reversed(rows)]
+    def _newest(self, user_id: str, last_arrival: int, until: int, most: int) -> list[Event]:
+        """A user's newest events up to an arrival and a time, by (timestamp, arrival)."""
+        return [Event(*row) for row in reversed(self._read(NEWEST, user_id, last_arrival, until, most))]
 
     def _read(self, query: str, *parameters: str | int | None) -> list[Any]:
         with self._failures("cannot be read"):
             return self._reader().execute(query, parameters).fetchall()
 
-    def _write_deferred(self, shown: Sequence[Aged], states: Sequence[SpilledState]) -> None:
+    def _write_deferred(self, shown: Sequence[Started], states: Sequence[SpilledState]) -> None:
         def work(connection: sqlite3.Connection) -> None:
             _insert_shown(connection, shown)
             _insert_states(connection, states)
@@ -274,7 +281,7 @@ class SQLiteStore(EventStore):
                     write.done.set_exception(error)
                 self._writer.execute("RELEASE one")
             self._writer.execute("COMMIT")
-        except sqlite3.Error as error:
+        except Exception as error:
             if self._writer.in_transaction:
                 with suppress(sqlite3.Error):
                     self._writer.execute("ROLLBACK")
@@ -310,11 +317,16 @@ class SQLiteStore(EventStore):
                 self._connections.pop().close()
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        if self._version(connection) == SCHEMA_VERSION:
+        self._version(connection)
+        # Also of a file that is up to date: a copy of a log comes without, as one file.
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise StoreError(f"{self._path}: cannot be opened: expected journal mode wal, came {mode}")
+        if self._version(connection) == SCHEMA_VERSION and _has(connection, "arrivals") and not _is_marked(connection):
             return
-        connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("BEGIN IMMEDIATE")
         try:
+            connection.execute(UNMARK_COPY)
             # Another process may have been faster.
             version = self._version(connection)
             if version != SCHEMA_VERSION:
@@ -322,6 +334,7 @@ class SQLiteStore(EventStore):
                 steps += [FILL_USERS, f"PRAGMA application_id = {APPLICATION_ID}"]
                 for step in [*steps, f"PRAGMA user_version = {SCHEMA_VERSION}"]:
                     connection.execute(step)
+            connection.execute(ARRIVALS)
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
@@ -350,6 +363,23 @@ class SQLiteStore(EventStore):
             raise StoreError(f"{self._path}: {what}: {error}") from error
 
 
+def is_copy(path: Path) -> bool:
+    """Whether a file is a copy of a log that was not opened as a store since."""
+    # Immutable: looking at another's database neither waits for it nor leaves files beside it.
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{path.resolve().as_uri()}?immutable=1", uri=True)) as file:
+        return file.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,) and _is_marked(file)
+    return False
+
+
+def _is_marked(connection: sqlite3.Connection) -> bool:
+    return _has(connection, "untouched_copy")
+
+
+def _has(connection: sqlite3.Connection, name: str) -> bool:
+    """Whether there is such a table or index."""
+    return connection.execute("SELECT count(*) FROM sqlite_schema WHERE name = ?", [name]).fetchone() == (1,)
+
+
 def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) -> list[UserEvent]:
     recorded = []
     for new in events:
@@ -367,7 +397,7 @@ def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) 
     return recorded
 
 
-def _insert_shown(connection: sqlite3.Connection, shown: Sequence[Aged]) -> None:
+def _insert_shown(connection: sqlite3.Connection, shown: Sequence[Started]) -> None:
     """What was made for users before they were deleted has no place any more."""
     users = digests(shown)
     query = f"SELECT user, time FROM deletions WHERE user IN ({', '.join('?' * len(users))})"

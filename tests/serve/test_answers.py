@@ -10,9 +10,11 @@ import pytest
 from serve.client import Event, RecommenderClient, UserEvent, recommend_request
 from serve.exploration import Exploration, draw
 from serve.loaded import one_model
-from serve.pb.recommender_pb2 import RecommendResponse
+from serve.metrics import Metrics
+from serve.pb.recommender_pb2 import BatchRecommendRequest, RecommendResponse
 from serve.recommender import Recommender
 from serve.server import create_server
+from serve.servicer import RecommenderServicer
 from serve.store import EventStore
 
 TEMPERATURE = 0.5
@@ -161,3 +163,22 @@ def test_propensities_of_a_history_are_those_of_its_scores(
 def test_a_temperature_is_positive(temperature: float) -> None:
     with pytest.raises(ValueError, match="expected a temperature above 0"):
         Exploration(temperature)
+
+
+def test_what_was_under_way_when_its_user_was_deleted_is_not_logged(model: Recommender, store: EventStore) -> None:
+    class DeletedMeanwhile:
+        """The context of a call during which the user is deleted."""
+
+        def time_remaining(self) -> float:
+            store.delete_user("u")
+            return 30.0
+
+        def is_active(self) -> bool:
+            return True
+
+    servicer = RecommenderServicer(one_model(model, store), store, Metrics())
+    request = recommend_request(user_id="u", k=3)
+    servicer.Recommend(request, DeletedMeanwhile())
+    servicer.BatchRecommend(BatchRecommendRequest(requests=[request, request]), DeletedMeanwhile())
+    store.flush()
+    assert store.shown("u") == []
