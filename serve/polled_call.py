@@ -10,6 +10,8 @@ import grpc
 from grpc import _common
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
+from serve.overdue import Unsent
+
 logger = logging.getLogger(__name__)
 
 Metadata = Sequence[tuple[str, str | bytes]]
@@ -22,9 +24,10 @@ class PolledCall(grpc.ServicerContext):
     Of the polling thread, which alone counts what is due; a handler in the pool has the context and sends the answer.
     """
 
-    def __init__(self, event: Any, method: str, answer: Callable[["PolledCall", bytes], None]) -> None:
-        """`answer` is told when the message is there."""
+    def __init__(self, event: Any, method: str, answer: Callable[["PolledCall", bytes], None], unsent: Unsent) -> None:
+        """`answer` is told when the message is there; the call is in `unsent` from when it is answered."""
         self.method = method
+        self._unsent = unsent
         self._event = event
         self._call = event.call
         self._has_message = answer
@@ -37,7 +40,8 @@ class PolledCall(grpc.ServicerContext):
         self._callbacks: list[Callable[[], None]] = []
         self._writer: _Writer | None = None
         self._due = 2
-        self.pool: Any = None
+        self._leave_pool: Callable[[], None] | None = None
+        self._is_due_to_send = False
         self.is_stream = False
         self.waits_for_message = False
 
@@ -62,6 +66,7 @@ class PolledCall(grpc.ServicerContext):
         """Ends the call unread, all in one operation, instead of `begin`."""
         self._is_answered = True
         self._due = 1
+        self._unsent.add(self, 0)
         status = _common.STATUS_CODE_TO_CYGRPC_STATUS_CODE[code]
         self._call.start_server_batch(
             (
@@ -78,9 +83,13 @@ class PolledCall(grpc.ServicerContext):
         self._trailing = metadata
         self._send(None, code, details)
 
-    def hand_over(self, pool: Any) -> None:
-        """Before a thread of a pool answers: it sends something in any case, which is due from now on."""
-        self.pool = pool
+    def hand_over(self, leave_pool: Callable[[], None]) -> None:
+        """Before a thread of a pool answers: it sends something in any case, which is due from now on.
+
+        `leave_pool` is called when it has an answer, before the client can have it and call again.
+        """
+        self._leave_pool = leave_pool
+        self._is_due_to_send = True
         self._due += 1
 
     def answer_in_pool(self, message: bytes) -> None:
@@ -157,8 +166,11 @@ class PolledCall(grpc.ServicerContext):
         self._writer.written()
 
     def _send(self, message: bytes | None, code: grpc.StatusCode, details: str) -> None:
-        if self.pool is not None:
-            # Is due already, also of a call that was cancelled meanwhile: gRPC takes it and sends nothing.
+        if self._leave_pool is not None:
+            self._leave_pool()
+            self._leave_pool = None
+        if self._is_due_to_send:
+            # Also of a call that was cancelled meanwhile: gRPC takes it and sends nothing.
             pass
         elif self._is_cancelled:
             return
@@ -172,6 +184,7 @@ class PolledCall(grpc.ServicerContext):
         ]
         if message is not None:
             operations.append(cygrpc.SendMessageOperation(message, _NO_FLAGS))
+        self._unsent.add(self, len(message or b""))
         self._call.start_server_batch(operations, self._on_sent)
 
     # What follows is grpc.ServicerContext, which documents it.

@@ -14,6 +14,9 @@ that does not block (watching health), holds no thread either. Other streams are
 themselves, since each holds one as long as it likes. Interceptors and servicers are the usual ones, and so are `stop`
 and its grace.
 
+A call that is answered holds no place in a pool, whether its client takes the answer or not; what is not taken is
+dropped in the end (`serve/overdue.py`).
+
 gRPC's own limit on the calls of a connection (`grpc.max_concurrent_streams`) holds, but not its "overload protection":
 that counts calls which the client has its answer to, until this thread has seen them off, and refuses good ones of a
 client that stays below the limit. What is in the server is counted here instead.
@@ -38,6 +41,7 @@ from grpc import _common, _server
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from serve import batching
+from serve.overdue import Unsent
 from serve.polled_call import Metadata, PolledCall
 
 logger = logging.getLogger(__name__)
@@ -125,12 +129,24 @@ class _Pool:
 
     def __init__(self, threads: ThreadPoolExecutor, most: int) -> None:
         self.threads = threads
-        self.most = most
-        self.count = 0
+        self._most = most
+        self._count = 0
+        self._lock = threading.Lock()
 
     @property
     def is_full(self) -> bool:
-        return self.count >= self.most
+        return self._count >= self._most
+
+    def answer(self, call: PolledCall, message: bytes) -> None:
+        """One more, until it is answered; whether the client takes the answer is no matter of the threads."""
+        with self._lock:
+            self._count += 1
+        call.hand_over(self._leave)
+        self.threads.submit(call.answer_in_pool, message)
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._count -= 1
 
 
 class PollingServer(_server._Server):
@@ -170,6 +186,8 @@ class _Loop:
         self._parked: deque[tuple[greenlet, batching.Batcher, batching.Pending]] = deque()
         # With when they came, the oldest first.
         self._without_message: dict[PolledCall, float] = {}
+        self._unsent = Unsent()
+        self._next_look = 0.0
         self._greenlet: greenlet
         self._turned_away = 0
 
@@ -202,9 +220,7 @@ class _Loop:
         if pool.is_full:
             call.refuse(*self._front.turn_away(method))
         else:
-            pool.count += 1
-            call.hand_over(pool)
-            pool.threads.submit(call.answer_in_pool, message)
+            pool.answer(call, message)
 
     def park(self, batcher: batching.Batcher, pending: batching.Pending) -> None:
         """Sets the calling handler aside until its request is answered."""
@@ -231,6 +247,7 @@ class _Loop:
                 if taken >= MOST_AT_ONCE or self._turned_away >= MOST_TURNED_AWAY:
                     if self._parked:
                         self._answer_parked()
+                    self._end_overdue()
                     taken = 0
             if self._state.server_deallocated:
                 _server._begin_shutdown_once(self._state)
@@ -261,8 +278,7 @@ class _Loop:
             self._without_message.pop(call, None)
         if not call.is_over:
             return True
-        if call.pool is not None:
-            call.pool.count -= 1
+        self._unsent.remove(call)
         call.end()
         with self._state.lock:
             self._state.rpc_states.remove(call)
@@ -272,7 +288,7 @@ class _Loop:
         """Takes in a call; its message comes with another event."""
         state, tag = self._state, event.tag
         method = _common.decode(event.call_details.method) if tag is _server._REQUEST_CALL_TAG else tag
-        call = PolledCall(event, method, self.answer)
+        call = PolledCall(event, method, self.answer, self._unsent)
         is_full = self._is_full(method)
         handler: Any = None
         if not is_full:
@@ -329,6 +345,9 @@ class _Loop:
     def _end_overdue(self) -> None:
         """Ends calls that have waited too long for their message, or are too many."""
         now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + IDLE_S
+            self._unsent.end_overdue()
         while self._without_message:
             call, since = next(iter(self._without_message.items()))
             if len(self._without_message) > MOST_WITHOUT_MESSAGE:
