@@ -231,6 +231,7 @@ def create_server(
             takes_long,
             most_in_pool=max_calls,
             turn_away=turn_away,
+            on_no_message=lambda method: metrics.rejected("no_message", method),
             on_failure=on_failure,
         )
         slow_pool = ThreadPoolExecutor(SLOW_WORKERS, "grpc-slow")
