@@ -95,8 +95,10 @@ class Calls(grpc.ServerInterceptor):
     def _request_id(self, metadata: Any) -> str:
         for key, value in metadata:
             if key == REQUEST_ID_KEY:
-                if 0 < len(value) <= LONGEST_REQUEST_ID:
-                    return str(value)
+                # gRPC sends nothing else back, and fails the call.
+                text = value if isinstance(value, str) else ""
+                if 0 < len(text) <= LONGEST_REQUEST_ID and text.isascii() and text.isprintable():
+                    return text
                 break
         return f"{self._id_prefix}-{next(self._id_numbers):x}"
 

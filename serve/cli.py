@@ -216,12 +216,14 @@ def run(
             # Open from here on, so that health checks see a server that is not ready, and not none.
             server.listen()
             models.open()
-            server.start()
-            host = address.rpartition(":")[0]
-            main = models.version("").model
-            how = f"provider {main.provider}, search {main.engine.search_by}"
-            click.echo(f"serving {main.info.model_version} on {host}:{server.port} ({how})")
-            stopped.wait()
+            # A server that is to end already must not attract calls.
+            if not stopped.is_set():
+                server.start()
+                host = address.rpartition(":")[0]
+                main = models.version("").model
+                how = f"provider {main.provider}, search {main.engine.search_by}"
+                click.echo(f"serving {main.info.model_version} on {host}:{server.port} ({how})")
+                stopped.wait()
             if not server.finish_calls(drain):
                 logging.getLogger(__name__).warning("calls were still under way after %g s, and are cut off", drain)
             if stop_metrics is not None:

@@ -20,6 +20,8 @@ from serve.store import EventStore
 
 # So many questions of one call are in the queue at a time: a call must not crowd out all others.
 AT_ONCE = 16
+# Clocks differ, and a question takes its time: who asks as of then asks as of now.
+RECENT_S = 60.0
 
 IsCancelled = Callable[[], bool]
 
@@ -40,6 +42,14 @@ class LoadedModel:
         self._store = store
         self._metrics = metrics
         self._batcher = Batcher(self.states.recommend, on_run=partial(_observe, metrics))
+
+    def asks_for_the_past(self, user_id: str | None, request_time: int | None) -> bool:
+        """Whether a stored user is asked for as of a time that has newer events, all others of which must be read
+        again; of users who did not come lately, whether that may be."""
+        if user_id is None or request_time is None:
+            return False
+        newest = self.states.newest(user_id)
+        return request_time < (time.time() - RECENT_S if newest is None else newest)
 
     def recommend(
         self, query: Query, deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
@@ -70,7 +80,12 @@ class LoadedModel:
         return [self._finished(query, answer, wanted) for query, answer in zip(queries, answers, strict=True)]
 
     def _asked(self, query: Query) -> Query:
-        """What the batch is asked: without explanations, for which its neighbours would have to wait."""
+        """What the batch is asked: without explanations and old histories, for which its neighbours would have to
+        wait."""
+        if query.user_id is not None and query.request_time is not None:
+            newest = self.states.newest(query.user_id)
+            if newest is not None and query.request_time < newest:
+                query = query._replace(user_id=None, events=self._store.history(query.user_id, query.request_time))
         if self.exploration is not None:
             query = query._replace(k=max(query.k, self.exploration.pool))
         return query._replace(explain=False) if query.explain else query

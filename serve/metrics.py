@@ -136,7 +136,8 @@ class Metrics:
         self._methods = frozenset(methods)
 
     def rejected(self, reason: str, method: str) -> None:
-        """One call that was turned away before it was looked at: `unauthenticated`, `permission` or `overload`."""
+        """One call that was turned away before it was looked at: `unauthenticated`, `permission` or `overload`; or that
+        was ended because its message did not come: `no_message`."""
         self._rejected.labels(reason, method if method in self._methods else "unknown").inc()
 
     def answered(self, policy: str, items: NDArray[np.int32]) -> None:

@@ -10,6 +10,8 @@ import grpc
 from grpc import _common
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
+from serve.overdue import Unreceived, Unsent
+
 logger = logging.getLogger(__name__)
 
 Metadata = Sequence[tuple[str, str | bytes]]
@@ -22,9 +24,10 @@ class PolledCall(grpc.ServicerContext):
     Of the polling thread, which alone counts what is due; a handler in the pool has the context and sends the answer.
     """
 
-    def __init__(self, event: Any, method: str, answer: Callable[["PolledCall", bytes], None]) -> None:
-        """`answer` is told when the message is there."""
+    def __init__(self, event: Any, method: str, answer: Callable[["PolledCall", bytes], None], unsent: Unsent) -> None:
+        """`answer` is told when the message is there; the call is in `unsent` from when it is answered."""
         self.method = method
+        self._unsent = unsent
         self._event = event
         self._call = event.call
         self._has_message = answer
@@ -36,32 +39,38 @@ class PolledCall(grpc.ServicerContext):
         self._details = ""
         self._callbacks: list[Callable[[], None]] = []
         self._writer: _Writer | None = None
-        self._due = 2
-        self.pool: Any = None
+        self._due = 1
+        self._leave_pool: Callable[[], None] | None = None
+        self._is_due_to_send = False
         self.is_stream = False
-        self.waits_for_message = False
+        self._unreceived: Unreceived | None = None
+        self._peer = ""
 
     @property
     def is_over(self) -> bool:
         """Whether all that was begun has ended, so that the call can be forgotten."""
         return not self._due and (self._writer is None or not self._writer.is_writing)
 
-    def begin(self, handler: grpc.RpcMethodHandler) -> None:
-        """Waits for the message; a handler that `refuses` in any case is not made to wait."""
+    def begin(self, handler: grpc.RpcMethodHandler, unreceived: Unreceived) -> None:
+        """Waits for the message, among the `unreceived`; a handler that `refuses` in any case is not made to wait."""
         self._handler = handler
         if getattr(handler.unary_unary, "refuses", False):
-            self._due -= 1
             self._call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), self._on_close)
             self.answer(b"")
             return
-        self.waits_for_message = True
         self._call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), self._on_close)
+        self._unreceived = unreceived
+        unreceived.add(self)
+
+    def receive(self) -> None:
+        """Asks gRPC for the message."""
+        self._due += 1
         self._call.start_server_batch((cygrpc.ReceiveMessageOperation(_NO_FLAGS),), self._on_message)
 
     def turn_away(self, code: grpc.StatusCode, details: str, metadata: Metadata = ()) -> None:
         """Ends the call unread, all in one operation, instead of `begin`."""
         self._is_answered = True
-        self._due = 1
+        self._unsent.add(self, 0)
         status = _common.STATUS_CODE_TO_CYGRPC_STATUS_CODE[code]
         self._call.start_server_batch(
             (
@@ -74,13 +83,21 @@ class PolledCall(grpc.ServicerContext):
 
     def refuse(self, code: grpc.StatusCode, details: str, metadata: Metadata = ()) -> None:
         """Ends the call after `begin`, before it is answered."""
-        self.waits_for_message = False
         self._trailing = metadata
         self._send(None, code, details)
 
-    def hand_over(self, pool: Any) -> None:
-        """Before a thread of a pool answers: it sends something in any case, which is due from now on."""
-        self.pool = pool
+    def give_up(self, code: grpc.StatusCode, details: str) -> None:
+        """As `refuse`, and gRPC drops at once what it has of the message, whether the client reads this or not."""
+        self._is_answered = True
+        self._call.cancel(_common.STATUS_CODE_TO_CYGRPC_STATUS_CODE[code], details)
+
+    def hand_over(self, leave_pool: Callable[[], None]) -> None:
+        """Before a thread of a pool answers: it sends something in any case, which is due from now on.
+
+        `leave_pool` is called when it has an answer, before the client can have it and call again.
+        """
+        self._leave_pool = leave_pool
+        self._is_due_to_send = True
         self._due += 1
 
     def answer_in_pool(self, message: bytes) -> None:
@@ -132,14 +149,14 @@ class PolledCall(grpc.ServicerContext):
 
     def _on_close(self, event: Any) -> None:
         self._due -= 1
-        self.waits_for_message = False
+        self._received()
         self._is_cancelled = event.batch_operations[0].cancelled()
         if self._writer is not None:
             self._writer.close()
 
     def _on_message(self, event: Any) -> None:
         self._due -= 1
-        self.waits_for_message = False
+        self._received()
         message = event.batch_operations[0].message()
         if self._is_answered:
             # It came too late.
@@ -149,6 +166,11 @@ class PolledCall(grpc.ServicerContext):
         elif not self._is_cancelled:
             self._send(None, grpc.StatusCode.UNIMPLEMENTED, "expected one request message, came none")
 
+    def _received(self) -> None:
+        if self._unreceived is not None:
+            self._unreceived.remove(self)
+            self._unreceived = None
+
     def _on_sent(self, _: Any) -> None:
         self._due -= 1
 
@@ -157,8 +179,11 @@ class PolledCall(grpc.ServicerContext):
         self._writer.written()
 
     def _send(self, message: bytes | None, code: grpc.StatusCode, details: str) -> None:
-        if self.pool is not None:
-            # Is due already, also of a call that was cancelled meanwhile: gRPC takes it and sends nothing.
+        if self._leave_pool is not None:
+            self._leave_pool()
+            self._leave_pool = None
+        if self._is_due_to_send:
+            # Also of a call that was cancelled meanwhile: gRPC takes it and sends nothing.
             pass
         elif self._is_cancelled:
             return
@@ -172,6 +197,7 @@ class PolledCall(grpc.ServicerContext):
         ]
         if message is not None:
             operations.append(cygrpc.SendMessageOperation(message, _NO_FLAGS))
+        self._unsent.add(self, len(message or b""))
         self._call.start_server_batch(operations, self._on_sent)
 
     # What follows is grpc.ServicerContext, which documents it.
@@ -193,7 +219,9 @@ class PolledCall(grpc.ServicerContext):
         return self._event.invocation_metadata
 
     def peer(self) -> str:
-        return str(_common.decode(self._call.peer()))
+        if not self._peer:
+            self._peer = str(_common.decode(self._call.peer()))
+        return self._peer
 
     def peer_identities(self) -> Iterable[bytes] | None:
         found: Iterable[bytes] | None = cygrpc.peer_identities(self._call)

@@ -9,10 +9,13 @@ gRPC, where nobody counts it, nor take the time of the others.
 
 Calls of other unary methods go to the thread pool, once their message is there: grpc lets a thread wait for it, so
 that a few callers who send none, and need no token for that, keep all threads from the others. Here a call without a
-message costs its memory, for so many calls and so long and no more. A stream that is only written to, by a handler
-that does not block (watching health), holds no thread either. Other streams are grpc's own and have a few threads for
-themselves, since each holds one as long as it likes. Interceptors and servicers are the usual ones, and so are `stop`
-and its grace.
+message costs memory, for so many calls and so long and no more (`serve/overdue.py`). A stream that is only written to,
+by a handler that does not block (watching health), holds no thread either. Other streams are grpc's own and have a few
+threads for themselves, since each holds one as long as it likes. Interceptors and servicers are the usual ones, and so
+are `stop` and its grace.
+
+A call that is answered holds no place in a pool, whether its client takes the answer or not; what is not taken is
+dropped in the end (`serve/overdue.py`).
 
 gRPC's own limit on the calls of a connection (`grpc.max_concurrent_streams`) holds, but not its "overload protection":
 that counts calls which the client has its answer to, until this thread has seen them off, and refuses good ones of a
@@ -37,7 +40,8 @@ from greenlet import getcurrent, greenlet
 from grpc import _common, _server
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from serve import batching
+from serve import batching, overdue
+from serve.overdue import Unreceived, Unsent
 from serve.polled_call import Metadata, PolledCall
 
 logger = logging.getLogger(__name__)
@@ -47,17 +51,14 @@ MOST_AT_ONCE = 256
 # For each run of the model: what gRPC does for a call costs more than half of an answer, also for one that is turned
 # away. With as many turned away as answered, 62 % of the peak were answered; whoever comes beyond that waits.
 MOST_TURNED_AWAY = batching.LARGEST_BATCH // 4
-# A message travels with its call; who needs longer is very far away or up to no good.
-MESSAGE_S = 30.0
-# So many calls may wait for their message, of some 5 KB each; with more, the oldest of them end.
-MOST_WITHOUT_MESSAGE = 1_000
 # For streams that are read from: reflection, which is asked by hand.
 STREAM_WORKERS = 4
 MOST_STREAMS = 16
 # So many calls may wait in gRPC to be looked at. It then resets some, which a client sees as CANCELLED and does not
 # repeat; by default from 1,000 on, which ten full connections are.
 MOST_AT_THE_DOOR = 10_000
-IDLE_S = 1.0
+# How often to look for calls that wait too long for their client.
+LOOK_S = 0.25
 _USED = (
     *("_Server", "_ServerStage", "_HandlerCallDetails", "_GenericMethod", "_REQUEST_CALL_TAG"),
     *("_process_event_and_continue", "_request_registered_call", "_request_call"),
@@ -76,7 +77,8 @@ class Front:
     inline: Collection[str] = ()
     """Unary methods that the polling thread answers, unless a call `takes_long`."""
     at_once: Collection[str] = ()
-    """Unary methods that it answers however many calls wait."""
+    """Methods that it answers however many calls wait, with messages of a few bytes; who may call nothing else takes
+    no place from other calls by not sending them."""
     takes_long: Callable[[str, bytes], bool] = lambda method, message: False
     """Whether a call, by its method and message, is for the pool of slow ones, which must keep no others waiting."""
     most_parked: int = batching.DEFAULT_CAPACITY
@@ -91,6 +93,8 @@ class Front:
         (),
     )
     """How further calls of a method end, without reaching an interceptor."""
+    on_no_message: Callable[[str], None] = lambda method: None
+    """Told the method of each call that is ended because its message did not come."""
     on_failure: Callable[[], None] = lambda: None
     """Called when the polling thread ends without having been asked to: nobody is answered any more."""
 
@@ -113,6 +117,9 @@ def polling_server(
     options = (
         *options,
         ("grpc.http.overload_protection", 0),
+        # By it gRPC would let every call of a fast connection send up to 16 MiB which nobody has asked for, and not
+        # 64 KiB. All of a message may come in any case once it is asked for.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.server.max_pending_requests", MOST_AT_THE_DOOR),
         ("grpc.server.max_pending_requests_hard_limit", 2 * MOST_AT_THE_DOOR),
     )
@@ -125,12 +132,24 @@ class _Pool:
 
     def __init__(self, threads: ThreadPoolExecutor, most: int) -> None:
         self.threads = threads
-        self.most = most
-        self.count = 0
+        self._most = most
+        self._count = 0
+        self._lock = threading.Lock()
 
     @property
     def is_full(self) -> bool:
-        return self.count >= self.most
+        return self._count >= self._most
+
+    def answer(self, call: PolledCall, message: bytes) -> None:
+        """One more, until it is answered; whether the client takes the answer is no matter of the threads."""
+        with self._lock:
+            self._count += 1
+        call.hand_over(self._leave)
+        self.threads.submit(call.answer_in_pool, message)
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._count -= 1
 
 
 class PollingServer(_server._Server):
@@ -168,8 +187,15 @@ class _Loop:
         self._inline = frozenset(front.inline)
         self._at_once = frozenset(front.at_once)
         self._parked: deque[tuple[greenlet, batching.Batcher, batching.Pending]] = deque()
-        # With when they came, the oldest first.
-        self._without_message: dict[PolledCall, float] = {}
+        self._unreceived, self._short_unreceived = (
+            Unreceived(most, yield_s, seconds, overdue.MOST_IN_LINE, front.on_no_message)
+            for most, yield_s, seconds in (
+                (overdue.MOST_RECEIVING, overdue.YIELD_S, overdue.MESSAGE_S),
+                (overdue.MOST_SHORT_RECEIVING, overdue.SHORT_YIELD_S, overdue.SHORT_MESSAGE_S),
+            )
+        )
+        self._unsent = Unsent()
+        self._next_look = 0.0
         self._greenlet: greenlet
         self._turned_away = 0
 
@@ -202,9 +228,7 @@ class _Loop:
         if pool.is_full:
             call.refuse(*self._front.turn_away(method))
         else:
-            pool.count += 1
-            call.hand_over(pool)
-            pool.threads.submit(call.answer_in_pool, message)
+            pool.answer(call, message)
 
     def park(self, batcher: batching.Batcher, pending: batching.Pending) -> None:
         """Sets the calling handler aside until its request is answered."""
@@ -218,7 +242,7 @@ class _Loop:
         taken = 0
         while True:
             # With calls set aside: only what is there already.
-            event = poll(0 if self._parked else time.time() + IDLE_S)
+            event = poll(0 if self._parked else time.time() + LOOK_S)
             if event.completion_type == cygrpc.CompletionType.queue_timeout:
                 if self._parked:
                     self._answer_parked()
@@ -231,6 +255,7 @@ class _Loop:
                 if taken >= MOST_AT_ONCE or self._turned_away >= MOST_TURNED_AWAY:
                     if self._parked:
                         self._answer_parked()
+                    self._end_overdue()
                     taken = 0
             if self._state.server_deallocated:
                 _server._begin_shutdown_once(self._state)
@@ -257,12 +282,9 @@ class _Loop:
                 return self._begin(event)
             return bool(_server._process_event_and_continue(self._state, event))
         tag(event)
-        if not call.waits_for_message:
-            self._without_message.pop(call, None)
         if not call.is_over:
             return True
-        if call.pool is not None:
-            call.pool.count -= 1
+        self._unsent.remove(call)
         call.end()
         with self._state.lock:
             self._state.rpc_states.remove(call)
@@ -272,7 +294,7 @@ class _Loop:
         """Takes in a call; its message comes with another event."""
         state, tag = self._state, event.tag
         method = _common.decode(event.call_details.method) if tag is _server._REQUEST_CALL_TAG else tag
-        call = PolledCall(event, method, self.answer)
+        call = PolledCall(event, method, self.answer, self._unsent)
         is_full = self._is_full(method)
         handler: Any = None
         if not is_full:
@@ -294,11 +316,7 @@ class _Loop:
         elif handler is None:
             call.turn_away(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         else:
-            call.begin(handler)
-            if call.waits_for_message:
-                self._without_message[call] = time.monotonic()
-                if len(self._without_message) > MOST_WITHOUT_MESSAGE:
-                    self._end_overdue()
+            call.begin(handler, self._short_unreceived if method in self._at_once else self._unreceived)
         return True
 
     def _is_full(self, method: str) -> bool:
@@ -327,18 +345,13 @@ class _Loop:
             return FAILED
 
     def _end_overdue(self) -> None:
-        """Ends calls that have waited too long for their message, or are too many."""
+        """Looks now and then for calls that have waited too long for their client."""
         now = time.monotonic()
-        while self._without_message:
-            call, since = next(iter(self._without_message.items()))
-            if len(self._without_message) > MOST_WITHOUT_MESSAGE:
-                end = grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls wait for their message"
-            elif now - since > MESSAGE_S:
-                end = grpc.StatusCode.DEADLINE_EXCEEDED, f"the message did not come within {MESSAGE_S:g} s"
-            else:
-                return
-            del self._without_message[call]
-            call.refuse(*end)
+        if now >= self._next_look:
+            self._next_look = now + LOOK_S
+            self._unreceived.end_overdue()
+            self._short_unreceived.end_overdue()
+            self._unsent.end_overdue()
 
 
 def _fail(_: Any, context: grpc.ServicerContext) -> Any:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NoReturn
 
 import grpc
@@ -90,17 +91,23 @@ MAX_CALLS_OF_A_CONNECTION = 100
 MAX_CALLS = 256
 
 
-def takes_long(method: str, message: bytes) -> bool:
-    """Whether a call would hold up all others: long histories, up to 17 rows to explain an answer, whole batches."""
-    if method in SLOW:
-        return True
+def takes_long(models: Models, method: str, message: bytes) -> bool:
+    """Whether a call would hold up all others: long histories, sent along or to be read again as of an earlier time, up
+    to 17 rows to explain an answer, whole batches."""
     if method != RECOMMEND:
-        return False
+        return method in SLOW
     if len(message) > LONG_MESSAGE_BYTES:
         return True
     try:
-        return recommender_pb2.RecommendRequest.FromString(message).explain
+        request = recommender_pb2.RecommendRequest.FromString(message)
     except DecodeError:
+        return False
+    if request.explain or not (request.user_id and request.HasField("request_time")):
+        return request.explain
+    try:
+        return models.for_user(request.user_id).asks_for_the_past(request.user_id, request.request_time)
+    except LookupError:
+        # None is loaded yet, which the gate will say.
         return False
 
 
@@ -228,9 +235,10 @@ def create_server(
         front = Front(
             INLINE if polling else (),
             AT_ONCE,
-            takes_long,
+            partial(takes_long, models),
             most_in_pool=max_calls,
             turn_away=turn_away,
+            on_no_message=lambda method: metrics.rejected("no_message", method),
             on_failure=on_failure,
         )
         slow_pool = ThreadPoolExecutor(SLOW_WORKERS, "grpc-slow")

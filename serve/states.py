@@ -153,6 +153,12 @@ class StateCache:
             answers.update((at, answer) for (at, _), answer in zip(replayed, found, strict=True))
         return [answers[at] for at in range(len(queries))]
 
+    def newest(self, user_id: str) -> int | None:
+        """When a user's newest event was, in seconds, as far as it was read; None: that is not in memory. Waits for
+        nothing."""
+        user = self._users.get(user_id)
+        return None if user is None else user.newest
+
     def forget(self, user_id: str) -> None:
         """Drops a user's state, once the user was deleted from the store."""
         with self._lock:

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from serve.batching import Cancelled, Expired, QueueFull
-from serve.calls import Calls
+from serve.calls import REQUEST_ID_KEY, Calls
 from serve.client import Event, RecommenderClient, UserEvent
 from serve.errors import status_of
 from serve.loaded import one_model
@@ -29,6 +29,7 @@ from serve.recommender import Recommender
 from serve.server import create_server
 from serve.store import EventStore, SpilledState, StoreError
 from serve.tracing import Tracer, tracer_of_the_process
+from tests.serve.http2 import HEADERS, RawClient
 
 TIMEOUT_S = 30
 METHOD = "/jaxrec.v1.Recommender/"
@@ -91,6 +92,19 @@ def test_without_one_each_call_gets_its_own(stub: RecommenderStub, given: list[t
         ids.add(request_id(call))
     assert len(ids) == 3
     assert all(0 < len(one) < 40 for one in ids)
+
+
+@pytest.mark.parametrize("given", [b"\x01", b"a\tb", b"caf\xc3\xa9", b"\xff\xfe"])
+def test_a_request_id_that_cannot_go_back_fails_no_call(address: str, given: bytes) -> None:
+    with RawClient(address) as client:
+        client.call(f"{METHOD}GetModelInfo", b"", ((REQUEST_ID_KEY, given),))
+        frames = client.frames()
+        trailers = b""
+        while not trailers.count(b"grpc-status"):
+            kind, _, _, content = next(frames)
+            trailers += content if kind == HEADERS else b""
+    assert b"grpc-status\x010" in trailers
+    assert REQUEST_ID_KEY.encode() in trailers
 
 
 def test_a_failure_of_the_server_is_logged_with_the_request_and_its_cause(

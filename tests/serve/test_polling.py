@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from serve import polling
 from serve.batching import Batcher, Cancelled, Run
 from serve.health import HealthServicer
 from serve.history import Event
@@ -202,29 +201,6 @@ def test_a_cancelled_call_in_the_pool_ends_and_makes_room() -> None:
                 break
             assert second.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert time.monotonic() < end
-
-
-@pytest.mark.parametrize(
-    ("limit", "code"),
-    [
-        ("MESSAGE_S", grpc.StatusCode.DEADLINE_EXCEEDED),
-        ("MOST_WITHOUT_MESSAGE", grpc.StatusCode.RESOURCE_EXHAUSTED),
-    ],
-)
-def test_a_call_whose_message_does_not_come_is_ended(
-    limit: str, code: grpc.StatusCode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    never = threading.Event()
-
-    def nothing() -> Iterator[bytes]:
-        never.wait(PATIENCE_S)
-        yield from ()
-
-    monkeypatch.setattr(polling, limit, 0)
-    with serving(lambda request, _: request, lambda request, _: request) as channel:
-        call = channel.stream_unary(f"/{SERVICE}/Pooled").future(nothing(), timeout=2 * PATIENCE_S)
-        assert call.exception(PATIENCE_S).code() is code
-        never.set()
 
 
 def test_a_client_that_keeps_to_the_limit_of_its_connection_is_never_refused() -> None:

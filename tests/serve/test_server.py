@@ -284,15 +284,51 @@ def test_a_server_whose_polling_thread_fails_ends(model_directory: Path, tmp_pat
         assert len(store.history(ONE_EVENT.events[0].user_id)) == 1
 
 
-def test_slow_calls_are_told_by_their_message() -> None:
+def test_slow_calls_are_told_by_their_message(model: Recommender, store: EventStore) -> None:
+    models = one_model(model, store)
     short = recommend_request(history=[Event(item_id="0" * 20, timestamp=at) for at in range(100)])
     long = recommend_request(history=[Event(item_id="0" * 20, timestamp=at) for at in range(10_000)])
     explained = recommend_request(user_id="u", explain=True)
     # As few write it, but protobuf reads it: another number for true, and more bytes than needed for it.
     odd = [recommend_request(user_id="u").SerializeToString() + field for field in (b"\x30\x02", b"\xb0\x00\x81\x00")]
-    assert not any(takes_long(RECOMMEND, message) for message in (b"", b"\xff", short.SerializeToString()))
-    assert all(takes_long(RECOMMEND, one.SerializeToString()) for one in (long, explained))
+    assert not any(takes_long(models, RECOMMEND, message) for message in (b"", b"\xff", short.SerializeToString()))
+    assert all(takes_long(models, RECOMMEND, one.SerializeToString()) for one in (long, explained))
     assert [RecommendRequest.FromString(message).explain for message in odd] == [True, True]
-    assert all(takes_long(RECOMMEND, message) for message in odd)
-    assert takes_long("/jaxrec.v1.Recommender/BatchRecommend", b"")
-    assert not takes_long("/jaxrec.v1.Recommender/RecordEvents", explained.SerializeToString())
+    assert all(takes_long(models, RECOMMEND, message) for message in odd)
+    assert takes_long(models, "/jaxrec.v1.Recommender/BatchRecommend", b"")
+    assert not takes_long(models, "/jaxrec.v1.Recommender/RecordEvents", explained.SerializeToString())
+
+
+def test_a_history_as_of_an_earlier_time_is_not_read_by_the_thread_that_polls(
+    model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[str] = []
+    read = store.history
+
+    def history(user_id: str, until: int | None = None):  # type: ignore[no-untyped-def]
+        readers.append(threading.current_thread().name)
+        return read(user_id, until)
+
+    monkeypatch.setattr(store, "history", history)
+    items = model.catalog.item_ids[1:9]
+    server = create_server(one_model(model, store), store, "127.0.0.1:0")
+    server.start()
+    with RecommenderClient(f"127.0.0.1:{server.port}") as client:
+        client.record_events(
+            [UserEvent(event_id=item, user_id="u", item_id=item, timestamp=at) for at, item in enumerate(items, 100)]
+        )
+        for _ in range(3):
+            # The state is right as of now, and takes no history.
+            client.recommend(user_id="u", k=3)
+        assert readers == []
+        past = [client.recommend(user_id="u", k=3, request_time=102).recommendations for _ in range(5)]
+        assert len(readers) == 5
+        assert all(reader.startswith("grpc-slow") for reader in readers)
+        sent = [Event(item_id=item, timestamp=at) for at, item in enumerate(items[:3], 100)]
+        along = client.recommend(history=sent, k=3, request_time=102).recommendations
+        assert [one.item_id for one in past[0]] == [one.item_id for one in along]
+        # As of the newest event or later the state will do.
+        client.recommend(user_id="u", k=3, request_time=107)
+        client.recommend(user_id="u", k=3, request_time=int(time.time()))
+        assert len(readers) == 5
+    server.drain()

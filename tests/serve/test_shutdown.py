@@ -1,6 +1,11 @@
 """A server that ends under load: a client that repeats what was UNAVAILABLE sees no failure."""
 
+import os
+import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -100,6 +105,38 @@ def test_no_call_fails_over_a_restart(model_directory: Path, tmp_path: Path, fro
                         assert client.get_user_profile(str(caller)).event_count == count
         finally:
             stop.set()
+
+
+def test_a_server_that_is_to_end_while_it_loads_never_serves(model_directory: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_directory, model)
+    manifest = model / "manifest.json"
+    manifest.rename(tmp_path / "manifest.json")
+    # Whoever reads it waits until somebody writes.
+    os.mkfifo(manifest)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "serve", "run", str(model), "--address", address, "--provider", "cpu"]
+    with (
+        subprocess.Popen([*command, "--store", str(tmp_path / "s")], stdout=subprocess.PIPE, text=True) as process,
+        grpc.insecure_channel(address) as channel,
+    ):
+        try:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(
+                health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=2 * DEADLINE_S
+            )
+            told = [next(watch).status]
+            process.send_signal(signal.SIGTERM)
+            with manifest.open("wb") as waited_for:
+                waited_for.write((tmp_path / "manifest.json").read_bytes())
+                (tmp_path / "manifest.json").rename(manifest)
+            with pytest.raises(grpc.RpcError):
+                told += [answer.status for answer in watch]
+            assert set(told) == {health_pb2.HealthCheckResponse.NOT_SERVING}
+            assert process.stdout is not None
+            assert (process.wait(DEADLINE_S), process.stdout.read()) == (0, "")
+        finally:
+            process.kill()
 
 
 def test_new_calls_are_turned_away_while_those_under_way_finish(model: Recommender, store: EventStore) -> None:
