@@ -132,9 +132,12 @@ def rl(
 ) -> None:
     """Fine-tunes a policy of RUN (from `jaxrec train`) by policy gradient.
 
-    It is used only if validation shows that it is better. SIGTERM and Ctrl-C save and end the training; --resume goes
-    on with exactly the same result. With --log the policy in use learns from what a server showed, and is replaced only
-    if off-policy evaluation on other users of the log shows that the new one is better.
+    It is used only if validation shows that it is better than the supervised models; otherwise a policy that was in use
+    before stays. SIGTERM and Ctrl-C save and end the training; --resume goes on with exactly the same result.
+
+    With --log the policy in use learns from what a server showed, and is replaced only if off-policy evaluation on
+    other users of the log shows that the new one is better; a training that is ended then leaves nothing. The interval
+    is that of one try: whoever repeats it with other options until one passes is fooled by chance.
     """
     from jaxrec.rl.log_run import rl_log_run
     from jaxrec.rl.methods import METHODS

@@ -1,14 +1,17 @@
 """What a server showed and what came of it, from its event store (SQLite), in the indices of a run's catalogue.
 
 The store is read and never written; `serve/stores/sqlite.py` is its other side. A user's history at a recommendation is
-what the store held then: the events with an earlier timestamp, and of the same second those that answer an earlier
-recommendation of the same user. Events on items that the catalogue does not know are left out, as the server does.
+the events with an earlier timestamp, and of the same second those that answer an earlier recommendation of the same
+user; events that answer this recommendation or a later one are not of it, whatever a client's clock says. Events on
+items that the catalogue does not know are left out, as the server does. What a request excluded, a time that it set
+itself, and events that came late are not in the log: such recommendations are told from others only by propensities
+that do not fit.
 """
 
 import contextlib
 import json
 import sqlite3
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +89,9 @@ def read_served_log(path: Path, catalog: Catalog) -> ServedLog:
     skipped: Counter[str] = Counter()
     recommendations: list[Recommendation] = []
     users: dict[str, int] = {}
+    of_user: defaultdict[str | None, set[str]] = defaultdict(set)
+    for recommendation_id, user_id, *_ in shown:
+        of_user[user_id].add(recommendation_id)
     earlier: set[str] = set()  # the present user's recommendations before this one
     present = None
     for recommendation_id, user_id, item_ids, log_propensities, timestamp in shown:
@@ -94,7 +100,7 @@ def read_served_log(path: Path, catalog: Catalog) -> ServedLog:
         known = events.get(user_id)
         slate, propensities = json.loads(item_ids), json.loads(log_propensities)
         reason = _unusable(user_id, slate, propensities, index)
-        history = None if reason or known is None else _history_at(known, timestamp, earlier)
+        history = None if reason or known is None else _history_at(known, timestamp, earlier, of_user[user_id])
         earlier.add(recommendation_id)
         if reason or known is None or history is None or not len(history.items):
             skipped[reason or NO_HISTORY] += 1
@@ -154,9 +160,11 @@ def _unusable(user_id: str | None, slate: list[str], propensities: list[float], 
     return "" if all(item in index for item in slate) else UNKNOWN_ITEM
 
 
-def _history_at(events: _UserEvents, timestamp: int, earlier: set[str]) -> History:
-    """The user's events on known items before a recommendation."""
+def _history_at(events: _UserEvents, timestamp: int, earlier: set[str], all_of_user: set[str]) -> History:
+    """The user's events on known items before a recommendation; `earlier` of `all_of_user`'s recommendations."""
     before, stop = np.searchsorted(events.history.times, [timestamp, timestamp + 1])
-    kept = [*range(before), *(at for at in range(before, stop) if events.answered[at] in earlier)]
+    not_yet = all_of_user - earlier
+    kept = [at for at in range(before) if events.answered[at] not in not_yet]
+    kept += [at for at in range(before, stop) if events.answered[at] in earlier]
     chosen = np.array([at for at in kept if events.history.items[at]], np.int64)
     return History(*(column[chosen] for column in events.history))

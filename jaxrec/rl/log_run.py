@@ -75,13 +75,15 @@ def rl_log_run(
     scoring = jax.device_put(frozen_scoring(supervised, reward_tables(data)), jax.devices()[0])
     states, fit, told_time = _explained(supervised, data, base, scoring, served, temperature)
     told = _told(log, served, fit, told_time, given=temperature is not None)
-    result = train_from_log(base.graphdef, base.variables, scoring, states, config, fit, minimum_effective, stop)
+    result = train_from_log(
+        base.graphdef, base.variables, scoring, states, served.users, config, fit, minimum_effective, stop
+    )
     decision = result.decision
     record = {"used": decision.used, "log": str(log), "told": told, "gate": dataclasses.asdict(decision)}
-    write_text(folder / LOG_OUTCOME_FILE, json.dumps(record, indent=2) + "\n")
     if decision.used:
         outcome = _outcome(result, config.steps)
         write_policy(run, supervised, outcome, config, METHOD, result.variables, result.steps, [])
+    write_text(folder / LOG_OUTCOME_FILE, json.dumps(record, indent=2) + "\n")
     return LogOutcome(decision.used, decision.reason, told)
 
 

@@ -267,8 +267,7 @@ def plot_on_policy(log: list[dict[str, float]], path: Path) -> None:
 def _save(folder: Path, config: OnPolicyConfig, learner: Learner, log: list[dict[str, float]]) -> None:
     """The log is inside the file of the learner too, so that both are of the same update whenever the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / CONFIG_FILE).exists():
-        write_text(folder / CONFIG_FILE, json.dumps(to_json(config), indent=2) + "\n")
+    write_text(folder / CONFIG_FILE, json.dumps(to_json(config), indent=2) + "\n")
     lines = "".join(json.dumps(record) + "\n" for record in log)
     leaves: dict[str, Any] = {f"leaf_{n}": np.asarray(leaf) for n, leaf in enumerate(jax.tree.leaves(learner))}
     with new_file(folder / LEARNER_FILE) as temporary, temporary.open("wb") as file:

@@ -40,6 +40,7 @@ STEPS_FILE = "steps.jsonl"
 LOG_FILE = "log.jsonl"
 PLOT_FILE = "training.png"
 PREVIOUS_FOLDER = "policy.previous"
+REFUSED_FOLDER = "policy.refused"
 POLICY, SUPERVISED = "reinforce", "supervised"  # the names that serving knows
 
 
@@ -78,9 +79,14 @@ def rl_run(
     else:
         checkpoint.start(config, method.name)
     trained = train_policy(supervised, data, config, method, checkpoint.read, checkpoint.write, stop)
-    write_policy(run, supervised, trained.outcome, config, method.name, trained.variables, trained.steps, trained.log)
+    outcome, into = trained.outcome, POLICY_FOLDER
+    if not outcome.used and _is_in_use(run):
+        into = REFUSED_FOLDER
+        stays = f"the policy that was in use before stays, this one is in {folder / into}"
+        outcome = dataclasses.replace(outcome, reason=f"{outcome.reason}; {stays}")
+    write_policy(run, supervised, outcome, config, method.name, trained.variables, trained.steps, trained.log, into)
     checkpoint.remove()
-    return trained.outcome
+    return outcome
 
 
 def write_policy(
@@ -92,12 +98,17 @@ def write_policy(
     variables: Any,
     steps: Sequence[Mapping[str, float]],
     log: Sequence[Mapping[str, Any]],
+    into: str = POLICY_FOLDER,
 ) -> None:
-    """Replaces RUN/policy/ as a whole. The one before stays as RUN/policy.previous/ where it was in use."""
+    """Replaces RUN/policy/ as a whole. The one before stays as RUN/policy.previous/ where it was in use.
+
+    With REFUSED_FOLDER as `into` it is only kept to be looked at.
+    """
     from jaxrec.plots import plot_rl
 
-    keep_previous(run)
-    with new_directory(run.folder / POLICY_FOLDER, POLICY_FILE) as new:
+    if into == POLICY_FOLDER:
+        keep_previous(run)
+    with new_directory(run.folder / into, POLICY_FILE) as new:
         np.savez(new / VARIABLES_FILE, **flatten_dict(variables, sep="/"))
         digest = sha256(new / VARIABLES_FILE)
         record = PolicyRecord(outcome, config, method, models_digest(supervised), digest)
@@ -106,18 +117,24 @@ def write_policy(
         for name, records in ((STEPS_FILE, steps), (LOG_FILE, log)):
             (new / name).write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
         plot_rl(steps, log, new / PLOT_FILE)
-    (run.folder / EVALUATION_FILE).unlink(missing_ok=True)  # its figures are of the earlier policy
+    if into == POLICY_FOLDER:
+        (run.folder / EVALUATION_FILE).unlink(missing_ok=True)  # its figures are of the earlier policy
 
 
 def keep_previous(run: Run) -> None:
     """Copies a policy that is in use to RUN/policy.previous/, so that it is whole whatever happens to the original."""
+    if _is_in_use(run):
+        with new_directory(run.folder / PREVIOUS_FOLDER, POLICY_FILE) as copy:
+            shutil.copytree(run.folder / POLICY_FOLDER, copy, dirs_exist_ok=True)
+
+
+def _is_in_use(run: Run) -> bool:
+    """Whether RUN/policy/ can be read and is used."""
     try:
         record = read_record(run)
     except DataError:
-        return
-    if record is not None and record.outcome.used:
-        with new_directory(run.folder / PREVIOUS_FOLDER, POLICY_FILE) as copy:
-            shutil.copytree(run.folder / POLICY_FOLDER, copy, dirs_exist_ok=True)
+        return False
+    return record is not None and record.outcome.used
 
 
 def read_outcome(run: Run) -> PolicyOutcome | None:

@@ -12,6 +12,8 @@ expectation. pi is the policy as it is served: the same pool of best items, at t
 """
 
 import functools
+import hashlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,14 +59,20 @@ class FromLog(NamedTuple):
     gate_rows: int
 
 
-def split_users(users: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows [rows] of the users that train, and of those that judge. Raises DataError for fewer than four users."""
+def split_users(users: np.ndarray, names: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the users that train, and of those that judge; `users` [rows] counts `names`, the raw ids.
+
+    By a hash of the id: who trained a policy does not judge its successor, however the log has grown. Raises DataError
+    where either part has fewer than two users.
+    """
     labels = np.unique(users)
-    if len(labels) < 4:
+    digests = [hashlib.sha256(f"{seed} {names[user]}".encode()).digest() for user in labels]
+    trains = labels[[int.from_bytes(digest[:4]) < TRAIN_SHARE * 2**32 for digest in digests]]
+    if not 2 <= len(trains) <= len(labels) - 2:
         raise DataError(
-            f"the log has usable recommendations of {len(labels)} users, expected 4 or more: half of them judge"
+            f"the log has usable recommendations of {len(labels)} users, of whom {len(trains)} would train and "
+            f"{len(labels) - len(trains)} judge, expected two or more of each"
         )
-    trains = np.random.default_rng(seed).permutation(labels)[: round(TRAIN_SHARE * len(labels))]
     of_training = np.isin(users, trains)
     return np.flatnonzero(of_training), np.flatnonzero(~of_training)
 
@@ -74,6 +82,7 @@ def train_from_log(
     current: Any,
     scoring: Scoring,
     states: LogStates,
+    names: Sequence[str],
     config: RLConfig,
     fit: Fit,
     minimum_effective: float,
@@ -85,7 +94,7 @@ def train_from_log(
     Raises DataError where too few users are there, TrainingError where a figure is not finite, TrainingStopped where
     `stop()` became true: nothing is kept then.
     """
-    trains, judges = split_users(np.asarray(states.user), config.seed)
+    trains, judges = split_users(np.asarray(states.user), names, config.seed)
     device = jax.devices()[0]
     current = jax.device_put(jax.tree.map(jnp.asarray, current), device)
     updates = _make_updates(graphdef, config, fit.temperature)

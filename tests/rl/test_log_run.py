@@ -173,6 +173,7 @@ def test_what_cannot_be_used_is_counted(run: Path, small_data: PreparedData, tmp
                 UserEvent("3", "u", Event(raw[1], None, 110), "a"),
                 UserEvent("4", "u", Event(raw[2], 2.0, 110)),
                 UserEvent("5", "u", Event(raw[3], 5.0, 200), "c"),
+                UserEvent("7", "u", Event(raw[4], 5.0, 90), "c"),  # by a clock that is slow
                 UserEvent("6", "stranger", Event("nobody knows it", 5.0, 50)),
             ]
         )
@@ -196,7 +197,7 @@ def test_what_cannot_be_used_is_counted(run: Path, small_data: PreparedData, tmp
     assert second.history.items.tolist() == [1, 2]
     assert np.isnan(second.history.ratings[1])
     assert first.answers.tolist() == [2]
-    assert second.answers.tolist() == [4]
+    assert second.answers.tolist() == [5, 4]
     assert second.slate.tolist() == [4, 5]
     with pytest.raises(DataError, match="usable recommendations of 1 users, expected 4 or more"):
         rl_log_run(run, tmp_path / "events.sqlite", CONFIG)

@@ -19,6 +19,7 @@ from jaxrec.rl.methods import TOP_K
 from jaxrec.rl.policy_run import (
     POLICY_FOLDER,
     PREVIOUS_FOLDER,
+    REFUSED_FOLDER,
     load_policy,
     load_served,
     policy_name,
@@ -129,18 +130,18 @@ def test_policy_on_top_of_other_weights_is_refused(run: Run, supervised: Hybrid)
         load_policy(run, other, only_if_used=False)
 
 
-def test_a_policy_in_use_is_kept_beside_its_successor(run: Run) -> None:
+def test_a_refused_policy_does_not_replace_one_in_use(run: Run) -> None:
     record_use(run, False)
-    rl_run(run.folder, dataclasses.replace(SHORT, steps=20))
-    assert not (run.folder / PREVIOUS_FOLDER).exists()
+    assert not rl_run(run.folder, dataclasses.replace(SHORT, steps=20)).used
+    assert not (run.folder / REFUSED_FOLDER).exists()
     record_use(run, True)
     digest = sha256(run.folder / POLICY_FOLDER / "policy.npz")
-    rl_run(run.folder, dataclasses.replace(SHORT, steps=20, seed=1))
-    assert (
-        sha256(run.folder / PREVIOUS_FOLDER / "policy.npz")
-        == digest
-        != sha256(run.folder / POLICY_FOLDER / "policy.npz")
-    )
+    outcome = rl_run(run.folder, dataclasses.replace(SHORT, steps=20, seed=1))
+    assert not outcome.used
+    assert "the policy that was in use before stays" in outcome.reason
+    assert sha256(run.folder / POLICY_FOLDER / "policy.npz") == digest
+    assert digest != sha256(run.folder / REFUSED_FOLDER / "policy.npz")
+    assert not (run.folder / PREVIOUS_FOLDER).exists()
 
 
 def test_off_policy_training_tells_how_good_its_behaviour_model_is(
