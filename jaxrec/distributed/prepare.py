@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jaxrec.files import new_directory
 from jaxrec.schema import DataError
 
 ROWS_PER_PIECE = 1_000_000
+REMOVAL_S = 30.0
 
 
 @contextlib.contextmanager
@@ -77,10 +79,10 @@ def _prepare(
     progress: Progress,
 ) -> dict[str, Any]:
     with (
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as scratch,
+        _scratch_folder(out) as scratch,
         new_directory(out, INDEX_FILE) as result,
     ):
-        passes = Passes(client, Path(scratch), shards, progress)
+        passes = Passes(client, scratch, shards, progress)
         scale = passes.partition(folder, rows_per_piece, config.rating_scale)
         config = dataclasses.replace(config, rating_scale=scale)
         passes.sort(config)
@@ -98,3 +100,17 @@ def _prepare(
             shutil.rmtree(left_over)
         (result / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return index
+
+
+@contextlib.contextmanager
+def _scratch_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that vanishes, even if a task of a run that failed still writes to it for a moment."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield folder
+    finally:
+        give_up = time.monotonic() + REMOVAL_S
+        while folder.exists() and time.monotonic() < give_up:
+            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                time.sleep(0.1)
