@@ -199,7 +199,7 @@ def test_what_cannot_be_used_is_counted(run: Path, small_data: PreparedData, tmp
     assert first.answers.tolist() == [2]
     assert second.answers.tolist() == [5, 4]
     assert second.slate.tolist() == [4, 5]
-    with pytest.raises(DataError, match="usable recommendations of 1 users, of whom . would train"):
+    with pytest.raises(DataError, match=r"usable recommendations of 1 users, of whom \d would train"):
         rl_log_run(run, tmp_path / "events.sqlite", CONFIG)
 
 
