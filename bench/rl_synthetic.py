@@ -46,19 +46,20 @@ VISITS, LONGEST = 2000, 400
 @click.option("--seeds", default=5, show_default=True)
 @click.option("--updates", default=OnPolicyConfig.updates, show_default=True)
 @click.option("--parts", default="values,speed", show_default=True)
+@click.option("--discount", "discounts", type=float, multiple=True, default=DISCOUNTS, show_default=True)
 @click.option("--torch", "torch_python", default="", help="A Python with PyTorch and NumPy, for the loops.")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Figures of both parts stay here.")
-def main(seeds: int, updates: int, parts: str, torch_python: str, work: Path) -> None:
+def main(seeds: int, updates: int, parts: str, discounts: tuple[float, ...], torch_python: str, work: Path) -> None:
     """Measures, then writes the tables of all that was measured."""
     work.mkdir(parents=True, exist_ok=True)
     if "values" in parts:
-        write_text(work / "values.json", json.dumps(values(seeds, updates, work)))
+        write_text(work / "values.json", json.dumps(values(seeds, updates, discounts, work)))
     if "speed" in parts:
         write_text(work / "speed.json", json.dumps(speed(torch_python)))
     write_tables(work, seeds, updates)
 
 
-def values(seeds: int, updates: int, work: Path) -> dict[str, list[float]]:
+def values(seeds: int, updates: int, discounts: tuple[float, ...], work: Path) -> dict[str, list[float]]:
     """Shares of the best value by policy, one per seed where something is learned."""
     model = build_model(PARAMS)
     best = value(model, best_policy(model))
@@ -102,7 +103,7 @@ def values(seeds: int, updates: int, work: Path) -> dict[str, list[float]]:
             add(f"off-policy from the log, discount {discount:g}", shares(policy, learned))
             for name, of_updates in metrics.items():
                 found.setdefault(f"{name}, discount {discount:g}", []).append(float(of_updates[-100:].mean()))
-        for discount in DISCOUNTS:
+        for discount in discounts:
             config_on = OnPolicyConfig(seed=seed, discount=discount, updates=updates)
             folder = work / f"on-policy-{discount:g}-{seed}"
             trained = train_on_policy(ENVIRONMENT, config_on, folder)
