@@ -86,6 +86,8 @@ def main(model: Path, concurrency: int, seconds: int, out: Path) -> None:
             sample = drive(target, concurrency, seconds + 1.0, 0, folder)
             if spying.wait(60):
                 raise click.ClickException("py-spy failed")
+        # The title is the command, and py-spy's place is this machine's own.
+        out.write_text(out.read_text(encoding="utf-8").replace(spy, "py-spy"), encoding="utf-8")
         shares: Counter[str] = Counter()
         for line in raw.read_text().splitlines():
             frames, _, count = line.rpartition(" ")

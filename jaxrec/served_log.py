@@ -89,9 +89,9 @@ def read_served_log(path: Path, catalog: Catalog) -> ServedLog:
     skipped: Counter[str] = Counter()
     recommendations: list[Recommendation] = []
     users: dict[str, int] = {}
-    of_user: defaultdict[str | None, set[str]] = defaultdict(set)
+    not_yet: defaultdict[str | None, set[str]] = defaultdict(set)  # each user's recommendations from this one on
     for recommendation_id, user_id, *_ in shown:
-        of_user[user_id].add(recommendation_id)
+        not_yet[user_id].add(recommendation_id)
     earlier: set[str] = set()  # the present user's recommendations before this one
     present = None
     for recommendation_id, user_id, item_ids, log_propensities, timestamp in shown:
@@ -100,8 +100,9 @@ def read_served_log(path: Path, catalog: Catalog) -> ServedLog:
         known = events.get(user_id)
         slate, propensities = json.loads(item_ids), json.loads(log_propensities)
         reason = _unusable(user_id, slate, propensities, index)
-        history = None if reason or known is None else _history_at(known, timestamp, earlier, of_user[user_id])
+        history = None if reason or known is None else _history_at(known, timestamp, earlier, not_yet[user_id])
         earlier.add(recommendation_id)
+        not_yet[user_id].discard(recommendation_id)
         if reason or known is None or history is None or not len(history.items):
             skipped[reason or NO_HISTORY] += 1
             continue
@@ -160,10 +161,9 @@ def _unusable(user_id: str | None, slate: list[str], propensities: list[float], 
     return "" if all(item in index for item in slate) else UNKNOWN_ITEM
 
 
-def _history_at(events: _UserEvents, timestamp: int, earlier: set[str], all_of_user: set[str]) -> History:
-    """The user's events on known items before a recommendation; `earlier` of `all_of_user`'s recommendations."""
+def _history_at(events: _UserEvents, timestamp: int, earlier: set[str], not_yet: set[str]) -> History:
+    """The user's events on known items before a recommendation; `not_yet`: the ids of this one and of later ones."""
     before, stop = np.searchsorted(events.history.times, [timestamp, timestamp + 1])
-    not_yet = all_of_user - earlier
     kept = [at for at in range(before) if events.answered[at] not in not_yet]
     kept += [at for at in range(before, stop) if events.answered[at] in earlier]
     chosen = np.array([at for at in kept if events.history.items[at]], np.int64)
