@@ -32,9 +32,10 @@ OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
     help="A server's event store (SQLite): improve the policy in use from what was shown and what came of it.",
 )
 @click.option(
-    "--temperature",
-    type=POSITIVE,
-    help="With --log: of the server's --explore.  [default: what explains the log's propensities best]",
+    "--answers-within",
+    type=click.IntRange(0),
+    metavar="SECONDS",
+    help="With --log: so long after a recommendation its answers count.  [default: within which 99 % of them came]",
     show_default=False,
 )
 @click.option(
@@ -108,7 +109,7 @@ def rl(
     run: Path,
     objective: str,
     log: Path | None,
-    temperature: float | None,
+    answers_within: int | None,
     min_effective: float,
     resume: bool,
     steps: int,
@@ -165,7 +166,7 @@ def rl(
         importance_cap=importance_cap,
         rewards=rewards,
     )
-    of_log = [name for name in ("temperature", "min_effective") if name in given]
+    of_log = [name for name in ("answers_within", "min_effective") if name in given]
     without_log = [name for name in NOT_WITH_LOG if name in given]
     if log is None and of_log:
         raise click.UsageError(f"--{of_log[0].replace('_', '-')} is for --log")
@@ -174,7 +175,7 @@ def rl(
     with stop_on_signals() as stop:
         try:
             if log is not None:
-                found = rl_log_run(run, log, config, temperature, min_effective, stop)
+                found = rl_log_run(run, log, config, answers_within, min_effective, stop)
                 click.echo(f"{found.told}\n{found.reason}")
                 return
             click.echo(rl_run(run, config, METHODS[objective], resume, stop).reason)

@@ -2,15 +2,19 @@
 
 The store is read and never written; `serve/stores/sqlite.py` is its other side. A user's history at a recommendation is
 the events with an earlier timestamp, and of the same second those that answer an earlier recommendation of the same
-user; events that answer this recommendation or a later one are not of it, whatever a client's clock says. Events on
-items that the catalogue does not know are left out, as the server does. What a request excluded, a time that it set
-itself, and events that came late are not in the log: such recommendations are told from others only by propensities
-that do not fit.
+user; events that answer this recommendation or a later one are not of it, whatever a client's clock says. Where the
+request told its time, events after that are left out, and events on items that the catalogue does not know always are:
+as the server does. Which events came late is not in the log.
+
+An event answers a recommendation if it names it and comes within the horizon, by the event's own clock: one that is
+early counts as at once. Later ones are history of what was shown after them all the same. Of what was shown less than
+the horizon before the log's end, it isn't known yet what comes of it.
 """
 
 import contextlib
 import json
 import sqlite3
+import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,13 +26,16 @@ from jaxrec.catalog import Catalog
 from jaxrec.schema import DataError, RatingScale
 
 APPLICATION_ID = 0x6A787263
-STORE_VERSION = 3
+STORE_VERSION = 4
+DELAY_QUANTILE = 0.99  # of the log's answers come within the horizon, where none is given
 
 # Why a recommendation cannot be learned from.
 SENT_ALONG = "histories that came with the request"
 DETERMINISTIC = "shown without drawing (no propensities)"
+UNNOTED = "logged before servers noted their temperature"
 UNKNOWN_ITEM = "with an item that the run does not know"
 NO_HISTORY = "to users without a known event"
+STILL_OPEN = "whose answers may still come"
 
 
 class History(NamedTuple):
@@ -41,8 +48,10 @@ class History(NamedTuple):
 
 class Recommendation(NamedTuple):
     """A slate as it was shown: `slate` [k] int32, best first, `log_propensities` [k] float64, each given the items
-    above it. `answers` [answers] int32 are the items of the events that name it, in their order (0: not in the
-    catalogue), `answer_ratings` [answers] float32 (raw, NaN = none). `time`: seconds."""
+    above it, at the exploration's `temperature`, by the model `version` (of `ServedLog.versions`). `time`: seconds;
+    `request_time`: what the request told, None where it did not. `excluded` [excluded] int32: what it left out beside
+    the history. `answers` [answers] int32 are the items of the events that answer it, in their order (0: not in the
+    catalogue), `answer_ratings` [answers] float32 (raw, NaN = none)."""
 
     user: int
     time: int
@@ -51,74 +60,101 @@ class Recommendation(NamedTuple):
     log_propensities: np.ndarray
     answers: np.ndarray
     answer_ratings: np.ndarray
+    version: int
+    temperature: float
+    request_time: int | None
+    excluded: np.ndarray
 
 
 class ServedLog(NamedTuple):
     """`recommendations` that can be learned from, in the order of users and time; `users`: raw ids, which
-    `Recommendation.user` counts; `skipped`: how many others, by reason; `shown`: how many there are in all."""
+    `Recommendation.user` counts; `versions` of the models that showed them; `skipped`: how many others, by reason;
+    `shown`: how many there are in all. `horizon` seconds: so long after a recommendation its answers count."""
 
     recommendations: list[Recommendation]
     users: list[str]
+    versions: list[str]
     skipped: Mapping[str, int]
     shown: int
+    horizon: int
+
+
+class _Shown(NamedTuple):
+    """A row of the store."""
+
+    recommendation_id: str
+    user_id: str | None
+    version: str
+    time: int
+    temperature: float | None
+    request_time: int | None
+    slate: list[str]
+    log_propensities: list[float]
+    excluded: list[str]
 
 
 class _UserEvents(NamedTuple):
-    """One user's events by (timestamp, arrival): `answered` is the recommendation id that each names, or None."""
+    """One user's events by (timestamp, arrival): `answered` is the recommendation id that each names, or None, and
+    `naming` has the places of those that name one by its id."""
 
     history: History
     answered: list[str | None]
+    naming: dict[str, list[int]]
 
 
-def read_served_log(path: Path, catalog: Catalog) -> ServedLog:
-    """Reads the store. Raises DataError where it is not one, or cannot be read."""
+def read_served_log(path: Path, catalog: Catalog, answers_within: int | None = None) -> ServedLog:
+    """Reads the store; `answers_within`: the horizon in seconds, None: within which the log's own answers come, but for
+    one in a hundred. Raises DataError where it is not a store, or cannot be read."""
     index = {str(raw): number for number, raw in enumerate(catalog.ids.raw_ids.tolist(), start=1)}
     try:
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
             _require_store(connection, path)
             connection.execute("BEGIN")  # both tables as of one moment
             events = _read_events(connection, index)
-            shown = connection.execute(
-                "SELECT recommendation_id, user_id, item_ids, log_propensities, timestamp FROM shown "
-                "ORDER BY user_id, timestamp, number"
-            ).fetchall()
+            shown = _read_shown(connection)
     except sqlite3.Error as error:
         raise DataError(
             f"{path}: cannot be read ({error}); expected the event store of `python -m serve run`"
         ) from error
+    horizon = _horizon(events, shown) if answers_within is None else answers_within
+    closed = _end(events, shown) - horizon
     skipped: Counter[str] = Counter()
     recommendations: list[Recommendation] = []
     users: dict[str, int] = {}
+    versions: dict[str, int] = {}
     not_yet: defaultdict[str | None, set[str]] = defaultdict(set)  # each user's recommendations from this one on
-    for recommendation_id, user_id, *_ in shown:
-        not_yet[user_id].add(recommendation_id)
+    for one in shown:
+        not_yet[one.user_id].add(one.recommendation_id)
     earlier: set[str] = set()  # the present user's recommendations before this one
     present = None
-    for recommendation_id, user_id, item_ids, log_propensities, timestamp in shown:
-        if user_id != present:
-            present, earlier = user_id, set()
-        known = events.get(user_id)
-        slate, propensities = json.loads(item_ids), json.loads(log_propensities)
-        reason = _unusable(user_id, slate, propensities, index)
-        history = None if reason or known is None else _history_at(known, timestamp, earlier, not_yet[user_id])
-        earlier.add(recommendation_id)
-        not_yet[user_id].discard(recommendation_id)
-        if reason or known is None or history is None or not len(history.items):
+    for one in shown:
+        if one.user_id != present:
+            present, earlier = one.user_id, set()
+        reason = _unusable(one, index, closed)
+        known = None if reason or one.user_id is None else events.get(one.user_id)
+        history = None if known is None else _history_at(known, one, earlier, not_yet[one.user_id])
+        earlier.add(one.recommendation_id)
+        not_yet[one.user_id].discard(one.recommendation_id)
+        if known is None or history is None or not len(history.items) or one.user_id is None or one.temperature is None:
             skipped[reason or NO_HISTORY] += 1
             continue
-        answers = [number for number, answered in enumerate(known.answered) if answered == recommendation_id]
+        answers = _answers(known, one, horizon)
         recommendations.append(
             Recommendation(
-                users.setdefault(user_id, len(users)),
-                timestamp,
-                history,
-                np.array([index[item] for item in slate], np.int32),
-                np.array(propensities, np.float64),
-                known.history.items[answers],
-                known.history.ratings[answers],
+                user=users.setdefault(one.user_id, len(users)),
+                time=one.time,
+                history=history,
+                slate=np.array([index[item] for item in one.slate], np.int32),
+                log_propensities=np.array(one.log_propensities, np.float64),
+                answers=known.history.items[answers],
+                answer_ratings=known.history.ratings[answers],
+                version=versions.setdefault(one.version, len(versions)),
+                temperature=one.temperature,
+                request_time=one.request_time,
+                excluded=np.array([index[item] for item in one.excluded if item in index], np.int32),
             )
         )
-    return ServedLog(recommendations, list(users), dict(skipped), len(shown))
+    return ServedLog(recommendations, list(users), list(versions), dict(skipped), len(shown), horizon)
 
 
 def unit_ratings(ratings: np.ndarray, scale: RatingScale | None) -> np.ndarray:
@@ -149,22 +185,67 @@ def _read_events(connection: sqlite3.Connection, index: Mapping[str, int]) -> di
 def _user_events(events: list[tuple[Any, ...]]) -> _UserEvents:
     items, ratings, times, answered = zip(*events, strict=True)
     raw = np.array([np.nan if rating is None else rating for rating in ratings], np.float32)
-    return _UserEvents(History(np.array(items, np.int32), raw, np.array(times, np.int64)), list(answered))
+    naming: dict[str, list[int]] = {}
+    for at, recommendation_id in enumerate(answered):
+        if recommendation_id is not None:
+            naming.setdefault(recommendation_id, []).append(at)
+    history = History(np.array(items, np.int32), raw, np.array(times, np.int64))
+    return _UserEvents(history, list(answered), naming)
 
 
-def _unusable(user_id: str | None, slate: list[str], propensities: list[float], index: Mapping[str, int]) -> str:
-    """Why not to learn from a recommendation; empty: there is no reason."""
-    if user_id is None:
+def _read_shown(connection: sqlite3.Connection) -> list[_Shown]:
+    """By user, time and the order in which they were logged."""
+    rows = connection.execute(
+        "SELECT recommendation_id, user_id, model_version, timestamp, temperature, request_time, item_ids, "
+        "log_propensities, excluded_item_ids FROM shown ORDER BY user_id, timestamp, number"
+    )
+    return [_Shown._make((*row[:6], *(json.loads(column) for column in row[6:]))) for row in rows]
+
+
+def _delays(known: _UserEvents, one: _Shown) -> np.ndarray:
+    """[events that name it] int64: how many seconds after a recommendation each of them came."""
+    return np.maximum(known.history.times[known.naming.get(one.recommendation_id, [])] - one.time, 0)
+
+
+def _answers(known: _UserEvents, one: _Shown, horizon: int) -> np.ndarray:
+    """Places of the events that answer a recommendation."""
+    naming = np.array(known.naming.get(one.recommendation_id, []), np.int64)
+    return naming[_delays(known, one) <= horizon]
+
+
+def _horizon(events: Mapping[str, _UserEvents], shown: list[_Shown]) -> int:
+    """Within which DELAY_QUANTILE of the answers came; 0 where none came."""
+    delays = [_delays(known, one) for one in shown if (known := events.get(one.user_id or ""))]
+    found = np.concatenate([np.zeros(0, np.int64), *delays])
+    return int(np.quantile(found, DELAY_QUANTILE, method="inverted_cdf")) if len(found) else 0
+
+
+def _end(events: Mapping[str, _UserEvents], shown: list[_Shown]) -> int:
+    """The latest time in the log; a client's clock may be ahead of this one, but the log is not."""
+    of_events = (int(known.history.times[-1]) for known in events.values())
+    return min(max([0, *(one.time for one in shown), *of_events]), int(time.time()))
+
+
+def _unusable(one: _Shown, index: Mapping[str, int], closed: int) -> str:
+    """Why not to learn from a recommendation; empty: there is no reason. `closed`: of what was shown until then all
+    answers have come."""
+    if one.user_id is None:
         return SENT_ALONG
-    if not propensities or not slate:
+    if not one.log_propensities or not one.slate:
         return DETERMINISTIC
-    return "" if all(item in index for item in slate) else UNKNOWN_ITEM
+    if one.temperature is None:
+        return UNNOTED
+    if not all(item in index for item in one.slate):
+        return UNKNOWN_ITEM
+    return STILL_OPEN if one.time > closed else ""
 
 
-def _history_at(events: _UserEvents, timestamp: int, earlier: set[str], not_yet: set[str]) -> History:
+def _history_at(events: _UserEvents, one: _Shown, earlier: set[str], not_yet: set[str]) -> History:
     """The user's events on known items before a recommendation; `not_yet`: the ids of this one and of later ones."""
-    before, stop = np.searchsorted(events.history.times, [timestamp, timestamp + 1])
+    times = events.history.times
+    before, stop = np.searchsorted(times, [one.time, one.time + 1])
     kept = [at for at in range(before) if events.answered[at] not in not_yet]
     kept += [at for at in range(before, stop) if events.answered[at] in earlier]
-    chosen = np.array([at for at in kept if events.history.items[at]], np.int64)
+    until = times[-1] if one.request_time is None else one.request_time
+    chosen = np.array([at for at in kept if events.history.items[at] and times[at] <= until], np.int64)
     return History(*(column[chosen] for column in events.history))

@@ -43,6 +43,11 @@ class LoadedModel:
         self._metrics = metrics
         self._batcher = Batcher(self.states.recommend, on_run=partial(_observe, metrics))
 
+    @property
+    def temperature(self) -> float | None:
+        """Of the exploration; None: it does not explore."""
+        return None if self.exploration is None else self.exploration.temperature
+
     def asks_for_the_past(self, user_id: str | None, request_time: int | None) -> bool:
         """Whether a stored user is asked for as of a time that has newer events, all others of which must be read
         again; of users who did not come lately, whether that may be."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from serve.store import EventStore, StoreError
 from serve.stores.deferred import shown_row
-from serve.stores.sqlite import FILL_USERS, MARK_COPY, SQLiteStore, is_copy
+from serve.stores.sqlite import FILL_USERS, INSERT_SHOWN, MARK_COPY, SHOWN_VALUES, SQLiteStore, is_copy
 
 
 class Copied(NamedTuple):
@@ -71,9 +71,7 @@ def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> C
             progress(len(events))
         for shown in store.all_shown():
             connection.executemany(
-                "INSERT OR IGNORE INTO shown (recommendation_id, user_id, item_ids, log_propensities, policy,"
-                " model_version, timestamp) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [shown_row(one) for one in shown],
+                f"{INSERT_SHOWN} {SHOWN_VALUES} ON CONFLICT DO NOTHING", [shown_row(one) for one in shown]
             )
             progress(len(shown))
         connection.execute(FILL_USERS)

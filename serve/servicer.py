@@ -58,6 +58,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         # The time first: an index of ids in their order grows at one end, which costs half of one in no order.
         recommendation_id = f"{int(now * 1e3):012x}{os.urandom(10).hex()}"
         item_ids = model.catalog.item_ids
+        excluded = dict.fromkeys(model.indices(query.exclude_item_ids))
         self._store.log_shown(
             Shown(
                 recommendation_id=recommendation_id,
@@ -67,6 +68,9 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
                 policy=answer.policy,
                 model_version=model.info.model_version,
                 timestamp=int(now),
+                temperature=loaded.temperature if answer.log_propensities else None,
+                request_time=query.request_time,
+                excluded_item_ids=tuple([item_ids[item] for item in excluded]),
             ),
             started=query.started,
         )
@@ -115,5 +119,4 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
 
     def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.GetModelInfoResponse:
         loaded = self._models.version(request.model_version)
-        temperature = 0.0 if loaded.exploration is None else loaded.exploration.temperature
-        return encode_model_info(loaded.model, temperature)
+        return encode_model_info(loaded.model, loaded.temperature or 0.0)

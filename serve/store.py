@@ -50,6 +50,12 @@ class Shown(NamedTuple):
     model_version: str
     timestamp: int
     """When it was answered, seconds since 1970-01-01T00:00Z."""
+    temperature: float | None = None
+    """Of the exploration that drew it; None: not drawn, or noted by a server that did not note this yet."""
+    request_time: int | None = None
+    """For which the request asked, in seconds; None: it did not tell."""
+    excluded_item_ids: tuple[str, ...] = ()
+    """What the request itself excluded, beside the user's history, as far as the model knows it."""
 
 
 class Changes(NamedTuple):

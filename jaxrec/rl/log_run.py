@@ -12,15 +12,13 @@ from flax import nnx
 from jaxrec.config import LOG_RL, RLConfig
 from jaxrec.files import write_text
 from jaxrec.models.hybrid import Hybrid, PolicyHead
-from jaxrec.prepare import PreparedData
 from jaxrec.rl.learner import new_head
-from jaxrec.rl.log_states import LogStates, log_states
+from jaxrec.rl.log_states import log_states
 from jaxrec.rl.offline_evaluation.gating import MINIMUM_EFFECTIVE
 from jaxrec.rl.policy_run import load_policy, read_record, write_policy
 from jaxrec.rl.rewards import reward_tables
-from jaxrec.rl.scoring import Scoring, frozen_scoring
-from jaxrec.rl.served_policy import Fit
-from jaxrec.rl.train_from_log import FromLog, fit_log, train_from_log
+from jaxrec.rl.scoring import frozen_scoring
+from jaxrec.rl.train_from_log import FromLog, own_versions, train_from_log
 from jaxrec.rl.train_policy import PolicyOutcome
 from jaxrec.runs import Run, load_supervised, open_run
 from jaxrec.schema import DataError
@@ -53,14 +51,14 @@ def rl_log_run(
     folder: Path,
     log: Path,
     config: RLConfig = LOG_RL,
-    temperature: float | None = None,
+    answers_within: int | None = None,
     minimum_effective: float = MINIMUM_EFFECTIVE,
     stop: StopRequested = never,
 ) -> LogOutcome:
     """Trains from the policy that is in use on what the event store `log` holds, and replaces it only if the gate says
     so. What the gate said is also left in RUN/policy_from_log.json.
 
-    `temperature`: of the server's `--explore`; None: the one that explains the log's propensities best.
+    `answers_within`: so many seconds after a recommendation its answers count, see `read_served_log`.
     Raises DataError where the run or the store cannot be read, or nothing in it can be used, TrainingError where a
     figure is not finite, TrainingStopped where `stop()` became true. The policy in use stays in all of these.
     """
@@ -69,14 +67,17 @@ def rl_log_run(
     supervised = load_supervised(run, data)
     base = _policy_in_use(run, supervised, config)
     config = dataclasses.replace(config, policy_width=base.config.policy_width)
-    served = read_served_log(log, data.catalog)
+    served = read_served_log(log, data.catalog, answers_within)
     if not served.recommendations:
         raise DataError(f"{log}: nothing to learn from: {_counts(served)}; is the server run with --explore?")
     scoring = jax.device_put(frozen_scoring(supervised, reward_tables(data)), jax.devices()[0])
-    states, fit, told_time = _explained(supervised, data, base, scoring, served, temperature)
-    told = _told(log, served, fit, told_time, given=temperature is not None)
+    states = log_states(supervised, served.recommendations, data.config.rating_scale, scoring.tables)
+    in_use = own_versions(base.graphdef, base.variables, scoring, states, len(served.versions))
+    version = np.asarray(states.version)
+    told = _told(log, served, version, in_use)
+    own = in_use[version]
     result = train_from_log(
-        base.graphdef, base.variables, scoring, states, served.users, config, fit, minimum_effective, stop
+        base.graphdef, base.variables, scoring, states, served.users, own, config, minimum_effective, stop
     )
     decision = result.decision
     record = {"used": decision.used, "log": str(log), "told": told, "gate": dataclasses.asdict(decision)}
@@ -98,32 +99,14 @@ def _policy_in_use(run: Run, supervised: Hybrid, config: RLConfig) -> _Base:
     return _Base(*new_head(vectors.shape[1], len(vectors) - 1, config), config)
 
 
-def _explained(
-    supervised: Hybrid,
-    data: PreparedData,
-    base: _Base,
-    scoring: Scoring,
-    served: ServedLog,
-    temperature: float | None,
-) -> tuple[LogStates, Fit, bool]:
-    """The states, the temperature, and whether requests told their time: the store notes neither, so both are what the
-    policy in use explains the propensities with best."""
-    both = log_states(supervised, served.recommendations, data.config.rating_scale, scoring.tables)
-    times = np.array([one.time for one in served.recommendations])
-    found = [
-        (states, fit_log(base.graphdef, base.variables, scoring, states, times, temperature), told_time)
-        for states, told_time in zip(both, (False, True), strict=True)
-    ]
-    return min(found, key=lambda one: one[1].error)
-
-
-def _told(log: Path, served: ServedLog, fit: Fit, told_time: bool, given: bool) -> str:
-    time = "told" if told_time else "not told"
-    source = "as given" if given else "as fitted"
-    return (
-        f"{log}: {_counts(served)}; temperature {fit.temperature:.4g} {source}, request time {time}; "
-        f"{fit.own_share:.0%} of it was shown by the policy in use."
+def _told(log: Path, served: ServedLog, version: np.ndarray, in_use: np.ndarray) -> str:
+    counts = np.bincount(version, minlength=len(served.versions))
+    versions = ", ".join(
+        f"{count} by {name}{' (the policy in use)' if own else ''}"
+        for name, count, own in zip(served.versions, counts, in_use, strict=True)
     )
+    none = "" if in_use.any() else "; none is the policy in use"
+    return f"{log}: {_counts(served)}; {versions}{none}; answers count within {served.horizon} s."
 
 
 def _counts(served: ServedLog) -> str:

@@ -21,17 +21,20 @@ ROWS_PER_BATCH = 64
 
 
 class LogStates(NamedTuple):
-    """Served recommendations [rows]: the supervised `query` [rows, width] before each, `recent` [rows, RECENT] int32
-    and `exclude` [rows, width] int32 (0 = none) of the history, the `slate` [rows, k] int32 (0 = empty slot) with its
-    `log_propensities` [rows, k] float32, and the `terms` of its rewards, each [rows, k]. `user` [rows] int32."""
+    """Served recommendations [rows]: the supervised `query` [rows, width] before each, `recent` [rows, RECENT] int32 of
+    the history, `exclude` [rows, width] int32 (0 = none) of the history and the request, the `slate` [rows, k] int32
+    (0 = empty slot) with its `log_propensities` [rows, k] float32 at `temperature` [rows] float32, and the `terms` of
+    its rewards, each [rows, k]. `user` and `version` [rows] int32, as `ServedLog` counts them."""
 
     query: Array
     recent: Array
     exclude: Array
     slate: Array
     log_propensities: Array
+    temperature: Array
     terms: RewardTerms
     user: Array
+    version: Array
 
     def at(self, rows: Array) -> "LogStates":
         """These rows alone."""
@@ -40,41 +43,36 @@ class LogStates(NamedTuple):
 
 def log_states(
     hybrid: Hybrid, recommendations: list[Recommendation], scale: RatingScale | None, tables: RewardTables
-) -> tuple[LogStates, LogStates]:
-    """Encodes the recommendations' histories: as requests that did not tell their time, and as ones that did.
-
-    The models read the last `max_length` events, all of the history is excluded, as the server does.
-    """
+) -> LogStates:
+    """Encodes the recommendations' histories as the server does: the models read the last `max_length` events and the
+    gap to the time that the request told, and all of the history is excluded."""
     graphdef, variables = nnx.split(hybrid)
     batches = _batches(recommendations, scale, hybrid.lstm.config.max_length)
     encoded = [jax.device_get(_encode(graphdef, variables, events, gap)) for events, gap in batches]
-    untold, told, recent = (np.concatenate(column)[: len(recommendations)] for column in zip(*encoded, strict=True))
+    query, recent = (np.concatenate(column)[: len(recommendations)] for column in zip(*encoded, strict=True))
     slate = _padded([one.slate for one in recommendations], np.int32)
-    states = LogStates(
-        query=untold,
+    return LogStates(
+        query=query,
         recent=recent,
-        exclude=_padded([one.history.items for one in recommendations], np.int32),
+        exclude=_padded([np.union1d(one.history.items, one.excluded) for one in recommendations], np.int32),
         slate=slate,
         log_propensities=_padded([one.log_propensities for one in recommendations], np.float32),
+        temperature=np.array([one.temperature for one in recommendations], np.float32),
         terms=_answer_terms(recommendations, slate, scale, tables),
         user=np.array([one.user for one in recommendations], np.int32),
+        version=np.array([one.version for one in recommendations], np.int32),
     )
-    return states, states._replace(query=told)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(
     graphdef: nnx.GraphDef[Hybrid], variables: nnx.State, events: Events, request_gap: Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [batch, width] without and with the request gap [batch], and the most recent items [batch, RECENT]."""
+) -> tuple[jax.Array, jax.Array]:
+    """Queries [batch, width] with the request gap [batch], and the most recent items [batch, RECENT]."""
     model = nnx.merge(graphdef, variables)
     _, state = model.encode(events)
     h_lstm, _, h_content, _, recent = model.split_state(state)
-    gap = jnp.asarray(request_gap)
-    untold, told = (
-        model.supervised_query((h_lstm, h_content), of_one) for of_one in (jnp.full_like(gap, UNKNOWN_GAP), gap)
-    )
-    return untold, told, recent
+    return model.supervised_query((h_lstm, h_content), jnp.asarray(request_gap)), recent
 
 
 def _batches(
@@ -94,7 +92,8 @@ def _batches(
             gaps = np.concatenate([[UNKNOWN_GAP], np.diff(times)])  # the first that is read keeps its true gap
             item[number, :count], gap[number, :count] = items[-count:], gaps[-count:]
             rating[number, :count] = unit_ratings(ratings[-count:], scale)
-            request_gap[number] = max(one.time - times[-1], 0)
+            if one.request_time is not None:
+                request_gap[number] = one.request_time - times[-1]
         yield Events(item, rating, gap, length), request_gap
 
 

@@ -7,8 +7,8 @@ W_i = prod_(j <= i) pi(slot j | slots before it) / logged propensity, in log spa
     sum_j grad log pi(slot j | slots before it) * (sum_(i >= j) W_i d_i r_i - W_j b_j(state))
 
 b_j is a baseline, linear in the query, that learns the logged reward from slot j on; W_j b_j has no gradient in
-expectation. pi is the policy as it is served: the same pool of best items, at the temperature of the log
-(`jaxrec.rl.served_policy`). The leash holds it near the policy in use.
+expectation. pi is the policy as it is served: the same pool of best items, at the temperature that the slate was drawn
+at (`jaxrec.rl.served_policy`). The leash holds it near the policy in use.
 """
 
 import functools
@@ -33,28 +33,26 @@ from jaxrec.rl.objectives.policy_gradient import baseline_loss
 from jaxrec.rl.offline_evaluation.estimators import on_policy, snips
 from jaxrec.rl.offline_evaluation.gating import Decision, gate
 from jaxrec.rl.offline_evaluation.weights import Weights, slate_weights
-from jaxrec.rl.policy import kl_divergence, recommendable
+from jaxrec.rl.policy import kl_divergence
 from jaxrec.rl.rewards import discounts, total_reward
 from jaxrec.rl.scoring import Scoring, policy_logits
-from jaxrec.rl.served_policy import EXACT, Fit, fit_temperature, own_share, served_logits, served_logprobs
+from jaxrec.rl.served_policy import reproduced_versions, served_logits, served_logprobs, tempered
 from jaxrec.rl.train_policy import step_records
 from jaxrec.schema import DataError
 from jaxrec.stopping import StopRequested, TrainingStopped, never
 
 TRAIN_SHARE = 0.5  # of the log's users; the others judge
-FIT_ROWS = 200
+VERSION_ROWS = 200  # of each model version, to tell whose it is
 ROWS_PER_BATCH = 256
 
 
 class FromLog(NamedTuple):
-    """What came of a log: the gate's `decision`, the new `variables` of PolicyHead, one record per update, the
-    temperature that was assumed and how well the policy in use explains the log with it, and how many recommendations
-    trained and judged."""
+    """What came of a log: the gate's `decision`, the new `variables` of PolicyHead, one record per update, and how many
+    recommendations trained and judged."""
 
     decision: Decision
     variables: Any
     steps: list[dict[str, float]]
-    fit: Fit
     train_rows: int
     gate_rows: int
 
@@ -83,13 +81,13 @@ def train_from_log(
     scoring: Scoring,
     states: LogStates,
     names: Sequence[str],
+    own: np.ndarray,
     config: RLConfig,
-    fit: Fit,
     minimum_effective: float,
     stop: StopRequested = never,
 ) -> FromLog:
     """Trains from the policy in use (`current`: variables of PolicyHead) on half of the users, and has the gate judge
-    it on the other half (`judge_from_log`).
+    it on the other half (`judge_from_log`). `own` [rows] bool: what the policy in use itself showed (`own_versions`).
 
     Raises DataError where too few users are there, TrainingError where a figure is not finite, TrainingStopped where
     `stop()` became true: nothing is kept then.
@@ -97,7 +95,7 @@ def train_from_log(
     trains, judges = split_users(np.asarray(states.user), names, config.seed)
     device = jax.devices()[0]
     current = jax.device_put(jax.tree.map(jnp.asarray, current), device)
-    updates = _make_updates(graphdef, config, fit.temperature)
+    updates = _make_updates(graphdef, config)
     slots, width = states.slate.shape[1], states.query.shape[1]
     critic = Linear(jnp.zeros((width, slots)), jnp.zeros(slots))
     head = jax.tree.map(jnp.copy, current)
@@ -115,9 +113,9 @@ def train_from_log(
             if stop():
                 raise TrainingStopped(f"stopped after step {start + count} of {config.steps}; the policy in use stays")
     variables = jax.tree.map(np.array, learner.head)
-    judging = states.at(judges)
-    decision = judge_from_log(graphdef, variables, current, scoring, judging, config, fit, minimum_effective)
-    return FromLog(decision, variables, steps, fit, len(trains), len(judges))
+    judging = states.at(judges), own[judges]
+    decision = judge_from_log(graphdef, variables, current, scoring, *judging, config, minimum_effective)
+    return FromLog(decision, variables, steps, len(trains), len(judges))
 
 
 def judge_from_log(
@@ -126,25 +124,24 @@ def judge_from_log(
     current: Any,
     scoring: Scoring,
     states: LogStates,
+    own: np.ndarray,
     config: RLConfig,
-    fit: Fit,
     minimum_effective: float,
 ) -> Decision:
     """The gate's word on recommendations that trained nothing: self-normalized RIPS, resampled by user.
 
-    Judged is by what the policy in use itself showed, where that is of `minimum_effective` users at least: older
-    policies' slates are further from what the new one would show, and would tell of its gain over them. Else all of the
-    log counts, and what the policy in use is worth is estimated, too.
+    Judged is by what the policy in use itself showed (`own` [rows] bool), where that is of `minimum_effective` users at
+    least: older policies' slates are further from what the new one would show, and would tell of its gain over them.
+    Else all of the log counts, and what the policy in use is worth is estimated, too.
     """
-    of_current = _logprobs(graphdef, current, scoring, states, fit.temperature)
-    shown_by_current = np.abs(of_current - np.asarray(states.log_propensities)).max(axis=1) <= EXACT
-    own = len(np.unique(np.asarray(states.user)[shown_by_current])) >= minimum_effective
-    rows = np.flatnonzero(shown_by_current | (not own))
-    states, of_current = states.at(rows), of_current[rows]
+    by_own = len(np.unique(np.asarray(states.user)[own])) >= minimum_effective
+    states = states.at(np.flatnonzero(own | (not by_own)))
     rewards = slot_rewards(states, config)
-    of_new = _logprobs(graphdef, new, scoring, states, fit.temperature)
-    weights = _weights(of_new, states)
-    before = on_policy(rewards) if own else snips(_weights(of_current, states), rewards)
+    weights = _weights(_logprobs(graphdef, new, scoring, states), states)
+    if by_own:
+        before = on_policy(rewards)
+    else:
+        before = snips(_weights(_logprobs(graphdef, current, scoring, states), states), rewards)
     users = np.asarray(states.user)
     return gate(
         snips(weights, rewards),
@@ -163,25 +160,17 @@ def slot_rewards(states: LogStates, config: RLConfig) -> np.ndarray:
     return np.where(np.asarray(states.slate) > 0, rewards, 0.0) * discounts(rewards.shape[1])
 
 
-def fit_log(
-    graphdef: nnx.GraphDef[PolicyHead],
-    current: Any,
-    scoring: Scoring,
-    states: LogStates,
-    times: np.ndarray,
-    temperature: float | None,
-) -> Fit:
-    """The temperature at which the policy in use comes closest to what was shown last (by `times` [rows] seconds), or
-    the given one, and how much of the log is that policy's. By FIT_ROWS recommendations each."""
-
-    def logged(rows: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-        some = states.at(rows)
-        return _logits(graphdef, current, scoring, some), jnp.asarray(some.slate), jnp.asarray(some.log_propensities)
-
-    latest = np.argsort(times, kind="stable")[-FIT_ROWS:]
-    found, error = fit_temperature(*logged(latest), temperature)
-    spread = np.linspace(0, len(times) - 1, min(FIT_ROWS, len(times))).astype(np.int64)
-    return Fit(found, error, own_share(*logged(spread), found))
+def own_versions(
+    graphdef: nnx.GraphDef[PolicyHead], current: Any, scoring: Scoring, states: LogStates, count: int
+) -> np.ndarray:
+    """[count] bool: which of the log's model versions are the policy in use, by VERSION_ROWS of each, spread over the
+    log."""
+    version = np.asarray(states.version)
+    of_each = [np.flatnonzero(version == one) for one in range(count)]
+    spread = [rows[np.linspace(0, len(rows) - 1, min(VERSION_ROWS, len(rows))).astype(np.int64)] for rows in of_each]
+    some = states.at(np.concatenate(spread))
+    logprobs = _logprobs(graphdef, current, scoring, some)
+    return reproduced_versions(logprobs, np.asarray(some.log_propensities), np.asarray(some.version), count)
 
 
 def _logits(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: LogStates) -> jax.Array:
@@ -190,15 +179,18 @@ def _logits(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, sta
     return exclude_items(logits, jnp.asarray(states.exclude))
 
 
-def _logprobs(
-    graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: LogStates, temperature: float
-) -> np.ndarray:
+def _slot_logprobs(logits: jax.Array, states: LogStates) -> jax.Array:
+    """[rows, k]: of the logged slots, as a policy with these logits is served at the temperature of each row."""
+    slate = jnp.asarray(states.slate)
+    return served_logprobs(served_logits(logits, jnp.asarray(states.temperature), slate), slate)
+
+
+def _logprobs(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: LogStates) -> np.ndarray:
     """[rows, k] float64: log-probabilities of the logged slots under a policy as it is served."""
 
     @jax.jit
     def logprobs(head: Any, scoring: Scoring, states: LogStates) -> jax.Array:
-        logits = served_logits(_logits(graphdef, head, scoring, states), temperature, states.slate.shape[1])
-        return served_logprobs(logits, jnp.asarray(states.slate))
+        return _slot_logprobs(_logits(graphdef, head, scoring, states), states)
 
     found = []
     for start in range(0, len(states.user), ROWS_PER_BATCH):
@@ -213,7 +205,7 @@ def _weights(logprobs: np.ndarray, states: LogStates) -> Weights:
     return slate_weights(logprobs, logged, np.asarray(states.slate) > 0)
 
 
-def _make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig, temperature: float) -> Any:
+def _make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig) -> Any:
     """updates(learner, current, scoring, states, key, count) -> (learner, metrics [count] each), one compiled scan."""
     optimizer = policy_optimizer(config)
 
@@ -231,7 +223,7 @@ def _make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig, temperat
         def loss_of(trained: tuple[Any, Linear]) -> tuple[jax.Array, dict[str, jax.Array]]:
             head, critic = trained
             logits = _logits(graphdef, head, scoring, batch)
-            logprobs = served_logprobs(served_logits(logits, temperature, slots), slate)
+            logprobs = _slot_logprobs(logits, batch)
             ratios = jnp.cumsum(jnp.where(where, logprobs - batch.log_propensities, 0.0), axis=1)
             weights, clipped = importance_weights(ratios, jnp.zeros_like(ratios), config.importance_cap)
             weights = jnp.where(where, weights, 0.0)
@@ -241,9 +233,9 @@ def _make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig, temperat
             drawn = where & (weights > 0)
             policy_loss = -jnp.mean(jnp.sum(jnp.where(drawn, logprobs * advantages, 0.0), axis=1))
             value_loss = baseline_loss(values, jax.lax.cumsum(rewards, axis=1, reverse=True), where)
-            tempered, before = (jnp.where(recommendable(x), x / temperature, x) for x in (logits, reference))
-            kl = jnp.mean(kl_divergence(tempered, before))
-            guard, guarded = guards(tempered, before, config)
+            drawn_by, before = (tempered(x, jnp.asarray(batch.temperature)) for x in (logits, reference))
+            kl = jnp.mean(kl_divergence(drawn_by, before))
+            guard, guarded = guards(drawn_by, before, config)
             earned = {
                 f"reward_{name}": jnp.mean(jnp.sum(jnp.where(where, term, 0.0) * discount, axis=1))
                 for name, term in batch.terms._asdict().items()

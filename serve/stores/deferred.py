@@ -57,18 +57,26 @@ def digests(shown: Sequence[Started]) -> list[str]:
     return sorted(digest(user_id) for user_id in {one.user_id for one, _ in shown} if user_id is not None)
 
 
-def shown_row(one: Shown) -> tuple[str | int | None, ...]:
-    """As SQL databases have it: lists are JSON."""
+SHOWN_COLUMNS = (
+    "recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp, temperature,"
+    " request_time, excluded_item_ids"
+)
+
+
+def shown_row(one: Shown) -> tuple[str | int | float | None, ...]:
+    """SHOWN_COLUMNS as SQL databases have them: lists are JSON."""
     return (
         *(one.recommendation_id, one.user_id),
         *(json.dumps(one.item_ids, ensure_ascii=False), json.dumps(one.log_propensities)),
-        *(one.policy, one.model_version, one.timestamp),
+        *(one.policy, one.model_version, one.timestamp, one.temperature, one.request_time),
+        json.dumps(one.excluded_item_ids, ensure_ascii=False),
     )
 
 
 def shown_of_row(row: Sequence[Any]) -> Shown:
     """The reverse of `shown_row`."""
-    return Shown(row[0], row[1], tuple(json.loads(row[2])), tuple(json.loads(row[3])), *row[4:])
+    items, log_propensities, excluded = (tuple(json.loads(row[at])) for at in (2, 3, 9))
+    return Shown._make((*row[:2], items, log_propensities, *row[4:9], excluded))
 
 
 Write = Callable[[Sequence[Started], Sequence[SpilledState]], None]

@@ -24,9 +24,17 @@ from serve.store import (
     UserEvent,
     digest,
 )
-from serve.stores.deferred import DeferredWrites, Started, digests, shown_of_row, shown_row, still_wanted
+from serve.stores.deferred import (
+    SHOWN_COLUMNS,
+    DeferredWrites,
+    Started,
+    digests,
+    shown_of_row,
+    shown_row,
+    still_wanted,
+)
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 VERSION_TABLE: tuple[LiteralString, ...] = (
     "CREATE SCHEMA IF NOT EXISTS jaxrec",
     "CREATE TABLE IF NOT EXISTS jaxrec.store (version integer NOT NULL)",
@@ -55,8 +63,14 @@ SCHEMA: tuple[LiteralString, ...] = (
         log_propensities text NOT NULL,
         policy text NOT NULL,
         model_version text NOT NULL,
-        timestamp bigint NOT NULL
+        timestamp bigint NOT NULL,
+        temperature double precision,
+        request_time bigint,
+        excluded_item_ids text NOT NULL DEFAULT '[]'
     )""",
+    """ALTER TABLE jaxrec.shown ADD COLUMN IF NOT EXISTS temperature double precision,
+        ADD COLUMN IF NOT EXISTS request_time bigint,
+        ADD COLUMN IF NOT EXISTS excluded_item_ids text NOT NULL DEFAULT '[]'""",
     "CREATE INDEX IF NOT EXISTS shown_to ON jaxrec.shown (user_id)",
     """DELETE FROM jaxrec.shown AS later USING jaxrec.shown AS earlier
         WHERE later.recommendation_id = earlier.recommendation_id AND later.number > earlier.number""",
@@ -196,8 +210,7 @@ class PostgresStore(EventStore):
 
     def shown(self, user_id: str | None) -> list[Shown]:
         rows = self._read(
-            "SELECT recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp"
-            " FROM jaxrec.shown WHERE user_id IS NOT DISTINCT FROM %s ORDER BY number",
+            f"SELECT {SHOWN_COLUMNS} FROM jaxrec.shown WHERE user_id IS NOT DISTINCT FROM %s ORDER BY number",
             user_id,
         )
         return [shown_of_row(row) for row in rows]
@@ -251,8 +264,7 @@ class PostgresStore(EventStore):
     def all_shown(self) -> Iterator[Sequence[Shown]]:
         last = 0
         while rows := self._read(
-            "SELECT number, recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp"
-            " FROM jaxrec.shown WHERE number > %s ORDER BY number LIMIT %s",
+            f"SELECT number, {SHOWN_COLUMNS} FROM jaxrec.shown WHERE number > %s ORDER BY number LIMIT %s",
             *(last, COPIED_AT_ONCE),
         ):
             yield [shown_of_row(row[1:]) for row in rows]
@@ -330,9 +342,8 @@ def _insert_shown(connection: psycopg.Connection, shown: Sequence[Started]) -> N
     ).fetchall()
     (now,) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone() or (0.0,)
     connection.cursor().executemany(
-        "INSERT INTO jaxrec.shown"
-        " (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp)"
-        " VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (recommendation_id) DO NOTHING",
+        f"INSERT INTO jaxrec.shown ({SHOWN_COLUMNS})"
+        " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT (recommendation_id) DO NOTHING",
         [shown_row(one) for one in still_wanted(shown, dict(rows), now)],
     )
 

@@ -49,7 +49,7 @@ from serve.stores.redis_scripts import (
     UPDATE_SHOWN,
 )
 
-VERSION = "2"
+VERSION = "3"
 COPIED_AT_ONCE = 1_000
 UPDATED_AT_ONCE = 1_000
 DELETED_AT_ONCE = 1_000
@@ -283,6 +283,9 @@ class RedisStore(EventStore):
             found = self._redis.get("jaxrec:version")
             if found == b"1":
                 self._update_from_version_1()
+            elif found == b"2":
+                # Its entries of `shown` are read as they are; its servers could not read those that come from now on.
+                self._redis.set("jaxrec:version", VERSION)
             elif found != VERSION.encode():
                 shown = found.decode() if isinstance(found, bytes) else found
                 raise StoreError(f"Redis: is a store in version {shown}, expected 1..{VERSION}")
@@ -316,8 +319,9 @@ def _shown_arguments(one: Started, now: float) -> list[Any]:
 
 
 def _shown(value: bytes) -> Shown:
+    """Older servers than those of version 3 wrote the first seven fields alone."""
     row = json.loads(value)
-    return Shown(row[0], row[1], tuple(row[2]), tuple(row[3]), *row[4:])
+    return Shown(row[0], row[1], tuple(row[2]), tuple(row[3]), *row[4:9], *map(tuple, row[9:]))
 
 
 def _user_event(user_id: str, value: bytes) -> tuple[int, UserEvent]:

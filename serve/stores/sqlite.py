@@ -28,11 +28,19 @@ from serve.store import (
     UserEvent,
     digest,
 )
-from serve.stores.deferred import DeferredWrites, Started, digests, shown_of_row, shown_row, still_wanted
+from serve.stores.deferred import (
+    SHOWN_COLUMNS,
+    DeferredWrites,
+    Started,
+    digests,
+    shown_of_row,
+    shown_row,
+    still_wanted,
+)
 
 # "jxrc": marks the file, so that another program's database is not taken for a store.
 APPLICATION_ID = 0x6A787263
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 # `arrival` is never given twice (AUTOINCREMENT), so a user's latest is a revision that never comes back.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
@@ -58,7 +66,10 @@ CREATE TABLE IF NOT EXISTS shown (
     log_propensities TEXT NOT NULL,
     policy TEXT NOT NULL,
     model_version TEXT NOT NULL,
-    timestamp INTEGER NOT NULL
+    timestamp INTEGER NOT NULL,
+    temperature REAL,
+    request_time INTEGER,
+    excluded_item_ids TEXT NOT NULL DEFAULT '[]'
 ) STRICT;
 CREATE INDEX IF NOT EXISTS shown_to ON shown (user_id);
 DELETE FROM shown WHERE number NOT IN (SELECT min(number) FROM shown GROUP BY recommendation_id);
@@ -80,6 +91,13 @@ ARRIVALS = "CREATE INDEX IF NOT EXISTS arrivals ON events (user_id)"
 FROM_VERSION_1 = """
 ALTER TABLE events ADD COLUMN recommendation_id TEXT;
 """
+FROM_VERSION_2 = """
+ALTER TABLE shown ADD COLUMN temperature REAL;
+ALTER TABLE shown ADD COLUMN request_time INTEGER;
+ALTER TABLE shown ADD COLUMN excluded_item_ids TEXT NOT NULL DEFAULT '[]';
+"""
+# By the version of an older store, what comes before SCHEMA: version 1 knows no `shown`, that of 2 and 3 is the same.
+UPDATES = {1: FROM_VERSION_1, 2: FROM_VERSION_2, 3: FROM_VERSION_2}
 FILL_USERS = "INSERT OR IGNORE INTO users SELECT user_id, min(arrival), max(arrival) FROM events GROUP BY user_id"
 # In a copy of a log that no store was opened on, see `serve.log_copy`: it may be replaced by a newer one.
 MARK_COPY = "CREATE TABLE untouched_copy (marked INTEGER) STRICT"
@@ -99,7 +117,9 @@ NEWEST = (
     "SELECT item_id, rating, timestamp FROM events INDEXED BY history"
     " WHERE user_id = ? AND arrival <= ? AND timestamp <= ? ORDER BY timestamp DESC, arrival DESC LIMIT ?"
 )
-SHOWN = "recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp FROM shown"
+SHOWN = f"{SHOWN_COLUMNS} FROM shown"
+INSERT_SHOWN = f"INSERT INTO shown ({SHOWN_COLUMNS}) VALUES"
+SHOWN_VALUES = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 T = TypeVar("T")
 
@@ -330,7 +350,7 @@ class SQLiteStore(EventStore):
             # Another process may have been faster.
             version = self._version(connection)
             if version != SCHEMA_VERSION:
-                steps = [*(FROM_VERSION_1.split(";") if version == 1 else ()), *SCHEMA.split(";")]
+                steps = [*UPDATES.get(version, "").split(";"), *SCHEMA.split(";")]
                 steps += [FILL_USERS, f"PRAGMA application_id = {APPLICATION_ID}"]
                 for step in [*steps, f"PRAGMA user_version = {SCHEMA_VERSION}"]:
                     connection.execute(step)
@@ -406,10 +426,9 @@ def _insert_shown(connection: sqlite3.Connection, shown: Sequence[Started]) -> N
     # Many in one statement: after each statement Python takes its lock again, which the threads that answer want too.
     for start in range(0, len(rows), SHOWN_AT_ONCE):
         part = rows[start : start + SHOWN_AT_ONCE]
-        values = ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(part))
+        values = ", ".join([SHOWN_VALUES] * len(part))
         connection.execute(
-            "INSERT INTO shown (recommendation_id, user_id, item_ids, log_propensities, policy, model_version,"
-            f" timestamp) VALUES {values} ON CONFLICT (recommendation_id) DO NOTHING",
+            f"{INSERT_SHOWN} {values} ON CONFLICT (recommendation_id) DO NOTHING",
             [value for row in part for value in row],
         )
 
