@@ -140,6 +140,17 @@ def test_an_exploring_server_tells_and_logs_exact_propensities(
     shown = store.shown("u")
     assert {one.item_ids for one in shown} == slates
     assert all(len(one.log_propensities) == 4 for one in shown)
+    assert {(one.temperature, one.request_time, one.excluded_item_ids) for one in shown} == {(TEMPERATURE, None, ())}
+    known = model.catalog.item_ids[5]
+    exploring.recommend(user_id="u", k=4, request_time=10**10, exclude_item_ids=[known, "nobody knows it", known])
+    client.recommend(user_id="u", k=4)
+    exploring.recommend(user_id="nobody", k=3, request_time=7)
+    store.flush()
+    *_, told, by_the_other = store.shown("u")
+    assert (told.temperature, told.request_time, told.excluded_item_ids) == (TEMPERATURE, 10**10, (known,))
+    assert (by_the_other.temperature, by_the_other.log_propensities) == (None, ())
+    (popular,) = store.shown("nobody")
+    assert (popular.temperature, popular.request_time, popular.log_propensities) == (None, 7, ())
     fallback = exploring.recommend(user_id="nobody", k=3)
     assert (fallback.policy, fallback.log_propensity, len(fallback.recommendations)) == ("popularity", 0, 3)
 

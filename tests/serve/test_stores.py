@@ -29,7 +29,42 @@ from tests.serve.databases import DEADLINE_S, DatabaseServer, NotInstalled, post
 
 KINDS = ("sqlite", "postgres", "redis")
 SERVERS = {"postgres": postgres_server, "redis": redis_server}
-SHOWN = Shown("r1", "u", ("a", "ü"), (-1.25, -0.5), "reinforce", "v1", 1_700_000_000)
+SHOWN = Shown(
+    *("r1", "u", ("a", "ü"), (-1.25, -0.5), "reinforce", "v1", 1_700_000_000),
+    temperature=0.1,
+    request_time=2**63 - 1,
+    excluded_item_ids=("ß", "b"),
+)
+# What servers noted before they noted how it was drawn.
+NOTED_BEFORE = SHOWN._replace(temperature=None, request_time=None, excluded_item_ids=())
+# As `serve` wrote it, without the parts that did not change.
+SQLITE_3 = """
+CREATE TABLE events (
+    arrival INTEGER PRIMARY KEY AUTOINCREMENT,
+    event_id TEXT NOT NULL UNIQUE,
+    user_id TEXT NOT NULL,
+    item_id TEXT NOT NULL,
+    rating REAL,
+    timestamp INTEGER NOT NULL,
+    recommendation_id TEXT
+) STRICT;
+CREATE TABLE shown (
+    number INTEGER PRIMARY KEY,
+    recommendation_id TEXT NOT NULL,
+    user_id TEXT,
+    item_ids TEXT NOT NULL,
+    log_propensities TEXT NOT NULL,
+    policy TEXT NOT NULL,
+    model_version TEXT NOT NULL,
+    timestamp INTEGER NOT NULL
+) STRICT;
+CREATE INDEX shown_to ON shown (user_id);
+CREATE UNIQUE INDEX shown_once ON shown (recommendation_id);
+INSERT INTO events VALUES (7, '1', 'u', 'i', NULL, 0, NULL);
+INSERT INTO shown VALUES (4, 'r1', 'u', '["a", "ü"]', '[-1.25, -0.5]', 'reinforce', 'v1', 1700000000);
+PRAGMA application_id = 1786278499;
+PRAGMA user_version = 3;
+"""
 
 
 @pytest.fixture(scope="module")
@@ -481,6 +516,7 @@ def test_a_store_of_before_is_brought_up_to_date(kind: str, servers: dict[str, D
         for name in ("r1", "r2"):
             store.log_shown(SHOWN._replace(recommendation_id=name), wait=True)
         store.log_shown(SHOWN._replace(recommendation_id="r3", user_id=None), wait=True)
+    columns = ("temperature", "request_time", "excluded_item_ids")
     twice = (
         "INSERT INTO {0} (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp)"
         " SELECT recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp FROM {0}"
@@ -489,6 +525,8 @@ def test_a_store_of_before_is_brought_up_to_date(kind: str, servers: dict[str, D
         with closing(sqlite3.connect(location, isolation_level=None)) as connection:
             for step in ("DROP INDEX shown_once", "DROP TABLE deletions", twice.format("shown")):
                 connection.execute(step)
+            for column in columns:
+                connection.execute(f"ALTER TABLE shown DROP COLUMN {column}")
             connection.execute("PRAGMA user_version = 2")
     elif kind == "postgres":
         with psycopg.connect(location) as connection:
@@ -499,17 +537,63 @@ def test_a_store_of_before_is_brought_up_to_date(kind: str, servers: dict[str, D
             )
             for step in (*steps, twice.format("jaxrec.shown")):
                 connection.execute(step)
+            for column in columns:
+                connection.execute(f"ALTER TABLE jaxrec.shown DROP COLUMN {column}")
     else:
         with redis.Redis.from_url(location) as client:
             client.set("jaxrec:version", "1")
             client.delete("jaxrec:shown_ids")
-            client.rpush("jaxrec:shown:u", json.dumps(SHOWN))
+            client.rpush("jaxrec:shown:u", json.dumps(SHOWN[:7]))
     with open_store(location) as store:
         assert store.history("u") == [Event("i", None, 0)]
         store.log_shown(SHOWN, wait=True)
         assert [shown.recommendation_id for shown in store.shown("u")] == ["r1", "r2"]
         assert [shown.recommendation_id for shown in store.shown(None)] == ["r3"]
         assert store.delete_user("u") == Deleted(1, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_that_did_not_note_how_it_drew_is_brought_up_to_date(
+    kind: str, servers: dict[str, DatabaseServer], tmp_path: Path
+) -> None:
+    """What it has is not taken for drawn, and its servers do not open it any more: they would not understand it."""
+    location = emptied(kind, servers, tmp_path)
+    if kind == "sqlite":
+        with closing(sqlite3.connect(location)) as connection:
+            connection.executescript(SQLITE_3)
+    else:
+        with open_store(location) as store:
+            store.record([user_event("1")])
+            store.log_shown(NOTED_BEFORE, wait=True)
+    if kind == "postgres":
+        with psycopg.connect(location) as connection:
+            for column in ("temperature", "request_time", "excluded_item_ids"):
+                connection.execute(f"ALTER TABLE jaxrec.shown DROP COLUMN {column}")
+            connection.execute("UPDATE jaxrec.store SET version = 2")
+    elif kind == "redis":
+        with redis.Redis.from_url(location) as client:
+            client.set("jaxrec:version", "2")
+            client.lset("jaxrec:shown:u", 0, json.dumps(SHOWN[:7]))
+    new = SHOWN._replace(recommendation_id="r2")
+    for _ in range(2):
+        with open_store(location) as store:
+            store.log_shown(new, wait=True)
+            store.log_shown(SHOWN, wait=True)
+            assert store.shown("u") == [NOTED_BEFORE, new]
+            assert [one for part in store.all_shown() for one in part] == [NOTED_BEFORE, new]
+            assert store.history("u") == [Event("i", None, 0)]
+    assert version_of(kind, location) == {"sqlite": 4, "postgres": 3, "redis": 3}[kind]
+
+
+def version_of(kind: str, location: str) -> int:
+    if kind == "sqlite":
+        with closing(sqlite3.connect(location)) as connection:
+            return int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if kind == "postgres":
+        with psycopg.connect(location) as connection:
+            return int(connection.execute("SELECT version FROM jaxrec.store").fetchall()[0][0])
+    with redis.Redis.from_url(location) as client:
+        return int(client.get("jaxrec:version"))
 
 
 def test_a_long_redis_log_is_brought_up_to_date_in_parts(
