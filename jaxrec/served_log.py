@@ -117,7 +117,7 @@ def read_served_log(path: Path, catalog: Catalog, answers_within: int | None = N
             f"{path}: cannot be read ({error}); expected the event store of `python -m serve run`"
         ) from error
     horizon = _horizon(events, shown) if answers_within is None else answers_within
-    closed = _end(events, shown) - horizon
+    closed = _end(events, shown) - horizon  # of what was shown until then, all answers have come
     skipped: Counter[str] = Counter()
     recommendations: list[Recommendation] = []
     users: dict[str, int] = {}
@@ -130,14 +130,19 @@ def read_served_log(path: Path, catalog: Catalog, answers_within: int | None = N
     for one in shown:
         if one.user_id != present:
             present, earlier = one.user_id, set()
-        reason = _unusable(one, index, closed)
-        known = None if reason or one.user_id is None else events.get(one.user_id)
+        reason = _unusable(one, index)
+        known = None if reason else events.get(one.user_id)
         history = None if known is None else _history_at(known, one, earlier, not_yet[one.user_id])
         earlier.add(one.recommendation_id)
         not_yet[one.user_id].discard(one.recommendation_id)
-        if known is None or history is None or not len(history.items) or one.user_id is None or one.temperature is None:
+        if known is None or history is None or not len(history.items):
             skipped[reason or NO_HISTORY] += 1
             continue
+        if one.time > closed:
+            skipped[STILL_OPEN] += 1
+            continue
+        assert one.user_id is not None
+        assert one.temperature is not None
         answers = _answers(known, one, horizon)
         recommendations.append(
             Recommendation(
@@ -172,7 +177,7 @@ def _require_store(connection: sqlite3.Connection, path: Path) -> None:
         )
 
 
-def _read_events(connection: sqlite3.Connection, index: Mapping[str, int]) -> dict[str, _UserEvents]:
+def _read_events(connection: sqlite3.Connection, index: Mapping[str, int]) -> dict[str | None, _UserEvents]:
     rows = connection.execute(
         "SELECT user_id, item_id, rating, timestamp, recommendation_id FROM events ORDER BY user_id, timestamp, arrival"
     )
@@ -213,31 +218,28 @@ def _answers(known: _UserEvents, one: _Shown, horizon: int) -> np.ndarray:
     return naming[_delays(known, one) <= horizon]
 
 
-def _horizon(events: Mapping[str, _UserEvents], shown: list[_Shown]) -> int:
+def _horizon(events: Mapping[str | None, _UserEvents], shown: list[_Shown]) -> int:
     """Within which DELAY_QUANTILE of the answers came; 0 where none came."""
-    delays = [_delays(known, one) for one in shown if (known := events.get(one.user_id or ""))]
+    delays = [_delays(known, one) for one in shown if (known := events.get(one.user_id))]
     found = np.concatenate([np.zeros(0, np.int64), *delays])
     return int(np.quantile(found, DELAY_QUANTILE, method="inverted_cdf")) if len(found) else 0
 
 
-def _end(events: Mapping[str, _UserEvents], shown: list[_Shown]) -> int:
+def _end(events: Mapping[str | None, _UserEvents], shown: list[_Shown]) -> int:
     """The latest time in the log; a client's clock may be ahead of this one, but the log is not."""
     of_events = (int(known.history.times[-1]) for known in events.values())
     return min(max([0, *(one.time for one in shown), *of_events]), int(time.time()))
 
 
-def _unusable(one: _Shown, index: Mapping[str, int], closed: int) -> str:
-    """Why not to learn from a recommendation; empty: there is no reason. `closed`: of what was shown until then all
-    answers have come."""
+def _unusable(one: _Shown, index: Mapping[str, int]) -> str:
+    """Why never to learn from a recommendation, whatever its user did; empty: there is no reason."""
     if one.user_id is None:
         return SENT_ALONG
     if not one.log_propensities or not one.slate:
         return DETERMINISTIC
     if one.temperature is None:
         return UNNOTED
-    if not all(item in index for item in one.slate):
-        return UNKNOWN_ITEM
-    return STILL_OPEN if one.time > closed else ""
+    return "" if all(item in index for item in one.slate) else UNKNOWN_ITEM
 
 
 def _history_at(events: _UserEvents, one: _Shown, earlier: set[str], not_yet: set[str]) -> History:

@@ -162,7 +162,7 @@ def test_the_log_of_a_run_is_mended_from_its_checkpoint(stages: Path, tmp_path: 
     [
         (("--resume", "--steps", 5), "--steps cannot be changed on --resume"),
         (("--resume",), "no interrupted training of a policy to go on with"),
-        (("--temperature", 0.5), "--temperature is for --log"),
+        (("--answers-within", 60), "--answers-within is for --log"),
         (("--log", "DATA", "--objective", "top-k"), "--objective has no meaning with --log"),
         (("--log", "DATA"), "expected the event store of `python -m serve run`"),
         (("--objective", "bpr"), "is not one of 'reinforce', 'plackett-luce', 'top-k', 'actor-critic'"),

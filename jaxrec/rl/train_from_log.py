@@ -137,11 +137,11 @@ def judge_from_log(
     by_own = len(np.unique(np.asarray(states.user)[own])) >= minimum_effective
     states = states.at(np.flatnonzero(own | (not by_own)))
     rewards = slot_rewards(states, config)
-    weights = _weights(_logprobs(graphdef, new, scoring, states), states)
+    weights = _weights(logged_logprobs(graphdef, new, scoring, states), states)
     if by_own:
         before = on_policy(rewards)
     else:
-        before = snips(_weights(_logprobs(graphdef, current, scoring, states), states), rewards)
+        before = snips(_weights(logged_logprobs(graphdef, current, scoring, states), states), rewards)
     users = np.asarray(states.user)
     return gate(
         snips(weights, rewards),
@@ -169,7 +169,7 @@ def own_versions(
     of_each = [np.flatnonzero(version == one) for one in range(count)]
     spread = [rows[np.linspace(0, len(rows) - 1, min(VERSION_ROWS, len(rows))).astype(np.int64)] for rows in of_each]
     some = states.at(np.concatenate(spread))
-    logprobs = _logprobs(graphdef, current, scoring, some)
+    logprobs = logged_logprobs(graphdef, current, scoring, some)
     return reproduced_versions(logprobs, np.asarray(some.log_propensities), np.asarray(some.version), count)
 
 
@@ -185,7 +185,7 @@ def _slot_logprobs(logits: jax.Array, states: LogStates) -> jax.Array:
     return served_logprobs(served_logits(logits, jnp.asarray(states.temperature), slate), slate)
 
 
-def _logprobs(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: LogStates) -> np.ndarray:
+def logged_logprobs(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: LogStates) -> np.ndarray:
     """[rows, k] float64: log-probabilities of the logged slots under a policy as it is served."""
 
     @jax.jit

@@ -14,11 +14,12 @@ from jaxrec.rl.log_states import LogStates
 from jaxrec.rl.policy import sample_slates
 from jaxrec.rl.rewards import RewardTables, RewardTerms
 from jaxrec.rl.scoring import Scoring
-from jaxrec.rl.served_policy import POOL, Fit, fit_temperature, own_share, served_logits, served_logprobs
-from jaxrec.rl.train_from_log import judge_from_log
+from jaxrec.rl.served_policy import EXACT, POOL, reproduced_versions, served_logits, served_logprobs
+from jaxrec.rl.train_from_log import judge_from_log, own_versions
 from serve import exploration
 
 ITEMS, SLOTS, TEMPERATURE = 150, 5, 0.7
+SAME = jnp.full(1, TEMPERATURE)
 
 
 def scores() -> np.ndarray:
@@ -29,32 +30,36 @@ def scores() -> np.ndarray:
 
 
 def test_propensities_are_those_of_the_server() -> None:
+    """Each at its own temperature."""
     assert POOL == exploration.POOL
     logits, rng = scores(), np.random.default_rng(1)
     best = np.argsort(-logits)[:POOL]
     slates, expected = [], []
-    for _ in range(20):
-        drawn = exploration.draw(logits[best], SLOTS, TEMPERATURE, rng)
+    temperatures = np.tile([TEMPERATURE, 2.0], 10).astype(np.float32)
+    for temperature in temperatures:
+        drawn = exploration.draw(logits[best], SLOTS, float(temperature), rng)
         slates.append(best[drawn.places])
         expected.append(drawn.log_propensities)
     batch = jnp.broadcast_to(logits, (20, ITEMS + 1))
-    found = served_logprobs(served_logits(batch, TEMPERATURE, SLOTS), jnp.asarray(slates))
+    shown = jnp.asarray(slates)
+    found = served_logprobs(served_logits(batch, jnp.asarray(temperatures), shown), shown)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    logged = batch, jnp.asarray(slates), jnp.asarray(expected)
-    temperature, error = fit_temperature(*logged)
-    assert abs(temperature - TEMPERATURE) < 1e-3
-    assert error < 1e-4
-    assert fit_temperature(*logged, 2.0)[1] > 0.1
-    assert own_share(*logged, temperature) == 1.0
-    of_others = jnp.asarray(expected).at[:5].add(0.1)
-    assert own_share(*logged[:2], of_others, temperature) == 0.75
+
+
+def test_a_version_is_the_policy_in_use_where_the_median_row_is_reproduced() -> None:
+    """Of three rows one may be odd; the slot that is furthest counts; and an unknown version has no row at all."""
+    logged = np.full((8, 2), -1.0)
+    distance = [[0, 0.9], [0, 0], [EXACT / 2, 0], [0.9, 0], [0, 0.9], [0, 0], [0, 2 * EXACT], [0, 0.9]]
+    version = np.array([0, 0, 0, 1, 1, 1, 3, 3])
+    found = reproduced_versions(logged + distance, logged, version, count=4)
+    assert found.tolist() == [True, False, False, False]
 
 
 def test_what_is_not_drawn_from_has_no_probability_and_empty_slots_count_nothing() -> None:
     logits = scores()
     order = np.argsort(-logits)
     slate = jnp.asarray([[order[0], order[POOL], 0]])  # the best, the first outside of the pool, and an empty slot
-    found = np.asarray(served_logprobs(served_logits(jnp.asarray(logits)[None], TEMPERATURE, 3), slate))[0]
+    found = np.asarray(served_logprobs(served_logits(jnp.asarray(logits)[None], SAME, slate), slate))[0]
     assert np.isfinite(found[0])
     assert found[0] < 0
     assert found[1] == np.float32(NEVER)
@@ -62,10 +67,10 @@ def test_what_is_not_drawn_from_has_no_probability_and_empty_slots_count_nothing
 
 
 def test_the_pool_is_as_wide_as_the_slate() -> None:
-    wide = served_logits(jnp.asarray(scores())[None], TEMPERATURE, 120)
-    assert int((wide > NEVER / 2).sum()) == 120
-    all_of_them = served_logits(jnp.asarray(scores())[None], TEMPERATURE, 1000)
-    assert int((all_of_them > NEVER / 2).sum()) == ITEMS - 2
+    """Its own, however wide others of the batch are."""
+    slates = jnp.asarray([np.arange(1000) < size for size in (120, 1000, 3)], jnp.int32)
+    found = served_logits(jnp.broadcast_to(scores(), (3, ITEMS + 1)), jnp.full(3, TEMPERATURE), slates)
+    assert (found > NEVER / 2).sum(axis=1).tolist() == [120, ITEMS - 2, POOL]
 
 
 def test_the_gate_judges_by_what_the_policy_in_use_showed_itself() -> None:
@@ -82,7 +87,8 @@ def test_the_gate_judges_by_what_the_policy_in_use_showed_itself() -> None:
     others = np.arange(users) % 2
     shift = 0.5 * others[:, None] * np.sin(np.arange(ITEMS + 1)).astype(np.float32)
     logits = exclude_items(query @ items.T + shift, jnp.zeros((users, 1), jnp.int32))
-    drawn_from = served_logits(logits, TEMPERATURE, SLOTS)
+    temperature = np.full(users, TEMPERATURE, np.float32)
+    drawn_from = served_logits(logits, jnp.asarray(temperature), jnp.ones((users, SLOTS), jnp.int32))
     slates = sample_slates(jax.random.key(0), drawn_from, SLOTS)
     terms = RewardTerms(*(rng.random((users, SLOTS)).astype(np.float32) for _ in RewardTerms._fields))
     states = LogStates(
@@ -91,10 +97,14 @@ def test_the_gate_judges_by_what_the_policy_in_use_showed_itself() -> None:
         exclude=np.zeros((users, 1), np.int32),
         slate=np.asarray(slates),
         log_propensities=np.asarray(served_logprobs(drawn_from, slates)),
+        temperature=temperature,
         terms=terms,
         user=np.arange(users, dtype=np.int32),
+        version=others.astype(np.int32),
     )
-    same = graphdef, head, head, scoring, states, config, Fit(TEMPERATURE, 0.0, 0.5)
+    in_use = own_versions(graphdef, head, scoring, states, 3)
+    assert in_use.tolist() == [True, False, False]
+    same = graphdef, head, head, scoring, states, in_use[states.version], config
     by_itself = judge_from_log(*same, minimum_effective=15.0)
     assert (by_itself.rows, by_itself.groups) == (20, 20)
     assert by_itself.effective_sample_size == pytest.approx(20, rel=1e-3)
