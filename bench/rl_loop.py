@@ -153,6 +153,8 @@ def serve_round(
     index = {str(raw): number for number, raw in enumerate(users.catalog.ids.raw_ids.tolist(), start=1)}
     rewards, terms, shown = [], [], set[int]()
     for number in range(config.requests):
+        # They answer at once, however long this machine takes to simulate it: the log has no delays to wait for.
+        now = int(time.time())
         questions = [recommend_request(user_id=user, k=config.slate) for user in ids]
         answers = [
             answer
@@ -164,7 +166,6 @@ def serve_round(
         keys = jax.random.split(jax.random.fold_in(key, number), count)
         state, observation, reward, _ = go(params, state, slates, keys)
         slot, rating = np.asarray(observation.slot), np.asarray(observation.rating[:, 0])
-        now = int(time.time())
         _record(
             client,
             [

@@ -22,7 +22,7 @@ from jaxrec.rl.train_from_log import FromLog, own_versions, train_from_log
 from jaxrec.rl.train_policy import PolicyOutcome
 from jaxrec.runs import Run, load_supervised, open_run
 from jaxrec.schema import DataError
-from jaxrec.served_log import ServedLog, read_served_log
+from jaxrec.served_log import DETERMINISTIC, ServedLog, read_served_log
 from jaxrec.stopping import StopRequested, never
 
 LOG_OUTCOME_FILE = "policy_from_log.json"
@@ -69,7 +69,8 @@ def rl_log_run(
     config = dataclasses.replace(config, policy_width=base.config.policy_width)
     served = read_served_log(log, data.catalog, answers_within)
     if not served.recommendations:
-        raise DataError(f"{log}: nothing to learn from: {_counts(served)}; is the server run with --explore?")
+        hint = "; is the server run with --explore?" if DETERMINISTIC in served.skipped else ""
+        raise DataError(f"{log}: nothing to learn from: {_counts(served)}{hint}")
     scoring = jax.device_put(frozen_scoring(supervised, reward_tables(data)), jax.devices()[0])
     states = log_states(supervised, served.recommendations, data.config.rating_scale, scoring.tables)
     in_use = own_versions(base.graphdef, base.variables, scoring, states, len(served.versions))
