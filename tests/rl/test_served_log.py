@@ -119,6 +119,7 @@ def test_what_a_real_server_drew_is_reproduced(
             events = [
                 Event(str(item), 3.0, int(at)) for item, at in zip(rng.choice(raw, 12, False), times, strict=True)
             ]
+            events.append(Event("nobody knows it", None, START + 9 * DAY + HOUR))
             store.record([UserEvent(f"{user}-{at}", f"user {user}", event) for at, event in enumerate(events)])
         for temperature in TEMPERATURES:
             models = one_model(model, store, exploration=Exploration(temperature, seed=1))
