@@ -30,7 +30,7 @@ from scipy import stats
 
 from bench.quality import commit
 from jaxrec.catalog import Catalog
-from jaxrec.config import RewardWeights, RLConfig
+from jaxrec.config import LOG_RL, RewardWeights, RLConfig
 from jaxrec.export.run import export_run
 from jaxrec.files import write_text
 from jaxrec.histories import Histories
@@ -50,10 +50,9 @@ OUT = Path(__file__).with_name("rl_loop.md")
 BATCH, RECORDED = 128, 1000  # recommendations and events per call
 HOUR, DAY = 3600, 86_400
 LOGGED_WITHIN_S = 30.0
-LEARNING = RLConfig(
+LEARNING = dataclasses.replace(
+    LOG_RL,
     steps=200,
-    learning_rate=1e-3,
-    kl_target=0.1,
     entropy_floor=0.0,
     coverage_floor=0.0,
     rewards=RewardWeights(hit=1.0, genre=0.0, rating=0.0),

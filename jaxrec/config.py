@@ -125,8 +125,9 @@ class RLConfig:
     rewards: RewardWeights = dataclasses.field(default_factory=RewardWeights)
 
 
-# What a log says is news to the models, unlike what they were trained on: a longer leash, and larger steps.
-LOG_RL = RLConfig(learning_rate=3e-3, kl_target=0.05)
+# What a log says is news to the models, unlike what they were trained on: a longer leash, and larger steps. The low cap
+# ends what can be gained by learning single users by heart.
+LOG_RL = RLConfig(learning_rate=3e-3, kl_target=0.1, importance_cap=5.0)
 
 
 def to_json(config: Any) -> dict[str, Any]:

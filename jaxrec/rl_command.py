@@ -83,7 +83,12 @@ OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
 @click.option(
     "--discount", type=SHARE, default=RLConfig.discount, help="Of the reward one event later, for actor-critic."
 )
-@click.option("--importance-cap", type=POSITIVE, default=RLConfig.importance_cap, help="The largest importance weight.")
+@click.option(
+    "--importance-cap",
+    type=click.FloatRange(1, min_open=True),
+    help=f"Largest importance weight.  [default: {RLConfig.importance_cap:g}, with --log {LOG_RL.importance_cap:g}]",
+    show_default=False,
+)
 @click.option("--hit-reward", type=float, default=RewardWeights.hit, help="Weight: the actual next item.")
 @click.option("--genre-reward", type=float, default=RewardWeights.genre, help="Weight: genre cosine with it.")
 @click.option("--rating-reward", type=float, default=RewardWeights.rating, help="Weight: rating, 0..1.")
@@ -122,7 +127,7 @@ def rl(
     entropy_floor: float,
     coverage_floor: float,
     discount: float,
-    importance_cap: float,
+    importance_cap: float | None,
     hit_reward: float,
     genre_reward: float,
     rating_reward: float,
@@ -163,7 +168,7 @@ def rl(
         entropy_floor=entropy_floor,
         coverage_floor=coverage_floor,
         discount=discount,
-        importance_cap=importance_cap,
+        importance_cap=importance_cap or defaults.importance_cap,
         rewards=rewards,
     )
     of_log = [name for name in ("answers_within", "min_effective") if name in given]

@@ -1,14 +1,14 @@
 """Improves a policy from a server's log, off-policy, and judges it on other users of the same log.
 
-The gradient is that of the policy's value, by per-decision importance sampling (Precup et al. 2000, "Eligibility Traces
-for Off-Policy Policy Evaluation", section 3, with the slots of a slate as its steps). With the cumulative weights
-W_i = prod_(j <= i) pi(slot j | slots before it) / logged propensity, in log space and capped, slot j is answerable for
+What is followed is the clipped surrogate of the policy's value (`jaxrec.rl.objectives.clipped_surrogate`) by
+per-decision importance sampling (Precup et al. 2000, "Eligibility Traces for Off-Policy Policy Evaluation", section 3,
+with the slots of a slate as its steps): the sum over the slots of W_i (d_i r_i - b_i(state)) with cumulative weights
 
-    sum_j grad log pi(slot j | slots before it) * (sum_(i >= j) W_i d_i r_i - W_j b_j(state))
+    W_i = prod_(j <= i) pi(slot j | slots before it) / logged propensity
 
-b_j is a baseline, linear in the query, that learns the logged reward from slot j on; W_j b_j has no gradient in
-expectation. pi is the policy as it is served: the same pool of best items, at the temperature that the slate was drawn
-at (`jaxrec.rl.served_policy`). The leash holds it near the policy in use.
+b_i is a baseline, linear in the query, that learns a slot's logged reward; W_i b_i has no gradient in expectation. pi
+is the policy as it is served: the same pool of best items, at the temperature that the slate was drawn at
+(`jaxrec.rl.served_policy`). The leash holds it near the policy in use.
 """
 
 import functools
@@ -28,6 +28,7 @@ from jaxrec.models.hybrid import PolicyHead
 from jaxrec.rl.learner import KL_COEFFICIENT_START, Learner, apply_update, guards, policy_optimizer, slate_coverage
 from jaxrec.rl.log_states import LogStates
 from jaxrec.rl.methods import Linear, weight_metrics
+from jaxrec.rl.objectives.clipped_surrogate import clipped_surrogate_loss
 from jaxrec.rl.objectives.off_policy import importance_weights
 from jaxrec.rl.objectives.policy_gradient import baseline_loss
 from jaxrec.rl.offline_evaluation.estimators import on_policy, snips
@@ -227,12 +228,9 @@ def _make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig) -> Any:
             ratios = jnp.cumsum(jnp.where(where, logprobs - batch.log_propensities, 0.0), axis=1)
             weights, clipped = importance_weights(ratios, jnp.zeros_like(ratios), config.importance_cap)
             weights = jnp.where(where, weights, 0.0)
-            ahead = jax.lax.cumsum(weights * rewards, axis=1, reverse=True)
             values = critic(jnp.asarray(batch.query))
-            advantages = jax.lax.stop_gradient(ahead - weights * values)
-            drawn = where & (weights > 0)
-            policy_loss = -jnp.mean(jnp.sum(jnp.where(drawn, logprobs * advantages, 0.0), axis=1))
-            value_loss = baseline_loss(values, jax.lax.cumsum(rewards, axis=1, reverse=True), where)
+            policy_loss = clipped_surrogate_loss(ratios, rewards - values, where, config.importance_cap)
+            value_loss = baseline_loss(values, rewards, where)
             drawn_by, before = (tempered(x, jnp.asarray(batch.temperature)) for x in (logits, reference))
             kl = jnp.mean(kl_divergence(drawn_by, before))
             guard, guarded = guards(drawn_by, before, config)
