@@ -1,7 +1,7 @@
 """How often the intervals of offline evaluation cover the truth, and what the gate lets pass; writes
 bench/rl_estimators.md.
 
-    python bench/rl_estimators.py [--logs 100] [--processes 2] [--gate]
+    python -m bench.rl_estimators [--logs 100] [--processes 2] [--gate]
 
 With `--gate` the gate's section alone is measured, and replaced in the report.
 
@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import click
 import numpy as np
-import scipy.stats
-from quality import commit
 from scipy.special import log_softmax
 
+from bench.coverage_tables import Judged, coverage_table, over_seeds, size_table
+from bench.quality import commit
 from jaxrec.files import write_text
 from jaxrec.rl.offline_evaluation.estimators import (
     Terms,
@@ -54,7 +54,6 @@ SEEDS, LEVEL, RESAMPLES = 5, 0.95, 600
 CONTEXTS, ACTIONS, DECISIONS, LIKING = 5, 20, 10, 0.12
 ITEMS, SLOTS = 8, 3
 DISCOUNTS = np.array([0.5, 0.3, 0.2])
-SIZES = (0, 10, 30, 100, 300, np.inf)  # bins of the effective sample size
 # Users, and how far the new policy is from the logged one (standard deviation of the change of its logits).
 SETTINGS = ((200, 0.3), (400, 1.0), (150, 1.0), (100, 2.0), (40, 3.0), (15, 5.0))
 SLATE_SETTINGS = ((300, 0.3), (300, 0.7), (300, 1.5))
@@ -85,17 +84,6 @@ class Log(NamedTuple):
     action: np.ndarray
     reward: np.ndarray
     user: np.ndarray
-
-
-class Judged(NamedTuple):
-    """One interval of one log: which, its truth, value and ends, and the effective sample size."""
-
-    name: str
-    truth: float
-    value: float
-    low: float
-    high: float
-    size: float
 
 
 def new_world(seed: int, actions: int = ACTIONS) -> World:
@@ -265,50 +253,6 @@ def ask_gate(task: tuple[int, Case, int]) -> list[tuple[str, float, Decision, bo
     return decided
 
 
-def over_seeds(figures: list[float]) -> str:
-    """Mean and 95 % t interval over the seeds."""
-    mean, error = np.mean(figures), np.std(figures, ddof=1) / np.sqrt(len(figures))
-    half = scipy.stats.t.ppf(0.975, len(figures) - 1) * error
-    return f"{mean:.3f} ± {half:.3f}"
-
-
-def coverage_table(by_seed: list[list[Judged]]) -> list[str]:
-    names = list(dict.fromkeys(one.name for one in by_seed[0]))
-    lines = ["| | covers the truth | truth below | truth above | median width | mean error |", "|---" * 6 + "|"]
-    for name in names:
-        cells = [[one for one in judged if one.name == name] for judged in by_seed]
-        every = [one for cell in cells for one in cell]
-        covered = over_seeds([np.mean([one.low <= one.truth <= one.high for one in cell]) for cell in cells])
-        below, above = (np.mean([test(one) for one in every]) for test in (_below, _above))
-        width, error = np.median([one.high - one.low for one in every]), np.mean([o.value - o.truth for o in every])
-        lines.append(f"| {name} | {covered} | {below:.3f} | {above:.3f} | {width:.3f} | {error:+.4f} |")
-    return lines
-
-
-def _below(one: Judged) -> bool:
-    return one.truth < one.low
-
-
-def _above(one: Judged) -> bool:
-    return one.truth > one.high
-
-
-def size_table(judged: list[Judged], names: tuple[str, ...]) -> list[str]:
-    """Coverage by the effective sample size of the log."""
-    labels = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(SIZES)]
-    lines = ["| effective sample size | logs | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
-    for label, (low, high) in zip(labels, itertools.pairwise(SIZES), strict=True):
-        cells, count = [], 0
-        for name in names:
-            found = [one for one in judged if one.name == name and low <= one.size < high]
-            count = len(found)
-            covered = np.mean([one.low <= one.truth <= one.high for one in found]) if found else np.nan
-            width = np.median([one.high - one.low for one in found]) if found else np.nan
-            cells.append(f"{covered:.3f} (width {width:.2f})" if found else "")
-        lines.append(f"| {label} | {count} | " + " | ".join(cells) + " |")
-    return lines
-
-
 def gate_table(asked: list[list[list[tuple[str, float, Decision, bool]]]]) -> list[str]:
     lines = [
         "| the new policy is | true gain | effective sample size | may be used | refused: sample size | refused: mean "
@@ -356,7 +300,7 @@ def main(logs: int, processes: int, gate_alone: bool, out: Path) -> None:
     lines = [
         "# Offline evaluation where the truth is known",
         "",
-        f"`python bench/rl_estimators.py --logs {logs}` at commit {commit()}, the gate's section as it says there. "
+        f"`python -m bench.rl_estimators --logs {logs}` at commit {commit()}, the gate's section as it says there. "
         f"{SEEDS} seeds, each a world of its own, {logs} logs of each; {LEVEL:.0%} intervals by {RESAMPLES} bootstrap "
         f"samples of users ({SAMPLES}, the default, in the gate), studentized but where "
         "another method is named. Coverage: mean and 95 % t interval over the seeds. `truth below` and `truth above` "
@@ -399,7 +343,7 @@ def gate_section(asked: list[list[tuple[str, float, Decision, bool]]], logs: int
     return [
         GATE_TITLE,
         "",
-        f"`python bench/rl_estimators.py --gate --logs {logs}` at commit {commit()}; {SAMPLES} bootstrap samples. "
+        f"`python -m bench.rl_estimators --gate --logs {logs}` at commit {commit()}; {SAMPLES} bootstrap samples. "
         f"SNIPS against the log, effective sample size of at least {MINIMUM_EFFECTIVE:g} users, gain above 0 at "
         f"{LEVEL:.0%}, with what was never logged at the least reward as well (`none at worst` where only that is not "
         "shown). Shares of the logs; the last column is what a gate that only looks at the interval would let pass.",

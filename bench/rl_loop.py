@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from scipy import stats
 
+from bench.intervals import student
 from bench.quality import commit
 from jaxrec.catalog import Catalog
 from jaxrec.config import LOG_RL, RewardWeights, RLConfig
@@ -327,8 +327,8 @@ def write_table(work: Path, config: LoopConfig, fit: SimulatorFit, users: Users,
 
 def interval(values: np.ndarray) -> str:
     """Mean and Student's 95 % interval of values [users]."""
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():.4f} ({values.mean() - half:.4f}-{values.mean() + half:.4f})"
+    mean, half = student(values)
+    return f"{mean:.4f} ({mean - half:.4f}-{mean + half:.4f})"
 
 
 if __name__ == "__main__":

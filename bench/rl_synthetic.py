@@ -25,13 +25,20 @@ from pathlib import Path
 import click
 import jax
 import numpy as np
-from scipy import stats
 
+from bench.intervals import student
 from bench.quality import commit
 from jaxrec.files import write_text
 from jaxrec.rl.environment_policy import EnvironmentPolicy, Params, new_policy, probabilities
 from jaxrec.rl.environments.synthetic import acquired_taste, logging_logprobs, synthetic_environment
-from jaxrec.rl.environments.synthetic_exact import all_states, best_policy, build_model, deterministic, value
+from jaxrec.rl.environments.synthetic_exact import (
+    all_states,
+    best_policy,
+    build_model,
+    deterministic,
+    logging_policy,
+    value,
+)
 from jaxrec.rl.from_environment_log import FromLogConfig, collect_log, fit_to_log, next_item_loss, off_policy_loss
 from jaxrec.rl.on_policy import OnPolicyConfig, make_updates, new_learner, train_on_policy
 
@@ -70,12 +77,12 @@ def values(seeds: int, updates: int, discounts: tuple[float, ...], work: Path) -
         top = deterministic(table.argmax(axis=1), table.shape[1])
         return value(model, table) / best, value(model, top) / best
 
-    logging = np.exp(np.asarray(jax.vmap(lambda s: logging_logprobs(PARAMS, s))(all_states(PARAMS)), np.float64))[:, 1:]
+    logging = logging_policy(PARAMS)
     found: dict[str, list[float]] = {
         "best value": [best],
         "best policy": [1.0],
         "greedy, exact one-step reward": [value(model, best_policy(model, discount=0.0)) / best],
-        "logging policy": [value(model, logging / logging.sum(axis=1, keepdims=True)) / best],
+        "logging policy": [value(model, logging) / best],
         "uniform": [value(model, np.full_like(logging, 1 / logging.shape[1])) / best],
     }
 
@@ -196,10 +203,9 @@ def write_tables(work: Path, seeds: int, updates: int) -> None:
 
 def interval(shares: list[float]) -> str:
     """Mean and Student's 95 % interval."""
-    mean = float(np.mean(shares))
     if len(shares) == 1:
-        return f"{mean:.3f}"
-    half = stats.t.ppf(0.975, len(shares) - 1) * np.std(shares, ddof=1) / np.sqrt(len(shares))
+        return f"{shares[0]:.3f}"
+    mean, half = student(shares)
     return f"{mean:.3f} ({mean - half:.3f}-{mean + half:.3f})"
 
 

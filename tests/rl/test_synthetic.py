@@ -21,8 +21,12 @@ from jaxrec.rl.environments.synthetic_exact import (
     all_states,
     best_policy,
     build_model,
+    deterministic,
+    logging_policy,
     policy_values,
+    state_number,
     value,
+    values_by_steps,
 )
 
 PARAMS = acquired_taste()
@@ -130,6 +134,43 @@ def test_best_values_equal_brute_force() -> None:
         assert values[number] == pytest.approx(brute_force(params, topics[:3], topics[3:], 8), abs=4.0**-8 * 2)
 
 
+def test_states_are_numbered_in_their_order() -> None:
+    """Any item of a topic stands for it: 20 is the last of topic 1, 31 the first of topic 3."""
+    numbers = jax.vmap(lambda state: state_number(PARAMS, state))(all_states(PARAMS))
+    np.testing.assert_array_equal(numbers, np.arange(4**6))
+    assert int(state_number(PARAMS, state_of([20, 1, 1], [1, 1, 31]))) == 1 * 4**5 + 3
+
+
+def test_values_of_few_steps_by_hand() -> None:
+    """Item 1 for ever: topic 0 gains nothing from what was taken, and is halved by each time it was shown before; a
+    quarter of the users stay."""
+    params = tiny()
+    model = build_model(params)
+    first_item = deterministic(np.zeros(64, int), 2)
+    unshown = int(state_number(params, state_of([1, 1, 1], [2, 2, 2])))
+    p = [0.5, 0.5 * 0.5, 0.5 * 0.5**2, 0.5 * 0.5**3, 0.5 * 0.5**3]  # three are remembered
+    expected = np.cumsum([0.0, *(0.25**step * p[step] for step in range(5))])
+    np.testing.assert_allclose(values_by_steps(model, first_item, 5)[:, unshown], expected, rtol=1e-6)
+    discounted = np.cumsum([0.0, *((0.5 * 0.25) ** step * p[step] for step in range(5))])
+    np.testing.assert_allclose(values_by_steps(model, first_item, 5, 0.5)[:, unshown], discounted, rtol=1e-6)
+
+
+def test_one_step_of_a_new_user_by_hand() -> None:
+    """Who has taken and was shown j times topic 1 of three; both items equally likely."""
+    expected = 0.0
+    for j, share in enumerate((1 / 8, 3 / 8, 3 / 8, 1 / 8)):
+        expected += share * (0.5 * 0.5 * 0.5 ** (3 - j) + 0.5 * 0.75 * (0.125 + 0.75 * j / 3) * 0.5**j)
+    assert value(build_model(tiny()), np.full((64, 2), 0.5), steps=1) == pytest.approx(expected, rel=1e-6)
+
+
+def test_values_of_many_steps_are_those_of_whole_visits() -> None:
+    """Of the users who stay, a quarter, nobody is left after 30 steps."""
+    model = build_model(tiny())
+    policy = logging_policy(tiny())
+    np.testing.assert_allclose(values_by_steps(model, policy, 30)[-1], policy_values(model, policy), atol=1e-8)
+    assert value(model, policy, steps=30) == pytest.approx(value(model, policy), abs=1e-8)
+
+
 def test_best_policy_satisfies_the_optimality_equation() -> None:
     model = build_model(PARAMS)
     values = policy_values(model, best_policy(model))
@@ -149,8 +190,7 @@ def test_patience_pays() -> None:
 def test_exact_value_is_what_users_take() -> None:
     """The logging policy, from the exact tables and from 4,000 visits of at most 400 steps."""
     environment = synthetic_environment(PARAMS)
-    logging = jnp.exp(jax.vmap(lambda state: logging_logprobs(PARAMS, state))(all_states(PARAMS)))[:, 1:]
-    exact = value(build_model(PARAMS), np.asarray(logging))
+    exact = value(build_model(PARAMS), logging_policy(PARAMS))
 
     @jax.jit
     def visits(key: jax.Array) -> jax.Array:

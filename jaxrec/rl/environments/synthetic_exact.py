@@ -9,13 +9,21 @@ one of two states, by whether the item is taken; with W(s) the value after stayi
 """
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrec.rl.environments.synthetic import SHOWN, TAKEN, SyntheticParams, SyntheticState, take_probability
+from jaxrec.rl.environments.synthetic import (
+    SHOWN,
+    TAKEN,
+    SyntheticParams,
+    SyntheticState,
+    logging_logprobs,
+    take_probability,
+)
 
 TOLERANCE = 1e-9  # of the iterated values, which are of the size of 1 / leave
 
@@ -38,6 +46,11 @@ def all_topics(topics: int) -> np.ndarray:
     return np.array(list(itertools.product(range(topics), repeat=TAKEN + SHOWN)), np.int64)
 
 
+def places(topics: int) -> np.ndarray:
+    """[TAKEN + SHOWN] int64: what each digit of a state's number counts."""
+    return topics ** np.arange(TAKEN + SHOWN - 1, -1, -1)
+
+
 def all_states(params: SyntheticParams) -> SyntheticState:
     """Every state, [states, ...], with the first item of each topic standing for all of its topic."""
     topics = all_topics(len(params.base))
@@ -47,12 +60,18 @@ def all_states(params: SyntheticParams) -> SyntheticState:
     return SyntheticState(items[:, :TAKEN], items[:, TAKEN:])
 
 
+def state_number(params: SyntheticParams, state: SyntheticState) -> jax.Array:
+    """[] int32: which of `all_states` has the topics of this one."""
+    topics = params.item_topic[jnp.concatenate([state.taken, state.shown])]
+    return topics @ jnp.asarray(places(len(params.base)), jnp.int32)
+
+
 def build_model(params: SyntheticParams) -> Model:
     """The tables of the environment."""
     count = len(params.base)
     topics = all_topics(count)
     item_topic = np.asarray(params.item_topic)[1:]
-    place = count ** np.arange(TAKEN + SHOWN - 1, -1, -1)
+    place = places(count)
     taken, shown = topics[:, :TAKEN], topics[:, TAKEN:]
     successors = []
     for topic in range(count):
@@ -82,20 +101,43 @@ def action_values(model: Model, values: np.ndarray, discount: float = 1.0) -> np
     return model.take + discount * model.stay * (model.take * taken + (1.0 - model.take) * not_taken)
 
 
-def policy_values(model: Model, policy: np.ndarray, discount: float = 1.0) -> np.ndarray:
-    """[states]: the value of policy [states, items] float, whose rows sum to 1 (iterative policy evaluation, Sutton
-    and Barto 2018, section 4.1)."""
+def evaluation_sweep(model: Model, policy: np.ndarray, discount: float = 1.0) -> Callable[[np.ndarray], np.ndarray]:
+    """What one step of policy [states, items] float, whose rows sum to 1, and then values [states] are worth
+    [states]."""
     policy = np.asarray(policy, np.float64)
     taken, not_taken = policy * model.take, policy * (1.0 - model.take)
     of_topic = np.eye(model.if_taken.shape[1])[model.item_topic]  # what follows depends on the item's topic alone
     to_taken, to_not, reward = taken @ of_topic, not_taken @ of_topic, taken.sum(axis=1)
+
+    def sweep(values: np.ndarray) -> np.ndarray:
+        follows = (to_taken * values[model.if_taken] + to_not * values[model.if_not]).sum(axis=1)
+        return reward + discount * model.stay * follows
+
+    return sweep
+
+
+def policy_values(model: Model, policy: np.ndarray, discount: float = 1.0) -> np.ndarray:
+    """[states]: the value of policy [states, items] float, whose rows sum to 1 (iterative policy evaluation, Sutton
+    and Barto 2018, section 4.1)."""
+    sweep = evaluation_sweep(model, policy, discount)
     values = np.zeros(len(policy))
     while True:
-        follows = (to_taken * values[model.if_taken] + to_not * values[model.if_not]).sum(axis=1)
-        new = reward + discount * model.stay * follows
+        new = sweep(values)
         if np.abs(new - values).max() < TOLERANCE:
             return new
         values = new
+
+
+def values_by_steps(model: Model, policy: np.ndarray, steps: int, discount: float = 1.0) -> np.ndarray:
+    """[steps + 1, states]: row h is what policy [states, items] is worth over the next h steps, from 0 for none.
+
+    The sweeps of `policy_values`, from values of 0: each looks one step further ahead.
+    """
+    sweep = evaluation_sweep(model, policy, discount)
+    values = [np.zeros(len(policy))]
+    for _ in range(steps):
+        values.append(sweep(values[-1]))
+    return np.stack(values)
 
 
 def best_policy(model: Model, discount: float = 1.0) -> np.ndarray:
@@ -119,6 +161,15 @@ def deterministic(choice: np.ndarray, items: int) -> np.ndarray:
     return np.eye(items)[choice]
 
 
-def value(model: Model, policy: np.ndarray) -> float:
-    """What a new user takes until it leaves, on average, under policy [states, items]."""
-    return float(model.start @ policy_values(model, policy))
+def logging_policy(params: SyntheticParams) -> np.ndarray:
+    """[states, items] float64: the policy that wrote the log."""
+    logprobs = jax.vmap(lambda state: logging_logprobs(params, state))(all_states(params))
+    policy = np.exp(np.asarray(logprobs, np.float64))[:, 1:]
+    return policy / policy.sum(axis=1, keepdims=True)
+
+
+def value(model: Model, policy: np.ndarray, steps: int | None = None) -> float:
+    """What a new user takes until it leaves, on average, under policy [states, items]; with `steps`, in its first
+    `steps` steps."""
+    values = policy_values(model, policy) if steps is None else values_by_steps(model, policy, steps)[-1]
+    return float(model.start @ values)

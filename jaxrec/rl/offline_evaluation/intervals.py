@@ -17,7 +17,7 @@ from jaxrec.rl.offline_evaluation.estimators import Terms
 from jaxrec.rl.offline_evaluation.weights import group_sums
 
 SAMPLES = 2000
-CHUNK = 4_000_000  # draws that are held in memory at a time
+CHUNK = 100_000  # draws that are held in memory at a time; they fit a core's cache, which halves the time
 ROUNDING = 1e-12  # of the size of the terms: spread below it is that of sums in floating point
 
 
@@ -91,7 +91,11 @@ def interval(
     The interval holds the value; a bound that the resamples do not tell is infinite.
     Raises ValueError for fewer than two groups, and where the rows have no weight.
     """
-    drawn = replicates(terms, groups, samples, seed)
+    return interval_of(replicates(terms, groups, samples, seed), level, method)
+
+
+def interval_of(drawn: Replicates, level: float = 0.95, method: Method = studentized) -> Interval:
+    """`interval` from replicates that are there already, say for several methods."""
     low, high = method(drawn, level)
     low = min(float(low), drawn.value) if np.isfinite(low) else -np.inf
     high = max(float(high), drawn.value) if np.isfinite(high) else np.inf
