@@ -208,7 +208,7 @@ class PolledCall(grpc.ServicerContext):
     def time_remaining(self) -> float:
         return max(self._event.call_details.deadline - time.time(), 0)
 
-    def cancel(self) -> None:
+    def cancel(self) -> None:  # type: ignore[override]  # as in grpc itself, whatever its stubs say
         self._call.cancel()
 
     def add_callback(self, callback: Callable[[], None]) -> bool:

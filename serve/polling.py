@@ -358,5 +358,5 @@ def _fail(_: Any, context: grpc.ServicerContext) -> Any:
     context.abort(grpc.StatusCode.INTERNAL, "internal error")
 
 
-FAILED = grpc.unary_unary_rpc_method_handler(_fail)
+FAILED: "grpc.RpcMethodHandler[Any, Any]" = grpc.unary_unary_rpc_method_handler(_fail)
 """For calls whose interceptors raised something."""

@@ -19,8 +19,7 @@ class ReflectionServicer(reflection.ReflectionServicer):
         self._open: deque[Any] = deque()
         self._lock = threading.Lock()
 
-    # grpc's stubs have no answers for it.
-    def ServerReflectionInfo(  # type: ignore[override]
+    def ServerReflectionInfo(
         self, request_iterator: Iterable[reflection_pb2.ServerReflectionRequest], context: Any
     ) -> Iterator[reflection_pb2.ServerReflectionResponse]:
         with self._lock:
@@ -29,7 +28,7 @@ class ReflectionServicer(reflection.ReflectionServicer):
         if oldest is not None:
             oldest.cancel()
         try:
-            yield from super().ServerReflectionInfo(request_iterator, context)  # type: ignore[misc]
+            yield from super().ServerReflectionInfo(request_iterator, context)
         finally:
             with self._lock:
                 if context in self._open:
