@@ -49,7 +49,9 @@ def test_padding_and_order_change_nothing(
         return encode(graphdef, variables, events, gap)
 
     monkeypatch.setattr(module, "_encode", reading)
+    compiled = encode._cache_size()
     found = states(small_hybrid, small_data, recommendations)
+    assert encode._cache_size() <= compiled + 2  # lengths
     # 64, 64, 64 and 18 rows, the shortest of 70 lengths first: to 22, to 43, to 64 and to 70 events.
     assert read == [(ROWS_PER_BATCH, length) for length in (32, 50, 50, 50)]
     monkeypatch.setattr(module, "SHORTEST", MAX_LENGTH)
