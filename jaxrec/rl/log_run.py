@@ -12,13 +12,14 @@ from flax import nnx
 from jaxrec.config import LOG_RL, RLConfig
 from jaxrec.files import write_text
 from jaxrec.models.hybrid import Hybrid, PolicyHead
+from jaxrec.rl.judge_log import own_versions
 from jaxrec.rl.learner import new_head
 from jaxrec.rl.log_states import log_states
 from jaxrec.rl.offline_evaluation.gating import MINIMUM_EFFECTIVE
 from jaxrec.rl.policy_run import load_policy, read_record, write_policy
 from jaxrec.rl.rewards import reward_tables
 from jaxrec.rl.scoring import frozen_scoring
-from jaxrec.rl.train_from_log import FromLog, own_versions, train_from_log
+from jaxrec.rl.train_from_log import FromLog, train_from_log
 from jaxrec.rl.train_policy import PolicyOutcome
 from jaxrec.runs import Run, load_supervised, open_run
 from jaxrec.schema import DataError
@@ -56,7 +57,7 @@ def rl_log_run(
     stop: StopRequested = never,
 ) -> LogOutcome:
     """Trains from the policy that is in use on what the event store `log` holds, and replaces it only if the gate says
-    so. What the gate said is also left in RUN/policy_from_log.json.
+    so. What the gate said, and the doubly robust gain, are also left in RUN/policy_from_log.json.
 
     `answers_within`: so many seconds after a recommendation its answers count, see `read_served_log`.
     Raises DataError where the run or the store cannot be read, or nothing in it can be used, TrainingError where a
@@ -80,8 +81,14 @@ def rl_log_run(
     result = train_from_log(
         base.graphdef, base.variables, scoring, states, served.users, own, config, minimum_effective, stop
     )
-    decision = result.decision
-    record = {"used": decision.used, "log": str(log), "told": told, "gate": dataclasses.asdict(decision)}
+    decision, doubly_robust = result.judgement
+    record = {
+        "used": decision.used,
+        "log": str(log),
+        "told": told,
+        "gate": dataclasses.asdict(decision),
+        "doubly_robust_gain": None if doubly_robust is None else dataclasses.asdict(doubly_robust),
+    }
     if decision.used:
         outcome = _outcome(result, config.steps)
         write_policy(run, supervised, outcome, config, METHOD, result.variables, result.steps, [])
@@ -121,7 +128,7 @@ def _counts(served: ServedLog) -> str:
 
 
 def _outcome(result: FromLog, steps: int) -> PolicyOutcome:
-    decision = result.decision
+    decision = result.judgement.decision
     parts = {"policy": decision.new, "logged": decision.logged}
     figures = {name: {"value": value.value} for name, value in parts.items() if value is not None}
     gain = decision.gain

@@ -18,6 +18,7 @@ from jaxrec.schema import MISSING_RATING, UNKNOWN_GAP, RatingScale
 from jaxrec.served_log import Recommendation, unit_ratings
 
 ROWS_PER_BATCH = 64
+SHORTEST = 8  # events that a history is padded to at least
 
 
 class LogStates(NamedTuple):
@@ -47,9 +48,12 @@ def log_states(
     """Encodes the recommendations' histories as the server does: the models read the last `max_length` events and the
     gap to the time that the request told, and all of the history is excluded."""
     graphdef, variables = nnx.split(hybrid)
-    batches = _batches(recommendations, scale, hybrid.lstm.config.max_length)
+    order = np.argsort([len(one.history.items) for one in recommendations], kind="stable")
+    batches = _batches([recommendations[row] for row in order], scale, hybrid.lstm.config.max_length)
     encoded = [jax.device_get(_encode(graphdef, variables, events, gap)) for events, gap in batches]
-    query, recent = (np.concatenate(column)[: len(recommendations)] for column in zip(*encoded, strict=True))
+    query, recent = (
+        np.concatenate(column)[: len(recommendations)][np.argsort(order)] for column in zip(*encoded, strict=True)
+    )
     slate = _padded([one.slate for one in recommendations], np.int32)
     return LogStates(
         query=query,
@@ -78,11 +82,16 @@ def _encode(
 def _batches(
     recommendations: list[Recommendation], scale: RatingScale | None, max_length: int
 ) -> Iterator[tuple[Events, np.ndarray]]:
-    """Histories and request gaps of ROWS_PER_BATCH recommendations at a time; the last batch repeats its last one."""
+    """Histories and request gaps of ROWS_PER_BATCH recommendations at a time; the last batch repeats its last one.
+
+    Each is as long as its longest history, as a power of two, so that few lengths are compiled; most of a log's
+    histories are far shorter than what the models may read.
+    """
     for start in range(0, len(recommendations), ROWS_PER_BATCH):
         rows = np.minimum(np.arange(start, start + ROWS_PER_BATCH), len(recommendations) - 1)
         batch = [recommendations[row] for row in rows]
-        shape = (ROWS_PER_BATCH, max_length)
+        longest = max(SHORTEST, *(len(one.history.items) for one in batch))
+        shape = (ROWS_PER_BATCH, min(1 << (longest - 1).bit_length(), max_length))
         item, rating = np.zeros(shape, np.int32), np.full(shape, MISSING_RATING, np.float32)
         gap, length = np.full(shape, UNKNOWN_GAP, np.float32), np.zeros(ROWS_PER_BATCH, np.int32)
         request_gap = np.full(ROWS_PER_BATCH, UNKNOWN_GAP, np.float32)

@@ -23,35 +23,32 @@ from flax import nnx
 from tqdm import tqdm
 
 from jaxrec.config import RLConfig
-from jaxrec.metrics import exclude_items
 from jaxrec.models.hybrid import PolicyHead
+from jaxrec.rl.judge_log import Judgement, judge_from_log
 from jaxrec.rl.learner import KL_COEFFICIENT_START, Learner, apply_update, guards, policy_optimizer, slate_coverage
+from jaxrec.rl.log_policy import slot_logprobs as _slot_logprobs
+from jaxrec.rl.log_policy import state_logits as _logits
 from jaxrec.rl.log_states import LogStates
 from jaxrec.rl.methods import Linear, weight_metrics
 from jaxrec.rl.objectives.clipped_surrogate import clipped_surrogate_loss
 from jaxrec.rl.objectives.off_policy import importance_weights
 from jaxrec.rl.objectives.policy_gradient import baseline_loss
-from jaxrec.rl.offline_evaluation.estimators import on_policy, snips
-from jaxrec.rl.offline_evaluation.gating import Decision, gate
-from jaxrec.rl.offline_evaluation.weights import Weights, slate_weights
 from jaxrec.rl.policy import kl_divergence
 from jaxrec.rl.rewards import discounts, total_reward
-from jaxrec.rl.scoring import Scoring, policy_logits
-from jaxrec.rl.served_policy import reproduced_versions, served_logits, served_logprobs, tempered
+from jaxrec.rl.scoring import Scoring
+from jaxrec.rl.served_policy import tempered
 from jaxrec.rl.train_policy import step_records
 from jaxrec.schema import DataError
 from jaxrec.stopping import StopRequested, TrainingStopped, never
 
 TRAIN_SHARE = 0.5  # of the log's users; the others judge
-VERSION_ROWS = 200  # of each model version, to tell whose it is
-ROWS_PER_BATCH = 256
 
 
 class FromLog(NamedTuple):
-    """What came of a log: the gate's `decision`, the new `variables` of PolicyHead, one record per update, and how many
+    """What came of a log: the `judgement`, the new `variables` of PolicyHead, one record per update, and how many
     recommendations trained and judged."""
 
-    decision: Decision
+    judgement: Judgement
     variables: Any
     steps: list[dict[str, float]]
     train_rows: int
@@ -87,8 +84,8 @@ def train_from_log(
     minimum_effective: float,
     stop: StopRequested = never,
 ) -> FromLog:
-    """Trains from the policy in use (`current`: variables of PolicyHead) on half of the users, and has the gate judge
-    it on the other half (`judge_from_log`). `own` [rows] bool: what the policy in use itself showed (`own_versions`).
+    """Trains from the policy in use (`current`: variables of PolicyHead) on half of the users, and has it judged on the
+    other half (`judge_from_log`). `own` [rows] bool: what the policy in use itself showed (`own_versions`).
 
     Raises DataError where too few users are there, TrainingError where a figure is not finite, TrainingStopped where
     `stop()` became true: nothing is kept then.
@@ -115,95 +112,8 @@ def train_from_log(
                 raise TrainingStopped(f"stopped after step {start + count} of {config.steps}; the policy in use stays")
     variables = jax.tree.map(np.array, learner.head)
     judging = states.at(judges), own[judges]
-    decision = judge_from_log(graphdef, variables, current, scoring, *judging, config, minimum_effective)
-    return FromLog(decision, variables, steps, len(trains), len(judges))
-
-
-def judge_from_log(
-    graphdef: nnx.GraphDef[PolicyHead],
-    new: Any,
-    current: Any,
-    scoring: Scoring,
-    states: LogStates,
-    own: np.ndarray,
-    config: RLConfig,
-    minimum_effective: float,
-) -> Decision:
-    """The gate's word on recommendations that trained nothing: self-normalized RIPS, resampled by user.
-
-    Judged is by what the policy in use itself showed (`own` [rows] bool), where that is of `minimum_effective` users at
-    least: older policies' slates are further from what the new one would show, and would tell of its gain over them.
-    Else all of the log counts, and what the policy in use is worth is estimated, too.
-    """
-    by_own = len(np.unique(np.asarray(states.user)[own])) >= minimum_effective
-    states = states.at(np.flatnonzero(own | (not by_own)))
-    rewards = slot_rewards(states, config)
-    weights = _weights(logged_logprobs(graphdef, new, scoring, states), states)
-    if by_own:
-        before = on_policy(rewards)
-    else:
-        before = snips(_weights(logged_logprobs(graphdef, current, scoring, states), states), rewards)
-    users = np.asarray(states.user)
-    return gate(
-        snips(weights, rewards),
-        before,
-        weights,
-        users,
-        discounts(rewards.shape[1]),
-        minimum_effective,
-        seed=config.seed,
-    )
-
-
-def slot_rewards(states: LogStates, config: RLConfig) -> np.ndarray:
-    """[rows, k] float64: each slot's reward as it counts in the slate's."""
-    rewards = np.asarray(total_reward(states.terms, config.rewards), np.float64)
-    return np.where(np.asarray(states.slate) > 0, rewards, 0.0) * discounts(rewards.shape[1])
-
-
-def own_versions(
-    graphdef: nnx.GraphDef[PolicyHead], current: Any, scoring: Scoring, states: LogStates, count: int
-) -> np.ndarray:
-    """[count] bool: which of the log's model versions are the policy in use, by VERSION_ROWS of each, spread over the
-    log."""
-    version = np.asarray(states.version)
-    of_each = [np.flatnonzero(version == one) for one in range(count)]
-    spread = [rows[np.linspace(0, len(rows) - 1, min(VERSION_ROWS, len(rows))).astype(np.int64)] for rows in of_each]
-    some = states.at(np.concatenate(spread))
-    logprobs = logged_logprobs(graphdef, current, scoring, some)
-    return reproduced_versions(logprobs, np.asarray(some.log_propensities), np.asarray(some.version), count)
-
-
-def _logits(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: LogStates) -> jax.Array:
-    """The policy's logits [rows, items + 1]; NEVER at the items of the history."""
-    logits = policy_logits(nnx.merge(graphdef, head), jnp.asarray(states.query), jnp.asarray(states.recent), scoring)
-    return exclude_items(logits, jnp.asarray(states.exclude))
-
-
-def _slot_logprobs(logits: jax.Array, states: LogStates) -> jax.Array:
-    """[rows, k]: of the logged slots, as a policy with these logits is served at the temperature of each row."""
-    slate = jnp.asarray(states.slate)
-    return served_logprobs(served_logits(logits, jnp.asarray(states.temperature), slate), slate)
-
-
-def logged_logprobs(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: LogStates) -> np.ndarray:
-    """[rows, k] float64: log-probabilities of the logged slots under a policy as it is served."""
-
-    @jax.jit
-    def logprobs(head: Any, scoring: Scoring, states: LogStates) -> jax.Array:
-        return _slot_logprobs(_logits(graphdef, head, scoring, states), states)
-
-    found = []
-    for start in range(0, len(states.user), ROWS_PER_BATCH):
-        rows = np.minimum(np.arange(start, start + ROWS_PER_BATCH), len(states.user) - 1)
-        found.append(np.asarray(logprobs(head, scoring, states.at(rows)), np.float64))
-    return np.minimum(np.concatenate(found)[: len(states.user)], 0.0)
-
-
-def _weights(logprobs: np.ndarray, states: LogStates) -> Weights:
-    """Uncapped: a cap cuts away where the policies differ most, and the gate refuses that."""
-    logged = np.minimum(np.asarray(states.log_propensities, np.float64), 0.0)
-    return slate_weights(logprobs, logged, np.asarray(states.slate) > 0)
+    judgement = judge_from_log(graphdef, variables, current, scoring, training, *judging, config, minimum_effective)
+    return FromLog(judgement, variables, steps, len(trains), len(judges))
 
 
 def _make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig) -> Any:

@@ -134,6 +134,13 @@ def test_a_better_policy_replaces_the_one_in_use(
     assert shift[good].mean() > shift[~good].mean() + 0.1
     assert sha256(run / PREVIOUS_FOLDER / "policy.npz") == digest
     assert sha256(liked) == before
+    record = json.loads((run / "policy_from_log.json").read_text())
+    robust, gain = record["doubly_robust_gain"], record["gate"]["gain"]
+    assert f"the doubly robust gain is {robust['value']:.4f} ({robust['low']:.4f} to {robust['high']:.4f})" in (
+        found.reason
+    )
+    assert robust["low"] < gain["value"] < robust["high"]
+    assert gain["low"] < robust["value"] < gain["high"]
     outcome, steps = read_outcome(open_run(run)), read_steps(run)
     assert outcome is not None
     assert outcome.figures["policy"]["value"] > outcome.figures["logged"]["value"]
@@ -156,6 +163,8 @@ def test_too_few_effective_users_are_refused(run: Path, liked: Path) -> None:
     found = rl_log_run(run, liked, CONFIG, minimum_effective=USERS)
     assert not found.used
     assert f"expected at least {USERS}" in found.reason
+    assert found.reason.endswith("; for the same reason no doubly robust gain is told")
+    assert json.loads((run / "policy_from_log.json").read_text())["doubly_robust_gain"] is None
 
 
 def test_a_log_of_another_policy_is_recognized(

@@ -10,11 +10,11 @@ from flax import nnx
 
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.prepare import PreparedData
+from jaxrec.rl.log_policy import logged_logprobs
 from jaxrec.rl.log_states import log_states
 from jaxrec.rl.rewards import reward_tables
 from jaxrec.rl.scoring import frozen_scoring
 from jaxrec.rl.served_policy import EXACT
-from jaxrec.rl.train_from_log import logged_logprobs
 from jaxrec.served_log import STILL_OPEN, Recommendation, ServedLog, read_served_log
 from serve import client
 from serve.artifact import read_artifact

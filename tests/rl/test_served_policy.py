@@ -9,13 +9,13 @@ from jaxrec.config import RLConfig
 from jaxrec.metrics import exclude_items
 from jaxrec.models.cooccurrence import RECENT
 from jaxrec.models.sequence import NEVER
+from jaxrec.rl.judge_log import judge_from_log, own_versions
 from jaxrec.rl.learner import new_head
 from jaxrec.rl.log_states import LogStates
 from jaxrec.rl.policy import sample_slates
 from jaxrec.rl.rewards import RewardTables, RewardTerms
 from jaxrec.rl.scoring import Scoring
 from jaxrec.rl.served_policy import EXACT, POOL, reproduced_versions, served_logits, served_logprobs
-from jaxrec.rl.train_from_log import judge_from_log, own_versions
 from serve import exploration
 
 ITEMS, SLOTS, TEMPERATURE = 150, 5, 0.7
@@ -104,11 +104,11 @@ def test_the_gate_judges_by_what_the_policy_in_use_showed_itself() -> None:
     )
     in_use = own_versions(graphdef, head, scoring, states, 3)
     assert in_use.tolist() == [True, False, False]
-    same = graphdef, head, head, scoring, states, in_use[states.version], config
-    by_itself = judge_from_log(*same, minimum_effective=15.0)
+    same = graphdef, head, head, scoring, states, states, in_use[states.version], config
+    by_itself = judge_from_log(*same, minimum_effective=15.0).decision
     assert (by_itself.rows, by_itself.groups) == (20, 20)
     assert by_itself.effective_sample_size == pytest.approx(20, rel=1e-3)
     assert by_itself.gain is not None
     assert by_itself.gain.value == pytest.approx(0.0, abs=1e-4)
     assert not by_itself.used
-    assert judge_from_log(*same, minimum_effective=21.0).rows == users
+    assert judge_from_log(*same, minimum_effective=21.0).decision.rows == users

@@ -113,7 +113,7 @@ def gate(
         for terms in (new, logged, new.minus(logged), new.at_worst().minus(logged))
     )
     figures = (
-        f"{_shown(worth)} against {_shown(before)} logged, a gain of {_shown(gain)} with {level:.0%} confidence over "
+        f"{shown(worth)} against {shown(before)} logged, a gain of {shown(gain)} with {level:.0%} confidence over "
         f"{about} (effective sample size {size:.1f}, {weights.clipped_share:.1%} of the weights clipped)"
     )
     judged = worth, before, gain, at_worst
@@ -123,7 +123,7 @@ def gate(
     if not _above(at_worst, least_gain):
         reason = (
             f"{REFUSED}: the log may lack what the new policy does (mean weight {mean:.3f}), and where that earns the "
-            f"least the gain is {_shown(at_worst)}, not above {least_gain:g}; otherwise it is worth {figures}"
+            f"least the gain is {shown(at_worst)}, not above {least_gain:g}; otherwise it is worth {figures}"
         )
         return decision(False, reason, *judged)
     return decision(True, f"the new policy may be used: it is worth {figures}", *judged)
@@ -147,5 +147,6 @@ def _mean_weight(weights: Weights, groups: np.ndarray | None) -> tuple[float, fl
     return float(1 + off[:, slot].sum() / len(log)), float(distance[slot])
 
 
-def _shown(estimate: Interval) -> str:
+def shown(estimate: Interval) -> str:
+    """The estimate and its interval, for a sentence."""
     return f"{estimate.value:.4f} ({estimate.low:.4f} to {estimate.high:.4f})"
