@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from jaxrec.config import LOG_RL, RewardWeights, RLConfig
+from jaxrec.config import LOG_RL, SIMULATOR_RL, RewardWeights, RLConfig
 from jaxrec.stopping import TrainingStopped, stop_on_signals
 
 SEED = click.IntRange(0)
@@ -13,6 +13,19 @@ SEED_HELP = "Of everything random: the same seed on the same machine gives the s
 POSITIVE = click.FloatRange(0, min_open=True)
 SHARE = click.FloatRange(0, 1)
 NOT_WITH_LOG = ("objective", "slate_size", "samples", "anchor", "discount", "resume")
+REWARDS = tuple(
+    f"{name}_reward" for name in ("hit", "genre", "rating", "centred_rating", "novelty", "diversity")
+)  # simulated users have a reward of their own
+NOT_WITH_SIMULATOR = (
+    "objective",
+    "log",
+    "samples",
+    "anchor",
+    "entropy_floor",
+    "coverage_floor",
+    "importance_cap",
+    *REWARDS,
+)
 OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
 
 
@@ -32,9 +45,17 @@ OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
     help="A server's event store (SQLite): improve the policy in use from what was shown and what came of it.",
 )
 @click.option(
+    "--simulator",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="RATINGS",
+    help="A log of other people than those that RUN was trained on: improve the policy in use by playing simulated "
+    "users who are fitted on it.",
+)
+@click.option(
     "--temperature",
     type=POSITIVE,
-    help="With --log: of the server's --explore.  [default: what explains the log's propensities best]",
+    help="Of the server's --explore.  [default: with --log what explains the log's propensities best, with --simulator "
+    "0.5]",
     show_default=False,
 )
 @click.option(
@@ -47,7 +68,12 @@ OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
     "--resume", is_flag=True, help="Go on with an interrupted training, with the options that it started with."
 )
 @click.option("--steps", type=click.IntRange(1), default=RLConfig.steps, help="Updates of the policy.")
-@click.option("--batch-size", type=click.IntRange(2), default=RLConfig.batch_size, help="Logged decisions per update.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(2),
+    default=RLConfig.batch_size,
+    help="Logged decisions per update; with --simulator: users who play at once.",
+)
 @click.option("--slate-size", type=click.IntRange(1), default=RLConfig.slate_size, help="Items of a slate.")
 @click.option(
     "--samples",
@@ -58,13 +84,15 @@ OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
 @click.option(
     "--learning-rate",
     type=POSITIVE,
-    help=f"Of Adam, its peak.  [default: {RLConfig.learning_rate:g}, with --log {LOG_RL.learning_rate:g}]",
+    help=f"Of Adam, its peak.  [default: {RLConfig.learning_rate:g}, with --log {LOG_RL.learning_rate:g}, with "
+    f"--simulator {SIMULATOR_RL.learning_rate:g}]",
     show_default=False,
 )
 @click.option(
     "--kl-target",
     type=POSITIVE,
-    help=f"Leash to the policy before, in nats.  [default: {RLConfig.kl_target:g}, with --log {LOG_RL.kl_target:g}]",
+    help=f"Leash to the policy before, in nats.  [default: {RLConfig.kl_target:g}, with --log {LOG_RL.kl_target:g}, "
+    f"with --simulator {SIMULATOR_RL.kl_target:g}]",
     show_default=False,
 )
 @click.option(
@@ -80,7 +108,10 @@ OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
     "--coverage-floor", type=SHARE, default=RLConfig.coverage_floor, help="Share of the coverage at the start to keep."
 )
 @click.option(
-    "--discount", type=SHARE, default=RLConfig.discount, help="Of the reward one event later, for actor-critic."
+    "--discount",
+    type=SHARE,
+    default=RLConfig.discount,
+    help="Of the reward one event later, for actor-critic, or with --simulator one request later.",
 )
 @click.option("--importance-cap", type=POSITIVE, default=RLConfig.importance_cap, help="The largest importance weight.")
 @click.option("--hit-reward", type=float, default=RewardWeights.hit, help="Weight: the actual next item.")
@@ -108,6 +139,7 @@ def rl(
     run: Path,
     objective: str,
     log: Path | None,
+    simulator: Path | None,
     temperature: float | None,
     min_effective: float,
     resume: bool,
@@ -138,18 +170,24 @@ def rl(
     With --log the policy in use learns from what a server showed, and is replaced only if off-policy evaluation on
     other users of the log shows that the new one is better; a training that is ended then leaves nothing. The interval
     is that of one try: whoever repeats it with other options until one passes is fooled by chance.
+
+    With --simulator the policy in use plays users simulated from half of the people in RATINGS, and is replaced only if
+    the new one earns more from users simulated, in another way, from the other half, and does not lose on validation.
+    Both start from the policy in use: one after the other, a policy learns from either.
     """
     from jaxrec.rl.log_run import rl_log_run
     from jaxrec.rl.methods import METHODS
     from jaxrec.rl.policy_run import rl_run
+    from jaxrec.rl.recommender_policy import TEMPERATURE
+    from jaxrec.rl.simulator_run import rl_simulator_run
 
     given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    if resume and (changed := [name for name in given if name not in ("run", "resume")]):
+    if resume and (changed := [name for name in given if name not in ("run", "resume", "simulator")]):
         raise click.UsageError(f"--{changed[0].replace('_', '-')} cannot be changed on --resume")
     rewards = RewardWeights(
         hit_reward, genre_reward, rating_reward, centred_rating_reward, novelty_reward, diversity_reward
     )
-    defaults = RLConfig() if log is None else LOG_RL
+    defaults = LOG_RL if log is not None else SIMULATOR_RL if simulator is not None else RLConfig()
     config = RLConfig(
         seed=seed,
         steps=steps,
@@ -165,18 +203,28 @@ def rl(
         importance_cap=importance_cap,
         rewards=rewards,
     )
-    of_log = [name for name in ("temperature", "min_effective") if name in given]
-    without_log = [name for name in NOT_WITH_LOG if name in given]
-    if log is None and of_log:
-        raise click.UsageError(f"--{of_log[0].replace('_', '-')} is for --log")
-    if log is not None and without_log:
-        raise click.UsageError(f"--{without_log[0].replace('_', '-')} has no meaning with --log")
+    _refuse_senseless(given, log is not None, simulator is not None)
+    again = f"jaxrec rl {run} --resume" + (f" --simulator {simulator}" if simulator is not None else "")
     with stop_on_signals() as stop:
         try:
             if log is not None:
                 found = rl_log_run(run, log, config, temperature, min_effective, stop)
                 click.echo(f"{found.told}\n{found.reason}")
-                return
-            click.echo(rl_run(run, config, METHODS[objective], resume, stop).reason)
+            elif simulator is not None:
+                found = rl_simulator_run(run, simulator, config, temperature or TEMPERATURE, resume, stop)
+                click.echo(f"{found.told}\n{found.reason}")
+            else:
+                click.echo(rl_run(run, config, METHODS[objective], resume, stop).reason)
         except TrainingStopped as stopped:
-            click.echo(str(stopped) if log else f"{stopped}; go on with: jaxrec rl {run} --resume")
+            click.echo(str(stopped) if log else f"{stopped}; go on with: {again}")
+
+
+def _refuse_senseless(given: list[str], log: bool, simulator: bool) -> None:
+    """Raises UsageError for an option on the command line that has no meaning beside the others."""
+    if "temperature" in given and not (log or simulator):
+        raise click.UsageError("--temperature is for --log and --simulator")
+    if "min_effective" in given and not log:
+        raise click.UsageError("--min-effective is for --log")
+    for beside, names in (("simulator", NOT_WITH_SIMULATOR if simulator else ()), ("log", NOT_WITH_LOG if log else ())):
+        if senseless := [name for name in names if name in given]:
+            raise click.UsageError(f"--{senseless[0].replace('_', '-')} has no meaning with --{beside}")

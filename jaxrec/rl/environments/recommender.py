@@ -114,24 +114,26 @@ def start_states(recommender: Recommender, params: SimulatorParams) -> jax.Array
     return jnp.asarray(np.concatenate(found)[:users])
 
 
-def recommender_environment(recommender: Recommender, params: SimulatorParams, slate_size: int) -> Environment:
-    """The simulated users, for a policy of the run (`jaxrec.rl.recommender_policy`), with slates of at least 2."""
+def recommender_environment(
+    recommender: Recommender, params: SimulatorParams, starts: jax.Array, slate_size: int
+) -> Environment:
+    """The simulated users, for a policy of the run (`jaxrec.rl.recommender_policy`), with slates of at least 2.
+    `starts`: of `start_states`."""
     users = simulator.simulator_environment(params, slate_size)
-    starts = start_states(recommender, params)
 
-    def begin(user: SimulatorState) -> tuple[RecommenderState, RecommenderObservation]:
+    def reset(key: jax.Array) -> tuple[RecommenderState, RecommenderObservation]:
+        user = users.reset(key)[0]
         return _both(user, starts[user.user])
 
     def step(
         state: RecommenderState, action: jax.Array, key: jax.Array
     ) -> tuple[RecommenderState, RecommenderObservation, jax.Array, jax.Array]:
         user, seen, reward, done = users.step(state.user, action, key)
-        last = seen.recent[:1], seen.rating[:1], seen.slot[None] >= 0
-        recurrent = recommender.advance(state.recurrent[None], *last)[0]
-        return *_both(user, recurrent), reward, done
+        event = seen.recent[:1], seen.rating[:1], seen.slot[None] >= 0
+        return *_both(user, recommender.advance(state.recurrent[None], *event)[0]), reward, done
 
     return users._replace(
-        reset=lambda key: begin(users.reset(key)[0]),
+        reset=reset,
         step=step,
         features=lambda observation: jax.tree.map(lambda x: x[0], recommender.features(observation.recurrent[None])),
         recommendable=lambda observation: users.recommendable(observation.seen),
@@ -139,6 +141,12 @@ def recommender_environment(recommender: Recommender, params: SimulatorParams, s
         feature_count=0,
         bounds={},
     )
+
+
+def every_user(params: SimulatorParams, starts: jax.Array) -> tuple[RecommenderState, RecommenderObservation]:
+    """All users [users, ...] at their start."""
+    users, _ = jax.vmap(lambda user: simulator.start_user(params, user))(jnp.arange(len(params.profile)))
+    return _both(users, starts)
 
 
 def _both(user: SimulatorState, recurrent: jax.Array) -> tuple[RecommenderState, RecommenderObservation]:
