@@ -20,7 +20,6 @@ NOT_WITH_SIMULATOR = (
     "objective",
     "log",
     "samples",
-    "anchor",
     "entropy_floor",
     "coverage_floor",
     "importance_cap",

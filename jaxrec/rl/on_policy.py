@@ -9,7 +9,8 @@ whose distance to v(s_t) is the generalized advantage estimate (Schulman et al. 
 continued by the value. With λ = 1 and long rollouts it is REINFORCE with a learned baseline, with γ = 0 the policy
 wants the next reward only. Advantages are divided by their root mean square in the batch, so that one learning rate
 fits every γ; that changes the length of the gradient, not its direction. Beside it: an entropy bonus (Williams and Peng
-1991) which falls to 0, and where `kl_target` is set the leash to the policy that training started from.
+1991) which falls to 0, where `kl_target` is set the leash to the policy that training started from, and where there is
+an anchor its loss, which holds the policy to what else it is to do well.
 """
 
 import dataclasses
@@ -82,6 +83,8 @@ class Rollout(NamedTuple):
     terms: dict[str, jax.Array]
 
 
+Anchor = Callable[[Params, jax.Array], jax.Array]
+"""anchor(parameters, key of the update) -> a loss that is added to that of the rewards."""
 Updates = Callable[[Learner, jax.Array, int], tuple[Learner, dict[str, jax.Array]]]
 
 
@@ -142,7 +145,13 @@ def roll_out(
     return jax.lax.scan(go, (state, observation), jax.random.split(key, steps))
 
 
-def make_updates(environment: Environment, policy: Policy, config: OnPolicyConfig, permuted: bool = False) -> Updates:
+def make_updates(
+    environment: Environment,
+    policy: Policy,
+    config: OnPolicyConfig,
+    permuted: bool = False,
+    anchor: Anchor | None = None,
+) -> Updates:
     """updates(learner, key, count) -> (learner, metrics [count] each), in one compiled scan.
 
     The learner is donated. The key is the run's; the number of the update is folded in. With `permuted` each user is
@@ -160,9 +169,11 @@ def make_updates(environment: Environment, policy: Policy, config: OnPolicyConfi
             jax.random.fold_in(key, learner.step),
             config.steps,
         )
-        paid = rollout.reward
-        if permuted:  # by keys beyond those of the updates and of the first users
-            paid = _among_users(jax.random.fold_in(key, config.updates + 1 + learner.step), paid)
+        # Keys beyond those of the updates and of the first users, so that neither changes what is played.
+        permuted_key, anchor_key = (
+            jax.random.fold_in(key, rounds * config.updates + 1 + learner.step) for rounds in (1, 2)
+        )
+        paid = _among_users(permuted_key, rollout.reward) if permuted else rollout.reward
         last_features = jax.vmap(environment.features)(observation)
         every_features = jax.tree.map(
             lambda seen, last: jnp.concatenate([seen, last[None]]), rollout.features, last_features
@@ -190,7 +201,11 @@ def make_updates(environment: Environment, policy: Policy, config: OnPolicyConfi
             kl = jnp.mean(kl_divergence(logits, reference))
             leash = learner.kl_coefficient * kl if config.kl_target is not None else 0.0
             metrics = {"kl": kl, "entropy": spread, "baseline_loss": value_loss}
-            return policy_loss + value_loss - bonus * spread + leash, metrics
+            loss = policy_loss + value_loss - bonus * spread + leash
+            if anchor is not None:
+                metrics["anchor_loss"] = anchor(params, anchor_key)
+                loss += metrics["anchor_loss"]
+            return loss, metrics
 
         gradients, metrics = jax.grad(loss_of, has_aux=True)(learner.params)
         changes, optimizer_state = optimizer.update(gradients, learner.optimizer, learner.params)
@@ -236,6 +251,7 @@ def train_on_policy(
     start: Params | None = None,
     policy: Policy | None = None,
     permuted: bool = False,
+    anchor: Anchor | None = None,
     stop: StopRequested = never,
 ) -> Trained:
     """Plays and learns; `policy` None: a new small network. In `folder`, if given, the learner, its log and a plot are
@@ -250,7 +266,7 @@ def train_on_policy(
     log: list[dict[str, float]] = []
     if folder is not None:
         learner, log = _resume(folder, config, learner)
-    updates, key = make_updates(environment, policy, config, permuted), jax.random.key(config.seed)
+    updates, key = make_updates(environment, policy, config, permuted, anchor), jax.random.key(config.seed)
     with tqdm(total=config.updates, initial=int(learner.step), desc="play", unit="update", disable=None) as bar:
         while int(learner.step) < config.updates:
             count = min(config.updates_per_record, config.updates - int(learner.step))

@@ -10,11 +10,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrec.metrics import exclude_items
 from jaxrec.models.hybrid import PolicyHead
 from jaxrec.models.sequence import NEVER
 from jaxrec.rl.environments.recommender import Features
 from jaxrec.rl.methods import Linear
+from jaxrec.rl.objectives.anchors import anchor_loss
+from jaxrec.rl.on_policy import Anchor
 from jaxrec.rl.scoring import Scoring, policy_logits
+from jaxrec.rl.states import States
 
 TEMPERATURE = 0.5
 CRITIC_SCALE = 30.0
@@ -55,3 +59,18 @@ def recommender_policy(
     critic = Linear(jnp.zeros((scoring.item_vectors.shape[1], 1)), jnp.zeros(1))
     head = jax.tree.map(jnp.asarray, variables)
     return RecommenderPolicy(graphdef, scoring, temperature, RecommenderParams(head, critic))
+
+
+def logged_anchor(policy: RecommenderPolicy, states: States, weight: float, batch_size: int) -> Anchor:
+    """`weight` times the cross-entropy of the items that the run's own users took next, weighted by their rating, in
+    `batch_size` of the logged `states`. Without it a policy pleases simulated users at the cost of real ones: the leash
+    sees only where the simulated ones get to."""
+
+    def anchor(params: RecommenderParams, key: jax.Array) -> jax.Array:
+        rows = jax.random.randint(key, (batch_size,), 0, len(states.target))
+        query, target, rating = (jnp.asarray(x)[rows] for x in (states.query, states.target, states.target_rating))
+        head = nnx.merge(policy.graphdef, params.head)
+        logits = policy_logits(head, query, states.recent(rows), policy.scoring)
+        return weight * anchor_loss(exclude_items(logits, states.histories(rows)), target, rating)
+
+    return anchor

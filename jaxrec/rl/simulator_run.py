@@ -21,13 +21,14 @@ from jaxrec.prepare import PreparedData
 from jaxrec.rl.environments.environment import Environment
 from jaxrec.rl.environments.recommender import every_user, recommender_environment, recommender_of, start_states
 from jaxrec.rl.judge import case_states, make_judge
-from jaxrec.rl.on_policy import OnPolicyConfig, train_on_policy
+from jaxrec.rl.on_policy import Anchor, OnPolicyConfig, Trained, train_on_policy
 from jaxrec.rl.policy_checkpoint import models_digest
 from jaxrec.rl.policy_run import GateOutcome, PolicyInUse, policy_in_use, write_policy
-from jaxrec.rl.recommender_policy import TEMPERATURE, RecommenderPolicy, recommender_policy
+from jaxrec.rl.recommender_policy import TEMPERATURE, RecommenderPolicy, logged_anchor, recommender_policy
 from jaxrec.rl.rewards import reward_tables
 from jaxrec.rl.scoring import frozen_scoring
 from jaxrec.rl.simulator_judge import Measured, Play, decide, make_play
+from jaxrec.rl.states import training_states
 from jaxrec.rl.train_policy import Judge, PolicyOutcome
 from jaxrec.rl.two_simulators import TwoSimulators, two_simulators
 from jaxrec.runs import SIMULATOR_PARTIAL_FOLDER, load_supervised, open_run
@@ -40,11 +41,12 @@ METHOD = "simulator"
 
 
 class Problem(NamedTuple):
-    """The users that train, and the policy as it starts; `play` by the users that judge, `play_drawn` the same with
-    slates that are drawn; `judge` (variables of PolicyHead) on validation."""
+    """The users that train, the policy as it starts, and its anchor in the run's own log; `play` by the users that
+    judge, `play_drawn` the same with slates that are drawn; `judge` (variables of PolicyHead) on validation."""
 
     environment: Environment
     policy: RecommenderPolicy
+    anchor: Anchor
     play: Play
     play_drawn: Play
     judge: Judge
@@ -77,7 +79,7 @@ def rl_simulator_run(
     simulators = two_simulators(read_like(ratings, data), data, config.seed)
     problem = new_problem(supervised, data, base, simulators, config, temperature)
     _start(partial, config, temperature, _digest(supervised, base, simulators), resume)
-    trained = train_on_policy(problem.environment, on_policy_config(config), partial, policy=problem.policy, stop=stop)
+    trained = train(problem, config, partial, stop=stop)
     new, before = (Measured(problem.play(p), problem.judge(p.head)) for p in (trained.params, problem.policy.start))
     decision = decide(new, before)
     if decision.used:
@@ -121,14 +123,29 @@ def new_problem(
     starts = start_states(recommender, judging)
     others = recommender_environment(recommender, judging, starts, config.slate_size)
     first = every_user(judging, starts)
-    cases = case_states(supervised, data, data.split.validation, np.asarray(scoring.tables.item_ratings))
+    item_ratings = np.asarray(scoring.tables.item_ratings)
+    states = training_states(supervised, data, item_ratings, config.seed)
+    cases = case_states(supervised, data, data.split.validation, item_ratings)
     return Problem(
         environment,
         policy,
+        logged_anchor(policy, states, config.anchor, config.batch_size),
         make_play(others, first, policy, config.seed),
         make_play(others, first, policy, config.seed, drawn=True),
         make_judge(base.graphdef, scoring, cases, data, supervised.lstm.config.max_length, RewardWeights()),
     )
+
+
+def train(
+    problem: Problem,
+    config: RLConfig,
+    partial: Path | None = None,
+    permuted: bool = False,
+    stop: StopRequested = never,
+) -> Trained:
+    """`jaxrec.rl.on_policy.train_on_policy` from the policy as it starts."""
+    learning, policy, anchor = on_policy_config(config), problem.policy, problem.anchor
+    return train_on_policy(problem.environment, learning, partial, None, policy, permuted, anchor, stop)
 
 
 def on_policy_config(config: RLConfig) -> OnPolicyConfig:
