@@ -9,7 +9,7 @@ Half of the log's users train a run (`jaxrec train`, defaults). The others, whom
 Judged are slates of the best items, as a server shows them, and slates drawn at the temperature of the training. Every
 judging user pays 5 visits of 10 requests, with the same random numbers for all policies. The reward is half for taking
 and half for the rating (0..1) of what was taken. The control is trained with rewards that are permuted among the users
-of each step, and has nothing to learn but what the anchor in the run's own log says.
+of each step, and has nothing to learn.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ def speed(problem: Problem, config: RLConfig) -> dict[str, float]:
     """Requests (environment steps) per second: rollout and update, and the rollout alone."""
     learning = on_policy_config(config)
     environment, policy, key = problem.environment, problem.policy, jax.random.key(0)
-    updates = make_updates(environment, policy, learning, anchor=problem.anchor)
+    updates = make_updates(environment, policy, learning, anchor=problem.leash)
     learner = new_learner(environment, policy, learning)
 
     @jax.jit

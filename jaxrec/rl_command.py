@@ -97,8 +97,10 @@ OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
 @click.option(
     "--anchor",
     type=click.FloatRange(0),
-    default=RLConfig.anchor,
-    help="Weight of the rating-weighted cross-entropy of the logged items beside the reward.",
+    help="Weight of the rating-weighted cross-entropy of the logged items beside the reward; with --simulator, of the "
+    f"KL to the policy before where the run's own users were.  [default: {RLConfig.anchor:g}, with --simulator "
+    f"{SIMULATOR_RL.anchor:g}]",
+    show_default=False,
 )
 @click.option(
     "--entropy-floor", type=SHARE, default=RLConfig.entropy_floor, help="Share of the entropy at the start to keep."
@@ -148,7 +150,7 @@ def rl(
     samples: int,
     learning_rate: float | None,
     kl_target: float | None,
-    anchor: float,
+    anchor: float | None,
     entropy_floor: float,
     coverage_floor: float,
     discount: float,
@@ -195,7 +197,7 @@ def rl(
         samples=samples,
         learning_rate=learning_rate or defaults.learning_rate,
         kl_target=kl_target or defaults.kl_target,
-        anchor=anchor,
+        anchor=defaults.anchor if anchor is None else anchor,
         entropy_floor=entropy_floor,
         coverage_floor=coverage_floor,
         discount=discount,

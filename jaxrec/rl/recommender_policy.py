@@ -15,8 +15,8 @@ from jaxrec.models.hybrid import PolicyHead
 from jaxrec.models.sequence import NEVER
 from jaxrec.rl.environments.recommender import Features
 from jaxrec.rl.methods import Linear
-from jaxrec.rl.objectives.anchors import anchor_loss
 from jaxrec.rl.on_policy import Anchor
+from jaxrec.rl.policy import kl_divergence
 from jaxrec.rl.scoring import Scoring, policy_logits
 from jaxrec.rl.states import States
 
@@ -61,16 +61,21 @@ def recommender_policy(
     return RecommenderPolicy(graphdef, scoring, temperature, RecommenderParams(head, critic))
 
 
-def logged_anchor(policy: RecommenderPolicy, states: States, weight: float, batch_size: int) -> Anchor:
-    """`weight` times the cross-entropy of the items that the run's own users took next, weighted by their rating, in
-    `batch_size` of the logged `states`. Without it a policy pleases simulated users at the cost of real ones: the leash
-    sees only where the simulated ones get to."""
+def logged_leash(policy: RecommenderPolicy, states: States, weight: float, batch_size: int) -> Anchor:
+    """`weight` times the KL, in nats, to the policy as it starts, in `batch_size` of the run's own logged `states`.
 
-    def anchor(params: RecommenderParams, key: jax.Array) -> jax.Array:
+    The leash of `jaxrec.rl.on_policy` sees only where simulated users get to; what pleases them there must not be paid
+    by real users in other states. (The cross-entropy of the logged items is no substitute: the models have learned
+    these items already, and the policy would learn them by heart.)
+    """
+
+    def leash(params: RecommenderParams, key: jax.Array) -> jax.Array:
         rows = jax.random.randint(key, (batch_size,), 0, len(states.target))
-        query, target, rating = (jnp.asarray(x)[rows] for x in (states.query, states.target, states.target_rating))
-        head = nnx.merge(policy.graphdef, params.head)
-        logits = policy_logits(head, query, states.recent(rows), policy.scoring)
-        return weight * anchor_loss(exclude_items(logits, states.histories(rows)), target, rating)
+        query, recent, exclude = jnp.asarray(states.query)[rows], states.recent(rows), states.histories(rows)
+        now, before = (
+            exclude_items(policy_logits(nnx.merge(policy.graphdef, head), query, recent, policy.scoring), exclude)
+            for head in (params.head, policy.start.head)
+        )
+        return weight * jnp.mean(kl_divergence(now, before))
 
-    return anchor
+    return leash

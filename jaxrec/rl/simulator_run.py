@@ -24,7 +24,7 @@ from jaxrec.rl.judge import case_states, make_judge
 from jaxrec.rl.on_policy import Anchor, OnPolicyConfig, Trained, train_on_policy
 from jaxrec.rl.policy_checkpoint import models_digest
 from jaxrec.rl.policy_run import GateOutcome, PolicyInUse, policy_in_use, write_policy
-from jaxrec.rl.recommender_policy import TEMPERATURE, RecommenderPolicy, logged_anchor, recommender_policy
+from jaxrec.rl.recommender_policy import TEMPERATURE, RecommenderPolicy, logged_leash, recommender_policy
 from jaxrec.rl.rewards import reward_tables
 from jaxrec.rl.scoring import frozen_scoring
 from jaxrec.rl.simulator_judge import Measured, Play, decide, make_play
@@ -41,12 +41,12 @@ METHOD = "simulator"
 
 
 class Problem(NamedTuple):
-    """The users that train, the policy as it starts, and its anchor in the run's own log; `play` by the users that
+    """The users that train, the policy as it starts, and its leash in the run's own log; `play` by the users that
     judge, `play_drawn` the same with slates that are drawn; `judge` (variables of PolicyHead) on validation."""
 
     environment: Environment
     policy: RecommenderPolicy
-    anchor: Anchor
+    leash: Anchor
     play: Play
     play_drawn: Play
     judge: Judge
@@ -129,7 +129,7 @@ def new_problem(
     return Problem(
         environment,
         policy,
-        logged_anchor(policy, states, config.anchor, config.batch_size),
+        logged_leash(policy, states, config.anchor, config.batch_size),
         make_play(others, first, policy, config.seed),
         make_play(others, first, policy, config.seed, drawn=True),
         make_judge(base.graphdef, scoring, cases, data, supervised.lstm.config.max_length, RewardWeights()),
@@ -144,8 +144,8 @@ def train(
     stop: StopRequested = never,
 ) -> Trained:
     """`jaxrec.rl.on_policy.train_on_policy` from the policy as it starts."""
-    learning, policy, anchor = on_policy_config(config), problem.policy, problem.anchor
-    return train_on_policy(problem.environment, learning, partial, None, policy, permuted, anchor, stop)
+    learning, policy, leash = on_policy_config(config), problem.policy, problem.leash
+    return train_on_policy(problem.environment, learning, partial, None, policy, permuted, leash, stop)
 
 
 def on_policy_config(config: RLConfig) -> OnPolicyConfig:

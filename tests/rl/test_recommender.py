@@ -25,7 +25,7 @@ from jaxrec.rl.environments.simulator import SimulatorParams
 from jaxrec.rl.learner import new_head
 from jaxrec.rl.on_policy import OnPolicyConfig, train_on_policy
 from jaxrec.rl.policy import greedy_slates
-from jaxrec.rl.recommender_policy import RecommenderPolicy, logged_anchor, recommender_policy
+from jaxrec.rl.recommender_policy import RecommenderPolicy, logged_leash, recommender_policy
 from jaxrec.rl.rewards import reward_tables
 from jaxrec.rl.scoring import frozen_scoring, supervised_logits
 from jaxrec.rl.states import training_states
@@ -103,7 +103,7 @@ def test_state_stays_where_nothing_is_taken(recommender: Recommender, params: Si
     starts = start_states(recommender, shy)
     environment = recommender_environment(recommender, shy, starts, SLATE)
     state, _ = environment.reset(jax.random.key(3))
-    new, observation, reward, _ = environment.step(state, jnp.array([1, 2, 3]), jax.random.key(4))
+    new, observation, reward, _ = jax.jit(environment.step)(state, jnp.array([1, 2, 3]), jax.random.key(4))
     assert int(observation.seen.slot) == -1
     assert float(reward) == 0.0
     np.testing.assert_array_equal(new.recurrent, starts[state.user.user])
@@ -144,36 +144,42 @@ def logits_of(policy: RecommenderPolicy, environment, observation) -> jax.Array:
     return policy.logits(policy.start, jax.vmap(environment.features)(observation), allowed)
 
 
-def test_anchor_is_the_cross_entropy_of_the_run_s_own_log(small_data: PreparedData, supervised: Hybrid) -> None:
-    """Of a log of one decision, whose rating then weighs nothing."""
+def test_leash_is_the_distance_in_the_run_s_own_log(small_data: PreparedData, supervised: Hybrid) -> None:
+    """Of a log of one decision: item 9's logit is 2 higher than it was, so its share p becomes p e^2 / (1 - p + p e^2),
+    and all others' are 1 - p + p e^2 times smaller."""
     tables = reward_tables(small_data)
     states = training_states(supervised, small_data, np.asarray(tables.item_ratings), seed=0)
-    row = 5
-    one = states._replace(
-        **{
-            name: np.asarray(getattr(states, name))[[row]]
-            for name in ("query", "target", "target_rating", "window", "seen")
-        }
-    )
+    row = int(np.flatnonzero(np.asarray(states.target) == 9)[0])
+    names = ("query", "target", "window", "seen")
+    one = states._replace(**{name: np.asarray(getattr(states, name))[[row]] for name in names})
     policy = recommender_policy(*new_head(2 * 16, 60, RLConfig()), frozen_scoring(supervised, tables))
-    loss = logged_anchor(policy, one, weight=0.7, batch_size=4)(policy.start, jax.random.key(0))
+    leash = logged_leash(policy, one, weight=0.7, batch_size=4)
+    assert float(leash(policy.start, jax.random.key(0))) == 0.0
+    bias = policy.start.head["item_bias"].at[9].add(2.0)
+    moved = policy.start._replace(head={**policy.start.head, "item_bias": bias})
+
     history = np.asarray(one.windows)[one.window[0], : one.seen[0]]
     query, recent = jnp.asarray(one.query), one.recent(jnp.array([0]))
-    logits = np.asarray(supervised_logits(query, recent, policy.scoring), np.float64)[0]
-    left = np.setdiff1d(np.arange(1, 61), history)
-    expected = np.log(np.exp(logits[left]).sum()) - logits[one.target[0]]
-    np.testing.assert_allclose(loss, 0.7 * expected, rtol=1e-5)
+    logits = supervised_logits(query, recent, policy.scoring)[0].at[jnp.append(history, 0)].set(-jnp.inf)
+    p = float(jax.nn.softmax(logits)[9])
+    total = 1 - p + p * np.exp(2.0)
+    expected = 2.0 * p * np.exp(2.0) / total - np.log(total)
+    np.testing.assert_allclose(leash(moved, jax.random.key(0)), 0.7 * expected, rtol=1e-4)
 
 
 def test_learns_to_put_first_what_everybody_takes(
     recommender: Recommender, small_data: PreparedData, supervised: Hybrid, params: SimulatorParams
 ) -> None:
-    """Nobody came with item 60, and who is shown it takes it; each visit is one request."""
+    """Nobody came with item 60; who is shown it takes it, nearly always where it is first: by the odds 5 e^6 : 55, and
+    16 and 81 times worse ones in the next slots. Each visit is one request."""
     wanted = 60
     elsewhere = jnp.where(params.profile == wanted, 1, params.profile)
-    popularity = jnp.zeros_like(params.log_popularity).at[wanted].set(30.0)
+    popularity = jnp.zeros_like(params.log_popularity).at[wanted].set(6.0)
+    scalars = {"taste": 0.0, "repetition": 0.0, "popularity": 1.0, "position_bias": 4.0, "leave": 1.0}
     simple = params._replace(
-        profile=elsewhere, log_popularity=popularity, popularity=jnp.float32(1.0), leave=jnp.float32(1.0)
+        profile=elsewhere,
+        log_popularity=popularity,
+        **{name: jnp.float32(number) for name, number in scalars.items()},
     )
     starts = start_states(recommender, simple)
     environment = recommender_environment(recommender, simple, starts, SLATE)
