@@ -137,7 +137,8 @@ def write_table(work: Path, seeds: int, config: RLConfig, simulators: TwoSimulat
         f"simulator's own users: {fitted(simulators.training)}; of the judging one's: {fitted(simulators.judging)}.\n",
         f"{config.batch_size} users at once, {on_policy_config(config).steps} requests each per update, slates of "
         f"{config.slate_size}, discount {config.discount:g}, learning rate {config.learning_rate:g}, KL target "
-        f"{config.kl_target:g}, temperature {TEMPERATURE:g}. {seeds} seeds; 95 % intervals over users (Student), each "
+        f"{config.kl_target:g}, weight of the KL in the run's own log {config.anchor:g}, temperature {TEMPERATURE:g}. "
+        f"{seeds} seeds; 95 % intervals over users (Student), each "
         "the mean of its seeds; differences from the supervised policy are paired.\n",
         "| policy | reward, best items | difference | reward, drawn | difference | taken | rating of the taken | "
         "coverage | NDCG@10 on validation | difference |",

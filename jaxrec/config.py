@@ -129,7 +129,7 @@ class RLConfig:
 # What a log says is news to the models, unlike what they were trained on: a longer leash, and larger steps.
 LOG_RL = RLConfig(learning_rate=3e-3, kl_target=0.05)
 # And so do simulated users; but where the run's own users are the policy is to stay as good as it is.
-SIMULATOR_RL = RLConfig(learning_rate=1e-3, kl_target=0.1, anchor=20.0)
+SIMULATOR_RL = RLConfig(learning_rate=2e-3, kl_target=0.1, anchor=20.0)
 
 
 def to_json(config: Any) -> dict[str, Any]:

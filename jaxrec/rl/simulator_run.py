@@ -153,7 +153,7 @@ def on_policy_config(config: RLConfig) -> OnPolicyConfig:
     return OnPolicyConfig(
         seed=config.seed,
         users=config.batch_size,
-        steps=4,
+        steps=8,
         updates=config.steps,
         discount=config.discount,
         learning_rate=config.learning_rate,

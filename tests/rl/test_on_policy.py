@@ -77,11 +77,11 @@ def test_an_anchor_adds_its_loss_and_changes_nothing_that_is_played() -> None:
     assert [record["anchor_loss"] for record in idle.log] == [3.0, 3.0]
     assert [record["reward"] for record in idle.log] == [record["reward"] for record in without.log]
 
-    def to_one(params: dict, key: jax.Array) -> jax.Array:
-        return 100.0 * jnp.square(params["value_out"]["bias"] - 1.0).sum()
+    def below(params: dict, key: jax.Array) -> jax.Array:
+        return 100.0 * jnp.square(params["value_out"]["bias"] + 1.0).sum()
 
-    pulled = train_on_policy(ENVIRONMENT, short, anchor=to_one)
-    assert pulled.params["value_out"]["bias"][0] > without.params["value_out"]["bias"][0]
+    pulled = train_on_policy(ENVIRONMENT, short, anchor=below)
+    assert pulled.params["value_out"]["bias"][0] < 0 < without.params["value_out"]["bias"][0]
     assert pulled.log[0]["reward"] == without.log[0]["reward"]
 
 
