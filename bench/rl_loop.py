@@ -225,6 +225,21 @@ def halves(ratings: pd.DataFrame, seed: int = 0) -> tuple[pd.DataFrame, pd.DataF
     return ratings[first], ratings[~first]
 
 
+def trained_half(work: Path, ratings: Path) -> tuple[Path, PreparedData, pd.DataFrame]:
+    """WORK/run, trained on one half of the users if it is not there yet, its data, and the ratings of the others."""
+    frame = pd.read_csv(ratings)
+    frame.columns = [USER, ITEM, RATING, TIME]
+    training, others = halves(frame)
+    if not (work / "data").is_dir():
+        work.mkdir(parents=True, exist_ok=True)
+        training.set_axis(["userId", "movieId", "rating", "timestamp"], axis=1).to_csv(work / "half.csv", index=False)
+        write_prepared(prepare_files(work / "half.csv", ratings.with_name("movies.csv")), work / "data")
+    run, data = work / "run", read_prepared(work / "data")
+    if not (run / "hybrid.json").is_file():
+        train_run(work / "data", run, resume=(run / "run.json").is_file())
+    return run, data, others
+
+
 def fitted_users(interactions: pd.DataFrame, data: PreparedData, seed: int = 0) -> tuple[Users, SimulatorFit]:
     """Simulated users from interactions of people on whom `data` does not hold anything."""
     assert data.config.rating_scale is not None
@@ -243,16 +258,7 @@ def fitted_users(interactions: pd.DataFrame, data: PreparedData, seed: int = 0) 
 def main(work: Path, seeds: int, rounds: int, ratings: Path) -> None:
     """Plays what is not there yet, then writes the table."""
     config = LoopConfig(rounds=rounds)
-    frame = pd.read_csv(ratings)
-    frame.columns = [USER, ITEM, RATING, TIME]
-    training, others = halves(frame)
-    if not (work / "data").is_dir():
-        work.mkdir(parents=True, exist_ok=True)
-        training.set_axis(["userId", "movieId", "rating", "timestamp"], axis=1).to_csv(work / "half.csv", index=False)
-        write_prepared(prepare_files(work / "half.csv", ratings.with_name("movies.csv")), work / "data")
-    run, data = work / "run", read_prepared(work / "data")
-    if not (run / "hybrid.json").is_file():
-        train_run(work / "data", run, resume=(run / "run.json").is_file())
+    run, data, others = trained_half(work, ratings)
     users, fit = fitted_users(others, data)
     if not (work / "model").is_dir():
         export_run(run, work / "model")

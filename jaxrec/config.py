@@ -104,9 +104,10 @@ class RewardWeights:
 class RLConfig:
     """Fine-tuning of a policy. `samples`: slates drawn for each state and update. `kl_target` in nats: how far the
     policy drifts from where it starts. `anchor`: the weight of the rating-weighted cross-entropy of the logged items
-    beside the reward. `entropy_floor` and `coverage_floor`, as shares of what the policy starts with: below them a
-    penalty pulls back. `discount`: what a reward one event later counts (the actor-critic's). `importance_cap`: the
-    largest importance weight."""
+    beside the reward; in a simulator, of the KL to where the policy starts, in the logged states. `entropy_floor` and
+    `coverage_floor`, as shares of what the policy starts with: below them a penalty pulls back. `discount`: what a
+    reward one event later counts (the actor-critic's), or one request later (simulated users'). `importance_cap`: the
+    largest importance weight. In a simulator `batch_size` users play."""
 
     seed: int = 0
     steps: int = 300
@@ -128,6 +129,8 @@ class RLConfig:
 # What a log says is news to the models, unlike what they were trained on: a longer leash, and larger steps. The low cap
 # ends what can be gained by learning single users by heart.
 LOG_RL = RLConfig(learning_rate=3e-3, kl_target=0.1, importance_cap=5.0)
+# And so do simulated users; but where the run's own users are the policy is to stay as good as it is.
+SIMULATOR_RL = RLConfig(learning_rate=2e-3, kl_target=0.1, anchor=20.0)
 
 
 def to_json(config: Any) -> dict[str, Any]:

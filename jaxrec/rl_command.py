@@ -5,14 +5,28 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from jaxrec.config import LOG_RL, RewardWeights, RLConfig
+from jaxrec.config import LOG_RL, SIMULATOR_RL, RewardWeights, RLConfig
 from jaxrec.stopping import TrainingStopped, stop_on_signals
 
 SEED = click.IntRange(0)
 SEED_HELP = "Of everything random: the same seed on the same machine gives the same result."
 POSITIVE = click.FloatRange(0, min_open=True)
 SHARE = click.FloatRange(0, 1)
+ONLY_WITH_LOG: tuple[str, ...] = ("answers_within", "min_effective")
+ONLY_WITH_SIMULATOR: tuple[str, ...] = ("temperature",)
 NOT_WITH_LOG = ("objective", "slate_size", "samples", "anchor", "discount", "resume")
+REWARDS = tuple(
+    f"{name}_reward" for name in ("hit", "genre", "rating", "centred_rating", "novelty", "diversity")
+)  # simulated users have a reward of their own
+NOT_WITH_SIMULATOR = (
+    "objective",
+    "log",
+    "samples",
+    "entropy_floor",
+    "coverage_floor",
+    "importance_cap",
+    *REWARDS,
+)
 OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
 
 
@@ -39,6 +53,19 @@ OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
     show_default=False,
 )
 @click.option(
+    "--simulator",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="RATINGS",
+    help="A log of other people than those that RUN was trained on: improve the policy in use by playing simulated "
+    "users who are fitted on it.",
+)
+@click.option(
+    "--temperature",
+    type=POSITIVE,
+    help="With --simulator: at which slates are drawn, as the server's --explore does.  [default: 0.5]",
+    show_default=False,
+)
+@click.option(
     "--min-effective",
     type=POSITIVE,
     default=100.0,
@@ -48,7 +75,12 @@ OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
     "--resume", is_flag=True, help="Go on with an interrupted training, with the options that it started with."
 )
 @click.option("--steps", type=click.IntRange(1), default=RLConfig.steps, help="Updates of the policy.")
-@click.option("--batch-size", type=click.IntRange(2), default=RLConfig.batch_size, help="Logged decisions per update.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(2),
+    default=RLConfig.batch_size,
+    help="Logged decisions per update; with --simulator: users who play at once.",
+)
 @click.option("--slate-size", type=click.IntRange(1), default=RLConfig.slate_size, help="Items of a slate.")
 @click.option(
     "--samples",
@@ -59,20 +91,24 @@ OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
 @click.option(
     "--learning-rate",
     type=POSITIVE,
-    help=f"Of Adam, its peak.  [default: {RLConfig.learning_rate:g}, with --log {LOG_RL.learning_rate:g}]",
+    help=f"Of Adam, its peak.  [default: {RLConfig.learning_rate:g}, with --log {LOG_RL.learning_rate:g}, with "
+    f"--simulator {SIMULATOR_RL.learning_rate:g}]",
     show_default=False,
 )
 @click.option(
     "--kl-target",
     type=POSITIVE,
-    help=f"Leash to the policy before, in nats.  [default: {RLConfig.kl_target:g}, with --log {LOG_RL.kl_target:g}]",
+    help=f"Leash to the policy before, in nats.  [default: {RLConfig.kl_target:g}, with --log {LOG_RL.kl_target:g}, "
+    f"with --simulator {SIMULATOR_RL.kl_target:g}]",
     show_default=False,
 )
 @click.option(
     "--anchor",
     type=click.FloatRange(0),
-    default=RLConfig.anchor,
-    help="Weight of the rating-weighted cross-entropy of the logged items beside the reward.",
+    help="Weight of the rating-weighted cross-entropy of the logged items beside the reward; with --simulator, of the "
+    f"KL to the policy before where the run's own users were.  [default: {RLConfig.anchor:g}, with --simulator "
+    f"{SIMULATOR_RL.anchor:g}]",
+    show_default=False,
 )
 @click.option(
     "--entropy-floor", type=SHARE, default=RLConfig.entropy_floor, help="Share of the entropy at the start to keep."
@@ -81,7 +117,10 @@ OBJECTIVES = ("reinforce", "plackett-luce", "top-k", "actor-critic")
     "--coverage-floor", type=SHARE, default=RLConfig.coverage_floor, help="Share of the coverage at the start to keep."
 )
 @click.option(
-    "--discount", type=SHARE, default=RLConfig.discount, help="Of the reward one event later, for actor-critic."
+    "--discount",
+    type=SHARE,
+    default=RLConfig.discount,
+    help="Of the reward one event later, for actor-critic, or with --simulator one request later.",
 )
 @click.option(
     "--importance-cap",
@@ -115,6 +154,8 @@ def rl(
     objective: str,
     log: Path | None,
     answers_within: int | None,
+    simulator: Path | None,
+    temperature: float | None,
     min_effective: float,
     resume: bool,
     steps: int,
@@ -123,7 +164,7 @@ def rl(
     samples: int,
     learning_rate: float | None,
     kl_target: float | None,
-    anchor: float,
+    anchor: float | None,
     entropy_floor: float,
     coverage_floor: float,
     discount: float,
@@ -144,18 +185,24 @@ def rl(
     With --log the policy in use learns from what a server showed, and is replaced only if off-policy evaluation on
     other users of the log shows that the new one is better; a training that is ended then leaves nothing. The interval
     is that of one try: whoever repeats it with other options until one passes is fooled by chance.
+
+    With --simulator the policy in use plays users simulated from half of the people in RATINGS, and is replaced only if
+    the new one earns more from users simulated, in another way, from the other half, and does not lose on validation.
+    Both start from the policy in use: one after the other, a policy learns from either.
     """
     from jaxrec.rl.log_run import rl_log_run
     from jaxrec.rl.methods import METHODS
     from jaxrec.rl.policy_run import rl_run
+    from jaxrec.rl.recommender_policy import TEMPERATURE
+    from jaxrec.rl.simulator_run import rl_simulator_run
 
     given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    if resume and (changed := [name for name in given if name not in ("run", "resume")]):
+    if resume and (changed := [name for name in given if name not in ("run", "resume", "simulator")]):
         raise click.UsageError(f"--{changed[0].replace('_', '-')} cannot be changed on --resume")
     rewards = RewardWeights(
         hit_reward, genre_reward, rating_reward, centred_rating_reward, novelty_reward, diversity_reward
     )
-    defaults = RLConfig() if log is None else LOG_RL
+    defaults = LOG_RL if log is not None else SIMULATOR_RL if simulator is not None else RLConfig()
     config = RLConfig(
         seed=seed,
         steps=steps,
@@ -164,25 +211,34 @@ def rl(
         samples=samples,
         learning_rate=learning_rate or defaults.learning_rate,
         kl_target=kl_target or defaults.kl_target,
-        anchor=anchor,
+        anchor=defaults.anchor if anchor is None else anchor,
         entropy_floor=entropy_floor,
         coverage_floor=coverage_floor,
         discount=discount,
         importance_cap=importance_cap or defaults.importance_cap,
         rewards=rewards,
     )
-    of_log = [name for name in ("answers_within", "min_effective") if name in given]
-    without_log = [name for name in NOT_WITH_LOG if name in given]
-    if log is None and of_log:
-        raise click.UsageError(f"--{of_log[0].replace('_', '-')} is for --log")
-    if log is not None and without_log:
-        raise click.UsageError(f"--{without_log[0].replace('_', '-')} has no meaning with --log")
+    _refuse_senseless(given, log is not None, simulator is not None)
+    again = f"jaxrec rl {run} --resume" + (f" --simulator {simulator}" if simulator is not None else "")
     with stop_on_signals() as stop:
         try:
             if log is not None:
                 found = rl_log_run(run, log, config, answers_within, min_effective, stop)
                 click.echo(f"{found.told}\n{found.reason}")
-                return
-            click.echo(rl_run(run, config, METHODS[objective], resume, stop).reason)
+            elif simulator is not None:
+                found = rl_simulator_run(run, simulator, config, temperature or TEMPERATURE, resume, stop)
+                click.echo(f"{found.told}\n{found.reason}")
+            else:
+                click.echo(rl_run(run, config, METHODS[objective], resume, stop).reason)
         except TrainingStopped as stopped:
-            click.echo(str(stopped) if log else f"{stopped}; go on with: jaxrec rl {run} --resume")
+            click.echo(str(stopped) if log else f"{stopped}; go on with: {again}")
+
+
+def _refuse_senseless(given: list[str], log: bool, simulator: bool) -> None:
+    """Raises UsageError for an option on the command line that has no meaning beside the others."""
+    for only, there, names in (("log", log, ONLY_WITH_LOG), ("simulator", simulator, ONLY_WITH_SIMULATOR)):
+        if not there and (senseless := [name for name in names if name in given]):
+            raise click.UsageError(f"--{senseless[0].replace('_', '-')} is for --{only}")
+    for beside, there, names in (("simulator", simulator, NOT_WITH_SIMULATOR), ("log", log, NOT_WITH_LOG)):
+        if there and (senseless := [name for name in names if name in given]):
+            raise click.UsageError(f"--{senseless[0].replace('_', '-')} has no meaning with --{beside}")

@@ -8,7 +8,8 @@ RUN/cooccurrence.npz  the neighbours of each item, and the item vectors that tra
 RUN/hybrid.json   the weights of the mix, with the validation figures that chose them
 RUN/policy/       written by `jaxrec rl`: the policy, its log, and whether it is used
 RUN/policy.partial/  where an interrupted `jaxrec rl` stands; RUN/policy.previous/ what was in use before
-RUN/policy_from_log.json  what came of the last `jaxrec rl --log`
+RUN/policy_from_log.json  what came of the last `jaxrec rl --log`; RUN/policy_from_simulator.json of --simulator
+RUN/policy.simulator.partial/  where an interrupted `jaxrec rl --simulator` stands
 RUN/evaluation.json  written by `jaxrec evaluate`; goes into the manifest of the exported model
 """
 
@@ -50,6 +51,7 @@ LSTM_FOLDER = "lstm"
 CONTENT_FOLDER = "content"
 POLICY_FOLDER = "policy"
 POLICY_PARTIAL_FOLDER = "policy.partial"
+SIMULATOR_PARTIAL_FOLDER = "policy.simulator.partial"
 PLOT_FILE = "training.png"
 
 
@@ -158,7 +160,7 @@ def extend_run(out: Path, data_folder: Path, changes: Mapping[str, Any] = {}) ->
     if is_first():
         for name in (HYBRID_FILE, NEIGHBOURS_FILE, EVALUATION_FILE):
             (out / name).unlink(missing_ok=True)
-        for name in (POLICY_FOLDER, POLICY_PARTIAL_FOLDER):
+        for name in (POLICY_FOLDER, POLICY_PARTIAL_FOLDER, SIMULATOR_PARTIAL_FOLDER):
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(out / name)
     _write_run(extended)

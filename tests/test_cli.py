@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from jaxrec.cli import main
 from jaxrec.config import RLConfig, TrainConfig, from_json, to_json
 from jaxrec.rl.methods import METHODS
-from jaxrec.rl_command import NOT_WITH_LOG, OBJECTIVES
+from jaxrec.rl_command import NOT_WITH_LOG, NOT_WITH_SIMULATOR, OBJECTIVES
 from tests.synthetic import markov_log
 
 
@@ -163,6 +163,13 @@ def test_the_log_of_a_run_is_mended_from_its_checkpoint(stages: Path, tmp_path: 
         (("--resume", "--steps", 5), "--steps cannot be changed on --resume"),
         (("--resume",), "no interrupted training of a policy to go on with"),
         (("--answers-within", 60), "--answers-within is for --log"),
+        (("--temperature", 0.5), "--temperature is for --simulator"),
+        (("--min-effective", 5), "--min-effective is for --log"),
+        (("--simulator", "DATA", "--min-effective", 5), "--min-effective is for --log"),
+        (("--simulator", "DATA", "--log", "DATA"), "--log has no meaning with --simulator"),
+        (("--simulator", "DATA", "--hit-reward", 1), "--hit-reward has no meaning with --simulator"),
+        (("--simulator", "DATA", "--resume"), "no interrupted training with simulated users to go on with"),
+        (("--simulator", "DATA"), "0 users of 200 are others than those that the run was trained on"),
         (("--log", "DATA", "--objective", "top-k"), "--objective has no meaning with --log"),
         (("--log", "DATA"), "expected the event store of `python -m serve run`"),
         (("--objective", "bpr"), "is not one of 'reinforce', 'plackett-luce', 'top-k', 'actor-critic'"),
@@ -178,7 +185,7 @@ def test_options_of_rl_that_do_not_fit_are_named(stages: Path, options: tuple[ob
 
 def test_objectives_of_the_command_line_are_those_there_are() -> None:
     assert set(OBJECTIVES) == set(METHODS)
-    assert set(NOT_WITH_LOG) <= {parameter.name for parameter in main.commands["rl"].params}
+    assert {*NOT_WITH_LOG, *NOT_WITH_SIMULATOR} <= {parameter.name for parameter in main.commands["rl"].params}
 
 
 @pytest.mark.parametrize("command", main.commands.values(), ids=main.commands)

@@ -1,6 +1,7 @@
-"""A policy for environments: a small network from an observation's features to logits of all items, and to a value."""
+"""What a policy for environments is, and one of them: a small network from an observation's features to logits of all
+items, and to a value."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,21 @@ from jaxrec.rl.environments.environment import Environment
 from jaxrec.rl.policy import sample_slates, slate_logprobs
 
 Params = Any
+
+
+class Policy(Protocol):
+    """What `jaxrec.rl.on_policy` trains. `features` is the pytree that the environment makes of its observations, with
+    any leading axes [...]."""
+
+    @property
+    def start(self) -> Params:
+        """The parameters before any training."""
+
+    def logits(self, params: Params, features: Any, recommendable: jax.Array) -> jax.Array:
+        """[..., items + 1], NEVER where `recommendable` [..., items + 1] is off."""
+
+    def value(self, params: Params, features: Any) -> jax.Array:
+        """[...]: the discounted rewards that are expected from here on."""
 
 
 class PolicyNetwork(nnx.Module):
@@ -74,7 +90,7 @@ def action_logprobs(logits: jax.Array, slates: jax.Array) -> jax.Array:
     return slate_logprobs(logits, slates)
 
 
-def probabilities(policy: EnvironmentPolicy, params: Params, environment: Environment, observations: Any) -> jax.Array:
+def probabilities(policy: Policy, params: Params, environment: Environment, observations: Any) -> jax.Array:
     """[batch, items] float32: of items 1.., in the first slot, given observations [batch, ...]."""
     features = jax.vmap(environment.features)(observations)
     allowed = jax.vmap(environment.recommendable)(observations)

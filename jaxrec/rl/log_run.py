@@ -3,49 +3,27 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 
 from jaxrec.config import LOG_RL, RLConfig
 from jaxrec.files import write_text
-from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.rl.judge_log import own_versions
-from jaxrec.rl.learner import new_head
 from jaxrec.rl.log_states import log_states
 from jaxrec.rl.offline_evaluation.gating import MINIMUM_EFFECTIVE
-from jaxrec.rl.policy_run import load_policy, read_record, write_policy
+from jaxrec.rl.policy_run import GateOutcome, policy_in_use, write_policy
 from jaxrec.rl.rewards import reward_tables
 from jaxrec.rl.scoring import frozen_scoring
 from jaxrec.rl.train_from_log import FromLog, train_from_log
 from jaxrec.rl.train_policy import PolicyOutcome
-from jaxrec.runs import Run, load_supervised, open_run
+from jaxrec.runs import load_supervised, open_run
 from jaxrec.schema import DataError
 from jaxrec.served_log import DETERMINISTIC, ServedLog, read_served_log
 from jaxrec.stopping import StopRequested, never
 
 LOG_OUTCOME_FILE = "policy_from_log.json"
 METHOD = "log"
-
-
-@dataclasses.dataclass(frozen=True)
-class LogOutcome:
-    """`used`: whether the new policy replaced the one that was in use, and `reason` why, with the figures. `told`: what
-    was read, how much of it could not be used and why, and what the log is taken to be."""
-
-    used: bool
-    reason: str
-    told: str
-
-
-class _Base(NamedTuple):
-    """The policy in use: the structure and the variables of its head."""
-
-    graphdef: nnx.GraphDef[PolicyHead]
-    variables: Any
-    config: RLConfig
 
 
 def rl_log_run(
@@ -55,7 +33,7 @@ def rl_log_run(
     answers_within: int | None = None,
     minimum_effective: float = MINIMUM_EFFECTIVE,
     stop: StopRequested = never,
-) -> LogOutcome:
+) -> GateOutcome:
     """Trains from the policy that is in use on what the event store `log` holds, and replaces it only if the gate says
     so. What the gate said, and the doubly robust gain, are also left in RUN/policy_from_log.json.
 
@@ -66,7 +44,7 @@ def rl_log_run(
     run = open_run(folder)
     data = run.read_data()
     supervised = load_supervised(run, data)
-    base = _policy_in_use(run, supervised, config)
+    base = policy_in_use(run, supervised, config)
     config = dataclasses.replace(config, policy_width=base.config.policy_width)
     served = read_served_log(log, data.catalog, answers_within)
     if not served.recommendations:
@@ -93,18 +71,7 @@ def rl_log_run(
         outcome = _outcome(result, config.steps)
         write_policy(run, supervised, outcome, config, METHOD, result.variables, result.steps, [])
     write_text(folder / LOG_OUTCOME_FILE, json.dumps(record, indent=2) + "\n")
-    return LogOutcome(decision.used, decision.reason, told)
-
-
-def _policy_in_use(run: Run, supervised: Hybrid, config: RLConfig) -> _Base:
-    """The run's policy where it is used, else one that changes nothing. Raises DataError where its files are damaged or
-    belong to other models."""
-    policy, record = load_policy(run, supervised), read_record(run)
-    if policy is not None and policy.policy is not None and record is not None:
-        graphdef, variables = nnx.split(policy.policy)
-        return _Base(graphdef, nnx.to_pure_dict(variables), record.config)
-    vectors = supervised.item_vectors()
-    return _Base(*new_head(vectors.shape[1], len(vectors) - 1, config), config)
+    return GateOutcome(decision.used, decision.reason, told)
 
 
 def _told(log: Path, served: ServedLog, version: np.ndarray, in_use: np.ndarray) -> str:

@@ -9,7 +9,8 @@ whose distance to v(s_t) is the generalized advantage estimate (Schulman et al. 
 continued by the value. With λ = 1 and long rollouts it is REINFORCE with a learned baseline, with γ = 0 the policy
 wants the next reward only. Advantages are divided by their root mean square in the batch, so that one learning rate
 fits every γ; that changes the length of the gradient, not its direction. Beside it: an entropy bonus (Williams and Peng
-1991) which falls to 0, and where `kl_target` is set the leash to the policy that training started from.
+1991) which falls to 0, where `kl_target` is set the leash to the policy that training started from, and where there is
+an anchor its loss, which holds the policy to what else it is to do well.
 """
 
 import dataclasses
@@ -27,12 +28,13 @@ from tqdm import tqdm
 
 from jaxrec.config import to_json
 from jaxrec.files import new_file, read_json, write_text
-from jaxrec.rl.environment_policy import EnvironmentPolicy, Params, act, action_logprobs, new_policy
+from jaxrec.rl.environment_policy import Params, Policy, act, action_logprobs, new_policy
 from jaxrec.rl.environments.environment import Environment
 from jaxrec.rl.objectives.anchors import next_kl_coefficient
 from jaxrec.rl.objectives.policy_gradient import baseline_loss, reinforce_loss
 from jaxrec.rl.policy import entropy, kl_divergence
 from jaxrec.schema import DataError
+from jaxrec.stopping import StopRequested, TrainingStopped, never
 from jaxrec.train import TrainingError
 
 CONFIG_FILE, LEARNER_FILE, LOG_FILE, PLOT_FILE = "config.json", "learner.npz", "log.jsonl", "training.png"
@@ -42,7 +44,7 @@ CONFIG_FILE, LEARNER_FILE, LOG_FILE, PLOT_FILE = "config.json", "learner.npz", "
 class OnPolicyConfig:
     """`users` play at once, for `steps` steps in each of `updates` updates. `discount` is γ and `trace` λ. `kl_target`
     in nats; None: no leash. `updates_per_record`: how many updates a record of the log is the mean of; after each
-    record the learner is saved."""
+    record the learner is saved. `hidden`: width of the network, where no other policy is trained."""
 
     seed: int = 0
     users: int = 256
@@ -73,7 +75,7 @@ class Learner(NamedTuple):
 class Rollout(NamedTuple):
     """What happened, each [steps, users, ...]; `features` and `recommendable` of the observation before the action."""
 
-    features: jax.Array
+    features: Any
     recommendable: jax.Array
     slates: jax.Array
     reward: jax.Array
@@ -81,6 +83,8 @@ class Rollout(NamedTuple):
     terms: dict[str, jax.Array]
 
 
+Anchor = Callable[[Params, jax.Array], jax.Array]
+"""anchor(parameters, key of the update) -> a loss that is added to that of the rewards."""
 Updates = Callable[[Learner, jax.Array, int], tuple[Learner, dict[str, jax.Array]]]
 
 
@@ -99,7 +103,7 @@ def td_lambda_returns(
 
 
 def new_learner(
-    environment: Environment, policy: EnvironmentPolicy, config: OnPolicyConfig, start: Params | None = None
+    environment: Environment, policy: Policy, config: OnPolicyConfig, start: Params | None = None
 ) -> Learner:
     """A learner with new users, whose policy is `start`, or the network's own."""
     params = policy.start if start is None else start
@@ -114,7 +118,7 @@ def new_learner(
 
 def roll_out(
     environment: Environment,
-    policy: EnvironmentPolicy,
+    policy: Policy,
     params: Params,
     state: Any,
     observation: Any,
@@ -141,10 +145,17 @@ def roll_out(
     return jax.lax.scan(go, (state, observation), jax.random.split(key, steps))
 
 
-def make_updates(environment: Environment, policy: EnvironmentPolicy, config: OnPolicyConfig) -> Updates:
+def make_updates(
+    environment: Environment,
+    policy: Policy,
+    config: OnPolicyConfig,
+    permuted: bool = False,
+    anchor: Anchor | None = None,
+) -> Updates:
     """updates(learner, key, count) -> (learner, metrics [count] each), in one compiled scan.
 
-    The learner is donated. The key is the run's; the number of the update is folded in.
+    The learner is donated. The key is the run's; the number of the update is folded in. With `permuted` each user is
+    paid the reward of another one of the same step, drawn at random: a control, which has nothing to learn.
     """
     optimizer = _optimizer(config)
 
@@ -158,14 +169,22 @@ def make_updates(environment: Environment, policy: EnvironmentPolicy, config: On
             jax.random.fold_in(key, learner.step),
             config.steps,
         )
+        # Keys beyond those of the updates and of the first users, so that neither changes what is played.
+        permuted_key, anchor_key = (
+            jax.random.fold_in(key, rounds * config.updates + 1 + learner.step) for rounds in (1, 2)
+        )
+        paid = _among_users(permuted_key, rollout.reward) if permuted else rollout.reward
         last_features = jax.vmap(environment.features)(observation)
+        every_features = jax.tree.map(
+            lambda seen, last: jnp.concatenate([seen, last[None]]), rollout.features, last_features
+        )
         bonus = config.entropy_weight * jnp.maximum(1.0 - learner.step / config.updates, 0.0)
 
         def loss_of(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
             logits = policy.logits(params, rollout.features, rollout.recommendable)
-            values = policy.value(params, jnp.concatenate([rollout.features, last_features[None]]))
+            values = policy.value(params, every_features)
             achieved = jax.lax.stop_gradient(
-                td_lambda_returns(rollout.reward, rollout.done, values[1:], config.discount, config.trace)
+                td_lambda_returns(paid, rollout.done, values[1:], config.discount, config.trace)
             )
             advantages = jax.lax.stop_gradient(achieved - values[:-1])
             advantages /= jnp.sqrt(jnp.mean(jnp.square(advantages)) + 1e-8)
@@ -182,7 +201,11 @@ def make_updates(environment: Environment, policy: EnvironmentPolicy, config: On
             kl = jnp.mean(kl_divergence(logits, reference))
             leash = learner.kl_coefficient * kl if config.kl_target is not None else 0.0
             metrics = {"kl": kl, "entropy": spread, "baseline_loss": value_loss}
-            return policy_loss + value_loss - bonus * spread + leash, metrics
+            loss = policy_loss + value_loss - bonus * spread + leash
+            if anchor is not None:
+                metrics["anchor_loss"] = anchor(params, anchor_key)
+                loss += metrics["anchor_loss"]
+            return loss, metrics
 
         gradients, metrics = jax.grad(loss_of, has_aux=True)(learner.params)
         changes, optimizer_state = optimizer.update(gradients, learner.optimizer, learner.params)
@@ -208,28 +231,42 @@ def make_updates(environment: Environment, policy: EnvironmentPolicy, config: On
     return updates
 
 
+def _among_users(key: jax.Array, reward: jax.Array) -> jax.Array:
+    """reward [steps, users] in another order in each step."""
+    return jax.vmap(jax.random.permutation)(jax.random.split(key, len(reward)), reward)
+
+
 class Trained(NamedTuple):
     """`params` of `policy`, and one record per `updates_per_record` updates: the means of its metrics."""
 
-    policy: EnvironmentPolicy
+    policy: Policy
     params: Params
     log: list[dict[str, float]]
 
 
 def train_on_policy(
-    environment: Environment, config: OnPolicyConfig, folder: Path | None = None, start: Params | None = None
+    environment: Environment,
+    config: OnPolicyConfig,
+    folder: Path | None = None,
+    start: Params | None = None,
+    policy: Policy | None = None,
+    permuted: bool = False,
+    anchor: Anchor | None = None,
+    stop: StopRequested = never,
 ) -> Trained:
-    """Plays and learns. In `folder`, if given, the learner, its log and a plot are kept, and an interrupted run goes on
-    from there with exactly the result of one left in peace.
+    """Plays and learns; `policy` None: a new small network. In `folder`, if given, the learner, its log and a plot are
+    kept, and an interrupted run goes on from there with exactly the result of one left in peace.
 
-    Raises DataError where `folder` holds a run of another configuration, TrainingError when a figure is not finite.
+    Raises DataError where `folder` holds a run of another configuration, TrainingError when a figure is not finite,
+    TrainingStopped where `stop()` ended it before the last update.
     """
-    policy = new_policy(environment, config.hidden, config.seed)
+    if policy is None:
+        policy = new_policy(environment, config.hidden, config.seed)
     learner = new_learner(environment, policy, config, start)
     log: list[dict[str, float]] = []
     if folder is not None:
         learner, log = _resume(folder, config, learner)
-    updates, key = make_updates(environment, policy, config), jax.random.key(config.seed)
+    updates, key = make_updates(environment, policy, config, permuted, anchor), jax.random.key(config.seed)
     with tqdm(total=config.updates, initial=int(learner.step), desc="play", unit="update", disable=None) as bar:
         while int(learner.step) < config.updates:
             count = min(config.updates_per_record, config.updates - int(learner.step))
@@ -243,6 +280,9 @@ def train_on_policy(
                 _save(folder, config, learner, log)
             bar.update(count)
             bar.set_postfix(reward=f"{record['reward']:.4f}", kl=f"{record['kl']:.3f}")
+            if int(learner.step) < config.updates and stop():
+                saved = "" if folder is None else " and saved"
+                raise TrainingStopped(f"stopped{saved} after update {int(learner.step)} of {config.updates}")
     if folder is not None:
         plot_on_policy(log, folder / PLOT_FILE)
     return Trained(policy, learner.params, log)

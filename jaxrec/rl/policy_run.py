@@ -7,6 +7,7 @@ RUN/policy/log.jsonl     one record per evaluation
 RUN/policy/training.png  both, as a plot
 RUN/policy.previous/     the policy that was in use before, where there was one
 RUN/policy.partial/      where an interrupted training stands (`jaxrec.rl.policy_checkpoint`)
+RUN/policy.simulator.partial/  the same of one in a simulator (`jaxrec.rl.simulator_run`)
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxrec.config import RLConfig, from_json, to_json
 from jaxrec.files import new_directory, read_json, sha256
-from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.rl.learner import new_head
 from jaxrec.rl.methods import METHODS, REINFORCE, Method
 from jaxrec.rl.policy_checkpoint import PolicyCheckpoint, models_digest
@@ -54,6 +55,24 @@ class PolicyRecord:
     method: str
     models_sha256: str
     sha256: str
+
+
+class PolicyInUse(NamedTuple):
+    """The structure and the variables of the head of the policy that is in use, and what it was trained with."""
+
+    graphdef: nnx.GraphDef[PolicyHead]
+    variables: Any
+    config: RLConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class GateOutcome:
+    """`used`: whether the new policy replaced the one that was in use, and `reason` why, with the figures. `told`: what
+    was read, how much of it could not be used and why, and what it is taken to be."""
+
+    used: bool
+    reason: str
+    told: str
 
 
 def rl_run(
@@ -173,6 +192,17 @@ def load_policy(run: Run, supervised: Hybrid, only_if_used: bool = True) -> Hybr
     if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, fresh):
         raise DataError(f"{path}: its arrays do not fit the models of {run.folder}; run `jaxrec rl` again")
     return supervised.with_policy(nnx.merge(graphdef, jax.tree.map(jnp.asarray, variables)))
+
+
+def policy_in_use(run: Run, supervised: Hybrid, config: RLConfig) -> PolicyInUse:
+    """The run's policy where it is used, else one that changes nothing. Raises DataError where its files are damaged or
+    belong to other models."""
+    policy, record = load_policy(run, supervised), read_record(run)
+    if policy is not None and policy.policy is not None and record is not None:
+        graphdef, variables = nnx.split(policy.policy)
+        return PolicyInUse(graphdef, nnx.to_pure_dict(variables), record.config)
+    vectors = supervised.item_vectors()
+    return PolicyInUse(*new_head(vectors.shape[1], len(vectors) - 1, config), config)
 
 
 def load_served(run: Run, supervised: Hybrid) -> Hybrid:

@@ -55,21 +55,26 @@ class FromLog(NamedTuple):
     gate_rows: int
 
 
+def trains(names: Sequence[str], seed: int) -> np.ndarray:
+    """[names] bool: which of the users train; the others judge. By a hash of the id: who trained a policy does not
+    judge its successor, however the log has grown."""
+    digests = [hashlib.sha256(f"{seed} {name}".encode()).digest() for name in names]
+    return np.array([int.from_bytes(digest[:4]) < TRAIN_SHARE * 2**32 for digest in digests], bool)
+
+
 def split_users(users: np.ndarray, names: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the users that train, and of those that judge; `users` [rows] counts `names`, the raw ids.
 
-    By a hash of the id: who trained a policy does not judge its successor, however the log has grown. Raises DataError
-    where either part has fewer than two users.
+    Raises DataError where either part has fewer than two users.
     """
     labels = np.unique(users)
-    digests = [hashlib.sha256(f"{seed} {names[user]}".encode()).digest() for user in labels]
-    trains = labels[[int.from_bytes(digest[:4]) < TRAIN_SHARE * 2**32 for digest in digests]]
-    if not 2 <= len(trains) <= len(labels) - 2:
+    training = labels[trains([names[user] for user in labels], seed)]
+    if not 2 <= len(training) <= len(labels) - 2:
         raise DataError(
-            f"the log has usable recommendations of {len(labels)} users, of whom {len(trains)} would train and "
-            f"{len(labels) - len(trains)} judge, expected two or more of each"
+            f"the log has usable recommendations of {len(labels)} users, of whom {len(training)} would train and "
+            f"{len(labels) - len(training)} judge, expected two or more of each"
         )
-    of_training = np.isin(users, trains)
+    of_training = np.isin(users, training)
     return np.flatnonzero(of_training), np.flatnonzero(~of_training)
 
 
@@ -90,7 +95,7 @@ def train_from_log(
     Raises DataError where too few users are there, TrainingError where a figure is not finite, TrainingStopped where
     `stop()` became true: nothing is kept then.
     """
-    trains, judges = split_users(np.asarray(states.user), names, config.seed)
+    training_rows, judging_rows = split_users(np.asarray(states.user), names, config.seed)
     device = jax.devices()[0]
     current = jax.device_put(jax.tree.map(jnp.asarray, current), device)
     updates = _make_updates(graphdef, config)
@@ -99,7 +104,7 @@ def train_from_log(
     head = jax.tree.map(jnp.copy, current)
     optimizer = policy_optimizer(config).init((head, critic))
     learner = Learner(head, critic, optimizer, jnp.float32(KL_COEFFICIENT_START), jnp.zeros((), jnp.int32))
-    training, key = jax.device_put(states.at(trains), device), jax.random.key(config.seed)
+    training, key = jax.device_put(states.at(training_rows), device), jax.random.key(config.seed)
     steps: list[dict[str, float]] = []
     with tqdm(total=config.steps, desc="train policy on the log", unit="step") as bar:
         while (start := len(steps)) < config.steps:
@@ -111,9 +116,9 @@ def train_from_log(
             if stop():
                 raise TrainingStopped(f"stopped after step {start + count} of {config.steps}; the policy in use stays")
     variables = jax.tree.map(np.array, learner.head)
-    judging = states.at(judges), own[judges]
+    judging = states.at(judging_rows), own[judging_rows]
     judgement = judge_from_log(graphdef, variables, current, scoring, training, *judging, config, minimum_effective)
-    return FromLog(judgement, variables, steps, len(trains), len(judges))
+    return FromLog(judgement, variables, steps, len(training_rows), len(judging_rows))
 
 
 def _make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig) -> Any:

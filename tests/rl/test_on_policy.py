@@ -69,6 +69,30 @@ def test_leash_holds_the_policy_near_its_start() -> None:
     assert 0.005 < leashed["kl"] < 0.06
 
 
+def test_an_anchor_adds_its_loss_and_changes_nothing_that_is_played() -> None:
+    short = dataclasses.replace(SMALL, updates=2, updates_per_record=1)
+    without = train_on_policy(ENVIRONMENT, short)
+    idle = train_on_policy(ENVIRONMENT, short, anchor=lambda params, key: jnp.float32(3.0))
+    jax.tree.map(np.testing.assert_array_equal, idle.params, without.params)
+    assert [record["anchor_loss"] for record in idle.log] == [3.0, 3.0]
+    assert [record["reward"] for record in idle.log] == [record["reward"] for record in without.log]
+
+    def below(params: dict, key: jax.Array) -> jax.Array:
+        return 100.0 * jnp.square(params["value_out"]["bias"] + 1.0).sum()
+
+    pulled = train_on_policy(ENVIRONMENT, short, anchor=below)
+    assert pulled.params["value_out"]["bias"][0] < 0 < without.params["value_out"]["bias"][0]
+    assert pulled.log[0]["reward"] == without.log[0]["reward"]
+
+
+def test_permuted_rewards_stay_in_their_step() -> None:
+    reward = jnp.arange(24.0).reshape(3, 8)
+    permuted = on_policy._among_users(jax.random.key(0), reward)
+    np.testing.assert_array_equal(jnp.sort(permuted, axis=1), reward)
+    orders = {tuple(row) for row in np.asarray(permuted - reward[:, :1]).tolist()}
+    assert len(orders | {tuple(range(8))}) == 4  # each step has an order of its own
+
+
 def test_log_says_what_happened() -> None:
     log = train_on_policy(ENVIRONMENT, dataclasses.replace(SMALL, updates=20, updates_per_record=10)).log
     assert [record["step"] for record in log] == [10, 20]

@@ -10,7 +10,14 @@ import pytest
 from jaxrec.histories import Histories
 from jaxrec.models.sequence import NEVER
 from jaxrec.prepare import PreparedData
-from jaxrec.rl.environments.fit_simulator import SimulatorFit, ease, fit_simulator, profiles, simulator_histories
+from jaxrec.rl.environments.fit_simulator import (
+    SimulatorFit,
+    ease,
+    fit_simulator,
+    profiles,
+    shrunk_cosine,
+    simulator_histories,
+)
 from jaxrec.rl.environments.simulator import (
     RECENT,
     SimulatorParams,
@@ -140,6 +147,36 @@ def test_ease_is_the_constrained_ridge_regression(histories: Histories) -> None:
     others = np.delete(np.arange(items), j)
     solved = np.linalg.solve(x[:, others].T @ x[:, others] + 100 * np.eye(items - 1), x[:, others].T @ x[:, j])
     np.testing.assert_allclose(b[1 + others, 1 + j], solved, atol=1e-5)
+
+
+def test_shrunk_cosine_by_hand() -> None:
+    """Of three users two count; both took items 1 and 2, one of them item 3."""
+    items = np.array([1, 2, 1, 2, 3, 3, 4], np.int32)
+    histories = Histories(np.array([0, 2, 5, 7]), items, np.ones(7, np.float32), np.arange(7))
+    s = shrunk_cosine(histories, np.array([0, 1]), 4)
+    expected = np.zeros((5, 5))
+    expected[1, 2] = expected[2, 1] = 2 / (np.sqrt(2 * 2) + 10)
+    expected[1, 3] = expected[3, 1] = expected[2, 3] = expected[3, 2] = 1 / (np.sqrt(2 * 1) + 10)
+    np.testing.assert_allclose(s, expected, rtol=1e-6)
+
+
+def test_shrunk_cosine_keeps_the_nearest(histories: Histories, monkeypatch: pytest.MonkeyPatch) -> None:
+    users = np.arange(histories.user_count)
+    everything = shrunk_cosine(histories, users, 60)
+    monkeypatch.setattr("jaxrec.rl.environments.fit_simulator.NEIGHBOURS", 5)
+    nearest = shrunk_cosine(histories, users, 60)
+    for item in (1, 30, 60):
+        kept = nearest[:, item] > 0
+        assert kept.sum() >= 5
+        np.testing.assert_array_equal(nearest[kept, item], everything[kept, item])
+        assert everything[~kept, item].max() < nearest[kept, item].min()
+
+
+def test_other_taste_models_make_other_users(small_data: PreparedData, histories: Histories) -> None:
+    matrix, scale = small_data.catalog.genre_matrix(), RatingScale(0.5, 5.0)
+    fitted = fit_simulator(histories, matrix, scale, 0.5, start_events=6, item_item=shrunk_cosine)
+    assert fitted.nats < fitted.uniform_nats - 0.02
+    assert float(fitted.params.item_item.min()) == 0.0  # EASE's has negative entries
 
 
 def test_fits_users_who_were_left_out(fit: SimulatorFit) -> None:

@@ -1,11 +1,12 @@
 """Fits the simulator's users on a log, and says how well they fit users that were left out.
 
 Of the log's users three fifths make the item-item matrix, one fifth the coefficients of the choice, and the last fifth
-judges both; the rating model leaves out a tenth of the ratings.
+judges both; the rating model leaves out a tenth of the ratings. The matrix is EASE's, or another one, so that the users
+who train a policy and those who judge it need not be of one kind.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,9 @@ RIDGE = 100.0  # EASE's λ
 DECAYS = (0.8, 0.9, 0.95, 0.98)
 MIN_HISTORY, CASES_PER_USER = 10, 20
 FACTORS, FACTOR_RIDGE, FACTOR_ROUNDS = 8, 10.0, 10
+SHRINK, NEIGHBOURS = 10.0, 100  # of the cosine
+
+ItemItem = Callable[[Histories, np.ndarray, int], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,46 @@ def simulator_histories(interactions: pd.DataFrame, catalog: Catalog, trained_on
     return Histories(np.concatenate([[0], np.cumsum(counts)]), *columns), IdMap(users)
 
 
+def ease(histories: Histories, users: np.ndarray, items: int) -> np.ndarray:
+    """[items + 1, items + 1] float32: B of Steck 2019, equation 8; row and column 0 are 0.
+
+    B_ij = -P_ij / P_jj off the diagonal, P = (X^T X + λ I)^-1 for the binary users-by-items matrix X.
+    """
+    x = _binary(histories, users, items)
+    p = np.linalg.inv(x.T @ x + RIDGE * np.eye(items))
+    b = -p / np.diag(p)
+    np.fill_diagonal(b, 0.0)
+    return np.pad(b, ((1, 0), (1, 0))).astype(np.float32)
+
+
+def shrunk_cosine(histories: Histories, users: np.ndarray, items: int) -> np.ndarray:
+    """[items + 1, items + 1] float32: item-item nearest neighbours; row and column 0 are 0.
+
+    s_ij = n_ij / (sqrt(n_i n_j) + SHRINK), where n_ij of the users took both and n_i took i (Sarwar et al. 2001,
+    section 3.1.1, with the shrinkage of Ferrari Dacrema et al. 2019, "Are We Really Making Much Progress?"); each
+    column keeps its NEIGHBOURS largest.
+    """
+    x = _binary(histories, users, items)
+    both = x.T @ x
+    taken = np.diag(both)
+    s = both / (np.sqrt(np.outer(taken, taken)) + SHRINK)
+    np.fill_diagonal(s, 0.0)
+    if items > NEIGHBOURS:
+        s[s < np.partition(s, -NEIGHBOURS, axis=0)[-NEIGHBOURS]] = 0.0
+    return np.pad(s, ((1, 0), (1, 0))).astype(np.float32)
+
+
+def _binary(histories: Histories, users: np.ndarray, items: int) -> np.ndarray:
+    """[users, items] float64: 1 where the user took the item."""
+    row = np.full(histories.user_count, -1)
+    row[users] = np.arange(len(users))
+    of_users = row[histories.users()]
+    x = np.zeros((len(users), items), np.float64)
+    kept = of_users >= 0
+    x[of_users[kept], histories.items[kept] - 1] = 1.0
+    return x
+
+
 def fit_simulator(
     histories: Histories,
     genre_matrix: np.ndarray,
@@ -73,9 +117,11 @@ def fit_simulator(
     salience: float = 5.0,
     rating_share: float = 0.5,
     leave: float = 0.05,
+    item_item: ItemItem = ease,
 ) -> SimulatorFit:
     """`histories` of the simulator's users, `genre_matrix` [items + 1, genres] of the catalogue; `star` is the step of
-    the rating scale. Users come with their first `start_events` events. Deterministic.
+    the rating scale. Users come with their first `start_events` events. `item_item(histories, users, items)`: the taste
+    model, [items + 1, items + 1]. Deterministic.
 
     Raises DataError where fewer than five users have MIN_HISTORY + 1 events.
     """
@@ -85,11 +131,11 @@ def fit_simulator(
     items = len(genre_matrix) - 1
     order = np.random.default_rng(seed).permutation(long_enough)
     matrix_users, choice_users, test_users = np.split(order, [3 * len(order) // 5, 4 * len(order) // 5])
-    item_item = ease(histories, matrix_users, items)
+    matrix = item_item(histories, matrix_users, items)
     of_matrix = np.isin(histories.users(), matrix_users)
     log_popularity = np.log1p(np.bincount(histories.items[of_matrix], minlength=items + 1)).astype(np.float32)
     directions = genre_directions(genre_matrix)
-    tables = (item_item, log_popularity, directions)
+    tables = (matrix, log_popularity, directions)
 
     train, test = _cases(histories, choice_users), _cases(histories, test_users)
     fits = []
@@ -116,7 +162,7 @@ def fit_simulator(
         "rating_noise": rating_rmse,
     }
     params = SimulatorParams(
-        item_item=jnp.asarray(item_item),
+        item_item=jnp.asarray(matrix),
         log_popularity=jnp.asarray(log_popularity),
         genre_directions=jnp.asarray(directions),
         rating_range=jnp.array([scale.minimum, scale.maximum, star], jnp.float32),
@@ -139,23 +185,6 @@ def profiles(histories: Histories, first: np.ndarray, events: int) -> dict[str, 
     ratings = np.where(where, np.nan_to_num(histories.ratings[rows]), 0.0)
     items = np.where(where, histories.items[rows], 0)
     return {"profile": jnp.asarray(items, jnp.int32), "profile_rating": jnp.asarray(ratings, jnp.float32)}
-
-
-def ease(histories: Histories, users: np.ndarray, items: int) -> np.ndarray:
-    """[items + 1, items + 1] float32: B of Steck 2019, equation 8; row and column 0 are 0.
-
-    B_ij = -P_ij / P_jj off the diagonal, P = (X^T X + λ I)^-1 for the binary users-by-items matrix X.
-    """
-    row = np.full(histories.user_count, -1)
-    row[users] = np.arange(len(users))
-    of_users = row[histories.users()]
-    x = np.zeros((len(users), items), np.float64)
-    kept = of_users >= 0
-    x[of_users[kept], histories.items[kept] - 1] = 1.0
-    p = np.linalg.inv(x.T @ x + RIDGE * np.eye(items))
-    b = -p / np.diag(p)
-    np.fill_diagonal(b, 0.0)
-    return np.pad(b, ((1, 0), (1, 0))).astype(np.float32)
 
 
 Cases = Sequence[tuple[np.ndarray, int]]

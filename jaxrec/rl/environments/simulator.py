@@ -4,11 +4,11 @@ A user would like to take item j next with utility
 
     u_j = taste * sum_h decay^h B[recent_h, j] + popularity * log(events of j) + repetition * genre cosine to the last 3
 
-where B is EASE's item-item matrix (Steck 2019, "Embarrassingly Shallow Autoencoders for Sparse Data", equation 8) and h
-counts its history from the last item back; what it has taken before it does not take again. `repetition` below 0 is
-satiation by genre. Among all items that is a multinomial logit, whose coefficients are fitted. Shown a slate, a user
-looks at slot i with weight examine_i = i^-position_bias, and what it looks at is `salience` times as near at hand as
-the rest of the catalogue:
+where B is an item-item matrix, EASE's (Steck 2019, "Embarrassingly Shallow Autoencoders for Sparse Data", equation 8)
+or one of nearest neighbours, and h counts its history from the last item back; what it has taken before it does not
+take again. `repetition` below 0 is satiation by genre. Among all items that is a multinomial logit, whose coefficients
+are fitted. Shown a slate, a user looks at slot i with weight examine_i = i^-position_bias, and what it looks at is
+`salience` times as near at hand as the rest of the catalogue:
 
     p(take slot i) = salience * examine_i * e^u_i / (sum over the slate of the same + sum over the other items of e^u_j)
 
@@ -108,7 +108,13 @@ def utilities(params: SimulatorParams, recent: jax.Array, taken: jax.Array) -> j
     """[items + 1] float32: u of the module's text; NEVER for padding and what was taken before."""
     there = (recent > 0).astype(jnp.float32)
     weights = there * params.decay ** jnp.arange(len(recent))
-    taste = weights @ params.item_item[recent]
+
+    def add(taste: jax.Array, event: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        item, weight = event
+        return taste + weight * params.item_item[item], None
+
+    # One row at a time: all rows of many users at once would not fit into a cache, and take ten times as long.
+    taste, _ = jax.lax.scan(add, jnp.zeros_like(params.log_popularity), (recent, weights))
     last = params.genre_directions[recent[:REPEATED]].sum(axis=0) / jnp.maximum(there[:REPEATED].sum(), 1.0)
     u = params.taste * taste + params.popularity * params.log_popularity
     u += params.repetition * (params.genre_directions @ last)

@@ -1,0 +1,184 @@
+"""Trains a run's policy by playing simulated users, and judges it by others; writes bench/rl_simulator.md.
+
+    python -m bench.rl_simulator --work FOLDER RATINGS
+
+Half of the log's users train a run (`jaxrec train`, defaults). The others, whom it never sees, make two simulators
+(`jaxrec.rl.two_simulators`): half of them train the policy (taste by nearest neighbours), the other half judge it
+(taste by EASE). What is trained is what `jaxrec rl RUN --simulator` trains, from the supervised policy on.
+
+Judged are slates of the best items, as a server shows them, and slates drawn at the temperature of the training. Every
+judging user pays 5 visits of 10 requests, with the same random numbers for all policies. The reward is half for taking
+and half for the rating (0..1) of what was taken. The control is trained with rewards that are permuted among the users
+of each step, and has nothing to learn.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import numpy as np
+
+from bench.quality import commit
+from bench.rl_loop import interval, trained_half
+from jaxrec.config import SIMULATOR_RL, RLConfig
+from jaxrec.files import write_text
+from jaxrec.metrics import ndcg
+from jaxrec.rl.environments.fit_simulator import SimulatorFit
+from jaxrec.rl.judge import TOP, Judged
+from jaxrec.rl.on_policy import make_updates, new_learner, roll_out
+from jaxrec.rl.policy_run import policy_in_use
+from jaxrec.rl.recommender_policy import TEMPERATURE, RecommenderParams
+from jaxrec.rl.simulator_judge import Measured, decide
+from jaxrec.rl.simulator_run import Problem, new_problem, on_policy_config, train
+from jaxrec.rl.two_simulators import TwoSimulators, two_simulators
+from jaxrec.runs import load_supervised, open_run
+
+OUT = Path(__file__).with_name("rl_simulator.md")
+SUPERVISED, TRAINED, PERMUTED = "supervised", "on-policy", "permuted rewards"
+REPEATS, COUNT = 3, 10  # of the measurement of speed
+
+
+@click.command()
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Data, run and figures stay here.")
+@click.option("--seeds", default=5, show_default=True, help="Of the training; the simulators are the same for all.")
+@click.option("--updates", default=SIMULATOR_RL.steps, show_default=True)
+@click.argument("ratings", type=click.Path(exists=True, path_type=Path))
+def main(work: Path, seeds: int, updates: int, ratings: Path) -> None:
+    """Plays what is not there yet, then writes the table."""
+    folder, data, others = trained_half(work, ratings)
+    run, config = open_run(folder), dataclasses.replace(SIMULATOR_RL, steps=updates)
+    supervised = load_supervised(run, data)
+    simulators = two_simulators(others, data, seed=0)
+    problem = new_problem(supervised, data, policy_in_use(run, supervised, config), simulators, config, TEMPERATURE)
+    before = measured(problem, problem.policy.start)
+    write_text(work / f"{SUPERVISED}.json", json.dumps(figures(problem, problem.policy.start, before)))
+    if not (work / "speed.json").is_file():
+        write_text(work / "speed.json", json.dumps(speed(problem, config)))
+    for seed in range(seeds):
+        for arm in (TRAINED, PERMUTED):
+            path = work / f"{arm}-{updates}-{seed}.json"
+            if path.is_file():
+                continue
+            started = time.perf_counter()
+            trained = train(problem, dataclasses.replace(config, seed=seed), permuted=arm == PERMUTED)
+            seconds = time.perf_counter() - started
+            after = measured(problem, trained.params)
+            reason = decide(after, before).reason
+            print(f"seed {seed}, {arm}, {seconds:.0f} s: {reason}", flush=True)
+            found = {**figures(problem, trained.params, after), "reason": reason, "seconds": seconds}
+            write_text(path, json.dumps({**found, "kl": trained.log[-1]["kl"]}))
+    write_table(work, seeds, config, simulators, len(data.users))
+
+
+def measured(problem: Problem, params: RecommenderParams) -> Measured:
+    return Measured(problem.play(params), problem.judge(params.head))
+
+
+def figures(problem: Problem, params: RecommenderParams, of_policy: Measured) -> dict[str, Any]:
+    """As JSON values: by user what the best and the drawn slates earned, and NDCG@10 by validation case."""
+    ways = {"best": of_policy.played, "drawn": problem.play_drawn(params)}
+    by_way = {
+        name: {term: np.asarray(column).tolist() for term, column in played._asdict().items()}
+        for name, played in ways.items()
+    }
+    return {**by_way, "ndcg_10": by_case(of_policy.logged).tolist()}
+
+
+def by_case(judged: Judged) -> np.ndarray:
+    """[cases]: NDCG@10, the mean over with and without the request time."""
+    return ndcg(judged.rank, TOP).mean(axis=0)
+
+
+def speed(problem: Problem, config: RLConfig) -> dict[str, float]:
+    """Requests (environment steps) per second: rollout and update, and the rollout alone."""
+    learning = on_policy_config(config)
+    environment, policy, key = problem.environment, problem.policy, jax.random.key(0)
+    updates = make_updates(environment, policy, learning, anchor=problem.leash)
+    learner = new_learner(environment, policy, learning)
+
+    @jax.jit
+    def rollout(state: Any, observation: Any, key: jax.Array) -> Any:
+        at, played = roll_out(environment, policy, policy.start, state, observation, key, COUNT * learning.steps)
+        return *at, played.reward.mean()
+
+    steps = COUNT * learning.steps * learning.users
+    state, observation = learner.state, learner.observation
+    seconds: dict[str, list[float]] = {"rollout and update": [], "rollout alone": []}
+    for _ in range(1 + REPEATS):
+        started = time.perf_counter()
+        state, observation, reward = rollout(state, observation, key)
+        reward.block_until_ready()
+        seconds["rollout alone"].append(time.perf_counter() - started)
+    for _ in range(1 + REPEATS):
+        started = time.perf_counter()
+        learner, metrics = updates(learner, key, COUNT)
+        jax.block_until_ready(metrics)
+        seconds["rollout and update"].append(time.perf_counter() - started)
+    return {name: steps / float(np.median(of_one[1:])) for name, of_one in seconds.items()}  # the first one compiles
+
+
+def write_table(work: Path, seeds: int, config: RLConfig, simulators: TwoSimulators, trained_on: int) -> None:
+    """bench/rl_simulator.md from all that was played; intervals are over users (or cases), whose seeds are averaged."""
+    found = {SUPERVISED: [json.loads((work / f"{SUPERVISED}.json").read_text())]}
+    for arm in (TRAINED, PERMUTED):
+        paths = [work / f"{arm}-{config.steps}-{seed}.json" for seed in range(seeds)]
+        found[arm] = [json.loads(path.read_text()) for path in paths]
+    rates = json.loads((work / "speed.json").read_text())
+    seconds = float(np.mean([one["seconds"] for one in found[TRAINED]]))
+    lines = [
+        "# The policy in a simulator\n",
+        f"`python -m bench.rl_simulator --seeds {seeds} --updates {config.steps}` at commit {commit()}.\n",
+        *(f"{paragraph.strip()}\n".replace("\n", " ").strip() + "\n" for paragraph in __doc__.split("\n\n")[2:]),
+        f"{trained_on} users trained the run. The others: {simulators.told}. Held-out next items of the training "
+        f"simulator's own users: {fitted(simulators.training)}; of the judging one's: {fitted(simulators.judging)}.\n",
+        f"{config.batch_size} users at once, {on_policy_config(config).steps} requests each per update, slates of "
+        f"{config.slate_size}, discount {config.discount:g}, learning rate {config.learning_rate:g}, KL target "
+        f"{config.kl_target:g}, weight of the KL in the run's own log {config.anchor:g}, temperature {TEMPERATURE:g}. "
+        f"{seeds} seeds; 95 % intervals over users (Student), each "
+        "the mean of its seeds; differences from the supervised policy are paired.\n",
+        "| policy | reward, best items | difference | reward, drawn | difference | taken | rating of the taken | "
+        "coverage | NDCG@10 on validation | difference |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm, of_seeds in found.items():
+        cells = []
+        for way in ("best", "drawn"):
+            reward, start = (mean_by_user(of_arm, way, "reward") for of_arm in (of_seeds, found[SUPERVISED]))
+            cells += [interval(reward), "" if arm == SUPERVISED else interval(reward - start)]
+        taken, rating = (mean_by_user(of_seeds, "best", term).mean() for term in ("taken", "rating"))
+        covered = np.mean([one["best"]["coverage"] for one in of_seeds])
+        cases, at_start = (np.mean([one["ndcg_10"] for one in of], axis=0) for of in (of_seeds, found[SUPERVISED]))
+        cells += [f"{taken:.3f}", f"{rating / taken:.3f}", f"{covered:.3f}", f"{cases.mean():.4f}"]
+        cells.append("" if arm == SUPERVISED else interval(cases - at_start))
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    lines += [
+        f"\nRequests per second: {rates['rollout and update']:,.0f} with the update, {rates['rollout alone']:,.0f} in "
+        f"the rollout alone. A training took {seconds:.0f} s with compilation.\n",
+        "The gate, by seed:\n",
+        *(
+            f"- {arm}, seed {seed} (KL {one['kl']:.3f} in the last updates): {one['reason']}"
+            for arm in (TRAINED, PERMUTED)
+            for seed, one in enumerate(found[arm])
+        ),
+    ]
+    write_text(OUT, "\n".join(lines) + "\n")
+
+
+def mean_by_user(of_seeds: list[dict[str, Any]], way: str, term: str) -> np.ndarray:
+    """[users]: the mean over the seeds."""
+    return np.mean([one[way][term] for one in of_seeds], axis=0)
+
+
+def fitted(fit: SimulatorFit) -> str:
+    return (
+        f"{fit.nats:.3f} nats per event (popularity alone {fit.popularity_nats:.3f}), NDCG@10 {fit.ndcg_10:.3f} "
+        f"(popularity {fit.popularity_ndcg_10:.3f})"
+    )
+
+
+if __name__ == "__main__":
+    main()
