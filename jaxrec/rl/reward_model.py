@@ -2,7 +2,7 @@
 
 For each slot a ridge regression (Hoerl & Kennard 1970) of its discounted reward on FEATURES. A policy's mean over the
 items of a slot is then the model at the mean of the features (`expected_features`), and no item's reward is looked at.
-It need not be right: where the propensities are, it only takes variance away.
+It need not be right: where the propensities are, it changes the variance alone.
 """
 
 import functools
@@ -18,9 +18,8 @@ from jaxrec.models.sequence import NEVER
 from jaxrec.rl.log_policy import by_batches, state_logits
 from jaxrec.rl.log_states import LogStates
 from jaxrec.rl.policy import recommendable
-from jaxrec.rl.rewards import RewardTables
 from jaxrec.rl.scoring import Scoring
-from jaxrec.rl.served_policy import served_logits, tempered
+from jaxrec.rl.served_policy import POOL, served_logits, tempered
 
 FEATURES = ("constant", "log-probability", "probability", "rating", "novelty")  # novelty: minus log popularity, scaled
 LEAST = -20.0  # nats; an item that the policy in use shows less often, or never, counts as this
@@ -82,39 +81,34 @@ def expected_features(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _of_logged(graphdef: nnx.GraphDef[PolicyHead], reference: Any, scoring: Scoring, states: LogStates) -> jax.Array:
-    slate = jnp.asarray(states.slate)
-    log_p = jnp.take_along_axis(_log_probabilities(graphdef, reference, scoring, states), slate, axis=1)
-    of_state = jnp.stack([jnp.ones_like(log_p), log_p, jnp.exp(log_p)], axis=-1)
-    return jnp.concatenate([of_state, _of_items(scoring.tables)[slate]], axis=-1)
+    return _features(graphdef, reference, scoring, states, jnp.asarray(states.slate))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _expected(
     graphdef: nnx.GraphDef[PolicyHead], policy: Any, reference: Any, scoring: Scoring, states: LogStates
 ) -> jax.Array:
-    log_p = _log_probabilities(graphdef, reference, scoring, states)
-    of_items, slate, rows = _of_items(scoring.tables), jnp.asarray(states.slate), jnp.arange(len(states.slate))
-
-    def slot(left: jax.Array, item: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """left [rows, items + 1]: logits of what is not shown above; item [rows]: what the log showed here."""
-        chance = jnp.where(recommendable(left), jax.nn.softmax(left), 0.0)
-        of_state = [jnp.sum(chance * feature, axis=1) for feature in (jnp.ones_like(log_p), log_p, jnp.exp(log_p))]
-        means = jnp.concatenate([jnp.stack(of_state, axis=1), chance @ of_items], axis=1)
-        return left.at[rows, item].set(NEVER), means
-
+    slate = jnp.asarray(states.slate)
     logits = state_logits(graphdef, policy, scoring, states)
     served = served_logits(logits, jnp.asarray(states.temperature), slate)
-    return jnp.swapaxes(jax.lax.scan(slot, served, slate.T)[1], 0, 1)
+    logits, pool = jax.lax.top_k(served, min(max(POOL, slate.shape[1]), served.shape[1]))  # all that has a chance
+    features = _features(graphdef, reference, scoring, states, pool)
+
+    def slot(left: jax.Array, item: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """left [rows, pool]: logits of what is not shown above; item [rows]: what the log showed here."""
+        chance = jnp.where(recommendable(left), jax.nn.softmax(left), 0.0)
+        means = jnp.sum(chance[..., None] * features, axis=1)
+        return jnp.where(pool == item[:, None], NEVER, left), means
+
+    return jnp.swapaxes(jax.lax.scan(slot, logits, slate.T)[1], 0, 1)
 
 
-def _log_probabilities(
-    graphdef: nnx.GraphDef[PolicyHead], reference: Any, scoring: Scoring, states: LogStates
+def _features(
+    graphdef: nnx.GraphDef[PolicyHead], reference: Any, scoring: Scoring, states: LogStates, items: jax.Array
 ) -> jax.Array:
-    """[rows, items + 1] nats, LEAST at least: of the whole catalogue, since another policy's pool is another one."""
+    """[rows, n, features] of items [rows, n] int32. The probabilities are shares of the whole catalogue, since another
+    policy's pool is another one."""
     logits = tempered(state_logits(graphdef, reference, scoring, states), jnp.asarray(states.temperature))
-    return jnp.maximum(jax.nn.log_softmax(logits), LEAST)
-
-
-def _of_items(tables: RewardTables) -> jax.Array:
-    """[items + 1, 2]: the features of an item that are the same in every state."""
-    return jnp.stack([tables.item_ratings, tables.item_novelty], axis=1)
+    log_p = jnp.maximum(jnp.take_along_axis(jax.nn.log_softmax(logits), items, axis=1), LEAST)
+    of_items = scoring.tables.item_ratings[items], scoring.tables.item_novelty[items]
+    return jnp.stack([jnp.ones_like(log_p), log_p, jnp.exp(log_p), *of_items], axis=-1)
