@@ -26,8 +26,7 @@ from jaxrec.config import RLConfig
 from jaxrec.models.hybrid import PolicyHead
 from jaxrec.rl.judge_log import Judgement, judge_from_log
 from jaxrec.rl.learner import KL_COEFFICIENT_START, Learner, apply_update, guards, policy_optimizer, slate_coverage
-from jaxrec.rl.log_policy import slot_logprobs as _slot_logprobs
-from jaxrec.rl.log_policy import state_logits as _logits
+from jaxrec.rl.log_policy import slot_logprobs, state_logits
 from jaxrec.rl.log_states import LogStates
 from jaxrec.rl.methods import Linear, weight_metrics
 from jaxrec.rl.objectives.clipped_surrogate import clipped_surrogate_loss
@@ -134,12 +133,12 @@ def _make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig) -> Any:
         where, slots = slate > 0, slate.shape[1]
         discount = jnp.asarray(discounts(slots))
         rewards = jnp.where(where, total_reward(batch.terms, config.rewards), 0.0) * discount
-        reference = _logits(graphdef, current, scoring, batch)
+        reference = state_logits(graphdef, current, scoring, batch)
 
         def loss_of(trained: tuple[Any, Linear]) -> tuple[jax.Array, dict[str, jax.Array]]:
             head, critic = trained
-            logits = _logits(graphdef, head, scoring, batch)
-            logprobs = _slot_logprobs(logits, batch)
+            logits = state_logits(graphdef, head, scoring, batch)
+            logprobs = slot_logprobs(logits, batch)
             ratios = jnp.cumsum(jnp.where(where, logprobs - batch.log_propensities, 0.0), axis=1)
             weights, clipped = importance_weights(ratios, jnp.zeros_like(ratios), config.importance_cap)
             weights = jnp.where(where, weights, 0.0)

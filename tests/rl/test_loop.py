@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from bench.rl_loop import LoopConfig, Users, fitted_users, loop
-from jaxrec.config import RewardWeights, RLConfig
+from jaxrec.config import LOG_RL, RewardWeights
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.prepare import PreparedData
 from jaxrec.rl.policy_run import write_policy
@@ -20,12 +20,13 @@ from jaxrec.served_log import read_served_log
 from tests.rl.simulated import genre_lovers
 
 USERS, LIKED = 240, 12
-LEARNING = RLConfig(
+LEARNING = dataclasses.replace(
+    LOG_RL,
     steps=200,
     steps_per_evaluation=200,
     batch_size=128,
     learning_rate=3e-2,
-    kl_target=1.0,
+    kl_target=0.3,
     entropy_floor=0.0,
     coverage_floor=0.0,
     policy_width=8,
