@@ -167,11 +167,15 @@ def without_folder(argument: str) -> str:
 
 
 def commit() -> str:
-    """Of the checkout, with a mark where it was changed."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=OUT.parent, check=True, text=True, capture_output=True
-    )
-    return described.stdout.strip()
+    """Of the checkout, with a mark where more than the benches' own pages was changed."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=OUT.parent, check=True, text=True, capture_output=True
+        ).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!*.md")
+    return git("describe", "--always") + ("-dirty" if changed else "")
 
 
 if __name__ == "__main__":
