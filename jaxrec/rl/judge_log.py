@@ -11,12 +11,12 @@ from jaxrec.models.features import Array
 from jaxrec.models.hybrid import PolicyHead
 from jaxrec.rl.log_policy import logged_logprobs
 from jaxrec.rl.log_states import LogStates
-from jaxrec.rl.offline_evaluation.estimators import Terms, self_normalized_doubly_robust, snips
+from jaxrec.rl.offline_evaluation.estimators import Terms, on_policy, self_normalized_doubly_robust, snips
 from jaxrec.rl.offline_evaluation.gating import Decision, gate, shown
 from jaxrec.rl.offline_evaluation.intervals import Interval, interval
 from jaxrec.rl.offline_evaluation.weights import Weights, slate_weights
 from jaxrec.rl.reward_model import expected_features, fit_reward_model, logged_features
-from jaxrec.rl.rewards import discounts, total_reward
+from jaxrec.rl.rewards import slot_discounts, total_reward
 from jaxrec.rl.scoring import Scoring
 from jaxrec.rl.served_policy import reproduced_versions
 
@@ -39,37 +39,27 @@ def judge_from_log(
     scoring: Scoring,
     training: LogStates,
     states: LogStates,
-    own: np.ndarray,
     config: RLConfig,
     minimum_effective: float,
 ) -> Judgement:
-    """The gate's word on recommendations that trained nothing (`states`): self-normalized RIPS, resampled by user.
+    """The gate's word on recommendations that trained nothing, self-normalized RIPS resampled by user.
 
-    Judged is by what the policy in use itself showed (`own` [rows] bool), where that is of `minimum_effective` users at
-    least: older policies' slates are further from what the new one would show, and would tell of its gain over them.
-    Else all of the log counts, and what the policy in use is worth is estimated, too. `training`: what the reward model
-    of the doubly robust gain is fitted to, of other users.
+    `states` are what the policy in use itself showed. Others' slates would tell of a gain over those others, and what
+    the policy in use is worth would be an estimate as well, blind to whatever they never showed. `training`: what the
+    reward model of the doubly robust gain is fitted to, of other users.
     """
-    by_own = len(np.unique(np.asarray(states.user)[own])) >= minimum_effective
-    states = states.at(np.flatnonzero(own | (not by_own)))
     rewards, users = slot_rewards(states, config), np.asarray(states.user)
     weights = _weights(logged_logprobs(graphdef, new, scoring, states), states)
-    in_use = states.log_propensities if by_own else logged_logprobs(graphdef, current, scoring, states)
-    before = _weights(in_use, states)  # by its own slates all 1
+    mean_discounts = slot_discounts(np.asarray(states.slate) > 0).mean(axis=0)
+    logged = on_policy(rewards)
     decision = gate(
-        snips(weights, rewards),
-        snips(before, rewards),
-        weights,
-        users,
-        discounts(rewards.shape[1]),
-        minimum_effective,
-        seed=config.seed,
+        snips(weights, rewards), logged, weights, users, mean_discounts, minimum_effective, seed=config.seed
     )
     gain, told = None, f"no doubly robust gain: {len(training.user)} recommendation(s) trained, expected at least two"
     if decision.gain is None:
         told = "for the same reason no doubly robust gain is told"
     elif len(training.user) >= 2:
-        gain = _doubly_robust_gain(graphdef, new, current, scoring, training, states, weights, before, config)
+        gain = _doubly_robust_gain(graphdef, new, current, scoring, training, states, weights, config)
         told = f"the doubly robust gain is {shown(gain)}"
     return Judgement(dataclasses.replace(decision, reason=f"{decision.reason}; {told}"), gain)
 
@@ -82,10 +72,9 @@ def _doubly_robust_gain(
     training: LogStates,
     states: LogStates,
     weights: Weights,
-    before: Weights,
     config: RLConfig,
 ) -> Interval:
-    """Of the new policy (by `weights`) over the policy in use (by `before`), paired and resampled by user.
+    """Of the new policy (by `weights`) over the policy in use, paired and resampled by user.
 
     Self-normalized: where few users carry the weights it errs less and its intervals cover the truth more often than
     those of the plain mean, since the normalization takes back what the log happens to weigh too much. The policy in
@@ -101,13 +90,17 @@ def _doubly_robust_gain(
         q_policy = model.q(expected_features(graphdef, policy, current, scoring, states), where)
         return self_normalized_doubly_robust(weights, rewards, q_logged, q_policy)
 
-    return interval(terms(new, weights).minus(terms(current, before)), np.asarray(states.user), seed=config.seed)
+    return interval(
+        terms(new, weights).minus(terms(current, _weights(states.log_propensities, states))),
+        np.asarray(states.user),
+        seed=config.seed,
+    )
 
 
 def slot_rewards(states: LogStates, config: RLConfig) -> np.ndarray:
     """[rows, k] float64: each slot's reward as it counts in the slate's."""
     rewards = np.asarray(total_reward(states.terms, config.rewards), np.float64)
-    return np.where(np.asarray(states.slate) > 0, rewards, 0.0) * discounts(rewards.shape[1])
+    return rewards * slot_discounts(np.asarray(states.slate) > 0)
 
 
 def own_versions(

@@ -15,7 +15,7 @@ from jaxrec.rl.offline_evaluation.gating import MINIMUM_EFFECTIVE
 from jaxrec.rl.policy_run import GateOutcome, policy_in_use, write_policy
 from jaxrec.rl.rewards import reward_tables
 from jaxrec.rl.scoring import frozen_scoring
-from jaxrec.rl.train_from_log import FromLog, train_from_log
+from jaxrec.rl.train_from_log import FromLog, split_users, train_from_log
 from jaxrec.rl.train_policy import PolicyOutcome
 from jaxrec.runs import load_supervised, open_run
 from jaxrec.schema import DataError
@@ -50,15 +50,21 @@ def rl_log_run(
     if not served.recommendations:
         hint = "; is the server run with --explore?" if DETERMINISTIC in served.skipped else ""
         raise DataError(f"{log}: nothing to learn from: {_counts(served)}{hint}")
+    if not _answered(served):
+        raise DataError(
+            f"{log}: nothing to learn from: {_counts(served)}; do clients send the recommendation_id with the events "
+            "that answer it?"
+        )
     scoring = jax.device_put(frozen_scoring(supervised, reward_tables(data)), jax.devices()[0])
     states = log_states(supervised, served.recommendations, data.config.rating_scale, scoring.tables)
     in_use = own_versions(base.graphdef, base.variables, scoring, states, len(served.versions))
     version = np.asarray(states.version)
     told = _told(log, served, version, in_use)
-    own = in_use[version]
-    result = train_from_log(
-        base.graphdef, base.variables, scoring, states, served.users, own, config, minimum_effective, stop
-    )
+    try:
+        rows = split_users(np.asarray(states.user), served.users, in_use[version])
+    except DataError as error:
+        raise DataError(f"{told} {error}") from error
+    result = train_from_log(base.graphdef, base.variables, scoring, states, rows, config, minimum_effective, stop)
     decision, doubly_robust = result.judgement
     record = {
         "used": decision.used,
@@ -87,11 +93,14 @@ def _told(log: Path, served: ServedLog, version: np.ndarray, in_use: np.ndarray)
 def _counts(served: ServedLog) -> str:
     skipped = "".join(f", {count} left out {reason}" for reason, count in sorted(served.skipped.items()))
     usable = len(served.recommendations)
-    answered = sum(len(one.answers) > 0 for one in served.recommendations)
     return (
         f"{served.shown} recommendations shown, {usable} to {len(served.users)} users can be learned from, "
-        f"{answered} of them were answered{skipped}"
+        f"{_answered(served)} of them were answered{skipped}"
     )
+
+
+def _answered(served: ServedLog) -> int:
+    return sum(len(one.answers) > 0 for one in served.recommendations)
 
 
 def _outcome(result: FromLog, steps: int) -> PolicyOutcome:

@@ -110,26 +110,34 @@ def _answer_terms(
     recommendations: list[Recommendation], slate: np.ndarray, scale: RatingScale | None, tables: RewardTables
 ) -> RewardTerms:
     """Each [rows, k]: of several answers to a recommendation each slot has the best hit and the nearest genres, and the
-    rating of the answer that took it. Where there was none, nothing was hit and no genre was near."""
+    last rating that was given to it. What was not taken earns no rating: that of others is no answer of this user."""
     item_ratings = np.asarray(tables.item_ratings)
     answers = _padded([one.answers for one in recommendations], np.int32)
-    missing = [np.where(one.answers > 0, unit_ratings(one.answer_ratings, scale), 0.0) for one in recommendations]
-    ratings = rating_or_mean(_padded(missing, np.float32), answers, item_ratings)
+    given = _padded([unit_ratings(one.answer_ratings, scale) for one in recommendations], np.float32)
+    ratings = rating_or_mean(given, answers, item_ratings)
     means = np.array([_mean_rating(one, scale, float(item_ratings[0])) for one in recommendations], np.float32)
-    found: RewardTerms | None = None
-    for column in range(answers.shape[1]):
+
+    def of_answer(column: int) -> tuple[RewardTerms, jax.Array]:
+        """The terms by one of the answers, and which slots it rated."""
         logged = jnp.asarray(answers[:, column]), jnp.asarray(ratings[:, column]), jnp.asarray(means)
         terms = reward_terms(jnp.asarray(slate), *logged, tables)
-        if found is None:
-            found = terms
-            continue
+        return terms, (terms.hit > 0) & (given[:, column, None] >= 0)
+
+    found, rated = of_answer(0)
+    for column in range(1, answers.shape[1]):
+        terms, is_rated = of_answer(column)
+        newer = is_rated | ((terms.hit > 0) & ~rated)
         found = found._replace(
             hit=jnp.maximum(found.hit, terms.hit),
             genre=jnp.maximum(found.genre, terms.genre),
-            rating=jnp.where(terms.hit > 0, terms.rating, found.rating),
-            centred_rating=jnp.where(terms.hit > 0, terms.centred_rating, found.centred_rating),
+            rating=jnp.where(newer, terms.rating, found.rating),
+            centred_rating=jnp.where(newer, terms.centred_rating, found.centred_rating),
         )
-    assert found is not None
+        rated |= is_rated
+    taken = found.hit > 0
+    found = found._replace(
+        rating=jnp.where(taken, found.rating, 0.0), centred_rating=jnp.where(taken, found.centred_rating, 0.0)
+    )
     where = jnp.asarray(slate > 0)
     return jax.tree.map(lambda term: np.asarray(jnp.where(where, term, 0.0)), found)
 

@@ -100,6 +100,13 @@ def discounts(k: int) -> np.ndarray:
     return (gains / gains.sum()).astype(np.float32)
 
 
+def slot_discounts(where: Values) -> Values:
+    """[rows, k] float32: `discounts` of each row's own slate, whose slots hold items from the first on (`where` [rows,
+    k] bool), and 0 after it: a wide slate beside others leaves what these earn as it is."""
+    gains = where.astype(np.float32) * (1.0 / np.log2(np.arange(2, where.shape[1] + 2))).astype(np.float32)
+    return gains / gains.sum(axis=1, keepdims=True).clip(np.float32(1e-12))
+
+
 def genre_directions(genre_matrix: np.ndarray) -> np.ndarray:
     """Rows of the binary [items + 1, genres] matrix scaled to length 1; rows without genres stay zero."""
     lengths = np.linalg.norm(genre_matrix, axis=1, keepdims=True)

@@ -33,7 +33,7 @@ from jaxrec.rl.objectives.clipped_surrogate import clipped_surrogate_loss
 from jaxrec.rl.objectives.off_policy import importance_weights
 from jaxrec.rl.objectives.policy_gradient import baseline_loss
 from jaxrec.rl.policy import kl_divergence
-from jaxrec.rl.rewards import discounts, total_reward
+from jaxrec.rl.rewards import slot_discounts, total_reward
 from jaxrec.rl.scoring import Scoring
 from jaxrec.rl.served_policy import tempered
 from jaxrec.rl.train_policy import step_records
@@ -54,27 +54,29 @@ class FromLog(NamedTuple):
     gate_rows: int
 
 
-def trains(names: Sequence[str], seed: int) -> np.ndarray:
-    """[names] bool: which of the users train; the others judge. By a hash of the id: who trained a policy does not
-    judge its successor, however the log has grown."""
+def trains(names: Sequence[str], seed: int = 0) -> np.ndarray:
+    """[names] bool: which of the users train; the others judge. By a hash of the id and the seed, whoever else there
+    is."""
     digests = [hashlib.sha256(f"{seed} {name}".encode()).digest() for name in names]
     return np.array([int.from_bytes(digest[:4]) < TRAIN_SHARE * 2**32 for digest in digests], bool)
 
 
-def split_users(users: np.ndarray, names: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the users that train, and of those that judge; `users` [rows] counts `names`, the raw ids.
+def split_users(users: np.ndarray, names: Sequence[str], own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that train, all of half of the users, and rows that judge, of the others what the policy in use showed them
+    (`own` [rows] bool). `users` [rows] counts `names`, the raw ids.
 
-    Raises DataError where either part has fewer than two users.
+    The halves are the same in every training: who trained a policy does not judge its successor, however the log has
+    grown. Raises DataError where either part has fewer than two users.
     """
-    labels = np.unique(users)
-    training = labels[trains([names[user] for user in labels], seed)]
-    if not 2 <= len(training) <= len(labels) - 2:
+    of_training = trains(names)[users]
+    training, judging = np.flatnonzero(of_training), np.flatnonzero(~of_training & own)
+    counts = [len(np.unique(users[rows])) for rows in (training, judging)]
+    if min(counts) < 2:
         raise DataError(
-            f"the log has usable recommendations of {len(labels)} users, of whom {len(training)} would train and "
-            f"{len(labels) - len(training)} judge, expected two or more of each"
+            f"the log has usable recommendations of {len(np.unique(users))} users; {counts[0]} of them would train "
+            f"and {counts[1]}, whom the policy in use served, judge, expected two or more of each"
         )
-    of_training = np.isin(users, training)
-    return np.flatnonzero(of_training), np.flatnonzero(~of_training)
+    return training, judging
 
 
 def train_from_log(
@@ -82,19 +84,17 @@ def train_from_log(
     current: Any,
     scoring: Scoring,
     states: LogStates,
-    names: Sequence[str],
-    own: np.ndarray,
+    rows: tuple[np.ndarray, np.ndarray],
     config: RLConfig,
     minimum_effective: float,
     stop: StopRequested = never,
 ) -> FromLog:
-    """Trains from the policy in use (`current`: variables of PolicyHead) on half of the users, and has it judged on the
-    other half (`judge_from_log`). `own` [rows] bool: what the policy in use itself showed (`own_versions`).
+    """Trains from the policy in use (`current`: variables of PolicyHead) on the first of the two `rows`, and has it
+    judged by the second (`split_users`, `judge_from_log`).
 
-    Raises DataError where too few users are there, TrainingError where a figure is not finite, TrainingStopped where
-    `stop()` became true: nothing is kept then.
+    Raises TrainingError where a figure is not finite, TrainingStopped where `stop()` became true: nothing is kept then.
     """
-    training_rows, judging_rows = split_users(np.asarray(states.user), names, config.seed)
+    training_rows, judging_rows = rows
     device = jax.devices()[0]
     current = jax.device_put(jax.tree.map(jnp.asarray, current), device)
     updates = _make_updates(graphdef, config)
@@ -115,8 +115,8 @@ def train_from_log(
             if stop():
                 raise TrainingStopped(f"stopped after step {start + count} of {config.steps}; the policy in use stays")
     variables = jax.tree.map(np.array, learner.head)
-    judging = states.at(judging_rows), own[judging_rows]
-    judgement = judge_from_log(graphdef, variables, current, scoring, training, *judging, config, minimum_effective)
+    judging = states.at(judging_rows)
+    judgement = judge_from_log(graphdef, variables, current, scoring, training, judging, config, minimum_effective)
     return FromLog(judgement, variables, steps, len(training_rows), len(judging_rows))
 
 
@@ -130,9 +130,9 @@ def _make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig) -> Any:
         rows = jax.random.randint(jax.random.fold_in(key, learner.step), (config.batch_size,), 0, len(states.user))
         batch = states.at(rows)
         slate = jnp.asarray(batch.slate)
-        where, slots = slate > 0, slate.shape[1]
-        discount = jnp.asarray(discounts(slots))
-        rewards = jnp.where(where, total_reward(batch.terms, config.rewards), 0.0) * discount
+        where = slate > 0
+        discount = slot_discounts(where)
+        rewards = total_reward(batch.terms, config.rewards) * discount
         reference = state_logits(graphdef, current, scoring, batch)
 
         def loss_of(trained: tuple[Any, Linear]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -149,7 +149,7 @@ def _make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig) -> Any:
             kl = jnp.mean(kl_divergence(drawn_by, before))
             guard, guarded = guards(drawn_by, before, config)
             earned = {
-                f"reward_{name}": jnp.mean(jnp.sum(jnp.where(where, term, 0.0) * discount, axis=1))
+                f"reward_{name}": jnp.mean(jnp.sum(term * discount, axis=1))
                 for name, term in batch.terms._asdict().items()
             }
             metrics = {

@@ -170,13 +170,28 @@ def test_too_few_effective_users_are_refused(run: Path, liked: Path) -> None:
 def test_a_log_of_another_policy_is_recognized(
     run: Path, liked: Path, small_hybrid: Hybrid, supervised: Hybrid
 ) -> None:
-    """The gate then compares with an estimate of what the policy in use is worth, not with what was logged."""
+    """A gain over what it earned would say nothing of the policy in use, which the log has nothing of."""
     variables = nnx.to_pure_dict(nnx.state(small_hybrid.policy))
     variables["item_bias"] = variables["item_bias"] + 0.3 * np.sin(np.arange(len(variables["item_bias"])))
     outcome = PolicyOutcome(True, "for the test", 0, {}, {})
     write_policy(open_run(run), supervised, outcome, CONFIG, "reinforce", variables, [], [])
-    found = rl_log_run(run, liked, CONFIG, **GATE)
-    assert f"; {ROUNDS * USERS} by v1; none is the policy in use; " in found.told
+    digest = sha256(run / POLICY_FOLDER / "policy.json")
+    with pytest.raises(DataError, match=rf"{ROUNDS * USERS} by v1; none is the policy in use") as refused:
+        rl_log_run(run, liked, CONFIG, **GATE)
+    assert "0, whom the policy in use served, judge" in str(refused.value)
+    assert sha256(run / POLICY_FOLDER / "policy.json") == digest
+
+
+def test_a_log_without_answers_says_so(run: Path, liked: Path, tmp_path: Path) -> None:
+    """As from clients that do not send the recommendation's id."""
+    copy = tmp_path / "events.sqlite"
+    with sqlite3.connect(liked) as log, sqlite3.connect(copy) as unanswered:
+        log.backup(unanswered)
+        unanswered.execute("UPDATE events SET recommendation_id = NULL")
+    log.close()
+    unanswered.close()
+    with pytest.raises(DataError, match=r"0 of them were answered.*do clients send the recommendation_id"):
+        rl_log_run(run, copy, CONFIG, **GATE)
 
 
 def test_what_cannot_be_used_is_counted(run: Path, small_data: PreparedData, tmp_path: Path) -> None:
@@ -222,7 +237,7 @@ def test_what_cannot_be_used_is_counted(run: Path, small_data: PreparedData, tmp
     assert first.answers.tolist() == [2]
     assert second.answers.tolist() == [5, 4]
     assert second.slate.tolist() == [4, 5]
-    with pytest.raises(DataError, match=r"usable recommendations of 1 users, of whom \d would train"):
+    with pytest.raises(DataError, match=r"usable recommendations of 1 users; \d of them would train"):
         rl_log_run(run, tmp_path / "events.sqlite", CONFIG)
 
 

@@ -16,6 +16,8 @@ from jaxrec.rl.policy import sample_slates
 from jaxrec.rl.rewards import RewardTables, RewardTerms
 from jaxrec.rl.scoring import Scoring
 from jaxrec.rl.served_policy import EXACT, POOL, reproduced_versions, served_logits, served_logprobs
+from jaxrec.rl.train_from_log import split_users
+from jaxrec.schema import DataError
 from serve import exploration
 
 ITEMS, SLOTS, TEMPERATURE = 150, 5, 0.7
@@ -74,7 +76,7 @@ def test_the_pool_is_as_wide_as_the_slate() -> None:
 
 
 def test_the_gate_judges_by_what_the_policy_in_use_showed_itself() -> None:
-    """Half of the users were served by another policy: they count only where the others are too few."""
+    """Half of the users were served by another policy: they train, and do not judge."""
     width, users = 4, 40
     rng = np.random.default_rng(0)
     items = jnp.asarray(rng.normal(size=(ITEMS + 1, width)), jnp.float32)
@@ -104,11 +106,18 @@ def test_the_gate_judges_by_what_the_policy_in_use_showed_itself() -> None:
     )
     in_use = own_versions(graphdef, head, scoring, states, 3)
     assert in_use.tolist() == [True, False, False]
-    same = graphdef, head, head, scoring, states, states, in_use[states.version], config
-    by_itself = judge_from_log(*same, minimum_effective=15.0).decision
-    assert (by_itself.rows, by_itself.groups) == (20, 20)
-    assert by_itself.effective_sample_size == pytest.approx(20, rel=1e-3)
-    assert by_itself.gain is not None
-    assert by_itself.gain.value == pytest.approx(0.0, abs=1e-4)
-    assert not by_itself.used
-    assert judge_from_log(*same, minimum_effective=21.0).decision.rows == users
+    own = in_use[states.version]
+    names = [f"user {user}" for user in range(users)]
+    training, judging = split_users(states.user, names, own)
+    assert own[judging].all()
+    assert not own[training].all()
+    assert not set(states.user[training]) & set(states.user[judging])
+    kept = states.at(judging)
+    found = judge_from_log(graphdef, head, head, scoring, states.at(training), kept, config, 5.0).decision
+    assert (found.rows, found.groups) == (len(judging), len(judging))
+    assert found.effective_sample_size == pytest.approx(len(judging), rel=1e-3)
+    assert found.gain is not None
+    assert found.gain.value == pytest.approx(0.0, abs=1e-4)
+    assert not found.used
+    with pytest.raises(DataError, match=r"of 40 users; \d+ of them would train and 0, whom the policy in use served"):
+        split_users(states.user, names, np.zeros(users, bool))

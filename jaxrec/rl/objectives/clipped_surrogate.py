@@ -10,16 +10,16 @@ than 1 / cap. A capped weight that only scales grad log π (Chen et al. 2019, eq
 that can tell the states of a small log apart learns them by heart: its weights on the users that trained it grow until
 some rows are all that counts, while other users gain nothing.
 
-Deviations: the ratio is to the policy of the log, not to that of the last update, and for slates the product over the
-slots above, as in per-decision importance sampling; the bounds are 1 / cap and cap instead of 1 - ε and 1 + ε.
+What is bad and far likelier than in the log would weigh without bound, and it ends at the cap, too (the dual clip of Ye
+et al. 2020, arXiv:1912.09729, equation 5, with the same bound). Deviations: the ratio is to the policy of the log, not
+to that of the last update, and for slates the product over the slots above, as in per-decision importance sampling; the
+bounds are 1 / cap and cap instead of 1 - ε and 1 + ε.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
-
-MAX_LOG = 60.0  # exp of it, squared by the gradient's norm, is still a float32
 
 
 def clipped_surrogate_loss(log_ratios: jax.Array, advantages: jax.Array, where: jax.Array, cap: float) -> jax.Array:
@@ -32,8 +32,9 @@ def clipped_surrogate_loss(log_ratios: jax.Array, advantages: jax.Array, where: 
     if not cap > 1:
         raise ValueError(f"the cap is {cap}, expected above 1")
     advantages = jax.lax.stop_gradient(jnp.where(where, advantages, 0.0))
-    log_ratios = jnp.minimum(jnp.where(where, log_ratios, 0.0), MAX_LOG)
     limit = math.log(cap)
-    free, clipped = jnp.exp(log_ratios), jnp.exp(jnp.clip(log_ratios, -limit, limit))
+    # Cut before exp, which would overflow and make a NaN of the branch that is not taken.
+    capped = jnp.minimum(jnp.where(where, log_ratios, 0.0), limit)
+    weights = jnp.exp(jnp.where(advantages > 0, capped, jnp.maximum(capped, -limit)))
     rows = jnp.sum(jnp.any(where, axis=-1), dtype=jnp.float32)
-    return -jnp.sum(jnp.minimum(free * advantages, clipped * advantages)) / jnp.maximum(rows, 1.0)
+    return -jnp.sum(weights * advantages) / jnp.maximum(rows, 1.0)

@@ -13,20 +13,20 @@ BETA = jnp.array([0.1, 0.2, 0.3, 0.4])
 
 
 def test_by_hand() -> None:
-    """Two rows of two slots, cap 2: min(w A, clip(w, 1/2, 2) A) is 1.5 * 1, 2 * 1 (of 3), 3 * -1 and 1/2 * -2 (of
-    1/4): the good one is cut at the cap, the bad one at its inverse, and what makes a bad one likelier is not cut."""
+    """Two rows of two slots, cap 2: 1.5 * 1, 2 * 1 (of 3), 2 * -1 (of 3) and 1/2 * -2 (of 1/4): all end at the cap, and
+    what is bad at its inverse, too."""
     ratios = jnp.array([[1.5, 3.0], [3.0, 0.25]])
     advantages = jnp.array([[1.0, 1.0], [-1.0, -2.0]])
     loss = clipped_surrogate_loss(jnp.log(ratios), advantages, jnp.ones((2, 2), bool), cap=2.0)
-    np.testing.assert_allclose(loss, -((1.5 + 2.0) + (-3.0 - 1.0)) / 2, rtol=1e-6)
+    np.testing.assert_allclose(loss, -((1.5 + 2.0) + (-2.0 - 1.0)) / 2, rtol=1e-6)
 
 
 def test_gradient_ends_at_the_bounds() -> None:
-    """d/d(log w) of min(w A, ...) is w A inside the bounds, and 0 where more of the same would only go further out."""
-    ratios = jnp.array([[1.5, 3.0, 3.0, 0.25, 0.25]])
-    advantages = jnp.array([[1.0, 1.0, -1.0, -1.0, 1.0]])
-    gradient = jax.grad(clipped_surrogate_loss)(jnp.log(ratios), advantages, jnp.ones((1, 5), bool), 2.0)
-    np.testing.assert_allclose(-gradient, [[1.5, 0.0, -3.0, 0.0, 0.25]], rtol=1e-6)
+    """d/d(log w) is w A inside the bounds, and 0 beyond them, but for what is good and has become rare."""
+    ratios = jnp.array([[1.5, 3.0, 1.5, 3.0, 0.25, 0.25]])
+    advantages = jnp.array([[1.0, 1.0, -1.0, -1.0, -1.0, 1.0]])
+    gradient = jax.grad(clipped_surrogate_loss)(jnp.log(ratios), advantages, jnp.ones((1, 6), bool), 2.0)
+    np.testing.assert_allclose(-gradient, [[1.5, 0.0, -1.5, 0.0, 0.0, 0.25]], rtol=1e-6)
 
 
 def test_without_a_bound_in_reach_it_is_the_policy_gradient() -> None:
@@ -48,11 +48,11 @@ def test_without_a_bound_in_reach_it_is_the_policy_gradient() -> None:
 
 
 def test_slots_that_do_not_count_and_extreme_ratios_leave_it_finite() -> None:
-    ratios = jnp.array([[0.0, jnp.nan], [500.0, -500.0], [jnp.inf, 0.0]])
-    advantages = jnp.array([[1.0, jnp.nan], [1.0, 1.0], [1.0, 0.0]])
-    where = jnp.array([[True, False], [True, True], [False, False]])
+    ratios = jnp.array([[0.0, jnp.nan], [500.0, -500.0], [jnp.inf, 0.0], [500.0, -500.0]])
+    advantages = jnp.array([[1.0, jnp.nan], [1.0, 1.0], [1.0, 0.0], [-1.0, -1.0]])
+    where = jnp.array([[True, False], [True, True], [False, False], [True, True]])
     loss, gradient = jax.value_and_grad(clipped_surrogate_loss)(ratios, advantages, where, 2.0)
-    np.testing.assert_allclose(loss, -(1.0 + 2.0 + 0.0) / 2, atol=1e-6)
+    np.testing.assert_allclose(loss, -(1.0 + (2.0 + 0.0) + (-2.0 - 0.5)) / 3, atol=1e-6)
     assert np.isfinite(gradient).all()
     np.testing.assert_array_equal(gradient[~np.asarray(where)], 0.0)
 
