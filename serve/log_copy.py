@@ -62,8 +62,8 @@ def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> C
         connection.execute("PRAGMA journal_mode = DELETE")
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("BEGIN")
-        # First what was shown, then events: so what is shown during the copy has no gap where its answers would be, and
-        # answers to what isn't in the copy do no harm.
+        # Events last: what is shown and answered meanwhile is in the copy with its answers or not at all, and not as if
+        # nobody had answered it. Events that name what isn't in the copy do no harm.
         for shown in store.all_shown():
             connection.executemany(
                 f"{INSERT_SHOWN} {SHOWN_VALUES} ON CONFLICT DO NOTHING", [shown_row(one) for one in shown]
