@@ -10,8 +10,8 @@ does. Which events came late is not in the log.
 An event answers a recommendation if it names it and comes within the horizon, by the event's own clock: one that is
 early counts as at once. Later ones are history of what was shown after them all the same. Of what was shown less than
 the horizon before the log's end, it isn't known yet what comes of it. The log ends with the last recommendation, by the
-server's clock, or with the answers where these go on: but for the last one in a hundred, as for the horizon. What is
-dated after now is of a wrong clock, and neither horizon nor end look at it.
+server's clock, or later with the events that name one: but for the last one in a hundred, as for the horizon. Those
+dated after now are of a wrong clock and take no part in either.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from jaxrec.schema import DataError, RatingScale
 
 APPLICATION_ID = 0x6A787263
 STORE_VERSION = 4
-QUANTILE = 0.99  # of the log's answers: come within the horizon, where none is given, and before the log's end
+QUANTILE = 0.99  # of the answers came until the log's end, and within the horizon where none is given
 
 # Why a recommendation cannot be learned from.
 SENT_ALONG = "histories that came with the request"
@@ -222,7 +222,7 @@ def _answers_until(now: int, events: Mapping[str | None, _UserEvents]) -> tuple[
 
 
 def _quantile(values: np.ndarray) -> int:
-    """The least of the values that QUANTILE of them do not exceed; 0 where there is none."""
+    """The least of the values that at least QUANTILE of them do not exceed; 0 where there is none."""
     return int(np.quantile(values, QUANTILE, method="inverted_cdf")) if len(values) else 0
 
 
