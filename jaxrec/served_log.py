@@ -1,21 +1,24 @@
 """What a server showed and what came of it, from its event store (SQLite), in the indices of a run's catalogue.
 
 The store is read and never written; `serve/stores/sqlite.py` is its other side. A user's history at a recommendation is
-the events with an earlier timestamp, and of the same second those that answer an earlier recommendation of the same
-user; events that answer this recommendation or a later one are not of it, whatever a client's clock says. Where the
-request told its time, events after that are left out, and events on items that the catalogue does not know always are:
-as the server does. Which events came late is not in the log.
+the events until its second, that second's included: to watch, and to ask for more within the second, is common. Events
+that name this recommendation or a later one are not of it, whatever a client's clock says; one that came just after it,
+in the same second, and names none is taken for history, though the server had not read it. Where the request told its
+time, events after that are left out, and events on items that the catalogue does not know always are: as the server
+does. Which events came late is not in the log.
 
 An event answers a recommendation if it names it and comes within the horizon, by the event's own clock: one that is
 early counts as at once. Later ones are history of what was shown after them all the same. Of what was shown less than
-the horizon before the log's end, it isn't known yet what comes of it.
+the horizon before the log's end, it isn't known yet what comes of it. The log ends with the last recommendation, by the
+server's clock, or later with the events that name one: but for the last one in a hundred, as for the horizon. Those
+dated after now are of a wrong clock and take no part in either.
 """
 
 import contextlib
 import json
 import sqlite3
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +30,7 @@ from jaxrec.schema import DataError, RatingScale
 
 APPLICATION_ID = 0x6A787263
 STORE_VERSION = 4
-DELAY_QUANTILE = 0.99  # of the log's answers come within the horizon, where none is given
+QUANTILE = 0.99  # of the answers came until the log's end, and within the horizon where none is given
 
 # Why a recommendation cannot be learned from.
 SENT_ALONG = "histories that came with the request"
@@ -94,72 +97,67 @@ class _Shown(NamedTuple):
 
 
 class _UserEvents(NamedTuple):
-    """One user's events by (timestamp, arrival): `answered` is the recommendation id that each names, or None, and
-    `naming` has the places of those that name one by its id."""
+    """One user's events by (timestamp, arrival): `named` [events] int64 is the place, among the user's recommendations,
+    of the one that each names (-1: none of them), and `delays` [events] int64 how many seconds after that it came (0:
+    before it, or none)."""
 
     history: History
-    answered: list[str | None]
-    naming: dict[str, list[int]]
+    named: np.ndarray
+    delays: np.ndarray
 
 
 def read_served_log(path: Path, catalog: Catalog, answers_within: int | None = None) -> ServedLog:
     """Reads the store; `answers_within`: the horizon in seconds, None: within which the log's own answers come, but for
-    one in a hundred. Raises DataError where it is not a store, or cannot be read."""
+    one in a hundred and those dated after now. Raises DataError where it is not a store, or cannot be read."""
     index = {str(raw): number for number, raw in enumerate(catalog.ids.raw_ids.tolist(), start=1)}
     try:
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
             _require_store(connection, path)
             connection.execute("BEGIN")  # both tables as of one moment
-            events = _read_events(connection, index)
             shown = _read_shown(connection)
+            events = _read_events(connection, index, shown)
     except sqlite3.Error as error:
         raise DataError(
             f"{path}: cannot be read ({error}); expected the event store of `python -m serve run`"
         ) from error
-    horizon = _horizon(events, shown) if answers_within is None else answers_within
-    closed = _end(events, shown) - horizon  # of what was shown until then, all answers have come
+    came, delays = _answers_until(int(time.time()), events)
+    horizon = _quantile(delays) if answers_within is None else answers_within
+    every = [one for of_user in shown.values() for one in of_user]
+    closed = max([_quantile(came), *(one.time for one in every)]) - horizon  # until then, all answers have come
     skipped: Counter[str] = Counter()
     recommendations: list[Recommendation] = []
     users: dict[str, int] = {}
     versions: dict[str, int] = {}
-    not_yet: defaultdict[str | None, set[str]] = defaultdict(set)  # each user's recommendations from this one on
-    for one in shown:
-        not_yet[one.user_id].add(one.recommendation_id)
-    earlier: set[str] = set()  # the present user's recommendations before this one
-    present = None
-    for one in shown:
-        if one.user_id != present:
-            present, earlier = one.user_id, set()
-        reason = _unusable(one, index)
-        known = None if reason else events.get(one.user_id)
-        history = None if known is None else _history_at(known, one, earlier, not_yet[one.user_id])
-        earlier.add(one.recommendation_id)
-        not_yet[one.user_id].discard(one.recommendation_id)
-        if known is None or history is None or not len(history.items):
-            skipped[reason or NO_HISTORY] += 1
-            continue
-        if one.time > closed:
-            skipped[STILL_OPEN] += 1
-            continue
-        assert one.user_id is not None
-        assert one.temperature is not None
-        answers = _answers(known, one, horizon)
-        recommendations.append(
-            Recommendation(
-                user=users.setdefault(one.user_id, len(users)),
-                time=one.time,
-                history=history,
-                slate=np.array([index[item] for item in one.slate], np.int32),
-                log_propensities=np.array(one.log_propensities, np.float64),
-                answers=known.history.items[answers],
-                answer_ratings=known.history.ratings[answers],
-                version=versions.setdefault(one.version, len(versions)),
-                temperature=one.temperature,
-                request_time=one.request_time,
-                excluded=np.array([index[item] for item in one.excluded if item in index], np.int32),
+    for user_id, of_user in shown.items():
+        for place, one in enumerate(of_user):
+            reason = _unusable(one, index)
+            known = None if reason else events.get(user_id)
+            history = None if known is None else _history_at(known, one, place)
+            if known is None or history is None or not len(history.items):
+                skipped[reason or NO_HISTORY] += 1
+                continue
+            if one.time > closed:
+                skipped[STILL_OPEN] += 1
+                continue
+            assert user_id is not None
+            assert one.temperature is not None
+            answers = (known.named == place) & (known.delays <= horizon)
+            recommendations.append(
+                Recommendation(
+                    user=users.setdefault(user_id, len(users)),
+                    time=one.time,
+                    history=history,
+                    slate=np.array([index[item] for item in one.slate], np.int32),
+                    log_propensities=np.array(one.log_propensities, np.float64),
+                    answers=known.history.items[answers],
+                    answer_ratings=known.history.ratings[answers],
+                    version=versions.setdefault(one.version, len(versions)),
+                    temperature=one.temperature,
+                    request_time=one.request_time,
+                    excluded=np.array([index[item] for item in one.excluded if item in index], np.int32),
+                )
             )
-        )
-    return ServedLog(recommendations, list(users), list(versions), dict(skipped), len(shown), horizon)
+    return ServedLog(recommendations, list(users), list(versions), dict(skipped), len(every), horizon)
 
 
 def unit_ratings(ratings: np.ndarray, scale: RatingScale | None) -> np.ndarray:
@@ -177,58 +175,55 @@ def _require_store(connection: sqlite3.Connection, path: Path) -> None:
         )
 
 
-def _read_events(connection: sqlite3.Connection, index: Mapping[str, int]) -> dict[str | None, _UserEvents]:
+def _read_shown(connection: sqlite3.Connection) -> dict[str | None, list[_Shown]]:
+    """Each user's, by time and the order in which they were logged."""
+    rows = connection.execute(
+        "SELECT recommendation_id, user_id, model_version, timestamp, temperature, request_time, item_ids, "
+        "log_propensities, excluded_item_ids FROM shown ORDER BY user_id, timestamp, number"
+    )
+    shown: dict[str | None, list[_Shown]] = {}
+    for row in rows:
+        shown.setdefault(row[1], []).append(_Shown._make((*row[:6], *(json.loads(column) for column in row[6:]))))
+    return shown
+
+
+def _read_events(
+    connection: sqlite3.Connection, index: Mapping[str, int], shown: Mapping[str | None, list[_Shown]]
+) -> dict[str | None, _UserEvents]:
     rows = connection.execute(
         "SELECT user_id, item_id, rating, timestamp, recommendation_id FROM events ORDER BY user_id, timestamp, arrival"
     )
     columns: dict[str, list[tuple[Any, ...]]] = {}
     for user_id, item_id, *rest in rows:
         columns.setdefault(user_id, []).append((index.get(item_id, 0), *rest))
-    return {user_id: _user_events(events) for user_id, events in columns.items()}
+    return {user_id: _user_events(events, shown.get(user_id, [])) for user_id, events in columns.items()}
 
 
-def _user_events(events: list[tuple[Any, ...]]) -> _UserEvents:
-    items, ratings, times, answered = zip(*events, strict=True)
+def _user_events(events: list[tuple[Any, ...]], shown: list[_Shown]) -> _UserEvents:
+    items, ratings, stamps, names = zip(*events, strict=True)
     raw = np.array([np.nan if rating is None else rating for rating in ratings], np.float32)
-    naming: dict[str, list[int]] = {}
-    for at, recommendation_id in enumerate(answered):
-        if recommendation_id is not None:
-            naming.setdefault(recommendation_id, []).append(at)
-    history = History(np.array(items, np.int32), raw, np.array(times, np.int64))
-    return _UserEvents(history, list(answered), naming)
+    times = np.array(stamps, np.int64)
+    places = {one.recommendation_id: place for place, one in enumerate(shown)}
+    named = np.array([places.get(name, -1) for name in names], np.int64)
+    since = times.copy()
+    since[named >= 0] = np.array([one.time for one in shown], np.int64)[named[named >= 0]]
+    return _UserEvents(History(np.array(items, np.int32), raw, times), named, np.maximum(times - since, 0))
 
 
-def _read_shown(connection: sqlite3.Connection) -> list[_Shown]:
-    """By user, time and the order in which they were logged."""
-    rows = connection.execute(
-        "SELECT recommendation_id, user_id, model_version, timestamp, temperature, request_time, item_ids, "
-        "log_propensities, excluded_item_ids FROM shown ORDER BY user_id, timestamp, number"
-    )
-    return [_Shown._make((*row[:6], *(json.loads(column) for column in row[6:]))) for row in rows]
+def _answers_until(now: int, events: Mapping[str | None, _UserEvents]) -> tuple[np.ndarray, np.ndarray]:
+    """Of all events that name a recommendation and aren't dated after `now`, each [answers] int64: when they came, and
+    how many seconds after what they name."""
+    found = [np.zeros((2, 0), np.int64)]
+    for known in events.values():
+        where = (known.named >= 0) & (known.history.times <= now)
+        found.append(np.stack([known.history.times[where], known.delays[where]]))
+    came, delays = np.concatenate(found, axis=1)
+    return came, delays
 
 
-def _delays(known: _UserEvents, one: _Shown) -> np.ndarray:
-    """[events that name it] int64: how many seconds after a recommendation each of them came."""
-    return np.maximum(known.history.times[known.naming.get(one.recommendation_id, [])] - one.time, 0)
-
-
-def _answers(known: _UserEvents, one: _Shown, horizon: int) -> np.ndarray:
-    """Places of the events that answer a recommendation."""
-    naming = np.array(known.naming.get(one.recommendation_id, []), np.int64)
-    return naming[_delays(known, one) <= horizon]
-
-
-def _horizon(events: Mapping[str | None, _UserEvents], shown: list[_Shown]) -> int:
-    """Within which DELAY_QUANTILE of the answers came; 0 where none came."""
-    delays = [_delays(known, one) for one in shown if (known := events.get(one.user_id))]
-    found = np.concatenate([np.zeros(0, np.int64), *delays])
-    return int(np.quantile(found, DELAY_QUANTILE, method="inverted_cdf")) if len(found) else 0
-
-
-def _end(events: Mapping[str | None, _UserEvents], shown: list[_Shown]) -> int:
-    """The latest time in the log; a client's clock may be ahead of this one, but the log is not."""
-    of_events = (int(known.history.times[-1]) for known in events.values())
-    return min(max([0, *(one.time for one in shown), *of_events]), int(time.time()))
+def _quantile(values: np.ndarray) -> int:
+    """The least of the values that at least QUANTILE of them do not exceed; 0 where there is none."""
+    return int(np.quantile(values, QUANTILE, method="inverted_cdf")) if len(values) else 0
 
 
 def _unusable(one: _Shown, index: Mapping[str, int]) -> str:
@@ -242,12 +237,10 @@ def _unusable(one: _Shown, index: Mapping[str, int]) -> str:
     return "" if all(item in index for item in one.slate) else UNKNOWN_ITEM
 
 
-def _history_at(events: _UserEvents, one: _Shown, earlier: set[str], not_yet: set[str]) -> History:
-    """The user's events on known items before a recommendation; `not_yet`: the ids of this one and of later ones."""
-    times = events.history.times
-    before, stop = np.searchsorted(times, [one.time, one.time + 1])
-    kept = [at for at in range(before) if events.answered[at] not in not_yet]
-    kept += [at for at in range(before, stop) if events.answered[at] in earlier]
-    until = times[-1] if one.request_time is None else one.request_time
-    chosen = np.array([at for at in kept if events.history.items[at] and times[at] <= until], np.int64)
+def _history_at(events: _UserEvents, one: _Shown, place: int) -> History:
+    """The user's events on known items until a recommendation, but for those that name it or a later one; `place`: its
+    place among the user's recommendations."""
+    until = one.time if one.request_time is None else min(one.time, one.request_time)
+    stop = np.searchsorted(events.history.times, until, side="right")
+    chosen = np.flatnonzero((events.named[:stop] < place) & (events.history.items[:stop] > 0))
     return History(*(column[chosen] for column in events.history))

@@ -62,6 +62,13 @@ def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> C
         connection.execute("PRAGMA journal_mode = DELETE")
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("BEGIN")
+        # Events last: what is shown and answered meanwhile is in the copy with its answers or not at all, and not as if
+        # nobody had answered it. Events that name what isn't in the copy do no harm.
+        for shown in store.all_shown():
+            connection.executemany(
+                f"{INSERT_SHOWN} {SHOWN_VALUES} ON CONFLICT DO NOTHING", [shown_row(one) for one in shown]
+            )
+            progress(len(shown))
         for events in store.all_events():
             connection.executemany(
                 "INSERT OR IGNORE INTO events (arrival, event_id, user_id, item_id, rating, timestamp,"
@@ -69,11 +76,6 @@ def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> C
                 [(at, new.event_id, new.user_id, *new.event, new.recommendation_id) for at, new in events],
             )
             progress(len(events))
-        for shown in store.all_shown():
-            connection.executemany(
-                f"{INSERT_SHOWN} {SHOWN_VALUES} ON CONFLICT DO NOTHING", [shown_row(one) for one in shown]
-            )
-            progress(len(shown))
         connection.execute(FILL_USERS)
         connection.execute(MARK_COPY)
         connection.execute("COMMIT")

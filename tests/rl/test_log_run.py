@@ -72,8 +72,9 @@ def serve_and_log(
     for user in range(USERS):
         name, time = f"visitor {user}", START + 1000 * user
         for item in rng.choice(raw_ids, rng.integers(2, 9), replace=False):
-            store.record([UserEvent(f"e{number}", name, Event(str(item), float(rng.integers(1, 6)), time))])
             number, time = number + 1, time + int(rng.integers(1, 50))
+            store.record([UserEvent(f"e{number}", name, Event(str(item), float(rng.integers(1, 6)), time))])
+        number += 1  # the first request comes within the second of the last event
         for _ in range(ROUNDS):
             answer = model.recommend(Query((), SLOTS, user_id=name))
             items = tuple(str(model.model.catalog.item_ids[item]) for item in answer.items.tolist())
@@ -230,9 +231,9 @@ def test_what_cannot_be_used_is_counted(run: Path, small_data: PreparedData, tmp
     }
     assert log.shown == 9  # the store keeps what is logged twice once
     first, second = log.recommendations
-    # What the user did in the same second counts where it answers an earlier recommendation, and not otherwise.
-    assert first.history.items.tolist() == [1]
-    assert second.history.items.tolist() == [1, 2]
+    # What the user did in the same second counts where it answers neither this recommendation nor a later one.
+    assert first.history.items.tolist() == [1, 3]
+    assert second.history.items.tolist() == [1, 2, 3]
     assert np.isnan(second.history.ratings[1])
     assert first.answers.tolist() == [2]
     assert second.answers.tolist() == [5, 4]

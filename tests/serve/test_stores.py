@@ -8,25 +8,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import psycopg
 import pytest
 import redis
 
+from jaxrec.prepare import PreparedData
+from jaxrec.served_log import UNNOTED, read_served_log
 from serve.history import Event
 from serve.log_copy import copy_log
-from serve.store import Changes, Deleted, EventStore, Shown, SpilledState, StoreError, UserEvent, open_store
+from serve.store import Changes, Deleted, EventStore, Shown, SpilledState, StoreError, UserEvent, digest, open_store
 from serve.stores.postgres import CHANGES, SCHEMA_LOCK
-from serve.stores.redis_scripts import DELETE_USER, UPDATE_SHOWN
+from serve.stores.redis_scripts import DELETE_USER, LOG_SHOWN, UPDATE_SHOWN
 from serve.stores.sqlite import SQLiteStore
 from tests.serve.databases import DEADLINE_S, DatabaseServer, NotInstalled, postgres_server, redis_server, wait_until
 
+T = TypeVar("T")
 KINDS = ("sqlite", "postgres", "redis")
 SERVERS = {"postgres": postgres_server, "redis": redis_server}
 SHOWN = Shown(
@@ -396,6 +400,31 @@ def test_the_log_is_copied_into_one_file(store: EventStore, location: str, tmp_p
         assert (copy.shown("u"), copy.shown(None)) == (store.shown("u"), store.shown(None))
 
 
+def test_what_is_shown_during_a_copy_has_its_answers_in_it(
+    store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or isn't in it: what comes when the copy has all events, or all that was shown, is shown and answered at once."""
+
+    def show_and_answer(name: str) -> None:
+        store.log_shown(SHOWN._replace(recommendation_id=name), wait=True)
+        store.record([user_event(name)._replace(recommendation_id=name)])
+
+    def meanwhile(rows: Callable[[], Iterator[T]], name: str) -> Iterator[T]:
+        yield from rows()
+        show_and_answer(name)
+
+    show_and_answer("r1")
+    monkeypatch.setattr(store, "all_events", partial(meanwhile, store.all_events, "after events"))
+    monkeypatch.setattr(store, "all_shown", partial(meanwhile, store.all_shown, "after shown"))
+    copy_log(store, tmp_path / "log.sqlite")
+    monkeypatch.undo()
+    with open_store(tmp_path / "log.sqlite") as copy:
+        shown = {one.recommendation_id for one in copy.shown("u")}
+        answered = {new.recommendation_id for part in copy.all_events() for _, new in part}
+    assert {"r1"} <= shown <= answered
+    assert {one.recommendation_id for one in store.shown("u")} == {"r1", "after events", "after shown"}
+
+
 def test_many_threads_of_two_servers_write_and_read(location: str) -> None:
     """Each event is sent by two threads and counts for one; a thread reads what it wrote; no revision is missed."""
     start = threading.Barrier(8)
@@ -554,7 +583,7 @@ def test_a_store_of_before_is_brought_up_to_date(kind: str, servers: dict[str, D
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_store_that_did_not_note_how_it_drew_is_brought_up_to_date(
-    kind: str, servers: dict[str, DatabaseServer], tmp_path: Path
+    kind: str, servers: dict[str, DatabaseServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it has is not taken for drawn, and its servers do not open it any more: they would not understand it."""
     location = emptied(kind, servers, tmp_path)
@@ -582,18 +611,35 @@ def test_a_store_that_did_not_note_how_it_drew_is_brought_up_to_date(
             assert store.shown("u") == [NOTED_BEFORE, new]
             assert [one for part in store.all_shown() for one in part] == [NOTED_BEFORE, new]
             assert store.history("u") == [Event("i", None, 0)]
-    assert version_of(kind, location) == {"sqlite": 4, "postgres": 3, "redis": 3}[kind]
+    # Those servers knew of one version less, and refused others as this one does.
+    name, before = {"sqlite": ("SCHEMA_VERSION", 3), "postgres": ("SCHEMA_VERSION", 2), "redis": ("VERSION", "2")}[kind]
+    monkeypatch.setattr(f"serve.stores.{kind}.{name}", before)
+    with pytest.raises(StoreError, match=rf"in version {int(before) + 1}, expected .*1\.\.{before}"):
+        open_store(location)
 
 
-def version_of(kind: str, location: str) -> int:
-    if kind == "sqlite":
-        with closing(sqlite3.connect(location)) as connection:
-            return int(connection.execute("PRAGMA user_version").fetchone()[0])
-    if kind == "postgres":
+def test_what_a_server_of_before_still_writes_is_read_and_not_learned_from(
+    store: EventStore, location: str, small_data: PreparedData, tmp_path: Path
+) -> None:
+    """It has the store open since before it was brought up to date, and notes what it noted then."""
+    store.record([user_event("1")])
+    lists = [json.dumps(column, ensure_ascii=False) for column in SHOWN[2:4]]
+    row = [*SHOWN[:2], *lists, *SHOWN[4:7]]
+    columns = "recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp"
+    if location.startswith("redis:"):
+        with redis.Redis.from_url(location) as client:
+            arguments = ["jaxrec:shown:u", "r1", json.dumps(SHOWN[:7]), time.time(), digest("u")]
+            client.register_script(LOG_SHOWN)(args=arguments)
+    elif location.startswith("postgresql:"):
         with psycopg.connect(location) as connection:
-            return int(connection.execute("SELECT version FROM jaxrec.store").fetchall()[0][0])
-    with redis.Redis.from_url(location) as client:
-        return int(client.get("jaxrec:version"))
+            connection.execute(f"INSERT INTO jaxrec.shown ({columns}) VALUES (%s, %s, %s, %s, %s, %s, %s)", row)
+    else:
+        with closing(sqlite3.connect(location, isolation_level=None)) as connection:
+            connection.execute(f"INSERT INTO shown ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+    assert store.shown("u") == [NOTED_BEFORE]
+    copy_log(store, tmp_path / "log.sqlite")
+    log = read_served_log(tmp_path / "log.sqlite", small_data.catalog)
+    assert (log.recommendations, log.skipped, log.shown) == ([], {UNNOTED: 1}, 1)
 
 
 def test_a_long_redis_log_is_brought_up_to_date_in_parts(
