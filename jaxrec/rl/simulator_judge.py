@@ -15,6 +15,7 @@ from jaxrec.metrics import bootstrap_mean
 from jaxrec.rl.environments.environment import Environment
 from jaxrec.rl.environments.recommender import RecommenderObservation, RecommenderState
 from jaxrec.rl.judge import Decision, Judged, compare, signed
+from jaxrec.rl.learner import slate_coverage
 from jaxrec.rl.policy import greedy_slates, sample_slates
 from jaxrec.rl.recommender_policy import RecommenderParams, RecommenderPolicy
 
@@ -72,11 +73,12 @@ def make_play(
             keys = jax.random.split(step_key, users)
             state, observation, reward, _ = jax.vmap(environment.step)(state, slates, keys)
             terms = jax.vmap(environment.terms)(observation, reward)
-            return (state, observation), ({"reward": reward, **terms}, slates)
+            shown = jnp.where(jnp.take_along_axis(allowed, slates, axis=-1), slates, 0)
+            return (state, observation), ({"reward": reward, **terms}, shown)
 
         _, (earned, slates) = jax.lax.scan(request, first, jax.random.split(key, REQUESTS))
-        shown = jnp.zeros(environment.item_count + 1).at[slates].set(1.0)
-        return {name: column.mean(axis=0) for name, column in earned.items()}, shown.sum() / environment.item_count
+        shown = slate_coverage(slates, environment.item_count + 1)
+        return {name: column.mean(axis=0) for name, column in earned.items()}, shown
 
     def play(params: RecommenderParams) -> Played:
         keys = jax.random.split(jax.random.key(seed), VISITS)

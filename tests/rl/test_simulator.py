@@ -31,6 +31,7 @@ from jaxrec.rl.environments.simulator import (
     utilities,
     write_simulator,
 )
+from jaxrec.rl.on_policy import OnPolicyConfig, train_on_policy
 from jaxrec.schema import USER, DataError, RatingScale
 from tests.rl.simulated import FIRST_USER, genre_lovers
 
@@ -103,6 +104,24 @@ def test_what_stands_higher_up_or_was_taken_is_not_taken() -> None:
     assert p[1] == p[2] == 0.0
     first, rest = 3 * np.exp(1.0), np.exp(0.0) + np.exp(-1.0)
     assert p[0] == pytest.approx(first / (first + rest), rel=1e-5)
+
+
+def test_who_has_taken_all_takes_nothing() -> None:
+    params, slate = hand_made(), jnp.array([3, 0, 2])
+    p = np.exp(choice_logprobs(params, jnp.full(5, NEVER), slate))
+    np.testing.assert_array_equal(p, [0.0, 0.0, 0.0, 1.0])
+    state, _ = start_user(params, jnp.int32(0))
+    state = state._replace(taken=jnp.arange(5) > 0)
+    for seed in range(4):
+        new, seen, reward, _ = step(params, state, slate, jax.random.key(seed))
+        assert (int(seen.slot), float(reward)) == (-1, 0.0)
+        np.testing.assert_array_equal(new.recent, state.recent)
+
+
+def test_only_what_may_be_recommended_counts_as_covered() -> None:
+    """Two of four items are left for slates of three."""
+    config = OnPolicyConfig(users=4, steps=2, updates=1, hidden=4)
+    assert train_on_policy(simulator_environment(hand_made(), 3), config).log[0]["coverage"] == 0.5
 
 
 def test_rating_by_hand() -> None:

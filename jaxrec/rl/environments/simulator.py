@@ -124,12 +124,12 @@ def utilities(params: SimulatorParams, recent: jax.Array, taken: jax.Array) -> j
 def choice_logprobs(params: SimulatorParams, u: jax.Array, slate: jax.Array) -> jax.Array:
     """[k + 1] float32: log-probabilities that each slot of slate [k] int32 is taken, and last that nothing is.
 
-    What may not be taken, and an item that stands higher up already, is not taken.
+    What may not be taken, and an item that stands higher up already, is not taken; where nothing may be, nothing is.
     """
     repeated = jnp.tril(slate[:, None] == slate, k=-1).any(axis=1)
     examine = -params.position_bias * jnp.log(jnp.arange(1, len(slate) + 1, dtype=jnp.float32))
     shown = u[slate] + jnp.log(params.salience) + examine
-    rest = jax.nn.logsumexp(u.at[slate].set(NEVER))
+    rest = jnp.maximum(jax.nn.logsumexp(u.at[slate].set(NEVER)), NEVER / 2)  # above what may not be taken
     return jax.nn.log_softmax(jnp.append(jnp.where((u[slate] > NEVER / 2) & ~repeated, shown, NEVER), rest))
 
 
