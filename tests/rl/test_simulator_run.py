@@ -16,6 +16,7 @@ from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.prepare import PreparedData
 from jaxrec.rl import simulator_run
+from jaxrec.rl.environments.fit_simulator import SimulatorFit
 from jaxrec.rl.judge import Decision, Judged
 from jaxrec.rl.policy_run import (
     POLICY_FOLDER,
@@ -33,7 +34,7 @@ from jaxrec.rl.two_simulators import two_simulators
 from jaxrec.runs import SIMULATOR_PARTIAL_FOLDER, open_run
 from jaxrec.schema import ITEM, USER, DataError
 from jaxrec.stopping import TrainingStopped
-from tests.rl.simulated import genre_lovers
+from tests.rl.simulated import FIRST_USER, genre_lovers, hand_made
 
 CONFIG = RLConfig(steps=20, batch_size=16, slate_size=3, policy_width=8, learning_rate=1e-3, kl_target=0.05)
 STRANGERS = 60
@@ -188,26 +189,70 @@ def test_gate(new: Measured, before: Measured, failed: str) -> None:
 
 def test_simulators_share_nobody(small_data: PreparedData) -> None:
     found = two_simulators(log_of(small_data), small_data, seed=0)
+    users = found.training_users.tolist(), found.judging_users.tolist()
+    assert not set(users[0]) & set(users[1])
+    assert set(users[0]) | set(users[1]) == set(range(FIRST_USER + 1, FIRST_USER + STRANGERS))
+    # Of different kinds: EASE's matrix has negative entries, that of the nearest neighbours none.
+    assert found.training.params.item_item.min() == 0.0 > found.judging.params.item_item.min()
     halves = [len(fit.params.profile) for fit in (found.training, found.judging)]
     assert sum(halves) == STRANGERS - 1
+    assert halves == [len(some) for some in users]
     assert min(halves) > 15
     assert f"{halves[0]} train (taste by nearest neighbours), {halves[1]} judge (taste by EASE)" in found.told
+    for fit in (found.training, found.judging):
+        assert f"{fit.nats:.3f} nats each (popularity alone {fit.popularity_nats:.3f}, chance " in found.told
     again = two_simulators(log_of(small_data).sample(frac=1, random_state=0), small_data, seed=0)
     assert again.digest == found.digest
     assert two_simulators(log_of(small_data, users=50), small_data, seed=0).digest != found.digest
+    other = two_simulators(log_of(small_data), small_data, seed=1)
+    assert (other.training_users.tolist(), other.judging_users.tolist()) == users  # nobody changes sides
+    assert other.training.nats != found.training.nats
 
 
 def test_too_few_strangers_or_ratings_are_named(small_data: PreparedData) -> None:
-    with pytest.raises(DataError, match=r"19 users of 22 are others .* more than 10 events .*expected at least 20"):
-        two_simulators(log_of(small_data, users=20), small_data, seed=0)
+    with pytest.raises(DataError, match=r"39 users of 42 are others .* more than 10 events .*expected at least 40"):
+        two_simulators(log_of(small_data, users=40), small_data, seed=0)
     log = log_of(small_data)
     with pytest.raises(DataError, match="0 users of 62 are others"):
         two_simulators(log.assign(**{ITEM: 1}), small_data, seed=0)
     with pytest.raises(DataError, match="1 different ratings, expected two or more"):
         two_simulators(log.assign(rating=4.0), small_data, seed=0)
+    few = log.assign(rating=log["rating"].where(np.arange(len(log)) % 40 == 0))
+    with pytest.raises(DataError, match=r"\d+ events with a rating are of .* train and \d+ of .* at least 20 of each"):
+        two_simulators(few, small_data, seed=0)
     config = dataclasses.replace(small_data.config, rating_scale=None)
     with pytest.raises(DataError, match="trained without ratings"):
         two_simulators(log, dataclasses.replace(small_data, config=config), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("bad", "figures", "named"),
+    [
+        ("training", (3.0, 3.0, 4.0), r"training .* 3\.000 nats each \(popularity alone 3\.000, chance 4\.000\)"),
+        ("judging", (3.5, 3.6, 3.4), r"judging .* 3\.500 nats each \(popularity alone 3\.600, chance 3\.400\)"),
+        ("judging", (2.9, 3.0, 3.0), ""),
+    ],
+)
+def test_simulators_that_foresee_nothing_are_refused(
+    small_data: PreparedData,
+    monkeypatch: pytest.MonkeyPatch,
+    bad: str,
+    figures: tuple[float, float, float],
+    named: str,
+) -> None:
+    made: list[SimulatorFit] = []
+
+    def fit(*_: object, **__: object) -> SimulatorFit:
+        of_this = figures if bad == ("judging" if made else "training") else (2.0, 3.0, 4.0)
+        made.append(SimulatorFit(hand_made(), *of_this, 0.0, 0.0, 1.0, 1.0))
+        return made[-1]
+
+    monkeypatch.setattr("jaxrec.rl.two_simulators.fit_simulator", fit)
+    if named:
+        with pytest.raises(DataError, match=named):
+            two_simulators(log_of(small_data), small_data, seed=0)
+    else:
+        assert two_simulators(log_of(small_data), small_data, seed=0).judging is made[1]
 
 
 def test_slates_of_one_are_refused(run: Path, ratings: Path) -> None:
