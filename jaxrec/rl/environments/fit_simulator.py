@@ -182,13 +182,13 @@ def fit_simulator(
 
 def profiles(histories: Histories, first: np.ndarray, events: int) -> dict[str, jax.Array]:
     """`profile` and `profile_rating` of SimulatorParams: `events` successive events of each user from its event
-    `first` [users] on, or as many as there are; at most RECENT, and 0 where an event has no rating."""
+    `first` [users] on, or as many as there are, at most RECENT."""
     places = first[:, None] + np.arange(RECENT)
     lengths = np.minimum(np.minimum(first + events, first + RECENT), histories.lengths()) - first
     backwards = places[:, :1] + lengths[:, None] - 1 - np.arange(RECENT)  # the last one first
     where = np.arange(RECENT) < lengths[:, None]
     rows = np.where(where, histories.offsets[:-1, None] + backwards, 0)
-    ratings = np.where(where, np.nan_to_num(histories.ratings[rows]), 0.0)
+    ratings = np.where(where, histories.ratings[rows], 0.0)
     items = np.where(where, histories.items[rows], 0)
     return {"profile": jnp.asarray(items, jnp.int32), "profile_rating": jnp.asarray(ratings, jnp.float32)}
 
