@@ -68,7 +68,7 @@ def main(work: Path, seeds: int, updates: int, ratings: Path) -> None:
             trained = train(problem, dataclasses.replace(config, seed=seed), permuted=arm == PERMUTED)
             seconds = time.perf_counter() - started
             after = measured(problem, trained.params)
-            reason = decide(after, before).reason
+            reason = decide(after, before, before.logged).reason
             print(f"seed {seed}, {arm}, {seconds:.0f} s: {reason}", flush=True)
             found = {**figures(problem, trained.params, after), "reason": reason, "seconds": seconds}
             write_text(path, json.dumps({**found, "kl": trained.log[-1]["kl"]}))

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
@@ -27,8 +28,11 @@ from jaxrec.rl.policy_run import (
     read_steps,
     write_policy,
 )
+from jaxrec.rl.recommender_policy import recommender_policy
+from jaxrec.rl.rewards import reward_tables
+from jaxrec.rl.scoring import frozen_scoring, policy_logits, supervised_logits
 from jaxrec.rl.simulator_judge import Measured, Played, decide
-from jaxrec.rl.simulator_run import METHOD, SIMULATOR_OUTCOME_FILE, rl_simulator_run
+from jaxrec.rl.simulator_run import METHOD, SIMULATOR_OUTCOME_FILE, refuse_unplayable, rl_simulator_run, supervised_head
 from jaxrec.rl.train_policy import PolicyOutcome
 from jaxrec.rl.two_simulators import two_simulators
 from jaxrec.runs import SIMULATOR_PARTIAL_FOLDER, open_run
@@ -86,7 +90,7 @@ def run(of_log: Path, tmp_path: Path) -> Path:
 
 
 def let_pass(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(simulator_run, "decide", lambda new, before: Decision(True, "let pass", decide(new, before)[2]))
+    patch.setattr(simulator_run, "decide", lambda *measured: Decision(True, "let pass", decide(*measured)[2]))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +108,7 @@ def test_what_passes_is_used_and_started_from_the_policy_in_use(passed: Path, of
     assert record is not None
     assert record.method == METHOD
     assert record.config == CONFIG
-    assert record.outcome.figures.keys() == {"policy", "before"}
+    assert record.outcome.figures.keys() == {"policy", "before", "supervised"}
     assert record.outcome.differences.keys() == {"reward", "ndcg_10"}
     assert [step["step"] for step in read_steps(passed)] == [10, 20]
     assert sha256(passed / PREVIOUS_FOLDER / "policy.npz") == sha256(of_log / POLICY_FOLDER / "policy.npz")
@@ -165,23 +169,26 @@ def measured(reward: float, ndcg_rank: np.ndarray, spread: float = 0.0) -> Measu
 
 
 FIRST, MIXED = np.ones(100, np.int64), np.tile([1, 2], 50)
+TWO_LOST = np.where(np.arange(100) < 2, 11, FIRST)
+NOT_LOWER, NOT_MUCH_LOWER = "an NDCG@10 that is not lower than the supervised models'", "one that is at most 1% lower"
 
 
 @pytest.mark.parametrize(
-    ("new", "before", "failed"),
+    ("new", "before", "supervised", "failed"),
     [
-        (measured(0.3, FIRST), measured(0.2, FIRST), ""),
-        (measured(0.2, FIRST), measured(0.2, FIRST), "a higher reward"),
-        (measured(0.21, FIRST, spread=0.2), measured(0.2, FIRST), "a higher reward"),
-        (measured(0.3, MIXED), measured(0.2, FIRST), "an NDCG@10 that is not lower and an NDCG@10 at most 1% lower"),
-        (measured(0.3, np.where(np.arange(100) < 2, 11, FIRST)), measured(0.2, FIRST), "an NDCG@10 at most 1% lower"),
-        (measured(0.3, FIRST), measured(0.2, MIXED), ""),
+        (measured(0.3, FIRST), measured(0.2, FIRST), FIRST, ""),
+        (measured(0.2, FIRST), measured(0.2, FIRST), FIRST, "a higher reward"),
+        (measured(0.21, FIRST, spread=0.2), measured(0.2, FIRST), FIRST, "a higher reward"),
+        (measured(0.3, MIXED), measured(0.2, MIXED), FIRST, f"{NOT_LOWER} and {NOT_MUCH_LOWER}"),
+        (measured(0.3, TWO_LOST), measured(0.2, TWO_LOST), FIRST, NOT_MUCH_LOWER),
+        (measured(0.3, MIXED), measured(0.2, FIRST), MIXED, ""),
+        (measured(0.3, FIRST), measured(0.2, FIRST), MIXED, ""),
     ],
 )
-def test_gate(new: Measured, before: Measured, failed: str) -> None:
+def test_gate(new: Measured, before: Measured, supervised: np.ndarray, failed: str) -> None:
     """Two of a hundred cases lost: 2 % of NDCG@10, which chance alone can do; half of them second instead of first:
-    more than chance."""
-    used, reason, differences = decide(new, before)
+    more than chance. What the policy in use has lost does not count, and what it has won may be lost."""
+    used, reason, differences = decide(new, before, measured(0.0, supervised).logged)
     assert used == (not failed)
     assert reason.startswith(f"the policy that was in use stays: not shown is {failed}" if failed else "the new policy")
     assert differences["reward"].mean == pytest.approx(new.played.reward.mean() - before.played.reward.mean())
@@ -255,6 +262,26 @@ def test_simulators_that_foresee_nothing_are_refused(
         assert two_simulators(log_of(small_data), small_data, seed=0).judging is made[1]
 
 
-def test_slates_of_one_are_refused(run: Path, ratings: Path) -> None:
+def test_what_cannot_be_played_is_refused_before_anything_is_read(run: Path, small_data: PreparedData) -> None:
     with pytest.raises(DataError, match="slates of 1, expected 2 to 60"):
-        rl_simulator_run(run, ratings, dataclasses.replace(CONFIG, slate_size=1))
+        rl_simulator_run(run, run / "nothing", dataclasses.replace(CONFIG, slate_size=1))
+    refuse_unplayable(small_data, 60)
+    with pytest.raises(DataError, match="slates of 61, expected 2 to 60"):
+        refuse_unplayable(small_data, 61)
+    split = dataclasses.replace(small_data.split, validation=small_data.split.validation.at_most(0))
+    with pytest.raises(DataError, match="no validation case is left"):
+        refuse_unplayable(dataclasses.replace(small_data, split=split), 3)
+
+
+def test_the_supervised_head_is_that_of_the_supervised_models(
+    small_data: PreparedData, supervised: Hybrid, small_hybrid: Hybrid
+) -> None:
+    scoring = frozen_scoring(supervised, reward_tables(small_data))
+    graphdef, variables = nnx.split(small_hybrid.policy)
+    policy = recommender_policy(graphdef, nnx.to_pure_dict(variables), scoring)
+    query, recent = (
+        jnp.ones((2, scoring.item_vectors.shape[1])),
+        jnp.zeros((2, 10), jnp.int32).at[0, :3].set(jnp.array([1, 2, 3])),
+    )
+    with_head = policy_logits(nnx.merge(graphdef, supervised_head(policy)), query, recent, scoring)
+    np.testing.assert_array_equal(with_head, supervised_logits(query, recent, scoring))
