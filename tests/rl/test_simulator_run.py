@@ -279,9 +279,9 @@ def test_the_supervised_head_is_that_of_the_supervised_models(
     scoring = frozen_scoring(supervised, reward_tables(small_data))
     graphdef, variables = nnx.split(small_hybrid.policy)
     policy = recommender_policy(graphdef, nnx.to_pure_dict(variables), scoring)
-    query, recent = (
-        jnp.ones((2, scoring.item_vectors.shape[1])),
-        jnp.zeros((2, 10), jnp.int32).at[0, :3].set(jnp.array([1, 2, 3])),
-    )
+    query = jnp.ones((2, scoring.item_vectors.shape[1]))
+    recent = jnp.zeros((2, 10), jnp.int32).at[0, :3].set(jnp.array([1, 2, 3]))
+    own = policy_logits(nnx.merge(graphdef, policy.start.head), query, recent, scoring)
+    assert not np.array_equal(own, supervised_logits(query, recent, scoring))
     with_head = policy_logits(nnx.merge(graphdef, supervised_head(policy)), query, recent, scoring)
     np.testing.assert_array_equal(with_head, supervised_logits(query, recent, scoring))
