@@ -192,10 +192,11 @@ def _record_profiles(client: RecommenderClient, params: SimulatorParams, ids: li
     events = []
     for user, user_id in enumerate(ids):
         for back in np.flatnonzero(items[user])[::-1]:
-            item, rating = str(catalog.ids.raw_ids[items[user, back] - 1]), float(ratings[user, back])
+            item, rating = str(catalog.ids.raw_ids[items[user, back] - 1]), ratings[user, back]
+            rated = None if np.isnan(rating) else float(rating)
             event_id = f"{user_id}-before-{back}"
             when = latest - HOUR * int(back)
-            events.append(UserEvent(event_id=event_id, user_id=user_id, item_id=item, rating=rating, timestamp=when))
+            events.append(UserEvent(event_id=event_id, user_id=user_id, item_id=item, rating=rated, timestamp=when))
     _record(client, events)
 
 

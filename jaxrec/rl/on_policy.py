@@ -30,6 +30,7 @@ from jaxrec.config import to_json
 from jaxrec.files import new_file, read_json, write_text
 from jaxrec.rl.environment_policy import Params, Policy, act, action_logprobs, new_policy
 from jaxrec.rl.environments.environment import Environment
+from jaxrec.rl.learner import slate_coverage
 from jaxrec.rl.objectives.anchors import next_kl_coefficient
 from jaxrec.rl.objectives.policy_gradient import baseline_loss, reinforce_loss
 from jaxrec.rl.policy import entropy, kl_divergence
@@ -212,12 +213,12 @@ def make_updates(
         coefficient = learner.kl_coefficient
         if config.kl_target is not None:
             coefficient = next_kl_coefficient(coefficient, metrics["kl"], config.kl_target)
-        shown = jnp.zeros(environment.item_count + 1).at[rollout.slates].set(1.0)
+        allowed = jnp.take_along_axis(rollout.recommendable, rollout.slates, axis=-1)
         metrics |= {
             "reward": jnp.mean(rollout.reward),
             **{f"reward_{name}": jnp.mean(term) for name, term in rollout.terms.items()},
             "left": jnp.mean(rollout.done.astype(jnp.float32)),
-            "coverage": jnp.sum(shown) / environment.item_count,
+            "coverage": slate_coverage(jnp.where(allowed, rollout.slates, 0), environment.item_count + 1),
             "kl_coefficient": learner.kl_coefficient,
         }
         params = optax.apply_updates(learner.params, changes)

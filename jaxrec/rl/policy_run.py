@@ -2,8 +2,8 @@
 
 RUN/policy/policy.json   whether the policy is used and why, the figures, the configuration, what models it belongs to
 RUN/policy/policy.npz    the variables of PolicyHead, after the last update
-RUN/policy/steps.jsonl   one record per update
-RUN/policy/log.jsonl     one record per evaluation
+RUN/policy/steps.jsonl   one record per update; of a policy from a simulator, one per 10 updates
+RUN/policy/log.jsonl     one record per evaluation; empty for a policy from a server's log or a simulator
 RUN/policy/training.png  both, as a plot
 RUN/policy.previous/     the policy that was in use before, where there was one
 RUN/policy.partial/      where an interrupted training stands (`jaxrec.rl.policy_checkpoint`)

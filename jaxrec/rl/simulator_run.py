@@ -5,9 +5,10 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
@@ -73,6 +74,7 @@ def rl_simulator_run(
     if resume:
         config, temperature = _started_with(partial)
     data = run.read_data()
+    refuse_unplayable(data, config.slate_size)
     supervised = load_supervised(run, data)
     base = policy_in_use(run, supervised, config)
     config = dataclasses.replace(config, policy_width=base.config.policy_width)
@@ -81,9 +83,11 @@ def rl_simulator_run(
     _start(partial, config, temperature, _digest(supervised, base, simulators), resume)
     trained = train(problem, config, partial, stop=stop)
     new, before = (Measured(problem.play(p), problem.judge(p.head)) for p in (trained.params, problem.policy.start))
-    decision = decide(new, before)
+    supervised_logged = problem.judge(supervised_head(problem.policy))
+    decision = decide(new, before, supervised_logged)
     if decision.used:
-        figures = {"policy": new.figures(), "before": before.figures()}
+        of_supervised = {"ndcg_10": supervised_logged.figures()["ndcg_10"]}
+        figures = {"policy": new.figures(), "before": before.figures(), "supervised": of_supervised}
         differences = {name: dataclasses.asdict(estimate) for name, estimate in decision.differences.items()}
         outcome = PolicyOutcome(True, decision.reason, config.steps, figures, differences)
         variables = jax.tree.map(np.array, trained.params.head)
@@ -93,6 +97,15 @@ def rl_simulator_run(
     write_text(folder / SIMULATOR_OUTCOME_FILE, json.dumps(record, indent=2) + "\n")
     shutil.rmtree(partial)
     return GateOutcome(decision.used, decision.reason, told)
+
+
+def refuse_unplayable(data: PreparedData, slate_size: int) -> None:
+    """Raises DataError where slates of the size cannot be shown, or no validation case is there."""
+    items = len(data.catalog)
+    if not 2 <= slate_size <= items:
+        raise DataError(f"slates of {slate_size}, expected 2 to {items} (the items of the run)")
+    if not len(data.split.validation):
+        raise DataError("no validation case is left; the log is too short to judge a policy")
 
 
 def read_like(ratings: Path, data: PreparedData) -> pd.DataFrame:
@@ -109,12 +122,7 @@ def new_problem(
     config: RLConfig,
     temperature: float,
 ) -> Problem:
-    """Raises DataError where slates of the size cannot be shown, or no validation case is there."""
-    items = len(data.catalog)
-    if not 2 <= config.slate_size <= items:
-        raise DataError(f"slates of {config.slate_size}, expected 2 to {items} (the items of the run)")
-    if not len(data.split.validation):
-        raise DataError("no validation case is left; the log is too short to judge a policy")
+    """Of data that `refuse_unplayable` lets pass."""
     recommender = recommender_of(supervised, data)
     scoring = jax.device_put(frozen_scoring(supervised, reward_tables(data)), jax.devices()[0])
     policy = recommender_policy(base.graphdef, base.variables, scoring, temperature)
@@ -134,6 +142,11 @@ def new_problem(
         make_play(others, first, policy, config.seed, drawn=True),
         make_judge(base.graphdef, scoring, cases, data, supervised.lstm.config.max_length, RewardWeights()),
     )
+
+
+def supervised_head(policy: RecommenderPolicy) -> Any:
+    """Variables of PolicyHead that change nothing."""
+    return jax.tree.map(jnp.zeros_like, policy.start.head)
 
 
 def train(

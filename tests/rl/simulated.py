@@ -1,9 +1,12 @@
-"""A small log for the simulator: users with a liking for one genre, and items that all rate alike."""
+"""A small log for the simulator: users with a liking for one genre, and items that all rate alike; and one user of a
+simulator by hand."""
 
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
 from jaxrec.prepare import PreparedData
+from jaxrec.rl.environments.simulator import RECENT, SimulatorParams
 from jaxrec.schema import ITEM, RATING, TIME, USER
 
 FIRST_USER = 1001
@@ -32,3 +35,37 @@ def genre_lovers(data: PreparedData, users: int = 40, events: int = 24, seed: in
             )
         )
     return pd.concat(frames, ignore_index=True)
+
+
+def hand_made() -> SimulatorParams:
+    """Four items: 1 draws 2 with 0.5, and 3 with 0.25; items 1 and 2 share a genre."""
+    item_item = np.zeros((5, 5), np.float32)
+    item_item[1, 2], item_item[1, 3], item_item[4, 3] = 0.5, 0.25, 1.0
+    genres = np.array([[0, 0], [1, 0], [1, 0], [0, 1], [0, 1]], np.float32)
+    scalars = {
+        "taste": 2.0,
+        "decay": 0.5,
+        "popularity": 0.1,
+        "repetition": -0.3,
+        "position_bias": 1.0,
+        "salience": 3.0,
+        "mean_rating": 3.0,
+        "rating_noise": 0.0,
+        "rating_share": 0.5,
+        "leave": 0.0,
+    }
+    profile = np.zeros((1, RECENT), np.int32)
+    profile[0, :2] = [4, 1]
+    return SimulatorParams(
+        item_item=jnp.asarray(item_item),
+        log_popularity=jnp.array([0.0, 1.0, 2.0, 3.0, 4.0]),
+        genre_directions=jnp.asarray(genres),
+        item_bias=jnp.array([0.0, 0.5, 0.0, -0.5, 0.0]),
+        item_factors=jnp.array([[0.0], [1.0], [2.0], [3.0], [9.0]]),
+        user_bias=jnp.array([0.25]),
+        user_factors=jnp.array([[0.5]]),
+        rating_range=jnp.array([1.0, 5.0, 1.0]),
+        profile=jnp.asarray(profile),
+        profile_rating=jnp.asarray((profile > 0) * 4.0, jnp.float32),
+        **{name: jnp.float32(number) for name, number in scalars.items()},
+    )

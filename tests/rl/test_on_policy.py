@@ -10,10 +10,10 @@ import pytest
 
 from jaxrec.models.sequence import NEVER
 from jaxrec.rl import on_policy
-from jaxrec.rl.environment_policy import act, action_logprobs, probabilities
+from jaxrec.rl.environment_policy import Params, act, action_logprobs, probabilities
 from jaxrec.rl.environments.synthetic import acquired_taste, synthetic_environment
 from jaxrec.rl.environments.synthetic_exact import all_states, best_policy, build_model, value
-from jaxrec.rl.on_policy import LEARNER_FILE, LOG_FILE, OnPolicyConfig, td_lambda_returns, train_on_policy
+from jaxrec.rl.on_policy import LEARNER_FILE, LOG_FILE, OnPolicyConfig, Trained, td_lambda_returns, train_on_policy
 from jaxrec.rl.policy import slate_logprobs
 from jaxrec.schema import DataError
 
@@ -49,9 +49,13 @@ def test_one_slot_is_a_softmax() -> None:
 
 def share_of_best(discount: float) -> float:
     trained = train_on_policy(ENVIRONMENT, dataclasses.replace(SMALL, discount=discount))
-    policy = np.asarray(probabilities(trained.policy, trained.params, ENVIRONMENT, all_states(PARAMS)), np.float64)
     model = build_model(PARAMS)
-    return value(model, policy / policy.sum(axis=1, keepdims=True)) / value(model, best_policy(model))
+    return value_of(trained, trained.params) / value(model, best_policy(model))
+
+
+def value_of(trained: Trained, params: Params) -> float:
+    policy = np.asarray(probabilities(trained.policy, params, ENVIRONMENT, all_states(PARAMS)), np.float64)
+    return value(build_model(PARAMS), policy / policy.sum(axis=1, keepdims=True))
 
 
 def test_learns_what_pays_later_and_greed_does_not() -> None:
@@ -91,6 +95,14 @@ def test_permuted_rewards_stay_in_their_step() -> None:
     np.testing.assert_array_equal(jnp.sort(permuted, axis=1), reward)
     orders = {tuple(row) for row in np.asarray(permuted - reward[:, :1]).tolist()}
     assert len(orders | {tuple(range(8))}) == 4  # each step has an order of its own
+
+
+def test_permuted_rewards_teach_nothing() -> None:
+    short = dataclasses.replace(SMALL, updates=100)
+    paid, permuted = (train_on_policy(ENVIRONMENT, short, permuted=each) for each in (False, True))
+    start = value_of(paid, paid.policy.start)
+    assert value_of(paid, paid.params) > 1.5 * start
+    assert value_of(permuted, permuted.params) < 1.05 * start
 
 
 def test_log_says_what_happened() -> None:

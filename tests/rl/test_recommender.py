@@ -1,5 +1,7 @@
 """The simulated users as the run's recommender sees them, and its policy as it starts and as it learns."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from jaxrec.models.features import Events
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.prepare import PreparedData
 from jaxrec.report import hybrid_scorer
+from jaxrec.rl import simulator_judge
 from jaxrec.rl.environments.fit_simulator import fit_simulator, simulator_histories
 from jaxrec.rl.environments.recommender import (
     Recommender,
@@ -24,13 +27,14 @@ from jaxrec.rl.environments.recommender import (
 from jaxrec.rl.environments.simulator import SimulatorParams
 from jaxrec.rl.learner import new_head
 from jaxrec.rl.on_policy import OnPolicyConfig, train_on_policy
-from jaxrec.rl.policy import greedy_slates
+from jaxrec.rl.policy import greedy_slates, sample_slates
 from jaxrec.rl.recommender_policy import RecommenderPolicy, logged_leash, recommender_policy
 from jaxrec.rl.rewards import reward_tables
 from jaxrec.rl.scoring import frozen_scoring, supervised_logits
+from jaxrec.rl.simulator_judge import make_play
 from jaxrec.rl.states import training_states
 from jaxrec.schema import UNKNOWN_GAP, RatingScale
-from tests.rl.simulated import genre_lovers
+from tests.rl.simulated import genre_lovers, hand_made
 
 EVENTS, SLATE = 6, 3
 
@@ -98,6 +102,27 @@ def test_state_goes_on_as_the_whole_history_is_read(
         np.testing.assert_allclose(state.recurrent[user], expected[0], rtol=1e-4, atol=1e-5)
 
 
+def test_start_is_the_models_reading_of_the_last_events(supervised: Hybrid, recommender: Recommender) -> None:
+    """On a scale of 0..10, where 0 is a rating, and an event without one; of models that read four events."""
+    profile, stars = np.zeros((2, 50), np.int32), np.zeros((2, 50), np.float32)
+    profile[0, :6], profile[1, :2] = [3, 1, 4, 2, 3, 4], [4, 2]
+    stars[0, :6] = [0.0, np.nan, 10.0, 5.0, 2.0, 1.0]
+    came = hand_made()._replace(profile=jnp.asarray(profile), profile_rating=jnp.asarray(stars))
+    short = nnx.merge(recommender.graphdef, recommender.variables)
+    short.lstm.config = dataclasses.replace(short.lstm.config, max_length=4)
+    reads_four = recommender._replace(graphdef=nnx.graphdef(short), scale=RatingScale(0.0, 10.0))
+    starts = start_states(reads_four, came)
+    for user, cut in ((0, 2), (1, 0)):
+        events = whole_history(reads_four, came_with(came, user))
+        kept = Events(*(column[:, cut:] for column in events[:3]), events.length - cut)
+        _, expected = supervised.encode(kept)
+        np.testing.assert_allclose(starts[user], expected[0], rtol=1e-4, atol=1e-5)
+    assert kept.rating.tolist() == [[0.0, 0.0]]
+    state, seen = every_user(came, starts)
+    assert np.isfinite(state.user.rating).all()
+    assert np.isfinite(seen.seen.rating).all()
+
+
 def test_state_stays_where_nothing_is_taken(recommender: Recommender, params: SimulatorParams) -> None:
     shy = params._replace(salience=jnp.float32(1e-9))
     starts = start_states(recommender, shy)
@@ -108,6 +133,54 @@ def test_state_stays_where_nothing_is_taken(recommender: Recommender, params: Si
     assert float(reward) == 0.0
     np.testing.assert_array_equal(new.recurrent, starts[state.user.user])
     np.testing.assert_array_equal(observation.recurrent, starts[state.user.user])
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_play_is_a_loop_of_steps(
+    recommender: Recommender,
+    small_data: PreparedData,
+    supervised: Hybrid,
+    params: SimulatorParams,
+    monkeypatch: pytest.MonkeyPatch,
+    drawn: bool,
+) -> None:
+    """Two visits of three requests by three users, one after the other."""
+    monkeypatch.setattr(simulator_judge, "REQUESTS", 3)
+    monkeypatch.setattr(simulator_judge, "VISITS", 2)
+    few = params._replace(profile=params.profile[:3], profile_rating=params.profile_rating[:3])
+    starts = start_states(recommender, few)
+    environment = recommender_environment(recommender, few, starts, SLATE)
+    scoring = frozen_scoring(supervised, reward_tables(small_data))
+    policy = recommender_policy(*new_head(scoring.item_vectors.shape[1], 60, RLConfig()), scoring)
+    first = every_user(few, starts)
+    played = make_play(environment, first, policy, seed=5, drawn=drawn)(policy.start)
+
+    step = jax.jit(environment.step)
+    slots, stars, rewards, shown = [], [], [], []
+    for visit_key in jax.random.split(jax.random.key(5), 2):
+        state, observation = first
+        of_visit: set[int] = set()
+        for request_key in jax.random.split(visit_key, 3):
+            slate_key, step_key = jax.random.split(request_key)
+            logits = logits_of(policy, environment, observation)
+            slates = sample_slates(slate_key, logits, SLATE) if drawn else greedy_slates(logits, SLATE)
+            of_visit |= set(np.asarray(slates).ravel().tolist())
+            alone = [
+                step(jax.tree.map(lambda column, at=user: column[at], state), slates[user], key)
+                for user, key in enumerate(jax.random.split(step_key, 3))
+            ]
+            state, observation, reward, _ = jax.tree.map(lambda *columns: jnp.stack(columns), *alone)
+            slots.append(observation.seen.slot)
+            stars.append(observation.seen.rating[:, 0])
+            rewards.append(reward)
+        shown.append(len(of_visit) / 60)
+    taken = np.array(slots) >= 0
+    assert 0 < taken.sum() < taken.size
+    np.testing.assert_allclose(played.taken, taken.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(played.rating, (taken * (np.array(stars) - 0.5) / 4.5).mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(played.reward, np.mean(rewards, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(played.reward, 0.5 * played.taken + 0.5 * played.rating, rtol=1e-6)
+    assert played.coverage == pytest.approx(np.mean(shown))
 
 
 @pytest.mark.parametrize("with_policy", [False, True])

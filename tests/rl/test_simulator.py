@@ -20,7 +20,6 @@ from jaxrec.rl.environments.fit_simulator import (
 )
 from jaxrec.rl.environments.simulator import (
     RECENT,
-    SimulatorParams,
     choice_logprobs,
     expected_rating,
     rate,
@@ -31,8 +30,9 @@ from jaxrec.rl.environments.simulator import (
     utilities,
     write_simulator,
 )
+from jaxrec.rl.on_policy import OnPolicyConfig, train_on_policy
 from jaxrec.schema import USER, DataError, RatingScale
-from tests.rl.simulated import FIRST_USER, genre_lovers
+from tests.rl.simulated import FIRST_USER, genre_lovers, hand_made
 
 
 @pytest.fixture(scope="module")
@@ -43,40 +43,6 @@ def histories(small_data: PreparedData) -> Histories:
 @pytest.fixture(scope="module")
 def fit(small_data: PreparedData, histories: Histories) -> SimulatorFit:
     return fit_simulator(histories, small_data.catalog.genre_matrix(), RatingScale(0.5, 5.0), 0.5, start_events=6)
-
-
-def hand_made() -> SimulatorParams:
-    """Four items: 1 draws 2 with 0.5, and 3 with 0.25; items 1 and 2 share a genre."""
-    item_item = np.zeros((5, 5), np.float32)
-    item_item[1, 2], item_item[1, 3], item_item[4, 3] = 0.5, 0.25, 1.0
-    genres = np.array([[0, 0], [1, 0], [1, 0], [0, 1], [0, 1]], np.float32)
-    scalars = {
-        "taste": 2.0,
-        "decay": 0.5,
-        "popularity": 0.1,
-        "repetition": -0.3,
-        "position_bias": 1.0,
-        "salience": 3.0,
-        "mean_rating": 3.0,
-        "rating_noise": 0.0,
-        "rating_share": 0.5,
-        "leave": 0.0,
-    }
-    profile = np.zeros((1, RECENT), np.int32)
-    profile[0, :2] = [4, 1]
-    return SimulatorParams(
-        item_item=jnp.asarray(item_item),
-        log_popularity=jnp.array([0.0, 1.0, 2.0, 3.0, 4.0]),
-        genre_directions=jnp.asarray(genres),
-        item_bias=jnp.array([0.0, 0.5, 0.0, -0.5, 0.0]),
-        item_factors=jnp.array([[0.0], [1.0], [2.0], [3.0], [9.0]]),
-        user_bias=jnp.array([0.25]),
-        user_factors=jnp.array([[0.5]]),
-        rating_range=jnp.array([1.0, 5.0, 1.0]),
-        profile=jnp.asarray(profile),
-        profile_rating=jnp.asarray((profile > 0) * 4.0, jnp.float32),
-        **{name: jnp.float32(number) for name, number in scalars.items()},
-    )
 
 
 def test_utilities_by_hand() -> None:
@@ -103,6 +69,24 @@ def test_what_stands_higher_up_or_was_taken_is_not_taken() -> None:
     assert p[1] == p[2] == 0.0
     first, rest = 3 * np.exp(1.0), np.exp(0.0) + np.exp(-1.0)
     assert p[0] == pytest.approx(first / (first + rest), rel=1e-5)
+
+
+def test_who_has_taken_all_takes_nothing() -> None:
+    params, slate = hand_made(), jnp.array([3, 0, 2])
+    p = np.exp(choice_logprobs(params, jnp.full(5, NEVER), slate))
+    np.testing.assert_array_equal(p, [0.0, 0.0, 0.0, 1.0])
+    state, _ = start_user(params, jnp.int32(0))
+    state = state._replace(taken=jnp.arange(5) > 0)
+    for seed in range(4):
+        new, seen, reward, _ = step(params, state, slate, jax.random.key(seed))
+        assert (int(seen.slot), float(reward)) == (-1, 0.0)
+        np.testing.assert_array_equal(new.recent, state.recent)
+
+
+def test_only_what_may_be_recommended_counts_as_covered() -> None:
+    """Two of four items are left for slates of three."""
+    config = OnPolicyConfig(users=4, steps=2, updates=1, hidden=4)
+    assert train_on_policy(simulator_environment(hand_made(), 3), config).log[0]["coverage"] == 0.5
 
 
 def test_rating_by_hand() -> None:
@@ -210,6 +194,17 @@ def test_too_few_users_are_refused(small_data: PreparedData) -> None:
     few = simulator_histories(genre_lovers(small_data, users=4), small_data.catalog, small_data.users)[0]
     with pytest.raises(DataError, match="expected at least 5"):
         fit_simulator(few, small_data.catalog.genre_matrix(), RatingScale(0.5, 5.0), 0.5)
+
+
+def test_what_cannot_be_fitted_is_named(small_data: PreparedData) -> None:
+    """Five users of a dozen events: on one item, or without ratings."""
+    genres, scale = small_data.catalog.genre_matrix(), RatingScale(0.5, 5.0)
+    offsets, ratings, times = 12 * np.arange(6), np.ones(60, np.float32), np.arange(60)
+    with pytest.raises(DataError, match="0 events on items that are new to their user fit the choice and 0 judge"):
+        fit_simulator(Histories(offsets, np.ones(60, np.int32), ratings, times), genres, scale, 0.5)
+    items = np.tile(np.arange(1, 13, dtype=np.int32), 5)
+    with pytest.raises(DataError, match="0 events have a rating, and 0 of these are held out"):
+        fit_simulator(Histories(offsets, items, np.full(60, np.nan, np.float32), times), genres, scale, 0.5)
 
 
 def test_profiles_are_successive_events(histories: Histories) -> None:

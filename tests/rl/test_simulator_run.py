@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +17,7 @@ from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.prepare import PreparedData
 from jaxrec.rl import simulator_run
+from jaxrec.rl.environments.fit_simulator import SimulatorFit
 from jaxrec.rl.judge import Decision, Judged
 from jaxrec.rl.policy_run import (
     POLICY_FOLDER,
@@ -26,14 +28,17 @@ from jaxrec.rl.policy_run import (
     read_steps,
     write_policy,
 )
+from jaxrec.rl.recommender_policy import recommender_policy
+from jaxrec.rl.rewards import reward_tables
+from jaxrec.rl.scoring import frozen_scoring, policy_logits, supervised_logits
 from jaxrec.rl.simulator_judge import Measured, Played, decide
-from jaxrec.rl.simulator_run import METHOD, SIMULATOR_OUTCOME_FILE, rl_simulator_run
+from jaxrec.rl.simulator_run import METHOD, SIMULATOR_OUTCOME_FILE, refuse_unplayable, rl_simulator_run, supervised_head
 from jaxrec.rl.train_policy import PolicyOutcome
 from jaxrec.rl.two_simulators import two_simulators
 from jaxrec.runs import SIMULATOR_PARTIAL_FOLDER, open_run
 from jaxrec.schema import ITEM, USER, DataError
 from jaxrec.stopping import TrainingStopped
-from tests.rl.simulated import genre_lovers
+from tests.rl.simulated import FIRST_USER, genre_lovers, hand_made
 
 CONFIG = RLConfig(steps=20, batch_size=16, slate_size=3, policy_width=8, learning_rate=1e-3, kl_target=0.05)
 STRANGERS = 60
@@ -85,7 +90,7 @@ def run(of_log: Path, tmp_path: Path) -> Path:
 
 
 def let_pass(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(simulator_run, "decide", lambda new, before: Decision(True, "let pass", decide(new, before)[2]))
+    patch.setattr(simulator_run, "decide", lambda *measured: Decision(True, "let pass", decide(*measured)[2]))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +108,7 @@ def test_what_passes_is_used_and_started_from_the_policy_in_use(passed: Path, of
     assert record is not None
     assert record.method == METHOD
     assert record.config == CONFIG
-    assert record.outcome.figures.keys() == {"policy", "before"}
+    assert record.outcome.figures.keys() == {"policy", "before", "supervised"}
     assert record.outcome.differences.keys() == {"reward", "ndcg_10"}
     assert [step["step"] for step in read_steps(passed)] == [10, 20]
     assert sha256(passed / PREVIOUS_FOLDER / "policy.npz") == sha256(of_log / POLICY_FOLDER / "policy.npz")
@@ -164,23 +169,26 @@ def measured(reward: float, ndcg_rank: np.ndarray, spread: float = 0.0) -> Measu
 
 
 FIRST, MIXED = np.ones(100, np.int64), np.tile([1, 2], 50)
+TWO_LOST = np.where(np.arange(100) < 2, 11, FIRST)
+NOT_LOWER, NOT_MUCH_LOWER = "an NDCG@10 that is not lower than the supervised models'", "one that is at most 1% lower"
 
 
 @pytest.mark.parametrize(
-    ("new", "before", "failed"),
+    ("new", "before", "supervised", "failed"),
     [
-        (measured(0.3, FIRST), measured(0.2, FIRST), ""),
-        (measured(0.2, FIRST), measured(0.2, FIRST), "a higher reward"),
-        (measured(0.21, FIRST, spread=0.2), measured(0.2, FIRST), "a higher reward"),
-        (measured(0.3, MIXED), measured(0.2, FIRST), "an NDCG@10 that is not lower and an NDCG@10 at most 1% lower"),
-        (measured(0.3, np.where(np.arange(100) < 2, 11, FIRST)), measured(0.2, FIRST), "an NDCG@10 at most 1% lower"),
-        (measured(0.3, FIRST), measured(0.2, MIXED), ""),
+        (measured(0.3, FIRST), measured(0.2, FIRST), FIRST, ""),
+        (measured(0.2, FIRST), measured(0.2, FIRST), FIRST, "a higher reward"),
+        (measured(0.21, FIRST, spread=0.2), measured(0.2, FIRST), FIRST, "a higher reward"),
+        (measured(0.3, MIXED), measured(0.2, MIXED), FIRST, f"{NOT_LOWER} and {NOT_MUCH_LOWER}"),
+        (measured(0.3, TWO_LOST), measured(0.2, TWO_LOST), FIRST, NOT_MUCH_LOWER),
+        (measured(0.3, MIXED), measured(0.2, FIRST), MIXED, ""),
+        (measured(0.3, FIRST), measured(0.2, FIRST), MIXED, ""),
     ],
 )
-def test_gate(new: Measured, before: Measured, failed: str) -> None:
+def test_gate(new: Measured, before: Measured, supervised: np.ndarray, failed: str) -> None:
     """Two of a hundred cases lost: 2 % of NDCG@10, which chance alone can do; half of them second instead of first:
-    more than chance."""
-    used, reason, differences = decide(new, before)
+    more than chance. What the policy in use has lost does not count, and what it has won may be lost."""
+    used, reason, differences = decide(new, before, measured(0.0, supervised).logged)
     assert used == (not failed)
     assert reason.startswith(f"the policy that was in use stays: not shown is {failed}" if failed else "the new policy")
     assert differences["reward"].mean == pytest.approx(new.played.reward.mean() - before.played.reward.mean())
@@ -188,28 +196,92 @@ def test_gate(new: Measured, before: Measured, failed: str) -> None:
 
 def test_simulators_share_nobody(small_data: PreparedData) -> None:
     found = two_simulators(log_of(small_data), small_data, seed=0)
+    users = found.training_users.tolist(), found.judging_users.tolist()
+    assert not set(users[0]) & set(users[1])
+    assert set(users[0]) | set(users[1]) == set(range(FIRST_USER + 1, FIRST_USER + STRANGERS))
+    # Of different kinds: EASE's matrix has negative entries, that of the nearest neighbours none.
+    assert found.training.params.item_item.min() == 0.0 > found.judging.params.item_item.min()
     halves = [len(fit.params.profile) for fit in (found.training, found.judging)]
     assert sum(halves) == STRANGERS - 1
+    assert halves == [len(some) for some in users]
     assert min(halves) > 15
     assert f"{halves[0]} train (taste by nearest neighbours), {halves[1]} judge (taste by EASE)" in found.told
+    for fit in (found.training, found.judging):
+        assert f"{fit.nats:.3f} nats each (popularity alone {fit.popularity_nats:.3f}, chance " in found.told
     again = two_simulators(log_of(small_data).sample(frac=1, random_state=0), small_data, seed=0)
     assert again.digest == found.digest
     assert two_simulators(log_of(small_data, users=50), small_data, seed=0).digest != found.digest
+    other = two_simulators(log_of(small_data), small_data, seed=1)
+    assert (other.training_users.tolist(), other.judging_users.tolist()) == users  # nobody changes sides
+    assert other.training.nats != found.training.nats
 
 
 def test_too_few_strangers_or_ratings_are_named(small_data: PreparedData) -> None:
-    with pytest.raises(DataError, match=r"19 users of 22 are others .* more than 10 events .*expected at least 20"):
-        two_simulators(log_of(small_data, users=20), small_data, seed=0)
+    with pytest.raises(DataError, match=r"39 users of 42 are others .* more than 10 events .*expected at least 40"):
+        two_simulators(log_of(small_data, users=40), small_data, seed=0)
     log = log_of(small_data)
     with pytest.raises(DataError, match="0 users of 62 are others"):
         two_simulators(log.assign(**{ITEM: 1}), small_data, seed=0)
     with pytest.raises(DataError, match="1 different ratings, expected two or more"):
         two_simulators(log.assign(rating=4.0), small_data, seed=0)
+    few = log.assign(rating=log["rating"].where(np.arange(len(log)) % 40 == 0))
+    with pytest.raises(DataError, match=r"\d+ events with a rating are of .* train and \d+ of .* at least 20 of each"):
+        two_simulators(few, small_data, seed=0)
     config = dataclasses.replace(small_data.config, rating_scale=None)
     with pytest.raises(DataError, match="trained without ratings"):
         two_simulators(log, dataclasses.replace(small_data, config=config), seed=0)
 
 
-def test_slates_of_one_are_refused(run: Path, ratings: Path) -> None:
+@pytest.mark.parametrize(
+    ("bad", "figures", "named"),
+    [
+        ("training", (3.0, 3.0, 4.0), r"training .* 3\.000 nats each \(popularity alone 3\.000, chance 4\.000\)"),
+        ("judging", (3.5, 3.6, 3.4), r"judging .* 3\.500 nats each \(popularity alone 3\.600, chance 3\.400\)"),
+        ("judging", (2.9, 3.0, 3.0), ""),
+    ],
+)
+def test_simulators_that_foresee_nothing_are_refused(
+    small_data: PreparedData,
+    monkeypatch: pytest.MonkeyPatch,
+    bad: str,
+    figures: tuple[float, float, float],
+    named: str,
+) -> None:
+    made: list[SimulatorFit] = []
+
+    def fit(*_: object, **__: object) -> SimulatorFit:
+        of_this = figures if bad == ("judging" if made else "training") else (2.0, 3.0, 4.0)
+        made.append(SimulatorFit(hand_made(), *of_this, 0.0, 0.0, 1.0, 1.0))
+        return made[-1]
+
+    monkeypatch.setattr("jaxrec.rl.two_simulators.fit_simulator", fit)
+    if named:
+        with pytest.raises(DataError, match=named):
+            two_simulators(log_of(small_data), small_data, seed=0)
+    else:
+        assert two_simulators(log_of(small_data), small_data, seed=0).judging is made[1]
+
+
+def test_what_cannot_be_played_is_refused_before_anything_is_read(run: Path, small_data: PreparedData) -> None:
     with pytest.raises(DataError, match="slates of 1, expected 2 to 60"):
-        rl_simulator_run(run, ratings, dataclasses.replace(CONFIG, slate_size=1))
+        rl_simulator_run(run, run / "nothing", dataclasses.replace(CONFIG, slate_size=1))
+    refuse_unplayable(small_data, 60)
+    with pytest.raises(DataError, match="slates of 61, expected 2 to 60"):
+        refuse_unplayable(small_data, 61)
+    split = dataclasses.replace(small_data.split, validation=small_data.split.validation.at_most(0))
+    with pytest.raises(DataError, match="no validation case is left"):
+        refuse_unplayable(dataclasses.replace(small_data, split=split), 3)
+
+
+def test_the_supervised_head_is_that_of_the_supervised_models(
+    small_data: PreparedData, supervised: Hybrid, small_hybrid: Hybrid
+) -> None:
+    scoring = frozen_scoring(supervised, reward_tables(small_data))
+    graphdef, variables = nnx.split(small_hybrid.policy)
+    policy = recommender_policy(graphdef, nnx.to_pure_dict(variables), scoring)
+    query = jnp.ones((2, scoring.item_vectors.shape[1]))
+    recent = jnp.zeros((2, 10), jnp.int32).at[0, :3].set(jnp.array([1, 2, 3]))
+    own = policy_logits(nnx.merge(graphdef, policy.start.head), query, recent, scoring)
+    assert not np.array_equal(own, supervised_logits(query, recent, scoring))
+    with_head = policy_logits(nnx.merge(graphdef, supervised_head(policy)), query, recent, scoring)
+    np.testing.assert_array_equal(with_head, supervised_logits(query, recent, scoring))

@@ -123,7 +123,8 @@ def fit_simulator(
     the rating scale. Users come with their first `start_events` events. `item_item(histories, users, items)`: the taste
     model, [items + 1, items + 1]. Deterministic.
 
-    Raises DataError where fewer than five users have MIN_HISTORY + 1 events.
+    Raises DataError where fewer than five users have MIN_HISTORY + 1 events, or none of these is to be foreseen: new to
+    its user, of those who fit the choice and of those who judge it; and where no rating is to be fitted or held out.
     """
     long_enough = np.flatnonzero(histories.lengths() > MIN_HISTORY)
     if len(long_enough) < 5:
@@ -138,6 +139,11 @@ def fit_simulator(
     tables = (matrix, log_popularity, directions)
 
     train, test = _cases(histories, choice_users), _cases(histories, test_users)
+    if not train or not test:
+        raise DataError(
+            f"{len(train)} events on items that are new to their user fit the choice and {len(test)} judge it, after "
+            f"{MIN_HISTORY} events each, expected some of both"
+        )
     fits = []
     for decay in DECAYS:
         coefficients, nats = fit_choice(_choice_features(train, decay, *tables), train)
@@ -176,13 +182,13 @@ def fit_simulator(
 
 def profiles(histories: Histories, first: np.ndarray, events: int) -> dict[str, jax.Array]:
     """`profile` and `profile_rating` of SimulatorParams: `events` successive events of each user from its event
-    `first` [users] on, or as many as there are; at most RECENT, and 0 where an event has no rating."""
+    `first` [users] on, or as many as there are, at most RECENT."""
     places = first[:, None] + np.arange(RECENT)
     lengths = np.minimum(np.minimum(first + events, first + RECENT), histories.lengths()) - first
     backwards = places[:, :1] + lengths[:, None] - 1 - np.arange(RECENT)  # the last one first
     where = np.arange(RECENT) < lengths[:, None]
     rows = np.where(where, histories.offsets[:-1, None] + backwards, 0)
-    ratings = np.where(where, np.nan_to_num(histories.ratings[rows]), 0.0)
+    ratings = np.where(where, histories.ratings[rows], 0.0)
     items = np.where(where, histories.items[rows], 0)
     return {"profile": jnp.asarray(items, jnp.int32), "profile_rating": jnp.asarray(ratings, jnp.float32)}
 
@@ -248,9 +254,15 @@ def _judge(features: np.ndarray, coefficients: np.ndarray, cases: Cases) -> tupl
 
 def fit_ratings(histories: Histories, items: int, seed: int) -> tuple[dict[str, np.ndarray], float, float]:
     """Matrix factorization by alternating ridge regressions (Koren et al. 2009), with a bias as the first factor of
-    users and of items; beside it the root mean squared errors of held-out ratings, and of the mean rating for them."""
+    users and of items; beside it the root mean squared errors of held-out ratings, and of the mean rating for them.
+    Raises DataError where no rating is held out, or none is fitted."""
     rated = np.flatnonzero(~np.isnan(histories.ratings))
     held_out = np.random.default_rng(seed + 1).random(len(rated)) < 0.1
+    if held_out.all() or not held_out.any():
+        raise DataError(
+            f"{len(rated)} events have a rating, and {held_out.sum()} of these are held out; expected some to be held "
+            "out and some to be fitted"
+        )
     users, rows = histories.users(), rated[~held_out]
     mean = float(histories.ratings[rows].mean())
     rng = np.random.default_rng(seed + 2)

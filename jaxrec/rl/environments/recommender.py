@@ -99,7 +99,7 @@ def start_states(recommender: Recommender, params: SimulatorParams) -> jax.Array
     places = lengths[:, None] - 1 - np.arange(width)  # the profile has the last event first, the models read it last
     where = places >= 0
     order = np.maximum(places, 0)
-    unit = recommender.scale.to_unit(np.where(ratings > 0, ratings, np.nan))
+    unit = recommender.scale.to_unit(ratings)
     item = np.where(where, np.take_along_axis(items, order, axis=1), 0)
     rating = np.where(where, np.take_along_axis(unit, order, axis=1), np.float32(MISSING_RATING))
     gap = np.where(where, np.float32(recommender.gap), np.float32(UNKNOWN_GAP))

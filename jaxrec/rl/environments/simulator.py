@@ -41,7 +41,8 @@ class SimulatorParams(NamedTuple):
     length 1 or 0), `item_bias` [items + 1], `item_factors` [items + 1, factors], `user_bias` [users], `user_factors`
     [users, factors]; scalars of the module's text, `mean_rating` and `rating_noise` in stars, `rating_range` [3]: the
     scale's least, greatest, and step; `leave`: the probability to leave after a step. `profile` [users, RECENT] int32
-    are the items that a user comes with, the last one first, 0 where there are fewer; `profile_rating` their ratings.
+    are the items that a user comes with, the last one first, 0 where there are fewer; `profile_rating` their ratings,
+    NaN where an event has none.
     """
 
     item_item: jax.Array
@@ -95,7 +96,8 @@ def start_user(params: SimulatorParams, user: jax.Array) -> tuple[SimulatorState
     """User `user` [] int32 at its start."""
     recent = params.profile[user]
     taken = jnp.zeros(len(params.log_popularity), bool).at[recent].set(True).at[0].set(False)
-    state = SimulatorState(user.astype(jnp.int32), recent, params.profile_rating[user], taken, jnp.int32(-1))
+    rating = jnp.nan_to_num(params.profile_rating[user])
+    state = SimulatorState(user.astype(jnp.int32), recent, rating, taken, jnp.int32(-1))
     return state, observe(state)
 
 
@@ -124,12 +126,12 @@ def utilities(params: SimulatorParams, recent: jax.Array, taken: jax.Array) -> j
 def choice_logprobs(params: SimulatorParams, u: jax.Array, slate: jax.Array) -> jax.Array:
     """[k + 1] float32: log-probabilities that each slot of slate [k] int32 is taken, and last that nothing is.
 
-    What may not be taken, and an item that stands higher up already, is not taken.
+    What may not be taken, and an item that stands higher up already, is not taken; where nothing may be, nothing is.
     """
     repeated = jnp.tril(slate[:, None] == slate, k=-1).any(axis=1)
     examine = -params.position_bias * jnp.log(jnp.arange(1, len(slate) + 1, dtype=jnp.float32))
     shown = u[slate] + jnp.log(params.salience) + examine
-    rest = jax.nn.logsumexp(u.at[slate].set(NEVER))
+    rest = jnp.maximum(jax.nn.logsumexp(u.at[slate].set(NEVER)), NEVER / 2)  # above what may not be taken
     return jax.nn.log_softmax(jnp.append(jnp.where((u[slate] > NEVER / 2) & ~repeated, shown, NEVER), rest))
 
 
