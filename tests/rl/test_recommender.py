@@ -144,8 +144,8 @@ def test_play_is_a_loop_of_steps(
     monkeypatch: pytest.MonkeyPatch,
     drawn: bool,
 ) -> None:
-    """Two visits of three requests by three users, one after the other."""
-    monkeypatch.setattr(simulator_judge, "REQUESTS", 3)
+    """Two visits of six requests by three users, one after the other."""
+    monkeypatch.setattr(simulator_judge, "REQUESTS", 6)
     monkeypatch.setattr(simulator_judge, "VISITS", 2)
     few = params._replace(profile=params.profile[:3], profile_rating=params.profile_rating[:3])
     starts = start_states(recommender, few)
@@ -160,7 +160,7 @@ def test_play_is_a_loop_of_steps(
     for visit_key in jax.random.split(jax.random.key(5), 2):
         state, observation = first
         of_visit: set[int] = set()
-        for request_key in jax.random.split(visit_key, 3):
+        for request_key in jax.random.split(visit_key, 6):
             slate_key, step_key = jax.random.split(request_key)
             logits = logits_of(policy, environment, observation)
             slates = sample_slates(slate_key, logits, SLATE) if drawn else greedy_slates(logits, SLATE)
@@ -175,7 +175,8 @@ def test_play_is_a_loop_of_steps(
             rewards.append(reward)
         shown.append(len(of_visit) / 60)
     taken = np.array(slots) >= 0
-    assert 0 < taken.sum() < taken.size
+    assert taken[:5].any()  # so that later requests are of users who took something
+    assert not taken.all()
     np.testing.assert_allclose(played.taken, taken.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(played.rating, (taken * (np.array(stars) - 0.5) / 4.5).mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(played.reward, np.mean(rewards, axis=0), rtol=1e-6)
