@@ -3,9 +3,10 @@
 The store is read and never written; `serve/stores/sqlite.py` is its other side. A user's history at a recommendation is
 the events until its second, that second's included: to watch, and to ask for more within the second, is common. Events
 that name this recommendation or a later one are not of it, whatever a client's clock says; one that came just after it,
-in the same second, and names none is taken for history, though the server had not read it. Where the request told its
-time, events after that are left out, and events on items that the catalogue does not know always are: as the server
-does. Which events came late is not in the log.
+in the same second, and names none is taken for history, though the server had not read it, unless it is on an item of
+the slate, which is not made of what the user had before. Where the request told its time, events after that are left
+out, and events on items that the catalogue does not know always are: as the server does. Which events came late is not
+in the log.
 
 An event answers a recommendation if it names it and comes within the horizon, by the event's own clock: one that is
 early counts as at once. Later ones are history of what was shown after them all the same. Of what was shown less than
@@ -132,7 +133,8 @@ def read_served_log(path: Path, catalog: Catalog, answers_within: int | None = N
         for place, one in enumerate(of_user):
             reason = _unusable(one, index)
             known = None if reason else events.get(user_id)
-            history = None if known is None else _history_at(known, one, place)
+            slate = np.array([] if known is None else [index[item] for item in one.slate], np.int32)
+            history = None if known is None else _history_at(known, one, slate, place)
             if known is None or history is None or not len(history.items):
                 skipped[reason or NO_HISTORY] += 1
                 continue
@@ -147,7 +149,7 @@ def read_served_log(path: Path, catalog: Catalog, answers_within: int | None = N
                     user=users.setdefault(user_id, len(users)),
                     time=one.time,
                     history=history,
-                    slate=np.array([index[item] for item in one.slate], np.int32),
+                    slate=slate,
                     log_propensities=np.array(one.log_propensities, np.float64),
                     answers=known.history.items[answers],
                     answer_ratings=known.history.ratings[answers],
@@ -237,10 +239,12 @@ def _unusable(one: _Shown, index: Mapping[str, int]) -> str:
     return "" if all(item in index for item in one.slate) else UNKNOWN_ITEM
 
 
-def _history_at(events: _UserEvents, one: _Shown, place: int) -> History:
-    """The user's events on known items until a recommendation, but for those that name it or a later one; `place`: its
-    place among the user's recommendations."""
+def _history_at(events: _UserEvents, one: _Shown, slate: np.ndarray, place: int) -> History:
+    """The user's events on known items until a recommendation, but for those that name it or a later one, and those of
+    its second on items of its `slate` [k] int32; `place`: its place among the user's recommendations."""
     until = one.time if one.request_time is None else min(one.time, one.request_time)
     stop = np.searchsorted(events.history.times, until, side="right")
-    chosen = np.flatnonzero((events.named[:stop] < place) & (events.history.items[:stop] > 0))
+    items, times = events.history.items[:stop], events.history.times[:stop]
+    taken_from_it = (times == one.time) & np.isin(items, slate)
+    chosen = np.flatnonzero((events.named[:stop] < place) & (items > 0) & ~taken_from_it)
     return History(*(column[chosen] for column in events.history))

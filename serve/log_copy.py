@@ -63,7 +63,8 @@ def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> C
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("BEGIN")
         # Events last: what is shown and answered meanwhile is in the copy with its answers or not at all, and not as if
-        # nobody had answered it. Events that name what isn't in the copy do no harm.
+        # nobody had answered it (in Redis but for users whose events were copied already). Events that name what isn't
+        # in the copy do no harm.
         for shown in store.all_shown():
             connection.executemany(
                 f"{INSERT_SHOWN} {SHOWN_VALUES} ON CONFLICT DO NOTHING", [shown_row(one) for one in shown]

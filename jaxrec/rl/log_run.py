@@ -50,7 +50,7 @@ def rl_log_run(
     if not served.recommendations:
         hint = "; is the server run with --explore?" if DETERMINISTIC in served.skipped else ""
         raise DataError(f"{log}: nothing to learn from: {_counts(served)}{hint}")
-    if not _answered(served):
+    if not (_answered(served) or config.rewards.novelty or config.rewards.diversity):
         raise DataError(
             f"{log}: nothing to learn from: {_counts(served)}; do clients send the recommendation_id with the events "
             "that answer it?"

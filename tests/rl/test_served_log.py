@@ -94,6 +94,16 @@ def test_what_was_done_within_the_second_of_a_recommendation_is_history_of_it(
     assert [one.answers.tolist() for one in log.recommendations] == [[2], [4], []]
 
 
+def test_what_was_taken_from_a_slate_within_its_second_is_no_history_of_it(
+    small_data: PreparedData, tmp_path: Path
+) -> None:
+    """By a client that names no recommendation: of nine other items, and then of the one that was shown."""
+    write_log(tmp_path / "events.sqlite", small_data, [(100, None)] * 10, {"a": 100, "b": 101})
+    log = read_served_log(tmp_path / "events.sqlite", small_data.catalog, 0)
+    assert [one.slate.tolist() for one in log.recommendations] == [[10], [10]]
+    assert [items_of(one) for one in log.recommendations] == [[*range(1, 10)], [*range(1, 11)]]
+
+
 def test_the_horizon_is_by_default_within_which_99_percent_of_the_answers_came(
     dated: Callable[[int | None], ServedLog], small_data: PreparedData, tmp_path: Path
 ) -> None:

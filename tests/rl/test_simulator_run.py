@@ -216,6 +216,19 @@ def test_simulators_share_nobody(small_data: PreparedData) -> None:
     assert other.training.nats != found.training.nats
 
 
+def test_of_too_many_strangers_the_same_are_chosen_whatever_the_seed(
+    small_data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 80
+    monkeypatch.setattr("jaxrec.rl.two_simulators.MAX_USERS", most)
+    users = []
+    for seed in (0, 1):
+        found = two_simulators(log_of(small_data, users=2 * most), small_data, seed)
+        users.append((found.training_users.tolist(), found.judging_users.tolist()))
+    assert users[0] == users[1]
+    assert sum(map(len, users[0])) == most
+
+
 def test_too_few_strangers_or_ratings_are_named(small_data: PreparedData) -> None:
     with pytest.raises(DataError, match=r"39 users of 42 are others .* more than 10 events .*expected at least 40"):
         two_simulators(log_of(small_data, users=40), small_data, seed=0)
