@@ -44,14 +44,11 @@ TRAIN_SHARE = 0.5  # of the log's users; the others judge
 
 
 class FromLog(NamedTuple):
-    """What came of a log: the `judgement`, the new `variables` of PolicyHead, one record per update, and how many
-    recommendations trained and judged."""
+    """What came of a log: the `judgement`, the new `variables` of PolicyHead, and one record per update."""
 
     judgement: Judgement
     variables: Any
     steps: list[dict[str, float]]
-    train_rows: int
-    gate_rows: int
 
 
 def trains(names: Sequence[str], seed: int = 0) -> np.ndarray:
@@ -117,7 +114,7 @@ def train_from_log(
     variables = jax.tree.map(np.array, learner.head)
     judging = states.at(judging_rows)
     judgement = judge_from_log(graphdef, variables, current, scoring, training, judging, config, minimum_effective)
-    return FromLog(judgement, variables, steps, len(training_rows), len(judging_rows))
+    return FromLog(judgement, variables, steps)
 
 
 def _make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig) -> Any:
