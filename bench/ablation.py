@@ -20,19 +20,19 @@ import jax
 import numpy as np
 from quality import commit, without_folder
 
-from jaxrec import steps
-from jaxrec.batches import TrainBatch
 from jaxrec.config import ModelConfig, TrainConfig
-from jaxrec.cooccurrence import initial_embedding, neighbours
-from jaxrec.evaluate import ranks_by_request_time
+from jaxrec.data.batches import TrainBatch
+from jaxrec.data.prepare import PreparedData
+from jaxrec.data.store import read_prepared
+from jaxrec.evaluation.metrics import hit_rate, ndcg
+from jaxrec.evaluation.ranking import ranks_by_request_time
 from jaxrec.files import write_text
-from jaxrec.metrics import hit_rate, ndcg
 from jaxrec.models.features import Array
+from jaxrec.models.neighbours import initial_embedding, neighbours
 from jaxrec.models.sequence import TimeRatingAwareLSTM
-from jaxrec.prepare import PreparedData
-from jaxrec.runs import new_models
-from jaxrec.store import read_prepared
-from jaxrec.train import train_model
+from jaxrec.runs.train import new_models
+from jaxrec.training import step as steps
+from jaxrec.training.loop import train_model
 
 OUT = Path(__file__).with_name("ablation.md")
 

@@ -18,19 +18,19 @@ import numpy as np
 import pandas as pd
 from quality import commit, without_folder
 
-from jaxrec.batches import CaseBatch
 from jaxrec.config import PrepareConfig, TrainConfig
-from jaxrec.evaluate import Scorer, constant_scorer, jit_scorer, model_logits
+from jaxrec.data.batches import CaseBatch
+from jaxrec.data.prepare import PreparedData, prepare, prepare_files
+from jaxrec.data.schema import ITEM, RATING, TIME, UNKNOWN_GAP, USER
+from jaxrec.data.store import read_prepared, write_prepared
+from jaxrec.evaluation.metrics import bootstrap_mean, exclude_items
+from jaxrec.evaluation.ranking import Scorer, constant_scorer, jit_scorer, model_logits
 from jaxrec.files import write_text
-from jaxrec.metrics import bootstrap_mean, exclude_items
 from jaxrec.models.features import Events
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.prepare import PreparedData, prepare, prepare_files
-from jaxrec.report import hybrid_scorer
 from jaxrec.rl.rewards import genre_directions
-from jaxrec.runs import load_supervised, open_run, train_run
-from jaxrec.schema import ITEM, RATING, TIME, UNKNOWN_GAP, USER
-from jaxrec.store import read_prepared, write_prepared
+from jaxrec.runs.evaluate import hybrid_scorer
+from jaxrec.runs.train import load_supervised, open_run, train_run
 
 OUT = Path(__file__).with_name("cold_start.md")
 HIDDEN, CASES_PER_USER, MIN_HISTORY, TOP, BATCH = 0.1, 5, 5, 50, 64

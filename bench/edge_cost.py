@@ -2,9 +2,9 @@
 
     python bench/edge_cost.py
 
-Medians of several rounds in one process without a network: the wrapper of `serve.calls` (request id, metrics, status)
-beside the bare handler, the check of a token among ten, the counters of an answer, and a draw of ten items from a
-hundred.
+Medians of several rounds in one process without a network: the wrapper of `serve.front.calls` (request id, metrics,
+status) beside the bare handler, the check of a token among ten, the counters of an answer, and a draw of ten items from
+a hundred.
 """
 
 import statistics
@@ -16,11 +16,11 @@ from typing import Any
 import grpc
 import numpy as np
 
-from serve.calls import Calls
-from serve.exploration import Exploration
-from serve.metrics import Metrics
+from serve.front.auth import TokenInterceptor, Tokens
+from serve.front.calls import Calls
+from serve.model.exploration import Exploration
+from serve.observability.metrics import Metrics
 from serve.pb.recommender_pb2 import RecommendRequest, RecommendResponse
-from serve.security import TokenInterceptor, Tokens
 
 ROUNDS, CALLS = 15, 10_000
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import click
 
-from serve.history import Event
-from serve.store import EventStore, UserEvent, open_store
+from serve.model.events import Event
+from serve.stores.base import EventStore, UserEvent, open_store
 
 THREADS = 4
 EVENTS = 3

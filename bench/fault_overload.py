@@ -20,12 +20,12 @@ import grpc
 import numpy as np
 
 from bench.load import GRPC_HEADERS, framed, require_h2load
-from serve.artifact import read_artifact
-from serve.client import RecommenderClient, UserEvent
+from serve.client.sync import RecommenderClient, UserEvent
+from serve.model.artifact import read_artifact
 from serve.pb.recommender_pb2 import RecommendRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
-from serve.process import running_server
-from tests.serve.databases import free_port
+from tests.serve.process import running_server
+from tests.serve.stores.databases import free_port
 
 FACTOR = 5
 EVENTS = 50

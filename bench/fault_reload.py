@@ -21,13 +21,13 @@ import click
 import grpc
 
 from bench.model_versions import DAMAGES, add_version
-from serve.artifact import read_artifact
-from serve.history import Event as HistoryEvent
+from serve.model.artifact import read_artifact
+from serve.model.events import Event as HistoryEvent
+from serve.model.recommender import Query, Recommender
 from serve.pb import model_admin_pb2, recommender_pb2
 from serve.pb.model_admin_pb2_grpc import ModelAdminStub
 from serve.pb.recommender_pb2_grpc import RecommenderStub
-from serve.process import running_server
-from serve.recommender import Query, Recommender
+from tests.serve.process import running_server
 
 CALLERS = 4
 K = 10

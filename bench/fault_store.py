@@ -21,12 +21,12 @@ from pathlib import Path
 import click
 import grpc
 
-from serve.artifact import read_artifact
-from serve.client import Event, UserEvent
+from serve.client.sync import Event, UserEvent
+from serve.model.artifact import read_artifact
 from serve.pb.recommender_pb2 import GetUserProfileRequest, History, RecommendRequest, RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
-from serve.process import running_server
-from tests.serve.databases import DatabaseServer, NotInstalled, postgres_server, redis_server
+from tests.serve.process import running_server
+from tests.serve.stores.databases import DatabaseServer, NotInstalled, postgres_server, redis_server
 
 DEADLINE_S = 30.0
 DISK_BYTES = 2 * 2**20

@@ -21,7 +21,7 @@ from latency import HISTORIES, RECOMMEND, recommend_check, record, rpc_target, w
 from load import drive, require_h2load
 
 from serve.pb.recommender_pb2 import RecommendRequest
-from serve.process import running_server
+from tests.serve.process import running_server
 
 RATE = 100
 # File or function of a frame; looked for from the inside out.

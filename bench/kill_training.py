@@ -23,9 +23,9 @@ from typing import Any
 import click
 import numpy as np
 
-from jaxrec.prepare import prepare_directory
-from jaxrec.runs import CONTENT_FOLDER, HYBRID_FILE, LSTM_FOLDER, load_supervised, open_run
-from jaxrec.training_log import STEPS_FILE, read_epochs, read_steps
+from jaxrec.data.prepare import prepare_directory
+from jaxrec.runs.train import CONTENT_FOLDER, HYBRID_FILE, LSTM_FOLDER, load_supervised, open_run
+from jaxrec.training.log import STEPS_FILE, read_epochs, read_steps
 
 OPTIONS = ("--hidden", "32", "--max-length", "8", "--batch-tokens", "128", "--patience", "9")
 DEADLINE_SECONDS = 600
@@ -49,7 +49,7 @@ def start(arguments: list[str], cache: Path) -> subprocess.Popen[str]:
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "jaxrec.cli", "train", *arguments]
+    command = [sys.executable, "-m", "jaxrec.cli.main", "train", *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from serve.artifact import Artifact, read_artifact
-from serve.engine import Engine, Features, SearchBy, Step
+from serve.model.artifact import Artifact, read_artifact
+from serve.model.engine import Engine, Features, SearchBy, Step
 
 DAY = 86_400.0
 K = 10

@@ -17,13 +17,13 @@ import pandas as pd
 from flax import nnx
 
 from jaxrec.config import ModelConfig, PrepareConfig
-from jaxrec.cooccurrence import NEIGHBOURS, Neighbours
-from jaxrec.export.model_directory import export_model
+from jaxrec.data.prepare import prepare
+from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.neighbours import NEIGHBOURS, Neighbours
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
-from jaxrec.prepare import prepare
-from jaxrec.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
+from jaxrec.onnx.model_directory import export_model
 
 
 def random_neighbours(items: int, rng: np.random.Generator) -> Neighbours:

@@ -25,7 +25,7 @@ import click
 JAXREC = """
 import sys
 from pathlib import Path
-from jaxrec.prepare import prepare_directory
+from jaxrec.data.prepare import prepare_directory
 data = prepare_directory(Path(sys.argv[1]), None, Path(sys.argv[2]))
 print(data.log.events.event_count)
 """
@@ -95,7 +95,7 @@ print(sum(1 for _ in open(folder / f"{folder.name}.inter")) - 1)
 OPEN = """
 import sys, time
 from pathlib import Path
-from jaxrec.prepare import read_prepared
+from jaxrec.data.prepare import read_prepared
 times = []
 for _ in range(5):
     start = time.perf_counter()

@@ -20,17 +20,17 @@ import jax
 import numpy as np
 
 from jaxrec.config import PrepareConfig, SplitKind, Ties, TrainConfig
-from jaxrec.data_report import write_report
-from jaxrec.evaluate import Scorer, jit_scorer, model_logits, rank_cases
+from jaxrec.data.prepare import prepare_directory
+from jaxrec.data.report import write_report
+from jaxrec.data.split import Cases
+from jaxrec.data.store import read_prepared
+from jaxrec.evaluation.metrics import bootstrap_mean, coverage, hit_rate, ndcg, reciprocal_rank
+from jaxrec.evaluation.ranking import Scorer, jit_scorer, model_logits, rank_cases
 from jaxrec.files import new_file, write_text
-from jaxrec.metrics import bootstrap_mean, coverage, hit_rate, ndcg, reciprocal_rank
-from jaxrec.mix import neighbour_logits
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.prepare import prepare_directory
-from jaxrec.report import hybrid_scorer
-from jaxrec.runs import load_supervised, open_run, train_run
-from jaxrec.split import Cases
-from jaxrec.store import read_prepared
+from jaxrec.runs.evaluate import hybrid_scorer
+from jaxrec.runs.train import load_supervised, open_run, train_run
+from jaxrec.training.mix import neighbour_logits
 
 OUT = Path(__file__).with_name("quality.md")
 CASES_PER_USER = 10

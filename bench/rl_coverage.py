@@ -3,7 +3,7 @@ bench/rl_coverage.md.
 
     python -m bench.rl_coverage [--logs 100] [--processes 2]
 
-The environment is the user with an acquired taste (`jaxrec.rl.environments.synthetic`), and the value of a policy is
+The environment is the user with an acquired taste (`bench.synthetic`), and the value of a policy is
 what a new user takes in the first H steps of its visit: exact, by a sweep over all states for each step (Sutton and
 Barto 2018, section 4.1). Logs are visits of the logging policy, with its propensities, cut at H steps. A visit is a
 slate whose slots are the steps, since what is taken depends on what was shown before and not on what comes after: step
@@ -32,11 +32,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.coverage_tables import Judged, coverage_table, size_table
+from bench.from_environment_log import FromLogConfig, collect_log, fit_to_log, next_item_loss, off_policy_loss
 from bench.quality import commit
-from jaxrec.files import write_text
-from jaxrec.rl.environment_policy import act, new_policy, probabilities
-from jaxrec.rl.environments.synthetic import SyntheticState, acquired_taste, logging_logprobs, synthetic_environment
-from jaxrec.rl.environments.synthetic_exact import (
+from bench.synthetic import SyntheticState, acquired_taste, logging_logprobs, synthetic_environment
+from bench.synthetic_exact import (
     action_values,
     all_states,
     build_model,
@@ -45,8 +44,8 @@ from jaxrec.rl.environments.synthetic_exact import (
     value,
     values_by_steps,
 )
-from jaxrec.rl.from_environment_log import FromLogConfig, collect_log, fit_to_log, next_item_loss, off_policy_loss
-from jaxrec.rl.offline_evaluation.estimators import (
+from jaxrec.files import write_text
+from jaxrec.rl.ope.estimators import (
     Terms,
     doubly_robust,
     ips,
@@ -54,8 +53,9 @@ from jaxrec.rl.offline_evaluation.estimators import (
     self_normalized_doubly_robust,
     snips,
 )
-from jaxrec.rl.offline_evaluation.intervals import interval_of, percentile, replicates, studentized
-from jaxrec.rl.offline_evaluation.weights import Weights, effective_sample_size, over_slots, slate_weights
+from jaxrec.rl.ope.intervals import interval_of, percentile, replicates, studentized
+from jaxrec.rl.ope.weights import Weights, effective_sample_size, over_slots, slate_weights
+from jaxrec.rl.simulated.environment_policy import act, new_policy, probabilities
 
 OUT = Path(__file__).with_name("rl_coverage.md")
 PARAMS = acquired_taste()

@@ -22,7 +22,7 @@ from scipy.special import log_softmax
 from bench.coverage_tables import Judged, coverage_table, over_seeds, size_table
 from bench.quality import commit
 from jaxrec.files import write_text
-from jaxrec.rl.offline_evaluation.estimators import (
+from jaxrec.rl.ope.estimators import (
     Terms,
     doubly_robust,
     ips,
@@ -31,8 +31,8 @@ from jaxrec.rl.offline_evaluation.estimators import (
     snips,
     switch_doubly_robust,
 )
-from jaxrec.rl.offline_evaluation.gating import MINIMUM_EFFECTIVE, Decision, gate
-from jaxrec.rl.offline_evaluation.intervals import (
+from jaxrec.rl.ope.gate import MINIMUM_EFFECTIVE, Decision, gate
+from jaxrec.rl.ope.intervals import (
     SAMPLES,
     Method,
     bias_corrected_accelerated,
@@ -40,7 +40,7 @@ from jaxrec.rl.offline_evaluation.intervals import (
     percentile,
     studentized,
 )
-from jaxrec.rl.offline_evaluation.weights import (
+from jaxrec.rl.ope.weights import (
     Weights,
     effective_sample_size,
     importance_weights,

@@ -3,7 +3,7 @@
     python -m bench.rl_loop --work FOLDER RATINGS
 
 Half of the log's users train a run (`jaxrec train`, defaults). The other half, whom it never sees, are the users of the
-simulator, which is fitted on them and is of another family of models (`jaxrec.rl.environments.simulator`).
+simulator, which is fitted on them and is of another family of models (`jaxrec.rl.simulated.users`).
 
 A round: every simulated user comes with 20 successive events of its own (others in each round, so that histories do
 not grow over the rounds), asks the server over gRPC for slates, takes an item or none, rates it, and records that with
@@ -29,22 +29,22 @@ import pandas as pd
 
 from bench.intervals import student
 from bench.quality import commit
-from jaxrec.catalog import Catalog
 from jaxrec.config import LOG_RL, RewardWeights, RLConfig
-from jaxrec.export.run import export_run
+from jaxrec.data.catalog import Catalog
+from jaxrec.data.histories import Histories
+from jaxrec.data.prepare import PreparedData, prepare_files, read_prepared, write_prepared
+from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.files import write_text
-from jaxrec.histories import Histories
-from jaxrec.prepare import PreparedData, prepare_files, read_prepared, write_prepared
-from jaxrec.rl.environments.fit_simulator import SimulatorFit, fit_simulator, profiles, simulator_histories
-from jaxrec.rl.environments.simulator import SimulatorParams, reward_terms, start_user, step
-from jaxrec.rl.log_run import rl_log_run
-from jaxrec.rl.offline_evaluation.gating import MINIMUM_EFFECTIVE
-from jaxrec.runs import open_run, train_run
-from jaxrec.schema import ITEM, RATING, TIME, USER
-from serve.client import Connection, RecommenderClient, UserEvent, recommend_request
+from jaxrec.rl.ope.gate import MINIMUM_EFFECTIVE
+from jaxrec.rl.simulated.fit import SimulatorFit, fit_simulator, profiles, simulator_histories
+from jaxrec.rl.simulated.users import SimulatorParams, reward_terms, start_user, step
+from jaxrec.runs.export import export_run
+from jaxrec.runs.rl_served import rl_log_run
+from jaxrec.runs.train import open_run, train_run
+from serve.client.sync import Connection, RecommenderClient, UserEvent, recommend_request
 from serve.pb.model_admin_pb2 import LoadModelRequest
 from serve.pb.model_admin_pb2_grpc import ModelAdminStub
-from serve.process import running_server
+from tests.serve.process import running_server
 
 OUT = Path(__file__).with_name("rl_loop.md")
 BATCH, RECORDED = 128, 1000  # recommendations and events per call

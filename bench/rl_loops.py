@@ -1,4 +1,4 @@
-"""The update of `jaxrec.rl.on_policy` as loops in NumPy and PyTorch, for bench/rl_synthetic.py; imports no JAX.
+"""The update of `jaxrec.rl.simulated.train` as loops in NumPy and PyTorch, for bench/rl_synthetic.py; imports no JAX.
 
     TORCH_PYTHON bench/rl_loops.py PARAMS.npz CONFIG_JSON
 

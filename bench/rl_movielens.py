@@ -32,22 +32,22 @@ import jax.numpy as jnp
 import numpy as np
 from quality import commit
 
-from jaxrec.batches import case_batches
 from jaxrec.config import RewardWeights, RLConfig
-from jaxrec.evaluate import rank_cases
+from jaxrec.data.batches import case_batches
+from jaxrec.data.prepare import PreparedData
+from jaxrec.evaluation.metrics import Estimate, bootstrap_mean, coverage, exclude_items, ndcg, rank_of_target
+from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.files import new_file, write_text
-from jaxrec.metrics import Estimate, bootstrap_mean, coverage, exclude_items, ndcg, rank_of_target
 from jaxrec.models.cooccurrence import recent_items
-from jaxrec.prepare import PreparedData
-from jaxrec.report import best_window, recent_scorer
-from jaxrec.rl.judge import CASES_PER_BATCH, TOP, CaseStates, Judged, case_states, decide, make_judge
-from jaxrec.rl.learner import make_updates, pay
-from jaxrec.rl.methods import METHODS, REINFORCE
+from jaxrec.rl.logged.evaluate import CASES_PER_BATCH, TOP, CaseStates, Judged, case_states, decide, make_judge
+from jaxrec.rl.logged.learner import make_updates, pay
+from jaxrec.rl.logged.methods import METHODS, REINFORCE
+from jaxrec.rl.logged.train import Problem, new_problem, settled
 from jaxrec.rl.policy import greedy_slates
 from jaxrec.rl.rewards import reward_terms, total_reward
 from jaxrec.rl.scoring import Scoring, returns, supervised_logits
-from jaxrec.rl.train_policy import Problem, new_problem, settled
-from jaxrec.runs import load_supervised, open_run
+from jaxrec.runs.evaluate import best_window, recent_scorer
+from jaxrec.runs.train import load_supervised, open_run
 
 OUT = Path(__file__).with_name("rl_movielens.md")
 SUPERVISED, POLICY, GREEDY, CROSS_ENTROPY = (

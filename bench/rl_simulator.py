@@ -3,8 +3,8 @@
     python -m bench.rl_simulator --work FOLDER RATINGS
 
 Half of the log's users train a run (`jaxrec train`, defaults). The others, whom it never sees, make two simulators
-(`jaxrec.rl.two_simulators`): half of them train the policy (taste by nearest neighbours), the other half judge it
-(taste by EASE). What is trained is what `jaxrec rl RUN --simulator` trains, from the supervised policy on.
+(`jaxrec.rl.simulated.split_people`): half of them train the policy (taste by nearest neighbours), the other half judge
+it (taste by EASE). What is trained is what `jaxrec rl RUN --simulator` trains, from the supervised policy on.
 
 Judged are slates of the best items, as a server shows them, and slates drawn at the temperature of the training. Every
 judging user pays 5 visits of 10 requests, with the same random numbers for all policies. The reward is half for taking
@@ -26,17 +26,17 @@ import numpy as np
 from bench.quality import commit
 from bench.rl_loop import interval, trained_half
 from jaxrec.config import SIMULATOR_RL, RLConfig
+from jaxrec.evaluation.metrics import ndcg
 from jaxrec.files import write_text
-from jaxrec.metrics import ndcg
-from jaxrec.rl.environments.fit_simulator import SimulatorFit
-from jaxrec.rl.judge import TOP, Judged
-from jaxrec.rl.on_policy import make_updates, new_learner, roll_out
-from jaxrec.rl.policy_run import policy_in_use
-from jaxrec.rl.recommender_policy import TEMPERATURE, RecommenderParams
-from jaxrec.rl.simulator_judge import Measured, decide
-from jaxrec.rl.simulator_run import Problem, new_problem, on_policy_config, train
-from jaxrec.rl.two_simulators import TwoSimulators, two_simulators
-from jaxrec.runs import load_supervised, open_run
+from jaxrec.rl.logged.evaluate import TOP, Judged
+from jaxrec.rl.simulated.evaluate import Measured, decide
+from jaxrec.rl.simulated.fit import SimulatorFit
+from jaxrec.rl.simulated.policy import TEMPERATURE, RecommenderParams
+from jaxrec.rl.simulated.split_people import TwoSimulators, two_simulators
+from jaxrec.rl.simulated.train import make_updates, new_learner, roll_out
+from jaxrec.runs.rl_logged import policy_in_use
+from jaxrec.runs.rl_simulated import Problem, new_problem, on_policy_config, train
+from jaxrec.runs.train import load_supervised, open_run
 
 OUT = Path(__file__).with_name("rl_simulator.md")
 SUPERVISED, TRAINED, PERMUTED = "supervised", "on-policy", "permuted rewards"

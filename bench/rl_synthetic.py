@@ -2,7 +2,7 @@
 
     python -m bench.rl_synthetic [--parts values,speed] [--torch PYTHON]
 
-Values are exact (`jaxrec.rl.environments.synthetic_exact`): what a new user takes until it leaves, as a share of what
+Values are exact (`bench.synthetic_exact`): what a new user takes until it leaves, as a share of what
 it takes under the best policy, which policy iteration finds. Policies are judged as they draw, and in the last column
 as the ones that always take their likeliest item. Intervals are 95 % Student intervals over the seeds.
 
@@ -26,12 +26,11 @@ import click
 import jax
 import numpy as np
 
+from bench.from_environment_log import FromLogConfig, collect_log, fit_to_log, next_item_loss, off_policy_loss
 from bench.intervals import student
 from bench.quality import commit
-from jaxrec.files import write_text
-from jaxrec.rl.environment_policy import EnvironmentPolicy, Params, new_policy, probabilities
-from jaxrec.rl.environments.synthetic import acquired_taste, logging_logprobs, synthetic_environment
-from jaxrec.rl.environments.synthetic_exact import (
+from bench.synthetic import acquired_taste, logging_logprobs, synthetic_environment
+from bench.synthetic_exact import (
     all_states,
     best_policy,
     build_model,
@@ -39,8 +38,9 @@ from jaxrec.rl.environments.synthetic_exact import (
     logging_policy,
     value,
 )
-from jaxrec.rl.from_environment_log import FromLogConfig, collect_log, fit_to_log, next_item_loss, off_policy_loss
-from jaxrec.rl.on_policy import OnPolicyConfig, make_updates, new_learner, train_on_policy
+from jaxrec.files import write_text
+from jaxrec.rl.simulated.environment_policy import EnvironmentPolicy, Params, new_policy, probabilities
+from jaxrec.rl.simulated.train import OnPolicyConfig, make_updates, new_learner, train_on_policy
 
 OUT = Path(__file__).with_name("rl_synthetic.md")
 PARAMS = acquired_taste()

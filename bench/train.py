@@ -6,8 +6,8 @@
 
 Each prints a section of bench/train.md. `step` interleaves the ways in rounds within one process, so that a busy moment
 of the machine hits all alike; ratios are medians of the rounds' ratios. All ways run after
-`jaxrec.host_memory.keep_freed_memory`, which is part of jaxrec's step and helps the others, too; with `--plain-malloc`
-all run without it.
+`jaxrec.training.host_memory.keep_freed_memory`, which is part of jaxrec's step and helps the others, too; with
+`--plain-malloc` all run without it.
 """
 
 import functools
@@ -28,18 +28,18 @@ import numpy as np
 from flax import nnx
 from train_steps import Shape, Step, our_step, plain_jax_step, random_batch, random_weights, torch_step
 
-from jaxrec.batches import MAX_EARLIER, TrainBatch, TrainingData
 from jaxrec.config import ModelConfig, TrainConfig
-from jaxrec.cooccurrence import initial_embedding, neighbours
-from jaxrec.evaluate import jit_scorer, model_logits, rank_cases
-from jaxrec.host_memory import keep_freed_memory
-from jaxrec.metrics import hit_rate, ndcg
+from jaxrec.data.batches import MAX_EARLIER, TrainBatch, TrainingData
+from jaxrec.data.prepare import read_prepared
+from jaxrec.evaluation.metrics import hit_rate, ndcg
+from jaxrec.evaluation.ranking import jit_scorer, model_logits, rank_cases
 from jaxrec.models.features import Events
+from jaxrec.models.neighbours import initial_embedding, neighbours
 from jaxrec.models.sequence import TimeRatingAwareLSTM
-from jaxrec.prepare import read_prepared
-from jaxrec.runs import new_models
-from jaxrec.sharding import data_mesh
-from jaxrec.steps import initial_state, make_optimizer, make_train_step, softmax_sample
+from jaxrec.runs.train import new_models
+from jaxrec.training.host_memory import keep_freed_memory
+from jaxrec.training.sharding import data_mesh
+from jaxrec.training.step import initial_state, make_optimizer, make_train_step, softmax_sample
 
 OURS, TORCH, PLAIN = "jaxrec", "PyTorch nn.LSTM", "plain JAX"
 GRU4REC_NDCG = 0.099  # ML-100K, leave-one-out, test

@@ -15,8 +15,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxrec.losses import next_item_loss
 from jaxrec.models.lstm import LSTM
+from jaxrec.training.losses import next_item_loss
 
 LEARNING_RATE = 1e-3
 
@@ -65,7 +65,7 @@ def random_weights(shape: Shape, seed: int = 0) -> Weights:
 
 def random_batch(shape: Shape, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Items and next items, each [batch, length] int32: popularity as 1 / (rank + 10), one row in eight padded at its
-    end, about 1 % in all, which is what `jaxrec.batches` leaves."""
+    end, about 1 % in all, which is what `jaxrec.data.batches` leaves."""
     rng = np.random.default_rng(seed)
     popularity = 1 / (np.arange(shape.items) + 10)
     events = 1 + rng.choice(shape.items, (shape.batch, shape.length + 1), p=popularity / popularity.sum())

@@ -5,13 +5,13 @@ import enum
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_type_hints
 
-from jaxrec.schema import RatingScale
+from jaxrec.data.schema import RatingScale
 
 Config = TypeVar("Config")
 
 
 class SplitKind(enum.StrEnum):
-    """How the log is cut into training, validation and test (see `jaxrec.split`)."""
+    """How the log is cut into training, validation and test (see `jaxrec.data.split`)."""
 
     LEAVE_ONE_OUT = "leave-one-out"
     TEMPORAL = "temporal"
@@ -37,7 +37,7 @@ class Ties(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-    """`rating_scale` None means: recognize it (`jaxrec.schema.infer_rating_scale`)."""
+    """`rating_scale` None means: recognize it (`jaxrec.data.schema.infer_rating_scale`)."""
 
     min_user_ratings: int = 10
     min_movie_ratings: int = 5
@@ -65,7 +65,7 @@ class ModelConfig:
 class TrainConfig:
     """Training of one sequence model. `patience`: epochs without a better validation NDCG@10 before it stops.
     `sampled_items`: how many items estimate the softmax's normalizer in a step; 0: all of them are computed; None: by
-    the catalogue's size (`jaxrec.steps.softmax_sample`)."""
+    the catalogue's size (`jaxrec.training.step.softmax_sample`)."""
 
     seed: int = 0
     max_epochs: int = 16

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxrec.schema import DataError
+from jaxrec.data.schema import DataError
 
 
 @contextlib.contextmanager

@@ -8,6 +8,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # And faiss' threads of OpenMP, which spin too: batches from an index took 23 to 60 times the CPU.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from serve.cli import main
+from serve.cli.main import main
 
 main(prog_name="python -m serve")

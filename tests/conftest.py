@@ -11,13 +11,13 @@ import pytest
 from flax import nnx
 
 from jaxrec.config import ModelConfig, PrepareConfig
-from jaxrec.cooccurrence import neighbours
-from jaxrec.export.model_directory import export_model
+from jaxrec.data.prepare import PreparedData, prepare
+from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid, PolicyHead
+from jaxrec.models.neighbours import neighbours
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
-from jaxrec.prepare import PreparedData, prepare
-from jaxrec.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
+from jaxrec.onnx.model_directory import export_model
 
 # Tests build the same small models again and again: each program is compiled once per test run.
 _COMPILED = tempfile.TemporaryDirectory(prefix="jaxrec-tests-")

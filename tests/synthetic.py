@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from jaxrec.schema import ITEM, RATING, TIME, USER
+from jaxrec.data.schema import ITEM, RATING, TIME, USER
 
 
 def random_log(users: int, items: int, max_events: int, seed: int) -> pd.DataFrame:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxrec.data.schema import DataError
 from jaxrec.files import new_directory, new_file
-from jaxrec.schema import DataError
 
 MARKER = "kind.json"
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxrec.evaluate import rank_cases
+from jaxrec.data.prepare import PreparedData
+from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.prepare import PreparedData
-from jaxrec.report import hybrid_scorer
-from serve.artifact import read_artifact
-from serve.history import Event
-from serve.recommender import Query, Recommender
+from jaxrec.runs.evaluate import hybrid_scorer
+from serve.model.artifact import read_artifact
+from serve.model.events import Event
+from serve.model.recommender import Query, Recommender
 
 
 @pytest.mark.parametrize("max_history", [50, 7], ids=["whole", "truncated"])

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrec.cooccurrence import Neighbours
 from jaxrec.models.features import Array
+from jaxrec.models.neighbours import Neighbours
 from jaxrec.models.sequence import FixedTable
 
 RECENT = 10  # events that score; the eleventh would weigh RECENT_DECAY ** 10 = 6 %

@@ -20,7 +20,8 @@ NEVER = -1e30  # the logit of padding and of excluded items
 
 class TimeRatingAwareLSTM(nnx.Module):
     """Movie, rating and time. `item_count` is without padding; `item_embedding` [items + 1, embedding] float32 is what
-    the item embedding starts as (`jaxrec.cooccurrence.initial_embedding`), small random vectors where it is None."""
+    the item embedding starts as (`jaxrec.models.neighbours.initial_embedding`), small random vectors where it is
+    None."""
 
     def __init__(
         self, item_count: int, config: ModelConfig, *, rngs: nnx.Rngs, item_embedding: np.ndarray | None = None

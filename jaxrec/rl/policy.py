@@ -1,6 +1,6 @@
 """Slates drawn without replacement (Plackett-Luce), their exact log-probabilities, and distances between policies.
 
-Logits are [..., items + 1]; what may not be recommended holds NEVER (`jaxrec.metrics.exclude_items`).
+Logits are [..., items + 1]; what may not be recommended holds NEVER (`jaxrec.evaluation.metrics.exclude_items`).
 """
 
 import jax

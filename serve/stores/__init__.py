@@ -1,1 +1,1 @@
-"""The databases behind `serve.store.EventStore`."""
+"""The databases behind `serve.stores.base.EventStore`."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from serve.store import Shown, SpilledState, StoreError, digest
+from serve.stores.base import Shown, SpilledState, StoreError, digest
 
 logger = logging.getLogger(__name__)
 

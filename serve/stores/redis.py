@@ -24,8 +24,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from serve.history import Event
-from serve.store import (
+from serve.model.events import Event
+from serve.stores.base import (
     DELETION_S,
     MOST_EVENTS,
     Changes,

@@ -15,8 +15,8 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from serve.history import Event
-from serve.store import (
+from serve.model.events import Event
+from serve.stores.base import (
     DELETION_S,
     MOST_EVENTS,
     Changes,
@@ -99,7 +99,7 @@ ALTER TABLE shown ADD COLUMN excluded_item_ids TEXT NOT NULL DEFAULT '[]';
 # By the version of an older store, what comes before SCHEMA: version 1 knows no `shown`, that of 2 and 3 is the same.
 UPDATES = {1: FROM_VERSION_1, 2: FROM_VERSION_2, 3: FROM_VERSION_2}
 FILL_USERS = "INSERT OR IGNORE INTO users SELECT user_id, min(arrival), max(arrival) FROM events GROUP BY user_id"
-# In a copy of a log that no store was opened on, see `serve.log_copy`: it may be replaced by a newer one.
+# In a copy of a log that no store was opened on, see `serve.stores.copy`: it may be replaced by a newer one.
 MARK_COPY = "CREATE TABLE untouched_copy (marked INTEGER) STRICT"
 UNMARK_COPY = "DROP TABLE IF EXISTS untouched_copy"
 LOCK_TIMEOUT_S = 5.0

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from jaxrec.config import TrainConfig, to_json
+from jaxrec.data.prepare import PreparedData, write_prepared
 from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.prepare import PreparedData, write_prepared
-from jaxrec.runs import SCHEMA_VERSION
+from jaxrec.runs.train import SCHEMA_VERSION
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,13 @@ from pathlib import Path
 import grpc
 import pytest
 
-from serve.artifact import Artifact, read_artifact
-from serve.client import RecommenderClient
-from serve.loaded import one_model
+from serve.client.sync import RecommenderClient
+from serve.front.server import create_server
+from serve.model.artifact import Artifact, read_artifact
+from serve.model.recommender import Recommender
 from serve.pb.recommender_pb2_grpc import RecommenderStub
-from serve.recommender import Recommender
-from serve.server import create_server
-from serve.store import EventStore, open_store
+from serve.serving.loaded import one_model
+from serve.stores.base import EventStore, open_store
 
 
 @pytest.fixture(scope="session")

@@ -37,13 +37,13 @@ def test_running_server_has_loaded_nothing_of_training(model_directory: Path, tm
     program = f"""
 import sys
 from pathlib import Path
-import serve.cli, serve.offline, serve.process
-from serve.artifact import read_artifact
-from serve.client import RecommenderClient
-from serve.recommender import Recommender
-from serve.server import create_server
-from serve.loaded import one_model
-from serve.store import open_store
+import serve.cli.main, serve.cli.recommend, tests.serve.process
+from serve.model.artifact import read_artifact
+from serve.client.sync import RecommenderClient
+from serve.model.recommender import Recommender
+from serve.front.server import create_server
+from serve.serving.loaded import one_model
+from serve.stores.base import open_store
 with open_store(Path({str(tmp_path / "s")!r})) as store:
     models = one_model(Recommender(read_artifact(Path({str(model_directory)!r}))), store)
     server = create_server(models, store, "127.0.0.1:0")

@@ -1,0 +1,178 @@
+"""Adds events to prepared data: its log is taken as it is, and only the users with new events are sorted again.
+
+What holds: append(prepare(a), b) has the events, the cases and the catalogue of prepare(a + b), where a + b are the
+rows of a and then those of b. Known users and items keep their indices, and new ones come after them, so the order of
+the ids differs; a model that was trained before still fits. Limits: the rating scale stays that of a; times that are
+exact to the millisecond order events within one second of b, not between a and b; and where prepare(a + b) would drop
+an item or a user of prepare(a) (the temporal cut moves back, or a filter that is fitted on training loses an event to
+the test), its index stays, in the catalogue or without events.
+"""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+
+from jaxrec.data.columns import ColumnWriter, release
+from jaxrec.data.event_log import EVENT_TYPES, DuplicatesError, EventLog, SortedLog, open_log, sort_log
+from jaxrec.data.filtering import blocks
+from jaxrec.data.ids import IdMap, write_ids
+from jaxrec.data.prepare import prepare_log
+from jaxrec.data.reading.bad_rows import QUARANTINE_FILE, OnBadRows, bad_rows
+from jaxrec.data.reading.check import Loaded, ReadOptions, load
+from jaxrec.data.reading.connection import MEMORY_GB, quoted
+from jaxrec.data.reading.formats import relation_of
+from jaxrec.data.reading.read import input_counts, movies_for, reading
+from jaxrec.data.reading.rules import IdKind
+from jaxrec.data.schema import ITEM, DataError
+from jaxrec.data.store import (
+    LOG_FOLDER,
+    AddFiles,
+    PreparedData,
+    finish,
+    new_data_folder,
+    read_all_movies,
+    read_prepared,
+    write_movies,
+)
+
+
+def append_directory(
+    data: Path,
+    ratings: Path,
+    movies: Path | None,
+    out: Path,
+    options: ReadOptions = ReadOptions(),
+    on_bad_rows: OnBadRows = OnBadRows.FAIL,
+    memory_gb: float = MEMORY_GB,
+    add_files: AddFiles | None = None,
+) -> PreparedData:
+    """Writes prepared `data` with the events of `ratings` added to `out`, which may be `data` itself.
+
+    Configuration, kinds of ids and rating scale stay as they were; rows set aside before stay in quarantine.csv.
+    Raises DataError for bad input, for an event that `data` already has, and where `out` cannot be written; `out` then
+    stays as it was.
+    """
+    old = read_prepared(data)
+    if old.log is None:
+        raise DataError(f"{data}: holds no log to append to; prepare again")
+    log = old.log
+    options = dataclasses.replace(
+        options, users=_kind(log.users), items=_kind(log.items), scale=old.config.rating_scale or options.scale
+    )
+    with (
+        new_data_folder(out) as folder,
+        reading(ratings, movies, memory_gb, out.parent) as (scratch, source, connection),
+    ):
+        relation = relation_of(source, options.columns, connection)
+        (scratch / "sorted").mkdir()
+        with bad_rows(on_bad_rows, folder, data / QUARANTINE_FILE) as bad:
+
+            def read(exact: bool) -> tuple[Loaded, SortedLog]:
+                loaded = load(connection, relation, options, bad, scratch, exact)
+                _insert_old_events(connection, log, data, loaded.exact)
+                reported = bad if loaded.exact else None
+                return loaded, sort_log(connection, scratch / "sorted", old.config.ties, old.config.seed, reported)
+
+            try:
+                loaded, found = read(exact=False)
+            except DuplicatesError:
+                loaded, found = read(exact=True)
+            bad.fail_if_any()
+        connection.close()
+        (folder / LOG_FOLDER).mkdir()
+        merged = merge_logs(log, found.log, folder / LOG_FOLDER)
+        given = movies_for(source, merged)
+        all_movies = _joined_movies(given, read_all_movies(data, log.items.raw_ids.dtype))
+        write_movies(all_movies, folder / LOG_FOLDER)
+        config = dataclasses.replace(old.config, rating_scale=loaded.scale)
+        result = prepare_log(merged, all_movies, config, folder, old.users, old.catalog.ids)
+        finish(dataclasses.replace(result, input=input_counts(str(source), loaded, found, bad)), folder, add_files)
+    return read_prepared(out)
+
+
+def merge_logs(old: EventLog, new: EventLog, folder: Path) -> EventLog:
+    """Writes one log into `folder`: `new` holds all events of each of its users, and `old` those of the others.
+
+    Old users and items keep their indices, and new ones follow.
+    """
+    items = _extended(old.items, new.items)
+    users = _extended(old.users, new.users)
+    item_codes = np.concatenate([[0], items.encode(new.items.raw_ids)]).astype(np.int32)
+    place = new.users.encode(users.raw_ids).astype(np.int64) - 1  # each user's place in `new`, -1 for none
+    from_new = place >= 0
+    old_lengths = np.concatenate([old.events.lengths(), np.zeros(len(users) - len(old.users), np.int64)])
+    old_starts = np.concatenate([old.events.offsets[:-1], np.zeros(len(users) - len(old.users), np.int64)])
+    lengths = np.where(from_new, new.events.lengths()[place], old_lengths)
+    starts = np.where(from_new, new.events.offsets[:-1][place], old_starts)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    with contextlib.ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(ColumnWriter(folder / f"{name}.npy", kind)) for name, kind in EVENT_TYPES.items()
+        }
+        for block in blocks(offsets):
+            rows = block.per_event(starts[block.users]) + block.positions()
+            of_new = block.per_event(from_new[block.users])
+            for name, writer in writers.items():
+                old_column, new_column = getattr(old.events, name), getattr(new.events, name)
+                column = np.empty(len(rows), EVENT_TYPES[name])
+                column[~of_new] = old_column[rows[~of_new]]
+                added = new_column[rows[of_new]]
+                column[of_new] = item_codes[added] if name == "items" else added
+                writer.write(column)
+                release(old_column, new_column)
+    np.save(folder / "offsets.npy", offsets)
+    write_ids(users, folder / "user_ids.npy")
+    write_ids(items, folder / "item_ids.npy")
+    return open_log(folder)
+
+
+def _insert_old_events(connection: duckdb.DuckDBPyConnection, log: EventLog, data: Path, exact: bool) -> None:
+    """Puts the old events of users with new ones before these in `events`."""
+    found = np.ma.getdata(connection.execute("SELECT DISTINCT user FROM events").fetchnumpy()["user"])
+    codes = log.users.encode(found)
+    affected = np.sort(codes[codes > 0].astype(np.int64) - 1)
+    connection.execute("ALTER TABLE events RENAME TO added")
+    connection.execute("CREATE OR REPLACE TABLE events AS SELECT * FROM added LIMIT 0")
+    origin = f"{quoted(str(data))}, line, ''" if exact else "true"
+    for block in blocks(log.events.offsets, affected):
+        frame = pd.DataFrame(
+            {
+                "user": block.per_event(log.users.raw_ids[block.users]),
+                "item": log.items.raw_ids[log.events.items[block.rows] - 1],
+                "rating": log.events.ratings[block.rows],
+                "time": log.events.times[block.rows],
+                "line": _numbers(block.rows) + 1,
+            }
+        )
+        connection.register("old", frame)
+        connection.execute(
+            f"INSERT INTO events SELECT user, item, CASE WHEN NOT isnan(rating) THEN rating END, time, 0, {origin} "
+            f"FROM old"
+        )
+        connection.unregister("old")
+    connection.execute("INSERT INTO events SELECT * FROM added ORDER BY rowid")
+    connection.execute("DROP TABLE added")
+
+
+def _numbers(rows: slice | np.ndarray) -> np.ndarray:
+    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+
+
+def _extended(known: IdMap, found: IdMap) -> IdMap:
+    """The known ids, then the others of `found`, in their order."""
+    new = found.raw_ids[known.encode(found.raw_ids) == 0]
+    return IdMap(np.concatenate([known.raw_ids, new]), distinct=True)
+
+
+def _joined_movies(given: pd.DataFrame | None, known: pd.DataFrame | None) -> pd.DataFrame | None:
+    """What is given now goes before what was known."""
+    frames = [frame for frame in (given, known) if frame is not None]
+    return pd.concat(frames).drop_duplicates(ITEM, ignore_index=True) if frames else None
+
+
+def _kind(ids: IdMap) -> IdKind:
+    return IdKind.INTEGER if ids.raw_ids.dtype == np.int64 else IdKind.TEXT

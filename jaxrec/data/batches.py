@@ -1,0 +1,209 @@
+"""Training and evaluation batches, each of one shape: a step compiles once, and little is padding."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from jaxrec.data.histories import Histories
+from jaxrec.data.prepare import PreparedData
+from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP
+from jaxrec.data.split import Cases
+from jaxrec.models.features import Events
+
+Item = TypeVar("Item")
+
+
+MAX_EARLIER = 1000  # of what a user took before a window, the most recent items are known to be no candidates
+
+
+class TrainBatch(NamedTuple):
+    """Rows that hold several windows back to back: `events` [batch, length]; `starts` [batch, length] bool is True
+    where a window begins and the recurrent state must be forgotten; `target` [batch, length] int32 is the next item
+    (0 at padding) and `target_gap` [batch, length] float32 the seconds until it; `earlier` [batch, width] int32 what
+    the row's user took before its window, the last item first (0 = no more)."""
+
+    events: Events
+    starts: np.ndarray
+    target: np.ndarray
+    target_gap: np.ndarray
+    earlier: np.ndarray
+
+
+class CaseBatch(NamedTuple):
+    """`events` [batch, length] before each target, `request_gap` [batch] float32 seconds until it, `target` [batch]
+    int32, `exclude` [batch, width] int32: all items of the history (0 = padding), `time` [batch] int64: when."""
+
+    events: Events
+    request_gap: np.ndarray
+    target: np.ndarray
+    exclude: np.ndarray
+    time: np.ndarray
+
+
+def training_windows(counts: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts users' first `counts` events into windows: (user, start, length), each [windows] int64.
+
+    A window of n positions spans n + 1 events; neighbours share one event, so that each event but a user's first is
+    a target exactly once. The most recent window is full, the oldest holds the rest.
+    """
+    windows = [
+        (user, max(0, stop - max_length), min(stop, max_length))
+        for user, count in enumerate(counts)
+        for stop in range(int(count) - 1, 0, -max_length)
+    ]
+    columns = np.asarray(windows, np.int64).reshape(-1, 3)
+    return columns[:, 0], columns[:, 1], columns[:, 2]
+
+
+def pack_windows(lengths: np.ndarray, row_length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Fits windows of `lengths` [windows] into rows of `row_length`: the row of each, and its offset there, int64.
+
+    Best fit, longest first, so that little is left empty; equal lengths come in random order, so that neighbours in
+    a row differ from call to call.
+    """
+    rows, offsets = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
+    with_space: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by what is left in them
+    row_count = 0
+    for window in np.lexsort((rng.random(len(lengths)), -lengths)):
+        length = int(lengths[window])
+        space = next((s for s in range(length, row_length) if with_space[s]), row_length)
+        if space == row_length:
+            row, row_count = row_count, row_count + 1
+        else:
+            row = with_space[space].pop()
+        rows[window], offsets[window] = row, row_length - space
+        with_space[space - length].append(row)
+    return rows, offsets
+
+
+class TrainingData:
+    """The training part of prepared data as batches of one shape: [batch_tokens / max_length, max_length]."""
+
+    def __init__(self, data: PreparedData, max_length: int, batch_tokens: int, multiple_of: int = 1) -> None:
+        """A batch has about `batch_tokens` positions; its number of rows is a multiple of `multiple_of`."""
+        self._histories = data.histories
+        self._ratings = data.unit_ratings()
+        self._gaps = data.histories.gaps()
+        self.max_length = max_length
+        self.rows_per_batch = max(1, round(batch_tokens / max_length / multiple_of)) * multiple_of
+        users, starts, self._lengths = training_windows(data.split.train_counts, max_length)
+        self._starts = data.histories.offsets[users] + starts
+        # Only a full window has something before it, so a row has one such window at most, and no other one.
+        self._earlier_counts = starts
+        self._earlier_width = int(np.clip(starts.max(initial=0), 1, MAX_EARLIER))
+        # Every epoch packs into the same number of rows, since that depends on the lengths alone.
+        rows, _ = pack_windows(self._lengths, max_length, np.random.default_rng(0))
+        self._row_count = int(rows.max(initial=-1)) + 1
+
+    @property
+    def target_count(self) -> int:
+        """Targets in an epoch."""
+        return int(self._lengths.sum())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return -(-self._row_count // self.rows_per_batch)
+
+    def padding_share(self) -> float:
+        """The share of positions in an epoch's batches that hold no event."""
+        return 1.0 - self.target_count / (self.steps_per_epoch * self.rows_per_batch * self.max_length)
+
+    def epoch(self, seed: int, epoch: int, first_step: int = 0) -> Iterator[TrainBatch]:
+        """Every window once, in an order that follows from (seed, epoch); the last batch is filled with empty rows.
+
+        With `first_step` the steps before it are left out: an interrupted epoch goes on where it stopped.
+        """
+        rng = np.random.default_rng((seed, epoch))
+        rows, offsets = pack_windows(self._lengths, self.max_length, rng)
+        by_row = np.argsort(rows, kind="stable")
+        bounds = np.searchsorted(rows[by_row], np.arange(self._row_count + 1))
+        order = rng.permutation(self._row_count)
+        for step in range(first_step, self.steps_per_epoch):
+            chosen = order[step * self.rows_per_batch : (step + 1) * self.rows_per_batch]
+            windows = [by_row[bounds[row] : bounds[row + 1]] for row in chosen]
+            batch_rows = np.repeat(np.arange(len(chosen)), [len(of_row) for of_row in windows])
+            flat = np.concatenate(windows)
+            yield self._batch(flat, batch_rows * self.max_length + offsets[flat])
+
+    def _batch(self, windows: np.ndarray, slots: np.ndarray) -> TrainBatch:
+        """The batch with each window's events from its slot on; slots count through the rows."""
+        shape = (self.rows_per_batch, self.max_length)
+        lengths = self._lengths[windows]
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        rows, where, starts = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, bool)
+        occupied = np.repeat(slots, lengths) + within
+        rows.flat[occupied] = np.repeat(self._starts[windows], lengths) + within
+        where.flat[occupied] = True
+        starts.flat[slots] = True
+        events = _events(self._histories, self._ratings, self._gaps, rows, where, where.sum(axis=1, dtype=np.int32))
+        following = np.where(where, rows + 1, 0)
+        target = np.where(where, self._histories.items[following], 0).astype(np.int32)
+        target_gap = np.where(where, self._gaps[following], UNKNOWN_GAP).astype(np.float32)
+        return TrainBatch(events, starts, target, target_gap, self._earlier(windows, slots))
+
+    def _earlier(self, windows: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """[batch, width] int32: the items before each row's window."""
+        earlier = np.zeros((self.rows_per_batch, self._earlier_width), np.int32)
+        counts = self._earlier_counts[windows]
+        later, ago = np.flatnonzero(counts), np.arange(self._earlier_width)
+        where = ago < counts[later, None]
+        rows = np.where(where, self._starts[windows[later], None] - 1 - ago, 0)
+        earlier[slots[later] // self.max_length] = np.where(where, self._histories.items[rows], 0)
+        return earlier
+
+
+def prefetch(batches: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+    """The same batches in the same order, made by a thread up to `depth` ahead of their use."""
+    source = iter(batches)
+    with ThreadPoolExecutor(1) as maker:
+        pending = deque(maker.submit(next, source, None) for _ in range(depth))
+        while (batch := pending.popleft().result()) is not None:
+            pending.append(maker.submit(next, source, None))
+            yield batch
+
+
+def case_batches(data: PreparedData, cases: Cases, max_length: int, size: int = 64) -> Iterator[CaseBatch]:
+    """Evaluation cases in order; the last batch is filled with repeats of its last case.
+
+    The model reads the last `max_length` events; the whole history is excluded from the answer.
+    """
+    histories, ratings, gaps = data.histories, data.unit_ratings(), data.histories.gaps()
+    first_rows = histories.offsets[cases.users]
+    width = int((cases.rows - first_rows).max(initial=1))
+    for start in range(0, len(cases), size):
+        chosen = np.minimum(np.arange(start, start + size), len(cases) - 1)
+        targets, firsts = cases.rows[chosen], first_rows[chosen]
+        lengths = np.minimum(targets - firsts, max_length).astype(np.int32)
+        where = np.arange(max_length) < lengths[:, None]
+        rows = np.where(where, (targets - lengths)[:, None] + np.arange(max_length), 0)
+        excluded = firsts[:, None] + np.arange(width)
+        inside = excluded < targets[:, None]
+        exclude = np.where(inside, histories.items[np.where(inside, excluded, 0)], 0)
+        yield CaseBatch(
+            _events(histories, ratings, gaps, rows, where, lengths),
+            gaps[targets],
+            histories.items[targets],
+            exclude.astype(np.int32),
+            histories.times[targets],
+        )
+
+
+def _events(
+    histories: Histories,
+    ratings: np.ndarray,
+    gaps: np.ndarray,
+    rows: np.ndarray,
+    where: np.ndarray,
+    lengths: np.ndarray,
+) -> Events:
+    """Padding holds item 0, a missing rating and an unknown gap. A window's first event keeps its true gap."""
+    return Events(
+        item=np.where(where, histories.items[rows], 0).astype(np.int32),
+        rating=np.where(where, ratings[rows], MISSING_RATING).astype(np.float32),
+        gap=np.where(where, gaps[rows], UNKNOWN_GAP).astype(np.float32),
+        length=lengths,
+    )

@@ -1,0 +1,76 @@
+"""The items: raw ids, titles, genres, and the binary item-by-genre matrix."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from jaxrec.data.ids import IdMap
+from jaxrec.data.schema import GENRES, ITEM, NO_GENRES, TITLE, DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalog:
+    """Items by index. `titles` and `item_genres` have one entry per item, so index i is at position i - 1."""
+
+    ids: IdMap
+    titles: tuple[str, ...]
+    item_genres: tuple[tuple[str, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def genres(self) -> tuple[str, ...]:
+        """All genres of the catalogue, sorted."""
+        return tuple(sorted({genre for genres in self.item_genres for genre in genres}))
+
+    def genre_matrix(self) -> np.ndarray:
+        """[items + 1, genres] float32 of 0 and 1; row 0 (padding) is zero. One zero column if there are no genres."""
+        column = {genre: j for j, genre in enumerate(self.genres)}
+        matrix = np.zeros((len(self) + 1, max(1, len(column))), np.float32)
+        for row, genres in enumerate(self.item_genres, start=1):
+            matrix[row, [column[genre] for genre in genres]] = 1
+        return matrix
+
+    def to_frame(self) -> pd.DataFrame:
+        """Columns item_id, title, genres (joined by `|`), in the order of the indices."""
+        joined = ["|".join(genres) for genres in self.item_genres]
+        return pd.DataFrame({ITEM: self.ids.raw_ids, TITLE: list(self.titles), GENRES: joined})
+
+
+@functools.lru_cache(maxsize=100_000)
+def split_genres(text: str) -> tuple[str, ...]:
+    """Genres of MovieLens' `A|B` notation, sorted and distinct; "(no genres listed)" is no genre."""
+    return tuple(sorted({genre.strip() for genre in text.split("|")} - {"", NO_GENRES}))
+
+
+def build_catalog(ids: IdMap, movies: pd.DataFrame | None) -> Catalog:
+    """The catalogue of the given ids. An item that `movies` lacks is titled by its id and has no genres."""
+    if movies is None:
+        return Catalog(ids, tuple(str(raw) for raw in ids.raw_ids), ((),) * len(ids))
+    known = movies.set_index(ITEM).reindex(ids.raw_ids)
+    titles = tuple(str(raw) if pd.isna(title) else title for raw, title in zip(ids.raw_ids, known[TITLE], strict=True))
+    genres = tuple(() if pd.isna(text) else split_genres(text) for text in known[GENRES])
+    return Catalog(ids, titles, genres)
+
+
+def write_catalog(catalog: Catalog, path: Path) -> None:
+    """Writes the catalogue as JSON: item_id, title, genres, each a list in the order of the indices."""
+    frame = catalog.to_frame()
+    path.write_text(json.dumps({name: frame[name].tolist() for name in frame}, ensure_ascii=False), encoding="utf-8")
+
+
+def read_catalog(path: Path) -> Catalog:
+    """Reads what `write_catalog` wrote. Raises DataError on a broken file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        raw, titles, genres = (content[name] for name in (ITEM, TITLE, GENRES))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path}: not a catalogue written by `jaxrec prepare`: {error}") from error
+    text = any(isinstance(item, str) for item in raw)
+    ids = IdMap(np.array(raw, dtype=object if text else np.int64))
+    return Catalog(ids, tuple(titles), tuple(map(split_genres, genres)))

@@ -1,0 +1,42 @@
+"""How a training host opens its share of the shards; no host has to know what the others do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxrec.data.prepare import PreparedData, read_prepared
+from jaxrec.data.schema import DataError
+
+SCHEMA_VERSION = 1
+INDEX_FILE = "shards.json"
+
+
+def shard_name(shard: int) -> str:
+    """The directory of a shard."""
+    return f"shard-{shard:05d}"
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """What `prepare_distributed` wrote down. Raises DataError where it is missing or of another version."""
+    try:
+        index: dict[str, Any] = json.loads((path / INDEX_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not written by `jaxrec prepare-distributed`: {error}") from error
+    if index.get("schema_version") != SCHEMA_VERSION:
+        came = index.get("schema_version")
+        raise DataError(f"{path / INDEX_FILE}: schema version {came}, expected {SCHEMA_VERSION}; prepare again")
+    return index
+
+
+def open_shards(path: Path, host_index: int, host_count: int) -> list[PreparedData]:
+    """The shards host_index, host_index + host_count, ...: each user on one host, the same catalogue on all.
+
+    User u of a shard is raw id `data.users.raw_ids[u]`. Raises DataError for damaged shards, and where there are fewer
+    shards than hosts; ValueError for an index outside 0..host_count - 1.
+    """
+    if not 0 <= host_index < host_count:
+        raise ValueError(f"host_index must be in 0..{host_count - 1}, not {host_index}")
+    shards = read_index(path)["shards"]
+    if len(shards) < host_count:
+        raise DataError(f"{path}: {len(shards)} shards cannot feed {host_count} hosts; prepare at least as many")
+    return [read_prepared(path / shard["name"]) for shard in shards[host_index::host_count]]

@@ -1,0 +1,154 @@
+"""The later passes, each over one shard: sort its rows, count its items under the filter, write it."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from jaxrec.config import PrepareConfig, SplitKind, Ties
+from jaxrec.data.catalog import Catalog, read_catalog
+from jaxrec.data.distributed.partition import ROW, WITHIN
+from jaxrec.data.distributed.splits import fitted_events, known_items, split_of
+from jaxrec.data.event_log import EventLog, open_log
+from jaxrec.data.filtering import Core, Selection, blocks, select
+from jaxrec.data.histories import Histories
+from jaxrec.data.ids import IdMap, open_ids
+from jaxrec.data.schema import ITEM, RATING, SECONDS_PER_DAY, TIME, USER, DataError
+from jaxrec.data.store import LOG_FOLDER, PreparedData, finish, new_data_folder, write_log
+from jaxrec.files import new_directory
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardSize:
+    """What a shard holds in the end."""
+
+    name: str
+    users: int
+    events: int
+
+
+def sort_shard(shard: int, parts: list[tuple[Path, str]], vocabulary: Path, config: PrepareConfig, out: Path) -> int:
+    """Writes the shard's rows, by user, time and input order, as the log that `open_log` opens; returns their number.
+
+    `parts`: the files of `partition` in the order of the input, with the name of the input that each came from.
+    `vocabulary`: all raw item ids, sorted. Raises DataError where an event occurs twice.
+    """
+    batches = []
+    for path, _ in parts:
+        with pa.memory_map(str(path)) as source:
+            batches.append(pa.ipc.open_file(source).get_batch(shard))
+    table = pa.Table.from_batches(batches)
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    raw_users, users = np.unique(columns[USER], return_inverse=True)
+    keys = (columns[WITHIN], columns[TIME], users)  # the last key comes first; the order of the input breaks ties
+    order = np.lexsort((_draws(table, config.seed), *keys) if config.ties is Ties.RANDOM else keys)
+    users, times = users[order], columns[TIME][order]
+    item_ids = open_ids(vocabulary)
+    items = item_ids.encode(columns[ITEM])[order]
+    repeated = _repeated(users, times, items)
+    if repeated is not None:
+        files = np.repeat(np.arange(len(parts)), [batch.num_rows for batch in batches])
+        first, second = sorted(int(order[row]) for row in repeated)
+        places = [f"{parts[files[row]][1]}:{columns[ROW][row]}" for row in (first, second)]
+        user, item, time = (columns[name][second] for name in (USER, ITEM, TIME))
+        raise DataError(
+            f"{places[1]}: user {user}, movie {item} at time {time} repeats {places[0]}; expected each event once"
+        )
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=len(raw_users)))]).astype(np.int64)
+    events = Histories(offsets, items, columns[RATING][order], times)
+    with new_directory(out, LOG_FOLDER) as folder:
+        write_log(EventLog(IdMap(raw_users, distinct=True), item_ids, events), None, folder / LOG_FOLDER)
+    return len(order)
+
+
+def count_days(folder: Path) -> np.ndarray:
+    """[days since 1970] int64: the shard's events."""
+    return np.bincount(open_log(folder / LOG_FOLDER).events.times // SECONDS_PER_DAY)
+
+
+def times_of_day(folder: Path, day: int) -> np.ndarray:
+    """The times of the shard's events of one day since 1970."""
+    times = open_log(folder / LOG_FOLDER).events.times
+    return times[times // SECONDS_PER_DAY == day]
+
+
+def count_items(folder: Path, kept_items: Path, config: PrepareConfig, cut: int) -> np.ndarray:
+    """[items + 1] int64: the shard's fitted events per item, of users with enough of them among `kept_items`.
+
+    A user that falls out in one round has no more events in the next, so nothing has to be remembered of users.
+    """
+    log = open_log(folder / LOG_FOLDER)
+    kept_item = np.load(kept_items)
+    counts = np.zeros(len(kept_item), np.int64)
+    fitted = fitted_events(log, config, cut)
+    for block in blocks(log.events.offsets):
+        items = log.events.items[block.rows]
+        kept = fitted(block) & kept_item[items]
+        kept &= block.per_event(_enough(block.sums(kept), config))
+        counts += np.bincount(items[kept], minlength=len(counts))
+    return counts
+
+
+def find_known(folder: Path, kept_items: Path, catalog_file: Path, config: PrepareConfig, cut: int) -> np.ndarray:
+    """[catalogue + 1] bool: the items in the shard's training part."""
+    catalog = read_catalog(catalog_file)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        kept, users = _select(open_log(folder / LOG_FOLDER), kept_items, catalog, config, cut, Path(scratch))
+        return known_items(kept, users, config, cut, len(catalog))
+
+
+def write_shard(
+    folder: Path, kept_items: Path, catalog_file: Path, known: Path | None, config: PrepareConfig, cut: int, out: Path
+) -> ShardSize:
+    """Writes what the filter leaves of a sorted shard as a prepared directory with the whole catalogue.
+
+    `known`: the file of the items in any shard's training part, for the splits that ask for them.
+    """
+    catalog = read_catalog(catalog_file)
+    with new_data_folder(out) as result:
+        kept, users = _select(open_log(folder / LOG_FOLDER), kept_items, catalog, config, cut, result)
+        split = split_of(kept, users, config, cut, None if known is None else np.load(known))
+        finish(PreparedData(catalog, users, kept.histories, split, config), result)
+        return ShardSize(out.name, kept.histories.user_count, kept.histories.event_count)
+
+
+def _select(
+    log: EventLog, kept_items: Path, catalog: Catalog, config: PrepareConfig, cut: int, out: Path
+) -> tuple[Selection, IdMap]:
+    """Writes the kept events' columns to `out`; returns them with their users."""
+    core = Core(np.zeros(len(log.users), bool), np.load(kept_items))
+    fitted = fitted_events(log, config, cut)
+    for block in blocks(log.events.offsets):
+        kept = fitted(block) & core.items[log.events.items[block.rows]]
+        core.users[block.users] = _enough(block.sums(kept), config)
+    keep_every_user = config.split is not SplitKind.LEAVE_ONE_OUT
+    selection = select(log, fitted, core, catalog.ids, None, keep_every_user, out)
+    return selection, IdMap(log.users.raw_ids[selection.order], distinct=True)
+
+
+def _enough(counts: np.ndarray, config: PrepareConfig) -> np.ndarray:
+    return counts >= max(1, config.min_user_ratings)
+
+
+def _draws(table: pa.Table, seed: int) -> np.ndarray:
+    """[events] uint64: the order of ties that `jaxrec.data.event_log` draws from the seed and the ids."""
+    text = f"concat_ws(' ', {int(seed)}, {USER}, {ITEM}, {TIME})"
+    with duckdb.connect() as connection:
+        connection.register("events", table)
+        draws = connection.execute(f"SELECT md5_number_lower({text}) AS n FROM events").fetchnumpy()["n"]
+    return np.asarray(draws)
+
+
+def _repeated(users: np.ndarray, times: np.ndarray, items: np.ndarray) -> tuple[int, int] | None:
+    """Two sorted rows with the same user, time and item, if there are any; only tied rows are compared."""
+    same = (np.diff(users) == 0) & (np.diff(times) == 0)
+    tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+    tied = tied[np.lexsort((items[tied], times[tied], users[tied]))]
+    equal = np.logical_and.reduce([np.diff(column[tied]) == 0 for column in (users, times, items)])
+    if not equal.any():
+        return None
+    at = int(np.argmax(equal))
+    return int(tied[at]), int(tied[at + 1])

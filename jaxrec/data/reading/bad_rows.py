@@ -1,0 +1,93 @@
+"""Rows that break the rules: counted, and either the reason to stop or set aside. None just vanishes."""
+
+import contextlib
+import csv
+import dataclasses
+import enum
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from jaxrec.data.schema import DataError
+
+QUARANTINE_FILE = "quarantine.csv"
+LISTED = 3  # rows that an error names
+
+
+class OnBadRows(enum.StrEnum):
+    """What happens to rows that break the rules."""
+
+    FAIL = "fail"
+    QUARANTINE = "quarantine"
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRow:
+    """One bad row. `line` counts from 1, the header included; in Parquet and in a frame it is the row, from 1.
+
+    `value` is empty where the whole row is at fault; `text` is the row as it was.
+    """
+
+    file: str
+    line: int
+    field: str
+    value: str
+    reason: str
+    text: str
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (f"{self.file}:{self.line}:", self.field, self.value, self.reason) if part)
+
+
+class BadRows:
+    """Collects bad rows. With a quarantine file every row goes there at once, so that any number of them fits."""
+
+    def __init__(self, on_bad_rows: OnBadRows, write: Callable[[tuple[object, ...]], object] | None = None) -> None:
+        self.on_bad_rows = on_bad_rows
+        self.by_field: Counter[str] = Counter()
+        self._first: list[BadRow] = []
+        self._write = write
+
+    @property
+    def count(self) -> int:
+        return sum(self.by_field.values())
+
+    def add(self, row: BadRow) -> None:
+        """Takes note of a row; `fail_if_any` decides later what follows."""
+        self.by_field[row.field or "row"] += 1
+        self._first = sorted([*self._first, row], key=lambda bad: (bad.file, bad.line))[:LISTED]
+        if self._write is not None:
+            self._write(dataclasses.astuple(row))
+
+    def fail_if_any(self) -> None:
+        """Raises DataError that lists the first bad rows and says how many more there are, unless in quarantine."""
+        if self.count and self.on_bad_rows is OnBadRows.FAIL:
+            listed = "; ".join(str(row) for row in self._first)
+            rest = self.count - len(self._first)
+            raise DataError(f"{listed} (and {rest} more bad rows)" if rest else listed)
+
+
+@contextlib.contextmanager
+def bad_rows(on_bad_rows: OnBadRows, folder: Path, earlier: Path | None = None) -> Iterator[BadRows]:
+    """A collector; in quarantine its rows are in folder/quarantine.csv afterwards, a file only if there are any.
+
+    The rows of the quarantine file `earlier`, if there is one, come first.
+    """
+    path = folder / QUARANTINE_FILE
+    before = earlier.read_text(encoding="utf-8") if earlier is not None and earlier.is_file() else ""
+    if on_bad_rows is OnBadRows.FAIL:
+        if before:
+            path.write_text(before, encoding="utf-8")
+        yield BadRows(on_bad_rows)
+        return
+    # What is not UTF-8 in the source stays visible as \\xNN.
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.writer(file)
+        if before:
+            file.write(before)
+        else:
+            writer.writerow([field.name for field in dataclasses.fields(BadRow)])
+        bad = BadRows(on_bad_rows, writer.writerow)
+        yield bad
+    if not bad.count and not before:
+        path.unlink()

@@ -1,0 +1,221 @@
+"""Prepared data on disk: a folder of memory-mapped columns that opens without being read.
+
+DATA/prepared.json          versions, configuration, counts, and size and SHA-256 of every file
+DATA/catalog.json           item_id, title and genres by index
+DATA/user_ids.npy           raw id of each user
+DATA/offsets.npy            user u's events are rows offsets[u] : offsets[u + 1] of
+DATA/{items,ratings,times}.npy
+DATA/{train_counts,validation_users,validation_rows,test_users,test_rows}.npy   the split
+DATA/log/                   the whole log before the filters, in the same form: what `jaxrec append` builds on
+DATA/quarantine.csv         rows that were set aside, if there are any
+DATA/report.{json,png}      what the log looks like, where it was asked for
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from jaxrec.config import PrepareConfig, from_json, to_json
+from jaxrec.data.catalog import Catalog, read_catalog, write_catalog
+from jaxrec.data.columns import BLOCK_EVENTS, open_column, release
+from jaxrec.data.event_log import EVENT_TYPES, EventLog, open_log
+from jaxrec.data.histories import Histories
+from jaxrec.data.ids import IdMap, open_ids, write_ids
+from jaxrec.data.schema import ITEM, DataError, RatingScale
+from jaxrec.data.split import Cases, Split
+from jaxrec.files import new_directory, read_json, sha256
+
+SCHEMA_VERSION = 2
+SUMMARY_FILE = "prepared.json"
+CATALOG_FILE = "catalog.json"
+LOG_FOLDER = "log"
+MOVIES_FILE = "movies.csv"
+SPLIT_COLUMNS = ("train_counts", "validation_users", "validation_rows", "test_users", "test_rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedData:
+    """What every later stage reads. `config.rating_scale` is the scale in force; None where there are no ratings.
+
+    `log`: every event that was read, before the filters. `movies`: all movies that were given, not only those of the
+    catalogue. Both are for `append`; None: not kept. `input`: counts of what was read, as JSON values.
+    """
+
+    catalog: Catalog
+    users: IdMap
+    histories: Histories
+    split: Split
+    config: PrepareConfig
+    log: EventLog | None = None
+    movies: pd.DataFrame | None = None
+    input: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def unit_ratings(self) -> np.ndarray:
+        """[events] float32: ratings scaled to 0..1, MISSING_RATING where there is none."""
+        scale = self.config.rating_scale or RatingScale(0.0, 1.0)
+        return scale.to_unit(self.histories.ratings)
+
+    def train_popularity(self) -> np.ndarray:
+        """[items + 1] int64: training events per item."""
+        rows = self.split.train_rows(self.histories)
+        return np.bincount(self.histories.items[rows], minlength=len(self.catalog) + 1)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts that describe the data, as JSON values."""
+        first, last = 2**62, 0
+        for start in range(0, self.histories.event_count, BLOCK_EVENTS):
+            times = self.histories.times[start : start + BLOCK_EVENTS]
+            first, last = min(first, int(times.min())), max(last, int(times.max()))
+            release(times)
+        return {
+            "users": len(self.users),
+            "items": len(self.catalog),
+            "events": self.histories.event_count,
+            "training_events": int(self.split.train_counts.sum()),
+            "validation_cases": len(self.split.validation),
+            "test_cases": len(self.split.test),
+            "genres": len(self.catalog.genres),
+            "first_time": first,
+            "last_time": last,
+        }
+
+
+AddFiles = Callable[[PreparedData, Path], object]
+
+
+@contextlib.contextmanager
+def new_data_folder(out: Path) -> Iterator[Path]:
+    """A folder for prepared data that replaces `out` as a whole. Raises DataError where it cannot be written."""
+    _refuse_foreign_files(out)
+    try:
+        with new_directory(out, SUMMARY_FILE) as folder:
+            yield folder
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
+def _refuse_foreign_files(out: Path) -> None:
+    """Raises DataError where `out` is prepared data that holds files of somebody else; they would be lost."""
+    if not (out / SUMMARY_FILE).is_file():
+        return
+    known = {SUMMARY_FILE, *_read_summary(out, any_version=True)["files"]}
+    for path in sorted(out.rglob("*")):
+        if path.is_file() and path.relative_to(out).as_posix() not in known:
+            raise DataError(f"{path} is no part of the prepared data in {out}; move it away first")
+
+
+def write_prepared(data: PreparedData, out: Path) -> None:
+    """Writes the folder that `read_prepared` reads; it appears whole or not at all.
+
+    Raises DataError where it cannot be written.
+    """
+    with new_data_folder(out) as folder:
+        write_columns(data.histories, folder)
+        if data.log is not None:
+            write_log(data.log, data.movies, folder / LOG_FOLDER)
+        finish(data, folder)
+
+
+def write_columns(histories: Histories, folder: Path) -> None:
+    """Writes histories as one file per column."""
+    for name in ("offsets", *EVENT_TYPES):
+        np.save(folder / f"{name}.npy", getattr(histories, name), allow_pickle=False)
+
+
+def write_log(log: EventLog, movies: pd.DataFrame | None, folder: Path) -> None:
+    """Writes a whole log that is in memory."""
+    folder.mkdir()
+    write_columns(log.events, folder)
+    write_ids(log.users, folder / "user_ids.npy")
+    write_ids(log.items, folder / "item_ids.npy")
+    write_movies(movies, folder)
+
+
+def write_movies(movies: pd.DataFrame | None, folder: Path) -> None:
+    """Writes all movies that were given beside the log."""
+    if movies is not None:
+        movies.to_csv(folder / MOVIES_FILE, index=False)
+
+
+def finish(data: PreparedData, folder: Path, add_files: AddFiles | None = None) -> None:
+    """Writes what is not events (catalogue, users, split), and then prepared.json, which makes the folder whole."""
+    if add_files is not None:
+        add_files(data, folder)
+    write_catalog(data.catalog, folder / CATALOG_FILE)
+    write_ids(data.users, folder / "user_ids.npy")
+    split = data.split
+    columns = (split.train_counts, split.validation.users, split.validation.rows, split.test.users, split.test.rows)
+    for name, column in zip(SPLIT_COLUMNS, columns, strict=True):
+        np.save(folder / f"{name}.npy", column, allow_pickle=False)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "config": to_json(data.config),
+        "summary": data.summary(),
+        "input": dict(data.input),
+        "files": {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in files
+        },
+    }
+    (folder / SUMMARY_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_prepared(path: Path) -> PreparedData:
+    """Opens what `write_prepared` wrote, as memory maps: nothing is read before it is used.
+
+    Raises DataError on a missing, foreign or cut folder. Only sizes are compared; `check_prepared` compares contents.
+    """
+    content = _read_summary(path)
+    for name, expected in content["files"].items():
+        size = os.stat(path / name).st_size if (path / name).is_file() else None
+        if size != expected["bytes"]:
+            came = "missing" if size is None else f"{size} bytes, expected {expected['bytes']}"
+            raise DataError(f"{path / name}: {came}; prepare again")
+    try:
+        histories = Histories(**{name: open_column(path / f"{name}.npy") for name in ("offsets", *EVENT_TYPES)})
+        train_counts, *cases = (open_column(path / f"{name}.npy") for name in SPLIT_COLUMNS)
+        users = open_ids(path / "user_ids.npy")
+        log = open_log(path / LOG_FOLDER) if (path / LOG_FOLDER).is_dir() else None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: damaged: {error}; prepare again") from error
+    catalog = read_catalog(path / CATALOG_FILE)
+    split = Split(train_counts, Cases(*cases[:2]), Cases(*cases[2:]))
+    config = from_json(PrepareConfig, content["config"])
+    return PreparedData(catalog, users, histories, split, config, log, input=content["input"])
+
+
+def read_all_movies(path: Path, item_id_type: np.dtype) -> pd.DataFrame | None:
+    """The movies that were given when `path` was prepared; None if none were."""
+    file = path / LOG_FOLDER / MOVIES_FILE
+    if not file.is_file():
+        return None
+    frame = pd.read_csv(file, dtype=str, keep_default_na=False)
+    return frame.astype({ITEM: np.int64}) if item_id_type == np.int64 else frame.astype(object)
+
+
+def check_prepared(path: Path) -> int:
+    """Compares the SHA-256 of every file and returns how many bytes that were. Raises DataError naming what differs."""
+    total = 0
+    for name, expected in _read_summary(path)["files"].items():
+        if not (path / name).is_file() or sha256(path / name) != expected["sha256"]:
+            raise DataError(f"{path / name}: missing or damaged (its SHA-256 differs); prepare again")
+        total += expected["bytes"]
+    return total
+
+
+def _read_summary(path: Path, any_version: bool = False) -> dict[str, Any]:
+    content: dict[str, Any] = read_json(path / SUMMARY_FILE, "expected a folder written by `jaxrec prepare`")
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise DataError(f"{path / SUMMARY_FILE}: not written by `jaxrec prepare`; expected the files and their sizes")
+    if content.get("schema_version") != SCHEMA_VERSION and not any_version:
+        came = content.get("schema_version")
+        raise DataError(f"{path / SUMMARY_FILE}: schema version {came}, expected {SCHEMA_VERSION}; prepare again")
+    return content

@@ -1,0 +1,80 @@
+"""Plots of a run as PNG files."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from jaxrec.evaluation.ranking import Metrics
+from jaxrec.files import new_file
+
+
+def plot_training(epochs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Loss and validation NDCG@10 by epoch; `epochs` maps a model's name to the records of its log."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, records in epochs.items():
+        numbers = [record["epoch"] + 1 for record in records]
+        (line,) = left.plot(numbers, [record["loss"] for record in records], label=name)
+        for suffix, style in (("without", "-"), ("with", "--")):
+            values = [record[f"validation_ndcg_10_{suffix}_request_time"] for record in records]
+            right.plot(numbers, values, style, color=line.get_color(), label=f"{name}, {suffix} request time")
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy (nats)")
+    right.set(title="Validation", xlabel="epoch", ylabel="NDCG@10")
+    left.legend(fontsize="small")
+    right.legend(fontsize="small")
+    _save(figure, path)
+
+
+def plot_rl(steps: Sequence[Mapping[str, float]], log: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The training of a policy: by update its reward, distance, spread and importance weights (those that it has), and
+    by evaluation the figures on validation."""
+    panels = {
+        "Mean reward of a slate": ("reward",),
+        "KL to where it started (nats)": ("kl",),
+        "Entropy (nats)": ("entropy",),
+        "Coverage of a batch's slates": ("coverage",),
+        "Importance weights": ("ess_share", "clipped_share"),
+    }
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    axes = figure.subplots(2, 3).ravel()
+    for axis, (title, names) in zip(axes, panels.items(), strict=False):
+        for name in names:
+            points = [(record["step"], record[name]) for record in steps if name in record]
+            axis.plot([step for step, _ in points], [value for _, value in points], linewidth=0.8, label=name)
+        axis.set(title=title, xlabel="update")
+        if len(names) > 1:
+            axis.legend(fontsize="small")
+    for name in ("reward_weighted_ndcg_10", "ndcg_10"):
+        points = [(record["step"], record["validation"][name]) for record in log if "validation" in record]
+        axes[-1].plot([step for step, _ in points], [value for _, value in points], "o-", label=name)
+    axes[-1].set(title="Validation", xlabel="update")
+    axes[-1].legend(fontsize="small")
+    _save(figure, path)
+
+
+def plot_metrics(rows: Sequence[Metrics], path: Path) -> None:
+    """HR@10 and NDCG@10 of every row with their intervals."""
+    figure = Figure(figsize=(11, 0.5 * len(rows) + 1.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    labels = [f"{row.name}{', with request time' if row.request_time else ''}" for row in rows]
+    for axis, title, values in (
+        (axes[0], "NDCG@10", [row.ndcg_10 for row in rows]),
+        (axes[1], "HR@10", [row.hit_rate_10 for row in rows]),
+    ):
+        means = [value["mean"] for value in values]
+        below = [value["mean"] - value["low"] for value in values]
+        above = [value["high"] - value["mean"] for value in values]
+        axis.barh(labels, means, xerr=[below, above], color="steelblue", ecolor="black", capsize=3)
+        axis.set(title=f"{title} on test cases, 95 % interval")
+    axes[0].invert_yaxis()
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -1,0 +1,158 @@
+"""From weights to ONNX: traces the TensorFlow mirror, converts it with tf2onnx, and finishes the graph."""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from jaxrec.errors import ExportError
+from jaxrec.onnx.signature import (
+    OPSET,
+    Signature,
+    sequence_query_signature,
+    sequence_signature,
+    step_query_signature,
+    step_signature,
+)
+from jaxrec.onnx.weights import Weights
+
+_LOOPS = {"Loop", "Scan", "If"}
+_SEQUENCE_LENS = 4  # the place of the lengths among the inputs of ONNX' LSTM
+
+
+def sequence_graph(weights: Weights) -> bytes:
+    """`sequence.onnx`, as `sequence_signature` has it. Raises ExportError."""
+    return _graph("sequence", weights, sequence_signature(weights.state_width), _item_arrays(weights))
+
+
+def step_graph(weights: Weights) -> bytes:
+    """`step.onnx`, as `step_signature` has it. Raises ExportError."""
+    return _graph("step", weights, step_signature(weights.state_width), _item_arrays(weights))
+
+
+def sequence_query_graph(weights: Weights) -> bytes:
+    """`sequence_query.onnx`, as `sequence_query_signature` has it. Raises ExportError."""
+    return _graph("sequence_query", weights, sequence_query_signature(weights.state_width, weights.width), {})
+
+
+def step_query_graph(weights: Weights) -> bytes:
+    """`step_query.onnx`, as `step_query_signature` has it. Raises ExportError."""
+    return _graph("step_query", weights, step_query_signature(weights.state_width, weights.width), {})
+
+
+def _item_arrays(weights: Weights) -> dict[str, np.ndarray]:
+    return {
+        "item_vectors": weights.item_vectors,
+        "item_bias": weights.item_bias,
+        "neighbour_item": weights.neighbour_item,
+        "neighbour_weight": weights.neighbour_weight,
+    }
+
+
+def _graph(name: str, weights: Weights, signature: Signature, item_arrays: dict[str, np.ndarray]) -> bytes:
+    """The function of this name in `mirror` as ONNX with the inputs and outputs of the signature.
+
+    `item_arrays` are its `mirror.ItemArrays`, or empty for a function without.
+    """
+    tf, tf2onnx = _load_tensorflow()
+    from jaxrec.onnx import tf_forward as mirror
+
+    forward = getattr(mirror, name)
+    specs = {key: tf.TensorSpec(array.shape, array.dtype, key) for key, array in item_arrays.items()}
+    for key, tensor in signature.inputs.items():
+        shape = [None if isinstance(size, str) else size for size in tensor.shape]
+        specs[key] = tf.TensorSpec(shape, tensor.dtype, key)
+
+    def program(*arguments: Any) -> dict[str, Any]:
+        count = len(item_arrays)
+        inputs = dict(zip(list(specs)[count:], arguments[count:], strict=True))
+        items = [mirror.ItemArrays(*arguments[:count])] if count else []
+        outputs: dict[str, Any] = forward(weights, *items, **inputs)
+        return outputs
+
+    with _fatal_errors(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, _ = tf2onnx.convert.from_function(
+            tf.function(program, autograph=False), input_signature=list(specs.values()), opset=OPSET
+        )
+    _finish(name, model, signature, item_arrays)
+    if "length" in signature.inputs:
+        for node in model.graph.node:
+            if node.op_type == "LSTM":
+                # So its last h and c are those of each row's last event.
+                node.input[_SEQUENCE_LENS] = "length"
+    return _checked(model)
+
+
+def _finish(name: str, model: Any, signature: Signature, item_arrays: dict[str, np.ndarray]) -> None:
+    """Makes the items' arrays weights, names the dimensions, and refuses a graph whose LSTMs are not fused."""
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    operators = [node.op_type for node in graph.node]
+    if operators.count("LSTM") != 2 or not _LOOPS.isdisjoint(operators):
+        raise ExportError(f"{name}.onnx: expected two LSTM operators and no loop, found {sorted(set(operators))}")
+    graph.name = name
+    graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in item_arrays.items())
+    del graph.value_info[:]
+    for place, tensors in ((graph.input, signature.inputs), (graph.output, signature.outputs)):
+        del place[:]
+        for key, tensor in tensors.items():
+            kind = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+            place.append(helper.make_tensor_value_info(key, kind, tensor.shape))
+
+
+def _checked(model: Any) -> bytes:
+    import onnx
+
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{model.graph.name}.onnx: the conversion gave a broken graph: {error}") from error
+    return bytes(model.SerializeToString())
+
+
+def _load_tensorflow() -> tuple[ModuleType, ModuleType]:
+    """TensorFlow, quiet and on the CPU, and tf2onnx."""
+    # Read once, when TensorFlow is first imported: errors only, and not the notice about oneDNN.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import tensorflow as tf
+            import tf2onnx
+    except ImportError as error:
+        raise ExportError(f"the export needs TensorFlow and tf2onnx: pip install 'jaxrec[export]' ({error})") from error
+    # A TensorFlow that runs on a GPU takes all of its memory, and JAX' with it.
+    if tf.config.get_visible_devices("GPU"):
+        tf.config.set_visible_devices([], "GPU")
+    return tf, tf2onnx
+
+
+@contextlib.contextmanager
+def _fatal_errors(name: str) -> Iterator[None]:
+    """Raises ExportError for what tf2onnx logs as an error: it writes the file all the same."""
+    errors: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            errors.append(record.getMessage())
+
+    logger = logging.getLogger("tf2onnx")
+    handler = Collect(logging.ERROR)
+    propagate = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+    if errors:
+        raise ExportError(f"{name}.onnx: tf2onnx: {'; '.join(errors)}")

@@ -1,0 +1,130 @@
+"""Writes the model directory: what `serve` reads, and all that it reads."""
+
+import datetime
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxrec.data.prepare import PreparedData
+from jaxrec.errors import ExportError
+from jaxrec.evaluation.baselines import decayed_popularity
+from jaxrec.files import new_directory, sha256
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.onnx.ann_index import FROM_ITEMS
+from jaxrec.onnx.convert import sequence_graph, step_graph
+from jaxrec.onnx.parity import check_parity
+from jaxrec.onnx.quantize import check_quality, quantize_lstms
+from jaxrec.onnx.search import externalized, make_search, write_array
+from jaxrec.onnx.signature import OPSET, sequence_signature, step_signature
+from jaxrec.onnx.weights import extract_weights
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+SEQUENCE_FILE = "sequence.onnx"
+STEP_FILE = "step.onnx"
+CATALOG_FILE = "catalog.csv"
+ITEM_VECTORS_FILE = "item_vectors.npy"
+LICENCE_FILE = "DATA_LICENCE.txt"
+
+
+def export_model(
+    hybrid: Hybrid,
+    data: PreparedData,
+    out: Path,
+    *,
+    policy: str,
+    training: dict[str, Any],
+    metrics: dict[str, Any],
+    licence: str,
+    int8: bool = False,
+    index: bool | None = None,
+) -> dict[str, Any]:
+    """Converts `hybrid`, verifies the graphs against JAX, and writes the model directory `out`; returns its manifest.
+
+    `policy` is "reinforce" for a hybrid with a policy head, "supervised" for one without. `training` and `metrics`
+    are summaries of JSON values; `licence` is the text about the data's licence. `int8` quantizes the LSTMs, once the
+    float32 graphs were verified, and refuses where that costs quality (`jaxrec.onnx.quantize`). `index`: whether an
+    approximate index of the items is added (`jaxrec.onnx.ann_index`); None: from FROM_ITEMS items on. An existing `out`
+    is replaced once the new directory is complete. Raises ExportError, and then nothing is written.
+    """
+    expected = "supervised" if hybrid.policy is None else "reinforce"
+    if policy != expected:
+        head = "no policy head" if hybrid.policy is None else "a policy head"
+        raise ExportError(f"policy is {policy!r}, expected {expected!r}: the model has {head}")
+    summaries = {"dataset": data.summary(), "training": training, "metrics": metrics}
+    for name, summary in summaries.items():
+        _require_json(name, summary)
+    weights = extract_weights(hybrid)
+    if weights.item_count != len(data.catalog):
+        raise ExportError(f"the model knows {weights.item_count} items, the catalogue has {len(data.catalog)}")
+    max_history = min(hybrid.lstm.config.max_length, hybrid.content.config.max_length)
+    sequence, step = sequence_graph(weights), step_graph(weights)
+    parity = check_parity(hybrid, sequence, step, max_history)
+    search = None
+    if weights.item_count >= FROM_ITEMS if index is None else index:
+        search = make_search(weights, sequence, data, max_history, int8)
+        parity["max_abs_query_difference"] = search.parity
+    if int8:
+        quantized = quantize_lstms(sequence)
+        parity["int8"] = check_quality(sequence, quantized, data, max_history)
+        sequence, step = quantized, quantize_lstms(step)
+    graphs = {
+        "sequence": {"file": SEQUENCE_FILE, **sequence_signature(weights.state_width).to_json()},
+        "step": {"file": STEP_FILE, **step_signature(weights.state_width).to_json()},
+    }
+    if search is not None:
+        graphs |= search.graphs
+
+    with new_directory(out, MANIFEST_FILE) as folder:
+        write_array(folder / ITEM_VECTORS_FILE, weights.item_vectors)
+        if search is None:
+            (folder / SEQUENCE_FILE).write_bytes(sequence)
+            (folder / STEP_FILE).write_bytes(step)
+        else:
+            search.write(folder)
+            (folder / SEQUENCE_FILE).write_bytes(externalized(sequence, folder))
+            (folder / STEP_FILE).write_bytes(externalized(step, folder))
+        _write_catalog(data, folder / CATALOG_FILE)
+        (folder / LICENCE_FILE).write_text(licence.rstrip() + "\n", encoding="utf-8")
+        files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+        now = datetime.datetime.now(datetime.UTC)
+        scale = data.config.rating_scale
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "model_version": f"{now:%Y%m%dT%H%M%SZ}-{_digest(files)[:8]}",
+            "created": f"{now:%Y-%m-%dT%H:%M:%SZ}",
+            "policy": policy,
+            "opset": OPSET,
+            "item_count": weights.item_count,
+            "max_history": max_history,
+            "rating_scale": None if scale is None else {"minimum": scale.minimum, "maximum": scale.maximum},
+            "genres": list(data.catalog.genres),
+            "graphs": graphs,
+            **({} if search is None else {"index": search.summary}),
+            "files": files,
+            **summaries,
+            "parity": parity,
+        }
+        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+    return json.loads(text)
+
+
+def _require_json(name: str, summary: dict[str, Any]) -> None:
+    try:
+        json.dumps(summary, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"{name} must hold JSON values only: {error}") from error
+
+
+def _write_catalog(data: PreparedData, path: Path) -> None:
+    frame = data.catalog.to_frame()
+    frame["popularity"] = data.train_popularity()[1:]
+    frame["recent_popularity"] = decayed_popularity(data)[1:]
+    frame.to_csv(path, index=False, encoding="utf-8", lineterminator="\n")
+
+
+def _digest(files: dict[str, dict[str, Any]]) -> str:
+    digests = "".join(f"{name} {entry['sha256']}\n" for name, entry in files.items())
+    return hashlib.sha256(digests.encode()).hexdigest()

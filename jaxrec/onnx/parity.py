@@ -1,0 +1,242 @@
+"""Holds the ONNX graphs against JAX on a probe batch; a model whose answers differ is not exported."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP
+from jaxrec.errors import ExportError
+from jaxrec.models.cooccurrence import RECENT
+from jaxrec.models.features import GAP_EDGES, Events
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.sequence import NEVER
+from jaxrec.onnx.weights import RECENT_WEIGHTS, Weights
+
+TOLERANCE = 1e-4
+SEED = 20
+PROBE_ROWS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A batch of requests: arrays as the inputs of `sequence.onnx`, without k."""
+
+    item: np.ndarray
+    rating: np.ndarray
+    gap: np.ndarray
+    length: np.ndarray
+    request_gap: np.ndarray
+    exclude: np.ndarray
+
+    def row(self, at: int) -> "Probe":
+        """One row as a batch of its own, without padding."""
+        one, events = slice(at, at + 1), slice(int(self.length[at]))
+        return Probe(
+            item=self.item[one, events],
+            rating=self.rating[one, events],
+            gap=self.gap[one, events],
+            length=self.length[one],
+            request_gap=self.request_gap[one],
+            exclude=self.exclude[one],
+        )
+
+
+def make_probe(item_count: int, max_history: int, seed: int = SEED) -> Probe:
+    """Lengths from 1 to `max_history`, the first and the last item, missing ratings, gaps at and beside the buckets'
+    edges, requests with and without a time, exclusions of nothing, of the history and of the same item twice."""
+    rng = np.random.default_rng(seed)
+    length = np.minimum([1, 1, 2, 3, 5, 8, 13, 21, 34, 50, 89, max_history], max_history).astype(np.int32)
+    shape = (PROBE_ROWS, int(length.max()))
+    where = np.arange(shape[1]) < length[:, None]
+    item = rng.integers(1, item_count + 1, shape)
+    item[0, 0], item[1, 0], item[-1, 0], item[-1, -1] = 1, item_count, 1, item_count
+    rating = rng.choice(np.array([MISSING_RATING, 0.0, 0.25, 0.5, 0.75, 1.0], np.float32), shape)
+    gaps = np.concatenate(
+        [GAP_EDGES, np.nextafter(GAP_EDGES[1:], np.float32(0)), np.array([3e3, 4e8, 1e12], np.float32)]
+    )
+    gap = rng.choice(gaps, shape)
+    gap[:, 0] = UNKNOWN_GAP
+    request_gap = rng.choice(gaps, PROBE_ROWS)
+    request_gap[::3] = UNKNOWN_GAP
+    exclude = np.zeros((PROBE_ROWS, 6), np.int64)
+    exclude[1::2] = rng.integers(1, item_count + 1, (PROBE_ROWS // 2, 6))
+    exclude[2, :2], exclude[3], exclude[4, 3:] = item[2, :2], 1, [item_count, 0, item_count]
+    return Probe(
+        item=np.where(where, item, 0).astype(np.int32),
+        rating=np.where(where, rating, 0).astype(np.float32),
+        gap=np.where(where, gap, 0).astype(np.float32),
+        length=length,
+        request_gap=request_gap.astype(np.float32),
+        exclude=exclude.astype(np.int32),
+    )
+
+
+def check_parity(hybrid: Hybrid, sequence: bytes, step: bytes, max_history: int) -> dict[str, Any]:
+    """Runs the graphs with ONNX Runtime on the CPU beside `Hybrid.logits`; returns what was compared, as JSON values.
+
+    Compared within TOLERANCE: every logit and the state of `sequence`, of each row alone, and of the same history
+    fed to `step` event by event; and the order of all items, where a pair closer than that may change places.
+    Raises ExportError.
+    """
+    item_count = len(hybrid.item_bias()) - 1
+    probe = make_probe(item_count, max_history)
+    logits, state = _jax_answer(hybrid, probe)
+    graphs = {"sequence.onnx": open_session(sequence), "step.onnx": open_session(step)}
+    everything = np.array([item_count], np.int64)
+
+    answer = _run(graphs["sequence.onnx"], **vars(probe), k=everything)
+    differences = [_compare("sequence.onnx", answer, logits, state, probe.exclude)]
+    for at in range(PROBE_ROWS):
+        row = probe.row(at)
+        alone = _run(graphs["sequence.onnx"], **vars(row), k=everything)
+        name = f"sequence.onnx on row {at} alone"
+        differences.append(_compare(name, alone, logits[at, None], state[at, None], row.exclude))
+    replayed = _replay(graphs["step.onnx"], probe, everything, state.shape[1])
+    differences.append(_compare("step.onnx", replayed, logits, state, probe.exclude))
+    few = _run(graphs["sequence.onnx"], **vars(probe), k=np.array([min(3, item_count)], np.int64))
+    if not np.array_equal(few["items"], answer["items"][:, : few["items"].shape[1]]):
+        raise ExportError("sequence.onnx: the 3 best items are not the first 3 of all items")
+    largest = np.max(differences, axis=0)
+    return {
+        "max_abs_difference": float(largest.max()),
+        "max_abs_logit_difference": float(largest[0]),
+        "max_abs_state_difference": float(largest[1]),
+        "tolerance": TOLERANCE,
+        "probe_rows": PROBE_ROWS,
+        "longest_history": int(probe.length.max()),
+    }
+
+
+def check_query_parity(
+    weights: Weights, sequence: bytes, sequence_query: bytes, step_query: bytes, max_history: int
+) -> float:
+    """Holds the graphs that answer a query against `sequence.onnx`, which was verified: the query with the items'
+    arrays must give its logits, and both must give its state, within TOLERANCE. Returns the largest difference.
+
+    Raises ExportError.
+    """
+    probe = make_probe(weights.item_count, max_history)
+    whole, of_sequence, of_step = (open_session(graph) for graph in (sequence, sequence_query, step_query))
+    answer = _run(whole, **vars(probe), k=np.array([min(100, weights.item_count)], np.int64))
+    events = {name: array for name, array in vars(probe).items() if name != "exclude"}
+    found = _run(of_sequence, **events, vector=weights.item_vectors[probe.item])
+    difference = _difference("sequence_query.onnx: states", found["state"], answer["state"])
+    logits = _logits(weights, found["query"], found["state"])
+    scores = np.take_along_axis(logits, answer["items"].astype(np.int64), axis=1)
+    # Excluded items are last, where there are few others.
+    expected = np.where(answer["scores"] > NEVER / 2, answer["scores"], scores)
+    difference = max(difference, _difference("sequence_query.onnx: logits", scores, expected))
+    for at in range(PROBE_ROWS):
+        row, last = probe.row(at), probe.length[at] - 1
+        before = np.zeros((1, weights.state_width), np.float32)
+        if last:
+            shorter = {name: getattr(row, name)[:, :last] for name in ("item", "rating", "gap")}
+            rest = {"length": row.length - 1, "request_gap": row.request_gap, "exclude": row.exclude}
+            before = _run(whole, **shorter, **rest, k=np.array([1], np.int64))["state"]
+        event = {name: getattr(row, name)[:, last] for name in ("item", "rating", "gap")}
+        vector = weights.item_vectors[event["item"]]
+        stepped = _run(of_step, state=before, vector=vector, **event, request_gap=row.request_gap)
+        for name in ("state", "query"):
+            one = _difference(f"step_query.onnx on row {at}: {name}", stepped[name], found[name][at, None])
+            difference = max(difference, one)
+    return difference
+
+
+def _logits(weights: Weights, query: np.ndarray, state: np.ndarray) -> np.ndarray:
+    """[rows, items + 1]: what `serve` computes of them for its candidates."""
+    logits = query @ weights.item_vectors.T + weights.item_bias
+    recent = state[:, -RECENT:].astype(np.int64)
+    closeness = weights.neighbour_weight[recent] * RECENT_WEIGHTS[:, None]
+    rows = np.broadcast_to(np.arange(len(query))[:, None, None], closeness.shape)
+    np.add.at(logits, (rows, weights.neighbour_item[recent]), closeness)
+    return logits
+
+
+def _jax_answer(hybrid: Hybrid, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
+    definition, weights = nnx.split(hybrid)
+
+    @jax.jit
+    def answer(weights: nnx.State, events: Events, request_gap: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return nnx.merge(definition, weights).logits(events, request_gap)
+
+    with jax.default_matmul_precision("highest"):
+        events = Events(*(jax.numpy.asarray(x) for x in (probe.item, probe.rating, probe.gap, probe.length)))
+        logits, state = answer(weights, events, jax.numpy.asarray(probe.request_gap))
+    return np.asarray(logits), np.asarray(state)
+
+
+def open_session(graph: bytes) -> Any:
+    """ONNX Runtime on the CPU, one thread. Raises ExportError where it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ExportError(f"the export needs ONNX Runtime: pip install 'jaxrec[export]' ({error})") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def _run(session: Any, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """The graph's outputs by name; the state after the events is `state` in both graphs."""
+    names = [output.name for output in session.get_outputs()]
+    answer = dict(zip(names, session.run(names, inputs), strict=True))
+    return {name.removeprefix("next_"): array for name, array in answer.items()}
+
+
+def _replay(session: Any, probe: Probe, k: np.ndarray, state_width: int) -> dict[str, np.ndarray]:
+    """The answers after each row's last event, from states advanced one event at a time."""
+    answers: dict[str, np.ndarray] = {}
+    states = np.zeros((len(probe.length), state_width), np.float32)
+    for t in range(int(probe.length.max())):
+        rows = np.flatnonzero(probe.length > t)
+        last = probe.length[rows] == t + 1
+        answer = _run(
+            session,
+            state=states[rows],
+            item=probe.item[rows, t],
+            rating=probe.rating[rows, t],
+            gap=probe.gap[rows, t],
+            request_gap=probe.request_gap[rows],
+            exclude=probe.exclude[rows],
+            k=k if last.any() else np.ones_like(k),
+        )
+        states[rows] = answer["state"]
+        for name, array in answer.items():
+            if last.any():
+                whole = answers.setdefault(name, np.zeros((len(probe.length), array.shape[1]), array.dtype))
+                whole[rows[last]] = array[last]
+    return answers
+
+
+def _compare(
+    graph: str, answer: Mapping[str, np.ndarray], logits: np.ndarray, state: np.ndarray, exclude: np.ndarray
+) -> tuple[float, float]:
+    """The largest differences of logits and of states. `logits` [rows, items + 1] and `state` are JAX'."""
+    item_count = logits.shape[1] - 1
+    items, scores = answer["items"], answer["scores"]
+    if not np.array_equal(np.sort(items, axis=1), np.broadcast_to(np.arange(1, item_count + 1), items.shape)):
+        raise ExportError(f"{graph}: an answer with k = {item_count} does not hold each item once")
+    excluded = logits.copy()
+    np.put_along_axis(excluded, exclude.astype(np.int64), NEVER, axis=1)
+    of_answer = np.take_along_axis(excluded, items.astype(np.int64), axis=1)
+    in_order = -np.sort(-excluded[:, 1:], axis=1)
+    state_difference = _difference(f"{graph}: states", answer["state"], state)
+    logit_difference = _difference(f"{graph}: logits", scores, of_answer)
+    _difference(f"{graph}: logits in the order of the answer", of_answer, in_order)
+    return logit_difference, state_difference
+
+
+def _difference(what: str, found: np.ndarray, expected: np.ndarray) -> float:
+    difference = np.abs(found - expected)
+    largest = float(difference.max())
+    if not largest <= TOLERANCE:  # so that NaN fails too
+        row, column = np.unravel_index(np.argmax(np.nan_to_num(difference, nan=np.inf)), difference.shape)
+        raise ExportError(
+            f"{what} differ from JAX by up to {largest:.3g}, tolerance {TOLERANCE:g} "
+            f"(row {row}, column {column}: {found[row, column]:.6g}, expected {expected[row, column]:.6g})"
+        )
+    return largest

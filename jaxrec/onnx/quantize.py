@@ -1,0 +1,121 @@
+"""int8 weights for the LSTMs, behind a gate: an export whose answers got worse is refused.
+
+ONNX Runtime's dynamic quantization: weights become int8 once, with a scale for each column (one for all kept 0.984 of
+the demo model's first ten items and lost 1 % of NDCG@10; so it is 0.992 and nothing), activations are quantized anew
+in each run. The head and the embeddings stay float32. A run chooses one scale for all of its rows and steps, so the
+answers of a quantized model depend slightly on what is run together: a state that was advanced event by event equals
+the replay of the history only within the noise of the quantization, which the manifest tells (`parity.int8`).
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from jaxrec.data.batches import CaseBatch
+from jaxrec.data.prepare import PreparedData
+from jaxrec.errors import ExportError
+from jaxrec.evaluation.metrics import ndcg
+from jaxrec.evaluation.ranking import TOP, Ranked, Scorer, rank_cases
+
+LEAST_OVERLAP = 0.99
+"""Mean share of the first ten items that the quantized model keeps, in whatever order."""
+MOST_NDCG_LOSS = 0.005
+"""Of NDCG@10, relative."""
+
+
+def quantize_lstms(graph: bytes) -> bytes:
+    """The graph with int8 weights in its LSTMs, and the same inputs and outputs."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        out = Path(folder) / "int8.onnx"
+        quantize_dynamic(
+            onnx.load_from_string(graph),
+            str(out),
+            op_types_to_quantize=["LSTM"],
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+        )
+        quantized = out.read_bytes()
+    operators = [node.op_type for node in onnx.load_from_string(quantized).graph.node]
+    if "LSTM" in operators or "DynamicQuantizeLSTM" not in operators:
+        raise ExportError(f"int8: expected quantized LSTMs, found the operators {sorted(set(operators))}")
+    return quantized
+
+
+def check_quality(graph: bytes, quantized: bytes, data: PreparedData, max_history: int) -> dict[str, float]:
+    """Compares the two `sequence.onnx` on the validation cases, asked with a request time; returns the figures.
+
+    Raises ExportError where the quantized graph keeps too little of the first ten items or of NDCG@10.
+    """
+    cases = data.split.validation
+    exact, rough = (
+        rank_cases(graph_scorer(one, len(data.catalog)), data, cases, max_history, request_time=True)
+        for one in (graph, quantized)
+    )
+    return judge(exact, rough)
+
+
+def judge(exact: Ranked, rough: Ranked) -> dict[str, float]:
+    """The figures of the gate; raises ExportError where they are too bad."""
+    overlap = float(np.mean([_overlap(*rows) for rows in zip(exact.top, rough.top, strict=True)]))
+    before, after = (float(ndcg(one.ranks, TOP).mean()) for one in (exact, rough))
+    figures = {"top_10_overlap": overlap, "ndcg_10_float32": before, "ndcg_10_int8": after, "cases": len(exact.ranks)}
+    if overlap < LEAST_OVERLAP or abs(after - before) > MOST_NDCG_LOSS * before:
+        raise ExportError(
+            f"int8: on {len(exact.ranks)} validation cases the first {TOP} items overlap by {overlap:.4f} (expected "
+            f"{LEAST_OVERLAP:g} or more), and NDCG@{TOP} is {after:.5f} beside {before:.5f} (expected within "
+            f"{MOST_NDCG_LOSS:.1%}); export without --int8"
+        )
+    return figures
+
+
+def _overlap(exact: np.ndarray, rough: np.ndarray) -> float:
+    """The share of the items `exact` [TOP] (0 = nothing was left) that `rough` has, too."""
+    items = exact[exact > 0]
+    return len(np.intersect1d(items, rough)) / len(items) if len(items) else 1.0
+
+
+def graph_scorer(graph: bytes, item_count: int) -> Scorer:
+    """Scores of all items by a `sequence.onnx`."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+
+    def score(batch: CaseBatch) -> np.ndarray:
+        events, rows = batch.events, len(batch.target)
+        item, rating, gap = (np.asarray(column) for column in (events.item, events.rating, events.gap))
+        items, scores = session.run(
+            ["items", "scores"],
+            {
+                "item": item.astype(np.int32),
+                "rating": rating.astype(np.float32),
+                "gap": gap.astype(np.float32),
+                "length": np.asarray(events.length, np.int32),
+                "request_gap": np.asarray(batch.request_gap, np.float32),
+                "exclude": np.zeros((rows, 1), np.int32),
+                "k": np.array([item_count], np.int64),
+            },
+        )
+        whole = np.zeros((rows, item_count + 1), np.float32)
+        np.put_along_axis(whole, items.astype(np.int64), scores, axis=1)
+        return whole
+
+    return score
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the advice of ONNX Runtime to optimize the graph first, which undoes the fused LSTM's names."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)

@@ -1,0 +1,187 @@
+"""The forward pass of `jaxrec.models.hybrid.Hybrid` in TensorFlow, written so that tf2onnx makes good ONNX of it.
+
+Importing this module imports TensorFlow; only `jaxrec.onnx.convert` does, while it converts.
+
+Two things differ from a plain TensorFlow program. The items' arrays are inputs here and become weights of the ONNX
+file after the conversion, so that the largest matrices pass through no optimizer and are stored once. And the loop of
+the LSTM knows no lengths, because with them tf2onnx would leave it a loop: the conversion hands them to the fused
+operator, and TensorFlow itself would be right about rows without padding only.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from jaxrec.models.cooccurrence import RECENT
+from jaxrec.models.features import GAP_EDGES
+from jaxrec.models.sequence import NEVER
+from jaxrec.onnx.weights import RECENT_WEIGHTS, LSTMWeights, PolicyWeights, Weights
+
+
+class ItemArrays(NamedTuple):
+    """`vectors` [items + 1, width], `bias` [items + 1], `neighbours` [items + 1, neighbours] int32 and their weights,
+    `closeness`, of the same shape."""
+
+    vectors: Any
+    bias: Any
+    neighbours: Any
+    closeness: Any
+
+
+# Every weight is a NumPy array that becomes a constant inside the traced function; tf2onnx turns tensors that were
+# made outside of it into inputs of the graph.
+
+
+def sequence(
+    weights: Weights,
+    items: ItemArrays,
+    *,
+    item: Any,
+    rating: Any,
+    gap: Any,
+    length: Any,
+    request_gap: Any,
+    exclude: Any,
+    k: Any,
+) -> dict[str, Any]:
+    """A batch of histories -> state, items, scores."""
+    vectors = tf.gather(items.vectors, tf.transpose(item))
+    recurrent, recent = _read(weights, vectors, item, rating, gap, length)
+    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, exclude, k)
+    return {"state": _state(recurrent, recent), "items": best, "scores": scores}
+
+
+def step(
+    weights: Weights,
+    items: ItemArrays,
+    *,
+    state: Any,
+    item: Any,
+    rating: Any,
+    gap: Any,
+    request_gap: Any,
+    exclude: Any,
+    k: Any,
+) -> dict[str, Any]:
+    """A batch of states and one event for each -> next_state, items, scores."""
+    recurrent, recent = _step(weights, state, tf.gather(items.vectors, item), item, rating, gap)
+    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, exclude, k)
+    return {"next_state": _state(recurrent, recent), "items": best, "scores": scores}
+
+
+def sequence_query(
+    weights: Weights, *, vector: Any, item: Any, rating: Any, gap: Any, length: Any, request_gap: Any
+) -> dict[str, Any]:
+    """`sequence` without the items' arrays: a batch of histories and their items' vectors -> state, query."""
+    recurrent, recent = _read(weights, tf.transpose(vector, [1, 0, 2]), item, rating, gap, length)
+    return {"state": _state(recurrent, recent), "query": _query(weights, recurrent, request_gap)}
+
+
+def step_query(
+    weights: Weights, *, state: Any, vector: Any, item: Any, rating: Any, gap: Any, request_gap: Any
+) -> dict[str, Any]:
+    """`step` without the items' arrays -> next_state, query."""
+    recurrent, recent = _step(weights, state, vector, item, rating, gap)
+    return {"next_state": _state(recurrent, recent), "query": _query(weights, recurrent, request_gap)}
+
+
+def _read(weights: Weights, vectors: Any, item: Any, rating: Any, gap: Any, length: Any) -> tuple[Any, Any]:
+    """Whole histories, vectors [length, batch, width] -> what is recurrent of the state, and the recent items."""
+    batch = tf.shape(item)[0]
+    nothing = tf.zeros([batch, weights.state_width - RECENT])
+    recurrent = _advance(weights, nothing, vectors, tf.transpose(rating), tf.transpose(gap))
+    timeline = tf.concat([tf.zeros([batch, RECENT], tf.int32), item], axis=1)
+    places = tf.expand_dims(length, 1) + (RECENT - 1 - np.arange(RECENT, dtype=np.int32))
+    return recurrent, tf.gather(timeline, places, batch_dims=1)
+
+
+def _step(weights: Weights, state: Any, vector: Any, item: Any, rating: Any, gap: Any) -> tuple[Any, Any]:
+    """One event each, vector [batch, width] -> as `_read`."""
+    event = (tf.expand_dims(column, 0) for column in (vector, rating, gap))
+    recurrent = _advance(weights, state[:, :-RECENT], *event)
+    return recurrent, tf.concat([tf.expand_dims(item, 1), tf.cast(state[:, -RECENT:-1], tf.int32)], axis=1)
+
+
+def _state(recurrent: Any, recent: Any) -> Any:
+    return tf.concat([recurrent, tf.cast(recent, tf.float32)], axis=1)
+
+
+def _advance(weights: Weights, state: Any, vectors: Any, rating: Any, gap: Any) -> Any:
+    """h and c of both models [batch, 4 * hidden] after the events, [length, batch] as the LSTM wants them."""
+    views = [
+        vectors,
+        _rating_vectors(weights, tf.expand_dims(rating, -1)),
+        tf.gather(weights.gap_vectors, _gap_bucket(gap)),
+    ]
+    of_lstm, of_content = zip(*(tf.split(view, 2, axis=2) for view in views), strict=True)
+    h_lstm, c_lstm, h_content, c_content = tf.split(state, 4, axis=1)
+    lstm_state = _lstm(weights.lstm, tf.concat(of_lstm, axis=2), h_lstm, c_lstm)
+    content_state = _lstm(weights.content, tf.concat(of_content, axis=2), h_content, c_content)
+    return tf.concat([*lstm_state, *content_state], axis=1)
+
+
+def _rating_vectors(weights: Weights, rating: Any) -> Any:
+    return tf.where(rating < 0, weights.rating_missing, rating * weights.rating_slope + weights.rating_offset)
+
+
+def _gap_bucket(gap: Any) -> Any:
+    return tf.reduce_sum(tf.cast(tf.expand_dims(gap, -1) >= GAP_EDGES, tf.int32), axis=-1)
+
+
+def _lstm(weights: LSTMWeights, x: Any, h: Any, c: Any) -> tuple[Any, Any]:
+    """Final (h, c) [batch, hidden] of x [length, batch, inputs].
+
+    tf2onnx knows an LSTM by this very shape of the loop, down to the order of the factors and the outputs that
+    nobody reads.
+    """
+    length = tf.shape(x)[0]
+    inputs = tf.TensorArray(tf.float32, size=length).unstack(x)
+    outputs = tf.TensorArray(tf.float32, size=length)
+    kernel, recurrent_kernel = tf.constant(weights.kernel), tf.constant(weights.recurrent_kernel)
+    bias = tf.constant(weights.bias)
+
+    def body(t: Any, outputs: Any, h_tm1: Any, c_tm1: Any) -> tuple[Any, Any, Any, Any]:
+        gates = tf.nn.bias_add(tf.matmul(inputs.read(t), kernel) + tf.matmul(h_tm1, recurrent_kernel), bias)
+        i, f, g, o = tf.split(gates, 4, axis=1)
+        c_t = tf.sigmoid(f) * c_tm1 + tf.sigmoid(i) * tf.tanh(g)
+        h_t = tf.sigmoid(o) * tf.tanh(c_t)
+        return t + 1, outputs.write(t, h_t), h_t, c_t
+
+    _, _, h, c = tf.while_loop(lambda t, *_: t < length, body, (0, outputs, h, c))
+    return h, c
+
+
+def _query(weights: Weights, recurrent: Any, request_gap: Any) -> Any:
+    """[batch, width]: what the items' vectors are multiplied with, the policy's shift included."""
+    h_lstm, _, h_content, _ = tf.split(recurrent, 4, axis=1)
+    bucket = _gap_bucket(request_gap)
+    scale, shift = tf.gather(weights.request_scale, bucket), tf.gather(weights.request_shift, bucket)
+    hidden = tf.concat([h_lstm, h_content], axis=1) * scale + shift
+    query = tf.matmul(hidden, weights.projection) + weights.projection_bias
+    return query if weights.policy is None else query + _policy_shift(weights.policy, query)
+
+
+def _answer(items: ItemArrays, query: Any, recent: Any, exclude: Any, k: Any) -> tuple[Any, Any]:
+    """The k best items [batch, k] int32 and their logits."""
+    logits = tf.matmul(query, items.vectors, transpose_b=True) + items.bias
+    neighbours = tf.reshape(tf.gather(items.neighbours, recent), [-1, RECENT * items.neighbours.shape[1]])
+    decays = RECENT_WEIGHTS[:, None]
+    closeness = tf.reshape(tf.gather(items.closeness, recent) * decays, tf.shape(neighbours))
+    logits = tf.tensor_scatter_nd_add(logits, _places(neighbours), closeness)
+    never = tf.fill(tf.shape(exclude), np.float32(NEVER))
+    logits = tf.tensor_scatter_nd_update(logits, _places(exclude), never)
+    # Without the column of the padding, which so cannot be an answer even when all others are excluded.
+    scores, columns = tf.math.top_k(logits[:, 1:], tf.squeeze(k, 0))
+    return columns + 1, scores
+
+
+def _places(items: Any) -> Any:
+    """items [batch, width] -> [batch, width, 2]: their places (row, item) among the logits."""
+    rows = tf.broadcast_to(tf.expand_dims(tf.range(tf.shape(items)[0]), 1), tf.shape(items))
+    return tf.stack([rows, items], axis=2)
+
+
+def _policy_shift(policy: PolicyWeights, query: Any) -> Any:
+    inner = tf.nn.relu(tf.matmul(query, policy.inner_kernel) + policy.inner_bias)
+    return tf.matmul(inner, policy.outer_kernel) + policy.outer_bias

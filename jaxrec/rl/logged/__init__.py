@@ -1,0 +1,1 @@
+"""A policy trained on the events of the run's own log."""

@@ -1,0 +1,1 @@
+"""A policy trained on what a server recommended and what came of it."""

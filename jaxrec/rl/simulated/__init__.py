@@ -1,0 +1,1 @@
+"""A policy trained on simulated users."""

@@ -1,0 +1,300 @@
+"""Fits the simulator's users on a log, and says how well they fit users that were left out.
+
+Of the log's users three fifths make the item-item matrix, one fifth the coefficients of the choice, and the last fifth
+judges both; the rating model leaves out a tenth of the ratings. The matrix is EASE's, or another one, so that the users
+who train a policy and those who judge it need not be of one kind.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from scipy.optimize import minimize
+
+from jaxrec.data.catalog import Catalog
+from jaxrec.data.histories import Histories
+from jaxrec.data.ids import IdMap
+from jaxrec.data.schema import ITEM, RATING, TIME, USER, DataError, RatingScale
+from jaxrec.evaluation.metrics import ndcg
+from jaxrec.models.sequence import NEVER
+from jaxrec.rl.rewards import genre_directions
+from jaxrec.rl.simulated.users import RECENT, REPEATED, SimulatorParams
+
+RIDGE = 100.0  # EASE's λ
+DECAYS = (0.8, 0.9, 0.95, 0.98)
+MIN_HISTORY, CASES_PER_USER = 10, 20
+FACTORS, FACTOR_RIDGE, FACTOR_ROUNDS = 8, 10.0, 10
+SHRINK, NEIGHBOURS = 10.0, 100  # of the cosine
+
+ItemItem = Callable[[Histories, np.ndarray, int], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulatorFit:
+    """`params`, and how well they fit held-out users' next items: nats per event of the choice model, of popularity
+    alone, and of all items alike; NDCG@10 of both; the error of held-out ratings in stars, and of their mean."""
+
+    params: SimulatorParams
+    nats: float
+    popularity_nats: float
+    uniform_nats: float
+    ndcg_10: float
+    popularity_ndcg_10: float
+    rating_rmse: float
+    mean_rating_rmse: float
+
+
+def simulator_histories(interactions: pd.DataFrame, catalog: Catalog, trained_on: IdMap) -> tuple[Histories, IdMap]:
+    """The users' events on items of the catalogue, in time order (rows break ties), and the users' raw ids.
+
+    `interactions` has user_id, item_id, rating, timestamp. Raises DataError where one of the users is among
+    `trained_on`: the simulator must not know users that the recommender was trained on.
+    """
+    both = np.intersect1d(trained_on.raw_ids.astype(str), interactions[USER].astype(str).to_numpy())
+    if len(both):
+        raise DataError(
+            f"{len(both)} users, such as {both[0]}, are among those that the recommender was trained on; "
+            "expected a simulator of other users"
+        )
+    items = catalog.ids.encode(interactions[ITEM].to_numpy())
+    known = interactions.assign(**{ITEM: items})[items > 0].sort_values([USER, TIME], kind="stable")
+    users, counts = np.unique(known[USER].to_numpy(), return_counts=True)
+    columns = (known[ITEM].to_numpy(np.int32), known[RATING].to_numpy(np.float32), known[TIME].to_numpy(np.int64))
+    return Histories(np.concatenate([[0], np.cumsum(counts)]), *columns), IdMap(users)
+
+
+def ease(histories: Histories, users: np.ndarray, items: int) -> np.ndarray:
+    """[items + 1, items + 1] float32: B of Steck 2019, equation 8; row and column 0 are 0.
+
+    B_ij = -P_ij / P_jj off the diagonal, P = (X^T X + λ I)^-1 for the binary users-by-items matrix X.
+    """
+    x = _binary(histories, users, items)
+    p = np.linalg.inv(x.T @ x + RIDGE * np.eye(items))
+    b = -p / np.diag(p)
+    np.fill_diagonal(b, 0.0)
+    return np.pad(b, ((1, 0), (1, 0))).astype(np.float32)
+
+
+def shrunk_cosine(histories: Histories, users: np.ndarray, items: int) -> np.ndarray:
+    """[items + 1, items + 1] float32: item-item nearest neighbours; row and column 0 are 0.
+
+    s_ij = n_ij / (sqrt(n_i n_j) + SHRINK), where n_ij of the users took both and n_i took i (Sarwar et al. 2001,
+    section 3.1.1, with the shrinkage of Ferrari Dacrema et al. 2019, "Are We Really Making Much Progress?"); each
+    column keeps its NEIGHBOURS largest.
+    """
+    x = _binary(histories, users, items)
+    both = x.T @ x
+    taken = np.diag(both)
+    s = both / (np.sqrt(np.outer(taken, taken)) + SHRINK)
+    np.fill_diagonal(s, 0.0)
+    if items > NEIGHBOURS:
+        s[s < np.partition(s, -NEIGHBOURS, axis=0)[-NEIGHBOURS]] = 0.0
+    return np.pad(s, ((1, 0), (1, 0))).astype(np.float32)
+
+
+def _binary(histories: Histories, users: np.ndarray, items: int) -> np.ndarray:
+    """[users, items] float64: 1 where the user took the item."""
+    row = np.full(histories.user_count, -1)
+    row[users] = np.arange(len(users))
+    of_users = row[histories.users()]
+    x = np.zeros((len(users), items), np.float64)
+    kept = of_users >= 0
+    x[of_users[kept], histories.items[kept] - 1] = 1.0
+    return x
+
+
+def fit_simulator(
+    histories: Histories,
+    genre_matrix: np.ndarray,
+    scale: RatingScale,
+    star: float,
+    seed: int = 0,
+    start_events: int = 20,
+    position_bias: float = 0.5,
+    salience: float = 5.0,
+    rating_share: float = 0.5,
+    leave: float = 0.05,
+    item_item: ItemItem = ease,
+) -> SimulatorFit:
+    """`histories` of the simulator's users, `genre_matrix` [items + 1, genres] of the catalogue; `star` is the step of
+    the rating scale. Users come with their first `start_events` events. `item_item(histories, users, items)`: the taste
+    model, [items + 1, items + 1]. Deterministic.
+
+    Raises DataError where fewer than five users have MIN_HISTORY + 1 events, or none of these is to be foreseen: new to
+    its user, of those who fit the choice and of those who judge it; and where no rating is to be fitted or held out.
+    """
+    long_enough = np.flatnonzero(histories.lengths() > MIN_HISTORY)
+    if len(long_enough) < 5:
+        raise DataError(f"{len(long_enough)} users have more than {MIN_HISTORY} events, expected at least 5")
+    items = len(genre_matrix) - 1
+    order = np.random.default_rng(seed).permutation(long_enough)
+    matrix_users, choice_users, test_users = np.split(order, [3 * len(order) // 5, 4 * len(order) // 5])
+    matrix = item_item(histories, matrix_users, items)
+    of_matrix = np.isin(histories.users(), matrix_users)
+    log_popularity = np.log1p(np.bincount(histories.items[of_matrix], minlength=items + 1)).astype(np.float32)
+    directions = genre_directions(genre_matrix)
+    tables = (matrix, log_popularity, directions)
+
+    train, test = _cases(histories, choice_users), _cases(histories, test_users)
+    if not train or not test:
+        raise DataError(
+            f"{len(train)} events on items that are new to their user fit the choice and {len(test)} judge it, after "
+            f"{MIN_HISTORY} events each, expected some of both"
+        )
+    fits = []
+    for decay in DECAYS:
+        coefficients, nats = fit_choice(_choice_features(train, decay, *tables), train)
+        fits.append((nats, decay, coefficients))
+    _, decay, coefficients = min(fits, key=lambda fit: fit[0])
+    features = _choice_features(test, decay, *tables)
+    of_popularity, _ = fit_choice(_choice_features(train, decay, *tables)[..., 1:2], train)
+    nats, ranked = _judge(features, coefficients, test)
+    popularity_nats, popularity_ranked = _judge(features[..., 1:2], of_popularity, test)
+
+    rated, rating_rmse, mean_rmse = fit_ratings(histories, items, seed)
+    first_events = profiles(histories, np.zeros(histories.user_count, np.int64), start_events)
+    scalars = {
+        "taste": coefficients[0],
+        "decay": decay,
+        "popularity": coefficients[1],
+        "repetition": coefficients[2],
+        "position_bias": position_bias,
+        "salience": salience,
+        "rating_share": rating_share,
+        "leave": leave,
+        "rating_noise": rating_rmse,
+    }
+    params = SimulatorParams(
+        item_item=jnp.asarray(matrix),
+        log_popularity=jnp.asarray(log_popularity),
+        genre_directions=jnp.asarray(directions),
+        rating_range=jnp.array([scale.minimum, scale.maximum, star], jnp.float32),
+        **first_events,
+        **{name: jnp.asarray(array, jnp.float32) for name, array in rated.items()},
+        **{name: jnp.float32(number) for name, number in scalars.items()},
+    )
+    uniform = float(np.log(items - np.array([len(set(history)) for history, _ in test])).mean())
+    return SimulatorFit(params, nats, popularity_nats, uniform, ranked, popularity_ranked, rating_rmse, mean_rmse)
+
+
+def profiles(histories: Histories, first: np.ndarray, events: int) -> dict[str, jax.Array]:
+    """`profile` and `profile_rating` of SimulatorParams: `events` successive events of each user from its event
+    `first` [users] on, or as many as there are, at most RECENT."""
+    places = first[:, None] + np.arange(RECENT)
+    lengths = np.minimum(np.minimum(first + events, first + RECENT), histories.lengths()) - first
+    backwards = places[:, :1] + lengths[:, None] - 1 - np.arange(RECENT)  # the last one first
+    where = np.arange(RECENT) < lengths[:, None]
+    rows = np.where(where, histories.offsets[:-1, None] + backwards, 0)
+    ratings = np.where(where, histories.ratings[rows], 0.0)
+    items = np.where(where, histories.items[rows], 0)
+    return {"profile": jnp.asarray(items, jnp.int32), "profile_rating": jnp.asarray(ratings, jnp.float32)}
+
+
+Cases = Sequence[tuple[np.ndarray, int]]
+
+
+def _cases(histories: Histories, users: np.ndarray) -> Cases:
+    """(items before, next item), up to CASES_PER_USER evenly spaced ones of each user, after MIN_HISTORY events."""
+    cases = []
+    for user in users:
+        items = histories.items[histories.offsets[user] : histories.offsets[user + 1]]
+        at = np.unique(np.linspace(MIN_HISTORY, len(items) - 1, CASES_PER_USER).astype(np.int64))
+        cases += [(items[:end], int(items[end])) for end in at if items[end] not in items[:end]]
+    return cases
+
+
+def _choice_features(
+    cases: Cases, decay: float, item_item: np.ndarray, log_popularity: np.ndarray, directions: np.ndarray
+) -> np.ndarray:
+    """[cases, items + 1, 3] float32: what taste, popularity and repetition weight; NaN where it may not be taken."""
+    features = np.empty((len(cases), len(log_popularity), 3), np.float32)
+    for number, (history, _) in enumerate(cases):
+        recent = history[::-1][:RECENT]
+        features[number, :, 0] = (decay ** np.arange(len(recent))) @ item_item[recent]
+        features[number, :, 1] = log_popularity
+        features[number, :, 2] = directions @ directions[recent[:REPEATED]].mean(axis=0)
+        features[number, history] = features[number, 0] = np.nan
+    return features
+
+
+def fit_choice(features: np.ndarray, cases: Cases) -> tuple[np.ndarray, float]:
+    """The coefficients [features] of a multinomial logit by maximum likelihood, and nats per case."""
+    targets = np.array([target for _, target in cases])
+    x = jnp.asarray(np.nan_to_num(features))
+    never = jnp.asarray(np.where(np.isnan(features[..., 0]), NEVER, 0.0), jnp.float32)
+    at = jnp.arange(len(cases))
+
+    @jax.jit
+    def loss(coefficients: jax.Array) -> jax.Array:
+        logits = x @ coefficients + never
+        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[at, targets])
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+
+    def both(coefficients: np.ndarray) -> tuple[float, np.ndarray]:
+        nats, slope = gradient(jnp.asarray(coefficients, jnp.float32))
+        return float(nats), np.asarray(slope, np.float64)
+
+    found = minimize(both, np.zeros(features.shape[-1]), jac=True, method="L-BFGS-B")
+    return found.x, float(found.fun)
+
+
+def _judge(features: np.ndarray, coefficients: np.ndarray, cases: Cases) -> tuple[float, float]:
+    """Nats per case and NDCG@10 (ties against us) of the choice among all items."""
+    logits = np.where(np.isnan(features[..., 0]), NEVER, np.nan_to_num(features) @ coefficients)
+    chosen = logits[np.arange(len(cases)), [target for _, target in cases]]
+    top = logits.max(axis=1)
+    nats = top + np.log(np.exp(logits - top[:, None]).sum(axis=1)) - chosen
+    rank = (logits >= chosen[:, None]).sum(axis=1)
+    return float(nats.mean()), float(np.asarray(ndcg(rank, 10)).mean())
+
+
+def fit_ratings(histories: Histories, items: int, seed: int) -> tuple[dict[str, np.ndarray], float, float]:
+    """Matrix factorization by alternating ridge regressions (Koren et al. 2009), with a bias as the first factor of
+    users and of items; beside it the root mean squared errors of held-out ratings, and of the mean rating for them.
+    Raises DataError where no rating is held out, or none is fitted."""
+    rated = np.flatnonzero(~np.isnan(histories.ratings))
+    held_out = np.random.default_rng(seed + 1).random(len(rated)) < 0.1
+    if held_out.all() or not held_out.any():
+        raise DataError(
+            f"{len(rated)} events have a rating, and {held_out.sum()} of these are held out; expected some to be held "
+            "out and some to be fitted"
+        )
+    users, rows = histories.users(), rated[~held_out]
+    mean = float(histories.ratings[rows].mean())
+    rng = np.random.default_rng(seed + 2)
+    user = np.zeros((histories.user_count, FACTORS + 2))
+    item = 0.1 * rng.standard_normal((items + 1, FACTORS + 2))
+    user[:, 1] = item[:, 0] = 1.0  # [bias, 1, factors] meets [1, bias, factors]
+    item[:, 1] = item[0, 2:] = 0.0
+    for _ in range(FACTOR_ROUNDS):
+        _ridge(user, item, users[rows], histories.items[rows], histories.ratings[rows] - mean, fixed=1)
+        _ridge(item, user, histories.items[rows], users[rows], histories.ratings[rows] - mean, fixed=0)
+    test = rated[held_out]
+    errors = histories.ratings[test] - mean - (user[users[test]] * item[histories.items[test]]).sum(axis=1)
+    params = {
+        "mean_rating": np.array(mean),
+        "user_bias": user[:, 0],
+        "user_factors": user[:, 2:],
+        "item_bias": item[:, 1],
+        "item_factors": item[:, 2:],
+    }
+    rmse = [float(np.sqrt(np.mean(np.square(each)))) for each in (errors, histories.ratings[test] - mean)]
+    return params, rmse[0], rmse[1]
+
+
+def _ridge(
+    solved: np.ndarray, other: np.ndarray, rows: np.ndarray, columns: np.ndarray, ratings: np.ndarray, fixed: int
+) -> None:
+    """Sets each row of `solved`, but for its column `fixed` (which is 1), to the ridge regression of its ratings."""
+    free = [column for column in range(solved.shape[1]) if column != fixed]
+    order = np.argsort(rows, kind="stable")
+    edges = np.flatnonzero(np.diff(rows[order])) + 1
+    for group in np.split(order, edges):
+        x = other[columns[group]]
+        y = ratings[group] - x[:, fixed]
+        x = x[:, free]
+        solved[rows[group[0]], free] = np.linalg.solve(x.T @ x + FACTOR_RIDGE * np.eye(len(free)), x.T @ y)

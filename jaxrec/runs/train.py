@@ -1,0 +1,273 @@
+"""The run directory: what `jaxrec train` and `jaxrec rl` leave behind, and how later stages read it.
+
+RUN/run.json      where the data is, and the configurations
+RUN/lstm/         checkpoints and logs of TimeRatingAwareLSTM (`jaxrec.training.log`)
+RUN/content/      the same of TimeRatingAwareContentModel
+RUN/training.png  loss and validation figures by epoch
+RUN/cooccurrence.npz  the neighbours of each item, and the item vectors that training started from
+RUN/hybrid.json   the weights of the mix, with the validation figures that chose them
+RUN/policy/       written by `jaxrec rl`: the policy, its log, and whether it is used
+RUN/policy.partial/  where an interrupted `jaxrec rl` stands; RUN/policy.previous/ what was in use before
+RUN/policy_from_log.json  what came of the last `jaxrec rl --log`; RUN/policy_from_simulator.json of --simulator
+RUN/policy.simulator.partial/  where an interrupted `jaxrec rl --simulator` stands
+RUN/evaluation.json  written by `jaxrec evaluate`; goes into the manifest of the exported model
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxrec.config import CheckpointConfig, ModelConfig, TrainConfig, from_json, to_json
+from jaxrec.models.neighbours import MAX_START_ITEMS, Neighbours, initial_embedding, neighbours
+from jaxrec.files import new_file, read_json, sha256, write_text
+from jaxrec.training.mix import tune_mix
+from jaxrec.models.cooccurrence import CoOccurrence
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.training.processes import is_first, wait_for_all
+from jaxrec.data.schema import DataError
+from jaxrec.training.sharding import building_device, data_mesh
+from jaxrec.training.stopping import StopRequested, TrainingStopped, never
+from jaxrec.data.store import SUMMARY_FILE, PreparedData, read_prepared
+from jaxrec.training.loop import load_trained, require_trainable, train_model
+
+SCHEMA_VERSION = 3
+RUN_FILE = "run.json"
+HYBRID_FILE = "hybrid.json"
+NEIGHBOURS_FILE = "cooccurrence.npz"
+EVALUATION_FILE = "evaluation.json"
+LSTM_FOLDER = "lstm"
+CONTENT_FOLDER = "content"
+POLICY_FOLDER = "policy"
+POLICY_PARTIAL_FOLDER = "policy.partial"
+SIMULATOR_PARTIAL_FOLDER = "policy.simulator.partial"
+PLOT_FILE = "training.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory and what its run.json says. `data_digest` is the SHA-256 of the data's summary file,
+    `item_count` and `items_digest` say what its catalogue began with, `data_version` how often the data was changed."""
+
+    folder: Path
+    data_folder: Path
+    data_digest: str
+    item_count: int
+    items_digest: str
+    model_config: ModelConfig
+    train_config: TrainConfig
+    data_version: int = 0
+
+    def read_data(self) -> PreparedData:
+        """The prepared data that the run was trained on. Raises DataError where it is gone or was prepared anew."""
+        data = read_prepared(self.data_folder)
+        if sha256(self.data_folder / SUMMARY_FILE) != self.data_digest:
+            raise DataError(
+                f"{self.data_folder} was prepared anew since {self.folder} was trained on it; train again, or go on "
+                f"with what was appended: `jaxrec train --out {self.folder} --resume --data {self.data_folder}`"
+            )
+        return data
+
+
+def train_run(
+    data_folder: Path | None,
+    out: Path,
+    model_config: ModelConfig = ModelConfig(),
+    train_config: TrainConfig = TrainConfig(),
+    resume: bool = False,
+    checkpoint_config: CheckpointConfig = CheckpointConfig(),
+    item_shards: int = 1,
+    stop: StopRequested = never,
+) -> Hybrid:
+    """Trains both models on prepared data and tunes their mix; the run directory `out` holds the result.
+
+    With `resume` an interrupted run goes on from its latest checkpoints, with the configuration and (`data_folder`
+    None) the data that it started with. `item_shards`: devices over which the item tables are split.
+    Raises DataError where `out` already holds a run and `resume` is off, or holds one of other data and it is on,
+    TrainingError where training cannot go on, and TrainingStopped where `stop()` ended it early.
+    """
+    mesh = data_mesh(item_shards=item_shards)
+    if resume:
+        run = open_run(out)
+        if data_folder is not None and run.data_folder != data_folder.resolve():
+            raise DataError(f"{out} was trained on {run.data_folder}, not on {data_folder} (to change that: --data)")
+        data = run.read_data()
+    elif (out / RUN_FILE).exists():
+        raise DataError(f"{out} already holds a run; go on with it (--resume) or choose another folder")
+    elif data_folder is None:
+        raise DataError("which data is the run to be trained on?")
+    else:
+        data = read_prepared(data_folder)
+        require_trainable(data)
+        run = _new_run(out, data_folder, data, model_config, train_config)
+        wait_for_all("no process writes a run where another one still looks for it")
+        _write_run(run)
+    if is_first():
+        (out / EVALUATION_FILE).unlink(missing_ok=True)
+    with building_device(item_shards):
+        cooccurrence, start = _run_cooccurrence(run, data)
+        lstm, content_model = new_models(data, run.model_config, run.train_config.seed, start)
+        common = (mesh, checkpoint_config, run.data_version, stop)
+        trained_lstm = train_model(lstm, data, run.train_config, out / LSTM_FOLDER, "TimeRatingAwareLSTM", *common)
+        trained_content = train_model(
+            content_model, data, run.train_config, out / CONTENT_FOLDER, "TimeRatingAwareContentModel", *common
+        )
+        if stop():
+            raise TrainingStopped("stopped: both models are trained and saved, their mix is not tuned yet")
+        model = CoOccurrence(cooccurrence)
+        mix = tune_mix(trained_lstm.model, trained_content.model, model, data)
+    if is_first():
+        from jaxrec.evaluation.plots import plot_training
+
+        write_text(out / HYBRID_FILE, json.dumps(dataclasses.asdict(mix), indent=2) + "\n")
+        epochs = {"TimeRatingAwareLSTM": trained_lstm.epochs, "TimeRatingAwareContentModel": trained_content.epochs}
+        plot_training(epochs, out / PLOT_FILE)
+    return Hybrid(trained_lstm.model, trained_content.model, model, mix.weight, mix.cooccurrence_weight)
+
+
+def extend_run(out: Path, data_folder: Path, changes: Mapping[str, Any] = {}) -> None:
+    """Makes a run go on, when it is resumed, with data that extends its own (from `jaxrec append`).
+
+    `changes`: fields of TrainConfig that are to be others from then on. What hangs on the old data (mix, policy,
+    evaluation) is removed. Nothing happens where the run is on this data already.
+    Raises DataError where the catalogue does not begin with that of the run, or there is nothing to train on.
+    """
+    run = open_run(out)
+    digest = sha256(data_folder / SUMMARY_FILE) if (data_folder / SUMMARY_FILE).is_file() else ""
+    if run.data_folder == data_folder.resolve() and run.data_digest == digest:
+        return
+    data = read_prepared(data_folder)
+    require_trainable(data)
+    if _items_digest(data, run.item_count) != run.items_digest:
+        raise DataError(
+            f"{data_folder}: its catalogue does not begin with the {run.item_count} items that {out} was trained on; "
+            "expected what `jaxrec append` makes of that data"
+        )
+    train_config = dataclasses.replace(run.train_config, **changes)
+    extended = _new_run(out, data_folder, data, run.model_config, train_config, run.data_version + 1)
+    wait_for_all("every process has seen the run as it was")
+    if is_first():
+        for name in (HYBRID_FILE, NEIGHBOURS_FILE, EVALUATION_FILE):
+            (out / name).unlink(missing_ok=True)
+        for name in (POLICY_FOLDER, POLICY_PARTIAL_FOLDER, SIMULATOR_PARTIAL_FOLDER):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(out / name)
+    _write_run(extended)
+
+
+def open_run(folder: Path) -> Run:
+    """Reads run.json. Raises DataError where there is none, or of another schema version."""
+    content = read_json(folder / RUN_FILE, "expected a folder written by `jaxrec train`")
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{folder / RUN_FILE}: schema version {version}, expected {SCHEMA_VERSION}; train again")
+    return Run(
+        folder,
+        Path(content["data"]),
+        content["data_sha256"],
+        content["items"],
+        content["items_sha256"],
+        from_json(ModelConfig, content["model"]),
+        from_json(TrainConfig, content["train"]),
+        content["data_version"],
+    )
+
+
+def _new_run(
+    out: Path,
+    data_folder: Path,
+    data: PreparedData,
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    data_version: int = 0,
+) -> Run:
+    digest, count = sha256(data_folder / SUMMARY_FILE), len(data.catalog)
+    items_digest = _items_digest(data, count)
+    return Run(out, data_folder.resolve(), digest, count, items_digest, model_config, train_config, data_version)
+
+
+def _items_digest(data: PreparedData, count: int) -> str:
+    """SHA-256 of the raw ids of the first `count` items, in their order."""
+    return hashlib.sha256("\n".join(map(str, data.catalog.ids.raw_ids[:count].tolist())).encode()).hexdigest()
+
+
+def _write_run(run: Run) -> None:
+    """Writes run.json; returns in every process when it is there."""
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "data": str(run.data_folder),
+        "data_sha256": run.data_digest,
+        "data_version": run.data_version,
+        "items": run.item_count,
+        "items_sha256": run.items_digest,
+        "model": to_json(run.model_config),
+        "train": to_json(run.train_config),
+        "versions": {name: importlib.metadata.version(name) for name in ("jaxrec", "jax", "flax", "optax")},
+        "devices": [device.device_kind for device in jax.devices()],
+    }
+    if is_first():
+        write_text(run.folder / RUN_FILE, json.dumps(content, indent=2) + "\n")
+    wait_for_all("run.json is written")
+
+
+def new_models(
+    data: PreparedData, config: ModelConfig, seed: int, item_embedding: np.ndarray | None = None
+) -> tuple[TimeRatingAwareLSTM, TimeRatingAwareContentModel]:
+    """Both models with fresh weights that follow from the seed, and item embeddings [items + 1, embedding] if given."""
+    items = len(data.catalog)
+    lstm = TimeRatingAwareLSTM(items, config, rngs=nnx.Rngs(2 * seed), item_embedding=item_embedding)
+    content = TimeRatingAwareContentModel(
+        items, data.catalog.genre_matrix(), config, rngs=nnx.Rngs(2 * seed + 1), item_embedding=item_embedding
+    )
+    return lstm, content
+
+
+def _run_cooccurrence(run: Run, data: PreparedData) -> tuple[Neighbours, np.ndarray | None]:
+    """The neighbours that the run keeps, and what its item vectors start from (None: at random). Where it has none yet
+    the first process counts and writes them, so that all processes have the same."""
+    path = run.folder / NEIGHBOURS_FILE
+    missing = not path.is_file()
+    wait_for_all("every process has seen whether the neighbours are to be counted")
+    if missing and is_first():
+        counted = neighbours(data)
+        # Vectors that start from other counts would not fit what is trained already.
+        at_random = run.data_version > 0 or len(data.catalog) > MAX_START_ITEMS
+        start = np.zeros((0, 0)) if at_random else initial_embedding(counted, run.model_config.embedding)
+        with new_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **counted._asdict(), start=start)
+    wait_for_all("the neighbours are written")
+    return _read_cooccurrence(run)
+
+
+def _read_cooccurrence(run: Run) -> tuple[Neighbours, np.ndarray | None]:
+    path = run.folder / NEIGHBOURS_FILE
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            start = arrays["start"]
+            return Neighbours(arrays["item"], arrays["weight"]), start if start.size else None
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read ({error}); train again") from error
+
+
+def load_supervised(run: Run, data: PreparedData) -> Hybrid:
+    """The mix of the run's two trained models and its co-occurrence, without a policy."""
+    mix = read_json(run.folder / HYBRID_FILE, "finish the training: `jaxrec train DATA --out RUN --resume`")
+    lstm, content = new_models(data, run.model_config, run.train_config.seed)
+    return Hybrid(
+        load_trained(lstm, run.train_config, run.folder / LSTM_FOLDER).model,
+        load_trained(content, run.train_config, run.folder / CONTENT_FOLDER).model,
+        CoOccurrence(_read_cooccurrence(run)[0]),
+        mix["weight"],
+        mix["cooccurrence_weight"],
+    )

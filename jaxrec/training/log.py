@@ -1,0 +1,116 @@
+"""What a training run writes while it goes: JSON lines, TensorBoard, and a progress bar.
+
+FOLDER/steps.jsonl    one record per step: step, epoch, loss, gradient_norm, learning_rate
+FOLDER/log.jsonl      one record per epoch: loss, speed, seconds of compiling and validating, validation metrics
+FOLDER/tensorboard/   the same for TensorBoard: every TENSORBOARD_STEPS-th step, and every epoch
+"""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from jaxrec.data.schema import DataError
+from jaxrec.files import new_file, write_text
+
+STEPS_FILE = "steps.jsonl"
+LOG_FILE = "log.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+TENSORBOARD_STEPS = 10
+
+
+class TrainingLog:
+    """The log of one model from step `first_step` on: what a stopped run logged after it is taken back.
+
+    Where `enabled` is off (another process writes), nothing is written or shown.
+    """
+
+    def __init__(self, folder: Path, name: str, first_step: int, total_steps: int, enabled: bool = True) -> None:
+        self._folder, self._enabled = folder, enabled
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, desc=f"train {name}", unit="step", disable=None if enabled else True
+        )
+        if not enabled:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        _cut_steps(folder / STEPS_FILE, first_step)
+        self._steps = (folder / STEPS_FILE).open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Logs one step; `record` has its number as `step`."""
+        self.bar.update()
+        if not self._enabled:
+            return
+        self._steps.write(json.dumps(record) + "\n")
+        if record["step"] % TENSORBOARD_STEPS == 0:
+            self._scalars("train", record, record["step"])
+
+    def epochs(self, records: list[dict[str, Any]], step: int) -> None:
+        """Writes the records of all epochs so far; the last one ended before `step`."""
+        if not self._enabled:
+            return
+        write_text(self._folder / LOG_FILE, "".join(json.dumps(record) + "\n" for record in records))
+        if records:
+            last = records[-1]
+            self._scalars("epoch", last, step)
+            self.bar.set_postfix(
+                epoch=last["epoch"] + 1, loss=f"{last['loss']:.3f}", ndcg=f"{last['validation_ndcg_10']:.4f}"
+            )
+
+    def sync(self) -> None:
+        """Forces the steps to the disk: a checkpoint must not know more than the log."""
+        if self._enabled:
+            self._steps.flush()
+            os.fsync(self._steps.fileno())
+
+    def _scalars(self, group: str, record: dict[str, Any], step: int) -> None:
+        for name, value in record.items():
+            if name not in ("step", "epoch", "checkpoint", "data_version"):
+                self._tensorboard.add_scalar(f"{group}/{name}", value, step)
+
+    def __enter__(self) -> "TrainingLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+        if self._enabled:
+            self._steps.close()
+            self._tensorboard.close()
+
+
+def read_steps(folder: Path) -> list[dict[str, Any]]:
+    """The records of steps.jsonl, one per step. Raises DataError where there are none."""
+    return _read(folder / STEPS_FILE)
+
+
+def read_epochs(folder: Path) -> list[dict[str, Any]]:
+    """The records of log.jsonl, one per epoch. Raises DataError where there are none."""
+    return _read(folder / LOG_FILE)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise DataError(f"{path.parent}: no trained model; run `jaxrec train` first")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _cut_steps(path: Path, first_step: int) -> None:
+    """Keeps the records before `first_step`; a killed run may have logged more, and half of a line."""
+    if not path.exists():
+        return
+    with new_file(path) as temporary, temporary.open("w", encoding="utf-8") as kept, path.open("rb") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if record["step"] >= first_step:
+                break
+            kept.write(json.dumps(record) + "\n")

@@ -1,0 +1,86 @@
+"""One training run in several operating-system processes (on one host or many), tied together by `jax.distributed`.
+
+Every process runs the same program on the same prepared data, and works on its share of each batch. The first one
+writes the logs; all write their parts of a checkpoint, so the run directory is on storage that all of them see.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+HEARTBEAT_SECONDS = 20  # a process that was silent for so long counts as dead
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run is gone. Nothing that involves all of them can end well: leave without it."""
+
+
+def join(coordinator: str, process_count: int, process_index: int) -> None:
+    """Makes this process one of `process_count`; the first one listens at `coordinator` (host:port).
+
+    To be called before anything uses a device.
+    """
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is handled by `jaxrec.training.stopping`
+    jax.config.update("jax_enable_recoverability", True)  # the death of one is an error in the others, not an abort
+    jax.distributed.initialize(coordinator, process_count, process_index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what only one may write."""
+    return jax.process_index() == 0
+
+
+def any_process(*flags: bool) -> tuple[bool, ...]:
+    """For each flag whether some process has set it. All processes have to call this at the same point."""
+    if jax.process_count() == 1:
+        return flags
+    return tuple(bool(flag) for flag in multihost_utils.process_allgather(np.asarray(flags)).any(axis=0))
+
+
+def of_first(values: dict[str, float]) -> dict[str, float]:
+    """The first process' values, in every process: decisions that hang on them agree to the last bit."""
+    if jax.process_count() == 1:
+        return values
+    numbers = multihost_utils.broadcast_one_to_all(np.asarray(list(values.values()), np.float64).view(np.uint32))
+    return dict(zip(values, np.asarray(numbers).view(np.float64).tolist(), strict=True))
+
+
+def wait_for_all(point: str) -> None:
+    """Returns when every process has come to the point of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(point)
+
+
+@contextlib.contextmanager
+def noticing_loss() -> Iterator[None]:
+    """Turns the error of a collective or a barrier whose other side is gone into ProcessLost."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, TimeoutError) as error:
+        if jax.process_count() == 1:
+            raise
+        raise ProcessLost(str(error).splitlines()[0]) from error
+
+
+def leave() -> None:
+    """Ends what `join` began, when all processes have come here; the first, which the others talk to, goes last."""
+    if jax.process_count() == 1:
+        return
+    wait_for_all("every process is done")
+    if is_first():
+        with multihost_utils.live_devices(jax.devices()):  # waits for those that are still there
+            pass
+    jax.distributed.shutdown()
+
+
+def leave_at_once() -> NoReturn:
+    """Ends this process with exit status 1 where another one is gone: an orderly end would wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,0 +1,111 @@
+"""How training is laid out over devices: batches are split over one mesh axis, the item tables over the other.
+
+The mesh is [data, items]. With one item shard every device holds the whole model (data-parallel). With more, the rows
+of the item tables (and of their optimizer moments) are split over the second axis, for catalogues that do not fit one
+device: lookups and updates then stay on the shard that has the row, and `jaxrec.training.sharded_loss` the softmax as
+well. The tables get more rows where they would not split evenly; such a row has no item, and the bias NEVER.
+"""
+
+import contextlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrec.data.schema import DataError
+from jaxrec.models.sequence import NEVER
+
+DATA_AXIS, ITEM_AXIS = "data", "items"
+ITEM_BIAS = "item_bias_table"
+ITEM_TABLES = frozenset({"item_embedding", ITEM_BIAS, "genre_matrix"})  # variables with a row per item
+
+
+def data_mesh(devices: list[jax.Device] | None = None, item_shards: int = 1) -> Mesh:
+    """All devices (or the given ones) as a mesh [data, items]; a single device is a mesh of one.
+
+    Raises DataError where the devices of a process cannot be divided into groups of `item_shards`: a group shares
+    one copy of the tables, and stays within a process.
+    """
+    devices = list(devices or jax.devices())
+    of_one = len(devices) // len({device.process_index for device in devices})
+    if of_one % item_shards:
+        raise DataError(f"the items cannot be split over {item_shards} devices where a process has {of_one}")
+    return Mesh(np.asarray(devices).reshape(-1, item_shards), (DATA_AXIS, ITEM_AXIS))
+
+
+def building_device(item_shards: int) -> contextlib.AbstractContextManager[object]:
+    """Where whole models are built and kept: in the host's memory where the items are split, else as JAX does."""
+    return contextlib.nullcontext() if item_shards == 1 else jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+def item_rows(item_count: int, mesh: Mesh) -> int:
+    """Rows of an item table that split evenly: at least items + 1."""
+    shards = mesh.shape[ITEM_AXIS]
+    return -(-(item_count + 1) // shards) * shards
+
+
+def is_item_table(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf of a training state, given its path in the tree, has a row per item."""
+    return any(getattr(key, "key", None) in ITEM_TABLES for key in path)
+
+
+def with_item_rows(tree: Any, rows: int) -> Any:
+    """The same variables with item tables of `rows` rows: cut, or filled up with rows that no item has."""
+
+    def resize(path: tuple[Any, ...], leaf: Any) -> Any:
+        if not is_item_table(path) or leaf.shape[0] == rows:
+            return leaf
+        fill = NEVER if any(getattr(key, "key", None) == ITEM_BIAS for key in path) else 0.0
+        missing = [(0, max(0, rows - leaf.shape[0])), *[(0, 0)] * (leaf.ndim - 1)]
+        return jnp.pad(leaf[:rows], missing, constant_values=fill)
+
+    return jax.tree_util.tree_map_with_path(resize, tree)
+
+
+def state_sharding(state: Any, mesh: Mesh) -> Any:
+    """The sharding of every leaf of a training state: item tables over ITEM_AXIS, the others on every device."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, PartitionSpec(ITEM_AXIS) if is_item_table(path) else PartitionSpec()),
+        state,
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The rows of a batch over DATA_AXIS."""
+    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def put(tree: Any, sharding: Any) -> Any:
+    """Places arrays that every process has alike; each process sends its devices only what they hold."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    if isinstance(sharding, NamedSharding):
+        sharding = jax.tree.map(lambda leaf: sharding, tree)
+
+    def place(leaf: Any, where: NamedSharding) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+    return jax.tree.map(place, tree, sharding)
+
+
+def local_view(tree: Any, mesh: Mesh) -> Any:
+    """The same arrays on devices of this process alone: one device, or one group that shares the item tables.
+
+    Nothing is copied: the view ends where the arrays are donated.
+    """
+    process = jax.process_index()
+    group = next(row for row in mesh.devices if row[0].process_index == process)
+    local = Mesh(group[None, :], mesh.axis_names)
+
+    def view(array: jax.Array) -> jax.Array:
+        shards = {shard.device: shard.data for shard in array.addressable_shards}
+        if len(group) == 1:
+            return shards[group[0]]
+        assert isinstance(array.sharding, NamedSharding)
+        sharding = NamedSharding(local, array.sharding.spec)
+        return jax.make_array_from_single_device_arrays(array.shape, sharding, [shards[device] for device in group])
+
+    return jax.tree.map(view, tree)

@@ -1,0 +1,153 @@
+"""The jitted training step of a sequence model: state is a pure pytree, donated; the batch is split over the mesh."""
+
+import functools
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxrec.config import TrainConfig
+from jaxrec.data.batches import TrainBatch
+from jaxrec.data.schema import UNKNOWN_GAP
+from jaxrec.models.sequence import NEVER, TimeRatingAwareLSTM
+from jaxrec.training.host_memory import keep_freed_memory
+from jaxrec.training.losses import next_item_loss, sampled_softmax_loss
+from jaxrec.training.sharded_loss import Loss, loss_over
+from jaxrec.training.sharding import state_sharding, with_item_rows
+
+FULL_SOFTMAX_ITEMS = 100_000  # the largest catalogue whose softmax is computed in full unless the configuration says so
+SAMPLED_ITEMS = 8192
+Model = TypeVar("Model", bound=TimeRatingAwareLSTM)
+
+
+class TrainState(NamedTuple):
+    """`params`: trained variables; `fixed`: the others; `opt_state` of optax; `step` int32 scalar."""
+
+    params: Any
+    fixed: Any
+    opt_state: optax.OptState
+    step: jax.Array
+
+
+StepFunction = Any  # of jax.jit: (TrainState, TrainBatch, key) -> (TrainState, metrics), with lower()
+
+
+def learning_rate(config: TrainConfig, total_steps: int) -> optax.Schedule:
+    """The learning rate by step: it warms up linearly, then follows a cosine down to 5 % of its peak."""
+    warmup = max(1, int(config.warmup_fraction * total_steps))
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warmup, max(total_steps, warmup + 1), 0.05 * config.learning_rate
+    )
+
+
+def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
+    """AdamW behind gradient clipping."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.gradient_clip),
+        optax.adamw(learning_rate(config, total_steps), weight_decay=config.weight_decay),
+    )
+
+
+def initial_state(
+    model: Model, optimizer: optax.GradientTransformation, item_rows: int | None = None
+) -> tuple[nnx.GraphDef[Model], TrainState]:
+    """Takes a model apart into its structure and a training state at step 0, with item tables of `item_rows` rows."""
+    graphdef, param_state, fixed_state = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    params, fixed = nnx.to_pure_dict(param_state), nnx.to_pure_dict(fixed_state)
+    if item_rows is not None:
+        params, fixed = with_item_rows(params, item_rows), with_item_rows(fixed, item_rows)
+    return graphdef, TrainState(params, fixed, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def softmax_sample(item_count: int, sampled_items: int | None) -> int:
+    """How many items estimate the softmax's normalizer in a step; 0: it is computed in full."""
+    if sampled_items is None:
+        sampled_items = SAMPLED_ITEMS if item_count > FULL_SOFTMAX_ITEMS else 0
+    return sampled_items if sampled_items < item_count else 0
+
+
+def training_loss(
+    model: TimeRatingAwareLSTM,
+    batch: TrainBatch,
+    key: jax.Array,
+    request_gap_dropout: float,
+    loss: Loss = next_item_loss,
+    sampled_items: int | None = None,
+    trained_items: np.ndarray | None = None,
+) -> jax.Array:
+    """Next-item loss of every position; each request gap is hidden with the given probability, so that one model
+    answers with and without a request time. `loss` is that of the full softmax; `sampled_items` as in TrainConfig.
+
+    `trained_items` [items + 1] bool: the candidates of the full softmax. An item that nobody has taken yet is none, or
+    training would teach its vector and its bias that it is never taken.
+    """
+    item_vectors = model.item_vectors()
+    outputs, _ = model.encode(batch.events, item_vectors, key=jax.random.fold_in(key, 0), starts=batch.starts)
+    hidden = jax.random.bernoulli(jax.random.fold_in(key, 1), request_gap_dropout, batch.target_gap.shape)
+    queries = model.query(outputs, jnp.where(hidden, UNKNOWN_GAP, batch.target_gap))
+    arguments = (queries, item_vectors, model.item_bias(), batch.target, batch.target > 0)
+    if trained_items is not None:
+        rows = np.zeros(len(item_vectors), bool)  # more than items where the tables are split over devices
+        rows[: len(trained_items)] = trained_items
+        arguments = (*arguments[:2], jnp.where(rows, arguments[2], NEVER), *arguments[3:])
+    sampled = softmax_sample(len(item_vectors) - 1, sampled_items)
+    if sampled:
+        # A sample seldom meets the few items of a history, so they stay in.
+        return sampled_softmax_loss(*arguments, sampled, jax.random.fold_in(key, 2))
+    return loss(*arguments, seen_items(batch))
+
+
+def seen_items(batch: TrainBatch) -> jax.Array:
+    """[batch, length, length + width] int32: what the user took up to each position, without its target (0 = none).
+
+    It is never recommended, so the softmax need not learn to leave it out.
+    """
+    item, target = jnp.asarray(batch.events.item), jnp.asarray(batch.target)
+    window = jnp.cumsum(jnp.asarray(batch.starts), axis=1)
+    position = jnp.arange(item.shape[1])
+    seen = (position[None, :] <= position[:, None]) & (window[:, :, None] == window[:, None, :])
+    in_window = jnp.where(seen, item[:, None, :], 0)
+    before = jnp.asarray(batch.earlier)[:, None, :]
+    before = jnp.broadcast_to(before, (*target.shape, before.shape[2]))
+    taken = jnp.concatenate([in_window, before], axis=2)
+    return jnp.where(taken == target[:, :, None], 0, taken)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef[Model],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    request_gap_dropout: float,
+    sampled_items: int | None = None,
+    trained_items: np.ndarray | None = None,
+) -> StepFunction:
+    """step(state, batch, key) -> (state, {loss, gradient_norm}). The key is the run's; the step number is folded in.
+
+    The state is donated, and stays laid out over the mesh as `state_sharding` says. On a CPU the process keeps freed
+    memory from now on (`jaxrec.training.host_memory`). `sampled_items` and `trained_items` as in `training_loss`.
+    """
+    if mesh.devices.flat[0].platform == "cpu":
+        keep_freed_memory()
+    loss_function = loss_over(mesh)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: TrainBatch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        def loss_of(params: Any) -> jax.Array:
+            model = nnx.merge(graphdef, params, state.fixed)
+            step_key = jax.random.fold_in(key, state.step)
+            return training_loss(
+                model, batch, step_key, request_gap_dropout, loss_function, sampled_items, trained_items
+            )
+
+        loss, gradients = jax.value_and_grad(loss_of)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
+        state = TrainState(params, state.fixed, opt_state, state.step + 1)
+        return jax.lax.with_sharding_constraint(state, state_sharding(state, mesh)), metrics
+
+    return step

@@ -1,0 +1,1 @@
+"""What each call means: messages in, messages out; no sockets."""

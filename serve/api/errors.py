@@ -1,0 +1,81 @@
+"""How failures reach a client: one table from exceptions to statuses, with details that a program can read."""
+
+import logging
+import uuid
+from typing import NamedTuple
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from serve.api.rules import InvalidRequest
+from serve.model.recommender import UnknownItem
+from serve.serving.batching import Cancelled, Expired, QueueFull
+from serve.serving.loaded import UnknownModel
+from serve.serving.versions import RefusedModel
+from serve.stores.base import StoreError
+
+logger = logging.getLogger(__name__)
+
+DETAILS_KEY = "grpc-status-details-bin"
+"""The metadata in which gRPC libraries look for a `google.rpc.Status`."""
+
+
+class UnknownUser(LookupError):
+    """No event of a user is stored."""
+
+
+class Status(NamedTuple):
+    """What a client is told."""
+
+    code: grpc.StatusCode
+    message: str
+    metadata: tuple[tuple[str, bytes], ...] = ()
+    """The same with details, as gRPC libraries expect them in the trailing metadata."""
+
+
+# With None the exception's own message is answered, which is written for clients. Other messages can hold
+# paths and values of others, so they are logged and the client gets the text given here.
+STATUS: dict[type[Exception], tuple[grpc.StatusCode, str | None]] = {
+    InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, None),
+    UnknownItem: (grpc.StatusCode.NOT_FOUND, None),
+    UnknownUser: (grpc.StatusCode.NOT_FOUND, None),
+    UnknownModel: (grpc.StatusCode.NOT_FOUND, None),
+    RefusedModel: (grpc.StatusCode.FAILED_PRECONDITION, None),
+    QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, None),
+    Expired: (grpc.StatusCode.DEADLINE_EXCEEDED, None),
+    Cancelled: (grpc.StatusCode.CANCELLED, None),
+    StoreError: (grpc.StatusCode.UNAVAILABLE, "the event store is not available"),
+}
+UNEXPECTED = (grpc.StatusCode.INTERNAL, "internal error")
+
+
+def status_of(error: Exception) -> Status:
+    """What to tell a client; logs what the client is not told, under an id that it is."""
+    code, message = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), UNEXPECTED)
+    if message is not None:
+        log_id = uuid.uuid4().hex
+        logger.error("%s [%s]", message, log_id, exc_info=error)
+        return Status(code, f"{message}, logged as {log_id}")
+    return with_details(code, str(error), _details(error))
+
+
+def with_details(code: grpc.StatusCode, message: str, details: Message | None) -> Status:
+    """A status with a message of `google.rpc` (error_details.proto), or without."""
+    if details is None:
+        return Status(code, message)
+    status = status_pb2.Status(code=code.value[0], message=message)
+    status.details.add().Pack(details)
+    return Status(code, message, ((DETAILS_KEY, status.SerializeToString()),))
+
+
+def _details(error: Exception) -> Message | None:
+    if isinstance(error, InvalidRequest):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.reason)
+        return error_details_pb2.BadRequest(field_violations=[violation])
+    if isinstance(error, QueueFull):
+        delay = Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        return error_details_pb2.RetryInfo(retry_delay=delay)
+    return None

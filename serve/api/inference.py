@@ -1,0 +1,189 @@
+"""The Open Inference Protocol (KServe v2): `sequence.onnx` for clients that bring their own features.
+
+What the model directory's contract says of the graph's inputs is checked before the graph runs, since ONNX Runtime
+answers an index that is out of range with an error at best.
+"""
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.api.rules import MAX_BATCH, MAX_EXCLUDED_ITEMS, MAX_HISTORY_EVENTS, MAX_K, InvalidRequest
+from serve.model.engine import SEQUENCE_INPUTS, SEQUENCE_OUTPUTS
+from serve.model.recommender import Recommender
+from serve.pb import open_inference_pb2 as pb
+from serve.pb import open_inference_pb2_grpc
+from serve.serving.batching import Cancelled, Expired
+from serve.serving.loaded import Models, UnknownModel
+
+MODEL_NAME = "jaxrec"
+PLATFORM = "onnxruntime_onnx"
+# By ONNX Runtime's name of a type: the protocol's, NumPy's (little-endian, as in raw contents), and the typed field.
+_TYPES: dict[str, tuple[str, np.dtype[Any], str]] = {
+    "int32": ("INT32", np.dtype("<i4"), "int_contents"),
+    "int64": ("INT64", np.dtype("<i8"), "int64_contents"),
+    "float": ("FP32", np.dtype("<f4"), "fp32_contents"),
+}
+_INPUT_SHAPES: dict[str, tuple[int, ...]] = {
+    "item": (-1, -1),
+    "rating": (-1, -1),
+    "gap": (-1, -1),
+    "length": (-1,),
+    "request_gap": (-1,),
+    "exclude": (-1, -1),
+    "k": (1,),
+}
+# No graph sees more values than this in one call: what 256 histories of 390 events are.
+MAX_EVENTS = 100_000
+
+Tensors = dict[str, NDArray[Any]]
+
+
+class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
+    """Runs the graph of any loaded model; `ready` says whether the server takes calls."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+        self.ready = False
+
+    def ServerLive(self, request: pb.ServerLiveRequest, context: grpc.ServicerContext) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=True)
+
+    def ServerReady(self, request: pb.ServerReadyRequest, context: grpc.ServicerContext) -> pb.ServerReadyResponse:
+        return pb.ServerReadyResponse(ready=self.ready)
+
+    def ModelReady(self, request: pb.ModelReadyRequest, context: grpc.ServicerContext) -> pb.ModelReadyResponse:
+        try:
+            self._model(request.name, request.version)
+        except UnknownModel:
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=self.ready)
+
+    def ServerMetadata(
+        self, request: pb.ServerMetadataRequest, context: grpc.ServicerContext
+    ) -> pb.ServerMetadataResponse:
+        return pb.ServerMetadataResponse(name=MODEL_NAME, version=importlib.metadata.version("jaxrec"))
+
+    def ModelMetadata(
+        self, request: pb.ModelMetadataRequest, context: grpc.ServicerContext
+    ) -> pb.ModelMetadataResponse:
+        model = self._model(request.name, request.version)
+        tensor = pb.ModelMetadataResponse.TensorMetadata
+        shapes = {"state": (-1, model.engine.state_width), "items": (-1, -1), "scores": (-1, -1)}
+        return pb.ModelMetadataResponse(
+            name=MODEL_NAME,
+            versions=self._models.versions(),
+            platform=PLATFORM,
+            inputs=[
+                tensor(name=name, datatype=_TYPES[dtype][0], shape=_INPUT_SHAPES[name])
+                for name, dtype in SEQUENCE_INPUTS.items()
+            ],
+            outputs=[
+                tensor(name=name, datatype=_TYPES[dtype][0], shape=shapes[name])
+                for name, dtype in SEQUENCE_OUTPUTS.items()
+            ],
+        )
+
+    def ModelInfer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> pb.ModelInferResponse:
+        model = self._model(request.model_name, request.model_version)
+        wanted = [output.name for output in request.outputs] or list(SEQUENCE_OUTPUTS)
+        for at, name in enumerate(wanted):
+            if name not in SEQUENCE_OUTPUTS or name in wanted[:at]:
+                raise InvalidRequest(f"outputs[{at}]", f"one of {', '.join(SEQUENCE_OUTPUTS)}, each once", repr(name))
+        inputs = _decoded(request)
+        _check(inputs, model)
+        if not context.is_active():
+            raise Cancelled("cancelled by the client")
+        if not context.time_remaining():
+            raise Expired("the deadline passed before the model ran")
+        outputs = model.engine.run_sequence(inputs, wanted)
+        response = pb.ModelInferResponse(model_name=MODEL_NAME, model_version=model.info.model_version, id=request.id)
+        for name, values in zip(wanted, outputs, strict=True):
+            datatype, dtype, _ = _TYPES[SEQUENCE_OUTPUTS[name]]
+            response.outputs.add(name=name, datatype=datatype, shape=values.shape)
+            response.raw_output_contents.append(values.astype(dtype, copy=False).tobytes())
+        return response
+
+    def _model(self, name: str, version: str) -> Recommender:
+        if name != MODEL_NAME:
+            raise UnknownModel(f"there is no model {name!r}, the one here is {MODEL_NAME!r}")
+        return self._models.version(version).model
+
+
+def _decoded(request: pb.ModelInferRequest) -> Tensors:
+    """The inputs as arrays of the graph's types; raises InvalidRequest unless each is there once, whole."""
+    names = [tensor.name for tensor in request.inputs]
+    if sorted(names) != sorted(SEQUENCE_INPUTS):
+        came = ", ".join(repr(name[:80]) for name in names[:20]) or "none"
+        raise InvalidRequest("inputs", f"{', '.join(SEQUENCE_INPUTS)}, each once", came)
+    raw: Sequence[bytes | None] = request.raw_input_contents or [None] * len(names)
+    if len(raw) != len(names):
+        raise InvalidRequest("raw_input_contents", f"none or {len(names)} entries", len(raw))
+    return {tensor.name: _tensor(tensor, content) for tensor, content in zip(request.inputs, raw, strict=True)}
+
+
+def _tensor(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> NDArray[Any]:
+    where = f"inputs[{tensor.name}]"
+    datatype, dtype, field = _TYPES[SEQUENCE_INPUTS[tensor.name]]
+    if tensor.datatype != datatype:
+        raise InvalidRequest(f"{where}.datatype", datatype, repr(tensor.datatype[:80]))
+    shape, expected = tuple(tensor.shape), _INPUT_SHAPES[tensor.name]
+    if len(shape) != len(expected) or any(size != want for size, want in zip(shape, expected, strict=True) if want > 0):
+        raise InvalidRequest(f"{where}.shape", str(list(expected)), list(shape[:8]))
+    if any(size < 1 for size in shape):
+        raise InvalidRequest(f"{where}.shape", "sizes from 1 on", list(shape))
+    # Python's numbers don't overflow, so a product of huge sizes is just wrong.
+    size = 1
+    for length in shape:
+        size *= length
+    if raw is not None:
+        if tensor.HasField("contents"):
+            raise InvalidRequest(f"{where}.contents", "nothing, since raw_input_contents is used", "values")
+        if len(raw) != size * dtype.itemsize:
+            raise InvalidRequest(f"{where}.raw", f"{size * dtype.itemsize} bytes for the shape", len(raw))
+        return np.frombuffer(raw, dtype).reshape(shape)
+    values = getattr(tensor.contents, field)
+    if len(values) != size:
+        raise InvalidRequest(f"{where}.contents.{field}", f"{size} values for the shape", len(values))
+    return np.array(values, dtype).reshape(shape)
+
+
+def _check(inputs: Mapping[str, NDArray[Any]], model: Recommender) -> None:
+    """Raises InvalidRequest for what the contract of `sequence.onnx` excludes."""
+    item, exclude, length = inputs["item"], inputs["exclude"], inputs["length"]
+    batch, longest = item.shape
+    if batch > MAX_BATCH or longest > MAX_HISTORY_EVENTS or item.size > MAX_EVENTS:
+        limits = f"at most {MAX_BATCH} rows of {MAX_HISTORY_EVENTS} events, and {MAX_EVENTS} in all"
+        raise InvalidRequest("inputs[item].shape", limits, [batch, longest])
+    for name in ("rating", "gap"):
+        if inputs[name].shape != item.shape:
+            raise InvalidRequest(f"inputs[{name}].shape", f"[{batch}, {longest}] as item", list(inputs[name].shape))
+    for name in ("length", "request_gap", "exclude"):
+        if inputs[name].shape[0] != batch:
+            raise InvalidRequest(f"inputs[{name}].shape", f"{batch} rows as in item", inputs[name].shape[0])
+    if exclude.shape[1] > MAX_EXCLUDED_ITEMS:
+        raise InvalidRequest("inputs[exclude].shape", f"at most {MAX_EXCLUDED_ITEMS} items", exclude.shape[1])
+    items = model.info.item_count
+    _check_range("k", inputs["k"], 1, min(MAX_K, items))
+    _check_range("length", length, 1, longest)
+    _check_range("exclude", exclude, 0, items)
+    event = np.arange(longest) < length[:, None]
+    _check_range("item", item, 0, items)
+    if (item[event] == 0).any():
+        raise InvalidRequest("inputs[item]", f"1..{items} for the first `length` events", 0)
+    rating, gap, request_gap = inputs["rating"], inputs["gap"], inputs["request_gap"]
+    if not (((rating >= 0) & (rating <= 1)) | (rating == -1))[event].all():
+        raise InvalidRequest("inputs[rating]", "0..1, or -1 for no rating", "others")
+    for name, seconds in (("gap", gap[event]), ("request_gap", request_gap)):
+        if not ((np.isfinite(seconds) & (seconds >= 0)) | (seconds == -1)).all():
+            raise InvalidRequest(f"inputs[{name}]", "seconds from 0 on, or -1 for not known", "others")
+
+
+def _check_range(name: str, values: NDArray[Any], low: int, high: int) -> None:
+    smallest, largest = int(values.min()), int(values.max())
+    if smallest < low or largest > high:
+        raise InvalidRequest(f"inputs[{name}]", f"{low}..{high}", smallest if smallest < low else largest)

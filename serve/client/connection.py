@@ -1,0 +1,89 @@
+"""How a client reaches a server: TLS, token, deadline, and repeating calls that may be repeated."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from serve.front.addresses import is_loopback
+
+# Each call can be repeated: RecordEvents counts an event id once, DeleteUser deletes what is there, and the others
+# change nothing. gRPC waits between tries, longer each time and by a random share.
+SERVICE_CONFIG = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [{"service": "jaxrec.v1.Recommender"}],
+                "retryPolicy": {
+                    "maxAttempts": 5,
+                    "initialBackoff": "0.1s",
+                    "maxBackoff": "2s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
+OPTIONS = (("grpc.service_config", SERVICE_CONFIG),)
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Where a server is and how to be let in."""
+
+    address: str
+    """HOST:PORT."""
+    timeout_s: float = 5.0
+    """Deadline of a call with its repetitions, in seconds."""
+    tls: bool = False
+    """Encrypt, and believe only a server whose certificate is good for the host. True with any of the files below."""
+    ca: Path | None = None
+    """Certificates of the authorities that are trusted, in PEM; None: those of the system."""
+    certificate: Path | None = None
+    """The client's own certificate in PEM, for servers that ask for one (mTLS)."""
+    key: Path | None = None
+    """The certificate's private key in PEM."""
+    token: str | None = None
+    """Sent with every call. Not shown by `repr`."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a token that would travel readable, and for half a client certificate."""
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("expected a certificate and its key, came one of them")
+        if self.token is not None and not self.encrypted and not is_loopback(self.address):
+            raise ValueError(f"a token for {self.address} needs TLS, else others can read it")
+
+    def __repr__(self) -> str:
+        return f"Connection({self.address!r}, tls={self.encrypted})"
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the connection is TLS."""
+        return self.tls or self.ca is not None or self.certificate is not None
+
+    @property
+    def metadata(self) -> Metadata:
+        """What goes along with every call."""
+        return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+
+    def channel(self) -> grpc.Channel:
+        """A channel that connects when first used; raises OSError when a file cannot be read."""
+        if not self.encrypted:
+            return grpc.insecure_channel(self.address, options=OPTIONS)
+        return grpc.secure_channel(self.address, self._credentials(), options=OPTIONS)
+
+    def async_channel(self) -> grpc.aio.Channel:
+        """As `channel`, for asyncio."""
+        if not self.encrypted:
+            return grpc.aio.insecure_channel(self.address, options=OPTIONS)
+        return grpc.aio.secure_channel(self.address, self._credentials(), options=OPTIONS)
+
+    def _credentials(self) -> grpc.ChannelCredentials:
+        ca, key, certificate = (
+            None if file is None else file.read_bytes() for file in (self.ca, self.key, self.certificate)
+        )
+        return grpc.ssl_channel_credentials(ca, key, certificate)

@@ -1,0 +1,1 @@
+"""Sockets, threads and order: how calls reach the API."""

@@ -1,0 +1,191 @@
+"""Who may call what: TLS, client certificates, and bearer tokens with rights.
+
+The rights are `read` (recommend, look things up), `write` (record events, forget users) and `admin` (models). Health
+checks need none. A method that is in no table needs `admin`. Without tokens, who gets in may call everything.
+"""
+
+import hashlib
+import hmac
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from serve.front.addresses import SecurityError
+from serve.observability.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+RIGHTS = ("read", "write", "admin")
+SHORTEST_TOKEN = 16
+RECOMMENDER = "/jaxrec.v1.Recommender/"
+# By the longest prefix of the method's name; None: nothing is asked.
+NEEDED: Mapping[str, str | None] = {
+    "": "admin",
+    RECOMMENDER: "read",
+    f"{RECOMMENDER}RecordEvents": "write",
+    f"{RECOMMENDER}DeleteUser": "write",
+    "/inference.GRPCInferenceService/": "read",
+    "/grpc.reflection.": "read",
+    "/grpc.health.v1.Health/": None,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Files in PEM. With `client_ca` only clients with a certificate of that authority get in (mTLS)."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Reads the files, and again for each new connection once they changed; raises SecurityError."""
+        read = self._contents()
+        last = [read]
+
+        def changed() -> Any:
+            try:
+                contents = self._contents()
+            except SecurityError as error:
+                logger.error("the certificate stays as it was: %s", error)
+                return None
+            if contents == last[0]:
+                return None
+            last[0] = contents
+            logger.info("the certificate was read again")
+            return _configuration(contents)
+
+        return grpc.dynamic_ssl_server_credentials(
+            _configuration(read), changed, require_client_authentication=self.client_ca is not None
+        )
+
+    def _contents(self) -> tuple[bytes, bytes, bytes | None]:
+        client_ca = None if self.client_ca is None else _pem(self.client_ca, b"CERTIFICATE")
+        return _pem(self.certificate, b"CERTIFICATE"), _pem(self.key, b"PRIVATE KEY"), client_ca
+
+
+def _pem(path: Path, kind: bytes) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SecurityError(f"{path}: cannot be read: {error.strerror}") from error
+    if kind + b"-----" not in content:
+        raise SecurityError(f"{path}: expected a {kind.decode().lower()} in PEM")
+    return content
+
+
+def _configuration(contents: tuple[bytes, bytes, bytes | None]) -> grpc.ServerCertificateConfiguration:
+    certificate, key, client_ca = contents
+    return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=client_ca)
+
+
+class Tokens:
+    """The tokens that are accepted, with their rights. Keeps digests, so that no secret is in memory to be shown."""
+
+    def __init__(self, rights_by_token: Mapping[str, Sequence[str]]) -> None:
+        """Raises SecurityError."""
+        if not rights_by_token:
+            raise SecurityError("expected at least one token, came none")
+        for token in rights_by_token:
+            if len(token) < SHORTEST_TOKEN or not token.isascii() or any(c.isspace() for c in token):
+                raise SecurityError(f"expected tokens of at least {SHORTEST_TOKEN} ASCII characters without spaces")
+        self._rights = [(_digest(token), frozenset(rights)) for token, rights in rights_by_token.items()]
+
+    def rights(self, authorization: str) -> frozenset[str] | None:
+        """The rights of `Bearer TOKEN`; None: no such token. Takes the same time whatever came."""
+        scheme, _, token = authorization.partition(" ")
+        digest, found = _digest(token.strip()), None
+        for known, rights in self._rights:
+            if hmac.compare_digest(known, digest):
+                found = rights
+        return found if scheme.lower() == "bearer" else None
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def parse_tokens(text: str, where: str) -> Tokens:
+    """Reads lines of `RIGHTS TOKEN`, such as `read,write 3fa9...`; empty lines and `#` lines are skipped.
+
+    Raises SecurityError with `where` and the line.
+    """
+    rights_by_token: dict[str, Sequence[str]] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        fields = line.split()
+        if len(fields) != 2 or not set(fields[0].split(",")) <= set(RIGHTS):
+            raise SecurityError(
+                f"{where}:{number}: expected RIGHTS TOKEN, with rights of {', '.join(RIGHTS)} joined by commas"
+            )
+        if fields[1] in rights_by_token:
+            raise SecurityError(f"{where}:{number}: expected different tokens")
+        rights_by_token[fields[1]] = fields[0].split(",")
+    try:
+        return Tokens(rights_by_token)
+    except SecurityError as error:
+        raise SecurityError(f"{where}: {error}") from error
+
+
+def read_tokens(path: Path) -> Tokens:
+    """The tokens of a file; raises SecurityError."""
+    try:
+        return parse_tokens(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SecurityError(f"{path}: expected lines of text: {type(error).__name__}") from error
+
+
+@lru_cache(maxsize=256)
+def needed_right(method: str) -> str | None:
+    """What a call of `/package.Service/Method` needs."""
+    return NEEDED[max((prefix for prefix in NEEDED if method.startswith(prefix)), key=len)]
+
+
+class TokenInterceptor(grpc.ServerInterceptor):
+    """Turns away calls without a token that has the right; the outermost interceptor."""
+
+    def __init__(self, tokens: Tokens, metrics: Metrics) -> None:
+        self._tokens = tokens
+        self._metrics = metrics
+        self._unauthenticated = _abort(
+            grpc.StatusCode.UNAUTHENTICATED, "expected the metadata authorization: Bearer TOKEN"
+        )
+        self._forbidden = {
+            right: _abort(grpc.StatusCode.PERMISSION_DENIED, f"the token has not the right {right!r}")
+            for right in RIGHTS
+        }
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        right = needed_right(handler_call_details.method)
+        if right is None:
+            return continuation(handler_call_details)
+        given = [value for key, value in handler_call_details.invocation_metadata if key == "authorization"]
+        # Of several headers, which one counts would be anybody's guess.
+        rights = self._tokens.rights(str(given[0])) if len(given) == 1 else None
+        if rights is None:
+            self._metrics.rejected("unauthenticated", handler_call_details.method)
+            return self._unauthenticated
+        if right not in rights:
+            self._metrics.rejected("permission", handler_call_details.method)
+            return self._forbidden[right]
+        return continuation(handler_call_details)
+
+
+def _abort(code: grpc.StatusCode, message: str) -> grpc.RpcMethodHandler:
+    def abort(_: Any, context: grpc.ServicerContext) -> Any:
+        context.abort(code, message)
+
+    # For `serve.front.polling`: whoever may not call need not be waited for.
+    abort.refuses = True  # type: ignore[attr-defined]
+    # gRPC asks a handler for what the client began; a stream that is never read ends all the same.
+    return grpc.unary_unary_rpc_method_handler(abort)

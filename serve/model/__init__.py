@@ -1,0 +1,1 @@
+"""One exported model: its files, graphs, catalogue and answers; no server."""

@@ -1,0 +1,316 @@
+"""Reads a model directory and refuses one that breaks the contract.
+
+Every file is read once, its checksum is compared with the manifest, and what is
+returned was built from those same bytes, so a directory that changes while it is
+being read cannot slip in unverified. Only the large arrays of a directory with an
+index are mapped into memory instead, for as long as the model serves. So a served
+directory must not be overwritten in place (`cp`, `rsync --inplace`): that would change
+the arrays unverified, and a shorter file ends the process with SIGBUS. Write another
+directory or file and rename it, as `jaxrec export` and plain `rsync` do.
+"""
+
+import hashlib
+import io
+import json
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.model.catalog import Catalog, CatalogError, parse_catalog
+
+SCHEMA_VERSION = 1
+POLICIES = ("reinforce", "supervised")
+REQUIRED_FILES = ("sequence.onnx", "step.onnx", "catalog.csv", "item_vectors.npy", "DATA_LICENCE.txt")
+INDEX_ARRAYS = ("item_bias.npy", "neighbour_item.npy", "neighbour_weight.npy")
+INDEX_GRAPHS = ("sequence_query", "step_query")
+LARGEST_ITEM_COUNT = 2**31 - 2
+MOST_RECENT = 1000
+
+
+class ArtifactError(Exception):
+    """A model directory cannot be served; the message names the file and what was expected of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RatingScale:
+    """Lowest and highest rating of the training data, both valid."""
+
+    minimum: float
+    maximum: float
+
+    def contains(self, rating: float) -> bool:
+        """Whether a rating is valid; the ends also as float32, which is how they travel in a message."""
+        if self.minimum <= rating <= self.maximum:
+            return True
+        return bool(np.float32(self.minimum) <= np.float32(rating) <= np.float32(self.maximum))
+
+    def scaled(self, ratings: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Valid ratings on 0..1, never below 0 by rounding; nan (no rating) stays nan."""
+        return np.clip((ratings - self.minimum) / (self.maximum - self.minimum), 0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the manifest says about the model."""
+
+    model_version: str
+    created: str
+    policy: str
+    item_count: int
+    max_history: int
+    rating_scale: RatingScale | None
+    genres: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class IndexFiles:
+    """What a model directory with an index of its items has besides; see `serve.model.search`."""
+
+    path: Path
+    content: bytes
+    """Of the index itself, as faiss writes it."""
+    candidates: int
+    candidates_per_answer: int
+    recent_weights: NDArray[np.float32]
+    """`[recent, 1]`, what the neighbours of the last items count, the last item first."""
+    item_bias: NDArray[np.float32]
+    """`[items+1]`."""
+    neighbour_item: NDArray[np.int32]
+    """`[items+1, neighbours]`; 0 is none."""
+    neighbour_weight: NDArray[np.float32]
+    """`[items+1, neighbours]`, what is added to their logits."""
+    sequence_query_graph: bytes
+    step_query_graph: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A verified model directory."""
+
+    directory: Path
+    info: ModelInfo
+    catalog: Catalog
+    item_vectors: NDArray[np.float32]
+    """`[items+1, width]`, not writeable; row 0 is zeros."""
+    sequence_graph: bytes
+    step_graph: bytes
+    index: IndexFiles | None = None
+
+
+def read_artifact(directory: Path) -> Artifact:
+    """Reads and verifies a model directory; raises ArtifactError."""
+    manifest_file = directory / "manifest.json"
+    try:
+        manifest = json.loads(manifest_file.read_bytes().decode())
+    except OSError as error:
+        raise ArtifactError(f"{manifest_file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ArtifactError(f"{manifest_file}: expected one JSON object in UTF-8: {error}") from error
+    fields = _Fields(manifest_file, "", manifest)
+    version = fields.get("schema_version", int)
+    if version != SCHEMA_VERSION:
+        fields.fail("schema_version", f"{SCHEMA_VERSION}, the only one this server reads", version)
+    info = _model_info(fields)
+    graphs = fields.section("graphs")
+    indexed = fields.section("index") if "index" in fields else None
+    for name in ("sequence", "step", *(INDEX_GRAPHS if indexed else ())):
+        file = graphs.section(name).get("file", str)
+        if file != f"{name}.onnx":
+            graphs.section(name).fail("file", f"{name}.onnx", file)
+    contents = _verified_files(directory, fields.section("files"), indexed)
+    return Artifact(
+        directory=directory,
+        info=info,
+        catalog=_catalog(directory / "catalog.csv", contents["catalog.csv"], info),
+        item_vectors=_item_vectors(directory / "item_vectors.npy", contents["item_vectors.npy"], info),
+        sequence_graph=bytes(contents["sequence.onnx"]),
+        step_graph=bytes(contents["step.onnx"]),
+        index=None if indexed is None else _index_files(directory, indexed, contents, info),
+    )
+
+
+class _Fields:
+    """The fields of one JSON object, with its place in the manifest for the errors."""
+
+    def __init__(self, file: Path, path: str, value: Any) -> None:
+        self._file = file
+        self._path = path
+        if not isinstance(value, dict):
+            raise ArtifactError(f"{file}: {path or 'the manifest'} is {_shown(value)}, expected an object")
+        self._value = value
+
+    def __iter__(self) -> Any:
+        return iter(self._value)
+
+    def get(self, name: str, kind: type, *, optional: bool = False) -> Any:
+        if name not in self._value:
+            raise ArtifactError(f"{self._file}: {self._path}{name} is missing, expected {_KINDS[kind]}")
+        value = self._value[name]
+        if optional and value is None:
+            return None
+        # JSON knows one kind of number, and Python counts True as an int.
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            self.fail(name, _KINDS[kind], value)
+        return value
+
+    def section(self, name: str) -> "_Fields":
+        return _Fields(self._file, f"{self._path}{name}.", self.get(name, dict))
+
+    def fail(self, name: str, expected: str, value: object) -> None:
+        raise ArtifactError(f"{self._file}: {self._path}{name} is {_shown(value)}, expected {expected}")
+
+
+_KINDS = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _model_info(fields: _Fields) -> ModelInfo:
+    for name in ("model_version", "created"):
+        if not fields.get(name, str):
+            fields.fail(name, "a text that is not empty", "")
+    policy = fields.get("policy", str)
+    if policy not in POLICIES:
+        fields.fail("policy", " or ".join(POLICIES), policy)
+    for name in ("item_count", "max_history", "opset"):
+        if not 1 <= fields.get(name, int) <= LARGEST_ITEM_COUNT:
+            fields.fail(name, f"a number in 1..{LARGEST_ITEM_COUNT}", fields.get(name, int))
+    scale = None
+    if fields.get("rating_scale", dict, optional=True) is not None:
+        section = fields.section("rating_scale")
+        scale = RatingScale(section.get("minimum", float), section.get("maximum", float))
+        if not -np.inf < scale.minimum < scale.maximum < np.inf:
+            section.fail("maximum", f"a finite number above the minimum {scale.minimum}", scale.maximum)
+    genres = fields.get("genres", list)
+    if not all(isinstance(genre, str) for genre in genres) or genres != sorted(set(genres)):
+        fields.fail("genres", "a sorted list of different texts", genres)
+    return ModelInfo(
+        model_version=fields.get("model_version", str),
+        created=fields.get("created", str),
+        policy=policy,
+        item_count=fields.get("item_count", int),
+        max_history=fields.get("max_history", int),
+        rating_scale=scale,
+        genres=tuple(genres),
+    )
+
+
+Content = bytes | mmap.mmap
+
+
+def _verified_files(directory: Path, files: _Fields, indexed: _Fields | None) -> Mapping[str, Content]:
+    contents: dict[str, Content] = {}
+    required: tuple[str, ...] = REQUIRED_FILES
+    if indexed is not None:
+        graphs = (f"{name}.onnx" for name in INDEX_GRAPHS)
+        required = (*required, *INDEX_ARRAYS, *graphs, indexed.get("file", str))
+    for name in (*required, *(name for name in files if name not in required)):
+        entry = files.section(name)
+        if "/" in name or "\\" in name or name in ("", ".", ".."):
+            raise ArtifactError(f"{directory / 'manifest.json'}: files.{name!r} is not a plain file name")
+        path = directory / name
+        try:
+            content = _mapped(path) if indexed is not None and name.endswith(".npy") else path.read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
+        if len(content) != entry.get("bytes", int):
+            raise ArtifactError(
+                f"{path}: has {len(content)} bytes, expected {entry.get('bytes', int)} as in the manifest"
+            )
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != entry.get("sha256", str):
+            raise ArtifactError(f"{path}: has sha256 {digest}, expected {entry.get('sha256', str)} as in the manifest")
+        contents[name] = content
+    return contents
+
+
+def _mapped(path: Path) -> Content:
+    with path.open("rb") as file:
+        # An empty file cannot be mapped.
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+
+
+def _catalog(path: Path, content: Content, info: ModelInfo) -> Catalog:
+    try:
+        catalog = parse_catalog(bytes(content).decode())
+    except CatalogError as error:
+        raise ArtifactError(f"{path}:{error}") from error
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path}: expected UTF-8: {error}") from error
+    if len(catalog) != info.item_count:
+        raise ArtifactError(f"{path}: has {len(catalog)} items, expected {info.item_count} as in the manifest")
+    return catalog
+
+
+def _item_vectors(path: Path, content: Content, info: ModelInfo) -> NDArray[np.float32]:
+    vectors = _array(path, content)
+    rows = info.item_count + 1
+    if vectors.ndim != 2 or vectors.dtype != np.float32 or vectors.shape[0] != rows:
+        raise ArtifactError(f"{path}: is {vectors.dtype} {vectors.shape}, expected float32 ({rows}, width)")
+    if vectors[0].any() or not np.isfinite(vectors).all():
+        raise ArtifactError(f"{path}: expected finite numbers, and zeros in row 0")
+    return vectors
+
+
+def _index_files(directory: Path, fields: _Fields, contents: Mapping[str, Content], info: ModelInfo) -> IndexFiles:
+    for name in ("candidates", "candidates_per_answer"):
+        if not 1 <= fields.get(name, int) <= LARGEST_ITEM_COUNT:
+            fields.fail(name, f"a number in 1..{LARGEST_ITEM_COUNT}", fields.get(name, int))
+    weights = fields.get("recent_weights", list)
+    largest = float(np.finfo(np.float32).max)
+    if not 1 <= len(weights) <= MOST_RECENT or not all(
+        type(weight) in (int, float) and -largest <= weight <= largest for weight in weights
+    ):
+        fields.fail("recent_weights", f"a list of 1..{MOST_RECENT} finite numbers", weights)
+    bias, item, weight = (_array(directory / name, contents[name]) for name in INDEX_ARRAYS)
+    rows = info.item_count + 1
+    shape = (rows, item.shape[1] if item.ndim == 2 else 0)
+    for name, array, dtype, expected in zip(
+        INDEX_ARRAYS, (bias, item, weight), (np.float32, np.int32, np.float32), ((rows,), shape, shape), strict=True
+    ):
+        if array.dtype != dtype or array.shape != expected or not np.isfinite(array).all():
+            where = f"{directory / name}: is {array.dtype} {array.shape}"
+            raise ArtifactError(f"{where}, expected finite {np.dtype(dtype)} {expected}")
+    if item.min(initial=0) < 0 or item.max(initial=0) > info.item_count:
+        raise ArtifactError(f"{directory / INDEX_ARRAYS[1]}: expected items in 0..{info.item_count}")
+    return IndexFiles(
+        path=directory / fields.get("file", str),
+        content=bytes(contents[fields.get("file", str)]),
+        candidates=fields.get("candidates", int),
+        candidates_per_answer=fields.get("candidates_per_answer", int),
+        recent_weights=np.array(weights, np.float32)[:, None],
+        item_bias=bias,
+        neighbour_item=item,
+        neighbour_weight=weight,
+        sequence_query_graph=bytes(contents["sequence_query.onnx"]),
+        step_query_graph=bytes(contents["step_query.onnx"]),
+    )
+
+
+def _array(path: Path, content: Content) -> NDArray[Any]:
+    """The array of an .npy file, in the memory of its content, not writeable."""
+    stream = io.BytesIO(content[:_LONGEST_HEADER])
+    try:
+        read_header = _HEADERS[np.lib.format.read_magic(stream)]
+        shape, fortran, dtype = read_header(stream)
+        if fortran or dtype.hasobject:
+            raise ValueError("in C order and of numbers")
+        array: NDArray[Any] = np.frombuffer(content, dtype, int(np.prod(shape)), stream.tell()).reshape(shape)
+    except (ValueError, EOFError, KeyError) as error:
+        raise ArtifactError(f"{path}: expected a NumPy array without pickle: {error}") from error
+    array.setflags(write=False)
+    return array
+
+
+_LONGEST_HEADER = 2**16
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

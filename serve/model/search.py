@@ -1,0 +1,191 @@
+"""Answers from a large catalogue without multiplying all of it, where the model directory has an index of its items.
+
+Graphs without the items' arrays give the query and the state. The index (faiss, `jaxrec.onnx.ann_index`) names
+candidates for the query; the neighbours of the recent items are candidates too, since what they add to their logits is
+not in the index. The logits of all of those are computed exactly, so an item can be missing from an answer, but none
+has a wrong score. How many candidates it takes for that to be rare was measured at the export.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.model.artifact import Artifact, ArtifactError, IndexFiles
+from serve.model.faiss_index import ItemIndex
+
+NEVER = np.float32(-1e30)
+"""The score of what is excluded, as the graphs have it."""
+CHECKED_QUERIES = 16
+CHECKED_ITEMS = 10
+LEAST_KEPT = 0.5
+"""Share of the best CHECKED_ITEMS of the exact product that must be candidates, over the CHECKED_QUERIES.
+
+The export refuses less than 0.99 of them on requests; these are other queries, which have to tell the index of other
+items, of which a few thousandths are found."""
+
+
+class Graph(Protocol):
+    """What of a session of ONNX Runtime is used."""
+
+    def run(self, outputs: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]: ...
+
+
+class IndexedGraph:
+    """Takes and answers what `sequence.onnx` or `step.onnx` would; safe to share between threads.
+
+    But `k` may also be `[batch]`, each row's own: then a row's answer depends on its own only, and ends with items 0
+    and scores NEVER where its neighbours asked for more.
+    """
+
+    def __init__(self, query_graph: Graph, state: str, search: "Search") -> None:
+        """`query_graph` is the graph of the same name that answers a query; `state` names its other output."""
+        self._graph = query_graph
+        self._state = state
+        self._search = search
+
+    def run(self, outputs: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """As a session of ONNX Runtime."""
+        events = {name: tensor for name, tensor in inputs.items() if name not in ("exclude", "k")}
+        events["vector"] = self._search.item_vectors[inputs["item"]]
+        state, query = self._graph.run([self._state, "query"], events)
+        k = np.broadcast_to(inputs["k"], len(query))
+        items, scores = self._search.best(query, state, inputs["exclude"], k)
+        answer = {self._state: state, "items": items, "scores": scores}
+        return [answer[name] for name in outputs]
+
+
+class Search:
+    """The items of one model, and the index over them."""
+
+    def __init__(self, artifact: Artifact, files: IndexFiles) -> None:
+        """Raises ArtifactError for an index that does not fit the model, or without faiss."""
+        self.item_vectors = artifact.item_vectors
+        self._bias = files.item_bias
+        self._neighbour_item = files.neighbour_item
+        self._neighbour_weight = files.neighbour_weight
+        self._recent_weights = files.recent_weights
+        self._recent = len(files.recent_weights)
+        self._candidates = files.candidates
+        self._candidates_per_answer = files.candidates_per_answer
+        self._count = artifact.info.item_count
+        self._index = ItemIndex(files.path, files.content, self._count, self.item_vectors.shape[1] + 1)
+        self._of_thread = threading.local()
+        kept = self._kept()
+        if kept < LEAST_KEPT:
+            raise ArtifactError(
+                f"{files.path}: its candidates hold {kept:.2f} of the best items of {CHECKED_QUERIES} queries, expected"
+                f" {LEAST_KEPT} or more: it is an index of other items than {artifact.directory / 'item_vectors.npy'}"
+            )
+
+    def best(
+        self,
+        query: NDArray[np.float32],
+        state: NDArray[np.float32],
+        exclude: NDArray[np.int32],
+        k: NDArray[np.int64],
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The k best items and their logits `[batch, largest k]`, best first, lower indices first among equals.
+
+        `query` is `[batch, width]`, `state` `[batch, state width]` ends with the recent items, `exclude` is
+        `[batch, m]`, 0 excludes nothing; `k` is `[batch]`, at most the number of items each. How many candidates a row
+        gets depends on its own k and exclusions alone.
+        """
+        shape = len(query), int(k.max(initial=0))
+        items, scores = np.zeros(shape, np.int32), np.full(shape, NEVER, np.float32)
+        counts = self._candidates + self._candidates_per_answer * k + np.count_nonzero(exclude, axis=1)
+        found = self._found(query, counts)
+        recent = state[:, -self._recent :].astype(np.int32)
+        more = self._zeros()
+        for row, wanted in enumerate(k.tolist()):
+            near = self._neighbour_item[recent[row]].ravel()
+            excluded = exclude[row]
+            # What is added to the product: an array of all items, zeros but here, and afterwards zeros again.
+            try:
+                np.add.at(more, near, (self._neighbour_weight[recent[row]] * self._recent_weights).ravel())
+                more[excluded] = more[0] = NEVER
+                best = self._best_of(np.concatenate((near, found[row])), query[row], more, wanted)
+                if best is None:
+                    # Too few were found: so much is asked for, or excluded, that all items have to be looked at.
+                    best = self._best_of_all(query[row], more, wanted)
+            finally:
+                more[near] = more[excluded] = more[0] = 0
+            items[row, :wanted], scores[row, :wanted] = best
+        return items, scores
+
+    def _found(self, query: NDArray[np.float32], counts: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """For each row of `query` as many items as `counts` says, the best of the index first; 0 is none.
+
+        Rows are searched together with those whose counts have the same next power of two.
+        """
+        points = np.ones((len(query), query.shape[1] + 1), np.float32)
+        points[:, :-1] = query  # and 1 times the bias
+        searched = np.minimum(2 ** np.ceil(np.log2(counts)).astype(np.int64), self._count)
+        found: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * len(query)
+        for n in np.unique(searched).tolist():
+            rows = np.flatnonzero(searched == n)
+            for row, items in zip(rows.tolist(), self._index.search(points[rows], n), strict=True):
+                found[row] = items[: counts[row]]
+        return found
+
+    def _kept(self) -> float:
+        """The share of the best items that are among the candidates, with some of the item vectors as queries."""
+        rows = np.linspace(1, self._count, CHECKED_QUERIES).astype(np.int64)
+        query = self.item_vectors[rows]
+        k = min(CHECKED_ITEMS, self._count)
+        counts = np.full(len(rows), self._candidates + self._candidates_per_answer * k)
+        scores = self.item_vectors @ query.T + self._bias[:, None]
+        scores[0] = NEVER
+        least = np.partition(scores, len(scores) - k, axis=0)[len(scores) - k]
+        found = self._found(query, counts)
+        # Among equals others than those of the exact product are as good.
+        held = [np.count_nonzero(scores[items, row] >= least[row]) for row, items in enumerate(found)]
+        return float(np.minimum(held, k).mean() / k)
+
+    def _best_of(
+        self, candidates: NDArray[np.int64], query: NDArray[np.float32], more: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[Any], NDArray[np.float32]] | None:
+        """The k best of candidates, some of which are there several times, and their logits; None: there are fewer."""
+        scores = self._logits(candidates, query, more)
+        most = k * (self._recent + 1)
+        if most < len(scores):
+            chosen = _at_least(scores, most)
+            candidates, scores = candidates[chosen], scores[chosen]
+        candidates, first = np.unique(candidates, return_index=True)
+        scores = scores[first]
+        return best_of(candidates, scores, k) if np.count_nonzero(scores > NEVER) >= k else None
+
+    def _best_of_all(
+        self, query: NDArray[np.float32], more: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        items = np.arange(1, self._count + 1)
+        return best_of(items, self._logits(slice(1, None), query, more), k)
+
+    def _logits(
+        self, items: NDArray[np.int64] | slice, query: NDArray[np.float32], more: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        return self.item_vectors[items] @ query + self._bias[items] + more[items]
+
+    def _zeros(self) -> NDArray[np.float32]:
+        """`[items+1]` zeros, the calling thread's own."""
+        zeros: NDArray[np.float32] | None = getattr(self._of_thread, "zeros", None)
+        if zeros is None:
+            zeros = self._of_thread.zeros = np.zeros(self._count + 1, np.float32)
+        return zeros
+
+
+def best_of(items: NDArray[Any], scores: NDArray[np.float32], k: int) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """The k best of at least as many items, lower ones first among equals."""
+    chosen = _at_least(scores, k)
+    chosen = chosen[np.lexsort((items[chosen], -scores[chosen]))[:k]]
+    return items[chosen], scores[chosen]
+
+
+def _at_least(scores: NDArray[np.float32], k: int) -> NDArray[np.intp]:
+    """Places of the k best scores, and of all that equal the last of them."""
+    if k == 0:
+        return np.empty(0, np.intp)
+    last = np.partition(scores, len(scores) - k)[len(scores) - k]
+    return np.flatnonzero(~(scores < last))  # so that nan is not lost

@@ -1,0 +1,1 @@
+"""Loaded models in use: versions, users' states and batches."""

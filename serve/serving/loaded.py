@@ -1,0 +1,194 @@
+"""A loaded model with all that it needs to answer, and which of several answers whom."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.model.explain import Explanation, explain_popularity
+from serve.model.exploration import Exploration
+from serve.model.recommender import POPULARITY, Answer, Query, Recommender
+from serve.observability.metrics import Metrics
+from serve.serving.batching import Batcher, Cancelled, Expired, Pending, QueueFull, Run
+from serve.serving.states import StateCache
+from serve.stores.base import EventStore
+
+# So many questions of one call are in the queue at a time: a call must not crowd out all others.
+AT_ONCE = 16
+# Clocks differ, and a question takes its time: who asks as of then asks as of now.
+RECENT_S = 60.0
+
+IsCancelled = Callable[[], bool]
+
+
+class UnknownModel(LookupError):
+    """A version, or a name, of a model that is not loaded."""
+
+
+class LoadedModel:
+    """One model, the states of its users, and its queue. Safe to share between threads."""
+
+    def __init__(
+        self, model: Recommender, store: EventStore, metrics: Metrics, exploration: Exploration | None = None
+    ) -> None:
+        self.model = model
+        self.exploration = exploration
+        self.states = StateCache(model, store)
+        self._store = store
+        self._metrics = metrics
+        self._batcher = Batcher(self.states.recommend, on_run=partial(_observe, metrics))
+
+    @property
+    def temperature(self) -> float | None:
+        """Of the exploration; None: it does not explore."""
+        return None if self.exploration is None else self.exploration.temperature
+
+    def asks_for_the_past(self, user_id: str | None, request_time: int | None) -> bool:
+        """Whether a stored user is asked for as of a time that has newer events, all others of which must be read
+        again; of users who did not come lately, whether that may be."""
+        if user_id is None or request_time is None:
+            return False
+        newest = self.states.newest(user_id)
+        return request_time < (time.time() - RECENT_S if newest is None else newest)
+
+    def recommend(
+        self, query: Query, deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
+    ) -> Answer:
+        """Answers one query; raises as `Batcher.recommend`."""
+        wanted = _Wanted(deadline_s, is_cancelled)
+        return self._finished(query, self._batcher.recommend(self._asked(query), deadline_s, is_cancelled), wanted)
+
+    def recommend_all(
+        self, queries: Sequence[Query], deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
+    ) -> list[Answer]:
+        """Answers several queries of one call, all or none; raises as `Batcher.recommend`."""
+        wanted = _Wanted(deadline_s, is_cancelled)
+        asked = [self._asked(query) for query in queries]
+        answers: list[Answer] = []
+        for start in range(0, len(asked), AT_ONCE):
+            pending: list[Pending] = []
+            try:
+                for query in asked[start : start + AT_ONCE]:
+                    pending.append(self._batcher.enqueue(query, deadline_s, is_cancelled))
+            except QueueFull:
+                for one in pending:
+                    one.is_cancelled = lambda: True
+                raise
+            for one in pending:
+                self._batcher.drive(one)
+            answers += [one.result() for one in pending]
+        return [self._finished(query, answer, wanted) for query, answer in zip(queries, answers, strict=True)]
+
+    def _asked(self, query: Query) -> Query:
+        """What the batch is asked: without explanations and old histories, for which its neighbours would have to
+        wait."""
+        if query.user_id is not None and query.request_time is not None:
+            newest = self.states.newest(query.user_id)
+            if newest is not None and query.request_time < newest:
+                query = query._replace(user_id=None, events=self._store.history(query.user_id, query.request_time))
+        if self.exploration is not None:
+            query = query._replace(k=max(query.k, self.exploration.pool))
+        return query._replace(explain=False) if query.explain else query
+
+    def _finished(self, query: Query, answer: Answer, wanted: "_Wanted") -> Answer:
+        """The answer to a query from what the batch answered."""
+        if self.exploration is not None:
+            answer = _drawn(query, answer, self.exploration)
+        if not query.explain:
+            return answer
+        wanted.check()
+        return replace(answer, explanations=self._explanations(query, answer))
+
+    def _explanations(self, query: Query, answer: Answer) -> tuple[Explanation, ...]:
+        if answer.policy == POPULARITY:
+            return explain_popularity(answer.items, self.model.catalog)
+        events = query.events
+        if query.user_id is not None:
+            events = self._store.history(query.user_id, query.request_time)
+        return self.model.explain(query._replace(events=events), answer.items)
+
+
+class _Wanted:
+    """Until when and whether an answer is wanted, for what is computed after the batch."""
+
+    def __init__(self, deadline_s: float | None, is_cancelled: IsCancelled | None) -> None:
+        self._end = math.inf if deadline_s is None else time.monotonic() + deadline_s
+        self._is_cancelled = is_cancelled
+
+    def check(self) -> None:
+        """Raises Expired or Cancelled."""
+        if self._is_cancelled is not None and self._is_cancelled():
+            raise Cancelled("cancelled by the client")
+        if time.monotonic() >= self._end:
+            raise Expired("the deadline passed before the answer was explained")
+
+
+def _drawn(query: Query, answer: Answer, exploration: Exploration) -> Answer:
+    """The answer whose items are drawn from those of a wider one; what is popular is not drawn."""
+    places: NDArray[np.intp] = np.arange(min(query.k, len(answer.items)))
+    log_propensities: tuple[float, ...] = ()
+    if answer.policy != POPULARITY:
+        slate = exploration.draw(answer.scores, query.k)
+        places, log_propensities = slate.places, tuple(slate.log_propensities.tolist())
+    return replace(answer, items=answer.items[places], scores=answer.scores[places], log_propensities=log_propensities)
+
+
+def _observe(metrics: Metrics, run: Run) -> None:
+    """Not a method: a model that its queue refers to would stay in memory until the garbage collector comes by."""
+    metrics.batch_size(run.size)
+    metrics.inference_seconds(run.seconds)
+    for waited_s in run.waited_s:
+        metrics.queue_seconds(waited_s)
+
+
+class Models(Protocol):
+    """The models that are loaded."""
+
+    def for_user(self, user_id: str | None) -> LoadedModel:
+        """The model that answers a user, always the same while the traffic stays; None: nobody in particular."""
+
+    def version(self, model_version: str) -> LoadedModel:
+        """One loaded version, or with "" the one that answers most; raises UnknownModel."""
+
+    def versions(self) -> Sequence[str]:
+        """The loaded versions, the one that answers most first."""
+
+    def forget(self, user_id: str) -> None:
+        """Drops what is in memory of a user who was deleted from the store."""
+
+
+class OneModel:
+    """One model for all."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+
+    def for_user(self, user_id: str | None) -> LoadedModel:
+        return self._loaded
+
+    def version(self, model_version: str) -> LoadedModel:
+        version = self._loaded.model.info.model_version
+        if model_version not in ("", version):
+            raise UnknownModel(f"the version {model_version!r} is not loaded, {version!r} is")
+        return self._loaded
+
+    def versions(self) -> Sequence[str]:
+        return [self._loaded.model.info.model_version]
+
+    def forget(self, user_id: str) -> None:
+        self._loaded.states.forget(user_id)
+
+
+def one_model(
+    model: Recommender,
+    store: EventStore,
+    metrics: Metrics | None = None,
+    exploration: Exploration | None = None,
+) -> OneModel:
+    """All users are answered by one model."""
+    return OneModel(LoadedModel(model, store, metrics or Metrics(), exploration))

@@ -1,0 +1,342 @@
+"""Keeps the recurrent state of users who were asked for lately, so that an answer costs one step and no replay.
+
+What is kept of a user is the state before the last event, that event, and the items never to be answered: then
+Recommend is one run of `step.onnx`, whose other output is the state for when the next event comes. Nothing is told
+to the cache when events are recorded. It asks the store for the revision of the user's history, which is one cheap
+read, and takes in what arrived since; so it is right too when another process recorded the events, or a user was
+deleted. A user who did not come costs nothing.
+
+The answer is the one that `Recommender` gives to the same history sent along, up to rounding. Therefore of a history
+longer than the model's `max_history` the state has read just the last `max_history` events, as training, evaluation
+and `GetModelInfo` have it. Every event then moves the window, and the state is computed anew with `sequence.onnx`;
+so it is when an event comes late, before the user's last one, and when many come at once.
+
+A state that has to make room is spilled to the store, under the version of the model that it belongs to, and comes
+back from there; if there is none, or one that cannot be used, it is rebuilt from the history.
+"""
+
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.model.engine import Step
+from serve.model.events import Event, features, known_events, unit_ratings
+from serve.model.recommender import Answer, Query, Recommender
+from serve.stores.base import MOST_EVENTS, Changes, EventStore, SpilledState
+
+DEFAULT_CAPACITY = 10_000
+"""Users; with a state of 512 numbers and histories of 50 events about 5 KB each."""
+
+# From so many new events on, one run over the history costs less than a step for each of them.
+MOST_STEPS = 8
+
+# A state that leaves out more items than this is made anew, of the newest events.
+MOST_EXCLUDED = MOST_EVENTS + 1_000
+
+# last, newest, known_count, ignored_count, item, rating, gap; then the state and the excluded items.
+_HEADER = struct.Struct("<qqqqiff")
+
+
+@dataclass(slots=True)
+class UserState:
+    """What is kept of one user; `last` is the last event on an item that the model knows."""
+
+    revision: int
+    """Of the history that this has read."""
+    newest: int
+    """Time of the newest event of all, in seconds."""
+    known_count: int
+    """Events on items that the model knows. 0: all below is empty."""
+    ignored_count: int
+    """Events on other items."""
+    before: NDArray[np.float32]
+    """`[1, width]`, the state before `last`."""
+    after: NDArray[np.float32] | None
+    """`[1, width]`, the state after it, once it was needed."""
+    item: NDArray[np.int32]
+    rating: NDArray[np.float32]
+    gap: NDArray[np.float32]
+    """`last` as `Step` has it, each `[1]`."""
+    last: int
+    """When that was, in seconds."""
+    exclude: NDArray[np.int32]
+    """`[1, m]`, m >= 1, items of the whole history."""
+    spilled: bool
+    """Whether the store has it as it is."""
+
+    def to_bytes(self) -> bytes:
+        header = _HEADER.pack(
+            *(self.last, self.newest, self.known_count, self.ignored_count),
+            *(self.item.item(), self.rating.item(), self.gap.item()),
+        )
+        return header + self.before.tobytes() + self.exclude.tobytes()
+
+    @classmethod
+    def from_bytes(cls, revision: int, content: bytes, width: int, item_count: int) -> Self | None:
+        """None for bytes that are no state of this width and on these items."""
+        end = _HEADER.size + 4 * width
+        if len(content) <= end or (len(content) - end) % 4:
+            return None
+        last, newest, known_count, ignored_count, item, rating, gap = _HEADER.unpack_from(content)
+        before = np.frombuffer(content, np.float32, width, _HEADER.size)
+        exclude = np.frombuffer(content, np.int32, -1, end)
+        if not (
+            1 <= item <= item_count
+            and exclude.min() >= 0
+            and exclude.max() <= item_count
+            and known_count > 0
+            and np.isfinite(before).all()
+            and np.isfinite((rating, gap)).all()
+        ):
+            return None
+        return cls(
+            revision=revision,
+            newest=newest,
+            known_count=known_count,
+            ignored_count=ignored_count,
+            before=before[None],
+            after=None,
+            item=np.array([item], np.int32),
+            rating=np.array([rating], np.float32),
+            gap=np.array([gap], np.float32),
+            last=last,
+            exclude=exclude[None],
+            spilled=True,
+        )
+
+
+class StateCache:
+    """States for one loaded model, of at most `capacity` users. Safe to share between threads; one works at a time.
+
+    Calls raise StoreError when the store fails, and can be repeated.
+    """
+
+    def __init__(self, model: Recommender, store: EventStore, capacity: int = DEFAULT_CAPACITY) -> None:
+        self._model = model
+        self._engine = model.engine
+        self._store = store
+        self._capacity = capacity
+        self._users: OrderedDict[str, UserState] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    def recommend(self, queries: Sequence[Query]) -> list[Answer]:
+        """Answers each query: all stored users in one run of the model, and histories sent along as `Recommender`."""
+        answers: dict[int, Answer] = {}
+        stored = []
+        replayed: list[tuple[int, Query]] = []
+        with self._lock:
+            users = self._current({query.user_id for query in queries if query.user_id is not None})
+            for at, query in enumerate(queries):
+                if query.user_id is None:
+                    replayed.append((at, query))
+                elif _asks_for_events(query, users[query.user_id]):
+                    events = self._store.history(query.user_id, query.request_time)
+                    replayed.append((at, query._replace(user_id=None, events=events)))
+                elif users[query.user_id].known_count:
+                    stored.append((at, query, users[query.user_id]))
+                else:
+                    answers[at] = self._model.popular(query, users[query.user_id].ignored_count)
+            if stored:
+                answers.update(self._stepped(stored))
+            self._make_room()
+        if replayed:
+            found = self._model.recommend([query for _, query in replayed])
+            answers.update((at, answer) for (at, _), answer in zip(replayed, found, strict=True))
+        return [answers[at] for at in range(len(queries))]
+
+    def newest(self, user_id: str) -> int | None:
+        """When a user's newest event was, in seconds, as far as it was read; None: that is not in memory. Waits for
+        nothing."""
+        user = self._users.get(user_id)
+        return None if user is None else user.newest
+
+    def forget(self, user_id: str) -> None:
+        """Drops a user's state, once the user was deleted from the store."""
+        with self._lock:
+            self._users.pop(user_id, None)
+
+    def spill(self) -> None:
+        """Hands all states to the store, for the next start."""
+        with self._lock:
+            self._save(self._users.items())
+
+    def _stepped(self, stored: Sequence[tuple[int, Query, UserState]]) -> list[tuple[int, Answer]]:
+        rows = [
+            Step(
+                user.before,
+                user.item,
+                user.rating,
+                user.gap,
+                -1.0 if query.request_time is None else float(query.request_time - user.last),
+                self._excluded(query, user),
+            )
+            for _, query, user in stored
+        ]
+        found = []
+        results = self._engine.step(rows, [query.k for _, query, _ in stored])
+        for (at, query, user), (ranking, after) in zip(stored, results, strict=True):
+            user.after = after
+            found.append((at, self._model.ranked(query, ranking, user.ignored_count)))
+        return found
+
+    def _excluded(self, query: Query, user: UserState) -> NDArray[np.int32]:
+        if not query.exclude_item_ids:
+            return user.exclude
+        more = np.array([self._model.indices(query.exclude_item_ids)], np.int32)
+        return np.concatenate([user.exclude, more], axis=1)
+
+    def _current(self, user_ids: Iterable[str]) -> dict[str, UserState]:
+        """The users' states as of their stored histories."""
+        current: dict[str, UserState] = {}
+        unread: dict[str, _Unread] = {}
+        for user_id in user_ids:
+            user = self._users.get(user_id) or self._unspilled(user_id)
+            if user is None:
+                unread[user_id] = _Unread(self._store.changes(user_id))
+                continue
+            if user.revision != self._store.revision(user_id):
+                changes = self._store.changes(user_id, user.revision)
+                advanced = None if changes.complete else self._advanced(user, changes)
+                if advanced is None:
+                    unread[user_id] = _Unread(changes) if changes.complete else self._to_be_read(user_id, user, changes)
+                    continue
+                user = advanced
+            current[user_id] = user
+        current.update(self._rebuilt(unread))
+        for user_id, user in current.items():
+            self._users[user_id] = user
+            self._users.move_to_end(user_id)
+        return current
+
+    def _advanced(self, user: UserState, changes: Changes) -> UserState | None:
+        """The state with events that arrived; None where that takes a rebuild."""
+        known = known_events(changes.events, self._model.catalog)
+        if known and (
+            not user.known_count
+            or known[0].timestamp < user.last
+            or len(known) > MOST_STEPS
+            or user.known_count + len(known) > self._model.info.max_history
+        ):
+            return None
+        user = replace(user, revision=changes.revision, spilled=False)
+        user.newest = max([user.newest, *(event.timestamp for event in changes.events)])
+        user.ignored_count += len(changes.events) - len(known)
+        if not known:
+            return user
+        user.known_count += len(known)
+        user.exclude = np.concatenate([user.exclude, np.array([[event.item for event in known]], np.int32)], axis=1)
+        ratings = unit_ratings(known, self._model.info.rating_scale, missing=-1)
+        for at, event in enumerate(known):
+            if user.after is None:
+                nothing = np.zeros((1, 1), np.int32)
+                step = Step(user.before, user.item, user.rating, user.gap, -1.0, nothing)
+                ((_, user.after),) = self._engine.step([step], 1)
+            user.before, user.after = user.after, None
+            user.item, user.rating = np.array([event.item], np.int32), ratings[at : at + 1]
+            user.gap = np.array([event.timestamp - user.last], np.int64).astype(np.float32)
+            user.last = event.timestamp
+        return user
+
+    def _to_be_read(self, user_id: str, user: UserState, changes: Changes) -> "_Unread":
+        """What a rebuild needs, once some events arrived: of a history that is longer than the model reads, only what
+        the model reads. Else every event of a user with thousands of them would cost as much as all of those."""
+        window = self._model.info.max_history
+        if user.known_count > window and user.exclude.shape[1] < MOST_EXCLUDED:
+            # Some may be on items that the model does not know.
+            recent = self._store.changes(user_id, 0, 2 * window)
+            known = known_events(recent.events, self._model.catalog)
+            if recent.revision == changes.revision and len(known) > window:
+                return _Unread(recent, user, changes.events)
+        return _Unread(self._store.changes(user_id))
+
+    def _rebuilt(self, unread: "dict[str, _Unread]") -> dict[str, UserState]:
+        """States from whole histories, or from the ends of long ones, all in one replay."""
+        rebuilt = {}
+        rows, replayed = [], []
+        for user_id, (changes, before, new) in unread.items():
+            known = known_events(changes.events, self._model.catalog)
+            user = rebuilt[user_id] = _empty(changes, len(changes.events) - len(known), self._engine.state_width)
+            if not known:
+                continue
+            row = features(known, None, (), self._model.info)
+            user.known_count, user.last = len(known), known[-1].timestamp
+            user.item, user.rating, user.gap = row.item[-1:].copy(), row.rating[-1:].copy(), row.gap[-1:].copy()
+            user.exclude = np.unique(row.exclude)[None]
+            if before is not None:
+                arrived = [event.item for event in known_events(new, self._model.catalog)]
+                user.known_count = before.known_count + len(arrived)
+                user.ignored_count = before.ignored_count + len(new) - len(arrived)
+                user.newest = max(before.newest, user.newest)
+                # Late ones need not be at the end.
+                user.exclude = np.union1d(before.exclude, [*arrived, *row.exclude]).astype(np.int32)[None]
+            if len(row.item) > 1:
+                rows.append(row.without_last())
+                replayed.append(user)
+        for user, (_, state) in zip(replayed, self._engine.replay(rows), strict=True):
+            user.before = state
+        return rebuilt
+
+    def _unspilled(self, user_id: str) -> UserState | None:
+        found = self._store.load_state(user_id, self._model.info.model_version)
+        return found and UserState.from_bytes(
+            found.revision, found.state, self._engine.state_width, self._model.info.item_count
+        )
+
+    def _make_room(self) -> None:
+        leaving = [self._users.popitem(last=False) for _ in range(len(self._users) - self._capacity)]
+        if leaving:
+            self._save(leaving)
+
+    def _save(self, users: Iterable[tuple[str, UserState]]) -> None:
+        """A user without known events is as quickly read again."""
+        version = self._model.info.model_version
+        changed = [(user_id, user) for user_id, user in users if user.known_count and not user.spilled]
+        if changed:
+            self._store.save_states(
+                [SpilledState(user_id, version, user.revision, user.to_bytes()) for user_id, user in changed]
+            )
+        for _, user in changed:
+            user.spilled = True
+
+
+class _Unread(NamedTuple):
+    """What a state is made of anew."""
+
+    changes: Changes
+    """The history, or with `before` its end."""
+    before: UserState | None = None
+    """The state until now, which knows of the rest."""
+    new: Sequence[Event] = ()
+    """What arrived since that was."""
+
+
+def _asks_for_events(query: Query, user: UserState) -> bool:
+    """Whether the state is not enough: events are to be left out, or named as reasons."""
+    return query.explain or (query.request_time is not None and query.request_time < user.newest)
+
+
+def _empty(changes: Changes, ignored_count: int, width: int) -> UserState:
+    zero = np.zeros(1, np.float32)
+    return UserState(
+        revision=changes.revision,
+        newest=max((event.timestamp for event in changes.events), default=0),
+        known_count=0,
+        ignored_count=ignored_count,
+        before=np.zeros((1, width), np.float32),
+        after=None,
+        item=np.zeros(1, np.int32),
+        rating=zero,
+        gap=zero,
+        last=0,
+        exclude=np.zeros((1, 1), np.int32),
+        spilled=False,
+    )

@@ -1,0 +1,359 @@
+"""Which model versions are loaded, which user each one answers, and how that changes while the server runs.
+
+A version is verified, loaded and warmed up beside the one that serves, and takes over in one assignment. Who asked
+before keeps the old one until the answer is there; then nothing refers to it any more, and its memory is free. What
+cannot be loaded is refused, with its reason, and changes nothing.
+"""
+
+import ctypes
+import hashlib
+import logging
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from enum import Enum
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+from serve.model.artifact import ArtifactError
+from serve.model.engine import ProviderError
+from serve.model.model_directory import Fingerprint, Version, find_versions
+from serve.serving.loaded import LoadedModel, UnknownModel
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 2.0
+SHARE_TOLERANCE = 1e-3
+
+Load = Callable[[Path], LoadedModel]
+
+
+class RefusedModel(Exception):
+    """A version that cannot be served, or a change of traffic that is not possible; what served before still does."""
+
+
+class State(Enum):
+    """What became of a version in the directory."""
+
+    AVAILABLE = "available"
+    LOADING = "loading"
+    READY = "ready"
+    REFUSED = "refused"
+
+
+class Report(NamedTuple):
+    """One version for who looks after the server."""
+
+    model_version: str
+    folder: str
+    state: State
+    reason: str
+    traffic_share: float
+    loaded_time: int
+    """Seconds since 1970-01-01T00:00Z; 0: not loaded."""
+
+
+class _Ready(NamedTuple):
+    """A loaded version."""
+
+    model: LoadedModel
+    loaded_time: int
+
+
+class _Traffic:
+    """Who answers whom; never changed but replaced as a whole, so that a reader sees one state of it."""
+
+    def __init__(self, ready: Mapping[str, _Ready], shares: Mapping[str, float]) -> None:
+        self.ready = ready
+        self.shares = shares
+        self.main = max(shares, key=lambda version: shares[version], default="")
+        # In the order of versions: as a share grows, users move to it and none move elsewhere.
+        self._models = [ready[version].model for version in sorted(shares)]
+        self._bounds = list(accumulate(shares[version] for version in sorted(shares)))[:-1]
+
+    def for_user(self, user_id: str | None) -> LoadedModel:
+        if user_id is None or not self._bounds:
+            return self.ready[self.main].model
+        return self._models[bisect_right(self._bounds, position(user_id))]
+
+
+class ModelLibrary:
+    """The loaded versions of one directory, to be shared between threads. Close it, or use it in a `with` statement."""
+
+    def __init__(
+        self,
+        directory: Path,
+        load: Load,
+        *,
+        watch_s: float = WATCH_S,
+        on_attempt: Callable[[str], None] = lambda result: None,
+        on_change: Callable[[Sequence[LoadedModel]], None] = lambda models: None,
+        on_close: Callable[[], None] = lambda: None,
+        load_now: bool = True,
+    ) -> None:
+        """Loads and raises as `open`, or leaves that for later.
+
+        `load` verifies, loads and warms up, and raises ArtifactError or ProviderError. Every `watch_s` seconds the
+        directory is looked at for a newer version; 0: never. `on_attempt` is told `loaded` or `refused`, `on_change`
+        what serves, most traffic first; `on_close` is called at the end.
+        """
+        self._directory = directory
+        self._load = load
+        self._on_attempt = on_attempt
+        self._on_change = on_change
+        self._on_close = on_close
+        # Held while versions are loaded and traffic changes; answering needs no lock.
+        self._changing = threading.Lock()
+        self._refused: dict[str, tuple[Fingerprint, str]] = {}
+        self._loading = ""
+        self._traffic = _Traffic({}, {})
+        self._previous: str | None = None
+        self._has_changed = False
+        self.automatic = watch_s > 0
+        self._watches = self.automatic
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=[watch_s], name="model-watch", daemon=True)
+        if load_now:
+            self.open()
+
+    def open(self) -> None:
+        """Loads the newest valid version, or raises ArtifactError or ProviderError with the reason of the newest."""
+        versions = find_versions(self._directory)
+        if not versions:
+            raise ArtifactError(f"{self._directory}: expected a model directory, or one with model directories in it")
+        error: Exception | None = None
+        for version in versions:
+            try:
+                ready = self._loaded(version)
+            except (ArtifactError, ProviderError) as refused:
+                error = error or refused
+                continue
+            self._serve(_Traffic({version.model_version: ready}, {version.model_version: 1.0}))
+            break
+        else:
+            assert error is not None
+            raise error
+        if self._watches:
+            self._thread.start()
+
+    def __enter__(self) -> "ModelLibrary":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops watching, and has the states of users spilled. Calls under way may go on."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._on_close()
+        for ready in self._traffic.ready.values():
+            ready.model.states.spill()
+
+    def for_user(self, user_id: str | None) -> LoadedModel:
+        """The model that answers a user, always the same while the traffic stays; None: nobody in particular."""
+        return self._traffic.for_user(user_id)
+
+    def version(self, model_version: str) -> LoadedModel:
+        """One loaded version, or with "" the one that answers most; raises UnknownModel."""
+        traffic = self._traffic
+        ready = traffic.ready.get(model_version or traffic.main)
+        if ready is None:
+            raise UnknownModel(f"the version {model_version!r} is not loaded, {sorted(traffic.ready)} are")
+        return ready.model
+
+    def versions(self) -> Sequence[str]:
+        """The loaded versions, the one that answers most first."""
+        shares = self._traffic.shares
+        return sorted(shares, key=lambda version: -shares[version])
+
+    def forget(self, user_id: str) -> None:
+        """Drops what is in memory of a user who was deleted from the store."""
+        for ready in self._traffic.ready.values():
+            ready.model.states.forget(user_id)
+
+    def shares(self) -> list[tuple[str, float]]:
+        """The loaded versions and their shares of the users, largest first."""
+        traffic = self._traffic
+        return sorted(traffic.shares.items(), key=lambda entry: -entry[1])
+
+    def report(self) -> list[Report]:
+        """Every version of the directory and every loaded one, newest first; raises ArtifactError."""
+        traffic = self._traffic
+        reports = []
+        found = find_versions(self._directory)
+        for version in found:
+            refused = self._refused.get(version.folder)
+            ready = traffic.ready.get(version.model_version)
+            state, reason = State.AVAILABLE, ""
+            if ready is not None:
+                state = State.READY
+            elif self._loading and version.model_version == self._loading:
+                state = State.LOADING
+            elif refused is not None and refused[0] == version.fingerprint:
+                state, reason = State.REFUSED, refused[1]
+            reports.append(self._report(traffic, version.model_version, version.folder, state, reason))
+        gone = traffic.ready.keys() - {version.model_version for version in found}
+        reports += [self._report(traffic, version, "", State.READY, "") for version in gone]
+        return sorted(reports, key=lambda report: report.model_version, reverse=True)
+
+    def load_newest(self) -> bool:
+        """Gives the newest valid version all traffic, and follows the directory again; whether anything changed."""
+        with self._changing:
+            self.automatic = self._watches
+            before = self._traffic
+            self._follow(find_versions(self._directory), older_too=True)
+            return before is not self._traffic
+
+    def load(self, model_version: str) -> bool:
+        """Gives a version all traffic, and no longer follows the directory; whether anything changed.
+
+        Raises UnknownModel when it is not there, and RefusedModel.
+        """
+        return self.set_traffic({model_version: 1.0})
+
+    def set_traffic(self, shares: Mapping[str, float]) -> bool:
+        """Divides users between one or two versions, and no longer follows the directory; whether anything changed.
+
+        Raises UnknownModel, and RefusedModel when a version cannot be loaded or the shares don't add up to 1.
+        """
+        if not 1 <= len(shares) <= 2 or any(share <= 0 for share in shares.values()):
+            raise RefusedModel(f"expected one or two versions with shares above 0, came {dict(shares)}")
+        total = sum(shares.values())
+        if abs(total - 1) > SHARE_TOLERANCE:
+            raise RefusedModel(f"expected shares that add up to 1, came {total:g}")
+        with self._changing:
+            changed = self._divide({version: share / total for version, share in shares.items()})
+            self.automatic = False
+            return changed
+
+    def roll_back(self) -> str:
+        """Gives all traffic to the version that had most of it before the last change, and returns it.
+
+        It no longer follows the directory. Raises RefusedModel when there is none or it cannot be loaded any more.
+        """
+        with self._changing:
+            previous = self._previous
+            if previous is None:
+                raise RefusedModel("no other version has served since the start")
+            try:
+                self._divide({previous: 1.0})
+            except UnknownModel as error:
+                raise RefusedModel(str(error)) from error
+            self.automatic = False
+            return previous
+
+    def _divide(self, shares: Mapping[str, float]) -> bool:
+        traffic = self._traffic
+        if dict(shares) == dict(traffic.shares):
+            return False
+        ready = {version: traffic.ready.get(version) or self._named(version) for version in shares}
+        self._serve(_Traffic(ready, shares))
+        return True
+
+    def _named(self, model_version: str) -> _Ready:
+        found = [one for one in find_versions(self._directory) if one.model_version == model_version]
+        if not found:
+            raise UnknownModel(f"the version {model_version!r} is not in the model directory")
+        try:
+            return self._loaded(found[0])
+        except (ArtifactError, ProviderError) as error:
+            raise RefusedModel(f"the version {model_version!r} is refused: {error}") from error
+
+    def _watch(self, watch_s: float) -> None:
+        while not self._closed.wait(watch_s):
+            if self._has_changed:
+                # By now nobody waits for the old version any more.
+                self._has_changed = False
+                return_memory()
+            try:
+                with self._changing:
+                    if self.automatic:
+                        self._follow(find_versions(self._directory), older_too=False)
+            except ArtifactError as error:
+                logger.error("the model directory cannot be followed: %s", error)
+            except Exception:
+                # Whatever it is, the next version may do, and meanwhile the loaded one serves.
+                logger.exception("the model directory cannot be followed")
+
+    def _follow(self, versions: Sequence[Version], *, older_too: bool) -> None:
+        """Serves the newest version that can be loaded, alone."""
+        folders = {version.folder for version in versions}
+        self._refused = {folder: refused for folder, refused in self._refused.items() if folder in folders}
+        for version in versions:
+            if not version.model_version:
+                # Its manifest cannot be read: for the record.
+                self._try(version)
+        for version in versions:
+            traffic = self._traffic
+            if not version.model_version:
+                continue
+            if version.model_version in traffic.ready:
+                if len(traffic.shares) > 1:
+                    self._divide({version.model_version: 1.0})
+                return
+            if version.model_version < traffic.main and not older_too:
+                return
+            ready = self._try(version)
+            if ready is not None:
+                self._serve(_Traffic({version.model_version: ready}, {version.model_version: 1.0}))
+                return
+
+    def _try(self, version: Version) -> _Ready | None:
+        """Loads a version unless it was refused as it is."""
+        refused = self._refused.get(version.folder)
+        if refused is not None and refused[0] == version.fingerprint:
+            return None
+        try:
+            return self._loaded(version)
+        except (ArtifactError, ProviderError):
+            return None
+
+    def _loaded(self, version: Version) -> _Ready:
+        """Raises ArtifactError or ProviderError, having noted the reason."""
+        self._loading = version.model_version
+        try:
+            model = self._load(version.path)
+            if model.model.info.model_version != version.model_version:
+                raise ArtifactError(f"{version.path}: was replaced while it was read")
+        except (ArtifactError, ProviderError) as error:
+            self._refused[version.folder] = (version.fingerprint, str(error))
+            logger.error("refused the model %s: %s", version.model_version or version.folder, error)
+            self._on_attempt("refused")
+            raise
+        finally:
+            self._loading = ""
+        self._refused.pop(version.folder, None)
+        self._on_attempt("loaded")
+        logger.info("loaded the model %s", version.model_version)
+        return _Ready(model, int(time.time()))
+
+    def _serve(self, traffic: _Traffic) -> None:
+        before = self._traffic
+        self._traffic = traffic
+        self._has_changed = True
+        if before.main:
+            self._previous = before.main
+        logger.info("serving %s", ", ".join(f"{version} to {share:.1%}" for version, share in self.shares()))
+        self._on_change([traffic.ready[version].model for version in self.versions()])
+
+    @staticmethod
+    def _report(traffic: _Traffic, version: str, folder: str, state: State, reason: str) -> Report:
+        ready = traffic.ready.get(version)
+        loaded_time = 0 if ready is None else ready.loaded_time
+        return Report(version, folder, state, reason, traffic.shares.get(version, 0.0), loaded_time)
+
+
+def position(user_id: str) -> float:
+    """A user's place in [0, 1), the same in every process and independent of how ids are given."""
+    return int.from_bytes(hashlib.blake2b(user_id.encode(), digest_size=6).digest()) / 2**48
+
+
+def return_memory() -> None:
+    """Gives freed memory back to the system: glibc keeps what lies between blocks still in use, some 100 MB."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,0 +1,198 @@
+"""What a store of events, shown recommendations and recurrent states promises, whichever database is behind it.
+
+with open_store("events.sqlite") as store:          # or postgresql://..., redis://...
+    store.record([UserEvent("e1", "7", Event("318", 4.5, 964983000))])
+    store.history("7")
+"""
+
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol, Self
+
+from serve.model.events import Event
+
+MOST_EVENTS = 10_000
+"""Of a user's history so many are read, the newest by time. All that is recorded stays in the store, as a log to learn
+from; but a user with millions of events must not cost all others their answers."""
+
+# A deletion is remembered for so long, by a digest of the user's id: what other servers still had to write of the user
+# is not written any more.
+DELETION_S = 7 * 86_400
+
+
+class StoreError(Exception):
+    """The store cannot be opened, read or written; nothing of the failed call was acknowledged."""
+
+
+class UserEvent(NamedTuple):
+    """An event with its user and the client's own id for it."""
+
+    event_id: str
+    user_id: str
+    event: Event
+    recommendation_id: str | None = None
+    """The recommendation that the event answers to; not checked against what was shown."""
+
+
+class Shown(NamedTuple):
+    """A recommendation as it was answered: with the events that refer to it, what the next policy learns from."""
+
+    recommendation_id: str
+    user_id: str | None
+    """None: the history came with the request."""
+    item_ids: tuple[str, ...]
+    """Best first."""
+    log_propensities: tuple[float, ...]
+    """Natural logarithm of each item's probability, given those above it; their sum is the slate's. Empty: 0 for all,
+    since the policy is deterministic."""
+    policy: str
+    model_version: str
+    timestamp: int
+    """When it was answered, seconds since 1970-01-01T00:00Z."""
+    temperature: float | None = None
+    """Of the exploration that drew it; None: not drawn, or noted by a server that did not note this yet."""
+    request_time: int | None = None
+    """For which the request asked, in seconds; None: it did not tell."""
+    excluded_item_ids: tuple[str, ...] = ()
+    """What the request itself excluded, beside the user's history, as far as the model knows it."""
+
+
+class Changes(NamedTuple):
+    """What became of a user's history since a revision that was read before."""
+
+    revision: int
+    """Of the history with these events; 0: the user has none."""
+    events: list[Event]
+    """By (timestamp, arrival)."""
+    complete: bool
+    """True: `events` is the whole history, and what was known before is void (the user was deleted since, or
+    the revision asked for was 0). False: `events` are those that arrived since, late ones among them."""
+
+
+class SpilledState(NamedTuple):
+    """A user's recurrent state as a state cache wants it back; the store does not look into it."""
+
+    user_id: str
+    model_version: str
+    revision: int
+    """Of the history that the state has seen."""
+    state: bytes
+
+
+class Deleted(NamedTuple):
+    """How much of a user there was."""
+
+    event_count: int
+    shown_count: int
+
+
+class EventStore(Protocol):
+    """An open store, to be shared between threads. Close it, or use it in a `with` statement.
+
+    Every call may raise StoreError, and works again once the cause is gone.
+    """
+
+    def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
+        """Stores the events whose id is new, all or none; returns those, once they are on disk."""
+
+    def history(self, user_id: str, until: int | None = None) -> list[Event]:
+        """A user's newest `MOST_EVENTS` events by (timestamp, arrival); with `until`, only those up to that second.
+
+        Empty for a user without events.
+        """
+
+    def revision(self, user_id: str) -> int:
+        """A number that changes with the user's history and never comes back; 0 for a user without events.
+
+        It grows with every recorded event, and after a deletion starts above all that went before.
+        """
+
+    def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
+        """What came to a user's history after the revision `since`; 0: all of it. Costs little when nothing did.
+
+        When more than `most` came, it is the whole history, of which `events` are the newest `most`.
+        """
+
+    def log_shown(self, shown: Shown, *, started: float | None = None, wait: bool = False) -> None:
+        """Notes what was shown. Raises StoreError only with `wait`.
+
+        `started` is when the request was taken in, by `time.monotonic()`; None: now. What was under way when its user
+        was deleted is not written, and does not count as dropped.
+
+        With `wait` it is on disk on return. Without, it is written with others within about a second; a crash
+        or a store that stays broken loses it (counted in `dropped_count`), since an answer is worth more than
+        its log. A `recommendation_id` is logged once.
+        """
+
+    def shown(self, user_id: str | None) -> list[Shown]:
+        """What was shown to a user, or (None) for histories that came with their requests, oldest first."""
+
+    def save_states(self, states: Sequence[SpilledState]) -> None:
+        """Keeps states until they are wanted again, like `log_shown` in a while and without a promise.
+
+        A later state of the same user and model version replaces the earlier one.
+        """
+
+    def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
+        """The state that was kept for a user, perhaps of an older revision; None: there is none."""
+
+    def drop_states(self, keep_versions: Collection[str], most: int) -> int:
+        """Forgets about `most` states of other model versions than these; returns how many, 0 when none was left."""
+
+    def delete_user(self, user_id: str) -> Deleted:
+        """Deletes all that is known of a user, on disk on return; the ids of the events may be used again.
+
+        What any server was told to log or keep of the user before is not written any more.
+        """
+
+    def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
+        """Every recorded event with the number of its arrival, in parts; those that come meanwhile may be missing."""
+
+    def all_shown(self) -> Iterator[Sequence[Shown]]:
+        """Every recommendation that was logged, in parts; those of one user in their order."""
+
+    @property
+    def dropped_count(self) -> int:
+        """How many shown recommendations and states were given up since the store was opened."""
+
+    def flush(self) -> None:
+        """Returns when what `log_shown` and `save_states` put off has been written."""
+
+    def close(self) -> None:
+        """Flushes and closes. No call may be under way or follow."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def digest(user_id: str) -> str:
+    """What is remembered of a deleted user."""
+    return hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def open_store(location: str | Path) -> EventStore:
+    """Opens what `location` names, and creates what is missing in it; raises StoreError.
+
+    `postgresql://USER@HOST/DATABASE` and `redis://HOST:PORT/NUMBER` are for several servers with one store and
+    need the extras `postgres` and `redis`; anything else is the path of a SQLite file.
+    """
+    scheme = str(location).partition("://")[0] if "://" in str(location) else ""
+    try:
+        if scheme in ("postgresql", "postgres"):
+            from serve.stores.postgres import PostgresStore
+
+            return PostgresStore(str(location))
+        if scheme in ("redis", "rediss", "unix"):
+            from serve.stores.redis import RedisStore
+
+            return RedisStore(str(location))
+    except ModuleNotFoundError as error:
+        extra = "postgres" if scheme.startswith("postgres") else "redis"
+        raise StoreError(f"{scheme}:// needs {error.name}: install jaxrec[{extra}]") from error
+    if scheme:
+        raise StoreError(f"expected a path, postgresql:// or redis://, came {scheme}://")
+    from serve.stores.sqlite import SQLiteStore
+
+    return SQLiteStore(Path(location))

@@ -1,0 +1,86 @@
+"""Copies the log of a store, events and what was shown, into one SQLite file: what the next policy learns from."""
+
+import os
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from serve.stores.base import EventStore, StoreError
+from serve.stores.deferred import shown_row
+from serve.stores.sqlite import FILL_USERS, INSERT_SHOWN, MARK_COPY, SHOWN_VALUES, SQLiteStore, is_copy
+
+
+class Copied(NamedTuple):
+    """How much there was."""
+
+    events: int
+    shown: int
+
+
+def copy_log(store: EventStore, path: Path, progress: Callable[[int], None] = lambda rows: None) -> Copied:
+    """Writes the file at `path`, a store itself, as a whole or not at all; an older copy is replaced.
+
+    All that was on disk when this began is in it, and what came meanwhile may be. `progress` is told of rows that were
+    copied. Raises StoreError, also for a file that is no copy, or no more: one that was opened as a store since.
+    """
+    _require_replaceable(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        SQLiteStore(partial).close()
+        copied = _filled(partial, store, progress)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        # It may have been opened meanwhile.
+        _require_replaceable(path)
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, sqlite3.Error) as error:
+        raise StoreError(f"{path}: cannot be written: {error}") from error
+    finally:
+        for suffix in ("", "-wal", "-shm"):
+            partial.with_name(partial.name + suffix).unlink(missing_ok=True)
+    return copied
+
+
+def _require_replaceable(path: Path) -> None:
+    """Raises StoreError for a file that is there and is no untouched copy."""
+    in_use = path.with_name(f"{path.name}-wal").exists()
+    if in_use or (path.exists() and not is_copy(path)):
+        found = "a store that is in use" if in_use else "another file, or a copy that was opened as a store since"
+        raise StoreError(f"{path}: expected a new file or an older copy of a log, came {found}")
+
+
+def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> Copied:
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        # Until it is renamed nobody misses it; and then it is one file.
+        connection.execute("PRAGMA journal_mode = DELETE")
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("BEGIN")
+        # Events last: what is shown and answered meanwhile is in the copy with its answers or not at all, and not as if
+        # nobody had answered it (in Redis but for users whose events were copied already). Events that name what isn't
+        # in the copy do no harm.
+        for shown in store.all_shown():
+            connection.executemany(
+                f"{INSERT_SHOWN} {SHOWN_VALUES} ON CONFLICT DO NOTHING", [shown_row(one) for one in shown]
+            )
+            progress(len(shown))
+        for events in store.all_events():
+            connection.executemany(
+                "INSERT OR IGNORE INTO events (arrival, event_id, user_id, item_id, rating, timestamp,"
+                " recommendation_id) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [(at, new.event_id, new.user_id, *new.event, new.recommendation_id) for at, new in events],
+            )
+            progress(len(events))
+        connection.execute(FILL_USERS)
+        connection.execute(MARK_COPY)
+        connection.execute("COMMIT")
+        counts = [connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("events", "shown")]
+        return Copied(*counts)
+    finally:
+        connection.close()

@@ -1,0 +1,84 @@
+"""The closed loop of bench/rl_loop.py in small: a real server, simulated users, a model of random weights."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from bench.rl_loop import LoopConfig, Users, fitted_users, loop
+from jaxrec.config import LOG_RL, RewardWeights
+from jaxrec.data.prepare import PreparedData
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.rl.logged.train import PolicyOutcome
+from jaxrec.rl.served.event_store import read_served_log
+from jaxrec.runs.rl_logged import write_policy
+from jaxrec.runs.train import open_run
+from tests.rl.simulated.simulated import genre_lovers
+
+USERS, LIKED = 240, 12
+LEARNING = dataclasses.replace(
+    LOG_RL,
+    steps=200,
+    steps_per_evaluation=200,
+    batch_size=128,
+    learning_rate=3e-2,
+    kl_target=0.3,
+    entropy_floor=0.0,
+    coverage_floor=0.0,
+    policy_width=8,
+    rewards=RewardWeights(hit=1.0, genre=0.0, rating=0.0),
+)
+CONFIG = LoopConfig(rounds=1, requests=8, slate=3, temperature=4.0, events=6, learning=LEARNING, minimum_effective=15.0)
+
+
+@pytest.fixture(scope="module")
+def users(small_data: PreparedData) -> Users:
+    """Nearly all of them want the first LIKED items, so that there is much to learn for a model of random weights."""
+    users, _ = fitted_users(genre_lovers(small_data, users=USERS), small_data)
+    liked = jnp.zeros_like(users.params.log_popularity).at[1 : LIKED + 1].set(3.0)
+    return users._replace(params=users.params._replace(log_popularity=liked, popularity=jnp.float32(1.0)))
+
+
+@pytest.fixture
+def run(tmp_path: Path, new_run: Callable[[Path, Hybrid], Path], small_hybrid: Hybrid) -> Iterator[Path]:
+    """A run whose policy is that of `model_directory`."""
+    supervised = small_hybrid.with_policy(None)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("jaxrec.runs.rl_served", "jaxrec.runs.export"):
+            patch.setattr(f"{module}.load_supervised", lambda run, data: supervised)
+        folder = new_run(tmp_path, supervised)
+        outcome = PolicyOutcome(True, "for the test", 0, {}, {})
+        variables = nnx.to_pure_dict(nnx.state(small_hybrid.policy))
+        write_policy(open_run(folder), supervised, outcome, LEARNING, "reinforce", variables, [], [])
+        yield folder
+
+
+def test_what_is_learned_from_the_log_is_served_and_earns_more(
+    run: Path, model_directory: Path, users: Users, small_data: PreparedData, tmp_path: Path
+) -> None:
+    before, after = loop(run, model_directory, users, CONFIG, 0, tmp_path / "serving", learns=True)
+    assert before.used, before.decision
+    assert after.version != before.version
+    assert after.reward.mean() > 1.2 * before.reward.mean()
+    log = read_served_log(tmp_path / "serving/events.sqlite", small_data.catalog)
+    assert log.horizon == 0
+    assert log.shown == len(log.recommendations) == 2 * USERS * CONFIG.requests  # all can be learned from
+    answers = sum(len(one.answers) for one in log.recommendations)
+    assert answers == round(CONFIG.requests * sum(one.taken.sum() for one in (before, after)))
+    assert 0 < answers < log.shown
+    for one in log.recommendations:
+        assert len(one.history.items) >= CONFIG.events
+        assert not set(one.slate.tolist()) & set(one.history.items.tolist())
+
+
+def test_control_never_learns(run: Path, model_directory: Path, users: Users, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, requests=2)
+    rounds = loop(run, model_directory, users, config, 0, tmp_path / "serving", learns=False)
+    assert [one.decision for one in rounds] == ["", ""]
+    assert rounds[0].version == rounds[1].version
+    for one in rounds:
+        np.testing.assert_allclose(one.reward, 0.5 * one.taken + 0.5 * one.rating, rtol=1e-5)

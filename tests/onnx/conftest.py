@@ -1,0 +1,70 @@
+"""The exported graphs of three random models, converted once."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from jaxrec.data.catalog import Catalog
+from jaxrec.data.prepare import PreparedData
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.onnx.convert import sequence_graph, step_graph
+from jaxrec.onnx.weights import extract_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A model and its graphs, run by ONNX Runtime."""
+
+    hybrid: Hybrid = dataclasses.field(repr=False)
+    sequence_bytes: bytes = dataclasses.field(repr=False)
+    step_bytes: bytes = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def _sessions(self) -> list[onnxruntime.InferenceSession]:
+        graphs = (self.sequence_bytes, self.step_bytes)
+        return [onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"]) for graph in graphs]
+
+    @property
+    def item_count(self) -> int:
+        return len(self.hybrid.item_bias()) - 1
+
+    @property
+    def everything(self) -> np.ndarray:
+        """The k that answers all items."""
+        return np.array([self.item_count])
+
+    def sequence(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        return _run(self._sessions[0], inputs)
+
+    def step(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        return _run(self._sessions[1], inputs)
+
+
+def _run(session: onnxruntime.InferenceSession, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+@pytest.fixture(scope="session", params=["policy", "supervised", "no genres"])
+def exported(
+    request: pytest.FixtureRequest,
+    small_data: PreparedData,
+    small_hybrid: Hybrid,
+    model_directory: Path,
+    random_hybrid: Callable[[PreparedData, int, bool], Hybrid],
+) -> Exported:
+    """A model with a policy head, one without, and one whose catalogue has no genres."""
+    if request.param == "policy":
+        graphs = ((model_directory / name).read_bytes() for name in ("sequence.onnx", "step.onnx"))
+        return Exported(small_hybrid, *graphs)
+    if request.param == "no genres":
+        bare = Catalog(small_data.catalog.ids, small_data.catalog.titles, ((),) * len(small_data.catalog))
+        small_data = dataclasses.replace(small_data, catalog=bare)
+    hybrid = random_hybrid(small_data, 2, False)
+    weights = extract_weights(hybrid)
+    return Exported(hybrid, sequence_graph(weights), step_graph(weights))

@@ -1,0 +1,212 @@
+"""What the two graphs promise beyond the right numbers."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from jaxrec.errors import ExportError
+from jaxrec.models.cooccurrence import RECENT
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.onnx import convert
+from jaxrec.onnx.convert import sequence_graph, step_graph
+from jaxrec.onnx.parity import check_parity, make_probe
+from jaxrec.onnx.weights import LSTMWeights, Weights, extract_weights
+
+PROBE = make_probe(item_count=60, max_history=50, seed=3)
+
+
+@pytest.mark.parametrize("name", ["sequence", "step"])
+def test_two_fused_lstms_and_no_loop(exported, name: str) -> None:
+    model = onnx.load_from_string(getattr(exported, f"{name}_bytes"))
+    operators = [node.op_type for node in model.graph.node]
+    assert operators.count("LSTM") == 2
+    assert not {"Loop", "Scan", "If"} & set(operators)
+    assert {opset.domain: opset.version for opset in model.opset_import}[""] == 17
+
+
+def test_the_item_matrix_is_stored_once(exported) -> None:
+    for graph in (exported.sequence_bytes, exported.step_bytes):
+        model = onnx.load_from_string(graph)
+        large = [array.name for array in model.graph.initializer if 61 in array.dims]
+        assert sorted(large) == ["item_bias", "item_vectors", "neighbour_item", "neighbour_weight"]
+
+
+def test_excluded_items_are_never_answered(exported) -> None:
+    inputs = vars(PROBE) | {"exclude": np.tile(np.array([1, 60, 7, 7, 0], np.int32), (12, 1))}
+    answer = exported.sequence(**inputs, k=np.array([57]))
+    assert not np.isin(answer["items"], [0, 1, 7, 60]).any()
+    assert (answer["scores"] > -1e30).all()
+
+
+def test_with_k_beyond_the_candidates_excluded_items_come_last_and_padding_not_at_all(exported) -> None:
+    exclude = np.tile(np.array([1, 60, 7, 0], np.int32), (12, 1))
+    answer = exported.sequence(**(vars(PROBE) | {"exclude": exclude}), k=exported.everything)
+    np.testing.assert_array_equal(np.sort(answer["items"]), np.tile(np.arange(1, 61), (12, 1)))
+    np.testing.assert_array_equal(np.sort(answer["items"][:, -3:]), np.tile([1, 7, 60], (12, 1)))
+    assert (answer["scores"][:, -3:] <= -1e30).all()
+    everything = np.tile(np.arange(1, 61, dtype=np.int32), (12, 1))
+    answer = exported.sequence(**(vars(PROBE) | {"exclude": everything}), k=exported.everything)
+    assert (answer["items"] > 0).all()
+    assert (answer["scores"] <= -1e30).all()
+
+
+def test_a_smaller_k_gives_the_first_of_a_larger(exported) -> None:
+    everything = exported.sequence(**vars(PROBE), k=exported.everything)
+    for k in (1, 10, 59):
+        answer = exported.sequence(**vars(PROBE), k=np.array([k]))
+        assert answer["items"].shape == answer["scores"].shape == (12, k)
+        np.testing.assert_array_equal(answer["items"], everything["items"][:, :k])
+
+
+def test_types_and_shapes_follow_the_inputs(exported) -> None:
+    for batch, length, excluded, k in ((1, 1, 1, 1), (3, 7, 2, 5), (2, 120, 60, 60)):
+        answer = exported.sequence(
+            item=np.ones((batch, length), np.int32),
+            rating=np.ones((batch, length), np.float32),
+            gap=np.ones((batch, length), np.float32),
+            length=np.full(batch, length, np.int32),
+            request_gap=np.ones(batch, np.float32),
+            exclude=np.zeros((batch, excluded), np.int32),
+            k=np.array([k]),
+        )
+        found = {name: (array.dtype.name, array.shape) for name, array in answer.items()}
+        assert found == {
+            "state": ("float32", (batch, 64 + RECENT)),
+            "items": ("int32", (batch, k)),
+            "scores": ("float32", (batch, k)),
+        }
+
+
+def test_what_stands_in_the_padding_changes_nothing(exported) -> None:
+    where = np.arange(PROBE.item.shape[1]) < PROBE.length[:, None]
+    other = {
+        "item": np.where(where, PROBE.item, 5).astype(np.int32),
+        "rating": np.where(where, PROBE.rating, 0.5).astype(np.float32),
+        "gap": np.where(where, PROBE.gap, 77).astype(np.float32),
+    }
+    first = exported.sequence(**vars(PROBE), k=np.array([10]))
+    second = exported.sequence(**(vars(PROBE) | other), k=np.array([10]))
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_an_item_beyond_the_catalogue_is_an_error_and_not_an_answer(exported) -> None:
+    inputs = vars(PROBE.row(0)) | {"item": np.array([[61]], np.int32)}
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match="out of data bounds"):
+        exported.sequence(**inputs, k=np.array([1]))
+
+
+def one_unit_weights(gates: tuple[list[float], list[float]]) -> Weights:
+    """Two LSTMs of one unit. Of an event's features only the item's vector counts: 2.0 (LSTM) or 3.0 (content)."""
+
+    def lstm(parameters: list[float]) -> LSTMWeights:
+        kernel = np.zeros((3, 4), np.float32)
+        kernel[0], recurrent_kernel, bias = np.array(parameters, np.float32).reshape(3, 4)
+        return LSTMWeights(kernel, recurrent_kernel[None], bias)
+
+    zeros, bias = np.zeros(2, np.float32), np.array([-1e30, 0], np.float32)
+    return Weights(
+        item_vectors=np.array([[0, 0], [2, 3]], np.float32),
+        item_bias=bias,
+        rating_slope=zeros,
+        rating_offset=zeros,
+        rating_missing=zeros,
+        gap_vectors=np.zeros((32, 2), np.float32),
+        lstm=lstm(gates[0]),
+        content=lstm(gates[1]),
+        request_scale=np.ones((32, 2), np.float32),
+        request_shift=np.zeros((32, 2), np.float32),
+        projection=np.eye(2, dtype=np.float32),
+        projection_bias=zeros,
+        neighbour_item=np.zeros((2, 1), np.int32),
+        neighbour_weight=np.zeros((2, 1), np.float32),
+        policy=None,
+    )
+
+
+def test_gate_order_by_hand() -> None:
+    # Rows: the weight of x, the weight of h, the bias; columns: input, forget, candidate, output.
+    weights = one_unit_weights(
+        (
+            [0.1, 0.2, 0.3, 0.4, 0.5, -0.6, 0.7, -0.8, 0.0, 1.0, -0.5, 0.25],
+            [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0],
+        )
+    )
+    session = onnxruntime.InferenceSession(step_graph(weights), providers=["CPUExecutionProvider"])
+    nothing = [0.0] * RECENT
+    state = np.array([[0.3, 0.9, 0.0, 0.5, *nothing]], np.float32)  # h, c of the LSTM; h, c of the content model
+    inputs = {
+        "state": state,
+        "item": np.array([1], np.int32),
+        "rating": np.zeros(1, np.float32),
+        "gap": np.zeros(1, np.float32),
+        "request_gap": np.zeros(1, np.float32),
+        "exclude": np.zeros((1, 1), np.int32),
+        "k": np.array([1]),
+    }
+    next_state, scores = session.run(["next_state", "scores"], inputs)
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    i, f = 0.1 * 2 + 0.5 * 0.3 + 0.0, 0.2 * 2 - 0.6 * 0.3 + 1.0
+    g, o = 0.3 * 2 + 0.7 * 0.3 - 0.5, 0.4 * 2 - 0.8 * 0.3 + 0.25
+    c_lstm = sigmoid(f) * 0.9 + sigmoid(i) * math.tanh(g)
+    h_lstm = sigmoid(o) * math.tanh(c_lstm)
+    c_content = sigmoid(2) * 0.5 + sigmoid(1) * math.tanh(3)
+    h_content = sigmoid(4) * math.tanh(c_content)
+    expected = [h_lstm, c_lstm, h_content, c_content, 1.0, *nothing[1:]]  # item 1 is the most recent one
+    np.testing.assert_allclose(next_state, [expected], atol=1e-6)
+    np.testing.assert_allclose(scores, [[2 * h_lstm + 3 * h_content]], atol=1e-6)
+
+
+def tampered(weights: Weights, name: str) -> Weights:
+    """The weights with one number of `name` moved by 0.01."""
+    array = getattr(weights, name).copy()
+    array[-1] += 0.01 if array.ndim == 1 else 0.01 * np.eye(1, array.shape[1], dtype=np.float32)[0]
+    return dataclasses.replace(weights, **{name: array})
+
+
+@pytest.mark.parametrize("name", ["item_vectors", "rating_missing", "projection_bias"])
+def test_one_number_that_differs_is_found(small_hybrid: Hybrid, model_directory: Path, name: str) -> None:
+    sequence = sequence_graph(tampered(extract_weights(small_hybrid), name))
+    step = (model_directory / "step.onnx").read_bytes()
+    with pytest.raises(ExportError, match=r"sequence\.onnx: \w+ differ from JAX by up to .*, tolerance 0\.0001"):
+        check_parity(small_hybrid, sequence, step, max_history=50)
+
+
+def test_a_step_that_differs_is_found(small_hybrid: Hybrid, model_directory: Path) -> None:
+    sequence = (model_directory / "sequence.onnx").read_bytes()
+    weights = extract_weights(small_hybrid)
+    swapped = step_graph(dataclasses.replace(weights, lstm=weights.content, content=weights.lstm))
+    with pytest.raises(ExportError, match=r"step\.onnx: states differ from JAX"):
+        check_parity(small_hybrid, sequence, swapped, max_history=50)
+
+
+def test_what_tf2onnx_only_logs_is_an_error(small_hybrid: Hybrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    tf, _ = convert._load_tensorflow()
+    from jaxrec.onnx import tf_forward as mirror
+
+    monkeypatch.setattr(mirror, "_policy_shift", lambda policy, query: tf.math.igamma(query, query))
+    with pytest.raises(ExportError, match=r"step\.onnx: tf2onnx: .*Igamma"):
+        step_graph(extract_weights(small_hybrid))
+
+
+def test_an_lstm_that_is_not_fused_is_an_error(small_hybrid: Hybrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert._load_tensorflow()
+    from jaxrec.onnx import tf_forward as mirror
+
+    monkeypatch.setattr(mirror, "_lstm", lambda weights, x, h, c: (h, c))
+    with pytest.raises(ExportError, match=r"step\.onnx: expected two LSTM operators and no loop, found"):
+        step_graph(extract_weights(small_hybrid))
+
+
+def test_zero_weights_are_no_special_case() -> None:
+    zeros = [0.0] * 12
+    graph = sequence_graph(one_unit_weights((zeros, zeros)))
+    assert [node.op_type for node in onnx.load_from_string(graph).graph.node].count("LSTM") == 2

@@ -1,0 +1,161 @@
+"""NumPy reference = Flax = jit = `sequence.onnx` = `step.onnx`."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrec.models.cooccurrence import RECENT, RECENT_DECAY
+from jaxrec.models.features import Events
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.onnx.parity import Probe, make_probe
+
+NEVER = float(np.float32(-1e30))
+
+
+def bucket(gap: float) -> int:
+    """0: unknown; 1: below a second; then [2**k, 2**(k + 1)) is k + 2, up to 31."""
+    if gap < 1:
+        return 0 if gap < 0 else 1
+    return min(math.frexp(gap)[1] + 1, 31)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def array(parameter: nnx.Variable) -> np.ndarray:
+    return np.asarray(parameter[...], np.float64)
+
+
+def reference_item_vectors(model: TimeRatingAwareLSTM) -> np.ndarray:
+    vectors = array(model.item_embedding)
+    if isinstance(model, TimeRatingAwareContentModel):
+        vectors = vectors + array(model.genre_matrix) @ array(model.genre_projection.kernel)
+    vectors[0] = 0
+    return vectors
+
+
+def reference_encode(
+    model: TimeRatingAwareLSTM, item: np.ndarray, rating: np.ndarray, gap: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """h and c after the events of one history."""
+    vectors = reference_item_vectors(model)
+    kernel, recurrent_kernel = array(model.lstm.kernel), array(model.lstm.recurrent_kernel)
+    h = c = np.zeros(len(recurrent_kernel))
+    for item_t, rating_t, gap_t in zip(item, rating, gap, strict=True):
+        of_rating = (
+            array(model.rating.missing)
+            if rating_t < 0
+            else rating_t * array(model.rating.slope) + array(model.rating.offset)
+        )
+        x_t = np.concatenate([vectors[item_t], of_rating, array(model.gap.table)[bucket(gap_t)]])
+        i, f, g, o = np.split(x_t @ kernel + h @ recurrent_kernel + array(model.lstm.bias), 4)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+    return h, c
+
+
+def reference_query(model: TimeRatingAwareLSTM, h: np.ndarray, request_gap: float) -> np.ndarray:
+    vector = array(model.request_gap.table)[bucket(request_gap)]
+    scale = 1 + vector @ array(model.request_scale.kernel) + array(model.request_scale.bias)
+    shift = vector @ array(model.request_shift.kernel) + array(model.request_shift.bias)
+    return (h * scale + shift) @ array(model.projection.kernel) + array(model.projection.bias)
+
+
+def reference(hybrid: Hybrid, history: Probe) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [items + 1] and state of one row without padding."""
+    share = float(hybrid.weight[...])
+    queries, vectors, biases, state = [], [], [], []
+    for model, part in ((hybrid.lstm, share), (hybrid.content, 1 - share)):
+        h, c = reference_encode(model, history.item[0], history.rating[0], history.gap[0])
+        queries.append(part * reference_query(model, h, history.request_gap[0]))
+        biases.append(part * array(model.item_bias_table))
+        vectors.append(reference_item_vectors(model))
+        state += [h, c]
+    query, bias = np.concatenate(queries), biases[0] + biases[1]
+    if hybrid.policy is not None:
+        policy = hybrid.policy
+        inner = np.maximum(query @ array(policy.inner.kernel) + array(policy.inner.bias), 0)
+        query = query + inner @ array(policy.outer.kernel) + array(policy.outer.bias)
+        bias = bias + array(policy.item_bias)
+    logits = np.concatenate(vectors, axis=1) @ query + bias
+    recent = history.item[0][::-1][:RECENT]
+    items = np.asarray(hybrid.cooccurrence.neighbour_item[...])
+    weights = array(hybrid.cooccurrence.neighbour_weight)
+    for age, item in enumerate(recent):
+        for neighbour, weight in zip(items[item], weights[item], strict=True):
+            logits[neighbour] += float(hybrid.cooccurrence_weight[...]) * RECENT_DECAY**age * weight
+    logits[0] = NEVER
+    return logits, np.concatenate([*state, np.pad(recent, (0, RECENT - len(recent)))])
+
+
+@pytest.fixture(scope="module")
+def probe() -> Probe:
+    return make_probe(item_count=60, max_history=50, seed=7)
+
+
+@pytest.fixture(scope="module")
+def expected(exported, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
+    rows = [reference(exported.hybrid, probe.row(at)) for at in range(len(probe.length))]
+    logits, state = zip(*rows, strict=True)
+    return np.stack(logits), np.stack(state)
+
+
+def unscrambled(answer: dict[str, np.ndarray]) -> np.ndarray:
+    """Logits [rows, items] in the order of the items."""
+    logits = np.full_like(answer["scores"], np.nan)
+    np.put_along_axis(logits, answer["items"].astype(np.int64) - 1, answer["scores"], axis=1)
+    return logits
+
+
+def without(logits: np.ndarray, exclude: np.ndarray) -> np.ndarray:
+    """Logits [rows, items + 1] -> [rows, items], NEVER where excluded."""
+    logits = logits.copy()
+    np.put_along_axis(logits, exclude.astype(np.int64), NEVER, axis=1)
+    return logits[:, 1:]
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["flax", "jit"])
+def test_flax_equals_the_formulas(exported, probe: Probe, expected, jit: bool) -> None:
+    definition, weights = nnx.split(exported.hybrid)
+
+    def answer(weights, events, request_gap):
+        return nnx.merge(definition, weights).logits(events, request_gap)
+
+    events = Events(*(jnp.asarray(x) for x in (probe.item, probe.rating, probe.gap, probe.length)))
+    logits, state = (jax.jit(answer) if jit else answer)(weights, events, jnp.asarray(probe.request_gap))
+    np.testing.assert_allclose(logits[:, 1:], expected[0][:, 1:], rtol=0, atol=1e-4)
+    assert (logits[:, 0] < -9e29).all()
+    np.testing.assert_allclose(state, expected[1], rtol=0, atol=1e-4)
+
+
+def test_sequence_equals_the_formulas(exported, probe: Probe, expected) -> None:
+    answer = exported.sequence(**vars(probe), k=exported.everything)
+    np.testing.assert_allclose(answer["state"], expected[1], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(unscrambled(answer), without(expected[0], probe.exclude), rtol=0, atol=1e-4)
+    assert (np.diff(answer["scores"], axis=1) <= 0).all()
+
+
+def test_step_by_step_equals_the_formulas(exported, probe: Probe, expected) -> None:
+    for at in range(len(probe.length)):
+        row = probe.row(at)
+        state = np.zeros((1, expected[1].shape[1]), np.float32)
+        for t in range(row.item.shape[1]):
+            answer = exported.step(
+                state=state,
+                item=row.item[:, t],
+                rating=row.rating[:, t],
+                gap=row.gap[:, t],
+                request_gap=row.request_gap,
+                exclude=row.exclude,
+                k=exported.everything,
+            )
+            state = answer["next_state"]
+        np.testing.assert_allclose(state[0], expected[1][at], rtol=0, atol=1e-4)
+        wanted = without(expected[0][at, None], row.exclude)
+        np.testing.assert_allclose(unscrambled(answer), wanted, rtol=0, atol=1e-4)

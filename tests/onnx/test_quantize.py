@@ -1,0 +1,91 @@
+"""int8: graphs with the same contract and almost the same answers, or no export."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from jaxrec.data.prepare import PreparedData
+from jaxrec.errors import ExportError
+from jaxrec.evaluation.ranking import Ranked, rank_cases
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.onnx import quantize
+from jaxrec.onnx.model_directory import export_model
+from jaxrec.onnx.parity import make_probe
+from jaxrec.onnx.quantize import check_quality, graph_scorer, judge, quantize_lstms
+from jaxrec.runs.evaluate import hybrid_scorer
+
+
+def test_scorer_of_the_graph_ranks_as_jax_does(
+    small_data: PreparedData, small_hybrid: Hybrid, model_directory: Path
+) -> None:
+    graph = (model_directory / "sequence.onnx").read_bytes()
+    cases = small_data.split.validation
+    found, expected = (
+        rank_cases(scorer, small_data, cases, 50, request_time=True)
+        for scorer in (graph_scorer(graph, len(small_data.catalog)), hybrid_scorer(small_hybrid))
+    )
+    np.testing.assert_array_equal(found.top, expected.top)
+    np.testing.assert_array_equal(found.ranks, expected.ranks)
+
+
+@pytest.mark.parametrize("name", ["sequence", "step"])
+def test_quantized_graph_keeps_the_contract(model_directory: Path, name: str) -> None:
+    graph = (model_directory / f"{name}.onnx").read_bytes()
+    exact, rough = (
+        onnxruntime.InferenceSession(one, providers=["CPUExecutionProvider"]) for one in (graph, quantize_lstms(graph))
+    )
+    for of in ("get_inputs", "get_outputs"):
+        described = [[(node.name, node.type, node.shape) for node in getattr(one, of)()] for one in (exact, rough)]
+        assert described[0] == described[1]
+    if name == "sequence":
+        probe = make_probe(60, 50)
+        feed = {**probe.__dict__, "k": np.array([60])}
+        states = [one.run(["state"], feed)[0] for one in (exact, rough)]
+        # Not the same, or nothing was quantized, and h within a few hundredths of its range of -1..1.
+        assert 0 < np.abs(states[0][:, :16] - states[1][:, :16]).max() < 0.2
+
+
+def ranked(ranks: list[int], top: list[list[int]]) -> Ranked:
+    return Ranked(np.array(ranks), np.array(top, np.int32))
+
+
+TEN = list(range(1, 11))
+
+
+def test_gate_on_overlap_and_ndcg() -> None:
+    exact = ranked([1, 3] * 50, [TEN] * 100)
+    # 1,000 places: 10 may differ, in any order.
+    figures = judge(exact, ranked([1, 3] * 50, [TEN[::-1]] * 90 + [[*TEN[:9], 11]] * 10))
+    assert figures["top_10_overlap"] == pytest.approx(0.99)
+    # NDCG@10 of ranks 1 and 3: (1 + 1 / log2(4)) / 2.
+    assert figures["ndcg_10_float32"] == pytest.approx(0.75)
+    with pytest.raises(ExportError, match=r"overlap by 0\.9890 \(expected 0\.99 or more\)"):
+        judge(exact, ranked([1, 3] * 50, [TEN] * 89 + [[*TEN[:9], 11]] * 11))
+    with pytest.raises(ExportError, match=r"is 0\.74500 beside 0\.75000 \(expected within 0\.5%\)"):
+        judge(exact, ranked([3, 3] + [1, 3] * 49, [TEN] * 100))
+
+
+def test_a_model_that_gets_worse_is_not_exported(
+    small_data: PreparedData,
+    small_hybrid: Hybrid,
+    model_directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Random scores of 60 items lie so close that int8 changes some answers.
+    monkeypatch.setattr(quantize, "LEAST_OVERLAP", 1.0)
+    graph = (model_directory / "sequence.onnx").read_bytes()
+    with pytest.raises(ExportError, match=r"^int8: on 40 validation cases"):
+        check_quality(graph, quantize_lstms(graph), small_data, 50)
+    with pytest.raises(ExportError, match=r"^int8: .*export without --int8$"):
+        export_model(
+            *(small_hybrid, small_data, tmp_path / "model"),
+            policy="reinforce",
+            training={},
+            metrics={},
+            licence="",
+            int8=True,
+        )
+    assert not (tmp_path / "model").exists()

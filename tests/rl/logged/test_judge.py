@@ -1,0 +1,110 @@
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrec.config import RewardWeights, RLConfig
+from jaxrec.data.prepare import PreparedData
+from jaxrec.evaluation.metrics import ndcg
+from jaxrec.evaluation.ranking import jit_scorer, rank_cases
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.rl.logged.evaluate import Judged, case_states, decide, make_judge
+from jaxrec.rl.logged.learner import new_learner
+from jaxrec.rl.logged.methods import REINFORCE
+from jaxrec.rl.rewards import discounts, reward_tables, reward_terms, total_reward
+from jaxrec.rl.scoring import frozen_scoring
+
+MAX_LENGTH = 50
+CASES = 400
+
+
+def judged(rank: np.ndarray, reward: float = 0.3) -> Judged:
+    """Cases with these ranks [cases] and rewards around `reward`, all targets rated alike."""
+    noise = np.random.default_rng(0).normal(0, 0.05, (2, len(rank)))
+    zeros = np.zeros((2, len(rank)))
+    top = np.ones((2, len(rank), 10), np.int32)
+    return Judged(np.stack([rank, rank]), reward + noise, {}, zeros, np.full(len(rank), 0.5), top, 50)
+
+
+RANKS = np.arange(CASES) % 40 + 1
+BETTER, WORSE = np.maximum(RANKS - 2, 1), RANKS + 2
+SUPERVISED = judged(RANKS)
+
+
+def by_chance(flips: int) -> np.ndarray:
+    """Ranks of which a few got better by one: a higher mean, whose interval reaches below 0 for one or two."""
+    ranks = RANKS.copy()
+    ranks[np.flatnonzero(RANKS == 2)[:flips]] = 1
+    return ranks
+
+
+@pytest.mark.parametrize(
+    ("policy", "controls", "used", "says"),
+    [
+        (judged(BETTER, 0.31), (SUPERVISED, SUPERVISED), True, "the policy is used"),
+        (judged(BETTER, 0.29), (SUPERVISED, SUPERVISED), False, "is a higher slate reward:"),
+        (judged(WORSE, 0.31), (SUPERVISED, SUPERVISED), False, "NDCG@10 and an NDCG@10 that is not lower:"),
+        (judged(by_chance(1), 0.31), (SUPERVISED, SUPERVISED), False, "is a higher reward-weighted NDCG@10:"),
+        (judged(BETTER, 0.31), (SUPERVISED, judged(BETTER)), False, "a control with permuted rewards that gains"),
+        (judged(BETTER, 0.31), (judged(BETTER), judged(BETTER)), True, "the policy beyond that +0.0000"),
+    ],
+)
+def test_decision_and_its_reason(policy: Judged, controls: tuple[Judged, Judged], used: bool, says: str) -> None:
+    decision = decide(policy, SUPERVISED, *controls)
+    assert decision.used is used
+    assert says in decision.reason
+    assert decision.differences["ndcg_10"].mean == pytest.approx(
+        (ndcg(policy.rank, 10) - ndcg(SUPERVISED.rank, 10)).mean()
+    )
+
+
+def test_reward_weighted_ndcg_by_hand() -> None:
+    """Three cases, ranks 1, 2 and 11 without and 1, 3 and 3 with the request time; ratings 1, 0.5 and 0.25."""
+    ranks = np.array([[1, 2, 11], [1, 3, 3]])
+    zeros = np.zeros((2, 3))
+    top = np.array([[[1, 2], [1, 2], [1, 3]], [[4, 0], [4, 0], [4, 0]]])
+    judged = Judged(ranks, zeros, {}, zeros, np.array([1.0, 0.5, 0.25]), top, 6)
+    expected_ndcg = [1.0, (1 / np.log2(3) + 0.5) / 2, (0 + 0.5) / 2]
+    expected = (1.0 * expected_ndcg[0] + 0.5 * expected_ndcg[1] + 0.25 * expected_ndcg[2]) / 1.75
+    assert judged.figures()["reward_weighted_ndcg_10"] == pytest.approx(expected)
+    assert judged.figures()["ndcg_10"] == pytest.approx(np.mean(expected_ndcg))
+    assert judged.figures()["hit_rate_10"] == pytest.approx((1 + 1 + 0.5) / 3)
+    assert judged.figures()["coverage_10"] == pytest.approx((3 / 6 + 1 / 6) / 2)
+
+
+@pytest.mark.parametrize("with_policy", [False, True])
+def test_judge_sees_what_the_recommender_does(
+    small_data: PreparedData, random_hybrid: Callable[[PreparedData, int, bool], Hybrid], with_policy: bool
+) -> None:
+    """Ranks are those of the evaluation, and rewards those of its top 10, with and without the request time."""
+    hybrid = random_hybrid(small_data, 0, True)
+    weights, cases = RewardWeights(), small_data.split.validation
+    item_ratings = np.linspace(0, 1, len(small_data.catalog) + 1, dtype=np.float32)
+    tables = reward_tables(small_data)._replace(item_ratings=jnp.asarray(item_ratings))
+    supervised = hybrid.with_policy(None)
+    recommender = hybrid if with_policy else supervised
+    scoring = frozen_scoring(supervised, tables)
+    graphdef, learner = new_learner(32, len(small_data.catalog), RLConfig(policy_width=8), REINFORCE)
+    head = nnx.to_pure_dict(nnx.state(hybrid.policy)) if with_policy else learner.head
+    states = case_states(hybrid, small_data, cases, item_ratings)
+    judged = make_judge(graphdef, scoring, states, small_data, MAX_LENGTH, weights)(head)
+
+    scorer = jit_scorer(recommender, lambda model, events, gap: model.logits(events, gap)[0])
+    targets = jnp.asarray(small_data.histories.items[cases.rows])
+    ratings = jnp.asarray(small_data.unit_ratings()[cases.rows])
+    for variant, request_time in enumerate((False, True)):
+        ranked = rank_cases(scorer, small_data, cases, MAX_LENGTH, request_time)
+        np.testing.assert_array_equal(judged.rank[variant], ranked.ranks)
+        np.testing.assert_array_equal(judged.top[variant], ranked.top)
+        terms = reward_terms(jnp.asarray(ranked.top), targets, ratings, jnp.asarray(states.user_mean), tables)
+        np.testing.assert_allclose(judged.reward[variant], total_reward(terms, weights) @ discounts(10), rtol=1e-5)
+        np.testing.assert_allclose(judged.terms["genre"][variant], terms.genre @ discounts(10), rtol=1e-5, atol=1e-7)
+    if with_policy:
+        assert judged.kl.min() > 0
+    else:
+        np.testing.assert_array_equal(judged.kl, 0.0)
+    np.testing.assert_array_equal(judged.weight, ratings)
+    assert jax.tree.all(jax.tree.map(np.isfinite, judged.figures()))

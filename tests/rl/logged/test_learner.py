@@ -1,0 +1,176 @@
+"""Learning where the best slate is known."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrec.config import RewardWeights, RLConfig
+from jaxrec.models.cooccurrence import RECENT
+from jaxrec.models.sequence import NEVER
+from jaxrec.rl.logged.learner import make_updates, new_learner, pay
+from jaxrec.rl.logged.methods import ACTOR_CRITIC, METHODS, PLACKETT_LUCE, REINFORCE, TOP_K, Method
+from jaxrec.rl.logged.states import States
+from jaxrec.rl.rewards import RewardTables, discounts
+from jaxrec.rl.scoring import Scoring, policy_logits, returns
+from tests.rl.enumeration import expected_reward
+
+
+def test_returns_by_hand() -> None:
+    d = discounts(3)
+    rewards = jnp.array([[1.0, 0.5, 0.25]])
+    expected = [d[0] + 0.5 * d[1] + 0.25 * d[2], 0.5 * d[1] + 0.25 * d[2], 0.25 * d[2]]
+    np.testing.assert_allclose(returns(rewards)[0], expected, rtol=1e-6)
+
+
+# A contextual bandit: in context c the targets are c, c + 1 and c + 2 (modulo 6) with these probabilities, so over all
+# contexts every item is equally likely, and a policy that does not look at the context earns CHANCE.
+CONTEXTS, SHARES = 6, np.array([0.6, 0.3, 0.1])
+BEST = float(discounts(3) @ SHARES)
+CHANCE = 1 / CONTEXTS
+HITS = RewardWeights(hit=1.0, genre=0.0, rating=0.0)
+
+
+def bandit_states(seed: int, shuffled: bool = False) -> States:
+    rng = np.random.default_rng(seed)
+    context = rng.integers(0, CONTEXTS, 3000)
+    target = 1 + (context + rng.choice(3, len(context), p=SHARES)) % CONTEXTS
+    if shuffled:
+        target = rng.permutation(target)
+    return States(
+        query=np.eye(CONTEXTS, dtype=np.float32)[context],
+        target=target.astype(np.int32),
+        target_rating=np.full(len(context), 0.5, np.float32),
+        user_mean=np.full(len(context), 0.5, np.float32),
+        logprob_beta=np.log(np.append(SHARES, [0.1] * 3))[(target - 1 - context) % CONTEXTS].astype(np.float32),
+        window=np.zeros(len(context), np.int32),
+        seen=np.zeros(len(context), np.int32),
+        windows=np.zeros((1, 1), np.int32),
+    )
+
+
+def bandit_scoring() -> Scoring:
+    vectors = jax.random.normal(jax.random.key(5), (CONTEXTS + 1, CONTEXTS))
+    bias = jnp.zeros(CONTEXTS + 1).at[0].set(NEVER)
+    nobody = jnp.zeros((CONTEXTS + 1, 1))
+    half = jnp.full(CONTEXTS + 1, 0.5)
+    tables = RewardTables(jnp.zeros((CONTEXTS + 1, 1)), half, half, half)
+    return Scoring(0.1 * vectors, bias, nobody.astype(jnp.int32), nobody, tables)
+
+
+class Bandit:
+    """A learner on the bandit, and the exact value of its policy."""
+
+    def __init__(
+        self, config: RLConfig, shuffled: bool = False, method: Method = REINFORCE, permuted: bool = False
+    ) -> None:
+        config = dataclasses.replace(config, samples=method.samples)
+        self._config = config
+        self._states = bandit_states(config.seed, shuffled)
+        self._graphdef, self._learner = new_learner(CONTEXTS, CONTEXTS, config, method)
+        self._updates = make_updates(self._graphdef, config, method)
+        self._pay = pay(permuted=permuted)
+
+    def learn(self, count: int) -> dict[str, np.ndarray]:
+        key = jax.random.key(self._config.seed)
+        self._learner, metrics = self._updates(self._learner, bandit_scoring(), self._states, key, count, self._pay)
+        return jax.device_get(metrics)
+
+    def value(self) -> float:
+        """The expected slate reward, over all contexts and slates."""
+        head = nnx.merge(self._graphdef, self._learner.head)
+        values = []
+        for context in range(CONTEXTS):
+            nothing = jnp.zeros((1, RECENT), jnp.int32)
+            logits = policy_logits(head, jnp.eye(CONTEXTS)[context][None], nothing, bandit_scoring())[0]
+            of_items = jnp.zeros(CONTEXTS + 1).at[1 + (context + np.arange(3)) % CONTEXTS].set(jnp.float32(SHARES))
+            values.append(float(expected_reward(logits, of_items, 3)))
+        return float(np.mean(values))
+
+
+FREE = RLConfig(
+    batch_size=128,
+    slate_size=3,
+    learning_rate=0.04,
+    kl_target=100.0,
+    anchor=0.0,
+    policy_width=16,
+    entropy_floor=0.0,
+    coverage_floor=0.0,
+    steps=400,
+    rewards=HITS,
+)
+
+
+def test_learns_the_best_slate_of_each_context() -> None:
+    bandit = Bandit(FREE)
+    assert bandit.value() == pytest.approx(CHANCE, abs=0.02)
+    bandit.learn(400)
+    assert bandit.value() > CHANCE + 0.9 * (BEST - CHANCE)
+    assert bandit.value() <= BEST + 1e-6
+
+
+@pytest.mark.parametrize(("method", "share"), [(PLACKETT_LUCE, 0.9), (TOP_K, 0.6), (ACTOR_CRITIC, 0.8)])
+def test_other_methods_learn_too(method: Method, share: float) -> None:
+    """The correction of the top K undoes how often the log has an item: it finds the three that are ever taken."""
+    bandit = Bandit(FREE, method=method)
+    metrics = bandit.learn(FREE.steps)
+    assert bandit.value() > CHANCE + share * (BEST - CHANCE)
+    if method is TOP_K:
+        assert 0 < metrics["ess_share"][-1] < 1
+        assert metrics["clipped_share"].max() <= 1
+
+
+@pytest.mark.parametrize("controls", [{"shuffled": True}, {"permuted": True}])
+def test_shuffled_targets_and_permuted_rewards_teach_nothing(controls: dict[str, bool]) -> None:
+    bandit = Bandit(FREE, **controls)
+    bandit.learn(400)
+    assert bandit.value() < CHANCE + 0.15 * (BEST - CHANCE)
+
+
+def test_guards_hold_entropy_and_coverage() -> None:
+    free = Bandit(FREE).learn(400)
+    guarded = Bandit(dataclasses.replace(FREE, entropy_floor=0.9, coverage_floor=0.9)).learn(400)
+    assert free["entropy"][-1] < 0.6 * free["entropy"][0]
+    assert guarded["entropy"][-1] > 0.85 * guarded["entropy"][0]
+    assert guarded["effective_items"][-1] > 0.85 * guarded["effective_items"][0]
+
+
+def test_every_update_is_measured() -> None:
+    expected = {"reward", "reward_hit", "reward_novelty", "kl", "entropy", "coverage", "ess_share", "clipped_share"}
+    for method in METHODS.values():
+        metrics = Bandit(dataclasses.replace(FREE, batch_size=8), method=method).learn(2)
+        assert expected <= metrics.keys()
+        assert all(np.isfinite(values).all() and len(values) == 2 for values in metrics.values())
+
+
+def test_policy_starts_as_the_supervised_one_and_the_leash_holds() -> None:
+    loose = Bandit(FREE).learn(400)
+    leashed = Bandit(dataclasses.replace(FREE, kl_target=0.05, learning_rate=0.01)).learn(400)
+    assert loose["kl"][0] == leashed["kl"][0] == 0.0
+    assert loose["kl"][-100:].mean() > 1.0
+    assert 0.025 < leashed["kl"][-100:].mean() < 0.1
+
+
+def test_baseline_learns_the_mean_return() -> None:
+    losses = Bandit(FREE).learn(400)["baseline_loss"]
+    assert losses[-50:].mean() < 0.7 * losses[:5].mean()
+
+
+def test_same_seed_same_policy() -> None:
+    values = []
+    for seed in (0, 0, 1):
+        bandit = Bandit(dataclasses.replace(FREE, seed=seed))
+        bandit.learn(20)
+        bandit.learn(20)
+        values.append(bandit.value())
+    assert values[0] == values[1] != values[2]
+
+
+def test_chunks_of_updates_equal_one_run() -> None:
+    whole, parts = Bandit(FREE), Bandit(FREE)
+    expected = whole.learn(40)["reward"]
+    np.testing.assert_array_equal(np.concatenate([parts.learn(20)["reward"] for _ in range(2)]), expected)

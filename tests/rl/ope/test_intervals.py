@@ -1,0 +1,133 @@
+"""Bootstrap intervals against known distributions, and by hand."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from jaxrec.rl.ope.estimators import Terms, ips, on_policy, snips
+from jaxrec.rl.ope.intervals import (
+    Method,
+    bias_corrected_accelerated,
+    interval,
+    percentile,
+    replicates,
+    studentized,
+)
+from jaxrec.rl.ope.weights import importance_weights
+from tests.rl.ope.logs import VALUE_LOGGED, VALUE_NEW, draw_bandit
+
+
+def mean_of(values: np.ndarray) -> Terms:
+    return on_policy(values)
+
+
+@pytest.mark.parametrize("method", [percentile, bias_corrected_accelerated])
+def test_intervals_agree_with_scipy(method: Method) -> None:
+    """On the mean of skewed values, with other random draws: the ends agree to a fraction of the standard error."""
+    values = np.random.default_rng(3).exponential(size=80)
+    name = "percentile" if method is percentile else "BCa"
+    expected = scipy.stats.bootstrap((values,), np.mean, method=name, n_resamples=20_000, rng=np.random.default_rng(1))
+    ours = interval(mean_of(values), samples=20_000, method=method)
+    bounds = expected.confidence_interval
+    assert abs(ours.low - bounds.low) < 0.05 * expected.standard_error
+    assert abs(ours.high - bounds.high) < 0.05 * expected.standard_error
+
+
+def test_studentized_interval_of_a_normal_mean_is_that_of_student() -> None:
+    values = np.random.default_rng(0).normal(size=400)
+    ours = interval(mean_of(values), samples=20_000)
+    low, high = scipy.stats.t.interval(0.95, 399, values.mean(), values.std(ddof=1) / 20)
+    assert ours.standard_error == pytest.approx(values.std(ddof=1) / 20)
+    np.testing.assert_allclose([ours.low, ours.high], [low, high], atol=0.08 * ours.standard_error)
+
+
+def test_standard_error_of_a_ratio_by_hand() -> None:
+    """SNIPS of weights 1, 1, 2 and rewards 1, 0, 1: θ = 3/4, errors w (r - θ) / sum(w) = 1/16, -3/16, 1/8."""
+    weights = importance_weights(np.log([0.1, 0.1, 0.2]), np.log([0.1, 0.1, 0.1]))
+    drawn = replicates(snips(weights, np.array([1.0, 0.0, 1.0])), None, 100, 0)
+    np.testing.assert_allclose(drawn.influence, [1 / 16, -3 / 16, 1 / 8])
+    assert drawn.standard_error == pytest.approx(np.sqrt(3 / 2 * (1 / 16**2 + 9 / 16**2 + 1 / 8**2)))
+
+
+def test_replicates_of_the_bootstrap_have_the_standard_error() -> None:
+    log = draw_bandit(2000, seed=0)
+    drawn = replicates(snips(importance_weights(log.new, log.logged), log.reward), None, 4000, 0)
+    assert drawn.values.std() == pytest.approx(drawn.standard_error, rel=0.05)
+    assert drawn.standard_errors.mean() == pytest.approx(drawn.standard_error, rel=0.05)
+
+
+def test_rows_of_one_user_do_not_count_as_independent() -> None:
+    """Every row ten times: with users the interval is that of the rows once, without them it is too narrow."""
+    values = np.random.default_rng(0).normal(size=100)
+    users = np.repeat(np.arange(100), 10)
+    once, grouped = interval(mean_of(values)), interval(mean_of(np.repeat(values, 10)), users)
+    assert (grouped.low, grouped.high) == pytest.approx((once.low, once.high))
+    naive = interval(mean_of(np.repeat(values, 10)))
+    assert naive.high - naive.low < 0.4 * (once.high - once.low)
+
+
+def test_order_of_rows_and_names_of_users_do_not_matter() -> None:
+    log = draw_bandit(300, seed=0)
+    users = np.arange(300) // 3
+    terms = snips(importance_weights(log.new, log.logged), log.reward)
+    order = np.concatenate([np.arange(2, -1, -1) + 3 * user for user in range(100)])
+    turned = Terms(terms.numerator[order], terms.denominator[order])
+    names = np.array([f"user {user:03}" for user in users])
+    first, second = interval(terms, users), interval(turned, names[order])
+    assert (first.low, first.high) == pytest.approx((second.low, second.high))
+
+
+def test_a_pair_is_told_apart_better_than_its_halves() -> None:
+    log = draw_bandit(2000, seed=0)
+    near = importance_weights(np.log(0.9 * np.exp(log.logged) + 0.1 * np.exp(log.new)), log.logged)
+    new, logged = ips(near, log.reward), on_policy(log.reward)
+    gain = interval(new.minus(logged))
+    halves = np.hypot(interval(new).standard_error, interval(logged).standard_error)
+    assert gain.standard_error < 0.5 * halves
+
+
+@pytest.mark.parametrize("method", [studentized, percentile, bias_corrected_accelerated])
+def test_without_spread_the_interval_is_the_value(method: Method) -> None:
+    estimate = interval(mean_of(np.full(20, 0.25)), method=method)
+    assert (estimate.low, estimate.value, estimate.high) == (0.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize("method", [studentized, percentile, bias_corrected_accelerated])
+@pytest.mark.parametrize(("rows", "reward"), [(20, 0.1), (37, 0.3), (20, -1e6 / 3)])
+def test_rounding_is_no_spread(method: Method, rows: int, reward: float) -> None:
+    """Sums of 0.1 differ in their last bit; studentized by that, the interval of a constant was inf to inf."""
+    estimate = interval(mean_of(np.full(rows, reward)), method=method)
+    assert (estimate.low, estimate.value, estimate.high) == pytest.approx((reward, reward, reward), rel=1e-12)
+    assert estimate.low <= estimate.value <= estimate.high
+    gain = interval(mean_of(np.full(rows, reward)).minus(mean_of(np.full(rows, reward))), method=method)
+    assert (gain.low, gain.value, gain.high, gain.standard_error) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("ends", "expected"), [((0.6, 0.7), (0.5, 0.7)), ((np.inf, np.inf), (-np.inf, np.inf))])
+def test_interval_holds_the_value(ends: tuple[float, float], expected: tuple[float, float]) -> None:
+    """Whatever a method makes of the resamples; a bound that is no number is none."""
+    estimate = interval(mean_of(np.array([0.0, 1.0])), samples=10, method=lambda replicates, level: ends)
+    assert (estimate.low, estimate.high) == expected
+
+
+def test_rare_rewards_leave_the_upper_bound_open() -> None:
+    """One reward in 50 rows: a third of the resamples have none, and no spread to studentize with."""
+    estimate = interval(mean_of(np.eye(50)[0]))
+    assert estimate.low < estimate.value < estimate.high == np.inf
+
+
+def test_one_group_has_no_interval() -> None:
+    with pytest.raises(ValueError, match="1 group"):
+        interval(mean_of(np.arange(5.0)), np.zeros(5))
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    """200 logs of 300 rows, the value and the paired gain; the binomial standard error of a share is 1.5 %."""
+    covered = np.zeros((200, 2), bool)
+    for seed in range(200):
+        log = draw_bandit(300, seed)
+        new, logged = snips(importance_weights(log.new, log.logged), log.reward), on_policy(log.reward)
+        for column, (terms, truth) in enumerate(((new, VALUE_NEW), (new.minus(logged), VALUE_NEW - VALUE_LOGGED))):
+            found = interval(terms, samples=400, seed=seed)
+            covered[seed, column] = found.low <= truth <= found.high
+    np.testing.assert_allclose(covered.mean(axis=0), 0.95, atol=0.045)

@@ -1,0 +1,81 @@
+"""Histories of a server's log as the models read them, however they are padded."""
+
+import numpy as np
+import pytest
+
+from jaxrec.data.prepare import PreparedData
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.rl.rewards import reward_tables
+from jaxrec.rl.served import states as module
+from jaxrec.rl.served.event_store import History, Recommendation
+from jaxrec.rl.served.states import ROWS_PER_BATCH, LogStates, log_states
+
+MAX_LENGTH = 50
+
+
+def recommendation(user: int, events: int) -> Recommendation:
+    rng = np.random.default_rng(user)
+    items, times = rng.integers(1, 61, events), np.sort(rng.integers(0, 10**6, events))
+    return Recommendation(
+        user=user,
+        time=10**6,
+        history=History(items, rng.integers(1, 11, events) / 2, times),
+        slate=np.array([1, 2], np.int32),
+        log_propensities=np.array([-1.0, -2.0]),
+        answers=np.zeros(0, np.int32),
+        answer_ratings=np.zeros(0, np.float32),
+        version=0,
+        temperature=1.0,
+        request_time=None if user % 2 else 10**6,
+        excluded=np.zeros(0, np.int32),
+    )
+
+
+def states(hybrid: Hybrid, data: PreparedData, recommendations: list[Recommendation]) -> LogStates:
+    return log_states(hybrid.with_policy(None), recommendations, data.config.rating_scale, reward_tables(data))
+
+
+def test_padding_and_order_change_nothing(
+    small_hybrid: Hybrid, small_data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Histories of 1 to 70 events in no order, of which the models read 50: the same as where each is padded to 50."""
+    lengths = np.random.default_rng(0).permutation(np.tile(np.arange(1, 71), 3))
+    recommendations = [recommendation(user, length) for user, length in enumerate(lengths.tolist())]
+    read: list[tuple[int, ...]] = []
+    encode = module._encode
+
+    def reading(graphdef: object, variables: object, events: module.Events, gap: np.ndarray) -> object:
+        read.append(events.item.shape)
+        return encode(graphdef, variables, events, gap)
+
+    monkeypatch.setattr(module, "_encode", reading)
+    compiled = encode._cache_size()
+    found = states(small_hybrid, small_data, recommendations)
+    assert encode._cache_size() <= compiled + 2  # lengths
+    # 64, 64, 64 and 18 rows, the shortest of 70 lengths first: to 22, to 43, to 64 and to 70 events.
+    assert read == [(ROWS_PER_BATCH, length) for length in (32, 50, 50, 50)]
+    monkeypatch.setattr(module, "SHORTEST", MAX_LENGTH)
+    padded = states(small_hybrid, small_data, recommendations)
+    assert set(read[4:]) == {(ROWS_PER_BATCH, MAX_LENGTH)}
+    np.testing.assert_allclose(found.query, padded.query, atol=1e-6)
+    np.testing.assert_array_equal(found.recent, padded.recent)
+    assert found.user.tolist() == list(range(len(lengths)))
+    for one in (0, 100, len(lengths) - 1):
+        np.testing.assert_array_equal(found.recent[one, 0], recommendations[one].history.items[-1])
+        alone = states(small_hybrid, small_data, [recommendations[one]])
+        np.testing.assert_allclose(alone.query[0], found.query[one], atol=1e-6)
+
+
+def test_short_histories_are_padded_to_a_power_of_two(
+    small_hybrid: Hybrid, small_data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths, encode = [], module._encode
+
+    def reading(graphdef: object, variables: object, events: module.Events, gap: np.ndarray) -> object:
+        lengths.append(events.item.shape[1])
+        return encode(graphdef, variables, events, gap)
+
+    monkeypatch.setattr(module, "_encode", reading)
+    for events in (1, 8, 9, 16, 17, 40, 70):
+        states(small_hybrid, small_data, [recommendation(1, events)])
+    assert lengths == [8, 8, 16, 16, 32, 50, 50]

@@ -1,0 +1,264 @@
+"""A server's log as it is read back: whose answers count, and histories that give the server's own propensities."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrec.data.prepare import PreparedData
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.rl.rewards import reward_tables
+from jaxrec.rl.scoring import frozen_scoring
+from jaxrec.rl.served.event_store import STILL_OPEN, History, Recommendation, ServedLog, read_served_log
+from jaxrec.rl.served.log_policy import logged_logprobs
+from jaxrec.rl.served.policy import EXACT
+from jaxrec.rl.served.states import log_states
+from serve.client import sync as client
+from serve.front.server import create_server
+from serve.model.artifact import read_artifact
+from serve.model.events import Event
+from serve.model.exploration import Exploration
+from serve.model.recommender import Recommender
+from serve.serving.loaded import one_model
+from serve.stores.base import Shown, UserEvent
+from serve.stores.sqlite import SQLiteStore
+
+START, HOUR, DAY = 1_200_000_000, 3600, 86_400
+TEMPERATURES = (0.5, 2.0)
+
+
+def items_of(one: Recommendation) -> list[int]:
+    return one.history.items.tolist()
+
+
+def write_log(path: Path, data: PreparedData, events: list[tuple[int, str | None]], shown: dict[str, int]) -> None:
+    """Of one user: events on one item after the other, each with its time and the recommendation that it names, and
+    when each recommendation was shown."""
+    raw = [str(item) for item in data.catalog.ids.raw_ids]
+    with SQLiteStore(path) as store:
+        for number, (timestamp, named) in enumerate(events):
+            store.record([UserEvent(str(number), "u", Event(raw[number], 4.0, timestamp), named)])
+        for name, timestamp in shown.items():
+            store.log_shown(Shown(name, "u", (raw[9],), (-0.5,), "reinforce", "v", timestamp, 0.5), wait=True)
+
+
+@pytest.fixture
+def dated(small_data: PreparedData, tmp_path: Path) -> Callable[[int | None], ServedLog]:
+    """Reads a log with a horizon: a, b, c and d are shown to one user at 100, 200, 290 and 310; a is answered after 5
+    and after 200 seconds, b 5 seconds before, by a clock that is slow."""
+    events = [(50, None), (105, "a"), (300, "a"), (195, "b")]
+    write_log(tmp_path / "events.sqlite", small_data, events, {"a": 100, "b": 200, "c": 290, "d": 310})
+    return lambda horizon: read_served_log(tmp_path / "events.sqlite", small_data.catalog, horizon)
+
+
+@pytest.mark.parametrize(
+    ("horizon", "answers"),
+    [
+        (0, [[], [4], [], []]),
+        (5, [[2], [4], []]),  # d is the log's end, so its answers may still come
+        (20, [[2], [4], []]),
+        (21, [[2], [4]]),
+        (200, [[2, 3]]),
+        (211, []),
+    ],
+)
+def test_an_answer_counts_within_the_horizon(
+    dated: Callable[[int | None], ServedLog], horizon: int, answers: list[list[int]]
+) -> None:
+    log = dated(horizon)
+    assert [one.answers.tolist() for one in log.recommendations] == answers
+    assert log.skipped.get(STILL_OPEN, 0) == 4 - len(answers)
+    assert log.horizon == horizon
+
+
+def test_a_late_answer_is_history_of_what_is_shown_after_it(dated: Callable[[int | None], ServedLog]) -> None:
+    a, b, c, d = dated(0).recommendations
+    # What answers b is no history of it, whatever its clock says.
+    assert [items_of(one) for one in (a, b, c, d)] == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 3]]
+
+
+def test_what_was_done_within_the_second_of_a_recommendation_is_history_of_it(
+    small_data: PreparedData, tmp_path: Path
+) -> None:
+    """Unless it names that one or a later one. The user watches, and asks for more within the second, three times."""
+    events = [(100, None), (100, "a"), (100, None), (100, "b"), (101, None)]
+    write_log(tmp_path / "events.sqlite", small_data, events, {"a": 100, "b": 100, "c": 101})
+    log = read_served_log(tmp_path / "events.sqlite", small_data.catalog, 0)
+    assert not log.skipped
+    # The third event came after a, which its time does not tell.
+    assert [items_of(one) for one in log.recommendations] == [[1, 3], [1, 2, 3], [1, 2, 3, 4, 5]]
+    assert [one.answers.tolist() for one in log.recommendations] == [[2], [4], []]
+
+
+def test_what_was_taken_from_a_slate_within_its_second_is_no_history_of_it(
+    small_data: PreparedData, tmp_path: Path
+) -> None:
+    """By a client that names no recommendation: of nine other items, and then of the one that was shown."""
+    write_log(tmp_path / "events.sqlite", small_data, [(100, None)] * 10, {"a": 100, "b": 101})
+    log = read_served_log(tmp_path / "events.sqlite", small_data.catalog, 0)
+    assert [one.slate.tolist() for one in log.recommendations] == [[10], [10]]
+    assert [items_of(one) for one in log.recommendations] == [[*range(1, 10)], [*range(1, 11)]]
+
+
+def test_the_horizon_is_by_default_within_which_99_percent_of_the_answers_came(
+    dated: Callable[[int | None], ServedLog], small_data: PreparedData, tmp_path: Path
+) -> None:
+    """Of few answers that is the latest: no answer that was seen is left out. Without one there is nothing to wait
+    for."""
+    assert dated(None).horizon == 200
+    raw = [str(item) for item in small_data.catalog.ids.raw_ids]
+    with SQLiteStore(tmp_path / "many.sqlite") as store:
+        store.record([UserEvent("before", "u", Event(raw[0], None, START - 1))])
+        store.log_shown(Shown("a", "u", (raw[1],), (-0.5,), "reinforce", "v", START, 0.5), wait=True)
+        assert read_served_log(tmp_path / "many.sqlite", small_data.catalog).horizon == 0
+        delays = [7] * 197 + [1000] * 3  # 98.5 % within 7 seconds
+        events = [Event(raw[1], None, START + delay) for delay in delays]
+        store.record([UserEvent(str(number), "u", event, "a") for number, event in enumerate(events)])
+        assert read_served_log(tmp_path / "many.sqlite", small_data.catalog).horizon == 1000
+        store.record([UserEvent(f"more {number}", "u", events[0], "a") for number in range(200)])  # 99.25 %
+    log = read_served_log(tmp_path / "many.sqlite", small_data.catalog)
+    assert log.horizon == 7
+    assert [len(one.answers) for one in log.recommendations] == [397]
+
+
+def test_an_answer_dated_after_now_changes_nothing_else(small_data: PreparedData, tmp_path: Path) -> None:
+    """A client whose clock is 400 days ahead neither makes the horizon as long, nor closes what is open; its own answer
+    is too late to be one."""
+    now = int(time.time())
+    events: list[tuple[int, str | None]] = [(START, None), (now - 3 * DAY + 60, "a"), (now - 2 * DAY + 30, "b")]
+    shown = {"a": now - 3 * DAY, "b": now - 2 * DAY, "c": now - HOUR}
+    write_log(tmp_path / "right.sqlite", small_data, events, shown)
+    write_log(tmp_path / "wrong.sqlite", small_data, [*events, (now + 400 * DAY, "b")], shown)
+    right, wrong = (read_served_log(tmp_path / f"{name}.sqlite", small_data.catalog) for name in ("right", "wrong"))
+    for log in (right, wrong):
+        assert (log.horizon, log.skipped) == (60, {STILL_OPEN: 1})
+        assert [one.answers.tolist() for one in log.recommendations] == [[2], [3]]
+        assert [items_of(one) for one in log.recommendations] == [[1], [1, 2]]
+
+
+@pytest.mark.parametrize("ahead", [DAY, 36_500 * DAY])
+def test_an_event_that_answers_nothing_does_not_move_the_end(
+    ahead: int, small_data: PreparedData, tmp_path: Path
+) -> None:
+    """Of whichever user, be it dated before now or after."""
+    shown = {"a": START, "b": START + HOUR}
+    write_log(tmp_path / "events.sqlite", small_data, [(START - 1, None), (START + HOUR + ahead, None)], shown)
+    with SQLiteStore(tmp_path / "events.sqlite") as store:
+        item = str(small_data.catalog.ids.raw_ids[0])
+        # It names a recommendation, but none of its user.
+        store.record([UserEvent("v", "v", Event(item, None, START + HOUR + ahead), "a")])
+    log = read_served_log(tmp_path / "events.sqlite", small_data.catalog, HOUR)
+    assert (len(log.recommendations), log.skipped) == (1, {STILL_OPEN: 1})
+
+
+@pytest.mark.parametrize(("horizon", "closed"), [(None, 2), (14, 2), (13, 3), (10, 3), (15, 1), (16, 0)])
+def test_answers_go_on_after_the_last_recommendation(
+    horizon: int | None, closed: int, small_data: PreparedData, tmp_path: Path
+) -> None:
+    """A burst whose answers all come later: they end the log, and by default come within 14 seconds."""
+    events = [(START - 1, None), (START + 10, "a"), (START + 15, "b"), (START + 12, "c")]
+    write_log(tmp_path / "events.sqlite", small_data, events, {"a": START, "b": START + 1, "c": START + 2})
+    log = read_served_log(tmp_path / "events.sqlite", small_data.catalog, horizon)
+    assert log.horizon == (horizon or 14)
+    assert [one.time for one in log.recommendations] == [START, START + 1, START + 2][:closed]
+    assert log.skipped.get(STILL_OPEN, 0) == 3 - closed
+
+
+def distances(recommendations: list[Recommendation], data: PreparedData, hybrid: Hybrid) -> np.ndarray:
+    """[recommendations]: by how much the furthest slot of each is not reproduced, nats."""
+    scoring = frozen_scoring(hybrid.with_policy(None), reward_tables(data))
+    graphdef, head = nnx.split(hybrid.policy)
+    states = log_states(hybrid.with_policy(None), recommendations, data.config.rating_scale, scoring.tables)
+    found = logged_logprobs(graphdef, nnx.to_pure_dict(head), scoring, states)
+    return np.abs(found - states.log_propensities).max(axis=1)
+
+
+def test_what_a_real_server_drew_is_reproduced(
+    model_directory: Path, small_data: PreparedData, small_hybrid: Hybrid, tmp_path: Path
+) -> None:
+    """At two temperatures in one log, and whether the request told its time (after the last event, or before some),
+    excluded items, both, or neither; and not where one of these is ignored."""
+    path, rng, users = tmp_path / "events.sqlite", np.random.default_rng(0), 8
+    raw, model = small_data.catalog.ids.raw_ids.astype(str), Recommender(read_artifact(model_directory), "cpu")
+    with SQLiteStore(path) as store:
+        for user in range(users):
+            times = START + np.sort(rng.integers(0, 9 * DAY, 12))
+            events = [
+                Event(str(item), 3.0, int(at)) for item, at in zip(rng.choice(raw, 12, False), times, strict=True)
+            ]
+            events.append(Event("nobody knows it", None, START + 9 * DAY + HOUR))
+            store.record([UserEvent(f"{user}-{at}", f"user {user}", event) for at, event in enumerate(events)])
+        for temperature in TEMPERATURES:
+            models = one_model(model, store, exploration=Exploration(temperature, seed=1))
+            server = create_server(models, store, "127.0.0.1:0")
+            server.start()
+            with client.RecommenderClient(f"127.0.0.1:{server.port}", timeout_s=30.0) as asking:
+                for user in range(users):
+                    excluded = ["nobody knows it", *rng.choice(raw, 25, False).tolist()]
+                    requests = [
+                        client.recommend_request(
+                            user_id=f"user {user}", k=3, request_time=told, exclude_item_ids=left_out
+                        )
+                        for told in (None, START + 10 * DAY, START + 5 * DAY)
+                        for left_out in ([], excluded)
+                    ]
+                    asking.recommend(user_id=f"user {user}", k=3)
+                    asking.batch_recommend(requests[1:])
+            server.drain()
+    log = read_served_log(path, small_data.catalog)
+    assert (log.shown, len(log.recommendations), log.skipped) == (12 * users, 12 * users, {})
+    assert log.versions == [model.info.model_version]
+
+    def distance(**changed: object) -> np.ndarray:
+        """[users, temperatures, told, excluded]: by how much the furthest slot is not reproduced, nats."""
+        changed_log = [one._replace(**changed) for one in log.recommendations]
+        return distances(changed_log, small_data, small_hybrid).reshape(users, 2, 3, 2)
+
+    assert distance().max() <= EXACT / 10
+    assert np.median(distance(request_time=None)[:, :, 1:], axis=0).min() > EXACT
+    assert np.median(distance(excluded=np.zeros(0, np.int32))[..., 1], axis=0).min() > EXACT
+    for at in range(2):
+        assert np.median(distance(temperature=TEMPERATURES[1 - at])[:, at], axis=0).min() > EXACT
+    past = [one for one in log.recommendations if one.request_time == START + 5 * DAY]
+    assert len(past) == 4 * users
+    assert all(0 < len(one.history.items) < 12 for one in past)
+
+
+def test_what_a_real_server_read_within_the_second_is_reproduced(
+    model_directory: Path,
+    small_data: PreparedData,
+    small_hybrid: Hybrid,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """New users watch and ask, three times within one second of the server's clock. The last of it is history too: not
+    reproduced without."""
+    path, rng, users = tmp_path / "events.sqlite", np.random.default_rng(1), 6
+    raw, model = small_data.catalog.ids.raw_ids.astype(str), Recommender(read_artifact(model_directory), "cpu")
+    monkeypatch.setattr("serve.api.recommender.time", SimpleNamespace(time=lambda: START + 0.5))
+    with SQLiteStore(path) as store:
+        server = create_server(one_model(model, store, exploration=Exploration(1.0, seed=1)), store, "127.0.0.1:0")
+        server.start()
+        with client.RecommenderClient(f"127.0.0.1:{server.port}", timeout_s=30.0) as asking:
+            for user in range(users):
+                named: str | None = None
+                for at, item in enumerate(rng.choice(raw, 3, replace=False)):
+                    event = Event(str(item), 3.0, START)
+                    store.record([UserEvent(f"{user}-{at}", f"user {user}", event, named)])
+                    named = asking.recommend(user_id=f"user {user}", k=3).recommendation_id
+        server.drain()
+    log = read_served_log(path, small_data.catalog)
+    assert (len(log.recommendations), log.skipped) == (3 * users, {})
+    assert {one.time for one in log.recommendations} == {START}
+    assert [len(one.history.items) for one in log.recommendations] == [1, 2, 3] * users
+    assert distances(log.recommendations, small_data, small_hybrid).max() <= EXACT / 10
+    without_last = [
+        one._replace(history=History(*(column[:-1] for column in one.history)))
+        for one in log.recommendations
+        if len(one.history.items) > 1
+    ]
+    assert np.median(distances(without_last, small_data, small_hybrid)) > EXACT

@@ -1,0 +1,123 @@
+"""The policy as the server plays it, against the server's own drawing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrec.config import RLConfig
+from jaxrec.data.schema import DataError
+from jaxrec.evaluation.metrics import exclude_items
+from jaxrec.models.cooccurrence import RECENT
+from jaxrec.models.sequence import NEVER
+from jaxrec.rl.logged.learner import new_head
+from jaxrec.rl.policy import sample_slates
+from jaxrec.rl.rewards import RewardTables, RewardTerms
+from jaxrec.rl.scoring import Scoring
+from jaxrec.rl.served.evaluate import judge_from_log, own_versions
+from jaxrec.rl.served.policy import EXACT, POOL, reproduced_versions, served_logits, served_logprobs
+from jaxrec.rl.served.states import LogStates
+from jaxrec.rl.served.train import split_users
+from serve.model import exploration
+
+ITEMS, SLOTS, TEMPERATURE = 150, 5, 0.7
+SAME = jnp.full(1, TEMPERATURE)
+
+
+def scores() -> np.ndarray:
+    """[items + 1]: padding never, and two items that were excluded."""
+    drawn = np.random.default_rng(0).normal(size=ITEMS + 1).astype(np.float32)
+    drawn[[0, 7, 9]] = NEVER
+    return drawn
+
+
+def test_propensities_are_those_of_the_server() -> None:
+    """Each at its own temperature."""
+    assert POOL == exploration.POOL
+    logits, rng = scores(), np.random.default_rng(1)
+    best = np.argsort(-logits)[:POOL]
+    slates, expected = [], []
+    temperatures = np.tile([TEMPERATURE, 2.0], 10).astype(np.float32)
+    for temperature in temperatures:
+        drawn = exploration.draw(logits[best], SLOTS, float(temperature), rng)
+        slates.append(best[drawn.places])
+        expected.append(drawn.log_propensities)
+    batch = jnp.broadcast_to(logits, (20, ITEMS + 1))
+    shown = jnp.asarray(slates)
+    found = served_logprobs(served_logits(batch, jnp.asarray(temperatures), shown), shown)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_version_is_the_policy_in_use_where_the_median_row_is_reproduced() -> None:
+    """Of three rows one may be odd; the slot that is furthest counts; and an unknown version has no row at all."""
+    logged = np.full((8, 2), -1.0)
+    distance = [[0, 0.9], [0, 0], [EXACT / 2, 0], [0.9, 0], [0, 0.9], [0, 0], [0, 2 * EXACT], [0, 0.9]]
+    version = np.array([0, 0, 0, 1, 1, 1, 3, 3])
+    found = reproduced_versions(logged + distance, logged, version, count=4)
+    assert found.tolist() == [True, False, False, False]
+
+
+def test_what_is_not_drawn_from_has_no_probability_and_empty_slots_count_nothing() -> None:
+    logits = scores()
+    order = np.argsort(-logits)
+    slate = jnp.asarray([[order[0], order[POOL], 0]])  # the best, the first outside of the pool, and an empty slot
+    found = np.asarray(served_logprobs(served_logits(jnp.asarray(logits)[None], SAME, slate), slate))[0]
+    assert np.isfinite(found[0])
+    assert found[0] < 0
+    assert found[1] == np.float32(NEVER)
+    assert found[2] == 0
+
+
+def test_the_pool_is_as_wide_as_the_slate() -> None:
+    """Its own, however wide others of the batch are."""
+    slates = jnp.asarray([np.arange(1000) < size for size in (120, 1000, 3)], jnp.int32)
+    found = served_logits(jnp.broadcast_to(scores(), (3, ITEMS + 1)), jnp.full(3, TEMPERATURE), slates)
+    assert (found > NEVER / 2).sum(axis=1).tolist() == [120, ITEMS - 2, POOL]
+
+
+def test_the_gate_judges_by_what_the_policy_in_use_showed_itself() -> None:
+    """Half of the users were served by another policy: they train, and do not judge."""
+    width, users = 4, 40
+    rng = np.random.default_rng(0)
+    items = jnp.asarray(rng.normal(size=(ITEMS + 1, width)), jnp.float32)
+    half, nobody = jnp.full(ITEMS + 1, 0.5), jnp.zeros((ITEMS + 1, 1))
+    tables = RewardTables(jnp.zeros((ITEMS + 1, 1)), half, half, half)
+    scoring = Scoring(items, jnp.zeros(ITEMS + 1).at[0].set(NEVER), nobody.astype(jnp.int32), nobody, tables)
+    config = RLConfig(policy_width=4)
+    graphdef, head = new_head(width, ITEMS, config)
+    query = rng.normal(size=(users, width)).astype(np.float32)
+    others = np.arange(users) % 2
+    shift = 0.5 * others[:, None] * np.sin(np.arange(ITEMS + 1)).astype(np.float32)
+    logits = exclude_items(query @ items.T + shift, jnp.zeros((users, 1), jnp.int32))
+    temperature = np.full(users, TEMPERATURE, np.float32)
+    drawn_from = served_logits(logits, jnp.asarray(temperature), jnp.ones((users, SLOTS), jnp.int32))
+    slates = sample_slates(jax.random.key(0), drawn_from, SLOTS)
+    terms = RewardTerms(*(rng.random((users, SLOTS)).astype(np.float32) for _ in RewardTerms._fields))
+    states = LogStates(
+        query=query,
+        recent=np.zeros((users, RECENT), np.int32),
+        exclude=np.zeros((users, 1), np.int32),
+        slate=np.asarray(slates),
+        log_propensities=np.asarray(served_logprobs(drawn_from, slates)),
+        temperature=temperature,
+        terms=terms,
+        user=np.arange(users, dtype=np.int32),
+        version=others.astype(np.int32),
+    )
+    in_use = own_versions(graphdef, head, scoring, states, 3)
+    assert in_use.tolist() == [True, False, False]
+    own = in_use[states.version]
+    names = [f"user {user}" for user in range(users)]
+    training, judging = split_users(states.user, names, own)
+    assert own[judging].all()
+    assert not own[training].all()
+    assert not set(states.user[training]) & set(states.user[judging])
+    kept = states.at(judging)
+    found = judge_from_log(graphdef, head, head, scoring, states.at(training), kept, config, 5.0).decision
+    assert (found.rows, found.groups) == (len(judging), len(judging))
+    assert found.effective_sample_size == pytest.approx(len(judging), rel=1e-3)
+    assert found.gain is not None
+    assert found.gain.value == pytest.approx(0.0, abs=1e-4)
+    assert not found.used
+    with pytest.raises(DataError, match=r"of 40 users; \d+ of them would train and 0, whom the policy in use served"):
+        split_users(states.user, names, np.zeros(users, bool))

@@ -1,0 +1,274 @@
+"""The simulated users as the run's recommender sees them, and its policy as it starts and as it learns."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrec.config import RLConfig
+from jaxrec.data.batches import CaseBatch
+from jaxrec.data.prepare import PreparedData
+from jaxrec.data.schema import UNKNOWN_GAP, RatingScale
+from jaxrec.evaluation.metrics import exclude_items
+from jaxrec.models.features import Events
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.rl.logged.learner import new_head
+from jaxrec.rl.logged.states import training_states
+from jaxrec.rl.policy import greedy_slates, sample_slates
+from jaxrec.rl.rewards import reward_tables
+from jaxrec.rl.scoring import frozen_scoring, supervised_logits
+from jaxrec.rl.simulated import evaluate as simulator_judge
+from jaxrec.rl.simulated.evaluate import make_play
+from jaxrec.rl.simulated.fit import fit_simulator, simulator_histories
+from jaxrec.rl.simulated.policy import RecommenderPolicy, logged_leash, recommender_policy
+from jaxrec.rl.simulated.recommender import (
+    Recommender,
+    every_user,
+    recommender_environment,
+    recommender_of,
+    start_states,
+)
+from jaxrec.rl.simulated.train import OnPolicyConfig, train_on_policy
+from jaxrec.rl.simulated.users import SimulatorParams
+from jaxrec.runs.evaluate import hybrid_scorer
+from tests.rl.simulated.simulated import genre_lovers, hand_made
+
+EVENTS, SLATE = 6, 3
+
+
+@pytest.fixture(scope="module")
+def supervised(small_hybrid: Hybrid) -> Hybrid:
+    return small_hybrid.with_policy(None)
+
+
+@pytest.fixture(scope="module")
+def recommender(supervised: Hybrid, small_data: PreparedData) -> Recommender:
+    return recommender_of(supervised, small_data)
+
+
+@pytest.fixture(scope="module")
+def params(small_data: PreparedData) -> SimulatorParams:
+    """Users who come with EVENTS events, but the first of them with half of these."""
+    histories = simulator_histories(genre_lovers(small_data), small_data.catalog, small_data.users)[0]
+    scale = RatingScale(0.5, 5.0)
+    fitted = fit_simulator(histories, small_data.catalog.genre_matrix(), scale, 0.5, start_events=EVENTS).params
+    half = jnp.arange(fitted.profile.shape[1]) < EVENTS // 2
+    return fitted._replace(profile=fitted.profile.at[0].multiply(half), leave=jnp.float32(0.0))
+
+
+def whole_history(recommender: Recommender, seen: list[tuple[int, float]]) -> Events:
+    """(item, stars) in order as one row."""
+    items, stars = (np.array([column]) for column in zip(*seen, strict=True))
+    gaps = np.full(items.shape, recommender.gap, np.float32)
+    gaps[:, 0] = UNKNOWN_GAP
+    unit = recommender.scale.to_unit(stars)
+    return Events(items.astype(np.int32), unit, gaps, np.array([items.shape[1]], np.int32))
+
+
+def came_with(params: SimulatorParams, user: int) -> list[tuple[int, float]]:
+    items, stars = np.asarray(params.profile[user]), np.asarray(params.profile_rating[user])
+    return [(int(items[back]), float(stars[back])) for back in np.flatnonzero(items)[::-1]]
+
+
+def test_gap_is_the_median_of_training(recommender: Recommender, small_data: PreparedData) -> None:
+    histories = small_data.histories
+    times = np.split(histories.times, histories.offsets[1:-1])
+    gaps = np.concatenate([np.diff(of_user[:-2]) for of_user in times])  # the last two: validation and test
+    assert recommender.gap == np.float32(np.median(gaps)) > 0
+
+
+def test_state_goes_on_as_the_whole_history_is_read(
+    recommender: Recommender, supervised: Hybrid, params: SimulatorParams
+) -> None:
+    eager = params._replace(salience=jnp.float32(1e9))
+    environment = recommender_environment(recommender, eager, start_states(recommender, eager), SLATE)
+    state, _ = every_user(eager, start_states(recommender, eager))
+    step = jax.jit(jax.vmap(environment.step))
+    users = len(eager.profile)
+    seen = [came_with(eager, user) for user in range(users)]
+    assert [len(each) for each in seen[:2]] == [EVENTS // 2, EVENTS]
+    for number in range(3):
+        slates = jax.vmap(lambda taken: jnp.argsort(taken)[1 : SLATE + 1])(state.user.taken).astype(jnp.int32)
+        keys = jax.random.split(jax.random.key(number), users)
+        state, observation, _, _ = step(state, slates, keys)
+        assert (np.asarray(observation.seen.slot) >= 0).all()
+        for user in range(users):
+            seen[user].append((int(observation.seen.recent[user, 0]), float(observation.seen.rating[user, 0])))
+    for user in (0, 1, 7):
+        _, expected = supervised.encode(whole_history(recommender, seen[user]))
+        np.testing.assert_allclose(state.recurrent[user], expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_start_is_the_models_reading_of_the_last_events(supervised: Hybrid, recommender: Recommender) -> None:
+    """On a scale of 0..10, where 0 is a rating, and an event without one; of models that read four events."""
+    profile, stars = np.zeros((2, 50), np.int32), np.zeros((2, 50), np.float32)
+    profile[0, :6], profile[1, :2] = [3, 1, 4, 2, 3, 4], [4, 2]
+    stars[0, :6] = [0.0, np.nan, 10.0, 5.0, 2.0, 1.0]
+    came = hand_made()._replace(profile=jnp.asarray(profile), profile_rating=jnp.asarray(stars))
+    short = nnx.merge(recommender.graphdef, recommender.variables)
+    short.lstm.config = dataclasses.replace(short.lstm.config, max_length=4)
+    reads_four = recommender._replace(graphdef=nnx.graphdef(short), scale=RatingScale(0.0, 10.0))
+    starts = start_states(reads_four, came)
+    for user, cut in ((0, 2), (1, 0)):
+        events = whole_history(reads_four, came_with(came, user))
+        kept = Events(*(column[:, cut:] for column in events[:3]), events.length - cut)
+        _, expected = supervised.encode(kept)
+        np.testing.assert_allclose(starts[user], expected[0], rtol=1e-4, atol=1e-5)
+    assert kept.rating.tolist() == [[0.0, 0.0]]
+    state, seen = every_user(came, starts)
+    assert np.isfinite(state.user.rating).all()
+    assert np.isfinite(seen.seen.rating).all()
+
+
+def test_state_stays_where_nothing_is_taken(recommender: Recommender, params: SimulatorParams) -> None:
+    shy = params._replace(salience=jnp.float32(1e-9))
+    starts = start_states(recommender, shy)
+    environment = recommender_environment(recommender, shy, starts, SLATE)
+    state, _ = environment.reset(jax.random.key(3))
+    new, observation, reward, _ = jax.jit(environment.step)(state, jnp.array([1, 2, 3]), jax.random.key(4))
+    assert int(observation.seen.slot) == -1
+    assert float(reward) == 0.0
+    np.testing.assert_array_equal(new.recurrent, starts[state.user.user])
+    np.testing.assert_array_equal(observation.recurrent, starts[state.user.user])
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_play_is_a_loop_of_steps(
+    recommender: Recommender,
+    small_data: PreparedData,
+    supervised: Hybrid,
+    params: SimulatorParams,
+    monkeypatch: pytest.MonkeyPatch,
+    drawn: bool,
+) -> None:
+    """Two visits of six requests by three users, one after the other."""
+    monkeypatch.setattr(simulator_judge, "REQUESTS", 6)
+    monkeypatch.setattr(simulator_judge, "VISITS", 2)
+    few = params._replace(profile=params.profile[:3], profile_rating=params.profile_rating[:3])
+    starts = start_states(recommender, few)
+    environment = recommender_environment(recommender, few, starts, SLATE)
+    scoring = frozen_scoring(supervised, reward_tables(small_data))
+    policy = recommender_policy(*new_head(scoring.item_vectors.shape[1], 60, RLConfig()), scoring)
+    first = every_user(few, starts)
+    played = make_play(environment, first, policy, seed=5, drawn=drawn)(policy.start)
+
+    step = jax.jit(environment.step)
+    slots, stars, rewards, shown = [], [], [], []
+    for visit_key in jax.random.split(jax.random.key(5), 2):
+        state, observation = first
+        of_visit: set[int] = set()
+        for request_key in jax.random.split(visit_key, 6):
+            slate_key, step_key = jax.random.split(request_key)
+            logits = logits_of(policy, environment, observation)
+            slates = sample_slates(slate_key, logits, SLATE) if drawn else greedy_slates(logits, SLATE)
+            of_visit |= set(np.asarray(slates).ravel().tolist())
+            alone = [
+                step(jax.tree.map(lambda column, at=user: column[at], state), slates[user], key)
+                for user, key in enumerate(jax.random.split(step_key, 3))
+            ]
+            state, observation, reward, _ = jax.tree.map(lambda *columns: jnp.stack(columns), *alone)
+            slots.append(observation.seen.slot)
+            stars.append(observation.seen.rating[:, 0])
+            rewards.append(reward)
+        shown.append(len(of_visit) / 60)
+    taken = np.array(slots) >= 0
+    assert taken[:5].any()  # so that later requests are of users who took something
+    assert not taken.all()
+    np.testing.assert_allclose(played.taken, taken.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(played.rating, (taken * (np.array(stars) - 0.5) / 4.5).mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(played.reward, np.mean(rewards, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(played.reward, 0.5 * played.taken + 0.5 * played.rating, rtol=1e-6)
+    assert played.coverage == pytest.approx(np.mean(shown))
+
+
+@pytest.mark.parametrize("with_policy", [False, True])
+def test_starts_as_what_is_evaluated(
+    recommender: Recommender,
+    small_data: PreparedData,
+    small_hybrid: Hybrid,
+    supervised: Hybrid,
+    params: SimulatorParams,
+    with_policy: bool,
+) -> None:
+    """The greedy slates for the users' histories are those of the evaluation's scorer, with a policy or without."""
+    scoring = frozen_scoring(supervised, reward_tables(small_data))
+    if with_policy:
+        graphdef, variables = nnx.split(small_hybrid.policy)
+        policy = recommender_policy(graphdef, nnx.to_pure_dict(variables), scoring)
+    else:
+        policy = recommender_policy(*new_head(scoring.item_vectors.shape[1], 60, RLConfig()), scoring)
+    served = small_hybrid if with_policy else supervised
+    starts = start_states(recommender, params)
+    environment = recommender_environment(recommender, params, starts, SLATE)
+    _, observation = every_user(params, starts)
+    slates = np.asarray(greedy_slates(logits_of(policy, environment, observation), SLATE))
+    none = np.zeros(1, np.int32)
+    for user in (0, 1, 5):
+        history = whole_history(recommender, came_with(params, user))
+        case = CaseBatch(history, np.array([UNKNOWN_GAP], np.float32), none, np.asarray(history.item), none)
+        expected = jax.lax.top_k(exclude_items(hybrid_scorer(served)(case), history.item), SLATE)[1]
+        np.testing.assert_array_equal(slates[user], expected[0])
+
+
+def logits_of(policy: RecommenderPolicy, environment, observation) -> jax.Array:  # type: ignore[no-untyped-def]
+    allowed = jax.vmap(environment.recommendable)(observation)
+    return policy.logits(policy.start, jax.vmap(environment.features)(observation), allowed)
+
+
+def test_leash_is_the_distance_in_the_run_s_own_log(small_data: PreparedData, supervised: Hybrid) -> None:
+    """Of a log of one decision: item 9's logit is 2 higher than it was, so its share p becomes p e^2 / (1 - p + p e^2),
+    and all others' are 1 - p + p e^2 times smaller."""
+    tables = reward_tables(small_data)
+    states = training_states(supervised, small_data, np.asarray(tables.item_ratings), seed=0)
+    row = int(np.flatnonzero(np.asarray(states.target) == 9)[0])
+    names = ("query", "target", "window", "seen")
+    one = states._replace(**{name: np.asarray(getattr(states, name))[[row]] for name in names})
+    policy = recommender_policy(*new_head(2 * 16, 60, RLConfig()), frozen_scoring(supervised, tables))
+    leash = logged_leash(policy, one, weight=0.7, batch_size=4)
+    assert float(leash(policy.start, jax.random.key(0))) == 0.0
+    bias = policy.start.head["item_bias"].at[9].add(2.0)
+    moved = policy.start._replace(head={**policy.start.head, "item_bias": bias})
+
+    history = np.asarray(one.windows)[one.window[0], : one.seen[0]]
+    query, recent = jnp.asarray(one.query), one.recent(jnp.array([0]))
+    logits = supervised_logits(query, recent, policy.scoring)[0].at[jnp.append(history, 0)].set(-jnp.inf)
+    p = float(jax.nn.softmax(logits)[9])
+    total = 1 - p + p * np.exp(2.0)
+    expected = 2.0 * p * np.exp(2.0) / total - np.log(total)
+    np.testing.assert_allclose(leash(moved, jax.random.key(0)), 0.7 * expected, rtol=1e-4)
+
+
+def test_learns_to_put_first_what_everybody_takes(
+    recommender: Recommender, small_data: PreparedData, supervised: Hybrid, params: SimulatorParams
+) -> None:
+    """Nobody came with item 60; who is shown it takes it, nearly always where it is first: by the odds 5 e^6 : 55, and
+    16 and 81 times worse ones in the next slots. Each visit is one request."""
+    wanted = 60
+    elsewhere = jnp.where(params.profile == wanted, 1, params.profile)
+    popularity = jnp.zeros_like(params.log_popularity).at[wanted].set(6.0)
+    scalars = {"taste": 0.0, "repetition": 0.0, "popularity": 1.0, "position_bias": 4.0, "leave": 1.0}
+    simple = params._replace(
+        profile=elsewhere,
+        log_popularity=popularity,
+        **{name: jnp.float32(number) for name, number in scalars.items()},
+    )
+    starts = start_states(recommender, simple)
+    environment = recommender_environment(recommender, simple, starts, SLATE)
+    scoring = frozen_scoring(supervised, reward_tables(small_data))
+    head = new_head(scoring.item_vectors.shape[1], 60, RLConfig(policy_width=8))
+    policy = recommender_policy(*head, scoring, temperature=5.0)
+    config = OnPolicyConfig(
+        users=64, steps=2, updates=80, discount=0.0, learning_rate=0.1, entropy_weight=0.0, updates_per_record=40
+    )
+    trained = train_on_policy(environment, config, policy=policy)
+    _, observation = every_user(simple, starts)
+
+    def first(start: RecommenderPolicy) -> np.ndarray:
+        return np.asarray(greedy_slates(logits_of(start, environment, observation), 1))[:, 0]
+
+    assert (first(policy) == wanted).mean() < 0.5
+    assert (first(policy._replace(start=trained.params)) == wanted).mean() > 0.9
+    assert trained.log[1]["reward"] > trained.log[0]["reward"]

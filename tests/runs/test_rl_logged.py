@@ -1,0 +1,220 @@
+"""The policy of a run directory, from `jaxrec rl` to the hybrid that is exported."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxrec.config import RLConfig
+from jaxrec.evaluation.ranking import jit_scorer, rank_cases
+from jaxrec.files import sha256
+from jaxrec.evaluation.metrics import ndcg
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.data.prepare import PreparedData
+from jaxrec.rl.logged.methods import TOP_K
+from jaxrec.runs.rl_logged import (
+    POLICY_FOLDER,
+    PREVIOUS_FOLDER,
+    REFUSED_FOLDER,
+    load_policy,
+    load_served,
+    policy_name,
+    read_log,
+    read_outcome,
+    read_steps,
+    rl_run,
+)
+from jaxrec.rl.logged.train import train_policy
+from jaxrec.runs.train import Run, open_run
+from jaxrec.data.schema import DataError
+from jaxrec.training.stopping import TrainingStopped
+from jaxrec.training.loop import TrainingError
+
+SHORT = RLConfig(steps=40, steps_per_evaluation=20, batch_size=16, policy_width=8, learning_rate=3e-3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def supervised(
+    small_data: PreparedData, random_hybrid: Callable[[PreparedData, int, bool], Hybrid]
+) -> Iterator[Hybrid]:
+    """Random models in place of the run's trained ones, which tests of the command line train."""
+    hybrid = random_hybrid(small_data, 0, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxrec.runs.rl_logged.load_supervised", lambda run, data: hybrid)
+        yield hybrid
+
+
+@pytest.fixture(scope="module")
+def trained(
+    supervised: Hybrid, new_run: Callable[[Path, Hybrid], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run with a short-lived policy."""
+    folder = new_run(tmp_path_factory.mktemp("rl"), supervised)
+    rl_run(folder, SHORT)
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Run:
+    """A copy of the run, to be changed."""
+    return open_run(Path(shutil.copytree(trained, tmp_path / "run")))
+
+
+def record_use(run: Run, used: bool) -> None:
+    path = run.folder / POLICY_FOLDER / "policy.json"
+    record = json.loads(path.read_text())
+    record["outcome"]["used"] = used
+    path.write_text(json.dumps(record))
+
+
+def test_outcome_is_written_and_read_back(run: Run, small_data: PreparedData, supervised: Hybrid) -> None:
+    outcome = read_outcome(run)
+    again = train_policy(supervised, small_data, SHORT)
+    assert outcome == again.outcome
+    assert outcome.figures.keys() == {"supervised", "policy", "anchor only", "permuted rewards"}
+    assert read_log(run.folder) == again.log
+    assert read_steps(run.folder) == again.steps
+    assert [record["step"] for record in again.log] == [20, 40]
+    assert [record["step"] for record in again.steps] == list(range(40))
+    assert again.log[0]["kl"] > 0
+    assert (run.folder / POLICY_FOLDER / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert not (run.folder / "policy.partial").exists()
+
+
+class StopAfter:
+    """Asks to stop from the given call on."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("calls", [0, 2])  # within the policy's own training, and within a control's
+def test_an_interrupted_training_goes_on_with_the_same_result(trained: Path, run: Run, calls: int) -> None:
+    shutil.rmtree(run.folder / POLICY_FOLDER)
+    with pytest.raises(TrainingStopped, match="stopped and saved after step 20 of 40 of: "):
+        rl_run(run.folder, SHORT, stop=StopAfter(calls))
+    assert not (run.folder / POLICY_FOLDER).exists()
+    rl_run(run.folder, resume=True)
+    for name in ("policy.npz", "policy.json", "steps.jsonl", "log.jsonl"):
+        assert sha256(run.folder / POLICY_FOLDER / name) == sha256(trained / POLICY_FOLDER / name), name
+    assert not (run.folder / "policy.partial").exists()
+    with pytest.raises(DataError, match="no interrupted training of a policy to go on with"):
+        rl_run(run.folder, resume=True)
+
+
+def test_an_interrupted_training_on_other_weights_is_refused(run: Run, supervised: Hybrid) -> None:
+    with pytest.raises(TrainingStopped):
+        rl_run(run.folder, SHORT, stop=StopAfter(0))
+    other = Hybrid(supervised.lstm, supervised.content, supervised.cooccurrence, 0.5, 0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxrec.runs.rl_logged.load_supervised", lambda run, data: other)
+        with pytest.raises(DataError, match=r"policy\.partial: was begun on top of other weights"):
+            rl_run(run.folder, resume=True)
+    (run.folder / "policy.partial/arrays.npz").write_bytes(b"half")
+    with pytest.raises(DataError, match=r"arrays\.npz: damaged"):
+        rl_run(run.folder, resume=True)
+
+
+def test_policy_on_top_of_other_weights_is_refused(run: Run, supervised: Hybrid) -> None:
+    """Of the same shapes: another mix of the same models is enough."""
+    other = Hybrid(supervised.lstm, supervised.content, supervised.cooccurrence, 0.4, 0.31)
+    with pytest.raises(DataError, match=r"the policy was trained on top of other weights than the models of .* have"):
+        load_policy(run, other, only_if_used=False)
+
+
+def test_a_refused_policy_does_not_replace_one_in_use(run: Run) -> None:
+    record_use(run, False)
+    assert not rl_run(run.folder, dataclasses.replace(SHORT, steps=20)).used
+    assert not (run.folder / REFUSED_FOLDER).exists()
+    record_use(run, True)
+    digest = sha256(run.folder / POLICY_FOLDER / "policy.npz")
+    outcome = rl_run(run.folder, dataclasses.replace(SHORT, steps=20, seed=1))
+    assert not outcome.used
+    assert "the policy that was in use before stays" in outcome.reason
+    assert sha256(run.folder / POLICY_FOLDER / "policy.npz") == digest
+    assert digest != sha256(run.folder / REFUSED_FOLDER / "policy.npz")
+    assert not (run.folder / PREVIOUS_FOLDER).exists()
+
+
+def test_off_policy_training_tells_how_good_its_behaviour_model_is(
+    small_data: PreparedData, supervised: Hybrid
+) -> None:
+    trained = train_policy(supervised, small_data, SHORT, TOP_K)
+    fit = trained.outcome.figures["behaviour model"]
+    assert -10 < fit["log_likelihood"] < 0
+    assert 0 < trained.steps[-1]["ess_share"] < 1
+
+
+def test_judged_figures_are_those_of_the_loaded_policy(run: Run, small_data: PreparedData, supervised: Hybrid) -> None:
+    """What was judged is what is served: the policy's validation NDCG@10 from its files, through the hybrid."""
+    outcome, hybrid = read_outcome(run), load_policy(run, supervised, only_if_used=False)
+    assert outcome is not None
+    assert hybrid is not None
+    for model, expected in ((supervised, outcome.figures["supervised"]), (hybrid, outcome.figures["policy"])):
+        scorer = jit_scorer(model, lambda model, events, gap: model.logits(events, gap)[0])
+        figures = [
+            ndcg(rank_cases(scorer, small_data, small_data.split.validation, 50, time).ranks, 10).mean()
+            for time in (False, True)
+        ]
+        assert np.mean(figures) == pytest.approx(expected["ndcg_10"], abs=1e-9)
+
+
+@pytest.mark.parametrize(("used", "name"), [(True, "reinforce"), (False, "supervised")])
+def test_policy_is_served_only_where_it_is_used(run: Run, supervised: Hybrid, used: bool, name: str) -> None:
+    record_use(run, used)
+    assert policy_name(run) == name
+    assert (load_policy(run, supervised) is not None) is used
+    assert (load_served(run, supervised).policy is not None) is used
+    assert load_policy(run, supervised, only_if_used=False) is not None
+
+
+def test_without_a_policy_the_supervised_hybrid_is_served(run: Run, supervised: Hybrid) -> None:
+    shutil.rmtree(run.folder / POLICY_FOLDER)
+    assert read_outcome(run) is None
+    assert policy_name(run) == "supervised"
+    assert load_served(run, supervised) is supervised
+    with pytest.raises(DataError, match=r"log\.jsonl"):
+        read_log(run.folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "policy.npz").write_bytes(b"half"), r"policy\.npz: missing or damaged"),
+        (lambda folder: (folder / "policy.npz").unlink(), r"policy\.npz: missing or damaged"),
+        (lambda folder: (folder / "policy.json").write_text("{"), r"policy\.json: not JSON"),
+        (lambda folder: (folder / "policy.json").unlink(), r"policy\.json: cannot be read"),
+        (lambda folder: (folder / "policy.json").write_text("[]"), r"policy\.json: not a policy"),
+        (lambda folder: (folder / "policy.json").write_text('{"schema_version": 1}'), "schema version 1, expected 2"),
+        (lambda folder: (folder / "policy.json").write_text('{"schema_version": 2}'), "'outcome'"),
+    ],
+)
+def test_damaged_files_are_reported(
+    run: Run, supervised: Hybrid, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(run.folder / POLICY_FOLDER)
+    with pytest.raises(DataError, match=message):
+        load_policy(run, supervised, only_if_used=False)
+
+
+def test_seed_decides_the_policy(small_data: PreparedData, supervised: Hybrid) -> None:
+    config = dataclasses.replace(SHORT, seed=1)
+    first, other = train_policy(supervised, small_data, SHORT), train_policy(supervised, small_data, config)
+    assert first.log != other.log
+    assert not np.array_equal(first.variables["item_bias"], other.variables["item_bias"])
+
+
+def test_not_finite_stops_and_keeps_the_policy_before(run: Run) -> None:
+    before = read_outcome(run)
+    with pytest.raises(TrainingError, match=r"not finite at step 1 \(of steps 0\.\.19\)"):
+        rl_run(run.folder, dataclasses.replace(SHORT, learning_rate=float("inf")))
+    assert read_outcome(run) == before
+    assert sorted(path.name for path in run.folder.iterdir() if path.name.startswith(".")) == []

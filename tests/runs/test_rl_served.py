@@ -1,0 +1,262 @@
+"""A policy improved from what the server's own code drew, logged and was told, or kept because the gate says no."""
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrec.config import RewardWeights, RLConfig
+from jaxrec.files import sha256
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.data.prepare import PreparedData
+from jaxrec.runs.rl_served import rl_log_run
+from jaxrec.runs.rl_logged import POLICY_FOLDER, PREVIOUS_FOLDER, load_policy, read_outcome, read_steps, write_policy
+from jaxrec.rl.logged.train import PolicyOutcome
+from jaxrec.runs.train import open_run
+from jaxrec.data.schema import DataError
+from jaxrec.rl.served.event_store import (
+    DETERMINISTIC,
+    NO_HISTORY,
+    SENT_ALONG,
+    STILL_OPEN,
+    UNKNOWN_ITEM,
+    UNNOTED,
+    read_served_log,
+)
+from serve.model.artifact import read_artifact
+from serve.model.exploration import Exploration
+from serve.model.events import Event
+from serve.serving.loaded import LoadedModel
+from serve.observability.metrics import Metrics
+from serve.model.recommender import Query, Recommender
+from serve.stores.base import Shown, UserEvent
+from serve.stores.sqlite import SQLiteStore
+
+TEMPERATURE, USERS, ROUNDS, SLOTS = 1.5, 150, 4, 4
+START = 1_200_000_000
+HITS = RewardWeights(hit=1.0, genre=0.0, rating=0.0)
+CONFIG = RLConfig(steps=100, batch_size=64, learning_rate=3e-2, kl_target=0.3, policy_width=8, rewards=HITS)
+GATE = {"minimum_effective": 20.0}
+
+
+@pytest.fixture(scope="module")
+def supervised(small_hybrid: Hybrid) -> Iterator[Hybrid]:
+    """The models under the policy of `model_directory`, in place of the run's trained ones."""
+    hybrid = small_hybrid.with_policy(None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxrec.runs.rl_served.load_supervised", lambda run, data: hybrid)
+        yield hybrid
+
+
+@pytest.fixture
+def run(tmp_path: Path, new_run: Callable[[Path, Hybrid], Path], supervised: Hybrid, small_hybrid: Hybrid) -> Path:
+    """A run that uses the policy of `model_directory`."""
+    folder = new_run(tmp_path, supervised)
+    outcome = PolicyOutcome(True, "for the test", 0, {}, {})
+    variables = nnx.to_pure_dict(nnx.state(small_hybrid.policy))
+    write_policy(open_run(folder), supervised, outcome, CONFIG, "reinforce", variables, [], [])
+    return folder
+
+
+def serve_and_log(
+    model_directory: Path, data: PreparedData, store: SQLiteStore, takes: Callable[[int, np.random.Generator], bool]
+) -> None:
+    """USERS users of the server's own code ask ROUNDS times and take of each slate what they like."""
+    model = LoadedModel(Recommender(read_artifact(model_directory)), store, Metrics(), Exploration(TEMPERATURE, seed=4))
+    rng, raw_ids = np.random.default_rng(3), data.catalog.ids.raw_ids.astype(str)
+    number = 0
+    for user in range(USERS):
+        name, time = f"visitor {user}", START + 1000 * user
+        for item in rng.choice(raw_ids, rng.integers(2, 9), replace=False):
+            number, time = number + 1, time + int(rng.integers(1, 50))
+            store.record([UserEvent(f"e{number}", name, Event(str(item), float(rng.integers(1, 6)), time))])
+        number += 1  # the first request comes within the second of the last event
+        for _ in range(ROUNDS):
+            answer = model.recommend(Query((), SLOTS, user_id=name))
+            items = tuple(str(model.model.catalog.item_ids[item]) for item in answer.items.tolist())
+            drawn = answer.log_propensities, answer.policy, "v1", time, TEMPERATURE
+            shown = Shown(f"r{number}", name, items, *drawn)
+            store.log_shown(shown, wait=True)
+            for item in items:
+                if takes(int(item), rng):
+                    event = Event(item, float(rng.integers(1, 6)), time)
+                    store.record([UserEvent(f"e{number}", name, event, shown.recommendation_id)])
+                    number += 1
+            number, time = number + 1, time + int(rng.integers(0, 2))  # the next may come within the same second
+
+
+@pytest.fixture(scope="module")
+def liked(model_directory: Path, small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A log of users who all like the same third of the items."""
+    path = tmp_path_factory.mktemp("liked") / "events.sqlite"
+    with SQLiteStore(path) as store:
+        serve_and_log(
+            model_directory, small_data, store, lambda item, rng: rng.random() < (0.5 if _good(item) else 0.02)
+        )
+    return path
+
+
+@pytest.fixture(scope="module")
+def indifferent(model_directory: Path, small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A log of users who take anything as often."""
+    path = tmp_path_factory.mktemp("indifferent") / "events.sqlite"
+    with SQLiteStore(path) as store:
+        serve_and_log(model_directory, small_data, store, lambda item, rng: rng.random() < 0.2)
+    return path
+
+
+def _good(raw_id: int) -> bool:
+    return (raw_id - 1000) // 7 % 3 == 0
+
+
+def test_a_better_policy_replaces_the_one_in_use(
+    run: Path, liked: Path, small_data: PreparedData, supervised: Hybrid
+) -> None:
+    """The log's propensities are reproduced by the run's own models; the new policy shows more of what users like; the
+    old one is kept beside it."""
+    old = load_policy(open_run(run), supervised)
+    digest, before = sha256(run / POLICY_FOLDER / "policy.npz"), sha256(liked)
+    found = rl_log_run(run, liked, CONFIG, **GATE)
+    assert found.used, found.reason
+    assert f"{ROUNDS * USERS} recommendations shown" in found.told
+    assert f"; {ROUNDS * USERS} by v1 (the policy in use); answers count within 0 s." in found.told
+    assert "the new policy may be used" in found.reason
+    new = load_policy(open_run(run), supervised)
+    assert new is not None
+    assert old is not None
+    assert new.policy is not None
+    assert old.policy is not None
+    shift = np.asarray(new.policy.item_bias[...] - old.policy.item_bias[...])[1:]
+    good = np.array([_good(raw) for raw in small_data.catalog.ids.raw_ids.tolist()])
+    assert shift[good].mean() > shift[~good].mean() + 0.1
+    assert sha256(run / PREVIOUS_FOLDER / "policy.npz") == digest
+    assert sha256(liked) == before
+    record = json.loads((run / "policy_from_log.json").read_text())
+    robust, gain = record["doubly_robust_gain"], record["gate"]["gain"]
+    assert f"the doubly robust gain is {robust['value']:.4f} ({robust['low']:.4f} to {robust['high']:.4f})" in (
+        found.reason
+    )
+    assert robust["low"] < gain["value"] < robust["high"]
+    assert gain["low"] < robust["value"] < gain["high"]
+    outcome, steps = read_outcome(open_run(run)), read_steps(run)
+    assert outcome is not None
+    assert outcome.figures["policy"]["value"] > outcome.figures["logged"]["value"]
+    assert len(steps) == CONFIG.steps
+    assert steps[0]["kl"] == 0.0 < steps[-1]["kl"] < 2 * CONFIG.kl_target
+    assert steps[0]["ess_share"] > 0.99 > steps[-1]["ess_share"]
+
+
+def test_a_policy_that_is_not_shown_to_be_better_is_refused(run: Path, indifferent: Path) -> None:
+    digest = sha256(run / POLICY_FOLDER / "policy.json")
+    found = rl_log_run(run, indifferent, CONFIG, **GATE)
+    assert not found.used
+    assert "a gain above 0 is not shown" in found.reason
+    assert sha256(run / POLICY_FOLDER / "policy.json") == digest
+    assert not (run / PREVIOUS_FOLDER).exists()
+    assert json.loads((run / "policy_from_log.json").read_text())["gate"]["reason"] == found.reason
+
+
+def test_too_few_effective_users_are_refused(run: Path, liked: Path) -> None:
+    found = rl_log_run(run, liked, CONFIG, minimum_effective=USERS)
+    assert not found.used
+    assert f"expected at least {USERS}" in found.reason
+    assert found.reason.endswith("; for the same reason no doubly robust gain is told")
+    assert json.loads((run / "policy_from_log.json").read_text())["doubly_robust_gain"] is None
+
+
+def test_a_log_of_another_policy_is_recognized(
+    run: Path, liked: Path, small_hybrid: Hybrid, supervised: Hybrid
+) -> None:
+    """A gain over what it earned would say nothing of the policy in use, which the log has nothing of."""
+    variables = nnx.to_pure_dict(nnx.state(small_hybrid.policy))
+    variables["item_bias"] = variables["item_bias"] + 0.3 * np.sin(np.arange(len(variables["item_bias"])))
+    outcome = PolicyOutcome(True, "for the test", 0, {}, {})
+    write_policy(open_run(run), supervised, outcome, CONFIG, "reinforce", variables, [], [])
+    digest = sha256(run / POLICY_FOLDER / "policy.json")
+    with pytest.raises(DataError, match=rf"{ROUNDS * USERS} by v1; none is the policy in use") as refused:
+        rl_log_run(run, liked, CONFIG, **GATE)
+    assert "0, whom the policy in use served, judge" in str(refused.value)
+    assert sha256(run / POLICY_FOLDER / "policy.json") == digest
+
+
+def test_a_log_without_answers_says_so(run: Path, liked: Path, tmp_path: Path) -> None:
+    """As from clients that do not send the recommendation's id."""
+    copy = tmp_path / "events.sqlite"
+    with sqlite3.connect(liked) as log, sqlite3.connect(copy) as unanswered:
+        log.backup(unanswered)
+        unanswered.execute("UPDATE events SET recommendation_id = NULL")
+    log.close()
+    unanswered.close()
+    with pytest.raises(DataError, match=r"0 of them were answered.*do clients send the recommendation_id"):
+        rl_log_run(run, copy, CONFIG, **GATE)
+
+
+def test_what_cannot_be_used_is_counted(run: Path, small_data: PreparedData, tmp_path: Path) -> None:
+    raw = [str(item) for item in small_data.catalog.ids.raw_ids]
+    lone = (-0.5,)
+    with SQLiteStore(tmp_path / "events.sqlite") as store:
+        store.record(
+            [
+                UserEvent("1", "u", Event(raw[0], 4.0, 100)),
+                UserEvent("2", "u", Event("nobody knows it", 4.0, 101)),
+                UserEvent("3", "u", Event(raw[1], None, 110), "a"),
+                UserEvent("4", "u", Event(raw[2], 2.0, 110)),
+                UserEvent("5", "u", Event(raw[3], 5.0, 200), "c"),
+                UserEvent("7", "u", Event(raw[4], 5.0, 90), "c"),  # by a clock that is slow
+                UserEvent("6", "stranger", Event("nobody knows it", 5.0, 50)),
+            ]
+        )
+        for shown in (
+            Shown("a", "u", (raw[1],), lone, "reinforce", "v", 110, 0.5),
+            Shown("b", "u", (raw[5],), (), "supervised", "v", 110),
+            Shown("c", "u", (raw[3], raw[4]), (-1.0, -2.0), "reinforce", "v", 110, 0.5),
+            Shown("c", "u", (raw[3], raw[4]), (-1.0, -2.0), "reinforce", "v", 110, 0.5),
+            Shown("d", "u", ("gone",), lone, "reinforce", "v", 150, 0.5),
+            Shown("e", None, (raw[3],), lone, "reinforce", "v", 150, 0.5),
+            Shown("f", "stranger", (raw[3],), lone, "reinforce", "v", 150, 0.5),
+            Shown("g", "never seen", (raw[3],), lone, "reinforce", "v", 150, 0.5),
+            Shown("h", "u", (raw[3],), lone, "reinforce", "v", 110),
+            Shown("i", "u", (raw[3],), lone, "reinforce", "v", 111, 0.5),
+        ):
+            store.log_shown(shown, wait=True)
+    log = read_served_log(tmp_path / "events.sqlite", small_data.catalog)
+    # An answer came 90 seconds late and the last event is of 200: of what was shown after 110 more may come.
+    assert log.skipped == {
+        **{DETERMINISTIC: 1, UNKNOWN_ITEM: 1, SENT_ALONG: 1, NO_HISTORY: 2},
+        **{UNNOTED: 1, STILL_OPEN: 1},
+    }
+    assert log.shown == 9  # the store keeps what is logged twice once
+    first, second = log.recommendations
+    # What the user did in the same second counts where it answers neither this recommendation nor a later one.
+    assert first.history.items.tolist() == [1, 3]
+    assert second.history.items.tolist() == [1, 2, 3]
+    assert np.isnan(second.history.ratings[1])
+    assert first.answers.tolist() == [2]
+    assert second.answers.tolist() == [5, 4]
+    assert second.slate.tolist() == [4, 5]
+    with pytest.raises(DataError, match=r"usable recommendations of 1 users; \d of them would train"):
+        rl_log_run(run, tmp_path / "events.sqlite", CONFIG)
+
+
+def test_a_log_without_propensities_says_so(run: Path, tmp_path: Path, small_data: PreparedData) -> None:
+    with SQLiteStore(tmp_path / "events.sqlite") as store:
+        item = str(small_data.catalog.ids.raw_ids[0])
+        store.record([UserEvent("1", "u", Event(item, 4.0, 100))])
+        store.log_shown(Shown("a", "u", (item,), (), "supervised", "v", 110), wait=True)
+    with pytest.raises(DataError, match=r"nothing to learn from: .*no propensities.*--explore"):
+        rl_log_run(run, tmp_path / "events.sqlite", CONFIG)
+
+
+def test_what_is_no_store_is_named(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no database")
+    with pytest.raises(DataError, match=r"text: cannot be read .*expected the event store"):
+        rl_log_run(run, tmp_path / "text", CONFIG)
+    with sqlite3.connect(tmp_path / "other.sqlite") as connection:
+        connection.execute("CREATE TABLE events (x)")
+    connection.close()
+    with pytest.raises(DataError, match="a database of application 0 in version 0, expected an event store"):
+        rl_log_run(run, tmp_path / "other.sqlite", CONFIG)

@@ -1,0 +1,162 @@
+"""Every rule of the contract: a request that breaks one is INVALID_ARGUMENT, and the message names the field."""
+
+import math
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from serve.client.sync import Event, RecommenderClient, UserEvent
+from serve.pb.recommender_pb2 import (
+    BatchRecommendRequest,
+    DeleteUserRequest,
+    GetUserProfileRequest,
+    History,
+    RecommendRequest,
+    RecordEventsRequest,
+    SimilarItemsRequest,
+)
+from serve.pb.recommender_pb2_grpc import RecommenderStub
+
+LONG = "x" * 257
+
+
+def with_event(**fields: Any) -> RecommendRequest:
+    """Its third event has these fields; the events before it are good."""
+    good = Event(item_id="1007", rating=4.0, timestamp=5)
+    return RecommendRequest(history=History(events=[good, good, Event(**{"item_id": "1007", **fields})]))
+
+
+def recording(**fields: Any) -> RecordEventsRequest:
+    """Its second event has these fields; the event before it is good."""
+    good = {"event_id": "a", "user_id": "u", "item_id": "1007", "rating": 4.0, "timestamp": 5}
+    return RecordEventsRequest(events=[UserEvent(**good), UserEvent(**{**good, "event_id": "b", **fields})])
+
+
+RECOMMEND = [
+    (RecommendRequest(), "subject: expected user_id or history, came neither"),
+    (RecommendRequest(user_id=""), "user_id: expected an id of 1 to 256 characters, came 0 characters"),
+    (RecommendRequest(user_id=LONG), "user_id: expected an id of 1 to 256 characters, came 257 characters"),
+    (RecommendRequest(user_id="u", k=-1), "k: expected 1 to 1000, or 0 for 10, came -1"),
+    (RecommendRequest(user_id="u", k=1001), "k: expected 1 to 1000, or 0 for 10, came 1001"),
+    (RecommendRequest(user_id="u", k=2**31 - 1), "k: expected"),
+    (RecommendRequest(user_id="u", request_time=-1), "request_time: expected seconds since 1970"),
+    (RecommendRequest(user_id="u", exclude_item_ids=["1007", ""]), "exclude_item_ids[1]: expected an id"),
+    (RecommendRequest(user_id="u", exclude_item_ids=["1"] * 10_001), "exclude_item_ids: expected at most 10000"),
+    (RecommendRequest(history=History(events=[Event(item_id="1")] * 10_001)), "history.events: expected at most 10000"),
+    (with_event(item_id=""), "history.events[2].item_id: expected an id"),
+    (with_event(item_id=LONG), "history.events[2].item_id: expected an id"),
+    (with_event(timestamp=-1), "history.events[2].timestamp: expected seconds since 1970"),
+    (with_event(rating=0), "history.events[2].rating: expected a rating in 0.5..5, came 0"),
+    (with_event(rating=5.01), "history.events[2].rating: expected a rating in 0.5..5, came 5.01"),
+    (with_event(rating=math.nan), "history.events[2].rating: expected a rating in 0.5..5, came nan"),
+    (with_event(rating=math.inf), "history.events[2].rating: expected a rating in 0.5..5, came inf"),
+    (with_event(rating=-math.inf), "history.events[2].rating: expected a rating in 0.5..5, came -inf"),
+    (
+        RecommendRequest(history=History(events=[Event(item_id="1", timestamp=9)]), request_time=8),
+        "request_time: expected not before the last event at 9, came 8",
+    ),
+]
+RECORD = [
+    (recording(event_id=""), "events[1].event_id: expected an id"),
+    (recording(event_id=LONG), "events[1].event_id: expected an id"),
+    (recording(user_id=""), "events[1].user_id: expected an id"),
+    (recording(item_id=""), "events[1].item_id: expected an id"),
+    (recording(rating=7.5), "events[1].rating: expected a rating in 0.5..5, came 7.5"),
+    (recording(rating=math.nan), "events[1].rating: expected a rating in 0.5..5, came nan"),
+    (recording(timestamp=-5), "events[1].timestamp: expected seconds since 1970"),
+    (recording(recommendation_id=LONG), "events[1].recommendation_id: expected an id"),
+    (RecordEventsRequest(events=[UserEvent()] * 1001), "events: expected at most 1000 entries, came 1001"),
+]
+PROFILE = [
+    (GetUserProfileRequest(), "user_id: expected an id"),
+    (GetUserProfileRequest(user_id="u", limit=-1), "limit: expected 1 to 1000"),
+    (GetUserProfileRequest(user_id="u", limit=1001), "limit: expected 1 to 1000"),
+]
+SIMILAR = [
+    (SimilarItemsRequest(), "item_id: expected an id"),
+    (SimilarItemsRequest(item_id="1007", k=-1), "k: expected 1 to 1000"),
+    (SimilarItemsRequest(item_id="1007", k=1001), "k: expected 1 to 1000"),
+]
+
+
+BATCH = [
+    (
+        BatchRecommendRequest(requests=[RecommendRequest(user_id="u"), RecommendRequest(user_id="u", k=-1)]),
+        "requests[1].k: expected 1 to 1000, or 0 for 10, came -1",
+    ),
+    (BatchRecommendRequest(requests=[with_event(rating=9)]), "requests[0].history.events[2].rating: expected a rating"),
+    (BatchRecommendRequest(requests=[RecommendRequest(user_id="u")] * 257), "requests: expected at most 256 entries"),
+    (
+        BatchRecommendRequest(requests=[RecommendRequest(user_id="u", k=1000)] * 11),
+        "requests: expected at most 10000 items (k) in all, came 11000",
+    ),
+    (
+        BatchRecommendRequest(requests=[RecommendRequest(history=History(events=[Event(item_id="1")] * 10_000))] * 11),
+        "requests: expected at most 100000 events in all, came 110000",
+    ),
+]
+DELETE = [
+    (DeleteUserRequest(), "user_id: expected an id"),
+    (DeleteUserRequest(user_id=LONG), "user_id: expected an id"),
+]
+
+
+@pytest.mark.parametrize(
+    ("rpc", "request_", "message"),
+    [
+        *(("Recommend", *case) for case in RECOMMEND),
+        *(("RecordEvents", *case) for case in RECORD),
+        *(("GetUserProfile", *case) for case in PROFILE),
+        *(("SimilarItems", *case) for case in SIMILAR),
+        *(("BatchRecommend", *case) for case in BATCH),
+        *(("DeleteUser", *case) for case in DELETE),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_request_names_the_field(stub: RecommenderStub, rpc: str, request_: Any, message: str) -> None:
+    with pytest.raises(grpc.RpcError) as failure:
+        getattr(stub, rpc)(request_, timeout=10)
+    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert failure.value.details().startswith(message)
+    details = error_details_pb2.BadRequest()
+    status = rpc_status.from_call(failure.value)
+    assert status is not None
+    assert status.details[0].Unpack(details)
+    (violation,) = details.field_violations
+    assert f"{violation.field}: {violation.description}" == failure.value.details()
+
+
+def test_nothing_of_a_bad_request_is_recorded(stub: RecommenderStub, client: RecommenderClient) -> None:
+    with pytest.raises(grpc.RpcError):
+        stub.RecordEvents(recording(rating=9), timeout=10)
+    with pytest.raises(grpc.RpcError) as failure:
+        client.get_user_profile("u")
+    assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("rating", [0.5, 5.0, None])
+def test_both_ends_of_the_scale_and_no_rating_are_valid(client: RecommenderClient, rating: float | None) -> None:
+    event = UserEvent(event_id="a", user_id="u", item_id="1007", rating=rating, timestamp=0)
+    assert client.record_events([event]).recorded_count == 1
+
+
+def test_limits_are_valid(client: RecommenderClient) -> None:
+    longest = "x" * 256
+    events = [UserEvent(event_id=f"{at}", user_id=longest, item_id=longest, timestamp=2**63 - 1) for at in range(1000)]
+    assert client.record_events(events).unknown_item_count == 1000
+    events_inline = [Event(item_id="1007", timestamp=0)] * 10_000
+    answer = client.recommend(history=events_inline, k=1000, exclude_item_ids=["1014"] * 10_000, request_time=0)
+    assert answer.policy == "reinforce"
+
+
+def test_a_message_of_random_bytes_is_an_error_and_the_server_lives(address: str, client: RecommenderClient) -> None:
+    with grpc.insecure_channel(address) as channel:
+        call = channel.unary_unary("/jaxrec.v1.Recommender/Recommend", None, None)
+        with pytest.raises(grpc.RpcError) as failure:
+            call(b"\xff\x00garbage" * 100, timeout=10)
+    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert failure.value.details() == "message: expected a message of this RPC, came 900 bytes that are none"
+    assert client.is_serving()

@@ -1,0 +1,150 @@
+"""`python -m serve ask` and `run` with its security, as a human at a terminal has them."""
+
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trustme
+from click.testing import CliRunner
+
+from serve.cli.ask import table
+from serve.cli.main import main
+from serve.client.sync import RecommenderClient, UserEvent
+from serve.model.recommender import Recommender
+from tests.serve.process import running_server
+
+TOKENS = "read,write writer-token-0123\nread reader-token-0123\n"
+
+
+def ask(address: str, *arguments: str, **variables: str) -> str:
+    ended = CliRunner().invoke(main, ["ask", "--address", address, *arguments], env=variables)
+    return ended.output if ended.exit_code == 0 else f"exit {ended.exit_code}: {ended.output}"
+
+
+def test_tables_are_aligned_and_harmless() -> None:
+    assert table(["", "name", "score"], [["1", "a", "-1.5"], ["10", "b\x1b[31m", "12"]]) == (
+        "    name    score\n 1  a        -1.5\n10  b?[31m     12"
+    )
+
+
+def test_recommendations(address: str, client: RecommenderClient, model: Recommender) -> None:
+    ids = model.catalog.item_ids
+    client.record_events(
+        UserEvent(event_id=f"{at}", user_id="7", item_id=ids[at], rating=4.5, timestamp=at) for at in (3, 9)
+    )
+    expected = client.recommend(user_id="7", k=2, explain=True).recommendations
+    lines = ask(address, "--user", "7", "--k", "2", "--why").splitlines()
+    assert lines[0].split() == ["item", "title", "genres", "score", "why"]
+    for line, one in zip(lines[1:3], expected, strict=True):
+        for text in (one.item_id, one.title, ", ".join(one.genres), f"{one.score:.3f}", one.explanation.text):
+            assert text in line
+    assert f"policy reinforce, model {model.info.model_version}, recommendation " in lines[4]
+    inline = ask(address, "--watched", ids[3], "--watched", f"{ids[9]}=4.5", "--watched", "no such film", "--k", "3")
+    assert len(inline.splitlines()) == 1 + 3 + 3
+    assert "1 events on items that the model does not know were left out" in inline
+
+
+def test_similar_items_profile_and_model(address: str, client: RecommenderClient, model: Recommender) -> None:
+    ids = model.catalog.item_ids
+    (nearest,) = client.similar_items(ids[3], k=1).items
+    assert nearest.title in ask(address, "--similar", ids[3], "--k", "1")
+    client.record_events([UserEvent(event_id="1", user_id="7", item_id=ids[3], rating=4.5, timestamp=86_400)])
+    profile = ask(address, "--profile", "7")
+    assert profile.startswith("1 events, the last 1:")
+    assert "1970-01-02 00:00" in profile
+    assert "4.5" in profile
+    for genre in model.catalog.genres[3]:
+        assert genre in profile
+    about = ask(address)
+    assert model.info.model_version in about
+    assert "0.5 to 5" in about
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--similar", "no such film"], "exit 1: Error: NOT_FOUND: the model"),
+        (["--profile", "nobody"], "exit 1: Error: NOT_FOUND: no event of the user 'nobody' is stored"),
+        (["--watched", "1007=9"], "exit 1: Error: INVALID_ARGUMENT: history.events[0].rating: expected a rating in"),
+        (["--watched", "1007=good"], "exit 1: Error: could not convert string to float: 'good'"),
+        (["--user", "7", "--similar", "1007"], "exit 2: Usage: "),
+    ],
+)
+def test_failures_are_told_in_a_line(address: str, arguments: list[str], message: str) -> None:
+    assert ask(address, *arguments).startswith(message)
+
+
+def test_nobody_listens() -> None:
+    assert ask("127.0.0.1:1", "--timeout", "0.3").startswith("exit 1: Error: ")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    issued = authority.issue_cert("127.0.0.1")
+    (folder / "cert.pem").write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    issued.private_key_pem.write_to_path(folder / "key.pem")
+    (folder / "tokens").write_text(TOKENS)
+    (folder / "token").write_text("writer-token-0123\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def secured(model_directory: Path, files: Path) -> Iterator[str]:
+    options = ["--tls-cert", f"{files}/cert.pem", "--tls-key", f"{files}/key.pem", "--tokens", f"{files}/tokens"]
+    with running_server(model_directory, files / "s", provider="cpu", options=options) as server:
+        yield server.address
+
+
+def test_a_secured_server_answers_who_has_certificate_and_token(secured: str, files: Path) -> None:
+    ca = ["--ca", f"{files}/ca.pem"]
+    assert "exported" in ask(secured, *ca, "--token-file", f"{files}/token")
+    assert "exported" in ask(secured, *ca, JAXREC_TOKEN="reader-token-0123")
+    assert ask(secured, *ca).startswith("exit 1: Error: UNAUTHENTICATED: expected the metadata authorization")
+    assert ask(secured, "--timeout", "0.5").startswith("exit 1: Error: ")
+
+
+def run(model_directory: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "serve", "run", str(model_directory), "--store", str(folder / "s"), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_run_refuses_an_open_door_and_shows_no_secret(model_directory: Path, files: Path, tmp_path: Path) -> None:
+    open_door = run(model_directory, tmp_path, "--address", "0.0.0.0:0")
+    assert open_door.returncode == 1
+    assert "0.0.0.0:0 can be reached from other machines, and there is no TLS" in open_door.stderr
+    half = run(model_directory, tmp_path, "--tls-cert", f"{files}/cert.pem")
+    assert half.returncode == 2
+    assert "expected --tls-cert and --tls-key together" in half.stderr
+    bad_tokens = tmp_path / "tokens"
+    bad_tokens.write_text("read,wrong writer-token-0123\n")
+    refused = run(model_directory, tmp_path, "--tokens", str(bad_tokens))
+    assert refused.returncode == 1
+    assert f"{bad_tokens}:1: expected RIGHTS TOKEN" in refused.stderr
+    assert "writer-token" not in refused.stderr + refused.stdout
+
+
+def test_prometheus_fetches_metrics_and_the_log_is_json(model_directory: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        options = ["--metrics", "127.0.0.1:0", "--log-calls"]
+        with (
+            running_server(model_directory, tmp_path / "s", provider="cpu", options=options, stderr=stream) as server,
+            RecommenderClient(server.address, timeout_s=30) as client,
+        ):
+            client.recommend(history=[])
+            at = next(line["address"] for line in map(json.loads, log.read_text().splitlines()) if "address" in line)
+            with urllib.request.urlopen(f"http://{at}/metrics", timeout=30) as response:
+                text = response.read().decode()
+    assert 'jaxrec_answers_total{policy="popularity"} 1.0' in text
+    assert "process_resident_memory_bytes" in text
+    (model_version,) = [line for line in text.splitlines() if line.startswith("jaxrec_model_info{")]
+    assert model_version.endswith(" 1.0")
+    calls = [line for line in map(json.loads, log.read_text().splitlines()) if "method" in line]
+    assert calls[0]["method"] == "/jaxrec.v1.Recommender/Recommend"

@@ -1,0 +1,55 @@
+"""A short attack: bench/fault_hostile.py has the long one."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from serve.model.recommender import Recommender
+from tests.serve.process import running_server
+
+SCRIPT = Path(__file__).parents[3] / "bench" / "fault_hostile.py"
+SPEC = importlib.util.spec_from_file_location("fault_hostile", SCRIPT)
+assert SPEC is not None
+assert SPEC.loader is not None
+fault_hostile = importlib.util.module_from_spec(SPEC)
+sys.modules["fault_hostile"] = fault_hostile
+SPEC.loader.exec_module(fault_hostile)
+
+
+def test_a_server_withstands_hostile_requests(model_directory: Path, model: Recommender, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with (
+        log.open("w") as stream,
+        running_server(model_directory, tmp_path / "events.sqlite", provider="cpu", stderr=stream) as server,
+    ):
+        outcome = fault_hostile.attack_server(
+            server.address, server.process.pid, model.catalog.item_ids[1:], requests=3_000, seed=1
+        )
+        assert server.process.poll() is None
+    assert outcome.broken == []
+    assert outcome.hostile + outcome.good == 3_000
+    assert outcome.good == 300
+    # Not all was turned away at the door, and not all was let through.
+    assert outcome.statuses["OK"] > 300
+    assert outcome.statuses["INVALID_ARGUMENT"] > 300
+    assert '"level": "ERROR"' not in log.read_text()
+
+
+def test_a_wrong_answer_and_a_broken_server_would_be_found(model: Recommender) -> None:
+    ids = frozenset(model.catalog.item_ids[1:])
+    request = fault_hostile.recommend_request(history=[fault_hostile.Event(item_id="1007", timestamp=1)], k=2)
+    answer = fault_hostile.RecommendResponse(recommendation_id="a", model_version="v", policy="p")
+    asked = request.SerializeToString()
+    answer.recommendations.add(item_id="1014", score=1)
+    assert fault_hostile.is_answer(asked, answer.SerializeToString(), ids)
+    for bad in (
+        {"item_id": "1007", "score": 1},
+        {"item_id": "1014", "score": 1},
+        {"item_id": "none", "score": 1},
+        {"item_id": "1021", "score": float("nan")},
+    ):
+        broken = fault_hostile.RecommendResponse()
+        broken.CopyFrom(answer)
+        broken.recommendations.add(**bad)
+        assert not fault_hostile.is_answer(asked, broken.SerializeToString(), ids)
+        assert not fault_hostile.same_answer(answer, broken)

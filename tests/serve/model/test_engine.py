@@ -1,0 +1,69 @@
+"""The engine answers a row as the graph does, whatever its neighbours are."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from serve.model.artifact import Artifact
+from serve.model.engine import CUDA, Engine, Features, ProviderError
+
+
+@pytest.fixture(scope="module")
+def engine(artifact: Artifact) -> Engine:
+    return Engine(artifact, "cpu")
+
+
+def random_rows(lengths: Sequence[int], item_count: int) -> list[Features]:
+    rng = np.random.default_rng(0)
+    return [
+        Features(
+            item=rng.integers(1, item_count + 1, n).astype(np.int32),
+            rating=rng.choice([-1, 0, 0.5, 1], n).astype(np.float32),
+            gap=np.concatenate([[-1], rng.integers(0, 10**7, n - 1)]).astype(np.float32),
+            request_gap=float(rng.choice([-1, 0, 86_400])),
+            exclude=rng.integers(1, item_count + 1, rng.integers(0, 5)).astype(np.int32),
+        )
+        for n in lengths
+    ]
+
+
+def test_batch_equals_single(engine: Engine) -> None:
+    rows = random_rows([1, 50, 7, 2, 33], engine.item_count)
+    for row, in_batch in zip(rows, engine.rank(rows, 10), strict=True):
+        (alone,) = engine.rank([row], 10)
+        np.testing.assert_array_equal(in_batch.items, alone.items)
+        np.testing.assert_allclose(in_batch.scores, alone.scores, atol=1e-5)
+
+
+def test_smaller_k_is_the_beginning_of_a_larger(engine: Engine) -> None:
+    rows = random_rows([5], engine.item_count)
+    (three,), (ten,) = engine.rank(rows, 3), engine.rank(rows, 10)
+    np.testing.assert_array_equal(three.items, ten.items[:3])
+
+
+def test_excluded_items_are_left_out_and_nothing_else(engine: Engine) -> None:
+    (row,) = random_rows([5], engine.item_count)
+    exclude = np.array([3, 9, 9, 27], np.int32)
+    (ranking,) = engine.rank([Features(row.item, row.rating, row.gap, row.request_gap, exclude)], 10**6)
+    assert sorted(ranking.items) == sorted(set(range(1, engine.item_count + 1)) - {3, 9, 27})
+    assert (np.diff(ranking.scores) <= 0).all()
+
+
+def test_all_excluded(engine: Engine) -> None:
+    (row,) = random_rows([1], engine.item_count)
+    exclude = np.arange(1, engine.item_count + 1, dtype=np.int32)
+    (ranking,) = engine.rank([Features(row.item, row.rating, row.gap, row.request_gap, exclude)], 5)
+    assert len(ranking.items) == len(ranking.scores) == 0
+
+
+def test_provider_is_what_runs(engine: Engine) -> None:
+    assert engine.provider == "CPUExecutionProvider"
+
+
+def test_cuda_runs_or_is_refused(artifact: Artifact) -> None:
+    if Engine(artifact, "auto").provider == CUDA:
+        assert Engine(artifact, "cuda").provider == CUDA
+    else:
+        with pytest.raises(ProviderError, match=r"expected CUDA, but sequence\.onnx runs on CPUExecutionProvider"):
+            Engine(artifact, "cuda")

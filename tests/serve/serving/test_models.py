@@ -1,0 +1,301 @@
+"""The versions of a model: which is loaded, what is refused, who is answered by which, and the way back."""
+
+import gc
+import os
+import shutil
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from bench.model_versions import DAMAGES, add_version, edit_manifest, flip_a_byte, garble_the_manifest
+from serve.client.sync import RecommenderClient
+from serve.front.server import create_server
+from serve.model.artifact import ArtifactError
+from serve.model.events import Event
+from serve.model.recommender import Query
+from serve.observability.metrics import Metrics
+from serve.pb import model_admin_pb2 as pb
+from serve.pb.model_admin_pb2_grpc import ModelAdminStub
+from serve.serving import loading
+from serve.serving.loaded import UnknownModel
+from serve.serving.loading import open_models
+from serve.serving.versions import ModelLibrary, RefusedModel, State, position
+from serve.stores.base import EventStore, SpilledState, UserEvent
+
+DEADLINE_S = 30.0
+WATCH_S = 0.05
+QUERY = Query([Event("1007", None, 0)], k=5)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
+
+
+def attempts(metrics: Metrics, result: str) -> int:
+    return int(metrics.registry.get_sample_value("jaxrec_model_reloads_total", {"result": result}) or 0)
+
+
+@pytest.fixture
+def versions(tmp_path: Path, model_directory: Path) -> Path:
+    """A directory with the version 1."""
+    add_version(tmp_path / "versions", model_directory, "1")
+    return tmp_path / "versions"
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+def models(versions: Path, store: EventStore, metrics: Metrics) -> Iterator[ModelLibrary]:
+    with open_models(versions, store, metrics, provider="cpu", watch_s=WATCH_S) as opened:
+        yield opened
+
+
+def test_the_newest_valid_version_is_loaded(
+    versions: Path, model_directory: Path, store: EventStore, metrics: Metrics
+) -> None:
+    add_version(versions, model_directory, "2")
+    add_version(versions, model_directory, "3", damage=flip_a_byte)
+    (versions / "notes").mkdir()
+    with open_models(versions, store, metrics, provider="cpu", watch_s=0) as models:
+        assert models.versions() == ["2"]
+        assert models.for_user("u").recommend(QUERY).items.size == 5
+        states = {report.model_version: report.state for report in models.report()}
+        assert states == {"3": State.REFUSED, "2": State.READY, "1": State.AVAILABLE}
+    assert (attempts(metrics, "loaded"), attempts(metrics, "refused")) == (1, 1)
+
+
+def test_refused_folders_that_are_gone_are_forgotten(
+    versions: Path, model_directory: Path, models: ModelLibrary
+) -> None:
+    for name in ("2", "3"):
+        damaged = add_version(versions, model_directory, name, damage=flip_a_byte)
+        wait_for(lambda: State.REFUSED in {report.state for report in models.report()})
+        shutil.rmtree(damaged)
+    wait_for(lambda: not models._refused)
+
+
+def test_states_of_versions_that_left_are_forgotten_in_the_background(
+    versions: Path, store: EventStore, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "DROPPED_AT_ONCE", 2)
+    users = [f"u{at}" for at in range(7)]
+    store.record([UserEvent(user, user, Event("1007", None, 0)) for user in users])
+    old = [SpilledState(user, "0", store.revision(user), b"x") for user in users]
+    store.save_states([*old, old[0]._replace(model_version="1")])
+    store.flush()
+    drop, may_drop, parts = store.drop_states, threading.Event(), []
+
+    def watched_drop(versions: Collection[str], most: int) -> int:
+        assert may_drop.wait(DEADLINE_S)
+        parts.append(drop(versions, most))
+        return parts[-1]
+
+    monkeypatch.setattr(store, "drop_states", watched_drop)
+    with open_models(versions, store, metrics, provider="cpu", watch_s=0) as models:
+        # It serves though nothing was forgotten yet.
+        assert models.versions() == ["1"]
+        may_drop.set()
+        wait_for(lambda: 0 in parts)
+    assert parts == [2, 2, 2, 1, 0]
+    assert [store.load_state(user, "0") for user in users] == [None] * 7
+    assert store.load_state("u0", "1") is not None
+
+
+def test_a_model_directory_is_its_own_version(
+    model_directory: Path, tmp_path: Path, store: EventStore, metrics: Metrics
+) -> None:
+    shutil.copytree(model_directory, tmp_path / "model")
+    with open_models(tmp_path / "model", store, metrics, provider="cpu", watch_s=WATCH_S) as models:
+        (report,) = models.report()
+        assert (report.folder, report.state, report.traffic_share) == ("", State.READY, 1.0)
+        edit_manifest(tmp_path / "model", lambda manifest: manifest.update(model_version="9"))
+        wait_for(lambda: models.versions() == ["9"])
+
+
+def test_nothing_to_load(tmp_path: Path, versions: Path, store: EventStore, metrics: Metrics) -> None:
+    with pytest.raises(ArtifactError, match="nowhere: cannot be read: No such file"):
+        open_models(tmp_path / "nowhere", store, metrics)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtifactError, match="empty: expected a model directory, or one with model directories in it"):
+        open_models(tmp_path / "empty", store, metrics)
+    flip_a_byte(versions / "1")
+    with pytest.raises(ArtifactError, match=r"1/sequence\.onnx: has sha256"):
+        open_models(versions, store, metrics)
+
+
+def test_a_new_version_takes_over_and_the_old_one_leaves(
+    versions: Path, model_directory: Path, models: ModelLibrary
+) -> None:
+    asked_before = models.for_user("u")
+    add_version(versions, model_directory, "2")
+    wait_for(lambda: models.versions() == ["2"])
+    assert models.for_user("u") is not asked_before
+    # Who came before the change is answered by the old one, and then it is gone.
+    assert asked_before.recommend(QUERY).items.size == 5
+    old = weakref.ref(asked_before.model)
+    gc.disable()
+    try:
+        del asked_before
+        # Without waiting for the garbage collector; the watching thread may hold it for another moment.
+        wait_for(lambda: old() is None)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_version_is_refused_and_the_old_one_serves(
+    damage: Callable[[Path], None],
+    versions: Path,
+    model_directory: Path,
+    models: ModelLibrary,
+    metrics: Metrics,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    serving = models.for_user("u")
+    bad = add_version(versions, model_directory, "2", damage=damage)
+    wait_for(lambda: attempts(metrics, "refused") == 1)
+    assert models.for_user("u") is serving
+    (report,) = (report for report in models.report() if report.folder == "2")
+    assert report.state is State.REFUSED
+    assert report.reason
+    assert any("refused the model 2" in record.getMessage() for record in caplog.records)
+    # It is not tried again as it is, and once it has been repaired it is loaded.
+    add_version(versions, model_directory, "0")
+    # At once: removed file by file it would be another damaged version for a moment.
+    bad.rename(versions.parent / "removed")
+    add_version(versions, model_directory, "2")
+    wait_for(lambda: models.versions() == ["2"])
+    assert attempts(metrics, "refused") == 1
+
+
+def test_half_a_copy_is_refused_until_it_is_whole(versions: Path, model_directory: Path, models: ModelLibrary) -> None:
+    """Somebody copies file by file into place, and the manifest comes early."""
+    whole = add_version(versions.parent / "elsewhere", model_directory, "2")
+    (versions / "2").mkdir()
+    names = sorted(os.listdir(whole), key=lambda name: name != "manifest.json")
+    for name in names[:3]:
+        shutil.copy(whole / name, versions / "2" / name)
+    wait_for(lambda: [report.state for report in models.report() if report.folder == "2"] == [State.REFUSED])
+    assert models.versions() == ["1"]
+    for name in names[3:]:
+        shutil.copy(whole / name, versions / "2" / name)
+    wait_for(lambda: models.versions() == ["2"])
+
+
+def test_traffic_is_divided_by_user(versions: Path, model_directory: Path, models: ModelLibrary) -> None:
+    add_version(versions, model_directory, "0")
+    users = [f"user {number}" for number in range(4000)]
+    by_share = {}
+    for share in (0.1, 0.3):
+        assert models.set_traffic({"1": share, "0": 1 - share})
+        assert not models.set_traffic({"0": 1 - share, "1": share})
+        by_share[share] = {user for user in users if models.for_user(user) is models.version("1")}
+        assert by_share[share] == {user for user in users if models.for_user(user) is models.version("1")}
+        # Four standard deviations of a binomial share.
+        assert abs(len(by_share[share]) / len(users) - share) < 4 * (share * (1 - share) / len(users)) ** 0.5
+        assert models.for_user(None) is models.version("") is models.version("0")
+    assert by_share[0.1] < by_share[0.3]
+    assert models.versions() == ["0", "1"]
+    assert [share for _, share in models.shares()] == [0.7, 0.3]
+
+
+def test_positions_of_users_are_even_and_fixed() -> None:
+    counts = Counter(int(10 * position(f"user {number}")) for number in range(10_000))
+    assert set(counts) == set(range(10))
+    assert max(abs(count - 1000) for count in counts.values()) < 4 * (10_000 * 0.1 * 0.9) ** 0.5
+    assert position("7") == position("7") != position("8")
+
+
+def test_changes_by_hand_stop_the_automatic_ones(versions: Path, model_directory: Path, models: ModelLibrary) -> None:
+    with pytest.raises(RefusedModel, match="no other version has served"):
+        models.roll_back()
+    add_version(versions, model_directory, "2")
+    wait_for(lambda: models.versions() == ["2"])
+    assert models.roll_back() == "1"
+    assert models.versions() == ["1"]
+    assert not models.automatic
+    add_version(versions, model_directory, "3")
+    assert models.roll_back() == "2"
+    assert models.load("2") is False
+    with pytest.raises(UnknownModel, match="'4' is not in the model directory"):
+        models.load("4")
+    with pytest.raises(UnknownModel, match="'3' is not loaded"):
+        models.version("3")
+    garble_the_manifest(add_version(versions, model_directory, "5"))
+    flip_a_byte(versions / "1")
+    with pytest.raises(RefusedModel, match=r"'1' is refused: .*sequence\.onnx: has sha256"):
+        models.load("1")
+    with pytest.raises(RefusedModel, match=r"came 0\.9"):
+        models.set_traffic({"2": 0.4, "3": 0.5})
+    assert models.versions() == ["2"]
+    assert models.load_newest()
+    assert models.versions() == ["3"]
+    assert models.automatic
+    add_version(versions, model_directory, "6")
+    wait_for(lambda: models.versions() == ["6"])
+
+
+def test_admin_service(versions: Path, model_directory: Path, models: ModelLibrary, store: EventStore) -> None:
+    server = create_server(models, store, "127.0.0.1:0")
+    server.start()
+    address = f"127.0.0.1:{server.port}"
+    with grpc.insecure_channel(address) as channel, RecommenderClient(address) as client:
+        admin = ModelAdminStub(channel)
+
+        def failure(call: Callable[..., object], request: object) -> grpc.StatusCode:
+            with pytest.raises(grpc.RpcError) as raised:
+                call(request, timeout=DEADLINE_S)
+            code: grpc.StatusCode = raised.value.code()
+            return code
+
+        assert failure(admin.RollBack, pb.RollBackRequest()) is grpc.StatusCode.FAILED_PRECONDITION
+        add_version(versions, model_directory, "0")
+        shares = [pb.TrafficShare(model_version="0", share=0.5), pb.TrafficShare(model_version="1", share=0.5)]
+        answer = admin.SetTraffic(pb.SetTrafficRequest(shares=shares), timeout=DEADLINE_S)
+        assert {entry.model_version: entry.share for entry in answer.shares} == {"0": 0.5, "1": 0.5}
+        served = Counter(client.recommend(user_id=str(user)).model_version for user in range(40))
+        assert set(served) == {"0", "1"}
+        assert served["0"] == sum(position(str(user)) < 0.5 for user in range(40))
+        answer = admin.LoadModel(pb.LoadModelRequest(model_version="0"), timeout=DEADLINE_S)
+        assert (answer.model_version, answer.loaded) == ("0", True)
+        listed = admin.ListModels(pb.ListModelsRequest(), timeout=DEADLINE_S)
+        assert not listed.automatic_reload
+        assert [(one.model_version, one.folder, one.state, one.traffic_share) for one in listed.models] == [
+            ("1", "1", pb.MODEL_STATE_AVAILABLE, 0.0),
+            ("0", "0", pb.MODEL_STATE_READY, 1.0),
+        ]
+        assert listed.models[1].loaded_time > 0
+        answer = admin.LoadModel(pb.LoadModelRequest(), timeout=DEADLINE_S)
+        assert (answer.model_version, answer.loaded) == ("1", True)
+        assert admin.RollBack(pb.RollBackRequest(), timeout=DEADLINE_S).model_version == "0"
+        assert failure(admin.LoadModel, pb.LoadModelRequest(model_version="7")) is grpc.StatusCode.NOT_FOUND
+        add_version(versions, model_directory, "8", damage=flip_a_byte)
+        assert failure(admin.LoadModel, pb.LoadModelRequest(model_version="8")) is grpc.StatusCode.FAILED_PRECONDITION
+        for bad in ([], [*shares, *shares], [shares[0]], [shares[0], shares[0]]):
+            request = pb.SetTrafficRequest(shares=bad)
+            assert failure(admin.SetTraffic, request) is grpc.StatusCode.INVALID_ARGUMENT
+    server.drain()
+
+
+def test_rolling_back_undoes_a_trial_of_another_version(
+    versions: Path, model_directory: Path, models: ModelLibrary
+) -> None:
+    """Not what served before the version that most are still answered by."""
+    add_version(versions, model_directory, "2")
+    wait_for(lambda: models.versions() == ["2"])
+    add_version(versions, model_directory, "0")
+    models.set_traffic({"2": 0.9, "0": 0.1})
+    assert models.roll_back() == "2"
+    assert models.shares() == [("2", 1.0)]

@@ -1,0 +1,234 @@
+"""A stored user is answered as if the whole history were sent along, whatever happened before."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from serve.model.artifact import Artifact
+from serve.model.events import Event
+from serve.model.recommender import POPULARITY, Answer, Query, Recommender
+from serve.serving import states as states_module
+from serve.serving.states import StateCache
+from serve.stores.base import MOST_EVENTS, Changes, EventStore, UserEvent, open_store
+
+USERS = ("ada", "bob", "cy")
+UNKNOWN = "no such movie"
+
+
+@pytest.fixture(scope="module", params=[50, 6], ids=["whole", "window"])
+def windowed(request: pytest.FixtureRequest, artifact: Artifact) -> Recommender:
+    """A model that reads whole histories, and one that soon forgets their beginning."""
+    info = dataclasses.replace(artifact.info, max_history=request.param)
+    return Recommender(dataclasses.replace(artifact, info=info), "cpu")
+
+
+def assert_same(found: Answer, expected: Answer) -> None:
+    assert found.policy == expected.policy
+    assert found.ignored_event_count == expected.ignored_event_count
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+    # Where scores are further apart than rounding, so are the items.
+    clear = np.abs(np.diff(expected.scores)) > 2e-4
+    alone = np.r_[True, clear] & np.r_[clear, True]
+    alone[-1:] = False
+    np.testing.assert_array_equal(found.items[alone], expected.items[alone])
+
+
+def replayed(model: Recommender, store: EventStore, query: Query) -> Answer:
+    """The answer to the same history sent along."""
+    assert query.user_id is not None
+    events = store.history(query.user_id, query.request_time)
+    (answer,) = model.recommend([query._replace(events=events, user_id=None)])
+    return answer
+
+
+def checked(states: StateCache, model: Recommender, store: EventStore, queries: Sequence[Query]) -> None:
+    for query, answer in zip(queries, states.recommend(queries), strict=True):
+        assert_same(answer, replayed(model, store, query))
+
+
+users = st.sampled_from(USERS)
+times = st.integers(0, 40).map(lambda day: 1_000_000_000 + 86_400 * day)
+ratings = st.one_of(st.none(), st.sampled_from([0.5, 3.0, 5.0]))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_interleaving_equals_a_replay(windowed: Recommender, tmp_path: Path, data: st.DataObject) -> None:
+    ids = [*windowed.catalog.item_ids[1:], UNKNOWN]
+    events = st.builds(Event, st.sampled_from(ids), ratings, times)
+    queries = st.builds(
+        Query,
+        st.just(()),
+        k=st.integers(1, 70),
+        exclude_item_ids=st.lists(st.sampled_from(ids), max_size=3),
+        request_time=st.one_of(st.none(), times),
+        user_id=users,
+    )
+    number = 0
+    with open_store(tmp_path / f"{data.draw(st.uuids())}.sqlite") as store:
+        states = StateCache(windowed, store, capacity=2)
+        for _ in range(data.draw(st.integers(1, 12), "steps")):
+            action = data.draw(st.sampled_from(["record", "record", "ask", "ask", "delete", "restart"]), "action")
+            if action == "record":
+                new = data.draw(st.lists(st.tuples(users, events), min_size=1, max_size=10))
+                # Now and then an event comes twice.
+                first = number - data.draw(st.integers(0, 1))
+                store.record([UserEvent(f"e{first + at}", user, event) for at, (user, event) in enumerate(new)])
+                number = first + len(new)
+            elif action == "ask":
+                checked(states, windowed, store, data.draw(st.lists(queries, min_size=1, max_size=4)))
+            elif action == "delete":
+                user = data.draw(users)
+                store.delete_user(user)
+                # Another process would not tell us.
+                if data.draw(st.booleans(), "told"):
+                    states.forget(user)
+            else:
+                states.spill()
+                store.flush()
+                states = StateCache(windowed, store, capacity=2)
+        checked(states, windowed, store, [Query((), 10, user_id=user) for user in USERS])
+
+
+def history(model: Recommender, count: int, first: int = 1) -> list[Event]:
+    """An event a day on one item after the other."""
+    return [Event(model.catalog.item_ids[first + at], 4.0, 1_000_000_000 + 86_400 * at) for at in range(count)]
+
+
+def record(store: EventStore, user: str, events: Sequence[Event], name: str = "") -> None:
+    store.record([UserEvent(f"{user} {name}{at}", user, event) for at, event in enumerate(events)])
+
+
+class CountedRuns:
+    """Counts the rows that each graph of a model runs, through the real engine."""
+
+    def __init__(self, model: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.replayed = self.stepped = 0
+        replay, step = model.engine.replay, model.engine.step
+
+        def counted_replay(rows, k=1):  # type: ignore[no-untyped-def]
+            self.replayed += len(rows)
+            return replay(rows, k)
+
+        def counted_step(rows, k):  # type: ignore[no-untyped-def]
+            self.stepped += len(rows)
+            return step(rows, k)
+
+        monkeypatch.setattr(model.engine, "replay", counted_replay)
+        monkeypatch.setattr(model.engine, "step", counted_step)
+
+
+def test_an_answer_costs_one_step(model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = StateCache(model, store)
+    record(store, "ada", history(model, 20))
+    query = Query((), 5, user_id="ada")
+    states.recommend([query])
+    runs = CountedRuns(model, monkeypatch)
+    states.recommend([query])
+    assert (runs.replayed, runs.stepped) == (0, 1)
+    record(store, "ada", [Event(model.catalog.item_ids[30], None, 1_100_000_000)], "later")
+    states.recommend([query])
+    assert (runs.replayed, runs.stepped) == (0, 2)
+
+
+def test_a_spilled_state_comes_back_without_a_replay(
+    model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = StateCache(model, store, capacity=1)
+    for user in USERS:
+        record(store, user, history(model, 20))
+        states.recommend([Query((), 5, user_id=user)])
+    assert len(states) == 1
+    store.flush()
+    runs = CountedRuns(model, monkeypatch)
+    states.recommend([Query((), 5, user_id=USERS[0])])
+    assert (runs.replayed, runs.stepped) == (0, 1)
+
+
+def test_an_event_of_a_user_with_thousands_costs_no_reading_of_them(
+    artifact: Artifact, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = dataclasses.replace(artifact.info, max_history=6)
+    model = Recommender(dataclasses.replace(artifact, info=info), "cpu")
+    states, query, read = StateCache(model, store), Query((), 10, user_id="ada"), []
+    changes = store.changes
+
+    def watched(user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
+        found = changes(user_id, since, most)
+        read.append(len(found.events))
+        return found
+
+    record(store, "ada", [Event(UNKNOWN, None, 5), *history(model, 40)])
+    states.recommend([query])
+    monkeypatch.setattr(store, "changes", watched)
+    late = Event(model.catalog.item_ids[55], None, 7)
+    for name, new in (("late", late), ("unknown", Event(UNKNOWN, None, 8)), ("last", late._replace(timestamp=2**33))):
+        record(store, "ada", [new], name)
+        checked(states, model, store, [query])
+    assert max(read) <= 2 * 6
+    # Of very many items the oldest may be recommended again.
+    monkeypatch.setattr(states_module, "MOST_EXCLUDED", 30)
+    record(store, "ada", [late._replace(timestamp=2**34)], "once more")
+    checked(states, model, store, [query])
+    assert max(read) == 45
+
+
+@pytest.mark.parametrize("what", ["item", "excluded item", "number"])
+def test_a_spilled_state_that_no_model_can_use_is_rebuilt(model: Recommender, store: EventStore, what: str) -> None:
+    """As one of another model that had the same version and more items."""
+    record(store, "ada", history(model, 20))
+    states = StateCache(model, store)
+    states.recommend([Query((), 5, user_id="ada")])
+    states.spill()
+    store.flush()
+    spilled = store.load_state("ada", model.info.model_version)
+    assert spilled is not None
+    content, beyond = bytearray(spilled.state), (len(model.catalog) + 1).to_bytes(4, "little")
+    if what == "item":
+        content[32:36] = beyond
+    elif what == "excluded item":
+        content[-4:] = beyond
+    else:
+        content[44:48] = np.float32(np.nan).tobytes()
+    store.save_states([spilled._replace(state=bytes(content))])
+    store.flush()
+    checked(StateCache(model, store), model, store, [Query((), 5, user_id="ada")])
+
+
+def test_the_state_of_another_model_version_is_not_used(artifact: Artifact, store: EventStore) -> None:
+    info = dataclasses.replace(artifact.info, model_version="another")
+    old, new = Recommender(dataclasses.replace(artifact, info=info), "cpu"), Recommender(artifact, "cpu")
+    record(store, "ada", history(old, 5))
+    states = StateCache(old, store)
+    states.recommend([Query((), 5, user_id="ada")])
+    states.spill()
+    store.flush()
+    assert store.load_state("ada", "another") is not None
+    assert store.load_state("ada", new.info.model_version) is None
+    checked(StateCache(new, store), new, store, [Query((), 5, user_id="ada")])
+
+
+def test_a_deleted_user_is_forgotten_though_nobody_told(model: Recommender, store: EventStore) -> None:
+    states = StateCache(model, store)
+    record(store, "ada", history(model, 5))
+    states.recommend([Query((), 5, user_id="ada")])
+    store.delete_user("ada")
+    (answer,) = states.recommend([Query((), 5, user_id="ada")])
+    assert answer.policy == POPULARITY
+    record(store, "ada", history(model, 2, first=30), "again")
+    checked(states, model, store, [Query((), 5, user_id="ada")])
+
+
+def test_stored_users_cost_nothing_until_they_come(model: Recommender, store: EventStore) -> None:
+    record(store, "ada", history(model, 5))
+    states = StateCache(model, store)
+    for number in range(200):
+        record(store, f"user {number}", history(model, 1))
+    assert len(states) == 0
+    states.recommend([Query((), 5, user_id="ada")])
+    assert len(states) == 1

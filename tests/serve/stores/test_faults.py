@@ -1,0 +1,88 @@
+"""Short versions of the faults of bench/faults.md."""
+
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from bench import fault_reload, fault_soak, fault_store
+from bench.model_versions import replace_file
+from serve.api.errors import status_of
+from serve.front.polling import Front, is_supported, polling_server
+from serve.serving.batching import QueueFull
+from tests.serve.stores.databases import NotInstalled, redis_server
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_kill_9_loses_nothing_and_doubles_nothing() -> None:
+    """In a process of its own: it forks, which one with threads must not."""
+    command = [sys.executable, "-m", "bench.fault_kill", "--kills", "12"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    assert re.match(r"12 kills .*: [1-9]\d* events acknowledged, \d+ stored, 0 lost, 0 counted twice\n", ended.stdout)
+
+
+def test_reloads_under_load(model_directory: Path, tmp_path: Path) -> None:
+    # Answers differently: the last item has the name of the first, and so on.
+    other = tmp_path / "other"
+    shutil.copytree(model_directory, other)
+    header, *rows = (other / "catalog.csv").read_text().splitlines()
+    ids = [row.partition(",")[0] for row in rows]
+    rows = [f"{new},{row.partition(',')[2]}" for new, row in zip(reversed(ids), rows, strict=True)]
+    replace_file(other, "catalog.csv", "\n".join([header, *rows, ""]).encode())
+    result = fault_reload.reload_rounds((model_directory, other), 12, tmp_path)
+    assert (result.reloads, result.refused) == (12, 4)
+    assert result.answers > 0
+    assert len(result.versions_seen) > 1
+    assert result.failures == []
+    assert result.wrong == []
+
+
+@pytest.mark.parametrize("name", ["disk full", "Redis killed"])
+def test_store_that_goes_away_and_comes_back(name: str, model_directory: Path, tmp_path: Path) -> None:
+    faults: dict[str, AbstractContextManager[fault_store.Fault]] = {
+        "disk full": fault_store.full_disk(tmp_path),
+        "Redis killed": fault_store.restarted(redis_server(), kill=True),
+    }
+    try:
+        with faults[name] as fault:
+            result = fault_store.survive(name, fault, model_directory)
+    except (NotInstalled, subprocess.CalledProcessError) as error:
+        pytest.skip(f"cannot be set up here: {error}")
+    assert result.is_right, result
+
+
+def test_soak(model_directory: Path, tmp_path: Path) -> None:
+    result = fault_soak.soak(model_directory, 4.0, tmp_path)
+    assert result.unexpected == 0, result.statuses
+    _, memory_mb, descriptors = result.settled()
+    assert max(descriptors) < descriptors[0] + 40
+    assert max(memory_mb) < memory_mb[0] + 60
+
+
+@pytest.mark.skipif(not is_supported(), reason="the installed grpcio is another")
+def test_a_full_queue_turns_calls_away_with_a_hint() -> None:
+    full = status_of(QueueFull(0, 0.5))
+    server = polling_server(
+        ThreadPoolExecutor(1), ThreadPoolExecutor(1), Front(["/t.S/Ask"], most_parked=0, turn_away=lambda method: full)
+    )
+    handler = grpc.unary_unary_rpc_method_handler(lambda request, context: request)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("t.S", {"Ask": handler})])
+    server.add_registered_method_handlers("t.S", {"Ask": handler})
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        ask = channel.unary_unary("/t.S/Ask", _registered_method=True)
+        for _ in range(50):
+            with pytest.raises(grpc.RpcError) as failure:
+                ask(b"", timeout=30)
+            assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert dict(failure.value.trailing_metadata())["grpc-status-details-bin"] == full.metadata[0][1]
+    assert server.stop(10).wait(30)

@@ -1,0 +1,840 @@
+"""What every store promises: order, ids that count once, revisions, deletion, and recovery from a lost server."""
+
+import itertools
+import json
+import re
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import psycopg
+import pytest
+import redis
+
+from jaxrec.data.prepare import PreparedData
+from jaxrec.rl.served.event_store import UNNOTED, read_served_log
+from serve.model.events import Event
+from serve.stores.base import (
+    Changes,
+    Deleted,
+    EventStore,
+    Shown,
+    SpilledState,
+    StoreError,
+    UserEvent,
+    digest,
+    open_store,
+)
+from serve.stores.copy import copy_log
+from serve.stores.postgres import CHANGES, SCHEMA_LOCK
+from serve.stores.redis_scripts import DELETE_USER, LOG_SHOWN, UPDATE_SHOWN
+from serve.stores.sqlite import SQLiteStore
+from tests.serve.stores.databases import (
+    DEADLINE_S,
+    DatabaseServer,
+    NotInstalled,
+    postgres_server,
+    redis_server,
+    wait_until,
+)
+
+T = TypeVar("T")
+KINDS = ("sqlite", "postgres", "redis")
+SERVERS = {"postgres": postgres_server, "redis": redis_server}
+SHOWN = Shown(
+    *("r1", "u", ("a", "ü"), (-1.25, -0.5), "reinforce", "v1", 1_700_000_000),
+    temperature=0.1,
+    request_time=2**63 - 1,
+    excluded_item_ids=("ß", "b"),
+)
+# What servers noted before they noted how it was drawn.
+NOTED_BEFORE = SHOWN._replace(temperature=None, request_time=None, excluded_item_ids=())
+# As `serve` wrote it, without the parts that did not change.
+SQLITE_3 = """
+CREATE TABLE events (
+    arrival INTEGER PRIMARY KEY AUTOINCREMENT,
+    event_id TEXT NOT NULL UNIQUE,
+    user_id TEXT NOT NULL,
+    item_id TEXT NOT NULL,
+    rating REAL,
+    timestamp INTEGER NOT NULL,
+    recommendation_id TEXT
+) STRICT;
+CREATE TABLE shown (
+    number INTEGER PRIMARY KEY,
+    recommendation_id TEXT NOT NULL,
+    user_id TEXT,
+    item_ids TEXT NOT NULL,
+    log_propensities TEXT NOT NULL,
+    policy TEXT NOT NULL,
+    model_version TEXT NOT NULL,
+    timestamp INTEGER NOT NULL
+) STRICT;
+CREATE INDEX shown_to ON shown (user_id);
+CREATE UNIQUE INDEX shown_once ON shown (recommendation_id);
+INSERT INTO events VALUES (7, '1', 'u', 'i', NULL, 0, NULL);
+INSERT INTO shown VALUES (4, 'r1', 'u', '["a", "ü"]', '[-1.25, -0.5]', 'reinforce', 'v1', 1700000000);
+PRAGMA application_id = 1786278499;
+PRAGMA user_version = 3;
+"""
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[dict[str, DatabaseServer]]:
+    """Those that a test asked for; each is started once."""
+    with ExitStack() as stack:
+        started = _Started(stack)
+        yield started
+
+
+class _Started(dict[str, DatabaseServer]):
+    def __init__(self, stack: ExitStack) -> None:
+        super().__init__()
+        self._stack = stack
+
+    def __missing__(self, kind: str) -> DatabaseServer:
+        try:
+            self[kind] = self._stack.enter_context(SERVERS[kind]())
+        except NotInstalled as error:
+            pytest.skip(str(error))
+        return self[kind]
+
+
+def emptied(kind: str, servers: dict[str, DatabaseServer], folder: Path) -> str:
+    """The location of a store with nothing in it."""
+    if kind == "sqlite":
+        return str(folder / "events.sqlite")
+    location = servers[kind].location
+    if kind == "postgres":
+        with psycopg.connect(location) as connection:
+            connection.execute("DROP SCHEMA IF EXISTS jaxrec CASCADE")
+    else:
+        with redis.Redis.from_url(location) as client:
+            client.flushall()
+    return location
+
+
+@pytest.fixture(params=KINDS)
+def location(request: pytest.FixtureRequest, servers: dict[str, DatabaseServer], tmp_path: Path) -> str:
+    return emptied(request.param, servers, tmp_path)
+
+
+@pytest.fixture
+def store(location: str) -> Iterator[EventStore]:
+    with open_store(location) as opened:
+        yield opened
+
+
+def user_event(event_id: str, item_id: str = "i", timestamp: int = 0, user_id: str = "u") -> UserEvent:
+    return UserEvent(event_id, user_id, Event(item_id, None, timestamp))
+
+
+def test_history_is_ordered_by_time_then_arrival(store: EventStore) -> None:
+    store.record([user_event("1", "c", 20), user_event("2", "a", 10)])
+    store.record([user_event("3", "b", 10), user_event("4", "other", 5, user_id="v")])
+    assert store.history("u") == [Event("a", None, 10), Event("b", None, 10), Event("c", None, 20)]
+    assert store.history("u", until=19) == [Event("a", None, 10), Event("b", None, 10)]
+    assert store.history("u", until=9) == []
+    assert store.history("nobody") == []
+
+
+def test_what_is_stored_comes_back_after_reopening(location: str) -> None:
+    events = [Event("i", 3.5, 0), Event('ü"\n[:%s', None, 2**63 - 1)]
+    with open_store(location) as store:
+        store.record([UserEvent(f"e {at}", "u:%", event, "r1") for at, event in enumerate(events)])
+        store.log_shown(SHOWN)
+        assert store.history("u:%") == events
+    with open_store(location) as store:
+        assert store.history("u:%") == events
+        assert store.shown("u") == [SHOWN]
+
+
+def test_an_event_id_counts_once(store: EventStore) -> None:
+    first = user_event("1", "first")
+    assert store.record([first, user_event("1", "same request")]) == [first]
+    assert store.record([user_event("1", "later", user_id="v")]) == []
+    assert store.record([user_event("0"), user_event("1"), user_event("2")]) == [user_event("0"), user_event("2")]
+    assert store.record([]) == []
+    assert [event.item_id for event in store.history("u")] == ["first", "i", "i"]
+    assert store.history("v") == []
+    assert store.revision("v") == 0
+
+
+def test_revision_changes_with_every_new_event_of_the_user_and_with_nothing_else(store: EventStore) -> None:
+    assert store.revision("u") == 0
+    seen = [0]
+    for at in range(3):
+        store.record([user_event(str(at))])
+        seen.append(store.revision("u"))
+    assert seen == sorted(set(seen))
+    store.record([user_event("2"), user_event("v", user_id="v")])
+    store.log_shown(SHOWN, wait=True)
+    assert store.revision("u") == seen[-1]
+    store.delete_user("u")
+    assert store.revision("u") == 0
+    store.record([user_event("0")])
+    assert store.revision("u") > seen[-1]
+
+
+def test_changes_since_a_revision(store: EventStore) -> None:
+    assert store.changes("u") == Changes(0, [], complete=True)
+    assert store.changes("u", 7) == Changes(0, [], complete=True)
+    store.record([user_event("1", "a", 10), user_event("2", "b", 30)])
+    first = store.revision("u")
+    assert store.changes("u") == Changes(first, [Event("a", None, 10), Event("b", None, 30)], complete=True)
+    assert store.changes("u", first) == Changes(first, [], complete=False)
+    store.record([user_event("3", "d", 40), user_event("4", "late", 20)])
+    second = store.revision("u")
+    assert store.changes("u", first) == Changes(second, [Event("late", None, 20), Event("d", None, 40)], complete=False)
+    store.delete_user("u")
+    assert store.changes("u", second) == Changes(0, [], complete=True)
+    store.record([user_event("5", "new life", 5)])
+    for since in (0, first, second):
+        assert store.changes("u", since) == Changes(store.revision("u"), [Event("new life", None, 5)], complete=True)
+
+
+def test_shown_is_kept_by_user_in_order(store: EventStore) -> None:
+    anonymous = Shown("r3", None, (), (), "popularity", "v1", 5)
+    for number, one in enumerate((SHOWN, SHOWN._replace(recommendation_id="r2", user_id="v"), anonymous)):
+        store.log_shown(one, wait=number == 1)
+    store.flush()
+    assert store.shown("u") == [SHOWN]
+    assert [one.recommendation_id for one in store.shown("v")] == ["r2"]
+    assert store.shown(None) == [anonymous]
+    store.log_shown(SHOWN._replace(recommendation_id="r4"), wait=True)
+    assert [one.recommendation_id for one in store.shown("u")] == ["r1", "r4"]
+    assert store.dropped_count == 0
+
+
+def test_states_are_kept_by_user_and_model_version(store: EventStore) -> None:
+    store.record([user_event("1"), user_event("2", user_id="v")])
+    revision = store.revision("u")
+    states = [SpilledState("u", version, revision, b"\0\xff" + version.encode()) for version in ("v1", "v2")]
+    store.save_states([*states, SpilledState("v", "v1", store.revision("v"), b"")])
+    store.flush()
+    assert [store.load_state("u", version) for version in ("v1", "v2", "v3")] == [*states, None]
+    later = states[0]._replace(state=b"later")
+    store.save_states([later])
+    store.flush()
+    assert store.load_state("u", "v1") == later
+    # About one: Redis hands users out as they lie together.
+    dropped = store.drop_states(["v2"], 1)
+    assert dropped in (1, 2)
+    assert store.drop_states(["v2"], 10) == 2 - dropped
+    assert store.drop_states(["v2"], 10) == 0
+    assert [store.load_state("u", version) for version in ("v1", "v2")] == [None, states[1]]
+    assert store.drop_states([], 10) == 1
+
+
+def test_nothing_of_a_deleted_user_is_left(store: EventStore, location: str) -> None:
+    store.record([user_event("1"), user_event("2"), user_event("3", user_id="v")])
+    revision = store.revision("u")
+    store.log_shown(SHOWN, wait=True)
+    store.save_states([SpilledState("u", "v1", revision, b"x")])
+    store.flush()
+    # Still to be written when the deletion comes.
+    store.log_shown(SHOWN)
+    store.save_states([SpilledState("u", "v2", revision, b"x")])
+    assert store.delete_user("u") == Deleted(event_count=2, shown_count=1)
+    # A state that a cache spills afterwards has no user any more, also when the user comes back.
+    store.save_states([SpilledState("u", "v3", revision, b"x")])
+    store.flush()
+    store.record([user_event("1")])
+    store.save_states([SpilledState("u", "v4", revision, b"x")])
+    store.flush()
+    assert [store.load_state("u", version) for version in ("v1", "v2", "v3", "v4")] == [None] * 4
+    assert store.shown("u") == []
+    assert store.history("u") == [Event("i", None, 0)]
+    assert len(store.history("v")) == 1
+    assert store.delete_user("nobody") == Deleted(0, 0)
+
+
+def test_what_another_server_has_still_to_write_does_not_bring_a_deleted_user_back(location: str) -> None:
+    with open_store(location) as one, open_store(location) as other:
+        one.record([user_event("1")])
+        other.log_shown(SHOWN)
+        other.log_shown(SHOWN._replace(recommendation_id="r2", user_id="v"))
+        other.save_states([SpilledState("u", "v1", other.revision("u"), b"x")])
+        started = time.monotonic()
+        one.delete_user("u")
+        # Under way when the user was deleted, however long they take to be answered and logged.
+        other.log_shown(SHOWN._replace(recommendation_id="r3"), started=started)
+        other.log_shown(SHOWN._replace(recommendation_id="r4"), started=started - 60)
+        other.log_shown(SHOWN._replace(recommendation_id="r5"), started=started, wait=True)
+        one.log_shown(SHOWN._replace(recommendation_id="r6"), started=started, wait=True)
+        other.flush()
+        assert other.shown("u") == []
+        assert [shown.recommendation_id for shown in one.shown("v")] == ["r2"]
+        one.record([user_event("1")])
+        assert other.load_state("u", "v1") is None
+        # Who comes back, say half a second later, is a user like any other.
+        later = time.monotonic() + 0.5
+        other.log_shown(SHOWN._replace(recommendation_id="r7"), started=later, wait=True)
+        one.log_shown(SHOWN._replace(recommendation_id="r8"), started=later)
+        one.flush()
+        assert [shown.recommendation_id for shown in other.shown("u")] == ["r7", "r8"]
+        assert (one.dropped_count, other.dropped_count) == (0, 0)
+
+
+def test_a_recommendation_is_logged_once(store: EventStore) -> None:
+    """As when the answer to a commit is lost, and what was put off is written again."""
+    store.log_shown(SHOWN, wait=True)
+    store.log_shown(SHOWN)
+    store.log_shown(SHOWN._replace(recommendation_id="r2"))
+    store.log_shown(SHOWN._replace(recommendation_id="r2"))
+    store.flush()
+    assert [shown.recommendation_id for shown in store.shown("u")] == ["r1", "r2"]
+    assert store.delete_user("u").shown_count == 2
+
+
+def test_what_cannot_be_written_does_not_hold_up_the_rest(store: EventStore) -> None:
+    """Bad for the encoder or for the database; it is dropped and counted, and the thread that writes goes on."""
+    store.record([user_event("1")])
+    bad: list[Shown | SpilledState] = [
+        SHOWN._replace(recommendation_id="b1", item_ids=(b"bytes",)),  # type: ignore[arg-type]
+        SHOWN._replace(recommendation_id="b2", policy=object()),  # type: ignore[arg-type]
+        SpilledState("u", "v1", store.revision("u"), object()),  # type: ignore[arg-type]
+    ]
+    for number, one in enumerate(bad):
+        if isinstance(one, Shown):
+            store.log_shown(one)
+        else:
+            store.save_states([one])
+        store.log_shown(SHOWN._replace(recommendation_id=f"r{number}"))
+
+    def assert_written() -> None:
+        assert [shown.recommendation_id for shown in store.shown("u")] == ["r0", "r1", "r2"]
+        assert store.dropped_count == 3
+
+    wait_until(assert_written)
+    store.log_shown(SHOWN._replace(recommendation_id="r3"))
+    wait_until(lambda: assert_last(store, "r3"))
+
+
+def assert_last(store: EventStore, recommendation_id: str) -> None:
+    assert store.shown("u")[-1].recommendation_id == recommendation_id
+
+
+def test_of_a_user_with_very_many_events_the_newest_count(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("sqlite", "postgres", "redis"):
+        monkeypatch.setattr(f"serve.stores.{module}.MOST_EVENTS", 5)
+    changes = partial(store.changes, most=5)
+    store.record([user_event(str(at), f"i{at}", 100 - at) for at in range(4)])
+    few = store.revision("u")
+    assert len(changes("u").events) == 4
+    store.record([user_event(f"later {at}", f"later {at}", 200 + at) for at in range(4)])
+    newest = [Event("i0", None, 100), *(Event(f"later {at}", None, 200 + at) for at in range(4))]
+    assert store.history("u") == newest
+    assert store.history("u", until=200) == [*(Event(f"i{at}", None, 100 - at) for at in (3, 2, 1, 0)), newest[1]]
+    assert changes("u") == Changes(store.revision("u"), newest, complete=True)
+    assert changes("u", few) == Changes(store.revision("u"), newest[1:], complete=False)
+    store.record([user_event(f"last {at}", "last", 300 + at) for at in range(6)])
+    # Too many to take in one by one.
+    last = [Event("last", None, 300 + at) for at in range(1, 6)]
+    assert changes("u", few) == Changes(store.revision("u"), last, complete=True)
+    # The log has them all.
+    assert sum(len(part) for part in store.all_events()) == 14
+
+
+def test_changes_of_a_user_with_very_many_events_cost_what_they_are(tmp_path: Path) -> None:
+    """Counted in steps of SQLite's virtual machine, also where the store comes from a server without the index."""
+    path = tmp_path / "events.sqlite"
+    with open_store(path) as store:
+        store.record([user_event(str(at), timestamp=at) for at in range(20_000)])
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP INDEX arrivals")
+    with SQLiteStore(path) as store:
+        known = store.revision("u")
+        store.record([user_event("new", "new", 5)])
+        hundreds = 0
+
+        def count() -> None:
+            nonlocal hundreds
+            hundreds += 1
+
+        store._reader().set_progress_handler(count, 100)
+        assert store.changes("u", known).events == [Event("new", None, 5)]
+        assert hundreds < 5
+        assert len(store.changes("u", 0, 10).events) == len(store.changes("u", 1, 10).events) == 10
+        assert hundreds < 20
+
+
+def test_changes_in_postgres_use_the_order_of_arrival(servers: dict[str, DatabaseServer], tmp_path: Path) -> None:
+    location = emptied("postgres", servers, tmp_path)
+    with open_store(location) as store:
+        store.record([user_event(str(at), timestamp=at) for at in range(10_000)])
+        store.record([user_event(f"v{at}", user_id=f"v{at}") for at in range(10_000)])
+    with psycopg.connect(location) as connection:
+        connection.execute("DROP INDEX jaxrec.arrivals")
+    open_store(location).close()
+    with psycopg.connect(location) as connection:
+        connection.execute("ANALYZE jaxrec.events")
+        # Whatever the parameters: what a server asks often is planned once.
+        connection.execute("SET LOCAL plan_cache_mode = force_generic_plan")
+        connection.execute(f"PREPARE changes (text, bigint, bigint, bigint) AS {numbered(CHANGES)}")
+        for arrivals in ("9999, 10000", "5, 10000"):
+            rows = connection.execute(f"EXPLAIN EXECUTE changes ('u', {arrivals}, 10000)").fetchall()
+            plan = "\n".join(line for (line,) in rows)
+            assert re.search("Index Scan using arrivals .*\n +Index Cond: .*user_id = .*arrival > ", plan), plan
+            assert "Filter" not in plan
+
+
+def numbered(query: str) -> str:
+    """With $1, $2, ... for what psycopg writes %s."""
+    numbers = itertools.count(1)
+    return re.sub("%s", lambda _: f"${next(numbers)}", query)
+
+
+def test_the_log_is_copied_into_one_file(store: EventStore, location: str, tmp_path: Path) -> None:
+    events = [user_event(f"e{at}", f"i{at}", at, user_id=f"u{at % 3}") for at in range(10)]
+    events[4] = events[4]._replace(recommendation_id="r1", event=Event("ü", 2.5, 4))
+    store.record(events)
+    store.log_shown(SHOWN, wait=True)
+    store.log_shown(SHOWN._replace(recommendation_id="r2", user_id=None), wait=True)
+    command = [sys.executable, "-m", "serve", "log", location, str(tmp_path / "log.sqlite")]
+    for _ in range(2):
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (ended.returncode, ended.stdout) == (
+            0,
+            f"{tmp_path / 'log.sqlite'}: 10 events, 2 recommendations shown\n",
+        ), ended.stderr
+    assert [path.name for path in tmp_path.iterdir() if "log" in path.name] == ["log.sqlite"]
+    with open_store(tmp_path / "log.sqlite") as copy:
+        assert [event for part in copy.all_events() for event in part] == sorted(
+            event for part in store.all_events() for event in part
+        )
+        assert [copy.history(f"u{user}") for user in range(3)] == [store.history(f"u{user}") for user in range(3)]
+        assert copy.revision("u1") == store.revision("u1")
+        assert (copy.shown("u"), copy.shown(None)) == (store.shown("u"), store.shown(None))
+
+
+def test_what_is_shown_during_a_copy_has_its_answers_in_it(
+    store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or isn't in it: what comes when the copy has all events, or all that was shown, is shown and answered at once."""
+
+    def show_and_answer(name: str) -> None:
+        store.log_shown(SHOWN._replace(recommendation_id=name), wait=True)
+        store.record([user_event(name)._replace(recommendation_id=name)])
+
+    def meanwhile(rows: Callable[[], Iterator[T]], name: str) -> Iterator[T]:
+        yield from rows()
+        show_and_answer(name)
+
+    show_and_answer("r1")
+    monkeypatch.setattr(store, "all_events", partial(meanwhile, store.all_events, "after events"))
+    monkeypatch.setattr(store, "all_shown", partial(meanwhile, store.all_shown, "after shown"))
+    copy_log(store, tmp_path / "log.sqlite")
+    monkeypatch.undo()
+    with open_store(tmp_path / "log.sqlite") as copy:
+        shown = {one.recommendation_id for one in copy.shown("u")}
+        answered = {new.recommendation_id for part in copy.all_events() for _, new in part}
+    assert {"r1"} <= shown <= answered
+    assert {one.recommendation_id for one in store.shown("u")} == {"r1", "after events", "after shown"}
+
+
+def test_many_threads_of_two_servers_write_and_read(location: str) -> None:
+    """Each event is sent by two threads and counts for one; a thread reads what it wrote; no revision is missed."""
+    start = threading.Barrier(8)
+
+    def write(thread: int) -> int:
+        store = stores[thread % 2]
+        user = str(thread // 2)
+        start.wait()
+        recorded = 0
+        for at in range(25):
+            event = user_event(f"{user}-{at}", user_id=user, timestamp=at)
+            shared = user_event(f"shared-{thread}-{at}", user_id="shared", timestamp=at)
+            # The users of a request in either order must not lock each other out.
+            recorded += len(store.record([shared, event] if thread % 3 else [event, shared]))
+            assert event.event in store.history(user)
+        return recorded
+
+    with open_store(location) as one, open_store(location) as two, ThreadPoolExecutor(8) as threads:
+        stores = (one, two)
+        following = threads.submit(follow, one, "shared", 8 * 25)
+        counts = [threads.submit(write, thread) for thread in range(7)]
+        last = write(7)
+        assert sum(count.result() for count in counts) + last == 4 * 25 + 8 * 25
+        for user in range(4):
+            assert [event.timestamp for event in one.history(str(user))] == list(range(25))
+        assert following.result() == one.history("shared")
+
+
+def follow(store: EventStore, user_id: str, count: int) -> list[Event]:
+    """The history of a user who is being written to, put together from changes until it has so many events."""
+    known: list[Event] = []
+    revision = 0
+    end = time.monotonic() + DEADLINE_S
+    while len(known) < count:
+        assert time.monotonic() < end, f"only {len(known)} events of {count} came"
+        changes = store.changes(user_id, revision)
+        assert changes.complete == (revision == 0)
+        known += changes.events
+        revision = changes.revision
+    return sorted(known, key=lambda event: event.timestamp)
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.parametrize("kill", [False, True], ids=["stopped", "killed"])
+def test_a_database_that_comes_back_has_what_was_acknowledged(
+    kind: str, kill: bool, servers: dict[str, DatabaseServer], tmp_path: Path
+) -> None:
+    server = servers[kind]
+    with open_store(emptied(kind, servers, tmp_path)) as store, ThreadPoolExecutor(4) as threads:
+        acknowledged = [threads.submit(record_until_failure, store, str(user)) for user in range(4)]
+        wait_until(lambda: assert_recorded(store, 4))
+        server.stop(kill=kill)
+        counts = [one.result(DEADLINE_S) for one in acknowledged]
+        with pytest.raises(StoreError, match="cannot be written"):
+            store.record([user_event("down")])
+        with pytest.raises(StoreError, match="cannot be read"):
+            store.history("0")
+        # Kept until the database is there again.
+        store.log_shown(SHOWN)
+        with pytest.raises(StoreError, match="cannot be written"):
+            store.flush()
+        server.start()
+        wait_until(lambda: store.record([user_event("up", user_id="v")]))
+        for user, count in enumerate(counts):
+            # The event that was under way may be there; sent again it counts once.
+            assert count <= len(store.history(str(user))) <= count + 1
+            store.record([user_event(f"{user}-{count}", user_id=str(user))])
+            assert len(store.history(str(user))) == count + 1
+        store.flush()
+        assert store.shown("u") == [SHOWN]
+
+
+def record_until_failure(store: EventStore, user: str) -> int:
+    """How many events of a user were acknowledged."""
+    end = time.monotonic() + DEADLINE_S
+    for count in itertools.count():
+        assert time.monotonic() < end, "the store does not fail"
+        try:
+            store.record([user_event(f"{user}-{count}", user_id=user)])
+        except StoreError:
+            return count
+    raise AssertionError
+
+
+def assert_recorded(store: EventStore, users: int) -> None:
+    for user in range(users):
+        assert len(store.history(str(user))) >= 5
+
+
+@pytest.mark.parametrize(
+    ("options", "durable", "message"),
+    [
+        ((), False, "came appendonly no; set it to yes"),
+        (("--appendfsync", "everysec"), True, "set appendfsync to always, or use Redis 7.2"),
+        (("--maxmemory-policy", "allkeys-lru"), True, "came maxmemory-policy allkeys-lru; set it to noeviction"),
+    ],
+)
+def test_a_redis_that_forgets_is_refused(options: tuple[str, ...], durable: bool, message: str) -> None:
+    try:
+        with redis_server(*options, durable=durable) as server:
+            if "everysec" in options:
+                with redis.Redis.from_url(server.location) as client:
+                    version = [int(part) for part in client.info()["redis_version"].split(".")[:2]]
+                if version >= [7, 2]:
+                    pytest.skip("this Redis can be asked to wait")
+            with pytest.raises(StoreError, match=message):
+                open_store(server.location)
+    except NotInstalled as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_of_before_is_brought_up_to_date(kind: str, servers: dict[str, DatabaseServer], tmp_path: Path) -> None:
+    """It has some recommendations twice, and no means against it."""
+    location = emptied(kind, servers, tmp_path)
+    with open_store(location) as store:
+        store.record([user_event("1")])
+        for name in ("r1", "r2"):
+            store.log_shown(SHOWN._replace(recommendation_id=name), wait=True)
+        store.log_shown(SHOWN._replace(recommendation_id="r3", user_id=None), wait=True)
+    columns = ("temperature", "request_time", "excluded_item_ids")
+    twice = (
+        "INSERT INTO {0} (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp)"
+        " SELECT recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp FROM {0}"
+    )
+    if kind == "sqlite":
+        with closing(sqlite3.connect(location, isolation_level=None)) as connection:
+            for step in ("DROP INDEX shown_once", "DROP TABLE deletions", twice.format("shown")):
+                connection.execute(step)
+            for column in columns:
+                connection.execute(f"ALTER TABLE shown DROP COLUMN {column}")
+            connection.execute("PRAGMA user_version = 2")
+    elif kind == "postgres":
+        with psycopg.connect(location) as connection:
+            steps = (
+                "DROP INDEX jaxrec.shown_once",
+                "DROP TABLE jaxrec.deletions",
+                "UPDATE jaxrec.data.store SET version = 1",
+            )
+            for step in (*steps, twice.format("jaxrec.shown")):
+                connection.execute(step)
+            for column in columns:
+                connection.execute(f"ALTER TABLE jaxrec.shown DROP COLUMN {column}")
+    else:
+        with redis.Redis.from_url(location) as client:
+            client.set("jaxrec:version", "1")
+            client.delete("jaxrec:shown_ids")
+            client.rpush("jaxrec:shown:u", json.dumps(SHOWN[:7]))
+    with open_store(location) as store:
+        assert store.history("u") == [Event("i", None, 0)]
+        store.log_shown(SHOWN, wait=True)
+        assert [shown.recommendation_id for shown in store.shown("u")] == ["r1", "r2"]
+        assert [shown.recommendation_id for shown in store.shown(None)] == ["r3"]
+        assert store.delete_user("u") == Deleted(1, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_that_did_not_note_how_it_drew_is_brought_up_to_date(
+    kind: str, servers: dict[str, DatabaseServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has is not taken for drawn, and its servers do not open it any more: they would not understand it."""
+    location = emptied(kind, servers, tmp_path)
+    if kind == "sqlite":
+        with closing(sqlite3.connect(location)) as connection:
+            connection.executescript(SQLITE_3)
+    else:
+        with open_store(location) as store:
+            store.record([user_event("1")])
+            store.log_shown(NOTED_BEFORE, wait=True)
+    if kind == "postgres":
+        with psycopg.connect(location) as connection:
+            for column in ("temperature", "request_time", "excluded_item_ids"):
+                connection.execute(f"ALTER TABLE jaxrec.shown DROP COLUMN {column}")
+            connection.execute("UPDATE jaxrec.data.store SET version = 2")
+    elif kind == "redis":
+        with redis.Redis.from_url(location) as client:
+            client.set("jaxrec:version", "2")
+            client.lset("jaxrec:shown:u", 0, json.dumps(SHOWN[:7]))
+    new = SHOWN._replace(recommendation_id="r2")
+    for _ in range(2):
+        with open_store(location) as store:
+            store.log_shown(new, wait=True)
+            store.log_shown(SHOWN, wait=True)
+            assert store.shown("u") == [NOTED_BEFORE, new]
+            assert [one for part in store.all_shown() for one in part] == [NOTED_BEFORE, new]
+            assert store.history("u") == [Event("i", None, 0)]
+    # Those servers knew of one version less, and refused others as this one does.
+    name, before = {"sqlite": ("SCHEMA_VERSION", 3), "postgres": ("SCHEMA_VERSION", 2), "redis": ("VERSION", "2")}[kind]
+    monkeypatch.setattr(f"serve.stores.{kind}.{name}", before)
+    with pytest.raises(StoreError, match=rf"in version {int(before) + 1}, expected .*1\.\.{before}"):
+        open_store(location)
+
+
+def test_what_a_server_of_before_still_writes_is_read_and_not_learned_from(
+    store: EventStore, location: str, small_data: PreparedData, tmp_path: Path
+) -> None:
+    """It has the store open since before it was brought up to date, and notes what it noted then."""
+    store.record([user_event("1")])
+    lists = [json.dumps(column, ensure_ascii=False) for column in SHOWN[2:4]]
+    row = [*SHOWN[:2], *lists, *SHOWN[4:7]]
+    columns = "recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp"
+    if location.startswith("redis:"):
+        with redis.Redis.from_url(location) as client:
+            arguments = ["jaxrec:shown:u", "r1", json.dumps(SHOWN[:7]), time.time(), digest("u")]
+            client.register_script(LOG_SHOWN)(args=arguments)
+    elif location.startswith("postgresql:"):
+        with psycopg.connect(location) as connection:
+            connection.execute(f"INSERT INTO jaxrec.shown ({columns}) VALUES (%s, %s, %s, %s, %s, %s, %s)", row)
+    else:
+        with closing(sqlite3.connect(location, isolation_level=None)) as connection:
+            connection.execute(f"INSERT INTO shown ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+    assert store.shown("u") == [NOTED_BEFORE]
+    copy_log(store, tmp_path / "log.sqlite")
+    log = read_served_log(tmp_path / "log.sqlite", small_data.catalog)
+    assert (log.recommendations, log.skipped, log.shown) == ([], {UNNOTED: 1}, 1)
+
+
+def test_a_long_redis_log_is_brought_up_to_date_in_parts(
+    servers: dict[str, DatabaseServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that was broken off, where an earlier attempt left ids behind, and by two servers at once."""
+    monkeypatch.setattr("serve.stores.redis.UPDATED_AT_ONCE", 10)
+    location = emptied("redis", servers, tmp_path)
+    open_store(location).close()
+    ids = [f"r{at}" for at in range(95)]
+    with redis.Redis.from_url(location) as client:
+        client.set("jaxrec:version", "1")
+        for user_id in (None, "u"):
+            key = "jaxrec:shown" if user_id is None else f"jaxrec:shown:{user_id}"
+            # Every tenth a second time, near and far.
+            for name in (*ids[:50], *ids[:50:10], *ids[50:], *ids[::10]):
+                recommendation_id = name if user_id is None else f"{user_id} {name}"
+                client.rpush(key, json.dumps(SHOWN._replace(recommendation_id=recommendation_id, user_id=user_id)))
+        client.sadd("jaxrec:shown_ids", *ids)
+        step = client.register_script(UPDATE_SHOWN)
+        assert [step(args=["jaxrec:shown", 10]) for _ in range(3)] == [1, 1, 1]
+        client.config_resetstat()
+        with ThreadPoolExecutor(2) as threads:
+            for opened in threads.map(open_store, [location] * 2):
+                opened.close()
+        # None looks at more than ten: of 110, 30 were done.
+        assert client.info("commandstats")["cmdstat_evalsha"]["calls"] >= 8 + 11
+        assert not client.exists("jaxrec:update", "jaxrec:update_ids")
+        assert client.scard("jaxrec:shown_ids") == 2 * 95
+    with open_store(location) as store:
+        assert [shown.recommendation_id for shown in store.shown(None)] == ids
+        assert [shown.recommendation_id for shown in store.shown("u")] == [f"u {name}" for name in ids]
+        store.log_shown(SHOWN._replace(recommendation_id="r94", user_id=None), wait=True)
+        assert len(store.shown(None)) == 95
+
+
+def test_a_long_redis_list_is_deleted_in_parts(
+    servers: dict[str, DatabaseServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of sight at once, and to the end also where the server that began did not live to see it."""
+    monkeypatch.setattr("serve.stores.redis.DELETED_AT_ONCE", 10)
+    location = emptied("redis", servers, tmp_path)
+    events = [user_event(str(at)) for at in range(95)]
+    with open_store(location) as store, redis.Redis.from_url(location) as client:
+        store.record([*events, user_event("v", user_id="v")])
+        for at in range(25):
+            store.log_shown(SHOWN._replace(recommendation_id=f"r{at}"), wait=True)
+        revision = store.revision("u")
+        client.config_resetstat()
+        assert store.delete_user("u") == Deleted(95, 25)
+        # Each takes ten.
+        assert client.info("commandstats")["cmdstat_evalsha"]["calls"] >= 10 + 1
+        assert sorted(client.keys("jaxrec:*")) == sorted(
+            f"jaxrec:{name}".encode()
+            for name in ("deletions", "event_ids", "events:v", "revision", "user:v", "version")
+        )
+        assert client.smembers("jaxrec:event_ids") == {b"v"}
+        assert store.record(events) == events
+        assert store.revision("u") > revision
+        assert client.register_script(DELETE_USER)(args=["u", "digest", 100, 10]) == [95, 0]
+        assert (store.history("u"), store.revision("u")) == ([], 0)
+        assert client.scard("jaxrec:event_ids") == 1 + 85
+    with open_store(location) as store, redis.Redis.from_url(location) as client:
+        assert client.smembers("jaxrec:event_ids") == {b"v"}
+        assert not client.keys("jaxrec:deleted*")
+        assert store.record(events) == events
+
+
+def test_dropped_states_cost_redis_one_look_at_each_user(
+    servers: dict[str, DatabaseServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.stores.redis.DROPPED_AT_ONCE", 20)
+    location, users = emptied("redis", servers, tmp_path), 600
+    with open_store(location) as store, redis.Redis.from_url(location) as client:
+        store.record([user_event(f"e{at}", user_id=f"u{at}") for at in range(users)])
+        store.save_states([SpilledState(f"u{at}", "old", users, b"x") for at in range(users)])
+        store.save_states([SpilledState(f"u{at}", "new", users, b"x") for at in range(0, users, 2)])
+        store.flush()
+        client.config_resetstat()
+        dropped = list(itertools.takewhile(bool, (store.drop_states(["new"], 20) for _ in range(users))))
+        assert sum(dropped) == users
+        # Once until all are seen, and once more to know that none is left.
+        assert client.info("commandstats")["cmdstat_hkeys"]["calls"] <= 2 * users
+        assert client.scard("jaxrec:states") == users / 2
+        assert store.load_state("u0", "new") is not None
+        store.save_states([SpilledState("u1", "old", users, b"x")])
+        store.flush()
+        assert store.drop_states(["new"], 20) == 1
+        assert store.drop_states(["new"], 20) == 0
+
+
+def test_a_server_waits_for_another_that_brings_postgres_up_to_date(
+    servers: dict[str, DatabaseServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than a statement may take."""
+    monkeypatch.setattr("serve.stores.postgres.SETTINGS", "-c statement_timeout=100")
+    location = emptied("postgres", servers, tmp_path)
+    with ThreadPoolExecutor(1) as threads, psycopg.connect(location) as first:
+        first.execute("SELECT pg_advisory_xact_lock(%s)", [SCHEMA_LOCK])
+        opening = threads.submit(open_store, location)
+        waiting = (
+            "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'advisory' AND clock_timestamp() - query_start > %s"
+        )
+
+        def has_waited() -> None:
+            with psycopg.connect(location) as look:
+                assert look.execute(waiting, [timedelta(seconds=0.3)]).fetchone() is not None
+
+        wait_until(has_waited, lambda: not opening.done())
+        first.rollback()
+        opening.result(DEADLINE_S).close()
+
+
+def test_a_copy_that_is_opened_becomes_a_store(tmp_path: Path) -> None:
+    """With what keeps its acknowledged events, and not to be replaced any more."""
+    copy = tmp_path / "copy.sqlite"
+    with open_store(tmp_path / "events.sqlite") as store:
+        store.record([user_event("1")])
+        for _ in range(2):
+            copy_log(store, copy)
+        with open_store(copy) as opened:
+            opened.record([user_event("2")])
+            with closing(sqlite3.connect(copy)) as connection:
+                assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+            with pytest.raises(StoreError, match="came a store that is in use"):
+                copy_log(store, copy)
+        with pytest.raises(StoreError, match="a copy that was opened as a store since"):
+            copy_log(store, copy)
+    with open_store(copy) as opened:
+        assert len(opened.history("u")) == 2
+
+
+def test_what_cannot_be_copied_is_said(tmp_path: Path) -> None:
+    other = tmp_path / "notes.txt"
+    other.write_text("not to be lost")
+    with open_store(tmp_path / "events.sqlite") as store:
+        store.record([user_event("1")])
+        with pytest.raises(StoreError, match="expected a new file or an older copy of a log, came a store that is in"):
+            copy_log(store, tmp_path / "events.sqlite")
+        with pytest.raises(StoreError, match=r"notes.txt: expected .*, came another file, or"):
+            copy_log(store, other)
+        with pytest.raises(StoreError, match="cannot be"):
+            copy_log(store, tmp_path / "nowhere" / "log.sqlite")
+    assert other.read_text() == "not to be lost"
+    # Nobody has it open, but it is the only one.
+    with (
+        open_store(tmp_path / "empty.sqlite") as store,
+        pytest.raises(StoreError, match=r"events.sqlite: expected .*, came another file, or"),
+    ):
+        copy_log(store, tmp_path / "events.sqlite")
+    command = [sys.executable, "-m", "serve", "log", str(tmp_path / "none"), str(tmp_path / "log.sqlite")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (1, f"Error: {tmp_path}/none: expected a store, there is no such file\n")
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_another_version_is_refused(kind: str, servers: dict[str, DatabaseServer], tmp_path: Path) -> None:
+    location = emptied(kind, servers, tmp_path)
+    open_store(location).close()
+    if kind == "postgres":
+        with psycopg.connect(location) as connection:
+            connection.execute("UPDATE jaxrec.data.store SET version = 9")
+    else:
+        with redis.Redis.from_url(location) as client:
+            client.set("jaxrec:version", "9")
+    with pytest.raises(StoreError, match="is a store in version 9, expected 1"):
+        open_store(location)
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("postgresql://jaxrec@127.0.0.1:1/nothing", "PostgreSQL: cannot be opened: .*Connection refused"),
+        ("redis://127.0.0.1:1/0", "Redis: cannot be opened: .*Connection refused"),
+        ("redis://127.0.0.1:1/x?nonsense=", "Redis: "),
+        ("mysql://127.0.0.1/x", "expected a path, postgresql:// or redis://, came mysql://"),
+    ],
+)
+def test_no_such_store(location: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message):
+        open_store(location)
