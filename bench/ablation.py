@@ -22,7 +22,7 @@ from quality import commit, without_folder
 
 from jaxrec.config import ModelConfig, TrainConfig
 from jaxrec.data.batches import TrainBatch
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.store import read_prepared
 from jaxrec.evaluation.metrics import hit_rate, ndcg
 from jaxrec.evaluation.ranking import ranks_by_request_time

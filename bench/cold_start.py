@@ -20,13 +20,14 @@ from quality import commit, without_folder
 
 from jaxrec.config import PrepareConfig, TrainConfig
 from jaxrec.data.batches import CaseBatch
-from jaxrec.data.prepare import PreparedData, prepare, prepare_files
+from jaxrec.data.events import Events
+from jaxrec.data.prepare import prepare, prepare_files
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, UNKNOWN_GAP, USER
 from jaxrec.data.store import read_prepared, write_prepared
 from jaxrec.evaluation.metrics import bootstrap_mean, exclude_items
 from jaxrec.evaluation.ranking import Scorer, constant_scorer, jit_scorer, model_logits
 from jaxrec.files import write_text
-from jaxrec.models.features import Events
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.rewards import genre_directions
 from jaxrec.runs.evaluate import hybrid_scorer

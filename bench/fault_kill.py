@@ -21,7 +21,8 @@ from pathlib import Path
 import click
 
 from serve.model.events import Event
-from serve.stores.base import EventStore, UserEvent, open_store
+from serve.stores import open_store
+from serve.stores.base import EventStore, UserEvent
 
 THREADS = 4
 EVENTS = 3

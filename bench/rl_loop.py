@@ -32,8 +32,10 @@ from bench.quality import commit
 from jaxrec.config import LOG_RL, RewardWeights, RLConfig
 from jaxrec.data.catalog import Catalog
 from jaxrec.data.histories import Histories
-from jaxrec.data.prepare import PreparedData, prepare_files, read_prepared, write_prepared
+from jaxrec.data.prepare import prepare_files
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
+from jaxrec.data.store import read_prepared, write_prepared
 from jaxrec.files import write_text
 from jaxrec.rl.ope.gate import MINIMUM_EFFECTIVE
 from jaxrec.rl.simulated.fit import SimulatorFit, fit_simulator, profiles, simulator_histories

@@ -34,7 +34,7 @@ from quality import commit
 
 from jaxrec.config import RewardWeights, RLConfig
 from jaxrec.data.batches import case_batches
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.evaluation.metrics import Estimate, bootstrap_mean, coverage, exclude_items, ndcg, rank_of_target
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.files import new_file, write_text

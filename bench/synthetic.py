@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 from jaxrec.rl.simulated.environment import Environment
 
 TAKEN, SHOWN = 3, 3  # how many items the user remembers

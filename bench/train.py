@@ -30,10 +30,10 @@ from train_steps import Shape, Step, our_step, plain_jax_step, random_batch, ran
 
 from jaxrec.config import ModelConfig, TrainConfig
 from jaxrec.data.batches import MAX_EARLIER, TrainBatch, TrainingData
-from jaxrec.data.prepare import read_prepared
+from jaxrec.data.events import Events
+from jaxrec.data.store import read_prepared
 from jaxrec.evaluation.metrics import hit_rate, ndcg
 from jaxrec.evaluation.ranking import jit_scorer, model_logits, rank_cases
-from jaxrec.models.features import Events
 from jaxrec.models.neighbours import initial_embedding, neighbours
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.runs.train import new_models

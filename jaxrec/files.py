@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError
 
 
 @contextlib.contextmanager

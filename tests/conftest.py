@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from jaxrec.config import ModelConfig, PrepareConfig
-from jaxrec.data.prepare import PreparedData, prepare
+from jaxrec.data.prepare import prepare
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid, PolicyHead

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 
 
 def by_user(data: PreparedData) -> dict:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError
 from jaxrec.files import new_directory, new_file
 
 MARKER = "kind.json"

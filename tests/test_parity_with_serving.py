@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.runs.evaluate import hybrid_scorer

@@ -8,13 +8,15 @@ import click
 
 from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
 from jaxrec.data.append import append_directory
-from jaxrec.data.prepare import PreparedData, check_prepared, prepare_directory
+from jaxrec.data.prepare import prepare_directory
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.reading.bad_rows import QUARANTINE_FILE, OnBadRows
 from jaxrec.data.reading.check import ReadOptions
 from jaxrec.data.reading.connection import MEMORY_GB
 from jaxrec.data.reading.rules import IdKind, TimeUnit
 from jaxrec.data.reading.sources import ColumnNames
 from jaxrec.data.schema import RatingScale
+from jaxrec.data.store import check_prepared
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXISTING_PATH = click.Path(exists=True, path_type=Path)

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from jaxrec.cli.data import filter_and_split_options
 from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
 from jaxrec.data.reading.movies import read_movies
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)

@@ -11,12 +11,10 @@ from jaxrec.cli.rl import SEED, SEED_HELP, rl
 from jaxrec.config import CheckpointConfig, ModelConfig, TrainConfig
 from jaxrec.data.reading.fetch import BASE_URL, DATASETS
 from jaxrec.data.reading.fetch import fetch as fetch_archive
-from jaxrec.data.schema import DataError
-from jaxrec.errors import ExportError
+from jaxrec.errors import DataError, ExportError, ProcessLost, TrainingError, TrainingStopped
 from jaxrec.runs.train import extend_run, train_run
-from jaxrec.training.loop import TrainingError
-from jaxrec.training.processes import ProcessLost, join, leave, leave_at_once
-from jaxrec.training.stopping import TrainingStopped, stop_on_signals
+from jaxrec.training.processes import join, leave, leave_at_once
+from jaxrec.training.stopping import stop_on_signals
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)

@@ -6,7 +6,8 @@ import click
 from click.core import ParameterSource
 
 from jaxrec.config import LOG_RL, SIMULATOR_RL, RewardWeights, RLConfig
-from jaxrec.training.stopping import TrainingStopped, stop_on_signals
+from jaxrec.errors import TrainingStopped
+from jaxrec.training.stopping import stop_on_signals
 
 SEED = click.IntRange(0)
 SEED_HELP = "Of everything random: the same seed on the same machine gives the same result."

@@ -21,23 +21,16 @@ from jaxrec.data.event_log import EVENT_TYPES, DuplicatesError, EventLog, Sorted
 from jaxrec.data.filtering import blocks
 from jaxrec.data.ids import IdMap, write_ids
 from jaxrec.data.prepare import prepare_log
+from jaxrec.data.prepared import AddFiles, PreparedData
 from jaxrec.data.reading.bad_rows import QUARANTINE_FILE, OnBadRows, bad_rows
 from jaxrec.data.reading.check import Loaded, ReadOptions, load
 from jaxrec.data.reading.connection import MEMORY_GB, quoted
 from jaxrec.data.reading.formats import relation_of
 from jaxrec.data.reading.read import input_counts, movies_for, reading
 from jaxrec.data.reading.rules import IdKind
-from jaxrec.data.schema import ITEM, DataError
-from jaxrec.data.store import (
-    LOG_FOLDER,
-    AddFiles,
-    PreparedData,
-    finish,
-    new_data_folder,
-    read_all_movies,
-    read_prepared,
-    write_movies,
-)
+from jaxrec.data.schema import ITEM
+from jaxrec.data.store import LOG_FOLDER, finish, new_data_folder, read_all_movies, read_prepared, write_movies
+from jaxrec.errors import DataError
 
 
 def append_directory(

@@ -7,11 +7,11 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from jaxrec.data.events import Events
 from jaxrec.data.histories import Histories
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP
 from jaxrec.data.split import Cases
-from jaxrec.models.features import Events
 
 Item = TypeVar("Item")
 

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.data.ids import IdMap
-from jaxrec.data.schema import GENRES, ITEM, NO_GENRES, TITLE, DataError
+from jaxrec.data.schema import GENRES, ITEM, NO_GENRES, TITLE
+from jaxrec.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)

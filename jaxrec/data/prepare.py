@@ -15,12 +15,13 @@ from jaxrec.data.event_log import EventLog, SortedLog
 from jaxrec.data.filtering import Block, Fitted, k_core, select
 from jaxrec.data.histories import Histories
 from jaxrec.data.ids import IdMap
+from jaxrec.data.prepared import AddFiles, PreparedData
 from jaxrec.data.reading.bad_rows import BadRows, OnBadRows, bad_rows
 from jaxrec.data.reading.check import Loaded, ReadOptions
 from jaxrec.data.reading.connection import MEMORY_GB, engine
 from jaxrec.data.reading.formats import FrameRelation, relation_of
 from jaxrec.data.reading.read import input_counts, movies_for, read_log, reading
-from jaxrec.data.schema import ITEM, DataError
+from jaxrec.data.schema import ITEM
 from jaxrec.data.split import (
     TRAINING,
     is_training_of_leave_one_out,
@@ -33,25 +34,12 @@ from jaxrec.data.split import (
 )
 from jaxrec.data.store import (
     LOG_FOLDER,
-    AddFiles,
-    PreparedData,
-    check_prepared,
     finish,
     new_data_folder,
     read_prepared,
     write_movies,
-    write_prepared,
 )
-
-__all__ = [
-    "PreparedData",
-    "check_prepared",
-    "prepare",
-    "prepare_directory",
-    "prepare_files",
-    "read_prepared",
-    "write_prepared",
-]
+from jaxrec.errors import DataError
 
 
 def prepare(

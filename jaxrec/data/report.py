@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from jaxrec.data.columns import release
 from jaxrec.data.histories import Histories
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import RatingScale
-from jaxrec.data.store import PreparedData
 from jaxrec.files import new_file, write_text
 
 REPORT_FILE, PLOTS_FILE = "report.json", "report.png"

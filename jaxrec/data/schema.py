@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from jaxrec.errors import DataError
+
 USER = "user_id"
 ITEM = "item_id"
 RATING = "rating"
@@ -16,10 +18,6 @@ NO_GENRES = "(no genres listed)"
 MISSING_RATING = -1.0  # how "no rating" is written once ratings are scaled to 0..1
 SECONDS_PER_DAY = 86_400
 UNKNOWN_GAP = -1.0  # how "no earlier event" and "request time not known" are written, in seconds
-
-
-class DataError(ValueError):
-    """Input that breaks the rules; the message says where, what came and what was expected."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,9 @@ DATA/report.{json,png}      what the log looks like, where it was asked for
 """
 
 import contextlib
-import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,15 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.config import PrepareConfig, from_json, to_json
-from jaxrec.data.catalog import Catalog, read_catalog, write_catalog
-from jaxrec.data.columns import BLOCK_EVENTS, open_column, release
+from jaxrec.data.catalog import read_catalog, write_catalog
+from jaxrec.data.columns import open_column
 from jaxrec.data.event_log import EVENT_TYPES, EventLog, open_log
 from jaxrec.data.histories import Histories
-from jaxrec.data.ids import IdMap, open_ids, write_ids
-from jaxrec.data.schema import ITEM, DataError, RatingScale
+from jaxrec.data.ids import open_ids, write_ids
+from jaxrec.data.prepared import AddFiles, PreparedData
+from jaxrec.data.schema import ITEM
 from jaxrec.data.split import Cases, Split
+from jaxrec.errors import DataError
 from jaxrec.files import new_directory, read_json, sha256
 
 SCHEMA_VERSION = 2
@@ -38,56 +39,6 @@ CATALOG_FILE = "catalog.json"
 LOG_FOLDER = "log"
 MOVIES_FILE = "movies.csv"
 SPLIT_COLUMNS = ("train_counts", "validation_users", "validation_rows", "test_users", "test_rows")
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedData:
-    """What every later stage reads. `config.rating_scale` is the scale in force; None where there are no ratings.
-
-    `log`: every event that was read, before the filters. `movies`: all movies that were given, not only those of the
-    catalogue. Both are for `append`; None: not kept. `input`: counts of what was read, as JSON values.
-    """
-
-    catalog: Catalog
-    users: IdMap
-    histories: Histories
-    split: Split
-    config: PrepareConfig
-    log: EventLog | None = None
-    movies: pd.DataFrame | None = None
-    input: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def unit_ratings(self) -> np.ndarray:
-        """[events] float32: ratings scaled to 0..1, MISSING_RATING where there is none."""
-        scale = self.config.rating_scale or RatingScale(0.0, 1.0)
-        return scale.to_unit(self.histories.ratings)
-
-    def train_popularity(self) -> np.ndarray:
-        """[items + 1] int64: training events per item."""
-        rows = self.split.train_rows(self.histories)
-        return np.bincount(self.histories.items[rows], minlength=len(self.catalog) + 1)
-
-    def summary(self) -> dict[str, Any]:
-        """Counts that describe the data, as JSON values."""
-        first, last = 2**62, 0
-        for start in range(0, self.histories.event_count, BLOCK_EVENTS):
-            times = self.histories.times[start : start + BLOCK_EVENTS]
-            first, last = min(first, int(times.min())), max(last, int(times.max()))
-            release(times)
-        return {
-            "users": len(self.users),
-            "items": len(self.catalog),
-            "events": self.histories.event_count,
-            "training_events": int(self.split.train_counts.sum()),
-            "validation_cases": len(self.split.validation),
-            "test_cases": len(self.split.test),
-            "genres": len(self.catalog.genres),
-            "first_time": first,
-            "last_time": last,
-        }
-
-
-AddFiles = Callable[[PreparedData, Path], object]
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import SECONDS_PER_DAY
 
 RECENT_HALF_LIFE_DAYS = 30.0

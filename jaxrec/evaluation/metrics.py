@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 
 BOOTSTRAP_SAMPLES = 1000
 

@@ -12,9 +12,11 @@ import numpy as np
 from flax import nnx
 
 from jaxrec.data.batches import CaseBatch, case_batches
-from jaxrec.data.prepare import PreparedData
-from jaxrec.data.schema import UNKNOWN_GAP, DataError
+from jaxrec.data.events import Events
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.split import Cases
+from jaxrec.errors import DataError
 from jaxrec.evaluation.metrics import (
     bootstrap_mean,
     coverage,
@@ -24,8 +26,8 @@ from jaxrec.evaluation.metrics import (
     rank_of_target,
     reciprocal_rank,
 )
-from jaxrec.models.features import Events
-from jaxrec.models.sequence import NEVER, TimeRatingAwareLSTM
+from jaxrec.models.masks import NEVER
+from jaxrec.models.sequence import TimeRatingAwareLSTM
 
 TOP = 10
 LENGTHS = (25, 50, 100)  # of histories that are ranked together, below the longest

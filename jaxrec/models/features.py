@@ -1,7 +1,5 @@
 """What a model reads of an event: the batch type, and the learned views of rating and time."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,27 +9,7 @@ from flax import nnx
 GAP_EDGES = np.concatenate([[0.0], 2.0 ** np.arange(30)]).astype(np.float32)
 GAP_BUCKETS = len(GAP_EDGES) + 1
 
-
 Array = jax.Array | np.ndarray
-
-
-class Events(NamedTuple):
-    """A batch of histories, right-padded.
-
-    `item` [batch, length] int32 (0 = padding), `rating` [batch, length] float32 (0..1, MISSING_RATING = none),
-    `gap` [batch, length] float32 (seconds since the event before, UNKNOWN_GAP for the first),
-    `length` [batch] int32 (real events per row).
-    """
-
-    item: Array
-    rating: Array
-    gap: Array
-    length: Array
-
-    @property
-    def where(self) -> jax.Array:
-        """[batch, length] bool: True at real events."""
-        return jnp.arange(self.item.shape[1]) < self.length[:, None]
 
 
 def gap_bucket(gap: Array) -> jax.Array:

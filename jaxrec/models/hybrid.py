@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrec.data.events import Events
 from jaxrec.models.cooccurrence import RECENT, CoOccurrence, recent_items
-from jaxrec.models.features import Events
 from jaxrec.models.sequence import FixedTable, TimeRatingAwareContentModel, TimeRatingAwareLSTM
 
 State = tuple[jax.Array, jax.Array]

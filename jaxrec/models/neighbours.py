@@ -19,7 +19,7 @@ import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
 
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 
 WINDOW = 20
 LAG_DECAY = 0.85

@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 
 from jaxrec.config import ModelConfig
-from jaxrec.models.features import Array, Events, GapEmbedding, RatingEmbedding
+from jaxrec.data.events import Events
+from jaxrec.models.features import Array, GapEmbedding, RatingEmbedding
 from jaxrec.models.lstm import LSTM
-
-NEVER = -1e30  # the logit of padding and of excluded items
+from jaxrec.models.masks import NEVER
 
 
 class TimeRatingAwareLSTM(nnx.Module):

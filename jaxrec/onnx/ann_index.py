@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxrec.data.batches import case_batches
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.split import Cases
 from jaxrec.errors import ExportError
 from jaxrec.onnx.parity import PROBE_ROWS, make_probe, open_session

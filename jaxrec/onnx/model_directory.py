@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import ExportError
 from jaxrec.evaluation.baselines import decayed_popularity
 from jaxrec.files import new_directory, sha256

@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxrec.data.events import Events
 from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP
 from jaxrec.errors import ExportError
 from jaxrec.models.cooccurrence import RECENT
-from jaxrec.models.features import GAP_EDGES, Events
+from jaxrec.models.features import GAP_EDGES
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 from jaxrec.onnx.weights import RECENT_WEIGHTS, Weights
 
 TOLERANCE = 1e-4

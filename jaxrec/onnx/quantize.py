@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxrec.data.batches import CaseBatch
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import ExportError
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import TOP, Ranked, Scorer, rank_cases

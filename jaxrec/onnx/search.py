@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.onnx.ann_index import CANDIDATES_PER_ANSWER, MANY, TOP, Index, build_index, probe_requests
 from jaxrec.onnx.convert import sequence_query_graph, step_query_graph
 from jaxrec.onnx.parity import check_query_parity

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from jaxrec.models.cooccurrence import RECENT
 from jaxrec.models.features import GAP_EDGES
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 from jaxrec.onnx.weights import RECENT_WEIGHTS, LSTMWeights, PolicyWeights, Weights
 
 

@@ -6,7 +6,7 @@ Logits are [..., items + 1]; what may not be recommended holds NEVER (`jaxrec.ev
 import jax
 import jax.numpy as jnp
 
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 
 
 def sample_slates(key: jax.Array, logits: jax.Array, k: int) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.config import RewardWeights
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 
 SHRINKAGE = 10.0  # an item's (or a user's) mean rating counts as much as the global one from this many ratings on
 Values = TypeVar("Values", jax.Array, np.ndarray)

@@ -24,7 +24,7 @@ from jaxrec.evaluation.ranking import (
 from jaxrec.files import write_text
 from jaxrec.evaluation.metrics import bootstrap_ratio, ndcg
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.runs.rl_logged import load_policy, read_outcome
 from jaxrec.runs.train import EVALUATION_FILE, load_supervised, open_run
 from jaxrec.data.split import Cases

@@ -31,7 +31,7 @@ from jaxrec.rl.logged.methods import METHODS, REINFORCE, Method
 from jaxrec.rl.logged.checkpoint import PolicyCheckpoint, models_digest
 from jaxrec.rl.logged.train import PolicyOutcome, train_policy
 from jaxrec.runs.train import EVALUATION_FILE, POLICY_FOLDER, Run, load_supervised, open_run
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError
 from jaxrec.training.stopping import StopRequested, never
 
 SCHEMA_VERSION = 2

@@ -18,7 +18,7 @@ from jaxrec.rl.scoring import frozen_scoring
 from jaxrec.rl.served.train import FromLog, split_users, train_from_log
 from jaxrec.rl.logged.train import PolicyOutcome
 from jaxrec.runs.train import load_supervised, open_run
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError
 from jaxrec.rl.served.event_store import DETERMINISTIC, ServedLog, read_served_log
 from jaxrec.training.stopping import StopRequested, never
 

@@ -18,7 +18,7 @@ from jaxrec.files import read_json, write_text
 from jaxrec.data.reading.read import read_ratings
 from jaxrec.data.reading.check import ReadOptions
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.rl.simulated.environment import Environment
 from jaxrec.rl.simulated.recommender import every_user, recommender_environment, recommender_of, start_states
 from jaxrec.rl.logged.evaluate import case_states, make_judge
@@ -33,7 +33,7 @@ from jaxrec.rl.logged.states import training_states
 from jaxrec.rl.logged.train import Judge, PolicyOutcome
 from jaxrec.rl.simulated.split_people import TwoSimulators, two_simulators
 from jaxrec.runs.train import SIMULATOR_PARTIAL_FOLDER, load_supervised, open_run
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError
 from jaxrec.training.stopping import StopRequested, never
 
 SIMULATOR_OUTCOME_FILE = "policy_from_simulator.json"

@@ -36,10 +36,12 @@ from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.training.processes import is_first, wait_for_all
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError
 from jaxrec.training.sharding import building_device, data_mesh
-from jaxrec.training.stopping import StopRequested, TrainingStopped, never
-from jaxrec.data.store import SUMMARY_FILE, PreparedData, read_prepared
+from jaxrec.training.stopping import StopRequested, never
+from jaxrec.errors import TrainingStopped
+from jaxrec.data.store import SUMMARY_FILE, read_prepared
+from jaxrec.data.prepared import PreparedData
 from jaxrec.training.loop import load_trained, require_trainable, train_model
 
 SCHEMA_VERSION = 3

@@ -14,8 +14,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxrec.data.schema import DataError
-from jaxrec.training.processes import ProcessLost
+from jaxrec.errors import DataError, ProcessLost
 from jaxrec.training.step import TrainState
 
 METRIC = "validation_ndcg_10"

@@ -14,7 +14,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError
 from jaxrec.files import new_file, write_text
 
 STEPS_FILE = "steps.jsonl"

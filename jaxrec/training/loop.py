@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrec.config import CheckpointConfig, TrainConfig
 from jaxrec.data.batches import TrainBatch, TrainingData, prefetch
-from jaxrec.data.prepare import PreparedData
-from jaxrec.data.schema import DataError
+from jaxrec.data.prepared import PreparedData
+from jaxrec.errors import DataError, TrainingError, TrainingStopped
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import ranks_by_request_time
 from jaxrec.training.checkpoints import METRIC, Checkpoints, Progress
@@ -33,14 +33,10 @@ from jaxrec.training.sharding import (
     with_item_rows,
 )
 from jaxrec.training.step import Model, TrainState, initial_state, learning_rate, make_optimizer, make_train_step
-from jaxrec.training.stopping import StopRequested, TrainingStopped, never
+from jaxrec.training.stopping import StopRequested, never
 
 CHECKPOINT_FOLDER = "checkpoints"
 AGREE_STEPS = 10  # several processes ask each other that often whether to save or to stop
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where it stopped and what is kept."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.models.features import Array
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 
 CHUNK = 256  # positions whose logits exist at the same time: few enough for the cache, many enough for the product
 

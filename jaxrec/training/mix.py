@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.data.batches import case_batches
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.events import Events
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.split import Cases
 from jaxrec.evaluation.metrics import ndcg, rank_of_target
 from jaxrec.evaluation.ranking import jit_scorer, model_logits, without_request_time
 from jaxrec.models.cooccurrence import CoOccurrence, recent_items
-from jaxrec.models.features import Events
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 
 WEIGHTS = np.linspace(0.0, 1.0, 21, dtype=np.float32)

@@ -14,11 +14,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxrec.errors import ProcessLost
+
 HEARTBEAT_SECONDS = 20  # a process that was silent for so long counts as dead
-
-
-class ProcessLost(RuntimeError):
-    """Another process of the run is gone. Nothing that involves all of them can end well: leave without it."""
 
 
 def join(coordinator: str, process_count: int, process_index: int) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxrec.models.features import Array
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 from jaxrec.training.losses import next_item_loss
 from jaxrec.training.sharding import DATA_AXIS, ITEM_AXIS
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrec.data.schema import DataError
-from jaxrec.models.sequence import NEVER
+from jaxrec.errors import DataError
+from jaxrec.models.masks import NEVER
 
 DATA_AXIS, ITEM_AXIS = "data", "items"
 ITEM_BIAS = "item_bias_table"

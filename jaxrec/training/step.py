@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from jaxrec.config import TrainConfig
 from jaxrec.data.batches import TrainBatch
 from jaxrec.data.schema import UNKNOWN_GAP
-from jaxrec.models.sequence import NEVER, TimeRatingAwareLSTM
+from jaxrec.models.masks import NEVER
+from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.training.host_memory import keep_freed_memory
 from jaxrec.training.losses import next_item_loss, sampled_softmax_loss
 from jaxrec.training.sharded_loss import Loss, loss_over

@@ -9,10 +9,6 @@ from types import FrameType
 StopRequested = Callable[[], bool]
 
 
-class TrainingStopped(Exception):
-    """Training was asked to stop, and did; the message says where it stands. Everything is saved."""
-
-
 def never() -> bool:
     """Nobody asks to stop."""
     return False

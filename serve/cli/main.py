@@ -159,7 +159,8 @@ def run(
     from serve.observability.logs import log_as_json
     from serve.observability.metrics import Metrics
     from serve.serving.loading import open_models
-    from serve.stores.base import StoreError, open_store
+    from serve.stores import open_store
+    from serve.stores.base import StoreError
 
     if log_format == "json":
         log_as_json()
@@ -302,7 +303,8 @@ def log(store: str, out: Path) -> None:
     file OUT: all events, and all recommendations that were shown. It is the next policy's training data."""
     from tqdm import tqdm
 
-    from serve.stores.base import StoreError, open_store
+    from serve.stores import open_store
+    from serve.stores.base import StoreError
     from serve.stores.copy import copy_log
 
     if "://" not in store and not Path(store).is_file():

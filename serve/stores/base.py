@@ -7,7 +7,6 @@ with open_store("events.sqlite") as store:          # or postgresql://..., redis
 
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
 from serve.model.events import Event
@@ -170,29 +169,3 @@ class EventStore(Protocol):
 def digest(user_id: str) -> str:
     """What is remembered of a deleted user."""
     return hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def open_store(location: str | Path) -> EventStore:
-    """Opens what `location` names, and creates what is missing in it; raises StoreError.
-
-    `postgresql://USER@HOST/DATABASE` and `redis://HOST:PORT/NUMBER` are for several servers with one store and
-    need the extras `postgres` and `redis`; anything else is the path of a SQLite file.
-    """
-    scheme = str(location).partition("://")[0] if "://" in str(location) else ""
-    try:
-        if scheme in ("postgresql", "postgres"):
-            from serve.stores.postgres import PostgresStore
-
-            return PostgresStore(str(location))
-        if scheme in ("redis", "rediss", "unix"):
-            from serve.stores.redis import RedisStore
-
-            return RedisStore(str(location))
-    except ModuleNotFoundError as error:
-        extra = "postgres" if scheme.startswith("postgres") else "redis"
-        raise StoreError(f"{scheme}:// needs {error.name}: install jaxrec[{extra}]") from error
-    if scheme:
-        raise StoreError(f"expected a path, postgresql:// or redis://, came {scheme}://")
-    from serve.stores.sqlite import SQLiteStore
-
-    return SQLiteStore(Path(location))

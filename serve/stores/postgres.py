@@ -37,7 +37,7 @@ from serve.stores.deferred import (
 SCHEMA_VERSION = 3
 VERSION_TABLE: tuple[LiteralString, ...] = (
     "CREATE SCHEMA IF NOT EXISTS jaxrec",
-    "CREATE TABLE IF NOT EXISTS jaxrec.data.store (version integer NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS jaxrec.store (version integer NOT NULL)",
 )
 SCHEMA: tuple[LiteralString, ...] = (
     """CREATE TABLE IF NOT EXISTS jaxrec.events (
@@ -358,7 +358,7 @@ def _prepare(connection: psycopg.Connection) -> None:
     connection.execute("SELECT pg_advisory_xact_lock(%s)", [SCHEMA_LOCK])
     connection.execute(VERSION_TABLE[0])
     connection.execute(VERSION_TABLE[1])
-    row = connection.execute("SELECT version FROM jaxrec.data.store").fetchone()
+    row = connection.execute("SELECT version FROM jaxrec.store").fetchone()
     if row is not None and row[0] == SCHEMA_VERSION:
         if connection.execute("SELECT to_regclass('jaxrec.arrivals')").fetchone() == (None,):
             connection.execute(ARRIVALS)
@@ -367,5 +367,5 @@ def _prepare(connection: psycopg.Connection) -> None:
         raise StoreError(f"PostgreSQL: is a store in version {row[0]}, expected 1..{SCHEMA_VERSION}")
     for step in (*SCHEMA, ARRIVALS):
         connection.execute(step)
-    connection.execute("DELETE FROM jaxrec.data.store")
-    connection.execute("INSERT INTO jaxrec.data.store VALUES (%s)", [SCHEMA_VERSION])
+    connection.execute("DELETE FROM jaxrec.store")
+    connection.execute("INSERT INTO jaxrec.store VALUES (%s)", [SCHEMA_VERSION])

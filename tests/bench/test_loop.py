@@ -11,7 +11,7 @@ from flax import nnx
 
 from bench.rl_loop import LoopConfig, Users, fitted_users, loop
 from jaxrec.config import LOG_RL, RewardWeights
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.train import PolicyOutcome
 from jaxrec.rl.served.event_store import read_served_log

@@ -27,7 +27,7 @@ from bench.synthetic_exact import (
     value,
     values_by_steps,
 )
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 
 PARAMS = acquired_taste()
 FIRST = {topic: 1 + 10 * topic for topic in range(4)}  # the best item of each topic

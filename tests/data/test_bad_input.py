@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 from jaxrec.cli.main import main
 from jaxrec.config import PrepareConfig
-from jaxrec.data.prepare import prepare_directory, read_prepared
+from jaxrec.data.prepare import prepare_directory
 from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.data.reading.read import read_ratings
-from jaxrec.data.schema import DataError, RatingScale
+from jaxrec.data.schema import RatingScale
+from jaxrec.data.store import read_prepared
+from jaxrec.errors import DataError
 from tests.logs import by_user
 
 HEADER = "userId,movieId,rating,timestamp\n"

@@ -9,7 +9,8 @@ import pytest
 
 from jaxrec.config import PrepareConfig
 from jaxrec.data.batches import TrainingData, case_batches, pack_windows, prefetch, training_windows
-from jaxrec.data.prepare import PreparedData, prepare
+from jaxrec.data.prepare import prepare
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP
 from tests.synthetic import random_log
 

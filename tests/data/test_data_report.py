@@ -12,7 +12,8 @@ from matplotlib import image
 from jaxrec.config import PrepareConfig
 from jaxrec.data import report as data_report
 from jaxrec.data.histories import Histories
-from jaxrec.data.prepare import PreparedData, prepare
+from jaxrec.data.prepare import prepare
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.report import build_report, write_report
 from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
 

@@ -12,16 +12,11 @@ from hypothesis import strategies as st
 from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
 from jaxrec.data.catalog import split_genres
 from jaxrec.data.ids import IdMap
-from jaxrec.data.prepare import (
-    PreparedData,
-    check_prepared,
-    prepare,
-    prepare_directory,
-    prepare_files,
-    read_prepared,
-    write_prepared,
-)
-from jaxrec.data.schema import DataError, RatingScale
+from jaxrec.data.prepare import prepare, prepare_directory, prepare_files
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.schema import RatingScale
+from jaxrec.data.store import check_prepared, read_prepared, write_prepared
+from jaxrec.errors import DataError
 from tests.logs import by_user
 
 SCALE = RatingScale(1.0, 5.0)

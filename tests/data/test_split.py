@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
 from jaxrec.data.columns import user_blocks
 from jaxrec.data.histories import Histories
-from jaxrec.data.prepare import PreparedData, prepare
-from jaxrec.data.schema import GENRES, ITEM, TITLE, DataError, RatingScale
+from jaxrec.data.prepare import prepare
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.schema import GENRES, ITEM, TITLE, RatingScale
 from jaxrec.data.split import TEST, TRAINING, VALIDATION, Cases, temporal_cut, user_held_out, user_roles
+from jaxrec.errors import DataError
 
 Row = tuple[int, int, float, int]
 SCALE = RatingScale(0.5, 5.0)

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 from jaxrec.config import PrepareConfig
-from jaxrec.data.prepare import PreparedData, prepare
+from jaxrec.data.prepare import prepare
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, TIME, TITLE, USER
 from jaxrec.models import neighbours as cooccurrence
 from jaxrec.models.neighbours import BACKWARD, LAG_DECAY, POWER, Neighbours, initial_embedding, neighbours

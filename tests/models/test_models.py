@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from jaxrec.config import ModelConfig
+from jaxrec.data.events import Events
 from jaxrec.models.cooccurrence import RECENT, CoOccurrence, recent_items
-from jaxrec.models.features import GAP_BUCKETS, Events, RatingEmbedding, gap_bucket
+from jaxrec.models.features import GAP_BUCKETS, RatingEmbedding, gap_bucket
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.models.lstm import LSTM
 from jaxrec.models.neighbours import Neighbours

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from jaxrec.data.catalog import Catalog
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx.convert import sequence_graph, step_graph
 from jaxrec.onnx.weights import extract_weights

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxrec.data.events import Events
 from jaxrec.models.cooccurrence import RECENT, RECENT_DECAY
-from jaxrec.models.features import Events
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.onnx.parity import Probe, make_probe

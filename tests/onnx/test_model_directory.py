@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import ExportError
 from jaxrec.evaluation.baselines import decayed_popularity
 from jaxrec.models.cooccurrence import RECENT

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import ExportError
 from jaxrec.evaluation.ranking import Ranked, rank_cases
 from jaxrec.models.hybrid import Hybrid

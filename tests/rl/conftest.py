@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from jaxrec.config import TrainConfig, to_json
-from jaxrec.data.prepare import PreparedData, write_prepared
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.store import write_prepared
 from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.runs.train import SCHEMA_VERSION

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxrec.config import RewardWeights
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.rl.rewards import (
     SHRINKAGE,
     RewardTables,

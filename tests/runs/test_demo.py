@@ -6,8 +6,8 @@ import pytest
 
 from jaxrec.runs.demo import ask_server, example_user, format_answer, genre_alignment, run_demo, write_movielens
 from jaxrec.data.reading.read import read_movies, read_ratings
-from jaxrec.data.prepare import PreparedData
-from jaxrec.data.schema import DataError
+from jaxrec.data.prepared import PreparedData
+from jaxrec.errors import DataError
 
 
 def test_genre_alignment_by_hand() -> None:

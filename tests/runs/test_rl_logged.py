@@ -14,7 +14,7 @@ from jaxrec.evaluation.ranking import jit_scorer, rank_cases
 from jaxrec.files import sha256
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.rl.logged.methods import TOP_K
 from jaxrec.runs.rl_logged import (
     POLICY_FOLDER,
@@ -30,9 +30,9 @@ from jaxrec.runs.rl_logged import (
 )
 from jaxrec.rl.logged.train import train_policy
 from jaxrec.runs.train import Run, open_run
-from jaxrec.data.schema import DataError
-from jaxrec.training.stopping import TrainingStopped
-from jaxrec.training.loop import TrainingError
+from jaxrec.errors import DataError
+from jaxrec.errors import TrainingStopped
+from jaxrec.errors import TrainingError
 
 SHORT = RLConfig(steps=40, steps_per_evaluation=20, batch_size=16, policy_width=8, learning_rate=3e-3)
 

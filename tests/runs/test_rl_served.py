@@ -12,12 +12,12 @@ from flax import nnx
 from jaxrec.config import RewardWeights, RLConfig
 from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.runs.rl_served import rl_log_run
 from jaxrec.runs.rl_logged import POLICY_FOLDER, PREVIOUS_FOLDER, load_policy, read_outcome, read_steps, write_policy
 from jaxrec.rl.logged.train import PolicyOutcome
 from jaxrec.runs.train import open_run
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError
 from jaxrec.rl.served.event_store import (
     DETERMINISTIC,
     NO_HISTORY,

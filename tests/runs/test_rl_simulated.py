@@ -15,7 +15,7 @@ from flax import nnx
 from jaxrec.config import LOG_RL, RLConfig
 from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.runs import rl_simulated as simulator_run
 from jaxrec.rl.simulated.fit import SimulatorFit
 from jaxrec.rl.logged.evaluate import Decision, Judged
@@ -36,8 +36,9 @@ from jaxrec.runs.rl_simulated import METHOD, SIMULATOR_OUTCOME_FILE, refuse_unpl
 from jaxrec.rl.logged.train import PolicyOutcome
 from jaxrec.rl.simulated.split_people import two_simulators
 from jaxrec.runs.train import SIMULATOR_PARTIAL_FOLDER, open_run
-from jaxrec.data.schema import ITEM, USER, DataError
-from jaxrec.training.stopping import TrainingStopped
+from jaxrec.data.schema import ITEM, USER
+from jaxrec.errors import DataError
+from jaxrec.errors import TrainingStopped
 from tests.rl.simulated.simulated import FIRST_USER, genre_lovers, hand_made
 
 CONFIG = RLConfig(steps=20, batch_size=16, slate_size=3, policy_width=8, learning_rate=1e-3, kl_target=0.05)

@@ -12,7 +12,8 @@ from serve.model.artifact import Artifact, read_artifact
 from serve.model.recommender import Recommender
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.serving.loaded import one_model
-from serve.stores.base import EventStore, open_store
+from serve.stores import open_store
+from serve.stores.base import EventStore
 
 
 @pytest.fixture(scope="session")

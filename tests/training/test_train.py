@@ -12,12 +12,14 @@ from flax import nnx
 
 from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig
 from jaxrec.data.batches import TrainBatch, TrainingData
-from jaxrec.data.prepare import PreparedData, prepare
+from jaxrec.data.events import Events
+from jaxrec.data.prepare import prepare
+from jaxrec.data.prepared import PreparedData
+from jaxrec.errors import TrainingError
 from jaxrec.evaluation.metrics import hit_rate
 from jaxrec.evaluation.ranking import jit_scorer, model_logits, rank_cases
-from jaxrec.models.features import Events
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
-from jaxrec.training.loop import Trained, TrainingError, load_trained, train_model
+from jaxrec.training.loop import Trained, load_trained, train_model
 from jaxrec.training.sharding import data_mesh
 from jaxrec.training.step import initial_state, make_optimizer, make_train_step, seen_items, training_loss
 from tests.synthetic import markov_log, random_log, shuffled_items

@@ -23,12 +23,14 @@ import jaxrec.training.step
 from jaxrec.cli.main import main
 from jaxrec.config import CheckpointConfig, ModelConfig, PrepareConfig, TrainConfig
 from jaxrec.data.batches import TrainBatch, TrainingData
-from jaxrec.data.prepare import PreparedData, prepare
+from jaxrec.data.prepare import prepare
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.store import write_prepared
+from jaxrec.errors import TrainingError, TrainingStopped
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.training.log import STEPS_FILE, TENSORBOARD_FOLDER, read_epochs, read_steps
-from jaxrec.training.loop import Trained, TrainingError, load_trained, train_model
-from jaxrec.training.stopping import StopRequested, TrainingStopped, never, stop_on_signals
+from jaxrec.training.loop import Trained, load_trained, train_model
+from jaxrec.training.stopping import StopRequested, never, stop_on_signals
 from tests.synthetic import random_log
 
 MODEL = ModelConfig(embedding=16, hidden=32, max_length=16, input_dropout=0.1, output_dropout=0.1)

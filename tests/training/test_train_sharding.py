@@ -14,8 +14,9 @@ import pytest
 from flax import nnx
 
 from jaxrec.config import CheckpointConfig, ModelConfig, PrepareConfig, TrainConfig
-from jaxrec.data.prepare import PreparedData, prepare
-from jaxrec.data.schema import DataError
+from jaxrec.data.prepare import prepare
+from jaxrec.data.prepared import PreparedData
+from jaxrec.errors import DataError
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.training.log import read_steps
 from jaxrec.training.loop import Trained, train_model

@@ -10,7 +10,7 @@ that is lost is run again and gives the same, and no task holds more than a piec
     sort        per shard: its rows of all pieces, by user and time, items as numbers of one global vocabulary
     count       per shard, again and again: events per item among what the filter leaves; the sums decide globally
     known       per shard, for the splits whose cases ask for it: the items that its training part has seen
-    write       per shard: the prepared directory that `jaxrec.data.prepare.read_prepared` reads
+    write       per shard: the prepared directory that `jaxrec.data.store.read_prepared` reads
 
 The scratch files lie beside the output, which all workers must reach under the same path.
 """

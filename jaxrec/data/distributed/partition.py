@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from jaxrec.data.distributed.plan import Columns, Piece
 from jaxrec.data.reading.rules import FIRST_MILLISECONDS, TimeUnit
-from jaxrec.data.schema import ITEM, RATING, TIME, USER, DataError
+from jaxrec.data.schema import ITEM, RATING, TIME, USER
+from jaxrec.errors import DataError
 from jaxrec.files import new_file
 
 ROW = "row"  # 1-based, in its file

@@ -26,8 +26,9 @@ from jaxrec.data.distributed.shard import (
     write_shard,
 )
 from jaxrec.data.ids import IdMap, write_ids
-from jaxrec.data.schema import ITEM, SECONDS_PER_DAY, DataError, RatingScale, infer_rating_scale
+from jaxrec.data.schema import ITEM, SECONDS_PER_DAY, RatingScale, infer_rating_scale
 from jaxrec.data.split import TEMPORAL_QUANTILE
+from jaxrec.errors import DataError
 
 Progress = Callable[[str, int, int], None]
 Result = TypeVar("Result")

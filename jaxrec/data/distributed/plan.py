@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 from jaxrec.data.reading.formats import SAMPLE_ROWS
 from jaxrec.data.reading.rules import TimeUnit, recognize_time_unit
 from jaxrec.data.reading.sources import PARQUET_SUFFIXES, ColumnNames, choose_columns
-from jaxrec.data.schema import ITEM, RATING, TIME, USER, DataError
+from jaxrec.data.schema import ITEM, RATING, TIME, USER
+from jaxrec.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)

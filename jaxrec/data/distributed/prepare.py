@@ -16,7 +16,7 @@ from distributed import Client, LocalCluster
 from jaxrec.config import PrepareConfig, SplitKind, to_json
 from jaxrec.data.distributed.passes import Passes, Progress
 from jaxrec.data.distributed.reading import INDEX_FILE, SCHEMA_VERSION
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError
 from jaxrec.files import new_directory
 
 ROWS_PER_PIECE = 1_000_000

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxrec.data.prepare import PreparedData, read_prepared
-from jaxrec.data.schema import DataError
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.store import read_prepared
+from jaxrec.errors import DataError
 
 SCHEMA_VERSION = 1
 INDEX_FILE = "shards.json"

@@ -16,8 +16,10 @@ from jaxrec.data.event_log import EventLog, open_log
 from jaxrec.data.filtering import Core, Selection, blocks, select
 from jaxrec.data.histories import Histories
 from jaxrec.data.ids import IdMap, open_ids
-from jaxrec.data.schema import ITEM, RATING, SECONDS_PER_DAY, TIME, USER, DataError
-from jaxrec.data.store import LOG_FOLDER, PreparedData, finish, new_data_folder, write_log
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.schema import ITEM, RATING, SECONDS_PER_DAY, TIME, USER
+from jaxrec.data.store import LOG_FOLDER, finish, new_data_folder, write_log
+from jaxrec.errors import DataError
 from jaxrec.files import new_directory
 
 

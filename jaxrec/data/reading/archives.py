@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError
 
 DAMAGED = (EOFError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, NotImplementedError)
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError
 
 QUARANTINE_FILE = "quarantine.csv"
 LISTED = 3  # rows that an error names

@@ -15,7 +15,8 @@ from jaxrec.data.reading.connection import first_line
 from jaxrec.data.reading.formats import SHORT, Relation
 from jaxrec.data.reading.rules import TEXT_TYPE, Field, IdKind, TimeUnit, id_field, rating_field, time_fields, whole
 from jaxrec.data.reading.sources import ColumnNames
-from jaxrec.data.schema import ITEM, RATING, TIME, USER, DataError, RatingScale, scale_of
+from jaxrec.data.schema import ITEM, RATING, TIME, USER, RatingScale, scale_of
+from jaxrec.errors import DataError
 
 EVENT_COLUMNS = "user, item, rating, time, within"
 

@@ -16,15 +16,11 @@ from tqdm import tqdm
 from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry
 
-from jaxrec.data.schema import DataError
+from jaxrec.errors import FetchError
 from jaxrec.files import write_text
 
 TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of an answer
 BLOCK = 1 << 14  # what a break may lose
-
-
-class FetchError(DataError):
-    """A download that cannot be finished; the message says what to do."""
 
 
 def download(session: requests.Session, url: str, part: Path, retry: Retry) -> None:

@@ -16,7 +16,8 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from jaxrec.data.reading.download import TIMEOUT, FetchError, discard, download
+from jaxrec.data.reading.download import TIMEOUT, discard, download
+from jaxrec.errors import FetchError
 from jaxrec.files import sync, write_text
 
 DATASETS = ("ml-latest-small", "ml-latest", "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m")

@@ -18,7 +18,8 @@ from jaxrec.data.reading.connection import quoted, quoted_name
 from jaxrec.data.reading.rules import FLOAT_TYPES, TEXT_TYPE, TimeUnit, recognize_time_unit
 from jaxrec.data.reading.sources import ColumnNames, Format, Source, choose_columns
 from jaxrec.data.reading.text_rows import TextTable, open_table, rows
-from jaxrec.data.schema import ITEM, RATING, TIME, USER, DataError
+from jaxrec.data.schema import ITEM, RATING, TIME, USER
+from jaxrec.errors import DataError
 
 SAMPLE_ROWS = 1000
 SHORT = {USER: "user", ITEM: "item", RATING: "rating", TIME: "time"}

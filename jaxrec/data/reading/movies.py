@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.data.reading.rules import IdKind
-from jaxrec.data.schema import GENRES, ITEM, NO_GENRES, TITLE, DataError
+from jaxrec.data.schema import GENRES, ITEM, NO_GENRES, TITLE
+from jaxrec.errors import DataError
 
 ID_COLUMNS = ("movieId", "item_id")
 # The flags of u.item, in order; the first, "unknown", is no genre. The names are those of the other MovieLens files.

@@ -5,7 +5,8 @@ import enum
 import re
 from collections.abc import Sequence
 
-from jaxrec.data.schema import SECONDS_PER_DAY, DataError
+from jaxrec.data.schema import SECONDS_PER_DAY
+from jaxrec.errors import DataError
 
 FIRST_MILLISECONDS = 100_000_000_000  # as seconds the year 5138, as milliseconds 1973
 ISO_DATE = re.compile(r"\s*\d{4}-\d\d-\d\d")

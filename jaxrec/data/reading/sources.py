@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxrec.data.reading.archives import gunzip, unzip, zip_names
-from jaxrec.data.schema import ITEM, RATING, TIME, USER, DataError
+from jaxrec.data.schema import ITEM, RATING, TIME, USER
+from jaxrec.errors import DataError
 
 # The names that are recognized, the first of them as MovieLens writes it.
 DEFAULT_COLUMNS = {

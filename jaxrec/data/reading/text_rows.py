@@ -8,7 +8,8 @@ from pathlib import Path
 
 from jaxrec.data.reading.bad_rows import BadRow, BadRows
 from jaxrec.data.reading.sources import ColumnNames, Format, choose_columns
-from jaxrec.data.schema import ITEM, RATING, TIME, USER, DataError
+from jaxrec.data.schema import ITEM, RATING, TIME, USER
+from jaxrec.errors import DataError
 
 DELIMITERS = (",", "\t", ";")
 FIXED_COLUMNS = (USER, ITEM, RATING, TIME)  # of the formats without a header

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxrec.config import RLConfig, from_json, to_json
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError
 from jaxrec.files import new_directory, read_json
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.train import Problem, Progress

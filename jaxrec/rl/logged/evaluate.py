@@ -11,12 +11,13 @@ from flax import nnx
 
 from jaxrec.config import RewardWeights
 from jaxrec.data.batches import case_batches
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.events import Events
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.split import Cases
 from jaxrec.evaluation.metrics import Estimate, bootstrap_mean, coverage, exclude_items, hit_rate, ndcg, rank_of_target
 from jaxrec.models.cooccurrence import recent_items
-from jaxrec.models.features import Array, Events
+from jaxrec.models.features import Array
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.rl.logged.states import rating_or_mean
 from jaxrec.rl.policy import greedy_slates, kl_divergence, recommendable

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrec.config import RLConfig
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 from jaxrec.rl.losses.actor_critic import (
     advantage,
     double_q_target,

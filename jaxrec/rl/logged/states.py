@@ -10,10 +10,12 @@ import numpy as np
 from flax import nnx
 
 from jaxrec.data.batches import training_windows
-from jaxrec.data.prepare import PreparedData
-from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP, DataError
+from jaxrec.data.events import Events
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP
+from jaxrec.errors import DataError
 from jaxrec.models.cooccurrence import recent_items
-from jaxrec.models.features import Array, Events
+from jaxrec.models.features import Array
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.behaviour import BehaviourConfig, Choices, Fit, action_logprobs, fit_behaviour
 from jaxrec.rl.rewards import running_user_means

@@ -10,8 +10,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from jaxrec.config import RLConfig
-from jaxrec.data.prepare import PreparedData
-from jaxrec.data.schema import DataError
+from jaxrec.data.prepared import PreparedData
+from jaxrec.errors import DataError, TrainingError, TrainingStopped
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.rl.logged.behaviour import Fit
 from jaxrec.rl.logged.evaluate import Judged, case_states, decide, make_judge
@@ -20,8 +20,7 @@ from jaxrec.rl.logged.methods import REINFORCE, Method
 from jaxrec.rl.logged.states import States, training_states, with_behaviour
 from jaxrec.rl.rewards import reward_tables
 from jaxrec.rl.scoring import Scoring, frozen_scoring
-from jaxrec.training.loop import TrainingError
-from jaxrec.training.stopping import StopRequested, TrainingStopped, never
+from jaxrec.training.stopping import StopRequested, never
 
 POLICY, ANCHOR_ONLY, PERMUTED = PHASES = ("policy", "anchor only", "permuted rewards")
 

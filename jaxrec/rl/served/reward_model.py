@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxrec.models.hybrid import PolicyHead
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 from jaxrec.rl.policy import recommendable
 from jaxrec.rl.scoring import Scoring
 from jaxrec.rl.served.log_policy import by_batches, state_logits

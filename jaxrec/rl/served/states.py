@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxrec.data.events import Events
 from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP, RatingScale
-from jaxrec.models.features import Array, Events
+from jaxrec.models.features import Array
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.states import rating_or_mean
 from jaxrec.rl.rewards import SHRINKAGE, RewardTables, RewardTerms, reward_terms

@@ -23,7 +23,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from jaxrec.config import RLConfig
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError, TrainingStopped
 from jaxrec.models.hybrid import PolicyHead
 from jaxrec.rl.logged.learner import (
     KL_COEFFICIENT_START,
@@ -45,7 +45,7 @@ from jaxrec.rl.served.evaluate import Judgement, judge_from_log
 from jaxrec.rl.served.log_policy import slot_logprobs, state_logits
 from jaxrec.rl.served.policy import tempered
 from jaxrec.rl.served.states import LogStates
-from jaxrec.training.stopping import StopRequested, TrainingStopped, never
+from jaxrec.training.stopping import StopRequested, never
 
 TRAIN_SHARE = 0.5  # of the log's users; the others judge
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 from jaxrec.rl.policy import sample_slates, slate_logprobs
 from jaxrec.rl.simulated.environment import Environment
 

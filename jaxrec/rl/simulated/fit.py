@@ -17,9 +17,10 @@ from scipy.optimize import minimize
 from jaxrec.data.catalog import Catalog
 from jaxrec.data.histories import Histories
 from jaxrec.data.ids import IdMap
-from jaxrec.data.schema import ITEM, RATING, TIME, USER, DataError, RatingScale
+from jaxrec.data.schema import ITEM, RATING, TIME, USER, RatingScale
+from jaxrec.errors import DataError
 from jaxrec.evaluation.metrics import ndcg
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 from jaxrec.rl.rewards import genre_directions
 from jaxrec.rl.simulated.users import RECENT, REPEATED, SimulatorParams
 

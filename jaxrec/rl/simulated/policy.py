@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxrec.evaluation.metrics import exclude_items
 from jaxrec.models.hybrid import PolicyHead
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 from jaxrec.rl.logged.methods import Linear
 from jaxrec.rl.logged.states import States
 from jaxrec.rl.policy import kl_divergence

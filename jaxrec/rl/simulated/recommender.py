@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxrec.data.prepare import PreparedData
-from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP, DataError, RatingScale
-from jaxrec.models.features import Events
+from jaxrec.data.events import Events
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP, RatingScale
+from jaxrec.errors import DataError
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.simulated import users as simulator
 from jaxrec.rl.simulated.environment import Environment

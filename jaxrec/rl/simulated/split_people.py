@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.data.histories import Histories
-from jaxrec.data.prepare import PreparedData
-from jaxrec.data.schema import ITEM, RATING, USER, DataError
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.schema import ITEM, RATING, USER
+from jaxrec.errors import DataError
 from jaxrec.rl.served.train import trains
 from jaxrec.rl.simulated.fit import (
     MIN_HISTORY,

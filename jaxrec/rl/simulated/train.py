@@ -27,7 +27,7 @@ import optax
 from tqdm import tqdm
 
 from jaxrec.config import to_json
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError, TrainingError, TrainingStopped
 from jaxrec.files import new_file, read_json, write_text
 from jaxrec.rl.logged.learner import slate_coverage
 from jaxrec.rl.losses.anchors import next_kl_coefficient
@@ -35,8 +35,7 @@ from jaxrec.rl.losses.policy_gradient import baseline_loss, reinforce_loss
 from jaxrec.rl.policy import entropy, kl_divergence
 from jaxrec.rl.simulated.environment import Environment
 from jaxrec.rl.simulated.environment_policy import Params, Policy, act, action_logprobs, new_policy
-from jaxrec.training.loop import TrainingError
-from jaxrec.training.stopping import StopRequested, TrainingStopped, never
+from jaxrec.training.stopping import StopRequested, never
 
 CONFIG_FILE, LEARNER_FILE, LOG_FILE, PLOT_FILE = "config.json", "learner.npz", "log.jsonl", "training.png"
 

@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError
 from jaxrec.files import new_file
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 from jaxrec.rl.simulated.environment import Environment
 
 RECENT = 50  # events that the taste is made of; decay makes older ones weightless

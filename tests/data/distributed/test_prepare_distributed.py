@@ -19,8 +19,10 @@ from jaxrec.cli.main import main
 from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
 from jaxrec.data.distributed.prepare import cluster, prepare_distributed
 from jaxrec.data.distributed.reading import open_shards
-from jaxrec.data.prepare import PreparedData, prepare, prepare_files
-from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, DataError, RatingScale
+from jaxrec.data.prepare import prepare, prepare_files
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
+from jaxrec.errors import DataError
 
 PIECE = 250
 CONFIG = PrepareConfig(min_user_ratings=8, min_movie_ratings=6)

@@ -14,7 +14,7 @@ from jaxrec.data.reading.check import ReadOptions
 from jaxrec.data.reading.read import read_movies, read_ratings
 from jaxrec.data.reading.rules import IdKind, TimeUnit
 from jaxrec.data.reading.sources import ColumnNames, find_source
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError
 
 ROWS = [(1, 10, 4.0, 978300760), (1, 20, 3.0, 978300761), (2, 10, 5.0, 978300762), (2, 30, 1.0, 978300763)]
 TITLES = ["Cité, La (1995)", "Two", "Three"]

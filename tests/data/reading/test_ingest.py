@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxrec.data.reading.read import read_movies, read_ratings
-from jaxrec.data.schema import DataError, RatingScale
+from jaxrec.data.schema import RatingScale
+from jaxrec.errors import DataError
 
 HEADER = "userId,movieId,rating,timestamp\n"
 

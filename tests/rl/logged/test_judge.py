@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxrec.config import RewardWeights, RLConfig
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import jit_scorer, rank_cases
 from jaxrec.models.hybrid import Hybrid

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxrec.config import RewardWeights, RLConfig
 from jaxrec.models.cooccurrence import RECENT
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 from jaxrec.rl.logged.learner import make_updates, new_learner, pay
 from jaxrec.rl.logged.methods import ACTOR_CRITIC, METHODS, PLACKETT_LUCE, REINFORCE, TOP_K, Method
 from jaxrec.rl.logged.states import States

@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from jaxrec.data.batches import training_windows
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.events import Events
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import UNKNOWN_GAP
-from jaxrec.models.features import Events
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.states import States, training_states
 

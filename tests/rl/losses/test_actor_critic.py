@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 from jaxrec.rl.losses.actor_critic import (
     advantage,
     double_q_target,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 from jaxrec.rl.losses.off_policy import importance_weights, top_k_multiplier, top_k_off_policy_loss
 
 LOGITS = jnp.array([NEVER, 0.5, -0.3, 0.0, 1.0])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 from jaxrec.rl.losses.policy_gradient import baseline_loss, plackett_luce_loss, reinforce_loss
 from jaxrec.rl.policy import sample_slates, slate_logprobs
 from jaxrec.rl.scoring import returns

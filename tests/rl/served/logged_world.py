@@ -10,7 +10,7 @@ from flax import nnx
 from jaxrec.config import RewardWeights, RLConfig
 from jaxrec.models.cooccurrence import RECENT
 from jaxrec.models.hybrid import PolicyHead
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 from jaxrec.rl.logged.learner import new_head
 from jaxrec.rl.rewards import RewardTables, RewardTerms, discounts
 from jaxrec.rl.scoring import Scoring

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.rewards import reward_tables
 from jaxrec.rl.served import states as module

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.rewards import reward_tables
 from jaxrec.rl.scoring import frozen_scoring

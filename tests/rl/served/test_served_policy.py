@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from jaxrec.config import RLConfig
-from jaxrec.data.schema import DataError
+from jaxrec.errors import DataError
 from jaxrec.evaluation.metrics import exclude_items
 from jaxrec.models.cooccurrence import RECENT
-from jaxrec.models.sequence import NEVER
+from jaxrec.models.masks import NEVER
 from jaxrec.rl.logged.learner import new_head
 from jaxrec.rl.policy import sample_slates
 from jaxrec.rl.rewards import RewardTables, RewardTerms

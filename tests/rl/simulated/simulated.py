@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.rl.simulated.users import RECENT, SimulatorParams
 

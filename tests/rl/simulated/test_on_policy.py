@@ -10,8 +10,8 @@ import pytest
 
 from bench.synthetic import acquired_taste, synthetic_environment
 from bench.synthetic_exact import all_states, best_policy, build_model, value
-from jaxrec.data.schema import DataError
-from jaxrec.models.sequence import NEVER
+from jaxrec.errors import DataError
+from jaxrec.models.masks import NEVER
 from jaxrec.rl.policy import slate_logprobs
 from jaxrec.rl.simulated import train as on_policy
 from jaxrec.rl.simulated.environment_policy import Params, act, action_logprobs, probabilities

@@ -10,10 +10,10 @@ from flax import nnx
 
 from jaxrec.config import RLConfig
 from jaxrec.data.batches import CaseBatch
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.events import Events
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import UNKNOWN_GAP, RatingScale
 from jaxrec.evaluation.metrics import exclude_items
-from jaxrec.models.features import Events
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.learner import new_head
 from jaxrec.rl.logged.states import training_states

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jaxrec.data.histories import Histories
-from jaxrec.data.prepare import PreparedData
-from jaxrec.data.schema import USER, DataError, RatingScale
-from jaxrec.models.sequence import NEVER
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.schema import USER, RatingScale
+from jaxrec.errors import DataError
+from jaxrec.models.masks import NEVER
 from jaxrec.rl.simulated.fit import (
     SimulatorFit,
     ease,

@@ -28,7 +28,8 @@ from serve.pb.recommender_pb2 import RecommendRequest, RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.serving.loaded import one_model
 from serve.serving.loading import open_models
-from serve.stores.base import EventStore, open_store
+from serve.stores import open_store
+from serve.stores.base import EventStore
 from tests.serve.process import StartError, running_server
 
 TIMEOUT_S = 30

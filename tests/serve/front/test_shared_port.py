@@ -11,7 +11,7 @@ from serve.front.server import create_server
 from serve.model.events import Event
 from serve.model.recommender import Query, Recommender
 from serve.serving.loaded import one_model
-from serve.stores.base import open_store
+from serve.stores import open_store
 
 
 def test_states_follow_events_that_another_server_recorded(model: Recommender, tmp_path: Path) -> None:

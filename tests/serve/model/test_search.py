@@ -16,7 +16,8 @@ import pandas as pd
 import pytest
 
 from jaxrec.config import PrepareConfig
-from jaxrec.data.prepare import PreparedData, prepare
+from jaxrec.data.prepare import prepare
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx.ann_index import index_points

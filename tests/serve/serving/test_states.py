@@ -14,7 +14,8 @@ from serve.model.events import Event
 from serve.model.recommender import POPULARITY, Answer, Query, Recommender
 from serve.serving import states as states_module
 from serve.serving.states import StateCache
-from serve.stores.base import MOST_EVENTS, Changes, EventStore, UserEvent, open_store
+from serve.stores import open_store
+from serve.stores.base import MOST_EVENTS, Changes, EventStore, UserEvent
 
 USERS = ("ada", "bob", "cy")
 UNKNOWN = "no such movie"

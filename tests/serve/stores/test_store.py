@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from serve.model.events import Event
-from serve.stores.base import EventStore, StoreError, UserEvent, open_store
+from serve.stores import open_store
+from serve.stores.base import EventStore, StoreError, UserEvent
 
 
 def user_event(event_id: str, item_id: str = "i", timestamp: int = 0, user_id: str = "u") -> UserEvent:

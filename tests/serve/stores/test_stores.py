@@ -20,20 +20,11 @@ import psycopg
 import pytest
 import redis
 
-from jaxrec.data.prepare import PreparedData
+from jaxrec.data.prepared import PreparedData
 from jaxrec.rl.served.event_store import UNNOTED, read_served_log
 from serve.model.events import Event
-from serve.stores.base import (
-    Changes,
-    Deleted,
-    EventStore,
-    Shown,
-    SpilledState,
-    StoreError,
-    UserEvent,
-    digest,
-    open_store,
-)
+from serve.stores import open_store
+from serve.stores.base import Changes, Deleted, EventStore, Shown, SpilledState, StoreError, UserEvent, digest
 from serve.stores.copy import copy_log
 from serve.stores.postgres import CHANGES, SCHEMA_LOCK
 from serve.stores.redis_scripts import DELETE_USER, LOG_SHOWN, UPDATE_SHOWN
@@ -579,7 +570,7 @@ def test_a_store_of_before_is_brought_up_to_date(kind: str, servers: dict[str, D
             steps = (
                 "DROP INDEX jaxrec.shown_once",
                 "DROP TABLE jaxrec.deletions",
-                "UPDATE jaxrec.data.store SET version = 1",
+                "UPDATE jaxrec.store SET version = 1",
             )
             for step in (*steps, twice.format("jaxrec.shown")):
                 connection.execute(step)
@@ -615,7 +606,7 @@ def test_a_store_that_did_not_note_how_it_drew_is_brought_up_to_date(
         with psycopg.connect(location) as connection:
             for column in ("temperature", "request_time", "excluded_item_ids"):
                 connection.execute(f"ALTER TABLE jaxrec.shown DROP COLUMN {column}")
-            connection.execute("UPDATE jaxrec.data.store SET version = 2")
+            connection.execute("UPDATE jaxrec.store SET version = 2")
     elif kind == "redis":
         with redis.Redis.from_url(location) as client:
             client.set("jaxrec:version", "2")
@@ -818,7 +809,7 @@ def test_another_version_is_refused(kind: str, servers: dict[str, DatabaseServer
     open_store(location).close()
     if kind == "postgres":
         with psycopg.connect(location) as connection:
-            connection.execute("UPDATE jaxrec.data.store SET version = 9")
+            connection.execute("UPDATE jaxrec.store SET version = 9")
     else:
         with redis.Redis.from_url(location) as client:
             client.set("jaxrec:version", "9")

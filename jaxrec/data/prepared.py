@@ -1,0 +1,68 @@
+"""What every later stage reads: catalogue, users, histories and split of one log."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from jaxrec.config import PrepareConfig
+from jaxrec.data.catalog import Catalog
+from jaxrec.data.columns import BLOCK_EVENTS, release
+from jaxrec.data.event_log import EventLog
+from jaxrec.data.histories import Histories
+from jaxrec.data.ids import IdMap
+from jaxrec.data.schema import RatingScale
+from jaxrec.data.split import Split
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedData:
+    """What every later stage reads. `config.rating_scale` is the scale in force; None where there are no ratings.
+
+    `log`: every event that was read, before the filters. `movies`: all movies that were given, not only those of the
+    catalogue. Both are for `append`; None: not kept. `input`: counts of what was read, as JSON values.
+    """
+
+    catalog: Catalog
+    users: IdMap
+    histories: Histories
+    split: Split
+    config: PrepareConfig
+    log: EventLog | None = None
+    movies: pd.DataFrame | None = None
+    input: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def unit_ratings(self) -> np.ndarray:
+        """[events] float32: ratings scaled to 0..1, MISSING_RATING where there is none."""
+        scale = self.config.rating_scale or RatingScale(0.0, 1.0)
+        return scale.to_unit(self.histories.ratings)
+
+    def train_popularity(self) -> np.ndarray:
+        """[items + 1] int64: training events per item."""
+        rows = self.split.train_rows(self.histories)
+        return np.bincount(self.histories.items[rows], minlength=len(self.catalog) + 1)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts that describe the data, as JSON values."""
+        first, last = 2**62, 0
+        for start in range(0, self.histories.event_count, BLOCK_EVENTS):
+            times = self.histories.times[start : start + BLOCK_EVENTS]
+            first, last = min(first, int(times.min())), max(last, int(times.max()))
+            release(times)
+        return {
+            "users": len(self.users),
+            "items": len(self.catalog),
+            "events": self.histories.event_count,
+            "training_events": int(self.split.train_counts.sum()),
+            "validation_cases": len(self.split.validation),
+            "test_cases": len(self.split.test),
+            "genres": len(self.catalog.genres),
+            "first_time": first,
+            "last_time": last,
+        }
+
+
+AddFiles = Callable[[PreparedData, Path], object]
