@@ -30,7 +30,7 @@ from jaxrec.files import write_text
 from jaxrec.models.features import Array
 from jaxrec.models.neighbours import initial_embedding, neighbours
 from jaxrec.models.sequence import TimeRatingAwareLSTM
-from jaxrec.runs.train import new_models
+from jaxrec.runs.directory import new_models
 from jaxrec.training import step as steps
 from jaxrec.training.loop import train_model
 

@@ -30,8 +30,9 @@ from jaxrec.evaluation.ranking import Scorer, constant_scorer, jit_scorer, model
 from jaxrec.files import write_text
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.rewards import genre_directions
+from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.runs.evaluate import hybrid_scorer
-from jaxrec.runs.train import load_supervised, open_run, train_run
+from jaxrec.runs.train import train_run
 
 OUT = Path(__file__).with_name("cold_start.md")
 HIDDEN, CASES_PER_USER, MIN_HISTORY, TOP, BATCH = 0.1, 5, 5, 50, 64

@@ -24,7 +24,7 @@ import click
 import numpy as np
 
 from jaxrec.data.prepare import prepare_directory
-from jaxrec.runs.train import CONTENT_FOLDER, HYBRID_FILE, LSTM_FOLDER, load_supervised, open_run
+from jaxrec.runs.directory import CONTENT_FOLDER, HYBRID_FILE, LSTM_FOLDER, load_supervised, open_run
 from jaxrec.training.log import STEPS_FILE, read_epochs, read_steps
 
 OPTIONS = ("--hidden", "32", "--max-length", "8", "--batch-tokens", "128", "--patience", "9")

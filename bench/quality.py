@@ -28,8 +28,9 @@ from jaxrec.evaluation.metrics import bootstrap_mean, coverage, hit_rate, ndcg, 
 from jaxrec.evaluation.ranking import Scorer, jit_scorer, model_logits, rank_cases
 from jaxrec.files import new_file, write_text
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.runs.evaluate import hybrid_scorer
-from jaxrec.runs.train import load_supervised, open_run, train_run
+from jaxrec.runs.train import train_run
 from jaxrec.training.mix import neighbour_logits
 
 OUT = Path(__file__).with_name("quality.md")

@@ -40,9 +40,10 @@ from jaxrec.files import write_text
 from jaxrec.rl.ope.gate import MINIMUM_EFFECTIVE
 from jaxrec.rl.simulated.fit import SimulatorFit, fit_simulator, profiles, simulator_histories
 from jaxrec.rl.simulated.users import SimulatorParams, reward_terms, start_user, step
+from jaxrec.runs.directory import open_run
 from jaxrec.runs.export import export_run
 from jaxrec.runs.rl_served import rl_log_run
-from jaxrec.runs.train import open_run, train_run
+from jaxrec.runs.train import train_run
 from serve.client.sync import Connection, RecommenderClient, UserEvent, recommend_request
 from serve.pb.model_admin_pb2 import LoadModelRequest
 from serve.pb.model_admin_pb2_grpc import ModelAdminStub

@@ -46,8 +46,8 @@ from jaxrec.rl.logged.train import Problem, new_problem, settled
 from jaxrec.rl.policy import greedy_slates
 from jaxrec.rl.rewards import reward_terms, total_reward
 from jaxrec.rl.scoring import Scoring, returns, supervised_logits
+from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.runs.evaluate import best_window, recent_scorer
-from jaxrec.runs.train import load_supervised, open_run
 
 OUT = Path(__file__).with_name("rl_movielens.md")
 SUPERVISED, POLICY, GREEDY, CROSS_ENTROPY = (

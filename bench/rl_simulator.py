@@ -34,9 +34,9 @@ from jaxrec.rl.simulated.fit import SimulatorFit
 from jaxrec.rl.simulated.policy import TEMPERATURE, RecommenderParams
 from jaxrec.rl.simulated.split_people import TwoSimulators, two_simulators
 from jaxrec.rl.simulated.train import make_updates, new_learner, roll_out
-from jaxrec.runs.rl_logged import policy_in_use
+from jaxrec.runs.directory import load_supervised, open_run
+from jaxrec.runs.policy import policy_in_use
 from jaxrec.runs.rl_simulated import Problem, new_problem, on_policy_config, train
-from jaxrec.runs.train import load_supervised, open_run
 
 OUT = Path(__file__).with_name("rl_simulator.md")
 SUPERVISED, TRAINED, PERMUTED = "supervised", "on-policy", "permuted rewards"

@@ -36,7 +36,7 @@ from jaxrec.evaluation.metrics import hit_rate, ndcg
 from jaxrec.evaluation.ranking import jit_scorer, model_logits, rank_cases
 from jaxrec.models.neighbours import initial_embedding, neighbours
 from jaxrec.models.sequence import TimeRatingAwareLSTM
-from jaxrec.runs.train import new_models
+from jaxrec.runs.directory import new_models
 from jaxrec.training.host_memory import keep_freed_memory
 from jaxrec.training.sharding import data_mesh
 from jaxrec.training.step import initial_state, make_optimizer, make_train_step, softmax_sample

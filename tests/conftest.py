@@ -1,5 +1,6 @@
 """Fixtures that several parts of the tests share: one small catalogue, one random model, one exported directory."""
 
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +11,18 @@ import pandas as pd
 import pytest
 from flax import nnx
 
-from jaxrec.config import ModelConfig, PrepareConfig
+from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig, to_json
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
+from jaxrec.data.store import write_prepared
+from jaxrec.files import sha256
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.models.neighbours import neighbours
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.onnx.model_directory import export_model
+from jaxrec.runs.directory import SCHEMA_VERSION
 
 # Tests build the same small models again and again: each program is compiled once per test run.
 _COMPILED = tempfile.TemporaryDirectory(prefix="jaxrec-tests-")
@@ -100,3 +104,26 @@ def model_directory(small_data: PreparedData, small_hybrid: Hybrid, tmp_path_fac
         licence="Synthetic data, free for any use.",
     )
     return out
+
+
+@pytest.fixture(scope="session")
+def new_run(small_data: PreparedData) -> Callable[[Path, Hybrid], Path]:
+    """Writes FOLDER/data and FOLDER/run, which says that `hybrid` was trained there, and returns the latter."""
+
+    def write(folder: Path, hybrid: Hybrid) -> Path:
+        write_prepared(small_data, folder / "data")
+        description = {
+            "schema_version": SCHEMA_VERSION,
+            "data": str(folder / "data"),
+            "data_sha256": sha256(folder / "data/prepared.json"),
+            "data_version": 0,
+            "items": len(small_data.catalog),
+            "items_sha256": "",
+            "model": to_json(hybrid.lstm.config),
+            "train": to_json(TrainConfig()),
+        }
+        (folder / "run").mkdir()
+        (folder / "run/run.json").write_text(json.dumps(description))
+        return folder / "run"
+
+    return write

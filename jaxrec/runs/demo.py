@@ -13,17 +13,19 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.config import PrepareConfig, RLConfig, TrainConfig
-from jaxrec.data.report import write_report
-from jaxrec.runs.export import export_run
-from jaxrec.files import new_directory, new_file, write_text
-from jaxrec.evaluation.plots import plot_metrics, plot_rl, plot_training
 from jaxrec.data.prepare import prepare_directory
 from jaxrec.data.prepared import PreparedData
-from jaxrec.runs.evaluate import evaluate_run, format_table, write_evaluation
-from jaxrec.runs.rl_logged import read_log, read_steps, rl_run
-from jaxrec.runs.train import CONTENT_FOLDER, LSTM_FOLDER, train_run
+from jaxrec.data.report import write_report
 from jaxrec.data.schema import NO_GENRES
 from jaxrec.errors import DataError
+from jaxrec.evaluation.plots import plot_metrics, plot_rl, plot_training
+from jaxrec.files import new_directory, new_file, write_text
+from jaxrec.runs.directory import CONTENT_FOLDER, LSTM_FOLDER
+from jaxrec.runs.evaluate import evaluate_run, format_table, write_evaluation
+from jaxrec.runs.export import export_run
+from jaxrec.runs.policy import read_log, read_steps
+from jaxrec.runs.rl_logged import rl_run
+from jaxrec.runs.train import train_run
 from jaxrec.training.log import read_epochs
 
 MARKER = "DEMO.txt"

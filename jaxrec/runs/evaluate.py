@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxrec.evaluation.baselines import RecentPopularity
 from jaxrec.config import to_json
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.split import Cases
+from jaxrec.evaluation.baselines import RecentPopularity
+from jaxrec.evaluation.metrics import bootstrap_ratio, ndcg
 from jaxrec.evaluation.ranking import (
     Metrics,
     Ranked,
@@ -22,12 +25,9 @@ from jaxrec.evaluation.ranking import (
     summarize,
 )
 from jaxrec.files import write_text
-from jaxrec.evaluation.metrics import bootstrap_ratio, ndcg
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.data.prepared import PreparedData
-from jaxrec.runs.rl_logged import load_policy, read_outcome
-from jaxrec.runs.train import EVALUATION_FILE, load_supervised, open_run
-from jaxrec.data.split import Cases
+from jaxrec.runs.directory import EVALUATION_FILE, load_supervised, open_run
+from jaxrec.runs.policy import load_policy, read_outcome
 
 RECENT_WINDOWS_DAYS = (1.0, 7.0, 30.0, 90.0, 365.0)
 POPULARITY, RECENT_POPULARITY = "popularity", "recent popularity"

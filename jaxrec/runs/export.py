@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxrec.config import to_json
-from jaxrec.onnx.model_directory import export_model
 from jaxrec.files import read_json
-from jaxrec.runs.rl_logged import load_served, policy_name
-from jaxrec.runs.train import EVALUATION_FILE, load_supervised, open_run
+from jaxrec.onnx.model_directory import export_model
+from jaxrec.runs.directory import EVALUATION_FILE, load_supervised, open_run
+from jaxrec.runs.policy import load_served, policy_name
 
 NO_LICENCE = "No notes on the data's licence were given at export (`jaxrec export --licence FILE`).\n"
 

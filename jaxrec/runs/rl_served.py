@@ -8,21 +8,20 @@ import jax
 import numpy as np
 
 from jaxrec.config import LOG_RL, RLConfig
+from jaxrec.errors import DataError
 from jaxrec.files import write_text
-from jaxrec.rl.served.evaluate import own_versions
-from jaxrec.rl.served.states import log_states
+from jaxrec.rl.logged.train import PolicyOutcome
 from jaxrec.rl.ope.gate import MINIMUM_EFFECTIVE
-from jaxrec.runs.rl_logged import GateOutcome, policy_in_use, write_policy
 from jaxrec.rl.rewards import reward_tables
 from jaxrec.rl.scoring import frozen_scoring
-from jaxrec.rl.served.train import FromLog, split_users, train_from_log
-from jaxrec.rl.logged.train import PolicyOutcome
-from jaxrec.runs.train import load_supervised, open_run
-from jaxrec.errors import DataError
+from jaxrec.rl.served.evaluate import own_versions
 from jaxrec.rl.served.event_store import DETERMINISTIC, ServedLog, read_served_log
+from jaxrec.rl.served.states import log_states
+from jaxrec.rl.served.train import FromLog, split_users, train_from_log
+from jaxrec.runs.directory import SERVED_OUTCOME_FILE, load_supervised, open_run
+from jaxrec.runs.policy import GateOutcome, policy_in_use, write_policy
 from jaxrec.training.stopping import StopRequested, never
 
-LOG_OUTCOME_FILE = "policy_from_log.json"
 METHOD = "log"
 
 
@@ -76,7 +75,7 @@ def rl_log_run(
     if decision.used:
         outcome = _outcome(result, config.steps)
         write_policy(run, supervised, outcome, config, METHOD, result.variables, result.steps, [])
-    write_text(folder / LOG_OUTCOME_FILE, json.dumps(record, indent=2) + "\n")
+    write_text(folder / SERVED_OUTCOME_FILE, json.dumps(record, indent=2) + "\n")
     return GateOutcome(decision.used, decision.reason, told)
 
 

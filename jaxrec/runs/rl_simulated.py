@@ -13,30 +13,29 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.config import SIMULATOR_RL, RewardWeights, RLConfig, from_json, to_json
-from jaxrec.data.reading.rules import IdKind
-from jaxrec.files import read_json, write_text
-from jaxrec.data.reading.read import read_ratings
-from jaxrec.data.reading.check import ReadOptions
-from jaxrec.models.hybrid import Hybrid
 from jaxrec.data.prepared import PreparedData
-from jaxrec.rl.simulated.environment import Environment
-from jaxrec.rl.simulated.recommender import every_user, recommender_environment, recommender_of, start_states
-from jaxrec.rl.logged.evaluate import case_states, make_judge
-from jaxrec.rl.simulated.train import Anchor, OnPolicyConfig, Trained, train_on_policy
+from jaxrec.data.reading.check import ReadOptions
+from jaxrec.data.reading.read import read_ratings
+from jaxrec.data.reading.rules import IdKind
+from jaxrec.errors import DataError
+from jaxrec.files import read_json, write_text
+from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.checkpoint import models_digest
-from jaxrec.runs.rl_logged import GateOutcome, PolicyInUse, policy_in_use, write_policy
-from jaxrec.rl.simulated.policy import TEMPERATURE, RecommenderPolicy, logged_leash, recommender_policy
-from jaxrec.rl.rewards import reward_tables
-from jaxrec.rl.scoring import frozen_scoring
-from jaxrec.rl.simulated.evaluate import Measured, Play, decide, make_play
+from jaxrec.rl.logged.evaluate import case_states, make_judge
 from jaxrec.rl.logged.states import training_states
 from jaxrec.rl.logged.train import Judge, PolicyOutcome
+from jaxrec.rl.rewards import reward_tables
+from jaxrec.rl.scoring import frozen_scoring
+from jaxrec.rl.simulated.environment import Environment
+from jaxrec.rl.simulated.evaluate import Measured, Play, decide, make_play
+from jaxrec.rl.simulated.policy import TEMPERATURE, RecommenderPolicy, logged_leash, recommender_policy
+from jaxrec.rl.simulated.recommender import every_user, recommender_environment, recommender_of, start_states
 from jaxrec.rl.simulated.split_people import TwoSimulators, two_simulators
-from jaxrec.runs.train import SIMULATOR_PARTIAL_FOLDER, load_supervised, open_run
-from jaxrec.errors import DataError
+from jaxrec.rl.simulated.train import Anchor, OnPolicyConfig, Trained, train_on_policy
+from jaxrec.runs.directory import SIMULATED_OUTCOME_FILE, SIMULATOR_PARTIAL_FOLDER, load_supervised, open_run
+from jaxrec.runs.policy import GateOutcome, PolicyInUse, policy_in_use, write_policy
 from jaxrec.training.stopping import StopRequested, never
 
-SIMULATOR_OUTCOME_FILE = "policy_from_simulator.json"
 STARTED_FILE = "started.json"
 METHOD = "simulator"
 
@@ -94,7 +93,7 @@ def rl_simulator_run(
         write_policy(run, supervised, outcome, config, METHOD, variables, trained.log, [])
     told = f"{ratings}: {simulators.told}."
     record = {"used": decision.used, "simulator": str(ratings), "told": told, "reason": decision.reason}
-    write_text(folder / SIMULATOR_OUTCOME_FILE, json.dumps(record, indent=2) + "\n")
+    write_text(folder / SIMULATED_OUTCOME_FILE, json.dumps(record, indent=2) + "\n")
     shutil.rmtree(partial)
     return GateOutcome(decision.used, decision.reason, told)
 

@@ -1,17 +1,4 @@
-"""The run directory: what `jaxrec train` and `jaxrec rl` leave behind, and how later stages read it.
-
-RUN/run.json      where the data is, and the configurations
-RUN/lstm/         checkpoints and logs of TimeRatingAwareLSTM (`jaxrec.training.log`)
-RUN/content/      the same of TimeRatingAwareContentModel
-RUN/training.png  loss and validation figures by epoch
-RUN/cooccurrence.npz  the neighbours of each item, and the item vectors that training started from
-RUN/hybrid.json   the weights of the mix, with the validation figures that chose them
-RUN/policy/       written by `jaxrec rl`: the policy, its log, and whether it is used
-RUN/policy.partial/  where an interrupted `jaxrec rl` stands; RUN/policy.previous/ what was in use before
-RUN/policy_from_log.json  what came of the last `jaxrec rl --log`; RUN/policy_from_simulator.json of --simulator
-RUN/policy.simulator.partial/  where an interrupted `jaxrec rl --simulator` stands
-RUN/evaluation.json  written by `jaxrec evaluate`; goes into the manifest of the exported model
-"""
+"""Trains the models of a run directory (`jaxrec.runs.directory`), anew or on data that extends its own."""
 
 import contextlib
 import dataclasses
@@ -19,67 +6,43 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
-from jaxrec.config import CheckpointConfig, ModelConfig, TrainConfig, from_json, to_json
-from jaxrec.models.neighbours import MAX_START_ITEMS, Neighbours, initial_embedding, neighbours
-from jaxrec.files import new_file, read_json, sha256, write_text
-from jaxrec.training.mix import tune_mix
+from jaxrec.config import CheckpointConfig, ModelConfig, TrainConfig, to_json
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.store import SUMMARY_FILE, read_prepared
+from jaxrec.errors import DataError, TrainingStopped
+from jaxrec.files import new_file, sha256, write_text
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.models.neighbours import MAX_START_ITEMS, Neighbours, initial_embedding, neighbours
+from jaxrec.runs.directory import (
+    CONTENT_FOLDER,
+    EVALUATION_FILE,
+    HYBRID_FILE,
+    LSTM_FOLDER,
+    NEIGHBOURS_FILE,
+    PLOT_FILE,
+    POLICY_FOLDER,
+    POLICY_PARTIAL_FOLDER,
+    RUN_FILE,
+    SCHEMA_VERSION,
+    SIMULATOR_PARTIAL_FOLDER,
+    Run,
+    new_models,
+    open_run,
+    read_cooccurrence,
+)
+from jaxrec.training.loop import require_trainable, train_model
+from jaxrec.training.mix import tune_mix
 from jaxrec.training.processes import is_first, wait_for_all
-from jaxrec.errors import DataError
 from jaxrec.training.sharding import building_device, data_mesh
 from jaxrec.training.stopping import StopRequested, never
-from jaxrec.errors import TrainingStopped
-from jaxrec.data.store import SUMMARY_FILE, read_prepared
-from jaxrec.data.prepared import PreparedData
-from jaxrec.training.loop import load_trained, require_trainable, train_model
-
-SCHEMA_VERSION = 3
-RUN_FILE = "run.json"
-HYBRID_FILE = "hybrid.json"
-NEIGHBOURS_FILE = "cooccurrence.npz"
-EVALUATION_FILE = "evaluation.json"
-LSTM_FOLDER = "lstm"
-CONTENT_FOLDER = "content"
-POLICY_FOLDER = "policy"
-POLICY_PARTIAL_FOLDER = "policy.partial"
-SIMULATOR_PARTIAL_FOLDER = "policy.simulator.partial"
-PLOT_FILE = "training.png"
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A run directory and what its run.json says. `data_digest` is the SHA-256 of the data's summary file,
-    `item_count` and `items_digest` say what its catalogue began with, `data_version` how often the data was changed."""
-
-    folder: Path
-    data_folder: Path
-    data_digest: str
-    item_count: int
-    items_digest: str
-    model_config: ModelConfig
-    train_config: TrainConfig
-    data_version: int = 0
-
-    def read_data(self) -> PreparedData:
-        """The prepared data that the run was trained on. Raises DataError where it is gone or was prepared anew."""
-        data = read_prepared(self.data_folder)
-        if sha256(self.data_folder / SUMMARY_FILE) != self.data_digest:
-            raise DataError(
-                f"{self.data_folder} was prepared anew since {self.folder} was trained on it; train again, or go on "
-                f"with what was appended: `jaxrec train --out {self.folder} --resume --data {self.data_folder}`"
-            )
-        return data
 
 
 def train_run(
@@ -168,24 +131,6 @@ def extend_run(out: Path, data_folder: Path, changes: Mapping[str, Any] = {}) ->
     _write_run(extended)
 
 
-def open_run(folder: Path) -> Run:
-    """Reads run.json. Raises DataError where there is none, or of another schema version."""
-    content = read_json(folder / RUN_FILE, "expected a folder written by `jaxrec train`")
-    version = content.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise DataError(f"{folder / RUN_FILE}: schema version {version}, expected {SCHEMA_VERSION}; train again")
-    return Run(
-        folder,
-        Path(content["data"]),
-        content["data_sha256"],
-        content["items"],
-        content["items_sha256"],
-        from_json(ModelConfig, content["model"]),
-        from_json(TrainConfig, content["train"]),
-        content["data_version"],
-    )
-
-
 def _new_run(
     out: Path,
     data_folder: Path,
@@ -223,18 +168,6 @@ def _write_run(run: Run) -> None:
     wait_for_all("run.json is written")
 
 
-def new_models(
-    data: PreparedData, config: ModelConfig, seed: int, item_embedding: np.ndarray | None = None
-) -> tuple[TimeRatingAwareLSTM, TimeRatingAwareContentModel]:
-    """Both models with fresh weights that follow from the seed, and item embeddings [items + 1, embedding] if given."""
-    items = len(data.catalog)
-    lstm = TimeRatingAwareLSTM(items, config, rngs=nnx.Rngs(2 * seed), item_embedding=item_embedding)
-    content = TimeRatingAwareContentModel(
-        items, data.catalog.genre_matrix(), config, rngs=nnx.Rngs(2 * seed + 1), item_embedding=item_embedding
-    )
-    return lstm, content
-
-
 def _run_cooccurrence(run: Run, data: PreparedData) -> tuple[Neighbours, np.ndarray | None]:
     """The neighbours that the run keeps, and what its item vectors start from (None: at random). Where it has none yet
     the first process counts and writes them, so that all processes have the same."""
@@ -249,27 +182,4 @@ def _run_cooccurrence(run: Run, data: PreparedData) -> tuple[Neighbours, np.ndar
         with new_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **counted._asdict(), start=start)
     wait_for_all("the neighbours are written")
-    return _read_cooccurrence(run)
-
-
-def _read_cooccurrence(run: Run) -> tuple[Neighbours, np.ndarray | None]:
-    path = run.folder / NEIGHBOURS_FILE
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            start = arrays["start"]
-            return Neighbours(arrays["item"], arrays["weight"]), start if start.size else None
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read ({error}); train again") from error
-
-
-def load_supervised(run: Run, data: PreparedData) -> Hybrid:
-    """The mix of the run's two trained models and its co-occurrence, without a policy."""
-    mix = read_json(run.folder / HYBRID_FILE, "finish the training: `jaxrec train DATA --out RUN --resume`")
-    lstm, content = new_models(data, run.model_config, run.train_config.seed)
-    return Hybrid(
-        load_trained(lstm, run.train_config, run.folder / LSTM_FOLDER).model,
-        load_trained(content, run.train_config, run.folder / CONTENT_FOLDER).model,
-        CoOccurrence(_read_cooccurrence(run)[0]),
-        mix["weight"],
-        mix["cooccurrence_weight"],
-    )
+    return read_cooccurrence(run)

@@ -124,7 +124,7 @@ existing_file = click.Path(dir_okay=False, path_type=Path)
     help="Lines of the log on standard error: JSON objects, or for human readers.",
 )
 @click.option("--log-calls", is_flag=True, help="A log line for every call, not only for failures of the server.")
-def run(
+def run(  # noqa: PLR0915
     model: Path,
     address: str,
     store: str,

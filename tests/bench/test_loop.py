@@ -15,8 +15,8 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.train import PolicyOutcome
 from jaxrec.rl.served.event_store import read_served_log
-from jaxrec.runs.rl_logged import write_policy
-from jaxrec.runs.train import open_run
+from jaxrec.runs.directory import open_run
+from jaxrec.runs.policy import write_policy
 from tests.rl.simulated.simulated import genre_lovers
 
 USERS, LIKED = 240, 12

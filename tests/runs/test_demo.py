@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxrec.runs.demo import ask_server, example_user, format_answer, genre_alignment, run_demo, write_movielens
-from jaxrec.data.reading.read import read_movies, read_ratings
 from jaxrec.data.prepared import PreparedData
+from jaxrec.data.reading.read import read_movies, read_ratings
 from jaxrec.errors import DataError
+from jaxrec.runs.demo import ask_server, example_user, format_answer, genre_alignment, run_demo, write_movielens
 
 
 def test_genre_alignment_by_hand() -> None:

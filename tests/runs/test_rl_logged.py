@@ -10,29 +10,17 @@ import numpy as np
 import pytest
 
 from jaxrec.config import RLConfig
+from jaxrec.data.prepared import PreparedData
+from jaxrec.errors import DataError, TrainingError, TrainingStopped
+from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import jit_scorer, rank_cases
 from jaxrec.files import sha256
-from jaxrec.evaluation.metrics import ndcg
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.data.prepared import PreparedData
 from jaxrec.rl.logged.methods import TOP_K
-from jaxrec.runs.rl_logged import (
-    POLICY_FOLDER,
-    PREVIOUS_FOLDER,
-    REFUSED_FOLDER,
-    load_policy,
-    load_served,
-    policy_name,
-    read_log,
-    read_outcome,
-    read_steps,
-    rl_run,
-)
 from jaxrec.rl.logged.train import train_policy
-from jaxrec.runs.train import Run, open_run
-from jaxrec.errors import DataError
-from jaxrec.errors import TrainingStopped
-from jaxrec.errors import TrainingError
+from jaxrec.runs.directory import POLICY_FOLDER, POLICY_PREVIOUS_FOLDER, POLICY_REFUSED_FOLDER, Run, open_run
+from jaxrec.runs.policy import load_policy, load_served, policy_name, read_log, read_outcome, read_steps
+from jaxrec.runs.rl_logged import rl_run
 
 SHORT = RLConfig(steps=40, steps_per_evaluation=20, batch_size=16, policy_width=8, learning_rate=3e-3)
 
@@ -133,15 +121,15 @@ def test_policy_on_top_of_other_weights_is_refused(run: Run, supervised: Hybrid)
 def test_a_refused_policy_does_not_replace_one_in_use(run: Run) -> None:
     record_use(run, False)
     assert not rl_run(run.folder, dataclasses.replace(SHORT, steps=20)).used
-    assert not (run.folder / REFUSED_FOLDER).exists()
+    assert not (run.folder / POLICY_REFUSED_FOLDER).exists()
     record_use(run, True)
     digest = sha256(run.folder / POLICY_FOLDER / "policy.npz")
     outcome = rl_run(run.folder, dataclasses.replace(SHORT, steps=20, seed=1))
     assert not outcome.used
     assert "the policy that was in use before stays" in outcome.reason
     assert sha256(run.folder / POLICY_FOLDER / "policy.npz") == digest
-    assert digest != sha256(run.folder / REFUSED_FOLDER / "policy.npz")
-    assert not (run.folder / PREVIOUS_FOLDER).exists()
+    assert digest != sha256(run.folder / POLICY_REFUSED_FOLDER / "policy.npz")
+    assert not (run.folder / POLICY_PREVIOUS_FOLDER).exists()
 
 
 def test_off_policy_training_tells_how_good_its_behaviour_model_is(

@@ -10,14 +10,11 @@ import pytest
 from flax import nnx
 
 from jaxrec.config import RewardWeights, RLConfig
+from jaxrec.data.prepared import PreparedData
+from jaxrec.errors import DataError
 from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.data.prepared import PreparedData
-from jaxrec.runs.rl_served import rl_log_run
-from jaxrec.runs.rl_logged import POLICY_FOLDER, PREVIOUS_FOLDER, load_policy, read_outcome, read_steps, write_policy
 from jaxrec.rl.logged.train import PolicyOutcome
-from jaxrec.runs.train import open_run
-from jaxrec.errors import DataError
 from jaxrec.rl.served.event_store import (
     DETERMINISTIC,
     NO_HISTORY,
@@ -27,12 +24,15 @@ from jaxrec.rl.served.event_store import (
     UNNOTED,
     read_served_log,
 )
+from jaxrec.runs.directory import POLICY_FOLDER, POLICY_PREVIOUS_FOLDER, open_run
+from jaxrec.runs.policy import load_policy, read_outcome, read_steps, write_policy
+from jaxrec.runs.rl_served import rl_log_run
 from serve.model.artifact import read_artifact
-from serve.model.exploration import Exploration
 from serve.model.events import Event
-from serve.serving.loaded import LoadedModel
-from serve.observability.metrics import Metrics
+from serve.model.exploration import Exploration
 from serve.model.recommender import Query, Recommender
+from serve.observability.metrics import Metrics
+from serve.serving.loaded import LoadedModel
 from serve.stores.base import Shown, UserEvent
 from serve.stores.sqlite import SQLiteStore
 
@@ -133,7 +133,7 @@ def test_a_better_policy_replaces_the_one_in_use(
     shift = np.asarray(new.policy.item_bias[...] - old.policy.item_bias[...])[1:]
     good = np.array([_good(raw) for raw in small_data.catalog.ids.raw_ids.tolist()])
     assert shift[good].mean() > shift[~good].mean() + 0.1
-    assert sha256(run / PREVIOUS_FOLDER / "policy.npz") == digest
+    assert sha256(run / POLICY_PREVIOUS_FOLDER / "policy.npz") == digest
     assert sha256(liked) == before
     record = json.loads((run / "policy_from_log.json").read_text())
     robust, gain = record["doubly_robust_gain"], record["gate"]["gain"]
@@ -156,7 +156,7 @@ def test_a_policy_that_is_not_shown_to_be_better_is_refused(run: Path, indiffere
     assert not found.used
     assert "a gain above 0 is not shown" in found.reason
     assert sha256(run / POLICY_FOLDER / "policy.json") == digest
-    assert not (run / PREVIOUS_FOLDER).exists()
+    assert not (run / POLICY_PREVIOUS_FOLDER).exists()
     assert json.loads((run / "policy_from_log.json").read_text())["gate"]["reason"] == found.reason
 
 

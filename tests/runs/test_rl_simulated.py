@@ -13,32 +13,29 @@ import pytest
 from flax import nnx
 
 from jaxrec.config import LOG_RL, RLConfig
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.schema import ITEM, USER
+from jaxrec.errors import DataError, TrainingStopped
 from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.data.prepared import PreparedData
-from jaxrec.runs import rl_simulated as simulator_run
-from jaxrec.rl.simulated.fit import SimulatorFit
 from jaxrec.rl.logged.evaluate import Decision, Judged
-from jaxrec.runs.rl_logged import (
-    POLICY_FOLDER,
-    PREVIOUS_FOLDER,
-    load_policy,
-    policy_in_use,
-    read_record,
-    read_steps,
-    write_policy,
-)
-from jaxrec.rl.simulated.policy import recommender_policy
+from jaxrec.rl.logged.train import PolicyOutcome
 from jaxrec.rl.rewards import reward_tables
 from jaxrec.rl.scoring import frozen_scoring, policy_logits, supervised_logits
 from jaxrec.rl.simulated.evaluate import Measured, Played, decide
-from jaxrec.runs.rl_simulated import METHOD, SIMULATOR_OUTCOME_FILE, refuse_unplayable, rl_simulator_run, supervised_head
-from jaxrec.rl.logged.train import PolicyOutcome
+from jaxrec.rl.simulated.fit import SimulatorFit
+from jaxrec.rl.simulated.policy import recommender_policy
 from jaxrec.rl.simulated.split_people import two_simulators
-from jaxrec.runs.train import SIMULATOR_PARTIAL_FOLDER, open_run
-from jaxrec.data.schema import ITEM, USER
-from jaxrec.errors import DataError
-from jaxrec.errors import TrainingStopped
+from jaxrec.runs import rl_simulated as simulator_run
+from jaxrec.runs.directory import (
+    POLICY_FOLDER,
+    POLICY_PREVIOUS_FOLDER,
+    SIMULATED_OUTCOME_FILE,
+    SIMULATOR_PARTIAL_FOLDER,
+    open_run,
+)
+from jaxrec.runs.policy import load_policy, policy_in_use, read_record, read_steps, write_policy
+from jaxrec.runs.rl_simulated import METHOD, refuse_unplayable, rl_simulator_run, supervised_head
 from tests.rl.simulated.simulated import FIRST_USER, genre_lovers, hand_made
 
 CONFIG = RLConfig(steps=20, batch_size=16, slate_size=3, policy_width=8, learning_rate=1e-3, kl_target=0.05)
@@ -112,7 +109,7 @@ def test_what_passes_is_used_and_started_from_the_policy_in_use(passed: Path, of
     assert record.outcome.figures.keys() == {"policy", "before", "supervised"}
     assert record.outcome.differences.keys() == {"reward", "ndcg_10"}
     assert [step["step"] for step in read_steps(passed)] == [10, 20]
-    assert sha256(passed / PREVIOUS_FOLDER / "policy.npz") == sha256(of_log / POLICY_FOLDER / "policy.npz")
+    assert sha256(passed / POLICY_PREVIOUS_FOLDER / "policy.npz") == sha256(of_log / POLICY_FOLDER / "policy.npz")
     assert not (passed / SIMULATOR_PARTIAL_FOLDER).exists()
     # Adam moves no weight further than about the learning rate in an update.
     new = load_policy(open_run(passed), supervised)
@@ -156,8 +153,8 @@ def test_what_gains_nothing_is_refused_and_says_who_judged(run: Path, ratings: P
     assert "+0.0000 (+0.0000 to +0.0000)" in found.reason
     assert f"{STRANGERS + 2} users, of whom 2 are left out because the run was trained on them, and 1 " in found.told
     assert sha256(run / POLICY_FOLDER / "policy.json") == digest
-    assert not (run / PREVIOUS_FOLDER).exists()
-    assert json.loads((run / SIMULATOR_OUTCOME_FILE).read_text())["reason"] == found.reason
+    assert not (run / POLICY_PREVIOUS_FOLDER).exists()
+    assert json.loads((run / SIMULATED_OUTCOME_FILE).read_text())["reason"] == found.reason
 
 
 def measured(reward: float, ndcg_rank: np.ndarray, spread: float = 0.0) -> Measured:

@@ -16,7 +16,7 @@ from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig
 from jaxrec.data.append import append_directory
 from jaxrec.data.prepare import prepare_directory
 from jaxrec.models.sequence import TimeRatingAwareContentModel
-from jaxrec.runs.train import load_supervised, open_run
+from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.training.checkpoints import Checkpoints, Progress
 from jaxrec.training.log import read_epochs, read_steps
 from jaxrec.training.resize import genre_rows, restored_state

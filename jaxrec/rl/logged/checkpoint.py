@@ -20,7 +20,7 @@ from jaxrec.errors import DataError
 from jaxrec.files import new_directory, read_json
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.train import Problem, Progress
-from jaxrec.runs.train import POLICY_PARTIAL_FOLDER
+from jaxrec.runs.directory import POLICY_PARTIAL_FOLDER
 
 PROGRESS_FILE = "progress.json"
 ARRAYS_FILE = "arrays.npz"
