@@ -80,7 +80,7 @@ filter_and_split_options = with_options(
 )
 
 
-@click.command(short_help="Check a log and write prepared data.")
+@click.command()
 @click.argument("ratings", type=EXISTING_PATH)
 @click.option("--movies", type=EXISTING_FILE, help="Titles and genres; found beside the ratings in a folder or zip.")
 @filter_and_split_options
@@ -118,7 +118,7 @@ def prepare(
     _print_prepared(prepare_directory(ratings, movies, out, config, reading, handling, memory, write_report), out)
 
 
-@click.command(short_help="Add new events to prepared data.")
+@click.command()
 @click.argument("data", type=EXISTING_FOLDER)
 @click.argument("ratings", type=EXISTING_PATH)
 @click.option("--movies", type=EXISTING_FILE, help="Titles and genres of new movies.")
@@ -144,7 +144,7 @@ def append(
     _print_prepared(append_directory(data, ratings, movies, out, reading, handling, memory, write_report), out)
 
 
-@click.command(short_help="Verify the checksums of prepared data.")
+@click.command()
 @click.argument("data", type=EXISTING_FOLDER)
 def check(data: Path) -> None:
     """Compares every file of prepared DATA with its checksum."""
@@ -153,7 +153,7 @@ def check(data: Path) -> None:
     click.echo(f"{data}: {check_prepared(data):,} bytes are as they were written")
 
 
-@click.command(short_help="Download a MovieLens data set.")
+@click.command()
 @click.argument("name", type=click.Choice(DATASETS))
 @click.option("--out", type=NEW_FOLDER, required=True, help="Folder for NAME.zip and its terms.")
 @click.option("--base-url", help="Folder on the web that holds NAME.zip.  [default: GroupLens]", show_default=False)

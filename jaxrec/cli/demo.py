@@ -7,7 +7,7 @@ import click
 from jaxrec.cli.options import NEW_FOLDER, SEED, SEED_HELP
 
 
-@click.command(short_help="Run every stage on 100,004 MovieLens ratings.")
+@click.command()
 @click.option("--out", type=NEW_FOLDER, default=Path("runs/demo"), help="Folder for everything that the demo makes.")
 @click.option("--seed", type=SEED, default=0, help=SEED_HELP)
 def demo(out: Path, seed: int) -> None:

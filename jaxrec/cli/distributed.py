@@ -10,7 +10,7 @@ from jaxrec.cli.options import EXISTING_FILE, EXISTING_FOLDER, NEW_FOLDER
 from jaxrec.errors import DataError
 
 
-@click.command(short_help="Prepare Parquet files on several machines.")
+@click.command()
 @click.argument("folder", type=EXISTING_FOLDER)
 @click.option("--movies", type=EXISTING_FILE, help="movieId,title,genres; without it there are no titles and genres.")
 @click.option("--out", type=NEW_FOLDER, required=True, help="Folder for the shards; replaced if it exists.")

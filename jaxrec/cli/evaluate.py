@@ -7,7 +7,7 @@ import click
 from jaxrec.cli.options import EXISTING_FOLDER, NEW_FILE, SEED
 
 
-@click.command(short_help="Rank the test cases and print the metrics.")
+@click.command()
 @click.argument("run", type=EXISTING_FOLDER)
 @click.option("--json", "json_file", type=NEW_FILE, help="File for the figures as JSON, beside RUN/evaluation.json.")
 @click.option("--seed", type=SEED, default=0, help="Seed of the bootstrap intervals.")

@@ -9,7 +9,7 @@ from jaxrec.cli.options import EXISTING_FILE, EXISTING_FOLDER, NEW_FOLDER
 INDEX = {"auto": None, "always": True, "never": False}
 
 
-@click.command(short_help="Export a run to ONNX for the server.")
+@click.command()
 @click.argument("run", type=EXISTING_FOLDER)
 @click.option("--out", type=NEW_FOLDER, required=True, help="The model directory; replaced if it exists.")
 @click.option("--licence", type=EXISTING_FILE, help="Text about the data's licence, kept with the model.")

@@ -6,34 +6,39 @@ import click
 
 from jaxrec.errors import DataError, ExportError, TrainingError
 
-MODULES = {
-    "prepare": "data",
-    "append": "data",
-    "check": "data",
-    "train": "train",
-    "rl": "rl",
-    "evaluate": "evaluate",
-    "export": "export",
-    "demo": "demo",
-    "fetch": "data",
-    "prepare-distributed": "distributed",
-}  # by command, in the order in which `jaxrec --help` lists them
+COMMANDS = {
+    "prepare": ("data", "Check a log of interactions and write prepared data."),
+    "append": ("data", "Add new events to prepared data."),
+    "check": ("data", "Verify the checksums of prepared data."),
+    "train": ("train", "Train the models on prepared data."),
+    "rl": ("rl", "Fine-tune a policy by reinforcement learning."),
+    "evaluate": ("evaluate", "Rank the test cases and print the metrics."),
+    "export": ("export", "Export a run to ONNX for the server."),
+    "demo": ("demo", "Run every stage on 100,004 MovieLens ratings."),
+    "fetch": ("data", "Download a MovieLens data set."),
+    "prepare-distributed": ("distributed", "Prepare Parquet files on several machines."),
+}  # by name, in the order of `jaxrec --help`: the module in jaxrec/cli/ and the short help
 
 
 class LazyGroup(click.Group):
-    """The commands of MODULES, each a function of its own name in jaxrec/cli/."""
+    """The commands of COMMANDS, each the function of its own name in its module."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         """The names in the order of a run's stages."""
-        return list(MODULES)
+        return list(COMMANDS)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         """Imports the command; None for a name that is none."""
-        if name not in MODULES:
+        if name not in COMMANDS:
             return None
-        module = importlib.import_module(f"jaxrec.cli.{MODULES[name]}")
+        module = importlib.import_module(f"jaxrec.cli.{COMMANDS[name][0]}")
         command: click.Command = getattr(module, name.replace("-", "_"))
         return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, short_help) for name, (_, short_help) in COMMANDS.items()])
 
     def invoke(self, context: click.Context) -> object:
         """Errors that the user can mend are one line on stderr and exit status 1."""

@@ -12,7 +12,7 @@ FIXED = ("batch_tokens", "hidden", "max_length", "seed")  # for the whole life o
 CHANGEABLE = ("max_epochs", "patience", "learning_rate")  # together with the data
 
 
-@click.command(short_help="Train the models on prepared data.")
+@click.command()
 @click.argument("data", type=EXISTING_FOLDER, required=False)
 @click.option("--out", type=NEW_FOLDER, required=True, help="Folder for the run.")
 @click.option("--resume", is_flag=True, help="Resume an interrupted run, with the options that it started with.")
