@@ -13,9 +13,10 @@ from jaxrec.cli.options import EXISTING_FOLDER, NEW_FILE, SEED
 @click.option("--seed", type=SEED, default=0, help="Seed of the bootstrap intervals.")
 def evaluate(run: Path, json_file: Path | None, seed: int) -> None:
     """Ranks the test cases of RUN's data with its models, its policy and the baselines, and prints the metrics."""
-    from jaxrec.runs.evaluate import evaluate_run, format_table, write_evaluation
+    from jaxrec.runs.evaluate import evaluate as evaluate_run
+    from jaxrec.runs.evaluate import write_evaluation
 
     evaluation = evaluate_run(run, seed)
-    click.echo(format_table(evaluation))
+    click.echo(str(evaluation))
     if json_file is not None:
         write_evaluation(evaluation, json_file)

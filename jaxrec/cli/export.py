@@ -23,7 +23,8 @@ INDEX = {"auto": None, "always": True, "never": False}
 )
 def export(run: Path, out: Path, licence: Path | None, int8: bool, index: str) -> None:
     """Exports RUN to ONNX for `python -m serve`; refused if ONNX Runtime and JAX differ."""
-    from jaxrec.runs.export import NO_LICENCE, export_run
+    from jaxrec.runs.export import NO_LICENCE
+    from jaxrec.runs.export import export as export_run
 
     text = licence.read_text(encoding="utf-8") if licence else NO_LICENCE
     manifest = export_run(run, out, text, int8, INDEX[index])

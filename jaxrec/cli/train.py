@@ -116,7 +116,8 @@ def train(
 
     import jax
 
-    from jaxrec.runs.train import extend_run, train_run
+    from jaxrec.runs.train import extend_run
+    from jaxrec.runs.train import train as train_run
     from jaxrec.training.host_memory import keep_freed_memory
     from jaxrec.training.processes import join, leave, leave_at_once
     from jaxrec.training.stopping import stop_on_signals
@@ -131,7 +132,16 @@ def train(
                 extend_run(out, new_data, changes)
                 data = None
             checkpoints = CheckpointConfig(checkpoint_seconds, keep_checkpoints)
-            train_run(data, out, model_config, train_config, resume, checkpoints, item_shards, stop)
+            train_run(
+                data,
+                out,
+                model_config,
+                train_config,
+                resume=resume,
+                checkpoint_config=checkpoints,
+                item_shards=item_shards,
+                stop=stop,
+            )
         except TrainingStopped as stopped:
             click.echo(f"{stopped}; resume with: jaxrec train --out {out} --resume")
         except ProcessLost as lost:
