@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from quality import commit, without_folder
 
+import jaxrec
 from jaxrec.config import PrepareConfig, TrainConfig
 from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
@@ -32,7 +33,6 @@ from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.rewards import genre_directions
 from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.runs.evaluate import hybrid_scorer
-from jaxrec.runs.train import train_run
 
 OUT = Path(__file__).with_name("cold_start.md")
 HIDDEN, CASES_PER_USER, MIN_HISTORY, TOP, BATCH = 0.1, 5, 5, 50, 64
@@ -119,7 +119,7 @@ def trained(whole: PreparedData, hidden: np.ndarray, folder: Path, seed: int) ->
         write_prepared(prepare(interactions, whole.catalog.to_frame(), config), folder / "data")
     out = folder / "run"
     if not (out / "hybrid.json").is_file():
-        train_run(folder / "data", out, train_config=TrainConfig(seed=seed), resume=(out / "run.json").is_file())
+        jaxrec.train(folder / "data", out, train_config=TrainConfig(seed=seed), resume=(out / "run.json").is_file())
     data = read_prepared(folder / "data")
     return data, load_supervised(open_run(out), data)
 

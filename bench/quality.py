@@ -19,6 +19,7 @@ import click
 import jax
 import numpy as np
 
+import jaxrec
 from jaxrec.config import PrepareConfig, SplitKind, Ties, TrainConfig
 from jaxrec.data.prepare import prepare_directory
 from jaxrec.data.report import write_report
@@ -30,7 +31,6 @@ from jaxrec.files import new_file, write_text
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.runs.evaluate import hybrid_scorer
-from jaxrec.runs.train import train_run
 from jaxrec.training.mix import neighbour_logits
 
 OUT = Path(__file__).with_name("quality.md")
@@ -66,7 +66,7 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
         beside = movies if ratings.is_file() and movies.is_file() else None
         prepare_directory(ratings, beside, folder / "data", config, add_files=write_report)
     data, out = read_prepared(folder / "data"), folder / f"run-{seed}"
-    train_run(folder / "data", out, train_config=TrainConfig(seed=seed), resume=(out / "run.json").is_file())
+    jaxrec.train(folder / "data", out, train_config=TrainConfig(seed=seed), resume=(out / "run.json").is_file())
     hybrid = load_supervised(open_run(out), data)
     cases = few_per_user(data.split.test) if split == "temporal" else data.split.test
     arrays: dict[str, np.ndarray] = {"popularity": data.train_popularity()}

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+import jaxrec
 from bench.intervals import student
 from bench.quality import commit
 from jaxrec.config import LOG_RL, RewardWeights, RLConfig
@@ -41,9 +42,7 @@ from jaxrec.rl.ope.gate import MINIMUM_EFFECTIVE
 from jaxrec.rl.simulated.fit import SimulatorFit, fit_simulator, profiles, simulator_histories
 from jaxrec.rl.simulated.users import SimulatorParams, reward_terms, start_user, step
 from jaxrec.runs.directory import open_run
-from jaxrec.runs.export import export_run
 from jaxrec.runs.rl_served import rl_log_run
-from jaxrec.runs.train import train_run
 from serve.client.sync import Connection, RecommenderClient, UserEvent, recommend_request
 from serve.pb.model_admin_pb2 import LoadModelRequest
 from serve.pb.model_admin_pb2_grpc import ModelAdminStub
@@ -126,7 +125,7 @@ def loop(run: Path, model: Path, users: Users, config: LoopConfig, seed: int, wo
                 outcome = rl_log_run(run, store, learning, minimum_effective=config.minimum_effective)
                 decision, used = outcome.reason, outcome.used
                 if used:
-                    export_run(run, models / str(number + 1))
+                    jaxrec.export(run, models / str(number + 1))
                     ModelAdminStub(channel).LoadModel(LoadModelRequest(), timeout=120.0)
             rounds.append(Round(reward, terms["taken"], terms["rating"], coverage, version, decision, used))
             print(
@@ -240,7 +239,7 @@ def trained_half(work: Path, ratings: Path) -> tuple[Path, PreparedData, pd.Data
         write_prepared(prepare_files(work / "half.csv", ratings.with_name("movies.csv")), work / "data")
     run, data = work / "run", read_prepared(work / "data")
     if not (run / "hybrid.json").is_file():
-        train_run(work / "data", run, resume=(run / "run.json").is_file())
+        jaxrec.train(work / "data", run, resume=(run / "run.json").is_file())
     return run, data, others
 
 
@@ -265,7 +264,7 @@ def main(work: Path, seeds: int, rounds: int, ratings: Path) -> None:
     run, data, others = trained_half(work, ratings)
     users, fit = fitted_users(others, data)
     if not (work / "model").is_dir():
-        export_run(run, work / "model")
+        jaxrec.export(run, work / "model")
     for seed in range(seeds):
         for learns in (True, False):
             name = f"{'learns' if learns else 'control'}-{seed}"

@@ -1,0 +1,85 @@
+"""jaxrec: sequential recommendation, from a log of interactions to answers over gRPC.
+
+    data = jaxrec.prepare(interactions, movies)
+    run = jaxrec.train(data, out="run")
+    print(jaxrec.evaluate(run))
+    run.recommend([1, 2, 3], k=5)
+    jaxrec.export(run, "model")    # then: python -m serve run model
+
+Every name below is imported when it is first used, so that `import jaxrec` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxrec.config import ModelConfig, PrepareConfig, RatingScale, RewardWeights, RLConfig, TrainConfig
+    from jaxrec.data.append import append_directory as append
+    from jaxrec.data.prepare import prepare
+    from jaxrec.data.prepared import PreparedData
+    from jaxrec.data.store import read_prepared
+    from jaxrec.errors import DataError, ExportError, TrainingError
+    from jaxrec.runs.directory import Run, open_run
+    from jaxrec.runs.evaluate import Evaluation, evaluate
+    from jaxrec.runs.export import export
+    from jaxrec.runs.fine_tune import fine_tune
+    from jaxrec.runs.train import train
+
+    __version__: str
+
+__all__ = [
+    "DataError",
+    "Evaluation",
+    "ExportError",
+    "ModelConfig",
+    "PrepareConfig",
+    "PreparedData",
+    "RLConfig",
+    "RatingScale",
+    "RewardWeights",
+    "Run",
+    "TrainConfig",
+    "TrainingError",
+    "__version__",
+    "append",
+    "evaluate",
+    "export",
+    "fine_tune",
+    "open_run",
+    "prepare",
+    "read_prepared",
+    "train",
+]
+
+_WHERE = {
+    "jaxrec.config": ("ModelConfig", "PrepareConfig", "RLConfig", "RatingScale", "RewardWeights", "TrainConfig"),
+    "jaxrec.data.append": ("append=append_directory",),
+    "jaxrec.data.prepare": ("prepare",),
+    "jaxrec.data.prepared": ("PreparedData",),
+    "jaxrec.data.store": ("read_prepared",),
+    "jaxrec.errors": ("DataError", "ExportError", "TrainingError"),
+    "jaxrec.runs.directory": ("Run", "open_run"),
+    "jaxrec.runs.evaluate": ("Evaluation", "evaluate"),
+    "jaxrec.runs.export": ("export",),
+    "jaxrec.runs.fine_tune": ("fine_tune",),
+    "jaxrec.runs.train": ("train",),
+}  # the names of each module; NAME=NAME_THERE where they differ
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("jaxrec")
+    for module, entries in _WHERE.items():
+        for entry in entries:
+            public, _, there = entry.partition("=")
+            if public == name:
+                value = getattr(importlib.import_module(module), there or public)
+                globals()[name] = value
+                return value
+    raise AttributeError(f"module 'jaxrec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,13 +1,25 @@
-"""Configuration: a few frozen dataclasses. Each function is handed the smallest piece that it needs."""
+"""Configuration: a few frozen dataclasses. Each function is handed the smallest piece that it needs.
+
+The command line reads its defaults here for `--help`, so nothing heavy is imported: NumPy only where it computes.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-from jaxrec.data.schema import RatingScale
+from jaxrec.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Config = TypeVar("Config")
+
+MISSING_RATING = -1.0  # how "no rating" is written once ratings are scaled to 0..1
+MEMORY_GB = 1.5  # for DuckDB while a log is read; the process needs about as much again for blocks, ids and Python
 
 
 class SplitKind(enum.StrEnum):
@@ -33,6 +45,28 @@ class Ties(enum.StrEnum):
 
     FILE = "file"
     RANDOM = "random"
+
+
+@dataclasses.dataclass(frozen=True)
+class RatingScale:
+    """The range of possible ratings, not of those that occur."""
+
+    minimum: float
+    maximum: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.minimum) and math.isfinite(self.maximum) and self.minimum < self.maximum):
+            raise DataError(f"rating scale {self}: expected two finite numbers, the minimum below the maximum")
+
+    def __str__(self) -> str:
+        return f"{self.minimum:g}..{self.maximum:g}"
+
+    def to_unit(self, ratings: np.ndarray) -> np.ndarray:
+        """Scales raw ratings to 0..1 (float32); NaN becomes MISSING_RATING. On 1..5, 4.0 becomes 0.75."""
+        import numpy as np
+
+        unit = (ratings - self.minimum) / (self.maximum - self.minimum)
+        return np.where(np.isnan(ratings), MISSING_RATING, unit).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

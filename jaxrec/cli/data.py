@@ -1,188 +1,187 @@
-"""The commands that make prepared data: prepare, append, check."""
+"""The commands that make prepared data: prepare, append, check, fetch."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
-from jaxrec.data.append import append_directory
-from jaxrec.data.prepare import prepare_directory
-from jaxrec.data.prepared import PreparedData
+from jaxrec.cli.options import EXISTING_FILE, EXISTING_FOLDER, EXISTING_PATH, NEW_FOLDER, SEED, with_options
+from jaxrec.config import MEMORY_GB, FilterOn, PrepareConfig, RatingScale, SplitKind, Ties
 from jaxrec.data.reading.bad_rows import QUARANTINE_FILE, OnBadRows
-from jaxrec.data.reading.check import ReadOptions
-from jaxrec.data.reading.connection import MEMORY_GB
 from jaxrec.data.reading.rules import IdKind, TimeUnit
-from jaxrec.data.reading.sources import ColumnNames
-from jaxrec.data.schema import RatingScale
-from jaxrec.data.store import check_prepared
 
-EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-EXISTING_PATH = click.Path(exists=True, path_type=Path)
-EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
+if TYPE_CHECKING:
+    from jaxrec.data.prepared import PreparedData
+    from jaxrec.data.reading.sources import ColumnNames
 
-_READ_OPTIONS = (
-    click.option("--user-col", help="Column of the users; recognized where it is userId or user_id."),
-    click.option("--item-col", help="Column of the items; recognized where it is movieId or item_id."),
-    click.option("--rating-col", help="Column of the ratings; without one the log is implicit."),
-    click.option("--time-col", help="Column of the times; recognized where it is timestamp."),
+DATASETS = ("ml-latest-small", "ml-latest", "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m")
+
+read_options = with_options(
+    click.option("--user-col", help="Column of the user ids; recognized if it is userId or user_id."),
+    click.option("--item-col", help="Column of the item ids; recognized if it is movieId or item_id."),
+    click.option("--rating-col", help="Column of the ratings; without one the log is implicit feedback."),
+    click.option("--time-col", help="Column of the times; recognized if it is timestamp."),
     click.option(
         "--time-unit",
         type=click.Choice([u.value for u in TimeUnit]),
         default=TimeUnit.AUTO.value,
-        help="Of the times; recognized by the first rows where not given.",
+        help="Unit of the times; auto: recognized from the first rows.",
     ),
     click.option(
         "--on-bad-rows",
         type=click.Choice([b.value for b in OnBadRows]),
         default=OnBadRows.FAIL.value,
-        help="Stop and name them, or set them aside in OUT/quarantine.csv and go on.",
+        help="fail: stop and name rows that break the rules; quarantine: set them aside in OUT/quarantine.csv.",
     ),
-    click.option("--memory", type=click.FloatRange(0.25, 1e6), default=MEMORY_GB, help="GB for the engine that sorts."),
+    click.option(
+        "--memory", type=click.FloatRange(0.25, 1e6), default=MEMORY_GB, help="GB of memory for reading and sorting."
+    ),
 )
 
-
-_FILTER_AND_SPLIT_OPTIONS = (
+filter_and_split_options = with_options(
     click.option(
         "--min-user-ratings",
         type=click.IntRange(0),
         default=PrepareConfig.min_user_ratings,
-        help="Users with fewer are dropped.",
+        help="Drop users with fewer ratings.",
     ),
     click.option(
         "--min-movie-ratings",
         type=click.IntRange(0),
         default=PrepareConfig.min_movie_ratings,
-        help="Movies with fewer are dropped; 0 keeps those that nobody rated.",
+        help="Drop movies with fewer ratings; 0 also keeps movies without ratings.",
     ),
     click.option(
         "--split",
         type=click.Choice([k.value for k in SplitKind]),
         default=PrepareConfig.split.value,
-        help="What is held out: each user's last events, the last tenth of all time, or a tenth of the users.",
+        help="What is held out: each user's last events, the last tenth of the whole time, or a tenth of the users.",
     ),
     click.option(
         "--ties",
         type=click.Choice([t.value for t in Ties]),
         default=PrepareConfig.ties.value,
-        help="What orders one user's equal timestamps: the rows of the file, or chance.",
+        help="Order of one user's events with equal timestamps: that of the file's rows, or random.",
     ),
     click.option(
         "--filter-on",
         type=click.Choice([f.value for f in FilterOn]),
         default=PrepareConfig.filter_on.value,
-        help="Leave-one-out: count ratings over the whole log, as the literature does, or in training alone.",
+        help="Under leave-one-out, count ratings over the whole log, as the literature does, or in training only.",
     ),
     click.option(
         "--seed",
-        type=click.IntRange(0),
+        type=SEED,
         default=PrepareConfig.seed,
-        help="For --ties random and --split user-held-out.",
+        help="Seed of --ties random and --split user-held-out.",
     ),
 )
-
-
-def filter_and_split_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What every preparation is told: thresholds, split, ties and seed."""
-    return _with_options(command, _FILTER_AND_SPLIT_OPTIONS)
-
-
-def _read_options(command: Callable[..., None]) -> Callable[..., None]:
-    return _with_options(command, _READ_OPTIONS)
-
-
-def _with_options(command: Callable[..., None], options: tuple[Callable[..., Any], ...]) -> Callable[..., None]:
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @click.command()
 @click.argument("ratings", type=EXISTING_PATH)
 @click.option("--movies", type=EXISTING_FILE, help="Titles and genres; found beside the ratings in a folder or zip.")
 @filter_and_split_options
-@click.option("--rating-scale", type=float, nargs=2, help="Minimum and maximum; recognized where not given.")
+@click.option("--rating-scale", type=float, nargs=2, help="Lowest and highest possible rating; recognized by default.")
 @click.option(
     "--ids",
     type=click.Choice([k.value for k in IdKind]),
     default=IdKind.AUTO.value,
-    help="Whether ids are whole numbers or text; recognized where not given.",
+    help="Whether ids are whole numbers or text; auto: recognized.",
 )
-@_read_options
+@read_options
 @click.option("--out", type=NEW_FOLDER, required=True, help="Folder for the prepared data; replaced if it exists.")
 def prepare(
     ratings: Path,
     movies: Path | None,
-    min_user_ratings: int,
-    min_movie_ratings: int,
-    split: str,
-    ties: str,
-    filter_on: str,
     rating_scale: tuple[float, float] | None,
     ids: str,
-    seed: int,
-    user_col: str | None,
-    item_col: str | None,
-    rating_col: str | None,
-    time_col: str | None,
-    time_unit: str,
-    on_bad_rows: str,
     memory: float,
+    on_bad_rows: str,
     out: Path,
+    **options: Any,
 ) -> None:
     """Reads RATINGS, checks every row, and writes prepared data.
 
     RATINGS is a MovieLens folder, zip or file (CSV, .dat, u.data), any CSV with a header, also as .gz, or Parquet (a
     file or a folder).
     """
-    scale = RatingScale(*rating_scale) if rating_scale else None
-    config = PrepareConfig(
-        min_user_ratings, min_movie_ratings, SplitKind(split), Ties(ties), scale, seed, FilterOn(filter_on)
-    )
-    columns = ColumnNames(user_col, item_col, rating_col, time_col)
-    options = ReadOptions(columns, TimeUnit(time_unit), IdKind(ids), IdKind(ids))
-    from jaxrec.data.report import write_report  # brings matplotlib, which takes a second to load
+    from jaxrec.data.prepare import prepare_directory
+    from jaxrec.data.reading.check import ReadOptions
+    from jaxrec.data.report import write_report
 
+    config = prepare_config(options, RatingScale(*rating_scale) if rating_scale else None)
+    reading = ReadOptions(_columns(options), TimeUnit(options["time_unit"]), IdKind(ids), IdKind(ids))
     handling = OnBadRows(on_bad_rows)
-    _print_prepared(prepare_directory(ratings, movies, out, config, options, handling, memory, write_report), out)
+    _print_prepared(prepare_directory(ratings, movies, out, config, reading, handling, memory, write_report), out)
 
 
 @click.command()
 @click.argument("data", type=EXISTING_FOLDER)
 @click.argument("ratings", type=EXISTING_PATH)
 @click.option("--movies", type=EXISTING_FILE, help="Titles and genres of new movies.")
-@_read_options
-@click.option("--out", type=NEW_FOLDER, help="Folder for the result; DATA itself is replaced where not given.")
+@read_options
+@click.option("--out", type=NEW_FOLDER, help="Folder for the result; by default it replaces DATA.")
 def append(
     data: Path,
     ratings: Path,
     movies: Path | None,
-    user_col: str | None,
-    item_col: str | None,
-    rating_col: str | None,
-    time_col: str | None,
-    time_unit: str,
-    on_bad_rows: str,
     memory: float,
+    on_bad_rows: str,
     out: Path | None,
+    **options: Any,
 ) -> None:
-    """Adds the events of RATINGS to prepared DATA, without its old files; known users and movies keep their index."""
-    columns = ColumnNames(user_col, item_col, rating_col, time_col)
-    options = ReadOptions(columns, TimeUnit(time_unit))
-    out = out or data
+    """Adds the events of RATINGS to prepared DATA; the original files are not needed. Known ids keep their index."""
+    from jaxrec.data.append import append_directory
+    from jaxrec.data.reading.check import ReadOptions
     from jaxrec.data.report import write_report
 
+    out = out or data
+    reading = ReadOptions(_columns(options), TimeUnit(options["time_unit"]))
     handling = OnBadRows(on_bad_rows)
-    _print_prepared(append_directory(data, ratings, movies, out, options, handling, memory, write_report), out)
+    _print_prepared(append_directory(data, ratings, movies, out, reading, handling, memory, write_report), out)
 
 
 @click.command()
 @click.argument("data", type=EXISTING_FOLDER)
 def check(data: Path) -> None:
     """Compares every file of prepared DATA with its checksum."""
+    from jaxrec.data.store import check_prepared
+
     click.echo(f"{data}: {check_prepared(data):,} bytes are as they were written")
+
+
+@click.command()
+@click.argument("name", type=click.Choice(DATASETS))
+@click.option("--out", type=NEW_FOLDER, required=True, help="Folder for NAME.zip and its terms.")
+@click.option("--base-url", help="Folder on the web that holds NAME.zip.  [default: GroupLens]", show_default=False)
+def fetch(name: str, out: Path, base_url: str | None) -> None:
+    """Downloads the MovieLens data set NAME and verifies it; an interrupted download is resumed."""
+    from jaxrec.data.reading.fetch import BASE_URL
+    from jaxrec.data.reading.fetch import fetch as fetch_archive
+
+    fetch_archive(name, out, base_url or BASE_URL, say=click.echo)
+
+
+def prepare_config(options: dict[str, Any], rating_scale: RatingScale | None = None) -> PrepareConfig:
+    """The configuration that `filter_and_split_options` say."""
+    return PrepareConfig(
+        min_user_ratings=options["min_user_ratings"],
+        min_movie_ratings=options["min_movie_ratings"],
+        split=SplitKind(options["split"]),
+        ties=Ties(options["ties"]),
+        rating_scale=rating_scale,
+        seed=options["seed"],
+        filter_on=FilterOn(options["filter_on"]),
+    )
+
+
+def _columns(options: dict[str, Any]) -> ColumnNames:
+    from jaxrec.data.reading.sources import ColumnNames
+
+    return ColumnNames(*(options[f"{field}_col"] for field in ("user", "item", "rating", "time")))
 
 
 def _print_prepared(data: PreparedData, out: Path) -> None:

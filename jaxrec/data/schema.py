@@ -1,11 +1,13 @@
-"""What an interaction is: column names, the rating scale, and the error for data that breaks the rules."""
+"""What an interaction is: column names, and the rating scale that a log seems to have."""
 
-import dataclasses
-import math
+from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
 
-from jaxrec.errors import DataError
+from jaxrec.config import MISSING_RATING, RatingScale  # noqa: F401 - other modules read the former here
+
+if TYPE_CHECKING:
+    import numpy as np
 
 USER = "user_id"
 ITEM = "item_id"
@@ -15,33 +17,14 @@ TITLE = "title"
 GENRES = "genres"
 
 NO_GENRES = "(no genres listed)"
-MISSING_RATING = -1.0  # how "no rating" is written once ratings are scaled to 0..1
 SECONDS_PER_DAY = 86_400
 UNKNOWN_GAP = -1.0  # how "no earlier event" and "request time not known" are written, in seconds
 
 
-@dataclasses.dataclass(frozen=True)
-class RatingScale:
-    """The range of possible ratings, not of those that occur."""
-
-    minimum: float
-    maximum: float
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.minimum) and math.isfinite(self.maximum) and self.minimum < self.maximum):
-            raise DataError(f"rating scale {self}: expected two finite numbers, the minimum below the maximum")
-
-    def __str__(self) -> str:
-        return f"{self.minimum:g}..{self.maximum:g}"
-
-    def to_unit(self, ratings: np.ndarray) -> np.ndarray:
-        """Scales raw ratings to 0..1 (float32); NaN becomes MISSING_RATING. On 1..5, 4.0 becomes 0.75."""
-        unit = (ratings - self.minimum) / (self.maximum - self.minimum)
-        return np.where(np.isnan(ratings), MISSING_RATING, unit).astype(np.float32)
-
-
 def infer_rating_scale(ratings: np.ndarray) -> RatingScale | None:
     """MovieLens' two scales: 1..5 where every rating is whole and at least 1, else 0.5..5; None without ratings."""
+    import numpy as np  # here, so that the command line can read this module's names without it
+
     present = ratings[~np.isnan(ratings)]
     if not present.size:
         return None

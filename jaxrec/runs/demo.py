@@ -21,11 +21,11 @@ from jaxrec.errors import DataError
 from jaxrec.evaluation.plots import plot_metrics, plot_rl, plot_training
 from jaxrec.files import new_directory, new_file, write_text
 from jaxrec.runs.directory import CONTENT_FOLDER, LSTM_FOLDER
-from jaxrec.runs.evaluate import evaluate_run, format_table, write_evaluation
-from jaxrec.runs.export import export_run
+from jaxrec.runs.evaluate import evaluate, write_evaluation
+from jaxrec.runs.export import export
+from jaxrec.runs.fine_tune import fine_tune
 from jaxrec.runs.policy import read_log, read_steps
-from jaxrec.runs.rl_logged import rl_run
-from jaxrec.runs.train import train_run
+from jaxrec.runs.train import train
 from jaxrec.training.log import read_epochs
 
 MARKER = "DEMO.txt"
@@ -52,28 +52,28 @@ def run_demo(out: Path, seed: int = 0) -> None:
         data = prepare_directory(log / "ratings.csv", log / "movies.csv", out / "data", config, add_files=write_report)
         click.echo(", ".join(f"{value} {name}" for name, value in data.summary().items() if "time" not in name))
     with _stage("Train both models and tune their mix"):
-        train_run(out / "data", out / "run", train_config=TrainConfig(seed=seed))
+        run = train(out / "data", out / "run", train_config=TrainConfig(seed=seed))
         logs = {"TimeRatingAwareLSTM": LSTM_FOLDER, "TimeRatingAwareContentModel": CONTENT_FOLDER}
-        epochs = {name: read_epochs(out / "run" / folder) for name, folder in logs.items()}
+        epochs = {name: read_epochs(run.folder / folder) for name, folder in logs.items()}
         plot_training(epochs, out / "plots/training.png")
     with _stage("Reinforcement learning"):
-        outcome = rl_run(out / "run", RLConfig(seed=seed))
-        plot_rl(read_steps(out / "run"), read_log(out / "run"), out / "plots/rl.png")
+        outcome = fine_tune(run, RLConfig(seed=seed))
+        plot_rl(read_steps(run.folder), read_log(run.folder), out / "plots/rl.png")
         click.echo(outcome.reason)
     with _stage("Evaluate on the test cases"):
-        evaluation = evaluate_run(out / "run")
+        evaluation = evaluate(run)
         write_evaluation(evaluation, out / "metrics.json")
-        write_text(out / "metrics.txt", format_table(evaluation) + "\n")
+        write_text(out / "metrics.txt", f"{evaluation}\n")
         plot_metrics(evaluation.rows, out / "plots/metrics.png")
     with _stage("Export to ONNX"):
-        manifest = export_run(out / "run", out / "model", LICENCE)
+        manifest = export(run, out / "model", LICENCE)
         difference = manifest["parity"]["max_abs_difference"]
         click.echo(f"model {manifest['model_version']}, largest difference from JAX {difference:.1e}")
     with _stage("Serve and ask"):
         answer = ask_server(out / "model", data, example_user(data))
         write_text(out / "user.json", json.dumps(answer, indent=2) + "\n")
         write_text(out / "user.txt", format_answer(answer) + "\n")
-    click.echo(f"\n{format_table(evaluation)}\n\n{format_answer(answer)}\n")
+    click.echo(f"\n{evaluation}\n\n{format_answer(answer)}\n")
     click.echo(f"All of it is in {out} ({time.monotonic() - started:.0f} s).")
 
 

@@ -1,5 +1,6 @@
 """The run directory: every file that `jaxrec train`, `jaxrec rl` and `jaxrec evaluate` write, and how it is read.
 
+RUN/data/                       the prepared data, where `jaxrec.train` got it in memory or as a log to prepare
 RUN/run.json                    where the data is, and the configurations
 RUN/lstm/                       checkpoints and logs of TimeRatingAwareLSTM (`jaxrec.training.log`)
 RUN/content/                    the same of TimeRatingAwareContentModel
@@ -21,11 +22,17 @@ RUN/policy_from_log.json        the outcome of the last training on a server's l
 RUN/policy_from_simulator.json  the outcome of the last training with simulated users
 """
 
+from __future__ import annotations
+
 import dataclasses
+import functools
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
+import pandas as pd
 from flax import nnx
 
 from jaxrec.config import ModelConfig, TrainConfig, from_json
@@ -40,6 +47,7 @@ from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareL
 from jaxrec.training.loop import load_trained
 
 SCHEMA_VERSION = 3
+DATA_FOLDER = "data"
 RUN_FILE = "run.json"
 HYBRID_FILE = "hybrid.json"
 NEIGHBOURS_FILE = "cooccurrence.npz"
@@ -60,12 +68,32 @@ POLICY_PLOT_FILE = "training.png"
 POLICY_SCHEMA_VERSION = 2
 SERVED_OUTCOME_FILE = "policy_from_log.json"
 SIMULATED_OUTCOME_FILE = "policy_from_simulator.json"
+POLICY_FILES = (
+    POLICY_FOLDER,
+    POLICY_PREVIOUS_FOLDER,
+    POLICY_REFUSED_FOLDER,
+    POLICY_PARTIAL_FOLDER,
+    SIMULATOR_PARTIAL_FOLDER,
+    SERVED_OUTCOME_FILE,
+    SIMULATED_OUTCOME_FILE,
+)  # all that belongs to the models that the run has now
+INITIAL_WEIGHTS = 2**32 - 1  # folded into the seed's key; training folds in the numbers of its steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run directory and what its run.json says. `data_digest` is the SHA-256 of the data's summary file,
-    `item_count` and `items_digest` say what its catalogue began with, `data_version` how often the data was changed."""
+    """A trained run: its folder and what its run.json says.
+
+    Attributes:
+        folder: The run directory.
+        data_folder: The prepared data that it was trained on.
+        data_digest: SHA-256 of that data's summary file.
+        item_count: Number of items of the catalogue.
+        items_digest: SHA-256 of their raw ids.
+        model_config: Widths of the models.
+        train_config: How they were trained.
+        data_version: How often the data was changed by `jaxrec train --resume --data`.
+    """
 
     folder: Path
     data_folder: Path
@@ -86,9 +114,39 @@ class Run:
             )
         return data
 
+    def recommend(self, histories: pd.DataFrame | Sequence[int] | Sequence[str], k: int = 10) -> pd.DataFrame:
+        """The best `k` items for each history, by the policy in use: what a server of the exported run answers.
 
-def open_run(folder: Path) -> Run:
-    """Reads run.json. Raises DataError where there is none, or of another schema version."""
+        Args:
+            histories: Events of one or more users as columns user_id, item_id and, if known, rating (NaN: none) and
+                timestamp (seconds); or the item ids of one history, the last event last. Without timestamps the rows
+                are in order, and their events the median gap of the training events apart.
+            k: Number of items.
+
+        Returns:
+            One row per recommended item: user_id, rank (from 1), item_id, title, score (a logit; training events of
+            the item for a user without a known item). Items of the history are left out, and unknown ones ignored.
+
+        Raises:
+            DataError: A column is missing or does not fit the run's data, or the run cannot be read.
+        """
+        from jaxrec.runs.recommend import recommend
+
+        return recommend(self, histories, k)
+
+    @functools.cached_property
+    def supervised(self) -> tuple[PreparedData, Hybrid]:
+        """The data and the models without a policy; read once."""
+        data = self.read_data()
+        return data, load_supervised(self, data)
+
+
+def open_run(run: Run | Path | str) -> Run:
+    """Reads the run.json of a run directory, anew if an open run is given.
+
+    Raises DataError where there is none, or of another schema version.
+    """
+    folder = run.folder if isinstance(run, Run) else Path(run)
     content = read_json(folder / RUN_FILE, "expected a folder written by `jaxrec train`")
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
@@ -110,9 +168,10 @@ def new_models(
 ) -> tuple[TimeRatingAwareLSTM, TimeRatingAwareContentModel]:
     """Both models with fresh weights that follow from the seed, and item embeddings [items + 1, embedding] if given."""
     items = len(data.catalog)
-    lstm = TimeRatingAwareLSTM(items, config, rngs=nnx.Rngs(2 * seed), item_embedding=item_embedding)
+    lstm_key, content_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), INITIAL_WEIGHTS))
+    lstm = TimeRatingAwareLSTM(items, config, rngs=nnx.Rngs(lstm_key), item_embedding=item_embedding)
     content = TimeRatingAwareContentModel(
-        items, data.catalog.genre_matrix(), config, rngs=nnx.Rngs(2 * seed + 1), item_embedding=item_embedding
+        items, data.catalog.genre_matrix(), config, rngs=nnx.Rngs(content_key), item_embedding=item_embedding
     )
     return lstm, content
 

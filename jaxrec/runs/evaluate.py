@@ -3,10 +3,12 @@
 import dataclasses
 import importlib.metadata
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 from jaxrec.config import to_json
@@ -26,7 +28,7 @@ from jaxrec.evaluation.ranking import (
 )
 from jaxrec.files import write_text
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.runs.directory import EVALUATION_FILE, load_supervised, open_run
+from jaxrec.runs.directory import EVALUATION_FILE, Run, load_supervised, open_run
 from jaxrec.runs.policy import load_policy, read_outcome
 
 RECENT_WINDOWS_DAYS = (1.0, 7.0, 30.0, 90.0, 365.0)
@@ -36,21 +38,42 @@ HYBRID, POLICY = "hybrid", "policy"
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What `jaxrec evaluate` writes. `serving` names the row that is exported; `comparison` is paired by case."""
+    """The metrics of a run on its test cases; `print` shows them as a table.
+
+    Attributes:
+        protocol: How they were measured: data, split, filter, candidates, seeds.
+        rows: One for each scorer, without and with the request time.
+        serving: Name of the rows of the model that is exported.
+        comparison: Ratios between two scorers, paired by case.
+    """
 
     protocol: dict[str, Any]
     rows: list[Metrics]
     serving: str
     comparison: dict[str, Any]
 
+    def __str__(self) -> str:
+        return format_table(self)
 
-def evaluate_run(folder: Path, seed: int = 0) -> Evaluation:
+    def to_frame(self) -> pd.DataFrame:
+        """One row per scorer; each estimate is a column, and its 95 % interval two: NAME_low and NAME_high."""
+        return pd.DataFrame([dict(_cells(row)) for row in self.rows])
+
+
+def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     """Ranks the test cases with every scorer of a run, without and with the request time.
 
-    `seed` is that of the bootstrap. The result is also kept as RUN/evaluation.json,
-    which the export puts into the manifest.
+    Args:
+        run: A run or its folder.
+        seed: Seed of the bootstrap intervals.
+
+    Returns:
+        The metrics, which are also kept as RUN/evaluation.json; the export puts them into the manifest.
+
+    Raises:
+        DataError: The run or its data cannot be read.
     """
-    run = open_run(folder)
+    run = open_run(run)
     data = run.read_data()
     supervised = load_supervised(run, data)
     with_policy = load_policy(run, supervised, only_if_used=False)
@@ -98,7 +121,7 @@ def evaluate_run(folder: Path, seed: int = 0) -> Evaluation:
     ours, theirs = (ndcg(ranked[name, False].ranks, 10) for name in (HYBRID, RECENT_POPULARITY))
     compared = dataclasses.asdict(bootstrap_ratio(ours, theirs, seed))
     evaluation = Evaluation(protocol, rows, serving, {"hybrid_over_recent_popularity_ndcg_10": compared})
-    write_evaluation(evaluation, folder / EVALUATION_FILE)
+    write_evaluation(evaluation, run.folder / EVALUATION_FILE)
     return evaluation
 
 
@@ -174,3 +197,11 @@ def format_table(evaluation: Evaluation) -> str:
 
 def _interval(values: dict[str, float]) -> str:
     return f"{values['mean']:.4f} ({values['low']:.3f}-{values['high']:.3f})"
+
+
+def _cells(row: Metrics) -> Iterator[tuple[str, Any]]:
+    for name, value in dataclasses.asdict(row).items():
+        if isinstance(value, dict):
+            yield from ((name if part == "mean" else f"{name}_{part}", figure) for part, figure in value.items())
+        else:
+            yield name, value

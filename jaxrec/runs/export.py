@@ -6,29 +6,43 @@ from typing import Any
 from jaxrec.config import to_json
 from jaxrec.files import read_json
 from jaxrec.onnx.model_directory import export_model
-from jaxrec.runs.directory import EVALUATION_FILE, load_supervised, open_run
+from jaxrec.runs.directory import EVALUATION_FILE, Run, load_supervised, open_run
 from jaxrec.runs.policy import load_served, policy_name
 
 NO_LICENCE = "No notes on the data's licence were given at export (`jaxrec export --licence FILE`).\n"
 
 
-def export_run(
-    folder: Path, out: Path, licence: str = NO_LICENCE, int8: bool = False, index: bool | None = None
+def export(
+    run: Run | Path | str,
+    out: Path | str,
+    licence: str = NO_LICENCE,
+    int8: bool = False,
+    index: bool | None = None,
 ) -> dict[str, Any]:
-    """Writes the model directory `out` and returns its manifest, with the figures of the run's last evaluation.
-    `int8` and `index` as in `export_model`.
+    """Writes the model directory for `python -m serve`, wholly or not at all.
 
-    Raises DataError where the run cannot be read, ExportError (and then nothing is written) where the graphs differ
-    from JAX.
+    Args:
+        run: A run or its folder.
+        out: The model directory; replaced if it exists.
+        licence: Text about the data's licence, kept with the model.
+        int8: Quantize the LSTMs to 8 bits.
+        index: Whether to add an approximate index of the items; None: for large catalogues.
+
+    Returns:
+        The manifest, with the metrics of the run's last evaluation (empty before one).
+
+    Raises:
+        DataError: The run cannot be read.
+        ExportError: The graphs differ from JAX, or the quantized graphs or the index are too far off.
     """
-    run = open_run(folder)
+    run = open_run(run)
     data = run.read_data()
     hybrid = load_served(run, load_supervised(run, data))
-    evaluation = folder / EVALUATION_FILE
+    evaluation = run.folder / EVALUATION_FILE
     return export_model(
         hybrid,
         data,
-        out,
+        Path(out),
         policy=policy_name(run),
         training={
             "model": to_json(run.model_config),

@@ -1,38 +1,40 @@
 """Trains the models of a run directory (`jaxrec.runs.directory`), anew or on data that extends its own."""
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import shutil
+import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pandas as pd
+from jax.sharding import Mesh
 
 from jaxrec.config import CheckpointConfig, ModelConfig, TrainConfig, to_json
+from jaxrec.data.prepare import prepare, prepare_directory
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.store import SUMMARY_FILE, read_prepared
+from jaxrec.data.store import SUMMARY_FILE, read_prepared, write_prepared
 from jaxrec.errors import DataError, TrainingStopped
 from jaxrec.files import new_file, sha256, write_text
 from jaxrec.models.cooccurrence import CoOccurrence
-from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.neighbours import MAX_START_ITEMS, Neighbours, initial_embedding, neighbours
 from jaxrec.runs.directory import (
     CONTENT_FOLDER,
+    DATA_FOLDER,
     EVALUATION_FILE,
     HYBRID_FILE,
     LSTM_FOLDER,
     NEIGHBOURS_FILE,
     PLOT_FILE,
-    POLICY_FOLDER,
-    POLICY_PARTIAL_FOLDER,
+    POLICY_FILES,
     RUN_FILE,
     SCHEMA_VERSION,
-    SIMULATOR_PARTIAL_FOLDER,
     Run,
     new_models,
     open_run,
@@ -45,41 +47,110 @@ from jaxrec.training.sharding import building_device, data_mesh
 from jaxrec.training.stopping import StopRequested, never
 
 
-def train_run(
-    data_folder: Path | None,
-    out: Path,
+def train(
+    data: PreparedData | pd.DataFrame | Path | str | None,
+    out: Path | str | None = None,
     model_config: ModelConfig = ModelConfig(),
     train_config: TrainConfig = TrainConfig(),
+    *,
     resume: bool = False,
     checkpoint_config: CheckpointConfig = CheckpointConfig(),
     item_shards: int = 1,
     stop: StopRequested = never,
-) -> Hybrid:
-    """Trains both models on prepared data and tunes their mix; the run directory `out` holds the result.
+) -> Run:
+    """Trains both sequence models on prepared data and tunes their mix; the run directory `out` holds the result.
 
-    With `resume` an interrupted run goes on from its latest checkpoints, with the configuration and (`data_folder`
-    None) the data that it started with. `item_shards`: devices over which the item tables are split.
-    Raises DataError where `out` already holds a run and `resume` is off, or holds one of other data and it is on,
-    TrainingError where training cannot go on, and TrainingStopped where `stop()` ended it early.
+    Args:
+        data: Prepared data: a folder, which is read in place, or an object, which is written to OUT/data. Or a log (a
+            file or a frame), which is prepared into OUT/data with the default PrepareConfig. None with `resume`: the
+            data that the run started with.
+        out: The run directory. None: a temporary folder, which is removed together with the returned object.
+        model_config: Widths of the models.
+        train_config: Epochs, steps, learning rate, seed.
+        resume: Continue an interrupted run from its latest checkpoints, with the configuration that it started with.
+        checkpoint_config: How often training is saved.
+        item_shards: Devices over which the item tables are split.
+        stop: Asked between steps; training is saved and ends once it is true.
+
+    Returns:
+        The run.
+
+    Raises:
+        DataError: `out` already holds a run and `resume` is off, or one of other data and it is on; or there is nothing
+            to train on.
+        TrainingError: A loss is not finite.
+        TrainingStopped: `stop()` became true.
     """
-    mesh = data_mesh(item_shards=item_shards)
+    if out is None:
+        return _train_in_temporary_folder(data, model_config, train_config, item_shards, stop)
+    out, mesh = Path(out), data_mesh(item_shards=item_shards)
     if resume:
         run = open_run(out)
-        if data_folder is not None and run.data_folder != data_folder.resolve():
-            raise DataError(f"{out} was trained on {run.data_folder}, not on {data_folder} (to change that: --data)")
-        data = run.read_data()
+        if data is not None and not (isinstance(data, Path | str) and run.data_folder == Path(data).resolve()):
+            raise DataError(f"{out} was trained on {run.data_folder}, not on {_name(data)} (to change that: --data)")
+        prepared = run.read_data()
     elif (out / RUN_FILE).exists():
-        raise DataError(f"{out} already holds a run; go on with it (--resume) or choose another folder")
-    elif data_folder is None:
+        raise DataError(f"{out} already holds a run; resume it (--resume) or choose another folder")
+    elif data is None:
         raise DataError("which data is the run to be trained on?")
     else:
-        data = read_prepared(data_folder)
-        require_trainable(data)
-        run = _new_run(out, data_folder, data, model_config, train_config)
+        data_folder = _data_folder(data, out)
+        prepared = read_prepared(data_folder)
+        require_trainable(prepared)
+        run = _new_run(out, data_folder, prepared, model_config, train_config)
         wait_for_all("no process writes a run where another one still looks for it")
         _write_run(run)
-    if is_first():
+    if is_first() and not (resume and (out / HYBRID_FILE).exists()):  # a run with a mix is finished: its weights stay
         (out / EVALUATION_FILE).unlink(missing_ok=True)
+    _train_models(run, prepared, mesh, checkpoint_config, item_shards, stop)
+    return run
+
+
+def _train_in_temporary_folder(
+    data: PreparedData | pd.DataFrame | Path | str | None,
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    item_shards: int,
+    stop: StopRequested,
+) -> Run:
+    scratch = Path(tempfile.mkdtemp(prefix="jaxrec-"))
+    try:
+        run = train(data, scratch / "run", model_config, train_config, item_shards=item_shards, stop=stop)
+    except BaseException:
+        shutil.rmtree(scratch)
+        raise
+    weakref.finalize(run, shutil.rmtree, scratch, ignore_errors=True)
+    return run
+
+
+def _data_folder(data: PreparedData | pd.DataFrame | Path | str, out: Path) -> Path:
+    """The folder of prepared data to train on: the one given, or OUT/data, which is written here."""
+    if isinstance(data, Path | str) and Path(data).is_dir():
+        return Path(data)
+    folder = out / DATA_FOLDER
+    if is_first():
+        if isinstance(data, Path | str):
+            prepare_directory(Path(data), None, folder)
+        else:
+            write_prepared(data if isinstance(data, PreparedData) else prepare(data, None), folder)
+    wait_for_all("the prepared data is written")
+    return folder
+
+
+def _name(data: object) -> str:
+    return str(data) if isinstance(data, Path | str) else f"a {type(data).__name__} in memory"
+
+
+def _train_models(
+    run: Run,
+    data: PreparedData,
+    mesh: Mesh,
+    checkpoint_config: CheckpointConfig,
+    item_shards: int,
+    stop: StopRequested,
+) -> None:
+    """Trains what is left of both models, and writes their mix."""
+    out = run.folder
     with building_device(item_shards):
         cooccurrence, start = _run_cooccurrence(run, data)
         lstm, content_model = new_models(data, run.model_config, run.train_config.seed, start)
@@ -98,14 +169,13 @@ def train_run(
         write_text(out / HYBRID_FILE, json.dumps(dataclasses.asdict(mix), indent=2) + "\n")
         epochs = {"TimeRatingAwareLSTM": trained_lstm.epochs, "TimeRatingAwareContentModel": trained_content.epochs}
         plot_training(epochs, out / PLOT_FILE)
-    return Hybrid(trained_lstm.model, trained_content.model, model, mix.weight, mix.cooccurrence_weight)
 
 
 def extend_run(out: Path, data_folder: Path, changes: Mapping[str, Any] = {}) -> None:
-    """Makes a run go on, when it is resumed, with data that extends its own (from `jaxrec append`).
+    """Moves a run to data that extends its own (from `jaxrec append`); it is trained there when it is resumed.
 
-    `changes`: fields of TrainConfig that are to be others from then on. What hangs on the old data (mix, policy,
-    evaluation) is removed. Nothing happens where the run is on this data already.
+    `changes`: fields of TrainConfig and their new values. What depends on the old data (mix, policies, evaluation) is
+    removed. Nothing happens where the run is on this data already.
     Raises DataError where the catalogue does not begin with that of the run, or there is nothing to train on.
     """
     run = open_run(out)
@@ -123,11 +193,11 @@ def extend_run(out: Path, data_folder: Path, changes: Mapping[str, Any] = {}) ->
     extended = _new_run(out, data_folder, data, run.model_config, train_config, run.data_version + 1)
     wait_for_all("every process has seen the run as it was")
     if is_first():
-        for name in (HYBRID_FILE, NEIGHBOURS_FILE, EVALUATION_FILE):
-            (out / name).unlink(missing_ok=True)
-        for name in (POLICY_FOLDER, POLICY_PARTIAL_FOLDER, SIMULATOR_PARTIAL_FOLDER):
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(out / name)
+        for path in (out / name for name in (HYBRID_FILE, NEIGHBOURS_FILE, EVALUATION_FILE, *POLICY_FILES)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     _write_run(extended)
 
 

@@ -149,7 +149,7 @@ def test_sigterm_saves_and_exits_0_and_says_how_to_go_on(data: PreparedData, tmp
     killer.join()
     assert stopped.exit_code == 0
     assert stopped.output.splitlines()[-1].startswith("stopped and saved after step ")
-    assert stopped.output.endswith(f"; go on with: jaxrec train --out {run} --resume\n")
+    assert stopped.output.endswith(f"; resume with: jaxrec train --out {run} --resume\n")
     assert not (run / "hybrid.json").exists()
     assert CliRunner().invoke(main, ["train", "--out", str(run), "--resume"]).exit_code == 0
     assert (run / "hybrid.json").exists()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import duckdb
 
+from jaxrec.config import MEMORY_GB
 from jaxrec.errors import DataError
 
 THREADS_PER_GB = 4  # each needs buffers of its own
-MEMORY_GB = 1.5  # of the engine; the process needs about as much again for blocks, ids and Python itself
 
 
 @contextlib.contextmanager

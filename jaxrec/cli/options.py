@@ -1,0 +1,39 @@
+"""What several commands share: the types of their arguments, and which options were given."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+EXISTING_PATH = click.Path(exists=True, path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
+SEED = click.IntRange(0)
+SEED_HELP = "Seed of everything random: the same seed on the same machine gives the same result."
+
+
+def with_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """A decorator that adds the options to a command, in this order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def given_options(context: click.Context) -> list[str]:
+    """The names of the parameters that stand on the command line, in the order of the command's parameters."""
+    return [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+
+
+def option_name(parameter: str) -> str:
+    """The option as it is typed: `--max-epochs` for `max_epochs`."""
+    return f"--{parameter.replace('_', '-')}"

@@ -1,0 +1,107 @@
+"""A run from Python: what it takes, where it lies, and what of it a later stage keeps or removes."""
+
+import gc
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+from flax import nnx
+
+import jaxrec
+from jaxrec.runs import directory
+from jaxrec.runs.directory import EVALUATION_FILE, POLICY_FILES, Run, new_models
+from jaxrec.runs.train import extend_run
+from tests.synthetic import markov_log
+
+MODEL = jaxrec.ModelConfig(embedding=8, hidden=8, rating_width=2, time_width=2, max_length=8)
+TRAINING = jaxrec.TrainConfig(max_epochs=1, batch_tokens=256)
+EVERYTHING = jaxrec.PrepareConfig(min_user_ratings=1, min_movie_ratings=1)
+
+
+@pytest.fixture(scope="module")
+def log() -> pd.DataFrame:
+    return markov_log(users=40, items=20, events=12, stay=0.9, seed=0)
+
+
+@pytest.fixture(scope="module")
+def run(log: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Trained on data in memory."""
+    folder = tmp_path_factory.mktemp("api")
+    return jaxrec.train(jaxrec.prepare(log, None, EVERYTHING), folder / "run", MODEL, TRAINING)
+
+
+def test_data_in_memory_is_kept_in_the_run(run: Run, log: pd.DataFrame) -> None:
+    assert run.data_folder == (run.folder / "data").resolve()
+    assert run.read_data().histories.event_count == len(log)
+
+
+def test_without_a_folder_the_run_lives_as_long_as_the_object(log: pd.DataFrame) -> None:
+    run = jaxrec.train(log, model_config=MODEL, train_config=TRAINING)
+    folder = run.folder
+    assert run.recommend([1, 2, 3], k=3)["rank"].tolist() == [1, 2, 3]
+    assert folder.is_dir()
+    del run
+    gc.collect()
+    assert not folder.parent.exists()
+
+
+def test_a_file_is_prepared_and_a_failed_training_leaves_no_folder(
+    log: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    log.head(3).to_csv(tmp_path / "ratings.csv", index=False)
+    with pytest.raises(jaxrec.DataError, match="no event is left of 3"):
+        jaxrec.train(tmp_path / "ratings.csv")
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_an_evaluation_is_a_table_and_a_frame_and_stays_when_a_finished_run_is_resumed(run: Run) -> None:
+    evaluation = jaxrec.evaluate(run.folder)
+    frame = evaluation.to_frame()
+    assert len(frame) == len(evaluation.rows)
+    first = evaluation.rows[0]
+    assert frame.loc[0, ["name", "ndcg_10", "ndcg_10_low", "ndcg_10_high"]].tolist() == [
+        first.name,
+        *(first.ndcg_10[part] for part in ("mean", "low", "high")),
+    ]
+    assert all(row.name in str(evaluation) for row in evaluation.rows)
+    before = (run.folder / EVALUATION_FILE).read_text()
+    jaxrec.train(None, run.folder, resume=True)
+    assert (run.folder / EVALUATION_FILE).read_text() == before
+
+
+def test_new_data_removes_all_that_depends_on_the_old(run: Run, log: pd.DataFrame, tmp_path: Path) -> None:
+    policies = [value for name, value in vars(directory).items() if name.endswith("_FOLDER") and "policy" in value]
+    assert set(policies) <= set(POLICY_FILES)
+    for name in (EVALUATION_FILE, *POLICY_FILES):
+        if name in policies:
+            (run.folder / name).mkdir()
+        else:
+            (run.folder / name).touch()
+    later = markov_log(users=10, items=20, events=12, stay=0.9, seed=1).assign(user_id=lambda frame: frame.user_id + 40)
+    later.to_csv(tmp_path / "later.csv", index=False)
+    jaxrec.append(run.data_folder, tmp_path / "later.csv", None, tmp_path / "more")
+    extend_run(run.folder, tmp_path / "more")
+    assert [name for name in (EVALUATION_FILE, *POLICY_FILES) if (run.folder / name).exists()] == []
+
+
+def test_initial_weights_depend_on_the_seed_and_share_no_key(run: Run) -> None:
+    data = run.read_data()
+
+    def weights(seed: int) -> list[np.ndarray]:
+        return [np.asarray(model.item_embedding[...]) for model in new_models(data, MODEL, seed)]
+
+    (lstm, content), again, other = weights(0), weights(0), weights(1)
+    np.testing.assert_array_equal(lstm, again[0])
+    assert not np.array_equal(lstm, other[0])
+    assert not np.array_equal(content, other[0])  # twice the seed, and that plus one, met in the next seed
+    assert not np.array_equal(lstm, content)
+    of_seed = jax.random.key(0)
+    initial = jax.random.split(jax.random.fold_in(of_seed, directory.INITIAL_WEIGHTS))
+    steps = jax.vmap(lambda step: jax.random.key_data(jax.random.fold_in(of_seed, step)))(np.arange(10_000))
+    both = {tuple(key) for key in np.asarray(jax.random.key_data(initial)).tolist()}
+    assert both.isdisjoint(tuple(key) for key in np.asarray(steps).tolist())
+    assert isinstance(nnx.Rngs(initial[0]).params(), jax.Array)
