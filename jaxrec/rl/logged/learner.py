@@ -2,9 +2,9 @@
 
 The state is the supervised query vector with the most recent items, by which co-occurrence adds to the logits; the
 action is a slate drawn from the policy, its reward the discounted mean of its items' rewards, sum_i d_i r_i with DCG's
-discounts d (`jaxrec.rl.rewards.discounts`), because the top of a list is judged that way. Slot i is answerable for the
-slots from i on only, so its return is G_i = sum_(j >= i) d_j r_j (Sutton et al. 2000, theorem 1, for an episode of one
-slate). What is made of that is the method's (`jaxrec.rl.logged.methods`).
+discounts d (`jaxrec.rl.rewards.rank_discounts`), because the top of a list is judged that way. Slot i is answerable for
+the slots from i on only, so its return is G_i = sum_(j >= i) d_j r_j (Sutton et al. 2000, theorem 1, for an episode of
+one slate). What is made of that is the method's (`jaxrec.rl.logged.methods`).
 
 The leash adds coefficient * KL(policy || where it started), exact over the catalogue; the coefficient follows the KL
 to its target (Ziegler et al. 2019, section 2.2). The anchor adds the cross-entropy of the logged item, weighted by its
@@ -30,7 +30,7 @@ from jaxrec.rl.losses.constraints import coverage_floor_loss, entropy_floor_loss
 from jaxrec.rl.losses.imitation import imitation_loss
 from jaxrec.rl.losses.kl_penalty import next_kl_weight
 from jaxrec.rl.policy import entropy, kl_divergence, recommendable, sample_slates, slate_logprobs
-from jaxrec.rl.rewards import reward_terms, total_reward
+from jaxrec.rl.rewards import slate_reward_terms, total_reward
 from jaxrec.rl.scoring import Scoring, policy_logits, returns, supervised_logits
 
 KL_COEFFICIENT_START = 1.0
@@ -115,10 +115,10 @@ def make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig, method: M
             repeated = jnp.tile(jax.lax.stop_gradient(logits), (config.samples, 1))
             slates = sample_slates(slate_key, repeated, config.slate_size).reshape(config.samples, len(rows), -1)
             where = recommendable(jnp.take_along_axis(logits[None], slates, axis=-1))
-            terms = reward_terms(slates, target, target_rating, user_mean, scoring.tables)
+            terms = slate_reward_terms(slates, target, target_rating, user_mean, scoring.tables)
             earned = {name: returns(jnp.where(where, term, 0.0)) for name, term in terms._asdict().items()}
             achieved = returns(jnp.where(where, total_reward(terms, config.rewards), 0.0))
-            of_target = reward_terms(target[:, None], target, target_rating, user_mean, scoring.tables)
+            of_target = slate_reward_terms(target[:, None], target, target_rating, user_mean, scoring.tables)
             decisions = Decisions(
                 query=query,
                 logits=logits,
