@@ -32,8 +32,9 @@ def sample_slates(key: jax.Array, logits: jax.Array, k: int) -> jax.Array:
 def greedy_slates(logits: jax.Array, k: int) -> jax.Array:
     """[..., k] int32: the k items with the highest logits [..., items + 1], best first.
 
-    >>> greedy_slates(jnp.array([0.0, 0.1, 3.0, -1.0]), k=2).tolist()
-    [2, 1]
+    Examples:
+        >>> greedy_slates(jnp.array([0.0, 0.1, 3.0, -1.0]), k=2).tolist()
+        [2, 1]
     """
     return jax.lax.top_k(logits, k)[1]
 
@@ -49,16 +50,17 @@ def slate_logprobs(logits: jax.Array, slates: jax.Array) -> jax.Array:
     The items left for slot i are those of slots i, i + 1, ... and those outside the slate. Their log-sum-exp is summed
     from the back, so nothing is subtracted that could cancel.
 
-    >>> logits = jnp.log(jnp.array([1e-9, 1 / 2, 1 / 3, 1 / 6]))
-    >>> [round(p, 4) for p in jnp.exp(slate_logprobs(logits, jnp.array([1, 2]))).tolist()]  # 1/2, then 1/3 of 1/2
-    [0.5, 0.6667]
-
     Args:
         logits: [..., items + 1] float32.
         slates: [..., k] int32 different items.
 
     Returns:
         [..., k] float32, nats; 0 for slots whose item may not be recommended.
+
+    Examples:
+        >>> logits = jnp.log(jnp.array([1e-9, 1 / 2, 1 / 3, 1 / 6]))
+        >>> [round(p, 4) for p in jnp.exp(slate_logprobs(logits, jnp.array([1, 2]))).tolist()]  # 1/2, then 1/3 of 1/2
+        [0.5, 0.6667]
     """
     chex.assert_rank(slates, logits.ndim)
     chex.assert_equal_shape_prefix([logits, slates], logits.ndim - 1)
@@ -72,16 +74,17 @@ def slate_logprobs(logits: jax.Array, slates: jax.Array) -> jax.Array:
 def kl_divergence(logits: jax.Array, reference: jax.Array) -> jax.Array:
     """KL(softmax(logits) || softmax(reference)) of a slate's first slot, exact over the catalogue.
 
-    >>> half, quarter = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
-    >>> round(float(kl_divergence(half, quarter)), 4)  # (log(2) + log(2 / 3)) / 2
-    0.1438
-
     Args:
         logits: [..., items + 1] float32.
         reference: [..., items + 1] float32, in which the same items may be recommended.
 
     Returns:
         [...] float32, nats.
+
+    Examples:
+        >>> half, quarter = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+        >>> round(float(kl_divergence(half, quarter)), 4)  # (log(2) + log(2 / 3)) / 2
+        0.1438
     """
     chex.assert_equal_shape([logits, reference])
     log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference)
@@ -91,8 +94,9 @@ def kl_divergence(logits: jax.Array, reference: jax.Array) -> jax.Array:
 def entropy(logits: jax.Array) -> jax.Array:
     """[...] nats: the entropy of softmax(logits [..., items + 1]).
 
-    >>> round(float(entropy(jnp.zeros(2))), 4)  # log 2
-    0.6931
+    Examples:
+        >>> round(float(entropy(jnp.zeros(2))), 4)  # log 2
+        0.6931
     """
     log_p = jax.nn.log_softmax(logits)
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)

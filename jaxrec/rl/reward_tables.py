@@ -30,8 +30,9 @@ def fit_reward_tables(data: PreparedData) -> RewardTables:
 def shrunk_mean(total: Values, count: Values, prior: float) -> Values:
     """[...]: the mean of `count` [...] values of sum `total` [...], shrunk towards `prior`.
 
-    >>> float(shrunk_mean(np.array(10.0), np.array(10), 0.5))  # as many ones as SHRINKAGE
-    0.75
+    Examples:
+        >>> float(shrunk_mean(np.array(10.0), np.array(10), 0.5))  # as many ones as SHRINKAGE
+        0.75
     """
     return (total + SHRINKAGE * prior) / (count + SHRINKAGE)
 
@@ -39,8 +40,9 @@ def shrunk_mean(total: Values, count: Values, prior: float) -> Values:
 def genre_directions(genre_matrix: np.ndarray) -> np.ndarray:
     """[items + 1, genres] float32: rows of the binary genre matrix scaled to length 1; rows without genres stay zero.
 
-    >>> genre_directions(np.array([[0, 0, 0, 0], [1, 1, 1, 1]])).tolist()
-    [[0.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5]]
+    Examples:
+        >>> genre_directions(np.array([[0, 0, 0, 0], [1, 1, 1, 1]])).tolist()
+        [[0.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5]]
     """
     lengths = np.linalg.norm(genre_matrix, axis=1, keepdims=True)
     return (genre_matrix / np.maximum(lengths, 1.0)).astype(np.float32)
@@ -49,10 +51,6 @@ def genre_directions(genre_matrix: np.ndarray) -> np.ndarray:
 def shrunk_item_ratings(items: np.ndarray, unit_ratings: np.ndarray, item_count: int) -> np.ndarray:
     """Each item's mean rating, shrunk towards the mean of all ratings.
 
-    >>> ratings = shrunk_item_ratings(np.array([1, 2]), np.array([1.0, 0.0]), item_count=2)
-    >>> [round(float(each), 4) for each in ratings]  # 0.5, (1 + 5) / 11, (0 + 5) / 11
-    [0.5, 0.5455, 0.4545]
-
     Args:
         items: [events] int32, of the training events.
         unit_ratings: [events] float32 in 0..1; missing ratings, below 0, do not count.
@@ -60,6 +58,11 @@ def shrunk_item_ratings(items: np.ndarray, unit_ratings: np.ndarray, item_count:
 
     Returns:
         [item_count + 1] float32; 0.5 for every item if nothing is rated, so that the rating term is constant.
+
+    Examples:
+        >>> ratings = shrunk_item_ratings(np.array([1, 2]), np.array([1.0, 0.0]), item_count=2)
+        >>> [round(float(each), 4) for each in ratings]  # 0.5, (1 + 5) / 11, (0 + 5) / 11
+        [0.5, 0.5455, 0.4545]
     """
     rated = unit_ratings >= 0
     items, unit_ratings = items[rated], unit_ratings[rated].astype(np.float64)
@@ -72,10 +75,6 @@ def shrunk_item_ratings(items: np.ndarray, unit_ratings: np.ndarray, item_count:
 def running_user_means(offsets: np.ndarray, unit_ratings: np.ndarray, global_mean: float) -> np.ndarray:
     """The mean of the user's ratings before each event, shrunk towards `global_mean`; later ones do not enter.
 
-    >>> means = running_user_means(np.array([0, 2]), np.array([1.0, 0.0]), global_mean=0.5)
-    >>> [round(float(each), 4) for each in means]  # 0.5, (1 + 5) / 11
-    [0.5, 0.5455]
-
     Args:
         offsets: [users + 1] int64, where each user's events start, and the number of events.
         unit_ratings: [events] float32 in 0..1; missing ratings, below 0, do not count.
@@ -83,6 +82,11 @@ def running_user_means(offsets: np.ndarray, unit_ratings: np.ndarray, global_mea
 
     Returns:
         [events] float32.
+
+    Examples:
+        >>> means = running_user_means(np.array([0, 2]), np.array([1.0, 0.0]), global_mean=0.5)
+        >>> [round(float(each), 4) for each in means]  # 0.5, (1 + 5) / 11
+        [0.5, 0.5455]
     """
     rated = unit_ratings >= 0
     totals = np.concatenate([[0.0], np.cumsum(np.where(rated, unit_ratings, 0.0), dtype=np.float64)])
@@ -97,15 +101,17 @@ def novelties(counts: np.ndarray, users: int) -> np.ndarray:
     Vargas and Castells 2011, "Rank and Relevance in Novelty and Diversity Metrics for Recommender Systems", section
     3.1. Deviation: counts and users both count one more, so that a share is never 0.
 
-    >>> [round(float(each), 4) for each in novelties(np.array([0, 3]), users=7)]  # log2(8/1) and log2(8/4) over log2(8)
-    [1.0, 0.3333]
-
     Args:
         counts: [items + 1], training events of each item.
         users: of the training events.
 
     Returns:
         [items + 1] float32 in 0..1; 0 for an item that all users interacted with.
+
+    Examples:
+        >>> novelty = novelties(np.array([0, 3]), users=7)
+        >>> [round(float(each), 4) for each in novelty]  # log2(8 / 1) and log2(8 / 4), over log2(8)
+        [1.0, 0.3333]
     """
     shares = np.minimum((counts + 1.0) / (users + 1.0), 1.0)
     return (np.log2(shares) / -np.log2(users + 1.0)).astype(np.float32)

@@ -75,8 +75,9 @@ def slate_reward_terms(
 def hit_term(recommended: jax.Array, target: jax.Array) -> jax.Array:
     """[..., k] float32: 1 where the recommended item [..., k] is the target [...].
 
-    >>> hit_term(jnp.array([7, 5]), jnp.array(5)).tolist()
-    [0.0, 1.0]
+    Examples:
+        >>> hit_term(jnp.array([7, 5]), jnp.array(5)).tolist()
+        [0.0, 1.0]
     """
     return (recommended == target[..., None]).astype(jnp.float32)
 
@@ -86,9 +87,10 @@ def genre_term(recommended: jax.Array, target: jax.Array, genre_directions: jax.
 
     0 where either item has no genre.
 
-    >>> directions = jnp.array([[0.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
-    >>> [round(cosine, 4) for cosine in genre_term(jnp.array([1, 2]), jnp.array(2), directions).tolist()]
-    [0.8, 1.0]
+    Examples:
+        >>> directions = jnp.array([[0.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+        >>> [round(cosine, 4) for cosine in genre_term(jnp.array([1, 2]), jnp.array(2), directions).tolist()]
+        [0.8, 1.0]
     """
     return jnp.sum(genre_directions[recommended] * genre_directions[target][..., None, :], axis=-1)
 
@@ -98,8 +100,9 @@ def rating_term(hit: jax.Array, target_rating: jax.Array, recommended_ratings: j
 
     A term that gave every item the target's rating would not depend on the action, and the baseline would cancel it.
 
-    >>> rating_term(jnp.array([0.0, 1.0]), jnp.array(1.0), jnp.array([0.25, 0.5])).tolist()
-    [0.25, 1.0]
+    Examples:
+        >>> rating_term(jnp.array([0.0, 1.0]), jnp.array(1.0), jnp.array([0.25, 0.5])).tolist()
+        [0.25, 1.0]
     """
     return jnp.where(hit > 0, target_rating[..., None], recommended_ratings)
 
@@ -107,8 +110,9 @@ def rating_term(hit: jax.Array, target_rating: jax.Array, recommended_ratings: j
 def centred(rating: Values, user_mean: Values) -> Values:
     """[...]: unit ratings relative to the user's mean, in 0..1; 0.5 where they are equal.
 
-    >>> centred(np.array([1.0, 0.6]), np.array([0.6, 0.6])).tolist()
-    [0.7, 0.5]
+    Examples:
+        >>> centred(np.array([1.0, 0.6]), np.array([0.6, 0.6])).tolist()
+        [0.7, 0.5]
     """
     return 0.5 + (rating - user_mean) / 2
 
@@ -119,8 +123,9 @@ def diversity_term(recommended: jax.Array, genre_directions: jax.Array) -> jax.A
     Ziegler et al. 2005, "Improving Recommendation Lists Through Topic Diversification", section 3.3, slot by slot.
     Items without genres are unlike all.
 
-    >>> diversity_term(jnp.array([1, 1, 2]), jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])).tolist()
-    [1.0, 0.0, 1.0]
+    Examples:
+        >>> diversity_term(jnp.array([1, 1, 2]), jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])).tolist()
+        [1.0, 0.0, 1.0]
     """
     directions = genre_directions[recommended]
     above = jnp.cumsum(directions, axis=-2) - directions
@@ -136,8 +141,9 @@ def total_reward(terms: RewardTerms, weights: RewardWeights) -> jax.Array:
 def rank_discounts(k: int) -> np.ndarray:
     """[k] float32: DCG's 1 / log2(rank + 1), scaled to sum 1, so that a slate's reward is a mean of its items'.
 
-    >>> [round(float(each), 4) for each in rank_discounts(3)]  # 1, 0.6309 and 0.5, over 2.1309
-    [0.4693, 0.2961, 0.2346]
+    Examples:
+        >>> [round(float(each), 4) for each in rank_discounts(3)]  # 1, 0.6309 and 0.5, over 2.1309
+        [0.4693, 0.2961, 0.2346]
     """
     gains = _dcg_gains(k)
     return (gains / gains.sum()).astype(np.float32)
@@ -146,14 +152,15 @@ def rank_discounts(k: int) -> np.ndarray:
 def slot_discounts(where: Values) -> Values:
     """`rank_discounts` of each row's own slate: a wide slate beside others does not change their discounts.
 
-    >>> slot_discounts(np.array([[True, True, True], [True, False, False]]))[1].tolist()
-    [1.0, 0.0, 0.0]
-
     Args:
         where: [rows, k] bool, the slots that hold an item, from the first on.
 
     Returns:
         [rows, k] float32, 0 after the slate.
+
+    Examples:
+        >>> slot_discounts(np.array([[True, True, True], [True, False, False]]))[1].tolist()
+        [1.0, 0.0, 0.0]
     """
     chex.assert_rank(where, 2)
     gains = where.astype(np.float32) * _dcg_gains(where.shape[1]).astype(np.float32)

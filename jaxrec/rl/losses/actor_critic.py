@@ -41,10 +41,6 @@ def double_q_target(
 ) -> jax.Array:
     """r + γ Q'(s', argmax_a Q(s', a)) of each state (van Hasselt 2010, "Double Q-learning").
 
-    >>> one, every = jnp.array([1.0]), jnp.ones((1, 3), bool)
-    >>> float(double_q_target(one, 0.5 * one, jnp.array([[0.0, 1.0, 2.0]]), jnp.array([[0.0, 9.0, 5.0]]), every)[0])
-    3.5
-
     Args:
         reward: [batch] float32.
         discount: [batch] float32, γ; 0 ends an episode.
@@ -55,6 +51,11 @@ def double_q_target(
 
     Returns:
         [batch] float32, a constant of the gradient.
+
+    Examples:
+        >>> one, every = jnp.array([1.0]), jnp.ones((1, 3), bool)
+        >>> float(double_q_target(one, 0.5 * one, jnp.array([[0.0, 1.0, 2.0]]), jnp.array([[0.0, 9.0, 5.0]]), every)[0])
+        3.5
     """
     chex.assert_rank([reward, discount, q_next, q_next_target, allowed], [1, 1, 2, 2, 2])
     chex.assert_equal_shape([q_next, q_next_target, allowed])
@@ -96,10 +97,6 @@ def negative_q_losses(q: jax.Array, negatives: jax.Array, target: jax.Array) -> 
 def advantage(q: jax.Array, action: jax.Array, negatives: jax.Array) -> jax.Array:
     """A(s, a+) of each state: how much better the logged item is than the mean of it and the negatives.
 
-    >>> q = jnp.array([[0.0, 2.0, 1.0, -1.0]])
-    >>> round(float(advantage(q, jnp.array([1]), jnp.array([[2, 3]]))[0]), 4)  # 2 - (2 + 1 - 1) / 3
-    1.3333
-
     Args:
         q: [batch, items + 1] float32, Q(s, a).
         action: [batch] int32, the logged items.
@@ -107,6 +104,11 @@ def advantage(q: jax.Array, action: jax.Array, negatives: jax.Array) -> jax.Arra
 
     Returns:
         [batch] float32, a constant of the gradient.
+
+    Examples:
+        >>> q = jnp.array([[0.0, 2.0, 1.0, -1.0]])
+        >>> round(float(advantage(q, jnp.array([1]), jnp.array([[2, 3]]))[0]), 4)  # 2 - (2 + 1 - 1) / 3
+        1.3333
     """
     chex.assert_rank([q, action, negatives], [2, 1, 2])
     chosen, others = _at(q, action), jnp.take_along_axis(q, negatives, axis=-1)
@@ -152,17 +154,10 @@ def sa2c_loss(
     weight: jax.Array,
     where: jax.Array,
 ) -> jax.Array:
-    """SA2C: the mean of weight A(s, a+) L_s + L_q + L_n.
+    """SA2C: the mean of weight A(s, a+) L_s + L_q + L_n. The other arguments are those of `snqn_loss`.
 
     Args:
-        logits: [batch, items + 1] float32, of the actor.
-        q: [batch, items + 1] float32, Q(s, a).
-        action: [batch] int32, the logged items.
-        negatives: [batch, count] int32, sampled items.
-        target: [batch] float32, `double_q_target` of the logged items.
-        negative_target: [batch] float32, `double_q_target` of the negatives.
         weight: [batch] float32, 1 or importance weights; constants of the gradient.
-        where: [batch] bool, the states that count; what others hold reaches neither value nor gradient.
 
     Returns:
         Scalar; 0 if no state counts.

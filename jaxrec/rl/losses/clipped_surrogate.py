@@ -28,11 +28,6 @@ from jaxrec.rl.losses.masking import count_rows
 def clipped_surrogate_loss(log_ratios: jax.Array, advantages: jax.Array, where: jax.Array, cap: float) -> jax.Array:
     """Minus the clipped surrogate (equation 7 with the dual clip), summed over slots, a mean over rows.
 
-    >>> log_ratios, advantages = jnp.log(jnp.array([[1.5, 3.0, 0.25]])), jnp.array([[1.0, 1.0, -2.0]])
-    >>> loss = clipped_surrogate_loss(log_ratios, advantages, jnp.ones((1, 3), bool), cap=2.0)
-    >>> round(float(loss), 4)  # -(1.5 * 1 + 2 * 1 - 1/2 * 2)
-    -2.5
-
     Args:
         log_ratios: [rows, slots] float32, log π/β of the slots up to each one, nats.
         advantages: [rows, slots] float32, a slot's reward less a baseline of the state; constants of the gradient.
@@ -44,6 +39,12 @@ def clipped_surrogate_loss(log_ratios: jax.Array, advantages: jax.Array, where: 
 
     Raises:
         ValueError: The cap is 1 or less.
+
+    Examples:
+        >>> log_ratios, advantages = jnp.log(jnp.array([[1.5, 3.0, 0.25]])), jnp.array([[1.0, 1.0, -2.0]])
+        >>> loss = clipped_surrogate_loss(log_ratios, advantages, jnp.ones((1, 3), bool), cap=2.0)
+        >>> round(float(loss), 4)  # -(1.5 * 1 + 2 * 1 - 1/2 * 2)
+        -2.5
     """
     chex.assert_rank([log_ratios, advantages, where], 2)
     chex.assert_equal_shape([log_ratios, advantages, where])

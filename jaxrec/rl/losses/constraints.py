@@ -15,9 +15,6 @@ def entropy_floor_loss(entropies: jax.Array, floor: float | jax.Array, where: ja
 
     An entropy bonus (Williams & Peng 1991) that ends at a floor: a policy above it is not pushed towards uniform.
 
-    >>> float(entropy_floor_loss(jnp.array([0.5, 2.0]), 1.0, jnp.array([True, True])))  # (0.5 + 0) / 2
-    0.25
-
     Args:
         entropies: [batch] float32, nats (`jaxrec.rl.policy.entropy`).
         floor: scalar, nats.
@@ -25,6 +22,10 @@ def entropy_floor_loss(entropies: jax.Array, floor: float | jax.Array, where: ja
 
     Returns:
         Scalar, nats; 0 if no state counts.
+
+    Examples:
+        >>> float(entropy_floor_loss(jnp.array([0.5, 2.0]), 1.0, jnp.array([True, True])))  # (0.5 + 0) / 2
+        0.25
     """
     chex.assert_rank([entropies, where], 1)
     chex.assert_equal_shape([entropies, where])
@@ -38,11 +39,6 @@ def coverage_floor_loss(logits: jax.Array, floor: float | jax.Array, where: jax.
     entropy is the effective number of items (Hill 1973, number of order 1). The loss is log(floor / that number), or 0
     above the floor. A policy may be certain in every state if it differs between states.
 
-    >>> certain = jnp.array([[-1e9, 50.0, 0.0, 0.0], [-1e9, 0.0, 50.0, 0.0]])  # of item 1, of item 2
-    >>> loss, items = coverage_floor_loss(certain, 3.0, jnp.array([True, True]))
-    >>> round(float(loss), 4), round(float(items), 4)  # log(3 / 2), 2
-    (0.4055, 2.0)
-
     Args:
         logits: [batch, items + 1] float32.
         floor: scalar, in items.
@@ -50,6 +46,12 @@ def coverage_floor_loss(logits: jax.Array, floor: float | jax.Array, where: jax.
 
     Returns:
         (loss, effective items), scalars, in nats and in items; both 0 if no state counts.
+
+    Examples:
+        >>> certain = jnp.array([[-1e9, 50.0, 0.0, 0.0], [-1e9, 0.0, 50.0, 0.0]])  # of item 1, of item 2
+        >>> loss, items = coverage_floor_loss(certain, 3.0, jnp.array([True, True]))
+        >>> round(float(loss), 4), round(float(items), 4)  # log(3 / 2), 2
+        (0.4055, 2.0)
     """
     chex.assert_rank([logits, where], [2, 1])
     chex.assert_equal_shape_prefix([logits, where], 1)

@@ -10,10 +10,6 @@ from jaxrec.rl.policy import recommendable
 def imitation_loss(logits: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
     """Weighted mean cross-entropy of logged items under a policy.
 
-    >>> two_items = jnp.array([[-1e9, 0.0, 0.0]])
-    >>> round(float(imitation_loss(two_items, jnp.array([1]), jnp.array([0.5]))), 4)  # log 2
-    0.6931
-
     Args:
         logits: [batch, items + 1] float32, NEVER for items that may not be recommended.
         target: [batch] int32, the logged items. Those that may not be recommended do not count.
@@ -21,6 +17,11 @@ def imitation_loss(logits: jax.Array, target: jax.Array, weight: jax.Array) -> j
 
     Returns:
         Scalar, nats; 0 if no target counts.
+
+    Examples:
+        >>> two_items = jnp.array([[-1e9, 0.0, 0.0]])
+        >>> round(float(imitation_loss(two_items, jnp.array([1]), jnp.array([0.5]))), 4)  # log 2
+        0.6931
     """
     chex.assert_rank([logits, target, weight], [2, 1, 1])
     chex.assert_equal_shape_prefix([logits, target, weight], 1)

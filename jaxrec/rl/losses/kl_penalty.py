@@ -15,9 +15,6 @@ def next_kl_weight(kl_weight: jax.Array, kl: jax.Array, target: float) -> jax.Ar
     A proportional controller in log space whose relative error is clipped to 20 % (Ziegler et al. 2019, "Fine-Tuning
     Language Models from Human Preferences", section 2.2). Deviation: the weight stays within KL_WEIGHT_RANGE.
 
-    >>> round(float(next_kl_weight(jnp.float32(1.0), jnp.float32(0.11), target=0.1)), 4)  # 1 + 0.1 * (0.11 / 0.1 - 1)
-    1.01
-
     Args:
         kl_weight: [] float32, above 0.
         kl: [] float32, nats, measured with that weight.
@@ -25,6 +22,11 @@ def next_kl_weight(kl_weight: jax.Array, kl: jax.Array, target: float) -> jax.Ar
 
     Returns:
         [] float32.
+
+    Examples:
+        >>> following = next_kl_weight(jnp.float32(1.0), kl=jnp.float32(0.11), target=0.1)
+        >>> round(float(following), 4)  # 1 + 0.1 * (0.11 / 0.1 - 1)
+        1.01
     """
     chex.assert_rank([kl_weight, kl], 0)
     error = jnp.clip(kl / target - 1.0, -KL_CONTROL_CLIP, KL_CONTROL_CLIP)

@@ -16,8 +16,9 @@ def zero_masked(where: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, ...]:
 def masked_mean(values: jax.Array, where: jax.Array) -> jax.Array:
     """Mean of values [...] float32 over the entries of `where` [...] bool; 0 if there are none.
 
-    >>> float(masked_mean(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([True, True, False])))
-    1.5
+    Examples:
+        >>> float(masked_mean(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([True, True, False])))
+        1.5
     """
     return jnp.sum(jnp.where(where, values, 0.0)) / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1.0)
 
@@ -25,7 +26,8 @@ def masked_mean(values: jax.Array, where: jax.Array) -> jax.Array:
 def count_rows(where: jax.Array) -> jax.Array:
     """How many rows of `where` [rows, ...] bool have an entry that counts; 1 if none has, to divide by.
 
-    >>> float(count_rows(jnp.array([[True, True], [True, False], [False, False]])))
-    2.0
+    Examples:
+        >>> float(count_rows(jnp.array([[True, True], [True, False], [False, False]])))
+        2.0
     """
     return jnp.maximum(jnp.sum(jnp.any(where.reshape(where.shape[0], -1), axis=-1), dtype=jnp.float32), 1.0)

@@ -28,11 +28,6 @@ def capped_importance_weights(
 
     Computed from log-probabilities, so that the ratio of two tiny numbers is exact and none overflows before the cap.
 
-    >>> pi, beta = jnp.log(jnp.array([0.5, 0.9])), jnp.log(jnp.array([0.25, 0.1]))
-    >>> weights, clipped = capped_importance_weights(pi, beta, cap=3.0)
-    >>> [round(weight, 4) for weight in weights.tolist()], clipped.tolist()
-    ([2.0, 3.0], [False, True])
-
     Args:
         logprob_pi: [...] float32, log π of the logged actions, nats.
         logprob_beta: [...] float32, log β of the logged actions, nats.
@@ -41,6 +36,12 @@ def capped_importance_weights(
     Returns:
         (weights, clipped), [...] float32 and bool: the weights, which are constants of the gradient (equation 6
         differentiates log π only), and where the cap was reached.
+
+    Examples:
+        >>> pi, beta = jnp.log(jnp.array([0.5, 0.9])), jnp.log(jnp.array([0.25, 0.1]))
+        >>> weights, clipped = capped_importance_weights(pi, beta, cap=3.0)
+        >>> [round(weight, 4) for weight in weights.tolist()], clipped.tolist()
+        ([2.0, 3.0], [False, True])
     """
     chex.assert_equal_shape([logprob_pi, logprob_beta])
     log_weights = jax.lax.stop_gradient(logprob_pi - logprob_beta)
@@ -55,15 +56,16 @@ def top_k_multiplier(logprob_pi: jax.Array, k: int) -> jax.Array:
 
     log(1 - π) is computed without cancellation at both ends.
 
-    >>> [round(each, 4) for each in top_k_multiplier(jnp.log(jnp.array([0.5, 0.9])), 3).tolist()]  # 3 (1 - π)^2
-    [0.75, 0.03]
-
     Args:
         logprob_pi: [...] float32, log π of the logged actions, nats.
         k: draws, at least 1.
 
     Returns:
         [...] float32.
+
+    Examples:
+        >>> [round(each, 4) for each in top_k_multiplier(jnp.log(jnp.array([0.5, 0.9])), 3).tolist()]  # 3 (1 - π)^2
+        [0.75, 0.03]
     """
     logprob = jax.lax.stop_gradient(logprob_pi)
     if k == 1:
@@ -91,11 +93,6 @@ def top_k_off_policy_loss(
     the action may be subtracted from the returns without a bias, since E_β[w grad log π] is 0. E_β[w λ_K grad log π] is
     not 0, nor is the expectation with capped weights: a baseline is then a deviation from the paper that adds a bias.
 
-    >>> pi, beta = jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25]))
-    >>> loss = top_k_off_policy_loss(pi, beta, jnp.array([3.0]), jnp.array([True]), k=2)
-    >>> round(float(loss), 4)  # -(w 2) (λ 1) (R 3) log(0.5)
-    4.1589
-
     Args:
         logprob_pi: [...] float32, log π of the logged actions, nats.
         logprob_beta: [...] float32, log β of the logged actions, nats; a constant of the gradient.
@@ -106,6 +103,12 @@ def top_k_off_policy_loss(
 
     Returns:
         Scalar, a mean over the actions that count; 0 if there are none.
+
+    Examples:
+        >>> pi, beta = jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25]))
+        >>> loss = top_k_off_policy_loss(pi, beta, jnp.array([3.0]), jnp.array([True]), k=2)
+        >>> round(float(loss), 4)  # -(w 2) (λ 1) (R 3) log(0.5)
+        4.1589
     """
     chex.assert_equal_shape([logprob_pi, logprob_beta, returns, where])
     logprob_pi, logprob_beta, returns = zero_masked(where, logprob_pi, logprob_beta, returns)

@@ -19,10 +19,6 @@ from jaxrec.rl.losses.masking import count_rows, masked_mean
 def reinforce_loss(logprobs: jax.Array, returns: jax.Array, baseline: jax.Array, where: jax.Array) -> jax.Array:
     """Scalar whose gradient is minus the policy gradient with a baseline (Williams 1992, theorem 1).
 
-    >>> logprobs, returns = jnp.array([[-1.0, -2.0]]), jnp.array([[1.0, 0.5]])
-    >>> float(reinforce_loss(logprobs, returns, jnp.full((1, 2), 0.25), jnp.ones((1, 2), bool)))  # 1 * 0.75 + 2 * 0.25
-    1.25
-
     Args:
         logprobs: [batch, k] float32, log p(slot | slots before it), nats.
         returns: [batch, k] float32, the return of each slot; constants of the gradient.
@@ -31,6 +27,12 @@ def reinforce_loss(logprobs: jax.Array, returns: jax.Array, baseline: jax.Array,
 
     Returns:
         Scalar; the mean is over the rows that have a slot which counts.
+
+    Examples:
+        >>> logprobs, returns = jnp.array([[-1.0, -2.0]]), jnp.array([[1.0, 0.5]])
+        >>> loss = reinforce_loss(logprobs, returns, jnp.full((1, 2), 0.25), jnp.ones((1, 2), bool))
+        >>> float(loss)  # 1 * 0.75 + 2 * 0.25
+        1.25
     """
     chex.assert_rank([logprobs, returns, baseline, where], 2)
     chex.assert_equal_shape([logprobs, returns, baseline, where])
@@ -41,9 +43,6 @@ def reinforce_loss(logprobs: jax.Array, returns: jax.Array, baseline: jax.Array,
 def baseline_loss(baseline: jax.Array, returns: jax.Array, where: jax.Array) -> jax.Array:
     """Mean squared error of a baseline (Sutton & Barto 2018, section 13.4: the critic of REINFORCE with baseline).
 
-    >>> float(baseline_loss(jnp.array([0.5, 0.0]), jnp.array([1.0, 9.0]), jnp.array([True, False])))
-    0.25
-
     Args:
         baseline: [...] float32.
         returns: [...] float32; constants of the gradient.
@@ -51,6 +50,10 @@ def baseline_loss(baseline: jax.Array, returns: jax.Array, where: jax.Array) -> 
 
     Returns:
         Scalar; 0 if no entry counts.
+
+    Examples:
+        >>> float(baseline_loss(jnp.array([0.5, 0.0]), jnp.array([1.0, 9.0]), jnp.array([True, False])))
+        0.25
     """
     chex.assert_equal_shape([baseline, returns, where])
     return masked_mean(jnp.square(jnp.where(where, baseline - jax.lax.stop_gradient(returns), 0.0)), where)
@@ -65,10 +68,6 @@ def plackett_luce_loss(logprobs: jax.Array, returns: jax.Array, where: jax.Array
 
     The other samples are independent of sample s, so their mean is a baseline without bias.
 
-    >>> logprobs, returns = jnp.array([[-1.0], [-2.0]]), jnp.array([[1.0], [0.0]])  # two slates of one state
-    >>> float(plackett_luce_loss(logprobs, returns, jnp.array([True])))  # -(-1 * (1 - 0) - 2 * (0 - 1)) / 2
-    -0.5
-
     Args:
         logprobs: [samples, batch] float32 of whole slates, or [samples, batch, k] of slots
             (`jaxrec.rl.policy.slate_logprobs`), nats.
@@ -81,6 +80,11 @@ def plackett_luce_loss(logprobs: jax.Array, returns: jax.Array, where: jax.Array
 
     Raises:
         ValueError: There are fewer than two samples, or the shapes differ.
+
+    Examples:
+        >>> logprobs, returns = jnp.array([[-1.0], [-2.0]]), jnp.array([[1.0], [0.0]])  # two slates of one state
+        >>> float(plackett_luce_loss(logprobs, returns, jnp.array([True])))  # -(-1 * (1 - 0) - 2 * (0 - 1)) / 2
+        -0.5
     """
     samples = logprobs.shape[0]
     if samples < 2:

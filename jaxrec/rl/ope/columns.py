@@ -6,9 +6,10 @@ import numpy as np
 def check_shape(name: str, values: np.ndarray, shape: tuple[int | None, ...], expected: str) -> None:
     """Raises ValueError unless `values` have the shape, None being any length; `expected` says it in words.
 
-    >>> check_shape("rewards", np.zeros(3), (None, None), "[rows, slots]")
-    Traceback (most recent call last):
-    ValueError: rewards of shape (3,), expected [rows, slots]
+    Examples:
+        >>> check_shape("rewards", np.zeros(3), (None, None), "[rows, slots]")
+        Traceback (most recent call last):
+        ValueError: rewards of shape (3,), expected [rows, slots]
     """
     found = np.shape(values)
     if len(found) != len(shape) or any(length not in (None, got) for got, length in zip(found, shape, strict=True)):

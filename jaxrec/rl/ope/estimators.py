@@ -73,8 +73,9 @@ class Terms(NamedTuple):
 def on_policy(rewards: np.ndarray) -> Terms:
     """What the logged policy earned: the mean of rewards [rows], or of their sums over slots [rows, slots].
 
-    >>> round(on_policy(np.array([1.0, 1.0, 0.0])).value(), 4)
-    0.6667
+    Examples:
+        >>> round(on_policy(np.array([1.0, 1.0, 0.0])).value(), 4)
+        0.6667
     """
     return _mean(finite_columns(rewards).sum(axis=1))
 
@@ -86,11 +87,6 @@ def snips(weights: ImportanceWeights, rewards: np.ndarray) -> Terms:
     McInerney et al. 2020 (arXiv:2007.12986): each slot's weights are normalized over the log, sum_k (sum w_k r_k / sum
     w_k). Bounded by the rewards, and exact for a constant reward; its bias is of order 1 / rows.
 
-    >>> from jaxrec.rl.ope.weights import importance_weights
-    >>> weights = importance_weights(np.log([0.5, 0.2, 0.8]), np.log([0.25, 0.4, 0.2]))  # 2, 1/2, 4
-    >>> round(snips(weights, np.array([1.0, 1.0, 0.0])).value(), 4)  # (2 + 1/2) / (2 + 1/2 + 4)
-    0.3846
-
     Args:
         weights: [rows], or [rows, slots].
         rewards: as the weights.
@@ -100,6 +96,12 @@ def snips(weights: ImportanceWeights, rewards: np.ndarray) -> Terms:
 
     Raises:
         ValueError: The shapes differ, or a reward is not finite.
+
+    Examples:
+        >>> from jaxrec.rl.ope.weights import importance_weights
+        >>> weights = importance_weights(np.log([0.5, 0.2, 0.8]), np.log([0.25, 0.4, 0.2]))  # 2, 1/2, 4
+        >>> round(snips(weights, np.array([1.0, 1.0, 0.0])).value(), 4)  # (2 + 1/2) / (2 + 1/2 + 4)
+        0.3846
     """
     value, earned = _same_shape(weights, rewards=rewards)
     return Terms(value * earned, value, weights.bias)
@@ -113,12 +115,6 @@ def doubly_robust(weights: ImportanceWeights, rewards: np.ndarray, q_logged: np.
     (r_k - q_logged_k) + w_(k-1) q_new_k). There q_k may look ahead to the rewards of all slots from k on, and q_new_k
     is its mean over the new policy's slot k after the logged slots 1..k-1.
 
-    >>> from jaxrec.rl.ope.weights import importance_weights
-    >>> weights = importance_weights(np.log([0.5, 0.2]), np.log([0.25, 0.4]))  # 2, 1/2
-    >>> terms = doubly_robust(weights, np.array([1.0, 1.0]), np.array([0.8, 0.4]), np.array([0.6, 0.7]))
-    >>> round(terms.value(), 4)  # ((0.6 + 2 * 0.2) + (0.7 + 0.5 * 0.6)) / 2
-    1.0
-
     Args:
         weights: [rows], or [rows, slots].
         rewards: as the weights.
@@ -131,6 +127,13 @@ def doubly_robust(weights: ImportanceWeights, rewards: np.ndarray, q_logged: np.
     Raises:
         ValueError: The shapes differ, a number is not finite, or the weights of slates are capped or limited by a
             lookback: the slots' terms cancel for whole products only.
+
+    Examples:
+        >>> from jaxrec.rl.ope.weights import importance_weights
+        >>> weights = importance_weights(np.log([0.5, 0.2]), np.log([0.25, 0.4]))  # 2, 1/2
+        >>> terms = doubly_robust(weights, np.array([1.0, 1.0]), np.array([0.8, 0.4]), np.array([0.6, 0.7]))
+        >>> round(terms.value(), 4)  # ((0.6 + 2 * 0.2) + (0.7 + 0.5 * 0.6)) / 2
+        1.0
     """
     correction, model = _doubly_robust_parts(weights, rewards, q_logged, q_new)
     return _mean((correction + model).sum(axis=1), weights.bias)

@@ -156,8 +156,9 @@ def gate(
 def format_interval(estimate: Interval) -> str:
     """The estimate and its interval, for a sentence.
 
-    >>> format_interval(Interval(0.25, 0.2, 0.3, 0.025))
-    '0.2500 (0.2000 to 0.3000)'
+    Examples:
+        >>> format_interval(Interval(0.25, 0.2, 0.3, 0.025))
+        '0.2500 (0.2000 to 0.3000)'
     """
     return f"{estimate.value:.4f} ({estimate.low:.4f} to {estimate.high:.4f})"
 

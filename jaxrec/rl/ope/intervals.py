@@ -82,10 +82,6 @@ def interval(
 ) -> Interval:
     """The value of the terms with its bootstrap interval.
 
-    >>> from jaxrec.rl.ope.estimators import on_policy
-    >>> interval(on_policy(np.full(20, 0.25)))  # no spread
-    Interval(value=0.25, low=0.25, high=0.25, standard_error=0.0)
-
     Args:
         terms: [rows, parts].
         groups: [rows] labels of whose row it is; None: each row is a group.
@@ -99,6 +95,11 @@ def interval(
 
     Raises:
         ValueError: There are fewer than two groups, or the weights of the rows sum to 0.
+
+    Examples:
+        >>> from jaxrec.rl.ope.estimators import on_policy
+        >>> interval(on_policy(np.full(20, 0.25)))  # no spread
+        Interval(value=0.25, low=0.25, high=0.25, standard_error=0.0)
     """
     return interval_of(replicates(terms, groups, samples, seed), level, method)
 
@@ -114,11 +115,6 @@ def interval_of(drawn: Replicates, level: float = 0.95, method: IntervalMethod =
 def replicates(terms: Terms, groups: np.ndarray | None, samples: int, seed: int) -> Replicates:
     """Bootstrap samples of the terms; those in which a denominator sums to 0 have no value and are left out.
 
-    >>> from jaxrec.rl.ope.estimators import on_policy
-    >>> drawn = replicates(on_policy(np.array([0.0, 1.0])), None, samples=10, seed=0)
-    >>> drawn.value, round(drawn.standard_error, 4)  # of a mean: sqrt(1/2) / sqrt(2)
-    (0.5, 0.5)
-
     Args:
         terms: [rows, parts].
         groups: [rows] labels of whose row it is; None: each row is a group.
@@ -130,6 +126,12 @@ def replicates(terms: Terms, groups: np.ndarray | None, samples: int, seed: int)
 
     Raises:
         ValueError: There are fewer than two groups, or the weights of the rows sum to 0.
+
+    Examples:
+        >>> from jaxrec.rl.ope.estimators import on_policy
+        >>> drawn = replicates(on_policy(np.array([0.0, 1.0])), None, samples=10, seed=0)
+        >>> drawn.value, round(drawn.standard_error, 4)  # of a mean: sqrt(1/2) / sqrt(2)
+        (0.5, 0.5)
     """
     value = terms.value()
     numerator, denominator = (group_sums(part, groups) for part in (terms.numerator, terms.denominator))

@@ -10,10 +10,6 @@ DRAWS_AT_A_TIME = 100_000  # that are held in memory; they fit a core's cache, w
 def group_sums(values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
     """The sums of values over the rows of each group.
 
-    >>> group_sums(np.array([[1.0], [2.0], [4.0]]), np.array(["a", "b", "a"]))
-    array([[5.],
-           [2.]])
-
     Args:
         values: [rows, parts].
         groups: [rows] labels; None: each row is a group.
@@ -23,6 +19,11 @@ def group_sums(values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
 
     Raises:
         ValueError: There is not one group for each row.
+
+    Examples:
+        >>> group_sums(np.array([[1.0], [2.0], [4.0]]), np.array(["a", "b", "a"]))
+        array([[5.],
+               [2.]])
     """
     if groups is None:
         return values
@@ -39,9 +40,6 @@ def resampled_counts(groups: int, samples: int, seed: int) -> Iterator[np.ndarra
 
     A chunk @ `group_sums` gives the sums of its samples.
 
-    >>> next(resampled_counts(groups=3, samples=2, seed=0)).sum(axis=1)
-    array([3., 3.])
-
     Args:
         groups: how many there are; a sample draws as many.
         samples: how many samples there are in all chunks.
@@ -49,6 +47,10 @@ def resampled_counts(groups: int, samples: int, seed: int) -> Iterator[np.ndarra
 
     Yields:
         [samples of the chunk, groups] float64.
+
+    Examples:
+        >>> next(resampled_counts(groups=3, samples=2, seed=0)).sum(axis=1)
+        array([3., 3.])
     """
     rng = np.random.default_rng(seed)
     chunk = max(1, DRAWS_AT_A_TIME // groups)

@@ -10,11 +10,6 @@ from jaxrec.rl.ope.weights import ImportanceWeights
 def effective_sample_size(weights: ImportanceWeights, groups: np.ndarray | None = None) -> np.ndarray:
     """(sum w)^2 / sum w^2 (Kish 1965) of the uncapped weights: a cap would make the log look richer than it is.
 
-    >>> from jaxrec.rl.ope.weights import importance_weights
-    >>> weights = importance_weights(np.log([0.4, 0.2, 0.2]), np.log([0.4, 0.4, 0.4]))  # 1, 1/2, 1/2
-    >>> round(float(effective_sample_size(weights)), 4)  # 2^2 / (1 + 1/4 + 1/4)
-    2.6667
-
     Args:
         weights: [rows], or [rows, slots].
         groups: [rows] labels, say the users. Their rows are not independent, so the weights of a group are added
@@ -25,6 +20,12 @@ def effective_sample_size(weights: ImportanceWeights, groups: np.ndarray | None 
 
     Raises:
         ValueError: There is not one group for each row.
+
+    Examples:
+        >>> from jaxrec.rl.ope.weights import importance_weights
+        >>> weights = importance_weights(np.log([0.4, 0.2, 0.2]), np.log([0.4, 0.4, 0.4]))  # 1, 1/2, 1/2
+        >>> round(float(effective_sample_size(weights)), 4)  # 2^2 / (1 + 1/4 + 1/4)
+        2.6667
     """
     log = as_columns(weights.log)
     highest = np.max(log, axis=0, initial=-np.inf)
@@ -41,9 +42,6 @@ def slate_sample_size(sizes: np.ndarray, discounts: np.ndarray | None = None) ->
     If the slots' rewards were independent, the variance of sum_k d_k mean_k would be the sum of d_k^2 / size_k times
     that of a slot. This is the size that each slot would need for the same variance.
 
-    >>> round(slate_sample_size(np.array([100.0, 10.0]), np.array([2.0, 1.0])), 4)  # 5 / (4 / 100 + 1 / 10)
-    35.7143
-
     Args:
         sizes: [slots], `effective_sample_size` of each slot.
         discounts: [slots], what a slot's reward counts, at least 0 and not all 0; None: all 1.
@@ -53,6 +51,10 @@ def slate_sample_size(sizes: np.ndarray, discounts: np.ndarray | None = None) ->
 
     Raises:
         ValueError: There is not one discount for each slot, one is negative or not finite, or all are 0.
+
+    Examples:
+        >>> round(slate_sample_size(np.array([100.0, 10.0]), np.array([2.0, 1.0])), 4)  # 5 / (4 / 100 + 1 / 10)
+        35.7143
     """
     discounts = np.ones(len(sizes)) if discounts is None else np.asarray(discounts, np.float64)
     check_shape("discounts", discounts, sizes.shape, f"one for each of {len(sizes)} slot(s)")

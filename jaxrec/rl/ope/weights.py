@@ -42,9 +42,6 @@ def importance_weights(
 ) -> ImportanceWeights:
     """π_new(a|x) / π_logged(a|x) of logged actions.
 
-    >>> importance_weights(np.log([0.5, 0.2]), np.log([0.25, 0.4])).value.round(4)
-    array([2. , 0.5])
-
     Args:
         logprob_new: [rows], nats; -inf where the new policy never does what was logged.
         logprob_logged: [rows], nats, finite.
@@ -56,6 +53,10 @@ def importance_weights(
     Raises:
         ValueError: A shape does not fit, a logged probability is 0, a log-probability is NaN or above 0, or the cap is
             not above 0.
+
+    Examples:
+        >>> importance_weights(np.log([0.5, 0.2]), np.log([0.25, 0.4])).value.round(4)
+        array([2. , 0.5])
     """
     new, logged = _checked(logprob_new, logprob_logged)
     check_shape("log-probabilities", new, (None,), "[rows]")
@@ -75,10 +76,6 @@ def slate_weights(
     2020, "Counterfactual Evaluation of Slate Recommendations with Sequential Reward Interactions" (arXiv:2007.12986),
     choose it by effective sample size; here it is the caller's.
 
-    >>> ratios = np.array([[2.0, 3.0, 0.5]])
-    >>> slate_weights(np.log(0.1 * ratios), np.log([[0.1, 0.1, 0.1]])).value.round(4)
-    array([[2., 6., 3.]])
-
     Args:
         logprob_new: [rows, slots], nats, of each slot given the slots before it; -inf where the new policy never does
             what was logged.
@@ -93,6 +90,11 @@ def slate_weights(
     Raises:
         ValueError: A shape does not fit, a logged probability is 0, a log-probability is NaN or above 0, the cap is not
             above 0, or the lookback is below 1.
+
+    Examples:
+        >>> ratios = np.array([[2.0, 3.0, 0.5]])
+        >>> slate_weights(np.log(0.1 * ratios), np.log([[0.1, 0.1, 0.1]])).value.round(4)
+        array([[2., 6., 3.]])
     """
     where = np.ones(np.shape(logprob_new), bool) if where is None else np.asarray(where, bool)
     check_shape("where", where, np.shape(logprob_new), f"{np.shape(logprob_new)} as the log-probabilities")

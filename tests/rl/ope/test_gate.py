@@ -74,7 +74,7 @@ def test_gate_refuses_wrong_propensities() -> None:
     assert "the propensities are not those of the policy that made the log" in decision.reason
 
 
-def test_gate_judges_slates() -> None:
+def test_gate_evaluates_slates() -> None:
     """Two slots that are drawn from the bandit each: the second slot's weight is a product, its sample size less."""
     first, second = draw_bandit(4000, 0), draw_bandit(4000, 1)
     new, logged = (np.stack(pair, axis=1) for pair in ((first.new, second.new), (first.logged, second.logged)))
