@@ -30,7 +30,7 @@ from jaxrec.evaluation.metrics import bootstrap_mean, exclude_items
 from jaxrec.evaluation.ranking import Scorer, constant_scorer, jit_scorer, model_logits
 from jaxrec.files import write_text
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.rl.rewards import genre_directions
+from jaxrec.rl.reward_tables import genre_directions
 from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.runs.evaluate import hybrid_scorer
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrec.rl.losses.anchors import anchor_loss
-from jaxrec.rl.losses.off_policy import importance_weights, top_k_off_policy_loss
+from jaxrec.rl.losses.imitation import imitation_loss
+from jaxrec.rl.losses.off_policy import capped_importance_weights, top_k_off_policy_loss
 from jaxrec.rl.losses.policy_gradient import baseline_loss
 from jaxrec.rl.simulated.environment import Environment
 from jaxrec.rl.simulated.environment_policy import EnvironmentPolicy, Params
@@ -92,7 +92,7 @@ def next_item_loss(
     policy: EnvironmentPolicy, params: Params, batch: EnvironmentLog
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The supervised recommender: cross-entropy of the items that were taken."""
-    loss = anchor_loss(policy.logits(params, batch.features, batch.recommendable), batch.action, batch.reward)
+    loss = imitation_loss(policy.logits(params, batch.features, batch.recommendable), batch.action, batch.reward)
     return loss, {"nats": loss}
 
 
@@ -109,7 +109,7 @@ def off_policy_loss(config: FromLogConfig) -> Loss:
         baseline = jax.lax.stop_gradient(values) if config.k == 1 else 0.0
         advantages = batch.returns - baseline
         advantages /= jnp.sqrt(jnp.mean(jnp.square(advantages)) + 1e-8)
-        weights, clipped = importance_weights(logprob, batch.logprob, config.cap)
+        weights, clipped = capped_importance_weights(logprob, batch.logprob, config.cap)
         corrected = top_k_off_policy_loss(logprob, batch.logprob, advantages, where, config.k, config.cap)
         metrics = {
             "effective_share": jnp.square(weights.sum()) / (len(weights) * jnp.square(weights).sum()),

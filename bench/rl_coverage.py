@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.coverage_tables import Judged, coverage_table, size_table
+from bench.estimators import ips, percentile
 from bench.from_environment_log import FromLogConfig, collect_log, fit_to_log, next_item_loss, off_policy_loss
 from bench.quality import commit
 from bench.synthetic import SyntheticState, acquired_taste, logging_logprobs, synthetic_environment
@@ -45,16 +46,10 @@ from bench.synthetic_exact import (
     values_by_steps,
 )
 from jaxrec.files import write_text
-from jaxrec.rl.ope.estimators import (
-    Terms,
-    doubly_robust,
-    ips,
-    on_policy,
-    self_normalized_doubly_robust,
-    snips,
-)
-from jaxrec.rl.ope.intervals import interval_of, percentile, replicates, studentized
-from jaxrec.rl.ope.weights import Weights, effective_sample_size, over_slots, slate_weights
+from jaxrec.rl.ope.estimators import Terms, doubly_robust, on_policy, self_normalized_doubly_robust, snips
+from jaxrec.rl.ope.intervals import interval_of, replicates, studentized
+from jaxrec.rl.ope.sample_size import effective_sample_size, slate_sample_size
+from jaxrec.rl.ope.weights import ImportanceWeights, slate_weights
 from jaxrec.rl.simulated.environment_policy import act, new_policy, probabilities
 
 OUT = Path(__file__).with_name("rl_coverage.md")
@@ -160,7 +155,7 @@ def worth_of(policy: np.ndarray, steps: int) -> Worth:
     return Worth(policy, value(model, policy, steps), value(model, logging_policy(PARAMS), steps), q)
 
 
-def terms_of(worth: Worth, logging: np.ndarray, log: Visits) -> tuple[Weights, dict[str, Terms]]:
+def terms_of(worth: Worth, logging: np.ndarray, log: Visits) -> tuple[ImportanceWeights, dict[str, Terms]]:
     """The weights of a log [visits, steps], and the terms of each estimator."""
     done = log.state, log.action
     weights = slate_weights(np.log(worth.policy[done]), np.log(logging[done]), log.here)
@@ -191,7 +186,7 @@ def judge(task: tuple[Worth, np.ndarray, Visits]) -> tuple[list[Judged], float]:
             drawn = replicates(of_name, None, RESAMPLES, number)
             for called, method in ((name, studentized), (f"{name}, percentile", percentile)):
                 found = interval_of(drawn, LEVEL, method)
-                judged.append(Judged(called, truth, found.value, found.low, found.high, over_slots(sizes)))
+                judged.append(Judged(called, truth, found.value, found.low, found.high, slate_sample_size(sizes)))
     return judged, float(np.median(last))
 
 

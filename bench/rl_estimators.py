@@ -20,33 +20,14 @@ import numpy as np
 from scipy.special import log_softmax
 
 from bench.coverage_tables import Judged, coverage_table, over_seeds, size_table
+from bench.estimators import bias_corrected_accelerated, ips, percentile, switch_doubly_robust
 from bench.quality import commit
 from jaxrec.files import write_text
-from jaxrec.rl.ope.estimators import (
-    Terms,
-    doubly_robust,
-    ips,
-    on_policy,
-    self_normalized_doubly_robust,
-    snips,
-    switch_doubly_robust,
-)
-from jaxrec.rl.ope.gate import MINIMUM_EFFECTIVE, Decision, gate
-from jaxrec.rl.ope.intervals import (
-    SAMPLES,
-    Method,
-    bias_corrected_accelerated,
-    interval,
-    percentile,
-    studentized,
-)
-from jaxrec.rl.ope.weights import (
-    Weights,
-    effective_sample_size,
-    importance_weights,
-    over_slots,
-    slate_weights,
-)
+from jaxrec.rl.ope.estimators import Terms, doubly_robust, on_policy, self_normalized_doubly_robust, snips
+from jaxrec.rl.ope.gate import MINIMUM_EFFECTIVE, GateDecision, gate
+from jaxrec.rl.ope.intervals import SAMPLES, IntervalMethod, interval, studentized
+from jaxrec.rl.ope.sample_size import effective_sample_size, slate_sample_size
+from jaxrec.rl.ope.weights import ImportanceWeights, importance_weights, slate_weights
 
 OUT = Path(__file__).with_name("rl_estimators.md")
 GATE_TITLE = "## The gate"
@@ -104,7 +85,7 @@ def draw_log(world: World, users: int, rng: np.random.Generator) -> Log:
     return Log(context, action, reward.astype(float), user)
 
 
-def terms_of(world: World, log: Log, new: np.ndarray) -> tuple[Weights, dict[str, Terms]]:
+def terms_of(world: World, log: Log, new: np.ndarray) -> tuple[ImportanceWeights, dict[str, Terms]]:
     row = log.context, log.action
     weights, capped = (importance_weights(new[row], world.logged[row], cap) for cap in (None, 10.0))
     robust = (log.reward, world.model[row], np.sum(np.exp(new) * world.model, axis=1)[log.context])
@@ -130,7 +111,7 @@ def judge_actions(task: tuple[int, int, float, int]) -> list[Judged]:
         size = float(effective_sample_size(weights, log.user))
 
         both = terms["SNIPS"].minus(on_policy(log.reward))
-        asked: list[tuple[str, Terms, float, np.ndarray | None, Method]] = [
+        asked: list[tuple[str, Terms, float, np.ndarray | None, IntervalMethod]] = [
             *((name, of_name, truth, log.user, studentized) for name, of_name in terms.items()),
             ("SNIPS, gain over the log (paired)", both, truth - before, log.user, studentized),
             ("SNIPS, percentile", terms["SNIPS"], truth, log.user, percentile),
@@ -190,7 +171,7 @@ def judge_slates(task: tuple[int, int, float, int]) -> list[Judged]:
         model = DISCOUNTS[:, None] * world.model[context][:, None]  # of each slot and item, blind to what is above
         q_logged = np.take_along_axis(model, slates[:, :, None], axis=2)[:, :, 0]
         robust = (weights, rewards, q_logged, np.sum(distributions * model, axis=2))
-        size = over_slots(effective_sample_size(weights, user), DISCOUNTS)
+        size = slate_sample_size(effective_sample_size(weights, user), DISCOUNTS)
         for name, terms in {
             "RIPS, not normalized": ips(weights, rewards),
             "RIPS": snips(weights, rewards),
@@ -231,7 +212,7 @@ CASES = (
 )
 
 
-def ask_gate(task: tuple[int, Case, int]) -> list[tuple[str, float, Decision, bool]]:
+def ask_gate(task: tuple[int, Case, int]) -> list[tuple[str, float, GateDecision, bool]]:
     """(case, true gain, decision, whether the interval alone would have let it pass) of each log."""
     seed, case, logs = task
     world, rng = new_world(seed), np.random.default_rng([seed, 3, CASES.index(case)])
@@ -253,7 +234,7 @@ def ask_gate(task: tuple[int, Case, int]) -> list[tuple[str, float, Decision, bo
     return decided
 
 
-def gate_table(asked: list[list[list[tuple[str, float, Decision, bool]]]]) -> list[str]:
+def gate_table(asked: list[list[list[tuple[str, float, GateDecision, bool]]]]) -> list[str]:
     lines = [
         "| the new policy is | true gain | effective sample size | may be used | refused: sample size | refused: mean "
         "weight | refused: no gain shown | refused: none at worst | by the interval alone |",
@@ -312,7 +293,7 @@ def main(logs: int, processes: int, gate_alone: bool, out: Path) -> None:
         "few effective users percentile intervals are too narrow; studentized ones, which are the default, grow "
         "wide instead, until those of doubly robust and of the gain are too narrow as well: the gate refuses "
         "before. The estimators are those of Open Bandit Pipeline to 1e-6 "
-        "(tests/rl/offline_evaluation/test_open_bandit_pipeline.py).",
+        "(tests/rl/ope/test_open_bandit_pipeline.py).",
         "",
         "## Single actions",
     ]
@@ -339,7 +320,7 @@ def main(logs: int, processes: int, gate_alone: bool, out: Path) -> None:
     click.echo("\n".join(lines))
 
 
-def gate_section(asked: list[list[tuple[str, float, Decision, bool]]], logs: int) -> list[str]:
+def gate_section(asked: list[list[tuple[str, float, GateDecision, bool]]], logs: int) -> list[str]:
     return [
         GATE_TITLE,
         "",

@@ -44,7 +44,7 @@ from jaxrec.rl.logged.learner import make_updates, pay
 from jaxrec.rl.logged.methods import METHODS, REINFORCE
 from jaxrec.rl.logged.train import Problem, new_problem, settled
 from jaxrec.rl.policy import greedy_slates
-from jaxrec.rl.rewards import reward_terms, total_reward
+from jaxrec.rl.rewards import slate_reward_terms, total_reward
 from jaxrec.rl.scoring import Scoring, returns, supervised_logits
 from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.runs.evaluate import best_window, recent_scorer
@@ -190,7 +190,7 @@ def judge_scores(
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         ranked = scores(exclude_items(supervised_logits(query, recent, scoring), exclude))
         slates = greedy_slates(exclude_items(ranked, exclude), TOP)
-        terms = reward_terms(slates, *logged, scoring.tables)
+        terms = slate_reward_terms(slates, *logged, scoring.tables)
         reward = returns(total_reward(terms, config.rewards))[:, 0]
         return rank_of_target(ranked, logged[0], exclude), reward, slates
 

@@ -6,7 +6,7 @@ import jax
 
 from jaxrec.models.cooccurrence import neighbour_scores
 from jaxrec.models.hybrid import Hybrid, PolicyHead
-from jaxrec.rl.rewards import RewardTables, discounts
+from jaxrec.rl.rewards import RewardTables, rank_discounts
 
 
 class Scoring(NamedTuple):
@@ -41,4 +41,4 @@ def policy_logits(head: PolicyHead, query: jax.Array, recent: jax.Array, scoring
 
 def returns(rewards: jax.Array) -> jax.Array:
     """rewards [..., k] of the slots -> G [..., k], the discounted rewards from each slot on; the first: the slate's."""
-    return jax.lax.cumsum(rewards * discounts(rewards.shape[-1]), axis=rewards.ndim - 1, reverse=True)
+    return jax.lax.cumsum(rewards * rank_discounts(rewards.shape[-1]), axis=rewards.ndim - 1, reverse=True)

@@ -12,7 +12,7 @@ from jaxrec.errors import DataError
 from jaxrec.files import write_text
 from jaxrec.rl.logged.train import PolicyOutcome
 from jaxrec.rl.ope.gate import MINIMUM_EFFECTIVE
-from jaxrec.rl.rewards import reward_tables
+from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import frozen_scoring
 from jaxrec.rl.served.evaluate import own_versions
 from jaxrec.rl.served.event_store import DETERMINISTIC, ServedLog, read_served_log
@@ -54,7 +54,7 @@ def rl_log_run(
             f"{log}: nothing to learn from: {_counts(served)}; do clients send the recommendation_id with the events "
             "that answer it?"
         )
-    scoring = jax.device_put(frozen_scoring(supervised, reward_tables(data)), jax.devices()[0])
+    scoring = jax.device_put(frozen_scoring(supervised, fit_reward_tables(data)), jax.devices()[0])
     states = log_states(supervised, served.recommendations, data.config.rating_scale, scoring.tables)
     in_use = own_versions(base.graphdef, base.variables, scoring, states, len(served.versions))
     version = np.asarray(states.version)

@@ -24,7 +24,7 @@ from jaxrec.rl.logged.checkpoint import models_digest
 from jaxrec.rl.logged.evaluate import case_states, make_judge
 from jaxrec.rl.logged.states import training_states
 from jaxrec.rl.logged.train import Judge, PolicyOutcome
-from jaxrec.rl.rewards import reward_tables
+from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import frozen_scoring
 from jaxrec.rl.simulated.environment import Environment
 from jaxrec.rl.simulated.evaluate import Measured, Play, decide, make_play
@@ -123,7 +123,7 @@ def new_problem(
 ) -> Problem:
     """Of data that `refuse_unplayable` lets pass."""
     recommender = recommender_of(supervised, data)
-    scoring = jax.device_put(frozen_scoring(supervised, reward_tables(data)), jax.devices()[0])
+    scoring = jax.device_put(frozen_scoring(supervised, fit_reward_tables(data)), jax.devices()[0])
     policy = recommender_policy(base.graphdef, base.variables, scoring, temperature)
     training, judging = simulators.training.params, simulators.judging.params
     environment = recommender_environment(recommender, training, start_states(recommender, training), config.slate_size)

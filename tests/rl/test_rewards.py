@@ -1,24 +1,12 @@
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrec.config import RewardWeights
-from jaxrec.data.prepared import PreparedData
-from jaxrec.rl.rewards import (
-    SHRINKAGE,
-    RewardTables,
-    discounts,
-    diversity_term,
+from jaxrec.rl.reward_tables import (
     genre_directions,
-    novelties,
-    reward_tables,
-    reward_terms,
-    running_user_means,
-    shrunk_item_ratings,
-    total_reward,
 )
+from jaxrec.rl.rewards import RewardTables, diversity_term, rank_discounts, slate_reward_terms, total_reward
 
 # Items 1 and 2 have five genres each and share two of them; item 3 has one genre, item 4 none.
 GENRES = np.array(
@@ -40,7 +28,7 @@ USER_MEAN = 0.6
 
 def reward(recommended: int, target: int, target_rating: float, weights: RewardWeights = RewardWeights()) -> float:
     logged = jnp.int32(target), jnp.float32(target_rating), jnp.float32(USER_MEAN)
-    terms = reward_terms(jnp.array([recommended]), *logged, TABLES)
+    terms = slate_reward_terms(jnp.array([recommended]), *logged, TABLES)
     return float(total_reward(terms, weights)[0])
 
 
@@ -94,71 +82,18 @@ def test_diversity_by_hand() -> None:
     np.testing.assert_allclose(diversity_term(jnp.array([1, 1, 1]), directions), [1.0, 0.0, 0.0], atol=1e-6)
 
 
-def test_novelty_by_hand() -> None:
-    """Seven users: taken by none, by one, by three, by all, and twice by each."""
-    np.testing.assert_allclose(novelties(np.array([0, 1, 3, 7, 14]), users=7), [1.0, 2 / 3, 1 / 3, 0.0, 0.0], rtol=1e-6)
-
-
-def test_a_users_mean_knows_only_what_came_before() -> None:
-    offsets, ratings = np.array([0, 4, 5]), np.array([1.0, -1.0, 0.0, 0.5, 0.2], np.float32)
-    mean = 0.6
-    start, after_one, after_two = (
-        (total + SHRINKAGE * mean) / (count + SHRINKAGE) for total, count in ((0.0, 0), (1.0, 1), (1.0, 2))
-    )
-    np.testing.assert_allclose(
-        running_user_means(offsets, ratings, mean), [start, after_one, after_one, after_two, start], rtol=1e-6
-    )
-    changed = ratings.copy()
-    changed[3:] = 1.0
-    np.testing.assert_array_equal(
-        running_user_means(offsets, changed, mean)[:4], running_user_means(offsets, ratings, mean)[:4]
-    )
-
-
-def test_tables_of_data_are_fitted_on_training_events(small_data: PreparedData) -> None:
-    tables = reward_tables(small_data)
-    held_out = np.concatenate([small_data.split.validation.rows, small_data.split.test.rows])
-    ratings = small_data.histories.ratings.copy()
-    ratings[held_out] = 0.5
-    changed = dataclasses.replace(small_data, histories=dataclasses.replace(small_data.histories, ratings=ratings))
-    for table, again in zip(tables, reward_tables(changed), strict=True):
-        np.testing.assert_array_equal(table, again)
-        assert float(jnp.min(table)) >= 0
-        assert float(jnp.max(table)) <= 1 + 1e-6
-    items = np.asarray(tables.item_centred)
-    assert abs(items[1:].mean() - 0.5) < 0.01
-    assert items.std() > 0.001
-
-
 def test_terms_of_a_batch_of_slates_are_those_of_its_items() -> None:
     slates, targets = np.array([[1, 2, 3], [4, 3, 2]], np.int32), np.array([2, 4], np.int32)
     ratings, means = np.array([0.1, 0.3], np.float32), np.array([0.5, 0.7], np.float32)
-    terms = reward_terms(*map(jnp.asarray, (slates, targets, ratings, means)), TABLES)
+    terms = slate_reward_terms(*map(jnp.asarray, (slates, targets, ratings, means)), TABLES)
     for row in range(2):
         for slot in range(3):
             logged = (jnp.asarray(column[row]) for column in (targets, ratings, means))
-            alone = reward_terms(jnp.asarray(slates[row, slot : slot + 1]), *logged, TABLES)
+            alone = slate_reward_terms(jnp.asarray(slates[row, slot : slot + 1]), *logged, TABLES)
             for name in ("hit", "genre", "rating", "centred_rating", "novelty"):
                 assert getattr(terms, name)[row, slot] == pytest.approx(float(getattr(alone, name)[0]))
 
 
 def test_discounts_are_those_of_dcg_scaled_to_one() -> None:
     total = 1 / np.log2(2) + 1 / np.log2(3) + 1 / np.log2(4)
-    np.testing.assert_allclose(discounts(3), [1 / total, 1 / np.log2(3) / total, 0.5 / total], rtol=1e-6)
-
-
-def test_item_ratings_are_shrunk_towards_the_global_mean() -> None:
-    items = np.array([1, 1, 1, 2, 3], np.int32)
-    ratings = np.array([1.0, 1.0, 0.4, 0.0, -1.0], np.float32)  # item 3's only rating is missing
-    mean = (1.0 + 1.0 + 0.4 + 0.0) / 4
-    shrunk = shrunk_item_ratings(items, ratings, item_count=4)
-    np.testing.assert_allclose(
-        shrunk[1:],
-        [(2.4 + SHRINKAGE * mean) / (3 + SHRINKAGE), (0.0 + SHRINKAGE * mean) / (1 + SHRINKAGE), mean, mean],
-        rtol=1e-6,
-    )
-
-
-def test_without_ratings_every_item_is_rated_alike() -> None:
-    shrunk = shrunk_item_ratings(np.array([1, 2], np.int32), np.array([-1.0, -1.0], np.float32), item_count=3)
-    np.testing.assert_array_equal(shrunk, np.full(4, 0.5, np.float32))
+    np.testing.assert_allclose(rank_discounts(3), [1 / total, 1 / np.log2(3) / total, 0.5 / total], rtol=1e-6)

@@ -20,7 +20,7 @@ from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.evaluate import Decision, Judged
 from jaxrec.rl.logged.train import PolicyOutcome
-from jaxrec.rl.rewards import reward_tables
+from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import frozen_scoring, policy_logits, supervised_logits
 from jaxrec.rl.simulated.evaluate import Measured, Played, decide
 from jaxrec.rl.simulated.fit import SimulatorFit
@@ -287,7 +287,7 @@ def test_what_cannot_be_played_is_refused_before_anything_is_read(run: Path, sma
 def test_the_supervised_head_is_that_of_the_supervised_models(
     small_data: PreparedData, supervised: Hybrid, small_hybrid: Hybrid
 ) -> None:
-    scoring = frozen_scoring(supervised, reward_tables(small_data))
+    scoring = frozen_scoring(supervised, fit_reward_tables(small_data))
     graphdef, variables = nnx.split(small_hybrid.policy)
     policy = recommender_policy(graphdef, nnx.to_pure_dict(variables), scoring)
     query = jnp.ones((2, scoring.item_vectors.shape[1]))

@@ -21,7 +21,8 @@ from jaxrec.models.features import Array
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.rl.logged.states import rating_or_mean
 from jaxrec.rl.policy import greedy_slates, kl_divergence, recommendable
-from jaxrec.rl.rewards import reward_terms, running_user_means, total_reward
+from jaxrec.rl.reward_tables import running_user_means
+from jaxrec.rl.rewards import slate_reward_terms, total_reward
 from jaxrec.rl.scoring import Scoring, policy_logits, returns, supervised_logits
 
 TOP = 10
@@ -185,7 +186,7 @@ def make_judge(
         allowed = exclude_items(logits, exclude)
         slates = greedy_slates(allowed, min(TOP, logits.shape[1] - 1))
         where = recommendable(jnp.take_along_axis(allowed, slates, axis=-1))
-        terms = reward_terms(slates, target, target_rating, user_mean, scoring.tables)
+        terms = slate_reward_terms(slates, target, target_rating, user_mean, scoring.tables)
         rewards = {"reward": total_reward(terms, weights), **terms._asdict()}
         return {
             "rank": rank_of_target(logits, target, exclude),

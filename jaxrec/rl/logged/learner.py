@@ -2,9 +2,9 @@
 
 The state is the supervised query vector with the most recent items, by which co-occurrence adds to the logits; the
 action is a slate drawn from the policy, its reward the discounted mean of its items' rewards, sum_i d_i r_i with DCG's
-discounts d (`jaxrec.rl.rewards.discounts`), because the top of a list is judged that way. Slot i is answerable for the
-slots from i on only, so its return is G_i = sum_(j >= i) d_j r_j (Sutton et al. 2000, theorem 1, for an episode of one
-slate). What is made of that is the method's (`jaxrec.rl.logged.methods`).
+discounts d (`jaxrec.rl.rewards.rank_discounts`), because the top of a list is judged that way. Slot i is answerable for
+the slots from i on only, so its return is G_i = sum_(j >= i) d_j r_j (Sutton et al. 2000, theorem 1, for an episode of
+one slate). What is made of that is the method's (`jaxrec.rl.logged.methods`).
 
 The leash adds coefficient * KL(policy || where it started), exact over the catalogue; the coefficient follows the KL
 to its target (Ziegler et al. 2019, section 2.2). The anchor adds the cross-entropy of the logged item, weighted by its
@@ -26,14 +26,11 @@ from jaxrec.evaluation.metrics import exclude_items
 from jaxrec.models.hybrid import PolicyHead
 from jaxrec.rl.logged.methods import Critic, Decisions, Method
 from jaxrec.rl.logged.states import States
-from jaxrec.rl.losses.anchors import (
-    anchor_loss,
-    coverage_guard_loss,
-    entropy_floor_loss,
-    next_kl_coefficient,
-)
+from jaxrec.rl.losses.constraints import coverage_floor_loss, entropy_floor_loss
+from jaxrec.rl.losses.imitation import imitation_loss
+from jaxrec.rl.losses.kl_penalty import next_kl_weight
 from jaxrec.rl.policy import entropy, kl_divergence, recommendable, sample_slates, slate_logprobs
-from jaxrec.rl.rewards import reward_terms, total_reward
+from jaxrec.rl.rewards import slate_reward_terms, total_reward
 from jaxrec.rl.scoring import Scoring, policy_logits, returns, supervised_logits
 
 KL_COEFFICIENT_START = 1.0
@@ -118,10 +115,10 @@ def make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig, method: M
             repeated = jnp.tile(jax.lax.stop_gradient(logits), (config.samples, 1))
             slates = sample_slates(slate_key, repeated, config.slate_size).reshape(config.samples, len(rows), -1)
             where = recommendable(jnp.take_along_axis(logits[None], slates, axis=-1))
-            terms = reward_terms(slates, target, target_rating, user_mean, scoring.tables)
+            terms = slate_reward_terms(slates, target, target_rating, user_mean, scoring.tables)
             earned = {name: returns(jnp.where(where, term, 0.0)) for name, term in terms._asdict().items()}
             achieved = returns(jnp.where(where, total_reward(terms, config.rewards), 0.0))
-            of_target = reward_terms(target[:, None], target, target_rating, user_mean, scoring.tables)
+            of_target = slate_reward_terms(target[:, None], target, target_rating, user_mean, scoring.tables)
             decisions = Decisions(
                 query=query,
                 logits=logits,
@@ -136,7 +133,7 @@ def make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig, method: M
                 progress=learner.step / config.steps,
             )
             loss, measured = method.loss(decisions, critic, scoring.item_vectors, method_key, config)
-            anchor = anchor_loss(logits, target, target_rating)
+            anchor = imitation_loss(logits, target, target_rating)
             kl = jnp.mean(kl_divergence(logits, reference))
             guard, guarded = guards(logits, reference, config)
             metrics = {
@@ -175,7 +172,7 @@ def apply_update(
     gradients, metrics = jax.grad(loss_of, has_aux=True)(trained)
     changes, optimizer_state = optimizer.update(gradients, learner.optimizer, trained)
     head, critic = optax.apply_updates(trained, changes)
-    coefficient = next_kl_coefficient(learner.kl_coefficient, metrics["kl"], config.kl_target)
+    coefficient = next_kl_weight(learner.kl_coefficient, metrics["kl"], config.kl_target)
     return Learner(head, critic, optimizer_state, coefficient, learner.step + 1), metrics
 
 
@@ -184,9 +181,9 @@ def guards(logits: jax.Array, reference: jax.Array, config: RLConfig) -> tuple[j
     recommendations are spread over. The floors are shares of what `reference` has; all [batch, items + 1]."""
     everywhere = jnp.ones(len(logits), bool)
     entropies = entropy(logits)
-    _, items_before = coverage_guard_loss(reference, 1.0, everywhere)
+    _, items_before = coverage_floor_loss(reference, 1.0, everywhere)
     of_entropy = entropy_floor_loss(entropies, config.entropy_floor * jnp.mean(entropy(reference)), everywhere)
-    of_coverage, items = coverage_guard_loss(logits, config.coverage_floor * items_before, everywhere)
+    of_coverage, items = coverage_floor_loss(logits, config.coverage_floor * items_before, everywhere)
     return of_entropy + of_coverage, {"entropy": jnp.mean(entropies), "effective_items": items}
 
 

@@ -14,15 +14,9 @@ import jax.numpy as jnp
 
 from jaxrec.config import RLConfig
 from jaxrec.models.masks import NEVER
-from jaxrec.rl.losses.actor_critic import (
-    advantage,
-    double_q_target,
-    masked_mean,
-    q_losses,
-    sa2c_loss,
-    snqn_loss,
-)
-from jaxrec.rl.losses.off_policy import importance_weights, top_k_off_policy_loss
+from jaxrec.rl.losses.actor_critic import advantage, double_q_target, q_losses, sa2c_loss, snqn_loss
+from jaxrec.rl.losses.masking import masked_mean
+from jaxrec.rl.losses.off_policy import capped_importance_weights, top_k_off_policy_loss
 from jaxrec.rl.losses.policy_gradient import baseline_loss, plackett_luce_loss, reinforce_loss
 from jaxrec.rl.policy import recommendable, sample_slates
 
@@ -111,7 +105,7 @@ def _top_k_off_policy(
 ) -> tuple[jax.Array, Metrics]:
     logprob_pi = jnp.take_along_axis(jax.nn.log_softmax(decisions.logits), decisions.target[:, None], axis=1)[:, 0]
     where = recommendable(logprob_pi)
-    weights, clipped = importance_weights(logprob_pi, decisions.logprob_beta, config.importance_cap)
+    weights, clipped = capped_importance_weights(logprob_pi, decisions.logprob_beta, config.importance_cap)
     loss = top_k_off_policy_loss(
         logprob_pi, decisions.logprob_beta, decisions.reward, where, config.slate_size, config.importance_cap
     )

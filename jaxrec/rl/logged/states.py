@@ -18,7 +18,7 @@ from jaxrec.models.cooccurrence import recent_items
 from jaxrec.models.features import Array
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.behaviour import BehaviourConfig, Choices, Fit, action_logprobs, fit_behaviour
-from jaxrec.rl.rewards import running_user_means
+from jaxrec.rl.reward_tables import running_user_means
 
 MAX_STATES = 60_000
 BEHAVIOUR_EPOCHS = 5

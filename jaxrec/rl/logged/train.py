@@ -18,7 +18,7 @@ from jaxrec.rl.logged.evaluate import Judged, case_states, decide, make_judge
 from jaxrec.rl.logged.learner import Learner, Updates, make_updates, new_learner, pay
 from jaxrec.rl.logged.methods import REINFORCE, Method
 from jaxrec.rl.logged.states import States, training_states, with_behaviour
-from jaxrec.rl.rewards import reward_tables
+from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import Scoring, frozen_scoring
 from jaxrec.training.stopping import StopRequested, never
 
@@ -120,7 +120,7 @@ def new_problem(hybrid: Hybrid, data: PreparedData, config: RLConfig, method: Me
     if not len(data.split.validation):
         raise DataError("no validation case is left; the log is too short to judge a policy")
     device = jax.devices()[0]
-    scoring = jax.device_put(frozen_scoring(hybrid, reward_tables(data)), device)
+    scoring = jax.device_put(frozen_scoring(hybrid, fit_reward_tables(data)), device)
     item_ratings = np.asarray(scoring.tables.item_ratings)
     states, behaviour = training_states(hybrid, data, item_ratings, config.seed), None
     if method.logged:

@@ -1,1 +1,1 @@
-"""Objectives of policies: pure functions on arrays, one file a family."""
+"""Losses of policies: pure functions on arrays, one file a family."""

@@ -8,24 +8,42 @@ The log holds single actions a_t that a behaviour policy β chose, and the retur
     λ_K(s, a) = dα/dπ = K (1 - π(a|s))^(K - 1)          (equation 7)
     π/β is replaced by min(π/β, c)                      (equation 8)
 
-π, β and λ_K are all taken at the action that was logged, never at one that the policy draws anew. The products of
-weights over the steps before and after t are left out, as in equation 3 of the paper (first order).
+π, β and λ_K are all taken at the logged action, never at one that the policy draws anew. The products of weights over
+the steps before and after t are left out, as in equation 3 of the paper (first order).
 """
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrec.rl.losses.masking import masked_mean, zero_masked
 
-def importance_weights(
+
+def capped_importance_weights(
     logprob_pi: jax.Array, logprob_beta: jax.Array, cap: float | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(weights, clipped) [...]: min(π/β, cap) at the logged actions, and where the cap was reached (bool).
+    """min(π/β, cap) of logged actions (equation 8).
 
     Computed from log-probabilities, so that the ratio of two tiny numbers is exact and none overflows before the cap.
-    The weights are constants of the gradient (equation 6 differentiates log π only).
+
+    Args:
+        logprob_pi: [...] float32, log π of the logged actions, nats.
+        logprob_beta: [...] float32, log β of the logged actions, nats.
+        cap: the largest weight, above 0; None for no cap.
+
+    Returns:
+        (weights, clipped), [...] float32 and bool: the weights, which are constants of the gradient (equation 6
+        differentiates log π only), and where the cap was reached.
+
+    Examples:
+        >>> pi, beta = jnp.log(jnp.array([0.5, 0.9])), jnp.log(jnp.array([0.25, 0.1]))
+        >>> weights, clipped = capped_importance_weights(pi, beta, cap=3.0)
+        >>> [round(weight, 4) for weight in weights.tolist()], clipped.tolist()
+        ([2.0, 3.0], [False, True])
     """
+    chex.assert_equal_shape([logprob_pi, logprob_beta])
     log_weights = jax.lax.stop_gradient(logprob_pi - logprob_beta)
     if cap is None:
         return jnp.exp(log_weights), jnp.zeros(log_weights.shape, bool)
@@ -34,9 +52,20 @@ def importance_weights(
 
 
 def top_k_multiplier(logprob_pi: jax.Array, k: int) -> jax.Array:
-    """λ_K [...] = k (1 - π)^(k - 1) of the logged actions (equation 7): k where π is near 0, 0 where it is near 1.
+    """λ_K of logged actions (equation 7), a constant of the gradient: k where π is near 0, 0 where it is near 1.
 
-    A constant of the gradient. log(1 - π) is taken without cancellation on both ends.
+    log(1 - π) is computed without cancellation at both ends.
+
+    Args:
+        logprob_pi: [...] float32, log π of the logged actions, nats.
+        k: draws, at least 1.
+
+    Returns:
+        [...] float32.
+
+    Examples:
+        >>> [round(each, 4) for each in top_k_multiplier(jnp.log(jnp.array([0.5, 0.9])), 3).tolist()]  # 3 (1 - π)^2
+        [0.75, 0.03]
     """
     logprob = jax.lax.stop_gradient(logprob_pi)
     if k == 1:
@@ -58,15 +87,31 @@ def top_k_off_policy_loss(
     k: int,
     cap: float | None = None,
 ) -> jax.Array:
-    """Scalar whose gradient is minus equation 6 with the cap of equation 8, a mean over the entries of `where`.
+    """Scalar whose gradient is minus equation 6, with the cap of equation 8.
 
-    All [...], at the logged actions; what the others hold reaches neither value nor gradient. `k` = 1 is the plain
-    off-policy correction (equation 3). A baseline that does not depend on the action may be subtracted from the
-    returns: without a bias only for k = 1 and no `cap`, where E_β[w grad log π] is 0. E_β[w λ_K grad log π] is not, nor
-    is it with capped weights, and there a baseline is a deviation which adds a bias.
+    `k` = 1 is the plain off-policy correction (equation 3). There, without a `cap`, a baseline that does not depend on
+    the action may be subtracted from the returns without a bias, since E_β[w grad log π] is 0. E_β[w λ_K grad log π] is
+    not 0, nor is the expectation with capped weights: a baseline is then a deviation from the paper that adds a bias.
+
+    Args:
+        logprob_pi: [...] float32, log π of the logged actions, nats.
+        logprob_beta: [...] float32, log β of the logged actions, nats; a constant of the gradient.
+        returns: [...] float32, what followed each action; constants of the gradient.
+        where: [...] bool, the actions that count.
+        k: items that the policy shows at a time.
+        cap: the largest importance weight; None for no cap.
+
+    Returns:
+        Scalar, a mean over the actions that count; 0 if there are none.
+
+    Examples:
+        >>> pi, beta = jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25]))
+        >>> loss = top_k_off_policy_loss(pi, beta, jnp.array([3.0]), jnp.array([True]), k=2)
+        >>> round(float(loss), 4)  # -(w 2) (λ 1) (R 3) log(0.5)
+        4.1589
     """
-    logprob_pi, logprob_beta, returns = (jnp.where(where, x, 0.0) for x in (logprob_pi, logprob_beta, returns))
-    weights, _ = importance_weights(logprob_pi, logprob_beta, cap)
+    chex.assert_equal_shape([logprob_pi, logprob_beta, returns, where])
+    logprob_pi, logprob_beta, returns = zero_masked(where, logprob_pi, logprob_beta, returns)
+    weights, _ = capped_importance_weights(logprob_pi, logprob_beta, cap)
     coefficients = jax.lax.stop_gradient(weights * top_k_multiplier(logprob_pi, k) * returns)
-    terms = jnp.where(where, coefficients * logprob_pi, 0.0)
-    return -jnp.sum(terms) / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1.0)
+    return -masked_mean(coefficients * logprob_pi, where)

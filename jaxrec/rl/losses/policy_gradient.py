@@ -1,33 +1,62 @@
 """Policy gradients from slates that the policy drew itself.
 
-Both losses have the gradient of Williams 1992, theorem 1, with its sign turned: minus the mean of
+Both losses have the gradient of Williams 1992, "Simple Statistical Gradient-Following Algorithms for Connectionist
+Reinforcement Learning", theorem 1, with its sign turned: minus the mean of
 
     sum_i grad log p(slot i | slots before it) * (G_i - b_i)
 
-where G_i is the return that slot i is answerable for, and b_i a baseline that does not depend on what slot i draws.
-They differ in the baseline: a learned one, or the other samples of the same state. What a slot without an item holds
-(a NaN, too) reaches neither value nor gradient.
+where G_i is the return of slot i, and b_i a baseline that does not depend on what slot i draws. They differ in the
+baseline: a learned one, or the other samples of the same state. Slots that do not count may hold anything, a NaN too.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrec.rl.losses.masking import count_rows, masked_mean
+
 
 def reinforce_loss(logprobs: jax.Array, returns: jax.Array, baseline: jax.Array, where: jax.Array) -> jax.Array:
-    """Scalar whose gradient is minus the policy gradient. All [batch, k]; `where` marks slots that hold an item.
+    """Scalar whose gradient is minus the policy gradient with a baseline (Williams 1992, theorem 1).
 
-    Williams 1992, theorem 1, with a baseline [batch, k] that is a function of the state; it receives no gradient here.
-    The mean is over the rows of which any slot counts.
+    Args:
+        logprobs: [batch, k] float32, log p(slot | slots before it), nats.
+        returns: [batch, k] float32, the return of each slot; constants of the gradient.
+        baseline: [batch, k] float32, a function of the state alone; a constant of the gradient.
+        where: [batch, k] bool, the slots that hold an item.
+
+    Returns:
+        Scalar; the mean is over the rows that have a slot which counts.
+
+    Examples:
+        >>> logprobs, returns = jnp.array([[-1.0, -2.0]]), jnp.array([[1.0, 0.5]])
+        >>> loss = reinforce_loss(logprobs, returns, jnp.full((1, 2), 0.25), jnp.ones((1, 2), bool))
+        >>> float(loss)  # 1 * 0.75 + 2 * 0.25
+        1.25
     """
+    chex.assert_rank([logprobs, returns, baseline, where], 2)
+    chex.assert_equal_shape([logprobs, returns, baseline, where])
     advantages = jnp.where(where, jax.lax.stop_gradient(returns - baseline), 0.0)
-    rows = jnp.sum(jnp.any(where, axis=-1), dtype=jnp.float32)
-    return -jnp.sum(jnp.where(where, logprobs, 0.0) * advantages) / jnp.maximum(rows, 1.0)
+    return -jnp.sum(jnp.where(where, logprobs, 0.0) * advantages) / count_rows(where)
 
 
 def baseline_loss(baseline: jax.Array, returns: jax.Array, where: jax.Array) -> jax.Array:
-    """Mean squared error over the slots that hold an item. All [batch, k]."""
-    errors = jnp.where(where, baseline - jax.lax.stop_gradient(returns), 0.0)
-    return jnp.sum(jnp.square(errors)) / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1.0)
+    """Mean squared error of a baseline (Sutton & Barto 2018, section 13.4: the critic of REINFORCE with baseline).
+
+    Args:
+        baseline: [...] float32.
+        returns: [...] float32; constants of the gradient.
+        where: [...] bool, the entries that count.
+
+    Returns:
+        Scalar; 0 if no entry counts.
+
+    Examples:
+        >>> float(baseline_loss(jnp.array([0.5, 0.0]), jnp.array([1.0, 9.0]), jnp.array([True, False])))
+        0.25
+    """
+    chex.assert_equal_shape([baseline, returns, where])
+    return masked_mean(jnp.square(jnp.where(where, baseline - jax.lax.stop_gradient(returns), 0.0)), where)
 
 
 def plackett_luce_loss(logprobs: jax.Array, returns: jax.Array, where: jax.Array) -> jax.Array:
@@ -37,11 +66,25 @@ def plackett_luce_loss(logprobs: jax.Array, returns: jax.Array, where: jax.Array
 
         gradient = 1/S sum_s grad log p(slate_s) * (f_s - 1/(S - 1) sum_(j != s) f_j)
 
-    The other samples know nothing of sample s, so their mean is a baseline of no bias. `logprobs` and `returns` are
-    [samples, batch] of whole slates, or [samples, batch, k] of slots (`jaxrec.rl.policy.slate_logprobs`, reward to go):
-    then each slot has the other samples' mean return from that slot on. `where` [batch] or [batch, k], the same for all
-    samples; the mean is over the states of which anything counts. Raises ValueError for fewer than two samples, and
-    where the shapes differ.
+    The other samples are independent of sample s, so their mean is a baseline without bias.
+
+    Args:
+        logprobs: [samples, batch] float32 of whole slates, or [samples, batch, k] of slots
+            (`jaxrec.rl.policy.slate_logprobs`), nats.
+        returns: as `logprobs`; of slots, the reward from each slot on: each slot then has the other samples' mean
+            return from that slot on as its baseline. Constants of the gradient.
+        where: [batch] or [batch, k] bool, what counts, the same in all samples.
+
+    Returns:
+        Scalar; the mean is over samples and over the states of which anything counts.
+
+    Raises:
+        ValueError: There are fewer than two samples, or the shapes differ.
+
+    Examples:
+        >>> logprobs, returns = jnp.array([[-1.0], [-2.0]]), jnp.array([[1.0], [0.0]])  # two slates of one state
+        >>> float(plackett_luce_loss(logprobs, returns, jnp.array([True])))  # -(-1 * (1 - 0) - 2 * (0 - 1)) / 2
+        -0.5
     """
     samples = logprobs.shape[0]
     if samples < 2:
@@ -54,5 +97,4 @@ def plackett_luce_loss(logprobs: jax.Array, returns: jax.Array, where: jax.Array
     returns = jax.lax.stop_gradient(jnp.where(where, returns, 0.0))
     others = (jnp.sum(returns, axis=0) - returns) / (samples - 1)
     terms = jnp.where(where, logprobs, 0.0) * (returns - others)
-    states = jnp.sum(jnp.any(where.reshape(where.shape[0], -1), axis=-1), dtype=jnp.float32)
-    return -jnp.sum(terms) / (samples * jnp.maximum(states, 1.0))
+    return -jnp.sum(terms) / (samples * count_rows(where))

@@ -1,29 +1,40 @@
 """Estimators of a policy's value from another policy's log.
 
-Each returns terms, not a number: a value is the sum over parts of sum(numerator) / sum(denominator), and what resamples
-rows, pairs two policies on the same rows or adds rows up by user needs the rows. For single actions the weights are
-`importance_weights` [rows] and rewards [rows]; for slates `slate_weights` [rows, slots] and rewards [rows, slots] (each
-slot's, discounted as it counts, 0 where the slot is empty). Shapes must be equal: ValueError otherwise. Slots of slates
-assume the cascade: a slot's reward depends on the slots above it, not on those below.
+Each returns terms, not a number: a value is the sum over parts of sum(numerator) / sum(denominator). The rows are
+needed to resample them, to pair two policies on the same rows, and to add rows up by user.
+
+For single actions the weights are `importance_weights` [rows] and rewards [rows]. For slates they are `slate_weights`
+[rows, slots] and rewards [rows, slots]: each slot's reward, discounted as it counts, 0 where the slot is empty. Slots
+of slates assume the cascade: a slot's reward depends on the slots above it, not on those below.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxrec.rl.ope.weights import Weights, as_columns
+from jaxrec.rl.ope.columns import as_columns, check_shape, finite_columns
+from jaxrec.rl.ope.weights import ImportanceWeights
 
 
 class Terms(NamedTuple):
-    """Both [rows, parts] float64. `bias`: what makes the value another one than the policy's however long the log is;
-    empty where nothing does."""
+    """What an estimate is the sum of.
+
+    Attributes:
+        numerator: [rows, parts] float64.
+        denominator: [rows, parts] float64.
+        bias: why the value is not the policy's however long the log is; empty if nothing biases it.
+    """
 
     numerator: np.ndarray
     denominator: np.ndarray
     bias: str = ""
 
     def value(self) -> float:
-        """Raises ValueError where the rows weigh nothing together, and where the two are not [rows, parts] both."""
+        """The estimate: the sum over parts of sum(numerator) / sum(denominator).
+
+        Raises:
+            ValueError: The weights of the rows sum to 0, or the two are not both [rows, parts].
+        """
         if self.numerator.ndim != 2 or self.numerator.shape != self.denominator.shape:
             raise ValueError(
                 f"terms of shapes {self.numerator.shape} (numerator) and {self.denominator.shape} (denominator), "
@@ -35,7 +46,7 @@ class Terms(NamedTuple):
         return float(np.sum(self.numerator.sum(axis=0) / totals))
 
     def minus(self, other: "Terms") -> "Terms":
-        """The difference of the two values on the same rows. Raises ValueError where their number differs."""
+        """Terms of the difference of the two values on the same rows. Raises ValueError if their number differs."""
         if len(self.numerator) != len(other.numerator):
             raise ValueError(f"terms of {len(self.numerator)} and of {len(other.numerator)} rows, expected the same")
         return Terms(
@@ -45,12 +56,12 @@ class Terms(NamedTuple):
         )
 
     def at_worst(self) -> "Terms":
-        """The same where what the log never did earns the least that was seen, instead of the mean of what it did.
+        """Pessimistic terms: what the logged policy never did is assumed to earn the least that was seen, not the mean.
 
-        Weights add up to the rows but for what the new policy does and the logged one never did. Normalizing by their
-        sum takes that to be like the rest; here it gets each part's smallest ratio m: mean(numerator - m denominator)
-        + m. That is IPS of the rewards above the least; terms that are not normalized stay as they are (IPS gives what
-        is missing a reward of 0).
+        In expectation the weights sum to the number of rows, less the share of the new policy that the logged one never
+        does. Normalizing by their sum assumes that this share earns the mean. Here it earns each part's smallest ratio
+        m: mean(numerator - m denominator) + m, which is inverse propensity scoring of the rewards above the least.
+        Terms that are not normalized stay as they are.
         """
         some = self.denominator > 0
         ratio = np.divide(self.numerator, self.denominator, out=np.full(self.numerator.shape, np.inf), where=some)
@@ -60,81 +71,103 @@ class Terms(NamedTuple):
 
 
 def on_policy(rewards: np.ndarray) -> Terms:
-    """What was earned in the log: the mean of rewards [rows], or of their sums over slots [rows, slots]."""
-    return _mean(_columns(rewards).sum(axis=1))
+    """What the logged policy earned: the mean of rewards [rows], or of their sums over slots [rows, slots].
 
-
-def ips(weights: Weights, rewards: np.ndarray) -> Terms:
-    """Inverse propensity scoring, mean(w r): Horvitz & Thompson 1952. No bias but that of a cap.
-
-    For slates RIPS without its normalization: mean(sum_k w_k r_k) (McInerney et al. 2020).
+    Examples:
+        >>> round(on_policy(np.array([1.0, 1.0, 0.0])).value(), 4)
+        0.6667
     """
-    value, earned = _same_shape(weights, rewards=rewards)
-    return _mean(np.sum(value * earned, axis=1), weights.bias)
+    return _mean(finite_columns(rewards).sum(axis=1))
 
 
-def snips(weights: Weights, rewards: np.ndarray) -> Terms:
-    """Self-normalized: sum(w r) / sum(w) (Swaminathan & Joachims 2015). For slates RIPS as McInerney et al. 2020 define
-    it (arXiv:2007.12986): each slot's weights are normalized over the log, sum_k (sum w_k r_k / sum w_k).
+def snips(weights: ImportanceWeights, rewards: np.ndarray) -> Terms:
+    """Self-normalized inverse propensity scoring: sum(w r) / sum(w).
 
-    Bounded by the rewards, and exact for a constant reward; a bias of order 1 / rows.
+    Swaminathan & Joachims 2015, "The Self-Normalized Estimator for Counterfactual Learning". For slates it is RIPS of
+    McInerney et al. 2020 (arXiv:2007.12986): each slot's weights are normalized over the log, sum_k (sum w_k r_k / sum
+    w_k). Bounded by the rewards, and exact for a constant reward; its bias is of order 1 / rows.
+
+    Args:
+        weights: [rows], or [rows, slots].
+        rewards: as the weights.
+
+    Returns:
+        Terms with one part for each slot.
+
+    Raises:
+        ValueError: The shapes differ, or a reward is not finite.
+
+    Examples:
+        >>> from jaxrec.rl.ope.weights import importance_weights
+        >>> weights = importance_weights(np.log([0.5, 0.2, 0.8]), np.log([0.25, 0.4, 0.2]))  # 2, 1/2, 4
+        >>> round(snips(weights, np.array([1.0, 1.0, 0.0])).value(), 4)  # (2 + 1/2) / (2 + 1/2 + 4)
+        0.3846
     """
     value, earned = _same_shape(weights, rewards=rewards)
     return Terms(value * earned, value, weights.bias)
 
 
-def doubly_robust(weights: Weights, rewards: np.ndarray, q_logged: np.ndarray, q_new: np.ndarray) -> Terms:
+def doubly_robust(weights: ImportanceWeights, rewards: np.ndarray, q_logged: np.ndarray, q_new: np.ndarray) -> Terms:
     """mean(q_new + w (r - q_logged)): Dudík et al. 2014, "Doubly Robust Policy Evaluation and Optimization".
 
-    q_logged [rows] is a model's reward of what was logged, q_new [rows] its mean over what the new policy would do; no
-    bias if either the propensities or the model are right, so the model must not be fitted on these rows' rewards.
-    For slates all are [rows, slots], and it is Cascade-DR (Kiyohara et al. 2022, arXiv:2202.01562; Jiang & Li 2016):
-    mean(sum_k w_k (r_k - q_logged_k) + w_(k-1) q_new_k), where q_k may look ahead to the rewards of all slots from k
-    on, and q_new_k is its mean over the new policy's slot k after the logged slots 1..k-1. The slots' terms cancel for
-    whole products only: capped weights, or those of a lookback, raise ValueError for slates.
+    No bias if either the propensities or the model of the rewards is right, so the model must not be fitted on these
+    rows' rewards. For slates it is Cascade-DR (Kiyohara et al. 2022, arXiv:2202.01562; Jiang & Li 2016): mean(sum_k w_k
+    (r_k - q_logged_k) + w_(k-1) q_new_k). There q_k may look ahead to the rewards of all slots from k on, and q_new_k
+    is its mean over the new policy's slot k after the logged slots 1..k-1.
+
+    Args:
+        weights: [rows], or [rows, slots].
+        rewards: as the weights.
+        q_logged: as the weights, the model's reward of what was logged.
+        q_new: as the weights, the model's mean reward over what the new policy would do.
+
+    Returns:
+        Terms with one part.
+
+    Raises:
+        ValueError: The shapes differ, a number is not finite, or the weights of slates are capped or limited by a
+            lookback: the slots' terms cancel for whole products only.
+
+    Examples:
+        >>> from jaxrec.rl.ope.weights import importance_weights
+        >>> weights = importance_weights(np.log([0.5, 0.2]), np.log([0.25, 0.4]))  # 2, 1/2
+        >>> terms = doubly_robust(weights, np.array([1.0, 1.0]), np.array([0.8, 0.4]), np.array([0.6, 0.7]))
+        >>> round(terms.value(), 4)  # ((0.6 + 2 * 0.2) + (0.7 + 0.5 * 0.6)) / 2
+        1.0
     """
     correction, model = _doubly_robust_parts(weights, rewards, q_logged, q_new)
     return _mean((correction + model).sum(axis=1), weights.bias)
 
 
 def self_normalized_doubly_robust(
-    weights: Weights, rewards: np.ndarray, q_logged: np.ndarray, q_new: np.ndarray
+    weights: ImportanceWeights, rewards: np.ndarray, q_logged: np.ndarray, q_new: np.ndarray
 ) -> Terms:
-    """mean(q_new) + sum(w (r - q_logged)) / sum(w); for slates each slot's w_k and w_(k-1) are normalized likewise
-    (weighted doubly robust: Thomas & Brunskill 2016)."""
-    correction, model = _doubly_robust_parts(weights, rewards, q_logged, q_new)
-    value, before = _columns(weights.value), _before(weights)
-    return Terms(np.concatenate([model, correction], axis=1), np.concatenate([before, value], axis=1), weights.bias)
+    """mean(q_new) + sum(w (r - q_logged)) / sum(w); for slates each slot's w_k and w_(k-1) are normalized likewise.
 
+    Weighted doubly robust: Thomas & Brunskill 2016, "Data-Efficient Off-Policy Policy Evaluation for Reinforcement
+    Learning". Arguments and errors are those of `doubly_robust`.
 
-def switch_doubly_robust(
-    weights: Weights, rewards: np.ndarray, q_logged: np.ndarray, q_new: np.ndarray, threshold: float
-) -> Terms:
-    """mean(q_new + w (r - q_logged) [w <= threshold]): SWITCH-DR of Wang et al. 2017 (arXiv:1612.01205).
-
-    Where the uncapped weight is above the threshold the model's word is taken. For single actions, all [rows].
+    Returns:
+        Terms with two parts for each slot.
     """
-    if weights.log.ndim != 1:
-        raise ValueError(f"weights of shape {weights.log.shape}, expected [rows]: switching is defined for one action")
-    trusted = weights.log <= (np.log(threshold) if threshold > 0 else -np.inf)
-    kept = Weights(weights.log, np.where(trusted, weights.value, 0.0), weights.clipped)
-    terms = doubly_robust(kept, rewards, q_logged, q_new)
-    switched = f"{1 - trusted.mean():.1%} of the weights are switched to the model" if not trusted.all() else ""
-    return terms._replace(bias=switched or weights.bias)
+    correction, model = _doubly_robust_parts(weights, rewards, q_logged, q_new)
+    value, above = as_columns(weights.value), _weights_above(weights)
+    return Terms(np.concatenate([model, correction], axis=1), np.concatenate([above, value], axis=1), weights.bias)
 
 
 def _doubly_robust_parts(
-    weights: Weights, rewards: np.ndarray, q_logged: np.ndarray, q_new: np.ndarray
+    weights: ImportanceWeights, rewards: np.ndarray, q_logged: np.ndarray, q_new: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
+    """[rows, slots] each: the weighted corrections of the model, and the model's part."""
     value, earned, logged, new = _same_shape(weights, rewards=rewards, q_logged=q_logged, q_new=q_new)
     if value.shape[1] > 1 and weights.bias:
         raise ValueError(f"{weights.bias}, expected uncapped weights over whole slates for their doubly robust value")
-    return value * (earned - logged), _before(weights) * new
+    return value * (earned - logged), _weights_above(weights) * new
 
 
-def _before(weights: Weights) -> np.ndarray:
+def _weights_above(weights: ImportanceWeights) -> np.ndarray:
     """[rows, slots]: the weight of the slots above, 1 for the first."""
-    value = _columns(weights.value)
+    value = as_columns(weights.value)
     return np.concatenate([np.ones((len(value), 1)), value[:, :-1]], axis=1)
 
 
@@ -142,19 +175,8 @@ def _mean(values: np.ndarray, bias: str = "") -> Terms:
     return Terms(values[:, None], np.ones((len(values), 1)), bias)
 
 
-def _same_shape(weights: Weights, **others: np.ndarray) -> list[np.ndarray]:
-    """Columns of the weights and of the others. Raises ValueError where a shape is not that of the weights."""
+def _same_shape(weights: ImportanceWeights, **others: np.ndarray) -> list[np.ndarray]:
+    """Columns of the weights and of the others, which must have the shape of the weights."""
     for name, values in others.items():
-        if np.shape(values) != weights.value.shape:
-            raise ValueError(f"{name} of shape {np.shape(values)}, expected {weights.value.shape} as the weights")
-    return [_columns(values) for values in (weights.value, *others.values())]
-
-
-def _columns(values: np.ndarray) -> np.ndarray:
-    """[rows, slots] float64. Raises ValueError where a value is not finite."""
-    columns = as_columns(np.asarray(values, np.float64))
-    wrong = np.argwhere(~np.isfinite(columns))
-    if len(wrong):
-        row, slot = wrong[0]
-        raise ValueError(f"row {row}, slot {slot}: {columns[row, slot]}, expected a finite number")
-    return columns
+        check_shape(name, values, weights.value.shape, f"{weights.value.shape} as the weights")
+    return [finite_columns(values) for values in (weights.value, *others.values())]

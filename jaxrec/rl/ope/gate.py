@@ -5,9 +5,12 @@ import functools
 
 import numpy as np
 
+from jaxrec.rl.ope.columns import as_columns
 from jaxrec.rl.ope.estimators import Terms
 from jaxrec.rl.ope.intervals import Interval, interval
-from jaxrec.rl.ope.weights import Weights, as_columns, effective_sample_size, group_sums, over_slots
+from jaxrec.rl.ope.resampling import group_sums
+from jaxrec.rl.ope.sample_size import effective_sample_size, slate_sample_size
+from jaxrec.rl.ope.weights import ImportanceWeights
 
 MINIMUM_EFFECTIVE = 100.0
 MEAN_WEIGHT_ERRORS = 4.0  # standard errors by which the mean weight may differ from 1
@@ -15,14 +18,22 @@ REFUSED = "the logged policy stays in use"
 
 
 @dataclasses.dataclass(frozen=True)
-class Decision:
-    """`used`: whether the new policy may be used, and `reason` why, a sentence with the figures.
+class GateDecision:
+    """Whether a new policy may be used, with the figures. Intervals are None if the log allows none.
 
-    `new`, `logged`, `gain`: the values of the new policy and of what was logged, and their paired difference;
-    `gain_at_worst`: the gain where what the log never did earns the least (`Terms.at_worst`). None where the log does
-    not allow to tell, and bounds may be infinite. `effective_sample_size` in groups, and the
-    `minimum_effective` asked for; `mean_weight`: of the slot where it is furthest from 1; `clipped_share` of the
-    weights; `rows` and `groups` judged.
+    Attributes:
+        used: whether the new policy may be used.
+        reason: why, a sentence with the figures.
+        new: the value of the new policy; bounds may be infinite, here and below.
+        logged: the value of the logged policy.
+        gain: the paired difference of the two.
+        gain_at_worst: the gain if what the log never did earns the least reward that was seen (`Terms.at_worst`).
+        effective_sample_size: of the uncapped weights, in groups.
+        minimum_effective: the effective sample size that was asked for.
+        mean_weight: the mean uncapped weight of the slot where it is furthest from 1.
+        clipped_share: the share of the weights that reached the cap.
+        rows: how many decisions were evaluated.
+        groups: how many groups they belong to.
     """
 
     used: bool
@@ -42,33 +53,46 @@ class Decision:
 def gate(
     new: Terms,
     logged: Terms,
-    weights: Weights,
+    weights: ImportanceWeights,
     groups: np.ndarray | None = None,
     discounts: np.ndarray | None = None,
     minimum_effective: float = MINIMUM_EFFECTIVE,
     least_gain: float = 0.0,
     level: float = 0.95,
     seed: int = 0,
-) -> Decision:
-    """Whether a new policy may replace the logged one, judged on rows that it was not trained on.
+) -> GateDecision:
+    """Whether a new policy may replace the logged one, evaluated on rows that it was not trained on.
 
-    `new` and `logged` are terms of the same rows (say, `snips(...)` and `on_policy(...)`), `weights` those that `new`
-    was made with, uncapped and over whole slates, `groups` [rows] the users, `discounts` [slots] what each slot's
-    reward counts (for the effective sample size alone). It is refused
+    The new policy is refused
 
-    - when there are fewer than two groups;
-    - when the effective sample size, of uncapped weights and in groups, is below `minimum_effective`: the log has too
-      little of what the new policy would do, and intervals are not to be trusted there (bench/rl_estimators.md);
-    - when the terms have a bias (weights that were capped, limited by a lookback, or switched to a model): no interval
-      knows of it, and what is cut away is where the new policy differs most;
-    - when the mean uncapped weight is more than MEAN_WEIGHT_ERRORS standard errors from 1, which it is in expectation
-      where the logged policy may do all that the new one does: the propensities are not those of the policy that made
-      the log, or it never did some of it;
-    - unless the interval of the paired gain lies wholly above `least_gain`, and does so too where what the log never
-      did earns the least reward that was seen: a mean weight near 1 of a small log does not rule out that it lacks much
-      of what the new policy does. Doubly robust terms that are not normalized take the model's word for that instead.
+    - if there are fewer than two groups;
+    - if the effective sample size is below `minimum_effective`: the log has too little of what the new policy would do,
+      and intervals are not reliable there (bench/rl_estimators.md);
+    - if the terms have a bias (weights that were capped, limited by a lookback, or switched to a model): intervals do
+      not cover it, and what is cut away is where the new policy differs most;
+    - if the mean uncapped weight is more than MEAN_WEIGHT_ERRORS standard errors from 1. Its expectation is 1 if the
+      logged policy may do all that the new one does. Otherwise the propensities are not those of the policy that made
+      the log, or it never did some of what the new policy does;
+    - unless the interval of the paired gain lies above `least_gain`, both as estimated and if what the log never did
+      earns the least reward that was seen. In a small log a mean weight near 1 does not rule out that much of what the
+      new policy does is missing. Doubly robust terms that are not normalized rely on the model there instead.
 
-    Raises ValueError where rows, groups or discounts do not fit each other.
+    Args:
+        new: terms of the new policy, say `snips(...)`.
+        logged: terms of the logged policy on the same rows, say `on_policy(...)`.
+        weights: those that `new` was made with, uncapped and over whole slates.
+        groups: [rows] labels of the users; None: each row is a group.
+        discounts: [slots], what each slot's reward counts; for the effective sample size alone.
+        minimum_effective: the effective sample size to ask for, in groups.
+        least_gain: the gain to exceed, in units of the reward.
+        level: of confidence of the intervals, in 0..1.
+        seed: of the bootstrap.
+
+    Returns:
+        The decision with its reason.
+
+    Raises:
+        ValueError: Rows, groups or discounts do not fit each other.
     """
     rows = len(new.numerator)
     if not rows == len(logged.numerator) == len(weights.log):
@@ -77,13 +101,11 @@ def gate(
             "expected the same rows"
         )
     count = rows if groups is None else len(np.unique(groups))
-    sizes = np.atleast_1d(effective_sample_size(weights, groups))
-    size = over_slots(sizes, discounts)
+    size = slate_sample_size(np.atleast_1d(effective_sample_size(weights, groups)), discounts)
     mean, errors = _mean_weight(weights, groups)
     about = f"{rows} decisions of {count} users" if groups is not None else f"{rows} decisions"
-
     decision = functools.partial(
-        Decision,
+        GateDecision,
         effective_sample_size=size,
         minimum_effective=minimum_effective,
         mean_weight=mean,
@@ -91,10 +113,11 @@ def gate(
         rows=rows,
         groups=count,
     )
+
     refusal = ""
     if count < 2:
         refusal = f"the log has {about}, expected at least two to tell a gain from chance"
-    elif not size >= minimum_effective:  # nor where it is none
+    elif not size >= minimum_effective:  # also refuses a NaN
         refusal = (
             f"the effective sample size is {size:.1f} of {about}, expected at least {minimum_effective:g}; "
             "the log has too little of what the new policy would do"
@@ -108,32 +131,43 @@ def gate(
         )
     if refusal:
         return decision(False, f"{REFUSED}: {refusal}", None, None, None, None)
-    worth, before, gain, at_worst = (
+
+    worth, before, gain, at_worst = intervals = tuple(
         interval(terms, groups, level, seed=seed)
         for terms in (new, logged, new.minus(logged), new.at_worst().minus(logged))
     )
     figures = (
-        f"{shown(worth)} against {shown(before)} logged, a gain of {shown(gain)} with {level:.0%} confidence over "
-        f"{about} (effective sample size {size:.1f}, {weights.clipped_share:.1%} of the weights clipped)"
+        f"{format_interval(worth)} against {format_interval(before)} logged, a gain of {format_interval(gain)} with "
+        f"{level:.0%} confidence over {about} (effective sample size {size:.1f}, {weights.clipped_share:.1%} of the "
+        "weights clipped)"
     )
-    judged = worth, before, gain, at_worst
     if not _above(gain, least_gain):
         reason = f"{REFUSED}: a gain above {least_gain:g} is not shown, the new one is worth {figures}"
-        return decision(False, reason, *judged)
-    if not _above(at_worst, least_gain):
+    elif not _above(at_worst, least_gain):
         reason = (
             f"{REFUSED}: the log may lack what the new policy does (mean weight {mean:.3f}), and where that earns the "
-            f"least the gain is {shown(at_worst)}, not above {least_gain:g}; otherwise it is worth {figures}"
+            f"least the gain is {format_interval(at_worst)}, not above {least_gain:g}; otherwise it is worth {figures}"
         )
-        return decision(False, reason, *judged)
-    return decision(True, f"the new policy may be used: it is worth {figures}", *judged)
+    else:
+        return decision(True, f"the new policy may be used: it is worth {figures}", *intervals)
+    return decision(False, reason, *intervals)
+
+
+def format_interval(estimate: Interval) -> str:
+    """The estimate and its interval, for a sentence.
+
+    Examples:
+        >>> format_interval(Interval(0.25, 0.2, 0.3, 0.025))
+        '0.2500 (0.2000 to 0.3000)'
+    """
+    return f"{estimate.value:.4f} ({estimate.low:.4f} to {estimate.high:.4f})"
 
 
 def _above(gain: Interval, least: float) -> bool:
     return bool(np.isfinite(gain.low)) and gain.low > least
 
 
-def _mean_weight(weights: Weights, groups: np.ndarray | None) -> tuple[float, float]:
+def _mean_weight(weights: ImportanceWeights, groups: np.ndarray | None) -> tuple[float, float]:
     """The mean uncapped weight of the slot where it is furthest from 1, and how many standard errors that is."""
     log = as_columns(weights.log)
     if not len(log):
@@ -145,8 +179,3 @@ def _mean_weight(weights: Weights, groups: np.ndarray | None) -> tuple[float, fl
     distance = np.divide(total, errors, out=np.where(total > 1e-9 * len(log), np.inf, 0.0), where=errors > 0)
     slot = int(np.argmax(distance))
     return float(1 + off[:, slot].sum() / len(log)), float(distance[slot])
-
-
-def shown(estimate: Interval) -> str:
-    """The estimate and its interval, for a sentence."""
-    return f"{estimate.value:.4f} ({estimate.low:.4f} to {estimate.high:.4f})"

@@ -1,9 +1,9 @@
 """Bootstrap intervals of estimated policy values.
 
-Whole groups of rows (users) are drawn with replacement, because rows of one user depend on each other; a policy and
-what it is compared with are drawn together, because they share rows. The interval that is used is the studentized one
-(bootstrap-t: Efron & Tibshirani 1993, section 12.5): sums of weights are skewed to the right, and where few rows carry
-them the percentile interval covers the truth less often than it says (bench/rl_estimators.md).
+Whole groups of rows (users) are resampled, and a policy and what it is compared with are resampled together, because
+they share rows. The interval is the studentized one (bootstrap-t: Efron & Tibshirani 1993, "An Introduction to the
+Bootstrap", section 12.5): sums of weights are skewed to the right, and where few rows carry them the percentile
+interval covers the truth less often than it says (bench/rl_estimators.md).
 """
 
 import dataclasses
@@ -11,13 +11,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtr, ndtri
 
 from jaxrec.rl.ope.estimators import Terms
-from jaxrec.rl.ope.weights import group_sums
+from jaxrec.rl.ope.resampling import group_sums, resampled_counts
 
 SAMPLES = 2000
-CHUNK = 100_000  # draws that are held in memory at a time; they fit a core's cache, which halves the time
 ROUNDING = 1e-12  # of the size of the terms: spread below it is that of sums in floating point
 
 
@@ -32,8 +30,15 @@ class Interval:
 
 
 class Replicates(NamedTuple):
-    """`value` and `standard_error` of the sample, and of each bootstrap sample ([samples]); `influence` [groups]: what
-    each group adds to the error of the value (linearized)."""
+    """An estimate and its bootstrap samples.
+
+    Attributes:
+        value: the estimate.
+        standard_error: of the estimate, over groups, linearized.
+        influence: [groups] float64, what each group adds to the error of the estimate, linearized.
+        values: [samples] float64, the estimate of each bootstrap sample.
+        standard_errors: [samples] float64, likewise.
+    """
 
     value: float
     standard_error: float
@@ -42,14 +47,21 @@ class Replicates(NamedTuple):
     standard_errors: np.ndarray
 
 
-Method = Callable[[Replicates, float], tuple[float, float]]
+IntervalMethod = Callable[[Replicates, float], tuple[float, float]]
 
 
 def studentized(replicates: Replicates, level: float) -> tuple[float, float]:
     """value - t* standard_error, with t* the quantiles of (value* - value) / standard_error*.
 
-    Second-order accurate, for skewed means too (Hall 1988). Where resamples have no spread left t* is infinite, and so
-    may be a bound: the log is then too small to tell.
+    Second-order accurate, for skewed means too (Hall 1988, "Theoretical Comparison of Bootstrap Confidence Intervals").
+    Where resamples have no spread left t* is infinite, and so may be a bound: the log is then too small to tell.
+
+    Args:
+        replicates: the estimate and its bootstrap samples.
+        level: of confidence, in 0..1.
+
+    Returns:
+        (low, high).
     """
     errors = replicates.values - replicates.value
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -60,42 +72,40 @@ def studentized(replicates: Replicates, level: float) -> tuple[float, float]:
     return replicates.value - high * replicates.standard_error, replicates.value - low * replicates.standard_error
 
 
-def percentile(replicates: Replicates, level: float) -> tuple[float, float]:
-    """The quantiles of the bootstrap values (Efron & Tibshirani 1993, section 13.3)."""
-    low, high = np.quantile(replicates.values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def bias_corrected_accelerated(replicates: Replicates, level: float) -> tuple[float, float]:
-    """BCa (Efron & Tibshirani 1993, equation 14.10), its acceleration from the influence of each group."""
-    below = np.mean(replicates.values < replicates.value) + np.mean(replicates.values == replicates.value) / 2
-    squares = np.sum(replicates.influence**2)
-    if squares == 0 or below in (0.0, 1.0):
-        return percentile(replicates, level)
-    acceleration = np.sum(replicates.influence**3) / (6 * squares**1.5)
-    bias, z = ndtri(below), ndtri(np.array([(1 - level) / 2, (1 + level) / 2]))
-    low, high = np.quantile(replicates.values, ndtr(bias + (bias + z) / (1 - acceleration * (bias + z))))
-    return float(low), float(high)
-
-
 def interval(
     terms: Terms,
     groups: np.ndarray | None = None,
     level: float = 0.95,
     samples: int = SAMPLES,
     seed: int = 0,
-    method: Method = studentized,
+    method: IntervalMethod = studentized,
 ) -> Interval:
-    """The value of the terms with its bootstrap interval; `groups` [rows]: whose row it is (None: each its own).
+    """The value of the terms with its bootstrap interval.
 
-    The interval holds the value; a bound that the resamples do not tell is infinite.
-    Raises ValueError for fewer than two groups, and where the rows have no weight.
+    Args:
+        terms: [rows, parts].
+        groups: [rows] labels of whose row it is; None: each row is a group.
+        level: of confidence, in 0..1.
+        samples: bootstrap samples.
+        seed: of the samples.
+        method: turns the samples into bounds.
+
+    Returns:
+        The interval, which holds the value; a bound that the samples do not tell is infinite.
+
+    Raises:
+        ValueError: There are fewer than two groups, or the weights of the rows sum to 0.
+
+    Examples:
+        >>> from jaxrec.rl.ope.estimators import on_policy
+        >>> interval(on_policy(np.full(20, 0.25)))  # no spread
+        Interval(value=0.25, low=0.25, high=0.25, standard_error=0.0)
     """
     return interval_of(replicates(terms, groups, samples, seed), level, method)
 
 
-def interval_of(drawn: Replicates, level: float = 0.95, method: Method = studentized) -> Interval:
-    """`interval` from replicates that are there already, say for several methods."""
+def interval_of(drawn: Replicates, level: float = 0.95, method: IntervalMethod = studentized) -> Interval:
+    """`interval` of bootstrap samples that are there already, for instance for several methods."""
     low, high = method(drawn, level)
     low = min(float(low), drawn.value) if np.isfinite(low) else -np.inf
     high = max(float(high), drawn.value) if np.isfinite(high) else np.inf
@@ -103,7 +113,26 @@ def interval_of(drawn: Replicates, level: float = 0.95, method: Method = student
 
 
 def replicates(terms: Terms, groups: np.ndarray | None, samples: int, seed: int) -> Replicates:
-    """The bootstrap of the terms. Samples in which a denominator is 0 have no value and are left out."""
+    """Bootstrap samples of the terms; those in which a denominator sums to 0 have no value and are left out.
+
+    Args:
+        terms: [rows, parts].
+        groups: [rows] labels of whose row it is; None: each row is a group.
+        samples: how many are drawn.
+        seed: of the samples.
+
+    Returns:
+        The estimate with its samples.
+
+    Raises:
+        ValueError: There are fewer than two groups, or the weights of the rows sum to 0.
+
+    Examples:
+        >>> from jaxrec.rl.ope.estimators import on_policy
+        >>> drawn = replicates(on_policy(np.array([0.0, 1.0])), None, samples=10, seed=0)
+        >>> drawn.value, round(drawn.standard_error, 4)  # of a mean: sqrt(1/2) / sqrt(2)
+        (0.5, 0.5)
+    """
     value = terms.value()
     numerator, denominator = (group_sums(part, groups) for part in (terms.numerator, terms.denominator))
     count = len(numerator)
@@ -113,20 +142,15 @@ def replicates(terms: Terms, groups: np.ndarray | None, samples: int, seed: int)
     scale = 1 / denominator.sum(axis=0)
     rounding = ROUNDING * float(np.abs(numerator).sum(axis=0) @ scale)
     influence = numerator @ scale - denominator @ (numerator.sum(axis=0) * scale**2)
-    rng = np.random.default_rng(seed)
     values, standard_errors = [], []
-    chunk = max(1, CHUNK // count)
-    for start in range(0, samples, chunk):
-        size = min(chunk, samples - start)
-        draws = rng.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
-        times = np.bincount(draws.ravel(), minlength=size * count).reshape(size, count).astype(np.float64)
+    for times in resampled_counts(count, samples, seed):
         sums, totals = times @ numerator, times @ denominator
         kept = (totals > 0).all(axis=1)
-        times, sums, scales = times[kept], sums[kept], 1 / totals[kept]
+        sums, scales = sums[kept], 1 / totals[kept]
         errors = scales @ numerator.T - (sums * scales**2) @ denominator.T
         drawn = np.sum(sums * scales, axis=1)
         values.append(np.where(np.abs(drawn - value) <= rounding, value, drawn))
-        standard_errors.append(_spread(np.sqrt(correction * np.sum(times * errors**2, axis=1)), rounding))
+        standard_errors.append(_spread(np.sqrt(correction * np.sum(times[kept] * errors**2, axis=1)), rounding))
     if not sum(len(part) for part in values):
         raise ValueError("no bootstrap sample has any weight: the new policy does next to nothing that was logged")
     return Replicates(

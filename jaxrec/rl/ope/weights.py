@@ -1,16 +1,23 @@
-"""Importance weights of logged decisions, and how many decisions they leave."""
+"""Importance weights of logged decisions."""
 
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxrec.rl.ope.columns import check_shape
+
 MAX_LOG = 700.0  # exp of more is no float64
 
 
-class Weights(NamedTuple):
-    """Of decisions [rows], or of slots [rows, slots]. `log`: the logarithm of the uncapped weight, -inf where the new
-    policy never does what was logged; `value`: the weight, capped; `clipped`: where the cap was reached (bool);
-    `lookback`: how many slots the product was limited to, None where it goes over all."""
+class ImportanceWeights(NamedTuple):
+    """Weights of decisions [rows], or of slots [rows, slots].
+
+    Attributes:
+        log: float64, the logarithm of the uncapped weight; -inf where the new policy never does what was logged.
+        value: float64, the weight, capped.
+        clipped: bool, where the cap was reached.
+        lookback: how many slots the product was limited to; None if it goes over all.
+    """
 
     log: np.ndarray
     value: np.ndarray
@@ -19,22 +26,40 @@ class Weights(NamedTuple):
 
     @property
     def clipped_share(self) -> float:
+        """The share of the weights that reached the cap."""
         return float(self.clipped.mean()) if self.clipped.size else 0.0
 
     @property
     def bias(self) -> str:
-        """What makes these weights other than the policies' ratio; empty where nothing does."""
+        """Why these weights are not the ratio of the policies; empty if they are."""
         if self.clipped.any():
             return f"{self.clipped_share:.1%} of the weights are capped"
         return "" if self.lookback is None else f"the weights look back over {self.lookback} slot(s) of the slate"
 
 
-def importance_weights(logprob_new: np.ndarray, logprob_logged: np.ndarray, cap: float | None = None) -> Weights:
-    """π_new(a|x) / π_logged(a|x) of logged actions, from their log-probabilities [rows] (nats).
+def importance_weights(
+    logprob_new: np.ndarray, logprob_logged: np.ndarray, cap: float | None = None
+) -> ImportanceWeights:
+    """π_new(a|x) / π_logged(a|x) of logged actions.
 
-    Raises ValueError where a logged probability is 0, a log-probability is none, or the cap is not above 0.
+    Args:
+        logprob_new: [rows], nats; -inf where the new policy never does what was logged.
+        logprob_logged: [rows], nats, finite.
+        cap: the largest weight, above 0; None for no cap.
+
+    Returns:
+        Weights [rows].
+
+    Raises:
+        ValueError: A shape does not fit, a logged probability is 0, a log-probability is NaN or above 0, or the cap is
+            not above 0.
+
+    Examples:
+        >>> importance_weights(np.log([0.5, 0.2]), np.log([0.25, 0.4])).value.round(4)
+        array([2. , 0.5])
     """
     new, logged = _checked(logprob_new, logprob_logged)
+    check_shape("log-probabilities", new, (None,), "[rows]")
     return _weights(new - logged, cap)
 
 
@@ -44,16 +69,37 @@ def slate_weights(
     where: np.ndarray | None = None,
     cap: float | None = None,
     lookback: int | None = None,
-) -> Weights:
-    """Weights [rows, slots] of logged slates: slot k's is the product of the ratios of slots 1..k.
+) -> ImportanceWeights:
+    """Weights of logged slates: slot k's is the product of the ratios of slots 1..k.
 
-    The log-probabilities [rows, slots] are each slot's, given the slots before it. `where`: slots that hold an item;
-    the others leave the product as it is. `lookback` limits the product to that many slots, k included: less variance,
-    and a bias where a slot's reward depends on slots further up (McInerney et al. 2020 choose it by effective sample
-    size; here it is the caller's). `cap` holds for the product.
+    A lookback lowers the variance, and adds a bias where a slot's reward depends on slots further up. McInerney et al.
+    2020, "Counterfactual Evaluation of Slate Recommendations with Sequential Reward Interactions" (arXiv:2007.12986),
+    choose it by effective sample size; here it is the caller's.
+
+    Args:
+        logprob_new: [rows, slots], nats, of each slot given the slots before it; -inf where the new policy never does
+            what was logged.
+        logprob_logged: [rows, slots], nats, likewise, finite.
+        where: [rows, slots] bool, the slots that hold an item; the others leave the product as it is. None: all.
+        cap: the largest product, above 0; None for no cap.
+        lookback: how many slots the product is limited to, k included; None: all.
+
+    Returns:
+        Weights [rows, slots].
+
+    Raises:
+        ValueError: A shape does not fit, a logged probability is 0, a log-probability is NaN or above 0, the cap is not
+            above 0, or the lookback is below 1.
+
+    Examples:
+        >>> ratios = np.array([[2.0, 3.0, 0.5]])
+        >>> slate_weights(np.log(0.1 * ratios), np.log([[0.1, 0.1, 0.1]])).value.round(4)
+        array([[2., 6., 3.]])
     """
     where = np.ones(np.shape(logprob_new), bool) if where is None else np.asarray(where, bool)
+    check_shape("where", where, np.shape(logprob_new), f"{np.shape(logprob_new)} as the log-probabilities")
     new, logged = _checked(np.where(where, logprob_new, 0.0), np.where(where, logprob_logged, 0.0))
+    check_shape("log-probabilities", new, (None, None), "[rows, slots]")
     ratio = new - logged
     if lookback is None:
         return _weights(np.cumsum(ratio, axis=1), cap)
@@ -65,65 +111,15 @@ def slate_weights(
     return limited if lookback >= ratio.shape[1] else limited._replace(lookback=lookback)
 
 
-def effective_sample_size(weights: Weights, groups: np.ndarray | None = None) -> np.ndarray:
-    """(sum w)^2 / sum w^2 (Kish 1965) of the uncapped weights: a float64, or one for each slot [slots].
-
-    A cap would make the log look richer than it is. With `groups` [rows] (say, users) the weights of a group are added
-    first, since its rows are not independent. 0 where the new policy does nothing that was logged.
-    """
-    log = as_columns(weights.log)
-    highest = np.max(log, axis=0, initial=-np.inf)
-    relative = np.exp(log - np.where(np.isfinite(highest), highest, 0.0))  # what is squared must not overflow
-    sums = group_sums(relative, groups)
-    total, squares = sums.sum(axis=0), np.square(sums).sum(axis=0)
-    size = np.divide(np.square(total), squares, out=np.zeros_like(total), where=squares > 0)
-    return size.reshape(weights.log.shape[1:])
-
-
-def over_slots(sizes: np.ndarray, discounts: np.ndarray | None = None) -> float:
-    """One figure of the effective sample sizes [slots]: sum d_k^2 / sum (d_k^2 / size_k).
-
-    The variance of sum_k d_k mean_k is the sum of d_k^2 / size_k times a slot's, were the slots' rewards independent;
-    this is the size that each would need for the same. `discounts` [slots]: what a slot's reward counts; None: all 1.
-    Raises ValueError unless there is one for each slot, none below 0 and some above it.
-    """
-    discounts = np.ones(len(sizes)) if discounts is None else np.asarray(discounts, np.float64)
-    if discounts.shape != sizes.shape:
-        raise ValueError(f"discounts of shape {discounts.shape}, expected one for each of {len(sizes)} slot(s)")
-    if not (np.isfinite(discounts).all() and (discounts >= 0).all() and (discounts > 0).any()):
-        raise ValueError(f"discounts {discounts.tolist()}, expected finite, at least 0 and not all of them 0")
-    importance = np.square(discounts)
-    if not sizes[importance > 0].all():
-        return 0.0
-    kept = importance > 0
-    return float(importance.sum() / np.sum(importance[kept] / sizes[kept]))
-
-
-def as_columns(values: np.ndarray) -> np.ndarray:
-    """[rows, slots] of [rows, slots], or of [rows]: one slot."""
-    return values[:, None] if values.ndim == 1 else values
-
-
-def group_sums(values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
-    """[groups, parts]: the sums of values [rows, parts] over the rows of each group [rows]; None: a row is a group."""
-    if groups is None:
-        return values
-    if len(groups) != len(values):
-        raise ValueError(f"{len(groups)} groups for {len(values)} rows, expected one for each")
-    labels, index = np.unique(groups, return_inverse=True)
-    sums = np.zeros((len(labels), values.shape[1]))
-    np.add.at(sums, index, values)
-    return sums
-
-
-def _weights(log: np.ndarray, cap: float | None) -> Weights:
+def _weights(log: np.ndarray, cap: float | None) -> ImportanceWeights:
     if cap is not None and not cap > 0:
         raise ValueError(f"the cap of the weights is {cap}, expected above 0")
     limit = MAX_LOG if cap is None else min(float(np.log(cap)), MAX_LOG)
-    return Weights(log, np.exp(np.minimum(log, limit)), log > limit)
+    return ImportanceWeights(log, np.exp(np.minimum(log, limit)), log > limit)
 
 
 def _checked(logprob_new: np.ndarray, logprob_logged: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as float64. Raises ValueError where they cannot be log-probabilities of the same decisions."""
     new, logged = np.asarray(logprob_new, np.float64), np.asarray(logprob_logged, np.float64)
     if new.shape != logged.shape:
         raise ValueError(f"log-probabilities of shapes {new.shape} (new) and {logged.shape} (logged), expected equal")

@@ -10,9 +10,9 @@ from jaxrec.config import RLConfig
 from jaxrec.models.features import Array
 from jaxrec.models.hybrid import PolicyHead
 from jaxrec.rl.ope.estimators import Terms, on_policy, self_normalized_doubly_robust, snips
-from jaxrec.rl.ope.gate import Decision, gate, shown
+from jaxrec.rl.ope.gate import GateDecision, format_interval, gate
 from jaxrec.rl.ope.intervals import Interval, interval
-from jaxrec.rl.ope.weights import Weights, slate_weights
+from jaxrec.rl.ope.weights import ImportanceWeights, slate_weights
 from jaxrec.rl.rewards import slot_discounts, total_reward
 from jaxrec.rl.scoring import Scoring
 from jaxrec.rl.served.log_policy import logged_logprobs
@@ -28,7 +28,7 @@ class Judgement(NamedTuple):
     nothing; the decision's reason tells both. None where the log does not allow the first, or has too little to fit a
     reward model to."""
 
-    decision: Decision
+    decision: GateDecision
     doubly_robust: Interval | None
 
 
@@ -60,7 +60,7 @@ def judge_from_log(
         told = "for the same reason no doubly robust gain is told"
     elif len(training.user) >= 2:
         gain = _doubly_robust_gain(graphdef, new, current, scoring, training, states, weights, config)
-        told = f"the doubly robust gain is {shown(gain)}"
+        told = f"the doubly robust gain is {format_interval(gain)}"
     return Judgement(dataclasses.replace(decision, reason=f"{decision.reason}; {told}"), gain)
 
 
@@ -71,7 +71,7 @@ def _doubly_robust_gain(
     scoring: Scoring,
     training: LogStates,
     states: LogStates,
-    weights: Weights,
+    weights: ImportanceWeights,
     config: RLConfig,
 ) -> Interval:
     """Of the new policy (by `weights`) over the policy in use, paired and resampled by user.
@@ -86,7 +86,7 @@ def _doubly_robust_gain(
     rewards, where = slot_rewards(states, config), np.asarray(states.slate) > 0
     q_logged = model.q(logged_features(graphdef, current, scoring, states), where)
 
-    def terms(policy: Any, weights: Weights) -> Terms:
+    def terms(policy: Any, weights: ImportanceWeights) -> Terms:
         q_policy = model.q(expected_features(graphdef, policy, current, scoring, states), where)
         return self_normalized_doubly_robust(weights, rewards, q_logged, q_policy)
 
@@ -116,7 +116,7 @@ def own_versions(
     return reproduced_versions(logprobs, np.asarray(some.log_propensities), np.asarray(some.version), count)
 
 
-def _weights(logprobs: Array, states: LogStates) -> Weights:
+def _weights(logprobs: Array, states: LogStates) -> ImportanceWeights:
     """Uncapped: a cap cuts away where the policies differ most, and the gate refuses that."""
     logged = np.minimum(np.asarray(states.log_propensities, np.float64), 0.0)
     return slate_weights(np.minimum(np.asarray(logprobs, np.float64), 0.0), logged, np.asarray(states.slate) > 0)

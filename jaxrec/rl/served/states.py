@@ -15,7 +15,8 @@ from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP, RatingScale
 from jaxrec.models.features import Array
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.states import rating_or_mean
-from jaxrec.rl.rewards import SHRINKAGE, RewardTables, RewardTerms, reward_terms
+from jaxrec.rl.reward_tables import SHRINKAGE
+from jaxrec.rl.rewards import RewardTables, RewardTerms, slate_reward_terms
 from jaxrec.rl.served.event_store import Recommendation, unit_ratings
 
 ROWS_PER_BATCH = 64
@@ -121,7 +122,7 @@ def _answer_terms(
     def of_answer(column: int) -> tuple[RewardTerms, jax.Array]:
         """The terms by one of the answers, and which slots it rated."""
         logged = jnp.asarray(answers[:, column]), jnp.asarray(ratings[:, column]), jnp.asarray(means)
-        terms = reward_terms(jnp.asarray(slate), *logged, tables)
+        terms = slate_reward_terms(jnp.asarray(slate), *logged, tables)
         return terms, (terms.hit > 0) & (given[:, column, None] >= 0)
 
     found, rated = of_answer(0)
@@ -144,7 +145,7 @@ def _answer_terms(
 
 
 def _mean_rating(one: Recommendation, scale: RatingScale | None, global_mean: float) -> float:
-    """The mean of the user's ratings before, shrunk as `jaxrec.rl.rewards.running_user_means` does."""
+    """The mean of the user's ratings before, shrunk as `jaxrec.rl.reward_tables.running_user_means` does."""
     ratings = unit_ratings(one.history.ratings, scale)
     rated = ratings[ratings >= 0]
     return float((rated.sum() + SHRINKAGE * global_mean) / (len(rated) + SHRINKAGE))

@@ -36,7 +36,7 @@ from jaxrec.rl.logged.learner import (
 from jaxrec.rl.logged.methods import Linear, weight_metrics
 from jaxrec.rl.logged.train import step_records
 from jaxrec.rl.losses.clipped_surrogate import clipped_surrogate_loss
-from jaxrec.rl.losses.off_policy import importance_weights
+from jaxrec.rl.losses.off_policy import capped_importance_weights
 from jaxrec.rl.losses.policy_gradient import baseline_loss
 from jaxrec.rl.policy import kl_divergence
 from jaxrec.rl.rewards import slot_discounts, total_reward
@@ -144,7 +144,7 @@ def _make_updates(graphdef: nnx.GraphDef[PolicyHead], config: RLConfig) -> Any:
             logits = state_logits(graphdef, head, scoring, batch)
             logprobs = slot_logprobs(logits, batch)
             ratios = jnp.cumsum(jnp.where(where, logprobs - batch.log_propensities, 0.0), axis=1)
-            weights, clipped = importance_weights(ratios, jnp.zeros_like(ratios), config.importance_cap)
+            weights, clipped = capped_importance_weights(ratios, jnp.zeros_like(ratios), config.importance_cap)
             weights = jnp.where(where, weights, 0.0)
             values = critic(jnp.asarray(batch.query))
             policy_loss = clipped_surrogate_loss(ratios, rewards - values, where, config.importance_cap)

@@ -21,7 +21,7 @@ from jaxrec.data.schema import ITEM, RATING, TIME, USER, RatingScale
 from jaxrec.errors import DataError
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.models.masks import NEVER
-from jaxrec.rl.rewards import genre_directions
+from jaxrec.rl.reward_tables import genre_directions
 from jaxrec.rl.simulated.users import RECENT, REPEATED, SimulatorParams
 
 RIDGE = 100.0  # EASE's λ

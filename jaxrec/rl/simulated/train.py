@@ -30,7 +30,7 @@ from jaxrec.config import to_json
 from jaxrec.errors import DataError, TrainingError, TrainingStopped
 from jaxrec.files import new_file, read_json, write_text
 from jaxrec.rl.logged.learner import slate_coverage
-from jaxrec.rl.losses.anchors import next_kl_coefficient
+from jaxrec.rl.losses.kl_penalty import next_kl_weight
 from jaxrec.rl.losses.policy_gradient import baseline_loss, reinforce_loss
 from jaxrec.rl.policy import entropy, kl_divergence
 from jaxrec.rl.simulated.environment import Environment
@@ -211,7 +211,7 @@ def make_updates(
         changes, optimizer_state = optimizer.update(gradients, learner.optimizer, learner.params)
         coefficient = learner.kl_coefficient
         if config.kl_target is not None:
-            coefficient = next_kl_coefficient(coefficient, metrics["kl"], config.kl_target)
+            coefficient = next_kl_weight(coefficient, metrics["kl"], config.kl_target)
         allowed = jnp.take_along_axis(rollout.recommendable, rollout.slates, axis=-1)
         metrics |= {
             "reward": jnp.mean(rollout.reward),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bench.estimators import ips
 from jaxrec.rl.logged.behaviour import (
     Behaviour,
     BehaviourConfig,
@@ -14,7 +15,6 @@ from jaxrec.rl.logged.behaviour import (
     fit_behaviour,
     log_likelihood,
 )
-from jaxrec.rl.ope.estimators import ips
 from jaxrec.rl.ope.weights import importance_weights
 
 ITEMS, WIDTH = 8, 3

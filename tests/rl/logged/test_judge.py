@@ -14,7 +14,8 @@ from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.evaluate import Judged, case_states, decide, make_judge
 from jaxrec.rl.logged.learner import new_learner
 from jaxrec.rl.logged.methods import REINFORCE
-from jaxrec.rl.rewards import discounts, reward_tables, reward_terms, total_reward
+from jaxrec.rl.reward_tables import fit_reward_tables
+from jaxrec.rl.rewards import rank_discounts, slate_reward_terms, total_reward
 from jaxrec.rl.scoring import frozen_scoring
 
 MAX_LENGTH = 50
@@ -83,7 +84,7 @@ def test_judge_sees_what_the_recommender_does(
     hybrid = random_hybrid(small_data, 0, True)
     weights, cases = RewardWeights(), small_data.split.validation
     item_ratings = np.linspace(0, 1, len(small_data.catalog) + 1, dtype=np.float32)
-    tables = reward_tables(small_data)._replace(item_ratings=jnp.asarray(item_ratings))
+    tables = fit_reward_tables(small_data)._replace(item_ratings=jnp.asarray(item_ratings))
     supervised = hybrid.with_policy(None)
     recommender = hybrid if with_policy else supervised
     scoring = frozen_scoring(supervised, tables)
@@ -99,9 +100,11 @@ def test_judge_sees_what_the_recommender_does(
         ranked = rank_cases(scorer, small_data, cases, MAX_LENGTH, request_time)
         np.testing.assert_array_equal(judged.rank[variant], ranked.ranks)
         np.testing.assert_array_equal(judged.top[variant], ranked.top)
-        terms = reward_terms(jnp.asarray(ranked.top), targets, ratings, jnp.asarray(states.user_mean), tables)
-        np.testing.assert_allclose(judged.reward[variant], total_reward(terms, weights) @ discounts(10), rtol=1e-5)
-        np.testing.assert_allclose(judged.terms["genre"][variant], terms.genre @ discounts(10), rtol=1e-5, atol=1e-7)
+        terms = slate_reward_terms(jnp.asarray(ranked.top), targets, ratings, jnp.asarray(states.user_mean), tables)
+        np.testing.assert_allclose(judged.reward[variant], total_reward(terms, weights) @ rank_discounts(10), rtol=1e-5)
+        np.testing.assert_allclose(
+            judged.terms["genre"][variant], terms.genre @ rank_discounts(10), rtol=1e-5, atol=1e-7
+        )
     if with_policy:
         assert judged.kl.min() > 0
     else:

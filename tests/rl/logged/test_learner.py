@@ -14,13 +14,13 @@ from jaxrec.models.masks import NEVER
 from jaxrec.rl.logged.learner import make_updates, new_learner, pay
 from jaxrec.rl.logged.methods import ACTOR_CRITIC, METHODS, PLACKETT_LUCE, REINFORCE, TOP_K, Method
 from jaxrec.rl.logged.states import States
-from jaxrec.rl.rewards import RewardTables, discounts
+from jaxrec.rl.rewards import RewardTables, rank_discounts
 from jaxrec.rl.scoring import Scoring, policy_logits, returns
 from tests.rl.enumeration import expected_reward
 
 
 def test_returns_by_hand() -> None:
-    d = discounts(3)
+    d = rank_discounts(3)
     rewards = jnp.array([[1.0, 0.5, 0.25]])
     expected = [d[0] + 0.5 * d[1] + 0.25 * d[2], 0.5 * d[1] + 0.25 * d[2], 0.25 * d[2]]
     np.testing.assert_allclose(returns(rewards)[0], expected, rtol=1e-6)
@@ -29,7 +29,7 @@ def test_returns_by_hand() -> None:
 # A contextual bandit: in context c the targets are c, c + 1 and c + 2 (modulo 6) with these probabilities, so over all
 # contexts every item is equally likely, and a policy that does not look at the context earns CHANCE.
 CONTEXTS, SHARES = 6, np.array([0.6, 0.3, 0.1])
-BEST = float(discounts(3) @ SHARES)
+BEST = float(rank_discounts(3) @ SHARES)
 CHANCE = 1 / CONTEXTS
 HITS = RewardWeights(hit=1.0, genre=0.0, rating=0.0)
 

@@ -12,9 +12,7 @@ from jaxrec.rl.losses.actor_critic import (
     negative_q_losses,
     q_losses,
     sa2c_loss,
-    sac_loss,
     snqn_loss,
-    sqn_loss,
     supervised_losses,
 )
 
@@ -48,8 +46,6 @@ def test_double_q_target_by_hand() -> None:
 
 
 def test_losses_by_hand() -> None:
-    assert float(sqn_loss(LOGITS, Q, ACTION, TARGET, WHERE)) == pytest.approx(SUPERVISED + CRITIC)
-    assert float(sac_loss(LOGITS, Q, ACTION, TARGET, WHERE)) == pytest.approx(2.0 * SUPERVISED + CRITIC)
     critics = CRITIC + NEGATIVE
     arguments = (LOGITS, Q, ACTION, NEGATIVES, TARGET, NEGATIVE_TARGET)
     assert float(snqn_loss(*arguments, WHERE)) == pytest.approx(SUPERVISED + critics)
@@ -62,9 +58,6 @@ def test_actor_weight_is_a_constant_and_the_critic_does_not_touch_the_logits() -
     residual = np.array([[0, 1 / 2 - 1, 1 / 3, 1 / 6]])
     of_q = np.array([[0, -2 * 0.5, 0, 0]])
     both = (0, 1)
-    logits, q = jax.grad(sac_loss, both)(LOGITS, Q, ACTION, TARGET, WHERE)
-    np.testing.assert_allclose(logits[:1], 2.0 * residual, atol=1e-6)
-    np.testing.assert_allclose(q[:1], of_q, atol=1e-6)
     arguments = (LOGITS, Q, ACTION, NEGATIVES, TARGET, NEGATIVE_TARGET)
     logits, q = jax.grad(sa2c_loss, both)(*arguments, jnp.ones(2), WHERE)
     np.testing.assert_allclose(logits[:1], ADVANTAGE * residual, atol=1e-6)
@@ -105,8 +98,6 @@ def test_entries_that_do_not_count_may_hold_anything() -> None:
     logits, q = LOGITS * bad[:, None], Q * bad[:, None]
     both = (0, 1)
     for loss, inputs in (
-        (sqn_loss, (ACTION, TARGET * bad)),
-        (sac_loss, (ACTION, TARGET * bad)),
         (snqn_loss, (ACTION, NEGATIVES, TARGET * bad, NEGATIVE_TARGET * bad)),
         (sa2c_loss, (ACTION, NEGATIVES, TARGET * bad, NEGATIVE_TARGET * bad, bad)),
     ):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrec.models.masks import NEVER
-from jaxrec.rl.losses.off_policy import importance_weights, top_k_multiplier, top_k_off_policy_loss
+from jaxrec.rl.losses.off_policy import capped_importance_weights, top_k_multiplier, top_k_off_policy_loss
 
 LOGITS = jnp.array([NEVER, 0.5, -0.3, 0.0, 1.0])
 REWARDS = jnp.array([0.4, 0.9, 0.3, 0.5])  # of items 1 to 4
@@ -48,10 +48,10 @@ def test_with_beta_equal_to_pi_it_is_the_policy_gradient() -> None:
 
 def test_weights_by_hand() -> None:
     pi, beta = jnp.log(jnp.array([0.5, 0.2, 0.9])), jnp.log(jnp.array([0.25, 0.4, 0.1]))
-    weights, clipped = importance_weights(pi, beta)
+    weights, clipped = capped_importance_weights(pi, beta)
     np.testing.assert_allclose(weights, [0.5 / 0.25, 0.2 / 0.4, 0.9 / 0.1], rtol=1e-6)
     assert not clipped.any()
-    weights, clipped = importance_weights(pi, beta, cap=3.0)
+    weights, clipped = capped_importance_weights(pi, beta, cap=3.0)
     np.testing.assert_allclose(weights, [2.0, 0.5, 3.0], rtol=1e-6)
     np.testing.assert_array_equal(clipped, [False, False, True])
 
@@ -86,8 +86,8 @@ def test_entries_that_do_not_count_may_hold_anything(k: int) -> None:
 @pytest.mark.parametrize("cap", [0.5, 1.0, 10.0, 1e6])
 def test_cap_never_raises_a_weight(cap: float) -> None:
     pi, beta = jax.random.normal(jax.random.key(0), (2, 1000)) * 10
-    free, _ = importance_weights(pi, beta)
-    weights, clipped = importance_weights(pi, beta, cap)
+    free, _ = capped_importance_weights(pi, beta)
+    weights, clipped = capped_importance_weights(pi, beta, cap)
     assert (weights <= free).all()
     assert (weights <= cap * (1 + 1e-6)).all()
     np.testing.assert_array_equal(weights[~clipped], free[~clipped])

@@ -5,12 +5,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxrec.rl.ope.weights import importance_weights
+
 # Two contexts, three actions. Propensities of the logged and of the new policy, and mean rewards.
 LOGGED = np.array([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
 NEW = np.array([[0.2, 0.2, 0.6], [0.6, 0.3, 0.1]])
 REWARD = np.array([[0.1, 0.5, 0.9], [0.8, 0.4, 0.2]])
 VALUE_LOGGED = float(np.mean(np.sum(LOGGED * REWARD, axis=1)))
 VALUE_NEW = float(np.mean(np.sum(NEW * REWARD, axis=1)))
+
+# Weights 2, 1/2, 4; rewards 1, 1, 0; a model that says 0.8, 0.4, 0.5 of what was logged, 0.6, 0.7, 0.1 of the new one.
+WEIGHTS = importance_weights(np.log([0.5, 0.2, 0.8]), np.log([0.25, 0.4, 0.2]))
+REWARDS = np.array([1.0, 1.0, 0.0])
+Q_LOGGED, Q_NEW = np.array([0.8, 0.4, 0.5]), np.array([0.6, 0.7, 0.1])
+MODEL, CORRECTIONS = (0.6 + 0.7 + 0.1) / 3, [2 * 0.2, 0.5 * 0.6, 4 * -0.5]
 
 
 class BanditLog(NamedTuple):

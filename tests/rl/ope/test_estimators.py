@@ -5,23 +5,23 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxrec.rl.ope.estimators import (
-    Terms,
-    doubly_robust,
-    ips,
-    on_policy,
-    self_normalized_doubly_robust,
-    snips,
-    switch_doubly_robust,
-)
+from bench.estimators import ips
+from jaxrec.rl.ope.estimators import Terms, doubly_robust, on_policy, self_normalized_doubly_robust, snips
 from jaxrec.rl.ope.weights import importance_weights, slate_weights
-from tests.rl.ope.logs import LOGGED, NEW, VALUE_LOGGED, VALUE_NEW, draw_bandit, every_case
-
-# Weights 2, 1/2, 4; rewards 1, 1, 0; a model that says 0.8, 0.4, 0.5 of what was logged, 0.6, 0.7, 0.1 of the new one.
-WEIGHTS = importance_weights(np.log([0.5, 0.2, 0.8]), np.log([0.25, 0.4, 0.2]))
-REWARDS = np.array([1.0, 1.0, 0.0])
-Q_LOGGED, Q_NEW = np.array([0.8, 0.4, 0.5]), np.array([0.6, 0.7, 0.1])
-MODEL, CORRECTIONS = (0.6 + 0.7 + 0.1) / 3, [2 * 0.2, 0.5 * 0.6, 4 * -0.5]
+from tests.rl.ope.logs import (
+    CORRECTIONS,
+    LOGGED,
+    MODEL,
+    NEW,
+    Q_LOGGED,
+    Q_NEW,
+    REWARDS,
+    VALUE_LOGGED,
+    VALUE_NEW,
+    WEIGHTS,
+    draw_bandit,
+    every_case,
+)
 
 
 def test_estimators_by_hand() -> None:
@@ -32,14 +32,6 @@ def test_estimators_by_hand() -> None:
     assert self_normalized_doubly_robust(WEIGHTS, REWARDS, Q_LOGGED, Q_NEW).value() == pytest.approx(
         MODEL + sum(CORRECTIONS) / 6.5
     )
-
-
-@pytest.mark.parametrize(("threshold", "kept"), [(0.0, 0), (0.5, 1), (2.0, 2), (4.0, 3), (np.inf, 3)])
-def test_switch_by_hand(threshold: float, kept: int) -> None:
-    trusted = sorted(zip((2, 0.5, 4), CORRECTIONS, strict=True))[:kept]
-    expected = MODEL + sum(correction for _, correction in trusted) / 3
-    estimate = switch_doubly_robust(WEIGHTS, REWARDS, Q_LOGGED, Q_NEW, threshold + 1e-9)
-    assert estimate.value() == pytest.approx(expected)
 
 
 def test_expectations_are_exact_over_all_cases() -> None:
@@ -75,7 +67,6 @@ def test_new_policy_equal_to_the_logged_one_is_on_policy() -> None:
         snips(same, log.reward),
         doubly_robust(same, log.reward, q, q),
         self_normalized_doubly_robust(same, log.reward, q, q),
-        switch_doubly_robust(same, log.reward, q, q, 1.0 + 1e-9),
     ):
         assert terms.value() == pytest.approx(on_policy(log.reward).value())
         assert terms.minus(on_policy(log.reward)).value() == pytest.approx(0.0, abs=1e-12)
@@ -144,8 +135,6 @@ def test_bad_input_is_refused() -> None:
         ips(WEIGHTS, np.array([1.0, np.nan, 0.0]))
     with pytest.raises(ValueError, match="no weight"):
         snips(importance_weights(np.full(3, -np.inf), np.zeros(3)), REWARDS).value()
-    with pytest.raises(ValueError, match="expected"):
-        switch_doubly_robust(slate_weights(np.zeros((2, 2)), np.zeros((2, 2))), np.ones((2, 2)), *np.ones((2, 2, 2)), 1)
 
 
 def test_shapes_must_be_equal() -> None:

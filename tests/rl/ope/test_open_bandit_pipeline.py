@@ -10,13 +10,8 @@ neither). Its RIPS takes propensities that are cumulated already.
 import numpy as np
 import pytest
 
-from jaxrec.rl.ope.estimators import (
-    doubly_robust,
-    ips,
-    self_normalized_doubly_robust,
-    snips,
-    switch_doubly_robust,
-)
+from bench.estimators import ips, switch_doubly_robust
+from jaxrec.rl.ope.estimators import doubly_robust, self_normalized_doubly_robust, snips
 from jaxrec.rl.ope.weights import importance_weights, slate_weights
 
 ROWS, ACTIONS, SLATES, SLOTS, THRESHOLD = 60, 4, 40, 3, 1.5

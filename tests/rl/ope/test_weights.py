@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxrec.rl.ope.weights import effective_sample_size, importance_weights, over_slots, slate_weights
+from jaxrec.rl.ope.sample_size import effective_sample_size, slate_sample_size
+from jaxrec.rl.ope.weights import importance_weights, slate_weights
 
 
 def test_weights_by_hand() -> None:
@@ -59,12 +60,12 @@ def test_cap_does_not_raise_the_effective_sample_size() -> None:
     )
 
 
-def test_over_slots_by_hand() -> None:
-    assert over_slots(np.array([50.0, 50.0])) == pytest.approx(50)
-    assert over_slots(np.array([100.0, 10.0])) == pytest.approx(2 / (1 / 100 + 1 / 10))
-    assert over_slots(np.array([100.0, 10.0]), np.array([2.0, 1.0])) == pytest.approx(5 / (4 / 100 + 1 / 10))
-    assert over_slots(np.array([100.0, 0.0])) == 0.0
-    assert over_slots(np.array([100.0, 0.0]), np.array([1.0, 0.0])) == pytest.approx(100)
+def test_sample_size_of_slates_by_hand() -> None:
+    assert slate_sample_size(np.array([50.0, 50.0])) == pytest.approx(50)
+    assert slate_sample_size(np.array([100.0, 10.0])) == pytest.approx(2 / (1 / 100 + 1 / 10))
+    assert slate_sample_size(np.array([100.0, 10.0]), np.array([2.0, 1.0])) == pytest.approx(5 / (4 / 100 + 1 / 10))
+    assert slate_sample_size(np.array([100.0, 0.0])) == 0.0
+    assert slate_sample_size(np.array([100.0, 0.0]), np.array([1.0, 0.0])) == pytest.approx(100)
 
 
 @pytest.mark.parametrize(
@@ -89,10 +90,20 @@ def test_groups_and_lookback_must_fit() -> None:
         slate_weights(np.zeros((1, 2)), np.zeros((1, 2)), lookback=0)
 
 
+def test_single_actions_and_slates_are_not_confused() -> None:
+    one, many = np.zeros(3), np.zeros((3, 2))
+    with pytest.raises(ValueError, match=r"log-probabilities of shape \(3, 2\), expected \[rows\]"):
+        importance_weights(many, many)
+    with pytest.raises(ValueError, match=r"log-probabilities of shape \(3,\), expected \[rows, slots\]"):
+        slate_weights(one, one)
+    with pytest.raises(ValueError, match=r"where of shape \(3, 1\), expected \(3, 2\)"):
+        slate_weights(many, many, np.ones((3, 1), bool))
+
+
 def test_discounts_and_caps_must_make_sense() -> None:
     for wrong in ([1.0], [0.0, 0.0], [1.0, np.nan], [1.0, -1.0]):
         with pytest.raises(ValueError, match="discounts"):
-            over_slots(np.array([5.0, 5.0]), np.array(wrong))
+            slate_sample_size(np.array([5.0, 5.0]), np.array(wrong))
     for cap in (0.0, -1.0, np.nan):
         with pytest.raises(ValueError, match="expected above 0"):
             importance_weights(np.zeros(2), np.zeros(2), cap)

@@ -12,7 +12,7 @@ from jaxrec.models.cooccurrence import RECENT
 from jaxrec.models.hybrid import PolicyHead
 from jaxrec.models.masks import NEVER
 from jaxrec.rl.logged.learner import new_head
-from jaxrec.rl.rewards import RewardTables, RewardTerms, discounts
+from jaxrec.rl.rewards import RewardTables, RewardTerms, rank_discounts
 from jaxrec.rl.scoring import Scoring
 from jaxrec.rl.served.log_policy import logged_logprobs
 from jaxrec.rl.served.states import LogStates
@@ -78,7 +78,7 @@ def value(world: World, policy: Any) -> float:
     """What a policy earns: the sum over all states and slates."""
     states, _ = every_slate(world)
     logprobs = logged_logprobs(world.graphdef, policy, world.scoring, states)
-    return float(0.5 * np.exp(logprobs.sum(axis=1)) @ (np.asarray(states.terms.hit) @ discounts(SLOTS)))
+    return float(0.5 * np.exp(logprobs.sum(axis=1)) @ (np.asarray(states.terms.hit) @ rank_discounts(SLOTS)))
 
 
 def draw(world: World, rows: int, seed: int) -> LogStates:

@@ -5,7 +5,7 @@ import pytest
 
 from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.rl.rewards import reward_tables
+from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.served import states as module
 from jaxrec.rl.served.event_store import History, Recommendation
 from jaxrec.rl.served.states import ROWS_PER_BATCH, LogStates, log_states
@@ -32,7 +32,7 @@ def recommendation(user: int, events: int) -> Recommendation:
 
 
 def states(hybrid: Hybrid, data: PreparedData, recommendations: list[Recommendation]) -> LogStates:
-    return log_states(hybrid.with_policy(None), recommendations, data.config.rating_scale, reward_tables(data))
+    return log_states(hybrid.with_policy(None), recommendations, data.config.rating_scale, fit_reward_tables(data))
 
 
 def test_padding_and_order_change_nothing(

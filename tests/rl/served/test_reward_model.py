@@ -6,7 +6,7 @@ import pytest
 
 from jaxrec.rl.ope.estimators import doubly_robust, self_normalized_doubly_robust
 from jaxrec.rl.ope.weights import slate_weights
-from jaxrec.rl.rewards import discounts
+from jaxrec.rl.rewards import rank_discounts
 from jaxrec.rl.served.log_policy import logged_logprobs
 from jaxrec.rl.served.policy import POOL
 from jaxrec.rl.served.reward_model import (
@@ -135,7 +135,7 @@ def test_any_model_leaves_the_value_as_it_is(world: World) -> None:
     q_logged = model.q(logged_features(world.graphdef, world.current, world.scoring, states), where)
     q_new = model.q(expected_features(world.graphdef, world.new, world.current, world.scoring, states), where)
     new = logged_logprobs(world.graphdef, world.new, world.scoring, states)
-    arguments = slate_weights(new, states.log_propensities), states.terms.hit * discounts(SLOTS), q_logged, q_new
+    arguments = slate_weights(new, states.log_propensities), states.terms.hit * rank_discounts(SLOTS), q_logged, q_new
     truth = value(world, world.new)
     plain, normalized = doubly_robust(*arguments), self_normalized_doubly_robust(*arguments)
     assert probability @ plain.numerator[:, 0] == pytest.approx(truth, abs=1e-5)

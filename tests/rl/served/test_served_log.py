@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.rl.rewards import reward_tables
+from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import frozen_scoring
 from jaxrec.rl.served.event_store import STILL_OPEN, History, Recommendation, ServedLog, read_served_log
 from jaxrec.rl.served.log_policy import logged_logprobs
@@ -170,7 +170,7 @@ def test_answers_go_on_after_the_last_recommendation(
 
 def distances(recommendations: list[Recommendation], data: PreparedData, hybrid: Hybrid) -> np.ndarray:
     """[recommendations]: by how much the furthest slot of each is not reproduced, nats."""
-    scoring = frozen_scoring(hybrid.with_policy(None), reward_tables(data))
+    scoring = frozen_scoring(hybrid.with_policy(None), fit_reward_tables(data))
     graphdef, head = nnx.split(hybrid.policy)
     states = log_states(hybrid.with_policy(None), recommendations, data.config.rating_scale, scoring.tables)
     found = logged_logprobs(graphdef, nnx.to_pure_dict(head), scoring, states)

@@ -18,7 +18,7 @@ from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.learner import new_head
 from jaxrec.rl.logged.states import training_states
 from jaxrec.rl.policy import greedy_slates, sample_slates
-from jaxrec.rl.rewards import reward_tables
+from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import frozen_scoring, supervised_logits
 from jaxrec.rl.simulated import evaluate as simulator_judge
 from jaxrec.rl.simulated.evaluate import make_play
@@ -150,7 +150,7 @@ def test_play_is_a_loop_of_steps(
     few = params._replace(profile=params.profile[:3], profile_rating=params.profile_rating[:3])
     starts = start_states(recommender, few)
     environment = recommender_environment(recommender, few, starts, SLATE)
-    scoring = frozen_scoring(supervised, reward_tables(small_data))
+    scoring = frozen_scoring(supervised, fit_reward_tables(small_data))
     policy = recommender_policy(*new_head(scoring.item_vectors.shape[1], 60, RLConfig()), scoring)
     first = every_user(few, starts)
     played = make_play(environment, first, policy, seed=5, drawn=drawn)(policy.start)
@@ -194,7 +194,7 @@ def test_starts_as_what_is_evaluated(
     with_policy: bool,
 ) -> None:
     """The greedy slates for the users' histories are those of the evaluation's scorer, with a policy or without."""
-    scoring = frozen_scoring(supervised, reward_tables(small_data))
+    scoring = frozen_scoring(supervised, fit_reward_tables(small_data))
     if with_policy:
         graphdef, variables = nnx.split(small_hybrid.policy)
         policy = recommender_policy(graphdef, nnx.to_pure_dict(variables), scoring)
@@ -221,7 +221,7 @@ def logits_of(policy: RecommenderPolicy, environment, observation) -> jax.Array:
 def test_leash_is_the_distance_in_the_run_s_own_log(small_data: PreparedData, supervised: Hybrid) -> None:
     """Of a log of one decision: item 9's logit is 2 higher than it was, so its share p becomes p e^2 / (1 - p + p e^2),
     and all others' are 1 - p + p e^2 times smaller."""
-    tables = reward_tables(small_data)
+    tables = fit_reward_tables(small_data)
     states = training_states(supervised, small_data, np.asarray(tables.item_ratings), seed=0)
     row = int(np.flatnonzero(np.asarray(states.target) == 9)[0])
     names = ("query", "target", "window", "seen")
@@ -257,7 +257,7 @@ def test_learns_to_put_first_what_everybody_takes(
     )
     starts = start_states(recommender, simple)
     environment = recommender_environment(recommender, simple, starts, SLATE)
-    scoring = frozen_scoring(supervised, reward_tables(small_data))
+    scoring = frozen_scoring(supervised, fit_reward_tables(small_data))
     head = new_head(scoring.item_vectors.shape[1], 60, RLConfig(policy_width=8))
     policy = recommender_policy(*head, scoring, temperature=5.0)
     config = OnPolicyConfig(

@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxrec.rl.ope.estimators import Terms, ips, on_policy, snips, switch_doubly_robust
-from jaxrec.rl.ope.gate import Decision, gate
+from bench.estimators import ips, switch_doubly_robust
+from jaxrec.rl.ope.estimators import Terms, on_policy, snips
+from jaxrec.rl.ope.gate import GateDecision, gate
 from jaxrec.rl.ope.intervals import interval
-from jaxrec.rl.ope.weights import Weights, importance_weights, slate_weights
+from jaxrec.rl.ope.weights import ImportanceWeights, importance_weights, slate_weights
 from tests.rl.ope.logs import VALUE_LOGGED, VALUE_NEW, draw_bandit
 
 
-def decide(rows: int, seed: int = 0, **changes: Any) -> Decision:
+def decide(rows: int, seed: int = 0, **changes: Any) -> GateDecision:
     log = draw_bandit(rows, seed)
     weights = importance_weights(log.new, log.logged)
     return gate(snips(weights, log.reward), on_policy(log.reward), weights, **changes)
@@ -73,7 +74,7 @@ def test_gate_refuses_wrong_propensities() -> None:
     assert "the propensities are not those of the policy that made the log" in decision.reason
 
 
-def test_gate_judges_slates() -> None:
+def test_gate_evaluates_slates() -> None:
     """Two slots that are drawn from the bandit each: the second slot's weight is a product, its sample size less."""
     first, second = draw_bandit(4000, 0), draw_bandit(4000, 1)
     new, logged = (np.stack(pair, axis=1) for pair in ((first.new, second.new), (first.logged, second.logged)))
@@ -108,7 +109,7 @@ def rare_log(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("estimator", [ips, snips])
-def test_capped_weights_let_no_worse_policy_pass(estimator: Callable[[Weights, np.ndarray], Terms]) -> None:
+def test_capped_weights_let_no_worse_policy_pass(estimator: Callable[[ImportanceWeights, np.ndarray], Terms]) -> None:
     """The cap takes away the actions at which the new policy is bad: what is left shows a gain."""
     new, logged, rewards = rare_log(10_000, 0)
     capped = importance_weights(new, logged, cap=5.0)

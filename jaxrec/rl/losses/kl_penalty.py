@@ -1,0 +1,33 @@
+"""The weight of a KL penalty, which keeps a policy near the one that it started from."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+KL_WEIGHT_RANGE = (1e-3, 1e3)
+KL_CONTROL_RATE = 0.1  # Ziegler et al. 2019: K_beta
+KL_CONTROL_CLIP = 0.2
+
+
+def next_kl_weight(kl_weight: jax.Array, kl: jax.Array, target: float) -> jax.Array:
+    """The weight after an update in which the KL divergence was `kl`: larger if it was above its target.
+
+    A proportional controller in log space whose relative error is clipped to 20 % (Ziegler et al. 2019, "Fine-Tuning
+    Language Models from Human Preferences", section 2.2). Deviation: the weight stays within KL_WEIGHT_RANGE.
+
+    Args:
+        kl_weight: [] float32, above 0.
+        kl: [] float32, nats, measured with that weight.
+        target: nats, above 0.
+
+    Returns:
+        [] float32.
+
+    Examples:
+        >>> following = next_kl_weight(jnp.float32(1.0), kl=jnp.float32(0.11), target=0.1)
+        >>> round(float(following), 4)  # 1 + 0.1 * (0.11 / 0.1 - 1)
+        1.01
+    """
+    chex.assert_rank([kl_weight, kl], 0)
+    error = jnp.clip(kl / target - 1.0, -KL_CONTROL_CLIP, KL_CONTROL_CLIP)
+    return jnp.clip(kl_weight * (1.0 + KL_CONTROL_RATE * error), *KL_WEIGHT_RANGE)
