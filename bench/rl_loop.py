@@ -44,7 +44,7 @@ from jaxrec.runs.directory import open_run
 from jaxrec.runs.export import export_run
 from jaxrec.runs.rl_served import rl_log_run
 from jaxrec.runs.train import train_run
-from serve.client.sync import Connection, RecommenderClient, UserEvent, recommend_request
+from serve.client import Connection, RecommenderClient, UserEvent, recommend_request
 from serve.pb.model_admin_pb2 import LoadModelRequest
 from serve.pb.model_admin_pb2_grpc import ModelAdminStub
 from tests.serve.process import running_server
