@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
+from serve.front.limits import WORKERS
 from serve.front.polling import Front, polling_server
-from serve.front.server import WORKERS
 
 SERVICE, METHOD = "bench.Echo", "Echo"
 

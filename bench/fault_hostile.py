@@ -28,7 +28,7 @@ from google.protobuf.descriptor_pool import Default
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from serve.client.sync import Event, RecommenderClient, UserEvent, recommend_request
+from serve.client import Event, RecommenderClient, UserEvent, recommend_request
 from serve.pb import model_admin_pb2, open_inference_pb2, recommender_pb2
 from serve.pb.recommender_pb2 import RecommendRequest, RecommendResponse
 from tests.serve.process import running_server
@@ -343,7 +343,7 @@ async def _attack(
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(model: Path, requests: int, seed: int) -> None:
     """Attack the server on the model directory MODEL."""
-    from serve.model.artifact import read_artifact
+    from serve.model.directory import read_artifact
 
     item_ids = read_artifact(model).catalog.item_ids[1:]
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w") as log:

@@ -20,8 +20,8 @@ import grpc
 import numpy as np
 
 from bench.load import GRPC_HEADERS, framed, require_h2load
-from serve.client.sync import RecommenderClient, UserEvent
-from serve.model.artifact import read_artifact
+from serve.client import RecommenderClient, UserEvent
+from serve.model.directory import read_artifact
 from serve.pb.recommender_pb2 import RecommendRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from tests.serve.process import running_server

@@ -21,7 +21,7 @@ import click
 import grpc
 
 from bench.model_versions import DAMAGES, add_version
-from serve.model.artifact import read_artifact
+from serve.model.directory import read_artifact
 from serve.model.events import Event as HistoryEvent
 from serve.model.recommender import Query, Recommender
 from serve.pb import model_admin_pb2, recommender_pb2

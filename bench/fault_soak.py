@@ -21,8 +21,8 @@ import click
 import grpc
 import numpy as np
 
-from serve.client.sync import UserEvent
-from serve.model.artifact import read_artifact
+from serve.client import UserEvent
+from serve.model.directory import read_artifact
 from serve.pb.recommender_pb2 import DeleteUserRequest, RecommendRequest, RecordEventsRequest, SimilarItemsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from tests.serve.process import running_server

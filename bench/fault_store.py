@@ -21,8 +21,8 @@ from pathlib import Path
 import click
 import grpc
 
-from serve.client.sync import Event, UserEvent
-from serve.model.artifact import read_artifact
+from serve.client import Event, UserEvent
+from serve.model.directory import read_artifact
 from serve.pb.recommender_pb2 import GetUserProfileRequest, History, RecommendRequest, RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from tests.serve.process import running_server

@@ -27,17 +27,20 @@ RATE = 100
 # File or function of a frame; looked for from the inside out.
 PARTS = (
     ("ONNX Runtime", ("onnxruntime_inference_collection.py",)),
-    ("log of what was shown, in its own thread", ("deferred.py", "_write_deferred", "_insert_shown")),
+    ("log of impressions, in its own thread", ("deferred.py", "_write_deferred", "_insert_impressions")),
     ("revision of the history, from SQLite", ("sqlite.py",)),
-    ("arrays around the run, states, batching", ("states.py", "batching.py", "engine.py", "numpy", "recommender.py")),
+    (
+        "arrays around the run, states, batching",
+        ("states.py", "batching.py", "engine.py", "numpy", "model/recommender.py"),
+    ),
     ("sending", ("_send ",)),
-    ("polling, and gRPC's work in it", ("run (serve/polling.py",)),
+    ("polling, and gRPC's work in it", ("run (serve/front/polling.py",)),
     ("taking calls in", ("polling.py", "grpc/")),
     ("metrics", ("metrics.py", "prometheus_client")),
-    ("decoding and encoding", ("convert.py", "validate.py", "RecommendResponse", "recommender_pb2")),
+    ("decoding and encoding", ("codec.py", "rules.py", "RecommendResponse", "recommender_pb2")),
     (
         "around the call: request id, gate, servicer",
-        ("calls.py", "gate.py", "servicer.py", "loaded.py", "threading.py"),
+        ("calls.py", "lifecycle.py", "api/recommender.py", "service.py", "loaded.py", "threading.py"),
     ),
 )
 

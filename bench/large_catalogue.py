@@ -23,8 +23,10 @@ from pathlib import Path
 import click
 import numpy as np
 
-from serve.model.artifact import Artifact, read_artifact
-from serve.model.engine import Engine, Features, SearchBy, Step
+from serve.model.directory import Artifact, read_artifact
+from serve.model.engine import Engine, Step
+from serve.model.features import Features
+from serve.settings import SearchBy
 
 DAY = 86_400.0
 K = 10

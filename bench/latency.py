@@ -41,7 +41,7 @@ import onnxruntime
 import peer_servers
 from load import Sample, Target, drive, framed, memory_mb, require_h2load
 
-from serve.client.sync import Event, RecommenderClient, UserEvent
+from serve.client import Event, RecommenderClient, UserEvent
 from serve.pb import open_inference_pb2 as v2
 from serve.pb.recommender_pb2 import History, RecommendRequest, RecommendResponse
 from tests.serve.process import running_server

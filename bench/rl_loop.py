@@ -43,7 +43,7 @@ from jaxrec.rl.simulated.fit import SimulatorFit, fit_simulator, profiles, simul
 from jaxrec.rl.simulated.users import SimulatorParams, reward_terms, start_user, step
 from jaxrec.runs.directory import open_run
 from jaxrec.runs.rl_served import rl_log_run
-from serve.client.sync import Connection, RecommenderClient, UserEvent, recommend_request
+from serve.client import Connection, RecommenderClient, UserEvent, recommend_request
 from serve.pb.model_admin_pb2 import LoadModelRequest
 from serve.pb.model_admin_pb2_grpc import ModelAdminStub
 from tests.serve.process import running_server

@@ -107,7 +107,7 @@ def ask_server(model: Path, data: PreparedData, user: int) -> dict[str, Any]:
 
     Training saw the user's events up to the last two; the server gets all of them.
     """
-    from serve.client.sync import RecommenderClient, UserEvent
+    from serve.client import RecommenderClient, UserEvent
     from tests.serve.process import running_server
 
     raw_user = str(data.users.decode(np.array([user + 1]))[0])

@@ -2,7 +2,8 @@
 
 import grpc
 
-from serve.api.rules import InvalidRequest, check_id
+from serve.api.errors import InvalidRequest
+from serve.api.rules import check_id
 from serve.pb import model_admin_pb2 as pb
 from serve.pb import model_admin_pb2_grpc
 from serve.serving.versions import SHARE_TOLERANCE, ModelLibrary, State

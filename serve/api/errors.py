@@ -9,11 +9,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from serve.api.rules import InvalidRequest
 from serve.model.recommender import UnknownItem
-from serve.serving.batching import Cancelled, Expired, QueueFull
-from serve.serving.loaded import UnknownModel
-from serve.serving.versions import RefusedModel
+from serve.serving.errors import Cancelled, Expired, QueueFull, RefusedModel, UnknownModel
 from serve.stores.base import StoreError
 
 logger = logging.getLogger(__name__)
@@ -22,12 +19,26 @@ DETAILS_KEY = "grpc-status-details-bin"
 """The metadata in which gRPC libraries look for a `google.rpc.Status`."""
 
 
+class InvalidRequest(ValueError):
+    """A field of a request breaks a rule."""
+
+    def __init__(self, field: str, expected: str, came: object) -> None:
+        self.reason = f"expected {expected}, came {came}"
+        super().__init__(f"{field}: {self.reason}")
+        self.field = field
+        self._rest = (expected, came)
+
+    def within(self, message: str) -> "InvalidRequest":
+        """The same failure of a field that lies within a message, such as `history.events[3]`."""
+        return InvalidRequest(f"{message}.{self.field}", *self._rest)
+
+
 class UnknownUser(LookupError):
     """No event of a user is stored."""
 
 
 class Status(NamedTuple):
-    """What a client is told."""
+    """How a call ends for the client."""
 
     code: grpc.StatusCode
     message: str
@@ -52,7 +63,7 @@ UNEXPECTED = (grpc.StatusCode.INTERNAL, "internal error")
 
 
 def status_of(error: Exception) -> Status:
-    """What to tell a client; logs what the client is not told, under an id that it is."""
+    """The status for an exception. What the client must not see is logged, under an id that it gets."""
     code, message = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), UNEXPECTED)
     if message is not None:
         log_id = uuid.uuid4().hex

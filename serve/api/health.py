@@ -1,4 +1,4 @@
-"""Health checking whose memory no client can fill: anybody may ask, without a token."""
+"""Health checking whose memory no client can fill: it needs no token."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -9,7 +9,7 @@ from grpc_health.v1 import health, health_pb2
 class HealthServicer(health.HealthServicer):
     """grpc's, for services that are known from the start.
 
-    grpc keeps every name that was ever watched. Here a watch of another service is told that it is unknown, stays
+    grpc keeps every name that was ever watched. Here a watch of another service gets SERVICE_UNKNOWN, stays
     open as the protocol wants it, and leaves nothing behind: such a service will never come.
     """
 

@@ -12,13 +12,14 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.api.rules import MAX_BATCH, MAX_EXCLUDED_ITEMS, MAX_HISTORY_EVENTS, MAX_K, InvalidRequest
-from serve.model.engine import SEQUENCE_INPUTS, SEQUENCE_OUTPUTS
+from serve.api.errors import InvalidRequest
+from serve.api.rules import MAX_BATCH, MAX_EXCLUDED_ITEMS, MAX_HISTORY_EVENTS, MAX_K
+from serve.model.graphs import SEQUENCE_INPUTS, SEQUENCE_OUTPUTS
 from serve.model.recommender import Recommender
 from serve.pb import open_inference_pb2 as pb
 from serve.pb import open_inference_pb2_grpc
-from serve.serving.batching import Cancelled, Expired
-from serve.serving.loaded import Models, UnknownModel
+from serve.serving.errors import Cancelled, Expired, UnknownModel
+from serve.serving.loaded import Models
 
 MODEL_NAME = "jaxrec"
 PLATFORM = "onnxruntime_onnx"

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from serve.model.artifact import RatingScale
+from serve.api.errors import InvalidRequest
+from serve.model.events import RatingScale
 
 DEFAULT_K = 10
 MAX_K = 1_000
@@ -14,20 +15,6 @@ MAX_BATCH = 256
 MAX_BATCH_ITEMS = 10_000
 MAX_BATCH_EVENTS = 100_000
 MAX_ID_LENGTH = 256
-
-
-class InvalidRequest(ValueError):
-    """A field of a request breaks a rule."""
-
-    def __init__(self, field: str, expected: str, came: object) -> None:
-        self.reason = f"expected {expected}, came {came}"
-        super().__init__(f"{field}: {self.reason}")
-        self.field = field
-        self._rest = (expected, came)
-
-    def within(self, message: str) -> "InvalidRequest":
-        """The same failure of a field that lies within a message, such as `history.events[3]`."""
-        return InvalidRequest(f"{message}.{self.field}", *self._rest)
 
 
 def check_id(field: str, value: str) -> None:

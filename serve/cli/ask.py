@@ -1,12 +1,81 @@
-"""Answers of a running server as tables, for a human at a terminal."""
+"""`python -m serve ask`: answers of a running server as tables, for a human at a terminal."""
 
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from serve.client.sync import Event, RecommenderClient
+import click
+import grpc
+
+from serve.cli.options import FILE
+from serve.client import Connection, Event, RecommenderClient
 from serve.pb.recommender_pb2 import RecommendResponse
 
 SECONDS_PER_DAY = 86_400
+
+
+@click.command("ask")
+@click.option("--address", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT", help="The server.")
+@click.option("--user", metavar="ID", help="Recommend for a stored user.")
+@click.option(
+    "--watched",
+    multiple=True,
+    metavar="ITEM[=RATING]",
+    help="Recommend after this item. Repeat it for several items, oldest first; they count as one a day up to now.",
+)
+@click.option("--similar", "similar_to", metavar="ITEM", help="Show items similar to this one.")
+@click.option("--profile", "profile_of", metavar="ID", help="Show what is stored of a user.")
+@click.option("--k", type=click.IntRange(1, 1000), default=10, show_default=True, help="Number of lines.")
+@click.option("--why", is_flag=True, help="Say why each item is recommended.")
+@click.option("--tls", is_flag=True, help="Encrypt, trusting the authorities of the system. Implied by the next three.")
+@click.option("--ca", type=FILE, help="Trust these authorities instead, in PEM.")
+@click.option("--cert", type=FILE, help="The client's certificate in PEM, for servers that ask for one.")
+@click.option("--key", type=FILE, help="Private key of the certificate in PEM.")
+@click.option("--token-file", type=FILE, help="File with the token. Without: JAXREC_TOKEN, or none.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0.001),
+    default=5.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Deadline of the call.",
+)
+def command(
+    address: str,
+    user: str | None,
+    watched: tuple[str, ...],
+    similar_to: str | None,
+    profile_of: str | None,
+    k: int,
+    why: bool,
+    tls: bool,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    token_file: Path | None,
+    timeout: float,
+) -> None:
+    """Ask a running server and print its answer as a table: recommendations, similar items, a user's profile, or,
+    without a question, which model answers."""
+    if sum((user is not None, bool(watched), similar_to is not None, profile_of is not None)) > 1:
+        raise click.UsageError("expected one of --user, --watched, --similar and --profile")
+    try:
+        token = os.environ.get("JAXREC_TOKEN") if token_file is None else token_file.read_text("utf-8").strip()
+        connection = Connection(address, timeout, tls=tls, ca=ca, certificate=cert, key=key, token=token)
+        with RecommenderClient(connection) as client:
+            if user is not None or watched:
+                click.echo(recommendations(client, user, watched, k, why))
+            elif similar_to is not None:
+                click.echo(similar(client, similar_to, k))
+            elif profile_of is not None:
+                click.echo(profile(client, profile_of, k))
+            else:
+                click.echo(model(client))
+    except grpc.RpcError as error:
+        raise click.ClickException(f"{error.code().name}: {error.details()}") from error
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,1 +1,21 @@
-"""Clients of the recommender service."""
+"""Clients of the recommender service, for threads and for asyncio.
+
+    from serve.client import Event, RecommenderClient
+
+    with RecommenderClient("127.0.0.1:50051") as client:
+        history = [Event(item_id="1", rating=4.0, timestamp=964982703)]
+        for item in client.recommend(history=history, k=5).recommendations:
+            print(item.title, item.score)
+
+`RecommenderClient(Connection("recommender.example:443", tls=True, token=...))` encrypts and says who calls. Every call
+has a deadline, and is repeated with backoff while the server is unavailable. A call that fails raises `grpc.RpcError`,
+with the status in `code()` and the reason in `details()`.
+"""
+
+from serve.client.aio import AsyncRecommenderClient
+from serve.client.connection import Connection
+from serve.client.requests import recommend_request
+from serve.client.sync import RecommenderClient
+from serve.pb.recommender_pb2 import Event, UserEvent
+
+__all__ = ["AsyncRecommenderClient", "Connection", "Event", "RecommenderClient", "UserEvent", "recommend_request"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import grpc
 
-from serve.front.addresses import is_loopback
+from serve.addresses import is_loopback
 
 # Each call can be repeated: RecordEvents counts an event id once, DeleteUser deletes what is there, and the others
 # change nothing. gRPC waits between tries, longer each time and by a random share.
@@ -33,16 +33,21 @@ Metadata = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Where a server is and how to be let in."""
+    """Where a server is, and what it needs to let a client in.
+
+    Raises:
+        ValueError: A token would travel unencrypted to another machine, or one of certificate and key is missing.
+    """
 
     address: str
     """HOST:PORT."""
     timeout_s: float = 5.0
     """Deadline of a call with its repetitions, in seconds."""
     tls: bool = False
-    """Encrypt, and believe only a server whose certificate is good for the host. True with any of the files below."""
+    """Whether to encrypt, and accept only a server whose certificate is valid for the host. Implied by any of the files
+    below."""
     ca: Path | None = None
-    """Certificates of the authorities that are trusted, in PEM; None: those of the system."""
+    """Certificates of the trusted authorities in PEM; None: those of the system."""
     certificate: Path | None = None
     """The client's own certificate in PEM, for servers that ask for one (mTLS)."""
     key: Path | None = None
@@ -51,7 +56,6 @@ class Connection:
     """Sent with every call. Not shown by `repr`."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a token that would travel readable, and for half a client certificate."""
         if (self.certificate is None) != (self.key is None):
             raise ValueError("expected a certificate and its key, came one of them")
         if self.token is not None and not self.encrypted and not is_loopback(self.address):
@@ -67,7 +71,7 @@ class Connection:
 
     @property
     def metadata(self) -> Metadata:
-        """What goes along with every call."""
+        """Sent with every call."""
         return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
 
     def channel(self) -> grpc.Channel:

@@ -1,75 +1,38 @@
-"""A typed client. Every call has a deadline, and is repeated with backoff while the server is unavailable.
-
-    with RecommenderClient("127.0.0.1:50051") as client:
-        history = [Event(item_id="1", rating=4.0, timestamp=964982703)]
-        for item in client.recommend(history=history, k=5).recommendations:
-            print(item.title, item.score)
-
-`RecommenderClient(Connection("recommender.example:443", tls=True, token=...))` encrypts and says who asks. A call that
-fails raises `grpc.RpcError`, with the status in `code()` and the reason in `details()`. For asyncio:
-`serve.client.aio`.
-"""
+"""The client whose calls return answers."""
 
 from collections.abc import Iterable
-from typing import Self
-
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typing import Any, Self
 
 from serve.client.connection import Connection
+from serve.client.requests import Requests, is_serving
 from serve.pb.recommender_pb2 import (
-    BatchRecommendRequest,
-    DeleteUserRequest,
     DeleteUserResponse,
-    Event,
-    GetModelInfoRequest,
     GetModelInfoResponse,
-    GetUserProfileRequest,
     GetUserProfileResponse,
-    History,
     RecommendRequest,
     RecommendResponse,
-    RecordEventsRequest,
     RecordEventsResponse,
-    SimilarItemsRequest,
     SimilarItemsResponse,
-    UserEvent,
 )
-from serve.pb.recommender_pb2_grpc import RecommenderStub
-
-__all__ = ["Connection", "Event", "RecommenderClient", "UserEvent", "recommend_request"]
 
 
-def recommend_request(
-    *,
-    user_id: str | None = None,
-    history: Iterable[Event] | None = None,
-    k: int = 10,
-    exclude_item_ids: Iterable[str] = (),
-    request_time: int | None = None,
-    explain: bool = False,
-) -> RecommendRequest:
-    """The message for one question; raises ValueError unless exactly one of `user_id` and `history` is given."""
-    if (user_id is None) == (history is None):
-        raise ValueError("expected user_id or history, and not both")
-    request = RecommendRequest(k=k, exclude_item_ids=exclude_item_ids, request_time=request_time, explain=explain)
-    if user_id is not None:
-        request.user_id = user_id
-    else:
-        request.history.CopyFrom(History(events=history))
-    return request
+class RecommenderClient(
+    Requests[
+        RecommendResponse,
+        RecordEventsResponse,
+        GetUserProfileResponse,
+        DeleteUserResponse,
+        SimilarItemsResponse,
+        GetModelInfoResponse,
+    ]
+):
+    """A connection to one server, to be shared between threads. Close it, or use it in a `with` statement.
 
+    Its calls raise `grpc.RpcError`.
+    """
 
-class RecommenderClient:
-    """A connection to one server, to be shared between threads. Close it, or use it in a `with` statement."""
-
-    def __init__(self, server: str | Connection, timeout_s: float = 5.0) -> None:
-        """Connects when first used, to HOST:PORT without encryption and with this deadline, or as `server` says."""
-        connection = Connection(server, timeout_s) if isinstance(server, str) else server
-        self.address = connection.address
-        self._timeout_s, self._metadata = connection.timeout_s, connection.metadata
-        self._channel = connection.channel()
-        self._stub = RecommenderStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+    def _open(self, connection: Connection) -> Any:
+        return connection.channel()
 
     def __enter__(self) -> Self:
         return self
@@ -81,61 +44,10 @@ class RecommenderClient:
         """Ends the connection and the calls under way."""
         self._channel.close()
 
-    def recommend(
-        self,
-        *,
-        user_id: str | None = None,
-        history: Iterable[Event] | None = None,
-        k: int = 10,
-        exclude_item_ids: Iterable[str] = (),
-        request_time: int | None = None,
-        explain: bool = False,
-    ) -> RecommendResponse:
-        """The best `k` items for a stored user or for a history, as `Recommender.Recommend`.
-
-        Raises ValueError unless exactly one of `user_id` and `history` is given.
-        """
-        request = recommend_request(
-            user_id=user_id,
-            history=history,
-            k=k,
-            exclude_item_ids=exclude_item_ids,
-            request_time=request_time,
-            explain=explain,
-        )
-        return self._stub.Recommend(request, timeout=self._timeout_s, metadata=self._metadata)
-
     def batch_recommend(self, requests: Iterable[RecommendRequest]) -> list[RecommendResponse]:
-        """The answers to several questions (`recommend_request`) in their order, as `Recommender.BatchRecommend`."""
-        request = BatchRecommendRequest(requests=requests)
-        return list(self._stub.BatchRecommend(request, timeout=self._timeout_s, metadata=self._metadata).responses)
-
-    def record_events(self, events: Iterable[UserEvent]) -> RecordEventsResponse:
-        """Stores events, as `Recommender.RecordEvents`; they are on disk when this returns."""
-        request = RecordEventsRequest(events=events)
-        return self._stub.RecordEvents(request, timeout=self._timeout_s, metadata=self._metadata)
-
-    def get_user_profile(self, user_id: str, limit: int = 10) -> GetUserProfileResponse:
-        """Watch list and genre preferences of a stored user, as `Recommender.GetUserProfile`."""
-        request = GetUserProfileRequest(user_id=user_id, limit=limit)
-        return self._stub.GetUserProfile(request, timeout=self._timeout_s, metadata=self._metadata)
-
-    def delete_user(self, user_id: str) -> DeleteUserResponse:
-        """Forgets a user, as `Recommender.DeleteUser`."""
-        request = DeleteUserRequest(user_id=user_id)
-        return self._stub.DeleteUser(request, timeout=self._timeout_s, metadata=self._metadata)
-
-    def similar_items(self, item_id: str, k: int = 10) -> SimilarItemsResponse:
-        """The `k` items most like one item, as `Recommender.SimilarItems`."""
-        request = SimilarItemsRequest(item_id=item_id, k=k)
-        return self._stub.SimilarItems(request, timeout=self._timeout_s, metadata=self._metadata)
-
-    def get_model_info(self, model_version: str = "") -> GetModelInfoResponse:
-        """Which model answers, or one of several that do, as `Recommender.GetModelInfo`."""
-        request = GetModelInfoRequest(model_version=model_version)
-        return self._stub.GetModelInfo(request, timeout=self._timeout_s, metadata=self._metadata)
+        """The answers to several questions (`recommend_request`, at most 256) in their order."""
+        return list(self._batch(requests).responses)
 
     def is_serving(self) -> bool:
-        """Whether the server says that it is healthy; raises `grpc.RpcError` when it cannot be reached."""
-        response = self._health.Check(health_pb2.HealthCheckRequest(), timeout=self._timeout_s)
-        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+        """Whether the server says that it is ready; raises `grpc.RpcError` when it cannot be reached."""
+        return is_serving(self._check())

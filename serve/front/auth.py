@@ -1,24 +1,20 @@
-"""Who may call what: TLS, client certificates, and bearer tokens with rights.
+"""Who may call what: bearer tokens with rights.
 
 The rights are `read` (recommend, look things up), `write` (record events, forget users) and `admin` (models). Health
-checks need none. A method that is in no table needs `admin`. Without tokens, who gets in may call everything.
+checks need none. A method that is in no table needs `admin`. Without tokens, every caller may do everything.
 """
 
 import hashlib
 import hmac
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from serve.front.addresses import SecurityError
+from serve.addresses import SecurityError
 from serve.observability.metrics import Metrics
-
-logger = logging.getLogger(__name__)
 
 RIGHTS = ("read", "write", "admin")
 SHORTEST_TOKEN = 16
@@ -35,57 +31,8 @@ NEEDED: Mapping[str, str | None] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """Files in PEM. With `client_ca` only clients with a certificate of that authority get in (mTLS)."""
-
-    certificate: Path
-    key: Path
-    client_ca: Path | None = None
-
-    def credentials(self) -> grpc.ServerCredentials:
-        """Reads the files, and again for each new connection once they changed; raises SecurityError."""
-        read = self._contents()
-        last = [read]
-
-        def changed() -> Any:
-            try:
-                contents = self._contents()
-            except SecurityError as error:
-                logger.error("the certificate stays as it was: %s", error)
-                return None
-            if contents == last[0]:
-                return None
-            last[0] = contents
-            logger.info("the certificate was read again")
-            return _configuration(contents)
-
-        return grpc.dynamic_ssl_server_credentials(
-            _configuration(read), changed, require_client_authentication=self.client_ca is not None
-        )
-
-    def _contents(self) -> tuple[bytes, bytes, bytes | None]:
-        client_ca = None if self.client_ca is None else _pem(self.client_ca, b"CERTIFICATE")
-        return _pem(self.certificate, b"CERTIFICATE"), _pem(self.key, b"PRIVATE KEY"), client_ca
-
-
-def _pem(path: Path, kind: bytes) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise SecurityError(f"{path}: cannot be read: {error.strerror}") from error
-    if kind + b"-----" not in content:
-        raise SecurityError(f"{path}: expected a {kind.decode().lower()} in PEM")
-    return content
-
-
-def _configuration(contents: tuple[bytes, bytes, bytes | None]) -> grpc.ServerCertificateConfiguration:
-    certificate, key, client_ca = contents
-    return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=client_ca)
-
-
 class Tokens:
-    """The tokens that are accepted, with their rights. Keeps digests, so that no secret is in memory to be shown."""
+    """The tokens that are accepted, with their rights. Keeps digests, so that no secret is in memory."""
 
     def __init__(self, rights_by_token: Mapping[str, Sequence[str]]) -> None:
         """Raises SecurityError."""
@@ -170,7 +117,7 @@ class TokenInterceptor(grpc.ServerInterceptor):
         if right is None:
             return continuation(handler_call_details)
         given = [value for key, value in handler_call_details.invocation_metadata if key == "authorization"]
-        # Of several headers, which one counts would be anybody's guess.
+        # Of several headers, it would not be clear which one counts.
         rights = self._tokens.rights(str(given[0])) if len(given) == 1 else None
         if rights is None:
             self._metrics.rejected("unauthenticated", handler_call_details.method)
@@ -185,7 +132,7 @@ def _abort(code: grpc.StatusCode, message: str) -> grpc.RpcMethodHandler:
     def abort(_: Any, context: grpc.ServicerContext) -> Any:
         context.abort(code, message)
 
-    # For `serve.front.polling`: whoever may not call need not be waited for.
+    # For `serve.front.polling`: a call that is refused in any case need not wait for its message.
     abort.refuses = True  # type: ignore[attr-defined]
     # gRPC asks a handler for what the client began; a stream that is never read ends all the same.
     return grpc.unary_unary_rpc_method_handler(abort)

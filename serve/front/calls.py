@@ -4,14 +4,14 @@ import itertools
 import logging
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from serve.api.errors import status_of
-from serve.api.rules import InvalidRequest
+from serve.api.errors import InvalidRequest, status_of
 from serve.observability.logs import REQUEST_ID
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracer
@@ -24,8 +24,33 @@ LONGEST_REQUEST_ID = 128
 Handle = Callable[[bytes, Any], Any]
 
 
-class Calls(grpc.ServerInterceptor):
-    """Wraps every unary RPC of a server, once for each.
+class UnaryInterceptor(grpc.ServerInterceptor, ABC):
+    """Wraps every unary RPC of a server, once for each method."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
+
+    @abstractmethod
+    def wrapped(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+        """What answers `/package.Service/Method` instead of its unary handler."""
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        method = handler_call_details.method
+        handler = self._handlers.get(method)
+        if handler is None:
+            handler = continuation(handler_call_details)
+            if handler is None or handler.unary_unary is None:
+                return handler
+            handler = self._handlers[method] = self.wrapped(method, handler)
+        return handler
+
+
+class Calls(UnaryInterceptor):
+    """Request ids, statuses, metrics, log lines and traces of unary calls.
 
     An exception becomes a status by the table of `serve.api.errors`, a message that cannot be decoded too. The id that
     came as `x-request-id`, or a new one, goes back in the trailing metadata and into the log. Must be the innermost
@@ -34,28 +59,16 @@ class Calls(grpc.ServerInterceptor):
 
     def __init__(self, metrics: Metrics, tracer: Tracer | None = None, log_calls: bool = False) -> None:
         """`log_calls`: a log line for every call, and not only for those that fail by the server's fault."""
+        super().__init__()
         self._metrics = metrics
         self._tracer = tracer
         self._log_calls = log_calls
-        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
         # Ids are unique among servers by their first part, and cost a count.
         self._id_prefix = os.urandom(6).hex()
         self._id_numbers = itertools.count(1)
 
-    def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
-        handler = self._handlers.get(handler_call_details.method)
-        if handler is None:
-            handler = continuation(handler_call_details)
-            if handler is None or handler.unary_unary is None:
-                return handler
-            handler = self._handlers[handler_call_details.method] = grpc.unary_unary_rpc_method_handler(
-                self._around(handler_call_details.method, handler), None, handler.response_serializer
-            )
-        return handler
+    def wrapped(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+        return grpc.unary_unary_rpc_method_handler(self._around(method, handler), None, handler.response_serializer)
 
     def _around(self, method: str, handler: grpc.RpcMethodHandler) -> Handle:
         decode, answer = handler.request_deserializer, handler.unary_unary

@@ -1,10 +1,10 @@
 """Calls that wait for their client, to send its message or to take its answer: they hold memory, so they are few.
 
 gRPC has no bound on that memory which could be set from Python. A call that was begun may send 64 KiB, the window that
-HTTP/2 gives it; once gRPC is asked for the message, it takes as much as the client announced, up to the largest
-message that is allowed. So it is asked for few messages at a time, while other calls stand in line: with 8 MiB,
-`MOST_RECEIVING` hold 512 MiB, `MOST_SHORT_RECEIVING` 128 MiB, and a line of `MOST_IN_LINE` 64 MiB. Strangers, who may
-call only what needs no token, have the short ones and one of the two lines.
+HTTP/2 gives it; once gRPC is asked for the message, it takes as much as the client announced, up to the largest message
+that is allowed. So it is asked for few messages at a time, while other calls stand in line: with 8 MiB,
+`MOST_RECEIVING` hold 512 MiB, `MOST_SHORT_RECEIVING` 128 MiB, and a line of `MOST_IN_LINE` 64 MiB. Callers without a
+token, who may call only what needs no token, have the short ones and one of the two lines.
 """
 
 import time
@@ -17,16 +17,16 @@ import grpc
 # A message travels with its call, and an ordinary one is there when gRPC is asked for it.
 MESSAGE_S = 30.0
 MOST_RECEIVING = 64
-# Who has had so long makes way for those in line: 8 MiB at 34 Mbit/s.
+# A call that has had so long makes way for those in line: 8 MiB at 34 Mbit/s.
 YIELD_S = 2.0
-# Anybody may ask how a server is, in a few bytes.
+# Health checks need no token, and have a few bytes.
 SHORT_MESSAGE_S = 2.0
 MOST_SHORT_RECEIVING = 16
 SHORT_YIELD_S = 0.25
 # 30 connections that begin 100 calls each at once put 2,000 in line for some milliseconds if their messages have 20 KB,
 # and 140 if they have 50 bytes. What is in line has sent 64 KiB at most.
 MOST_IN_LINE = 1_000
-# A client takes its answer as it comes; who has not done so by then is very far away or up to no good.
+# A client reads its answer as it comes; one that has not by then is very far away or malicious.
 ANSWER_S = 30.0
 # What may wait for clients that do not read; of more the oldest goes. Most answers have a few KB.
 MOST_UNSENT = 1_000
@@ -56,7 +56,7 @@ class Unreceived:
     def __init__(
         self, most_receiving: int, yield_s: float, seconds: float, most_in_line: int, on_end: Callable[[str], None]
     ) -> None:
-        """A call may take `seconds`, and `yield_s` while others are in line; `on_end` is told the method of each call
+        """A call may take `seconds`, and `yield_s` while others are in line; `on_end` gets the method of each call
         that is ended for want of its message."""
         self._most_receiving = most_receiving
         self._yield_s = yield_s

@@ -1,4 +1,4 @@
-"""One call in the polling thread (`serve/polling.py`): grpc's context of it, and its progress."""
+"""One call in the polling thread (`serve.front.polling`): grpc's context of it, and its progress."""
 
 import logging
 import threading
@@ -25,7 +25,7 @@ class PolledCall(grpc.ServicerContext):
     """
 
     def __init__(self, event: Any, method: str, answer: Callable[["PolledCall", bytes], None], unsent: Unsent) -> None:
-        """`answer` is told when the message is there; the call is in `unsent` from when it is answered."""
+        """`answer` is called when the message is there; the call is in `unsent` from when it is answered."""
         self.method = method
         self._unsent = unsent
         self._event = event
@@ -136,7 +136,7 @@ class PolledCall(grpc.ServicerContext):
             self._send(response, self._code or grpc.StatusCode.OK, self._details)
 
     def end(self) -> None:
-        """Tells who wanted to know that the call is over."""
+        """Calls the callbacks: the call is over."""
         for callback in self._callbacks:
             try:
                 callback()

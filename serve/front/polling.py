@@ -3,19 +3,19 @@
 `grpc.server` hands a call from its polling thread to a worker, back, and to the worker again: most of the CPU that an
 empty call costs. Here the polling thread answers the methods named as `inline` itself. A handler that waits for a
 `Batcher` is set aside (each runs in a greenlet) while the thread takes in the calls that are there already; when there
-are no more the model runs once, and then the thread looks again who has come. With `capacity` calls set aside, further
+are no more the model runs once, and then the thread polls again. With `capacity` calls set aside, further
 ones are turned away unread, for a fraction of what an answer costs: what cannot be answered in time must not wait in
-gRPC, where nobody counts it, nor take the time of the others.
+gRPC, where it is not counted, nor take the time of the others.
 
-Calls of other unary methods go to the thread pool, once their message is there: grpc lets a thread wait for it, so
-that a few callers who send none, and need no token for that, keep all threads from the others. Here a call without a
-message costs memory, for so many calls and so long and no more (`serve/overdue.py`). A stream that is only written to,
-by a handler that does not block (watching health), holds no thread either. Other streams are grpc's own and have a few
-threads for themselves, since each holds one as long as it likes. Interceptors and servicers are the usual ones, and so
-are `stop` and its grace.
+Calls of other unary methods go to the thread pool, once their message is there: grpc lets a thread wait for it, so that
+a few callers who send none, and need no token for that, keep all threads from the others. Here a call without a message
+costs memory, for so many calls and so long and no more (`serve.front.overdue`). A stream that is only written to, by a
+handler that does not block (watching health), holds no thread either. Other streams are grpc's own and have a few
+threads for themselves, since each holds one for as long as it is open. Interceptors and servicers are the usual ones,
+and so are `stop` and its grace.
 
 A call that is answered holds no place in a pool, whether its client takes the answer or not; what is not taken is
-dropped in the end (`serve/overdue.py`).
+dropped in the end (`serve.front.overdue`).
 
 gRPC's own limit on the calls of a connection (`grpc.max_concurrent_streams`) holds, but not its "overload protection":
 that counts calls which the client has its answer to, until this thread has seen them off, and refuses good ones of a
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 # So many events (a call has three or four) are taken in before the model runs, even if more are there.
 MOST_AT_ONCE = 256
 # For each run of the model: what gRPC does for a call costs more than half of an answer, also for one that is turned
-# away. With as many turned away as answered, 62 % of the peak were answered; whoever comes beyond that waits.
+# away. With as many turned away as answered, 62 % of the peak were answered; further ones wait.
 MOST_TURNED_AWAY = batching.LARGEST_BATCH // 4
 # For streams that are read from: reflection, which is asked by hand.
 STREAM_WORKERS = 4
@@ -78,8 +78,8 @@ class Front:
     inline: Collection[str] = ()
     """Unary methods that the polling thread answers, unless a call `takes_long`."""
     at_once: Collection[str] = ()
-    """Methods that it answers however many calls wait, with messages of a few bytes; who may call nothing else takes
-    no place from other calls by not sending them."""
+    """Methods that it answers however many calls wait, with messages of a few bytes; a caller that may call nothing
+    else takes no place from other calls by not sending them."""
     takes_long: Callable[[str, bytes], bool] = lambda method, message: False
     """Whether a call, by its method and message, is for the pool of slow ones, which must keep no others waiting."""
     most_parked: int = batching.DEFAULT_CAPACITY
@@ -95,9 +95,9 @@ class Front:
     )
     """How further calls of a method end, without reaching an interceptor."""
     on_no_message: Callable[[str], None] = lambda method: None
-    """Told the method of each call that is ended because its message did not come."""
+    """Gets the method of each call that is ended because its message did not come."""
     on_failure: Callable[[], None] = lambda: None
-    """Called when the polling thread ends without having been asked to: nobody is answered any more."""
+    """Called when the polling thread ends without having been asked to: no call is answered any more."""
 
 
 def is_supported() -> bool:
@@ -118,7 +118,7 @@ def polling_server(
     options = (
         *options,
         ("grpc.http.overload_protection", 0),
-        # By it gRPC would let every call of a fast connection send up to 16 MiB which nobody has asked for, and not
+        # By it gRPC would let every call of a fast connection send up to 16 MiB before it is asked for, and not
         # 64 KiB. All of a message may come in any case once it is asked for.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.server.max_pending_requests", MOST_AT_THE_DOOR),
@@ -205,7 +205,7 @@ class _Loop:
         try:
             self._poll()
         except BaseException:
-            logger.critical("the thread that polls for calls failed, nobody is answered any more", exc_info=True)
+            logger.critical("the thread that polls for calls failed, no call is answered any more", exc_info=True)
             self._front.on_failure()
         finally:
             for pool in (self._pool, self._slow_pool):

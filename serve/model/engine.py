@@ -1,70 +1,23 @@
 """Runs the graphs of a model with ONNX Runtime. Knows item indices and arrays, no raw ids and no gRPC."""
 
-import ctypes
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
-from serve.model.artifact import Artifact, ArtifactError, IndexFiles
+from serve.model.directory import Artifact
+from serve.model.features import Features
+from serve.model.graphs import exact_graphs, graph_arrays, query_graphs, searches_index, session, state_width
+from serve.model.manifest import ArtifactError
 from serve.model.search import NEVER, Graph, IndexedGraph, Search
-
-Provider = Literal["auto", "cpu", "cuda"]
-SearchBy = Literal["auto", "exact", "index"]
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-
-# Name to dtype, as the model directory's contract has them.
-Signature = dict[str, str]
-_REQUEST = {"request_gap": "float", "exclude": "int32", "k": "int64"}
-_RANKING = {"items": "int32", "scores": "float"}
-_EVENTS = {"item": "int32", "rating": "float", "gap": "float"}
-SEQUENCE_INPUTS: Signature = {**_EVENTS, "length": "int32", **_REQUEST}
-SEQUENCE_OUTPUTS: Signature = {"state": "float", **_RANKING}
-STEP_INPUTS: Signature = {"state": "float", **_EVENTS, **_REQUEST}
-# A graph cannot call an output as one of its inputs, hence not `state`.
-STEP_OUTPUTS: Signature = {"next_state": "float", **_RANKING}
-# The graphs of a directory with an index, which answer a query.
-_QUERY_REQUEST = {"vector": "float", "request_gap": "float"}
-SEQUENCE_QUERY_INPUTS: Signature = {**_EVENTS, "length": "int32", **_QUERY_REQUEST}
-SEQUENCE_QUERY_OUTPUTS: Signature = {"state": "float", "query": "float"}
-STEP_QUERY_INPUTS: Signature = {"state": "float", **_EVENTS, **_QUERY_REQUEST}
-STEP_QUERY_OUTPUTS: Signature = {"next_state": "float", "query": "float"}
+from serve.settings import Provider, SearchBy
 
 # The graphs give an excluded item a score of at most this.
 EXCLUDED_SCORE = NEVER
 
 # A run costs about as much as so many events of one more row in it (10,000 items, two LSTMs of 128).
 PADDING = 10
-
-
-class ProviderError(Exception):
-    """The execution provider that was demanded does not run here."""
-
-
-@dataclass(frozen=True, slots=True)
-class Features:
-    """One user's history and request, as the graphs take them."""
-
-    item: NDArray[np.int32]
-    """`[n]`, n >= 1, item indices in time order, none of them 0."""
-    rating: NDArray[np.float32]
-    """`[n]`, 0..1 over the rating scale; -1 = no rating."""
-    gap: NDArray[np.float32]
-    """`[n]`, seconds since the event before; -1 for the first of the history."""
-    request_gap: float
-    """Seconds from the last event to the request; -1 = not known."""
-    exclude: NDArray[np.int32]
-    """`[m]`, m >= 0, item indices that are never answered."""
-
-    def without_last(self) -> "Features":
-        """The history before its last event, of at least two; the same exclusions."""
-        return Features(self.item[:-1], self.rating[:-1], self.gap[:-1], -1.0, self.exclude)
 
 
 class Ranking(NamedTuple):
@@ -121,17 +74,17 @@ class Engine:
         sequence = step = None
         if index is not None and search_by != "exact":
             sequence, step = (
-                _session(graph, provider, intra_op_threads, {}) for graph in _query_graphs(artifact.directory, index)
+                session(graph, provider, intra_op_threads, {}) for graph in query_graphs(artifact.directory, index)
             )
             if not searches_index(search_by, sequence.get_providers()[0]):
                 sequence = step = None
         if sequence is None or step is None:
-            arrays = {} if index is None else _graph_arrays(artifact.item_vectors, index)
+            arrays = {} if index is None else graph_arrays(artifact.item_vectors, index)
             # The graphs may refer to their memory.
             self._arrays = arrays
-            sequence, step = (_session(graph, provider, intra_op_threads, arrays) for graph in _exact_graphs(artifact))
+            sequence, step = (session(graph, provider, intra_op_threads, arrays) for graph in exact_graphs(artifact))
             index = None
-        self.state_width = _state_width(artifact, sequence, step)
+        self.state_width = state_width(artifact, sequence, step)
         self.provider: str = sequence.get_providers()[0]
         """ONNX Runtime's name of the execution provider that really runs."""
         self.search_by: Literal["exact", "index"] = "exact" if index is None else "index"
@@ -261,124 +214,3 @@ def _padded(rows: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
     for at, row in enumerate(rows):
         padded[at, : len(row)] = row
     return padded
-
-
-def _state_width(artifact: Artifact, sequence: onnxruntime.InferenceSession, step: onnxruntime.InferenceSession) -> int:
-    """The width of the state, which the graphs tell and nobody else knows."""
-    widths = [
-        node.shape[-1]
-        for node in (*sequence.get_outputs(), *step.get_inputs(), *step.get_outputs())
-        if node.name in ("state", "next_state")
-    ]
-    if len(set(widths)) != 1 or not isinstance(widths[0], int):
-        raise ArtifactError(f"{artifact.directory}: the graphs' states have the widths {widths}, expected one number")
-    return widths[0]
-
-
-class _GraphFile(NamedTuple):
-    """A graph with what is expected of it."""
-
-    file: Path
-    content: bytes
-    inputs: Signature
-    outputs: Signature
-
-
-def _exact_graphs(artifact: Artifact) -> tuple[_GraphFile, _GraphFile]:
-    folder = artifact.directory
-    return (
-        _GraphFile(folder / "sequence.onnx", artifact.sequence_graph, SEQUENCE_INPUTS, SEQUENCE_OUTPUTS),
-        _GraphFile(folder / "step.onnx", artifact.step_graph, STEP_INPUTS, STEP_OUTPUTS),
-    )
-
-
-def _query_graphs(folder: Path, index: IndexFiles) -> tuple[_GraphFile, _GraphFile]:
-    sequence = folder / "sequence_query.onnx", index.sequence_query_graph
-    step = folder / "step_query.onnx", index.step_query_graph
-    return (
-        _GraphFile(*sequence, SEQUENCE_QUERY_INPUTS, SEQUENCE_QUERY_OUTPUTS),
-        _GraphFile(*step, STEP_QUERY_INPUTS, STEP_QUERY_OUTPUTS),
-    )
-
-
-def searches_index(asked: SearchBy, provider: str) -> bool:
-    """Whether a directory with an index is searched by it, when its graphs run on ONNX Runtime's `provider`."""
-    return asked == "index" or (asked == "auto" and provider != CUDA)
-
-
-def _graph_arrays(item_vectors: NDArray[np.float32], index: IndexFiles) -> dict[str, onnxruntime.OrtValue]:
-    """The weights that `sequence.onnx` and `step.onnx` of a directory with an index have in files of their own."""
-    arrays = {
-        "item_vectors": item_vectors,
-        "item_bias": index.item_bias,
-        "neighbour_item": index.neighbour_item,
-        "neighbour_weight": index.neighbour_weight,
-    }
-    return {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-
-
-def _session(
-    graph: _GraphFile, provider: Provider, intra_op_threads: int, arrays: Mapping[str, onnxruntime.OrtValue]
-) -> onnxruntime.InferenceSession:
-    """`arrays` are the verified contents of the files that the graph names; no file is read for it.
-
-    On the CPU the session refers to their memory, and they must live as long as it does.
-    """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = intra_op_threads
-    options.inter_op_num_threads = 1
-    wanted = [CUDA, CPU] if _try_cuda(provider) else [CPU]
-    try:
-        # ONNX Runtime would look in the working directory for the files that a graph names. Here it finds none, or
-        # empty ones where it asks that they exist, though it has their contents.
-        with tempfile.TemporaryDirectory(prefix="jaxrec-") as folder:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-            if CUDA in wanted:
-                options.add_external_initializers(list(arrays), list(arrays.values()))  # copies
-            else:
-                for name, array in arrays.items():
-                    (Path(folder) / f"{name}.npy").touch()
-                    options.add_initializer(name, array)
-            session = onnxruntime.InferenceSession(
-                graph.content,
-                options,
-                providers=wanted,
-                # It would read the files, and hold a copy of the vectors for each graph.
-                disabled_optimizers=["ConstantFolding"] if arrays and CUDA not in wanted else None,
-            )
-    # ONNX Runtime's exceptions have no common base and no public names.
-    except Exception as error:
-        raise ArtifactError(f"{graph.file}: ONNX Runtime cannot load it: {error}") from error
-    if provider == "cuda" and session.get_providers()[0] != CUDA:
-        raise ProviderError(f"expected CUDA, but {graph.file.name} runs on {session.get_providers()[0]}")
-    _check_signature(f"{graph.file}: inputs", session.get_inputs(), graph.inputs)
-    _check_signature(f"{graph.file}: outputs", session.get_outputs(), graph.outputs)
-    return session
-
-
-def _try_cuda(provider: Provider) -> bool:
-    """Whether to ask for CUDA: ONNX Runtime lists it as available on machines without a GPU."""
-    if provider == "cpu" or CUDA not in onnxruntime.get_available_providers():
-        return False
-    if provider == "auto" and not _has_cuda_driver():
-        return False
-    onnxruntime.preload_dlls()
-    return True
-
-
-def _has_cuda_driver() -> bool:
-    try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
-def _check_signature(where: str, found: Sequence[onnxruntime.NodeArg], expected: Signature) -> None:
-    came = {node.name: node.type.removeprefix("tensor(").removesuffix(")") for node in found}
-    if came != expected:
-        raise ArtifactError(f"{where} are {_shown(came)}, expected {_shown(expected)}")
-
-
-def _shown(signature: Signature) -> str:
-    return ", ".join(f"{name} {dtype}" for name, dtype in sorted(signature.items()))

@@ -1,15 +1,14 @@
-"""A user's past events, and what of them the model sees."""
+"""Events of users, and the scale of their ratings."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.model.artifact import ModelInfo, RatingScale
 from serve.model.catalog import Catalog
-from serve.model.engine import Features
 
 
 class Event(NamedTuple):
@@ -37,32 +36,19 @@ def known_events(events: Sequence[Event], catalog: Catalog) -> list[KnownEvent]:
     return known
 
 
-def features(
-    events: Sequence[KnownEvent], request_time: int | None, exclude: Sequence[int], info: ModelInfo
-) -> Features:
-    """What the graphs see of a history in time order, with at least one event.
+@dataclass(frozen=True, slots=True)
+class RatingScale:
+    """Lowest and highest rating of the training data, both valid."""
 
-    All events are excluded from the answer; only the last `max_history` are fed. The first of those keeps
-    the gap to the event before it, which happened all the same.
-    """
-    fed = events[-info.max_history :]
-    timestamps = np.array([event.timestamp for event in fed], np.int64)
-    gap = np.empty(len(fed), np.float32)
-    gap[0] = fed[0].timestamp - events[-len(fed) - 1].timestamp if len(events) > len(fed) else -1
-    gap[1:] = timestamps[1:] - timestamps[:-1]
-    return Features(
-        item=np.array([event.item for event in fed], np.int32),
-        rating=unit_ratings(fed, info.rating_scale, missing=-1),
-        gap=gap,
-        request_gap=-1.0 if request_time is None else float(request_time - fed[-1].timestamp),
-        exclude=np.array([*[event.item for event in events], *exclude], np.int32),
-    )
+    minimum: float
+    maximum: float
 
+    def contains(self, rating: float) -> bool:
+        """Whether a rating is valid; the ends also as float32, which is how they travel in a message."""
+        if self.minimum <= rating <= self.maximum:
+            return True
+        return bool(np.float32(self.minimum) <= np.float32(rating) <= np.float32(self.maximum))
 
-def unit_ratings(events: Sequence[KnownEvent], scale: RatingScale | None, missing: float) -> NDArray[np.float32]:
-    """Ratings on 0..1 as `[n]`, with `missing` for an event without one, or for all when there is no scale."""
-    if scale is None:
-        return np.full(len(events), missing, np.float32)
-    ratings = scale.scaled(np.array([event.rating for event in events], np.float64))
-    ratings[np.isnan(ratings)] = missing
-    return ratings.astype(np.float32)
+    def scaled(self, ratings: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Valid ratings on 0..1, never below 0 by rounding; nan (no rating) stays nan."""
+        return np.clip((ratings - self.minimum) / (self.maximum - self.minimum), 0, 1)

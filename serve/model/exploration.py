@@ -1,4 +1,4 @@
-"""Showing now and then what is not the best, with known probabilities, so that the log can tell what else would do."""
+"""Exploration: slates sampled with known probabilities, so that other policies can be evaluated from the log."""
 
 import threading
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ POOL = 100
 
 @dataclass(frozen=True, slots=True)
 class Slate:
-    """Places in a ranking, in the order in which they are shown."""
+    """Places in a ranking, best first."""
 
     places: NDArray[np.intp]
     """`[k]`"""

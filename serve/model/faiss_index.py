@@ -1,7 +1,8 @@
 """Reads the index of the items that `jaxrec.onnx.ann_index` built with faiss, and asks it for candidates.
 
 faiss reads what it is given: other kinds of index, and lengths that do not fit each other, which a search would then
-follow outside of its arrays. Hence nothing is taken but the one kind that is built, of the very sizes it must have.
+follow outside of its arrays. Hence only the one kind that is built is accepted, with exactly the sizes that it must
+have.
 """
 
 import threading
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.model.artifact import ArtifactError
+from serve.model.manifest import ArtifactError
 
 CODES_OF_A_BLOCK = 32
 _reading = threading.Lock()

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.model.artifact import Artifact
-from serve.model.engine import Engine, Provider, Ranking, SearchBy
-from serve.model.events import Event, KnownEvent, features, known_events
+from serve.model.directory import Artifact
+from serve.model.engine import Engine, Ranking
+from serve.model.events import Event, KnownEvent, known_events
 from serve.model.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
+from serve.model.features import features
 from serve.model.search import best_of
+from serve.settings import Provider, SearchBy
 
 POPULARITY = "popularity"
 
@@ -21,11 +23,12 @@ class UnknownItem(LookupError):
 
 
 class Query(NamedTuple):
-    """For whom to recommend, and how much; `k` >= 1, times in seconds."""
+    """What to recommend for a history or a stored user; times in seconds."""
 
     events: Sequence[Event]
     """The history that was sent along; empty with `user_id`."""
     k: int
+    """Number of items, at least 1."""
     exclude_item_ids: Sequence[str] = ()
     request_time: int | None = None
     """None: not known. Else not before the last event; a stored user's events after it are left out."""
@@ -33,18 +36,23 @@ class Query(NamedTuple):
     user_id: str | None = None
     """A stored user, for `StateCache`: a `Recommender` by itself knows no users."""
     started: float | None = None
-    """When the request was taken in, by `time.monotonic()`: its answer is not logged if the user was deleted since."""
+    """When the request began, by `time.monotonic()`; its answer is not logged if the user was deleted since."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Items best first; `explanations` is empty unless asked for, else one for each item."""
+    """Items best first."""
 
     items: NDArray[np.int32]
+    """`[n]`, item indices from 1 on; n <= k."""
     scores: NDArray[np.float32]
+    """`[n]`, logits of the model, or events in the training data for popular items."""
     policy: str
+    """What ranked the items: the model's policy or `popularity`."""
     ignored_event_count: int
+    """Events of the history on items that the model does not know."""
     explanations: tuple[Explanation, ...]
+    """One for each item; empty unless asked for."""
     log_propensities: tuple[float, ...] = ()
     """Of each item given those above it; empty: 0 for all, since the same query gets the same answer."""
 
@@ -59,7 +67,18 @@ class Recommender:
         intra_op_threads: int = 1,
         search_by: SearchBy = "auto",
     ) -> None:
-        """Raises ArtifactError and ProviderError as `Engine` does."""
+        """Loads the graphs.
+
+        Args:
+            artifact: A verified model directory.
+            provider: What runs the graphs; "auto": CUDA where it works, else the CPU.
+            intra_op_threads: Threads within one run of a graph.
+            search_by: How the best items are found; "auto": with the index, if there is one and the CPU runs the model.
+
+        Raises:
+            ArtifactError: A graph or the index breaks the contract.
+            ProviderError: `provider` is "cuda", and CUDA does not run.
+        """
         self.info = artifact.info
         self.catalog = artifact.catalog
         self.engine = Engine(artifact, provider, intra_op_threads, search_by)
@@ -72,7 +91,12 @@ class Recommender:
         self._lengths: NDArray[np.float32] = np.where(lengths == 0, np.float32(1), lengths)
 
     def recommend(self, queries: Sequence[Query]) -> list[Answer]:
-        """Answers each query from its events; those with a known event share runs of the model."""
+        """Answers each query from its events; queries with a known event share runs of the model.
+
+        Returns:
+            The answers in the order of the queries. A query without an event that the model knows gets the most popular
+            items, scored by their number of training events.
+        """
         histories = [known_events(query.events, self.catalog) for query in queries]
         rows = [
             features(history, query.request_time, self.indices(query.exclude_item_ids), self.info)
@@ -107,7 +131,15 @@ class Recommender:
         return Answer(items, scores, POPULARITY, ignored_event_count, explanations)
 
     def explain(self, query: Query, items: NDArray[np.int32]) -> tuple[Explanation, ...]:
-        """Why these items, which the model answered to the query with at least one known event."""
+        """Why the model recommended these items.
+
+        Args:
+            query: The query that they answer; at least one of its events is known.
+            items: `[n]` int32, item indices of the answer.
+
+        Returns:
+            An explanation for each item.
+        """
         return self._explain(query, known_events(query.events, self.catalog), items)
 
     def _explain(
@@ -149,9 +181,17 @@ class Recommender:
         return [index[item_id] for item_id in item_ids if item_id in index]
 
     def similar(self, item_id: str, k: int) -> Ranking:
-        """The k nearest items by the cosine of the item vectors, in -1..1, without the item itself.
+        """The items nearest to one item.
 
-        Raises UnknownItem.
+        Args:
+            item_id: A raw id.
+            k: Number of items, cut to all but the item itself.
+
+        Returns:
+            Item indices `[k]` int32 and the cosines of their vectors with that of the item `[k]` float32, -1..1.
+
+        Raises:
+            UnknownItem: The model does not know the item.
         """
         item = self.catalog.index.get(item_id)
         if item is None:

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.model.artifact import Artifact, ArtifactError, IndexFiles
+from serve.model.directory import Artifact, IndexFiles
 from serve.model.faiss_index import ItemIndex
+from serve.model.manifest import ArtifactError
 
 NEVER = np.float32(-1e30)
 """The score of what is excluded, as the graphs have it."""
@@ -23,8 +24,8 @@ CHECKED_ITEMS = 10
 LEAST_KEPT = 0.5
 """Share of the best CHECKED_ITEMS of the exact product that must be candidates, over the CHECKED_QUERIES.
 
-The export refuses less than 0.99 of them on requests; these are other queries, which have to tell the index of other
-items, of which a few thousandths are found."""
+The export refuses less than 0.99 of them on requests; the queries here are others; they detect an index of other
+items, which holds a few thousandths of them."""
 
 
 class Graph(Protocol):

@@ -1,6 +1,6 @@
-"""What a server tells Prometheus: its calls, its model, and whether its traffic still looks like the training data.
+"""Metrics for Prometheus: calls, models, and whether the traffic still resembles the training data.
 
-Shares and rates are left to the one who asks, as counters: the share of fallback answers is
+Shares and rates are computed by queries over counters: the share of fallback answers is
 `rate(jaxrec_answers_total{policy="popularity"}[5m]) / rate(jaxrec_answers_total[5m])`, that of unknown items
 `rate(jaxrec_events_total{known="false"}[5m]) / rate(jaxrec_events_total[5m])`, and the feedback rate
 `rate(jaxrec_feedback_events_total[5m]) / rate(jaxrec_answers_total[5m])`.
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
-from serve.front.addresses import AddressError, check_exposure, host_and_port
+from serve.addresses import AddressError, check_exposure, host_and_port
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Observe(Protocol):
 
 
 class Coverage:
-    """Which items were shown in the last 10 to 20 minutes: a bit per item for this window and for the one before.
+    """Which items were recommended in the last 10 to 20 minutes: a bit per item for this window and for the one before.
 
     Writers don't lock: a mark that is lost while the window turns is one item of thousands.
     """
@@ -50,7 +50,7 @@ class Coverage:
             self._ends = self._clock() + COVERAGE_WINDOW_S
 
     def mark(self, items: NDArray[np.int32]) -> None:
-        """Notes item indices that were shown; those beyond the catalogue, of another model, don't count."""
+        """Notes item indices that were recommended; those beyond the catalogue, of another model, don't count."""
         window = self._windows[0] if self._clock() < self._ends else self._turned()
         try:
             window[items] = True
@@ -58,7 +58,7 @@ class Coverage:
             window[items[items < len(window)]] = True
 
     def ratio(self) -> float:
-        """Share of the catalogue that was shown, 0..1."""
+        """Share of the catalogue that was recommended, 0..1."""
         if self._clock() >= self._ends:
             self._turned()
         current, last = self._windows
@@ -69,7 +69,7 @@ class Coverage:
             now = self._clock()
             if now >= self._ends:
                 fresh = np.zeros_like(self._windows[0])
-                # After a long silence what was shown in the last window is old too.
+                # After a long silence the last window is old too.
                 last = self._windows[0] if now < self._ends + COVERAGE_WINDOW_S else np.zeros_like(fresh)
                 self._windows = (fresh, last)
                 self._ends = now + COVERAGE_WINDOW_S
@@ -93,7 +93,7 @@ class Metrics:
         self.batch_size: Observe = self._histogram("batch_size", "Requests in one run of the model.", BATCHES).observe
         self._under_way = self._gauge("rpcs_under_way", "Calls that are being answered.")
         self._dropped = self._gauge(
-            "dropped_log_entries", "Shown recommendations and states that the store gave up since the start."
+            "dropped_log_entries", "Impressions and states that the store gave up since the start."
         )
         self._rejected = self._counter("rejected_calls_total", "Calls that were turned away.", ("reason", "method"))
         self._methods: frozenset[str] = frozenset()
@@ -113,7 +113,7 @@ class Metrics:
         self._recorded, self._duplicate = recorded.labels("recorded"), recorded.labels("duplicate")
         self._feedback = self._counter("feedback_events_total", "Recorded events that refer to a recommendation.")
         self._coverage = Coverage()
-        coverage = self._gauge("catalogue_coverage_ratio", "Share of the catalogue shown in the last 10 to 20 minutes.")
+        coverage = self._gauge("catalogue_coverage_ratio", "Share of items recommended in the last 10 to 20 minutes.")
         coverage.set_function(self._coverage.ratio)
 
     def call(self, method: str, code: str, seconds: float) -> None:
@@ -128,11 +128,11 @@ class Metrics:
         self._under_way.set_function(count)
 
     def count_dropped(self, count: Callable[[], int]) -> None:
-        """Where to look for how much of what was shown is lost."""
+        """Where to look for how many impressions and states are lost."""
         self._dropped.set_function(count)
 
     def know_methods(self, methods: Iterable[str]) -> None:
-        """The methods of the server; all others are counted as one, since anybody can think of names."""
+        """The methods of the server; all others are counted as one, since clients can invent names."""
         self._methods = frozenset(methods)
 
     def rejected(self, reason: str, method: str) -> None:

@@ -1,8 +1,8 @@
 """Runs requests together that wait when the model is free; a lone request never waits for company.
 
-There is no batching thread and no waiting time. Whoever comes while the model is free runs it, alone and at once, in
-its own thread. Who comes meanwhile waits in a bounded queue; when the run ends, the first of those takes all that
-wait into the next run. So batches grow with the load, and at low load there are none.
+There is no batching thread and no waiting time. A request that finds the model free runs it, alone and at once, in
+its own thread. Requests that come meanwhile wait in a bounded queue; when the run ends, the first of them runs the
+model for all that wait. So batches grow with the load, and at low load there are none.
 
     batcher = Batcher(states.recommend)        # or the `recommend` of a `Recommender`
     answer = batcher.recommend(query, deadline_s=0.2, is_cancelled=lambda: not context.is_active())
@@ -18,28 +18,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from serve.model.recommender import Answer, Query
+from serve.serving.errors import Cancelled, Expired, QueueFull
 
 DEFAULT_CAPACITY = 256
 # 10,000 items, 50 events, one thread: a row of `sequence.onnx` costs the same in a batch of 8 as of 32, and a run of
 # 32 keeps the others waiting for 14 ms.
 LARGEST_BATCH = 16
 RETRY_AFTER_S = 0.1
-
-
-class QueueFull(Exception):
-    """So many requests wait already that another would wait too long; `retry_after_s` seconds later is a good time."""
-
-    def __init__(self, capacity: int, retry_after_s: float) -> None:
-        super().__init__(f"{capacity} requests wait already, come again in {retry_after_s:.2g} s")
-        self.retry_after_s = retry_after_s
-
-
-class Expired(Exception):
-    """The deadline of a request passed before there was an answer."""
-
-
-class Cancelled(Exception):
-    """Nobody waits for the answer to a request any more."""
 
 
 class Run(NamedTuple):
@@ -77,12 +62,19 @@ class Pending:
     def finish(self, answer: Answer | None, error: BaseException | None = None) -> None:
         self.answer, self.error, self.done = answer, error, True
 
+    def check(self) -> None:
+        """Raises Cancelled or Expired once the answer is of no use any more."""
+        if self.is_cancelled is not None and self.is_cancelled():
+            raise Cancelled("cancelled by the client")
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise Expired("the deadline passed before the answer was ready")
+
     def is_dropped(self) -> bool:
         """Whether the answer is of no use any more; then it is finished with the reason."""
-        if self.is_cancelled is not None and self.is_cancelled():
-            self.finish(None, Cancelled("cancelled by the client"))
-        elif self.deadline is not None and time.monotonic() >= self.deadline:
-            self.finish(None, Expired("the deadline passed before the answer was ready"))
+        try:
+            self.check()
+        except (Cancelled, Expired) as error:
+            self.finish(None, error)
         return self.done
 
 
@@ -122,10 +114,6 @@ class Batcher:
         self._lock = threading.Lock()
         self._seconds_per_request = RETRY_AFTER_S / capacity
 
-    @property
-    def waiting_count(self) -> int:
-        return len(self._queue)
-
     def recommend(
         self, query: Query, deadline_s: float | None = None, is_cancelled: Callable[[], bool] | None = None
     ) -> Answer:
@@ -150,7 +138,7 @@ class Batcher:
         return pending
 
     def complete(self, pending: Pending) -> Answer:
-        """Waits for the answer, running the model itself if nobody does; raises as `recommend`."""
+        """Waits for the answer, running the model itself if no other thread does; raises as `recommend`."""
         loop: Loop | None = getattr(_of_thread, "loop", None)
         if loop is None:
             self.drive(pending)
@@ -159,7 +147,7 @@ class Batcher:
         return pending.result()
 
     def drive(self, pending: Pending) -> None:
-        """Returns when a request is done, having run the model itself if nobody else did."""
+        """Returns when a request is done, having run the model itself if no other thread did."""
         with self._lock:
             if pending.done:
                 return
@@ -169,7 +157,7 @@ class Batcher:
                 pending.signal = threading.Lock()
                 pending.signal.acquire()
         if pending.signal is not None:
-            # Released by whoever ran the model: with the answer, or for this thread to go on running it.
+            # Released by the thread that ran the model: with the answer, or for this thread to go on running it.
             pending.signal.acquire()
         try:
             while not pending.done:
@@ -218,7 +206,7 @@ class Batcher:
                     pending.signal.release()
 
     def _answer_all(self, batch: Sequence[Pending]) -> None:
-        """Finishes each request. When a run fails each goes alone, so that only the one to blame fails."""
+        """Finishes each request. When a run fails each runs alone, so that only the bad one fails."""
         try:
             answers = self._answer([pending.query for pending in batch])
         except Exception as error:

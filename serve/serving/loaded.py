@@ -1,6 +1,5 @@
-"""A loaded model with all that it needs to answer, and which of several answers whom."""
+"""A loaded model with its users' states and its queue."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,20 +13,17 @@ from serve.model.explain import Explanation, explain_popularity
 from serve.model.exploration import Exploration
 from serve.model.recommender import POPULARITY, Answer, Query, Recommender
 from serve.observability.metrics import Metrics
-from serve.serving.batching import Batcher, Cancelled, Expired, Pending, QueueFull, Run
+from serve.serving.batching import Batcher, Pending, Run
+from serve.serving.errors import QueueFull
 from serve.serving.states import StateCache
 from serve.stores.base import EventStore
 
-# So many questions of one call are in the queue at a time: a call must not crowd out all others.
+# Queries of one call in the queue at a time, so that it leaves room for other calls.
 AT_ONCE = 16
-# Clocks differ, and a question takes its time: who asks as of then asks as of now.
+# Clocks differ, and a request takes time: a request time within so many seconds counts as now.
 RECENT_S = 60.0
 
 IsCancelled = Callable[[], bool]
-
-
-class UnknownModel(LookupError):
-    """A version, or a name, of a model that is not loaded."""
 
 
 class LoadedModel:
@@ -49,8 +45,8 @@ class LoadedModel:
         return None if self.exploration is None else self.exploration.temperature
 
     def asks_for_the_past(self, user_id: str | None, request_time: int | None) -> bool:
-        """Whether a stored user is asked for as of a time that has newer events, all others of which must be read
-        again; of users who did not come lately, whether that may be."""
+        """Whether a stored user has events after the request time, so that the history before it must be read again;
+        for users without a state in memory, whether that is possible."""
         if user_id is None or request_time is None:
             return False
         newest = self.states.newest(user_id)
@@ -60,29 +56,33 @@ class LoadedModel:
         self, query: Query, deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
     ) -> Answer:
         """Answers one query; raises as `Batcher.recommend`."""
-        wanted = _Wanted(deadline_s, is_cancelled)
-        return self._finished(query, self._batcher.recommend(self._asked(query), deadline_s, is_cancelled), wanted)
+        pending = self._batcher.enqueue(self._asked(query), deadline_s, is_cancelled)
+        self._batcher.complete(pending)
+        return self._finished(query, pending)
 
     def recommend_all(
         self, queries: Sequence[Query], deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
     ) -> list[Answer]:
         """Answers several queries of one call, all or none; raises as `Batcher.recommend`."""
-        wanted = _Wanted(deadline_s, is_cancelled)
+        end = None if deadline_s is None else time.monotonic() + deadline_s
         asked = [self._asked(query) for query in queries]
-        answers: list[Answer] = []
+        answered: list[Pending] = []
         for start in range(0, len(asked), AT_ONCE):
             pending: list[Pending] = []
             try:
                 for query in asked[start : start + AT_ONCE]:
-                    pending.append(self._batcher.enqueue(query, deadline_s, is_cancelled))
+                    left_s = None if end is None else end - time.monotonic()
+                    pending.append(self._batcher.enqueue(query, left_s, is_cancelled))
             except QueueFull:
                 for one in pending:
                     one.is_cancelled = lambda: True
                 raise
             for one in pending:
                 self._batcher.drive(one)
-            answers += [one.result() for one in pending]
-        return [self._finished(query, answer, wanted) for query, answer in zip(queries, answers, strict=True)]
+            for one in pending:
+                one.result()
+            answered += pending
+        return [self._finished(query, one) for query, one in zip(queries, answered, strict=True)]
 
     def _asked(self, query: Query) -> Query:
         """What the batch is asked: without explanations and old histories, for which its neighbours would have to
@@ -95,13 +95,14 @@ class LoadedModel:
             query = query._replace(k=max(query.k, self.exploration.pool))
         return query._replace(explain=False) if query.explain else query
 
-    def _finished(self, query: Query, answer: Answer, wanted: "_Wanted") -> Answer:
+    def _finished(self, query: Query, pending: Pending) -> Answer:
         """The answer to a query from what the batch answered."""
+        answer = pending.result()
         if self.exploration is not None:
             answer = _drawn(query, answer, self.exploration)
         if not query.explain:
             return answer
-        wanted.check()
+        pending.check()
         return replace(answer, explanations=self._explanations(query, answer))
 
     def _explanations(self, query: Query, answer: Answer) -> tuple[Explanation, ...]:
@@ -111,21 +112,6 @@ class LoadedModel:
         if query.user_id is not None:
             events = self._store.history(query.user_id, query.request_time)
         return self.model.explain(query._replace(events=events), answer.items)
-
-
-class _Wanted:
-    """Until when and whether an answer is wanted, for what is computed after the batch."""
-
-    def __init__(self, deadline_s: float | None, is_cancelled: IsCancelled | None) -> None:
-        self._end = math.inf if deadline_s is None else time.monotonic() + deadline_s
-        self._is_cancelled = is_cancelled
-
-    def check(self) -> None:
-        """Raises Expired or Cancelled."""
-        if self._is_cancelled is not None and self._is_cancelled():
-            raise Cancelled("cancelled by the client")
-        if time.monotonic() >= self._end:
-            raise Expired("the deadline passed before the answer was explained")
 
 
 def _drawn(query: Query, answer: Answer, exploration: Exploration) -> Answer:
@@ -139,7 +125,7 @@ def _drawn(query: Query, answer: Answer, exploration: Exploration) -> Answer:
 
 
 def _observe(metrics: Metrics, run: Run) -> None:
-    """Not a method: a model that its queue refers to would stay in memory until the garbage collector comes by."""
+    """Not a method: a model that its queue refers to would stay in memory until a garbage collection."""
     metrics.batch_size(run.size)
     metrics.inference_seconds(run.seconds)
     for waited_s in run.waited_s:
@@ -150,7 +136,7 @@ class Models(Protocol):
     """The models that are loaded."""
 
     def for_user(self, user_id: str | None) -> LoadedModel:
-        """The model that answers a user, always the same while the traffic stays; None: nobody in particular."""
+        """The model that answers a user, always the same while the traffic stays; None: no certain user."""
 
     def version(self, model_version: str) -> LoadedModel:
         """One loaded version, or with "" the one that answers most; raises UnknownModel."""
@@ -159,36 +145,4 @@ class Models(Protocol):
         """The loaded versions, the one that answers most first."""
 
     def forget(self, user_id: str) -> None:
-        """Drops what is in memory of a user who was deleted from the store."""
-
-
-class OneModel:
-    """One model for all."""
-
-    def __init__(self, loaded: LoadedModel) -> None:
-        self._loaded = loaded
-
-    def for_user(self, user_id: str | None) -> LoadedModel:
-        return self._loaded
-
-    def version(self, model_version: str) -> LoadedModel:
-        version = self._loaded.model.info.model_version
-        if model_version not in ("", version):
-            raise UnknownModel(f"the version {model_version!r} is not loaded, {version!r} is")
-        return self._loaded
-
-    def versions(self) -> Sequence[str]:
-        return [self._loaded.model.info.model_version]
-
-    def forget(self, user_id: str) -> None:
-        self._loaded.states.forget(user_id)
-
-
-def one_model(
-    model: Recommender,
-    store: EventStore,
-    metrics: Metrics | None = None,
-    exploration: Exploration | None = None,
-) -> OneModel:
-    """All users are answered by one model."""
-    return OneModel(LoadedModel(model, store, metrics or Metrics(), exploration))
+        """Drops what is in memory of a user that was deleted from the store."""

@@ -1,134 +1,77 @@
-"""Makes a loaded model of a model directory: verified, and asked once so that its first user does not wait."""
+"""Makes a loaded model of a model directory: verified, and run once so that its first user does not wait."""
 
-import logging
-import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 
-from serve.model.artifact import ArtifactError, read_artifact
-from serve.model.engine import Provider, Ranking, SearchBy, Step
-from serve.model.events import KnownEvent, features
+from serve.model.directory import read_artifact
+from serve.model.engine import Ranking, Step
+from serve.model.events import KnownEvent
 from serve.model.exploration import Exploration
+from serve.model.features import features
+from serve.model.manifest import ArtifactError
 from serve.model.profile import SECONDS_PER_DAY
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
 from serve.serving.loaded import LoadedModel
+from serve.serving.sweeper import StateSweeper
 from serve.serving.versions import WATCH_S, ModelLibrary
-from serve.stores.base import EventStore, StoreError
-
-logger = logging.getLogger(__name__)
+from serve.settings import Provider, SearchBy
+from serve.stores.base import EventStore
 
 K = 10
-# States to forget in one transaction, and the pause after it.
-DROPPED_AT_ONCE = 1000
-PAUSE_S = 0.05
 # Of the largest score; parity of the graphs is held much closer when they are exported.
 TOLERANCE = 1e-3
 
 
-def load_model(
-    directory: Path,
-    store: EventStore,
-    metrics: Metrics,
-    *,
-    provider: Provider = "auto",
-    threads: int = 1,
-    search_by: SearchBy = "auto",
-    exploration: Exploration | None = None,
-) -> LoadedModel:
-    """Raises ArtifactError for a directory that cannot be served, and ProviderError."""
-    model = Recommender(read_artifact(directory), provider, threads, search_by)
-    warm_up(model)
-    return LoadedModel(model, store, metrics, exploration)
+@dataclass(frozen=True, slots=True)
+class ModelLoader:
+    """How model directories become loaded models."""
+
+    store: EventStore
+    metrics: Metrics
+    provider: Provider = "auto"
+    threads: int = 1
+    search: SearchBy = "auto"
+    exploration: Exploration | None = None
+
+    def load(self, directory: Path) -> LoadedModel:
+        """Raises ArtifactError for a directory that cannot be served, and ProviderError."""
+        model = Recommender(read_artifact(directory), self.provider, self.threads, self.search)
+        warm_up(model)
+        return LoadedModel(model, self.store, self.metrics, self.exploration)
 
 
 def open_models(
-    directory: Path,
-    store: EventStore,
-    metrics: Metrics,
-    *,
-    provider: Provider = "auto",
-    threads: int = 1,
-    search_by: SearchBy = "auto",
-    exploration: Exploration | None = None,
-    watch_s: float = WATCH_S,
-    load_now: bool = True,
+    directory: Path, loader: ModelLoader, *, watch_s: float = WATCH_S, load_now: bool = True
 ) -> ModelLibrary:
     """The versions of a directory, with their attempts and what serves in the metrics; raises as `ModelLibrary`."""
-    sweeper = StateSweeper(store)
+    sweeper = StateSweeper(loader.store)
 
-    def tell(models: Sequence[LoadedModel]) -> None:
+    def changed(models: Sequence[LoadedModel]) -> None:
         infos = [loaded.model.info for loaded in models]
         sweeper.keep([info.model_version for info in infos])
-        metrics.serving([(info.model_version, info.policy, _seconds(info.created), info.item_count) for info in infos])
+        loader.metrics.serving(
+            [(info.model_version, info.policy, _seconds(info.created), info.item_count) for info in infos]
+        )
 
     return ModelLibrary(
-        directory,
-        lambda path: load_model(
-            path, store, metrics, provider=provider, threads=threads, search_by=search_by, exploration=exploration
-        ),
+        *(directory, loader.load),
         watch_s=watch_s,
-        on_attempt=metrics.reloaded,
-        on_change=tell,
+        on_attempt=loader.metrics.reloaded,
+        on_change=changed,
         on_close=sweeper.close,
         load_now=load_now,
     )
 
 
-class StateSweeper:
-    """Forgets the states of versions that left, in a thread of its own: a million of them takes a minute.
-
-    Such a version is rarely asked again, and its states can be rebuilt.
-    """
-
-    def __init__(self, store: EventStore) -> None:
-        self._store = store
-        self._changed = threading.Condition()
-        self._versions: Sequence[str] | None = None
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="state-sweeper", daemon=True)
-        self._thread.start()
-
-    def keep(self, versions: Sequence[str]) -> None:
-        """All states but those of these versions go; returns at once."""
-        with self._changed:
-            self._versions = versions
-            self._changed.notify()
-
-    def close(self) -> None:
-        """Stops, wherever it is: what is left goes after the next start."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._versions is not None)
-                versions, self._versions = self._versions, None
-            while not self._closed and versions is not None:
-                try:
-                    if not self._store.drop_states(versions, DROPPED_AT_ONCE):
-                        break
-                except StoreError as error:
-                    logger.error("the states of earlier versions stay in the store", exc_info=error)
-                    break
-                with self._changed:
-                    # Between two parts others write.
-                    self._changed.wait_for(lambda: self._closed or self._versions is not None, PAUSE_S)
-                    versions, self._versions = self._versions or versions, None
-            if self._closed:
-                return
-
-
 def warm_up(model: Recommender) -> None:
-    """Asks a model about histories of one event, of two and of the longest; raises ArtifactError when it fails.
+    """Runs a model on histories of one event, of two and of the longest; raises ArtifactError when it fails.
 
-    That tells what checksums cannot: a graph that was written as it is, and fails or gives nonsense.
+    This finds what checksums cannot: a graph that was exported broken.
     """
     info, engine = model.info, model.engine
     indices = [1 + at % info.item_count for at in range(info.max_history)]

@@ -1,17 +1,17 @@
-"""Keeps the recurrent state of users who were asked for lately, so that an answer costs one step and no replay.
+"""Keeps the recurrent states of recent users, so that an answer costs one step and no replay.
 
-What is kept of a user is the state before the last event, that event, and the items never to be answered: then
-Recommend is one run of `step.onnx`, whose other output is the state for when the next event comes. Nothing is told
-to the cache when events are recorded. It asks the store for the revision of the user's history, which is one cheap
+What is kept of a user is the state before the last event, that event, and the items that are never recommended: then
+Recommend is one run of `step.onnx`, whose other output is the state for when the next event comes. The cache is not
+notified of recorded events. It asks the store for the revision of the user's history, which is one cheap
 read, and takes in what arrived since; so it is right too when another process recorded the events, or a user was
-deleted. A user who did not come costs nothing.
+deleted. Other users cost nothing.
 
 The answer is the one that `Recommender` gives to the same history sent along, up to rounding. Therefore of a history
 longer than the model's `max_history` the state has read just the last `max_history` events, as training, evaluation
 and `GetModelInfo` have it. Every event then moves the window, and the state is computed anew with `sequence.onnx`;
 so it is when an event comes late, before the user's last one, and when many come at once.
 
-A state that has to make room is spilled to the store, under the version of the model that it belongs to, and comes
+A state that makes room for others is spilled to the store, under the version of the model that it belongs to, and comes
 back from there; if there is none, or one that cannot be used, it is rebuilt from the history.
 """
 
@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.model.engine import Step
-from serve.model.events import Event, features, known_events, unit_ratings
+from serve.model.events import Event, known_events
+from serve.model.features import features, unit_ratings
 from serve.model.recommender import Answer, Query, Recommender
 from serve.stores.base import MOST_EVENTS, Changes, EventStore, SpilledState
 
@@ -36,7 +37,7 @@ DEFAULT_CAPACITY = 10_000
 # From so many new events on, one run over the history costs less than a step for each of them.
 MOST_STEPS = 8
 
-# A state that leaves out more items than this is made anew, of the newest events.
+# A state that excludes more items than this is rebuilt from the newest events.
 MOST_EXCLUDED = MOST_EVENTS + 1_000
 
 # last, newest, known_count, ignored_count, item, rating, gap; then the state and the excluded items.
@@ -297,7 +298,7 @@ class StateCache:
             self._save(leaving)
 
     def _save(self, users: Iterable[tuple[str, UserState]]) -> None:
-        """A user without known events is as quickly read again."""
+        """Not of users without known events, whose histories are as quickly read again."""
         version = self._model.info.model_version
         changed = [(user_id, user) for user_id, user in users if user.known_count and not user.spilled]
         if changed:
@@ -309,7 +310,7 @@ class StateCache:
 
 
 class _Unread(NamedTuple):
-    """What a state is made of anew."""
+    """What a state is rebuilt from."""
 
     changes: Changes
     """The history, or with `before` its end."""

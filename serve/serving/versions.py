@@ -1,7 +1,7 @@
 """Which model versions are loaded, which user each one answers, and how that changes while the server runs.
 
-A version is verified, loaded and warmed up beside the one that serves, and takes over in one assignment. Who asked
-before keeps the old one until the answer is there; then nothing refers to it any more, and its memory is free. What
+A version is verified, loaded and warmed up beside the one that serves, and takes over in one assignment. Calls
+under way keep the old one until they are answered; then nothing refers to it any more, and its memory is free. What
 cannot be loaded is refused, with its reason, and changes nothing.
 """
 
@@ -18,10 +18,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from serve.model.artifact import ArtifactError
-from serve.model.engine import ProviderError
-from serve.model.model_directory import Fingerprint, Version, find_versions
-from serve.serving.loaded import LoadedModel, UnknownModel
+from serve.model.directory import Fingerprint, Version, find_versions
+from serve.model.graphs import ProviderError
+from serve.model.manifest import ArtifactError
+from serve.serving.errors import RefusedModel, UnknownModel
+from serve.serving.loaded import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +30,6 @@ WATCH_S = 2.0
 SHARE_TOLERANCE = 1e-3
 
 Load = Callable[[Path], LoadedModel]
-
-
-class RefusedModel(Exception):
-    """A version that cannot be served, or a change of traffic that is not possible; what served before still does."""
 
 
 class State(Enum):
@@ -45,7 +42,7 @@ class State(Enum):
 
 
 class Report(NamedTuple):
-    """One version for who looks after the server."""
+    """One version, for operators."""
 
     model_version: str
     folder: str
@@ -64,7 +61,7 @@ class _Ready(NamedTuple):
 
 
 class _Traffic:
-    """Who answers whom; never changed but replaced as a whole, so that a reader sees one state of it."""
+    """Which model answers which user; replaced as a whole, so that a reader sees one state of it."""
 
     def __init__(self, ready: Mapping[str, _Ready], shares: Mapping[str, float]) -> None:
         self.ready = ready
@@ -97,8 +94,8 @@ class ModelLibrary:
         """Loads and raises as `open`, or leaves that for later.
 
         `load` verifies, loads and warms up, and raises ArtifactError or ProviderError. Every `watch_s` seconds the
-        directory is looked at for a newer version; 0: never. `on_attempt` is told `loaded` or `refused`, `on_change`
-        what serves, most traffic first; `on_close` is called at the end.
+        directory is looked at for a newer version; 0: never. `on_attempt` gets `loaded` or `refused`, `on_change`
+        the loaded models, most traffic first; `on_close` is called at the end.
         """
         self._directory = directory
         self._load = load
@@ -155,7 +152,7 @@ class ModelLibrary:
             ready.model.states.spill()
 
     def for_user(self, user_id: str | None) -> LoadedModel:
-        """The model that answers a user, always the same while the traffic stays; None: nobody in particular."""
+        """The model that answers a user, always the same while the traffic stays; None: no certain user."""
         return self._traffic.for_user(user_id)
 
     def version(self, model_version: str) -> LoadedModel:
@@ -172,7 +169,7 @@ class ModelLibrary:
         return sorted(shares, key=lambda version: -shares[version])
 
     def forget(self, user_id: str) -> None:
-        """Drops what is in memory of a user who was deleted from the store."""
+        """Drops what is in memory of a user that was deleted from the store."""
         for ready in self._traffic.ready.values():
             ready.model.states.forget(user_id)
 
@@ -267,7 +264,7 @@ class ModelLibrary:
     def _watch(self, watch_s: float) -> None:
         while not self._closed.wait(watch_s):
             if self._has_changed:
-                # By now nobody waits for the old version any more.
+                # By now no call waits for the old version any more.
                 self._has_changed = False
                 return_memory()
             try:

@@ -1,4 +1,4 @@
-"""What a store of events, shown recommendations and recurrent states promises, whichever database is behind it.
+"""What a store of events, impressions and recurrent states promises, whichever database is behind it.
 
 with open_store("events.sqlite") as store:          # or postgresql://..., redis://...
     store.record([UserEvent("e1", "7", Event("318", 4.5, 964983000))])
@@ -6,8 +6,9 @@ with open_store("events.sqlite") as store:          # or postgresql://..., redis
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 from serve.model.events import Event
 
@@ -31,10 +32,10 @@ class UserEvent(NamedTuple):
     user_id: str
     event: Event
     recommendation_id: str | None = None
-    """The recommendation that the event answers to; not checked against what was shown."""
+    """The recommendation that the event answers to; not checked against the impressions."""
 
 
-class Shown(NamedTuple):
+class Impression(NamedTuple):
     """A recommendation as it was answered: with the events that refer to it, what the next policy learns from."""
 
     recommendation_id: str
@@ -52,7 +53,7 @@ class Shown(NamedTuple):
     temperature: float | None = None
     """Of the exploration that drew it; None: not drawn, or noted by a server that did not note this yet."""
     request_time: int | None = None
-    """For which the request asked, in seconds; None: it did not tell."""
+    """For which the request asked, in seconds; None: it had none."""
     excluded_item_ids: tuple[str, ...] = ()
     """What the request itself excluded, beside the user's history, as far as the model knows it."""
 
@@ -83,87 +84,111 @@ class Deleted(NamedTuple):
     """How much of a user there was."""
 
     event_count: int
-    shown_count: int
+    impression_count: int
 
 
-class EventStore(Protocol):
+class EventStore(ABC):
     """An open store, to be shared between threads. Close it, or use it in a `with` statement.
 
     Every call may raise StoreError, and works again once the cause is gone.
     """
 
+    @abstractmethod
     def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
-        """Stores the events whose id is new, all or none; returns those, once they are on disk."""
+        """Stores the events whose id is new, all or none.
 
-    def history(self, user_id: str, until: int | None = None) -> list[Event]:
-        """A user's newest `MOST_EVENTS` events by (timestamp, arrival); with `until`, only those up to that second.
-
-        Empty for a user without events.
+        Returns:
+            Those events, once they are on disk. Of equal ids in one call the first counts.
         """
 
+    @abstractmethod
+    def history(self, user_id: str, until: int | None = None) -> list[Event]:
+        """A user's newest `MOST_EVENTS` events by (timestamp, arrival); empty for a user without events.
+
+        Args:
+            user_id: The user.
+            until: The last timestamp that counts, in seconds; None: all count.
+        """
+
+    @abstractmethod
     def revision(self, user_id: str) -> int:
         """A number that changes with the user's history and never comes back; 0 for a user without events.
 
         It grows with every recorded event, and after a deletion starts above all that went before.
         """
 
+    @abstractmethod
     def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
-        """What came to a user's history after the revision `since`; 0: all of it. Costs little when nothing did.
+        """What came to a user's history after a revision. Costs little when nothing did.
 
-        When more than `most` came, it is the whole history, of which `events` are the newest `most`.
+        Args:
+            user_id: The user.
+            since: The revision that was read before; 0: none.
+            most: When more events than this came, the answer is the whole history, of which `events` are the newest
+                `most`.
         """
 
-    def log_shown(self, shown: Shown, *, started: float | None = None, wait: bool = False) -> None:
-        """Notes what was shown. Raises StoreError only with `wait`.
+    @abstractmethod
+    def log_impression(self, impression: Impression, *, started: float | None = None) -> None:
+        """Logs a recommendation, once for each `recommendation_id`; returns at once and raises nothing.
 
-        `started` is when the request was taken in, by `time.monotonic()`; None: now. What was under way when its user
-        was deleted is not written, and does not count as dropped.
+        It is written with others within about a second. A crash, or a store that stays broken, loses it (counted in
+        `dropped_count`), since an answer is worth more than its log. An impression whose user was deleted after the
+        request began is not written, and does not count as dropped.
 
-        With `wait` it is on disk on return. Without, it is written with others within about a second; a crash
-        or a store that stays broken loses it (counted in `dropped_count`), since an answer is worth more than
-        its log. A `recommendation_id` is logged once.
+        Args:
+            impression: What was recommended.
+            started: When the request began, by `time.monotonic()`; None: now.
         """
 
-    def shown(self, user_id: str | None) -> list[Shown]:
-        """What was shown to a user, or (None) for histories that came with their requests, oldest first."""
-
+    @abstractmethod
     def save_states(self, states: Sequence[SpilledState]) -> None:
-        """Keeps states until they are wanted again, like `log_shown` in a while and without a promise.
+        """Keeps states until they are wanted again; written later and without a promise, like impressions.
 
         A later state of the same user and model version replaces the earlier one.
         """
 
+    @abstractmethod
     def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
         """The state that was kept for a user, perhaps of an older revision; None: there is none."""
 
+    @abstractmethod
     def drop_states(self, keep_versions: Collection[str], most: int) -> int:
-        """Forgets about `most` states of other model versions than these; returns how many, 0 when none was left."""
+        """Deletes about `most` states of other model versions than these; returns how many, 0 when none was left."""
 
+    @abstractmethod
     def delete_user(self, user_id: str) -> Deleted:
         """Deletes all that is known of a user, on disk on return; the ids of the events may be used again.
 
-        What any server was told to log or keep of the user before is not written any more.
+        What any server still had to log or keep of the user is not written any more.
         """
 
+    @abstractmethod
     def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
         """Every recorded event with the number of its arrival, in parts; those that come meanwhile may be missing."""
 
-    def all_shown(self) -> Iterator[Sequence[Shown]]:
-        """Every recommendation that was logged, in parts; those of one user in their order."""
+    @abstractmethod
+    def all_impressions(self) -> Iterator[Sequence[Impression]]:
+        """Every impression that was logged, in parts; those of one user in their order."""
 
     @property
+    @abstractmethod
     def dropped_count(self) -> int:
-        """How many shown recommendations and states were given up since the store was opened."""
+        """How many impressions and states were given up since the store was opened."""
 
+    @abstractmethod
     def flush(self) -> None:
-        """Returns when what `log_shown` and `save_states` put off has been written."""
+        """Returns when what `log_impression` and `save_states` put off has been written."""
 
+    @abstractmethod
     def close(self) -> None:
         """Flushes and closes. No call may be under way or follow."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def digest(user_id: str) -> str:

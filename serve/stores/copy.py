@@ -1,4 +1,4 @@
-"""Copies the log of a store, events and what was shown, into one SQLite file: what the next policy learns from."""
+"""Copies the log of a store, events and impressions, into one SQLite file: what the next policy learns from."""
 
 import os
 import sqlite3
@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 from serve.stores.base import EventStore, StoreError
-from serve.stores.deferred import shown_row
-from serve.stores.sqlite import FILL_USERS, INSERT_SHOWN, MARK_COPY, SHOWN_VALUES, SQLiteStore, is_copy
+from serve.stores.rows import impression_row
+from serve.stores.sqlite import FILL_USERS, IMPRESSION_VALUES, INSERT_IMPRESSION, MARK_COPY, SQLiteStore, is_copy
 
 
 class Copied(NamedTuple):
     """How much there was."""
 
     events: int
-    shown: int
+    impressions: int
 
 
 def copy_log(store: EventStore, path: Path, progress: Callable[[int], None] = lambda rows: None) -> Copied:
     """Writes the file at `path`, a store itself, as a whole or not at all; an older copy is replaced.
 
-    All that was on disk when this began is in it, and what came meanwhile may be. `progress` is told of rows that were
-    copied. Raises StoreError, also for a file that is no copy, or no more: one that was opened as a store since.
+    All that was on disk when this began is in it, and what came meanwhile may be. `progress` is called with the
+    number of rows of each part. Raises StoreError, also for a file that is no copy, or was opened as a store since.
     """
     _require_replaceable(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -58,18 +58,19 @@ def _require_replaceable(path: Path) -> None:
 def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> Copied:
     connection = sqlite3.connect(path, isolation_level=None)
     try:
-        # Until it is renamed nobody misses it; and then it is one file.
+        # Until it is renamed no reader misses it; and then it is one file.
         connection.execute("PRAGMA journal_mode = DELETE")
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("BEGIN")
-        # Events last: what is shown and answered meanwhile is in the copy with its answers or not at all, and not as if
-        # nobody had answered it (in Redis but for users whose events were copied already). Events that name what isn't
-        # in the copy do no harm.
-        for shown in store.all_shown():
+        # Events last: an impression that is logged meanwhile is in the copy with its events or not at all, not as if it
+        # had none (except in Redis, for users whose events were copied already). Events that refer to an impression
+        # that is not in the copy do no harm.
+        for impressions in store.all_impressions():
             connection.executemany(
-                f"{INSERT_SHOWN} {SHOWN_VALUES} ON CONFLICT DO NOTHING", [shown_row(one) for one in shown]
+                f"{INSERT_IMPRESSION} {IMPRESSION_VALUES} ON CONFLICT DO NOTHING",
+                [impression_row(one) for one in impressions],
             )
-            progress(len(shown))
+            progress(len(impressions))
         for events in store.all_events():
             connection.executemany(
                 "INSERT OR IGNORE INTO events (arrival, event_id, user_id, item_id, rating, timestamp,"

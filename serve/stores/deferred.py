@@ -1,16 +1,15 @@
-"""Writes that nobody waits for: gathered, and written together by a thread of their own."""
+"""Writes that no call waits for: gathered, and written together by a thread of their own."""
 
-import json
 import logging
-import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from serve.stores.base import Shown, SpilledState, StoreError, digest
+from serve.stores.base import EventStore, Impression, SpilledState, StoreError
+from serve.stores.rows import Started
 
 logger = logging.getLogger(__name__)
 
@@ -22,68 +21,11 @@ LIMIT = 20_000
 LONGEST_WAIT_S = 86_400.0
 
 
-class Started(NamedTuple):
-    """A recommendation to log, and when its request was taken in, by `time.monotonic()` of this process."""
-
-    shown: Shown
-    started: float
-
-    @classmethod
-    def at(cls, shown: Shown, started: float | None) -> "Started":
-        """None: now."""
-        return cls(shown, time.monotonic() if started is None else started)
-
-    def by(self, now: float) -> float:
-        """The same by another clock, which showed `now` a moment ago: clocks of several servers need not agree."""
-        return now - (time.monotonic() - self.started)
-
-
-def still_wanted(shown: Sequence[Started], deleted: Mapping[str, float], now: float) -> list[Shown]:
-    """Those whose request was not taken in before its user was deleted.
-
-    `deleted` has the times of deletion by digest, `now` is the time by the same clock.
-    """
-    if not deleted:
-        return [one for one, _ in shown]
-    return [
-        one.shown
-        for one in shown
-        if one.shown.user_id is None or one.by(now) > deleted.get(digest(one.shown.user_id), -math.inf)
-    ]
-
-
-def digests(shown: Sequence[Started]) -> list[str]:
-    """Of the users in question."""
-    return sorted(digest(user_id) for user_id in {one.user_id for one, _ in shown} if user_id is not None)
-
-
-SHOWN_COLUMNS = (
-    "recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp, temperature,"
-    " request_time, excluded_item_ids"
-)
-
-
-def shown_row(one: Shown) -> tuple[str | int | float | None, ...]:
-    """SHOWN_COLUMNS as SQL databases have them: lists are JSON."""
-    return (
-        *(one.recommendation_id, one.user_id),
-        *(json.dumps(one.item_ids, ensure_ascii=False), json.dumps(one.log_propensities)),
-        *(one.policy, one.model_version, one.timestamp, one.temperature, one.request_time),
-        json.dumps(one.excluded_item_ids, ensure_ascii=False),
-    )
-
-
-def shown_of_row(row: Sequence[Any]) -> Shown:
-    """The reverse of `shown_row`."""
-    items, log_propensities, excluded = (tuple(json.loads(row[at])) for at in (2, 3, 9))
-    return Shown._make((*row[:2], items, log_propensities, *row[4:9], excluded))
-
-
 Write = Callable[[Sequence[Started], Sequence[SpilledState]], None]
 
 
 class _Waiting(NamedTuple):
-    entry: Shown | SpilledState
+    entry: Impression | SpilledState
     since: float
 
 
@@ -102,7 +44,7 @@ class DeferredWrites:
         self._thread = threading.Thread(target=self._run, name="deferred-writes", daemon=True)
         self._thread.start()
 
-    def add(self, entries: Sequence[Shown | SpilledState], since: float | None = None) -> None:
+    def add(self, entries: Sequence[Impression | SpilledState], since: float | None = None) -> None:
         """Returns at once; beyond the limit the oldest entries are dropped. They are as of `since`, None: now."""
         since = time.monotonic() if since is None else since
         with self._changed:
@@ -148,7 +90,7 @@ class DeferredWrites:
                 self.flush()
         except Exception as error:
             self.dropped_count += len(self._waiting)
-            logger.error("%d shown recommendations and states are lost", len(self._waiting), exc_info=error)
+            logger.error("%d impressions and states are lost", len(self._waiting), exc_info=error)
 
     def _run(self) -> None:
         while True:
@@ -156,7 +98,7 @@ class DeferredWrites:
                 self._changed.wait_for(self._has_cause_to_write, INTERVAL_S)
                 if self._closed:
                     return
-            # Whatever happens, the thread goes on: nobody would start another.
+            # Whatever happens, the thread goes on: no other would be started.
             try:
                 self.flush()
                 self._failing = False
@@ -165,7 +107,7 @@ class DeferredWrites:
                     with suppress(Exception):
                         self._write_one_by_one()
                 else:
-                    logger.error("shown recommendations and states wait for the store", exc_info=error)
+                    logger.error("impressions and states wait for the store", exc_info=error)
                 self._failing = True
 
     def _take(self, most: int) -> list[_Waiting]:
@@ -182,7 +124,7 @@ class DeferredWrites:
 
     def _write_batch(self, batch: Sequence[_Waiting]) -> None:
         self._write(
-            [Started(entry, since) for entry, since in batch if isinstance(entry, Shown)],
+            [Started(entry, since) for entry, since in batch if isinstance(entry, Impression)],
             [entry for entry, _ in batch if isinstance(entry, SpilledState)],
         )
 
@@ -221,3 +163,22 @@ class DeferredWrites:
 
     def _has_cause_to_write(self) -> bool:
         return self._closed or (len(self._waiting) >= BATCH and not self._failing)
+
+
+class DeferringStore(EventStore):
+    """A store that puts off writing impressions and states."""
+
+    _deferred: DeferredWrites
+
+    def log_impression(self, impression: Impression, *, started: float | None = None) -> None:
+        self._deferred.add([impression], started)
+
+    def save_states(self, states: Sequence[SpilledState]) -> None:
+        self._deferred.add(states)
+
+    @property
+    def dropped_count(self) -> int:
+        return self._deferred.dropped_count
+
+    def flush(self) -> None:
+        self._deferred.flush()

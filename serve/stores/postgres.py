@@ -1,4 +1,4 @@
-"""Events, shown recommendations and spilled states in PostgreSQL, for several servers with one store.
+"""Events, impressions and spilled states in PostgreSQL, for several servers with one store.
 
 The database commits groups of transactions by itself. A user's row in `users` is locked before events of the user are
 inserted, so that a user's arrivals become visible in their order and the latest is a revision.
@@ -11,28 +11,17 @@ from typing import Any, LiteralString
 
 import psycopg
 
-from serve.model.events import Event
 from serve.stores.base import (
     DELETION_S,
-    MOST_EVENTS,
-    Changes,
     Deleted,
-    EventStore,
-    Shown,
     SpilledState,
     StoreError,
     UserEvent,
     digest,
 )
-from serve.stores.deferred import (
-    SHOWN_COLUMNS,
-    DeferredWrites,
-    Started,
-    digests,
-    shown_of_row,
-    shown_row,
-    still_wanted,
-)
+from serve.stores.deferred import DeferredWrites
+from serve.stores.rows import IMPRESSION_COLUMNS, Started, digests, impression_row, still_wanted
+from serve.stores.sql import Queries, SqlStore
 
 SCHEMA_VERSION = 3
 VERSION_TABLE: tuple[LiteralString, ...] = (
@@ -87,33 +76,42 @@ SCHEMA: tuple[LiteralString, ...] = (
         PRIMARY KEY (user_id, model_version)
     )""",
 )
-# No other version: who does not know it can use the store.
+# No schema version of its own: servers that do not know it can use the store.
 ARRIVALS: LiteralString = "CREATE INDEX IF NOT EXISTS arrivals ON jaxrec.events (user_id, arrival)"
-# Each walks as many of a user's events as it finds; by time, the first would walk all that the user has.
-CHANGES: LiteralString = (
-    "SELECT item_id, rating, timestamp FROM jaxrec.events"
-    " WHERE user_id = %s AND arrival > %s AND arrival <= %s ORDER BY arrival LIMIT %s"
+QUERIES = Queries(
+    life="SELECT first_arrival, last_arrival FROM jaxrec.users WHERE user_id = %s",
+    # These walk as many of a user's events as they find; by time, the first would walk all that the user has.
+    changes=(
+        "SELECT item_id, rating, timestamp FROM jaxrec.events"
+        " WHERE user_id = %s AND arrival > %s AND arrival <= %s ORDER BY arrival LIMIT %s"
+    ),
+    newest=(
+        "SELECT item_id, rating, timestamp FROM jaxrec.events"
+        " WHERE user_id = %s AND arrival <= %s AND timestamp <= %s ORDER BY timestamp DESC, arrival DESC LIMIT %s"
+    ),
+    state="SELECT * FROM jaxrec.states WHERE user_id = %s AND model_version = %s",
+    events=(
+        "SELECT arrival, event_id, user_id, item_id, rating, timestamp, recommendation_id FROM jaxrec.events"
+        " WHERE arrival > %s ORDER BY arrival LIMIT %s"
+    ),
+    impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM jaxrec.shown WHERE number > %s ORDER BY number LIMIT %s",
 )
-NEWEST: LiteralString = (
-    "SELECT item_id, rating, timestamp FROM jaxrec.events"
-    " WHERE user_id = %s AND arrival <= %s AND timestamp <= %s ORDER BY timestamp DESC, arrival DESC LIMIT %s"
-)
-LARGEST = 2**63 - 1
 # Taken while the schema is looked at, so that servers that start together don't create it twice. "jxrc".
 SCHEMA_LOCK = 0x6A787263
-# Taken whole by a deletion, and shared by who writes what was put off: neither sees half of the other's work.
+# Taken whole by a deletion, and shared by those that write what was put off: neither sees half of the other's work.
 DELETION_LOCK = SCHEMA_LOCK + 1
-COPIED_AT_ONCE = 10_000
 CONNECT_TIMEOUT_S = 5
 # Kept open between calls; there are never more than threads that call at once.
 IDLE_CONNECTIONS = 16
-# A statement that waits longer, say for a lock, fails; the client is told to come back.
+# A statement that waits longer, say for a lock, fails; the client may try again.
 STATEMENT_TIMEOUT_MS = 5_000
 SETTINGS = f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c synchronous_commit=on"
 
 
-class PostgresStore(EventStore):
+class PostgresStore(SqlStore):
     """A store in the schema `jaxrec` of a database that exists."""
+
+    _queries = QUERIES
 
     def __init__(self, location: str) -> None:
         """Connects and creates the tables that are missing; raises StoreError, also where fsync is off."""
@@ -126,12 +124,6 @@ class PostgresStore(EventStore):
             _prepare(connection)
             self._where = f"PostgreSQL {connection.info.host}:{connection.info.port}/{connection.info.dbname}"
         self._deferred = DeferredWrites(self._write_deferred)
-
-    def __enter__(self) -> "PostgresStore":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         self._deferred.close()
@@ -167,11 +159,11 @@ class PostgresStore(EventStore):
             connection.execute(
                 "UPDATE jaxrec.users SET last_arrival = latest,"
                 " first_arrival = CASE WHEN first_arrival = 0 THEN earliest ELSE first_arrival END"
-                " FROM (SELECT user_id AS who, min(arrival) AS earliest, max(arrival) AS latest FROM jaxrec.events"
-                " WHERE event_id = ANY(%s) GROUP BY user_id) AS new WHERE user_id = who",
+                " FROM (SELECT user_id AS named, min(arrival) AS earliest, max(arrival) AS latest FROM jaxrec.events"
+                " WHERE event_id = ANY(%s) GROUP BY user_id) AS new WHERE user_id = named",
                 [[event_id for (event_id,) in rows]],
             )
-            # A user whose events were all another's duplicates is none.
+            # A user all of whose events were duplicates of another user's has none.
             connection.execute(
                 "DELETE FROM jaxrec.users WHERE user_id = ANY(%s) AND last_arrival = 0",
                 [users],
@@ -181,47 +173,6 @@ class PostgresStore(EventStore):
         return [new for new in {new.event_id: new for new in reversed(events)}.values() if new.event_id in new_ids][
             ::-1
         ]
-
-    def history(self, user_id: str, until: int | None = None) -> list[Event]:
-        return self._newest(user_id, LARGEST, LARGEST if until is None else until, MOST_EVENTS)
-
-    def revision(self, user_id: str) -> int:
-        return self._life(user_id)[1]
-
-    def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
-        first, revision = self._life(user_id)
-        if revision and since >= revision:
-            return Changes(revision, [], complete=False)
-        # Not in one snapshot: events after `revision` are left to the next call, and a deletion in between
-        # changes the revision, so the next call starts anew.
-        if revision and since >= first:
-            events = [Event(*row) for row in self._read(CHANGES, user_id, since, revision, most)]
-            if len(events) < most:
-                return Changes(revision, sorted(events, key=lambda event: event.timestamp), complete=False)
-        return Changes(revision, self._newest(user_id, revision, LARGEST, most), complete=True)
-
-    def log_shown(self, shown: Shown, *, started: float | None = None, wait: bool = False) -> None:
-        one = Started.at(shown, started)
-        if wait:
-            with self._connection("cannot be written") as connection:
-                _insert_shown(connection, [one])
-        else:
-            self._deferred.add([shown], one.started)
-
-    def shown(self, user_id: str | None) -> list[Shown]:
-        rows = self._read(
-            f"SELECT {SHOWN_COLUMNS} FROM jaxrec.shown WHERE user_id IS NOT DISTINCT FROM %s ORDER BY number",
-            user_id,
-        )
-        return [shown_of_row(row) for row in rows]
-
-    def save_states(self, states: Sequence[SpilledState]) -> None:
-        self._deferred.add(states)
-
-    def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
-        query = "SELECT * FROM jaxrec.states WHERE user_id = %s AND model_version = %s"
-        rows = self._read(query, user_id, model_version)
-        return SpilledState(*rows[0]) if rows else None
 
     def drop_states(self, keep_versions: Collection[str], most: int) -> int:
         with self._connection("cannot be written") as connection:
@@ -238,7 +189,7 @@ class PostgresStore(EventStore):
             # The lock of `record`: no event can come in between.
             connection.execute("SELECT 1 FROM jaxrec.users WHERE user_id = %s FOR UPDATE", [user_id])
             events = connection.execute("DELETE FROM jaxrec.events WHERE user_id = %s", [user_id]).rowcount
-            shown = connection.execute("DELETE FROM jaxrec.shown WHERE user_id = %s", [user_id]).rowcount
+            impressions = connection.execute("DELETE FROM jaxrec.shown WHERE user_id = %s", [user_id]).rowcount
             connection.execute("DELETE FROM jaxrec.states WHERE user_id = %s", [user_id])
             connection.execute("DELETE FROM jaxrec.users WHERE user_id = %s", [user_id])
             connection.execute(
@@ -249,51 +200,16 @@ class PostgresStore(EventStore):
                 " ON CONFLICT (digest) DO UPDATE SET time = excluded.time",
                 [digest(user_id)],
             )
-        return Deleted(events, shown)
-
-    def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
-        last = 0
-        while rows := self._read(
-            "SELECT arrival, event_id, user_id, item_id, rating, timestamp, recommendation_id FROM jaxrec.events"
-            " WHERE arrival > %s ORDER BY arrival LIMIT %s",
-            *(last, COPIED_AT_ONCE),
-        ):
-            yield [(row[0], UserEvent(row[1], row[2], Event(*row[3:6]), row[6])) for row in rows]
-            last = rows[-1][0]
-
-    def all_shown(self) -> Iterator[Sequence[Shown]]:
-        last = 0
-        while rows := self._read(
-            f"SELECT number, {SHOWN_COLUMNS} FROM jaxrec.shown WHERE number > %s ORDER BY number LIMIT %s",
-            *(last, COPIED_AT_ONCE),
-        ):
-            yield [shown_of_row(row[1:]) for row in rows]
-            last = rows[-1][0]
-
-    @property
-    def dropped_count(self) -> int:
-        return self._deferred.dropped_count
-
-    def flush(self) -> None:
-        self._deferred.flush()
-
-    def _life(self, user_id: str) -> tuple[int, int]:
-        """First and last arrival of a user's events; zeros: there are none."""
-        rows = self._read("SELECT first_arrival, last_arrival FROM jaxrec.users WHERE user_id = %s", user_id)
-        return rows[0] if rows else (0, 0)
-
-    def _newest(self, user_id: str, last_arrival: int, until: int, most: int) -> list[Event]:
-        """A user's newest events up to an arrival and a time, by (timestamp, arrival)."""
-        return [Event(*row) for row in reversed(self._read(NEWEST, user_id, last_arrival, until, most))]
+        return Deleted(events, impressions)
 
     def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
         with self._connection("cannot be read") as connection:
             return connection.execute(query, parameters).fetchall()
 
-    def _write_deferred(self, shown: Sequence[Started], states: Sequence[SpilledState]) -> None:
+    def _write_deferred(self, impressions: Sequence[Started], states: Sequence[SpilledState]) -> None:
         with self._connection("cannot be written") as connection:
-            _insert_shown(connection, shown)
-            # States of users that were deleted meanwhile have no place any more.
+            _insert_impressions(connection, impressions)
+            # Not the states of users that were deleted meanwhile.
             connection.cursor().executemany(
                 "INSERT INTO jaxrec.states SELECT user_id, %(model_version)s, %(revision)s, %(state)s FROM jaxrec.users"
                 " WHERE user_id = %(user_id)s AND first_arrival <= %(revision)s ON CONFLICT (user_id, model_version)"
@@ -333,18 +249,18 @@ class PostgresStore(EventStore):
                 self._idle.pop().close()
 
 
-def _insert_shown(connection: psycopg.Connection, shown: Sequence[Started]) -> None:
-    """What was made for users before they were deleted has no place any more."""
+def _insert_impressions(connection: psycopg.Connection, impressions: Sequence[Started]) -> None:
+    """Leaves out what was recommended to users before they were deleted."""
     connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", [DELETION_LOCK])
     rows = connection.execute(
         "SELECT digest, extract(epoch FROM time)::float8 FROM jaxrec.deletions WHERE digest = ANY(%s)",
-        [digests(shown)],
+        [digests(impressions)],
     ).fetchall()
     (now,) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone() or (0.0,)
     connection.cursor().executemany(
-        f"INSERT INTO jaxrec.shown ({SHOWN_COLUMNS})"
+        f"INSERT INTO jaxrec.shown ({IMPRESSION_COLUMNS})"
         " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT (recommendation_id) DO NOTHING",
-        [shown_row(one) for one in still_wanted(shown, dict(rows), now)],
+        [impression_row(one) for one in still_wanted(impressions, dict(rows), now)],
     )
 
 

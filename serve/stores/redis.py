@@ -1,4 +1,4 @@
-"""Events, shown recommendations and spilled states in Redis, for several servers with one store.
+"""Events, impressions and spilled states in Redis, for several servers with one store.
 
 What belongs together changes in one script, so that no reader sees half of it. Redis must write each command to its
 log before it answers: `appendfsync always`, or from 7.2 on any appendonly server, which is then asked to (WAITAOF).
@@ -10,7 +10,7 @@ Keys, all below `jaxrec:`: `event_ids` (set), `revision` (counter), `user:ID` (h
 `states:ID` (hash by model version), `states` (set of the IDs that have one, so that they can be found),
 `deletions` (sorted set of digests of deleted users by time), `deleted` (hash of lists `deleted:NUMBER`, what is left of
 long deleted lists, and of which set it has ids); while a store of version 1 is brought up to date,
-`update` (hash of the lists of what was shown: how much of each is left) and `update_ids` (`shown_ids` later).
+`update` (hash of the lists of impressions: how much of each is left) and `update_ids` (`shown_ids` later).
 """
 
 import itertools
@@ -30,24 +30,24 @@ from serve.stores.base import (
     MOST_EVENTS,
     Changes,
     Deleted,
-    EventStore,
-    Shown,
+    Impression,
     SpilledState,
     StoreError,
     UserEvent,
     digest,
 )
-from serve.stores.deferred import DeferredWrites, Started
+from serve.stores.deferred import DeferredWrites, DeferringStore
 from serve.stores.redis_scripts import (
     DELETE_USER,
     DROP_STATES,
     END_UPDATE,
     FORGET_REST,
-    LOG_SHOWN,
+    LOG_IMPRESSION,
     RECORD,
     SAVE_STATE,
-    UPDATE_SHOWN,
+    UPDATE_IMPRESSIONS,
 )
+from serve.stores.rows import Started
 
 VERSION = "3"
 COPIED_AT_ONCE = 1_000
@@ -59,13 +59,13 @@ FIRST_WITH_WAITAOF = (7, 2)
 REVISION = struct.Struct("<q")
 
 
-class RedisStore(EventStore):
+class RedisStore(DeferringStore):
     """A store in one database of a Redis server."""
 
     def __init__(self, location: str) -> None:
-        """Connects; raises StoreError, also where the server does not keep what it is told."""
+        """Connects; raises StoreError, also where the server could lose acknowledged events."""
         try:
-            # A broken connection is replaced at the next call; commands are not repeated behind our back.
+            # A broken connection is replaced at the next call; redis-py repeats no commands by itself.
             self._redis = redis.Redis.from_url(
                 location,
                 socket_timeout=TIMEOUT_S,
@@ -81,7 +81,7 @@ class RedisStore(EventStore):
         self._drop_states = self._redis.register_script(DROP_STATES)
         self._drop_from = 0
         self._save_state = self._redis.register_script(SAVE_STATE)
-        self._log_shown = self._redis.register_script(LOG_SHOWN)
+        self._log_impression = self._redis.register_script(LOG_IMPRESSION)
         try:
             with self._failures("cannot be opened"):
                 self._waits_for_disk = self._check_server()
@@ -90,12 +90,6 @@ class RedisStore(EventStore):
             self._redis.close()
             raise
         self._deferred = DeferredWrites(self._write_deferred)
-
-    def __enter__(self) -> "RedisStore":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         self._deferred.close()
@@ -134,20 +128,6 @@ class RedisStore(EventStore):
             events, complete = _decoded(values, 0, revision), True
         return Changes(revision, events[-most:], complete)
 
-    def log_shown(self, shown: Shown, *, started: float | None = None, wait: bool = False) -> None:
-        one = Started.at(shown, started)
-        if wait:
-            arguments = _shown_arguments(one, self._read(self._now))
-            self._written(lambda client: self._log_shown(args=arguments, client=client))
-        else:
-            self._deferred.add([shown], one.started)
-
-    def shown(self, user_id: str | None) -> list[Shown]:
-        return [_shown(value) for value in self._read(lambda: self._redis.lrange(_shown_key(user_id), 0, -1))]
-
-    def save_states(self, states: Sequence[SpilledState]) -> None:
-        self._deferred.add(states)
-
     def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
         value = self._read(lambda: self._redis.hget(f"jaxrec:states:{user_id}", model_version))
         if value is None:
@@ -173,10 +153,10 @@ class RedisStore(EventStore):
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
         arguments: list[Any] = [user_id, digest(user_id), DELETION_S, DELETED_AT_ONCE]
-        events, shown = self._written(lambda client: self._delete(args=arguments, client=client))
+        events, impressions = self._written(lambda client: self._delete(args=arguments, client=client))
         # Also what an attempt that failed left.
         self._finish_deletions()
-        return Deleted(events, shown)
+        return Deleted(events, impressions)
 
     def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
         prefix = b"jaxrec:events:"
@@ -185,17 +165,10 @@ class RedisStore(EventStore):
             for values in self._parts(key):
                 yield [_user_event(user_id, value) for value in values]
 
-    def all_shown(self) -> Iterator[Sequence[Shown]]:
+    def all_impressions(self) -> Iterator[Sequence[Impression]]:
         for key in (b"jaxrec:shown", *self._keys(b"jaxrec:shown:*")):
             for values in self._parts(key):
-                yield [_shown(value) for value in values]
-
-    @property
-    def dropped_count(self) -> int:
-        return self._deferred.dropped_count
-
-    def flush(self) -> None:
-        self._deferred.flush()
+                yield [_impression(value) for value in values]
 
     def _finish_deletions(self) -> None:
         """Of long lists, also where another server began; may be broken off, and done by two at once."""
@@ -230,11 +203,11 @@ class RedisStore(EventStore):
                 return
             yield values
 
-    def _write_deferred(self, shown: Sequence[Started], states: Sequence[SpilledState]) -> None:
+    def _write_deferred(self, impressions: Sequence[Started], states: Sequence[SpilledState]) -> None:
         with self._failures("cannot be written"), self._redis.pipeline(transaction=True) as pipeline:
             now = self._now()
-            for one in shown:
-                self._log_shown(args=_shown_arguments(one, now), client=pipeline)
+            for one in impressions:
+                self._log_impression(args=_impression_arguments(one, now), client=pipeline)
             for state in states:
                 value = REVISION.pack(state.revision) + state.state
                 self._save_state(args=[state.user_id, state.model_version, state.revision, value], client=pipeline)
@@ -265,7 +238,7 @@ class RedisStore(EventStore):
 
     def _check_server(self) -> bool:
         """Whether to ask after each write that it is on disk; raises StoreError when that would not help."""
-        where = "Redis: expected a server that keeps what it is told"
+        where = "Redis: expected a server that loses nothing"
         info = self._redis.info()
         policy = info.get("maxmemory_policy", "noeviction")
         if policy != "noeviction":
@@ -287,13 +260,13 @@ class RedisStore(EventStore):
                 # Its entries of `shown` are read as they are; its servers could not read those that come from now on.
                 self._redis.set("jaxrec:version", VERSION)
             elif found != VERSION.encode():
-                shown = found.decode() if isinstance(found, bytes) else found
-                raise StoreError(f"Redis: is a store in version {shown}, expected 1..{VERSION}")
+                version_there = found.decode() if isinstance(found, bytes) else found
+                raise StoreError(f"Redis: is a store in version {version_there}, expected 1..{VERSION}")
         return not always
 
     def _update_from_version_1(self) -> None:
         """Goes on where it was broken off. Servers of version 1 have to be stopped: they would log without ids."""
-        update = self._redis.register_script(UPDATE_SHOWN)
+        update = self._redis.register_script(UPDATE_IMPRESSIONS)
         for key in (b"jaxrec:shown", *self._keys(b"jaxrec:shown:*")):
             while update(args=[key, UPDATED_AT_ONCE]):
                 pass
@@ -307,21 +280,22 @@ class RedisStore(EventStore):
             raise StoreError(f"Redis: {what}: {error}") from error
 
 
-def _shown_key(user_id: str | None) -> str:
+def _impressions_key(user_id: str | None) -> str:
     return "jaxrec:shown" if user_id is None else f"jaxrec:shown:{user_id}"
 
 
-def _shown_arguments(one: Started, now: float) -> list[Any]:
-    """Those of the script LOG_SHOWN; `now` is the server's time."""
-    shown = one.shown
-    user = "" if shown.user_id is None else digest(shown.user_id)
-    return [_shown_key(shown.user_id), shown.recommendation_id, json.dumps(shown), one.by(now), user]
+def _impression_arguments(one: Started, now: float) -> list[Any]:
+    """Those of the script LOG_IMPRESSION; `now` is the server's time."""
+    impression = one.impression
+    user = "" if impression.user_id is None else digest(impression.user_id)
+    key = _impressions_key(impression.user_id)
+    return [key, impression.recommendation_id, json.dumps(impression), one.by(now), user]
 
 
-def _shown(value: bytes) -> Shown:
+def _impression(value: bytes) -> Impression:
     """Older servers than those of version 3 wrote the first seven fields alone."""
     row = json.loads(value)
-    return Shown(row[0], row[1], tuple(row[2]), tuple(row[3]), *row[4:9], *map(tuple, row[9:]))
+    return Impression(row[0], row[1], tuple(row[2]), tuple(row[3]), *row[4:9], *map(tuple, row[9:]))
 
 
 def _user_event(user_id: str, value: bytes) -> tuple[int, UserEvent]:

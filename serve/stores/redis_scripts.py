@@ -1,4 +1,4 @@
-"""What `serve.stores.redis` runs within Redis: each script is one step that nobody sees half of.
+"""What `serve.stores.redis` runs within Redis: each script is one step, of which no reader sees a half.
 
 None takes longer than the client waits: what depends on the length of a list is done in parts.
 """
@@ -32,7 +32,7 @@ local function forget(list, ids, most)
 end
 """
 # ARGV: user, its digest, for how many seconds that is kept, and how many entries of a list to delete now. More of them
-# are put away where no reader looks, for FORGET_REST. Returns how many events and shown recommendations there were.
+# are put away where no reader looks, for FORGET_REST. Returns how many events and impressions there were.
 DELETE_USER = (
     FORGET
     + """
@@ -85,9 +85,9 @@ for _, user in ipairs(found[2]) do
 end
 return {found[1], dropped}
 """
-# ARGV: list, id and value of a shown recommendation, when its request was taken in (seconds, by the server's clock) and
-# the digest of its user ('' for nobody). Only once, and not if the user was deleted since.
-LOG_SHOWN = """
+# ARGV: list, id and value of an impression, when its request began (seconds, by the server's clock) and
+# the digest of its user ('': no user). Only once, and not if the user was deleted since.
+LOG_IMPRESSION = """
 local deleted = redis.call('ZSCORE', 'jaxrec:deletions', ARGV[5])
 if deleted and tonumber(ARGV[4]) <= tonumber(deleted) then
     return
@@ -96,10 +96,10 @@ if redis.call('SADD', 'jaxrec:shown_ids', ARGV[2]) == 1 then
     redis.call('RPUSH', ARGV[1], ARGV[3])
 end
 """
-# ARGV: a list of shown recommendations of version 1, which has no ids and may have some twice; how many to look at.
+# ARGV: a list of impressions of version 1, which has no ids and may have some twice; how many to look at.
 # They go from the head of the list to its tail, those that were seen before do not; what is left to do is kept in
 # `update`, so that this can be broken off, and done by two at once. Returns whether there is more to do.
-UPDATE_SHOWN = """
+UPDATE_IMPRESSIONS = """
 if redis.call('GET', 'jaxrec:version') ~= '1' then
     return 0
 end

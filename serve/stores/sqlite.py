@@ -1,4 +1,4 @@
-"""Events, shown recommendations and spilled states in one SQLite file, for one server.
+"""Events, impressions and spilled states in one SQLite file, for one server.
 
 One thread writes; calls that wait for it share a transaction and its fsync (group commit), each with a savepoint of
 its own, so that a call that fails takes no other with it. WAL with synchronous=FULL: what was acknowledged survives
@@ -13,32 +13,21 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, LiteralString, NamedTuple, TypeVar
 
-from serve.model.events import Event
 from serve.stores.base import (
     DELETION_S,
-    MOST_EVENTS,
-    Changes,
     Deleted,
-    EventStore,
-    Shown,
     SpilledState,
     StoreError,
     UserEvent,
     digest,
 )
-from serve.stores.deferred import (
-    SHOWN_COLUMNS,
-    DeferredWrites,
-    Started,
-    digests,
-    shown_of_row,
-    shown_row,
-    still_wanted,
-)
+from serve.stores.deferred import DeferredWrites
+from serve.stores.rows import IMPRESSION_COLUMNS, Started, digests, impression_row, still_wanted
+from serve.stores.sql import Queries, SqlStore
 
-# "jxrc": marks the file, so that another program's database is not taken for a store.
+# "jxrc": marks the file, so that another program's database is not used as a store.
 APPLICATION_ID = 0x6A787263
 SCHEMA_VERSION = 4
 # `arrival` is never given twice (AUTOINCREMENT), so a user's latest is a revision that never comes back.
@@ -86,7 +75,8 @@ CREATE TABLE IF NOT EXISTS states (
     PRIMARY KEY (user_id, model_version)
 ) STRICT, WITHOUT ROWID;
 """
-# No other version: who does not know it can use the store. It holds `arrival` too, as all indexes hold the row's key.
+# No schema version of its own: servers that do not know it can use the store. It holds `arrival` too, as all indexes
+# hold the row's key.
 ARRIVALS = "CREATE INDEX IF NOT EXISTS arrivals ON events (user_id)"
 FROM_VERSION_1 = """
 ALTER TABLE events ADD COLUMN recommendation_id TEXT;
@@ -96,43 +86,51 @@ ALTER TABLE shown ADD COLUMN temperature REAL;
 ALTER TABLE shown ADD COLUMN request_time INTEGER;
 ALTER TABLE shown ADD COLUMN excluded_item_ids TEXT NOT NULL DEFAULT '[]';
 """
-# By the version of an older store, what comes before SCHEMA: version 1 knows no `shown`, that of 2 and 3 is the same.
+# By the version of an older store, what comes before SCHEMA: version 1 has no `shown`, that of 2 and 3 is the same.
 UPDATES = {1: FROM_VERSION_1, 2: FROM_VERSION_2, 3: FROM_VERSION_2}
 FILL_USERS = "INSERT OR IGNORE INTO users SELECT user_id, min(arrival), max(arrival) FROM events GROUP BY user_id"
 # In a copy of a log that no store was opened on, see `serve.stores.copy`: it may be replaced by a newer one.
 MARK_COPY = "CREATE TABLE untouched_copy (marked INTEGER) STRICT"
 UNMARK_COPY = "DROP TABLE IF EXISTS untouched_copy"
 LOCK_TIMEOUT_S = 5.0
-LARGEST = 2**63 - 1
 LARGEST_GROUP = 256
-COPIED_AT_ONCE = 10_000
-SHOWN_AT_ONCE = 100
+INSERTED_AT_ONCE = 100
 
-# Each walks as many of a user's events as it finds: without a hint, the first would walk all of `history`.
-CHANGES = (
-    "SELECT item_id, rating, timestamp FROM events INDEXED BY arrivals"
-    " WHERE user_id = ? AND arrival > ? AND arrival <= ? ORDER BY arrival LIMIT ?"
+QUERIES = Queries(
+    life="SELECT first_arrival, last_arrival FROM users WHERE user_id = ?",
+    # These walk as many of a user's events as they find: without a hint, the first would walk all of `history`.
+    changes=(
+        "SELECT item_id, rating, timestamp FROM events INDEXED BY arrivals"
+        " WHERE user_id = ? AND arrival > ? AND arrival <= ? ORDER BY arrival LIMIT ?"
+    ),
+    newest=(
+        "SELECT item_id, rating, timestamp FROM events INDEXED BY history"
+        " WHERE user_id = ? AND arrival <= ? AND timestamp <= ? ORDER BY timestamp DESC, arrival DESC LIMIT ?"
+    ),
+    state="SELECT * FROM states WHERE user_id = ? AND model_version = ?",
+    events=(
+        "SELECT arrival, event_id, user_id, item_id, rating, timestamp, recommendation_id FROM events"
+        " WHERE arrival > ? ORDER BY arrival LIMIT ?"
+    ),
+    impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM shown WHERE number > ? ORDER BY number LIMIT ?",
 )
-NEWEST = (
-    "SELECT item_id, rating, timestamp FROM events INDEXED BY history"
-    " WHERE user_id = ? AND arrival <= ? AND timestamp <= ? ORDER BY timestamp DESC, arrival DESC LIMIT ?"
-)
-SHOWN = f"{SHOWN_COLUMNS} FROM shown"
-INSERT_SHOWN = f"INSERT INTO shown ({SHOWN_COLUMNS}) VALUES"
-SHOWN_VALUES = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+INSERT_IMPRESSION = f"INSERT INTO shown ({IMPRESSION_COLUMNS}) VALUES"
+IMPRESSION_VALUES = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 T = TypeVar("T")
 
 
 class _Write(NamedTuple):
-    """What to do within the writer's transaction, and whom to tell."""
+    """What to do within the writer's transaction, and the future of its result."""
 
     work: Callable[[sqlite3.Connection], Any]
     done: Future[Any]
 
 
-class SQLiteStore(EventStore):
+class SQLiteStore(SqlStore):
     """The store of one server process; a second process may read and write the same file."""
+
+    _queries = QUERIES
 
     def __init__(self, path: Path) -> None:
         """Opens the file, or creates it; raises StoreError."""
@@ -152,12 +150,6 @@ class SQLiteStore(EventStore):
         self._thread.start()
         self._deferred = DeferredWrites(self._write_deferred)
 
-    def __enter__(self) -> "SQLiteStore":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         self._deferred.close()
         self._writes.put(None)
@@ -168,42 +160,6 @@ class SQLiteStore(EventStore):
         if not events:
             return []
         return self._write(lambda connection: _insert_events(connection, events))
-
-    def history(self, user_id: str, until: int | None = None) -> list[Event]:
-        return self._newest(user_id, LARGEST, LARGEST if until is None else until, MOST_EVENTS)
-
-    def revision(self, user_id: str) -> int:
-        return self._life(user_id)[1]
-
-    def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
-        first, revision = self._life(user_id)
-        if revision and since >= revision:
-            return Changes(revision, [], complete=False)
-        # Not in one snapshot: events after `revision` are left to the next call, and a deletion in between
-        # changes the revision, so the next call starts anew.
-        if revision and since >= first:
-            events = [Event(*row) for row in self._read(CHANGES, user_id, since, revision, most)]
-            if len(events) < most:
-                return Changes(revision, sorted(events, key=lambda event: event.timestamp), complete=False)
-        return Changes(revision, self._newest(user_id, revision, LARGEST, most), complete=True)
-
-    def log_shown(self, shown: Shown, *, started: float | None = None, wait: bool = False) -> None:
-        one = Started.at(shown, started)
-        if wait:
-            self._write(lambda connection: _insert_shown(connection, [one]))
-        else:
-            self._deferred.add([shown], one.started)
-
-    def shown(self, user_id: str | None) -> list[Shown]:
-        return [shown_of_row(row) for row in self._read(f"SELECT {SHOWN} WHERE user_id IS ? ORDER BY number", user_id)]
-
-    def save_states(self, states: Sequence[SpilledState]) -> None:
-        self._deferred.add(states)
-
-    def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
-        query = "SELECT * FROM states WHERE user_id = ? AND model_version = ?"
-        rows = self._read(query, user_id, model_version)
-        return SpilledState(*rows[0]) if rows else None
 
     def drop_states(self, keep_versions: Collection[str], most: int) -> int:
         kept = ", ".join("?" * len(keep_versions))
@@ -217,47 +173,13 @@ class SQLiteStore(EventStore):
         self._deferred.discard(user_id)
         return self._write(lambda connection: _delete_user(connection, user_id))
 
-    def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
-        query = (
-            "SELECT arrival, event_id, user_id, item_id, rating, timestamp, recommendation_id FROM events"
-            " WHERE arrival > ? ORDER BY arrival LIMIT ?"
-        )
-        last = 0
-        while rows := self._read(query, last, COPIED_AT_ONCE):
-            yield [(row[0], UserEvent(row[1], row[2], Event(*row[3:6]), row[6])) for row in rows]
-            last = rows[-1][0]
-
-    def all_shown(self) -> Iterator[Sequence[Shown]]:
-        last = 0
-        while rows := self._read(
-            f"SELECT number, {SHOWN} WHERE number > ? ORDER BY number LIMIT ?", last, COPIED_AT_ONCE
-        ):
-            yield [shown_of_row(row[1:]) for row in rows]
-            last = rows[-1][0]
-
-    @property
-    def dropped_count(self) -> int:
-        return self._deferred.dropped_count
-
-    def flush(self) -> None:
-        self._deferred.flush()
-
-    def _life(self, user_id: str) -> tuple[int, int]:
-        """First and last arrival of a user's events; zeros: there are none."""
-        rows = self._read("SELECT first_arrival, last_arrival FROM users WHERE user_id = ?", user_id)
-        return rows[0] if rows else (0, 0)
-
-    def _newest(self, user_id: str, last_arrival: int, until: int, most: int) -> list[Event]:
-        """A user's newest events up to an arrival and a time, by (timestamp, arrival)."""
-        return [Event(*row) for row in reversed(self._read(NEWEST, user_id, last_arrival, until, most))]
-
-    def _read(self, query: str, *parameters: str | int | None) -> list[Any]:
+    def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
         with self._failures("cannot be read"):
             return self._reader().execute(query, parameters).fetchall()
 
-    def _write_deferred(self, shown: Sequence[Started], states: Sequence[SpilledState]) -> None:
+    def _write_deferred(self, impressions: Sequence[Started], states: Sequence[SpilledState]) -> None:
         def work(connection: sqlite3.Connection) -> None:
-            _insert_shown(connection, shown)
+            _insert_impressions(connection, impressions)
             _insert_states(connection, states)
 
         self._write(work)
@@ -417,24 +339,24 @@ def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) 
     return recorded
 
 
-def _insert_shown(connection: sqlite3.Connection, shown: Sequence[Started]) -> None:
-    """What was made for users before they were deleted has no place any more."""
-    users = digests(shown)
+def _insert_impressions(connection: sqlite3.Connection, impressions: Sequence[Started]) -> None:
+    """Leaves out what was recommended to users before they were deleted."""
+    users = digests(impressions)
     query = f"SELECT user, time FROM deletions WHERE user IN ({', '.join('?' * len(users))})"
     deleted = dict(connection.execute(query, users).fetchall())
-    rows = [shown_row(one) for one in still_wanted(shown, deleted, time.time())]
+    rows = [impression_row(one) for one in still_wanted(impressions, deleted, time.time())]
     # Many in one statement: after each statement Python takes its lock again, which the threads that answer want too.
-    for start in range(0, len(rows), SHOWN_AT_ONCE):
-        part = rows[start : start + SHOWN_AT_ONCE]
-        values = ", ".join([SHOWN_VALUES] * len(part))
+    for start in range(0, len(rows), INSERTED_AT_ONCE):
+        part = rows[start : start + INSERTED_AT_ONCE]
+        values = ", ".join([IMPRESSION_VALUES] * len(part))
         connection.execute(
-            f"{INSERT_SHOWN} {values} ON CONFLICT (recommendation_id) DO NOTHING",
+            f"{INSERT_IMPRESSION} {values} ON CONFLICT (recommendation_id) DO NOTHING",
             [value for row in part for value in row],
         )
 
 
 def _insert_states(connection: sqlite3.Connection, states: Sequence[SpilledState]) -> None:
-    """States of users that were deleted meanwhile have no place any more."""
+    """Leaves out the states of users that were deleted meanwhile."""
     connection.executemany(
         "INSERT INTO states SELECT ?1, ?2, ?3, ?4"
         " WHERE EXISTS (SELECT 1 FROM users WHERE user_id = ?1 AND first_arrival <= ?3)"

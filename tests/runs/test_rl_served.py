@@ -27,14 +27,15 @@ from jaxrec.rl.served.event_store import (
 from jaxrec.runs.directory import POLICY_FOLDER, POLICY_PREVIOUS_FOLDER, open_run
 from jaxrec.runs.policy import load_policy, read_outcome, read_steps, write_policy
 from jaxrec.runs.rl_served import rl_log_run
-from serve.model.artifact import read_artifact
+from serve.model.directory import read_artifact
 from serve.model.events import Event
 from serve.model.exploration import Exploration
 from serve.model.recommender import Query, Recommender
 from serve.observability.metrics import Metrics
 from serve.serving.loaded import LoadedModel
-from serve.stores.base import Shown, UserEvent
+from serve.stores.base import Impression, UserEvent
 from serve.stores.sqlite import SQLiteStore
+from tests.serve.stores.impressions import log_now
 
 TEMPERATURE, USERS, ROUNDS, SLOTS = 1.5, 150, 4, 4
 START = 1_200_000_000
@@ -79,8 +80,8 @@ def serve_and_log(
             answer = model.recommend(Query((), SLOTS, user_id=name))
             items = tuple(str(model.model.catalog.item_ids[item]) for item in answer.items.tolist())
             drawn = answer.log_propensities, answer.policy, "v1", time, TEMPERATURE
-            shown = Shown(f"r{number}", name, items, *drawn)
-            store.log_shown(shown, wait=True)
+            shown = Impression(f"r{number}", name, items, *drawn)
+            log_now(store, shown)
             for item in items:
                 if takes(int(item), rng):
                     event = Event(item, float(rng.integers(1, 6)), time)
@@ -211,18 +212,18 @@ def test_what_cannot_be_used_is_counted(run: Path, small_data: PreparedData, tmp
             ]
         )
         for shown in (
-            Shown("a", "u", (raw[1],), lone, "reinforce", "v", 110, 0.5),
-            Shown("b", "u", (raw[5],), (), "supervised", "v", 110),
-            Shown("c", "u", (raw[3], raw[4]), (-1.0, -2.0), "reinforce", "v", 110, 0.5),
-            Shown("c", "u", (raw[3], raw[4]), (-1.0, -2.0), "reinforce", "v", 110, 0.5),
-            Shown("d", "u", ("gone",), lone, "reinforce", "v", 150, 0.5),
-            Shown("e", None, (raw[3],), lone, "reinforce", "v", 150, 0.5),
-            Shown("f", "stranger", (raw[3],), lone, "reinforce", "v", 150, 0.5),
-            Shown("g", "never seen", (raw[3],), lone, "reinforce", "v", 150, 0.5),
-            Shown("h", "u", (raw[3],), lone, "reinforce", "v", 110),
-            Shown("i", "u", (raw[3],), lone, "reinforce", "v", 111, 0.5),
+            Impression("a", "u", (raw[1],), lone, "reinforce", "v", 110, 0.5),
+            Impression("b", "u", (raw[5],), (), "supervised", "v", 110),
+            Impression("c", "u", (raw[3], raw[4]), (-1.0, -2.0), "reinforce", "v", 110, 0.5),
+            Impression("c", "u", (raw[3], raw[4]), (-1.0, -2.0), "reinforce", "v", 110, 0.5),
+            Impression("d", "u", ("gone",), lone, "reinforce", "v", 150, 0.5),
+            Impression("e", None, (raw[3],), lone, "reinforce", "v", 150, 0.5),
+            Impression("f", "stranger", (raw[3],), lone, "reinforce", "v", 150, 0.5),
+            Impression("g", "never seen", (raw[3],), lone, "reinforce", "v", 150, 0.5),
+            Impression("h", "u", (raw[3],), lone, "reinforce", "v", 110),
+            Impression("i", "u", (raw[3],), lone, "reinforce", "v", 111, 0.5),
         ):
-            store.log_shown(shown, wait=True)
+            log_now(store, shown)
     log = read_served_log(tmp_path / "events.sqlite", small_data.catalog)
     # An answer came 90 seconds late and the last event is of 200: of what was shown after 110 more may come.
     assert log.skipped == {
@@ -246,7 +247,7 @@ def test_a_log_without_propensities_says_so(run: Path, tmp_path: Path, small_dat
     with SQLiteStore(tmp_path / "events.sqlite") as store:
         item = str(small_data.catalog.ids.raw_ids[0])
         store.record([UserEvent("1", "u", Event(item, 4.0, 100))])
-        store.log_shown(Shown("a", "u", (item,), (), "supervised", "v", 110), wait=True)
+        log_now(store, Impression("a", "u", (item,), (), "supervised", "v", 110))
     with pytest.raises(DataError, match=r"nothing to learn from: .*no propensities.*--explore"):
         rl_log_run(run, tmp_path / "events.sqlite", CONFIG)
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import grpc
 import pytest
 
-from serve.client.sync import RecommenderClient
+from serve.client import RecommenderClient
 from serve.front.server import create_server
-from serve.model.artifact import Artifact, read_artifact
+from serve.model.directory import Artifact, read_artifact
 from serve.model.recommender import Recommender
 from serve.pb.recommender_pb2_grpc import RecommenderStub
-from serve.serving.loaded import one_model
 from serve.stores import open_store
 from serve.stores.base import EventStore
+from tests.serve.one_model import one_model
 
 
 @pytest.fixture(scope="session")

@@ -38,11 +38,11 @@ def test_running_server_has_loaded_nothing_of_training(model_directory: Path, tm
 import sys
 from pathlib import Path
 import serve.cli.main, serve.cli.recommend, tests.serve.process
-from serve.model.artifact import read_artifact
-from serve.client.sync import RecommenderClient
+from serve.model.directory import read_artifact
+from serve.client import RecommenderClient
 from serve.model.recommender import Recommender
 from serve.front.server import create_server
-from serve.serving.loaded import one_model
+from tests.serve.one_model import one_model
 from serve.stores import open_store
 with open_store(Path({str(tmp_path / "s")!r})) as store:
     models = one_model(Recommender(read_artifact(Path({str(model_directory)!r}))), store)
@@ -57,6 +57,20 @@ print(*{{name.partition(".")[0] for name in sys.modules}})
     loaded = set(ended.stdout.split())
     assert "onnxruntime" in loaded
     assert not loaded & NOT_IN_THE_SERVER
+
+
+@pytest.mark.parametrize(
+    ("program", "never"),
+    [
+        ("from serve.client import RecommenderClient, Event", {"numpy", "onnxruntime", "serve.front", "serve.model"}),
+        ("from serve.cli.main import main; main(['--help'], standalone_mode=False)", {"grpc", "numpy", "serve.model"}),
+        ("from serve.cli.main import main; main(['run', '--help'], standalone_mode=False)", {"grpc", "numpy"}),
+    ],
+)
+def test_the_client_and_help_load_little(program: str, never: set[str]) -> None:
+    command = [sys.executable, "-c", f"{program}\nimport sys\nprint(*sys.modules)"]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    assert not never & set(loaded)
 
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="OpenBLAS starts no threads on one core")

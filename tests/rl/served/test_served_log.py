@@ -17,15 +17,16 @@ from jaxrec.rl.served.event_store import STILL_OPEN, History, Recommendation, Se
 from jaxrec.rl.served.log_policy import logged_logprobs
 from jaxrec.rl.served.policy import EXACT
 from jaxrec.rl.served.states import log_states
-from serve.client import sync as client
+from serve import client
 from serve.front.server import create_server
-from serve.model.artifact import read_artifact
+from serve.model.directory import read_artifact
 from serve.model.events import Event
 from serve.model.exploration import Exploration
 from serve.model.recommender import Recommender
-from serve.serving.loaded import one_model
-from serve.stores.base import Shown, UserEvent
+from serve.stores.base import Impression, UserEvent
 from serve.stores.sqlite import SQLiteStore
+from tests.serve.one_model import one_model
+from tests.serve.stores.impressions import log_now
 
 START, HOUR, DAY = 1_200_000_000, 3600, 86_400
 TEMPERATURES = (0.5, 2.0)
@@ -43,7 +44,7 @@ def write_log(path: Path, data: PreparedData, events: list[tuple[int, str | None
         for number, (timestamp, named) in enumerate(events):
             store.record([UserEvent(str(number), "u", Event(raw[number], 4.0, timestamp), named)])
         for name, timestamp in shown.items():
-            store.log_shown(Shown(name, "u", (raw[9],), (-0.5,), "reinforce", "v", timestamp, 0.5), wait=True)
+            log_now(store, Impression(name, "u", (raw[9],), (-0.5,), "reinforce", "v", timestamp, 0.5))
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_the_horizon_is_by_default_within_which_99_percent_of_the_answers_came(
     raw = [str(item) for item in small_data.catalog.ids.raw_ids]
     with SQLiteStore(tmp_path / "many.sqlite") as store:
         store.record([UserEvent("before", "u", Event(raw[0], None, START - 1))])
-        store.log_shown(Shown("a", "u", (raw[1],), (-0.5,), "reinforce", "v", START, 0.5), wait=True)
+        log_now(store, Impression("a", "u", (raw[1],), (-0.5,), "reinforce", "v", START, 0.5))
         assert read_served_log(tmp_path / "many.sqlite", small_data.catalog).horizon == 0
         delays = [7] * 197 + [1000] * 3  # 98.5 % within 7 seconds
         events = [Event(raw[1], None, START + delay) for delay in delays]
@@ -239,7 +240,7 @@ def test_what_a_real_server_read_within_the_second_is_reproduced(
     reproduced without."""
     path, rng, users = tmp_path / "events.sqlite", np.random.default_rng(1), 6
     raw, model = small_data.catalog.ids.raw_ids.astype(str), Recommender(read_artifact(model_directory), "cpu")
-    monkeypatch.setattr("serve.api.recommender.time", SimpleNamespace(time=lambda: START + 0.5))
+    monkeypatch.setattr("serve.api.service.time", SimpleNamespace(time=lambda: START + 0.5))
     with SQLiteStore(path) as store:
         server = create_server(one_model(model, store, exploration=Exploration(1.0, seed=1)), store, "127.0.0.1:0")
         server.start()

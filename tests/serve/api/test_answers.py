@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from serve.api.recommender import RecommenderServicer
-from serve.client.sync import Event, RecommenderClient, UserEvent, recommend_request
+from serve.api.service import RecommenderService
+from serve.client import Event, RecommenderClient, UserEvent, recommend_request
 from serve.front.server import create_server
 from serve.model.exploration import Exploration, draw
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
 from serve.pb.recommender_pb2 import BatchRecommendRequest, RecommendResponse
-from serve.serving.loaded import one_model
 from serve.stores.base import EventStore
+from tests.serve.one_model import one_model
+from tests.serve.stores.impressions import impressions_of
 
 TEMPERATURE = 0.5
 
@@ -79,12 +81,12 @@ def test_what_was_shown_is_kept_with_its_propensity_and_feedback_refers_to_it(
     )
     assert client.record_events([feedback]).recorded_count == 1
     store.flush()
-    (shown,) = store.shown("u")
+    (shown,) = impressions_of(store, "u")
     assert shown.recommendation_id == answer.recommendation_id
     assert shown.item_ids == tuple(one.item_id for one in answer.recommendations)
     assert shown.log_propensities == ()
     assert (shown.policy, shown.model_version) == ("reinforce", model.info.model_version)
-    (anonymous,) = store.shown(None)
+    (anonymous,) = impressions_of(store, None)
     assert len(anonymous.item_ids) == 2
 
 
@@ -137,7 +139,7 @@ def test_an_exploring_server_tells_and_logs_exact_propensities(
         slates.add(tuple(one.item_id for one in answer.recommendations))
     assert len(slates) > 1
     store.flush()
-    shown = store.shown("u")
+    shown = impressions_of(store, "u")
     assert {one.item_ids for one in shown} == slates
     assert all(len(one.log_propensities) == 4 for one in shown)
     assert {(one.temperature, one.request_time, one.excluded_item_ids) for one in shown} == {(TEMPERATURE, None, ())}
@@ -146,10 +148,10 @@ def test_an_exploring_server_tells_and_logs_exact_propensities(
     client.recommend(user_id="u", k=4)
     exploring.recommend(user_id="nobody", k=3, request_time=7)
     store.flush()
-    *_, told, by_the_other = store.shown("u")
+    *_, told, by_the_other = impressions_of(store, "u")
     assert (told.temperature, told.request_time, told.excluded_item_ids) == (TEMPERATURE, 10**10, (known,))
     assert (by_the_other.temperature, by_the_other.log_propensities) == (None, ())
-    (popular,) = store.shown("nobody")
+    (popular,) = impressions_of(store, "nobody")
     assert (popular.temperature, popular.request_time, popular.log_propensities) == (None, 7, ())
     fallback = exploring.recommend(user_id="nobody", k=3)
     assert (fallback.policy, fallback.log_propensity, len(fallback.recommendations)) == ("popularity", 0, 3)
@@ -187,9 +189,9 @@ def test_what_was_under_way_when_its_user_was_deleted_is_not_logged(model: Recom
         def is_active(self) -> bool:
             return True
 
-    servicer = RecommenderServicer(one_model(model, store), store, Metrics())
+    servicer = RecommenderServicer(RecommenderService(one_model(model, store), store, Metrics()))
     request = recommend_request(user_id="u", k=3)
     servicer.Recommend(request, DeletedMeanwhile())
     servicer.BatchRecommend(BatchRecommendRequest(requests=[request, request]), DeletedMeanwhile())
     store.flush()
-    assert store.shown("u") == []
+    assert impressions_of(store, "u") == []

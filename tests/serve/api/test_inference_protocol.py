@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 
-from serve.client.sync import Event, RecommenderClient
+from serve.client import Event, RecommenderClient
 from serve.model.recommender import Recommender
 from serve.pb import open_inference_pb2 as pb
 from serve.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub

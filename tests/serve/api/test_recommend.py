@@ -9,8 +9,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from serve.client.sync import Event, RecommenderClient, UserEvent
-from serve.model.artifact import Artifact, read_artifact
+from serve.client import Event, RecommenderClient, UserEvent
+from serve.model.directory import Artifact, read_artifact
 from serve.model.events import Event as HistoryEvent
 from serve.model.recommender import Query, Recommender
 from serve.pb.recommender_pb2 import RecommendResponse

@@ -4,8 +4,8 @@ import grpc
 import numpy as np
 import pytest
 
-from serve.client.sync import RecommenderClient
-from serve.model.artifact import Artifact
+from serve.client import RecommenderClient
+from serve.model.directory import Artifact
 
 
 def test_neighbours_by_cosine(client: RecommenderClient, artifact: Artifact) -> None:

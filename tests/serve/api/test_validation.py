@@ -8,7 +8,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from serve.client.sync import Event, RecommenderClient, UserEvent
+from serve.client import Event, RecommenderClient, UserEvent
 from serve.pb.recommender_pb2 import (
     BatchRecommendRequest,
     DeleteUserRequest,

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from serve.cli.ask import table
 from serve.cli.main import main
-from serve.client.sync import RecommenderClient, UserEvent
+from serve.client import RecommenderClient, UserEvent
 from serve.model.recommender import Recommender
 from tests.serve.process import running_server
 
@@ -97,7 +97,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def secured(model_directory: Path, files: Path) -> Iterator[str]:
-    options = ["--tls-cert", f"{files}/cert.pem", "--tls-key", f"{files}/key.pem", "--tokens", f"{files}/tokens"]
+    options = ["--tls-cert", f"{files}/cert.pem", "--tls-key", f"{files}/key.pem", "--tokens-file", f"{files}/tokens"]
     with running_server(model_directory, files / "s", provider="cpu", options=options) as server:
         yield server.address
 
@@ -121,10 +121,10 @@ def test_run_refuses_an_open_door_and_shows_no_secret(model_directory: Path, fil
     assert "0.0.0.0:0 can be reached from other machines, and there is no TLS" in open_door.stderr
     half = run(model_directory, tmp_path, "--tls-cert", f"{files}/cert.pem")
     assert half.returncode == 2
-    assert "expected --tls-cert and --tls-key together" in half.stderr
+    assert "expected tls_cert and tls_key together" in half.stderr
     bad_tokens = tmp_path / "tokens"
     bad_tokens.write_text("read,wrong writer-token-0123\n")
-    refused = run(model_directory, tmp_path, "--tokens", str(bad_tokens))
+    refused = run(model_directory, tmp_path, "--tokens-file", str(bad_tokens))
     assert refused.returncode == 1
     assert f"{bad_tokens}:1: expected RIGHTS TOKEN" in refused.stderr
     assert "writer-token" not in refused.stderr + refused.stdout

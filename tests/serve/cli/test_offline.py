@@ -4,6 +4,7 @@ import csv
 import re
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -171,7 +172,9 @@ def test_help_explains_every_option(command: list[str]) -> None:
     result = CliRunner().invoke(main, [*command, "--help"])
     assert result.exit_code == 0
     if command:
-        for parameter in main.commands[command[0]].params:
+        named = main.get_command(click.Context(main), command[0])
+        assert named is not None
+        for parameter in named.params:
             if parameter.param_type_name == "option":
                 assert parameter.opts[0] in result.output
                 assert parameter.help  # type: ignore[attr-defined]

@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
-from serve.client.aio import AsyncRecommenderClient
-from serve.client.sync import Event, RecommenderClient, UserEvent, recommend_request
+from serve.client import AsyncRecommenderClient, Event, RecommenderClient, UserEvent, recommend_request
 from serve.pb import recommender_pb2_grpc
 from serve.pb.recommender_pb2 import (
     GetModelInfoRequest,

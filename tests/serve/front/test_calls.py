@@ -17,8 +17,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from serve.api.errors import status_of
-from serve.client.sync import Event, RecommenderClient, UserEvent
-from serve.front.calls import REQUEST_ID_KEY, Calls
+from serve.client import Event, RecommenderClient, UserEvent
+from serve.front.calls import REQUEST_ID_KEY
 from serve.front.server import create_server
 from serve.model.recommender import Recommender
 from serve.observability.logs import JsonFormatter
@@ -26,10 +26,10 @@ from serve.observability.metrics import COVERAGE_WINDOW_S, Coverage, Metrics
 from serve.observability.tracing import Tracer, tracer_of_the_process
 from serve.pb.recommender_pb2 import DeleteUserRequest, GetModelInfoRequest, RecommendRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
-from serve.serving.batching import Cancelled, Expired, QueueFull
-from serve.serving.loaded import one_model
+from serve.serving.errors import Cancelled, Expired, QueueFull
 from serve.stores.base import EventStore, SpilledState, StoreError
 from tests.serve.front.http2 import HEADERS, RawClient
+from tests.serve.one_model import one_model
 
 TIMEOUT_S = 30
 METHOD = "/jaxrec.v1.Recommender/"
@@ -199,7 +199,7 @@ def test_a_span_for_every_call_continues_the_clients_trace(model: Recommender, s
     assert tracer_of_the_process() is None, "without a set-up there are no spans"
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    server = create_server(one_model(model, store), store, "127.0.0.1:0", calls=Calls(Metrics(), Tracer(provider)))
+    server = create_server(one_model(model, store), store, "127.0.0.1:0", tracer=Tracer(provider))
     server.start()
     parent = ("traceparent", f"00-{'ab' * 16}-{'cd' * 8}-01")
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:

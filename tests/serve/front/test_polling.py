@@ -15,7 +15,8 @@ from serve.api.health import HealthServicer
 from serve.front.polling import Front, is_supported, polling_server
 from serve.model.events import Event
 from serve.model.recommender import Query, Recommender
-from serve.serving.batching import Batcher, Cancelled, Run
+from serve.serving.batching import Batcher, Run
+from serve.serving.errors import Cancelled
 
 PATIENCE_S = 30.0
 SERVICE = "test.Echo"

@@ -11,25 +11,20 @@ import pytest
 import trustme
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from serve.client.sync import Connection, RecommenderClient, UserEvent
-from serve.front.addresses import SecurityError, check_exposure
-from serve.front.auth import (
-    Tls,
-    Tokens,
-    needed_right,
-    parse_tokens,
-    read_tokens,
-)
-from serve.front.server import create_server
+from serve.addresses import SecurityError, check_exposure
+from serve.client import Connection, RecommenderClient, UserEvent
+from serve.front.auth import Tokens, needed_right, parse_tokens, read_tokens
+from serve.front.server import Listener, create_server
+from serve.front.tls import Tls
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
 from serve.pb import model_admin_pb2 as pb
 from serve.pb.model_admin_pb2_grpc import ModelAdminStub
 from serve.pb.recommender_pb2 import GetModelInfoRequest, RecommendRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
-from serve.serving.loaded import one_model
-from serve.serving.loading import open_models
+from serve.serving.loading import ModelLoader, open_models
 from serve.stores.base import EventStore
+from tests.serve.one_model import one_model
 
 READER, WRITER, ADMIN = "reader-token-0123", "writer-token-0123", "admin-token-01234"
 TOKENS = f"# who may what\nread {READER}\n\nread,write {WRITER}\nadmin {ADMIN}\n"
@@ -42,7 +37,7 @@ Serving = Callable[..., Any]
 def serving(model: Recommender, store: EventStore) -> Serving:
     @contextmanager
     def serve(**security: Any) -> Iterator[str]:
-        server = create_server(one_model(model, store), store, "localhost:0", **security)
+        server = create_server(one_model(model, store), store, Listener("localhost:0", **security))
         server.start()
         yield f"localhost:{server.port}"
         server.drain()
@@ -82,9 +77,9 @@ def authority(tmp_path: Path) -> Authority:
 
 def test_admin_calls_need_the_admin_right(model_directory: Path, store: EventStore, tmp_path: Path) -> None:
     metrics = Metrics()
-    with open_models(model_directory, store, metrics, provider="cpu", watch_s=0) as models:
+    with open_models(model_directory, ModelLoader(store, metrics, "cpu"), watch_s=0) as models:
         server = create_server(
-            models, store, "localhost:0", metrics=metrics, tokens=parse_tokens(TOKENS, "tokens"), allow_insecure=True
+            models, store, Listener("localhost:0", tokens=parse_tokens(TOKENS, "tokens")), metrics=metrics
         )
         server.start()
         with grpc.insecure_channel(f"localhost:{server.port}") as channel:
@@ -302,7 +297,7 @@ def test_a_server_for_all_without_protection_is_not_created(model: Recommender, 
     with pytest.raises(SecurityError, match=r"0\.0\.0\.0:0 can be reached .* no TLS and tokens or client certificates"):
         create_server(one_model(model, store), store, "0.0.0.0:0")
     with pytest.raises(SecurityError, match="there is no TLS;"):
-        create_server(one_model(model, store), store, "0.0.0.0:0", tokens=Tokens({READER: ["read"]}))
+        Listener("0.0.0.0:0", tokens=Tokens({READER: ["read"]}))
 
 
 def test_a_client_keeps_its_token() -> None:

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from serve.api.errors import status_of
-from serve.client.sync import Event, RecommenderClient, UserEvent, recommend_request
+from serve.client import Event, RecommenderClient, UserEvent, recommend_request
 from serve.front.server import RECOMMEND, SERVICE, SERVICES, AddressError, create_server, takes_long
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
@@ -26,10 +26,10 @@ from serve.pb.open_inference_pb2 import ServerReadyRequest
 from serve.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from serve.pb.recommender_pb2 import RecommendRequest, RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
-from serve.serving.loaded import one_model
-from serve.serving.loading import open_models
+from serve.serving.loading import ModelLoader, open_models
 from serve.stores import open_store
 from serve.stores.base import EventStore
+from tests.serve.one_model import one_model
 from tests.serve.process import StartError, running_server
 
 TIMEOUT_S = 30
@@ -224,7 +224,7 @@ def test_the_port_is_open_before_the_model_is_loaded(
     model_directory: Path, model: Recommender, store: EventStore
 ) -> None:
     states = health_pb2.HealthCheckResponse
-    with open_models(model_directory, store, Metrics(), provider="cpu", watch_s=0, load_now=False) as models:
+    with open_models(model_directory, ModelLoader(store, Metrics(), "cpu"), watch_s=0, load_now=False) as models:
         server = create_server(models, store, "127.0.0.1:0")
         server.listen()
         with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
@@ -280,7 +280,7 @@ def test_a_server_whose_polling_thread_fails_ends(model_directory: Path, tmp_pat
             assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
         assert process.wait(TIMEOUT_S) == 1
     critical = [line for line in map(json.loads, log.read_text().splitlines()) if line["level"] == "CRITICAL"]
-    assert ["nobody is answered any more" in line["message"] for line in critical] == [True]
+    assert ["no call is answered any more" in line["message"] for line in critical] == [True]
     with open_store(tmp_path / "s") as store:
         assert len(store.history(ONE_EVENT.events[0].user_id)) == 1
 

@@ -5,24 +5,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serve.client.sync import RecommenderClient, UserEvent
-from serve.front.addresses import AddressError
-from serve.front.server import create_server
+from serve.addresses import AddressError
+from serve.client import RecommenderClient, UserEvent
+from serve.front.server import Listener, create_server
 from serve.model.events import Event
 from serve.model.recommender import Query, Recommender
-from serve.serving.loaded import one_model
 from serve.stores import open_store
+from tests.serve.one_model import one_model
 
 
 def test_states_follow_events_that_another_server_recorded(model: Recommender, tmp_path: Path) -> None:
     ids = model.catalog.item_ids
     with open_store(tmp_path / "events.sqlite") as here, open_store(tmp_path / "events.sqlite") as there:
-        first = create_server(one_model(model, here), here, "127.0.0.1:0", shared_port=True)
+        first = create_server(one_model(model, here), here, Listener("127.0.0.1:0", shared_port=True))
         address = f"127.0.0.1:{first.port}"
         with pytest.raises(AddressError):
             create_server(one_model(model, here), here, address)
         # The second answers alone on another port too, so that each is asked for certain.
-        second = create_server(one_model(model, there), there, address, shared_port=True)
+        second = create_server(one_model(model, there), there, Listener(address, shared_port=True))
         alone = create_server(one_model(model, there), there, "127.0.0.1:0")
         for server in (first, second, alone):
             server.start()

@@ -16,13 +16,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from serve.client.sync import RecommenderClient, UserEvent
+from serve.client import RecommenderClient, UserEvent
 from serve.front.server import create_server
 from serve.model.recommender import Recommender
 from serve.pb.recommender_pb2 import GetModelInfoRequest, RecommendRequest, RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
-from serve.serving.loaded import one_model
 from serve.stores.base import EventStore
+from tests.serve.one_model import one_model
 from tests.serve.process import running_server
 
 DEADLINE_S = 30.0

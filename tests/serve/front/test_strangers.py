@@ -11,15 +11,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
-from serve.client.sync import Connection, RecommenderClient, UserEvent
+from serve.client import Connection, RecommenderClient, UserEvent
 from serve.front.auth import parse_tokens
-from serve.front.server import create_server
+from serve.front.server import Listener, create_server
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
 from serve.pb.recommender_pb2 import RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
-from serve.serving.loaded import one_model
 from serve.stores.base import EventStore
+from tests.serve.one_model import one_model
 
 PATIENCE_S = 30.0
 TOKEN = "a-token-of-the-test"
@@ -60,7 +60,7 @@ def test_calls_that_never_go_on_keep_nobody_waiting(
 ) -> None:
     tokens = parse_tokens(f"read,write {TOKEN}", "tokens") if with_token else None
     server = create_server(
-        one_model(model, store), store, "127.0.0.1:0", tokens=tokens, polling=polling, allow_insecure=True
+        one_model(model, store), store, Listener("127.0.0.1:0", tokens=tokens, allow_insecure=True), polling=polling
     )
     server.start()
     connection = Connection(f"127.0.0.1:{server.port}", PATIENCE_S, token=TOKEN if with_token else None)

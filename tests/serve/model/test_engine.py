@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from serve.model.artifact import Artifact
-from serve.model.engine import CUDA, Engine, Features, ProviderError
+from serve.model.directory import Artifact
+from serve.model.engine import Engine
+from serve.model.features import Features
+from serve.model.graphs import CUDA, ProviderError
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serve.client.sync import Event, RecommenderClient, recommend_request
+from serve.client import Event, RecommenderClient, recommend_request
 from serve.model.catalog import Catalog, parse_catalog
 from serve.model.events import Event as HistoryEvent
 from serve.model.events import KnownEvent
 from serve.model.explain import Explanation, explain
 from serve.model.recommender import Query, Recommender
 from serve.observability.metrics import Metrics
-from serve.serving.batching import Cancelled
+from serve.serving.errors import Cancelled
 from serve.serving.loaded import LoadedModel
 from serve.stores.base import EventStore
 

@@ -3,7 +3,7 @@
 import grpc
 import pytest
 
-from serve.client.sync import RecommenderClient, UserEvent
+from serve.client import RecommenderClient, UserEvent
 from serve.model.catalog import Catalog, parse_catalog
 from serve.model.events import KnownEvent
 from serve.model.profile import GenrePreference, genre_preferences

@@ -22,11 +22,15 @@ from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingSc
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx.ann_index import index_points
 from jaxrec.onnx.model_directory import export_model
-from serve.model.artifact import Artifact, ArtifactError, IndexFiles, read_artifact
-from serve.model.engine import CPU, CUDA, SEQUENCE_OUTPUTS, Engine, Features, Ranking, SearchBy, Step, searches_index
+from serve.model.directory import Artifact, IndexFiles, read_artifact
+from serve.model.engine import Engine, Ranking, Step
 from serve.model.events import Event
+from serve.model.features import Features
+from serve.model.graphs import CPU, CUDA, SEQUENCE_OUTPUTS, searches_index
+from serve.model.manifest import ArtifactError
 from serve.model.recommender import Query, Recommender
 from serve.model.search import Search, best_of
+from serve.settings import SearchBy
 
 ITEMS, LARGE = 60, 3000
 
@@ -274,7 +278,7 @@ def test_searching_starts_no_threads_in_any_thread(large_directory: Path) -> Non
 import os, threading
 from pathlib import Path
 import numpy as np
-from serve.model.artifact import read_artifact
+from serve.model.directory import read_artifact
 from serve.model.search import Search
 artifact = read_artifact(Path({str(large_directory)!r}))
 search = Search(artifact, artifact.index)
@@ -374,7 +378,7 @@ def test_wrong_lengths_and_sizes_are_refused_and_crash_nothing(large_directory: 
 import dataclasses
 from pathlib import Path
 import numpy as np
-from serve.model.artifact import ArtifactError, read_artifact
+from serve.model.directory import ArtifactError, read_artifact
 from serve.model.search import Search
 artifact = read_artifact(Path({str(large_directory)!r}))
 content = artifact.index.content

@@ -12,7 +12,8 @@ import pytest
 from serve.model.engine import like_lengths
 from serve.model.events import Event
 from serve.model.recommender import Answer, Query, Recommender
-from serve.serving.batching import Batcher, Cancelled, Expired, QueueFull, Run
+from serve.serving.batching import Batcher, Run
+from serve.serving.errors import Cancelled, Expired, QueueFull
 from serve.serving.states import StateCache
 from serve.stores.base import EventStore, UserEvent
 
@@ -90,7 +91,7 @@ def test_requests_that_wait_go_together(model: Recommender) -> None:
     queries = queries_of(model, 21)
     with busy(batcher, gated, queries[0]) as pool:
         answers = [pool.submit(batcher.recommend, query) for query in queries[1:]]
-        wait_until(lambda: batcher.waiting_count == 20)
+        wait_until(lambda: len(batcher._queue) == 20)
     assert [run.size for run in runs] == [1, 8, 8, 4]
     for query, answer in zip(queries[1:], answers, strict=True):
         assert_equal(answer.result(), model.recommend([query])[0])
@@ -115,7 +116,7 @@ def test_a_full_queue_says_so_at_once(model: Recommender) -> None:
     queries = queries_of(model, 4)
     with busy(batcher, gated, queries[0]) as pool:
         waiting = [pool.submit(batcher.recommend, query) for query in queries[1:]]
-        wait_until(lambda: batcher.waiting_count == 3)
+        wait_until(lambda: len(batcher._queue) == 3)
         with pytest.raises(QueueFull, match="3 requests wait already") as full:
             batcher.recommend(queries[0])
         assert 0 < full.value.retry_after_s <= 10
@@ -131,7 +132,7 @@ def test_expired_and_cancelled_requests_cost_no_run(model: Recommender) -> None:
         late: Future[Answer] = pool.submit(batcher.recommend, expired, 0.0)
         gone: Future[Answer] = pool.submit(batcher.recommend, cancelled, None, lambda: True)
         stays = pool.submit(batcher.recommend, wanted, PATIENCE_S, lambda: False)
-        wait_until(lambda: batcher.waiting_count == 3)
+        wait_until(lambda: len(batcher._queue) == 3)
     assert gated.queries == [first, wanted]
     with pytest.raises(Expired):
         late.result()
@@ -163,7 +164,7 @@ def test_one_bad_request_fails_alone(model: Recommender) -> None:
     gated_answer = Batcher(lambda queries: gated.recommend(queries) and answer(queries))
     with busy(gated_answer, gated, first) as pool:
         answers = [pool.submit(gated_answer.recommend, query) for query in rest]
-        wait_until(lambda: gated_answer.waiting_count == 5)
+        wait_until(lambda: len(gated_answer._queue) == 5)
     with pytest.raises(ValueError, match="no thirteen"):
         answers.pop(2).result()
     del rest[2]

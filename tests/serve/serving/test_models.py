@@ -14,18 +14,18 @@ import grpc
 import pytest
 
 from bench.model_versions import DAMAGES, add_version, edit_manifest, flip_a_byte, garble_the_manifest
-from serve.client.sync import RecommenderClient
+from serve.client import RecommenderClient
 from serve.front.server import create_server
-from serve.model.artifact import ArtifactError
 from serve.model.events import Event
+from serve.model.manifest import ArtifactError
 from serve.model.recommender import Query
 from serve.observability.metrics import Metrics
 from serve.pb import model_admin_pb2 as pb
 from serve.pb.model_admin_pb2_grpc import ModelAdminStub
-from serve.serving import loading
-from serve.serving.loaded import UnknownModel
-from serve.serving.loading import open_models
-from serve.serving.versions import ModelLibrary, RefusedModel, State, position
+from serve.serving import sweeper
+from serve.serving.errors import RefusedModel, UnknownModel
+from serve.serving.loading import ModelLoader, open_models
+from serve.serving.versions import ModelLibrary, State, position
 from serve.stores.base import EventStore, SpilledState, UserEvent
 
 DEADLINE_S = 30.0
@@ -58,7 +58,7 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 def models(versions: Path, store: EventStore, metrics: Metrics) -> Iterator[ModelLibrary]:
-    with open_models(versions, store, metrics, provider="cpu", watch_s=WATCH_S) as opened:
+    with open_models(versions, ModelLoader(store, metrics, "cpu"), watch_s=WATCH_S) as opened:
         yield opened
 
 
@@ -68,7 +68,7 @@ def test_the_newest_valid_version_is_loaded(
     add_version(versions, model_directory, "2")
     add_version(versions, model_directory, "3", damage=flip_a_byte)
     (versions / "notes").mkdir()
-    with open_models(versions, store, metrics, provider="cpu", watch_s=0) as models:
+    with open_models(versions, ModelLoader(store, metrics, "cpu"), watch_s=0) as models:
         assert models.versions() == ["2"]
         assert models.for_user("u").recommend(QUERY).items.size == 5
         states = {report.model_version: report.state for report in models.report()}
@@ -89,7 +89,7 @@ def test_refused_folders_that_are_gone_are_forgotten(
 def test_states_of_versions_that_left_are_forgotten_in_the_background(
     versions: Path, store: EventStore, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "DROPPED_AT_ONCE", 2)
+    monkeypatch.setattr(sweeper, "DROPPED_AT_ONCE", 2)
     users = [f"u{at}" for at in range(7)]
     store.record([UserEvent(user, user, Event("1007", None, 0)) for user in users])
     old = [SpilledState(user, "0", store.revision(user), b"x") for user in users]
@@ -103,7 +103,7 @@ def test_states_of_versions_that_left_are_forgotten_in_the_background(
         return parts[-1]
 
     monkeypatch.setattr(store, "drop_states", watched_drop)
-    with open_models(versions, store, metrics, provider="cpu", watch_s=0) as models:
+    with open_models(versions, ModelLoader(store, metrics, "cpu"), watch_s=0) as models:
         # It serves though nothing was forgotten yet.
         assert models.versions() == ["1"]
         may_drop.set()
@@ -117,7 +117,7 @@ def test_a_model_directory_is_its_own_version(
     model_directory: Path, tmp_path: Path, store: EventStore, metrics: Metrics
 ) -> None:
     shutil.copytree(model_directory, tmp_path / "model")
-    with open_models(tmp_path / "model", store, metrics, provider="cpu", watch_s=WATCH_S) as models:
+    with open_models(tmp_path / "model", ModelLoader(store, metrics, "cpu"), watch_s=WATCH_S) as models:
         (report,) = models.report()
         assert (report.folder, report.state, report.traffic_share) == ("", State.READY, 1.0)
         edit_manifest(tmp_path / "model", lambda manifest: manifest.update(model_version="9"))
@@ -126,13 +126,13 @@ def test_a_model_directory_is_its_own_version(
 
 def test_nothing_to_load(tmp_path: Path, versions: Path, store: EventStore, metrics: Metrics) -> None:
     with pytest.raises(ArtifactError, match="nowhere: cannot be read: No such file"):
-        open_models(tmp_path / "nowhere", store, metrics)
+        open_models(tmp_path / "nowhere", ModelLoader(store, metrics))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match="empty: expected a model directory, or one with model directories in it"):
-        open_models(tmp_path / "empty", store, metrics)
+        open_models(tmp_path / "empty", ModelLoader(store, metrics))
     flip_a_byte(versions / "1")
     with pytest.raises(ArtifactError, match=r"1/sequence\.onnx: has sha256"):
-        open_models(versions, store, metrics)
+        open_models(versions, ModelLoader(store, metrics))
 
 
 def test_a_new_version_takes_over_and_the_old_one_leaves(

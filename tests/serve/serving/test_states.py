@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve.model.artifact import Artifact
+from serve.model.directory import Artifact
 from serve.model.events import Event
 from serve.model.recommender import POPULARITY, Answer, Query, Recommender
 from serve.serving import states as states_module

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc
 
-from serve.client.sync import RecommenderClient, UserEvent
+from serve.client import RecommenderClient, UserEvent
 from tests.serve.process import running_server
 
 USERS = 4

@@ -15,7 +15,7 @@ from bench import fault_reload, fault_soak, fault_store
 from bench.model_versions import replace_file
 from serve.api.errors import status_of
 from serve.front.polling import Front, is_supported, polling_server
-from serve.serving.batching import QueueFull
+from serve.serving.errors import QueueFull
 from tests.serve.stores.databases import NotInstalled, redis_server
 
 ROOT = Path(__file__).parents[3]

@@ -24,10 +24,10 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.rl.served.event_store import UNNOTED, read_served_log
 from serve.model.events import Event
 from serve.stores import open_store
-from serve.stores.base import Changes, Deleted, EventStore, Shown, SpilledState, StoreError, UserEvent, digest
+from serve.stores.base import Changes, Deleted, EventStore, Impression, SpilledState, StoreError, UserEvent, digest
 from serve.stores.copy import copy_log
-from serve.stores.postgres import CHANGES, SCHEMA_LOCK
-from serve.stores.redis_scripts import DELETE_USER, LOG_SHOWN, UPDATE_SHOWN
+from serve.stores.postgres import QUERIES, SCHEMA_LOCK
+from serve.stores.redis_scripts import DELETE_USER, LOG_IMPRESSION, UPDATE_IMPRESSIONS
 from serve.stores.sqlite import SQLiteStore
 from tests.serve.stores.databases import (
     DEADLINE_S,
@@ -37,18 +37,19 @@ from tests.serve.stores.databases import (
     redis_server,
     wait_until,
 )
+from tests.serve.stores.impressions import impressions_of, log_now
 
 T = TypeVar("T")
 KINDS = ("sqlite", "postgres", "redis")
 SERVERS = {"postgres": postgres_server, "redis": redis_server}
-SHOWN = Shown(
+IMPRESSION = Impression(
     *("r1", "u", ("a", "ü"), (-1.25, -0.5), "reinforce", "v1", 1_700_000_000),
     temperature=0.1,
     request_time=2**63 - 1,
     excluded_item_ids=("ß", "b"),
 )
 # What servers noted before they noted how it was drawn.
-NOTED_BEFORE = SHOWN._replace(temperature=None, request_time=None, excluded_item_ids=())
+NOTED_BEFORE = IMPRESSION._replace(temperature=None, request_time=None, excluded_item_ids=())
 # As `serve` wrote it, without the parts that did not change.
 SQLITE_3 = """
 CREATE TABLE events (
@@ -142,11 +143,11 @@ def test_what_is_stored_comes_back_after_reopening(location: str) -> None:
     events = [Event("i", 3.5, 0), Event('ü"\n[:%s', None, 2**63 - 1)]
     with open_store(location) as store:
         store.record([UserEvent(f"e {at}", "u:%", event, "r1") for at, event in enumerate(events)])
-        store.log_shown(SHOWN)
+        store.log_impression(IMPRESSION)
         assert store.history("u:%") == events
     with open_store(location) as store:
         assert store.history("u:%") == events
-        assert store.shown("u") == [SHOWN]
+        assert impressions_of(store, "u") == [IMPRESSION]
 
 
 def test_an_event_id_counts_once(store: EventStore) -> None:
@@ -168,7 +169,7 @@ def test_revision_changes_with_every_new_event_of_the_user_and_with_nothing_else
         seen.append(store.revision("u"))
     assert seen == sorted(set(seen))
     store.record([user_event("2"), user_event("v", user_id="v")])
-    store.log_shown(SHOWN, wait=True)
+    log_now(store, IMPRESSION)
     assert store.revision("u") == seen[-1]
     store.delete_user("u")
     assert store.revision("u") == 0
@@ -194,15 +195,15 @@ def test_changes_since_a_revision(store: EventStore) -> None:
 
 
 def test_shown_is_kept_by_user_in_order(store: EventStore) -> None:
-    anonymous = Shown("r3", None, (), (), "popularity", "v1", 5)
-    for number, one in enumerate((SHOWN, SHOWN._replace(recommendation_id="r2", user_id="v"), anonymous)):
-        store.log_shown(one, wait=number == 1)
+    anonymous = Impression("r3", None, (), (), "popularity", "v1", 5)
+    for one in (IMPRESSION, IMPRESSION._replace(recommendation_id="r2", user_id="v"), anonymous):
+        store.log_impression(one)
     store.flush()
-    assert store.shown("u") == [SHOWN]
-    assert [one.recommendation_id for one in store.shown("v")] == ["r2"]
-    assert store.shown(None) == [anonymous]
-    store.log_shown(SHOWN._replace(recommendation_id="r4"), wait=True)
-    assert [one.recommendation_id for one in store.shown("u")] == ["r1", "r4"]
+    assert impressions_of(store, "u") == [IMPRESSION]
+    assert [one.recommendation_id for one in impressions_of(store, "v")] == ["r2"]
+    assert impressions_of(store, None) == [anonymous]
+    log_now(store, IMPRESSION._replace(recommendation_id="r4"))
+    assert [one.recommendation_id for one in impressions_of(store, "u")] == ["r1", "r4"]
     assert store.dropped_count == 0
 
 
@@ -229,13 +230,13 @@ def test_states_are_kept_by_user_and_model_version(store: EventStore) -> None:
 def test_nothing_of_a_deleted_user_is_left(store: EventStore, location: str) -> None:
     store.record([user_event("1"), user_event("2"), user_event("3", user_id="v")])
     revision = store.revision("u")
-    store.log_shown(SHOWN, wait=True)
+    log_now(store, IMPRESSION)
     store.save_states([SpilledState("u", "v1", revision, b"x")])
     store.flush()
     # Still to be written when the deletion comes.
-    store.log_shown(SHOWN)
+    store.log_impression(IMPRESSION)
     store.save_states([SpilledState("u", "v2", revision, b"x")])
-    assert store.delete_user("u") == Deleted(event_count=2, shown_count=1)
+    assert store.delete_user("u") == Deleted(event_count=2, impression_count=1)
     # A state that a cache spills afterwards has no user any more, also when the user comes back.
     store.save_states([SpilledState("u", "v3", revision, b"x")])
     store.flush()
@@ -243,7 +244,7 @@ def test_nothing_of_a_deleted_user_is_left(store: EventStore, location: str) -> 
     store.save_states([SpilledState("u", "v4", revision, b"x")])
     store.flush()
     assert [store.load_state("u", version) for version in ("v1", "v2", "v3", "v4")] == [None] * 4
-    assert store.shown("u") == []
+    assert impressions_of(store, "u") == []
     assert store.history("u") == [Event("i", None, 0)]
     assert len(store.history("v")) == 1
     assert store.delete_user("nobody") == Deleted(0, 0)
@@ -252,71 +253,71 @@ def test_nothing_of_a_deleted_user_is_left(store: EventStore, location: str) -> 
 def test_what_another_server_has_still_to_write_does_not_bring_a_deleted_user_back(location: str) -> None:
     with open_store(location) as one, open_store(location) as other:
         one.record([user_event("1")])
-        other.log_shown(SHOWN)
-        other.log_shown(SHOWN._replace(recommendation_id="r2", user_id="v"))
+        other.log_impression(IMPRESSION)
+        other.log_impression(IMPRESSION._replace(recommendation_id="r2", user_id="v"))
         other.save_states([SpilledState("u", "v1", other.revision("u"), b"x")])
         started = time.monotonic()
         one.delete_user("u")
         # Under way when the user was deleted, however long they take to be answered and logged.
-        other.log_shown(SHOWN._replace(recommendation_id="r3"), started=started)
-        other.log_shown(SHOWN._replace(recommendation_id="r4"), started=started - 60)
-        other.log_shown(SHOWN._replace(recommendation_id="r5"), started=started, wait=True)
-        one.log_shown(SHOWN._replace(recommendation_id="r6"), started=started, wait=True)
+        other.log_impression(IMPRESSION._replace(recommendation_id="r3"), started=started)
+        other.log_impression(IMPRESSION._replace(recommendation_id="r4"), started=started - 60)
+        log_now(other, IMPRESSION._replace(recommendation_id="r5"), started=started)
+        log_now(one, IMPRESSION._replace(recommendation_id="r6"), started=started)
         other.flush()
-        assert other.shown("u") == []
-        assert [shown.recommendation_id for shown in one.shown("v")] == ["r2"]
+        assert impressions_of(other, "u") == []
+        assert [shown.recommendation_id for shown in impressions_of(one, "v")] == ["r2"]
         one.record([user_event("1")])
         assert other.load_state("u", "v1") is None
         # Who comes back, say half a second later, is a user like any other.
         later = time.monotonic() + 0.5
-        other.log_shown(SHOWN._replace(recommendation_id="r7"), started=later, wait=True)
-        one.log_shown(SHOWN._replace(recommendation_id="r8"), started=later)
+        log_now(other, IMPRESSION._replace(recommendation_id="r7"), started=later)
+        one.log_impression(IMPRESSION._replace(recommendation_id="r8"), started=later)
         one.flush()
-        assert [shown.recommendation_id for shown in other.shown("u")] == ["r7", "r8"]
+        assert [shown.recommendation_id for shown in impressions_of(other, "u")] == ["r7", "r8"]
         assert (one.dropped_count, other.dropped_count) == (0, 0)
 
 
 def test_a_recommendation_is_logged_once(store: EventStore) -> None:
     """As when the answer to a commit is lost, and what was put off is written again."""
-    store.log_shown(SHOWN, wait=True)
-    store.log_shown(SHOWN)
-    store.log_shown(SHOWN._replace(recommendation_id="r2"))
-    store.log_shown(SHOWN._replace(recommendation_id="r2"))
+    log_now(store, IMPRESSION)
+    store.log_impression(IMPRESSION)
+    store.log_impression(IMPRESSION._replace(recommendation_id="r2"))
+    store.log_impression(IMPRESSION._replace(recommendation_id="r2"))
     store.flush()
-    assert [shown.recommendation_id for shown in store.shown("u")] == ["r1", "r2"]
-    assert store.delete_user("u").shown_count == 2
+    assert [shown.recommendation_id for shown in impressions_of(store, "u")] == ["r1", "r2"]
+    assert store.delete_user("u").impression_count == 2
 
 
 def test_what_cannot_be_written_does_not_hold_up_the_rest(store: EventStore) -> None:
     """Bad for the encoder or for the database; it is dropped and counted, and the thread that writes goes on."""
     store.record([user_event("1")])
-    bad: list[Shown | SpilledState] = [
-        SHOWN._replace(recommendation_id="b1", item_ids=(b"bytes",)),  # type: ignore[arg-type]
-        SHOWN._replace(recommendation_id="b2", policy=object()),  # type: ignore[arg-type]
+    bad: list[Impression | SpilledState] = [
+        IMPRESSION._replace(recommendation_id="b1", item_ids=(b"bytes",)),  # type: ignore[arg-type]
+        IMPRESSION._replace(recommendation_id="b2", policy=object()),  # type: ignore[arg-type]
         SpilledState("u", "v1", store.revision("u"), object()),  # type: ignore[arg-type]
     ]
     for number, one in enumerate(bad):
-        if isinstance(one, Shown):
-            store.log_shown(one)
+        if isinstance(one, Impression):
+            store.log_impression(one)
         else:
             store.save_states([one])
-        store.log_shown(SHOWN._replace(recommendation_id=f"r{number}"))
+        store.log_impression(IMPRESSION._replace(recommendation_id=f"r{number}"))
 
     def assert_written() -> None:
-        assert [shown.recommendation_id for shown in store.shown("u")] == ["r0", "r1", "r2"]
+        assert [shown.recommendation_id for shown in impressions_of(store, "u")] == ["r0", "r1", "r2"]
         assert store.dropped_count == 3
 
     wait_until(assert_written)
-    store.log_shown(SHOWN._replace(recommendation_id="r3"))
+    store.log_impression(IMPRESSION._replace(recommendation_id="r3"))
     wait_until(lambda: assert_last(store, "r3"))
 
 
 def assert_last(store: EventStore, recommendation_id: str) -> None:
-    assert store.shown("u")[-1].recommendation_id == recommendation_id
+    assert impressions_of(store, "u")[-1].recommendation_id == recommendation_id
 
 
 def test_of_a_user_with_very_many_events_the_newest_count(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("sqlite", "postgres", "redis"):
+    for module in ("sql", "redis"):
         monkeypatch.setattr(f"serve.stores.{module}.MOST_EVENTS", 5)
     changes = partial(store.changes, most=5)
     store.record([user_event(str(at), f"i{at}", 100 - at) for at in range(4)])
@@ -371,7 +372,7 @@ def test_changes_in_postgres_use_the_order_of_arrival(servers: dict[str, Databas
         connection.execute("ANALYZE jaxrec.events")
         # Whatever the parameters: what a server asks often is planned once.
         connection.execute("SET LOCAL plan_cache_mode = force_generic_plan")
-        connection.execute(f"PREPARE changes (text, bigint, bigint, bigint) AS {numbered(CHANGES)}")
+        connection.execute(f"PREPARE changes (text, bigint, bigint, bigint) AS {numbered(QUERIES.changes)}")
         for arrivals in ("9999, 10000", "5, 10000"):
             rows = connection.execute(f"EXPLAIN EXECUTE changes ('u', {arrivals}, 10000)").fetchall()
             plan = "\n".join(line for (line,) in rows)
@@ -389,14 +390,14 @@ def test_the_log_is_copied_into_one_file(store: EventStore, location: str, tmp_p
     events = [user_event(f"e{at}", f"i{at}", at, user_id=f"u{at % 3}") for at in range(10)]
     events[4] = events[4]._replace(recommendation_id="r1", event=Event("ü", 2.5, 4))
     store.record(events)
-    store.log_shown(SHOWN, wait=True)
-    store.log_shown(SHOWN._replace(recommendation_id="r2", user_id=None), wait=True)
+    log_now(store, IMPRESSION)
+    log_now(store, IMPRESSION._replace(recommendation_id="r2", user_id=None))
     command = [sys.executable, "-m", "serve", "log", location, str(tmp_path / "log.sqlite")]
     for _ in range(2):
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (ended.returncode, ended.stdout) == (
             0,
-            f"{tmp_path / 'log.sqlite'}: 10 events, 2 recommendations shown\n",
+            f"{tmp_path / 'log.sqlite'}: 10 events, 2 recommendations\n",
         ), ended.stderr
     assert [path.name for path in tmp_path.iterdir() if "log" in path.name] == ["log.sqlite"]
     with open_store(tmp_path / "log.sqlite") as copy:
@@ -405,7 +406,10 @@ def test_the_log_is_copied_into_one_file(store: EventStore, location: str, tmp_p
         )
         assert [copy.history(f"u{user}") for user in range(3)] == [store.history(f"u{user}") for user in range(3)]
         assert copy.revision("u1") == store.revision("u1")
-        assert (copy.shown("u"), copy.shown(None)) == (store.shown("u"), store.shown(None))
+        assert (impressions_of(copy, "u"), impressions_of(copy, None)) == (
+            impressions_of(store, "u"),
+            impressions_of(store, None),
+        )
 
 
 def test_what_is_shown_during_a_copy_has_its_answers_in_it(
@@ -414,7 +418,7 @@ def test_what_is_shown_during_a_copy_has_its_answers_in_it(
     """Or isn't in it: what comes when the copy has all events, or all that was shown, is shown and answered at once."""
 
     def show_and_answer(name: str) -> None:
-        store.log_shown(SHOWN._replace(recommendation_id=name), wait=True)
+        log_now(store, IMPRESSION._replace(recommendation_id=name))
         store.record([user_event(name)._replace(recommendation_id=name)])
 
     def meanwhile(rows: Callable[[], Iterator[T]], name: str) -> Iterator[T]:
@@ -423,14 +427,14 @@ def test_what_is_shown_during_a_copy_has_its_answers_in_it(
 
     show_and_answer("r1")
     monkeypatch.setattr(store, "all_events", partial(meanwhile, store.all_events, "after events"))
-    monkeypatch.setattr(store, "all_shown", partial(meanwhile, store.all_shown, "after shown"))
+    monkeypatch.setattr(store, "all_impressions", partial(meanwhile, store.all_impressions, "after shown"))
     copy_log(store, tmp_path / "log.sqlite")
     monkeypatch.undo()
     with open_store(tmp_path / "log.sqlite") as copy:
-        shown = {one.recommendation_id for one in copy.shown("u")}
+        shown = {one.recommendation_id for one in impressions_of(copy, "u")}
         answered = {new.recommendation_id for part in copy.all_events() for _, new in part}
     assert {"r1"} <= shown <= answered
-    assert {one.recommendation_id for one in store.shown("u")} == {"r1", "after events", "after shown"}
+    assert {one.recommendation_id for one in impressions_of(store, "u")} == {"r1", "after events", "after shown"}
 
 
 def test_many_threads_of_two_servers_write_and_read(location: str) -> None:
@@ -491,7 +495,7 @@ def test_a_database_that_comes_back_has_what_was_acknowledged(
         with pytest.raises(StoreError, match="cannot be read"):
             store.history("0")
         # Kept until the database is there again.
-        store.log_shown(SHOWN)
+        store.log_impression(IMPRESSION)
         with pytest.raises(StoreError, match="cannot be written"):
             store.flush()
         server.start()
@@ -502,7 +506,7 @@ def test_a_database_that_comes_back_has_what_was_acknowledged(
             store.record([user_event(f"{user}-{count}", user_id=str(user))])
             assert len(store.history(str(user))) == count + 1
         store.flush()
-        assert store.shown("u") == [SHOWN]
+        assert impressions_of(store, "u") == [IMPRESSION]
 
 
 def record_until_failure(store: EventStore, user: str) -> int:
@@ -551,8 +555,8 @@ def test_a_store_of_before_is_brought_up_to_date(kind: str, servers: dict[str, D
     with open_store(location) as store:
         store.record([user_event("1")])
         for name in ("r1", "r2"):
-            store.log_shown(SHOWN._replace(recommendation_id=name), wait=True)
-        store.log_shown(SHOWN._replace(recommendation_id="r3", user_id=None), wait=True)
+            log_now(store, IMPRESSION._replace(recommendation_id=name))
+        log_now(store, IMPRESSION._replace(recommendation_id="r3", user_id=None))
     columns = ("temperature", "request_time", "excluded_item_ids")
     twice = (
         "INSERT INTO {0} (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp)"
@@ -580,12 +584,12 @@ def test_a_store_of_before_is_brought_up_to_date(kind: str, servers: dict[str, D
         with redis.Redis.from_url(location) as client:
             client.set("jaxrec:version", "1")
             client.delete("jaxrec:shown_ids")
-            client.rpush("jaxrec:shown:u", json.dumps(SHOWN[:7]))
+            client.rpush("jaxrec:shown:u", json.dumps(IMPRESSION[:7]))
     with open_store(location) as store:
         assert store.history("u") == [Event("i", None, 0)]
-        store.log_shown(SHOWN, wait=True)
-        assert [shown.recommendation_id for shown in store.shown("u")] == ["r1", "r2"]
-        assert [shown.recommendation_id for shown in store.shown(None)] == ["r3"]
+        log_now(store, IMPRESSION)
+        assert [shown.recommendation_id for shown in impressions_of(store, "u")] == ["r1", "r2"]
+        assert [shown.recommendation_id for shown in impressions_of(store, None)] == ["r3"]
         assert store.delete_user("u") == Deleted(1, 2)
 
 
@@ -601,7 +605,7 @@ def test_a_store_that_did_not_note_how_it_drew_is_brought_up_to_date(
     else:
         with open_store(location) as store:
             store.record([user_event("1")])
-            store.log_shown(NOTED_BEFORE, wait=True)
+            log_now(store, NOTED_BEFORE)
     if kind == "postgres":
         with psycopg.connect(location) as connection:
             for column in ("temperature", "request_time", "excluded_item_ids"):
@@ -610,14 +614,14 @@ def test_a_store_that_did_not_note_how_it_drew_is_brought_up_to_date(
     elif kind == "redis":
         with redis.Redis.from_url(location) as client:
             client.set("jaxrec:version", "2")
-            client.lset("jaxrec:shown:u", 0, json.dumps(SHOWN[:7]))
-    new = SHOWN._replace(recommendation_id="r2")
+            client.lset("jaxrec:shown:u", 0, json.dumps(IMPRESSION[:7]))
+    new = IMPRESSION._replace(recommendation_id="r2")
     for _ in range(2):
         with open_store(location) as store:
-            store.log_shown(new, wait=True)
-            store.log_shown(SHOWN, wait=True)
-            assert store.shown("u") == [NOTED_BEFORE, new]
-            assert [one for part in store.all_shown() for one in part] == [NOTED_BEFORE, new]
+            log_now(store, new)
+            log_now(store, IMPRESSION)
+            assert impressions_of(store, "u") == [NOTED_BEFORE, new]
+            assert [one for part in store.all_impressions() for one in part] == [NOTED_BEFORE, new]
             assert store.history("u") == [Event("i", None, 0)]
     # Those servers knew of one version less, and refused others as this one does.
     name, before = {"sqlite": ("SCHEMA_VERSION", 3), "postgres": ("SCHEMA_VERSION", 2), "redis": ("VERSION", "2")}[kind]
@@ -631,20 +635,20 @@ def test_what_a_server_of_before_still_writes_is_read_and_not_learned_from(
 ) -> None:
     """It has the store open since before it was brought up to date, and notes what it noted then."""
     store.record([user_event("1")])
-    lists = [json.dumps(column, ensure_ascii=False) for column in SHOWN[2:4]]
-    row = [*SHOWN[:2], *lists, *SHOWN[4:7]]
+    lists = [json.dumps(column, ensure_ascii=False) for column in IMPRESSION[2:4]]
+    row = [*IMPRESSION[:2], *lists, *IMPRESSION[4:7]]
     columns = "recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp"
     if location.startswith("redis:"):
         with redis.Redis.from_url(location) as client:
-            arguments = ["jaxrec:shown:u", "r1", json.dumps(SHOWN[:7]), time.time(), digest("u")]
-            client.register_script(LOG_SHOWN)(args=arguments)
+            arguments = ["jaxrec:shown:u", "r1", json.dumps(IMPRESSION[:7]), time.time(), digest("u")]
+            client.register_script(LOG_IMPRESSION)(args=arguments)
     elif location.startswith("postgresql:"):
         with psycopg.connect(location) as connection:
             connection.execute(f"INSERT INTO jaxrec.shown ({columns}) VALUES (%s, %s, %s, %s, %s, %s, %s)", row)
     else:
         with closing(sqlite3.connect(location, isolation_level=None)) as connection:
             connection.execute(f"INSERT INTO shown ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
-    assert store.shown("u") == [NOTED_BEFORE]
+    assert impressions_of(store, "u") == [NOTED_BEFORE]
     copy_log(store, tmp_path / "log.sqlite")
     log = read_served_log(tmp_path / "log.sqlite", small_data.catalog)
     assert (log.recommendations, log.skipped, log.shown) == ([], {UNNOTED: 1}, 1)
@@ -665,9 +669,9 @@ def test_a_long_redis_log_is_brought_up_to_date_in_parts(
             # Every tenth a second time, near and far.
             for name in (*ids[:50], *ids[:50:10], *ids[50:], *ids[::10]):
                 recommendation_id = name if user_id is None else f"{user_id} {name}"
-                client.rpush(key, json.dumps(SHOWN._replace(recommendation_id=recommendation_id, user_id=user_id)))
+                client.rpush(key, json.dumps(IMPRESSION._replace(recommendation_id=recommendation_id, user_id=user_id)))
         client.sadd("jaxrec:shown_ids", *ids)
-        step = client.register_script(UPDATE_SHOWN)
+        step = client.register_script(UPDATE_IMPRESSIONS)
         assert [step(args=["jaxrec:shown", 10]) for _ in range(3)] == [1, 1, 1]
         client.config_resetstat()
         with ThreadPoolExecutor(2) as threads:
@@ -678,10 +682,10 @@ def test_a_long_redis_log_is_brought_up_to_date_in_parts(
         assert not client.exists("jaxrec:update", "jaxrec:update_ids")
         assert client.scard("jaxrec:shown_ids") == 2 * 95
     with open_store(location) as store:
-        assert [shown.recommendation_id for shown in store.shown(None)] == ids
-        assert [shown.recommendation_id for shown in store.shown("u")] == [f"u {name}" for name in ids]
-        store.log_shown(SHOWN._replace(recommendation_id="r94", user_id=None), wait=True)
-        assert len(store.shown(None)) == 95
+        assert [shown.recommendation_id for shown in impressions_of(store, None)] == ids
+        assert [shown.recommendation_id for shown in impressions_of(store, "u")] == [f"u {name}" for name in ids]
+        log_now(store, IMPRESSION._replace(recommendation_id="r94", user_id=None))
+        assert len(impressions_of(store, None)) == 95
 
 
 def test_a_long_redis_list_is_deleted_in_parts(
@@ -694,7 +698,7 @@ def test_a_long_redis_list_is_deleted_in_parts(
     with open_store(location) as store, redis.Redis.from_url(location) as client:
         store.record([*events, user_event("v", user_id="v")])
         for at in range(25):
-            store.log_shown(SHOWN._replace(recommendation_id=f"r{at}"), wait=True)
+            log_now(store, IMPRESSION._replace(recommendation_id=f"r{at}"))
         revision = store.revision("u")
         client.config_resetstat()
         assert store.delete_user("u") == Deleted(95, 25)

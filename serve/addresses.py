@@ -1,4 +1,4 @@
-"""HOST:PORT addresses, and who reaches them."""
+"""HOST:PORT addresses, and whether other machines reach them."""
 
 import ipaddress
 

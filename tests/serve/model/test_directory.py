@@ -11,8 +11,10 @@ import numpy as np
 import onnx
 import pytest
 
-from serve.model.artifact import Artifact, ArtifactError, RatingScale, read_artifact
+from serve.model.directory import Artifact, read_artifact
 from serve.model.engine import Engine
+from serve.model.events import RatingScale
+from serve.model.manifest import ArtifactError
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Reads a model directory and refuses one that breaks the contract.
+"""Finds model directories, reads one, and refuses one that breaks the contract.
 
 Every file is read once, its checksum is compared with the manifest, and what is
 returned was built from those same bytes, so a directory that changes while it is
@@ -16,55 +16,18 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve.model.catalog import Catalog, CatalogError, parse_catalog
+from serve.model.manifest import MANIFEST, ArtifactError, Fields, ModelInfo, model_info, read_manifest
 
-SCHEMA_VERSION = 1
-POLICIES = ("reinforce", "supervised")
 REQUIRED_FILES = ("sequence.onnx", "step.onnx", "catalog.csv", "item_vectors.npy", "DATA_LICENCE.txt")
 INDEX_ARRAYS = ("item_bias.npy", "neighbour_item.npy", "neighbour_weight.npy")
 INDEX_GRAPHS = ("sequence_query", "step_query")
-LARGEST_ITEM_COUNT = 2**31 - 2
 MOST_RECENT = 1000
-
-
-class ArtifactError(Exception):
-    """A model directory cannot be served; the message names the file and what was expected of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class RatingScale:
-    """Lowest and highest rating of the training data, both valid."""
-
-    minimum: float
-    maximum: float
-
-    def contains(self, rating: float) -> bool:
-        """Whether a rating is valid; the ends also as float32, which is how they travel in a message."""
-        if self.minimum <= rating <= self.maximum:
-            return True
-        return bool(np.float32(self.minimum) <= np.float32(rating) <= np.float32(self.maximum))
-
-    def scaled(self, ratings: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Valid ratings on 0..1, never below 0 by rounding; nan (no rating) stays nan."""
-        return np.clip((ratings - self.minimum) / (self.maximum - self.minimum), 0, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What the manifest says about the model."""
-
-    model_version: str
-    created: str
-    policy: str
-    item_count: int
-    max_history: int
-    rating_scale: RatingScale | None
-    genres: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,18 +67,8 @@ class Artifact:
 
 def read_artifact(directory: Path) -> Artifact:
     """Reads and verifies a model directory; raises ArtifactError."""
-    manifest_file = directory / "manifest.json"
-    try:
-        manifest = json.loads(manifest_file.read_bytes().decode())
-    except OSError as error:
-        raise ArtifactError(f"{manifest_file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ArtifactError(f"{manifest_file}: expected one JSON object in UTF-8: {error}") from error
-    fields = _Fields(manifest_file, "", manifest)
-    version = fields.get("schema_version", int)
-    if version != SCHEMA_VERSION:
-        fields.fail("schema_version", f"{SCHEMA_VERSION}, the only one this server reads", version)
-    info = _model_info(fields)
+    fields = read_manifest(directory)
+    info = model_info(fields)
     graphs = fields.section("graphs")
     indexed = fields.section("index") if "index" in fields else None
     for name in ("sequence", "step", *(INDEX_GRAPHS if indexed else ())):
@@ -134,81 +87,10 @@ def read_artifact(directory: Path) -> Artifact:
     )
 
 
-class _Fields:
-    """The fields of one JSON object, with its place in the manifest for the errors."""
-
-    def __init__(self, file: Path, path: str, value: Any) -> None:
-        self._file = file
-        self._path = path
-        if not isinstance(value, dict):
-            raise ArtifactError(f"{file}: {path or 'the manifest'} is {_shown(value)}, expected an object")
-        self._value = value
-
-    def __iter__(self) -> Any:
-        return iter(self._value)
-
-    def get(self, name: str, kind: type, *, optional: bool = False) -> Any:
-        if name not in self._value:
-            raise ArtifactError(f"{self._file}: {self._path}{name} is missing, expected {_KINDS[kind]}")
-        value = self._value[name]
-        if optional and value is None:
-            return None
-        # JSON knows one kind of number, and Python counts True as an int.
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            self.fail(name, _KINDS[kind], value)
-        return value
-
-    def section(self, name: str) -> "_Fields":
-        return _Fields(self._file, f"{self._path}{name}.", self.get(name, dict))
-
-    def fail(self, name: str, expected: str, value: object) -> None:
-        raise ArtifactError(f"{self._file}: {self._path}{name} is {_shown(value)}, expected {expected}")
-
-
-_KINDS = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _model_info(fields: _Fields) -> ModelInfo:
-    for name in ("model_version", "created"):
-        if not fields.get(name, str):
-            fields.fail(name, "a text that is not empty", "")
-    policy = fields.get("policy", str)
-    if policy not in POLICIES:
-        fields.fail("policy", " or ".join(POLICIES), policy)
-    for name in ("item_count", "max_history", "opset"):
-        if not 1 <= fields.get(name, int) <= LARGEST_ITEM_COUNT:
-            fields.fail(name, f"a number in 1..{LARGEST_ITEM_COUNT}", fields.get(name, int))
-    scale = None
-    if fields.get("rating_scale", dict, optional=True) is not None:
-        section = fields.section("rating_scale")
-        scale = RatingScale(section.get("minimum", float), section.get("maximum", float))
-        if not -np.inf < scale.minimum < scale.maximum < np.inf:
-            section.fail("maximum", f"a finite number above the minimum {scale.minimum}", scale.maximum)
-    genres = fields.get("genres", list)
-    if not all(isinstance(genre, str) for genre in genres) or genres != sorted(set(genres)):
-        fields.fail("genres", "a sorted list of different texts", genres)
-    return ModelInfo(
-        model_version=fields.get("model_version", str),
-        created=fields.get("created", str),
-        policy=policy,
-        item_count=fields.get("item_count", int),
-        max_history=fields.get("max_history", int),
-        rating_scale=scale,
-        genres=tuple(genres),
-    )
-
-
 Content = bytes | mmap.mmap
 
 
-def _verified_files(directory: Path, files: _Fields, indexed: _Fields | None) -> Mapping[str, Content]:
+def _verified_files(directory: Path, files: Fields, indexed: Fields | None) -> Mapping[str, Content]:
     contents: dict[str, Content] = {}
     required: tuple[str, ...] = REQUIRED_FILES
     if indexed is not None:
@@ -217,7 +99,7 @@ def _verified_files(directory: Path, files: _Fields, indexed: _Fields | None) ->
     for name in (*required, *(name for name in files if name not in required)):
         entry = files.section(name)
         if "/" in name or "\\" in name or name in ("", ".", ".."):
-            raise ArtifactError(f"{directory / 'manifest.json'}: files.{name!r} is not a plain file name")
+            raise ArtifactError(f"{directory / MANIFEST}: files.{name!r} is not a plain file name")
         path = directory / name
         try:
             content = _mapped(path) if indexed is not None and name.endswith(".npy") else path.read_bytes()
@@ -262,10 +144,7 @@ def _item_vectors(path: Path, content: Content, info: ModelInfo) -> NDArray[np.f
     return vectors
 
 
-def _index_files(directory: Path, fields: _Fields, contents: Mapping[str, Content], info: ModelInfo) -> IndexFiles:
-    for name in ("candidates", "candidates_per_answer"):
-        if not 1 <= fields.get(name, int) <= LARGEST_ITEM_COUNT:
-            fields.fail(name, f"a number in 1..{LARGEST_ITEM_COUNT}", fields.get(name, int))
+def _index_files(directory: Path, fields: Fields, contents: Mapping[str, Content], info: ModelInfo) -> IndexFiles:
     weights = fields.get("recent_weights", list)
     largest = float(np.finfo(np.float32).max)
     if not 1 <= len(weights) <= MOST_RECENT or not all(
@@ -286,8 +165,8 @@ def _index_files(directory: Path, fields: _Fields, contents: Mapping[str, Conten
     return IndexFiles(
         path=directory / fields.get("file", str),
         content=bytes(contents[fields.get("file", str)]),
-        candidates=fields.get("candidates", int),
-        candidates_per_answer=fields.get("candidates_per_answer", int),
+        candidates=fields.count("candidates"),
+        candidates_per_answer=fields.count("candidates_per_answer"),
         recent_weights=np.array(weights, np.float32)[:, None],
         item_bias=bias,
         neighbour_item=item,
@@ -314,3 +193,58 @@ def _array(path: Path, content: Content) -> NDArray[Any]:
 
 _LONGEST_HEADER = 2**16
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+Fingerprint = tuple[tuple[str, int, int, int], ...]
+
+
+class Version(NamedTuple):
+    """A model directory as it was found, not verified."""
+
+    path: Path
+    folder: str
+    """Name in the directory of versions; empty: the directory is the model itself."""
+    model_version: str
+    """As the manifest says; empty: it cannot be read."""
+    fingerprint: Fingerprint
+    """Name, size, time of change and inode of every file: equal while no file changes."""
+
+
+def find_versions(directory: Path) -> list[Version]:
+    """The versions in a directory, newest first; those whose manifest cannot be read come last.
+
+    Model versions start with the time of the export, so their order as text is that of time. A child without a
+    manifest is none, or not yet: the manifest is written last. Raises ArtifactError when the directory cannot be read.
+    """
+    try:
+        if (directory / MANIFEST).exists():
+            found = [(directory, "")]
+        else:
+            children = sorted(child for child in directory.iterdir() if (child / MANIFEST).exists())
+            # An export is renamed when it is complete; until then its name starts with a dot.
+            found = [(child, child.name) for child in children if not child.name.startswith(".")]
+    except OSError as error:
+        raise ArtifactError(f"{directory}: cannot be read: {error.strerror}") from error
+    versions = [Version(path, folder, _model_version(path), _fingerprint(path)) for path, folder in found]
+    return sorted(versions, key=lambda version: version.model_version, reverse=True)
+
+
+def _model_version(path: Path) -> str:
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return ""
+    version = manifest.get("model_version") if isinstance(manifest, dict) else None
+    return version if isinstance(version, str) else ""
+
+
+def _fingerprint(path: Path) -> Fingerprint:
+    files = []
+    try:
+        for file in sorted(path.iterdir()):
+            status = file.stat()
+            files.append((file.name, status.st_size, status.st_mtime_ns, status.st_ino))
+    except OSError:
+        # It is being changed just now, and will be looked at again.
+        return ()
+    return tuple(files)

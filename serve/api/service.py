@@ -1,0 +1,122 @@
+"""What the recommender's calls do, with plain values in and out, for a front of any protocol.
+
+Values are checked where they are decoded (`serve.api.codec`); failures are the exceptions of `serve.api.errors`.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from serve.api.errors import UnknownUser
+from serve.model.events import Event, known_events
+from serve.model.profile import GenrePreference, genre_preferences
+from serve.model.recommender import Answer, Query, Recommender
+from serve.observability.metrics import Metrics
+from serve.serving.loaded import LoadedModel, Models
+from serve.stores.base import Deleted, EventStore, Impression, UserEvent
+
+
+class Recommendation(NamedTuple):
+    """An answer under the id by which events can refer to it, and the model whose item indices it has."""
+
+    recommendation_id: str
+    answer: Answer
+    model: Recommender
+
+
+class Recorded(NamedTuple):
+    """What became of events that were to be recorded."""
+
+    recorded_count: int
+    duplicate_count: int
+    unknown_item_count: int
+    """Of the recorded ones."""
+
+
+class Profile(NamedTuple):
+    """A user's events in time order and preferences, as the model sees them that answers the user."""
+
+    events: Sequence[Event]
+    preferences: Sequence[GenrePreference]
+    model: Recommender
+
+
+class RecommenderService:
+    """Answers with the loaded models from one event store, from any number of threads."""
+
+    def __init__(self, models: Models, store: EventStore, metrics: Metrics) -> None:
+        self.models = models
+        self._store = store
+        self._metrics = metrics
+
+    def recommend(
+        self, loaded: LoadedModel, query: Query, deadline_s: float | None, is_cancelled: Callable[[], bool]
+    ) -> Recommendation:
+        """Answers a query with the model of its user, and logs the impression; raises as `LoadedModel.recommend`."""
+        return self._logged(loaded, query, loaded.recommend(query, deadline_s, is_cancelled))
+
+    def recommend_all(
+        self,
+        loaded: Sequence[LoadedModel],
+        queries: Sequence[Query],
+        remaining_s: Callable[[], float | None],
+        is_cancelled: Callable[[], bool],
+    ) -> list[Recommendation]:
+        """As `recommend`, for queries with a model each; all are answered or none."""
+        answers: dict[int, Answer] = {}
+        for model in set(loaded):
+            places = [at for at, one in enumerate(loaded) if one is model]
+            found = model.recommend_all([queries[at] for at in places], remaining_s(), is_cancelled)
+            answers.update(zip(places, found, strict=True))
+        return [self._logged(one, queries[at], answers[at]) for at, one in enumerate(loaded)]
+
+    def _logged(self, loaded: LoadedModel, query: Query, answer: Answer) -> Recommendation:
+        model, now = loaded.model, time.time()
+        # The time first: an index of ids in their order grows at one end, which costs half of one in no order.
+        recommendation_id = f"{int(now * 1e3):012x}{os.urandom(10).hex()}"
+        item_ids = model.catalog.item_ids
+        excluded = dict.fromkeys(model.indices(query.exclude_item_ids))
+        self._store.log_impression(
+            Impression(
+                recommendation_id=recommendation_id,
+                user_id=query.user_id,
+                item_ids=tuple([item_ids[item] for item in answer.items.tolist()]),
+                log_propensities=answer.log_propensities,
+                policy=answer.policy,
+                model_version=model.info.model_version,
+                timestamp=int(now),
+                temperature=loaded.temperature if answer.log_propensities else None,
+                request_time=query.request_time,
+                excluded_item_ids=tuple([item_ids[item] for item in excluded]),
+            ),
+            started=query.started,
+        )
+        self._metrics.answered(answer.policy, answer.items)
+        if query.events:
+            self._metrics.events(len(query.events) - answer.ignored_event_count, answer.ignored_event_count)
+        return Recommendation(recommendation_id, answer, model)
+
+    def record(self, events: Sequence[UserEvent]) -> Recorded:
+        """Stores the events whose ids are new; they are on disk on return."""
+        index = self.models.version("").model.catalog.index
+        recorded = self._store.record(events)
+        unknown = sum(new.event.item_id not in index for new in recorded)
+        duplicates = len(events) - len(recorded)
+        self._metrics.recorded(len(recorded), duplicates, sum(new.recommendation_id is not None for new in recorded))
+        self._metrics.events(len(recorded) - unknown, unknown)
+        return Recorded(len(recorded), duplicates, unknown)
+
+    def profile(self, user_id: str) -> Profile:
+        """What is stored of a user; raises UnknownUser."""
+        events = self._store.history(user_id)
+        if not events:
+            raise UnknownUser(f"no event of the user {user_id!r} is stored")
+        model = self.models.for_user(user_id).model
+        return Profile(events, genre_preferences(known_events(events, model.catalog), model.catalog), model)
+
+    def delete_user(self, user_id: str) -> Deleted:
+        """Deletes all that is stored of a user."""
+        deleted = self._store.delete_user(user_id)
+        self.models.forget(user_id)
+        return deleted

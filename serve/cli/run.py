@@ -1,0 +1,130 @@
+"""`python -m serve run`: a server from its settings to its end."""
+
+import gc
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from serve.cli.options import FILE, all_settings
+from serve.settings import Settings, SettingsError, read_settings
+
+if TYPE_CHECKING:
+    from serve.front.server import Listener
+
+logger = logging.getLogger(__name__)
+
+
+@click.command("run")
+@click.argument("model", required=False)
+@click.option(
+    "--settings",
+    "file",
+    type=FILE,
+    metavar="FILE",
+    help="TOML file with settings, named as these options with _ instead of -. An option beats an environment variable"
+    " such as JAXREC_TLS_CERT, which beats the file, which beats the default.  [default: what JAXREC_SETTINGS names]",
+)
+@all_settings
+def command(file: Path | None, **options: Any) -> None:
+    """Answer gRPC calls with the model directory MODEL, or the newest of the model directories in it, until SIGTERM
+    or SIGINT.
+
+    Prints `serving MODEL_VERSION on HOST:PORT (provider NAME, search WAY)` when it is ready. After SIGTERM or SIGINT it
+    finishes the calls under way, accepts no new ones, and exits with 0; after a failure of its own, with 1.
+    """
+    try:
+        settings = read_settings(options, os.environ, file)
+    except SettingsError as error:
+        raise click.UsageError(str(error)) from error
+    serve(settings)
+
+
+def serve(settings: Settings) -> None:
+    """Serves until a signal or a failure, then ends the process; raises click.ClickException before it serves."""
+    from serve.addresses import AddressError, SecurityError
+    from serve.front.lifecycle import leave_process
+    from serve.front.server import create_server
+    from serve.model.exploration import Exploration
+    from serve.model.graphs import ProviderError
+    from serve.model.manifest import ArtifactError
+    from serve.observability.metrics import Metrics
+    from serve.serving.loading import ModelLoader, open_models
+    from serve.stores import open_store
+    from serve.stores.base import StoreError
+
+    _start_logging(settings)
+    stopped, failed = threading.Event(), threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+
+    def fail() -> None:
+        failed.set()
+        stopped.set()
+
+    try:
+        listener, metrics = _listener(settings), Metrics()
+        exploration = Exploration(settings.explore) if settings.explore else None
+        with open_store(settings.store) as events:
+            loader = ModelLoader(events, metrics, settings.provider, settings.threads, settings.search, exploration)
+            with open_models(settings.model, loader, watch_s=settings.watch, load_now=False) as models:
+                # Catalogue and libraries stay: without them a full collection takes microseconds, not tens of
+                # milliseconds.
+                gc.collect()
+                gc.freeze()
+                server = create_server(
+                    *(models, events, listener),
+                    metrics=metrics,
+                    log_calls=settings.log_calls,
+                    polling=None if settings.front == "auto" else settings.front == "polling",
+                    on_failure=fail,
+                )
+                stop_metrics = (
+                    None if settings.metrics is None else metrics.serve(settings.metrics, settings.allow_insecure)
+                )
+                # Open from here on, so that health checks see a server that is not ready, and not none.
+                server.listen()
+                models.open()
+                # A server that was stopped meanwhile must not attract calls.
+                if not stopped.is_set():
+                    server.start()
+                    main = models.version("").model
+                    host, how = settings.address.rpartition(":")[0], f"{main.provider}, search {main.engine.search_by}"
+                    click.echo(f"serving {main.info.model_version} on {host}:{server.port} (provider {how})")
+                    stopped.wait()
+                if not server.finish_calls(settings.drain):
+                    logger.warning("calls were still under way after %g s, and are cut off", settings.drain)
+                if callable(stop_metrics):
+                    stop_metrics()
+    except (AddressError, ArtifactError, ProviderError, SecurityError, StoreError) as error:
+        raise click.ClickException(str(error)) from error
+    leave_process(int(failed.is_set()))
+
+
+def _start_logging(settings: Settings) -> None:
+    from serve.observability.logs import log_as_json
+
+    if settings.log_format == "json":
+        log_as_json()
+    else:
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+
+
+def _listener(settings: Settings) -> "Listener":
+    """Where to listen and for whom; raises AddressError and SecurityError."""
+    from serve.front.auth import parse_tokens, read_tokens
+    from serve.front.server import Listener
+    from serve.front.tls import Tls
+
+    tokens = tls = None
+    if settings.tokens_file is not None:
+        tokens = read_tokens(settings.tokens_file)
+    elif settings.tokens is not None:
+        tokens = parse_tokens(settings.tokens, "tokens")
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        tls = Tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    return Listener(settings.address, tls, tokens, settings.allow_insecure, settings.shared_port)

@@ -1,0 +1,138 @@
+"""The calls of both clients: which request each sends. How its answer comes is up to the channel."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, Generic, TypeVar
+
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from serve.client.connection import Connection
+from serve.pb.recommender_pb2 import (
+    BatchRecommendRequest,
+    DeleteUserRequest,
+    Event,
+    GetModelInfoRequest,
+    GetUserProfileRequest,
+    History,
+    RecommendRequest,
+    RecordEventsRequest,
+    SimilarItemsRequest,
+    UserEvent,
+)
+from serve.pb.recommender_pb2_grpc import RecommenderStub
+
+Recommended = TypeVar("Recommended")
+Recorded = TypeVar("Recorded")
+Profile = TypeVar("Profile")
+Deleted = TypeVar("Deleted")
+Similar = TypeVar("Similar")
+Info = TypeVar("Info")
+
+
+def recommend_request(
+    *,
+    user_id: str | None = None,
+    history: Iterable[Event] | None = None,
+    k: int = 10,
+    exclude_item_ids: Iterable[str] = (),
+    request_time: int | None = None,
+    explain: bool = False,
+) -> RecommendRequest:
+    """The message for one question.
+
+    Args:
+        user_id: A user whose events the server has stored.
+        history: The user's events, if the server has not stored them.
+        k: Number of items, 1 to 1000.
+        exclude_item_ids: Items not to recommend, besides those of the history.
+        request_time: When the user asks, in seconds since 1970; None: not known. Later stored events are ignored.
+        explain: Whether to say why each item is recommended.
+
+    Raises:
+        ValueError: Both or none of `user_id` and `history` are given.
+    """
+    if (user_id is None) == (history is None):
+        raise ValueError("expected user_id or history, and not both")
+    request = RecommendRequest(k=k, exclude_item_ids=exclude_item_ids, request_time=request_time, explain=explain)
+    if user_id is not None:
+        request.user_id = user_id
+    else:
+        request.history.CopyFrom(History(events=history))
+    return request
+
+
+class Requests(ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, Info]):
+    """A connection to one server. The types are those of the answers, or of what is awaited for them."""
+
+    def __init__(self, server: str | Connection, timeout_s: float = 5.0) -> None:
+        """Connects when first used.
+
+        Args:
+            server: HOST:PORT for a connection without encryption, or a `Connection`.
+            timeout_s: Deadline of a call in seconds; a `Connection` has its own.
+        """
+        connection = Connection(server, timeout_s) if isinstance(server, str) else server
+        self.address = connection.address
+        self._timeout_s, self._metadata = connection.timeout_s, connection.metadata
+        self._channel = self._open(connection)
+        self._stub: Any = RecommenderStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+
+    @abstractmethod
+    def _open(self, connection: Connection) -> Any:
+        """A channel."""
+
+    def recommend(
+        self,
+        *,
+        user_id: str | None = None,
+        history: Iterable[Event] | None = None,
+        k: int = 10,
+        exclude_item_ids: Iterable[str] = (),
+        request_time: int | None = None,
+        explain: bool = False,
+    ) -> Recommended:
+        """The best `k` items for a stored user or for a history; arguments and errors as of `recommend_request`."""
+        request = recommend_request(
+            user_id=user_id,
+            history=history,
+            k=k,
+            exclude_item_ids=exclude_item_ids,
+            request_time=request_time,
+            explain=explain,
+        )
+        return self._call(self._stub.Recommend, request)
+
+    def record_events(self, events: Iterable[UserEvent]) -> Recorded:
+        """Stores events; they are on the server's disk when the answer comes. Event ids that it knows are skipped."""
+        return self._call(self._stub.RecordEvents, RecordEventsRequest(events=events))
+
+    def get_user_profile(self, user_id: str, limit: int = 10) -> Profile:
+        """The last `limit` events (1 to 1000) and the genre preferences of a stored user."""
+        return self._call(self._stub.GetUserProfile, GetUserProfileRequest(user_id=user_id, limit=limit))
+
+    def delete_user(self, user_id: str) -> Deleted:
+        """Deletes all that is stored of a user."""
+        return self._call(self._stub.DeleteUser, DeleteUserRequest(user_id=user_id))
+
+    def similar_items(self, item_id: str, k: int = 10) -> Similar:
+        """The `k` items (1 to 1000) most similar to one item."""
+        return self._call(self._stub.SimilarItems, SimilarItemsRequest(item_id=item_id, k=k))
+
+    def get_model_info(self, model_version: str = "") -> Info:
+        """What the server says of a loaded model version; "": the one that answers most users."""
+        return self._call(self._stub.GetModelInfo, GetModelInfoRequest(model_version=model_version))
+
+    def _batch(self, requests: Iterable[RecommendRequest]) -> Any:
+        return self._call(self._stub.BatchRecommend, BatchRecommendRequest(requests=requests))
+
+    def _check(self) -> Any:
+        return self._health.Check(health_pb2.HealthCheckRequest(), timeout=self._timeout_s)
+
+    def _call(self, method: Any, request: Any) -> Any:
+        return method(request, timeout=self._timeout_s, metadata=self._metadata)
+
+
+def is_serving(response: health_pb2.HealthCheckResponse) -> bool:
+    """What a health check says."""
+    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)

@@ -1,0 +1,162 @@
+"""The ONNX graphs of a model: their signatures, and sessions of ONNX Runtime that keep them."""
+
+import ctypes
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from serve.model.directory import Artifact, IndexFiles
+from serve.model.manifest import ArtifactError
+from serve.settings import Provider, SearchBy
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+# Name to dtype, as the model directory's contract has them.
+Signature = dict[str, str]
+
+
+_REQUEST = {"request_gap": "float", "exclude": "int32", "k": "int64"}
+_RANKING = {"items": "int32", "scores": "float"}
+_EVENTS = {"item": "int32", "rating": "float", "gap": "float"}
+SEQUENCE_INPUTS: Signature = {**_EVENTS, "length": "int32", **_REQUEST}
+SEQUENCE_OUTPUTS: Signature = {"state": "float", **_RANKING}
+STEP_INPUTS: Signature = {"state": "float", **_EVENTS, **_REQUEST}
+# A graph cannot call an output as one of its inputs, hence not `state`.
+STEP_OUTPUTS: Signature = {"next_state": "float", **_RANKING}
+# The graphs of a directory with an index, which answer a query.
+_QUERY_REQUEST = {"vector": "float", "request_gap": "float"}
+SEQUENCE_QUERY_INPUTS: Signature = {**_EVENTS, "length": "int32", **_QUERY_REQUEST}
+SEQUENCE_QUERY_OUTPUTS: Signature = {"state": "float", "query": "float"}
+STEP_QUERY_INPUTS: Signature = {"state": "float", **_EVENTS, **_QUERY_REQUEST}
+STEP_QUERY_OUTPUTS: Signature = {"next_state": "float", "query": "float"}
+
+
+class ProviderError(Exception):
+    """The execution provider that was demanded does not run here."""
+
+
+def state_width(artifact: Artifact, sequence: onnxruntime.InferenceSession, step: onnxruntime.InferenceSession) -> int:
+    """The width of the state, as the graphs declare it."""
+    widths = [
+        node.shape[-1]
+        for node in (*sequence.get_outputs(), *step.get_inputs(), *step.get_outputs())
+        if node.name in ("state", "next_state")
+    ]
+    if len(set(widths)) != 1 or not isinstance(widths[0], int):
+        raise ArtifactError(f"{artifact.directory}: the graphs' states have the widths {widths}, expected one number")
+    return widths[0]
+
+
+class GraphFile(NamedTuple):
+    """A graph with what is expected of it."""
+
+    file: Path
+    content: bytes
+    inputs: Signature
+    outputs: Signature
+
+
+def exact_graphs(artifact: Artifact) -> tuple[GraphFile, GraphFile]:
+    folder = artifact.directory
+    return (
+        GraphFile(folder / "sequence.onnx", artifact.sequence_graph, SEQUENCE_INPUTS, SEQUENCE_OUTPUTS),
+        GraphFile(folder / "step.onnx", artifact.step_graph, STEP_INPUTS, STEP_OUTPUTS),
+    )
+
+
+def query_graphs(folder: Path, index: IndexFiles) -> tuple[GraphFile, GraphFile]:
+    sequence = folder / "sequence_query.onnx", index.sequence_query_graph
+    step = folder / "step_query.onnx", index.step_query_graph
+    return (
+        GraphFile(*sequence, SEQUENCE_QUERY_INPUTS, SEQUENCE_QUERY_OUTPUTS),
+        GraphFile(*step, STEP_QUERY_INPUTS, STEP_QUERY_OUTPUTS),
+    )
+
+
+def searches_index(asked: SearchBy, provider: str) -> bool:
+    """Whether a directory with an index is searched by it, when its graphs run on ONNX Runtime's `provider`."""
+    return asked == "index" or (asked == "auto" and provider != CUDA)
+
+
+def graph_arrays(item_vectors: NDArray[np.float32], index: IndexFiles) -> dict[str, onnxruntime.OrtValue]:
+    """The weights that `sequence.onnx` and `step.onnx` of a directory with an index have in files of their own."""
+    arrays = {
+        "item_vectors": item_vectors,
+        "item_bias": index.item_bias,
+        "neighbour_item": index.neighbour_item,
+        "neighbour_weight": index.neighbour_weight,
+    }
+    return {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+
+
+def session(
+    graph: GraphFile, provider: Provider, intra_op_threads: int, arrays: Mapping[str, onnxruntime.OrtValue]
+) -> onnxruntime.InferenceSession:
+    """`arrays` are the verified contents of the files that the graph names; no file is read for it.
+
+    On the CPU the session refers to their memory, and they must live as long as it does.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = intra_op_threads
+    options.inter_op_num_threads = 1
+    wanted = [CUDA, CPU] if _try_cuda(provider) else [CPU]
+    try:
+        # ONNX Runtime would look in the working directory for the files that a graph names. Here it finds none, or
+        # empty ones where it asks that they exist, though it has their contents.
+        with tempfile.TemporaryDirectory(prefix="jaxrec-") as folder:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+            if CUDA in wanted:
+                options.add_external_initializers(list(arrays), list(arrays.values()))  # copies
+            else:
+                for name, array in arrays.items():
+                    (Path(folder) / f"{name}.npy").touch()
+                    options.add_initializer(name, array)
+            session = onnxruntime.InferenceSession(
+                graph.content,
+                options,
+                providers=wanted,
+                # It would read the files, and hold a copy of the vectors for each graph.
+                disabled_optimizers=["ConstantFolding"] if arrays and CUDA not in wanted else None,
+            )
+    # ONNX Runtime's exceptions have no common base and no public names.
+    except Exception as error:
+        raise ArtifactError(f"{graph.file}: ONNX Runtime cannot load it: {error}") from error
+    if provider == "cuda" and session.get_providers()[0] != CUDA:
+        raise ProviderError(f"expected CUDA, but {graph.file.name} runs on {session.get_providers()[0]}")
+    _check_signature(f"{graph.file}: inputs", session.get_inputs(), graph.inputs)
+    _check_signature(f"{graph.file}: outputs", session.get_outputs(), graph.outputs)
+    return session
+
+
+def _try_cuda(provider: Provider) -> bool:
+    """Whether to ask for CUDA: ONNX Runtime lists it as available on machines without a GPU."""
+    if provider == "cpu" or CUDA not in onnxruntime.get_available_providers():
+        return False
+    if provider == "auto" and not _has_cuda_driver():
+        return False
+    onnxruntime.preload_dlls()
+    return True
+
+
+def _has_cuda_driver() -> bool:
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _check_signature(where: str, found: Sequence[onnxruntime.NodeArg], expected: Signature) -> None:
+    came = {node.name: node.type.removeprefix("tensor(").removesuffix(")") for node in found}
+    if came != expected:
+        raise ArtifactError(f"{where} are {_text_of(came)}, expected {_text_of(expected)}")
+
+
+def _text_of(signature: Signature) -> str:
+    return ", ".join(f"{name} {dtype}" for name, dtype in sorted(signature.items()))

@@ -1,0 +1,126 @@
+"""The manifest of a model directory: its fields, checked one by one."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serve.model.events import RatingScale
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+POLICIES = ("reinforce", "supervised")
+LARGEST_ITEM_COUNT = 2**31 - 2
+
+
+class ArtifactError(Exception):
+    """A model directory cannot be served; the message names the file and what was expected of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the manifest says about the model."""
+
+    model_version: str
+    created: str
+    policy: str
+    item_count: int
+    max_history: int
+    rating_scale: RatingScale | None
+    genres: tuple[str, ...]
+
+
+def read_manifest(directory: Path) -> "Fields":
+    """The manifest of a model directory, of a version that this server reads; raises ArtifactError."""
+    file = directory / MANIFEST
+    try:
+        manifest = json.loads(file.read_bytes().decode())
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ArtifactError(f"{file}: expected one JSON object in UTF-8: {error}") from error
+    fields = Fields(file, "", manifest)
+    version = fields.get("schema_version", int)
+    if version != SCHEMA_VERSION:
+        fields.fail("schema_version", f"{SCHEMA_VERSION}, the only one this server reads", version)
+    return fields
+
+
+class Fields:
+    """The fields of one JSON object, with its place in the manifest for the errors."""
+
+    def __init__(self, file: Path, path: str, value: Any) -> None:
+        self._file = file
+        self._path = path
+        if not isinstance(value, dict):
+            raise ArtifactError(f"{file}: {path or 'the manifest'} is {shortened(value)}, expected an object")
+        self._value = value
+
+    def __iter__(self) -> Any:
+        return iter(self._value)
+
+    def get(self, name: str, kind: type, *, optional: bool = False) -> Any:
+        if name not in self._value:
+            raise ArtifactError(f"{self._file}: {self._path}{name} is missing, expected {_KINDS[kind]}")
+        value = self._value[name]
+        if optional and value is None:
+            return None
+        # JSON knows one kind of number, and Python counts True as an int.
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            self.fail(name, _KINDS[kind], value)
+        return value
+
+    def count(self, name: str) -> int:
+        """A whole number in 1..LARGEST_ITEM_COUNT."""
+        count: int = self.get(name, int)
+        if not 1 <= count <= LARGEST_ITEM_COUNT:
+            self.fail(name, f"a number in 1..{LARGEST_ITEM_COUNT}", count)
+        return count
+
+    def section(self, name: str) -> "Fields":
+        return Fields(self._file, f"{self._path}{name}.", self.get(name, dict))
+
+    def fail(self, name: str, expected: str, value: object) -> None:
+        raise ArtifactError(f"{self._file}: {self._path}{name} is {shortened(value)}, expected {expected}")
+
+
+_KINDS = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}
+
+
+def shortened(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def model_info(fields: Fields) -> ModelInfo:
+    """What a manifest says about the model; raises ArtifactError."""
+    for name in ("model_version", "created"):
+        if not fields.get(name, str):
+            fields.fail(name, "a text that is not empty", "")
+    policy = fields.get("policy", str)
+    if policy not in POLICIES:
+        fields.fail("policy", " or ".join(POLICIES), policy)
+    for name in ("item_count", "max_history", "opset"):
+        fields.count(name)
+    scale = None
+    if fields.get("rating_scale", dict, optional=True) is not None:
+        section = fields.section("rating_scale")
+        scale = RatingScale(section.get("minimum", float), section.get("maximum", float))
+        if not -np.inf < scale.minimum < scale.maximum < np.inf:
+            section.fail("maximum", f"a finite number above the minimum {scale.minimum}", scale.maximum)
+    genres = fields.get("genres", list)
+    if not all(isinstance(genre, str) for genre in genres) or genres != sorted(set(genres)):
+        fields.fail("genres", "a sorted list of different texts", genres)
+    return ModelInfo(
+        model_version=fields.get("model_version", str),
+        created=fields.get("created", str),
+        policy=policy,
+        item_count=fields.get("item_count", int),
+        max_history=fields.get("max_history", int),
+        rating_scale=scale,
+        genres=tuple(genres),
+    )

@@ -1,0 +1,224 @@
+"""What a server is configured with, from options, environment variables, a TOML file and defaults, in this order."""
+
+import math
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+Provider = Literal["auto", "cpu", "cuda"]
+SearchBy = Literal["auto", "exact", "index"]
+Front = Literal["auto", "polling", "threads"]
+LogFormat = Literal["json", "text"]
+
+PREFIX = "JAXREC_"
+FILE_VARIABLE = f"{PREFIX}SETTINGS"
+# Of the client, which may be in the same environment.
+OTHER_VARIABLES = (FILE_VARIABLE, f"{PREFIX}TOKEN")
+# What Kubernetes and Docker set for a service that is called jaxrec.
+LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_\d+_|$)")
+
+
+class SettingsError(ValueError):
+    """A setting is unknown, missing or has a bad value; the message names it and where it came from."""
+
+
+class Setting(NamedTuple):
+    """How one setting is read and described."""
+
+    read: Callable[[Any], Any]
+    """The value of a text or of a TOML value; raises ValueError, TypeError, KeyError or AttributeError."""
+    expected: str
+    metavar: str
+    """What stands for the value in the help; empty: true or false."""
+    help: str
+
+    @property
+    def secret(self) -> bool:
+        """Not an option, since other users of the machine can read command lines; not repeated in messages."""
+        return not self.help
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, (bool, float)) or int(value) < 1:
+        raise ValueError
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not 0 <= float(value) < math.inf:
+        raise ValueError
+    return float(value)
+
+
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+# By the type of a field: how it is read, what is expected, its usual metavar.
+_KINDS: Mapping[Any, tuple[Callable[[Any], Any], str, str]] = {
+    str: (_text, "a text", "TEXT"),
+    Path: (lambda value: Path(value if isinstance(value, Path) else _text(value)), "a path", "FILE"),
+    bool: (lambda value: value if isinstance(value, bool) else _FLAGS[value.lower()], "true or false", ""),
+    int: (_count, "a whole number from 1 on", "N"),
+    float: (_number, "a number from 0 on", "NUMBER"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All settings of `python -m serve run`, each with its metavar, where that is not the usual one, and its help.
+
+    A field `tls_cert` is the option `--tls-cert`, the environment variable `JAXREC_TLS_CERT` and the key `tls_cert` of
+    the file. Paths are relative to the working directory, wherever they came from.
+    """
+
+    model: Annotated[Path, "MODEL", "Model directory, or a directory of model directories."]
+    address: Annotated[
+        str,
+        "HOST:PORT",
+        "Where to listen. Port 0: a free one. An address that other machines reach needs TLS and authentication.",
+    ] = "127.0.0.1:50051"
+    store: Annotated[
+        str,
+        "STORE",
+        "SQLite file with the events of all users, created when missing; or postgresql://... or redis://...",
+    ] = "events.sqlite"
+    provider: Annotated[
+        Provider, "What runs the model. auto: CUDA where it works, else the CPU. cuda: fail without CUDA."
+    ] = "auto"
+    threads: Annotated[int, "Threads within one run of the model. Requests run in parallel anyway."] = 1
+    search: Annotated[
+        SearchBy,
+        "How the best items are found. auto: with the model's index if it has one, which large catalogues do. exact:"
+        " all items are scored. index: fail without an index.",
+    ] = "auto"
+    tls_cert: Annotated[Path | None, "Certificate chain in PEM; read again when it changes."] = None
+    tls_key: Annotated[Path | None, "Private key of the certificate in PEM."] = None
+    tls_client_ca: Annotated[Path | None, "Accept only clients with a certificate of these authorities, in PEM."] = None
+    tokens_file: Annotated[
+        Path | None,
+        "File with one line `RIGHTS TOKEN` for each accepted token, RIGHTS being some of read,write,admin. The variable"
+        " JAXREC_TOKENS can hold the lines instead. Without either, no token is needed.",
+    ] = None
+    tokens: Annotated[str | None, ""] = field(default=None, repr=False)
+    """The lines of a tokens file themselves."""
+    allow_insecure: Annotated[bool, "Listen for other machines without TLS or authentication."] = False
+    metrics: Annotated[str | None, "HOST:PORT", "Where Prometheus fetches metrics, over HTTP."] = None
+    explore: Annotated[
+        float,
+        "TEMPERATURE",
+        "Sample the items of an answer in proportion to exp(score / TEMPERATURE), with their probabilities in the"
+        " answer and in the store, so that a policy can learn from the log. 0: always the best items.",
+    ] = 0.0
+    front: Annotated[
+        Front,
+        "Which thread answers Recommend: the one that polls for calls, or one of a pool. auto: the polling one when"
+        " the store is a local file.",
+    ] = "auto"
+    shared_port: Annotated[
+        bool,
+        "Let other servers that have this setting listen on the same port, for example one for each core: the kernel"
+        " spreads connections over them. They may share a store.",
+    ] = False
+    watch: Annotated[float, "SECONDS", "How often to look for a newer version of MODEL. 0: never."] = 2.0
+    drain: Annotated[float, "SECONDS", "How long calls may take to finish when the server stops."] = 10.0
+    log_format: Annotated[
+        LogFormat, "Format of the log on standard error: JSON objects, or text for human readers."
+    ] = "json"
+    log_calls: Annotated[bool, "Write a log line for every call, not only for failures of the server."] = False
+
+    def __post_init__(self) -> None:
+        """Raises SettingsError for settings that exclude each other."""
+        if (self.tls_cert is None) != (self.tls_key is None) or (self.tls_client_ca and not self.tls_cert):
+            raise SettingsError("expected tls_cert and tls_key together, and tls_client_ca only with them")
+        if self.tokens is not None and self.tokens_file is not None:
+            raise SettingsError("expected tokens or tokens_file, and not both")
+
+
+def _setting(hint: Any) -> Setting:
+    kind, (*metavar, what) = hint.__origin__, hint.__metadata__
+    choices = get_args(kind)
+    if get_origin(kind) is Literal:
+        names = "|".join(choices)
+        return Setting(lambda value: choices[choices.index(value)], f"one of {names}", f"[{names}]", what)
+    read, expected, usual = _KINDS[choices[0] if choices else kind]
+    return Setting(read, expected, metavar[0] if metavar else usual, what)
+
+
+SETTINGS: Mapping[str, Setting] = {
+    name: _setting(hint) for name, hint in get_type_hints(Settings, include_extras=True).items()
+}
+"""By field name."""
+DEFAULTS: Mapping[str, Any] = {
+    one.name: one.default
+    for one in fields(Settings)
+    if not (one.default is MISSING or one.default is None or one.default is False)
+}
+"""By field name; those that the help shows."""
+
+
+def read_settings(
+    options: Mapping[str, Any], environment: Mapping[str, str], file: str | Path | None = None
+) -> Settings:
+    """Gathers the settings; an option beats an environment variable, which beats the file, which beats a default.
+
+    Args:
+        options: Values by field name; None for an option that was not given.
+        environment: Environment variables; those whose names start with `JAXREC_` count.
+        file: A TOML file with field names as keys. None: the file that `JAXREC_SETTINGS` names, if any.
+
+    Raises:
+        SettingsError: A key is unknown, a value is bad, MODEL is missing, or the file cannot be read.
+    """
+    values: dict[str, Any] = {}
+    file = file or environment.get(FILE_VARIABLE)
+    if file is not None:
+        values |= _checked({f"{file}: {key}": (key, value) for key, value in _table(Path(file)).items()})
+    variables = {
+        name: (key, value)
+        for name, value in environment.items()
+        if name.startswith(PREFIX) and name not in OTHER_VARIABLES
+        if (key := name.removeprefix(PREFIX).lower()) in SETTINGS or not LINK.search(name)
+    }
+    # A source that has one of the two replaces both of an earlier source.
+    for more in (
+        _checked(variables),
+        _checked({f"--{key.replace('_', '-')}": (key, value) for key, value in options.items() if value is not None}),
+    ):
+        if more.keys() & {"tokens", "tokens_file"}:
+            values.pop("tokens", None)
+            values.pop("tokens_file", None)
+        values |= more
+    if "model" not in values:
+        raise SettingsError(f"expected a model directory: MODEL, {PREFIX}MODEL or the key model of the settings file")
+    return Settings(**values)
+
+
+def _table(file: Path) -> Mapping[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingsError(f"{file}: expected TOML in UTF-8: {error}") from error
+
+
+def _checked(given: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Values by field name, of keys and raw values by where they came from."""
+    values = {}
+    for source, (key, value) in given.items():
+        if key not in SETTINGS:
+            raise SettingsError(f"{source}: unknown setting, expected one of {', '.join(SETTINGS)}")
+        setting = SETTINGS[key]
+        try:
+            values[key] = setting.read(value)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            came = "another value" if setting.secret else repr(value)
+            raise SettingsError(f"{source}: expected {setting.expected}, came {came}") from error
+    return values

@@ -1,0 +1,61 @@
+"""What was recommended, as stores write it down: its columns, and whether its user was deleted meanwhile."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from serve.stores.base import Impression, digest
+
+
+class Started(NamedTuple):
+    """An impression to log, and when its request began, by `time.monotonic()` of this process."""
+
+    impression: Impression
+    started: float
+
+    def by(self, now: float) -> float:
+        """The same by another clock, which showed `now` a moment ago: clocks of several servers need not agree."""
+        return now - (time.monotonic() - self.started)
+
+
+def still_wanted(started: Sequence[Started], deleted: Mapping[str, float], now: float) -> list[Impression]:
+    """Those whose request did not begin before its user was deleted.
+
+    `deleted` has the times of deletion by digest, `now` is the time by the same clock.
+    """
+    if not deleted:
+        return [impression for impression, _ in started]
+    return [
+        one.impression
+        for one in started
+        if one.impression.user_id is None or one.by(now) > deleted.get(digest(one.impression.user_id), -math.inf)
+    ]
+
+
+def digests(started: Sequence[Started]) -> list[str]:
+    """Of the users of the impressions."""
+    return sorted(digest(user_id) for user_id in {one.user_id for one, _ in started} if user_id is not None)
+
+
+IMPRESSION_COLUMNS = (
+    "recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp, temperature,"
+    " request_time, excluded_item_ids"
+)
+
+
+def impression_row(one: Impression) -> tuple[str | int | float | None, ...]:
+    """IMPRESSION_COLUMNS as SQL databases have them: lists are JSON."""
+    return (
+        *(one.recommendation_id, one.user_id),
+        *(json.dumps(one.item_ids, ensure_ascii=False), json.dumps(one.log_propensities)),
+        *(one.policy, one.model_version, one.timestamp, one.temperature, one.request_time),
+        json.dumps(one.excluded_item_ids, ensure_ascii=False),
+    )
+
+
+def impression_of_row(row: Sequence[Any]) -> Impression:
+    """The reverse of `impression_row`."""
+    items, log_propensities, excluded = (tuple(json.loads(row[at])) for at in (2, 3, 9))
+    return Impression._make((*row[:2], items, log_propensities, *row[4:9], excluded))

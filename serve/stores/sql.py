@@ -1,0 +1,85 @@
+"""What the stores in SQL databases have in common: reading a user's events by arrival, and the whole log in parts."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, LiteralString, NamedTuple
+
+from serve.model.events import Event
+from serve.stores.base import MOST_EVENTS, Changes, Impression, SpilledState, UserEvent
+from serve.stores.deferred import DeferringStore
+from serve.stores.rows import impression_of_row
+
+LARGEST = 2**63 - 1
+COPIED_AT_ONCE = 10_000
+
+
+class Queries(NamedTuple):
+    """The same questions in each database's SQL; parameters in brackets."""
+
+    life: LiteralString
+    """First and last arrival of a user's events (user)."""
+    changes: LiteralString
+    """Item, rating and timestamp in order of arrival (user, arrival before the first, last arrival, limit)."""
+    newest: LiteralString
+    """The same, newest first by timestamp and arrival (user, last arrival, last timestamp, limit)."""
+    state: LiteralString
+    """The columns of `SpilledState` (user, model version)."""
+    events: LiteralString
+    """Arrival and the columns of `UserEvent` in order of arrival (arrival before the first, limit)."""
+    impressions: LiteralString
+    """Number and IMPRESSION_COLUMNS in order of numbers (number before the first, limit)."""
+
+
+class SqlStore(DeferringStore):
+    """A store whose arrivals of events are numbers that grow and never come back: a user's last is a revision."""
+
+    _queries: Queries
+
+    @abstractmethod
+    def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
+        """The rows that a query finds."""
+
+    def history(self, user_id: str, until: int | None = None) -> list[Event]:
+        return self._newest(user_id, LARGEST, LARGEST if until is None else until, MOST_EVENTS)
+
+    def revision(self, user_id: str) -> int:
+        return self._life(user_id)[1]
+
+    def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
+        first, revision = self._life(user_id)
+        if revision and since >= revision:
+            return Changes(revision, [], complete=False)
+        # Not in one snapshot: events after `revision` are left to the next call, and a deletion in between
+        # changes the revision, so the next call starts anew.
+        if revision and since >= first:
+            events = [Event(*row) for row in self._read(self._queries.changes, user_id, since, revision, most)]
+            if len(events) < most:
+                return Changes(revision, sorted(events, key=lambda event: event.timestamp), complete=False)
+        return Changes(revision, self._newest(user_id, revision, LARGEST, most), complete=True)
+
+    def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
+        rows = self._read(self._queries.state, user_id, model_version)
+        return SpilledState(*rows[0]) if rows else None
+
+    def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
+        for rows in self._parts(self._queries.events):
+            yield [(row[0], UserEvent(row[1], row[2], Event(*row[3:6]), row[6])) for row in rows]
+
+    def all_impressions(self) -> Iterator[Sequence[Impression]]:
+        for rows in self._parts(self._queries.impressions):
+            yield [impression_of_row(row[1:]) for row in rows]
+
+    def _parts(self, query: LiteralString) -> Iterator[list[Any]]:
+        last = 0
+        while rows := self._read(query, last, COPIED_AT_ONCE):
+            yield rows
+            last = rows[-1][0]
+
+    def _life(self, user_id: str) -> tuple[int, int]:
+        """First and last arrival of a user's events; zeros: there are none."""
+        rows = self._read(self._queries.life, user_id)
+        return rows[0] if rows else (0, 0)
+
+    def _newest(self, user_id: str, last_arrival: int, until: int, most: int) -> list[Event]:
+        """A user's newest events up to an arrival and a time, by (timestamp, arrival)."""
+        return [Event(*row) for row in reversed(self._read(self._queries.newest, user_id, last_arrival, until, most))]

@@ -1,0 +1,118 @@
+"""Settings come from options, environment variables, a file and defaults, and what is wrong with one is said."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from serve.cli import run
+from serve.cli.main import main
+from serve.settings import SETTINGS, Settings, SettingsError, read_settings
+
+MODEL = {"model": "m"}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "serve.toml"
+    path.write_text('model = "of the file"\naddress = "file:1"\nthreads = 2\nwatch = 3\nlog_calls = true\n')
+    return path
+
+
+def test_an_option_beats_a_variable_which_beats_the_file_which_beats_the_default(file: Path) -> None:
+    variables = {"JAXREC_ADDRESS": "variable:1", "JAXREC_THREADS": "4", "OTHER": "x", "JAXREC_LOG_CALLS": "false"}
+    settings = read_settings({"threads": 8, "watch": None}, variables, file)
+    assert settings == Settings(model=Path("of the file"), address="variable:1", threads=8, watch=3.0)
+    assert read_settings({}, {"JAXREC_SETTINGS": str(file)}).threads == 2
+    assert read_settings(MODEL, {}) == Settings(Path("m"))
+
+
+def test_every_setting_can_be_a_variable_and_a_key(tmp_path: Path) -> None:
+    texts = {
+        name: {"provider": "cuda", "search": "index", "front": "threads", "log_format": "text"}.get(name, "1")
+        for name in SETTINGS
+        if name != "tokens"
+    }
+    (tmp_path / "f.toml").write_text("\n".join(f'{name} = "{text}"' for name, text in texts.items()))
+    from_file = read_settings({}, {}, tmp_path / "f.toml")
+    assert from_file == read_settings({}, {f"JAXREC_{name.upper()}": text for name, text in texts.items()})
+    default = Settings(Path("m"))
+    assert all(getattr(from_file, name) != getattr(default, name) for name in texts if name != "threads")
+
+
+def test_tokens_of_one_source_replace_those_of_another(tmp_path: Path) -> None:
+    (tmp_path / "f.toml").write_text('tokens = "read of-the-file-0123"\n')
+    settings = read_settings({**MODEL, "tokens_file": "here"}, {}, tmp_path / "f.toml")
+    assert (settings.tokens, settings.tokens_file) == (None, Path("here"))
+    kept = read_settings(MODEL, {"JAXREC_TOKENS": "read a-secret-0123456"})
+    assert kept.tokens == "read a-secret-0123456"
+    assert "secret" not in repr(kept)
+
+
+def test_variables_of_the_client_and_of_a_service_called_jaxrec_are_not_settings() -> None:
+    names = ["TOKEN", "SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_GRPC", "PORT", "PORT_50051_TCP_ADDR"]
+    assert read_settings(MODEL, {f"JAXREC_{name}": "tcp://10.0.0.1:50051" for name in names}) == Settings(Path("m"))
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "text", "message"),
+    [
+        ({}, {"JAXREC_TLS_CRT": "x"}, "", "JAXREC_TLS_CRT: unknown setting, expected one of model, address, store"),
+        ({}, {}, "wach = 1", "serve.toml: wach: unknown setting, expected one of "),
+        ({"threads": "0"}, {}, "", "--threads: expected a whole number from 1 on, came '0'"),
+        ({"log_format": "xml"}, {}, "", "--log-format: expected one of json|text, came 'xml'"),
+        ({}, {"JAXREC_WATCH": "soon"}, "", "JAXREC_WATCH: expected a number from 0 on, came 'soon'"),
+        ({}, {"JAXREC_DRAIN": "-1"}, "", "JAXREC_DRAIN: expected a number from 0 on, came '-1'"),
+        ({}, {"JAXREC_DRAIN": "nan"}, "", "JAXREC_DRAIN: expected a number from 0 on, came 'nan'"),
+        ({}, {"JAXREC_SHARED_PORT": "yes"}, "", "JAXREC_SHARED_PORT: expected true or false, came 'yes'"),
+        ({}, {"JAXREC_TOKENS": ""}, "", "JAXREC_TOKENS: expected a text, came another value"),
+        ({}, {}, "threads = 1.5", "serve.toml: threads: expected a whole number from 1 on, came 1.5"),
+        ({}, {}, "tokens = [1234]", "serve.toml: tokens: expected a text, came another value"),
+        ({}, {}, "watch = true", "serve.toml: watch: expected a number from 0 on, came True"),
+        ({}, {}, "shared_port = 1", "serve.toml: shared_port: expected true or false, came 1"),
+        ({}, {}, "watch", "serve.toml: expected TOML in UTF-8: "),
+        ({}, {"JAXREC_TLS_CERT": "x"}, "", "expected tls_cert and tls_key together, and tls_client_ca only with them"),
+        ({"model": None}, {}, "", "expected a model directory: MODEL, JAXREC_MODEL or the key model"),
+    ],
+)
+def test_what_is_wrong_names_its_source(
+    options: dict[str, Any], variables: dict[str, str], text: str, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as failure:
+        read_settings(MODEL | options, variables, file)
+    assert message in str(failure.value)
+    assert "1234" not in str(failure.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="nowhere: cannot be read: No such file"):
+        read_settings(MODEL, {}, tmp_path / "nowhere")
+
+
+def test_run_is_configured_by_all_sources(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Settings] = []
+    monkeypatch.setattr(run, "serve", given.append)
+    arguments = [
+        "run",
+        "--settings",
+        str(file),
+        "--explore",
+        "0.5",
+        "--no-log-calls",
+        "--shared-port",
+        "--tls-cert",
+        "c",
+        "--tls-key",
+        "k",
+    ]
+    ended = CliRunner().invoke(main, arguments, env={"JAXREC_STORE": "redis://"})
+    assert ended.exit_code == 0, ended.output
+    expected = Settings(Path("of the file"), "file:1", "redis://", threads=2, watch=3.0, explore=0.5, shared_port=True)
+    assert given == [dataclasses.replace(expected, tls_cert=Path("c"), tls_key=Path("k"))]
+    wrong = CliRunner().invoke(main, ["run", "m", "--threads", "none"])
+    assert wrong.exit_code == 2
+    assert "--threads': expected a whole number from 1 on, came 'none'" in wrong.output
