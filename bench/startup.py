@@ -2,8 +2,8 @@
 
     python bench/startup.py --before CHECKOUT --out bench/startup.md
 
-Each command runs `--runs` times in each checkout in turn, so that a busy moment of the machine hits both. A figure is the
-median of the CPU seconds (user and system) of the whole process, with the smallest and the largest.
+Each command runs `--runs` times in each checkout in turn, so that a busy moment of the machine hits both. A figure is
+the median of the CPU seconds (user and system) of the whole process, with the smallest and the largest.
 """
 
 import os
