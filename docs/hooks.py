@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 SUFFIXES = (".md", ".svg")
 
@@ -18,3 +19,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in sorted(path for path in bench.iterdir() if path.suffix in SUFFIXES):
         files.append(File.generated(config, f"benchmarks/{path.name}", abs_src_path=str(path)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turns the links to ../bench/, which hold where docs/ is read as files, into links within the site."""
+    return markdown.replace("](../bench/", "](benchmarks/")
