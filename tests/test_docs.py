@@ -25,7 +25,7 @@ PROGRAMS = {"jaxrec": jaxrec_main, "python -m serve": serve_main}
 
 FENCE = re.compile(r"^(\s*)```(\w*)[^\n]*\n(.*?)^\1```\s*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#[^)\s]*)?\)")
-PATH = re.compile(r"(?<![\w/.-])(?:jaxrec|serve|tests|bench|proto)/[\w./-]*\w/?")
+PATH = re.compile(r"(?<![\w/.-])(?:jaxrec|serve|tests|bench|proto|examples)/[\w./-]*\w/?")
 DIRECTIVE = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
 INLINE = re.compile(r"`((?:jaxrec|python -m serve) [^`]+)`")
 FIGURES = re.compile(r"<!-- figures: (\S+) -->\n\n?(.*?)\n\n", re.DOTALL)
