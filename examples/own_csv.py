@@ -34,7 +34,7 @@ def main(
     # Each user's last event is ranked among the whole catalogue, beside the baselines.
     print(jaxrec.evaluate(run))
 
-    # For one user of the log, and for somebody who is known by three items alone.
+    # For a user of the log, and for a new one with three items.
     user = interactions["user_id"].iloc[0]
     print(run.recommend(interactions[interactions["user_id"] == user], k=5))
     print(run.recommend(interactions["item_id"].unique()[:3].tolist(), k=5))

@@ -2,8 +2,8 @@
 
     python examples/serve_record_learn.py work/run work/model work/events.sqlite
 
-The server explores: it draws items by their scores, and logs with which probability. Without that nobody could tell
-from the log how another policy would have done.
+The server explores: it draws items by their scores, and logs each probability. Only such a log can show how another
+policy would have done.
 """
 
 import subprocess

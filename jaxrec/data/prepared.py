@@ -23,7 +23,8 @@ class PreparedData:
     """What every later stage reads. `config.rating_scale` is the scale in force; None where there are no ratings.
 
     `log`: every event that was read, before the filters. `movies`: all movies that were given, not only those of the
-    catalogue. Both are for `append`; None: not kept. `input`: counts of what was read, as JSON values.
+    catalogue. Both are for `append`; None: not kept. `input`: counts of what was read, as JSON values. `folder`: where
+    exactly this data lies; None for data in memory, and for what `dataclasses.replace` makes of it.
     """
 
     catalog: Catalog
@@ -34,6 +35,7 @@ class PreparedData:
     log: EventLog | None = None
     movies: pd.DataFrame | None = None
     input: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    folder: Path | None = dataclasses.field(default=None, init=False, compare=False)
 
     def unit_ratings(self) -> np.ndarray:
         """[events] float32: ratings scaled to 0..1, MISSING_RATING where there is none."""

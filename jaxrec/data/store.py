@@ -140,7 +140,9 @@ def read_prepared(path: Path) -> PreparedData:
     catalog = read_catalog(path / CATALOG_FILE)
     split = Split(train_counts, Cases(*cases[:2]), Cases(*cases[2:]))
     config = from_json(PrepareConfig, content["config"])
-    return PreparedData(catalog, users, histories, split, config, log, input=content["input"])
+    data = PreparedData(catalog, users, histories, split, config, log, input=content["input"])
+    object.__setattr__(data, "folder", path)
+    return data
 
 
 def read_all_movies(path: Path, item_id_type: np.dtype) -> pd.DataFrame | None:

@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pandas as pd
 
@@ -50,7 +51,7 @@ def run_demo(out: Path, seed: int = 0) -> None:
         config = PrepareConfig(seed=seed)
         log = out / "log"
         data = prepare_directory(log / "ratings.csv", log / "movies.csv", out / "data", config, add_files=write_report)
-        click.echo(", ".join(f"{value} {name}" for name, value in data.summary().items() if "time" not in name))
+        print(", ".join(f"{value} {name}" for name, value in data.summary().items() if "time" not in name))
     with _stage("Train both models and tune their mix"):
         run = train(out / "data", out / "run", train_config=TrainConfig(seed=seed))
         logs = {"TimeRatingAwareLSTM": LSTM_FOLDER, "TimeRatingAwareContentModel": CONTENT_FOLDER}
@@ -59,7 +60,7 @@ def run_demo(out: Path, seed: int = 0) -> None:
     with _stage("Reinforcement learning"):
         outcome = fine_tune(run, RLConfig(seed=seed))
         plot_rl(read_steps(run.folder), read_log(run.folder), out / "plots/rl.png")
-        click.echo(outcome.reason)
+        print(outcome.reason)
     with _stage("Evaluate on the test cases"):
         evaluation = evaluate(run)
         write_evaluation(evaluation, out / "metrics.json")
@@ -68,13 +69,13 @@ def run_demo(out: Path, seed: int = 0) -> None:
     with _stage("Export to ONNX"):
         manifest = export(run, out / "model", LICENCE)
         difference = manifest["parity"]["max_abs_difference"]
-        click.echo(f"model {manifest['model_version']}, largest difference from JAX {difference:.1e}")
+        print(f"model {manifest['model_version']}, largest difference from JAX {difference:.1e}")
     with _stage("Serve and ask"):
         answer = ask_server(out / "model", data, example_user(data))
         write_text(out / "user.json", json.dumps(answer, indent=2) + "\n")
         write_text(out / "user.txt", format_answer(answer) + "\n")
-    click.echo(f"\n{evaluation}\n\n{format_answer(answer)}\n")
-    click.echo(f"All of it is in {out} ({time.monotonic() - started:.0f} s).")
+    print(f"\n{evaluation}\n\n{format_answer(answer)}\n")
+    print(f"All of it is in {out} ({time.monotonic() - started:.0f} s).")
 
 
 def write_movielens(folder: Path) -> None:
@@ -108,7 +109,6 @@ def ask_server(model: Path, data: PreparedData, user: int) -> dict[str, Any]:
     Training saw the user's events up to the last two; the server gets all of them.
     """
     from serve.client import RecommenderClient, UserEvent
-    from tests.serve.process import running_server
 
     raw_user = str(data.users.decode(np.array([user + 1]))[0])
     first, stop = data.histories.offsets[user], data.histories.offsets[user + 1]
@@ -127,10 +127,10 @@ def ask_server(model: Path, data: PreparedData, user: int) -> dict[str, Any]:
     ]
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_server(model, Path(folder) / "store.sqlite", options=("--log-format", "text")) as server,
+        _running_server(model, Path(folder) / "store.sqlite") as line,
     ):
-        click.echo(server.line)
-        with RecommenderClient(server.address) as client:
+        print(line)
+        with RecommenderClient(line.split(" on ")[1].split()[0]) as client:
             for start in range(0, len(events), 1000):
                 client.record_events(events[start : start + 1000])
             profile = client.get_user_profile(raw_user, limit=10)
@@ -213,8 +213,23 @@ def format_answer(answer: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
+def _running_server(model: Path, store: Path) -> Iterator[str]:
+    """Serves the model on a free port. Yields what the server says when it is ready: `serving ... on HOST:PORT ...`."""
+    command = [sys.executable, "-m", "serve", "run", str(model), "--address", "127.0.0.1:0", "--store", str(store)]
+    with subprocess.Popen([*command, "--log-format", "text"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline().strip()
+            if not line:
+                raise RuntimeError(f"the server did not start: {' '.join(command)}")
+            yield line
+        finally:
+            process.terminate()
+
+
+@contextlib.contextmanager
 def _stage(title: str) -> Iterator[None]:
-    click.echo(f"\n== {title}")
+    print(f"\n== {title}")
     started = time.monotonic()
     yield
-    click.echo(f"   {time.monotonic() - started:.1f} s")
+    print(f"   {time.monotonic() - started:.1f} s")

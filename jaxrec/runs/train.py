@@ -61,9 +61,9 @@ def train(
     """Trains both sequence models on prepared data and tunes their mix; the run directory `out` holds the result.
 
     Args:
-        data: Prepared data: a folder, which is read in place, or an object, which is written to OUT/data. Or a log (a
-            file or a frame), which is prepared into OUT/data with the default PrepareConfig. None with `resume`: the
-            data that the run started with.
+        data: Prepared data: a folder, which the run refers to, or an object, which is written to OUT/data if it lies in
+            no folder. Or a log (a file or a frame), which is prepared into OUT/data with the default PrepareConfig.
+            None with `resume`: the data that the run started with.
         out: The run directory. None: a temporary folder, which is removed together with the returned object.
         model_config: Widths of the models.
         train_config: Epochs, steps, learning rate, seed.
@@ -86,7 +86,8 @@ def train(
     out, mesh = Path(out), data_mesh(item_shards=item_shards)
     if resume:
         run = open_run(out)
-        if data is not None and not (isinstance(data, Path | str) and run.data_folder == Path(data).resolve()):
+        given = data.folder if isinstance(data, PreparedData) else data
+        if data is not None and not (isinstance(given, Path | str) and run.data_folder == Path(given).resolve()):
             raise DataError(f"{out} was trained on {run.data_folder}, not on {_name(data)} (to change that: --data)")
         prepared = run.read_data()
     elif (out / RUN_FILE).exists():
@@ -127,6 +128,8 @@ def _data_folder(data: PreparedData | pd.DataFrame | Path | str, out: Path) -> P
     """The folder of prepared data to train on: the one given, or OUT/data, which is written here."""
     if isinstance(data, Path | str) and Path(data).is_dir():
         return Path(data)
+    if isinstance(data, PreparedData) and data.folder is not None:
+        return data.folder
     folder = out / DATA_FOLDER
     if is_first():
         if isinstance(data, Path | str):

@@ -1,5 +1,6 @@
 """A run from Python: what it takes, where it lies, and what of it a later stage keeps or removes."""
 
+import dataclasses
 import gc
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from flax import nnx
 import jaxrec
 from jaxrec.runs import directory
 from jaxrec.runs.directory import EVALUATION_FILE, POLICY_FILES, Run, new_models
-from jaxrec.runs.train import extend_run
+from jaxrec.runs.train import _data_folder, extend_run
 from tests.synthetic import markov_log
 
 MODEL = jaxrec.ModelConfig(embedding=8, hidden=8, rating_width=2, time_width=2, max_length=8)
@@ -35,6 +36,16 @@ def run(log: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_data_in_memory_is_kept_in_the_run(run: Run, log: pd.DataFrame) -> None:
     assert run.data_folder == (run.folder / "data").resolve()
     assert run.read_data().histories.event_count == len(log)
+
+
+def test_data_that_lies_in_a_folder_is_not_copied(run: Run, tmp_path: Path) -> None:
+    data = jaxrec.read_prepared(run.data_folder)
+    assert data.folder == run.data_folder
+    assert _data_folder(data, tmp_path) == data.folder
+    changed = dataclasses.replace(data, config=dataclasses.replace(data.config, seed=1))
+    assert changed.folder is None
+    assert _data_folder(changed, tmp_path) == tmp_path / "data"
+    assert jaxrec.read_prepared(tmp_path / "data").config.seed == 1
 
 
 def test_without_a_folder_the_run_lives_as_long_as_the_object(log: pd.DataFrame) -> None:
