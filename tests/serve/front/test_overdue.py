@@ -97,14 +97,14 @@ def test_a_call_whose_message_does_not_come_is_ended(method: str, limit: str, mo
     monkeypatch.setattr(overdue, "MOST_SHORT_RECEIVING" if short else "MOST_RECEIVING", 1)
     monkeypatch.setattr(overdue, f"{short}YIELD_S", PATIENCE_S)
     monkeypatch.setattr(overdue, limit if limit == "MOST_IN_LINE" else short + limit, 0)
-    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
-    front = Front([INLINE], [AT_ONCE], on_no_message=ended.put)
+    reported: queue.SimpleQueue[str] = queue.SimpleQueue()
+    front = Front([INLINE], [AT_ONCE], on_no_message=reported.put)
     with echo(front, threading.Semaphore(0)) as address, RawClient(address) as stranger:
         streams = [stranger.call(method), stranger.call(method)]
         # The first is waited for, the second is in line.
         stream = streams[limit == "MOST_IN_LINE"]
         assert b"grpc-status\x01" + (b"4" if limit == "MESSAGE_S" else b"8") in ended(stream, stranger)
-        assert ended.get(timeout=PATIENCE_S) == method
+        assert reported.get(timeout=PATIENCE_S) == method
 
 
 class OnlyCall:
