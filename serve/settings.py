@@ -88,7 +88,7 @@ class Settings:
         str,
         "STORE",
         "SQLite file with the events of all users, created when missing; or postgresql://... or redis://...",
-    ] = "events.sqlite"
+    ] = field(default="events.sqlite", repr=False)  # a URL may hold a password
     provider: Annotated[
         Provider, "What runs the model. auto: CUDA where it works, else the CPU. cuda: fail without CUDA."
     ] = "auto"

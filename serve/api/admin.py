@@ -8,16 +8,11 @@ from serve.pb import model_admin_pb2 as pb
 from serve.pb import model_admin_pb2_grpc
 from serve.serving.versions import SHARE_TOLERANCE, ModelLibrary, State
 
-STATES = {
-    State.AVAILABLE: pb.MODEL_STATE_AVAILABLE,
-    State.LOADING: pb.MODEL_STATE_LOADING,
-    State.READY: pb.MODEL_STATE_READY,
-    State.REFUSED: pb.MODEL_STATE_REFUSED,
-}
+STATES = {state: pb.ModelState.Value(f"MODEL_STATE_{state.name}") for state in State}
 
 
 class ModelAdminServicer(model_admin_pb2_grpc.ModelAdminServicer):
-    """Looks after the versions of one library."""
+    """Manages the versions of one library."""
 
     def __init__(self, models: ModelLibrary) -> None:
         self._models = models

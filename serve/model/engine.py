@@ -135,21 +135,8 @@ class Engine:
         else:
             state, item, rating, gap = (np.concatenate([row[at] for row in rows]) for at in range(4))
             exclude = _padded([row.exclude[0] for row in rows])
-        next_state, items, scores = self._step.run(
-            ["next_state", "items", "scores"],
-            {
-                "state": state,
-                "item": item,
-                "rating": rating,
-                "gap": gap,
-                "request_gap": np.array([row.request_gap for row in rows], np.float32),
-                "exclude": exclude,
-                "k": self._k(k),
-            },
-        )
-        # Copies of the rows of a batch, else one kept state would keep those of all its neighbours.
-        states = [next_state] if len(rows) == 1 else [next_state[at : at + 1].copy() for at in range(len(rows))]
-        return list(zip(_rankings(items, scores), states, strict=True))
+        inputs = {"state": state, "item": item, "rating": rating, "gap": gap, "exclude": exclude}
+        return self._run(self._step, "next_state", inputs, rows, k)
 
     def _k(self, k: int | Sequence[int]) -> NDArray[np.int64]:
         """What the graphs take: one number, the largest; with the index one for each row, if they were given so."""
@@ -159,28 +146,29 @@ class Engine:
     def _run_sequence(self, rows: Sequence[Features], k: Sequence[int]) -> list[tuple[Ranking, NDArray[np.float32]]]:
         lengths = np.array([len(row.item) for row in rows], np.int32)
         shape = (len(rows), int(lengths.max()))
-        item, rating, gap = (
-            np.zeros(shape, np.int32),
-            np.zeros(shape, np.float32),
-            np.zeros(shape, np.float32),
-        )
+        item, rating, gap = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         for at, row in enumerate(rows):
             n = len(row.item)
             item[at, :n], rating[at, :n], gap[at, :n] = row.item, row.rating, row.gap
-        state, items, scores = self._sequence.run(
-            ["state", "items", "scores"],
-            {
-                "item": item,
-                "rating": rating,
-                "gap": gap,
-                "length": lengths,
-                "request_gap": np.array([row.request_gap for row in rows], np.float32),
-                "exclude": _padded([row.exclude for row in rows]),
-                "k": self._k(k),
-            },
-        )
-        states = [state[at : at + 1].copy() for at in range(len(rows))]
-        return list(zip(_rankings(items, scores), states, strict=True))
+        exclude = _padded([row.exclude for row in rows])
+        inputs = {"item": item, "rating": rating, "gap": gap, "length": lengths, "exclude": exclude}
+        return self._run(self._sequence, "state", inputs, rows, k)
+
+    def _run(
+        self,
+        graph: Graph,
+        state: str,
+        inputs: dict[str, NDArray[Any]],
+        rows: Sequence[Features] | Sequence[Step],
+        k: int | Sequence[int],
+    ) -> list[tuple[Ranking, NDArray[np.float32]]]:
+        """One run of a graph for some rows, with each row's state `[1, width]` from the output called `state`."""
+        inputs["request_gap"] = np.array([row.request_gap for row in rows], np.float32)
+        inputs["k"] = self._k(k)
+        states, items, scores = graph.run([state, "items", "scores"], inputs)
+        # Copies of the rows of a batch, else one kept state would keep those of all its neighbours.
+        kept = [states] if len(rows) == 1 else [states[at : at + 1].copy() for at in range(len(rows))]
+        return list(zip(_rankings(items, scores), kept, strict=True))
 
 
 def _rankings(items: NDArray[np.int32], scores: NDArray[np.float32]) -> list[Ranking]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from serve.stores.base import EventStore, StoreError
-from serve.stores.rows import impression_row
+from serve.stores.rows import EVENT_COLUMNS, event_row, impression_row
 from serve.stores.sqlite import FILL_USERS, IMPRESSION_VALUES, INSERT_IMPRESSION, MARK_COPY, SQLiteStore, is_copy
 
 
@@ -73,9 +73,8 @@ def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> C
             progress(len(impressions))
         for events in store.all_events():
             connection.executemany(
-                "INSERT OR IGNORE INTO events (arrival, event_id, user_id, item_id, rating, timestamp,"
-                " recommendation_id) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [(at, new.event_id, new.user_id, *new.event, new.recommendation_id) for at, new in events],
+                f"INSERT OR IGNORE INTO events (arrival, {EVENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [(at, *event_row(new)) for at, new in events],
             )
             progress(len(events))
         connection.execute(FILL_USERS)

@@ -20,7 +20,15 @@ from serve.stores.base import (
     digest,
 )
 from serve.stores.deferred import DeferredWrites
-from serve.stores.rows import IMPRESSION_COLUMNS, Started, digests, impression_row, still_wanted
+from serve.stores.rows import (
+    EVENT_COLUMNS,
+    IMPRESSION_COLUMNS,
+    Started,
+    digests,
+    event_row,
+    impression_row,
+    still_wanted,
+)
 from serve.stores.sql import Queries, SqlStore
 
 SCHEMA_VERSION = 3
@@ -90,10 +98,7 @@ QUERIES = Queries(
         " WHERE user_id = %s AND arrival <= %s AND timestamp <= %s ORDER BY timestamp DESC, arrival DESC LIMIT %s"
     ),
     state="SELECT * FROM jaxrec.states WHERE user_id = %s AND model_version = %s",
-    events=(
-        "SELECT arrival, event_id, user_id, item_id, rating, timestamp, recommendation_id FROM jaxrec.events"
-        " WHERE arrival > %s ORDER BY arrival LIMIT %s"
-    ),
+    events=(f"SELECT arrival, {EVENT_COLUMNS} FROM jaxrec.events WHERE arrival > %s ORDER BY arrival LIMIT %s"),
     impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM jaxrec.shown WHERE number > %s ORDER BY number LIMIT %s",
 )
 # Taken while the schema is looked at, so that servers that start together don't create it twice. "jxrc".
@@ -134,14 +139,7 @@ class PostgresStore(SqlStore):
             return []
         # In one order everywhere: two servers that lock the same users don't wait for each other in a circle.
         users = sorted({new.user_id for new in events})
-        columns: list[list[Any]] = [
-            [new.event_id for new in events],
-            [new.user_id for new in events],
-            [new.event.item_id for new in events],
-            [new.event.rating for new in events],
-            [new.event.timestamp for new in events],
-            [new.recommendation_id for new in events],
-        ]
+        columns = [list(column) for column in zip(*map(event_row, events), strict=True)]
         with self._connection("cannot be written") as connection:
             connection.execute(
                 "INSERT INTO jaxrec.users SELECT user_id, 0, 0 FROM unnest(%s::text[]) AS new (user_id)"
@@ -149,10 +147,9 @@ class PostgresStore(SqlStore):
                 [users],
             )
             rows = connection.execute(
-                "INSERT INTO jaxrec.events (event_id, user_id, item_id, rating, timestamp, recommendation_id)"
-                " SELECT event_id, user_id, item_id, rating, time, recommendation_id FROM unnest(%s::text[],"
+                f"INSERT INTO jaxrec.events ({EVENT_COLUMNS}) SELECT {EVENT_COLUMNS} FROM unnest(%s::text[],"
                 " %s::text[], %s::text[], %s::float8[], %s::bigint[], %s::text[]) WITH ORDINALITY AS"
-                " new (event_id, user_id, item_id, rating, time, recommendation_id, at) ORDER BY at"
+                f" new ({EVENT_COLUMNS}, at) ORDER BY at"
                 " ON CONFLICT (event_id) DO NOTHING RETURNING event_id",
                 columns,
             ).fetchall()
@@ -163,16 +160,12 @@ class PostgresStore(SqlStore):
                 " WHERE event_id = ANY(%s) GROUP BY user_id) AS new WHERE user_id = named",
                 [[event_id for (event_id,) in rows]],
             )
-            # A user all of whose events were duplicates of another user's has none.
-            connection.execute(
-                "DELETE FROM jaxrec.users WHERE user_id = ANY(%s) AND last_arrival = 0",
-                [users],
-            )
+            # Users whose events were all duplicates of other users' events.
+            connection.execute("DELETE FROM jaxrec.users WHERE user_id = ANY(%s) AND last_arrival = 0", [users])
         new_ids = {event_id for (event_id,) in rows}
         # Of equal ids in one request the first counts.
-        return [new for new in {new.event_id: new for new in reversed(events)}.values() if new.event_id in new_ids][
-            ::-1
-        ]
+        first = {new.event_id: new for new in reversed(events)}
+        return [new for new in reversed(first.values()) if new.event_id in new_ids]
 
     def drop_states(self, keep_versions: Collection[str], most: int) -> int:
         with self._connection("cannot be written") as connection:

@@ -1,4 +1,4 @@
-"""What was recommended, as stores write it down: its columns, and whether its user was deleted meanwhile."""
+"""Events and impressions as rows of SQL databases, and which impressions are still to be written."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from serve.stores.base import Impression, digest
+from serve.stores.base import Impression, UserEvent, digest
 
 
 class Started(NamedTuple):
@@ -37,6 +37,14 @@ def still_wanted(started: Sequence[Started], deleted: Mapping[str, float], now: 
 def digests(started: Sequence[Started]) -> list[str]:
     """Of the users of the impressions."""
     return sorted(digest(user_id) for user_id in {one.user_id for one, _ in started} if user_id is not None)
+
+
+EVENT_COLUMNS = "event_id, user_id, item_id, rating, timestamp, recommendation_id"
+
+
+def event_row(new: UserEvent) -> tuple[str | int | float | None, ...]:
+    """EVENT_COLUMNS."""
+    return (new.event_id, new.user_id, *new.event, new.recommendation_id)
 
 
 IMPRESSION_COLUMNS = (

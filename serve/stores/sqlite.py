@@ -24,7 +24,15 @@ from serve.stores.base import (
     digest,
 )
 from serve.stores.deferred import DeferredWrites
-from serve.stores.rows import IMPRESSION_COLUMNS, Started, digests, impression_row, still_wanted
+from serve.stores.rows import (
+    EVENT_COLUMNS,
+    IMPRESSION_COLUMNS,
+    Started,
+    digests,
+    event_row,
+    impression_row,
+    still_wanted,
+)
 from serve.stores.sql import Queries, SqlStore
 
 # "jxrc": marks the file, so that another program's database is not used as a store.
@@ -108,10 +116,7 @@ QUERIES = Queries(
         " WHERE user_id = ? AND arrival <= ? AND timestamp <= ? ORDER BY timestamp DESC, arrival DESC LIMIT ?"
     ),
     state="SELECT * FROM states WHERE user_id = ? AND model_version = ?",
-    events=(
-        "SELECT arrival, event_id, user_id, item_id, rating, timestamp, recommendation_id FROM events"
-        " WHERE arrival > ? ORDER BY arrival LIMIT ?"
-    ),
+    events=(f"SELECT arrival, {EVENT_COLUMNS} FROM events WHERE arrival > ? ORDER BY arrival LIMIT ?"),
     impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM shown WHERE number > ? ORDER BY number LIMIT ?",
 )
 INSERT_IMPRESSION = f"INSERT INTO shown ({IMPRESSION_COLUMNS}) VALUES"
@@ -326,9 +331,8 @@ def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) 
     recorded = []
     for new in events:
         cursor = connection.execute(
-            "INSERT INTO events (event_id, user_id, item_id, rating, timestamp, recommendation_id)"
-            " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING",
-            (new.event_id, new.user_id, *new.event, new.recommendation_id),
+            f"INSERT INTO events ({EVENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING",
+            event_row(new),
         )
         if cursor.rowcount:
             recorded.append(new)

@@ -49,6 +49,7 @@ def test_tokens_of_one_source_replace_those_of_another(tmp_path: Path) -> None:
     kept = read_settings(MODEL, {"JAXREC_TOKENS": "read a-secret-0123456"})
     assert kept.tokens == "read a-secret-0123456"
     assert "secret" not in repr(kept)
+    assert "secret" not in repr(Settings(Path("m"), store="postgresql://jaxrec:secret@host/events"))
 
 
 def test_variables_of_the_client_and_of_a_service_called_jaxrec_are_not_settings() -> None:

@@ -1,5 +1,5 @@
 """The policy as a server with `--explore TEMPERATURE` plays it: Plackett-Luce over the best POOL items of the logits
-divided by the temperature (`serve/exploration.py`)."""
+divided by the temperature (`serve.model.exploration`)."""
 
 import jax
 import jax.numpy as jnp

@@ -68,7 +68,7 @@ def test_a_batch_is_its_single_requests(client: RecommenderClient, model: Recomm
     assert client.batch_recommend([]) == []
 
 
-def test_what_was_shown_is_kept_with_its_propensity_and_feedback_refers_to_it(
+def test_impressions_are_kept_with_their_propensities_and_feedback_refers_to_them(
     client: RecommenderClient, store: EventStore, model: Recommender
 ) -> None:
     record(client, "u", events_of(model, [3, 8, 9]))
@@ -103,26 +103,26 @@ def test_a_deleted_user_is_forgotten(client: RecommenderClient, store: EventStor
     assert again.deleted_event_count == 0
 
 
-def test_drawn_slates_have_the_probabilities_that_are_told() -> None:
-    """All 4 * 3 ordered pairs of four items: told probabilities sum to 1, and the draws follow them."""
+def test_drawn_slates_have_the_stated_probabilities() -> None:
+    """All 4 * 3 ordered pairs of four items: stated probabilities sum to 1, and the draws follow them."""
     scores = np.array([1.0, 0.5, 0.0, -1.0], np.float32)
     random = np.random.default_rng(0)
-    told: dict[tuple[int, ...], float] = {}
+    stated: dict[tuple[int, ...], float] = {}
     counts: dict[tuple[int, ...], int] = dict.fromkeys(permutations(range(4), 2), 0)
     draws = 20_000
     for _ in range(draws):
         slate = draw(scores, 2, TEMPERATURE, random)
         pair = tuple(slate.places.tolist())
         counts[pair] += 1
-        told[pair] = float(np.exp(slate.log_propensities.sum()))
+        stated[pair] = float(np.exp(slate.log_propensities.sum()))
     weights = np.exp(scores.astype(np.float64) / TEMPERATURE)
     total = weights.sum()
     for (first, second), count in counts.items():
         expected = weights[first] / total * weights[second] / (total - weights[first])
-        assert told[first, second] == pytest.approx(expected)
+        assert stated[first, second] == pytest.approx(expected)
         # Five standard deviations.
         assert abs(count / draws - expected) < 5 * math.sqrt(expected * (1 - expected) / draws)
-    assert sum(told.values()) == pytest.approx(1)
+    assert sum(stated.values()) == pytest.approx(1)
 
 
 def test_an_exploring_server_tells_and_logs_exact_propensities(
@@ -148,8 +148,8 @@ def test_an_exploring_server_tells_and_logs_exact_propensities(
     client.recommend(user_id="u", k=4)
     exploring.recommend(user_id="nobody", k=3, request_time=7)
     store.flush()
-    *_, told, by_the_other = impressions_of(store, "u")
-    assert (told.temperature, told.request_time, told.excluded_item_ids) == (TEMPERATURE, 10**10, (known,))
+    *_, explored, by_the_other = impressions_of(store, "u")
+    assert (explored.temperature, explored.request_time, explored.excluded_item_ids) == (TEMPERATURE, 10**10, (known,))
     assert (by_the_other.temperature, by_the_other.log_propensities) == (None, ())
     (popular,) = impressions_of(store, "nobody")
     assert (popular.temperature, popular.request_time, popular.log_propensities) == (None, 7, ())

@@ -1,4 +1,4 @@
-"""Health checking: what is watched, and that nobody fills the server's memory with it."""
+"""Health checking: what is watched, and that no client fills the server's memory with it."""
 
 from concurrent.futures import ThreadPoolExecutor
 

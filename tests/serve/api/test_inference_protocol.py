@@ -86,14 +86,14 @@ def test_tritons_client_works_unchanged(address: str, client: RecommenderClient,
     command = [sys.executable, "-W", "error", "-c", TRITON, address, inputs]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
-    told = json.loads(ended.stdout)
-    assert told["server"]["name"] == "jaxrec"
-    assert told["metadata"]["versions"] == [model.info.model_version]
-    assert told["metadata"]["platform"] == "onnxruntime_onnx"
-    described = {tensor["name"]: (tensor["datatype"], tensor["shape"]) for tensor in told["metadata"]["inputs"]}
+    answered = json.loads(ended.stdout)
+    assert answered["server"]["name"] == "jaxrec"
+    assert answered["metadata"]["versions"] == [model.info.model_version]
+    assert answered["metadata"]["platform"] == "onnxruntime_onnx"
+    described = {tensor["name"]: (tensor["datatype"], tensor["shape"]) for tensor in answered["metadata"]["inputs"]}
     assert described["item"] == ("INT32", ["-1", "-1"])
     assert described["k"] == ("INT64", ["1"])
-    assert told["state"] == [2, model.engine.state_width]
+    assert answered["state"] == [2, model.engine.state_width]
 
     ids = model.catalog.item_ids
     times = (1000, 1060, 4660)
@@ -102,10 +102,10 @@ def test_tritons_client_works_unchanged(address: str, client: RecommenderClient,
         for item, rating, time in zip((5, 9, 7), (2.75, None, 5), times, strict=True)
     ]
     answer = client.recommend(history=events, k=4, request_time=4660 + 86400)
-    assert [ids[item] for item in told["items"][0]] == [one.item_id for one in answer.recommendations]
-    np.testing.assert_allclose(told["scores"][0], [one.score for one in answer.recommendations], atol=1e-5)
+    assert [ids[item] for item in answered["items"][0]] == [one.item_id for one in answer.recommendations]
+    np.testing.assert_allclose(answered["scores"][0], [one.score for one in answer.recommendations], atol=1e-5)
     lone = client.recommend(history=[Event(item_id=ids[11], rating=0.5, timestamp=9)], k=4)
-    assert [ids[item] for item in told["items"][1]] == [one.item_id for one in lone.recommendations]
+    assert [ids[item] for item in answered["items"][1]] == [one.item_id for one in lone.recommendations]
 
 
 def test_typed_and_raw_contents_give_the_same(inference: GRPCInferenceServiceStub, model: Recommender) -> None:

@@ -74,11 +74,11 @@ def test_similar_items_profile_and_model(address: str, client: RecommenderClient
         (["--user", "7", "--similar", "1007"], "exit 2: Usage: "),
     ],
 )
-def test_failures_are_told_in_a_line(address: str, arguments: list[str], message: str) -> None:
+def test_failures_are_one_line(address: str, arguments: list[str], message: str) -> None:
     assert ask(address, *arguments).startswith(message)
 
 
-def test_nobody_listens() -> None:
+def test_no_server_listens() -> None:
     assert ask("127.0.0.1:1", "--timeout", "0.3").startswith("exit 1: Error: ")
 
 
@@ -102,7 +102,7 @@ def secured(model_directory: Path, files: Path) -> Iterator[str]:
         yield server.address
 
 
-def test_a_secured_server_answers_who_has_certificate_and_token(secured: str, files: Path) -> None:
+def test_a_secured_server_answers_clients_with_certificate_and_token(secured: str, files: Path) -> None:
     ca = ["--ca", f"{files}/ca.pem"]
     assert "exported" in ask(secured, *ca, "--token-file", f"{files}/token")
     assert "exported" in ask(secured, *ca, JAXREC_TOKEN="reader-token-0123")

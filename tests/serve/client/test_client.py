@@ -70,7 +70,7 @@ def test_other_errors_are_not_tried_again_and_every_call_has_a_deadline(
     assert 0 < servicer.time_left_s < 21
 
 
-def test_nobody_listens() -> None:
+def test_no_server_listens() -> None:
     # Port 1 is reserved, and nothing answers there.
     with RecommenderClient("127.0.0.1:1", timeout_s=0.5) as client, pytest.raises(grpc.RpcError) as failure:
         client.get_model_info()

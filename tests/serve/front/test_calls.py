@@ -179,7 +179,7 @@ def test_metrics_count_calls_answers_events_and_feedback(
     assert age > 1_000_000_000
 
 
-def test_coverage_forgets_what_was_shown_long_ago() -> None:
+def test_coverage_forgets_what_was_recommended_long_ago() -> None:
     now = [0.0]
     coverage = Coverage(clock=lambda: now[0])
     coverage.reset(10)

@@ -97,36 +97,36 @@ def test_a_call_whose_message_does_not_come_is_ended(method: str, limit: str, mo
     monkeypatch.setattr(overdue, "MOST_SHORT_RECEIVING" if short else "MOST_RECEIVING", 1)
     monkeypatch.setattr(overdue, f"{short}YIELD_S", PATIENCE_S)
     monkeypatch.setattr(overdue, limit if limit == "MOST_IN_LINE" else short + limit, 0)
-    told: queue.SimpleQueue[str] = queue.SimpleQueue()
-    front = Front([INLINE], [AT_ONCE], on_no_message=told.put)
+    reported: queue.SimpleQueue[str] = queue.SimpleQueue()
+    front = Front([INLINE], [AT_ONCE], on_no_message=reported.put)
     with echo(front, threading.Semaphore(0)) as address, RawClient(address) as stranger:
         streams = [stranger.call(method), stranger.call(method)]
         # The first is waited for, the second is in line.
         stream = streams[limit == "MOST_IN_LINE"]
         assert b"grpc-status\x01" + (b"4" if limit == "MESSAGE_S" else b"8") in ended(stream, stranger)
-        assert told.get(timeout=PATIENCE_S) == method
+        assert reported.get(timeout=PATIENCE_S) == method
 
 
 class OnlyCall:
-    """A call that notes what it is told."""
+    """A call that notes what is called."""
 
     method = POOLED
 
     def __init__(self, connection: str) -> None:
         self._connection = connection
-        self.told = ""
+        self.last = ""
 
     def peer(self) -> str:
         return self._connection
 
     def receive(self) -> None:
-        self.told = "receive"
+        self.last = "receive"
 
     def cancel(self) -> None:
-        self.told = "cancel"
+        self.last = "cancel"
 
     def give_up(self, code: grpc.StatusCode, details: str) -> None:
-        self.told = code.name
+        self.last = code.name
 
 
 def test_connections_take_turns_in_line() -> None:
@@ -135,14 +135,14 @@ def test_connections_take_turns_in_line() -> None:
     for call in calls:
         unreceived.add(call)
     # One too many: of those of `a`, which has most.
-    assert [call.told for call in calls] == ["receive", "RESOURCE_EXHAUSTED", "", "", ""]
+    assert [call.last for call in calls] == ["receive", "RESOURCE_EXHAUSTED", "", "", ""]
     for done, following in ((0, 2), (2, 4), (4, 3)):
-        assert calls[following].told == ""
+        assert calls[following].last == ""
         unreceived.remove(calls[done])
-        assert calls[following].told == "receive"
+        assert calls[following].last == "receive"
 
 
-def test_of_late_calls_those_of_the_greediest_make_way_and_strangers_only_for_strangers(
+def test_of_late_calls_those_of_the_greediest_make_way_and_short_ones_only_for_short_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(overdue, "YIELD_S", 0)
@@ -197,7 +197,7 @@ def test_messages_that_do_not_end_take_a_bounded_memory(monkeypatch: pytest.Monk
             stranger.upload(POOLED, size)
         wait_for(ended_calls, count - 2)
         assert resident_bytes() - before < count * size / 3
-        # What nobody asked for has no more room than HTTP/2 gives at first.
+        # What was not asked for has no more room than HTTP/2 gives at first.
         assert max(settings.get(INITIAL_WINDOW_SIZE, 0) for settings in stranger.settings) <= INITIAL_WINDOW
 
 

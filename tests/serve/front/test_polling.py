@@ -225,7 +225,7 @@ def test_a_client_that_keeps_to_the_limit_of_its_connection_is_never_refused() -
     assert server.stop(PATIENCE_S).wait(PATIENCE_S)
 
 
-def test_watching_holds_no_thread_and_who_does_not_read_holds_up_nobody() -> None:
+def test_watching_holds_no_thread_and_a_client_that_does_not_read_holds_up_no_other() -> None:
     states = health_pb2.HealthCheckResponse
     servicer = HealthServicer(["a.Service"])
     server = polling_server(ThreadPoolExecutor(1), ThreadPoolExecutor(1), Front())
@@ -251,7 +251,7 @@ def test_watching_holds_no_thread_and_who_does_not_read_holds_up_nobody() -> Non
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_failure_of_the_polling_thread_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_of_the_polling_thread_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     failed = threading.Event()
 
     def leave(_: bytes, __: grpc.ServicerContext) -> bytes:

@@ -251,7 +251,7 @@ def test_an_unknown_method_needs_the_right_admin() -> None:
         ("read short", "tokens: expected tokens of at least 16"),
     ],
 )
-def test_bad_tokens_are_refused_and_never_shown(text: str, message: str) -> None:
+def test_bad_tokens_are_refused_and_never_printed(text: str, message: str) -> None:
     with pytest.raises(SecurityError) as failure:
         parse_tokens(text, "tokens")
     assert str(failure.value).startswith(message)

@@ -59,7 +59,7 @@ def test_health(address: str) -> None:
     assert failure.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-def test_health_watchers_are_told_of_the_end(model: Recommender, store: EventStore) -> None:
+def test_health_watchers_are_notified_of_the_end(model: Recommender, store: EventStore) -> None:
     server = create_server(one_model(model, store), store, "127.0.0.1:0")
     server.start()
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
@@ -181,7 +181,7 @@ def test_broken_store_is_unavailable_and_hides_its_path(stub: RecommenderStub, s
     assert stub.RecordEvents(ONE_EVENT, timeout=TIMEOUT_S).recorded_count == 1
 
 
-def test_unexpected_error_is_logged_under_an_id_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_unexpected_error_is_logged_under_an_id_and_not_sent(caplog: pytest.LogCaptureFixture) -> None:
     status = status_of(KeyError("/secret/path"))
     assert status.code is grpc.StatusCode.INTERNAL
     text, log_id = status.message.rsplit(" ", 1)
@@ -285,7 +285,7 @@ def test_a_server_whose_polling_thread_fails_ends(model_directory: Path, tmp_pat
         assert len(store.history(ONE_EVENT.events[0].user_id)) == 1
 
 
-def test_slow_calls_are_told_by_their_message(model: Recommender, store: EventStore) -> None:
+def test_slow_calls_are_recognized_by_their_message(model: Recommender, store: EventStore) -> None:
     models = one_model(model, store)
     short = recommend_request(history=[Event(item_id="0" * 20, timestamp=at) for at in range(100)])
     long = recommend_request(history=[Event(item_id="0" * 20, timestamp=at) for at in range(10_000)])

@@ -125,14 +125,14 @@ def test_a_server_that_is_to_end_while_it_loads_never_serves(model_directory: Pa
             watch = health_pb2_grpc.HealthStub(channel).Watch(
                 health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=2 * DEADLINE_S
             )
-            told = [next(watch).status]
+            statuses = [next(watch).status]
             process.send_signal(signal.SIGTERM)
             with manifest.open("wb") as waited_for:
                 waited_for.write((tmp_path / "manifest.json").read_bytes())
                 (tmp_path / "manifest.json").rename(manifest)
             with pytest.raises(grpc.RpcError):
-                told += [answer.status for answer in watch]
-            assert set(told) == {health_pb2.HealthCheckResponse.NOT_SERVING}
+                statuses += [answer.status for answer in watch]
+            assert set(statuses) == {health_pb2.HealthCheckResponse.NOT_SERVING}
             assert process.stdout is not None
             assert (process.wait(DEADLINE_S), process.stdout.read()) == (0, "")
         finally:

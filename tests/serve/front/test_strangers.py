@@ -1,4 +1,4 @@
-"""What somebody who may reach the port but holds no token can do: open calls, and keep nobody else from anything."""
+"""A caller without a token that reaches the port can open calls, and keeps no other from anything."""
 
 import threading
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ def half_open(channel: grpc.Channel, each: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("with_token", [True, False])
 @pytest.mark.parametrize("polling", [True, False])
-def test_calls_that_never_go_on_keep_nobody_waiting(
+def test_calls_that_never_continue_keep_no_other_waiting(
     model: Recommender, store: EventStore, with_token: bool, polling: bool
 ) -> None:
     tokens = parse_tokens(f"read,write {TOKEN}", "tokens") if with_token else None
@@ -89,7 +89,7 @@ def test_calls_that_never_go_on_keep_nobody_waiting(
     server.drain()
 
 
-def test_whoever_is_turned_away_from_the_pool_is_counted_and_told_when_to_come_again(
+def test_calls_turned_away_from_the_pool_are_counted_and_get_a_time_to_retry(
     model: Recommender, store: EventStore
 ) -> None:
     metrics = Metrics()

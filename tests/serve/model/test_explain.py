@@ -142,7 +142,7 @@ def test_explanations_of_the_server(client: RecommenderClient, model: Recommende
             assert genre in one.genres
 
 
-def test_explaining_a_batch_holds_up_nobody(
+def test_explaining_a_batch_holds_up_no_other_call(
     client: RecommenderClient, model: Recommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model is free for others meanwhile."""
@@ -166,7 +166,7 @@ def test_explaining_a_batch_holds_up_nobody(
     assert [one.item_id for one in answer.recommendations] == [one.item_id for one in plain.recommendations]
 
 
-def test_what_nobody_waits_for_any_more_is_not_explained(
+def test_a_cancelled_answer_is_not_explained(
     model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics, explained = Metrics(), []

@@ -84,7 +84,7 @@ def test_profile_of_a_stored_user(client: RecommenderClient, model: Recommender)
         assert not shares[genre].HasField("mean_rating")
 
 
-def test_an_event_without_rating_is_shown_without(client: RecommenderClient) -> None:
+def test_an_event_without_rating_is_listed_without(client: RecommenderClient) -> None:
     client.record_events([UserEvent(event_id="1", user_id="u", item_id="1007", timestamp=0)])
     (watched,) = client.get_user_profile("u").watch_list
     assert not watched.HasField("rating")

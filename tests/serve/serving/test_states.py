@@ -87,7 +87,7 @@ def test_any_interleaving_equals_a_replay(windowed: Recommender, tmp_path: Path,
                 user = data.draw(users)
                 store.delete_user(user)
                 # Another process would not tell us.
-                if data.draw(st.booleans(), "told"):
+                if data.draw(st.booleans(), "notified"):
                     states.forget(user)
             else:
                 states.spill()
@@ -214,7 +214,7 @@ def test_the_state_of_another_model_version_is_not_used(artifact: Artifact, stor
     checked(StateCache(new, store), new, store, [Query((), 5, user_id="ada")])
 
 
-def test_a_deleted_user_is_forgotten_though_nobody_told(model: Recommender, store: EventStore) -> None:
+def test_a_deleted_user_is_forgotten_without_notice(model: Recommender, store: EventStore) -> None:
     states = StateCache(model, store)
     record(store, "ada", history(model, 5))
     states.recommend([Query((), 5, user_id="ada")])

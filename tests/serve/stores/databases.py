@@ -116,7 +116,7 @@ def redis_server(*options: str, durable: bool = True) -> Iterator[DatabaseServer
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port that no process listens on now."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])

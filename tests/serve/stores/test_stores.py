@@ -194,7 +194,7 @@ def test_changes_since_a_revision(store: EventStore) -> None:
         assert store.changes("u", since) == Changes(store.revision("u"), [Event("new life", None, 5)], complete=True)
 
 
-def test_shown_is_kept_by_user_in_order(store: EventStore) -> None:
+def test_impressions_are_kept_by_user_in_order(store: EventStore) -> None:
     anonymous = Impression("r3", None, (), (), "popularity", "v1", 5)
     for one in (IMPRESSION, IMPRESSION._replace(recommendation_id="r2", user_id="v"), anonymous):
         store.log_impression(one)
@@ -412,7 +412,7 @@ def test_the_log_is_copied_into_one_file(store: EventStore, location: str, tmp_p
         )
 
 
-def test_what_is_shown_during_a_copy_has_its_answers_in_it(
+def test_an_impression_during_a_copy_has_its_events_in_it(
     store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or isn't in it: what comes when the copy has all events, or all that was shown, is shown and answered at once."""
