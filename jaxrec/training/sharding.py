@@ -2,7 +2,7 @@
 
 The mesh is [data, items]. With one item shard every device holds the whole model (data-parallel). With more, the rows
 of the item tables (and of their optimizer moments) are split over the second axis, for catalogues that do not fit one
-device: lookups and updates then stay on the shard that has the row, and `jaxrec.training.sharded_loss` the softmax as
+device: lookups and updates then stay on the shard that has the row, and `jaxrec.training.losses` the softmax as
 well. The tables get more rows where they would not split evenly; such a row has no item, and the bias NEVER.
 """
 

@@ -17,7 +17,6 @@ from jaxrec.models.masks import NEVER
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.training.host_memory import keep_freed_memory
 from jaxrec.training.losses import next_item_loss, sampled_softmax_loss
-from jaxrec.training.sharded_loss import Loss, loss_over
 from jaxrec.training.sharding import state_sharding, with_item_rows
 
 FULL_SOFTMAX_ITEMS = 100_000  # the largest catalogue whose softmax is computed in full unless the configuration says so
@@ -76,12 +75,12 @@ def training_loss(
     batch: TrainBatch,
     key: jax.Array,
     request_gap_dropout: float,
-    loss: Loss = next_item_loss,
     sampled_items: int | None = None,
     trained_items: np.ndarray | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Next-item loss of every position; each request gap is hidden with the given probability, so that one model
-    answers with and without a request time. `loss` is that of the full softmax; `sampled_items` as in TrainConfig.
+    answers with and without a request time. `sampled_items` as in TrainConfig; `mesh` as in `next_item_loss`.
 
     `trained_items` [items + 1] bool: the candidates of the full softmax. An item that nobody has taken yet is none, or
     training would teach its vector and its bias that it is never taken.
@@ -99,7 +98,7 @@ def training_loss(
     if sampled:
         # A sample seldom meets the few items of a history, so they stay in.
         return sampled_softmax_loss(*arguments, sampled, jax.random.fold_in(key, 2))
-    return loss(*arguments, seen_items(batch))
+    return next_item_loss(*arguments, seen_items(batch), mesh)
 
 
 def seen_items(batch: TrainBatch) -> jax.Array:
@@ -133,16 +132,13 @@ def make_train_step(
     """
     if mesh.devices.flat[0].platform == "cpu":
         keep_freed_memory()
-    loss_function = loss_over(mesh)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: TrainBatch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         def loss_of(params: Any) -> jax.Array:
             model = nnx.merge(graphdef, params, state.fixed)
             step_key = jax.random.fold_in(key, state.step)
-            return training_loss(
-                model, batch, step_key, request_gap_dropout, loss_function, sampled_items, trained_items
-            )
+            return training_loss(model, batch, step_key, request_gap_dropout, sampled_items, trained_items, mesh)
 
         loss, gradients = jax.value_and_grad(loss_of)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
