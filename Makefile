@@ -4,7 +4,7 @@ BIN := .venv/bin
 STUBS := serve/pb
 PROTOS := $(wildcard proto/jaxrec/v1/*.proto) $(wildcard proto/inference/*.proto)
 
-.PHONY: demo test check format protos stubs baseline lock clean
+.PHONY: demo test check docs format protos stubs baseline lock clean
 
 demo: .venv/installed
 	$(BIN)/jaxrec demo --out runs/demo
@@ -16,6 +16,11 @@ check: .venv/installed protos
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The site of docs/ in build/site; a broken link is an error.
+docs: .venv/installed
+	$(BIN)/mkdocs build --strict --site-dir build/site
 
 # Style of the contract, and that clients built from the released one still work.
 protos: .venv/installed

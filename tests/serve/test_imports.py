@@ -43,7 +43,7 @@ from serve.client.sync import RecommenderClient
 from serve.model.recommender import Recommender
 from serve.front.server import create_server
 from serve.serving.loaded import one_model
-from serve.stores.base import open_store
+from serve.stores import open_store
 with open_store(Path({str(tmp_path / "s")!r})) as store:
     models = one_model(Recommender(read_artifact(Path({str(model_directory)!r}))), store)
     server = create_server(models, store, "127.0.0.1:0")

@@ -69,7 +69,7 @@ EIGHT_DEVICES = """
 import sys
 from pathlib import Path
 import jax, numpy as np
-from jaxrec.training.stopping import TrainingStopped
+from jaxrec.errors import TrainingStopped
 from tests.training.test_train_sharding import train, variables
 
 assert len(jax.devices()) == 8
