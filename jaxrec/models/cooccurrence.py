@@ -6,7 +6,7 @@ from flax import nnx
 
 from jaxrec.models.features import Array
 from jaxrec.models.neighbours import Neighbours
-from jaxrec.models.sequence import FixedTable
+from jaxrec.models.tables import FixedTable
 
 RECENT = 10  # events that score; the eleventh would weigh RECENT_DECAY ** 10 = 6 %
 RECENT_DECAY = 0.75

@@ -25,10 +25,11 @@ Model = TypeVar("Model", bound=TimeRatingAwareLSTM)
 
 
 class TrainState(NamedTuple):
-    """`params`: trained variables; `fixed`: the others; `opt_state` of optax; `step` int32 scalar."""
+    """`params`: trained variables; `fixed`: the others; `opt_state` of optax, whose moments are variables with the
+    metadata of their parameters; `step` int32 scalar."""
 
-    params: Any
-    fixed: Any
+    params: nnx.State
+    fixed: nnx.State
     opt_state: optax.OptState
     step: jax.Array
 
@@ -56,8 +57,7 @@ def initial_state(
     model: Model, optimizer: optax.GradientTransformation, item_rows: int | None = None
 ) -> tuple[nnx.GraphDef[Model], TrainState]:
     """Takes a model apart into its structure and a training state at step 0, with item tables of `item_rows` rows."""
-    graphdef, param_state, fixed_state = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-    params, fixed = nnx.to_pure_dict(param_state), nnx.to_pure_dict(fixed_state)
+    graphdef, params, fixed = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     if item_rows is not None:
         params, fixed = with_item_rows(params, item_rows), with_item_rows(fixed, item_rows)
     return graphdef, TrainState(params, fixed, optimizer.init(params), jnp.zeros((), jnp.int32))

@@ -47,17 +47,19 @@ def test_growth_by_hand(tmp_path: Path) -> None:
         now = Progress(5, 6, ["Action", "Comedy", "War"], data_version=1)
         grown = restored_state(checkpoints, 0, saved, new, now)
     for table in ("item_embedding", "item_bias_table"):
-        np.testing.assert_array_equal(grown.params[table][:4], 0.5)
-        np.testing.assert_array_equal(grown.params[table][4:], new.params[table][4:])
-    kernel = grown.params["genre_projection"]["kernel"]
-    np.testing.assert_array_equal(kernel[0], new.params["genre_projection"]["kernel"][0])
+        np.testing.assert_array_equal(grown.params[table][...][:4], 0.5)
+        np.testing.assert_array_equal(grown.params[table][...][4:], new.params[table][...][4:])
+    kernel = grown.params["genre_projection"]["kernel"][...]
+    np.testing.assert_array_equal(kernel[0], new.params["genre_projection"]["kernel"][...][0])
     np.testing.assert_array_equal(kernel[1:], 0.5)
-    np.testing.assert_array_equal(grown.params["lstm"]["kernel"], 0.5)
-    np.testing.assert_array_equal(grown.fixed["genre_matrix"], new.fixed["genre_matrix"])
+    np.testing.assert_array_equal(grown.params["lstm"]["kernel"][...], 0.5)
+    np.testing.assert_array_equal(grown.fixed["genre_matrix"][...], new.fixed["genre_matrix"][...])
     adam, _, schedule = grown.opt_state[1]
     for moments in (adam.mu, adam.nu):
-        np.testing.assert_array_equal(moments["item_embedding"], np.repeat([[0.5], [0.0]], [4, 2], axis=0) * np.ones(4))
-        np.testing.assert_array_equal(moments["genre_projection"]["kernel"][:, 0], [0.0, 0.5, 0.5])
+        np.testing.assert_array_equal(
+            moments["item_embedding"][...], np.repeat([[0.5], [0.0]], [4, 2], axis=0) * np.ones(4)
+        )
+        np.testing.assert_array_equal(moments["genre_projection"]["kernel"][...][:, 0], [0.0, 0.5, 0.5])
     assert (int(adam.count), int(schedule.count)) == (7, 0)
 
 

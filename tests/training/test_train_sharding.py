@@ -18,9 +18,10 @@ from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import DataError
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.models.tables import GENRE_ROWS, ITEM_ROWS, has_rows_of
 from jaxrec.training.log import read_steps
 from jaxrec.training.loop import Trained, train_model
-from jaxrec.training.sharding import ITEM_TABLES, data_mesh
+from jaxrec.training.sharding import data_mesh
 from jaxrec.training.stopping import StopRequested, never
 from tests.synthetic import random_log
 
@@ -137,14 +138,16 @@ def test_no_device_holds_a_whole_table() -> None:
 
 
 def test_every_table_with_a_row_per_item_is_known_as_one() -> None:
-    def shapes(items: int) -> dict[tuple[str, ...], tuple[int, ...]]:
-        genres = np.zeros((items + 1, 4), np.float32)
-        model = TimeRatingAwareContentModel(items, genres, MODEL, rngs=nnx.Rngs(0))
-        leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
-        return {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
+    def variables(items: int, genres: int) -> dict[tuple[str, ...], nnx.Variable]:
+        table = np.zeros((items + 1, genres), np.float32)
+        model = TimeRatingAwareContentModel(items, table, MODEL, rngs=nnx.Rngs(0))
+        return dict(nnx.to_flat_state(nnx.state(model)))
 
-    fewer, more = shapes(20), shapes(21)
-    assert {path[0] for path, shape in fewer.items() if more[path] != shape} == ITEM_TABLES
+    fewer, other_sizes = variables(20, 4), {ITEM_ROWS: variables(21, 4), GENRE_ROWS: variables(20, 5)}
+    for kind, more in other_sizes.items():
+        changed = {path for path, variable in fewer.items() if more[path].shape[0] != variable.shape[0]}
+        assert changed
+        assert {path for path, variable in fewer.items() if has_rows_of(variable, kind)} == changed
 
 
 def test_shards_have_to_fit_the_devices() -> None:
