@@ -33,7 +33,8 @@ from jaxrec.data.batches import MAX_EARLIER, TrainBatch, TrainingData
 from jaxrec.data.events import Events
 from jaxrec.data.store import read_prepared
 from jaxrec.evaluation.metrics import hit_rate, ndcg
-from jaxrec.evaluation.ranking import jit_scorer, model_logits, rank_cases
+from jaxrec.evaluation.ranking import rank_cases
+from jaxrec.evaluation.scorers import sequence_scorer
 from jaxrec.models.neighbours import initial_embedding, neighbours
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.runs.directory import new_models
@@ -238,7 +239,7 @@ def quality(data: Path, epochs: int, target: float, content: bool, seed: int) ->
             state, metrics = train_step(state, batch, key)
         float(metrics["loss"])
         trained += time.perf_counter() - start
-        scorer = jit_scorer(nnx.merge(graphdef, state.params, state.fixed), model_logits)
+        scorer = sequence_scorer(nnx.merge(graphdef, state.params, state.fixed))
         rank = functools.partial(rank_cases, scorer, prepared, prepared.split.test, model_config.max_length)
         ranks = rank(request_time=False).ranks
         score = float(ndcg(ranks, 10).mean())

@@ -19,7 +19,8 @@ from jaxrec.data.batches import CaseBatch
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import ExportError
 from jaxrec.evaluation.metrics import ndcg
-from jaxrec.evaluation.ranking import TOP, Ranked, Scorer, rank_cases
+from jaxrec.evaluation.ranking import TOP, Ranked, rank_cases
+from jaxrec.evaluation.scorers import Scorer
 
 LEAST_OVERLAP = 0.99
 """Mean share of the first ten items that the quantized model keeps, in whatever order."""

@@ -9,12 +9,12 @@ import pytest
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import ExportError
 from jaxrec.evaluation.ranking import Ranked, rank_cases
+from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx import quantize
 from jaxrec.onnx.model_directory import export_model
 from jaxrec.onnx.parity import make_probe
 from jaxrec.onnx.quantize import check_quality, graph_scorer, judge, quantize_lstms
-from jaxrec.runs.evaluate import hybrid_scorer
 
 
 def test_scorer_of_the_graph_ranks_as_jax_does(

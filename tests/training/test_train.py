@@ -17,7 +17,8 @@ from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import TrainingError
 from jaxrec.evaluation.metrics import hit_rate
-from jaxrec.evaluation.ranking import jit_scorer, model_logits, rank_cases
+from jaxrec.evaluation.ranking import rank_cases
+from jaxrec.evaluation.scorers import sequence_scorer
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.training.loop import Trained, load_trained, train_model
 from jaxrec.training.sharding import data_mesh
@@ -31,7 +32,7 @@ KEEP_ALL = PrepareConfig(min_user_ratings=1, min_movie_ratings=1)
 
 
 def hits_at_3(data: PreparedData, model: TimeRatingAwareLSTM) -> np.ndarray:
-    ranks = rank_cases(jit_scorer(model, model_logits), data, data.split.test, 16, request_time=False).ranks
+    ranks = rank_cases(sequence_scorer(model), data, data.split.test, 16, request_time=False).ranks
     return hit_rate(ranks, 3)
 
 
