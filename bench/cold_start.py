@@ -34,6 +34,7 @@ from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.rewards import genre_directions
 from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.runs.train import train_run
+from jaxrec.training.host_memory import keep_freed_memory
 
 OUT = Path(__file__).with_name("cold_start.md")
 HIDDEN, CASES_PER_USER, MIN_HISTORY, TOP, BATCH = 0.1, 5, 5, 50, 64
@@ -45,6 +46,7 @@ HIDDEN, CASES_PER_USER, MIN_HISTORY, TOP, BATCH = 0.1, 5, 5, 50, 64
 @click.argument("logs", nargs=-1, required=True, metavar="NAME=RATINGS...")
 def main(work: Path, seed: int, logs: tuple[str, ...]) -> None:
     """Trains, ranks and writes the tables."""
+    keep_freed_memory()
     arguments = " ".join(without_folder(log) for log in logs)
     lines = [
         "# Cold start\n",

@@ -33,6 +33,7 @@ from jaxrec.files import new_file, write_text
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.runs.train import train_run
+from jaxrec.training.host_memory import keep_freed_memory
 
 OUT = Path(__file__).with_name("quality.md")
 CASES_PER_USER = 10
@@ -47,6 +48,7 @@ SPLITS = {"leave-one-out": SplitKind.LEAVE_ONE_OUT, "temporal": SplitKind.TEMPOR
 @click.argument("logs", nargs=-1, required=True, metavar="NAME=RATINGS...")
 def main(work: Path, seeds: int, splits: str, ties: str, logs: tuple[str, ...]) -> None:
     """Trains and ranks what is not there yet, then writes the tables of all that is."""
+    keep_freed_memory()
     for split in splits.split(","):
         for log in logs:
             name, _, ratings = log.partition("=")

@@ -176,6 +176,7 @@ def memory() -> None:
 @click.option("--sampled-items", type=int)
 def train_random(items: int, rows: int, length: int, sampled_items: int | None) -> None:
     """Trains the product's model on random events; prints the seconds of a step."""
+    keep_freed_memory()
     rng = np.random.default_rng(0)
     shape = (rows, length)
     events = Events(
@@ -215,6 +216,7 @@ def quality(data: Path, epochs: int, target: float, content: bool, seed: int) ->
     The clock runs while co-occurrence is counted and batches are made, compiled and trained on; it stops for the
     evaluation after each epoch.
     """
+    keep_freed_memory()
     prepared = read_prepared(data)
     config, model_config, mesh = TrainConfig(seed=seed, max_epochs=epochs), ModelConfig(), data_mesh()
     start = time.perf_counter()

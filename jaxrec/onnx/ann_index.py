@@ -38,7 +38,7 @@ CANDIDATES = (250, 500, 1000, 2000, 4000)
 CANDIDATES_PER_ANSWER = 4
 SAMPLE = 20_000  # items, from which the 16 steps of each dimension are learned
 LEAST_ITEMS = 16  # as many as there are steps
-CHUNK = 50_000
+ITEMS_PER_ADD = 50_000
 MOST_PROBES = 250
 
 
@@ -121,8 +121,8 @@ def build_index(item_vectors: np.ndarray, item_bias: np.ndarray, probes: Mapping
     index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
     with tqdm(total=count, desc="index", unit="item") as progress:
         index.train(points[np.sort(np.random.default_rng(0).permutation(count)[:SAMPLE])])
-        for start in range(0, count, CHUNK):
-            chunk = points[start : start + CHUNK]
+        for start in range(0, count, ITEMS_PER_ADD):
+            chunk = points[start : start + ITEMS_PER_ADD]
             index.add(chunk)
             progress.update(len(chunk))
     candidates, recall = choose_candidates(index, points, probes)

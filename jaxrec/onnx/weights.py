@@ -11,12 +11,12 @@ import numpy as np
 from flax import nnx
 
 from jaxrec.errors import ExportError
-from jaxrec.models.cooccurrence import RECENT, RECENT_DECAY
+from jaxrec.models.cooccurrence import RECENT_DECAY, RECENT_ITEMS
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.lstm import LSTM
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 
-RECENT_WEIGHTS = RECENT_DECAY ** np.arange(RECENT, dtype=np.float32)
+RECENT_WEIGHTS = RECENT_DECAY ** np.arange(RECENT_ITEMS, dtype=np.float32)
 """What the neighbours of the last event, the one before it, and so on, count."""
 
 
@@ -80,7 +80,7 @@ class Weights:
 
     @property
     def state_width(self) -> int:
-        return 2 * self.lstm.hidden + 2 * self.content.hidden + RECENT
+        return 2 * self.lstm.hidden + 2 * self.content.hidden + RECENT_ITEMS
 
 
 def extract_weights(hybrid: Hybrid) -> Weights:

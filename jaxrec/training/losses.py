@@ -1,7 +1,7 @@
 """Training losses: the softmax over all items, in full or sampled, on one device or split over a mesh.
 
 `where` marks valid positions; sums are divided by their number, never by the padded length. No loss keeps an array of
-all positions' logits: CHUNK positions at a time are scored and forgotten.
+all positions' logits: POSITIONS_PER_CHUNK positions at a time are scored and forgotten.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jaxrec.models.features import Array
 from jaxrec.models.masks import NEVER
 from jaxrec.training.sharding import DATA_AXIS, ITEM_AXIS
 
-CHUNK = 256  # positions whose logits exist at the same time: few enough for the cache, many enough for the product
+POSITIONS_PER_CHUNK = 256  # whose logits exist at the same time: few enough for the cache, many for the product
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -105,9 +105,9 @@ def _flat(queries: jax.Array, target: Array, where: Array) -> tuple[jax.Array, j
 
 
 def _in_chunks(x: jax.Array) -> jax.Array:
-    """[positions, ...] -> [chunks, CHUNK, ...], filled up with zeros."""
-    missing = -len(x) % CHUNK
-    return jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))).reshape(-1, CHUNK, *x.shape[1:])
+    """[positions, ...] -> [chunks, POSITIONS_PER_CHUNK, ...], filled up with zeros."""
+    missing = -len(x) % POSITIONS_PER_CHUNK
+    return jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))).reshape(-1, POSITIONS_PER_CHUNK, *x.shape[1:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -169,7 +169,7 @@ def _loss_and_gradients(
         query, index, valid, excluded = inputs
         logits = query @ transposed + item_bias
         if excluded is not None:
-            logits = logits.at[jnp.arange(CHUNK)[:, None], excluded].set(NEVER, mode="drop")
+            logits = logits.at[jnp.arange(POSITIONS_PER_CHUNK)[:, None], excluded].set(NEVER, mode="drop")
         # Subtracted so that exp cannot overflow.
         highest = _over(jax.lax.pmax, item_axis, jnp.max(logits, axis=1))
         exponentials = jnp.exp(logits - highest[:, None])
@@ -178,7 +178,7 @@ def _loss_and_gradients(
         losses = highest + jnp.log(normalizer) - target_logit
         # The gradient of the logits is `scale * difference`; scaling the small factors spares a pass over the items.
         scale = jnp.where(valid, 1.0 / normalizer, 0.0)
-        difference = exponentials.at[jnp.arange(CHUNK), index].add(-normalizer, mode="drop")
+        difference = exponentials.at[jnp.arange(POSITIONS_PER_CHUNK), index].add(-normalizer, mode="drop")
         carry = (
             vectors_gradient + (query * scale[:, None]).T @ difference,
             bias_gradient + scale @ difference,

@@ -13,13 +13,13 @@ import numpy as np
 import optax
 
 from jaxrec.models.tables import GENRE_ROWS, ITEM_ROWS, has_rows_of
-from jaxrec.training.checkpoints import Checkpoints, Progress
+from jaxrec.training.checkpoints import Checkpoints, TrainProgress
 from jaxrec.training.sharding import map_variables, put
 from jaxrec.training.step import TrainState
 
 
 def restored_state(
-    checkpoints: Checkpoints, number: int, saved: Progress, like: TrainState, now: Progress
+    checkpoints: Checkpoints, number: int, saved: TrainProgress, like: TrainState, now: TrainProgress
 ) -> TrainState:
     """The state of a checkpoint that was saved with `saved`, in the shapes and the layout of `like`, a state of the
     catalogue of `now`. Where that is another one, the learning rate starts anew."""

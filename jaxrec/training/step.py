@@ -15,13 +15,12 @@ from jaxrec.data.batches import TrainBatch
 from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.models.masks import NEVER
 from jaxrec.models.sequence import TimeRatingAwareLSTM
-from jaxrec.training.host_memory import keep_freed_memory
 from jaxrec.training.losses import next_item_loss, sampled_softmax_loss
 from jaxrec.training.sharding import state_sharding, with_item_rows
 
 FULL_SOFTMAX_ITEMS = 100_000  # the largest catalogue whose softmax is computed in full unless the configuration says so
 SAMPLED_ITEMS = 8192
-Model = TypeVar("Model", bound=TimeRatingAwareLSTM)
+SequenceModel = TypeVar("SequenceModel", bound=TimeRatingAwareLSTM)
 
 
 class TrainState(NamedTuple):
@@ -54,8 +53,8 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTrans
 
 
 def initial_state(
-    model: Model, optimizer: optax.GradientTransformation, item_rows: int | None = None
-) -> tuple[nnx.GraphDef[Model], TrainState]:
+    model: SequenceModel, optimizer: optax.GradientTransformation, item_rows: int | None = None
+) -> tuple[nnx.GraphDef[SequenceModel], TrainState]:
     """Takes a model apart into its structure and a training state at step 0, with item tables of `item_rows` rows."""
     graphdef, params, fixed = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     if item_rows is not None:
@@ -118,7 +117,7 @@ def seen_items(batch: TrainBatch) -> jax.Array:
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef[Model],
+    graphdef: nnx.GraphDef[SequenceModel],
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     request_gap_dropout: float,
@@ -127,11 +126,10 @@ def make_train_step(
 ) -> StepFunction:
     """step(state, batch, key) -> (state, {loss, gradient_norm}). The key is the run's; the step number is folded in.
 
-    The state is donated, and stays laid out over the mesh as `state_sharding` says. On a CPU the process keeps freed
-    memory from now on (`jaxrec.training.host_memory`). `sampled_items` and `trained_items` as in `training_loss`.
+    The state is donated, and stays laid out over the mesh as `state_sharding` says. `sampled_items` and `trained_items`
+    as in `training_loss`. On a CPU a program that trains is faster after
+    `jaxrec.training.host_memory.keep_freed_memory()`.
     """
-    if mesh.devices.flat[0].platform == "cpu":
-        keep_freed_memory()
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: TrainBatch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -82,7 +82,6 @@ def test_a_model_that_gets_worse_is_not_exported(
     with pytest.raises(ExportError, match=r"^int8: .*export without --int8$"):
         export_model(
             *(small_hybrid, small_data, tmp_path / "model"),
-            policy="reinforce",
             training={},
             metrics={},
             licence="",

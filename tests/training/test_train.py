@@ -20,7 +20,7 @@ from jaxrec.evaluation.metrics import hit_rate
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import sequence_scorer
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
-from jaxrec.training.loop import Trained, load_trained, train_model
+from jaxrec.training.loop import TrainedModel, load_trained, train_model
 from jaxrec.training.sharding import data_mesh
 from jaxrec.training.step import initial_state, make_optimizer, make_train_step, seen_items, training_loss
 from tests.synthetic import markov_log, random_log, shuffled_items
@@ -54,12 +54,12 @@ def data() -> PreparedData:
     return prepare(random_log(users=40, items=20, max_events=20, seed=5), None, KEEP_ALL)
 
 
-def train(data: PreparedData, folder: Path, max_epochs: int = 4, seed: int = 0) -> Trained[TimeRatingAwareLSTM]:
+def train(data: PreparedData, folder: Path, max_epochs: int = 4, seed: int = 0) -> TrainedModel[TimeRatingAwareLSTM]:
     config = TrainConfig(seed=seed, max_epochs=max_epochs, patience=99, batch_tokens=64)
     return train_model(TimeRatingAwareLSTM(20, MODEL, rngs=nnx.Rngs(seed)), data, config, folder, "test")
 
 
-def curve(trained: Trained[TimeRatingAwareLSTM]) -> list[tuple[float, float]]:
+def curve(trained: TrainedModel[TimeRatingAwareLSTM]) -> list[tuple[float, float]]:
     return [(record["loss"], record["validation_ndcg_10"]) for record in trained.epochs]
 
 

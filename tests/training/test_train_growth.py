@@ -17,7 +17,7 @@ from jaxrec.data.append import append_directory
 from jaxrec.data.prepare import prepare_directory
 from jaxrec.models.sequence import TimeRatingAwareContentModel
 from jaxrec.runs.directory import load_supervised, open_run
-from jaxrec.training.checkpoints import Checkpoints, Progress
+from jaxrec.training.checkpoints import Checkpoints, TrainProgress
 from jaxrec.training.log import read_epochs, read_steps
 from jaxrec.training.resize import genre_rows, restored_state
 from jaxrec.training.step import TrainState, initial_state, make_optimizer
@@ -40,11 +40,11 @@ def state_of(items: int, genres: list[str], seed: int, fill: float | None = None
 
 def test_growth_by_hand(tmp_path: Path) -> None:
     old, new = state_of(3, ["Comedy", "War"], 0, fill=0.5), state_of(5, ["Action", "Comedy", "War"], 1)
-    saved = Progress(3, 4, ["Comedy", "War"])
+    saved = TrainProgress(3, 4, ["Comedy", "War"])
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(old, saved)
         checkpoints.wait()
-        now = Progress(5, 6, ["Action", "Comedy", "War"], data_version=1)
+        now = TrainProgress(5, 6, ["Action", "Comedy", "War"], data_version=1)
         grown = restored_state(checkpoints, 0, saved, new, now)
     for table in ("item_embedding", "item_bias_table"):
         np.testing.assert_array_equal(grown.params[table][...][:4], 0.5)
