@@ -32,7 +32,7 @@ class Resamples:
 
 
 def resample(groups: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> Resamples:
-    """Draws whole groups of cases with replacement (Efron & Tibshirani 1993, section 8.5; Davison & Hinkley 1997, 3.8).
+    """Draws whole groups of cases with replacement (Davison & Hinkley 1997, section 3.8).
 
     Args:
         groups: [cases], whose case it is: the users of the cases, or `np.arange(cases)` where each stands alone.

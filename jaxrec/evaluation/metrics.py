@@ -58,8 +58,7 @@ def hit_rate(ranks: np.ndarray, k: int) -> np.ndarray:
 def ndcg(ranks: np.ndarray, k: int) -> np.ndarray:
     """NDCG at k of each case, which has one relevant item, so that the ideal DCG is 1. [...] int -> [...] float64.
 
-    1 / log2(rank + 1) within the first k, else 0 (Järvelin and Kekäläinen 2002, with the logarithm's base 2 and its
-    discount from rank 2 on).
+    1 / log2(rank + 1) within the first k, else 0 (the discount of Burges et al. 2005).
 
     >>> ndcg(np.array([1, 3, 11, MISS]), 10)
     array([1. , 0.5, 0. , 0. ])

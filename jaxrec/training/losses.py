@@ -7,6 +7,7 @@ all positions' logits: POSITIONS_PER_CHUNK positions at a time are scored and fo
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +52,7 @@ def next_item_loss(
     Returns:
         [] float32, in nats; 0 where no position is valid.
     """
+    _assert_shapes(queries, item_vectors, item_bias, target, where)
     return _full_softmax(mesh, queries, item_vectors, item_bias, target, where, exclude)
 
 
@@ -63,16 +65,31 @@ def sampled_softmax_loss(
     sampled_items: int,
     key: jax.Array,
 ) -> jax.Array:
-    """`next_item_loss` with a normalizer that is estimated from `sampled_items` items, drawn anew by each call and
-    shared by its positions: for catalogues so large that the logits of all items take too long.
+    """`next_item_loss` with a normalizer that is estimated from a sample of the items: for catalogues so large that the
+    logits of all items take too long.
 
     Importance sampling (Bengio and Senécal 2008, section III), with the proposal's log-probability taken off the
     sampled logits (logQ correction: Yi et al. 2019, equation 3). Deviation: the target is not estimated. It enters
     with its own exponential, and is left out where it is drawn. The proposal is uniform and stratified: one item from
     each of `sampled_items` groups of neighbours, so that no item comes twice, the estimated normalizer's expectation
     is the full one, and with as many samples as items it is the full softmax itself.
-    Raises ValueError unless 1 <= sampled_items <= items.
+
+    Args:
+        queries: [..., width] float32.
+        item_vectors: [items + 1, width] float32; row 0 is padding.
+        item_bias: [items + 1] float32.
+        target: [...] int32, the next item of each position.
+        where: [...] bool, the valid positions.
+        sampled_items: how many items are drawn, once for all positions.
+        key: of the draw.
+
+    Returns:
+        [] float32, in nats; 0 where no position is valid.
+
+    Raises:
+        ValueError: sampled_items is outside 1..items.
     """
+    _assert_shapes(queries, item_vectors, item_bias, target, where)
     items = len(item_vectors) - 1
     if not 1 <= sampled_items <= items:
         raise ValueError(f"sampled_items {sampled_items} is outside 1..{items}, the items of the catalogue")
@@ -97,6 +114,14 @@ def sampled_softmax_loss(
     chunks = [_in_chunks(x) for x in (flat, targets, valid, vectors[sampled_items:], biases[sampled_items:])]
     total, _ = jax.lax.scan(chunk, jnp.zeros((), queries.dtype), tuple(chunks))
     return total / jnp.maximum(jnp.sum(where), 1)
+
+
+def _assert_shapes(
+    queries: jax.Array, item_vectors: jax.Array, item_bias: jax.Array, target: Array, where: Array
+) -> None:
+    chex.assert_rank([item_vectors, item_bias], [2, 1])
+    chex.assert_equal_shape([target, where])
+    chex.assert_shape(queries, (*target.shape, item_vectors.shape[1]))
 
 
 def _flat(queries: jax.Array, target: Array, where: Array) -> tuple[jax.Array, jax.Array, jax.Array]:
