@@ -16,14 +16,14 @@ from jaxrec.data.split import Cases
 Item = TypeVar("Item")
 
 
-MAX_EARLIER = 1000  # of what a user took before a window, the most recent items are known to be no candidates
+MAX_EARLIER = 1000  # of the items before a window, so many of the most recent ones are excluded from the candidates
 
 
 class TrainBatch(NamedTuple):
     """Rows that hold several windows back to back: `events` [batch, length]; `starts` [batch, length] bool is True
     where a window begins and the recurrent state must be forgotten; `target` [batch, length] int32 is the next item
-    (0 at padding) and `target_gap` [batch, length] float32 the seconds until it; `earlier` [batch, width] int32 what
-    the row's user took before its window, the last item first (0 = no more)."""
+    (0 at padding) and `target_gap` [batch, length] float32 the seconds until it; `earlier` [batch, width] int32 the
+    items of the row's user before its window, the last one first (0 = no more)."""
 
     events: Events
     starts: np.ndarray
@@ -136,7 +136,7 @@ class TrainingData:
     def epoch(self, seed: int, epoch: int, first_step: int = 0) -> Iterator[TrainBatch]:
         """Every window once, in an order that follows from (seed, epoch); the last batch is filled with empty rows.
 
-        With `first_step` the steps before it are left out: an interrupted epoch goes on where it stopped.
+        With `first_step` the steps before it are left out: an interrupted epoch resumes where it stopped.
         """
         rng = np.random.default_rng((seed, epoch))
         rows, offsets = pack_windows(self._lengths, self.max_length, rng)

@@ -64,7 +64,7 @@ class TimeRatingAwareLSTM(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Outputs [batch, length, hidden] and the final (h, c), each [batch, hidden].
 
-        With a key, dropout is on. `starts` [batch, length] bool: where a row goes on with another history.
+        With a key, dropout is on. `starts` [batch, length] bool: where another history begins in a row.
         """
         x = jnp.concatenate([item_vectors[events.item], self.rating(events.rating), self.gap(events.gap)], axis=-1)
         if key is not None:

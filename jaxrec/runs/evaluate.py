@@ -130,7 +130,7 @@ def format_table(evaluation: Evaluation) -> str:
     data = f"{Path(protocol['data_folder']).name} (SHA-256 {protocol['data_sha256'][:8]})"
     tied, repeated = protocol["tied_test_share"], protocol["repeated_test_share"]
     lines += [
-        f"* is exported and served. Means with 95 % intervals over {protocol['test_cases']} test cases.",
+        f"* is exported and served. Means over {protocol['test_cases']} test cases, with 95 % intervals over users.",
         f"Data: {data}, {protocol['filter']}. Split: {protocol['split']}. Seed: {protocol['seed']}.",
         f"Candidates: all {protocol['data']['items']} items but those of the history. {tied:.0%} of the targets tie in",
         f"time with the event before them (ties: {protocol['ties']}), {repeated:.0%} are in the history already.",

@@ -1,8 +1,8 @@
 """Checkpoints of a training run (Orbax): the latest, to resume from, and the best epoch's, to use.
 
 Checkpoints are numbered in the order in which they were saved. One is written in the background under a temporary
-name and renamed at the end, and an older one is deleted only after that: whenever the process dies, a whole one is
-left (or none yet, and the run starts anew from its seed, which is the same).
+name and renamed at the end, and an older one is deleted only after that. So a whole one is left whenever the process
+dies, or none yet, and the run then starts again from its seed.
 """
 
 import dataclasses
@@ -118,6 +118,6 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(value, ProcessLost):  # else there would be nobody to finish with
+        if not isinstance(value, ProcessLost):  # there is no process left to finish with
             self._manager.wait_until_finished()
             self._manager.close()

@@ -24,7 +24,7 @@ UNTRAINED = "no trained model is there; run `jaxrec train` first"
 
 
 class TrainingLog:
-    """The log of one model from step `first_step` on: what a stopped run logged after it is taken back.
+    """The log of one model from step `first_step` on; what a stopped run logged after it is removed.
 
     Where `enabled` is off (another process writes), nothing is written or shown.
     """

@@ -69,9 +69,9 @@ def train_model(
     """Trains `model` and returns it as it was after its best epoch.
 
     `folder` receives checkpoints and logs; where it holds checkpoints of an earlier call with the same arguments,
-    training goes on from the latest and ends with the same result as if it had never stopped. With a greater
-    `data_version` than theirs it goes on with their best epoch on data that extends theirs: with all steps of
-    `config` once more, and new items.
+    training resumes from the latest and ends with the same result as if it had never stopped. If `data_version` is
+    newer than theirs, training restarts its schedule from their best epoch on data that extends theirs, with embeddings
+    added for new items.
     Raises DataError where there is nothing to train on, TrainingError when a loss is not finite, TrainingStopped when
     `stop()` became true: everything is saved then.
     """
@@ -155,7 +155,7 @@ class _Training(Generic[SequenceModel]):
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.key = jax.jit(lambda: steps_key(config.seed, name), out_shardings=self.replicated)()
         self.progress = TrainProgress(len(data.catalog), rows, list(data.catalog.genres))
-        self.pending: dict[str, jax.Array] | None = None  # what the last step measured, and nobody has read yet
+        self.pending: dict[str, jax.Array] | None = None  # measured by the last step, not read yet
         self.saved_at, self.saved_step = time.monotonic(), 0
 
     def restore(self, data_version: int) -> None:

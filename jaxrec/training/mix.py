@@ -38,8 +38,8 @@ class Mix:
 def tune_mix(
     lstm: TimeRatingAwareLSTM, content: TimeRatingAwareContentModel, cooccurrence: CoOccurrence, data: PreparedData
 ) -> Mix:
-    """The weights are chosen in turn, ROUNDS times: a grid for one while the other stays. Of more than MAX_CASES
-    validation cases evenly spaced ones are taken."""
+    """Chooses the weights in turn, ROUNDS times: a grid for one while the other stays. Of more than MAX_CASES
+    validation cases, evenly spaced ones are used."""
     cases = data.split.validation.at_most(MAX_CASES)
     weight, added = np.float32(0.5), np.float32(0.0)
     for _ in range(ROUNDS):

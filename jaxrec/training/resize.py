@@ -22,7 +22,7 @@ def restored_state(
     checkpoints: Checkpoints, number: int, saved: TrainProgress, like: TrainState, now: TrainProgress
 ) -> TrainState:
     """The state of a checkpoint that was saved with `saved`, in the shapes and the layout of `like`, a state of the
-    catalogue of `now`. Where that is another one, the learning rate starts anew."""
+    catalogue of `now`. Where that is another one, the learning rate restarts."""
     same_data = saved.data_version == now.data_version
     if same_data and saved.item_rows == now.item_rows:
         return checkpoints.restore(number, like)

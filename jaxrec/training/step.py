@@ -81,8 +81,8 @@ def training_loss(
     """Next-item loss of every position; each request gap is hidden with the given probability, so that one model
     answers with and without a request time. `sampled_items` as in TrainConfig; `mesh` as in `next_item_loss`.
 
-    `trained_items` [items + 1] bool: the candidates of the full softmax. An item that nobody has taken yet is none, or
-    training would teach its vector and its bias that it is never taken.
+    `trained_items` [items + 1] bool: the candidates of the full softmax. An item without training events is none, or
+    training would teach its vector and its bias that it is never chosen.
     """
     item_vectors = model.item_vectors()
     outputs, _ = model.encode(batch.events, item_vectors, key=jax.random.fold_in(key, 0), starts=batch.starts)
@@ -101,7 +101,7 @@ def training_loss(
 
 
 def seen_items(batch: TrainBatch) -> jax.Array:
-    """[batch, length, length + width] int32: what the user took up to each position, without its target (0 = none).
+    """[batch, length, length + width] int32: the user's items up to each position, without its target (0 = none).
 
     It is never recommended, so the softmax need not learn to leave it out.
     """
@@ -112,8 +112,8 @@ def seen_items(batch: TrainBatch) -> jax.Array:
     in_window = jnp.where(seen, item[:, None, :], 0)
     before = jnp.asarray(batch.earlier)[:, None, :]
     before = jnp.broadcast_to(before, (*target.shape, before.shape[2]))
-    taken = jnp.concatenate([in_window, before], axis=2)
-    return jnp.where(taken == target[:, :, None], 0, taken)
+    items = jnp.concatenate([in_window, before], axis=2)
+    return jnp.where(items == target[:, :, None], 0, items)
 
 
 def make_train_step(

@@ -191,7 +191,7 @@ def test_eight_devices_give_the_loss_of_one() -> None:
 
 
 def test_the_softmax_leaves_out_what_the_window_has_shown() -> None:
-    """Two windows in a row, abca and bda, and a place of padding; before both, e and c were taken. What a position has
+    """Two windows in a row, abca and bda, and a place of padding; before both come e and c. What a position has
     seen, without its target."""
     a, b, c, d, e = 1, 2, 3, 4, 5
     item = np.array([[a, b, c, b, d, 0]], np.int32)
@@ -203,14 +203,14 @@ def test_the_softmax_leaves_out_what_the_window_has_shown() -> None:
     assert seen[:5] == [{a, c, e}, {a, b, e}, {b, c, e}, {b, c, e}, {b, c, d, e}]
 
 
-def test_items_that_nobody_has_taken_are_no_candidates(data: PreparedData) -> None:
-    """Whatever their vectors and biases are, the loss is the same and they get no gradient; a taken item's matter."""
+def test_items_without_training_events_are_no_candidates(data: PreparedData) -> None:
+    """Their vectors and biases do not change the loss and get no gradient; those of another item do."""
     batch = next(TrainingData(data, max_length=16, batch_tokens=64).epoch(0, 0))
-    missing, taken = 20, int(batch.target[0, 0])
+    missing, present = 20, int(batch.target[0, 0])
     trained_items = np.arange(21) != missing
     batch = batch._replace(
-        events=batch.events._replace(item=np.where(batch.events.item == missing, taken, batch.events.item)),
-        target=np.where(batch.target == missing, taken, batch.target),
+        events=batch.events._replace(item=np.where(batch.events.item == missing, present, batch.events.item)),
+        target=np.where(batch.target == missing, present, batch.target),
     )
     model = TimeRatingAwareLSTM(20, MODEL, rngs=nnx.Rngs(0))
     graphdef, variables = nnx.split(model)
@@ -222,9 +222,9 @@ def test_items_that_nobody_has_taken_are_no_candidates(data: PreparedData) -> No
     of_loss = jax.grad(loss)(variables)
     for gradient in (of_loss["item_embedding"][...], of_loss["item_bias_table"][...]):
         np.testing.assert_array_equal(gradient[missing], 0.0)
-        assert np.abs(gradient[taken]).max() > 0
+        assert np.abs(gradient[present]).max() > 0
     before = float(loss(variables))
     model.item_bias_table[...] = model.item_bias_table[...].at[missing].set(5.0)
     assert float(loss(nnx.state(model))) == before
-    model.item_bias_table[...] = model.item_bias_table[...].at[taken].set(5.0)
+    model.item_bias_table[...] = model.item_bias_table[...].at[present].set(5.0)
     assert float(loss(nnx.state(model))) != before

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or broken goes on from any step as if nothing had happened, and its logs with it."""
+"""A run that is stopped, killed or broken resumes from any step with the same result and the same logs."""
 
 import json
 import os
