@@ -20,7 +20,7 @@ from jaxrec.evaluation.metrics import hit_rate
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import sequence_scorer
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
-from jaxrec.training.loop import TrainedModel, load_trained, train_model
+from jaxrec.training.loop import TrainedModel, load_trained, steps_key, train_model
 from jaxrec.training.sharding import data_mesh
 from jaxrec.training.step import initial_state, make_optimizer, make_train_step, seen_items, training_loss
 from tests.synthetic import markov_log, random_log, shuffled_items
@@ -121,6 +121,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(data: PreparedData, tmp_p
     model.item_embedding[...] = model.item_embedding[...] * np.inf
     with pytest.raises(TrainingError, match=r"is not finite at step 0 \(epoch 0\); no checkpoint was made yet"):
         train_model(model, data, TRAIN, tmp_path, "test")
+
+
+def test_models_of_a_run_share_no_key_with_each_other_or_with_the_initialization() -> None:
+    rngs = nnx.Rngs(0)
+    keys = [rngs.params() for _ in range(20)]
+    keys += [jax.random.fold_in(steps_key(0, name), step) for name in ("a", "b") for step in range(20)]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 60
 
 
 def test_the_step_compiles_once_and_the_genres_stay_fixed() -> None:
