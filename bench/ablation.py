@@ -32,6 +32,7 @@ from jaxrec.models.neighbours import initial_embedding, neighbours
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.runs.directory import new_models
 from jaxrec.training import step as steps
+from jaxrec.training.host_memory import keep_freed_memory
 from jaxrec.training.loop import train_model
 
 OUT = Path(__file__).with_name("ablation.md")
@@ -90,6 +91,7 @@ VARIANTS = (
 @click.argument("folders", nargs=-1, required=True, metavar="NAME=DATA...")
 def main(work: Path, seeds: int, folders: tuple[str, ...]) -> None:
     """Trains what is not there yet, then writes the table of all that is."""
+    keep_freed_memory()
     for number in range(len(VARIANTS)):
         for argument in folders:
             name, _, folder = argument.partition("=")

@@ -26,13 +26,15 @@ from jaxrec.data.prepare import prepare, prepare_files
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, UNKNOWN_GAP, USER
 from jaxrec.data.store import read_prepared, write_prepared
-from jaxrec.evaluation.metrics import bootstrap_mean, exclude_items
-from jaxrec.evaluation.ranking import Scorer, constant_scorer, jit_scorer, model_logits
+from jaxrec.evaluation.baselines import constant_scorer
+from jaxrec.evaluation.bootstrap import bootstrap, resample
+from jaxrec.evaluation.metrics import exclude_items
+from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
 from jaxrec.files import write_text
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.reward_tables import genre_directions
 from jaxrec.runs.directory import load_supervised, open_run
-from jaxrec.runs.evaluate import hybrid_scorer
+from jaxrec.training.host_memory import keep_freed_memory
 
 OUT = Path(__file__).with_name("cold_start.md")
 HIDDEN, CASES_PER_USER, MIN_HISTORY, TOP, BATCH = 0.1, 5, 5, 50, 64
@@ -44,6 +46,7 @@ HIDDEN, CASES_PER_USER, MIN_HISTORY, TOP, BATCH = 0.1, 5, 5, 50, 64
 @click.argument("logs", nargs=-1, required=True, metavar="NAME=RATINGS...")
 def main(work: Path, seed: int, logs: tuple[str, ...]) -> None:
     """Trains, ranks and writes the tables."""
+    keep_freed_memory()
     arguments = " ".join(without_folder(log) for log in logs)
     lines = [
         "# Cold start\n",
@@ -57,7 +60,7 @@ def main(work: Path, seed: int, logs: tuple[str, ...]) -> None:
 
 
 def table(name: str, ratings: Path, folder: Path, seed: int) -> list[str]:
-    """Recall@50 of each way to rank, with 95 % bootstrap intervals over the cases."""
+    """Recall@50 of each way to rank, with 95 % bootstrap intervals over the users."""
     movies = ratings.with_name("movies.csv")
     beside = movies if ratings.is_file() and movies.is_file() else None
     whole = prepare_files(ratings, beside, PrepareConfig(min_user_ratings=5, min_movie_ratings=5))
@@ -66,7 +69,9 @@ def table(name: str, ratings: Path, folder: Path, seed: int) -> list[str]:
     hidden = np.zeros(items + 1, bool)
     hidden[1 + rng.choice(items, round(HIDDEN * items), replace=False)] = True
     data, hybrid = trained(whole, hidden, folder, seed)
-    batches = list(cases(whole, data, hidden, hybrid.lstm.config.max_length, rng))
+    found = find_cases(whole, hidden, rng)
+    batches = list(case_batches(whole, data, found, hybrid.lstm.config.max_length))
+    resamples = resample(np.searchsorted(whole.histories.offsets, [row for _, row in found], side="right"))
     directions = genre_directions(data.catalog.genre_matrix())
     order = rng.random(items + 1).astype(np.float32) * 1e-4  # so that equal genres do not count against the rule
 
@@ -77,14 +82,13 @@ def table(name: str, ratings: Path, folder: Path, seed: int) -> list[str]:
     ways: dict[str, Scorer] = {
         "popularity": constant_scorer(data.train_popularity() + order),
         "genre cosine to the history": genre_rule,
-        "TimeRatingAwareLSTM": jit_scorer(hybrid.lstm, model_logits),
-        "TimeRatingAwareContentModel": jit_scorer(hybrid.content, model_logits),
+        "TimeRatingAwareLSTM": sequence_scorer(hybrid.lstm),
+        "TimeRatingAwareContentModel": sequence_scorer(hybrid.content),
         "hybrid": hybrid_scorer(hybrid),
     }
-    count = sum(int((batch.target > 0).sum()) for batch in batches)
     lines = [
         f"\n## {name}\n",
-        f"{hidden.sum()} of {items} movies hidden, {count} cases. With the request time.\n",
+        f"{hidden.sum()} of {items} movies hidden, {len(found)} cases. With the request time.\n",
         "| | recall@50 of all | recall@50 of the hidden |",
         "|---|---|---|",
     ]
@@ -97,7 +101,7 @@ def table(name: str, ratings: Path, folder: Path, seed: int) -> list[str]:
             own = np.take_along_axis(scores, batch.target[:, None], axis=1)
             everywhere.append(((scores >= own).sum(axis=1) <= TOP)[real])
             among.append(((scores[:, candidates] >= own).sum(axis=1) <= TOP)[real])
-        cells = [bootstrap_mean(np.concatenate(hits).astype(float)) for hits in (everywhere, among)]
+        cells = [bootstrap(np.concatenate(hits), resamples) for hits in (everywhere, among)]
         lines.append(f"| {way} | " + " | ".join(f"{e.mean:.3f} ({e.low:.3f} to {e.high:.3f})" for e in cells) + " |")
     return lines
 
@@ -124,12 +128,9 @@ def trained(whole: PreparedData, hidden: np.ndarray, folder: Path, seed: int) ->
     return data, load_supervised(open_run(out), data)
 
 
-def cases(
-    whole: PreparedData, data: PreparedData, hidden: np.ndarray, max_length: int, rng: np.random.Generator
-) -> Iterator[CaseBatch]:
-    """Batches of BATCH cases, indices as in `data`; the last batch is filled up with cases whose target is 0."""
-    histories, unit = whole.histories, whole.unit_ratings()
-    index = np.concatenate([[0], data.catalog.ids.encode(whole.catalog.ids.raw_ids)])
+def find_cases(whole: PreparedData, hidden: np.ndarray, rng: np.random.Generator) -> list[tuple[np.ndarray, int]]:
+    """(rows of the history without hidden items, row of the target) of up to CASES_PER_USER cases of each user."""
+    histories = whole.histories
     found: list[tuple[np.ndarray, int]] = []
     for user in range(histories.user_count):
         rows = np.arange(histories.offsets[user], histories.offsets[user + 1])
@@ -138,6 +139,15 @@ def cases(
         possible = np.flatnonzero(is_hidden & (seen >= MIN_HISTORY))
         for place in rng.permutation(possible)[:CASES_PER_USER]:
             found.append((rows[:place][~is_hidden[:place]], int(rows[place])))
+    return found
+
+
+def case_batches(
+    whole: PreparedData, data: PreparedData, found: list[tuple[np.ndarray, int]], max_length: int
+) -> Iterator[CaseBatch]:
+    """Batches of BATCH cases, indices as in `data`; the last batch is filled up with cases whose target is 0."""
+    histories, unit = whole.histories, whole.unit_ratings()
+    index = np.concatenate([[0], data.catalog.ids.encode(whole.catalog.ids.raw_ids)])
     width = max(len(history) for history, _ in found)
     for start in range(0, len(found), BATCH):
         batch = found[start : start + BATCH]

@@ -77,7 +77,6 @@ def main(items: int, hidden: int, clustered: bool, index: bool | None, seed: int
         hybrid,
         data,
         out,
-        policy="supervised",
         training={"note": "random weights"},
         metrics={},
         licence="Random data.\n",

@@ -5,7 +5,7 @@
 Each log is filtered to users and movies with 5 ratings or more and split: leave-one-out over the whole log, as the
 literature does, and by time (the last tenth; up to 10 cases of each user). Each seed trains a run, and each test case
 is ranked among the whole catalogue without its history. Figures are means over the seeds, with 95 % bootstrap intervals
-over the cases. What is finished stays in the work folder: a call that was interrupted goes on where it stopped.
+over the users. What is finished stays in the work folder: a call that was interrupted goes on where it stopped.
 """
 
 import json
@@ -25,13 +25,15 @@ from jaxrec.data.prepare import prepare_directory
 from jaxrec.data.report import write_report
 from jaxrec.data.split import Cases
 from jaxrec.data.store import read_prepared
-from jaxrec.evaluation.metrics import bootstrap_mean, coverage, hit_rate, ndcg, reciprocal_rank
-from jaxrec.evaluation.ranking import Scorer, jit_scorer, model_logits, rank_cases
+from jaxrec.evaluation.baselines import cooccurrence_scorer
+from jaxrec.evaluation.bootstrap import Resamples, bootstrap, resample
+from jaxrec.evaluation.metrics import coverage, hit_rate, ndcg, reciprocal_rank
+from jaxrec.evaluation.ranking import rank_cases
+from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
 from jaxrec.files import new_file, write_text
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.runs.directory import load_supervised, open_run
-from jaxrec.runs.evaluate import hybrid_scorer
-from jaxrec.training.mix import neighbour_logits
+from jaxrec.training.host_memory import keep_freed_memory
 
 OUT = Path(__file__).with_name("quality.md")
 CASES_PER_USER = 10
@@ -46,6 +48,7 @@ SPLITS = {"leave-one-out": SplitKind.LEAVE_ONE_OUT, "temporal": SplitKind.TEMPOR
 @click.argument("logs", nargs=-1, required=True, metavar="NAME=RATINGS...")
 def main(work: Path, seeds: int, splits: str, ties: str, logs: tuple[str, ...]) -> None:
     """Trains and ranks what is not there yet, then writes the tables of all that is."""
+    keep_freed_memory()
     for split in splits.split(","):
         for log in logs:
             name, _, ratings = log.partition("=")
@@ -69,7 +72,7 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
     jaxrec.train(folder / "data", out, train_config=TrainConfig(seed=seed), resume=(out / "run.json").is_file())
     hybrid = load_supervised(open_run(out), data)
     cases = few_per_user(data.split.test) if split == "temporal" else data.split.test
-    arrays: dict[str, np.ndarray] = {"popularity": data.train_popularity()}
+    arrays: dict[str, np.ndarray] = {"popularity": data.train_popularity(), "users": cases.users}
     for model, scorer in scorers(hybrid).items():
         for time in (False, True):
             ranked = rank_cases(scorer, data, cases, hybrid.lstm.config.max_length, time)
@@ -92,9 +95,9 @@ def few_per_user(cases: Cases) -> Cases:
 def scorers(hybrid: Hybrid) -> dict[str, Scorer]:
     """The parts of the mix, and the mix."""
     return {
-        "co-occurrence": jit_scorer(hybrid.cooccurrence, neighbour_logits),
-        "TimeRatingAwareLSTM": jit_scorer(hybrid.lstm, model_logits),
-        "TimeRatingAwareContentModel": jit_scorer(hybrid.content, model_logits),
+        "co-occurrence": cooccurrence_scorer(hybrid.cooccurrence),
+        "TimeRatingAwareLSTM": sequence_scorer(hybrid.lstm),
+        "TimeRatingAwareContentModel": sequence_scorer(hybrid.content),
         "hybrid": hybrid_scorer(hybrid),
     }
 
@@ -129,6 +132,7 @@ def table(folder: Path, files: list[Path]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     seeds = [dict(np.load(file)) for file in files]
+    resamples = resample(seeds[0]["users"])
     for key in seeds[0]:
         if not key.endswith("|ranks"):
             continue
@@ -142,8 +146,8 @@ def table(folder: Path, files: list[Path]) -> list[str]:
         cells = [
             model,
             "yes" if time == "True" else "no",
-            f"{interval(ranks, lambda r: ndcg(r, 10))} [{own}]",
-            interval(ranks, lambda r: hit_rate(r, 10)),
+            f"{interval(ranks, resamples, lambda r: ndcg(r, 10))} [{own}]",
+            interval(ranks, resamples, lambda r: hit_rate(r, 10)),
             f"{reciprocal_rank(ranks).mean():.4f}",
             f"{hit_rate(ranks, 50).mean():.4f}",
             f"{np.mean([coverage(top, len(popularity) - 1) for top in tops]):.3f}",
@@ -153,9 +157,9 @@ def table(folder: Path, files: list[Path]) -> list[str]:
     return lines
 
 
-def interval(ranks: np.ndarray, figure: Callable[[np.ndarray], np.ndarray]) -> str:
-    """ranks [seeds, cases]: the mean over both, and its interval over the cases."""
-    estimate = bootstrap_mean(figure(ranks).mean(axis=0))
+def interval(ranks: np.ndarray, resamples: Resamples, figure: Callable[[np.ndarray], np.ndarray]) -> str:
+    """ranks [seeds, cases]: the mean over both, and its interval over the users of the cases."""
+    estimate = bootstrap(figure(ranks).mean(axis=0), resamples)
     return f"**{estimate.mean:.4f}** ({estimate.low:.4f} to {estimate.high:.4f})"
 
 

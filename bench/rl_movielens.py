@@ -35,7 +35,9 @@ from quality import commit
 from jaxrec.config import RewardWeights, RLConfig
 from jaxrec.data.batches import case_batches
 from jaxrec.data.prepared import PreparedData
-from jaxrec.evaluation.metrics import Estimate, bootstrap_mean, coverage, exclude_items, ndcg, rank_of_target
+from jaxrec.evaluation.baselines import best_recent_window, recent_popularity_scorer
+from jaxrec.evaluation.bootstrap import Estimate, bootstrap, resample
+from jaxrec.evaluation.metrics import coverage, exclude_items, ndcg, rank_of_target
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.files import new_file, write_text
 from jaxrec.models.cooccurrence import recent_items
@@ -47,7 +49,6 @@ from jaxrec.rl.policy import greedy_slates
 from jaxrec.rl.rewards import slate_reward_terms, total_reward
 from jaxrec.rl.scoring import Scoring, returns, supervised_logits
 from jaxrec.runs.directory import load_supervised, open_run
-from jaxrec.runs.evaluate import best_window, recent_scorer
 
 OUT = Path(__file__).with_name("rl_movielens.md")
 SUPERVISED, POLICY, GREEDY, CROSS_ENTROPY = (
@@ -113,11 +114,11 @@ def measure(folder: Path, out: Path, config: RLConfig) -> None:
     heads[CROSS_ENTROPY] = trained(problem, make_updates(problem.graphdef, free, REINFORCE), free, pay(0.0))
     found = {name: judge(head) for name, head in heads.items()}
     found[GREEDY] = judge_scores(greedy_scores(scoring, config), scoring, tested, data, max_length, config)
-    window = best_window(data, max_length)
-    ranked = rank_cases(recent_scorer(data, window), data, data.split.test, max_length, request_time=False)
+    window = best_recent_window(data, max_length)
+    ranked = rank_cases(recent_popularity_scorer(data, window), data, data.split.test, max_length, request_time=False)
     zeros = np.zeros((2, len(data.split.test)))
     twice = np.stack([ranked.ranks, ranked.ranks]), zeros, {}, zeros, tested.target_rating
-    found[RECENT] = Judged(*twice, np.stack([ranked.top, ranked.top]), len(data.catalog))
+    found[RECENT] = Judged(*twice, np.stack([ranked.top, ranked.top]), len(data.catalog), data.split.test.users)
     validated = {name: problem.judge(heads[name]) for name in (POLICY, SUPERVISED, ANCHOR_ONLY, PERMUTED)}
     decision = decide(*validated.values())
     arrays: dict[str, Any] = {"decision": decision.reason, "used": decision.used}
@@ -156,9 +157,9 @@ def measure_methods(folder: Path, out: Path, config: RLConfig) -> None:
         gain = after.reward_weighted_ndcg() - before.reward_weighted_ndcg()
         plain = (ndcg(after.rank, TOP) - ndcg(before.rank, TOP)).mean(axis=0)
         lines[name] = [
-            shown(bootstrap_mean(gain)),
-            shown(bootstrap_mean(plain)),
-            shown(bootstrap_mean((after.reward - before.reward).mean(axis=0))),
+            shown(over_users(gain)),
+            shown(over_users(plain)),
+            shown(over_users((after.reward - before.reward).mean(axis=0))),
             f"{after.figures()['kl']:.3f}",
         ]
     write_text(out, json.dumps(lines))
@@ -206,7 +207,7 @@ def judge_scores(
         for i in range(3)
     )
     nothing = np.full(rank.shape, np.nan)
-    return Judged(rank, reward, {}, nothing, states.target_rating, top, len(data.catalog))
+    return Judged(rank, reward, {}, nothing, states.target_rating, top, len(data.catalog), states.cases.users)
 
 
 def rating_bound(problem: Problem, supervised: Any, data: PreparedData, max_length: int) -> dict[str, list[str]]:
@@ -367,9 +368,14 @@ def table(name: str, seeds: list[dict[str, np.ndarray]], methods: Path) -> list[
     return lines
 
 
+def over_users(values: np.ndarray) -> Estimate:
+    """The mean of values [cases] with its interval. Each user has one case (leave-one-out)."""
+    return bootstrap(values, resample(np.arange(len(values))))
+
+
 def percent(values: np.ndarray, base: float) -> str:
     """The mean of values [cases] with its interval, as shares of `base`."""
-    estimate = bootstrap_mean(values)
+    estimate = over_users(values)
     mean, low, high = (100 * bound / base for bound in (estimate.mean, estimate.low, estimate.high))
     return f"{mean:+.1f} % ({low:+.1f} to {high:+.1f})"
 

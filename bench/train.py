@@ -33,7 +33,8 @@ from jaxrec.data.batches import MAX_EARLIER, TrainBatch, TrainingData
 from jaxrec.data.events import Events
 from jaxrec.data.store import read_prepared
 from jaxrec.evaluation.metrics import hit_rate, ndcg
-from jaxrec.evaluation.ranking import jit_scorer, model_logits, rank_cases
+from jaxrec.evaluation.ranking import rank_cases
+from jaxrec.evaluation.scorers import sequence_scorer
 from jaxrec.models.neighbours import initial_embedding, neighbours
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.runs.directory import new_models
@@ -175,6 +176,7 @@ def memory() -> None:
 @click.option("--sampled-items", type=int)
 def train_random(items: int, rows: int, length: int, sampled_items: int | None) -> None:
     """Trains the product's model on random events; prints the seconds of a step."""
+    keep_freed_memory()
     rng = np.random.default_rng(0)
     shape = (rows, length)
     events = Events(
@@ -214,6 +216,7 @@ def quality(data: Path, epochs: int, target: float, content: bool, seed: int) ->
     The clock runs while co-occurrence is counted and batches are made, compiled and trained on; it stops for the
     evaluation after each epoch.
     """
+    keep_freed_memory()
     prepared = read_prepared(data)
     config, model_config, mesh = TrainConfig(seed=seed, max_epochs=epochs), ModelConfig(), data_mesh()
     start = time.perf_counter()
@@ -238,7 +241,7 @@ def quality(data: Path, epochs: int, target: float, content: bool, seed: int) ->
             state, metrics = train_step(state, batch, key)
         float(metrics["loss"])
         trained += time.perf_counter() - start
-        scorer = jit_scorer(nnx.merge(graphdef, state.params, state.fixed), model_logits)
+        scorer = sequence_scorer(nnx.merge(graphdef, state.params, state.fixed))
         rank = functools.partial(rank_cases, scorer, prepared, prepared.split.test, model_config.max_length)
         ranks = rank(request_time=False).ranks
         score = float(ndcg(ranks, 10).mean())

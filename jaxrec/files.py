@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,21 @@ def read_json(path: Path, hint: str) -> Any:
         raise DataError(f"{path}: cannot be read ({error.strerror}); {hint}") from error
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); {hint}") from error
+
+
+def read_json_lines(path: Path, hint: str) -> list[Any]:
+    """The records of a file with one JSON value a line. Raises DataError as `read_json` does."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {hint}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON lines ({error}); {hint}") from error
+
+
+def write_json_lines(path: Path, records: Iterable[Any]) -> None:
+    """Replaces `path` by one JSON value a line, wholly or not at all."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def sync(path: Path) -> None:

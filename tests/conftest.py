@@ -98,7 +98,6 @@ def model_directory(small_data: PreparedData, small_hybrid: Hybrid, tmp_path_fac
         small_hybrid,
         small_data,
         out,
-        policy="reinforce",
         training={"note": "random weights"},
         metrics={},
         licence="Synthetic data, free for any use.",

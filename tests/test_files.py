@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jaxrec.errors import DataError
-from jaxrec.files import new_directory, new_file
+from jaxrec.files import new_directory, new_file, read_json_lines, write_json_lines
 
 MARKER = "kind.json"
 
@@ -85,3 +85,14 @@ def test_a_file_is_replaced_only_when_whole(tmp_path: Path) -> None:
         temporary.write_text("new")
     assert (tmp_path / "f").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_json_lines_come_back_and_damage_is_named(tmp_path: Path) -> None:
+    path, records = tmp_path / "log.jsonl", [{"step": 0}, {"step": 1, "loss": 0.5}]
+    write_json_lines(path, records)
+    assert read_json_lines(path, "train first") == records
+    path.write_text('{"step": 0}\n{"st')
+    with pytest.raises(DataError, match=r"log\.jsonl: not JSON lines .*; train first"):
+        read_json_lines(path, "train first")
+    with pytest.raises(DataError, match=r"none\.jsonl: cannot be read .*; train first"):
+        read_json_lines(tmp_path / "none.jsonl", "train first")

@@ -8,8 +8,8 @@ import pytest
 
 from jaxrec.data.prepared import PreparedData
 from jaxrec.evaluation.ranking import rank_cases
+from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.runs.evaluate import hybrid_scorer
 from serve.model.directory import read_artifact
 from serve.model.events import Event
 from serve.model.recommender import Query, Recommender

@@ -16,14 +16,14 @@ from jaxrec.data.split import Cases
 Item = TypeVar("Item")
 
 
-MAX_EARLIER = 1000  # of what a user took before a window, the most recent items are known to be no candidates
+MAX_EARLIER = 1000  # of the items before a window, so many of the most recent ones are excluded from the candidates
 
 
 class TrainBatch(NamedTuple):
     """Rows that hold several windows back to back: `events` [batch, length]; `starts` [batch, length] bool is True
     where a window begins and the recurrent state must be forgotten; `target` [batch, length] int32 is the next item
-    (0 at padding) and `target_gap` [batch, length] float32 the seconds until it; `earlier` [batch, width] int32 what
-    the row's user took before its window, the last item first (0 = no more)."""
+    (0 at padding) and `target_gap` [batch, length] float32 the seconds until it; `earlier` [batch, width] int32 the
+    items of the row's user before its window, the last one first (0 = no more)."""
 
     events: Events
     starts: np.ndarray
@@ -44,10 +44,20 @@ class CaseBatch(NamedTuple):
 
 
 def training_windows(counts: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cuts users' first `counts` events into windows: (user, start, length), each [windows] int64.
+    """Cuts the training events of each user into windows.
 
     A window of n positions spans n + 1 events; neighbours share one event, so that each event but a user's first is
     a target exactly once. The most recent window is full, the oldest holds the rest.
+
+    Args:
+        counts: [users] int, the first events of each user that are for training.
+        max_length: of a window, in positions.
+
+    Returns:
+        User, start (among the user's events) and length of each window, each [windows] int64.
+
+    >>> [column.tolist() for column in training_windows(np.array([6, 1, 3]), max_length=4)]
+    [[0, 0, 2], [1, 0, 0], [4, 1, 2]]
     """
     windows = [
         (user, max(0, stop - max_length), min(stop, max_length))
@@ -59,10 +69,21 @@ def training_windows(counts: np.ndarray, max_length: int) -> tuple[np.ndarray, n
 
 
 def pack_windows(lengths: np.ndarray, row_length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Fits windows of `lengths` [windows] into rows of `row_length`: the row of each, and its offset there, int64.
+    """Fits windows into rows by best fit, longest first, so that little is left empty.
 
-    Best fit, longest first, so that little is left empty; equal lengths come in random order, so that neighbours in
-    a row differ from call to call.
+    Equal lengths come in random order, so that neighbours in a row differ from call to call.
+
+    Args:
+        lengths: [windows] int, none above `row_length`.
+        row_length: positions of a row.
+        rng: of the order of equal lengths.
+
+    Returns:
+        The row of each window and its offset there, each [windows] int64.
+
+    >>> rows, offsets = pack_windows(np.array([2, 5, 3]), 5, np.random.default_rng(0))
+    >>> rows.tolist(), offsets.tolist()
+    ([1, 0, 1], [3, 0, 0])
     """
     rows, offsets = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
     with_space: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by what is left in them
@@ -115,7 +136,7 @@ class TrainingData:
     def epoch(self, seed: int, epoch: int, first_step: int = 0) -> Iterator[TrainBatch]:
         """Every window once, in an order that follows from (seed, epoch); the last batch is filled with empty rows.
 
-        With `first_step` the steps before it are left out: an interrupted epoch goes on where it stopped.
+        With `first_step` the steps before it are left out: an interrupted epoch resumes where it stopped.
         """
         rng = np.random.default_rng((seed, epoch))
         rows, offsets = pack_windows(self._lengths, self.max_length, rng)

@@ -1,11 +1,71 @@
-"""Popularity and recent popularity: what a model must beat, and the answer for a user without history."""
+"""Scorers without gradient training: what a model must beat, and the answer for a user without history."""
 
+import jax
 import numpy as np
 
+from jaxrec.data.batches import CaseBatch
+from jaxrec.data.events import Events
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import SECONDS_PER_DAY
+from jaxrec.evaluation.metrics import ndcg
+from jaxrec.evaluation.ranking import rank_cases
+from jaxrec.evaluation.scorers import Scorer, compiled_scorer
+from jaxrec.models.cooccurrence import CoOccurrence, recent_items
 
 RECENT_HALF_LIFE_DAYS = 30.0
+RECENT_WINDOWS_DAYS = (1.0, 7.0, 30.0, 90.0, 365.0)
+
+
+def popularity_scorer(data: PreparedData) -> Scorer:
+    """The number of training events of each item, the same for every case."""
+    return constant_scorer(data.train_popularity())
+
+
+def constant_scorer(scores: np.ndarray) -> Scorer:
+    """The same scores [items + 1] for every case."""
+    return lambda batch: np.broadcast_to(scores.astype(np.float32), (len(batch.target), len(scores)))
+
+
+def recent_popularity_scorer(data: PreparedData, window_days: float) -> Scorer:
+    """Training events of the `window_days` before each case's own time, so nothing later than the case is counted.
+
+    The whole log's popularity, scaled below one event, breaks ties.
+    """
+    rows = data.split.train_rows(data.histories)
+    rows = rows[np.argsort(data.histories.times[rows], kind="stable")]
+    times, items = data.histories.times[rows], data.histories.items[rows]
+    popularity = data.train_popularity()
+    tie_break = popularity / (popularity.sum() + 1.0)
+
+    def scores(batch: CaseBatch) -> np.ndarray:
+        starts = np.searchsorted(times, batch.time - window_days * SECONDS_PER_DAY, side="left")
+        stops = np.searchsorted(times, batch.time, side="left")
+        counts = [
+            np.bincount(items[start:stop], minlength=len(tie_break)) for start, stop in zip(starts, stops, strict=True)
+        ]
+        return (np.stack(counts) + tie_break).astype(np.float32)
+
+    return scores
+
+
+def best_recent_window(data: PreparedData, max_length: int) -> float:
+    """The window of recent popularity, in days, with the best NDCG@10 on validation."""
+
+    def figure(days: float) -> float:
+        scorer = recent_popularity_scorer(data, days)
+        ranked = rank_cases(scorer, data, data.split.validation, max_length, request_time=False)
+        return float(ndcg(ranked.ranks, 10).mean())
+
+    return max(RECENT_WINDOWS_DAYS, key=figure)
+
+
+def cooccurrence_scorer(model: CoOccurrence) -> Scorer:
+    """Item-item nearest neighbours of the most recent events; the request time changes nothing."""
+    return compiled_scorer(model, _neighbour_scores)
+
+
+def _neighbour_scores(model: CoOccurrence, events: Events, request_gap: jax.Array) -> jax.Array:
+    return model.scores(recent_items(events.item, events.length))
 
 
 def decayed_popularity(data: PreparedData, half_life_days: float = RECENT_HALF_LIFE_DAYS) -> np.ndarray:
@@ -15,29 +75,3 @@ def decayed_popularity(data: PreparedData, half_life_days: float = RECENT_HALF_L
     age_days = (times.max(initial=0) - times) / SECONDS_PER_DAY
     weights = 0.5 ** (age_days / half_life_days)
     return np.bincount(data.histories.items[rows], weights=weights, minlength=len(data.catalog) + 1)
-
-
-class RecentPopularity:
-    """Training events of the `window_days` before each case's own time, so nothing later than the case is counted.
-
-    The whole log's popularity, scaled below one event, breaks ties.
-    """
-
-    def __init__(self, data: PreparedData, window_days: float) -> None:
-        rows = data.split.train_rows(data.histories)
-        rows = rows[np.argsort(data.histories.times[rows], kind="stable")]
-        self._times = data.histories.times[rows]
-        self._items = data.histories.items[rows]
-        popularity = data.train_popularity()
-        self._tie_break = popularity / (popularity.sum() + 1.0)
-        self._window = window_days * SECONDS_PER_DAY
-
-    def scores(self, times: np.ndarray) -> np.ndarray:
-        """[cases, items + 1] float32 for request times [cases] int64."""
-        starts = np.searchsorted(self._times, times - self._window, side="left")
-        stops = np.searchsorted(self._times, times, side="left")
-        counts = [
-            np.bincount(self._items[start:stop], minlength=len(self._tie_break))
-            for start, stop in zip(starts, stops, strict=True)
-        ]
-        return (np.stack(counts) + self._tie_break).astype(np.float32)

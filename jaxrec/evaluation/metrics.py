@@ -1,79 +1,84 @@
-"""Ranking metrics over the full catalogue, with bootstrap intervals. Ranks are 1-based."""
+"""Ranking metrics over the full catalogue. Ranks are 1-based; MISS is the rank of what cannot be recommended."""
 
-import dataclasses
-from collections.abc import Callable
-
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.models.masks import NEVER
 
-BOOTSTRAP_SAMPLES = 1000
+MISS = np.iinfo(np.int32).max
+"""The rank of a target that cannot be recommended: a miss for every k."""
 
 
 def exclude_items(scores: jax.Array, exclude: jax.Array) -> jax.Array:
-    """scores [batch, items + 1] with NEVER at the items of `exclude` [batch, width] int32 and at padding."""
+    """Takes items out of the candidates.
+
+    Args:
+        scores: [batch, items + 1] float32; column 0 is padding.
+        exclude: [batch, width] int32 (0 = nothing).
+
+    Returns:
+        The scores with NEVER at the excluded items and at padding.
+    """
+    chex.assert_rank([scores, exclude], 2)
     rows = jnp.arange(scores.shape[0])[:, None]
     return scores.at[rows, exclude].set(NEVER).at[:, 0].set(NEVER)
 
 
 def rank_of_target(scores: jax.Array, target: jax.Array, exclude: jax.Array) -> jax.Array:
-    """[batch] int32 rank of each target among the items that are not excluded; ties count against the target.
+    """Ranks of the targets among the items that are not excluded; ties count against the target.
 
-    A target that is excluded itself (a user can meet an item twice) is never recommended: it has the last rank, as
-    has a target whose score is NaN.
+    Args:
+        scores: [batch, items + 1] float32; column 0 is padding.
+        target: [batch] int32.
+        exclude: [batch, width] int32, items that are not recommended (0 = nothing).
+
+    Returns:
+        [batch] int32, from 1. MISS where the target can never be recommended: it is excluded itself (a user can meet an
+        item twice), it is unknown (0), or its score is NaN.
     """
+    chex.assert_rank([scores, target, exclude], [2, 1, 2])
     candidates = exclude_items(scores, exclude)
     target_score = jnp.take_along_axis(candidates, target[:, None], axis=1)
     behind = (candidates < target_score).at[:, 0].set(True).at[jnp.arange(len(target)), target].set(True)
-    return 1 + jnp.sum(~behind, axis=1, dtype=jnp.int32)
+    rank = 1 + jnp.sum(~behind, axis=1, dtype=jnp.int32)
+    return jnp.where(target_score[:, 0] > NEVER, rank, MISS)
 
 
 def hit_rate(ranks: np.ndarray, k: int) -> np.ndarray:
-    """[cases] 1.0 where the target is among the first k."""
+    """Hit rate at k of each case: 1.0 where the target is among the first k. [...] int -> [...] float64.
+
+    >>> hit_rate(np.array([1, 10, 11, MISS]), 10)
+    array([1., 1., 0., 0.])
+    """
     return (ranks <= k).astype(np.float64)
 
 
 def ndcg(ranks: np.ndarray, k: int) -> np.ndarray:
-    """[cases] 1 / log2(rank + 1) within the first k, else 0 (one relevant item: the ideal DCG is 1)."""
+    """NDCG at k of each case, which has one relevant item, so that the ideal DCG is 1. [...] int -> [...] float64.
+
+    1 / log2(rank + 1) within the first k, else 0 (the discount of Burges et al. 2005).
+
+    >>> ndcg(np.array([1, 3, 11, MISS]), 10)
+    array([1. , 0.5, 0. , 0. ])
+    """
     return np.where(ranks <= k, 1.0 / np.log2(ranks + 1.0), 0.0)
 
 
 def reciprocal_rank(ranks: np.ndarray) -> np.ndarray:
-    """[cases] 1 / rank."""
-    return 1.0 / ranks
+    """1 / rank of each case; 0 for a MISS. [...] int -> [...] float64.
+
+    >>> reciprocal_rank(np.array([1, 2, 10, MISS]))
+    array([1. , 0.5, 0.1, 0. ])
+    """
+    return np.where(ranks == MISS, 0.0, 1.0 / ranks)
 
 
 def coverage(top: np.ndarray, item_count: int) -> float:
-    """The share of the catalogue that occurs in the lists `top` [cases, k] (0 = no item left to recommend)."""
+    """The share of the catalogue's `item_count` items that occurs in the lists `top` [cases, k] (0 = no item left).
+
+    >>> coverage(np.array([[1, 2], [2, 0]]), item_count=8)
+    0.25
+    """
     return len(np.unique(top[top > 0])) / item_count
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A mean over cases with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def bootstrap_mean(values: np.ndarray, seed: int = 0) -> Estimate:
-    """Mean of `values` [cases] with its interval."""
-    return _bootstrap(lambda cases: values[cases].mean(), len(values), seed)
-
-
-def bootstrap_ratio(values: np.ndarray, reference: np.ndarray, seed: int = 0) -> Estimate:
-    """Mean of `values` over mean of `reference`, both [cases] and of the same cases, with the paired interval."""
-    return _bootstrap(lambda cases: values[cases].mean() / max(reference[cases].mean(), 1e-12), len(values), seed)
-
-
-def _bootstrap(figure: Callable[[np.ndarray], float], count: int, seed: int) -> Estimate:
-    """`figure` of all cases, with the percentile interval of BOOTSTRAP_SAMPLES resamples of the cases."""
-    if not count:
-        raise ValueError("no cases to average")
-    rng = np.random.default_rng(seed)
-    samples = [figure(rng.integers(count, size=count)) for _ in range(BOOTSTRAP_SAMPLES)]
-    low, high = np.quantile(samples, [0.025, 0.975])
-    return Estimate(float(figure(np.arange(count))), float(low), float(high))

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jaxrec.evaluation.ranking import Metrics
+from jaxrec.evaluation.ranking import MetricsRow
 from jaxrec.files import new_file
 
 
@@ -57,7 +57,7 @@ def plot_rl(steps: Sequence[Mapping[str, float]], log: Sequence[Mapping[str, Any
     _save(figure, path)
 
 
-def plot_metrics(rows: Sequence[Metrics], path: Path) -> None:
+def plot_metrics(rows: Sequence[MetricsRow], path: Path) -> None:
     """HR@10 and NDCG@10 of every row with their intervals."""
     figure = Figure(figsize=(11, 0.5 * len(rows) + 1.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)

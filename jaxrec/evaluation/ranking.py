@@ -17,8 +17,8 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.split import Cases
 from jaxrec.errors import DataError
+from jaxrec.evaluation.bootstrap import Resamples, bootstrap
 from jaxrec.evaluation.metrics import (
-    bootstrap_mean,
     coverage,
     exclude_items,
     hit_rate,
@@ -26,13 +26,12 @@ from jaxrec.evaluation.metrics import (
     rank_of_target,
     reciprocal_rank,
 )
+from jaxrec.evaluation.scorers import Scorer
 from jaxrec.models.masks import NEVER
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 
 TOP = 10
 LENGTHS = (25, 50, 100)  # of histories that are ranked together, below the longest
-Scorer = Callable[[CaseBatch], jax.Array | np.ndarray]
-Logits = Callable[[Any, Events, jax.Array], jax.Array]
 
 
 class Ranked(NamedTuple):
@@ -43,7 +42,7 @@ class Ranked(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Metrics:
+class MetricsRow:
     """A row of the metrics table; estimates are {mean, low, high}."""
 
     name: str
@@ -64,7 +63,18 @@ def _rank_batch(scores: jax.Array, target: jax.Array, exclude: jax.Array) -> tup
 
 
 def rank_cases(scorer: Scorer, data: PreparedData, cases: Cases, max_length: int, request_time: bool) -> Ranked:
-    """Ranks every case. Without `request_time` the scorer sees UNKNOWN_GAP for the gap before the target."""
+    """Ranks the target of every case among the whole catalogue without the case's history.
+
+    Args:
+        scorer: of all items.
+        data: that the cases are of.
+        cases: at least one.
+        max_length: of the history that the scorer is given, in events.
+        request_time: without it the scorer is given UNKNOWN_GAP for the gap before the target.
+
+    Raises:
+        DataError: there is no case.
+    """
     ranks, tops = [], []
     for batch in case_batches(data, cases, max_length):
         asked = batch if request_time else without_request_time(batch)
@@ -119,41 +129,31 @@ def without_request_time(batch: CaseBatch) -> CaseBatch:
     return batch._replace(request_gap=np.full_like(batch.request_gap, UNKNOWN_GAP))
 
 
-def model_logits(model: TimeRatingAwareLSTM, events: Events, request_gap: jax.Array) -> jax.Array:
-    """[batch, items + 1] logits of one sequence model after each row's last event."""
-    item_vectors = model.item_vectors()
-    _, (h, _) = model.encode(events, item_vectors)
-    return model.query(h, request_gap) @ item_vectors.T + model.item_bias()
+def summarize(
+    name: str, request_time: bool, ranked: Ranked, popularity: np.ndarray, resamples: Resamples
+) -> MetricsRow:
+    """The metrics of ranked cases.
 
+    Args:
+        name: of the scorer.
+        request_time: whether it was given the request time.
+        ranked: of all cases.
+        popularity: [items + 1], training events per item.
+        resamples: of the users of the cases; the rows of a report share them.
+    """
 
-def jit_scorer(model: nnx.Module, logits: Logits) -> Scorer:
-    """A scorer that runs `logits(model, events, request_gap)` compiled, once per structure and batch shape."""
-    graphdef, variables = nnx.split(model)
-    return lambda batch: _logits(graphdef, logits, variables, batch.events, batch.request_gap)
+    def estimate(values: np.ndarray) -> dict[str, float]:
+        return dataclasses.asdict(bootstrap(values, resamples))
 
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits(
-    graphdef: nnx.GraphDef[Any], logits: Logits, variables: Any, events: Events, request_gap: jax.Array
-) -> jax.Array:
-    return logits(nnx.merge(graphdef, variables), events, request_gap)
-
-
-def constant_scorer(scores: np.ndarray) -> Scorer:
-    """The same scores [items + 1] for every case."""
-    return lambda batch: np.broadcast_to(scores.astype(np.float32), (len(batch.target), len(scores)))
-
-
-def summarize(name: str, request_time: bool, ranked: Ranked, popularity: np.ndarray, seed: int = 0) -> Metrics:
-    """The metrics of ranked cases. `popularity` [items + 1]: training events per item; `seed` of the bootstrap."""
-    return Metrics(
+    shown = ranked.top[ranked.top > 0]
+    return MetricsRow(
         name=name,
         request_time=request_time,
         cases=len(ranked.ranks),
-        hit_rate_10=dataclasses.asdict(bootstrap_mean(hit_rate(ranked.ranks, 10), seed)),
-        ndcg_10=dataclasses.asdict(bootstrap_mean(ndcg(ranked.ranks, 10), seed)),
-        mrr=dataclasses.asdict(bootstrap_mean(reciprocal_rank(ranked.ranks), seed)),
-        hit_rate_50=dataclasses.asdict(bootstrap_mean(hit_rate(ranked.ranks, 50), seed)),
+        hit_rate_10=estimate(hit_rate(ranked.ranks, 10)),
+        ndcg_10=estimate(ndcg(ranked.ranks, 10)),
+        mrr=estimate(reciprocal_rank(ranked.ranks)),
+        hit_rate_50=estimate(hit_rate(ranked.ranks, 50)),
         coverage_10=coverage(ranked.top, len(popularity) - 1),
-        mean_popularity_10=float(popularity[ranked.top[ranked.top > 0]].mean()),
+        mean_popularity_10=float(popularity[shown].mean()) if len(shown) else 0.0,
     )

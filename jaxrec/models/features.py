@@ -13,7 +13,17 @@ Array = jax.Array | np.ndarray
 
 
 def gap_bucket(gap: Array) -> jax.Array:
-    """int32 bucket of gaps in seconds, 0..GAP_BUCKETS - 1; comparisons only, so every runtime agrees at the edges."""
+    """The bucket of each gap, by comparisons only, so that every runtime agrees at the edges.
+
+    Args:
+        gap: [...] float32, seconds; below 0 where it is unknown.
+
+    Returns:
+        [...] int32 in 0..GAP_BUCKETS - 1.
+
+    >>> gap_bucket(np.array([-1.0, 0.0, 0.9, 1.0, 2.0, 1e12], np.float32)).tolist()
+    [0, 1, 1, 2, 3, 31]
+    """
     return jnp.sum(gap[..., None] >= GAP_EDGES, axis=-1, dtype=jnp.int32)
 
 

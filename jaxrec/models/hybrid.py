@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrec.data.events import Events
-from jaxrec.models.cooccurrence import RECENT, CoOccurrence, recent_items
-from jaxrec.models.sequence import FixedTable, TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.models.cooccurrence import RECENT_ITEMS, CoOccurrence, recent_items
+from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.models.tables import FixedTable
 
 State = tuple[jax.Array, jax.Array]
 MAX_ITEMS = 2**24  # larger indices are not exact as float32, which is what the recurrent state is made of
@@ -34,7 +35,7 @@ class Hybrid(nnx.Module):
     """`weight` in 0..1 is the LSTM's share of the two sequence models, `cooccurrence_weight` >= 0 what one unit of
     co-occurrence adds to a logit; `policy` None means the supervised policy.
 
-    The recurrent state is [batch, 4 * hidden + RECENT] float32: h and c of the LSTM, h and c of the content model, and
+    The recurrent state is [batch, 4 * hidden + RECENT_ITEMS] float32: h and c of the LSTM and of the content model, and
     the most recent items, the last one first.
     """
 
@@ -88,7 +89,7 @@ class Hybrid(nnx.Module):
         return jnp.concatenate([of_lstm, of_content], axis=-1)
 
     def cooccurrence_logits(self, recent: jax.Array) -> jax.Array:
-        """recent [batch, RECENT] int32 -> [batch, items + 1]: what co-occurrence adds to the logits."""
+        """recent [batch, RECENT_ITEMS] int32 -> [batch, items + 1]: what co-occurrence adds to the logits."""
         return self.cooccurrence_weight[...] * self.cooccurrence.scores(recent)
 
     def encode(self, events: Events, state: jax.Array | None = None) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
@@ -104,9 +105,9 @@ class Hybrid(nnx.Module):
         return (of_lstm, of_content), jnp.concatenate([*lstm_state, *content_state, recent], axis=1)
 
     def split_state(self, state: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-        """state [batch, 4 * hidden + RECENT] -> h and c of the LSTM, h and c of the content model, recent items."""
-        parts = jnp.split(state[:, :-RECENT], 4, axis=1)
-        return *parts, state[:, -RECENT:].astype(jnp.int32)  # type: ignore[return-value]
+        """state [batch, 4 * hidden + RECENT_ITEMS] -> h and c of the LSTM and of the content model, recent items."""
+        parts = jnp.split(state[:, :-RECENT_ITEMS], 4, axis=1)
+        return *parts, state[:, -RECENT_ITEMS:].astype(jnp.int32)  # type: ignore[return-value]
 
     def logits(
         self, events: Events, request_gap: jax.Array, state: jax.Array | None = None

@@ -16,6 +16,7 @@ from jaxrec.data.events import Events
 from jaxrec.models.features import Array, GapEmbedding, RatingEmbedding
 from jaxrec.models.lstm import LSTM
 from jaxrec.models.masks import NEVER
+from jaxrec.models.tables import GENRE_ROWS, ITEM_ROWS, FixedTable, rows_of
 
 
 class TimeRatingAwareLSTM(nnx.Module):
@@ -33,8 +34,8 @@ class TimeRatingAwareLSTM(nnx.Module):
             start = jnp.asarray(item_embedding, jnp.float32)
         else:
             raise ValueError(f"item_embedding is {item_embedding.shape}, expected {(item_count + 1, width)}")
-        self.item_embedding = nnx.Param(start)
-        self.item_bias_table = nnx.Param(jnp.zeros(item_count + 1))
+        self.item_embedding = nnx.Param(start, **rows_of(ITEM_ROWS))
+        self.item_bias_table = nnx.Param(jnp.zeros(item_count + 1), **rows_of(ITEM_ROWS, fill=NEVER))
         self.rating = RatingEmbedding(config.rating_width, rngs=rngs)
         self.gap = GapEmbedding(config.time_width, rngs=rngs)
         self.lstm = LSTM(width + config.rating_width + config.time_width, config.hidden, rngs=rngs)
@@ -63,7 +64,7 @@ class TimeRatingAwareLSTM(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Outputs [batch, length, hidden] and the final (h, c), each [batch, hidden].
 
-        With a key, dropout is on. `starts` [batch, length] bool: where a row goes on with another history.
+        With a key, dropout is on. `starts` [batch, length] bool: where another history begins in a row.
         """
         x = jnp.concatenate([item_vectors[events.item], self.rating(events.rating), self.gap(events.gap)], axis=-1)
         if key is not None:
@@ -85,7 +86,7 @@ class TimeRatingAwareLSTM(nnx.Module):
 class TimeRatingAwareContentModel(TimeRatingAwareLSTM):
     """Movie, genre, rating and time: an item's vector is its own embedding plus a projection of its fixed genre vector.
 
-    A movie without ratings keeps its small initial embedding, so its genres place it.
+    The embedding of a movie without ratings is small and only decays (AdamW's weight decay), so its genres place it.
     """
 
     def __init__(
@@ -100,17 +101,15 @@ class TimeRatingAwareContentModel(TimeRatingAwareLSTM):
         super().__init__(item_count, config, rngs=rngs, item_embedding=item_embedding)
         if genre_matrix.shape[0] != item_count + 1:
             raise ValueError(f"genre_matrix has {genre_matrix.shape[0]} rows, expected {item_count + 1}")
-        self.genre_matrix = FixedTable(jnp.asarray(genre_matrix, jnp.float32))
-        self.genre_projection = nnx.Linear(genre_matrix.shape[1], config.embedding, use_bias=False, rngs=rngs)
+        self.genre_matrix = FixedTable(jnp.asarray(genre_matrix, jnp.float32), **rows_of(ITEM_ROWS))
+        self.genre_projection = nnx.Linear(
+            genre_matrix.shape[1], config.embedding, use_bias=False, rngs=rngs, kernel_metadata=rows_of(GENRE_ROWS)
+        )
 
     def item_vectors(self) -> jax.Array:
         """[items + 1, embedding] float32, row 0 (padding) zero."""
         genre_vectors = self.genre_projection(self.genre_matrix[...])
         return (self.item_embedding[...] + genre_vectors).at[0].set(0.0)
-
-
-class FixedTable(nnx.Variable):
-    """A table that is part of the model and is never trained."""
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:

@@ -7,8 +7,8 @@ because the scan counts in steps of the largest range, which would be that of th
 candidates held 0.92 of the ten best, rotated 250 held all). Lists of which only the nearest are scanned (an inverted
 file) were no gain: requests of random models needed all of them.
 
-How many candidates are taken is measured here, on requests of validation cases and on made-up ones, each by themselves:
-the fewest that hold WANTED_RECALL of the ten best items of both kinds, on every second request. What they hold is
+How many candidates are needed is measured here, on requests of validation cases and on made-up ones separately: the
+fewest that hold WANTED_RECALL of the ten best items of both kinds, on every second request. What they hold is
 measured on the other requests; where that is less than LEAST_RECALL for either kind, the export is refused.
 """
 
@@ -28,17 +28,17 @@ from jaxrec.onnx.parity import PROBE_ROWS, make_probe, open_session
 FROM_ITEMS = 50_000
 """So many items and more get an index; with fewer the exact product costs little more (bench/large_catalogue.md)."""
 TOP, MANY = 10, 100
-"""Recall of the TOP best decides; that of the MANY best is only told."""
+"""Recall of the TOP best decides; that of the MANY best is only reported."""
 LEAST_RECALL = 0.99
 """Mean share of the TOP best items that are among the candidates."""
 WANTED_RECALL = 0.995
 """Other requests than those of the measurement keep less or more."""
 CANDIDATES = (250, 500, 1000, 2000, 4000)
-# With k and with what is excluded more candidates are taken; `serve` does the same.
+# With k and with what is excluded more candidates are needed; `serve` does the same.
 CANDIDATES_PER_ANSWER = 4
 SAMPLE = 20_000  # items, from which the 16 steps of each dimension are learned
 LEAST_ITEMS = 16  # as many as there are steps
-CHUNK = 50_000
+ITEMS_PER_ADD = 50_000
 MOST_PROBES = 250
 
 
@@ -121,8 +121,8 @@ def build_index(item_vectors: np.ndarray, item_bias: np.ndarray, probes: Mapping
     index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
     with tqdm(total=count, desc="index", unit="item") as progress:
         index.train(points[np.sort(np.random.default_rng(0).permutation(count)[:SAMPLE])])
-        for start in range(0, count, CHUNK):
-            chunk = points[start : start + CHUNK]
+        for start in range(0, count, ITEMS_PER_ADD):
+            chunk = points[start : start + ITEMS_PER_ADD]
             index.add(chunk)
             progress.update(len(chunk))
     candidates, recall = choose_candidates(index, points, probes)
@@ -176,8 +176,8 @@ class _Searched:
     def recall(self, candidates: int, k: int) -> float:
         """Of the k best."""
         best = self._best[:, :k]
-        taken = candidates + CANDIDATES_PER_ANSWER * k + self._excluded
-        held = [np.isin(row[row >= 0], ids[:n]).sum() for row, ids, n in zip(best, self._found, taken, strict=True)]
+        count = candidates + CANDIDATES_PER_ANSWER * k + self._excluded
+        held = [np.isin(row[row >= 0], ids[:n]).sum() for row, ids, n in zip(best, self._found, count, strict=True)]
         wanted = int(np.sum(best >= 0))
         return float(np.sum(held) / wanted) if wanted else 1.0
 

@@ -1,4 +1,4 @@
-"""From weights to ONNX: traces the TensorFlow mirror, converts it with tf2onnx, and finishes the graph."""
+"""From weights to ONNX: traces the forward pass in TensorFlow, converts it with tf2onnx, and finishes the graph."""
 
 import contextlib
 import logging
@@ -55,14 +55,14 @@ def _item_arrays(weights: Weights) -> dict[str, np.ndarray]:
 
 
 def _graph(name: str, weights: Weights, signature: Signature, item_arrays: dict[str, np.ndarray]) -> bytes:
-    """The function of this name in `mirror` as ONNX with the inputs and outputs of the signature.
+    """The function of this name in `tf_forward` as ONNX with the inputs and outputs of the signature.
 
-    `item_arrays` are its `mirror.ItemArrays`, or empty for a function without.
+    `item_arrays` are its `tf_forward.ItemArrays`, or empty for a function without.
     """
     tf, tf2onnx = _load_tensorflow()
-    from jaxrec.onnx import tf_forward as mirror
+    from jaxrec.onnx import tf_forward
 
-    forward = getattr(mirror, name)
+    forward = getattr(tf_forward, name)
     specs = {key: tf.TensorSpec(array.shape, array.dtype, key) for key, array in item_arrays.items()}
     for key, tensor in signature.inputs.items():
         shape = [None if isinstance(size, str) else size for size in tensor.shape]
@@ -71,7 +71,7 @@ def _graph(name: str, weights: Weights, signature: Signature, item_arrays: dict[
     def program(*arguments: Any) -> dict[str, Any]:
         count = len(item_arrays)
         inputs = dict(zip(list(specs)[count:], arguments[count:], strict=True))
-        items = [mirror.ItemArrays(*arguments[:count])] if count else []
+        items = [tf_forward.ItemArrays(*arguments[:count])] if count else []
         outputs: dict[str, Any] = forward(weights, *items, **inputs)
         return outputs
 

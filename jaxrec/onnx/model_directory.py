@@ -19,7 +19,7 @@ from jaxrec.onnx.search import externalized, make_search, write_array
 from jaxrec.onnx.signature import OPSET, sequence_signature, step_signature
 from jaxrec.onnx.weights import extract_weights
 
-SCHEMA_VERSION = 1
+MANIFEST_SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 SEQUENCE_FILE = "sequence.onnx"
 STEP_FILE = "step.onnx"
@@ -33,7 +33,6 @@ def export_model(
     data: PreparedData,
     out: Path,
     *,
-    policy: str,
     training: dict[str, Any],
     metrics: dict[str, Any],
     licence: str,
@@ -42,16 +41,21 @@ def export_model(
 ) -> dict[str, Any]:
     """Converts `hybrid`, verifies the graphs against JAX, and writes the model directory `out`; returns its manifest.
 
-    `policy` is "reinforce" for a hybrid with a policy head, "supervised" for one without. `training` and `metrics`
-    are summaries of JSON values; `licence` is the text about the data's licence. `int8` quantizes the LSTMs, once the
-    float32 graphs were verified, and refuses where that costs quality (`jaxrec.onnx.quantize`). `index`: whether an
-    approximate index of the items is added (`jaxrec.onnx.ann_index`); None: from FROM_ITEMS items on. An existing `out`
-    is replaced once the new directory is complete. Raises ExportError, and then nothing is written.
+    Args:
+        hybrid: the model. The manifest names its policy: "reinforce" with a policy head, "supervised" without one.
+        data: that it was trained on.
+        out: replaced, if it exists, once the new directory is complete.
+        training: summary of JSON values for the manifest.
+        metrics: likewise.
+        licence: the text about the data's licence.
+        int8: whether the LSTMs are quantized, once the float32 graphs were verified; refused where that costs quality
+            (`jaxrec.onnx.quantize`).
+        index: whether an approximate index of the items is added (`jaxrec.onnx.ann_index`); None: from FROM_ITEMS items
+            on.
+
+    Raises:
+        ExportError: the model, its graphs or a summary are not fit to be exported; nothing is written then.
     """
-    expected = "supervised" if hybrid.policy is None else "reinforce"
-    if policy != expected:
-        head = "no policy head" if hybrid.policy is None else "a policy head"
-        raise ExportError(f"policy is {policy!r}, expected {expected!r}: the model has {head}")
     summaries = {"dataset": data.summary(), "training": training, "metrics": metrics}
     for name, summary in summaries.items():
         _require_json(name, summary)
@@ -91,10 +95,10 @@ def export_model(
         now = datetime.datetime.now(datetime.UTC)
         scale = data.config.rating_scale
         manifest = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": MANIFEST_SCHEMA_VERSION,
             "model_version": f"{now:%Y%m%dT%H%M%SZ}-{_digest(files)[:8]}",
             "created": f"{now:%Y-%m-%dT%H:%M:%SZ}",
-            "policy": policy,
+            "policy": "supervised" if hybrid.policy is None else "reinforce",
             "opset": OPSET,
             "item_count": weights.item_count,
             "max_history": max_history,

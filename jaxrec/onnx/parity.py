@@ -11,7 +11,7 @@ from flax import nnx
 from jaxrec.data.events import Events
 from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP
 from jaxrec.errors import ExportError
-from jaxrec.models.cooccurrence import RECENT
+from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.features import GAP_EDGES
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.masks import NEVER
@@ -150,7 +150,7 @@ def check_query_parity(
 def _logits(weights: Weights, query: np.ndarray, state: np.ndarray) -> np.ndarray:
     """[rows, items + 1]: what `serve` computes of them for its candidates."""
     logits = query @ weights.item_vectors.T + weights.item_bias
-    recent = state[:, -RECENT:].astype(np.int64)
+    recent = state[:, -RECENT_ITEMS:].astype(np.int64)
     closeness = weights.neighbour_weight[recent] * RECENT_WEIGHTS[:, None]
     rows = np.broadcast_to(np.arange(len(query))[:, None, None], closeness.shape)
     np.add.at(logits, (rows, weights.neighbour_item[recent]), closeness)

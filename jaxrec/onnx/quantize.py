@@ -1,7 +1,7 @@
 """int8 weights for the LSTMs, behind a gate: an export whose answers got worse is refused.
 
 ONNX Runtime's dynamic quantization: weights become int8 once, with a scale for each column (one for all kept 0.984 of
-the demo model's first ten items and lost 1 % of NDCG@10; so it is 0.992 and nothing), activations are quantized anew
+the demo model's first ten items and lost 1 % of NDCG@10; so it is 0.992 and nothing), activations are quantized again
 in each run. The head and the embeddings stay float32. A run chooses one scale for all of its rows and steps, so the
 answers of a quantized model depend slightly on what is run together: a state that was advanced event by event equals
 the replay of the history only within the noise of the quantization, which the manifest tells (`parity.int8`).
@@ -19,7 +19,8 @@ from jaxrec.data.batches import CaseBatch
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import ExportError
 from jaxrec.evaluation.metrics import ndcg
-from jaxrec.evaluation.ranking import TOP, Ranked, Scorer, rank_cases
+from jaxrec.evaluation.ranking import TOP, Ranked, rank_cases
+from jaxrec.evaluation.scorers import Scorer
 
 LEAST_OVERLAP = 0.99
 """Mean share of the first ten items that the quantized model keeps, in whatever order."""
@@ -58,10 +59,10 @@ def check_quality(graph: bytes, quantized: bytes, data: PreparedData, max_histor
         rank_cases(graph_scorer(one, len(data.catalog)), data, cases, max_history, request_time=True)
         for one in (graph, quantized)
     )
-    return judge(exact, rough)
+    return compare_ranked(exact, rough)
 
 
-def judge(exact: Ranked, rough: Ranked) -> dict[str, float]:
+def compare_ranked(exact: Ranked, rough: Ranked) -> dict[str, float]:
     """The figures of the gate; raises ExportError where they are too bad."""
     overlap = float(np.mean([_overlap(*rows) for rows in zip(exact.top, rough.top, strict=True)]))
     before, after = (float(ndcg(one.ranks, TOP).mean()) for one in (exact, rough))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from jaxrec.models.cooccurrence import RECENT
+from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.features import GAP_EDGES
 from jaxrec.models.masks import NEVER
 from jaxrec.onnx.weights import RECENT_WEIGHTS, LSTMWeights, PolicyWeights, Weights
@@ -89,18 +89,18 @@ def step_query(
 def _read(weights: Weights, vectors: Any, item: Any, rating: Any, gap: Any, length: Any) -> tuple[Any, Any]:
     """Whole histories, vectors [length, batch, width] -> what is recurrent of the state, and the recent items."""
     batch = tf.shape(item)[0]
-    nothing = tf.zeros([batch, weights.state_width - RECENT])
+    nothing = tf.zeros([batch, weights.state_width - RECENT_ITEMS])
     recurrent = _advance(weights, nothing, vectors, tf.transpose(rating), tf.transpose(gap))
-    timeline = tf.concat([tf.zeros([batch, RECENT], tf.int32), item], axis=1)
-    places = tf.expand_dims(length, 1) + (RECENT - 1 - np.arange(RECENT, dtype=np.int32))
+    timeline = tf.concat([tf.zeros([batch, RECENT_ITEMS], tf.int32), item], axis=1)
+    places = tf.expand_dims(length, 1) + (RECENT_ITEMS - 1 - np.arange(RECENT_ITEMS, dtype=np.int32))
     return recurrent, tf.gather(timeline, places, batch_dims=1)
 
 
 def _step(weights: Weights, state: Any, vector: Any, item: Any, rating: Any, gap: Any) -> tuple[Any, Any]:
     """One event each, vector [batch, width] -> as `_read`."""
     event = (tf.expand_dims(column, 0) for column in (vector, rating, gap))
-    recurrent = _advance(weights, state[:, :-RECENT], *event)
-    return recurrent, tf.concat([tf.expand_dims(item, 1), tf.cast(state[:, -RECENT:-1], tf.int32)], axis=1)
+    recurrent = _advance(weights, state[:, :-RECENT_ITEMS], *event)
+    return recurrent, tf.concat([tf.expand_dims(item, 1), tf.cast(state[:, -RECENT_ITEMS:-1], tf.int32)], axis=1)
 
 
 def _state(recurrent: Any, recent: Any) -> Any:
@@ -165,7 +165,7 @@ def _query(weights: Weights, recurrent: Any, request_gap: Any) -> Any:
 def _answer(items: ItemArrays, query: Any, recent: Any, exclude: Any, k: Any) -> tuple[Any, Any]:
     """The k best items [batch, k] int32 and their logits."""
     logits = tf.matmul(query, items.vectors, transpose_b=True) + items.bias
-    neighbours = tf.reshape(tf.gather(items.neighbours, recent), [-1, RECENT * items.neighbours.shape[1]])
+    neighbours = tf.reshape(tf.gather(items.neighbours, recent), [-1, RECENT_ITEMS * items.neighbours.shape[1]])
     decays = RECENT_WEIGHTS[:, None]
     closeness = tf.reshape(tf.gather(items.closeness, recent) * decays, tf.shape(neighbours))
     logits = tf.tensor_scatter_nd_add(logits, _places(neighbours), closeness)

@@ -1,4 +1,4 @@
-"""The hybrid taken apart into NumPy arrays: all that an answer needs, and nothing that only training needs.
+"""The hybrid taken apart into NumPy arrays: what an answer needs, without what only training needs.
 
 What does not depend on a request is computed here once: the item vectors with their genres, the scale and the shift
 that each request gap stands for, and the mix of the models. Both models' arrays lie side by side, the LSTM's first.
@@ -11,12 +11,12 @@ import numpy as np
 from flax import nnx
 
 from jaxrec.errors import ExportError
-from jaxrec.models.cooccurrence import RECENT, RECENT_DECAY
+from jaxrec.models.cooccurrence import RECENT_DECAY, RECENT_ITEMS
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.lstm import LSTM
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 
-RECENT_WEIGHTS = RECENT_DECAY ** np.arange(RECENT, dtype=np.float32)
+RECENT_WEIGHTS = RECENT_DECAY ** np.arange(RECENT_ITEMS, dtype=np.float32)
 """What the neighbours of the last event, the one before it, and so on, count."""
 
 
@@ -80,7 +80,7 @@ class Weights:
 
     @property
     def state_width(self) -> int:
-        return 2 * self.lstm.hidden + 2 * self.content.hidden + RECENT
+        return 2 * self.lstm.hidden + 2 * self.content.hidden + RECENT_ITEMS
 
 
 def extract_weights(hybrid: Hybrid) -> Weights:
@@ -93,7 +93,7 @@ def extract_weights(hybrid: Hybrid) -> Weights:
         of_lstm, of_content = (getattr(model.config, width) for model in models)
         if of_lstm != of_content:
             raise ExportError(f"the two models differ in {width}: {of_lstm} and {of_content}")
-    # Accelerators multiply float32 matrices in a shorter format unless told otherwise.
+    # Accelerators multiply float32 matrices in a shorter format by default.
     with jax.default_matmul_precision("highest"):
         item_vectors = np.asarray(hybrid.item_vectors())
         views = [_request_views(model) for model in models]

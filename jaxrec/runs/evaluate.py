@@ -14,24 +14,15 @@ from tqdm import tqdm
 from jaxrec.config import to_json
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.split import Cases
-from jaxrec.evaluation.baselines import RecentPopularity
-from jaxrec.evaluation.metrics import bootstrap_ratio, ndcg
-from jaxrec.evaluation.ranking import (
-    Metrics,
-    Ranked,
-    Scorer,
-    constant_scorer,
-    jit_scorer,
-    model_logits,
-    rank_cases,
-    summarize,
-)
+from jaxrec.evaluation.baselines import best_recent_window, popularity_scorer, recent_popularity_scorer
+from jaxrec.evaluation.bootstrap import bootstrap, ratio, resample
+from jaxrec.evaluation.metrics import ndcg
+from jaxrec.evaluation.ranking import MetricsRow, Ranked, rank_cases, summarize
+from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
 from jaxrec.files import write_text
-from jaxrec.models.hybrid import Hybrid
 from jaxrec.runs.directory import EVALUATION_FILE, Run, load_supervised, open_run
 from jaxrec.runs.policy import load_policy, read_outcome
 
-RECENT_WINDOWS_DAYS = (1.0, 7.0, 30.0, 90.0, 365.0)
 POPULARITY, RECENT_POPULARITY = "popularity", "recent popularity"
 HYBRID, POLICY = "hybrid", "policy"
 
@@ -48,7 +39,7 @@ class Evaluation:
     """
 
     protocol: dict[str, Any]
-    rows: list[Metrics]
+    rows: list[MetricsRow]
     serving: str
     comparison: dict[str, Any]
 
@@ -78,12 +69,12 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     supervised = load_supervised(run, data)
     with_policy = load_policy(run, supervised, only_if_used=False)
     popularity = data.train_popularity()
-    window = best_window(data, run.model_config.max_length)
+    window = best_recent_window(data, run.model_config.max_length)
     scorers: dict[str, tuple[Scorer, bool]] = {
-        POPULARITY: (constant_scorer(popularity), False),
-        RECENT_POPULARITY: (recent_scorer(data, window), False),
-        "TimeRatingAwareLSTM": (jit_scorer(supervised.lstm, model_logits), True),
-        "TimeRatingAwareContentModel": (jit_scorer(supervised.content, model_logits), True),
+        POPULARITY: (popularity_scorer(data), False),
+        RECENT_POPULARITY: (recent_popularity_scorer(data, window), False),
+        "TimeRatingAwareLSTM": (sequence_scorer(supervised.lstm), True),
+        "TimeRatingAwareContentModel": (sequence_scorer(supervised.content), True),
         HYBRID: (hybrid_scorer(supervised), True),
     }
     outcome = read_outcome(run)
@@ -96,7 +87,8 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
         ranked[name, request_time] = rank_cases(
             scorer, data, data.split.test, run.model_config.max_length, request_time
         )
-    rows = [summarize(name, time, ranked[name, time], popularity, seed) for name, time in asked]
+    resamples = resample(data.split.test.users, seed=seed)
+    rows = [summarize(name, time, ranked[name, time], popularity, resamples) for name, time in asked]
     protocol = {
         "split": data.config.split.value,
         "ties": data.config.ties.value,
@@ -107,7 +99,7 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
         "test_cases": len(data.split.test),
         "repeated_test_share": repeated_share(data, data.split.test),
         "tied_test_share": tied_share(data, data.split.test),
-        "interval": "95 % bootstrap over cases",
+        "interval": "95 % bootstrap over users",
         "recent_popularity_window_days": window,
         "seed": run.train_config.seed,
         "bootstrap_seed": seed,
@@ -118,36 +110,11 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
         "model": to_json(run.model_config),
     }
     serving = POLICY if outcome is not None and outcome.used else HYBRID
-    ours, theirs = (ndcg(ranked[name, False].ranks, 10) for name in (HYBRID, RECENT_POPULARITY))
-    compared = dataclasses.asdict(bootstrap_ratio(ours, theirs, seed))
+    both = np.stack([ndcg(ranked[name, False].ranks, 10) for name in (HYBRID, RECENT_POPULARITY)], axis=1)
+    compared = dataclasses.asdict(bootstrap(both, resamples, ratio))
     evaluation = Evaluation(protocol, rows, serving, {"hybrid_over_recent_popularity_ndcg_10": compared})
     write_evaluation(evaluation, run.folder / EVALUATION_FILE)
     return evaluation
-
-
-def hybrid_scorer(hybrid: Hybrid) -> Scorer:
-    """The scorer of a hybrid, with its policy if it has one."""
-    return jit_scorer(hybrid, _hybrid_logits)
-
-
-def _hybrid_logits(hybrid: Hybrid, events: Any, request_gap: Any) -> Any:
-    return hybrid.logits(events, request_gap)[0]
-
-
-def recent_scorer(data: PreparedData, window_days: float) -> Scorer:
-    """Recent popularity at each case's own time."""
-    recent = RecentPopularity(data, window_days)
-    return lambda batch: recent.scores(batch.time)
-
-
-def best_window(data: PreparedData, max_length: int) -> float:
-    """The window of recent popularity, in days, with the best NDCG@10 on validation."""
-
-    def figure(window: float) -> float:
-        ranked = rank_cases(recent_scorer(data, window), data, data.split.validation, max_length, request_time=False)
-        return float(ndcg(ranked.ranks, 10).mean())
-
-    return max(RECENT_WINDOWS_DAYS, key=figure)
 
 
 def tied_share(data: PreparedData, cases: Cases) -> float:
@@ -186,7 +153,7 @@ def format_table(evaluation: Evaluation) -> str:
     data = f"{Path(protocol['data_folder']).name} (SHA-256 {protocol['data_sha256'][:8]})"
     tied, repeated = protocol["tied_test_share"], protocol["repeated_test_share"]
     lines += [
-        f"* is exported and served. Means with 95 % intervals over {protocol['test_cases']} test cases.",
+        f"* is exported and served. Means over {protocol['test_cases']} test cases, with 95 % intervals over users.",
         f"Data: {data}, {protocol['filter']}. Split: {protocol['split']}. Seed: {protocol['seed']}.",
         f"Candidates: all {protocol['data']['items']} items but those of the history. {tied:.0%} of the targets tie in",
         f"time with the event before them (ties: {protocol['ties']}), {repeated:.0%} are in the history already.",
@@ -199,7 +166,7 @@ def _interval(values: dict[str, float]) -> str:
     return f"{values['mean']:.4f} ({values['low']:.3f}-{values['high']:.3f})"
 
 
-def _cells(row: Metrics) -> Iterator[tuple[str, Any]]:
+def _cells(row: MetricsRow) -> Iterator[tuple[str, Any]]:
     for name, value in dataclasses.asdict(row).items():
         if isinstance(value, dict):
             yield from ((name if part == "mean" else f"{name}_{part}", figure) for part, figure in value.items())

@@ -7,7 +7,7 @@ from jaxrec.config import to_json
 from jaxrec.files import read_json
 from jaxrec.onnx.model_directory import export_model
 from jaxrec.runs.directory import EVALUATION_FILE, Run, load_supervised, open_run
-from jaxrec.runs.policy import load_served, policy_name
+from jaxrec.runs.policy import load_served
 
 NO_LICENCE = "No notes on the data's licence were given at export (`jaxrec export --licence FILE`).\n"
 
@@ -43,7 +43,6 @@ def export(
         hybrid,
         data,
         Path(out),
-        policy=policy_name(run),
         training={
             "model": to_json(run.model_config),
             "train": to_json(run.train_config),

@@ -1,8 +1,8 @@
 """Checkpoints of a training run (Orbax): the latest, to resume from, and the best epoch's, to use.
 
 Checkpoints are numbered in the order in which they were saved. One is written in the background under a temporary
-name and renamed at the end, and an older one is deleted only after that: whenever the process dies, a whole one is
-left (or none yet, and the run starts anew from its seed, which is the same).
+name and renamed at the end, and an older one is deleted only after that. So a whole one is left whenever the process
+dies, or none yet, and the run then starts again from its seed.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ METRIC = "validation_ndcg_10"
 
 
 @dataclasses.dataclass
-class Progress:
+class TrainProgress:
     """Where a run stands, beside its arrays; all that an exact resumption needs.
 
     `step`: updates so far. `epoch_steps`: those of the epoch under way, with the sum of their losses and the seconds
@@ -78,7 +78,7 @@ class Checkpoints:
         latest = self.latest()
         return 0 if latest is None else latest + 1
 
-    def save(self, state: TrainState, progress: Progress) -> None:
+    def save(self, state: TrainState, progress: TrainProgress) -> None:
         """Saves in the background, after the one before is whole. The best epoch may be the one that is saved."""
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dataclasses.asdict(progress))
@@ -91,11 +91,11 @@ class Checkpoints:
         """The number of the last checkpoint that is whole or being written, or None."""
         return self._manager.latest_step()
 
-    def read_progress(self, number: int) -> Progress:
+    def read_progress(self, number: int) -> TrainProgress:
         """The progress record of a checkpoint. Raises DataError where another version of jaxrec wrote it."""
         restored = self._manager.restore(number, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
         try:
-            return Progress(**restored["progress"])
+            return TrainProgress(**restored["progress"])
         except TypeError as error:
             raise DataError(f"{self._manager.directory}: written by another version of jaxrec ({error})") from error
 
@@ -118,6 +118,6 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(value, ProcessLost):  # else there would be nobody to finish with
+        if not isinstance(value, ProcessLost):  # there is no process left to finish with
             self._manager.wait_until_finished()
             self._manager.close()

@@ -12,8 +12,8 @@ def keep_freed_memory() -> bool:
 
     XLA:CPU allocates the temporaries of every step anew. Large blocks come from the system and go back to it, so each
     step pays for page faults over all of them: 20 of the 105 ms of CPU time that a layer's forward and backward pass
-    take (LSTM of 128, batch 128, length 50). For the whole process, which keeps its peak memory until it ends; does
-    nothing outside Linux with the GNU C library.
+    take (LSTM of 128, batch 128, length 50). It is for the program to call, not for a library: it holds for the whole
+    process, which keeps its peak memory until it ends. Does nothing outside Linux with the GNU C library.
     """
     if sys.platform != "linux":
         return False

@@ -14,17 +14,17 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from jaxrec.errors import DataError
-from jaxrec.files import new_file, write_text
+from jaxrec.files import new_file, read_json_lines, write_json_lines
 
 STEPS_FILE = "steps.jsonl"
 LOG_FILE = "log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 TENSORBOARD_STEPS = 10
+UNTRAINED = "no trained model is there; run `jaxrec train` first"
 
 
 class TrainingLog:
-    """The log of one model from step `first_step` on: what a stopped run logged after it is taken back.
+    """The log of one model from step `first_step` on; what a stopped run logged after it is removed.
 
     Where `enabled` is off (another process writes), nothing is written or shown.
     """
@@ -54,7 +54,7 @@ class TrainingLog:
         """Writes the records of all epochs so far; the last one ended before `step`."""
         if not self._enabled:
             return
-        write_text(self._folder / LOG_FILE, "".join(json.dumps(record) + "\n" for record in records))
+        write_json_lines(self._folder / LOG_FILE, records)
         if records:
             last = records[-1]
             self._scalars("epoch", last, step)
@@ -87,18 +87,12 @@ class TrainingLog:
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:
     """The records of steps.jsonl, one per step. Raises DataError where there are none."""
-    return _read(folder / STEPS_FILE)
+    return read_json_lines(folder / STEPS_FILE, UNTRAINED)
 
 
 def read_epochs(folder: Path) -> list[dict[str, Any]]:
     """The records of log.jsonl, one per epoch. Raises DataError where there are none."""
-    return _read(folder / LOG_FILE)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise DataError(f"{path.parent}: no trained model; run `jaxrec train` first")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_json_lines(folder / LOG_FILE, UNTRAINED)
 
 
 def _cut_steps(path: Path, first_step: int) -> None:

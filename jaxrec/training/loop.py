@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Generic
@@ -18,7 +19,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import DataError, TrainingError, TrainingStopped
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import ranks_by_request_time
-from jaxrec.training.checkpoints import METRIC, Checkpoints, Progress
+from jaxrec.training.checkpoints import METRIC, Checkpoints, TrainProgress
 from jaxrec.training.log import TrainingLog, read_epochs
 from jaxrec.training.processes import any_process, is_first, noticing_loss, of_first
 from jaxrec.training.resize import restored_state
@@ -32,7 +33,14 @@ from jaxrec.training.sharding import (
     state_sharding,
     with_item_rows,
 )
-from jaxrec.training.step import Model, TrainState, initial_state, learning_rate, make_optimizer, make_train_step
+from jaxrec.training.step import (
+    SequenceModel,
+    TrainState,
+    initial_state,
+    learning_rate,
+    make_optimizer,
+    make_train_step,
+)
 from jaxrec.training.stopping import StopRequested, never
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -40,15 +48,15 @@ AGREE_STEPS = 10  # several processes ask each other that often whether to save 
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained(Generic[Model]):
+class TrainedModel(Generic[SequenceModel]):
     """The model of the best epoch, and one record per epoch: epoch, loss, speed, validation metrics."""
 
-    model: Model
+    model: SequenceModel
     epochs: list[dict[str, Any]]
 
 
 def train_model(
-    model: Model,
+    model: SequenceModel,
     data: PreparedData,
     config: TrainConfig,
     folder: Path,
@@ -57,24 +65,33 @@ def train_model(
     checkpoint_config: CheckpointConfig = CheckpointConfig(),
     data_version: int = 0,
     stop: StopRequested = never,
-) -> Trained[Model]:
+) -> TrainedModel[SequenceModel]:
     """Trains `model` and returns it as it was after its best epoch.
 
     `folder` receives checkpoints and logs; where it holds checkpoints of an earlier call with the same arguments,
-    training goes on from the latest and ends with the same result as if it had never stopped. With a greater
-    `data_version` than theirs it goes on with their best epoch on data that extends theirs: with all steps of
-    `config` once more, and new items.
+    training resumes from the latest and ends with the same result as if it had never stopped. If `data_version` is
+    newer than theirs, training restarts its schedule from their best epoch on data that extends theirs, with embeddings
+    added for new items.
     Raises DataError where there is nothing to train on, TrainingError when a loss is not finite, TrainingStopped when
     `stop()` became true: everything is saved then.
     """
     require_trainable(data)
     with Checkpoints(folder / CHECKPOINT_FOLDER, checkpoint_config.keep) as checkpoints:
-        training = _Training(model, data, config, mesh or data_mesh(), checkpoints, checkpoint_config, stop)
+        training = _Training(model, data, config, mesh or data_mesh(), checkpoints, checkpoint_config, stop, name)
         training.restore(data_version)
         log = TrainingLog(folder, name, training.progress.step, training.last_step(), enabled=is_first())
         with log, noticing_loss():
             training.run(log)
-        return Trained(training.best_model(), training.progress.epochs)
+        return TrainedModel(training.best_model(), training.progress.epochs)
+
+
+def steps_key(seed: int, name: str) -> jax.Array:
+    """The key of a model's steps, into which the number of the step is folded.
+
+    Folding in the name gives each model of a run another key, and none that the initialization with the same seed used
+    (`nnx.Rngs` folds in counts from 0).
+    """
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def require_trainable(data: PreparedData) -> None:
@@ -85,7 +102,7 @@ def require_trainable(data: PreparedData) -> None:
         raise DataError("no validation case is left; the log is too short to tell when to stop")
 
 
-def load_trained(model: Model, config: TrainConfig, folder: Path) -> Trained[Model]:
+def load_trained(model: SequenceModel, config: TrainConfig, folder: Path) -> TrainedModel[SequenceModel]:
     """The best epoch of a run that `train_model` made in `folder`; `model` gives the structure."""
     epochs = read_epochs(folder)
     with Checkpoints(folder / CHECKPOINT_FOLDER) as checkpoints:
@@ -96,28 +113,29 @@ def load_trained(model: Model, config: TrainConfig, folder: Path) -> Trained[Mod
         rows = checkpoints.read_progress(best["checkpoint"]).item_rows
         graphdef, state = initial_state(model, make_optimizer(config, 1), rows)
         state = checkpoints.restore(best["checkpoint"], state)
-    return Trained(_plain_model(graphdef, state, model), epochs)
+    return TrainedModel(_plain_model(graphdef, state, model), epochs)
 
 
-def _plain_model(graphdef: nnx.GraphDef[Model], state: TrainState, like: Model) -> Model:
+def _plain_model(graphdef: nnx.GraphDef[SequenceModel], state: TrainState, like: SequenceModel) -> SequenceModel:
     """The model of a state on one device, with as many rows in its item tables as `like` has."""
     variables = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), (state.params, state.fixed))
     params, fixed = with_item_rows(variables, like.item_embedding.shape[0])
     return nnx.merge(graphdef, params, fixed)
 
 
-class _Training(Generic[Model]):
+class _Training(Generic[SequenceModel]):
     """One model's training under way: its arrays, its progress, and what they are made with."""
 
     def __init__(
         self,
-        model: Model,
+        model: SequenceModel,
         data: PreparedData,
         config: TrainConfig,
         mesh: Mesh,
         checkpoints: Checkpoints,
         checkpoint_config: CheckpointConfig,
         stop: StopRequested,
+        name: str,
     ) -> None:
         self.model, self.data, self.config, self.mesh = model, data, config, mesh
         self.checkpoints, self.checkpoint_config, self.stop = checkpoints, checkpoint_config, stop
@@ -135,9 +153,9 @@ class _Training(Generic[Model]):
         self.compiled: Any = None
         self.compile_seconds = 0.0
         self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=self.replicated)()
-        self.progress = Progress(len(data.catalog), rows, list(data.catalog.genres))
-        self.pending: dict[str, jax.Array] | None = None  # what the last step measured, and nobody has read yet
+        self.key = jax.jit(lambda: steps_key(config.seed, name), out_shardings=self.replicated)()
+        self.progress = TrainProgress(len(data.catalog), rows, list(data.catalog.genres))
+        self.pending: dict[str, jax.Array] | None = None  # measured by the last step, not read yet
         self.saved_at, self.saved_step = time.monotonic(), 0
 
     def restore(self, data_version: int) -> None:
@@ -174,7 +192,7 @@ class _Training(Generic[Model]):
         log.bar.total = log.bar.n
         log.bar.refresh()
 
-    def best_model(self) -> Model:
+    def best_model(self) -> SequenceModel:
         """The model of the best epoch, on one device of this process."""
         best = self.progress.best_epoch()
         assert best is not None

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.data.batches import case_batches
-from jaxrec.data.events import Events
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.split import Cases
+from jaxrec.evaluation.baselines import cooccurrence_scorer
 from jaxrec.evaluation.metrics import ndcg, rank_of_target
-from jaxrec.evaluation.ranking import jit_scorer, model_logits, without_request_time
-from jaxrec.models.cooccurrence import CoOccurrence, recent_items
+from jaxrec.evaluation.ranking import without_request_time
+from jaxrec.evaluation.scorers import sequence_scorer
+from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 
 WEIGHTS = np.linspace(0.0, 1.0, 21, dtype=np.float32)
@@ -37,8 +38,8 @@ class Mix:
 def tune_mix(
     lstm: TimeRatingAwareLSTM, content: TimeRatingAwareContentModel, cooccurrence: CoOccurrence, data: PreparedData
 ) -> Mix:
-    """The weights are chosen in turn, ROUNDS times: a grid for one while the other stays. Of more than MAX_CASES
-    validation cases evenly spaced ones are taken."""
+    """Chooses the weights in turn, ROUNDS times: a grid for one while the other stays. Of more than MAX_CASES
+    validation cases, evenly spaced ones are used."""
     cases = data.split.validation.at_most(MAX_CASES)
     weight, added = np.float32(0.5), np.float32(0.0)
     for _ in range(ROUNDS):
@@ -65,8 +66,8 @@ def _figures(
     added: np.ndarray,
 ) -> np.ndarray:
     """[max(weights, added)] validation NDCG@10 of the pairs of weights; one of the two has length 1."""
-    of_lstm, of_content = jit_scorer(lstm, model_logits), jit_scorer(content, model_logits)
-    of_neighbours = jit_scorer(cooccurrence, neighbour_logits)
+    of_lstm, of_content = sequence_scorer(lstm), sequence_scorer(content)
+    of_neighbours = cooccurrence_scorer(cooccurrence)
     pairs = jnp.stack(jnp.broadcast_arrays(jnp.asarray(weights), jnp.asarray(added)), axis=1)
     per_batch = []
     for batch in case_batches(data, cases, lstm.config.max_length):
@@ -75,11 +76,6 @@ def _figures(
         per_batch.append([_mix_ranks(of_lstm(b), of_content(b), near, pairs, b.target, b.exclude) for b in asked])
     ranks = np.concatenate(per_batch, axis=2)[:, :, : len(cases)]
     return np.asarray(ndcg(ranks, 10).mean(axis=(0, 2)))
-
-
-def neighbour_logits(model: CoOccurrence, events: Events, request_gap: jax.Array) -> jax.Array:
-    """[batch, items + 1] scores of co-occurrence, which knows no request time."""
-    return model.scores(recent_items(events.item, events.length))
 
 
 @jax.jit

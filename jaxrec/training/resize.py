@@ -12,37 +12,41 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrec.training.checkpoints import Checkpoints, Progress
-from jaxrec.training.sharding import is_item_table, put
+from jaxrec.models.tables import GENRE_ROWS, ITEM_ROWS, has_rows_of
+from jaxrec.training.checkpoints import Checkpoints, TrainProgress
+from jaxrec.training.sharding import map_variables, put
 from jaxrec.training.step import TrainState
-
-GENRE_ROWS = "genre_projection"  # its kernel has a row per genre
 
 
 def restored_state(
-    checkpoints: Checkpoints, number: int, saved: Progress, like: TrainState, now: Progress
+    checkpoints: Checkpoints, number: int, saved: TrainProgress, like: TrainState, now: TrainProgress
 ) -> TrainState:
     """The state of a checkpoint that was saved with `saved`, in the shapes and the layout of `like`, a state of the
-    catalogue of `now`. Where that is another one, the learning rate starts anew."""
+    catalogue of `now`. Where that is another one, the learning rate restarts."""
     same_data = saved.data_version == now.data_version
     if same_data and saved.item_rows == now.item_rows:
         return checkpoints.restore(number, like)
 
-    def saved_shape(path: tuple[Any, ...], leaf: jax.Array) -> jax.ShapeDtypeStruct:
-        other_genres = _has_genre_rows(path) and not same_data
-        shape = (max(1, len(saved.genres)), *leaf.shape[1:]) if other_genres else leaf.shape
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+    def other_genres(variable: Any) -> bool:
+        return not same_data and has_rows_of(variable, GENRE_ROWS)
 
-    restored = checkpoints.restore(number, jax.tree_util.tree_map_with_path(saved_shape, like), exact=False)
+    def as_saved(variable: Any) -> Any:
+        def shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+            rows = (max(1, len(saved.genres)),) if other_genres(variable) else leaf.shape[:1]
+            return jax.ShapeDtypeStruct((*rows, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+
+        return jax.tree.map(shape, variable)
+
+    restored = checkpoints.restore(number, map_variables(as_saved, like), exact=False)
     genre_sources = genre_rows(saved.genres, now.genres)
 
-    def fit(path: tuple[Any, ...], old: jax.Array, new: jax.Array) -> jax.Array:
-        if is_item_table(path):
-            return _first_rows(old, new, saved.items + 1)
-        return _rows_from(old, new, genre_sources) if _has_genre_rows(path) and not same_data else old
+    def fit(old: Any, new: Any) -> Any:
+        if has_rows_of(old, ITEM_ROWS):
+            return old.replace(_first_rows(old[...], new[...], saved.items + 1))
+        return old.replace(_rows_from(old[...], new[...], genre_sources)) if other_genres(old) else old
 
     fitted: TrainState = jax.jit(
-        lambda old, new: jax.tree_util.tree_map_with_path(fit, old, new),
+        lambda old, new: map_variables(fit, old, new),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like),
     )(restored, like)
     fitted = fitted._replace(fixed=like.fixed)
@@ -53,10 +57,6 @@ def genre_rows(old: Sequence[str], new: Sequence[str]) -> np.ndarray:
     """[max(1, new)] int64: the place of each new genre among the old ones, -1 for one that was not there."""
     place = {genre: i for i, genre in enumerate(old)}
     return np.asarray([place.get(genre, -1) for genre in new] or [-1])
-
-
-def _has_genre_rows(path: tuple[Any, ...]) -> bool:
-    return any(getattr(key, "key", None) == GENRE_ROWS for key in path)
 
 
 def _first_rows(old: jax.Array, new: jax.Array, count: int) -> jax.Array:

@@ -2,24 +2,24 @@
 
 The mesh is [data, items]. With one item shard every device holds the whole model (data-parallel). With more, the rows
 of the item tables (and of their optimizer moments) are split over the second axis, for catalogues that do not fit one
-device: lookups and updates then stay on the shard that has the row, and `jaxrec.training.sharded_loss` the softmax as
+device: lookups and updates then stay on the shard that has the row, and `jaxrec.training.losses` the softmax as
 well. The tables get more rows where they would not split evenly; such a row has no item, and the bias NEVER.
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrec.errors import DataError
-from jaxrec.models.masks import NEVER
+from jaxrec.models.tables import GENRE_ROWS, ITEM_ROWS, has_rows_of
 
 DATA_AXIS, ITEM_AXIS = "data", "items"
-ITEM_BIAS = "item_bias_table"
-ITEM_TABLES = frozenset({"item_embedding", ITEM_BIAS, "genre_matrix"})  # variables with a row per item
 
 
 def data_mesh(devices: list[jax.Device] | None = None, item_shards: int = 1) -> Mesh:
@@ -46,30 +46,28 @@ def item_rows(item_count: int, mesh: Mesh) -> int:
     return -(-(item_count + 1) // shards) * shards
 
 
-def is_item_table(path: tuple[Any, ...]) -> bool:
-    """Whether a leaf of a training state, given its path in the tree, has a row per item."""
-    return any(getattr(key, "key", None) in ITEM_TABLES for key in path)
+def map_variables(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """`function` of each Flax variable (or plain array) of a tree, and of those at the same places of the others."""
+    return jax.tree.map(function, tree, *others, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def with_item_rows(tree: Any, rows: int) -> Any:
     """The same variables with item tables of `rows` rows: cut, or filled up with rows that no item has."""
 
-    def resize(path: tuple[Any, ...], leaf: Any) -> Any:
-        if not is_item_table(path) or leaf.shape[0] == rows:
-            return leaf
-        fill = NEVER if any(getattr(key, "key", None) == ITEM_BIAS for key in path) else 0.0
-        missing = [(0, max(0, rows - leaf.shape[0])), *[(0, 0)] * (leaf.ndim - 1)]
-        return jnp.pad(leaf[:rows], missing, constant_values=fill)
+    def resize(variable: Any) -> Any:
+        if not has_rows_of(variable, ITEM_ROWS) or variable.shape[0] == rows:
+            return variable
+        missing = [(0, max(0, rows - variable.shape[0])), *[(0, 0)] * (variable.ndim - 1)]
+        fill = variable.get_metadata("fill")
+        return variable.replace(jnp.pad(variable[...][:rows], missing, constant_values=fill))
 
-    return jax.tree_util.tree_map_with_path(resize, tree)
+    return map_variables(resize, tree)
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:
     """The sharding of every leaf of a training state: item tables over ITEM_AXIS, the others on every device."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, PartitionSpec(ITEM_AXIS) if is_item_table(path) else PartitionSpec()),
-        state,
-    )
+    with nnx.logical_axis_rules([(ITEM_ROWS, ITEM_AXIS), (GENRE_ROWS, None)]):
+        return nnx.get_named_sharding(state, mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -15,21 +15,20 @@ from jaxrec.data.batches import TrainBatch
 from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.models.masks import NEVER
 from jaxrec.models.sequence import TimeRatingAwareLSTM
-from jaxrec.training.host_memory import keep_freed_memory
 from jaxrec.training.losses import next_item_loss, sampled_softmax_loss
-from jaxrec.training.sharded_loss import Loss, loss_over
 from jaxrec.training.sharding import state_sharding, with_item_rows
 
 FULL_SOFTMAX_ITEMS = 100_000  # the largest catalogue whose softmax is computed in full unless the configuration says so
 SAMPLED_ITEMS = 8192
-Model = TypeVar("Model", bound=TimeRatingAwareLSTM)
+SequenceModel = TypeVar("SequenceModel", bound=TimeRatingAwareLSTM)
 
 
 class TrainState(NamedTuple):
-    """`params`: trained variables; `fixed`: the others; `opt_state` of optax; `step` int32 scalar."""
+    """`params`: trained variables; `fixed`: the others; `opt_state` of optax, whose moments are variables with the
+    metadata of their parameters; `step` int32 scalar."""
 
-    params: Any
-    fixed: Any
+    params: nnx.State
+    fixed: nnx.State
     opt_state: optax.OptState
     step: jax.Array
 
@@ -54,11 +53,10 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTrans
 
 
 def initial_state(
-    model: Model, optimizer: optax.GradientTransformation, item_rows: int | None = None
-) -> tuple[nnx.GraphDef[Model], TrainState]:
+    model: SequenceModel, optimizer: optax.GradientTransformation, item_rows: int | None = None
+) -> tuple[nnx.GraphDef[SequenceModel], TrainState]:
     """Takes a model apart into its structure and a training state at step 0, with item tables of `item_rows` rows."""
-    graphdef, param_state, fixed_state = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-    params, fixed = nnx.to_pure_dict(param_state), nnx.to_pure_dict(fixed_state)
+    graphdef, params, fixed = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     if item_rows is not None:
         params, fixed = with_item_rows(params, item_rows), with_item_rows(fixed, item_rows)
     return graphdef, TrainState(params, fixed, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -76,15 +74,15 @@ def training_loss(
     batch: TrainBatch,
     key: jax.Array,
     request_gap_dropout: float,
-    loss: Loss = next_item_loss,
     sampled_items: int | None = None,
     trained_items: np.ndarray | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Next-item loss of every position; each request gap is hidden with the given probability, so that one model
-    answers with and without a request time. `loss` is that of the full softmax; `sampled_items` as in TrainConfig.
+    answers with and without a request time. `sampled_items` as in TrainConfig; `mesh` as in `next_item_loss`.
 
-    `trained_items` [items + 1] bool: the candidates of the full softmax. An item that nobody has taken yet is none, or
-    training would teach its vector and its bias that it is never taken.
+    `trained_items` [items + 1] bool: the candidates of the full softmax. An item without training events is none, or
+    training would teach its vector and its bias that it is never chosen.
     """
     item_vectors = model.item_vectors()
     outputs, _ = model.encode(batch.events, item_vectors, key=jax.random.fold_in(key, 0), starts=batch.starts)
@@ -99,11 +97,11 @@ def training_loss(
     if sampled:
         # A sample seldom meets the few items of a history, so they stay in.
         return sampled_softmax_loss(*arguments, sampled, jax.random.fold_in(key, 2))
-    return loss(*arguments, seen_items(batch))
+    return next_item_loss(*arguments, seen_items(batch), mesh)
 
 
 def seen_items(batch: TrainBatch) -> jax.Array:
-    """[batch, length, length + width] int32: what the user took up to each position, without its target (0 = none).
+    """[batch, length, length + width] int32: the user's items up to each position, without its target (0 = none).
 
     It is never recommended, so the softmax need not learn to leave it out.
     """
@@ -114,12 +112,12 @@ def seen_items(batch: TrainBatch) -> jax.Array:
     in_window = jnp.where(seen, item[:, None, :], 0)
     before = jnp.asarray(batch.earlier)[:, None, :]
     before = jnp.broadcast_to(before, (*target.shape, before.shape[2]))
-    taken = jnp.concatenate([in_window, before], axis=2)
-    return jnp.where(taken == target[:, :, None], 0, taken)
+    items = jnp.concatenate([in_window, before], axis=2)
+    return jnp.where(items == target[:, :, None], 0, items)
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef[Model],
+    graphdef: nnx.GraphDef[SequenceModel],
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     request_gap_dropout: float,
@@ -128,21 +126,17 @@ def make_train_step(
 ) -> StepFunction:
     """step(state, batch, key) -> (state, {loss, gradient_norm}). The key is the run's; the step number is folded in.
 
-    The state is donated, and stays laid out over the mesh as `state_sharding` says. On a CPU the process keeps freed
-    memory from now on (`jaxrec.training.host_memory`). `sampled_items` and `trained_items` as in `training_loss`.
+    The state is donated, and stays laid out over the mesh as `state_sharding` says. `sampled_items` and `trained_items`
+    as in `training_loss`. On a CPU a program that trains is faster after
+    `jaxrec.training.host_memory.keep_freed_memory()`.
     """
-    if mesh.devices.flat[0].platform == "cpu":
-        keep_freed_memory()
-    loss_function = loss_over(mesh)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: TrainBatch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         def loss_of(params: Any) -> jax.Array:
             model = nnx.merge(graphdef, params, state.fixed)
             step_key = jax.random.fold_in(key, state.step)
-            return training_loss(
-                model, batch, step_key, request_gap_dropout, loss_function, sampled_items, trained_items
-            )
+            return training_loss(model, batch, step_key, request_gap_dropout, sampled_items, trained_items, mesh)
 
         loss, gradients = jax.value_and_grad(loss_of)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

@@ -6,7 +6,8 @@ from flax import nnx
 from jaxrec.config import ModelConfig, PrepareConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.split import Cases
-from jaxrec.evaluation.ranking import LENGTHS, jit_scorer, model_logits, rank_cases, ranks_by_request_time
+from jaxrec.evaluation.ranking import LENGTHS, rank_cases, ranks_by_request_time
+from jaxrec.evaluation.scorers import sequence_scorer
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from tests.synthetic import random_log
 
@@ -24,6 +25,6 @@ def test_both_ways_at_once_rank_as_each_alone() -> None:
     cases = Cases(users, rows)
     found = ranks_by_request_time(model, data, cases)
     for ranks, request_time in zip(found, (False, True), strict=True):
-        alone = rank_cases(jit_scorer(model, model_logits), data, cases, max_length, request_time)
+        alone = rank_cases(sequence_scorer(model), data, cases, max_length, request_time)
         np.testing.assert_array_equal(ranks, alone.ranks)
     assert (found[0] != found[1]).any()

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrec.evaluation.metrics import bootstrap_mean, coverage, hit_rate, ndcg, rank_of_target, reciprocal_rank
+from jaxrec.evaluation.metrics import MISS, coverage, hit_rate, ndcg, rank_of_target, reciprocal_rank
 from jaxrec.training.losses import next_item_loss
 
 # Column 0 is padding. Item:   1    2    3    4    5
@@ -29,9 +29,15 @@ def test_excluded_items_are_no_competitors() -> None:
     assert rank_of_target(SCORES, jnp.array([5, 3]), exclude).tolist() == [1, 4]
 
 
-def test_a_target_that_is_excluded_or_not_a_number_ranks_last() -> None:
-    assert rank_of_target(SCORES, jnp.array([2, 2]), jnp.array([[2, 0], [2, 3]])).tolist() == [5, 5]
-    assert rank_of_target(jnp.full((1, 6), jnp.nan), jnp.array([1]), jnp.zeros((1, 1), jnp.int32)).tolist() == [5]
+def test_a_target_that_cannot_be_recommended_is_a_miss_for_every_k() -> None:
+    """Excluded, unknown, or with a score that is not a number."""
+    excluded = rank_of_target(SCORES, jnp.array([2, 2]), jnp.array([[2, 0], [2, 3]]))
+    unknown = rank_of_target(SCORES, jnp.array([0, 0]), jnp.zeros((2, 1), jnp.int32))
+    not_a_number = rank_of_target(jnp.full((1, 6), jnp.nan), jnp.array([1]), jnp.zeros((1, 1), jnp.int32))
+    ranks = np.concatenate([excluded, unknown, not_a_number])
+    assert ranks.tolist() == [MISS] * 5
+    for figure in (hit_rate(ranks, 10**9), ndcg(ranks, 10**9), reciprocal_rank(ranks)):
+        assert figure.tolist() == [0.0] * 5
 
 
 def test_equal_scores_rank_last() -> None:
@@ -45,17 +51,6 @@ def test_metrics_by_hand() -> None:
     np.testing.assert_allclose(reciprocal_rank(ranks), [1, 1 / 2, 1 / 10, 1 / 11])
     assert coverage(np.array([[1, 2], [2, 3]]), item_count=6) == 3 / 6
     assert coverage(np.array([[1, 0], [0, 0]]), item_count=1) == 1.0  # 0: nothing was left to recommend
-
-
-def test_bootstrap_interval_holds_the_normal_one() -> None:
-    values = (np.arange(400) % 4 == 0).astype(float)  # mean 1/4, standard error sqrt(3/16 / 400)
-    estimate = bootstrap_mean(values)
-    error = math.sqrt(3 / 16 / 400)
-    assert estimate.mean == 1 / 4
-    assert estimate.low == pytest.approx(1 / 4 - 1.96 * error, abs=error / 3)
-    assert estimate.high == pytest.approx(1 / 4 + 1.96 * error, abs=error / 3)
-    with pytest.raises(ValueError, match="no cases"):
-        bootstrap_mean(np.array([]))
 
 
 def test_loss_by_hand() -> None:

@@ -14,7 +14,7 @@ from jaxrec.models.neighbours import BACKWARD, LAG_DECAY, POWER, Neighbours, ini
 
 def log(*histories: str) -> PreparedData:
     """One letter an event, in order. Under leave-one-out a user's last two events are not training: here they are
-    two items that nobody trains on."""
+    two items without training events."""
     events = [(user, item) for user, text in enumerate(histories, 1) for item in [*text, "y", "z"]]
     interactions = pd.DataFrame(
         {

@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxrec.config import ModelConfig
 from jaxrec.data.events import Events
-from jaxrec.models.cooccurrence import RECENT, CoOccurrence, recent_items
+from jaxrec.models.cooccurrence import RECENT_ITEMS, CoOccurrence, recent_items
 from jaxrec.models.features import GAP_BUCKETS, RatingEmbedding, gap_bucket
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.models.lstm import LSTM
@@ -190,7 +190,7 @@ def test_cooccurrence_scores_by_the_neighbours_of_the_last_events() -> None:
     )
     padded = Neighbours(*(np.pad(table, ((0, 1), (0, 0))) for table in neighbours))
     recent = recent_items(np.array([[1, 2, 1, 0]], np.int32), np.array([3], np.int32))
-    np.testing.assert_array_equal(recent, [[1, 2, 1] + [0] * (RECENT - 3)])
+    np.testing.assert_array_equal(recent, [[1, 2, 1] + [0] * (RECENT_ITEMS - 3)])
     scores = CoOccurrence(padded).scores(recent)
     np.testing.assert_allclose(scores, [[0, 0, 8 * (1 + 0.75**2), 4 * (1 + 0.75**2) + 1 * 0.75]], rtol=1e-6)
 

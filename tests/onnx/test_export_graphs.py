@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from jaxrec.errors import ExportError
-from jaxrec.models.cooccurrence import RECENT
+from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx import convert
 from jaxrec.onnx.convert import sequence_graph, step_graph
@@ -76,7 +76,7 @@ def test_types_and_shapes_follow_the_inputs(exported) -> None:
         )
         found = {name: (array.dtype.name, array.shape) for name, array in answer.items()}
         assert found == {
-            "state": ("float32", (batch, 64 + RECENT)),
+            "state": ("float32", (batch, 64 + RECENT_ITEMS)),
             "items": ("int32", (batch, k)),
             "scores": ("float32", (batch, k)),
         }
@@ -138,7 +138,7 @@ def test_gate_order_by_hand() -> None:
         )
     )
     session = onnxruntime.InferenceSession(step_graph(weights), providers=["CPUExecutionProvider"])
-    nothing = [0.0] * RECENT
+    nothing = [0.0] * RECENT_ITEMS
     state = np.array([[0.3, 0.9, 0.0, 0.5, *nothing]], np.float32)  # h, c of the LSTM; h, c of the content model
     inputs = {
         "state": state,
@@ -190,18 +190,18 @@ def test_a_step_that_differs_is_found(small_hybrid: Hybrid, model_directory: Pat
 
 def test_what_tf2onnx_only_logs_is_an_error(small_hybrid: Hybrid, monkeypatch: pytest.MonkeyPatch) -> None:
     tf, _ = convert._load_tensorflow()
-    from jaxrec.onnx import tf_forward as mirror
+    from jaxrec.onnx import tf_forward
 
-    monkeypatch.setattr(mirror, "_policy_shift", lambda policy, query: tf.math.igamma(query, query))
+    monkeypatch.setattr(tf_forward, "_policy_shift", lambda policy, query: tf.math.igamma(query, query))
     with pytest.raises(ExportError, match=r"step\.onnx: tf2onnx: .*Igamma"):
         step_graph(extract_weights(small_hybrid))
 
 
 def test_an_lstm_that_is_not_fused_is_an_error(small_hybrid: Hybrid, monkeypatch: pytest.MonkeyPatch) -> None:
     convert._load_tensorflow()
-    from jaxrec.onnx import tf_forward as mirror
+    from jaxrec.onnx import tf_forward
 
-    monkeypatch.setattr(mirror, "_lstm", lambda weights, x, h, c: (h, c))
+    monkeypatch.setattr(tf_forward, "_lstm", lambda weights, x, h, c: (h, c))
     with pytest.raises(ExportError, match=r"step\.onnx: expected two LSTM operators and no loop, found"):
         step_graph(extract_weights(small_hybrid))
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxrec.data.events import Events
-from jaxrec.models.cooccurrence import RECENT, RECENT_DECAY
+from jaxrec.models.cooccurrence import RECENT_DECAY, RECENT_ITEMS
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.onnx.parity import Probe, make_probe
@@ -84,14 +84,14 @@ def reference(hybrid: Hybrid, history: Probe) -> tuple[np.ndarray, np.ndarray]:
         query = query + inner @ array(policy.outer.kernel) + array(policy.outer.bias)
         bias = bias + array(policy.item_bias)
     logits = np.concatenate(vectors, axis=1) @ query + bias
-    recent = history.item[0][::-1][:RECENT]
+    recent = history.item[0][::-1][:RECENT_ITEMS]
     items = np.asarray(hybrid.cooccurrence.neighbour_item[...])
     weights = array(hybrid.cooccurrence.neighbour_weight)
     for age, item in enumerate(recent):
         for neighbour, weight in zip(items[item], weights[item], strict=True):
             logits[neighbour] += float(hybrid.cooccurrence_weight[...]) * RECENT_DECAY**age * weight
     logits[0] = NEVER
-    return logits, np.concatenate([*state, np.pad(recent, (0, RECENT - len(recent)))])
+    return logits, np.concatenate([*state, np.pad(recent, (0, RECENT_ITEMS - len(recent)))])
 
 
 @pytest.fixture(scope="module")

@@ -38,13 +38,13 @@ def test_what_the_manifest_says_of_recall_is_what_the_index_does() -> None:
         np.put_along_axis(logits, exclude.astype(np.int64), -np.inf, axis=1)
         queries = index_points(query, np.ones(25, np.float32))
         excluded = (exclude > 0).sum(axis=1)
-        for k, told in ((10, index.recall[kind].of_top), (100, index.recall[kind].of_many)):
+        for k, reported in ((10, index.recall[kind].of_top), (100, index.recall[kind].of_many)):
             best = np.argsort(-logits[:, 1:], axis=1)[:, :k] + 1
             found = [
                 loaded.search(row[None], int(index.candidates + 4 * k + m))[1][0] + 1
                 for row, m in zip(queries, excluded, strict=True)
             ]
-            assert told == pytest.approx(
+            assert reported == pytest.approx(
                 np.mean([np.isin(row, ids).mean() for row, ids in zip(best, found, strict=True)])
             )
         assert index.recall[kind].of_top >= LEAST_RECALL

@@ -15,7 +15,7 @@ import pytest
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import ExportError
 from jaxrec.evaluation.baselines import decayed_popularity
-from jaxrec.models.cooccurrence import RECENT
+from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx import model_directory as model_directory_module
 from jaxrec.onnx.model_directory import export_model
@@ -60,7 +60,8 @@ def test_manifest_describes_the_graphs(manifest: dict) -> None:
     assert manifest["graphs"]["sequence"]["file"] == "sequence.onnx"
     assert manifest["graphs"]["step"]["file"] == "step.onnx"
     assert manifest["graphs"]["sequence"]["inputs"]["item"] == {"dtype": "int32", "shape": ["batch", "length"]}
-    assert manifest["graphs"]["sequence"]["outputs"]["state"] == {"dtype": "float32", "shape": ["batch", 64 + RECENT]}
+    state = manifest["graphs"]["sequence"]["outputs"]["state"]
+    assert state == {"dtype": "float32", "shape": ["batch", 64 + RECENT_ITEMS]}
     assert list(manifest["graphs"]["step"]["outputs"]) == ["next_state", "items", "scores"]
 
 
@@ -92,7 +93,7 @@ def test_an_existing_directory_is_replaced_as_a_whole(
     (out / "manifest.json").write_text("{}")
     (out / "stale.txt").write_text("old")
     unrated = dataclasses.replace(small_data, config=dataclasses.replace(small_data.config, rating_scale=None))
-    manifest = export_model(small_hybrid, unrated, out, policy="reinforce", **SUMMARIES)
+    manifest = export_model(small_hybrid, unrated, out, **SUMMARIES)
     assert not (out / "stale.txt").exists()
     assert json.loads((out / "manifest.json").read_text(encoding="utf-8")) == manifest
     assert manifest["rating_scale"] is None
@@ -105,7 +106,7 @@ def refused(tmp_path: Path, message: str, hybrid: Hybrid, data: PreparedData, **
     out.mkdir()
     (out / "old.txt").write_text("old")
     with pytest.raises(ExportError, match=message):
-        export_model(hybrid, data, out, **({"policy": "reinforce"} | SUMMARIES | changes))
+        export_model(hybrid, data, out, **(SUMMARIES | changes))
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "old.txt"]
 
 
@@ -124,11 +125,6 @@ def test_tampered_weights_are_refused(
 
     monkeypatch.setattr(model_directory_module, "extract_weights", tampered)
     refused(tmp_path, r"sequence\.onnx: states differ from JAX by up to", small_hybrid, small_data)
-
-
-def test_the_policy_must_be_the_models(small_data: PreparedData, small_hybrid: Hybrid, tmp_path: Path) -> None:
-    message = "policy is 'supervised', expected 'reinforce': the model has a policy head"
-    refused(tmp_path, message, small_hybrid, small_data, policy="supervised")
 
 
 def test_a_metric_that_is_no_number_is_refused(small_data: PreparedData, small_hybrid: Hybrid, tmp_path: Path) -> None:

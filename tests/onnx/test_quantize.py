@@ -9,12 +9,12 @@ import pytest
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import ExportError
 from jaxrec.evaluation.ranking import Ranked, rank_cases
+from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx import quantize
 from jaxrec.onnx.model_directory import export_model
 from jaxrec.onnx.parity import make_probe
-from jaxrec.onnx.quantize import check_quality, graph_scorer, judge, quantize_lstms
-from jaxrec.runs.evaluate import hybrid_scorer
+from jaxrec.onnx.quantize import check_quality, compare_ranked, graph_scorer, quantize_lstms
 
 
 def test_scorer_of_the_graph_ranks_as_jax_does(
@@ -57,14 +57,14 @@ TEN = list(range(1, 11))
 def test_gate_on_overlap_and_ndcg() -> None:
     exact = ranked([1, 3] * 50, [TEN] * 100)
     # 1,000 places: 10 may differ, in any order.
-    figures = judge(exact, ranked([1, 3] * 50, [TEN[::-1]] * 90 + [[*TEN[:9], 11]] * 10))
+    figures = compare_ranked(exact, ranked([1, 3] * 50, [TEN[::-1]] * 90 + [[*TEN[:9], 11]] * 10))
     assert figures["top_10_overlap"] == pytest.approx(0.99)
     # NDCG@10 of ranks 1 and 3: (1 + 1 / log2(4)) / 2.
     assert figures["ndcg_10_float32"] == pytest.approx(0.75)
     with pytest.raises(ExportError, match=r"overlap by 0\.9890 \(expected 0\.99 or more\)"):
-        judge(exact, ranked([1, 3] * 50, [TEN] * 89 + [[*TEN[:9], 11]] * 11))
+        compare_ranked(exact, ranked([1, 3] * 50, [TEN] * 89 + [[*TEN[:9], 11]] * 11))
     with pytest.raises(ExportError, match=r"is 0\.74500 beside 0\.75000 \(expected within 0\.5%\)"):
-        judge(exact, ranked([3, 3] + [1, 3] * 49, [TEN] * 100))
+        compare_ranked(exact, ranked([3, 3] + [1, 3] * 49, [TEN] * 100))
 
 
 def test_a_model_that_gets_worse_is_not_exported(
@@ -82,7 +82,6 @@ def test_a_model_that_gets_worse_is_not_exported(
     with pytest.raises(ExportError, match=r"^int8: .*export without --int8$"):
         export_model(
             *(small_hybrid, small_data, tmp_path / "model"),
-            policy="reinforce",
             training={},
             metrics={},
             licence="",

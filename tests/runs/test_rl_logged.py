@@ -13,7 +13,8 @@ from jaxrec.config import RLConfig
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import DataError, TrainingError, TrainingStopped
 from jaxrec.evaluation.metrics import ndcg
-from jaxrec.evaluation.ranking import jit_scorer, rank_cases
+from jaxrec.evaluation.ranking import rank_cases
+from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.methods import TOP_K
@@ -147,7 +148,7 @@ def test_judged_figures_are_those_of_the_loaded_policy(run: Run, small_data: Pre
     assert outcome is not None
     assert hybrid is not None
     for model, expected in ((supervised, outcome.figures["supervised"]), (hybrid, outcome.figures["policy"])):
-        scorer = jit_scorer(model, lambda model, events, gap: model.logits(events, gap)[0])
+        scorer = hybrid_scorer(model)
         figures = [
             ndcg(rank_cases(scorer, small_data, small_data.split.validation, 50, time).ranks, 10).mean()
             for time in (False, True)

@@ -162,7 +162,9 @@ def measured(reward: float, ndcg_rank: np.ndarray, spread: float = 0.0) -> Measu
     rewards = reward + spread * np.tile([-1.0, 1.0], 20)
     ranks = np.stack([ndcg_rank, ndcg_rank])
     zeros = np.zeros(ranks.shape)
-    logged = Judged(ranks, zeros, {}, zeros, np.ones(len(ndcg_rank)), np.ones((2, len(ndcg_rank), 10), np.int64), 60)
+    count = len(ndcg_rank)
+    top = np.ones((2, count, 10), np.int64)
+    logged = Judged(ranks, zeros, {}, zeros, np.ones(count), top, 60, np.arange(count))
     return Measured(Played(rewards, rewards, rewards, 0.5), logged)
 
 

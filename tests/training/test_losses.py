@@ -11,7 +11,8 @@ from flax import nnx
 from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.evaluation.metrics import hit_rate
-from jaxrec.evaluation.ranking import jit_scorer, model_logits, rank_cases
+from jaxrec.evaluation.ranking import rank_cases
+from jaxrec.evaluation.scorers import sequence_scorer
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.training.loop import train_model
 from jaxrec.training.losses import next_item_loss, sampled_softmax_loss
@@ -103,7 +104,7 @@ def test_a_markov_log_is_learned_from_samples(tmp_path: Path) -> None:
     config = ModelConfig(embedding=16, hidden=32, max_length=16, input_dropout=0.0, output_dropout=0.1)
     training = TrainConfig(max_epochs=12, patience=12, batch_tokens=256, learning_rate=1e-2, sampled_items=8)
     model = train_model(TimeRatingAwareLSTM(40, config, rngs=nnx.Rngs(0)), data, training, tmp_path, "test").model
-    ranks = rank_cases(jit_scorer(model, model_logits), data, data.split.test, 16, request_time=False).ranks
+    ranks = rank_cases(sequence_scorer(model), data, data.split.test, 16, request_time=False).ranks
     assert hit_rate(ranks, 3).mean() > 0.75  # at best 0.9 and a little
 
 

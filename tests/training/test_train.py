@@ -17,9 +17,10 @@ from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import TrainingError
 from jaxrec.evaluation.metrics import hit_rate
-from jaxrec.evaluation.ranking import jit_scorer, model_logits, rank_cases
+from jaxrec.evaluation.ranking import rank_cases
+from jaxrec.evaluation.scorers import sequence_scorer
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
-from jaxrec.training.loop import Trained, load_trained, train_model
+from jaxrec.training.loop import TrainedModel, load_trained, steps_key, train_model
 from jaxrec.training.sharding import data_mesh
 from jaxrec.training.step import initial_state, make_optimizer, make_train_step, seen_items, training_loss
 from tests.synthetic import markov_log, random_log, shuffled_items
@@ -31,7 +32,7 @@ KEEP_ALL = PrepareConfig(min_user_ratings=1, min_movie_ratings=1)
 
 
 def hits_at_3(data: PreparedData, model: TimeRatingAwareLSTM) -> np.ndarray:
-    ranks = rank_cases(jit_scorer(model, model_logits), data, data.split.test, 16, request_time=False).ranks
+    ranks = rank_cases(sequence_scorer(model), data, data.split.test, 16, request_time=False).ranks
     return hit_rate(ranks, 3)
 
 
@@ -53,12 +54,12 @@ def data() -> PreparedData:
     return prepare(random_log(users=40, items=20, max_events=20, seed=5), None, KEEP_ALL)
 
 
-def train(data: PreparedData, folder: Path, max_epochs: int = 4, seed: int = 0) -> Trained[TimeRatingAwareLSTM]:
+def train(data: PreparedData, folder: Path, max_epochs: int = 4, seed: int = 0) -> TrainedModel[TimeRatingAwareLSTM]:
     config = TrainConfig(seed=seed, max_epochs=max_epochs, patience=99, batch_tokens=64)
     return train_model(TimeRatingAwareLSTM(20, MODEL, rngs=nnx.Rngs(seed)), data, config, folder, "test")
 
 
-def curve(trained: Trained[TimeRatingAwareLSTM]) -> list[tuple[float, float]]:
+def curve(trained: TrainedModel[TimeRatingAwareLSTM]) -> list[tuple[float, float]]:
     return [(record["loss"], record["validation_ndcg_10"]) for record in trained.epochs]
 
 
@@ -120,6 +121,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(data: PreparedData, tmp_p
     model.item_embedding[...] = model.item_embedding[...] * np.inf
     with pytest.raises(TrainingError, match=r"is not finite at step 0 \(epoch 0\); no checkpoint was made yet"):
         train_model(model, data, TRAIN, tmp_path, "test")
+
+
+def test_models_of_a_run_share_no_key_with_each_other_or_with_the_initialization() -> None:
+    rngs = nnx.Rngs(0)
+    keys = [rngs.params() for _ in range(20)]
+    keys += [jax.random.fold_in(steps_key(0, name), step) for name in ("a", "b") for step in range(20)]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 60
 
 
 def test_the_step_compiles_once_and_the_genres_stay_fixed() -> None:
@@ -190,7 +198,7 @@ def test_eight_devices_give_the_loss_of_one() -> None:
 
 
 def test_the_softmax_leaves_out_what_the_window_has_shown() -> None:
-    """Two windows in a row, abca and bda, and a place of padding; before both, e and c were taken. What a position has
+    """Two windows in a row, abca and bda, and a place of padding; before both come e and c. What a position has
     seen, without its target."""
     a, b, c, d, e = 1, 2, 3, 4, 5
     item = np.array([[a, b, c, b, d, 0]], np.int32)
@@ -202,14 +210,14 @@ def test_the_softmax_leaves_out_what_the_window_has_shown() -> None:
     assert seen[:5] == [{a, c, e}, {a, b, e}, {b, c, e}, {b, c, e}, {b, c, d, e}]
 
 
-def test_items_that_nobody_has_taken_are_no_candidates(data: PreparedData) -> None:
-    """Whatever their vectors and biases are, the loss is the same and they get no gradient; a taken item's matter."""
+def test_items_without_training_events_are_no_candidates(data: PreparedData) -> None:
+    """Their vectors and biases do not change the loss and get no gradient; those of another item do."""
     batch = next(TrainingData(data, max_length=16, batch_tokens=64).epoch(0, 0))
-    missing, taken = 20, int(batch.target[0, 0])
+    missing, present = 20, int(batch.target[0, 0])
     trained_items = np.arange(21) != missing
     batch = batch._replace(
-        events=batch.events._replace(item=np.where(batch.events.item == missing, taken, batch.events.item)),
-        target=np.where(batch.target == missing, taken, batch.target),
+        events=batch.events._replace(item=np.where(batch.events.item == missing, present, batch.events.item)),
+        target=np.where(batch.target == missing, present, batch.target),
     )
     model = TimeRatingAwareLSTM(20, MODEL, rngs=nnx.Rngs(0))
     graphdef, variables = nnx.split(model)
@@ -221,9 +229,9 @@ def test_items_that_nobody_has_taken_are_no_candidates(data: PreparedData) -> No
     of_loss = jax.grad(loss)(variables)
     for gradient in (of_loss["item_embedding"][...], of_loss["item_bias_table"][...]):
         np.testing.assert_array_equal(gradient[missing], 0.0)
-        assert np.abs(gradient[taken]).max() > 0
+        assert np.abs(gradient[present]).max() > 0
     before = float(loss(variables))
     model.item_bias_table[...] = model.item_bias_table[...].at[missing].set(5.0)
     assert float(loss(nnx.state(model))) == before
-    model.item_bias_table[...] = model.item_bias_table[...].at[taken].set(5.0)
+    model.item_bias_table[...] = model.item_bias_table[...].at[present].set(5.0)
     assert float(loss(nnx.state(model))) != before

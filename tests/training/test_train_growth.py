@@ -1,4 +1,4 @@
-"""A run goes on with appended data: what it learned stays, new items and genres begin anew, other data is refused."""
+"""A run resumes with appended data: what it learned stays, new items and genres are fresh, other data is refused."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from jaxrec.data.append import append_directory
 from jaxrec.data.prepare import prepare_directory
 from jaxrec.models.sequence import TimeRatingAwareContentModel
 from jaxrec.runs.directory import load_supervised, open_run
-from jaxrec.training.checkpoints import Checkpoints, Progress
+from jaxrec.training.checkpoints import Checkpoints, TrainProgress
 from jaxrec.training.log import read_epochs, read_steps
 from jaxrec.training.resize import genre_rows, restored_state
 from jaxrec.training.step import TrainState, initial_state, make_optimizer
@@ -38,26 +38,28 @@ def state_of(items: int, genres: list[str], seed: int, fill: float | None = None
     return filled._replace(fixed=state.fixed)
 
 
-def test_growth_by_hand(tmp_path: Path) -> None:
+def test_resizing_by_hand(tmp_path: Path) -> None:
     old, new = state_of(3, ["Comedy", "War"], 0, fill=0.5), state_of(5, ["Action", "Comedy", "War"], 1)
-    saved = Progress(3, 4, ["Comedy", "War"])
+    saved = TrainProgress(3, 4, ["Comedy", "War"])
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(old, saved)
         checkpoints.wait()
-        now = Progress(5, 6, ["Action", "Comedy", "War"], data_version=1)
-        grown = restored_state(checkpoints, 0, saved, new, now)
+        now = TrainProgress(5, 6, ["Action", "Comedy", "War"], data_version=1)
+        resized = restored_state(checkpoints, 0, saved, new, now)
     for table in ("item_embedding", "item_bias_table"):
-        np.testing.assert_array_equal(grown.params[table][:4], 0.5)
-        np.testing.assert_array_equal(grown.params[table][4:], new.params[table][4:])
-    kernel = grown.params["genre_projection"]["kernel"]
-    np.testing.assert_array_equal(kernel[0], new.params["genre_projection"]["kernel"][0])
+        np.testing.assert_array_equal(resized.params[table][...][:4], 0.5)
+        np.testing.assert_array_equal(resized.params[table][...][4:], new.params[table][...][4:])
+    kernel = resized.params["genre_projection"]["kernel"][...]
+    np.testing.assert_array_equal(kernel[0], new.params["genre_projection"]["kernel"][...][0])
     np.testing.assert_array_equal(kernel[1:], 0.5)
-    np.testing.assert_array_equal(grown.params["lstm"]["kernel"], 0.5)
-    np.testing.assert_array_equal(grown.fixed["genre_matrix"], new.fixed["genre_matrix"])
-    adam, _, schedule = grown.opt_state[1]
+    np.testing.assert_array_equal(resized.params["lstm"]["kernel"][...], 0.5)
+    np.testing.assert_array_equal(resized.fixed["genre_matrix"][...], new.fixed["genre_matrix"][...])
+    adam, _, schedule = resized.opt_state[1]
     for moments in (adam.mu, adam.nu):
-        np.testing.assert_array_equal(moments["item_embedding"], np.repeat([[0.5], [0.0]], [4, 2], axis=0) * np.ones(4))
-        np.testing.assert_array_equal(moments["genre_projection"]["kernel"][:, 0], [0.0, 0.5, 0.5])
+        np.testing.assert_array_equal(
+            moments["item_embedding"][...], np.repeat([[0.5], [0.0]], [4, 2], axis=0) * np.ones(4)
+        )
+        np.testing.assert_array_equal(moments["genre_projection"]["kernel"][...][:, 0], [0.0, 0.5, 0.5])
     assert (int(adam.count), int(schedule.count)) == (7, 0)
 
 
@@ -90,7 +92,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_goes_on_with_appended_data(trained: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_appended_data(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(trained / "run", out)
     (out / "policy").mkdir()
@@ -106,11 +108,11 @@ def test_a_run_goes_on_with_appended_data(trained: Path, tmp_path: Path) -> None
     steps = read_steps(out / "content")
     assert [record["step"] for record in steps] == list(range(len(steps)))
     assert next(record["learning_rate"] for record in steps if record["epoch"] == 2) == 0.0  # it warms up again
-    grown = open_run(out)
-    assert (grown.item_count, grown.data_version, grown.train_config.max_epochs) == (40, 1, 3)
+    resized = open_run(out)
+    assert (resized.item_count, resized.data_version, resized.train_config.max_epochs) == (40, 1, 3)
     assert not (out / "policy").exists()  # it was of the old models
     assert not (out / "policy.partial").exists()
-    hybrid = load_supervised(grown, grown.read_data())
+    hybrid = load_supervised(resized, resized.read_data())
     assert hybrid.item_vectors().shape[0] == 41
     # The same command again finds nothing left to do, whether it was killed before its end or not.
     mix = (out / "hybrid.json").read_text()

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or broken goes on from any step as if nothing had happened, and its logs with it."""
+"""A run that is stopped, killed or broken resumes from any step with the same result and the same logs."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from jaxrec.data.store import write_prepared
 from jaxrec.errors import TrainingError, TrainingStopped
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.training.log import STEPS_FILE, TENSORBOARD_FOLDER, read_epochs, read_steps
-from jaxrec.training.loop import Trained, load_trained, train_model
+from jaxrec.training.loop import TrainedModel, load_trained, train_model
 from jaxrec.training.stopping import StopRequested, never, stop_on_signals
 from tests.synthetic import random_log
 
@@ -47,19 +47,21 @@ def data() -> PreparedData:
 
 def train(
     data: PreparedData, folder: Path, stop: StopRequested = never, checkpoints: CheckpointConfig = CheckpointConfig()
-) -> Trained[TimeRatingAwareLSTM]:
+) -> TrainedModel[TimeRatingAwareLSTM]:
     model = TimeRatingAwareLSTM(20, MODEL, rngs=nnx.Rngs(0))
     return train_model(model, data, TRAIN, folder, "test", checkpoint_config=checkpoints, stop=stop)
 
 
 @pytest.fixture(scope="module")
-def whole(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained[TimeRatingAwareLSTM]]:
+def whole(
+    data: PreparedData, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, TrainedModel[TimeRatingAwareLSTM]]:
     """A run that was left in peace."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, train(data, folder, checkpoints=CheckpointConfig(keep=1))
 
 
-def assert_same(folder: Path, trained: Trained[TimeRatingAwareLSTM], whole: tuple[Path, Trained]) -> None:
+def assert_same(folder: Path, trained: TrainedModel[TimeRatingAwareLSTM], whole: tuple[Path, TrainedModel]) -> None:
     """The loss of every step, the figures of every epoch and every weight."""
     assert read_steps(folder) == read_steps(whole[0])
     assert [record["step"] for record in read_steps(folder)] == list(range(STEPS * 4))
@@ -71,7 +73,7 @@ def assert_same(folder: Path, trained: Trained[TimeRatingAwareLSTM], whole: tupl
 
 
 def test_a_run_stopped_again_and_again_equals_one_left_in_peace(
-    data: PreparedData, tmp_path: Path, whole: tuple[Path, Trained]
+    data: PreparedData, tmp_path: Path, whole: tuple[Path, TrainedModel]
 ) -> None:
     messages = []
     for ask in (3, 5, 11, 99):  # the question, of step or validation batch, that is answered by yes
@@ -101,7 +103,7 @@ train(prepare(random_log(users=40, items=20, max_events=20, seed=5), None, Prepa
 
 
 def test_a_killed_run_leaves_a_usable_checkpoint(
-    data: PreparedData, tmp_path: Path, whole: tuple[Path, Trained]
+    data: PreparedData, tmp_path: Path, whole: tuple[Path, TrainedModel]
 ) -> None:
     # The moments of bench/kill_training.py, but two: a step after the start, and while some checkpoint is written.
     def steps_logged() -> bool:
@@ -169,7 +171,7 @@ def test_a_second_ctrl_c_interrupts() -> None:
 
 
 def test_nan_stops_with_the_steps_that_are_lost(
-    data: PreparedData, tmp_path: Path, whole: tuple[Path, Trained], monkeypatch: pytest.MonkeyPatch
+    data: PreparedData, tmp_path: Path, whole: tuple[Path, TrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     epoch = TrainingData.epoch
 
@@ -190,7 +192,7 @@ def test_nan_stops_with_the_steps_that_are_lost(
     assert_same(tmp_path, train(data, tmp_path), whole)
 
 
-def test_the_latest_checkpoint_and_the_best_are_kept(whole: tuple[Path, Trained]) -> None:
+def test_the_latest_checkpoint_and_the_best_are_kept(whole: tuple[Path, TrainedModel]) -> None:
     folder, trained = whole
     best = max(trained.epochs, key=lambda record: record["validation_ndcg_10"])["checkpoint"]
     kept = {int(path.name) for path in (folder / "checkpoints").iterdir()}
@@ -200,7 +202,7 @@ def test_the_latest_checkpoint_and_the_best_are_kept(whole: tuple[Path, Trained]
     assert_same(folder, loaded, whole)
 
 
-def test_logs(whole: tuple[Path, Trained]) -> None:
+def test_logs(whole: tuple[Path, TrainedModel]) -> None:
     folder, trained = whole
     assert read_epochs(folder) == trained.epochs
     steps = read_steps(folder)

@@ -18,9 +18,10 @@ from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import DataError
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.models.tables import GENRE_ROWS, ITEM_ROWS, has_rows_of
 from jaxrec.training.log import read_steps
-from jaxrec.training.loop import Trained, train_model
-from jaxrec.training.sharding import ITEM_TABLES, data_mesh
+from jaxrec.training.loop import TrainedModel, train_model
+from jaxrec.training.sharding import data_mesh
 from jaxrec.training.stopping import StopRequested, never
 from tests.synthetic import random_log
 
@@ -33,7 +34,7 @@ def small_data() -> PreparedData:
     return prepare(random_log(users=40, items=ITEMS, max_events=20, seed=5), None, PrepareConfig(1, 1))
 
 
-def train(folder: Path, item_shards: int = 1, stop: StopRequested = never) -> Trained[TimeRatingAwareContentModel]:
+def train(folder: Path, item_shards: int = 1, stop: StopRequested = never) -> TrainedModel[TimeRatingAwareContentModel]:
     """A content model with genres, so that a table that is never trained is split as well."""
     genres = np.eye(ITEMS + 1, 4, k=-1, dtype=np.float32)
     model = TimeRatingAwareContentModel(ITEMS, genres, MODEL, rngs=nnx.Rngs(0))
@@ -51,13 +52,13 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainedModel]:
     """The run of one device. A batch holds 8 rows there as well."""
     folder = tmp_path_factory.mktemp("alone")
     return folder, train(folder)
 
 
-def assert_as_alone(folder: Path, alone: tuple[Path, Trained], saved: Path) -> None:
+def assert_as_alone(folder: Path, alone: tuple[Path, TrainedModel], saved: Path) -> None:
     """`saved`: the variables of the best epoch."""
     np.testing.assert_allclose(losses(folder), losses(alone[0]), atol=1e-5)
     with np.load(saved) as arrays:
@@ -96,7 +97,7 @@ def start_python(code: str, devices: int, *arguments: object) -> subprocess.Pope
     )
 
 
-def test_eight_devices_train_as_one(tmp_path: Path, alone: tuple[Path, Trained]) -> None:
+def test_eight_devices_train_as_one(tmp_path: Path, alone: tuple[Path, TrainedModel]) -> None:
     # Stopped in the first epoch on a mesh [data, items] of 4 x 2, then resumed on 2 x 4; 8 x 1: tests/test_train.py.
     process = start_python(EIGHT_DEVICES, 8, tmp_path)
     output, _ = process.communicate(timeout=DEADLINE_SECONDS)
@@ -137,14 +138,16 @@ def test_no_device_holds_a_whole_table() -> None:
 
 
 def test_every_table_with_a_row_per_item_is_known_as_one() -> None:
-    def shapes(items: int) -> dict[tuple[str, ...], tuple[int, ...]]:
-        genres = np.zeros((items + 1, 4), np.float32)
-        model = TimeRatingAwareContentModel(items, genres, MODEL, rngs=nnx.Rngs(0))
-        leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
-        return {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
+    def variables(items: int, genres: int) -> dict[tuple[str, ...], nnx.Variable]:
+        table = np.zeros((items + 1, genres), np.float32)
+        model = TimeRatingAwareContentModel(items, table, MODEL, rngs=nnx.Rngs(0))
+        return dict(nnx.to_flat_state(nnx.state(model)))
 
-    fewer, more = shapes(20), shapes(21)
-    assert {path[0] for path, shape in fewer.items() if more[path] != shape} == ITEM_TABLES
+    fewer, other_sizes = variables(20, 4), {ITEM_ROWS: variables(21, 4), GENRE_ROWS: variables(20, 5)}
+    for kind, more in other_sizes.items():
+        changed = {path for path, variable in fewer.items() if more[path].shape[0] != variable.shape[0]}
+        assert changed
+        assert {path for path, variable in fewer.items() if has_rows_of(variable, kind)} == changed
 
 
 def test_shards_have_to_fit_the_devices() -> None:
@@ -191,7 +194,9 @@ def two_processes(folder: Path, killed: int) -> tuple[list[int], list[str]]:
     return [process.returncode for process in processes], outputs
 
 
-def test_two_processes_train_as_one_and_end_when_one_is_killed(tmp_path: Path, alone: tuple[Path, Trained]) -> None:
+def test_two_processes_train_as_one_and_end_when_one_is_killed(
+    tmp_path: Path, alone: tuple[Path, TrainedModel]
+) -> None:
     # The questions: before each epoch and at its end. The fifth comes when two epochs are over.
     statuses, outputs = two_processes(tmp_path, killed=4)
     assert statuses == [1, -signal.SIGKILL], outputs

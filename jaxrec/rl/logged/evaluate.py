@@ -15,7 +15,8 @@ from jaxrec.data.events import Events
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.split import Cases
-from jaxrec.evaluation.metrics import Estimate, bootstrap_mean, coverage, exclude_items, hit_rate, ndcg, rank_of_target
+from jaxrec.evaluation.bootstrap import Estimate, bootstrap, resample
+from jaxrec.evaluation.metrics import coverage, exclude_items, hit_rate, ndcg, rank_of_target
 from jaxrec.models.cooccurrence import recent_items
 from jaxrec.models.features import Array
 from jaxrec.models.hybrid import Hybrid, PolicyHead
@@ -50,7 +51,8 @@ class CaseStates(NamedTuple):
 class Judged:
     """Per case, each [2, cases] without and with the request time: `rank` of the target, the discounted reward of the
     greedy top 10 and its terms, `kl` to the supervised policy; `top` [2, cases, 10] int32 that top; `weight` [cases]:
-    the target's unit rating; `item_count`: the catalogue's."""
+    the target's unit rating; `item_count`: the catalogue's; `users` [cases]: whose
+    case it is."""
 
     rank: np.ndarray
     reward: np.ndarray
@@ -59,6 +61,7 @@ class Judged:
     weight: np.ndarray
     top: np.ndarray
     item_count: int
+    users: np.ndarray
 
     def reward_weighted_ndcg(self) -> np.ndarray:
         """[cases], scaled so that their mean is sum(weight * NDCG@10) / sum(weight)."""
@@ -93,7 +96,8 @@ def compare(policy: Judged, other: Judged, seed: int = 0) -> dict[str, Estimate]
         "reward_weighted_ndcg_10": policy.reward_weighted_ndcg() - other.reward_weighted_ndcg(),
         "ndcg_10": (ndcg(policy.rank, TOP) - ndcg(other.rank, TOP)).mean(axis=0),
     }
-    return {name: bootstrap_mean(values, seed) for name, values in columns.items()}
+    resamples = resample(policy.users, seed=seed)
+    return {name: bootstrap(values, resamples) for name, values in columns.items()}
 
 
 def decide(policy: Judged, supervised: Judged, anchor_only: Judged, permuted: Judged) -> Decision:
@@ -216,6 +220,7 @@ def make_judge(
             reward=columns.pop("reward"),
             terms=columns,
             weight=states.target_rating,
+            users=states.cases.users,
         )
 
     return judge

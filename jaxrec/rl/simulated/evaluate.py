@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrec.evaluation.metrics import bootstrap_mean
+from jaxrec.evaluation.bootstrap import bootstrap, resample
 from jaxrec.rl.logged.evaluate import Decision, Judged, compare, signed
 from jaxrec.rl.logged.learner import slate_coverage
 from jaxrec.rl.policy import greedy_slates, sample_slates
@@ -104,7 +104,7 @@ def decide(new: Measured, before: Measured, supervised: Judged) -> Decision:
     the mean of that is not more than NDCG_LOSS of their NDCG@10 lower.
     """
     figures, figures_before, ndcg_supervised = new.figures(), before.figures(), supervised.figures()["ndcg_10"]
-    gain = bootstrap_mean(new.played.reward - before.played.reward)
+    gain = bootstrap(new.played.reward - before.played.reward, resample(np.arange(len(new.played.reward))))
     difference = compare(new.logged, supervised)["ndcg_10"]
     held = {
         "a higher reward of the simulated users": gain.low > 0,

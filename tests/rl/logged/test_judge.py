@@ -9,7 +9,8 @@ from flax import nnx
 from jaxrec.config import RewardWeights, RLConfig
 from jaxrec.data.prepared import PreparedData
 from jaxrec.evaluation.metrics import ndcg
-from jaxrec.evaluation.ranking import jit_scorer, rank_cases
+from jaxrec.evaluation.ranking import rank_cases
+from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.evaluate import Judged, case_states, decide, make_judge
 from jaxrec.rl.logged.learner import new_learner
@@ -27,7 +28,8 @@ def judged(rank: np.ndarray, reward: float = 0.3) -> Judged:
     noise = np.random.default_rng(0).normal(0, 0.05, (2, len(rank)))
     zeros = np.zeros((2, len(rank)))
     top = np.ones((2, len(rank), 10), np.int32)
-    return Judged(np.stack([rank, rank]), reward + noise, {}, zeros, np.full(len(rank), 0.5), top, 50)
+    users = np.arange(len(rank))
+    return Judged(np.stack([rank, rank]), reward + noise, {}, zeros, np.full(len(rank), 0.5), top, 50, users)
 
 
 RANKS = np.arange(CASES) % 40 + 1
@@ -67,7 +69,7 @@ def test_reward_weighted_ndcg_by_hand() -> None:
     ranks = np.array([[1, 2, 11], [1, 3, 3]])
     zeros = np.zeros((2, 3))
     top = np.array([[[1, 2], [1, 2], [1, 3]], [[4, 0], [4, 0], [4, 0]]])
-    judged = Judged(ranks, zeros, {}, zeros, np.array([1.0, 0.5, 0.25]), top, 6)
+    judged = Judged(ranks, zeros, {}, zeros, np.array([1.0, 0.5, 0.25]), top, 6, np.arange(3))
     expected_ndcg = [1.0, (1 / np.log2(3) + 0.5) / 2, (0 + 0.5) / 2]
     expected = (1.0 * expected_ndcg[0] + 0.5 * expected_ndcg[1] + 0.25 * expected_ndcg[2]) / 1.75
     assert judged.figures()["reward_weighted_ndcg_10"] == pytest.approx(expected)
@@ -93,7 +95,7 @@ def test_judge_sees_what_the_recommender_does(
     states = case_states(hybrid, small_data, cases, item_ratings)
     judged = make_judge(graphdef, scoring, states, small_data, MAX_LENGTH, weights)(head)
 
-    scorer = jit_scorer(recommender, lambda model, events, gap: model.logits(events, gap)[0])
+    scorer = hybrid_scorer(recommender)
     targets = jnp.asarray(small_data.histories.items[cases.rows])
     ratings = jnp.asarray(small_data.unit_ratings()[cases.rows])
     for variant, request_time in enumerate((False, True)):

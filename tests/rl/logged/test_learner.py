@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxrec.config import RewardWeights, RLConfig
-from jaxrec.models.cooccurrence import RECENT
+from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.masks import NEVER
 from jaxrec.rl.logged.learner import make_updates, new_learner, pay
 from jaxrec.rl.logged.methods import ACTOR_CRITIC, METHODS, PLACKETT_LUCE, REINFORCE, TOP_K, Method
@@ -84,7 +84,7 @@ class Bandit:
         head = nnx.merge(self._graphdef, self._learner.head)
         values = []
         for context in range(CONTEXTS):
-            nothing = jnp.zeros((1, RECENT), jnp.int32)
+            nothing = jnp.zeros((1, RECENT_ITEMS), jnp.int32)
             logits = policy_logits(head, jnp.eye(CONTEXTS)[context][None], nothing, bandit_scoring())[0]
             of_items = jnp.zeros(CONTEXTS + 1).at[1 + (context + np.arange(3)) % CONTEXTS].set(jnp.float32(SHARES))
             values.append(float(expected_reward(logits, of_items, 3)))

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from jaxrec.config import RewardWeights, RLConfig
-from jaxrec.models.cooccurrence import RECENT
+from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.hybrid import PolicyHead
 from jaxrec.models.masks import NEVER
 from jaxrec.rl.logged.learner import new_head
@@ -52,7 +52,7 @@ def shown(world: World, state: np.ndarray, slate: np.ndarray, reward: np.ndarray
     terms = RewardTerms(*(np.zeros(slate.shape, np.float32) for _ in RewardTerms._fields))
     states = LogStates(
         query=np.eye(2, dtype=np.float32)[state],
-        recent=np.zeros((rows, RECENT), np.int32),
+        recent=np.zeros((rows, RECENT_ITEMS), np.int32),
         exclude=np.zeros((rows, 1), np.int32),
         slate=slate.astype(np.int32),
         log_propensities=np.zeros(slate.shape, np.float32),

@@ -8,7 +8,7 @@ import pytest
 from jaxrec.config import RLConfig
 from jaxrec.errors import DataError
 from jaxrec.evaluation.metrics import exclude_items
-from jaxrec.models.cooccurrence import RECENT
+from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.masks import NEVER
 from jaxrec.rl.logged.learner import new_head
 from jaxrec.rl.policy import sample_slates
@@ -95,7 +95,7 @@ def test_the_gate_judges_by_what_the_policy_in_use_showed_itself() -> None:
     terms = RewardTerms(*(rng.random((users, SLOTS)).astype(np.float32) for _ in RewardTerms._fields))
     states = LogStates(
         query=query,
-        recent=np.zeros((users, RECENT), np.int32),
+        recent=np.zeros((users, RECENT_ITEMS), np.int32),
         exclude=np.zeros((users, 1), np.int32),
         slate=np.asarray(slates),
         log_propensities=np.asarray(served_logprobs(drawn_from, slates)),

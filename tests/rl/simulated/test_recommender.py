@@ -14,6 +14,7 @@ from jaxrec.data.events import Events
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import UNKNOWN_GAP, RatingScale
 from jaxrec.evaluation.metrics import exclude_items
+from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.learner import new_head
 from jaxrec.rl.logged.states import training_states
@@ -33,7 +34,6 @@ from jaxrec.rl.simulated.recommender import (
 )
 from jaxrec.rl.simulated.train import OnPolicyConfig, train_on_policy
 from jaxrec.rl.simulated.users import SimulatorParams
-from jaxrec.runs.evaluate import hybrid_scorer
 from tests.rl.simulated.simulated import genre_lovers, hand_made
 
 EVENTS, SLATE = 6, 3

@@ -39,9 +39,7 @@ ITEMS, LARGE = 60, 3000
 def indexed_directory(small_data: PreparedData, small_hybrid: Hybrid, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model of `model_directory`, with an index."""
     out = tmp_path_factory.mktemp("indexed") / "model"
-    export_model(
-        small_hybrid, small_data, out, policy="reinforce", training={}, metrics={}, licence="Synthetic.", index=True
-    )
+    export_model(small_hybrid, small_data, out, training={}, metrics={}, licence="Synthetic.", index=True)
     return out
 
 
@@ -70,7 +68,6 @@ def large_directory(
         random_hybrid(data, 5, True),
         data,
         out,
-        policy="reinforce",
         training={},
         metrics={},
         licence="Synthetic.",

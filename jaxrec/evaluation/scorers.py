@@ -1,0 +1,68 @@
+"""The one interface of everything that is ranked: a Scorer, and the scorers of the learned models.
+
+`jaxrec.evaluation.baselines` has those of the others. All are ranked by `jaxrec.evaluation.ranking.rank_cases`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxrec.data.batches import CaseBatch
+from jaxrec.data.events import Events
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.sequence import TimeRatingAwareLSTM
+
+Logits = Callable[[Any, Events, jax.Array], jax.Array]
+
+
+class Scorer(Protocol):
+    """Scores every item for every case: a popularity count, a sequence model, the hybrid with its policy."""
+
+    def __call__(self, batch: CaseBatch, /) -> jax.Array | np.ndarray:
+        """Scores a batch of cases.
+
+        Args:
+            batch: the cases. Where `request_gap` is UNKNOWN_GAP there is no request time.
+
+        Returns:
+            [batch, items + 1] float32, higher is better. Column 0 (padding) and the items of `exclude` may have any
+            score: the ranking leaves them out.
+        """
+
+
+def sequence_scorer(model: TimeRatingAwareLSTM) -> Scorer:
+    """The scorer of one sequence model (TimeRatingAwareLSTM or TimeRatingAwareContentModel)."""
+    return compiled_scorer(model, sequence_logits)
+
+
+def hybrid_scorer(hybrid: Hybrid) -> Scorer:
+    """The scorer of a hybrid, with its policy if it has one."""
+    return compiled_scorer(hybrid, _hybrid_logits)
+
+
+def compiled_scorer(model: nnx.Module, logits: Logits) -> Scorer:
+    """A scorer that runs `logits(model, events, request_gap)` compiled, once per structure and batch shape."""
+    graphdef, variables = nnx.split(model)
+    return lambda batch: _compiled(graphdef, logits, variables, batch.events, batch.request_gap)
+
+
+def sequence_logits(model: TimeRatingAwareLSTM, events: Events, request_gap: jax.Array) -> jax.Array:
+    """[batch, items + 1] logits of one sequence model after each row's last event."""
+    item_vectors = model.item_vectors()
+    _, (h, _) = model.encode(events, item_vectors)
+    return model.query(h, request_gap) @ item_vectors.T + model.item_bias()
+
+
+def _hybrid_logits(hybrid: Hybrid, events: Events, request_gap: jax.Array) -> jax.Array:
+    return hybrid.logits(events, request_gap)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(
+    graphdef: nnx.GraphDef[Any], logits: Logits, variables: Any, events: Events, request_gap: jax.Array
+) -> jax.Array:
+    return logits(nnx.merge(graphdef, variables), events, request_gap)
