@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
-from jaxrec.data.append import append_directory
-from jaxrec.data.prepare import prepare_directory
+from jaxrec.data.append import append as append_events
+from jaxrec.data.prepare import prepare as prepare_data
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.reading.bad_rows import QUARANTINE_FILE, OnBadRows
 from jaxrec.data.reading.check import ReadOptions
@@ -145,8 +145,17 @@ def prepare(
     options = ReadOptions(columns, TimeUnit(time_unit), IdKind(ids), IdKind(ids))
     from jaxrec.data.report import write_report  # brings matplotlib, which takes a second to load
 
-    handling = OnBadRows(on_bad_rows)
-    _print_prepared(prepare_directory(ratings, movies, out, config, options, handling, memory, write_report), out)
+    result = prepare_data(
+        ratings,
+        movies,
+        config,
+        out=out,
+        options=options,
+        on_bad_rows=OnBadRows(on_bad_rows),
+        memory_gb=memory,
+        add_files=write_report,
+    )
+    _print_prepared(result, out)
 
 
 @click.command()
@@ -174,8 +183,17 @@ def append(
     out = out or data
     from jaxrec.data.report import write_report
 
-    handling = OnBadRows(on_bad_rows)
-    _print_prepared(append_directory(data, ratings, movies, out, options, handling, memory, write_report), out)
+    result = append_events(
+        data,
+        ratings,
+        movies,
+        out=out,
+        options=options,
+        on_bad_rows=OnBadRows(on_bad_rows),
+        memory_gb=memory,
+        add_files=write_report,
+    )
+    _print_prepared(result, out)
 
 
 @click.command()

@@ -59,6 +59,30 @@ def build_catalog(ids: IdMap, movies: pd.DataFrame | None) -> Catalog:
     return Catalog(ids, titles, genres)
 
 
+def checked_movies(movies: pd.DataFrame, items: IdMap) -> pd.DataFrame:
+    """Movies that were given as a frame, with ids of the type of `items`.
+
+    Raises DataError where a column is missing, an id occurs twice, or one side's ids are numbers and the other's text.
+    """
+    missing = [name for name in (ITEM, TITLE, GENRES) if name not in movies]
+    if missing:
+        raise DataError(f"movies: column {', '.join(missing)} is missing; the columns are {list(movies.columns)}")
+    whole = pd.api.types.infer_dtype(movies[ITEM]) == "integer"
+    if whole != (items.raw_ids.dtype == np.int64):
+        raise DataError(
+            f"movies: {ITEM} is {_type_of(movies[ITEM])}, and that of the interactions is "
+            f"{_type_of(pd.Series(items.raw_ids))}; expected the same type of ids in both"
+        )
+    repeated = movies[ITEM][movies[ITEM].duplicated()]
+    if len(repeated):
+        raise DataError(f"movies: {ITEM} {repeated.iloc[0]} occurs twice")
+    return movies.astype({ITEM: np.int64 if whole else object})
+
+
+def _type_of(ids: pd.Series) -> str:
+    return f"{ids.dtype} ({pd.api.types.infer_dtype(ids)})" if ids.dtype == object else str(ids.dtype)
+
+
 def write_catalog(catalog: Catalog, path: Path) -> None:
     """Writes the catalogue as JSON: item_id, title, genres, each a list in the order of the indices."""
     frame = catalog.to_frame()

@@ -151,7 +151,7 @@ def _report(connection: duckdb.DuckDBPyConnection, rows: np.ndarray, repeated: n
             [first, second],
         ).fetchall()
         (_, first_line, *_), (file, line, text, user, item, time) = found
-        reason = f"user {user}, movie {item} at time {time} repeats line {first_line}; expected each event once"
+        reason = f"user {user}, item {item} at time {time} repeats line {first_line}; expected each event once"
         bad.add(BadRow(file, line, "", "", reason, text))
 
 

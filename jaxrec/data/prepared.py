@@ -23,7 +23,8 @@ class PreparedData:
     """What every later stage reads. `config.rating_scale` is the scale in force; None where there are no ratings.
 
     `log`: every event that was read, before the filters. `movies`: all movies that were given, not only those of the
-    catalogue. Both are for `append`; None: not kept. `input`: counts of what was read, as JSON values.
+    catalogue. Both are for `append`; None: not kept. `input`: counts of what was read, as JSON values. `folder`: where
+    it was opened; its movies are read from there when they are needed (`jaxrec.data.store.all_movies`).
     """
 
     catalog: Catalog
@@ -34,6 +35,7 @@ class PreparedData:
     log: EventLog | None = None
     movies: pd.DataFrame | None = None
     input: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    folder: Path | None = None
 
     def unit_ratings(self) -> np.ndarray:
         """[events] float32: ratings scaled to 0..1, MISSING_RATING where there is none."""
@@ -47,10 +49,11 @@ class PreparedData:
 
     def summary(self) -> dict[str, Any]:
         """Counts that describe the data, as JSON values."""
-        first, last = 2**62, 0
+        firsts, lasts = [], []
         for start in range(0, self.histories.event_count, BLOCK_EVENTS):
             times = self.histories.times[start : start + BLOCK_EVENTS]
-            first, last = min(first, int(times.min())), max(last, int(times.max()))
+            firsts.append(int(times.min()))
+            lasts.append(int(times.max()))
             release(times)
         return {
             "users": len(self.users),
@@ -60,8 +63,8 @@ class PreparedData:
             "validation_cases": len(self.split.validation),
             "test_cases": len(self.split.test),
             "genres": len(self.catalog.genres),
-            "first_time": first,
-            "last_time": last,
+            "first_time": min(firsts, default=None),
+            "last_time": max(lasts, default=None),
         }
 
 

@@ -12,9 +12,11 @@ DATA/report.{json,png}      what the log looks like, where it was asked for
 """
 
 import contextlib
+import dataclasses
 import json
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,9 @@ from jaxrec.data.catalog import read_catalog, write_catalog
 from jaxrec.data.columns import open_column
 from jaxrec.data.event_log import EVENT_TYPES, EventLog, open_log
 from jaxrec.data.histories import Histories
-from jaxrec.data.ids import open_ids, write_ids
+from jaxrec.data.ids import IdMap, open_ids, write_ids
 from jaxrec.data.prepared import AddFiles, PreparedData
+from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.data.schema import ITEM
 from jaxrec.data.split import Cases, Split
 from jaxrec.errors import DataError
@@ -52,6 +55,36 @@ def new_data_folder(out: Path) -> Iterator[Path]:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
+def build(
+    make: Callable[[Path], PreparedData], out: Path | str | None, on_bad_rows: OnBadRows, add_files: AddFiles | None
+) -> PreparedData:
+    """What `make` prepares in the folder that it is handed: in `out`, opened as memory maps, or for None in memory.
+
+    Raises ValueError where `on_bad_rows` or `add_files` ask for files and there is no `out`.
+    """
+    if out is None:
+        if add_files is not None or on_bad_rows is OnBadRows.QUARANTINE:
+            raise ValueError("on_bad_rows QUARANTINE and add_files write files; expected a folder for them, out")
+        with tempfile.TemporaryDirectory(prefix="jaxrec-") as folder:
+            return _in_memory(make(Path(folder)))
+    with new_data_folder(Path(out)) as new:
+        finish(make(new), new, add_files)
+    return read_prepared(Path(out))
+
+
+def _in_memory(data: PreparedData) -> PreparedData:
+    """The same without memory maps."""
+    log = data.log
+    if log is not None:
+        users, items = (IdMap(np.array(ids.raw_ids), distinct=True) for ids in (log.users, log.items))
+        log = EventLog(users, items, _copied(log.events))
+    return dataclasses.replace(data, histories=_copied(data.histories), log=log)
+
+
+def _copied(histories: Histories) -> Histories:
+    return Histories(*(np.array(getattr(histories, field.name)) for field in dataclasses.fields(histories)))
+
+
 def _refuse_foreign_files(out: Path) -> None:
     """Raises DataError where `out` is prepared data that holds files of somebody else; they would be lost."""
     if not (out / SUMMARY_FILE).is_file():
@@ -70,7 +103,7 @@ def write_prepared(data: PreparedData, out: Path) -> None:
     with new_data_folder(out) as folder:
         write_columns(data.histories, folder)
         if data.log is not None:
-            write_log(data.log, data.movies, folder / LOG_FOLDER)
+            write_log(data.log, folder / LOG_FOLDER)
         finish(data, folder)
 
 
@@ -80,25 +113,22 @@ def write_columns(histories: Histories, folder: Path) -> None:
         np.save(folder / f"{name}.npy", getattr(histories, name), allow_pickle=False)
 
 
-def write_log(log: EventLog, movies: pd.DataFrame | None, folder: Path) -> None:
+def write_log(log: EventLog, folder: Path) -> None:
     """Writes a whole log that is in memory."""
     folder.mkdir()
     write_columns(log.events, folder)
     write_ids(log.users, folder / "user_ids.npy")
     write_ids(log.items, folder / "item_ids.npy")
-    write_movies(movies, folder)
-
-
-def write_movies(movies: pd.DataFrame | None, folder: Path) -> None:
-    """Writes all movies that were given beside the log."""
-    if movies is not None:
-        movies.to_csv(folder / MOVIES_FILE, index=False)
 
 
 def finish(data: PreparedData, folder: Path, add_files: AddFiles | None = None) -> None:
-    """Writes what is not events (catalogue, users, split), and then prepared.json, which makes the folder whole."""
+    """Writes what is not events (catalogue, movies, users, split), and then prepared.json, which makes the folder
+    whole."""
     if add_files is not None:
         add_files(data, folder)
+    movies = None if data.log is None else all_movies(data)
+    if movies is not None:
+        movies.to_csv(folder / LOG_FOLDER / MOVIES_FILE, index=False)
     write_catalog(data.catalog, folder / CATALOG_FILE)
     write_ids(data.users, folder / "user_ids.npy")
     split = data.split
@@ -140,16 +170,18 @@ def read_prepared(path: Path) -> PreparedData:
     catalog = read_catalog(path / CATALOG_FILE)
     split = Split(train_counts, Cases(*cases[:2]), Cases(*cases[2:]))
     config = from_json(PrepareConfig, content["config"])
-    return PreparedData(catalog, users, histories, split, config, log, input=content["input"])
+    return PreparedData(catalog, users, histories, split, config, log, input=content["input"], folder=path)
 
 
-def read_all_movies(path: Path, item_id_type: np.dtype) -> pd.DataFrame | None:
-    """The movies that were given when `path` was prepared; None if none were."""
-    file = path / LOG_FOLDER / MOVIES_FILE
+def all_movies(data: PreparedData) -> pd.DataFrame | None:
+    """All movies that were given (item_id, title, genres), not only those of the catalogue; None if none were."""
+    if data.movies is not None or data.folder is None:
+        return data.movies
+    file = data.folder / LOG_FOLDER / MOVIES_FILE
     if not file.is_file():
         return None
     frame = pd.read_csv(file, dtype=str, keep_default_na=False)
-    return frame.astype({ITEM: np.int64}) if item_id_type == np.int64 else frame.astype(object)
+    return frame.astype({ITEM: np.int64}) if data.catalog.ids.raw_ids.dtype == np.int64 else frame.astype(object)
 
 
 def check_prepared(path: Path) -> int:

@@ -106,7 +106,7 @@ class Passes:
             if not left.any():
                 raise DataError(
                     f"no event is left after dropping users with fewer than {config.min_user_ratings} "
-                    f"and movies with fewer than {config.min_movie_ratings} ratings"
+                    f"and items with fewer than {config.min_movie_ratings} events"
                 )
             if np.array_equal(left, kept):
                 break
@@ -122,7 +122,7 @@ class Passes:
             item_ids = np.union1d(item_ids, movies[ITEM].to_numpy())
         catalog = build_catalog(IdMap.fit(item_ids), movies)
         if len(catalog) == 1:
-            raise DataError(f"only one movie is left ({catalog.titles[0]}); a recommender needs at least two")
+            raise DataError(f"only one item is left ({catalog.titles[0]}); a recommender needs at least two")
         write_catalog(catalog, self._catalog)
         known_file = None
         if config.split is not SplitKind.LEAVE_ONE_OUT:

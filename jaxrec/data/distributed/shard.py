@@ -57,12 +57,12 @@ def sort_shard(shard: int, parts: list[tuple[Path, str]], vocabulary: Path, conf
         places = [f"{parts[files[row]][1]}:{columns[ROW][row]}" for row in (first, second)]
         user, item, time = (columns[name][second] for name in (USER, ITEM, TIME))
         raise DataError(
-            f"{places[1]}: user {user}, movie {item} at time {time} repeats {places[0]}; expected each event once"
+            f"{places[1]}: user {user}, item {item} at time {time} repeats {places[0]}; expected each event once"
         )
     offsets = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=len(raw_users)))]).astype(np.int64)
     events = Histories(offsets, items, columns[RATING][order], times)
     with new_directory(out, LOG_FOLDER) as folder:
-        write_log(EventLog(IdMap(raw_users, distinct=True), item_ids, events), None, folder / LOG_FOLDER)
+        write_log(EventLog(IdMap(raw_users, distinct=True), item_ids, events), folder / LOG_FOLDER)
     return len(order)
 
 

@@ -18,18 +18,15 @@ from jaxrec.data.reading.sources import ColumnNames
 from jaxrec.data.schema import ITEM, RATING, TIME, USER, RatingScale, scale_of
 from jaxrec.errors import DataError
 
-EVENT_COLUMNS = "user, item, rating, time, within"
-
 
 @dataclasses.dataclass(frozen=True)
 class ReadOptions:
-    """How a log is read. `users` and `items`: the kind of their ids; `scale` None: recognized."""
+    """How a log is read. `users` and `items`: the kind of their ids."""
 
     columns: ColumnNames = dataclasses.field(default_factory=ColumnNames)
     time_unit: TimeUnit = TimeUnit.AUTO
     users: IdKind = IdKind.AUTO
     items: IdKind = IdKind.AUTO
-    scale: RatingScale | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,37 +43,45 @@ def load(
     connection: duckdb.DuckDBPyConnection,
     relation: Relation,
     options: ReadOptions,
+    scale: RatingScale | None,
     bad: BadRows,
     scratch: Path,
     exact: bool = False,
 ) -> Loaded:
     """Fills `events`. A source in which something is wrong is read again, exactly, to say what and where.
 
+    `scale` None: recognized.
     Raises DataError for bad rows, unless `bad` puts them into quarantine, and where no row is left.
     """
     unit = relation.time_unit() if options.time_unit is TimeUnit.AUTO else options.time_unit
     now = int(time.time())
+    given = {USER: options.users, ITEM: options.items}
+    if relation.typed:
+        as_typed = {role: IdKind.TEXT for role in given if relation.types[role] == TEXT_TYPE}
+        given = {role: as_typed.get(role, kind) if kind is IdKind.AUTO else kind for role, kind in given.items()}
     if not exact:
-        loaded = _load_fast(connection, relation, options, unit, now)
+        loaded = _load_fast(connection, relation, given, scale, unit, now)
         if loaded is not None:
             return loaded
-    return _load_exactly(connection, relation, options, unit, now, bad, scratch)
+    return _load_exactly(connection, relation, given, scale, unit, now, bad, scratch)
 
 
 def _load_fast(
-    connection: duckdb.DuckDBPyConnection, relation: Relation, options: ReadOptions, unit: TimeUnit, now: int
+    connection: duckdb.DuckDBPyConnection,
+    relation: Relation,
+    given: dict[str, IdKind],
+    scale: RatingScale | None,
+    unit: TimeUnit,
+    now: int,
 ) -> Loaded | None:
     """None where any row breaks a rule."""
     source = relation.fast()
     try:
-        kinds = {
-            USER: _kind_of_first(connection, source, relation, USER, options.users),
-            ITEM: _kind_of_first(connection, source, relation, ITEM, options.items),
-        }
+        kinds = {role: _kind_of_first(connection, source, relation, role, option) for role, option in given.items()}
         fields, within = _fields(relation, kinds, unit, now)
         values = ", ".join(f"{fields[role].value} AS {short}" for role, short in SHORT.items())
         valid = [field.valid for field in fields.values()]
-        for role, option in ((USER, options.users), (ITEM, options.items)):
+        for role, option in given.items():
             if relation.types[role] == TEXT_TYPE and kinds[role] is IdKind.TEXT and option is IdKind.AUTO:
                 valid.append(f"NOT {whole(SHORT[role])}")
         connection.execute(
@@ -88,7 +93,7 @@ def _load_fast(
     rows, wrong = connection.execute("SELECT count(*), count(*) FILTER (NOT ok) FROM events").fetchall()[0]
     if wrong or not rows:
         return None
-    scale = options.scale or _infer_scale(connection, "events")
+    scale = scale or _infer_scale(connection, "events")
     if scale is not None and _count(connection, f"events WHERE NOT {_in_scale('rating', scale)}"):
         return None
     return Loaded(rows, scale, exact=False, time_unit=unit)
@@ -97,7 +102,8 @@ def _load_fast(
 def _load_exactly(
     connection: duckdb.DuckDBPyConnection,
     relation: Relation,
-    options: ReadOptions,
+    given: dict[str, IdKind],
+    given_scale: RatingScale | None,
     unit: TimeUnit,
     now: int,
     bad: BadRows,
@@ -112,12 +118,9 @@ def _load_exactly(
     staged = _count(connection, "stage")
     if not staged and bad.count == before:
         raise DataError(f"{relation.name}: no rows after the header")
-    kinds = {
-        USER: _kind_of_all(connection, relation, USER, options.users),
-        ITEM: _kind_of_all(connection, relation, ITEM, options.items),
-    }
+    kinds = {role: _kind_of_all(connection, relation, role, option) for role, option in given.items()}
     fields, within = _fields(relation, kinds, unit, now)
-    for role, option in ((USER, options.users), (ITEM, options.items)):
+    for role, option in given.items():
         if relation.types[role] == TEXT_TYPE and option is IdKind.AUTO and kinds[role] is IdKind.TEXT:
             fields[role] = _text_only(fields[role], SHORT[role], _looks_whole(connection, SHORT[role]))
     faults = " ".join(
@@ -132,9 +135,9 @@ def _load_exactly(
     )
     connection.execute("DROP TABLE stage")
     good = "(SELECT new_rating AS rating FROM checked WHERE fault IS NULL)"
-    scale = options.scale or _infer_scale(connection, good)
+    scale = given_scale or _infer_scale(connection, good)
     fits = "true" if scale is None else _in_scale("new_rating", scale)
-    source = "" if options.scale else " (the scale that the log seems to have; another can be given: --rating-scale)"
+    source = "" if given_scale else " (the scale that the log seems to have; another can be given: --rating-scale)"
     outside = (
         f"{{'field': '{_sql(relation.labels.get(RATING, RATING))}', 'value': rating_text, "
         f"'reason': 'is outside {scale}{source}'}}"
@@ -177,7 +180,7 @@ def _fields(relation: Relation, kinds: dict[str, IdKind], unit: TimeUnit, now: i
 def _kind_of_first(
     connection: duckdb.DuckDBPyConnection, source: str, relation: Relation, role: str, option: IdKind
 ) -> IdKind:
-    if option is not IdKind.AUTO or relation.types[role] != TEXT_TYPE or not relation.labels:
+    if option is not IdKind.AUTO or relation.types[role] != TEXT_TYPE:
         return option
     query = f"SELECT {whole(SHORT[role])} FROM ({source}) LIMIT 1"
     first = connection.execute(query).fetchall()

@@ -26,9 +26,13 @@ SHORT = {USER: "user", ITEM: "item", RATING: "rating", TIME: "time"}
 
 
 class Relation(Protocol):
-    """A source of rows. `types`: SQL type by schema name; `labels`: the column's own name; `name`: for messages."""
+    """A source of rows. `types`: SQL type by schema name; `labels`: the column's own name; `name`: for messages.
+
+    `typed`: text is meant as text, so that an id of digits is none of a number.
+    """
 
     name: str
+    typed: bool
     types: dict[str, str]
     labels: dict[str, str]
 
@@ -44,6 +48,8 @@ class Relation(Protocol):
 
 class TextRelation:
     """A delimited file; every column is text."""
+
+    typed = False
 
     def __init__(self, table: TextTable) -> None:
         self._table = table
@@ -89,6 +95,8 @@ class TextRelation:
 class ParquetRelation:
     """Parquet files of one schema, in the order of their names."""
 
+    typed = False
+
     def __init__(self, source: Source, names: ColumnNames, connection: duckdb.DuckDBPyConnection) -> None:
         self.name = source.names[0]
         self._connection = connection
@@ -121,15 +129,19 @@ class ParquetRelation:
 
 
 class FrameRelation:
-    """A frame with the columns of `jaxrec.data.schema`; ids that are not whole numbers are text, a NaN is no rating."""
+    """A frame; times are in seconds where nothing else is said, and a NaN is no rating."""
 
-    def __init__(self, frame: pd.DataFrame, connection: duckdb.DuckDBPyConnection) -> None:
+    typed = True
+
+    def __init__(self, frame: pd.DataFrame, names: ColumnNames, connection: duckdb.DuckDBPyConnection) -> None:
         self.name = "interactions"
-        self.labels = choose_columns(list(frame.columns), ColumnNames(USER, ITEM, None, TIME), self.name)
+        self.labels = choose_columns(list(frame.columns), names, self.name)
         columns = {}
-        for role in self.labels:
-            column = frame[role]
-            if column.dtype == object or pd.api.types.is_string_dtype(column.dtype):
+        for role, label in self.labels.items():
+            column = frame[label]
+            if pd.api.types.infer_dtype(column) == "integer" and column.dtype == object:
+                column = column.astype("Int64")
+            elif column.dtype == object or pd.api.types.is_string_dtype(column.dtype):
                 column = column.astype(object).where(column.notna(), None).map(lambda v: None if v is None else str(v))
             columns[SHORT[role]] = column.reset_index(drop=True)
         columns["line"] = pd.Series(np.arange(1, len(frame) + 1))
