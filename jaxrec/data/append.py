@@ -8,7 +8,6 @@ an item or a user of prepare(a) (the temporal cut moves back, or a filter that i
 the test), its index stays, in the catalogue or without events.
 """
 
-import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -16,9 +15,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from jaxrec.data.columns import ColumnWriter, release
-from jaxrec.data.event_log import EVENT_TYPES, EventLog, open_log
-from jaxrec.data.filtering import blocks
+from jaxrec.data.histories import EventLog, blocks, event_writers, open_log, release
 from jaxrec.data.ids import IdMap, write_ids
 from jaxrec.data.prepare import prepare_log
 from jaxrec.data.prepared import AddFiles, PreparedData
@@ -106,16 +103,13 @@ def merge_logs(old: EventLog, new: EventLog, folder: Path) -> EventLog:
     lengths = np.where(from_new, new.events.lengths()[place], old_lengths)
     starts = np.where(from_new, new.events.offsets[:-1][place], old_starts)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    with contextlib.ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(ColumnWriter(folder / f"{name}.npy", kind)) for name, kind in EVENT_TYPES.items()
-        }
+    with event_writers(folder) as writers:
         for block in blocks(offsets):
             rows = block.per_event(starts[block.users]) + block.positions()
             of_new = block.per_event(from_new[block.users])
             for name, writer in writers.items():
                 old_column, new_column = getattr(old.events, name), getattr(new.events, name)
-                column = np.empty(len(rows), EVENT_TYPES[name])
+                column = np.empty(len(rows), old_column.dtype)
                 column[~of_new] = old_column[rows[~of_new]]
                 added = new_column[rows[of_new]]
                 column[of_new] = item_codes[added] if name == "items" else added

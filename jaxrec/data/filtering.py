@@ -1,57 +1,16 @@
 """Which users, items and events of the whole log are kept, and their dense indices."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from jaxrec.data.columns import ColumnWriter, open_column, release, runs, user_blocks
-from jaxrec.data.event_log import EVENT_TYPES, EventLog
-from jaxrec.data.histories import Histories
+from jaxrec.data.histories import Block, EventLog, Histories, blocks, event_writers, open_histories, release
 from jaxrec.data.ids import IdMap
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """Some users' events. `users` [n] (0-based), `lengths` [n], `rows`: where their events are, one user after the
-    other."""
-
-    users: np.ndarray
-    lengths: np.ndarray
-    rows: slice | np.ndarray
-
-    def per_event(self, per_user: np.ndarray) -> np.ndarray:
-        """A value of each of the block's users, repeated for each of their events."""
-        return np.repeat(per_user, self.lengths)
-
-    def positions(self) -> np.ndarray:
-        """0 for a user's first event, 1 for the second, ..."""
-        return np.arange(int(self.lengths.sum())) - self.per_event(np.cumsum(self.lengths) - self.lengths)
-
-    def sums(self, where: np.ndarray) -> np.ndarray:
-        """[n] int64: how many of each user's events are true."""
-        totals = np.concatenate([[0], np.cumsum(where)])
-        ends = np.cumsum(self.lengths)
-        return totals[ends] - totals[ends - self.lengths]
-
 
 # True for the events that the filter, and with it the catalogue, is fitted on.
 Fitted = Callable[[Block], np.ndarray]
-
-
-def blocks(offsets: np.ndarray, users: np.ndarray | None = None) -> Iterator[Block]:
-    """All users, or the given ones in their order, in blocks that fit in memory."""
-    if users is None:
-        for first, stop in user_blocks(offsets):
-            rows = slice(int(offsets[first]), int(offsets[stop]))
-            yield Block(np.arange(first, stop), np.diff(offsets[first : stop + 1]), rows)
-        return
-    lengths = offsets[users + 1] - offsets[users]
-    for first, stop in user_blocks(np.concatenate([[0], np.cumsum(lengths)])):
-        chosen = users[first:stop]
-        yield Block(chosen, lengths[first:stop], runs(offsets[chosen], lengths[first:stop]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,10 +105,7 @@ def select(
         before_last_kept[block.users] = kept[np.maximum(ends - 2, 0)]
         release(events.items, events.times)
     order = _user_order(log.users, counts > 0, known_users)
-    with contextlib.ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(ColumnWriter(folder / f"{name}.npy", kind)) for name, kind in EVENT_TYPES.items()
-        }
+    with event_writers(folder) as writers:
         for block in blocks(events.offsets, None if _is_identity(order, len(log.users)) else order):
             items = events.items[block.rows]
             kept, _ = kept_events(block, items)
@@ -157,12 +113,8 @@ def select(
             writers["ratings"].write(events.ratings[block.rows][kept])
             writers["times"].write(events.times[block.rows][kept])
             release(events.items, events.ratings, events.times)
-    offsets = np.concatenate([[0], np.cumsum(counts[order])]).astype(np.int64)
-    np.save(folder / "offsets.npy", offsets)
-    columns = {name: open_column(folder / f"{name}.npy") for name in EVENT_TYPES}
-    return Selection(
-        Histories(offsets, **columns), order, train_counts[order], last_kept[order], before_last_kept[order]
-    )
+    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(counts[order])]).astype(np.int64))
+    return Selection(open_histories(folder), order, train_counts[order], last_kept[order], before_last_kept[order])
 
 
 def _user_order(users: IdMap, kept: np.ndarray, known: IdMap | None) -> np.ndarray:

@@ -8,9 +8,8 @@ import pandas as pd
 
 from jaxrec.config import FilterOn, PrepareConfig, SplitKind
 from jaxrec.data.catalog import build_catalog
-from jaxrec.data.columns import release
-from jaxrec.data.event_log import EventLog
-from jaxrec.data.filtering import Block, Fitted, k_core, select
+from jaxrec.data.filtering import Fitted, k_core, select
+from jaxrec.data.histories import Block, EventLog, release
 from jaxrec.data.ids import IdMap
 from jaxrec.data.prepared import AddFiles, PreparedData
 from jaxrec.data.reading.bad_rows import OnBadRows, bad_rows

@@ -10,9 +10,7 @@ import pandas as pd
 
 from jaxrec.config import PrepareConfig
 from jaxrec.data.catalog import Catalog
-from jaxrec.data.columns import BLOCK_EVENTS, release
-from jaxrec.data.event_log import EventLog
-from jaxrec.data.histories import Histories
+from jaxrec.data.histories import BLOCK_EVENTS, EventLog, Histories, release
 from jaxrec.data.ids import IdMap
 from jaxrec.data.schema import RatingScale
 from jaxrec.data.split import Split

@@ -10,9 +10,7 @@ import math
 
 import numpy as np
 
-from jaxrec.data.columns import release
-from jaxrec.data.filtering import blocks
-from jaxrec.data.histories import Histories
+from jaxrec.data.histories import Histories, blocks, release
 from jaxrec.data.schema import SECONDS_PER_DAY
 
 TEMPORAL_QUANTILE = 0.9

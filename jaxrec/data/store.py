@@ -25,9 +25,7 @@ import pandas as pd
 
 from jaxrec.config import PrepareConfig, from_json, to_json
 from jaxrec.data.catalog import read_catalog, write_catalog
-from jaxrec.data.columns import open_column
-from jaxrec.data.event_log import EVENT_TYPES, EventLog, open_log
-from jaxrec.data.histories import Histories
+from jaxrec.data.histories import EVENT_TYPES, EventLog, Histories, open_column, open_histories, open_log
 from jaxrec.data.ids import IdMap, open_ids, write_ids
 from jaxrec.data.prepared import AddFiles, PreparedData
 from jaxrec.data.reading.bad_rows import OnBadRows
@@ -161,7 +159,7 @@ def read_prepared(path: Path) -> PreparedData:
             came = "missing" if size is None else f"{size} bytes, expected {expected['bytes']}"
             raise DataError(f"{path / name}: {came}; prepare again")
     try:
-        histories = Histories(**{name: open_column(path / f"{name}.npy") for name in ("offsets", *EVENT_TYPES)})
+        histories = open_histories(path)
         train_counts, *cases = (open_column(path / f"{name}.npy") for name in SPLIT_COLUMNS)
         users = open_ids(path / "user_ids.npy")
         log = open_log(path / LOG_FOLDER) if (path / LOG_FOLDER).is_dir() else None

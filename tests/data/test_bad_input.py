@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
@@ -247,6 +248,27 @@ def test_of_repeated_events_the_first_row_stays_and_the_others_are_in_quarantine
     assert data.histories.ratings[data.histories.offsets[user] : data.histories.offsets[user + 1]].tolist() == [3.0]
     with open(tmp_path / "data/quarantine.csv", newline="") as file:
         assert [(row["line"], row["text"]) for row in csv.DictReader(file)] == [("7", "1,5,5,1200000000100")]
+
+
+@pytest.mark.parametrize("on_bad_rows", list(OnBadRows))
+def test_many_repeated_events_are_reported_in_reasonable_time(tmp_path: Path, on_bad_rows: OnBadRows) -> None:
+    users, items = (column.ravel() for column in np.meshgrid(np.arange(500), np.arange(100), indexing="ij"))
+    once = pd.DataFrame({"userId": users, "movieId": items, "timestamp": 1000 + items // 3})
+    source = tmp_path / "clicks.csv"
+    pd.concat([once, once]).to_csv(source, index=False)  # the file concatenated with itself: 50,000 repeats
+    if on_bad_rows is OnBadRows.FAIL:
+        with pytest.raises(DataError) as error:
+            prepare(source, None, EVERYTHING, out=tmp_path / "data")
+        assert str(error.value).startswith(f"{source}:50002: user 0, item 0 at time 1000 repeats line 2; expected")
+        assert str(error.value).endswith("(and 49997 more bad rows)")
+        return
+    data = prepare(source, None, EVERYTHING, out=tmp_path / "data", on_bad_rows=on_bad_rows)
+    assert (data.input["rows"], data.input["bad_rows"], data.input["duplicates"]) == (100_000, 50_000, 50_000)
+    assert by_user(data) == by_user(prepare(once, None, EVERYTHING))
+    quarantine = pd.read_csv(tmp_path / "data/quarantine.csv")
+    assert quarantine["line"].tolist() == list(range(50_002, 100_002))
+    first_lines = quarantine["reason"].str.extract(r"repeats line (\d+);", expand=False).astype(int)
+    assert first_lines.tolist() == list(range(2, 50_002))
 
 
 def test_a_row_that_is_set_aside_does_not_decide_the_scale(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from jaxrec.config import PrepareConfig, SplitKind, Ties
 from jaxrec.data.catalog import Catalog, read_catalog
 from jaxrec.data.distributed.partition import ROW, WITHIN
 from jaxrec.data.distributed.splits import fitted_events, known_items, split_of
-from jaxrec.data.event_log import EventLog, open_log
-from jaxrec.data.filtering import Core, Selection, blocks, select
-from jaxrec.data.histories import Histories
+from jaxrec.data.filtering import Core, Selection, select
+from jaxrec.data.histories import EventLog, Histories, blocks, open_log
 from jaxrec.data.ids import IdMap, open_ids
 from jaxrec.data.prepared import PreparedData
+from jaxrec.data.reading.sort import repeated_events, tie_draw
 from jaxrec.data.schema import ITEM, RATING, SECONDS_PER_DAY, TIME, USER
 from jaxrec.data.store import LOG_FOLDER, finish, new_data_folder, write_log
 from jaxrec.errors import DataError
@@ -50,10 +50,10 @@ def sort_shard(shard: int, parts: list[tuple[Path, str]], vocabulary: Path, conf
     users, times = users[order], columns[TIME][order]
     item_ids = open_ids(vocabulary)
     items = item_ids.encode(columns[ITEM])[order]
-    repeated = _repeated(users, times, items)
-    if repeated is not None:
+    repeated, _ = repeated_events(users, times, items, order)
+    if len(repeated):
         files = np.repeat(np.arange(len(parts)), [batch.num_rows for batch in batches])
-        first, second = sorted(int(order[row]) for row in repeated)
+        second, first = order[repeated[0]]
         places = [f"{parts[files[row]][1]}:{columns[ROW][row]}" for row in (first, second)]
         user, item, time = (columns[name][second] for name in (USER, ITEM, TIME))
         raise DataError(
@@ -136,21 +136,8 @@ def _enough(counts: np.ndarray, config: PrepareConfig) -> np.ndarray:
 
 
 def _draws(table: pa.Table, seed: int) -> np.ndarray:
-    """[events] uint64: the order of ties that `jaxrec.data.event_log` draws from the seed and the ids."""
-    text = f"concat_ws(' ', {int(seed)}, {USER}, {ITEM}, {TIME})"
+    """[events] uint64: the order of ties that `jaxrec.data.reading.sort` draws from the seed and the ids."""
     with duckdb.connect() as connection:
         connection.register("events", table)
-        draws = connection.execute(f"SELECT md5_number_lower({text}) AS n FROM events").fetchnumpy()["n"]
+        draws = connection.execute(f"SELECT {tie_draw(seed, USER, ITEM, TIME)} AS n FROM events").fetchnumpy()["n"]
     return np.asarray(draws)
-
-
-def _repeated(users: np.ndarray, times: np.ndarray, items: np.ndarray) -> tuple[int, int] | None:
-    """Two sorted rows with the same user, time and item, if there are any; only tied rows are compared."""
-    same = (np.diff(users) == 0) & (np.diff(times) == 0)
-    tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
-    tied = tied[np.lexsort((items[tied], times[tied], users[tied]))]
-    equal = np.logical_and.reduce([np.diff(column[tied]) == 0 for column in (users, times, items)])
-    if not equal.any():
-        return None
-    at = int(np.argmax(equal))
-    return int(tied[at]), int(tied[at + 1])

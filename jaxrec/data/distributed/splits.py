@@ -7,8 +7,8 @@ items that are in any shard's training part (a case asks for an item that traini
 import numpy as np
 
 from jaxrec.config import FilterOn, PrepareConfig, SplitKind
-from jaxrec.data.event_log import EventLog
-from jaxrec.data.filtering import Block, Fitted, Selection
+from jaxrec.data.filtering import Fitted, Selection
+from jaxrec.data.histories import Block, EventLog
 from jaxrec.data.ids import IdMap
 from jaxrec.data.split import (
     TEMPORAL_MIN_HISTORY,

@@ -13,13 +13,14 @@ import pandas as pd
 
 from jaxrec.config import PrepareConfig
 from jaxrec.data.catalog import checked_movies
-from jaxrec.data.event_log import DuplicatesError, EventLog, SortedLog, sort_log
+from jaxrec.data.histories import EventLog
 from jaxrec.data.reading.bad_rows import BadRows, OnBadRows
 from jaxrec.data.reading.check import Loaded, ReadOptions, load
 from jaxrec.data.reading.connection import MEMORY_GB, engine
 from jaxrec.data.reading.formats import FrameRelation, Relation, relation_of
 from jaxrec.data.reading.movies import read_movies
 from jaxrec.data.reading.rules import IdKind
+from jaxrec.data.reading.sort import DuplicatesError, SortedLog, sort_log
 from jaxrec.data.reading.sources import ColumnNames, find_source
 from jaxrec.data.schema import ITEM, RATING, TIME, USER, RatingScale
 
