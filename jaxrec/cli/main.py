@@ -9,8 +9,8 @@ from jaxrec.cli.data import append, check, prepare
 from jaxrec.cli.distributed import prepare_distributed
 from jaxrec.cli.rl import SEED, SEED_HELP, rl
 from jaxrec.config import CheckpointConfig, ModelConfig, TrainConfig
-from jaxrec.data.reading.fetch import BASE_URL, DATASETS
-from jaxrec.data.reading.fetch import fetch as fetch_archive
+from jaxrec.data.movielens import BASE_URL, DATASETS
+from jaxrec.data.movielens import fetch as fetch_archive
 from jaxrec.errors import DataError, ExportError, ProcessLost, TrainingError, TrainingStopped
 from jaxrec.runs.train import extend_run, train_run
 from jaxrec.training.processes import join, leave, leave_at_once
