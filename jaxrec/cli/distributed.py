@@ -7,7 +7,6 @@ from tqdm import tqdm
 
 from jaxrec.cli.data import filter_and_split_options
 from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
-from jaxrec.data.reading.movies import read_movies
 from jaxrec.errors import DataError
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -46,7 +45,6 @@ def prepare_distributed(
     config = PrepareConfig(
         min_user_ratings, min_movie_ratings, SplitKind(split), Ties(ties), seed=seed, filter_on=FilterOn(filter_on)
     )
-    movie_frame = None if movies is None else read_movies(movies)
     with driver.cluster(scheduler, workers) as client, tqdm(unit="task") as bar:
 
         def show(stage: str, done: int, total: int) -> None:
@@ -54,5 +52,5 @@ def prepare_distributed(
             bar.total, bar.n = total, done
             bar.refresh()
 
-        index = driver.prepare_distributed(client, folder, out, shards, movie_frame, config, progress=show)
+        index = driver.prepare_distributed(client, folder, out, shards, movies, config, progress=show)
     click.echo(f"{out}: {index['events']} events of {index['users']} users in {shards} shards")

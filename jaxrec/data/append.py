@@ -22,7 +22,8 @@ from jaxrec.data.prepared import AddFiles, PreparedData
 from jaxrec.data.reading.bad_rows import QUARANTINE_FILE, OnBadRows, bad_rows
 from jaxrec.data.reading.check import ReadOptions
 from jaxrec.data.reading.connection import MEMORY_GB
-from jaxrec.data.reading.read import Input, input_counts, movies_for, open_workspace, read_log
+from jaxrec.data.reading.movies import movies_like
+from jaxrec.data.reading.read import Input, input_counts, open_workspace, read_log
 from jaxrec.data.reading.rules import IdKind
 from jaxrec.data.schema import ITEM
 from jaxrec.data.store import LOG_FOLDER, all_movies, build, read_prepared
@@ -78,7 +79,7 @@ def append(
 
             loaded, found = read_log(work, options, old.config, bad, work.scratch / "sorted", add_old_events)
             merged = merge_logs(log, found.log, folder / LOG_FOLDER)
-            known = _joined_movies(movies_for(work, merged), all_movies(old))
+            known = _joined_movies(movies_like(work.movies, merged.items.raw_ids, work.movies_name), all_movies(old))
             counts = input_counts(work, loaded, found, bad)
         config = dataclasses.replace(old.config, rating_scale=loaded.scale)
         result = prepare_log(merged, known, config, folder, old.users, old.catalog.ids)

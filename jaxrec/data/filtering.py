@@ -10,7 +10,7 @@ from jaxrec.data.histories import Block, EventLog, Histories, blocks, event_writ
 from jaxrec.data.ids import IdMap
 
 # True for the events that the filter, and with it the catalogue, is fitted on.
-Fitted = Callable[[Block], np.ndarray]
+FittedEvents = Callable[[Block], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +21,17 @@ class Core:
     items: np.ndarray
 
 
-def k_core(log: EventLog, fitted: Fitted, min_user_ratings: int, min_item_ratings: int) -> Core:
+def k_core(log: EventLog, fitted: FittedEvents, min_user_ratings: int, min_item_ratings: int) -> Core:
     """Drops users and items with few fitted events, again and again until none is left (the literature's k-core).
 
-    A user or an item without any fitted event is dropped whatever the threshold.
+    Args:
+        log: All events.
+        fitted: Which of them count.
+        min_user_ratings: Events that a user needs; one without any is dropped whatever the threshold.
+        min_item_ratings: The same of an item.
+
+    Returns:
+        What stays.
     """
     events = log.events
     core = Core(np.ones(len(log.users), bool), np.ones(len(log.items) + 1, bool))
@@ -47,10 +54,12 @@ def k_core(log: EventLog, fitted: Fitted, min_user_ratings: int, min_item_rating
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection:
-    """Kept events. `order`: the log's user of each kept user; `index` [log items + 1]: new index of each item, 0 for
-    none; `train_counts`, `last_kept` and `before_last_kept` [kept users]: how many of a user's kept events are fitted,
-    and whether the last two of all its events are kept."""
+class FilteredLog:
+    """Kept events, by kept user. `order` [users] int64: each one's position among the log's users.
+
+    `train_counts` [users] int64: how many of the kept events the filter was fitted on; `last_kept` and
+    `before_last_kept` [users] bool: whether the last two of all of a user's events are kept.
+    """
 
     histories: Histories
     order: np.ndarray
@@ -59,21 +68,35 @@ class Selection:
     before_last_kept: np.ndarray
 
 
-def select(
+def filter_log(
     log: EventLog,
-    fitted: Fitted,
+    fitted: FittedEvents,
     core: Core,
     catalog: IdMap,
     known_users: IdMap | None,
     keep_every_user: bool,
     folder: Path,
     current_items: np.ndarray | None = None,
-) -> Selection:
-    """Writes the kept events as columns into `folder`: the fitted ones of the core, and of the others those whose
-    item is in the catalogue (and one of the raw ids `current_items`, where the catalogue has more, which only keep
-    their index) and whose user is in the core (or any user, with all the events before them).
+) -> FilteredLog:
+    """Writes the kept events as columns into `folder`.
 
-    Users come in the order of `known_users`, then sorted by raw id; a known user stays, if only without events.
+    Kept are the fitted events of the core, and of the others those whose item is in the catalogue and whose user is in
+    the core, or with `keep_every_user` of any user, with all the events before them.
+
+    Args:
+        log: All events.
+        fitted: Which of them the filter was fitted on.
+        core: What the filter keeps of these.
+        catalog: The items, whose indices the columns get.
+        known_users: Users that come first, in this order, and stay, if only without events; the others follow sorted
+            by raw id.
+        keep_every_user: Whether users outside of the core are evaluated.
+        folder: Where the columns go.
+        current_items: Raw ids of the items that the log's other events may have; None: all of the catalogue. The rest
+            of the catalogue only keeps its indices.
+
+    Returns:
+        The kept events as memory maps.
     """
     events = log.events
     index = catalog.encode(log.items.raw_ids)
@@ -114,7 +137,7 @@ def select(
             writers["times"].write(events.times[block.rows][kept])
             release(events.items, events.ratings, events.times)
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(counts[order])]).astype(np.int64))
-    return Selection(open_histories(folder), order, train_counts[order], last_kept[order], before_last_kept[order])
+    return FilteredLog(open_histories(folder), order, train_counts[order], last_kept[order], before_last_kept[order])
 
 
 def _user_order(users: IdMap, kept: np.ndarray, known: IdMap | None) -> np.ndarray:

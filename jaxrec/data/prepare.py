@@ -6,27 +6,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from jaxrec.config import FilterOn, PrepareConfig, SplitKind
-from jaxrec.data.catalog import build_catalog
-from jaxrec.data.filtering import Fitted, k_core, select
-from jaxrec.data.histories import Block, EventLog, release
+from jaxrec.config import PrepareConfig
+from jaxrec.data.catalog import build_catalog, catalog_items
+from jaxrec.data.filtering import filter_log, k_core
+from jaxrec.data.histories import EventLog
 from jaxrec.data.ids import IdMap
 from jaxrec.data.prepared import AddFiles, PreparedData
 from jaxrec.data.reading.bad_rows import OnBadRows, bad_rows
 from jaxrec.data.reading.check import ReadOptions
 from jaxrec.data.reading.connection import MEMORY_GB
-from jaxrec.data.reading.read import Input, input_counts, movies_for, open_workspace, read_log
-from jaxrec.data.schema import ITEM
-from jaxrec.data.split import (
-    TRAINING,
-    is_training_of_leave_one_out,
-    leave_one_out,
-    leave_one_out_fitted,
-    temporal,
-    temporal_cut,
-    user_held_out,
-    user_roles,
-)
+from jaxrec.data.reading.movies import movies_like
+from jaxrec.data.reading.read import Input, input_counts, open_workspace, read_log
+from jaxrec.data.split import SplitRule
 from jaxrec.data.store import LOG_FOLDER, build
 from jaxrec.errors import DataError
 
@@ -76,7 +67,7 @@ def prepare(
             bad_rows(on_bad_rows, folder) as bad,
         ):
             loaded, found = read_log(work, options, config, bad, folder / LOG_FOLDER)
-            known = movies_for(work, found.log)
+            known = movies_like(work.movies, found.log.items.raw_ids, work.movies_name)
             counts = input_counts(work, loaded, found, bad)
         with_scale = dataclasses.replace(config, rating_scale=loaded.scale)
         return dataclasses.replace(prepare_log(found.log, known, with_scale, folder), input=counts)
@@ -96,59 +87,22 @@ def prepare_log(
 
     Raises DataError when nothing is left, or a single item.
     """
-    cut = temporal_cut(log.events.times) if config.split is SplitKind.TEMPORAL else 0
-    roles = user_roles(log.users.raw_ids, config.seed) if config.split is SplitKind.USER_HELD_OUT else np.empty(0)
-    fitted = _fitted(log, config, cut, roles)
+    rule = SplitRule.of(log, config)
+    fitted = rule.fitted(log)
     core = k_core(log, fitted, config.min_user_ratings, config.min_movie_ratings)
     if not core.items.any():
         raise DataError(
             f"no event is left of {log.events.event_count} after dropping users with fewer than "
             f"{config.min_user_ratings} and items with fewer than {config.min_movie_ratings} events"
         )
-    item_ids = log.items.raw_ids[core.items[1:]]
-    if config.min_movie_ratings == 0 and movies is not None:
-        item_ids = np.union1d(item_ids, movies[ITEM].to_numpy())
+    item_ids = catalog_items(log.items.raw_ids[core.items[1:]], movies, config.min_movie_ratings)
     catalog = build_catalog(_with_known(item_ids, known_items), movies)
-    if len(catalog) == 1:
-        raise DataError(f"only one item is left ({catalog.titles[0]}); a recommender needs at least two")
-    keep_every_user = config.split is not SplitKind.LEAVE_ONE_OUT
-    kept = select(log, fitted, core, catalog.ids, known_users, keep_every_user, folder, item_ids)
+    kept = filter_log(log, fitted, core, catalog.ids, known_users, rule.keeps_every_user, folder, item_ids)
     users = IdMap(log.users.raw_ids[kept.order], distinct=True)
-    if config.split is SplitKind.TEMPORAL:
-        split = temporal(kept.histories, cut, kept.train_counts > 0)
-    elif config.split is SplitKind.USER_HELD_OUT:
-        split = user_held_out(kept.histories, roles[kept.order])
-    elif config.filter_on is FilterOn.TRAINING:
-        split = leave_one_out_fitted(kept.histories, kept.train_counts, kept.last_kept, kept.before_last_kept)
-    else:
-        split = leave_one_out(kept.histories)
-    return PreparedData(catalog, users, kept.histories, split, config, log, movies)
-
-
-def _fitted(log: EventLog, config: PrepareConfig, cut: int, roles: np.ndarray) -> Fitted:
-    def leave_one_out_log(block: Block) -> np.ndarray:
-        return np.ones(int(block.lengths.sum()), bool)
-
-    def leave_one_out_training(block: Block) -> np.ndarray:
-        return is_training_of_leave_one_out(block.positions(), block.per_event(block.lengths))
-
-    def before_the_cut(block: Block) -> np.ndarray:
-        before = log.events.times[block.rows] < cut
-        release(log.events.times)
-        return before
-
-    def training_users(block: Block) -> np.ndarray:
-        return block.per_event(roles[block.users] == TRAINING)
-
-    if config.split is SplitKind.TEMPORAL:
-        return before_the_cut
-    if config.split is SplitKind.USER_HELD_OUT:
-        return training_users
-    return leave_one_out_training if config.filter_on is FilterOn.TRAINING else leave_one_out_log
+    return PreparedData(catalog, users, kept.histories, rule.split(kept), config, log, movies)
 
 
 def _with_known(item_ids: np.ndarray, known: IdMap | None) -> IdMap:
     if known is None:
-        return IdMap.fit(item_ids)
-    new = np.sort(item_ids[known.encode(item_ids) == 0])
-    return IdMap(np.concatenate([known.raw_ids, new]))
+        return IdMap(item_ids)
+    return IdMap(np.concatenate([known.raw_ids, item_ids[known.encode(item_ids) == 0]]))

@@ -34,7 +34,7 @@ from jaxrec.data.split import Cases, Split
 from jaxrec.errors import DataError
 from jaxrec.files import new_directory, read_json, sha256
 
-SCHEMA_VERSION = 2
+PREPARED_SCHEMA_VERSION = 2
 SUMMARY_FILE = "prepared.json"
 CATALOG_FILE = "catalog.json"
 LOG_FOLDER = "log"
@@ -135,7 +135,7 @@ def finish(data: PreparedData, folder: Path, add_files: AddFiles | None = None) 
         np.save(folder / f"{name}.npy", column, allow_pickle=False)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     content = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": PREPARED_SCHEMA_VERSION,
         "config": to_json(data.config),
         "summary": data.summary(),
         "input": dict(data.input),
@@ -196,7 +196,9 @@ def _read_summary(path: Path, any_version: bool = False) -> dict[str, Any]:
     content: dict[str, Any] = read_json(path / SUMMARY_FILE, "expected a folder written by `jaxrec prepare`")
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise DataError(f"{path / SUMMARY_FILE}: not written by `jaxrec prepare`; expected the files and their sizes")
-    if content.get("schema_version") != SCHEMA_VERSION and not any_version:
+    if content.get("schema_version") != PREPARED_SCHEMA_VERSION and not any_version:
         came = content.get("schema_version")
-        raise DataError(f"{path / SUMMARY_FILE}: schema version {came}, expected {SCHEMA_VERSION}; prepare again")
+        raise DataError(
+            f"{path / SUMMARY_FILE}: schema version {came}, expected {PREPARED_SCHEMA_VERSION}; prepare again"
+        )
     return content

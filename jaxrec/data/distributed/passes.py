@@ -1,7 +1,6 @@
 """The passes as the driver sees them: what is handed to Dask, and what is decided from all that comes back."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import pandas as pd
 from distributed import Client, KilledWorker, Worker, as_completed
 
 from jaxrec.config import PrepareConfig, SplitKind
-from jaxrec.data.catalog import build_catalog, write_catalog
+from jaxrec.data.catalog import build_catalog, catalog_items, write_catalog
 from jaxrec.data.distributed.partition import Partition, partition
 from jaxrec.data.distributed.plan import plan
 from jaxrec.data.distributed.reading import shard_name
@@ -26,8 +25,8 @@ from jaxrec.data.distributed.shard import (
     write_shard,
 )
 from jaxrec.data.ids import IdMap, write_ids
-from jaxrec.data.schema import ITEM, SECONDS_PER_DAY, RatingScale, infer_rating_scale
-from jaxrec.data.split import TEMPORAL_QUANTILE
+from jaxrec.data.schema import SECONDS_PER_DAY, RatingScale, infer_rating_scale
+from jaxrec.data.split import day_of_cut
 from jaxrec.errors import DataError
 
 Progress = Callable[[str, int, int], None]
@@ -44,7 +43,7 @@ class Passes:
         self._progress = progress
         self._parts: list[tuple[Path, str]] = []
         self._latest = int(time.time()) + SECONDS_PER_DAY
-        self._raw_items = np.empty(0, np.int64)
+        self.raw_items = np.empty(0, np.int64)
         self._vocabulary = scratch / "vocabulary.npy"
         self._catalog = scratch / "catalog.json"
         self._sorted = [scratch / f"sorted-{shard:05d}" for shard in range(shards)]
@@ -64,7 +63,7 @@ class Passes:
             vocabulary = np.sort(pd.unique(both))
             found.append(dataclasses.replace(part, items=part.items[:0]))
         assert vocabulary is not None  # a plan has at least one piece
-        self._raw_items = vocabulary
+        self.raw_items = vocabulary
         write_ids(IdMap(vocabulary), self._vocabulary)
         scale = scale or infer_rating_scale(np.array([rating for part in found for rating in part.ratings]))
         for part in sorted(found, key=lambda part: part.path):
@@ -85,15 +84,13 @@ class Passes:
         days = np.zeros(self._latest // SECONDS_PER_DAY + 1, np.int64)
         for counts in self._run("count days", count_days, [(folder,) for folder in self._sorted]):
             days[: len(counts)] += counts
-        totals = np.cumsum(days)
-        rank = math.ceil(TEMPORAL_QUANTILE * (totals[-1] - 1))
-        day = int(np.searchsorted(totals, rank, side="right"))
+        day, rank = day_of_cut(days)
         times = self._run("cut a day", times_of_day, [(folder, day) for folder in self._sorted])
-        return int(np.sort(np.concatenate(list(times)))[rank - (totals[day] - days[day])])
+        return int(np.sort(np.concatenate(list(times)))[rank])
 
     def filter(self, config: PrepareConfig, cut: int) -> Path:
         """The file of [items + 1] bool: the items of the vocabulary that are left when no user or item is rare."""
-        kept = np.ones(len(self._raw_items) + 1, bool)
+        kept = np.ones(len(self.raw_items) + 1, bool)
         kept[0] = False
         for round_number in range(len(kept)):  # each but the last round drops an item
             path = self._scratch / f"kept-{round_number}.npy"
@@ -117,12 +114,8 @@ class Passes:
         self, kept_items: Path, movies: pd.DataFrame | None, config: PrepareConfig, cut: int, out: Path
     ) -> list[ShardSize]:
         """Raises DataError where a single movie is left."""
-        item_ids = self._raw_items[np.load(kept_items)[1:]]
-        if config.min_movie_ratings == 0 and movies is not None:
-            item_ids = np.union1d(item_ids, movies[ITEM].to_numpy())
-        catalog = build_catalog(IdMap.fit(item_ids), movies)
-        if len(catalog) == 1:
-            raise DataError(f"only one item is left ({catalog.titles[0]}); a recommender needs at least two")
+        item_ids = catalog_items(self.raw_items[np.load(kept_items)[1:]], movies, config.min_movie_ratings)
+        catalog = build_catalog(IdMap(item_ids), movies)
         write_catalog(catalog, self._catalog)
         known_file = None
         if config.split is not SplitKind.LEAVE_ONE_OUT:

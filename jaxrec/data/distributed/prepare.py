@@ -15,7 +15,8 @@ from distributed import Client, LocalCluster
 
 from jaxrec.config import PrepareConfig, SplitKind, to_json
 from jaxrec.data.distributed.passes import Passes, Progress
-from jaxrec.data.distributed.reading import INDEX_FILE, SCHEMA_VERSION
+from jaxrec.data.distributed.reading import INDEX_FILE, SHARDS_SCHEMA_VERSION
+from jaxrec.data.reading.movies import movies_like
 from jaxrec.errors import DataError
 from jaxrec.files import new_directory
 
@@ -49,7 +50,7 @@ def prepare_distributed(
     folder: Path,
     out: Path,
     shards: int,
-    movies: pd.DataFrame | None = None,
+    movies: Path | pd.DataFrame | None = None,
     config: PrepareConfig = PrepareConfig(),
     rows_per_piece: int = ROWS_PER_PIECE,
     progress: Progress = lambda stage, done, total: None,
@@ -73,7 +74,7 @@ def _prepare(
     folder: Path,
     out: Path,
     shards: int,
-    movies: pd.DataFrame | None,
+    movies: Path | pd.DataFrame | None,
     config: PrepareConfig,
     rows_per_piece: int,
     progress: Progress,
@@ -85,12 +86,13 @@ def _prepare(
         passes = Passes(client, scratch, shards, progress)
         scale = passes.partition(folder, rows_per_piece, config.rating_scale)
         config = dataclasses.replace(config, rating_scale=scale)
+        known_movies = movies_like(movies, passes.raw_items)
         passes.sort(config)
         cut = passes.temporal_cut() if config.split is SplitKind.TEMPORAL else 0
         kept = passes.filter(config, cut)
-        sizes = passes.write(kept, movies, config, cut, result)
+        sizes = passes.write(kept, known_movies, config, cut, result)
         index = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": SHARDS_SCHEMA_VERSION,
             "config": to_json(config),
             "users": sum(size.users for size in sizes),
             "events": sum(size.events for size in sizes),

@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import duckdb
+import numpy as np
 
 from jaxrec.data.reading.bad_rows import BadRow, BadRows
-from jaxrec.data.reading.connection import first_line
+from jaxrec.data.reading.connection import first_line, quoted
 from jaxrec.data.reading.formats import SHORT, Relation
 from jaxrec.data.reading.rules import TEXT_TYPE, Field, IdKind, TimeUnit, id_field, rating_field, time_fields, whole
 from jaxrec.data.reading.sources import ColumnNames
-from jaxrec.data.schema import ITEM, RATING, TIME, USER, RatingScale, scale_of
+from jaxrec.data.schema import ITEM, RATING, TIME, USER, WIDEST_SCALE, RatingScale, infer_rating_scale
 from jaxrec.errors import DataError
 
 
@@ -124,7 +125,7 @@ def _load_exactly(
         if relation.types[role] == TEXT_TYPE and option is IdKind.AUTO and kinds[role] is IdKind.TEXT:
             fields[role] = _text_only(fields[role], SHORT[role], _looks_whole(connection, SHORT[role]))
     faults = " ".join(
-        f"WHEN NOT {field.valid} THEN {{'field': '{_sql(relation.labels.get(role, role))}', "
+        f"WHEN NOT {field.valid} THEN {{'field': {quoted(relation.labels.get(role, role))}, "
         f"'value': coalesce({SHORT[role]}::VARCHAR, ''), 'reason': {field.reason}}}"
         for role, field in fields.items()
     )
@@ -139,7 +140,7 @@ def _load_exactly(
     fits = "true" if scale is None else _in_scale("new_rating", scale)
     source = "" if given_scale else " (the scale that the log seems to have; another can be given: --rating-scale)"
     outside = (
-        f"{{'field': '{_sql(relation.labels.get(RATING, RATING))}', 'value': rating_text, "
+        f"{{'field': {quoted(relation.labels.get(RATING, RATING))}, 'value': rating_text, "
         f"'reason': 'is outside {scale}{source}'}}"
     )
     _report(
@@ -220,13 +221,14 @@ def _text_only(field: Field, column: str, all_digits: bool) -> Field:
 
 
 def _infer_scale(connection: duckdb.DuckDBPyConnection, table: str) -> RatingScale | None:
-    """`jaxrec.data.schema.infer_rating_scale`, by the engine."""
+    """`jaxrec.data.schema.infer_rating_scale`, of the few ratings that decide."""
+    possible = _in_scale("rating", WIDEST_SCALE)
     query = (
-        f"SELECT count(rating), min(rating) FILTER (rating BETWEEN 0.5 AND 5), "
-        f"coalesce(bool_and(rating = round(rating)) FILTER (rating BETWEEN 0.5 AND 5), false) FROM {table}"
+        f"SELECT any_value(rating), min(rating) FILTER ({possible}), "
+        f"any_value(rating) FILTER ({possible} AND rating <> round(rating)) FROM {table}"
     )
-    count, minimum, whole_ratings = connection.execute(query).fetchall()[0]
-    return scale_of(minimum, whole_ratings) if count else None
+    found = connection.execute(query).fetchall()[0]
+    return infer_rating_scale(np.array([rating for rating in found if rating is not None], np.float32))
 
 
 def _in_scale(column: str, scale: RatingScale) -> str:
@@ -242,7 +244,3 @@ def _report(connection: duckdb.DuckDBPyConnection, query: str, bad: BadRows) -> 
 
 def _count(connection: duckdb.DuckDBPyConnection, table: str) -> int:
     return connection.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0]
-
-
-def _sql(text: str) -> str:
-    return text.replace("'", "''")

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.data.reading.bad_rows import BadRows, OnBadRows
-from jaxrec.data.reading.connection import quoted, quoted_name
+from jaxrec.data.reading.connection import first_line, quoted, quoted_name
 from jaxrec.data.reading.rules import FLOAT_TYPES, TEXT_TYPE, TimeUnit, recognize_time_unit
 from jaxrec.data.reading.sources import ColumnNames, Format, Source, choose_columns
 from jaxrec.data.reading.text_rows import TextTable, open_table, rows
@@ -104,7 +104,7 @@ class ParquetRelation:
         try:
             described = connection.execute(f"DESCRIBE SELECT * FROM read_parquet({self._files})").fetchall()
         except duckdb.Error as error:
-            raise DataError(f"{self.name}: not Parquet: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{self.name}: not Parquet: {first_line(error)}") from error
         types = {row[0]: row[1] for row in described}
         self.labels = choose_columns(list(types), names, self.name)
         self.types = {role: types[column] for role, column in self.labels.items()}

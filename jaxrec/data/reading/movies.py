@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from jaxrec.data.catalog import checked_movies
 from jaxrec.data.reading.rules import IdKind
 from jaxrec.data.schema import GENRES, ITEM, NO_GENRES, TITLE
 from jaxrec.errors import DataError
@@ -65,6 +66,20 @@ def read_movies(path: Path, name: str | None = None, ids: IdKind = IdKind.AUTO) 
     frame = pd.DataFrame({TITLE: [row[2] for row in rows], GENRES: [row[3] for row in rows]})
     frame.insert(0, ITEM, _ids([(line, raw) for line, raw, _, _ in rows], ids, name))
     return frame
+
+
+def movies_like(
+    movies: Path | pd.DataFrame | None, raw_items: np.ndarray, name: str | None = None
+) -> pd.DataFrame | None:
+    """Movies of a file or a frame, with ids of the type of a log's raw item ids. `name`: as for `read_movies`.
+
+    Raises DataError where the ids are of another type, or occur twice.
+    """
+    if movies is None:
+        return None
+    if isinstance(movies, pd.DataFrame):
+        return checked_movies(movies, raw_items)
+    return read_movies(movies, name, IdKind.INTEGER if raw_items.dtype == np.int64 else IdKind.TEXT)
 
 
 def _ids(raw: list[tuple[int, str]], kind: IdKind, name: str) -> np.ndarray:

@@ -12,14 +12,10 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.config import PrepareConfig
-from jaxrec.data.catalog import checked_movies
-from jaxrec.data.histories import EventLog
 from jaxrec.data.reading.bad_rows import BadRows, OnBadRows
 from jaxrec.data.reading.check import Loaded, ReadOptions, load
-from jaxrec.data.reading.connection import MEMORY_GB, engine
+from jaxrec.data.reading.connection import MEMORY_GB, connect
 from jaxrec.data.reading.formats import FrameRelation, Relation, relation_of
-from jaxrec.data.reading.movies import read_movies
-from jaxrec.data.reading.rules import IdKind
 from jaxrec.data.reading.sort import DuplicatesError, SortedLog, sort_log
 from jaxrec.data.reading.sources import ColumnNames, find_source
 from jaxrec.data.schema import ITEM, RATING, TIME, USER, RatingScale
@@ -55,12 +51,12 @@ def open_workspace(
     with tempfile.TemporaryDirectory(prefix=".jaxrec-", dir=parent) as name:
         scratch = Path(name)
         if isinstance(interactions, pd.DataFrame):
-            with engine(scratch, memory_gb, on_disk=parent is not None) as connection:
+            with connect(scratch, memory_gb, on_disk=parent is not None) as connection:
                 relation = FrameRelation(interactions, names, connection)
                 yield Workspace(relation, connection, scratch, "a frame", movies, None)
             return
         source = find_source(Path(interactions), movies, scratch)
-        with engine(scratch, memory_gb) as connection:
+        with connect(scratch, memory_gb) as connection:
             rows = relation_of(source, names, connection)
             yield Workspace(rows, connection, scratch, str(source), source.movies, source.movies_name)
 
@@ -116,16 +112,6 @@ def read_log(
         loaded, found = read(exact=True)
     bad.fail_if_any()
     return loaded, found
-
-
-def movies_for(work: Workspace, log: EventLog) -> pd.DataFrame | None:
-    """The movies, with ids of the kind that the log has. Raises DataError where they are of another, or occur twice."""
-    if work.movies is None:
-        return None
-    if isinstance(work.movies, pd.DataFrame):
-        return checked_movies(work.movies, log.items)
-    kind = IdKind.INTEGER if log.items.raw_ids.dtype == np.int64 else IdKind.TEXT
-    return read_movies(work.movies, work.movies_name, kind)
 
 
 def input_counts(work: Workspace, loaded: Loaded, found: SortedLog, bad: BadRows) -> dict[str, Any]:

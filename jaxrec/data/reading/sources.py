@@ -104,10 +104,15 @@ def _in_folder(folder: Path) -> Source:
         if path.is_file():
             movies = next((folder / movie for movie in movie_names if (folder / movie).is_file()), None)
             return Source(_text_format(path), (path,), (str(path),), movies, None if movies is None else str(movies))
-    parts = sorted(path for path in folder.rglob("*") if path.suffix in PARQUET_SUFFIXES and path.is_file())
+    parts = parquet_files(folder)
     if not parts:
         raise DataError(f"{folder}: holds none of {', '.join(KNOWN_FILES)} and no .parquet file")
     return Source(Format.PARQUET, tuple(parts), tuple(map(str, parts)), None, None)
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """The Parquet files under `folder`, by name: the order of the rows."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in PARQUET_SUFFIXES and path.is_file())
 
 
 def _in_zip(path: Path, scratch: Path) -> Source:

@@ -185,7 +185,7 @@ def test_hosts_share_the_users(client: Client, tmp_path: Path) -> None:
         open_shards(out, 0, 6)
     with pytest.raises(ValueError, match=r"host_index must be in 0..1"):
         open_shards(out, 2, 2)
-    with pytest.raises(DataError, match="not written by"):
+    with pytest.raises(DataError, match="expected a folder written by `jaxrec prepare-distributed`"):
         open_shards(tmp_path, 0, 1)
 
 
