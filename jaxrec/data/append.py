@@ -1,6 +1,6 @@
-"""Adds events to prepared data: its log is taken as it is, and only the users with new events are sorted again.
+"""Adds events to prepared data: its log is used as it is, and only the users with new events are sorted again.
 
-What holds: append(prepare(a), b) has the events, the cases and the catalogue of prepare(a + b), where a + b are the
+The result: append(prepare(a), b) has the events, the cases and the catalogue of prepare(a + b), where a + b are the
 rows of a and then those of b. Known users and items keep their indices, and new ones come after them, so the order of
 the ids differs; a model that was trained before still fits. Limits: the rating scale stays that of a; times that are
 exact to the millisecond order events within one second of b, not between a and b; and where prepare(a + b) would drop
@@ -23,7 +23,7 @@ from jaxrec.data.reading.bad_rows import QUARANTINE_FILE, OnBadRows, bad_rows
 from jaxrec.data.reading.check import ReadOptions
 from jaxrec.data.reading.connection import MEMORY_GB
 from jaxrec.data.reading.movies import movies_like
-from jaxrec.data.reading.read import Input, input_counts, open_workspace, read_log
+from jaxrec.data.reading.read import PathOrFrame, input_counts, open_workspace, read_log
 from jaxrec.data.reading.rules import IdKind
 from jaxrec.data.schema import ITEM
 from jaxrec.data.store import LOG_FOLDER, all_movies, build, read_prepared
@@ -32,8 +32,8 @@ from jaxrec.errors import DataError
 
 def append(
     data: Path | str | PreparedData,
-    interactions: Input,
-    movies: Input | None = None,
+    interactions: PathOrFrame,
+    movies: PathOrFrame | None = None,
     *,
     out: Path | str | None = None,
     options: ReadOptions = ReadOptions(),

@@ -1,7 +1,7 @@
 """Downloads MovieLens from GroupLens: verified, and whole or absent under its name.
 
 The MD5 comes from the `.md5` file that GroupLens keeps beside most archives. It detects accidents; it does not protect
-against somebody who controls the server or mirror.
+against a server or mirror that is under another's control.
 """
 
 import errno
@@ -44,7 +44,7 @@ def fetch(
 ) -> Path:
     """Downloads a data set to OUT/NAME.zip, with its terms in OUT/NAME.LICENCE.txt.
 
-    A file that is there already is verified and kept; one that differs is an error, since it may be somebody's.
+    A file that is there already is verified and kept; one that differs is an error, since it may be needed.
 
     Args:
         name: One of DATASETS.

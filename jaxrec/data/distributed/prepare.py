@@ -58,8 +58,19 @@ def prepare_distributed(
     """Prepares the Parquet files under `folder` into `shards` prepared directories under `out`; returns the index.
 
     The histories, the item indices and the catalogue are those of `jaxrec.data.prepare.prepare` on the same rows.
-    `progress` is told the pass, and how many of its tasks are done of how many. Raises DataError for bad input, naming
-    file and row, and where workers die again and again.
+
+    Args:
+        client: Of the cluster, whose workers reach `folder` and `out` under the same paths.
+        folder: Parquet files of one schema.
+        out: A folder; one that this function wrote is replaced.
+        shards: At least as many as there will be hosts.
+        movies: Their file, or a frame of item_id, title and genres.
+        config: Thresholds, split, order of equal timestamps, rating scale and seed.
+        rows_per_piece: Rows that a task reads, or one row group if that is more.
+        progress: Receives the name of the pass, how many of its tasks are done, and their number.
+
+    Raises:
+        DataError: For bad input, naming file and row, and where workers die again and again.
     """
     folder, out = folder.absolute(), out.absolute()
     try:

@@ -94,7 +94,7 @@ def _load_fast(
     rows, wrong = connection.execute("SELECT count(*), count(*) FILTER (NOT ok) FROM events").fetchall()[0]
     if wrong or not rows:
         return None
-    scale = scale or _infer_scale(connection, "events")
+    scale = scale or infer_rating_scale(deciding_ratings(connection, "events"))
     if scale is not None and _count(connection, f"events WHERE NOT {_in_scale('rating', scale)}"):
         return None
     return Loaded(rows, scale, exact=False, time_unit=unit)
@@ -136,7 +136,7 @@ def _load_exactly(
     )
     connection.execute("DROP TABLE stage")
     good = "(SELECT new_rating AS rating FROM checked WHERE fault IS NULL)"
-    scale = given_scale or _infer_scale(connection, good)
+    scale = given_scale or infer_rating_scale(deciding_ratings(connection, good))
     fits = "true" if scale is None else _in_scale("new_rating", scale)
     source = "" if given_scale else " (the scale that the log seems to have; another can be given: --rating-scale)"
     outside = (
@@ -220,15 +220,15 @@ def _text_only(field: Field, column: str, all_digits: bool) -> Field:
     return Field(field.value, f"({field.valid} AND NOT {whole(column)})", fault)
 
 
-def _infer_scale(connection: duckdb.DuckDBPyConnection, table: str) -> RatingScale | None:
-    """`jaxrec.data.schema.infer_rating_scale`, of the few ratings that decide."""
+def deciding_ratings(connection: duckdb.DuckDBPyConnection, table: str) -> np.ndarray:
+    """[0 to 3] float32: the ratings of `table` by which `jaxrec.data.schema.infer_rating_scale` decides."""
     possible = _in_scale("rating", WIDEST_SCALE)
     query = (
         f"SELECT any_value(rating), min(rating) FILTER ({possible}), "
         f"any_value(rating) FILTER ({possible} AND rating <> round(rating)) FROM {table}"
     )
     found = connection.execute(query).fetchall()[0]
-    return infer_rating_scale(np.array([rating for rating in found if rating is not None], np.float32))
+    return np.array([rating for rating in found if rating is not None], np.float32)
 
 
 def _in_scale(column: str, scale: RatingScale) -> str:

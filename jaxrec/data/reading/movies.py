@@ -102,7 +102,7 @@ def _csv_rows(path: Path, name: str) -> Iterator[MovieRow]:
             header = next(reader, None)
             if header is None:
                 raise DataError(f"{name}: the file is empty; expected the header movieId,title,genres")
-            id_column = next((column for column in ID_COLUMNS if column in header), ID_COLUMNS[0])
+            id_column = next((column for column in ID_COLUMNS if column in header), " or ".join(ID_COLUMNS))
             missing = [column for column in (id_column, "title", "genres") if column not in header]
             if missing:
                 came = ",".join(header)

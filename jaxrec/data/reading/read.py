@@ -15,12 +15,12 @@ from jaxrec.config import PrepareConfig
 from jaxrec.data.reading.bad_rows import BadRows, OnBadRows
 from jaxrec.data.reading.check import Loaded, ReadOptions, load
 from jaxrec.data.reading.connection import MEMORY_GB, connect
-from jaxrec.data.reading.formats import FrameRelation, Relation, relation_of
+from jaxrec.data.reading.formats import Relation, frame_relation, relation_of
 from jaxrec.data.reading.sort import DuplicatesError, SortedLog, sort_log
 from jaxrec.data.reading.sources import ColumnNames, find_source
 from jaxrec.data.schema import ITEM, RATING, TIME, USER, RatingScale
 
-Input = Path | str | pd.DataFrame  # a log, or movies
+PathOrFrame = Path | str | pd.DataFrame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Workspace:
 
 @contextlib.contextmanager
 def open_workspace(
-    interactions: Input,
-    movies: Input | None = None,
+    interactions: PathOrFrame,
+    movies: PathOrFrame | None = None,
     names: ColumnNames = ColumnNames(),
     memory_gb: float = MEMORY_GB,
     parent: Path | None = None,
@@ -52,7 +52,7 @@ def open_workspace(
         scratch = Path(name)
         if isinstance(interactions, pd.DataFrame):
             with connect(scratch, memory_gb, on_disk=parent is not None) as connection:
-                relation = FrameRelation(interactions, names, connection)
+                relation = frame_relation(interactions, names, connection)
                 yield Workspace(relation, connection, scratch, "a frame", movies, None)
             return
         source = find_source(Path(interactions), movies, scratch)

@@ -146,8 +146,11 @@ def _text_format(path: Path) -> Format:
     return Format.U_DATA if len(fields) == 4 and fields[3].strip().isdigit() else Format.CSV
 
 
-def choose_columns(header: Sequence[str], names: ColumnNames, where: str) -> dict[str, str]:
-    """The column of each schema name that the header has. Raises DataError where one is missing or occurs twice."""
+def choose_columns(header: Sequence[str], names: ColumnNames, where: str, has_options: bool = True) -> dict[str, str]:
+    """The column of each schema name that the header has. Raises DataError where one is missing or occurs twice.
+
+    `has_options`: the command has options for other names, which the message then says.
+    """
     chosen, missing = {}, []
     for role, defaults in DEFAULT_COLUMNS.items():
         given = names.named(role)
@@ -156,7 +159,7 @@ def choose_columns(header: Sequence[str], names: ColumnNames, where: str) -> dic
         if name is not None:
             chosen[role] = name
         elif given is not None or role != RATING:
-            hint = f" (or another, given as {OPTIONS[role]})" if given is None else ""
+            hint = f" (or another, given as {OPTIONS[role]})" if given is None and has_options else ""
             missing.append(" or ".join(candidates) + hint)
     came = ",".join(header)
     if missing:
