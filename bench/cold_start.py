@@ -22,7 +22,7 @@ import jaxrec
 from jaxrec.config import PrepareConfig, TrainConfig
 from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
-from jaxrec.data.prepare import prepare, prepare_files
+from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, UNKNOWN_GAP, USER
 from jaxrec.data.store import read_prepared, write_prepared
@@ -63,7 +63,7 @@ def table(name: str, ratings: Path, folder: Path, seed: int) -> list[str]:
     """Recall@50 of each way to rank, with 95 % bootstrap intervals over the users."""
     movies = ratings.with_name("movies.csv")
     beside = movies if ratings.is_file() and movies.is_file() else None
-    whole = prepare_files(ratings, beside, PrepareConfig(min_user_ratings=5, min_movie_ratings=5))
+    whole = prepare(ratings, beside, PrepareConfig(min_user_ratings=5, min_movie_ratings=5))
     rng = np.random.default_rng(seed)
     items = len(whole.catalog)
     hidden = np.zeros(items + 1, bool)

@@ -64,9 +64,9 @@ def activities(rows: int, rng: np.random.Generator) -> np.ndarray:
     if counts[-1] < MIN_ACTIVITY and users > 1:
         missing = MIN_ACTIVITY - counts[-1]
         spare = np.cumsum(np.maximum(counts[:-1] - MIN_ACTIVITY, 0))
-        taken = np.diff(np.minimum(spare, missing), prepend=0)
-        counts[:-1] -= taken
-        counts[-1] += taken.sum()
+        moved = np.diff(np.minimum(spare, missing), prepend=0)
+        counts[:-1] -= moved
+        counts[-1] += moved.sum()
     return counts
 
 
@@ -117,7 +117,7 @@ def draw_times(counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     active = np.add.reduceat(gaps, firsts)
     starts = np.minimum(starts, LAST_TIME - active - 1)
     resting = np.add.reduceat(rest, firsts)
-    fit = np.minimum(1, (LAST_TIME - starts - active) / np.maximum(resting, 1))  # nobody rates after the end
+    fit = np.minimum(1, (LAST_TIME - starts - active) / np.maximum(resting, 1))  # no event is after the end
     gaps[is_break] = (rest * fit[users])[is_break].astype(np.int64)
     total = np.cumsum(gaps)
     times = starts[users] + total - (total[firsts] - gaps[firsts])[users]

@@ -23,7 +23,7 @@ from typing import Any
 import click
 import numpy as np
 
-from jaxrec.data.prepare import prepare_directory
+from jaxrec.data.prepare import prepare
 from jaxrec.runs.directory import CONTENT_FOLDER, HYBRID_FILE, LSTM_FOLDER, load_supervised, open_run
 from jaxrec.training.log import STEPS_FILE, read_epochs, read_steps
 
@@ -113,7 +113,7 @@ def kill_and_compare(folder: Path, kills: int, epochs: int, seed: int) -> dict[s
     """Does it all in `folder` and returns the record. Raises ClickException where a run cannot go on."""
     rng = random.Random(seed)
     write_log(folder / "ratings.csv", users=200, items=60, events=12)
-    prepare_directory(folder / "ratings.csv", None, folder / "data")
+    prepare(folder / "ratings.csv", out=folder / "data")
     fresh = [str(folder / "data"), *OPTIONS, "--max-epochs", str(epochs), "--out"]
     started = time.monotonic()
     finish(start([*fresh, str(folder / "whole")], folder / "cache"))

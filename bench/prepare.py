@@ -25,8 +25,8 @@ import click
 JAXREC = """
 import sys
 from pathlib import Path
-from jaxrec.data.prepare import prepare_directory
-data = prepare_directory(Path(sys.argv[1]), None, Path(sys.argv[2]))
+from jaxrec.data.prepare import prepare
+data = prepare(Path(sys.argv[1]), out=Path(sys.argv[2]))
 print(data.log.events.event_count)
 """
 PANDAS = """
@@ -95,7 +95,7 @@ print(sum(1 for _ in open(folder / f"{folder.name}.inter")) - 1)
 OPEN = """
 import sys, time
 from pathlib import Path
-from jaxrec.data.prepare import read_prepared
+from jaxrec.data.store import read_prepared
 times = []
 for _ in range(5):
     start = time.perf_counter()

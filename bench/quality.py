@@ -21,7 +21,7 @@ import numpy as np
 
 import jaxrec
 from jaxrec.config import PrepareConfig, SplitKind, Ties, TrainConfig
-from jaxrec.data.prepare import prepare_directory
+from jaxrec.data.prepare import prepare
 from jaxrec.data.report import write_report
 from jaxrec.data.split import Cases
 from jaxrec.data.store import read_prepared
@@ -67,7 +67,7 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
         movies = ratings.with_name("movies.csv")
         config = PrepareConfig(min_user_ratings=5, min_movie_ratings=5, split=SPLITS[split], ties=ties)
         beside = movies if ratings.is_file() and movies.is_file() else None
-        prepare_directory(ratings, beside, folder / "data", config, add_files=write_report)
+        prepare(ratings, beside, config, out=folder / "data", add_files=write_report)
     data, out = read_prepared(folder / "data"), folder / f"run-{seed}"
     jaxrec.train(folder / "data", out, train_config=TrainConfig(seed=seed), resume=(out / "run.json").is_file())
     hybrid = load_supervised(open_run(out), data)

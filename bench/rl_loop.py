@@ -33,7 +33,7 @@ from bench.quality import commit
 from jaxrec.config import LOG_RL, RewardWeights, RLConfig
 from jaxrec.data.catalog import Catalog
 from jaxrec.data.histories import Histories
-from jaxrec.data.prepare import prepare_files
+from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.data.store import read_prepared, write_prepared
@@ -236,7 +236,7 @@ def trained_half(work: Path, ratings: Path) -> tuple[Path, PreparedData, pd.Data
     if not (work / "data").is_dir():
         work.mkdir(parents=True, exist_ok=True)
         training.set_axis(["userId", "movieId", "rating", "timestamp"], axis=1).to_csv(work / "half.csv", index=False)
-        write_prepared(prepare_files(work / "half.csv", ratings.with_name("movies.csv")), work / "data")
+        write_prepared(prepare(work / "half.csv", ratings.with_name("movies.csv")), work / "data")
     run, data = work / "run", read_prepared(work / "data")
     if not (run / "hybrid.json").is_file():
         jaxrec.train(work / "data", run, resume=(run / "run.json").is_file())

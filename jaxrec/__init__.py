@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxrec.config import ModelConfig, PrepareConfig, RatingScale, RewardWeights, RLConfig, TrainConfig
-    from jaxrec.data.append import append_directory as append
+    from jaxrec.data.append import append
     from jaxrec.data.prepare import prepare
     from jaxrec.data.prepared import PreparedData
     from jaxrec.data.store import read_prepared
@@ -53,7 +53,7 @@ __all__ = [
 
 _WHERE = {
     "jaxrec.config": ("ModelConfig", "PrepareConfig", "RLConfig", "RatingScale", "RewardWeights", "TrainConfig"),
-    "jaxrec.data.append": ("append=append_directory",),
+    "jaxrec.data.append": ("append",),
     "jaxrec.data.prepare": ("prepare",),
     "jaxrec.data.prepared": ("PreparedData",),
     "jaxrec.data.store": ("read_prepared",),
@@ -63,7 +63,7 @@ _WHERE = {
     "jaxrec.runs.export": ("export",),
     "jaxrec.runs.fine_tune": ("fine_tune",),
     "jaxrec.runs.train": ("train",),
-}  # the names of each module; NAME=NAME_THERE where they differ
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -71,13 +71,10 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("jaxrec")
-    for module, entries in _WHERE.items():
-        for entry in entries:
-            public, _, there = entry.partition("=")
-            if public == name:
-                value = getattr(importlib.import_module(module), there or public)
-                globals()[name] = value
-                return value
+    for module, names in _WHERE.items():
+        if name in names:
+            globals()[name] = value = getattr(importlib.import_module(module), name)
+            return value
     raise AttributeError(f"module 'jaxrec' has no attribute {name!r}")
 
 

@@ -62,7 +62,12 @@ class RatingScale:
         return f"{self.minimum:g}..{self.maximum:g}"
 
     def to_unit(self, ratings: np.ndarray) -> np.ndarray:
-        """Scales raw ratings to 0..1 (float32); NaN becomes MISSING_RATING. On 1..5, 4.0 becomes 0.75."""
+        """Scales raw ratings to 0..1 (float32); NaN becomes MISSING_RATING.
+
+        >>> import numpy as np
+        >>> RatingScale(1, 5).to_unit(np.array([1.0, 4.0, np.nan])).tolist()
+        [0.0, 0.75, -1.0]
+        """
         import numpy as np
 
         unit = (ratings - self.minimum) / (self.maximum - self.minimum)

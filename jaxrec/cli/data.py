@@ -9,14 +9,13 @@ import click
 
 from jaxrec.cli.options import EXISTING_FILE, EXISTING_FOLDER, EXISTING_PATH, NEW_FOLDER, SEED, with_options
 from jaxrec.config import MEMORY_GB, FilterOn, PrepareConfig, RatingScale, SplitKind, Ties
+from jaxrec.data.movielens import BASE_URL, DATASETS
 from jaxrec.data.reading.bad_rows import QUARANTINE_FILE, OnBadRows
 from jaxrec.data.reading.rules import IdKind, TimeUnit
 
 if TYPE_CHECKING:
     from jaxrec.data.prepared import PreparedData
     from jaxrec.data.reading.sources import ColumnNames
-
-DATASETS = ("ml-latest-small", "ml-latest", "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m")
 
 read_options = with_options(
     click.option("--user-col", help="Column of the user ids; recognized if it is userId or user_id."),
@@ -108,14 +107,22 @@ def prepare(
     RATINGS is a MovieLens folder, zip or file (CSV, .dat, u.data), any CSV with a header, also as .gz, or Parquet (a
     file or a folder).
     """
-    from jaxrec.data.prepare import prepare_directory
+    from jaxrec.data.prepare import prepare as prepare_data
     from jaxrec.data.reading.check import ReadOptions
     from jaxrec.data.report import write_report
 
     config = prepare_config(options, RatingScale(*rating_scale) if rating_scale else None)
-    reading = ReadOptions(_columns(options), TimeUnit(options["time_unit"]), IdKind(ids), IdKind(ids))
-    handling = OnBadRows(on_bad_rows)
-    _print_prepared(prepare_directory(ratings, movies, out, config, reading, handling, memory, write_report), out)
+    result = prepare_data(
+        ratings,
+        movies,
+        config,
+        out=out,
+        options=ReadOptions(_columns(options), TimeUnit(options["time_unit"]), IdKind(ids), IdKind(ids)),
+        on_bad_rows=OnBadRows(on_bad_rows),
+        memory_gb=memory,
+        add_files=write_report,
+    )
+    _print_prepared(result, out)
 
 
 @click.command()
@@ -134,14 +141,22 @@ def append(
     **options: Any,
 ) -> None:
     """Adds the events of RATINGS to prepared DATA; the original files are not needed. Known ids keep their index."""
-    from jaxrec.data.append import append_directory
+    from jaxrec.data.append import append as append_events
     from jaxrec.data.reading.check import ReadOptions
     from jaxrec.data.report import write_report
 
     out = out or data
-    reading = ReadOptions(_columns(options), TimeUnit(options["time_unit"]))
-    handling = OnBadRows(on_bad_rows)
-    _print_prepared(append_directory(data, ratings, movies, out, reading, handling, memory, write_report), out)
+    result = append_events(
+        data,
+        ratings,
+        movies,
+        out=out,
+        options=ReadOptions(_columns(options), TimeUnit(options["time_unit"])),
+        on_bad_rows=OnBadRows(on_bad_rows),
+        memory_gb=memory,
+        add_files=write_report,
+    )
+    _print_prepared(result, out)
 
 
 @click.command()
@@ -156,13 +171,12 @@ def check(data: Path) -> None:
 @click.command()
 @click.argument("name", type=click.Choice(DATASETS))
 @click.option("--out", type=NEW_FOLDER, required=True, help="Folder for NAME.zip and its terms.")
-@click.option("--base-url", help="Folder on the web that holds NAME.zip.  [default: GroupLens]", show_default=False)
-def fetch(name: str, out: Path, base_url: str | None) -> None:
-    """Downloads the MovieLens data set NAME and verifies it; an interrupted download is resumed."""
-    from jaxrec.data.reading.fetch import BASE_URL
-    from jaxrec.data.reading.fetch import fetch as fetch_archive
+@click.option("--base-url", default=BASE_URL, help="Folder on the web that holds NAME.zip: GroupLens, or a mirror.")
+def fetch(name: str, out: Path, base_url: str) -> None:
+    """Downloads the MovieLens data set NAME and verifies it."""
+    from jaxrec.data.movielens import fetch as fetch_archive
 
-    fetch_archive(name, out, base_url or BASE_URL, say=click.echo)
+    fetch_archive(name, out, base_url, say=click.echo)
 
 
 def prepare_config(options: dict[str, Any], rating_scale: RatingScale | None = None) -> PrepareConfig:

@@ -32,14 +32,12 @@ def prepare_distributed(
     """Prepares the Parquet files under FOLDER on several machines, into shards by user."""
     from tqdm import tqdm
 
-    from jaxrec.data.reading.movies import read_movies
-
     try:
         from jaxrec.data.distributed import prepare as driver
     except ModuleNotFoundError as error:
         raise DataError(f"{error.name} is missing; install it with: pip install 'jaxrec[distributed]'") from error
 
-    config, movie_frame = prepare_config(options), None if movies is None else read_movies(movies)
+    config = prepare_config(options)
     with driver.cluster(scheduler, workers) as client, tqdm(unit="task") as bar:
 
         def show(stage: str, done: int, total: int) -> None:
@@ -47,5 +45,5 @@ def prepare_distributed(
             bar.total, bar.n = total, done
             bar.refresh()
 
-        index = driver.prepare_distributed(client, folder, out, shards, movie_frame, config, progress=show)
+        index = driver.prepare_distributed(client, folder, out, shards, movies, config, progress=show)
     click.echo(f"{out}: {index['events']} events of {index['users']} users in {shards} shards")

@@ -1,6 +1,6 @@
-"""Adds events to prepared data: its log is taken as it is, and only the users with new events are sorted again.
+"""Adds events to prepared data: its log is used as it is, and only the users with new events are sorted again.
 
-What holds: append(prepare(a), b) has the events, the cases and the catalogue of prepare(a + b), where a + b are the
+The result: append(prepare(a), b) has the events, the cases and the catalogue of prepare(a + b), where a + b are the
 rows of a and then those of b. Known users and items keep their indices, and new ones come after them, so the order of
 the ids differs; a model that was trained before still fits. Limits: the rating scale stays that of a; times that are
 exact to the millisecond order events within one second of b, not between a and b; and where prepare(a + b) would drop
@@ -8,7 +8,6 @@ an item or a user of prepare(a) (the temporal cut moves back, or a filter that i
 the test), its index stays, in the catalogue or without events.
 """
 
-import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -16,82 +15,85 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from jaxrec.data.columns import ColumnWriter, release
-from jaxrec.data.event_log import EVENT_TYPES, DuplicatesError, EventLog, SortedLog, open_log, sort_log
-from jaxrec.data.filtering import blocks
+from jaxrec.data.histories import EventLog, blocks, event_writers, open_log, release
 from jaxrec.data.ids import IdMap, write_ids
 from jaxrec.data.prepare import prepare_log
 from jaxrec.data.prepared import AddFiles, PreparedData
 from jaxrec.data.reading.bad_rows import QUARANTINE_FILE, OnBadRows, bad_rows
-from jaxrec.data.reading.check import Loaded, ReadOptions, load
-from jaxrec.data.reading.connection import MEMORY_GB, quoted
-from jaxrec.data.reading.formats import relation_of
-from jaxrec.data.reading.read import input_counts, movies_for, reading
+from jaxrec.data.reading.check import ReadOptions
+from jaxrec.data.reading.connection import MEMORY_GB
+from jaxrec.data.reading.movies import movies_like
+from jaxrec.data.reading.read import PathOrFrame, input_counts, open_workspace, read_log
 from jaxrec.data.reading.rules import IdKind
 from jaxrec.data.schema import ITEM
-from jaxrec.data.store import LOG_FOLDER, finish, new_data_folder, read_all_movies, read_prepared, write_movies
+from jaxrec.data.store import LOG_FOLDER, all_movies, build, read_prepared
 from jaxrec.errors import DataError
 
 
-def append_directory(
-    data: Path,
-    ratings: Path,
-    movies: Path | None,
-    out: Path,
+def append(
+    data: Path | str | PreparedData,
+    interactions: PathOrFrame,
+    movies: PathOrFrame | None = None,
+    *,
+    out: Path | str | None = None,
     options: ReadOptions = ReadOptions(),
     on_bad_rows: OnBadRows = OnBadRows.FAIL,
     memory_gb: float = MEMORY_GB,
     add_files: AddFiles | None = None,
 ) -> PreparedData:
-    """Writes prepared `data` with the events of `ratings` added to `out`, which may be `data` itself.
+    """Prepared data with more events; configuration, kinds of ids and rating scale stay as they were.
 
-    Configuration, kinds of ids and rating scale stay as they were; rows set aside before stay in quarantine.csv.
-    Raises DataError for bad input, for an event that `data` already has, and where `out` cannot be written; `out` then
-    stays as it was.
+    Args:
+        data: Prepared data, or its folder. Rows that were set aside in the folder stay in quarantine.csv.
+        interactions: The new events, as for `jaxrec.data.prepare.prepare`.
+        movies: Titles and genres of new movies, which go before those that are known.
+        out: A folder to write, which may be that of `data`: whole or not at all. None: the result is in memory.
+        options: Names of the columns and unit of the times, where they are not to be recognized.
+        on_bad_rows: Whether bad rows are an error, or are set aside in quarantine.csv in `out`.
+        memory_gb: Gigabytes for the engine that sorts.
+        add_files: Puts more files into `out` before it is whole, such as `jaxrec.data.report.write_report`.
+
+    Returns:
+        The prepared data of all events; with `out` its columns are memory maps.
+
+    Raises:
+        DataError: For bad input, for an event that `data` already has, where `data` holds no log, and where `out`
+            cannot be written, which then stays as it was.
+        ValueError: Where `on_bad_rows` or `add_files` ask for files and there is no `out`.
     """
-    old = read_prepared(data)
+    old = data if isinstance(data, PreparedData) else read_prepared(Path(data))
     if old.log is None:
-        raise DataError(f"{data}: holds no log to append to; prepare again")
-    log = old.log
-    options = dataclasses.replace(
-        options, users=_kind(log.users), items=_kind(log.items), scale=old.config.rating_scale or options.scale
-    )
-    with (
-        new_data_folder(out) as folder,
-        reading(ratings, movies, memory_gb, out.parent) as (scratch, source, connection),
-    ):
-        relation = relation_of(source, options.columns, connection)
-        (scratch / "sorted").mkdir()
-        with bad_rows(on_bad_rows, folder, data / QUARANTINE_FILE) as bad:
+        raise DataError(f"{old.folder or 'the prepared data'}: holds no log to append to; prepare again")
+    log, earlier = old.log, None if old.folder is None else old.folder / QUARANTINE_FILE
+    options = dataclasses.replace(options, users=_kind(log.users), items=_kind(log.items))
 
-            def read(exact: bool) -> tuple[Loaded, SortedLog]:
-                loaded = load(connection, relation, options, bad, scratch, exact)
-                _insert_old_events(connection, log, data, loaded.exact)
-                reported = bad if loaded.exact else None
-                return loaded, sort_log(connection, scratch / "sorted", old.config.ties, old.config.seed, reported)
+    def make(folder: Path) -> PreparedData:
+        parent = None if out is None else Path(out).parent
+        with (
+            open_workspace(interactions, movies, options.columns, memory_gb, parent) as work,
+            bad_rows(on_bad_rows, folder, earlier) as bad,
+        ):
 
-            try:
-                loaded, found = read(exact=False)
-            except DuplicatesError:
-                loaded, found = read(exact=True)
-            bad.fail_if_any()
-        connection.close()
-        (folder / LOG_FOLDER).mkdir()
-        merged = merge_logs(log, found.log, folder / LOG_FOLDER)
-        given = movies_for(source, merged)
-        all_movies = _joined_movies(given, read_all_movies(data, log.items.raw_ids.dtype))
-        write_movies(all_movies, folder / LOG_FOLDER)
+            def add_old_events(exact: bool) -> None:
+                _insert_old_events(work.connection, log, exact)
+
+            loaded, found = read_log(work, options, old.config, bad, work.scratch / "sorted", add_old_events)
+            merged = merge_logs(log, found.log, folder / LOG_FOLDER)
+            known = _joined_movies(movies_like(work.movies, merged.items.raw_ids, work.movies_name), all_movies(old))
+            counts = input_counts(work, loaded, found, bad)
         config = dataclasses.replace(old.config, rating_scale=loaded.scale)
-        result = prepare_log(merged, all_movies, config, folder, old.users, old.catalog.ids)
-        finish(dataclasses.replace(result, input=input_counts(str(source), loaded, found, bad)), folder, add_files)
-    return read_prepared(out)
+        result = prepare_log(merged, known, config, folder, old.users, old.catalog.ids)
+        return dataclasses.replace(result, input=counts)
+
+    return build(make, out, on_bad_rows, add_files)
 
 
 def merge_logs(old: EventLog, new: EventLog, folder: Path) -> EventLog:
-    """Writes one log into `folder`: `new` holds all events of each of its users, and `old` those of the others.
+    """Writes one log into the new `folder`: `new` holds all events of each of its users, and `old` those of the others.
 
     Old users and items keep their indices, and new ones follow.
     """
+    folder.mkdir()
     items = _extended(old.items, new.items)
     users = _extended(old.users, new.users)
     item_codes = np.concatenate([[0], items.encode(new.items.raw_ids)]).astype(np.int32)
@@ -102,16 +104,13 @@ def merge_logs(old: EventLog, new: EventLog, folder: Path) -> EventLog:
     lengths = np.where(from_new, new.events.lengths()[place], old_lengths)
     starts = np.where(from_new, new.events.offsets[:-1][place], old_starts)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    with contextlib.ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(ColumnWriter(folder / f"{name}.npy", kind)) for name, kind in EVENT_TYPES.items()
-        }
+    with event_writers(folder) as writers:
         for block in blocks(offsets):
             rows = block.per_event(starts[block.users]) + block.positions()
             of_new = block.per_event(from_new[block.users])
             for name, writer in writers.items():
                 old_column, new_column = getattr(old.events, name), getattr(new.events, name)
-                column = np.empty(len(rows), EVENT_TYPES[name])
+                column = np.empty(len(rows), old_column.dtype)
                 column[~of_new] = old_column[rows[~of_new]]
                 added = new_column[rows[of_new]]
                 column[of_new] = item_codes[added] if name == "items" else added
@@ -123,14 +122,14 @@ def merge_logs(old: EventLog, new: EventLog, folder: Path) -> EventLog:
     return open_log(folder)
 
 
-def _insert_old_events(connection: duckdb.DuckDBPyConnection, log: EventLog, data: Path, exact: bool) -> None:
+def _insert_old_events(connection: duckdb.DuckDBPyConnection, log: EventLog, exact: bool) -> None:
     """Puts the old events of users with new ones before these in `events`."""
     found = np.ma.getdata(connection.execute("SELECT DISTINCT user FROM events").fetchnumpy()["user"])
     codes = log.users.encode(found)
     affected = np.sort(codes[codes > 0].astype(np.int64) - 1)
     connection.execute("ALTER TABLE events RENAME TO added")
     connection.execute("CREATE OR REPLACE TABLE events AS SELECT * FROM added LIMIT 0")
-    origin = f"{quoted(str(data))}, line, ''" if exact else "true"
+    origin = "'the log', line, ''" if exact else "true"
     for block in blocks(log.events.offsets, affected):
         frame = pd.DataFrame(
             {

@@ -45,18 +45,65 @@ class Catalog:
 
 @functools.lru_cache(maxsize=100_000)
 def split_genres(text: str) -> tuple[str, ...]:
-    """Genres of MovieLens' `A|B` notation, sorted and distinct; "(no genres listed)" is no genre."""
+    """Genres of MovieLens' `A|B` notation, sorted and distinct; "(no genres listed)" is no genre.
+
+    >>> split_genres("War|Drama|War"), split_genres("(no genres listed)")
+    (('Drama', 'War'), ())
+    """
     return tuple(sorted({genre.strip() for genre in text.split("|")} - {"", NO_GENRES}))
 
 
 def build_catalog(ids: IdMap, movies: pd.DataFrame | None) -> Catalog:
-    """The catalogue of the given ids. An item that `movies` lacks is titled by its id and has no genres."""
-    if movies is None:
-        return Catalog(ids, tuple(str(raw) for raw in ids.raw_ids), ((),) * len(ids))
-    known = movies.set_index(ITEM).reindex(ids.raw_ids)
-    titles = tuple(str(raw) if pd.isna(title) else title for raw, title in zip(ids.raw_ids, known[TITLE], strict=True))
-    genres = tuple(() if pd.isna(text) else split_genres(text) for text in known[GENRES])
+    """The catalogue of the given ids.
+
+    Args:
+        ids: Its items.
+        movies: item_id (of the type of `ids`), title and genres (joined by `|`) of these and other items. An item that
+            it lacks is titled by its id and has no genres.
+
+    Raises:
+        DataError: For a catalogue of a single item.
+    """
+    titles = tuple(str(raw) for raw in ids.raw_ids)
+    genres: tuple[tuple[str, ...], ...] = ((),) * len(ids)
+    if movies is not None:
+        known = movies.set_index(ITEM).reindex(ids.raw_ids)
+        titles = tuple(raw if pd.isna(title) else title for raw, title in zip(titles, known[TITLE], strict=True))
+        genres = tuple(() if pd.isna(text) else split_genres(text) for text in known[GENRES])
+    if len(ids) == 1:
+        raise DataError(f"only one item is left ({titles[0]}); a recommender needs at least two")
     return Catalog(ids, titles, genres)
+
+
+def catalog_items(kept: np.ndarray, movies: pd.DataFrame | None, min_ratings: int) -> np.ndarray:
+    """Sorted raw ids of the catalogue: those of the `kept` items, and of all movies where the threshold is 0."""
+    if min_ratings == 0 and movies is not None:
+        return np.union1d(kept, movies[ITEM].to_numpy())
+    return np.sort(kept)
+
+
+def checked_movies(movies: pd.DataFrame, raw_items: np.ndarray) -> pd.DataFrame:
+    """Movies that were given as a frame, with ids of the type of the raw item ids.
+
+    Raises DataError where a column is missing, an id occurs twice, or one side's ids are numbers and the other's text.
+    """
+    missing = [name for name in (ITEM, TITLE, GENRES) if name not in movies]
+    if missing:
+        raise DataError(f"movies: column {', '.join(missing)} is missing; the columns are {list(movies.columns)}")
+    whole = pd.api.types.infer_dtype(movies[ITEM]) == "integer"
+    if whole != (raw_items.dtype == np.int64):
+        raise DataError(
+            f"movies: {ITEM} is {_type_of(movies[ITEM])}, and that of the interactions is "
+            f"{_type_of(pd.Series(raw_items))}; expected the same type of ids in both"
+        )
+    repeated = movies[ITEM][movies[ITEM].duplicated()]
+    if len(repeated):
+        raise DataError(f"movies: {ITEM} {repeated.iloc[0]} occurs twice")
+    return movies.astype({ITEM: np.int64 if whole else object})
+
+
+def _type_of(ids: pd.Series) -> str:
+    return f"{ids.dtype} ({pd.api.types.infer_dtype(ids)})" if ids.dtype == object else str(ids.dtype)
 
 
 def write_catalog(catalog: Catalog, path: Path) -> None:

@@ -1,57 +1,16 @@
 """Which users, items and events of the whole log are kept, and their dense indices."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from jaxrec.data.columns import ColumnWriter, open_column, release, runs, user_blocks
-from jaxrec.data.event_log import EVENT_TYPES, EventLog
-from jaxrec.data.histories import Histories
+from jaxrec.data.histories import Block, EventLog, Histories, blocks, event_writers, open_histories, release
 from jaxrec.data.ids import IdMap
 
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """Some users' events. `users` [n] (0-based), `lengths` [n], `rows`: where their events are, one user after the
-    other."""
-
-    users: np.ndarray
-    lengths: np.ndarray
-    rows: slice | np.ndarray
-
-    def per_event(self, per_user: np.ndarray) -> np.ndarray:
-        """A value of each of the block's users, repeated for each of their events."""
-        return np.repeat(per_user, self.lengths)
-
-    def positions(self) -> np.ndarray:
-        """0 for a user's first event, 1 for the second, ..."""
-        return np.arange(int(self.lengths.sum())) - self.per_event(np.cumsum(self.lengths) - self.lengths)
-
-    def sums(self, where: np.ndarray) -> np.ndarray:
-        """[n] int64: how many of each user's events are true."""
-        totals = np.concatenate([[0], np.cumsum(where)])
-        ends = np.cumsum(self.lengths)
-        return totals[ends] - totals[ends - self.lengths]
-
-
 # True for the events that the filter, and with it the catalogue, is fitted on.
-Fitted = Callable[[Block], np.ndarray]
-
-
-def blocks(offsets: np.ndarray, users: np.ndarray | None = None) -> Iterator[Block]:
-    """All users, or the given ones in their order, in blocks that fit in memory."""
-    if users is None:
-        for first, stop in user_blocks(offsets):
-            rows = slice(int(offsets[first]), int(offsets[stop]))
-            yield Block(np.arange(first, stop), np.diff(offsets[first : stop + 1]), rows)
-        return
-    lengths = offsets[users + 1] - offsets[users]
-    for first, stop in user_blocks(np.concatenate([[0], np.cumsum(lengths)])):
-        chosen = users[first:stop]
-        yield Block(chosen, lengths[first:stop], runs(offsets[chosen], lengths[first:stop]))
+FittedEvents = Callable[[Block], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +21,17 @@ class Core:
     items: np.ndarray
 
 
-def k_core(log: EventLog, fitted: Fitted, min_user_ratings: int, min_item_ratings: int) -> Core:
+def k_core(log: EventLog, fitted: FittedEvents, min_user_ratings: int, min_item_ratings: int) -> Core:
     """Drops users and items with few fitted events, again and again until none is left (the literature's k-core).
 
-    A user or an item without any fitted event is dropped whatever the threshold.
+    Args:
+        log: All events.
+        fitted: Which of them count.
+        min_user_ratings: Events that a user needs; one without any is dropped whatever the threshold.
+        min_item_ratings: The same of an item.
+
+    Returns:
+        What stays.
     """
     events = log.events
     core = Core(np.ones(len(log.users), bool), np.ones(len(log.items) + 1, bool))
@@ -88,10 +54,12 @@ def k_core(log: EventLog, fitted: Fitted, min_user_ratings: int, min_item_rating
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection:
-    """Kept events. `order`: the log's user of each kept user; `index` [log items + 1]: new index of each item, 0 for
-    none; `train_counts`, `last_kept` and `before_last_kept` [kept users]: how many of a user's kept events are fitted,
-    and whether the last two of all its events are kept."""
+class FilteredLog:
+    """Kept events, by kept user. `order` [users] int64: each one's position among the log's users.
+
+    `train_counts` [users] int64: how many of the kept events the filter was fitted on; `last_kept` and
+    `before_last_kept` [users] bool: whether the last two of all of a user's events are kept.
+    """
 
     histories: Histories
     order: np.ndarray
@@ -100,21 +68,35 @@ class Selection:
     before_last_kept: np.ndarray
 
 
-def select(
+def filter_log(
     log: EventLog,
-    fitted: Fitted,
+    fitted: FittedEvents,
     core: Core,
     catalog: IdMap,
     known_users: IdMap | None,
     keep_every_user: bool,
     folder: Path,
     current_items: np.ndarray | None = None,
-) -> Selection:
-    """Writes the kept events as columns into `folder`: the fitted ones of the core, and of the others those whose
-    item is in the catalogue (and one of the raw ids `current_items`, where the catalogue has more, which only keep
-    their index) and whose user is in the core (or any user, with all the events before them).
+) -> FilteredLog:
+    """Writes the kept events as columns into `folder`.
 
-    Users come in the order of `known_users`, then sorted by raw id; a known user stays, if only without events.
+    Kept are the fitted events of the core, and of the others those whose item is in the catalogue and whose user is in
+    the core, or with `keep_every_user` of any user, with all the events before them.
+
+    Args:
+        log: All events.
+        fitted: Which of them the filter was fitted on.
+        core: What the filter keeps of these.
+        catalog: The items, whose indices the columns get.
+        known_users: Users that come first, in this order, and stay, if only without events; the others follow sorted
+            by raw id.
+        keep_every_user: Whether users outside of the core are evaluated.
+        folder: Where the columns go.
+        current_items: Raw ids of the items that the log's other events may have; None: all of the catalogue. The rest
+            of the catalogue only keeps its indices.
+
+    Returns:
+        The kept events as memory maps.
     """
     events = log.events
     index = catalog.encode(log.items.raw_ids)
@@ -146,10 +128,7 @@ def select(
         before_last_kept[block.users] = kept[np.maximum(ends - 2, 0)]
         release(events.items, events.times)
     order = _user_order(log.users, counts > 0, known_users)
-    with contextlib.ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(ColumnWriter(folder / f"{name}.npy", kind)) for name, kind in EVENT_TYPES.items()
-        }
+    with event_writers(folder) as writers:
         for block in blocks(events.offsets, None if _is_identity(order, len(log.users)) else order):
             items = events.items[block.rows]
             kept, _ = kept_events(block, items)
@@ -157,12 +136,8 @@ def select(
             writers["ratings"].write(events.ratings[block.rows][kept])
             writers["times"].write(events.times[block.rows][kept])
             release(events.items, events.ratings, events.times)
-    offsets = np.concatenate([[0], np.cumsum(counts[order])]).astype(np.int64)
-    np.save(folder / "offsets.npy", offsets)
-    columns = {name: open_column(folder / f"{name}.npy") for name in EVENT_TYPES}
-    return Selection(
-        Histories(offsets, **columns), order, train_counts[order], last_kept[order], before_last_kept[order]
-    )
+    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(counts[order])]).astype(np.int64))
+    return FilteredLog(open_histories(folder), order, train_counts[order], last_kept[order], before_last_kept[order])
 
 
 def _user_order(users: IdMap, kept: np.ndarray, known: IdMap | None) -> np.ndarray:

@@ -7,10 +7,23 @@ import pandas as pd
 
 
 class IdMap:
-    """A fixed set of raw ids (all int64, or all str), in the order of their indices 1..n."""
+    """A fixed set of raw ids (all int64, or all str), in the order of their indices 1..n.
+
+    >>> ids = IdMap.fit(np.array([40, 10, 40, 30]))
+    >>> ids.encode([10, 40, 5]).tolist(), ids.decode(np.array([3, 1])).tolist()
+    ([1, 3, 0], [40, 10])
+    """
 
     def __init__(self, raw_ids: np.ndarray, distinct: bool = False) -> None:
-        """`distinct`: the ids are known to be, which saves the time of looking."""
+        """Takes the raw ids in the order of their indices.
+
+        Args:
+            raw_ids: [n] int64, or object (str).
+            distinct: The ids are known to be distinct, which saves the time of comparing them.
+
+        Raises:
+            ValueError: For an id that occurs twice.
+        """
         self._index = pd.Index(raw_ids)
         if not distinct and self._index.has_duplicates:
             raise ValueError(f"id {self._index[self._index.duplicated()][0]!r} occurs twice")
@@ -29,7 +42,7 @@ class IdMap:
         return self._index.to_numpy()
 
     def encode(self, raw_ids: np.ndarray | pd.Series | list) -> np.ndarray:
-        """Indices (int32) of raw ids; 0 for an id that is not in the map."""
+        """[ids] int32: indices of raw ids; 0 for an id that is not in the map."""
         return (self._index.get_indexer(pd.Index(raw_ids)) + 1).astype(np.int32)
 
     def decode(self, indices: np.ndarray) -> np.ndarray:

@@ -10,9 +10,7 @@ import pandas as pd
 
 from jaxrec.config import PrepareConfig
 from jaxrec.data.catalog import Catalog
-from jaxrec.data.columns import BLOCK_EVENTS, release
-from jaxrec.data.event_log import EventLog
-from jaxrec.data.histories import Histories
+from jaxrec.data.histories import BLOCK_EVENTS, EventLog, Histories, release
 from jaxrec.data.ids import IdMap
 from jaxrec.data.schema import RatingScale
 from jaxrec.data.split import Split
@@ -22,9 +20,12 @@ from jaxrec.data.split import Split
 class PreparedData:
     """What every later stage reads. `config.rating_scale` is the scale in force; None where there are no ratings.
 
-    `log`: every event that was read, before the filters. `movies`: all movies that were given, not only those of the
-    catalogue. Both are for `append`; None: not kept. `input`: counts of what was read, as JSON values. `folder`: where
-    exactly this data lies; None for data in memory, and for what `dataclasses.replace` makes of it.
+    Attributes:
+        log: Every event that was read, before the filters, for `append`; None: not kept.
+        movies: All movies that were given, not only those of the catalogue, for `append`; a path: the file that
+            `jaxrec.data.store.all_movies` reads them from when they are needed.
+        input: Counts of what was read, as JSON values.
+        folder: Where exactly this data lies; None in memory, and for what `dataclasses.replace` makes of it.
     """
 
     catalog: Catalog
@@ -33,7 +34,7 @@ class PreparedData:
     split: Split
     config: PrepareConfig
     log: EventLog | None = None
-    movies: pd.DataFrame | None = None
+    movies: pd.DataFrame | Path | None = None
     input: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     folder: Path | None = dataclasses.field(default=None, init=False, compare=False)
 
@@ -49,10 +50,11 @@ class PreparedData:
 
     def summary(self) -> dict[str, Any]:
         """Counts that describe the data, as JSON values."""
-        first, last = 2**62, 0
+        firsts, lasts = [], []
         for start in range(0, self.histories.event_count, BLOCK_EVENTS):
             times = self.histories.times[start : start + BLOCK_EVENTS]
-            first, last = min(first, int(times.min())), max(last, int(times.max()))
+            firsts.append(int(times.min()))
+            lasts.append(int(times.max()))
             release(times)
         return {
             "users": len(self.users),
@@ -62,8 +64,8 @@ class PreparedData:
             "validation_cases": len(self.split.validation),
             "test_cases": len(self.split.test),
             "genres": len(self.catalog.genres),
-            "first_time": first,
-            "last_time": last,
+            "first_time": min(firsts, default=None),
+            "last_time": max(lasts, default=None),
         }
 
 

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxrec.data.columns import release
-from jaxrec.data.histories import Histories
+from jaxrec.data.histories import Histories, release
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import RatingScale
 from jaxrec.files import new_file, write_text

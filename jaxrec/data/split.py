@@ -1,4 +1,4 @@
-"""Cuts histories into training, validation and test, as the evaluation protocol says.
+"""Splits histories into training, validation and test, as the evaluation protocol says.
 
 A case is one event to be predicted from the events of its user before it. Nothing that is fitted sees an event that
 is not in training.
@@ -10,9 +10,9 @@ import math
 
 import numpy as np
 
-from jaxrec.data.columns import release
-from jaxrec.data.filtering import blocks
-from jaxrec.data.histories import Histories
+from jaxrec.config import FilterOn, PrepareConfig, SplitKind
+from jaxrec.data.filtering import FilteredLog, FittedEvents
+from jaxrec.data.histories import Block, EventLog, Histories, blocks, release
 from jaxrec.data.schema import SECONDS_PER_DAY
 
 TEMPORAL_QUANTILE = 0.9
@@ -53,8 +53,74 @@ class Split:
         return np.flatnonzero(histories.positions() < np.repeat(self.train_counts, histories.lengths()))
 
 
+@dataclasses.dataclass(frozen=True)
+class SplitRule:
+    """The split of `config` on one log, and what decides it before the filter.
+
+    `cut`: seconds, of the temporal split; `roles` [log users] int8, of the user-held-out split.
+    """
+
+    config: PrepareConfig
+    cut: int
+    roles: np.ndarray
+
+    @classmethod
+    def of(cls, log: EventLog, config: PrepareConfig, cut: int | None = None) -> "SplitRule":
+        """The rule for `log`. `cut`: where the log is a part of one whose cut is known."""
+        kind = config.split
+        if cut is None:
+            cut = temporal_cut(log.events.times) if kind is SplitKind.TEMPORAL else 0
+        is_by_user = kind is SplitKind.USER_HELD_OUT
+        return cls(config, cut, user_roles(log.users.raw_ids, config.seed) if is_by_user else np.empty(0, np.int8))
+
+    def fitted(self, log: EventLog) -> FittedEvents:
+        """The events that the filter, and with it the catalogue, is fitted on."""
+
+        def all_events(block: Block) -> np.ndarray:
+            return np.ones(int(block.lengths.sum()), bool)
+
+        def training_of_leave_one_out(block: Block) -> np.ndarray:
+            return is_training_of_leave_one_out(block.positions(), block.per_event(block.lengths))
+
+        def before_the_cut(block: Block) -> np.ndarray:
+            before = log.events.times[block.rows] < self.cut
+            release(log.events.times)
+            return before
+
+        def of_training_users(block: Block) -> np.ndarray:
+            return block.per_event(self.roles[block.users] == TRAINING)
+
+        if self.config.split is SplitKind.TEMPORAL:
+            return before_the_cut
+        if self.config.split is SplitKind.USER_HELD_OUT:
+            return of_training_users
+        return training_of_leave_one_out if self.config.filter_on is FilterOn.TRAINING else all_events
+
+    @property
+    def keeps_every_user(self) -> bool:
+        """Whether users that the filter does not keep are evaluated all the same."""
+        return self.config.split is not SplitKind.LEAVE_ONE_OUT
+
+    def split(self, kept: FilteredLog, known: np.ndarray | None = None) -> Split:
+        """The split of the kept events. `known` [items + 1] bool: items seen in training; None: of these events."""
+        histories = kept.histories
+        if self.config.split is SplitKind.TEMPORAL:
+            return temporal(histories, self.cut, kept.train_counts > 0, known)
+        if self.config.split is SplitKind.USER_HELD_OUT:
+            return user_held_out(histories, self.roles[kept.order], known)
+        if self.config.filter_on is FilterOn.TRAINING:
+            return leave_one_out_fitted(histories, kept.train_counts, kept.last_kept, kept.before_last_kept)
+        return leave_one_out(histories)
+
+
 def leave_one_out(histories: Histories) -> Split:
-    """Last event: test; the one before: validation; the rest: training. Users with fewer than 3 events only train."""
+    """Last event: test; the one before: validation; the rest: training. Users with fewer than 3 events only train.
+
+    >>> four_and_two = Histories(np.array([0, 4, 6]), *np.zeros((3, 6)))
+    >>> split = leave_one_out(four_and_two)
+    >>> split.train_counts.tolist(), split.validation.rows.tolist(), split.test.rows.tolist()
+    ([2, 2], [2], [3])
+    """
     lengths = histories.lengths()
     users = np.flatnonzero(lengths >= 3)
     train_counts = lengths.copy()
@@ -66,9 +132,13 @@ def leave_one_out(histories: Histories) -> Split:
 def leave_one_out_fitted(
     histories: Histories, train_counts: np.ndarray, last_kept: np.ndarray, before_last_kept: np.ndarray
 ) -> Split:
-    """The same where the roles were given before the filter: an event of a held-out role may be missing.
+    """The same where the filter was fitted on training: a held-out event may have been dropped.
 
-    `train_counts` [users]: kept training events; the flags [users] say which of the two held-out events are left.
+    Args:
+        histories: The kept events.
+        train_counts: [users] int64, kept training events.
+        last_kept: [users] bool, whether a user's last event of all is left.
+        before_last_kept: [users] bool, the same of the one before.
     """
     held_out = histories.lengths() - train_counts
     tested = np.flatnonzero((held_out > 0) & last_kept)
@@ -81,7 +151,11 @@ def leave_one_out_fitted(
 
 
 def is_training_of_leave_one_out(positions: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """[events] bool. `positions`: of each event in its history; `totals`: how long that history is."""
+    """[events] bool. `positions`: of each event in its history; `totals`: how long that history is.
+
+    >>> is_training_of_leave_one_out(np.array([0, 1, 2, 0, 1]), np.array([3, 3, 3, 2, 2])).tolist()
+    [True, False, False, True, True]
+    """
     return (positions < totals - 2) | (totals < 3)
 
 
@@ -89,6 +163,9 @@ def temporal_cut(times: np.ndarray) -> int:
     """The TEMPORAL_QUANTILE quantile of all timestamps (the higher of two): events at or after it are tests.
 
     By counting days first, so that no sorted copy of the times is needed.
+
+    >>> temporal_cut(np.arange(100, 0, -1))
+    91
     """
     step = 4_000_000
     starts = range(0, len(times), step)
@@ -99,23 +176,38 @@ def temporal_cut(times: np.ndarray) -> int:
         days = longer.copy()
         days[: len(shorter)] += shorter
         release(times)
-    rank = math.ceil(TEMPORAL_QUANTILE * (len(times) - 1))
-    totals = np.cumsum(days)
-    day = int(np.searchsorted(totals, rank, side="right"))
+    day, rank = day_of_cut(days)
     within = []
     for start in starts:
         part = times[start : start + step]
         within.append(part[part // SECONDS_PER_DAY == day])
         release(times)
-    return int(np.sort(np.concatenate(within))[rank - (totals[day] - days[day])])
+    return int(np.sort(np.concatenate(within))[rank])
 
 
-def temporal(histories: Histories, cut: int, trains: np.ndarray) -> Split:
-    """Events before `cut` (seconds) train; each later event with enough history and an item seen in training is a test.
+def day_of_cut(days: np.ndarray) -> tuple[int, int]:
+    """The day with the cut, and the cut's rank among the sorted times of that day. `days` [days] int64: events of each.
 
-    `trains` [users] bool: whose events may train; the others (too few before the cut) are only tested. Validation is
-    the last event before the cut of each training user with enough history; it is held out of training. Users who
-    appear only after the cut are tested too, which shows how the model serves users that it never saw.
+    >>> day_of_cut(np.array([5, 0, 6]))  # the ten-percent quantile from above: the tenth of 11 times
+    (2, 4)
+    """
+    totals = np.cumsum(days)
+    rank = math.ceil(TEMPORAL_QUANTILE * (totals[-1] - 1))
+    day = int(np.searchsorted(totals, rank, side="right"))
+    return day, int(rank - (totals[day] - days[day]))
+
+
+def temporal(histories: Histories, cut: int, trains: np.ndarray, known: np.ndarray | None = None) -> Split:
+    """Events before `cut` train; each later event with enough history and an item seen in training is a test.
+
+    Validation is the last event before the cut of each training user with enough history; it is held out of training.
+    Users who appear only after the cut are tested too, which shows how the model serves users that it never saw.
+
+    Args:
+        histories: All kept events.
+        cut: Seconds since 1970.
+        trains: [users] bool, whose events may train; the others (too few before the cut) are only tested.
+        known: [items + 1] bool, items seen in training; None: those of these histories' training part.
     """
     counts = np.zeros(histories.user_count, np.int64)
     for block in blocks(histories.offsets):
@@ -124,7 +216,7 @@ def temporal(histories: Histories, cut: int, trains: np.ndarray) -> Split:
     validated = np.flatnonzero(trains & (counts > TEMPORAL_MIN_HISTORY))
     train_counts = np.where(trains, counts, 0)
     train_counts[validated] -= 1
-    known = items_in_training(histories, train_counts)
+    known = items_in_training(histories, train_counts) if known is None else known
     validation_rows = histories.offsets[validated] + counts[validated] - 1
     validation_known = known[histories.items[validation_rows]]
     test_users, test_rows = [], []
@@ -148,17 +240,27 @@ def user_roles(raw_ids: np.ndarray, seed: int) -> np.ndarray:
     A role follows from seed and raw id alone, so that other users, and later events, do not change it.
     """
     draws = np.array([_draw(f"{seed} {raw}") for raw in raw_ids.tolist()])
-    return np.select([draws < TEST_USERS, draws < TEST_USERS + VALIDATION_USERS], [TEST, VALIDATION], TRAINING)
+    bounds = [draws < TEST_USERS, draws < TEST_USERS + VALIDATION_USERS]
+    return np.select(bounds, [TEST, VALIDATION], TRAINING).astype(np.int8)
 
 
-def user_held_out(histories: Histories, roles: np.ndarray) -> Split:
+def user_held_out(histories: Histories, roles: np.ndarray, known: np.ndarray | None = None) -> Split:
     """All events of the training users train; the last event of each other user is a case, the rest its history.
 
     A case needs a history of one event and an item seen in training.
+
+    Args:
+        histories: All kept events.
+        roles: [users] of TRAINING, VALIDATION and TEST.
+        known: [items + 1] bool, items seen in training; None: those of these histories' training part.
+
+    >>> pairs = Histories(np.array([0, 2, 4]), np.array([1, 2, 2, 1]), *np.zeros((2, 4)))
+    >>> user_held_out(pairs, np.array([TRAINING, TEST])).test.rows.tolist()
+    [3]
     """
     lengths = histories.lengths()
     train_counts = np.where(roles == TRAINING, lengths, 0)
-    known = items_in_training(histories, train_counts)
+    known = items_in_training(histories, train_counts) if known is None else known
 
     def cases(role: int) -> Cases:
         users = np.flatnonzero((roles == role) & (lengths >= 2))

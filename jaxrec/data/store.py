@@ -12,9 +12,11 @@ DATA/report.{json,png}      what the log looks like, where it was asked for
 """
 
 import contextlib
+import dataclasses
 import json
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,16 @@ import pandas as pd
 
 from jaxrec.config import PrepareConfig, from_json, to_json
 from jaxrec.data.catalog import read_catalog, write_catalog
-from jaxrec.data.columns import open_column
-from jaxrec.data.event_log import EVENT_TYPES, EventLog, open_log
-from jaxrec.data.histories import Histories
-from jaxrec.data.ids import open_ids, write_ids
+from jaxrec.data.histories import EVENT_TYPES, EventLog, Histories, open_column, open_histories, open_log
+from jaxrec.data.ids import IdMap, open_ids, write_ids
 from jaxrec.data.prepared import AddFiles, PreparedData
+from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.data.schema import ITEM
 from jaxrec.data.split import Cases, Split
 from jaxrec.errors import DataError
 from jaxrec.files import new_directory, read_json, sha256
 
-SCHEMA_VERSION = 2
+PREPARED_SCHEMA_VERSION = 2
 SUMMARY_FILE = "prepared.json"
 CATALOG_FILE = "catalog.json"
 LOG_FOLDER = "log"
@@ -52,8 +53,38 @@ def new_data_folder(out: Path) -> Iterator[Path]:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
+def build(
+    make: Callable[[Path], PreparedData], out: Path | str | None, on_bad_rows: OnBadRows, add_files: AddFiles | None
+) -> PreparedData:
+    """What `make` prepares in the folder that it is handed: in `out`, opened as memory maps, or for None in memory.
+
+    Raises ValueError where `on_bad_rows` or `add_files` ask for files and there is no `out`.
+    """
+    if out is None:
+        if add_files is not None or on_bad_rows is OnBadRows.QUARANTINE:
+            raise ValueError("on_bad_rows QUARANTINE and add_files write files; expected a folder for them, out")
+        with tempfile.TemporaryDirectory(prefix="jaxrec-") as folder:
+            return _in_memory(make(Path(folder)))
+    with new_data_folder(Path(out)) as new:
+        finish(make(new), new, add_files)
+    return read_prepared(Path(out))
+
+
+def _in_memory(data: PreparedData) -> PreparedData:
+    """The same without memory maps."""
+    log = data.log
+    if log is not None:
+        users, items = (IdMap(np.array(ids.raw_ids), distinct=True) for ids in (log.users, log.items))
+        log = EventLog(users, items, _copied(log.events))
+    return dataclasses.replace(data, histories=_copied(data.histories), log=log)
+
+
+def _copied(histories: Histories) -> Histories:
+    return Histories(*(np.array(getattr(histories, field.name)) for field in dataclasses.fields(histories)))
+
+
 def _refuse_foreign_files(out: Path) -> None:
-    """Raises DataError where `out` is prepared data that holds files of somebody else; they would be lost."""
+    """Raises DataError where `out` is prepared data that holds other files, too; they would be lost."""
     if not (out / SUMMARY_FILE).is_file():
         return
     known = {SUMMARY_FILE, *_read_summary(out, any_version=True)["files"]}
@@ -65,12 +96,17 @@ def _refuse_foreign_files(out: Path) -> None:
 def write_prepared(data: PreparedData, out: Path) -> None:
     """Writes the folder that `read_prepared` reads; it appears whole or not at all.
 
-    Raises DataError where it cannot be written.
+    Args:
+        data: Prepared data, with or without its log.
+        out: The folder; one that holds prepared data and nothing else is replaced.
+
+    Raises:
+        DataError: Where it cannot be written, or would replace other files.
     """
     with new_data_folder(out) as folder:
         write_columns(data.histories, folder)
         if data.log is not None:
-            write_log(data.log, data.movies, folder / LOG_FOLDER)
+            write_log(data.log, folder / LOG_FOLDER)
         finish(data, folder)
 
 
@@ -80,25 +116,22 @@ def write_columns(histories: Histories, folder: Path) -> None:
         np.save(folder / f"{name}.npy", getattr(histories, name), allow_pickle=False)
 
 
-def write_log(log: EventLog, movies: pd.DataFrame | None, folder: Path) -> None:
+def write_log(log: EventLog, folder: Path) -> None:
     """Writes a whole log that is in memory."""
     folder.mkdir()
     write_columns(log.events, folder)
     write_ids(log.users, folder / "user_ids.npy")
     write_ids(log.items, folder / "item_ids.npy")
-    write_movies(movies, folder)
-
-
-def write_movies(movies: pd.DataFrame | None, folder: Path) -> None:
-    """Writes all movies that were given beside the log."""
-    if movies is not None:
-        movies.to_csv(folder / MOVIES_FILE, index=False)
 
 
 def finish(data: PreparedData, folder: Path, add_files: AddFiles | None = None) -> None:
-    """Writes what is not events (catalogue, users, split), and then prepared.json, which makes the folder whole."""
+    """Writes what is not events (catalogue, movies, users, split), and then prepared.json, which makes the folder
+    whole."""
     if add_files is not None:
         add_files(data, folder)
+    movies = None if data.log is None else all_movies(data)
+    if movies is not None:
+        movies.to_csv(folder / LOG_FOLDER / MOVIES_FILE, index=False)
     write_catalog(data.catalog, folder / CATALOG_FILE)
     write_ids(data.users, folder / "user_ids.npy")
     split = data.split
@@ -107,7 +140,7 @@ def finish(data: PreparedData, folder: Path, add_files: AddFiles | None = None) 
         np.save(folder / f"{name}.npy", column, allow_pickle=False)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     content = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": PREPARED_SCHEMA_VERSION,
         "config": to_json(data.config),
         "summary": data.summary(),
         "input": dict(data.input),
@@ -120,9 +153,17 @@ def finish(data: PreparedData, folder: Path, add_files: AddFiles | None = None) 
 
 
 def read_prepared(path: Path) -> PreparedData:
-    """Opens what `write_prepared` wrote, as memory maps: nothing is read before it is used.
+    """Opens prepared data as memory maps: nothing is read before it is used.
 
-    Raises DataError on a missing, foreign or cut folder. Only sizes are compared; `check_prepared` compares contents.
+    Args:
+        path: The folder that `prepare`, `append` or `write_prepared` wrote.
+
+    Returns:
+        The data; its movies are read when they are needed (`all_movies`).
+
+    Raises:
+        DataError: For a folder that is missing, foreign, of another version or cut. Only sizes are compared;
+            `check_prepared` compares contents.
     """
     content = _read_summary(path)
     for name, expected in content["files"].items():
@@ -131,7 +172,7 @@ def read_prepared(path: Path) -> PreparedData:
             came = "missing" if size is None else f"{size} bytes, expected {expected['bytes']}"
             raise DataError(f"{path / name}: {came}; prepare again")
     try:
-        histories = Histories(**{name: open_column(path / f"{name}.npy") for name in ("offsets", *EVENT_TYPES)})
+        histories = open_histories(path)
         train_counts, *cases = (open_column(path / f"{name}.npy") for name in SPLIT_COLUMNS)
         users = open_ids(path / "user_ids.npy")
         log = open_log(path / LOG_FOLDER) if (path / LOG_FOLDER).is_dir() else None
@@ -140,22 +181,33 @@ def read_prepared(path: Path) -> PreparedData:
     catalog = read_catalog(path / CATALOG_FILE)
     split = Split(train_counts, Cases(*cases[:2]), Cases(*cases[2:]))
     config = from_json(PrepareConfig, content["config"])
-    data = PreparedData(catalog, users, histories, split, config, log, input=content["input"])
+    movies = path / LOG_FOLDER / MOVIES_FILE
+    kept = movies if movies.is_file() else None
+    data = PreparedData(catalog, users, histories, split, config, log, kept, content["input"])
     object.__setattr__(data, "folder", path)
     return data
 
 
-def read_all_movies(path: Path, item_id_type: np.dtype) -> pd.DataFrame | None:
-    """The movies that were given when `path` was prepared; None if none were."""
-    file = path / LOG_FOLDER / MOVIES_FILE
-    if not file.is_file():
-        return None
-    frame = pd.read_csv(file, dtype=str, keep_default_na=False)
-    return frame.astype({ITEM: np.int64}) if item_id_type == np.int64 else frame.astype(object)
+def all_movies(data: PreparedData) -> pd.DataFrame | None:
+    """All movies that were given (item_id, title, genres), not only those of the catalogue; None if none were."""
+    if not isinstance(data.movies, Path):
+        return data.movies
+    frame = pd.read_csv(data.movies, dtype=str, keep_default_na=False)
+    return frame.astype({ITEM: np.int64}) if data.catalog.ids.raw_ids.dtype == np.int64 else frame.astype(object)
 
 
 def check_prepared(path: Path) -> int:
-    """Compares the SHA-256 of every file and returns how many bytes that were. Raises DataError naming what differs."""
+    """Compares the SHA-256 of every file of prepared data.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        How many bytes were compared.
+
+    Raises:
+        DataError: Naming the file that is missing or differs.
+    """
     total = 0
     for name, expected in _read_summary(path)["files"].items():
         if not (path / name).is_file() or sha256(path / name) != expected["sha256"]:
@@ -168,7 +220,9 @@ def _read_summary(path: Path, any_version: bool = False) -> dict[str, Any]:
     content: dict[str, Any] = read_json(path / SUMMARY_FILE, "expected a folder written by `jaxrec prepare`")
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise DataError(f"{path / SUMMARY_FILE}: not written by `jaxrec prepare`; expected the files and their sizes")
-    if content.get("schema_version") != SCHEMA_VERSION and not any_version:
+    if content.get("schema_version") != PREPARED_SCHEMA_VERSION and not any_version:
         came = content.get("schema_version")
-        raise DataError(f"{path / SUMMARY_FILE}: schema version {came}, expected {SCHEMA_VERSION}; prepare again")
+        raise DataError(
+            f"{path / SUMMARY_FILE}: schema version {came}, expected {PREPARED_SCHEMA_VERSION}; prepare again"
+        )
     return content

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.config import PrepareConfig, RLConfig, TrainConfig
-from jaxrec.data.prepare import prepare_directory
+from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.report import write_report
 from jaxrec.data.schema import NO_GENRES
@@ -50,7 +50,7 @@ def run_demo(out: Path, seed: int = 0) -> None:
     with _stage("Prepare"):
         config = PrepareConfig(seed=seed)
         log = out / "log"
-        data = prepare_directory(log / "ratings.csv", log / "movies.csv", out / "data", config, add_files=write_report)
+        data = prepare(log / "ratings.csv", log / "movies.csv", config, out=out / "data", add_files=write_report)
         print(", ".join(f"{value} {name}" for name, value in data.summary().items() if "time" not in name))
     with _stage("Train both models and tune their mix"):
         run = train(out / "data", out / "run", train_config=TrainConfig(seed=seed))

@@ -17,7 +17,7 @@ import pandas as pd
 from jax.sharding import Mesh
 
 from jaxrec.config import CheckpointConfig, ModelConfig, TrainConfig, to_json
-from jaxrec.data.prepare import prepare, prepare_directory
+from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.store import SUMMARY_FILE, read_prepared, write_prepared
 from jaxrec.errors import DataError, TrainingStopped
@@ -126,16 +126,16 @@ def _train_in_temporary_folder(
 
 def _data_folder(data: PreparedData | pd.DataFrame | Path | str, out: Path) -> Path:
     """The folder of prepared data to train on: the one given, or OUT/data, which is written here."""
-    if isinstance(data, Path | str) and Path(data).is_dir():
+    if isinstance(data, Path | str) and (Path(data) / SUMMARY_FILE).is_file():
         return Path(data)
     if isinstance(data, PreparedData) and data.folder is not None:
         return data.folder
     folder = out / DATA_FOLDER
     if is_first():
-        if isinstance(data, Path | str):
-            prepare_directory(Path(data), None, folder)
+        if isinstance(data, PreparedData):
+            write_prepared(data, folder)
         else:
-            write_prepared(data if isinstance(data, PreparedData) else prepare(data, None), folder)
+            prepare(data, out=folder)
     wait_for_all("the prepared data is written")
     return folder
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from jaxrec.cli.main import main
 from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
-from jaxrec.data.append import append_directory
-from jaxrec.data.prepare import prepare_directory
+from jaxrec.data.append import append
+from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.data.reading.check import ReadOptions
@@ -38,8 +38,8 @@ def csv(path: Path, rows: list[Row]) -> Path:
 
 def stepwise(folder: Path, a: list[Row], b: list[Row], config: PrepareConfig) -> tuple[PreparedData, PreparedData]:
     """prepare(a), and append(prepare(a), b) in another folder."""
-    first = prepare_directory(csv(folder / "a.csv", a), None, folder / "first", config)
-    return first, append_directory(folder / "first", csv(folder / "b.csv", b), None, folder / "both")
+    first = prepare(csv(folder / "a.csv", a), None, config, out=folder / "first")
+    return first, append(folder / "first", csv(folder / "b.csv", b), out=folder / "both")
 
 
 def test_append_by_hand(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_append_equals_preparing_both(
     except DataError as error:  # too little is left of a, or of both
         assert "left" in str(error)  # noqa: PT017 - any other error is a failure
         return
-    whole = prepare_directory(csv(folder / "whole.csv", log), None, folder / "whole", config)
+    whole = prepare(csv(folder / "whole.csv", log), None, config, out=folder / "whole")
     assert by_user(both) == by_user(whole)
     assert sorted(both.catalog.ids.raw_ids.tolist()) == whole.catalog.ids.raw_ids.tolist()
     assert {**both.summary()} == {**whole.summary()}
@@ -116,11 +116,11 @@ def test_known_ids_keep_their_index_where_the_filter_would_now_drop_them(tmp_pat
 
 
 def test_an_event_that_is_there_already_is_a_bad_row(tmp_path: Path) -> None:
-    prepare_directory(csv(tmp_path / "a.csv", A), None, tmp_path / "data", EVERYTHING)
+    prepare(csv(tmp_path / "a.csv", A), None, EVERYTHING, out=tmp_path / "data")
     again = csv(tmp_path / "b.csv", [*B, A[0]])
-    with pytest.raises(DataError, match=r"b\.csv:6: user 5, movie 30 at time 300 repeats"):
-        append_directory(tmp_path / "data", again, None, tmp_path / "data")
-    data = append_directory(tmp_path / "data", again, None, tmp_path / "data", on_bad_rows=OnBadRows.QUARANTINE)
+    with pytest.raises(DataError, match=r"b\.csv:6: user 5, item 30 at time 300 repeats"):
+        append(tmp_path / "data", again, out=tmp_path / "data")
+    data = append(tmp_path / "data", again, out=tmp_path / "data", on_bad_rows=OnBadRows.QUARANTINE)
     assert data.input["duplicates"] == 1
     assert data.input["rows"] == len(B) + 1
     assert data.histories.event_count == len(A) + len(B)
@@ -129,14 +129,14 @@ def test_an_event_that_is_there_already_is_a_bad_row(tmp_path: Path) -> None:
 def test_titles_of_new_movies_and_of_those_that_were_rare(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("movieId,title,genres\n10,Ten,Drama\n20,Twenty,War\n30,Thirty,War\n25,Old,War\n")
     (tmp_path / "new.csv").write_text("movieId,title,genres\n77,New,Comedy\n")
-    prepare_directory(csv(tmp_path / "a.csv", A), tmp_path / "m.csv", tmp_path / "data", EVERYTHING)
+    prepare(csv(tmp_path / "a.csv", A), tmp_path / "m.csv", EVERYTHING, out=tmp_path / "data")
     added = csv(tmp_path / "b.csv", [*B, (5, 77, 3.0, 900)])
-    data = append_directory(tmp_path / "data", added, tmp_path / "new.csv", tmp_path / "data")
+    data = append(tmp_path / "data", added, tmp_path / "new.csv", out=tmp_path / "data")
     assert data.catalog.titles == ("Ten", "Twenty", "Thirty", "Old", "New")
 
 
 def test_the_command_replaces_the_data_and_does_not_need_the_old_files(tmp_path: Path) -> None:
-    prepare_directory(csv(tmp_path / "a.csv", A), None, tmp_path / "data", EVERYTHING)
+    prepare(csv(tmp_path / "a.csv", A), None, EVERYTHING, out=tmp_path / "data")
     (tmp_path / "a.csv").unlink()
     result = CliRunner().invoke(main, ["append", str(tmp_path / "data"), str(csv(tmp_path / "b.csv", B))])
     assert result.exit_code == 0, result.output
@@ -147,21 +147,21 @@ def test_the_command_replaces_the_data_and_does_not_need_the_old_files(tmp_path:
 
 
 def test_bad_rows_leave_the_data_as_it_was(tmp_path: Path) -> None:
-    before = prepare_directory(csv(tmp_path / "a.csv", A), None, tmp_path / "data", EVERYTHING)
+    before = prepare(csv(tmp_path / "a.csv", A), None, EVERYTHING, out=tmp_path / "data")
     with pytest.raises(DataError, match=r"b\.csv:2: rating 9.0 is outside 0.5..5"):
-        append_directory(tmp_path / "data", csv(tmp_path / "b.csv", [(1, 1, 9.0, 1)]), None, tmp_path / "data")
+        append(tmp_path / "data", csv(tmp_path / "b.csv", [(1, 1, 9.0, 1)]), out=tmp_path / "data")
     assert by_user(read_prepared(tmp_path / "data")) == by_user(before)
     shutil.rmtree(tmp_path / "data/log")
     with pytest.raises(DataError, match="missing"):
-        append_directory(tmp_path / "data", csv(tmp_path / "b.csv", B), None, tmp_path / "data")
+        append(tmp_path / "data", csv(tmp_path / "b.csv", B), out=tmp_path / "data")
 
 
 def test_text_ids_and_implicit_logs(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("userId,movieId,timestamp\nann,x,1\nann,y,2\nbob,x,3\n")
     (tmp_path / "b.csv").write_text("userId,movieId,timestamp\nann,w,3\ncid,y,2\n")
-    first = prepare_directory(tmp_path / "a.csv", None, tmp_path / "data", PrepareConfig(1, 1))
+    first = prepare(tmp_path / "a.csv", None, PrepareConfig(1, 1), out=tmp_path / "data")
     assert first.config.rating_scale is None
-    both = append_directory(tmp_path / "data", tmp_path / "b.csv", None, tmp_path / "data")
+    both = append(tmp_path / "data", tmp_path / "b.csv", out=tmp_path / "data")
     assert both.catalog.ids.raw_ids.tolist() == ["x", "y", "w"]
     assert both.users.raw_ids.tolist() == ["ann", "bob", "cid"]
     assert np.isnan(both.histories.ratings).all()
@@ -173,11 +173,11 @@ def test_rows_that_were_set_aside_before_stay_in_quarantine(tmp_path: Path) -> N
     (tmp_path / "a.csv").write_text(header + good + "1,9,99,5000\n")
     (tmp_path / "b.csv").write_text(header + "2,4,2.5,6000\n2,5,77,6001\n")
     out, quarantine = tmp_path / "data", OnBadRows.QUARANTINE
-    prepare_directory(tmp_path / "a.csv", None, out, PrepareConfig(1, 1), on_bad_rows=quarantine)
-    append_directory(out, tmp_path / "b.csv", None, out, on_bad_rows=quarantine)
+    prepare(tmp_path / "a.csv", None, PrepareConfig(1, 1), out=out, on_bad_rows=quarantine)
+    append(out, tmp_path / "b.csv", out=out, on_bad_rows=quarantine)
     assert pd.read_csv(out / "quarantine.csv")["value"].tolist() == [99, 77]
     (tmp_path / "c.csv").write_text(header + "2,6,2.5,7000\n")
-    append_directory(out, tmp_path / "c.csv", None, out)
+    append(out, tmp_path / "c.csv", out=out)
     assert pd.read_csv(out / "quarantine.csv")["value"].tolist() == [99, 77]
     check_prepared(out)
 
@@ -187,7 +187,20 @@ def test_whole_numbers_are_text_where_the_ids_are(tmp_path: Path) -> None:
     frame.to_csv(tmp_path / "a.csv", index=False)
     frame.assign(timestamp=[11, 12, 13]).to_parquet(tmp_path / "b.parquet")
     options = ReadOptions(users=IdKind.TEXT, items=IdKind.TEXT)
-    prepare_directory(tmp_path / "a.csv", None, tmp_path / "data", PrepareConfig(1, 1), options)
-    data = append_directory(tmp_path / "data", tmp_path / "b.parquet", None, tmp_path / "data")
+    prepare(tmp_path / "a.csv", None, PrepareConfig(1, 1), out=tmp_path / "data", options=options)
+    data = append(tmp_path / "data", tmp_path / "b.parquet", out=tmp_path / "data")
     assert data.users.raw_ids.tolist() == ["1", "2"]
     assert data.histories.event_count == 6
+
+
+def test_frames_are_appended_in_memory_to_data_that_was_opened_or_not(tmp_path: Path) -> None:
+    on_disk = stepwise(tmp_path, A, B, EVERYTHING)[1]
+    a, b = (pd.DataFrame(rows, columns=COLUMNS) for rows in (A, B))
+    in_memory = prepare(a, None, EVERYTHING)
+    for first in (in_memory, read_prepared(tmp_path / "first"), tmp_path / "first"):
+        both = append(first, b)
+        assert by_user(both) == by_user(on_disk)
+        assert both.catalog.ids.raw_ids.tolist() == on_disk.catalog.ids.raw_ids.tolist()
+        assert both.folder is None
+    twice = append(append(in_memory, b[:2]), b[2:])
+    assert by_user(twice) == by_user(on_disk)

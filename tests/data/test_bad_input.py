@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from jaxrec.cli.main import main
 from jaxrec.config import PrepareConfig
-from jaxrec.data.prepare import prepare_directory
+from jaxrec.data.prepare import prepare
 from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.data.reading.read import read_ratings
 from jaxrec.data.schema import RatingScale
@@ -29,7 +30,7 @@ GOOD = "".join(f"{user},{item},3.5,{1000 + 10 * user + item}\n" for user in (1, 
 EVERYTHING = PrepareConfig(1, 1)
 
 
-def prepare(*arguments: object) -> Result:
+def prepare_command(*arguments: object) -> Result:
     fixed = ("--min-user-ratings", 1, "--min-movie-ratings", 1)
     return CliRunner().invoke(main, ["prepare", *(str(a) for a in (*arguments, *fixed))])
 
@@ -63,7 +64,7 @@ def test_quarantine_holds_each_bad_row_with_its_reason(tmp_path: Path, case: str
     rows, expected = BAD_ROWS[case]
     source = tmp_path / "ratings.csv"
     source.write_bytes((HEADER + GOOD + rows).encode("utf-8", "surrogateescape"))
-    result = prepare(source, "--out", tmp_path / "data", "--on-bad-rows", "quarantine")
+    result = prepare_command(source, "--out", tmp_path / "data", "--on-bad-rows", "quarantine")
     assert result.exit_code == 0, result.output
     assert f"bad_rows: {len(expected)}\n" in result.output
     assert "quarantine.csv" in result.output
@@ -86,7 +87,7 @@ def test_without_quarantine_the_first_bad_row_is_one_line_and_nothing_is_left(tm
     rows, _ = BAD_ROWS[case]
     source = tmp_path / "ratings.csv"
     source.write_bytes((HEADER + GOOD + rows).encode("utf-8", "surrogateescape"))
-    result = prepare(source, "--out", tmp_path / "data")
+    result = prepare_command(source, "--out", tmp_path / "data")
     assert result.exit_code == 1
     assert result.output.count("\n") == 1
     assert result.output.startswith(f"Error: {source}:8:")
@@ -99,7 +100,7 @@ def test_bad_rows_of_parquet_are_named_by_file_and_row(tmp_path: Path) -> None:
     frame = pd.DataFrame({"userId": [1, 1, 2], "movieId": [1, 2, 1], "rating": [3.0, 4.5, 9.0], "timestamp": [1, 2, 3]})
     frame.to_parquet(folder / "a.parquet")
     frame.assign(rating=3.0, timestamp=[1, 5, None]).to_parquet(folder / "b.parquet")
-    data = prepare_directory(folder, None, tmp_path / "data", EVERYTHING, on_bad_rows=OnBadRows.QUARANTINE)
+    data = prepare(folder, None, EVERYTHING, out=tmp_path / "data", on_bad_rows=OnBadRows.QUARANTINE)
     with open(tmp_path / "data/quarantine.csv", newline="") as file:
         found = sorted((Path(row["file"]).name, int(row["line"]), row["field"]) for row in csv.DictReader(file))
     assert found == [("a.parquet", 3, "rating"), ("b.parquet", 1, ""), ("b.parquet", 3, "timestamp")]
@@ -110,9 +111,12 @@ def test_bad_rows_of_parquet_are_named_by_file_and_row(tmp_path: Path) -> None:
 WHOLE_FILES = {
     "empty": ("", "the file is empty; expected the header userId,movieId,rating,timestamp"),
     "header only": (HEADER, "no rows after the header"),
-    "missing column": ("userId,rating,timestamp\n1,2,3\n", ":1: column movieId is missing"),
+    "missing column": (
+        "userId,rating,timestamp\n1,2,3\n",
+        ":1: column movieId or item_id (or another, given as --item-col) is missing",
+    ),
     "a column twice": ("userId,movieId,movieId,timestamp\n1,2,3,4\n", ":1: column movieId occurs twice"),
-    "one movie only": (HEADER + "1,5,3,1\n2,5,3,1\n", "only one movie is left (5)"),
+    "one movie only": (HEADER + "1,5,3,1\n2,5,3,1\n", "only one item is left (5)"),
     "nothing but bad rows": (HEADER + "1,5,x,1\n", "every row is bad; 1 of them are in quarantine"),
 }
 
@@ -122,7 +126,7 @@ def test_files_without_a_usable_log_are_one_clear_error_even_in_quarantine(tmp_p
     text, expected = WHOLE_FILES[case]
     source = tmp_path / "ratings.csv"
     source.write_text(text)
-    result = prepare(source, "--out", tmp_path / "data", "--on-bad-rows", "quarantine")
+    result = prepare_command(source, "--out", tmp_path / "data", "--on-bad-rows", "quarantine")
     assert result.exit_code == 1
     assert result.output.count("\n") == 1
     assert expected in result.output
@@ -132,7 +136,7 @@ def test_files_without_a_usable_log_are_one_clear_error_even_in_quarantine(tmp_p
 def test_a_user_with_one_event_is_kept_for_training(tmp_path: Path) -> None:
     source = tmp_path / "ratings.csv"
     source.write_text(HEADER + GOOD + "9,1,3.5,5\n")
-    result = prepare(source, "--out", tmp_path / "data")
+    result = prepare_command(source, "--out", tmp_path / "data")
     assert result.exit_code == 0
     assert "users: 3\n" in result.output
     assert "test_cases: 2\n" in result.output
@@ -155,7 +159,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_old_data(tmp_path: Path, 
     source.write_text(HEADER + rows)
     small = tmp_path / "small.csv"
     small.write_text(HEADER + GOOD)
-    assert prepare(small, "--out", tmp_path / "data").exit_code == 0
+    assert prepare_command(small, "--out", tmp_path / "data").exit_code == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir() if path.is_file()}
     command = [sys.executable, "-c", FULL_DISK, str(limit), "prepare", str(source), "--out", str(tmp_path / "data")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -171,7 +175,7 @@ def test_an_output_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> 
     source = tmp_path / "ratings.csv"
     source.write_text(HEADER + GOOD)
     (tmp_path / "file").write_text("")
-    result = prepare(source, "--out", tmp_path / "file/data")
+    result = prepare_command(source, "--out", tmp_path / "file/data")
     assert result.exit_code == 1
     assert "cannot be written" in result.output
     assert result.output.count("\n") == 1
@@ -185,7 +189,7 @@ def test_a_read_only_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(tempfile, "mkdtemp", read_only)
-    result = prepare(source, "--out", tmp_path / "data")
+    result = prepare_command(source, "--out", tmp_path / "data")
     assert result.exit_code == 1
     assert result.output == f"Error: {tmp_path}/data: cannot be written: Read-only file system\n"
 
@@ -206,7 +210,7 @@ def test_any_text_is_read_or_refused_and_every_row_is_accounted_for(
     text = HEADER.replace("\n", end) + end.join(",".join(row) for row in rows) + end
     source.write_bytes(text.encode())
     try:
-        data = prepare_directory(source, None, folder / "data", PrepareConfig(0, 0), on_bad_rows=OnBadRows.QUARANTINE)
+        data = prepare(source, None, PrepareConfig(0, 0), out=folder / "data", on_bad_rows=OnBadRows.QUARANTINE)
     except DataError:
         assert not (folder / "data").exists()
         return
@@ -226,9 +230,9 @@ def test_reading_fast_and_exactly_gives_the_same(tmp_path: Path) -> None:
     config = PrepareConfig(1, 1, rating_scale=RatingScale(0.5, 5.0))
     quoted = "".join(f'{u},"{i}",3.5,{1000 + i}\n' for u in (3, 4) for i in (5, 1, 3))
     source.write_text(HEADER + GOOD + quoted)
-    fast = by_user(prepare_directory(source, None, tmp_path / "fast", config))
+    fast = by_user(prepare(source, None, config, out=tmp_path / "fast"))
     source.write_text(HEADER + GOOD + quoted + "5,5,x,5\n")
-    exact = prepare_directory(source, None, tmp_path / "exact", config, on_bad_rows=OnBadRows.QUARANTINE)
+    exact = prepare(source, None, config, out=tmp_path / "exact", on_bad_rows=OnBadRows.QUARANTINE)
     assert by_user(exact) == fast
 
 
@@ -237,7 +241,7 @@ def test_of_repeated_events_the_first_row_stays_and_the_others_are_in_quarantine
     rows = "".join(f"2,{item},4,120000000000{item}\n" for item in range(1, 5))
     # The later row is 400 ms earlier: in whole seconds the two are the same event.
     source.write_text(HEADER + rows + "1,5,3,1200000000500\n1,5,5,1200000000100\n")
-    result = prepare(source, "--on-bad-rows", "quarantine", "--out", tmp_path / "data")
+    result = prepare_command(source, "--on-bad-rows", "quarantine", "--out", tmp_path / "data")
     assert result.exit_code == 0, result.output
     data = read_prepared(tmp_path / "data")
     user = data.users.encode([1])[0] - 1
@@ -246,17 +250,38 @@ def test_of_repeated_events_the_first_row_stays_and_the_others_are_in_quarantine
         assert [(row["line"], row["text"]) for row in csv.DictReader(file)] == [("7", "1,5,5,1200000000100")]
 
 
+@pytest.mark.parametrize("on_bad_rows", list(OnBadRows))
+def test_many_repeated_events_are_reported_in_reasonable_time(tmp_path: Path, on_bad_rows: OnBadRows) -> None:
+    users, items = (column.ravel() for column in np.meshgrid(np.arange(500), np.arange(100), indexing="ij"))
+    once = pd.DataFrame({"userId": users, "movieId": items, "timestamp": 1000 + items // 3})
+    source = tmp_path / "clicks.csv"
+    pd.concat([once, once]).to_csv(source, index=False)  # the file concatenated with itself: 50,000 repeats
+    if on_bad_rows is OnBadRows.FAIL:
+        with pytest.raises(DataError) as error:
+            prepare(source, None, EVERYTHING, out=tmp_path / "data")
+        assert str(error.value).startswith(f"{source}:50002: user 0, item 0 at time 1000 repeats line 2; expected")
+        assert str(error.value).endswith("(and 49997 more bad rows)")
+        return
+    data = prepare(source, None, EVERYTHING, out=tmp_path / "data", on_bad_rows=on_bad_rows)
+    assert (data.input["rows"], data.input["bad_rows"], data.input["duplicates"]) == (100_000, 50_000, 50_000)
+    assert by_user(data) == by_user(prepare(once, None, EVERYTHING))
+    quarantine = pd.read_csv(tmp_path / "data/quarantine.csv")
+    assert quarantine["line"].tolist() == list(range(50_002, 100_002))
+    first_lines = quarantine["reason"].str.extract(r"repeats line (\d+);", expand=False).astype(int)
+    assert first_lines.tolist() == list(range(2, 50_002))
+
+
 def test_a_row_that_is_set_aside_does_not_decide_the_scale(tmp_path: Path) -> None:
     source = tmp_path / "ratings.csv"
     source.write_text(HEADER + "1,1,4,1\n1,2,5,2\n2,1,1,3\n2,2,-1,4\n")
-    assert prepare(source, "--on-bad-rows", "quarantine", "--out", tmp_path / "data").exit_code == 0
+    assert prepare_command(source, "--on-bad-rows", "quarantine", "--out", tmp_path / "data").exit_code == 0
     assert read_prepared(tmp_path / "data").config.rating_scale == RatingScale(1.0, 5.0)
 
 
 def test_seconds_among_milliseconds_are_no_day_in_1970(tmp_path: Path) -> None:
     source = tmp_path / "ratings.csv"
     source.write_text(HEADER + "1,1,4,1500000000000\n1,2,5,1500000001000\n2,1,1,1500000000\n")
-    result = prepare(source, "--out", tmp_path / "data")
+    result = prepare_command(source, "--out", tmp_path / "data")
     assert result.exit_code == 1
     assert "ratings.csv:4: timestamp 1500000000 is not a time; expected whole milliseconds" in result.output
 
@@ -265,7 +290,7 @@ def test_seconds_among_milliseconds_are_no_day_in_1970(tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, option: tuple[str, ...]) -> None:
     source = tmp_path / "ratings.csv"
     source.write_text(HEADER + GOOD)
-    result = prepare(source, *option, "--out", tmp_path / "data")
+    result = prepare_command(source, *option, "--out", tmp_path / "data")
     assert result.exit_code in (1, 2)
     assert "Error: " in result.output
     assert isinstance(result.exception, SystemExit)
@@ -282,10 +307,10 @@ def test_a_damaged_summary_is_one_clear_error(tmp_path: Path, content: str) -> N
 def test_files_of_others_in_the_output_are_never_lost(tmp_path: Path) -> None:
     source = tmp_path / "ratings.csv"
     source.write_text(HEADER + GOOD)
-    assert prepare(source, "--out", tmp_path / "data").exit_code == 0
-    assert prepare(source, "--out", tmp_path / "data").exit_code == 0  # nothing foreign: replaced
+    assert prepare_command(source, "--out", tmp_path / "data").exit_code == 0
+    assert prepare_command(source, "--out", tmp_path / "data").exit_code == 0  # nothing foreign: replaced
     (tmp_path / "data/notes.txt").write_text("mine")
-    result = prepare(source, "--out", tmp_path / "data")
+    result = prepare_command(source, "--out", tmp_path / "data")
     assert result.exit_code == 1
     assert "notes.txt is no part of the prepared data" in result.output
     assert (tmp_path / "data/notes.txt").read_text() == "mine"

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
 from jaxrec.data.catalog import split_genres
 from jaxrec.data.ids import IdMap
-from jaxrec.data.prepare import prepare, prepare_directory, prepare_files
+from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
+from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.data.schema import RatingScale
-from jaxrec.data.store import check_prepared, read_prepared, write_prepared
+from jaxrec.data.store import all_movies, check_prepared, read_prepared, write_prepared
 from jaxrec.errors import DataError
 from tests.logs import by_user
 
@@ -235,7 +236,7 @@ def test_a_failed_write_leaves_the_old_data(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_one_movie_only_is_one_clear_error() -> None:
-    with pytest.raises(DataError, match=r"only one movie is left \(7\); a recommender needs at least two"):
+    with pytest.raises(DataError, match=r"only one item is left \(7\); a recommender needs at least two"):
         prepare(log([(1, 7, 3, 1), (2, 7, 3, 1)]), None, EVERYTHING)
 
 
@@ -248,7 +249,7 @@ def test_users_with_one_event_only_train() -> None:
 def test_bad_rows_of_a_frame_are_named() -> None:
     with pytest.raises(DataError, match=r"interactions:2: rating 7.0 is outside 1..5"):
         prepare(log([(1, 7, 3, 1), (2, 8, 7, 1)]), None, EVERYTHING)
-    with pytest.raises(DataError, match=r"interactions:3: user 1, movie 7 at time 1 repeats line 1"):
+    with pytest.raises(DataError, match=r"interactions:3: user 1, item 7 at time 1 repeats line 1"):
         prepare(log([(1, 7, 3, 1), (2, 8, 3, 1), (1, 7, 4, 1)]), None, EVERYTHING)
 
 
@@ -296,9 +297,62 @@ def test_a_frame_and_a_file_give_the_same(tmp_path: Path) -> None:
     config = PrepareConfig(min_user_ratings=2, min_movie_ratings=3)
     expected = prepare(frame, None, config)
     for name in ("ratings.csv", "ratings.parquet"):
-        in_memory = prepare_files(tmp_path / name, None, config)
-        on_disk = prepare_directory(tmp_path / name, None, tmp_path / "data", config)
+        in_memory = prepare(tmp_path / name, None, config)
+        on_disk = prepare(tmp_path / name, None, config, out=tmp_path / "data")
         for data in (in_memory, on_disk):
             assert by_user(data) == by_user(expected)
             assert data.config == expected.config
             assert data.summary() == expected.summary()
+
+
+def test_a_frame_is_written_out_of_core_too(tmp_path: Path) -> None:
+    titles = movies([(10, "Ten", "Drama"), (99, "unrated", "War")])
+    data = prepare(SMALL, titles, EVERYTHING, out=str(tmp_path / "data"))
+    assert data.folder == tmp_path / "data"
+    assert by_user(data) == by_user(prepare(SMALL, titles, EVERYTHING))
+    assert data.catalog.titles[0] == "Ten"
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_the_scale_of_the_configuration_decides() -> None:
+    ten = log([(1, 7, 10, 1), (1, 8, 1, 2)])
+    data = prepare(ten, None, PrepareConfig(1, 1, rating_scale=RatingScale(1, 10)))
+    assert data.unit_ratings().tolist() == [1.0, 0.0]
+
+
+def test_files_without_a_folder_for_them_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected a folder for them"):
+        prepare(SMALL, None, EVERYTHING, on_bad_rows=OnBadRows.QUARANTINE)
+    with pytest.raises(ValueError, match="expected a folder for them"):
+        prepare(SMALL, None, EVERYTHING, add_files=lambda data, folder: None)
+
+
+def test_opened_data_is_written_again_with_all_its_movies(tmp_path: Path) -> None:
+    titles = movies([(10, "Ten", "Drama|War"), (99, "unrated", "War")])
+    prepare(SMALL, titles, EVERYTHING, out=tmp_path / "data")
+    write_prepared(read_prepared(tmp_path / "data"), tmp_path / "again")
+    movies_csv = Path("log/movies.csv")
+    assert (tmp_path / "again" / movies_csv).read_bytes() == (tmp_path / "data" / movies_csv).read_bytes()
+    pd.testing.assert_frame_equal(all_movies(read_prepared(tmp_path / "again")), titles, check_dtype=False)
+
+
+def test_movies_of_another_type_of_ids_or_with_repeats_are_refused() -> None:
+    titles = movies([(10, "Ten", "Drama"), (20, "Twenty", "War")])
+    as_text = titles.astype({"item_id": str})
+    for minimum in (0, 1):
+        config = dataclasses.replace(EVERYTHING, min_movie_ratings=minimum)
+        with pytest.raises(DataError, match=r"movies: item_id is .*str.*, and that of the interactions is int64"):
+            prepare(SMALL, as_text, config)
+        with pytest.raises(DataError, match=r"movies: item_id is int64, and that of the interactions is .*str"):
+            prepare(SMALL.astype({"item_id": str}), titles, config)
+    assert prepare(SMALL.astype({"item_id": str}), as_text, EVERYTHING).catalog.titles[:2] == ("Ten", "Twenty")
+    with pytest.raises(DataError, match="movies: item_id 10 occurs twice"):
+        prepare(SMALL, pd.concat([titles, titles[:1]]), EVERYTHING)
+    with pytest.raises(DataError, match="movies: column genres is missing"):
+        prepare(SMALL, titles.drop(columns="genres"), EVERYTHING)
+
+
+def test_the_ids_of_a_frame_are_of_its_type() -> None:
+    as_text, as_objects = SMALL.astype({"user_id": str}), SMALL.astype({"user_id": object})
+    assert prepare(as_text, None, EVERYTHING).users.raw_ids.tolist() == ["5", "9"]
+    assert prepare(as_objects, None, EVERYTHING).users.raw_ids.tolist() == [5, 9]

@@ -9,8 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
-from jaxrec.data.columns import user_blocks
-from jaxrec.data.histories import Histories
+from jaxrec.data.histories import Histories, user_blocks
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, TITLE, RatingScale

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.reading.read import read_movies, read_ratings
+from jaxrec.data.reading.movies import read_movies
+from jaxrec.data.reading.read import read_ratings
 from jaxrec.errors import DataError
 from jaxrec.runs.demo import ask_server, example_user, format_answer, genre_alignment, run_demo, write_movielens
 

@@ -13,8 +13,8 @@ from flax import nnx
 
 from jaxrec.cli.main import main
 from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig
-from jaxrec.data.append import append_directory
-from jaxrec.data.prepare import prepare_directory
+from jaxrec.data.append import append
+from jaxrec.data.prepare import prepare
 from jaxrec.models.sequence import TimeRatingAwareContentModel
 from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.training.checkpoints import Checkpoints, TrainProgress
@@ -84,8 +84,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         movies = pd.DataFrame({"movieId": items, "title": [f"Movie {i}" for i in items], "genres": genre})
         movies.to_csv(folder / f"{name}.csv", index=False)
     config = PrepareConfig(min_user_ratings=1, min_movie_ratings=1)
-    prepare_directory(folder / "a.csv", folder / "movies.csv", folder / "data", config)
-    append_directory(folder / "data", folder / "b.csv", folder / "new_movies.csv", folder / "more")
+    prepare(folder / "a.csv", folder / "movies.csv", config, out=folder / "data")
+    append(folder / "data", folder / "b.csv", folder / "new_movies.csv", out=folder / "more")
     options = ("--max-epochs", 2, "--hidden", 16, "--max-length", 8, "--batch-tokens", 128)
     result = run("train", folder / "data", "--out", folder / "run", *options)
     assert result.exit_code == 0, result.output
@@ -125,7 +125,7 @@ def test_data_that_does_not_extend_the_old_is_refused(trained: Path, tmp_path: P
     other = markov_log(users=60, items=35, events=10, stay=0.9, seed=0)
     other.set_axis(COLUMNS, axis=1).assign(movieId=lambda frame: frame.movieId + 5).to_csv(tmp_path / "other.csv")
     config = PrepareConfig(min_user_ratings=1, min_movie_ratings=1)
-    prepare_directory(tmp_path / "other.csv", None, tmp_path / "other", config)
+    prepare(tmp_path / "other.csv", None, config, out=tmp_path / "other")
     before = json.loads((trained / "run/run.json").read_text())
     result = run("train", "--out", trained / "run", "--resume", "--data", tmp_path / "other")
     assert result.exit_code == 1

@@ -1,7 +1,5 @@
 """The passes as the driver sees them: what is handed to Dask, and what is decided from all that comes back."""
 
-import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,8 +10,8 @@ import pandas as pd
 from distributed import Client, KilledWorker, Worker, as_completed
 
 from jaxrec.config import PrepareConfig, SplitKind
-from jaxrec.data.catalog import build_catalog, write_catalog
-from jaxrec.data.distributed.partition import Partition, partition
+from jaxrec.data.catalog import build_catalog, catalog_items, write_catalog
+from jaxrec.data.distributed.partition import partition
 from jaxrec.data.distributed.plan import plan
 from jaxrec.data.distributed.reading import shard_name
 from jaxrec.data.distributed.shard import (
@@ -26,8 +24,8 @@ from jaxrec.data.distributed.shard import (
     write_shard,
 )
 from jaxrec.data.ids import IdMap, write_ids
-from jaxrec.data.schema import ITEM, SECONDS_PER_DAY, RatingScale, infer_rating_scale
-from jaxrec.data.split import TEMPORAL_QUANTILE
+from jaxrec.data.schema import SECONDS_PER_DAY, RatingScale, infer_rating_scale
+from jaxrec.data.split import day_of_cut
 from jaxrec.errors import DataError
 
 Progress = Callable[[str, int, int], None]
@@ -43,8 +41,8 @@ class Passes:
         self._shards = shards
         self._progress = progress
         self._parts: list[tuple[Path, str]] = []
-        self._latest = int(time.time()) + SECONDS_PER_DAY
-        self._raw_items = np.empty(0, np.int64)
+        self._latest = int(time.time()) + 2 * SECONDS_PER_DAY  # a day from now is the latest time that is accepted
+        self.raw_items = np.empty(0, np.int64)
         self._vocabulary = scratch / "vocabulary.npy"
         self._catalog = scratch / "catalog.json"
         self._sorted = [scratch / f"sorted-{shard:05d}" for shard in range(shards)]
@@ -54,24 +52,19 @@ class Passes:
         columns, pieces = plan(folder, rows_per_piece)
         self._parts = [(self._scratch / f"part-{i:06d}.arrow", piece.path) for i, piece in enumerate(pieces)]
         tasks = [
-            (piece, columns, self._shards, self._latest, path)
-            for piece, (path, _) in zip(pieces, self._parts, strict=True)
+            (piece, columns, self._shards, scale, path) for piece, (path, _) in zip(pieces, self._parts, strict=True)
         ]
-        found: list[Partition] = []
+        ratings: list[np.ndarray] = []
         vocabulary: np.ndarray | None = None
         for part in self._run("partition", partition, tasks):
             both = part.items if vocabulary is None else np.concatenate([vocabulary, part.items])
             vocabulary = np.sort(pd.unique(both))
-            found.append(dataclasses.replace(part, items=part.items[:0]))
+            ratings.append(part.ratings)
         assert vocabulary is not None  # a plan has at least one piece
-        self._raw_items = vocabulary
+        self.raw_items = vocabulary
         write_ids(IdMap(vocabulary), self._vocabulary)
-        scale = scale or infer_rating_scale(np.array([rating for part in found for rating in part.ratings]))
-        for part in sorted(found, key=lambda part: part.path):
-            for rating, row in zip(part.ratings[:2], part.rating_rows, strict=True):
-                if scale is not None and not scale.minimum <= rating <= scale.maximum:
-                    raise DataError(f"{part.path}:{row}: rating {rating:g} is outside {scale}")
-        return scale
+        # A rating that its piece accepts is on the scale of all pieces: the wider of two where they differ.
+        return scale or infer_rating_scale(np.concatenate(ratings))
 
     def sort(self, config: PrepareConfig) -> None:
         tasks = [(shard, self._parts, self._vocabulary, config, path) for shard, path in enumerate(self._sorted)]
@@ -85,15 +78,13 @@ class Passes:
         days = np.zeros(self._latest // SECONDS_PER_DAY + 1, np.int64)
         for counts in self._run("count days", count_days, [(folder,) for folder in self._sorted]):
             days[: len(counts)] += counts
-        totals = np.cumsum(days)
-        rank = math.ceil(TEMPORAL_QUANTILE * (totals[-1] - 1))
-        day = int(np.searchsorted(totals, rank, side="right"))
+        day, rank = day_of_cut(days)
         times = self._run("cut a day", times_of_day, [(folder, day) for folder in self._sorted])
-        return int(np.sort(np.concatenate(list(times)))[rank - (totals[day] - days[day])])
+        return int(np.sort(np.concatenate(list(times)))[rank])
 
     def filter(self, config: PrepareConfig, cut: int) -> Path:
         """The file of [items + 1] bool: the items of the vocabulary that are left when no user or item is rare."""
-        kept = np.ones(len(self._raw_items) + 1, bool)
+        kept = np.ones(len(self.raw_items) + 1, bool)
         kept[0] = False
         for round_number in range(len(kept)):  # each but the last round drops an item
             path = self._scratch / f"kept-{round_number}.npy"
@@ -106,7 +97,7 @@ class Passes:
             if not left.any():
                 raise DataError(
                     f"no event is left after dropping users with fewer than {config.min_user_ratings} "
-                    f"and movies with fewer than {config.min_movie_ratings} ratings"
+                    f"and items with fewer than {config.min_movie_ratings} events"
                 )
             if np.array_equal(left, kept):
                 break
@@ -117,12 +108,8 @@ class Passes:
         self, kept_items: Path, movies: pd.DataFrame | None, config: PrepareConfig, cut: int, out: Path
     ) -> list[ShardSize]:
         """Raises DataError where a single movie is left."""
-        item_ids = self._raw_items[np.load(kept_items)[1:]]
-        if config.min_movie_ratings == 0 and movies is not None:
-            item_ids = np.union1d(item_ids, movies[ITEM].to_numpy())
-        catalog = build_catalog(IdMap.fit(item_ids), movies)
-        if len(catalog) == 1:
-            raise DataError(f"only one movie is left ({catalog.titles[0]}); a recommender needs at least two")
+        item_ids = catalog_items(self.raw_items[np.load(kept_items)[1:]], movies, config.min_movie_ratings)
+        catalog = build_catalog(IdMap(item_ids), movies)
         write_catalog(catalog, self._catalog)
         known_file = None
         if config.split is not SplitKind.LEAVE_ONE_OUT:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxrec.data.reading.connection import first_line
 from jaxrec.data.reading.formats import SAMPLE_ROWS
 from jaxrec.data.reading.rules import TimeUnit, recognize_time_unit
-from jaxrec.data.reading.sources import PARQUET_SUFFIXES, ColumnNames, choose_columns
+from jaxrec.data.reading.sources import ColumnNames, choose_columns, parquet_files
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.errors import DataError
 
@@ -41,7 +42,7 @@ def plan(folder: Path, rows_per_piece: int) -> tuple[Columns, list[Piece]]:
 
     Raises DataError where a file is no Parquet, a column is missing or of another kind, or there is no row.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in PARQUET_SUFFIXES and path.is_file())
+    paths = parquet_files(folder)
     if not paths:
         raise DataError(f"{folder}: holds no .parquet file")
     pieces: list[Piece] = []
@@ -51,7 +52,7 @@ def plan(folder: Path, rows_per_piece: int) -> tuple[Columns, list[Piece]]:
             with pq.ParquetFile(path) as file:
                 metadata, found = file.metadata, _columns(file, path)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not Parquet: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{path}: not Parquet: {first_line(error)}") from error
         columns = columns or found
         if found != columns:
             raise DataError(f"{path}: its columns {found} differ from those of {paths[0]}, {columns}")
@@ -65,7 +66,7 @@ def plan(folder: Path, rows_per_piece: int) -> tuple[Columns, list[Piece]]:
 
 def _columns(file: pq.ParquetFile, path: Path) -> Columns:
     schema = file.schema_arrow
-    chosen = choose_columns(schema.names, ColumnNames(), str(path))
+    chosen = choose_columns(schema.names, ColumnNames(), str(path), has_options=False)
     kinds = {role: schema.field(name).type for role, name in chosen.items()}
     text = {}
     for role in (USER, ITEM):

@@ -15,7 +15,8 @@ from distributed import Client, LocalCluster
 
 from jaxrec.config import PrepareConfig, SplitKind, to_json
 from jaxrec.data.distributed.passes import Passes, Progress
-from jaxrec.data.distributed.reading import INDEX_FILE, SCHEMA_VERSION
+from jaxrec.data.distributed.reading import INDEX_FILE, SHARDS_SCHEMA_VERSION
+from jaxrec.data.reading.movies import movies_like
 from jaxrec.errors import DataError
 from jaxrec.files import new_directory
 
@@ -49,7 +50,7 @@ def prepare_distributed(
     folder: Path,
     out: Path,
     shards: int,
-    movies: pd.DataFrame | None = None,
+    movies: Path | pd.DataFrame | None = None,
     config: PrepareConfig = PrepareConfig(),
     rows_per_piece: int = ROWS_PER_PIECE,
     progress: Progress = lambda stage, done, total: None,
@@ -57,8 +58,19 @@ def prepare_distributed(
     """Prepares the Parquet files under `folder` into `shards` prepared directories under `out`; returns the index.
 
     The histories, the item indices and the catalogue are those of `jaxrec.data.prepare.prepare` on the same rows.
-    `progress` is told the pass, and how many of its tasks are done of how many. Raises DataError for bad input, naming
-    file and row, and where workers die again and again.
+
+    Args:
+        client: Of the cluster, whose workers reach `folder` and `out` under the same paths.
+        folder: Parquet files of one schema.
+        out: A folder; one that this function wrote is replaced.
+        shards: At least as many as there will be hosts.
+        movies: Their file, or a frame of item_id, title and genres.
+        config: Thresholds, split, order of equal timestamps, rating scale and seed.
+        rows_per_piece: Rows that a task reads, or one row group if that is more.
+        progress: Receives the name of the pass, how many of its tasks are done, and their number.
+
+    Raises:
+        DataError: For bad input, naming file and row, and where workers die again and again.
     """
     folder, out = folder.absolute(), out.absolute()
     try:
@@ -73,7 +85,7 @@ def _prepare(
     folder: Path,
     out: Path,
     shards: int,
-    movies: pd.DataFrame | None,
+    movies: Path | pd.DataFrame | None,
     config: PrepareConfig,
     rows_per_piece: int,
     progress: Progress,
@@ -85,12 +97,13 @@ def _prepare(
         passes = Passes(client, scratch, shards, progress)
         scale = passes.partition(folder, rows_per_piece, config.rating_scale)
         config = dataclasses.replace(config, rating_scale=scale)
+        known_movies = movies_like(movies, passes.raw_items)
         passes.sort(config)
         cut = passes.temporal_cut() if config.split is SplitKind.TEMPORAL else 0
         kept = passes.filter(config, cut)
-        sizes = passes.write(kept, movies, config, cut, result)
+        sizes = passes.write(kept, known_movies, config, cut, result)
         index = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": SHARDS_SCHEMA_VERSION,
             "config": to_json(config),
             "users": sum(size.users for size in sizes),
             "events": sum(size.events for size in sizes),

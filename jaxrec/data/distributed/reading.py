@@ -1,14 +1,14 @@
 """How a training host opens its share of the shards; no host has to know what the others do."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.store import read_prepared
 from jaxrec.errors import DataError
+from jaxrec.files import read_json
 
-SCHEMA_VERSION = 1
+SHARDS_SCHEMA_VERSION = 1
 INDEX_FILE = "shards.json"
 
 
@@ -19,13 +19,10 @@ def shard_name(shard: int) -> str:
 
 def read_index(path: Path) -> dict[str, Any]:
     """What `prepare_distributed` wrote down. Raises DataError where it is missing or of another version."""
-    try:
-        index: dict[str, Any] = json.loads((path / INDEX_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not written by `jaxrec prepare-distributed`: {error}") from error
-    if index.get("schema_version") != SCHEMA_VERSION:
+    index: dict[str, Any] = read_json(path / INDEX_FILE, "expected a folder written by `jaxrec prepare-distributed`")
+    if index.get("schema_version") != SHARDS_SCHEMA_VERSION:
         came = index.get("schema_version")
-        raise DataError(f"{path / INDEX_FILE}: schema version {came}, expected {SCHEMA_VERSION}; prepare again")
+        raise DataError(f"{path / INDEX_FILE}: schema version {came}, expected {SHARDS_SCHEMA_VERSION}; prepare again")
     return index
 
 

@@ -8,16 +8,16 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from jaxrec.config import PrepareConfig, SplitKind, Ties
+from jaxrec.config import PrepareConfig, Ties
 from jaxrec.data.catalog import Catalog, read_catalog
 from jaxrec.data.distributed.partition import ROW, WITHIN
-from jaxrec.data.distributed.splits import fitted_events, known_items, split_of
-from jaxrec.data.event_log import EventLog, open_log
-from jaxrec.data.filtering import Core, Selection, blocks, select
-from jaxrec.data.histories import Histories
+from jaxrec.data.filtering import Core, FilteredLog, filter_log
+from jaxrec.data.histories import EventLog, Histories, blocks, open_log
 from jaxrec.data.ids import IdMap, open_ids
 from jaxrec.data.prepared import PreparedData
+from jaxrec.data.reading.sort import repeated_events, tie_draw
 from jaxrec.data.schema import ITEM, RATING, SECONDS_PER_DAY, TIME, USER
+from jaxrec.data.split import Split, SplitRule, items_in_training
 from jaxrec.data.store import LOG_FOLDER, finish, new_data_folder, write_log
 from jaxrec.errors import DataError
 from jaxrec.files import new_directory
@@ -50,19 +50,19 @@ def sort_shard(shard: int, parts: list[tuple[Path, str]], vocabulary: Path, conf
     users, times = users[order], columns[TIME][order]
     item_ids = open_ids(vocabulary)
     items = item_ids.encode(columns[ITEM])[order]
-    repeated = _repeated(users, times, items)
-    if repeated is not None:
+    repeated, _ = repeated_events(users, times, items, order)
+    if len(repeated):
         files = np.repeat(np.arange(len(parts)), [batch.num_rows for batch in batches])
-        first, second = sorted(int(order[row]) for row in repeated)
+        second, first = order[repeated[0]]
         places = [f"{parts[files[row]][1]}:{columns[ROW][row]}" for row in (first, second)]
         user, item, time = (columns[name][second] for name in (USER, ITEM, TIME))
         raise DataError(
-            f"{places[1]}: user {user}, movie {item} at time {time} repeats {places[0]}; expected each event once"
+            f"{places[1]}: user {user}, item {item} at time {time} repeats {places[0]}; expected each event once"
         )
     offsets = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=len(raw_users)))]).astype(np.int64)
     events = Histories(offsets, items, columns[RATING][order], times)
     with new_directory(out, LOG_FOLDER) as folder:
-        write_log(EventLog(IdMap(raw_users, distinct=True), item_ids, events), None, folder / LOG_FOLDER)
+        write_log(EventLog(IdMap(raw_users, distinct=True), item_ids, events), folder / LOG_FOLDER)
     return len(order)
 
 
@@ -85,7 +85,7 @@ def count_items(folder: Path, kept_items: Path, config: PrepareConfig, cut: int)
     log = open_log(folder / LOG_FOLDER)
     kept_item = np.load(kept_items)
     counts = np.zeros(len(kept_item), np.int64)
-    fitted = fitted_events(log, config, cut)
+    fitted = SplitRule.of(log, config, cut).fitted(log)
     for block in blocks(log.events.offsets):
         items = log.events.items[block.rows]
         kept = fitted(block) & kept_item[items]
@@ -98,8 +98,9 @@ def find_known(folder: Path, kept_items: Path, catalog_file: Path, config: Prepa
     """[catalogue + 1] bool: the items in the shard's training part."""
     catalog = read_catalog(catalog_file)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        kept, users = _select(open_log(folder / LOG_FOLDER), kept_items, catalog, config, cut, Path(scratch))
-        return known_items(kept, users, config, cut, len(catalog))
+        kept, split, _ = _filtered(open_log(folder / LOG_FOLDER), kept_items, catalog, config, cut, None, Path(scratch))
+        found = items_in_training(kept.histories, split.train_counts)
+        return np.concatenate([found, np.zeros(len(catalog) + 1 - len(found), bool)])
 
 
 def write_shard(
@@ -111,24 +112,29 @@ def write_shard(
     """
     catalog = read_catalog(catalog_file)
     with new_data_folder(out) as result:
-        kept, users = _select(open_log(folder / LOG_FOLDER), kept_items, catalog, config, cut, result)
-        split = split_of(kept, users, config, cut, None if known is None else np.load(known))
+        seen = None if known is None else np.load(known)
+        kept, split, users = _filtered(open_log(folder / LOG_FOLDER), kept_items, catalog, config, cut, seen, result)
         finish(PreparedData(catalog, users, kept.histories, split, config), result)
         return ShardSize(out.name, kept.histories.user_count, kept.histories.event_count)
 
 
-def _select(
-    log: EventLog, kept_items: Path, catalog: Catalog, config: PrepareConfig, cut: int, out: Path
-) -> tuple[Selection, IdMap]:
-    """Writes the kept events' columns to `out`; returns them with their users."""
-    core = Core(np.zeros(len(log.users), bool), np.load(kept_items))
-    fitted = fitted_events(log, config, cut)
+def _filtered(
+    log: EventLog,
+    kept_items: Path,
+    catalog: Catalog,
+    config: PrepareConfig,
+    cut: int,
+    known: np.ndarray | None,
+    out: Path,
+) -> tuple[FilteredLog, Split, IdMap]:
+    """Writes the kept events' columns to `out`; returns them with their split and their users."""
+    rule = SplitRule.of(log, config, cut)
+    core, fitted = Core(np.zeros(len(log.users), bool), np.load(kept_items)), rule.fitted(log)
     for block in blocks(log.events.offsets):
         kept = fitted(block) & core.items[log.events.items[block.rows]]
         core.users[block.users] = _enough(block.sums(kept), config)
-    keep_every_user = config.split is not SplitKind.LEAVE_ONE_OUT
-    selection = select(log, fitted, core, catalog.ids, None, keep_every_user, out)
-    return selection, IdMap(log.users.raw_ids[selection.order], distinct=True)
+    found = filter_log(log, fitted, core, catalog.ids, None, rule.keeps_every_user, out)
+    return found, rule.split(found, known), IdMap(log.users.raw_ids[found.order], distinct=True)
 
 
 def _enough(counts: np.ndarray, config: PrepareConfig) -> np.ndarray:
@@ -136,21 +142,8 @@ def _enough(counts: np.ndarray, config: PrepareConfig) -> np.ndarray:
 
 
 def _draws(table: pa.Table, seed: int) -> np.ndarray:
-    """[events] uint64: the order of ties that `jaxrec.data.event_log` draws from the seed and the ids."""
-    text = f"concat_ws(' ', {int(seed)}, {USER}, {ITEM}, {TIME})"
+    """[events] uint64: the order of ties that `jaxrec.data.reading.sort` draws from the seed and the ids."""
     with duckdb.connect() as connection:
         connection.register("events", table)
-        draws = connection.execute(f"SELECT md5_number_lower({text}) AS n FROM events").fetchnumpy()["n"]
+        draws = connection.execute(f"SELECT {tie_draw(seed, USER, ITEM, TIME)} AS n FROM events").fetchnumpy()["n"]
     return np.asarray(draws)
-
-
-def _repeated(users: np.ndarray, times: np.ndarray, items: np.ndarray) -> tuple[int, int] | None:
-    """Two sorted rows with the same user, time and item, if there are any; only tied rows are compared."""
-    same = (np.diff(users) == 0) & (np.diff(times) == 0)
-    tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
-    tied = tied[np.lexsort((items[tied], times[tied], users[tied]))]
-    equal = np.logical_and.reduce([np.diff(column[tied]) == 0 for column in (users, times, items)])
-    if not equal.any():
-        return None
-    at = int(np.argmax(equal))
-    return int(tied[at]), int(tied[at + 1])

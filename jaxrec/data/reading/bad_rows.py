@@ -1,4 +1,4 @@
-"""Rows that break the rules: counted, and either the reason to stop or set aside. None just vanishes."""
+"""Rows that break the rules: counted, and either the reason to stop or set aside. No row is dropped silently."""
 
 import contextlib
 import csv
@@ -51,6 +51,16 @@ class BadRows:
     @property
     def count(self) -> int:
         return sum(self.by_field.values())
+
+    @property
+    def limit(self) -> int | None:
+        """How many rows of one kind are worth a BadRow each, the first ones; the others are `add_unlisted`."""
+        return LISTED if self.on_bad_rows is OnBadRows.FAIL else None
+
+    def add_unlisted(self, count: int) -> None:
+        """Counts whole rows that no message will name."""
+        if count:
+            self.by_field["row"] += count
 
     def add(self, row: BadRow) -> None:
         """Takes note of a row; `fail_if_any` decides later what follows."""

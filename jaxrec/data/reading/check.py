@@ -9,27 +9,25 @@ import time
 from pathlib import Path
 
 import duckdb
+import numpy as np
 
 from jaxrec.data.reading.bad_rows import BadRow, BadRows
-from jaxrec.data.reading.connection import first_line
+from jaxrec.data.reading.connection import first_line, quoted
 from jaxrec.data.reading.formats import SHORT, Relation
 from jaxrec.data.reading.rules import TEXT_TYPE, Field, IdKind, TimeUnit, id_field, rating_field, time_fields, whole
 from jaxrec.data.reading.sources import ColumnNames
-from jaxrec.data.schema import ITEM, RATING, TIME, USER, RatingScale, scale_of
+from jaxrec.data.schema import ITEM, RATING, TIME, USER, WIDEST_SCALE, RatingScale, infer_rating_scale
 from jaxrec.errors import DataError
-
-EVENT_COLUMNS = "user, item, rating, time, within"
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadOptions:
-    """How a log is read. `users` and `items`: the kind of their ids; `scale` None: recognized."""
+    """How a log is read. `users` and `items`: the kind of their ids."""
 
     columns: ColumnNames = dataclasses.field(default_factory=ColumnNames)
     time_unit: TimeUnit = TimeUnit.AUTO
     users: IdKind = IdKind.AUTO
     items: IdKind = IdKind.AUTO
-    scale: RatingScale | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,37 +44,45 @@ def load(
     connection: duckdb.DuckDBPyConnection,
     relation: Relation,
     options: ReadOptions,
+    scale: RatingScale | None,
     bad: BadRows,
     scratch: Path,
     exact: bool = False,
 ) -> Loaded:
     """Fills `events`. A source in which something is wrong is read again, exactly, to say what and where.
 
+    `scale` None: recognized.
     Raises DataError for bad rows, unless `bad` puts them into quarantine, and where no row is left.
     """
     unit = relation.time_unit() if options.time_unit is TimeUnit.AUTO else options.time_unit
     now = int(time.time())
+    given = {USER: options.users, ITEM: options.items}
+    if relation.typed:
+        as_typed = {role: IdKind.TEXT for role in given if relation.types[role] == TEXT_TYPE}
+        given = {role: as_typed.get(role, kind) if kind is IdKind.AUTO else kind for role, kind in given.items()}
     if not exact:
-        loaded = _load_fast(connection, relation, options, unit, now)
+        loaded = _load_fast(connection, relation, given, scale, unit, now)
         if loaded is not None:
             return loaded
-    return _load_exactly(connection, relation, options, unit, now, bad, scratch)
+    return _load_exactly(connection, relation, given, scale, unit, now, bad, scratch)
 
 
 def _load_fast(
-    connection: duckdb.DuckDBPyConnection, relation: Relation, options: ReadOptions, unit: TimeUnit, now: int
+    connection: duckdb.DuckDBPyConnection,
+    relation: Relation,
+    given: dict[str, IdKind],
+    scale: RatingScale | None,
+    unit: TimeUnit,
+    now: int,
 ) -> Loaded | None:
     """None where any row breaks a rule."""
     source = relation.fast()
     try:
-        kinds = {
-            USER: _kind_of_first(connection, source, relation, USER, options.users),
-            ITEM: _kind_of_first(connection, source, relation, ITEM, options.items),
-        }
+        kinds = {role: _kind_of_first(connection, source, relation, role, option) for role, option in given.items()}
         fields, within = _fields(relation, kinds, unit, now)
         values = ", ".join(f"{fields[role].value} AS {short}" for role, short in SHORT.items())
         valid = [field.valid for field in fields.values()]
-        for role, option in ((USER, options.users), (ITEM, options.items)):
+        for role, option in given.items():
             if relation.types[role] == TEXT_TYPE and kinds[role] is IdKind.TEXT and option is IdKind.AUTO:
                 valid.append(f"NOT {whole(SHORT[role])}")
         connection.execute(
@@ -88,7 +94,7 @@ def _load_fast(
     rows, wrong = connection.execute("SELECT count(*), count(*) FILTER (NOT ok) FROM events").fetchall()[0]
     if wrong or not rows:
         return None
-    scale = options.scale or _infer_scale(connection, "events")
+    scale = scale or infer_rating_scale(deciding_ratings(connection, "events"))
     if scale is not None and _count(connection, f"events WHERE NOT {_in_scale('rating', scale)}"):
         return None
     return Loaded(rows, scale, exact=False, time_unit=unit)
@@ -97,7 +103,8 @@ def _load_fast(
 def _load_exactly(
     connection: duckdb.DuckDBPyConnection,
     relation: Relation,
-    options: ReadOptions,
+    given: dict[str, IdKind],
+    given_scale: RatingScale | None,
     unit: TimeUnit,
     now: int,
     bad: BadRows,
@@ -112,16 +119,13 @@ def _load_exactly(
     staged = _count(connection, "stage")
     if not staged and bad.count == before:
         raise DataError(f"{relation.name}: no rows after the header")
-    kinds = {
-        USER: _kind_of_all(connection, relation, USER, options.users),
-        ITEM: _kind_of_all(connection, relation, ITEM, options.items),
-    }
+    kinds = {role: _kind_of_all(connection, relation, role, option) for role, option in given.items()}
     fields, within = _fields(relation, kinds, unit, now)
-    for role, option in ((USER, options.users), (ITEM, options.items)):
+    for role, option in given.items():
         if relation.types[role] == TEXT_TYPE and option is IdKind.AUTO and kinds[role] is IdKind.TEXT:
             fields[role] = _text_only(fields[role], SHORT[role], _looks_whole(connection, SHORT[role]))
     faults = " ".join(
-        f"WHEN NOT {field.valid} THEN {{'field': '{_sql(relation.labels.get(role, role))}', "
+        f"WHEN NOT {field.valid} THEN {{'field': {quoted(relation.labels.get(role, role))}, "
         f"'value': coalesce({SHORT[role]}::VARCHAR, ''), 'reason': {field.reason}}}"
         for role, field in fields.items()
     )
@@ -132,11 +136,11 @@ def _load_exactly(
     )
     connection.execute("DROP TABLE stage")
     good = "(SELECT new_rating AS rating FROM checked WHERE fault IS NULL)"
-    scale = options.scale or _infer_scale(connection, good)
+    scale = given_scale or infer_rating_scale(deciding_ratings(connection, good))
     fits = "true" if scale is None else _in_scale("new_rating", scale)
-    source = "" if options.scale else " (the scale that the log seems to have; another can be given: --rating-scale)"
+    source = "" if given_scale else " (the scale that the log seems to have; another can be given: --rating-scale)"
     outside = (
-        f"{{'field': '{_sql(relation.labels.get(RATING, RATING))}', 'value': rating_text, "
+        f"{{'field': {quoted(relation.labels.get(RATING, RATING))}, 'value': rating_text, "
         f"'reason': 'is outside {scale}{source}'}}"
     )
     _report(
@@ -177,7 +181,7 @@ def _fields(relation: Relation, kinds: dict[str, IdKind], unit: TimeUnit, now: i
 def _kind_of_first(
     connection: duckdb.DuckDBPyConnection, source: str, relation: Relation, role: str, option: IdKind
 ) -> IdKind:
-    if option is not IdKind.AUTO or relation.types[role] != TEXT_TYPE or not relation.labels:
+    if option is not IdKind.AUTO or relation.types[role] != TEXT_TYPE:
         return option
     query = f"SELECT {whole(SHORT[role])} FROM ({source}) LIMIT 1"
     first = connection.execute(query).fetchall()
@@ -216,14 +220,15 @@ def _text_only(field: Field, column: str, all_digits: bool) -> Field:
     return Field(field.value, f"({field.valid} AND NOT {whole(column)})", fault)
 
 
-def _infer_scale(connection: duckdb.DuckDBPyConnection, table: str) -> RatingScale | None:
-    """`jaxrec.data.schema.infer_rating_scale`, by the engine."""
+def deciding_ratings(connection: duckdb.DuckDBPyConnection, table: str) -> np.ndarray:
+    """[0 to 3] float32: the ratings of `table` by which `jaxrec.data.schema.infer_rating_scale` decides."""
+    possible = _in_scale("rating", WIDEST_SCALE)
     query = (
-        f"SELECT count(rating), min(rating) FILTER (rating BETWEEN 0.5 AND 5), "
-        f"coalesce(bool_and(rating = round(rating)) FILTER (rating BETWEEN 0.5 AND 5), false) FROM {table}"
+        f"SELECT any_value(rating), min(rating) FILTER ({possible}), "
+        f"any_value(rating) FILTER ({possible} AND rating <> round(rating)) FROM {table}"
     )
-    count, minimum, whole_ratings = connection.execute(query).fetchall()[0]
-    return scale_of(minimum, whole_ratings) if count else None
+    found = connection.execute(query).fetchall()[0]
+    return np.array([rating for rating in found if rating is not None], np.float32)
 
 
 def _in_scale(column: str, scale: RatingScale) -> str:
@@ -239,7 +244,3 @@ def _report(connection: duckdb.DuckDBPyConnection, query: str, bad: BadRows) -> 
 
 def _count(connection: duckdb.DuckDBPyConnection, table: str) -> int:
     return connection.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0]
-
-
-def _sql(text: str) -> str:
-    return text.replace("'", "''")

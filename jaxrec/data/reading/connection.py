@@ -15,7 +15,7 @@ THREADS_PER_GB = 4  # each needs buffers of its own
 
 
 @contextlib.contextmanager
-def engine(scratch: Path, memory_gb: float = MEMORY_GB, on_disk: bool = True) -> Iterator[duckdb.DuckDBPyConnection]:
+def connect(scratch: Path, memory_gb: float = MEMORY_GB, on_disk: bool = True) -> Iterator[duckdb.DuckDBPyConnection]:
     """A DuckDB connection whose tables and spilled sorts lie in `scratch`. Its failures (a full disk, a file that
     changed while it was read) become DataErrors."""
     if not (math.isfinite(memory_gb) and memory_gb > 0):

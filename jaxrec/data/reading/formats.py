@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.data.reading.bad_rows import BadRows, OnBadRows
-from jaxrec.data.reading.connection import quoted, quoted_name
+from jaxrec.data.reading.connection import first_line, quoted, quoted_name
 from jaxrec.data.reading.rules import FLOAT_TYPES, TEXT_TYPE, TimeUnit, recognize_time_unit
 from jaxrec.data.reading.sources import ColumnNames, Format, Source, choose_columns
 from jaxrec.data.reading.text_rows import TextTable, open_table, rows
@@ -26,9 +26,13 @@ SHORT = {USER: "user", ITEM: "item", RATING: "rating", TIME: "time"}
 
 
 class Relation(Protocol):
-    """A source of rows. `types`: SQL type by schema name; `labels`: the column's own name; `name`: for messages."""
+    """A source of rows. `types`: SQL type by schema name; `labels`: the column's own name; `name`: for messages.
+
+    `typed`: text is meant as text, so that an id of digits is none of a number.
+    """
 
     name: str
+    typed: bool
     types: dict[str, str]
     labels: dict[str, str]
 
@@ -44,6 +48,8 @@ class Relation(Protocol):
 
 class TextRelation:
     """A delimited file; every column is text."""
+
+    typed = False
 
     def __init__(self, table: TextTable) -> None:
         self._table = table
@@ -89,6 +95,8 @@ class TextRelation:
 class ParquetRelation:
     """Parquet files of one schema, in the order of their names."""
 
+    typed = False
+
     def __init__(self, source: Source, names: ColumnNames, connection: duckdb.DuckDBPyConnection) -> None:
         self.name = source.names[0]
         self._connection = connection
@@ -96,7 +104,7 @@ class ParquetRelation:
         try:
             described = connection.execute(f"DESCRIBE SELECT * FROM read_parquet({self._files})").fetchall()
         except duckdb.Error as error:
-            raise DataError(f"{self.name}: not Parquet: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{self.name}: not Parquet: {first_line(error)}") from error
         types = {row[0]: row[1] for row in described}
         self.labels = choose_columns(list(types), names, self.name)
         self.types = {role: types[column] for role, column in self.labels.items()}
@@ -120,36 +128,56 @@ class ParquetRelation:
         return ", ".join(_renamed({role: quoted_name(column) for role, column in self.labels.items()}))
 
 
-class FrameRelation:
-    """A frame with the columns of `jaxrec.data.schema`; ids that are not whole numbers are text, a NaN is no rating."""
+class TableRelation:
+    """A table of the engine with columns user, item, rating (if there is one), time and line, of one file or frame.
 
-    def __init__(self, frame: pd.DataFrame, connection: duckdb.DuckDBPyConnection) -> None:
-        self.name = "interactions"
-        self.labels = choose_columns(list(frame.columns), ColumnNames(USER, ITEM, None, TIME), self.name)
-        columns = {}
-        for role in self.labels:
-            column = frame[role]
-            if column.dtype == object or pd.api.types.is_string_dtype(column.dtype):
-                column = column.astype(object).where(column.notna(), None).map(lambda v: None if v is None else str(v))
-            columns[SHORT[role]] = column.reset_index(drop=True)
-        columns["line"] = pd.Series(np.arange(1, len(frame) + 1))
-        connection.register("frame", pd.DataFrame(columns))
-        described = connection.execute("DESCRIBE SELECT * FROM frame").fetchall()
-        types = {row[0]: row[1] for row in described}
-        self.types = {role: types[SHORT[role]] for role in self.labels}
+    Times are in seconds where nothing else is said.
+    """
+
+    typed = True
+
+    def __init__(
+        self,
+        table: str,
+        name: str,
+        labels: dict[str, str],
+        connection: duckdb.DuckDBPyConnection,
+        nan_is_none: bool = False,
+    ) -> None:
+        self.name = name
+        self.labels = labels
+        types = {row[0]: row[1] for row in connection.execute(f"DESCRIBE {table}").fetchall()}
+        self.types = {role: types[SHORT[role]] for role in labels}
+        rating = "rating" if RATING in self.types else "NULL"
+        if nan_is_none and self.types.get(RATING) in FLOAT_TYPES:
+            rating = "CASE WHEN NOT isnan(rating) THEN rating END"
+        self._rows = f"SELECT user, item, {rating} AS rating, time, line FROM {table}"
 
     def time_unit(self) -> TimeUnit:
         return TimeUnit.SECONDS
 
     def fast(self) -> str:
-        rating = "rating" if RATING in self.types else "NULL"
-        if self.types.get(RATING) in FLOAT_TYPES:
-            rating = "CASE WHEN NOT isnan(rating) THEN rating END"
-        return f"SELECT user, item, {rating} AS rating, time, line FROM frame"
+        return self._rows
 
     def exact(self, scratch: Path, bad: BadRows) -> str:
         text = "concat_ws(',', coalesce(user::VARCHAR, ''), coalesce(item::VARCHAR, ''), coalesce(time::VARCHAR, ''))"
-        return f"SELECT {quoted(self.name)} AS file, *, {text} AS text FROM ({self.fast()})"
+        return f"SELECT {quoted(self.name)} AS file, *, {text} AS text FROM ({self._rows})"
+
+
+def frame_relation(frame: pd.DataFrame, names: ColumnNames, connection: duckdb.DuckDBPyConnection) -> Relation:
+    """The relation of a frame; a NaN is no rating. Raises DataError where a column is missing."""
+    labels = choose_columns(list(frame.columns), names, "interactions")
+    columns = {}
+    for role, label in labels.items():
+        column = frame[label]
+        if pd.api.types.infer_dtype(column) == "integer" and column.dtype == object:
+            column = column.astype("Int64")
+        elif column.dtype == object or pd.api.types.is_string_dtype(column.dtype):
+            column = column.astype(object).where(column.notna(), None).map(lambda v: None if v is None else str(v))
+        columns[SHORT[role]] = column.reset_index(drop=True)
+    columns["line"] = pd.Series(np.arange(1, len(frame) + 1))
+    connection.register("frame", pd.DataFrame(columns))
+    return TableRelation("frame", "interactions", labels, connection, nan_is_none=True)
 
 
 def relation_of(source: Source, names: ColumnNames, connection: duckdb.DuckDBPyConnection) -> Relation:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from jaxrec.data.catalog import checked_movies
 from jaxrec.data.reading.rules import IdKind
 from jaxrec.data.schema import GENRES, ITEM, NO_GENRES, TITLE
 from jaxrec.errors import DataError
@@ -67,6 +68,20 @@ def read_movies(path: Path, name: str | None = None, ids: IdKind = IdKind.AUTO) 
     return frame
 
 
+def movies_like(
+    movies: Path | pd.DataFrame | None, raw_items: np.ndarray, name: str | None = None
+) -> pd.DataFrame | None:
+    """Movies of a file or a frame, with ids of the type of a log's raw item ids. `name`: as for `read_movies`.
+
+    Raises DataError where the ids are of another type, or occur twice.
+    """
+    if movies is None:
+        return None
+    if isinstance(movies, pd.DataFrame):
+        return checked_movies(movies, raw_items)
+    return read_movies(movies, name, IdKind.INTEGER if raw_items.dtype == np.int64 else IdKind.TEXT)
+
+
 def _ids(raw: list[tuple[int, str]], kind: IdKind, name: str) -> np.ndarray:
     odd = next(((line, text) for line, text in raw if not _is_whole(text)), None)
     if kind is IdKind.TEXT or (odd is not None and kind is IdKind.AUTO):
@@ -87,7 +102,7 @@ def _csv_rows(path: Path, name: str) -> Iterator[MovieRow]:
             header = next(reader, None)
             if header is None:
                 raise DataError(f"{name}: the file is empty; expected the header movieId,title,genres")
-            id_column = next((column for column in ID_COLUMNS if column in header), ID_COLUMNS[0])
+            id_column = next((column for column in ID_COLUMNS if column in header), " or ".join(ID_COLUMNS))
             missing = [column for column in (id_column, "title", "genres") if column not in header]
             if missing:
                 came = ",".join(header)

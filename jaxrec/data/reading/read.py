@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,53 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.config import PrepareConfig
-from jaxrec.data.event_log import DuplicatesError, EventLog, SortedLog, sort_log
 from jaxrec.data.reading.bad_rows import BadRows, OnBadRows
 from jaxrec.data.reading.check import Loaded, ReadOptions, load
-from jaxrec.data.reading.connection import MEMORY_GB, engine
-from jaxrec.data.reading.formats import Relation, relation_of
-from jaxrec.data.reading.movies import read_movies
-from jaxrec.data.reading.rules import IdKind
-from jaxrec.data.reading.sources import Source, find_source
+from jaxrec.data.reading.connection import MEMORY_GB, connect
+from jaxrec.data.reading.formats import Relation, frame_relation, relation_of
+from jaxrec.data.reading.sort import DuplicatesError, SortedLog, sort_log
+from jaxrec.data.reading.sources import ColumnNames, find_source
 from jaxrec.data.schema import ITEM, RATING, TIME, USER, RatingScale
 
-__all__ = ["input_counts", "movies_for", "read_log", "read_movies", "read_ratings", "reading"]
+PathOrFrame = Path | str | pd.DataFrame
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """One log while it is read: its rows, the engine, and `scratch`, a folder that is gone afterwards.
+
+    `movies`: those that were given, or that lie beside the log; `movies_name`: what messages call their file.
+    """
+
+    relation: Relation
+    connection: duckdb.DuckDBPyConnection
+    scratch: Path
+    description: str
+    movies: pd.DataFrame | Path | None
+    movies_name: str | None
+
+
+@contextlib.contextmanager
+def open_workspace(
+    interactions: PathOrFrame,
+    movies: PathOrFrame | None = None,
+    names: ColumnNames = ColumnNames(),
+    memory_gb: float = MEMORY_GB,
+    parent: Path | None = None,
+) -> Iterator[Workspace]:
+    """Recognizes a log and starts the engine. Scratch files lie in `parent`; None: where the system has its own."""
+    movies = Path(movies) if isinstance(movies, str) else movies
+    with tempfile.TemporaryDirectory(prefix=".jaxrec-", dir=parent) as name:
+        scratch = Path(name)
+        if isinstance(interactions, pd.DataFrame):
+            with connect(scratch, memory_gb, on_disk=parent is not None) as connection:
+                relation = frame_relation(interactions, names, connection)
+                yield Workspace(relation, connection, scratch, "a frame", movies, None)
+            return
+        source = find_source(Path(interactions), movies, scratch)
+        with connect(scratch, memory_gb) as connection:
+            rows = relation_of(source, names, connection)
+            yield Workspace(rows, connection, scratch, str(source), source.movies, source.movies_name)
 
 
 def read_ratings(
@@ -30,63 +66,58 @@ def read_ratings(
 ) -> tuple[pd.DataFrame, RatingScale | None]:
     """Reads a log in any known format into a frame.
 
-    Returns the validated interactions in the file's order (user_id and item_id int64, or str where ids are text;
-    rating float32, NaN where there is none; timestamp int64 seconds) and the rating scale, inferred where none is
-    given. Raises DataError naming file and line for the first bad rows.
+    Args:
+        path: A file, a folder or an archive (see `jaxrec.data.reading.sources.find_source`).
+        scale: The range of possible ratings; None: recognized.
+        options: How to read it.
+
+    Returns:
+        The interactions in the file's order (user_id and item_id int64, or str where ids are text; rating float32, NaN
+        where there is none; timestamp int64 seconds), and the rating scale, None where there are no ratings.
+
+    Raises:
+        DataError: For bad rows, naming file and line of the first ones.
     """
     bad = BadRows(OnBadRows.FAIL)
-    options = dataclasses.replace(options, scale=scale)
-    with reading(path, None, MEMORY_GB, None) as (scratch, source, connection):
-        relation = relation_of(source, options.columns, connection)
-        loaded, _ = read_log(connection, relation, options, PrepareConfig(), bad, scratch, scratch)
+    with open_workspace(path, names=options.columns) as work:
+        loaded, _ = read_log(work, options, PrepareConfig(rating_scale=scale), bad, work.scratch / "sorted")
         query = "SELECT user, item, coalesce(rating, 'nan'::FLOAT) AS rating, time FROM events ORDER BY rowid"
-        columns = [np.ma.getdata(column) for column in connection.execute(query).fetchnumpy().values()]
+        columns = [np.ma.getdata(column) for column in work.connection.execute(query).fetchnumpy().values()]
     return pd.DataFrame(dict(zip((USER, ITEM, RATING, TIME), columns, strict=True))), loaded.scale
 
 
-@contextlib.contextmanager
-def reading(
-    ratings: Path, movies: Path | None, memory_gb: float, scratch_parent: Path | None
-) -> Iterator[tuple[Path, Source, duckdb.DuckDBPyConnection]]:
-    """A scratch folder, the recognized source, and the engine; all are gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix=".jaxrec-", dir=scratch_parent) as name:
-        source = find_source(ratings, movies, Path(name))
-        with engine(Path(name), memory_gb) as connection:
-            yield Path(name), source, connection
-
-
 def read_log(
-    connection: duckdb.DuckDBPyConnection,
-    relation: Relation,
+    work: Workspace,
     options: ReadOptions,
     config: PrepareConfig,
     bad: BadRows,
-    scratch: Path,
     folder: Path,
+    add_events: Callable[[bool], None] = lambda exact: None,
 ) -> tuple[Loaded, SortedLog]:
-    """Reads, checks and sorts a log into columns in `folder`. Raises DataError for bad rows, unless in quarantine."""
-    loaded = load(connection, relation, options, bad, scratch)
+    """Reads, checks and sorts a log into columns in the new `folder`.
+
+    `add_events` may put more rows into the engine's `events` before they are sorted; its argument says whether these
+    have file, line and text. Raises DataError for bad rows, unless in quarantine.
+    """
+    folder.mkdir()
+
+    def read(exact: bool) -> tuple[Loaded, SortedLog]:
+        loaded = load(work.connection, work.relation, options, config.rating_scale, bad, work.scratch, exact)
+        add_events(loaded.exact)
+        return loaded, sort_log(work.connection, folder, config.ties, config.seed, bad if loaded.exact else None)
+
     try:
-        found = sort_log(connection, folder, config.ties, config.seed, bad if loaded.exact else None)
+        loaded, found = read(exact=False)
     except DuplicatesError:
-        loaded = load(connection, relation, options, bad, scratch, exact=True)
-        found = sort_log(connection, folder, config.ties, config.seed, bad)
+        loaded, found = read(exact=True)
     bad.fail_if_any()
     return loaded, found
 
 
-def movies_for(source: Source, log: EventLog) -> pd.DataFrame | None:
-    """The source's movies, with ids of the kind that the log has."""
-    if source.movies is None:
-        return None
-    kind = IdKind.INTEGER if log.items.raw_ids.dtype == np.int64 else IdKind.TEXT
-    return read_movies(source.movies, source.movies_name, kind)
-
-
-def input_counts(description: str, loaded: Loaded, found: SortedLog, bad: BadRows) -> dict[str, Any]:
+def input_counts(work: Workspace, loaded: Loaded, found: SortedLog, bad: BadRows) -> dict[str, Any]:
     """What was read, as JSON values. `tied_events` have the timestamp of the same user's event before."""
     return {
-        "source": description,
+        "source": work.description,
         "time_unit": loaded.time_unit.value,
         "rows": loaded.rows - found.duplicates + bad.count,
         "bad_rows": bad.count,

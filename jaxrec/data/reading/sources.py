@@ -5,6 +5,8 @@ import enum
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from jaxrec.data.reading.archives import gunzip, unzip, zip_names
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.errors import DataError
@@ -16,6 +18,7 @@ DEFAULT_COLUMNS = {
     RATING: ("rating",),
     TIME: ("timestamp",),
 }
+OPTIONS = {USER: "--user-col", ITEM: "--item-col", RATING: "--rating-col", TIME: "--time-col"}
 PARQUET_SUFFIXES = (".parquet", ".pq")
 # Ratings file, and the names that its movies may have beside it.
 KNOWN_FILES = {
@@ -50,12 +53,15 @@ class Format(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A log's files. `names` are what messages call them (the path, or archive:member), `paths` where they are."""
+    """A log's files. `names` are what messages call them (the path, or archive:member), `paths` where they are.
+
+    `movies`: their file, or a frame that was given.
+    """
 
     format: Format
     paths: tuple[Path, ...]
     names: tuple[str, ...]
-    movies: Path | None
+    movies: Path | pd.DataFrame | None
     movies_name: str | None
 
     def __str__(self) -> str:
@@ -63,7 +69,7 @@ class Source:
         return f"{self.format.value}: {files}; movies: {self.movies_name or 'none'}"
 
 
-def find_source(ratings: Path, movies: Path | None, scratch: Path) -> Source:
+def find_source(ratings: Path, movies: Path | pd.DataFrame | None, scratch: Path) -> Source:
     """Recognizes what `ratings` is: a file, a folder or a zip as downloaded, or a .gz; archives unpack to `scratch`.
 
     `movies` None: the movies that lie beside the ratings in the folder or the zip. Raises DataError for what is not
@@ -73,7 +79,10 @@ def find_source(ratings: Path, movies: Path | None, scratch: Path) -> Source:
         source = _find(ratings, scratch)
     except OSError as error:
         raise DataError(f"{ratings}: cannot be read: {error.strerror or error}") from error
-    return source if movies is None else dataclasses.replace(source, movies=movies, movies_name=str(movies))
+    if movies is None:
+        return source
+    name = "a frame" if isinstance(movies, pd.DataFrame) else str(movies)
+    return dataclasses.replace(source, movies=movies, movies_name=name)
 
 
 def _find(ratings: Path, scratch: Path) -> Source:
@@ -95,10 +104,15 @@ def _in_folder(folder: Path) -> Source:
         if path.is_file():
             movies = next((folder / movie for movie in movie_names if (folder / movie).is_file()), None)
             return Source(_text_format(path), (path,), (str(path),), movies, None if movies is None else str(movies))
-    parts = sorted(path for path in folder.rglob("*") if path.suffix in PARQUET_SUFFIXES and path.is_file())
+    parts = parquet_files(folder)
     if not parts:
         raise DataError(f"{folder}: holds none of {', '.join(KNOWN_FILES)} and no .parquet file")
     return Source(Format.PARQUET, tuple(parts), tuple(map(str, parts)), None, None)
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """The Parquet files under `folder`, by name: the order of the rows."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in PARQUET_SUFFIXES and path.is_file())
 
 
 def _in_zip(path: Path, scratch: Path) -> Source:
@@ -123,7 +137,7 @@ def _in_zip(path: Path, scratch: Path) -> Source:
 
 
 def _text_format(path: Path) -> Format:
-    """By the first line: four fields separated by :: or, three of them whole numbers, by tabs; else a header."""
+    """By the first line: four fields separated by :: or, the last a whole number, by tabs; else it is a header."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         line = file.readline(10_000).rstrip("\r\n")
     if len(line.split("::")) == 4:
@@ -132,8 +146,11 @@ def _text_format(path: Path) -> Format:
     return Format.U_DATA if len(fields) == 4 and fields[3].strip().isdigit() else Format.CSV
 
 
-def choose_columns(header: Sequence[str], names: ColumnNames, where: str) -> dict[str, str]:
-    """The column of each schema name that the header has. Raises DataError where one is missing or occurs twice."""
+def choose_columns(header: Sequence[str], names: ColumnNames, where: str, has_options: bool = True) -> dict[str, str]:
+    """The column of each schema name that the header has. Raises DataError where one is missing or occurs twice.
+
+    `has_options`: the command has options for other names, which the message then says.
+    """
     chosen, missing = {}, []
     for role, defaults in DEFAULT_COLUMNS.items():
         given = names.named(role)
@@ -142,7 +159,8 @@ def choose_columns(header: Sequence[str], names: ColumnNames, where: str) -> dic
         if name is not None:
             chosen[role] = name
         elif given is not None or role != RATING:
-            missing.append(candidates[0])
+            hint = f" (or another, given as {OPTIONS[role]})" if given is None and has_options else ""
+            missing.append(" or ".join(candidates) + hint)
     came = ",".join(header)
     if missing:
         raise DataError(f"{where}: column {', '.join(missing)} is missing; the header is {came!r}")

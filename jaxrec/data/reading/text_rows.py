@@ -81,14 +81,14 @@ def _plain_rows(file: Iterable[str], table: TextTable) -> Iterator[tuple[int, li
 def _csv_rows(file: Iterable[str], table: TextTable, bad: BadRows) -> Iterator[tuple[int, list[str], str]]:
     lines = _Lines(file)
     while True:
-        lines.taken.clear()
+        lines.consumed.clear()
         reader = _reader(lines, table)
         try:
             for fields in reader:
-                text = "".join(lines.taken).rstrip("\r\n")
+                text = "".join(lines.consumed).rstrip("\r\n")
                 if fields:
                     yield lines.number, fields, text
-                lines.taken.clear()
+                lines.consumed.clear()
             return
         except csv.Error as error:
             # A stray quote swallows what follows: only its own line is at fault, the others are read again.
@@ -103,12 +103,12 @@ def _reader(lines: Iterable[str], table: TextTable) -> Iterator[list[str]]:
 
 
 class _Lines:
-    """Lines of a file that can be put back; `taken`: those since it was cleared, `number`: that of the last one."""
+    """Lines of a file that can be put back; `consumed`: those since it was cleared, `number`: that of the last one."""
 
     def __init__(self, file: Iterable[str]) -> None:
         self._file = iter(file)
         self._waiting: deque[str] = deque()
-        self.taken: list[str] = []
+        self.consumed: list[str] = []
         self.number = 0
 
     def __iter__(self) -> "_Lines":
@@ -117,12 +117,12 @@ class _Lines:
     def __next__(self) -> str:
         line = self._waiting.popleft() if self._waiting else next(self._file)
         self.number += 1
-        self.taken.append(line)
+        self.consumed.append(line)
         return line
 
     def put_back_all_but_first(self) -> str:
-        """Puts `taken` back, except for its first line, which it returns."""
-        first, *others = self.taken
+        """Puts `consumed` back, except for its first line, which it returns."""
+        first, *others = self.consumed
         self._waiting.extendleft(reversed(others))
         self.number -= len(others)
         return first

@@ -19,7 +19,7 @@ from jaxrec.cli.main import main
 from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
 from jaxrec.data.distributed.prepare import cluster, prepare_distributed
 from jaxrec.data.distributed.reading import open_shards
-from jaxrec.data.prepare import prepare, prepare_files
+from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
 from jaxrec.errors import DataError
@@ -124,7 +124,7 @@ def test_times_are_ordered_within_a_second(unit: str, client: Client, tmp_path: 
         log[TIME] = pd.to_datetime(log[TIME], unit="ms")
     folder = _write(log, tmp_path / "log")
     prepare_distributed(client, folder, tmp_path / "out", 3, None, CONFIG, PIECE)
-    _assert_equal(open_shards(tmp_path / "out", 0, 1), prepare_files(folder, None, CONFIG))
+    _assert_equal(open_shards(tmp_path / "out", 0, 1), prepare(folder, None, CONFIG))
 
 
 def test_text_ids_movies_and_missing_ratings(client: Client, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_hosts_share_the_users(client: Client, tmp_path: Path) -> None:
         open_shards(out, 0, 6)
     with pytest.raises(ValueError, match=r"host_index must be in 0..1"):
         open_shards(out, 2, 2)
-    with pytest.raises(DataError, match="not written by"):
+    with pytest.raises(DataError, match="expected a folder written by `jaxrec prepare-distributed`"):
         open_shards(tmp_path, 0, 1)
 
 
@@ -211,7 +211,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(
 def test_an_event_that_occurs_twice(client: Client, tmp_path: Path) -> None:
     log = _log()
     log.loc[2999] = log.loc[10]
-    message = r"part-2.parquet:1000: user \d+, movie \d+ at time \d+ repeats .*part-0.parquet:11;"
+    message = r"part-2.parquet:1000: user \d+, item \d+ at time \d+ repeats .*part-0.parquet:11;"
     with pytest.raises(DataError, match=message):
         prepare_distributed(client, _write(log, tmp_path / "log"), tmp_path / "out", 2, None, CONFIG, PIECE)
 

@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 
 from jaxrec.config import PrepareConfig
-from jaxrec.data.prepare import prepare_directory
+from jaxrec.data.prepare import prepare
 from jaxrec.data.reading.check import ReadOptions
-from jaxrec.data.reading.read import read_movies, read_ratings
+from jaxrec.data.reading.movies import read_movies
+from jaxrec.data.reading.read import read_ratings
 from jaxrec.data.reading.rules import IdKind, TimeUnit
 from jaxrec.data.reading.sources import ColumnNames, find_source
 from jaxrec.errors import DataError
@@ -64,7 +65,7 @@ def test_a_folder_or_its_zip_is_read_with_its_movies(tmp_path: Path, kind: str, 
             for file in source.iterdir():
                 archive.write(file, f"ml/{file.name}")
         source = tmp_path / "ml.zip"
-    data = prepare_directory(source, None, tmp_path / "data", EVERYTHING)
+    data = prepare(source, None, EVERYTHING, out=tmp_path / "data")
     assert data.input["source"].startswith(description)
     assert data.input["rows"] == 4
     assert data.catalog.titles == tuple(TITLES)
@@ -80,7 +81,7 @@ def test_movies_of_u_data_may_be_a_csv(tmp_path: Path) -> None:
     (tmp_path / "u.item").unlink()
     ml_csv(tmp_path)
     (tmp_path / "ratings.csv").unlink()
-    assert prepare_directory(tmp_path, None, tmp_path / "data", EVERYTHING).catalog.titles == tuple(TITLES)
+    assert prepare(tmp_path, None, EVERYTHING, out=tmp_path / "data").catalog.titles == tuple(TITLES)
 
 
 def test_a_gzipped_csv(tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_the_unit_of_times_is_recognized(tmp_path: Path, case: str, monkeypatch:
 def test_milliseconds_order_events_within_a_second(tmp_path: Path) -> None:
     rows = ["1,30,978300760900", "1,10,978300760100", "1,20,978300760500"]
     (tmp_path / "log.csv").write_text("\n".join(["userId,movieId,timestamp", *rows]) + "\n")
-    data = prepare_directory(tmp_path / "log.csv", None, tmp_path / "data", EVERYTHING)
+    data = prepare(tmp_path / "log.csv", None, EVERYTHING, out=tmp_path / "data")
     assert data.catalog.ids.decode(data.histories.items).tolist() == [10, 20, 30]
 
 
@@ -203,7 +204,7 @@ def truncated_parquet(folder: Path) -> Path:
 def test_damaged_files_are_one_clear_error(tmp_path: Path, make: object, expected: str) -> None:
     path = make(tmp_path)  # type: ignore[operator]
     with pytest.raises(DataError, match=expected):
-        prepare_directory(path, None, tmp_path / "data", EVERYTHING)
+        prepare(path, None, EVERYTHING, out=tmp_path / "data")
     assert not (tmp_path / "data").exists()
     assert not [left for left in tmp_path.iterdir() if left.name.startswith(".")]
 

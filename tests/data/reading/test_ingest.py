@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxrec.data.reading.read import read_movies, read_ratings
+from jaxrec.data.reading.movies import read_movies
+from jaxrec.data.reading.read import read_ratings
 from jaxrec.data.schema import RatingScale
 from jaxrec.errors import DataError
 
@@ -47,7 +48,10 @@ def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
 BAD_RATINGS = {
     "empty file": ("", "ratings.csv: the file is empty"),
     "header only": (HEADER, "ratings.csv: no rows after the header"),
-    "missing column": ("userId,rating,timestamp\n1,2,3\n", "ratings.csv:1: column movieId is missing"),
+    "missing column": (
+        "userId,rating,timestamp\n1,2,3\n",
+        "ratings.csv:1: column movieId or item_id (or another, given as --item-col) is missing",
+    ),
     "bad rating": (HEADER + "1,2,3,4\n1,3,good,5\n", "ratings.csv:3: rating good is not a number"),
     "infinite rating": (HEADER + "1,3,inf,5\n", "ratings.csv:2: rating inf is not a number"),
     "rating off the scale": (
@@ -73,7 +77,10 @@ BAD_RATINGS = {
         HEADER + "ann,3,3,1\n2,3,3,1\nbob,3,3,1\n",
         "ratings.csv:3: userId 2 is a whole number, and most ids of its column are text",
     ),
-    "renamed column": ("user,movieId,rating,timestamp\n1,2,3,4\n", "ratings.csv:1: column userId is missing"),
+    "renamed column": (
+        "user,movieId,rating,timestamp\n1,2,3,4\n",
+        "ratings.csv:1: column userId or user_id (or another, given as --user-col) is missing",
+    ),
     "long row": (HEADER + "1,2,3,4\n1,2,3,4,5\n", "ratings.csv:3: 5 fields, expected 4"),
     "fraction of an id": (HEADER + "1,2,3,4\n1.5,2,3,4\n", "ratings.csv:3: userId 1.5 is not a whole number"),
     "several bad rows": (
@@ -83,7 +90,7 @@ BAD_RATINGS = {
     ),
     "duplicate row": (
         HEADER + "1,2,3,4\n5,5,3,4\n1,2,4,4\n",
-        "ratings.csv:4: user 1, movie 2 at time 4 repeats line 2",
+        "ratings.csv:4: user 1, item 2 at time 4 repeats line 2",
     ),
     "short row": (HEADER + "1,2,3,4\n1,2,3\n", "ratings.csv:3: 3 fields, expected 4"),
     "wrong encoding": (HEADER.encode() + b"1,2,3,4\n\xff\xfe,1,1,1\n", "ratings.csv:3: not UTF-8"),
