@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from jaxrec.cli.data import DATASETS
 from jaxrec.cli.main import COMMANDS, main
-from jaxrec.data.reading import fetch
+from jaxrec.data import movielens
 
 HEAVY = ("jax", "numpy", "pandas", "matplotlib", "duckdb")
 
@@ -66,4 +66,4 @@ def test_an_unknown_command_is_named() -> None:
 
 
 def test_the_data_sets_that_help_lists_are_those_that_there_are() -> None:
-    assert DATASETS == fetch.DATASETS
+    assert DATASETS == movielens.DATASETS
