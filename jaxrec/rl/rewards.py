@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrec.config import RewardWeights
 from jaxrec.data.prepared import PreparedData
+from jaxrec.rl.config import RewardWeights
 
 SHRINKAGE = 10.0  # an item's (or a user's) mean rating counts as much as the global one from this many ratings on
 Values = TypeVar("Values", jax.Array, np.ndarray)

@@ -12,7 +12,7 @@ import click
 import numpy as np
 import pandas as pd
 
-from jaxrec.config import PrepareConfig, RLConfig, TrainConfig
+from jaxrec.config import PrepareConfig, TrainConfig
 from jaxrec.data.prepare import prepare_directory
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.report import write_report
@@ -20,11 +20,12 @@ from jaxrec.data.schema import NO_GENRES
 from jaxrec.errors import DataError
 from jaxrec.evaluation.plots import plot_metrics, plot_rl, plot_training
 from jaxrec.files import new_directory, new_file, write_text
+from jaxrec.rl.config import LoggedConfig
 from jaxrec.runs.directory import CONTENT_FOLDER, LSTM_FOLDER
 from jaxrec.runs.evaluate import evaluate_run, format_table, write_evaluation
 from jaxrec.runs.export import export_run
-from jaxrec.runs.policy import read_log, read_steps
-from jaxrec.runs.rl_logged import rl_run
+from jaxrec.runs.policy import load_run, read_policy_evaluations, read_policy_updates
+from jaxrec.runs.rl_logged import run_logged
 from jaxrec.runs.train import train_run
 from jaxrec.training.log import read_epochs
 
@@ -57,8 +58,8 @@ def run_demo(out: Path, seed: int = 0) -> None:
         epochs = {name: read_epochs(out / "run" / folder) for name, folder in logs.items()}
         plot_training(epochs, out / "plots/training.png")
     with _stage("Reinforcement learning"):
-        outcome = rl_run(out / "run", RLConfig(seed=seed))
-        plot_rl(read_steps(out / "run"), read_log(out / "run"), out / "plots/rl.png")
+        outcome = run_logged(load_run(out / "run"), LoggedConfig(seed=seed))
+        plot_rl(read_policy_updates(out / "run"), read_policy_evaluations(out / "run"), out / "plots/rl.png")
         click.echo(outcome.reason)
     with _stage("Evaluate on the test cases"):
         evaluation = evaluate_run(out / "run")

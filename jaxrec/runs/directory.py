@@ -57,7 +57,7 @@ POLICY_LOG_FILE = "log.jsonl"
 POLICY_PREVIOUS_FOLDER = "policy.previous"
 POLICY_REFUSED_FOLDER = "policy.refused"
 POLICY_PLOT_FILE = "training.png"
-POLICY_SCHEMA_VERSION = 2
+POLICY_SCHEMA_VERSION = 3
 SERVED_OUTCOME_FILE = "policy_from_log.json"
 SIMULATED_OUTCOME_FILE = "policy_from_simulator.json"
 
