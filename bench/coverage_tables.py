@@ -10,7 +10,7 @@ from bench.intervals import student
 SIZES = (0, 10, 30, 100, 300, np.inf)  # bins of the effective sample size
 
 
-class Judged(NamedTuple):
+class Coverage(NamedTuple):
     """One interval of one log: which, its truth, value and ends, and the effective sample size."""
 
     name: str
@@ -27,11 +27,11 @@ def over_seeds(figures: list[float]) -> str:
     return f"{mean:.3f} ± {half:.3f}"
 
 
-def coverage_table(by_seed: list[list[Judged]]) -> list[str]:
+def coverage_table(by_seed: list[list[Coverage]]) -> list[str]:
     names = list(dict.fromkeys(one.name for one in by_seed[0]))
     lines = ["| | covers the truth | truth below | truth above | median width | mean error |", "|---" * 6 + "|"]
     for name in names:
-        cells = [[one for one in judged if one.name == name] for judged in by_seed]
+        cells = [[one for one in intervals if one.name == name] for intervals in by_seed]
         every = [one for cell in cells for one in cell]
         covered = over_seeds([np.mean([one.low <= one.truth <= one.high for one in cell]) for cell in cells])
         below, above = (np.mean([test(one) for one in every]) for test in (_below, _above))
@@ -40,22 +40,22 @@ def coverage_table(by_seed: list[list[Judged]]) -> list[str]:
     return lines
 
 
-def _below(one: Judged) -> bool:
+def _below(one: Coverage) -> bool:
     return one.truth < one.low
 
 
-def _above(one: Judged) -> bool:
+def _above(one: Coverage) -> bool:
     return one.truth > one.high
 
 
-def size_table(judged: list[Judged], names: tuple[str, ...]) -> list[str]:
+def size_table(intervals: list[Coverage], names: tuple[str, ...]) -> list[str]:
     """Coverage by the effective sample size of the log."""
     labels = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(SIZES)]
     lines = ["| effective sample size | logs | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     for label, (low, high) in zip(labels, itertools.pairwise(SIZES), strict=True):
         cells, count = [], 0
         for name in names:
-            found = [one for one in judged if one.name == name and low <= one.size < high]
+            found = [one for one in intervals if one.name == name and low <= one.size < high]
             count = len(found)
             covered = np.mean([one.low <= one.truth <= one.high for one in found]) if found else np.nan
             width = np.median([one.high - one.low for one in found]) if found else np.nan

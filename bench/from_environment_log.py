@@ -1,7 +1,6 @@
 """Learns a policy for an environment from what another policy did there: a log with known propensities."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bench.environment_policy import EnvironmentPolicy
 from jaxrec.rl.losses.imitation import imitation_loss
 from jaxrec.rl.losses.off_policy import capped_importance_weights, top_k_off_policy_loss
 from jaxrec.rl.losses.policy_gradient import baseline_loss
 from jaxrec.rl.simulated.environment import Environment
-from jaxrec.rl.simulated.environment_policy import EnvironmentPolicy, Params
+from jaxrec.rl.simulated.policy import Params
+from jaxrec.rl.updates import Learner, make_updates, new_learner
 
 
 class EnvironmentLog(NamedTuple):
@@ -127,21 +128,15 @@ def fit_to_log(
     schedule = optax.linear_schedule(config.learning_rate, 0.1 * config.learning_rate, config.updates)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
-    def update(
-        log: EnvironmentLog, at: tuple[Params, optax.OptState], key: jax.Array
-    ) -> tuple[tuple[Params, optax.OptState], dict[str, jax.Array]]:
-        params, state = at
-        rows = jax.random.randint(key, (config.batch_size,), 0, len(log.action))
-        batch = jax.tree.map(lambda column: column[rows], log)
-        gradients, metrics = jax.grad(lambda p: loss(policy, p, batch), has_aux=True)(params)
-        changes, state = optimizer.update(gradients, state, params)
-        return (optax.apply_updates(params, changes), state), metrics
+    def update_loss(
+        params: Params, learner: Learner, data: tuple[EnvironmentLog, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+        log, keys = data
+        rows = jax.random.randint(keys[learner.step], (config.batch_size,), 0, len(log.action))
+        value, metrics = loss(policy, params, jax.tree.map(lambda column: column[rows], log))
+        return value, (metrics, ())
 
-    @jax.jit
-    def fit(params: Params, log: EnvironmentLog) -> tuple[Params, dict[str, jax.Array]]:
-        keys = jax.random.split(jax.random.key(config.seed), config.updates)
-        (params, _), metrics = jax.lax.scan(functools.partial(update, log), (params, optimizer.init(params)), keys)
-        return params, metrics
-
-    fitted, metrics = fit(params, log)
-    return fitted, jax.device_get(metrics)
+    key = jax.random.key(config.seed)
+    updates, keys = make_updates(update_loss, optimizer), jax.random.split(key, config.updates)
+    learner, metrics = updates(new_learner(params, optimizer), (log, keys), key, config.updates)
+    return learner.params, jax.device_get(metrics)

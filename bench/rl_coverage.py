@@ -31,7 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.coverage_tables import Judged, coverage_table, size_table
+from bench.coverage_tables import Coverage, coverage_table, size_table
+from bench.environment_policy import new_policy, probabilities
 from bench.estimators import ips, percentile
 from bench.from_environment_log import FromLogConfig, collect_log, fit_to_log, next_item_loss, off_policy_loss
 from bench.quality import commit
@@ -50,7 +51,7 @@ from jaxrec.rl.ope.estimators import Terms, doubly_robust, on_policy, self_norma
 from jaxrec.rl.ope.intervals import interval_of, replicates, studentized
 from jaxrec.rl.ope.sample_size import effective_sample_size, slate_sample_size
 from jaxrec.rl.ope.weights import ImportanceWeights, slate_weights
-from jaxrec.rl.simulated.environment_policy import act, new_policy, probabilities
+from jaxrec.rl.simulated.policy import draw_actions
 
 OUT = Path(__file__).with_name("rl_coverage.md")
 PARAMS = acquired_taste()
@@ -115,7 +116,7 @@ def draw_visits(key: jax.Array, logs: int, visits: int, steps: int) -> Visits:
         ) -> tuple[tuple[SyntheticState, jax.Array], tuple[jax.Array, ...]]:
             state, here = at
             act_key, step_key = jax.random.split(key)
-            _, action = act(ENVIRONMENT, act_key, jax.vmap(lambda s: logging_logprobs(PARAMS, s))(state))
+            _, action = draw_actions(ENVIRONMENT, act_key, jax.vmap(lambda s: logging_logprobs(PARAMS, s))(state))
             number = jax.vmap(lambda s: state_number(PARAMS, s))(state)
             state, _, reward, done = jax.vmap(ENVIRONMENT.step)(state, action, jax.random.split(step_key, users))
             seen = number.astype(jnp.int16), (action - 1).astype(jnp.int8), here & (reward > 0), here
@@ -173,10 +174,10 @@ def terms_of(worth: Worth, logging: np.ndarray, log: Visits) -> tuple[Importance
     }
 
 
-def judge(task: tuple[Worth, np.ndarray, Visits]) -> tuple[list[Judged], float]:
+def coverage_of(task: tuple[Worth, np.ndarray, Visits]) -> tuple[list[Coverage], float]:
     """The intervals of each log of one seed and setting; the median effective sample size of the last step."""
     worth, logging, logs = task
-    judged, last = [], []
+    covered, last = [], []
     for number, log in enumerate(Visits(*of_log) for of_log in zip(*logs, strict=True)):
         weights, terms = terms_of(worth, logging, log)
         sizes = effective_sample_size(weights)
@@ -186,8 +187,8 @@ def judge(task: tuple[Worth, np.ndarray, Visits]) -> tuple[list[Judged], float]:
             drawn = replicates(of_name, None, RESAMPLES, number)
             for called, method in ((name, studentized), (f"{name}, percentile", percentile)):
                 found = interval_of(drawn, LEVEL, method)
-                judged.append(Judged(called, truth, found.value, found.low, found.high, slate_sample_size(sizes)))
-    return judged, float(np.median(last))
+                covered.append(Coverage(called, truth, found.value, found.low, found.high, slate_sample_size(sizes)))
+    return covered, float(np.median(last))
 
 
 def tasks(worths: list[Worth], logging: np.ndarray, logs: int) -> Iterator[tuple[Worth, np.ndarray, Visits]]:
@@ -208,7 +209,7 @@ def main(logs: int, processes: int, out: Path) -> None:
     policies = new_policies()
     worths = [worth_of(policies[setting.policy], setting.steps) for setting in SETTINGS]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:  # a fork would inherit JAX's locks
-        found = list(pool.imap(judge, tasks(worths, logging_policy(PARAMS), logs)))
+        found = list(pool.imap(coverage_of, tasks(worths, logging_policy(PARAMS), logs)))
     paragraphs = [paragraph.strip().replace("\n", " ") for paragraph in (__doc__ or "").split("\n\n")[2:]]
     lines = [
         "# Coverage where the value of every policy is known",
@@ -221,14 +222,14 @@ def main(logs: int, processes: int, out: Path) -> None:
         "counts it, and of the last step alone.",
         *itertools.chain.from_iterable(("", paragraph) for paragraph in paragraphs),
     ]
-    everything = [one for judged, _ in found for one in judged]
+    everything = [one for covered, _ in found for one in covered]
     lines += ["", "## By the effective sample size", ""]
     lines += size_table(everything, ("IPS", "SNIPS", "doubly robust", "self-normalized doubly robust", PAIRED))
     lines += ["", "## By policy, steps and visits"]
     for number, (setting, worth) in enumerate(zip(SETTINGS, worths, strict=True)):
         of_setting = found[number :: len(SETTINGS)]
-        by_seed = [judged for judged, _ in of_setting]
-        size = np.median([one.size for judged in by_seed for one in judged])
+        by_seed = [covered for covered, _ in of_setting]
+        size = np.median([one.size for covered in by_seed for one in covered])
         last = np.median([last for _, last in of_setting])
         lines += ["", f"{setting.policy}; {setting.steps} step{'s' * (setting.steps > 1)}, {setting.visits} visits. "]
         lines[-1] += f"Truth {worth.value:.4f}, the logging policy's {worth.logged:.4f}; "

@@ -19,7 +19,7 @@ import click
 import numpy as np
 from scipy.special import log_softmax
 
-from bench.coverage_tables import Judged, coverage_table, over_seeds, size_table
+from bench.coverage_tables import Coverage, coverage_table, over_seeds, size_table
 from bench.estimators import bias_corrected_accelerated, ips, percentile, switch_doubly_robust
 from bench.quality import commit
 from jaxrec.files import write_text
@@ -99,12 +99,12 @@ def terms_of(world: World, log: Log, new: np.ndarray) -> tuple[ImportanceWeights
     }
 
 
-def judge_actions(task: tuple[int, int, float, int]) -> list[Judged]:
+def action_coverage(task: tuple[int, int, float, int]) -> list[Coverage]:
     seed, users, apart, logs = task
     world, rng = new_world(seed), np.random.default_rng([seed, 1, users, int(10 * apart)])
     new = world.policy(apart, 0.5)
     truth, before = world.value(new), world.value(world.logged)
-    judged = []
+    covered = []
     for number in range(logs):
         log = draw_log(world, users, rng)
         weights, terms = terms_of(world, log, new)
@@ -121,8 +121,8 @@ def judge_actions(task: tuple[int, int, float, int]) -> list[Judged]:
         ]
         for name, of_name, true_value, groups, method in asked:
             found = interval(of_name, groups, LEVEL, RESAMPLES, number, method)
-            judged.append(Judged(name, true_value, found.value, found.low, found.high, size))
-    return judged
+            covered.append(Coverage(name, true_value, found.value, found.low, found.high, size))
+    return covered
 
 
 def slate_rewards(reward: np.ndarray, slates: np.ndarray) -> np.ndarray:
@@ -146,7 +146,7 @@ def slate_logprobs(logits: np.ndarray, slates: np.ndarray) -> tuple[np.ndarray, 
     return np.stack(each, axis=1), np.stack(distributions, axis=1)
 
 
-def judge_slates(task: tuple[int, int, float, int]) -> list[Judged]:
+def slate_coverage(task: tuple[int, int, float, int]) -> list[Coverage]:
     seed, users, apart, logs = task
     world, rng = new_world(seed, ITEMS), np.random.default_rng([seed, 2, users, int(10 * apart)])
     new = world.policy(apart, 0.5)
@@ -157,7 +157,7 @@ def judge_slates(task: tuple[int, int, float, int]) -> list[Judged]:
         probability = np.exp(slate_logprobs(repeated, every)[0].sum(axis=1))
         rewards = slate_rewards(np.broadcast_to(world.reward[context], repeated.shape), every)
         truth += float(probability @ rewards.sum(axis=1)) / CONTEXTS
-    judged = []
+    covered = []
     for number in range(logs):
         user = np.repeat(np.arange(users), 2)
         context = rng.integers(CONTEXTS, size=users)[user]
@@ -183,8 +183,8 @@ def judge_slates(task: tuple[int, int, float, int]) -> list[Judged]:
             "Cascade-DR, self-normalized": self_normalized_doubly_robust(*robust),
         }.items():
             found = interval(terms, user, LEVEL, RESAMPLES, number)
-            judged.append(Judged(name, truth, found.value, found.low, found.high, size))
-    return judged
+            covered.append(Coverage(name, truth, found.value, found.low, found.high, size))
+    return covered
 
 
 class Case(NamedTuple):
@@ -276,8 +276,8 @@ def main(logs: int, processes: int, gate_alone: bool, out: Path) -> None:
             before = out.read_text().split(GATE_TITLE)[0]
             write_text(out, before + "\n".join(gate_section(asked, logs)) + "\n")
             return
-        actions = pool.map(judge_actions, [(s, *setting, logs) for setting in SETTINGS for s in seeds], 1)
-        slates = pool.map(judge_slates, [(s, *setting, logs) for setting in SLATE_SETTINGS for s in seeds], 1)
+        actions = pool.map(action_coverage, [(s, *setting, logs) for setting in SETTINGS for s in seeds], 1)
+        slates = pool.map(slate_coverage, [(s, *setting, logs) for setting in SLATE_SETTINGS for s in seeds], 1)
     lines = [
         "# Offline evaluation where the truth is known",
         "",
@@ -299,19 +299,19 @@ def main(logs: int, processes: int, gate_alone: bool, out: Path) -> None:
     ]
     for number, (users, apart) in enumerate(SETTINGS):
         by_seed = actions[number * SEEDS : (number + 1) * SEEDS]
-        size = np.median([one.size for judged in by_seed for one in judged])
+        size = np.median([one.size for covered in by_seed for one in covered])
         lines += ["", f"{users} users of {DECISIONS} decisions, policies {apart:g} apart; "]
         lines[-1] += f"effective sample size {size:.0f} users (median)"
         lines += ["", *coverage_table(by_seed)]
     lines += ["", "## What a small effective sample size does", ""]
     lines += ["The same logs, by the effective sample size of each.", ""]
-    flat = [one for judged in actions for one in judged]
+    flat = [one for covered in actions for one in covered]
     gain = "SNIPS, gain over the log (paired)"
     lines += size_table(flat, ("IPS", "IPS, percentile", "SNIPS", "SNIPS, percentile", "doubly robust", gain))
     lines += ["", "## Slates"]
     for number, (users, apart) in enumerate(SLATE_SETTINGS):
         by_seed = slates[number * SEEDS : (number + 1) * SEEDS]
-        size = np.median([one.size for judged in by_seed for one in judged])
+        size = np.median([one.size for covered in by_seed for one in covered])
         lines += ["", f"{users} users of 2 slates of {SLOTS} of {ITEMS} items, policies {apart:g} apart; "]
         lines[-1] += f"effective sample size {size:.0f} users over the slots (median)"
         lines += ["", *coverage_table(by_seed)]

@@ -6,11 +6,11 @@ Half of the log's users train a run (`jaxrec train`, defaults). The other half, 
 simulator, which is fitted on them and is of another family of models (`jaxrec.rl.simulated.users`).
 
 A round: every simulated user comes with 20 successive events of its own (others in each round, so that histories do
-not grow over the rounds), asks the server over gRPC for slates, takes an item or none, rates it, and records that with
-the recommendation's id. The server (`python -m serve run MODELS --explore TEMPERATURE`) logs what it showed. Then
-`jaxrec rl RUN --log EVENTS` learns from the server's store and its gate decides; where it lets the new policy pass, the
-run is exported as the next version, and the server loads it by the admin service. The control has the same users and
-seeds, and never learns. The reward is half for taking and half for the rating (0..1) of what was taken.
+not grow over the rounds), asks the server over gRPC for slates, chooses an item or none, rates it, and records that
+with the recommendation's id. The server (`python -m serve run MODELS --explore TEMPERATURE`) logs its slates. Then
+`jaxrec rl served RUN --log EVENTS` learns from the server's store and its gate decides. If it accepts the new policy,
+the run is exported as the next version, and the server loads it by the admin service. The control has the same users
+and seeds, and never learns. The reward is half for taking and half for the rating (0..1) of what was taken.
 """
 
 import dataclasses
@@ -30,7 +30,6 @@ import pandas as pd
 import jaxrec
 from bench.intervals import student
 from bench.quality import commit
-from jaxrec.config import LOG_RL, RewardWeights, RLConfig
 from jaxrec.data.catalog import Catalog
 from jaxrec.data.histories import Histories
 from jaxrec.data.prepare import prepare
@@ -38,11 +37,12 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.data.store import read_prepared, write_prepared
 from jaxrec.files import write_text
-from jaxrec.rl.ope.gate import MINIMUM_EFFECTIVE
+from jaxrec.rl.config import RewardWeights, ServedConfig
 from jaxrec.rl.simulated.fit import SimulatorFit, fit_simulator, profiles, simulator_histories
-from jaxrec.rl.simulated.users import SimulatorParams, reward_terms, start_user, step
+from jaxrec.rl.simulated.users import SimulatorParams, choice_terms, start_user, step
 from jaxrec.runs.directory import open_run
-from jaxrec.runs.rl_served import rl_log_run
+from jaxrec.runs.policy import load_run
+from jaxrec.runs.rl_served import run_served
 from serve.client import Connection, RecommenderClient, UserEvent, recommend_request
 from serve.pb.model_admin_pb2 import LoadModelRequest
 from serve.pb.model_admin_pb2_grpc import ModelAdminStub
@@ -52,9 +52,8 @@ OUT = Path(__file__).with_name("rl_loop.md")
 BATCH, RECORDED = 128, 1000  # recommendations and events per call
 HOUR, DAY = 3600, 86_400
 LOGGED_WITHIN_S = 30.0
-LEARNING = dataclasses.replace(
-    LOG_RL,
-    steps=200,
+LEARNING = ServedConfig(
+    updates=200,
     entropy_floor=0.0,
     coverage_floor=0.0,
     rewards=RewardWeights(hit=1.0, genre=0.0, rating=0.0),
@@ -64,16 +63,14 @@ LEARNING = dataclasses.replace(
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
     """`requests` of each user in a round, for slates of `slate` items; `temperature` of the exploration; `events` that
-    users come with. `learning`: of `jaxrec rl --log`, with `minimum_effective` of its
-    gate."""
+    users start with. `learning`: of `jaxrec rl served`."""
 
     rounds: int = 5
     requests: int = 10
     slate: int = 5
     temperature: float = 0.5
     events: int = 20
-    learning: RLConfig = LEARNING
-    minimum_effective: float = MINIMUM_EFFECTIVE
+    learning: ServedConfig = LEARNING
 
 
 class Users(NamedTuple):
@@ -122,7 +119,7 @@ def loop(run: Path, model: Path, users: Users, config: LoopConfig, seed: int, wo
             if learns and number < config.rounds:
                 _wait_for_log(store, (number + 1) * len(reward) * config.requests)
                 learning = dataclasses.replace(config.learning, seed=1000 * seed + number)
-                outcome = rl_log_run(run, store, learning, minimum_effective=config.minimum_effective)
+                outcome = run_served(load_run(run), store, learning)
                 decision, used = outcome.reason, outcome.used
                 if used:
                     jaxrec.export(run, models / str(number + 1))
@@ -150,7 +147,7 @@ def serve_round(
     _record_profiles(client, params, ids, users.catalog)
     state, _ = jax.vmap(lambda user: start_user(params, user))(jnp.arange(count))
     go = jax.jit(jax.vmap(step, in_axes=(None, 0, 0, 0)))
-    terms_of = jax.jit(jax.vmap(reward_terms, in_axes=(None, 0)))
+    terms_of = jax.jit(jax.vmap(choice_terms, in_axes=(None, 0)))
     index = {str(raw): number for number, raw in enumerate(users.catalog.ids.raw_ids.tolist(), start=1)}
     rewards, terms, shown = [], [], set[int]()
     for number in range(config.requests):
@@ -304,7 +301,7 @@ def write_table(work: Path, config: LoopConfig, fit: SimulatorFit, users: Users,
         f"last three items weigh {float(params.repetition):+.2f} in the choice (below 0 would be satiation). Position "
         f"bias {float(params.position_bias):g} and salience {float(params.salience):g} are assumed.\n",
         f"{config.requests} requests of each user in a round for slates of {config.slate}, exploration at temperature "
-        f"{config.temperature:g}; `jaxrec rl --log` with {config.learning.steps} steps, learning rate "
+        f"{config.temperature:g}; `jaxrec rl served` with {config.learning.updates} updates, learning rate "
         f"{config.learning.learning_rate:g}, KL target {config.learning.kl_target:g}, no floors, reward: the hit "
         f"alone. {seeds} seeds; 95 % intervals over users (Student), each the mean of its seeds.\n",
         "| round | reward, learning | reward, control | difference | taken | rating of the taken | coverage | gate |",

@@ -8,8 +8,8 @@ ranked, with and without the request time, by the supervised hybrid and by polic
 - the policy: the defaults of `jaxrec rl`, as it is after its last update; nothing is chosen on test, and one table says
   what validation decided;
 - greedy one-step reward: each item's expected reward under the supervised model's next-item distribution;
-- reward-weighted cross-entropy: the anchor alone, without a leash;
-- anchor only and permuted rewards: the controls of `jaxrec rl` (the second is the shuffled-reward control);
+- reward-weighted cross-entropy: the imitation loss alone, without a KL penalty;
+- imitation only and permuted rewards: the controls of `jaxrec rl` (the second is the shuffled-reward control);
 - recent popularity, with the window that is best on validation.
 
 Before that, on validation and without any training: what knowing ratings could add at most. The supervised scores are
@@ -28,27 +28,31 @@ from typing import Any
 
 import click
 import jax
-import jax.numpy as jnp
 import numpy as np
 from quality import commit
 
-from jaxrec.config import RewardWeights, RLConfig
-from jaxrec.data.batches import case_batches
 from jaxrec.data.prepared import PreparedData
 from jaxrec.evaluation.baselines import best_recent_window, recent_popularity_scorer
 from jaxrec.evaluation.bootstrap import Estimate, bootstrap, resample
 from jaxrec.evaluation.metrics import coverage, exclude_items, ndcg, rank_of_target
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.files import new_file, write_text
-from jaxrec.models.cooccurrence import recent_items
-from jaxrec.rl.logged.evaluate import CASES_PER_BATCH, TOP, CaseStates, Judged, case_states, decide, make_judge
-from jaxrec.rl.logged.learner import make_updates, pay
-from jaxrec.rl.logged.methods import METHODS, REINFORCE
-from jaxrec.rl.logged.train import Problem, new_problem, settled
+from jaxrec.rl.config import LoggedConfig, RewardWeights
+from jaxrec.rl.logged.evaluate import (
+    TOP,
+    CaseResults,
+    CaseStates,
+    case_evaluator,
+    case_states,
+    logged_outcome,
+    over_cases,
+)
+from jaxrec.rl.logged.methods import METHODS
+from jaxrec.rl.logged.train import PHASES, LoggedTraining, logged_training
 from jaxrec.rl.policy import greedy_slates
 from jaxrec.rl.rewards import slate_reward_terms, total_reward
 from jaxrec.rl.scoring import Scoring, returns, supervised_logits
-from jaxrec.runs.directory import load_supervised, open_run
+from jaxrec.runs.policy import load_run
 
 OUT = Path(__file__).with_name("rl_movielens.md")
 SUPERVISED, POLICY, GREEDY, CROSS_ENTROPY = (
@@ -57,17 +61,16 @@ SUPERVISED, POLICY, GREEDY, CROSS_ENTROPY = (
     "greedy one-step reward",
     "reward-weighted CE",
 )
-ANCHOR_ONLY, PERMUTED, RECENT = "anchor only", "permuted rewards", "recent popularity"
-TRAINED = {POLICY: pay(), ANCHOR_ONLY: pay(0.0), PERMUTED: pay(permuted=True)}
+IMITATION_ONLY, PERMUTED, RECENT = "imitation only", "permuted rewards", "recent popularity"
 HITS = RewardWeights(hit=1.0, genre=0.0, rating=0.0)
 TRIED: dict[str, tuple[str, dict[str, Any]]] = {
     "plackett-luce": ("plackett-luce", {}),
     "top-k": ("top-k", {}),
     "actor-critic": ("actor-critic", {}),
-    "reinforce, leash of 0.05 nats": ("reinforce", {"kl_target": 0.05}),
-    "reinforce, leash of 0.5 nats": ("reinforce", {"kl_target": 0.5, "learning_rate": 1e-3}),
+    "reinforce, KL target of 0.05 nats": ("reinforce", {"kl_target": 0.05}),
+    "reinforce, KL target of 0.5 nats": ("reinforce", {"kl_target": 0.5, "learning_rate": 1e-3}),
     "reinforce, hits alone": ("reinforce", {"kl_target": 0.05, "rewards": HITS}),
-    "reinforce, hits alone, no anchor": ("reinforce", {"kl_target": 0.05, "rewards": HITS, "anchor": 0.0}),
+    "reinforce, hits alone, no imitation": ("reinforce", {"kl_target": 0.05, "rewards": HITS, "imitation_weight": 0.0}),
     "plackett-luce, hits alone, 16 samples": ("plackett-luce", {"kl_target": 0.05, "rewards": HITS, "samples": 16}),
 }
 SHIFTS = (0.5, 1.0, 2.0)
@@ -77,7 +80,7 @@ SHIFTS = (0.5, 1.0, 2.0)
 @click.option("--runs", type=click.Path(path_type=Path), required=True, help="The work folder of bench/quality.py.")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Results stay here.")
 @click.option("--seeds", default=5, show_default=True)
-@click.option("--steps", default=RLConfig.steps, show_default=True)
+@click.option("--steps", default=LoggedConfig.updates, show_default=True)
 @click.option("--methods/--no-methods", default=True, help="Also other objectives and settings, on the first seed.")
 @click.argument("names", nargs=-1, required=True)
 def main(runs: Path, work: Path, seeds: int, steps: int, methods: bool, names: tuple[str, ...]) -> None:
@@ -85,75 +88,66 @@ def main(runs: Path, work: Path, seeds: int, steps: int, methods: bool, names: t
     for seed in range(seeds):
         for name in names:
             run = runs / f"{name}-leave-one-out-file" / f"run-{seed}"
-            measure(run, work / name / f"{seed}.npz", dataclasses.replace(RLConfig(), seed=seed, steps=steps))
+            measure(run, work / name / f"{seed}.npz", dataclasses.replace(LoggedConfig(), seed=seed, updates=steps))
             write_tables(work, names, steps)
     for name in names if methods else ():
         run = runs / f"{name}-leave-one-out-file" / "run-0"
-        measure_methods(run, work / name / "methods.json", dataclasses.replace(RLConfig(), steps=steps))
+        measure_methods(run, work / name / "methods.json", dataclasses.replace(LoggedConfig(), updates=steps))
         write_tables(work, names, steps)
 
 
-def measure(folder: Path, out: Path, config: RLConfig) -> None:
+def measure(folder: Path, out: Path, config: LoggedConfig) -> None:
     """Leaves what every policy of one run does on the test cases, and what validation said of it."""
     if out.is_file():
         return
-    run = open_run(folder)
-    data = run.read_data()
-    supervised = load_supervised(run, data)
-    config = settled(config, REINFORCE, len(data.catalog))
-    problem = new_problem(supervised, data, config, REINFORCE)
-    scoring = problem.scoring
+    run, data, supervised = load_run(folder)
+    training = logged_training(supervised, data, config)
+    scoring = training.scoring
     tested = case_states(supervised, data, data.split.test, np.asarray(scoring.tables.item_ratings))
     max_length = run.model_config.max_length
-    judge = make_judge(problem.graphdef, scoring, tested, data, max_length, config.rewards)
-    updates = make_updates(problem.graphdef, config, REINFORCE)
-    free = dataclasses.replace(config, anchor=1.0, kl_target=1e3)
-    heads = {SUPERVISED: problem.new_learner().head}
-    for name, paid in TRAINED.items():
-        heads[name] = trained(problem, updates, config, paid)
-    heads[CROSS_ENTROPY] = trained(problem, make_updates(problem.graphdef, free, REINFORCE), free, pay(0.0))
-    found = {name: judge(head) for name, head in heads.items()}
-    found[GREEDY] = judge_scores(greedy_scores(scoring, config), scoring, tested, data, max_length, config)
+    evaluate = case_evaluator(training.graphdef, scoring, tested, data, max_length, config.rewards)
+    free = dataclasses.replace(config, imitation_weight=1.0, kl_target=1e3)
+    heads = {SUPERVISED: training.start.head}
+    for name in PHASES:
+        heads[name] = trained(training, name)
+    heads[CROSS_ENTROPY] = trained(logged_training(supervised, data, free), IMITATION_ONLY)
+    found = {name: evaluate(head) for name, head in heads.items()}
+    found[GREEDY] = evaluate_scores(greedy_scores(scoring, config), scoring, tested, data, max_length, config)
     window = best_recent_window(data, max_length)
     ranked = rank_cases(recent_popularity_scorer(data, window), data, data.split.test, max_length, request_time=False)
     zeros = np.zeros((2, len(data.split.test)))
     twice = np.stack([ranked.ranks, ranked.ranks]), zeros, {}, zeros, tested.target_rating
-    found[RECENT] = Judged(*twice, np.stack([ranked.top, ranked.top]), len(data.catalog), data.split.test.users)
-    validated = {name: problem.judge(heads[name]) for name in (POLICY, SUPERVISED, ANCHOR_ONLY, PERMUTED)}
-    decision = decide(*validated.values())
+    found[RECENT] = CaseResults(*twice, np.stack([ranked.top, ranked.top]), len(data.catalog), data.split.test.users)
+    validated = {name: training.evaluate(heads[name]) for name in (POLICY, SUPERVISED, IMITATION_ONLY, PERMUTED)}
+    decision = logged_outcome(*validated.values())
     arrays: dict[str, Any] = {"decision": decision.reason, "used": decision.used}
-    for name, judged in found.items():
-        arrays |= {f"{name}|rank": judged.rank, f"{name}|reward": judged.reward, f"{name}|kl": judged.kl}
-        arrays |= {f"{name}|coverage": [coverage(top, judged.item_count) for top in judged.top]}
-    arrays |= {f"validation|{name}|rank": judged.rank for name, judged in validated.items()}
+    for name, results in found.items():
+        arrays |= {f"{name}|rank": results.rank, f"{name}|reward": results.reward, f"{name}|kl": results.kl}
+        arrays |= {f"{name}|coverage": [coverage(top, results.item_count) for top in results.top]}
+    arrays |= {f"validation|{name}|rank": results.rank for name, results in validated.items()}
     if config.seed == 0:
-        arrays["bound"] = json.dumps(rating_bound(problem, supervised, data, max_length))
+        arrays["bound"] = json.dumps(rating_bound(training, supervised, data, max_length))
     with new_file(out) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, weight=tested.target_rating, **arrays)
 
 
-def trained(problem: Problem, updates: Any, config: RLConfig, paid: Any) -> Any:
+def trained(training: LoggedTraining, phase: str) -> Any:
     """The head after the last update."""
-    learner, key = problem.new_learner(), jax.random.key(config.seed)
-    learner, _ = updates(learner, problem.scoring, problem.states, key, config.steps, paid)
-    return jax.tree.map(np.array, learner.head)
+    config, data = training.config, (training.scoring, training.states, *PHASES[phase])
+    learner, _ = training.updates(training.new_learner(), data, jax.random.key(config.seed), config.updates)
+    return jax.tree.map(np.array, learner.params.head)
 
 
-def measure_methods(folder: Path, out: Path, config: RLConfig) -> None:
+def measure_methods(folder: Path, out: Path, config: LoggedConfig) -> None:
     """Other objectives and settings on validation, as gains over the supervised hybrid."""
     if out.is_file():
         return
-    run = open_run(folder)
-    data = run.read_data()
-    supervised = load_supervised(run, data)
+    _, data, supervised = load_run(folder)
     lines = {}
     for name, (objective, changes) in TRIED.items():
-        method = METHODS[objective]
-        settings = settled(dataclasses.replace(config, **changes), method, len(data.catalog))
-        problem = new_problem(supervised, data, settings, method)
-        updates = make_updates(problem.graphdef, settings, method)
-        before = problem.judge(problem.new_learner().head)
-        after = problem.judge(trained(problem, updates, settings, pay()))
+        training = logged_training(supervised, data, dataclasses.replace(config, **changes), METHODS[objective])
+        before = training.evaluate(training.start.head)
+        after = training.evaluate(trained(training, POLICY))
         gain = after.reward_weighted_ndcg() - before.reward_weighted_ndcg()
         plain = (ndcg(after.rank, TOP) - ndcg(before.rank, TOP)).mean(axis=0)
         lines[name] = [
@@ -165,7 +159,7 @@ def measure_methods(folder: Path, out: Path, config: RLConfig) -> None:
     write_text(out, json.dumps(lines))
 
 
-def greedy_scores(scoring: Scoring, config: RLConfig) -> Any:
+def greedy_scores(scoring: Scoring, config: LoggedConfig) -> Any:
     """(logits [batch, items + 1]) -> each item's expected reward, the next item being drawn from softmax(logits).
 
     In closed form: an item hits with its own probability, and its genre cosine is with the expected genre vector.
@@ -180,13 +174,13 @@ def greedy_scores(scoring: Scoring, config: RLConfig) -> Any:
     return scores
 
 
-def judge_scores(
-    scores: Any, scoring: Scoring, states: CaseStates, data: PreparedData, max_length: int, config: RLConfig
-) -> Judged:
+def evaluate_scores(
+    scores: Any, scoring: Scoring, states: CaseStates, data: PreparedData, max_length: int, config: LoggedConfig
+) -> CaseResults:
     """What recommending by scores(supervised logits) does on the cases."""
 
     @jax.jit
-    def judge(
+    def evaluate(
         query: jax.Array, recent: jax.Array, logged: tuple[jax.Array, ...], exclude: jax.Array, scoring: Scoring
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         ranked = scores(exclude_items(supervised_logits(query, recent, scoring), exclude))
@@ -195,24 +189,16 @@ def judge_scores(
         reward = returns(total_reward(terms, config.rewards))[:, 0]
         return rank_of_target(ranked, logged[0], exclude), reward, slates
 
-    columns: tuple[list[Any], list[Any]] = ([], [])
-    for number, batch in enumerate(case_batches(data, states.cases, max_length, CASES_PER_BATCH)):
-        rows = np.minimum(number * CASES_PER_BATCH + np.arange(CASES_PER_BATCH), len(states.cases) - 1)
-        recent = recent_items(batch.events.item, batch.events.length)
-        logged = jnp.asarray(batch.target), jnp.asarray(states.target_rating[rows]), jnp.asarray(states.user_mean[rows])
-        for query, column in zip(states.query, columns, strict=True):
-            column.append(judge(jnp.asarray(query[rows]), recent, logged, jnp.asarray(batch.exclude), scoring))
-    rank, reward, top = (
-        np.stack([np.concatenate([part[i] for part in column])[: len(states.cases)] for column in columns])
-        for i in range(3)
-    )
+    rank, reward, top = over_cases(lambda *inputs: evaluate(*inputs[:-1], scoring), states, data, max_length)
     nothing = np.full(rank.shape, np.nan)
-    return Judged(rank, reward, {}, nothing, states.target_rating, top, len(data.catalog), states.cases.users)
+    return CaseResults(rank, reward, {}, nothing, states.target_rating, top, len(data.catalog), states.cases.users)
 
 
-def rating_bound(problem: Problem, supervised: Any, data: PreparedData, max_length: int) -> dict[str, list[str]]:
+def rating_bound(
+    training: LoggedTraining, supervised: Any, data: PreparedData, max_length: int
+) -> dict[str, list[str]]:
     """On validation: reward-weighted and plain NDCG@10 gained by scores + a * log(rating), for each rating and a."""
-    cases, tables = data.split.validation, problem.scoring.tables
+    cases, tables = data.split.validation, training.scoring.tables
     states = case_states(supervised, data, cases, np.asarray(tables.item_ratings))
     target = data.histories.items[cases.rows]
     known = np.broadcast_to(np.asarray(tables.item_ratings), (len(cases), len(data.catalog) + 1))
@@ -223,13 +209,12 @@ def rating_bound(problem: Problem, supervised: Any, data: PreparedData, max_leng
         "factorization of training ratings": predicted_ratings(data)[cases.users],
         "mean, and the target's true rating": true,
     }
-    head = problem.new_learner().head
-    before = problem.judge(head)
+    before = training.evaluate(training.start.head)
     lines = {}
     for name, rating in ratings.items():
         for share in SHIFTS:
             shift = share * np.log(np.clip(rating, 0.02, 1.0)).astype(np.float32)
-            ranks = shifted_ranks(problem, states, data, max_length, shift)
+            ranks = shifted_ranks(training, states, data, max_length, shift)
             gain = (ndcg(ranks, TOP) - ndcg(before.rank, TOP)).mean(axis=0)
             weighted = gain * states.target_rating / states.target_rating.mean()
             base = before.figures()
@@ -241,21 +226,17 @@ def rating_bound(problem: Problem, supervised: Any, data: PreparedData, max_leng
 
 
 def shifted_ranks(
-    problem: Problem, states: CaseStates, data: PreparedData, max_length: int, shift: np.ndarray
+    training: LoggedTraining, states: CaseStates, data: PreparedData, max_length: int, shift: np.ndarray
 ) -> np.ndarray:
     """[2, cases]: ranks of the targets by supervised logits + shift [cases, items + 1]."""
 
     @jax.jit
-    def rank(query: jax.Array, recent: jax.Array, target: jax.Array, exclude: jax.Array, of_case: jax.Array) -> Any:
-        return rank_of_target(supervised_logits(query, recent, problem.scoring) + of_case, target, exclude)
+    def rank(
+        query: jax.Array, recent: jax.Array, logged: tuple[jax.Array, ...], exclude: jax.Array, of_case: jax.Array
+    ) -> jax.Array:
+        return rank_of_target(supervised_logits(query, recent, training.scoring) + of_case, logged[0], exclude)
 
-    found: tuple[list[Any], list[Any]] = ([], [])
-    for number, batch in enumerate(case_batches(data, states.cases, max_length, CASES_PER_BATCH)):
-        rows = np.minimum(number * CASES_PER_BATCH + np.arange(CASES_PER_BATCH), len(states.cases) - 1)
-        recent = recent_items(batch.events.item, batch.events.length)
-        for query, ranks in zip(states.query, found, strict=True):
-            ranks.append(np.asarray(rank(query[rows], recent, batch.target, batch.exclude, shift[rows])))
-    return np.stack([np.concatenate(ranks)[: len(states.cases)] for ranks in found])
+    return over_cases(lambda *inputs: rank(*inputs[:-1], shift[inputs[-1]]), states, data, max_length)
 
 
 def predicted_ratings(data: PreparedData, width: int = 20, penalty: float = 1.6, rounds: int = 12) -> np.ndarray:
@@ -318,9 +299,9 @@ def table(name: str, seeds: list[dict[str, np.ndarray]], methods: Path) -> list[
     weight = seeds[0]["weight"]
     own = {
         policy: np.stack([ndcg(seed[f"{policy}|rank"], TOP).mean(axis=0) for seed in seeds]).mean(axis=0)
-        for policy in (SUPERVISED, POLICY, GREEDY, CROSS_ENTROPY, ANCHOR_ONLY, PERMUTED, RECENT)
+        for policy in (SUPERVISED, POLICY, GREEDY, CROSS_ENTROPY, IMITATION_ONLY, PERMUTED, RECENT)
     }
-    base, anchored = own[SUPERVISED], own[ANCHOR_ONLY]
+    base, imitated = own[SUPERVISED], own[IMITATION_ONLY]
     weighted_base = float((weight * base).mean() / weight.mean())
     lines = [
         f"\n## {name}, leave-one-out: {len(weight)} test cases, {len(seeds)} seed(s)\n",
@@ -339,13 +320,13 @@ def table(name: str, seeds: list[dict[str, np.ndarray]], methods: Path) -> list[
             f"{np.mean([seed[f'{policy}|reward'] for seed in seeds]):.4f}" if policy != RECENT else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    of_anchor = float((weight * anchored).mean() / weight.mean())
+    of_imitation = float((weight * imitated).mean() / weight.mean())
     control, beyond = (
-        percent(weight * (own[policy] - anchored) / weight.mean(), of_anchor) for policy in (PERMUTED, POLICY)
+        percent(weight * (own[policy] - imitated) / weight.mean(), of_imitation) for policy in (PERMUTED, POLICY)
     )
     used = sum(bool(seed["used"]) for seed in seeds)
     lines += [
-        f"\nIn reward-weighted NDCG@10 beyond the anchor alone: the policy {beyond}, permuted rewards {control}. "
+        f"\nIn reward-weighted NDCG@10 beyond imitation alone: the policy {beyond}, permuted rewards {control}. "
         f"Validation let {used} of {len(seeds)} policies be used. The first seed's decision: "
         f"{seeds[0]['decision']}",
     ]

@@ -1,16 +1,16 @@
-"""Trains a run's policy by playing simulated users, and judges it by others; writes bench/rl_simulator.md.
+"""Trains a run's policy with simulated users, and evaluates it by others; writes bench/rl_simulator.md.
 
     python -m bench.rl_simulator --work FOLDER RATINGS
 
 Half of the log's users train a run (`jaxrec train`, defaults). The others, whom it never sees, make two simulators
-(`jaxrec.rl.simulated.split_people`): half of them train the policy (taste by nearest neighbours), the other half judge
-it (taste by EASE). What is trained is what `jaxrec rl RUN --simulator` trains, from the supervised policy on.
+(`jaxrec.rl.simulated.split_people`): half of them train the policy (taste by nearest neighbours), the other half
+evaluate it (taste by EASE). The training is that of `jaxrec rl simulated`, from the supervised policy on.
 
-Judged are slates of the best items, as a server shows them, and slates drawn at the temperature of the training. Every
-judging user pays 5 visits of 10 requests, with the same random numbers for all policies. The reward is half for taking
+Evaluated are slates of the best items, as a server shows them, and slates drawn at the temperature of the training.
+Every user has 5 episodes of 10 requests, with the same random numbers for all policies. The reward is half for taking
 and half for the rating (0..1) of what was taken. The control is trained with rewards that are permuted among the users
 of each step, and has nothing to learn. The defaults were chosen by trials on the training half of the same people, and
-three settings were looked at with the judging half.
+three settings were looked at with the evaluation half.
 """
 
 import dataclasses
@@ -25,18 +25,17 @@ import numpy as np
 
 from bench.quality import commit
 from bench.rl_loop import interval, trained_half
-from jaxrec.config import SIMULATOR_RL, RLConfig
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.files import write_text
-from jaxrec.rl.logged.evaluate import TOP, Judged
-from jaxrec.rl.simulated.evaluate import Measured, decide
+from jaxrec.rl.config import SimulatedConfig
+from jaxrec.rl.logged.evaluate import TOP, CaseResults
+from jaxrec.rl.scoring import PolicyParams
+from jaxrec.rl.simulated.evaluate import SimulatedResults, simulated_outcome
 from jaxrec.rl.simulated.fit import SimulatorFit
-from jaxrec.rl.simulated.policy import TEMPERATURE, RecommenderParams
 from jaxrec.rl.simulated.split_people import TwoSimulators, two_simulators
-from jaxrec.rl.simulated.train import make_updates, new_learner, roll_out
-from jaxrec.runs.directory import load_supervised, open_run
-from jaxrec.runs.policy import policy_in_use
-from jaxrec.runs.rl_simulated import Problem, new_problem, on_policy_config, train
+from jaxrec.rl.simulated.train import first_learner, roll_out, simulated_updates, train_simulated
+from jaxrec.runs.policy import load_run, policy_in_use
+from jaxrec.runs.rl_simulated import SimulatedTraining, simulated_training
 
 OUT = Path(__file__).with_name("rl_simulator.md")
 SUPERVISED, TRAINED, PERMUTED = "supervised", "on-policy", "permuted rewards"
@@ -46,100 +45,101 @@ REPEATS, COUNT = 3, 10  # of the measurement of speed
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Data, run and figures stay here.")
 @click.option("--seeds", default=5, show_default=True, help="Of the training; the simulators are the same for all.")
-@click.option("--updates", default=SIMULATOR_RL.steps, show_default=True)
+@click.option("--updates", default=SimulatedConfig.updates, show_default=True)
 @click.argument("ratings", type=click.Path(exists=True, path_type=Path))
 def main(work: Path, seeds: int, updates: int, ratings: Path) -> None:
     """Plays what is not there yet, then writes the table."""
     folder, data, others = trained_half(work, ratings)
-    run, config = open_run(folder), dataclasses.replace(SIMULATOR_RL, steps=updates)
-    supervised = load_supervised(run, data)
+    config = SimulatedConfig(updates=updates)
+    run, data, supervised = load_run(folder)
     simulators = two_simulators(others, data, config.seed)
-    problem = new_problem(supervised, data, policy_in_use(run, supervised, config), simulators, config, TEMPERATURE)
-    before = measured(problem, problem.policy.start)
-    write_text(work / f"{SUPERVISED}.json", json.dumps(figures(problem, problem.policy.start, before)))
+    training = simulated_training(supervised, data, policy_in_use(run, supervised), simulators, config)
+    before = training.evaluate(training.policy.start)
+    write_text(work / f"{SUPERVISED}.json", json.dumps(figures(training, training.policy.start, before)))
     if not (work / "speed.json").is_file():
-        write_text(work / "speed.json", json.dumps(speed(problem, config)))
+        write_text(work / "speed.json", json.dumps(speed(training, config)))
     for seed in range(seeds):
         for arm in (TRAINED, PERMUTED):
             path = work / f"{arm}-{updates}-{seed}.json"
             if path.is_file():
                 continue
             started = time.perf_counter()
-            trained = train(problem, dataclasses.replace(config, seed=seed), permuted=arm == PERMUTED)
+            params, records = train_simulated(
+                training.environment,
+                training.policy,
+                dataclasses.replace(config, seed=seed),
+                permuted=arm == PERMUTED,
+                penalty=training.penalty,
+            )
             seconds = time.perf_counter() - started
-            after = measured(problem, trained.params)
-            reason = decide(after, before, before.logged).reason
+            after = training.evaluate(params)
+            reason = simulated_outcome(after, before, before.logged).reason
             print(f"seed {seed}, {arm}, {seconds:.0f} s: {reason}", flush=True)
-            found = {**figures(problem, trained.params, after), "reason": reason, "seconds": seconds}
-            write_text(path, json.dumps({**found, "kl": trained.log[-1]["kl"]}))
+            found = {**figures(training, params, after), "reason": reason, "seconds": seconds}
+            write_text(path, json.dumps({**found, "kl": records[-1]["kl"]}))
     write_table(work, seeds, config, simulators, len(data.users))
 
 
-def measured(problem: Problem, params: RecommenderParams) -> Measured:
-    return Measured(problem.play(params), problem.judge(params.head))
-
-
-def figures(problem: Problem, params: RecommenderParams, of_policy: Measured) -> dict[str, Any]:
-    """As JSON values: by user what the best and the drawn slates earned, and NDCG@10 by validation case."""
-    ways = {"best": of_policy.played, "drawn": problem.play_drawn(params)}
+def figures(training: SimulatedTraining, params: PolicyParams, of_policy: SimulatedResults) -> dict[str, Any]:
+    """As JSON values: rewards by user of the best and of drawn slates, and NDCG@10 by validation case."""
+    ways = {"best": of_policy.rollouts, "drawn": training.drawn_rollouts(params)}
     by_way = {
-        name: {term: np.asarray(column).tolist() for term, column in played._asdict().items()}
-        for name, played in ways.items()
+        name: {term: np.asarray(column).tolist() for term, column in rollouts._asdict().items()}
+        for name, rollouts in ways.items()
     }
     return {**by_way, "ndcg_10": by_case(of_policy.logged).tolist()}
 
 
-def by_case(judged: Judged) -> np.ndarray:
+def by_case(results: CaseResults) -> np.ndarray:
     """[cases]: NDCG@10, the mean over with and without the request time."""
-    return ndcg(judged.rank, TOP).mean(axis=0)
+    return ndcg(results.rank, TOP).mean(axis=0)
 
 
-def speed(problem: Problem, config: RLConfig) -> dict[str, float]:
+def speed(training: SimulatedTraining, config: SimulatedConfig) -> dict[str, float]:
     """Requests (environment steps) per second: rollout and update, and the rollout alone."""
-    learning = on_policy_config(config)
-    environment, policy, key = problem.environment, problem.policy, jax.random.key(0)
-    updates = make_updates(environment, policy, learning, anchor=problem.leash)
-    learner = new_learner(environment, policy, learning)
+    environment, policy, key = training.environment, training.policy, jax.random.key(0)
+    updates = simulated_updates(environment, policy, config, penalty=training.penalty)
+    learner = first_learner(environment, policy, config)
 
     @jax.jit
-    def rollout(state: Any, observation: Any, key: jax.Array) -> Any:
-        at, played = roll_out(environment, policy, policy.start, state, observation, key, COUNT * learning.steps)
-        return *at, played.reward.mean()
+    def rollouts(state: Any, observation: Any, key: jax.Array) -> Any:
+        at, rollout = roll_out(environment, policy, policy.start, state, observation, key, COUNT * config.steps)
+        return *at, rollout.reward.mean()
 
-    steps = COUNT * learning.steps * learning.users
-    state, observation = learner.state, learner.observation
+    steps = COUNT * config.steps * config.users
+    state, observation = learner.users
     seconds: dict[str, list[float]] = {"rollout and update": [], "rollout alone": []}
     for _ in range(1 + REPEATS):
         started = time.perf_counter()
-        state, observation, reward = rollout(state, observation, key)
+        state, observation, reward = rollouts(state, observation, key)
         reward.block_until_ready()
         seconds["rollout alone"].append(time.perf_counter() - started)
     for _ in range(1 + REPEATS):
         started = time.perf_counter()
-        learner, metrics = updates(learner, key, COUNT)
+        learner, metrics = updates(learner, policy.start, key, COUNT)
         jax.block_until_ready(metrics)
         seconds["rollout and update"].append(time.perf_counter() - started)
     return {name: steps / float(np.median(of_one[1:])) for name, of_one in seconds.items()}  # the first one compiles
 
 
-def write_table(work: Path, seeds: int, config: RLConfig, simulators: TwoSimulators, trained_on: int) -> None:
-    """bench/rl_simulator.md from all that was played; intervals are over users (or cases), whose seeds are averaged."""
+def write_table(work: Path, seeds: int, config: SimulatedConfig, simulators: TwoSimulators, trained_on: int) -> None:
+    """bench/rl_simulator.md from all rollouts; intervals are over users (or cases), whose seeds are averaged."""
     found = {SUPERVISED: [json.loads((work / f"{SUPERVISED}.json").read_text())]}
     for arm in (TRAINED, PERMUTED):
-        paths = [work / f"{arm}-{config.steps}-{seed}.json" for seed in range(seeds)]
+        paths = [work / f"{arm}-{config.updates}-{seed}.json" for seed in range(seeds)]
         found[arm] = [json.loads(path.read_text()) for path in paths]
     rates = json.loads((work / "speed.json").read_text())
     seconds = float(np.mean([one["seconds"] for one in found[TRAINED]]))
     lines = [
         "# The policy in a simulator\n",
-        f"`python -m bench.rl_simulator --seeds {seeds} --updates {config.steps}` at commit {commit()}.\n",
+        f"`python -m bench.rl_simulator --seeds {seeds} --updates {config.updates}` at commit {commit()}.\n",
         *(f"{paragraph.strip()}\n".replace("\n", " ").strip() + "\n" for paragraph in __doc__.split("\n\n")[2:]),
-        f"{trained_on} users trained the run. The others: {simulators.told}. NDCG@10 of these, training: "
-        f"{fitted(simulators.training)}; judging: {fitted(simulators.judging)}.\n",
-        f"{config.batch_size} users at once, {on_policy_config(config).steps} requests each per update, slates of "
+        f"{trained_on} users trained the run. The others: {simulators.summary}. NDCG@10 of these, training: "
+        f"{fitted(simulators.training)}; evaluation: {fitted(simulators.evaluation)}.\n",
+        f"{config.users} users at once, {config.steps} requests each per update, slates of "
         f"{config.slate_size}, discount {config.discount:g}, learning rate {config.learning_rate:g}, KL target "
-        f"{config.kl_target:g}, weight of the KL in the run's own log {config.anchor:g}, temperature {TEMPERATURE:g}. "
-        f"{seeds} seeds; 95 % intervals over users (Student), each "
+        f"{config.kl_target:g}, weight of the KL in the run's own log {config.logged_kl_weight:g}, temperature "
+        f"{config.temperature:g}. {seeds} seeds; 95 % intervals over users (Student), each "
         "the mean of its seeds; differences from the supervised policy are paired.\n",
         "| policy | reward, best items | difference | reward, drawn | difference | taken | rating of the taken | "
         "coverage | NDCG@10 on validation | difference |",

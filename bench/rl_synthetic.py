@@ -26,10 +26,11 @@ import click
 import jax
 import numpy as np
 
+from bench.environment_policy import HIDDEN, EnvironmentPolicy, new_policy, probabilities
 from bench.from_environment_log import FromLogConfig, collect_log, fit_to_log, next_item_loss, off_policy_loss
 from bench.intervals import student
 from bench.quality import commit
-from bench.synthetic import acquired_taste, logging_logprobs, synthetic_environment
+from bench.synthetic import TRAINING, acquired_taste, logging_logprobs, synthetic_environment
 from bench.synthetic_exact import (
     all_states,
     best_policy,
@@ -38,9 +39,11 @@ from bench.synthetic_exact import (
     logging_policy,
     value,
 )
+from jaxrec.config import to_json
 from jaxrec.files import write_text
-from jaxrec.rl.simulated.environment_policy import EnvironmentPolicy, Params, new_policy, probabilities
-from jaxrec.rl.simulated.train import OnPolicyConfig, make_updates, new_learner, train_on_policy
+from jaxrec.rl.checkpoint import PolicyCheckpoint
+from jaxrec.rl.simulated.policy import Params
+from jaxrec.rl.simulated.train import first_learner, simulated_updates, train_simulated
 
 OUT = Path(__file__).with_name("rl_synthetic.md")
 PARAMS = acquired_taste()
@@ -51,7 +54,7 @@ VISITS, LONGEST = 2000, 400
 
 @click.command()
 @click.option("--seeds", default=5, show_default=True)
-@click.option("--updates", default=OnPolicyConfig.updates, show_default=True)
+@click.option("--updates", default=TRAINING.updates, show_default=True)
 @click.option("--parts", default="values,speed", show_default=True)
 @click.option("--discount", "discounts", type=float, multiple=True, default=DISCOUNTS, show_default=True)
 @click.option("--torch", "torch_python", default="", help="A Python with PyTorch and NumPy, for the loops.")
@@ -92,7 +95,7 @@ def values(seeds: int, updates: int, discounts: tuple[float, ...], work: Path) -
         print(name, shares, flush=True)
 
     for seed in range(seeds):
-        policy = new_policy(ENVIRONMENT, OnPolicyConfig.hidden, seed)
+        policy = new_policy(ENVIRONMENT, seed=seed)
         for discount in (0.0, 0.95):
             log = collect_log(
                 ENVIRONMENT,
@@ -111,26 +114,26 @@ def values(seeds: int, updates: int, discounts: tuple[float, ...], work: Path) -
             for name, of_updates in metrics.items():
                 found.setdefault(f"{name}, discount {discount:g}", []).append(float(of_updates[-100:].mean()))
         for discount in discounts:
-            config_on = OnPolicyConfig(seed=seed, discount=discount, updates=updates)
-            folder = work / f"on-policy-{discount:g}-{seed}"
-            trained = train_on_policy(ENVIRONMENT, config_on, folder)
-            add(f"on-policy, discount {discount:g}", shares(trained.policy, trained.params))
+            config_on = dataclasses.replace(TRAINING, seed=seed, discount=discount, updates=updates)
+            checkpoint = PolicyCheckpoint(work / f"on-policy-{discount:g}-{seed}")
+            checkpoint.open({"configuration": to_json(config_on)})
+            params, _ = train_simulated(ENVIRONMENT, policy, config_on, checkpoint)
+            add(f"on-policy, discount {discount:g}", shares(policy, params))
     return found
 
 
 def speed(torch_python: str) -> dict[str, float]:
     """Environment steps per second: of the jitted update, of its environment alone, and of the loops."""
-    config = OnPolicyConfig()
-    policy = new_policy(ENVIRONMENT, config.hidden, 0)
-    updates = make_updates(ENVIRONMENT, policy, config)
-    learner, key = new_learner(ENVIRONMENT, policy, config), jax.random.key(0)
+    config, policy = TRAINING, new_policy(ENVIRONMENT)
+    updates = simulated_updates(ENVIRONMENT, policy, config)
+    learner, key = first_learner(ENVIRONMENT, policy, config), jax.random.key(0)
     count = 50
-    learner, metrics = updates(learner, key, count)
+    learner, metrics = updates(learner, policy.start, key, count)
     jax.block_until_ready(metrics)
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        learner, metrics = updates(learner, key, count)
+        learner, metrics = updates(learner, policy.start, key, count)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - start)
     found = {"jaxrec, rollout and update": count * config.users * config.steps / float(np.median(seconds))}
@@ -157,7 +160,7 @@ def speed(torch_python: str) -> dict[str, float]:
             tables = {name: np.asarray(array) for name, array in PARAMS._asdict().items()}
             np.savez(Path(folder) / "params.npz", **tables)
             command = [torch_python, str(Path(__file__).with_name("rl_loops.py")), f"{folder}/params.npz"]
-            command.append(json.dumps(dataclasses.asdict(config)))
+            command.append(json.dumps({**dataclasses.asdict(config), "hidden": HIDDEN}))
             found |= json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 

@@ -25,9 +25,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.models.masks import NEVER
+from jaxrec.rl.config import SimulatedConfig
 from jaxrec.rl.simulated.environment import Environment
 
 TAKEN, SHOWN = 3, 3  # how many items the user remembers
+TRAINING = SimulatedConfig(
+    steps=16,
+    updates=2000,
+    updates_per_record=100,
+    slate_size=1,
+    learning_rate=1e-2,
+    discount=0.95,
+    entropy_weight=0.1,
+    kl_target=None,
+)
 
 
 class SyntheticParams(NamedTuple):

@@ -12,7 +12,7 @@ import time
 import uuid
 
 import jaxrec
-from serve.client.sync import RecommenderClient, UserEvent
+from serve.client import RecommenderClient, UserEvent
 
 SERVE = [sys.executable, "-m", "serve", "run", "--address", "127.0.0.1:0", "--explore", "0.5"]
 

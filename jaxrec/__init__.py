@@ -13,12 +13,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxrec.config import ModelConfig, PrepareConfig, RatingScale, RewardWeights, RLConfig, TrainConfig
+    from jaxrec.config import ModelConfig, PrepareConfig, RatingScale, TrainConfig
     from jaxrec.data.append import append
     from jaxrec.data.prepare import prepare
     from jaxrec.data.prepared import PreparedData
     from jaxrec.data.store import read_prepared
     from jaxrec.errors import DataError, ExportError, TrainingError
+    from jaxrec.rl.config import LoggedConfig, RewardWeights, ServedConfig, SimulatedConfig
     from jaxrec.runs.directory import Run, open_run
     from jaxrec.runs.evaluate import Evaluation, evaluate
     from jaxrec.runs.export import export
@@ -31,13 +32,15 @@ __all__ = [
     "DataError",
     "Evaluation",
     "ExportError",
+    "LoggedConfig",
     "ModelConfig",
     "PrepareConfig",
     "PreparedData",
-    "RLConfig",
     "RatingScale",
     "RewardWeights",
     "Run",
+    "ServedConfig",
+    "SimulatedConfig",
     "TrainConfig",
     "TrainingError",
     "__version__",
@@ -52,12 +55,13 @@ __all__ = [
 ]
 
 _WHERE = {
-    "jaxrec.config": ("ModelConfig", "PrepareConfig", "RLConfig", "RatingScale", "RewardWeights", "TrainConfig"),
+    "jaxrec.config": ("ModelConfig", "PrepareConfig", "RatingScale", "TrainConfig"),
     "jaxrec.data.append": ("append",),
     "jaxrec.data.prepare": ("prepare",),
     "jaxrec.data.prepared": ("PreparedData",),
     "jaxrec.data.store": ("read_prepared",),
     "jaxrec.errors": ("DataError", "ExportError", "TrainingError"),
+    "jaxrec.rl.config": ("LoggedConfig", "RewardWeights", "ServedConfig", "SimulatedConfig"),
     "jaxrec.runs.directory": ("Run", "open_run"),
     "jaxrec.runs.evaluate": ("Evaluation", "evaluate"),
     "jaxrec.runs.export": ("export",),

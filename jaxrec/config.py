@@ -1,4 +1,5 @@
-"""Configuration: a few frozen dataclasses. Each function is handed the smallest piece that it needs.
+"""Configuration: a few frozen dataclasses. Each function is handed the smallest piece it needs. Those of reinforcement
+learning are in `jaxrec.rl.config`.
 
 The command line reads its defaults here for `--help`, so nothing heavy is imported: NumPy only where it computes.
 """
@@ -125,51 +126,6 @@ class CheckpointConfig:
 
     seconds: float = 60.0
     keep: int = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardWeights:
-    """Weights of the named reward terms (`jaxrec.rl.rewards`)."""
-
-    hit: float = 0.4
-    genre: float = 0.3
-    rating: float = 0.3
-    centred_rating: float = 0.0
-    novelty: float = 0.0
-    diversity: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class RLConfig:
-    """Fine-tuning of a policy. `samples`: slates drawn for each state and update. `kl_target` in nats: how far the
-    policy drifts from where it starts. `anchor`: the weight of the rating-weighted cross-entropy of the logged items
-    beside the reward; in a simulator, of the KL to where the policy starts, in the logged states. `entropy_floor` and
-    `coverage_floor`, as shares of what the policy starts with: below them a penalty pulls back. `discount`: what a
-    reward one event later counts (the actor-critic's), or one request later (simulated users'). `importance_cap`: the
-    largest importance weight. In a simulator `batch_size` users play."""
-
-    seed: int = 0
-    steps: int = 300
-    steps_per_evaluation: int = 50
-    batch_size: int = 256
-    slate_size: int = 10
-    samples: int = 1
-    learning_rate: float = 3e-4
-    kl_target: float = 0.005
-    anchor: float = 0.2
-    policy_width: int = 128
-    entropy_floor: float = 0.8
-    coverage_floor: float = 0.8
-    discount: float = 0.5
-    importance_cap: float = 20.0
-    rewards: RewardWeights = dataclasses.field(default_factory=RewardWeights)
-
-
-# What a log says is news to the models, unlike what they were trained on: a longer leash, and larger steps. The low cap
-# ends what can be gained by learning single users by heart.
-LOG_RL = RLConfig(learning_rate=3e-3, kl_target=0.1, importance_cap=5.0)
-# And so do simulated users; but where the run's own users are the policy is to stay as good as it is.
-SIMULATOR_RL = RLConfig(learning_rate=2e-3, kl_target=0.1, anchor=20.0)
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Policy-gradient fine-tuning of the supervised recommender, and the judgement whether it is used."""
+"""Reinforcement learning of a policy on top of the supervised recommender, and the decision whether it is used."""

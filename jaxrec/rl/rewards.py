@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrec.config import RewardWeights
+from jaxrec.rl.config import RewardWeights
 
 Values = TypeVar("Values", jax.Array, np.ndarray)
 

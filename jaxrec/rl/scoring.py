@@ -1,12 +1,31 @@
 """Logits of the supervised mix and of a policy on top of it, from what is computed once: queries and item vectors."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
 from jaxrec.models.cooccurrence import neighbour_scores
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.rl.rewards import RewardTables, rank_discounts
+
+
+class PolicyParams(NamedTuple):
+    """`head`: the variables of PolicyHead; `critic`: a pytree of arrays, each algorithm's own."""
+
+    head: Any
+    critic: Any
+
+
+class Linear(NamedTuple):
+    """query @ kernel + bias, the usual critic; `kernel` [width, outputs], `bias` [outputs]."""
+
+    kernel: jax.Array
+    bias: jax.Array
+
+    def __call__(self, query: jax.Array) -> jax.Array:
+        return query @ self.kernel + self.bias
 
 
 class Scoring(NamedTuple):
@@ -26,6 +45,17 @@ def frozen_scoring(supervised: Hybrid, tables: RewardTables) -> Scoring:
     near = supervised.cooccurrence
     weight = supervised.cooccurrence_weight[...] * near.neighbour_weight[...]
     return Scoring(supervised.item_vectors(), supervised.item_bias(), near.neighbour_item[...], weight, tables)
+
+
+def new_head(width: int, item_count: int, hidden: int, seed: int) -> tuple[nnx.GraphDef[PolicyHead], Any]:
+    """The structure and the variables of a policy head that changes nothing yet."""
+    graphdef, variables = nnx.split(PolicyHead(width, hidden, item_count, rngs=nnx.Rngs(seed)))
+    return graphdef, nnx.to_pure_dict(variables)
+
+
+def zero_critic(width: int, outputs: int) -> Linear:
+    """A critic that expects nothing."""
+    return Linear(jnp.zeros((width, outputs)), jnp.zeros(outputs))
 
 
 def supervised_logits(query: jax.Array, recent: jax.Array, scoring: Scoring) -> jax.Array:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jaxrec.config import PrepareConfig, RLConfig, TrainConfig
+from jaxrec.config import PrepareConfig, TrainConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.report import write_report
@@ -21,11 +21,12 @@ from jaxrec.data.schema import NO_GENRES
 from jaxrec.errors import DataError
 from jaxrec.evaluation.plots import plot_metrics, plot_rl, plot_training
 from jaxrec.files import new_directory, new_file, write_text
+from jaxrec.rl.config import LoggedConfig
 from jaxrec.runs.directory import CONTENT_FOLDER, LSTM_FOLDER
 from jaxrec.runs.evaluate import evaluate, write_evaluation
 from jaxrec.runs.export import export
 from jaxrec.runs.fine_tune import fine_tune
-from jaxrec.runs.policy import read_log, read_steps
+from jaxrec.runs.policy import read_policy_evaluations, read_policy_updates
 from jaxrec.runs.train import train
 from jaxrec.training.log import read_epochs
 
@@ -58,8 +59,8 @@ def run_demo(out: Path, seed: int = 0) -> None:
         epochs = {name: read_epochs(run.folder / folder) for name, folder in logs.items()}
         plot_training(epochs, out / "plots/training.png")
     with _stage("Reinforcement learning"):
-        outcome = fine_tune(run, RLConfig(seed=seed))
-        plot_rl(read_steps(run.folder), read_log(run.folder), out / "plots/rl.png")
+        outcome = fine_tune(run, LoggedConfig(seed=seed))
+        plot_rl(read_policy_updates(run.folder), read_policy_evaluations(run.folder), out / "plots/rl.png")
         print(outcome.reason)
     with _stage("Evaluate on the test cases"):
         evaluation = evaluate(run)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +12,15 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxrec.config import RLConfig, from_json, to_json
+from jaxrec.config import to_json
+from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import DataError
 from jaxrec.files import new_directory, read_json, sha256
 from jaxrec.models.hybrid import Hybrid, PolicyHead
-from jaxrec.rl.logged.checkpoint import models_digest
-from jaxrec.rl.logged.learner import new_head
-from jaxrec.rl.logged.train import PolicyOutcome
+from jaxrec.rl.checkpoint import models_digest
+from jaxrec.rl.config import LoggedConfig
+from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
+from jaxrec.rl.scoring import new_head
 from jaxrec.runs.directory import (
     EVALUATION_FILE,
     POLICY_FILE,
@@ -31,69 +32,67 @@ from jaxrec.runs.directory import (
     POLICY_STEPS_FILE,
     POLICY_VARIABLES_FILE,
     Run,
+    load_supervised,
+    open_run,
 )
 
 POLICY, SUPERVISED = "reinforce", "supervised"  # the names that serving knows
 
 
+class LoadedRun(NamedTuple):
+    """A run, its data and its supervised models."""
+
+    run: Run
+    data: PreparedData
+    supervised: Hybrid
+
+
 @dataclasses.dataclass(frozen=True)
 class PolicyRecord:
-    """policy.json: `method` is the name of what trained it, `models_sha256` of what lies under it
-    (`jaxrec.rl.logged.checkpoint.models_digest`), `sha256` of the variables' file."""
+    """policy.json: the outcome, the configuration and the `method` of the training, `models_sha256` of the models under
+    the policy (`jaxrec.rl.checkpoint.models_digest`), and `sha256` of the variables' file."""
 
     outcome: PolicyOutcome
-    config: RLConfig
+    config: dict[str, Any]
     method: str
     models_sha256: str
     sha256: str
 
 
 class PolicyInUse(NamedTuple):
-    """The structure and the variables of the head of the policy that is in use, and what it was trained with."""
+    """The structure and the variables of the head of the policy in use."""
 
     graphdef: nnx.GraphDef[PolicyHead]
     variables: Any
-    config: RLConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class GateOutcome:
-    """`used`: whether the new policy replaced the one that was in use, and `reason` why, with the figures. `told`: what
-    was read, how much of it could not be used and why, and what it is taken to be."""
-
-    used: bool
-    reason: str
-    told: str
+def load_run(folder: Path) -> LoadedRun:
+    """Reads a run. Raises DataError where the run, its data or its models cannot be read."""
+    run = open_run(folder)
+    data = run.read_data()
+    return LoadedRun(run, data, load_supervised(run, data))
 
 
 def write_policy(
-    run: Run,
-    supervised: Hybrid,
-    outcome: PolicyOutcome,
-    config: RLConfig,
-    method: str,
-    variables: Any,
-    steps: Sequence[Mapping[str, float]],
-    log: Sequence[Mapping[str, Any]],
-    into: str = POLICY_FOLDER,
+    run: Run, supervised: Hybrid, trained: TrainedPolicy, config: Any, method: str, into: str = POLICY_FOLDER
 ) -> None:
-    """Replaces RUN/policy/ as a whole. The one before stays as RUN/policy.previous/ where it was in use.
+    """Replaces RUN/policy/ as a whole. The one before stays as RUN/policy.previous/ if it was in use.
 
-    With POLICY_REFUSED_FOLDER as `into` it is only kept to be looked at.
+    With POLICY_REFUSED_FOLDER as `into` it is only kept for inspection.
     """
     from jaxrec.evaluation.plots import plot_rl
 
     if into == POLICY_FOLDER:
         keep_previous(run)
     with new_directory(run.folder / into, POLICY_FILE) as new:
-        np.savez(new / POLICY_VARIABLES_FILE, **flatten_dict(variables, sep="/"))
+        np.savez(new / POLICY_VARIABLES_FILE, **flatten_dict(trained.head, sep="/"))
         digest = sha256(new / POLICY_VARIABLES_FILE)
-        record = PolicyRecord(outcome, config, method, models_digest(supervised), digest)
-        content = {"schema_version": POLICY_SCHEMA_VERSION, **dataclasses.asdict(record), "config": to_json(config)}
+        record = PolicyRecord(trained.outcome, to_json(config), method, models_digest(supervised), digest)
+        content = {"schema_version": POLICY_SCHEMA_VERSION, **dataclasses.asdict(record)}
         (new / POLICY_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for name, records in ((POLICY_STEPS_FILE, steps), (POLICY_LOG_FILE, log)):
+        for name, records in ((POLICY_STEPS_FILE, trained.updates), (POLICY_LOG_FILE, trained.evaluations)):
             (new / name).write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
-        plot_rl(steps, log, new / POLICY_PLOT_FILE)
+        plot_rl(trained.updates, trained.evaluations, new / POLICY_PLOT_FILE)
     if into == POLICY_FOLDER:
         (run.folder / EVALUATION_FILE).unlink(missing_ok=True)  # its figures are of the earlier policy
 
@@ -115,14 +114,14 @@ def is_in_use(run: Run) -> bool:
 
 
 def read_outcome(run: Run) -> PolicyOutcome | None:
-    """What `jaxrec rl` found for the run; None before it ran. Raises DataError on damaged files."""
+    """The outcome of `jaxrec rl` for the run; None before it ran. Raises DataError on damaged files."""
     record = read_record(run)
     return None if record is None else record.outcome
 
 
 def policy_name(run: Run) -> str:
-    """Which policy the run's evaluation and serving use: POLICY, whatever trained it, or SUPERVISED. Raises DataError
-    on damaged files."""
+    """The policy that evaluation and serving use: POLICY, whatever trained it, or SUPERVISED. Raises DataError on
+    damaged files."""
     outcome = read_outcome(run)
     return POLICY if outcome is not None and outcome.used else SUPERVISED
 
@@ -145,36 +144,39 @@ def load_policy(run: Run, supervised: Hybrid, only_if_used: bool = True) -> Hybr
         )
     with np.load(path, allow_pickle=False) as arrays:
         variables = unflatten_dict(dict(arrays), sep="/")
-    item_vectors = supervised.item_vectors()
-    graphdef, fresh = new_head(item_vectors.shape[1], len(item_vectors) - 1, record.config)
+    graphdef, fresh = _head_of(supervised, variables["inner"]["kernel"].shape[1])
     if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, fresh):
         raise DataError(f"{path}: its arrays do not fit the models of {run.folder}; run `jaxrec rl` again")
     return supervised.with_policy(nnx.merge(graphdef, jax.tree.map(jnp.asarray, variables)))
 
 
-def policy_in_use(run: Run, supervised: Hybrid, config: RLConfig) -> PolicyInUse:
-    """The run's policy where it is used, else one that changes nothing. Raises DataError where its files are damaged or
-    belong to other models."""
-    policy, record = load_policy(run, supervised), read_record(run)
-    if policy is not None and policy.policy is not None and record is not None:
-        graphdef, variables = nnx.split(policy.policy)
-        return PolicyInUse(graphdef, nnx.to_pure_dict(variables), record.config)
+def policy_in_use(run: Run, supervised: Hybrid, seed: int = 0) -> PolicyInUse:
+    """The run's policy if it is used, else one from `seed` that changes nothing. Raises DataError where its files are
+    damaged or belong to other models."""
+    policy = load_policy(run, supervised)
+    if policy is None or policy.policy is None:
+        return PolicyInUse(*_head_of(supervised, LoggedConfig.policy_width, seed))
+    graphdef, variables = nnx.split(policy.policy)
+    return PolicyInUse(graphdef, nnx.to_pure_dict(variables))
+
+
+def _head_of(supervised: Hybrid, hidden: int, seed: int = 0) -> tuple[nnx.GraphDef[PolicyHead], Any]:
     vectors = supervised.item_vectors()
-    return PolicyInUse(*new_head(vectors.shape[1], len(vectors) - 1, config), config)
+    return new_head(vectors.shape[1], len(vectors) - 1, hidden, seed)
 
 
 def load_served(run: Run, supervised: Hybrid) -> Hybrid:
-    """What is evaluated as the run's recommender and exported: the policy where it is used, else `supervised`."""
+    """The recommender to evaluate and to export: the policy if it is used, else `supervised`."""
     policy = load_policy(run, supervised)
     return supervised if policy is None else policy
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
+def read_policy_evaluations(folder: Path) -> list[dict[str, Any]]:
     """The records of RUN/policy/log.jsonl. Raises DataError where there are none."""
     return _read_lines(folder / POLICY_FOLDER / POLICY_LOG_FILE)
 
 
-def read_steps(folder: Path) -> list[dict[str, Any]]:
+def read_policy_updates(folder: Path) -> list[dict[str, Any]]:
     """The records of RUN/policy/steps.jsonl. Raises DataError where there are none."""
     return _read_lines(folder / POLICY_FOLDER / POLICY_STEPS_FILE)
 
@@ -188,8 +190,10 @@ def read_record(run: Run) -> PolicyRecord | None:
     try:
         if content["schema_version"] != POLICY_SCHEMA_VERSION:
             raise ValueError(f"schema version {content['schema_version']}, expected {POLICY_SCHEMA_VERSION}")
-        outcome, config = PolicyOutcome(**content["outcome"]), from_json(RLConfig, content["config"])
-        return PolicyRecord(outcome, config, *(content[name] for name in ("method", "models_sha256", "sha256")))
+        outcome = PolicyOutcome(**content.pop("outcome"))
+        return PolicyRecord(
+            outcome, **{name: content[name] for name in ("config", "method", "models_sha256", "sha256")}
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not a policy that this version can read ({error}); run `jaxrec rl` again") from error
 

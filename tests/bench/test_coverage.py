@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bench.intervals import student
-from bench.rl_coverage import HALF_RIGHT, PAIRED, PARAMS, Visits, Worth, draw_visits, judge, terms_of, worth_of
+from bench.rl_coverage import HALF_RIGHT, PAIRED, PARAMS, Visits, Worth, coverage_of, draw_visits, terms_of, worth_of
 from bench.synthetic_exact import build_model, logging_policy, value
 
 LOGS, VISITS, STEPS = 60, 200, 3
@@ -56,12 +56,12 @@ def test_estimates_are_the_exact_values_on_average(visits: Visits, worth: Worth)
 
 
 def test_judged_intervals_hold_their_values(visits: Visits, worth: Worth) -> None:
-    judged, last = judge((worth, logging_policy(PARAMS), Visits(*(column[:2] for column in visits))))
-    assert len(judged) == 2 * 10  # logs, and five estimators by two methods
-    assert {one.truth for one in judged if one.name.startswith(PAIRED)} == {worth.value - worth.logged}
-    assert {one.truth for one in judged if not one.name.startswith(PAIRED)} == {worth.value}
-    assert all(one.low <= one.value <= one.high for one in judged)
-    assert all(last < one.size < VISITS for one in judged)  # the last step's weights vary most
+    covered, last = coverage_of((worth, logging_policy(PARAMS), Visits(*(column[:2] for column in visits))))
+    assert len(covered) == 2 * 10  # logs, and five estimators by two methods
+    assert {one.truth for one in covered if one.name.startswith(PAIRED)} == {worth.value - worth.logged}
+    assert {one.truth for one in covered if not one.name.startswith(PAIRED)} == {worth.value}
+    assert all(one.low <= one.value <= one.high for one in covered)
+    assert all(last < one.size < VISITS for one in covered)  # the last step's weights vary most
 
 
 def test_student_by_hand() -> None:

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from bench.environment_policy import EnvironmentPolicy, new_policy, probabilities
 from bench.from_environment_log import (
     EnvironmentLog,
     FromLogConfig,
@@ -14,7 +15,7 @@ from bench.from_environment_log import (
 )
 from bench.synthetic import SyntheticState, acquired_taste, logging_logprobs, synthetic_environment
 from bench.synthetic_exact import all_states, best_policy, build_model, value
-from jaxrec.rl.simulated.environment_policy import EnvironmentPolicy, Params, new_policy, probabilities
+from jaxrec.rl.simulated.policy import Params
 
 PARAMS = acquired_taste(items_per_topic=3)
 ENVIRONMENT = synthetic_environment(PARAMS)

@@ -10,29 +10,28 @@ import pytest
 from flax import nnx
 
 from bench.rl_loop import LoopConfig, Users, fitted_users, loop
-from jaxrec.config import LOG_RL, RewardWeights
 from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.rl.logged.train import PolicyOutcome
+from jaxrec.rl.config import RewardWeights, ServedConfig
+from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
 from jaxrec.rl.served.event_store import read_served_log
+from jaxrec.runs import export
+from jaxrec.runs import policy as policy_files
 from jaxrec.runs.directory import open_run
-from jaxrec.runs.policy import write_policy
 from tests.rl.simulated.simulated import genre_lovers
 
 USERS, LIKED = 240, 12
-LEARNING = dataclasses.replace(
-    LOG_RL,
-    steps=200,
-    steps_per_evaluation=200,
+LEARNING = ServedConfig(
+    updates=200,
     batch_size=128,
     learning_rate=3e-2,
     kl_target=0.3,
     entropy_floor=0.0,
     coverage_floor=0.0,
-    policy_width=8,
+    minimum_effective=15.0,
     rewards=RewardWeights(hit=1.0, genre=0.0, rating=0.0),
 )
-CONFIG = LoopConfig(rounds=1, requests=8, slate=3, temperature=4.0, events=6, learning=LEARNING, minimum_effective=15.0)
+CONFIG = LoopConfig(rounds=1, requests=8, slate=3, temperature=4.0, events=6, learning=LEARNING)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +47,12 @@ def run(tmp_path: Path, new_run: Callable[[Path, Hybrid], Path], small_hybrid: H
     """A run whose policy is that of `model_directory`."""
     supervised = small_hybrid.with_policy(None)
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("jaxrec.runs.rl_served", "jaxrec.runs.export"):
-            patch.setattr(f"{module}.load_supervised", lambda run, data: supervised)
+        for module in (policy_files, export):
+            patch.setattr(module, "load_supervised", lambda run, data: supervised)
         folder = new_run(tmp_path, supervised)
-        outcome = PolicyOutcome(True, "for the test", 0, {}, {})
-        variables = nnx.to_pure_dict(nnx.state(small_hybrid.policy))
-        write_policy(open_run(folder), supervised, outcome, LEARNING, "reinforce", variables, [], [])
+        head = nnx.to_pure_dict(nnx.state(small_hybrid.policy))
+        trained = TrainedPolicy(PolicyOutcome(True, "for the test"), head, [], [])
+        policy_files.write_policy(open_run(folder), supervised, trained, LEARNING, "reinforce")
         yield folder
 
 
@@ -65,9 +64,9 @@ def test_what_is_learned_from_the_log_is_served_and_earns_more(
     assert after.version != before.version
     assert after.reward.mean() > 1.2 * before.reward.mean()
     log = read_served_log(tmp_path / "serving/events.sqlite", small_data.catalog)
-    assert log.horizon == 0
+    assert log.attribution_window == 0
     assert log.shown == len(log.recommendations) == 2 * USERS * CONFIG.requests  # all can be learned from
-    answers = sum(len(one.answers) for one in log.recommendations)
+    answers = sum(len(one.responses) for one in log.recommendations)
     assert answers == round(CONFIG.requests * sum(one.taken.sum() for one in (before, after)))
     assert 0 < answers < log.shown
     for one in log.recommendations:

@@ -4,14 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from jaxrec.cli.main import main
-from jaxrec.cli.rl import NOT_WITH_LOG, NOT_WITH_SIMULATOR, OBJECTIVES, rl
-from jaxrec.config import RLConfig, TrainConfig, from_json, to_json
-from jaxrec.rl.logged.methods import METHODS
+from jaxrec.config import TrainConfig, from_json, to_json
+from jaxrec.rl.config import LoggedConfig
 from tests.synthetic import markov_log
 
 
@@ -51,7 +51,7 @@ def stages(files: Path) -> Path:
             "--max-length",
             8,
         ),
-        ("rl", files / "run", "--steps", 200),
+        ("rl", "logged", files / "run", "--updates", 200),
         ("evaluate", files / "run", "--json", files / "evaluation.json"),
         ("export", files / "run", "--out", files / "model"),
     ]
@@ -157,38 +157,54 @@ def test_the_log_of_a_run_is_mended_from_its_checkpoint(stages: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("command", "options", "message"),
     [
-        (("--resume", "--steps", 5), "--steps cannot be changed on --resume"),
-        (("--resume",), "no interrupted training of a policy to go on with"),
-        (("--answers-within", 60), "--answers-within is for --log"),
-        (("--temperature", 0.5), "--temperature is for --simulator"),
-        (("--min-effective", 5), "--min-effective is for --log"),
-        (("--simulator", "DATA", "--min-effective", 5), "--min-effective is for --log"),
-        (("--simulator", "DATA", "--log", "DATA"), "--log has no meaning with --simulator"),
-        (("--simulator", "DATA", "--hit-reward", 1), "--hit-reward has no meaning with --simulator"),
-        (("--simulator", "DATA", "--resume"), "no interrupted training with simulated users to go on with"),
-        (("--simulator", "DATA"), "0 users of 200 are others than those that the run was trained on"),
-        (("--log", "DATA", "--objective", "top-k"), "--objective has no meaning with --log"),
-        (("--log", "DATA"), "expected the event store of `python -m serve run`"),
-        (("--objective", "bpr"), "is not one of 'reinforce', 'plackett-luce', 'top-k', 'actor-critic'"),
-        (("--kl-target", 0), "0 is not in the range x>0"),
+        ("logged", ("--resume", "--updates", 5), "--updates cannot be changed on --resume"),
+        ("logged", ("--resume",), "no interrupted training to resume"),
+        ("logged", ("--method", "bpr"), "is not one of 'reinforce', 'plackett-luce', 'top-k', 'actor-critic'"),
+        ("logged", ("--kl-target", 0), "0 is not in the range x>0"),
+        ("logged", ("--attribution-window", 60), "No such option"),
+        ("served", (), "Missing option '--log'"),
+        ("served", ("--log", "DATA"), "expected the event store of `python -m serve run`"),
+        ("served", ("--log", "DATA", "--method", "top-k"), "No such option"),
+        ("simulated", (), "Missing option '--simulator'"),
+        ("simulated", ("--simulator", "DATA", "--hit-reward", 1), "No such option"),
+        ("simulated", ("--simulator", "DATA", "--resume"), "no interrupted training to resume"),
+        ("simulated", ("--simulator", "DATA"), "0 of 200 users were not in the run's training data"),
     ],
 )
-def test_options_of_rl_that_do_not_fit_are_named(stages: Path, options: tuple[object, ...], message: str) -> None:
+def test_options_of_rl_that_do_not_fit_are_named(
+    stages: Path, command: str, options: tuple[object, ...], message: str
+) -> None:
     given = [stages / "ratings.csv" if option == "DATA" else option for option in options]
-    result = run("rl", stages / "run", *given)
+    result = run("rl", command, stages / "run", *given)
     assert result.exit_code != 0
     assert message in result.output
 
 
-def test_objectives_of_the_command_line_are_those_there_are() -> None:
-    assert set(OBJECTIVES) == set(METHODS)
-    assert {*NOT_WITH_LOG, *NOT_WITH_SIMULATOR} <= {parameter.name for parameter in rl.params}
+COMMANDS = {
+    **main.commands,
+    **{
+        f"{name} {one}": of_group.commands[one]
+        for name, of_group in main.commands.items()
+        if isinstance(of_group, click.Group)
+        for one in of_group.commands
+    },
+}
+
+
+@pytest.mark.parametrize(("words", "command"), COMMANDS.items(), ids=COMMANDS)
+def test_help_explains_every_option(words: str, command: click.Command) -> None:
+    result = run(*words.split(), "--help")
+    assert result.exit_code == 0
+    assert command.help
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    assert [option.name for option in options if not option.help] == []
+    assert all(option.opts[0] in result.output for option in options)
 
 
 def test_configurations_survive_json_and_refuse_unknown_keys() -> None:
-    config = RLConfig(seed=7, kl_target=0.5)
-    assert from_json(RLConfig, json.loads(json.dumps(to_json(config)))) == config
+    config = LoggedConfig(seed=7, kl_target=0.5)
+    assert from_json(LoggedConfig, json.loads(json.dumps(to_json(config)))) == config
     with pytest.raises(ValueError, match=r"TrainConfig has no learning_rte; it has .*learning_rate"):
         from_json(TrainConfig, {"learning_rte": np.pi})

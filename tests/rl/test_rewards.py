@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrec.config import RewardWeights
+from jaxrec.rl.config import RewardWeights
 from jaxrec.rl.reward_tables import (
     genre_directions,
 )

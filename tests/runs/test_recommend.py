@@ -12,7 +12,7 @@ from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.errors import DataError
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.runs.directory import Run, open_run
-from serve.model.artifact import read_artifact
+from serve.model.directory import read_artifact
 from serve.model.events import Event
 from serve.model.recommender import Query, Recommender
 

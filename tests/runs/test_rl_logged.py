@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxrec.config import RLConfig
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import DataError, TrainingError, TrainingStopped
 from jaxrec.evaluation.metrics import ndcg
@@ -17,33 +16,40 @@ from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.rl.config import LoggedConfig
 from jaxrec.rl.logged.methods import TOP_K
-from jaxrec.rl.logged.train import train_policy
+from jaxrec.rl.logged.train import train_logged
 from jaxrec.runs.directory import POLICY_FOLDER, POLICY_PREVIOUS_FOLDER, POLICY_REFUSED_FOLDER, Run, open_run
-from jaxrec.runs.policy import load_policy, load_served, policy_name, read_log, read_outcome, read_steps
-from jaxrec.runs.rl_logged import rl_run
+from jaxrec.runs.policy import (
+    LoadedRun,
+    load_policy,
+    load_served,
+    policy_name,
+    read_outcome,
+    read_policy_evaluations,
+    read_policy_updates,
+)
+from jaxrec.runs.rl_logged import run_logged
 
-SHORT = RLConfig(steps=40, steps_per_evaluation=20, batch_size=16, policy_width=8, learning_rate=3e-3)
+SHORT = LoggedConfig(updates=40, updates_per_evaluation=20, batch_size=16, policy_width=8, learning_rate=3e-3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def supervised(
-    small_data: PreparedData, random_hybrid: Callable[[PreparedData, int, bool], Hybrid]
-) -> Iterator[Hybrid]:
+@pytest.fixture(scope="module")
+def supervised(small_data: PreparedData, random_hybrid: Callable[[PreparedData, int, bool], Hybrid]) -> Hybrid:
     """Random models in place of the run's trained ones, which tests of the command line train."""
-    hybrid = random_hybrid(small_data, 0, False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxrec.runs.rl_logged.load_supervised", lambda run, data: hybrid)
-        yield hybrid
+    return random_hybrid(small_data, 0, False)
 
 
 @pytest.fixture(scope="module")
 def trained(
-    supervised: Hybrid, new_run: Callable[[Path, Hybrid], Path], tmp_path_factory: pytest.TempPathFactory
+    supervised: Hybrid,
+    small_data: PreparedData,
+    new_run: Callable[[Path, Hybrid], Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A run with a short-lived policy."""
+    """A run with a policy of few updates."""
     folder = new_run(tmp_path_factory.mktemp("rl"), supervised)
-    rl_run(folder, SHORT)
+    run_logged(LoadedRun(open_run(folder), small_data, supervised), SHORT)
     return folder
 
 
@@ -51,6 +57,11 @@ def trained(
 def run(trained: Path, tmp_path: Path) -> Run:
     """A copy of the run, to be changed."""
     return open_run(Path(shutil.copytree(trained, tmp_path / "run")))
+
+
+@pytest.fixture
+def loaded(run: Run, small_data: PreparedData, supervised: Hybrid) -> LoadedRun:
+    return LoadedRun(run, small_data, supervised)
 
 
 def record_use(run: Run, used: bool) -> None:
@@ -62,14 +73,14 @@ def record_use(run: Run, used: bool) -> None:
 
 def test_outcome_is_written_and_read_back(run: Run, small_data: PreparedData, supervised: Hybrid) -> None:
     outcome = read_outcome(run)
-    again = train_policy(supervised, small_data, SHORT)
+    again = train_logged(supervised, small_data, SHORT)
     assert outcome == again.outcome
-    assert outcome.figures.keys() == {"supervised", "policy", "anchor only", "permuted rewards"}
-    assert read_log(run.folder) == again.log
-    assert read_steps(run.folder) == again.steps
-    assert [record["step"] for record in again.log] == [20, 40]
-    assert [record["step"] for record in again.steps] == list(range(40))
-    assert again.log[0]["kl"] > 0
+    assert outcome.figures.keys() == {"supervised", "policy", "imitation only", "permuted rewards"}
+    assert read_policy_evaluations(run.folder) == again.evaluations
+    assert read_policy_updates(run.folder) == again.updates
+    assert [record["step"] for record in again.evaluations] == [20, 40]
+    assert [record["step"] for record in again.updates] == list(range(40))
+    assert again.evaluations[0]["kl"] > 0
     assert (run.folder / POLICY_FOLDER / "training.png").read_bytes().startswith(b"\x89PNG")
     assert not (run.folder / "policy.partial").exists()
 
@@ -86,30 +97,29 @@ class StopAfter:
 
 
 @pytest.mark.parametrize("calls", [0, 2])  # within the policy's own training, and within a control's
-def test_an_interrupted_training_goes_on_with_the_same_result(trained: Path, run: Run, calls: int) -> None:
+def test_an_interrupted_training_is_resumed_with_the_same_result(trained: Path, loaded: LoadedRun, calls: int) -> None:
+    run = loaded.run
     shutil.rmtree(run.folder / POLICY_FOLDER)
-    with pytest.raises(TrainingStopped, match="stopped and saved after step 20 of 40 of: "):
-        rl_run(run.folder, SHORT, stop=StopAfter(calls))
+    with pytest.raises(TrainingStopped, match="stopped after update 20 of 40; the checkpoint is written"):
+        run_logged(loaded, SHORT, stop=StopAfter(calls))
     assert not (run.folder / POLICY_FOLDER).exists()
-    rl_run(run.folder, resume=True)
+    run_logged(loaded, resume=True)
     for name in ("policy.npz", "policy.json", "steps.jsonl", "log.jsonl"):
         assert sha256(run.folder / POLICY_FOLDER / name) == sha256(trained / POLICY_FOLDER / name), name
     assert not (run.folder / "policy.partial").exists()
-    with pytest.raises(DataError, match="no interrupted training of a policy to go on with"):
-        rl_run(run.folder, resume=True)
+    with pytest.raises(DataError, match="no interrupted training to resume"):
+        run_logged(loaded, resume=True)
 
 
-def test_an_interrupted_training_on_other_weights_is_refused(run: Run, supervised: Hybrid) -> None:
+def test_an_interrupted_training_on_other_weights_is_refused(loaded: LoadedRun, supervised: Hybrid) -> None:
     with pytest.raises(TrainingStopped):
-        rl_run(run.folder, SHORT, stop=StopAfter(0))
+        run_logged(loaded, SHORT, stop=StopAfter(0))
     other = Hybrid(supervised.lstm, supervised.content, supervised.cooccurrence, 0.5, 0.3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxrec.runs.rl_logged.load_supervised", lambda run, data: other)
-        with pytest.raises(DataError, match=r"policy\.partial: was begun on top of other weights"):
-            rl_run(run.folder, resume=True)
-    (run.folder / "policy.partial/arrays.npz").write_bytes(b"half")
-    with pytest.raises(DataError, match=r"arrays\.npz: damaged"):
-        rl_run(run.folder, resume=True)
+    with pytest.raises(DataError, match=r"policy\.partial: was started with other models than now"):
+        run_logged(loaded._replace(supervised=other), resume=True)
+    (loaded.run.folder / "policy.partial/20/arrays/_METADATA").write_bytes(b"half")
+    with pytest.raises(DataError, match=r"policy\.partial/20: damaged"):
+        run_logged(loaded, resume=True)
 
 
 def test_policy_on_top_of_other_weights_is_refused(run: Run, supervised: Hybrid) -> None:
@@ -119,15 +129,16 @@ def test_policy_on_top_of_other_weights_is_refused(run: Run, supervised: Hybrid)
         load_policy(run, other, only_if_used=False)
 
 
-def test_a_refused_policy_does_not_replace_one_in_use(run: Run) -> None:
+def test_a_refused_policy_does_not_replace_one_in_use(loaded: LoadedRun) -> None:
+    run = loaded.run
     record_use(run, False)
-    assert not rl_run(run.folder, dataclasses.replace(SHORT, steps=20)).used
+    assert not run_logged(loaded, dataclasses.replace(SHORT, updates=20)).used
     assert not (run.folder / POLICY_REFUSED_FOLDER).exists()
     record_use(run, True)
     digest = sha256(run.folder / POLICY_FOLDER / "policy.npz")
-    outcome = rl_run(run.folder, dataclasses.replace(SHORT, steps=20, seed=1))
+    outcome = run_logged(loaded, dataclasses.replace(SHORT, updates=20, seed=1))
     assert not outcome.used
-    assert "the policy that was in use before stays" in outcome.reason
+    assert "the policy in use stays" in outcome.reason
     assert sha256(run.folder / POLICY_FOLDER / "policy.npz") == digest
     assert digest != sha256(run.folder / POLICY_REFUSED_FOLDER / "policy.npz")
     assert not (run.folder / POLICY_PREVIOUS_FOLDER).exists()
@@ -136,14 +147,16 @@ def test_a_refused_policy_does_not_replace_one_in_use(run: Run) -> None:
 def test_off_policy_training_tells_how_good_its_behaviour_model_is(
     small_data: PreparedData, supervised: Hybrid
 ) -> None:
-    trained = train_policy(supervised, small_data, SHORT, TOP_K)
+    trained = train_logged(supervised, small_data, SHORT, TOP_K)
     fit = trained.outcome.figures["behaviour model"]
     assert -10 < fit["log_likelihood"] < 0
-    assert 0 < trained.steps[-1]["ess_share"] < 1
+    assert 0 < trained.updates[-1]["ess_share"] < 1
 
 
-def test_judged_figures_are_those_of_the_loaded_policy(run: Run, small_data: PreparedData, supervised: Hybrid) -> None:
-    """What was judged is what is served: the policy's validation NDCG@10 from its files, through the hybrid."""
+def test_evaluated_figures_are_those_of_the_loaded_policy(
+    run: Run, small_data: PreparedData, supervised: Hybrid
+) -> None:
+    """What was evaluated is what is served: the policy's validation NDCG@10 from its files, through the hybrid."""
     outcome, hybrid = read_outcome(run), load_policy(run, supervised, only_if_used=False)
     assert outcome is not None
     assert hybrid is not None
@@ -171,7 +184,7 @@ def test_without_a_policy_the_supervised_hybrid_is_served(run: Run, supervised: 
     assert policy_name(run) == "supervised"
     assert load_served(run, supervised) is supervised
     with pytest.raises(DataError, match=r"log\.jsonl"):
-        read_log(run.folder)
+        read_policy_evaluations(run.folder)
 
 
 @pytest.mark.parametrize(
@@ -182,8 +195,8 @@ def test_without_a_policy_the_supervised_hybrid_is_served(run: Run, supervised: 
         (lambda folder: (folder / "policy.json").write_text("{"), r"policy\.json: not JSON"),
         (lambda folder: (folder / "policy.json").unlink(), r"policy\.json: cannot be read"),
         (lambda folder: (folder / "policy.json").write_text("[]"), r"policy\.json: not a policy"),
-        (lambda folder: (folder / "policy.json").write_text('{"schema_version": 1}'), "schema version 1, expected 2"),
-        (lambda folder: (folder / "policy.json").write_text('{"schema_version": 2}'), "'outcome'"),
+        (lambda folder: (folder / "policy.json").write_text('{"schema_version": 1}'), "schema version 1, expected 3"),
+        (lambda folder: (folder / "policy.json").write_text('{"schema_version": 3}'), "'outcome'"),
     ],
 )
 def test_damaged_files_are_reported(
@@ -196,14 +209,15 @@ def test_damaged_files_are_reported(
 
 def test_seed_decides_the_policy(small_data: PreparedData, supervised: Hybrid) -> None:
     config = dataclasses.replace(SHORT, seed=1)
-    first, other = train_policy(supervised, small_data, SHORT), train_policy(supervised, small_data, config)
-    assert first.log != other.log
-    assert not np.array_equal(first.variables["item_bias"], other.variables["item_bias"])
+    first, other = train_logged(supervised, small_data, SHORT), train_logged(supervised, small_data, config)
+    assert first.evaluations != other.evaluations
+    assert not np.array_equal(first.head["item_bias"], other.head["item_bias"])
 
 
-def test_not_finite_stops_and_keeps_the_policy_before(run: Run) -> None:
+def test_not_finite_stops_and_keeps_the_policy_before(loaded: LoadedRun) -> None:
+    run = loaded.run
     before = read_outcome(run)
-    with pytest.raises(TrainingError, match=r"not finite at step 1 \(of steps 0\.\.19\)"):
-        rl_run(run.folder, dataclasses.replace(SHORT, learning_rate=float("inf")))
+    with pytest.raises(TrainingError, match=r"not finite at update 1 \(of updates 0\.\.19\)"):
+        run_logged(loaded, dataclasses.replace(SHORT, learning_rate=float("inf")))
     assert read_outcome(run) == before
     assert sorted(path.name for path in run.folder.iterdir() if path.name.startswith(".")) == []

@@ -1,20 +1,21 @@
 """A policy improved from what the server's own code drew, logged and was told, or kept because the gate says no."""
 
+import dataclasses
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrec.config import RewardWeights, RLConfig
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import DataError
 from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.rl.logged.train import PolicyOutcome
+from jaxrec.rl.config import RewardWeights, ServedConfig
+from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
 from jaxrec.rl.served.event_store import (
     DETERMINISTIC,
     NO_HISTORY,
@@ -25,8 +26,8 @@ from jaxrec.rl.served.event_store import (
     read_served_log,
 )
 from jaxrec.runs.directory import POLICY_FOLDER, POLICY_PREVIOUS_FOLDER, open_run
-from jaxrec.runs.policy import load_policy, read_outcome, read_steps, write_policy
-from jaxrec.runs.rl_served import rl_log_run
+from jaxrec.runs.policy import LoadedRun, load_policy, read_outcome, read_policy_updates, write_policy
+from jaxrec.runs.rl_served import run_served
 from serve.model.directory import read_artifact
 from serve.model.events import Event
 from serve.model.exploration import Exploration
@@ -40,27 +41,44 @@ from tests.serve.stores.impressions import log_now
 TEMPERATURE, USERS, ROUNDS, SLOTS = 1.5, 150, 4, 4
 START = 1_200_000_000
 HITS = RewardWeights(hit=1.0, genre=0.0, rating=0.0)
-CONFIG = RLConfig(steps=100, batch_size=64, learning_rate=3e-2, kl_target=0.3, policy_width=8, rewards=HITS)
-GATE = {"minimum_effective": 20.0}
+CONFIG = ServedConfig(
+    updates=100,
+    batch_size=64,
+    learning_rate=3e-2,
+    kl_target=0.3,
+    importance_cap=20.0,
+    rewards=HITS,
+    minimum_effective=20.0,
+)
 
 
 @pytest.fixture(scope="module")
-def supervised(small_hybrid: Hybrid) -> Iterator[Hybrid]:
+def supervised(small_hybrid: Hybrid) -> Hybrid:
     """The models under the policy of `model_directory`, in place of the run's trained ones."""
-    hybrid = small_hybrid.with_policy(None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxrec.runs.rl_served.load_supervised", lambda run, data: hybrid)
-        yield hybrid
+    return small_hybrid.with_policy(None)
 
 
 @pytest.fixture
-def run(tmp_path: Path, new_run: Callable[[Path, Hybrid], Path], supervised: Hybrid, small_hybrid: Hybrid) -> Path:
+def loaded(
+    tmp_path: Path,
+    new_run: Callable[[Path, Hybrid], Path],
+    small_data: PreparedData,
+    supervised: Hybrid,
+    small_hybrid: Hybrid,
+) -> LoadedRun:
     """A run that uses the policy of `model_directory`."""
-    folder = new_run(tmp_path, supervised)
-    outcome = PolicyOutcome(True, "for the test", 0, {}, {})
-    variables = nnx.to_pure_dict(nnx.state(small_hybrid.policy))
-    write_policy(open_run(folder), supervised, outcome, CONFIG, "reinforce", variables, [], [])
-    return folder
+    run = open_run(new_run(tmp_path, supervised))
+    write_policy(run, supervised, in_use(nnx.to_pure_dict(nnx.state(small_hybrid.policy))), CONFIG, "reinforce")
+    return LoadedRun(run, small_data, supervised)
+
+
+@pytest.fixture
+def run(loaded: LoadedRun) -> Path:
+    return loaded.run.folder
+
+
+def in_use(head: dict) -> TrainedPolicy:
+    return TrainedPolicy(PolicyOutcome(True, "for the test"), head, [], [])
 
 
 def serve_and_log(
@@ -115,16 +133,16 @@ def _good(raw_id: int) -> bool:
 
 
 def test_a_better_policy_replaces_the_one_in_use(
-    run: Path, liked: Path, small_data: PreparedData, supervised: Hybrid
+    run: Path, loaded: LoadedRun, liked: Path, small_data: PreparedData, supervised: Hybrid
 ) -> None:
     """The log's propensities are reproduced by the run's own models; the new policy shows more of what users like; the
     old one is kept beside it."""
     old = load_policy(open_run(run), supervised)
     digest, before = sha256(run / POLICY_FOLDER / "policy.npz"), sha256(liked)
-    found = rl_log_run(run, liked, CONFIG, **GATE)
+    found = run_served(loaded, liked, CONFIG)
     assert found.used, found.reason
-    assert f"{ROUNDS * USERS} recommendations shown" in found.told
-    assert f"; {ROUNDS * USERS} by v1 (the policy in use); answers count within 0 s." in found.told
+    assert f"{ROUNDS * USERS} recommendations shown" in found.summary
+    assert f"; {ROUNDS * USERS} by v1 (the policy in use); attribution window 0 s." in found.summary
     assert "the new policy may be used" in found.reason
     new = load_policy(open_run(run), supervised)
     assert new is not None
@@ -143,17 +161,17 @@ def test_a_better_policy_replaces_the_one_in_use(
     )
     assert robust["low"] < gain["value"] < robust["high"]
     assert gain["low"] < robust["value"] < gain["high"]
-    outcome, steps = read_outcome(open_run(run)), read_steps(run)
+    outcome, steps = read_outcome(open_run(run)), read_policy_updates(run)
     assert outcome is not None
     assert outcome.figures["policy"]["value"] > outcome.figures["logged"]["value"]
-    assert len(steps) == CONFIG.steps
+    assert len(steps) == CONFIG.updates
     assert steps[0]["kl"] == 0.0 < steps[-1]["kl"] < 2 * CONFIG.kl_target
     assert steps[0]["ess_share"] > 0.99 > steps[-1]["ess_share"]
 
 
-def test_a_policy_that_is_not_shown_to_be_better_is_refused(run: Path, indifferent: Path) -> None:
+def test_a_policy_that_is_not_shown_to_be_better_is_refused(run: Path, loaded: LoadedRun, indifferent: Path) -> None:
     digest = sha256(run / POLICY_FOLDER / "policy.json")
-    found = rl_log_run(run, indifferent, CONFIG, **GATE)
+    found = run_served(loaded, indifferent, CONFIG)
     assert not found.used
     assert "a gain above 0 is not shown" in found.reason
     assert sha256(run / POLICY_FOLDER / "policy.json") == digest
@@ -161,30 +179,29 @@ def test_a_policy_that_is_not_shown_to_be_better_is_refused(run: Path, indiffere
     assert json.loads((run / "policy_from_log.json").read_text())["gate"]["reason"] == found.reason
 
 
-def test_too_few_effective_users_are_refused(run: Path, liked: Path) -> None:
-    found = rl_log_run(run, liked, CONFIG, minimum_effective=USERS)
+def test_too_few_effective_users_are_refused(run: Path, loaded: LoadedRun, liked: Path) -> None:
+    found = run_served(loaded, liked, dataclasses.replace(CONFIG, minimum_effective=USERS))
     assert not found.used
     assert f"expected at least {USERS}" in found.reason
-    assert found.reason.endswith("; for the same reason no doubly robust gain is told")
+    assert found.reason.endswith("; for the same reason there is no doubly robust gain")
     assert json.loads((run / "policy_from_log.json").read_text())["doubly_robust_gain"] is None
 
 
 def test_a_log_of_another_policy_is_recognized(
-    run: Path, liked: Path, small_hybrid: Hybrid, supervised: Hybrid
+    run: Path, loaded: LoadedRun, liked: Path, small_hybrid: Hybrid, supervised: Hybrid
 ) -> None:
     """A gain over what it earned would say nothing of the policy in use, which the log has nothing of."""
     variables = nnx.to_pure_dict(nnx.state(small_hybrid.policy))
     variables["item_bias"] = variables["item_bias"] + 0.3 * np.sin(np.arange(len(variables["item_bias"])))
-    outcome = PolicyOutcome(True, "for the test", 0, {}, {})
-    write_policy(open_run(run), supervised, outcome, CONFIG, "reinforce", variables, [], [])
+    write_policy(open_run(run), supervised, in_use(variables), CONFIG, "reinforce")
     digest = sha256(run / POLICY_FOLDER / "policy.json")
     with pytest.raises(DataError, match=rf"{ROUNDS * USERS} by v1; none is the policy in use") as refused:
-        rl_log_run(run, liked, CONFIG, **GATE)
-    assert "0, whom the policy in use served, judge" in str(refused.value)
+        run_served(loaded, liked, CONFIG)
+    assert "0, served by the policy in use, for evaluation" in str(refused.value)
     assert sha256(run / POLICY_FOLDER / "policy.json") == digest
 
 
-def test_a_log_without_answers_says_so(run: Path, liked: Path, tmp_path: Path) -> None:
+def test_a_log_without_responses_says_so(loaded: LoadedRun, liked: Path, tmp_path: Path) -> None:
     """As from clients that do not send the recommendation's id."""
     copy = tmp_path / "events.sqlite"
     with sqlite3.connect(liked) as log, sqlite3.connect(copy) as unanswered:
@@ -192,11 +209,11 @@ def test_a_log_without_answers_says_so(run: Path, liked: Path, tmp_path: Path) -
         unanswered.execute("UPDATE events SET recommendation_id = NULL")
     log.close()
     unanswered.close()
-    with pytest.raises(DataError, match=r"0 of them were answered.*do clients send the recommendation_id"):
-        rl_log_run(run, copy, CONFIG, **GATE)
+    with pytest.raises(DataError, match=r"0 of them have a response.*do clients send the recommendation_id"):
+        run_served(loaded, copy, CONFIG)
 
 
-def test_what_cannot_be_used_is_counted(run: Path, small_data: PreparedData, tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_counted(loaded: LoadedRun, small_data: PreparedData, tmp_path: Path) -> None:
     raw = [str(item) for item in small_data.catalog.ids.raw_ids]
     lone = (-0.5,)
     with SQLiteStore(tmp_path / "events.sqlite") as store:
@@ -236,28 +253,28 @@ def test_what_cannot_be_used_is_counted(run: Path, small_data: PreparedData, tmp
     assert first.history.items.tolist() == [1, 3]
     assert second.history.items.tolist() == [1, 2, 3]
     assert np.isnan(second.history.ratings[1])
-    assert first.answers.tolist() == [2]
-    assert second.answers.tolist() == [5, 4]
+    assert first.responses.tolist() == [2]
+    assert second.responses.tolist() == [5, 4]
     assert second.slate.tolist() == [4, 5]
-    with pytest.raises(DataError, match=r"usable recommendations of 1 users; \d of them would train"):
-        rl_log_run(run, tmp_path / "events.sqlite", CONFIG)
+    with pytest.raises(DataError, match=r"usable recommendations of 1 users: \d for training"):
+        run_served(loaded, tmp_path / "events.sqlite", CONFIG)
 
 
-def test_a_log_without_propensities_says_so(run: Path, tmp_path: Path, small_data: PreparedData) -> None:
+def test_a_log_without_propensities_says_so(loaded: LoadedRun, tmp_path: Path, small_data: PreparedData) -> None:
     with SQLiteStore(tmp_path / "events.sqlite") as store:
         item = str(small_data.catalog.ids.raw_ids[0])
         store.record([UserEvent("1", "u", Event(item, 4.0, 100))])
         log_now(store, Impression("a", "u", (item,), (), "supervised", "v", 110))
     with pytest.raises(DataError, match=r"nothing to learn from: .*no propensities.*--explore"):
-        rl_log_run(run, tmp_path / "events.sqlite", CONFIG)
+        run_served(loaded, tmp_path / "events.sqlite", CONFIG)
 
 
-def test_what_is_no_store_is_named(run: Path, tmp_path: Path) -> None:
+def test_what_is_no_store_is_named(loaded: LoadedRun, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no database")
     with pytest.raises(DataError, match=r"text: cannot be read .*expected the event store"):
-        rl_log_run(run, tmp_path / "text", CONFIG)
+        run_served(loaded, tmp_path / "text", CONFIG)
     with sqlite3.connect(tmp_path / "other.sqlite") as connection:
         connection.execute("CREATE TABLE events (x)")
     connection.close()
     with pytest.raises(DataError, match="a database of application 0 in version 0, expected an event store"):
-        rl_log_run(run, tmp_path / "other.sqlite", CONFIG)
+        run_served(loaded, tmp_path / "other.sqlite", CONFIG)

@@ -94,7 +94,7 @@ def test_new_data_removes_all_that_depends_on_the_old(run: Run, log: pd.DataFram
             (run.folder / name).touch()
     later = markov_log(users=10, items=20, events=12, stay=0.9, seed=1).assign(user_id=lambda frame: frame.user_id + 40)
     later.to_csv(tmp_path / "later.csv", index=False)
-    jaxrec.append(run.data_folder, tmp_path / "later.csv", None, tmp_path / "more")
+    jaxrec.append(run.data_folder, tmp_path / "later.csv", out=tmp_path / "more")
     extend_run(run.folder, tmp_path / "more")
     assert [name for name in (EVALUATION_FILE, *POLICY_FILES) if (run.folder / name).exists()] == []
 

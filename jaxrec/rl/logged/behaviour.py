@@ -1,13 +1,13 @@
 """The behaviour policy β of a log without propensities: softmax over items, linear in features that it cannot change.
 
 Chen et al. 2019 (arXiv:1812.02353), section 4.2: a softmax head of its own on the state of the policy's network, fitted
-to all logged actions whatever their reward, its gradient kept from the features. A model of β is only as good as its
-features: what made the logged policy choose and is not among them biases every weight. Hence the figures on held-out
-rows beside the fit, and propensities that were logged are to be preferred.
+to all logged actions whatever their reward; its gradient does not reach the features. A model of β is only as good as
+its features: a cause of the logged choices that is not among them biases every weight. Therefore the fit reports
+figures on held-out rows. Prefer propensities that were logged.
 """
 
 import dataclasses
-import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ import optax
 
 from jaxrec.evaluation.metrics import exclude_items
 from jaxrec.models.features import Array
+from jaxrec.rl.updates import Learner, Loss, make_updates, new_learner
 
 BINS = 20  # of the calibration, each of which spans a factor of two
 LEAST_PROBABILITY = 1e-6
@@ -107,19 +108,20 @@ def fit_behaviour(
     )
     uniform = Behaviour(start.kernel, jnp.zeros(item_count + 1))
     optimizer = optax.adam(config.learning_rate)
-    epoch = _make_epoch(optimizer, config)
-    beta, state, rng = start, optimizer.init(start), np.random.default_rng(config.seed)
+    updates = make_updates(_behaviour_loss(config.l2), optimizer)
+    learner, rng = new_learner(start, optimizer), np.random.default_rng(config.seed)
     best, best_likelihood, best_epoch = start, log_likelihood(start, choosing, config.batch_size), 0
     device_rows = jax.tree.map(jnp.asarray, training)
     for number in range(1, config.max_epochs + 1):
         order = rng.permutation(len(training.action))
         padded = np.resize(order, -(-len(order) // config.batch_size) * config.batch_size)
-        beta, state = epoch(beta, state, device_rows, jnp.asarray(padded.reshape(-1, config.batch_size)))
-        likelihood = log_likelihood(beta, choosing, config.batch_size)
+        batches = jnp.asarray(padded.reshape(-1, config.batch_size))
+        learner, _ = updates(learner, (device_rows, batches), jax.random.key(config.seed), len(batches))
+        likelihood = log_likelihood(learner.params, choosing, config.batch_size)
         if not np.isfinite(likelihood):
             raise ValueError(f"epoch {number}: the held-out log-likelihood is {likelihood}, expected a finite number")
         if likelihood > best_likelihood:
-            best, best_likelihood, best_epoch = beta, likelihood, number
+            best, best_likelihood, best_epoch = jax.tree.map(jnp.copy, learner.params), likelihood, number
         if number - best_epoch >= config.patience:
             break
     return best, Fit(
@@ -131,7 +133,7 @@ def fit_behaviour(
     )
 
 
-def action_logprobs(beta: Behaviour, choices: Choices, batch_size: int = 256) -> np.ndarray:
+def chosen_logprobs(beta: Behaviour, choices: Choices, batch_size: int = 256) -> np.ndarray:
     """[rows] float64: log β of what was chosen, for `importance_weights`."""
     return np.concatenate(
         [
@@ -143,7 +145,7 @@ def action_logprobs(beta: Behaviour, choices: Choices, batch_size: int = 256) ->
 
 def log_likelihood(beta: Behaviour, choices: Choices, batch_size: int = 256) -> float:
     """Mean log β of the choices, in nats."""
-    return float(action_logprobs(beta, choices, batch_size).mean())
+    return float(chosen_logprobs(beta, choices, batch_size).mean())
 
 
 def calibration(beta: Behaviour, choices: Choices, batch_size: int = 256) -> Calibration:
@@ -158,7 +160,7 @@ def calibration(beta: Behaviour, choices: Choices, batch_size: int = 256) -> Cal
     return Calibration(predicted / len(choices.action), chosen / len(choices.action))
 
 
-def _batches(beta: Behaviour, choices: Choices, batch_size: int) -> Any:
+def _batches(beta: Behaviour, choices: Choices, batch_size: int) -> Iterator[tuple[Choices, np.ndarray]]:
     """(choices, log-probabilities [batch, items + 1]) of batches; the last is padded for the compiled function."""
     for first in range(0, len(choices.action), batch_size):
         index = np.arange(first, min(first + batch_size, len(choices.action)))
@@ -172,25 +174,19 @@ def _logprobs(beta: Behaviour, features: jax.Array, exclude: jax.Array) -> jax.A
     return beta.logprobs(features, exclude)
 
 
-def _make_epoch(optimizer: optax.GradientTransformation, config: BehaviourConfig) -> Any:
-    """epoch(beta, optimizer's state, choices, rows [steps, batch]) -> (beta, state), in one compiled scan."""
+def _behaviour_loss(l2: float) -> Loss:
+    """The mean negative log-likelihood and the penalty; the data are the choices, and the rows [updates, batch] of an
+    epoch's batches."""
 
-    def loss(beta: Behaviour, choices: Choices) -> jax.Array:
-        logprobs = beta.logprobs(choices.features, choices.exclude)
-        chosen = jnp.take_along_axis(logprobs, choices.action[:, None], axis=1)
-        return -jnp.mean(chosen) + config.l2 * jnp.sum(jnp.square(beta.kernel))
+    def loss(
+        beta: Behaviour, learner: Learner, data: tuple[Choices, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+        choices, batches = data
+        features, action, exclude = (column[batches[learner.step % len(batches)]] for column in choices)
+        chosen = jnp.take_along_axis(beta.logprobs(features, exclude), action[:, None], axis=1)
+        return -jnp.mean(chosen) + l2 * jnp.sum(jnp.square(beta.kernel)), ({}, ())
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def epoch(beta: Behaviour, state: Any, choices: Choices, rows: jax.Array) -> tuple[Behaviour, Any]:
-        def step(carry: tuple[Behaviour, Any], index: jax.Array) -> tuple[tuple[Behaviour, Any], None]:
-            beta, state = carry
-            gradients = jax.grad(loss)(beta, Choices(*(column[index] for column in choices)))
-            changes, state = optimizer.update(gradients, state, beta)
-            return (optax.apply_updates(beta, changes), state), None
-
-        return jax.lax.scan(step, (beta, state), rows)[0]
-
-    return epoch
+    return loss
 
 
 def _check(name: str, choices: Choices, item_count: int, least: int) -> None:

@@ -1,4 +1,4 @@
-"""Judges a policy beside the supervised one on logged cases, and decides which of the two is used."""
+"""Evaluates a policy beside the supervised one on logged cases, and decides which of the two is used."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,22 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxrec.config import RewardWeights
 from jaxrec.data.batches import case_batches
-from jaxrec.data.events import Events
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.split import Cases
 from jaxrec.evaluation.bootstrap import Estimate, bootstrap, resample
 from jaxrec.evaluation.metrics import coverage, exclude_items, hit_rate, ndcg, rank_of_target
 from jaxrec.models.cooccurrence import recent_items
-from jaxrec.models.features import Array
 from jaxrec.models.hybrid import Hybrid, PolicyHead
+from jaxrec.rl.config import RewardWeights
 from jaxrec.rl.logged.states import rating_or_mean
+from jaxrec.rl.outcome import PolicyOutcome
 from jaxrec.rl.policy import greedy_slates, kl_divergence, recommendable
 from jaxrec.rl.reward_tables import running_user_means
 from jaxrec.rl.rewards import slate_reward_terms, total_reward
 from jaxrec.rl.scoring import Scoring, policy_logits, returns, supervised_logits
+from jaxrec.rl.states import encode_histories
 
 TOP = 10
 MAX_CASES = 10_000
@@ -48,7 +48,7 @@ class CaseStates(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class CaseResults:
     """Per case, each [2, cases] without and with the request time: `rank` of the target, the discounted reward of the
     greedy top 10 and its terms, `kl` to the supervised policy; `top` [2, cases, 10] int32 that top; `weight` [cases]:
     the target's unit rating; `item_count`: the catalogue's; `users` [cases]: whose
@@ -81,16 +81,8 @@ class Judged:
         return {name: float(value) for name, value in figures.items()}
 
 
-class Decision(NamedTuple):
-    """`differences`: what was compared, as paired means over the cases with their 95 % intervals."""
-
-    used: bool
-    reason: str
-    differences: dict[str, Estimate]
-
-
-def compare(policy: Judged, other: Judged, seed: int = 0) -> dict[str, Estimate]:
-    """What the policy has over another on the same cases: paired differences with 95 % bootstrap intervals."""
+def compare(policy: CaseResults, other: CaseResults, seed: int = 0) -> dict[str, Estimate]:
+    """Gains of the policy over another on the same cases: paired differences with 95 % bootstrap intervals."""
     columns = {
         "reward": (policy.reward - other.reward).mean(axis=0),
         "reward_weighted_ndcg_10": policy.reward_weighted_ndcg() - other.reward_weighted_ndcg(),
@@ -100,40 +92,43 @@ def compare(policy: Judged, other: Judged, seed: int = 0) -> dict[str, Estimate]
     return {name: bootstrap(values, resamples) for name, values in columns.items()}
 
 
-def decide(policy: Judged, supervised: Judged, anchor_only: Judged, permuted: Judged) -> Decision:
-    """Whether the policy is used instead of the supervised one, given what all did on the same validation cases.
+def logged_outcome(
+    policy: CaseResults, supervised: CaseResults, imitation_only: CaseResults, permuted: CaseResults
+) -> PolicyOutcome:
+    """Whether the policy is used instead of the supervised one, given the results of all on the same validation cases.
 
     It is used if and only if the 95 % intervals of its paired gains in mean slate reward and in reward-weighted NDCG@10
-    lie above 0, its NDCG@10 is not lower, and the control whose rewards were permuted has no such gain over the control
-    without rewards: if that had one, the judgement would find gains where there is nothing to learn. `anchor_only` is
-    what the anchor does by itself; what the policy gains beyond it is the rewards' work, and the reason says it.
-    Validation was used to choose the models, but no policy: each is judged once, as it was after its last update.
+    lie above 0, its NDCG@10 is not lower, and the control with permuted rewards has no such gain over the control
+    without rewards. A gain of that control would mean that the evaluation finds gains where there is nothing to learn.
+    What the policy gains beyond `imitation_only` is the effect of the rewards; the reason reports it. Validation was
+    used to choose the models, but no policy: each is evaluated once, after its last update.
     """
-    gains, control = compare(policy, supervised), compare(permuted, anchor_only)
-    held = {
-        "a higher slate reward": gains["reward"].low > 0,
-        "a higher reward-weighted NDCG@10": gains["reward_weighted_ndcg_10"].low > 0,
-        "an NDCG@10 that is not lower": gains["ndcg_10"].mean >= 0,
-        "a control with permuted rewards that gains nothing": control["reward_weighted_ndcg_10"].low <= 0,
+    gains, control = compare(policy, supervised), compare(permuted, imitation_only)
+    conditions = {
+        "the slate reward did not improve significantly": gains["reward"].low > 0,
+        "the reward-weighted NDCG@10 did not improve significantly": gains["reward_weighted_ndcg_10"].low > 0,
+        "NDCG@10 fell": gains["ndcg_10"].mean >= 0,
+        "the control with permuted rewards improved, too": control["reward_weighted_ndcg_10"].low <= 0,
     }
-    used = all(held.values())
     figures = {name: (policy.figures()[name], supervised.figures()[name]) for name in gains}
-    told = "; ".join(
+    shown = "; ".join(
         f"{label} {figures[name][0]:.4f} against {figures[name][1]:.4f}, {signed(gains[name])}"
         for name, label in LABELS.items()
     )
-    of_anchor, of_reward = (
-        signed(compare(a, b)["reward_weighted_ndcg_10"]) for a, b in ((anchor_only, supervised), (policy, anchor_only))
+    of_imitation, of_reward = (
+        signed(compare(a, b)["reward_weighted_ndcg_10"])
+        for a, b in ((imitation_only, supervised), (policy, imitation_only))
     )
     controls = (
-        f"Controls, in reward-weighted NDCG@10: the anchor without rewards {of_anchor}; the policy beyond that "
+        f"Controls, in reward-weighted NDCG@10: imitation without rewards {of_imitation}; the policy beyond that "
         f"{of_reward}; permuted rewards beyond it {signed(control['reward_weighted_ndcg_10'])}."
     )
-    if used:
-        return Decision(True, f"the policy is used; on validation: {told}. {controls}", gains)
-    failed = " and ".join(label for label, kept in held.items() if not kept)
-    reason = f"the supervised policy stays in use: not shown on validation is {failed}: {told}. {controls}"
-    return Decision(False, reason, gains)
+    failed = " and ".join(label for label, holds in conditions.items() if not holds)
+    verdict = (
+        f"keeping the supervised model: on validation {failed}" if failed else "the new policy is used; on validation"
+    )
+    differences = {name: dataclasses.asdict(gain) for name, gain in gains.items()}
+    return PolicyOutcome(not failed, f"{verdict}: {shown}. {controls}", differences=differences)
 
 
 def signed(estimate: Estimate) -> str:
@@ -142,85 +137,83 @@ def signed(estimate: Estimate) -> str:
 
 
 def case_states(hybrid: Hybrid, data: PreparedData, cases: Cases, item_ratings: np.ndarray) -> CaseStates:
-    """Encodes the cases once; of more than MAX_CASES, evenly spaced ones are taken."""
+    """Encodes the cases once; of more than MAX_CASES, evenly spaced ones are used."""
     cases = cases.at_most(MAX_CASES)
     graphdef, variables = nnx.split(hybrid)
-
-    @jax.jit
-    def queries(variables: nnx.State, events: Events, request_gap: Array) -> jax.Array:
-        model = nnx.merge(graphdef, variables)
-        _, state = model.encode(events)
-        h_lstm, _, h_content, _, _ = model.split_state(state)
-        gap = jnp.asarray(request_gap)
-        gaps = (jnp.full_like(gap, UNKNOWN_GAP), gap)
-        return jnp.stack([model.supervised_query((h_lstm, h_content), gap) for gap in gaps])
-
-    max_length = hybrid.lstm.config.max_length
-    batches = case_batches(data, cases, max_length, CASES_PER_BATCH)
-    query = np.concatenate([np.asarray(queries(variables, b.events, b.request_gap)) for b in batches], axis=1)
+    queries = []
+    for batch in case_batches(data, cases, hybrid.lstm.config.max_length, CASES_PER_BATCH):
+        gaps = np.stack([np.full_like(batch.request_gap, UNKNOWN_GAP), batch.request_gap])
+        queries.append(np.asarray(encode_histories(graphdef, variables, batch.events, gaps)[0]))
     ratings, items = data.unit_ratings()[cases.rows], data.histories.items[cases.rows]
     user_means = running_user_means(data.histories.offsets, data.unit_ratings(), float(item_ratings[0]))
     return CaseStates(
-        cases, query[:, : len(cases)], rating_or_mean(ratings, items, item_ratings), user_means[cases.rows]
+        cases,
+        np.concatenate(queries, axis=1)[:, : len(cases)],
+        rating_or_mean(ratings, items, item_ratings),
+        user_means[cases.rows],
     )
 
 
-def make_judge(
+def over_cases(
+    compute: Callable[[jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array, np.ndarray], Any],
+    states: CaseStates,
+    data: PreparedData,
+    max_length: int,
+) -> Any:
+    """Arrays [2, cases, ...] of all cases without and with the request time, from those [batch, ...] of a batch.
+
+    `compute` gets the queries [batch, width], the recent items [batch, RECENT], the target, its rating and the mean of
+    the user's ratings ([batch] each), the items to exclude [batch, any], and the numbers of the cases [batch].
+    """
+    variants: tuple[list[Any], ...] = ([], [])
+    for number, batch in enumerate(case_batches(data, states.cases, max_length, CASES_PER_BATCH)):
+        rows = np.minimum(number * CASES_PER_BATCH + np.arange(CASES_PER_BATCH), len(states.cases) - 1)
+        of_cases = batch.target, states.target_rating[rows], states.user_mean[rows]
+        recent, exclude = jax.device_put((recent_items(batch.events.item, batch.events.length), batch.exclude))
+        logged = jax.device_put(of_cases)
+        for query, results in zip(states.query, variants, strict=True):
+            results.append(jax.device_get(compute(jnp.asarray(query[rows]), recent, logged, exclude, rows)))
+    without_time, with_time = (
+        jax.tree.map(lambda *parts: np.concatenate(parts)[: len(states.cases)], *results) for results in variants
+    )
+    return jax.tree.map(lambda *both: np.stack(both), without_time, with_time)
+
+
+def case_evaluator(
     graphdef: nnx.GraphDef[PolicyHead],
     scoring: Scoring,
     states: CaseStates,
     data: PreparedData,
     max_length: int,
     weights: RewardWeights,
-) -> Callable[[Any], Judged]:
-    """judge(variables of a PolicyHead) -> what the policy does on the cases."""
+) -> Callable[[Any], CaseResults]:
+    """evaluate(variables of a PolicyHead) -> the policy's results on the cases."""
 
     @jax.jit
-    def judge_batch(
+    def of_batch(
         head: Any,
         scoring: Scoring,
         query: jax.Array,
         recent: jax.Array,
-        target: jax.Array,
-        target_rating: jax.Array,
-        user_mean: jax.Array,
+        logged: tuple[jax.Array, jax.Array, jax.Array],
         exclude: jax.Array,
     ) -> dict[str, jax.Array]:
         logits = policy_logits(nnx.merge(graphdef, head), query, recent, scoring)
         allowed = exclude_items(logits, exclude)
         slates = greedy_slates(allowed, min(TOP, logits.shape[1] - 1))
         where = recommendable(jnp.take_along_axis(allowed, slates, axis=-1))
-        terms = slate_reward_terms(slates, target, target_rating, user_mean, scoring.tables)
+        terms = slate_reward_terms(slates, *logged, scoring.tables)
         rewards = {"reward": total_reward(terms, weights), **terms._asdict()}
         return {
-            "rank": rank_of_target(logits, target, exclude),
+            "rank": rank_of_target(logits, logged[0], exclude),
             "top": jnp.where(where, slates, 0),
             "kl": kl_divergence(allowed, exclude_items(supervised_logits(query, recent, scoring), exclude)),
             **{name: returns(jnp.where(where, reward, 0.0))[:, 0] for name, reward in rewards.items()},
         }
 
-    def judge(head: Any) -> Judged:
-        answers: tuple[list[dict[str, np.ndarray]], ...] = ([], [])
-        for number, batch in enumerate(case_batches(data, states.cases, max_length, CASES_PER_BATCH)):
-            rows = np.minimum(number * CASES_PER_BATCH + np.arange(CASES_PER_BATCH), len(states.cases) - 1)
-            recent = recent_items(batch.events.item, batch.events.length)
-            of_cases = states.target_rating[rows], states.user_mean[rows]
-            logged = jax.device_put((recent, batch.target, *of_cases, batch.exclude))
-            for query, answered in zip(states.query, answers, strict=True):
-                answered.append(jax.device_get(judge_batch(head, scoring, jnp.asarray(query[rows]), *logged)))
-        columns = {
-            name: np.stack([np.concatenate([a[name] for a in answered])[: len(states.cases)] for answered in answers])
-            for name in answers[0][0]
-        }
-        return Judged(
-            rank=columns.pop("rank"),
-            top=columns.pop("top"),
-            item_count=len(data.catalog),
-            kl=columns.pop("kl"),
-            reward=columns.pop("reward"),
-            terms=columns,
-            weight=states.target_rating,
-            users=states.cases.users,
-        )
+    def evaluate(head: Any) -> CaseResults:
+        columns = over_cases(lambda *inputs: of_batch(head, scoring, *inputs[:-1]), states, data, max_length)
+        rank, reward, kl, top = (columns.pop(name) for name in ("rank", "reward", "kl", "top"))
+        return CaseResults(rank, reward, columns, kl, states.target_rating, top, len(data.catalog), states.cases.users)
 
-    return judge
+    return evaluate

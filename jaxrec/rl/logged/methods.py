@@ -1,8 +1,7 @@
 """Methods: how drawn slates and logged decisions become a loss of the policy, one `Method` for each objective.
 
-The loss is what the method adds to the leash, the anchor and the guards, which all methods share
-(`jaxrec.rl.logged.learner`). A method may learn a critic beside the policy; what its loss says of the critic is added
-too.
+A method's loss is added to the terms that all methods share (`jaxrec.rl.logged.loss`). It includes the loss of the
+critic, where the method learns one beside the policy.
 """
 
 import dataclasses
@@ -12,19 +11,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrec.config import RLConfig
 from jaxrec.models.masks import NEVER
-from jaxrec.rl.losses.actor_critic import advantage, double_q_target, q_losses, sa2c_loss, snqn_loss
-from jaxrec.rl.losses.masking import masked_mean
+from jaxrec.rl.config import LoggedConfig
+from jaxrec.rl.losses.actor_critic import (
+    advantage,
+    double_q_target,
+    masked_mean,
+    q_losses,
+    sa2c_loss,
+    snqn_loss,
+)
 from jaxrec.rl.losses.off_policy import capped_importance_weights, top_k_off_policy_loss
 from jaxrec.rl.losses.policy_gradient import baseline_loss, plackett_luce_loss, reinforce_loss
 from jaxrec.rl.policy import recommendable, sample_slates
+from jaxrec.rl.scoring import Linear, zero_critic
 
 NEGATIVES = 10  # of each state, in the actor-critic
 ADVANTAGES_FROM = 0.3  # of the updates; before, advantages of an untrained Q would be noise
 
 
-class Decisions(NamedTuple):
+class Transitions(NamedTuple):
     """A batch of logged decisions, and slates that the policy drew there.
 
     `query` [batch, width] is the supervised query vector before each, `logits` [batch, items + 1] the policy's (NEVER
@@ -48,71 +54,53 @@ class Decisions(NamedTuple):
     progress: jax.Array
 
 
-Metrics = dict[str, jax.Array]
-Critic = Any  # a pytree of arrays, each method's own
-
-
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """`new_critic(width, items, config)`: the critic's variables at the start. `loss(decisions, critic, item_vectors,
+    """`new_critic(width, items, config)`: the critic's variables at the start. `loss(transitions, critic, item_vectors,
     key, config)` -> the loss and what it measured. `logged`: whether it weighs the logged items by the behaviour model,
     which then must be there. `samples`: slates that it wants for each state, at least."""
 
     name: str
-    new_critic: Callable[[int, int, RLConfig], Critic]
-    loss: Callable[[Decisions, Critic, jax.Array, jax.Array, RLConfig], tuple[jax.Array, Metrics]]
+    new_critic: Callable[[int, int, LoggedConfig], Any]
+    loss: Callable[[Transitions, Any, jax.Array, jax.Array, LoggedConfig], tuple[jax.Array, dict[str, jax.Array]]]
     logged: bool = False
     samples: int = 1
 
 
-class Linear(NamedTuple):
-    """query @ kernel + bias; `kernel` [width, outputs], `bias` [outputs]."""
-
-    kernel: jax.Array
-    bias: jax.Array
-
-    def __call__(self, query: jax.Array) -> jax.Array:
-        return query @ self.kernel + self.bias
-
-
-def _zeros(width: int, outputs: int) -> Linear:
-    return Linear(jnp.zeros((width, outputs)), jnp.zeros(outputs))
-
-
 def _reinforce(
-    decisions: Decisions, critic: Linear, item_vectors: jax.Array, key: jax.Array, config: RLConfig
-) -> tuple[jax.Array, Metrics]:
-    values = jnp.broadcast_to(critic(decisions.query), decisions.returns.shape)
+    transitions: Transitions, critic: Linear, item_vectors: jax.Array, key: jax.Array, config: LoggedConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    values = jnp.broadcast_to(critic(transitions.query), transitions.returns.shape)
 
     def rows(x: jax.Array) -> jax.Array:
         return x.reshape(-1, x.shape[-1])
 
     logprobs, achieved, values, where = (
-        rows(x) for x in (decisions.logprobs, decisions.returns, values, decisions.where)
+        rows(x) for x in (transitions.logprobs, transitions.returns, values, transitions.where)
     )
     value_loss = baseline_loss(values, achieved, where)
     return reinforce_loss(logprobs, achieved, values, where) + value_loss, {"baseline_loss": value_loss}
 
 
 def _plackett_luce(
-    decisions: Decisions, critic: Critic, item_vectors: jax.Array, key: jax.Array, config: RLConfig
-) -> tuple[jax.Array, Metrics]:
-    return plackett_luce_loss(decisions.logprobs, decisions.returns, decisions.where[0]), {}
+    transitions: Transitions, critic: Any, item_vectors: jax.Array, key: jax.Array, config: LoggedConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return plackett_luce_loss(transitions.logprobs, transitions.returns, transitions.where[0]), {}
 
 
 def _top_k_off_policy(
-    decisions: Decisions, critic: Critic, item_vectors: jax.Array, key: jax.Array, config: RLConfig
-) -> tuple[jax.Array, Metrics]:
-    logprob_pi = jnp.take_along_axis(jax.nn.log_softmax(decisions.logits), decisions.target[:, None], axis=1)[:, 0]
+    transitions: Transitions, critic: Any, item_vectors: jax.Array, key: jax.Array, config: LoggedConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    logprob_pi = jnp.take_along_axis(jax.nn.log_softmax(transitions.logits), transitions.target[:, None], axis=1)[:, 0]
     where = recommendable(logprob_pi)
-    weights, clipped = capped_importance_weights(logprob_pi, decisions.logprob_beta, config.importance_cap)
+    weights, clipped = capped_importance_weights(logprob_pi, transitions.logprob_beta, config.importance_cap)
     loss = top_k_off_policy_loss(
-        logprob_pi, decisions.logprob_beta, decisions.reward, where, config.slate_size, config.importance_cap
+        logprob_pi, transitions.logprob_beta, transitions.reward, where, config.slate_size, config.importance_cap
     )
     return loss, weight_metrics(weights, clipped, where)
 
 
-def weight_metrics(weights: jax.Array, clipped: jax.Array, where: jax.Array) -> Metrics:
+def weight_metrics(weights: jax.Array, clipped: jax.Array, where: jax.Array) -> dict[str, jax.Array]:
     """Effective sample size (Kong 1992) as a share of the sample, and the share of weights at the cap; all [...]."""
     count = jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1.0)
     weights = jnp.where(where, weights, 0.0)
@@ -121,8 +109,12 @@ def weight_metrics(weights: jax.Array, clipped: jax.Array, where: jax.Array) -> 
 
 
 def _actor_critic(
-    decisions: Decisions, critic: tuple[Linear, Linear], item_vectors: jax.Array, key: jax.Array, config: RLConfig
-) -> tuple[jax.Array, Metrics]:
+    transitions: Transitions,
+    critic: tuple[Linear, Linear],
+    item_vectors: jax.Array,
+    key: jax.Array,
+    config: LoggedConfig,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     coin_key, negative_key = jax.random.split(key)
     coin = jax.random.bernoulli(coin_key)
     learning, other = (
@@ -132,34 +124,36 @@ def _actor_critic(
     def q(head: Linear, query: jax.Array) -> jax.Array:
         return (query @ head.kernel) @ item_vectors.T + head.bias
 
-    allowed = recommendable(decisions.logits)
-    left = allowed.at[jnp.arange(len(decisions.target)), decisions.target].set(False)
+    allowed = recommendable(transitions.logits)
+    left = allowed.at[jnp.arange(len(transitions.target)), transitions.target].set(False)
     negatives = sample_slates(negative_key, jnp.where(left, 0.0, NEVER), min(NEGATIVES, left.shape[1] - 1))
-    here, discount = q(learning, decisions.query), config.discount * decisions.has_next
-    after = q(learning, decisions.next_query), q(other, decisions.next_query)
-    target = double_q_target(decisions.reward, discount, *after, left)
-    unchanged = config.discount * jnp.ones_like(decisions.reward)
-    nothing = jnp.zeros_like(decisions.reward)
-    negative_target = double_q_target(nothing, unchanged, here, q(other, decisions.query), allowed)
-    where = jnp.take_along_axis(allowed, decisions.target[:, None], axis=1)[:, 0]
-    common = (decisions.logits, here, decisions.target, negatives, target, negative_target)
-    weight = jnp.ones_like(decisions.reward)
-    loss = jnp.where(decisions.progress < ADVANTAGES_FROM, snqn_loss(*common, where), sa2c_loss(*common, weight, where))
-    critic_loss = masked_mean(q_losses(here, decisions.target, target), where)
-    advantages = masked_mean(advantage(here, decisions.target, negatives), where)
+    here, discount = q(learning, transitions.query), config.discount * transitions.has_next
+    after = q(learning, transitions.next_query), q(other, transitions.next_query)
+    target = double_q_target(transitions.reward, discount, *after, left)
+    unchanged = config.discount * jnp.ones_like(transitions.reward)
+    nothing = jnp.zeros_like(transitions.reward)
+    negative_target = double_q_target(nothing, unchanged, here, q(other, transitions.query), allowed)
+    where = jnp.take_along_axis(allowed, transitions.target[:, None], axis=1)[:, 0]
+    common = (transitions.logits, here, transitions.target, negatives, target, negative_target)
+    weight = jnp.ones_like(transitions.reward)
+    loss = jnp.where(
+        transitions.progress < ADVANTAGES_FROM, snqn_loss(*common, where), sa2c_loss(*common, weight, where)
+    )
+    critic_loss = masked_mean(q_losses(here, transitions.target, target), where)
+    advantages = masked_mean(advantage(here, transitions.target, negatives), where)
     return loss, {"critic_loss": critic_loss, "advantage": advantages}
 
 
-def _no_critic(width: int, items: int, config: RLConfig) -> Critic:
+def _no_critic(width: int, items: int, config: LoggedConfig) -> Any:
     return ()
 
 
-def _q_heads(width: int, items: int, config: RLConfig) -> tuple[Linear, Linear]:
+def _q_heads(width: int, items: int, config: LoggedConfig) -> tuple[Linear, Linear]:
     head = Linear(jnp.zeros((width, width)), jnp.zeros(items + 1))
     return head, jax.tree.map(jnp.copy, head)
 
 
-REINFORCE = Method("reinforce", lambda width, items, config: _zeros(width, config.slate_size), _reinforce)
+REINFORCE = Method("reinforce", lambda width, items, config: zero_critic(width, config.slate_size), _reinforce)
 PLACKETT_LUCE = Method("plackett-luce", _no_critic, _plackett_luce, samples=4)
 TOP_K = Method("top-k", _no_critic, _top_k_off_policy, logged=True)
 ACTOR_CRITIC = Method("actor-critic", _q_heads, _actor_critic)

@@ -1,7 +1,6 @@
 """States of the policy: the two models' query vectors at logged decisions, computed once, the items before them, and
 what came next."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,15 +9,16 @@ import numpy as np
 from flax import nnx
 
 from jaxrec.data.batches import training_windows
-from jaxrec.data.events import Events
+from jaxrec.data.events import pad_events
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP
+from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.errors import DataError
 from jaxrec.models.cooccurrence import recent_items
 from jaxrec.models.features import Array
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.rl.logged.behaviour import BehaviourConfig, Choices, Fit, action_logprobs, fit_behaviour
+from jaxrec.rl.logged.behaviour import BehaviourConfig, Choices, Fit, chosen_logprobs, fit_behaviour
 from jaxrec.rl.reward_tables import running_user_means
+from jaxrec.rl.states import encode_positions
 
 MAX_STATES = 60_000
 BEHAVIOUR_EPOCHS = 5
@@ -93,7 +93,7 @@ def training_states(
     unit_ratings = data.unit_ratings()
     target, rating = data.histories.items[target_rows], unit_ratings[target_rows]
     return States(
-        query=_queries(hybrid, data, rows, where, request_gap),
+        query=_queries(hybrid, data, first_rows, where, request_gap),
         target=target.astype(np.int32),
         target_rating=rating_or_mean(rating, target, item_ratings),
         user_mean=running_user_means(data.histories.offsets, unit_ratings, float(item_ratings[0]))[target_rows],
@@ -114,10 +114,10 @@ def with_behaviour(states: States, item_count: int, seed: int) -> tuple[States, 
     window_count = len(states.windows)
     held_out = np.random.default_rng(seed).permutation(window_count) < max(1, window_count // 10)
     of_held_out = held_out[np.asarray(states.window)]
-    fitted, judging = (choices.rows(np.flatnonzero(possible & mask)) for mask in (~of_held_out, of_held_out))
-    beta, fit = fit_behaviour(fitted, judging, item_count, BehaviourConfig(max_epochs=BEHAVIOUR_EPOCHS, seed=seed))
+    fitted, evaluated = (choices.rows(np.flatnonzero(possible & mask)) for mask in (~of_held_out, of_held_out))
+    beta, fit = fit_behaviour(fitted, evaluated, item_count, BehaviourConfig(max_epochs=BEHAVIOUR_EPOCHS, seed=seed))
     logprobs = np.zeros(len(rows), np.float32)
-    logprobs[possible] = action_logprobs(beta, choices.rows(np.flatnonzero(possible)))
+    logprobs[possible] = chosen_logprobs(beta, choices.rows(np.flatnonzero(possible)))
     return states._replace(logprob_beta=logprobs), fit
 
 
@@ -127,33 +127,18 @@ def rating_or_mean(ratings: np.ndarray, items: np.ndarray, item_ratings: np.ndar
 
 
 def _queries(
-    hybrid: Hybrid, data: PreparedData, rows: np.ndarray, where: np.ndarray, request_gap: np.ndarray
+    hybrid: Hybrid, data: PreparedData, starts: np.ndarray, where: np.ndarray, request_gap: np.ndarray
 ) -> np.ndarray:
-    """[states, width] float32: the supervised query vector after each event of the windows, rows [windows, length]."""
-    encode = _query_function(hybrid)
-    ratings, gaps = data.unit_ratings(), data.histories.gaps()
-    queries = []
-    for start in range(0, len(rows), WINDOWS_PER_BATCH):
-        batch = np.minimum(np.arange(start, start + WINDOWS_PER_BATCH), len(rows) - 1)
-        events = Events(
-            item=np.where(where[batch], data.histories.items[rows[batch]], 0).astype(np.int32),
-            rating=np.where(where[batch], ratings[rows[batch]], MISSING_RATING).astype(np.float32),
-            gap=np.where(where[batch], gaps[rows[batch]], UNKNOWN_GAP).astype(np.float32),
-            length=where[batch].sum(axis=1, dtype=np.int32),
-        )
-        of_batch = np.asarray(encode(events, request_gap[batch]))[: len(rows) - start]
-        queries.append(of_batch[where[start : start + WINDOWS_PER_BATCH]])
-    return np.concatenate(queries)
-
-
-def _query_function(hybrid: Hybrid) -> Callable[[Events, Array], jax.Array]:
-    """Compiled (events [batch, length], request_gap [batch, length]) -> supervised queries [batch, length, width]."""
+    """[states, width] float32: the supervised query after each event of the windows, which begin at event `starts`
+    [windows] of the log; `where` and `request_gap` [windows, length]."""
     graphdef, variables = nnx.split(hybrid)
-
-    @jax.jit
-    def queries(variables: nnx.State, events: Events, request_gap: Array) -> jax.Array:
-        model = nnx.merge(graphdef, variables)
-        outputs, _ = model.encode(events)
-        return model.supervised_query(outputs, jnp.asarray(request_gap))
-
-    return lambda events, request_gap: queries(variables, events, request_gap)
+    columns = data.histories.items, data.unit_ratings(), data.histories.gaps()
+    lengths, queries = where.sum(axis=1), []
+    for first in range(0, len(starts), WINDOWS_PER_BATCH):
+        windows = np.minimum(np.arange(first, first + WINDOWS_PER_BATCH), len(starts) - 1)
+        rows = [slice(starts[window], starts[window] + lengths[window]) for window in windows]
+        items, ratings, gaps = ([column[one] for one in rows] for column in columns)
+        events = pad_events(items, ratings, gaps, where.shape[1])
+        of_batch = np.asarray(encode_positions(graphdef, variables, events, request_gap[windows]))
+        queries.append(of_batch[: len(starts) - first][where[first : first + WINDOWS_PER_BATCH]])
+    return np.concatenate(queries)

@@ -1,4 +1,4 @@
-"""Trains a policy on top of the supervised hybrid, and two controls beside it, and judges all three on validation."""
+"""Trains a policy on top of the supervised hybrid, and two controls beside it; evaluates all three on validation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,182 +7,142 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
-from jaxrec.config import RLConfig
 from jaxrec.data.prepared import PreparedData
-from jaxrec.errors import DataError, TrainingError, TrainingStopped
+from jaxrec.errors import DataError, TrainingStopped
 from jaxrec.models.hybrid import Hybrid, PolicyHead
+from jaxrec.rl.checkpoint import PolicyCheckpoint
+from jaxrec.rl.config import LoggedConfig
 from jaxrec.rl.logged.behaviour import Fit
-from jaxrec.rl.logged.evaluate import Judged, case_states, decide, make_judge
-from jaxrec.rl.logged.learner import Learner, Updates, make_updates, new_learner, pay
+from jaxrec.rl.logged.evaluate import CaseResults, case_evaluator, case_states, logged_outcome
+from jaxrec.rl.logged.loss import logged_loss, start_params
 from jaxrec.rl.logged.methods import REINFORCE, Method
 from jaxrec.rl.logged.states import States, training_states, with_behaviour
+from jaxrec.rl.outcome import TrainedPolicy
 from jaxrec.rl.reward_tables import fit_reward_tables
-from jaxrec.rl.scoring import Scoring, frozen_scoring
+from jaxrec.rl.scoring import PolicyParams, Scoring, frozen_scoring
+from jaxrec.rl.updates import Learner, Updates, make_updates, means, new_learner, policy_optimizer, run_updates
 from jaxrec.training.stopping import StopRequested, never
 
-POLICY, ANCHOR_ONLY, PERMUTED = PHASES = ("policy", "anchor only", "permuted rewards")
+POLICY, IMITATION_ONLY, PERMUTED = "policy", "imitation only", "permuted rewards"
+KEPT = "the checkpoint is written"
+PHASES = {POLICY: (1.0, False), IMITATION_ONLY: (0.0, False), PERMUTED: (1.0, True)}
+"""By name, the share of their rewards that decisions get, and whether rewards are permuted within a batch."""
 
 
-@dataclasses.dataclass(frozen=True)
-class PolicyOutcome:
-    """`used`: whether the policy replaces what was in use before, and `reason` why, with the figures. `step`: the
-    updates that it took. `figures`: by name (supervised, policy, the controls, the behaviour model) on what it was
-    judged on; `differences`: paired gains over the supervised policy as mean, low and high."""
-
-    used: bool
-    reason: str
-    step: int
-    figures: dict[str, dict[str, float]]
-    differences: dict[str, dict[str, float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedPolicy:
-    """`variables` of PolicyHead after the last update. `steps`: one record per update of the policy; `log`: one per
-    evaluation, means over the updates since the one before, and the figures on validation."""
-
-    outcome: PolicyOutcome
-    variables: Any
-    steps: list[dict[str, float]]
-    log: list[dict[str, Any]]
-
-
-class Progress(NamedTuple):
-    """All that an exact resumption needs: the learner of the phase under way, the heads of those that are over (in the
-    order of PHASES), and the records so far."""
-
-    learner: Learner
-    heads: list[Any]
-    steps: list[dict[str, float]]
-    log: list[dict[str, Any]]
-
-
-Save = Callable[[Progress], object]
-Judge = Callable[[Any], Judged]
-
-
-class Problem(NamedTuple):
-    """What is trained on, and what judges. `behaviour`: how good the behaviour model is that the method needed."""
+class LoggedTraining(NamedTuple):
+    """What the policy and its controls are trained with: the frozen `scoring`, the logged `states`, the structure and
+    the parameters `start` of the supervised policy, the compiled `updates`, and `evaluate(head)` on the validation
+    cases. `behaviour`: the fit of the behaviour model, where the method needs one."""
 
     scoring: Scoring
     states: States
-    judge: Judge
     graphdef: nnx.GraphDef[PolicyHead]
-    new_learner: Callable[[], Learner]
+    start: PolicyParams
+    updates: Updates
+    evaluate: Callable[[Any], CaseResults]
+    config: LoggedConfig
     behaviour: Fit | None
 
+    def new_learner(self) -> Learner:
+        """A learner whose policy is the supervised one."""
+        optimizer = policy_optimizer(self.config.learning_rate, self.config.updates)
+        return jax.device_put(new_learner(self.start, optimizer), jax.devices()[0])
 
-def train_policy(
+
+def train_logged(
     hybrid: Hybrid,
     data: PreparedData,
-    config: RLConfig,
+    config: LoggedConfig,
     method: Method = REINFORCE,
-    resumed: Callable[[Problem], Progress | None] = lambda problem: None,
-    save: Save = lambda progress: None,
+    checkpoint: PolicyCheckpoint | None = None,
     stop: StopRequested = never,
 ) -> TrainedPolicy:
-    """Trains from the supervised policy on, then the two controls, each by the same updates: the anchor without
-    rewards, and rewards permuted among the decisions of a batch. `jaxrec.rl.logged.evaluate.decide` says what they are
-    for.
+    """Trains from the supervised policy on, then two controls by as many updates: imitation without rewards, and
+    rewards permuted among the decisions of a batch (`jaxrec.rl.logged.evaluate.logged_outcome` says what for).
 
-    Between `steps_per_evaluation` updates `save` gets the progress, and `stop` may end it: TrainingStopped. `resumed`
-    gives the progress to go on from. Raises TrainingError where a figure is not finite.
+    Args:
+        hybrid: The supervised models.
+        data: What they were trained on.
+        config: Its slates are cut to the catalogue.
+        method: What makes a loss of slates and logged decisions.
+        checkpoint: Is resumed from, and written after every `updates_per_evaluation` updates.
+        stop: Ends the training after such a chunk.
+
+    Raises:
+        DataError: There is nothing to learn from, no validation case, or the checkpoint is damaged.
+        TrainingError: A metric is not finite.
+        TrainingStopped: `stop()` was true; the checkpoint is written then.
     """
-    config = settled(config, method, len(data.catalog))
-    problem = new_problem(hybrid, data, config, method)
-    progress = resumed(problem) or Progress(problem.new_learner(), [], [], [])
-    updates, total = make_updates(problem.graphdef, config, method), config.steps * len(PHASES)
-    done = len(progress.heads) * config.steps + int(progress.learner.step)
-    with tqdm(total=total, initial=done, desc="train policy", unit="step") as bar:
-        while len(progress.heads) < len(PHASES):
-            progress = _train_phase(problem, updates, config, progress, save, stop, bar)
-    supervised = problem.judge(problem.new_learner().head)
-    judged = {name: problem.judge(head) for name, head in zip(PHASES, progress.heads, strict=True)}
-    decision = decide(judged[POLICY], supervised, judged[ANCHOR_ONLY], judged[PERMUTED])
-    figures = {"supervised": supervised.figures(), **{name: of_one.figures() for name, of_one in judged.items()}}
-    if problem.behaviour is not None:
-        figures["behaviour model"] = dataclasses.asdict(problem.behaviour)
-    differences = {name: dataclasses.asdict(estimate) for name, estimate in decision.differences.items()}
-    outcome = PolicyOutcome(decision.used, decision.reason, config.steps, figures, differences)
-    return TrainedPolicy(outcome, progress.heads[0], progress.steps, progress.log)
+    training = logged_training(hybrid, data, config, method)
+    learner, heads = training.new_learner(), list[Any]()
+    progress: dict[str, Any] = {"phases": 0, "updates": [], "evaluations": []}
+    if checkpoint is not None and (saved := checkpoint.progress()) is not None:
+        progress, head = saved, learner.params.head
+        arrays = checkpoint.arrays({"learner": learner, "heads": [head] * saved["phases"]})
+        learner, heads = arrays["learner"], arrays["heads"]
+    updates, evaluations, total = progress["updates"], progress["evaluations"], training.config.updates
+    for number, (phase, control) in list(enumerate(PHASES.items()))[len(heads) :]:
+        inputs = training.scoring, training.states, *control
+        chunks = run_updates(
+            training.updates,
+            learner,
+            inputs,
+            jax.random.key(config.seed),
+            total,
+            config.updates_per_evaluation,
+            phase,
+            stop,
+            KEPT,
+        )
+        for updated, records in chunks:
+            learner, done = updated, int(updated.step)
+            if phase == POLICY:
+                validation = training.evaluate(learner.params.head).figures()
+                evaluations.append({"step": done, **means(records), "validation": validation})
+                updates += records
+            if done == total:
+                heads.append(jax.tree.map(np.array, learner.params.head))  # copied: updates donate the arrays
+                learner = training.new_learner()
+            if checkpoint is not None:
+                progress = {"phases": len(heads), "updates": updates, "evaluations": evaluations}
+                checkpoint.write(number * total + done, {"learner": learner, "heads": heads}, progress)
+        if len(heads) < len(PHASES) and stop():
+            raise TrainingStopped(f"{phase}: stopped after update {total} of {total}; {KEPT}")
+    results = {name: training.evaluate(head) for name, head in zip(PHASES, heads, strict=True)}
+    supervised = training.evaluate(training.start.head)
+    outcome = logged_outcome(results[POLICY], supervised, results[IMITATION_ONLY], results[PERMUTED])
+    figures = {"supervised": supervised.figures(), **{name: one.figures() for name, one in results.items()}}
+    if training.behaviour is not None:
+        figures["behaviour model"] = dataclasses.asdict(training.behaviour)
+    return TrainedPolicy(dataclasses.replace(outcome, figures=figures), heads[0], updates, evaluations)
 
 
-def settled(config: RLConfig, method: Method, items: int) -> RLConfig:
-    """The configuration with slates that fit the catalogue, and as many samples as the method wants at least."""
-    samples = max(config.samples, method.samples)
-    return dataclasses.replace(config, slate_size=min(config.slate_size, items), samples=samples)
-
-
-def new_problem(hybrid: Hybrid, data: PreparedData, config: RLConfig, method: Method) -> Problem:
-    """Raises DataError where there is nothing to learn from or nothing to judge by."""
+def logged_training(
+    hybrid: Hybrid, data: PreparedData, config: LoggedConfig, method: Method = REINFORCE
+) -> LoggedTraining:
+    """All that a training needs, with slates that fit the catalogue, and as many samples as the method needs at least.
+    Raises DataError where there is nothing to learn from or no validation case."""
     if not len(data.split.validation):
-        raise DataError("no validation case is left; the log is too short to judge a policy")
-    device = jax.devices()[0]
+        raise DataError("no validation case is left; the log is too short to evaluate a policy")
+    items, device = len(data.catalog), jax.devices()[0]
+    samples = max(config.samples, method.samples)
+    config = dataclasses.replace(config, slate_size=min(config.slate_size, items), samples=samples)
     scoring = jax.device_put(frozen_scoring(hybrid, fit_reward_tables(data)), device)
     item_ratings = np.asarray(scoring.tables.item_ratings)
     states, behaviour = training_states(hybrid, data, item_ratings, config.seed), None
     if method.logged:
-        states, behaviour = with_behaviour(states, len(data.catalog), config.seed)
-    states = jax.device_put(states, device)
+        states, behaviour = with_behaviour(states, items, config.seed)
     cases = case_states(hybrid, data, data.split.validation, item_ratings)
-    width, items = scoring.item_vectors.shape[1], len(data.catalog)
-    graphdef, _ = new_learner(width, items, config, method)
-    judge = make_judge(graphdef, scoring, cases, data, hybrid.lstm.config.max_length, config.rewards)
-
-    def fresh() -> Learner:
-        return jax.device_put(new_learner(width, items, config, method)[1], device)
-
-    return Problem(scoring, states, judge, graphdef, fresh, behaviour)
-
-
-def _train_phase(
-    problem: Problem,
-    updates: Updates,
-    config: RLConfig,
-    progress: Progress,
-    save: Save,
-    stop: StopRequested,
-    bar: "tqdm[Any]",
-) -> Progress:
-    """The updates that are left of the phase under way; the next one's learner is fresh."""
-    phase = PHASES[len(progress.heads)]
-    key, paid = jax.random.key(config.seed), pay(share=float(phase != ANCHOR_ONLY), permuted=phase == PERMUTED)
-    while (start := int(progress.learner.step)) < config.steps:
-        count = min(config.steps_per_evaluation, config.steps - start)
-        learner, metrics = updates(progress.learner, problem.scoring, problem.states, key, count, paid)
-        records = step_records(jax.device_get(metrics), start)
-        means = {name: float(np.mean([record[name] for record in records])) for name in records[0] if name != "step"}
-        progress = progress._replace(learner=learner)
-        if phase == POLICY:
-            figures = problem.judge(learner.head).figures()
-            log = [*progress.log, {"step": start + count, **means, "validation": figures}]
-            progress = progress._replace(steps=[*progress.steps, *records], log=log)
-        bar.update(count)
-        bar.set_postfix(phase=phase, reward=f"{means['reward']:.4f}", kl=f"{means['kl']:.4f}")
-        if start + count == config.steps:
-            head = jax.tree.map(np.array, learner.head)  # copied: the next update takes the buffers
-            progress = progress._replace(heads=[*progress.heads, head], learner=problem.new_learner())
-        save(progress)
-        if len(progress.heads) < len(PHASES) and stop():
-            raise TrainingStopped(f"stopped and saved after step {start + count} of {config.steps} of: {phase}")
-        if start + count == config.steps:
-            break
-    return progress
-
-
-def step_records(metrics: dict[str, np.ndarray], start: int) -> list[dict[str, float]]:
-    """One record per update from metrics [steps]. Raises TrainingError where one is not finite."""
-    for name, values in metrics.items():
-        wrong = np.flatnonzero(~np.isfinite(values))
-        if len(wrong):
-            raise TrainingError(
-                f"{name} is not finite at step {start + wrong[0]} (of steps {start}..{start + len(values) - 1}); "
-                "no policy was written, and the one before stays in use"
-            )
-    count = len(next(iter(metrics.values())))
-    return [
-        {"step": start + number, **{name: float(values[number]) for name, values in metrics.items()}}
-        for number in range(count)
-    ]
+    graphdef, start = start_params(scoring.item_vectors.shape[1], items, config, method)
+    optimizer = policy_optimizer(config.learning_rate, config.updates)
+    return LoggedTraining(
+        scoring,
+        jax.device_put(states, device),
+        graphdef,
+        start,
+        make_updates(logged_loss(graphdef, config, method), optimizer, config.kl_target),
+        case_evaluator(graphdef, scoring, cases, data, hybrid.lstm.config.max_length, config.rewards),
+        config,
+        behaviour,
+    )

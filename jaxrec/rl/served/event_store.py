@@ -1,18 +1,19 @@
-"""What a server showed and what came of it, from its event store (SQLite), in the indices of a run's catalogue.
+"""Reads what a server recommended, and the responses to it, from its event store (SQLite), in a run's item indices.
 
-The store is read and never written; `serve/stores/sqlite.py` is its other side. A user's history at a recommendation is
-the events until its second, that second's included: to watch, and to ask for more within the second, is common. Events
-that name this recommendation or a later one are not of it, whatever a client's clock says; one that came just after it,
-in the same second, and names none is taken for history, though the server had not read it, unless it is on an item of
-the slate, which is not made of what the user had before. Where the request told its time, events after that are left
-out, and events on items that the catalogue does not know always are: as the server does. Which events came late is not
-in the log.
+The store is only read; `serve/stores/sqlite.py` writes it.
 
-An event answers a recommendation if it names it and comes within the horizon, by the event's own clock: one that is
-early counts as at once. Later ones are history of what was shown after them all the same. Of what was shown less than
-the horizon before the log's end, it isn't known yet what comes of it. The log ends with the last recommendation, by the
-server's clock, or later with the events that name one: but for the last one in a hundred, as for the horizon. Those
-dated after now are of a wrong clock and take no part in either.
+History: a user's history at a recommendation is the events until its second, that second included, since users often
+watch and ask for more within a second. Events that name this recommendation or a later one are excluded, whatever a
+client's clock says. An event of the same second that names no recommendation counts as history, though the server may
+not have read it, unless it is on an item of the slate (slates leave out items of the history). If the request gave its
+time, later events are excluded. Events on items outside of the catalogue always are. The server does the same. The log
+does not say which events came late.
+
+Responses: an event is a response to the recommendation that it names if it comes within the attribution window, by the
+event's own clock; an event before the recommendation counts as immediate. Later ones are still history of the
+recommendations after them. A recommendation less than the window before the log's end is left out, since responses may
+still come. The log ends with the last recommendation, by the server's clock, or with the responses, if these end later
+(all but the last one in a hundred, as for the window). Events dated after now have a wrong clock and count for neither.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from jaxrec.errors import DataError
 
 APPLICATION_ID = 0x6A787263
 STORE_VERSION = 4
-QUANTILE = 0.99  # of the answers came until the log's end, and within the horizon where none is given
+QUANTILE = 0.99  # of the responses: by when the log ends, and within which window they come by default
 
 # Why a recommendation cannot be learned from.
 SENT_ALONG = "histories that came with the request"
@@ -40,7 +41,7 @@ DETERMINISTIC = "shown without drawing (no propensities)"
 UNNOTED = "logged before servers noted their temperature"
 UNKNOWN_ITEM = "with an item that the run does not know"
 NO_HISTORY = "to users without a known event"
-STILL_OPEN = "whose answers may still come"
+STILL_OPEN = "whose responses may still come"
 
 
 class History(NamedTuple):
@@ -54,17 +55,17 @@ class History(NamedTuple):
 class Recommendation(NamedTuple):
     """A slate as it was shown: `slate` [k] int32, best first, `log_propensities` [k] float64, each given the items
     above it, at the exploration's `temperature`, by the model `version` (of `ServedLog.versions`). `time`: seconds;
-    `request_time`: what the request told, None where it did not. `excluded` [excluded] int32: what it left out beside
-    the history. `answers` [answers] int32 are the items of the events that answer it, in their order (0: not in the
-    catalogue), `answer_ratings` [answers] float32 (raw, NaN = none)."""
+    `request_time`: as the request gave it, None where it did not. `excluded` [excluded] int32: items that the request
+    excluded. `responses` [responses] int32 are the items of the events that respond to it, in their order (0: not in
+    the catalogue), `response_ratings` [responses] float32 (raw, NaN = none)."""
 
     user: int
     time: int
     history: History
     slate: np.ndarray
     log_propensities: np.ndarray
-    answers: np.ndarray
-    answer_ratings: np.ndarray
+    responses: np.ndarray
+    response_ratings: np.ndarray
     version: int
     temperature: float
     request_time: int | None
@@ -74,14 +75,14 @@ class Recommendation(NamedTuple):
 class ServedLog(NamedTuple):
     """`recommendations` that can be learned from, in the order of users and time; `users`: raw ids, which
     `Recommendation.user` counts; `versions` of the models that showed them; `skipped`: how many others, by reason;
-    `shown`: how many there are in all. `horizon` seconds: so long after a recommendation its answers count."""
+    `shown`: how many there are in all. `attribution_window` in seconds."""
 
     recommendations: list[Recommendation]
     users: list[str]
     versions: list[str]
     skipped: Mapping[str, int]
     shown: int
-    horizon: int
+    attribution_window: int
 
 
 class _Shown(NamedTuple):
@@ -108,9 +109,12 @@ class _UserEvents(NamedTuple):
     delays: np.ndarray
 
 
-def read_served_log(path: Path, catalog: Catalog, answers_within: int | None = None) -> ServedLog:
-    """Reads the store; `answers_within`: the horizon in seconds, None: within which the log's own answers come, but for
-    one in a hundred and those dated after now. Raises DataError where it is not a store, or cannot be read."""
+def read_served_log(path: Path, catalog: Catalog, attribution_window: int | None = None) -> ServedLog:
+    """Reads the store.
+
+    `attribution_window` in seconds; None: within which 99 % of the log's responses came, those dated after now left
+    out. Raises DataError where the file is not a store, or cannot be read.
+    """
     index = {str(raw): number for number, raw in enumerate(catalog.ids.raw_ids.tolist(), start=1)}
     try:
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
@@ -122,10 +126,10 @@ def read_served_log(path: Path, catalog: Catalog, answers_within: int | None = N
         raise DataError(
             f"{path}: cannot be read ({error}); expected the event store of `python -m serve run`"
         ) from error
-    came, delays = _answers_until(int(time.time()), events)
-    horizon = _quantile(delays) if answers_within is None else answers_within
+    came, delays = _responses_until(int(time.time()), events)
+    window = _quantile(delays) if attribution_window is None else attribution_window
     every = [one for of_user in shown.values() for one in of_user]
-    closed = max([_quantile(came), *(one.time for one in every)]) - horizon  # until then, all answers have come
+    closed = max([_quantile(came), *(one.time for one in every)]) - window  # until then, all responses have come
     skipped: Counter[str] = Counter()
     recommendations: list[Recommendation] = []
     users: dict[str, int] = {}
@@ -144,7 +148,7 @@ def read_served_log(path: Path, catalog: Catalog, answers_within: int | None = N
                 continue
             assert user_id is not None
             assert one.temperature is not None
-            answers = (known.named == place) & (known.delays <= horizon)
+            responses = (known.named == place) & (known.delays <= window)
             recommendations.append(
                 Recommendation(
                     user=users.setdefault(user_id, len(users)),
@@ -152,15 +156,15 @@ def read_served_log(path: Path, catalog: Catalog, answers_within: int | None = N
                     history=history,
                     slate=slate,
                     log_propensities=np.array(one.log_propensities, np.float64),
-                    answers=known.history.items[answers],
-                    answer_ratings=known.history.ratings[answers],
+                    responses=known.history.items[responses],
+                    response_ratings=known.history.ratings[responses],
                     version=versions.setdefault(one.version, len(versions)),
                     temperature=one.temperature,
                     request_time=one.request_time,
                     excluded=np.array([index[item] for item in one.excluded if item in index], np.int32),
                 )
             )
-    return ServedLog(recommendations, list(users), list(versions), dict(skipped), len(every), horizon)
+    return ServedLog(recommendations, list(users), list(versions), dict(skipped), len(every), window)
 
 
 def unit_ratings(ratings: np.ndarray, scale: RatingScale | None) -> np.ndarray:
@@ -213,9 +217,9 @@ def _user_events(events: list[tuple[Any, ...]], shown: list[_Shown]) -> _UserEve
     return _UserEvents(History(np.array(items, np.int32), raw, times), named, np.maximum(times - since, 0))
 
 
-def _answers_until(now: int, events: Mapping[str | None, _UserEvents]) -> tuple[np.ndarray, np.ndarray]:
-    """Of all events that name a recommendation and aren't dated after `now`, each [answers] int64: when they came, and
-    how many seconds after what they name."""
+def _responses_until(now: int, events: Mapping[str | None, _UserEvents]) -> tuple[np.ndarray, np.ndarray]:
+    """When the responses came that are not dated after `now`, and how many seconds after the recommendations that they
+    name; each [responses] int64."""
     found = [np.zeros((2, 0), np.int64)]
     for known in events.values():
         where = (known.named >= 0) & (known.history.times <= now)

@@ -1,14 +1,27 @@
-"""The policy as a server with `--explore TEMPERATURE` plays it: Plackett-Luce over the best POOL items of the logits
-divided by the temperature (`serve.model.exploration`)."""
+"""The policy as a server with `--explore TEMPERATURE` draws from it, at the recommendations of its log.
+
+Slates are drawn by Plackett-Luce from the best POOL items of the logits divided by the temperature
+(`serve/model/exploration.py`).
+"""
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from jaxrec.evaluation.metrics import exclude_items
+from jaxrec.models.hybrid import PolicyHead
 from jaxrec.models.masks import NEVER
 from jaxrec.rl.policy import recommendable, slate_logprobs
+from jaxrec.rl.scoring import Scoring, policy_logits
+from jaxrec.rl.served.states import ServedStates
+from jaxrec.rl.states import by_batches
 
 POOL = 100
+ROWS_PER_BATCH = 256
 EXACT = 0.02  # nats; propensities that are reproduced as closely are this policy's
 
 
@@ -37,10 +50,39 @@ def served_logprobs(logits: jax.Array, slates: jax.Array) -> jax.Array:
 def reproduced_versions(
     logprobs: np.ndarray, log_propensities: np.ndarray, version: np.ndarray, count: int
 ) -> np.ndarray:
-    """Which of `count` model versions [count] bool are the policy with these `logprobs` [rows, k] of the logged slots:
-    those whose rows (`version` [rows] int32) it reproduces, by the median row's largest distance from the logged
-    `log_propensities` [rows, k]. Not by every row: that an event came late, the log does not tell. A version without
-    rows is not."""
+    """[count] bool: which model versions are the policy with these `logprobs` [rows, k] of the logged slots.
+
+    A version (`version` [rows] int32) is the policy if its median row's largest distance from the logged
+    `log_propensities` [rows, k] is at most EXACT. Single rows may differ, since the log does not say which events came
+    late. A version without rows is not the policy.
+    """
     distance = np.abs(logprobs - log_propensities).max(axis=1)
     medians = (np.median(distance[version == one]) if np.any(version == one) else np.inf for one in range(count))
     return np.array([median <= EXACT for median in medians], bool)
+
+
+def state_logits(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: ServedStates) -> jax.Array:
+    """The policy's logits [rows, items + 1]; NEVER at the items of the history."""
+    logits = policy_logits(nnx.merge(graphdef, head), jnp.asarray(states.query), jnp.asarray(states.recent), scoring)
+    return exclude_items(logits, jnp.asarray(states.exclude))
+
+
+def slot_logprobs(logits: jax.Array, states: ServedStates) -> jax.Array:
+    """[rows, k]: of the logged slots, as a policy with these logits is served at the temperature of each row."""
+    slate = jnp.asarray(states.slate)
+    return served_logprobs(served_logits(logits, jnp.asarray(states.temperature), slate), slate)
+
+
+def logged_logprobs(
+    graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: ServedStates
+) -> np.ndarray:
+    """[rows, k] float64: log-probabilities of the logged slots under a policy as it is served."""
+    found = by_batches(
+        lambda rows: _logprobs(graphdef, head, scoring, states.at(rows)), len(states.user), ROWS_PER_BATCH
+    )
+    return np.minimum(np.asarray(found, np.float64), 0.0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logprobs(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: ServedStates) -> jax.Array:
+    return slot_logprobs(state_logits(graphdef, head, scoring, states), states)

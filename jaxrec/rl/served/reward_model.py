@@ -1,8 +1,8 @@
-"""What a slot earns, as a linear model of the state and the item: the model's half of a doubly robust estimate.
+"""A slot's reward as a linear model of the state and the item: the direct half of a doubly robust estimate.
 
 For each slot a ridge regression (Hoerl & Kennard 1970) of its discounted reward on FEATURES. A policy's mean over the
-items of a slot is then the model at the mean of the features (`expected_features`), and no item's reward is looked at.
-It need not be right: where the propensities are, it changes the variance alone.
+items of a slot is then the model at the mean of the features (`expected_features`). The model need not be right: where
+the propensities are, it only changes the variance.
 """
 
 import functools
@@ -17,9 +17,9 @@ from jaxrec.models.hybrid import PolicyHead
 from jaxrec.models.masks import NEVER
 from jaxrec.rl.policy import recommendable
 from jaxrec.rl.scoring import Scoring
-from jaxrec.rl.served.log_policy import by_batches, state_logits
-from jaxrec.rl.served.policy import POOL, served_logits, tempered
-from jaxrec.rl.served.states import LogStates
+from jaxrec.rl.served.policy import POOL, ROWS_PER_BATCH, served_logits, state_logits, tempered
+from jaxrec.rl.served.states import ServedStates
+from jaxrec.rl.states import by_batches
 
 FEATURES = ("constant", "log-probability", "probability", "rating", "novelty")  # novelty: minus log popularity, scaled
 LEAST = -20.0  # nats; an item that the policy in use shows less often, or never, counts as this
@@ -62,31 +62,35 @@ def _ridge(features: np.ndarray, rewards: np.ndarray) -> tuple[np.ndarray, float
 
 
 def logged_features(
-    graphdef: nnx.GraphDef[PolicyHead], reference: Any, scoring: Scoring, states: LogStates
+    graphdef: nnx.GraphDef[PolicyHead], reference: Any, scoring: Scoring, states: ServedStates
 ) -> np.ndarray:
     """[rows, k, features] float64 of the logged items; `reference` (variables of PolicyHead) is the policy in use,
     whose probability of an item as the first of the slate is a feature of it."""
-    found = by_batches(lambda batch: _of_logged(graphdef, reference, scoring, batch), states)
+    found = by_batches(
+        lambda rows: _of_logged(graphdef, reference, scoring, states.at(rows)), len(states.user), ROWS_PER_BATCH
+    )
     return np.asarray(found, np.float64)
 
 
 def expected_features(
-    graphdef: nnx.GraphDef[PolicyHead], policy: Any, reference: Any, scoring: Scoring, states: LogStates
+    graphdef: nnx.GraphDef[PolicyHead], policy: Any, reference: Any, scoring: Scoring, states: ServedStates
 ) -> np.ndarray:
     """[rows, k, features] float64: the mean over what `policy` (variables of PolicyHead) shows in a slot, as it is
     served, given the logged items above it. Exact; 0 where nothing is left to show."""
-    found = by_batches(lambda batch: _expected(graphdef, policy, reference, scoring, batch), states)
+    found = by_batches(
+        lambda rows: _expected(graphdef, policy, reference, scoring, states.at(rows)), len(states.user), ROWS_PER_BATCH
+    )
     return np.asarray(found, np.float64)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _of_logged(graphdef: nnx.GraphDef[PolicyHead], reference: Any, scoring: Scoring, states: LogStates) -> jax.Array:
+def _of_logged(graphdef: nnx.GraphDef[PolicyHead], reference: Any, scoring: Scoring, states: ServedStates) -> jax.Array:
     return _features(graphdef, reference, scoring, states, jnp.asarray(states.slate))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _expected(
-    graphdef: nnx.GraphDef[PolicyHead], policy: Any, reference: Any, scoring: Scoring, states: LogStates
+    graphdef: nnx.GraphDef[PolicyHead], policy: Any, reference: Any, scoring: Scoring, states: ServedStates
 ) -> jax.Array:
     slate = jnp.asarray(states.slate)
     logits = state_logits(graphdef, policy, scoring, states)
@@ -104,7 +108,7 @@ def _expected(
 
 
 def _features(
-    graphdef: nnx.GraphDef[PolicyHead], reference: Any, scoring: Scoring, states: LogStates, items: jax.Array
+    graphdef: nnx.GraphDef[PolicyHead], reference: Any, scoring: Scoring, states: ServedStates, items: jax.Array
 ) -> jax.Array:
     """[rows, n, features] of items [rows, n] int32. The probabilities are shares of the whole catalogue, since another
     policy's pool is another one."""

@@ -1,8 +1,8 @@
-"""Fits the simulator's users on a log, and says how well they fit users that were left out.
+"""Fits simulated users on a log, and measures how well they predict held-out users.
 
-Of the log's users three fifths make the item-item matrix, one fifth the coefficients of the choice, and the last fifth
-judges both; the rating model leaves out a tenth of the ratings. The matrix is EASE's, or another one, so that the users
-who train a policy and those who judge it need not be of one kind.
+Three fifths of the log's users fit the item-item matrix, one fifth the coefficients of the choice, and the last fifth
+evaluates both; the rating model holds out a tenth of the ratings. The matrix is EASE's or another one, so that the
+users that train a policy and those that evaluate it can follow different models.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jaxrec.errors import DataError
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.models.masks import NEVER
 from jaxrec.rl.reward_tables import genre_directions
-from jaxrec.rl.simulated.users import RECENT, REPEATED, SimulatorParams
+from jaxrec.rl.simulated.users import REPEATED, TASTE_EVENTS, SimulatorParams
 
 RIDGE = 100.0  # EASE's λ
 DECAYS = (0.8, 0.9, 0.95, 0.98)
@@ -52,7 +52,7 @@ def simulator_histories(interactions: pd.DataFrame, catalog: Catalog, trained_on
     """The users' events on items of the catalogue, in time order (rows break ties), and the users' raw ids.
 
     `interactions` has user_id, item_id, rating, timestamp. Raises DataError where one of the users is among
-    `trained_on`: the simulator must not know users that the recommender was trained on.
+    `trained_on`: the simulator must not contain users that the recommender was trained on.
     """
     both = np.intersect1d(trained_on.raw_ids.astype(str), interactions[USER].astype(str).to_numpy())
     if len(both):
@@ -82,7 +82,7 @@ def ease(histories: Histories, users: np.ndarray, items: int) -> np.ndarray:
 def shrunk_cosine(histories: Histories, users: np.ndarray, items: int) -> np.ndarray:
     """[items + 1, items + 1] float32: item-item nearest neighbours; row and column 0 are 0.
 
-    s_ij = n_ij / (sqrt(n_i n_j) + SHRINK), where n_ij of the users took both and n_i took i (Sarwar et al. 2001,
+    s_ij = n_ij / (sqrt(n_i n_j) + SHRINK), where n_ij users chose both and n_i chose i (Sarwar et al. 2001,
     section 3.1.1, with the shrinkage of Ferrari Dacrema et al. 2019, "Are We Really Making Much Progress?"); each
     column keeps its NEIGHBOURS largest.
     """
@@ -97,7 +97,7 @@ def shrunk_cosine(histories: Histories, users: np.ndarray, items: int) -> np.nda
 
 
 def _binary(histories: Histories, users: np.ndarray, items: int) -> np.ndarray:
-    """[users, items] float64: 1 where the user took the item."""
+    """[users, items] float64: 1 where the item is in the user's history."""
     row = np.full(histories.user_count, -1)
     row[users] = np.arange(len(users))
     of_users = row[histories.users()]
@@ -121,11 +121,11 @@ def fit_simulator(
     item_item: ItemItem = ease,
 ) -> SimulatorFit:
     """`histories` of the simulator's users, `genre_matrix` [items + 1, genres] of the catalogue; `star` is the step of
-    the rating scale. Users come with their first `start_events` events. `item_item(histories, users, items)`: the taste
-    model, [items + 1, items + 1]. Deterministic.
+    the rating scale. Users start with their first `start_events` events. `item_item(histories, users, items)`: the
+    taste model, [items + 1, items + 1]. Deterministic.
 
-    Raises DataError where fewer than five users have MIN_HISTORY + 1 events, or none of these is to be foreseen: new to
-    its user, of those who fit the choice and of those who judge it; and where no rating is to be fitted or held out.
+    Raises DataError where fewer than five users have MIN_HISTORY + 1 events, where no event on an item that is new to
+    its user is left to fit or to evaluate the choice, and where no rating is left to fit or held out.
     """
     long_enough = np.flatnonzero(histories.lengths() > MIN_HISTORY)
     if len(long_enough) < 5:
@@ -142,8 +142,8 @@ def fit_simulator(
     train, test = _cases(histories, choice_users), _cases(histories, test_users)
     if not train or not test:
         raise DataError(
-            f"{len(train)} events on items that are new to their user fit the choice and {len(test)} judge it, after "
-            f"{MIN_HISTORY} events each, expected some of both"
+            f"{len(train)} events on items that are new to their user fit the choice and {len(test)} evaluate it, "
+            f"after {MIN_HISTORY} events each, expected some of both"
         )
     fits = []
     for decay in DECAYS:
@@ -152,8 +152,8 @@ def fit_simulator(
     _, decay, coefficients = min(fits, key=lambda fit: fit[0])
     features = _choice_features(test, decay, *tables)
     of_popularity, _ = fit_choice(_choice_features(train, decay, *tables)[..., 1:2], train)
-    nats, ranked = _judge(features, coefficients, test)
-    popularity_nats, popularity_ranked = _judge(features[..., 1:2], of_popularity, test)
+    nats, ranked = _evaluate(features, coefficients, test)
+    popularity_nats, popularity_ranked = _evaluate(features[..., 1:2], of_popularity, test)
 
     rated, rating_rmse, mean_rmse = fit_ratings(histories, items, seed)
     first_events = profiles(histories, np.zeros(histories.user_count, np.int64), start_events)
@@ -183,21 +183,21 @@ def fit_simulator(
 
 def profiles(histories: Histories, first: np.ndarray, events: int) -> dict[str, jax.Array]:
     """`profile` and `profile_rating` of SimulatorParams: `events` successive events of each user from its event
-    `first` [users] on, or as many as there are, at most RECENT."""
-    places = first[:, None] + np.arange(RECENT)
-    lengths = np.minimum(np.minimum(first + events, first + RECENT), histories.lengths()) - first
-    backwards = places[:, :1] + lengths[:, None] - 1 - np.arange(RECENT)  # the last one first
-    where = np.arange(RECENT) < lengths[:, None]
+    `first` [users] on, or as many as there are, at most TASTE_EVENTS."""
+    places = first[:, None] + np.arange(TASTE_EVENTS)
+    lengths = np.minimum(np.minimum(first + events, first + TASTE_EVENTS), histories.lengths()) - first
+    backwards = places[:, :1] + lengths[:, None] - 1 - np.arange(TASTE_EVENTS)  # the last one first
+    where = np.arange(TASTE_EVENTS) < lengths[:, None]
     rows = np.where(where, histories.offsets[:-1, None] + backwards, 0)
     ratings = np.where(where, histories.ratings[rows], 0.0)
     items = np.where(where, histories.items[rows], 0)
     return {"profile": jnp.asarray(items, jnp.int32), "profile_rating": jnp.asarray(ratings, jnp.float32)}
 
 
-Cases = Sequence[tuple[np.ndarray, int]]
+ChoiceCases = Sequence[tuple[np.ndarray, int]]
 
 
-def _cases(histories: Histories, users: np.ndarray) -> Cases:
+def _cases(histories: Histories, users: np.ndarray) -> ChoiceCases:
     """(items before, next item), up to CASES_PER_USER evenly spaced ones of each user, after MIN_HISTORY events."""
     cases = []
     for user in users:
@@ -208,12 +208,13 @@ def _cases(histories: Histories, users: np.ndarray) -> Cases:
 
 
 def _choice_features(
-    cases: Cases, decay: float, item_item: np.ndarray, log_popularity: np.ndarray, directions: np.ndarray
+    cases: ChoiceCases, decay: float, item_item: np.ndarray, log_popularity: np.ndarray, directions: np.ndarray
 ) -> np.ndarray:
-    """[cases, items + 1, 3] float32: what taste, popularity and repetition weight; NaN where it may not be taken."""
+    """[cases, items + 1, 3] float32: the features that taste, popularity and repetition weigh; NaN
+    where an item cannot be chosen."""
     features = np.empty((len(cases), len(log_popularity), 3), np.float32)
     for number, (history, _) in enumerate(cases):
-        recent = history[::-1][:RECENT]
+        recent = history[::-1][:TASTE_EVENTS]
         features[number, :, 0] = (decay ** np.arange(len(recent))) @ item_item[recent]
         features[number, :, 1] = log_popularity
         features[number, :, 2] = directions @ directions[recent[:REPEATED]].mean(axis=0)
@@ -221,7 +222,7 @@ def _choice_features(
     return features
 
 
-def fit_choice(features: np.ndarray, cases: Cases) -> tuple[np.ndarray, float]:
+def fit_choice(features: np.ndarray, cases: ChoiceCases) -> tuple[np.ndarray, float]:
     """The coefficients [features] of a multinomial logit by maximum likelihood, and nats per case."""
     targets = np.array([target for _, target in cases])
     x = jnp.asarray(np.nan_to_num(features))
@@ -243,8 +244,8 @@ def fit_choice(features: np.ndarray, cases: Cases) -> tuple[np.ndarray, float]:
     return found.x, float(found.fun)
 
 
-def _judge(features: np.ndarray, coefficients: np.ndarray, cases: Cases) -> tuple[float, float]:
-    """Nats per case and NDCG@10 (ties against us) of the choice among all items."""
+def _evaluate(features: np.ndarray, coefficients: np.ndarray, cases: ChoiceCases) -> tuple[float, float]:
+    """Nats per case and NDCG@10 (ties count against the target) of the choice among all items."""
     logits = np.where(np.isnan(features[..., 0]), NEVER, np.nan_to_num(features) @ coefficients)
     chosen = logits[np.arange(len(cases)), [target for _, target in cases]]
     top = logits.max(axis=1)

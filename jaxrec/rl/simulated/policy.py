@@ -1,10 +1,12 @@
-"""The run's policy as a policy for its simulated users: PolicyHead on top of the frozen models, and a critic.
+"""Policies for environments: what one is, and that of a run for its simulated users.
 
-It draws as a server with `--explore TEMPERATURE` does, from the logits divided by the temperature, but from the whole
-catalogue, not from a pool of the best: so an item outside of the pool can be learned, and the leash is exact.
+The latter is PolicyHead on top of the frozen models, and a critic. It draws as a server with `--explore TEMPERATURE`
+does, from the logits divided by the temperature, but from the whole catalogue instead of a pool of the best items.
+Thus it can learn an item outside of the pool, and the KL penalty is exact.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,63 +15,74 @@ from flax import nnx
 from jaxrec.evaluation.metrics import exclude_items
 from jaxrec.models.hybrid import PolicyHead
 from jaxrec.models.masks import NEVER
-from jaxrec.rl.logged.methods import Linear
+from jaxrec.rl.config import SimulatedConfig
 from jaxrec.rl.logged.states import States
-from jaxrec.rl.policy import kl_divergence
-from jaxrec.rl.scoring import Scoring, policy_logits
+from jaxrec.rl.policy import kl_divergence, sample_slates, slate_logprobs
+from jaxrec.rl.scoring import PolicyParams, Scoring, policy_logits, zero_critic
+from jaxrec.rl.simulated.environment import Environment
 from jaxrec.rl.simulated.recommender import Features
-from jaxrec.rl.simulated.train import Anchor
 
-TEMPERATURE = 0.5
 CRITIC_SCALE = 30.0
+Params = Any
+Penalty = Callable[[Params, jax.Array], jax.Array]
+"""penalty(parameters, key of the update) -> a loss [] that is added to that of the rewards."""
 
 
-class RecommenderParams(NamedTuple):
-    """`head`: the variables of PolicyHead; `critic`: from the query to what is expected, in CRITIC_SCALE."""
+class Policy(Protocol):
+    """What `jaxrec.rl.simulated.train` trains. `features` is the pytree that the environment makes of its observations,
+    with any leading axes [...]."""
 
-    head: Any
-    critic: Linear
+    @property
+    def start(self) -> Params:
+        """The parameters before any training."""
+
+    def logits(self, params: Params, features: Any, recommendable: jax.Array) -> jax.Array:
+        """[..., items + 1], NEVER where `recommendable` [..., items + 1] is off."""
+
+    def value(self, params: Params, features: Any) -> jax.Array:
+        """[...]: the expected discounted rewards from here on."""
 
 
 class RecommenderPolicy(NamedTuple):
-    """`start` is the policy that training starts from, with a critic that expects nothing. A
-    `jaxrec.rl.simulated.environment_policy.Policy`."""
+    """A `Policy`; `start` has a critic that expects nothing."""
 
     graphdef: nnx.GraphDef[PolicyHead]
     scoring: Scoring
     temperature: float
-    start: RecommenderParams
+    start: PolicyParams
 
-    def logits(self, params: RecommenderParams, features: Features, recommendable: jax.Array) -> jax.Array:
+    def logits(self, params: PolicyParams, features: Features, recommendable: jax.Array) -> jax.Array:
         """[..., items + 1], divided by the temperature; NEVER where `recommendable` is off."""
         query, recent = (x.reshape(-1, x.shape[-1]) for x in features)
         logits = policy_logits(nnx.merge(self.graphdef, params.head), query, recent, self.scoring)
         return jnp.where(recommendable, logits.reshape(recommendable.shape) / self.temperature, NEVER)
 
-    def value(self, params: RecommenderParams, features: Features) -> jax.Array:
+    def value(self, params: PolicyParams, features: Features) -> jax.Array:
         """[...]. Adam moves every weight by about the learning rate, whatever its gradient: the scale lets the critic
-        learn as many times faster than the policy."""
+        learn CRITIC_SCALE times faster than the policy."""
         return CRITIC_SCALE * params.critic(features.query)[..., 0]
 
 
 def recommender_policy(
-    graphdef: nnx.GraphDef[PolicyHead], variables: Any, scoring: Scoring, temperature: float = TEMPERATURE
+    graphdef: nnx.GraphDef[PolicyHead],
+    variables: Any,
+    scoring: Scoring,
+    temperature: float = SimulatedConfig.temperature,
 ) -> RecommenderPolicy:
     """The policy that starts as PolicyHead with these variables."""
-    critic = Linear(jnp.zeros((scoring.item_vectors.shape[1], 1)), jnp.zeros(1))
-    head = jax.tree.map(jnp.asarray, variables)
-    return RecommenderPolicy(graphdef, scoring, temperature, RecommenderParams(head, critic))
+    critic = zero_critic(scoring.item_vectors.shape[1], 1)
+    return RecommenderPolicy(graphdef, scoring, temperature, PolicyParams(jax.tree.map(jnp.asarray, variables), critic))
 
 
-def logged_leash(policy: RecommenderPolicy, states: States, weight: float, batch_size: int) -> Anchor:
+def logged_kl_penalty(policy: RecommenderPolicy, states: States, weight: float, batch_size: int) -> Penalty:
     """`weight` times the KL, in nats, to the policy as it starts, in `batch_size` of the run's own logged `states`.
 
-    The leash of `jaxrec.rl.simulated.train` sees only where simulated users get to; what pleases them there must not be
-    paid by real users in other states. (The cross-entropy of the logged items is no substitute: the models have learned
-    these items already, and the policy would learn them by heart.)
+    The KL penalty of `jaxrec.rl.simulated.train` only covers states of simulated users. This one prevents that their
+    rewards are gained at the expense of real users in other states. (Imitation of the logged items is no substitute:
+    the models have learned these already, and the policy would memorize them.)
     """
 
-    def leash(params: RecommenderParams, key: jax.Array) -> jax.Array:
+    def penalty(params: PolicyParams, key: jax.Array) -> jax.Array:
         rows = jax.random.randint(key, (batch_size,), 0, len(states.target))
         query, recent, exclude = jnp.asarray(states.query)[rows], states.recent(rows), states.histories(rows)
         now, before = (
@@ -78,4 +91,23 @@ def logged_leash(policy: RecommenderPolicy, states: States, weight: float, batch
         )
         return weight * jnp.mean(kl_divergence(now, before))
 
-    return leash
+    return penalty
+
+
+def draw_actions(environment: Environment, key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(slates [..., slate_size] int32, the same as the environment's actions) drawn from the logits."""
+    if environment.slate_size == 1:  # the same distribution from one random number each, and without a sort
+        weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+        up_to = weights @ jnp.triu(jnp.ones((logits.shape[-1],) * 2))  # a sum over the items before, faster than cumsum
+        drawn = jax.random.uniform(key, logits.shape[:-1]) * up_to[..., -1]
+        actions = jnp.sum(up_to <= drawn[..., None], axis=-1, dtype=jnp.int32)
+        return actions[..., None], actions
+    slates = sample_slates(key, logits, environment.slate_size)
+    return slates, slates
+
+
+def drawn_logprobs(logits: jax.Array, slates: jax.Array) -> jax.Array:
+    """[..., k]: as `jaxrec.rl.policy.slate_logprobs`, which for one slot is the softmax."""
+    if slates.shape[-1] == 1:
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), slates, axis=-1)
+    return slate_logprobs(logits, slates)

@@ -1,11 +1,11 @@
 """The simulated users as a run's recommender sees them: by the state of its sequence models.
 
-A user's state is that of the simulator (`jaxrec.rl.simulated.users`) and the recurrent state that the run's
-hybrid has of it, which goes on by one event where an item is taken and stays where nothing is; no history is read
-twice. The states that users come with are computed once for all of them.
+A user's state is that of the simulator (`jaxrec.rl.simulated.users`) and the recurrent state of the run's hybrid. The
+latter advances by one event when an item is chosen and stays otherwise, so that no history is read twice. The states
+at the start are computed once for all users.
 
-Simulated time: the events are `gap` seconds apart, all of them alike, and the first one that the models read has no
-known gap; requests do not tell their time. Ratings enter on the run's rating scale, as 0..1.
+Simulated time: events are `gap` seconds apart, and the first one that the models read has no known gap; requests give
+no time. Ratings enter on the run's rating scale, as 0..1.
 """
 
 from typing import NamedTuple
@@ -15,20 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxrec.data.events import Events
+from jaxrec.data.events import Events, pad_events
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP, RatingScale
+from jaxrec.data.schema import UNKNOWN_GAP, RatingScale
 from jaxrec.errors import DataError
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.simulated import users as simulator
 from jaxrec.rl.simulated.environment import Environment
 from jaxrec.rl.simulated.users import SimulatorObservation, SimulatorParams, SimulatorState
+from jaxrec.rl.states import by_batches, encode_histories, state_query
 
 USERS_PER_BATCH = 64
 
 
 class Features(NamedTuple):
-    """What the run's policy reads: the supervised `query` [..., width] float32, without request time, and `recent`
+    """The input of the run's policy: the supervised `query` [..., width] float32, without request time, and `recent`
     [..., RECENT of `jaxrec.models.cooccurrence`] int32, the last item first."""
 
     query: jax.Array
@@ -43,14 +44,14 @@ class RecommenderState(NamedTuple):
 
 
 class RecommenderObservation(NamedTuple):
-    """The state without who the user is."""
+    """The state without the user's identity."""
 
     seen: SimulatorObservation
     recurrent: jax.Array
 
 
 class Recommender(NamedTuple):
-    """The run's models, without a policy, and what of the run decides about simulated events: `graphdef` and
+    """The run's models, without a policy, and the settings of simulated events: `graphdef` and
     `variables` of the hybrid, its rating `scale`, and the seconds between events, `gap`."""
 
     graphdef: nnx.GraphDef[Hybrid]
@@ -69,9 +70,7 @@ class Recommender(NamedTuple):
     def features(self, recurrent: jax.Array) -> Features:
         """recurrent [batch, 4 * hidden + RECENT] -> [batch, ...]."""
         model = nnx.merge(self.graphdef, self.variables)
-        h_lstm, _, h_content, _, recent = model.split_state(recurrent)
-        unknown = jnp.full(len(recurrent), UNKNOWN_GAP)
-        return Features(model.supervised_query((h_lstm, h_content), unknown), recent)
+        return Features(*state_query(model, recurrent, jnp.full(len(recurrent), UNKNOWN_GAP)))
 
 
 def recommender_of(supervised: Hybrid, data: PreparedData) -> Recommender:
@@ -86,33 +85,24 @@ def recommender_of(supervised: Hybrid, data: PreparedData) -> Recommender:
 
 
 def start_states(recommender: Recommender, params: SimulatorParams) -> jax.Array:
-    """[users, 4 * hidden + RECENT] float32: what the models make of the events that each user comes with, of which they
+    """[users, 4 * hidden + RECENT] float32: the state after the events that each user starts with, of which the models
     read the last `max_length`."""
 
-    @jax.jit
-    def encode(variables: nnx.State, events: Events) -> jax.Array:
-        return nnx.merge(recommender.graphdef, variables).encode(events)[1]
-
     max_length = nnx.merge(recommender.graphdef, recommender.variables).lstm.config.max_length
-    items, ratings = np.asarray(params.profile)[:, :max_length], np.asarray(params.profile_rating)[:, :max_length]
-    users, width = items.shape
-    lengths = (items > 0).sum(axis=1, dtype=np.int32)
-    places = lengths[:, None] - 1 - np.arange(width)  # the profile has the last event first, the models read it last
-    where = places >= 0
-    order = np.maximum(places, 0)
-    unit = recommender.scale.to_unit(ratings)
-    item = np.where(where, np.take_along_axis(items, order, axis=1), 0)
-    rating = np.where(where, np.take_along_axis(unit, order, axis=1), np.float32(MISSING_RATING))
-    gap = np.where(where, np.float32(recommender.gap), np.float32(UNKNOWN_GAP))
-    first = lengths == (np.asarray(params.profile) > 0).sum(axis=1)  # what is cut off leaves the first its gap
-    gap[first, 0] = UNKNOWN_GAP
-    found = []
-    for start in range(0, users, USERS_PER_BATCH):
-        rows = np.minimum(np.arange(start, start + USERS_PER_BATCH), users - 1)
-        found.append(
-            np.asarray(encode(recommender.variables, Events(item[rows], rating[rows], gap[rows], lengths[rows])))
+    profiles, unit = np.asarray(params.profile), recommender.scale.to_unit(np.asarray(params.profile_rating))
+
+    def encode(rows: np.ndarray) -> jax.Array:
+        lengths = (profiles[rows] > 0).sum(axis=1)
+        # A profile has the last event first, the models read it last; the first event of all has no gap.
+        gaps = [np.append(UNKNOWN_GAP, np.full(max(length - 1, 0), recommender.gap))[:length] for length in lengths]
+        items, ratings = (
+            [table[row, :length][::-1] for row, length in zip(rows, lengths, strict=True)] for table in (profiles, unit)
         )
-    return jnp.asarray(np.concatenate(found)[:users])
+        events = pad_events(items, ratings, gaps, min(profiles.shape[1], max_length))
+        unknown = np.full((1, len(rows)), UNKNOWN_GAP, np.float32)
+        return encode_histories(recommender.graphdef, recommender.variables, events, unknown)[2]
+
+    return jnp.asarray(by_batches(encode, len(profiles), USERS_PER_BATCH))
 
 
 def recommender_environment(

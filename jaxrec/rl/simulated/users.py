@@ -1,36 +1,32 @@
 """Simulated users, fitted on a log (`jaxrec.rl.simulated.fit`), who choose from slates and rate.
 
-A user would like to take item j next with utility
+The utility of item j as a user's next item is
 
     u_j = taste * sum_h decay^h B[recent_h, j] + popularity * log(events of j) + repetition * genre cosine to the last 3
 
 where B is an item-item matrix, EASE's (Steck 2019, "Embarrassingly Shallow Autoencoders for Sparse Data", equation 8)
-or one of nearest neighbours, and h counts its history from the last item back; what it has taken before it does not
-take again. `repetition` below 0 is satiation by genre. Among all items that is a multinomial logit, whose coefficients
-are fitted. Shown a slate, a user looks at slot i with weight examine_i = i^-position_bias, and what it looks at is
-`salience` times as near at hand as the rest of the catalogue:
+or one of nearest neighbours, and h counts the history from the last item back. An item of the history is not chosen
+again. `repetition` below 0 is satiation by genre. Among all items that is a multinomial logit, whose coefficients are
+fitted. Shown a slate, a user examines slot i with weight examine_i = i^-position_bias, and an examined item is
+`salience` times as available as the rest of the catalogue:
 
-    p(take slot i) = salience * examine_i * e^u_i / (sum over the slate of the same + sum over the other items of e^u_j)
+    p(choose slot i) = salience * examine_i * e^u_i / (sum of the same over the slate + sum of e^u_j over other items)
 
-Else it takes nothing from the slate. Position bias and salience are assumptions: a log of ratings does not show them.
-What is taken is rated by matrix factorization (mean + user + item + factors), with noise, on the log's scale. The
-reward is 0 where nothing was taken, else 1 - `rating_share` + `rating_share` * the rating scaled to 0..1. None of these
-parts is a neural network over sequences, which the recommender's are.
+Otherwise the user chooses nothing from the slate. Position bias and salience are assumptions: a log of ratings does not
+contain them. A chosen item is rated by matrix factorization (mean + user + item + factors), with noise, on the log's
+scale. The reward is 0 where nothing was chosen, else 1 - `rating_share` + `rating_share` * the rating scaled to 0..1.
+None of these parts is a neural network over sequences, unlike the recommender.
 """
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxrec.errors import DataError
-from jaxrec.files import new_file
 from jaxrec.models.masks import NEVER
 from jaxrec.rl.simulated.environment import Environment
 
-RECENT = 50  # events that the taste is made of; decay makes older ones weightless
+TASTE_EVENTS = 50  # events of the history that the utility uses; decay makes older ones negligible
 REPEATED = 3  # events whose genres may tire
 
 
@@ -40,9 +36,9 @@ class SimulatorParams(NamedTuple):
     `item_item` [items + 1, items + 1], `log_popularity` [items + 1], `genre_directions` [items + 1, genres] (rows of
     length 1 or 0), `item_bias` [items + 1], `item_factors` [items + 1, factors], `user_bias` [users], `user_factors`
     [users, factors]; scalars of the module's text, `mean_rating` and `rating_noise` in stars, `rating_range` [3]: the
-    scale's least, greatest, and step; `leave`: the probability to leave after a step. `profile` [users, RECENT] int32
-    are the items that a user comes with, the last one first, 0 where there are fewer; `profile_rating` their ratings,
-    NaN where an event has none.
+    scale's least, greatest, and step; `leave`: the probability to leave after a step. `profile` [users, TASTE_EVENTS]
+    int32 are the items of the history that a user starts with, the last one first, 0 where there are fewer;
+    `profile_rating` their ratings, NaN where an event has none.
     """
 
     item_item: jax.Array
@@ -68,8 +64,9 @@ class SimulatorParams(NamedTuple):
 
 
 class SimulatorState(NamedTuple):
-    """`user` [] int32 counts from 0; `recent` [RECENT] int32 items and `rating` [RECENT] float32, the last one first, 0
-    = none; `taken` [items + 1] bool; `slot` [] int32: which slot of the last slate was taken, -1: none."""
+    """`user` [] int32 counts from 0; `recent` [TASTE_EVENTS] int32 items and `rating` [TASTE_EVENTS] float32, the last
+    one first, 0 = none; `taken` [items + 1] bool: items of the history; `slot` [] int32: the slot chosen from the last
+    slate, -1: none."""
 
     user: jax.Array
     recent: jax.Array
@@ -79,7 +76,7 @@ class SimulatorState(NamedTuple):
 
 
 class SimulatorObservation(NamedTuple):
-    """What a recommender sees of the state: all but who the user is."""
+    """The state without the user's identity, as a recommender sees it."""
 
     recent: jax.Array
     rating: jax.Array
@@ -88,7 +85,7 @@ class SimulatorObservation(NamedTuple):
 
 
 def reset(params: SimulatorParams, key: jax.Array) -> tuple[SimulatorState, SimulatorObservation]:
-    """One of the users at random, with the history that it comes with."""
+    """One of the users at random, with the history that it starts with."""
     return start_user(params, jax.random.randint(key, (), 0, len(params.profile)))
 
 
@@ -107,7 +104,7 @@ def observe(state: SimulatorState) -> SimulatorObservation:
 
 
 def utilities(params: SimulatorParams, recent: jax.Array, taken: jax.Array) -> jax.Array:
-    """[items + 1] float32: u of the module's text; NEVER for padding and what was taken before."""
+    """[items + 1] float32: u of the module's text; NEVER for padding and items of the history."""
     there = (recent > 0).astype(jnp.float32)
     weights = there * params.decay ** jnp.arange(len(recent))
 
@@ -124,14 +121,14 @@ def utilities(params: SimulatorParams, recent: jax.Array, taken: jax.Array) -> j
 
 
 def choice_logprobs(params: SimulatorParams, u: jax.Array, slate: jax.Array) -> jax.Array:
-    """[k + 1] float32: log-probabilities that each slot of slate [k] int32 is taken, and last that nothing is.
+    """[k + 1] float32: log-probabilities of choosing each slot of slate [k] int32, and last of choosing nothing.
 
-    What may not be taken, and an item that stands higher up already, is not taken; where nothing may be, nothing is.
+    Items of the history, and repetitions of an item higher up, are not chosen; without other items nothing is.
     """
     repeated = jnp.tril(slate[:, None] == slate, k=-1).any(axis=1)
     examine = -params.position_bias * jnp.log(jnp.arange(1, len(slate) + 1, dtype=jnp.float32))
     shown = u[slate] + jnp.log(params.salience) + examine
-    rest = jnp.maximum(jax.nn.logsumexp(u.at[slate].set(NEVER)), NEVER / 2)  # above what may not be taken
+    rest = jnp.maximum(jax.nn.logsumexp(u.at[slate].set(NEVER)), NEVER / 2)  # above items that cannot be chosen
     return jax.nn.log_softmax(jnp.append(jnp.where((u[slate] > NEVER / 2) & ~repeated, shown, NEVER), rest))
 
 
@@ -142,16 +139,16 @@ def step(
     choice_key, rating_key, leave_key = jax.random.split(key, 3)
     u = utilities(params, state.recent, state.taken)
     choice = jax.random.categorical(choice_key, choice_logprobs(params, u, action))
-    takes = choice < len(action)
-    item = jnp.where(takes, action[jnp.minimum(choice, len(action) - 1)], 0).astype(jnp.int32)
+    chosen = choice < len(action)
+    item = jnp.where(chosen, action[jnp.minimum(choice, len(action) - 1)], 0).astype(jnp.int32)
     rating = rate(params, state.user, item, rating_key)
     pushed = jnp.concatenate([item[None], state.recent[:-1]]), jnp.concatenate([rating[None], state.rating[:-1]])
     state = SimulatorState(
         state.user,
-        jnp.where(takes, pushed[0], state.recent),
-        jnp.where(takes, pushed[1], state.rating),
+        jnp.where(chosen, pushed[0], state.recent),
+        jnp.where(chosen, pushed[1], state.rating),
         state.taken.at[item].set(True).at[0].set(False),
-        jnp.where(takes, choice, -1).astype(jnp.int32),
+        jnp.where(chosen, choice, -1).astype(jnp.int32),
     )
     observation = observe(state)
     done = jax.random.uniform(leave_key) < params.leave
@@ -159,7 +156,7 @@ def step(
 
 
 def rate(params: SimulatorParams, user: jax.Array, item: jax.Array, key: jax.Array) -> jax.Array:
-    """[] float32: what the user rates the item, on the scale."""
+    """[] float32: the user's rating of the item, on the scale."""
     least, greatest, stars = params.rating_range
     expected = expected_rating(params, user, item) + params.rating_noise * jax.random.normal(key)
     return jnp.clip(least + jnp.round((expected - least) / stars) * stars, least, greatest)
@@ -173,15 +170,15 @@ def expected_rating(params: SimulatorParams, user: jax.Array, item: jax.Array) -
 
 def reward_of(params: SimulatorParams, observation: SimulatorObservation) -> jax.Array:
     """[] float32: the reward of the step that led to the observation."""
-    terms = reward_terms(params, observation)
+    terms = choice_terms(params, observation)
     return (1.0 - params.rating_share) * terms["taken"] + params.rating_share * terms["rating"]
 
 
-def reward_terms(params: SimulatorParams, observation: SimulatorObservation) -> dict[str, jax.Array]:
-    """`taken` 0 or 1, and `rating` 0..1 of what was taken, 0 where nothing was."""
-    takes = (observation.slot >= 0).astype(jnp.float32)
+def choice_terms(params: SimulatorParams, observation: SimulatorObservation) -> dict[str, jax.Array]:
+    """`taken` 0 or 1: whether an item was chosen, and its `rating` 0..1, 0 without one."""
+    chosen = (observation.slot >= 0).astype(jnp.float32)
     least, greatest, _ = params.rating_range
-    return {"taken": takes, "rating": takes * (observation.rating[0] - least) / (greatest - least)}
+    return {"taken": chosen, "rating": chosen * (observation.rating[0] - least) / (greatest - least)}
 
 
 def features(params: SimulatorParams, observation: SimulatorObservation) -> jax.Array:
@@ -202,7 +199,7 @@ def simulator_environment(params: SimulatorParams, slate_size: int) -> Environme
         step=lambda state, action, key: step(params, state, action, key),
         features=lambda observation: features(params, observation),
         recommendable=lambda observation: ~(observation.taken | padding),
-        terms=lambda observation, reward: reward_terms(params, observation),
+        terms=lambda observation, reward: choice_terms(params, observation),
         item_count=item_count,
         slate_size=slate_size,
         feature_count=3 * params.genre_directions.shape[1],
@@ -213,19 +210,3 @@ def simulator_environment(params: SimulatorParams, slate_size: int) -> Environme
             "slot": (-1, slate_size - 1),
         },
     )
-
-
-def write_simulator(params: SimulatorParams, path: Path) -> None:
-    """Writes the parameters as .npz."""
-    with new_file(path) as temporary, temporary.open("wb") as file:
-        arrays: dict[str, Any] = {name: np.asarray(array) for name, array in params._asdict().items()}
-        np.savez(file, **arrays)
-
-
-def read_simulator(path: Path) -> SimulatorParams:
-    """Reads what `write_simulator` wrote. Raises DataError on another file."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return SimulatorParams(**{name: jnp.asarray(arrays[name]) for name in SimulatorParams._fields})
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: not a simulator written by jaxrec: {error}") from error

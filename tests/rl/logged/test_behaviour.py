@@ -10,8 +10,8 @@ from jaxrec.rl.logged.behaviour import (
     Behaviour,
     BehaviourConfig,
     Choices,
-    action_logprobs,
     calibration,
+    chosen_logprobs,
     fit_behaviour,
     log_likelihood,
 )
@@ -73,7 +73,7 @@ def test_weights_by_the_model_give_the_value_that_known_propensities_give(traini
     reward = (choices.action % 3 == 0).astype(float)
     uniform = np.full(len(reward), -np.log(ITEMS - 1))
     value = np.mean([(np.setdiff1d(np.arange(1, ITEMS + 1), row) % 3 == 0).mean() for row in choices.exclude])
-    fitted = ips(importance_weights(uniform, action_logprobs(beta, choices)), reward).value()
+    fitted = ips(importance_weights(uniform, chosen_logprobs(beta, choices)), reward).value()
     assert ips(importance_weights(uniform, known), reward).value() == pytest.approx(value, abs=0.05)
     assert fitted == pytest.approx(value, abs=0.05)
 

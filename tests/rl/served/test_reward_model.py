@@ -7,8 +7,7 @@ import pytest
 from jaxrec.rl.ope.estimators import doubly_robust, self_normalized_doubly_robust
 from jaxrec.rl.ope.weights import slate_weights
 from jaxrec.rl.rewards import rank_discounts
-from jaxrec.rl.served.log_policy import logged_logprobs
-from jaxrec.rl.served.policy import POOL
+from jaxrec.rl.served.policy import POOL, logged_logprobs
 from jaxrec.rl.served.reward_model import (
     FEATURES,
     LEAST,

@@ -1,22 +1,21 @@
-"""The policy as the server plays it, against the server's own drawing."""
+"""The policy as the server draws from it, against the server's own drawing."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrec.config import RLConfig
 from jaxrec.errors import DataError
 from jaxrec.evaluation.metrics import exclude_items
 from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.masks import NEVER
-from jaxrec.rl.logged.learner import new_head
+from jaxrec.rl.config import ServedConfig
 from jaxrec.rl.policy import sample_slates
 from jaxrec.rl.rewards import RewardTables, RewardTerms
-from jaxrec.rl.scoring import Scoring
-from jaxrec.rl.served.evaluate import judge_from_log, own_versions
+from jaxrec.rl.scoring import Scoring, new_head
+from jaxrec.rl.served.evaluate import evaluate_on_log, own_versions
 from jaxrec.rl.served.policy import EXACT, POOL, reproduced_versions, served_logits, served_logprobs
-from jaxrec.rl.served.states import LogStates
+from jaxrec.rl.served.states import ServedStates
 from jaxrec.rl.served.train import split_users
 from serve.model import exploration
 
@@ -75,16 +74,16 @@ def test_the_pool_is_as_wide_as_the_slate() -> None:
     assert (found > NEVER / 2).sum(axis=1).tolist() == [120, ITEMS - 2, POOL]
 
 
-def test_the_gate_judges_by_what_the_policy_in_use_showed_itself() -> None:
-    """Half of the users were served by another policy: they train, and do not judge."""
+def test_the_gate_uses_recommendations_of_the_policy_in_use_alone() -> None:
+    """Half of the users were served by another policy: they train, and do not evaluate."""
     width, users = 4, 40
     rng = np.random.default_rng(0)
     items = jnp.asarray(rng.normal(size=(ITEMS + 1, width)), jnp.float32)
     half, nobody = jnp.full(ITEMS + 1, 0.5), jnp.zeros((ITEMS + 1, 1))
     tables = RewardTables(jnp.zeros((ITEMS + 1, 1)), half, half, half)
     scoring = Scoring(items, jnp.zeros(ITEMS + 1).at[0].set(NEVER), nobody.astype(jnp.int32), nobody, tables)
-    config = RLConfig(policy_width=4)
-    graphdef, head = new_head(width, ITEMS, config)
+    config = ServedConfig(minimum_effective=5.0)
+    graphdef, head = new_head(width, ITEMS, hidden=4, seed=0)
     query = rng.normal(size=(users, width)).astype(np.float32)
     others = np.arange(users) % 2
     shift = 0.5 * others[:, None] * np.sin(np.arange(ITEMS + 1)).astype(np.float32)
@@ -93,7 +92,7 @@ def test_the_gate_judges_by_what_the_policy_in_use_showed_itself() -> None:
     drawn_from = served_logits(logits, jnp.asarray(temperature), jnp.ones((users, SLOTS), jnp.int32))
     slates = sample_slates(jax.random.key(0), drawn_from, SLOTS)
     terms = RewardTerms(*(rng.random((users, SLOTS)).astype(np.float32) for _ in RewardTerms._fields))
-    states = LogStates(
+    states = ServedStates(
         query=query,
         recent=np.zeros((users, RECENT_ITEMS), np.int32),
         exclude=np.zeros((users, 1), np.int32),
@@ -108,16 +107,16 @@ def test_the_gate_judges_by_what_the_policy_in_use_showed_itself() -> None:
     assert in_use.tolist() == [True, False, False]
     own = in_use[states.version]
     names = [f"user {user}" for user in range(users)]
-    training, judging = split_users(states.user, names, own)
-    assert own[judging].all()
+    training, evaluation = split_users(states.user, names, own)
+    assert own[evaluation].all()
     assert not own[training].all()
-    assert not set(states.user[training]) & set(states.user[judging])
-    kept = states.at(judging)
-    found = judge_from_log(graphdef, head, head, scoring, states.at(training), kept, config, 5.0).decision
-    assert (found.rows, found.groups) == (len(judging), len(judging))
-    assert found.effective_sample_size == pytest.approx(len(judging), rel=1e-3)
+    assert not set(states.user[training]) & set(states.user[evaluation])
+    kept = states.at(evaluation)
+    found = evaluate_on_log(graphdef, head, head, scoring, states.at(training), kept, config).decision
+    assert (found.rows, found.groups) == (len(evaluation), len(evaluation))
+    assert found.effective_sample_size == pytest.approx(len(evaluation), rel=1e-3)
     assert found.gain is not None
     assert found.gain.value == pytest.approx(0.0, abs=1e-4)
     assert not found.used
-    with pytest.raises(DataError, match=r"of 40 users; \d+ of them would train and 0, whom the policy in use served"):
+    with pytest.raises(DataError, match=r"of 40 users: \d+ for training and 0, served by the policy in use, for"):
         split_users(states.user, names, np.zeros(users, bool))

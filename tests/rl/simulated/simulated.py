@@ -7,7 +7,7 @@ import pandas as pd
 
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
-from jaxrec.rl.simulated.users import RECENT, SimulatorParams
+from jaxrec.rl.simulated.users import TASTE_EVENTS, SimulatorParams
 
 FIRST_USER = 1001
 """Users of `small_data` have smaller ids."""
@@ -54,7 +54,7 @@ def hand_made() -> SimulatorParams:
         "rating_share": 0.5,
         "leave": 0.0,
     }
-    profile = np.zeros((1, RECENT), np.int32)
+    profile = np.zeros((1, TASTE_EVENTS), np.int32)
     profile[0, :2] = [4, 1]
     return SimulatorParams(
         item_item=jnp.asarray(item_item),

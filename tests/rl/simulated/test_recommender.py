@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrec.config import RLConfig
 from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
 from jaxrec.data.prepared import PreparedData
@@ -16,15 +15,15 @@ from jaxrec.data.schema import UNKNOWN_GAP, RatingScale
 from jaxrec.evaluation.metrics import exclude_items
 from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.rl.logged.learner import new_head
+from jaxrec.rl.config import SimulatedConfig
 from jaxrec.rl.logged.states import training_states
 from jaxrec.rl.policy import greedy_slates, sample_slates
 from jaxrec.rl.reward_tables import fit_reward_tables
-from jaxrec.rl.scoring import frozen_scoring, supervised_logits
-from jaxrec.rl.simulated import evaluate as simulator_judge
-from jaxrec.rl.simulated.evaluate import make_play
+from jaxrec.rl.scoring import frozen_scoring, new_head, supervised_logits
+from jaxrec.rl.simulated import evaluate as simulator_evaluation
+from jaxrec.rl.simulated.evaluate import rollout_evaluator
 from jaxrec.rl.simulated.fit import fit_simulator, simulator_histories
-from jaxrec.rl.simulated.policy import RecommenderPolicy, logged_leash, recommender_policy
+from jaxrec.rl.simulated.policy import RecommenderPolicy, logged_kl_penalty, recommender_policy
 from jaxrec.rl.simulated.recommender import (
     Recommender,
     every_user,
@@ -32,7 +31,7 @@ from jaxrec.rl.simulated.recommender import (
     recommender_of,
     start_states,
 )
-from jaxrec.rl.simulated.train import OnPolicyConfig, train_on_policy
+from jaxrec.rl.simulated.train import train_simulated
 from jaxrec.rl.simulated.users import SimulatorParams
 from tests.rl.simulated.simulated import genre_lovers, hand_made
 
@@ -80,7 +79,7 @@ def test_gap_is_the_median_of_training(recommender: Recommender, small_data: Pre
     assert recommender.gap == np.float32(np.median(gaps)) > 0
 
 
-def test_state_goes_on_as_the_whole_history_is_read(
+def test_state_advances_as_the_whole_history_is_read(
     recommender: Recommender, supervised: Hybrid, params: SimulatorParams
 ) -> None:
     eager = params._replace(salience=jnp.float32(1e9))
@@ -123,7 +122,7 @@ def test_start_is_the_models_reading_of_the_last_events(supervised: Hybrid, reco
     assert np.isfinite(seen.seen.rating).all()
 
 
-def test_state_stays_where_nothing_is_taken(recommender: Recommender, params: SimulatorParams) -> None:
+def test_state_stays_where_nothing_is_chosen(recommender: Recommender, params: SimulatorParams) -> None:
     shy = params._replace(salience=jnp.float32(1e-9))
     starts = start_states(recommender, shy)
     environment = recommender_environment(recommender, shy, starts, SLATE)
@@ -136,7 +135,7 @@ def test_state_stays_where_nothing_is_taken(recommender: Recommender, params: Si
 
 
 @pytest.mark.parametrize("drawn", [False, True])
-def test_play_is_a_loop_of_steps(
+def test_rollouts_are_a_loop_of_steps(
     recommender: Recommender,
     small_data: PreparedData,
     supervised: Hybrid,
@@ -144,23 +143,23 @@ def test_play_is_a_loop_of_steps(
     monkeypatch: pytest.MonkeyPatch,
     drawn: bool,
 ) -> None:
-    """Two visits of six requests by three users, one after the other."""
-    monkeypatch.setattr(simulator_judge, "REQUESTS", 6)
-    monkeypatch.setattr(simulator_judge, "VISITS", 2)
+    """Two episodes of six requests by three users, one after the other."""
+    monkeypatch.setattr(simulator_evaluation, "REQUESTS", 6)
+    monkeypatch.setattr(simulator_evaluation, "EPISODES", 2)
     few = params._replace(profile=params.profile[:3], profile_rating=params.profile_rating[:3])
     starts = start_states(recommender, few)
     environment = recommender_environment(recommender, few, starts, SLATE)
     scoring = frozen_scoring(supervised, fit_reward_tables(small_data))
-    policy = recommender_policy(*new_head(scoring.item_vectors.shape[1], 60, RLConfig()), scoring)
+    policy = recommender_policy(*new_head(scoring.item_vectors.shape[1], 60, hidden=128, seed=0), scoring)
     first = every_user(few, starts)
-    played = make_play(environment, first, policy, seed=5, drawn=drawn)(policy.start)
+    results = rollout_evaluator(environment, first, policy, seed=5, drawn=drawn)(policy.start)
 
     step = jax.jit(environment.step)
     slots, stars, rewards, shown = [], [], [], []
-    for visit_key in jax.random.split(jax.random.key(5), 2):
+    for episode_key in jax.random.split(jax.random.key(5), 2):
         state, observation = first
         of_visit: set[int] = set()
-        for request_key in jax.random.split(visit_key, 6):
+        for request_key in jax.random.split(episode_key, 6):
             slate_key, step_key = jax.random.split(request_key)
             logits = logits_of(policy, environment, observation)
             slates = sample_slates(slate_key, logits, SLATE) if drawn else greedy_slates(logits, SLATE)
@@ -177,11 +176,11 @@ def test_play_is_a_loop_of_steps(
     taken = np.array(slots) >= 0
     assert taken[:5].any()  # so that later requests are of users who took something
     assert not taken.all()
-    np.testing.assert_allclose(played.taken, taken.mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(played.rating, (taken * (np.array(stars) - 0.5) / 4.5).mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(played.reward, np.mean(rewards, axis=0), rtol=1e-6)
-    np.testing.assert_allclose(played.reward, 0.5 * played.taken + 0.5 * played.rating, rtol=1e-6)
-    assert played.coverage == pytest.approx(np.mean(shown))
+    np.testing.assert_allclose(results.taken, taken.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(results.rating, (taken * (np.array(stars) - 0.5) / 4.5).mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(results.reward, np.mean(rewards, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(results.reward, 0.5 * results.taken + 0.5 * results.rating, rtol=1e-6)
+    assert results.coverage == pytest.approx(np.mean(shown))
 
 
 @pytest.mark.parametrize("with_policy", [False, True])
@@ -199,7 +198,7 @@ def test_starts_as_what_is_evaluated(
         graphdef, variables = nnx.split(small_hybrid.policy)
         policy = recommender_policy(graphdef, nnx.to_pure_dict(variables), scoring)
     else:
-        policy = recommender_policy(*new_head(scoring.item_vectors.shape[1], 60, RLConfig()), scoring)
+        policy = recommender_policy(*new_head(scoring.item_vectors.shape[1], 60, hidden=128, seed=0), scoring)
     served = small_hybrid if with_policy else supervised
     starts = start_states(recommender, params)
     environment = recommender_environment(recommender, params, starts, SLATE)
@@ -218,7 +217,7 @@ def logits_of(policy: RecommenderPolicy, environment, observation) -> jax.Array:
     return policy.logits(policy.start, jax.vmap(environment.features)(observation), allowed)
 
 
-def test_leash_is_the_distance_in_the_run_s_own_log(small_data: PreparedData, supervised: Hybrid) -> None:
+def test_penalty_is_the_distance_in_the_run_s_own_log(small_data: PreparedData, supervised: Hybrid) -> None:
     """Of a log of one decision: item 9's logit is 2 higher than it was, so its share p becomes p e^2 / (1 - p + p e^2),
     and all others' are 1 - p + p e^2 times smaller."""
     tables = fit_reward_tables(small_data)
@@ -226,9 +225,9 @@ def test_leash_is_the_distance_in_the_run_s_own_log(small_data: PreparedData, su
     row = int(np.flatnonzero(np.asarray(states.target) == 9)[0])
     names = ("query", "target", "window", "seen")
     one = states._replace(**{name: np.asarray(getattr(states, name))[[row]] for name in names})
-    policy = recommender_policy(*new_head(2 * 16, 60, RLConfig()), frozen_scoring(supervised, tables))
-    leash = logged_leash(policy, one, weight=0.7, batch_size=4)
-    assert float(leash(policy.start, jax.random.key(0))) == 0.0
+    policy = recommender_policy(*new_head(2 * 16, 60, hidden=128, seed=0), frozen_scoring(supervised, tables))
+    penalty = logged_kl_penalty(policy, one, weight=0.7, batch_size=4)
+    assert float(penalty(policy.start, jax.random.key(0))) == 0.0
     bias = policy.start.head["item_bias"].at[9].add(2.0)
     moved = policy.start._replace(head={**policy.start.head, "item_bias": bias})
 
@@ -238,10 +237,10 @@ def test_leash_is_the_distance_in_the_run_s_own_log(small_data: PreparedData, su
     p = float(jax.nn.softmax(logits)[9])
     total = 1 - p + p * np.exp(2.0)
     expected = 2.0 * p * np.exp(2.0) / total - np.log(total)
-    np.testing.assert_allclose(leash(moved, jax.random.key(0)), 0.7 * expected, rtol=1e-4)
+    np.testing.assert_allclose(penalty(moved, jax.random.key(0)), 0.7 * expected, rtol=1e-4)
 
 
-def test_learns_to_put_first_what_everybody_takes(
+def test_learns_to_put_first_the_item_that_all_choose(
     recommender: Recommender, small_data: PreparedData, supervised: Hybrid, params: SimulatorParams
 ) -> None:
     """Nobody came with item 60; who is shown it takes it, nearly always where it is first: by the odds 5 e^6 : 55, and
@@ -258,17 +257,17 @@ def test_learns_to_put_first_what_everybody_takes(
     starts = start_states(recommender, simple)
     environment = recommender_environment(recommender, simple, starts, SLATE)
     scoring = frozen_scoring(supervised, fit_reward_tables(small_data))
-    head = new_head(scoring.item_vectors.shape[1], 60, RLConfig(policy_width=8))
+    head = new_head(scoring.item_vectors.shape[1], 60, hidden=8, seed=0)
     policy = recommender_policy(*head, scoring, temperature=5.0)
-    config = OnPolicyConfig(
-        users=64, steps=2, updates=80, discount=0.0, learning_rate=0.1, entropy_weight=0.0, updates_per_record=40
+    config = SimulatedConfig(
+        users=64, steps=2, updates=80, discount=0.0, learning_rate=0.1, kl_target=None, updates_per_record=40
     )
-    trained = train_on_policy(environment, config, policy=policy)
+    params, records = train_simulated(environment, policy, config)
     _, observation = every_user(simple, starts)
 
     def first(start: RecommenderPolicy) -> np.ndarray:
         return np.asarray(greedy_slates(logits_of(start, environment, observation), 1))[:, 0]
 
     assert (first(policy) == wanted).mean() < 0.5
-    assert (first(policy._replace(start=trained.params)) == wanted).mean() > 0.9
-    assert trained.log[1]["reward"] > trained.log[0]["reward"]
+    assert (first(policy._replace(start=params)) == wanted).mean() > 0.9
+    assert records[1]["reward"] > records[0]["reward"]

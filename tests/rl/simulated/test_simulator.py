@@ -1,17 +1,17 @@
 """The simulated users by hand, their fit, and that they are not the recommender's."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bench.environment_policy import new_policy
 from jaxrec.data.histories import Histories
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import USER, RatingScale
 from jaxrec.errors import DataError
 from jaxrec.models.masks import NEVER
+from jaxrec.rl.config import SimulatedConfig
 from jaxrec.rl.simulated.fit import (
     SimulatorFit,
     ease,
@@ -20,18 +20,16 @@ from jaxrec.rl.simulated.fit import (
     shrunk_cosine,
     simulator_histories,
 )
-from jaxrec.rl.simulated.train import OnPolicyConfig, train_on_policy
+from jaxrec.rl.simulated.train import train_simulated
 from jaxrec.rl.simulated.users import (
-    RECENT,
+    TASTE_EVENTS,
     choice_logprobs,
     expected_rating,
     rate,
-    read_simulator,
     simulator_environment,
     start_user,
     step,
     utilities,
-    write_simulator,
 )
 from tests.rl.simulated.simulated import FIRST_USER, genre_lovers, hand_made
 
@@ -64,7 +62,7 @@ def test_choice_by_hand() -> None:
     np.testing.assert_allclose(p, np.array([first, second, rest]) / (first + second + rest), rtol=1e-5)
 
 
-def test_what_stands_higher_up_or_was_taken_is_not_taken() -> None:
+def test_repeated_items_and_items_of_the_history_are_not_chosen() -> None:
     u = jnp.array([NEVER, 0.0, NEVER, 1.0, -1.0])
     p = np.exp(choice_logprobs(hand_made(), u, jnp.array([3, 3, 2])))
     assert p[1] == p[2] == 0.0
@@ -72,7 +70,7 @@ def test_what_stands_higher_up_or_was_taken_is_not_taken() -> None:
     assert p[0] == pytest.approx(first / (first + rest), rel=1e-5)
 
 
-def test_who_has_taken_all_takes_nothing() -> None:
+def test_a_user_whose_history_holds_every_item_chooses_nothing() -> None:
     params, slate = hand_made(), jnp.array([3, 0, 2])
     p = np.exp(choice_logprobs(params, jnp.full(5, NEVER), slate))
     np.testing.assert_array_equal(p, [0.0, 0.0, 0.0, 1.0])
@@ -84,10 +82,11 @@ def test_who_has_taken_all_takes_nothing() -> None:
         np.testing.assert_array_equal(new.recent, state.recent)
 
 
-def test_only_what_may_be_recommended_counts_as_covered() -> None:
+def test_only_recommendable_items_count_as_covered() -> None:
     """Two of four items are left for slates of three."""
-    config = OnPolicyConfig(users=4, steps=2, updates=1, hidden=4)
-    assert train_on_policy(simulator_environment(hand_made(), 3), config).log[0]["coverage"] == 0.5
+    environment, config = simulator_environment(hand_made(), 3), SimulatedConfig(users=4, steps=2, updates=1)
+    _, records = train_simulated(environment, new_policy(environment, hidden=4), config)
+    assert records[0]["coverage"] == 0.5
 
 
 def test_rating_by_hand() -> None:
@@ -97,7 +96,7 @@ def test_rating_by_hand() -> None:
     assert float(rate(params, jnp.int32(0), jnp.int32(4), key)) == 5.0  # 7.75, to the scale's end
 
 
-def test_step_takes_at_most_once_and_remembers() -> None:
+def test_step_chooses_at_most_one_item_and_remembers_it() -> None:
     params = hand_made()
     state, _ = start_user(params, jnp.int32(0))
     keys = jax.random.split(jax.random.key(1), 3000)
@@ -110,7 +109,7 @@ def test_step_takes_at_most_once_and_remembers() -> None:
     first = slot == 0
     np.testing.assert_array_equal(np.asarray(new.recent)[first, :3], np.broadcast_to([3, 4, 1], (first.sum(), 3)))
     np.testing.assert_array_equal(
-        np.asarray(new.recent)[slot < 0], np.broadcast_to(state.recent, ((slot < 0).sum(), RECENT))
+        np.asarray(new.recent)[slot < 0], np.broadcast_to(state.recent, ((slot < 0).sum(), TASTE_EVENTS))
     )
     assert np.asarray(new.taken)[first][:, 3].all()
     assert not np.asarray(new.taken)[:, 0].any()
@@ -170,18 +169,10 @@ def test_fits_users_who_were_left_out(fit: SimulatorFit) -> None:
     assert fit.rating_rmse < 0.8 * fit.mean_rating_rmse
 
 
-def test_same_seed_same_simulator_and_it_is_kept(
-    fit: SimulatorFit, small_data: PreparedData, histories: Histories, tmp_path: Path
-) -> None:
+def test_same_seed_same_simulator(fit: SimulatorFit, small_data: PreparedData, histories: Histories) -> None:
     again = fit_simulator(histories, small_data.catalog.genre_matrix(), RatingScale(0.5, 5.0), 0.5, start_events=6)
-    write_simulator(fit.params, tmp_path / "simulator.npz")
-    kept = read_simulator(tmp_path / "simulator.npz")
-    for first, second, third in zip(fit.params, again.params, kept, strict=True):
+    for first, second in zip(fit.params, again.params, strict=True):
         np.testing.assert_array_equal(first, second)
-        np.testing.assert_array_equal(first, third)
-    (tmp_path / "other").write_text("no")
-    with pytest.raises(DataError, match="not a simulator"):
-        read_simulator(tmp_path / "other")
 
 
 def test_users_of_the_recommender_are_refused(small_data: PreparedData) -> None:
@@ -201,7 +192,7 @@ def test_what_cannot_be_fitted_is_named(small_data: PreparedData) -> None:
     """Five users of a dozen events: on one item, or without ratings."""
     genres, scale = small_data.catalog.genre_matrix(), RatingScale(0.5, 5.0)
     offsets, ratings, times = 12 * np.arange(6), np.ones(60, np.float32), np.arange(60)
-    with pytest.raises(DataError, match="0 events on items that are new to their user fit the choice and 0 judge"):
+    with pytest.raises(DataError, match="0 events on items that are new to their user fit the choice and 0 evaluate"):
         fit_simulator(Histories(offsets, np.ones(60, np.int32), ratings, times), genres, scale, 0.5)
     items = np.tile(np.arange(1, 13, dtype=np.int32), 5)
     with pytest.raises(DataError, match="0 events have a rating, and 0 of these are held out"):

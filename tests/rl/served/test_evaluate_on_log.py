@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrec.rl.served.evaluate import Judgement, judge_from_log
-from jaxrec.rl.served.states import LogStates
+from jaxrec.rl.served.evaluate import LogEvaluation, evaluate_on_log
+from jaxrec.rl.served.states import ServedStates
 from tests.rl.served.logged_world import CONFIG, SLOTS, World, draw, new_world, value
 
 USERS, LOGS = 100, 30
@@ -16,12 +16,12 @@ def world() -> World:
     return new_world()
 
 
-def judged(world: World, training: LogStates, judging: LogStates) -> Judgement:
+def evaluated(world: World, training: ServedStates, evaluation: ServedStates) -> LogEvaluation:
     policies = world.graphdef, world.new, world.current, world.scoring
-    return judge_from_log(*policies, training, judging, CONFIG, 5.0)
+    return evaluate_on_log(*policies, training, evaluation, CONFIG)
 
 
-def no_hits(log: LogStates) -> LogStates:
+def no_hits(log: ServedStates) -> ServedStates:
     return log._replace(terms=log.terms._replace(hit=np.zeros_like(log.terms.hit)))
 
 
@@ -31,8 +31,8 @@ def test_over_many_logs_the_doubly_robust_gain_is_the_true_one(world: World) -> 
     gains = []
     for log in range(LOGS):
         first = 2 * USERS * log
-        training, judging = (logs.at(np.arange(at, at + USERS)) for at in (first, first + USERS))
-        found = judged(world, training, judging)
+        training, evaluation = (logs.at(np.arange(at, at + USERS)) for at in (first, first + USERS))
+        found = evaluated(world, training, evaluation)
         assert found.doubly_robust is not None
         gains.append(found.doubly_robust)
     values = np.array([gain.value for gain in gains])
@@ -42,8 +42,8 @@ def test_over_many_logs_the_doubly_robust_gain_is_the_true_one(world: World) -> 
 
 
 def test_where_nothing_is_earned_nothing_is_gained(world: World) -> None:
-    training, judging = (no_hits(draw(world, USERS, seed)) for seed in (1, 2))
-    decision, robust = judged(world, training, judging)
+    training, evaluation = (no_hits(draw(world, USERS, seed)) for seed in (1, 2))
+    decision, robust = evaluated(world, training, evaluation)
     assert robust is not None
     assert (robust.value, robust.low, robust.high) == (0.0, 0.0, 0.0)
     assert not decision.used
@@ -52,34 +52,34 @@ def test_where_nothing_is_earned_nothing_is_gained(world: World) -> None:
 
 def test_the_reward_model_is_fitted_to_the_training_rows_alone(world: World) -> None:
     """Where they earned nothing the model says 0, and doubly robust is self-normalized RIPS."""
-    training, judging = no_hits(draw(world, USERS, seed=1)), draw(world, USERS, seed=2)
-    decision, robust = judged(world, training, judging)
+    training, evaluation = no_hits(draw(world, USERS, seed=1)), draw(world, USERS, seed=2)
+    decision, robust = evaluated(world, training, evaluation)
     assert robust is not None
     assert decision.gain is not None
     assert robust.value == pytest.approx(decision.gain.value, abs=1e-12)
-    fitted = judged(world, draw(world, USERS, seed=1), judging)
+    fitted = evaluated(world, draw(world, USERS, seed=1), evaluation)
     assert fitted.decision.gain == decision.gain
     assert fitted.doubly_robust is not None
     assert fitted.doubly_robust.value != pytest.approx(robust.value, abs=1e-4)
 
 
-def test_too_few_training_rows_are_told(world: World) -> None:
-    training, judging = draw(world, 1, seed=1), draw(world, USERS, seed=2)
-    decision, robust = judged(world, training, judging)
+def test_too_few_training_rows_are_reported(world: World) -> None:
+    training, evaluation = draw(world, 1, seed=1), draw(world, USERS, seed=2)
+    decision, robust = evaluated(world, training, evaluation)
     assert robust is None
     assert decision.gain is not None
     assert decision.reason.endswith("; no doubly robust gain: 1 recommendation(s) trained, expected at least two")
 
 
-def test_a_new_policy_that_does_nothing_of_what_was_logged_has_no_gain_to_tell(world: World) -> None:
+def test_a_new_policy_that_does_nothing_of_what_was_logged_has_no_gain(world: World) -> None:
     """Item 1 is all that was shown first, and the new policy never shows it."""
-    judging = draw(world, 2000, seed=2)
-    judging = judging.at(np.flatnonzero(judging.slate[:, 0] == 1)[:USERS])
+    evaluation = draw(world, 2000, seed=2)
+    evaluation = evaluation.at(np.flatnonzero(evaluation.slate[:, 0] == 1)[:USERS])
     never = world._replace(new={**world.new, "item_bias": jnp.asarray([0, -1e4, 0, 0, 0, 0], jnp.float32)})
-    decision, robust = judged(never, draw(world, USERS, seed=1), judging)
+    decision, robust = evaluated(never, draw(world, USERS, seed=1), evaluation)
     assert "the mean weight over 100 decisions of 100 users is 0.000" in decision.reason
     assert decision.gain is robust is None
-    assert decision.reason.endswith("; for the same reason no doubly robust gain is told")
+    assert decision.reason.endswith("; for the same reason there is no doubly robust gain")
 
 
 def test_empty_slots_change_nothing(world: World) -> None:
@@ -91,7 +91,7 @@ def test_empty_slots_change_nothing(world: World) -> None:
         terms = log.terms._replace(**{name: np.pad(term, pad) for name, term in log.terms._asdict().items()})
         slate, propensities = np.pad(log.slate, pad), np.pad(log.log_propensities, pad)
         wider.append(log._replace(slate=slate, log_propensities=propensities, terms=terms))
-    narrow, wide = judged(world, *logs).doubly_robust, judged(world, *wider).doubly_robust
+    narrow, wide = evaluated(world, *logs).doubly_robust, evaluated(world, *wider).doubly_robust
     assert narrow is not None
     assert wide is not None
     assert wide.value == pytest.approx(narrow.value, rel=1e-4)

@@ -1,32 +1,17 @@
-"""What a policy for environments is, and one of them: a small network from an observation's features to logits of all
-items, and to a value."""
+"""A policy for the synthetic environment: a small network from an observation's features to logits of all items, and to
+a value."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxrec.models.masks import NEVER
-from jaxrec.rl.policy import sample_slates, slate_logprobs
 from jaxrec.rl.simulated.environment import Environment
+from jaxrec.rl.simulated.policy import Params, Policy
 
-Params = Any
-
-
-class Policy(Protocol):
-    """What `jaxrec.rl.simulated.train` trains. `features` is the pytree that the environment makes of its observations,
-    with any leading axes [...]."""
-
-    @property
-    def start(self) -> Params:
-        """The parameters before any training."""
-
-    def logits(self, params: Params, features: Any, recommendable: jax.Array) -> jax.Array:
-        """[..., items + 1], NEVER where `recommendable` [..., items + 1] is off."""
-
-    def value(self, params: Params, features: Any) -> jax.Array:
-        """[...]: the discounted rewards that are expected from here on."""
+HIDDEN = 64
 
 
 class PolicyNetwork(nnx.Module):
@@ -64,30 +49,11 @@ class EnvironmentPolicy(NamedTuple):
         return nnx.merge(self.graphdef, params).value(features)
 
 
-def new_policy(environment: Environment, hidden: int, seed: int) -> EnvironmentPolicy:
+def new_policy(environment: Environment, hidden: int = HIDDEN, seed: int = 0) -> EnvironmentPolicy:
     """A nearly uniform policy."""
     network = PolicyNetwork(environment.feature_count, hidden, environment.item_count, rngs=nnx.Rngs(seed))
     graphdef, variables = nnx.split(network)
     return EnvironmentPolicy(graphdef, nnx.to_pure_dict(variables))
-
-
-def act(environment: Environment, key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(slates [..., slate_size] int32, the same as the environment's actions) drawn from the logits."""
-    if environment.slate_size == 1:  # the same distribution from one random number each, and without a sort
-        weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-        up_to = weights @ jnp.triu(jnp.ones((logits.shape[-1],) * 2))  # a sum over the items before, faster than cumsum
-        drawn = jax.random.uniform(key, logits.shape[:-1]) * up_to[..., -1]
-        actions = jnp.sum(up_to <= drawn[..., None], axis=-1, dtype=jnp.int32)
-        return actions[..., None], actions
-    slates = sample_slates(key, logits, environment.slate_size)
-    return slates, slates
-
-
-def action_logprobs(logits: jax.Array, slates: jax.Array) -> jax.Array:
-    """[..., k]: as `jaxrec.rl.policy.slate_logprobs`, which for one slot is the softmax."""
-    if slates.shape[-1] == 1:
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), slates, axis=-1)
-    return slate_logprobs(logits, slates)
 
 
 def probabilities(policy: Policy, params: Params, environment: Environment, observations: Any) -> jax.Array:

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrec.config import RewardWeights, RLConfig
 from jaxrec.data.prepared import PreparedData
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.rl.logged.evaluate import Judged, case_states, decide, make_judge
-from jaxrec.rl.logged.learner import new_learner
+from jaxrec.rl.config import LoggedConfig, RewardWeights
+from jaxrec.rl.logged.evaluate import CaseResults, case_evaluator, case_states, logged_outcome
+from jaxrec.rl.logged.loss import start_params
 from jaxrec.rl.logged.methods import REINFORCE
 from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.rewards import rank_discounts, slate_reward_terms, total_reward
@@ -23,18 +23,20 @@ MAX_LENGTH = 50
 CASES = 400
 
 
-def judged(rank: np.ndarray, reward: float = 0.3) -> Judged:
+def results(rank: np.ndarray, reward: float = 0.3) -> CaseResults:
     """Cases with these ranks [cases] and rewards around `reward`, all targets rated alike."""
     noise = np.random.default_rng(0).normal(0, 0.05, (2, len(rank)))
     zeros = np.zeros((2, len(rank)))
     top = np.ones((2, len(rank), 10), np.int32)
-    users = np.arange(len(rank))
-    return Judged(np.stack([rank, rank]), reward + noise, {}, zeros, np.full(len(rank), 0.5), top, 50, users)
+    return CaseResults(
+        np.stack([rank, rank]), reward + noise, {}, zeros, np.full(len(rank), 0.5), top, 50, np.arange(len(rank))
+    )
 
 
 RANKS = np.arange(CASES) % 40 + 1
 BETTER, WORSE = np.maximum(RANKS - 2, 1), RANKS + 2
-SUPERVISED = judged(RANKS)
+SUPERVISED = results(RANKS)
+NOT = "did not improve significantly"
 
 
 def by_chance(flips: int) -> np.ndarray:
@@ -47,19 +49,21 @@ def by_chance(flips: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("policy", "controls", "used", "says"),
     [
-        (judged(BETTER, 0.31), (SUPERVISED, SUPERVISED), True, "the policy is used"),
-        (judged(BETTER, 0.29), (SUPERVISED, SUPERVISED), False, "is a higher slate reward:"),
-        (judged(WORSE, 0.31), (SUPERVISED, SUPERVISED), False, "NDCG@10 and an NDCG@10 that is not lower:"),
-        (judged(by_chance(1), 0.31), (SUPERVISED, SUPERVISED), False, "is a higher reward-weighted NDCG@10:"),
-        (judged(BETTER, 0.31), (SUPERVISED, judged(BETTER)), False, "a control with permuted rewards that gains"),
-        (judged(BETTER, 0.31), (judged(BETTER), judged(BETTER)), True, "the policy beyond that +0.0000"),
+        (results(BETTER, 0.31), (SUPERVISED, SUPERVISED), True, "the new policy is used"),
+        (results(BETTER, 0.29), (SUPERVISED, SUPERVISED), False, f"on validation the slate reward {NOT}:"),
+        (results(WORSE, 0.31), (SUPERVISED, SUPERVISED), False, f"NDCG@10 {NOT} and NDCG@10 fell:"),
+        (results(by_chance(1), 0.31), (SUPERVISED, SUPERVISED), False, f"the reward-weighted NDCG@10 {NOT}:"),
+        (results(BETTER, 0.31), (SUPERVISED, results(BETTER)), False, "the control with permuted rewards improved"),
+        (results(BETTER, 0.31), (results(BETTER), results(BETTER)), True, "the policy beyond that +0.0000"),
     ],
 )
-def test_decision_and_its_reason(policy: Judged, controls: tuple[Judged, Judged], used: bool, says: str) -> None:
-    decision = decide(policy, SUPERVISED, *controls)
+def test_decision_and_its_reason(
+    policy: CaseResults, controls: tuple[CaseResults, CaseResults], used: bool, says: str
+) -> None:
+    decision = logged_outcome(policy, SUPERVISED, *controls)
     assert decision.used is used
     assert says in decision.reason
-    assert decision.differences["ndcg_10"].mean == pytest.approx(
+    assert decision.differences["ndcg_10"]["mean"] == pytest.approx(
         (ndcg(policy.rank, 10) - ndcg(SUPERVISED.rank, 10)).mean()
     )
 
@@ -69,7 +73,7 @@ def test_reward_weighted_ndcg_by_hand() -> None:
     ranks = np.array([[1, 2, 11], [1, 3, 3]])
     zeros = np.zeros((2, 3))
     top = np.array([[[1, 2], [1, 2], [1, 3]], [[4, 0], [4, 0], [4, 0]]])
-    judged = Judged(ranks, zeros, {}, zeros, np.array([1.0, 0.5, 0.25]), top, 6, np.arange(3))
+    judged = CaseResults(ranks, zeros, {}, zeros, np.array([1.0, 0.5, 0.25]), top, 6, np.arange(3))
     expected_ndcg = [1.0, (1 / np.log2(3) + 0.5) / 2, (0 + 0.5) / 2]
     expected = (1.0 * expected_ndcg[0] + 0.5 * expected_ndcg[1] + 0.25 * expected_ndcg[2]) / 1.75
     assert judged.figures()["reward_weighted_ndcg_10"] == pytest.approx(expected)
@@ -79,7 +83,7 @@ def test_reward_weighted_ndcg_by_hand() -> None:
 
 
 @pytest.mark.parametrize("with_policy", [False, True])
-def test_judge_sees_what_the_recommender_does(
+def test_evaluated_is_what_the_recommender_does(
     small_data: PreparedData, random_hybrid: Callable[[PreparedData, int, bool], Hybrid], with_policy: bool
 ) -> None:
     """Ranks are those of the evaluation, and rewards those of its top 10, with and without the request time."""
@@ -90,10 +94,10 @@ def test_judge_sees_what_the_recommender_does(
     supervised = hybrid.with_policy(None)
     recommender = hybrid if with_policy else supervised
     scoring = frozen_scoring(supervised, tables)
-    graphdef, learner = new_learner(32, len(small_data.catalog), RLConfig(policy_width=8), REINFORCE)
-    head = nnx.to_pure_dict(nnx.state(hybrid.policy)) if with_policy else learner.head
+    graphdef, start = start_params(32, len(small_data.catalog), LoggedConfig(policy_width=8), REINFORCE)
+    head = nnx.to_pure_dict(nnx.state(hybrid.policy)) if with_policy else start.head
     states = case_states(hybrid, small_data, cases, item_ratings)
-    judged = make_judge(graphdef, scoring, states, small_data, MAX_LENGTH, weights)(head)
+    judged = case_evaluator(graphdef, scoring, states, small_data, MAX_LENGTH, weights)(head)
 
     scorer = hybrid_scorer(recommender)
     targets = jnp.asarray(small_data.histories.items[cases.rows])

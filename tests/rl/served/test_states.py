@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
+from jaxrec.data.events import Events
 from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.served import states as module
 from jaxrec.rl.served.event_store import History, Recommendation
-from jaxrec.rl.served.states import ROWS_PER_BATCH, LogStates, log_states
+from jaxrec.rl.served.states import ROWS_PER_BATCH, ServedStates, served_states
 
 MAX_LENGTH = 50
 
@@ -22,8 +23,8 @@ def recommendation(user: int, events: int) -> Recommendation:
         history=History(items, rng.integers(1, 11, events) / 2, times),
         slate=np.array([1, 2], np.int32),
         log_propensities=np.array([-1.0, -2.0]),
-        answers=np.zeros(0, np.int32),
-        answer_ratings=np.zeros(0, np.float32),
+        responses=np.zeros(0, np.int32),
+        response_ratings=np.zeros(0, np.float32),
         version=0,
         temperature=1.0,
         request_time=None if user % 2 else 10**6,
@@ -31,8 +32,8 @@ def recommendation(user: int, events: int) -> Recommendation:
     )
 
 
-def states(hybrid: Hybrid, data: PreparedData, recommendations: list[Recommendation]) -> LogStates:
-    return log_states(hybrid.with_policy(None), recommendations, data.config.rating_scale, fit_reward_tables(data))
+def states(hybrid: Hybrid, data: PreparedData, recommendations: list[Recommendation]) -> ServedStates:
+    return served_states(hybrid.with_policy(None), recommendations, data.config.rating_scale, fit_reward_tables(data))
 
 
 def test_padding_and_order_change_nothing(
@@ -42,13 +43,13 @@ def test_padding_and_order_change_nothing(
     lengths = np.random.default_rng(0).permutation(np.tile(np.arange(1, 71), 3))
     recommendations = [recommendation(user, length) for user, length in enumerate(lengths.tolist())]
     read: list[tuple[int, ...]] = []
-    encode = module._encode
+    encode = module.encode_histories
 
-    def reading(graphdef: object, variables: object, events: module.Events, gap: np.ndarray) -> object:
+    def reading(graphdef: object, variables: object, events: Events, gap: np.ndarray) -> object:
         read.append(events.item.shape)
         return encode(graphdef, variables, events, gap)
 
-    monkeypatch.setattr(module, "_encode", reading)
+    monkeypatch.setattr(module, "encode_histories", reading)
     compiled = encode._cache_size()
     found = states(small_hybrid, small_data, recommendations)
     assert encode._cache_size() <= compiled + 2  # lengths
@@ -69,13 +70,13 @@ def test_padding_and_order_change_nothing(
 def test_short_histories_are_padded_to_a_power_of_two(
     small_hybrid: Hybrid, small_data: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths, encode = [], module._encode
+    lengths, encode = [], module.encode_histories
 
-    def reading(graphdef: object, variables: object, events: module.Events, gap: np.ndarray) -> object:
+    def reading(graphdef: object, variables: object, events: Events, gap: np.ndarray) -> object:
         lengths.append(events.item.shape[1])
         return encode(graphdef, variables, events, gap)
 
-    monkeypatch.setattr(module, "_encode", reading)
+    monkeypatch.setattr(module, "encode_histories", reading)
     for events in (1, 8, 9, 16, 17, 40, 70):
         states(small_hybrid, small_data, [recommendation(1, events)])
     assert lengths == [8, 8, 16, 16, 32, 50, 50]

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrec.config import RewardWeights, RLConfig
 from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.masks import NEVER
-from jaxrec.rl.logged.learner import make_updates, new_learner, pay
+from jaxrec.rl.config import METHOD_NAMES, LoggedConfig, RewardWeights
+from jaxrec.rl.logged.loss import logged_loss, start_params
 from jaxrec.rl.logged.methods import ACTOR_CRITIC, METHODS, PLACKETT_LUCE, REINFORCE, TOP_K, Method
 from jaxrec.rl.logged.states import States
 from jaxrec.rl.rewards import RewardTables, rank_discounts
 from jaxrec.rl.scoring import Scoring, policy_logits, returns
+from jaxrec.rl.updates import make_updates, new_learner, policy_optimizer
 from tests.rl.enumeration import expected_reward
 
 
@@ -65,23 +66,26 @@ class Bandit:
     """A learner on the bandit, and the exact value of its policy."""
 
     def __init__(
-        self, config: RLConfig, shuffled: bool = False, method: Method = REINFORCE, permuted: bool = False
+        self, config: LoggedConfig, shuffled: bool = False, method: Method = REINFORCE, permuted: bool = False
     ) -> None:
         config = dataclasses.replace(config, samples=method.samples)
         self._config = config
         self._states = bandit_states(config.seed, shuffled)
-        self._graphdef, self._learner = new_learner(CONTEXTS, CONTEXTS, config, method)
-        self._updates = make_updates(self._graphdef, config, method)
-        self._pay = pay(permuted=permuted)
+        self._graphdef, start = start_params(CONTEXTS, CONTEXTS, config, method)
+        optimizer = policy_optimizer(config.learning_rate, config.updates)
+        self._learner = new_learner(start, optimizer)
+        self._updates = make_updates(logged_loss(self._graphdef, config, method), optimizer, config.kl_target)
+        self._permuted = permuted
 
     def learn(self, count: int) -> dict[str, np.ndarray]:
         key = jax.random.key(self._config.seed)
-        self._learner, metrics = self._updates(self._learner, bandit_scoring(), self._states, key, count, self._pay)
+        data = bandit_scoring(), self._states, 1.0, self._permuted
+        self._learner, metrics = self._updates(self._learner, data, key, count)
         return jax.device_get(metrics)
 
     def value(self) -> float:
         """The expected slate reward, over all contexts and slates."""
-        head = nnx.merge(self._graphdef, self._learner.head)
+        head = nnx.merge(self._graphdef, self._learner.params.head)
         values = []
         for context in range(CONTEXTS):
             nothing = jnp.zeros((1, RECENT_ITEMS), jnp.int32)
@@ -91,16 +95,16 @@ class Bandit:
         return float(np.mean(values))
 
 
-FREE = RLConfig(
+FREE = LoggedConfig(
     batch_size=128,
     slate_size=3,
     learning_rate=0.04,
     kl_target=100.0,
-    anchor=0.0,
+    imitation_weight=0.0,
     policy_width=16,
     entropy_floor=0.0,
     coverage_floor=0.0,
-    steps=400,
+    updates=400,
     rewards=HITS,
 )
 
@@ -117,7 +121,7 @@ def test_learns_the_best_slate_of_each_context() -> None:
 def test_other_methods_learn_too(method: Method, share: float) -> None:
     """The correction of the top K undoes how often the log has an item: it finds the three that are ever taken."""
     bandit = Bandit(FREE, method=method)
-    metrics = bandit.learn(FREE.steps)
+    metrics = bandit.learn(FREE.updates)
     assert bandit.value() > CHANCE + share * (BEST - CHANCE)
     if method is TOP_K:
         assert 0 < metrics["ess_share"][-1] < 1
@@ -131,12 +135,16 @@ def test_shuffled_targets_and_permuted_rewards_teach_nothing(controls: dict[str,
     assert bandit.value() < CHANCE + 0.15 * (BEST - CHANCE)
 
 
-def test_guards_hold_entropy_and_coverage() -> None:
+def test_floors_hold_entropy_and_coverage() -> None:
     free = Bandit(FREE).learn(400)
-    guarded = Bandit(dataclasses.replace(FREE, entropy_floor=0.9, coverage_floor=0.9)).learn(400)
+    held = Bandit(dataclasses.replace(FREE, entropy_floor=0.9, coverage_floor=0.9)).learn(400)
     assert free["entropy"][-1] < 0.6 * free["entropy"][0]
-    assert guarded["entropy"][-1] > 0.85 * guarded["entropy"][0]
-    assert guarded["effective_items"][-1] > 0.85 * guarded["effective_items"][0]
+    assert held["entropy"][-1] > 0.85 * held["entropy"][0]
+    assert held["effective_items"][-1] > 0.85 * held["effective_items"][0]
+
+
+def test_names_of_the_methods_are_those_there_are() -> None:
+    assert tuple(METHODS) == METHOD_NAMES
 
 
 def test_every_update_is_measured() -> None:
@@ -147,12 +155,12 @@ def test_every_update_is_measured() -> None:
         assert all(np.isfinite(values).all() and len(values) == 2 for values in metrics.values())
 
 
-def test_policy_starts_as_the_supervised_one_and_the_leash_holds() -> None:
+def test_policy_starts_as_the_supervised_one_and_the_kl_penalty_holds() -> None:
     loose = Bandit(FREE).learn(400)
-    leashed = Bandit(dataclasses.replace(FREE, kl_target=0.05, learning_rate=0.01)).learn(400)
-    assert loose["kl"][0] == leashed["kl"][0] == 0.0
+    near = Bandit(dataclasses.replace(FREE, kl_target=0.05, learning_rate=0.01)).learn(400)
+    assert loose["kl"][0] == near["kl"][0] == 0.0
     assert loose["kl"][-100:].mean() > 1.0
-    assert 0.025 < leashed["kl"][-100:].mean() < 0.1
+    assert 0.025 < near["kl"][-100:].mean() < 0.1
 
 
 def test_baseline_learns_the_mean_return() -> None:

@@ -1,4 +1,4 @@
-"""A server's log as it is read back: whose answers count, and histories that give the server's own propensities."""
+"""A server's log as it is read back: whose responses count, and histories that give the server's own propensities."""
 
 import time
 from collections.abc import Callable
@@ -14,9 +14,8 @@ from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import frozen_scoring
 from jaxrec.rl.served.event_store import STILL_OPEN, History, Recommendation, ServedLog, read_served_log
-from jaxrec.rl.served.log_policy import logged_logprobs
-from jaxrec.rl.served.policy import EXACT
-from jaxrec.rl.served.states import log_states
+from jaxrec.rl.served.policy import EXACT, logged_logprobs
+from jaxrec.rl.served.states import served_states
 from serve import client
 from serve.front.server import create_server
 from serve.model.directory import read_artifact
@@ -49,31 +48,31 @@ def write_log(path: Path, data: PreparedData, events: list[tuple[int, str | None
 
 @pytest.fixture
 def dated(small_data: PreparedData, tmp_path: Path) -> Callable[[int | None], ServedLog]:
-    """Reads a log with a horizon: a, b, c and d are shown to one user at 100, 200, 290 and 310; a is answered after 5
+    """Reads a log with a window: a, b, c and d are shown to one user at 100, 200, 290 and 310; a is answered after 5
     and after 200 seconds, b 5 seconds before, by a clock that is slow."""
     events = [(50, None), (105, "a"), (300, "a"), (195, "b")]
     write_log(tmp_path / "events.sqlite", small_data, events, {"a": 100, "b": 200, "c": 290, "d": 310})
-    return lambda horizon: read_served_log(tmp_path / "events.sqlite", small_data.catalog, horizon)
+    return lambda window: read_served_log(tmp_path / "events.sqlite", small_data.catalog, window)
 
 
 @pytest.mark.parametrize(
-    ("horizon", "answers"),
+    ("window", "responses"),
     [
         (0, [[], [4], [], []]),
-        (5, [[2], [4], []]),  # d is the log's end, so its answers may still come
+        (5, [[2], [4], []]),  # d is the log's end, so its responses may still come
         (20, [[2], [4], []]),
         (21, [[2], [4]]),
         (200, [[2, 3]]),
         (211, []),
     ],
 )
-def test_an_answer_counts_within_the_horizon(
-    dated: Callable[[int | None], ServedLog], horizon: int, answers: list[list[int]]
+def test_a_response_counts_within_the_attribution_window(
+    dated: Callable[[int | None], ServedLog], window: int, responses: list[list[int]]
 ) -> None:
-    log = dated(horizon)
-    assert [one.answers.tolist() for one in log.recommendations] == answers
-    assert log.skipped.get(STILL_OPEN, 0) == 4 - len(answers)
-    assert log.horizon == horizon
+    log = dated(window)
+    assert [one.responses.tolist() for one in log.recommendations] == responses
+    assert log.skipped.get(STILL_OPEN, 0) == 4 - len(responses)
+    assert log.attribution_window == window
 
 
 def test_a_late_answer_is_history_of_what_is_shown_after_it(dated: Callable[[int | None], ServedLog]) -> None:
@@ -92,7 +91,7 @@ def test_what_was_done_within_the_second_of_a_recommendation_is_history_of_it(
     assert not log.skipped
     # The third event came after a, which its time does not tell.
     assert [items_of(one) for one in log.recommendations] == [[1, 3], [1, 2, 3], [1, 2, 3, 4, 5]]
-    assert [one.answers.tolist() for one in log.recommendations] == [[2], [4], []]
+    assert [one.responses.tolist() for one in log.recommendations] == [[2], [4], []]
 
 
 def test_what_was_taken_from_a_slate_within_its_second_is_no_history_of_it(
@@ -105,30 +104,30 @@ def test_what_was_taken_from_a_slate_within_its_second_is_no_history_of_it(
     assert [items_of(one) for one in log.recommendations] == [[*range(1, 10)], [*range(1, 11)]]
 
 
-def test_the_horizon_is_by_default_within_which_99_percent_of_the_answers_came(
+def test_the_attribution_window_is_by_default_within_which_99_percent_of_the_responses_came(
     dated: Callable[[int | None], ServedLog], small_data: PreparedData, tmp_path: Path
 ) -> None:
-    """Of few answers that is the latest: no answer that was seen is left out. Without one there is nothing to wait
+    """Of few responses that is the latest: no response that was seen is left out. Without one there is nothing to wait
     for."""
-    assert dated(None).horizon == 200
+    assert dated(None).attribution_window == 200
     raw = [str(item) for item in small_data.catalog.ids.raw_ids]
     with SQLiteStore(tmp_path / "many.sqlite") as store:
         store.record([UserEvent("before", "u", Event(raw[0], None, START - 1))])
         log_now(store, Impression("a", "u", (raw[1],), (-0.5,), "reinforce", "v", START, 0.5))
-        assert read_served_log(tmp_path / "many.sqlite", small_data.catalog).horizon == 0
+        assert read_served_log(tmp_path / "many.sqlite", small_data.catalog).attribution_window == 0
         delays = [7] * 197 + [1000] * 3  # 98.5 % within 7 seconds
         events = [Event(raw[1], None, START + delay) for delay in delays]
         store.record([UserEvent(str(number), "u", event, "a") for number, event in enumerate(events)])
-        assert read_served_log(tmp_path / "many.sqlite", small_data.catalog).horizon == 1000
+        assert read_served_log(tmp_path / "many.sqlite", small_data.catalog).attribution_window == 1000
         store.record([UserEvent(f"more {number}", "u", events[0], "a") for number in range(200)])  # 99.25 %
     log = read_served_log(tmp_path / "many.sqlite", small_data.catalog)
-    assert log.horizon == 7
-    assert [len(one.answers) for one in log.recommendations] == [397]
+    assert log.attribution_window == 7
+    assert [len(one.responses) for one in log.recommendations] == [397]
 
 
-def test_an_answer_dated_after_now_changes_nothing_else(small_data: PreparedData, tmp_path: Path) -> None:
-    """A client whose clock is 400 days ahead neither makes the horizon as long, nor closes what is open; its own answer
-    is too late to be one."""
+def test_a_response_dated_after_now_changes_nothing_else(small_data: PreparedData, tmp_path: Path) -> None:
+    """A client whose clock is 400 days ahead neither makes the window as long, nor closes what is open; its own
+    response is too late to be one."""
     now = int(time.time())
     events: list[tuple[int, str | None]] = [(START, None), (now - 3 * DAY + 60, "a"), (now - 2 * DAY + 30, "b")]
     shown = {"a": now - 3 * DAY, "b": now - 2 * DAY, "c": now - HOUR}
@@ -136,8 +135,8 @@ def test_an_answer_dated_after_now_changes_nothing_else(small_data: PreparedData
     write_log(tmp_path / "wrong.sqlite", small_data, [*events, (now + 400 * DAY, "b")], shown)
     right, wrong = (read_served_log(tmp_path / f"{name}.sqlite", small_data.catalog) for name in ("right", "wrong"))
     for log in (right, wrong):
-        assert (log.horizon, log.skipped) == (60, {STILL_OPEN: 1})
-        assert [one.answers.tolist() for one in log.recommendations] == [[2], [3]]
+        assert (log.attribution_window, log.skipped) == (60, {STILL_OPEN: 1})
+        assert [one.responses.tolist() for one in log.recommendations] == [[2], [3]]
         assert [items_of(one) for one in log.recommendations] == [[1], [1, 2]]
 
 
@@ -156,15 +155,15 @@ def test_an_event_that_answers_nothing_does_not_move_the_end(
     assert (len(log.recommendations), log.skipped) == (1, {STILL_OPEN: 1})
 
 
-@pytest.mark.parametrize(("horizon", "closed"), [(None, 2), (14, 2), (13, 3), (10, 3), (15, 1), (16, 0)])
-def test_answers_go_on_after_the_last_recommendation(
-    horizon: int | None, closed: int, small_data: PreparedData, tmp_path: Path
+@pytest.mark.parametrize(("window", "closed"), [(None, 2), (14, 2), (13, 3), (10, 3), (15, 1), (16, 0)])
+def test_responses_go_on_after_the_last_recommendation(
+    window: int | None, closed: int, small_data: PreparedData, tmp_path: Path
 ) -> None:
-    """A burst whose answers all come later: they end the log, and by default come within 14 seconds."""
+    """A burst whose responses all come later: they end the log, and by default come within 14 seconds."""
     events = [(START - 1, None), (START + 10, "a"), (START + 15, "b"), (START + 12, "c")]
     write_log(tmp_path / "events.sqlite", small_data, events, {"a": START, "b": START + 1, "c": START + 2})
-    log = read_served_log(tmp_path / "events.sqlite", small_data.catalog, horizon)
-    assert log.horizon == (horizon or 14)
+    log = read_served_log(tmp_path / "events.sqlite", small_data.catalog, window)
+    assert log.attribution_window == (window or 14)
     assert [one.time for one in log.recommendations] == [START, START + 1, START + 2][:closed]
     assert log.skipped.get(STILL_OPEN, 0) == 3 - closed
 
@@ -173,7 +172,7 @@ def distances(recommendations: list[Recommendation], data: PreparedData, hybrid:
     """[recommendations]: by how much the furthest slot of each is not reproduced, nats."""
     scoring = frozen_scoring(hybrid.with_policy(None), fit_reward_tables(data))
     graphdef, head = nnx.split(hybrid.policy)
-    states = log_states(hybrid.with_policy(None), recommendations, data.config.rating_scale, scoring.tables)
+    states = served_states(hybrid.with_policy(None), recommendations, data.config.rating_scale, scoring.tables)
     found = logged_logprobs(graphdef, nnx.to_pure_dict(head), scoring, states)
     return np.abs(found - states.log_propensities).max(axis=1)
 
