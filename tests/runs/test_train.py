@@ -17,13 +17,13 @@ from jaxrec.runs.train import _data_folder, extend_run
 from tests.synthetic import markov_log
 
 MODEL = jaxrec.ModelConfig(embedding=8, hidden=8, rating_width=2, time_width=2, max_length=8)
-TRAINING = jaxrec.TrainConfig(max_epochs=1, batch_tokens=256)
+TRAINING = jaxrec.TrainConfig(max_epochs=2, batch_tokens=128)  # as in tests/examples: compiled once for both
 EVERYTHING = jaxrec.PrepareConfig(min_user_ratings=1, min_movie_ratings=1)
 
 
 @pytest.fixture(scope="module")
 def log() -> pd.DataFrame:
-    return markov_log(users=40, items=20, events=12, stay=0.9, seed=0)
+    return markov_log(users=60, items=30, events=10, stay=0.9, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_new_data_removes_all_that_depends_on_the_old(run: Run, log: pd.DataFram
             (run.folder / name).mkdir()
         else:
             (run.folder / name).touch()
-    later = markov_log(users=10, items=20, events=12, stay=0.9, seed=1).assign(user_id=lambda frame: frame.user_id + 40)
+    later = markov_log(users=10, items=30, events=10, stay=0.9, seed=1).assign(user_id=lambda frame: frame.user_id + 60)
     later.to_csv(tmp_path / "later.csv", index=False)
     jaxrec.append(run.data_folder, tmp_path / "later.csv", out=tmp_path / "more")
     extend_run(run.folder, tmp_path / "more")
