@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 from flax import nnx
 
-from jaxrec.config import ModelConfig, PrepareConfig
+from jaxrec.config import ModelConfig, PrepareConfig, RatingScale
 from jaxrec.data.prepare import prepare
-from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
+from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.neighbours import NEIGHBOURS, Neighbours

@@ -25,7 +25,7 @@ from bench.quality import commit
 from jaxrec.files import write_text
 from jaxrec.rl.ope.estimators import Terms, doubly_robust, on_policy, self_normalized_doubly_robust, snips
 from jaxrec.rl.ope.gate import MINIMUM_EFFECTIVE, GateDecision, gate
-from jaxrec.rl.ope.intervals import SAMPLES, IntervalMethod, interval, studentized
+from jaxrec.rl.ope.intervals import OPE_SAMPLES, IntervalMethod, interval, studentized
 from jaxrec.rl.ope.sample_size import effective_sample_size, slate_sample_size
 from jaxrec.rl.ope.weights import ImportanceWeights, importance_weights, slate_weights
 
@@ -283,7 +283,7 @@ def main(logs: int, processes: int, gate_alone: bool, out: Path) -> None:
         "",
         f"`python -m bench.rl_estimators --logs {logs}` at commit {commit()}, the gate's section as it says there. "
         f"{SEEDS} seeds, each a world of its own, {logs} logs of each; {LEVEL:.0%} intervals by {RESAMPLES} bootstrap "
-        f"samples of users ({SAMPLES}, the default, in the gate), studentized but where "
+        f"samples of users ({OPE_SAMPLES}, the default, in the gate), studentized but where "
         "another method is named. Coverage: mean and 95 % t interval over the seeds. `truth below` and `truth above` "
         f"should be {(1 - LEVEL) / 2:.3f} each. The reward model of the doubly robust estimators is half right.",
         "",
@@ -324,7 +324,7 @@ def gate_section(asked: list[list[tuple[str, float, GateDecision, bool]]], logs:
     return [
         GATE_TITLE,
         "",
-        f"`python -m bench.rl_estimators --gate --logs {logs}` at commit {commit()}; {SAMPLES} bootstrap samples. "
+        f"`python -m bench.rl_estimators --gate --logs {logs}` at commit {commit()}; {OPE_SAMPLES} bootstrap samples. "
         f"SNIPS against the log, effective sample size of at least {MINIMUM_EFFECTIVE:g} users, gain above 0 at "
         f"{LEVEL:.0%}, with what was never logged at the least reward as well (`none at worst` where only that is not "
         "shown). Shares of the logs; the last column is what a gate that only looks at the interval would let pass.",

@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from flax import nnx
 
-from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig, to_json
+from jaxrec.config import ModelConfig, PrepareConfig, RatingScale, TrainConfig, to_json
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
+from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER
 from jaxrec.data.store import write_prepared
 from jaxrec.files import sha256
 from jaxrec.models.cooccurrence import CoOccurrence

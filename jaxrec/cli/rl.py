@@ -3,19 +3,28 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-from click.core import ParameterSource
 
+from jaxrec.cli.options import (
+    EXISTING_FILE,
+    EXISTING_FOLDER,
+    EXISTING_PATH,
+    SEED,
+    SEED_HELP,
+    Command,
+    given_options,
+    option_name,
+    with_options,
+)
+from jaxrec.config import Config
 from jaxrec.errors import TrainingStopped
 from jaxrec.rl.config import METHOD_NAMES, LoggedConfig, RewardWeights, ServedConfig, SimulatedConfig
 from jaxrec.rl.outcome import PolicyOutcome
 from jaxrec.training.stopping import stop_on_signals
 
-SEED = click.IntRange(0)
-SEED_HELP = "Of everything random: the same seed on the same machine gives the same result."
-RUN = click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+RUN = click.argument("run", type=EXISTING_FOLDER)
 RESUME = click.option(
     "--resume", is_flag=True, help="Continue an interrupted training, with the options that it was started with."
 )
@@ -40,8 +49,6 @@ REWARDS = {
     "novelty": "how few users chose the item, 0..1",
     "diversity": "genre distance to the items above, 0..1",
 }
-Command = TypeVar("Command", bound=Callable[..., Any])
-Config = TypeVar("Config")
 
 
 def _options(kind: type, **own: tuple[Any, str]) -> Callable[[Command], Command]:
@@ -51,15 +58,9 @@ def _options(kind: type, **own: tuple[Any, str]) -> Callable[[Command], Command]
     if any(field.name == "rewards" for field in dataclasses.fields(kind)):
         weights = dataclasses.asdict(RewardWeights())
         shown += [(f"{name}_reward", weights[name], float, f"Reward weight: {text}.") for name, text in REWARDS.items()]
-
-    def decorate(command: Command) -> Command:
-        for name, default, kind_of_value, text in reversed(shown):
-            command = click.option(f"--{name.replace('_', '-')}", type=kind_of_value, default=default, help=text)(
-                command
-            )
-        return command
-
-    return decorate
+    return with_options(
+        *(click.option(option_name(name), type=kind, default=default, help=text) for name, default, kind, text in shown)
+    )
 
 
 def _config(kind: type[Config], values: dict[str, Any]) -> Config:
@@ -70,11 +71,10 @@ def _config(kind: type[Config], values: dict[str, Any]) -> Config:
 
 def _refuse_changes(resume: bool) -> None:
     """Raises UsageError for an option that cannot be changed when a training is resumed."""
-    context = click.get_current_context()
-    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    given = given_options(click.get_current_context())
     changed = [name for name in given if name not in ("run", "resume", "simulator")]
     if resume and changed:
-        raise click.UsageError(f"--{changed[0].replace('_', '-')} cannot be changed on --resume")
+        raise click.UsageError(f"{option_name(changed[0])} cannot be changed on --resume")
 
 
 def _echo(train: Callable[[Any], PolicyOutcome], resume: str = "") -> None:
@@ -139,7 +139,7 @@ def logged(run: Path, method: str, resume: bool, **values: Any) -> None:
 @RUN
 @click.option(
     "--log",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=EXISTING_FILE,
     metavar="EVENTS",
     required=True,
     help="A server's event store (SQLite).",
@@ -170,7 +170,7 @@ def served(run: Path, log: Path, **values: Any) -> None:
 @RUN
 @click.option(
     "--simulator",
-    type=click.Path(exists=True, path_type=Path),
+    type=EXISTING_PATH,
     metavar="RATINGS",
     required=True,
     help="A log of ratings by users that RUN was not trained on.",

@@ -15,13 +15,13 @@ import duckdb
 import numpy as np
 import pandas as pd
 
+from jaxrec.config import MEMORY_GB
 from jaxrec.data.histories import EventLog, blocks, event_writers, open_log, release
 from jaxrec.data.ids import IdMap, write_ids
 from jaxrec.data.prepare import prepare_log
 from jaxrec.data.prepared import AddFiles, PreparedData
 from jaxrec.data.reading.bad_rows import QUARANTINE_FILE, OnBadRows, bad_rows
 from jaxrec.data.reading.check import ReadOptions
-from jaxrec.data.reading.connection import MEMORY_GB
 from jaxrec.data.reading.movies import movies_like
 from jaxrec.data.reading.read import PathOrFrame, input_counts, open_workspace, read_log
 from jaxrec.data.reading.rules import IdKind

@@ -7,10 +7,11 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from jaxrec.config import MISSING_RATING
 from jaxrec.data.events import Events
 from jaxrec.data.histories import Histories
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP
+from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.split import Cases
 
 Item = TypeVar("Item")

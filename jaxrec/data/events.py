@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP
+from jaxrec.config import MISSING_RATING
+from jaxrec.data.schema import UNKNOWN_GAP
 
 if TYPE_CHECKING:
     import jax

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from jaxrec.config import PrepareConfig
+from jaxrec.config import MEMORY_GB, PrepareConfig
 from jaxrec.data.catalog import build_catalog, catalog_items
 from jaxrec.data.filtering import filter_log, k_core
 from jaxrec.data.histories import EventLog
@@ -14,7 +14,6 @@ from jaxrec.data.ids import IdMap
 from jaxrec.data.prepared import AddFiles, PreparedData
 from jaxrec.data.reading.bad_rows import OnBadRows, bad_rows
 from jaxrec.data.reading.check import ReadOptions
-from jaxrec.data.reading.connection import MEMORY_GB
 from jaxrec.data.reading.movies import movies_like
 from jaxrec.data.reading.read import PathOrFrame, input_counts, open_workspace, read_log
 from jaxrec.data.split import SplitRule

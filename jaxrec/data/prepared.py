@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jaxrec.config import PrepareConfig
+from jaxrec.config import PrepareConfig, RatingScale
 from jaxrec.data.catalog import Catalog
 from jaxrec.data.histories import BLOCK_EVENTS, EventLog, Histories, release
 from jaxrec.data.ids import IdMap
-from jaxrec.data.schema import RatingScale
 from jaxrec.data.split import Split
 
 

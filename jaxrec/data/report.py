@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from jaxrec.config import RatingScale
 from jaxrec.data.histories import Histories, release
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.schema import RatingScale
 from jaxrec.files import new_file, write_text
 
 REPORT_FILE, PLOTS_FILE = "report.json", "report.png"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jaxrec.config import MISSING_RATING, RatingScale  # noqa: F401 - other modules read the former here
+from jaxrec.config import RatingScale
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 SAMPLES = 1000
-DRAWS_AT_A_TIME = 1_000_000  # that are held in memory
+DRAWS_AT_A_TIME = 100_000  # that are held in memory; they fit a core's cache, which halves the time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +49,48 @@ def resample(groups: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> Resam
     return Resamples(group, times)
 
 
+def group_sums(values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+    """The sums of values over the rows of each group.
+
+    Args:
+        values: [rows, parts].
+        groups: [rows] labels; None: each row is a group.
+
+    Returns:
+        [groups, parts], in the order of the sorted labels.
+
+    Raises:
+        ValueError: There is not one group for each row.
+
+    Examples:
+        >>> group_sums(np.array([[1.0], [2.0], [4.0]]), np.array(["a", "b", "a"]))
+        array([[5.],
+               [2.]])
+    """
+    if groups is None:
+        return values
+    if len(groups) != len(values):
+        raise ValueError(f"{len(groups)} groups for {len(values)} rows, expected one for each")
+    labels, index = np.unique(groups, return_inverse=True)
+    sums = np.zeros((len(labels), values.shape[1]))
+    np.add.at(sums, index, values)
+    return sums
+
+
 def draw_counts(count: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """Chunks [some samples, count] int64, `samples` rows in all: how often each of `count` groups is drawn."""
+    """Chunks [some samples, count] float64, `samples` rows in all: how often each of `count` groups is drawn.
+
+    A chunk @ `group_sums` gives the sums of its samples.
+
+    >>> next(draw_counts(count=3, samples=2, seed=0)).sum(axis=1)
+    array([3., 3.])
+    """
     rng = np.random.default_rng(seed)
     chunk = max(1, DRAWS_AT_A_TIME // count)
     for start in range(0, samples, chunk):
         size = min(chunk, samples - start)
         draws = rng.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
-        yield np.bincount(draws.ravel(), minlength=size * count).reshape(size, count)
+        yield np.bincount(draws.ravel(), minlength=size * count).reshape(size, count).astype(np.float64)
 
 
 def mean(means: np.ndarray) -> np.ndarray:

@@ -11,10 +11,10 @@ from flax import nnx
 
 from jaxrec.data.events import Events
 from jaxrec.models.cooccurrence import RECENT_ITEMS, CoOccurrence, recent_items
+from jaxrec.models.lstm import State
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.models.tables import FixedTable
 
-State = tuple[jax.Array, jax.Array]
 MAX_ITEMS = 2**24  # larger indices are not exact as float32, which is what the recurrent state is made of
 
 

@@ -27,10 +27,10 @@ from jaxrec.onnx.parity import PROBE_ROWS, make_probe, open_session
 
 FROM_ITEMS = 50_000
 """So many items and more get an index; with fewer the exact product costs little more (bench/large_catalogue.md)."""
-TOP, MANY = 10, 100
-"""Recall of the TOP best decides; that of the MANY best is only reported."""
+INDEX_TOP, MANY = 10, 100
+"""Recall of the INDEX_TOP best decides; that of the MANY best is only reported."""
 LEAST_RECALL = 0.99
-"""Mean share of the TOP best items that are among the candidates."""
+"""Mean share of the INDEX_TOP best items that are among the candidates."""
 WANTED_RECALL = 0.995
 """Other requests than those of the measurement keep less or more."""
 CANDIDATES = (250, 500, 1000, 2000, 4000)
@@ -143,17 +143,19 @@ def choose_candidates(index: Any, points: np.ndarray, probes: Mapping[str, Probe
     chosen_on = [_Searched(index, points, _every_second(of_kind, 0)) for of_kind in probes.values()]
     candidates = 0
     for candidates in CANDIDATES:
-        if all(searched.recall(candidates, TOP) >= WANTED_RECALL for searched in chosen_on):
+        if all(searched.recall(candidates, INDEX_TOP) >= WANTED_RECALL for searched in chosen_on):
             break
     recall = {}
     for kind, of_kind in probes.items():
         # A lone request is all there is.
         others = _every_second(of_kind, 1 if len(of_kind.query) > 1 else 0)
         searched = _Searched(index, points, others)
-        recall[kind] = Recall(searched.recall(candidates, TOP), searched.recall(candidates, MANY), len(others.query))
+        recall[kind] = Recall(
+            searched.recall(candidates, INDEX_TOP), searched.recall(candidates, MANY), len(others.query)
+        )
         if recall[kind].of_top < LEAST_RECALL:
             raise ExportError(
-                f"index: {candidates} candidates hold {recall[kind].of_top:.4f} of the {TOP} best items on"
+                f"index: {candidates} candidates hold {recall[kind].of_top:.4f} of the {INDEX_TOP} best items on"
                 f" {len(others.query)} requests ({kind}), expected {LEAST_RECALL} or more; export with --index never"
             )
     return candidates, recall

@@ -23,7 +23,7 @@ MANIFEST_SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 SEQUENCE_FILE = "sequence.onnx"
 STEP_FILE = "step.onnx"
-CATALOG_FILE = "catalog.csv"
+MODEL_CATALOG_FILE = "catalog.csv"
 ITEM_VECTORS_FILE = "item_vectors.npy"
 LICENCE_FILE = "DATA_LICENCE.txt"
 
@@ -89,7 +89,7 @@ def export_model(
             search.write(folder)
             (folder / SEQUENCE_FILE).write_bytes(externalized(sequence, folder))
             (folder / STEP_FILE).write_bytes(externalized(step, folder))
-        _write_catalog(data, folder / CATALOG_FILE)
+        _write_catalog(data, folder / MODEL_CATALOG_FILE)
         (folder / LICENCE_FILE).write_text(licence.rstrip() + "\n", encoding="utf-8")
         files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
         now = datetime.datetime.now(datetime.UTC)

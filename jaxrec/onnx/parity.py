@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxrec.config import MISSING_RATING
 from jaxrec.data.events import Events
-from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP
+from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.errors import ExportError
 from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.features import GAP_EDGES
@@ -18,7 +19,7 @@ from jaxrec.models.masks import NEVER
 from jaxrec.onnx.weights import RECENT_WEIGHTS, Weights
 
 TOLERANCE = 1e-4
-SEED = 20
+PROBE_SEED = 20
 PROBE_ROWS = 12
 
 
@@ -46,7 +47,7 @@ class Probe:
         )
 
 
-def make_probe(item_count: int, max_history: int, seed: int = SEED) -> Probe:
+def make_probe(item_count: int, max_history: int, seed: int = PROBE_SEED) -> Probe:
     """Lengths from 1 to `max_history`, the first and the last item, missing ratings, gaps at and beside the buckets'
     edges, requests with and without a time, exclusions of nothing, of the history and of the same item twice."""
     rng = np.random.default_rng(seed)

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from jaxrec.data.prepared import PreparedData
-from jaxrec.onnx.ann_index import CANDIDATES_PER_ANSWER, MANY, TOP, Index, build_index, probe_requests
+from jaxrec.onnx.ann_index import CANDIDATES_PER_ANSWER, INDEX_TOP, MANY, Index, build_index, probe_requests
 from jaxrec.onnx.convert import sequence_query_graph, step_query_graph
 from jaxrec.onnx.parity import check_query_parity
 from jaxrec.onnx.quantize import quantize_lstms
 from jaxrec.onnx.signature import sequence_query_signature, step_query_signature
 from jaxrec.onnx.weights import RECENT_WEIGHTS, Weights
 
-INDEX_FILE = "items.faiss"
+ANN_INDEX_FILE = "items.faiss"
 SEQUENCE_QUERY_FILE = "sequence_query.onnx"
 STEP_QUERY_FILE = "step_query.onnx"
 ARRAYS = ("item_bias", "neighbour_item", "neighbour_weight")
@@ -49,15 +49,15 @@ class Search:
         """The index' entry in the manifest; `recall` by kind of request, beside it the least of them."""
         recalls = self.index.recall.values()
         return {
-            "file": INDEX_FILE,
+            "file": ANN_INDEX_FILE,
             "kind": self.index.kind,
             "candidates": self.index.candidates,
             "candidates_per_answer": CANDIDATES_PER_ANSWER,
             "recent_weights": RECENT_WEIGHTS.tolist(),
-            f"recall_{TOP}": min(recall.of_top for recall in recalls),
+            f"recall_{INDEX_TOP}": min(recall.of_top for recall in recalls),
             f"recall_{MANY}": min(recall.of_many for recall in recalls),
             "recall": {
-                kind: {f"recall_{TOP}": recall.of_top, f"recall_{MANY}": recall.of_many, "probes": recall.probes}
+                kind: {f"recall_{INDEX_TOP}": recall.of_top, f"recall_{MANY}": recall.of_many, "probes": recall.probes}
                 for kind, recall in self.index.recall.items()
             },
         }
@@ -65,7 +65,7 @@ class Search:
     def write(self, folder: Path) -> None:
         (folder / SEQUENCE_QUERY_FILE).write_bytes(self.sequence_query)
         (folder / STEP_QUERY_FILE).write_bytes(self.step_query)
-        (folder / INDEX_FILE).write_bytes(self.index.content)
+        (folder / ANN_INDEX_FILE).write_bytes(self.index.content)
         for name in ARRAYS:
             write_array(folder / f"{name}.npy", getattr(self.weights, name))
 

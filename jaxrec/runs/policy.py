@@ -36,7 +36,7 @@ from jaxrec.runs.directory import (
     open_run,
 )
 
-POLICY, SUPERVISED = "reinforce", "supervised"  # the names that serving knows
+SERVED_POLICY, SERVED_SUPERVISED = "reinforce", "supervised"  # the names that serving knows
 
 
 class LoadedRun(NamedTuple):
@@ -120,10 +120,12 @@ def read_outcome(run: Run) -> PolicyOutcome | None:
 
 
 def policy_name(run: Run) -> str:
-    """The policy that evaluation and serving use: POLICY, whatever trained it, or SUPERVISED. Raises DataError on
-    damaged files."""
+    """The policy that evaluation and serving use: SERVED_POLICY, whatever trained it, or SERVED_SUPERVISED.
+
+    Raises DataError on damaged files.
+    """
     outcome = read_outcome(run)
-    return POLICY if outcome is not None and outcome.used else SUPERVISED
+    return SERVED_POLICY if outcome is not None and outcome.used else SERVED_SUPERVISED
 
 
 def load_policy(run: Run, supervised: Hybrid, only_if_used: bool = True) -> Hybrid | None:

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from flax import nnx
 
-from jaxrec.config import RatingScale
+from jaxrec.config import MISSING_RATING, RatingScale
 from jaxrec.data.events import Events
 from jaxrec.data.histories import Histories
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.schema import ITEM, MISSING_RATING, RATING, TIME, TITLE, UNKNOWN_GAP, USER
+from jaxrec.data.schema import ITEM, RATING, TIME, TITLE, UNKNOWN_GAP, USER
 from jaxrec.errors import DataError
 from jaxrec.evaluation.baselines import decayed_popularity
 from jaxrec.models.hybrid import Hybrid

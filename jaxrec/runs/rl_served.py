@@ -21,7 +21,7 @@ from jaxrec.runs.directory import SERVED_OUTCOME_FILE
 from jaxrec.runs.policy import LoadedRun, policy_in_use, write_policy
 from jaxrec.training.stopping import StopRequested, never
 
-METHOD = "served"
+SERVED_METHOD = "served"
 
 
 def run_served(
@@ -56,7 +56,7 @@ def run_served(
     trained, evaluation = train_served(base.graphdef, base.variables, scoring, states, rows, config, stop)
     outcome = dataclasses.replace(trained.outcome, summary=summary)
     if outcome.used:
-        write_policy(run, supervised, trained._replace(outcome=outcome), config, METHOD)
+        write_policy(run, supervised, trained._replace(outcome=outcome), config, SERVED_METHOD)
     record = {
         "used": outcome.used,
         "log": str(log),

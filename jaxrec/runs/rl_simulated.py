@@ -36,7 +36,7 @@ from jaxrec.runs.directory import SIMULATED_OUTCOME_FILE, SIMULATOR_PARTIAL_FOLD
 from jaxrec.runs.policy import LoadedRun, PolicyInUse, policy_in_use, write_policy
 from jaxrec.training.stopping import StopRequested, never
 
-METHOD = "simulated"
+SIMULATED_METHOD = "simulated"
 
 
 class SimulatedTraining(NamedTuple):
@@ -101,7 +101,7 @@ def run_simulated(
     outcome = dataclasses.replace(outcome, summary=f"{ratings}: {simulators.summary}.")
     if outcome.used:
         head = jax.tree.map(np.array, params.head)
-        write_policy(run, supervised, TrainedPolicy(outcome, head, records, []), config, METHOD)
+        write_policy(run, supervised, TrainedPolicy(outcome, head, records, []), config, SIMULATED_METHOD)
     record = {
         "used": outcome.used,
         "simulator": str(ratings),

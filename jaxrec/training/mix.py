@@ -20,7 +20,7 @@ from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareL
 WEIGHTS = np.linspace(0.0, 1.0, 21, dtype=np.float32)
 COOCCURRENCE_WEIGHTS = np.array([0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64], np.float32)
 ROUNDS = 2
-MAX_CASES = 10_000
+MAX_MIX_CASES = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Mix:
 def tune_mix(
     lstm: TimeRatingAwareLSTM, content: TimeRatingAwareContentModel, cooccurrence: CoOccurrence, data: PreparedData
 ) -> Mix:
-    """Chooses the weights in turn, ROUNDS times: a grid for one while the other stays. Of more than MAX_CASES
+    """Chooses the weights in turn, ROUNDS times: a grid for one while the other stays. Of more than MAX_MIX_CASES
     validation cases, evenly spaced ones are used."""
-    cases = data.split.validation.at_most(MAX_CASES)
+    cases = data.split.validation.at_most(MAX_MIX_CASES)
     weight, added = np.float32(0.5), np.float32(0.0)
     for _ in range(ROUNDS):
         of_added = _figures(lstm, content, cooccurrence, data, cases, np.array([weight]), COOCCURRENCE_WEIGHTS)

@@ -12,7 +12,7 @@ from serve.cli.options import FILE
 from serve.client import Connection, Event, RecommenderClient
 from serve.pb.recommender_pb2 import RecommendResponse
 
-SECONDS_PER_DAY = 86_400
+DAY_S = 86_400
 
 
 @click.command("ask")
@@ -101,7 +101,7 @@ def recommendations(client: RecommenderClient, user_id: str | None, watched: Seq
     if user_id is not None:
         return _answer(client.recommend(user_id=user_id, k=k, explain=why), why)
     now = int(time.time())
-    history = [_event(text, now - SECONDS_PER_DAY * (len(watched) - at)) for at, text in enumerate(watched)]
+    history = [_event(text, now - DAY_S * (len(watched) - at)) for at, text in enumerate(watched)]
     return _answer(client.recommend(history=history, k=k, request_time=now, explain=why), why)
 
 

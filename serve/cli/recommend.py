@@ -25,7 +25,7 @@ from serve.settings import Provider, SearchBy
 HISTORY_COLUMNS = ("userId", "movieId", "rating", "timestamp")
 REQUEST_COLUMNS = ("userId", "timestamp")
 OUTPUT_COLUMNS = ("userId", "rank", "movieId", "score")
-BATCH = 64
+USERS_AT_ONCE = 64
 # Requests of so many batches are sorted by length before they are batched, so that little is padding.
 BATCHES_AT_ONCE = 32
 
@@ -126,15 +126,15 @@ def _answers(
     model: Recommender, asked: Sequence[Request], events: Mapping[str, Sequence[Event]], k: int
 ) -> Iterator[Answer]:
     with tqdm(total=len(asked), unit="request", desc="recommend") as progress:
-        for start in range(0, len(asked), BATCH * BATCHES_AT_ONCE):
+        for start in range(0, len(asked), USERS_AT_ONCE * BATCHES_AT_ONCE):
             queries = [
                 _query(request, events.get(request.user_id, ()), k)
-                for request in asked[start : start + BATCH * BATCHES_AT_ONCE]
+                for request in asked[start : start + USERS_AT_ONCE * BATCHES_AT_ONCE]
             ]
             answers: dict[int, Answer] = {}
             by_length = sorted(range(len(queries)), key=lambda at: len(queries[at].events))
-            for first in range(0, len(queries), BATCH):
-                batch = by_length[first : first + BATCH]
+            for first in range(0, len(queries), USERS_AT_ONCE):
+                batch = by_length[first : first + USERS_AT_ONCE]
                 answers.update(zip(batch, model.recommend([queries[at] for at in batch]), strict=True))
                 progress.update(len(batch))
             yield from (answers[at] for at in range(len(queries)))

@@ -82,7 +82,7 @@ class Front:
     else takes no place from other calls by not sending them."""
     takes_long: Callable[[str, bytes], bool] = lambda method, message: False
     """Whether a call, by its method and message, is for the pool of slow ones, which must keep no others waiting."""
-    most_parked: int = batching.DEFAULT_CAPACITY
+    most_parked: int = batching.QUEUE_CAPACITY
     """So many inline calls may wait for the model."""
     most_in_pool: int = 256
     """So many calls may run in the pool, or wait for one of its threads."""

@@ -42,7 +42,7 @@ from serve.pb import (
     recommender_pb2,
     recommender_pb2_grpc,
 )
-from serve.serving.batching import DEFAULT_CAPACITY, RETRY_AFTER_S
+from serve.serving.batching import QUEUE_CAPACITY, RETRY_AFTER_S
 from serve.serving.errors import QueueFull
 from serve.serving.loaded import Models
 from serve.serving.versions import ModelLibrary
@@ -186,7 +186,7 @@ def create_server(
     server: grpc.Server
     if polling is None:
         polling = isinstance(store, SQLiteStore)
-    full = status_of(QueueFull(DEFAULT_CAPACITY, RETRY_AFTER_S))
+    full = status_of(QueueFull(QUEUE_CAPACITY, RETRY_AFTER_S))
 
     def turn_away(method: str) -> TurnedAway:
         metrics.rejected("overload", method)

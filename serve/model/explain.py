@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from serve.model.catalog import Catalog
 from serve.model.events import KnownEvent
 
-MOST_EVENTS = 3
+MOST_EXPLAINED_EVENTS = 3
 ASKED_EVENTS = 16
 """So many of the last events are left out in turn, in one batch: a bound for the cost of an explanation."""
 ASKED_ITEMS = 200
@@ -78,7 +78,7 @@ def _strongest(weights: NDArray[np.float32], events: Sequence[KnownEvent]) -> li
     """Places of the events with the largest positive weights, each item once."""
     strongest: dict[int, int] = {}
     for at in np.argsort(-weights, kind="stable").tolist():
-        if weights[at] <= 0 or len(strongest) == MOST_EVENTS:
+        if weights[at] <= 0 or len(strongest) == MOST_EXPLAINED_EVENTS:
             break
         strongest.setdefault(events[at].item, at)
     return list(strongest.values())

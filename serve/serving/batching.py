@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 from serve.model.recommender import Answer, Query
 from serve.serving.errors import Cancelled, Expired, QueueFull
 
-DEFAULT_CAPACITY = 256
+QUEUE_CAPACITY = 256
 # 10,000 items, 50 events, one thread: a row of `sequence.onnx` costs the same in a batch of 8 as of 32, and a run of
 # 32 keeps the others waiting for 14 ms.
 LARGEST_BATCH = 16
@@ -99,7 +99,7 @@ class Batcher:
     def __init__(
         self,
         answer: Callable[[Sequence[Query]], list[Answer]],
-        capacity: int = DEFAULT_CAPACITY,
+        capacity: int = QUEUE_CAPACITY,
         *,
         largest_batch: int = LARGEST_BATCH,
         on_run: Callable[[Run], None] | None = None,

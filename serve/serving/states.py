@@ -31,7 +31,7 @@ from serve.model.features import features, unit_ratings
 from serve.model.recommender import Answer, Query, Recommender
 from serve.stores.base import MOST_EVENTS, Changes, EventStore, SpilledState
 
-DEFAULT_CAPACITY = 10_000
+STATES_CAPACITY = 10_000
 """Users; with a state of 512 numbers and histories of 50 events about 5 KB each."""
 
 # From so many new events on, one run over the history costs less than a step for each of them.
@@ -118,7 +118,7 @@ class StateCache:
     Calls raise StoreError when the store fails, and can be repeated.
     """
 
-    def __init__(self, model: Recommender, store: EventStore, capacity: int = DEFAULT_CAPACITY) -> None:
+    def __init__(self, model: Recommender, store: EventStore, capacity: int = STATES_CAPACITY) -> None:
         self._model = model
         self._engine = model.engine
         self._store = store

@@ -14,7 +14,7 @@ from serve.stores.rows import Started
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
-BATCH = 500
+DEFERRED_BATCH = 500
 # A store that stays broken costs so much memory and no more: some 20 MB.
 LIMIT = 20_000
 # Well below DELETION_S: what is older could be of a user whose deletion is forgotten.
@@ -52,7 +52,7 @@ class DeferredWrites:
             while len(self._waiting) > LIMIT:
                 self._waiting.popleft()
                 self.dropped_count += 1
-            if len(self._waiting) >= BATCH:
+            if len(self._waiting) >= DEFERRED_BATCH:
                 self._changed.notify()
 
     def discard(self, user_id: str) -> None:
@@ -116,7 +116,7 @@ class DeferredWrites:
             while self._waiting and time.monotonic() - self._waiting[0].since > LONGEST_WAIT_S:
                 self._waiting.popleft()
                 self.dropped_count += 1
-            return [self._waiting.popleft() for _ in range(min(BATCH, most, len(self._waiting)))]
+            return [self._waiting.popleft() for _ in range(min(DEFERRED_BATCH, most, len(self._waiting)))]
 
     def _put_back(self, batch: Sequence[_Waiting]) -> None:
         with self._changed:
@@ -135,7 +135,7 @@ class DeferredWrites:
         """
         with self._writing:
             self._write_batch([])
-            left = deque(self._take(BATCH))
+            left = deque(self._take(DEFERRED_BATCH))
             failed: list[_Waiting] = []
             try:
                 while left:
@@ -162,7 +162,7 @@ class DeferredWrites:
             logger.error("%d of %s cannot be written and are dropped", len(bad), ", ".join(kinds), exc_info=error)
 
     def _has_cause_to_write(self) -> bool:
-        return self._closed or (len(self._waiting) >= BATCH and not self._failing)
+        return self._closed or (len(self._waiting) >= DEFERRED_BATCH and not self._failing)
 
 
 class DeferringStore(EventStore):

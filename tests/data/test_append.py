@@ -12,14 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrec.cli.main import main
-from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
+from jaxrec.config import FilterOn, PrepareConfig, RatingScale, SplitKind, Ties
 from jaxrec.data.append import append
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.data.reading.check import ReadOptions
 from jaxrec.data.reading.rules import IdKind
-from jaxrec.data.schema import RatingScale
 from jaxrec.data.store import check_prepared, read_prepared
 from jaxrec.errors import DataError
 from tests.logs import by_user

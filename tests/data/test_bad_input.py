@@ -16,11 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrec.cli.main import main
-from jaxrec.config import PrepareConfig
+from jaxrec.config import PrepareConfig, RatingScale
 from jaxrec.data.prepare import prepare
 from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.data.reading.read import read_ratings
-from jaxrec.data.schema import RatingScale
 from jaxrec.data.store import read_prepared
 from jaxrec.errors import DataError
 from tests.logs import by_user

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from jaxrec.config import PrepareConfig
+from jaxrec.config import MISSING_RATING, PrepareConfig
 from jaxrec.data.batches import TrainingData, case_batches, pack_windows, prefetch, training_windows
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.schema import MISSING_RATING, UNKNOWN_GAP
+from jaxrec.data.schema import UNKNOWN_GAP
 from tests.synthetic import random_log
 
 

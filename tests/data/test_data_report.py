@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 from matplotlib import image
 
-from jaxrec.config import PrepareConfig
+from jaxrec.config import PrepareConfig, RatingScale
 from jaxrec.data import report as data_report
 from jaxrec.data.histories import Histories
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.report import build_report, write_report
-from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
+from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER
 
 DAY = 86_400
 JAN, FEB, SEP = (int(np.datetime64(day, "s").astype(int)) for day in ("2001-01-31", "2001-02-01", "2001-09-01"))

@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
+from jaxrec.config import FilterOn, PrepareConfig, RatingScale, SplitKind, Ties
 from jaxrec.data.catalog import split_genres
 from jaxrec.data.ids import IdMap
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.reading.bad_rows import OnBadRows
-from jaxrec.data.schema import RatingScale
 from jaxrec.data.store import all_movies, check_prepared, read_prepared, write_prepared
 from jaxrec.errors import DataError
 from tests.logs import by_user

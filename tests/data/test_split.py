@@ -8,11 +8,11 @@ import pandas as pd
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
+from jaxrec.config import FilterOn, PrepareConfig, RatingScale, SplitKind, Ties
 from jaxrec.data.histories import Histories, user_blocks
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.schema import GENRES, ITEM, TITLE, RatingScale
+from jaxrec.data.schema import GENRES, ITEM, TITLE
 from jaxrec.data.split import TEST, TRAINING, VALIDATION, Cases, temporal_cut, user_held_out, user_roles
 from jaxrec.errors import DataError
 

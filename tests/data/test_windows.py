@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from jaxrec.config import RatingScale
 from jaxrec.data.catalog import Catalog
 from jaxrec.data.histories import Histories
 from jaxrec.data.ids import IdMap
-from jaxrec.data.schema import RatingScale
 from tests.data.windows import fixed_windows
 
 GENRES = (

@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np
 
+from jaxrec.config import RatingScale
 from jaxrec.data.histories import Histories
-from jaxrec.data.schema import SECONDS_PER_DAY, RatingScale
+from jaxrec.data.schema import SECONDS_PER_DAY
 
 MAX_AGE_DAYS = 30.0
 

@@ -37,7 +37,7 @@ from jaxrec.runs.directory import (
     open_run,
 )
 from jaxrec.runs.policy import LoadedRun, load_policy, policy_in_use, read_policy_updates, read_record, write_policy
-from jaxrec.runs.rl_simulated import METHOD, SimulatedTraining, require_slates, run_simulated
+from jaxrec.runs.rl_simulated import SIMULATED_METHOD, SimulatedTraining, require_slates, run_simulated
 from tests.rl.simulated.simulated import FIRST_USER, genre_lovers, hand_made
 
 CONFIG = SimulatedConfig(updates=20, users=16, slate_size=3, learning_rate=1e-3, kl_target=0.05, logged_kl_weight=0.2)
@@ -117,7 +117,7 @@ def passed(
 def test_what_passes_is_used_and_started_from_the_policy_in_use(passed: Path, of_log: Path, supervised: Hybrid) -> None:
     record, before = read_record(open_run(passed)), load_policy(open_run(of_log), supervised)
     assert record is not None
-    assert record.method == METHOD
+    assert record.method == SIMULATED_METHOD
     assert record.config == to_json(CONFIG)
     assert record.outcome.figures.keys() == {"policy", "before", "supervised"}
     assert record.outcome.differences.keys() == {"reward", "ndcg_10"}

@@ -10,13 +10,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxrec.config import RatingScale
 from jaxrec.data.distributed.plan import Columns, Piece
 from jaxrec.data.reading.bad_rows import BadRows, OnBadRows
 from jaxrec.data.reading.check import ReadOptions, deciding_ratings, load
 from jaxrec.data.reading.connection import connect
 from jaxrec.data.reading.formats import SHORT, TableRelation
 from jaxrec.data.reading.rules import IdKind, TimeUnit
-from jaxrec.data.schema import ITEM, RATING, TIME, USER, RatingScale
+from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.files import new_file
 
 ROW = "row"  # 1-based, in its file

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from distributed import Client, KilledWorker, Worker, as_completed
 
-from jaxrec.config import PrepareConfig, SplitKind
+from jaxrec.config import PrepareConfig, RatingScale, SplitKind
 from jaxrec.data.catalog import build_catalog, catalog_items, write_catalog
 from jaxrec.data.distributed.partition import partition
 from jaxrec.data.distributed.plan import plan
@@ -24,7 +24,7 @@ from jaxrec.data.distributed.shard import (
     write_shard,
 )
 from jaxrec.data.ids import IdMap, write_ids
-from jaxrec.data.schema import SECONDS_PER_DAY, RatingScale, infer_rating_scale
+from jaxrec.data.schema import SECONDS_PER_DAY, infer_rating_scale
 from jaxrec.data.split import day_of_cut
 from jaxrec.errors import DataError
 

@@ -9,7 +9,7 @@ from jaxrec.errors import DataError
 from jaxrec.files import read_json
 
 SHARDS_SCHEMA_VERSION = 1
-INDEX_FILE = "shards.json"
+SHARDS_INDEX_FILE = "shards.json"
 
 
 def shard_name(shard: int) -> str:
@@ -19,10 +19,14 @@ def shard_name(shard: int) -> str:
 
 def read_index(path: Path) -> dict[str, Any]:
     """What `prepare_distributed` wrote down. Raises DataError where it is missing or of another version."""
-    index: dict[str, Any] = read_json(path / INDEX_FILE, "expected a folder written by `jaxrec prepare-distributed`")
+    index: dict[str, Any] = read_json(
+        path / SHARDS_INDEX_FILE, "expected a folder written by `jaxrec prepare-distributed`"
+    )
     if index.get("schema_version") != SHARDS_SCHEMA_VERSION:
         came = index.get("schema_version")
-        raise DataError(f"{path / INDEX_FILE}: schema version {came}, expected {SHARDS_SCHEMA_VERSION}; prepare again")
+        raise DataError(
+            f"{path / SHARDS_INDEX_FILE}: schema version {came}, expected {SHARDS_SCHEMA_VERSION}; prepare again"
+        )
     return index
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
+from jaxrec.config import RatingScale
 from jaxrec.data.reading.bad_rows import BadRow, BadRows
 from jaxrec.data.reading.connection import first_line, quoted
 from jaxrec.data.reading.formats import SHORT, Relation
 from jaxrec.data.reading.rules import TEXT_TYPE, Field, IdKind, TimeUnit, id_field, rating_field, time_fields, whole
 from jaxrec.data.reading.sources import ColumnNames
-from jaxrec.data.schema import ITEM, RATING, TIME, USER, WIDEST_SCALE, RatingScale, infer_rating_scale
+from jaxrec.data.schema import ITEM, RATING, TIME, USER, WIDEST_SCALE, infer_rating_scale
 from jaxrec.errors import DataError
 
 

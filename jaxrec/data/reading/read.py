@@ -11,14 +11,14 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from jaxrec.config import PrepareConfig
+from jaxrec.config import MEMORY_GB, PrepareConfig, RatingScale
 from jaxrec.data.reading.bad_rows import BadRows, OnBadRows
 from jaxrec.data.reading.check import Loaded, ReadOptions, load
-from jaxrec.data.reading.connection import MEMORY_GB, connect
+from jaxrec.data.reading.connection import connect
 from jaxrec.data.reading.formats import Relation, frame_relation, relation_of
 from jaxrec.data.reading.sort import DuplicatesError, SortedLog, sort_log
 from jaxrec.data.reading.sources import ColumnNames, find_source
-from jaxrec.data.schema import ITEM, RATING, TIME, USER, RatingScale
+from jaxrec.data.schema import ITEM, RATING, TIME, USER
 
 PathOrFrame = Path | str | pd.DataFrame
 

@@ -15,6 +15,7 @@ from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.split import Cases
 from jaxrec.evaluation.bootstrap import Estimate, bootstrap, resample
 from jaxrec.evaluation.metrics import coverage, exclude_items, hit_rate, ndcg, rank_of_target
+from jaxrec.evaluation.ranking import TOP
 from jaxrec.models.cooccurrence import recent_items
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.rl.config import RewardWeights
@@ -26,8 +27,7 @@ from jaxrec.rl.rewards import slate_reward_terms, total_reward
 from jaxrec.rl.scoring import Scoring, policy_logits, returns, supervised_logits
 from jaxrec.rl.states import encode_histories
 
-TOP = 10
-MAX_CASES = 10_000
+MAX_EVALUATED_CASES = 10_000
 CASES_PER_BATCH = 64
 LABELS = {
     "reward": "mean slate reward",
@@ -137,8 +137,8 @@ def signed(estimate: Estimate) -> str:
 
 
 def case_states(hybrid: Hybrid, data: PreparedData, cases: Cases, item_ratings: np.ndarray) -> CaseStates:
-    """Encodes the cases once; of more than MAX_CASES, evenly spaced ones are used."""
-    cases = cases.at_most(MAX_CASES)
+    """Encodes the cases once; of more than MAX_EVALUATED_CASES, evenly spaced ones are used."""
+    cases = cases.at_most(MAX_EVALUATED_CASES)
     graphdef, variables = nnx.split(hybrid)
     queries = []
     for batch in case_batches(data, cases, hybrid.lstm.config.max_length, CASES_PER_BATCH):

@@ -5,10 +5,10 @@ import functools
 
 import numpy as np
 
+from jaxrec.evaluation.bootstrap import group_sums
 from jaxrec.rl.ope.columns import as_columns
 from jaxrec.rl.ope.estimators import Terms
 from jaxrec.rl.ope.intervals import Interval, interval
-from jaxrec.rl.ope.resampling import group_sums
 from jaxrec.rl.ope.sample_size import effective_sample_size, slate_sample_size
 from jaxrec.rl.ope.weights import ImportanceWeights
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxrec.evaluation.bootstrap import draw_counts, group_sums
 from jaxrec.rl.ope.estimators import Terms
-from jaxrec.rl.ope.resampling import group_sums, resampled_counts
 
-SAMPLES = 2000
+OPE_SAMPLES = 2000
 ROUNDING = 1e-12  # of the size of the terms: spread below it is that of sums in floating point
 
 
@@ -76,7 +76,7 @@ def interval(
     terms: Terms,
     groups: np.ndarray | None = None,
     level: float = 0.95,
-    samples: int = SAMPLES,
+    samples: int = OPE_SAMPLES,
     seed: int = 0,
     method: IntervalMethod = studentized,
 ) -> Interval:
@@ -143,7 +143,7 @@ def replicates(terms: Terms, groups: np.ndarray | None, samples: int, seed: int)
     rounding = ROUNDING * float(np.abs(numerator).sum(axis=0) @ scale)
     influence = numerator @ scale - denominator @ (numerator.sum(axis=0) * scale**2)
     values, standard_errors = [], []
-    for times in resampled_counts(count, samples, seed):
+    for times in draw_counts(count, samples, seed):
         sums, totals = times @ numerator, times @ denominator
         kept = (totals > 0).all(axis=1)
         sums, scales = sums[kept], 1 / totals[kept]

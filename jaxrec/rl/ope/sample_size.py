@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from jaxrec.evaluation.bootstrap import group_sums
 from jaxrec.rl.ope.columns import as_columns, check_shape
-from jaxrec.rl.ope.resampling import group_sums
 from jaxrec.rl.ope.weights import ImportanceWeights
 
 

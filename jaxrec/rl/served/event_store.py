@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrec.config import RatingScale
 from jaxrec.data.catalog import Catalog
-from jaxrec.data.schema import RatingScale
 from jaxrec.errors import DataError
 
 APPLICATION_ID = 0x6A787263

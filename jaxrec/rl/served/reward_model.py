@@ -23,7 +23,7 @@ from jaxrec.rl.states import by_batches
 
 FEATURES = ("constant", "log-probability", "probability", "rating", "novelty")  # novelty: minus log popularity, scaled
 LEAST = -20.0  # nats; an item that the policy in use shows less often, or never, counts as this
-RIDGE = 1.0  # rows that the penalty weighs as much as, features being scaled to variance 1
+REWARD_RIDGE = 1.0  # rows that the penalty weighs as much as, features being scaled to variance 1
 CONSTANT = 1e-6  # standard deviation below which a feature is taken to be the same everywhere
 
 
@@ -57,7 +57,7 @@ def _ridge(features: np.ndarray, rewards: np.ndarray) -> tuple[np.ndarray, float
     spread = features.std(axis=0)
     scale = np.where(spread > CONSTANT, spread, np.inf)
     scaled = (features - centre) / scale
-    slope = np.linalg.solve(scaled.T @ scaled + RIDGE * np.eye(len(centre)), scaled.T @ (rewards - mean)) / scale
+    slope = np.linalg.solve(scaled.T @ scaled + REWARD_RIDGE * np.eye(len(centre)), scaled.T @ (rewards - mean)) / scale
     return np.concatenate([[mean - slope @ centre], slope]), mean
 
 

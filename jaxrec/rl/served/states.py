@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxrec.config import RatingScale
 from jaxrec.data.events import pad_events
-from jaxrec.data.schema import UNKNOWN_GAP, RatingScale
+from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.models.features import Array
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.states import rating_or_mean
@@ -18,7 +19,7 @@ from jaxrec.rl.rewards import RewardTables, RewardTerms, slate_reward_terms
 from jaxrec.rl.served.event_store import Recommendation, unit_ratings
 from jaxrec.rl.states import by_batches, encode_histories
 
-ROWS_PER_BATCH = 64
+HISTORIES_PER_BATCH = 64
 SHORTEST = 8  # events that a history is padded to at least
 
 
@@ -89,7 +90,7 @@ def _encoded(
         queries, recent, _ = encode_histories(graphdef, variables, events, np.array([gaps], np.float32))
         return queries[0], recent
 
-    return by_batches(encode, len(recommendations), ROWS_PER_BATCH)  # type: ignore[return-value]
+    return by_batches(encode, len(recommendations), HISTORIES_PER_BATCH)  # type: ignore[return-value]
 
 
 def _response_terms(

@@ -14,21 +14,22 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
 
+from jaxrec.config import RatingScale
 from jaxrec.data.catalog import Catalog
 from jaxrec.data.histories import Histories
 from jaxrec.data.ids import IdMap
-from jaxrec.data.schema import ITEM, RATING, TIME, USER, RatingScale
+from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.errors import DataError
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.models.masks import NEVER
 from jaxrec.rl.reward_tables import genre_directions
 from jaxrec.rl.simulated.users import REPEATED, TASTE_EVENTS, SimulatorParams
 
-RIDGE = 100.0  # EASE's λ
+TASTE_RIDGE = 100.0  # EASE's λ
 DECAYS = (0.8, 0.9, 0.95, 0.98)
 MIN_HISTORY, CASES_PER_USER = 10, 20
 FACTORS, FACTOR_RIDGE, FACTOR_ROUNDS = 8, 10.0, 10
-SHRINK, NEIGHBOURS = 10.0, 100  # of the cosine
+SHRINK, TASTE_NEIGHBOURS = 10.0, 100  # of the cosine
 
 ItemItem = Callable[[Histories, np.ndarray, int], np.ndarray]
 
@@ -73,7 +74,7 @@ def ease(histories: Histories, users: np.ndarray, items: int) -> np.ndarray:
     B_ij = -P_ij / P_jj off the diagonal, P = (X^T X + λ I)^-1 for the binary users-by-items matrix X.
     """
     x = _binary(histories, users, items)
-    p = np.linalg.inv(x.T @ x + RIDGE * np.eye(items))
+    p = np.linalg.inv(x.T @ x + TASTE_RIDGE * np.eye(items))
     b = -p / np.diag(p)
     np.fill_diagonal(b, 0.0)
     return np.pad(b, ((1, 0), (1, 0))).astype(np.float32)
@@ -84,15 +85,15 @@ def shrunk_cosine(histories: Histories, users: np.ndarray, items: int) -> np.nda
 
     s_ij = n_ij / (sqrt(n_i n_j) + SHRINK), where n_ij users chose both and n_i chose i (Sarwar et al. 2001,
     section 3.1.1, with the shrinkage of Ferrari Dacrema et al. 2019, "Are We Really Making Much Progress?"); each
-    column keeps its NEIGHBOURS largest.
+    column keeps its TASTE_NEIGHBOURS largest.
     """
     x = _binary(histories, users, items)
     both = x.T @ x
     taken = np.diag(both)
     s = both / (np.sqrt(np.outer(taken, taken)) + SHRINK)
     np.fill_diagonal(s, 0.0)
-    if items > NEIGHBOURS:
-        s[s < np.partition(s, -NEIGHBOURS, axis=0)[-NEIGHBOURS]] = 0.0
+    if items > TASTE_NEIGHBOURS:
+        s[s < np.partition(s, -TASTE_NEIGHBOURS, axis=0)[-TASTE_NEIGHBOURS]] = 0.0
     return np.pad(s, ((1, 0), (1, 0))).astype(np.float32)
 
 

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxrec.config import RatingScale
 from jaxrec.data.events import Events, pad_events
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.schema import UNKNOWN_GAP, RatingScale
+from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.errors import DataError
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.simulated import users as simulator

@@ -16,12 +16,12 @@ from click.testing import CliRunner
 from distributed import Client
 
 from jaxrec.cli.main import main
-from jaxrec.config import FilterOn, PrepareConfig, SplitKind, Ties
+from jaxrec.config import FilterOn, PrepareConfig, RatingScale, SplitKind, Ties
 from jaxrec.data.distributed.prepare import cluster, prepare_distributed
 from jaxrec.data.distributed.reading import open_shards
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
+from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER
 from jaxrec.errors import DataError
 
 PIECE = 250

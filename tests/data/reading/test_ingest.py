@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxrec.config import RatingScale
 from jaxrec.data.reading.movies import read_movies
 from jaxrec.data.reading.read import read_ratings
-from jaxrec.data.schema import RatingScale
 from jaxrec.errors import DataError
 
 HEADER = "userId,movieId,rating,timestamp\n"

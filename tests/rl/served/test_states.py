@@ -9,7 +9,7 @@ from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.served import states as module
 from jaxrec.rl.served.event_store import History, Recommendation
-from jaxrec.rl.served.states import ROWS_PER_BATCH, ServedStates, served_states
+from jaxrec.rl.served.states import HISTORIES_PER_BATCH, ServedStates, served_states
 
 MAX_LENGTH = 50
 
@@ -54,10 +54,10 @@ def test_padding_and_order_change_nothing(
     found = states(small_hybrid, small_data, recommendations)
     assert encode._cache_size() <= compiled + 2  # lengths
     # 64, 64, 64 and 18 rows, the shortest of 70 lengths first: to 22, to 43, to 64 and to 70 events.
-    assert read == [(ROWS_PER_BATCH, length) for length in (32, 50, 50, 50)]
+    assert read == [(HISTORIES_PER_BATCH, length) for length in (32, 50, 50, 50)]
     monkeypatch.setattr(module, "SHORTEST", MAX_LENGTH)
     padded = states(small_hybrid, small_data, recommendations)
-    assert set(read[4:]) == {(ROWS_PER_BATCH, MAX_LENGTH)}
+    assert set(read[4:]) == {(HISTORIES_PER_BATCH, MAX_LENGTH)}
     np.testing.assert_allclose(found.query, padded.query, atol=1e-6)
     np.testing.assert_array_equal(found.recent, padded.recent)
     assert found.user.tolist() == list(range(len(lengths)))

@@ -7,8 +7,8 @@ gymnasium = pytest.importorskip("gymnasium", reason="the extra `gymnasium` is no
 from gymnasium.utils.env_checker import check_env  # noqa: E402
 
 from bench.synthetic import acquired_taste, synthetic_environment  # noqa: E402
+from jaxrec.config import RatingScale  # noqa: E402
 from jaxrec.data.prepared import PreparedData  # noqa: E402
-from jaxrec.data.schema import RatingScale  # noqa: E402
 from jaxrec.rl.simulated.fit import fit_simulator, simulator_histories  # noqa: E402
 from jaxrec.rl.simulated.gymnasium_adapter import GymnasiumEnvironment  # noqa: E402
 from jaxrec.rl.simulated.users import simulator_environment  # noqa: E402

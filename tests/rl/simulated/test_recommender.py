@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxrec.config import RatingScale
 from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.schema import UNKNOWN_GAP, RatingScale
+from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.evaluation.metrics import exclude_items
 from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from bench.environment_policy import new_policy
+from jaxrec.config import RatingScale
 from jaxrec.data.histories import Histories
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.schema import USER, RatingScale
+from jaxrec.data.schema import USER
 from jaxrec.errors import DataError
 from jaxrec.models.masks import NEVER
 from jaxrec.rl.config import SimulatedConfig
@@ -147,7 +148,7 @@ def test_shrunk_cosine_by_hand() -> None:
 def test_shrunk_cosine_keeps_the_nearest(histories: Histories, monkeypatch: pytest.MonkeyPatch) -> None:
     users = np.arange(histories.user_count)
     everything = shrunk_cosine(histories, users, 60)
-    monkeypatch.setattr("jaxrec.rl.simulated.fit.NEIGHBOURS", 5)
+    monkeypatch.setattr("jaxrec.rl.simulated.fit.TASTE_NEIGHBOURS", 5)
     nearest = shrunk_cosine(histories, users, 60)
     for item in (1, 30, 60):
         kept = nearest[:, item] > 0

@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jaxrec.config import PrepareConfig
+from jaxrec.config import PrepareConfig, RatingScale
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER, RatingScale
+from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx.ann_index import index_points
 from jaxrec.onnx.model_directory import export_model
