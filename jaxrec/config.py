@@ -65,9 +65,10 @@ class RatingScale:
     def to_unit(self, ratings: np.ndarray) -> np.ndarray:
         """Scales raw ratings to 0..1 (float32); NaN becomes MISSING_RATING.
 
-        >>> import numpy as np
-        >>> RatingScale(1, 5).to_unit(np.array([1.0, 4.0, np.nan])).tolist()
-        [0.0, 0.75, -1.0]
+        Examples:
+            >>> import numpy as np
+            >>> RatingScale(1, 5).to_unit(np.array([1.0, 4.0, np.nan])).tolist()
+            [0.0, 0.75, -1.0]
         """
         import numpy as np
 

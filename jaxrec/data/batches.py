@@ -57,8 +57,9 @@ def training_windows(counts: np.ndarray, max_length: int) -> tuple[np.ndarray, n
     Returns:
         User, start (among the user's events) and length of each window, each [windows] int64.
 
-    >>> [column.tolist() for column in training_windows(np.array([6, 1, 3]), max_length=4)]
-    [[0, 0, 2], [1, 0, 0], [4, 1, 2]]
+    Examples:
+        >>> [column.tolist() for column in training_windows(np.array([6, 1, 3]), max_length=4)]
+        [[0, 0, 2], [1, 0, 0], [4, 1, 2]]
     """
     windows = [
         (user, max(0, stop - max_length), min(stop, max_length))
@@ -82,9 +83,10 @@ def pack_windows(lengths: np.ndarray, row_length: int, rng: np.random.Generator)
     Returns:
         The row of each window and its offset there, each [windows] int64.
 
-    >>> rows, offsets = pack_windows(np.array([2, 5, 3]), 5, np.random.default_rng(0))
-    >>> rows.tolist(), offsets.tolist()
-    ([1, 0, 1], [3, 0, 0])
+    Examples:
+        >>> rows, offsets = pack_windows(np.array([2, 5, 3]), 5, np.random.default_rng(0))
+        >>> rows.tolist(), offsets.tolist()
+        ([1, 0, 1], [3, 0, 0])
     """
     rows, offsets = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
     with_space: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by what is left in them

@@ -47,8 +47,9 @@ class Catalog:
 def split_genres(text: str) -> tuple[str, ...]:
     """Genres of MovieLens' `A|B` notation, sorted and distinct; "(no genres listed)" is no genre.
 
-    >>> split_genres("War|Drama|War"), split_genres("(no genres listed)")
-    (('Drama', 'War'), ())
+    Examples:
+        >>> split_genres("War|Drama|War"), split_genres("(no genres listed)")
+        (('Drama', 'War'), ())
     """
     return tuple(sorted({genre.strip() for genre in text.split("|")} - {"", NO_GENRES}))
 

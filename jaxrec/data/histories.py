@@ -186,8 +186,9 @@ def user_blocks(offsets: np.ndarray, block_events: int = BLOCK_EVENTS) -> Iterat
 def expand_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The numbers of the ranges starts[i] : starts[i] + lengths[i] (int64), one range after the other.
 
-    >>> expand_ranges(np.array([5, 0, 9]), np.array([2, 3, 0])).tolist()
-    [5, 6, 0, 1, 2]
+    Examples:
+        >>> expand_ranges(np.array([5, 0, 9]), np.array([2, 3, 0])).tolist()
+        [5, 6, 0, 1, 2]
     """
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0

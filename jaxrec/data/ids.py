@@ -9,9 +9,10 @@ import pandas as pd
 class IdMap:
     """A fixed set of raw ids (all int64, or all str), in the order of their indices 1..n.
 
-    >>> ids = IdMap.fit(np.array([40, 10, 40, 30]))
-    >>> ids.encode([10, 40, 5]).tolist(), ids.decode(np.array([3, 1])).tolist()
-    ([1, 3, 0], [40, 10])
+    Examples:
+        >>> ids = IdMap.fit(np.array([40, 10, 40, 30]))
+        >>> ids.encode([10, 40, 5]).tolist(), ids.decode(np.array([3, 1])).tolist()
+        ([1, 3, 0], [40, 10])
     """
 
     def __init__(self, raw_ids: np.ndarray, distinct: bool = False) -> None:

@@ -31,9 +31,10 @@ def infer_rating_scale(ratings: np.ndarray) -> RatingScale | None:
     Returns:
         The scale; None where there are no ratings. Ratings outside of 0.5..5 are errors, which decide nothing.
 
-    >>> import numpy as np
-    >>> str(infer_rating_scale(np.array([1.0, 4.0, np.nan]))), str(infer_rating_scale(np.array([1.0, 3.5])))
-    ('1..5', '0.5..5')
+    Examples:
+        >>> import numpy as np
+        >>> str(infer_rating_scale(np.array([1.0, 4.0, np.nan]))), str(infer_rating_scale(np.array([1.0, 3.5])))
+        ('1..5', '0.5..5')
     """
     import numpy as np  # here, so that the command line can read this module's names without it
 

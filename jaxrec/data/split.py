@@ -116,10 +116,11 @@ class SplitRule:
 def leave_one_out(histories: Histories) -> Split:
     """Last event: test; the one before: validation; the rest: training. Users with fewer than 3 events only train.
 
-    >>> four_and_two = Histories(np.array([0, 4, 6]), *np.zeros((3, 6)))
-    >>> split = leave_one_out(four_and_two)
-    >>> split.train_counts.tolist(), split.validation.rows.tolist(), split.test.rows.tolist()
-    ([2, 2], [2], [3])
+    Examples:
+        >>> four_and_two = Histories(np.array([0, 4, 6]), *np.zeros((3, 6)))
+        >>> split = leave_one_out(four_and_two)
+        >>> split.train_counts.tolist(), split.validation.rows.tolist(), split.test.rows.tolist()
+        ([2, 2], [2], [3])
     """
     lengths = histories.lengths()
     users = np.flatnonzero(lengths >= 3)
@@ -153,8 +154,9 @@ def leave_one_out_fitted(
 def is_training_of_leave_one_out(positions: np.ndarray, totals: np.ndarray) -> np.ndarray:
     """[events] bool. `positions`: of each event in its history; `totals`: how long that history is.
 
-    >>> is_training_of_leave_one_out(np.array([0, 1, 2, 0, 1]), np.array([3, 3, 3, 2, 2])).tolist()
-    [True, False, False, True, True]
+    Examples:
+        >>> is_training_of_leave_one_out(np.array([0, 1, 2, 0, 1]), np.array([3, 3, 3, 2, 2])).tolist()
+        [True, False, False, True, True]
     """
     return (positions < totals - 2) | (totals < 3)
 
@@ -188,8 +190,9 @@ def temporal_cut(times: np.ndarray) -> int:
 def day_of_cut(days: np.ndarray) -> tuple[int, int]:
     """The day with the cut, and the cut's rank among the sorted times of that day. `days` [days] int64: events of each.
 
-    >>> day_of_cut(np.array([5, 0, 6]))  # the ten-percent quantile from above: the tenth of 11 times
-    (2, 4)
+    Examples:
+        >>> day_of_cut(np.array([5, 0, 6]))  # the ten-percent quantile from above: the tenth of 11 times
+        (2, 4)
     """
     totals = np.cumsum(days)
     rank = math.ceil(TEMPORAL_QUANTILE * (totals[-1] - 1))
@@ -254,9 +257,10 @@ def user_held_out(histories: Histories, roles: np.ndarray, known: np.ndarray | N
         roles: [users] of TRAINING, VALIDATION and TEST.
         known: [items + 1] bool, items seen in training; None: those of these histories' training part.
 
-    >>> pairs = Histories(np.array([0, 2, 4]), np.array([1, 2, 2, 1]), *np.zeros((2, 4)))
-    >>> user_held_out(pairs, np.array([TRAINING, TEST])).test.rows.tolist()
-    [3]
+    Examples:
+        >>> pairs = Histories(np.array([0, 2, 4]), np.array([1, 2, 2, 1]), *np.zeros((2, 4)))
+        >>> user_held_out(pairs, np.array([TRAINING, TEST])).test.rows.tolist()
+        [3]
     """
     lengths = histories.lengths()
     train_counts = np.where(roles == TRAINING, lengths, 0)

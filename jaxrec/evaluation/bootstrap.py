@@ -82,8 +82,9 @@ def draw_counts(count: int, samples: int, seed: int) -> Iterator[np.ndarray]:
 
     A chunk @ `group_sums` gives the sums of its samples.
 
-    >>> next(draw_counts(count=3, samples=2, seed=0)).sum(axis=1)
-    array([3., 3.])
+    Examples:
+        >>> next(draw_counts(count=3, samples=2, seed=0)).sum(axis=1)
+        array([3., 3.])
     """
     rng = np.random.default_rng(seed)
     chunk = max(1, DRAWS_AT_A_TIME // count)
@@ -116,12 +117,13 @@ def bootstrap(
     Returns:
         The statistic of all cases, and the interval. A user with more cases weighs more, as in the mean over cases.
 
-    >>> users = np.array([7, 7, 8, 9])
-    >>> estimate = bootstrap(np.array([0.0, 0.0, 1.0, 1.0]), resample(users))
-    >>> estimate.mean, estimate.low, estimate.high
-    (0.5, 0.0, 1.0)
-    >>> bootstrap(np.array([[2.0, 1.0], [4.0, 2.0], [2.0, 1.0], [4.0, 2.0]]), resample(users), ratio)
-    Estimate(mean=2.0, low=2.0, high=2.0)
+    Examples:
+        >>> users = np.array([7, 7, 8, 9])
+        >>> estimate = bootstrap(np.array([0.0, 0.0, 1.0, 1.0]), resample(users))
+        >>> estimate.mean, estimate.low, estimate.high
+        (0.5, 0.0, 1.0)
+        >>> bootstrap(np.array([[2.0, 1.0], [4.0, 2.0], [2.0, 1.0], [4.0, 2.0]]), resample(users), ratio)
+        Estimate(mean=2.0, low=2.0, high=2.0)
     """
     columns = np.asarray(values, np.float64).reshape(len(values), -1)
     if len(columns) != len(resamples.group):

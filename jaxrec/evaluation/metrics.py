@@ -49,8 +49,9 @@ def rank_of_target(scores: jax.Array, target: jax.Array, exclude: jax.Array) -> 
 def hit_rate(ranks: np.ndarray, k: int) -> np.ndarray:
     """Hit rate at k of each case: 1.0 where the target is among the first k. [...] int -> [...] float64.
 
-    >>> hit_rate(np.array([1, 10, 11, MISS]), 10)
-    array([1., 1., 0., 0.])
+    Examples:
+        >>> hit_rate(np.array([1, 10, 11, MISS]), 10)
+        array([1., 1., 0., 0.])
     """
     return (ranks <= k).astype(np.float64)
 
@@ -69,8 +70,9 @@ def ndcg(ranks: np.ndarray, k: int) -> np.ndarray:
 def reciprocal_rank(ranks: np.ndarray) -> np.ndarray:
     """1 / rank of each case; 0 for a MISS. [...] int -> [...] float64.
 
-    >>> reciprocal_rank(np.array([1, 2, 10, MISS]))
-    array([1. , 0.5, 0.1, 0. ])
+    Examples:
+        >>> reciprocal_rank(np.array([1, 2, 10, MISS]))
+        array([1. , 0.5, 0.1, 0. ])
     """
     return np.where(ranks == MISS, 0.0, 1.0 / ranks)
 

@@ -43,8 +43,9 @@ def recent_items(item: Array, length: Array, before: jax.Array | None = None) ->
     Returns:
         [batch, RECENT_ITEMS] int32, 0 where there are no more.
 
-    >>> recent_items(jnp.array([[5, 6, 7]]), jnp.array([2]))[0, :3].tolist()
-    [6, 5, 0]
+    Examples:
+        >>> recent_items(jnp.array([[5, 6, 7]]), jnp.array([2]))[0, :3].tolist()
+        [6, 5, 0]
     """
     item = jnp.asarray(item)
     if before is None:

@@ -21,8 +21,9 @@ def gap_bucket(gap: Array) -> jax.Array:
     Returns:
         [...] int32 in 0..GAP_BUCKETS - 1.
 
-    >>> gap_bucket(np.array([-1.0, 0.0, 0.9, 1.0, 2.0, 1e12], np.float32)).tolist()
-    [0, 1, 1, 2, 3, 31]
+    Examples:
+        >>> gap_bucket(np.array([-1.0, 0.0, 0.9, 1.0, 2.0, 1e12], np.float32)).tolist()
+        [0, 1, 1, 2, 3, 31]
     """
     return jnp.sum(gap[..., None] >= GAP_EDGES, axis=-1, dtype=jnp.int32)
 

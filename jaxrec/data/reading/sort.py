@@ -92,8 +92,9 @@ def repeated_events(
         [repeats, 2] int64 positions, of each repeated event and of that of the first row, which it repeats; and how
         many events have the user and the time of the one before.
 
-    >>> repeated_events(np.array([1, 1, 1, 2]), np.array([7, 7, 7, 7]), np.array([3, 4, 3, 3]))[0].tolist()
-    [[2, 0]]
+    Examples:
+        >>> repeated_events(np.array([1, 1, 1, 2]), np.array([7, 7, 7, 7]), np.array([3, 4, 3, 3]))[0].tolist()
+        [[2, 0]]
     """
     same = (np.diff(users) == 0) & (np.diff(times) == 0)
     positions = np.flatnonzero(np.append(same, False) | np.append(False, same))
