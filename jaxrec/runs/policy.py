@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxrec.config import to_json
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import DataError
-from jaxrec.files import new_directory, read_json, sha256
+from jaxrec.files import new_directory, read_json, read_json_lines, sha256, write_json_lines
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.rl.checkpoint import models_digest
 from jaxrec.rl.config import LoggedConfig
@@ -37,6 +37,7 @@ from jaxrec.runs.directory import (
 )
 
 SERVED_POLICY, SERVED_SUPERVISED = "reinforce", "supervised"  # the names that serving knows
+UNTRAINED = "run `jaxrec rl` first"
 
 
 class LoadedRun(NamedTuple):
@@ -91,7 +92,7 @@ def write_policy(
         content = {"schema_version": POLICY_SCHEMA_VERSION, **dataclasses.asdict(record)}
         (new / POLICY_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name, records in ((POLICY_STEPS_FILE, trained.updates), (POLICY_LOG_FILE, trained.evaluations)):
-            (new / name).write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+            write_json_lines(new / name, records)
         plot_rl(trained.updates, trained.evaluations, new / POLICY_PLOT_FILE)
     if into == POLICY_FOLDER:
         (run.folder / EVALUATION_FILE).unlink(missing_ok=True)  # its figures are of the earlier policy
@@ -175,12 +176,12 @@ def load_served(run: Run, supervised: Hybrid) -> Hybrid:
 
 def read_policy_evaluations(folder: Path) -> list[dict[str, Any]]:
     """The records of RUN/policy/log.jsonl. Raises DataError where there are none."""
-    return _read_lines(folder / POLICY_FOLDER / POLICY_LOG_FILE)
+    return read_json_lines(folder / POLICY_FOLDER / POLICY_LOG_FILE, UNTRAINED)
 
 
 def read_policy_updates(folder: Path) -> list[dict[str, Any]]:
     """The records of RUN/policy/steps.jsonl. Raises DataError where there are none."""
-    return _read_lines(folder / POLICY_FOLDER / POLICY_STEPS_FILE)
+    return read_json_lines(folder / POLICY_FOLDER / POLICY_STEPS_FILE, UNTRAINED)
 
 
 def read_record(run: Run) -> PolicyRecord | None:
@@ -198,10 +199,3 @@ def read_record(run: Run) -> PolicyRecord | None:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not a policy that this version can read ({error}); run `jaxrec rl` again") from error
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
