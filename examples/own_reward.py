@@ -17,7 +17,7 @@ COLUMNS = ["name", "request_time", "ndcg_10", "coverage_10", "mean_popularity_10
 def main(run_folder: str, updates: int = 300) -> None:
     """Trains the policy, and compares it with the supervised models."""
     run = jaxrec.open_run(run_folder)
-    outcome = jaxrec.fine_tune(run, jaxrec.RLConfig(steps=updates, rewards=REWARDS))
+    outcome = jaxrec.fine_tune(run, jaxrec.LoggedConfig(updates=updates, rewards=REWARDS))
 
     # A policy is used only if its reward is higher on validation and its NDCG@10 is not lower.
     print(f"{'used' if outcome.used else 'not used'}: {outcome.reason}")
