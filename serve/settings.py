@@ -177,7 +177,7 @@ def read_settings(
         SettingsError: A key is unknown, a value is bad, MODEL is missing, or the file cannot be read.
     """
     values: dict[str, Any] = {}
-    file = file or environment.get(FILE_VARIABLE)
+    file = file or environment.get(FILE_VARIABLE) or None
     if file is not None:
         values |= _checked({f"{file}: {key}": (key, value) for key, value in _table(Path(file)).items()})
     variables = {

@@ -26,7 +26,7 @@ from jaxrec.data.reading.movies import movies_like
 from jaxrec.data.reading.read import PathOrFrame, input_counts, open_workspace, read_log
 from jaxrec.data.reading.rules import IdKind
 from jaxrec.data.schema import ITEM
-from jaxrec.data.store import LOG_FOLDER, all_movies, build, read_prepared
+from jaxrec.data.store import LOG_FOLDER, all_movies, build, read_prepared, unchanged_folder
 from jaxrec.errors import DataError
 
 
@@ -64,7 +64,7 @@ def append(
     old = data if isinstance(data, PreparedData) else read_prepared(Path(data))
     if old.log is None:
         raise DataError(f"{old.folder or 'the prepared data'}: holds no log to append to; prepare again")
-    log, earlier = old.log, None if old.folder is None else old.folder / QUARANTINE_FILE
+    log, earlier = old.log, None if old.folder is None else unchanged_folder(old, old.folder) / QUARANTINE_FILE
     options = dataclasses.replace(options, users=_kind(log.users), items=_kind(log.items))
 
     def make(folder: Path) -> PreparedData:

@@ -25,6 +25,7 @@ class PreparedData:
             `jaxrec.data.store.all_movies` reads them from when they are needed.
         input: Counts of what was read, as JSON values.
         folder: Where exactly this data lies; None in memory, and for what `dataclasses.replace` makes of it.
+        digest: SHA-256 of the folder's summary file when it was read.
     """
 
     catalog: Catalog
@@ -36,6 +37,7 @@ class PreparedData:
     movies: pd.DataFrame | Path | None = None
     input: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     folder: Path | None = dataclasses.field(default=None, init=False, compare=False)
+    digest: str = dataclasses.field(default="", init=False, compare=False)
 
     def unit_ratings(self) -> np.ndarray:
         """[events] float32: ratings scaled to 0..1, MISSING_RATING where there is none."""

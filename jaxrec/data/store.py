@@ -152,7 +152,7 @@ def finish(data: PreparedData, folder: Path, add_files: AddFiles | None = None) 
     (folder / SUMMARY_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_prepared(path: Path) -> PreparedData:
+def read_prepared(path: Path | str) -> PreparedData:
     """Opens prepared data as memory maps: nothing is read before it is used.
 
     Args:
@@ -165,6 +165,7 @@ def read_prepared(path: Path) -> PreparedData:
         DataError: For a folder that is missing, foreign, of another version or cut. Only sizes are compared;
             `check_prepared` compares contents.
     """
+    path = Path(path).resolve()
     content = _read_summary(path)
     for name, expected in content["files"].items():
         size = os.stat(path / name).st_size if (path / name).is_file() else None
@@ -185,7 +186,16 @@ def read_prepared(path: Path) -> PreparedData:
     kept = movies if movies.is_file() else None
     data = PreparedData(catalog, users, histories, split, config, log, kept, content["input"])
     object.__setattr__(data, "folder", path)
+    object.__setattr__(data, "digest", sha256(path / SUMMARY_FILE))
     return data
+
+
+def unchanged_folder(data: PreparedData, folder: Path) -> Path:
+    """The folder that `data` was read from. Raises DataError where other data has been written there since."""
+    summary = folder / SUMMARY_FILE
+    if not summary.is_file() or sha256(summary) != data.digest:
+        raise DataError(f"{folder} was written anew since it was read; read it again (`jaxrec.read_prepared`)")
+    return folder
 
 
 def all_movies(data: PreparedData) -> pd.DataFrame | None:

@@ -132,6 +132,10 @@ def bootstrap(
     counts = np.bincount(resamples.group, minlength=users)
     sums = np.stack([np.bincount(resamples.group, column, users) for column in columns.T], axis=1)
     # Counts beside the sums, so that one product gives both.
-    totals = resamples.times @ np.concatenate([sums, counts[:, None]], axis=1)
+    both = np.concatenate([sums, counts[:, None]], axis=1)
+    chunks = np.array_split(
+        resamples.times, max(1, resamples.times.size // DRAWS_AT_A_TIME)
+    )  # a product copies its part
+    totals = np.concatenate([part @ both for part in chunks])
     low, high = np.quantile(statistic(totals[:, :-1] / totals[:, -1:]), [0.025, 0.975])
     return Estimate(float(statistic(columns.mean(axis=0))), float(low), float(high))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -217,7 +218,9 @@ def format_answer(answer: dict[str, Any]) -> str:
 def _running_server(model: Path, store: Path) -> Iterator[str]:
     """Serves the model on a free port. Yields what the server says when it is ready: `serving ... on HOST:PORT ...`."""
     command = [sys.executable, "-m", "serve", "run", str(model), "--address", "127.0.0.1:0", "--store", str(store)]
-    with subprocess.Popen([*command, "--log-format", "text"], stdout=subprocess.PIPE, text=True) as process:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("JAXREC_")}  # settings of others
+    command += ["--log-format", "text"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=plain) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline().strip()

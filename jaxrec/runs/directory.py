@@ -46,7 +46,7 @@ from jaxrec.models.neighbours import Neighbours
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.training.loop import load_trained
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 DATA_FOLDER = "data"
 RUN_FILE = "run.json"
 HYBRID_FILE = "hybrid.json"
@@ -65,7 +65,7 @@ POLICY_LOG_FILE = "log.jsonl"
 POLICY_PREVIOUS_FOLDER = "policy.previous"
 POLICY_REFUSED_FOLDER = "policy.refused"
 POLICY_PLOT_FILE = "training.png"
-POLICY_SCHEMA_VERSION = 3
+POLICY_SCHEMA_VERSION = 4
 SERVED_OUTCOME_FILE = "policy_from_log.json"
 SIMULATED_OUTCOME_FILE = "policy_from_simulator.json"
 POLICY_FILES = (
@@ -93,6 +93,7 @@ class Run:
         model_config: Widths of the models.
         train_config: How they were trained.
         data_version: How often the data was changed by `jaxrec train --resume --data`.
+        scratch: The temporary folder that the run lies in, which goes with the last reference to it; None: it stays.
     """
 
     folder: Path
@@ -103,6 +104,7 @@ class Run:
     model_config: ModelConfig
     train_config: TrainConfig
     data_version: int = 0
+    scratch: object = dataclasses.field(default=None, repr=False, compare=False)
 
     def read_data(self) -> PreparedData:
         """The prepared data that the run was trained on. Raises DataError where it is gone or was prepared anew."""
@@ -160,6 +162,7 @@ def open_run(run: Run | Path | str) -> Run:
         from_json(ModelConfig, content["model"]),
         from_json(TrainConfig, content["train"]),
         content["data_version"],
+        run.scratch if isinstance(run, Run) else None,
     )
 
 

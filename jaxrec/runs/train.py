@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxrec.config import CheckpointConfig, ModelConfig, TrainConfig, to_json
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.store import SUMMARY_FILE, read_prepared, write_prepared
+from jaxrec.data.store import SUMMARY_FILE, read_prepared, unchanged_folder, write_prepared
 from jaxrec.errors import DataError, TrainingStopped
 from jaxrec.files import new_file, sha256, write_text
 from jaxrec.models.cooccurrence import CoOccurrence
@@ -76,12 +76,15 @@ def train(
         The run.
 
     Raises:
+        ValueError: `resume` is on and there is no `out`.
         DataError: `out` already holds a run and `resume` is off, or one of other data and it is on; or there is nothing
             to train on.
         TrainingError: A loss is not finite.
         TrainingStopped: `stop()` became true.
     """
     if out is None:
+        if resume:
+            raise ValueError("resume needs the folder of the run (`out`)")
         return _train_in_temporary_folder(data, model_config, train_config, item_shards, stop)
     out, mesh = Path(out), data_mesh(item_shards=item_shards)
     if resume:
@@ -114,14 +117,20 @@ def _train_in_temporary_folder(
     item_shards: int,
     stop: StopRequested,
 ) -> Run:
-    scratch = Path(tempfile.mkdtemp(prefix="jaxrec-"))
+    scratch = _Scratch()
     try:
-        run = train(data, scratch / "run", model_config, train_config, item_shards=item_shards, stop=stop)
-    except BaseException:
-        shutil.rmtree(scratch)
-        raise
-    weakref.finalize(run, shutil.rmtree, scratch, ignore_errors=True)
-    return run
+        run = train(data, scratch.folder / "run", model_config, train_config, item_shards=item_shards, stop=stop)
+    except TrainingStopped:
+        raise TrainingStopped("stopped; nothing is kept, since the run was given no folder (`out`)") from None
+    return dataclasses.replace(run, scratch=scratch)
+
+
+class _Scratch:
+    """A temporary folder that is removed together with this object."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="jaxrec-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 def _data_folder(data: PreparedData | pd.DataFrame | Path | str, out: Path) -> Path:
@@ -129,7 +138,7 @@ def _data_folder(data: PreparedData | pd.DataFrame | Path | str, out: Path) -> P
     if isinstance(data, Path | str) and (Path(data) / SUMMARY_FILE).is_file():
         return Path(data)
     if isinstance(data, PreparedData) and data.folder is not None:
-        return data.folder
+        return unchanged_folder(data, data.folder)
     folder = out / DATA_FOLDER
     if is_first():
         if isinstance(data, PreparedData):

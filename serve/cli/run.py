@@ -124,7 +124,7 @@ def _listener(settings: Settings) -> "Listener":
     if settings.tokens_file is not None:
         tokens = read_tokens(settings.tokens_file)
     elif settings.tokens is not None:
-        tokens = parse_tokens(settings.tokens, "tokens")
+        tokens = parse_tokens(settings.tokens, "tokens (JAXREC_TOKENS or the settings file)")
     if settings.tls_cert is not None and settings.tls_key is not None:
         tls = Tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     return Listener(settings.address, tls, tokens, settings.allow_insecure, settings.shared_port)

@@ -65,7 +65,7 @@ def test_serve_record_learn_learns_or_says_why_not(
 
 def test_the_notebook_runs_and_plots(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jaxrec.fine_tune(work / "run", jaxrec.LoggedConfig(updates=2, updates_per_evaluation=1))
-    monkeypatch.setenv("JAXREC_RUN", str(work / "run"))
+    monkeypatch.setenv("RUN_FOLDER", str(work / "run"))
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
     notebook = nbformat.read(EXAMPLES / "plots.ipynb", as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
