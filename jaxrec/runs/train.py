@@ -135,7 +135,7 @@ class _Scratch:
 
 def _data_folder(data: PreparedData | pd.DataFrame | Path | str, out: Path) -> Path:
     """The folder of prepared data to train on: the one given, or OUT/data, which is written here."""
-    if isinstance(data, Path | str) and (Path(data) / SUMMARY_FILE).is_file():
+    if isinstance(data, Path | str) and Path(data).is_dir():
         return Path(data)
     if isinstance(data, PreparedData) and data.folder is not None:
         return unchanged_folder(data, data.folder)

@@ -34,7 +34,7 @@ from jaxrec.training.stopping import StopRequested, never, stop_on_signals
 from tests.synthetic import random_log
 
 MODEL = ModelConfig(embedding=16, hidden=32, max_length=16, input_dropout=0.1, output_dropout=0.1)
-TRAIN = TrainConfig(seed=1, max_epochs=4, patience=99, batch_tokens=64)
+TRAIN = TrainConfig(seed=0, max_epochs=4, patience=99, batch_tokens=64)
 STEPS = 5  # per epoch
 OFTEN = CheckpointConfig(seconds=0.0)
 DEADLINE_SECONDS = 300
