@@ -10,9 +10,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-README = "quickstart.md"  # what README.md is called on the site
 ADDED = {
-    "README.md": README,
+    "README.md": "quickstart.md",
     "CHANGELOG.md": "changelog.md",
     "proto/jaxrec/v1/recommender.proto": "recommender.proto",
 }
@@ -29,8 +28,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links between files of the repository into links within the site, for README and the pages of docs/."""
-    up = "" if page.file.src_uri == README else "../"
+    """Turns links between files of the repository into links within the site."""
+    up = "" if page.file.src_uri in ADDED.values() else "../"
     links = {f"{up}{path}": name for path, name in ADDED.items()} | {f"{up}bench/": "benchmarks/", f"{up}docs/": ""}
     for before, after in links.items():
         markdown = markdown.replace(f"]({before}", f"]({after}")
