@@ -64,7 +64,8 @@ def append(
     old = data if isinstance(data, PreparedData) else read_prepared(Path(data))
     if old.log is None:
         raise DataError(f"{old.folder or 'the prepared data'}: holds no log to append to; prepare again")
-    log, earlier = old.log, None if old.folder is None else unchanged_folder(old, old.folder) / QUARANTINE_FILE
+    log, folder_of_old = old.log, unchanged_folder(old)
+    earlier = None if folder_of_old is None else folder_of_old / QUARANTINE_FILE
     options = dataclasses.replace(options, users=_kind(log.users), items=_kind(log.items))
 
     def make(folder: Path) -> PreparedData:

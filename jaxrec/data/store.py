@@ -190,12 +190,14 @@ def read_prepared(path: Path | str) -> PreparedData:
     return data
 
 
-def unchanged_folder(data: PreparedData, folder: Path) -> Path:
-    """The folder that `data` was read from. Raises DataError where other data has been written there since."""
-    summary = folder / SUMMARY_FILE
+def unchanged_folder(data: PreparedData) -> Path | None:
+    """The folder that `data` was read from, if any. Raises DataError where other data has been written there since."""
+    if data.folder is None:
+        return None
+    summary = data.folder / SUMMARY_FILE
     if not summary.is_file() or sha256(summary) != data.digest:
-        raise DataError(f"{folder} was written anew since it was read; read it again (`jaxrec.read_prepared`)")
-    return folder
+        raise DataError(f"{data.folder} was written anew since it was read; read it again (`jaxrec.read_prepared`)")
+    return data.folder
 
 
 def all_movies(data: PreparedData) -> pd.DataFrame | None:

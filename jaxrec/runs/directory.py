@@ -37,9 +37,9 @@ from flax import nnx
 
 from jaxrec.config import ModelConfig, TrainConfig, from_json
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.store import SUMMARY_FILE, read_prepared
+from jaxrec.data.store import read_prepared
 from jaxrec.errors import DataError
-from jaxrec.files import read_json, sha256
+from jaxrec.files import read_json
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.neighbours import Neighbours
@@ -109,7 +109,7 @@ class Run:
     def read_data(self) -> PreparedData:
         """The prepared data that the run was trained on. Raises DataError where it is gone or was prepared anew."""
         data = read_prepared(self.data_folder)
-        if sha256(self.data_folder / SUMMARY_FILE) != self.data_digest:
+        if data.digest != self.data_digest:
             raise DataError(
                 f"{self.data_folder} was prepared anew since {self.folder} was trained on it; train again, or go on "
                 f"with what was appended: `jaxrec train --out {self.folder} --resume --data {self.data_folder}`"

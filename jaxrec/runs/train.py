@@ -137,8 +137,8 @@ def _data_folder(data: PreparedData | pd.DataFrame | Path | str, out: Path) -> P
     """The folder of prepared data to train on: the one given, or OUT/data, which is written here."""
     if isinstance(data, Path | str) and Path(data).is_dir():
         return Path(data)
-    if isinstance(data, PreparedData) and data.folder is not None:
-        return unchanged_folder(data, data.folder)
+    if isinstance(data, PreparedData) and (own := unchanged_folder(data)) is not None:
+        return own
     folder = out / DATA_FOLDER
     if is_first():
         if isinstance(data, PreparedData):

@@ -15,9 +15,10 @@ from jaxrec.data.ids import IdMap
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.reading.bad_rows import OnBadRows
-from jaxrec.data.store import all_movies, check_prepared, read_prepared, write_prepared
+from jaxrec.data.store import all_movies, check_prepared, read_prepared, unchanged_folder, write_prepared
 from jaxrec.errors import DataError
 from tests.logs import by_user
+from tests.synthetic import random_log
 
 SCALE = RatingScale(1.0, 5.0)
 EVERYTHING = PrepareConfig(min_user_ratings=1, min_movie_ratings=1, rating_scale=SCALE)
@@ -355,3 +356,13 @@ def test_the_ids_of_a_frame_are_of_its_type() -> None:
     as_text, as_objects = SMALL.astype({"user_id": str}), SMALL.astype({"user_id": object})
     assert prepare(as_text, None, EVERYTHING).users.raw_ids.tolist() == ["5", "9"]
     assert prepare(as_objects, None, EVERYTHING).users.raw_ids.tolist() == [5, 9]
+
+
+def test_data_whose_folder_was_written_anew_is_refused(tmp_path: Path) -> None:
+    log = random_log(users=20, items=10, max_events=12, seed=0)
+    first = prepare(log, None, PrepareConfig(1, 1), out=tmp_path / "data")
+    assert unchanged_folder(first) == tmp_path / "data"
+    assert unchanged_folder(prepare(log, None, PrepareConfig(1, 1))) is None
+    prepare(log.iloc[:-1], None, PrepareConfig(1, 1), out=tmp_path / "data")
+    with pytest.raises(DataError, match="was written anew since it was read"):
+        unchanged_folder(first)
