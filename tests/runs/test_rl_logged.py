@@ -19,7 +19,14 @@ from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.config import LoggedConfig
 from jaxrec.rl.logged.methods import TOP_K
 from jaxrec.rl.logged.train import train_logged
-from jaxrec.runs.directory import POLICY_FOLDER, POLICY_PREVIOUS_FOLDER, POLICY_REFUSED_FOLDER, Run, open_run
+from jaxrec.runs.directory import (
+    POLICY_FOLDER,
+    POLICY_PREVIOUS_FOLDER,
+    POLICY_REFUSED_FOLDER,
+    POLICY_SCHEMA_VERSION,
+    Run,
+    open_run,
+)
 from jaxrec.runs.policy import (
     LoadedRun,
     load_policy,
@@ -195,8 +202,14 @@ def test_without_a_policy_the_supervised_hybrid_is_served(run: Run, supervised: 
         (lambda folder: (folder / "policy.json").write_text("{"), r"policy\.json: not JSON"),
         (lambda folder: (folder / "policy.json").unlink(), r"policy\.json: cannot be read"),
         (lambda folder: (folder / "policy.json").write_text("[]"), r"policy\.json: not a policy"),
-        (lambda folder: (folder / "policy.json").write_text('{"schema_version": 1}'), "schema version 1, expected 3"),
-        (lambda folder: (folder / "policy.json").write_text('{"schema_version": 3}'), "'outcome'"),
+        (
+            lambda folder: (folder / "policy.json").write_text('{"schema_version": 1}'),
+            f"schema version 1, expected {POLICY_SCHEMA_VERSION}",
+        ),
+        (
+            lambda folder: (folder / "policy.json").write_text(f'{{"schema_version": {POLICY_SCHEMA_VERSION}}}'),
+            "'outcome'",
+        ),
     ],
 )
 def test_damaged_files_are_reported(

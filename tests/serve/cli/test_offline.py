@@ -97,7 +97,7 @@ def test_items_of_the_history_are_excluded(model_directory: Path, model: Recomme
 def test_batches_do_not_change_answers(
     model_directory: Path, model: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offline, "BATCH", 4)
+    monkeypatch.setattr(offline, "USERS_AT_ONCE", 4)
     monkeypatch.setattr(offline, "BATCHES_AT_ONCE", 2)
     rng = np.random.default_rng(0)
     events = {
