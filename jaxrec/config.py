@@ -48,6 +48,25 @@ class Ties(enum.StrEnum):
     RANDOM = "random"
 
 
+class Repeats(enum.StrEnum):
+    """What happens to a row with the user, the item and the time of an earlier one.
+
+    KEEP: it is an event, as a second purchase in the same second is. FIRST: it is left out, and counted. FAIL: it is a
+    bad row. AUTO: KEEP in a log without ratings, FIRST in one with them.
+    """
+
+    AUTO = "auto"
+    KEEP = "keep"
+    FIRST = "first"
+    FAIL = "fail"
+
+    def resolved(self, rated: bool) -> Repeats:
+        """KEEP, FIRST or FAIL; `rated`: the log has ratings."""
+        if self is not Repeats.AUTO:
+            return self
+        return Repeats.FIRST if rated else Repeats.KEEP
+
+
 @dataclasses.dataclass(frozen=True)
 class RatingScale:
     """The range of possible ratings, not of those that occur."""
@@ -78,7 +97,7 @@ class RatingScale:
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-    """`rating_scale` None means: recognize it (`jaxrec.data.schema.infer_rating_scale`)."""
+    """How a log is filtered and split. `rating_scale` None: recognized (`jaxrec.data.reading.scale`)."""
 
     min_user_ratings: int = 10
     min_movie_ratings: int = 5
@@ -87,6 +106,7 @@ class PrepareConfig:
     rating_scale: RatingScale | None = None
     seed: int = 0
     filter_on: FilterOn = FilterOn.LOG
+    repeats: Repeats = Repeats.AUTO
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,25 +8,44 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jaxrec.cli.options import EXISTING_FILE, EXISTING_FOLDER, EXISTING_PATH, NEW_FOLDER, SEED, with_options
-from jaxrec.config import MEMORY_GB, FilterOn, PrepareConfig, RatingScale, SplitKind, Ties
+from jaxrec.config import MEMORY_GB, FilterOn, PrepareConfig, RatingScale, Repeats, SplitKind, Ties
 from jaxrec.data.movielens import BASE_URL, DATASETS
 from jaxrec.data.reading.bad_rows import QUARANTINE_FILE, OnBadRows
 from jaxrec.data.reading.rules import IdKind, TimeUnit
 
 if TYPE_CHECKING:
     from jaxrec.data.prepared import PreparedData
-    from jaxrec.data.reading.sources import ColumnNames
+    from jaxrec.data.reading.check import ReadOptions
 
 read_options = with_options(
-    click.option("--user-col", help="Column of the user ids; recognized if it is userId or user_id."),
-    click.option("--item-col", help="Column of the item ids; recognized if it is movieId or item_id."),
-    click.option("--rating-col", help="Column of the ratings; without one the log is implicit feedback."),
-    click.option("--time-col", help="Column of the times; recognized if it is timestamp."),
+    click.option("--user-col", help="Column of the user ids.  [default: recognized, such as userId or customer_id]"),
+    click.option("--item-col", help="Column of the item ids.  [default: recognized, such as movieId or asin]"),
+    click.option(
+        "--rating-col",
+        help="Column of the ratings; none: read no ratings.  [default: recognized, such as rating or stars]",
+    ),
+    click.option("--time-col", help="Column of the times.  [default: recognized, such as timestamp or date]"),
+    click.option(
+        "--columns",
+        metavar="NAMES",
+        help="What the columns of a file without a header hold, such as user,item,rating,time; - for one that is not"
+        " read.",
+    ),
+    click.option("--delimiter", help="What separates fields, such as ';' or tab.  [default: recognized]"),
+    click.option("--encoding", help="Encoding of text, such as cp1252.  [default: recognized]"),
     click.option(
         "--time-unit",
         type=click.Choice([u.value for u in TimeUnit]),
         default=TimeUnit.AUTO.value,
-        help="Unit of the times; auto: recognized from the first rows.",
+        help="Form of the times; auto: recognized from the first rows.",
+    ),
+    click.option("--time-format", help="Form of the times in the letters of strptime, such as '%d.%m.%Y %H:%M'."),
+    click.option(
+        "--missing-rating",
+        type=float,
+        multiple=True,
+        metavar="VALUE",
+        help="A value of the rating column that means that there is no rating, such as 0 or -1. May be repeated.",
     ),
     click.option(
         "--on-bad-rows",
@@ -37,6 +56,12 @@ read_options = with_options(
     click.option(
         "--memory", type=click.FloatRange(0.25, 1e6), default=MEMORY_GB, help="GB of memory for reading and sorting."
     ),
+)
+id_option = click.option(
+    "--ids",
+    type=click.Choice([k.value for k in IdKind]),
+    default=IdKind.AUTO.value,
+    help="Whether ids are whole numbers or text; auto: recognized.",
 )
 
 filter_and_split_options = with_options(
@@ -76,24 +101,26 @@ filter_and_split_options = with_options(
         default=PrepareConfig.seed,
         help="Seed of --ties random and --split user-held-out.",
     ),
+    click.option(
+        "--repeats",
+        type=click.Choice([r.value for r in Repeats]),
+        default=PrepareConfig.repeats.value,
+        help="Rows with the user, item and time of an earlier one: keep them as events, leave all but the first out, or"
+        " fail; auto: keep without ratings, first with them.",
+    ),
 )
 
 
 @click.command()
-@click.argument("ratings", type=EXISTING_PATH)
+@click.argument("ratings", type=EXISTING_PATH, nargs=-1, required=True)
 @click.option("--movies", type=EXISTING_FILE, help="Titles and genres; found beside the ratings in a folder or zip.")
 @filter_and_split_options
 @click.option("--rating-scale", type=float, nargs=2, help="Lowest and highest possible rating; recognized by default.")
-@click.option(
-    "--ids",
-    type=click.Choice([k.value for k in IdKind]),
-    default=IdKind.AUTO.value,
-    help="Whether ids are whole numbers or text; auto: recognized.",
-)
+@id_option
 @read_options
 @click.option("--out", type=NEW_FOLDER, required=True, help="Folder for the prepared data; replaced if it exists.")
 def prepare(
-    ratings: Path,
+    ratings: tuple[Path, ...],
     movies: Path | None,
     rating_scale: tuple[float, float] | None,
     ids: str,
@@ -104,11 +131,10 @@ def prepare(
 ) -> None:
     """Reads RATINGS, checks every row, and writes prepared data.
 
-    RATINGS is a MovieLens folder, zip or file (CSV, .dat, u.data), any CSV with a header, also as .gz, or Parquet (a
-    file or a folder).
+    RATINGS is a file, a folder of files, or several files: CSV (any delimiter and encoding, with or without a header),
+    JSON lines, Parquet, or MovieLens as it comes; also as .gz or .zip.
     """
     from jaxrec.data.prepare import prepare as prepare_data
-    from jaxrec.data.reading.check import ReadOptions
     from jaxrec.data.report import write_report
 
     config = prepare_config(options, RatingScale(*rating_scale) if rating_scale else None)
@@ -117,7 +143,7 @@ def prepare(
         movies,
         config,
         out=out,
-        options=ReadOptions(_columns(options), TimeUnit(options["time_unit"]), IdKind(ids), IdKind(ids)),
+        options=reading(options, ids),
         on_bad_rows=OnBadRows(on_bad_rows),
         memory_gb=memory,
         add_files=write_report,
@@ -127,13 +153,13 @@ def prepare(
 
 @click.command()
 @click.argument("data", type=EXISTING_FOLDER)
-@click.argument("ratings", type=EXISTING_PATH)
+@click.argument("ratings", type=EXISTING_PATH, nargs=-1, required=True)
 @click.option("--movies", type=EXISTING_FILE, help="Titles and genres of new movies.")
 @read_options
 @click.option("--out", type=NEW_FOLDER, help="Folder for the result; by default it replaces DATA.")
 def append(
     data: Path,
-    ratings: Path,
+    ratings: tuple[Path, ...],
     movies: Path | None,
     memory: float,
     on_bad_rows: str,
@@ -142,7 +168,6 @@ def append(
 ) -> None:
     """Adds the events of RATINGS to prepared DATA; the original files are not needed. Known ids keep their index."""
     from jaxrec.data.append import append as append_events
-    from jaxrec.data.reading.check import ReadOptions
     from jaxrec.data.report import write_report
 
     out = out or data
@@ -151,7 +176,7 @@ def append(
         ratings,
         movies,
         out=out,
-        options=ReadOptions(_columns(options), TimeUnit(options["time_unit"])),
+        options=reading(options),
         on_bad_rows=OnBadRows(on_bad_rows),
         memory_gb=memory,
         add_files=write_report,
@@ -189,22 +214,44 @@ def prepare_config(options: dict[str, Any], rating_scale: RatingScale | None = N
         rating_scale=rating_scale,
         seed=options["seed"],
         filter_on=FilterOn(options["filter_on"]),
+        repeats=Repeats(options["repeats"]),
     )
 
 
-def _columns(options: dict[str, Any]) -> ColumnNames:
-    from jaxrec.data.reading.sources import ColumnNames
+def reading(options: dict[str, Any], ids: str = IdKind.AUTO.value) -> ReadOptions:
+    """How a log is to be read, as `read_options` and `id_option` say."""
+    from jaxrec.data.reading.check import ReadOptions
+    from jaxrec.data.reading.columns import ColumnNames
+    from jaxrec.data.reading.sources import TextOptions
 
-    return ColumnNames(*(options[f"{field}_col"] for field in ("user", "item", "rating", "time")))
+    order = options["columns"]
+    delimiter = options["delimiter"]
+    return ReadOptions(
+        ColumnNames(
+            options["user_col"],
+            options["item_col"],
+            options["rating_col"],
+            options["time_col"],
+            None if order is None else tuple(name.strip() for name in order.split(",")),
+        ),
+        TextOptions({"tab": "\t", "\\t": "\t"}.get(delimiter, delimiter), options["encoding"]),
+        TimeUnit(options["time_unit"]),
+        options["time_format"],
+        options["missing_rating"],
+        IdKind(ids),
+        IdKind(ids),
+    )
 
 
 def _print_prepared(data: PreparedData, out: Path) -> None:
-    for name, value in {**data.input, **data.summary()}.items():
-        if name == "bad_rows_by_field":
-            continue
-        click.echo(f"{name}: {value}")
+    counts = {**data.input, **data.summary()}
+    for name, value in counts.items():
+        if name not in ("bad_rows_by_field", "notes"):
+            click.echo(f"{name}: {value}")
     click.echo(f"report: {out / 'report.json'}, {out / 'report.png'}")
     click.echo(f"rating scale: {data.config.rating_scale or 'no ratings'}")
     if data.input["bad_rows"]:
         by_field = ", ".join(f"{field} {count}" for field, count in data.input["bad_rows_by_field"].items())
         click.echo(f"in quarantine: {data.input['bad_rows']} rows ({by_field}), see {out / QUARANTINE_FILE}")
+    for note in data.input["notes"]:
+        click.echo(f"note: {note}")

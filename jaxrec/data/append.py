@@ -15,7 +15,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from jaxrec.config import MEMORY_GB
+from jaxrec.config import MEMORY_GB, Repeats
 from jaxrec.data.histories import EventLog, blocks, event_writers, open_log, release
 from jaxrec.data.ids import IdMap, write_ids
 from jaxrec.data.prepare import prepare_log
@@ -23,7 +23,7 @@ from jaxrec.data.prepared import AddFiles, PreparedData
 from jaxrec.data.reading.bad_rows import QUARANTINE_FILE, OnBadRows, bad_rows
 from jaxrec.data.reading.check import ReadOptions
 from jaxrec.data.reading.movies import movies_like
-from jaxrec.data.reading.read import PathOrFrame, input_counts, open_workspace, read_log
+from jaxrec.data.reading.read import PathOrFrame, PathsOrFrame, Workspace, input_counts, open_workspace, read_log
 from jaxrec.data.reading.rules import IdKind
 from jaxrec.data.schema import ITEM
 from jaxrec.data.store import LOG_FOLDER, all_movies, build, read_prepared, unchanged_folder
@@ -32,7 +32,7 @@ from jaxrec.errors import DataError
 
 def append(
     data: Path | str | PreparedData,
-    interactions: PathOrFrame,
+    interactions: PathsOrFrame,
     movies: PathOrFrame | None = None,
     *,
     out: Path | str | None = None,
@@ -48,7 +48,7 @@ def append(
         interactions: The new events, as for `jaxrec.data.prepare.prepare`.
         movies: Titles and genres of new movies, which go before those that are known.
         out: A folder to write, which may be that of `data`: whole or not at all. None: the result is in memory.
-        options: Names of the columns and unit of the times, where they are not to be recognized.
+        options: What is not to be recognized: columns, delimiter, encoding, form of the times.
         on_bad_rows: Whether bad rows are an error, or are set aside in quarantine.csv in `out`.
         memory_gb: Gigabytes for the engine that sorts.
         add_files: Puts more files into `out` before it is whole, such as `jaxrec.data.report.write_report`.
@@ -57,8 +57,8 @@ def append(
         The prepared data of all events; with `out` its columns are memory maps.
 
     Raises:
-        DataError: For bad input, for an event that `data` already has, where `data` holds no log, and where `out`
-            cannot be written, which then stays as it was.
+        DataError: For bad input, where most events are in `data` already (unless its configuration says what happens to
+            repeats), where `data` holds no log, and where `out` cannot be written, which then stays as it was.
         ValueError: Where `on_bad_rows` or `add_files` ask for files and there is no `out`.
     """
     old = data if isinstance(data, PreparedData) else read_prepared(Path(data))
@@ -71,17 +71,22 @@ def append(
     def make(folder: Path) -> PreparedData:
         parent = None if out is None else Path(out).parent
         with (
-            open_workspace(interactions, movies, options.columns, memory_gb, parent) as work,
+            open_workspace(interactions, movies, options, memory_gb, parent) as work,
             bad_rows(on_bad_rows, folder, earlier) as bad,
         ):
 
-            def add_old_events(exact: bool) -> None:
-                _insert_old_events(work.connection, log, exact)
+            def add_old_events() -> tuple[int, int]:
+                added = _insert_old_events(work.connection, log)
+                if old.config.repeats is Repeats.AUTO:
+                    _refuse_known_events(work)
+                return added
 
             loaded, found = read_log(work, options, old.config, bad, work.scratch / "sorted", add_old_events)
             merged = merge_logs(log, found.log, folder / LOG_FOLDER)
-            known = _joined_movies(movies_like(work.movies, merged.items.raw_ids, work.movies_name), all_movies(old))
-            counts = input_counts(work, loaded, found, bad)
+            # That these are few of the items is no surprise.
+            given, _ = movies_like(work.movies, merged.items.raw_ids, work.movies_name, others=True)
+            known = _joined_movies(given, all_movies(old))
+            counts = input_counts(work, old.config, loaded, found, bad)
         config = dataclasses.replace(old.config, rating_scale=loaded.scale)
         result = prepare_log(merged, known, config, folder, old.users, old.catalog.ids)
         return dataclasses.replace(result, input=counts)
@@ -123,14 +128,16 @@ def merge_logs(old: EventLog, new: EventLog, folder: Path) -> EventLog:
     return open_log(folder)
 
 
-def _insert_old_events(connection: duckdb.DuckDBPyConnection, log: EventLog, exact: bool) -> None:
-    """Puts the old events of users with new ones before these in `events`."""
+def _insert_old_events(connection: duckdb.DuckDBPyConnection, log: EventLog) -> tuple[int, int]:
+    """Puts the old events of users with new ones before these in `events`; `added` has the new ones.
+
+    Returns how many there are, and how many of them repeat another one.
+    """
     found = np.ma.getdata(connection.execute("SELECT DISTINCT user FROM events").fetchnumpy()["user"])
     codes = log.users.encode(found)
     affected = np.sort(codes[codes > 0].astype(np.int64) - 1)
-    connection.execute("ALTER TABLE events RENAME TO added")
+    connection.execute("CREATE OR REPLACE TABLE added AS SELECT user, item, rating, time, within FROM events")
     connection.execute("CREATE OR REPLACE TABLE events AS SELECT * FROM added LIMIT 0")
-    origin = "'the log', line, ''" if exact else "true"
     for block in blocks(log.events.offsets, affected):
         frame = pd.DataFrame(
             {
@@ -138,21 +145,30 @@ def _insert_old_events(connection: duckdb.DuckDBPyConnection, log: EventLog, exa
                 "item": log.items.raw_ids[log.events.items[block.rows] - 1],
                 "rating": log.events.ratings[block.rows],
                 "time": log.events.times[block.rows],
-                "line": _numbers(block.rows) + 1,
             }
         )
         connection.register("old", frame)
         connection.execute(
-            f"INSERT INTO events SELECT user, item, CASE WHEN NOT isnan(rating) THEN rating END, time, 0, {origin} "
-            f"FROM old"
+            "INSERT INTO events SELECT user, item, CASE WHEN NOT isnan(rating) THEN rating END, time, 0 FROM old"
         )
         connection.unregister("old")
+    counts = "count(*), count(*) - count(DISTINCT (user, item, time))"
+    rows, repeats = connection.execute(f"SELECT {counts} FROM events").fetchall()[0]
+    connection.execute("CREATE OR REPLACE TABLE known AS SELECT DISTINCT user, item, time FROM events")
     connection.execute("INSERT INTO events SELECT * FROM added ORDER BY rowid")
-    connection.execute("DROP TABLE added")
+    return rows, repeats
 
 
-def _numbers(rows: slice | np.ndarray) -> np.ndarray:
-    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+def _refuse_known_events(work: Workspace) -> None:
+    """Raises DataError where most events are in the data already: then the file was probably appended before."""
+    query = "SELECT count(*), (SELECT count(*) FROM added SEMI JOIN known USING (user, item, time)) FROM added"
+    rows, known = work.connection.execute(query).fetchall()[0]
+    if known * 2 > rows:
+        raise DataError(
+            f"{work.relation.name}: {known} of {rows} events are in the data already, as if the file had been appended "
+            "before; data that was prepared with --repeats keep takes repeated events, and with --repeats first leaves "
+            "them out"
+        )
 
 
 def _extended(known: IdMap, found: IdMap) -> IdMap:

@@ -84,13 +84,10 @@ def catalog_items(kept: np.ndarray, movies: pd.DataFrame | None, min_ratings: in
 
 
 def checked_movies(movies: pd.DataFrame, raw_items: np.ndarray) -> pd.DataFrame:
-    """Movies that were given as a frame, with ids of the type of the raw item ids.
+    """Movies (item_id, title, genres) of a frame, with ids of the type of the raw item ids.
 
-    Raises DataError where a column is missing, an id occurs twice, or one side's ids are numbers and the other's text.
+    Raises DataError where an id occurs twice, or one side's ids are numbers and the other's text.
     """
-    missing = [name for name in (ITEM, TITLE, GENRES) if name not in movies]
-    if missing:
-        raise DataError(f"movies: column {', '.join(missing)} is missing; the columns are {list(movies.columns)}")
     whole = pd.api.types.infer_dtype(movies[ITEM]) == "integer"
     if whole != (raw_items.dtype == np.int64):
         raise DataError(

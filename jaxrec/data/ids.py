@@ -55,12 +55,23 @@ class IdMap:
 
 
 def write_ids(ids: IdMap, path: Path) -> None:
-    """Writes the raw ids as .npy, whole numbers as int64 and text as fixed-width Unicode."""
+    """Writes the raw ids as .npy: whole numbers as int64; text as UTF-8 (uint8), each id followed by U+0000.
+
+    Raises ValueError for a text id that has U+0000.
+    """
     raw = ids.raw_ids
-    np.save(path, raw if raw.dtype == np.int64 else raw.astype(str), allow_pickle=False)
+    if raw.dtype == np.int64:
+        np.save(path, raw, allow_pickle=False)
+        return
+    text = "".join(f"{each}\0" for each in raw)
+    if text.count("\0") != len(raw):
+        raise ValueError("an id has the character U+0000")
+    np.save(path, np.frombuffer(text.encode("utf-8"), np.uint8), allow_pickle=False)
 
 
 def open_ids(path: Path) -> IdMap:
     """Reads what `write_ids` wrote; whole numbers as a memory map."""
     raw = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-    return IdMap(raw.astype(object) if raw.dtype.kind == "U" else raw, distinct=True)
+    if raw.dtype == np.uint8:
+        raw = np.array(raw.tobytes().decode("utf-8").split("\0")[:-1], dtype=object)
+    return IdMap(raw, distinct=True)

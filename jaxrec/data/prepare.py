@@ -15,14 +15,14 @@ from jaxrec.data.prepared import AddFiles, PreparedData
 from jaxrec.data.reading.bad_rows import OnBadRows, bad_rows
 from jaxrec.data.reading.check import ReadOptions
 from jaxrec.data.reading.movies import movies_like
-from jaxrec.data.reading.read import PathOrFrame, input_counts, open_workspace, read_log
+from jaxrec.data.reading.read import PathOrFrame, PathsOrFrame, input_counts, open_workspace, read_log
 from jaxrec.data.split import SplitRule
 from jaxrec.data.store import LOG_FOLDER, build
 from jaxrec.errors import DataError
 
 
 def prepare(
-    interactions: PathOrFrame,
+    interactions: PathsOrFrame,
     movies: PathOrFrame | None = None,
     config: PrepareConfig = PrepareConfig(),
     *,
@@ -40,12 +40,13 @@ def prepare(
     movies without any rating, which the content model can recommend.
 
     Args:
-        interactions: A file, folder or archive in any known format, or a frame (which stays as it is) with the columns
-            user_id, item_id, rating (optional; NaN: none) and timestamp (seconds).
-        movies: Their file, or a frame of item_id, title and genres (joined by `|`); None: those beside the log.
-        config: Thresholds, split, order of equal timestamps, rating scale and seed.
+        interactions: A file, folder or archive in any known format, several files of one form, or a frame (which stays
+            as it is) with columns such as user_id, item_id, rating (optional; NaN: none) and timestamp.
+        movies: Their file, or a frame of item_id, title and genres (a list, or joined by `|`, `;` or `,`); None: those
+            beside the log.
+        config: Thresholds, split, order of equal timestamps, repeats, rating scale and seed.
         out: A folder to write, out of core: whole or not at all. None: the result is in memory.
-        options: Names of the columns, unit of the times and kind of the ids, where they are not to be recognized.
+        options: What is not to be recognized: columns, delimiter, encoding, form of the times, kind of the ids.
         on_bad_rows: Whether bad rows are an error, or are set aside in quarantine.csv in `out`.
         memory_gb: Gigabytes for the engine that sorts; the process needs about as much again.
         add_files: Puts more files into `out` before it is whole, such as `jaxrec.data.report.write_report`.
@@ -62,12 +63,13 @@ def prepare(
     def make(folder: Path) -> PreparedData:
         parent = None if out is None else Path(out).parent
         with (
-            open_workspace(interactions, movies, options.columns, memory_gb, parent) as work,
+            open_workspace(interactions, movies, options, memory_gb, parent) as work,
             bad_rows(on_bad_rows, folder) as bad,
         ):
             loaded, found = read_log(work, options, config, bad, folder / LOG_FOLDER)
-            known = movies_like(work.movies, found.log.items.raw_ids, work.movies_name)
-            counts = input_counts(work, loaded, found, bad)
+            others = config.min_movie_ratings == 0
+            known, notes = movies_like(work.movies, found.log.items.raw_ids, work.movies_name, others)
+            counts = input_counts(work, config, loaded, found, bad, notes)
         with_scale = dataclasses.replace(config, rating_scale=loaded.scale)
         return dataclasses.replace(prepare_log(found.log, known, with_scale, folder), input=counts)
 

@@ -34,7 +34,7 @@ from jaxrec.data.split import Cases, Split
 from jaxrec.errors import DataError
 from jaxrec.files import new_directory, read_json, sha256
 
-PREPARED_SCHEMA_VERSION = 2
+PREPARED_SCHEMA_VERSION = 3
 SUMMARY_FILE = "prepared.json"
 CATALOG_FILE = "catalog.json"
 LOG_FOLDER = "log"

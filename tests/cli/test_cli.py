@@ -100,11 +100,11 @@ def test_a_run_is_not_overwritten_and_resumes(stages: Path) -> None:
 
 def test_errors_are_one_line_and_exit_1(files: Path, tmp_path: Path) -> None:
     bad = tmp_path / "ratings.csv"
-    bad.write_text("userId,movieId,rating,timestamp\n1,2,4.5,10\n1,3,9.5,11\n")
+    bad.write_text("userId,movieId,rating,timestamp\n1,2,4.5,10\n2,3,4.5,9\n1,3,9.5,11\n")
     result = run("prepare", bad, "--out", tmp_path / "data")
     assert result.exit_code == 1
     assert result.output == (
-        f"Error: {bad}:3: rating 9.5 is outside 0.5..5 "
+        f"Error: {bad}:4: rating 9.5 is outside 0.5..5 "
         "(the scale that the log seems to have; another can be given: --rating-scale)\n"
     )
     assert not (tmp_path / "data").exists()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrec.cli.main import main
-from jaxrec.config import FilterOn, PrepareConfig, RatingScale, SplitKind, Ties
+from jaxrec.config import FilterOn, PrepareConfig, RatingScale, Repeats, SplitKind, Ties
 from jaxrec.data.append import append
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
@@ -114,15 +114,32 @@ def test_known_ids_keep_their_index_where_the_filter_would_now_drop_them(tmp_pat
     assert by_user(both)[1][0] == [(1, 10, 3.0), (5, 30, 3.0)]  # movie 20 is not in training any more
 
 
-def test_an_event_that_is_there_already_is_a_bad_row(tmp_path: Path) -> None:
-    prepare(csv(tmp_path / "a.csv", A), None, EVERYTHING, out=tmp_path / "data")
+def test_an_event_that_is_there_already_is_left_out_or_a_bad_row(tmp_path: Path) -> None:
+    config = dataclasses.replace(EVERYTHING, repeats=Repeats.FAIL)
+    prepare(csv(tmp_path / "a.csv", A), None, config, out=tmp_path / "data")
     again = csv(tmp_path / "b.csv", [*B, A[0]])
-    with pytest.raises(DataError, match=r"b\.csv:6: user 5, item 30 at time 300 repeats"):
+    with pytest.raises(DataError, match=r"b\.csv:6: user 5, item 30 at time 300 repeats an event that is in the"):
         append(tmp_path / "data", again, out=tmp_path / "data")
     data = append(tmp_path / "data", again, out=tmp_path / "data", on_bad_rows=OnBadRows.QUARANTINE)
-    assert data.input["duplicates"] == 1
+    assert data.input["repeats_left_out"] == data.input["bad_rows"] == 1
     assert data.input["rows"] == len(B) + 1
     assert data.histories.event_count == len(A) + len(B)
+    rated = append(prepare(csv(tmp_path / "a.csv", A), None, EVERYTHING), again)
+    assert (rated.input["rows"], rated.input["repeats_left_out"], rated.input["bad_rows"]) == (len(B) + 1, 1, 0)
+    assert rated.histories.event_count == len(A) + len(B)
+
+
+def test_a_file_that_was_appended_before_is_refused_unless_repeats_are_told(tmp_path: Path) -> None:
+    first, again = csv(tmp_path / "a.csv", A), csv(tmp_path / "again.csv", A)
+    with pytest.raises(DataError, match=rf"again\.csv: {len(A)} of {len(A)} events are in the data already"):
+        append(prepare(first, None, EVERYTHING), again)
+    keep = dataclasses.replace(EVERYTHING, repeats=Repeats.KEEP)
+    kept = append(prepare(first, None, keep), again)
+    assert (kept.histories.event_count, kept.input["repeats"], kept.input["repeats_left_out"]) == (
+        2 * len(A),
+        len(A),
+        0,
+    )
 
 
 def test_titles_of_new_movies_and_of_those_that_were_rare(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Bad input through the command line: a clear error or a counted quarantine, never a traceback or half an output."""
 
 import csv
+import dataclasses
 import errno
 import os
 import subprocess
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrec.cli.main import main
-from jaxrec.config import PrepareConfig, RatingScale
+from jaxrec.config import PrepareConfig, RatingScale, Repeats
 from jaxrec.data.prepare import prepare
 from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.data.reading.read import read_ratings
@@ -103,7 +104,7 @@ def test_bad_rows_of_parquet_are_named_by_file_and_row(tmp_path: Path) -> None:
     with open(tmp_path / "data/quarantine.csv", newline="") as file:
         found = sorted((Path(row["file"]).name, int(row["line"]), row["field"]) for row in csv.DictReader(file))
     assert found == [("a.parquet", 3, "rating"), ("b.parquet", 1, ""), ("b.parquet", 3, "timestamp")]
-    assert data.input["duplicates"] == 1
+    assert data.input["repeats"] == 1
     assert data.histories.event_count == 3
 
 
@@ -254,15 +255,16 @@ def test_many_repeated_events_are_reported_in_reasonable_time(tmp_path: Path, on
     users, items = (column.ravel() for column in np.meshgrid(np.arange(500), np.arange(100), indexing="ij"))
     once = pd.DataFrame({"userId": users, "movieId": items, "timestamp": 1000 + items // 3})
     source = tmp_path / "clicks.csv"
+    config = dataclasses.replace(EVERYTHING, repeats=Repeats.FAIL)
     pd.concat([once, once]).to_csv(source, index=False)  # the file concatenated with itself: 50,000 repeats
     if on_bad_rows is OnBadRows.FAIL:
         with pytest.raises(DataError) as error:
-            prepare(source, None, EVERYTHING, out=tmp_path / "data")
+            prepare(source, None, config, out=tmp_path / "data")
         assert str(error.value).startswith(f"{source}:50002: user 0, item 0 at time 1000 repeats line 2; expected")
         assert str(error.value).endswith("(and 49997 more bad rows)")
         return
-    data = prepare(source, None, EVERYTHING, out=tmp_path / "data", on_bad_rows=on_bad_rows)
-    assert (data.input["rows"], data.input["bad_rows"], data.input["duplicates"]) == (100_000, 50_000, 50_000)
+    data = prepare(source, None, config, out=tmp_path / "data", on_bad_rows=on_bad_rows)
+    assert (data.input["rows"], data.input["bad_rows"], data.input["repeats"]) == (100_000, 50_000, 50_000)
     assert by_user(data) == by_user(prepare(once, None, EVERYTHING))
     quarantine = pd.read_csv(tmp_path / "data/quarantine.csv")
     assert quarantine["line"].tolist() == list(range(50_002, 100_002))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrec.config import FilterOn, PrepareConfig, RatingScale, SplitKind, Ties
+from jaxrec.config import FilterOn, PrepareConfig, RatingScale, Repeats, SplitKind, Ties
 from jaxrec.data.catalog import split_genres
 from jaxrec.data.ids import IdMap
 from jaxrec.data.prepare import prepare
@@ -216,8 +216,8 @@ def test_prepared_data_opens_as_memory_maps_without_a_copy(tmp_path: Path) -> No
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     write_prepared(prepare(SMALL, None, EVERYTHING), tmp_path / "data")
     summary = tmp_path / "data/prepared.json"
-    summary.write_text(summary.read_text().replace('"schema_version": 2', '"schema_version": 1'))
-    with pytest.raises(DataError, match="schema version 1, expected 2; prepare again"):
+    summary.write_text(summary.read_text().replace('"schema_version": 3', '"schema_version": 1'))
+    with pytest.raises(DataError, match="schema version 1, expected 3; prepare again"):
         read_prepared(tmp_path / "data")
 
 
@@ -248,9 +248,10 @@ def test_users_with_one_event_only_train() -> None:
 
 def test_bad_rows_of_a_frame_are_named() -> None:
     with pytest.raises(DataError, match=r"interactions:2: rating 7.0 is outside 1..5"):
-        prepare(log([(1, 7, 3, 1), (2, 8, 7, 1)]), None, EVERYTHING)
+        prepare(log([(1, 7, 3, 1), (2, 8, 7, 1), (2, 7, 3, 1)]), None, EVERYTHING)
+    config = dataclasses.replace(EVERYTHING, repeats=Repeats.FAIL)
     with pytest.raises(DataError, match=r"interactions:3: user 1, item 7 at time 1 repeats line 1"):
-        prepare(log([(1, 7, 3, 1), (2, 8, 3, 1), (1, 7, 4, 1)]), None, EVERYTHING)
+        prepare(log([(1, 7, 3, 1), (2, 8, 3, 1), (1, 7, 4, 1)]), None, config)
 
 
 events = st.tuples(st.integers(1, 4), st.integers(1, 6), st.sampled_from([1.0, 3.0, 4.5]), st.integers(0, 12))
@@ -348,8 +349,8 @@ def test_movies_of_another_type_of_ids_or_with_repeats_are_refused() -> None:
     assert prepare(SMALL.astype({"item_id": str}), as_text, EVERYTHING).catalog.titles[:2] == ("Ten", "Twenty")
     with pytest.raises(DataError, match="movies: item_id 10 occurs twice"):
         prepare(SMALL, pd.concat([titles, titles[:1]]), EVERYTHING)
-    with pytest.raises(DataError, match="movies: column genres is missing"):
-        prepare(SMALL, titles.drop(columns="genres"), EVERYTHING)
+    with pytest.raises(DataError, match="movies: column title or genres is missing"):
+        prepare(SMALL, titles.drop(columns=["title", "genres"]), EVERYTHING)
 
 
 def test_the_ids_of_a_frame_are_of_its_type() -> None:

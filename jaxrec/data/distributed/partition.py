@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 from jaxrec.config import RatingScale
 from jaxrec.data.distributed.plan import Columns, Piece
 from jaxrec.data.reading.bad_rows import BadRows, OnBadRows
-from jaxrec.data.reading.check import ReadOptions, deciding_ratings, load
+from jaxrec.data.reading.check import ReadOptions, load
 from jaxrec.data.reading.connection import connect
 from jaxrec.data.reading.formats import SHORT, TableRelation
 from jaxrec.data.reading.rules import IdKind, TimeUnit
+from jaxrec.data.reading.scale import count_ratings
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.files import new_file
 
@@ -26,7 +27,7 @@ WITHIN = "within"  # milliseconds within the second, which order events but are 
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """What one piece holds: its distinct raw items, and the ratings by which a scale is recognized."""
+    """What one piece holds: its distinct raw items, and the counts by which a rating scale is recognized."""
 
     items: np.ndarray
     ratings: np.ndarray
@@ -48,10 +49,10 @@ def partition(piece: Piece, columns: Columns, shards: int, scale: RatingScale | 
         connection.register("piece", named)
         relation = TableRelation("piece", piece.path, columns.names, connection)
         options = ReadOptions(time_unit=unit, users=kinds[0], items=kinds[1])
-        load(connection, relation, options, scale, BadRows(OnBadRows.FAIL), Path(scratch))
+        load(connection, relation, options, scale, BadRows(OnBadRows.FAIL))
         query = "SELECT user, item, coalesce(rating, 'nan'::FLOAT), time, within FROM events ORDER BY rowid"
         found = [np.ma.getdata(column) for column in connection.execute(query).fetchnumpy().values()]
-        ratings = deciding_ratings(connection, "events")
+        ratings = count_ratings(connection, "events")
     users, items, *_ = found
     shard = shard_of(users, shards)
     order = np.argsort(shard, kind="stable")

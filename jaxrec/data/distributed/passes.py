@@ -24,7 +24,8 @@ from jaxrec.data.distributed.shard import (
     write_shard,
 )
 from jaxrec.data.ids import IdMap, write_ids
-from jaxrec.data.schema import SECONDS_PER_DAY, infer_rating_scale
+from jaxrec.data.reading.scale import choose_scale
+from jaxrec.data.schema import SECONDS_PER_DAY
 from jaxrec.data.split import day_of_cut
 from jaxrec.errors import DataError
 
@@ -64,7 +65,7 @@ class Passes:
         self.raw_items = vocabulary
         write_ids(IdMap(vocabulary), self._vocabulary)
         # A rating that its piece accepts is on the scale of all pieces: the wider of two where they differ.
-        return scale or infer_rating_scale(np.concatenate(ratings))
+        return scale or choose_scale(np.sum(ratings, axis=0), str(folder))
 
     def sort(self, config: PrepareConfig) -> None:
         tasks = [(shard, self._parts, self._vocabulary, config, path) for shard, path in enumerate(self._sorted)]

@@ -1,15 +1,18 @@
 """Which pieces the input is read in, and how its columns are to be read: from the Parquet footers alone."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxrec.data.reading.columns import ColumnNames, choose_columns
 from jaxrec.data.reading.connection import first_line
 from jaxrec.data.reading.formats import SAMPLE_ROWS
-from jaxrec.data.reading.rules import TimeUnit, recognize_time_unit
-from jaxrec.data.reading.sources import ColumnNames, choose_columns, parquet_files
+from jaxrec.data.reading.rules import TimeUnit
+from jaxrec.data.reading.sources import parquet_files
+from jaxrec.data.reading.times import recognize_times
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.errors import DataError
 
@@ -78,16 +81,21 @@ def _columns(file: pq.ParquetFile, path: Path) -> Columns:
     if RATING in kinds and not pa.types.is_integer(kinds[RATING]) and not pa.types.is_floating(kinds[RATING]):
         raise DataError(f"{path}: {chosen[RATING]} is {kinds[RATING]}; expected numbers as ratings")
     order = [role for role in (USER, ITEM, RATING, TIME) if role in chosen]
-    return Columns({role: chosen[role] for role in order}, text[USER], text[ITEM], _milliseconds(file, chosen[TIME]))
+    return Columns(
+        {role: chosen[role] for role in order}, text[USER], text[ITEM], _milliseconds(file, chosen[TIME], path)
+    )
 
 
-def _milliseconds(file: pq.ParquetFile, time: str) -> bool:
+def _milliseconds(file: pq.ParquetFile, column: str, path: Path) -> bool:
     """By the type, or the first rows."""
-    if pa.types.is_timestamp(file.schema_arrow.field(time).type):
+    if pa.types.is_timestamp(file.schema_arrow.field(column).type):
         return True
-    batch = next(file.iter_batches(SAMPLE_ROWS, columns=[time]), None)
+    batch = next(file.iter_batches(SAMPLE_ROWS, columns=[column]), None)
     sample = [] if batch is None else batch.column(0).to_pylist()
-    return recognize_time_unit(sample) is TimeUnit.MILLISECONDS
+    form = recognize_times(sample, time.time(), column)
+    if form.unit not in (TimeUnit.SECONDS, TimeUnit.MILLISECONDS):
+        raise DataError(f"{path}: {column} is in {form}; expected whole seconds or milliseconds, or timestamps")
+    return form.unit is TimeUnit.MILLISECONDS
 
 
 def _pieces(path: Path, group_rows: list[int], rows_per_piece: int) -> list[Piece]:

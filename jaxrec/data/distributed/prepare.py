@@ -97,7 +97,7 @@ def _prepare(
         passes = Passes(client, scratch, shards, progress)
         scale = passes.partition(folder, rows_per_piece, config.rating_scale)
         config = dataclasses.replace(config, rating_scale=scale)
-        known_movies = movies_like(movies, passes.raw_items)
+        known_movies, _ = movies_like(movies, passes.raw_items, others=config.min_movie_ratings == 0)
         passes.sort(config)
         cut = passes.temporal_cut() if config.split is SplitKind.TEMPORAL else 0
         kept = passes.filter(config, cut)

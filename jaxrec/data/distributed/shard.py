@@ -8,7 +8,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from jaxrec.config import PrepareConfig, Ties
+from jaxrec.config import PrepareConfig, Repeats, Ties
 from jaxrec.data.catalog import Catalog, read_catalog
 from jaxrec.data.distributed.partition import ROW, WITHIN
 from jaxrec.data.filtering import Core, FilteredLog, filter_log
@@ -36,7 +36,8 @@ def sort_shard(shard: int, parts: list[tuple[Path, str]], vocabulary: Path, conf
     """Writes the shard's rows, by user, time and input order, as the log that `open_log` opens; returns their number.
 
     `parts`: the files of `partition` in the order of the input, with the name of the input that each came from.
-    `vocabulary`: all raw item ids, sorted. Raises DataError where an event occurs twice.
+    `vocabulary`: all raw item ids, sorted. Raises DataError where an event occurs twice and
+    `config.repeats` is FAIL.
     """
     batches = []
     for path, _ in parts:
@@ -50,8 +51,9 @@ def sort_shard(shard: int, parts: list[tuple[Path, str]], vocabulary: Path, conf
     users, times = users[order], columns[TIME][order]
     item_ids = open_ids(vocabulary)
     items = item_ids.encode(columns[ITEM])[order]
+    repeats = config.repeats.resolved(rated=config.rating_scale is not None)
     repeated, _ = repeated_events(users, times, items, order)
-    if len(repeated):
+    if len(repeated) and repeats is Repeats.FAIL:
         files = np.repeat(np.arange(len(parts)), [batch.num_rows for batch in batches])
         second, first = order[repeated[0]]
         places = [f"{parts[files[row]][1]}:{columns[ROW][row]}" for row in (first, second)]
@@ -59,11 +61,14 @@ def sort_shard(shard: int, parts: list[tuple[Path, str]], vocabulary: Path, conf
         raise DataError(
             f"{places[1]}: user {user}, item {item} at time {time} repeats {places[0]}; expected each event once"
         )
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=len(raw_users)))]).astype(np.int64)
-    events = Histories(offsets, items, columns[RATING][order], times)
+    kept = np.ones(len(order), bool)
+    kept[repeated[:, 0]] = repeats is Repeats.KEEP
+    lengths = np.bincount(users[kept], minlength=len(raw_users))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    events = Histories(offsets, items[kept], columns[RATING][order][kept], times[kept])
     with new_directory(out, LOG_FOLDER) as folder:
         write_log(EventLog(IdMap(raw_users, distinct=True), item_ids, events), folder / LOG_FOLDER)
-    return len(order)
+    return int(kept.sum())
 
 
 def count_days(folder: Path) -> np.ndarray:

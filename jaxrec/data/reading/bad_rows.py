@@ -5,13 +5,14 @@ import csv
 import dataclasses
 import enum
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from jaxrec.errors import DataError
 
 QUARANTINE_FILE = "quarantine.csv"
 LISTED = 3  # rows that an error names
+SHOWN = 80  # characters of a value that an error shows
 
 
 class OnBadRows(enum.StrEnum):
@@ -36,7 +37,8 @@ class BadRow:
     text: str
 
     def __str__(self) -> str:
-        return " ".join(part for part in (f"{self.file}:{self.line}:", self.field, self.value, self.reason) if part)
+        value = self.value if len(self.value) <= SHOWN else f"{self.value[:SHOWN]}..."
+        return " ".join(part for part in (f"{self.file}:{self.line}:", self.field, value, self.reason) if part)
 
 
 class BadRows:
@@ -57,17 +59,17 @@ class BadRows:
         """How many rows of one kind are worth a BadRow each, the first ones; the others are `add_unlisted`."""
         return LISTED if self.on_bad_rows is OnBadRows.FAIL else None
 
-    def add_unlisted(self, count: int) -> None:
-        """Counts whole rows that no message will name."""
-        if count:
-            self.by_field["row"] += count
+    def add_unlisted(self, fields: Iterable[str]) -> None:
+        """Counts rows that no message will name, by the field that is at fault; "": the whole row."""
+        self.by_field.update(field or "row" for field in fields)
 
     def add(self, row: BadRow) -> None:
         """Takes note of a row; `fail_if_any` decides later what follows."""
         self.by_field[row.field or "row"] += 1
-        self._first = sorted([*self._first, row], key=lambda bad: (bad.file, bad.line))[:LISTED]
+        if len(self._first) < LISTED or (row.file, row.line) < (self._first[-1].file, self._first[-1].line):
+            self._first = sorted([*self._first, row], key=lambda bad: (bad.file, bad.line))[:LISTED]
         if self._write is not None:
-            self._write(dataclasses.astuple(row))
+            self._write((row.file, row.line, row.field, row.value, row.reason, row.text))
 
     def fail_if_any(self) -> None:
         """Raises DataError that lists the first bad rows and says how many more there are, unless in quarantine."""

@@ -1,44 +1,74 @@
-"""Reads a log into the engine's table `events`, and checks every row of it.
+"""Reads a log into the table `events` of DuckDB, and checks every row of it.
 
 `events` has user and item (BIGINT or VARCHAR), rating (FLOAT or NULL), time (BIGINT seconds) and within (milliseconds
-within the second), in the order of the source; and file, line and text where the source was read exactly.
+within the second), in the order of the source.
 """
 
 import dataclasses
+import datetime
 import time
-from pathlib import Path
+from collections.abc import Mapping
 
 import duckdb
 import numpy as np
 
 from jaxrec.config import RatingScale
 from jaxrec.data.reading.bad_rows import BadRow, BadRows
+from jaxrec.data.reading.columns import ColumnNames
 from jaxrec.data.reading.connection import first_line, quoted
-from jaxrec.data.reading.formats import SHORT, Relation
-from jaxrec.data.reading.rules import TEXT_TYPE, Field, IdKind, TimeUnit, id_field, rating_field, time_fields, whole
-from jaxrec.data.reading.sources import ColumnNames
-from jaxrec.data.schema import ITEM, RATING, TIME, USER, WIDEST_SCALE, infer_rating_scale
+from jaxrec.data.reading.formats import SAMPLE_ROWS, SHORT, Relation, nth_kept
+from jaxrec.data.reading.rules import FLOAT_IDS, TEXT_TYPE, Field, IdKind, TimeUnit, id_field, rating_field, whole
+from jaxrec.data.reading.scale import choose_scale, count_ratings, in_scale, rating_notes
+from jaxrec.data.reading.sources import TextOptions
+from jaxrec.data.reading.times import FIRST_PLAUSIBLE, TimeForm, recognize_times, time_fields
+from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.errors import DataError
+
+KIND_SAMPLE = 100_000  # first rows that decide whether ids are whole numbers or text
+MANY_PADDED = 0.1  # share of ids with leading zeros from which ids are text
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadOptions:
-    """How a log is read. `users` and `items`: the kind of their ids."""
+    """How a log is read; what is None or AUTO is recognized.
+
+    Attributes:
+        columns: Names of the columns.
+        text: Delimiter and encoding.
+        time_unit: The form of the times.
+        time_format: Their form in the letters of strptime, which goes before `time_unit`.
+        missing_ratings: Values of the rating column that mean "no rating".
+        users, items: The kind of their ids.
+    """
 
     columns: ColumnNames = dataclasses.field(default_factory=ColumnNames)
+    text: TextOptions = dataclasses.field(default_factory=TextOptions)
     time_unit: TimeUnit = TimeUnit.AUTO
+    time_format: str | None = None
+    missing_ratings: tuple[float, ...] = ()
     users: IdKind = IdKind.AUTO
     items: IdKind = IdKind.AUTO
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What is in `events`. `exact`: with file, line and text; `scale` None: there are no ratings."""
+    """What is in `events`.
+
+    Attributes:
+        rows: How many rows `events` has; `scale` None: there are no ratings.
+        left_out: [rows] int64, rising: the numbers of the relation's rows that broke a rule.
+        notes: What is odd about the log, each in one sentence.
+    """
 
     rows: int
     scale: RatingScale | None
-    exact: bool
-    time_unit: TimeUnit
+    times: TimeForm
+    left_out: np.ndarray
+    notes: tuple[str, ...]
+
+    def numbers(self, events: np.ndarray) -> np.ndarray:
+        """The numbers of the relation's rows that became these rows of `events`, from 0."""
+        return nth_kept(events, self.left_out)
 
 
 def load(
@@ -47,200 +77,201 @@ def load(
     options: ReadOptions,
     scale: RatingScale | None,
     bad: BadRows,
-    scratch: Path,
-    exact: bool = False,
 ) -> Loaded:
-    """Fills `events`. A source in which something is wrong is read again, exactly, to say what and where.
+    """Fills `events` with the rows that keep the rules.
 
-    `scale` None: recognized.
-    Raises DataError for bad rows, unless `bad` puts them into quarantine, and where no row is left.
+    Args:
+        connection: DuckDB.
+        relation: The rows.
+        options: How they are read.
+        scale: The range of possible ratings; None: recognized.
+        bad: Takes those that break a rule.
+
+    Returns:
+        What was read.
+
+    Raises:
+        DataError: For rows that break a rule, unless `bad` puts them into quarantine; where no row is left; where ids,
+            times or ratings are in no form that is known.
     """
-    unit = relation.time_unit() if options.time_unit is TimeUnit.AUTO else options.time_unit
     now = int(time.time())
-    given = {USER: options.users, ITEM: options.items}
-    if relation.typed:
-        as_typed = {role: IdKind.TEXT for role in given if relation.types[role] == TEXT_TYPE}
-        given = {role: as_typed.get(role, kind) if kind is IdKind.AUTO else kind for role, kind in given.items()}
-    if not exact:
-        loaded = _load_fast(connection, relation, given, scale, unit, now)
-        if loaded is not None:
-            return loaded
-    return _load_exactly(connection, relation, given, scale, unit, now, bad, scratch)
-
-
-def _load_fast(
-    connection: duckdb.DuckDBPyConnection,
-    relation: Relation,
-    given: dict[str, IdKind],
-    scale: RatingScale | None,
-    unit: TimeUnit,
-    now: int,
-) -> Loaded | None:
-    """None where any row breaks a rule."""
-    source = relation.fast()
     try:
-        kinds = {role: _kind_of_first(connection, source, relation, role, option) for role, option in given.items()}
-        fields, within = _fields(relation, kinds, unit, now)
-        values = ", ".join(f"{fields[role].value} AS {short}" for role, short in SHORT.items())
-        valid = [field.valid for field in fields.values()]
-        for role, option in given.items():
-            if relation.types[role] == TEXT_TYPE and kinds[role] is IdKind.TEXT and option is IdKind.AUTO:
-                valid.append(f"NOT {whole(SHORT[role])}")
-        connection.execute(
-            f"CREATE OR REPLACE TABLE events AS "
-            f"SELECT {values}, ({within})::SMALLINT AS within, {' AND '.join(valid)} AS ok FROM ({source})"
-        )
-    except (duckdb.InvalidInputException, duckdb.ConversionException):
-        return None  # the exact way says which row it was
-    rows, wrong = connection.execute("SELECT count(*), count(*) FILTER (NOT ok) FROM events").fetchall()[0]
-    if wrong or not rows:
-        return None
-    scale = scale or infer_rating_scale(deciding_ratings(connection, "events"))
-    if scale is not None and _count(connection, f"events WHERE NOT {_in_scale('rating', scale)}"):
-        return None
-    return Loaded(rows, scale, exact=False, time_unit=unit)
-
-
-def _load_exactly(
-    connection: duckdb.DuckDBPyConnection,
-    relation: Relation,
-    given: dict[str, IdKind],
-    given_scale: RatingScale | None,
-    unit: TimeUnit,
-    now: int,
-    bad: BadRows,
-    scratch: Path,
-) -> Loaded:
-    before = bad.count
-    try:
-        source = relation.exact(scratch, bad)
-        connection.execute(f"CREATE OR REPLACE TABLE stage AS {source}")
+        fields, within, times = _fill(connection, relation, options, now, bad)
     except duckdb.Error as error:
+        bad.fail_if_any()
         raise DataError(f"{relation.name}: cannot be read: {first_line(error)}") from error
-    staged = _count(connection, "stage")
-    if not staged and bad.count == before:
+    total, wrong = connection.execute("SELECT count(*), count(*) FILTER (NOT ok) FROM events").fetchall()[0]
+    if not total and not bad.count:
         raise DataError(f"{relation.name}: no rows after the header")
-    kinds = {role: _kind_of_all(connection, relation, role, option) for role, option in given.items()}
-    fields, within = _fields(relation, kinds, unit, now)
-    for role, option in given.items():
-        if relation.types[role] == TEXT_TYPE and option is IdKind.AUTO and kinds[role] is IdKind.TEXT:
-            fields[role] = _text_only(fields[role], SHORT[role], _looks_whole(connection, SHORT[role]))
-    faults = " ".join(
-        f"WHEN NOT {field.valid} THEN {{'field': {quoted(relation.labels.get(role, role))}, "
-        f"'value': coalesce({SHORT[role]}::VARCHAR, ''), 'reason': {field.reason}}}"
-        for role, field in fields.items()
-    )
-    values = ", ".join(f"{field.value} AS new_{SHORT[role]}" for role, field in fields.items())
-    connection.execute(
-        f"CREATE OR REPLACE TABLE checked AS SELECT file, line, text, {values}, ({within})::SMALLINT AS within, "
-        f"rating::VARCHAR AS rating_text, CASE {faults} END AS fault FROM stage"
-    )
-    connection.execute("DROP TABLE stage")
-    good = "(SELECT new_rating AS rating FROM checked WHERE fault IS NULL)"
-    scale = given_scale or infer_rating_scale(deciding_ratings(connection, good))
-    fits = "true" if scale is None else _in_scale("new_rating", scale)
-    source = "" if given_scale else " (the scale that the log seems to have; another can be given: --rating-scale)"
-    outside = (
-        f"{{'field': {quoted(relation.labels.get(RATING, RATING))}, 'value': rating_text, "
-        f"'reason': 'is outside {scale}{source}'}}"
-    )
-    _report(
-        connection,
-        f"SELECT file, line, text, coalesce(fault, {outside}) AS fault FROM checked "
-        f"WHERE fault IS NOT NULL OR NOT {fits} ORDER BY rowid",
-        bad,
-    )
+    if wrong and not relation.trim and _has_spaces(connection, relation):
+        relation.trim = True
+        _create(connection, relation, fields, within)
+    counts = count_ratings(connection, "(SELECT rating FROM events WHERE ok)")
+    told = scale is not None
+    scale = scale or choose_scale(counts, relation.name)
+    fits = "true" if scale is None else in_scale("rating", scale)
+    broken = _column(connection, f"SELECT rowid FROM events WHERE NOT (ok AND {fits}) ORDER BY rowid")
+    if len(broken):
+        outside = "" if told else " (the scale that the log seems to have; another can be given: --rating-scale)"
+        _report(connection, relation, fields, scale, outside, broken, bad)
+        bad.fail_if_any()
+        connection.execute(f"CREATE OR REPLACE TABLE kept AS SELECT * FROM events WHERE ok AND {fits} ORDER BY rowid")
+        connection.execute("DROP TABLE events; ALTER TABLE kept RENAME TO events")
     bad.fail_if_any()
-    chosen = ", ".join(f"new_{short} AS {short}" for short in SHORT.values())
-    connection.execute(
-        f"CREATE OR REPLACE TABLE events AS SELECT {chosen}, within, file, line, text FROM checked "
-        f"WHERE fault IS NULL AND {fits} ORDER BY rowid"
-    )
-    connection.execute("DROP TABLE checked")
-    rows = _count(connection, "events")
+    rows = total - len(broken)
     if not rows:
         raise DataError(f"{relation.name}: every row is bad; {bad.count} of them are in quarantine")
-    return Loaded(rows, scale, exact=True, time_unit=unit)
+    notes = rating_notes(counts, scale, bool(options.missing_ratings)) + _time_notes(connection, times)
+    return Loaded(rows, scale, times, broken, tuple(notes))
 
 
-def _fields(relation: Relation, kinds: dict[str, IdKind], unit: TimeUnit, now: int) -> tuple[dict[str, Field], str]:
+def _fill(
+    connection: duckdb.DuckDBPyConnection, relation: Relation, options: ReadOptions, now: int, bad: BadRows
+) -> tuple[Mapping[str, Field], str, TimeForm]:
+    """Reads all rows into `events`, with `ok`: whether a row keeps the rules. Rows that are not whole go to `bad`."""
+    try:
+        fields, within, times = _recognize(connection, relation, options, now)
+        _create(connection, relation, fields, within)
+        if relation.count() in (None, _count(connection, "events")):
+            return fields, within, times
+    except (duckdb.InvalidInputException, duckdb.ConversionException):
+        pass
+    if not relation.repair(bad.add):
+        raise DataError(f"{relation.name}: cannot be read; its rows are not what its schema says")
+    if not relation.count():
+        bad.fail_if_any()
+        if bad.count:
+            raise DataError(f"{relation.name}: every row is bad; {bad.count} of them are in quarantine")
+        raise DataError(f"{relation.name}: no rows after the header")
+    fields, within, times = _recognize(connection, relation, options, now)
+    _create(connection, relation, fields, within)
+    if relation.count() != _count(connection, "events"):
+        raise DataError(f"{relation.name}: {relation.count()} rows, and DuckDB reads {_count(connection, 'events')}")
+    return fields, within, times
+
+
+def _create(
+    connection: duckdb.DuckDBPyConnection, relation: Relation, fields: Mapping[str, Field], within: str
+) -> None:
+    values = ", ".join(f"{fields[role].value} AS {short}" for role, short in SHORT.items())
+    valid = " AND ".join(field.valid for field in fields.values())
+    connection.execute(
+        f"CREATE OR REPLACE TABLE events AS SELECT {values}, ({within})::SMALLINT AS within, ({valid}) AS ok "
+        f"FROM ({relation.sql()})"
+    )
+
+
+def _recognize(
+    connection: duckdb.DuckDBPyConnection, relation: Relation, options: ReadOptions, now: int
+) -> tuple[Mapping[str, Field], str, TimeForm]:
+    """The rules of each field of a relation, and SQL of the milliseconds within the second."""
+
     def where(role: str) -> str:
         return f"{relation.name}: column {relation.labels[role]}"
 
+    kinds = {}
+    for role, kind in ((USER, options.users), (ITEM, options.items)):
+        kinds[role] = kind
+        if kind is IdKind.AUTO and relation.types[role] == TEXT_TYPE:
+            kinds[role] = IdKind.TEXT if relation.typed else _kind(connection, relation, role, where(role))
+    if options.time_format is not None or options.time_unit is not TimeUnit.AUTO:
+        times = TimeForm(options.time_unit, options.time_format)
+    elif relation.types[TIME].startswith(("TIMESTAMP", "DATE")):
+        times = TimeForm(TimeUnit.ISO)
+    else:
+        sample = connection.execute(f"SELECT time FROM ({relation.sql()}) LIMIT {SAMPLE_ROWS}").fetchall()
+        times = recognize_times([row[0] for row in sample], now, where(TIME))
     rating = Field("NULL::FLOAT", "true", "''")
     if RATING in relation.types:
-        rating = rating_field("rating", relation.types[RATING], where(RATING))
-    moment, within = time_fields("time", relation.types[TIME], unit, now, where(TIME))
-    return {
+        rating = rating_field("rating", relation.types[RATING], options.missing_ratings, where(RATING))
+    moment, within = time_fields("time", relation.types[TIME], times, now, where(TIME))
+    fields = {
         USER: id_field("user", relation.types[USER], kinds[USER], where(USER)),
         ITEM: id_field("item", relation.types[ITEM], kinds[ITEM], where(ITEM)),
         RATING: rating,
         TIME: moment,
-    }, within
+    }
+    return fields, within, times
 
 
-def _kind_of_first(
-    connection: duckdb.DuckDBPyConnection, source: str, relation: Relation, role: str, option: IdKind
-) -> IdKind:
-    if option is not IdKind.AUTO or relation.types[role] != TEXT_TYPE:
-        return option
-    query = f"SELECT {whole(SHORT[role])} FROM ({source}) LIMIT 1"
-    first = connection.execute(query).fetchall()
-    return IdKind.INTEGER if first and first[0][0] else IdKind.TEXT
+def _kind(connection: duckdb.DuckDBPyConnection, relation: Relation, role: str, where: str) -> IdKind:
+    """By the first rows: whole numbers, if most ids are and leading zeros are rare.
 
-
-def _kind_of_all(connection: duckdb.DuckDBPyConnection, relation: Relation, role: str, option: IdKind) -> IdKind:
-    """Whole numbers with leading zeros make a column of digits text; else the majority decides."""
-    if option is not IdKind.AUTO or relation.types[role] != TEXT_TYPE:
-        return option
+    Raises DataError where most ids are whole numbers that became floats.
+    """
     column = SHORT[role]
+    digits = f"regexp_full_match({column}, '-?[0-9]+')"
     counts = (
-        f"count(*) FILTER ({whole(column)}), count(*) FILTER (NOT {_digits(column)} AND {column} <> ''), "
-        f"count(*) FILTER ({_digits(column)} AND NOT {whole(column)})"
+        f"count({column}), count(*) FILTER ({whole(column)}), count(*) FILTER ({digits} AND NOT {whole(column)}), "
+        f"count(*) FILTER (regexp_full_match({column}, '-?[0-9]+\\.0'))"
     )
-    numbers, names, padded = connection.execute(f"SELECT {counts} FROM stage").fetchall()[0]
-    if padded and not names:
+    sample = f"(SELECT trim({column}) AS {column} FROM ({relation.sql()}) LIMIT {KIND_SAMPLE})"
+    total, numbers, padded, floats = connection.execute(f"SELECT {counts} FROM {sample}").fetchall()[0]
+    if floats * 2 > total:
+        raise DataError(
+            f"{where}: ids such as 123.0 are floats; {FLOAT_IDS}. To take them as text, as they are: --ids text"
+        )
+    if padded > MANY_PADDED * total or (padded and padded + numbers == total):
         return IdKind.TEXT
-    return IdKind.INTEGER if numbers >= names + padded else IdKind.TEXT
+    return IdKind.INTEGER if numbers * 2 >= total else IdKind.TEXT
 
 
-def _digits(column: str) -> str:
-    return f"regexp_full_match(coalesce({column}, ''), '-?[0-9]+')"
-
-
-def _looks_whole(connection: duckdb.DuckDBPyConnection, column: str) -> bool:
-    """Whether every id consists of digits: then they are text for their leading zeros, and none is out of place."""
-    return not _count(connection, f"stage WHERE NOT {_digits(column)} AND {column} <> ''")
-
-
-def _text_only(field: Field, column: str, all_digits: bool) -> Field:
-    if all_digits:
-        return field
-    reason = "is a whole number, and most ids of its column are text; if all are text, give --ids text"
-    fault = f"CASE WHEN {field.valid} THEN '{reason}' ELSE {field.reason} END"
-    return Field(field.value, f"({field.valid} AND NOT {whole(column)})", fault)
-
-
-def deciding_ratings(connection: duckdb.DuckDBPyConnection, table: str) -> np.ndarray:
-    """[0 to 3] float32: the ratings of `table` by which `jaxrec.data.schema.infer_rating_scale` decides."""
-    possible = _in_scale("rating", WIDEST_SCALE)
-    query = (
-        f"SELECT any_value(rating), min(rating) FILTER ({possible}), "
-        f"any_value(rating) FILTER ({possible} AND rating <> round(rating)) FROM {table}"
+def _has_spaces(connection: duckdb.DuckDBPyConnection, relation: Relation) -> bool:
+    """Whether the first of the rows that break a rule have white space around a field."""
+    numbers = _column(connection, f"SELECT rowid FROM events WHERE NOT ok ORDER BY rowid LIMIT {SAMPLE_ROWS}")
+    spaces = " OR ".join(
+        f"coalesce({short} <> trim({short}, ' \t'), false)"
+        for role, short in SHORT.items()
+        if relation.types.get(role) == TEXT_TYPE
     )
-    found = connection.execute(query).fetchall()[0]
-    return np.array([rating for rating in found if rating is not None], np.float32)
+    if not spaces or relation.typed:
+        return False
+    return any(_count(connection, f"({query}) WHERE {spaces}") for _, query in relation.raw(numbers))
 
 
-def _in_scale(column: str, scale: RatingScale) -> str:
-    return f"coalesce({column} BETWEEN {scale.minimum!r}::FLOAT AND {scale.maximum!r}::FLOAT, true)"
+def _report(
+    connection: duckdb.DuckDBPyConnection,
+    relation: Relation,
+    fields: Mapping[str, Field],
+    scale: RatingScale | None,
+    source: str,
+    broken: np.ndarray,
+    bad: BadRows,
+) -> None:
+    """Says of each of the rows `broken` (numbers of the relation's rows) which field is at fault, and why."""
+    rating = fields[RATING]
+    rules = [(role, field.valid, field.reason) for role, field in fields.items()]
+    if scale is not None:
+        rules.append((RATING, in_scale(rating.value, scale), quoted(f"is outside {scale}{source}")))
+    faults = " ".join(
+        f"WHEN NOT {valid} THEN {{'field': {quoted(relation.labels.get(role, role))}, "
+        f"'value': coalesce({SHORT[role]}::VARCHAR, ''), 'reason': {reason}}}"
+        for role, valid, reason in rules
+    )
+    listed = broken if bad.limit is None else broken[: bad.limit]
+    places, texts = relation.places(listed), relation.texts(listed)
+    left = len(listed)
+    for _, query in relation.raw(broken):
+        found = connection.execute(f"SELECT CASE {faults} END FROM ({query}) ORDER BY number").fetchall()
+        for (fault,), (file, line), text in zip(found[:left], places, texts, strict=False):
+            bad.add(BadRow(file, line, fault["field"], fault["value"], fault["reason"], text))
+        bad.add_unlisted(fault["field"] for (fault,) in found[left:])
+        left = max(0, left - len(found))
 
 
-def _report(connection: duckdb.DuckDBPyConnection, query: str, bad: BadRows) -> None:
-    result = connection.execute(query)
-    while found := result.fetchmany(10_000):
-        for file, line, text, fault in found:
-            bad.add(BadRow(file, line, fault["field"], fault["value"] or "", fault["reason"], text))
+def _time_notes(connection: duckdb.DuckDBPyConnection, times: TimeForm) -> list[str]:
+    first, last = connection.execute("SELECT min(time), max(time) FROM events").fetchall()[0]
+    if last >= FIRST_PLAUSIBLE:
+        return []
+    days = [datetime.datetime.fromtimestamp(each, datetime.UTC).date().isoformat() for each in (first, last)]
+    return [
+        f"all times are before 1990, from {days[0]} to {days[1]}, as they were read: {times}; if that is not the form "
+        "they are in, give --time-unit or --time-format"
+    ]
+
+
+def _column(connection: duckdb.DuckDBPyConnection, query: str) -> np.ndarray:
+    return np.ma.getdata(next(iter(connection.execute(query).fetchnumpy().values()))).astype(np.int64)
 
 
 def _count(connection: duckdb.DuckDBPyConnection, table: str) -> int:

@@ -1,18 +1,24 @@
-"""Reads movies.csv, movies.dat and u.item into item_id, title, genres."""
+"""Reads the movies of a log (id, title, genres): CSV and JSON lines in any form, movies.dat and u.item of MovieLens."""
 
-import csv
-from collections.abc import Iterator
+import ast
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from jaxrec.data.catalog import checked_movies
+from jaxrec.data.reading.bad_rows import BadRow
+from jaxrec.data.reading.columns import movie_columns
+from jaxrec.data.reading.dialect import Dialect, scan
 from jaxrec.data.reading.rules import IdKind
+from jaxrec.data.reading.sources import TextOptions, open_text
+from jaxrec.data.reading.text_file import records
 from jaxrec.data.schema import GENRES, ITEM, NO_GENRES, TITLE
 from jaxrec.errors import DataError
 
-ID_COLUMNS = ("movieId", "item_id")
 # The flags of u.item, in order; the first, "unknown", is no genre. The names are those of the other MovieLens files.
 U_ITEM_GENRES = (
     "Action",
@@ -36,13 +42,23 @@ U_ITEM_GENRES = (
 )
 U_ITEM_FIELDS = 5 + 1 + len(U_ITEM_GENRES)  # id, title, release, video release, URL, unknown, genres
 MovieRow = tuple[int, str, str, str]  # line, id, title, genres
+FEW_MOVIES = 0.5  # share of a log's items with a movie below which the file is perhaps another log's
+SEPARATORS = ("|", ";", ",")
 
 
 def read_movies(path: Path, name: str | None = None, ids: IdKind = IdKind.AUTO) -> pd.DataFrame:
-    """Reads item_id (int64, or str), title and genres (joined by `|`). `name`: what messages call the file.
+    """Reads the movies of a log.
 
-    CSV with movieId,title,genres in UTF-8, or `.dat` and `u.item` in Latin-1. With `ids` INTEGER an id that is not a
-    whole number is an error; with AUTO all are text then. Raises DataError naming file and line.
+    Args:
+        path: CSV with a header or JSON lines, with names as logs have them; `movies.dat`; `u.item`.
+        name: What messages call the file; None: its path.
+        ids: INTEGER: an id that is not a whole number is an error; AUTO: all are text then.
+
+    Returns:
+        item_id (int64, or str), title (the id where there is none) and genres (joined by `|`).
+
+    Raises:
+        DataError: For a file or row that is none, naming file and line.
     """
     name = name or str(path)
     try:
@@ -51,7 +67,7 @@ def read_movies(path: Path, name: str | None = None, ids: IdKind = IdKind.AUTO) 
         elif path.name == "u.item":
             rows = list(_u_item_rows(path, name))
         else:
-            rows = list(_csv_rows(path, name))
+            rows = list(_text_rows(path, name))
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror}") from error
     if not rows:
@@ -59,27 +75,100 @@ def read_movies(path: Path, name: str | None = None, ids: IdKind = IdKind.AUTO) 
     seen: dict[str, int] = {}
     for line, raw, _, _ in rows:
         if not raw:
-            raise DataError(f"{name}:{line}: movieId is empty; expected an id")
+            raise DataError(f"{name}:{line}: the id is empty; expected one")
         if raw in seen:
-            raise DataError(f"{name}:{line}: movieId {raw} occurs a second time; the first is in line {seen[raw]}")
+            raise DataError(f"{name}:{line}: the id {raw} occurs a second time; the first is in line {seen[raw]}")
         seen[raw] = line
-    frame = pd.DataFrame({TITLE: [row[2] for row in rows], GENRES: [row[3] for row in rows]})
+    frame = pd.DataFrame({TITLE: [row[2] or row[1] for row in rows], GENRES: joined_genres([row[3] for row in rows])})
     frame.insert(0, ITEM, _ids([(line, raw) for line, raw, _, _ in rows], ids, name))
     return frame
 
 
 def movies_like(
-    movies: Path | pd.DataFrame | None, raw_items: np.ndarray, name: str | None = None
-) -> pd.DataFrame | None:
-    """Movies of a file or a frame, with ids of the type of a log's raw item ids. `name`: as for `read_movies`.
+    movies: Path | pd.DataFrame | None, raw_items: np.ndarray, name: str | None = None, others: bool = False
+) -> tuple[pd.DataFrame | None, list[str]]:
+    """Movies of a file or a frame, with ids of the type of a log's.
 
-    Raises DataError where the ids are of another type, or occur twice.
+    Args:
+        movies: As for `read_movies`, or a frame with the same columns; genres may be lists.
+        raw_items: [items] the ids of the log.
+        name: What messages call the file.
+        others: Movies of no item of the log are welcome.
+
+    Returns:
+        item_id, title and genres; and what is odd about them, each in one sentence.
+
+    Raises:
+        DataError: Where the ids are of another type, occur twice, or are none of the log's.
     """
     if movies is None:
-        return None
+        return None, []
     if isinstance(movies, pd.DataFrame):
-        return checked_movies(movies, raw_items)
-    return read_movies(movies, name, IdKind.INTEGER if raw_items.dtype == np.int64 else IdKind.TEXT)
+        found, name = checked_movies(_named(movies), raw_items), "movies"
+    else:
+        name = name or str(movies)
+        found = read_movies(movies, name, IdKind.INTEGER if raw_items.dtype == np.int64 else IdKind.TEXT)
+    matched = int(np.isin(raw_items, found[ITEM].to_numpy()).sum())
+    if not matched and not others:
+        raise DataError(
+            f"{name}: none of its {len(found)} ids, such as {found[ITEM].iloc[0]}, is one of the log's {len(raw_items)}"
+            f" items, such as {raw_items[0]}; give the file of these items, or none"
+        )
+    if matched < FEW_MOVIES * len(raw_items):
+        share = f"{matched} of the log's {len(raw_items)} items ({matched / len(raw_items):.1%})"
+        return found, [f"{name} knows {share}; check that it is the file of these items"]
+    return found, []
+
+
+def joined_genres(texts: Sequence[object]) -> list[str]:
+    """Genres joined by `|`, of the ways that people write them in one column.
+
+    Args:
+        texts: Lists; or texts: a JSON or Python list of names (or of objects with a `name`), or names with a separator:
+            the first of `|`, `;` and `,` that occurs in any of them.
+
+    Returns:
+        One text for each; a `|` within a name becomes `/`.
+
+    Examples:
+        >>> joined_genres(["Comedy, Drama", "Horror"])
+        ['Comedy|Drama', 'Horror']
+        >>> joined_genres(["['Comedy', 'Drama']", '[{"name": "War"}]', "[]"])
+        ['Comedy|Drama', 'War', '']
+    """
+    lists = [_listed(text) for text in texts]
+    plain = [str(text) for text, listed in zip(texts, lists, strict=True) if listed is None]
+    separator = next((each for each in SEPARATORS if any(each in text for text in plain)), "|")
+    names = [
+        str(text).split(separator) if listed is None else listed for text, listed in zip(texts, lists, strict=True)
+    ]
+    return ["|".join(name.strip().replace("|", "/") for name in each) for each in names]
+
+
+def _listed(value: object) -> list[str] | None:
+    """The names of a list; None for what is none."""
+    if isinstance(value, str):
+        if not value.strip().startswith("["):
+            return None
+        try:
+            value = json.loads(value)
+        except ValueError:
+            try:
+                value = ast.literal_eval(value.strip())
+            except (ValueError, SyntaxError):
+                return None
+    if isinstance(value, list | tuple | set | np.ndarray):
+        return [str(each.get("name", "") if isinstance(each, dict) else each) for each in value]
+    return [] if value is None or value != value else None  # noqa: PLR0124 - NaN
+
+
+def _named(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame with the columns item_id, title and genres."""
+    chosen = movie_columns([str(column) for column in frame.columns], "movies")
+    ids = frame[chosen[ITEM]].reset_index(drop=True)
+    titles = frame[chosen[TITLE]].reset_index(drop=True) if TITLE in chosen else ids.astype(str)
+    genres = frame[chosen[GENRES]].tolist() if GENRES in chosen else [""] * len(frame)
+    return pd.DataFrame({ITEM: ids, TITLE: titles, GENRES: joined_genres(genres)})
 
 
 def _ids(raw: list[tuple[int, str]], kind: IdKind, name: str) -> np.ndarray:
@@ -95,33 +184,27 @@ def _is_whole(text: str) -> bool:
     return len(text) <= 18 and text.removeprefix("-").isdecimal() and text == str(int(text))
 
 
-def _csv_rows(path: Path, name: str) -> Iterator[MovieRow]:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, None)
-            if header is None:
-                raise DataError(f"{name}: the file is empty; expected the header movieId,title,genres")
-            id_column = next((column for column in ID_COLUMNS if column in header), " or ".join(ID_COLUMNS))
-            missing = [column for column in (id_column, "title", "genres") if column not in header]
-            if missing:
-                came = ",".join(header)
-                raise DataError(f"{name}:1: column {', '.join(missing)} is missing; the header is {came!r}")
-            raw, title, genres = (header.index(column) for column in (id_column, "title", "genres"))
-            for row in reader:
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise DataError(f"{name}:{reader.line_num}: {len(row)} fields, expected {len(header)}")
-                yield reader.line_num, row[raw].strip(), row[title], row[genres]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}:{_line_of_bad_byte(path)}: not UTF-8 text ({error.reason})") from error
-    except csv.Error as error:
-        raise DataError(f"{name}:{reader.line_num}: not CSV: {error}") from error
+def _text_rows(path: Path, name: str) -> Iterator[MovieRow]:
+    with tempfile.TemporaryDirectory(prefix="jaxrec-") as scratch:
+
+        def choose(dialect: Dialect) -> tuple[dict[str, int], dict[str, str]]:
+            names = dialect.names or ()
+            labels = movie_columns(names, name if dialect.delimiter is None else f"{name}:1")
+            return {role: names.index(label) for role, label in labels.items()}, labels
+
+        table, _ = open_text(path, name, TextOptions(), Path(scratch), choose, True, "movieId,title,genres")
+        at = table.columns
+        for line, fields in records(table, _refuse):
+            title, genres = (fields[at[role]] if role in at else "" for role in (TITLE, GENRES))
+            yield line, fields[at[ITEM]].strip(), title, genres
+
+
+def _refuse(row: BadRow) -> None:
+    raise DataError(str(row))
 
 
 def _dat_rows(path: Path, name: str) -> Iterator[MovieRow]:
-    for line, text in _latin_1_lines(path):
+    for line, text in _old_lines(path):
         fields = text.split("::")
         if len(fields) != 3:
             raise DataError(f"{name}:{line}: {len(fields)} fields, expected 3 (id::title::genres)")
@@ -129,7 +212,7 @@ def _dat_rows(path: Path, name: str) -> Iterator[MovieRow]:
 
 
 def _u_item_rows(path: Path, name: str) -> Iterator[MovieRow]:
-    for line, text in _latin_1_lines(path):
+    for line, text in _old_lines(path):
         fields = text.split("|")
         if len(fields) != U_ITEM_FIELDS:
             raise DataError(f"{name}:{line}: {len(fields)} fields, expected {U_ITEM_FIELDS}")
@@ -138,19 +221,11 @@ def _u_item_rows(path: Path, name: str) -> Iterator[MovieRow]:
         yield line, fields[0].strip(), fields[1], "|".join(genres) or NO_GENRES
 
 
-def _latin_1_lines(path: Path) -> Iterator[tuple[int, str]]:
-    with open(path, encoding="latin-1", newline="\n") as file:
+def _old_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of MovieLens' older files, which are Latin-1, or UTF-8."""
+    encoding = "utf-8" if scan(path).encoding == "utf-8" else "latin-1"
+    with open(path, encoding=encoding, newline="\n") as file:
         for number, line in enumerate(file, start=1):
             text = line.rstrip("\r\n")
             if text:
                 yield number, text
-
-
-def _line_of_bad_byte(path: Path) -> int:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return number

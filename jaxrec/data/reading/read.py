@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,54 +11,64 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from jaxrec.config import MEMORY_GB, PrepareConfig, RatingScale
-from jaxrec.data.reading.bad_rows import BadRows, OnBadRows
+from jaxrec.config import MEMORY_GB, PrepareConfig, RatingScale, Repeats
+from jaxrec.data.reading.bad_rows import BadRow, BadRows, OnBadRows
 from jaxrec.data.reading.check import Loaded, ReadOptions, load
+from jaxrec.data.reading.columns import described
 from jaxrec.data.reading.connection import connect
 from jaxrec.data.reading.formats import Relation, frame_relation, relation_of
-from jaxrec.data.reading.sort import DuplicatesError, SortedLog, sort_log
-from jaxrec.data.reading.sources import ColumnNames, find_source
+from jaxrec.data.reading.sort import SortedLog, sort_log
+from jaxrec.data.reading.sources import find_source
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
 
 PathOrFrame = Path | str | pd.DataFrame
+PathsOrFrame = PathOrFrame | Sequence[Path | str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Workspace:
-    """One log while it is read: its rows, the engine, and `scratch`, a folder that is gone afterwards.
+    """One log while it is read.
 
-    `movies`: those that were given, or that lie beside the log; `movies_name`: what messages call their file.
+    Attributes:
+        relation: Its rows.
+        connection: DuckDB.
+        scratch: A folder that is gone afterwards.
+        description: What the log is, for people to read; `reading`: how its text is written.
+        movies: Those that were given, or that lie beside the log; `movies_name`: what messages call their file.
     """
 
     relation: Relation
     connection: duckdb.DuckDBPyConnection
     scratch: Path
     description: str
+    reading: dict[str, str]
     movies: pd.DataFrame | Path | None
     movies_name: str | None
 
 
 @contextlib.contextmanager
 def open_workspace(
-    interactions: PathOrFrame,
+    interactions: PathsOrFrame,
     movies: PathOrFrame | None = None,
-    names: ColumnNames = ColumnNames(),
+    options: ReadOptions = ReadOptions(),
     memory_gb: float = MEMORY_GB,
     parent: Path | None = None,
 ) -> Iterator[Workspace]:
-    """Recognizes a log and starts the engine. Scratch files lie in `parent`; None: where the system has its own."""
+    """Recognizes a log and starts DuckDB. Scratch files lie in `parent`; None: where the system has its own."""
     movies = Path(movies) if isinstance(movies, str) else movies
+    names = options.columns
     with tempfile.TemporaryDirectory(prefix=".jaxrec-", dir=parent) as name:
         scratch = Path(name)
         if isinstance(interactions, pd.DataFrame):
             with connect(scratch, memory_gb, on_disk=parent is not None) as connection:
                 relation = frame_relation(interactions, names, connection)
-                yield Workspace(relation, connection, scratch, "a frame", movies, None)
+                yield Workspace(relation, connection, scratch, "a frame", {}, movies, None)
             return
-        source = find_source(Path(interactions), movies, scratch)
+        paths = [interactions] if isinstance(interactions, str | Path) else interactions
+        source = find_source([Path(path) for path in paths], movies, scratch, names, options.text)
         with connect(scratch, memory_gb) as connection:
-            rows = relation_of(source, names, connection)
-            yield Workspace(rows, connection, scratch, str(source), source.movies, source.movies_name)
+            rows = relation_of(source, names, scratch, connection)
+            yield Workspace(rows, connection, scratch, str(source), source.reading(), source.movies, source.movies_name)
 
 
 def read_ratings(
@@ -72,15 +82,15 @@ def read_ratings(
         options: How to read it.
 
     Returns:
-        The interactions in the file's order (user_id and item_id int64, or str where ids are text; rating float32, NaN
-        where there is none; timestamp int64 seconds), and the rating scale, None where there are no ratings.
+        The interactions in the file's order, repeats included (user_id and item_id int64, or str where ids are text;
+        rating float32, NaN where there is none; timestamp int64 seconds), and the rating scale, None where there are
+        no ratings.
 
     Raises:
         DataError: For bad rows, naming file and line of the first ones.
     """
-    bad = BadRows(OnBadRows.FAIL)
-    with open_workspace(path, names=options.columns) as work:
-        loaded, _ = read_log(work, options, PrepareConfig(rating_scale=scale), bad, work.scratch / "sorted")
+    with open_workspace(path, options=options) as work:
+        loaded = load(work.connection, work.relation, options, scale, BadRows(OnBadRows.FAIL))
         query = "SELECT user, item, coalesce(rating, 'nan'::FLOAT) AS rating, time FROM events ORDER BY rowid"
         columns = [np.ma.getdata(column) for column in work.connection.execute(query).fetchnumpy().values()]
     return pd.DataFrame(dict(zip((USER, ITEM, RATING, TIME), columns, strict=True))), loaded.scale
@@ -92,36 +102,78 @@ def read_log(
     config: PrepareConfig,
     bad: BadRows,
     folder: Path,
-    add_events: Callable[[bool], None] = lambda exact: None,
+    add_events: Callable[[], tuple[int, int]] = lambda: (0, 0),
 ) -> tuple[Loaded, SortedLog]:
     """Reads, checks and sorts a log into columns in the new `folder`.
 
-    `add_events` may put more rows into the engine's `events` before they are sorted; its argument says whether these
-    have file, line and text. Raises DataError for bad rows, unless in quarantine.
+    Args:
+        work: The log.
+        options: How it is read.
+        config: Scale, order of equal times, repeats.
+        bad: Takes rows that break a rule, and, in quarantine, repeats that are left out.
+        folder: A folder to make.
+        add_events: Puts more rows before those of `events`, before they are sorted; returns how many, and how many
+            of them repeat another one.
+
+    Returns:
+        What was read, and the sorted log.
+
+    Raises:
+        DataError: For bad rows, unless in quarantine.
     """
     folder.mkdir()
+    loaded = load(work.connection, work.relation, options, config.rating_scale, bad)
+    repeats = config.repeats.resolved(rated=loaded.scale is not None)
+    added, repeats_added = add_events()
+    told = repeats is Repeats.FAIL or (repeats is Repeats.FIRST and bad.on_bad_rows is OnBadRows.QUARANTINE)
 
-    def read(exact: bool) -> tuple[Loaded, SortedLog]:
-        loaded = load(work.connection, work.relation, options, config.rating_scale, bad, work.scratch, exact)
-        add_events(loaded.exact)
-        return loaded, sort_log(work.connection, folder, config.ties, config.seed, bad if loaded.exact else None)
+    def report(rows: np.ndarray, values: Iterator[tuple[object, ...]]) -> None:
+        _report_repeats(work, loaded, added, rows, values, bad)
 
-    try:
-        loaded, found = read(exact=False)
-    except DuplicatesError:
-        loaded, found = read(exact=True)
+    found = sort_log(work.connection, folder, config.ties, config.seed, repeats, report if told else None)
     bad.fail_if_any()
-    return loaded, found
+    return loaded, dataclasses.replace(found, repeats=found.repeats - repeats_added)
 
 
-def input_counts(work: Workspace, loaded: Loaded, found: SortedLog, bad: BadRows) -> dict[str, Any]:
-    """What was read, as JSON values. `tied_events` have the timestamp of the same user's event before."""
+def _report_repeats(
+    work: Workspace, loaded: Loaded, added: int, rows: np.ndarray, values: Iterator[tuple[object, ...]], bad: BadRows
+) -> None:
+    """Puts repeats into `bad`; the first `added` rows of `events` are none of the relation's."""
+    listed = len(rows) if bad.limit is None else min(len(rows), max(0, bad.limit - bad.count))
+    bad.add_unlisted("" for _ in rows[listed:])
+    later, first = rows[:listed].T
+    numbers = loaded.numbers(later - added)
+    places, texts = work.relation.places(numbers), work.relation.texts(numbers)
+    earlier = work.relation.places(loaded.numbers(np.maximum(first - added, 0)))
+    for (file, line), text, (user, item, time), old, (_, first_line) in zip(
+        places, texts, values, first < added, earlier, strict=False
+    ):
+        repeated = "an event that is in the data" if old else f"line {first_line}"
+        reason = f"user {user}, item {item} at time {time} repeats {repeated}; expected each event once"
+        bad.add(BadRow(file, line, "", "", f"{reason} (or give --repeats keep, or first)", text))
+
+
+def input_counts(
+    work: Workspace, config: PrepareConfig, loaded: Loaded, found: SortedLog, bad: BadRows, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What was read, as JSON values.
+
+    rows = events in the log + repeats that were left out + bad_rows, of which repeats are a part in quarantine.
+    `tied_events` have the timestamp of the same user's event before; `notes`: what is odd, those of the movies too.
+    """
+    repeats = config.repeats.resolved(rated=loaded.scale is not None)
+    kept = repeats is Repeats.KEEP
+    quarantined = 0 if kept or bad.on_bad_rows is OnBadRows.FAIL else found.repeats
     return {
         "source": work.description,
-        "time_unit": loaded.time_unit.value,
-        "rows": loaded.rows - found.duplicates + bad.count,
+        **work.reading,
+        "columns": described(work.relation.labels),
+        "time_form": str(loaded.times),
+        "rows": loaded.rows + bad.count - quarantined,
         "bad_rows": bad.count,
         "bad_rows_by_field": dict(bad.by_field),
-        "duplicates": found.duplicates,
+        "repeats": found.repeats,
+        "repeats_left_out": 0 if kept else found.repeats,
         "tied_events": found.tied,
+        "notes": [*loaded.notes, *notes],
     }

@@ -1,6 +1,7 @@
-"""Sorts the engine's `events` by user and time into columns, and finds the events that repeat an earlier row."""
+"""Sorts the table `events` by user and time into columns, and finds the events that repeat an earlier row."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,35 +9,47 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from jaxrec.config import Ties
+from jaxrec.config import Repeats, Ties
 from jaxrec.data.histories import EventLog, event_writers, open_log
 from jaxrec.data.ids import IdMap, write_ids
-from jaxrec.data.reading.bad_rows import BadRow, BadRows
 
 SORT_ROWS = 8_000_000  # rows that are sorted in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class SortedLog:
-    """`tied`: events with the timestamp of the same user's event before. `duplicates`: rows left out."""
+    """`tied`: events with the timestamp of the same user's event before. `repeats`: those with its item, too."""
 
     log: EventLog
     tied: int
-    duplicates: int
+    repeats: int
 
 
-class DuplicatesError(Exception):
-    """There are duplicates and the source was not read exactly, so that their lines are not known."""
+Report = Callable[[np.ndarray, Iterator[tuple[Any, ...]]], object]
 
 
 def sort_log(
-    connection: duckdb.DuckDBPyConnection, folder: Path, ties: Ties, seed: int, bad: BadRows | None
+    connection: duckdb.DuckDBPyConnection,
+    folder: Path,
+    ties: Ties,
+    seed: int,
+    repeats: Repeats,
+    report: Report | None = None,
 ) -> SortedLog:
-    """Writes the engine's `events` as columns sorted by user and time into `folder`.
+    """Writes the table `events` as columns sorted by user and time into `folder`.
 
-    Equal timestamps of one user keep the row order (Ties.FILE), or get one that follows from the seed and the ids
-    alone (Ties.RANDOM). Of events with equal user, item and time the first row stays and the others go to `bad`; None
-    raises DuplicatesError instead.
+    Args:
+        connection: DuckDB with `events`.
+        folder: An existing folder.
+        ties: Equal timestamps of one user keep the row order (FILE), or get one that follows from the seed and the ids
+            alone (RANDOM).
+        seed: That of RANDOM.
+        repeats: KEEP them, or leave all but the first row of each event out (FIRST, FAIL).
+        report: Is told of the rows that are left out: [repeats, 2] int64, the rows of `events` of each and of the row
+            that it repeats, and user, item and time of each; None: nobody.
+
+    Returns:
+        The log, as memory maps, and how many events are tied and repeated.
     """
     users = connection.execute("SELECT user, count(*) AS n FROM events GROUP BY user ORDER BY user").fetchnumpy()
     items = connection.execute("SELECT DISTINCT item FROM events ORDER BY item").fetchnumpy()["item"]
@@ -44,23 +57,26 @@ def sort_log(
         "CREATE OR REPLACE TABLE item_codes AS SELECT item, row_number() OVER (ORDER BY item)::INTEGER AS code "
         "FROM (SELECT DISTINCT item FROM events)"
     )
+    drop = repeats is not Repeats.KEEP
+    # Rows are needed where the order of the events is not that of the rows, and where someone is told.
+    fine = connection.execute("SELECT count(*) FROM (SELECT 1 FROM events WHERE within <> 0 LIMIT 1)").fetchall()[0][0]
+    with_rows = drop and (report is not None or bool(fine))
     user_ids, counts = _plain(users["user"]), _plain(users["n"]).astype(np.int64)
-    tied = duplicates = 0
+    tied = found = 0
     with event_writers(folder) as writers:
         ends = np.cumsum(counts)
         first = 0
         while first < len(counts):
             begin = int(ends[first] - counts[first])
             stop = max(first + 1, int(np.searchsorted(ends, begin + SORT_ROWS, side="right")))
-            part = _sorted_part(connection, user_ids[first], user_ids[stop - 1], ties, seed, bad is not None)
+            part = _sorted_part(connection, user_ids[first], user_ids[stop - 1], ties, seed, with_rows)
             part_users = np.repeat(np.arange(first, stop), counts[first:stop])
             repeated, part_tied = repeated_events(part_users, part["times"], part["items"], part.get("rows"))
             tied += part_tied
-            if len(repeated):
-                if bad is None:
-                    raise DuplicatesError
-                duplicates += len(repeated)
-                _report(connection, part["rows"][repeated], bad)
+            found += len(repeated)
+            if len(repeated) and drop:
+                if report is not None:
+                    _tell(connection, part["rows"][repeated], report)
                 keep = np.ones(len(part_users), bool)
                 keep[repeated[:, 0]] = False
                 counts[first:stop] = np.bincount(part_users[keep] - first, minlength=stop - first)
@@ -71,7 +87,7 @@ def sort_log(
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
     write_ids(IdMap(user_ids), folder / "user_ids.npy")
     write_ids(IdMap(_plain(items)), folder / "item_ids.npy")
-    return SortedLog(open_log(folder), tied, duplicates)
+    return SortedLog(open_log(folder), tied, found)
 
 
 def tie_draw(seed: int, user: str, item: str, time: str) -> str:
@@ -124,21 +140,13 @@ def _sorted_part(
     return {name: _plain(column) for name, column in connection.execute(query, bounds).fetchnumpy().items()}
 
 
-def _report(connection: duckdb.DuckDBPyConnection, repeated: np.ndarray, bad: BadRows) -> None:
-    """`repeated` [repeats, 2]: the row of each repeated event, and that of the event that it repeats."""
+def _tell(connection: duckdb.DuckDBPyConnection, repeated: np.ndarray, report: Report) -> None:
+    """Hands on the rows `repeated` [repeats, 2], in the order of the rows, with what they hold."""
+    repeated = repeated[np.argsort(repeated[:, 0])]
     connection.register("repeats", pd.DataFrame(repeated, columns=["later", "first"]))
-    result = connection.execute(
-        "SELECT events.file, events.line, events.text, user, item, time, earlier.line FROM repeats "
-        "JOIN events ON events.rowid = later JOIN (SELECT rowid AS first, line FROM events) AS earlier USING (first) "
-        f"ORDER BY events.file, events.line {'' if bad.limit is None else f'LIMIT {bad.limit}'}"
-    )
-    listed = 0
-    while found := result.fetchmany(10_000):
-        for file, line, text, user, item, time, first_line in found:
-            reason = f"user {user}, item {item} at time {time} repeats line {first_line}; expected each event once"
-            bad.add(BadRow(file, line, "", "", reason, text))
-        listed += len(found)
-    bad.add_unlisted(len(repeated) - listed)
+    query = "SELECT user, item, time FROM repeats JOIN events ON events.rowid = later ORDER BY later"
+    columns = connection.execute(query).fetchnumpy().values()
+    report(repeated, zip(*(_plain(column).tolist() for column in columns), strict=True))
     connection.unregister("repeats")
 
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from distributed import Client
 
 from jaxrec.cli.main import main
-from jaxrec.config import FilterOn, PrepareConfig, RatingScale, SplitKind, Ties
+from jaxrec.config import FilterOn, PrepareConfig, RatingScale, Repeats, SplitKind, Ties
 from jaxrec.data.distributed.prepare import cluster, prepare_distributed
 from jaxrec.data.distributed.reading import open_shards
 from jaxrec.data.prepare import prepare
@@ -212,8 +212,14 @@ def test_an_event_that_occurs_twice(client: Client, tmp_path: Path) -> None:
     log = _log()
     log.loc[2999] = log.loc[10]
     message = r"part-2.parquet:1000: user \d+, item \d+ at time \d+ repeats .*part-0.parquet:11;"
+    folder = _write(log, tmp_path / "log")
+    failing = dataclasses.replace(CONFIG, repeats=Repeats.FAIL)
     with pytest.raises(DataError, match=message):
-        prepare_distributed(client, _write(log, tmp_path / "log"), tmp_path / "out", 2, None, CONFIG, PIECE)
+        prepare_distributed(client, folder, tmp_path / "out", 2, None, failing, PIECE)
+    for repeats, events in ((Repeats.FIRST, len(log) - 1), (Repeats.KEEP, len(log))):
+        config = PrepareConfig(0, 0, repeats=repeats)
+        index = prepare_distributed(client, folder, tmp_path / "out", 2, None, config, PIECE)
+        assert index["events"] == events
 
 
 def test_what_is_not_there(client: Client, tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_damaged_files_are_one_clear_error(tmp_path: Path, make: object, expecte
 
 
 def test_folders_and_zips_without_ratings_say_what_was_expected(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds none of ratings.csv, ratings.dat, u.data and no .parquet file"):
+    with pytest.raises(DataError, match=r"holds none of ratings.csv, ratings.dat, u.data and no .parquet or text file"):
         find_source(tmp_path, None, tmp_path)
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("ml/README", "hello")

@@ -1,0 +1,342 @@
+"""The rows of a text file, one in each line.
+
+DuckDB reads a file in parallel, and rightly only where each line is one whole row. Where that is not so (a quote that
+opens or closes somewhere, a line break within quotes, a line of another width, bytes that are no text, line ends of
+several kinds), `repair` writes a copy that holds the whole rows, one in each line, and reports every other line.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxrec.data.reading.bad_rows import BadRow
+from jaxrec.data.reading.connection import quoted
+from jaxrec.data.reading.dialect import BLOCK, Dialect, Scan, scan, transcode
+from jaxrec.data.schema import TIME
+
+LONGEST_ROW = 1000  # lines that a row may span
+LONGEST_LINE = 2_000_000  # bytes: the longest line that DuckDB reads by default
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTable:
+    """A text file whose columns are known.
+
+    Attributes:
+        path: The file as UTF-8: itself, or a copy.
+        name: What messages call it.
+        encoding: That of the file itself.
+        columns: Position by schema name.
+        labels: What the file, and so a message, calls each column.
+    """
+
+    path: Path
+    name: str
+    encoding: str
+    dialect: Dialect
+    columns: Mapping[str, int]
+    labels: Mapping[str, str]
+
+
+def utf8_copy(path: Path, name: str, encoding: str | None, scratch: Path) -> tuple[Path, Scan, str]:
+    """The file as UTF-8, what is in it, and its own encoding (`encoding` None: recognized).
+
+    Raises DataError where it is not of the encoding.
+    """
+    found = scan(path)
+    encoding = encoding or found.encoding
+    wide = found.encoding.startswith("utf-") and found.encoding != "utf-8"
+    if encoding.lower().replace("_", "-") in ("utf-8", "utf8", "utf-8-sig") and not wide:
+        return path, found, "utf-8"
+    copy = Path(tempfile.mkdtemp(dir=scratch)) / path.name
+    transcode(path, encoding, copy, name)
+    return copy, scan(copy), encoding
+
+
+def select(table: TextTable, path: Path, roles: Mapping[str, str], trim: bool) -> str:
+    """SQL of the whole rows of `path`, which is the table's file or its repaired copy.
+
+    Args:
+        table: The table.
+        path: The file, each line of it a whole row.
+        roles: Name of the result's column by schema name; NULL where the table lacks the column.
+        trim: Cut white space around fields.
+
+    Returns:
+        SQL of text columns.
+    """
+    dialect = table.dialect
+
+    def field(position: int) -> str:
+        if dialect.delimiter is not None:
+            column = f"c{position}"
+        else:
+            key = (dialect.names or ())[position].replace("\\", "\\\\").replace('"', '\\"')
+            column = f"""json_extract_string(line, {quoted(f'$."{key}"')})"""
+        return f"trim({column}, ' \t')" if trim else column
+
+    chosen = ", ".join(
+        f"{field(table.columns[role]) if role in table.columns else 'NULL'} AS {name}" for role, name in roles.items()
+    )
+    if dialect.delimiter is None:
+        # One column of whole lines: the delimiter is a character that JSON does not have.
+        layout = "delim = '\x1f', quote = '', escape = '', header = false, columns = {'line': 'VARCHAR'}"
+    else:
+        quote = '"' if dialect.quoting else ""
+        columns = ", ".join(f"'c{i}': 'VARCHAR'" for i in range(dialect.width))
+        layout = (
+            f"delim = {quoted(dialect.delimiter)}, quote = '{quote}', escape = '{quote}', "
+            f"header = {dialect.names is not None}, columns = {{{columns}}}"
+        )
+    return f"SELECT {chosen} FROM read_csv({quoted(str(path))}, auto_detect = false, {layout})"
+
+
+def rows(table: TextTable, path: Path, numbers: np.ndarray) -> Iterator[list[str]]:
+    """The fields of some rows of a file whose lines are whole rows. `numbers` [rows]: from 0, rising."""
+    for text in lines_at(path, numbers + table.dialect.header_lines + 1):
+        yield fields_of(table.dialect, text)
+
+
+def fields_of(dialect: Dialect, line: str) -> list[str]:
+    """The fields of a line that is a whole row, in the order of the header.
+
+    Raises csv.Error or ValueError where it is none.
+    """
+    if dialect.delimiter is None:
+        found = json.loads(line)
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+        values = (found.get(name) for name in dialect.names or ())
+        return ["" if v is None else v if isinstance(v, str) else json.dumps(v) for v in values]
+    if not dialect.quoting:
+        return line.split(dialect.delimiter)
+    return next(csv.reader([line], delimiter=dialect.delimiter, strict=True))
+
+
+def blocks(path: Path) -> Iterator[list[bytes]]:
+    """The lines of a file, without their ends (LF, CR LF or CR), and without a byte order mark."""
+    with open(path, "rb") as file:
+        first = True
+        while lines := file.readlines(BLOCK):
+            block = b"".join(lines)
+            yield (block.removeprefix(b"\xef\xbb\xbf") if first else block).splitlines()
+            first = False
+
+
+def lines_at(path: Path, numbers: np.ndarray) -> Iterator[str]:
+    """The text of some lines. `numbers` [lines]: from 1, rising; what is not UTF-8 is visible as \\xNN."""
+    before = at = 0
+    for block in blocks(path):
+        stop = int(np.searchsorted(numbers, before + len(block), side="right"))
+        for number in numbers[at:stop].tolist():
+            yield block[number - before - 1].decode("utf-8", "backslashreplace")
+        before, at = before + len(block), stop
+        if at == len(numbers):
+            break
+
+
+def repair(table: TextTable, copy: Path, report: Callable[[BadRow], object]) -> np.ndarray:
+    """Writes the whole rows of a file to `copy`, one in each line, after the header.
+
+    A quote opens a field if it closes, in this line or in one of the next, and makes a whole row; a quote for which
+    this does not hold is a character like any other. Of rows with quotes only the table's columns are kept.
+
+    Args:
+        table: The file.
+        copy: The file to write.
+        report: Takes each line that is no row.
+
+    Returns:
+        [lines] int64, rising: the lines (from 1) of `table.path` that are not the first of a row: the header, blank
+        lines, further lines of a row, and those that were reported.
+    """
+    dialect, removed = table.dialect, list(range(1, table.dialect.header_lines + 1))
+    needed = set(table.columns.values())
+    reader = _Rows(table, report)
+    with open(copy, "wb") as out:
+        if dialect.header_lines:
+            out.write(_line_of(dialect, dialect.names or ()))
+        for row in reader.rows():
+            if row.texts:
+                out.write(b"\n".join(row.texts) + b"\n")
+                continue
+            removed += range(row.line + 1, row.line + row.lines)
+            if any("\n" in row.fields[at] or "\r" in row.fields[at] for at in needed if row.fields):
+                reader.bad(row, "a line break within a field that is read")
+                removed.append(row.line)
+            elif row.fields:
+                out.write(_line_of(dialect, [field if at in needed else "" for at, field in enumerate(row.fields)]))
+            else:
+                removed.append(row.line)
+    return np.sort(np.array(removed, np.int64))
+
+
+def records(table: TextTable, report: Callable[[BadRow], object]) -> Iterator[tuple[int, list[str]]]:
+    """The line and the fields of each whole row, as `repair` understands rows. `report`: as there."""
+    for row in _Rows(table, report).rows():
+        if row.fields:
+            yield row.line, row.fields
+        for at, text in enumerate(row.texts):
+            yield row.line + at, fields_of(table.dialect, text.decode("utf-8"))
+
+
+def _line_of(dialect: Dialect, fields: Sequence[str]) -> bytes:
+    line = io.StringIO()
+    csv.writer(line, delimiter=(dialect.delimiter or ",")[0], lineterminator="\n").writerow(fields)
+    return line.getvalue().encode("utf-8")
+
+
+class _Row(NamedTuple):
+    """`texts`: lines that are whole rows, from `line` (from 1) on; or else one row in `lines` lines, with its `fields`,
+    and without any if it is none."""
+
+    line: int
+    lines: int
+    texts: Sequence[bytes] = ()
+    fields: list[str] = []  # noqa: RUF012 - a tuple's default, never changed
+
+
+class _Rows:
+    def __init__(self, table: TextTable, report: Callable[[BadRow], object]) -> None:
+        self._table, self._report = table, report
+        self._dialect = table.dialect
+        self._delimiter = (table.dialect.delimiter or "").encode()
+        self._blocks = blocks(table.path)
+        self._lines: list[bytes] = []
+        self._before = 0  # lines before self._lines
+
+    def rows(self) -> Iterator[_Row]:
+        """What the lines after the header are."""
+        for lines in self._blocks:
+            self._lines = lines
+            simple = self._simple()
+            at = self._dialect.header_lines if self._before == 0 else 0
+            while at < len(self._lines):
+                stop = at
+                while stop < len(simple) and simple[stop]:
+                    stop += 1
+                if stop > at:
+                    yield _Row(self._before + at + 1, stop - at, self._lines[at:stop])
+                    at = stop
+                    continue
+                row = self._row(at)
+                yield row
+                at += row.lines
+            self._before += len(self._lines)
+
+    def _simple(self) -> list[bool]:
+        """Whether each line is a whole row at first sight: ASCII without quotes, of the right width."""
+        if self._dialect.delimiter is None:
+            return []
+        delimiter, most = self._delimiter, self._dialect.width - 1
+        quotes = self._dialect.quoting
+        return [
+            line.count(delimiter) == most
+            and line.isascii()
+            and not (quotes and b'"' in line)
+            and 0 < len(line) <= LONGEST_LINE
+            for line in self._lines
+        ]
+
+    def bad(self, row: _Row, reason: str) -> None:
+        """Reports the first line of a row."""
+        text = self._lines[row.line - self._before - 1].decode("utf-8", "backslashreplace")
+        self._report(BadRow(self._table.name, row.line, "", "", reason, text))
+
+    def _row(self, at: int) -> _Row:
+        line, none = self._lines[at], _Row(self._before + at + 1, 1)
+        if not line.strip(b" "):
+            return none
+        reason = self._fault_of_bytes(line)
+        if reason:
+            self.bad(none, reason)
+            return none
+        if self._dialect.quoting and b'"' in line:
+            return self._row_with_quotes(at, none)
+        if self._dialect.delimiter is None:
+            try:
+                fields_of(self._dialect, line.decode("utf-8"))
+            except ValueError as error:
+                reason = f"not a JSON object: {error}"
+        elif line.count(self._delimiter) != self._dialect.width - 1:
+            reason = self._width(line.split(self._delimiter))
+        if reason:
+            self.bad(none, reason)
+            return none
+        return none._replace(texts=[line])
+
+    def _fault_of_bytes(self, line: bytes) -> str:
+        if len(line) > LONGEST_LINE:
+            return f"{len(line)} bytes; expected a line of at most {LONGEST_LINE}"
+        if not line.isascii():
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return "not UTF-8 text; another encoding can be given: --encoding"
+        return ""
+
+    def _row_with_quotes(self, at: int, none: _Row) -> _Row:
+        text = self._lines[at].decode("utf-8")
+        fields: list[str] = []
+        reason, taken = "", 1
+        try:
+            fields = fields_of(self._dialect, text)
+            if len(fields) != self._dialect.width:
+                reason = self._width(fields)
+        except csv.Error as error:
+            fields, taken = self._over_lines(at)
+            reason = "" if fields else f"not CSV: {error}"
+        if reason and self._is_row(text):
+            fields, reason, taken = text.split(self._dialect.delimiter), "", 1
+        if reason:
+            self.bad(none, reason)
+            return none
+        return none._replace(lines=taken, fields=fields)
+
+    def _over_lines(self, at: int) -> tuple[list[str], int]:
+        """The fields of a row whose quoted field goes on in the next lines, and how many lines it takes; or none.
+
+        A line that is a whole row by itself is never part of such a field.
+        """
+        joined = self._lines[at].decode("utf-8")
+        for count in range(1, LONGEST_ROW):
+            if at + count == len(self._lines):
+                following = next(self._blocks, None)
+                if following is None:
+                    break
+                self._lines += following
+            line = self._lines[at + count].decode("utf-8", "backslashreplace")
+            if self._is_row(line) or len(joined) > LONGEST_LINE:
+                break
+            joined += "\n" + line
+            if '"' not in line:
+                continue
+            reader = csv.reader(io.StringIO(joined, newline=""), delimiter=self._dialect.delimiter or ",", strict=True)
+            try:
+                found = list(reader)
+            except csv.Error:
+                continue
+            if len(found) == 1 and len(found[0]) == self._dialect.width:
+                return found[0], count + 1
+            break
+        return [], 1
+
+    def _is_row(self, text: str) -> bool:
+        """Whether a line is a whole row if quotes are characters like others."""
+        fields = text.split(self._dialect.delimiter)
+        if len(fields) != self._dialect.width:
+            return False
+        needed = [fields[position] for position in self._table.columns.values()]
+        time = self._table.columns.get(TIME)
+        has_time = time is None or any(character.isdigit() for character in fields[time])
+        return has_time and all('"' not in field for field in needed)
+
+    def _width(self, fields: Sequence[object]) -> str:
+        return f"{len(fields)} fields, expected {self._dialect.width}"
