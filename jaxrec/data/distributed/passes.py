@@ -65,7 +65,7 @@ class Passes:
         self.raw_items = vocabulary
         write_ids(IdMap(vocabulary), self._vocabulary)
         # A rating that its piece accepts is on the scale of all pieces: the wider of two where they differ.
-        return scale or choose_scale(np.sum(ratings, axis=0), str(folder))
+        return scale or choose_scale(np.concatenate(ratings), str(folder))
 
     def sort(self, config: PrepareConfig) -> None:
         tasks = [(shard, self._parts, self._vocabulary, config, path) for shard, path in enumerate(self._sorted)]

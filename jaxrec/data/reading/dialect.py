@@ -6,16 +6,17 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxrec.data.reading.columns import MOVIE_NAMES, NAMES, plain
+from jaxrec.data.reading.lines import BLOCK, blocks
 from jaxrec.errors import DataError
 
 DELIMITERS = ("\t", ";", "|", "::", ",")
-BLOCK = 4 << 20  # bytes that are read at a time
 SAMPLE = 1 << 18  # characters by which a file is recognized
 SAMPLE_LINES = 100
 BOMS = {
@@ -26,6 +27,7 @@ BOMS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 WORD = re.compile(rb"[A-Za-z][\x80-\xff]|[\x80-\xff][A-Za-z]")
+NOT_CP1252 = {0x81, 0x8D, 0x8F, 0x90, 0x9D}
 # A field that is a number or a date, which no header has.
 VALUE = re.compile(r"\s*[-+]?\d[\d.,:/TZ+eE -]*\s*")
 
@@ -55,48 +57,49 @@ class Dialect:
         return self.delimiter is not None and len(self.delimiter) == 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Scan:
-    """A file as bytes. `lines`: up to the last that is not blank; `quotes`: it has `"`; `returns`: it has CR."""
+class Scan(NamedTuple):
+    """What a file is as bytes.
+
+    Attributes:
+        encoding: UTF-8, also where some lines are broken; UTF-16 or UTF-32; or else cp1252 or Latin-1, where no line
+            has characters of UTF-8 and most of those that are not ASCII have such a byte beside a letter, as in words.
+        lines: Up to the last that is not empty; 0 where the encoding is a wide one.
+    """
 
     encoding: str
     lines: int
-    quotes: bool
-    returns: bool
 
 
 def scan(path: Path) -> Scan:
     """One pass over a file: its encoding, and what decides how it can be read."""
     with open(path, "rb") as file:
         head = file.read(4096)
-        encoding = next((name for bom, name in BOMS.items() if head.startswith(bom)), None) or _wide(head)
-        if encoding not in (None, "utf-8"):
-            return Scan(encoding or "", 0, False, False)
-        file.seek(0)
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        ascii_so_far = whole = True
-        lines, quotes, returns, last = 0, False, False, b""
-        while block := file.read(BLOCK):
-            lines += int(np.count_nonzero(np.frombuffer(block, np.uint8) == ord("\n")))
-            quotes = quotes or b'"' in block
-            returns = returns or b"\r" in block
-            if whole and not (ascii_so_far and block.isascii()):
-                ascii_so_far = False
+    encoding = next((name for bom, name in BOMS.items() if head.startswith(bom)), None) or _wide(head)
+    if encoding not in (None, "utf-8"):
+        return Scan(encoding or "", 0)
+    last = 0
+    utf8 = other = words = 0  # lines that are not ASCII: of UTF-8; of none; of none, with words
+    defined = True
+    for block in blocks(path):
+        text = np.flatnonzero(block.lengths())
+        last = block.before + int(text[-1]) + 1 if len(text) else last
+        try:
+            if not block.data.isascii():
+                block.data.decode("utf-8")
+                utf8 += 1
+        except UnicodeDecodeError:
+            for at in block.not_ascii().tolist():
+                line = block.line(at)
                 try:
-                    decoder.decode(block)
+                    line.decode("utf-8")
+                    utf8 += 1
                 except UnicodeDecodeError:
-                    whole = False
-            last = (last + block)[-4096:]
-        if whole:
-            try:
-                decoder.decode(b"", final=True)
-            except UnicodeDecodeError:
-                whole = False
-    if not whole:
-        return Scan(_narrow(path), lines, quotes, returns)
-    blank = len(re.findall(rb"\n", last[len(last.rstrip(b"\r\n")) :]))
-    ends = last.endswith(b"\n")
-    return Scan("utf-8", lines - blank + 1 if ends else lines + bool(last), quotes, returns)
+                    other += 1
+                    words += WORD.search(line) is not None
+                    defined = defined and not set(line) & NOT_CP1252
+    if utf8 or 2 * words <= other:
+        return Scan("utf-8", last)
+    return Scan("cp1252" if defined else "latin-1", last)
 
 
 def _wide(head: bytes) -> str | None:
@@ -104,26 +107,6 @@ def _wide(head: bytes) -> str | None:
     if len(head) < 4 or head.count(0) < 0.3 * len(head):
         return None
     return "utf-16-le" if head[1::2].count(0) > head[::2].count(0) else "utf-16-be"
-
-
-def _narrow(path: Path) -> str:
-    """The encoding of what is not UTF-8 throughout: UTF-8 with broken lines, unless no line has characters of UTF-8
-    and most of those that are not ASCII have such a byte beside a letter, as in words of Western languages."""
-    defined, lines, words = True, 0, 0
-    with open(path, "rb") as file:
-        for line in file:
-            if line.isascii():
-                continue
-            try:
-                line.decode("utf-8")
-                return "utf-8"
-            except UnicodeDecodeError:
-                defined = defined and not set(line) & {0x81, 0x8D, 0x8F, 0x90, 0x9D}
-                lines += 1
-                words += WORD.search(line) is not None
-    if 2 * words <= lines:
-        return "utf-8"
-    return "cp1252" if defined else "latin-1"
 
 
 def transcode(path: Path, encoding: str, copy: Path, name: str) -> None:
@@ -208,6 +191,3 @@ def _is_known(field: str) -> bool:
     groups = (group for names in (NAMES, MOVIE_NAMES) for groups in names.values() for group in groups)
     name = plain(field)
     return any(name in group or name.removesuffix("id") in group for group in groups)
-
-
-Choose = Callable[[Sequence[str], str], dict[str, str]]

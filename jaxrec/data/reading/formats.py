@@ -17,9 +17,10 @@ import pandas as pd
 from jaxrec.data.reading.bad_rows import BadRow
 from jaxrec.data.reading.columns import ColumnNames, choose_columns
 from jaxrec.data.reading.connection import first_line, quoted, quoted_name
+from jaxrec.data.reading.lines import lines_at
 from jaxrec.data.reading.rules import FLOAT_TYPES, TEXT_TYPE
 from jaxrec.data.reading.sources import Format, Source
-from jaxrec.data.reading.text_file import TextTable, blocks, fields_of, lines_at, repair, rows, select
+from jaxrec.data.reading.text_file import TextTable, fields_of, repair, rows, select
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.errors import DataError
 
@@ -88,9 +89,11 @@ class TextRelation:
 
     def _has_spaces(self) -> bool:
         table = self._tables[0]
-        for line in next(blocks(table.path), [])[:SAMPLE_ROWS]:
+        with open(table.path, encoding="utf-8", errors="replace") as file:
+            sample = list(itertools.islice(file, SAMPLE_ROWS))
+        for line in sample:
             try:
-                fields = fields_of(table.dialect, line.decode("utf-8", "replace"))
+                fields = fields_of(table.dialect, line.rstrip("\n"))
             except (csv.Error, ValueError):  # a row that is not whole is named later
                 continue
             if any(field != field.strip(" \t") for field in fields):

@@ -139,10 +139,11 @@ def joined_genres(texts: Sequence[object]) -> list[str]:
     lists = [_listed(text) for text in texts]
     plain = [str(text) for text, listed in zip(texts, lists, strict=True) if listed is None]
     separator = next((each for each in SEPARATORS if any(each in text for text in plain)), "|")
-    names = [
-        str(text).split(separator) if listed is None else listed for text, listed in zip(texts, lists, strict=True)
-    ]
-    return ["|".join(name.strip().replace("|", "/") for name in each) for each in names]
+    joined = []
+    for text, listed in zip(texts, lists, strict=True):
+        names: list[str] = str(text).split(separator) if listed is None else listed
+        joined.append("|".join(name.strip().replace("|", "/") for name in names))
+    return joined
 
 
 def _listed(value: object) -> list[str] | None:

@@ -19,28 +19,17 @@ def in_scale(column: str, scale: RatingScale) -> str:
 
 
 def count_ratings(connection: duckdb.DuckDBPyConnection, table: str) -> np.ndarray:
-    """Counts of a table's ratings, by which `choose_scale` decides; those of the parts of a log can be added.
-
-    Returns:
-        [3 + 2 scales] float64: ratings, zeros, ratings unlike the least one, and for each of SCALES those outside of
-        it, and those inside that are not whole or below 1.
-    """
-    unlike = "count(*) FILTER (rating > least)"
-    pairs = [
-        f"count(*) FILTER (NOT {in_scale('rating', scale)}), "
-        f"count(*) FILTER ({in_scale('rating', scale)} AND (rating <> round(rating) OR rating < 1))"
-        for scale in SCALES
-    ]
-    query = f"SELECT count(rating), count(*) FILTER (rating = 0), {unlike}, {', '.join(pairs)} FROM {table}"
-    found = connection.execute(f"{query}, (SELECT min(rating) AS least FROM {table})").fetchall()[0]
-    return np.array(found, np.float64)
+    """[values, 2] float64: each value that a table's ratings have, and how many have it."""
+    query = f"SELECT rating, count(*) FROM {table} WHERE rating IS NOT NULL GROUP BY rating"
+    columns = connection.execute(query).fetchnumpy().values()
+    return np.stack([np.ma.getdata(column).astype(np.float64) for column in columns], axis=1)
 
 
-def choose_scale(counts: np.ndarray, name: str) -> RatingScale | None:
+def choose_scale(ratings: np.ndarray, name: str) -> RatingScale | None:
     """The narrowest scale that all ratings fit but for a few, which are errors.
 
     Args:
-        counts: Those of `count_ratings`.
+        ratings: [values, 2] as of `count_ratings`; a value may occur more than once.
         name: What messages call the log.
 
     Returns:
@@ -48,13 +37,23 @@ def choose_scale(counts: np.ndarray, name: str) -> RatingScale | None:
 
     Raises:
         DataError: Where too many ratings lie outside of every known scale.
+
+    Examples:
+        >>> str(choose_scale(np.array([[1.0, 7], [4.0, 9]]), "log")), str(choose_scale(np.array([[3.5, 2.0]]), "log"))
+        ('1..5', '0.5..5')
+        >>> str(choose_scale(np.array([[0.0, 60], [8.0, 40]]), "log"))
+        '0..10'
     """
-    rated = counts[0]
+    values, counts = ratings.T
+    rated = counts.sum()
     if not rated:
         return None
-    for scale, (outside, fractions) in zip(SCALES, counts[3:].reshape(-1, 2), strict=True):
+    for scale in SCALES:
+        inside = (values >= scale.minimum) & (values <= scale.maximum)
+        outside = counts[~inside].sum()
         if outside <= max(FEW, FEW_SHARE * rated) and 2 * outside < rated:
-            return scale if fractions else RatingScale(1, scale.maximum)
+            whole = (values[inside] == np.round(values[inside])) & (values[inside] >= 1)
+            return RatingScale(1, scale.maximum) if whole.all() else scale
     known = ", ".join(map(str, SCALES))
     raise DataError(
         f"{name}: the ratings fit none of the known scales ({known}); give --rating-scale LOWEST HIGHEST, or"
@@ -62,16 +61,26 @@ def choose_scale(counts: np.ndarray, name: str) -> RatingScale | None:
     )
 
 
-def rating_notes(counts: np.ndarray, scale: RatingScale | None, missing: bool) -> list[str]:
-    """What is odd about the ratings, each in one sentence that says what to do. `missing`: a marker was told."""
-    notes = []
-    rated, zeros, unlike, *_ = counts
-    if rated > 1 and not unlike:
-        notes.append(
-            "every rating is the same, so ratings say nothing; if the column is none of ratings, give --rating-col none"
-        )
-    elif scale is not None and scale.minimum == 0 and zeros >= MANY_ZEROS * rated and not missing:
-        notes.append(
+def rating_notes(ratings: np.ndarray, scale: RatingScale | None, missing: bool) -> list[str]:
+    """What is odd about the ratings, each in one sentence that says what to do.
+
+    Args:
+        ratings: [values, 2] as of `count_ratings`.
+        scale: That of the ratings.
+        missing: The user said which values mean that there is no rating.
+
+    Returns:
+        Sentences.
+    """
+    values, counts = ratings.T
+    rated, zeros = counts.sum(), counts[values == 0].sum()
+    if rated > 1 and len(values) == 1:
+        return [
+            f"every rating is {values[0]:g}, so ratings say nothing; if the column does not hold ratings, give"
+            " --rating-col none"
+        ]
+    if scale is not None and scale.minimum == 0 and zeros >= MANY_ZEROS * rated and not missing:
+        return [
             f"{zeros / rated:.0%} of the ratings are 0; if 0 means that there is no rating, give --missing-rating 0"
-        )
-    return notes
+        ]
+    return []

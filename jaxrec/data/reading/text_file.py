@@ -18,7 +18,8 @@ import numpy as np
 
 from jaxrec.data.reading.bad_rows import BadRow
 from jaxrec.data.reading.connection import quoted
-from jaxrec.data.reading.dialect import BLOCK, Dialect, Scan, scan, transcode
+from jaxrec.data.reading.dialect import Dialect, Scan, scan, transcode
+from jaxrec.data.reading.lines import Block, blocks, lines_at
 from jaxrec.data.schema import TIME
 
 LONGEST_ROW = 1000  # lines that a row may span
@@ -120,28 +121,6 @@ def fields_of(dialect: Dialect, line: str) -> list[str]:
     return next(csv.reader([line], delimiter=dialect.delimiter, strict=True))
 
 
-def blocks(path: Path) -> Iterator[list[bytes]]:
-    """The lines of a file, without their ends (LF, CR LF or CR), and without a byte order mark."""
-    with open(path, "rb") as file:
-        first = True
-        while lines := file.readlines(BLOCK):
-            block = b"".join(lines)
-            yield (block.removeprefix(b"\xef\xbb\xbf") if first else block).splitlines()
-            first = False
-
-
-def lines_at(path: Path, numbers: np.ndarray) -> Iterator[str]:
-    """The text of some lines. `numbers` [lines]: from 1, rising; what is not UTF-8 is visible as \\xNN."""
-    before = at = 0
-    for block in blocks(path):
-        stop = int(np.searchsorted(numbers, before + len(block), side="right"))
-        for number in numbers[at:stop].tolist():
-            yield block[number - before - 1].decode("utf-8", "backslashreplace")
-        before, at = before + len(block), stop
-        if at == len(numbers):
-            break
-
-
 def repair(table: TextTable, copy: Path, report: Callable[[BadRow], object]) -> np.ndarray:
     """Writes the whole rows of a file to `copy`, one in each line, after the header.
 
@@ -164,12 +143,12 @@ def repair(table: TextTable, copy: Path, report: Callable[[BadRow], object]) -> 
         if dialect.header_lines:
             out.write(_line_of(dialect, dialect.names or ()))
         for row in reader.rows():
-            if row.texts:
-                out.write(b"\n".join(row.texts) + b"\n")
+            if row.text:
+                out.write(row.text)
                 continue
             removed += range(row.line + 1, row.line + row.lines)
             if any("\n" in row.fields[at] or "\r" in row.fields[at] for at in needed if row.fields):
-                reader.bad(row, "a line break within a field that is read")
+                reader.bad(row.line, "a line break within a field that is read")
                 removed.append(row.line)
             elif row.fields:
                 out.write(_line_of(dialect, [field if at in needed else "" for at, field in enumerate(row.fields)]))
@@ -183,8 +162,8 @@ def records(table: TextTable, report: Callable[[BadRow], object]) -> Iterator[tu
     for row in _Rows(table, report).rows():
         if row.fields:
             yield row.line, row.fields
-        for at, text in enumerate(row.texts):
-            yield row.line + at, fields_of(table.dialect, text.decode("utf-8"))
+        for at, line in enumerate(row.text.decode("utf-8").split("\n")[:-1]):
+            yield row.line + at, fields_of(table.dialect, line)
 
 
 def _line_of(dialect: Dialect, fields: Sequence[str]) -> bytes:
@@ -194,12 +173,12 @@ def _line_of(dialect: Dialect, fields: Sequence[str]) -> bytes:
 
 
 class _Row(NamedTuple):
-    """`texts`: lines that are whole rows, from `line` (from 1) on; or else one row in `lines` lines, with its `fields`,
+    """`text`: lines that are whole rows, from `line` (from 1) on; or else one row in `lines` lines, with its `fields`,
     and without any if it is none."""
 
     line: int
     lines: int
-    texts: Sequence[bytes] = ()
+    text: bytes = b""
     fields: list[str] = []  # noqa: RUF012 - a tuple's default, never changed
 
 
@@ -207,70 +186,69 @@ class _Rows:
     def __init__(self, table: TextTable, report: Callable[[BadRow], object]) -> None:
         self._table, self._report = table, report
         self._dialect = table.dialect
-        self._delimiter = (table.dialect.delimiter or "").encode()
         self._blocks = blocks(table.path)
-        self._lines: list[bytes] = []
-        self._before = 0  # lines before self._lines
+        self._block = Block(b"", 0)
 
     def rows(self) -> Iterator[_Row]:
         """What the lines after the header are."""
-        for lines in self._blocks:
-            self._lines = lines
-            simple = self._simple()
-            at = self._dialect.header_lines if self._before == 0 else 0
-            while at < len(self._lines):
-                stop = at
-                while stop < len(simple) and simple[stop]:
-                    stop += 1
+        while (block := next(self._blocks, None)) is not None:
+            self._block = block
+            odd = self._odd()
+            at = self._dialect.header_lines if block.before == 0 else 0
+            while at < len(self._block):
+                # A row over several lines may have taken more lines than the block had at first.
+                index = int(np.searchsorted(odd, at))
+                stop = int(odd[index]) if index < len(odd) else len(block)
                 if stop > at:
-                    yield _Row(self._before + at + 1, stop - at, self._lines[at:stop])
+                    yield _Row(block.before + at + 1, stop - at, block.data[block.start(at) : block.start(stop)])
                     at = stop
                     continue
                 row = self._row(at)
                 yield row
                 at += row.lines
-            self._before += len(self._lines)
 
-    def _simple(self) -> list[bool]:
-        """Whether each line is a whole row at first sight: ASCII without quotes, of the right width."""
-        if self._dialect.delimiter is None:
-            return []
-        delimiter, most = self._delimiter, self._dialect.width - 1
-        quotes = self._dialect.quoting
-        return [
-            line.count(delimiter) == most
-            and line.isascii()
-            and not (quotes and b'"' in line)
-            and 0 < len(line) <= LONGEST_LINE
-            for line in self._lines
-        ]
+    def _odd(self) -> np.ndarray:
+        """The lines of the block that are not at first sight whole rows: ASCII without quotes, of the right width."""
+        block, dialect = self._block, self._dialect
+        if dialect.delimiter is None:
+            return np.arange(len(block))
+        lengths = block.lengths()
+        odd = (lengths == 0) | (lengths > LONGEST_LINE)
+        if len(dialect.delimiter) == 1 and dialect.delimiter.isascii():
+            odd |= block.counts(ord(dialect.delimiter)) != dialect.width - 1
+        else:
+            delimiter = dialect.delimiter.encode()
+            widths = [line.count(delimiter) for line in block.data.split(b"\n")[:-1]]
+            odd |= np.array(widths) != dialect.width - 1
+        if dialect.quoting:
+            odd |= block.counts(ord('"')) > 0
+        odd[block.not_ascii()] = True
+        return np.flatnonzero(odd)
 
-    def bad(self, row: _Row, reason: str) -> None:
-        """Reports the first line of a row."""
-        text = self._lines[row.line - self._before - 1].decode("utf-8", "backslashreplace")
-        self._report(BadRow(self._table.name, row.line, "", "", reason, text))
+    def bad(self, line: int, reason: str) -> None:
+        """Reports a line of the block."""
+        text = self._block.line(line - self._block.before - 1).decode("utf-8", "backslashreplace")
+        self._report(BadRow(self._table.name, line, "", "", reason, text))
 
     def _row(self, at: int) -> _Row:
-        line, none = self._lines[at], _Row(self._before + at + 1, 1)
+        line, none = self._block.line(at), _Row(self._block.before + at + 1, 1)
         if not line.strip(b" "):
             return none
         reason = self._fault_of_bytes(line)
-        if reason:
-            self.bad(none, reason)
-            return none
-        if self._dialect.quoting and b'"' in line:
+        if not reason and self._dialect.quoting and b'"' in line:
             return self._row_with_quotes(at, none)
-        if self._dialect.delimiter is None:
+        if not reason and self._dialect.delimiter is None:
             try:
                 fields_of(self._dialect, line.decode("utf-8"))
             except ValueError as error:
                 reason = f"not a JSON object: {error}"
-        elif line.count(self._delimiter) != self._dialect.width - 1:
-            reason = self._width(line.split(self._delimiter))
+        elif not reason:
+            fields = line.decode("utf-8").split(self._dialect.delimiter)
+            reason = "" if len(fields) == self._dialect.width else self._width(fields)
         if reason:
-            self.bad(none, reason)
+            self.bad(none.line, reason)
             return none
-        return none._replace(texts=[line])
+        return none._replace(text=line + b"\n")
 
     def _fault_of_bytes(self, line: bytes) -> str:
         if len(line) > LONGEST_LINE:
@@ -283,7 +261,7 @@ class _Rows:
         return ""
 
     def _row_with_quotes(self, at: int, none: _Row) -> _Row:
-        text = self._lines[at].decode("utf-8")
+        text = self._block.line(at).decode("utf-8")
         fields: list[str] = []
         reason, taken = "", 1
         try:
@@ -296,7 +274,7 @@ class _Rows:
         if reason and self._is_row(text):
             fields, reason, taken = text.split(self._dialect.delimiter), "", 1
         if reason:
-            self.bad(none, reason)
+            self.bad(none.line, reason)
             return none
         return none._replace(lines=taken, fields=fields)
 
@@ -305,14 +283,14 @@ class _Rows:
 
         A line that is a whole row by itself is never part of such a field.
         """
-        joined = self._lines[at].decode("utf-8")
+        joined = self._block.line(at).decode("utf-8")
         for count in range(1, LONGEST_ROW):
-            if at + count == len(self._lines):
+            if at + count == len(self._block):
                 following = next(self._blocks, None)
                 if following is None:
                     break
-                self._lines += following
-            line = self._lines[at + count].decode("utf-8", "backslashreplace")
+                self._block = Block(self._block.data + following.data, self._block.before)
+            line = self._block.line(at + count).decode("utf-8", "backslashreplace")
             if self._is_row(line) or len(joined) > LONGEST_LINE:
                 break
             joined += "\n" + line
