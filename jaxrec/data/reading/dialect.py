@@ -178,13 +178,15 @@ def _keys(line: str) -> Sequence[str]:
 
 
 def _fit(lines: Sequence[str], delimiter: str) -> tuple[int, float, int]:
-    """How well a delimiter explains the lines: known names in the first, lines of one width, and this width."""
+    """How well a delimiter explains the lines: known names in the first, lines of one width, and this width.
+
+    The width is that of a first line with known names (other lines may be parts of rows), or else the most common one.
+    """
+    first = split_line(lines[0], delimiter)
+    known = sum(map(_is_known, first))
     widths = Counter(len(split_line(line, delimiter)) for line in lines if line.strip())
-    width, count = max(widths.items(), key=lambda pair: (pair[1], pair[0]))
-    if width == 1:
-        return (0, 0.0, 0)
-    known = sum(map(_is_known, split_line(lines[0], delimiter)))
-    return (known, count / widths.total(), width)
+    width = len(first) if known else max(widths, key=lambda each: (widths[each], each))
+    return (known, widths[width] / widths.total(), width) if width > 1 else (0, 0.0, 0)
 
 
 def _is_known(field: str) -> bool:

@@ -139,7 +139,7 @@ def joined_genres(texts: Sequence[object]) -> list[str]:
     lists = [_listed(text) for text in texts]
     plain = [str(text) for text, listed in zip(texts, lists, strict=True) if listed is None]
     separator = next((each for each in SEPARATORS if any(each in text for text in plain)), "|")
-    joined = []
+    joined: list[str] = []
     for text, listed in zip(texts, lists, strict=True):
         names: list[str] = str(text).split(separator) if listed is None else listed
         joined.append("|".join(name.strip().replace("|", "/") for name in names))
@@ -149,13 +149,14 @@ def joined_genres(texts: Sequence[object]) -> list[str]:
 def _listed(value: object) -> list[str] | None:
     """The names of a list; None for what is none."""
     if isinstance(value, str):
-        if not value.strip().startswith("["):
+        text = value.strip()
+        if not text.startswith("["):
             return None
         try:
-            value = json.loads(value)
+            value = json.loads(text)
         except ValueError:
             try:
-                value = ast.literal_eval(value.strip())
+                value = ast.literal_eval(text)
             except (ValueError, SyntaxError):
                 return None
     if isinstance(value, list | tuple | set | np.ndarray):

@@ -20,7 +20,7 @@ from jaxrec.data.reading.bad_rows import BadRow
 from jaxrec.data.reading.connection import quoted
 from jaxrec.data.reading.dialect import Dialect, Scan, scan, transcode
 from jaxrec.data.reading.lines import Block, blocks, lines_at
-from jaxrec.data.schema import TIME
+from jaxrec.data.schema import ITEM, TIME, USER
 
 LONGEST_ROW = 1000  # lines that a row may span
 LONGEST_LINE = 2_000_000  # bytes: the longest line that DuckDB reads by default
@@ -112,9 +112,7 @@ def fields_of(dialect: Dialect, line: str) -> list[str]:
     """
     if dialect.delimiter is None:
         found = json.loads(line)
-        if not isinstance(found, dict):
-            raise ValueError("not a JSON object")
-        values = (found.get(name) for name in dialect.names or ())
+        values = [found.get(name) if isinstance(found, dict) else None for name in dialect.names or ()]
         return ["" if v is None else v if isinstance(v, str) else json.dumps(v) for v in values]
     if not dialect.quoting:
         return line.split(dialect.delimiter)
@@ -168,7 +166,10 @@ def records(table: TextTable, report: Callable[[BadRow], object]) -> Iterator[tu
 
 def _line_of(dialect: Dialect, fields: Sequence[str]) -> bytes:
     line = io.StringIO()
-    csv.writer(line, delimiter=(dialect.delimiter or ",")[0], lineterminator="\n").writerow(fields)
+    if dialect.delimiter is None:
+        line.write(json.dumps(dict(zip(dialect.names or (), fields, strict=True))) + "\n")
+    else:
+        csv.writer(line, delimiter=dialect.delimiter[0], lineterminator="\n").writerow(fields)
     return line.getvalue().encode("utf-8")
 
 
@@ -234,63 +235,59 @@ class _Rows:
         line, none = self._block.line(at), _Row(self._block.before + at + 1, 1)
         if not line.strip(b" "):
             return none
-        reason = self._fault_of_bytes(line)
-        if not reason and self._dialect.quoting and b'"' in line:
-            return self._row_with_quotes(at, none)
-        if not reason and self._dialect.delimiter is None:
-            try:
-                fields_of(self._dialect, line.decode("utf-8"))
-            except ValueError as error:
-                reason = f"not a JSON object: {error}"
-        elif not reason:
-            fields = line.decode("utf-8").split(self._dialect.delimiter)
-            reason = "" if len(fields) == self._dialect.width else self._width(fields)
-        if reason:
-            self.bad(none.line, reason)
-            return none
-        return none._replace(text=line + b"\n")
-
-    def _fault_of_bytes(self, line: bytes) -> str:
         if len(line) > LONGEST_LINE:
-            return f"{len(line)} bytes; expected a line of at most {LONGEST_LINE}"
-        if not line.isascii():
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return "not UTF-8 text; another encoding can be given: --encoding"
-        return ""
-
-    def _row_with_quotes(self, at: int, none: _Row) -> _Row:
-        text = self._block.line(at).decode("utf-8")
-        fields: list[str] = []
-        reason, taken = "", 1
-        try:
-            fields = fields_of(self._dialect, text)
-            if len(fields) != self._dialect.width:
-                reason = self._width(fields)
-        except csv.Error as error:
-            fields, taken = self._over_lines(at)
-            reason = "" if fields else f"not CSV: {error}"
-        if reason and self._is_row(text):
-            fields, reason, taken = text.split(self._dialect.delimiter), "", 1
+            self.bad(none.line, f"{len(line)} bytes; expected a line of at most {LONGEST_LINE}")
+            return none
+        # What is not UTF-8 is kept out of the way as surrogates, and matters only in a field that is read.
+        text = line.decode("utf-8", "surrogateescape")
+        fields, reason, taken = self._parsed(at, text)
+        if not reason and any(not self._is_text(fields[position]) for position in self._table.columns.values()):
+            reason = "not UTF-8 text; another encoding can be given: --encoding"
         if reason:
             self.bad(none.line, reason)
             return none
+        if taken == 1 and self._is_text(text) and not (self._dialect.quoting and b'"' in line):
+            return none._replace(text=line + b"\n")
         return none._replace(lines=taken, fields=fields)
 
-    def _over_lines(self, at: int) -> tuple[list[str], int]:
+    def _parsed(self, at: int, text: str) -> tuple[list[str], str, int]:
+        """The fields of the row that begins in line `at`, or why it is none, and how many lines it takes."""
+        try:
+            fields = fields_of(self._dialect, text)
+            if len(fields) == self._dialect.width:
+                return fields, "", 1
+            reason = self._width(fields)
+        except csv.Error as error:
+            reason = f"not CSV: {error}"
+            fields, taken = self._over_lines(at, text) if "end of data" in reason else ([], 1)
+            if fields:
+                return fields, "", taken
+        except ValueError as error:
+            return [], f"not a JSON object: {error}", 1
+        if '"' in text and self._is_row(text):
+            return text.split(self._dialect.delimiter), "", 1
+        return [], reason, 1
+
+    @staticmethod
+    def _is_text(field: str) -> bool:
+        return field.isascii() or not any("\udc80" <= character <= "\udcff" for character in field)
+
+    def _over_lines(self, at: int, joined: str) -> tuple[list[str], int]:
         """The fields of a row whose quoted field goes on in the next lines, and how many lines it takes; or none.
 
-        A line that is a whole row by itself is never part of such a field.
+        A line that is a whole row by itself is never part of such a field: neither one of the next lines, nor the
+        first one if its time would then be part of it.
         """
-        joined = self._block.line(at).decode("utf-8")
+        opened = len(next(csv.reader([joined], delimiter=self._dialect.delimiter or ","))) - 1
+        if self._is_row(joined) and self._table.columns.get(TIME, -1) > opened:
+            return [], 1
         for count in range(1, LONGEST_ROW):
             if at + count == len(self._block):
                 following = next(self._blocks, None)
                 if following is None:
                     break
                 self._block = Block(self._block.data + following.data, self._block.before)
-            line = self._block.line(at + count).decode("utf-8", "backslashreplace")
+            line = self._block.line(at + count).decode("utf-8", "surrogateescape")
             if self._is_row(line) or len(joined) > LONGEST_LINE:
                 break
             joined += "\n" + line
@@ -311,10 +308,11 @@ class _Rows:
         fields = text.split(self._dialect.delimiter)
         if len(fields) != self._dialect.width:
             return False
-        needed = [fields[position] for position in self._table.columns.values()]
-        time = self._table.columns.get(TIME)
-        has_time = time is None or any(character.isdigit() for character in fields[time])
-        return has_time and all('"' not in field for field in needed)
+        columns = self._table.columns
+        needed = [fields[position] for position in columns.values()]
+        named = all(fields[columns[role]].strip() for role in (USER, ITEM) if role in columns)
+        timed = TIME not in columns or any(character.isdigit() for character in fields[columns[TIME]])
+        return named and timed and all('"' not in field for field in needed)
 
     def _width(self, fields: Sequence[object]) -> str:
         return f"{len(fields)} fields, expected {self._dialect.width}"
