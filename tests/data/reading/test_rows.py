@@ -28,7 +28,7 @@ def write(path: Path, rows: list[str], end: str = "\n", header: str = HEADER) ->
 
 
 def accounted(path: Path, out: Path) -> tuple[list[tuple[str, str, int]], list[int]]:
-    """The events as (user, item, time), in the file's order, and the lines in quarantine."""
+    """The events as (user, item, time), by time, and the lines in quarantine."""
     data = prepare(path, None, EVERYTHING, out=out, on_bad_rows=OnBadRows.QUARANTINE)
     assert data.log is not None
     log = data.log
@@ -40,7 +40,8 @@ def accounted(path: Path, out: Path) -> tuple[list[tuple[str, str, int]], list[i
     assert len(lines) == data.input["bad_rows"]
     users = log.users.raw_ids[log.events.users()]
     items = log.items.raw_ids[log.events.items - 1]
-    return list(zip(users.tolist(), items.tolist(), log.events.times.tolist(), strict=True)), lines
+    events = zip(users.tolist(), items.tolist(), log.events.times.tolist(), strict=True)
+    return sorted(events, key=lambda event: event[2]), lines
 
 
 def row(number: int, name: str = "plain") -> str:
