@@ -89,7 +89,7 @@ def test_a_quantized_graph_that_ranks_better_is_kept(
 
 def test_without_a_validation_case_nothing_is_said_to_be_kept(small_data: PreparedData) -> None:
     none = dataclasses.replace(small_data.split, validation=small_data.split.validation.at_most(0))
-    with pytest.raises(ExportError, match="^int8: no validation case is left"):
+    with pytest.raises(ExportError, match=r"^int8: no validation case is left"):
         check_quality(b"", b"", dataclasses.replace(small_data, split=none), 50)
 
 
