@@ -31,8 +31,8 @@ class States(NamedTuple):
     `user_mean` [states] float32 the mean of the user's ratings before, `logprob_beta` [states] float32 the target's
     log-probability under the behaviour model (0 where none was fitted).
 
-    `windows` [windows, length] int32 holds items (0 = padding) of the users `user` [windows] int32; a state's history is
-    the first `seen` [states] int32 of row `window` [states] int32.
+    `windows` [windows, length] int32 holds items (0 = padding), each of one `user` [windows] int32; a state's history
+    is the first `seen` [states] int32 of row `window` [states] int32.
     """
 
     query: Array
