@@ -40,7 +40,7 @@ def run_served(
     if not served.recommendations:
         hint = "; is the server run with --explore?" if DETERMINISTIC in served.skipped else ""
         raise DataError(f"{log}: nothing to learn from: {_counts(served)}{hint}")
-    if not (_with_response(served) or config.rewards.novelty or config.rewards.diversity):
+    if not (served.recommendations.with_response() or config.rewards.novelty or config.rewards.diversity):
         raise DataError(
             f"{log}: nothing to learn from: {_counts(served)}; do clients send the recommendation_id with the events "
             "that respond to it?"
@@ -84,9 +84,5 @@ def _counts(served: ServedLog) -> str:
     skipped = "".join(f", {count} left out {reason}" for reason, count in sorted(served.skipped.items()))
     return (
         f"{served.shown} recommendations shown, {len(served.recommendations)} to {len(served.users)} users are usable, "
-        f"{_with_response(served)} of them have a response{skipped}"
+        f"{served.recommendations.with_response()} of them have a response{skipped}"
     )
-
-
-def _with_response(served: ServedLog) -> int:
-    return sum(len(one.responses) > 0 for one in served.recommendations)
