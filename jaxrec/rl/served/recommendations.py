@@ -7,18 +7,29 @@ its numbers: an object of each recommendation with a history of its own would ta
 import dataclasses
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 NO_REQUEST_TIME = np.iinfo(np.int64).min
+# Type codes of `array`: i int32, q int64, f float32, d float64.
+EVENTS = ("i", "f", "q")
 SCALARS = {
-    **{"user": np.int32, "time": np.int64, "version": np.int32, "temperature": np.float64},
-    **{"request_time": np.int64, "first": np.int64, "stop": np.int64},
+    "user": "i",
+    "time": "q",
+    "version": "i",
+    "temperature": "d",
+    "request_time": "q",
+    "first": "q",
+    "stop": "q",
 }
 ROWS = {
-    **{"slate": np.int32, "log_propensities": np.float64, "responses": np.int32, "response_ratings": np.float32},
-    **{"excluded": np.int32, "left_out": np.int64},
+    "slate": "i",
+    "log_propensities": "d",
+    "responses": "i",
+    "response_ratings": "f",
+    "excluded": "i",
+    "left_out": "q",
 }
 
 
@@ -85,13 +96,13 @@ class Recommendations(Sequence[Recommendation]):
         if isinstance(at, slice):
             return [self[number] for number in range(len(self))[at]]
         at = range(len(self))[at]
-        scalars = {name: column[at].item() for name, column in self.scalars.items()}
-        rows = {name: column.row(at) for name, column in self.rows.items()}
-        first, stop, left_out = scalars.pop("first"), scalars.pop("stop"), rows.pop("left_out")
+        values: dict[str, Any] = {name: column[at].item() for name, column in self.scalars.items()}
+        values |= {name: column.row(at) for name, column in self.rows.items()}
+        first, stop, left_out = (values.pop(name) for name in ("first", "stop", "left_out"))
         history = History(*(np.delete(column[first:stop], left_out) for column in self.events))
-        if scalars["request_time"] == NO_REQUEST_TIME:
-            scalars["request_time"] = None
-        return Recommendation(history=history, **scalars, **rows)
+        if values["request_time"] == NO_REQUEST_TIME:
+            values["request_time"] = None
+        return Recommendation(history=history, **values)
 
     def with_response(self) -> int:
         """How many have a response."""
@@ -102,9 +113,9 @@ class RecommendationsWriter:
     """Collects `Recommendations`, one user after the other."""
 
     def __init__(self) -> None:
-        self._events = [_empty(dtype) for dtype in (np.int32, np.float32, np.int64)]
-        self._scalars = {name: _empty(dtype) for name, dtype in SCALARS.items()}
-        self._rows = {name: (_empty(dtype), array("q", [0])) for name, dtype in ROWS.items()}
+        self._events = [array(code) for code in EVENTS]
+        self._scalars = {name: array(code) for name, code in SCALARS.items()}
+        self._rows = {name: (array(code), array("q", [0])) for name, code in ROWS.items()}
 
     def add_events(self, events: History) -> int:
         """The events of the next user; returns the place of the first."""
@@ -128,11 +139,6 @@ class RecommendationsWriter:
             {name: _frozen(column) for name, column in self._scalars.items()},
             {name: Rows(_frozen(values), _frozen(ends)) for name, (values, ends) in self._rows.items()},
         )
-
-
-def _empty(dtype: type[np.generic]) -> array:
-    """An array that grows, by a share of its length at a time."""
-    return array({np.int32: "i", np.int64: "q", np.float32: "f", np.float64: "d"}[dtype])
 
 
 def _frozen(column: array) -> np.ndarray:

@@ -8,7 +8,7 @@ users that train a policy and those that evaluate it can follow different models
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +148,7 @@ def fit_simulator(
     of_matrix = np.isin(histories.users(), matrix_users)
     log_popularity = np.log1p(np.bincount(histories.items[of_matrix], minlength=items + 1)).astype(np.float32)
     directions = genre_directions(genre_matrix)
-    tables = {"item_item": matrix, "log_popularity": log_popularity, "directions": directions}
+    tables: dict[str, Any] = {"item_item": matrix, "log_popularity": log_popularity, "directions": directions}
 
     train, test = _cases(histories, choice_users), _cases(histories, test_users)
     if not train or not test:
