@@ -124,7 +124,7 @@ class RecommendationsWriter:
             column.frombytes(np.ascontiguousarray(new, column.typecode).tobytes())
         return first
 
-    def add(self, values: Mapping[str, int | float | np.ndarray]) -> None:
+    def add(self, values: Mapping[str, Any]) -> None:
         """A recommendation: a value for each of SCALARS and of ROWS."""
         for name, column in self._scalars.items():
             column.append(values[name])
