@@ -120,8 +120,8 @@ def logged(run: Path, method: str, resume: bool, **values: Any) -> None:
     """Trains a policy on the log that RUN was trained on.
 
     It is used if, on validation, slate reward and reward-weighted NDCG@10 improve significantly over the supervised
-    models, NDCG@10 does not fall, and a control with permuted rewards does not improve. SIGTERM and Ctrl-C save and end
-    the training; --resume continues with exactly the same result.
+    models and over the policy in use, NDCG@10 does not fall below either, and a control with permuted rewards does not
+    improve. SIGTERM and Ctrl-C save and end the training; --resume continues with exactly the same result.
     """
     _refuse_changes(resume)
     from jaxrec.rl.logged.methods import METHODS

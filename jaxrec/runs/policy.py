@@ -37,7 +37,7 @@ from jaxrec.runs.directory import (
 )
 
 SERVED_POLICY, SERVED_SUPERVISED = "reinforce", "supervised"  # the names that serving knows
-UNTRAINED = "run `jaxrec rl` first"
+UNTRAINED, AGAIN = "run `jaxrec rl logged` first", "run `jaxrec rl logged` again"
 
 
 class LoadedRun(NamedTuple):
@@ -100,18 +100,28 @@ def write_policy(
 
 def keep_previous(run: Run) -> None:
     """Copies a policy that is in use to RUN/policy.previous/, so that it is whole whatever happens to the original."""
-    if is_in_use(run):
+    if digest_in_use(run) is not None:
         with new_directory(run.folder / POLICY_PREVIOUS_FOLDER, POLICY_FILE) as copy:
             shutil.copytree(run.folder / POLICY_FOLDER, copy, dirs_exist_ok=True)
 
 
-def is_in_use(run: Run) -> bool:
-    """Whether RUN/policy/ can be read and is used."""
+def digest_in_use(run: Run) -> str | None:
+    """SHA-256 of the variables of the policy in use; None where RUN/policy/ is not used or its record is damaged."""
     try:
         record = read_record(run)
     except DataError:
-        return False
-    return record is not None and record.outcome.used
+        return None
+    return record.sha256 if record is not None and record.outcome.used else None
+
+
+def require_in_use(run: Run, compared_with: str | None) -> None:
+    """Raises DataError where the policy in use is no longer the one that a new policy was compared with
+    (`digest_in_use` at that time): whoever replaced it has not been compared with the new one."""
+    if digest_in_use(run) != compared_with:
+        raise DataError(
+            f"{run.folder / POLICY_FOLDER}: the policy in use is not the one that the new policy was compared with, "
+            "another training has replaced it meanwhile; run the command again"
+        )
 
 
 def read_outcome(run: Run) -> PolicyOutcome | None:
@@ -139,17 +149,17 @@ def load_policy(run: Run, supervised: Hybrid, only_if_used: bool = True) -> Hybr
         return None
     path = run.folder / POLICY_FOLDER / POLICY_VARIABLES_FILE
     if not path.is_file() or sha256(path) != record.sha256:
-        raise DataError(f"{path}: missing or damaged (its SHA-256 differs); run `jaxrec rl` again")
+        raise DataError(f"{path}: missing or damaged (its SHA-256 differs); {AGAIN}")
     if models_digest(supervised) != record.models_sha256:
         raise DataError(
             f"{run.folder / POLICY_FOLDER}: the policy was trained on top of other weights than the models of "
-            f"{run.folder} have now; run `jaxrec rl` again"
+            f"{run.folder} have now; {AGAIN}"
         )
     with np.load(path, allow_pickle=False) as arrays:
         variables = unflatten_dict(dict(arrays), sep="/")
     graphdef, fresh = _head_of(supervised, variables["inner"]["kernel"].shape[1])
     if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, fresh):
-        raise DataError(f"{path}: its arrays do not fit the models of {run.folder}; run `jaxrec rl` again")
+        raise DataError(f"{path}: its arrays do not fit the models of {run.folder}; {AGAIN}")
     return supervised.with_policy(nnx.merge(graphdef, jax.tree.map(jnp.asarray, variables)))
 
 
@@ -189,7 +199,7 @@ def read_record(run: Run) -> PolicyRecord | None:
     if not (run.folder / POLICY_FOLDER).exists():
         return None
     path = run.folder / POLICY_FOLDER / POLICY_FILE
-    content = read_json(path, "run `jaxrec rl` again")
+    content = read_json(path, AGAIN)
     try:
         if content["schema_version"] != POLICY_SCHEMA_VERSION:
             raise ValueError(f"schema version {content['schema_version']}, expected {POLICY_SCHEMA_VERSION}")
@@ -198,4 +208,4 @@ def read_record(run: Run) -> PolicyRecord | None:
             outcome, **{name: content[name] for name in ("config", "method", "models_sha256", "sha256")}
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: not a policy that this version can read ({error}); run `jaxrec rl` again") from error
+        raise DataError(f"{path}: not a policy that this version can read ({error}); {AGAIN}") from error

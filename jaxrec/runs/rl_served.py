@@ -18,7 +18,7 @@ from jaxrec.rl.served.event_store import DETERMINISTIC, ServedLog, read_served_l
 from jaxrec.rl.served.states import served_states
 from jaxrec.rl.served.train import split_users, train_served
 from jaxrec.runs.directory import SERVED_OUTCOME_FILE
-from jaxrec.runs.policy import LoadedRun, policy_in_use, write_policy
+from jaxrec.runs.policy import LoadedRun, digest_in_use, policy_in_use, require_in_use, write_policy
 from jaxrec.training.stopping import StopRequested, never
 
 SERVED_METHOD = "served"
@@ -30,16 +30,17 @@ def run_served(
     """Trains from the policy in use on what the event store `log` holds, and replaces it only if the gate agrees.
 
     The gate's decision and the doubly robust gain are also written to RUN/policy_from_log.json.
-    Raises DataError where the store cannot be read or holds nothing usable, TrainingError where a metric is not finite,
-    TrainingStopped where `stop()` was true. The policy in use stays in all of these.
+    Raises DataError where the store cannot be read or holds nothing usable, or another training has replaced the policy
+    in use meanwhile; TrainingError where a metric is not finite; TrainingStopped where `stop()` was true. The policy in
+    use stays in all of these.
     """
     run, data, supervised = loaded
-    base = policy_in_use(run, supervised, config.seed)
+    base, compared_with = policy_in_use(run, supervised, config.seed), digest_in_use(run)
     served = read_served_log(log, data.catalog, config.attribution_window)
     if not served.recommendations:
         hint = "; is the server run with --explore?" if DETERMINISTIC in served.skipped else ""
         raise DataError(f"{log}: nothing to learn from: {_counts(served)}{hint}")
-    if not (_with_response(served) or config.rewards.novelty or config.rewards.diversity):
+    if not (served.recommendations.with_response() or config.rewards.novelty or config.rewards.diversity):
         raise DataError(
             f"{log}: nothing to learn from: {_counts(served)}; do clients send the recommendation_id with the events "
             "that respond to it?"
@@ -56,6 +57,7 @@ def run_served(
     trained, evaluation = train_served(base.graphdef, base.variables, scoring, states, rows, config, stop)
     outcome = dataclasses.replace(trained.outcome, summary=summary)
     if outcome.used:
+        require_in_use(run, compared_with)
         write_policy(run, supervised, trained._replace(outcome=outcome), config, SERVED_METHOD)
     record = {
         "used": outcome.used,
@@ -82,9 +84,5 @@ def _counts(served: ServedLog) -> str:
     skipped = "".join(f", {count} left out {reason}" for reason, count in sorted(served.skipped.items()))
     return (
         f"{served.shown} recommendations shown, {len(served.recommendations)} to {len(served.users)} users are usable, "
-        f"{_with_response(served)} of them have a response{skipped}"
+        f"{served.recommendations.with_response()} of them have a response{skipped}"
     )
-
-
-def _with_response(served: ServedLog) -> int:
-    return sum(len(one.responses) > 0 for one in served.recommendations)

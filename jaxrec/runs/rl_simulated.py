@@ -33,7 +33,7 @@ from jaxrec.rl.simulated.recommender import every_user, recommender_environment,
 from jaxrec.rl.simulated.split_people import TwoSimulators, two_simulators
 from jaxrec.rl.simulated.train import train_simulated
 from jaxrec.runs.directory import SIMULATED_OUTCOME_FILE, SIMULATOR_PARTIAL_FOLDER
-from jaxrec.runs.policy import LoadedRun, PolicyInUse, policy_in_use, write_policy
+from jaxrec.runs.policy import LoadedRun, PolicyInUse, digest_in_use, policy_in_use, require_in_use, write_policy
 from jaxrec.training.stopping import StopRequested, never
 
 SIMULATED_METHOD = "simulated"
@@ -71,16 +71,16 @@ def run_simulated(
     RUN/policy_from_simulator.json.
 
     With `resume` an interrupted training continues, with the configuration that it started with.
-    Raises DataError where the log cannot be read or has too few other users, or there is nothing to resume;
-    TrainingError where a metric is not finite; TrainingStopped where `stop()` was true: it can be resumed then. The
-    policy in use stays in all of these.
+    Raises DataError where the log cannot be read or has too few other users, there is nothing to resume, or another
+    training has replaced the policy in use meanwhile; TrainingError where a metric is not finite; TrainingStopped where
+    `stop()` was true: it can be resumed then. The policy in use stays in all of these.
     """
     run, data, supervised = loaded
     checkpoint = PolicyCheckpoint(run.folder / SIMULATOR_PARTIAL_FOLDER)
     if resume:
         config = checkpoint.configuration(SimulatedConfig)
     require_slates(data, config.slate_size)
-    base = policy_in_use(run, supervised, config.seed)
+    base, compared_with = policy_in_use(run, supervised, config.seed), digest_in_use(run)
     simulators = two_simulators(read_like(ratings, data), data, config.seed)
     training = simulated_training(supervised, data, base, simulators, config)
     if not resume:
@@ -100,6 +100,7 @@ def run_simulated(
     outcome = simulated_outcome(new, before, training.supervised())
     outcome = dataclasses.replace(outcome, summary=f"{ratings}: {simulators.summary}.")
     if outcome.used:
+        require_in_use(run, compared_with)
         head = jax.tree.map(np.array, params.head)
         write_policy(run, supervised, TrainedPolicy(outcome, head, records, []), config, SIMULATED_METHOD)
     record = {

@@ -1,5 +1,6 @@
 """int8: graphs with the same contract and almost the same answers, or no export."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +64,33 @@ def test_gate_on_overlap_and_ndcg() -> None:
     assert figures["ndcg_10_float32"] == pytest.approx(0.75)
     with pytest.raises(ExportError, match=r"overlap by 0\.9890 \(expected 0\.99 or more\)"):
         compare_ranked(exact, ranked([1, 3] * 50, [TEN] * 89 + [[*TEN[:9], 11]] * 11))
-    with pytest.raises(ExportError, match=r"is 0\.74500 beside 0\.75000 \(expected within 0\.5%\)"):
+    with pytest.raises(ExportError, match=r"is 0\.74500 beside 0\.75000 \(expected to fall by at most 0\.5%\)"):
         compare_ranked(exact, ranked([3, 3] + [1, 3] * 49, [TEN] * 100))
+    # A model that ranks better is no worse, by however much.
+    assert compare_ranked(exact, ranked([1, 1] * 50, [TEN] * 100))["ndcg_10_int8"] == 1.0
+
+
+def test_a_quantized_graph_that_ranks_better_is_kept(
+    small_data: PreparedData, model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the two graphs one ranks better; as the quantized one it is accepted, as the one before it is not."""
+    monkeypatch.setattr(quantize, "LEAST_OVERLAP", 0.0)
+    monkeypatch.setattr(quantize, "MOST_NDCG_LOSS", 1.0)
+    graph = (model_directory / "sequence.onnx").read_bytes()
+    both = graph, quantize_lstms(graph)
+    figures = check_quality(*both, small_data, 50)
+    worse, better = both if figures["ndcg_10_float32"] < figures["ndcg_10_int8"] else both[::-1]
+    monkeypatch.setattr(quantize, "MOST_NDCG_LOSS", 0.0)
+    figures = check_quality(worse, better, small_data, 50)
+    assert figures["ndcg_10_float32"] < figures["ndcg_10_int8"]
+    with pytest.raises(ExportError, match="expected to fall by at most"):
+        check_quality(better, worse, small_data, 50)
+
+
+def test_without_a_validation_case_nothing_is_said_to_be_kept(small_data: PreparedData) -> None:
+    none = dataclasses.replace(small_data.split, validation=small_data.split.validation.at_most(0))
+    with pytest.raises(ExportError, match=r"^int8: no validation case is left"):
+        check_quality(b"", b"", dataclasses.replace(small_data, split=none), 50)
 
 
 def test_a_model_that_gets_worse_is_not_exported(

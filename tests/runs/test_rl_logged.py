@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,10 +19,15 @@ from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.rl.config import LoggedConfig
+from jaxrec.rl.config import LoggedConfig, RewardWeights, ServedConfig
+from jaxrec.rl.logged import train as train_module
 from jaxrec.rl.logged.methods import TOP_K
 from jaxrec.rl.logged.train import train_logged
+from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
+from jaxrec.rl.scoring import new_head
+from jaxrec.rl.updates import Learner
 from jaxrec.runs.directory import (
+    POLICY_FILES,
     POLICY_FOLDER,
     POLICY_PREVIOUS_FOLDER,
     POLICY_REFUSED_FOLDER,
@@ -35,6 +43,8 @@ from jaxrec.runs.policy import (
     read_outcome,
     read_policy_evaluations,
     read_policy_updates,
+    read_record,
+    write_policy,
 )
 from jaxrec.runs.rl_logged import run_logged
 
@@ -138,6 +148,7 @@ def test_policy_on_top_of_other_weights_is_refused(run: Run, supervised: Hybrid)
 
 def test_a_refused_policy_does_not_replace_one_in_use(loaded: LoadedRun) -> None:
     run = loaded.run
+    assert {path.name for path in run.folder.iterdir()} <= {"run.json", *POLICY_FILES}
     record_use(run, False)
     assert not run_logged(loaded, dataclasses.replace(SHORT, updates=20)).used
     assert not (run.folder / POLICY_REFUSED_FOLDER).exists()
@@ -145,10 +156,105 @@ def test_a_refused_policy_does_not_replace_one_in_use(loaded: LoadedRun) -> None
     digest = sha256(run.folder / POLICY_FOLDER / "policy.npz")
     outcome = run_logged(loaded, dataclasses.replace(SHORT, updates=20, seed=1))
     assert not outcome.used
-    assert "the policy in use stays" in outcome.reason
+    assert outcome.reason.startswith("keeping the policy in use: ")
+    assert outcome.reason.endswith(f"; the new policy is in {run.folder / POLICY_REFUSED_FOLDER}")
+    assert {path.name for path in run.folder.iterdir()} <= {"run.json", *POLICY_FILES}  # which new data removes
     assert sha256(run.folder / POLICY_FOLDER / "policy.npz") == digest
     assert digest != sha256(run.folder / POLICY_REFUSED_FOLDER / "policy.npz")
     assert not (run.folder / POLICY_PREVIOUS_FOLDER).exists()
+
+
+HITS = dataclasses.replace(SHORT, updates=1, rewards=RewardWeights(hit=1.0, genre=0.0, rating=0.0))
+
+
+def biased_head(loaded: LoadedRun, strength: float) -> dict[str, Any]:
+    """The head of a policy that prefers the targets of validation, as the supervised models cannot know."""
+    cases = loaded.data.split.validation
+    counts = np.bincount(loaded.data.histories.items[cases.rows], minlength=len(loaded.data.catalog) + 1)
+    head = new_head(32, len(loaded.data.catalog), 8, seed=0)[1]
+    return {**head, "item_bias": jnp.asarray(strength * counts, jnp.float32)}
+
+
+def put_in_use(loaded: LoadedRun, strength: float) -> str:
+    """Puts such a policy in use, as one that was learned from a server's log; returns the digest of its variables."""
+    in_use = TrainedPolicy(PolicyOutcome(True, "for the test"), biased_head(loaded, strength), [], [])
+    write_policy(loaded.run, loaded.supervised, in_use, ServedConfig(), "served")
+    return sha256(loaded.run.folder / POLICY_FOLDER / "policy.npz")
+
+
+def let_training_find(monkeypatch: pytest.MonkeyPatch, head: dict[str, Any], meanwhile: Callable[[], object]) -> None:
+    """Training ends with this policy, and its controls as they started; `meanwhile` is called during it."""
+    run_updates = train_module.run_updates
+
+    def found(*arguments: Any) -> Iterator[tuple[Learner, list[dict[str, float]]]]:
+        meanwhile()
+        for learner, records in run_updates(*arguments):
+            start = jax.tree.map(jnp.zeros_like, learner.params.head)
+            of_phase = head if train_module.POLICY in arguments else start
+            yield learner._replace(params=learner.params._replace(head=of_phase)), records
+
+    monkeypatch.setattr(train_module, "run_updates", found)
+
+
+@pytest.mark.parametrize(("strength", "used"), [(1.0, False), (4.0, True)])
+def test_a_policy_is_compared_with_the_one_in_use_whatever_trained_that(
+    loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch, strength: float, used: bool
+) -> None:
+    """Both are better than the supervised models; only the second one is better than the policy in use."""
+    folder = loaded.run.folder
+    shutil.rmtree(folder / POLICY_FOLDER)
+    let_training_find(monkeypatch, biased_head(loaded, strength), lambda: None)
+    alone = run_logged(loaded, HITS)
+    assert alone.used, alone.reason
+    shutil.rmtree(folder / POLICY_FOLDER)
+    before = put_in_use(loaded, 2.0)
+    outcome = run_logged(loaded, HITS)
+    assert outcome.used is used, outcome.reason
+    assert (sha256(folder / POLICY_FOLDER / "policy.npz") == before) is not used
+    record = read_record(loaded.run)
+    assert record is not None
+    assert record.method == ("reinforce" if used else "served")
+    if used:
+        assert sha256(folder / POLICY_PREVIOUS_FOLDER / "policy.npz") == before
+        assert record.outcome == outcome
+    else:
+        assert sha256(folder / POLICY_REFUSED_FOLDER / "policy.npz") != before
+        assert not (folder / POLICY_PREVIOUS_FOLDER).exists()
+    assert {"supervised", "policy in use", "policy"} <= outcome.figures.keys()
+    ndcg_10 = [outcome.figures[name]["ndcg_10"] for name in ("supervised", "policy in use", "policy")]
+    assert ndcg_10[0] < ndcg_10[1]
+    assert (ndcg_10[1] < ndcg_10[2]) is used
+    assert outcome.differences["ndcg_10_over_policy_in_use"]["mean"] == pytest.approx(ndcg_10[2] - ndcg_10[1])
+
+
+def test_a_policy_that_came_into_use_meanwhile_is_not_replaced(
+    loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was not compared with the new one; --resume compares both."""
+    shutil.rmtree(loaded.run.folder / POLICY_FOLDER)
+    let_training_find(monkeypatch, biased_head(loaded, 1.0), lambda: put_in_use(loaded, 2.0))
+    with pytest.raises(DataError, match="the policy in use is not the one that the new policy was compared with"):
+        run_logged(loaded, HITS)
+    record = read_record(loaded.run)
+    assert record is not None
+    assert record.method == "served"
+    outcome = run_logged(loaded, resume=True)
+    assert not outcome.used
+    assert "over the policy in use" in outcome.reason
+
+
+def test_a_policy_that_cannot_be_used_is_replaced_without_a_comparison(loaded: LoadedRun) -> None:
+    """The summary says so, and the run is whole again."""
+    record_use(loaded.run, True)
+    (loaded.run.folder / POLICY_FOLDER / "policy.npz").write_bytes(b"half")
+    with pytest.raises(DataError, match=r"missing or damaged.* run `jaxrec rl logged` again"):
+        load_policy(loaded.run, loaded.supervised)
+    outcome = run_logged(loaded, dataclasses.replace(SHORT, updates=20))
+    assert not outcome.used
+    assert "policy in use" not in outcome.figures
+    assert outcome.summary.startswith("The policy before cannot be used and was not compared with the new one: ")
+    assert read_outcome(loaded.run) == outcome
+    assert load_served(loaded.run, loaded.supervised) is loaded.supervised
 
 
 def test_off_policy_training_tells_how_good_its_behaviour_model_is(

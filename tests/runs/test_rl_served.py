@@ -25,8 +25,16 @@ from jaxrec.rl.served.event_store import (
     UNNOTED,
     read_served_log,
 )
-from jaxrec.runs.directory import POLICY_FOLDER, POLICY_PREVIOUS_FOLDER, open_run
-from jaxrec.runs.policy import LoadedRun, load_policy, read_outcome, read_policy_updates, write_policy
+from jaxrec.runs.directory import POLICY_FILES, POLICY_FOLDER, POLICY_PREVIOUS_FOLDER, open_run
+from jaxrec.runs.policy import (
+    LoadedRun,
+    load_policy,
+    policy_in_use,
+    read_outcome,
+    read_policy_updates,
+    read_record,
+    write_policy,
+)
 from jaxrec.runs.rl_served import run_served
 from serve.model.directory import read_artifact
 from serve.model.events import Event
@@ -154,6 +162,7 @@ def test_a_better_policy_replaces_the_one_in_use(
     assert shift[good].mean() > shift[~good].mean() + 0.1
     assert sha256(run / POLICY_PREVIOUS_FOLDER / "policy.npz") == digest
     assert sha256(liked) == before
+    assert {path.name for path in run.iterdir()} <= {"run.json", *POLICY_FILES}  # which new data removes
     record = json.loads((run / "policy_from_log.json").read_text())
     robust, gain = record["doubly_robust_gain"], record["gate"]["gain"]
     assert f"the doubly robust gain is {robust['value']:.4f} ({robust['low']:.4f} to {robust['high']:.4f})" in (
@@ -167,6 +176,22 @@ def test_a_better_policy_replaces_the_one_in_use(
     assert len(steps) == CONFIG.updates
     assert steps[0]["kl"] == 0.0 < steps[-1]["kl"] < 2 * CONFIG.kl_target
     assert steps[0]["ess_share"] > 0.99 > steps[-1]["ess_share"]
+
+
+def test_a_policy_that_came_into_use_meanwhile_is_not_replaced(
+    run: Path, loaded: LoadedRun, liked: Path, supervised: Hybrid
+) -> None:
+    other = in_use({**policy_in_use(loaded.run, supervised).variables, "item_bias": np.zeros(61, np.float32)})
+
+    def meanwhile() -> bool:
+        write_policy(loaded.run, supervised, other, CONFIG, "simulated")
+        return False
+
+    with pytest.raises(DataError, match="the policy in use is not the one that the new policy was compared with"):
+        run_served(loaded, liked, CONFIG, meanwhile)
+    record = read_record(open_run(run))
+    assert record is not None
+    assert record.method == "simulated"
 
 
 def test_a_policy_that_is_not_shown_to_be_better_is_refused(run: Path, loaded: LoadedRun, indifferent: Path) -> None:

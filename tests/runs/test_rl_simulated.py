@@ -30,6 +30,7 @@ from jaxrec.rl.simulated.policy import recommender_policy
 from jaxrec.rl.simulated.split_people import two_simulators
 from jaxrec.runs import rl_simulated as simulator_run
 from jaxrec.runs.directory import (
+    POLICY_FILES,
     POLICY_FOLDER,
     POLICY_PREVIOUS_FOLDER,
     SIMULATED_OUTCOME_FILE,
@@ -124,6 +125,7 @@ def test_what_passes_is_used_and_started_from_the_policy_in_use(passed: Path, of
     assert [step["step"] for step in read_policy_updates(passed)] == [10, 20]
     assert sha256(passed / POLICY_PREVIOUS_FOLDER / "policy.npz") == sha256(of_log / POLICY_FOLDER / "policy.npz")
     assert not (passed / SIMULATOR_PARTIAL_FOLDER).exists()
+    assert {path.name for path in passed.iterdir()} <= {"run.json", *POLICY_FILES}  # which new data removes
     # Adam moves no weight further than about the learning rate in an update.
     new = load_policy(open_run(passed), supervised)
     assert new is not None
@@ -157,6 +159,25 @@ def test_interrupted_and_resumed_is_the_same(
         assert sha256(run / POLICY_FOLDER / name) == sha256(passed / POLICY_FOLDER / name)
     with pytest.raises(DataError, match="no interrupted training to resume"):
         run_simulated(loaded, ratings, resume=True)
+
+
+def test_a_policy_that_came_into_use_meanwhile_is_not_replaced(
+    run: Path, loaded: LoadedRun, ratings: Path, supervised: Hybrid
+) -> None:
+    other = {**policy_in_use(open_run(run), supervised).variables, "item_bias": np.zeros(61, np.float32)}
+
+    def meanwhile() -> bool:
+        trained = TrainedPolicy(PolicyOutcome(True, "for the test"), other, [], [])
+        write_policy(open_run(run), supervised, trained, CONFIG, "served")
+        return False
+
+    with pytest.MonkeyPatch.context() as patch:
+        let_pass(patch)
+        with pytest.raises(DataError, match="the policy in use is not the one that the new policy was compared with"):
+            run_simulated(loaded, ratings, CONFIG, stop=meanwhile)
+    record = read_record(open_run(run))
+    assert record is not None
+    assert record.method == "served"
 
 
 def test_what_gains_nothing_is_refused_and_the_users_are_reported(run: Path, loaded: LoadedRun, ratings: Path) -> None:

@@ -1,4 +1,4 @@
-"""Evaluates a policy beside the supervised one on logged cases, and decides which of the two is used."""
+"""Evaluates a policy beside the supervised one and the policy in use on logged cases, and decides which is used."""
 
 import dataclasses
 from collections.abc import Callable
@@ -29,6 +29,7 @@ from jaxrec.rl.states import encode_histories
 
 MAX_EVALUATED_CASES = 10_000
 CASES_PER_BATCH = 64
+SUPERVISED, IN_USE = "supervised models", "policy in use"
 LABELS = {
     "reward": "mean slate reward",
     "reward_weighted_ndcg_10": "reward-weighted NDCG@10",
@@ -93,26 +94,31 @@ def compare(policy: CaseResults, other: CaseResults, seed: int = 0) -> dict[str,
 
 
 def logged_outcome(
-    policy: CaseResults, supervised: CaseResults, imitation_only: CaseResults, permuted: CaseResults
+    policy: CaseResults,
+    supervised: CaseResults,
+    imitation_only: CaseResults,
+    permuted: CaseResults,
+    in_use: CaseResults | None = None,
 ) -> PolicyOutcome:
-    """Whether the policy is used instead of the supervised one, given the results of all on the same validation cases.
+    """Whether the policy is used from now on, given the results of all on the same validation cases.
 
     It is used if and only if the 95 % intervals of its paired gains in mean slate reward and in reward-weighted NDCG@10
     lie above 0, its NDCG@10 is not lower, and the control with permuted rewards has no such gain over the control
-    without rewards. A gain of that control would mean that the evaluation finds gains where there is nothing to learn.
-    What the policy gains beyond `imitation_only` is the effect of the rewards; the reason reports it. Validation was
-    used to choose the models, but no policy: each is evaluated once, after its last update.
+    without rewards. The first three must hold over the supervised models and, where there is one, over the policy
+    `in_use`. A gain of that control would mean that the evaluation finds gains where there is nothing to learn. What
+    the policy gains beyond `imitation_only` is the effect of the rewards; the reason reports it. Validation was used to
+    choose the models, but no policy: each is evaluated once, after its last update.
     """
-    gains, control = compare(policy, supervised), compare(permuted, imitation_only)
-    conditions = {
-        "the slate reward did not improve significantly": gains["reward"].low > 0,
-        "the reward-weighted NDCG@10 did not improve significantly": gains["reward_weighted_ndcg_10"].low > 0,
-        "NDCG@10 fell": gains["ndcg_10"].mean >= 0,
-        "the control with permuted rewards improved, too": control["reward_weighted_ndcg_10"].low <= 0,
-    }
-    figures = {name: (policy.figures()[name], supervised.figures()[name]) for name in gains}
+    others = {SUPERVISED: supervised} if in_use is None else {SUPERVISED: supervised, IN_USE: in_use}
+    gains = {other: compare(policy, results) for other, results in others.items()}
+    control = compare(permuted, imitation_only)["reward_weighted_ndcg_10"]
+    failed = [f"over the {other} {' and '.join(lost)}" for other in others if (lost := _not_better(gains[other]))]
+    if control.low > 0:
+        failed.append("the control with permuted rewards improved, too")
     shown = "; ".join(
-        f"{label} {figures[name][0]:.4f} against {figures[name][1]:.4f}, {signed(gains[name])}"
+        f"{label} {policy.figures()[name]:.4f} against {results.figures()[name]:.4f} of the {other}, "
+        f"{signed(gains[other][name])}"
+        for other, results in others.items()
         for name, label in LABELS.items()
     )
     of_imitation, of_reward = (
@@ -120,15 +126,27 @@ def logged_outcome(
         for a, b in ((imitation_only, supervised), (policy, imitation_only))
     )
     controls = (
-        f"Controls, in reward-weighted NDCG@10: imitation without rewards {of_imitation}; the policy beyond that "
-        f"{of_reward}; permuted rewards beyond it {signed(control['reward_weighted_ndcg_10'])}."
+        f"controls, in reward-weighted NDCG@10: imitation without rewards {of_imitation}; the policy beyond that "
+        f"{of_reward}; permuted rewards beyond it {signed(control)}"
     )
-    failed = " and ".join(label for label, holds in conditions.items() if not holds)
-    verdict = (
-        f"keeping the supervised model: on validation {failed}" if failed else "the new policy is used; on validation"
-    )
-    differences = {name: dataclasses.asdict(gain) for name, gain in gains.items()}
-    return PolicyOutcome(not failed, f"{verdict}: {shown}. {controls}", differences=differences)
+    kept = SUPERVISED if in_use is None else IN_USE
+    verdict = f"keeping the {kept}: on validation {', and '.join(failed)}" if failed else "the new policy is used"
+    differences = {
+        name if other == SUPERVISED else f"{name}_over_policy_in_use": dataclasses.asdict(gain)
+        for other in others
+        for name, gain in gains[other].items()
+    }
+    return PolicyOutcome(not failed, f"{verdict}: {shown}; {controls}", differences=differences)
+
+
+def _not_better(gains: dict[str, Estimate]) -> list[str]:
+    """What keeps a policy with these gains from being better than another one; empty: it is better."""
+    conditions = {
+        "the slate reward did not improve significantly": gains["reward"].low > 0,
+        "the reward-weighted NDCG@10 did not improve significantly": gains["reward_weighted_ndcg_10"].low > 0,
+        "NDCG@10 fell": gains["ndcg_10"].mean >= 0,
+    }
+    return [label for label, holds in conditions.items() if not holds]
 
 
 def signed(estimate: Estimate) -> str:

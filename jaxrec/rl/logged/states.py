@@ -31,8 +31,8 @@ class States(NamedTuple):
     `user_mean` [states] float32 the mean of the user's ratings before, `logprob_beta` [states] float32 the target's
     log-probability under the behaviour model (0 where none was fitted).
 
-    `windows` [windows, length] int32 holds items (0 = padding); a state's history is the first `seen` [states] int32 of
-    row `window` [states] int32.
+    `windows` [windows, length] int32 holds items (0 = padding), each of one `user` [windows] int32; a state's history
+    is the first `seen` [states] int32 of row `window` [states] int32.
     """
 
     query: Array
@@ -43,6 +43,7 @@ class States(NamedTuple):
     window: Array
     seen: Array
     windows: Array
+    user: Array
 
     def recent(self, rows: jax.Array) -> jax.Array:
         """[rows, RECENT] int32: the last items of the given states' histories, the last one first, 0 = padding."""
@@ -101,19 +102,25 @@ def training_states(
         window=window.astype(np.int32),
         seen=(position + 1).astype(np.int32),
         windows=windows,
+        user=users[kept].astype(np.int32),
     )
 
 
 def with_behaviour(states: States, item_count: int, seed: int) -> tuple[States, Fit]:
     """The states with the log-probability of each target under a behaviour model fitted to them, and how good that is
-    on the tenth of the windows that it was not fitted to. Targets that the history holds already have none."""
+    on the tenth of the users that it was not fitted to. Targets that the history holds already have none. Raises
+    DataError where there is only one user."""
     rows = np.arange(len(states.target))
     exclude = np.asarray(states.histories(jnp.asarray(rows)))
     choices = Choices(np.asarray(states.query), np.asarray(states.target), exclude)
     possible = ~(exclude == choices.action[:, None]).any(axis=1)
-    window_count = len(states.windows)
-    held_out = np.random.default_rng(seed).permutation(window_count) < max(1, window_count // 10)
-    of_held_out = held_out[np.asarray(states.window)]
+    users, user = np.unique(states.user, return_inverse=True)
+    if len(users) < 2:
+        raise DataError(
+            "only one user has two training events; a behaviour model is fitted to one and evaluated on others"
+        )
+    held_out = np.random.default_rng(seed).permutation(len(users)) < max(1, len(users) // 10)
+    of_held_out = held_out[user][np.asarray(states.window)]
     fitted, evaluated = (choices.rows(np.flatnonzero(possible & mask)) for mask in (~of_held_out, of_held_out))
     beta, fit = fit_behaviour(fitted, evaluated, item_count, BehaviourConfig(max_epochs=BEHAVIOUR_EPOCHS, seed=seed))
     logprobs = np.zeros(len(rows), np.float32)

@@ -1,4 +1,4 @@
-"""Trains a policy on top of the supervised hybrid, and two controls beside it; evaluates all three on validation."""
+"""Trains a policy on top of the supervised hybrid and two controls; evaluates them and what is in use on validation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.rl.checkpoint import PolicyCheckpoint
 from jaxrec.rl.config import LoggedConfig
 from jaxrec.rl.logged.behaviour import Fit
-from jaxrec.rl.logged.evaluate import CaseResults, case_evaluator, case_states, logged_outcome
+from jaxrec.rl.logged.evaluate import IN_USE, CaseResults, CaseStates, case_evaluator, case_states, logged_outcome
 from jaxrec.rl.logged.loss import logged_loss, start_params
 from jaxrec.rl.logged.methods import REINFORCE, Method
 from jaxrec.rl.logged.states import States, training_states, with_behaviour
@@ -33,7 +33,7 @@ PHASES = {POLICY: (1.0, False), IMITATION_ONLY: (0.0, False), PERMUTED: (1.0, Tr
 class LoggedTraining(NamedTuple):
     """What the policy and its controls are trained with: the frozen `scoring`, the logged `states`, the structure and
     the parameters `start` of the supervised policy, the compiled `updates`, and `evaluate(head)` on the validation
-    cases. `behaviour`: the fit of the behaviour model, where the method needs one."""
+    `cases`. `behaviour`: the fit of the behaviour model, where the method needs one."""
 
     scoring: Scoring
     states: States
@@ -43,6 +43,7 @@ class LoggedTraining(NamedTuple):
     evaluate: Callable[[Any], CaseResults]
     config: LoggedConfig
     behaviour: Fit | None
+    cases: CaseStates
 
     def new_learner(self) -> Learner:
         """A learner whose policy is the supervised one."""
@@ -57,6 +58,7 @@ def train_logged(
     method: Method = REINFORCE,
     checkpoint: PolicyCheckpoint | None = None,
     stop: StopRequested = never,
+    in_use: PolicyHead | None = None,
 ) -> TrainedPolicy:
     """Trains from the supervised policy on, then two controls by as many updates: imitation without rewards, and
     rewards permuted among the decisions of a batch (`jaxrec.rl.logged.evaluate.logged_outcome` says what for).
@@ -68,6 +70,7 @@ def train_logged(
         method: What makes a loss of slates and logged decisions.
         checkpoint: Is resumed from, and written after every `updates_per_evaluation` updates.
         stop: Ends the training after such a chunk.
+        in_use: The policy that is in use on top of these models, which the new one must be better than.
 
     Raises:
         DataError: There is nothing to learn from, no validation case, or the checkpoint is damaged.
@@ -111,8 +114,15 @@ def train_logged(
             raise TrainingStopped(f"{phase}: stopped after update {total} of {total}; {KEPT}")
     results = {name: training.evaluate(head) for name, head in zip(PHASES, heads, strict=True)}
     supervised = training.evaluate(training.start.head)
-    outcome = logged_outcome(results[POLICY], supervised, results[IMITATION_ONLY], results[PERMUTED])
-    figures = {"supervised": supervised.figures(), **{name: one.figures() for name, one in results.items()}}
+    evaluated = {"supervised": supervised, **results}
+    if in_use is not None:
+        graphdef, head = nnx.split(in_use)
+        max_length, rewards = hybrid.lstm.config.max_length, training.config.rewards
+        evaluate = case_evaluator(graphdef, training.scoring, training.cases, data, max_length, rewards)
+        evaluated[IN_USE] = evaluate(head)
+    compared = results[POLICY], supervised, results[IMITATION_ONLY], results[PERMUTED], evaluated.get(IN_USE)
+    outcome = logged_outcome(*compared)
+    figures = {name: one.figures() for name, one in evaluated.items()}
     if training.behaviour is not None:
         figures["behaviour model"] = dataclasses.asdict(training.behaviour)
     return TrainedPolicy(dataclasses.replace(outcome, figures=figures), heads[0], updates, evaluations)
@@ -145,4 +155,5 @@ def logged_training(
         case_evaluator(graphdef, scoring, cases, data, hybrid.lstm.config.max_length, config.rewards),
         config,
         behaviour,
+        cases,
     )

@@ -17,19 +17,21 @@ still come. The log ends with the last recommendation, by the server's clock, or
 """
 
 import contextlib
+import itertools
 import json
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxrec.config import RatingScale
 from jaxrec.data.catalog import Catalog
 from jaxrec.errors import DataError
+from jaxrec.rl.served.recommendations import NO_REQUEST_TIME, History, Recommendations, RecommendationsWriter
 
 APPLICATION_ID = 0x6A787263
 STORE_VERSION = 4
@@ -44,40 +46,12 @@ NO_HISTORY = "to users without a known event"
 STILL_OPEN = "whose responses may still come"
 
 
-class History(NamedTuple):
-    """Events in order: `items` int32, `ratings` float32 (raw, NaN = none), `times` int64, each [events]."""
-
-    items: np.ndarray
-    ratings: np.ndarray
-    times: np.ndarray
-
-
-class Recommendation(NamedTuple):
-    """A slate as it was shown: `slate` [k] int32, best first, `log_propensities` [k] float64, each given the items
-    above it, at the exploration's `temperature`, by the model `version` (of `ServedLog.versions`). `time`: seconds;
-    `request_time`: as the request gave it, None where it did not. `excluded` [excluded] int32: items that the request
-    excluded. `responses` [responses] int32 are the items of the events that respond to it, in their order (0: not in
-    the catalogue), `response_ratings` [responses] float32 (raw, NaN = none)."""
-
-    user: int
-    time: int
-    history: History
-    slate: np.ndarray
-    log_propensities: np.ndarray
-    responses: np.ndarray
-    response_ratings: np.ndarray
-    version: int
-    temperature: float
-    request_time: int | None
-    excluded: np.ndarray
-
-
 class ServedLog(NamedTuple):
     """`recommendations` that can be learned from, in the order of users and time; `users`: raw ids, which
     `Recommendation.user` counts; `versions` of the models that showed them; `skipped`: how many others, by reason;
     `shown`: how many there are in all. `attribution_window` in seconds."""
 
-    recommendations: list[Recommendation]
+    recommendations: Recommendations
     users: list[str]
     versions: list[str]
     skipped: Mapping[str, int]
@@ -89,7 +63,7 @@ class _Shown(NamedTuple):
     """A row of the store."""
 
     recommendation_id: str
-    user_id: str | None
+    user_id: str
     version: str
     time: int
     temperature: float | None
@@ -102,15 +76,16 @@ class _Shown(NamedTuple):
 class _UserEvents(NamedTuple):
     """One user's events by (timestamp, arrival): `named` [events] int64 is the place, among the user's recommendations,
     of the one that each names (-1: none of them), and `delays` [events] int64 how many seconds after that it came (0:
-    before it, or none)."""
+    before it, or none). `known` [known] int64: which ones are on items of the catalogue."""
 
     history: History
     named: np.ndarray
     delays: np.ndarray
+    known: np.ndarray
 
 
 def read_served_log(path: Path, catalog: Catalog, attribution_window: int | None = None) -> ServedLog:
-    """Reads the store.
+    """Reads the store, the rows of one user at a time.
 
     `attribution_window` in seconds; None: within which 99 % of the log's responses came, those dated after now left
     out. Raises DataError where the file is not a store, or cannot be read.
@@ -119,52 +94,61 @@ def read_served_log(path: Path, catalog: Catalog, attribution_window: int | None
     try:
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
             _require_store(connection, path)
-            connection.execute("BEGIN")  # both tables as of one moment
-            shown = _read_shown(connection)
-            events = _read_events(connection, index, shown)
+            connection.execute("BEGIN")  # all queries as of one moment
+            return _read_log(connection, index, attribution_window)
     except sqlite3.Error as error:
         raise DataError(
             f"{path}: cannot be read ({error}); expected the event store of `python -m serve run`"
         ) from error
-    came, delays = _responses_until(int(time.time()), events)
-    window = _quantile(delays) if attribution_window is None else attribution_window
-    every = [one for of_user in shown.values() for one in of_user]
-    closed = max([_quantile(came), *(one.time for one in every)]) - window  # until then, all responses have come
-    skipped: Counter[str] = Counter()
-    recommendations: list[Recommendation] = []
-    users: dict[str, int] = {}
+
+
+def _read_log(connection: sqlite3.Connection, index: Mapping[str, int], attribution_window: int | None) -> ServedLog:
+    end, usual = (_quantile(column) for column in _responses_until(int(time.time()), connection))
+    window = usual if attribution_window is None else attribution_window
+    count, last, sent_along = connection.execute(
+        "SELECT count(*), coalesce(max(timestamp), 0), count(*) - count(user_id) FROM shown"
+    ).fetchone()
+    closed = max(end, last) - window  # until then, all responses have come
+    skipped = Counter({SENT_ALONG: sent_along} if sent_along else {})
+    users: list[str] = []
     versions: dict[str, int] = {}
-    for user_id, of_user in shown.items():
+    writer = RecommendationsWriter()
+    for user_id, of_user in _shown_by_user(connection):
+        events = _read_events(connection, user_id, of_user, index)
+        first = None
         for place, one in enumerate(of_user):
             reason = _unusable(one, index)
-            known = None if reason else events.get(user_id)
-            slate = np.array([] if known is None else [index[item] for item in one.slate], np.int32)
-            history = None if known is None else _history_at(known, one, slate, place)
-            if known is None or history is None or not len(history.items):
+            slate = np.array([] if reason else [index[item] for item in one.slate], np.int32)
+            stop, left_out = _history_at(events, one, slate, place)
+            if reason or stop == len(left_out):
                 skipped[reason or NO_HISTORY] += 1
                 continue
             if one.time > closed:
                 skipped[STILL_OPEN] += 1
                 continue
-            assert user_id is not None
+            if first is None:
+                first = writer.add_events(History(*(column[events.known] for column in events.history)))
+                users.append(user_id)
             assert one.temperature is not None
-            responses = (known.named == place) & (known.delays <= window)
-            recommendations.append(
-                Recommendation(
-                    user=users.setdefault(user_id, len(users)),
-                    time=one.time,
-                    history=history,
-                    slate=slate,
-                    log_propensities=np.array(one.log_propensities, np.float64),
-                    responses=known.history.items[responses],
-                    response_ratings=known.history.ratings[responses],
-                    version=versions.setdefault(one.version, len(versions)),
-                    temperature=one.temperature,
-                    request_time=one.request_time,
-                    excluded=np.array([index[item] for item in one.excluded if item in index], np.int32),
-                )
+            responses = (events.named == place) & (events.delays <= window)
+            writer.add(
+                {
+                    "user": len(users) - 1,
+                    "time": one.time,
+                    "first": first,
+                    "stop": first + stop,
+                    "left_out": left_out,
+                    "slate": slate,
+                    "log_propensities": np.array(one.log_propensities, np.float64),
+                    "responses": events.history.items[responses],
+                    "response_ratings": events.history.ratings[responses],
+                    "version": versions.setdefault(one.version, len(versions)),
+                    "temperature": one.temperature,
+                    "request_time": NO_REQUEST_TIME if one.request_time is None else one.request_time,
+                    "excluded": np.array([index[item] for item in one.excluded if item in index], np.int32),
+                }
             )
-    return ServedLog(recommendations, list(users), list(versions), dict(skipped), len(every), window)
+    return ServedLog(writer.finish(), users, list(versions), dict(skipped), count, window)
 
 
 def unit_ratings(ratings: np.ndarray, scale: RatingScale | None) -> np.ndarray:
@@ -182,50 +166,45 @@ def _require_store(connection: sqlite3.Connection, path: Path) -> None:
         )
 
 
-def _read_shown(connection: sqlite3.Connection) -> dict[str | None, list[_Shown]]:
+def _shown_by_user(connection: sqlite3.Connection) -> Iterator[tuple[str, list[_Shown]]]:
     """Each user's, by time and the order in which they were logged."""
     rows = connection.execute(
         "SELECT recommendation_id, user_id, model_version, timestamp, temperature, request_time, item_ids, "
-        "log_propensities, excluded_item_ids FROM shown ORDER BY user_id, timestamp, number"
+        "log_propensities, excluded_item_ids FROM shown WHERE user_id IS NOT NULL ORDER BY user_id, timestamp, number"
     )
-    shown: dict[str | None, list[_Shown]] = {}
-    for row in rows:
-        shown.setdefault(row[1], []).append(_Shown._make((*row[:6], *(json.loads(column) for column in row[6:]))))
-    return shown
+    for user_id, of_user in itertools.groupby(rows, key=lambda row: row[1]):
+        yield user_id, [_Shown._make((*row[:6], *(json.loads(column) for column in row[6:]))) for row in of_user]
 
 
 def _read_events(
-    connection: sqlite3.Connection, index: Mapping[str, int], shown: Mapping[str | None, list[_Shown]]
-) -> dict[str | None, _UserEvents]:
+    connection: sqlite3.Connection, user_id: str, shown: list[_Shown], index: Mapping[str, int]
+) -> _UserEvents:
     rows = connection.execute(
-        "SELECT user_id, item_id, rating, timestamp, recommendation_id FROM events ORDER BY user_id, timestamp, arrival"
-    )
-    columns: dict[str, list[tuple[Any, ...]]] = {}
-    for user_id, item_id, *rest in rows:
-        columns.setdefault(user_id, []).append((index.get(item_id, 0), *rest))
-    return {user_id: _user_events(events, shown.get(user_id, [])) for user_id, events in columns.items()}
-
-
-def _user_events(events: list[tuple[Any, ...]], shown: list[_Shown]) -> _UserEvents:
-    items, ratings, stamps, names = zip(*events, strict=True)
-    raw = np.array([np.nan if rating is None else rating for rating in ratings], np.float32)
-    times = np.array(stamps, np.int64)
+        "SELECT item_id, rating, timestamp, recommendation_id FROM events WHERE user_id = ? "
+        "ORDER BY timestamp, arrival",
+        (user_id,),
+    ).fetchall()
+    items = np.array([index.get(row[0], 0) for row in rows], np.int32)
+    ratings = np.array([np.nan if row[1] is None else row[1] for row in rows], np.float32)
+    times = np.array([row[2] for row in rows], np.int64)
     places = {one.recommendation_id: place for place, one in enumerate(shown)}
-    named = np.array([places.get(name, -1) for name in names], np.int64)
+    named = np.array([places.get(row[3], -1) for row in rows], np.int64)
     since = times.copy()
     since[named >= 0] = np.array([one.time for one in shown], np.int64)[named[named >= 0]]
-    return _UserEvents(History(np.array(items, np.int32), raw, times), named, np.maximum(times - since, 0))
+    return _UserEvents(History(items, ratings, times), named, np.maximum(times - since, 0), np.flatnonzero(items > 0))
 
 
-def _responses_until(now: int, events: Mapping[str | None, _UserEvents]) -> tuple[np.ndarray, np.ndarray]:
+def _responses_until(now: int, connection: sqlite3.Connection) -> tuple[np.ndarray, np.ndarray]:
     """When the responses came that are not dated after `now`, and how many seconds after the recommendations that they
-    name; each [responses] int64."""
-    found = [np.zeros((2, 0), np.int64)]
-    for known in events.values():
-        where = (known.named >= 0) & (known.history.times <= now)
-        found.append(np.stack([known.history.times[where], known.delays[where]]))
-    came, delays = np.concatenate(found, axis=1)
-    return came, delays
+    name (0: before); each [responses] int64."""
+    rows = connection.execute(
+        "SELECT events.timestamp, max(events.timestamp - shown.timestamp, 0) FROM events JOIN shown "
+        "ON shown.recommendation_id = events.recommendation_id AND shown.user_id = events.user_id "
+        "WHERE events.timestamp <= ?",
+        (now,),
+    )
+    found = np.fromiter(rows, [("came", np.int64), ("delay", np.int64)])
+    return found["came"], found["delay"]
 
 
 def _quantile(values: np.ndarray) -> int:
@@ -235,8 +214,6 @@ def _quantile(values: np.ndarray) -> int:
 
 def _unusable(one: _Shown, index: Mapping[str, int]) -> str:
     """Why never to learn from a recommendation, whatever its user did; empty: there is no reason."""
-    if one.user_id is None:
-        return SENT_ALONG
     if not one.log_propensities or not one.slate:
         return DETERMINISTIC
     if one.temperature is None:
@@ -244,12 +221,13 @@ def _unusable(one: _Shown, index: Mapping[str, int]) -> str:
     return "" if all(item in index for item in one.slate) else UNKNOWN_ITEM
 
 
-def _history_at(events: _UserEvents, one: _Shown, slate: np.ndarray, place: int) -> History:
-    """The user's events on known items until a recommendation, but for those that name it or a later one, and those of
-    its second on items of its `slate` [k] int32; `place`: its place among the user's recommendations."""
+def _history_at(events: _UserEvents, one: _Shown, slate: np.ndarray, place: int) -> tuple[int, np.ndarray]:
+    """How many of the user's events on known items came until a recommendation, and which of these are no history of
+    it: those that name it or a later one, and those of its second on items of its `slate` [k] int32. `place`: its place
+    among the user's recommendations."""
     until = one.time if one.request_time is None else min(one.time, one.request_time)
-    stop = np.searchsorted(events.history.times, until, side="right")
-    items, times = events.history.items[:stop], events.history.times[:stop]
-    taken_from_it = (times == one.time) & np.isin(items, slate)
-    chosen = np.flatnonzero((events.named[:stop] < place) & (items > 0) & ~taken_from_it)
-    return History(*(column[chosen] for column in events.history))
+    times = events.history.times[events.known]
+    stop = int(np.searchsorted(times, until, side="right"))
+    rows = events.known[:stop]
+    taken_from_it = (times[:stop] == one.time) & np.isin(events.history.items[rows], slate)
+    return stop, np.flatnonzero((events.named[rows] >= place) | taken_from_it)

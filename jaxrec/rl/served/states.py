@@ -1,6 +1,7 @@
 """States of the policy at served recommendations: the query after the user's history, the slate with its propensities,
 and its rewards."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,10 +17,12 @@ from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.logged.states import rating_or_mean
 from jaxrec.rl.reward_tables import SHRINKAGE
 from jaxrec.rl.rewards import RewardTables, RewardTerms, slate_reward_terms
-from jaxrec.rl.served.event_store import Recommendation, unit_ratings
+from jaxrec.rl.served.event_store import unit_ratings
+from jaxrec.rl.served.recommendations import Recommendation
 from jaxrec.rl.states import by_batches, encode_histories
 
 HISTORIES_PER_BATCH = 64
+ROWS_AT_A_TIME = 10_000  # whose rewards are computed together
 SHORTEST = 8  # events that a history is padded to at least
 
 
@@ -45,31 +48,60 @@ class ServedStates(NamedTuple):
 
 
 def served_states(
-    hybrid: Hybrid, recommendations: list[Recommendation], scale: RatingScale | None, tables: RewardTables
+    hybrid: Hybrid, recommendations: Sequence[Recommendation], scale: RatingScale | None, tables: RewardTables
 ) -> ServedStates:
     """Encodes the recommendations' histories as the server does: the models read the last `max_length` events and the
     gap to the request time, where the request gave one; all items of the history are excluded."""
-    order = np.argsort([len(one.history.items) for one in recommendations], kind="stable")
-    encoded = _encoded(hybrid, [recommendations[row] for row in order], scale)
+    count = len(recommendations)
+    sizes = np.fromiter((_sizes(one) for one in recommendations), np.dtype((np.int32, 4)), count)
+    _, of_slate, of_exclude, of_responses = np.maximum(sizes.max(axis=0, initial=0), 1)
+    slate, exclude = np.zeros((count, of_slate), np.int32), np.zeros((count, of_exclude), np.int32)
+    log_propensities = np.zeros((count, of_slate), np.float32)
+    responses, given = np.zeros((count, of_responses), np.int32), np.zeros((count, of_responses), np.float32)
+    temperature, means = np.zeros(count, np.float32), np.zeros(count, np.float32)
+    user, version = np.zeros(count, np.int32), np.zeros(count, np.int32)
+    global_mean = float(np.asarray(tables.item_ratings)[0])
+    for row, one in enumerate(recommendations):
+        slate[row, : len(one.slate)] = one.slate
+        log_propensities[row, : len(one.slate)] = one.log_propensities
+        excluded = _excluded(one)
+        exclude[row, : len(excluded)] = excluded
+        responses[row, : len(one.responses)] = one.responses
+        given[row, : len(one.responses)] = unit_ratings(one.response_ratings, scale)
+        temperature[row], means[row] = one.temperature, _mean_rating(one, scale, global_mean)
+        user[row], version[row] = one.user, one.version
+    order = np.argsort(sizes[:, 0], kind="stable")
+    encoded = _encoded(hybrid, recommendations, order, scale)
     query, recent = (column[np.argsort(order)] for column in encoded)
-    slate = _padded([one.slate for one in recommendations], np.int32)
+    chunks = [slice(first, first + ROWS_AT_A_TIME) for first in range(0, count, ROWS_AT_A_TIME)]
+    terms = [_response_terms(slate[at], responses[at], given[at], means[at], tables) for at in chunks]
     return ServedStates(
         query=query,
         recent=recent,
-        exclude=_padded([np.union1d(one.history.items, one.excluded) for one in recommendations], np.int32),
+        exclude=exclude,
         slate=slate,
-        log_propensities=_padded([one.log_propensities for one in recommendations], np.float32),
-        temperature=np.array([one.temperature for one in recommendations], np.float32),
-        terms=_response_terms(recommendations, slate, scale, tables),
-        user=np.array([one.user for one in recommendations], np.int32),
-        version=np.array([one.version for one in recommendations], np.int32),
+        log_propensities=log_propensities,
+        temperature=temperature,
+        terms=jax.tree.map(lambda *parts: np.concatenate(parts), *terms),
+        user=user,
+        version=version,
     )
 
 
+def _sizes(one: Recommendation) -> tuple[int, int, int, int]:
+    """Events of the history, slots of the slate, items that are excluded, and responses."""
+    return len(one.history.items), len(one.slate), len(_excluded(one)), len(one.responses)
+
+
+def _excluded(one: Recommendation) -> np.ndarray:
+    """[excluded] int32: items of the history and those that the request excluded."""
+    return np.union1d(one.history.items, one.excluded)
+
+
 def _encoded(
-    hybrid: Hybrid, recommendations: list[Recommendation], scale: RatingScale | None
+    hybrid: Hybrid, recommendations: Sequence[Recommendation], order: np.ndarray, scale: RatingScale | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Queries [rows, width] at the requests, and the most recent items [rows, RECENT].
+    """Queries [rows, width] at the requests in this order, and the most recent items [rows, RECENT].
 
     Each batch is as long as its longest history, rounded up to a power of two, so that few lengths are compiled: most
     histories of a log are far shorter than what the models may read.
@@ -77,7 +109,7 @@ def _encoded(
     graphdef, variables = nnx.split(hybrid)
 
     def encode(rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        batch = [recommendations[row] for row in rows]
+        batch = [recommendations[row] for row in order[rows]]
         longest = max(SHORTEST, *(len(one.history.items) for one in batch))
         events = pad_events(
             [one.history.items for one in batch],
@@ -94,15 +126,15 @@ def _encoded(
 
 
 def _response_terms(
-    recommendations: list[Recommendation], slate: np.ndarray, scale: RatingScale | None, tables: RewardTables
+    slate: np.ndarray, responses: np.ndarray, given: np.ndarray, means: np.ndarray, tables: RewardTables
 ) -> RewardTerms:
-    """Each [rows, k]: of several responses to a recommendation each slot has the best hit and the nearest genres, and
-    its last rating. An item that was not chosen earns no rating: other users' ratings are no response of this user."""
-    item_ratings = np.asarray(tables.item_ratings)
-    responses = _padded([one.responses for one in recommendations], np.int32)
-    given = _padded([unit_ratings(one.response_ratings, scale) for one in recommendations], np.float32)
-    ratings = rating_or_mean(given, responses, item_ratings)
-    means = np.array([_mean_rating(one, scale, float(item_ratings[0])) for one in recommendations], np.float32)
+    """Each [rows, k], of a slate [rows, k] int32, its responses [rows, responses] int32 (0: none) with the unit ratings
+    `given` [rows, responses] float32, and the users' `means` [rows] float32 before.
+
+    Of several responses to a recommendation each slot has the best hit and the nearest genres, and its last rating. An
+    item that was not chosen earns no rating: other users' ratings are no response of this user.
+    """
+    ratings = rating_or_mean(given, responses, np.asarray(tables.item_ratings))
 
     def of_response(column: int) -> tuple[RewardTerms, jax.Array]:
         """The terms by one of the responses, and which slots it rated."""
@@ -134,11 +166,3 @@ def _mean_rating(one: Recommendation, scale: RatingScale | None, global_mean: fl
     ratings = unit_ratings(one.history.ratings, scale)
     rated = ratings[ratings >= 0]
     return float((rated.sum() + SHRINKAGE * global_mean) / (len(rated) + SHRINKAGE))
-
-
-def _padded(rows: list[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
-    """[rows, longest], right-padded with 0, at least one wide."""
-    padded = np.zeros((len(rows), max(1, *(len(row) for row in rows))), dtype)
-    for number, row in enumerate(rows):
-        padded[number, : len(row)] = row
-    return padded

@@ -6,7 +6,9 @@ users that train a policy and those that evaluate it can follow different models
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,7 @@ DECAYS = (0.8, 0.9, 0.95, 0.98)
 MIN_HISTORY, CASES_PER_USER = 10, 20
 FACTORS, FACTOR_RIDGE, FACTOR_ROUNDS = 8, 10.0, 10
 SHRINK, TASTE_NEIGHBOURS = 10.0, 100  # of the cosine
+VALUES_AT_A_TIME = 2**22  # of each feature, while the choice is fitted; 16 MiB
 
 ItemItem = Callable[[Histories, np.ndarray, int], np.ndarray]
 
@@ -74,10 +77,13 @@ def ease(histories: Histories, users: np.ndarray, items: int) -> np.ndarray:
     B_ij = -P_ij / P_jj off the diagonal, P = (X^T X + λ I)^-1 for the binary users-by-items matrix X.
     """
     x = _binary(histories, users, items)
-    p = np.linalg.inv(x.T @ x + TASTE_RIDGE * np.eye(items))
-    b = -p / np.diag(p)
+    gram = x.T @ x
+    gram[np.diag_indices(items)] += TASTE_RIDGE
+    p = np.linalg.inv(gram)
+    b = np.zeros((items + 1, items + 1), np.float32)
+    np.divide(p, -np.diag(p), out=b[1:, 1:], casting="same_kind")
     np.fill_diagonal(b, 0.0)
-    return np.pad(b, ((1, 0), (1, 0))).astype(np.float32)
+    return b
 
 
 def shrunk_cosine(histories: Histories, users: np.ndarray, items: int) -> np.ndarray:
@@ -88,13 +94,17 @@ def shrunk_cosine(histories: Histories, users: np.ndarray, items: int) -> np.nda
     column keeps its TASTE_NEIGHBOURS largest.
     """
     x = _binary(histories, users, items)
-    both = x.T @ x
-    taken = np.diag(both)
-    s = both / (np.sqrt(np.outer(taken, taken)) + SHRINK)
-    np.fill_diagonal(s, 0.0)
-    if items > TASTE_NEIGHBOURS:
-        s[s < np.partition(s, -TASTE_NEIGHBOURS, axis=0)[-TASTE_NEIGHBOURS]] = 0.0
-    return np.pad(s, ((1, 0), (1, 0))).astype(np.float32)
+    taken, columns = x.sum(axis=0), max(1, VALUES_AT_A_TIME // items)
+    found = np.zeros((items + 1, items + 1), np.float32)
+    for first in range(0, items, columns):
+        last = min(first + columns, items)
+        s = x.T @ x[:, first:last]
+        s /= np.sqrt(np.outer(taken, taken[first:last])) + SHRINK
+        s[np.arange(first, last), np.arange(last - first)] = 0.0
+        if items > TASTE_NEIGHBOURS:
+            s[s < np.partition(s, -TASTE_NEIGHBOURS, axis=0)[-TASTE_NEIGHBOURS]] = 0.0
+        found[1:, 1 + first : 1 + last] = s
+    return found
 
 
 def _binary(histories: Histories, users: np.ndarray, items: int) -> np.ndarray:
@@ -138,7 +148,7 @@ def fit_simulator(
     of_matrix = np.isin(histories.users(), matrix_users)
     log_popularity = np.log1p(np.bincount(histories.items[of_matrix], minlength=items + 1)).astype(np.float32)
     directions = genre_directions(genre_matrix)
-    tables = (matrix, log_popularity, directions)
+    tables: dict[str, Any] = {"item_item": matrix, "log_popularity": log_popularity, "directions": directions}
 
     train, test = _cases(histories, choice_users), _cases(histories, test_users)
     if not train or not test:
@@ -146,15 +156,16 @@ def fit_simulator(
             f"{len(train)} events on items that are new to their user fit the choice and {len(test)} evaluate it, "
             f"after {MIN_HISTORY} events each, expected some of both"
         )
-    fits = []
+    fits, coefficients = [], np.zeros(3)
     for decay in DECAYS:
-        coefficients, nats = fit_choice(_choice_features(train, decay, *tables), train)
-        fits.append((nats, decay, coefficients))
-    _, decay, coefficients = min(fits, key=lambda fit: fit[0])
-    features = _choice_features(test, decay, *tables)
-    of_popularity, _ = fit_choice(_choice_features(train, decay, *tables)[..., 1:2], train)
-    nats, ranked = _evaluate(features, coefficients, test)
-    popularity_nats, popularity_ranked = _evaluate(features[..., 1:2], of_popularity, test)
+        features_of = functools.partial(_choice_features, decay=decay, **tables)
+        coefficients, nats = fit_choice(train, features_of, items, start=coefficients)  # near those of the decay before
+        fits.append((nats, decay, coefficients, features_of))
+    _, decay, coefficients, features_of = min(fits, key=lambda fit: fit[0])
+    popularity_of = functools.partial(_popularity, log_popularity=log_popularity)
+    of_popularity, _ = fit_choice(train, popularity_of, items, start=np.zeros(1))
+    nats, ranked = _evaluate(test, features_of, items, coefficients)
+    popularity_nats, popularity_ranked = _evaluate(test, popularity_of, items, of_popularity)
 
     rated, rating_rmse, mean_rmse = fit_ratings(histories, items, seed)
     first_events = profiles(histories, np.zeros(histories.user_count, np.int64), start_events)
@@ -198,6 +209,17 @@ def profiles(histories: Histories, first: np.ndarray, events: int) -> dict[str, 
 ChoiceCases = Sequence[tuple[np.ndarray, int]]
 
 
+class ChoiceFeatures(NamedTuple):
+    """What the choices of some cases depend on: `values` [features, cases, items + 1] float32, and the `candidates`
+    [cases, items + 1] bool that can be chosen."""
+
+    values: np.ndarray
+    candidates: np.ndarray
+
+
+FeaturesOf = Callable[[ChoiceCases], ChoiceFeatures]
+
+
 def _cases(histories: Histories, users: np.ndarray) -> ChoiceCases:
     """(items before, next item), up to CASES_PER_USER evenly spaced ones of each user, after MIN_HISTORY events."""
     cases = []
@@ -210,49 +232,91 @@ def _cases(histories: Histories, users: np.ndarray) -> ChoiceCases:
 
 def _choice_features(
     cases: ChoiceCases, decay: float, item_item: np.ndarray, log_popularity: np.ndarray, directions: np.ndarray
-) -> np.ndarray:
-    """[cases, items + 1, 3] float32: the features that taste, popularity and repetition weigh; NaN
-    where an item cannot be chosen."""
-    features = np.empty((len(cases), len(log_popularity), 3), np.float32)
+) -> ChoiceFeatures:
+    """The three features that taste, popularity and repetition weigh."""
+    popularity = _popularity(cases, log_popularity)
+    taste, repetition = (np.empty(popularity.candidates.shape, np.float32) for _ in range(2))
     for number, (history, _) in enumerate(cases):
         recent = history[::-1][:TASTE_EVENTS]
-        features[number, :, 0] = (decay ** np.arange(len(recent))) @ item_item[recent]
-        features[number, :, 1] = log_popularity
-        features[number, :, 2] = directions @ directions[recent[:REPEATED]].mean(axis=0)
-        features[number, history] = features[number, 0] = np.nan
-    return features
+        taste[number] = (decay ** np.arange(len(recent))).astype(np.float32) @ item_item[recent]
+        repetition[number] = directions @ directions[recent[:REPEATED]].mean(axis=0)
+    return ChoiceFeatures(np.stack([taste, popularity.values[0], repetition]), popularity.candidates)
 
 
-def fit_choice(features: np.ndarray, cases: ChoiceCases) -> tuple[np.ndarray, float]:
-    """The coefficients [features] of a multinomial logit by maximum likelihood, and nats per case."""
-    targets = np.array([target for _, target in cases])
-    x = jnp.asarray(np.nan_to_num(features))
-    never = jnp.asarray(np.where(np.isnan(features[..., 0]), NEVER, 0.0), jnp.float32)
-    at = jnp.arange(len(cases))
+def _popularity(cases: ChoiceCases, log_popularity: np.ndarray) -> ChoiceFeatures:
+    """Popularity alone."""
+    candidates = np.ones((len(cases), len(log_popularity)), bool)
+    candidates[:, 0] = False
+    for number, (history, _) in enumerate(cases):
+        candidates[number, history] = False
+    return ChoiceFeatures(np.broadcast_to(log_popularity, (1, *candidates.shape)), candidates)
 
-    @jax.jit
-    def loss(coefficients: jax.Array) -> jax.Array:
-        logits = x @ coefficients + never
-        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[at, targets])
 
-    gradient = jax.jit(jax.value_and_grad(loss))
+def _chunks(cases: ChoiceCases, features_of: FeaturesOf, items: int) -> Iterator[tuple[ChoiceFeatures, np.ndarray]]:
+    """The features of some cases at a time, and their targets [cases]: as much memory whatever the number of cases."""
+    size = max(1, VALUES_AT_A_TIME // (items + 1))
+    for first in range(0, len(cases), size):
+        chunk = cases[first : first + size]
+        yield features_of(chunk), np.array([target for _, target in chunk])
 
-    def both(coefficients: np.ndarray) -> tuple[float, np.ndarray]:
-        nats, slope = gradient(jnp.asarray(coefficients, jnp.float32))
-        return float(nats), np.asarray(slope, np.float64)
 
-    found = minimize(both, np.zeros(features.shape[-1]), jac=True, method="L-BFGS-B")
+def _choice_logits(features: ChoiceFeatures, coefficients: np.ndarray) -> np.ndarray:
+    """[cases, items + 1] float32: NEVER where an item cannot be chosen."""
+    logits = np.tensordot(coefficients.astype(np.float32), features.values, axes=1)
+    return np.where(features.candidates, logits, np.float32(NEVER))
+
+
+def fit_choice(cases: ChoiceCases, features_of: FeaturesOf, items: int, start: np.ndarray) -> tuple[np.ndarray, float]:
+    """The coefficients [features] of a multinomial logit by maximum likelihood, from `start` on, and nats per case.
+
+    Each step goes over all cases in chunks and computes their features again, since those of all cases of a large
+    catalogue would take gigabytes. A trust-region Newton method needs few steps: the loss is convex, and its Hessian is
+    as small as there are features.
+    """
+
+    @functools.lru_cache(maxsize=2)
+    def at(coefficients: tuple[float, ...]) -> tuple[float, np.ndarray, np.ndarray]:
+        """The loss, its gradient and its Hessian: the covariance of the features under the model."""
+        loss, slope = 0.0, np.zeros(len(coefficients))
+        curvature = np.zeros((len(coefficients), len(coefficients)))
+        for features, targets in _chunks(cases, features_of, items):
+            logits, rows = _choice_logits(features, np.array(coefficients)), np.arange(len(targets))
+            top = logits.max(axis=1, keepdims=True)
+            chances = np.exp(logits - top)
+            total = chances.sum(axis=1, keepdims=True)
+            chances /= total
+            loss += float(
+                (np.log(total) + top)[:, 0].sum(dtype=np.float64) - logits[rows, targets].sum(dtype=np.float64)
+            )
+            means = np.stack([np.einsum("ci,ci->c", chances, each) for each in features.values]).astype(np.float64)
+            slope += (means - features.values[:, rows, targets]).sum(axis=1)
+            curvature -= means @ means.T
+            for one, weighed in enumerate(chances * each for each in features.values):
+                curvature[one] += [
+                    np.einsum("ci,ci->c", weighed, other).sum(dtype=np.float64) for other in features.values
+                ]
+        return loss / len(cases), slope / len(cases), (curvature + curvature.T) / (2 * len(cases))
+
+    found = minimize(
+        lambda x: at(tuple(x))[0],
+        start,
+        jac=lambda x: at(tuple(x))[1],
+        hess=lambda x: at(tuple(x))[2],
+        method="trust-exact",
+        options={"gtol": 1e-5},
+    )
     return found.x, float(found.fun)
 
 
-def _evaluate(features: np.ndarray, coefficients: np.ndarray, cases: ChoiceCases) -> tuple[float, float]:
+def _evaluate(cases: ChoiceCases, features_of: FeaturesOf, items: int, coefficients: np.ndarray) -> tuple[float, float]:
     """Nats per case and NDCG@10 (ties count against the target) of the choice among all items."""
-    logits = np.where(np.isnan(features[..., 0]), NEVER, np.nan_to_num(features) @ coefficients)
-    chosen = logits[np.arange(len(cases)), [target for _, target in cases]]
-    top = logits.max(axis=1)
-    nats = top + np.log(np.exp(logits - top[:, None]).sum(axis=1)) - chosen
-    rank = (logits >= chosen[:, None]).sum(axis=1)
-    return float(nats.mean()), float(np.asarray(ndcg(rank, 10)).mean())
+    nats, ranks = [], []
+    for features, targets in _chunks(cases, features_of, items):
+        logits = _choice_logits(features, coefficients)
+        chosen, top = logits[np.arange(len(targets)), targets], logits.max(axis=1)
+        nats.append(top + np.log(np.exp(logits - top[:, None]).sum(axis=1)) - chosen)
+        ranks.append((logits >= chosen[:, None]).sum(axis=1))
+    return float(np.concatenate(nats).mean()), float(np.asarray(ndcg(np.concatenate(ranks), 10)).mean())
 
 
 def fit_ratings(histories: Histories, items: int, seed: int) -> tuple[dict[str, np.ndarray], float, float]:

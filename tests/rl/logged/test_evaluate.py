@@ -50,9 +50,19 @@ def by_chance(flips: int) -> np.ndarray:
     ("policy", "controls", "used", "says"),
     [
         (results(BETTER, 0.31), (SUPERVISED, SUPERVISED), True, "the new policy is used"),
-        (results(BETTER, 0.29), (SUPERVISED, SUPERVISED), False, f"on validation the slate reward {NOT}:"),
+        (
+            results(BETTER, 0.29),
+            (SUPERVISED, SUPERVISED),
+            False,
+            f"on validation over the supervised models the slate reward {NOT}:",
+        ),
         (results(WORSE, 0.31), (SUPERVISED, SUPERVISED), False, f"NDCG@10 {NOT} and NDCG@10 fell:"),
-        (results(by_chance(1), 0.31), (SUPERVISED, SUPERVISED), False, f"the reward-weighted NDCG@10 {NOT}:"),
+        (
+            results(by_chance(1), 0.31),
+            (SUPERVISED, SUPERVISED),
+            False,
+            f"over the supervised models the reward-weighted NDCG@10 {NOT}:",
+        ),
         (results(BETTER, 0.31), (SUPERVISED, results(BETTER)), False, "the control with permuted rewards improved"),
         (results(BETTER, 0.31), (results(BETTER), results(BETTER)), True, "the policy beyond that +0.0000"),
     ],
@@ -66,6 +76,40 @@ def test_decision_and_its_reason(
     assert decision.differences["ndcg_10"]["mean"] == pytest.approx(
         (ndcg(policy.rank, 10) - ndcg(SUPERVISED.rank, 10)).mean()
     )
+
+
+BEST = np.maximum(RANKS - 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("policy", "in_use", "used", "starts"),
+    [
+        (results(BETTER, 0.31), results(BEST, 0.32), False, f"over the policy in use the slate reward {NOT} and "),
+        (results(BEST, 0.32), results(BETTER, 0.31), True, ""),
+        # Not better than the supervised models, though better than a policy that is worse than these.
+        (results(RANKS, 0.3), results(WORSE, 0.29), False, f"over the supervised models the slate reward {NOT} and "),
+        # More reward than the policy in use, from which it takes NDCG.
+        (
+            results(BETTER, 0.33),
+            results(BEST, 0.32),
+            False,
+            f"over the policy in use the reward-weighted NDCG@10 {NOT}",
+        ),
+    ],
+)
+def test_a_policy_must_be_better_than_the_one_in_use_too(
+    policy: CaseResults, in_use: CaseResults, used: bool, starts: str
+) -> None:
+    decision = logged_outcome(policy, SUPERVISED, SUPERVISED, SUPERVISED, in_use)
+    assert decision.used is used
+    verdict = "the new policy is used: " if used else f"keeping the policy in use: on validation {starts}"
+    assert decision.reason.startswith(verdict)
+    for other, name in ((SUPERVISED, "supervised models"), (in_use, "policy in use")):
+        rewards = f"{policy.figures()['reward']:.4f} against {other.figures()['reward']:.4f}"
+        assert f"mean slate reward {rewards} of the {name}" in decision.reason
+    assert decision.differences["reward"]["mean"] == pytest.approx((policy.reward - SUPERVISED.reward).mean())
+    over = decision.differences["reward_over_policy_in_use"]["mean"]
+    assert over == pytest.approx((policy.reward - in_use.reward).mean())
 
 
 def test_reward_weighted_ndcg_by_hand() -> None:

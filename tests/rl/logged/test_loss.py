@@ -50,6 +50,7 @@ def bandit_states(seed: int, shuffled: bool = False) -> States:
         window=np.zeros(len(context), np.int32),
         seen=np.zeros(len(context), np.int32),
         windows=np.zeros((1, 1), np.int32),
+        user=np.zeros(1, np.int32),
     )
 
 

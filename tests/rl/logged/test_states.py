@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -10,8 +11,11 @@ from jaxrec.data.batches import training_windows
 from jaxrec.data.events import Events
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import UNKNOWN_GAP
+from jaxrec.errors import DataError
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.rl.logged.states import States, training_states
+from jaxrec.rl.logged import states as module
+from jaxrec.rl.logged.behaviour import Behaviour, BehaviourConfig, Choices, Fit
+from jaxrec.rl.logged.states import States, training_states, with_behaviour
 
 ITEM_RATINGS = np.full(1000, 0.5, np.float32)
 
@@ -81,6 +85,36 @@ def deaf_to_request_time(hybrid: Hybrid) -> Hybrid:
         table = model.request_gap.table[...]
         model.request_gap.table[...] = jnp.broadcast_to(table[:1], table.shape)
     return copy
+
+
+@pytest.mark.parametrize("max_length", [50, 10])  # one window a user, and three
+def test_the_behaviour_model_is_evaluated_on_users_that_it_was_not_fitted_to(
+    small_data: PreparedData, hybrid: Hybrid, monkeypatch: pytest.MonkeyPatch, max_length: int
+) -> None:
+    short = nnx.clone(hybrid)
+    short.lstm.config = dataclasses.replace(hybrid.lstm.config, max_length=max_length)
+    states = training_states(short, small_data, ITEM_RATINGS, seed=0)
+    states = states._replace(query=states.user[states.window][:, None].astype(np.float32))  # tells whose row it is
+    given: list[list[float]] = []
+
+    def fit(*sides: Choices | int | BehaviourConfig) -> tuple[Behaviour, Fit]:
+        given.extend(side.features[:, 0].tolist() for side in sides if isinstance(side, Choices))
+        zeros = Behaviour(jnp.zeros((1, 61)), jnp.zeros(61))
+        return zeros, Fit(0.0, 0.0, 0.0, 0.0, 0)
+
+    monkeypatch.setattr(module, "fit_behaviour", fit)
+    with_behaviour(states, 60, seed=0)
+    fitted, held_out = given
+    assert len(fitted) + len(held_out) == len(states.target)
+    assert len(set(fitted)) == 36
+    assert len(set(held_out)) == 4
+    assert set(fitted).isdisjoint(held_out)
+    assert len([1 for a, b in itertools.pairwise(held_out) if a != b]) == 3  # each user's rows one after the other
+
+
+def test_one_user_does_not_make_a_behaviour_model(states: States) -> None:
+    with pytest.raises(DataError, match="only one user has two training events"):
+        with_behaviour(states._replace(user=np.zeros_like(states.user)), 60, seed=0)
 
 
 def test_limit_keeps_the_most_recent_windows(small_data: PreparedData, hybrid: Hybrid) -> None:

@@ -1,9 +1,14 @@
 """A server's log as it is read back: whose responses count, and histories that give the server's own propensities."""
 
+import contextlib
+import json
+import sqlite3
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +18,9 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import frozen_scoring
-from jaxrec.rl.served.event_store import STILL_OPEN, History, Recommendation, ServedLog, read_served_log
+from jaxrec.rl.served.event_store import STILL_OPEN, ServedLog, read_served_log
 from jaxrec.rl.served.policy import EXACT, logged_logprobs
+from jaxrec.rl.served.recommendations import History, Recommendation
 from jaxrec.rl.served.states import served_states
 from serve import client
 from serve.front.server import create_server
@@ -168,7 +174,126 @@ def test_responses_go_on_after_the_last_recommendation(
     assert log.skipped.get(STILL_OPEN, 0) == 3 - closed
 
 
-def distances(recommendations: list[Recommendation], data: PreparedData, hybrid: Hybrid) -> np.ndarray:
+def write_random_log(path: Path, data: PreparedData, users: int, events: int, shown: int) -> None:
+    """Users with as many events and recommendations each within a minute, of known and unknown items, with and without
+    ratings; recommendations of whatever cannot be learned from, and events that name one's own, others' or none."""
+    rng, raw = np.random.default_rng(users), [*map(str, data.catalog.ids.raw_ids.tolist()), "nobody knows it"]
+    SQLiteStore(path).close()
+    names = [f"{user}.{number}" for user in range(users) for number in range(shown)]
+    impressions, acts = [], []
+    for name in names:
+        slate = rng.choice(len(raw) - (rng.random() < 0.9), 3, replace=False)
+        drawn, temperature = [-1.0, -0.5, -2.0] if rng.random() < 0.9 else [], 0.5 if rng.random() < 0.9 else None
+        user = name.split(".")[0] if rng.random() < 0.9 else None
+        columns = json.dumps([raw[item] for item in slate]), json.dumps(drawn), "reinforce", f"v{rng.integers(2)}"
+        told = int(rng.integers(60)) if rng.random() < 0.5 else None
+        excluded = json.dumps([raw[item] for item in rng.integers(0, len(raw), rng.integers(3))])
+        impressions.append((name, user, *columns, int(rng.integers(60)), temperature, told, excluded))
+    for number in range(users * events):
+        user, item = number // events, raw[rng.integers(len(raw))]
+        named = names[rng.integers(len(names))] if rng.random() < 0.1 else f"{user}.{rng.integers(2 * shown)}"
+        rating = float(rng.integers(1, 6)) if rng.random() < 0.5 else None
+        acts.append((f"e{number}", str(user), item, rating, int(rng.integers(60)), named))
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.executemany(
+            "INSERT INTO shown (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, "
+            "timestamp, temperature, request_time, excluded_item_ids) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            impressions,
+        )
+        connection.executemany(
+            "INSERT INTO events (event_id, user_id, item_id, rating, timestamp, recommendation_id) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            acts,
+        )
+
+
+def simply_read(path: Path, data: PreparedData, window: int) -> list[tuple[Any, ...]]:
+    """What the module's text says, of one recommendation after the other: (user, time, version, history items, history
+    times, slate, items of the responses, their ratings, request time, excluded items)."""
+    index = {str(raw): number for number, raw in enumerate(data.catalog.ids.raw_ids.tolist(), start=1)}
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        events = connection.execute(
+            "SELECT user_id, item_id, rating, timestamp, recommendation_id FROM events ORDER BY timestamp, arrival"
+        ).fetchall()
+        shown = connection.execute(
+            "SELECT recommendation_id, user_id, item_ids, log_propensities, model_version, timestamp, temperature, "
+            "request_time, excluded_item_ids FROM shown WHERE user_id IS NOT NULL ORDER BY user_id, timestamp, number"
+        ).fetchall()
+    when = {name: (user, at) for name, user, _, _, _, at, *_ in shown}
+    names = list(when)
+    came = sorted(at for user, _, _, at, name in events if when.get(name, ("", 0))[0] == user)
+    end = max(came[-(-99 * len(came) // 100) - 1], *(at for _, at in when.values()))
+    found = []
+    for name, user, items, drawn, version, at, temperature, told, excluded in shown:
+        slate = [index.get(item, 0) for item in json.loads(items)]
+        if not json.loads(drawn) or temperature is None or 0 in slate or at > end - window:
+            continue
+        later = [other for other in names[names.index(name) :] if when[other][0] == user]
+        own = [event for event in events if event[0] == user]
+        history = [
+            (index[item], stamp)
+            for _, item, _, stamp, answered in own
+            if item in index and stamp <= min(at, at if told is None else told) and answered not in later
+            if not (stamp == at and index[item] in slate)
+        ]
+        responses = [
+            (index.get(item, 0), rating) for _, item, rating, stamp, of in own if of == name and stamp - at <= window
+        ]
+        if history:
+            left_out = [index[item] for item in json.loads(excluded) if item in index]
+            rows = [[*column] for column in zip(*history, strict=True)]
+            found.append(
+                (user, at, version, *rows, slate, *([*zip(*responses, strict=True)] or [(), ()]), told, left_out)
+            )
+    return found
+
+
+def test_the_log_is_what_a_simple_reader_finds(small_data: PreparedData, tmp_path: Path) -> None:
+    path, window = tmp_path / "events.sqlite", 10
+    write_random_log(path, small_data, users=30, events=20, shown=10)
+    expected, log = simply_read(path, small_data, window), read_served_log(path, small_data.catalog, window)
+    assert len(log.recommendations) == len(expected) > 100
+    assert log.shown == 300
+    assert sum(log.skipped.values()) == 300 - len(expected)
+    assert log.recommendations.with_response() == sum(len(one[6]) > 0 for one in expected) > 10
+    for one, (user, at, version, items, times, slate, responses, ratings, told, excluded) in zip(
+        log.recommendations, expected, strict=True
+    ):
+        assert (log.users[one.user], one.time, log.versions[one.version]) == (user, at, version)
+        assert (one.history.items.tolist(), one.history.times.tolist()) == (items, times)
+        assert (one.slate.tolist(), one.log_propensities.tolist()) == (slate, [-1.0, -0.5, -2.0])
+        assert one.responses.tolist() == list(responses)
+        np.testing.assert_array_equal(one.response_ratings, np.array(ratings, np.float32))  # None is NaN
+        assert (one.temperature, one.request_time, one.excluded.tolist()) == (0.5, told, excluded)
+    last = log.recommendations[-1]
+    assert last.time == log.recommendations[len(expected) - 1].time == expected[-1][1]
+    assert [one.time for one in log.recommendations[2:4]] == [expected[2][1], expected[3][1]]
+    with pytest.raises(IndexError):
+        log.recommendations[len(expected)]
+
+
+def test_memory_of_reading_is_that_of_what_is_kept(small_data: PreparedData, tmp_path: Path) -> None:
+    """A log of ten times as many users takes ten times as much to keep, and as much beside that while it is read."""
+    beside, kept = [], []
+    for users in (40, 400):
+        path = tmp_path / f"{users}.sqlite"
+        write_random_log(path, small_data, users, events=100, shown=10)
+        read_served_log(path, small_data.catalog, 10)  # what is imported
+        tracemalloc.start()
+        try:
+            log = read_served_log(path, small_data.catalog, 10)
+            now, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        beside.append(peak - now)
+        kept.append(now)
+        # 16 bytes an event, and some 200 a recommendation: no objects.
+        assert now < users * 100 * 16 + len(log.recommendations) * 400
+    assert 8 < kept[1] / kept[0] < 12
+    assert beside[1] < 3 * beside[0]
+
+
+def distances(recommendations: Sequence[Recommendation], data: PreparedData, hybrid: Hybrid) -> np.ndarray:
     """[recommendations]: by how much the furthest slot of each is not reproduced, nats."""
     scoring = frozen_scoring(hybrid.with_policy(None), fit_reward_tables(data))
     graphdef, head = nnx.split(hybrid.policy)

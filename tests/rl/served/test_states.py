@@ -8,7 +8,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.served import states as module
-from jaxrec.rl.served.event_store import History, Recommendation
+from jaxrec.rl.served.recommendations import History, Recommendation
 from jaxrec.rl.served.states import HISTORIES_PER_BATCH, ServedStates, served_states
 
 MAX_LENGTH = 50

@@ -1,5 +1,9 @@
 """The simulated users by hand, their fit, and that they are not the recommender's."""
 
+import tracemalloc
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +17,13 @@ from jaxrec.data.schema import USER
 from jaxrec.errors import DataError
 from jaxrec.models.masks import NEVER
 from jaxrec.rl.config import SimulatedConfig
+from jaxrec.rl.simulated import fit as module
 from jaxrec.rl.simulated.fit import (
+    ChoiceFeatures,
     SimulatorFit,
+    _choice_features,
     ease,
+    fit_choice,
     fit_simulator,
     profiles,
     shrunk_cosine,
@@ -174,6 +182,66 @@ def test_same_seed_same_simulator(fit: SimulatorFit, small_data: PreparedData, h
     again = fit_simulator(histories, small_data.catalog.genre_matrix(), RatingScale(0.5, 5.0), 0.5, start_events=6)
     for first, second in zip(fit.params, again.params, strict=True):
         np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("item_item", [ease, shrunk_cosine])
+def test_a_fit_in_chunks_is_that_of_all_at_once(
+    small_data: PreparedData, histories: Histories, monkeypatch: pytest.MonkeyPatch, item_item: module.ItemItem
+) -> None:
+    """Of three cases, or of three columns of the cosine, at a time: 61 values each."""
+    matrix, fits = small_data.catalog.genre_matrix(), []
+    for values in (2**22, 3 * 61):
+        monkeypatch.setattr(module, "VALUES_AT_A_TIME", values)
+        fits.append(fit_simulator(histories, matrix, RatingScale(0.5, 5.0), 0.5, start_events=6, item_item=item_item))
+    whole, chunked = fits
+    for name, value in whole.params._asdict().items():
+        np.testing.assert_allclose(getattr(chunked.params, name), value, rtol=1e-3, atol=1e-5, err_msg=name)
+    for figure in ("nats", "popularity_nats", "ndcg_10", "popularity_ndcg_10"):
+        assert getattr(chunked, figure) == pytest.approx(getattr(whole, figure), rel=1e-5)
+
+
+def choice_cases(items: int, count: int) -> tuple[module.ChoiceCases, Callable[[module.ChoiceCases], ChoiceFeatures]]:
+    """Histories of 20 items and the next one at random, and what gives their features."""
+    rng = np.random.default_rng(0)
+    events = [rng.choice(items, 21, replace=False).astype(np.int32) + 1 for _ in range(count)]
+    tables = {
+        "item_item": rng.normal(size=(items + 1, items + 1)).astype(np.float32),
+        "log_popularity": rng.normal(size=items + 1).astype(np.float32),
+        "directions": rng.normal(size=(items + 1, 4)).astype(np.float32),
+    }
+    return [(of_case[:20], int(of_case[20])) for of_case in events], partial(_choice_features, decay=0.9, **tables)
+
+
+def test_choice_is_the_maximum_likelihood() -> None:
+    """The mean features of what was chosen are those that the model expects, which no other coefficients do."""
+    cases, features_of = choice_cases(items=40, count=30)
+    coefficients, nats = fit_choice(cases, features_of, 40, np.zeros(3))
+    values, candidates = features_of(cases)
+    chances = np.where(candidates, np.exp(np.tensordot(coefficients, values, axes=1)), 0.0)
+    chances /= chances.sum(axis=1, keepdims=True)
+    rows, targets = np.arange(30), [target for _, target in cases]
+    np.testing.assert_allclose(
+        (chances * values).sum(axis=2).mean(axis=1), values[:, rows, targets].mean(axis=1), atol=1e-4
+    )
+    assert nats == pytest.approx(-np.log(chances[rows, targets]).mean(), rel=1e-5)
+    assert nats < np.log(20)
+
+
+def test_memory_of_the_choice_does_not_grow_with_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features of 800 cases and 201 items would take 1.9 MB."""
+    monkeypatch.setattr(module, "VALUES_AT_A_TIME", 201 * 50)
+    cases, features_of = choice_cases(items=200, count=800)
+
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        try:
+            fit_choice(cases[:count], features_of, 200, np.zeros(3))
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(50)  # what is imported and compiled
+    assert peak(800) < 1.2 * peak(100) < 1.2e6
 
 
 def test_users_of_the_recommender_are_refused(small_data: PreparedData) -> None:

@@ -651,7 +651,7 @@ def test_what_a_server_of_before_still_writes_is_read_and_not_learned_from(
     assert impressions_of(store, "u") == [NOTED_BEFORE]
     copy_log(store, tmp_path / "log.sqlite")
     log = read_served_log(tmp_path / "log.sqlite", small_data.catalog)
-    assert (log.recommendations, log.skipped, log.shown) == ([], {UNNOTED: 1}, 1)
+    assert (list(log.recommendations), log.skipped, log.shown) == ([], {UNNOTED: 1}, 1)
 
 
 def test_a_long_redis_log_is_brought_up_to_date_in_parts(
