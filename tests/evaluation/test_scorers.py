@@ -45,8 +45,8 @@ def test_every_scorer_scores_every_item_and_is_ranked_alike(
 
 
 DAY = SECONDS_PER_DAY
-# User 1 met "x" on day 10, and the target on day 20. The others trained on "a" before day 10 and on "b" between the two;
-# their last two events are for validation and test.
+# User 1 met "x" on day 10, and the target on day 20. The others trained on "a" before day 10 and on "b" between the
+# two; their last two events are for validation and test.
 EVENTS = [(1, "first", 0), (1, "x", 10), (1, "target", 20)]
 EVENTS += [(2, "a", 8), (3, "a", 9), (2, "b", 17), (3, "b", 18), (4, "b", 19)]
 EVENTS += [(user, item, day) for user in (2, 3, 4) for item, day in (("y", 30), ("z", 31))]
