@@ -221,7 +221,7 @@ def case_batches(data: PreparedData, cases: Cases, max_length: int, size: int = 
 
 
 def gaps_at(histories: Histories, rows: np.ndarray) -> np.ndarray:
-    """`histories.gaps()[rows]`, [...] float32, from these rows alone: the gaps of a whole log are not held in memory."""
+    """`histories.gaps()[rows]`, [...] float32, from these rows alone: gaps of the whole log are not held in memory."""
     is_first = histories.offsets[np.searchsorted(histories.offsets, rows)] == rows
     gaps = histories.times[rows] - histories.times[np.maximum(rows - 1, 0)]
     return np.where(is_first, UNKNOWN_GAP, gaps).astype(np.float32)

@@ -162,9 +162,9 @@ def format_table(evaluation: Evaluation) -> str:
         f"time with the event before them (ties: {protocol['ties']}), {repeated:.0%} are in the history already.",
         "NDCG@10, hybrid over recent popularity, with its window in days from validation:",
     ]
-    for label, ratio in evaluation.comparison[HYBRID_OVER_RECENT].items():
-        times = f"{ratio['mean']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f}) times"
-        if ratio["mean"] > 1000:
+    for label, over in evaluation.comparison[HYBRID_OVER_RECENT].items():
+        times = f"{over['mean']:.1f} ({over['low']:.1f}-{over['high']:.1f}) times"
+        if over["mean"] > 1000:
             times = "the latter finds next to nothing"
         lines.append(f"  both {label} request time: {times} (window {protocol[WINDOW_DAYS][label]:g})")
     return "\n".join(lines)
