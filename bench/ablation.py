@@ -1,16 +1,14 @@
-"""What each part of the content model's training is worth; writes bench/ablation.md.
+"""What each part of the content model's training is worth, for bench/ablation.md.
 
-    python bench/ablation.py --work FOLDER ml-100k=FOLDER/ml-100k-leave-one-out-file/data
+    python -m bench.ablation --work FOLDER ml-100k=FOLDER/ml-100k-leave-one-out-file/data
 
 Each variant is TimeRatingAwareContentModel by the defaults of `jaxrec train` with one part taken out, trained on
-prepared data (bench/quality.py leaves some in its work folder) and ranked on validation, where choices are made, and on
+prepared data (`bench.quality` leaves some in its work folder) and ranked on validation, where choices are made, and on
 test. What is finished stays in the work folder.
 """
 
 import contextlib
 import dataclasses
-import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -18,15 +16,14 @@ from unittest import mock
 import click
 import jax
 import numpy as np
-from quality import commit, without_folder
 
+from bench.publish import Page, begin, less, publish_option, read_figures, write_figures
 from jaxrec.config import ModelConfig, TrainConfig
 from jaxrec.data.batches import TrainBatch
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.store import read_prepared
 from jaxrec.evaluation.metrics import hit_rate, ndcg
 from jaxrec.evaluation.ranking import ranks_by_request_time
-from jaxrec.files import write_text
 from jaxrec.models.features import Array
 from jaxrec.models.neighbours import initial_embedding, neighbours
 from jaxrec.models.sequence import TimeRatingAwareLSTM
@@ -35,7 +32,7 @@ from jaxrec.training import step as steps
 from jaxrec.training.host_memory import keep_freed_memory
 from jaxrec.training.loop import train_model
 
-OUT = Path(__file__).with_name("ablation.md")
+LOGS, SEEDS = ("ml-100k",), 1  # of the page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,26 +82,43 @@ VARIANTS = (
 )
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.option("--work", type=click.Path(path_type=Path), required=True)
-@click.option("--seeds", default=1, show_default=True)
+@click.option("--seeds", default=SEEDS)
+@publish_option
 @click.argument("folders", nargs=-1, required=True, metavar="NAME=DATA...")
-def main(work: Path, seeds: int, folders: tuple[str, ...]) -> None:
-    """Trains what is not there yet, then writes the table of all that is."""
+def main(work: Path, seeds: int, publish: bool, folders: tuple[str, ...]) -> None:
+    """Trains what is not there yet, then writes the table of all that was asked for."""
     keep_freed_memory()
-    for number in range(len(VARIANTS)):
-        for argument in folders:
-            name, _, folder = argument.partition("=")
-            data = read_prepared(Path(folder))
-            for seed in range(seeds):
-                measure(work / name / f"{number}-{seed}", VARIANTS[number], data, seed)
-            write_table(work, [a.partition("=")[0] for a in folders], seeds)
+    paths = {name: Path(path) for name, _, path in (argument.partition("=") for argument in folders)}
+    page = Page("ablation", "Ablation", publish, work, less(logs=(paths, LOGS), seeds=(seeds, SEEDS)))
+    body = [
+        f"TimeRatingAwareContentModel alone, leave-one-out, seeds 0 to {seeds - 1}; NDCG@10 / HR@10, without, then "
+        "with the request time. One standard error of NDCG@10 over these cases is about .008: choices were made on "
+        "validation, and small differences say nothing.",
+    ]
+    results = []
+    for name, path in paths.items():
+        data = read_prepared(path)
+        body += [
+            f"\n## {name}\n",
+            f"{len(data.split.test)} cases, data of SHA-256 {data.digest[:8]}.\n",
+            "| | validation | test | epochs |",
+            "|---|---|---|---|",
+        ]
+        for number, variant in enumerate(VARIANTS):
+            files = [measure(work / name / f"{number}-{seed}", variant, data, seed) for seed in range(seeds)]
+            body.append(row(variant, files))
+            results += files
+    page.write(body, [*results, *(file.with_name("begun.json") for file in results)])
 
 
-def measure(folder: Path, variant: Variant, data: PreparedData, seed: int) -> None:
-    """Leaves FOLDER/result.json: NDCG@10 and HR@10 without and with the request time, on validation and on test."""
-    if (folder / "result.json").is_file():
-        return
+def measure(folder: Path, variant: Variant, data: PreparedData, seed: int) -> Path:
+    """FOLDER/result.json: NDCG@10 and HR@10 without and with the request time, on validation and on test."""
+    result = folder / "result.json"
+    if result.is_file():
+        return result
+    begin(folder / "begun.json")
     start = initial_embedding(neighbours(data), variant.model.embedding) if variant.start else None
     _, model = new_models(data, variant.model, seed, start)
     with variant.patch() if variant.patch else contextlib.nullcontext():
@@ -114,33 +128,19 @@ def measure(folder: Path, variant: Variant, data: PreparedData, seed: int) -> No
             ranks = ranks_by_request_time(trained.model, data, cases)
             figures[f"{part}_ndcg"] = ndcg(ranks, 10).mean(axis=1).tolist()
             figures[f"{part}_hr"] = hit_rate(ranks, 10).mean(axis=1).tolist()
-    write_text(folder / "result.json", json.dumps(figures))
+    write_figures(result, figures)
+    return result
 
 
-def write_table(work: Path, names: list[str], seeds: int) -> None:
-    """bench/ablation.md from all results in the work folder."""
-    lines = [
-        "# Ablation\n",
-        f"`python bench/ablation.py {' '.join(without_folder(a) for a in sys.argv[1:])}` at commit {commit()}. "
-        f"TimeRatingAwareContentModel alone, leave-one-out, {seeds} seed(s); NDCG@10 / HR@10, without, then with the "
-        "request time. One standard error of NDCG@10 over these cases is about .008: choices were made on validation, "
-        "and small differences say nothing.",
+def row(variant: Variant, files: list[Path]) -> str:
+    """The means over the seeds."""
+    results = [read_figures(file) for file in files]
+    mean = {key: np.mean([result[key] for result in results], axis=0) for key in results[0]}
+    cells = [
+        " ; ".join(f"{n:.4f} / {h:.4f}" for n, h in zip(mean[f"{part}_ndcg"], mean[f"{part}_hr"], strict=True))
+        for part in ("validation", "test")
     ]
-    for name in names:
-        lines += [f"\n## {name}\n", "| | validation | test | epochs |", "|---|---|---|---|"]
-        for number, variant in enumerate(VARIANTS):
-            files = [work / name / f"{number}-{seed}" / "result.json" for seed in range(seeds)]
-            results = [json.loads(file.read_text()) for file in files if file.is_file()]
-            if results:
-                mean = {key: np.mean([result[key] for result in results], axis=0) for key in results[0]}
-                cells = [
-                    " ; ".join(
-                        f"{n:.4f} / {h:.4f}" for n, h in zip(mean[f"{part}_ndcg"], mean[f"{part}_hr"], strict=True)
-                    )
-                    for part in ("validation", "test")
-                ]
-                lines.append(f"| {variant.name} | {cells[0]} | {cells[1]} | {mean['epochs'][0]:.0f} |")
-    write_text(OUT, "\n".join(lines) + "\n")
+    return f"| {variant.name} | {cells[0]} | {cells[1]} | {mean['epochs'][0]:.0f} |"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Recommends movies that nobody has rated yet; writes bench/cold_start.md.
+"""Recommends movies that nobody has rated yet, for bench/cold_start.md.
 
-    python bench/cold_start.py --work FOLDER ml-100k=PATH/u.data ml-latest-small=PATH/ml-latest-small
+    python -m bench.cold_start --work FOLDER ml-100k=PATH/u.data ml-latest-small=PATH/ml-latest-small
 
 A tenth of the movies with 5 ratings or more are hidden: all their ratings are taken out of the log, their titles and
 genres stay in the catalogue. Trained by the defaults on what is left (leave-one-out, `--min-movie-ratings 0`, so that
@@ -16,9 +16,9 @@ import click
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from quality import commit, without_folder
 
 import jaxrec
+from bench.publish import Page, begin, less, publish_option, write_figures
 from jaxrec.config import PrepareConfig, TrainConfig
 from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
@@ -30,33 +30,34 @@ from jaxrec.evaluation.baselines import constant_scorer
 from jaxrec.evaluation.bootstrap import bootstrap, resample
 from jaxrec.evaluation.metrics import exclude_items
 from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
-from jaxrec.files import write_text
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.reward_tables import genre_directions
 from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.training.host_memory import keep_freed_memory
 
-OUT = Path(__file__).with_name("cold_start.md")
+LOGS = ("ml-100k",)  # of the page
 HIDDEN, CASES_PER_USER, MIN_HISTORY, TOP, BATCH = 0.1, 5, 5, 50, 64
 
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Prepared data and runs stay here.")
 @click.option("--seed", default=0, show_default=True)
+@publish_option
 @click.argument("logs", nargs=-1, required=True, metavar="NAME=RATINGS...")
-def main(work: Path, seed: int, logs: tuple[str, ...]) -> None:
+def main(work: Path, seed: int, publish: bool, logs: tuple[str, ...]) -> None:
     """Trains, ranks and writes the tables."""
     keep_freed_memory()
-    arguments = " ".join(without_folder(log) for log in logs)
-    lines = [
-        "# Cold start\n",
-        f"`python bench/cold_start.py --work FOLDER --seed {seed} {arguments}` at commit {commit()}.\n",
-        __doc__.split("\n\n")[2].strip().replace("\n", " "),
-    ]
-    for log in logs:
-        name, _, ratings = log.partition("=")
-        lines += table(name, Path(ratings), work / f"{name}-{seed}", seed)
-    write_text(OUT, "\n".join(lines) + "\n")
+    ratings = {name: Path(path) for name, _, path in (log.partition("=") for log in logs)}
+    page = Page("cold_start", "Cold start", publish, work, less(logs=(ratings, LOGS)))
+    body = [(__doc__ or "").split("\n\n")[2].strip().replace("\n", " ")]
+    results = []
+    for name, path in ratings.items():
+        folder = work / f"{name}-{seed}"
+        results += [begin(folder / "begun.json"), folder / "table.json"]
+        lines = table(name, path, folder, seed)
+        write_figures(results[-1], lines)
+        body += lines
+    page.write(body, results)
 
 
 def table(name: str, ratings: Path, folder: Path, seed: int) -> list[str]:
@@ -88,7 +89,7 @@ def table(name: str, ratings: Path, folder: Path, seed: int) -> list[str]:
     }
     lines = [
         f"\n## {name}\n",
-        f"{hidden.sum()} of {items} movies hidden, {len(found)} cases. With the request time.\n",
+        f"{hidden.sum()} of {items} movies hidden, {len(found)} cases, seed {seed}. With the request time.\n",
         "| | recall@50 of all | recall@50 of the hidden |",
         "|---|---|---|",
     ]
@@ -148,7 +149,7 @@ def case_batches(
     """Batches of BATCH cases, indices as in `data`; the last batch is filled up with cases whose target is 0."""
     histories, unit = whole.histories, whole.unit_ratings()
     index = np.concatenate([[0], data.catalog.ids.encode(whole.catalog.ids.raw_ids)])
-    width = max(len(history) for history, _ in found)
+    width, none = max(len(history) for history, _ in found), np.zeros(BATCH, np.int64)
     for start in range(0, len(found), BATCH):
         batch = found[start : start + BATCH]
         item, rating = np.zeros((BATCH, max_length), np.int32), np.full((BATCH, max_length), -1, np.float32)
@@ -162,7 +163,7 @@ def case_batches(
             gap[place, 1 : len(rows)] = np.diff(histories.times[rows])
             request_gap[place] = histories.times[row] - histories.times[rows[-1]]
             exclude[place, : len(history)] = index[histories.items[history]]
-        yield CaseBatch(Events(item, rating, gap, length), request_gap, target, exclude, np.zeros(BATCH, np.int64))
+        yield CaseBatch(Events(item, rating, gap, length), request_gap, target, exclude, none, none)
 
 
 if __name__ == "__main__":

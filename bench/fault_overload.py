@@ -7,6 +7,7 @@ then new calls come at five times that rate whether answered or not. How many we
 the server's metrics say; how long an accepted call takes, a client that checks each answer and measures beside it.
 """
 
+import contextlib
 import subprocess
 import tempfile
 import threading
@@ -24,8 +25,8 @@ from serve.client import RecommenderClient, UserEvent
 from serve.model.directory import read_artifact
 from serve.pb.recommender_pb2 import RecommendRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
+from tests.ports import reserved_port
 from tests.serve.process import running_server
-from tests.serve.stores.databases import free_port
 
 FACTOR = 5
 EVENTS = 50
@@ -70,9 +71,10 @@ class Overloaded:
 
 def overload(model: Path, seconds: float, callers: int, connections: int, folder: Path) -> Overloaded:
     """Measures capacity for a while, then offers a multiple of it for `seconds` seconds."""
-    metrics = f"127.0.0.1:{free_port()}"
-    options = ["--watch", "0", "--metrics", metrics]
-    with running_server(model, folder / "events.sqlite", provider="cpu", options=options) as server:
+    with contextlib.ExitStack() as stack:
+        metrics = f"127.0.0.1:{stack.enter_context(reserved_port())}"
+        options = ["--watch", "0", "--metrics", metrics]
+        server = stack.enter_context(running_server(model, folder / "events.sqlite", provider="cpu", options=options))
         _record(server.address, read_artifact(model).catalog.item_ids)
         body = folder / "body"
         body.write_bytes(framed(RecommendRequest(user_id="1", k=10).SerializeToString()))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import click
 
+from bench.publish import here
+
 
 @click.command(context_settings={"show_default": True})
 @click.argument("model_a", type=click.Path(exists=True, path_type=Path))
@@ -32,6 +34,7 @@ def main(model_a: Path, model_b: Path, kills: int, reloads: int, requests: int, 
         "store": ["fault_store", str(model_a)],
         "soak": ["fault_soak", str(model_a), "--minutes", str(minutes)],
     }
+    click.echo(f"At commit {here().commit}, {here().machine}.")
     flawed = []
     for name, (module, *arguments) in commands.items():
         click.echo(f"\n{name}: python -m bench.{module} {' '.join(arguments)}")

@@ -1,7 +1,7 @@
 """A flame graph of the server while it answers stored users.
 
     pip install py-spy
-    python bench/flame.py runs/bench-model --concurrency 32 --out bench/flame.svg
+    python -m bench.flame runs/bench-model --concurrency 32 --out bench/flame.svg
 
 py-spy samples the Python stacks of the running server, every thread that does not wait, while h2load asks it as in
 bench/latency.py; what C does counts for the line that called it. Besides the picture, prints how the samples are shared
@@ -17,9 +17,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import click
-from latency import HISTORIES, RECOMMEND, recommend_check, record, rpc_target, workload
-from load import drive, require_h2load
 
+from bench.latency import HISTORIES, RECOMMEND, recommend_check, record, rpc_target, workload
+from bench.load import drive, require_h2load
 from serve.pb.recommender_pb2 import RecommendRequest
 from tests.serve.process import running_server
 

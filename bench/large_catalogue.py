@@ -3,7 +3,7 @@
     for n in 10000 60000 1000000; do
         python bench/make_model.py --items $n --clustered --index --out runs/catalogue-$n
     done
-    python bench/large_catalogue.py runs/catalogue-10000 runs/catalogue-60000 runs/catalogue-1000000
+    python -m bench.large_catalogue runs/catalogue-10000 runs/catalogue-60000 runs/catalogue-1000000
 
 Item vectors lie around centres, LSTMs are random (`bench/make_model.py --clustered`). A request is a stored user's: a
 step on the state after 50 random events, ten answers, the 50 items excluded. Both ways answer the same requests by
@@ -23,6 +23,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from bench.publish import here
 from serve.model.directory import Artifact, read_artifact
 from serve.model.engine import Engine, Step
 from serve.model.features import Features
@@ -58,7 +59,7 @@ def bandwidth_gb_s() -> float:
 
 def memory_mb(model: Path, search_by: SearchBy) -> tuple[float, float, float]:
     """Resident MB, of them anonymous, and seconds to load."""
-    command = [sys.executable, __file__, str(model), "--memory-of", search_by]
+    command = [sys.executable, "-m", "bench.large_catalogue", str(model), "--memory-of", search_by]
     resident, anonymous, seconds = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     return resident, anonymous, seconds
 
@@ -130,6 +131,7 @@ def main(models: tuple[Path, ...], rounds: int, count: int, memory_of: SearchBy 
         print_memory(models[0], memory_of)
         return
     bandwidth = bandwidth_gb_s()
+    print(f"Measured at commit {here().commit}, {here().machine}.")
     print(f"Memory is read at {bandwidth:.1f} GB/s.\n")
     print(
         "| items | way | ms alone, p10 / p50 / p99 | ms each of 16, p10 / p50 | CPU ms each of 16 | floor, ms |"

@@ -2,7 +2,7 @@
 
     python bench/make_model.py --items 10000 --out runs/bench-model
     python3.11 -m venv runs/peers && runs/peers/bin/pip install -r bench/peers/requirements.txt
-    python bench/latency.py runs/bench-model --peers runs/peers --plot bench/latency.svg
+    python -m bench.latency runs/bench-model --peers runs/peers --plot runs/latency.svg
 
 Starts `python -m serve run MODEL`, an empty echo server of the same kind and one with grpc's thread pool, and with
 `--peers` Triton, FastAPI and MLServer on the same `sequence.onnx`, each in a process of its own. They are driven one
@@ -22,9 +22,7 @@ import csv
 import itertools
 import json
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 import urllib.request
@@ -38,12 +36,14 @@ import click
 import grpc
 import numpy as np
 import onnxruntime
-import peer_servers
-from load import Sample, Target, drive, framed, memory_mb, require_h2load
 
+from bench import peer_servers
+from bench.load import Sample, Target, drive, framed, memory_mb, require_h2load
+from bench.publish import here, spread
 from serve.client import Event, RecommenderClient, UserEvent
 from serve.pb import open_inference_pb2 as v2
 from serve.pb.recommender_pb2 import History, RecommendRequest, RecommendResponse
+from tests.ports import reserved_port
 from tests.serve.process import running_server
 
 HISTORIES = 64
@@ -239,21 +239,10 @@ def start_seconds(model: Path, folder: Path) -> float:
 
 def facts(model: Path) -> dict[str, str]:
     manifest = json.loads((model / "manifest.json").read_text(encoding="utf-8"))
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
     size = sum(path.stat().st_size for path in model.iterdir()) / 1e6
     return {
-        "machine": f"{cpu}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f} at the start",
-        "versions": f"Python {platform.python_version()}, onnxruntime {onnxruntime.__version__},"
-        f" grpc {grpc.__version__}",
-        "commit": commit,
+        "machine": f"{here().machine}, grpc {grpc.__version__}, load {os.getloadavg()[0]:.1f} at the start",
+        "commit": here().commit,
         "model": f"{manifest['item_count']} items, {size:.0f} MB",
     }
 
@@ -267,9 +256,7 @@ def table(measured: Measured) -> str:
     for (name, callers), samples in sorted(measured.items(), key=lambda one: one[0][1]):
         columns = []
         for field, digits in (("p50", 2), ("p99", 2), ("rate", 0), ("cpu", 3)):
-            values = [getattr(one, field) for one in samples]
-            low, middle, high = (f"{one:.{digits}f}" for one in (min(values), statistics.median(values), max(values)))
-            columns.append(f"{middle} ({low} to {high})")
+            columns.append(spread([getattr(one, field) for one in samples], digits))
         lines.append(f"| {callers or '-'} | {name} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
@@ -324,7 +311,7 @@ def start_all(
         port = int(ours.address.rpartition(":")[2])
         add(f"ours, {name}", [ours.process.pid], port, RECOMMEND, messages, check)
     # One process for each core: on one port, which the kernel divides, and on one store.
-    shared = f"127.0.0.1:{peer_servers.free_port()}"
+    shared = f"127.0.0.1:{stack.enter_context(reserved_port())}"
     both = [
         stack.enter_context(
             running_server(work.model, folder / "events.sqlite", address=shared, options=["--shared-port"])

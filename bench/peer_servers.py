@@ -12,6 +12,8 @@ from pathlib import Path
 
 import grpc
 
+from tests.ports import reserved_port
+
 HERE = Path(__file__).parent
 PATIENCE_S = 60.0
 MODEL_NAME = "jaxrec"
@@ -100,12 +102,6 @@ def wait_until_ready(channel: grpc.Channel) -> None:
         time.sleep(0.02)
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 @contextmanager
 def echo(kind: str, folder: Path) -> Iterator[Started]:
     with started([sys.executable, str(HERE / "echo_server.py"), kind], None, folder / f"echo-{kind}.log") as server:
@@ -126,9 +122,8 @@ def triton(venv: Path, graph: Path, folder: Path) -> Iterator[Started]:
     (model / "config.pbtxt").write_text(TRITON_CONFIG)
     shutil.copy(HERE / "peers" / "triton_model.py", model / "1" / "model.py")
     shutil.copy(graph, model / "1" / "sequence.onnx")
-    port = free_port()
     command = [str(wheel / "bin" / "tritonserver"), f"--model-repository={model.parent}"]
-    command += [f"--backend-directory={backends.parent}", f"--grpc-port={port}", "--grpc-address=127.0.0.1"]
+    command += [f"--backend-directory={backends.parent}", "--grpc-address=127.0.0.1"]
     command += ["--allow-http=false", "--allow-metrics=false", "--log-verbose=0"]
     env = {**os.environ, "PYTHONPATH": str(site), "PATH": f"{venv / 'bin'}:{os.environ['PATH']}"}
     libraries = subprocess.run(
@@ -139,7 +134,10 @@ def triton(venv: Path, graph: Path, folder: Path) -> Iterator[Started]:
     ).stdout.strip()
     env["LD_LIBRARY_PATH"] = f"{libraries}:{site / 'nvidia_pytriton.libs'}"
     begin = time.monotonic()
-    with started(command, port, folder / "triton.log", env) as server:
+    with (
+        reserved_port() as port,
+        started([*command, f"--grpc-port={port}"], port, folder / "triton.log", env) as server,
+    ):
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             wait_until_ready(channel)
         server.seconds = time.monotonic() - begin
@@ -148,30 +146,30 @@ def triton(venv: Path, graph: Path, folder: Path) -> Iterator[Started]:
 
 @contextmanager
 def fastapi(venv: Path, graph: Path, folder: Path) -> Iterator[Started]:
-    port = free_port()
-    command = [str(venv / "bin" / "python"), str(HERE / "peers" / "fastapi_app.py"), str(graph), str(port)]
-    with started(command, port, folder / "fastapi.log") as server:
+    command = [str(venv / "bin" / "python"), str(HERE / "peers" / "fastapi_app.py"), str(graph)]
+    with reserved_port() as port, started([*command, str(port)], port, folder / "fastapi.log") as server:
         yield server
 
 
 @contextmanager
 def mlserver(venv: Path, graph: Path, folder: Path) -> Iterator[Started]:
     """MLServer without its worker processes, which do not pay on two cores."""
-    port, http_port = free_port(), free_port()
     home = folder / "mlserver"
     home.mkdir()
     shutil.copy(HERE / "peers" / "mlserver_runtime.py", home)
-    (home / "settings.json").write_text(
-        f'{{"parallel_workers": 0, "host": "127.0.0.1", "grpc_port": {port}, "http_port": {http_port},'
-        f' "metrics_endpoint": null, "debug": false}}'
-    )
     (home / "model-settings.json").write_text(
         f'{{"name": "{MODEL_NAME}", "implementation": "mlserver_runtime.Graph", "parameters": {{"uri": "{graph}"}}}}'
     )
     env = {**os.environ, "PYTHONPATH": str(home)}
     begin = time.monotonic()
-    with started([str(venv / "bin" / "mlserver"), "start", str(home)], port, folder / "mlserver.log", env) as server:
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            wait_until_ready(channel)
-        server.seconds = time.monotonic() - begin
-        yield server
+    command = [str(venv / "bin" / "mlserver"), "start", str(home)]
+    with reserved_port() as port, reserved_port() as http_port:
+        (home / "settings.json").write_text(
+            f'{{"parallel_workers": 0, "host": "127.0.0.1", "grpc_port": {port}, "http_port": {http_port},'
+            f' "metrics_endpoint": null, "debug": false}}'
+        )
+        with started(command, port, folder / "mlserver.log", env) as server:
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                wait_until_ready(channel)
+            server.seconds = time.monotonic() - begin
+            yield server

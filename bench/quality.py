@@ -1,25 +1,23 @@
-"""Measures ranking quality with the defaults of `jaxrec train`; writes bench/quality.md.
+"""Measures ranking quality with the defaults of `jaxrec train`, for bench/quality.md.
 
-    python bench/quality.py --work FOLDER ml-100k=PATH/u.data ml-latest-small=PATH/ml-latest-small
+    python -m bench.quality --work FOLDER ml-100k=PATH/u.data ml-latest-small=PATH/ml-latest-small
 
 Each log is filtered to users and movies with 5 ratings or more and split: leave-one-out over the whole log, as the
-literature does, and by time (the last tenth; up to 10 cases of each user). Each seed trains a run, and each test case
-is ranked among the whole catalogue without its history. Figures are means over the seeds, with 95 % bootstrap intervals
-over the users. What is finished stays in the work folder: a call that was interrupted goes on where it stopped.
+literature does, and by time (the last tenth; up to 10 cases of each user), with equal times in the order of the file
+and shuffled (in training and test). Each seed trains a run, and each test case is ranked among the whole catalogue
+without its history. Figures are means over the seeds, with 95 % bootstrap intervals over the users. What is finished
+stays in the work folder: a call that was interrupted resumes where it stopped.
 """
 
-import json
-import os
-import platform
-import subprocess
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import click
-import jax
 import numpy as np
 
 import jaxrec
+from bench.publish import Page, begin, less, publish_option, write_arrays
 from jaxrec.config import PrepareConfig, SplitKind, Ties, TrainConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.report import write_report
@@ -30,39 +28,54 @@ from jaxrec.evaluation.bootstrap import Resamples, bootstrap, resample
 from jaxrec.evaluation.metrics import coverage, hit_rate, ndcg, reciprocal_rank
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
-from jaxrec.files import new_file, write_text
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.training.host_memory import keep_freed_memory
 
-OUT = Path(__file__).with_name("quality.md")
 CASES_PER_USER = 10
+LOGS, SEEDS = ("ml-100k", "ml-latest-small"), 5  # of the page
 SPLITS = {"leave-one-out": SplitKind.LEAVE_ONE_OUT, "temporal": SplitKind.TEMPORAL}
+TIES = [ties.value for ties in Ties]
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Prepared data, runs and ranks stay here.")
-@click.option("--seeds", default=3, show_default=True)
-@click.option("--splits", default="leave-one-out,temporal", show_default=True)
-@click.option("--ties", type=click.Choice([t.value for t in Ties]), default=Ties.FILE.value, show_default=True)
+@click.option("--seeds", default=SEEDS)
+@click.option("--splits", default=",".join(SPLITS))
+@click.option("--ties", default=",".join(TIES), help="Order of equal times.")
+@publish_option
 @click.argument("logs", nargs=-1, required=True, metavar="NAME=RATINGS...")
-def main(work: Path, seeds: int, splits: str, ties: str, logs: tuple[str, ...]) -> None:
-    """Trains and ranks what is not there yet, then writes the tables of all that is."""
+def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: tuple[str, ...]) -> None:
+    """Trains and ranks what is not there yet, then writes the tables of all that was asked for."""
     keep_freed_memory()
-    for split in splits.split(","):
-        for log in logs:
-            name, _, ratings = log.partition("=")
-            for seed in range(seeds):
-                measure(work, name, Path(ratings), split, Ties(ties), seed)
-                write_tables(work)
+    ratings = {name: Path(path) for name, _, path in (log.partition("=") for log in logs)}
+    asked = list(itertools.product(ratings, splits.split(","), ties.split(",")))
+    lacking = less(
+        logs=(ratings, LOGS), splits=(splits.split(","), SPLITS), ties=(ties.split(","), TIES), seeds=(seeds, SEEDS)
+    )
+    page = Page("quality", "Ranking quality", publish, work, lacking)
+    results = {
+        f"{name}-{split}-{tie}": [measure(work, name, ratings[name], split, Ties(tie), seed) for seed in range(seeds)]
+        for name, split, tie in asked
+    }
+    body = [
+        (__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n",
+        f"Seeds 0 to {seeds - 1}. Ties count against the target. `time`: whether the request time is given. NDCG and "
+        "HR at 10 with their 95 % intervals; the seeds' own NDCG@10 in brackets.\n",
+    ]
+    for title, of_seeds in results.items():
+        body += table(title, of_seeds)
+    files = list(itertools.chain.from_iterable(results.values()))
+    page.write(body, [*files, *(begun(file) for file in files)])
 
 
-def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: int) -> None:
-    """Leaves the ranks of one seed's models in WORK/NAME-SPLIT-TIES/ranks-SEED.npz."""
+def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: int) -> Path:
+    """The ranks of one seed's models, in WORK/NAME-SPLIT-TIES/ranks-SEED.npz."""
     folder = work / f"{name}-{split}-{ties.value}"
     done = folder / f"ranks-{seed}.npz"
     if done.is_file():
-        return
+        return done
+    begin(begun(done))
     if not (folder / "data").is_dir():
         movies = ratings.with_name("movies.csv")
         config = PrepareConfig(min_user_ratings=5, min_movie_ratings=5, split=SPLITS[split], ties=ties)
@@ -72,15 +85,18 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
     jaxrec.train(folder / "data", out, train_config=TrainConfig(seed=seed), resume=(out / "run.json").is_file())
     hybrid = load_supervised(open_run(out), data)
     cases = few_per_user(data.split.test) if split == "temporal" else data.split.test
-    arrays: dict[str, np.ndarray] = {"popularity": data.train_popularity(), "users": cases.users}
+    arrays = {"popularity": data.train_popularity(), "users": cases.users, "data": data.digest}
     for model, scorer in scorers(hybrid).items():
         for time in (False, True):
             ranked = rank_cases(scorer, data, cases, hybrid.lstm.config.max_length, time)
             arrays[f"{model}|{time}|ranks"], arrays[f"{model}|{time}|top"] = ranked.ranks, ranked.top
-    with new_file(done) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-    summary = {"commit": commit(), "cases": len(cases), "items": len(data.catalog), "users": data.histories.user_count}
-    write_text(folder / "summary.json", json.dumps(summary))
+    write_arrays(done, arrays)
+    return done
+
+
+def begun(ranks: Path) -> Path:
+    """The file that says where the run of some ranks was begun."""
+    return ranks.with_suffix(".json")
 
 
 def few_per_user(cases: Cases) -> Cases:
@@ -102,37 +118,18 @@ def scorers(hybrid: Hybrid) -> dict[str, Scorer]:
     }
 
 
-def write_tables(work: Path) -> None:
-    """bench/quality.md from all ranks in the work folder."""
-    parts = [
-        "# Ranking quality\n",
-        "`python bench/quality.py --work FOLDER ml-100k=PATH/u.data ml-latest-small=PATH/ml-latest-small`, with",
-        "`--ties random` for equal times shuffled (in training and test) and `--seeds` as each table says,",
-        f"on {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
-        f"jax {jax.__version__}.\n",
-        __doc__.split("\n\n")[2].strip().replace("\n", " ") + "\n",
-        "Ties count against the target. `time`: whether the request time is told. NDCG and HR at 10 with their 95 % "
-        "intervals; the seeds' own NDCG@10 in brackets.\n",
-    ]
-    for folder in sorted(work.iterdir()):
-        files = sorted(folder.glob("ranks-*.npz"))
-        if files:
-            parts += table(folder, files)
-    write_text(OUT, "\n".join(parts) + "\n")
-
-
-def table(folder: Path, files: list[Path]) -> list[str]:
-    """The table of one data set and split."""
-    summary = json.loads((folder / "summary.json").read_text())
+def table(title: str, files: list[Path]) -> list[str]:
+    """The table of one log, split and order of ties."""
+    seeds = [dict(np.load(file)) for file in files]
+    users, popularity = seeds[0]["users"], seeds[0]["popularity"]
     lines = [
-        f"\n## {folder.name}\n",
-        f"{summary['cases']} cases, {summary['users']} users, {summary['items']} movies, {len(files)} seed(s), trained "
-        f"at {summary['commit']}.\n",
+        f"\n## {title}\n",
+        f"{len(users)} cases of {len(np.unique(users))} users, {len(popularity) - 1} movies, data of SHA-256 "
+        f"{str(seeds[0]['data'])[:8]}.\n",
         "| | time | NDCG@10 | HR@10 | MRR | HR@50 | coverage@10 | mean popularity |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    seeds = [dict(np.load(file)) for file in files]
-    resamples = resample(seeds[0]["users"])
+    resamples = resample(users)
     for key in seeds[0]:
         if not key.endswith("|ranks"):
             continue
@@ -141,7 +138,6 @@ def table(folder: Path, files: list[Path]) -> list[str]:
             continue  # it knows no request time
         ranks = np.stack([seed[key] for seed in seeds])
         tops = [seed[f"{model}|{time}|top"] for seed in seeds]
-        popularity = seeds[0]["popularity"]
         own = ", ".join(f"{ndcg(one, 10).mean():.4f}" for one in ranks)
         cells = [
             model,
@@ -161,26 +157,6 @@ def interval(ranks: np.ndarray, resamples: Resamples, figure: Callable[[np.ndarr
     """ranks [seeds, cases]: the mean over both, and its interval over the users of the cases."""
     estimate = bootstrap(figure(ranks).mean(axis=0), resamples)
     return f"**{estimate.mean:.4f}** ({estimate.low:.4f} to {estimate.high:.4f})"
-
-
-def without_folder(argument: str) -> str:
-    """NAME=RATINGS with PATH for the folder that is this machine's own."""
-    name, equals, path = argument.partition("=")
-    if equals:
-        return f"{name}=PATH/{Path(path).name}"
-    return "FOLDER" if "/" in argument else argument
-
-
-def commit() -> str:
-    """Of the checkout, with a mark where more than the benches' own pages was changed."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=OUT.parent, check=True, text=True, capture_output=True
-        ).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!*.md")
-    return git("describe", "--always") + ("-dirty" if changed else "")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How often the intervals of offline evaluation cover the truth in the environment whose values are known; writes
+"""How often the intervals of offline evaluation cover the truth in the environment whose values are known, for
 bench/rl_coverage.md.
 
-    python -m bench.rl_coverage [--logs 100] [--processes 2]
+    python -m bench.rl_coverage [--logs 100] [--processes 2] [--publish]
 
 The environment is the user with an acquired taste (`bench.synthetic`), and the value of a policy is
 what a new user takes in the first H steps of its visit: exact, by a sweep over all states for each step (Sutton and
@@ -21,9 +21,7 @@ the same in all tables, shorter ones being the beginnings of longer ones.
 import itertools
 import multiprocessing
 import os
-import platform
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import click
@@ -35,7 +33,7 @@ from bench.coverage_tables import Coverage, coverage_table, size_table
 from bench.environment_policy import new_policy, probabilities
 from bench.estimators import ips, percentile
 from bench.from_environment_log import FromLogConfig, collect_log, fit_to_log, next_item_loss, off_policy_loss
-from bench.quality import commit
+from bench.publish import Page, less, publish_option
 from bench.synthetic import SyntheticState, acquired_taste, logging_logprobs, synthetic_environment
 from bench.synthetic_exact import (
     action_values,
@@ -46,14 +44,13 @@ from bench.synthetic_exact import (
     value,
     values_by_steps,
 )
-from jaxrec.files import write_text
 from jaxrec.rl.ope.estimators import Terms, doubly_robust, on_policy, self_normalized_doubly_robust, snips
 from jaxrec.rl.ope.intervals import interval_of, replicates, studentized
 from jaxrec.rl.ope.sample_size import effective_sample_size, slate_sample_size
 from jaxrec.rl.ope.weights import ImportanceWeights, slate_weights
 from jaxrec.rl.simulated.policy import draw_actions
 
-OUT = Path(__file__).with_name("rl_coverage.md")
+LOGS = 100  # of each seed, of the page
 PARAMS = acquired_taste()
 ENVIRONMENT = synthetic_environment(PARAMS)
 HALF_RIGHT = PARAMS._replace(gain=PARAMS.gain / 2)
@@ -200,11 +197,14 @@ def tasks(worths: list[Worth], logging: np.ndarray, logs: int) -> Iterator[tuple
 
 
 @click.command()
-@click.option("--logs", type=click.IntRange(2), default=100, help="Logs for each seed.")
+@click.option("--logs", type=click.IntRange(2), default=LOGS, help="Logs for each seed.")
 @click.option("--processes", type=click.IntRange(1), default=2)
-@click.option("--out", type=click.Path(path_type=Path), default=OUT)
-def main(logs: int, processes: int, out: Path) -> None:
-    """Measures, then writes the tables."""
+@publish_option
+def main(logs: int, processes: int, publish: bool) -> None:
+    """Measures, then prints the tables."""
+    page = Page(
+        "rl_coverage", "Coverage where the value of every policy is known", publish, less=less(logs=(logs, LOGS))
+    )
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of the processes to come: they would wait for each other's threads
     policies = new_policies()
     worths = [worth_of(policies[setting.policy], setting.steps) for setting in SETTINGS]
@@ -212,10 +212,7 @@ def main(logs: int, processes: int, out: Path) -> None:
         found = list(pool.imap(coverage_of, tasks(worths, logging_policy(PARAMS), logs)))
     paragraphs = [paragraph.strip().replace("\n", " ") for paragraph in (__doc__ or "").split("\n\n")[2:]]
     lines = [
-        "# Coverage where the value of every policy is known",
-        "",
-        f"`python -m bench.rl_coverage --logs {logs}` at commit {commit()}, on {os.cpu_count()} cores "
-        f"({platform.machine()}). {SEEDS} seeds, {logs} logs of each; "
+        f"Seeds 0 to {SEEDS - 1}, {logs} logs of each; "
         f"{LEVEL:.0%} intervals by {RESAMPLES} bootstrap samples of visits, studentized but where percentile is said. "
         "Coverage: mean and 95 % t interval over the seeds. `truth below` and `truth above` should be "
         f"{(1 - LEVEL) / 2:.3f} each. Effective sample sizes are medians, in visits: over the steps, as the gate "
@@ -235,8 +232,7 @@ def main(logs: int, processes: int, out: Path) -> None:
         lines[-1] += f"Truth {worth.value:.4f}, the logging policy's {worth.logged:.4f}; "
         lines[-1] += f"effective sample size {size:.0f}, last step {last:.0f}"
         lines += ["", *coverage_table(by_seed)]
-    write_text(out, "\n".join(lines) + "\n")
-    click.echo("\n".join(lines))
+    page.write(lines)
 
 
 if __name__ == "__main__":

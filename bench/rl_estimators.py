@@ -1,9 +1,7 @@
-"""How often the intervals of offline evaluation cover the truth, and what the gate lets pass; writes
+"""How often the intervals of offline evaluation cover the truth, and what the gate lets pass, for
 bench/rl_estimators.md.
 
-    python -m bench.rl_estimators [--logs 100] [--processes 2] [--gate]
-
-With `--gate` the gate's section alone is measured, and replaced in the report.
+    python -m bench.rl_estimators [--logs 100] [--processes 2] [--publish]
 
 Everything is drawn from small worlds (one for each of 5 seeds) whose values are sums, so that the truth is exact. A
 user has one of 5 contexts and a liking of its own, and leaves 10 decisions: its rows depend on each other. Binary
@@ -12,7 +10,6 @@ rewards, 20 actions; or slates of 3 of 8 items, where a slot's reward falls with
 
 import itertools
 import multiprocessing
-from pathlib import Path
 from typing import NamedTuple
 
 import click
@@ -21,16 +18,14 @@ from scipy.special import log_softmax
 
 from bench.coverage_tables import Coverage, coverage_table, over_seeds, size_table
 from bench.estimators import bias_corrected_accelerated, ips, percentile, switch_doubly_robust
-from bench.quality import commit
-from jaxrec.files import write_text
+from bench.publish import Page, less, publish_option
 from jaxrec.rl.ope.estimators import Terms, doubly_robust, on_policy, self_normalized_doubly_robust, snips
 from jaxrec.rl.ope.gate import MINIMUM_EFFECTIVE, GateDecision, gate
 from jaxrec.rl.ope.intervals import OPE_SAMPLES, IntervalMethod, interval, studentized
 from jaxrec.rl.ope.sample_size import effective_sample_size, slate_sample_size
 from jaxrec.rl.ope.weights import ImportanceWeights, importance_weights, slate_weights
 
-OUT = Path(__file__).with_name("rl_estimators.md")
-GATE_TITLE = "## The gate"
+LOGS = 100  # of each seed, of the page
 SEEDS, LEVEL, RESAMPLES = 5, 0.95, 600
 CONTEXTS, ACTIONS, DECISIONS, LIKING = 5, 20, 10, 0.12
 ITEMS, SLOTS = 8, 3
@@ -264,26 +259,20 @@ def gate_table(asked: list[list[list[tuple[str, float, GateDecision, bool]]]]) -
 
 
 @click.command()
-@click.option("--logs", type=click.IntRange(2), default=100, help="Logs for each seed and setting.")
+@click.option("--logs", type=click.IntRange(2), default=LOGS, help="Logs for each seed and setting.")
 @click.option("--processes", type=click.IntRange(1), default=2)
-@click.option("--gate", "gate_alone", is_flag=True, help="Measure the gate's section alone.")
-@click.option("--out", type=click.Path(path_type=Path), default=OUT)
-def main(logs: int, processes: int, gate_alone: bool, out: Path) -> None:
+@publish_option
+def main(logs: int, processes: int, publish: bool) -> None:
+    """Measures, then prints the tables."""
+    page = Page("rl_estimators", "Offline evaluation where the truth is known", publish, less=less(logs=(logs, LOGS)))
     seeds = range(SEEDS)
     with multiprocessing.Pool(processes) as pool:
         asked = pool.map(ask_gate, [(s, case, logs) for case in CASES for s in seeds], 1)
-        if gate_alone:
-            before = out.read_text().split(GATE_TITLE)[0]
-            write_text(out, before + "\n".join(gate_section(asked, logs)) + "\n")
-            return
         actions = pool.map(action_coverage, [(s, *setting, logs) for setting in SETTINGS for s in seeds], 1)
         slates = pool.map(slate_coverage, [(s, *setting, logs) for setting in SLATE_SETTINGS for s in seeds], 1)
     lines = [
-        "# Offline evaluation where the truth is known",
-        "",
-        f"`python -m bench.rl_estimators --logs {logs}` at commit {commit()}, the gate's section as it says there. "
-        f"{SEEDS} seeds, each a world of its own, {logs} logs of each; {LEVEL:.0%} intervals by {RESAMPLES} bootstrap "
-        f"samples of users ({OPE_SAMPLES}, the default, in the gate), studentized but where "
+        f"Seeds 0 to {SEEDS - 1}, each a world of its own, {logs} logs of each; {LEVEL:.0%} intervals by "
+        f"{RESAMPLES} bootstrap samples of users ({OPE_SAMPLES}, the default, in the gate), studentized but where "
         "another method is named. Coverage: mean and 95 % t interval over the seeds. `truth below` and `truth above` "
         f"should be {(1 - LEVEL) / 2:.3f} each. The reward model of the doubly robust estimators is half right.",
         "",
@@ -315,22 +304,18 @@ def main(logs: int, processes: int, gate_alone: bool, out: Path) -> None:
         lines += ["", f"{users} users of 2 slates of {SLOTS} of {ITEMS} items, policies {apart:g} apart; "]
         lines[-1] += f"effective sample size {size:.0f} users over the slots (median)"
         lines += ["", *coverage_table(by_seed)]
-    lines += ["", *gate_section(asked, logs)]
-    write_text(out, "\n".join(lines) + "\n")
-    click.echo("\n".join(lines))
-
-
-def gate_section(asked: list[list[tuple[str, float, GateDecision, bool]]], logs: int) -> list[str]:
-    return [
-        GATE_TITLE,
+    lines += [
         "",
-        f"`python -m bench.rl_estimators --gate --logs {logs}` at commit {commit()}; {OPE_SAMPLES} bootstrap samples. "
+        "## The gate",
+        "",
+        f"{OPE_SAMPLES} bootstrap samples. "
         f"SNIPS against the log, effective sample size of at least {MINIMUM_EFFECTIVE:g} users, gain above 0 at "
         f"{LEVEL:.0%}, with what was never logged at the least reward as well (`none at worst` where only that is not "
         "shown). Shares of the logs; the last column is what a gate that only looks at the interval would let pass.",
         "",
         *gate_table([asked[number * SEEDS : (number + 1) * SEEDS] for number in range(len(CASES))]),
     ]
+    page.write(lines)
 
 
 if __name__ == "__main__":

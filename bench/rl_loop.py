@@ -1,4 +1,4 @@
-"""Closes the loop: serve, log, learn, gate, reload, with simulated users; writes bench/rl_loop.md.
+"""Closes the loop: serve, log, learn, gate, reload, with simulated users, for bench/rl_loop.md.
 
     python -m bench.rl_loop --work FOLDER RATINGS
 
@@ -14,12 +14,11 @@ and seeds, and never learns. The reward is half for taking and half for the rati
 """
 
 import dataclasses
-import json
 import shutil
 import sqlite3
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import jax
@@ -29,18 +28,16 @@ import pandas as pd
 
 import jaxrec
 from bench.intervals import student
-from bench.quality import commit
+from bench.publish import Page, begin, less, publish_option, read_figures, write_figures
 from jaxrec.data.catalog import Catalog
 from jaxrec.data.histories import Histories
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.data.store import read_prepared, write_prepared
-from jaxrec.files import write_text
 from jaxrec.rl.config import RewardWeights, ServedConfig
 from jaxrec.rl.simulated.fit import SimulatorFit, fit_simulator, profiles, simulator_histories
 from jaxrec.rl.simulated.users import SimulatorParams, choice_terms, start_user, step
-from jaxrec.runs.directory import open_run
 from jaxrec.runs.policy import load_run
 from jaxrec.runs.rl_served import run_served
 from serve.client import Connection, RecommenderClient, UserEvent, recommend_request
@@ -48,7 +45,7 @@ from serve.pb.model_admin_pb2 import LoadModelRequest
 from serve.pb.model_admin_pb2_grpc import ModelAdminStub
 from tests.serve.process import running_server
 
-OUT = Path(__file__).with_name("rl_loop.md")
+SEEDS = 5  # of the page
 BATCH, RECORDED = 128, 1000  # recommendations and events per call
 HOUR, DAY = 3600, 86_400
 LOGGED_WITHIN_S = 30.0
@@ -226,12 +223,15 @@ def halves(ratings: pd.DataFrame, seed: int = 0) -> tuple[pd.DataFrame, pd.DataF
 
 
 def trained_half(work: Path, ratings: Path) -> tuple[Path, PreparedData, pd.DataFrame]:
-    """WORK/run, trained on one half of the users if it is not there yet, its data, and the ratings of the others."""
+    """WORK/run, trained on one half of the users if it is not there yet, its data, and the ratings of the others.
+
+    WORK/begun.json says where that was begun.
+    """
+    begin(work / "begun.json")
     frame = pd.read_csv(ratings)
     frame.columns = [USER, ITEM, RATING, TIME]
     training, others = halves(frame)
     if not (work / "data").is_dir():
-        work.mkdir(parents=True, exist_ok=True)
         training.set_axis(["userId", "movieId", "rating", "timestamp"], axis=1).to_csv(work / "half.csv", index=False)
         write_prepared(prepare(work / "half.csv", ratings.with_name("movies.csv")), work / "data")
     run, data = work / "run", read_prepared(work / "data")
@@ -252,47 +252,48 @@ def fitted_users(interactions: pd.DataFrame, data: PreparedData, seed: int = 0) 
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Data, run and figures stay here.")
-@click.option("--seeds", default=5, show_default=True)
+@click.option("--seeds", default=SEEDS, show_default=True)
 @click.option("--rounds", default=LoopConfig.rounds, show_default=True)
+@publish_option
 @click.argument("ratings", type=click.Path(exists=True, path_type=Path))
-def main(work: Path, seeds: int, rounds: int, ratings: Path) -> None:
+def main(work: Path, seeds: int, rounds: int, publish: bool, ratings: Path) -> None:
     """Plays what is not there yet, then writes the table."""
+    asked = less(seeds=(seeds, SEEDS), rounds=(rounds, LoopConfig.rounds))
+    page = Page("rl_loop", "The closed loop", publish, work, asked)
     config = LoopConfig(rounds=rounds)
     run, data, others = trained_half(work, ratings)
     users, fit = fitted_users(others, data)
     if not (work / "model").is_dir():
         jaxrec.export(run, work / "model")
+    played: dict[str, list[Path]] = {"learns": [], "control": []}
     for seed in range(seeds):
-        for learns in (True, False):
-            name = f"{'learns' if learns else 'control'}-{seed}"
-            if (work / f"{name}.json").is_file():
+        for name, files in played.items():
+            folder = work / f"{name}-{seed}-of-{rounds}"
+            files.append(folder.with_suffix(".json"))
+            if files[-1].is_file():
                 continue
-            folder = work / name
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(run, folder / "run")
+            learns = name == "learns"
             rounds_of = loop(folder / "run", work / "model", users, config, seed, folder / "serving", learns)
             figures = [{**one._asdict(), **{n: getattr(one, n).tolist() for n in TERMS}} for one in rounds_of]
-            write_text(work / f"{name}.json", json.dumps(figures))
-        write_table(work, config, fit, users, len(open_run(run).read_data().users))
+            write_figures(files[-1], figures)
+    found = {name: [read_figures(file) for file in files] for name, files in played.items()}
+    results = [work / "begun.json", *played["learns"], *played["control"]]
+    page.write(table(found, config, fit, users, len(data.users)), results)
 
 
 TERMS = ("reward", "taken", "rating")
 
 
-def write_table(work: Path, config: LoopConfig, fit: SimulatorFit, users: Users, trained_on: int) -> None:
-    """bench/rl_loop.md from all that was played; intervals are over the users, whose seeds are averaged."""
-    played = {
-        name: [json.loads(path.read_text()) for path in sorted(work.glob(f"{name}-*.json"))]
-        for name in ("learns", "control")
-    }
-    seeds = min(len(of_arm) for of_arm in played.values())
-    if not seeds:
-        return
+def table(
+    played: dict[str, list[list[dict[str, Any]]]], config: LoopConfig, fit: SimulatorFit, users: Users, trained_on: int
+) -> list[str]:
+    """The rounds of all seeds; intervals are over the users, whose seeds are averaged."""
+    seeds = len(played["learns"])
     paragraphs = [paragraph.strip().replace("\n", " ") for paragraph in (__doc__ or "").split("\n\n")[2:]]
     params = users.params
     lines = [
-        "# The closed loop\n",
-        f"`python -m bench.rl_loop --seeds {seeds} --rounds {config.rounds}` at commit {commit()}.\n",
         *(f"{paragraph}\n" for paragraph in paragraphs),
         f"{trained_on} users trained the run, {len(params.profile)} others are simulated. Held-out next items of the "
         f"simulator's own users: {fit.nats:.3f} nats per event (popularity alone {fit.popularity_nats:.3f}, all "
@@ -308,14 +309,14 @@ def write_table(work: Path, config: LoopConfig, fit: SimulatorFit, users: Users,
         "|---|---|---|---|---|---|---|---|",
     ]
     means = {
-        name: {term: np.array([[one[term] for one in of_seed] for of_seed in of_arm[:seeds]]) for term in TERMS}
+        name: {term: np.array([[one[term] for one in of_seed] for of_seed in of_arm]) for term in TERMS}
         for name, of_arm in played.items()
     }  # [seeds, rounds, users]
     learns, control = means["learns"]["reward"].mean(axis=0), means["control"]["reward"].mean(axis=0)
     for number in range(learns.shape[0]):
-        used = [of_seed[number]["used"] for of_seed in played["learns"][:seeds]]
+        used = [of_seed[number]["used"] for of_seed in played["learns"]]
         taken, rating = (means["learns"][term].mean(axis=0)[number].mean() for term in ("taken", "rating"))
-        covered = np.mean([of_seed[number]["coverage"] for of_seed in played["learns"][:seeds]])
+        covered = np.mean([of_seed[number]["coverage"] for of_seed in played["learns"]])
         gated = f"{sum(used)} of {seeds} passed" if number < config.rounds else ""
         rewards = (learns[number], control[number], learns[number] - control[number])
         figures = (*map(interval, rewards), f"{taken:.3f}", f"{rating / taken:.3f}", f"{covered:.3f}", gated)
@@ -324,11 +325,11 @@ def write_table(work: Path, config: LoopConfig, fit: SimulatorFit, users: Users,
     lines.append(f"\nLast round less round 0: {gain['learning']} learning, {gain['control']} in the control.\n")
     lines += [
         f"- seed {seed}, after round {number}: {one['decision']}"
-        for seed, of_seed in enumerate(played["learns"][:seeds])
+        for seed, of_seed in enumerate(played["learns"])
         for number, one in enumerate(of_seed)
         if one["decision"]
     ]
-    write_text(OUT, "\n".join(lines) + "\n")
+    return lines
 
 
 def interval(values: np.ndarray) -> str:

@@ -9,6 +9,7 @@ batch, TD(λ) returns, loss, KL to the start, clipping and Adam.
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -204,6 +205,17 @@ def _by_step(columns: list[list[list[np.ndarray]]]) -> list[list[np.ndarray]]:
     return [[np.stack(of_user) for of_user in column] for column in columns]
 
 
+def rates(run: Callable[[], object], times: int, steps: int, repeats: int) -> list[float]:
+    """Steps per second of `times` runs of so many steps each, in each repeat."""
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(times):
+            run()
+        found.append(times * steps / (time.perf_counter() - start))
+    return found
+
+
 def main() -> None:
     torch.set_num_threads(THREADS)
     with np.load(sys.argv[1]) as arrays:
@@ -211,27 +223,23 @@ def main() -> None:
     config = json.loads(sys.argv[2])
     inputs, items = 6 * len(params["base"]), len(params["item_topic"]) - 1
     found = {}
+    steps = config["steps"] * config["users"]
     for name, kind in (("NumPy", NumpyLearner), ("PyTorch", TorchLearner)):
         learner, users = kind(inputs, items, config), Users(params, config["users"], 0)
         vectorized(learner, users, config)
-        start = time.perf_counter()
-        for _ in range(50):
-            vectorized(learner, users, config)
-        rate = 50 * config["steps"] * config["users"] / (time.perf_counter() - start)
-        found[f"all users at once in NumPy, network in {name}"] = rate
+        found[f"all users at once in NumPy, network in {name}"] = rates(
+            lambda learner=learner, users=users: vectorized(learner, users, config), 50, steps, config["repeats"]
+        )
     for name, kind in (("NumPy", NumpyLearner), ("PyTorch", TorchLearner)):
         learner, each = kind(inputs, items, config), [Users(params, 1, n) for n in range(config["users"])]
         one_at_a_time(learner, each[:2], config)
-        start = time.perf_counter()
-        one_at_a_time(learner, each, config)
-        one_at_a_time(learner, each, config)
-        rate = 2 * config["steps"] * config["users"] / (time.perf_counter() - start)
-        found[f"one user at a time in NumPy, network in {name}"] = rate
-    users = Users(params, config["users"], 0)
-    start = time.perf_counter()
-    for _ in range(500):
-        users.step(users.rng.integers(1, items + 1, config["users"]))
-    found["environment alone in NumPy, random items"] = 500 * config["users"] / (time.perf_counter() - start)
+        found[f"one user at a time in NumPy, network in {name}"] = rates(
+            lambda learner=learner, each=each: one_at_a_time(learner, each, config), 1, steps, config["repeats"]
+        )
+    users, count = Users(params, config["users"], 0), config["users"]
+    found["environment alone in NumPy, random items"] = rates(
+        lambda: users.step(users.rng.integers(1, items + 1, count)), 500, count, config["repeats"]
+    )
     print(json.dumps(found))
 
 

@@ -1,8 +1,8 @@
-"""Policies beside the supervised hybrid on MovieLens; writes bench/rl_movielens.md.
+"""Policies beside the supervised hybrid on MovieLens, for bench/rl_movielens.md.
 
-    python bench/rl_movielens.py --runs FOLDER --work FOLDER ml-100k ml-latest-small
+    python -m bench.rl_movielens --runs FOLDER --work FOLDER ml-100k ml-latest-small
 
-FOLDER/NAME-leave-one-out-file/run-SEED are runs of bench/quality.py, which are read only. Of each the test cases are
+FOLDER/NAME-leave-one-out-file/run-SEED are runs of `bench.quality`, which are read only. Of each the test cases are
 ranked, with and without the request time, by the supervised hybrid and by policies on top of it:
 
 - the policy: the defaults of `jaxrec rl`, as it is after its last update; nothing is chosen on test, and one table says
@@ -10,7 +10,7 @@ ranked, with and without the request time, by the supervised hybrid and by polic
 - greedy one-step reward: each item's expected reward under the supervised model's next-item distribution;
 - reward-weighted cross-entropy: the imitation loss alone, without a KL penalty;
 - imitation only and permuted rewards: the controls of `jaxrec rl` (the second is the shuffled-reward control);
-- recent popularity, with the window that is best on validation.
+- recent popularity, with the windows that are best on validation, with and without the request time.
 
 Before that, on validation and without any training: what knowing ratings could add at most. The supervised scores are
 shifted by the logarithm of a predicted rating, or of the target's true one, which nobody knows.
@@ -21,22 +21,19 @@ case, and intervals are 95 % bootstrap intervals over the cases. What is finishe
 
 import dataclasses
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import click
 import jax
 import numpy as np
-from quality import commit
 
+from bench.publish import Page, less, origin, publish_option, read_figures, write_arrays, write_figures
 from jaxrec.data.prepared import PreparedData
 from jaxrec.evaluation.baselines import best_recent_window, recent_popularity_scorer
 from jaxrec.evaluation.bootstrap import Estimate, bootstrap, resample
 from jaxrec.evaluation.metrics import coverage, exclude_items, ndcg, rank_of_target
-from jaxrec.evaluation.ranking import rank_cases
-from jaxrec.files import new_file, write_text
+from jaxrec.evaluation.ranking import Ranked, rank_cases
 from jaxrec.rl.config import LoggedConfig, RewardWeights
 from jaxrec.rl.logged.evaluate import (
     TOP,
@@ -54,7 +51,7 @@ from jaxrec.rl.rewards import slate_reward_terms, total_reward
 from jaxrec.rl.scoring import Scoring, returns, supervised_logits
 from jaxrec.runs.policy import load_run
 
-OUT = Path(__file__).with_name("rl_movielens.md")
+LOGS, SEEDS = ("ml-100k", "ml-latest-small"), 5  # of the page
 SUPERVISED, POLICY, GREEDY, CROSS_ENTROPY = (
     "supervised hybrid",
     "policy",
@@ -77,23 +74,32 @@ SHIFTS = (0.5, 1.0, 2.0)
 
 
 @click.command()
-@click.option("--runs", type=click.Path(path_type=Path), required=True, help="The work folder of bench/quality.py.")
+@click.option("--runs", type=click.Path(path_type=Path), required=True, help="The work folder of bench.quality.")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Results stay here.")
-@click.option("--seeds", default=5, show_default=True)
+@click.option("--seeds", default=SEEDS, show_default=True)
 @click.option("--steps", default=LoggedConfig.updates, show_default=True)
-@click.option("--methods/--no-methods", default=True, help="Also other objectives and settings, on the first seed.")
+@publish_option
 @click.argument("names", nargs=-1, required=True)
-def main(runs: Path, work: Path, seeds: int, steps: int, methods: bool, names: tuple[str, ...]) -> None:
-    """Measures what is not there yet, then writes the tables of all that is."""
-    for seed in range(seeds):
-        for name in names:
-            run = runs / f"{name}-leave-one-out-file" / f"run-{seed}"
-            measure(run, work / name / f"{seed}.npz", dataclasses.replace(LoggedConfig(), seed=seed, updates=steps))
-            write_tables(work, names, steps)
-    for name in names if methods else ():
-        run = runs / f"{name}-leave-one-out-file" / "run-0"
-        measure_methods(run, work / name / "methods.json", dataclasses.replace(LoggedConfig(), updates=steps))
-        write_tables(work, names, steps)
+def main(runs: Path, work: Path, seeds: int, steps: int, publish: bool, names: tuple[str, ...]) -> None:
+    """Measures what is not there yet, then writes the tables of all that was asked for."""
+    asked = less(logs=(names, LOGS), seeds=(seeds, SEEDS), steps=(steps, LoggedConfig.updates))
+    page = Page("rl_movielens", "Policies on MovieLens", publish, work, asked)
+    body = [
+        f"{steps} updates for each policy, seeds 0 to {seeds - 1}.\n",
+        (__doc__ or "").split("\n\n", 2)[2].strip() + "\n",
+    ]
+    results = []
+    for name in names:
+        folders = [runs / f"{name}-leave-one-out-file" / f"run-{seed}" for seed in range(seeds)]
+        files = [work / name / f"{seed}.npz" for seed in range(seeds)]
+        for seed, (folder, file) in enumerate(zip(folders, files, strict=True)):
+            measure(folder, file, dataclasses.replace(LoggedConfig(), seed=seed, updates=steps))
+        methods = work / name / "methods.json"
+        measure_methods(folders[0], methods, dataclasses.replace(LoggedConfig(), updates=steps))
+        trained_at = {origin(folder.with_name(f"ranks-{seed}.json")).commit for seed, folder in enumerate(folders)}
+        body += table(name, sorted(trained_at), [dict(np.load(file)) for file in files], read_figures(methods))
+        results += [*files, methods]
+    page.write(body, results)
 
 
 def measure(folder: Path, out: Path, config: LoggedConfig) -> None:
@@ -113,11 +119,12 @@ def measure(folder: Path, out: Path, config: LoggedConfig) -> None:
     heads[CROSS_ENTROPY] = trained(logged_training(supervised, data, free), IMITATION_ONLY)
     found = {name: evaluate(head) for name, head in heads.items()}
     found[GREEDY] = evaluate_scores(greedy_scores(scoring, config), scoring, tested, data, max_length, config)
-    window = best_recent_window(data, max_length)
-    ranked = rank_cases(recent_popularity_scorer(data, window), data, data.split.test, max_length, request_time=False)
     zeros = np.zeros((2, len(data.split.test)))
-    twice = np.stack([ranked.ranks, ranked.ranks]), zeros, {}, zeros, tested.target_rating
-    found[RECENT] = CaseResults(*twice, np.stack([ranked.top, ranked.top]), len(data.catalog), data.split.test.users)
+    recent = [ranked_by_recent_popularity(data, max_length, request_time) for request_time in (False, True)]
+    ranks, tops = (np.stack(columns) for columns in zip(*recent, strict=True))
+    found[RECENT] = CaseResults(
+        ranks, zeros, {}, zeros, tested.target_rating, tops, len(data.catalog), data.split.test.users
+    )
     validated = {name: training.evaluate(heads[name]) for name in (POLICY, SUPERVISED, IMITATION_ONLY, PERMUTED)}
     decision = logged_outcome(*validated.values())
     arrays: dict[str, Any] = {"decision": decision.reason, "used": decision.used}
@@ -127,8 +134,13 @@ def measure(folder: Path, out: Path, config: LoggedConfig) -> None:
     arrays |= {f"validation|{name}|rank": results.rank for name, results in validated.items()}
     if config.seed == 0:
         arrays["bound"] = json.dumps(rating_bound(training, supervised, data, max_length))
-    with new_file(out) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, weight=tested.target_rating, **arrays)
+    write_arrays(out, {"weight": tested.target_rating, **arrays})
+
+
+def ranked_by_recent_popularity(data: PreparedData, max_length: int, request_time: bool) -> Ranked:
+    """The test cases, with the window that is best on validation."""
+    scorer = recent_popularity_scorer(data, best_recent_window(data, max_length, request_time))
+    return rank_cases(scorer, data, data.split.test, max_length, request_time)
 
 
 def trained(training: LoggedTraining, phase: str) -> Any:
@@ -156,7 +168,7 @@ def measure_methods(folder: Path, out: Path, config: LoggedConfig) -> None:
             shown(over_users((after.reward - before.reward).mean(axis=0))),
             f"{after.figures()['kl']:.3f}",
         ]
-    write_text(out, json.dumps(lines))
+    write_figures(out, lines)
 
 
 def greedy_scores(scoring: Scoring, config: LoggedConfig) -> Any:
@@ -278,23 +290,9 @@ def solve(
         )
 
 
-def write_tables(work: Path, names: tuple[str, ...], steps: int) -> None:
-    """bench/rl_movielens.md from all results in the work folder."""
-    parts = [
-        "# Policies on MovieLens\n",
-        f"`python bench/rl_movielens.py --runs FOLDER --work FOLDER {' '.join(names)}` at commit {commit()}, with "
-        f"{steps} updates for each policy, on {os.cpu_count()} cores ({platform.machine()}), Python "
-        f"{platform.python_version()}, jax {jax.__version__}.\n",
-        (__doc__ or "").split("\n\n", 2)[2].strip() + "\n",
-    ]
-    for name in names:
-        files = sorted((work / name).glob("[0-9]*.npz"))
-        if files:
-            parts += table(name, [dict(np.load(file)) for file in files], work / name / "methods.json")
-    write_text(OUT, "\n".join(parts) + "\n")
-
-
-def table(name: str, seeds: list[dict[str, np.ndarray]], methods: Path) -> list[str]:
+def table(
+    name: str, trained_at: list[str], seeds: list[dict[str, np.ndarray]], methods: dict[str, list[str]]
+) -> list[str]:
     """The tables of one data set."""
     weight = seeds[0]["weight"]
     own = {
@@ -305,6 +303,7 @@ def table(name: str, seeds: list[dict[str, np.ndarray]], methods: Path) -> list[
     weighted_base = float((weight * base).mean() / weight.mean())
     lines = [
         f"\n## {name}, leave-one-out: {len(weight)} test cases, {len(seeds)} seed(s)\n",
+        f"The runs were trained at {', '.join(trained_at)}.\n",
         "| | reward-weighted NDCG@10 | gain | NDCG@10 | gain | coverage@10 | KL (nats) | reward |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -338,15 +337,14 @@ def table(name: str, seeds: list[dict[str, np.ndarray]], methods: Path) -> list[
         ]
         bound = json.loads(str(seeds[0]["bound"]))
         lines += [f"| {label} | {weighted} | {plain} |" for label, (weighted, plain) in bound.items()]
-    if methods.is_file():
-        lines += [
-            "\nWhat else was tried, on validation (first seed), as differences from the supervised hybrid; the reward "
-            "is that of the default weights unless hits alone count:\n",
-            "| | reward-weighted NDCG@10 | NDCG@10 | reward | KL (nats) |",
-            "|---|---|---|---|---|",
-        ]
-        lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in json.loads(methods.read_text()).items()]
-    return lines
+    return [
+        *lines,
+        "\nWhat else was tried, on validation (first seed), as differences from the supervised hybrid; the reward "
+        "is that of the default weights unless hits alone count:\n",
+        "| | reward-weighted NDCG@10 | NDCG@10 | reward | KL (nats) |",
+        "|---|---|---|---|---|",
+        *(f"| {label} | {' | '.join(cells)} |" for label, cells in methods.items()),
+    ]
 
 
 def over_users(values: np.ndarray) -> Estimate:

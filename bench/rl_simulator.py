@@ -1,4 +1,4 @@
-"""Trains a run's policy with simulated users, and evaluates it by others; writes bench/rl_simulator.md.
+"""Trains a run's policy with simulated users, and evaluates it by others, for bench/rl_simulator.md.
 
     python -m bench.rl_simulator --work FOLDER RATINGS
 
@@ -14,7 +14,7 @@ three settings were looked at with the evaluation half.
 """
 
 import dataclasses
-import json
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ import click
 import jax
 import numpy as np
 
-from bench.quality import commit
+from bench.publish import Page, less, publish_option, read_figures, spread, write_figures
 from bench.rl_loop import interval, trained_half
 from jaxrec.evaluation.metrics import ndcg
-from jaxrec.files import write_text
 from jaxrec.rl.config import SimulatedConfig
 from jaxrec.rl.logged.evaluate import TOP, CaseResults
 from jaxrec.rl.scoring import PolicyParams
@@ -37,30 +36,36 @@ from jaxrec.rl.simulated.train import first_learner, roll_out, simulated_updates
 from jaxrec.runs.policy import load_run, policy_in_use
 from jaxrec.runs.rl_simulated import SimulatedTraining, simulated_training
 
-OUT = Path(__file__).with_name("rl_simulator.md")
+SEEDS = 5  # of the page
 SUPERVISED, TRAINED, PERMUTED = "supervised", "on-policy", "permuted rewards"
 REPEATS, COUNT = 3, 10  # of the measurement of speed
 
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Data, run and figures stay here.")
-@click.option("--seeds", default=5, show_default=True, help="Of the training; the simulators are the same for all.")
+@click.option("--seeds", default=SEEDS, show_default=True, help="Of the training; the simulators are the same for all.")
 @click.option("--updates", default=SimulatedConfig.updates, show_default=True)
+@publish_option
 @click.argument("ratings", type=click.Path(exists=True, path_type=Path))
-def main(work: Path, seeds: int, updates: int, ratings: Path) -> None:
+def main(work: Path, seeds: int, updates: int, publish: bool, ratings: Path) -> None:
     """Plays what is not there yet, then writes the table."""
+    asked = less(seeds=(seeds, SEEDS), updates=(updates, SimulatedConfig.updates))
+    page = Page("rl_simulator", "The policy in a simulator", publish, work, asked)
     folder, data, others = trained_half(work, ratings)
     config = SimulatedConfig(updates=updates)
     run, data, supervised = load_run(folder)
     simulators = two_simulators(others, data, config.seed)
     training = simulated_training(supervised, data, policy_in_use(run, supervised), simulators, config)
     before = training.evaluate(training.policy.start)
-    write_text(work / f"{SUPERVISED}.json", json.dumps(figures(training, training.policy.start, before)))
-    if not (work / "speed.json").is_file():
-        write_text(work / "speed.json", json.dumps(speed(training, config)))
+    played = {SUPERVISED: [work / f"{SUPERVISED}.json"], TRAINED: [], PERMUTED: []}
+    write_figures(played[SUPERVISED][0], figures(training, training.policy.start, before))
+    rates = work / "speed.json"
+    if not rates.is_file():
+        write_figures(rates, speed(training, config))
     for seed in range(seeds):
         for arm in (TRAINED, PERMUTED):
             path = work / f"{arm}-{updates}-{seed}.json"
+            played[arm].append(path)
             if path.is_file():
                 continue
             started = time.perf_counter()
@@ -76,8 +81,10 @@ def main(work: Path, seeds: int, updates: int, ratings: Path) -> None:
             reason = simulated_outcome(after, before, before.logged).reason
             print(f"seed {seed}, {arm}, {seconds:.0f} s: {reason}", flush=True)
             found = {**figures(training, params, after), "reason": reason, "seconds": seconds}
-            write_text(path, json.dumps({**found, "kl": records[-1]["kl"]}))
-    write_table(work, seeds, config, simulators, len(data.users))
+            write_figures(path, {**found, "kl": records[-1]["kl"]})
+    found = {arm: [read_figures(path) for path in paths] for arm, paths in played.items()}
+    body = table(found, read_figures(rates), config, simulators, len(data.users))
+    page.write(body, [work / "begun.json", rates, *itertools.chain.from_iterable(played.values())])
 
 
 def figures(training: SimulatedTraining, params: PolicyParams, of_policy: SimulatedResults) -> dict[str, Any]:
@@ -95,8 +102,8 @@ def by_case(results: CaseResults) -> np.ndarray:
     return ndcg(results.rank, TOP).mean(axis=0)
 
 
-def speed(training: SimulatedTraining, config: SimulatedConfig) -> dict[str, float]:
-    """Requests (environment steps) per second: rollout and update, and the rollout alone."""
+def speed(training: SimulatedTraining, config: SimulatedConfig) -> dict[str, list[float]]:
+    """Requests (environment steps) per second, in each repeat: rollout and update, and the rollout alone."""
     environment, policy, key = training.environment, training.policy, jax.random.key(0)
     updates = simulated_updates(environment, policy, config, penalty=training.penalty)
     learner = first_learner(environment, policy, config)
@@ -119,21 +126,23 @@ def speed(training: SimulatedTraining, config: SimulatedConfig) -> dict[str, flo
         learner, metrics = updates(learner, policy.start, key, COUNT)
         jax.block_until_ready(metrics)
         seconds["rollout and update"].append(time.perf_counter() - started)
-    return {name: steps / float(np.median(of_one[1:])) for name, of_one in seconds.items()}  # the first one compiles
+    return {name: [steps / one for one in of_one[1:]] for name, of_one in seconds.items()}  # the first one compiles
 
 
-def write_table(work: Path, seeds: int, config: SimulatedConfig, simulators: TwoSimulators, trained_on: int) -> None:
-    """bench/rl_simulator.md from all rollouts; intervals are over users (or cases), whose seeds are averaged."""
-    found = {SUPERVISED: [json.loads((work / f"{SUPERVISED}.json").read_text())]}
-    for arm in (TRAINED, PERMUTED):
-        paths = [work / f"{arm}-{config.updates}-{seed}.json" for seed in range(seeds)]
-        found[arm] = [json.loads(path.read_text()) for path in paths]
-    rates = json.loads((work / "speed.json").read_text())
-    seconds = float(np.mean([one["seconds"] for one in found[TRAINED]]))
+def table(
+    found: dict[str, list[dict[str, Any]]],
+    rates: dict[str, list[float]],
+    config: SimulatedConfig,
+    simulators: TwoSimulators,
+    trained_on: int,
+) -> list[str]:
+    """All that was played; intervals are over users (or cases), whose seeds are averaged."""
+    seeds = len(found[TRAINED])
     lines = [
-        "# The policy in a simulator\n",
-        f"`python -m bench.rl_simulator --seeds {seeds} --updates {config.updates}` at commit {commit()}.\n",
-        *(f"{paragraph.strip()}\n".replace("\n", " ").strip() + "\n" for paragraph in __doc__.split("\n\n")[2:]),
+        *(
+            f"{paragraph.strip()}\n".replace("\n", " ").strip() + "\n"
+            for paragraph in (__doc__ or "").split("\n\n")[2:]
+        ),
         f"{trained_on} users trained the run. The others: {simulators.summary}. NDCG@10 of these, training: "
         f"{fitted(simulators.training)}; evaluation: {fitted(simulators.evaluation)}.\n",
         f"{config.users} users at once, {config.steps} requests each per update, slates of "
@@ -157,8 +166,10 @@ def write_table(work: Path, seeds: int, config: SimulatedConfig, simulators: Two
         cells.append("" if arm == SUPERVISED else interval(cases - at_start))
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     lines += [
-        f"\nRequests per second: {rates['rollout and update']:,.0f} with the update, {rates['rollout alone']:,.0f} in "
-        f"the rollout alone. A training took {seconds:.0f} s with compilation.\n",
+        f"\nRequests per second: median of {REPEATS} repeats (lowest to highest): "
+        f"{spread(rates['rollout and update'], 0)} with the update, "
+        f"{spread(rates['rollout alone'], 0)} in the rollout alone. A training took "
+        f"{spread([one['seconds'] for one in found[TRAINED]], 0)} s with compilation.\n",
         "The gate, by seed:\n",
         *(
             f"- {arm}, seed {seed} (KL {one['kl']:.3f} in the last updates): {one['reason']}"
@@ -166,7 +177,7 @@ def write_table(work: Path, seeds: int, config: SimulatedConfig, simulators: Two
             for seed, one in enumerate(found[arm])
         ),
     ]
-    write_text(OUT, "\n".join(lines) + "\n")
+    return lines
 
 
 def mean_by_user(of_seeds: list[dict[str, Any]], way: str, term: str) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Learns in the environment whose best policy is known; writes bench/rl_synthetic.md.
+"""Learns in the environment whose best policy is known, for bench/rl_synthetic.md.
 
-    python -m bench.rl_synthetic [--parts values,speed] [--torch PYTHON]
+    python -m bench.rl_synthetic --work FOLDER [--parts values,speed] [--torch PYTHON]
 
 Values are exact (`bench.synthetic_exact`): what a new user takes until it leaves, as a share of what
 it takes under the best policy, which policy iteration finds. Policies are judged as they draw, and in the last column
@@ -29,7 +29,7 @@ import numpy as np
 from bench.environment_policy import HIDDEN, EnvironmentPolicy, new_policy, probabilities
 from bench.from_environment_log import FromLogConfig, collect_log, fit_to_log, next_item_loss, off_policy_loss
 from bench.intervals import student
-from bench.quality import commit
+from bench.publish import Page, less, publish_option, read_figures, spread, write_figures
 from bench.synthetic import TRAINING, acquired_taste, logging_logprobs, synthetic_environment
 from bench.synthetic_exact import (
     all_states,
@@ -40,33 +40,61 @@ from bench.synthetic_exact import (
     value,
 )
 from jaxrec.config import to_json
-from jaxrec.files import write_text
 from jaxrec.rl.checkpoint import PolicyCheckpoint
 from jaxrec.rl.simulated.policy import Params
 from jaxrec.rl.simulated.train import first_learner, simulated_updates, train_simulated
 
-OUT = Path(__file__).with_name("rl_synthetic.md")
+SEEDS, PARTS = 5, ("values", "speed")  # of the page
 PARAMS = acquired_taste()
 ENVIRONMENT = synthetic_environment(PARAMS)
 DISCOUNTS = (0.0, 0.5, 0.9, 0.95, 0.98)
 VISITS, LONGEST = 2000, 400
+REPEATS = 5  # of the measurement of speed
 
 
 @click.command()
-@click.option("--seeds", default=5, show_default=True)
+@click.option("--seeds", default=SEEDS, show_default=True)
 @click.option("--updates", default=TRAINING.updates, show_default=True)
-@click.option("--parts", default="values,speed", show_default=True)
+@click.option("--parts", default=",".join(PARTS), show_default=True)
 @click.option("--discount", "discounts", type=float, multiple=True, default=DISCOUNTS, show_default=True)
 @click.option("--torch", "torch_python", default="", help="A Python with PyTorch and NumPy, for the loops.")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Figures of both parts stay here.")
-def main(seeds: int, updates: int, parts: str, discounts: tuple[float, ...], torch_python: str, work: Path) -> None:
-    """Measures, then writes the tables of all that was measured."""
-    work.mkdir(parents=True, exist_ok=True)
+@publish_option
+def main(
+    seeds: int,
+    updates: int,
+    parts: str,
+    discounts: tuple[float, ...],
+    torch_python: str,
+    work: Path,
+    publish: bool,
+) -> None:
+    """Measures the parts, then writes the tables."""
+    asked = less(
+        seeds=(seeds, SEEDS),
+        updates=(updates, TRAINING.updates),
+        parts=(parts.split(","), PARTS),
+        discounts=(list(map(str, discounts)), list(map(str, DISCOUNTS))),
+        loops=(["PyTorch"] if torch_python else [], ["PyTorch"]),
+    )
+    page = Page("rl_synthetic", "Reinforcement learning where the truth is known", publish, work, asked)
+    paragraphs = (__doc__ or "").split("\n\n")[2:4]
+    body = [
+        f"Seeds 0 to {seeds - 1}, {updates} updates.\n",
+        *(one.strip().replace("\n", " ") + "\n" for one in paragraphs),
+    ]
+    results = []
     if "values" in parts:
-        write_text(work / "values.json", json.dumps(values(seeds, updates, discounts, work)))
+        results.append(work / f"values-{seeds}-{updates}-{len(discounts)}.json")
+        if not results[-1].is_file():
+            write_figures(results[-1], values(seeds, updates, discounts, work))
+        body += values_table(read_figures(results[-1]))
     if "speed" in parts:
-        write_text(work / "speed.json", json.dumps(speed(torch_python)))
-    write_tables(work, seeds, updates)
+        results.append(work / "speed.json")
+        if not results[-1].is_file():
+            write_figures(results[-1], speed(torch_python))
+        body += speed_table(read_figures(results[-1]))
+    page.write(body, results)
 
 
 def values(seeds: int, updates: int, discounts: tuple[float, ...], work: Path) -> dict[str, list[float]]:
@@ -122,21 +150,21 @@ def values(seeds: int, updates: int, discounts: tuple[float, ...], work: Path) -
     return found
 
 
-def speed(torch_python: str) -> dict[str, float]:
-    """Environment steps per second: of the jitted update, of its environment alone, and of the loops."""
+def speed(torch_python: str) -> dict[str, list[float]]:
+    """Environment steps per second, in each repeat: of the jitted update, its environment alone, and the loops."""
     config, policy = TRAINING, new_policy(ENVIRONMENT)
     updates = simulated_updates(ENVIRONMENT, policy, config)
     learner, key = first_learner(ENVIRONMENT, policy, config), jax.random.key(0)
     count = 50
     learner, metrics = updates(learner, policy.start, key, count)
     jax.block_until_ready(metrics)
-    seconds = []
-    for _ in range(5):
+    rates = []
+    for _ in range(REPEATS):
         start = time.perf_counter()
         learner, metrics = updates(learner, policy.start, key, count)
         jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - start)
-    found = {"jaxrec, rollout and update": count * config.users * config.steps / float(np.median(seconds))}
+        rates.append(count * config.users * config.steps / (time.perf_counter() - start))
+    found = {"jaxrec, rollout and update": rates}
 
     @jax.jit
     def alone(key: jax.Array) -> jax.Array:
@@ -152,56 +180,55 @@ def speed(torch_python: str) -> dict[str, float]:
         return jax.lax.scan(go, state, jax.random.split(key, 2000))[1].sum()
 
     jax.block_until_ready(alone(key))
-    start = time.perf_counter()
-    jax.block_until_ready(alone(jax.random.key(1)))
-    found["jaxrec, environment alone, random items"] = 2000 * config.users / (time.perf_counter() - start)
+    rates = []
+    for seed in range(REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(alone(jax.random.key(1 + seed)))
+        rates.append(2000 * config.users / (time.perf_counter() - start))
+    found["jaxrec, environment alone, random items"] = rates
     if torch_python:
         with tempfile.TemporaryDirectory() as folder:
             tables = {name: np.asarray(array) for name, array in PARAMS._asdict().items()}
             np.savez(Path(folder) / "params.npz", **tables)
             command = [torch_python, str(Path(__file__).with_name("rl_loops.py")), f"{folder}/params.npz"]
-            command.append(json.dumps({**dataclasses.asdict(config), "hidden": HIDDEN}))
+            command.append(json.dumps({**dataclasses.asdict(config), "hidden": HIDDEN, "repeats": REPEATS}))
             found |= json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 
 
-def write_tables(work: Path, seeds: int, updates: int) -> None:
-    """bench/rl_synthetic.md from the figures in `work`."""
+def values_table(found: dict[str, list[float]]) -> list[str]:
+    """The policies that learned and those that are exact."""
     lines = [
-        "# Reinforcement learning where the truth is known\n",
-        f"`python -m bench.rl_synthetic --seeds {seeds} --updates {updates}` at commit {commit()}.\n",
-        __doc__.split("\n\n")[2].strip().replace("\n", " ") + "\n",
-        __doc__.split("\n\n")[3].strip().replace("\n", " ") + "\n",
+        f"Best value: {found['best value'][0]:.2f} items taken in a visit of 50 steps on average.\n",
+        "| policy | share of the best value | always its likeliest item |",
+        "|---|---|---|",
     ]
-    if (work / "values.json").is_file():
-        found = json.loads((work / "values.json").read_text())
-        lines += [
-            f"Best value: {found.pop('best value')[0]:.2f} items taken in a visit of 50 steps on average.\n",
-            "| policy | share of the best value | always its likeliest item |",
-            "|---|---|---|",
-        ]
-        lines += [
-            f"| {name} | {interval(shares)} | {interval(found[f'{name}, best item']) if learned else ''} |"
-            for name, shares in found.items()
-            if not name.endswith("best item") and not name.startswith(("effective_share", "clipped"))
-            for learned in [f"{name}, best item" in found]
-        ]
-        for discount in ("0", "0.95"):
-            effective, clipped = found[f"effective_share, discount {discount}"], found[f"clipped, discount {discount}"]
-            lines.append(
-                f"\nOff-policy, discount {discount}, last 100 updates: effective sample size {np.mean(effective):.0%} "
-                f"of the batch, {np.mean(clipped):.1%} of the weights at the cap."
-            )
-    if (work / "speed.json").is_file():
-        found = json.loads((work / "speed.json").read_text())
-        ours = found["jaxrec, rollout and update"]
-        lines += [
-            "\n## Speed\n",
-            "| | environment steps per second | the jitted update is faster by |",
-            "|---|---|---|",
-            *(f"| {name} | {rate:,.0f} | {ours / rate:.1f} |" for name, rate in found.items()),
-        ]
-    write_text(OUT, "\n".join(lines) + "\n")
+    lines += [
+        f"| {name} | {interval(shares)} | {interval(found[f'{name}, best item']) if learned else ''} |"
+        for name, shares in found.items()
+        if name != "best value"
+        and not name.endswith("best item")
+        and not name.startswith(("effective_share", "clipped"))
+        for learned in [f"{name}, best item" in found]
+    ]
+    for discount in ("0", "0.95"):
+        effective, clipped = found[f"effective_share, discount {discount}"], found[f"clipped, discount {discount}"]
+        lines.append(
+            f"\nOff-policy, discount {discount}, last 100 updates: effective sample size {np.mean(effective):.0%} "
+            f"of the batch, {np.mean(clipped):.1%} of the weights at the cap."
+        )
+    return lines
+
+
+def speed_table(found: dict[str, list[float]]) -> list[str]:
+    """Steps per second, beside the jitted update."""
+    ours = float(np.median(found["jaxrec, rollout and update"]))
+    return [
+        f"\n## Speed\n\nMedian of {REPEATS} repeats (lowest to highest).\n",
+        "| | environment steps per second | the jitted update is faster by |",
+        "|---|---|---|",
+        *(f"| {name} | {spread(rates, 0)} | {ours / np.median(rates):.1f} |" for name, rates in found.items()),
+    ]
 
 
 def interval(shares: list[float]) -> str:

@@ -1,36 +1,34 @@
-"""Measures what it costs to start: `import jaxrec` and the help of the command line; writes a table.
+"""Measures what it costs to start: `import jaxrec` and the help of the command line, for bench/startup.md.
 
-    python bench/startup.py --before CHECKOUT --out bench/startup.md
+    python -m bench.startup --before CHECKOUT [--publish]
 
 Each command runs `--runs` times in each checkout in turn, so that a busy moment of the machine hits both. A figure is
 the median of the CPU seconds (user and system) of the whole process, with the smallest and the largest.
 """
 
 import os
-import platform
 import resource
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import click
 
-from jaxrec.files import write_text
+from bench.publish import ROOT, Page, commit, less, publish_option, spread
 
-HERE = Path(__file__).resolve().parents[1]
+RUNS = 5  # of the page
 COMMAND_LINE = "import sys; {}; sys.argv = ['jaxrec', *{!r}]; main()"
 BEFORE, AFTER = "from jaxrec.cli import main", "from jaxrec.cli.main import main"
 
 
 @click.command()
 @click.option("--before", type=click.Path(exists=True, file_okay=False, path_type=Path), help="An earlier checkout.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Where the table goes.")
-@click.option("--runs", type=click.IntRange(3), default=5, show_default=True, help="Counted runs of each command.")
-def main(before: Path | None, out: Path, runs: int) -> None:
-    """Refuses a checkout with changes that are not committed: a figure belongs to a commit."""
-    checkouts = {"this commit": HERE} | ({"before": before.resolve()} if before else {})
-    commits = {name: _commit(folder) for name, folder in checkouts.items()}
+@click.option("--runs", type=click.IntRange(3), default=RUNS, show_default=True, help="Counted runs of each command.")
+@publish_option
+def main(before: Path | None, runs: int, publish: bool) -> None:
+    """Measures, then prints the table."""
+    checkouts = {"this commit": ROOT} | ({"before": before.resolve()} if before else {})
+    page = Page("startup", "Start-up", publish, less=less(checkouts=(checkouts, ["before"]), runs=(runs, RUNS)))
     rows = []
     for label, arguments in {
         "`import jaxrec`": None,
@@ -44,26 +42,16 @@ def main(before: Path | None, out: Path, runs: int) -> None:
                 spent = _cpu_seconds(folder, arguments)
                 if number:
                     seconds[name].append(spent)
-        rows.append([label, *(_cell(seconds[name]) for name in checkouts)])
-    lines = [
-        "# Start-up",
-        "",
-        f"`python bench/startup.py{' --before CHECKOUT' if before else ''} --out bench/startup.md`; CPU seconds of the "
-        f"whole process, median of {runs} runs (smallest to largest), checkouts in turn. Python "
-        f"{platform.python_version()}, {os.cpu_count()} shared cores.",
-        "",
-        "| | " + " | ".join(f"{name} ({commits[name]})" for name in checkouts) + " |",
-        "|---|" + "---|" * len(checkouts),
-        *("| " + " | ".join(row) + " |" for row in rows),
-    ]
-    write_text(out, "\n".join(lines) + "\n")
-    click.echo("\n".join(lines))
-
-
-def _commit(folder: Path) -> str:
-    if subprocess.check_output(["git", "status", "--porcelain", "--untracked-files=no"], cwd=folder, text=True).strip():
-        raise click.ClickException(f"{folder} has changes that are not committed")
-    return subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=folder, text=True).strip()
+        rows.append([label, *(spread(seconds[name], 2) for name in checkouts)])
+    page.write(
+        [
+            f"CPU seconds of the whole process, median of {runs} runs (lowest to highest), checkouts in turn.",
+            "",
+            "| | " + " | ".join(f"{name} ({commit(folder)})" for name, folder in checkouts.items()) + " |",
+            "|---|" + "---|" * len(checkouts),
+            *("| " + " | ".join(row) + " |" for row in rows),
+        ]
+    )
 
 
 def _cpu_seconds(folder: Path, arguments: list[str] | None) -> float:
@@ -74,10 +62,6 @@ def _cpu_seconds(folder: Path, arguments: list[str] | None) -> float:
     subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def _cell(seconds: list[float]) -> str:
-    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
 
 
 if __name__ == "__main__":

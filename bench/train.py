@@ -1,8 +1,8 @@
 """Training: speed beside PyTorch and plain JAX, memory with large catalogues, time to quality.
 
-    python bench/train.py step          # needs `pip install torch==2.13.0+cpu`
-    python bench/train.py memory
-    python bench/train.py quality DATA  # from `jaxrec prepare --min-user-ratings 5 --min-movie-ratings 5`
+    python -m bench.train step          # needs `pip install torch==2.13.0+cpu`
+    python -m bench.train memory
+    python -m bench.train quality DATA  # from `jaxrec prepare --min-user-ratings 5 --min-movie-ratings 5`
 
 Each prints a section of bench/train.md. `step` interleaves the ways in rounds within one process, so that a busy moment
 of the machine hits all alike; ratios are medians of the rounds' ratios. All ways run after
@@ -12,7 +12,6 @@ of the machine hits all alike; ratios are medians of the rounds' ratios. All way
 
 import functools
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,8 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from train_steps import Shape, Step, our_step, plain_jax_step, random_batch, random_weights, torch_step
 
+from bench.publish import here, spread
+from bench.train_steps import Shape, Step, our_step, plain_jax_step, random_batch, random_weights, torch_step
 from jaxrec.config import ModelConfig, TrainConfig
 from jaxrec.data.batches import MAX_EARLIER, TrainBatch, TrainingData
 from jaxrec.data.events import Events
@@ -49,10 +49,6 @@ MEMORY_CASES = (  # items, rows, length
     (60_000, 64, 200),
     (1_000_000, 64, 200),
 )
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -77,6 +73,8 @@ def matrix_products(size: int = 2048) -> dict[str, Callable[[], object]]:
 @click.group()
 def main() -> None:
     """Benchmarks of training."""
+    if click.get_current_context().invoked_subcommand != "train-random":  # which prints one number
+        click.echo(f"- commit {here().commit}\n- {here().machine}")
 
 
 @main.command(context_settings={"show_default": True})
@@ -123,8 +121,7 @@ def step(rounds: int, steps: int, kept_memory: bool) -> None:
     best = max(rates, key=lambda name: statistics.median(rates[name]))
     peak = statistics.median(rates[best])
     click.echo(
-        f"- {platform.machine()}, {threads} cores, load {load:.1f} at the start; Python {platform.python_version()}, "
-        f"jax {version('jax')}, torch {version('torch')}\n"
+        f"- load {load:.1f} at the start, torch {version('torch')}\n"
         f"- {shape.layers} LSTM layers of {shape.width}, {shape.items} items, batch {shape.batch}, length "
         f"{shape.length}, {np.mean(batch[1] == 0):.1%} padding; losses of all ways agree before and after an update\n"
         f"- {shape.flop / 1e9:.1f} GFLOP a step in the model's products; float32 2048 x 2048 product: "
@@ -155,7 +152,7 @@ def memory() -> None:
         "| items | batch | length | softmax | s a step | peak memory of the process, GB |\n|---|---|---|---|---|---|"
     )
     for case in MEMORY_CASES:
-        command = [sys.executable, __file__, "train-random", *map(str, case)]
+        command = [sys.executable, "-m", "bench.train", "train-random", *map(str, case)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
             printed = child.stdout.read().strip()

@@ -28,7 +28,13 @@ LINK = re.compile(r"\]\(([^)#\s]*)(?:#[^)\s]*)?\)")
 PATH = re.compile(r"(?<![\w/.-])(?:jaxrec|serve|tests|bench|proto|examples)/[\w./-]*\w/?")
 DIRECTIVE = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
 INLINE = re.compile(r"`((?:jaxrec|python -m serve) [^`]+)`")
-FIGURES = re.compile(r"<!-- figures: (\S+) -->\n\n?(.*?)\n\n", re.DOTALL)
+FIGURES = re.compile(r"<!-- figures: (.+?) -->\n\n?(.*?)\n\n", re.DOTALL)
+NO_FIGURES = "none"  # in place of a page: the numbers of a table are not measured
+TABLE = re.compile(r"^(?:\|.*\n)+", re.MULTILINE)
+UNREAD = re.compile(r"`[^`]*`|\]\([^)]*\)")  # code and targets of links, whose digits are no figures
+MEASURED = re.compile(
+    r"(?<![\w.,-])(?:\d[\d,]*\.\d+|\d[\d,]*(?= (?:MB|GB|s|ms|µs|seconds|minutes|times|requests|%)(?!\w)))"
+)
 NUMBER = re.compile(r"\d(?:[\d,]*\d)?(?:\.\d+)?")
 
 # The columns of README's table of quality are sections of bench/quality.md, its rows of jaxrec the rows of "hybrid".
@@ -110,6 +116,11 @@ def measured_latency(row: str, column: str) -> str:
     }[column]
 
 
+def figures_of(page: Path, sources: list[str]) -> set[str]:
+    """All numbers of the pages that `page` cites, as they are written there."""
+    return {figure for source in sources for figure in NUMBER.findall((page.parent / source).read_text("utf-8"))}
+
+
 def commands(page: Path) -> list[str]:
     """The commands of this project in the shell blocks of a page, whole lines without comments."""
     lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
@@ -177,9 +188,25 @@ def test_latency_is_as_measured(row: str, column: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_figures_with_a_source_are_found_there(page: Path) -> None:
-    for source, text in FIGURES.findall(page.read_text("utf-8") + "\n\n"):
-        known = set(NUMBER.findall((page.parent / source).read_text("utf-8")))
-        assert [figure for figure in NUMBER.findall(text) if figure not in known] == [], source
+    for sources, text in FIGURES.findall(page.read_text("utf-8") + "\n\n"):
+        if sources != NO_FIGURES:
+            assert [figure for figure in NUMBER.findall(text) if figure not in figures_of(page, sources.split())] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tables_with_numbers_cite_a_page_of_bench_or_say_that_nothing_is_measured(page: Path) -> None:
+    text = prose(page) + "\n\n"
+    known = {block.partition("\n\n")[0].rstrip("\n") for _, block in FIGURES.findall(text)}
+    tables = [found.rstrip("\n") for found in TABLE.findall(text) if re.search(r"(?<!\w)\d", UNREAD.sub("", found))]
+    assert [found for found in tables if found not in known] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_figures_in_a_sentence_that_cites_a_page_of_bench_are_found_there(page: Path) -> None:
+    for sentence in re.split(r"(?<=[.:!?])\s+|\n\s*\n|\n(?=- )", TABLE.sub("", prose(page))):
+        sources = [link for link in LINK.findall(sentence) if (page.parent / link).resolve().parent == ROOT / "bench"]
+        figures = MEASURED.findall(UNREAD.sub("", sentence)) if sources else []
+        assert [figure for figure in figures if figure not in figures_of(page, sources)] == [], sentence
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -17,6 +17,7 @@ from jaxrec.data.split import Cases
 Item = TypeVar("Item")
 
 
+NO_TIME = np.iinfo(np.int64).min
 MAX_EARLIER = 1000  # of the items before a window, so many of the most recent ones are excluded from the candidates
 
 
@@ -35,13 +36,15 @@ class TrainBatch(NamedTuple):
 
 class CaseBatch(NamedTuple):
     """`events` [batch, length] before each target, `request_gap` [batch] float32 seconds until it, `target` [batch]
-    int32, `exclude` [batch, width] int32: all items of the history (0 = padding), `time` [batch] int64: when."""
+    int32, `exclude` [batch, width] int32: all items of the history (0 = padding), `time` [batch] int64: the request
+    time, which is the target's, `last_time` [batch] int64: of the history's last event (NO_TIME: there is none)."""
 
     events: Events
     request_gap: np.ndarray
     target: np.ndarray
     exclude: np.ndarray
     time: np.ndarray
+    last_time: np.ndarray
 
 
 def training_windows(counts: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -108,9 +111,7 @@ class TrainingData:
 
     def __init__(self, data: PreparedData, max_length: int, batch_tokens: int, multiple_of: int = 1) -> None:
         """A batch has about `batch_tokens` positions; its number of rows is a multiple of `multiple_of`."""
-        self._histories = data.histories
-        self._ratings = data.unit_ratings()
-        self._gaps = data.histories.gaps()
+        self._data = data
         self.max_length = max_length
         self.rows_per_batch = max(1, round(batch_tokens / max_length / multiple_of)) * multiple_of
         users, starts, self._lengths = training_windows(data.split.train_counts, max_length)
@@ -163,10 +164,10 @@ class TrainingData:
         rows.flat[occupied] = np.repeat(self._starts[windows], lengths) + within
         where.flat[occupied] = True
         starts.flat[slots] = True
-        events = _events(self._histories, self._ratings, self._gaps, rows, where, where.sum(axis=1, dtype=np.int32))
-        following = np.where(where, rows + 1, 0)
-        target = np.where(where, self._histories.items[following], 0).astype(np.int32)
-        target_gap = np.where(where, self._gaps[following], UNKNOWN_GAP).astype(np.float32)
+        events = _events(self._data, rows, where, where.sum(axis=1, dtype=np.int32))
+        histories, following = self._data.histories, np.where(where, rows + 1, 0)
+        target = np.where(where, histories.items[following], 0).astype(np.int32)
+        target_gap = np.where(where, gaps_at(histories, following), UNKNOWN_GAP).astype(np.float32)
         return TrainBatch(events, starts, target, target_gap, self._earlier(windows, slots))
 
     def _earlier(self, windows: np.ndarray, slots: np.ndarray) -> np.ndarray:
@@ -176,7 +177,7 @@ class TrainingData:
         later, ago = np.flatnonzero(counts), np.arange(self._earlier_width)
         where = ago < counts[later, None]
         rows = np.where(where, self._starts[windows[later], None] - 1 - ago, 0)
-        earlier[slots[later] // self.max_length] = np.where(where, self._histories.items[rows], 0)
+        earlier[slots[later] // self.max_length] = np.where(where, self._data.histories.items[rows], 0)
         return earlier
 
 
@@ -193,41 +194,44 @@ def prefetch(batches: Iterable[Item], depth: int = 2) -> Iterator[Item]:
 def case_batches(data: PreparedData, cases: Cases, max_length: int, size: int = 64) -> Iterator[CaseBatch]:
     """Evaluation cases in order; the last batch is filled with repeats of its last case.
 
-    The model reads the last `max_length` events; the whole history is excluded from the answer.
+    The model reads the last `max_length` events; the whole history is excluded from the answer. The width of `exclude`
+    is a power of two, from `max_length` on, that holds the longest history of the batch: one long history widens its
+    own batch only, and what is compiled for each shape is compiled a few times.
     """
-    histories, ratings, gaps = data.histories, data.unit_ratings(), data.histories.gaps()
-    first_rows = histories.offsets[cases.users]
-    width = int((cases.rows - first_rows).max(initial=1))
+    histories = data.histories
     for start in range(0, len(cases), size):
         chosen = np.minimum(np.arange(start, start + size), len(cases) - 1)
-        targets, firsts = cases.rows[chosen], first_rows[chosen]
-        lengths = np.minimum(targets - firsts, max_length).astype(np.int32)
+        targets, firsts = cases.rows[chosen], histories.offsets[cases.users[chosen]]
+        earlier = targets - firsts
+        lengths = np.minimum(earlier, max_length).astype(np.int32)
         where = np.arange(max_length) < lengths[:, None]
         rows = np.where(where, (targets - lengths)[:, None] + np.arange(max_length), 0)
+        width = 1 << (max(int(earlier.max()), max_length) - 1).bit_length()
         excluded = firsts[:, None] + np.arange(width)
         inside = excluded < targets[:, None]
         exclude = np.where(inside, histories.items[np.where(inside, excluded, 0)], 0)
         yield CaseBatch(
-            _events(histories, ratings, gaps, rows, where, lengths),
-            gaps[targets],
+            _events(data, rows, where, lengths),
+            gaps_at(histories, targets),
             histories.items[targets],
             exclude.astype(np.int32),
             histories.times[targets],
+            np.where(earlier > 0, histories.times[targets - (earlier > 0)], NO_TIME),
         )
 
 
-def _events(
-    histories: Histories,
-    ratings: np.ndarray,
-    gaps: np.ndarray,
-    rows: np.ndarray,
-    where: np.ndarray,
-    lengths: np.ndarray,
-) -> Events:
+def gaps_at(histories: Histories, rows: np.ndarray) -> np.ndarray:
+    """`histories.gaps()[rows]`, [...] float32, from these rows alone: gaps of the whole log are not held in memory."""
+    is_first = histories.offsets[np.searchsorted(histories.offsets, rows)] == rows
+    gaps = histories.times[rows] - histories.times[np.maximum(rows - 1, 0)]
+    return np.where(is_first, UNKNOWN_GAP, gaps).astype(np.float32)
+
+
+def _events(data: PreparedData, rows: np.ndarray, where: np.ndarray, lengths: np.ndarray) -> Events:
     """Padding holds item 0, a missing rating and an unknown gap. A window's first event keeps its true gap."""
     return Events(
-        item=np.where(where, histories.items[rows], 0).astype(np.int32),
-        rating=np.where(where, ratings[rows], MISSING_RATING).astype(np.float32),
-        gap=np.where(where, gaps[rows], UNKNOWN_GAP).astype(np.float32),
+        item=np.where(where, data.histories.items[rows], 0).astype(np.int32),
+        rating=np.where(where, data.unit_ratings(rows), MISSING_RATING).astype(np.float32),
+        gap=np.where(where, gaps_at(data.histories, rows), UNKNOWN_GAP).astype(np.float32),
         length=lengths,
     )

@@ -39,10 +39,10 @@ class PreparedData:
     folder: Path | None = dataclasses.field(default=None, init=False, compare=False)
     digest: str = dataclasses.field(default="", init=False, compare=False)
 
-    def unit_ratings(self) -> np.ndarray:
-        """[events] float32: ratings scaled to 0..1, MISSING_RATING where there is none."""
+    def unit_ratings(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """[events], or the shape of `rows`, float32: ratings scaled to 0..1, MISSING_RATING where there is none."""
         scale = self.config.rating_scale or RatingScale(0.0, 1.0)
-        return scale.to_unit(self.histories.ratings)
+        return scale.to_unit(self.histories.ratings[rows])
 
     def train_popularity(self) -> np.ndarray:
         """[items + 1] int64: training events per item."""

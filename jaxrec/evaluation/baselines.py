@@ -27,9 +27,10 @@ def constant_scorer(scores: np.ndarray) -> Scorer:
 
 
 def recent_popularity_scorer(data: PreparedData, window_days: float) -> Scorer:
-    """Training events of the `window_days` before each case's own time, so nothing later than the case is counted.
+    """Training events of the `window_days` before each case's time, so that nothing later is counted.
 
-    The whole log's popularity, scaled below one event, breaks ties.
+    The case's time is the request time, or the time of the history's last event where the request time is not given.
+    The whole log's popularity, scaled below one event, breaks ties, and is all that is left without any time.
     """
     rows = data.split.train_rows(data.histories)
     rows = rows[np.argsort(data.histories.times[rows], kind="stable")]
@@ -48,12 +49,12 @@ def recent_popularity_scorer(data: PreparedData, window_days: float) -> Scorer:
     return scores
 
 
-def best_recent_window(data: PreparedData, max_length: int) -> float:
-    """The window of recent popularity, in days, with the best NDCG@10 on validation."""
+def best_recent_window(data: PreparedData, max_length: int, request_time: bool) -> float:
+    """The window of recent popularity, in days, with the best NDCG@10 on validation, with or without request time."""
 
     def figure(days: float) -> float:
         scorer = recent_popularity_scorer(data, days)
-        ranked = rank_cases(scorer, data, data.split.validation, max_length, request_time=False)
+        ranked = rank_cases(scorer, data, data.split.validation, max_length, request_time)
         return float(ndcg(ranked.ranks, 10).mean())
 
     return max(RECENT_WINDOWS_DAYS, key=figure)

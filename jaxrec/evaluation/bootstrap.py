@@ -1,7 +1,8 @@
 """The bootstrap behind every interval of evaluation: users are drawn, not cases.
 
 Cases of one user depend on each other. Intervals that resample cases are then too narrow (with ten cases a user, 95 %
-intervals covered 78 %). All metrics of a report share the same draws, which are made once.
+intervals covered 78 %). All metrics of a report share the same draws. Those of up to 100,000 users are made once and
+kept (200 MB); those of more users are made again for each metric, so that memory does not grow with the users.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import numpy as np
 
 SAMPLES = 1000
 DRAWS_AT_A_TIME = 100_000  # that are held in memory; they fit a core's cache, which halves the time
+MOST_KEPT = 100_000_000  # counts of two bytes that are kept for the next figure; more are drawn again for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +26,21 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Resamples:
-    """`group` [cases] int64: the place of each case's user among the users; `times` [samples, users] uint16: how often
-    each resample holds each user."""
+    """`group` [cases] int64: the place of each case's user among the `users`; `kept`: chunks [some samples, users]
+    uint16 of how often each resample holds each user, None where they are too many to be kept."""
 
     group: np.ndarray
-    times: np.ndarray
+    users: int
+    samples: int
+    seed: int
+    kept: tuple[np.ndarray, ...] | None
+
+    def counts(self) -> Iterator[np.ndarray]:
+        """Chunks [some samples, users] float64, the same at each call: how often each resample holds each user."""
+        if self.kept is None:
+            yield from draw_counts(self.users, self.samples, self.seed)
+        else:
+            yield from (chunk.astype(np.float64) for chunk in self.kept)
 
 
 def resample(groups: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> Resamples:
@@ -45,8 +57,10 @@ def resample(groups: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> Resam
     if not len(groups):
         raise ValueError("no cases to average")
     labels, group = np.unique(groups, return_inverse=True)
-    times = np.concatenate([chunk.astype(np.uint16) for chunk in draw_counts(len(labels), samples, seed)])
-    return Resamples(group, times)
+    users, kept = len(labels), None
+    if samples * users <= MOST_KEPT:
+        kept = tuple(chunk.astype(np.uint16) for chunk in draw_counts(users, samples, seed))
+    return Resamples(group, users, samples, seed, kept)
 
 
 def group_sums(values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
@@ -128,14 +142,10 @@ def bootstrap(
     columns = np.asarray(values, np.float64).reshape(len(values), -1)
     if len(columns) != len(resamples.group):
         raise ValueError(f"values of {len(columns)} cases, resamples of {len(resamples.group)}")
-    users = resamples.times.shape[1]
-    counts = np.bincount(resamples.group, minlength=users)
-    sums = np.stack([np.bincount(resamples.group, column, users) for column in columns.T], axis=1)
-    # Counts beside the sums, so that one product gives both.
-    both = np.concatenate([sums, counts[:, None]], axis=1)
-    chunks = np.array_split(
-        resamples.times, max(1, resamples.times.size // DRAWS_AT_A_TIME)
-    )  # a product copies its part
-    totals = np.concatenate([part @ both for part in chunks])
+    cases = np.bincount(resamples.group, minlength=resamples.users)
+    sums = np.stack([np.bincount(resamples.group, column, resamples.users) for column in columns.T], axis=1)
+    # Cases beside the sums, so that one product gives both.
+    both = np.concatenate([sums, cases[:, None]], axis=1)
+    totals = np.concatenate([counts @ both for counts in resamples.counts()])
     low, high = np.quantile(statistic(totals[:, :-1] / totals[:, -1:]), [0.025, 0.975])
     return Estimate(float(statistic(columns.mean(axis=0))), float(low), float(high))

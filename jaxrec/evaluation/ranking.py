@@ -70,7 +70,8 @@ def rank_cases(scorer: Scorer, data: PreparedData, cases: Cases, max_length: int
         data: that the cases are of.
         cases: at least one.
         max_length: of the history that the scorer is given, in events.
-        request_time: without it the scorer is given UNKNOWN_GAP for the gap before the target.
+        request_time: without it the scorer is given UNKNOWN_GAP for the gap before the target, and the time of the
+            history's last event for the target's.
 
     Raises:
         DataError: there is no case.
@@ -125,8 +126,8 @@ def _both_ranks(
 
 
 def without_request_time(batch: CaseBatch) -> CaseBatch:
-    """The same cases, asked without a request time."""
-    return batch._replace(request_gap=np.full_like(batch.request_gap, UNKNOWN_GAP))
+    """The same cases, asked without a request time: `time` is then that of the last event, the latest that is known."""
+    return batch._replace(request_gap=np.full_like(batch.request_gap, UNKNOWN_GAP), time=batch.last_time)
 
 
 def summarize(

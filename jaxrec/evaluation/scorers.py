@@ -26,7 +26,8 @@ class Scorer(Protocol):
         """Scores a batch of cases.
 
         Args:
-            batch: the cases. Where `request_gap` is UNKNOWN_GAP there is no request time.
+            batch: the cases. Where `request_gap` is UNKNOWN_GAP there is no request time, and `time` is that of the
+                history's last event.
 
         Returns:
             [batch, items + 1] float32, higher is better. Column 0 (padding) and the items of `exclude` may have any

@@ -12,12 +12,13 @@ import pandas as pd
 from tqdm import tqdm
 
 from jaxrec.config import to_json
+from jaxrec.data.batches import gaps_at
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.split import Cases
 from jaxrec.evaluation.baselines import best_recent_window, popularity_scorer, recent_popularity_scorer
 from jaxrec.evaluation.bootstrap import bootstrap, ratio, resample
 from jaxrec.evaluation.metrics import ndcg
-from jaxrec.evaluation.ranking import MetricsRow, Ranked, rank_cases, summarize
+from jaxrec.evaluation.ranking import MetricsRow, rank_cases, summarize
 from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
 from jaxrec.files import write_text
 from jaxrec.runs.directory import EVALUATION_FILE, Run, load_supervised, open_run
@@ -25,6 +26,9 @@ from jaxrec.runs.policy import load_policy, read_outcome
 
 POPULARITY, RECENT_POPULARITY = "popularity", "recent popularity"
 HYBRID, POLICY = "hybrid", "policy"
+REQUEST_TIME = {False: "without", True: "with"}
+WINDOW_DAYS = "recent_popularity_window_days"
+HYBRID_OVER_RECENT = "hybrid_over_recent_popularity_ndcg_10"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Evaluation:
         protocol: How they were measured: data, split, filter, candidates, seeds.
         rows: One for each scorer, without and with the request time.
         serving: Name of the rows of the model that is exported.
-        comparison: Ratios between two scorers, paired by case.
+        comparison: Ratios between two scorers, paired by case; `without` and `with` request time, the same for both.
     """
 
     protocol: dict[str, Any]
@@ -69,38 +73,39 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     supervised = load_supervised(run, data)
     with_policy = load_policy(run, supervised, only_if_used=False)
     popularity = data.train_popularity()
-    window = best_recent_window(data, run.model_config.max_length)
-    scorers: dict[str, tuple[Scorer, bool]] = {
-        POPULARITY: (popularity_scorer(data), False),
-        RECENT_POPULARITY: (recent_popularity_scorer(data, window), False),
-        "TimeRatingAwareLSTM": (sequence_scorer(supervised.lstm), True),
-        "TimeRatingAwareContentModel": (sequence_scorer(supervised.content), True),
-        HYBRID: (hybrid_scorer(supervised), True),
+    max_length = run.model_config.max_length
+    windows = {time: best_recent_window(data, max_length, time) for time in (False, True)}
+    learned: dict[str, Scorer] = {
+        "TimeRatingAwareLSTM": sequence_scorer(supervised.lstm),
+        "TimeRatingAwareContentModel": sequence_scorer(supervised.content),
+        HYBRID: hybrid_scorer(supervised),
     }
     outcome = read_outcome(run)
     if with_policy is not None:
-        scorers[POLICY] = (hybrid_scorer(with_policy), True)
-    asked = [(name, time) for name, (_, timed) in scorers.items() for time in ((False, True) if timed else (False,))]
-    ranked: dict[tuple[str, bool], Ranked] = {}
-    for name, request_time in tqdm(asked, desc="evaluate", unit="row"):
-        scorer = scorers[name][0]
-        ranked[name, request_time] = rank_cases(
-            scorer, data, data.split.test, run.model_config.max_length, request_time
-        )
+        learned[POLICY] = hybrid_scorer(with_policy)
+    scorers: dict[tuple[str, bool], Scorer] = {
+        (POPULARITY, False): popularity_scorer(data),
+        **{(RECENT_POPULARITY, time): recent_popularity_scorer(data, days) for time, days in windows.items()},
+        **{(name, time): scorer for name, scorer in learned.items() for time in (False, True)},
+    }
+    ranked = {
+        (name, time): rank_cases(scorer, data, data.split.test, max_length, time)
+        for (name, time), scorer in tqdm(scorers.items(), desc="evaluate", unit="row")
+    }
     resamples = resample(data.split.test.users, seed=seed)
-    rows = [summarize(name, time, ranked[name, time], popularity, resamples) for name, time in asked]
+    rows = [summarize(name, time, of_row, popularity, resamples) for (name, time), of_row in ranked.items()]
     protocol = {
         "split": data.config.split.value,
         "ties": data.config.ties.value,
         "filter": f"users with {data.config.min_user_ratings}+, movies with {data.config.min_movie_ratings}+ ratings",
         "filter_on": data.config.filter_on.value,
         "candidates": "all items but those of the history",
-        "history": f"last {run.model_config.max_length} events",
+        "history": f"last {max_length} events",
         "test_cases": len(data.split.test),
         "repeated_test_share": repeated_share(data, data.split.test),
         "tied_test_share": tied_share(data, data.split.test),
         "interval": "95 % bootstrap over users",
-        "recent_popularity_window_days": window,
+        WINDOW_DAYS: {REQUEST_TIME[time]: days for time, days in windows.items()},
         "seed": run.train_config.seed,
         "bootstrap_seed": seed,
         "data_folder": str(run.data_folder),
@@ -110,16 +115,18 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
         "model": to_json(run.model_config),
     }
     serving = POLICY if outcome is not None and outcome.used else HYBRID
-    both = np.stack([ndcg(ranked[name, False].ranks, 10) for name in (HYBRID, RECENT_POPULARITY)], axis=1)
-    compared = dataclasses.asdict(bootstrap(both, resamples, ratio))
-    evaluation = Evaluation(protocol, rows, serving, {"hybrid_over_recent_popularity_ndcg_10": compared})
+    compared = {}
+    for time, label in REQUEST_TIME.items():  # like with like: both with the request time, or both without
+        both = np.stack([ndcg(ranked[name, time].ranks, 10) for name in (HYBRID, RECENT_POPULARITY)], axis=1)
+        compared[label] = dataclasses.asdict(bootstrap(both, resamples, ratio))
+    evaluation = Evaluation(protocol, rows, serving, {HYBRID_OVER_RECENT: compared})
     write_evaluation(evaluation, run.folder / EVALUATION_FILE)
     return evaluation
 
 
 def tied_share(data: PreparedData, cases: Cases) -> float:
     """The share of targets that have the timestamp of the event before them."""
-    return float((data.histories.gaps()[cases.rows] == 0).mean())
+    return float((gaps_at(data.histories, cases.rows) == 0).mean())
 
 
 def repeated_share(data: PreparedData, cases: Cases) -> float:
@@ -144,12 +151,8 @@ def format_table(evaluation: Evaluation) -> str:
         name = f"{row.name} *" if row.name == evaluation.serving else row.name
         cells = "".join(f"{_interval(values):^21}" for values in (row.ndcg_10, row.hit_rate_10, row.mrr))
         rest = f"{row.hit_rate_50['mean']:6.3f}{row.coverage_10:10.3f}{row.mean_popularity_10:12.1f}"
-        lines.append(f"{name:29}{'with' if row.request_time else 'without':>8}  {cells}{rest}")
+        lines.append(f"{name:29}{REQUEST_TIME[row.request_time]:>8}  {cells}{rest}")
     protocol = evaluation.protocol
-    ratio = evaluation.comparison["hybrid_over_recent_popularity_ndcg_10"]
-    times = f"{ratio['mean']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f}) times."
-    if ratio["mean"] > 1000:
-        times = "the latter finds next to nothing."
     data = f"{Path(protocol['data_folder']).name} (SHA-256 {protocol['data_sha256'][:8]})"
     tied, repeated = protocol["tied_test_share"], protocol["repeated_test_share"]
     lines += [
@@ -157,8 +160,13 @@ def format_table(evaluation: Evaluation) -> str:
         f"Data: {data}, {protocol['filter']}. Split: {protocol['split']}. Seed: {protocol['seed']}.",
         f"Candidates: all {protocol['data']['items']} items but those of the history. {tied:.0%} of the targets tie in",
         f"time with the event before them (ties: {protocol['ties']}), {repeated:.0%} are in the history already.",
-        f"NDCG@10, hybrid without request time over recent popularity: {times}",
+        "NDCG@10, hybrid over recent popularity, with its window in days from validation:",
     ]
+    for label, over in evaluation.comparison[HYBRID_OVER_RECENT].items():
+        times = f"{over['mean']:.1f} ({over['low']:.1f}-{over['high']:.1f}) times"
+        if over["mean"] > 1000:
+            times = "the latter finds next to nothing"
+        lines.append(f"  both {label} request time: {times} (window {protocol[WINDOW_DAYS][label]:g})")
     return "\n".join(lines)
 
 

@@ -1,17 +1,20 @@
 """Training windows and evaluation batches: every event once, nothing of the future, padding that is marked."""
 
 import itertools
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from jaxrec.config import MISSING_RATING, PrepareConfig
-from jaxrec.data.batches import TrainingData, case_batches, pack_windows, prefetch, training_windows
+from jaxrec.data.batches import NO_TIME, TrainingData, case_batches, gaps_at, pack_windows, prefetch, training_windows
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.schema import UNKNOWN_GAP
+from jaxrec.data.schema import ITEM, RATING, TIME, UNKNOWN_GAP, USER
+from jaxrec.data.split import Cases
 from tests.synthetic import random_log
 
 
@@ -157,3 +160,63 @@ def test_cases_hold_the_history_and_nothing_later(data: PreparedData) -> None:
             assert batch.request_gap[i] == histories.times[target_row] - histories.times[target_row - 1]
             row += 1
     assert row == len(cases)
+
+
+def test_cases_have_the_numbers_of_the_whole_log(data: PreparedData) -> None:
+    """Ratings, gaps and times that are worked out for a batch are those of the whole columns."""
+    histories, ratings, gaps = data.histories, data.unit_ratings(), data.histories.gaps()
+    every_row = Cases(histories.users(), np.arange(histories.event_count))
+    for start, batch in zip(range(0, len(every_row), 16), case_batches(data, every_row, 8, 16), strict=True):
+        for i, row in enumerate(every_row.rows[start : start + 16]):
+            first = max(row - 8, histories.offsets[every_row.users[row]])
+            length = row - first
+            assert batch.events.rating[i].tolist() == ratings[first:row].tolist() + [MISSING_RATING] * (8 - length)
+            assert batch.events.gap[i].tolist() == gaps[first:row].tolist() + [UNKNOWN_GAP] * (8 - length)
+            assert (batch.request_gap[i], batch.time[i]) == (gaps[row], histories.times[row])
+            assert batch.last_time[i] == (histories.times[row - 1] if length else NO_TIME)
+    np.testing.assert_array_equal(gaps_at(histories, every_row.rows), gaps)
+
+
+def test_training_events_have_the_numbers_of_the_whole_log(data: PreparedData) -> None:
+    histories, ratings, gaps = data.histories, data.unit_ratings(), data.histories.gaps()
+    rows = data.split.train_rows(histories)
+    columns = histories.items, ratings, gaps
+    known = Counter(zip(*(column[rows].tolist() for column in columns), strict=True))
+    found = {
+        event
+        for batch in TrainingData(data, max_length=8, batch_tokens=64).epoch(0, 0)
+        for event, where in zip(
+            zip(*(column.ravel().tolist() for column in batch.events[:3]), strict=True),
+            batch.target.ravel() > 0,
+            strict=True,
+        )
+        if where
+    }
+    assert found <= set(known)
+    assert any(gap == UNKNOWN_GAP for _, _, gap in found)  # of a user's first event
+
+
+def test_a_long_history_widens_only_its_own_batch() -> None:
+    counts = np.array([3, 3, 3, 20])
+    log = pd.DataFrame({USER: np.repeat(np.arange(4), counts), ITEM: np.arange(29), TIME: np.arange(29)})
+    data = prepare(log, None, PrepareConfig(1, 1))
+    widths = [batch.exclude.shape[1] for batch in case_batches(data, data.split.test, max_length=4, size=2)]
+    assert widths == [4, 32]  # 2 and 2 earlier items need `max_length`; 19 need the next power of two
+
+
+def test_memory_of_cases_does_not_grow_with_the_log() -> None:
+    """The same ten cases at the beginning of a log, and of one with 50 times as many users."""
+
+    def peak(users: int) -> int:
+        log = pd.DataFrame({USER: np.repeat(np.arange(users), 20), ITEM: np.tile(np.arange(20), users)})
+        data = prepare(log.assign(**{TIME: np.arange(len(log)), RATING: 3.0}), None, PrepareConfig(1, 1))
+        cases = Cases(data.split.test.users[:10], data.split.test.rows[:10])
+        tracemalloc.start()
+        try:
+            assert len(list(case_batches(data, cases, max_length=8))) == 1
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = peak(100), peak(5000)  # a column of the larger log has 400 kB
+    assert abs(many - few) < 10_000

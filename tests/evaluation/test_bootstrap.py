@@ -23,8 +23,9 @@ def test_users_are_drawn_with_all_their_cases() -> None:
     """Of two users of unlike size a resample holds both, or one of them twice."""
     users, values = np.array([3, 3, 3, 8]), np.array([0.0, 0.0, 0.0, 1.0])
     resamples = resample(users, samples=2000)
-    assert resamples.times.sum(axis=1).tolist() == [2] * 2000
-    assert set(map(tuple, resamples.times.tolist())) == {(2, 0), (1, 1), (0, 2)}
+    counts = np.concatenate(list(resamples.counts()))
+    assert counts.sum(axis=1).tolist() == [2] * 2000
+    assert set(map(tuple, counts.tolist())) == {(2, 0), (1, 1), (0, 2)}
     estimate = bootstrap(values, resamples)
     assert (estimate.mean, estimate.low, estimate.high) == (1 / 4, 0.0, 1.0)
 
@@ -54,6 +55,16 @@ def test_draws_in_chunks_are_those_of_one_call(monkeypatch: pytest.MonkeyPatch) 
     chunks = list(draw_counts(7, 20, seed=3))
     assert len(chunks) == 5
     np.testing.assert_array_equal(np.concatenate(chunks), whole)
+
+
+def test_draws_of_many_users_are_made_again_and_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, users = np.random.default_rng(0).normal(size=40), np.repeat(np.arange(20), 2)
+    kept = resample(users)
+    monkeypatch.setattr("jaxrec.evaluation.bootstrap.MOST_KEPT", 20 * 1000 - 1)
+    drawn_again = resample(users)
+    assert kept.kept is not None
+    assert drawn_again.kept is None
+    assert bootstrap(values, drawn_again) == bootstrap(values, kept)
 
 
 def test_intervals_cover_the_truth_where_users_have_many_cases() -> None:

@@ -79,6 +79,10 @@ def test_an_evaluation_is_a_table_and_a_frame_and_stays_when_a_finished_run_is_r
         *(first.ndcg_10[part] for part in ("mean", "low", "high")),
     ]
     assert all(row.name in str(evaluation) for row in evaluation.rows)
+    ndcg = {(row.name, row.request_time): row.ndcg_10["mean"] for row in evaluation.rows}
+    for time, label in ((False, "without"), (True, "with")):  # like is compared with like
+        ratio = evaluation.comparison["hybrid_over_recent_popularity_ndcg_10"][label]["mean"]
+        assert ratio == pytest.approx(ndcg["hybrid", time] / ndcg["recent popularity", time])
     before = (run.folder / EVALUATION_FILE).read_text()
     jaxrec.train(None, run.folder, resume=True)
     assert (run.folder / EVALUATION_FILE).read_text() == before

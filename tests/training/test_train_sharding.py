@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from jaxrec.training.log import read_steps
 from jaxrec.training.loop import TrainedModel, train_model
 from jaxrec.training.sharding import data_mesh
 from jaxrec.training.stopping import StopRequested, never
+from tests.ports import reserved_port
 from tests.synthetic import random_log
 
 ITEMS, EPOCHS = 20, 3
@@ -186,11 +186,9 @@ leave()
 
 def two_processes(folder: Path, killed: int) -> tuple[list[int], list[str]]:
     """Exit statuses and outputs of two processes of one run; the second dies at question `killed` whether to stop."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [start_python(ONE_OF_TWO, 2, folder, port, i, killed if i else -1) for i in (0, 1)]
-    outputs = [process.communicate(timeout=DEADLINE_SECONDS)[0] for process in processes]
+    with reserved_port() as port:
+        processes = [start_python(ONE_OF_TWO, 2, folder, port, i, killed if i else -1) for i in (0, 1)]
+        outputs = [process.communicate(timeout=DEADLINE_SECONDS)[0] for process in processes]
     return [process.returncode for process in processes], outputs
 
 

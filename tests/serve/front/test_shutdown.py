@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from serve.model.recommender import Recommender
 from serve.pb.recommender_pb2 import GetModelInfoRequest, RecommendRequest, RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.stores.base import EventStore
+from tests.ports import reserved_port
 from tests.serve.one_model import one_model
 from tests.serve.process import running_server
 
@@ -114,12 +114,11 @@ def test_a_server_that_is_to_end_while_it_loads_never_serves(model_directory: Pa
     manifest.rename(tmp_path / "manifest.json")
     # Whoever reads it waits until somebody writes.
     os.mkfifo(manifest)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "serve", "run", str(model), "--address", address, "--provider", "cpu"]
+    command = [sys.executable, "-m", "serve", "run", str(model), "--store", str(tmp_path / "s"), "--provider", "cpu"]
     with (
-        subprocess.Popen([*command, "--store", str(tmp_path / "s")], stdout=subprocess.PIPE, text=True) as process,
-        grpc.insecure_channel(address) as channel,
+        reserved_port() as port,
+        subprocess.Popen([*command, "--address", f"127.0.0.1:{port}"], stdout=subprocess.PIPE, text=True) as process,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
     ):
         try:
             watch = health_pb2_grpc.HealthStub(channel).Watch(

@@ -4,7 +4,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import psycopg
 import redis
+
+from tests.ports import reserved_port
 
 DEADLINE_S = 30.0
 
@@ -70,7 +71,7 @@ def postgres_server() -> Iterator[DatabaseServer]:
     initdb, postgres = _program("initdb"), _program("postgres")
     # PostgreSQL refuses to run as root.
     user = "nobody" if os.geteuid() == 0 else None
-    with tempfile.TemporaryDirectory(prefix="jaxrec-postgres-") as folder:
+    with tempfile.TemporaryDirectory(prefix="jaxrec-postgres-") as folder, reserved_port() as port:
         if user is not None:
             os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
         data = str(Path(folder) / "data")
@@ -81,7 +82,6 @@ def postgres_server() -> Iterator[DatabaseServer]:
             user=user,
             cwd=folder,
         )
-        port = free_port()
         # Local sockets only in the folder, so that two servers don't meet in /tmp.
         command = [postgres, "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", folder]
         location = f"postgresql://jaxrec@127.0.0.1:{port}/postgres"
@@ -97,8 +97,7 @@ def postgres_server() -> Iterator[DatabaseServer]:
 def redis_server(*options: str, durable: bool = True) -> Iterator[DatabaseServer]:
     """A Redis server, by default one that logs each command before it answers; raises NotInstalled."""
     program = _program("redis-server")
-    with tempfile.TemporaryDirectory(prefix="jaxrec-redis-") as folder:
-        port = free_port()
+    with tempfile.TemporaryDirectory(prefix="jaxrec-redis-") as folder, reserved_port() as port:
         command = [program, "--bind", "127.0.0.1", "--port", str(port), "--dir", folder, "--save", ""]
         command += ["--appendonly", "yes", "--appendfsync", "always"] if durable else []
         location = f"redis://127.0.0.1:{port}/0"
@@ -113,13 +112,6 @@ def redis_server(*options: str, durable: bool = True) -> Iterator[DatabaseServer
             yield server
         finally:
             server.stop(kill=True)
-
-
-def free_port() -> int:
-    """A port that no process listens on now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def _program(name: str) -> str:
