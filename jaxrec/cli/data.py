@@ -51,7 +51,7 @@ read_options = with_options(
         "--on-bad-rows",
         type=click.Choice([b.value for b in OnBadRows]),
         default=OnBadRows.FAIL.value,
-        help="fail: stop and name rows that break the rules; quarantine: set them aside in OUT/quarantine.csv.",
+        help="fail: stop and name rows that break the rules; quarantine: set them aside in quarantine.csv.",
     ),
     click.option(
         "--memory", type=click.FloatRange(0.25, 1e6), default=MEMORY_GB, help="GB of memory for reading and sorting."
