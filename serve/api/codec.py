@@ -15,6 +15,7 @@ from serve.api.rules import (
     MAX_ID_LENGTH,
     MAX_K,
     MAX_RECORDED_EVENTS,
+    check_event_time,
     check_id,
     check_length,
     check_rating,
@@ -95,7 +96,7 @@ def _decode_event(event: pb.Event | pb.UserEvent, scale: RatingScale | None) -> 
     if event.HasField("rating"):
         rating = event.rating
         check_rating("rating", rating, scale)
-    check_time("timestamp", timestamp)
+    check_event_time("timestamp", timestamp)
     return Event(item_id, rating, timestamp)
 
 
