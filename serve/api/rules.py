@@ -33,9 +33,13 @@ def check_id(field: str, value: str) -> None:
         raise InvalidRequest(field, "an id without the character U+0000", "one with it")
 
 
-def check_time(field: str, value: int) -> None:
-    """Raises InvalidRequest unless a time is in 1970 or later, and at most a day after the server's clock."""
-    latest = int(time.time()) + SECONDS_PER_DAY
+def latest_time() -> int:
+    """The latest time that is valid now: a day after the server's clock, in seconds."""
+    return int(time.time()) + SECONDS_PER_DAY
+
+
+def check_time(field: str, value: int, latest: int) -> None:
+    """Raises InvalidRequest unless a time is in 0..`latest` (`latest_time`, once for all times of a request)."""
     if not 0 <= value <= latest:
         came = str(value)
         for unit, per_second in FINER_UNITS.items():
@@ -44,14 +48,16 @@ def check_time(field: str, value: int) -> None:
         raise InvalidRequest(field, f"seconds since 1970-01-01T00:00Z in 0..{latest} (a day from now)", came)
 
 
-def check_event_time(field: str, value: int) -> None:
+def check_event_time(field: str, value: int, latest: int) -> None:
     """Raises InvalidRequest unless the time of an event is there and `check_time` accepts it.
 
     A message without the field reads as 0, so that the first second of 1970 is no time of an event.
     """
+    if 0 < value <= latest:
+        return
     if value == 0:
         raise InvalidRequest(field, "the event's time in seconds since 1970-01-01T00:00Z", "none")
-    check_time(field, value)
+    check_time(field, value, latest)
 
 
 def check_rating(field: str, value: float, scale: RatingScale | None) -> None:
