@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxrec.cli.data import id_option, read_options, reading
+from jaxrec.cli.data import id_option, print_counts, print_oddities, read_options, reading, repeats_option
 from jaxrec.cli.options import EXISTING_FILE, EXISTING_FOLDER, EXISTING_PATH, NEW_FILE
+from jaxrec.config import Repeats
 from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.errors import DataError
 from serve.cli.options import setting_option
@@ -20,12 +21,16 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", type=EXISTING_FOLDER)
 @click.option(
-    "--history", type=EXISTING_PATH, required=True, help="The log of past events, in any form that `prepare` reads."
+    "--history",
+    type=EXISTING_PATH,
+    required=True,
+    multiple=True,
+    help="The log of past events, in any form that `prepare` reads. May be repeated for several files.",
 )
 @click.option(
     "--requests",
     type=EXISTING_FILE,
-    help="CSV with the columns userId,timestamp: for whom to recommend and when. Only events up to that time are used."
+    help="CSV with the columns userId,timestamp: for whom to recommend and when; only events up to then are used."
     "  [default: every user of the log, at no known time]",
 )
 @click.option("--k", type=click.IntRange(1), default=10, help="Items for each request.")
@@ -37,17 +42,19 @@ if TYPE_CHECKING:
     " or not at all.",
 )
 @id_option
+@repeats_option
 @read_options
 @setting_option("provider")
 @setting_option("threads")
 @setting_option("search")
 def recommend(
     model: Path,
-    history: Path,
+    history: tuple[Path, ...],
     requests: Path | None,
     k: int,
     out: Path,
     ids: str,
+    repeats: str,
     memory: float,
     on_bad_rows: str,
     provider: Provider | None,
@@ -65,16 +72,16 @@ def recommend(
     except ModuleNotFoundError as error:
         raise DataError(f"{error.name} is missing; install it with: pip install 'jaxrec[serve]'") from error
 
-    bad = recommend_log(
+    counts = recommend_log(
         open_model(model, provider or "auto", threads or 1, search or "auto"),
         history,
         out,
         requests=requests,
         k=k,
         options=reading(options, ids),
+        repeats=Repeats(repeats),
         on_bad_rows=OnBadRows(on_bad_rows),
         memory_gb=memory,
     )
-    if bad.count:
-        by_field = ", ".join(f"{field} {count}" for field, count in bad.by_field.items())
-        click.echo(f"in quarantine: {bad.count} rows ({by_field}), see {quarantine_file(out)}")
+    print_counts(counts)
+    print_oddities(counts, quarantine_file(out))

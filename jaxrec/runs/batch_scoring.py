@@ -8,15 +8,16 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from jaxrec.config import MEMORY_GB, PrepareConfig, RatingScale
+from jaxrec.config import MEMORY_GB, PrepareConfig, RatingScale, Repeats
 from jaxrec.data.histories import EventLog, user_blocks
 from jaxrec.data.reading.bad_rows import QUARANTINE_FILE, BadRows, OnBadRows, bad_rows
 from jaxrec.data.reading.check import ReadOptions
-from jaxrec.data.reading.read import open_workspace, read_log
+from jaxrec.data.reading.read import input_counts, open_workspace, read_log
 from jaxrec.errors import DataError
 from jaxrec.files import new_file
 from jaxrec.runs.requests import Requests, all_users, read_requests
@@ -48,15 +49,16 @@ def open_model(
 
 def recommend_log(
     model: Recommender,
-    history: Path,
+    history: Path | Sequence[Path],
     out: Path,
     *,
     requests: Path | None = None,
     k: int = 10,
     options: ReadOptions = ReadOptions(),
+    repeats: Repeats = Repeats.AUTO,
     on_bad_rows: OnBadRows = OnBadRows.FAIL,
     memory_gb: float = MEMORY_GB,
-) -> BadRows:
+) -> dict[str, Any]:
     """Writes the best `k` items of each request, or of each user of the log, as CSV.
 
     Items of the user's history are not recommended. A user without an event that the model knows gets the most popular
@@ -64,30 +66,34 @@ def recommend_log(
 
     Args:
         model: Answers.
-        history: A log in any form that `jaxrec.prepare` reads; only what it holds up to a request's time is used.
+        history: A log, one or several files, in any form that `jaxrec.prepare` reads. Only what it holds up to a
+            request's time is used.
         out: Gets OUTPUT_COLUMNS, in the order of the requests, or of the user ids. Written whole or not at all.
         requests: CSV with users and times (`read_requests`); None: every user of the log, at no known time.
         k: Items of an answer, at least 1.
         options: How `history`, and the times of `requests`, are read, where that is not to be recognized.
+        repeats: What happens to a row that repeats an earlier one.
         on_bad_rows: Whether bad rows of `history` are an error, or are set aside in `quarantine_file(out)`. A bad row
             of `requests` is an error.
         memory_gb: Gigabytes for the engine that sorts the log, which may be larger.
 
     Returns:
-        The count of the rows in quarantine.
+        What was read: counts and notes (`jaxrec.data.reading.read.input_counts`).
 
     Raises:
         DataError: For bad rows, naming file and line; the rating scale is the model's.
         OSError: Where `out` cannot be written.
     """
     scale = model.info.rating_scale
-    config = PrepareConfig(rating_scale=ANY_RATING if scale is None else RatingScale(scale.minimum, scale.maximum))
+    config = PrepareConfig(
+        rating_scale=ANY_RATING if scale is None else RatingScale(scale.minimum, scale.maximum), repeats=repeats
+    )
     with (
         new_file(out) as new,
-        open_workspace(history, names=options.columns, memory_gb=memory_gb, parent=out.parent) as work,
+        open_workspace(history, options=options, memory_gb=memory_gb, parent=out.parent) as work,
     ):
         with bad_rows(on_bad_rows, work.scratch) as bad:
-            _, found = read_log(work, options, config, bad, work.scratch / "log")
+            loaded, found = read_log(work, options, config, bad, work.scratch / "log")
         asked = all_users(found.log) if requests is None else read_requests(requests, found.log, options)
         with open(new, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -98,7 +104,7 @@ def recommend_log(
                     # Nine digits give a float32 back exactly.
                     writer.writerow((user, rank, item_id, f"{score:.9g}"))
         _keep_quarantine(work.scratch / QUARANTINE_FILE, quarantine_file(out), bad)
-    return bad
+    return input_counts(work, config, loaded, found, bad)
 
 
 def quarantine_file(out: Path) -> Path:

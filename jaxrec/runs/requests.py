@@ -1,22 +1,22 @@
 """For whom a batch of recommendations is asked, and when."""
 
-import csv
 import dataclasses
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from jaxrec.config import PrepareConfig
 from jaxrec.data.histories import EventLog
 from jaxrec.data.reading.bad_rows import BadRow, BadRows, OnBadRows
-from jaxrec.data.reading.check import ReadOptions
-from jaxrec.data.reading.formats import SAMPLE_ROWS
-from jaxrec.data.reading.read import open_workspace, read_log
-from jaxrec.data.reading.rules import IdKind, TimeUnit, recognize_time_unit
-from jaxrec.data.reading.sources import DEFAULT_COLUMNS, ColumnNames
-from jaxrec.data.reading.text_rows import DELIMITERS, TextTable, rows
+from jaxrec.data.reading.check import ReadOptions, load
+from jaxrec.data.reading.columns import ColumnNames, choose_columns
+from jaxrec.data.reading.dialect import Dialect
+from jaxrec.data.reading.read import open_workspace
+from jaxrec.data.reading.rules import IdKind
+from jaxrec.data.reading.sources import TextOptions, open_text
+from jaxrec.data.reading.text_file import records
 from jaxrec.data.schema import ITEM, TIME, USER
 from jaxrec.errors import DataError
 
@@ -44,9 +44,9 @@ def read_requests(path: Path, log: EventLog, options: ReadOptions = ReadOptions(
     """Reads for whom to recommend, and when. Ids and times keep the rules of a log's.
 
     Args:
-        path: CSV with a header, separated by commas, semicolons or tabs, with the columns of the user and of the time.
+        path: CSV with a header, of any delimiter and encoding, or JSON lines; with columns of the user and the time.
         log: Events by user; those after a request's time are left out of it.
-        options: Names of the columns and form of the times, where they are not to be recognized.
+        options: Form of the times, and the names of the columns, if the file has them; else they are recognized.
 
     Returns:
         The requests in the order of the file.
@@ -54,22 +54,22 @@ def read_requests(path: Path, log: EventLog, options: ReadOptions = ReadOptions(
     Raises:
         DataError: For bad rows, naming file and line.
     """
-    table = _open(path, options.columns)
-    lines, users, times = _columns(table)
-    unit = recognize_time_unit(times[:SAMPLE_ROWS]) if options.time_unit is TimeUnit.AUTO else options.time_unit
-    as_log = ReadOptions(time_unit=unit, users=IdKind.INTEGER if log.users.raw_ids.dtype == np.int64 else IdKind.TEXT)
-    # A log in which each row is an item of its own, so that the same request twice is no repeat.
+    lines, users, times, labels = _columns(path, options.columns)
+    kind = IdKind.INTEGER if log.users.raw_ids.dtype == np.int64 else IdKind.TEXT
+    as_log = ReadOptions(time_unit=options.time_unit, time_format=options.time_format, users=kind)
+    # As a log, in which each row is an item of its own.
     frame = pd.DataFrame({USER: users, ITEM: np.arange(len(users)), TIME: times})
-    broken: list[tuple[object, ...]] = []
+    broken: list[BadRow] = []
     try:
         with open_workspace(frame) as work:
-            bad = BadRows(OnBadRows.QUARANTINE, broken.append)
-            read_log(work, as_log, PrepareConfig(), bad, work.scratch / "log")
+            work.relation.name, work.relation.labels = str(path), {**work.relation.labels, **labels}
+            bad = BadRows(OnBadRows.QUARANTINE, lambda row: broken.append(BadRow(*row)))  # type: ignore[arg-type]
+            load(work.connection, work.relation, as_log, None, bad)
             read = work.connection.execute("SELECT user, time FROM events ORDER BY item").fetchnumpy()
     except DataError:
         if not broken:
             raise
-    _fail_if_any([BadRow(*row) for row in broken], path, table.labels, lines)  # type: ignore[arg-type]
+    _fail_if_any(broken, lines)
     names, moments = np.ma.getdata(read["user"]), np.ma.getdata(read["time"])
     codes, offsets = log.users.encode(names), log.events.offsets
     first, stop = np.zeros(len(codes), np.int64), np.zeros(len(codes), np.int64)
@@ -80,43 +80,40 @@ def read_requests(path: Path, log: EventLog, options: ReadOptions = ReadOptions(
     return Requests(names, first, stop, moments)
 
 
-def _open(path: Path, names: ColumnNames) -> TextTable:
-    """The file with the columns USER and TIME: those of the given names, or of names that logs have."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        first = file.readline()
-    delimiter = max(DELIMITERS, key=first.count)
-    header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
-    labels = {}
-    for role in (USER, TIME):
-        known = (names.named(role), *DEFAULT_COLUMNS[role])
-        found = next((name for name in known if name in header), None)
-        if found is None:
-            raise DataError(f"{path}:1: expected the columns userId,timestamp, came {first.strip() or 'an empty file'}")
-        labels[role] = found
-    return TextTable(path, str(path), delimiter, tuple(header), {r: header.index(n) for r, n in labels.items()}, labels)
+def _columns(path: Path, names: ColumnNames) -> tuple[list[int], list[str], list[str], dict[str, str]]:
+    """Line, user and time of each row, and the file's names of the columns.
 
+    Raises DataError for rows that are not whole, and where there is none.
+    """
 
-def _columns(table: TextTable) -> tuple[list[int], list[str], list[str]]:
-    """Line, user and time of each row. Raises DataError for rows that are not whole, and where there is none."""
+    def choose(dialect: Dialect) -> tuple[dict[str, int], dict[str, str]]:
+        header = dialect.names or ()
+        given = ColumnNames(user=_if_in(header, names.user), time=_if_in(header, names.time))
+        labels = choose_columns(header, given, f"{path}:1", roles=(USER, TIME))
+        return {role: header.index(label) for role, label in labels.items()}, labels
+
     bad = BadRows(OnBadRows.FAIL)
-    lines, users, times = [], [], []
-    for line, fields, text in rows(table, bad):
-        user, moment = (fields[table.columns[role]].strip() for role in (USER, TIME))
+    with tempfile.TemporaryDirectory(prefix="jaxrec-") as scratch:
+        table, _ = open_text(path, str(path), TextOptions(), Path(scratch), choose, True, "userId,timestamp")
+        rows = list(records(table, bad.add))
+    users, times = ([fields[table.columns[role]].strip() for _, fields in rows] for role in (USER, TIME))
+    for (line, fields), user in zip(rows, users, strict=True):
         if not user:
-            bad.add(BadRow(table.name, line, table.labels[USER], "", "is empty; expected an id", text))
-        lines.append(line)
-        users.append(user)
-        times.append(moment)
+            bad.add(BadRow(str(path), line, table.labels[USER], "", "is empty; expected an id", ",".join(fields)))
     bad.fail_if_any()
-    if not lines:
-        raise DataError(f"{table.name}: no rows after the header")
-    return lines, users, times
+    if not rows:
+        raise DataError(f"{path}: no rows after the header")
+    return [line for line, _ in rows], users, times, dict(table.labels)
 
 
-def _fail_if_any(broken: Sequence[BadRow], path: Path, labels: Mapping[str, str], lines: Sequence[int]) -> None:
-    """The rows of the frame with the names that the file gives them."""
+def _if_in(header: Sequence[str], name: str | None) -> str | None:
+    """The log's name of a column, unless the requests call it something else."""
+    return name if name in header else None
+
+
+def _fail_if_any(broken: Sequence[BadRow], lines: Sequence[int]) -> None:
+    """Raises DataError with the lines of the file; those of a frame are the numbers of its rows."""
     bad = BadRows(OnBadRows.FAIL)
     for row in broken:
-        field = labels.get(row.field, row.field)
-        bad.add(dataclasses.replace(row, file=str(path), line=lines[row.line - 1], field=field))
+        bad.add(dataclasses.replace(row, line=lines[row.line - 1]))
     bad.fail_if_any()

@@ -238,6 +238,24 @@ def write_dat(folder: Path) -> list[str]:
     return ["--history", str(folder / "ratings.dat")]
 
 
+def write_json_lines(folder: Path) -> list[str]:
+    frame = pd.DataFrame(LOG, columns=["reviewerID", "asin", "overall", "unixReviewTime"])
+    frame.to_json(folder / "log.jsonl", orient="records", lines=True)
+    return ["--history", str(folder / "log.jsonl")]
+
+
+def write_two_files(folder: Path) -> list[str]:
+    lines = delimited(",").splitlines(keepends=True)
+    (folder / "old.csv").write_text("".join(lines[:40]))
+    (folder / "new.csv").write_text(lines[0] + "".join(lines[40:]))
+    return ["--history", str(folder / "old.csv"), "--history", str(folder / "new.csv")]
+
+
+def write_utf_16(folder: Path) -> list[str]:
+    (folder / "history.csv").write_text(delimited("\t"), encoding="utf-16")
+    return []
+
+
 def iso(moment: int) -> str:
     return datetime.datetime.fromtimestamp(moment, datetime.UTC).isoformat()
 
@@ -259,6 +277,11 @@ SHAPES = {
     "zip": write_zip,
     "parquet": write_parquet,
     "dat": write_dat,
+    "json lines": write_json_lines,
+    "two files": write_two_files,
+    "utf-16": write_utf_16,
+    "no header": write_text(delimited(",").split("\n", 1)[1], "--columns", "user,item,rating,time"),
+    "repeats": write_text(delimited(",") + "1,1028,1.0,1500000001\n"),
 }
 
 
@@ -290,7 +313,7 @@ def test_a_log_without_ratings(model_directory: Path, model: Recommender, tmp_pa
         (HEADER + "7,1007,4.0,100\n7,1007,x,100\n", "history.csv:3: rating x is not a number"),
         (HEADER + "7,1007,7.5,100\n", r"history.csv:2: rating 7.5 is outside 0.5..5"),
         (HEADER + "7,1007,nan,100\n", r"history.csv:2: rating nan is not a number"),
-        (HEADER + "7,1007,4.0,1e9\n", "history.csv:2: timestamp 1e9 is not a time"),
+        (HEADER + "7,1007,4.0,100\n7,1014,4.0,soon\n", "history.csv:3: timestamp soon is not a time"),
         (HEADER + "7,1007,4.0,-1\n", "history.csv:2: timestamp -1 is not a time"),
         (HEADER + f"7,1007,4.0,{int(time.time()) + 2 * 86_400}\n", "history.csv:2: timestamp .*a day from now"),
         (HEADER + ",1007,4.0,1\n", "history.csv:2: userId is empty"),
@@ -312,8 +335,8 @@ def test_bad_history(model_directory: Path, tmp_path: Path, history: str | bytes
 @pytest.mark.parametrize(
     ("requests", "expected"),
     [
-        ("", "requests.csv:1: expected the columns userId,timestamp, came an empty file"),
-        ("userId\n7\n", "requests.csv:1: expected the columns userId,timestamp, came userId"),
+        ("", "requests.csv: the file is empty; expected the header userId,timestamp"),
+        ("userId\n7\n", "requests.csv:1: column timestamp .* is missing; the header is 'userId'"),
         ("userId,timestamp\n", "requests.csv: no rows after the header"),
         ("userId,timestamp\n7,\n", "requests.csv:2: timestamp is not a time; expected whole seconds since 1970"),
         ("userId,timestamp\n\n7,5\n,5\n", "requests.csv:4: userId is empty"),
@@ -336,7 +359,9 @@ def test_bad_rows_in_quarantine_lie_beside_the_result(
     result = recommend_text(model_directory, tmp_path, bad, "--on-bad-rows", "quarantine")
     assert result.exit_code == 0, result.output
     quarantine = tmp_path / "out.quarantine.csv"
-    assert result.stdout == f"in quarantine: 2 rows (rating 1, timestamp 1), see {quarantine}\n"
+    read = result.stdout.splitlines()
+    assert "columns: user=userId, item=movieId, rating=rating, time=timestamp" in read
+    assert f"in quarantine: 2 rows (rating 1, timestamp 1), see {quarantine}" in read
     with quarantine.open(newline="") as file:
         assert [(row["line"], row["text"]) for row in csv.DictReader(file)] == [
             ("6", "8,1035,9,60"),
