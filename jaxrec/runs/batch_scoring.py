@@ -33,6 +33,7 @@ ANSWERED_AT_ONCE = 64
 # Queries of so many batches are sorted by length before they are batched, so that little is padding.
 BATCHES_AT_ONCE = 32
 EVENTS_AT_ONCE = 500_000  # of these queries in memory; a longer history is a block of its own
+FEW_ITEMS = 0.5  # share of a log's items in the catalogue below which the model is perhaps that of another log
 # A model without ratings does not look at those of a log: every number will do.
 ANY_RATING = RatingScale(-3e38, 3e38)
 
@@ -104,12 +105,20 @@ def recommend_log(
                     # Nine digits give a float32 back exactly.
                     writer.writerow((user, rank, item_id, f"{score:.9g}"))
         _keep_quarantine(work.scratch / QUARANTINE_FILE, quarantine_file(out), bad)
-    return input_counts(work, config, loaded, found, bad)
+    return input_counts(work, config, loaded, found, bad, _notes(model, found.log))
 
 
 def quarantine_file(out: Path) -> Path:
     """Where rows that were set aside lie: `top.quarantine.csv` beside `top.csv`."""
     return out.with_name(f"{out.stem}.quarantine.csv")
+
+
+def _notes(model: Recommender, log: EventLog) -> list[str]:
+    known = sum(str(item) in model.catalog.index for item in log.items.raw_ids)
+    if known >= FEW_ITEMS * len(log.items):
+        return []
+    share = f"{known} of the log's {len(log.items)} items, such as {log.items.raw_ids[0]}"
+    return [f"the model knows {share}, and leaves events on others out; check that it is the model of these items"]
 
 
 def _answers(model: Recommender, asked: Requests, log: EventLog, k: int) -> Iterator[Answer]:

@@ -1,6 +1,7 @@
 """`jaxrec recommend`: the answers of the server's engine, for every shape of log that `jaxrec prepare` reads."""
 
 import csv
+import dataclasses
 import datetime
 import gzip
 import re
@@ -304,6 +305,20 @@ def test_a_log_without_ratings(model_directory: Path, model: Recommender, tmp_pa
     assert_rows(output(tmp_path), answers_of_log(model, with_ratings=False))
 
 
+def test_a_model_without_ratings_takes_any(model_directory: Path, tmp_path: Path) -> None:
+    artifact = read_artifact(model_directory)
+    unrated = Recommender(
+        dataclasses.replace(artifact, info=dataclasses.replace(artifact.info, rating_scale=None)), "cpu"
+    )
+    answers = []
+    for rating in ("", "0", "97"):
+        (tmp_path / "history.csv").write_text(HEADER + f"7,1007,{rating},100\n7,1014,5,101\n")
+        batch_scoring.recommend_log(unrated, tmp_path / "history.csv", tmp_path / "out.csv", k=3)
+        answers.append(output(tmp_path))
+    assert_rows(answers[0], rows(unrated, "7", Query([Event("1007", None, 100), Event("1014", None, 101)], 3)))
+    assert answers[0] == answers[1] == answers[2]
+
+
 @pytest.mark.parametrize(
     ("history", "expected"),
     [
@@ -373,6 +388,13 @@ def test_bad_rows_in_quarantine_lie_beside_the_result(
     )
     assert recommend_text(model_directory, tmp_path, GOOD, "--on-bad-rows", "quarantine").exit_code == 0
     assert not quarantine.exists()
+
+
+def test_a_log_of_other_items_is_noted(model_directory: Path, tmp_path: Path) -> None:
+    history = HEADER + "7,1007,4,100\n7,2,4,101\n7,3,4,102\n"
+    result = recommend_text(model_directory, tmp_path, history)
+    assert "note: the model knows 1 of the log's 3 items, such as 2, and leaves events on others out" in result.stdout
+    assert "the model knows" not in recommend_text(model_directory, tmp_path, GOOD).stdout
 
 
 def test_missing_files(model_directory: Path, tmp_path: Path) -> None:
