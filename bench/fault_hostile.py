@@ -28,6 +28,7 @@ from google.protobuf.descriptor_pool import Default
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from serve.api.rules import MAX_ID_LENGTH
 from serve.client import Event, RecommenderClient, UserEvent, recommend_request
 from serve.pb import model_admin_pb2, open_inference_pb2, recommender_pb2
 from serve.pb.recommender_pb2 import RecommendRequest, RecommendResponse
@@ -62,7 +63,19 @@ BLAMES_THE_REQUEST = {
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,
 }
-TEXTS = ["", "1", "u", "good", "\x00", "\x1b[2J", "ü" * 300, "x" * 256, "x" * 257, "\U0010ffff", "../../etc/passwd"]
+TEXTS = [
+    "",
+    "1",
+    "u",
+    "good",
+    "\x00",
+    "\x1b[2J",
+    "ü" * 300,
+    "x" * MAX_ID_LENGTH,
+    "x" * (MAX_ID_LENGTH + 1),
+    "\U0010ffff",
+    "../../etc/passwd",
+]
 FLOATS = [math.nan, math.inf, -math.inf, -1.0, 0.0, -0.0, 5.0, 1e-45, 3.4e38, -3.4e38]
 INTEGERS = [0, 1, -1, 10, 1000, 1001, 2**31 - 1, -(2**31), 2**31, 2**32 - 1, 2**63 - 1, -(2**63), 2**64 - 1]
 RANGES = {
@@ -223,7 +236,7 @@ def _class_of(full_name: str) -> type[Message]:
 def good_requests(item_ids: Sequence[str]) -> list[RecommendRequest]:
     """Histories of several lengths, and one stored user."""
     histories = [
-        [Event(item_id=item_ids[(7 * at + length) % len(item_ids)], timestamp=1000 * at) for at in range(length)]
+        [Event(item_id=item_ids[(7 * at + length) % len(item_ids)], timestamp=1000 * (at + 1)) for at in range(length)]
         for length in (1, 2, 5, 20, 45)
     ]
     requests = [recommend_request(history=history, k=5, request_time=10**6) for history in histories]
@@ -270,7 +283,7 @@ def attack_server(
     with RecommenderClient(address, DEADLINE_S) as client:
         client.record_events(
             UserEvent(event_id=f"hostile-test-{at}", user_id=GOOD_USER, item_id=item_ids[at], timestamp=at)
-            for at in range(10)
+            for at in range(1, 11)
         )
         expected = client.batch_recommend(good)
     return asyncio.run(_attack(address, process_id, frozenset(item_ids), requests, seed, good, expected, progress))

@@ -121,7 +121,7 @@ def _record(address: str, item_ids: tuple[str, ...]) -> None:
                     event_id=f"{user}-{at}",
                     user_id=str(user),
                     item_id=item_ids[1 + (user + at) % (len(item_ids) - 1)],
-                    timestamp=86_400 * at,
+                    timestamp=86_400 * (at + 1),
                 )
                 for at in range(EVENTS)
             )

@@ -108,14 +108,14 @@ def _last_good(number: int) -> str:
 def _answers(model: Path, histories: Sequence[Sequence[str]]) -> list[list[str]]:
     recommender = Recommender(read_artifact(model), "cpu")
     queries = [
-        Query([HistoryEvent(item_id, None, at * 86_400) for at, item_id in enumerate(history)], K)
+        Query([HistoryEvent(item_id, None, at * 86_400) for at, item_id in enumerate(history, 1)], K)
         for history in histories
     ]
     return [[recommender.catalog.item_ids[item] for item in answer.items] for answer in recommender.recommend(queries)]
 
 
 def _request(history: Sequence[str]) -> recommender_pb2.RecommendRequest:
-    events = [recommender_pb2.Event(item_id=item_id, timestamp=at * 86_400) for at, item_id in enumerate(history)]
+    events = [recommender_pb2.Event(item_id=item_id, timestamp=at * 86_400) for at, item_id in enumerate(history, 1)]
     return recommender_pb2.RecommendRequest(history=recommender_pb2.History(events=events), k=K)
 
 

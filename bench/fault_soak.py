@@ -67,7 +67,7 @@ def soak(model: Path, seconds: float, folder: Path) -> Soaked:
     """Finds out what the mix can reach, then offers half of it for `seconds` seconds."""
     result = Soaked(seconds=seconds)
     item_ids = read_artifact(model).catalog.item_ids[1:]
-    numbers = itertools.count()
+    numbers = itertools.count(1)
     with (
         running_server(model, folder / "events.sqlite", provider="cpu", options=["--watch", "0"]) as server,
         ThreadPoolExecutor(CALLERS) as threads,

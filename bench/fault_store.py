@@ -21,6 +21,7 @@ from pathlib import Path
 import click
 import grpc
 
+from serve.api.rules import MAX_ID_LENGTH
 from serve.client import Event, UserEvent
 from serve.model.directory import read_artifact
 from serve.pb.recommender_pb2 import GetUserProfileRequest, History, RecommendRequest, RecordEventsRequest
@@ -62,7 +63,7 @@ def survive(name: str, fault: Fault, model: Path) -> Survived:
         item_id = read_artifact(model).catalog.item_ids[1]
         with grpc.insecure_channel(server.address) as channel:
             stub = RecommenderStub(channel)
-            numbers = itertools.count()
+            numbers = itertools.count(1)
             pending = _request(item_id, next(numbers))
 
             def record() -> bool:
@@ -88,7 +89,7 @@ def survive(name: str, fault: Fault, model: Path) -> Survived:
                 failures += not record()
                 if time.monotonic() > end:
                     raise click.ClickException(f"{name}: the store does not fail")
-            history = History(events=[Event(item_id=item_id, timestamp=0)])
+            history = History(events=[Event(item_id=item_id, timestamp=1)])
             answer = stub.Recommend(RecommendRequest(history=history, k=5), timeout=DEADLINE_S)
             result.answered_meanwhile = len(answer.recommendations) == 5
             give_back()
@@ -108,7 +109,9 @@ def _request(item_id: str, number: int) -> RecordEventsRequest:
     """Ids of the longest kind, so that a small disk is full soon."""
     return RecordEventsRequest(
         events=[
-            UserEvent(event_id=f"{number}-{at}".ljust(256, "x"), user_id=USER, item_id=item_id, timestamp=number)
+            UserEvent(
+                event_id=f"{number}-{at}".ljust(MAX_ID_LENGTH, "x"), user_id=USER, item_id=item_id, timestamp=number
+            )
             for at in range(20)
         ]
     )

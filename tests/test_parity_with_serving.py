@@ -6,13 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxrec.data import schema
 from jaxrec.data.prepared import PreparedData
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
+from serve.api import rules
 from serve.model.directory import read_artifact
 from serve.model.events import Event
 from serve.model.recommender import Query, Recommender
+
+
+def test_what_can_be_prepared_can_be_served() -> None:
+    assert rules.MAX_ID_LENGTH == schema.MAX_ID_LENGTH
 
 
 @pytest.mark.parametrize("max_history", [50, 7], ids=["whole", "truncated"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ read_options = with_options(
         "--on-bad-rows",
         type=click.Choice([b.value for b in OnBadRows]),
         default=OnBadRows.FAIL.value,
-        help="fail: stop and name rows that break the rules; quarantine: set them aside in OUT/quarantine.csv.",
+        help="fail: stop and name rows that break the rules; quarantine: set them aside in quarantine.csv.",
     ),
     click.option(
         "--memory", type=click.FloatRange(0.25, 1e6), default=MEMORY_GB, help="GB of memory for reading and sorting."
@@ -62,6 +63,14 @@ id_option = click.option(
     type=click.Choice([k.value for k in IdKind]),
     default=IdKind.AUTO.value,
     help="Whether ids are whole numbers or text; auto: recognized.",
+)
+
+repeats_option = click.option(
+    "--repeats",
+    type=click.Choice([r.value for r in Repeats]),
+    default=PrepareConfig.repeats.value,
+    help="Rows with the user, item and time of an earlier one: keep them as events, leave all but the first out, or"
+    " fail; auto: keep without ratings, first with them.",
 )
 
 filter_and_split_options = with_options(
@@ -101,13 +110,7 @@ filter_and_split_options = with_options(
         default=PrepareConfig.seed,
         help="Seed of --ties random and --split user-held-out.",
     ),
-    click.option(
-        "--repeats",
-        type=click.Choice([r.value for r in Repeats]),
-        default=PrepareConfig.repeats.value,
-        help="Rows with the user, item and time of an earlier one: keep them as events, leave all but the first out, or"
-        " fail; auto: keep without ratings, first with them.",
-    ),
+    repeats_option,
 )
 
 
@@ -243,15 +246,24 @@ def reading(options: dict[str, Any], ids: str = IdKind.AUTO.value) -> ReadOption
     )
 
 
-def _print_prepared(data: PreparedData, out: Path) -> None:
-    counts = {**data.input, **data.summary()}
+def print_counts(counts: Mapping[str, Any]) -> None:
+    """What was read, a line for each value."""
     for name, value in counts.items():
         if name not in ("bad_rows_by_field", "notes"):
             click.echo(f"{name}: {value}")
+
+
+def print_oddities(counts: Mapping[str, Any], quarantine: Path) -> None:
+    """What was set aside, and what is odd about a log."""
+    if counts["bad_rows"]:
+        by_field = ", ".join(f"{field} {count}" for field, count in counts["bad_rows_by_field"].items())
+        click.echo(f"in quarantine: {counts['bad_rows']} rows ({by_field}), see {quarantine}")
+    for note in counts["notes"]:
+        click.echo(f"note: {note}")
+
+
+def _print_prepared(data: PreparedData, out: Path) -> None:
+    print_counts({**data.input, **data.summary()})
     click.echo(f"report: {out / 'report.json'}, {out / 'report.png'}")
     click.echo(f"rating scale: {data.config.rating_scale or 'no ratings'}")
-    if data.input["bad_rows"]:
-        by_field = ", ".join(f"{field} {count}" for field, count in data.input["bad_rows_by_field"].items())
-        click.echo(f"in quarantine: {data.input['bad_rows']} rows ({by_field}), see {out / QUARANTINE_FILE}")
-    for note in data.input["notes"]:
-        click.echo(f"note: {note}")
+    print_oddities(data.input, out / QUARANTINE_FILE)

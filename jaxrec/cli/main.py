@@ -14,6 +14,7 @@ COMMANDS = {
     "rl": ("rl", "Fine-tune a policy by reinforcement learning."),
     "evaluate": ("evaluate", "Rank the test cases and print the metrics."),
     "export": ("export", "Export a run to ONNX for the server."),
+    "recommend": ("recommend", "Recommend for many users at once, without a server."),
     "demo": ("demo", "Run every stage on 100,004 MovieLens ratings."),
     "fetch": ("data", "Download a MovieLens data set."),
     "prepare-distributed": ("distributed", "Prepare Parquet files on several machines."),

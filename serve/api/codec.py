@@ -15,11 +15,13 @@ from serve.api.rules import (
     MAX_ID_LENGTH,
     MAX_K,
     MAX_RECORDED_EVENTS,
+    check_event_time,
     check_id,
     check_length,
     check_rating,
     check_time,
     checked_count,
+    latest_time,
 )
 from serve.api.service import Profile, Recommendation
 from serve.model.catalog import Catalog
@@ -42,7 +44,7 @@ def decode_query(request: pb.RecommendRequest, scale: RatingScale | None) -> Que
         check_id(f"exclude_item_ids[{at}]", item_id)
     request_time = request.request_time if request.HasField("request_time") else None
     if request_time is not None:
-        check_time("request_time", request_time)
+        check_time("request_time", request_time, latest_time())
     subject = request.WhichOneof("subject")
     if subject is None:
         raise InvalidRequest("subject", "user_id or history", "neither")
@@ -76,10 +78,10 @@ def decode_batch(request: pb.BatchRecommendRequest, scales: Sequence[RatingScale
 
 def _decode_history(history: pb.History, request_time: int | None, scale: RatingScale | None) -> Sequence[Event]:
     check_length("history.events", history.events, MAX_HISTORY_EVENTS)
-    events = []
+    latest, events = latest_time(), []
     for at, event in enumerate(history.events):
         try:
-            events.append(_decode_event(event, scale))
+            events.append(_decode_event(event, scale, latest))
         except InvalidRequest as error:
             raise error.within(f"history.events[{at}]") from error
     if events and request_time is not None:
@@ -89,29 +91,28 @@ def _decode_history(history: pb.History, request_time: int | None, scale: Rating
     return events
 
 
-def _decode_event(event: pb.Event | pb.UserEvent, scale: RatingScale | None) -> Event:
+def _decode_event(event: pb.Event | pb.UserEvent, scale: RatingScale | None, latest: int) -> Event:
     item_id, timestamp, rating = event.item_id, event.timestamp, None
     check_id("item_id", item_id)
     if event.HasField("rating"):
         rating = event.rating
         check_rating("rating", rating, scale)
-    check_time("timestamp", timestamp)
+    check_event_time("timestamp", timestamp, latest)
     return Event(item_id, rating, timestamp)
 
 
 def decode_user_events(request: pb.RecordEventsRequest, scale: RatingScale | None) -> list[UserEvent]:
     """The events to store."""
     check_length("events", request.events, MAX_RECORDED_EVENTS)
-    events = []
+    latest, events = latest_time(), []
     for at, event in enumerate(request.events):
         try:
             check_id("event_id", event.event_id)
             check_id("user_id", event.user_id)
             if len(event.recommendation_id) > MAX_ID_LENGTH:
                 check_id("recommendation_id", event.recommendation_id)
-            events.append(
-                UserEvent(event.event_id, event.user_id, _decode_event(event, scale), event.recommendation_id or None)
-            )
+            decoded = _decode_event(event, scale, latest)
+            events.append(UserEvent(event.event_id, event.user_id, decoded, event.recommendation_id or None))
         except InvalidRequest as error:
             raise error.within(f"events[{at}]") from error
     return events

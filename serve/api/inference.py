@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.api.errors import InvalidRequest
-from serve.api.rules import MAX_BATCH, MAX_EXCLUDED_ITEMS, MAX_HISTORY_EVENTS, MAX_K
+from serve.api.rules import MAX_BATCH, MAX_EXCLUDED_ITEMS, MAX_HISTORY_EVENTS, MAX_K, latest_time
 from serve.model.graphs import SEQUENCE_INPUTS, SEQUENCE_OUTPUTS
 from serve.model.recommender import Recommender
 from serve.pb import open_inference_pb2 as pb
@@ -179,9 +179,10 @@ def _check(inputs: Mapping[str, NDArray[Any]], model: Recommender) -> None:
     rating, gap, request_gap = inputs["rating"], inputs["gap"], inputs["request_gap"]
     if not (((rating >= 0) & (rating <= 1)) | (rating == -1))[event].all():
         raise InvalidRequest("inputs[rating]", "0..1, or -1 for no rating", "others")
+    latest = latest_time()  # between two valid times there is no longer gap
     for name, seconds in (("gap", gap[event]), ("request_gap", request_gap)):
-        if not ((np.isfinite(seconds) & (seconds >= 0)) | (seconds == -1)).all():
-            raise InvalidRequest(f"inputs[{name}]", "seconds from 0 on, or -1 for not known", "others")
+        if not (((seconds >= 0) & (seconds <= latest)) | (seconds == -1)).all():
+            raise InvalidRequest(f"inputs[{name}]", f"seconds in 0..{latest}, or -1 for not known", "others")
 
 
 def _check_range(name: str, values: NDArray[Any], low: int, high: int) -> None:

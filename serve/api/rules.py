@@ -1,6 +1,7 @@
 """The rules that a request must keep. Each failure names the field, what was expected and what came."""
 
 import math
+import time
 from collections.abc import Sequence
 
 from serve.api.errors import InvalidRequest
@@ -14,11 +15,17 @@ MAX_RECORDED_EVENTS = 1_000
 MAX_BATCH = 256
 MAX_BATCH_ITEMS = 10_000
 MAX_BATCH_EVENTS = 100_000
-MAX_ID_LENGTH = 256
+# Characters; `jaxrec prepare` has the same limit. As UTF-8 at most 2,048 bytes: an entry of PostgreSQL's indexes of ids
+# (a user with time and arrival, or with a model's version) must stay below 2,704. SQLite and Redis have no such limit.
+MAX_ID_LENGTH = 512
+SECONDS_PER_DAY = 86_400
+FIRST_OF_FINER_UNITS_S = 100_000_000
+"""March 1973: a number that as milliseconds is before it is rather a time in seconds that is out of range."""
+FINER_UNITS = {"milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 
 
 def check_id(field: str, value: str) -> None:
-    """Raises InvalidRequest unless a raw id has 1 to 256 characters, none of them U+0000."""
+    """Raises InvalidRequest unless a raw id has 1 to 512 characters, none of them U+0000."""
     if not 1 <= len(value) <= MAX_ID_LENGTH:
         raise InvalidRequest(field, f"an id of 1 to {MAX_ID_LENGTH} characters", f"{len(value)} characters")
     # PostgreSQL cannot store it.
@@ -26,10 +33,31 @@ def check_id(field: str, value: str) -> None:
         raise InvalidRequest(field, "an id without the character U+0000", "one with it")
 
 
-def check_time(field: str, value: int) -> None:
-    """Raises InvalidRequest unless a time is in 0..2**63 - 1."""
-    if not 0 <= value < 2**63:
-        raise InvalidRequest(field, "seconds since 1970-01-01T00:00Z, not negative and below 2**63", value)
+def latest_time() -> int:
+    """The latest time that is valid now: a day after the server's clock, in seconds."""
+    return int(time.time()) + SECONDS_PER_DAY
+
+
+def check_time(field: str, value: int, latest: int) -> None:
+    """Raises InvalidRequest unless a time is in 0..`latest` (`latest_time`, once for all times of a request)."""
+    if not 0 <= value <= latest:
+        came = str(value)
+        for unit, per_second in FINER_UNITS.items():
+            if FIRST_OF_FINER_UNITS_S <= value // per_second <= latest:
+                came = f"{value}, which looks like {unit}"
+        raise InvalidRequest(field, f"seconds since 1970-01-01T00:00Z in 0..{latest} (a day from now)", came)
+
+
+def check_event_time(field: str, value: int, latest: int) -> None:
+    """Raises InvalidRequest unless the time of an event is there and `check_time` accepts it.
+
+    A message without the field reads as 0, so that the first second of 1970 is no time of an event.
+    """
+    if 0 < value <= latest:
+        return
+    if value == 0:
+        raise InvalidRequest(field, "the event's time in seconds since 1970-01-01T00:00Z", "none")
+    check_time(field, value, latest)
 
 
 def check_rating(field: str, value: float, scale: RatingScale | None) -> None:

@@ -8,7 +8,6 @@ COMMANDS = {
     "run": "Answer gRPC calls with a model.",
     "ask": "Ask a running server, for an answer to read.",
     "log": "Copy events and recommendations into a file.",
-    "recommend": "Recommend for many users at once, from CSV to CSV.",
 }
 
 

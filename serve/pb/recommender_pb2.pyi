@@ -36,7 +36,9 @@ class Event(_message.Message):
     rating, which is not the same as a rating of 0.
     """
     timestamp: _builtins.int
-    """When it happened, in seconds. 0 is 1970-01-01T00:00Z, not "unknown"."""
+    """Required: when it happened, in seconds. 0 is what a message without it reads as,
+    and is refused.
+    """
     def __init__(
         self,
         *,
@@ -412,7 +414,9 @@ class UserEvent(_message.Message):
     rating: _builtins.float
     """On the rating scale of the model, both ends included. Absent: no rating."""
     timestamp: _builtins.int
-    """When it happened, in seconds. 0 is 1970-01-01T00:00Z, not "unknown"."""
+    """Required: when it happened, in seconds. 0 is what a message without it reads as,
+    and is refused.
+    """
     recommendation_id: _builtins.str
     """`RecommendResponse.recommendation_id` of the answer that led to this event. Kept
     as it is, for learning from what was shown. Empty: none did, or it is not known.

@@ -28,9 +28,9 @@ if _version_not_supported:
 class RecommenderStub:
     """Recommends the next items from a sequence of past events.
 
-    Conventions: ids are the raw ids of the training data as text, 1 to 256
+    Conventions: ids are the raw ids of the training data as text, 1 to 512
     characters and none of them U+0000. Times are whole seconds since
-    1970-01-01T00:00Z and not negative.
+    1970-01-01T00:00Z, not negative and at most a day after the server's clock.
     A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
     names the field, for example `history.events[3].rating`, and so does the detail
     `google.rpc.BadRequest`. A server with more waiting requests than it can answer
@@ -84,9 +84,9 @@ class RecommenderStub:
 class RecommenderServicer:
     """Recommends the next items from a sequence of past events.
 
-    Conventions: ids are the raw ids of the training data as text, 1 to 256
+    Conventions: ids are the raw ids of the training data as text, 1 to 512
     characters and none of them U+0000. Times are whole seconds since
-    1970-01-01T00:00Z and not negative.
+    1970-01-01T00:00Z, not negative and at most a day after the server's clock.
     A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
     names the field, for example `history.events[3].rating`, and so does the detail
     `google.rpc.BadRequest`. A server with more waiting requests than it can answer
@@ -198,9 +198,9 @@ def add_RecommenderServicer_to_server(servicer, server):
 class Recommender:
     """Recommends the next items from a sequence of past events.
 
-    Conventions: ids are the raw ids of the training data as text, 1 to 256
+    Conventions: ids are the raw ids of the training data as text, 1 to 512
     characters and none of them U+0000. Times are whole seconds since
-    1970-01-01T00:00Z and not negative.
+    1970-01-01T00:00Z, not negative and at most a day after the server's clock.
     A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
     names the field, for example `history.events[3].rating`, and so does the detail
     `google.rpc.BadRequest`. A server with more waiting requests than it can answer

@@ -29,9 +29,9 @@ GRPC_VERSION: str
 class RecommenderStub:
     """Recommends the next items from a sequence of past events.
 
-    Conventions: ids are the raw ids of the training data as text, 1 to 256
+    Conventions: ids are the raw ids of the training data as text, 1 to 512
     characters and none of them U+0000. Times are whole seconds since
-    1970-01-01T00:00Z and not negative.
+    1970-01-01T00:00Z, not negative and at most a day after the server's clock.
     A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
     names the field, for example `history.events[3].rating`, and so does the detail
     `google.rpc.BadRequest`. A server with more waiting requests than it can answer
@@ -72,9 +72,9 @@ class RecommenderStub:
 class RecommenderAsyncStub(RecommenderStub):
     """Recommends the next items from a sequence of past events.
 
-    Conventions: ids are the raw ids of the training data as text, 1 to 256
+    Conventions: ids are the raw ids of the training data as text, 1 to 512
     characters and none of them U+0000. Times are whole seconds since
-    1970-01-01T00:00Z and not negative.
+    1970-01-01T00:00Z, not negative and at most a day after the server's clock.
     A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
     names the field, for example `history.events[3].rating`, and so does the detail
     `google.rpc.BadRequest`. A server with more waiting requests than it can answer
@@ -111,9 +111,9 @@ class RecommenderAsyncStub(RecommenderStub):
 class RecommenderServicer(metaclass=_abc_1.ABCMeta):
     """Recommends the next items from a sequence of past events.
 
-    Conventions: ids are the raw ids of the training data as text, 1 to 256
+    Conventions: ids are the raw ids of the training data as text, 1 to 512
     characters and none of them U+0000. Times are whole seconds since
-    1970-01-01T00:00Z and not negative.
+    1970-01-01T00:00Z, not negative and at most a day after the server's clock.
     A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
     names the field, for example `history.events[3].rating`, and so does the detail
     `google.rpc.BadRequest`. A server with more waiting requests than it can answer

@@ -37,7 +37,7 @@ def test_running_server_has_loaded_nothing_of_training(model_directory: Path, tm
     program = f"""
 import sys
 from pathlib import Path
-import serve.cli.main, serve.cli.recommend, tests.serve.process
+import serve.cli.main, tests.serve.process
 from serve.model.directory import read_artifact
 from serve.client import RecommenderClient
 from serve.model.recommender import Recommender

@@ -75,7 +75,9 @@ class ColumnNames:
         return {USER: self.user, ITEM: self.item, RATING: self.rating, TIME: self.time}.get(role)
 
 
-def choose_columns(header: Sequence[str], names: ColumnNames, where: str, has_options: bool = True) -> dict[str, str]:
+def choose_columns(
+    header: Sequence[str], names: ColumnNames, where: str, has_options: bool = True, roles: Sequence[str] = tuple(NAMES)
+) -> dict[str, str]:
     """The column of each schema name that a log's header has.
 
     Args:
@@ -83,6 +85,7 @@ def choose_columns(header: Sequence[str], names: ColumnNames, where: str, has_op
         names: Those that were given.
         where: What messages call the header.
         has_options: The command has options for other names, which the message then says.
+        roles: The schema names that are wanted.
 
     Returns:
         Column by schema name; without RATING the log has no ratings.
@@ -96,8 +99,8 @@ def choose_columns(header: Sequence[str], names: ColumnNames, where: str, has_op
     """
     chosen: dict[str, str] = {}
     missing = []
-    for role, groups in NAMES.items():
-        given = names.named(role)
+    for role in roles:
+        groups, given = NAMES[role], names.named(role)
         if role == RATING and given == NOT_READ:
             continue
         found = _recognized(header, groups) if given is None else [name for name in header if name == given][:1]

@@ -34,7 +34,7 @@ def exploring(model: Recommender, store: EventStore) -> Iterator[RecommenderClie
 
 
 def events_of(model: Recommender, items: list[int]) -> list[Event]:
-    return [Event(item_id=model.catalog.item_ids[item], rating=4, timestamp=at) for at, item in enumerate(items)]
+    return [Event(item_id=model.catalog.item_ids[item], rating=4, timestamp=at) for at, item in enumerate(items, 1)]
 
 
 def record(client: RecommenderClient, user_id: str, events: list[Event]) -> None:
@@ -144,12 +144,12 @@ def test_an_exploring_server_tells_and_logs_exact_propensities(
     assert all(len(one.log_propensities) == 4 for one in shown)
     assert {(one.temperature, one.request_time, one.excluded_item_ids) for one in shown} == {(TEMPERATURE, None, ())}
     known = model.catalog.item_ids[5]
-    exploring.recommend(user_id="u", k=4, request_time=10**10, exclude_item_ids=[known, "nobody knows it", known])
+    exploring.recommend(user_id="u", k=4, request_time=10**9, exclude_item_ids=[known, "nobody knows it", known])
     client.recommend(user_id="u", k=4)
     exploring.recommend(user_id="nobody", k=3, request_time=7)
     store.flush()
     *_, explored, by_the_other = impressions_of(store, "u")
-    assert (explored.temperature, explored.request_time, explored.excluded_item_ids) == (TEMPERATURE, 10**10, (known,))
+    assert (explored.temperature, explored.request_time, explored.excluded_item_ids) == (TEMPERATURE, 10**9, (known,))
     assert (by_the_other.temperature, by_the_other.log_propensities) == (None, ())
     (popular,) = impressions_of(store, "nobody")
     assert (popular.temperature, popular.request_time, popular.log_propensities) == (None, 7, ())

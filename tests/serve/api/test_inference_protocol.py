@@ -133,9 +133,10 @@ BAD = [
     ({"rating": NAN}, "inputs[rating]: expected 0..1, or -1 for no rating"),
     ({"rating": np.full((2, 3), 1.5, np.float32)}, "inputs[rating]: expected 0..1"),
     ({"rating": np.zeros((2, 4), np.float32)}, "inputs[rating].shape: expected [2, 3] as item"),
-    ({"gap": NAN}, "inputs[gap]: expected seconds from 0 on"),
-    ({"gap": np.full((2, 3), -5, np.float32)}, "inputs[gap]: expected seconds from 0 on"),
-    ({"request_gap": np.array([np.inf, 0], np.float32)}, "inputs[request_gap]: expected seconds from 0 on"),
+    ({"gap": NAN}, "inputs[gap]: expected seconds in 0.."),
+    ({"gap": np.full((2, 3), -5, np.float32)}, "inputs[gap]: expected seconds in 0.."),
+    ({"gap": np.full((2, 3), 30 * 86_400_000, np.float32)}, "inputs[gap]: expected seconds in 0.."),  # milliseconds
+    ({"request_gap": np.array([np.inf, 0], np.float32)}, "inputs[request_gap]: expected seconds in 0.."),
     ({"request_gap": np.zeros(3, np.float32)}, "inputs[request_gap].shape: expected 2 rows"),
     ({"length": np.array([0, 1], np.int32)}, "inputs[length]: expected 1..3, came 0"),
     ({"length": np.array([4, 1], np.int32)}, "inputs[length]: expected 1..3, came 4"),

@@ -1,6 +1,7 @@
 """Every rule of the contract: a request that breaks one is INVALID_ARGUMENT, and the message names the field."""
 
 import math
+import time
 from typing import Any
 
 import grpc
@@ -8,6 +9,9 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from serve.api import rules
+from serve.api.errors import InvalidRequest
+from serve.api.rules import MAX_ID_LENGTH
 from serve.client import Event, RecommenderClient, UserEvent
 from serve.pb.recommender_pb2 import (
     BatchRecommendRequest,
@@ -20,13 +24,13 @@ from serve.pb.recommender_pb2 import (
 )
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 
-LONG = "x" * 257
+LONG = "x" * (MAX_ID_LENGTH + 1)
 
 
 def with_event(**fields: Any) -> RecommendRequest:
     """Its third event has these fields; the events before it are good."""
-    good = Event(item_id="1007", rating=4.0, timestamp=5)
-    return RecommendRequest(history=History(events=[good, good, Event(**{"item_id": "1007", **fields})]))
+    good = {"item_id": "1007", "rating": 4.0, "timestamp": 5}
+    return RecommendRequest(history=History(events=[Event(**good), Event(**good), Event(**{**good, **fields})]))
 
 
 def recording(**fields: Any) -> RecordEventsRequest:
@@ -35,10 +39,12 @@ def recording(**fields: Any) -> RecordEventsRequest:
     return RecordEventsRequest(events=[UserEvent(**good), UserEvent(**{**good, "event_id": "b", **fields})])
 
 
+NO_TIME = "expected the event's time in seconds since 1970-01-01T00:00Z, came none"
+FAR = 2**63 - 1
 RECOMMEND = [
     (RecommendRequest(), "subject: expected user_id or history, came neither"),
-    (RecommendRequest(user_id=""), "user_id: expected an id of 1 to 256 characters, came 0 characters"),
-    (RecommendRequest(user_id=LONG), "user_id: expected an id of 1 to 256 characters, came 257 characters"),
+    (RecommendRequest(user_id=""), "user_id: expected an id of 1 to 512 characters, came 0 characters"),
+    (RecommendRequest(user_id=LONG), "user_id: expected an id of 1 to 512 characters, came 513 characters"),
     (RecommendRequest(user_id="u", k=-1), "k: expected 1 to 1000, or 0 for 10, came -1"),
     (RecommendRequest(user_id="u", k=1001), "k: expected 1 to 1000, or 0 for 10, came 1001"),
     (RecommendRequest(user_id="u", k=2**31 - 1), "k: expected"),
@@ -49,6 +55,10 @@ RECOMMEND = [
     (with_event(item_id=""), "history.events[2].item_id: expected an id"),
     (with_event(item_id=LONG), "history.events[2].item_id: expected an id"),
     (with_event(timestamp=-1), "history.events[2].timestamp: expected seconds since 1970"),
+    (with_event(timestamp=None), f"history.events[2].timestamp: {NO_TIME}"),
+    (with_event(timestamp=0), f"history.events[2].timestamp: {NO_TIME}"),
+    (with_event(timestamp=FAR), "history.events[2].timestamp: expected seconds since 1970-01-01T00:00Z in 0.."),
+    (RecommendRequest(user_id="u", request_time=FAR), "request_time: expected seconds since 1970-01-01T00:00Z in 0.."),
     (with_event(rating=0), "history.events[2].rating: expected a rating in 0.5..5, came 0"),
     (with_event(rating=5.01), "history.events[2].rating: expected a rating in 0.5..5, came 5.01"),
     (with_event(rating=math.nan), "history.events[2].rating: expected a rating in 0.5..5, came nan"),
@@ -67,6 +77,8 @@ RECORD = [
     (recording(rating=7.5), "events[1].rating: expected a rating in 0.5..5, came 7.5"),
     (recording(rating=math.nan), "events[1].rating: expected a rating in 0.5..5, came nan"),
     (recording(timestamp=-5), "events[1].timestamp: expected seconds since 1970"),
+    (recording(timestamp=None), f"events[1].timestamp: {NO_TIME}"),
+    (recording(timestamp=FAR), "events[1].timestamp: expected seconds since 1970-01-01T00:00Z in 0.."),
     (recording(recommendation_id=LONG), "events[1].recommendation_id: expected an id"),
     (RecordEventsRequest(events=[UserEvent()] * 1001), "events: expected at most 1000 entries, came 1001"),
 ]
@@ -139,17 +151,41 @@ def test_nothing_of_a_bad_request_is_recorded(stub: RecommenderStub, client: Rec
 
 @pytest.mark.parametrize("rating", [0.5, 5.0, None])
 def test_both_ends_of_the_scale_and_no_rating_are_valid(client: RecommenderClient, rating: float | None) -> None:
-    event = UserEvent(event_id="a", user_id="u", item_id="1007", rating=rating, timestamp=0)
+    event = UserEvent(event_id="a", user_id="u", item_id="1007", rating=rating, timestamp=1)
     assert client.record_events([event]).recorded_count == 1
 
 
 def test_limits_are_valid(client: RecommenderClient) -> None:
-    longest = "x" * 256
-    events = [UserEvent(event_id=f"{at}", user_id=longest, item_id=longest, timestamp=2**63 - 1) for at in range(1000)]
+    longest = "\U00010348" * 512  # four bytes of UTF-8 each
+    in_a_day = int(time.time()) + 86_400
+    events = [UserEvent(event_id=f"{at}", user_id=longest, item_id=longest, timestamp=in_a_day) for at in range(1000)]
     assert client.record_events(events).unknown_item_count == 1000
-    events_inline = [Event(item_id="1007", timestamp=0)] * 10_000
-    answer = client.recommend(history=events_inline, k=1000, exclude_item_ids=["1014"] * 10_000, request_time=0)
+    events_inline = [Event(item_id="1007", timestamp=1)] * 10_000
+    answer = client.recommend(history=events_inline, k=1000, exclude_item_ids=["1014"] * 10_000, request_time=1)
     assert answer.policy == "reinforce"
+
+
+@pytest.mark.parametrize(
+    ("value", "came"),
+    [
+        (1_700_000_000 + 86_400, None),
+        (0, None),
+        (1_700_000_000 + 86_401, "1700086401"),
+        (1_600_000_000_123, "1600000000123, which looks like milliseconds"),
+        (1_600_000_000_123_456, "1600000000123456, which looks like microseconds"),
+        (1_600_000_000_123_456_789, "1600000000123456789, which looks like nanoseconds"),
+        (-1, "-1"),
+    ],
+)
+def test_a_time_is_at_most_a_day_from_now(monkeypatch: pytest.MonkeyPatch, value: int, came: str | None) -> None:
+    monkeypatch.setattr(rules.time, "time", lambda: 1_700_000_000.5)
+    if came is None:
+        rules.check_time("request_time", value, rules.latest_time())
+        return
+    with pytest.raises(InvalidRequest) as failure:
+        rules.check_time("request_time", value, rules.latest_time())
+    expected = "expected seconds since 1970-01-01T00:00Z in 0..1700086400 (a day from now)"
+    assert str(failure.value) == f"request_time: {expected}, came {came}"
 
 
 def test_a_message_of_random_bytes_is_an_error_and_the_server_lives(address: str, client: RecommenderClient) -> None:

@@ -30,7 +30,7 @@ CALLERS = 6
 
 
 def event(caller: int, number: int) -> UserEvent:
-    return UserEvent(event_id=f"{caller}-{number}", user_id=str(caller), item_id="1007", timestamp=number)
+    return UserEvent(event_id=f"{caller}-{number}", user_id=str(caller), item_id="1007", timestamp=number + 1)
 
 
 def repeated_while_unavailable(call: Callable[..., object], request: object) -> None:

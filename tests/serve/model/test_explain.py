@@ -116,7 +116,7 @@ def test_influence_is_never_overstated(
 
 def test_a_long_history_costs_a_bounded_number_of_rows(client: RecommenderClient, model: Recommender) -> None:
     ids = model.catalog.item_ids[1:50]
-    events = [Event(item_id=item, rating=4.5, timestamp=at) for at, item in enumerate(ids)]
+    events = [Event(item_id=item, rating=4.5, timestamp=at) for at, item in enumerate(ids, 1)]
     answer = client.recommend(history=events, k=5, explain=True)
     given = {reason.item_id for one in answer.recommendations for reason in one.explanation.events}
     assert given

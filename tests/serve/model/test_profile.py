@@ -54,7 +54,7 @@ def test_profile_of_a_stored_user(client: RecommenderClient, model: Recommender)
     client.record_events(
         [
             UserEvent(event_id="1", user_id="u", item_id=second, rating=4.5, timestamp=30 * DAY),
-            UserEvent(event_id="2", user_id="u", item_id=first, timestamp=0),
+            UserEvent(event_id="2", user_id="u", item_id=first, timestamp=1),
             UserEvent(event_id="3", user_id="u", item_id="no such film", rating=1.0, timestamp=60 * DAY),
         ]
     )
@@ -85,16 +85,16 @@ def test_profile_of_a_stored_user(client: RecommenderClient, model: Recommender)
 
 
 def test_an_event_without_rating_is_listed_without(client: RecommenderClient) -> None:
-    client.record_events([UserEvent(event_id="1", user_id="u", item_id="1007", timestamp=0)])
+    client.record_events([UserEvent(event_id="1", user_id="u", item_id="1007", timestamp=1)])
     (watched,) = client.get_user_profile("u").watch_list
     assert not watched.HasField("rating")
 
 
 def test_limit(client: RecommenderClient) -> None:
-    events = [UserEvent(event_id=f"{at}", user_id="u", item_id="1007", timestamp=at) for at in range(12)]
+    events = [UserEvent(event_id=f"{at}", user_id="u", item_id="1007", timestamp=at) for at in range(1, 13)]
     client.record_events(events)
-    assert [one.timestamp for one in client.get_user_profile("u", limit=0).watch_list] == list(range(11, 1, -1))
-    assert [one.timestamp for one in client.get_user_profile("u", limit=1).watch_list] == [11]
+    assert [one.timestamp for one in client.get_user_profile("u", limit=0).watch_list] == list(range(12, 2, -1))
+    assert [one.timestamp for one in client.get_user_profile("u", limit=1).watch_list] == [12]
     assert client.get_user_profile("u", limit=1).event_count == 12
 
 

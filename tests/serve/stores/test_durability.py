@@ -33,7 +33,7 @@ class Acknowledged:
 
 def batch(user: int, number: int) -> list[UserEvent]:
     return [
-        UserEvent(event_id=f"{user}-{number}-{at}", user_id=str(user), item_id="1007", timestamp=number)
+        UserEvent(event_id=f"{user}-{number}-{at}", user_id=str(user), item_id="1007", timestamp=number + 1)
         for at in range(3)
     ]
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import re
 import sqlite3
 import subprocess
@@ -22,6 +23,7 @@ import redis
 
 from jaxrec.data.prepared import PreparedData
 from jaxrec.rl.served.event_store import UNNOTED, read_served_log
+from serve.api.rules import MAX_ID_LENGTH
 from serve.model.events import Event
 from serve.stores import open_store
 from serve.stores.base import Changes, Deleted, EventStore, Impression, SpilledState, StoreError, UserEvent, digest
@@ -148,6 +150,22 @@ def test_what_is_stored_comes_back_after_reopening(location: str) -> None:
     with open_store(location) as store:
         assert store.history("u:%") == events
         assert impressions_of(store, "u") == [IMPRESSION]
+
+
+def test_the_longest_ids_fit_every_index(store: EventStore) -> None:
+    """Four bytes of UTF-8 a character, drawn so that an index cannot compress them."""
+    chance = random.Random(0)
+    event_id, user_id, item_id, version = (
+        "".join(chr(chance.randrange(0x10000, 0x110000)) for _ in range(MAX_ID_LENGTH)) for _ in range(4)
+    )
+    store.record([user_event(event_id, item_id, 5, user_id)])
+    store.log_impression(IMPRESSION._replace(recommendation_id=event_id, user_id=user_id))
+    state = SpilledState(user_id, version[:128], store.revision(user_id), b"x")
+    store.save_states([state])
+    store.flush()
+    assert store.history(user_id) == [Event(item_id, None, 5)]
+    assert store.load_state(user_id, state.model_version) == state
+    assert store.delete_user(user_id) == Deleted(1, 1)
 
 
 def test_an_event_id_counts_once(store: EventStore) -> None:
