@@ -75,11 +75,11 @@ def append(
             bad_rows(on_bad_rows, folder, earlier) as bad,
         ):
 
-            def add_old_events() -> tuple[int, int]:
-                added = _insert_old_events(work.connection, log)
+            def add_old_events() -> int:
+                repeats = _insert_old_events(work.connection, log)
                 if old.config.repeats is Repeats.AUTO:
                     _refuse_known_events(work)
-                return added
+                return repeats
 
             loaded, found = read_log(work, options, old.config, bad, work.scratch / "sorted", add_old_events)
             merged = merge_logs(log, found.log, folder / LOG_FOLDER)
@@ -128,40 +128,40 @@ def merge_logs(old: EventLog, new: EventLog, folder: Path) -> EventLog:
     return open_log(folder)
 
 
-def _insert_old_events(connection: duckdb.DuckDBPyConnection, log: EventLog) -> tuple[int, int]:
-    """Puts the old events of users with new ones before these in `events`; `added` has the new ones.
+def _insert_old_events(connection: duckdb.DuckDBPyConnection, log: EventLog) -> int:
+    """Puts the old events of users with new ones before these in `events`; `old` has them alone, and `added` the new.
 
-    Returns how many there are, and how many of them repeat another one.
+    Returns how many of the old ones repeat another one.
     """
     found = np.ma.getdata(connection.execute("SELECT DISTINCT user FROM events").fetchnumpy()["user"])
     codes = log.users.encode(found)
     affected = np.sort(codes[codes > 0].astype(np.int64) - 1)
-    connection.execute("CREATE OR REPLACE TABLE added AS SELECT user, item, rating, time, within FROM events")
-    connection.execute("CREATE OR REPLACE TABLE events AS SELECT * FROM added LIMIT 0")
+    connection.execute("CREATE OR REPLACE TABLE old AS SELECT * FROM events LIMIT 0")
+    number = -int(log.events.lengths()[affected].sum())
     for block in blocks(log.events.offsets, affected):
+        times = log.events.times[block.rows]
         frame = pd.DataFrame(
             {
+                "number": np.arange(number, number + len(times)),
                 "user": block.per_event(log.users.raw_ids[block.users]),
                 "item": log.items.raw_ids[log.events.items[block.rows] - 1],
                 "rating": log.events.ratings[block.rows],
-                "time": log.events.times[block.rows],
+                "time": times,
             }
         )
-        connection.register("old", frame)
-        connection.execute(
-            "INSERT INTO events SELECT user, item, CASE WHEN NOT isnan(rating) THEN rating END, time, 0 FROM old"
-        )
-        connection.unregister("old")
-    counts = "count(*), count(*) - count(DISTINCT (user, item, time))"
-    rows, repeats = connection.execute(f"SELECT {counts} FROM events").fetchall()[0]
-    connection.execute("CREATE OR REPLACE TABLE known AS SELECT DISTINCT user, item, time FROM events")
-    connection.execute("INSERT INTO events SELECT * FROM added ORDER BY rowid")
-    return rows, repeats
+        number += len(times)
+        connection.register("block", frame)
+        rating = "CASE WHEN NOT isnan(rating) THEN rating END"
+        connection.execute(f"INSERT INTO old SELECT number, user, item, {rating}, time, 0 FROM block")
+        connection.unregister("block")
+    connection.execute("CREATE OR REPLACE TABLE added AS SELECT * FROM events")
+    connection.execute("CREATE OR REPLACE VIEW events AS SELECT * FROM old UNION ALL SELECT * FROM added")
+    return connection.execute("SELECT count(*) - count(DISTINCT (user, item, time)) FROM old").fetchall()[0][0]
 
 
 def _refuse_known_events(work: Workspace) -> None:
     """Raises DataError where most events are in the data already: then the file was probably appended before."""
-    query = "SELECT count(*), (SELECT count(*) FROM added SEMI JOIN known USING (user, item, time)) FROM added"
+    query = "SELECT count(*), (SELECT count(*) FROM added SEMI JOIN old USING (user, item, time)) FROM added"
     rows, known = work.connection.execute(query).fetchall()[0]
     if known * 2 > rows:
         raise DataError(

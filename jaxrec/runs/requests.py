@@ -115,5 +115,5 @@ def _fail_if_any(broken: Sequence[BadRow], lines: Sequence[int]) -> None:
     """Raises DataError with the lines of the file; those of a frame are the numbers of its rows."""
     bad = BadRows(OnBadRows.FAIL)
     for row in broken:
-        bad.add(dataclasses.replace(row, line=lines[row.line - 1]))
+        bad.add(row._replace(line=lines[row.line - 1]))
     bad.fail_if_any()

@@ -45,7 +45,7 @@ BAD_ROWS = {
             (11, "userId", "bob", "is not a whole number"),
             (12, "timestamp", "-5", "is not a time"),
             (13, "rating", "nan", "is not a number"),
-            (14, "", "", "repeats line 2; expected each event once"),
+            (14, "", "", "repeats line 2: the same user, item and time"),
             (15, "", "", "2 fields, expected 4"),
             (16, "userId", "", "is empty; expected an id"),
         ],
@@ -260,7 +260,7 @@ def test_many_repeated_events_are_reported_in_reasonable_time(tmp_path: Path, on
     if on_bad_rows is OnBadRows.FAIL:
         with pytest.raises(DataError) as error:
             prepare(source, None, config, out=tmp_path / "data")
-        assert str(error.value).startswith(f"{source}:50002: user 0, item 0 at time 1000 repeats line 2; expected")
+        assert str(error.value).startswith(f"{source}:50002: repeats line 2: the same user, item and time; expected")
         assert str(error.value).endswith("(and 49997 more bad rows)")
         return
     data = prepare(source, None, config, out=tmp_path / "data", on_bad_rows=on_bad_rows)
@@ -268,7 +268,7 @@ def test_many_repeated_events_are_reported_in_reasonable_time(tmp_path: Path, on
     assert by_user(data) == by_user(prepare(once, None, EVERYTHING))
     quarantine = pd.read_csv(tmp_path / "data/quarantine.csv")
     assert quarantine["line"].tolist() == list(range(50_002, 100_002))
-    first_lines = quarantine["reason"].str.extract(r"repeats line (\d+);", expand=False).astype(int)
+    first_lines = quarantine["reason"].str.extract(r"repeats line (\d+):", expand=False).astype(int)
     assert first_lines.tolist() == list(range(2, 50_002))
 
 

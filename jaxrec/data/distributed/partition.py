@@ -50,7 +50,7 @@ def partition(piece: Piece, columns: Columns, shards: int, scale: RatingScale | 
         relation = TableRelation("piece", piece.path, columns.names, connection)
         options = ReadOptions(time_unit=unit, users=kinds[0], items=kinds[1])
         load(connection, relation, options, scale, BadRows(OnBadRows.FAIL))
-        query = "SELECT user, item, coalesce(rating, 'nan'::FLOAT), time, within FROM events ORDER BY rowid"
+        query = "SELECT user, item, coalesce(rating, 'nan'::FLOAT), time, within FROM events ORDER BY number"
         found = [np.ma.getdata(column) for column in connection.execute(query).fetchnumpy().values()]
         ratings = count_ratings(connection, "events")
     users, items, *_ = found

@@ -2,17 +2,18 @@
 
 import contextlib
 import csv
-import dataclasses
 import enum
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxrec.errors import DataError
 
 QUARANTINE_FILE = "quarantine.csv"
 LISTED = 3  # rows that an error names
 SHOWN = 80  # characters of a value that an error shows
+BUFFER = 1 << 20  # bytes of the quarantine file that are written at a time
 
 
 class OnBadRows(enum.StrEnum):
@@ -22,8 +23,7 @@ class OnBadRows(enum.StrEnum):
     QUARANTINE = "quarantine"
 
 
-@dataclasses.dataclass(frozen=True)
-class BadRow:
+class BadRow(NamedTuple):
     """One bad row. `line` counts from 1, the header included; in Parquet and in a frame it is the row, from 1.
 
     `value` is empty where the whole row is at fault; `text` is the row as it was.
@@ -44,7 +44,7 @@ class BadRow:
 class BadRows:
     """Collects bad rows. With a quarantine file every row goes there at once, so that any number of them fits."""
 
-    def __init__(self, on_bad_rows: OnBadRows, write: Callable[[tuple[object, ...]], object] | None = None) -> None:
+    def __init__(self, on_bad_rows: OnBadRows, write: Callable[[Iterable[BadRow]], object] | None = None) -> None:
         self.on_bad_rows = on_bad_rows
         self.by_field: Counter[str] = Counter()
         self._first: list[BadRow] = []
@@ -65,11 +65,22 @@ class BadRows:
 
     def add(self, row: BadRow) -> None:
         """Takes note of a row; `fail_if_any` decides later what follows."""
-        self.by_field[row.field or "row"] += 1
-        if len(self._first) < LISTED or (row.file, row.line) < (self._first[-1].file, self._first[-1].line):
-            self._first = sorted([*self._first, row], key=lambda bad: (bad.file, bad.line))[:LISTED]
-        if self._write is not None:
-            self._write((row.file, row.line, row.field, row.value, row.reason, row.text))
+        self.add_all([row])
+
+    def add_all(self, rows: Iterable[BadRow]) -> None:
+        """The same of many rows."""
+        if self._write is None:
+            for _ in self._counted(rows):
+                pass
+        else:
+            self._write(self._counted(rows))
+
+    def _counted(self, rows: Iterable[BadRow]) -> Iterator[BadRow]:
+        for row in rows:
+            self.by_field[row.field or "row"] += 1
+            if len(self._first) < LISTED or (row.file, row.line) < (self._first[-1].file, self._first[-1].line):
+                self._first = sorted([*self._first, row], key=lambda bad: (bad.file, bad.line))[:LISTED]
+            yield row
 
     def fail_if_any(self) -> None:
         """Raises DataError that lists the first bad rows and says how many more there are, unless in quarantine."""
@@ -93,13 +104,13 @@ def bad_rows(on_bad_rows: OnBadRows, folder: Path, earlier: Path | None = None) 
         yield BadRows(on_bad_rows)
         return
     # What is not UTF-8 in the source stays visible as \\xNN.
-    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+    with open(path, "w", BUFFER, encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file)
         if before:
             file.write(before)
         else:
-            writer.writerow([field.name for field in dataclasses.fields(BadRow)])
-        bad = BadRows(on_bad_rows, writer.writerow)
+            writer.writerow(BadRow._fields)
+        bad = BadRows(on_bad_rows, writer.writerows)
         yield bad
     if not bad.count and not before:
         path.unlink()

@@ -1,7 +1,8 @@
-"""Reads a log into the table `events` of DuckDB, and checks every row of it.
+"""Reads a log into DuckDB, and checks every row of it.
 
-`events` has user and item (BIGINT or VARCHAR), rating (FLOAT or NULL), time (BIGINT seconds) and within (milliseconds
-within the second), in the order of the source.
+The view `events` has the rows that keep the rules: number (from 0, in the order of the source; rows that break a rule
+have numbers, too), user and item (BIGINT or VARCHAR), rating (FLOAT or NULL), time (BIGINT seconds) and within
+(milliseconds within the second).
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from jaxrec.config import RatingScale
 from jaxrec.data.reading.bad_rows import BadRow, BadRows
 from jaxrec.data.reading.columns import ColumnNames
 from jaxrec.data.reading.connection import first_line, quoted
-from jaxrec.data.reading.formats import SAMPLE_ROWS, SHORT, Relation, nth_kept
+from jaxrec.data.reading.formats import SAMPLE_ROWS, SHORT, Relation
 from jaxrec.data.reading.rules import FLOAT_IDS, TEXT_TYPE, Field, IdKind, TimeUnit, id_field, rating_field, whole
 from jaxrec.data.reading.scale import choose_scale, count_ratings, in_scale, rating_notes
 from jaxrec.data.reading.sources import TextOptions
@@ -55,20 +56,15 @@ class Loaded:
     """What is in `events`.
 
     Attributes:
-        rows: How many rows `events` has; `scale` None: there are no ratings.
-        left_out: [rows] int64, rising: the numbers of the relation's rows that broke a rule.
+        rows: How many rows `events` has.
+        scale: None: there are no ratings.
         notes: What is odd about the log, each in one sentence.
     """
 
     rows: int
     scale: RatingScale | None
     times: TimeForm
-    left_out: np.ndarray
     notes: tuple[str, ...]
-
-    def numbers(self, events: np.ndarray) -> np.ndarray:
-        """The numbers of the relation's rows that became these rows of `events`, from 0."""
-        return nth_kept(events, self.left_out)
 
 
 def load(
@@ -78,7 +74,7 @@ def load(
     scale: RatingScale | None,
     bad: BadRows,
 ) -> Loaded:
-    """Fills `events` with the rows that keep the rules.
+    """Makes `events` of the rows that keep the rules.
 
     Args:
         connection: DuckDB.
@@ -100,39 +96,40 @@ def load(
     except duckdb.Error as error:
         bad.fail_if_any()
         raise DataError(f"{relation.name}: cannot be read: {first_line(error)}") from error
-    total, wrong = connection.execute("SELECT count(*), count(*) FILTER (NOT ok) FROM events").fetchall()[0]
+    total, wrong = connection.execute("SELECT count(*), count(*) FILTER (NOT ok) FROM loaded").fetchall()[0]
     if not total and not bad.count:
         raise DataError(f"{relation.name}: no rows after the header")
     if wrong and not relation.trim and _has_spaces(connection, relation):
         relation.trim = True
         _create(connection, relation, fields, within)
-    counts = count_ratings(connection, "(SELECT rating FROM events WHERE ok)")
+    counts = count_ratings(connection, "(SELECT rating FROM loaded WHERE ok)")
     told = scale is not None
     scale = scale or choose_scale(counts, relation.name)
     fits = "true" if scale is None else in_scale("rating", scale)
-    broken = _column(connection, f"SELECT rowid FROM events WHERE NOT (ok AND {fits}) ORDER BY rowid")
+    broken = _column(connection, f"SELECT rowid FROM loaded WHERE NOT (ok AND {fits}) ORDER BY rowid")
     if len(broken):
         outside = "" if told else " (the scale that the log seems to have; another can be given: --rating-scale)"
         _report(connection, relation, fields, scale, outside, broken, bad)
-        bad.fail_if_any()
-        connection.execute(f"CREATE OR REPLACE TABLE kept AS SELECT * FROM events WHERE ok AND {fits} ORDER BY rowid")
-        connection.execute("DROP TABLE events; ALTER TABLE kept RENAME TO events")
     bad.fail_if_any()
+    connection.execute(
+        "CREATE OR REPLACE VIEW events AS SELECT rowid AS number, user, item, rating, time, within FROM loaded"
+        f"{f' WHERE ok AND {fits}' if len(broken) else ''}"
+    )
     rows = total - len(broken)
     if not rows:
         raise DataError(f"{relation.name}: every row is bad; {bad.count} of them are in quarantine")
     notes = rating_notes(counts, scale, bool(options.missing_ratings)) + _time_notes(connection, times)
-    return Loaded(rows, scale, times, broken, tuple(notes))
+    return Loaded(rows, scale, times, tuple(notes))
 
 
 def _fill(
     connection: duckdb.DuckDBPyConnection, relation: Relation, options: ReadOptions, now: int, bad: BadRows
 ) -> tuple[Mapping[str, Field], str, TimeForm]:
-    """Reads all rows into `events`, with `ok`: whether a row keeps the rules. Rows that are not whole go to `bad`."""
+    """Reads all rows into `loaded`, with `ok`: whether a row keeps the rules. Rows that are not whole go to `bad`."""
     try:
         fields, within, times = _recognize(connection, relation, options, now)
         _create(connection, relation, fields, within)
-        if relation.count() in (None, _count(connection, "events")):
+        if relation.count() in (None, _count(connection, "loaded")):
             return fields, within, times
     except (duckdb.InvalidInputException, duckdb.ConversionException):
         pass
@@ -145,8 +142,8 @@ def _fill(
         raise DataError(f"{relation.name}: no rows after the header")
     fields, within, times = _recognize(connection, relation, options, now)
     _create(connection, relation, fields, within)
-    if relation.count() != _count(connection, "events"):
-        raise DataError(f"{relation.name}: {relation.count()} rows, and DuckDB reads {_count(connection, 'events')}")
+    if relation.count() != _count(connection, "loaded"):
+        raise DataError(f"{relation.name}: {relation.count()} rows, and DuckDB reads {_count(connection, 'loaded')}")
     return fields, within, times
 
 
@@ -156,7 +153,7 @@ def _create(
     values = ", ".join(f"{fields[role].value} AS {short}" for role, short in SHORT.items())
     valid = " AND ".join(field.valid for field in fields.values())
     connection.execute(
-        f"CREATE OR REPLACE TABLE events AS SELECT {values}, ({within})::SMALLINT AS within, ({valid}) AS ok "
+        f"CREATE OR REPLACE TABLE loaded AS SELECT {values}, ({within})::SMALLINT AS within, ({valid}) AS ok "
         f"FROM ({relation.sql()})"
     )
 
@@ -218,7 +215,7 @@ def _kind(connection: duckdb.DuckDBPyConnection, relation: Relation, role: str, 
 
 def _has_spaces(connection: duckdb.DuckDBPyConnection, relation: Relation) -> bool:
     """Whether the first of the rows that break a rule have white space around a field."""
-    numbers = _column(connection, f"SELECT rowid FROM events WHERE NOT ok ORDER BY rowid LIMIT {SAMPLE_ROWS}")
+    numbers = _column(connection, f"SELECT rowid FROM loaded WHERE NOT ok ORDER BY rowid LIMIT {SAMPLE_ROWS}")
     spaces = " OR ".join(
         f"coalesce({short} <> trim({short}, ' \t'), false)"
         for role, short in SHORT.items()
@@ -253,8 +250,10 @@ def _report(
     left = len(listed)
     for _, query in relation.raw(broken):
         found = connection.execute(f"SELECT CASE {faults} END FROM ({query}) ORDER BY number").fetchall()
-        for (fault,), (file, line), text in zip(found[:left], places, texts, strict=False):
-            bad.add(BadRow(file, line, fault["field"], fault["value"], fault["reason"], text))
+        bad.add_all(
+            BadRow(file, line, fault["field"], fault["value"], fault["reason"], text)
+            for (fault,), (file, line), text in zip(found[:left], places, texts, strict=False)
+        )
         bad.add_unlisted(fault["field"] for (fault,) in found[left:])
         left = max(0, left - len(found))
 

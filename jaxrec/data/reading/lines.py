@@ -87,8 +87,10 @@ def lines_at(path: Path, numbers: np.ndarray) -> Iterator[str]:
     at = 0
     for block in blocks(path):
         stop = int(np.searchsorted(numbers, block.before + len(block), side="right"))
-        for number in numbers[at:stop].tolist():
-            yield block.line(number - block.before - 1).decode("utf-8", "backslashreplace")
+        chosen = numbers[at:stop] - block.before - 1
+        starts = np.where(chosen > 0, block.ends[chosen - 1] + 1, 0)
+        for start, end in zip(starts.tolist(), block.ends[chosen].tolist(), strict=True):
+            yield block.data[start:end].decode("utf-8", "backslashreplace")
         at = stop
         if at == len(numbers):
             break

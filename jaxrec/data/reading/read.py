@@ -22,6 +22,7 @@ from jaxrec.data.reading.sources import find_source
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
 
 PathOrFrame = Path | str | pd.DataFrame
+REPEATED = "repeats {}: the same user, item and time; expected each event once, or give --repeats keep or first"
 PathsOrFrame = PathOrFrame | Sequence[Path | str]
 
 
@@ -91,7 +92,7 @@ def read_ratings(
     """
     with open_workspace(path, options=options) as work:
         loaded = load(work.connection, work.relation, options, scale, BadRows(OnBadRows.FAIL))
-        query = "SELECT user, item, coalesce(rating, 'nan'::FLOAT) AS rating, time FROM events ORDER BY rowid"
+        query = "SELECT user, item, coalesce(rating, 'nan'::FLOAT) AS rating, time FROM events ORDER BY number"
         columns = [np.ma.getdata(column) for column in work.connection.execute(query).fetchnumpy().values()]
     return pd.DataFrame(dict(zip((USER, ITEM, RATING, TIME), columns, strict=True))), loaded.scale
 
@@ -102,7 +103,7 @@ def read_log(
     config: PrepareConfig,
     bad: BadRows,
     folder: Path,
-    add_events: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    add_events: Callable[[], int] = lambda: 0,
 ) -> tuple[Loaded, SortedLog]:
     """Reads, checks and sorts a log into columns in the new `folder`.
 
@@ -112,8 +113,8 @@ def read_log(
         config: Scale, order of equal times, repeats.
         bad: Takes rows that break a rule, and, in quarantine, repeats that are left out.
         folder: A folder to make.
-        add_events: Puts more rows before those of `events`, before they are sorted; returns how many, and how many
-            of them repeat another one.
+        add_events: Puts more rows before those of `events`, with numbers below 0, before they are sorted; returns how
+            many of them repeat another one.
 
     Returns:
         What was read, and the sorted log.
@@ -124,33 +125,29 @@ def read_log(
     folder.mkdir()
     loaded = load(work.connection, work.relation, options, config.rating_scale, bad)
     repeats = config.repeats.resolved(rated=loaded.scale is not None)
-    added, repeats_added = add_events()
+    repeats_added = add_events()
     told = repeats is Repeats.FAIL or (repeats is Repeats.FIRST and bad.on_bad_rows is OnBadRows.QUARANTINE)
 
-    def report(rows: np.ndarray, values: Iterator[tuple[object, ...]]) -> None:
-        _report_repeats(work, loaded, added, rows, values, bad)
+    def report(rows: np.ndarray) -> None:
+        _report_repeats(work, rows, bad)
 
     found = sort_log(work.connection, folder, config.ties, config.seed, repeats, report if told else None)
     bad.fail_if_any()
     return loaded, dataclasses.replace(found, repeats=found.repeats - repeats_added)
 
 
-def _report_repeats(
-    work: Workspace, loaded: Loaded, added: int, rows: np.ndarray, values: Iterator[tuple[object, ...]], bad: BadRows
-) -> None:
-    """Puts repeats into `bad`; the first `added` rows of `events` are none of the relation's."""
-    listed = len(rows) if bad.limit is None else min(len(rows), max(0, bad.limit - bad.count))
-    bad.add_unlisted("" for _ in rows[listed:])
-    later, first = rows[:listed].T
-    numbers = loaded.numbers(later - added)
-    places, texts = work.relation.places(numbers), work.relation.texts(numbers)
-    earlier = work.relation.places(loaded.numbers(np.maximum(first - added, 0)))
-    for (file, line), text, (user, item, time), old, (_, first_line) in zip(
-        places, texts, values, first < added, earlier, strict=False
-    ):
-        repeated = "an event that is in the data" if old else f"line {first_line}"
-        reason = f"user {user}, item {item} at time {time} repeats {repeated}; expected each event once"
-        bad.add(BadRow(file, line, "", "", f"{reason} (or give --repeats keep, or first)", text))
+def _report_repeats(work: Workspace, repeated: np.ndarray, bad: BadRows) -> None:
+    """Puts repeats into `bad`: [repeats, 2] numbers of each row and of the one that it repeats, below 0 if in the
+    data."""
+    listed = len(repeated) if bad.limit is None else min(len(repeated), max(0, bad.limit - bad.count))
+    bad.add_unlisted("" for _ in repeated[listed:])
+    later, first = repeated[:listed].T
+    places, texts = work.relation.places(later), work.relation.texts(later)
+    earlier = work.relation.places(np.maximum(first, 0))
+    bad.add_all(
+        BadRow(file, line, "", "", REPEATED.format("an event that is in the data" if old else f"line {at}"), text)
+        for (file, line), text, old, (_, at) in zip(places, texts, (first < 0).tolist(), earlier, strict=True)
+    )
 
 
 def input_counts(

@@ -1,13 +1,12 @@
-"""Sorts the table `events` by user and time into columns, and finds the events that repeat an earlier row."""
+"""Sorts the events that were read by user and time into columns, and finds the events that repeat an earlier row."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
-import pandas as pd
 
 from jaxrec.config import Repeats, Ties
 from jaxrec.data.histories import EventLog, event_writers, open_log
@@ -25,7 +24,7 @@ class SortedLog:
     repeats: int
 
 
-Report = Callable[[np.ndarray, Iterator[tuple[Any, ...]]], object]
+Report = Callable[[np.ndarray], object]
 
 
 def sort_log(
@@ -36,17 +35,17 @@ def sort_log(
     repeats: Repeats,
     report: Report | None = None,
 ) -> SortedLog:
-    """Writes the table `events` as columns sorted by user and time into `folder`.
+    """Writes the view `events` as columns sorted by user and time into `folder`.
 
     Args:
-        connection: DuckDB with `events`.
+        connection: DuckDB with `events`, as of `jaxrec.data.reading.check`.
         folder: An existing folder.
         ties: Equal timestamps of one user keep the row order (FILE), or get one that follows from the seed and the ids
             alone (RANDOM).
         seed: That of RANDOM.
         repeats: KEEP them, or leave all but the first row of each event out (FIRST, FAIL).
-        report: Is told of the rows that are left out: [repeats, 2] int64, the rows of `events` of each and of the row
-            that it repeats, and user, item and time of each; None: nobody.
+        report: Is told of the rows that are left out, in their order: [repeats, 2] int64, the number of each and of the
+            row that it repeats; None: nobody.
 
     Returns:
         The log, as memory maps, and how many events are tied and repeated.
@@ -63,6 +62,7 @@ def sort_log(
     with_rows = drop and (report is not None or bool(fine))
     user_ids, counts = _plain(users["user"]), _plain(users["n"]).astype(np.int64)
     tied = found = 0
+    told: list[np.ndarray] = []
     with event_writers(folder) as writers:
         ends = np.cumsum(counts)
         first = 0
@@ -76,7 +76,7 @@ def sort_log(
             found += len(repeated)
             if len(repeated) and drop:
                 if report is not None:
-                    _tell(connection, part["rows"][repeated], report)
+                    told.append(part["rows"][repeated])
                 keep = np.ones(len(part_users), bool)
                 keep[repeated[:, 0]] = False
                 counts[first:stop] = np.bincount(part_users[keep] - first, minlength=stop - first)
@@ -84,6 +84,9 @@ def sort_log(
             for name, writer in writers.items():
                 writer.write(part[name])
             first = stop
+    if report is not None and told:
+        rows = np.concatenate(told)
+        report(rows[np.argsort(rows[:, 0])])
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
     write_ids(IdMap(user_ids), folder / "user_ids.npy")
     write_ids(IdMap(_plain(items)), folder / "item_ids.npy")
@@ -128,26 +131,16 @@ def repeated_events(
 def _sorted_part(
     connection: duckdb.DuckDBPyConnection, first: object, last: object, ties: Ties, seed: int, rows: bool
 ) -> dict[str, np.ndarray]:
-    tie_break = "events.rowid"
+    tie_break = "number"
     if ties is Ties.RANDOM:
-        tie_break = f"{tie_draw(seed, 'user', 'item', 'time')}, events.rowid"
+        tie_break = f"{tie_draw(seed, 'user', 'item', 'time')}, number"
     query = (
         f"SELECT code AS items, coalesce(rating, 'nan'::FLOAT) AS ratings, time AS times"
-        f"{', events.rowid AS rows' if rows else ''} FROM events JOIN item_codes USING (item) "
+        f"{', number AS rows' if rows else ''} FROM events JOIN item_codes USING (item) "
         f"WHERE user BETWEEN ? AND ? ORDER BY user, time, within, {tie_break}"
     )
     bounds = [bound.item() if isinstance(bound, np.generic) else bound for bound in (first, last)]
     return {name: _plain(column) for name, column in connection.execute(query, bounds).fetchnumpy().items()}
-
-
-def _tell(connection: duckdb.DuckDBPyConnection, repeated: np.ndarray, report: Report) -> None:
-    """Hands on the rows `repeated` [repeats, 2], in the order of the rows, with what they hold."""
-    repeated = repeated[np.argsort(repeated[:, 0])]
-    connection.register("repeats", pd.DataFrame(repeated, columns=["later", "first"]))
-    query = "SELECT user, item, time FROM repeats JOIN events ON events.rowid = later ORDER BY later"
-    columns = connection.execute(query).fetchnumpy().values()
-    report(repeated, zip(*(_plain(column).tolist() for column in columns), strict=True))
-    connection.unregister("repeats")
 
 
 def _plain(column: Any) -> np.ndarray:

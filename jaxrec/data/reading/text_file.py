@@ -194,16 +194,18 @@ class _Rows:
         """What the lines after the header are."""
         while (block := next(self._blocks, None)) is not None:
             self._block = block
-            odd = self._odd()
+            odd = self._odd().tolist()
             at = self._dialect.header_lines if block.before == 0 else 0
-            while at < len(self._block):
-                # A row over several lines may have taken more lines than the block had at first.
-                index = int(np.searchsorted(odd, at))
-                stop = int(odd[index]) if index < len(odd) else len(block)
+            for stop in [*odd, len(block)]:
                 if stop > at:
                     yield _Row(block.before + at + 1, stop - at, block.data[block.start(at) : block.start(stop)])
                     at = stop
-                    continue
+                if stop == at < len(block):
+                    row = self._row(at)
+                    yield row
+                    at += row.lines
+            # A row over several lines may have taken more lines than the block had at first.
+            while at < len(self._block):
                 row = self._row(at)
                 yield row
                 at += row.lines
