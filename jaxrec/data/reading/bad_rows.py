@@ -78,7 +78,8 @@ class BadRows:
     def _counted(self, rows: Iterable[BadRow]) -> Iterator[BadRow]:
         for row in rows:
             self.by_field[row.field or "row"] += 1
-            if len(self._first) < LISTED or (row.file, row.line) < (self._first[-1].file, self._first[-1].line):
+            # In quarantine no message lists rows.
+            if self.on_bad_rows is OnBadRows.FAIL:
                 self._first = sorted([*self._first, row], key=lambda bad: (bad.file, bad.line))[:LISTED]
             yield row
 

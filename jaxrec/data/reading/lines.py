@@ -36,7 +36,9 @@ class Block:
 
     def lengths(self) -> np.ndarray:
         """[lines] int64: bytes of each line, without its end."""
-        return np.diff(self.ends, prepend=-1) - 1
+        lengths = self.ends.copy()
+        lengths[1:] -= self.ends[:-1] + 1
+        return lengths
 
     def positions(self, byte: int) -> np.ndarray:
         """Where a byte occurs, rising."""

@@ -19,7 +19,7 @@ import numpy as np
 from jaxrec.data.reading.bad_rows import BadRow
 from jaxrec.data.reading.connection import quoted
 from jaxrec.data.reading.dialect import Dialect, Scan, scan, transcode
-from jaxrec.data.reading.lines import Block, blocks, lines_at
+from jaxrec.data.reading.lines import BLOCK, Block, blocks, lines_at
 from jaxrec.data.schema import ITEM, TIME, USER
 
 LONGEST_ROW = 1000  # lines that a row may span
@@ -137,7 +137,7 @@ def repair(table: TextTable, copy: Path, report: Callable[[BadRow], object]) -> 
     dialect, removed = table.dialect, list(range(1, table.dialect.header_lines + 1))
     needed = set(table.columns.values())
     reader = _Rows(table, report)
-    with open(copy, "wb") as out:
+    with open(copy, "wb", BLOCK) as out:
         if dialect.header_lines:
             out.write(_line_of(dialect, dialect.names or ()))
         for row in reader.rows():
