@@ -1,26 +1,36 @@
 """Measures the preparation: time and peak memory of a child process per way, on one log, in one run.
 
-    python bench/generate_log.py --rows 25000000 --format csv --out r25.csv
-    python bench/generate_log.py --rows 250000000 --format parquet --out r250
+    python -m bench.generate_log --rows 25000000 --format csv --out r25.csv
+    python -m bench.dirty_log r25.csv --out dirty.csv
+    python -m bench.prepare r25.csv --dirty dirty.csv --before CHECKOUT [--publish]
+
+With peers, each in an environment of its own, and a larger log (bench/prepare_peers.md):
+
+    python -m bench.generate_log --rows 250000000 --format parquet --out r250
     python -m venv peer && peer/bin/pip install rectools
     python -m venv recbole && recbole/bin/pip install recbole==1.2.1 "numpy<2" "pandas<2.2"
-    python bench/prepare.py r25.csv --large r250 --peer-python peer/bin/python --recbole-python recbole/bin/python
+    python -m bench.prepare r25.csv --large r250 --peer-python peer/bin/python --recbole-python recbole/bin/python
 
-Ways: `jaxrec` checks every row, filters, sorts, splits, writes and hashes; `pandas` does the same but for checks,
-splits and hashes, as one would write it; `rectools` is Dataset.construct, which maps ids and keeps the events, unsorted
-and unfiltered, in memory: less work than the others do; with `split` it also cuts validation and test (LastNSplitter),
-which sorts. `recbole` is its Dataset with the same filter and split as ours, in memory, from its own file format, whose
-making is not counted. Reading the file is part of each. `open`: read_prepared alone.
+Ways: jaxrec checks every row, filters, sorts, splits, writes and hashes; `dirty` also sets 1 % broken and 4 % repeated
+rows aside, each with its reason; `pandas` does the same but for checks, splits and hashes, as one would write it;
+`rectools` is Dataset.construct, which maps ids and keeps the events, unsorted and unfiltered, in memory: less work than
+the others do; with `split` it also cuts validation and test (LastNSplitter), which sorts. `recbole` is its Dataset with
+the same filter and split as ours, in memory, from its own file format, whose making is not counted. Reading the file is
+part of each.
 """
 
-import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import click
+
+from bench.publish import Page, commit, here, less, publish_option, spread
+
+RUNS = 3  # of the page
 
 JAXREC = """
 import sys
@@ -29,6 +39,9 @@ from jaxrec.data.prepare import prepare
 data = prepare(Path(sys.argv[1]), out=Path(sys.argv[2]))
 print(data.log.events.event_count)
 """
+DIRTY = JAXREC.replace(
+    "import prepare\n", "import prepare\nfrom jaxrec.data.reading.bad_rows import OnBadRows\n"
+).replace("out=Path(sys.argv[2])", "out=Path(sys.argv[2]), on_bad_rows=OnBadRows.QUARANTINE")
 PANDAS = """
 import sys
 from pathlib import Path
@@ -136,43 +149,77 @@ def write_inter(log: Path, folder: Path) -> Path:
 
 @click.command(context_settings={"show_default": True})
 @click.argument("log", type=click.Path(exists=True, path_type=Path))
+@click.option("--dirty", type=click.Path(exists=True, path_type=Path), help="The same log, from bench.dirty_log.")
+@click.option("--before", type=click.Path(exists=True, file_okay=False, path_type=Path), help="An earlier checkout.")
 @click.option("--large", type=click.Path(exists=True, path_type=Path), help="A larger log, for jaxrec alone.")
 @click.option("--peer-python", type=click.Path(exists=True), help="A Python that has rectools.")
 @click.option("--recbole-python", type=click.Path(exists=True), help="A Python that has recbole.")
-@click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/bench-prepare"))
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Where to write the figures.")
+@click.option("--runs", type=click.IntRange(1), default=RUNS, help="Runs of each way, all ways in turn.")
+@click.option("--work", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/bench-prepare"))
+@publish_option
 def main(
     log: Path,
+    dirty: Path | None,
+    before: Path | None,
     large: Path | None,
     peer_python: str | None,
     recbole_python: str | None,
-    scratch: Path,
-    json_file: Path | None,
+    runs: int,
+    work: Path,
+    publish: bool,
 ) -> None:
-    """Prints one line per way: rows, seconds, rows per second, peak memory."""
-    scratch.mkdir(parents=True)
-    ways = [("jaxrec", sys.executable, JAXREC, log), ("pandas", sys.executable, PANDAS, log)]
+    """Measures every way `--runs` times, all ways in turn, and writes the page."""
+    work.mkdir(parents=True)
+    needed = less(runs=(runs, RUNS), logs=([name for name in ("dirty",) if dirty], ["dirty"]))
+    page = Page("prepare", "Preparation: time and memory", publish, work, less=needed)
+    ours = f"jaxrec, {here().commit}"
+    ways = [(ours, sys.executable, JAXREC, log), ("pandas", sys.executable, PANDAS, log)]
+    if dirty is not None:
+        ways.insert(1, (f"{ours}: dirty, into quarantine", sys.executable, DIRTY, dirty))
+    if before is not None:
+        program = f"import sys; sys.path.insert(0, {str(before.resolve())!r}){JAXREC}"
+        if not (before / "jaxrec" / "data").is_dir():
+            program = program.replace("jaxrec.data.prepare import prepare", "jaxrec.prepare import prepare_directory")
+            program = program.replace("prepare(Path(sys.argv[1]), out=", "prepare_directory(Path(sys.argv[1]), None, ")
+        ways.append((f"jaxrec, {commit(before)}", sys.executable, program, log))
     if peer_python is not None:
         ways.append(("rectools", peer_python, RECTOOLS, log))
         ways.append(("rectools, split", peer_python, RECTOOLS_SPLIT, log))
     if recbole_python is not None:
-        ways.append(("recbole", recbole_python, RECBOLE, write_inter(log, scratch / "log")))
+        ways.append(("recbole", recbole_python, RECBOLE, write_inter(log, work / "log")))
     if large is not None:
-        ways.append(("jaxrec, large", sys.executable, JAXREC, large))
-    results = {}
-    for name, python, program, source in ways:
-        printed, figures = measure(python, program, source, scratch / name.replace(", ", "-"))
-        rows = int(printed)
-        results[name] = {"rows": rows, **figures}
-        click.echo(
-            f"{name:15} {rows:>12,} rows {figures['seconds']:8.1f} s ({figures['cpu_seconds']:.1f} s of CPU) "
-            f"{rows / figures['seconds']:>10,.0f} rows/s {figures['peak_gb']:6.2f} GB"
-        )
-    opened, _ = measure(sys.executable, OPEN, scratch / "jaxrec")
-    click.echo(f"open: {1000 * float(opened):.0f} ms")
-    results["open"] = {"seconds": float(opened)}
-    if json_file is not None:
-        json_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        ways.append((f"{ours}: large", sys.executable, JAXREC, large))
+    rows: dict[str, int] = {}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name, *_ in ways}
+    for _ in range(runs):
+        for name, python, program, source in ways:
+            out = work / "out"
+            printed, figures = measure(python, program, source, out)
+            rows[name] = int(printed)
+            measured[name].append(figures)
+            click.echo(f"{name}: {figures['seconds']:.1f} s, {figures['peak_gb']:.2f} GB", err=True)
+            if name == ours:
+                opened, _ = measure(sys.executable, OPEN, out)
+            shutil.rmtree(out, ignore_errors=True)
+    page.write(
+        [
+            f"Medians of {runs} runs (lowest to highest), all ways in turn; each run is a process of its own.",
+            "",
+            "| way | events | seconds | CPU seconds | peak GB |",
+            "|---|---|---|---|---|",
+            *(
+                f"| {name} | {rows[name]:,} | "
+                + " | ".join(
+                    spread([one[figure] for one in runs_of], digits)
+                    for figure, digits in (("seconds", 1), ("cpu_seconds", 1), ("peak_gb", 2))
+                )
+                + " |"
+                for name, runs_of in measured.items()
+            ),
+            "",
+            f"Opening the prepared data of the first way takes {1000 * float(opened):.0f} ms.",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def read_requests(path: Path, log: EventLog, options: ReadOptions = ReadOptions(
     try:
         with open_workspace(frame) as work:
             work.relation.name, work.relation.labels = str(path), {**work.relation.labels, **labels}
-            bad = BadRows(OnBadRows.QUARANTINE, lambda row: broken.append(BadRow(*row)))  # type: ignore[arg-type]
+            bad = BadRows(OnBadRows.QUARANTINE, broken.extend)
             load(work.connection, work.relation, as_log, None, bad)
             read = work.connection.execute("SELECT user, time FROM events ORDER BY item").fetchnumpy()
     except DataError:
