@@ -1,0 +1,208 @@
+"""What is odd about a log is said in one line with what to do, or refused; what was recognized is said, too."""
+
+import gzip
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from jaxrec.cli.main import main
+from jaxrec.config import PrepareConfig, RatingScale
+from jaxrec.data.ids import IdMap, open_ids, write_ids
+from jaxrec.data.prepare import prepare
+from jaxrec.data.reading.check import ReadOptions
+from jaxrec.data.reading.read import read_ratings
+from jaxrec.data.reading.sources import TextOptions
+from jaxrec.errors import DataError
+
+HEADER = "userId,movieId,rating,timestamp\n"
+START = 1_500_000_000
+EVERYTHING = PrepareConfig(1, 1)
+
+
+def log(ratings: list[float], start: int = START, path: Path | None = None) -> pd.DataFrame | Path:
+    """One event for each rating: a frame, or a CSV in `path`."""
+    rows = [(1 + at // 3, 1 + at % 7, rating, start + at) for at, rating in enumerate(ratings)]
+    frame = pd.DataFrame(rows, columns=HEADER.strip().split(","))
+    if path is None:
+        return frame
+    frame.to_csv(path, index=False)
+    return path
+
+
+def notes(source: pd.DataFrame | Path, movies: pd.DataFrame | None = None, **options: object) -> list[str]:
+    return list(prepare(source, movies, EVERYTHING, options=ReadOptions(**options)).input["notes"])  # type: ignore[arg-type]
+
+
+def test_an_ordinary_log_has_no_notes() -> None:
+    assert notes(log([4, 3.5, 1, 5] * 5)) == []
+
+
+def test_a_log_before_1990_is_said_with_its_days() -> None:
+    (said,) = notes(log([4, 3.5, 1, 5] * 5, start=86_400))
+    assert said.startswith("all times are before 1990, from 1970-01-02 to 1970-01-02, as they were read: seconds;")
+    assert "--time-unit" in said
+
+
+def test_one_constant_rating_is_said() -> None:
+    (said,) = notes(log([1.0] * 20))
+    assert said.startswith("every rating is 1, so ratings say nothing;")
+    assert "--rating-col none" in said
+
+
+def test_many_zeros_are_said_until_they_are_told() -> None:
+    ratings = [0, 8, 10, 0, 3, 7] * 5
+    (said,) = notes(log(ratings))
+    assert said == "33% of the ratings are 0; if 0 means that there is no rating, give --missing-rating 0"
+    data = prepare(log(ratings), None, EVERYTHING, options=ReadOptions(missing_ratings=(0.0,)))
+    assert data.input["notes"] == []
+    assert data.config.rating_scale == RatingScale(1, 10)
+    assert int(np.isnan(data.histories.ratings).sum()) == 10
+
+
+# The ratings, and the narrowest scale that they fit.
+SCALES = [
+    ([1, 5, 3], "1..5"),
+    ([0.5, 5, 3], "0.5..5"),
+    ([1, 4.5, 3], "0.5..5"),
+    ([0, 5, 3], "0..5"),
+    ([1, 10, 3], "1..10"),
+    ([9.5, 7, 3], "0.5..10"),
+    ([0, 10, 3], "0..10"),
+    ([20, 100, 55], "1..100"),
+    ([0, 62.5, 12], "0..100"),
+]
+
+
+@pytest.mark.parametrize(("ratings", "scale"), SCALES)
+def test_the_narrowest_scale_is_recognized(ratings: list[float], scale: str) -> None:
+    assert str(prepare(log(ratings * 10), None, EVERYTHING).config.rating_scale) == scale
+
+
+def test_a_few_ratings_outside_are_errors_and_many_are_another_scale(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"log\.csv:2: rating 8 is outside 1..5 \(the scale that the log seems"):
+        read_ratings(log([8] + [4, 5, 1] * 100, path=tmp_path / "log.csv"))  # type: ignore[arg-type]
+    assert str(read_ratings(log([8, 7, 9, 8] + [4, 5, 1] * 100, path=tmp_path / "log.csv"))[1]) == "1..10"  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"fit none of the known scales .*--rating-scale .*--missing-rating"):
+        read_ratings(log([-1, 9, 8] * 50, path=tmp_path / "log.csv"))  # type: ignore[arg-type]
+
+
+def test_movies_of_few_or_none_of_the_items_are_said_or_refused() -> None:
+    source = log([4, 3.5, 1, 5] * 5)
+    (said,) = notes(source, pd.DataFrame({"movieId": [1, 2, 99], "title": ["One", "Two", "Other"]}))
+    assert said == "movies knows 2 of the log's 7 items (28.6%); check that it is the file of these items"
+    with pytest.raises(
+        DataError, match="movies: none of its 2 ids, such as 98, is one of the log's 7 items, such as 1;"
+    ):
+        notes(source, pd.DataFrame({"movieId": [98, 99], "title": ["A", "B"]}))
+
+
+GENRES = {
+    "pipe": "Comedy|Drama",
+    "comma": '"Comedy, Drama"',
+    "semicolon": "Comedy;Drama",
+    "Python list": "\"['Comedy', 'Drama']\"",
+    "JSON list": '"[""Comedy"", ""Drama""]"',
+    "TMDB": "\"[{'id': 35, 'name': 'Comedy'}, {'id': 18, 'name': 'Drama'}]\"",
+}
+
+
+@pytest.mark.parametrize("form", GENRES)
+def test_genres_in_every_form_are_the_same(tmp_path: Path, form: str) -> None:
+    source = log([4, 3.5, 1, 5] * 5, path=tmp_path / "log.csv")
+    rows = "".join(f"{item},Film {item},{GENRES[form] if item % 2 else 'Horror'}\n" for item in range(1, 8))
+    (tmp_path / "movies.csv").write_text("id,title,genres\n" + rows)
+    with pytest.raises(DataError, match=r"movies\.csv:1: column movieId or item_id is missing"):
+        prepare(source, tmp_path / "movies.csv", EVERYTHING)
+    (tmp_path / "movies.csv").write_text("movieId,title,genres\n" + rows)
+    catalog = prepare(source, tmp_path / "movies.csv", EVERYTHING).catalog
+    assert catalog.genres == ("Comedy", "Drama", "Horror")
+    assert catalog.item_genres[0] == ("Comedy", "Drama")
+
+
+def test_ids_that_pandas_made_floats_are_refused(tmp_path: Path) -> None:
+    frame = log([4, 3.5, 1, 5] * 5)
+    assert isinstance(frame, pd.DataFrame)
+    with_gap = frame.assign(movieId=frame["movieId"].astype(float).where(frame.index != 3))
+    with pytest.raises(DataError, match=r"column movieId is DOUBLE; expected whole numbers .*astype\('Int64'\)"):
+        notes(with_gap)
+    with_gap.to_csv(tmp_path / "log.csv", index=False)
+    with pytest.raises(DataError, match=r"column movieId: ids such as 123.0 are floats.*--ids text"):
+        read_ratings(tmp_path / "log.csv")
+
+
+def test_one_long_id_does_not_widen_the_others(tmp_path: Path) -> None:
+    ids = IdMap.fit(np.array([f"u{number}" for number in range(5000)] + ["u" + "x" * 511], dtype=object))
+    write_ids(ids, tmp_path / "ids.npy")
+    assert (tmp_path / "ids.npy").stat().st_size < 40_000
+    assert open_ids(tmp_path / "ids.npy").raw_ids.tolist() == ids.raw_ids.tolist()
+    write_ids(IdMap(np.array(["", "é日", "a\nb"], dtype=object)), tmp_path / "ids.npy")
+    assert open_ids(tmp_path / "ids.npy").raw_ids.tolist() == ["", "é日", "a\nb"]
+    write_ids(IdMap(np.empty(0, object)), tmp_path / "ids.npy")
+    assert len(open_ids(tmp_path / "ids.npy")) == 0
+
+
+def parts(folder: Path) -> list[Path]:
+    """Two files with the halves of a log, one packed."""
+    folder.mkdir()
+    rows = [f"{1 + at // 3},{1 + at % 7},4,{START + at}\n" for at in range(20)]
+    (folder / "a.csv").write_text(HEADER + "".join(rows[:10]))
+    (folder / "b.csv.gz").write_bytes(gzip.compress((HEADER + "".join(rows[10:])).encode()))
+    return [folder / "a.csv", folder / "b.csv.gz"]
+
+
+def test_a_folder_and_several_files_are_one_log(tmp_path: Path) -> None:
+    files = parts(tmp_path / "log")
+    expected = [START + at for at in range(20)]
+    assert read_ratings(tmp_path / "log")[0]["timestamp"].tolist() == expected
+    result = CliRunner().invoke(
+        main,
+        [
+            "prepare",
+            *map(str, files),
+            "--out",
+            str(tmp_path / "data"),
+            "--min-user-ratings",
+            "1",
+            "--min-movie-ratings",
+            "1",
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    assert f"source: CSV with a header: 2 files, {files[0]} and so on" in result.output
+    assert "columns: user=userId, item=movieId, rating=rating, time=timestamp\n" in result.output
+    assert "encoding: utf-8\ndelimiter: ,\n" in result.output
+    assert "note: every rating is 4" in result.output
+
+
+def test_files_of_different_forms_are_refused(tmp_path: Path) -> None:
+    parts(tmp_path / "log")
+    (tmp_path / "log/c.csv").write_text("userId,movieId,timestamp\n1,2,3\n")
+    with pytest.raises(
+        DataError, match=r"c\.csv: its columns are user=userId, item=movieId, time=timestamp, and those of"
+    ):
+        read_ratings(tmp_path / "log")
+    (tmp_path / "log/c.csv").unlink()
+    pd.DataFrame({"userId": [1]}).to_parquet(tmp_path / "log/c.parquet")
+    with pytest.raises(DataError, match=r"holds Parquet \(c\.parquet\) and text \(a\.csv\); name the files to read"):
+        read_ratings(tmp_path / "log")
+
+
+def test_a_zip_with_one_file_of_data_is_read(tmp_path: Path) -> None:
+    source = log([4, 3.5, 1, 5] * 5, path=tmp_path / "events.csv")
+    with zipfile.ZipFile(tmp_path / "kaggle.zip", "w") as archive:
+        archive.write(source, "events.csv")  # type: ignore[arg-type]
+        archive.writestr("README.md", "hello")
+    assert len(read_ratings(tmp_path / "kaggle.zip")[0]) == 20
+
+
+def test_an_encoding_that_is_not_the_files_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_bytes((HEADER + "1,2,3,4\n").encode("utf-16"))
+    with pytest.raises(DataError, match=r"log\.csv: not ascii text \(.*\); give another --encoding"):
+        read_ratings(path, options=ReadOptions(text=TextOptions(encoding="ascii")))
+    with pytest.raises(DataError, match=r"log\.csv: the encoding latin-99 is not known"):
+        read_ratings(path, options=ReadOptions(text=TextOptions(encoding="latin-99")))
