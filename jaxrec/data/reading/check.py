@@ -26,6 +26,7 @@ from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.errors import DataError
 
 KIND_SAMPLE = 100_000  # first rows that decide whether ids are whole numbers or text
+FLOAT_ID = r"-?[0-9]+\.0|-?[0-9](\.[0-9]+)?[eE]\+?[0-9]+"
 MANY_PADDED = 0.1  # share of ids with leading zeros from which ids are text
 
 
@@ -200,13 +201,13 @@ def _kind(connection: duckdb.DuckDBPyConnection, relation: Relation, role: str, 
     digits = f"regexp_full_match({column}, '-?[0-9]+')"
     counts = (
         f"count({column}), count(*) FILTER ({whole(column)}), count(*) FILTER ({digits} AND NOT {whole(column)}), "
-        f"count(*) FILTER (regexp_full_match({column}, '-?[0-9]+\\.0'))"
+        f"count(*) FILTER (regexp_full_match({column}, '{FLOAT_ID}'))"
     )
     sample = f"(SELECT trim({column}) AS {column} FROM ({relation.sql()}) LIMIT {KIND_SAMPLE})"
     total, numbers, padded, floats = connection.execute(f"SELECT {counts} FROM {sample}").fetchall()[0]
     if floats * 2 > total:
         raise DataError(
-            f"{where}: ids such as 123.0 are floats; {FLOAT_IDS}. To take them as text, as they are: --ids text"
+            f"{where}: ids such as 123.0 or 1.23E+10 are floats; {FLOAT_IDS}. To take them as they are: --ids text"
         )
     if padded > MANY_PADDED * total or (padded and padded + numbers == total):
         return IdKind.TEXT

@@ -274,10 +274,13 @@ class TableRelation:
 
 def frame_relation(frame: pd.DataFrame, names: ColumnNames, connection: duckdb.DuckDBPyConnection) -> Relation:
     """The relation of a frame; a NaN is no rating. Raises DataError where a column is missing."""
-    labels = choose_columns(list(frame.columns), names, "interactions")
+    header = [str(name) for name in frame.columns]
+    labels = choose_columns(header, names, "interactions")
     columns = {}
     for role, label in labels.items():
-        column = frame[label]
+        column = frame.iloc[:, header.index(label)]
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            column = column.astype(column.dtype.categories.dtype)
         if pd.api.types.infer_dtype(column) == "integer" and column.dtype == object:
             column = column.astype("Int64")
         elif column.dtype == object or pd.api.types.is_string_dtype(column.dtype):

@@ -256,11 +256,15 @@ class _Rows:
         """The fields of the row that begins in line `at`, or why it is none, and how many lines it takes."""
         try:
             fields = fields_of(self._dialect, text)
+            if len(fields) == self._dialect.width + 1 and not fields[-1]:
+                fields.pop()  # a delimiter at the end of the row
             if len(fields) == self._dialect.width:
                 return fields, "", 1
             reason = self._width(fields)
         except csv.Error as error:
             reason = f"not CSV: {error}"
+            if escaped := self._escaped(text):
+                return escaped, "", 1
             fields, taken = self._over_lines(at, text) if "end of data" in reason else ([], 1)
             if fields:
                 return fields, "", taken
@@ -269,6 +273,17 @@ class _Rows:
         if '"' in text and self._is_row(text):
             return text.split(self._dialect.delimiter), "", 1
         return [], reason, 1
+
+    def _escaped(self, text: str) -> list[str]:
+        """The fields of a row in which a backslash goes before a quote within quotes; none for another row."""
+        if '\\"' not in text:
+            return []
+        delimiter = self._dialect.delimiter or ","
+        try:
+            fields = next(csv.reader([text], delimiter=delimiter, escapechar="\\", doublequote=False, strict=True))
+        except csv.Error:
+            return []
+        return fields if len(fields) == self._dialect.width else []
 
     @staticmethod
     def _is_text(field: str) -> bool:

@@ -141,7 +141,7 @@ SHAPES = (
     Shape("ratings of no known scale", table().replace(",4,", ",4000,").replace(",3,", ",-7,"),
           refused="the ratings fit none of the known scales"),
     Shape("ids that became floats", table().replace(",7,", ",7.0,").replace(",12,", ",12.0,"),
-          refused="ids such as 123.0 are floats"),
+          refused="ids such as 123.0 or 1.23E+10 are floats"),
     Shape("ids that became floats, as text", table().replace(",7,", ",7.0,").replace(",12,", ",12.0,"), "--ids text",
           ReadOptions(users=IdKind.TEXT, items=IdKind.TEXT)),
     Shape("seconds, told", table(times=["1", "2", "3"]), "--time-unit seconds", ReadOptions(time_unit=TimeUnit.SECONDS),

@@ -65,6 +65,8 @@ SITUATIONS = {
     "a quoted name with quotes": ([row(0, '"the ""best"" of"'), row(1)], [0, 1], []),
     "a quoted name over two lines": ([row(0), row(1, '"two\nlines"'), row(2)], [0, 1, 2], []),
     "a quoted name over four lines, one of them empty": ([row(0, '"a\n\nb, c\nd"'), row(1)], [0, 1], []),
+    "backslashes before quotes": ([row(0, '"the \\"best\\", of"'), row(1)], [0, 1], []),
+    "a delimiter at the end of a row": ([row(0, '"a" b'), row(1) + ",", row(2)], [0, 1, 2], []),
     "text after a closing quote": ([row(0, '"a" b'), row(1)], [0, 1], []),
     "a quote in an id that does not close": ([row(0), 'u1,"i1,plain,1500000001', row(2)], [0, 2], [3]),
     "a line break within an id": ([row(0), 'u1,"i\n1",plain,1500000001', row(2)], [0, 2], [3]),

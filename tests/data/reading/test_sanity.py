@@ -130,8 +130,37 @@ def test_ids_that_pandas_made_floats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"column movieId is DOUBLE; expected whole numbers .*astype\('Int64'\)"):
         notes(with_gap)
     with_gap.to_csv(tmp_path / "log.csv", index=False)
-    with pytest.raises(DataError, match=r"column movieId: ids such as 123.0 are floats.*--ids text"):
+    with pytest.raises(DataError, match=r"column movieId: ids such as 123.0 or 1.23E\+10 are floats.*--ids text"):
         read_ratings(tmp_path / "log.csv")
+
+
+def test_ids_that_a_spreadsheet_rounded_are_refused(tmp_path: Path) -> None:
+    rows = "".join(f"{at},1.2345{at}E+12,4,{START + at}\n" for at in range(9))
+    (tmp_path / "log.csv").write_text(HEADER + rows)
+    with pytest.raises(DataError, match=r"column movieId: ids such as 123.0 or 1.23E\+10 are floats"):
+        read_ratings(tmp_path / "log.csv")
+
+
+FRAMES = {
+    "categories": lambda frame: frame.astype({"userId": str, "movieId": "category"}),
+    "pandas' own integers": lambda frame: frame.astype("Int64"),
+    "Arrow": lambda frame: frame.astype({"userId": "int64[pyarrow]", "movieId": "string[pyarrow]"}),
+    "times with a zone": lambda frame: frame.assign(timestamp=pd.to_datetime(frame["timestamp"], unit="s", utc=True)),
+    "days as objects": lambda frame: frame.assign(timestamp=pd.to_datetime(frame["timestamp"], unit="s").dt.date),
+    "floats of seconds": lambda frame: frame.astype({"timestamp": float}),
+    "a column without a name": lambda frame: frame.assign(**{"x": 1}).rename(columns={"x": 0}),
+}
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+def test_frames_of_every_type_are_read(kind: str) -> None:
+    frame = log([4, 3, 1, 5] * 5)
+    data = prepare(FRAMES[kind](frame), None, EVERYTHING)
+    assert isinstance(frame, pd.DataFrame)
+    day = START // 86_400 * 86_400
+    assert data.users.raw_ids.astype(str).tolist() == [str(user) for user in range(1, 8)]
+    assert data.catalog.ids.raw_ids.astype(str).tolist() == [str(item) for item in range(1, 8)]
+    assert data.histories.times[0] == (day if kind == "days as objects" else START)
 
 
 def test_one_long_id_does_not_widen_the_others(tmp_path: Path) -> None:
