@@ -44,7 +44,7 @@ def main(log: Path, out: Path, bad: float, repeats: float, seed: int) -> None:
             for number, at in enumerate(broken):
                 added[at] = BROKEN[number % len(BROKEN)](lines[at].rstrip(b"\n").split(b",")) + b"\n"
             for at, line in enumerate(lines):
-                target.write(line)
+                target.write(line if line.endswith(b"\n") else line + b"\n")
                 if at in added:
                     target.write(added[at])
             counts += (len(broken), len(added) - len(broken))

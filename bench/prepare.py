@@ -31,6 +31,7 @@ import click
 from bench.publish import Page, commit, here, less, publish_option, spread
 
 RUNS = 3  # of the page
+ROWS = 25_000_000  # of the page's logs, at least
 
 JAXREC = """
 import sys
@@ -137,6 +138,14 @@ def measure(python: str, program: str, *arguments: Path) -> tuple[str, dict[str,
     return printed.strip(), figures
 
 
+def row_count(path: Path) -> int:
+    """The rows of a CSV with a header; 0 for a folder."""
+    if path.is_dir():
+        return 0
+    with open(path, "rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 24), b"")) - 1
+
+
 def write_inter(log: Path, folder: Path) -> Path:
     """Writes a CSV of userId,movieId,rating,timestamp as RecBole reads it: FOLDER/NAME.inter, separated by tabs."""
     folder.mkdir()
@@ -170,7 +179,9 @@ def main(
 ) -> None:
     """Measures every way `--runs` times, all ways in turn, and writes the page."""
     work.mkdir(parents=True)
-    needed = less(runs=(runs, RUNS), logs=([name for name in ("dirty",) if dirty], ["dirty"]))
+    given = [name for name, one in (("dirty", dirty), ("before", before)) if one is not None]
+    counts = {path: row_count(path) for path in (log, dirty) if path is not None}
+    needed = less(runs=(runs, RUNS), options=(given, ["before", "dirty"]), rows=(min(counts.values()), ROWS))
     page = Page("prepare", "Preparation: time and memory", publish, work, less=needed)
     ours = f"jaxrec, {here().commit}"
     ways = [(ours, sys.executable, JAXREC, log), ("pandas", sys.executable, PANDAS, log)]
@@ -203,6 +214,8 @@ def main(
             shutil.rmtree(out, ignore_errors=True)
     page.write(
         [
+            "Data: " + ", ".join(f"{path.name} with {count:,} rows" for path, count in counts.items()) + ".",
+            "",
             f"Medians of {runs} runs (lowest to highest), all ways in turn; each run is a process of its own.",
             "",
             "| way | events | seconds | CPU seconds | peak GB |",

@@ -72,9 +72,15 @@ def write_figures(path: Path, figures: Any) -> None:
     write_text(path, json.dumps({**here()._asdict(), "figures": figures}))
 
 
-def begin(path: Path) -> Path:
-    """Writes where something that can be interrupted and resumed was begun, unless the file is there already."""
+def begin(path: Path, *made: Path) -> Path:
+    """Writes where something that can be interrupted and resumed was begun, unless the file is there already.
+
+    Raises click.ClickException where something that is `made` of it is there without the file: it is of another commit.
+    """
     if not path.is_file():
+        for one in made:
+            if one.exists():
+                raise click.ClickException(f"{path} is missing, so {one} is of an unknown commit; delete it, too")
         write_figures(path, None)
     return path
 

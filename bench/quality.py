@@ -75,7 +75,7 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
     done = folder / f"ranks-{seed}.npz"
     if done.is_file():
         return done
-    begin(begun(done))
+    begin(begun(done), folder / f"run-{seed}")
     if not (folder / "data").is_dir():
         movies = ratings.with_name("movies.csv")
         config = PrepareConfig(min_user_ratings=5, min_movie_ratings=5, split=SPLITS[split], ties=ties)

@@ -4,21 +4,40 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from jaxrec.config import PrepareConfig
 from jaxrec.data import schema
+from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
+from jaxrec.errors import DataError
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
 from serve.api import rules
+from serve.api.errors import InvalidRequest
 from serve.model.directory import read_artifact
 from serve.model.events import Event
 from serve.model.recommender import Query, Recommender
 
+IDS = ["a", "é日", "a b", "7", "", " a", "a ", "a\0b", "x" * 512, "x" * 513]
 
-def test_what_can_be_prepared_can_be_served() -> None:
+
+@pytest.mark.parametrize("raw", IDS, ids=range(len(IDS)))
+def test_an_id_can_be_prepared_if_and_only_if_it_can_be_served(raw: str) -> None:
     assert rules.MAX_ID_LENGTH == schema.MAX_ID_LENGTH
+    log = pd.DataFrame({"user": ["u", "u", "u"], "item": ["one", "two", raw], "time": 1_500_000_000})
+    prepared = served = True
+    try:
+        prepare(log, None, PrepareConfig(1, 1))
+    except DataError:
+        prepared = False
+    try:
+        rules.check_id("item_id", raw)
+    except InvalidRequest:
+        served = False
+    assert prepared is served is (raw in {"a", "é日", "a b", "7", "x" * 512})
 
 
 @pytest.mark.parametrize("max_history", [50, 7], ids=["whole", "truncated"])

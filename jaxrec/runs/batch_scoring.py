@@ -85,6 +85,7 @@ def recommend_log(
         DataError: For bad rows, naming file and line; the rating scale is the model's.
         OSError: Where `out` cannot be written.
     """
+    _refuse_inputs(out, history, requests)
     scale = model.info.rating_scale
     config = PrepareConfig(
         rating_scale=ANY_RATING if scale is None else RatingScale(scale.minimum, scale.maximum), repeats=repeats
@@ -106,6 +107,15 @@ def recommend_log(
                     writer.writerow((user, rank, item_id, f"{score:.9g}"))
         _keep_quarantine(work.scratch / QUARANTINE_FILE, quarantine_file(out), bad)
     return input_counts(work, config, loaded, found, bad, _notes(model, found.log))
+
+
+def _refuse_inputs(out: Path, history: Path | str | Sequence[Path | str], requests: Path | None) -> None:
+    """Raises DataError where what is written would replace what is read."""
+    read = [history] if isinstance(history, Path | str) else [*history]
+    for path in (*read, *([] if requests is None else [requests])):
+        for written in (out, quarantine_file(out)):
+            if written.resolve().is_relative_to(Path(path).resolve()):
+                raise DataError(f"{written} would be written, and {path} is read; choose another --out")
 
 
 def quarantine_file(out: Path) -> Path:

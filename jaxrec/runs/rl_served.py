@@ -35,7 +35,8 @@ def run_served(
     use stays in all of these.
     """
     run, data, supervised = loaded
-    base, compared_with = policy_in_use(run, supervised, config.seed), digest_in_use(run)
+    # The digest first: a policy that is written between the two is noticed before it is replaced.
+    compared_with, base = digest_in_use(run), policy_in_use(run, supervised, config.seed)
     served = read_served_log(log, data.catalog, config.attribution_window)
     if not served.recommendations:
         hint = "; is the server run with --explore?" if DETERMINISTIC in served.skipped else ""

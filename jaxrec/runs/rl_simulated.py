@@ -80,7 +80,8 @@ def run_simulated(
     if resume:
         config = checkpoint.configuration(SimulatedConfig)
     require_slates(data, config.slate_size)
-    base, compared_with = policy_in_use(run, supervised, config.seed), digest_in_use(run)
+    # The digest first: a policy that is written between the two is noticed before it is replaced.
+    compared_with, base = digest_in_use(run), policy_in_use(run, supervised, config.seed)
     simulators = two_simulators(read_like(ratings, data), data, config.seed)
     training = simulated_training(supervised, data, base, simulators, config)
     if not resume:

@@ -12,7 +12,6 @@ from serve.api.rules import (
     MAX_BATCH_ITEMS,
     MAX_EXCLUDED_ITEMS,
     MAX_HISTORY_EVENTS,
-    MAX_ID_LENGTH,
     MAX_K,
     MAX_RECORDED_EVENTS,
     check_event_time,
@@ -109,7 +108,7 @@ def decode_user_events(request: pb.RecordEventsRequest, scale: RatingScale | Non
         try:
             check_id("event_id", event.event_id)
             check_id("user_id", event.user_id)
-            if len(event.recommendation_id) > MAX_ID_LENGTH:
+            if event.recommendation_id:
                 check_id("recommendation_id", event.recommendation_id)
             decoded = _decode_event(event, scale, latest)
             events.append(UserEvent(event.event_id, event.user_id, decoded, event.recommendation_id or None))

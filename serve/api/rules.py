@@ -25,12 +25,14 @@ FINER_UNITS = {"milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**
 
 
 def check_id(field: str, value: str) -> None:
-    """Raises InvalidRequest unless a raw id has 1 to 512 characters, none of them U+0000."""
+    """Raises InvalidRequest unless a raw id has 1 to 512 characters, none of them U+0000, and no spaces around it."""
     if not 1 <= len(value) <= MAX_ID_LENGTH:
         raise InvalidRequest(field, f"an id of 1 to {MAX_ID_LENGTH} characters", f"{len(value)} characters")
     # PostgreSQL cannot store it.
     if "\0" in value:
         raise InvalidRequest(field, "an id without the character U+0000", "one with it")
+    if value != value.strip(" "):
+        raise InvalidRequest(field, "an id without spaces around it", "one with spaces")
 
 
 def latest_time() -> int:

@@ -404,3 +404,17 @@ def test_missing_files(model_directory: Path, tmp_path: Path) -> None:
     no_model = recommend_text(tmp_path, tmp_path, GOOD)
     assert no_model.exit_code == 1
     assert re.match(r"Error: .*manifest.json: cannot be read: No such file or directory", no_model.output)
+
+
+@pytest.mark.parametrize("name", ["history.csv", "requests.csv"])
+def test_what_is_read_is_never_replaced(model_directory: Path, tmp_path: Path, name: str) -> None:
+    requests = "userId,timestamp\n7,500\n"
+    result = recommend_text(model_directory, tmp_path, GOOD, "--out", str(tmp_path / name), requests=requests)
+    assert result.exit_code == 1
+    assert f"{name} would be written, and {tmp_path / name} is read; choose another --out" in result.output
+    assert (tmp_path / "history.csv").read_text() == GOOD
+    aside = tmp_path / "top.quarantine.csv"
+    aside.write_text(GOOD)
+    options = ("--history", str(aside), "--out", str(tmp_path / "top.csv"))
+    assert "is read; choose another --out" in recommend(model_directory, tmp_path, *options).output
+    assert aside.read_text() == GOOD

@@ -128,7 +128,7 @@ def recognize(path: Path, name: str, delimiter: str | None, has_header: bool | N
     Args:
         path: The file.
         name: What messages call it.
-        delimiter: The one that was told; None: recognized.
+        delimiter: The one that was given; None: recognized.
         has_header: Whether its first line is a header; None: recognized.
         expected: The header that a message says where the file is empty.
 

@@ -1,4 +1,4 @@
-"""The range of possible ratings: told, or recognized by the ratings that occur."""
+"""The range of possible ratings, recognized by the ratings that occur."""
 
 import duckdb
 import numpy as np

@@ -69,7 +69,7 @@ class Source:
         return f"{self.format.value}: {files}; movies: {self.movies_name or 'none'}"
 
     def reading(self) -> dict[str, str]:
-        """What was recognized, or told, about how the text is written, for people to read."""
+        """How the text is written, recognized or given, for people to read."""
         if not self.tables:
             return {}
         first = self.tables[0]
@@ -93,8 +93,8 @@ def find_source(
         ratings: A file, a folder or a zip as downloaded, a .gz, or several files of one form.
         movies: Their file or frame; None: those that lie beside the ratings in the folder or the zip.
         scratch: A folder for what archives hold, and for copies.
-        names: The columns that were told.
-        text: The delimiter and the encoding that were told.
+        names: The columns that were given.
+        text: The delimiter and the encoding that were given.
 
     Returns:
         The files.
@@ -139,7 +139,7 @@ def open_text(
     Args:
         path: The file.
         name: What messages call it.
-        text: The delimiter and the encoding that were told.
+        text: The delimiter and the encoding that were given.
         scratch: A folder for its copy in UTF-8, where it is in another encoding.
         choose: Position and label by schema name, of a dialect.
         has_header: Whether its first line is a header; None: recognized.
@@ -206,8 +206,8 @@ def _columns(
         chosen = choose_columns(dialect.names, names, where)
         kind = Format.JSON_LINES if dialect.delimiter is None else Format.CSV
         return kind, {role: dialect.names.index(column) for role, column in chosen.items()}, chosen
-    told = any((names.user, names.item, names.time))
-    if dialect.width == len(FIXED_COLUMNS) and dialect.delimiter in ("::", "\t") and not told:
+    given = any((names.user, names.item, names.time))
+    if dialect.width == len(FIXED_COLUMNS) and dialect.delimiter in ("::", "\t") and not given:
         kind = Format.DAT if dialect.delimiter == "::" else Format.U_DATA
         read = [role for role in FIXED_COLUMNS if role != RATING or names.rating != NOT_READ]
         return kind, {r: FIXED_COLUMNS.index(r) for r in read}, {r: FIXED_LABELS[r] for r in read}

@@ -109,7 +109,7 @@ def training_states(
 def with_behaviour(states: States, item_count: int, seed: int) -> tuple[States, Fit]:
     """The states with the log-probability of each target under a behaviour model fitted to them, and how good that is
     on the tenth of the users that it was not fitted to. Targets that the history holds already have none. Raises
-    DataError where there is only one user."""
+    DataError where there are too few users."""
     rows = np.arange(len(states.target))
     exclude = np.asarray(states.histories(jnp.asarray(rows)))
     choices = Choices(np.asarray(states.query), np.asarray(states.target), exclude)
@@ -122,6 +122,11 @@ def with_behaviour(states: States, item_count: int, seed: int) -> tuple[States, 
     held_out = np.random.default_rng(seed).permutation(len(users)) < max(1, len(users) // 10)
     of_held_out = held_out[user][np.asarray(states.window)]
     fitted, evaluated = (choices.rows(np.flatnonzero(possible & mask)) for mask in (~of_held_out, of_held_out))
+    if min(len(fitted.action), len(evaluated.action)) < 2:
+        raise DataError(
+            f"the behaviour model would be fitted to {len(fitted.action)} events and evaluated on "
+            f"{len(evaluated.action)} of other users; expected at least 2 of each: the log has too few users"
+        )
     beta, fit = fit_behaviour(fitted, evaluated, item_count, BehaviourConfig(max_epochs=BEHAVIOUR_EPOCHS, seed=seed))
     logprobs = np.zeros(len(rows), np.float32)
     logprobs[possible] = chosen_logprobs(beta, choices.rows(np.flatnonzero(possible)))
