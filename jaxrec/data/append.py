@@ -22,6 +22,7 @@ from jaxrec.data.prepare import prepare_log
 from jaxrec.data.prepared import AddFiles, PreparedData
 from jaxrec.data.reading.bad_rows import QUARANTINE_FILE, OnBadRows, bad_rows
 from jaxrec.data.reading.check import ReadOptions
+from jaxrec.data.reading.columns import NOT_READ
 from jaxrec.data.reading.movies import movies_like
 from jaxrec.data.reading.read import PathOrFrame, PathsOrFrame, Workspace, input_counts, open_workspace, read_log
 from jaxrec.data.reading.rules import IdKind
@@ -66,7 +67,10 @@ def append(
         raise DataError(f"{old.folder or 'the prepared data'}: holds no log to append to; prepare again")
     log, folder_of_old = old.log, unchanged_folder(old)
     earlier = None if folder_of_old is None else folder_of_old / QUARANTINE_FILE
-    options = dataclasses.replace(options, users=_kind(log.users), items=_kind(log.items))
+    rated = old.config.rating_scale is not None
+    # Data without ratings stay so.
+    columns = options.columns if rated else dataclasses.replace(options.columns, rating=NOT_READ)
+    options = dataclasses.replace(options, columns=columns, users=_kind(log.users), items=_kind(log.items))
 
     def make(folder: Path) -> PreparedData:
         parent = None if out is None else Path(out).parent
@@ -81,12 +85,12 @@ def append(
                     _refuse_known_events(work)
                 return repeats
 
-            loaded, found = read_log(work, options, old.config, bad, work.scratch / "sorted", add_old_events)
+            loaded, found = read_log(work, options, old.config, bad, work.scratch / "sorted", add_old_events, rated)
             merged = merge_logs(log, found.log, folder / LOG_FOLDER)
             # That these are few of the items is no surprise.
             given, _ = movies_like(work.movies, merged.items.raw_ids, work.movies_name, others=True)
             known = _joined_movies(given, all_movies(old))
-            counts = input_counts(work, old.config, loaded, found, bad)
+            counts = input_counts(work, loaded, found, bad)
         config = dataclasses.replace(old.config, rating_scale=loaded.scale)
         result = prepare_log(merged, known, config, folder, old.users, old.catalog.ids)
         return dataclasses.replace(result, input=counts)

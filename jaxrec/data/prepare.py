@@ -69,7 +69,7 @@ def prepare(
             loaded, found = read_log(work, options, config, bad, folder / LOG_FOLDER)
             others = config.min_movie_ratings == 0
             known, notes = movies_like(work.movies, found.log.items.raw_ids, work.movies_name, others)
-            counts = input_counts(work, config, loaded, found, bad, notes)
+            counts = input_counts(work, loaded, found, bad, notes)
         with_scale = dataclasses.replace(config, rating_scale=loaded.scale)
         return dataclasses.replace(prepare_log(found.log, known, with_scale, folder), input=counts)
 

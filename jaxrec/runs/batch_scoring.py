@@ -106,7 +106,7 @@ def recommend_log(
                     # Nine digits give a float32 back exactly.
                     writer.writerow((user, rank, item_id, f"{score:.9g}"))
         _keep_quarantine(work.scratch / QUARANTINE_FILE, quarantine_file(out), bad)
-    return input_counts(work, config, loaded, found, bad, _notes(model, found.log))
+    return input_counts(work, loaded, found, bad, _notes(model, found.log))
 
 
 def _refuse_inputs(out: Path, history: Path | str | Sequence[Path | str], requests: Path | None) -> None:

@@ -117,7 +117,7 @@ WHOLE_FILES = {
     ),
     "a column twice": ("userId,movieId,movieId,timestamp\n1,2,3,4\n", ":1: column movieId occurs twice"),
     "one movie only": (HEADER + "1,5,3,1\n2,5,3,1\n", "only one item is left (5)"),
-    "nothing but bad rows": (HEADER + "1,5,x,1\n", "every row is bad; 1 of them are in quarantine"),
+    "nothing but bad rows": (HEADER + "1,5,x,1\n", "every row is bad: "),
 }
 
 

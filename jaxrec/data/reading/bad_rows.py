@@ -78,17 +78,20 @@ class BadRows:
     def _counted(self, rows: Iterable[BadRow]) -> Iterator[BadRow]:
         for row in rows:
             self.by_field[row.field or "row"] += 1
-            # In quarantine no message lists rows.
-            if self.on_bad_rows is OnBadRows.FAIL:
+            # In quarantine the first ones that come are enough.
+            if self.on_bad_rows is OnBadRows.FAIL or len(self._first) < LISTED:
                 self._first = sorted([*self._first, row], key=lambda bad: (bad.file, bad.line))[:LISTED]
             yield row
 
     def fail_if_any(self) -> None:
         """Raises DataError that lists the first bad rows and says how many more there are, unless in quarantine."""
         if self.count and self.on_bad_rows is OnBadRows.FAIL:
-            listed = "; ".join(str(row) for row in self._first)
-            rest = self.count - len(self._first)
-            raise DataError(f"{listed} (and {rest} more bad rows)" if rest else listed)
+            raise DataError(str(self))
+
+    def __str__(self) -> str:
+        listed = "; ".join(str(row) for row in self._first)
+        rest = self.count - len(self._first)
+        return f"{listed} (and {rest} more bad rows)" if rest else listed
 
 
 @contextlib.contextmanager

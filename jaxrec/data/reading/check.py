@@ -21,7 +21,14 @@ from jaxrec.data.reading.formats import SAMPLE_ROWS, SHORT, Relation
 from jaxrec.data.reading.rules import FLOAT_IDS, TEXT_TYPE, Field, IdKind, TimeUnit, id_field, rating_field, whole
 from jaxrec.data.reading.scale import choose_scale, count_ratings, in_scale, rating_notes
 from jaxrec.data.reading.sources import TextOptions
-from jaxrec.data.reading.times import FIRST_PLAUSIBLE, TimeForm, recognize_times, time_fields
+from jaxrec.data.reading.times import (
+    FIRST_PLAUSIBLE,
+    PER_SECOND,
+    TimeForm,
+    has_fractions,
+    recognize_times,
+    time_fields,
+)
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.errors import DataError
 
@@ -58,12 +65,14 @@ class Loaded:
 
     Attributes:
         rows: How many rows `events` has.
-        scale: None: there are no ratings.
+        scale: The one that was given or recognized; None: there are no ratings, and none was given.
+        rated: There are ratings.
         notes: What is odd about the log, each in one sentence.
     """
 
     rows: int
     scale: RatingScale | None
+    rated: bool
     times: TimeForm
     notes: tuple[str, ...]
 
@@ -118,9 +127,9 @@ def load(
     )
     rows = total - len(broken)
     if not rows:
-        raise DataError(f"{relation.name}: every row is bad; {bad.count} of them are in quarantine")
+        raise DataError(f"{relation.name}: every row is bad: {bad}")
     notes = rating_notes(counts, scale, bool(options.missing_ratings)) + _time_notes(connection, times)
-    return Loaded(rows, scale, times, tuple(notes))
+    return Loaded(rows, scale, len(counts) > 0, times, tuple(notes))
 
 
 def _fill(
@@ -139,7 +148,7 @@ def _fill(
     if not relation.count():
         bad.fail_if_any()
         if bad.count:
-            raise DataError(f"{relation.name}: every row is bad; {bad.count} of them are in quarantine")
+            raise DataError(f"{relation.name}: every row is bad: {bad}")
         raise DataError(f"{relation.name}: no rows after the header")
     fields, within, times = _recognize(connection, relation, options, now)
     _create(connection, relation, fields, within)
@@ -173,12 +182,12 @@ def _recognize(
         if kind is IdKind.AUTO and relation.types[role] == TEXT_TYPE:
             kinds[role] = IdKind.TEXT if relation.typed else _kind(connection, relation, role, where(role))
     if options.time_format is not None or options.time_unit is not TimeUnit.AUTO:
-        times = TimeForm(options.time_unit, options.time_format)
+        fractions = options.time_unit in PER_SECOND and has_fractions(_sample_of_times(connection, relation))
+        times = TimeForm(options.time_unit, options.time_format, fractions)
     elif relation.types[TIME].startswith(("TIMESTAMP", "DATE")):
         times = TimeForm(TimeUnit.ISO)
     else:
-        sample = connection.execute(f"SELECT time FROM ({relation.sql()}) LIMIT {SAMPLE_ROWS}").fetchall()
-        times = recognize_times([row[0] for row in sample], now, where(TIME))
+        times = recognize_times(_sample_of_times(connection, relation), now, where(TIME))
     rating = Field("NULL::FLOAT", "true", "''")
     if RATING in relation.types:
         rating = rating_field("rating", relation.types[RATING], options.missing_ratings, where(RATING))
@@ -190,6 +199,10 @@ def _recognize(
         TIME: moment,
     }
     return fields, within, times
+
+
+def _sample_of_times(connection: duckdb.DuckDBPyConnection, relation: Relation) -> list[object]:
+    return [row[0] for row in connection.execute(f"SELECT time FROM ({relation.sql()}) LIMIT {SAMPLE_ROWS}").fetchall()]
 
 
 def _kind(connection: duckdb.DuckDBPyConnection, relation: Relation, role: str, where: str) -> IdKind:

@@ -61,7 +61,7 @@ class ColumnNames:
     Attributes:
         user, item, rating, time: The name of each in the header. `rating` "none": ratings are not read.
         order: What the columns of a file without a header hold, each `user`, `item`, `rating` or `time` (or a synonym
-            of these), and `-` or any other name for a column that is not read.
+            of these), or `-` for a column that is not read.
     """
 
     user: str | None = None
@@ -156,7 +156,9 @@ def ordered_columns(order: Sequence[str], where: str) -> dict[str, int]:
     for at, name in enumerate(order):
         role = role_of(name)
         if role is None:
-            continue
+            if name in (SKIPPED, ""):
+                continue
+            raise DataError(f"{where}: --columns names {name!r}; expected user, item, rating, time, or {SKIPPED}")
         if role in positions:
             raise DataError(f"{where}: --columns {','.join(order)} names the {role} twice")
         positions[role] = at

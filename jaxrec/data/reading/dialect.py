@@ -19,6 +19,7 @@ from jaxrec.errors import DataError
 DELIMITERS = ("\t", ";", "|", "::", ",")
 SAMPLE = 1 << 18  # characters by which a file is recognized
 SAMPLE_LINES = 100
+KEY_SAMPLE = 64 << 20  # characters of JSON lines whose keys are looked at: a rare key may come late
 BOMS = {
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark is the start of this one
@@ -138,12 +139,15 @@ def recognize(path: Path, name: str, delimiter: str | None, has_header: bool | N
     Raises:
         DataError: Where the file is empty or holds one JSON document.
     """
+    if delimiter is not None and (not 0 < len(delimiter.encode()) <= 4 or set(delimiter) & set('"\r\n')):
+        raise DataError(f"--delimiter {delimiter!r}: expected one to four characters, without quotes and line ends")
     lines = _first_lines(path)
     first = next((line for line in lines if line.strip()), None)
     if first is None:
         raise DataError(f"{name}: the file is empty; expected the header {expected}")
     if delimiter is None and first.lstrip().startswith("{"):
-        keys = dict.fromkeys(key for line in lines for key in _keys(line))
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            keys = dict.fromkeys(key for line in file.readlines(KEY_SAMPLE) for key in _keys(line))
         return Dialect(None, tuple(keys), len(keys))
     if delimiter is None and first.lstrip().startswith("[") and '"' in first[:200] + "".join(lines[1:3]):
         raise DataError(f"{name}: a JSON list; expected JSON lines: one object in each line, and no list around them")
@@ -159,7 +163,10 @@ def split_line(line: str, delimiter: str) -> list[str]:
     """The fields of one line; quotes that do not close are closed by its end."""
     if len(delimiter) > 1:
         return line.split(delimiter)
-    return next(csv.reader([line], delimiter=delimiter), [])
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error:  # a field that is longer than Python reads
+        return [line]
 
 
 def _first_lines(path: Path) -> list[str]:

@@ -6,6 +6,7 @@ with its file, line and text, only where there is one.
 
 import csv
 import itertools
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +19,7 @@ from jaxrec.data.reading.bad_rows import BadRow
 from jaxrec.data.reading.columns import ColumnNames, choose_columns
 from jaxrec.data.reading.connection import first_line, quoted, quoted_name
 from jaxrec.data.reading.lines import lines_at
-from jaxrec.data.reading.rules import FLOAT_TYPES, TEXT_TYPE
+from jaxrec.data.reading.rules import FLOAT_IDS, FLOAT_TYPES, TEXT_TYPE
 from jaxrec.data.reading.sources import Format, Source
 from jaxrec.data.reading.text_file import TextTable, fields_of, repair, rows, select
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
@@ -171,7 +172,9 @@ class ParquetRelation:
         self._files = "[" + ", ".join(quoted(str(path)) for path in source.paths) + "]"
         self._names = dict(zip(map(str, source.paths), source.names, strict=True))
         try:
-            described = connection.execute(f"DESCRIBE SELECT * FROM read_parquet({self._files})").fetchall()
+            described = connection.execute(
+                f"DESCRIBE SELECT * FROM read_parquet({self._files}, union_by_name = true)"
+            ).fetchall()
         except duckdb.Error as error:
             raise DataError(f"{self.name}: not Parquet: {first_line(error)}") from error
         types = {row[0]: row[1] for row in described}
@@ -179,7 +182,7 @@ class ParquetRelation:
         self.types = {role: types[column] for role, column in self.labels.items()}
 
     def sql(self) -> str:
-        return f"SELECT {self._chosen()} FROM read_parquet({self._files})"
+        return f"SELECT {self._chosen()} FROM read_parquet({self._files}, union_by_name = true)"
 
     def count(self) -> None:
         return None
@@ -206,7 +209,7 @@ class ParquetRelation:
         pairs = ", ".join(f"({quoted(path)}, {start})" for path, start in firsts)
         numbered = (
             f"SELECT start + file_row_number AS number, {columns} "
-            f"FROM read_parquet({self._files}, filename = true, file_row_number = true) "
+            f"FROM read_parquet({self._files}, union_by_name = true, filename = true, file_row_number = true) "
             f"JOIN (VALUES {pairs}) AS starts(filename, start) USING (filename)"
         )
         for part, wanted in _wanted(self._connection, numbers):
@@ -281,6 +284,8 @@ def frame_relation(frame: pd.DataFrame, names: ColumnNames, connection: duckdb.D
         column = frame.iloc[:, header.index(label)]
         if isinstance(column.dtype, pd.CategoricalDtype):
             column = column.astype(column.dtype.categories.dtype)
+        if role in (USER, ITEM) and column.dtype == object:
+            _check_ids(column, label)
         if pd.api.types.infer_dtype(column) == "integer" and column.dtype == object:
             column = column.astype("Int64")
         elif column.dtype == object or pd.api.types.is_string_dtype(column.dtype):
@@ -289,6 +294,18 @@ def frame_relation(frame: pd.DataFrame, names: ColumnNames, connection: duckdb.D
     columns["line"] = pd.Series(np.arange(1, len(frame) + 1))
     connection.register("frame", pd.DataFrame(columns))
     return TableRelation("frame", "interactions", labels, connection, nan_is_none=True)
+
+
+def _check_ids(column: pd.Series, label: str) -> None:
+    """Raises DataError for Python objects that are no ids."""
+    kinds = {type(value) for value in column[column.notna()]}
+    if kinds & {float, np.float32, np.float64}:
+        raise DataError(f"interactions: column {label} holds {float.__name__}; {FLOAT_IDS}")
+    for kind in sorted(kinds, key=str):
+        if kind is bool or not issubclass(kind, str | int | np.integer | uuid.UUID):
+            raise DataError(
+                f"interactions: column {label} holds {kind.__name__}; expected whole numbers or text as ids"
+            )
 
 
 def relation_of(source: Source, names: ColumnNames, scratch: Path, connection: duckdb.DuckDBPyConnection) -> Relation:

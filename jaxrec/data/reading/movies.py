@@ -157,18 +157,23 @@ def _listed(value: object) -> list[str] | None:
         except ValueError:
             try:
                 value = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
                 return None
+        except RecursionError:
+            return None
     if isinstance(value, list | tuple | set | np.ndarray):
         return [str(each.get("name", "") if isinstance(each, dict) else each) for each in value]
-    return [] if value is None or value != value else None  # noqa: PLR0124 - NaN
+    return [] if value is None or value is pd.NA or isinstance(value, float) else None
 
 
 def _named(frame: pd.DataFrame) -> pd.DataFrame:
     """A frame with the columns item_id, title and genres."""
     chosen = movie_columns([str(column) for column in frame.columns], "movies")
     ids = frame[chosen[ITEM]].reset_index(drop=True)
-    titles = frame[chosen[TITLE]].reset_index(drop=True) if TITLE in chosen else ids.astype(str)
+    titles = ids.astype(str)
+    if TITLE in chosen:
+        given = frame[chosen[TITLE]].reset_index(drop=True)
+        titles = given.astype(object).where(given.notna(), titles)
     genres = frame[chosen[GENRES]].tolist() if GENRES in chosen else [""] * len(frame)
     return pd.DataFrame({ITEM: ids, TITLE: titles, GENRES: joined_genres(genres)})
 

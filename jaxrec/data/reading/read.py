@@ -104,6 +104,7 @@ def read_log(
     bad: BadRows,
     folder: Path,
     add_events: Callable[[], int] = lambda: 0,
+    rated: bool | None = None,
 ) -> tuple[Loaded, SortedLog]:
     """Reads, checks and sorts a log into columns in the new `folder`.
 
@@ -115,6 +116,7 @@ def read_log(
         folder: A folder to make.
         add_events: Puts more rows before those of `events`, with numbers below 0, before they are sorted; returns how
             many of them repeat another one.
+        rated: Whether `Repeats.AUTO` is that of a log with ratings; None: as the log is.
 
     Returns:
         What was read, and the sorted log.
@@ -124,7 +126,7 @@ def read_log(
     """
     folder.mkdir()
     loaded = load(work.connection, work.relation, options, config.rating_scale, bad)
-    repeats = config.repeats.resolved(rated=loaded.scale is not None)
+    repeats = config.repeats.resolved(loaded.rated if rated is None else rated)
     repeats_added = add_events()
     told = repeats is Repeats.FAIL or (repeats is Repeats.FIRST and bad.on_bad_rows is OnBadRows.QUARANTINE)
 
@@ -133,7 +135,8 @@ def read_log(
 
     found = sort_log(work.connection, folder, config.ties, config.seed, repeats, report if told else None)
     bad.fail_if_any()
-    return loaded, dataclasses.replace(found, repeats=found.repeats - repeats_added)
+    left_out = 0 if repeats is Repeats.KEEP else found.repeats
+    return loaded, dataclasses.replace(found, repeats=found.repeats - repeats_added, left_out=left_out)
 
 
 def _report_repeats(work: Workspace, repeated: np.ndarray, bad: BadRows) -> None:
@@ -151,16 +154,14 @@ def _report_repeats(work: Workspace, repeated: np.ndarray, bad: BadRows) -> None
 
 
 def input_counts(
-    work: Workspace, config: PrepareConfig, loaded: Loaded, found: SortedLog, bad: BadRows, notes: Sequence[str] = ()
+    work: Workspace, loaded: Loaded, found: SortedLog, bad: BadRows, notes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """What was read, as JSON values.
 
     rows = events in the log + repeats that were left out + bad_rows, of which repeats are a part in quarantine.
     `tied_events` have the timestamp of the same user's event before; `notes`: what is odd, those of the movies too.
     """
-    repeats = config.repeats.resolved(rated=loaded.scale is not None)
-    kept = repeats is Repeats.KEEP
-    quarantined = 0 if kept or bad.on_bad_rows is OnBadRows.FAIL else found.repeats
+    quarantined = 0 if bad.on_bad_rows is OnBadRows.FAIL else found.left_out
     return {
         "source": work.description,
         **work.reading,
@@ -170,7 +171,7 @@ def input_counts(
         "bad_rows": bad.count,
         "bad_rows_by_field": dict(bad.by_field),
         "repeats": found.repeats,
-        "repeats_left_out": 0 if kept else found.repeats,
+        "repeats_left_out": found.left_out,
         "tied_events": found.tied,
         "notes": [*loaded.notes, *notes],
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 from collections.abc import Sequence
 
 from jaxrec.data.schema import MAX_ID_LENGTH
@@ -52,6 +53,10 @@ def whole(column: str) -> str:
 def id_field(column: str, sql_type: str, kind: IdKind, where: str) -> Field:
     """An id; the value is BIGINT or VARCHAR. Raises DataError for a column type that holds no ids."""
     empty = f"CASE WHEN {column} IS NULL THEN 'is empty; expected an id' ELSE "
+    if sql_type == "UUID":
+        return Field(f"{column}::VARCHAR", f"{column} IS NOT NULL", "'is empty; expected an id'")
+    if sql_type.startswith("DECIMAL") and sql_type.endswith(",0)"):
+        sql_type = "HUGEINT"
     if sql_type == TEXT_TYPE and kind is IdKind.INTEGER:
         reason = "is not a whole number, as the other ids of its column are; if ids are text, give --ids text"
         return Field(f"TRY_CAST({column} AS BIGINT)", whole(column), f"{empty}'{reason}' END")
@@ -89,6 +94,8 @@ def rating_field(column: str, sql_type: str, missing: Sequence[float], where: st
     number = f"TRY_CAST({column} AS FLOAT)"
     if sql_type == TEXT_TYPE:  # "3,5" is a number, too
         number = f"coalesce({number}, TRY_CAST(replace({column}, ',', '.') AS FLOAT))"
+    if not all(math.isfinite(marker) for marker in missing):
+        raise DataError(f"--missing-rating {', '.join(map(str, missing))}: expected finite numbers")
     value = number
     for marker in missing:
         value = f"nullif({value}, {marker!r}::FLOAT)"

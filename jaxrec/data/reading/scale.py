@@ -7,7 +7,14 @@ from jaxrec.config import RatingScale
 from jaxrec.errors import DataError
 
 # From narrow to wide. Where all ratings are whole and at least 1, the scale begins at 1.
-SCALES = (RatingScale(0.5, 5), RatingScale(0, 5), RatingScale(0.5, 10), RatingScale(0, 10), RatingScale(0, 100))
+SCALES = (
+    RatingScale(0, 1),
+    RatingScale(0.5, 5),
+    RatingScale(0, 5),
+    RatingScale(0.5, 10),
+    RatingScale(0, 10),
+    RatingScale(0, 100),
+)
 FEW = 3  # ratings outside of a scale that are errors, whatever their share
 FEW_SHARE = 0.01
 MANY_ZEROS = 0.1  # share of ratings from which 0 is perhaps no rating
@@ -49,6 +56,8 @@ def choose_scale(ratings: np.ndarray, name: str) -> RatingScale | None:
     if not rated:
         return None
     for scale in SCALES:
+        if scale.maximum == 1 and (values == 1).all():
+            continue  # one constant rating, of whatever scale
         inside = (values >= scale.minimum) & (values <= scale.maximum)
         outside = counts[~inside].sum()
         if outside <= max(FEW, FEW_SHARE * rated) and 2 * outside < rated:
@@ -79,7 +88,7 @@ def rating_notes(ratings: np.ndarray, scale: RatingScale | None, missing: bool) 
             f"every rating is {values[0]:g}, so ratings say nothing; if the column does not hold ratings, give"
             " --rating-col none"
         ]
-    if scale is not None and scale.minimum == 0 and zeros >= MANY_ZEROS * rated and not missing:
+    if scale is not None and scale.minimum == 0 and scale.maximum > 1 and zeros >= MANY_ZEROS * rated and not missing:
         return [
             f"{zeros / rated:.0%} of the ratings are 0; if 0 means that there is no rating, give --missing-rating 0"
         ]

@@ -17,11 +17,13 @@ SORT_ROWS = 8_000_000  # rows that are sorted in memory at a time
 
 @dataclasses.dataclass(frozen=True)
 class SortedLog:
-    """`tied`: events with the timestamp of the same user's event before. `repeats`: those with its item, too."""
+    """`tied`: events with the timestamp of the same user's event before. `repeats`: those with its item, too, of which
+    `left_out` are not in the log."""
 
     log: EventLog
     tied: int
     repeats: int
+    left_out: int = 0
 
 
 Report = Callable[[np.ndarray], object]

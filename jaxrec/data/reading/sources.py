@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from jaxrec.data.reading.archives import gunzip, unzip, zip_names
 from jaxrec.data.reading.columns import NOT_READ, ColumnNames, choose_columns, described, ordered_columns
 from jaxrec.data.reading.dialect import Dialect, recognize
 from jaxrec.data.reading.text_file import TextTable, utf8_copy
-from jaxrec.data.schema import ITEM, RATING, TIME, USER
+from jaxrec.data.reading.times import FIRST_PLAUSIBLE
+from jaxrec.data.schema import ITEM, RATING, SECONDS_PER_DAY, TIME, USER
 from jaxrec.errors import DataError
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -199,20 +201,27 @@ def _columns(
                 f"{name}: --columns names {len(names.order)} columns, and the first line has {dialect.width}; name each"
                 " column of the file, with - for one that is not read"
             )
+        if names.user or names.item or names.time or names.rating not in (None, NOT_READ):
+            raise DataError(f"{name}: --columns says what each column holds; leave --user-col and the like out")
         positions = ordered_columns(names.order, name)
+        if names.rating == NOT_READ:
+            positions.pop(RATING, None)
         return Format.NO_HEADER, positions, {role: names.order[at] for role, at in positions.items()}
     if dialect.names is not None:
         where = name if dialect.delimiter is None else f"{name}:1"
         chosen = choose_columns(dialect.names, names, where)
         kind = Format.JSON_LINES if dialect.delimiter is None else Format.CSV
         return kind, {role: dialect.names.index(column) for role, column in chosen.items()}, chosen
-    given = any((names.user, names.item, names.time))
-    if dialect.width == len(FIXED_COLUMNS) and dialect.delimiter in ("::", "\t") and not given:
-        kind = Format.DAT if dialect.delimiter == "::" else Format.U_DATA
-        read = [role for role in FIXED_COLUMNS if role != RATING or names.rating != NOT_READ]
-        return kind, {r: FIXED_COLUMNS.index(r) for r in read}, {r: FIXED_LABELS[r] for r in read}
     with open(path, encoding="utf-8", errors="replace") as file:
         line = file.readline(200).rstrip("\r\n")
+    given = any((names.user, names.item, names.time))
+    if dialect.width == len(FIXED_COLUMNS) and dialect.delimiter in ("::", "\t") and not given:
+        # Whatever lies in the order of MovieLens' files ends with seconds since 1970.
+        last = line.split(dialect.delimiter)[-1].strip()
+        if last.isdecimal() and FIRST_PLAUSIBLE <= int(last) <= time.time() + SECONDS_PER_DAY:
+            kind = Format.DAT if dialect.delimiter == "::" else Format.U_DATA
+            read = [role for role in FIXED_COLUMNS if role != RATING or names.rating != NOT_READ]
+            return kind, {r: FIXED_COLUMNS.index(r) for r in read}, {r: FIXED_LABELS[r] for r in read}
     raise DataError(
         f"{name}:1: the first line is {line!r}, which looks like a row and not like a header; say what the "
         f"{dialect.width} columns hold: --columns user,item,rating,time in the order of the file, with - for a column "

@@ -22,7 +22,9 @@ from jaxrec.data.reading.dialect import Dialect, Scan, scan, transcode
 from jaxrec.data.reading.lines import BLOCK, Block, blocks, lines_at
 from jaxrec.data.schema import ITEM, TIME, USER
 
+NO_FIELD = (dict, list, bool)  # JSON that is neither an id, nor a number or time
 LONGEST_ROW = 1000  # lines that a row may span
+MOST_TRIES = 20  # lines with quotes in which a quoted field does not end before it is given up
 LONGEST_LINE = 2_000_000  # bytes: the longest line that DuckDB reads by default
 
 
@@ -80,7 +82,9 @@ def select(table: TextTable, path: Path, roles: Mapping[str, str], trim: bool) -
             column = f"c{position}"
         else:
             key = (dialect.names or ())[position].replace("\\", "\\\\").replace('"', '\\"')
-            column = f"""json_extract_string(line, {quoted(f'$."{key}"')})"""
+            path = quoted(f'$."{key}"')
+            nested = "('OBJECT', 'ARRAY', 'BOOLEAN')"
+            column = f"CASE WHEN json_type(line, {path}) NOT IN {nested} THEN json_extract_string(line, {path}) END"
         return f"trim({column}, ' \t')" if trim else column
 
     chosen = ", ".join(
@@ -111,12 +115,18 @@ def fields_of(dialect: Dialect, line: str) -> list[str]:
     Raises csv.Error or ValueError where it is none.
     """
     if dialect.delimiter is None:
-        found = json.loads(line)
+        found = json.loads(line, parse_constant=_no_constant)
         values = [found.get(name) if isinstance(found, dict) else None for name in dialect.names or ()]
-        return ["" if v is None else v if isinstance(v, str) else json.dumps(v) for v in values]
+        return [
+            v if isinstance(v, str) else "" if v is None or isinstance(v, NO_FIELD) else json.dumps(v) for v in values
+        ]
     if not dialect.quoting:
         return line.split(dialect.delimiter)
     return next(csv.reader([line], delimiter=dialect.delimiter, strict=True))
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is no JSON")
 
 
 def repair(table: TextTable, copy: Path, report: Callable[[BadRow], object]) -> np.ndarray:
@@ -248,7 +258,9 @@ class _Rows:
         if reason:
             self.bad(none.line, reason)
             return none
-        if taken == 1 and self._is_text(text) and not (self._dialect.quoting and b'"' in line):
+        # Of escapes in JSON, DuckDB does not read all that Python reads.
+        plain = b"\\u" not in line if self._dialect.delimiter is None else not (self._dialect.quoting and b'"' in line)
+        if taken == 1 and self._is_text(text) and plain:
             return none._replace(text=line + b"\n")
         return none._replace(lines=taken, fields=fields)
 
@@ -287,7 +299,7 @@ class _Rows:
 
     @staticmethod
     def _is_text(field: str) -> bool:
-        return field.isascii() or not any("\udc80" <= character <= "\udcff" for character in field)
+        return field.isascii() or not any("\ud800" <= character <= "\udfff" for character in field)
 
     def _over_lines(self, at: int, joined: str) -> tuple[list[str], int]:
         """The fields of a row whose quoted field goes on in the next lines, and how many lines it takes; or none.
@@ -298,6 +310,7 @@ class _Rows:
         opened = len(next(csv.reader([joined], delimiter=self._dialect.delimiter or ","))) - 1
         if self._is_row(joined) and self._table.columns.get(TIME, -1) > opened:
             return [], 1
+        tries = 0
         for count in range(1, LONGEST_ROW):
             if at + count == len(self._block):
                 following = next(self._blocks, None)
@@ -310,6 +323,9 @@ class _Rows:
             joined += "\n" + line
             if '"' not in line:
                 continue
+            tries += 1
+            if tries > MOST_TRIES:
+                break
             reader = csv.reader(io.StringIO(joined, newline=""), delimiter=self._dialect.delimiter or ",", strict=True)
             try:
                 found = list(reader)

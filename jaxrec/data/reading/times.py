@@ -75,9 +75,6 @@ def recognize_times(values: Sequence[object], now: float, where: str) -> TimeFor
             " as --time-format '%d.%m.%Y %H:%M' for 31.12.2024 23:59"
         )
     found = [float(text.replace(",", ".")) for text in numbers]
-    fractions = any(
-        number != int(number) or not text.lstrip("-").isdecimal() for number, text in zip(found, numbers, strict=True)
-    )
     fitting = {
         unit: sum(FIRST_PLAUSIBLE <= number / per <= now + SECONDS_PER_DAY for number in found)
         for unit, per in PER_SECOND.items()
@@ -85,7 +82,13 @@ def recognize_times(values: Sequence[object], now: float, where: str) -> TimeFor
     for unit, form in COMPACT.items():
         fitting[unit] = sum(_is_compact(text, form, now) for text in numbers)
     best = max(fitting, key=lambda unit: fitting[unit])
-    return TimeForm(best if fitting[best] else TimeUnit.SECONDS, fractions=fractions)
+    return TimeForm(best if fitting[best] else TimeUnit.SECONDS, fractions=has_fractions(numbers))
+
+
+def has_fractions(values: Sequence[object]) -> bool:
+    """Whether some of the values that are numbers are written with a point, a comma or an exponent."""
+    texts = [str(value).strip() for value in values]
+    return any(NUMBER.fullmatch(text) and not text.removeprefix("-").isdecimal() for text in texts)
 
 
 def _is_compact(text: str, form: str, now: float) -> bool:
@@ -115,6 +118,10 @@ def time_fields(column: str, sql_type: str, form: TimeForm, now: int, where: str
         DataError: For a type that holds no times.
     """
     latest = now + SECONDS_PER_DAY
+    if sql_type == "FLOAT":
+        raise DataError(
+            f"{where} holds 32-bit floats, which are exact to minutes only; expected whole numbers or float64"
+        )
     if sql_type.startswith(("TIMESTAMP", "DATE")):
         kind = "TIMESTAMPTZ" if sql_type == "TIMESTAMP WITH TIME ZONE" else "TIMESTAMP"
         return _instant(f"TRY_CAST({column} AS {kind})", "a time", latest)

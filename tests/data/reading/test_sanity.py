@@ -11,10 +11,14 @@ from click.testing import CliRunner
 
 from jaxrec.cli.main import main
 from jaxrec.config import PrepareConfig, RatingScale
+from jaxrec.data.append import append
 from jaxrec.data.ids import IdMap, open_ids, write_ids
 from jaxrec.data.prepare import prepare
+from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.data.reading.check import ReadOptions
+from jaxrec.data.reading.columns import ColumnNames
 from jaxrec.data.reading.read import read_ratings
+from jaxrec.data.reading.rules import TimeUnit
 from jaxrec.data.reading.sources import TextOptions
 from jaxrec.errors import DataError
 
@@ -235,3 +239,140 @@ def test_an_encoding_that_is_not_the_files_is_refused(tmp_path: Path) -> None:
         read_ratings(path, options=ReadOptions(text=TextOptions(encoding="ascii")))
     with pytest.raises(DataError, match=r"log\.csv: the encoding latin-99 is not known"):
         read_ratings(path, options=ReadOptions(text=TextOptions(encoding="latin-99")))
+
+
+def write(path: Path, rows: list[str], header: str = "user,item,rating,time") -> Path:
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def test_one_bad_value_of_a_column_is_one_bad_row_whatever_its_form(tmp_path: Path) -> None:
+    forms = {
+        "2016-01-0{}": "n/a",
+        "2016010{}": "20161399",
+        "150000000{}": "soon",
+        "150000000{}.5": "x",
+        "150000000{}123": "1e99",
+    }
+    for at, (form, bad) in enumerate(forms.items()):
+        rows = [f"u{n},i{n % 3},4,{form.format(n)}" for n in range(1, 9)]
+        path = write(tmp_path / f"{at}.csv", [*rows, f"u9,i9,4,{bad}"])
+        with pytest.raises(DataError, match=rf"{at}\.csv:10: time {bad} is not a time"):
+            read_ratings(path)
+        data = prepare(path, None, EVERYTHING, out=tmp_path / "data", on_bad_rows=OnBadRows.QUARANTINE)
+        assert (data.input["rows"], data.input["bad_rows"]) == (9, 1)
+
+
+def test_parquet_files_of_different_types_are_widened(tmp_path: Path) -> None:
+    first = pd.DataFrame({"user": ["a", "b"], "item": ["x", "y"], "rating": [3, 4], "time": [START, START + 1]})
+    first.to_parquet(tmp_path / "a.parquet")
+    first.assign(rating=[3.5, 4.5], time=[START + 2.0, START + 3.0]).to_parquet(tmp_path / "b.parquet")
+    frame, _ = read_ratings(tmp_path)
+    assert frame["rating"].tolist() == [3, 4, 3.5, 4.5]
+    assert frame["timestamp"].tolist() == [START + at for at in range(4)]
+
+
+def test_a_key_that_comes_late_in_json_lines_is_read(tmp_path: Path) -> None:
+    rows = [f'{{"user": "u{n}", "item": "i{n % 3}", "time": {START + n}}}' for n in range(150)]
+    late = [f'{{"user": "u{n}", "item": "i{n % 3}", "time": {START + n}, "rating": 3.5}}' for n in range(150, 200)]
+    (tmp_path / "log.jsonl").write_text("\n".join([*rows, *late]) + "\n")
+    frame, scale = read_ratings(tmp_path / "log.jsonl")
+    assert frame["rating"].notna().sum() == 50
+    assert str(scale) == "0.5..5"
+
+
+def test_json_values_that_are_no_field_are_bad_and_odd_escapes_lose_no_row(tmp_path: Path) -> None:
+    rows = [f'{{"user": "u{n}", "item": "i{n % 3}", "name": "\\ud83d", "time": {START + n}}}' for n in range(6)]
+    rows[3] = rows[3].replace('"u3"', '{"id": 3}')
+    rows[4] = rows[4].replace('"i1"', "true")
+    rows[5] = rows[5].replace('"\\ud83d"', "NaN")
+    (tmp_path / "log.jsonl").write_text("\n".join(rows) + "\n")
+    data = prepare(tmp_path / "log.jsonl", None, EVERYTHING, out=tmp_path / "data", on_bad_rows=OnBadRows.QUARANTINE)
+    assert data.users.raw_ids.tolist() == ["u0", "u1", "u2"]
+    assert sorted(pd.read_csv(tmp_path / "data/quarantine.csv")["line"]) == [4, 5, 6]
+
+
+COLUMNS = {
+    "user,item,raitng,time": r"--columns names 'raitng'; expected user, item, rating, time, or -",
+    "user,item,time": r"--columns names 3 columns, and the first line has 4",
+    "user,user,rating,time": r"names the user_id twice",
+    "user,item,rating,-": r"does not name time",
+}
+
+
+@pytest.mark.parametrize("order", COLUMNS)
+def test_columns_that_do_not_fit_are_refused(tmp_path: Path, order: str) -> None:
+    path = write(tmp_path / "log.csv", [f"u{n},i{n},4,{START}" for n in range(3)], f"u9,i9,4,{START}")
+    with pytest.raises(DataError, match=COLUMNS[order]):
+        read_ratings(path, options=ReadOptions(columns=ColumnNames(order=tuple(order.split(",")))))
+
+
+def test_columns_can_leave_ratings_out_and_allow_no_other_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", [f"u{n},i{n},4,{START}" for n in range(3)], f"u9,i9,4,{START}")
+    order = ("user", "item", "rating", "time")
+    frame, scale = read_ratings(path, options=ReadOptions(columns=ColumnNames(rating="none", order=order)))
+    assert (len(frame), scale) == (4, None)
+    with pytest.raises(DataError, match="leave --user-col and the like out"):
+        read_ratings(path, options=ReadOptions(columns=ColumnNames(user="user", order=order)))
+
+
+def test_four_columns_without_a_header_are_movielens_only_with_its_times(tmp_path: Path) -> None:
+    (tmp_path / "log.tsv").write_text("".join(f"2009-05-0{n}\tu{n}\ti{n}\t3\n" for n in range(1, 5)))
+    with pytest.raises(DataError, match="looks like a row and not like a header"):
+        read_ratings(tmp_path / "log.tsv")
+
+
+ODD_IDS = {
+    "float": [1, None, 2.0],
+    "bytes": [b"a", b"b", b"c"],
+    "list": [[1], [2], [3]],
+    "bool": [True, False, True],
+}
+
+
+@pytest.mark.parametrize("kind", ODD_IDS)
+def test_objects_that_are_no_ids_are_refused(kind: str) -> None:
+    frame = pd.DataFrame({"user": pd.Series(ODD_IDS[kind], dtype=object), "item": ["x", "y", "z"], "time": START})
+    with pytest.raises(DataError, match=f"interactions: column user holds {kind}; expected whole numbers or text"):
+        prepare(frame, None, EVERYTHING)
+
+
+def test_times_of_32_bits_are_refused() -> None:
+    frame = log([4, 3, 5] * 4)
+    assert isinstance(frame, pd.DataFrame)
+    with pytest.raises(DataError, match="column timestamp holds 32-bit floats"):
+        prepare(frame.astype({"timestamp": np.float32}), None, EVERYTHING)
+
+
+def test_a_unit_that_is_given_may_have_fractions(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", [f"u{n},i{n},4,{START + n}.0" for n in range(3)])
+    assert read_ratings(path, options=ReadOptions(time_unit=TimeUnit.SECONDS))[0]["timestamp"].tolist()[0] == START
+
+
+def test_repeats_of_data_without_ratings_stay_when_rated_events_are_appended() -> None:
+    plays = pd.DataFrame(
+        {"user": ["u", "u", "u", "v"], "item": ["a", "a", "b", "a"], "time": [START, START, START, START]}
+    )
+    rated = pd.DataFrame({"user": ["u", "v"], "item": ["b", "b"], "rating": [3.5, 4], "time": [START + 1, START + 2]})
+    data = append(prepare(plays, None, EVERYTHING), rated)
+    assert (data.histories.event_count, data.input["repeats"], data.input["repeats_left_out"]) == (6, 0, 0)
+    assert data.config.rating_scale is None
+
+
+def test_a_scale_that_is_given_makes_no_ratings() -> None:
+    plays = pd.DataFrame({"user": ["u", "u", "v"], "item": ["a", "a", "b"], "time": [START, START, START]})
+    data = prepare(plays, None, PrepareConfig(1, 1, rating_scale=RatingScale(1, 5)))
+    assert (data.histories.event_count, data.input["repeats"]) == (3, 1)
+
+
+def test_every_row_bad_says_why(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", ["u,,4,5", "v,,4,6"])
+    with pytest.raises(DataError, match=r"every row is bad: .*log\.csv:2: item is empty; expected an id; "):
+        prepare(path, None, EVERYTHING, out=tmp_path / "data", on_bad_rows=OnBadRows.QUARANTINE)
+
+
+def test_quotes_that_never_make_a_row_are_given_up_soon(tmp_path: Path) -> None:
+    rows = [f'"x{n}' for n in range(3000)]  # each would be searched through all of the next lines
+    path = write(tmp_path / "log.csv", [f"u{n},i{n % 3},4,{START}" for n in range(4)] + rows)
+    data = prepare(path, None, EVERYTHING, out=tmp_path / "data", on_bad_rows=OnBadRows.QUARANTINE)
+    assert (data.input["rows"], data.input["bad_rows"]) == (3004, 3000)
