@@ -99,4 +99,5 @@ def rating_field(column: str, sql_type: str, missing: Sequence[float], where: st
     value = number
     for marker in missing:
         value = f"nullif({value}, {marker!r}::FLOAT)"
-    return Field(value, f"({column} IS NULL OR coalesce(isfinite({number}), false))", "'is not a number'")
+    none = f"{column} IS NULL" if sql_type != TEXT_TYPE else f"coalesce({column}, '') = ''"
+    return Field(value, f"({none} OR coalesce(isfinite({number}), false))", "'is not a number'")

@@ -376,3 +376,10 @@ def test_quotes_that_never_make_a_row_are_given_up_soon(tmp_path: Path) -> None:
     path = write(tmp_path / "log.csv", [f"u{n},i{n % 3},4,{START}" for n in range(4)] + rows)
     data = prepare(path, None, EVERYTHING, out=tmp_path / "data", on_bad_rows=OnBadRows.QUARANTINE)
     assert (data.input["rows"], data.input["bad_rows"]) == (3004, 3000)
+
+
+def test_a_rating_of_spaces_or_of_empty_quotes_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", [f"u,a,\t,{START}", f'u,b,"",{START}', f"u,c,,{START}", f"u,d, 4 ,{START}", "u"])
+    data = prepare(path, None, EVERYTHING, out=tmp_path / "data", on_bad_rows=OnBadRows.QUARANTINE)
+    assert (data.input["rows"], data.input["bad_rows"]) == (5, 1)
+    assert int(np.isnan(data.histories.ratings).sum()) == 3
