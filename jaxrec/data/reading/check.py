@@ -113,12 +113,12 @@ def load(
         relation.trim = True
         _create(connection, relation, fields, within)
     counts = count_ratings(connection, "(SELECT rating FROM loaded WHERE ok)")
-    told = scale is not None
+    given = scale is not None
     scale = scale or choose_scale(counts, relation.name)
     fits = "true" if scale is None else in_scale("rating", scale)
     broken = _column(connection, f"SELECT rowid FROM loaded WHERE NOT (ok AND {fits}) ORDER BY rowid")
     if len(broken):
-        outside = "" if told else " (the scale that the log seems to have; another can be given: --rating-scale)"
+        outside = "" if given else " (the scale that the log seems to have; another can be given: --rating-scale)"
         _report(connection, relation, fields, scale, outside, broken, bad)
     bad.fail_if_any()
     connection.execute(

@@ -1,4 +1,4 @@
-"""What a text file is: its encoding, its delimiter, and whether its first line is a header. Told, or recognized."""
+"""What a text file is: its encoding, its delimiter, and whether its first line is a header. Given, or recognized."""
 
 import codecs
 import csv

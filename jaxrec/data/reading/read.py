@@ -128,12 +128,12 @@ def read_log(
     loaded = load(work.connection, work.relation, options, config.rating_scale, bad)
     repeats = config.repeats.resolved(loaded.rated if rated is None else rated)
     repeats_added = add_events()
-    told = repeats is Repeats.FAIL or (repeats is Repeats.FIRST and bad.on_bad_rows is OnBadRows.QUARANTINE)
+    reported = repeats is Repeats.FAIL or (repeats is Repeats.FIRST and bad.on_bad_rows is OnBadRows.QUARANTINE)
 
     def report(rows: np.ndarray) -> None:
         _report_repeats(work, rows, bad)
 
-    found = sort_log(work.connection, folder, config.ties, config.seed, repeats, report if told else None)
+    found = sort_log(work.connection, folder, config.ties, config.seed, repeats, report if reported else None)
     bad.fail_if_any()
     left_out = 0 if repeats is Repeats.KEEP else found.repeats
     return loaded, dataclasses.replace(found, repeats=found.repeats - repeats_added, left_out=left_out)

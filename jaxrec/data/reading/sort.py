@@ -46,8 +46,8 @@ def sort_log(
             alone (RANDOM).
         seed: That of RANDOM.
         repeats: KEEP them, or leave all but the first row of each event out (FIRST, FAIL).
-        report: Is told of the rows that are left out, in their order: [repeats, 2] int64, the number of each and of the
-            row that it repeats; None: nobody.
+        report: Is called with the rows that are left out, in their order: [repeats, 2] int64, the number of each and
+            of the row that it repeats; None: not called.
 
     Returns:
         The log, as memory maps, and how many events are tied and repeated.
@@ -59,12 +59,12 @@ def sort_log(
         "FROM (SELECT DISTINCT item FROM events)"
     )
     drop = repeats is not Repeats.KEEP
-    # Rows are needed where the order of the events is not that of the rows, and where someone is told.
+    # Rows are needed where the order of the events is not that of the rows, and for `report`.
     fine = connection.execute("SELECT count(*) FROM (SELECT 1 FROM events WHERE within <> 0 LIMIT 1)").fetchall()[0][0]
     with_rows = drop and (report is not None or bool(fine))
     user_ids, counts = _plain(users["user"]), _plain(users["n"]).astype(np.int64)
     tied = found = 0
-    told: list[np.ndarray] = []
+    left_out: list[np.ndarray] = []
     with event_writers(folder) as writers:
         ends = np.cumsum(counts)
         first = 0
@@ -78,7 +78,7 @@ def sort_log(
             found += len(repeated)
             if len(repeated) and drop:
                 if report is not None:
-                    told.append(part["rows"][repeated])
+                    left_out.append(part["rows"][repeated])
                 keep = np.ones(len(part_users), bool)
                 keep[repeated[:, 0]] = False
                 counts[first:stop] = np.bincount(part_users[keep] - first, minlength=stop - first)
@@ -86,8 +86,8 @@ def sort_log(
             for name, writer in writers.items():
                 writer.write(part[name])
             first = stop
-    if report is not None and told:
-        rows = np.concatenate(told)
+    if report is not None and left_out:
+        rows = np.concatenate(left_out)
         report(rows[np.argsort(rows[:, 0])])
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
     write_ids(IdMap(user_ids), folder / "user_ids.npy")
