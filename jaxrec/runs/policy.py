@@ -116,7 +116,7 @@ def digest_in_use(run: Run) -> str | None:
 
 def require_in_use(run: Run, compared_with: str | None) -> None:
     """Raises DataError where the policy in use is no longer the one that a new policy was compared with
-    (`digest_in_use` at that time): whoever replaced it has not been compared with the new one."""
+    (`digest_in_use` at that time): the policy that replaced it has not been compared with the new one."""
     if digest_in_use(run) != compared_with:
         raise DataError(
             f"{run.folder / POLICY_FOLDER}: the policy in use is not the one that the new policy was compared with, "

@@ -83,7 +83,7 @@ class TextRelation:
         self._connection = connection
         self._paths = [table.path for table in tables]
         self._counts = np.array(counts)
-        # The lines of each file that begin no row; None: its header.
+        # The lines of each file that begin no row: its header, until it is repaired.
         self._removed: list[np.ndarray] = [np.arange(1, table.dialect.header_lines + 1) for table in tables]
         self._repaired = False
         self.trim = self._has_spaces()
@@ -115,10 +115,8 @@ class TextRelation:
         self._repaired = True
         for at, table in enumerate(self._tables):
             copy = self._scratch / f"rows-{at}.txt"
-            self._removed[at] = repair(table, copy, report)
-            with open(copy, "rb") as file:
-                lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 22), b""))
-            self._paths[at], self._counts[at] = copy, lines - table.dialect.header_lines
+            self._removed[at], self._counts[at] = repair(table, copy, report)
+            self._paths[at] = copy
         return True
 
     def places(self, numbers: np.ndarray) -> Iterator[tuple[str, int]]:

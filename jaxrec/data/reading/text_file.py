@@ -129,7 +129,7 @@ def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is no JSON")
 
 
-def repair(table: TextTable, copy: Path, report: Callable[[BadRow], object]) -> np.ndarray:
+def repair(table: TextTable, copy: Path, report: Callable[[BadRow], object]) -> tuple[np.ndarray, int]:
     """Writes the whole rows of a file to `copy`, one in each line, after the header.
 
     A quote opens a field if it closes, in this line or in one of the next, and makes a whole row; a quote for which
@@ -142,17 +142,18 @@ def repair(table: TextTable, copy: Path, report: Callable[[BadRow], object]) -> 
 
     Returns:
         [lines] int64, rising: the lines (from 1) of `table.path` that are not the first of a row: the header, blank
-        lines, further lines of a row, and those that were reported.
+        lines, further lines of a row, and those that were reported; and how many rows `copy` has.
     """
     dialect, removed = table.dialect, list(range(1, table.dialect.header_lines + 1))
     needed = set(table.columns.values())
-    reader = _Rows(table, report)
+    reader, rows_written = _Rows(table, report), 0
     with open(copy, "wb", BLOCK) as out:
         if dialect.header_lines:
             out.write(_line_of(dialect, dialect.names or ()))
         for row in reader.rows():
             if row.text:
                 out.write(row.text)
+                rows_written += row.lines
                 continue
             removed += range(row.line + 1, row.line + row.lines)
             if any("\n" in row.fields[at] or "\r" in row.fields[at] for at in needed if row.fields):
@@ -160,9 +161,10 @@ def repair(table: TextTable, copy: Path, report: Callable[[BadRow], object]) -> 
                 removed.append(row.line)
             elif row.fields:
                 out.write(_line_of(dialect, [field if at in needed else "" for at, field in enumerate(row.fields)]))
+                rows_written += 1
             else:
                 removed.append(row.line)
-    return np.sort(np.array(removed, np.int64))
+    return np.sort(np.array(removed, np.int64)), rows_written
 
 
 def records(table: TextTable, report: Callable[[BadRow], object]) -> Iterator[tuple[int, list[str]]]:
