@@ -17,7 +17,6 @@ from jaxrec.data.split import Cases
 Item = TypeVar("Item")
 
 
-NO_TIME = np.iinfo(np.int64).min
 MAX_EARLIER = 1000  # of the items before a window, so many of the most recent ones are excluded from the candidates
 
 
@@ -37,14 +36,13 @@ class TrainBatch(NamedTuple):
 class CaseBatch(NamedTuple):
     """`events` [batch, length] before each target, `request_gap` [batch] float32 seconds until it, `target` [batch]
     int32, `exclude` [batch, width] int32: all items of the history (0 = padding), `time` [batch] int64: the request
-    time, which is the target's, `last_time` [batch] int64: of the history's last event (NO_TIME: there is none)."""
+    time, which is the target's."""
 
     events: Events
     request_gap: np.ndarray
     target: np.ndarray
     exclude: np.ndarray
     time: np.ndarray
-    last_time: np.ndarray
 
 
 def training_windows(counts: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -216,7 +214,6 @@ def case_batches(data: PreparedData, cases: Cases, max_length: int, size: int = 
             histories.items[targets],
             exclude.astype(np.int32),
             histories.times[targets],
-            np.where(earlier > 0, histories.times[targets - (earlier > 0)], NO_TIME),
         )
 
 

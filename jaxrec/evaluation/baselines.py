@@ -3,17 +3,16 @@
 import jax
 import numpy as np
 
-from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import SECONDS_PER_DAY
+from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import Scorer, compiled_scorer
 from jaxrec.models.cooccurrence import CoOccurrence, recent_items
 
 RECENT_HALF_LIFE_DAYS = 30.0
-RECENT_WINDOWS_DAYS = (1.0, 7.0, 30.0, 90.0, 365.0)
 
 
 def popularity_scorer(data: PreparedData) -> Scorer:
@@ -26,38 +25,28 @@ def constant_scorer(scores: np.ndarray) -> Scorer:
     return lambda batch: np.broadcast_to(scores.astype(np.float32), (len(batch.target), len(scores)))
 
 
-def recent_popularity_scorer(data: PreparedData, window_days: float) -> Scorer:
-    """Training events of the `window_days` before each case's time, so that nothing later is counted.
+def recent_popularity_scorer(data: PreparedData, counts: DecayedCounts, half_life: int) -> Scorer:
+    """The decayed counts with one half-life, as of each case's moment, so that nothing later is counted.
 
-    The case's time is the request time, or the time of the history's last event where the request time is not given.
-    The whole log's popularity, scaled below one event, breaks ties, and is all that is left without any time.
+    Args:
+        data: Its popularity, scaled below any decayed event, breaks ties.
+        counts: Of the events to count.
+        half_life: Its place in HALF_LIVES_S.
     """
-    rows = data.split.train_rows(data.histories)
-    rows = rows[np.argsort(data.histories.times[rows], kind="stable")]
-    times, items = data.histories.times[rows], data.histories.items[rows]
     popularity = data.train_popularity()
-    tie_break = popularity / (popularity.sum() + 1.0)
-
-    def scores(batch: CaseBatch) -> np.ndarray:
-        starts = np.searchsorted(times, batch.time - window_days * SECONDS_PER_DAY, side="left")
-        stops = np.searchsorted(times, batch.time, side="left")
-        counts = [
-            np.bincount(items[start:stop], minlength=len(tie_break)) for start, stop in zip(starts, stops, strict=True)
-        ]
-        return (np.stack(counts) + tie_break).astype(np.float32)
-
-    return scores
+    tie_break = 1e-6 * popularity / (popularity.sum() + 1.0)
+    return lambda batch: (counts.before(batch.time)[:, half_life] + tie_break).astype(np.float32)
 
 
-def best_recent_window(data: PreparedData, max_length: int, request_time: bool) -> float:
-    """The window of recent popularity, in days, with the best NDCG@10 on validation, with or without request time."""
+def best_half_life(data: PreparedData, counts: DecayedCounts, max_length: int) -> int:
+    """The place in HALF_LIVES_S of recent popularity's half-life with the best NDCG@10 on validation."""
 
-    def figure(days: float) -> float:
-        scorer = recent_popularity_scorer(data, days)
-        ranked = rank_cases(scorer, data, data.split.validation, max_length, request_time)
+    def figure(half_life: int) -> float:
+        scorer = recent_popularity_scorer(data, counts, half_life)
+        ranked = rank_cases(scorer, data, data.split.validation, max_length, request_time=True)
         return float(ndcg(ranked.ranks, 10).mean())
 
-    return max(RECENT_WINDOWS_DAYS, key=figure)
+    return max(range(len(HALF_LIVES_S)), key=figure)
 
 
 def cooccurrence_scorer(model: CoOccurrence) -> Scorer:

@@ -70,21 +70,28 @@ def rank_cases(scorer: Scorer, data: PreparedData, cases: Cases, max_length: int
         data: that the cases are of.
         cases: at least one.
         max_length: of the history that the scorer is given, in events.
-        request_time: without it the scorer is given UNKNOWN_GAP for the gap before the target, and the time of the
-            history's last event for the target's.
+        request_time: without it the scorer is given UNKNOWN_GAP for the gap before the target.
 
     Raises:
         DataError: there is no case.
     """
     ranks, tops = [], []
-    for batch in case_batches(data, cases, max_length):
+    ordered, places = in_time(data, cases)
+    for batch in case_batches(data, ordered, max_length):
         asked = batch if request_time else without_request_time(batch)
         batch_ranks, batch_top = _rank_batch(scorer(asked), batch.target, batch.exclude)
         ranks.append(np.asarray(batch_ranks))
         tops.append(np.asarray(batch_top))
     if not ranks:
         raise DataError("the split has no case to rank; the log is too short for it")
-    return Ranked(np.concatenate(ranks)[: len(cases)], np.concatenate(tops)[: len(cases)])
+    return Ranked(np.concatenate(ranks)[places], np.concatenate(tops)[places])
+
+
+def in_time(data: PreparedData, cases: Cases) -> tuple[Cases, np.ndarray]:
+    """The cases in the order of their targets' times, so that `DecayedCounts` goes forward once, and the place
+    [cases] int64 of each given case in that order."""
+    order = np.argsort(data.histories.times[cases.rows], kind="stable")
+    return Cases(cases.users[order], cases.rows[order]), np.argsort(order)
 
 
 def ranks_by_request_time(
@@ -126,8 +133,8 @@ def _both_ranks(
 
 
 def without_request_time(batch: CaseBatch) -> CaseBatch:
-    """The same cases, asked without a request time: `time` is then that of the last event, the latest that is known."""
-    return batch._replace(request_gap=np.full_like(batch.request_gap, UNKNOWN_GAP), time=batch.last_time)
+    """The same cases, asked without a request time. `time` stays: what counts live, as the trend, is as of then."""
+    return batch._replace(request_gap=np.full_like(batch.request_gap, UNKNOWN_GAP))
 
 
 def summarize(

@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
+from jaxrec.data.trend import DecayedCounts
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 
@@ -26,8 +27,8 @@ class Scorer(Protocol):
         """Scores a batch of cases.
 
         Args:
-            batch: the cases. Where `request_gap` is UNKNOWN_GAP there is no request time, and `time` is that of the
-                history's last event.
+            batch: the cases. Where `request_gap` is UNKNOWN_GAP the request has no time; `time` is the moment at which
+                it comes all the same.
 
         Returns:
             [batch, items + 1] float32, higher is better. Column 0 (padding) and the items of `exclude` may have any
@@ -40,9 +41,13 @@ def sequence_scorer(model: TimeRatingAwareLSTM) -> Scorer:
     return compiled_scorer(model, sequence_logits)
 
 
-def hybrid_scorer(hybrid: Hybrid) -> Scorer:
-    """The scorer of a hybrid, with its policy if it has one."""
-    return compiled_scorer(hybrid, _hybrid_logits)
+def hybrid_scorer(hybrid: Hybrid, counts: DecayedCounts | None = None) -> Scorer:
+    """The scorer of a hybrid, with its policy if it has one. `counts`: of the events that its trend is made of, as a
+    server would have them that recorded each when it happened; None: without a trend."""
+    if counts is None:
+        return compiled_scorer(hybrid, _hybrid_logits)
+    graphdef, variables = nnx.split(hybrid)
+    return lambda batch: _with_trend(graphdef, variables, batch.events, batch.request_gap, counts.before(batch.time))
 
 
 def compiled_scorer(model: nnx.Module, logits: Logits) -> Scorer:
@@ -60,6 +65,14 @@ def sequence_logits(model: TimeRatingAwareLSTM, events: Events, request_gap: jax
 
 def _hybrid_logits(hybrid: Hybrid, events: Events, request_gap: jax.Array) -> jax.Array:
     return hybrid.logits(events, request_gap)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _with_trend(
+    graphdef: nnx.GraphDef[Any], variables: Any, events: Events, request_gap: jax.Array, counts: jax.Array
+) -> jax.Array:
+    hybrid = nnx.merge(graphdef, variables)
+    return hybrid.logits(events, request_gap, trend=hybrid.trend(counts))[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,9 +1,11 @@
-"""The mix of the two sequence models and co-occurrence, and the policy on top of it, as one scorer.
+"""The mix of the two sequence models, co-occurrence and the trend, and the policy on top of it, as one scorer.
 
 A mix of log-probabilities differs from the mix of logits by a constant per request, so the two sequence models are one
 inner product: the weighted query vectors side by side, against both models' item vectors side by side. The scores of
-co-occurrence are added with a weight of their own.
+co-occurrence are added with a weight of their own, and so is the trend, which is the same for all requests of a moment.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,10 @@ from flax import nnx
 from jaxrec.data.events import Events
 from jaxrec.models.cooccurrence import RECENT_ITEMS, CoOccurrence, recent_items
 from jaxrec.models.lstm import State
+from jaxrec.models.masks import NEVER
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.models.tables import FixedTable
+from jaxrec.models.trend import Trend
 
 MAX_ITEMS = 2**24  # larger indices are not exact as float32, which is what the recurrent state is made of
 
@@ -31,9 +35,16 @@ class PolicyHead(nnx.Module):
         return query + self.outer(jax.nn.relu(self.inner(query)))
 
 
+class MixWeights(NamedTuple):
+    """What the logits of each model, and one unit of co-occurrence, add to the mix's logits; none is negative."""
+
+    lstm: float
+    content: float
+    cooccurrence: float
+
+
 class Hybrid(nnx.Module):
-    """`weight` in 0..1 is the LSTM's share of the two sequence models, `cooccurrence_weight` >= 0 what one unit of
-    co-occurrence adds to a logit; `policy` None means the supervised policy.
+    """The mix by `weights`; `trend` None adds nothing, and `policy` None means the supervised policy.
 
     The recurrent state is [batch, 4 * hidden + RECENT_ITEMS] float32: h and c of the LSTM and of the content model, and
     the most recent items, the last one first.
@@ -44,27 +55,29 @@ class Hybrid(nnx.Module):
         lstm: TimeRatingAwareLSTM,
         content: TimeRatingAwareContentModel,
         cooccurrence: CoOccurrence,
-        weight: float,
-        cooccurrence_weight: float,
+        weights: MixWeights,
+        trend: Trend | None = None,
         policy: PolicyHead | None = None,
     ) -> None:
-        if not 0.0 <= weight <= 1.0:
-            raise ValueError(f"weight {weight} is outside 0..1")
-        if not 0.0 <= cooccurrence_weight < float("inf"):
-            raise ValueError(f"cooccurrence_weight {cooccurrence_weight} is not a number of at least 0")
+        for name, weight in weights._asdict().items():
+            if not 0.0 <= weight < float("inf"):
+                raise ValueError(f"the mix's weight of {name} is {weight}, expected a number of at least 0")
         self.lstm = lstm
         self.content = content
         self.cooccurrence = cooccurrence
-        self.weight = FixedTable(jnp.float32(weight))
-        self.cooccurrence_weight = FixedTable(jnp.float32(cooccurrence_weight))
+        self.trend = Trend.none() if trend is None else trend
+        self.weights = FixedTable(jnp.asarray(weights, jnp.float32))  # in the order of MixWeights
         self.policy = policy
         if len(self.item_bias()) > MAX_ITEMS:
             raise ValueError(f"{len(self.item_bias()) - 1} items, expected fewer than {MAX_ITEMS}")
 
     def with_policy(self, policy: PolicyHead | None) -> "Hybrid":
         """The same supervised models under `policy`, or under none."""
-        weights = float(self.weight[...]), float(self.cooccurrence_weight[...])
-        return Hybrid(self.lstm, self.content, self.cooccurrence, *weights, policy)
+        return Hybrid(self.lstm, self.content, self.cooccurrence, self.mix_weights(), self.trend, policy)
+
+    def mix_weights(self) -> MixWeights:
+        """The weights as numbers."""
+        return MixWeights(*map(float, self.weights[...]))
 
     def item_vectors(self) -> jax.Array:
         """[items + 1, 2 * embedding] float32."""
@@ -72,8 +85,9 @@ class Hybrid(nnx.Module):
 
     def item_bias(self) -> jax.Array:
         """[items + 1] float32, with the policy's shift."""
-        weight = self.weight[...]
-        bias = weight * self.lstm.item_bias() + (1 - weight) * self.content.item_bias()
+        of_lstm, of_content, _ = self.weights[...]
+        bias = of_lstm * self.lstm.item_bias() + of_content * self.content.item_bias()
+        bias = bias.at[0].set(NEVER)
         return bias if self.policy is None else bias + self.policy.item_bias[...]
 
     def query_at(self, outputs: tuple[jax.Array, jax.Array], request_gap: jax.Array) -> jax.Array:
@@ -83,14 +97,14 @@ class Hybrid(nnx.Module):
 
     def supervised_query(self, outputs: tuple[jax.Array, jax.Array], request_gap: jax.Array) -> jax.Array:
         """`query_at` without the policy."""
-        weight = self.weight[...]
-        of_lstm = weight * self.lstm.query(outputs[0], request_gap)
-        of_content = (1 - weight) * self.content.query(outputs[1], request_gap)
+        lstm_weight, content_weight, _ = self.weights[...]
+        of_lstm = lstm_weight * self.lstm.query(outputs[0], request_gap)
+        of_content = content_weight * self.content.query(outputs[1], request_gap)
         return jnp.concatenate([of_lstm, of_content], axis=-1)
 
     def cooccurrence_logits(self, recent: jax.Array) -> jax.Array:
         """recent [batch, RECENT_ITEMS] int32 -> [batch, items + 1]: what co-occurrence adds to the logits."""
-        return self.cooccurrence_weight[...] * self.cooccurrence.scores(recent)
+        return self.weights[...][2] * self.cooccurrence.scores(recent)
 
     def encode(self, events: Events, state: jax.Array | None = None) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         """Both models' outputs, each [batch, length, hidden], and the state after the last real event."""
@@ -110,10 +124,17 @@ class Hybrid(nnx.Module):
         return *parts, state[:, -RECENT_ITEMS:].astype(jnp.int32)  # type: ignore[return-value]
 
     def logits(
-        self, events: Events, request_gap: jax.Array, state: jax.Array | None = None
+        self,
+        events: Events,
+        request_gap: jax.Array,
+        state: jax.Array | None = None,
+        trend: jax.Array | float = 0.0,
     ) -> tuple[jax.Array, jax.Array]:
-        """After each row's last event: logits [batch, items + 1] of the next item, and the state."""
+        """After each row's last event: logits [batch, items + 1] of the next item, and the state.
+
+        `trend` [items + 1], or [batch, items + 1]: what `Hybrid.trend` says at the moment of the requests.
+        """
         _, state = self.encode(events, state)
         h_lstm, _, h_content, _, recent = self.split_state(state)
         query = self.query_at((h_lstm, h_content), request_gap)
-        return query @ self.item_vectors().T + self.item_bias() + self.cooccurrence_logits(recent), state
+        return query @ self.item_vectors().T + self.item_bias() + self.cooccurrence_logits(recent) + trend, state

@@ -43,7 +43,7 @@ class Scoring(NamedTuple):
 def frozen_scoring(supervised: Hybrid, tables: RewardTables) -> Scoring:
     """What a policy on top of `supervised` (a hybrid without a policy) scores with."""
     near = supervised.cooccurrence
-    weight = supervised.cooccurrence_weight[...] * near.neighbour_weight[...]
+    weight = supervised.weights[...][2] * near.neighbour_weight[...]
     return Scoring(supervised.item_vectors(), supervised.item_bias(), near.neighbour_item[...], weight, tables)
 
 

@@ -6,7 +6,7 @@ RUN/lstm/                       checkpoints and logs of TimeRatingAwareLSTM (`ja
 RUN/content/                    the same of TimeRatingAwareContentModel
 RUN/training.png                loss and validation figures by epoch
 RUN/cooccurrence.npz            the neighbours of each item, and the item vectors that training started from
-RUN/hybrid.json                 the weights of the mix, with the validation figures that chose them
+RUN/hybrid.json                 the weights of the mix (`jaxrec.training.mix.Mix`), with its validation figures
 RUN/evaluation.json             written by `jaxrec evaluate`; goes into the manifest of the exported model
 RUN/policy/                     the policy that `jaxrec rl` trained last (unless it was refused):
     policy.json                 whether the policy is used and why, the figures, the configuration, its models' digest
@@ -45,8 +45,9 @@ from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.neighbours import Neighbours
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.training.loop import load_trained
+from jaxrec.training.mix import Mix
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 DATA_FOLDER = "data"
 RUN_FILE = "run.json"
 HYBRID_FILE = "hybrid.json"
@@ -191,12 +192,10 @@ def read_cooccurrence(run: Run) -> tuple[Neighbours, np.ndarray | None]:
 
 def load_supervised(run: Run, data: PreparedData) -> Hybrid:
     """The mix of the run's two trained models and its co-occurrence, without a policy."""
-    mix = read_json(run.folder / HYBRID_FILE, "finish the training: `jaxrec train DATA --out RUN --resume`")
+    mix = Mix(**read_json(run.folder / HYBRID_FILE, "finish the training: `jaxrec train DATA --out RUN --resume`"))
     lstm, content = new_models(data, run.model_config, run.train_config.seed)
-    return Hybrid(
+    return mix.hybrid(
         load_trained(lstm, run.train_config, run.folder / LSTM_FOLDER).model,
         load_trained(content, run.train_config, run.folder / CONTENT_FOLDER).model,
         CoOccurrence(read_cooccurrence(run)[0]),
-        mix["weight"],
-        mix["cooccurrence_weight"],
     )

@@ -14,8 +14,10 @@ from tqdm import tqdm
 from jaxrec.config import to_json
 from jaxrec.data.batches import gaps_at
 from jaxrec.data.prepared import PreparedData
+from jaxrec.data.schema import SECONDS_PER_DAY
 from jaxrec.data.split import Cases
-from jaxrec.evaluation.baselines import best_recent_window, popularity_scorer, recent_popularity_scorer
+from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
+from jaxrec.evaluation.baselines import best_half_life, popularity_scorer, recent_popularity_scorer
 from jaxrec.evaluation.bootstrap import bootstrap, ratio, resample
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import MetricsRow, rank_cases, summarize
@@ -27,7 +29,7 @@ from jaxrec.runs.policy import load_policy, read_outcome
 POPULARITY, RECENT_POPULARITY = "popularity", "recent popularity"
 HYBRID, POLICY = "hybrid", "policy"
 REQUEST_TIME = {False: "without", True: "with"}
-WINDOW_DAYS = "recent_popularity_window_days"
+HALF_LIFE_DAYS = "recent_popularity_half_life_days"
 HYBRID_OVER_RECENT = "hybrid_over_recent_popularity_ndcg_10"
 
 
@@ -74,18 +76,19 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     with_policy = load_policy(run, supervised, only_if_used=False)
     popularity = data.train_popularity()
     max_length = run.model_config.max_length
-    windows = {time: best_recent_window(data, max_length, time) for time in (False, True)}
+    counts = DecayedCounts.of(data)
+    half_life = best_half_life(data, counts, max_length)
     learned: dict[str, Scorer] = {
         "TimeRatingAwareLSTM": sequence_scorer(supervised.lstm),
         "TimeRatingAwareContentModel": sequence_scorer(supervised.content),
-        HYBRID: hybrid_scorer(supervised),
+        HYBRID: hybrid_scorer(supervised, counts),
     }
     outcome = read_outcome(run)
     if with_policy is not None:
-        learned[POLICY] = hybrid_scorer(with_policy)
+        learned[POLICY] = hybrid_scorer(with_policy, counts)
     scorers: dict[tuple[str, bool], Scorer] = {
         (POPULARITY, False): popularity_scorer(data),
-        **{(RECENT_POPULARITY, time): recent_popularity_scorer(data, days) for time, days in windows.items()},
+        (RECENT_POPULARITY, False): recent_popularity_scorer(data, counts, half_life),
         **{(name, time): scorer for name, scorer in learned.items() for time in (False, True)},
     }
     ranked = {
@@ -105,7 +108,8 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
         "repeated_test_share": repeated_share(data, data.split.test),
         "tied_test_share": tied_share(data, data.split.test),
         "interval": "95 % bootstrap over users",
-        WINDOW_DAYS: {REQUEST_TIME[time]: days for time, days in windows.items()},
+        "trend": "counts all users' events before the case, with and without request time",
+        HALF_LIFE_DAYS: HALF_LIVES_S[half_life] / SECONDS_PER_DAY,
         "seed": run.train_config.seed,
         "bootstrap_seed": seed,
         "data_folder": str(run.data_folder),
@@ -116,8 +120,9 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     }
     serving = POLICY if outcome is not None and outcome.used else HYBRID
     compared = {}
-    for time, label in REQUEST_TIME.items():  # like with like: both with the request time, or both without
-        both = np.stack([ndcg(ranked[name, time].ranks, 10) for name in (HYBRID, RECENT_POPULARITY)], axis=1)
+    recent = ndcg(ranked[RECENT_POPULARITY, False].ranks, 10)
+    for time, label in REQUEST_TIME.items():
+        both = np.stack([ndcg(ranked[HYBRID, time].ranks, 10), recent], axis=1)
         compared[label] = dataclasses.asdict(bootstrap(both, resamples, ratio))
     evaluation = Evaluation(protocol, rows, serving, {HYBRID_OVER_RECENT: compared})
     write_evaluation(evaluation, run.folder / EVALUATION_FILE)
@@ -160,13 +165,13 @@ def format_table(evaluation: Evaluation) -> str:
         f"Data: {data}, {protocol['filter']}. Split: {protocol['split']}. Seed: {protocol['seed']}.",
         f"Candidates: all {protocol['data']['items']} items but those of the history. {tied:.0%} of the targets tie in",
         f"time with the event before them (ties: {protocol['ties']}), {repeated:.0%} are in the history already.",
-        "NDCG@10, hybrid over recent popularity, with its window in days from validation:",
+        f"NDCG@10, hybrid over recent popularity (half-life of {protocol[HALF_LIFE_DAYS]:g} days, from validation):",
     ]
     for label, over in evaluation.comparison[HYBRID_OVER_RECENT].items():
         times = f"{over['mean']:.1f} ({over['low']:.1f}-{over['high']:.1f}) times"
         if over["mean"] > 1000:
             times = "the latter finds next to nothing"
-        lines.append(f"  both {label} request time: {times} (window {protocol[WINDOW_DAYS][label]:g})")
+        lines.append(f"  {label} request time: {times}")
     return "\n".join(lines)
 
 

@@ -46,8 +46,7 @@ def export(
         training={
             "model": to_json(run.model_config),
             "train": to_json(run.train_config),
-            "lstm_weight": float(hybrid.weight[...]),
-            "cooccurrence_weight": float(hybrid.cooccurrence_weight[...]),
+            "mix": hybrid.mix_weights()._asdict(),
             "prepare": to_json(data.config),
         },
         metrics=read_json(evaluation, "run `jaxrec evaluate` again") if evaluation.exists() else {},

@@ -41,7 +41,7 @@ from jaxrec.runs.directory import (
     read_cooccurrence,
 )
 from jaxrec.training.loop import require_trainable, train_model
-from jaxrec.training.mix import tune_mix
+from jaxrec.training.mix import learn_mix
 from jaxrec.training.processes import is_first, wait_for_all
 from jaxrec.training.sharding import building_device, data_mesh
 from jaxrec.training.stopping import StopRequested, never
@@ -174,7 +174,7 @@ def _train_models(
         if stop():
             raise TrainingStopped("stopped: both models are trained and saved, their mix is not tuned yet")
         model = CoOccurrence(cooccurrence)
-        mix = tune_mix(trained_lstm.model, trained_content.model, model, data)
+        mix = learn_mix(trained_lstm.model, trained_content.model, model, data)
     if is_first():
         from jaxrec.evaluation.plots import plot_training
 

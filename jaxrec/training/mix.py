@@ -1,88 +1,220 @@
-"""Tunes the mix of the two sequence models and co-occurrence on validation."""
+"""Learns on validation how the models, co-occurrence and the trend are mixed."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.optimize
 
-from jaxrec.data.batches import case_batches
+from jaxrec.data.batches import CaseBatch, case_batches
 from jaxrec.data.prepared import PreparedData
+from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.split import Cases
+from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
 from jaxrec.evaluation.baselines import cooccurrence_scorer
-from jaxrec.evaluation.metrics import ndcg, rank_of_target
-from jaxrec.evaluation.ranking import without_request_time
-from jaxrec.evaluation.scorers import sequence_scorer
+from jaxrec.evaluation.metrics import ndcg
+from jaxrec.evaluation.ranking import in_time, rank_cases
+from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
 from jaxrec.models.cooccurrence import CoOccurrence
+from jaxrec.models.hybrid import Hybrid, MixWeights
+from jaxrec.models.masks import NEVER
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.models.trend import VIEWS, Trend, traffic_scale, trend_views
 
-WEIGHTS = np.linspace(0.0, 1.0, 21, dtype=np.float32)
-COOCCURRENCE_WEIGHTS = np.array([0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64], np.float32)
-ROUNDS = 2
-MAX_MIX_CASES = 10_000
+MAX_MIX_CASES = 5_000
+BEST_OF_EACH = 100  # items of each part that are always among a case's candidates
+SAMPLED = 600  # more candidates: random ones, which stand for all others
+START = (0.5, 0.5, 4.0)
+PENALTY = 10.0  # of the squared weights of the trend, each times its view's deviation, in cases
+ITERATIONS = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """The two weights of `jaxrec.models.hybrid.Hybrid`, and validation NDCG@10 (the mean of without and with the
-    request time) of the mix and of each weight beside it, the other one being as it was in the last round."""
+    """What was learned, as RUN/hybrid.json holds it.
 
-    weight: float
-    cooccurrence_weight: float
-    validation_ndcg_10: float
-    by_weight: dict[str, float]
-    by_cooccurrence_weight: dict[str, float]
+    Attributes:
+        lstm, content, cooccurrence: `jaxrec.models.hybrid.MixWeights`.
+        trend: [views, half-lives], the weights of `jaxrec.models.trend.Trend`.
+        typical_events: [half-lives], its `typical`.
+        validation_ndcg_10: Of the mix; the mean of without and with the request time.
+        validation_ndcg_10_without_trend: Of the same mix without its trend.
+    """
+
+    lstm: float
+    content: float
+    cooccurrence: float
+    trend: list[list[float]]
+    typical_events: list[float]
+    validation_ndcg_10: float = float("nan")
+    validation_ndcg_10_without_trend: float = float("nan")
+
+    def hybrid(
+        self, lstm: TimeRatingAwareLSTM, content: TimeRatingAwareContentModel, cooccurrence: CoOccurrence
+    ) -> Hybrid:
+        """The models in this mix."""
+        weights = MixWeights(self.lstm, self.content, self.cooccurrence)
+        trend = Trend(np.array(self.trend, np.float32), np.array(self.typical_events, np.float32))
+        return Hybrid(lstm, content, cooccurrence, weights, trend)
 
 
-def tune_mix(
+class Candidates(NamedTuple):
+    """Some items of each case; the target is the first.
+
+    `parts` [cases, 3, candidates] float32: the logits of both models and the scores of co-occurrence; `views`
+    [cases, VIEWS * half-lives, candidates] float32 of the trend; `log_weight` [cases, candidates] float32: the
+    logarithm of how many items each stands for, NEVER where it is none.
+    """
+
+    parts: np.ndarray
+    views: np.ndarray
+    log_weight: np.ndarray
+
+
+def learn_mix(
     lstm: TimeRatingAwareLSTM, content: TimeRatingAwareContentModel, cooccurrence: CoOccurrence, data: PreparedData
 ) -> Mix:
-    """Chooses the weights in turn, ROUNDS times: a grid for one while the other stays. Of more than MAX_MIX_CASES
-    validation cases, evenly spaced ones are used."""
+    """Fits the weights to the next items of validation, by softmax cross-entropy.
+
+    Half of the cases are asked with their request time and half without. Of more than MAX_MIX_CASES validation cases,
+    evenly spaced ones are used. The softmax is over the BEST_OF_EACH items of each part and SAMPLED random ones, which
+    stand for the rest (importance sampling: Bengio and Senécal 2008, section III); a catalogue of at most SAMPLED items
+    is used in full. The weights of the models and of co-occurrence are not negative, those of the trend are shrunk.
+    The trend of a case counts the events before it, of all users.
+
+    Args:
+        lstm: As trained.
+        content: As trained.
+        cooccurrence: As counted.
+        data: That they were trained on.
+
+    Returns:
+        The mix, with its validation figures.
+    """
     cases = data.split.validation.at_most(MAX_MIX_CASES)
-    weight, added = np.float32(0.5), np.float32(0.0)
-    for _ in range(ROUNDS):
-        of_added = _figures(lstm, content, cooccurrence, data, cases, np.array([weight]), COOCCURRENCE_WEIGHTS)
-        added = COOCCURRENCE_WEIGHTS[np.argmax(of_added)]
-        of_weight = _figures(lstm, content, cooccurrence, data, cases, WEIGHTS, np.array([added]))
-        weight = WEIGHTS[np.argmax(of_weight)]
-    return Mix(
-        weight=float(weight),
-        cooccurrence_weight=float(added),
-        validation_ndcg_10=float(of_weight.max()),
-        by_weight={f"{w:.2f}": float(f) for w, f in zip(WEIGHTS, of_weight, strict=True)},
-        by_cooccurrence_weight={f"{w:g}": float(f) for w, f in zip(COOCCURRENCE_WEIGHTS, of_added, strict=True)},
+    counts = DecayedCounts.of(data)
+    typical = _typical(counts, data.histories.times[cases.rows])
+    scorers = sequence_scorer(lstm), sequence_scorer(content), cooccurrence_scorer(cooccurrence)
+    found = _candidates(scorers, data, cases, lstm.config.max_length, counts, typical)
+    weights = fit_weights(found)
+    trend = weights[len(START) :].reshape(VIEWS, len(HALF_LIVES_S))
+    mix = Mix(*map(float, weights[: len(START)]), trend.tolist(), typical.tolist())
+    hybrid = mix.hybrid(lstm, content, cooccurrence)
+    plain = dataclasses.replace(mix, trend=np.zeros_like(trend).tolist()).hybrid(lstm, content, cooccurrence)
+    figures = [_validation_ndcg(one, data, cases, counts) for one in (hybrid, plain)]
+    return dataclasses.replace(mix, validation_ndcg_10=figures[0], validation_ndcg_10_without_trend=figures[1])
+
+
+def fit_weights(found: Candidates) -> np.ndarray:
+    """The weights [3 + VIEWS * half-lives] of parts and views with the least mean cross-entropy of the targets."""
+    deviation = np.sqrt(np.var(found.views, axis=(0, 2), where=found.log_weight[:, None] > NEVER))
+    arrays = (*map(jnp.asarray, found), jnp.asarray(deviation))
+    start = np.concatenate([START, np.zeros(found.views.shape[1])])
+
+    def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = _loss(jnp.asarray(weights, jnp.float32), *arrays)
+        return float(value), np.asarray(gradient, np.float64)
+
+    bounds = [(0, None)] * len(START) + [(None, None)] * found.views.shape[1]
+    result = scipy.optimize.minimize(
+        objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": ITERATIONS}
     )
-
-
-def _figures(
-    lstm: TimeRatingAwareLSTM,
-    content: TimeRatingAwareContentModel,
-    cooccurrence: CoOccurrence,
-    data: PreparedData,
-    cases: Cases,
-    weights: np.ndarray,
-    added: np.ndarray,
-) -> np.ndarray:
-    """[max(weights, added)] validation NDCG@10 of the pairs of weights; one of the two has length 1."""
-    of_lstm, of_content = sequence_scorer(lstm), sequence_scorer(content)
-    of_neighbours = cooccurrence_scorer(cooccurrence)
-    pairs = jnp.stack(jnp.broadcast_arrays(jnp.asarray(weights), jnp.asarray(added)), axis=1)
-    per_batch = []
-    for batch in case_batches(data, cases, lstm.config.max_length):
-        near = of_neighbours(batch)
-        asked = [batch, without_request_time(batch)]
-        per_batch.append([_mix_ranks(of_lstm(b), of_content(b), near, pairs, b.target, b.exclude) for b in asked])
-    ranks = np.concatenate(per_batch, axis=2)[:, :, : len(cases)]
-    return np.asarray(ndcg(ranks, 10).mean(axis=(0, 2)))
+    return np.asarray(result.x, np.float32)
 
 
 @jax.jit
-def _mix_ranks(lstm: Any, content: Any, near: Any, pairs: jax.Array, target: jax.Array, exclude: jax.Array) -> Any:
-    """[pairs, batch] ranks."""
+@jax.value_and_grad
+def _loss(
+    weights: jax.Array, parts: jax.Array, views: jax.Array, log_weight: jax.Array, deviation: jax.Array
+) -> jax.Array:
+    of_parts, of_views = weights[: len(START)], weights[len(START) :]
+    logits = jnp.einsum("p,cpi->ci", of_parts, parts) + jnp.einsum("v,cvi->ci", of_views, views)
+    loss = jnp.mean(jax.nn.logsumexp(logits + log_weight, axis=1) - logits[:, 0])
+    return loss + PENALTY / len(parts) * jnp.sum(jnp.square(of_views * deviation))
 
-    def ranks(pair: jax.Array) -> jax.Array:
-        return rank_of_target(pair[0] * lstm + (1 - pair[0]) * content + pair[1] * near, target, exclude)
 
-    return jax.lax.map(ranks, pairs)
+def _typical(counts: DecayedCounts, times: np.ndarray) -> np.ndarray:
+    """[half-lives] float32: the mean over the times of all items' decayed counts."""
+    totals = [counts.before(np.array([time])).sum(axis=2)[0] for time in np.sort(times)]
+    return np.mean(totals, axis=0, dtype=np.float64).astype(np.float32)
+
+
+def _candidates(
+    scorers: Sequence[Scorer],
+    data: PreparedData,
+    cases: Cases,
+    max_length: int,
+    counts: DecayedCounts,
+    typical: np.ndarray,
+) -> Candidates:
+    """Of the cases whose target is not excluded."""
+    rng = np.random.default_rng(0)
+    collected = []
+    ordered, _ = in_time(data, cases)
+    batches = map(_every_second_with_time, case_batches(data, ordered, max_length))
+    for number, batch in enumerate(batches):
+        parts = np.stack([np.asarray(score(batch)) for score in scorers], axis=1)
+        decayed = counts.before(batch.time)
+        chosen, log_weight = choose(parts, decayed, batch, rng)
+        real = len(cases) - number * len(batch.target)  # the last batch is filled up
+        kept = np.flatnonzero(~(batch.exclude == batch.target[:, None]).any(axis=1)[:real])
+        scale = np.asarray(traffic_scale(jnp.asarray(decayed.sum(axis=2)), jnp.asarray(typical)))
+        places = chosen[kept, None]
+        scaled = np.take_along_axis(decayed[kept], places, axis=2) * scale[kept, :, None]
+        views = np.asarray(trend_views(jnp.asarray(scaled))).reshape(len(kept), -1, chosen.shape[1])
+        collected.append((np.take_along_axis(parts[kept], places, axis=2), views, log_weight[kept]))
+    return Candidates(*map(np.concatenate, zip(*collected, strict=True)))
+
+
+def choose(
+    parts: np.ndarray, counts: np.ndarray, batch: CaseBatch, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The candidates of each case of a batch.
+
+    Args:
+        parts: [batch, parts, items + 1] float32.
+        counts: [batch, half-lives, items + 1] float32.
+        batch: The cases.
+        rng: Of the random ones.
+
+    Returns:
+        Items [batch, candidates] int64, the target first, and the logarithm of how many items each stands for
+        [batch, candidates] float32: NEVER where it is excluded, or a candidate already.
+    """
+    size, items = len(batch.target), parts.shape[2] - 1
+    taken = np.zeros((size, items + 1), bool)
+    rows = np.arange(size)[:, None]
+    taken[rows, batch.exclude] = taken[:, 0] = True
+    columns, log_weights = [], []
+
+    def add(candidates: np.ndarray, log_weight: float) -> None:
+        columns.append(candidates)
+        log_weights.append(np.where(taken[rows, candidates], NEVER, log_weight))
+        taken[rows, candidates] = True
+
+    add(batch.target[:, None].astype(np.int64), 0.0)
+    best = min(BEST_OF_EACH, items)
+    for scores in (*np.moveaxis(parts, 1, 0), counts.sum(axis=1)):
+        add(np.argpartition(-np.where(taken, NEVER, scores), best - 1, axis=1)[:, :best], 0.0)
+    if items <= SAMPLED:
+        add(np.tile(np.arange(1, items + 1), (size, 1)), 0.0)
+    else:
+        # The same item drawn twice counts twice, so it must not be a candidate yet when it is looked up.
+        add(rng.integers(1, items + 1, (size, SAMPLED)), np.log(items / SAMPLED))
+    return np.concatenate(columns, axis=1), np.concatenate(log_weights, axis=1).astype(np.float32)
+
+
+def _every_second_with_time(batch: CaseBatch) -> CaseBatch:
+    gaps = batch.request_gap.copy()
+    gaps[::2] = UNKNOWN_GAP
+    return batch._replace(request_gap=gaps)
+
+
+def _validation_ndcg(hybrid: Hybrid, data: PreparedData, cases: Cases, counts: DecayedCounts) -> float:
+    max_length = hybrid.lstm.config.max_length
+    scorer = hybrid_scorer(hybrid, counts)
+    ranked = (rank_cases(scorer, data, cases, max_length, time) for time in (False, True))
+    return float(np.mean([ndcg(one.ranks, 10).mean() for one in ranked]))
