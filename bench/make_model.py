@@ -20,7 +20,7 @@ from jaxrec.config import ModelConfig, PrepareConfig, RatingScale
 from jaxrec.data.prepare import prepare
 from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER
 from jaxrec.models.cooccurrence import CoOccurrence
-from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.hybrid import Hybrid, MixWeights
 from jaxrec.models.neighbours import NEIGHBOURS, Neighbours
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.onnx.model_directory import export_model
@@ -70,8 +70,7 @@ def main(items: int, hidden: int, clustered: bool, index: bool | None, seed: int
         lstm,
         content,
         CoOccurrence(random_neighbours(items, rng)),
-        weight=0.5,
-        cooccurrence_weight=1.0 if clustered else 8.0,
+        MixWeights(0.5, 0.5, 1.0 if clustered else 8.0),
     )
     manifest = export_model(
         hybrid,

@@ -18,9 +18,10 @@ from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER
 from jaxrec.data.store import write_prepared
 from jaxrec.files import sha256
 from jaxrec.models.cooccurrence import CoOccurrence
-from jaxrec.models.hybrid import Hybrid, PolicyHead
+from jaxrec.models.hybrid import Hybrid, MixWeights, PolicyHead
 from jaxrec.models.neighbours import neighbours
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.models.trend import Trend
 from jaxrec.onnx.model_directory import export_model
 from jaxrec.runs.directory import SCHEMA_VERSION
 
@@ -60,16 +61,15 @@ def small_data() -> PreparedData:
 
 def _random_hybrid(data: PreparedData, seed: int, with_policy: bool) -> Hybrid:
     items = len(data.catalog)
-    rngs = nnx.Rngs(seed)
+    rngs, rng = nnx.Rngs(seed), np.random.default_rng(seed)
     hybrid = Hybrid(
         TimeRatingAwareLSTM(items, SMALL, rngs=rngs),
         TimeRatingAwareContentModel(items, data.catalog.genre_matrix(), SMALL, rngs=rngs),
         CoOccurrence(neighbours(data, width=8)),
-        weight=0.4,
-        cooccurrence_weight=0.3,
+        MixWeights(0.4, 0.6, 0.3),
+        Trend(0.1 * rng.normal(size=(2, 6)), 1 + rng.exponential(size=6)),
         policy=PolicyHead(2 * SMALL.embedding, 8, items, rngs=rngs) if with_policy else None,
     )
-    rng = np.random.default_rng(seed)
     weights = nnx.state(hybrid, nnx.Param)
     nnx.update(hybrid, jax.tree.map(lambda x: x + 0.4 * rng.normal(size=x.shape).astype(np.float32), weights))
     return hybrid

@@ -9,6 +9,7 @@ from jaxrec.data.trend import HALF_LIVES_S
 from jaxrec.models.tables import FixedTable
 
 EVENTS_AT_ONE = 0.5  # decayed events at which the logarithm's view of an item turns from linear to logarithmic
+LEAST_EVENTS = 1e-6  # so that nothing is divided by 0 where there never was an event
 VIEWS = 2  # of each decayed count: its logarithm and its root
 
 
@@ -49,5 +50,4 @@ def trend_views(scaled: jax.Array) -> jax.Array:
 
 def traffic_scale(total: jax.Array, typical: jax.Array) -> jax.Array:
     """What counts are multiplied with; `total` [..., half-lives] is their sum over all items, `typical` its mean."""
-    both = total + typical
-    return jnp.where(both > 0, 2 * typical / jnp.where(both > 0, both, 1.0), 0.0)
+    return 2 * typical / jnp.maximum(total + typical, LEAST_EVENTS)

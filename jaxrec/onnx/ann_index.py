@@ -81,7 +81,7 @@ def probe_requests(
     for kind, requests in (("validation", _validation_requests(data, max_history)), ("made_up", made_up)):
         queries, excluded = [], []
         for request in requests:
-            inputs = {name: array for name, array in request.items() if name != "exclude"}
+            inputs = {name: array for name, array in request.items() if name not in ("trend", "exclude")}
             queries.append(session.run(["query"], {**inputs, "vector": item_vectors[request["item"]]})[0])
             excluded.append(request["exclude"])
         if queries:

@@ -18,6 +18,7 @@ from jaxrec.onnx.signature import (
     sequence_signature,
     step_query_signature,
     step_signature,
+    trend_signature,
 )
 from jaxrec.onnx.weights import Weights
 
@@ -43,6 +44,11 @@ def sequence_query_graph(weights: Weights) -> bytes:
 def step_query_graph(weights: Weights) -> bytes:
     """`step_query.onnx`, as `step_query_signature` has it. Raises ExportError."""
     return _graph("step_query", weights, step_query_signature(weights.state_width, weights.width), {})
+
+
+def trend_graph(weights: Weights) -> bytes:
+    """`trend.onnx`, as `trend_signature` has it. Raises ExportError."""
+    return _graph("trend", weights, trend_signature(len(weights.trend.typical)), {})
 
 
 def _item_arrays(weights: Weights) -> dict[str, np.ndarray]:
@@ -95,8 +101,9 @@ def _finish(name: str, model: Any, signature: Signature, item_arrays: dict[str, 
 
     graph = model.graph
     operators = [node.op_type for node in graph.node]
-    if operators.count("LSTM") != 2 or not _LOOPS.isdisjoint(operators):
-        raise ExportError(f"{name}.onnx: expected two LSTM operators and no loop, found {sorted(set(operators))}")
+    lstms = 2 if "rating" in signature.inputs else 0
+    if operators.count("LSTM") != lstms or not _LOOPS.isdisjoint(operators):
+        raise ExportError(f"{name}.onnx: expected {lstms} LSTM operators and no loop, found {sorted(set(operators))}")
     graph.name = name
     graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in item_arrays.items())
     del graph.value_info[:]

@@ -7,22 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from jaxrec.data.prepared import PreparedData
+from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
 from jaxrec.errors import ExportError
 from jaxrec.evaluation.baselines import decayed_popularity
 from jaxrec.files import new_directory, sha256
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx.ann_index import FROM_ITEMS
-from jaxrec.onnx.convert import sequence_graph, step_graph
+from jaxrec.onnx.convert import sequence_graph, step_graph, trend_graph
 from jaxrec.onnx.parity import check_parity
 from jaxrec.onnx.quantize import check_quality, quantize_lstms
 from jaxrec.onnx.search import externalized, make_search, write_array
-from jaxrec.onnx.signature import OPSET, sequence_signature, step_signature
+from jaxrec.onnx.signature import OPSET, sequence_signature, step_signature, trend_signature
 from jaxrec.onnx.weights import extract_weights
 
-MANIFEST_SCHEMA_VERSION = 1
+MANIFEST_SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 SEQUENCE_FILE = "sequence.onnx"
 STEP_FILE = "step.onnx"
+TREND_FILE = "trend.onnx"
+TREND_COUNTS_FILE = "trend_counts.npy"
 MODEL_CATALOG_FILE = "catalog.csv"
 ITEM_VECTORS_FILE = "item_vectors.npy"
 LICENCE_FILE = "DATA_LICENCE.txt"
@@ -63,8 +66,8 @@ def export_model(
     if weights.item_count != len(data.catalog):
         raise ExportError(f"the model knows {weights.item_count} items, the catalogue has {len(data.catalog)}")
     max_history = min(hybrid.lstm.config.max_length, hybrid.content.config.max_length)
-    sequence, step = sequence_graph(weights), step_graph(weights)
-    parity = check_parity(hybrid, sequence, step, max_history)
+    sequence, step, trend = sequence_graph(weights), step_graph(weights), trend_graph(weights)
+    parity = check_parity(hybrid, sequence, step, trend, max_history)
     search = None
     if weights.item_count >= FROM_ITEMS if index is None else index:
         search = make_search(weights, sequence, data, max_history, int8)
@@ -76,7 +79,9 @@ def export_model(
     graphs = {
         "sequence": {"file": SEQUENCE_FILE, **sequence_signature(weights.state_width).to_json()},
         "step": {"file": STEP_FILE, **step_signature(weights.state_width).to_json()},
+        "trend": {"file": TREND_FILE, **trend_signature(len(HALF_LIVES_S)).to_json()},
     }
+    counts = DecayedCounts.of(data)
     if search is not None:
         graphs |= search.graphs
 
@@ -89,6 +94,8 @@ def export_model(
             search.write(folder)
             (folder / SEQUENCE_FILE).write_bytes(externalized(sequence, folder))
             (folder / STEP_FILE).write_bytes(externalized(step, folder))
+        (folder / TREND_FILE).write_bytes(trend)
+        write_array(folder / TREND_COUNTS_FILE, counts.until(counts.last_time))
         _write_catalog(data, folder / MODEL_CATALOG_FILE)
         (folder / LICENCE_FILE).write_text(licence.rstrip() + "\n", encoding="utf-8")
         files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
@@ -105,6 +112,12 @@ def export_model(
             "rating_scale": None if scale is None else {"minimum": scale.minimum, "maximum": scale.maximum},
             "genres": list(data.catalog.genres),
             "graphs": graphs,
+            "trend": {
+                "file": TREND_FILE,
+                "counts": TREND_COUNTS_FILE,
+                "half_lives_s": HALF_LIVES_S,
+                "counted_until": counts.last_time,
+            },
             **({} if search is None else {"index": search.summary}),
             "files": files,
             **summaries,

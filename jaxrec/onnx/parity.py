@@ -11,6 +11,7 @@ from flax import nnx
 from jaxrec.config import MISSING_RATING
 from jaxrec.data.events import Events
 from jaxrec.data.schema import UNKNOWN_GAP
+from jaxrec.data.trend import HALF_LIVES_S
 from jaxrec.errors import ExportError
 from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.features import GAP_EDGES
@@ -25,13 +26,14 @@ PROBE_ROWS = 12
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A batch of requests: arrays as the inputs of `sequence.onnx`, without k."""
+    """A batch of requests at one moment: arrays as the inputs of `sequence.onnx`, without k."""
 
     item: np.ndarray
     rating: np.ndarray
     gap: np.ndarray
     length: np.ndarray
     request_gap: np.ndarray
+    trend: np.ndarray
     exclude: np.ndarray
 
     def row(self, at: int) -> "Probe":
@@ -43,6 +45,7 @@ class Probe:
             gap=self.gap[one, events],
             length=self.length[one],
             request_gap=self.request_gap[one],
+            trend=self.trend,
             exclude=self.exclude[one],
         )
 
@@ -73,15 +76,19 @@ def make_probe(item_count: int, max_history: int, seed: int = PROBE_SEED) -> Pro
         gap=np.where(where, gap, 0).astype(np.float32),
         length=length,
         request_gap=request_gap.astype(np.float32),
+        trend=np.concatenate([[0], rng.normal(size=item_count)]).astype(np.float32),
         exclude=exclude.astype(np.int32),
     )
 
 
-def check_parity(hybrid: Hybrid, sequence: bytes, step: bytes, max_history: int) -> dict[str, Any]:
-    """Runs the graphs with ONNX Runtime on the CPU beside `Hybrid.logits`; returns what was compared, as JSON values.
+def check_parity(hybrid: Hybrid, sequence: bytes, step: bytes, trend: bytes, max_history: int) -> dict[str, Any]:
+    """Runs the graphs with ONNX Runtime on the CPU beside `Hybrid.logits` and `Hybrid.trend`.
+
+    Returns what was compared, as JSON values.
 
     Compared within TOLERANCE: every logit and the state of `sequence`, of each row alone, and of the same history
-    fed to `step` event by event; and the order of all items, where a pair closer than that may change places.
+    fed to `step` event by event; the order of all items, where a pair closer than that may change places; and the
+    trend of made-up counts.
     Raises ExportError.
     """
     item_count = len(hybrid.item_bias()) - 1
@@ -102,11 +109,16 @@ def check_parity(hybrid: Hybrid, sequence: bytes, step: bytes, max_history: int)
     few = _run(graphs["sequence.onnx"], **vars(probe), k=np.array([min(3, item_count)], np.int64))
     if not np.array_equal(few["items"], answer["items"][:, : few["items"].shape[1]]):
         raise ExportError("sequence.onnx: the 3 best items are not the first 3 of all items")
+    counts = np.random.default_rng(PROBE_SEED).exponential(size=(len(HALF_LIVES_S), item_count + 1))
+    counts = np.where(counts < 1, 0, counts).astype(np.float32)
+    found = _run(open_session(trend), counts=counts)["trend"]
+    of_trend = _difference("trend.onnx", found[None], np.asarray(hybrid.trend(counts))[None])
     largest = np.max(differences, axis=0)
     return {
-        "max_abs_difference": float(largest.max()),
+        "max_abs_difference": max(float(largest.max()), of_trend),
         "max_abs_logit_difference": float(largest[0]),
         "max_abs_state_difference": float(largest[1]),
+        "max_abs_trend_difference": of_trend,
         "tolerance": TOLERANCE,
         "probe_rows": PROBE_ROWS,
         "longest_history": int(probe.length.max()),
@@ -124,10 +136,10 @@ def check_query_parity(
     probe = make_probe(weights.item_count, max_history)
     whole, of_sequence, of_step = (open_session(graph) for graph in (sequence, sequence_query, step_query))
     answer = _run(whole, **vars(probe), k=np.array([min(100, weights.item_count)], np.int64))
-    events = {name: array for name, array in vars(probe).items() if name != "exclude"}
+    events = {name: array for name, array in vars(probe).items() if name not in ("trend", "exclude")}
     found = _run(of_sequence, **events, vector=weights.item_vectors[probe.item])
     difference = _difference("sequence_query.onnx: states", found["state"], answer["state"])
-    logits = _logits(weights, found["query"], found["state"])
+    logits = _logits(weights, found["query"], found["state"]) + probe.trend
     scores = np.take_along_axis(logits, answer["items"].astype(np.int64), axis=1)
     # Excluded items are last, where there are few others.
     expected = np.where(answer["scores"] > NEVER / 2, answer["scores"], scores)
@@ -137,8 +149,8 @@ def check_query_parity(
         before = np.zeros((1, weights.state_width), np.float32)
         if last:
             shorter = {name: getattr(row, name)[:, :last] for name in ("item", "rating", "gap")}
-            rest = {"length": row.length - 1, "request_gap": row.request_gap, "exclude": row.exclude}
-            before = _run(whole, **shorter, **rest, k=np.array([1], np.int64))["state"]
+            rest = {name: getattr(row, name) for name in ("request_gap", "trend", "exclude")}
+            before = _run(whole, **shorter, length=row.length - 1, **rest, k=np.array([1], np.int64))["state"]
         event = {name: getattr(row, name)[:, last] for name in ("item", "rating", "gap")}
         vector = weights.item_vectors[event["item"]]
         stepped = _run(of_step, state=before, vector=vector, **event, request_gap=row.request_gap)
@@ -162,12 +174,14 @@ def _jax_answer(hybrid: Hybrid, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
     definition, weights = nnx.split(hybrid)
 
     @jax.jit
-    def answer(weights: nnx.State, events: Events, request_gap: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return nnx.merge(definition, weights).logits(events, request_gap)
+    def answer(
+        weights: nnx.State, events: Events, request_gap: jax.Array, trend: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return nnx.merge(definition, weights).logits(events, request_gap, trend=trend)
 
     with jax.default_matmul_precision("highest"):
         events = Events(*(jax.numpy.asarray(x) for x in (probe.item, probe.rating, probe.gap, probe.length)))
-        logits, state = answer(weights, events, jax.numpy.asarray(probe.request_gap))
+        logits, state = answer(weights, events, *map(jax.numpy.asarray, (probe.request_gap, probe.trend)))
     return np.asarray(logits), np.asarray(state)
 
 
@@ -203,6 +217,7 @@ def _replay(session: Any, probe: Probe, k: np.ndarray, state_width: int) -> dict
             rating=probe.rating[rows, t],
             gap=probe.gap[rows, t],
             request_gap=probe.request_gap[rows],
+            trend=probe.trend,
             exclude=probe.exclude[rows],
             k=k if last.any() else np.ones_like(k),
         )

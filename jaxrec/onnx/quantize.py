@@ -50,7 +50,9 @@ def quantize_lstms(graph: bytes) -> bytes:
 
 
 def check_quality(graph: bytes, quantized: bytes, data: PreparedData, max_history: int) -> dict[str, float]:
-    """Compares the two `sequence.onnx` on the validation cases, asked with a request time; returns the figures.
+    """Compares the two `sequence.onnx` on the validation cases, with a request time and without a trend.
+
+    Returns the figures.
 
     Raises ExportError where the quantized graph keeps too little of the first ten items or of NDCG@10, and where there
     is no validation case to tell.
@@ -102,6 +104,7 @@ def graph_scorer(graph: bytes, item_count: int) -> Scorer:
                 "gap": gap.astype(np.float32),
                 "length": np.asarray(events.length, np.int32),
                 "request_gap": np.asarray(batch.request_gap, np.float32),
+                "trend": np.zeros(item_count + 1, np.float32),
                 "exclude": np.zeros((rows, 1), np.int32),
                 "k": np.array([item_count], np.int64),
             },

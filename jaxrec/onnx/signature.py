@@ -26,6 +26,7 @@ class Signature:
 
 _REQUEST = {
     "request_gap": Tensor("float32", ("batch",)),
+    "trend": Tensor("float32", ("items",)),
     "exclude": Tensor("int32", ("batch", "excluded")),
     "k": Tensor("int64", (1,)),
 }
@@ -62,10 +63,17 @@ def step_signature(state_width: int) -> Signature:
     )
 
 
+def trend_signature(half_lives: int) -> Signature:
+    """The decayed counts of all items, padding included -> what is added to their logits."""
+    return Signature(
+        inputs={"counts": Tensor("float32", (half_lives, "items"))}, outputs={"trend": Tensor("float32", ("items",))}
+    )
+
+
 def sequence_query_signature(state_width: int, vector_width: int) -> Signature:
     """As `sequence_signature`, with the vectors of the items, and the query instead of an answer."""
     whole = sequence_signature(state_width)
-    inputs = {name: tensor for name, tensor in whole.inputs.items() if name not in ("exclude", "k")}
+    inputs = {name: tensor for name, tensor in whole.inputs.items() if name not in ("trend", "exclude", "k")}
     return Signature(
         inputs={"vector": Tensor("float32", ("batch", "length", vector_width)), **inputs},
         outputs={"state": whole.outputs["state"], "query": Tensor("float32", ("batch", vector_width))},
@@ -75,7 +83,7 @@ def sequence_query_signature(state_width: int, vector_width: int) -> Signature:
 def step_query_signature(state_width: int, vector_width: int) -> Signature:
     """As `step_signature`, with the vector of the item, and the query instead of an answer."""
     whole = step_signature(state_width)
-    inputs = {name: tensor for name, tensor in whole.inputs.items() if name not in ("exclude", "k")}
+    inputs = {name: tensor for name, tensor in whole.inputs.items() if name not in ("trend", "exclude", "k")}
     vector = Tensor("float32", ("batch", vector_width))
     return Signature(
         inputs={"vector": vector, **inputs},

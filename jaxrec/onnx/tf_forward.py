@@ -16,6 +16,7 @@ import tensorflow as tf
 from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.features import GAP_EDGES
 from jaxrec.models.masks import NEVER
+from jaxrec.models.trend import EVENTS_AT_ONE, LEAST_EVENTS
 from jaxrec.onnx.weights import RECENT_WEIGHTS, LSTMWeights, PolicyWeights, Weights
 
 
@@ -42,13 +43,14 @@ def sequence(
     gap: Any,
     length: Any,
     request_gap: Any,
+    trend: Any,
     exclude: Any,
     k: Any,
 ) -> dict[str, Any]:
     """A batch of histories -> state, items, scores."""
     vectors = tf.gather(items.vectors, tf.transpose(item))
     recurrent, recent = _read(weights, vectors, item, rating, gap, length)
-    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, exclude, k)
+    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, trend, exclude, k)
     return {"state": _state(recurrent, recent), "items": best, "scores": scores}
 
 
@@ -61,12 +63,13 @@ def step(
     rating: Any,
     gap: Any,
     request_gap: Any,
+    trend: Any,
     exclude: Any,
     k: Any,
 ) -> dict[str, Any]:
     """A batch of states and one event for each -> next_state, items, scores."""
     recurrent, recent = _step(weights, state, tf.gather(items.vectors, item), item, rating, gap)
-    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, exclude, k)
+    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, trend, exclude, k)
     return {"next_state": _state(recurrent, recent), "items": best, "scores": scores}
 
 
@@ -84,6 +87,15 @@ def step_query(
     """`step` without the items' arrays -> next_state, query."""
     recurrent, recent = _step(weights, state, vector, item, rating, gap)
     return {"next_state": _state(recurrent, recent), "query": _query(weights, recurrent, request_gap)}
+
+
+def trend(weights: Weights, *, counts: Any) -> dict[str, Any]:
+    """`jaxrec.models.trend.Trend`: decayed counts [half-lives, items + 1] -> trend [items + 1]."""
+    typical = tf.constant(weights.trend.typical[:, None])
+    total = tf.reduce_sum(counts, axis=1, keepdims=True)
+    scaled = counts * (2 * typical / tf.maximum(total + typical, np.float32(LEAST_EVENTS)))
+    views = tf.stack([tf.math.log(1 + scaled / np.float32(EVENTS_AT_ONE)), tf.sqrt(scaled)])
+    return {"trend": tf.reduce_sum(tf.constant(weights.trend.views[:, :, None]) * views, axis=[0, 1])}
 
 
 def _read(weights: Weights, vectors: Any, item: Any, rating: Any, gap: Any, length: Any) -> tuple[Any, Any]:
@@ -162,13 +174,13 @@ def _query(weights: Weights, recurrent: Any, request_gap: Any) -> Any:
     return query if weights.policy is None else query + _policy_shift(weights.policy, query)
 
 
-def _answer(items: ItemArrays, query: Any, recent: Any, exclude: Any, k: Any) -> tuple[Any, Any]:
+def _answer(items: ItemArrays, query: Any, recent: Any, trend: Any, exclude: Any, k: Any) -> tuple[Any, Any]:
     """The k best items [batch, k] int32 and their logits."""
     logits = tf.matmul(query, items.vectors, transpose_b=True) + items.bias
     neighbours = tf.reshape(tf.gather(items.neighbours, recent), [-1, RECENT_ITEMS * items.neighbours.shape[1]])
     decays = RECENT_WEIGHTS[:, None]
     closeness = tf.reshape(tf.gather(items.closeness, recent) * decays, tf.shape(neighbours))
-    logits = tf.tensor_scatter_nd_add(logits, _places(neighbours), closeness)
+    logits = tf.tensor_scatter_nd_add(logits, _places(neighbours), closeness) + trend
     never = tf.fill(tf.shape(exclude), np.float32(NEVER))
     logits = tf.tensor_scatter_nd_update(logits, _places(exclude), never)
     # Without the column of the padding, which so cannot be an answer even when all others are excluded.

@@ -44,6 +44,14 @@ class PolicyWeights:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrendWeights:
+    """`views` [VIEWS, half-lives] and `typical` [half-lives] of `jaxrec.models.trend.Trend`."""
+
+    views: np.ndarray
+    typical: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Weights:
     """Float32 arrays. width = 2 * embedding; `ratings` and `times` are twice the width of one model's features.
 
@@ -69,6 +77,7 @@ class Weights:
     neighbour_item: np.ndarray
     neighbour_weight: np.ndarray
     policy: PolicyWeights | None
+    trend: TrendWeights
 
     @property
     def item_count(self) -> int:
@@ -98,7 +107,7 @@ def extract_weights(hybrid: Hybrid) -> Weights:
         item_vectors = np.asarray(hybrid.item_vectors())
         views = [_request_views(model) for model in models]
         request_scale, request_shift = (np.concatenate(of_both, axis=1) for of_both in zip(*views, strict=True))
-    share = np.float32(hybrid.weight[...])
+    of_lstm, of_content, of_neighbours = np.asarray(hybrid.weights[...])
     projections = [_linear(model.projection) for model in models]
     return Weights(
         item_vectors=item_vectors,
@@ -111,15 +120,14 @@ def extract_weights(hybrid: Hybrid) -> Weights:
         content=_lstm_weights(hybrid.content.lstm),
         request_scale=request_scale,
         request_shift=request_shift,
-        projection=_block_diagonal(share * projections[0][0], (1 - share) * projections[1][0]),
-        projection_bias=np.concatenate([share * projections[0][1], (1 - share) * projections[1][1]]),
+        projection=_block_diagonal(of_lstm * projections[0][0], of_content * projections[1][0]),
+        projection_bias=np.concatenate([of_lstm * projections[0][1], of_content * projections[1][1]]),
         neighbour_item=np.asarray(hybrid.cooccurrence.neighbour_item[...]),
-        neighbour_weight=np.asarray(
-            hybrid.cooccurrence_weight[...] * hybrid.cooccurrence.neighbour_weight[...], np.float32
-        ),
+        neighbour_weight=np.asarray(of_neighbours * hybrid.cooccurrence.neighbour_weight[...], np.float32),
         policy=None
         if hybrid.policy is None
         else PolicyWeights(*_linear(hybrid.policy.inner), *_linear(hybrid.policy.outer)),
+        trend=TrendWeights(np.asarray(hybrid.trend.weights[...]), np.asarray(hybrid.trend.typical[...])),
     )
 
 

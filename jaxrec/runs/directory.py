@@ -38,6 +38,7 @@ from flax import nnx
 from jaxrec.config import ModelConfig, TrainConfig, from_json
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.store import read_prepared
+from jaxrec.data.trend import DecayedCounts
 from jaxrec.errors import DataError
 from jaxrec.files import read_json
 from jaxrec.models.cooccurrence import CoOccurrence
@@ -142,6 +143,11 @@ class Run:
         """The data and the models without a policy; read once."""
         data = self.read_data()
         return data, load_supervised(self, data)
+
+    @functools.cached_property
+    def counts(self) -> DecayedCounts:
+        """Of all events of the data; made once, since that sorts them."""
+        return DecayedCounts.of(self.supervised[0])
 
 
 def open_run(run: Run | Path | str) -> Run:

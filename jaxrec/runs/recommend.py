@@ -1,5 +1,6 @@
 """Recommendations of a run without a server, equal to those of a server of the exported run."""
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -40,7 +41,8 @@ def recommend(run: Run, histories: pd.DataFrame | Sequence[int] | Sequence[str],
     model = load_served(run, supervised)
     known = known_events(histories, data)
     parts = []
-    for users, top, scores in _best(model, data, known, min(k, len(data.catalog))):
+    counts = run.counts.until(int(time.time()))
+    for users, top, scores in _best(model, data, known, counts, min(k, len(data.catalog))):
         rows, ranks = np.nonzero(scores > -np.inf)
         items = top[rows, ranks]
         columns = {
@@ -87,11 +89,12 @@ def known_events(histories: pd.DataFrame | Sequence[int] | Sequence[str], data: 
 
 
 def _best(
-    model: Hybrid, data: PreparedData, known: KnownEvents, k: int
+    model: Hybrid, data: PreparedData, known: KnownEvents, counts: np.ndarray, k: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Users [n], their best items [n, k], best first, and these items' scores [n, k]: -inf where no item is left.
 
-    All batches have one shape. A user without a known event gets the most popular items.
+    `counts` are what the trend is made of. All batches have one shape. A user without a known event gets the most
+    popular items.
     """
     graphdef, variables = nnx.split(model)
     max_length, size = model.lstm.config.max_length, min(BATCH_USERS, len(known.users))
@@ -113,7 +116,7 @@ def _best(
             np.where(where, known.gaps[rows], UNKNOWN_GAP).astype(np.float32),
             lengths.astype(np.int32),
         )
-        logits = np.array(_logits(graphdef, variables, events))
+        logits = np.array(_logits(graphdef, variables, events, counts))
         logits[:, 0] = -np.inf
         for row, user in enumerate(users):
             logits[row, known.histories.items[starts[user] : stops[user]]] = -np.inf
@@ -130,9 +133,9 @@ def _most_popular(data: PreparedData, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @jax.jit(static_argnums=0)
-def _logits(graphdef: nnx.GraphDef[Hybrid], variables: nnx.State, events: Events) -> jax.Array:
-    unknown = jnp.full(events.item.shape[0], UNKNOWN_GAP)
-    return nnx.merge(graphdef, variables).logits(events, unknown)[0]
+def _logits(graphdef: nnx.GraphDef[Hybrid], variables: nnx.State, events: Events, counts: jax.Array) -> jax.Array:
+    unknown, model = jnp.full(events.item.shape[0], UNKNOWN_GAP), nnx.merge(graphdef, variables)
+    return model.logits(events, unknown, trend=model.trend(counts))[0]
 
 
 def _encode(ids: pd.Series, data: PreparedData) -> np.ndarray:

@@ -10,7 +10,7 @@ from jaxrec.config import ModelConfig
 from jaxrec.data.events import Events
 from jaxrec.models.cooccurrence import RECENT_ITEMS, CoOccurrence, recent_items
 from jaxrec.models.features import GAP_BUCKETS, RatingEmbedding, gap_bucket
-from jaxrec.models.hybrid import Hybrid, PolicyHead
+from jaxrec.models.hybrid import Hybrid, MixWeights, PolicyHead
 from jaxrec.models.lstm import LSTM
 from jaxrec.models.neighbours import Neighbours
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
@@ -42,8 +42,7 @@ def make_hybrid(policy: bool = False) -> Hybrid:
         TimeRatingAwareLSTM(ITEMS, CONFIG, rngs=rngs),
         TimeRatingAwareContentModel(ITEMS, GENRES, CONFIG, rngs=rngs),
         CoOccurrence(NEIGHBOURS),
-        weight=0.3,
-        cooccurrence_weight=2.0,
+        MixWeights(0.3, 0.7, 2.0),
         policy=PolicyHead(12, 4, ITEMS, rngs=rngs) if policy else None,
     )
 
@@ -207,7 +206,7 @@ def test_recent_items_go_on_where_they_stopped() -> None:
 def test_cooccurrence_adds_to_the_logits_by_its_weight() -> None:
     hybrid, events = make_hybrid(), random_events(5, 8, seed=3)
     gap = jnp.full(5, -1.0)
-    without = Hybrid(hybrid.lstm, hybrid.content, hybrid.cooccurrence, weight=0.3, cooccurrence_weight=0.0)
+    without = Hybrid(hybrid.lstm, hybrid.content, hybrid.cooccurrence, MixWeights(0.3, 0.7, 0.0))
     scores = hybrid.cooccurrence.scores(recent_items(events.item, events.length))
     assert float(scores.max()) > 0
     np.testing.assert_allclose(
@@ -217,11 +216,10 @@ def test_cooccurrence_adds_to_the_logits_by_its_weight() -> None:
 
 def test_bad_arguments_are_named() -> None:
     hybrid = make_hybrid()
-    with pytest.raises(ValueError, match=r"cooccurrence_weight -1\.0 is not a number of at least 0"):
-        Hybrid(hybrid.lstm, hybrid.content, hybrid.cooccurrence, weight=0.5, cooccurrence_weight=-1.0)
+    for name, weights in {"lstm": (-0.5, 0.5, 1.0), "cooccurrence": (0.5, 0.5, float("nan"))}.items():
+        with pytest.raises(ValueError, match=f"the mix's weight of {name} is .*, expected a number of at least 0"):
+            Hybrid(hybrid.lstm, hybrid.content, hybrid.cooccurrence, MixWeights(*weights))
     with pytest.raises(ValueError, match=r"item_embedding is \(3, 6\), expected \(13, 6\)"):
         TimeRatingAwareLSTM(ITEMS, CONFIG, rngs=nnx.Rngs(0), item_embedding=np.zeros((3, 6), np.float32))
-    with pytest.raises(ValueError, match=r"weight 1\.5 is outside 0\.\.1"):
-        Hybrid(hybrid.lstm, hybrid.content, hybrid.cooccurrence, weight=1.5, cooccurrence_weight=0.0)
     with pytest.raises(ValueError, match="genre_matrix has 4 rows, expected 13"):
         TimeRatingAwareContentModel(ITEMS, GENRES[:4], CONFIG, rngs=nnx.Rngs(0))

@@ -69,9 +69,9 @@ def reference_query(model: TimeRatingAwareLSTM, h: np.ndarray, request_gap: floa
 
 def reference(hybrid: Hybrid, history: Probe) -> tuple[np.ndarray, np.ndarray]:
     """Logits [items + 1] and state of one row without padding."""
-    share = float(hybrid.weight[...])
+    weights = hybrid.mix_weights()
     queries, vectors, biases, state = [], [], [], []
-    for model, part in ((hybrid.lstm, share), (hybrid.content, 1 - share)):
+    for model, part in ((hybrid.lstm, weights.lstm), (hybrid.content, weights.content)):
         h, c = reference_encode(model, history.item[0], history.rating[0], history.gap[0])
         queries.append(part * reference_query(model, h, history.request_gap[0]))
         biases.append(part * array(model.item_bias_table))
@@ -86,10 +86,11 @@ def reference(hybrid: Hybrid, history: Probe) -> tuple[np.ndarray, np.ndarray]:
     logits = np.concatenate(vectors, axis=1) @ query + bias
     recent = history.item[0][::-1][:RECENT_ITEMS]
     items = np.asarray(hybrid.cooccurrence.neighbour_item[...])
-    weights = array(hybrid.cooccurrence.neighbour_weight)
+    closeness = array(hybrid.cooccurrence.neighbour_weight)
     for age, item in enumerate(recent):
-        for neighbour, weight in zip(items[item], weights[item], strict=True):
-            logits[neighbour] += float(hybrid.cooccurrence_weight[...]) * RECENT_DECAY**age * weight
+        for neighbour, weight in zip(items[item], closeness[item], strict=True):
+            logits[neighbour] += weights.cooccurrence * RECENT_DECAY**age * weight
+    logits += history.trend
     logits[0] = NEVER
     return logits, np.concatenate([*state, np.pad(recent, (0, RECENT_ITEMS - len(recent)))])
 

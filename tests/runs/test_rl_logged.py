@@ -18,7 +18,7 @@ from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.files import sha256
-from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.hybrid import Hybrid, MixWeights
 from jaxrec.rl.config import LoggedConfig, RewardWeights, ServedConfig
 from jaxrec.rl.logged import train as train_module
 from jaxrec.rl.logged.methods import TOP_K
@@ -131,7 +131,7 @@ def test_an_interrupted_training_is_resumed_with_the_same_result(trained: Path, 
 def test_an_interrupted_training_on_other_weights_is_refused(loaded: LoadedRun, supervised: Hybrid) -> None:
     with pytest.raises(TrainingStopped):
         run_logged(loaded, SHORT, stop=StopAfter(0))
-    other = Hybrid(supervised.lstm, supervised.content, supervised.cooccurrence, 0.5, 0.3)
+    other = Hybrid(supervised.lstm, supervised.content, supervised.cooccurrence, MixWeights(0.5, 0.5, 0.3))
     with pytest.raises(DataError, match=r"policy\.partial: was started with other models than now"):
         run_logged(loaded._replace(supervised=other), resume=True)
     (loaded.run.folder / "policy.partial/20/arrays/_METADATA").write_bytes(b"half")
@@ -141,7 +141,7 @@ def test_an_interrupted_training_on_other_weights_is_refused(loaded: LoadedRun, 
 
 def test_policy_on_top_of_other_weights_is_refused(run: Run, supervised: Hybrid) -> None:
     """Of the same shapes: another mix of the same models is enough."""
-    other = Hybrid(supervised.lstm, supervised.content, supervised.cooccurrence, 0.4, 0.31)
+    other = Hybrid(supervised.lstm, supervised.content, supervised.cooccurrence, MixWeights(0.4, 0.6, 0.31))
     with pytest.raises(DataError, match=r"the policy was trained on top of other weights than the models of .* have"):
         load_policy(run, other, only_if_used=False)
 
