@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 
 from jaxrec.config import PrepareConfig
-from jaxrec.data.batches import case_batches
+from jaxrec.data.batches import CaseBatch, case_batches
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, SECONDS_PER_DAY, TIME, USER
 from jaxrec.data.split import Cases
+from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
 from jaxrec.evaluation.baselines import cooccurrence_scorer, popularity_scorer, recent_popularity_scorer
 from jaxrec.evaluation.bootstrap import resample
 from jaxrec.evaluation.ranking import rank_cases, summarize, without_request_time
@@ -20,7 +21,7 @@ from jaxrec.models.hybrid import Hybrid
 
 SCORERS: dict[str, Callable[[PreparedData, Hybrid], Scorer]] = {
     "popularity": lambda data, hybrid: popularity_scorer(data),
-    "recent popularity": lambda data, hybrid: recent_popularity_scorer(data, 30.0),
+    "recent popularity": lambda data, hybrid: recent_popularity_scorer(data, DecayedCounts.of(data), 4),
     "co-occurrence": lambda data, hybrid: cooccurrence_scorer(hybrid.cooccurrence),
     "LSTM": lambda data, hybrid: sequence_scorer(hybrid.lstm),
     "content": lambda data, hybrid: sequence_scorer(hybrid.content),
@@ -52,35 +53,48 @@ EVENTS += [(2, "a", 8), (3, "a", 9), (2, "b", 17), (3, "b", 18), (4, "b", 19)]
 EVENTS += [(user, item, day) for user in (2, 3, 4) for item, day in (("y", 30), ("z", 31))]
 
 
-def recent_counts(request_time: bool, window_days: float) -> dict[str, int]:
-    """Of user 1's test case: how often each item was counted, without what breaks ties."""
+def case_of_user_1() -> tuple[PreparedData, CaseBatch]:
     log = pd.DataFrame([(u, i, day * DAY) for u, i, day in EVENTS], columns=[USER, ITEM, TIME])
     data = prepare(log, None, PrepareConfig(1, 1))
     (batch,) = case_batches(data, data.split.test, 8)
-    asked = batch if request_time else without_request_time(batch)
-    scores = np.asarray(recent_popularity_scorer(data, window_days)(asked))[0]
-    return {
-        raw: int(score) for raw, score in zip(data.catalog.ids.raw_ids.tolist(), scores[1:], strict=True) if score >= 1
-    }
+    return data, batch
 
 
-def test_recent_popularity_with_request_time_counts_what_precedes_the_request() -> None:
-    assert recent_counts(True, window_days=5) == {"b": 3}  # days 15 to 20
-    assert recent_counts(True, window_days=11.5) == {"a": 1, "b": 3}  # from day 8.5
-    assert recent_counts(True, window_days=365) == {"first": 1, "a": 2, "b": 3}  # "x" is for validation
+def test_recent_popularity_decays_what_precedes_the_request_with_and_without_its_time() -> None:
+    data, batch = case_of_user_1()
+    scorer = recent_popularity_scorer(data, DecayedCounts.of(data), HALF_LIVES_S.index(DAY))
+    for asked in (batch, without_request_time(batch)):
+        scores = dict(zip(data.catalog.ids.raw_ids.tolist(), np.asarray(scorer(asked))[0, 1:], strict=True))
+        # The request comes on day 20, and "y" and "z" later.
+        assert scores["b"] == pytest.approx(1 / 8 + 1 / 4 + 1 / 2, abs=1e-4)
+        assert scores["a"] == pytest.approx(2**-12 + 2**-11, abs=1e-4)
+        assert scores["x"] == pytest.approx(2**-10, abs=1e-4)
+        assert scores["y"] < 1e-5
+        assert scores["z"] < 1e-5
 
 
-def test_recent_popularity_without_request_time_counts_what_precedes_the_last_event() -> None:
-    assert recent_counts(False, window_days=5) == {"a": 2}  # days 5 to 10: nothing of the days before the target
-    assert recent_counts(False, window_days=1.5) == {"a": 1}  # from day 8.5
-    assert recent_counts(False, window_days=365) == {"first": 1, "a": 2}
-
-
-def test_without_any_time_recent_popularity_is_popularity() -> None:
-    log = pd.DataFrame([(u, i, day * DAY) for u, i, day in EVENTS], columns=[USER, ITEM, TIME])
-    data = prepare(log, None, PrepareConfig(1, 1))
-    (batch,) = case_batches(data, Cases(np.array([0]), data.histories.offsets[:1]), 8)  # a target without a history
-    scores = np.asarray(recent_popularity_scorer(data, 365)(without_request_time(batch)))[0]
+def test_without_any_event_recent_popularity_is_popularity() -> None:
+    data, batch = case_of_user_1()
+    scorer = recent_popularity_scorer(data, DecayedCounts.of(data), 0)
+    scores = np.asarray(scorer(batch._replace(time=np.zeros_like(batch.time))))[0]
     order = np.argsort(-scores[1:], kind="stable")
     np.testing.assert_array_equal(order, np.argsort(-data.train_popularity()[1:], kind="stable"))
-    assert scores.max() < 1  # no event is counted
+
+
+def test_the_hybrid_adds_the_trend_of_each_case(small_data: PreparedData, small_hybrid: Hybrid) -> None:
+    counts = DecayedCounts.of(small_data)
+    (batch,) = case_batches(small_data, small_data.split.test, 50)
+    plain, with_trend = (np.asarray(hybrid_scorer(small_hybrid, one)(batch)) for one in (None, counts))
+    trend = np.asarray(small_hybrid.trend(counts.before(batch.time)))
+    assert np.ptp(trend, axis=0).max() > 0.01  # the cases are of different times
+    np.testing.assert_allclose(with_trend[:, 1:], (plain + trend)[:, 1:], rtol=1e-4, atol=1e-4)
+
+
+def test_the_order_of_the_cases_changes_no_rank(small_data: PreparedData, small_hybrid: Hybrid) -> None:
+    cases = small_data.split.test
+    order = np.random.default_rng(0).permutation(len(cases))
+    scorer = hybrid_scorer(small_hybrid, DecayedCounts.of(small_data))
+    ranked = rank_cases(scorer, small_data, cases, 50, request_time=True)
+    shuffled = rank_cases(scorer, small_data, Cases(cases.users[order], cases.rows[order]), 50, request_time=True)
+    np.testing.assert_array_equal(shuffled.ranks, ranked.ranks[order])
+    np.testing.assert_array_equal(shuffled.top, ranked.top[order])

@@ -13,9 +13,9 @@ from jaxrec.errors import ExportError
 from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx import convert
-from jaxrec.onnx.convert import sequence_graph, step_graph
+from jaxrec.onnx.convert import sequence_graph, step_graph, trend_graph
 from jaxrec.onnx.parity import check_parity, make_probe
-from jaxrec.onnx.weights import LSTMWeights, Weights, extract_weights
+from jaxrec.onnx.weights import LSTMWeights, TrendWeights, Weights, extract_weights
 
 PROBE = make_probe(item_count=60, max_history=50, seed=3)
 
@@ -71,6 +71,7 @@ def test_types_and_shapes_follow_the_inputs(exported) -> None:
             gap=np.ones((batch, length), np.float32),
             length=np.full(batch, length, np.int32),
             request_gap=np.ones(batch, np.float32),
+            trend=np.zeros(exported.item_count + 1, np.float32),
             exclude=np.zeros((batch, excluded), np.int32),
             k=np.array([k]),
         )
@@ -126,6 +127,7 @@ def one_unit_weights(gates: tuple[list[float], list[float]]) -> Weights:
         neighbour_item=np.zeros((2, 1), np.int32),
         neighbour_weight=np.zeros((2, 1), np.float32),
         policy=None,
+        trend=TrendWeights(np.zeros((2, 6), np.float32), np.zeros(6, np.float32)),
     )
 
 
@@ -146,6 +148,7 @@ def test_gate_order_by_hand() -> None:
         "rating": np.zeros(1, np.float32),
         "gap": np.zeros(1, np.float32),
         "request_gap": np.zeros(1, np.float32),
+        "trend": np.array([0, 0.5], np.float32),
         "exclude": np.zeros((1, 1), np.int32),
         "k": np.array([1]),
     }
@@ -162,7 +165,7 @@ def test_gate_order_by_hand() -> None:
     h_content = sigmoid(4) * math.tanh(c_content)
     expected = [h_lstm, c_lstm, h_content, c_content, 1.0, *nothing[1:]]  # item 1 is the most recent one
     np.testing.assert_allclose(next_state, [expected], atol=1e-6)
-    np.testing.assert_allclose(scores, [[2 * h_lstm + 3 * h_content]], atol=1e-6)
+    np.testing.assert_allclose(scores, [[2 * h_lstm + 3 * h_content + 0.5]], atol=1e-6)
 
 
 def tampered(weights: Weights, name: str) -> Weights:
@@ -175,17 +178,40 @@ def tampered(weights: Weights, name: str) -> Weights:
 @pytest.mark.parametrize("name", ["item_vectors", "rating_missing", "projection_bias"])
 def test_one_number_that_differs_is_found(small_hybrid: Hybrid, model_directory: Path, name: str) -> None:
     sequence = sequence_graph(tampered(extract_weights(small_hybrid), name))
-    step = (model_directory / "step.onnx").read_bytes()
+    step, trend = ((model_directory / name).read_bytes() for name in ("step.onnx", "trend.onnx"))
     with pytest.raises(ExportError, match=r"sequence\.onnx: \w+ differ from JAX by up to .*, tolerance 0\.0001"):
-        check_parity(small_hybrid, sequence, step, max_history=50)
+        check_parity(small_hybrid, sequence, step, trend, max_history=50)
 
 
 def test_a_step_that_differs_is_found(small_hybrid: Hybrid, model_directory: Path) -> None:
-    sequence = (model_directory / "sequence.onnx").read_bytes()
+    sequence, trend = ((model_directory / name).read_bytes() for name in ("sequence.onnx", "trend.onnx"))
     weights = extract_weights(small_hybrid)
     swapped = step_graph(dataclasses.replace(weights, lstm=weights.content, content=weights.lstm))
     with pytest.raises(ExportError, match=r"step\.onnx: states differ from JAX"):
-        check_parity(small_hybrid, sequence, swapped, max_history=50)
+        check_parity(small_hybrid, sequence, swapped, trend, max_history=50)
+
+
+def test_a_trend_that_differs_is_found(small_hybrid: Hybrid, model_directory: Path) -> None:
+    sequence, step = ((model_directory / name).read_bytes() for name in ("sequence.onnx", "step.onnx"))
+    weights = extract_weights(small_hybrid)
+    other = TrendWeights(weights.trend.views + np.float32(0.01), weights.trend.typical)
+    trend = trend_graph(dataclasses.replace(weights, trend=other))
+    with pytest.raises(ExportError, match=r"trend\.onnx differ from JAX"):
+        check_parity(small_hybrid, sequence, step, trend, max_history=50)
+
+
+def test_trend_by_hand(small_hybrid: Hybrid) -> None:
+    """One half-life counts: 2 events of item 1 and 6 of item 2, where 8 are usual. The scale is 2 * 8 / (8 + 8) = 1."""
+    views = np.array([[0.0, 3.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.5, 0.0, 0.0, 0.0, 0.0]], np.float32)
+    weights = dataclasses.replace(extract_weights(small_hybrid), trend=TrendWeights(views, np.full(6, 8, np.float32)))
+    session = onnxruntime.InferenceSession(trend_graph(weights), providers=["CPUExecutionProvider"])
+    counts = np.ones((6, 4), np.float32)
+    counts[1] = [0, 2, 6, 0]
+    (trend,) = session.run(["trend"], {"counts": counts})
+    expected = [3 * math.log(1 + 2 / 0.5) + 0.5 * math.sqrt(2), 3 * math.log(1 + 6 / 0.5) + 0.5 * math.sqrt(6), 0]
+    np.testing.assert_allclose(trend, [0, *expected], rtol=1e-6)
+    (nothing,) = session.run(["trend"], {"counts": np.zeros((6, 4), np.float32)})
+    np.testing.assert_array_equal(nothing, np.zeros(4))
 
 
 def test_what_tf2onnx_only_logs_is_an_error(small_hybrid: Hybrid, monkeypatch: pytest.MonkeyPatch) -> None:

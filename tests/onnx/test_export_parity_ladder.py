@@ -153,6 +153,7 @@ def test_step_by_step_equals_the_formulas(exported, probe: Probe, expected) -> N
                 rating=row.rating[:, t],
                 gap=row.gap[:, t],
                 request_gap=row.request_gap,
+                trend=row.trend,
                 exclude=row.exclude,
                 k=exported.everything,
             )

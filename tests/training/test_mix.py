@@ -1,0 +1,147 @@
+"""What the mix learns: weights that are known, candidates that stand for all items, and a trend only where there is
+one."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+from flax import nnx
+
+from jaxrec.config import ModelConfig, PrepareConfig
+from jaxrec.data.batches import CaseBatch, case_batches
+from jaxrec.data.prepare import prepare
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.schema import ITEM, TIME, USER
+from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
+from jaxrec.evaluation.metrics import ndcg
+from jaxrec.evaluation.ranking import rank_cases
+from jaxrec.evaluation.scorers import hybrid_scorer
+from jaxrec.models.cooccurrence import CoOccurrence
+from jaxrec.models.masks import NEVER
+from jaxrec.models.neighbours import neighbours
+from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.models.trend import VIEWS
+from jaxrec.training import mix
+from jaxrec.training.mix import Candidates, choose, fit_weights, learn_mix
+
+WIDTH = VIEWS * len(HALF_LIVES_S)
+
+
+def drawn_targets(logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """[cases] by the softmax of logits [cases, items]."""
+    return np.argmax(logits + rng.gumbel(size=logits.shape), axis=1)
+
+
+def test_weights_that_made_the_targets_are_found() -> None:
+    rng = np.random.default_rng(0)
+    cases, items = 4000, 30
+    parts = rng.normal(size=(cases, 3, items)).astype(np.float32)
+    views = rng.normal(size=(cases, WIDTH, items)).astype(np.float32)
+    wanted = np.array([0.5, 1.0, 2.0, -0.8, *np.zeros(WIDTH - 2), 0.6])
+    logits = np.einsum("p,cpi->ci", wanted[:3], parts) + np.einsum("v,cvi->ci", wanted[3:], views)
+    swapped = np.tile(np.arange(items), (cases, 1))  # the target becomes the first candidate
+    target = drawn_targets(logits, rng)
+    swapped[np.arange(cases), target], swapped[:, 0] = 0, target
+    found = fit_weights(
+        Candidates(*(np.take_along_axis(x, swapped[:, None], 2) for x in (parts, views)), np.zeros((cases, items)))
+    )
+    np.testing.assert_allclose(found, wanted, atol=0.12)
+
+
+def test_a_part_that_says_the_opposite_gets_no_weight() -> None:
+    rng = np.random.default_rng(1)
+    parts = rng.normal(size=(500, 3, 20)).astype(np.float32)
+    parts[:, 0, 0] -= 2.0  # of the target
+    parts[:, 1, 0] += 2.0
+    found = fit_weights(Candidates(parts, np.zeros((500, WIDTH, 20), np.float32), np.zeros((500, 20), np.float32)))
+    assert found[0] == 0.0
+    assert found[1] > 0.5
+    np.testing.assert_array_equal(found[3:], np.zeros(WIDTH))
+
+
+@pytest.fixture
+def batch(small_data: PreparedData) -> CaseBatch:
+    return next(case_batches(small_data, small_data.split.validation, max_length=50))
+
+
+def test_candidates_of_a_small_catalogue_are_all_items_once(batch: CaseBatch, small_data: PreparedData) -> None:
+    items = len(small_data.catalog)
+    rng = np.random.default_rng(2)
+    parts = rng.normal(size=(len(batch.target), 3, items + 1)).astype(np.float32)
+    counts = rng.exponential(size=(len(batch.target), len(HALF_LIVES_S), items + 1))
+    chosen, log_weight = choose(parts, counts, batch, rng)
+    for row, (candidates, weights) in enumerate(zip(chosen, log_weight, strict=True)):
+        real = candidates[weights > NEVER]
+        assert real[0] == batch.target[row]
+        assert sorted(real) == sorted({*range(1, items + 1)} - {*batch.exclude[row].tolist()} | {batch.target[row]})
+        assert (weights[weights > NEVER] == 0).all()
+
+
+def test_random_candidates_stand_for_the_rest(batch: CaseBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weighted sum over the candidates is, on average over draws, the sum over all items that are left."""
+    monkeypatch.setattr(mix, "BEST_OF_EACH", 3)
+    monkeypatch.setattr(mix, "SAMPLED", 20)
+    rng = np.random.default_rng(3)
+    size, items = len(batch.target), 400
+    parts = rng.normal(size=(size, 3, items + 1)).astype(np.float32)
+    counts = rng.exponential(size=(size, len(HALF_LIVES_S), items + 1))
+    left = np.ones((size, items + 1), bool)
+    left[np.arange(size)[:, None], batch.exclude] = left[:, 0] = False
+    left[np.arange(size), batch.target] = True
+    weights = np.exp(parts[:, 0])
+    wanted = (weights * left).sum(axis=1)
+    sums = []
+    for _ in range(400):
+        chosen, log_weight = choose(parts, counts, batch, rng)
+        of_chosen = np.take_along_axis(weights, chosen, axis=1)
+        sums.append((of_chosen * np.where(log_weight > NEVER, np.exp(log_weight), 0)).sum(axis=1))
+    np.testing.assert_allclose(np.mean(sums, axis=0), wanted, rtol=0.05)
+
+
+SMALL = ModelConfig(embedding=4, hidden=4, rating_width=2, time_width=2, max_length=8)
+DAY = 86_400
+
+
+def untrained(data: PreparedData) -> tuple[TimeRatingAwareLSTM, TimeRatingAwareContentModel, CoOccurrence]:
+    rngs = nnx.Rngs(0)
+    return (
+        TimeRatingAwareLSTM(len(data.catalog), SMALL, rngs=rngs),
+        TimeRatingAwareContentModel(len(data.catalog), data.catalog.genre_matrix(), SMALL, rngs=rngs),
+        CoOccurrence(neighbours(data)),
+    )
+
+
+def log_of(items: np.ndarray, days: np.ndarray) -> PreparedData:
+    """items and days [users, events]."""
+    users = np.broadcast_to(np.arange(len(items))[:, None], items.shape)
+    columns = {USER: users.ravel(), ITEM: items.ravel(), TIME: (10**9 + days.ravel() * DAY).astype(np.int64)}
+    return prepare(pd.DataFrame(columns), None, PrepareConfig(1, 1))
+
+
+def test_a_log_that_follows_releases_is_learned_by_its_trend() -> None:
+    """Item n is released on day n; each of 200 users takes the newest item of each of 6 days."""
+    rng = np.random.default_rng(4)
+    days = np.sort(np.stack([rng.choice(60, 6, replace=False) for _ in range(200)]), axis=1)
+    items = days + 1
+    data = log_of(items, days + rng.uniform(0, 0.9, days.shape))
+    learned = learn_mix(*untrained(data), data)
+    assert learned.validation_ndcg_10 > 0.9
+    assert learned.validation_ndcg_10_without_trend < 0.5
+
+
+def test_a_log_without_a_trend_loses_nothing_by_it() -> None:
+    rng = np.random.default_rng(5)
+    items = np.stack([rng.choice(60, 6, replace=False) for _ in range(400)]) + 1
+    data = log_of(items, np.sort(rng.uniform(0, 60, items.shape), axis=1))
+    learned = learn_mix(*untrained(data), data)
+    test = data.split.test
+    with_trend, without = (
+        ndcg(rank_cases(hybrid_scorer(hybrid, DecayedCounts.of(data)), data, test, 8, True).ranks, 10).mean()
+        for hybrid in (
+            learned.hybrid(*untrained(data)),
+            dataclasses.replace(learned, trend=np.zeros((VIEWS, len(HALF_LIVES_S))).tolist()).hybrid(*untrained(data)),
+        )
+    )
+    assert with_trend == pytest.approx(without, abs=0.03)  # three standard errors of 400 cases at chance
+    assert np.abs(learned.trend).max() < 0.5
