@@ -642,7 +642,7 @@ def test_a_store_that_did_not_note_how_it_drew_is_brought_up_to_date(
             assert [one for part in store.all_impressions() for one in part] == [NOTED_BEFORE, new]
             assert store.history("u") == [Event("i", None, 0)]
     # Those servers knew of one version less, and refused others as this one does.
-    name, before = {"sqlite": ("SCHEMA_VERSION", 3), "postgres": ("SCHEMA_VERSION", 2), "redis": ("VERSION", "2")}[kind]
+    name, before = {"sqlite": ("SCHEMA_VERSION", 4), "postgres": ("SCHEMA_VERSION", 3), "redis": ("VERSION", "3")}[kind]
     monkeypatch.setattr(f"serve.stores.{kind}.{name}", before)
     with pytest.raises(StoreError, match=rf"in version {int(before) + 1}, expected .*1\.\.{before}"):
         open_store(location)
@@ -724,7 +724,7 @@ def test_a_long_redis_list_is_deleted_in_parts(
         assert client.info("commandstats")["cmdstat_evalsha"]["calls"] >= 10 + 1
         assert sorted(client.keys("jaxrec:*")) == sorted(
             f"jaxrec:{name}".encode()
-            for name in ("deletions", "event_ids", "events:v", "revision", "user:v", "version")
+            for name in "deletions event_ids events:v revision trend trend_changed user:v version".split()
         )
         assert client.smembers("jaxrec:event_ids") == {b"v"}
         assert store.record(events) == events
