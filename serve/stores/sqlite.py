@@ -145,6 +145,8 @@ QUERIES = Queries(
 CHANGED_COUNTS = "SELECT item_id, reference, counts, changed FROM trend WHERE changed > ? ORDER BY changed"
 INSERT_IMPRESSION = f"INSERT INTO shown ({IMPRESSION_COLUMNS}) VALUES"
 INSERT_COUNTER = "INSERT OR REPLACE INTO trend VALUES (?, ?, ?, ?)"
+# Also where the last event was deleted since.
+LAST_ARRIVAL = "SELECT seq FROM sqlite_sequence WHERE name = 'events'"
 IMPRESSION_VALUES = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 T = TypeVar("T")
@@ -155,6 +157,8 @@ class _Write(NamedTuple):
 
     work: Callable[[sqlite3.Connection], Any]
     done: Future[Any]
+    records: bool = False
+    """Whether the result is the events that were recorded."""
 
 
 class SQLiteStore(SqlStore):
@@ -189,7 +193,7 @@ class SQLiteStore(SqlStore):
     def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
         if not events:
             return []
-        return self._write(lambda connection: _insert_events(connection, events))
+        return self._write(lambda connection: _insert_events(connection, events), records=True)
 
     def drop_states(self, keep_versions: Collection[str], most: int) -> int:
         kept = ", ".join("?" * len(keep_versions))
@@ -231,10 +235,10 @@ class SQLiteStore(SqlStore):
 
         self._write(work)
 
-    def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def _write(self, work: Callable[[sqlite3.Connection], T], *, records: bool = False) -> T:
         """Has the writer do some work within a transaction, and returns its result when that is on disk."""
         done: Future[T] = Future()
-        self._writes.put(_Write(work, done))
+        self._writes.put(_Write(work, done, records))
         with self._failures("cannot be written"):
             return done.result()
 
@@ -256,12 +260,19 @@ class SQLiteStore(SqlStore):
     def _commit(self, group: Sequence[_Write]) -> None:
         """Does what it can of a group in one transaction; never raises."""
         results: list[tuple[Future[Any], Any]] = []
+        # Counted together: what many take lately is in many calls.
+        uncounted: list[UserEvent] = []
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             for write in group:
+                if not write.records:
+                    _count(self._writer, uncounted)
+                    uncounted = []
                 self._writer.execute("SAVEPOINT one")
                 try:
-                    results.append((write.done, write.work(self._writer)))
+                    result = write.work(self._writer)
+                    results.append((write.done, result))
+                    uncounted += result if write.records else ()
                 except Exception as error:
                     # A full disk may have ended the transaction, and with it the group.
                     if not self._writer.in_transaction:
@@ -269,6 +280,7 @@ class SQLiteStore(SqlStore):
                     self._writer.execute("ROLLBACK TO one")
                     write.done.set_exception(error)
                 self._writer.execute("RELEASE one")
+            _count(self._writer, uncounted)
             self._writer.execute("COMMIT")
         except Exception as error:
             if self._writer.in_transaction:
@@ -376,7 +388,7 @@ def _has(connection: sqlite3.Connection, name: str) -> bool:
 
 
 def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) -> list[UserEvent]:
-    recorded, arrival = [], None
+    recorded = []
     for new in events:
         cursor = connection.execute(
             f"INSERT INTO events ({EVENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING",
@@ -388,14 +400,14 @@ def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) 
                 "INSERT INTO users VALUES (?1, ?2, ?2) ON CONFLICT (user_id) DO UPDATE SET last_arrival = ?2",
                 (new.user_id, cursor.lastrowid),
             )
-            arrival = cursor.lastrowid
-    if recorded:
-        _count(connection, recorded, arrival)
     return recorded
 
 
-def _count(connection: sqlite3.Connection, recorded: Sequence[UserEvent], arrival: int | None) -> None:
-    """Adds events to the counters of their items; `arrival` is that of the last."""
+def _count(connection: sqlite3.Connection, recorded: Sequence[UserEvent]) -> None:
+    """Adds events to the counters of their items."""
+    if not recorded:
+        return
+    ((arrival,),) = connection.execute(LAST_ARRIVAL).fetchall()
     counters = counted(((new.event.item_id, new.event.timestamp) for new in recorded), time.time())
     items = list(counters)
     for start in range(0, len(items), ASKED_AT_ONCE):
