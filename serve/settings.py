@@ -127,6 +127,11 @@ class Settings:
         " spreads connections over them. They may share a store.",
     ] = False
     watch: Annotated[float, "SECONDS", "How often to look for a newer version of MODEL. 0: never."] = 2.0
+    trend_refresh_s: Annotated[
+        float,
+        "SECONDS",
+        "How often to read from the store what many users take now. 0: never, the trend is that of MODEL's export.",
+    ] = 5.0
     drain: Annotated[float, "SECONDS", "How long calls may take to finish when the server stops."] = 10.0
     log_format: Annotated[
         LogFormat, "Format of the log on standard error: JSON objects, or text for human readers."

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from serve.api.errors import InvalidRequest
 from serve.api.rules import MAX_BATCH, MAX_EXCLUDED_ITEMS, MAX_HISTORY_EVENTS, MAX_K, latest_time
-from serve.model.graphs import SEQUENCE_INPUTS, SEQUENCE_OUTPUTS
+from serve.model.graphs import SEQUENCE_INPUTS, SEQUENCE_OUTPUTS, TREND
 from serve.model.recommender import Recommender
 from serve.pb import open_inference_pb2 as pb
 from serve.pb import open_inference_pb2_grpc
@@ -29,6 +29,8 @@ _TYPES: dict[str, tuple[str, np.dtype[Any], str]] = {
     "int64": ("INT64", np.dtype("<i8"), "int64_contents"),
     "float": ("FP32", np.dtype("<f4"), "fp32_contents"),
 }
+# The trend is the server's.
+_INPUTS = {name: dtype for name, dtype in SEQUENCE_INPUTS.items() if name != TREND}
 _INPUT_SHAPES: dict[str, tuple[int, ...]] = {
     "item": (-1, -1),
     "rating": (-1, -1),
@@ -81,7 +83,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             platform=PLATFORM,
             inputs=[
                 tensor(name=name, datatype=_TYPES[dtype][0], shape=_INPUT_SHAPES[name])
-                for name, dtype in SEQUENCE_INPUTS.items()
+                for name, dtype in _INPUTS.items()
             ],
             outputs=[
                 tensor(name=name, datatype=_TYPES[dtype][0], shape=shapes[name])
@@ -118,9 +120,9 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
 def _decoded(request: pb.ModelInferRequest) -> Tensors:
     """The inputs as arrays of the graph's types; raises InvalidRequest unless each is there once, whole."""
     names = [tensor.name for tensor in request.inputs]
-    if sorted(names) != sorted(SEQUENCE_INPUTS):
+    if sorted(names) != sorted(_INPUTS):
         came = ", ".join(repr(name[:80]) for name in names[:20]) or "none"
-        raise InvalidRequest("inputs", f"{', '.join(SEQUENCE_INPUTS)}, each once", came)
+        raise InvalidRequest("inputs", f"{', '.join(_INPUTS)}, each once", came)
     raw: Sequence[bytes | None] = request.raw_input_contents or [None] * len(names)
     if len(raw) != len(names):
         raise InvalidRequest("raw_input_contents", f"none or {len(names)} entries", len(raw))
@@ -129,7 +131,7 @@ def _decoded(request: pb.ModelInferRequest) -> Tensors:
 
 def _tensor(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> NDArray[Any]:
     where = f"inputs[{tensor.name}]"
-    datatype, dtype, field = _TYPES[SEQUENCE_INPUTS[tensor.name]]
+    datatype, dtype, field = _TYPES[_INPUTS[tensor.name]]
     if tensor.datatype != datatype:
         raise InvalidRequest(f"{where}.datatype", datatype, repr(tensor.datatype[:80]))
     shape, expected = tuple(tensor.shape), _INPUT_SHAPES[tensor.name]

@@ -71,7 +71,12 @@ def serve(settings: Settings) -> None:
         exploration = Exploration(settings.explore) if settings.explore else None
         with open_store(settings.store) as events:
             loader = ModelLoader(events, metrics, settings.provider, settings.threads, settings.search, exploration)
-            with open_models(settings.model, loader, watch_s=settings.watch, load_now=False) as models:
+            with open_models(
+                *(settings.model, loader),
+                watch_s=settings.watch,
+                trend_refresh_s=settings.trend_refresh_s,
+                load_now=False,
+            ) as models:
                 # Catalogue and libraries stay: without them a full collection takes microseconds, not tens of
                 # milliseconds.
                 gc.collect()

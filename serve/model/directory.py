@@ -23,8 +23,14 @@ from numpy.typing import NDArray
 
 from serve.model.catalog import Catalog, CatalogError, parse_catalog
 from serve.model.manifest import MANIFEST, ArtifactError, Fields, ModelInfo, model_info, read_manifest
+from serve.model.trend import HALF_LIVES_S, TrendFiles
 
-REQUIRED_FILES = ("sequence.onnx", "step.onnx", "catalog.csv", "item_vectors.npy", "DATA_LICENCE.txt")
+TREND_COUNTS = "trend_counts.npy"
+GRAPHS = ("sequence", "step", "trend")
+REQUIRED_FILES = (
+    *(f"{name}.onnx" for name in GRAPHS),
+    *("catalog.csv", "item_vectors.npy", TREND_COUNTS, "DATA_LICENCE.txt"),
+)
 INDEX_ARRAYS = ("item_bias.npy", "neighbour_item.npy", "neighbour_weight.npy")
 INDEX_GRAPHS = ("sequence_query", "step_query")
 MOST_RECENT = 1000
@@ -62,6 +68,7 @@ class Artifact:
     """`[items+1, width]`, not writeable; row 0 is zeros."""
     sequence_graph: bytes
     step_graph: bytes
+    trend: TrendFiles
     index: IndexFiles | None = None
 
 
@@ -71,7 +78,7 @@ def read_artifact(directory: Path) -> Artifact:
     info = model_info(fields)
     graphs = fields.section("graphs")
     indexed = fields.section("index") if "index" in fields else None
-    for name in ("sequence", "step", *(INDEX_GRAPHS if indexed else ())):
+    for name in (*GRAPHS, *(INDEX_GRAPHS if indexed else ())):
         file = graphs.section(name).get("file", str)
         if file != f"{name}.onnx":
             graphs.section(name).fail("file", f"{name}.onnx", file)
@@ -83,6 +90,7 @@ def read_artifact(directory: Path) -> Artifact:
         item_vectors=_item_vectors(directory / "item_vectors.npy", contents["item_vectors.npy"], info),
         sequence_graph=bytes(contents["sequence.onnx"]),
         step_graph=bytes(contents["step.onnx"]),
+        trend=_trend_files(directory, fields.section("trend"), contents, info),
         index=None if indexed is None else _index_files(directory, indexed, contents, info),
     )
 
@@ -142,6 +150,22 @@ def _item_vectors(path: Path, content: Content, info: ModelInfo) -> NDArray[np.f
     if vectors[0].any() or not np.isfinite(vectors).all():
         raise ArtifactError(f"{path}: expected finite numbers, and zeros in row 0")
     return vectors
+
+
+def _trend_files(directory: Path, fields: Fields, contents: Mapping[str, Content], info: ModelInfo) -> TrendFiles:
+    for name, file in (("file", "trend.onnx"), ("counts", TREND_COUNTS)):
+        if fields.get(name, str) != file:
+            fields.fail(name, file, fields.get(name, str))
+    half_lives = fields.get("half_lives_s", list)
+    if half_lives != list(HALF_LIVES_S):
+        fields.fail("half_lives_s", f"{list(HALF_LIVES_S)}, for which stores keep counts", half_lives)
+    path = directory / TREND_COUNTS
+    counts, shape = _array(path, contents[TREND_COUNTS]), (len(HALF_LIVES_S), info.item_count + 1)
+    if counts.dtype != np.float32 or counts.shape != shape:
+        raise ArtifactError(f"{path}: is {counts.dtype} {counts.shape}, expected float32 {shape}")
+    if counts[:, 0].any() or not ((counts >= 0) & (counts < np.inf)).all():
+        raise ArtifactError(f"{path}: expected finite numbers from 0 on, and zeros in column 0")
+    return TrendFiles(bytes(contents["trend.onnx"]), counts, fields.get("counted_until", int))
 
 
 def _index_files(directory: Path, fields: Fields, contents: Mapping[str, Content], info: ModelInfo) -> IndexFiles:

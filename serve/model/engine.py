@@ -1,5 +1,6 @@
 """Runs the graphs of a model with ONNX Runtime. Knows item indices and arrays, no raw ids and no gRPC."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -8,7 +9,16 @@ from numpy.typing import NDArray
 
 from serve.model.directory import Artifact
 from serve.model.features import Features
-from serve.model.graphs import exact_graphs, graph_arrays, query_graphs, searches_index, session, state_width
+from serve.model.graphs import (
+    TREND,
+    exact_graphs,
+    graph_arrays,
+    query_graphs,
+    searches_index,
+    session,
+    state_width,
+    trend_graph,
+)
 from serve.model.manifest import ArtifactError
 from serve.model.search import NEVER, Graph, IndexedGraph, Search
 from serve.settings import Provider, SearchBy
@@ -45,7 +55,7 @@ class Step(NamedTuple):
 
 
 class Engine:
-    """The graphs of one model, ready to run. Immutable, and safe to share between threads.
+    """The graphs of one model, ready to run, and safe to share between threads. Immutable but for the trend.
 
     Both graphs run through plain `session.run`: with inputs and outputs bound to buffers of their own a step of one
     user took as long (0.140 beside 0.142 ms, 10,000 items), and answers would have to be copied out of them.
@@ -58,8 +68,10 @@ class Engine:
         intra_op_threads: int = 1,
         search_by: SearchBy = "auto",
     ) -> None:
-        """Loads the graphs. `search_by`: with the items' index or the whole product; auto: the index, if there is one
-        and the graphs don't run on CUDA, where the whole product is fast and the index would search on the CPU.
+        """Loads the graphs; the trend is that of the export's counts, as of now.
+
+        `search_by`: with the items' index or the whole product; auto: the index, if there is one and the graphs don't
+        run on CUDA, where the whole product is fast and the index would search on the CPU.
 
         More than one intra-op thread made single requests no faster and the tail worse, so requests run
         beside each other on one thread each.
@@ -88,6 +100,9 @@ class Engine:
         self.provider: str = sequence.get_providers()[0]
         """ONNX Runtime's name of the execution provider that really runs."""
         self.search_by: Literal["exact", "index"] = "exact" if index is None else "index"
+        self.trend: NDArray[np.float32]
+        """`[items+1]`, not writeable: what is added to the items' logits. Another array takes its place as a whole."""
+        self._search: Search | None = None
         self._sequence: Graph = sequence
         self._step: Graph = step
         if index is not None:
@@ -96,9 +111,39 @@ class Engine:
                     f"{artifact.directory}: index.recent_weights are {len(index.recent_weights)}, expected no more than"
                     f" the state's {self.state_width} numbers"
                 )
-            search = Search(artifact, index)
+            self._search = search = Search(artifact, index)
             self._sequence = IndexedGraph(sequence, "state", search)
             self._step = IndexedGraph(step, "next_state", search)
+        self.exported = artifact.trend
+        """The counts that the model was exported with."""
+        # Small, and not worth the way to a GPU.
+        self._trend_of_counts: Graph = session(trend_graph(artifact), "cpu", 1, {})
+        try:
+            self.use_counts(artifact.trend.at(time.time()))
+        # ONNX Runtime's exceptions have no common base and no public names.
+        except Exception as error:
+            raise ArtifactError(
+                f"{artifact.directory / 'trend.onnx'}: fails on the export's counts: {error}"
+            ) from error
+
+    def use_counts(self, counts: NDArray[np.float32]) -> None:
+        """From the next run on, what many users take now is what these counts say.
+
+        Args:
+            counts: `[half-lives, items+1]` float32, decayed to now; column 0 is zeros.
+
+        Raises:
+            ValueError: `trend.onnx` made numbers of them that are not finite, or not one for each item. The trend
+                stays as it was. What ONNX Runtime raises is passed on.
+        """
+        (trend,) = self._trend_of_counts.run([TREND], {"counts": counts})
+        if trend.shape != (self.item_count + 1,) or not np.isfinite(trend).all():
+            shape = f"({self.item_count + 1},)"
+            raise ValueError(f"expected a trend of finite numbers {shape}, came {trend.dtype} {trend.shape}")
+        trend.setflags(write=False)
+        if self._search is not None:
+            self._search.use_trend(trend)
+        self.trend = trend
 
     def rank(self, rows: Sequence[Features], k: int | Sequence[int]) -> list[Ranking]:
         """Ranks the items for each row with `sequence.onnx`, rows of like length in one run.
@@ -111,17 +156,17 @@ class Engine:
     def replay(self, rows: Sequence[Features], k: int | Sequence[int] = 1) -> list[tuple[Ranking, NDArray[np.float32]]]:
         """As `rank`, with the state `[1, width]` after each row's last event."""
         ks = [k] * len(rows) if isinstance(k, int) else k
+        trend = self.trend  # one for all groups: their scores may be compared
         answers: list[tuple[Ranking, NDArray[np.float32]] | None] = [None] * len(rows)
         for group in like_lengths([len(row.item) for row in rows]):
-            for at, answer in zip(
-                group, self._run_sequence([rows[at] for at in group], [ks[at] for at in group]), strict=True
-            ):
+            found = self._run_sequence([rows[at] for at in group], [ks[at] for at in group], trend)
+            for at, answer in zip(group, found, strict=True):
                 answers[at] = answer
         return [answer for answer in answers if answer is not None]
 
     def run_sequence(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
-        """One run of `sequence.onnx` on tensors as its contract has them; nothing is checked."""
-        answered: list[NDArray[Any]] = self._sequence.run(outputs, inputs)
+        """One run of `sequence.onnx` on tensors as its contract has them, without the trend; nothing is checked."""
+        answered: list[NDArray[Any]] = self._sequence.run(outputs, {**inputs, TREND: self.trend})
         return answered
 
     def step(self, rows: Sequence[Step], k: int | Sequence[int]) -> list[tuple[Ranking, NDArray[np.float32]]]:
@@ -135,7 +180,7 @@ class Engine:
         else:
             state, item, rating, gap = (np.concatenate([row[at] for row in rows]) for at in range(4))
             exclude = _padded([row.exclude[0] for row in rows])
-        inputs = {"state": state, "item": item, "rating": rating, "gap": gap, "exclude": exclude}
+        inputs = {"state": state, "item": item, "rating": rating, "gap": gap, "exclude": exclude, TREND: self.trend}
         return self._run(self._step, "next_state", inputs, rows, k)
 
     def _k(self, k: int | Sequence[int]) -> NDArray[np.int64]:
@@ -143,7 +188,9 @@ class Engine:
         largest = k if isinstance(k, int) else k if self.search_by == "index" else max(k)
         return np.minimum(np.atleast_1d(np.array(largest, np.int64)), self.item_count)
 
-    def _run_sequence(self, rows: Sequence[Features], k: Sequence[int]) -> list[tuple[Ranking, NDArray[np.float32]]]:
+    def _run_sequence(
+        self, rows: Sequence[Features], k: Sequence[int], trend: NDArray[np.float32]
+    ) -> list[tuple[Ranking, NDArray[np.float32]]]:
         lengths = np.array([len(row.item) for row in rows], np.int32)
         shape = (len(rows), int(lengths.max()))
         item, rating, gap = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -151,7 +198,7 @@ class Engine:
             n = len(row.item)
             item[at, :n], rating[at, :n], gap[at, :n] = row.item, row.rating, row.gap
         exclude = _padded([row.exclude for row in rows])
-        inputs = {"item": item, "rating": rating, "gap": gap, "length": lengths, "exclude": exclude}
+        inputs = {"item": item, "rating": rating, "gap": gap, "length": lengths, "exclude": exclude, TREND: trend}
         return self._run(self._sequence, "state", inputs, rows, k)
 
     def _run(

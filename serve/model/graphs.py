@@ -24,11 +24,15 @@ Signature = dict[str, str]
 _REQUEST = {"request_gap": "float", "exclude": "int32", "k": "int64"}
 _RANKING = {"items": "int32", "scores": "float"}
 _EVENTS = {"item": "int32", "rating": "float", "gap": "float"}
-SEQUENCE_INPUTS: Signature = {**_EVENTS, "length": "int32", **_REQUEST}
+# What is added to the logits of each item, the same for all rows.
+TREND = "trend"
+SEQUENCE_INPUTS: Signature = {**_EVENTS, "length": "int32", **_REQUEST, TREND: "float"}
 SEQUENCE_OUTPUTS: Signature = {"state": "float", **_RANKING}
-STEP_INPUTS: Signature = {"state": "float", **_EVENTS, **_REQUEST}
+STEP_INPUTS: Signature = {"state": "float", **_EVENTS, **_REQUEST, TREND: "float"}
 # A graph cannot call an output as one of its inputs, hence not `state`.
 STEP_OUTPUTS: Signature = {"next_state": "float", **_RANKING}
+TREND_INPUTS: Signature = {"counts": "float"}
+TREND_OUTPUTS: Signature = {TREND: "float"}
 # The graphs of a directory with an index, which answer a query.
 _QUERY_REQUEST = {"vector": "float", "request_gap": "float"}
 SEQUENCE_QUERY_INPUTS: Signature = {**_EVENTS, "length": "int32", **_QUERY_REQUEST}
@@ -68,6 +72,10 @@ def exact_graphs(artifact: Artifact) -> tuple[GraphFile, GraphFile]:
         GraphFile(folder / "sequence.onnx", artifact.sequence_graph, SEQUENCE_INPUTS, SEQUENCE_OUTPUTS),
         GraphFile(folder / "step.onnx", artifact.step_graph, STEP_INPUTS, STEP_OUTPUTS),
     )
+
+
+def trend_graph(artifact: Artifact) -> GraphFile:
+    return GraphFile(artifact.directory / "trend.onnx", artifact.trend.graph, TREND_INPUTS, TREND_OUTPUTS)
 
 
 def query_graphs(folder: Path, index: IndexFiles) -> tuple[GraphFile, GraphFile]:

@@ -10,7 +10,7 @@ import numpy as np
 from serve.model.events import RatingScale
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 POLICIES = ("reinforce", "supervised")
 LARGEST_ITEM_COUNT = 2**31 - 2
 
@@ -44,7 +44,8 @@ def read_manifest(directory: Path) -> "Fields":
     fields = Fields(file, "", manifest)
     version = fields.get("schema_version", int)
     if version != SCHEMA_VERSION:
-        fields.fail("schema_version", f"{SCHEMA_VERSION}, the only one this server reads", version)
+        again = "; export it again" if 1 <= version < SCHEMA_VERSION else ""
+        fields.fail("schema_version", f"{SCHEMA_VERSION}, the only one this server reads{again}", version)
     return fields
 
 

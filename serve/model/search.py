@@ -1,14 +1,15 @@
 """Answers from a large catalogue without multiplying all of it, where the model directory has an index of its items.
 
 Graphs without the items' arrays give the query and the state. The index (faiss, `jaxrec.onnx.ann_index`) names
-candidates for the query; the neighbours of the recent items are candidates too, since what they add to their logits is
-not in the index. The logits of all of those are computed exactly, so an item can be missing from an answer, but none
-has a wrong score. How many candidates it takes for that to be rare was measured at the export.
+candidates for the query; the neighbours of the recent items and the items that many users take now are candidates too,
+since what is added to their logits is not in the index. The logits of all of those are computed exactly, so an item can
+be missing from an answer, but none has a wrong score. How many candidates it takes for that to be rare was measured at
+the export.
 """
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,17 +50,28 @@ class IndexedGraph:
 
     def run(self, outputs: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """As a session of ONNX Runtime."""
-        events = {name: tensor for name, tensor in inputs.items() if name not in ("exclude", "k")}
+        events = {name: tensor for name, tensor in inputs.items() if name not in ("exclude", "k", "trend")}
         events["vector"] = self._search.item_vectors[inputs["item"]]
         state, query = self._graph.run([self._state, "query"], events)
         k = np.broadcast_to(inputs["k"], len(query))
-        items, scores = self._search.best(query, state, inputs["exclude"], k)
+        items, scores = self._search.best(query, state, inputs["exclude"], k, inputs["trend"])
         answer = {self._state: state, "items": items, "scores": scores}
         return [answer[name] for name in outputs]
 
 
+class Trending(NamedTuple):
+    """What a trend means for a search."""
+
+    trend: NDArray[np.float32]
+    """`[items+1]`, what is added to the items' logits."""
+    bias: NDArray[np.float32]
+    """`[items+1]`, the items' own and the trend."""
+    items: NDArray[np.int64]
+    """`[n]`, those with the highest trend, each once."""
+
+
 class Search:
-    """The items of one model, and the index over them."""
+    """The items of one model, and the index over them. Immutable but for the trend."""
 
     def __init__(self, artifact: Artifact, files: IndexFiles) -> None:
         """Raises ArtifactError for an index that does not fit the model, or without faiss."""
@@ -74,6 +86,7 @@ class Search:
         self._count = artifact.info.item_count
         self._index = ItemIndex(files.path, files.content, self._count, self.item_vectors.shape[1] + 1)
         self._of_thread = threading.local()
+        self.use_trend(np.zeros(self._count + 1, np.float32))
         kept = self._kept()
         if kept < LEAST_KEPT:
             raise ArtifactError(
@@ -81,19 +94,34 @@ class Search:
                 f" {LEAST_KEPT} or more: it is an index of other items than {artifact.directory / 'item_vectors.npy'}"
             )
 
+    def use_trend(self, trend: NDArray[np.float32]) -> None:
+        """Prepares for searches with a trend `[items+1]`; others still work, and cost more."""
+        self._trending = self._with_trend(trend)
+
+    def _with_trend(self, trend: NDArray[np.float32]) -> Trending:
+        most = min(self._candidates, self._count)
+        items = 1 + np.argpartition(-trend[1:], most - 1)[:most]
+        # Those with the lowest gain on no other.
+        return Trending(trend, self._bias + trend, items[trend[items] > trend[1:].min()])
+
     def best(
         self,
         query: NDArray[np.float32],
         state: NDArray[np.float32],
         exclude: NDArray[np.int32],
         k: NDArray[np.int64],
+        trend: NDArray[np.float32],
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """The k best items and their logits `[batch, largest k]`, best first, lower indices first among equals.
 
         `query` is `[batch, width]`, `state` `[batch, state width]` ends with the recent items, `exclude` is
-        `[batch, m]`, 0 excludes nothing; `k` is `[batch]`, at most the number of items each. How many candidates a row
-        gets depends on its own k and exclusions alone.
+        `[batch, m]`, 0 excludes nothing; `k` is `[batch]`, at most the number of items each; `trend` is `[items+1]`.
+        How many candidates a row gets depends on its own k and exclusions alone.
         """
+        trending = self._trending
+        if trending.trend is not trend:
+            # It changed since the call began.
+            trending = self._with_trend(trend)
         shape = len(query), int(k.max(initial=0))
         items, scores = np.zeros(shape, np.int32), np.full(shape, NEVER, np.float32)
         counts = self._candidates + self._candidates_per_answer * k + np.count_nonzero(exclude, axis=1)
@@ -107,10 +135,11 @@ class Search:
             try:
                 np.add.at(more, near, (self._neighbour_weight[recent[row]] * self._recent_weights).ravel())
                 more[excluded] = more[0] = NEVER
-                best = self._best_of(np.concatenate((near, found[row])), query[row], more, wanted)
+                candidates = np.concatenate((near, found[row], trending.items))
+                best = self._best_of(candidates, query[row], trending.bias, more, wanted)
                 if best is None:
                     # Too few were found: so much is asked for, or excluded, that all items have to be looked at.
-                    best = self._best_of_all(query[row], more, wanted)
+                    best = self._best_of_all(query[row], trending.bias, more, wanted)
             finally:
                 more[near] = more[excluded] = more[0] = 0
             items[row, :wanted], scores[row, :wanted] = best
@@ -146,11 +175,17 @@ class Search:
         return float(np.minimum(held, k).mean() / k)
 
     def _best_of(
-        self, candidates: NDArray[np.int64], query: NDArray[np.float32], more: NDArray[np.float32], k: int
+        self,
+        candidates: NDArray[np.int64],
+        query: NDArray[np.float32],
+        bias: NDArray[np.float32],
+        more: NDArray[np.float32],
+        k: int,
     ) -> tuple[NDArray[Any], NDArray[np.float32]] | None:
         """The k best of candidates, some of which are there several times, and their logits; None: there are fewer."""
-        scores = self._logits(candidates, query, more)
-        most = k * (self._recent + 1)
+        scores = self._logits(candidates, query, bias, more)
+        # An item is near each recent one, found and trending at most.
+        most = k * (self._recent + 2)
         if most < len(scores):
             chosen = _at_least(scores, most)
             candidates, scores = candidates[chosen], scores[chosen]
@@ -159,15 +194,19 @@ class Search:
         return best_of(candidates, scores, k) if np.count_nonzero(scores > NEVER) >= k else None
 
     def _best_of_all(
-        self, query: NDArray[np.float32], more: NDArray[np.float32], k: int
+        self, query: NDArray[np.float32], bias: NDArray[np.float32], more: NDArray[np.float32], k: int
     ) -> tuple[NDArray[Any], NDArray[np.float32]]:
         items = np.arange(1, self._count + 1)
-        return best_of(items, self._logits(slice(1, None), query, more), k)
+        return best_of(items, self._logits(slice(1, None), query, bias, more), k)
 
     def _logits(
-        self, items: NDArray[np.int64] | slice, query: NDArray[np.float32], more: NDArray[np.float32]
+        self,
+        items: NDArray[np.int64] | slice,
+        query: NDArray[np.float32],
+        bias: NDArray[np.float32],
+        more: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        return self.item_vectors[items] @ query + self._bias[items] + more[items]
+        return self.item_vectors[items] @ query + bias[items] + more[items]
 
     def _zeros(self) -> NDArray[np.float32]:
         """`[items+1]` zeros, the calling thread's own."""

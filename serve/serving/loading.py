@@ -18,6 +18,7 @@ from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
 from serve.serving.loaded import LoadedModel
 from serve.serving.sweeper import StateSweeper
+from serve.serving.trend import REFRESH_S, TrendRefresher
 from serve.serving.versions import WATCH_S, ModelLibrary
 from serve.settings import Provider, SearchBy
 from serve.stores.base import EventStore
@@ -46,24 +47,48 @@ class ModelLoader:
 
 
 def open_models(
-    directory: Path, loader: ModelLoader, *, watch_s: float = WATCH_S, load_now: bool = True
+    directory: Path,
+    loader: ModelLoader,
+    *,
+    watch_s: float = WATCH_S,
+    trend_refresh_s: float = REFRESH_S,
+    load_now: bool = True,
 ) -> ModelLibrary:
-    """The versions of a directory, with their attempts and what serves in the metrics; raises as `ModelLibrary`."""
+    """The versions of a directory, with their attempts and what serves in the metrics; raises as `ModelLibrary`.
+
+    Every `trend_refresh_s` seconds their trend is that of the store; 0: never, it is that of their exports.
+    """
     sweeper = StateSweeper(loader.store)
+    refresher = TrendRefresher(loader.store, trend_refresh_s) if trend_refresh_s else None
+    if refresher is not None:
+        loader.metrics.age_of_trend(refresher.age_s)
+
+    def load(directory: Path) -> LoadedModel:
+        loaded = loader.load(directory)
+        if refresher is not None:
+            refresher.prepare(loaded.model)
+        return loaded
 
     def changed(models: Sequence[LoadedModel]) -> None:
         infos = [loaded.model.info for loaded in models]
         sweeper.keep([info.model_version for info in infos])
+        if refresher is not None:
+            refresher.keep([loaded.model for loaded in models])
         loader.metrics.serving(
             [(info.model_version, info.policy, _seconds(info.created), info.item_count) for info in infos]
         )
 
+    def close() -> None:
+        sweeper.close()
+        if refresher is not None:
+            refresher.close()
+
     return ModelLibrary(
-        *(directory, loader.load),
+        *(directory, load),
         watch_s=watch_s,
         on_attempt=loader.metrics.reloaded,
         on_change=changed,
-        on_close=sweeper.close,
+        on_close=close,
         load_now=load_now,
     )
 

@@ -6,11 +6,13 @@ with open_store("events.sqlite") as store:          # or postgresql://..., redis
 """
 
 import hashlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple, Self
 
 from serve.model.events import Event
+from serve.stores.counters import NONE_READ, Counter, ItemCounts, add_events
 
 MOST_EVENTS = 10_000
 """Of a user's history so many are read, the newest by time. All that is recorded stays in the store, as a log to learn
@@ -95,7 +97,7 @@ class EventStore(ABC):
 
     @abstractmethod
     def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
-        """Stores the events whose id is new, all or none.
+        """Stores the events whose id is new, all or none, and adds them to the counters of their items.
 
         Returns:
             Those events, once they are on disk. Of equal ids in one call the first counts.
@@ -160,7 +162,8 @@ class EventStore(ABC):
     def delete_user(self, user_id: str) -> Deleted:
         """Deletes all that is known of a user, on disk on return; the ids of the events may be used again.
 
-        What any server still had to log or keep of the user is not written any more.
+        The counters of items stay: they are sums over all users, and name none. What any server still had to log or
+        keep of the user is not written any more.
         """
 
     @abstractmethod
@@ -170,6 +173,59 @@ class EventStore(ABC):
     @abstractmethod
     def all_impressions(self) -> Iterator[Sequence[Impression]]:
         """Every impression that was logged, in parts; those of one user in their order."""
+
+    @abstractmethod
+    def item_counts(self, since: int = NONE_READ) -> ItemCounts:
+        """The counters of items that changed since a read, of events that all servers recorded since `begin_counts`.
+
+        Some that did not change may be among them. Costs little when none did.
+
+        Args:
+            since: `ItemCounts.change` of that read; NONE_READ: all counters.
+        """
+
+    @abstractmethod
+    def counts_seed(self) -> ItemCounts | None:
+        """What the store counts beside the events of `item_counts`; None: it was not seeded yet."""
+
+    @abstractmethod
+    def begin_counts(self) -> int | None:
+        """Begins all counters anew: from now on they count what is recorded.
+
+        Returns:
+            A number for `events_before` and `seed_counts`. None: the store is seeded, and nothing was done.
+        """
+
+    @abstractmethod
+    def events_before(self, begun: int, after: int) -> Iterator[Sequence[tuple[str, int]]]:
+        """Item ids and times of the events that were stored before `begin_counts` and happened after a time, in parts.
+
+        Args:
+            begun: What `begin_counts` returned.
+            after: Seconds; an event of this second is left out.
+        """
+
+    @abstractmethod
+    def seed_counts(self, seed: ItemCounts, begun: int) -> None:
+        """Seeds the store, for all servers and for ever, unless another did or the counters were begun anew since."""
+
+    def seeded(self, exported: ItemCounts, until: int) -> ItemCounts:
+        """The store's seed. If it has none, it is seeded, once however many servers try.
+
+        Args:
+            exported: A model's counts, as of `until`.
+            until: Until when (seconds) events are in those counts; of what the store holds, later ones are added.
+        """
+        while (seed := self.counts_seed()) is None:
+            begun = self.begin_counts()
+            if begun is None:
+                continue
+            columns = zip(exported.references.tolist(), exported.counts.tolist(), strict=True)
+            counters = dict(zip(exported.item_ids, (Counter(*row) for row in columns), strict=True))
+            for events in self.events_before(begun, until):
+                add_events(counters, events, time.time())
+            self.seed_counts(ItemCounts.of(counters), begun)
+        return seed
 
     @property
     @abstractmethod

@@ -1,4 +1,7 @@
-"""Copies the log of a store, events and impressions, into one SQLite file: what the next policy learns from."""
+"""Copies the log of a store, events and impressions, into one SQLite file: what the next policy learns from.
+
+The counters of items are copied with it, for the store that the copy may become.
+"""
 
 import os
 import sqlite3
@@ -8,7 +11,16 @@ from typing import NamedTuple
 
 from serve.stores.base import EventStore, StoreError
 from serve.stores.rows import EVENT_COLUMNS, event_row, impression_row
-from serve.stores.sqlite import FILL_USERS, IMPRESSION_VALUES, INSERT_IMPRESSION, MARK_COPY, SQLiteStore, is_copy
+from serve.stores.sqlite import (
+    FILL_USERS,
+    IMPRESSION_VALUES,
+    INSERT_COUNTER,
+    INSERT_IMPRESSION,
+    MARK_COPY,
+    SQLiteStore,
+    counter_rows,
+    is_copy,
+)
 
 
 class Copied(NamedTuple):
@@ -77,6 +89,11 @@ def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> C
                 [(at, *event_row(new)) for at, new in events],
             )
             progress(len(events))
+        # Afterwards, so that no event of the copy is missing in its counters.
+        seed, counters = store.counts_seed(), store.item_counts()
+        if seed is not None:
+            connection.execute("UPDATE trend_start SET seed = ?", [seed.to_bytes()])
+            connection.executemany(INSERT_COUNTER, counter_rows(counters))
         connection.execute(FILL_USERS)
         connection.execute(MARK_COPY)
         connection.execute("COMMIT")

@@ -9,17 +9,21 @@ Keys, all below `jaxrec:`: `event_ids` (set), `revision` (counter), `user:ID` (h
 `events:ID` (list in order of arrival), `shown:ID` and `shown` (lists), `shown_ids` (set of what is in them),
 `states:ID` (hash by model version), `states` (set of the IDs that have one, so that they can be found),
 `deletions` (sorted set of digests of deleted users by time), `deleted` (hash of lists `deleted:NUMBER`, what is left of
-long deleted lists, and of which set it has ids); while a store of version 1 is brought up to date,
+long deleted lists, and of which set it has ids), `trend` (hash of the counters by item ID), `trend_changed` (sorted
+set of those IDs by the revision of the last event), `trend_begun` (the revision before the first event that they
+count), `trend_seed` (what is counted besides); while a store of version 1 is brought up to date,
 `update` (hash of the lists of impressions: how much of each is left) and `update_ids` (`shown_ids` later).
 """
 
 import itertools
 import json
 import struct
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -36,8 +40,10 @@ from serve.stores.base import (
     UserEvent,
     digest,
 )
+from serve.stores.counters import NONE_READ, ONE_EVENT, ItemCounts
 from serve.stores.deferred import DeferredWrites, DeferringStore
 from serve.stores.redis_scripts import (
+    BEGIN_COUNTS,
     DELETE_USER,
     DROP_STATES,
     END_UPDATE,
@@ -45,15 +51,17 @@ from serve.stores.redis_scripts import (
     LOG_IMPRESSION,
     RECORD,
     SAVE_STATE,
+    SEED_COUNTS,
     UPDATE_IMPRESSIONS,
 )
 from serve.stores.rows import Started
 
-VERSION = "3"
+VERSION = "4"
 COPIED_AT_ONCE = 1_000
 UPDATED_AT_ONCE = 1_000
 DELETED_AT_ONCE = 1_000
 DROPPED_AT_ONCE = 1_000
+COUNTERS_AT_ONCE = 1_000
 TIMEOUT_S = 5.0
 FIRST_WITH_WAITAOF = (7, 2)
 REVISION = struct.Struct("<q")
@@ -82,6 +90,8 @@ class RedisStore(DeferringStore):
         self._drop_from = 0
         self._save_state = self._redis.register_script(SAVE_STATE)
         self._log_impression = self._redis.register_script(LOG_IMPRESSION)
+        self._begin_counts = self._redis.register_script(BEGIN_COUNTS)
+        self._seed_counts = self._redis.register_script(SEED_COUNTS)
         try:
             with self._failures("cannot be opened"):
                 self._waits_for_disk = self._check_server()
@@ -98,10 +108,13 @@ class RedisStore(DeferringStore):
     def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
         if not events:
             return []
-        arguments = []
+        arguments: list[Any] = []
+        # A clock that is ahead must not hide what comes before.
+        now = int(time.time())
         for new in events:
             value = [new.event_id, *new.event, *([new.recommendation_id] if new.recommendation_id is not None else ())]
             arguments += [new.event_id, new.user_id, json.dumps(value, ensure_ascii=False)]
+            arguments += [new.event.item_id, min(new.event.timestamp, now)]
         is_new = self._written(lambda client: self._record(args=arguments, client=client))
         return [event for event, new in zip(events, is_new, strict=True) if new]
 
@@ -169,6 +182,51 @@ class RedisStore(DeferringStore):
         for key in (b"jaxrec:shown", *self._keys(b"jaxrec:shown:*")):
             for values in self._parts(key):
                 yield [_impression(value) for value in values]
+
+    def item_counts(self, since: int = NONE_READ) -> ItemCounts:
+        item_ids: list[str] = []
+        rows: list[list[float]] = []
+        with self._failures("cannot be read"):
+            if since > int(self._redis.get("jaxrec:revision") or 0):
+                # The data is that of another server, or an older copy.
+                since = NONE_READ
+            while True:
+                # No two items have the same score: each event has a revision of its own.
+                found: list[Any] = self._redis.zrangebyscore(
+                    "jaxrec:trend_changed", f"({since}", "+inf", start=0, num=COUNTERS_AT_ONCE, withscores=True
+                )
+                if found:
+                    since = int(found[-1][1])
+                    values: list[Any] = self._redis.hmget("jaxrec:trend", [item for item, _ in found])
+                    for (item, _), value in zip(found, values, strict=True):
+                        if value is not None:
+                            item_ids.append(item.decode())
+                            rows.append([float(number) for number in value.split()])
+                if len(found) < COUNTERS_AT_ONCE:
+                    break
+        # What changed in between is there twice, the later value last.
+        last = {item_id: row for item_id, row in zip(item_ids, rows, strict=True)}
+        columns = np.array(list(last.values()), np.float64).reshape(-1, 1 + len(ONE_EVENT))
+        return ItemCounts(list(last), columns[:, 0].astype(np.int64), columns[:, 1:], since)
+
+    def counts_seed(self) -> ItemCounts | None:
+        content = self._read(lambda: self._redis.get("jaxrec:trend_seed"))
+        return None if content is None else ItemCounts.from_bytes(content)
+
+    def begin_counts(self) -> int | None:
+        begun = self._written(lambda client: self._begin_counts(client=client))
+        return None if begun < 0 else int(begun)
+
+    def events_before(self, begun: int, after: int) -> Iterator[Sequence[tuple[str, int]]]:
+        for part in self.all_events():
+            yield [
+                (new.event.item_id, new.event.timestamp)
+                for revision, new in part
+                if revision <= begun and new.event.timestamp > after
+            ]
+
+    def seed_counts(self, seed: ItemCounts, begun: int) -> None:
+        self._written(lambda client: self._seed_counts(args=[begun, seed.to_bytes()], client=client))
 
     def _finish_deletions(self) -> None:
         """Of long lists, also where another server began; may be broken off, and done by two at once."""
@@ -256,8 +314,9 @@ class RedisStore(DeferringStore):
             found = self._redis.get("jaxrec:version")
             if found == b"1":
                 self._update_from_version_1()
-            elif found == b"2":
-                # Its entries of `shown` are read as they are; its servers could not read those that come from now on.
+            elif found in (b"2", b"3"):
+                # Entries of `shown` are read as they are; servers of version 2 could not read those that come from now
+                # on, and those of version 3 would not count what they record.
                 self._redis.set("jaxrec:version", VERSION)
             elif found != VERSION.encode():
                 version_there = found.decode() if isinstance(found, bytes) else found

@@ -3,10 +3,42 @@
 None takes longer than the client waits: what depends on the length of a list is done in parts.
 """
 
-# ARGV: for each event its id, user and value. Returns 1 for each that is new. Arguments, not KEYS: see above.
+from serve.model.trend import HALF_LIVES_S
+
+# ARGV: for each event its id, user, value, item and time. Returns 1 for each that is new. Arguments, not KEYS: see
+# above. A counter is a text: its reference, and its counts, each as exactly as a number is.
 RECORD = """
+local half_lives = {HALF_LIVES}
+local counters, items = {}, {}
+
+local function counter_of(item)
+    local counter = counters[item]
+    if not counter then
+        counter = {}
+        for number in string.gmatch(redis.call('HGET', 'jaxrec:trend', item) or '', '%S+') do
+            counter[#counter + 1] = tonumber(number)
+        end
+        counters[item] = counter
+        items[#items + 1] = item
+    end
+    return counter
+end
+
+local function count(counter, time)
+    local seconds = time - (counter[1] or time)
+    for at, half_life in ipairs(half_lives) do
+        local before = counter[at + 1] or 0
+        if seconds > 0 then
+            counter[at + 1] = before * 0.5 ^ (seconds / half_life) + 1
+        else
+            counter[at + 1] = before + 0.5 ^ (-seconds / half_life)
+        end
+    end
+    counter[1] = math.max(time, counter[1] or time)
+end
+
 local new = {}
-for at = 1, #ARGV, 3 do
+for at = 1, #ARGV, 5 do
     local user = ARGV[at + 1]
     local is_new = redis.call('SADD', 'jaxrec:event_ids', ARGV[at])
     if is_new == 1 then
@@ -14,10 +46,37 @@ for at = 1, #ARGV, 3 do
         redis.call('HSETNX', 'jaxrec:user:' .. user, 'first', revision)
         redis.call('HSET', 'jaxrec:user:' .. user, 'last', revision)
         redis.call('RPUSH', 'jaxrec:events:' .. user, string.format('%d', revision) .. ' ' .. ARGV[at + 2])
+        local counter = counter_of(ARGV[at + 3])
+        count(counter, tonumber(ARGV[at + 4]))
+        counter.changed = revision
     end
     new[#new + 1] = is_new
 end
+for _, item in ipairs(items) do
+    local counter, numbers = counters[item], {}
+    for at, number in ipairs(counter) do
+        numbers[at] = string.format('%.17g', number)
+    end
+    redis.call('HSET', 'jaxrec:trend', item, table.concat(numbers, ' '))
+    redis.call('ZADD', 'jaxrec:trend_changed', string.format('%d', counter.changed), item)
+end
 return new
+""".replace("HALF_LIVES", ", ".join(map(str, HALF_LIVES_S)))
+# Begins all counters anew. Returns the revision up to which events are not in them; -1: the store is seeded.
+BEGIN_COUNTS = """
+if redis.call('EXISTS', 'jaxrec:trend_seed') == 1 then
+    return -1
+end
+local revision = tonumber(redis.call('GET', 'jaxrec:revision') or '0')
+redis.call('UNLINK', 'jaxrec:trend', 'jaxrec:trend_changed')
+redis.call('SET', 'jaxrec:trend_begun', string.format('%d', revision))
+return revision
+"""
+# ARGV: what BEGIN_COUNTS returned, and the seed. Only the first one, and of the last beginning.
+SEED_COUNTS = """
+if redis.call('GET', 'jaxrec:trend_begun') == ARGV[1] then
+    redis.call('SETNX', 'jaxrec:trend_seed', ARGV[2])
+end
 """
 # Takes so many entries from the head of a list, and their ids from the set of all; returns how many are left.
 FORGET = """

@@ -6,11 +6,13 @@ from typing import Any, LiteralString, NamedTuple
 
 from serve.model.events import Event
 from serve.stores.base import MOST_EVENTS, Changes, Impression, SpilledState, UserEvent
+from serve.stores.counters import ItemCounts
 from serve.stores.deferred import DeferringStore
 from serve.stores.rows import impression_of_row
 
 LARGEST = 2**63 - 1
 COPIED_AT_ONCE = 10_000
+LOOKED_AT_AT_ONCE = 100_000  # arrivals, of which few may be wanted: a statement must not take long
 
 
 class Queries(NamedTuple):
@@ -28,6 +30,10 @@ class Queries(NamedTuple):
     """Arrival and the columns of `UserEvent` in order of arrival (arrival before the first, limit)."""
     impressions: LiteralString
     """Number and IMPRESSION_COLUMNS in order of numbers (number before the first, limit)."""
+    times: LiteralString
+    """Item and timestamp (arrival before the first, last arrival, timestamp before the first)."""
+    seed: LiteralString
+    """The seed of the counters, NULL without one ()."""
 
 
 class SqlStore(DeferringStore):
@@ -68,6 +74,14 @@ class SqlStore(DeferringStore):
     def all_impressions(self) -> Iterator[Sequence[Impression]]:
         for rows in self._parts(self._queries.impressions):
             yield [impression_of_row(row[1:]) for row in rows]
+
+    def counts_seed(self) -> ItemCounts | None:
+        ((content,),) = self._read(self._queries.seed)
+        return None if content is None else ItemCounts.from_bytes(content)
+
+    def events_before(self, begun: int, after: int) -> Iterator[Sequence[tuple[str, int]]]:
+        for start in range(0, begun, LOOKED_AT_AT_ONCE):
+            yield self._read(self._queries.times, start, min(start + LOOKED_AT_AT_ONCE, begun), after)
 
     def _parts(self, query: LiteralString) -> Iterator[list[Any]]:
         last = 0

@@ -7,6 +7,7 @@ the end of the process and, as far as fsync keeps its word, of the power. Reads 
 
 import queue
 import sqlite3
+import struct
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -14,6 +15,8 @@ from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, LiteralString, NamedTuple, TypeVar
+
+import numpy as np
 
 from serve.stores.base import (
     DELETION_S,
@@ -23,6 +26,7 @@ from serve.stores.base import (
     UserEvent,
     digest,
 )
+from serve.stores.counters import NONE_READ, ONE_EVENT, Counter, ItemCounts, added, counted
 from serve.stores.deferred import DeferredWrites
 from serve.stores.rows import (
     EVENT_COLUMNS,
@@ -37,7 +41,7 @@ from serve.stores.sql import Queries, SqlStore
 
 # "jxrc": marks the file, so that another program's database is not used as a store.
 APPLICATION_ID = 0x6A787263
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 # `arrival` is never given twice (AUTOINCREMENT), so a user's latest is a revision that never comes back.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
@@ -82,6 +86,19 @@ CREATE TABLE IF NOT EXISTS states (
     state BLOB NOT NULL,
     PRIMARY KEY (user_id, model_version)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS trend (
+    item_id TEXT PRIMARY KEY,
+    reference INTEGER NOT NULL,
+    counts BLOB NOT NULL,
+    changed INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS trend_changed ON trend (changed);
+CREATE TABLE IF NOT EXISTS trend_start (
+    number INTEGER PRIMARY KEY CHECK (number = 1),
+    begun INTEGER NOT NULL,
+    seed BLOB
+) STRICT;
+INSERT OR IGNORE INTO trend_start VALUES (1, 0, NULL);
 """
 # No schema version of its own: servers that do not know it can use the store. It holds `arrival` too, as all indexes
 # hold the row's key.
@@ -102,6 +119,9 @@ MARK_COPY = "CREATE TABLE untouched_copy (marked INTEGER) STRICT"
 UNMARK_COPY = "DROP TABLE IF EXISTS untouched_copy"
 LOCK_TIMEOUT_S = 5.0
 LARGEST_GROUP = 256
+COUNTS = struct.Struct(f"<{len(ONE_EVENT)}d")
+# An older SQLite takes no more than 999 parameters.
+ASKED_AT_ONCE = 900
 INSERTED_AT_ONCE = 100
 
 QUERIES = Queries(
@@ -118,8 +138,15 @@ QUERIES = Queries(
     state="SELECT * FROM states WHERE user_id = ? AND model_version = ?",
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM events WHERE arrival > ? ORDER BY arrival LIMIT ?"),
     impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM shown WHERE number > ? ORDER BY number LIMIT ?",
+    times="SELECT item_id, timestamp FROM events WHERE arrival > ? AND arrival <= ? AND timestamp > ?",
+    seed="SELECT seed FROM trend_start",
 )
+# `changed` is the arrival of the item's last event. Writers take turns, so what is read later has arrived later.
+CHANGED_COUNTS = "SELECT item_id, reference, counts, changed FROM trend WHERE changed > ? ORDER BY changed"
 INSERT_IMPRESSION = f"INSERT INTO shown ({IMPRESSION_COLUMNS}) VALUES"
+INSERT_COUNTER = "INSERT OR REPLACE INTO trend VALUES (?, ?, ?, ?)"
+# Also where the last event was deleted since.
+LAST_ARRIVAL = "SELECT seq FROM sqlite_sequence WHERE name = 'events'"
 IMPRESSION_VALUES = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 T = TypeVar("T")
@@ -130,6 +157,8 @@ class _Write(NamedTuple):
 
     work: Callable[[sqlite3.Connection], Any]
     done: Future[Any]
+    records: bool = False
+    """Whether the result is the events that were recorded."""
 
 
 class SQLiteStore(SqlStore):
@@ -164,7 +193,7 @@ class SQLiteStore(SqlStore):
     def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
         if not events:
             return []
-        return self._write(lambda connection: _insert_events(connection, events))
+        return self._write(lambda connection: _insert_events(connection, events), records=True)
 
     def drop_states(self, keep_versions: Collection[str], most: int) -> int:
         kept = ", ".join("?" * len(keep_versions))
@@ -178,6 +207,23 @@ class SQLiteStore(SqlStore):
         self._deferred.discard(user_id)
         return self._write(lambda connection: _delete_user(connection, user_id))
 
+    def item_counts(self, since: int = NONE_READ) -> ItemCounts:
+        rows = self._read(CHANGED_COUNTS, since)
+        return ItemCounts(
+            item_ids=[row[0] for row in rows],
+            references=np.array([row[1] for row in rows], np.int64),
+            counts=np.frombuffer(b"".join(row[2] for row in rows), "<f8").reshape(-1, len(ONE_EVENT)),
+            change=rows[-1][3] if rows else since,
+        )
+
+    def begin_counts(self) -> int | None:
+        return self._write(_begin_counts)
+
+    def seed_counts(self, seed: ItemCounts, begun: int) -> None:
+        query = "UPDATE trend_start SET seed = ? WHERE seed IS NULL AND begun = ?"
+        content = seed.to_bytes()
+        self._write(lambda connection: connection.execute(query, (content, begun)).rowcount)
+
     def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
         with self._failures("cannot be read"):
             return self._reader().execute(query, parameters).fetchall()
@@ -189,10 +235,10 @@ class SQLiteStore(SqlStore):
 
         self._write(work)
 
-    def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def _write(self, work: Callable[[sqlite3.Connection], T], *, records: bool = False) -> T:
         """Has the writer do some work within a transaction, and returns its result when that is on disk."""
         done: Future[T] = Future()
-        self._writes.put(_Write(work, done))
+        self._writes.put(_Write(work, done, records))
         with self._failures("cannot be written"):
             return done.result()
 
@@ -214,12 +260,19 @@ class SQLiteStore(SqlStore):
     def _commit(self, group: Sequence[_Write]) -> None:
         """Does what it can of a group in one transaction; never raises."""
         results: list[tuple[Future[Any], Any]] = []
+        # Counted together: what many take lately is in many calls.
+        uncounted: list[UserEvent] = []
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             for write in group:
+                if not write.records:
+                    _count(self._writer, uncounted)
+                    uncounted = []
                 self._writer.execute("SAVEPOINT one")
                 try:
-                    results.append((write.done, write.work(self._writer)))
+                    result = write.work(self._writer)
+                    results.append((write.done, result))
+                    uncounted += result if write.records else ()
                 except Exception as error:
                     # A full disk may have ended the transaction, and with it the group.
                     if not self._writer.in_transaction:
@@ -227,6 +280,7 @@ class SQLiteStore(SqlStore):
                     self._writer.execute("ROLLBACK TO one")
                     write.done.set_exception(error)
                 self._writer.execute("RELEASE one")
+            _count(self._writer, uncounted)
             self._writer.execute("COMMIT")
         except Exception as error:
             if self._writer.in_transaction:
@@ -310,6 +364,12 @@ class SQLiteStore(SqlStore):
             raise StoreError(f"{self._path}: {what}: {error}") from error
 
 
+def counter_rows(counters: ItemCounts) -> list[tuple[str, int, bytes, int]]:
+    """For INSERT_COUNTER, as if none had changed: what is recorded afterwards has later numbers."""
+    columns = zip(counters.item_ids, counters.references.tolist(), counters.counts, strict=True)
+    return [(item_id, reference, counts.astype("<f8").tobytes(), 0) for item_id, reference, counts in columns]
+
+
 def is_copy(path: Path) -> bool:
     """Whether a file is a copy of a log that was not opened as a store since."""
     # Immutable: looking at another's database neither waits for it nor leaves files beside it.
@@ -341,6 +401,35 @@ def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) 
                 (new.user_id, cursor.lastrowid),
             )
     return recorded
+
+
+def _count(connection: sqlite3.Connection, recorded: Sequence[UserEvent]) -> None:
+    """Adds events to the counters of their items."""
+    if not recorded:
+        return
+    ((arrival,),) = connection.execute(LAST_ARRIVAL).fetchall()
+    counters = counted(((new.event.item_id, new.event.timestamp) for new in recorded), time.time())
+    items = list(counters)
+    for start in range(0, len(items), ASKED_AT_ONCE):
+        part = items[start : start + ASKED_AT_ONCE]
+        query = f"SELECT item_id, reference, counts FROM trend WHERE item_id IN ({', '.join('?' * len(part))})"
+        for item_id, reference, counts in connection.execute(query, part).fetchall():
+            counters[item_id] = added(Counter(reference, COUNTS.unpack(counts)), counters[item_id])
+    connection.executemany(
+        INSERT_COUNTER,
+        [(item_id, one.reference, COUNTS.pack(*one.counts), arrival) for item_id, one in counters.items()],
+    )
+
+
+def _begin_counts(connection: sqlite3.Connection) -> int | None:
+    begun = connection.execute(
+        "UPDATE trend_start SET begun = (SELECT coalesce(max(arrival), 0) FROM events) WHERE seed IS NULL"
+        " RETURNING begun"
+    ).fetchall()
+    if not begun:
+        return None
+    connection.execute("DELETE FROM trend")
+    return int(begun[0][0])
 
 
 def _insert_impressions(connection: sqlite3.Connection, impressions: Sequence[Started]) -> None:

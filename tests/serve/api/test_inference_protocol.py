@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 
 from serve.client import Event, RecommenderClient
+from serve.front.server import create_server
+from serve.model.directory import Artifact
 from serve.model.recommender import Recommender
 from serve.pb import open_inference_pb2 as pb
 from serve.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from serve.stores.base import EventStore
+from tests.serve.one_model import one_model
 
 TIMEOUT_S = 30
 DATATYPES = {"int32": "INT32", "int64": "INT64", "float32": "FP32"}
@@ -122,6 +126,31 @@ def test_typed_and_raw_contents_give_the_same(inference: GRPCInferenceServiceStu
     np.testing.assert_array_equal(items, direct)
 
 
+def test_the_trend_is_the_servers(artifact: Artifact, store: EventStore) -> None:
+    """A client sends none, and gets the scores that the server gives with its own."""
+    model = Recommender(artifact, "cpu")
+    server = create_server(one_model(model, store), store, "127.0.0.1:0")
+    server.start()
+    answers = []
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        inference, k = GRPCInferenceServiceStub(channel), np.array([60], np.int64)
+        for taken in (0, 50):
+            counts = np.zeros_like(model.engine.exported.counts)
+            counts[:, 30] = taken
+            model.engine.use_counts(counts)
+            answer = inference.ModelInfer(request(features(k=k)), timeout=TIMEOUT_S)
+            items, scores = (
+                np.frombuffer(answer.raw_output_contents[at], dtype).reshape(2, 60)
+                for at, dtype in ((1, np.int32), (2, np.float32))
+            )
+            answers.append(np.take_along_axis(scores, np.argsort(items, axis=1), axis=1)[:, 30 - 1])
+            trend = model.engine.trend[30]
+    server.drain()
+    without, with_trend = answers
+    assert trend > 1
+    np.testing.assert_allclose(with_trend - without, trend, atol=1e-4)
+
+
 NAN = np.full((2, 3), np.nan, np.float32)
 BAD = [
     ({"item": np.array([[5, 61, 7], [11, 0, 0]], np.int32)}, "inputs[item]: expected 0..60, came 61"),
@@ -160,6 +189,7 @@ def test_shapes_that_lie(inference: GRPCInferenceServiceStub) -> None:
     lying = request(features())
     lying.inputs[0].shape[:] = [2**40, 2**40]
     huge = request(features(length=np.ones(1000, np.int32)))
+    trend = request(features(trend=np.zeros(61, np.float32)))
     missing = request({name: values for name, values in features().items() if name != "k"})
     twice = request(features())
     twice.inputs.append(twice.inputs[0])
@@ -174,6 +204,7 @@ def test_shapes_that_lie(inference: GRPCInferenceServiceStub) -> None:
         (huge, "inputs[length].shape: expected 2 rows as in item, came 1000"),
         (missing, "inputs: expected item, rating, gap, length, request_gap, exclude, k, each once, came"),
         (twice, "inputs: expected item, rating"),
+        (trend, "inputs: expected item, rating, gap, length, request_gap, exclude, k, each once, came"),
         (both, "inputs[item].contents: expected nothing, since raw_input_contents is used"),
         (few, "raw_input_contents: expected none or 7 entries, came 1"),
         (outputs, "outputs[0]: expected one of state, items, scores, each once, came 'logits'"),

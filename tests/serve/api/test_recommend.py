@@ -61,7 +61,7 @@ def stored(user_id: str, events: Sequence[Event]) -> list[UserEvent]:
 
 
 def graph_answer(
-    artifact: Artifact, events: Sequence[Event], request_time: int | None, k: int
+    artifact: Artifact, events: Sequence[Event], request_time: int | None, k: int, trend: np.ndarray
 ) -> tuple[list[str], np.ndarray]:
     """Runs `sequence.onnx` on features written out here as the model directory's contract has them."""
     session = onnxruntime.InferenceSession(artifact.directory / "sequence.onnx", providers=["CPUExecutionProvider"])
@@ -79,6 +79,7 @@ def graph_answer(
             "request_gap": np.array([-1 if request_time is None else request_time - times[-1]], np.float32),
             "exclude": item,
             "k": np.array([k], np.int64),
+            "trend": trend,
         },
     )
     return [artifact.catalog.item_ids[item] for item in items[0]], scores[0]
@@ -91,7 +92,7 @@ def test_grpc_answer_is_the_graphs(
 ) -> None:
     events = history(model, length)
     request_time = None if gap_to_request is None else events[-1].timestamp + gap_to_request
-    expected_ids, expected_scores = graph_answer(artifact, events, request_time, 8)
+    expected_ids, expected_scores = graph_answer(artifact, events, request_time, 8, model.engine.trend)
 
     inline = client.recommend(history=events, k=8, request_time=request_time)
     client.record_events(stored("u", events))

@@ -16,6 +16,11 @@ from serve.model.engine import Engine
 from serve.model.events import RatingScale
 from serve.model.manifest import ArtifactError
 
+FILES = (
+    *("sequence.onnx", "step.onnx", "trend.onnx"),
+    *("catalog.csv", "item_vectors.npy", "trend_counts.npy", "DATA_LICENCE.txt"),
+)
+
 
 @pytest.fixture
 def copy(model_directory: Path, tmp_path: Path) -> Path:
@@ -52,7 +57,7 @@ def test_vectors_cannot_be_written(artifact: Artifact) -> None:
         artifact.item_vectors[1] = 0
 
 
-@pytest.mark.parametrize("name", ["sequence.onnx", "step.onnx", "catalog.csv", "item_vectors.npy", "DATA_LICENCE.txt"])
+@pytest.mark.parametrize("name", FILES)
 def test_flipped_bit(copy: Path, name: str) -> None:
     content = bytearray((copy / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -61,7 +66,7 @@ def test_flipped_bit(copy: Path, name: str) -> None:
         read_artifact(copy)
 
 
-@pytest.mark.parametrize("name", ["sequence.onnx", "step.onnx", "catalog.csv", "item_vectors.npy", "DATA_LICENCE.txt"])
+@pytest.mark.parametrize("name", FILES)
 def test_missing_file(copy: Path, name: str) -> None:
     (copy / name).unlink()
     with pytest.raises(ArtifactError, match=f"{name}: cannot be read: No such file"):
@@ -90,7 +95,8 @@ def test_half_written_manifest(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("schema_version", 2, "schema_version is 2, expected 1"),
+        ("schema_version", 1, "schema_version is 1, expected 2, the only one this server reads; export it again"),
+        ("schema_version", 3, "schema_version is 3, expected 2, the only one this server reads$"),
         ("schema_version", "1", 'schema_version is "1", expected a whole number'),
         ("schema_version", True, "schema_version is true, expected a whole number"),
         ("model_version", "", "expected a text that is not empty"),
@@ -116,7 +122,17 @@ def test_wrong_manifest_field(copy: Path, field: str, value: object, expected: s
 
 @pytest.mark.parametrize(
     "field",
-    ["schema_version", "model_version", "created", "policy", "item_count", "max_history", "rating_scale", "genres"],
+    [
+        "schema_version",
+        "model_version",
+        "created",
+        "policy",
+        "item_count",
+        "max_history",
+        "rating_scale",
+        "genres",
+        "trend",
+    ],
 )
 def test_missing_manifest_field(copy: Path, field: str) -> None:
     edit_manifest(copy, lambda manifest: manifest.pop(field))

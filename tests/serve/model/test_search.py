@@ -31,6 +31,7 @@ from serve.model.manifest import ArtifactError
 from serve.model.recommender import Query, Recommender
 from serve.model.search import Search, best_of
 from serve.settings import SearchBy
+from tests.serve.trend_model import with_trend
 
 ITEMS, LARGE = 60, 3000
 
@@ -40,7 +41,7 @@ def indexed_directory(small_data: PreparedData, small_hybrid: Hybrid, tmp_path_f
     """The model of `model_directory`, with an index."""
     out = tmp_path_factory.mktemp("indexed") / "model"
     export_model(small_hybrid, small_data, out, training={}, metrics={}, licence="Synthetic.", index=True)
-    return out
+    return with_trend(out, out.with_name("with_trend"))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def large_directory(
         licence="Synthetic.",
         index=True,
     )
-    return out
+    return with_trend(out, out.with_name("with_trend"))
 
 
 @pytest.fixture(scope="module")

@@ -642,7 +642,7 @@ def test_a_store_that_did_not_note_how_it_drew_is_brought_up_to_date(
             assert [one for part in store.all_impressions() for one in part] == [NOTED_BEFORE, new]
             assert store.history("u") == [Event("i", None, 0)]
     # Those servers knew of one version less, and refused others as this one does.
-    name, before = {"sqlite": ("SCHEMA_VERSION", 3), "postgres": ("SCHEMA_VERSION", 2), "redis": ("VERSION", "2")}[kind]
+    name, before = {"sqlite": ("SCHEMA_VERSION", 4), "postgres": ("SCHEMA_VERSION", 3), "redis": ("VERSION", "3")}[kind]
     monkeypatch.setattr(f"serve.stores.{kind}.{name}", before)
     with pytest.raises(StoreError, match=rf"in version {int(before) + 1}, expected .*1\.\.{before}"):
         open_store(location)
@@ -712,7 +712,7 @@ def test_a_long_redis_list_is_deleted_in_parts(
     """Out of sight at once, and to the end also where the server that began did not live to see it."""
     monkeypatch.setattr("serve.stores.redis.DELETED_AT_ONCE", 10)
     location = emptied("redis", servers, tmp_path)
-    events = [user_event(str(at)) for at in range(95)]
+    events, counters = [user_event(str(at)) for at in range(95)], ("trend", "trend_changed")
     with open_store(location) as store, redis.Redis.from_url(location) as client:
         store.record([*events, user_event("v", user_id="v")])
         for at in range(25):
@@ -724,7 +724,7 @@ def test_a_long_redis_list_is_deleted_in_parts(
         assert client.info("commandstats")["cmdstat_evalsha"]["calls"] >= 10 + 1
         assert sorted(client.keys("jaxrec:*")) == sorted(
             f"jaxrec:{name}".encode()
-            for name in ("deletions", "event_ids", "events:v", "revision", "user:v", "version")
+            for name in ("deletions", "event_ids", "events:v", "revision", *counters, "user:v", "version")
         )
         assert client.smembers("jaxrec:event_ids") == {b"v"}
         assert store.record(events) == events

@@ -1,0 +1,253 @@
+"""The trend of loaded models follows what the servers of a store record, whatever becomes of the store."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.model_versions import add_version
+from serve.client import Event as ClientEvent
+from serve.client import RecommenderClient
+from serve.client import UserEvent as ClientUserEvent
+from serve.front.server import create_server
+from serve.model.directory import Artifact
+from serve.model.events import Event
+from serve.model.recommender import Query, Recommender
+from serve.model.trend import HALF_LIVES_S
+from serve.observability.metrics import Metrics
+from serve.serving.loading import ModelLoader, open_models
+from serve.serving.trend import TrendRefresher
+from serve.stores import open_store
+from serve.stores.base import EventStore, StoreError, UserEvent
+from tests.serve.serving.test_models import wait_for
+
+HOUR, DAY = 3_600, 86_400
+NOW = 1_700_000_000
+COUNTED_UNTIL = NOW - DAY
+ITEM, OTHER = 1, 2
+REFRESH_S = 0.02
+
+
+def exported(artifact: Artifact, counts: dict[int, float] | None = None) -> Artifact:
+    """With the counts of an export of a day ago: one event of each half-life's weight."""
+    array = np.zeros_like(artifact.trend.counts)
+    for item, count in (counts or {}).items():
+        array[:, item] = count
+    return replace(artifact, trend=replace(artifact.trend, counts=array, counted_until=COUNTED_UNTIL))
+
+
+def event(event_id: str, item_id: str, timestamp: int = NOW) -> UserEvent:
+    return UserEvent(event_id, "u", Event(item_id, None, timestamp))
+
+
+def worth(*times: int, now: int = NOW) -> np.ndarray:
+    """What events count by now, for each half-life."""
+    return np.array([sum(0.5 ** ((now - time) / half_life) for time in times) for half_life in HALF_LIVES_S])
+
+
+def trend_of(model: Recommender, counts: dict[int, np.ndarray]) -> np.ndarray:
+    """The trend that a model makes of counts."""
+    array = np.zeros_like(model.engine.exported.counts)
+    for item, of_item in counts.items():
+        array[:, item] = of_item
+    before = model.engine.trend
+    model.engine.use_counts(array)
+    made, model.engine.trend = model.engine.trend, before
+    return made
+
+
+def assert_trend(model: Recommender, counts: dict[int, np.ndarray]) -> None:
+    np.testing.assert_allclose(model.engine.trend, trend_of(model, counts), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def fresh(artifact: Artifact) -> Recommender:
+    """Of an export in which ITEM had four events, all a day ago."""
+    return Recommender(exported(artifact, {ITEM: 4}), "cpu")
+
+
+@pytest.fixture
+def refresher(store: EventStore) -> Iterator[TrendRefresher]:
+    """At NOW; it refreshes when it is called."""
+    opened = TrendRefresher(store, 3_600.0, clock=lambda: NOW)
+    yield opened
+    opened.close()
+
+
+def test_recorded_events_are_in_the_next_trend(
+    fresh: Recommender, store: EventStore, refresher: TrendRefresher
+) -> None:
+    ids = fresh.catalog.item_ids
+    refresher.prepare(fresh)
+    assert_trend(fresh, {ITEM: 4 * worth(COUNTED_UNTIL)})
+    refresher.keep([fresh])
+    store.record([event("1", ids[ITEM]), event("2", ids[OTHER], NOW - HOUR), event("3", "unknown")])
+    store.record([event("1", ids[ITEM])])
+    refresher.refresh()
+    assert_trend(fresh, {ITEM: 4 * worth(COUNTED_UNTIL) + worth(NOW), OTHER: worth(NOW - HOUR)})
+    # Late, and on items that were counted before.
+    store.record([event("4", ids[OTHER], NOW - 2 * DAY), event("5", ids[ITEM], NOW - HOUR)])
+    refresher.refresh()
+    counts = {ITEM: 4 * worth(COUNTED_UNTIL) + worth(NOW, NOW - HOUR), OTHER: worth(NOW - HOUR, NOW - 2 * DAY)}
+    assert_trend(fresh, counts)
+
+
+def test_a_later_model_has_the_larger_of_its_own_and_the_stores_counts(
+    artifact: Artifact, fresh: Recommender, store: EventStore, refresher: TrendRefresher
+) -> None:
+    """Nothing counts twice: it was exported with the same events, and with some that the store never saw."""
+    ids = fresh.catalog.item_ids
+    refresher.prepare(fresh)
+    store.record([event("1", ids[ITEM], COUNTED_UNTIL)])
+    later = Recommender(exported(artifact, {ITEM: 5, OTHER: 7}), "cpu")
+    refresher.prepare(later)
+    assert_trend(later, {ITEM: 5 * worth(COUNTED_UNTIL), OTHER: 7 * worth(COUNTED_UNTIL)})
+    store.record([event("2", ids[OTHER]), event("3", ids[ITEM])])
+    refresher.keep([later])
+    refresher.refresh()
+    more = np.maximum(7 * worth(COUNTED_UNTIL), worth(NOW))
+    assert_trend(later, {ITEM: 5 * worth(COUNTED_UNTIL) + worth(NOW), OTHER: more})
+
+
+def test_items_that_a_model_does_not_know_are_kept_for_the_next(
+    artifact: Artifact, fresh: Recommender, store: EventStore, refresher: TrendRefresher
+) -> None:
+    refresher.prepare(fresh)
+    store.record([event("1", "new"), event("2", "other"), event("3", "new")])
+    refresher.keep([fresh])
+    refresher.refresh()
+    assert_trend(fresh, {ITEM: 4 * worth(COUNTED_UNTIL)})
+    ids = list(artifact.catalog.item_ids)
+    ids[OTHER] = "new"
+    catalog = replace(artifact.catalog, item_ids=tuple(ids), index={one: at for at, one in enumerate(ids) if at})
+    knowing = Recommender(replace(exported(artifact), catalog=catalog), "cpu")
+    refresher.prepare(knowing)
+    assert_trend(knowing, {ITEM: 4 * worth(COUNTED_UNTIL), OTHER: worth(NOW, NOW)})
+
+
+def test_the_trend_decays_while_nothing_happens(fresh: Recommender, store: EventStore) -> None:
+    now = NOW
+    refresher = TrendRefresher(store, 3_600.0, clock=lambda: now)
+    refresher.prepare(fresh)
+    store.record([event("1", fresh.catalog.item_ids[OTHER])])
+    refresher.keep([fresh])
+    for now in (NOW, NOW + DAY, NOW + 400 * DAY):
+        refresher.refresh()
+        assert_trend(fresh, {ITEM: 4 * worth(COUNTED_UNTIL, now=now), OTHER: worth(NOW, now=now)})
+    refresher.close()
+
+
+def test_a_store_that_fails_is_logged_once_and_the_trend_goes_on(
+    fresh: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = NOW
+    refresher = TrendRefresher(store, 3_600.0, clock=lambda: now)
+    store.record([event("0", fresh.catalog.item_ids[OTHER], COUNTED_UNTIL + 1)])
+    refresher.prepare(fresh)
+    refresher.keep([fresh])
+    read = store.item_counts
+
+    def fails(since: int = 0) -> None:
+        raise StoreError("away")
+
+    caplog.set_level(logging.INFO, "serve.serving.trend")
+    monkeypatch.setattr(store, "item_counts", fails)
+    now = NOW + DAY
+    for _ in range(3):
+        refresher.refresh()
+    expected = {ITEM: 4 * worth(COUNTED_UNTIL, now=now), OTHER: worth(COUNTED_UNTIL + 1, now=now)}
+    assert_trend(fresh, expected)
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    age = refresher.age_s()
+    assert age > 0
+    monkeypatch.setattr(store, "item_counts", read)
+    store.record([event("1", fresh.catalog.item_ids[OTHER], NOW)])
+    refresher.refresh()
+    assert_trend(fresh, expected | {OTHER: worth(COUNTED_UNTIL + 1, NOW, now=now)})
+    assert refresher.age_s() < age + 1
+    assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+    refresher.close()
+
+
+def test_a_model_serves_without_a_store_that_fails_and_takes_it_in_when_it_is_back(
+    fresh: Recommender, store: EventStore, refresher: TrendRefresher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise StoreError("away")
+
+    store.record([event("1", fresh.catalog.item_ids[OTHER])])
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "counts_seed", fails)
+        refresher.prepare(fresh)
+        assert_trend(fresh, {ITEM: 4 * worth(COUNTED_UNTIL)})
+        refresher.keep([fresh])
+    refresher.refresh()
+    assert_trend(fresh, {ITEM: 4 * worth(COUNTED_UNTIL), OTHER: worth(NOW)})
+
+
+def test_servers_of_one_store_see_each_others_events(artifact: Artifact, tmp_path: Path) -> None:
+    models = [Recommender(exported(artifact, {ITEM: 4}), "cpu") for _ in range(2)]
+    ids = artifact.catalog.item_ids
+    with open_store(tmp_path / "s.sqlite") as one, open_store(tmp_path / "s.sqlite") as two:
+        refreshers = [TrendRefresher(store, 3_600.0, clock=lambda: NOW) for store in (one, two)]
+        for refresher, model in zip(refreshers, models, strict=True):
+            refresher.prepare(model)
+            refresher.keep([model])
+        one.record([event("1", ids[OTHER]), event("2", ids[ITEM])])
+        two.record([event("3", ids[OTHER]), event("1", ids[OTHER])])
+        for refresher, model in zip(refreshers, models, strict=True):
+            refresher.refresh()
+            assert_trend(model, {ITEM: 4 * worth(COUNTED_UNTIL) + worth(NOW), OTHER: worth(NOW, NOW)})
+            refresher.close()
+
+
+def test_a_served_model_follows_the_store(model_directory: Path, tmp_path: Path, store: EventStore) -> None:
+    """Through the front, and a version that comes later has its trend when it serves."""
+    metrics = Metrics()
+    versions = tmp_path / "versions"
+    add_version(versions, model_directory, "1")
+    loader = ModelLoader(store, metrics, "cpu")
+    with open_models(versions, loader, watch_s=0.05, trend_refresh_s=REFRESH_S) as models:
+        server = create_server(models, store, "127.0.0.1:0", metrics=metrics)
+        server.start()
+        ids = models.version("").model.catalog.item_ids
+        with RecommenderClient(f"127.0.0.1:{server.port}") as client:
+            history = [ClientEvent(item_id=ids[5], timestamp=NOW)]
+            before = client.recommend(history=history, k=60).recommendations
+            last, now = before[-1].item_id, int(time.time())
+            events = [
+                ClientUserEvent(event_id=f"e{at}", user_id=f"u{at}", item_id=last, timestamp=now) for at in range(1_000)
+            ]
+            assert client.record_events(events).recorded_count == 1_000
+
+            def score(of: str) -> float:
+                found = client.recommend(history=history, k=60).recommendations
+                return next(one.score for one in found if one.item_id == of)
+
+            wait_for(lambda: score(last) > before[-1].score + 5)
+            assert score(before[0].item_id) == pytest.approx(before[0].score, abs=1e-4)
+            why = client.recommend(history=history, k=60, explain=True).recommendations
+            assert len(why) == len(before)
+        add_version(versions, model_directory, "2")
+        wait_for(lambda: models.versions() == ["2"])
+        found = models.version("2").model.engine
+        assert found.trend[models.version("2").model.catalog.index[last]] > found.trend[1:].min() + 5
+        age = metrics.registry.get_sample_value("jaxrec_trend_age_seconds")
+        assert age is not None
+        assert 0 <= age < 30
+        server.drain()
+
+
+def test_without_refreshes_the_trend_is_the_exports(model_directory: Path, store: EventStore) -> None:
+    loader = ModelLoader(store, Metrics(), "cpu")
+    with open_models(model_directory, loader, watch_s=0, trend_refresh_s=0) as models:
+        loaded = models.for_user("u")
+        before = loaded.model.engine.trend
+        store.record([event("1", loaded.model.catalog.item_ids[ITEM], int(time.time()))])
+        assert loaded.recommend(Query([Event(loaded.model.catalog.item_ids[5], None, 0)], k=5)).items.size == 5
+        assert loaded.model.engine.trend is before
+        assert store.counts_seed() is None

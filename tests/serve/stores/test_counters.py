@@ -1,0 +1,312 @@
+"""Counters of items: what each event is worth, once, in whatever order events come and whichever server records."""
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import numpy as np
+import psycopg
+import pytest
+import redis
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.model.events import Event
+from serve.model.trend import HALF_LIVES_S, halved
+from serve.stores import open_store
+from serve.stores.base import EventStore, UserEvent
+from serve.stores.copy import copy_log
+from serve.stores.counters import NONE_READ, ONE_EVENT, Counter, ItemCounts, add_events, counted
+from tests.serve.stores.databases import DatabaseServer
+from tests.serve.stores.test_stores import KINDS, emptied, servers  # noqa: F401
+
+HOUR, DAY = 3_600, 86_400
+NOW = 1_700_000_000
+NOTHING = ItemCounts.of({})
+
+
+@pytest.fixture(params=KINDS)
+def location(
+    request: pytest.FixtureRequest,
+    servers: dict[str, DatabaseServer],  # noqa: F811
+    tmp_path: Path,
+) -> str:
+    return emptied(request.param, servers, tmp_path)
+
+
+@pytest.fixture
+def store(location: str) -> Iterator[EventStore]:
+    with open_store(location) as opened:
+        yield opened
+
+
+def event(event_id: str, item_id: str = "i", timestamp: int = NOW, user_id: str = "u") -> UserEvent:
+    return UserEvent(event_id, user_id, Event(item_id, None, timestamp))
+
+
+def at(counts: ItemCounts, now: int) -> dict[str, list[float]]:
+    """Counts of each item, decayed to `now`."""
+    decayed = counts.counts * halved(now - counts.references.astype(np.float64))
+    return dict(zip(counts.item_ids, decayed.tolist(), strict=True))
+
+
+def sums(events: Mapping[str, Sequence[int]], now: int) -> dict[str, list[float]]:
+    """The definition: for each item and half-life the sum over its events, from their times."""
+    return {
+        item: [sum(0.5 ** ((now - time) / half_life) for time in times) for half_life in HALF_LIVES_S]
+        for item, times in events.items()
+    }
+
+
+def assert_counts(found: Mapping[str, Sequence[float]], expected: Mapping[str, Sequence[float]]) -> None:
+    assert found.keys() == expected.keys()
+    for item, counts in expected.items():
+        np.testing.assert_allclose(found[item], counts, rtol=1e-9, err_msg=item)
+
+
+def seed_of(counts: Mapping[str, float], until: int) -> ItemCounts:
+    """So many events of each item at `until`, for all half-lives."""
+    return ItemCounts.of({item: Counter(until, [count] * len(HALF_LIVES_S)) for item, count in counts.items()})
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(NOW - 4_000 * DAY, NOW)), max_size=12).flatmap(
+        lambda events: st.tuples(st.just(events), st.permutations(events), st.integers(1, 4))
+    )
+)
+def test_counters_do_not_depend_on_order_and_on_parts(
+    drawn: tuple[list[tuple[str, int]], list[tuple[str, int]], int],
+) -> None:
+    events, permuted, parts = drawn
+    counters: dict[str, Counter] = {}
+    for start in range(parts):
+        add_events(counters, permuted[start::parts], NOW)
+    times = {item: [time for one, time in events if one == item] for item, _ in events}
+    later = NOW + 30 * DAY
+    assert_counts(at(ItemCounts.of(counters), later), sums(times, later))
+    assert_counts(at(ItemCounts.of(counted(events, NOW)), later), sums(times, later))
+
+
+def test_an_event_ahead_of_the_clock_counts_as_of_now() -> None:
+    """Else it would hide what comes until then, and be worth more than one."""
+    counters = counted([("i", NOW + 365 * DAY), ("i", NOW - DAY)], NOW)
+    assert counters["i"].reference == NOW
+    np.testing.assert_allclose(counters["i"].counts[:3], [1 + 1 / 16, 1 + 1 / 2, 1 + 0.5 ** (1 / 3)])
+
+
+def test_counters_as_bytes() -> None:
+    seed = ItemCounts.of({"ü\n": Counter(2**40, [1 / 3] * 6), "": Counter(-5, ONE_EVENT)})
+    again = ItemCounts.from_bytes(seed.to_bytes())
+    assert list(again.item_ids) == list(seed.item_ids)
+    np.testing.assert_array_equal(again.references, seed.references)
+    np.testing.assert_array_equal(again.counts, seed.counts)
+    assert ItemCounts.from_bytes(NOTHING.to_bytes()).counts.shape == (0, len(HALF_LIVES_S))
+
+
+def test_events_count_by_their_own_times(store: EventStore) -> None:
+    """An hour and a day before: with a half-life of 6 hours 0.5 ** (1 / 6) and 0.5 ** 4."""
+    store.record([event("1", timestamp=NOW - DAY)])
+    store.record([event("2", timestamp=NOW), event("3", timestamp=NOW - HOUR), event("4", "j", NOW - DAY)])
+    # Late ones: of the same time as the counter, and from before all others.
+    store.record([event("5", timestamp=NOW - 4_000 * DAY), event("6", timestamp=NOW)])
+    found = at(store.item_counts(), NOW)
+    assert found["i"][0] == pytest.approx(0.5**4 + 0.5 ** (1 / 6) + 2, rel=1e-9)
+    assert_counts(found, sums({"i": [NOW - DAY, NOW - HOUR, NOW, NOW - 4_000 * DAY, NOW], "j": [NOW - DAY]}, NOW))
+
+
+def test_an_event_that_is_sent_twice_counts_once(store: EventStore) -> None:
+    store.record([event("1"), event("1"), event("2")])
+    store.record([event("1", "other"), event("2")])
+    assert_counts(at(store.item_counts(), NOW), sums({"i": [NOW, NOW]}, NOW))
+
+
+def test_a_deleted_user_has_counted(store: EventStore) -> None:
+    store.record([event("1")])
+    store.delete_user("u")
+    store.record([event("1", user_id="v")])
+    assert_counts(at(store.item_counts(), NOW), sums({"i": [NOW, NOW]}, NOW))
+
+
+def test_only_what_changed_is_read_again(store: EventStore, location: str) -> None:
+    store.record([event("1", "a"), event("2", "b")])
+    first = store.item_counts()
+    assert sorted(first.item_ids) == ["a", "b"]
+    assert list(store.item_counts(first.change).item_ids) == []
+    with open_store(location) as other:
+        other.record([event("3", "b"), event("4", "c")])
+    second = store.item_counts(first.change)
+    assert_counts(at(second, NOW), sums({"b": [NOW, NOW], "c": [NOW]}, NOW))
+    assert list(store.item_counts(second.change).item_ids) == []
+    store.record([event("3", "b")])
+    assert list(store.item_counts(second.change).item_ids) == []
+
+
+def test_the_longest_and_the_strangest_item_ids_are_counted(store: EventStore) -> None:
+    items = ["\U0010ffff" * 512, 'ü"\n[:%s {0}', " "]
+    store.record([event(str(number), item) for number, item in enumerate(items)])
+    assert sorted(store.item_counts().item_ids) == sorted(items)
+
+
+def test_a_call_with_many_items_counts_each(store: EventStore) -> None:
+    """More than one statement asks for in SQLite, and than one answer holds in Redis."""
+    items = {f"i{number}": [NOW - number, NOW - HOUR] for number in range(2_500)}
+    for time_of in (0, 1):
+        store.record([event(f"{item} {time_of}", item, times[time_of]) for item, times in items.items()])
+    assert_counts(at(store.item_counts(), NOW), sums(items, NOW))
+
+
+def test_a_transaction_that_commits_late_is_not_missed_in_postgres(
+    servers: dict[str, DatabaseServer],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    location = emptied("postgres", servers, tmp_path)
+    with open_store(location) as store, psycopg.connect(location) as slow:
+        slow.execute("INSERT INTO jaxrec.trend VALUES ('slow', 0, '{1,1,1,1,1,1}', txid_current())")
+        store.record([event("1", "fast")])
+        first = store.item_counts()
+        assert list(first.item_ids) == ["fast"]
+        slow.commit()
+        assert "slow" in store.item_counts(first.change).item_ids
+        # From another database all would look old.
+        assert len(store.item_counts(2**40).item_ids) == 2
+
+
+def test_two_servers_count_all_of_each_others_events(location: str) -> None:
+    """In either order of items: they must not lock each other out."""
+    start = threading.Barrier(6)
+
+    def write(thread: int) -> None:
+        start.wait()
+        for number in range(20):
+            items = ["a", "b", "c"] if thread % 2 else ["c", "b", "a"]
+            stores[thread % 2].record(
+                [event(f"{thread} {number} {item}", item, NOW - number, f"u{thread}") for item in items]
+            )
+
+    with open_store(location) as one, open_store(location) as two, ThreadPoolExecutor(6) as threads:
+        stores = (one, two)
+        for done in [threads.submit(write, thread) for thread in range(6)]:
+            done.result()
+        times = [NOW - number for number in range(20)] * 6
+        for store in stores:
+            assert_counts(at(store.item_counts(), NOW), sums(dict.fromkeys("abc", times), NOW))
+
+
+def test_a_store_is_seeded_once(location: str) -> None:
+    start = threading.Barrier(4)
+
+    def seed(number: int) -> ItemCounts:
+        with open_store(location) as store:
+            start.wait()
+            return store.seeded(seed_of({f"of {number}": number + 1, "all": 1}, NOW - DAY), NOW - DAY)
+
+    with ThreadPoolExecutor(4) as threads:
+        seeds = list(threads.map(seed, range(4)))
+    assert len({tuple(one.item_ids) for one in seeds}) == 1
+    with open_store(location) as store:
+        later = store.seeded(seed_of({"later": 5}, NOW), NOW)
+        assert_counts(at(later, NOW), at(seeds[0], NOW))
+        assert store.begin_counts() is None
+
+
+def test_what_is_recorded_while_a_store_is_seeded_counts_once(location: str) -> None:
+    """Either with the seed or with the counters."""
+    seeding, stopped = threading.Event(), threading.Event()
+
+    def write(thread: int) -> int:
+        number = 0
+        while not stopped.is_set():
+            stores[thread % 2].record([event(f"{thread} {number}", timestamp=NOW - HOUR, user_id=f"u{thread}")])
+            number += 1
+            if number == 5:
+                seeding.set()
+        return number
+
+    with open_store(location) as one, open_store(location) as two, ThreadPoolExecutor(4) as threads:
+        stores = (one, two)
+        writers = [threads.submit(write, thread) for thread in range(3)]
+        assert seeding.wait(30)
+        seeds = list(threads.map(lambda store: store.seeded(NOTHING, NOW - DAY), [one]))
+        stopped.set()
+        count = sum(writer.result() for writer in writers)
+        total = np.zeros(len(HALF_LIVES_S))
+        for counts in (*seeds, two.item_counts()):
+            total += at(counts, NOW).get("i", np.zeros(len(HALF_LIVES_S)))
+        np.testing.assert_allclose(total, sums({"i": [NOW - HOUR] * count}, NOW)["i"], rtol=1e-9)
+
+
+def test_of_what_a_store_holds_the_seed_has_what_the_export_has_not(store: EventStore) -> None:
+    """Two events of `a` are in the export: that of its last second too."""
+    until = NOW - DAY
+    store.record([event("1", "a", until - HOUR), event("2", "a", until), event("3", "a", NOW - HOUR)])
+    store.record([event("4", "b", NOW - 2 * HOUR)])
+    seed = store.seeded(seed_of({"a": 2, "c": 7}, until), until)
+    expected = sums({"a": [until, until, NOW - HOUR], "b": [NOW - 2 * HOUR], "c": [until] * 7}, NOW)
+    assert_counts(at(seed, NOW), expected)
+    assert list(store.item_counts().item_ids) == []
+    store.record([event("5", "b", NOW), event("4", "b")])
+    assert_counts(at(store.item_counts(), NOW), sums({"b": [NOW]}, NOW))
+    again = store.counts_seed()
+    assert again is not None
+    assert_counts(at(again, NOW), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_of_before_is_counted_from_its_seeding_on(
+    kind: str,
+    servers: dict[str, DatabaseServer],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    location = emptied(kind, servers, tmp_path)
+    with open_store(location) as store:
+        store.record([event("1", "a", NOW - HOUR), event("2", "a", NOW - 9 * DAY)])
+    if kind == "sqlite":
+        with closing(sqlite3.connect(location)) as connection:
+            connection.executescript("DROP TABLE trend; DROP TABLE trend_start; PRAGMA user_version = 4")
+    elif kind == "postgres":
+        with psycopg.connect(location) as connection:
+            connection.execute("DROP TABLE jaxrec.trend, jaxrec.trend_start")
+            connection.execute("UPDATE jaxrec.store SET version = 3")
+    else:
+        with redis.Redis.from_url(location) as client:
+            client.delete("jaxrec:trend", "jaxrec:trend_changed")
+            client.set("jaxrec:version", "3")
+    with open_store(location) as store:
+        assert_counts(at(store.seeded(NOTHING, NOW - DAY), NOW), sums({"a": [NOW - HOUR]}, NOW))
+        store.record([event("3", "a", NOW), event("1", "a")])
+        assert_counts(at(store.item_counts(), NOW), sums({"a": [NOW]}, NOW))
+        assert len(store.history("u")) == 3
+
+
+def test_a_copy_that_becomes_a_store_goes_on_counting(store: EventStore, tmp_path: Path) -> None:
+    store.seeded(seed_of({"a": 3}, NOW - DAY), NOW - DAY)
+    store.record([event("1", "b", NOW - HOUR), event("2", "c", NOW - HOUR)])
+    copy_log(store, tmp_path / "copy.sqlite")
+    with open_store(tmp_path / "copy.sqlite") as copy:
+        assert_counts(at(copy.seeded(NOTHING, NOW), NOW), sums({"a": [NOW - DAY] * 3}, NOW))
+        before = copy.item_counts(NONE_READ)
+        assert_counts(at(before, NOW), sums({"b": [NOW - HOUR], "c": [NOW - HOUR]}, NOW))
+        copy.record([event("3", "b", NOW)])
+        assert_counts(at(copy.item_counts(before.change), NOW), sums({"b": [NOW - HOUR, NOW]}, NOW))
+
+
+def test_reading_costs_what_changed(tmp_path: Path) -> None:
+    """Counted in steps of SQLite's virtual machine."""
+    with ExitStack() as stack:
+        store = stack.enter_context(open_store(tmp_path / "events.sqlite"))
+        store.record([event(str(number), f"i{number}") for number in range(20_000)])
+        change, hundreds = store.item_counts().change, 0
+
+        def count() -> None:
+            nonlocal hundreds
+            hundreds += 1
+
+        store._reader().set_progress_handler(count, 100)  # type: ignore[attr-defined]
+        store.record([event("new", "i7", int(time.time()))])
+        assert list(store.item_counts(change).item_ids) == ["i7"]
+        assert hundreds < 3
