@@ -34,7 +34,7 @@ from jaxrec.errors import DataError
 from jaxrec.rl.served.recommendations import NO_REQUEST_TIME, History, Recommendations, RecommendationsWriter
 
 APPLICATION_ID = 0x6A787263
-STORE_VERSION = 4
+STORE_VERSION = 5
 QUANTILE = 0.99  # of the responses: by when the log ends, and within which window they come by default
 
 # Why a recommendation cannot be learned from.
