@@ -59,17 +59,21 @@ def small_data() -> PreparedData:
     return prepare(interactions, movies, PrepareConfig(rating_scale=RatingScale(0.5, 5.0)))
 
 
+TREND = np.array([[2.0, 1.0, 0.5, 0.25, 0.25, 0.25], [0.01, 0.01, 0.0, 0.0, 0.02, -0.01]])
+
+
 def _random_hybrid(data: PreparedData, seed: int, with_policy: bool) -> Hybrid:
     items = len(data.catalog)
-    rngs, rng = nnx.Rngs(seed), np.random.default_rng(seed)
+    rngs = nnx.Rngs(seed)
     hybrid = Hybrid(
         TimeRatingAwareLSTM(items, SMALL, rngs=rngs),
         TimeRatingAwareContentModel(items, data.catalog.genre_matrix(), SMALL, rngs=rngs),
         CoOccurrence(neighbours(data, width=8)),
         MixWeights(0.4, 0.6, 0.3),
-        Trend(0.1 * rng.normal(size=(2, 6)), 1 + rng.exponential(size=6)),
+        Trend(TREND, np.full(6, 1e6)),
         policy=PolicyHead(2 * SMALL.embedding, 8, items, rngs=rngs) if with_policy else None,
     )
+    rng = np.random.default_rng(seed)
     weights = nnx.state(hybrid, nnx.Param)
     nnx.update(hybrid, jax.tree.map(lambda x: x + 0.4 * rng.normal(size=x.shape).astype(np.float32), weights))
     return hybrid

@@ -8,15 +8,17 @@ import pandas as pd
 import pytest
 
 from jaxrec.config import PrepareConfig
-from jaxrec.data import schema
+from jaxrec.data import schema, trend
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
+from jaxrec.data.trend import DecayedCounts
 from jaxrec.errors import DataError
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
 from serve.api import rules
 from serve.api.errors import InvalidRequest
+from serve.model import trend as serve_trend
 from serve.model.directory import read_artifact
 from serve.model.events import Event
 from serve.model.recommender import Query, Recommender
@@ -61,6 +63,17 @@ def test_evaluated_lists_are_the_served_ones(
             for item, i in zip(raw_items, rows, strict=True)
         ]
         queries.append(Query(events, k=10, request_time=int(histories.times[row]) if request_time else None))
-    served = np.stack([answer.items for answer in Recommender(artifact, "cpu").recommend(queries)])
-    ranked = rank_cases(hybrid_scorer(small_hybrid), small_data, cases, max_history, request_time)
-    np.testing.assert_array_equal(served, ranked.top)
+    recommender, counts = Recommender(artifact, "cpu"), DecayedCounts.of(small_data)
+    served = []
+    for query, row in zip(queries, cases.rows, strict=True):
+        recommender.engine.use_counts(counts.before(histories.times[row, None])[0])  # as the server has them then
+        served.append(recommender.recommend([query])[0].items)
+    ranked = rank_cases(hybrid_scorer(small_hybrid, counts), small_data, cases, max_history, request_time)
+    np.testing.assert_array_equal(np.stack(served), ranked.top)
+
+
+def test_both_sides_count_with_the_same_half_lives(small_data: PreparedData, model_directory: Path) -> None:
+    assert trend.HALF_LIVES_S == serve_trend.HALF_LIVES_S
+    exported = read_artifact(model_directory).trend
+    later = exported.counted_until + 100_000
+    np.testing.assert_allclose(exported.at(later), DecayedCounts.of(small_data).until(later), rtol=1e-5)

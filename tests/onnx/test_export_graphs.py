@@ -228,7 +228,7 @@ def test_an_lstm_that_is_not_fused_is_an_error(small_hybrid: Hybrid, monkeypatch
     from jaxrec.onnx import tf_forward
 
     monkeypatch.setattr(tf_forward, "_lstm", lambda weights, x, h, c: (h, c))
-    with pytest.raises(ExportError, match=r"step\.onnx: expected two LSTM operators and no loop, found"):
+    with pytest.raises(ExportError, match=r"step\.onnx: expected 2 LSTM operators and no loop, found"):
         step_graph(extract_weights(small_hybrid))
 
 

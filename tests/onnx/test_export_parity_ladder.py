@@ -125,11 +125,11 @@ def without(logits: np.ndarray, exclude: np.ndarray) -> np.ndarray:
 def test_flax_equals_the_formulas(exported, probe: Probe, expected, jit: bool) -> None:
     definition, weights = nnx.split(exported.hybrid)
 
-    def answer(weights, events, request_gap):
-        return nnx.merge(definition, weights).logits(events, request_gap)
+    def answer(weights, events, request_gap, trend):
+        return nnx.merge(definition, weights).logits(events, request_gap, trend=trend)
 
     events = Events(*(jnp.asarray(x) for x in (probe.item, probe.rating, probe.gap, probe.length)))
-    logits, state = (jax.jit(answer) if jit else answer)(weights, events, jnp.asarray(probe.request_gap))
+    logits, state = (jax.jit(answer) if jit else answer)(weights, events, probe.request_gap, probe.trend)
     np.testing.assert_allclose(logits[:, 1:], expected[0][:, 1:], rtol=0, atol=1e-4)
     assert (logits[:, 0] < -9e29).all()
     np.testing.assert_allclose(state, expected[1], rtol=0, atol=1e-4)

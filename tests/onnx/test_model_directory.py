@@ -29,7 +29,7 @@ def manifest(model_directory: Path) -> dict:
 
 
 def test_manifest_says_what_the_model_is(manifest: dict, small_data: PreparedData) -> None:
-    assert manifest["schema_version"] == 1
+    assert manifest["schema_version"] == 2
     assert manifest["policy"] == "reinforce"
     assert manifest["opset"] == 17
     assert manifest["item_count"] == 60
@@ -53,7 +53,15 @@ def test_every_file_is_in_the_manifest_with_its_checksum(manifest: dict, model_d
     assert manifest["files"] == {
         name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)} for name, content in files.items()
     }
-    assert set(files) == {"sequence.onnx", "step.onnx", "catalog.csv", "item_vectors.npy", "DATA_LICENCE.txt"}
+    of_trend = {"trend.onnx", "trend_counts.npy"}
+    assert set(files) == {
+        "sequence.onnx",
+        "step.onnx",
+        "catalog.csv",
+        "item_vectors.npy",
+        "DATA_LICENCE.txt",
+        *of_trend,
+    }
 
 
 def test_manifest_describes_the_graphs(manifest: dict) -> None:
@@ -63,6 +71,17 @@ def test_manifest_describes_the_graphs(manifest: dict) -> None:
     state = manifest["graphs"]["sequence"]["outputs"]["state"]
     assert state == {"dtype": "float32", "shape": ["batch", 64 + RECENT_ITEMS]}
     assert list(manifest["graphs"]["step"]["outputs"]) == ["next_state", "items", "scores"]
+
+
+def test_counts_of_the_trend_are_those_of_the_last_event(
+    manifest: dict, model_directory: Path, small_data: PreparedData
+) -> None:
+    trend, times = manifest["trend"], np.asarray(small_data.histories.times)
+    assert trend["counted_until"] == times.max()
+    counts = np.load(model_directory / trend["counts"])
+    for of_half_life, half_life in zip(counts, trend["half_lives_s"], strict=True):
+        weights = 0.5 ** ((times.max() - times) / half_life)
+        np.testing.assert_allclose(of_half_life, np.bincount(small_data.histories.items, weights, 61), rtol=1e-5)
 
 
 def test_catalogue_has_raw_ids_and_popularity(model_directory: Path, small_data: PreparedData) -> None:

@@ -14,13 +14,6 @@ from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.stores import open_store
 from serve.stores.base import EventStore
 from tests.serve.one_model import one_model
-from tests.serve.trend_model import with_trend
-
-
-@pytest.fixture(scope="session")
-def model_directory(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That of `tests.conftest`, with a trend. Shared: copy it before changing it."""
-    return with_trend(model_directory, tmp_path_factory.mktemp("trend") / "model")
 
 
 @pytest.fixture(scope="session")

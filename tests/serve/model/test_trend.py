@@ -20,7 +20,6 @@ from serve.model.manifest import ArtifactError
 from serve.model.trend import HALF_LIVES_S, halved
 from tests.serve.model.test_directory import edit_manifest, replace_file
 from tests.serve.model.test_engine import random_rows
-from tests.serve.trend_model import with_trend
 
 DAY = 86_400
 
@@ -29,7 +28,7 @@ DAY = 86_400
 def indexed(small_data: PreparedData, small_hybrid: Hybrid, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     out = tmp_path_factory.mktemp("indexed") / "model"
     export_model(small_hybrid, small_data, out, training={}, metrics={}, licence="Synthetic.", index=True)
-    return read_artifact(with_trend(out, out.with_name("with_trend")))
+    return read_artifact(out)
 
 
 def counts_of(items: dict[int, float], item_count: int) -> np.ndarray:
