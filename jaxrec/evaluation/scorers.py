@@ -42,7 +42,8 @@ def sequence_scorer(model: TimeRatingAwareLSTM) -> Scorer:
 
 def hybrid_scorer(hybrid: Hybrid) -> Scorer:
     """The scorer of a hybrid, with its policy if it has one."""
-    return compiled_scorer(hybrid, _hybrid_logits)
+    graphdef, variables = nnx.split(hybrid)
+    return lambda batch: _hybrid_logits(graphdef, variables, batch.events, batch.request_gap, batch.exclude)
 
 
 def compiled_scorer(model: nnx.Module, logits: Logits) -> Scorer:
@@ -58,8 +59,11 @@ def sequence_logits(model: TimeRatingAwareLSTM, events: Events, request_gap: jax
     return model.query(h, request_gap) @ item_vectors.T + model.item_bias()
 
 
-def _hybrid_logits(hybrid: Hybrid, events: Events, request_gap: jax.Array) -> jax.Array:
-    return hybrid.logits(events, request_gap)[0]
+@functools.partial(jax.jit, static_argnums=0)
+def _hybrid_logits(
+    graphdef: nnx.GraphDef[Hybrid], variables: Any, events: Events, request_gap: jax.Array, exclude: jax.Array
+) -> jax.Array:
+    return nnx.merge(graphdef, variables).logits(events, request_gap, exclude=exclude)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

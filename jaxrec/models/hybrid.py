@@ -7,11 +7,14 @@ co-occurrence are added with a weight of their own.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxrec.data.events import Events
 from jaxrec.models.cooccurrence import RECENT_ITEMS, CoOccurrence, recent_items
+from jaxrec.models.features import Array
 from jaxrec.models.lstm import State
+from jaxrec.models.new_items import capped_logits
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.models.tables import FixedTable
 
@@ -33,7 +36,8 @@ class PolicyHead(nnx.Module):
 
 class Hybrid(nnx.Module):
     """`weight` in 0..1 is the LSTM's share of the two sequence models, `cooccurrence_weight` >= 0 what one unit of
-    co-occurrence adds to a logit; `policy` None means the supervised policy.
+    co-occurrence adds to a logit; `policy` None means the supervised policy. `new_items` [items + 1] bool: those that
+    never come before the first places of the others (`jaxrec.models.new_items`); None: there are none.
 
     The recurrent state is [batch, 4 * hidden + RECENT_ITEMS] float32: h and c of the LSTM and of the content model, and
     the most recent items, the last one first.
@@ -47,6 +51,7 @@ class Hybrid(nnx.Module):
         weight: float,
         cooccurrence_weight: float,
         policy: PolicyHead | None = None,
+        new_items: np.ndarray | None = None,
     ) -> None:
         if not 0.0 <= weight <= 1.0:
             raise ValueError(f"weight {weight} is outside 0..1")
@@ -58,13 +63,15 @@ class Hybrid(nnx.Module):
         self.weight = FixedTable(jnp.float32(weight))
         self.cooccurrence_weight = FixedTable(jnp.float32(cooccurrence_weight))
         self.policy = policy
+        self.new_items = None if new_items is None else FixedTable(jnp.asarray(new_items, bool))
         if len(self.item_bias()) > MAX_ITEMS:
             raise ValueError(f"{len(self.item_bias()) - 1} items, expected fewer than {MAX_ITEMS}")
 
     def with_policy(self, policy: PolicyHead | None) -> "Hybrid":
         """The same supervised models under `policy`, or under none."""
         weights = float(self.weight[...]), float(self.cooccurrence_weight[...])
-        return Hybrid(self.lstm, self.content, self.cooccurrence, *weights, policy)
+        new_items = None if self.new_items is None else np.asarray(self.new_items[...])
+        return Hybrid(self.lstm, self.content, self.cooccurrence, *weights, policy, new_items)
 
     def item_vectors(self) -> jax.Array:
         """[items + 1, 2 * embedding] float32."""
@@ -110,10 +117,21 @@ class Hybrid(nnx.Module):
         return *parts, state[:, -RECENT_ITEMS:].astype(jnp.int32)  # type: ignore[return-value]
 
     def logits(
-        self, events: Events, request_gap: jax.Array, state: jax.Array | None = None
+        self,
+        events: Events,
+        request_gap: jax.Array,
+        state: jax.Array | None = None,
+        exclude: Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """After each row's last event: logits [batch, items + 1] of the next item, and the state."""
+        """After each row's last event: logits [batch, items + 1] of the next item, and the state.
+
+        `exclude` [batch, width] int32 (0 = nothing): items that are not recommended. They keep their logits, but are
+        not among the first places, below which new items are.
+        """
         _, state = self.encode(events, state)
         h_lstm, _, h_content, _, recent = self.split_state(state)
         query = self.query_at((h_lstm, h_content), request_gap)
-        return query @ self.item_vectors().T + self.item_bias() + self.cooccurrence_logits(recent), state
+        logits = query @ self.item_vectors().T + self.item_bias() + self.cooccurrence_logits(recent)
+        if self.new_items is not None:
+            logits = capped_logits(logits, self.new_items[...], exclude)
+        return logits, state

@@ -162,12 +162,14 @@ def _jax_answer(hybrid: Hybrid, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
     definition, weights = nnx.split(hybrid)
 
     @jax.jit
-    def answer(weights: nnx.State, events: Events, request_gap: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return nnx.merge(definition, weights).logits(events, request_gap)
+    def answer(
+        weights: nnx.State, events: Events, request_gap: jax.Array, exclude: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return nnx.merge(definition, weights).logits(events, request_gap, exclude=exclude)
 
     with jax.default_matmul_precision("highest"):
         events = Events(*(jax.numpy.asarray(x) for x in (probe.item, probe.rating, probe.gap, probe.length)))
-        logits, state = answer(weights, events, jax.numpy.asarray(probe.request_gap))
+        logits, state = answer(weights, events, *(jax.numpy.asarray(x) for x in (probe.request_gap, probe.exclude)))
     return np.asarray(logits), np.asarray(state)
 
 

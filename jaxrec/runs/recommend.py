@@ -113,10 +113,14 @@ def _best(
             np.where(where, known.gaps[rows], UNKNOWN_GAP).astype(np.float32),
             lengths.astype(np.int32),
         )
-        logits = np.array(_logits(graphdef, variables, events))
+        # A power of two, so that long histories compile a few more programs and not one each.
+        width = 1 << (max(int((stops - starts)[users].max()), max_length) - 1).bit_length()
+        place = starts[users, None] + np.arange(width)
+        inside = place < stops[users, None]
+        exclude = np.where(inside, known.histories.items[np.where(inside, place, 0)], 0).astype(np.int32)
+        logits = np.array(_logits(graphdef, variables, events, exclude))
+        np.put_along_axis(logits, exclude, -np.inf, axis=1)
         logits[:, 0] = -np.inf
-        for row, user in enumerate(users):
-            logits[row, known.histories.items[starts[user] : stops[user]]] = -np.inf
         scores, top = jax.lax.top_k(logits, k)
         some = lengths[:, None] > 0
         yield users[:new], np.where(some, top, popular)[:new], np.where(some, scores, popularity)[:new]
@@ -130,9 +134,9 @@ def _most_popular(data: PreparedData, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @jax.jit(static_argnums=0)
-def _logits(graphdef: nnx.GraphDef[Hybrid], variables: nnx.State, events: Events) -> jax.Array:
+def _logits(graphdef: nnx.GraphDef[Hybrid], variables: nnx.State, events: Events, exclude: jax.Array) -> jax.Array:
     unknown = jnp.full(events.item.shape[0], UNKNOWN_GAP)
-    return nnx.merge(graphdef, variables).logits(events, unknown)[0]
+    return nnx.merge(graphdef, variables).logits(events, unknown, exclude=exclude)[0]
 
 
 def _encode(ids: pd.Series, data: PreparedData) -> np.ndarray:
