@@ -89,7 +89,7 @@ def with_input(data: PreparedData, counts: dict[str, Any]) -> PreparedData:
     """`data` with the counts of what was read, and a note on columns of its features that say nothing."""
     left_out = [] if data.features is None else item_content(data).left_out
     if left_out:
-        note = f"features: {', '.join(left_out)}: no value that {LEAST_ITEMS} items with training events share; not used"
+        note = f"features: {', '.join(left_out)}: not used, no {LEAST_ITEMS} items with training events share a value"
         counts = {**counts, "notes": [*counts["notes"], note]}
     return dataclasses.replace(data, input=counts)
 

@@ -2,7 +2,7 @@
 
 DATA/prepared.json          versions, configuration, counts, and size and SHA-256 of every file
 DATA/catalog.json           item_id, title and genres by index
-DATA/features.csv           what else is known of items (`--features`), those outside the catalogue included, if anything
+DATA/features.csv           what else is known of items (`--features`), of all that were given
 DATA/user_ids.npy           raw id of each user
 DATA/offsets.npy            user u's events are rows offsets[u] : offsets[u + 1] of
 DATA/{items,ratings,times}.npy

@@ -73,6 +73,19 @@ class Hybrid(nnx.Module):
         new_items = None if self.new_items is None else np.asarray(self.new_items[...])
         return Hybrid(self.lstm, self.content, self.cooccurrence, *weights, policy, new_items)
 
+    def without_new_items(self) -> "Hybrid":
+        """The same without a cap, for what cannot cap: the vectors of new items are zero, and they rank low."""
+        if self.new_items is None:
+            return self
+        new, models = self.new_items[...], (nnx.clone(self.lstm), nnx.clone(self.content))
+        for model in models:
+            own = model.item_embedding[...]
+            model.item_embedding[...] = jnp.where(new[:, None], own - model.item_vectors(), own)
+            bias = model.item_bias_table[...]
+            model.item_bias_table[...] = jnp.where(new, jnp.min(jnp.where(new, jnp.inf, bias)), bias)
+        weights = float(self.weight[...]), float(self.cooccurrence_weight[...])
+        return Hybrid(*models, self.cooccurrence, *weights, self.policy)
+
     def item_vectors(self) -> jax.Array:
         """[items + 1, 2 * embedding] float32."""
         return jnp.concatenate([self.lstm.item_vectors(), self.content.item_vectors()], axis=1)

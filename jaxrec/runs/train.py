@@ -220,7 +220,9 @@ def extend_run(out: Path, data_folder: Path, changes: Mapping[str, Any] = {}) ->
     extended = _new_run(out, data_folder, data, run.model_config, train_config, run.data_version + 1)
     wait_for_all("every process has seen the run as it was")
     if is_first():
-        for path in (out / name for name in (HYBRID_FILE, NEIGHBOURS_FILE, CONTENT_HEAD_FILE, EVALUATION_FILE, *POLICY_FILES)):
+        for path in (
+            out / name for name in (HYBRID_FILE, NEIGHBOURS_FILE, CONTENT_HEAD_FILE, EVALUATION_FILE, *POLICY_FILES)
+        ):
             if path.is_dir():
                 shutil.rmtree(path)
             else:

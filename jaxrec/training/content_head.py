@@ -24,8 +24,8 @@ from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.errors import TrainingError, TrainingStopped
 from jaxrec.models.masks import NEVER
 from jaxrec.models.sequence import TimeRatingAwareLSTM
-from jaxrec.training.losses import next_item_loss, sampled_softmax_loss
 from jaxrec.training.loop import steps_key
+from jaxrec.training.losses import next_item_loss, sampled_softmax_loss
 from jaxrec.training.step import seen_items, softmax_sample
 from jaxrec.training.stopping import StopRequested, never
 
@@ -47,7 +47,9 @@ class ContentHead(NamedTuple):
         return features @ self.kernel + self.offset
 
 
-def ridge(features: np.ndarray, targets: np.ndarray, weights: np.ndarray, penalty: float = RIDGE_PENALTY) -> ContentHead:
+def ridge(
+    features: np.ndarray, targets: np.ndarray, weights: np.ndarray, penalty: float = RIDGE_PENALTY
+) -> ContentHead:
     """Weighted ridge regression with a free intercept, in closed form and double precision.
 
     Minimizes sum_i w_i |y_i - F_i K - o|^2 + penalty * mean(w) |K|^2: `penalty` counts in rows of mean weight.
@@ -114,9 +116,7 @@ def train_head(
     batches = TrainingData(data, model.config.max_length, config.batch_tokens)
     steps = min(EPOCHS * batches.steps_per_epoch, MOST_STEPS)
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(GRADIENT_CLIP), optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
-    )
+    optimizer = optax.chain(optax.clip_by_global_norm(GRADIENT_CLIP), optax.adamw(schedule, weight_decay=WEIGHT_DECAY))
     trained = jnp.asarray(data.train_popularity() > 0)
     sampled = softmax_sample(len(data.catalog), config.sampled_items)
     graphdef, variables = nnx.split(model)

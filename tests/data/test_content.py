@@ -51,10 +51,11 @@ def test_columns_become_features_that_are_fitted_on_items_with_training_events(t
         [0, 0, 1, 0, 1, 0],  # a studio and a tag that no item with training events has, and 95 minutes
         [0, 0, 0, 0, 0, 0],  # not in the table
     ]
-    assert content.model_features == 6 and content.left_out == ("note",)
+    assert content.model_features == 6
+    assert content.left_out == ("note",)
     assert data.input["notes"][-2:] == [
         f"{tmp_path / 'features.csv'}: 1 of its 6 ids, such as 70, are no items of the log",
-        "features: note: no value that 2 items with training events share; not used",
+        "features: note: not used, no 2 items with training events share a value",
     ]
 
 
@@ -83,7 +84,8 @@ def test_without_features_the_content_model_reads_the_genre_matrix(small_data: P
 
 def test_items_without_any_content_have_one_zero_column_and_no_name() -> None:
     content = item_content(prepare(LOG, config=ALL))
-    assert content.names == () and content.model_matrix().tolist() == [[0.0]] * 7
+    assert content.names == ()
+    assert content.model_matrix().tolist() == [[0.0]] * 7
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,8 @@ def test_lists_and_json_lines_are_read_too(tmp_path: Path) -> None:
     path = tmp_path / "features.json"
     path.write_text('{"item_id": 10, "tags": ["x", "y"]}\n{"item_id": 20, "tags": ["y", "x"]}\n')
     content = item_content(prepare(LOG, config=ALL, features=path))
-    assert content.names == ("tags=x", "tags=y") and content.matrix[1:3].tolist() == [[1, 1], [1, 1]]
+    assert content.names == ("tags=x", "tags=y")
+    assert content.matrix[1:3].tolist() == [[1, 1], [1, 1]]
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,12 @@ def reference(hybrid: Hybrid, history: Probe) -> tuple[np.ndarray, np.ndarray]:
         for neighbour, weight in zip(items[item], weights[item], strict=True):
             logits[neighbour] += float(hybrid.cooccurrence_weight[...]) * RECENT_DECAY**age * weight
     logits[0] = NEVER
+    if hybrid.new_items is not None:
+        new = np.asarray(hybrid.new_items[...])
+        known = [logits[i] for i in range(1, len(logits)) if not new[i] and i not in history.exclude[0]]
+        tenth = sorted(known)[-10]
+        above = np.maximum(logits - tenth, 0)
+        logits = np.where(new, np.minimum(logits, tenth - 0.002) + 0.001 * above / (1 + above), logits)
     return logits, np.concatenate([*state, np.pad(recent, (0, RECENT_ITEMS - len(recent)))])
 
 
@@ -124,11 +130,13 @@ def without(logits: np.ndarray, exclude: np.ndarray) -> np.ndarray:
 def test_flax_equals_the_formulas(exported, probe: Probe, expected, jit: bool) -> None:
     definition, weights = nnx.split(exported.hybrid)
 
-    def answer(weights, events, request_gap):
-        return nnx.merge(definition, weights).logits(events, request_gap)
+    def answer(weights, events, request_gap, exclude):
+        return nnx.merge(definition, weights).logits(events, request_gap, exclude=exclude)
 
     events = Events(*(jnp.asarray(x) for x in (probe.item, probe.rating, probe.gap, probe.length)))
-    logits, state = (jax.jit(answer) if jit else answer)(weights, events, jnp.asarray(probe.request_gap))
+    logits, state = (jax.jit(answer) if jit else answer)(
+        weights, events, jnp.asarray(probe.request_gap), jnp.asarray(probe.exclude)
+    )
     np.testing.assert_allclose(logits[:, 1:], expected[0][:, 1:], rtol=0, atol=1e-4)
     assert (logits[:, 0] < -9e29).all()
     np.testing.assert_allclose(state, expected[1], rtol=0, atol=1e-4)

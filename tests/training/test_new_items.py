@@ -1,4 +1,4 @@
-"""Content heads and new items: closed forms by hand, what they leave as it is, and a log in which they can be learned."""
+"""Content heads and new items: closed forms by hand, what they leave as it is, and a log that teaches them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +11,13 @@ import pytest
 from flax import nnx
 
 from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig
+from jaxrec.data.batches import case_batches
 from jaxrec.data.content import item_content
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, TIME, TITLE, USER
 from jaxrec.errors import TrainingStopped
 from jaxrec.evaluation.scorers import hybrid_scorer
-from jaxrec.data.batches import case_batches
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.runs.directory import CONTENT_HEAD_FILE, Run, load_supervised, new_models
 from jaxrec.runs.train import train
@@ -56,9 +56,7 @@ def test_head_training_lowers_its_loss_changes_no_model_and_follows_from_the_see
     assert all(np.array_equal(a, b) for a, b in zip(*heads, strict=True))
     assert not np.array_equal(heads[0].kernel, start.kernel)
     after = nnx.state(model)
-    assert all(
-        np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-    )
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
     with pytest.raises(TrainingStopped, match="the content head is not trained yet"):
         train_head(model, start, features, small_data, config, stop=lambda: True)
 
@@ -110,7 +108,8 @@ def test_the_shift_keeps_the_hit_rate_of_known_items(
     new = np.zeros(len(small_data.catalog) + 1, bool)
     new[1:21] = True
     found = tune_shift(hybrid, new, small_data)
-    assert found.count == 20 and found.shift in SHIFTS
+    assert found.count == 20
+    assert found.shift in SHIFTS
     assert 0.975 * found.validation_hr_50_without <= found.validation_hr_50 <= found.validation_hr_50_without
 
 

@@ -42,12 +42,15 @@ def features_like(
     if isinstance(features, pd.DataFrame):
         name, found = "features", _of_frame(features, raw_items)
     else:
-        name, found = str(features), read_features(Path(features), IdKind.INTEGER if raw_items.dtype == np.int64 else IdKind.TEXT)
+        name, found = (
+            str(features),
+            read_features(Path(features), IdKind.INTEGER if raw_items.dtype == np.int64 else IdKind.TEXT),
+        )
     ids = found[ITEM].to_numpy()
     if not np.isin(ids, raw_items).any():
         raise DataError(
-            f"{name}: none of its {len(ids)} ids, such as {ids[0]}, is one of the log's {len(raw_items)} items, such as "
-            f"{raw_items[0]}; give the file of these items, or none"
+            f"{name}: none of its {len(ids)} ids, such as {ids[0]}, is one of the log's {len(raw_items)} items, such "
+            f"as {raw_items[0]}; give the file of these items, or none"
         )
     known = raw_items if movies is None else np.concatenate([raw_items, movies[ITEM].to_numpy()])
     unknown = ids[~np.isin(ids, known)]
@@ -135,4 +138,4 @@ def _text(value: object) -> str:
     names = listed(value)
     if names is not None:
         return "|".join(name.strip().replace("|", "/") for name in names)
-    return "" if value is None or value is pd.NA or value != value else str(value).strip()
+    return "" if pd.isna(value) else str(value).strip()
