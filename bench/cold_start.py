@@ -59,7 +59,9 @@ def main(work: Path, seeds: int, publish: bool, logs: tuple[str, ...]) -> None:
     ratings = {name: Path(path) for name, _, path in (log.partition("=") for log in logs)}
     lacking = less(logs=(ratings, LOGS), seeds=(seeds, SEEDS))
     page = Page("cold_start", "Cold start", publish, work, lacking)
-    results = {name: [measure(path, work / f"{name}-{seed}", seed) for seed in range(seeds)] for name, path in ratings.items()}
+    results = {
+        name: [measure(path, work / f"{name}-{seed}", seed) for seed in range(seeds)] for name, path in ratings.items()
+    }
     body = [
         (__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n",
         f"With the request time. Seeds 0 to {seeds - 1} hide other movies and train other models; the cases of all seeds "

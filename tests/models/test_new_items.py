@@ -1,11 +1,15 @@
 """The cap of new items: the first ten stay as they were, and new items come from place 11 on, in their own order."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxrec.data.prepared import PreparedData
+from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.masks import NEVER
 from jaxrec.models.new_items import GAP, capped_logits
 
@@ -54,3 +58,21 @@ def test_with_fewer_than_ten_known_items_new_ones_follow_all_of_them(known: int)
     logits = jnp.asarray([[0.0, *np.arange(known), 50.0, 60.0]])
     capped = np.asarray(capped_logits(logits, jnp.arange(known + 3) > known))[0]
     assert order(capped, []) == [*range(known, 0, -1), known + 2, known + 1]
+
+
+def test_a_hybrid_without_new_items_scores_known_ones_as_before_and_new_ones_by_the_least_bias(
+    small_data: PreparedData, random_hybrid: Callable[[PreparedData, int, bool], Hybrid]
+) -> None:
+    plain = random_hybrid(small_data, 3, False)
+    new = np.arange(len(small_data.catalog) + 1) % 6 == 2
+    weights = float(plain.weight[...]), float(plain.cooccurrence_weight[...])
+    hybrid = Hybrid(plain.lstm, plain.content, plain.cooccurrence, *weights, new_items=new)
+    assert plain.without_new_items() is plain
+    left_out = hybrid.without_new_items()
+    assert left_out.new_items is None
+    np.testing.assert_array_equal(left_out.item_vectors()[~new], plain.item_vectors()[~new])
+    np.testing.assert_array_equal(left_out.item_bias()[~new], plain.item_bias()[~new])
+    np.testing.assert_allclose(np.asarray(left_out.item_vectors())[new], 0, atol=1e-6)
+    assert np.asarray(left_out.item_bias())[new].max() <= np.asarray(plain.item_bias())[1:][~new[1:]].min() + 1e-6
+    with_policy = hybrid.with_policy(None)
+    np.testing.assert_array_equal(with_policy.new_items[...], new)
