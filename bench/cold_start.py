@@ -64,8 +64,8 @@ def main(work: Path, seeds: int, publish: bool, logs: tuple[str, ...]) -> None:
     }
     body = [
         (__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n",
-        f"With the request time. Seeds 0 to {seeds - 1} hide other movies and train other models; the cases of all seeds "
-        "together, with 95 % bootstrap intervals over the users, and the seeds' own figures in brackets.",
+        f"With the request time. Seeds 0 to {seeds - 1} hide other movies and train other models; the cases of all "
+        "seeds together, with 95 % bootstrap intervals over the users, and the seeds' own figures in brackets.",
     ]
     for name, files in results.items():
         body += table(name, files)
@@ -163,10 +163,11 @@ def table(name: str, files: list[Path]) -> list[str]:
         own = " ".join(f"{ratio(values.mean(axis=0)):.3f}" for values in of_seeds)
         return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f}) [{own}]"
 
+    cases, known = (", ".join(str(len(seed[key])) for seed in seeds) for key in ("users", "known_users"))
     lines = [
         f"\n## {name}\n",
-        f"{int(seeds[0]['hidden'])} of {int(seeds[0]['movies'])} movies hidden; {', '.join(str(len(seed['users'])) for seed in seeds)}"
-        f" cases of them, {', '.join(str(len(seed['known_users'])) for seed in seeds)} of known movies.\n",
+        f"{int(seeds[0]['hidden'])} of {int(seeds[0]['movies'])} movies hidden; cases of them by seed: {cases}; of known "
+        f"movies: {known}.\n",
         "| | recall@50 of all | recall@50 of the hidden | NDCG@10 of known movies | HR@50 of known movies |",
         "|---|---|---|---|---|",
     ]
@@ -175,7 +176,7 @@ def table(name: str, files: list[Path]) -> list[str]:
         if kind == "all":
             costs = " | ".join(relative(metric) if way == "hybrid" else "" for metric in ("NDCG@10", "HR@50"))
             lines.append(f"| {way} | {recall(key)} | {recall(f'{way}|hidden')} | {costs} |")
-    return [*lines, f"| {SHUT_OUT} | .000 | .000 | 1 | 1 |"]
+    return [*lines, f"| {SHUT_OUT} | 0.000 | 0.000 | 1.000 | 1.000 |"]
 
 
 def trained(whole: PreparedData, hidden: np.ndarray, folder: Path, seed: int) -> tuple[PreparedData, Hybrid]:

@@ -30,7 +30,7 @@ def test_the_first_ten_known_items_stay_the_first_and_new_ones_keep_their_order(
     new = np.zeros(items + 1, bool)
     new[1 + rng.permutation(items)[:new_count]] = True
     exclude = (1 + rng.permutation(items)[:excluded]).tolist()
-    row = jnp.asarray([exclude + [0]], jnp.int32)
+    row = jnp.asarray([[*exclude, 0]], jnp.int32)
     capped = np.asarray(capped_logits(jnp.asarray(logits[None]), jnp.asarray(new), row))[0]
     np.testing.assert_array_equal(capped[~new], logits[~new])
     assert (capped[new] <= logits[new] + 1e-6).all()
