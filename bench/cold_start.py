@@ -166,8 +166,8 @@ def table(name: str, files: list[Path]) -> list[str]:
     cases, known = (", ".join(str(len(seed[key])) for seed in seeds) for key in ("users", "known_users"))
     lines = [
         f"\n## {name}\n",
-        f"{int(seeds[0]['hidden'])} of {int(seeds[0]['movies'])} movies hidden; cases of them by seed: {cases}; of known "
-        f"movies: {known}.\n",
+        f"{int(seeds[0]['hidden'])} of {int(seeds[0]['movies'])} movies hidden; cases of them by seed: {cases}; of "
+        f"known movies: {known}.\n",
         "| | recall@50 of all | recall@50 of the hidden | NDCG@10 of known movies | HR@50 of known movies |",
         "|---|---|---|---|---|",
     ]
