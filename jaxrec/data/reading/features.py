@@ -1,6 +1,7 @@
 """Reads what is known of items: a table of item ids and any columns (`--features`), as text."""
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,4 +139,5 @@ def _text(value: object) -> str:
     names = listed(value)
     if names is not None:
         return "|".join(name.strip().replace("|", "/") for name in names)
-    return "" if pd.isna(value) else str(value).strip()
+    missing = value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value))
+    return "" if missing else str(value).strip()
