@@ -6,9 +6,13 @@ A tenth of the movies with 5 ratings or more are hidden: all their ratings are t
 genres stay in the catalogue. Trained by the defaults on what is left (leave-one-out, `--min-movie-ratings 0`, so that
 every movie stays), each hidden rating is a case: what would have been recommended at its time from the user's other
 ratings before it (at least 5; up to 5 cases of each user)? Recall@50 is the share of cases whose movie is among the
-first 50: of all movies that the user has not rated, and of the hidden movies alone.
+first 50: of all movies that the user has not rated, and of the hidden movies alone. What this costs known movies is
+measured on their test cases: NDCG@10 and HR@50 (means of without and with the request time) beside the new ones,
+relative to those of the same hybrid with new movies shut out. It is an upper bound, since no hidden movie is the target
+of a test case.
 """
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,50 +22,68 @@ import numpy as np
 import pandas as pd
 
 import jaxrec
-from bench.publish import Page, begin, less, publish_option, write_figures
+from bench.publish import Page, begin, less, publish_option, write_arrays
 from jaxrec.config import PrepareConfig, TrainConfig
 from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, UNKNOWN_GAP, USER
+from jaxrec.data.split import Cases
 from jaxrec.data.store import read_prepared, write_prepared
 from jaxrec.evaluation.baselines import constant_scorer
-from jaxrec.evaluation.bootstrap import bootstrap, resample
-from jaxrec.evaluation.metrics import exclude_items
+from jaxrec.evaluation.bootstrap import bootstrap, ratio, resample
+from jaxrec.evaluation.metrics import exclude_items, hit_rate, ndcg
+from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.masks import NEVER
 from jaxrec.rl.reward_tables import genre_directions
 from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.training.host_memory import keep_freed_memory
 
-LOGS = ("ml-100k",)  # of the page
+LOGS = ("ml-100k", "ml-latest-small")  # of the page
+SEEDS = 3
 HIDDEN, CASES_PER_USER, MIN_HISTORY, TOP, BATCH = 0.1, 5, 5, 50, 64
+SHUT_OUT = "hybrid, new movies shut out"
 
 
-@click.command()
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Prepared data and runs stay here.")
-@click.option("--seed", default=0, show_default=True)
+@click.command(context_settings={"show_default": True})
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Prepared data, runs and ranks stay here.")
+@click.option("--seeds", default=SEEDS)
 @publish_option
 @click.argument("logs", nargs=-1, required=True, metavar="NAME=RATINGS...")
-def main(work: Path, seed: int, publish: bool, logs: tuple[str, ...]) -> None:
-    """Trains, ranks and writes the tables."""
+def main(work: Path, seeds: int, publish: bool, logs: tuple[str, ...]) -> None:
+    """Trains and ranks what is not there yet, then writes the tables of all that was asked for."""
     keep_freed_memory()
     ratings = {name: Path(path) for name, _, path in (log.partition("=") for log in logs)}
-    page = Page("cold_start", "Cold start", publish, work, less(logs=(ratings, LOGS)))
-    body = [(__doc__ or "").split("\n\n")[2].strip().replace("\n", " ")]
-    results = []
-    for name, path in ratings.items():
-        folder = work / f"{name}-{seed}"
-        results += [begin(folder / "begun.json"), folder / "table.json"]
-        lines = table(name, path, folder, seed)
-        write_figures(results[-1], lines)
-        body += lines
-    page.write(body, results)
+    lacking = less(logs=(ratings, LOGS), seeds=(seeds, SEEDS))
+    page = Page("cold_start", "Cold start", publish, work, lacking)
+    results = {
+        name: [measure(path, work / f"{name}-{seed}", seed) for seed in range(seeds)] for name, path in ratings.items()
+    }
+    body = [
+        (__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n",
+        f"With the request time. Seeds 0 to {seeds - 1} hide other movies and train other models; the cases of all "
+        "seeds together, with 95 % bootstrap intervals over the users, and the seeds' own figures in brackets.",
+    ]
+    for name, files in results.items():
+        body += table(name, files)
+    files = list(itertools.chain.from_iterable(results.values()))
+    page.write(body, [*files, *(begun(file) for file in files)])
 
 
-def table(name: str, ratings: Path, folder: Path, seed: int) -> list[str]:
-    """Recall@50 of each way to rank, with 95 % bootstrap intervals over the users."""
+def begun(ranks: Path) -> Path:
+    """The file that says where the run of some ranks was begun."""
+    return ranks.with_name("begun.json")
+
+
+def measure(ratings: Path, folder: Path, seed: int) -> Path:
+    """The ranks of one seed, in FOLDER/ranks.npz."""
+    done = folder / "ranks.npz"
+    if done.is_file():
+        return done
+    begin(begun(done), folder / "run")
     movies = ratings.with_name("movies.csv")
     beside = movies if ratings.is_file() and movies.is_file() else None
     whole = prepare(ratings, beside, PrepareConfig(min_user_ratings=5, min_movie_ratings=5))
@@ -70,41 +92,91 @@ def table(name: str, ratings: Path, folder: Path, seed: int) -> list[str]:
     hidden = np.zeros(items + 1, bool)
     hidden[1 + rng.choice(items, round(HIDDEN * items), replace=False)] = True
     data, hybrid = trained(whole, hidden, folder, seed)
+    max_length = hybrid.lstm.config.max_length
     found = find_cases(whole, hidden, rng)
-    batches = list(case_batches(whole, data, found, hybrid.lstm.config.max_length))
-    resamples = resample(np.searchsorted(whole.histories.offsets, [row for _, row in found], side="right"))
-    directions = genre_directions(data.catalog.genre_matrix())
+    batches = list(case_batches(whole, data, found, max_length))
     order = rng.random(items + 1).astype(np.float32) * 1e-4  # so that equal genres do not count against the rule
+    candidates = data.catalog.ids.encode(whole.catalog.ids.decode(np.flatnonzero(hidden)))
+    arrays = {
+        "movies": items,
+        "hidden": hidden.sum(),
+        "users": np.searchsorted(whole.histories.offsets, [row for _, row in found], side="right"),
+    }
+    for way, scorer in ways(data, hybrid, order).items():
+        everywhere, among = [], []
+        for batch in batches:
+            real = batch.target > 0
+            scores = np.asarray(exclude_items(jnp.asarray(scorer(batch), jnp.float32), jnp.asarray(batch.exclude)))
+            own = np.take_along_axis(scores, batch.target[:, None], axis=1)
+            everywhere.append((scores >= own).sum(axis=1)[real])
+            among.append((scores[:, candidates] >= own).sum(axis=1)[real])
+        arrays[f"{way}|all"], arrays[f"{way}|hidden"] = np.concatenate(everywhere), np.concatenate(among)
+    new = data.train_popularity() == 0
+    test = data.split.test
+    known = ~new[data.histories.items[test.rows]]
+    cases = Cases(test.users[known], test.rows[known])
+    scorer = hybrid_scorer(hybrid)
+    shut_out: Scorer = lambda batch: jnp.where(new, NEVER, scorer(batch))  # noqa: E731
+    arrays["known_users"] = data.users.decode(cases.users + 1)
+    for way, of_known in (("hybrid", scorer), (SHUT_OUT, shut_out)):
+        both = [rank_cases(of_known, data, cases, max_length, time).ranks for time in (False, True)]
+        arrays[f"{way}|known"] = np.stack(both)
+    write_arrays(done, arrays)
+    return done
+
+
+def ways(data: PreparedData, hybrid: Hybrid, order: np.ndarray) -> dict[str, Scorer]:
+    """Ways to rank; `order` [items + 1] breaks ties of the simple ones."""
+    directions = genre_directions(data.catalog.genre_matrix())
 
     def genre_rule(batch: CaseBatch) -> np.ndarray:
         taste = directions[batch.exclude].sum(axis=1)
         return taste @ directions.T / np.maximum(np.linalg.norm(taste, axis=1, keepdims=True), 1e-9) + order
 
-    ways: dict[str, Scorer] = {
+    return {
         "popularity": constant_scorer(data.train_popularity() + order),
         "genre cosine to the history": genre_rule,
         "TimeRatingAwareLSTM": sequence_scorer(hybrid.lstm),
         "TimeRatingAwareContentModel": sequence_scorer(hybrid.content),
         "hybrid": hybrid_scorer(hybrid),
     }
+
+
+def table(name: str, files: list[Path]) -> list[str]:
+    """The table of one log."""
+    seeds = [dict(np.load(file)) for file in files]
+    resamples, of_known = (resample(np.concatenate([seed[key] for seed in seeds])) for key in ("users", "known_users"))
+
+    def recall(key: str) -> str:
+        hits = [seed[key] <= TOP for seed in seeds]
+        found = bootstrap(np.concatenate(hits), resamples)
+        own = " ".join(f"{of_seed.mean():.3f}" for of_seed in hits)
+        return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f}) [{own}]"
+
+    def relative(metric: str) -> str:
+        of_seeds = []
+        for seed in seeds:
+            pair = [seed[f"{way}|known"] for way in ("hybrid", SHUT_OUT)]
+            values = [ndcg(ranks, 10) if metric == "NDCG@10" else hit_rate(ranks, TOP) for ranks in pair]
+            of_seeds.append(np.stack([value.mean(axis=0) for value in values], axis=1))
+        found = bootstrap(np.concatenate(of_seeds), of_known, ratio)
+        own = " ".join(f"{ratio(values.mean(axis=0)):.3f}" for values in of_seeds)
+        return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f}) [{own}]"
+
+    cases, known = (", ".join(str(len(seed[key])) for seed in seeds) for key in ("users", "known_users"))
     lines = [
         f"\n## {name}\n",
-        f"{hidden.sum()} of {items} movies hidden, {len(found)} cases, seed {seed}. With the request time.\n",
-        "| | recall@50 of all | recall@50 of the hidden |",
-        "|---|---|---|",
+        f"{int(seeds[0]['hidden'])} of {int(seeds[0]['movies'])} movies hidden; cases of them by seed: {cases}; of "
+        f"known movies: {known}.\n",
+        "| | recall@50 of all | recall@50 of the hidden | NDCG@10 of known movies | HR@50 of known movies |",
+        "|---|---|---|---|---|",
     ]
-    candidates = data.catalog.ids.encode(whole.catalog.ids.decode(np.flatnonzero(hidden)))
-    for way, scorer in ways.items():
-        everywhere, among = [], []
-        for batch in batches:
-            real = batch.target > 0
-            scores = np.asarray(exclude_items(jnp.asarray(scorer(batch), jnp.float32), jnp.asarray(batch.exclude)))
-            own = np.take_along_axis(scores, batch.target[:, None], axis=1)
-            everywhere.append(((scores >= own).sum(axis=1) <= TOP)[real])
-            among.append(((scores[:, candidates] >= own).sum(axis=1) <= TOP)[real])
-        cells = [bootstrap(np.concatenate(hits), resamples) for hits in (everywhere, among)]
-        lines.append(f"| {way} | " + " | ".join(f"{e.mean:.3f} ({e.low:.3f} to {e.high:.3f})" for e in cells) + " |")
-    return lines
+    for key in seeds[0]:
+        way, _, kind = key.partition("|")
+        if kind == "all":
+            costs = " | ".join(relative(metric) if way == "hybrid" else "" for metric in ("NDCG@10", "HR@50"))
+            lines.append(f"| {way} | {recall(key)} | {recall(f'{way}|hidden')} | {costs} |")
+    return [*lines, f"| {SHUT_OUT} | 0.000 | 0.000 | 1.000 | 1.000 |"]
 
 
 def trained(whole: PreparedData, hidden: np.ndarray, folder: Path, seed: int) -> tuple[PreparedData, Hybrid]:

@@ -117,6 +117,11 @@ filter_and_split_options = with_options(
 @click.command()
 @click.argument("ratings", type=EXISTING_PATH, nargs=-1, required=True)
 @click.option("--movies", type=EXISTING_FILE, help="Titles and genres; found beside the ratings in a folder or zip.")
+@click.option(
+    "--features",
+    type=EXISTING_FILE,
+    help="What else is known of the items: a table of item ids and columns of text, of A|B, or of numbers.",
+)
 @filter_and_split_options
 @click.option("--rating-scale", type=float, nargs=2, help="Lowest and highest possible rating; recognized by default.")
 @id_option
@@ -125,6 +130,7 @@ filter_and_split_options = with_options(
 def prepare(
     ratings: tuple[Path, ...],
     movies: Path | None,
+    features: Path | None,
     rating_scale: tuple[float, float] | None,
     ids: str,
     memory: float,
@@ -145,6 +151,7 @@ def prepare(
         ratings,
         movies,
         config,
+        features=features,
         out=out,
         options=reading(options, ids),
         on_bad_rows=OnBadRows(on_bad_rows),
@@ -158,12 +165,14 @@ def prepare(
 @click.argument("data", type=EXISTING_FOLDER)
 @click.argument("ratings", type=EXISTING_PATH, nargs=-1, required=True)
 @click.option("--movies", type=EXISTING_FILE, help="Titles and genres of new movies.")
+@click.option("--features", type=EXISTING_FILE, help="What else is known of new items, as for prepare.")
 @read_options
 @click.option("--out", type=NEW_FOLDER, help="Folder for the result; by default it replaces DATA.")
 def append(
     data: Path,
     ratings: tuple[Path, ...],
     movies: Path | None,
+    features: Path | None,
     memory: float,
     on_bad_rows: str,
     out: Path | None,
@@ -178,6 +187,7 @@ def append(
         data,
         ratings,
         movies,
+        features=features,
         out=out,
         options=reading(options),
         on_bad_rows=OnBadRows(on_bad_rows),

@@ -18,11 +18,12 @@ import pandas as pd
 from jaxrec.config import MEMORY_GB, Repeats
 from jaxrec.data.histories import EventLog, blocks, event_writers, open_log, release
 from jaxrec.data.ids import IdMap, write_ids
-from jaxrec.data.prepare import prepare_log
+from jaxrec.data.prepare import prepare_log, with_input
 from jaxrec.data.prepared import AddFiles, PreparedData
 from jaxrec.data.reading.bad_rows import QUARANTINE_FILE, OnBadRows, bad_rows
 from jaxrec.data.reading.check import ReadOptions
 from jaxrec.data.reading.columns import NOT_READ
+from jaxrec.data.reading.features import features_like
 from jaxrec.data.reading.movies import movies_like
 from jaxrec.data.reading.read import PathOrFrame, PathsOrFrame, Workspace, input_counts, open_workspace, read_log
 from jaxrec.data.reading.rules import IdKind
@@ -36,6 +37,7 @@ def append(
     interactions: PathsOrFrame,
     movies: PathOrFrame | None = None,
     *,
+    features: PathOrFrame | None = None,
     out: Path | str | None = None,
     options: ReadOptions = ReadOptions(),
     on_bad_rows: OnBadRows = OnBadRows.FAIL,
@@ -48,6 +50,7 @@ def append(
         data: Prepared data, or its folder. Rows that were set aside in the folder stay in quarantine.csv.
         interactions: The new events, as for `jaxrec.data.prepare.prepare`.
         movies: Titles and genres of new movies, which go before those that are known.
+        features: What else is known of new items, or more of known ones; what it says goes before what is known.
         out: A folder to write, which may be that of `data`: whole or not at all. None: the result is in memory.
         options: What is not to be recognized: columns, delimiter, encoding, form of the times.
         on_bad_rows: Whether bad rows are an error, or are set aside in quarantine.csv in `out`.
@@ -89,11 +92,12 @@ def append(
             merged = merge_logs(log, found.log, folder / LOG_FOLDER)
             # That these are few of the items is no surprise.
             given, _ = movies_like(work.movies, merged.items.raw_ids, work.movies_name, others=True)
-            known = _joined_movies(given, all_movies(old))
-            counts = input_counts(work, loaded, found, bad)
+            known = _joined(given, all_movies(old))
+            table, odd = features_like(features, merged.items.raw_ids, known)
+            counts = input_counts(work, loaded, found, bad, odd)
         config = dataclasses.replace(old.config, rating_scale=loaded.scale)
         result = prepare_log(merged, known, config, folder, old.users, old.catalog.ids)
-        return dataclasses.replace(result, input=counts)
+        return with_input(dataclasses.replace(result, features=_joined(table, old.features)), counts)
 
     return build(make, out, on_bad_rows, add_files)
 
@@ -181,10 +185,10 @@ def _extended(known: IdMap, found: IdMap) -> IdMap:
     return IdMap(np.concatenate([known.raw_ids, new]), distinct=True)
 
 
-def _joined_movies(given: pd.DataFrame | None, known: pd.DataFrame | None) -> pd.DataFrame | None:
-    """What is given now goes before what was known."""
+def _joined(given: pd.DataFrame | None, known: pd.DataFrame | None) -> pd.DataFrame | None:
+    """Rows by item_id: what is given now goes before what was known; a column that one of them lacks is empty there."""
     frames = [frame for frame in (given, known) if frame is not None]
-    return pd.concat(frames).drop_duplicates(ITEM, ignore_index=True) if frames else None
+    return pd.concat(frames).fillna("").drop_duplicates(ITEM, ignore_index=True) if frames else None
 
 
 def _kind(ids: IdMap) -> IdKind:

@@ -83,21 +83,21 @@ def catalog_items(kept: np.ndarray, movies: pd.DataFrame | None, min_ratings: in
     return np.sort(kept)
 
 
-def checked_movies(movies: pd.DataFrame, raw_items: np.ndarray) -> pd.DataFrame:
-    """Movies (item_id, title, genres) of a frame, with ids of the type of the raw item ids.
+def checked_ids(rows: pd.DataFrame, raw_items: np.ndarray, name: str) -> pd.DataFrame:
+    """Rows of a frame (item_id and others), which messages call `name`, with ids of the type of the raw item ids.
 
     Raises DataError where an id occurs twice, or one side's ids are numbers and the other's text.
     """
-    whole = pd.api.types.infer_dtype(movies[ITEM]) == "integer"
+    whole = pd.api.types.infer_dtype(rows[ITEM]) == "integer"
     if whole != (raw_items.dtype == np.int64):
         raise DataError(
-            f"movies: {ITEM} is {_type_of(movies[ITEM])}, and that of the interactions is "
+            f"{name}: {ITEM} is {_type_of(rows[ITEM])}, and that of the interactions is "
             f"{_type_of(pd.Series(raw_items))}; expected the same type of ids in both"
         )
-    repeated = movies[ITEM][movies[ITEM].duplicated()]
+    repeated = rows[ITEM][rows[ITEM].duplicated()]
     if len(repeated):
-        raise DataError(f"movies: {ITEM} {repeated.iloc[0]} occurs twice")
-    return movies.astype({ITEM: np.int64 if whole else object})
+        raise DataError(f"{name}: {ITEM} {repeated.iloc[0]} occurs twice")
+    return rows.astype({ITEM: np.int64 if whole else object})
 
 
 def _type_of(ids: pd.Series) -> str:

@@ -2,18 +2,21 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from jaxrec.config import MEMORY_GB, PrepareConfig
 from jaxrec.data.catalog import build_catalog, catalog_items
+from jaxrec.data.content import LEAST_ITEMS, item_content
 from jaxrec.data.filtering import filter_log, k_core
 from jaxrec.data.histories import EventLog
 from jaxrec.data.ids import IdMap
 from jaxrec.data.prepared import AddFiles, PreparedData
 from jaxrec.data.reading.bad_rows import OnBadRows, bad_rows
 from jaxrec.data.reading.check import ReadOptions
+from jaxrec.data.reading.features import features_like
 from jaxrec.data.reading.movies import movies_like
 from jaxrec.data.reading.read import PathOrFrame, PathsOrFrame, input_counts, open_workspace, read_log
 from jaxrec.data.split import SplitRule
@@ -26,6 +29,7 @@ def prepare(
     movies: PathOrFrame | None = None,
     config: PrepareConfig = PrepareConfig(),
     *,
+    features: PathOrFrame | None = None,
     out: Path | str | None = None,
     options: ReadOptions = ReadOptions(),
     on_bad_rows: OnBadRows = OnBadRows.FAIL,
@@ -45,6 +49,9 @@ def prepare(
         movies: Their file, or a frame of item_id, title and genres (a list, or joined by `|`, `;` or `,`); None: those
             beside the log.
         config: Thresholds, split, order of equal timestamps, repeats, rating scale and seed.
+        features: What else is known of the items, for the content model and for items without events: a file, or a
+            frame, of item ids and any columns, which are recognized as categorical, multi-valued (`A|B`) or numeric
+            (`jaxrec.data.content`).
         out: A folder to write, out of core: whole or not at all. None: the result is in memory.
         options: What is not to be recognized: columns, delimiter, encoding, form of the times, kind of the ids.
         on_bad_rows: Whether bad rows are an error, or are set aside in quarantine.csv in `out`.
@@ -69,11 +76,22 @@ def prepare(
             loaded, found = read_log(work, options, config, bad, folder / LOG_FOLDER)
             others = config.min_movie_ratings == 0
             known, notes = movies_like(work.movies, found.log.items.raw_ids, work.movies_name, others)
-            counts = input_counts(work, loaded, found, bad, notes)
+            table, odd = features_like(features, found.log.items.raw_ids, known)
+            counts = input_counts(work, loaded, found, bad, [*notes, *odd])
         with_scale = dataclasses.replace(config, rating_scale=loaded.scale)
-        return dataclasses.replace(prepare_log(found.log, known, with_scale, folder), input=counts)
+        result = dataclasses.replace(prepare_log(found.log, known, with_scale, folder), features=table)
+        return with_input(result, counts)
 
     return build(make, out, on_bad_rows, add_files)
+
+
+def with_input(data: PreparedData, counts: dict[str, Any]) -> PreparedData:
+    """`data` with the counts of what was read, and a note on columns of its features that say nothing."""
+    left_out = [] if data.features is None else item_content(data).left_out
+    if left_out:
+        note = f"features: {', '.join(left_out)}: not used, no {LEAST_ITEMS} items with training events share a value"
+        counts = {**counts, "notes": [*counts["notes"], note]}
+    return dataclasses.replace(data, input=counts)
 
 
 def prepare_log(

@@ -24,6 +24,8 @@ class PreparedData:
         movies: All movies that were given, not only those of the catalogue, for `append`; a path: the file that
             `jaxrec.data.store.all_movies` reads them from when they are needed.
         input: Counts of what was read, as JSON values.
+        features: What else is known of items: item_id and columns of text, of all items that were given; None: nothing
+            (`jaxrec.data.content.item_content` makes a matrix of it).
         folder: Where exactly this data lies; None in memory, and for what `dataclasses.replace` makes of it.
         digest: SHA-256 of the folder's summary file when it was read.
     """
@@ -36,6 +38,7 @@ class PreparedData:
     log: EventLog | None = None
     movies: pd.DataFrame | Path | None = None
     input: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    features: pd.DataFrame | None = None
     folder: Path | None = dataclasses.field(default=None, init=False, compare=False)
     digest: str = dataclasses.field(default="", init=False, compare=False)
 

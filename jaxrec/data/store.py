@@ -2,6 +2,7 @@
 
 DATA/prepared.json          versions, configuration, counts, and size and SHA-256 of every file
 DATA/catalog.json           item_id, title and genres by index
+DATA/features.csv           what else is known of items (`--features`), of all that were given
 DATA/user_ids.npy           raw id of each user
 DATA/offsets.npy            user u's events are rows offsets[u] : offsets[u + 1] of
 DATA/{items,ratings,times}.npy
@@ -24,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.config import PrepareConfig, from_json, to_json
-from jaxrec.data.catalog import read_catalog, write_catalog
+from jaxrec.data.catalog import Catalog, read_catalog, write_catalog
 from jaxrec.data.histories import EVENT_TYPES, EventLog, Histories, open_column, open_histories, open_log
 from jaxrec.data.ids import IdMap, open_ids, write_ids
 from jaxrec.data.prepared import AddFiles, PreparedData
@@ -34,11 +35,12 @@ from jaxrec.data.split import Cases, Split
 from jaxrec.errors import DataError
 from jaxrec.files import new_directory, read_json, sha256
 
-PREPARED_SCHEMA_VERSION = 3
+PREPARED_SCHEMA_VERSION = 4
 SUMMARY_FILE = "prepared.json"
 CATALOG_FILE = "catalog.json"
 LOG_FOLDER = "log"
 MOVIES_FILE = "movies.csv"
+FEATURES_FILE = "features.csv"
 SPLIT_COLUMNS = ("train_counts", "validation_users", "validation_rows", "test_users", "test_rows")
 
 
@@ -133,6 +135,8 @@ def finish(data: PreparedData, folder: Path, add_files: AddFiles | None = None) 
     if movies is not None:
         movies.to_csv(folder / LOG_FOLDER / MOVIES_FILE, index=False)
     write_catalog(data.catalog, folder / CATALOG_FILE)
+    if data.features is not None:
+        data.features.to_csv(folder / FEATURES_FILE, index=False)
     write_ids(data.users, folder / "user_ids.npy")
     split = data.split
     columns = (split.train_counts, split.validation.users, split.validation.rows, split.test.users, split.test.rows)
@@ -184,7 +188,8 @@ def read_prepared(path: Path | str) -> PreparedData:
     config = from_json(PrepareConfig, content["config"])
     movies = path / LOG_FOLDER / MOVIES_FILE
     kept = movies if movies.is_file() else None
-    data = PreparedData(catalog, users, histories, split, config, log, kept, content["input"])
+    features = _typed(path / FEATURES_FILE, catalog) if (path / FEATURES_FILE).is_file() else None
+    data = PreparedData(catalog, users, histories, split, config, log, kept, content["input"], features)
     object.__setattr__(data, "folder", path)
     object.__setattr__(data, "digest", sha256(path / SUMMARY_FILE))
     return data
@@ -202,10 +207,13 @@ def unchanged_folder(data: PreparedData) -> Path | None:
 
 def all_movies(data: PreparedData) -> pd.DataFrame | None:
     """All movies that were given (item_id, title, genres), not only those of the catalogue; None if none were."""
-    if not isinstance(data.movies, Path):
-        return data.movies
-    frame = pd.read_csv(data.movies, dtype=str, keep_default_na=False)
-    return frame.astype({ITEM: np.int64}) if data.catalog.ids.raw_ids.dtype == np.int64 else frame.astype(object)
+    return _typed(data.movies, data.catalog) if isinstance(data.movies, Path) else data.movies
+
+
+def _typed(path: Path, catalog: Catalog) -> pd.DataFrame:
+    """A file of item_id and text, with ids of the type of the catalogue's."""
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False).astype(object)
+    return frame.astype({ITEM: np.int64}) if catalog.ids.raw_ids.dtype == np.int64 else frame
 
 
 def check_prepared(path: Path) -> int:

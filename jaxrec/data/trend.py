@@ -31,7 +31,8 @@ class DecayedCounts:
         self._items, self._times = items[order], times[order]
         self._half_lives = np.array(HALF_LIVES_S, np.float64)[:, None]
         self._width = item_count + 1
-        self._restart()
+        self._counts = np.zeros((len(HALF_LIVES_S), self._width))
+        self._next, self._now = 0, np.iinfo(np.int64).min
 
     @classmethod
     def of(cls, data: PreparedData) -> "DecayedCounts":
@@ -70,7 +71,8 @@ class DecayedCounts:
     def _advanced(self, time: int, side: str) -> np.ndarray:
         stop = int(np.searchsorted(self._times, time, side))  # type: ignore[call-overload]
         if time < self._now or stop < self._next:
-            self._restart()
+            self._counts[:] = 0
+            self._next, self._now = 0, np.iinfo(np.int64).min
         new = slice(self._next, stop)
         if self._next:
             self._counts *= 0.5 ** ((time - self._now) / self._half_lives)
@@ -80,7 +82,3 @@ class DecayedCounts:
                 self._counts[half_life] += np.bincount(self._items[new], of_events, self._width)
         self._next, self._now = stop, time
         return self._counts
-
-    def _restart(self) -> None:
-        self._counts = np.zeros((len(HALF_LIVES_S), self._width))
-        self._next, self._now = 0, np.iinfo(np.int64).min

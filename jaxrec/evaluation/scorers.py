@@ -44,10 +44,13 @@ def sequence_scorer(model: TimeRatingAwareLSTM) -> Scorer:
 def hybrid_scorer(hybrid: Hybrid, counts: DecayedCounts | None = None) -> Scorer:
     """The scorer of a hybrid, with its policy if it has one. `counts`: of the events that its trend is made of, as a
     server would have them that recorded each when it happened; None: without a trend."""
-    if counts is None:
-        return compiled_scorer(hybrid, _hybrid_logits)
     graphdef, variables = nnx.split(hybrid)
-    return lambda batch: _with_trend(graphdef, variables, batch.events, batch.request_gap, counts.before(batch.time))
+
+    def score(batch: CaseBatch) -> jax.Array:
+        decayed = None if counts is None else counts.before(batch.time)
+        return _hybrid_logits(graphdef, variables, batch.events, batch.request_gap, batch.exclude, decayed)
+
+    return score
 
 
 def compiled_scorer(model: nnx.Module, logits: Logits) -> Scorer:
@@ -63,16 +66,18 @@ def sequence_logits(model: TimeRatingAwareLSTM, events: Events, request_gap: jax
     return model.query(h, request_gap) @ item_vectors.T + model.item_bias()
 
 
-def _hybrid_logits(hybrid: Hybrid, events: Events, request_gap: jax.Array) -> jax.Array:
-    return hybrid.logits(events, request_gap)[0]
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def _with_trend(
-    graphdef: nnx.GraphDef[Any], variables: Any, events: Events, request_gap: jax.Array, counts: jax.Array
+def _hybrid_logits(
+    graphdef: nnx.GraphDef[Hybrid],
+    variables: Any,
+    events: Events,
+    request_gap: jax.Array,
+    exclude: jax.Array,
+    counts: jax.Array | None,
 ) -> jax.Array:
     hybrid = nnx.merge(graphdef, variables)
-    return hybrid.logits(events, request_gap, trend=hybrid.trend(counts))[0]
+    trend = 0.0 if counts is None else hybrid.trend(counts)
+    return hybrid.logits(events, request_gap, exclude=exclude, trend=trend)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -9,12 +9,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxrec.data.events import Events
 from jaxrec.models.cooccurrence import RECENT_ITEMS, CoOccurrence, recent_items
+from jaxrec.models.features import Array
 from jaxrec.models.lstm import State
 from jaxrec.models.masks import NEVER
+from jaxrec.models.new_items import capped_logits
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.models.tables import FixedTable
 from jaxrec.models.trend import Trend
@@ -44,7 +47,9 @@ class MixWeights(NamedTuple):
 
 
 class Hybrid(nnx.Module):
-    """The mix by `weights`; `trend` None adds nothing, and `policy` None means the supervised policy.
+    """The mix by `weights`; `trend` None adds nothing, and `policy` None means the supervised policy. `new_items`
+    [items + 1] bool: those that never come before the first places of the others (`jaxrec.models.new_items`); None:
+    there are none.
 
     The recurrent state is [batch, 4 * hidden + RECENT_ITEMS] float32: h and c of the LSTM and of the content model, and
     the most recent items, the last one first.
@@ -58,6 +63,7 @@ class Hybrid(nnx.Module):
         weights: MixWeights,
         trend: Trend | None = None,
         policy: PolicyHead | None = None,
+        new_items: np.ndarray | None = None,
     ) -> None:
         for name, weight in weights._asdict().items():
             if not 0.0 <= weight < float("inf"):
@@ -68,16 +74,31 @@ class Hybrid(nnx.Module):
         self.trend = Trend.none() if trend is None else trend
         self.weights = FixedTable(jnp.asarray(weights, jnp.float32))  # in the order of MixWeights
         self.policy = policy
+        self.new_items = None if new_items is None else FixedTable(jnp.asarray(new_items, bool))
         if len(self.item_bias()) > MAX_ITEMS:
             raise ValueError(f"{len(self.item_bias()) - 1} items, expected fewer than {MAX_ITEMS}")
 
     def with_policy(self, policy: PolicyHead | None) -> "Hybrid":
         """The same supervised models under `policy`, or under none."""
-        return Hybrid(self.lstm, self.content, self.cooccurrence, self.mix_weights(), self.trend, policy)
+        new_items = None if self.new_items is None else np.asarray(self.new_items[...])
+        models = self.lstm, self.content, self.cooccurrence
+        return Hybrid(*models, self.mix_weights(), self.trend, policy, new_items)
 
     def mix_weights(self) -> MixWeights:
         """The weights as numbers."""
         return MixWeights(*map(float, self.weights[...]))
+
+    def without_new_items(self) -> "Hybrid":
+        """The same without a cap, for what cannot cap: the vectors of new items are zero, and they rank low."""
+        if self.new_items is None:
+            return self
+        new, models = self.new_items[...], (nnx.clone(self.lstm), nnx.clone(self.content))
+        for model in models:
+            own = model.item_embedding[...]
+            model.item_embedding[...] = jnp.where(new[:, None], own - model.item_vectors(), own)
+            bias = model.item_bias_table[...]
+            model.item_bias_table[...] = jnp.where(new, jnp.min(jnp.where(new, jnp.inf, bias)), bias)
+        return Hybrid(*models, self.cooccurrence, self.mix_weights(), self.trend, self.policy)
 
     def item_vectors(self) -> jax.Array:
         """[items + 1, 2 * embedding] float32."""
@@ -128,13 +149,19 @@ class Hybrid(nnx.Module):
         events: Events,
         request_gap: jax.Array,
         state: jax.Array | None = None,
+        exclude: Array | None = None,
         trend: jax.Array | float = 0.0,
     ) -> tuple[jax.Array, jax.Array]:
         """After each row's last event: logits [batch, items + 1] of the next item, and the state.
 
-        `trend` [items + 1], or [batch, items + 1]: what `Hybrid.trend` says at the moment of the requests.
+        `exclude` [batch, width] int32 (0 = nothing): items that are not recommended. They keep their logits, but are
+        not among the first places, below which new items are. `trend` [items + 1], or [batch, items + 1]: what
+        `Hybrid.trend` says at the moment of the requests; it lifts new items above that, too.
         """
         _, state = self.encode(events, state)
         h_lstm, _, h_content, _, recent = self.split_state(state)
         query = self.query_at((h_lstm, h_content), request_gap)
-        return query @ self.item_vectors().T + self.item_bias() + self.cooccurrence_logits(recent) + trend, state
+        logits = query @ self.item_vectors().T + self.item_bias() + self.cooccurrence_logits(recent)
+        if self.new_items is not None:
+            logits = capped_logits(logits, self.new_items[...], exclude)
+        return logits + trend, state

@@ -57,6 +57,7 @@ def _item_arrays(weights: Weights) -> dict[str, np.ndarray]:
         "item_bias": weights.item_bias,
         "neighbour_item": weights.neighbour_item,
         "neighbour_weight": weights.neighbour_weight,
+        **({} if weights.new_items is None else {"new_items": weights.new_items}),
     }
 
 

@@ -54,7 +54,7 @@ def export_model(
         int8: whether the LSTMs are quantized, once the float32 graphs were verified; refused where that costs quality
             (`jaxrec.onnx.quantize`).
         index: whether an approximate index of the items is added (`jaxrec.onnx.ann_index`); None: from FROM_ITEMS items
-            on.
+            on, unless the model has new items, whose cap is part of the whole graphs alone.
 
     Raises:
         ExportError: the model, its graphs or a summary are not fit to be exported; nothing is written then.
@@ -69,7 +69,9 @@ def export_model(
     sequence, step, trend = sequence_graph(weights), step_graph(weights), trend_graph(weights)
     parity = check_parity(hybrid, sequence, step, trend, max_history)
     search = None
-    if weights.item_count >= FROM_ITEMS if index is None else index:
+    if index and weights.new_items is not None:
+        raise ExportError("an index ranks no new items: expected a model without them (`Hybrid.without_new_items`)")
+    if weights.item_count >= FROM_ITEMS and weights.new_items is None if index is None else index:
         search = make_search(weights, sequence, data, max_history, int8)
         parity["max_abs_query_difference"] = search.parity
     if int8:

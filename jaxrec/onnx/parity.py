@@ -175,13 +175,14 @@ def _jax_answer(hybrid: Hybrid, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
 
     @jax.jit
     def answer(
-        weights: nnx.State, events: Events, request_gap: jax.Array, trend: jax.Array
+        weights: nnx.State, events: Events, request_gap: jax.Array, exclude: jax.Array, trend: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        return nnx.merge(definition, weights).logits(events, request_gap, trend=trend)
+        return nnx.merge(definition, weights).logits(events, request_gap, exclude=exclude, trend=trend)
 
     with jax.default_matmul_precision("highest"):
         events = Events(*(jax.numpy.asarray(x) for x in (probe.item, probe.rating, probe.gap, probe.length)))
-        logits, state = answer(weights, events, *map(jax.numpy.asarray, (probe.request_gap, probe.trend)))
+        request = map(jax.numpy.asarray, (probe.request_gap, probe.exclude, probe.trend))
+        logits, state = answer(weights, events, *request)
     return np.asarray(logits), np.asarray(state)
 
 

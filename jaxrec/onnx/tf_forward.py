@@ -16,18 +16,20 @@ import tensorflow as tf
 from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.features import GAP_EDGES
 from jaxrec.models.masks import NEVER
+from jaxrec.models.new_items import FIRST_PLACES, GAP
 from jaxrec.models.trend import EVENTS_AT_ONE, LEAST_EVENTS
 from jaxrec.onnx.weights import RECENT_WEIGHTS, LSTMWeights, PolicyWeights, Weights
 
 
 class ItemArrays(NamedTuple):
     """`vectors` [items + 1, width], `bias` [items + 1], `neighbours` [items + 1, neighbours] int32 and their weights,
-    `closeness`, of the same shape."""
+    `closeness`, of the same shape; `new` [items + 1] bool, None without new items."""
 
     vectors: Any
     bias: Any
     neighbours: Any
     closeness: Any
+    new: Any = None
 
 
 # Every weight is a NumPy array that becomes a constant inside the traced function; tf2onnx turns tensors that were
@@ -180,12 +182,25 @@ def _answer(items: ItemArrays, query: Any, recent: Any, trend: Any, exclude: Any
     neighbours = tf.reshape(tf.gather(items.neighbours, recent), [-1, RECENT_ITEMS * items.neighbours.shape[1]])
     decays = RECENT_WEIGHTS[:, None]
     closeness = tf.reshape(tf.gather(items.closeness, recent) * decays, tf.shape(neighbours))
-    logits = tf.tensor_scatter_nd_add(logits, _places(neighbours), closeness) + trend
+    logits = tf.tensor_scatter_nd_add(logits, _places(neighbours), closeness)
     never = tf.fill(tf.shape(exclude), np.float32(NEVER))
     logits = tf.tensor_scatter_nd_update(logits, _places(exclude), never)
+    if items.new is not None:
+        logits = _capped(logits, items.new)
+    logits += trend
     # Without the column of the padding, which so cannot be an answer even when all others are excluded.
     scores, columns = tf.math.top_k(logits[:, 1:], tf.squeeze(k, 0))
     return columns + 1, scores
+
+
+def _capped(logits: Any, new: Any) -> Any:
+    """`jaxrec.models.new_items.capped_logits` of logits in which what is excluded is NEVER."""
+    known = tf.where(new, np.float32(NEVER), logits)[:, 1:]
+    best = tf.math.top_k(known, min(FIRST_PLACES, known.shape[1])).values
+    last = tf.reduce_min(tf.where(best > NEVER / 2, best, np.float32(np.inf)), axis=1, keepdims=True)
+    above = tf.maximum(logits - last, 0.0)
+    capped = tf.minimum(logits, last - 2 * GAP) + GAP * above / (1 + above)
+    return tf.where(new, capped, logits)
 
 
 def _places(items: Any) -> Any:

@@ -59,7 +59,8 @@ class Weights:
     `rating_missing` [ratings], `gap_vectors` [gap buckets, times], `request_scale` and `request_shift`
     [gap buckets, 2 * hidden],
     `projection` [2 * hidden, width] (block-diagonal), `projection_bias` [width], `neighbour_item` int32 and
-    `neighbour_weight` [items + 1, neighbours] of the co-occurrence, the weights as they are added to the logits.
+    `neighbour_weight` [items + 1, neighbours] of the co-occurrence, the weights as they are added to the logits;
+    `new_items` [items + 1] bool (`jaxrec.models.new_items`), None where there are none.
     """
 
     item_vectors: np.ndarray
@@ -78,6 +79,7 @@ class Weights:
     neighbour_weight: np.ndarray
     policy: PolicyWeights | None
     trend: TrendWeights
+    new_items: np.ndarray | None = None
 
     @property
     def item_count(self) -> int:
@@ -128,6 +130,7 @@ def extract_weights(hybrid: Hybrid) -> Weights:
         if hybrid.policy is None
         else PolicyWeights(*_linear(hybrid.policy.inner), *_linear(hybrid.policy.outer)),
         trend=TrendWeights(np.asarray(hybrid.trend.weights[...]), np.asarray(hybrid.trend.typical[...])),
+        new_items=None if hybrid.new_items is None else np.asarray(hybrid.new_items[...]),
     )
 
 

@@ -41,7 +41,10 @@ class Scoring(NamedTuple):
 
 
 def frozen_scoring(supervised: Hybrid, tables: RewardTables) -> Scoring:
-    """What a policy on top of `supervised` (a hybrid without a policy) scores with."""
+    """What a policy on top of `supervised` (a hybrid without a policy) scores with.
+
+    New items are candidates with the logits of their content heads, without the cap of `Hybrid.logits`.
+    """
     near = supervised.cooccurrence
     weight = supervised.weights[...][2] * near.neighbour_weight[...]
     return Scoring(supervised.item_vectors(), supervised.item_bias(), near.neighbour_item[...], weight, tables)

@@ -6,7 +6,11 @@ RUN/lstm/                       checkpoints and logs of TimeRatingAwareLSTM (`ja
 RUN/content/                    the same of TimeRatingAwareContentModel
 RUN/training.png                loss and validation figures by epoch
 RUN/cooccurrence.npz            the neighbours of each item, and the item vectors that training started from
-RUN/hybrid.json                 the weights of the mix (`jaxrec.training.mix.Mix`), with its validation figures
+RUN/content_head.npz            what gives items without training events their vectors and biases: the features' names,
+                                and a kernel and an offset for each model (`jaxrec.training.content_head`)
+RUN/hybrid.json                 the weights of the mix (`jaxrec.training.mix.Mix`), with its validation figures;
+                                `new_items`: how high the items without training events rank
+                                (`jaxrec.training.new_items`)
 RUN/evaluation.json             written by `jaxrec evaluate`; goes into the manifest of the exported model
 RUN/policy/                     the policy that `jaxrec rl` trained last (unless it was refused):
     policy.json                 whether the policy is used and why, the figures, the configuration, its models' digest
@@ -36,6 +40,7 @@ import pandas as pd
 from flax import nnx
 
 from jaxrec.config import ModelConfig, TrainConfig, from_json
+from jaxrec.data.content import item_content
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.store import read_prepared
 from jaxrec.data.trend import DecayedCounts
@@ -45,14 +50,17 @@ from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.neighbours import Neighbours
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.training.content_head import ContentHead
 from jaxrec.training.loop import load_trained
 from jaxrec.training.mix import Mix
+from jaxrec.training.new_items import new_items, place_rows, shift_logits
 
 SCHEMA_VERSION = 5
 DATA_FOLDER = "data"
 RUN_FILE = "run.json"
 HYBRID_FILE = "hybrid.json"
 NEIGHBOURS_FILE = "cooccurrence.npz"
+CONTENT_HEAD_FILE = "content_head.npz"
 EVALUATION_FILE = "evaluation.json"
 LSTM_FOLDER = "lstm"
 CONTENT_FOLDER = "content"
@@ -181,7 +189,7 @@ def new_models(
     lstm_key, content_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), INITIAL_WEIGHTS))
     lstm = TimeRatingAwareLSTM(items, config, rngs=nnx.Rngs(lstm_key), item_embedding=item_embedding)
     content = TimeRatingAwareContentModel(
-        items, data.catalog.genre_matrix(), config, rngs=nnx.Rngs(content_key), item_embedding=item_embedding
+        items, item_content(data).model_matrix(), config, rngs=nnx.Rngs(content_key), item_embedding=item_embedding
     )
     return lstm, content
 
@@ -196,12 +204,44 @@ def read_cooccurrence(run: Run) -> tuple[Neighbours, np.ndarray | None]:
         raise DataError(f"{path}: cannot be read ({error}); train again") from error
 
 
+def read_content_heads(run: Run) -> tuple[ContentHead, ContentHead]:
+    """The heads of the LSTM and of the content model. Raises DataError where they cannot be read."""
+    path = run.folder / CONTENT_HEAD_FILE
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            of_lstm, of_content = (
+                ContentHead(arrays[f"{name}_kernel"], arrays[f"{name}_offset"]) for name in ("lstm", "content")
+            )
+            return of_lstm, of_content
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read ({error}); train again") from error
+
+
+def place_new_items(
+    run: Run, data: PreparedData, lstm: TimeRatingAwareLSTM, content: TimeRatingAwareContentModel
+) -> np.ndarray | None:
+    """Gives the items without training events the rows of the run's heads in both models; [items + 1] bool: which.
+
+    None where there are no such items, or no heads since nothing is known of any item; then nothing changes.
+    """
+    new = new_items(data)
+    if new is None or not (run.folder / CONTENT_HEAD_FILE).is_file():
+        return None
+    features = item_content(data).matrix
+    for model, head in zip((lstm, content), read_content_heads(run), strict=True):
+        place_rows(model, new, np.asarray(head.rows(features)))
+    return new
+
+
 def load_supervised(run: Run, data: PreparedData) -> Hybrid:
     """The mix of the run's two trained models and its co-occurrence, without a policy."""
-    mix = Mix(**read_json(run.folder / HYBRID_FILE, "finish the training: `jaxrec train DATA --out RUN --resume`"))
+    mix = read_json(run.folder / HYBRID_FILE, "finish the training: `jaxrec train DATA --out RUN --resume`")
+    ranked = mix.pop("new_items")
     lstm, content = new_models(data, run.model_config, run.train_config.seed)
-    return mix.hybrid(
-        load_trained(lstm, run.train_config, run.folder / LSTM_FOLDER).model,
-        load_trained(content, run.train_config, run.folder / CONTENT_FOLDER).model,
-        CoOccurrence(read_cooccurrence(run)[0]),
-    )
+    lstm = load_trained(lstm, run.train_config, run.folder / LSTM_FOLDER).model
+    content = load_trained(content, run.train_config, run.folder / CONTENT_FOLDER).model
+    new = place_new_items(run, data, lstm, content) if ranked else None
+    hybrid = Mix(**mix).hybrid(lstm, content, CoOccurrence(read_cooccurrence(run)[0]), new)
+    if new is not None:
+        shift_logits(hybrid, new, ranked["shift"])
+    return hybrid

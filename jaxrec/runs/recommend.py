@@ -116,10 +116,14 @@ def _best(
             np.where(where, known.gaps[rows], UNKNOWN_GAP).astype(np.float32),
             lengths.astype(np.int32),
         )
-        logits = np.array(_logits(graphdef, variables, events, counts))
+        # A power of two, so that long histories compile a few more programs and not one each.
+        width = 1 << (max(int((stops - starts)[users].max()), max_length) - 1).bit_length()
+        place = starts[users, None] + np.arange(width)
+        inside = place < stops[users, None]
+        exclude = np.where(inside, known.histories.items[np.where(inside, place, 0)], 0).astype(np.int32)
+        logits = np.array(_logits(graphdef, variables, events, exclude, counts))
+        np.put_along_axis(logits, exclude, -np.inf, axis=1)
         logits[:, 0] = -np.inf
-        for row, user in enumerate(users):
-            logits[row, known.histories.items[starts[user] : stops[user]]] = -np.inf
         scores, top = jax.lax.top_k(logits, k)
         some = lengths[:, None] > 0
         yield users[:new], np.where(some, top, popular)[:new], np.where(some, scores, popularity)[:new]
@@ -133,9 +137,11 @@ def _most_popular(data: PreparedData, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @jax.jit(static_argnums=0)
-def _logits(graphdef: nnx.GraphDef[Hybrid], variables: nnx.State, events: Events, counts: jax.Array) -> jax.Array:
+def _logits(
+    graphdef: nnx.GraphDef[Hybrid], variables: nnx.State, events: Events, exclude: jax.Array, counts: jax.Array
+) -> jax.Array:
     unknown, model = jnp.full(events.item.shape[0], UNKNOWN_GAP), nnx.merge(graphdef, variables)
-    return model.logits(events, unknown, trend=model.trend(counts))[0]
+    return model.logits(events, unknown, exclude=exclude, trend=model.trend(counts))[0]
 
 
 def _encode(ids: pd.Series, data: PreparedData) -> np.ndarray:

@@ -15,8 +15,10 @@ import jax
 import numpy as np
 import pandas as pd
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from jaxrec.config import CheckpointConfig, ModelConfig, TrainConfig, to_json
+from jaxrec.data.content import item_content
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.store import SUMMARY_FILE, read_prepared, unchanged_folder, write_prepared
@@ -24,8 +26,10 @@ from jaxrec.errors import DataError, TrainingStopped
 from jaxrec.files import new_file, sha256, write_text
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.neighbours import MAX_START_ITEMS, Neighbours, initial_embedding, neighbours
+from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.runs.directory import (
     CONTENT_FOLDER,
+    CONTENT_HEAD_FILE,
     DATA_FOLDER,
     EVALUATION_FILE,
     HYBRID_FILE,
@@ -38,10 +42,13 @@ from jaxrec.runs.directory import (
     Run,
     new_models,
     open_run,
+    place_new_items,
     read_cooccurrence,
 )
+from jaxrec.training.content_head import ridge_head, train_head
 from jaxrec.training.loop import require_trainable, train_model
 from jaxrec.training.mix import learn_mix
+from jaxrec.training.new_items import tune_shift
 from jaxrec.training.processes import is_first, wait_for_all
 from jaxrec.training.sharding import building_device, data_mesh
 from jaxrec.training.stopping import StopRequested, never
@@ -174,11 +181,17 @@ def _train_models(
         if stop():
             raise TrainingStopped("stopped: both models are trained and saved, their mix is not tuned yet")
         model = CoOccurrence(cooccurrence)
+        _run_content_heads(run, data, trained_lstm.model, trained_content.model, stop)
         mix = learn_mix(trained_lstm.model, trained_content.model, model, data)
+        new = place_new_items(run, data, trained_lstm.model, trained_content.model)
+        ranked = None
+        if new is not None:
+            ranked = tune_shift(mix.hybrid(trained_lstm.model, trained_content.model, model), new, data)
     if is_first():
         from jaxrec.evaluation.plots import plot_training
 
-        write_text(out / HYBRID_FILE, json.dumps(dataclasses.asdict(mix), indent=2) + "\n")
+        content = {**dataclasses.asdict(mix), "new_items": None if ranked is None else dataclasses.asdict(ranked)}
+        write_text(out / HYBRID_FILE, json.dumps(content, indent=2) + "\n")
         epochs = {"TimeRatingAwareLSTM": trained_lstm.epochs, "TimeRatingAwareContentModel": trained_content.epochs}
         plot_training(epochs, out / PLOT_FILE)
 
@@ -205,7 +218,9 @@ def extend_run(out: Path, data_folder: Path, changes: Mapping[str, Any] = {}) ->
     extended = _new_run(out, data_folder, data, run.model_config, train_config, run.data_version + 1)
     wait_for_all("every process has seen the run as it was")
     if is_first():
-        for path in (out / name for name in (HYBRID_FILE, NEIGHBOURS_FILE, EVALUATION_FILE, *POLICY_FILES)):
+        for path in (
+            out / name for name in (HYBRID_FILE, NEIGHBOURS_FILE, CONTENT_HEAD_FILE, EVALUATION_FILE, *POLICY_FILES)
+        ):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -265,3 +280,33 @@ def _run_cooccurrence(run: Run, data: PreparedData) -> tuple[Neighbours, np.ndar
             np.savez(file, **counted._asdict(), start=start)
     wait_for_all("the neighbours are written")
     return read_cooccurrence(run)
+
+
+def _run_content_heads(
+    run: Run,
+    data: PreparedData,
+    lstm: TimeRatingAwareLSTM,
+    content_model: TimeRatingAwareContentModel,
+    stop: StopRequested,
+) -> None:
+    """Sees to it that the run has the heads of both models; the first process makes them where it has none yet.
+
+    Only the content model's is trained: a head of the LSTM beyond the ridge regression was never measured.
+    """
+    path = run.folder / CONTENT_HEAD_FILE
+    missing = not path.is_file()
+    wait_for_all("every process has seen whether the content head is to be trained")
+    if missing and is_first():
+        content = item_content(data)
+        if not content.names:
+            tqdm.write("content head: skipped, since no genre, year or other feature of any item is known")
+        else:
+            popularity = data.train_popularity()
+            of_lstm, of_content = (ridge_head(model, content.matrix, popularity) for model in (lstm, content_model))
+            alone = stop if jax.process_count() == 1 else never  # the other processes wait until it is written
+            of_content = train_head(content_model, of_content, content.matrix, data, run.train_config, alone)
+            arrays = {"lstm": of_lstm._asdict(), "content": of_content._asdict()}
+            named = {f"{name}_{key}": array for name, head in arrays.items() for key, array in head.items()}
+            with new_file(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, names=np.array(content.names), **named)
+    wait_for_all("the content head is written")

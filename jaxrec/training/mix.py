@@ -53,12 +53,16 @@ class Mix:
     validation_ndcg_10_without_trend: float = float("nan")
 
     def hybrid(
-        self, lstm: TimeRatingAwareLSTM, content: TimeRatingAwareContentModel, cooccurrence: CoOccurrence
+        self,
+        lstm: TimeRatingAwareLSTM,
+        content: TimeRatingAwareContentModel,
+        cooccurrence: CoOccurrence,
+        new_items: np.ndarray | None = None,
     ) -> Hybrid:
-        """The models in this mix."""
+        """The models in this mix; `new_items` as `Hybrid` has them."""
         weights = MixWeights(self.lstm, self.content, self.cooccurrence)
         trend = Trend(np.array(self.trend, np.float32), np.array(self.typical_events, np.float32))
-        return Hybrid(lstm, content, cooccurrence, weights, trend)
+        return Hybrid(lstm, content, cooccurrence, weights, trend, new_items=new_items)
 
 
 class Candidates(NamedTuple):
@@ -101,7 +105,8 @@ def learn_mix(
     found = _candidates(scorers, data, cases, lstm.config.max_length, counts, typical)
     weights = fit_weights(found)
     trend = weights[len(START) :].reshape(VIEWS, len(HALF_LIVES_S))
-    mix = Mix(*map(float, weights[: len(START)]), trend.tolist(), typical.tolist())
+    of_lstm, of_content, of_neighbours = map(float, weights[: len(START)])
+    mix = Mix(of_lstm, of_content, of_neighbours, trend.tolist(), typical.tolist())
     hybrid = mix.hybrid(lstm, content, cooccurrence)
     plain = dataclasses.replace(mix, trend=np.zeros_like(trend).tolist()).hybrid(lstm, content, cooccurrence)
     figures = [_validation_ndcg(one, data, cases, counts) for one in (hybrid, plain)]
@@ -139,7 +144,7 @@ def _loss(
 def _typical(counts: DecayedCounts, times: np.ndarray) -> np.ndarray:
     """[half-lives] float32: the mean over the times of all items' decayed counts."""
     totals = [counts.before(np.array([time])).sum(axis=2)[0] for time in np.sort(times)]
-    return np.mean(totals, axis=0, dtype=np.float64).astype(np.float32)
+    return np.stack(totals).mean(axis=0, dtype=np.float64).astype(np.float32)
 
 
 def _candidates(

@@ -216,8 +216,8 @@ def test_prepared_data_opens_as_memory_maps_without_a_copy(tmp_path: Path) -> No
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     write_prepared(prepare(SMALL, None, EVERYTHING), tmp_path / "data")
     summary = tmp_path / "data/prepared.json"
-    summary.write_text(summary.read_text().replace('"schema_version": 3', '"schema_version": 1'))
-    with pytest.raises(DataError, match="schema version 1, expected 3; prepare again"):
+    summary.write_text(summary.read_text().replace('"schema_version": 4', '"schema_version": 1'))
+    with pytest.raises(DataError, match="schema version 1, expected 4; prepare again"):
         read_prepared(tmp_path / "data")
 
 

@@ -50,7 +50,7 @@ def _run(session: onnxruntime.InferenceSession, inputs: dict[str, np.ndarray]) -
     return dict(zip(names, session.run(names, inputs), strict=True))
 
 
-@pytest.fixture(scope="session", params=["policy", "supervised", "no genres"])
+@pytest.fixture(scope="session", params=["policy", "supervised", "no genres", "new items"])
 def exported(
     request: pytest.FixtureRequest,
     small_data: PreparedData,
@@ -58,7 +58,7 @@ def exported(
     model_directory: Path,
     random_hybrid: Callable[[PreparedData, int, bool], Hybrid],
 ) -> Exported:
-    """A model with a policy head, one without, and one whose catalogue has no genres."""
+    """A model with a policy head, one without, one whose catalogue has no genres, and one with new items."""
     if request.param == "policy":
         graphs = ((model_directory / name).read_bytes() for name in ("sequence.onnx", "step.onnx"))
         return Exported(small_hybrid, *graphs)
@@ -66,5 +66,9 @@ def exported(
         bare = Catalog(small_data.catalog.ids, small_data.catalog.titles, ((),) * len(small_data.catalog))
         small_data = dataclasses.replace(small_data, catalog=bare)
     hybrid = random_hybrid(small_data, 2, False)
+    if request.param == "new items":
+        parts = hybrid.lstm, hybrid.content, hybrid.cooccurrence
+        new = np.arange(len(small_data.catalog) + 1) % 4 == 1
+        hybrid = Hybrid(*parts, hybrid.mix_weights(), hybrid.trend, new_items=new)
     weights = extract_weights(hybrid)
     return Exported(hybrid, sequence_graph(weights), step_graph(weights))

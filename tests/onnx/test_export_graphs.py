@@ -33,7 +33,8 @@ def test_the_item_matrix_is_stored_once(exported) -> None:
     for graph in (exported.sequence_bytes, exported.step_bytes):
         model = onnx.load_from_string(graph)
         large = [array.name for array in model.graph.initializer if 61 in array.dims]
-        assert sorted(large) == ["item_bias", "item_vectors", "neighbour_item", "neighbour_weight"]
+        masks = [] if exported.hybrid.new_items is None else ["new_items"]
+        assert sorted(large) == ["item_bias", "item_vectors", "neighbour_item", "neighbour_weight", *masks]
 
 
 def test_excluded_items_are_never_answered(exported) -> None:

@@ -90,8 +90,14 @@ def reference(hybrid: Hybrid, history: Probe) -> tuple[np.ndarray, np.ndarray]:
     for age, item in enumerate(recent):
         for neighbour, weight in zip(items[item], closeness[item], strict=True):
             logits[neighbour] += weights.cooccurrence * RECENT_DECAY**age * weight
-    logits += history.trend
     logits[0] = NEVER
+    if hybrid.new_items is not None:
+        new = np.asarray(hybrid.new_items[...])
+        known = [logits[i] for i in range(1, len(logits)) if not new[i] and i not in history.exclude[0]]
+        tenth = sorted(known)[-10]
+        above = np.maximum(logits - tenth, 0)
+        logits = np.where(new, np.minimum(logits, tenth - 0.002) + 0.001 * above / (1 + above), logits)
+    logits += history.trend
     return logits, np.concatenate([*state, np.pad(recent, (0, RECENT_ITEMS - len(recent)))])
 
 
@@ -125,11 +131,12 @@ def without(logits: np.ndarray, exclude: np.ndarray) -> np.ndarray:
 def test_flax_equals_the_formulas(exported, probe: Probe, expected, jit: bool) -> None:
     definition, weights = nnx.split(exported.hybrid)
 
-    def answer(weights, events, request_gap, trend):
-        return nnx.merge(definition, weights).logits(events, request_gap, trend=trend)
+    def answer(weights, events, request_gap, exclude, trend):
+        return nnx.merge(definition, weights).logits(events, request_gap, exclude=exclude, trend=trend)
 
     events = Events(*(jnp.asarray(x) for x in (probe.item, probe.rating, probe.gap, probe.length)))
-    logits, state = (jax.jit(answer) if jit else answer)(weights, events, probe.request_gap, probe.trend)
+    request = map(jnp.asarray, (probe.request_gap, probe.exclude, probe.trend))
+    logits, state = (jax.jit(answer) if jit else answer)(weights, events, *request)
     np.testing.assert_allclose(logits[:, 1:], expected[0][:, 1:], rtol=0, atol=1e-4)
     assert (logits[:, 0] < -9e29).all()
     np.testing.assert_allclose(state, expected[1], rtol=0, atol=1e-4)

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +176,12 @@ def test_a_missing_package_is_named_with_the_remedy(
 def test_tensorflow_is_imported_by_a_conversion_only() -> None:
     program = "import sys, jaxrec.onnx.model_directory; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_an_index_beside_new_items_is_refused(
+    small_data: PreparedData, random_hybrid: Callable[[PreparedData, int, bool], Hybrid], tmp_path: Path
+) -> None:
+    plain = random_hybrid(small_data, 3, False)
+    new = np.arange(len(small_data.catalog) + 1) == 2
+    hybrid = Hybrid(plain.lstm, plain.content, plain.cooccurrence, plain.mix_weights(), plain.trend, new_items=new)
+    refused(tmp_path, "an index ranks no new items", hybrid, small_data, index=True)

@@ -140,6 +140,25 @@ def movie_columns(header: Sequence[str], where: str) -> dict[str, str]:
     return checked_columns(header, chosen, where)
 
 
+def feature_columns(header: Sequence[str], where: str) -> list[str]:
+    """The column of the ids, and then all others, of the header of a table of items' features.
+
+    Of several that could be the ids, such as movieId and artist, one whose name ends with id goes before the others.
+    Raises DataError where there is none, or nothing else, and where a column occurs twice or has no name.
+    """
+    found = _recognized(header, ITEM_NAMES)
+    came = ",".join(header)
+    if not found:
+        raise DataError(f"{where}: column {EXPECTED[ITEM]} is missing; the header is {came!r}")
+    ids = next((name for name in found if plain(name).endswith("id")), found[0])
+    odd = [name for name in header if header.count(name) > 1 or not name.strip() or name == ITEM != ids]
+    if odd:
+        raise DataError(f"{where}: column {odd[0]!r} occurs twice or has no name of its own; the header is {came!r}")
+    if len(header) < 2:
+        raise DataError(f"{where}: no column beside {ids}; expected features of the items")
+    return [ids, *(name for name in header if name != ids)]
+
+
 def checked_columns(header: Sequence[str], chosen: dict[str, str], where: str) -> dict[str, str]:
     """`chosen`; raises DataError where one of its columns occurs twice in the header, or is chosen twice."""
     repeated = [name for name in chosen.values() if list(header).count(name) > 1]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from jaxrec.data.catalog import checked_movies
+from jaxrec.data.catalog import checked_ids
 from jaxrec.data.reading.bad_rows import BadRow
 from jaxrec.data.reading.columns import movie_columns
 from jaxrec.data.reading.dialect import Dialect, scan
@@ -80,7 +80,7 @@ def read_movies(path: Path, name: str | None = None, ids: IdKind = IdKind.AUTO) 
             raise DataError(f"{name}:{line}: the id {raw} occurs a second time; the first is in line {seen[raw]}")
         seen[raw] = line
     frame = pd.DataFrame({TITLE: [row[2] or row[1] for row in rows], GENRES: joined_genres([row[3] for row in rows])})
-    frame.insert(0, ITEM, _ids([(line, raw) for line, raw, _, _ in rows], ids, name))
+    frame.insert(0, ITEM, typed_ids([(line, raw) for line, raw, _, _ in rows], ids, name))
     return frame
 
 
@@ -104,7 +104,7 @@ def movies_like(
     if movies is None:
         return None, []
     if isinstance(movies, pd.DataFrame):
-        found, name = checked_movies(_named(movies), raw_items), "movies"
+        found, name = checked_ids(_named(movies), raw_items, "movies"), "movies"
     else:
         name = name or str(movies)
         found = read_movies(movies, name, IdKind.INTEGER if raw_items.dtype == np.int64 else IdKind.TEXT)
@@ -136,18 +136,18 @@ def joined_genres(texts: Sequence[object]) -> list[str]:
         >>> joined_genres(["['Comedy', 'Drama']", '[{"name": "War"}]', "[]"])
         ['Comedy|Drama', 'War', '']
     """
-    lists = [_listed(text) for text in texts]
-    plain = [str(text) for text, listed in zip(texts, lists, strict=True) if listed is None]
+    lists = [listed(text) for text in texts]
+    plain = [str(text) for text, of_list in zip(texts, lists, strict=True) if of_list is None]
     separator = next((each for each in SEPARATORS if any(each in text for text in plain)), "|")
     joined: list[str] = []
-    for text, listed in zip(texts, lists, strict=True):
-        names: list[str] = str(text).split(separator) if listed is None else listed
+    for text, of_list in zip(texts, lists, strict=True):
+        names: list[str] = str(text).split(separator) if of_list is None else of_list
         joined.append("|".join(name.strip().replace("|", "/") for name in names))
     return joined
 
 
-def _listed(value: object) -> list[str] | None:
-    """The names of a list; None for what is none."""
+def listed(value: object) -> list[str] | None:
+    """The names of a list, which may be written as JSON or Python write it; None for what is none."""
     if isinstance(value, str):
         text = value.strip()
         if not text.startswith("["):
@@ -178,7 +178,11 @@ def _named(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({ITEM: ids, TITLE: titles, GENRES: joined_genres(genres)})
 
 
-def _ids(raw: list[tuple[int, str]], kind: IdKind, name: str) -> np.ndarray:
+def typed_ids(raw: list[tuple[int, str]], kind: IdKind, name: str) -> np.ndarray:
+    """[rows] int64, or object for text: the ids of the lines of a file that messages call `name`.
+
+    Raises DataError where `kind` is INTEGER and an id is no whole number; where it is AUTO all are text then.
+    """
     odd = next(((line, text) for line, text in raw if not _is_whole(text)), None)
     if kind is IdKind.TEXT or (odd is not None and kind is IdKind.AUTO):
         return np.array([text for _, text in raw], dtype=object)
@@ -201,12 +205,13 @@ def _text_rows(path: Path, name: str) -> Iterator[MovieRow]:
 
         table, _ = open_text(path, name, TextOptions(), Path(scratch), choose, True, "movieId,title,genres")
         at = table.columns
-        for line, fields in records(table, _refuse):
+        for line, fields in records(table, refuse):
             title, genres = (fields[at[role]] if role in at else "" for role in (TITLE, GENRES))
             yield line, fields[at[ITEM]].strip(), title, genres
 
 
-def _refuse(row: BadRow) -> None:
+def refuse(row: BadRow) -> None:
+    """Raises DataError for a row that is not whole."""
     raise DataError(str(row))
 
 

@@ -1,0 +1,143 @@
+"""Reads what is known of items: a table of item ids and any columns (`--features`), as text."""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from jaxrec.data.catalog import checked_ids
+from jaxrec.data.reading.columns import feature_columns
+from jaxrec.data.reading.dialect import Dialect
+from jaxrec.data.reading.movies import listed, refuse, typed_ids
+from jaxrec.data.reading.rules import IdKind
+from jaxrec.data.reading.sources import TextOptions, open_text
+from jaxrec.data.reading.text_file import records
+from jaxrec.data.schema import ITEM
+from jaxrec.errors import DataError
+
+
+def features_like(
+    features: Path | str | pd.DataFrame | None, raw_items: np.ndarray, movies: pd.DataFrame | None = None
+) -> tuple[pd.DataFrame | None, list[str]]:
+    """Features of a file or a frame, with ids of the type of a log's.
+
+    Args:
+        features: CSV with a header or JSON lines, or a frame: a column of item ids and any others.
+        raw_items: [items] the ids of the log.
+        movies: item_id and more of items that need not be in the log.
+
+    Returns:
+        item_id and the columns as text, "" where there is no value and `A|B` for lists; and what is odd about them, in
+        one sentence at most.
+
+    Raises:
+        DataError: For a file or row that is none, ids of another type, an id that occurs twice, and where no id is one
+            of the log's.
+    """
+    if features is None:
+        return None, []
+    if isinstance(features, pd.DataFrame):
+        name, found = "features", _of_frame(features, raw_items)
+    else:
+        name, found = (
+            str(features),
+            read_features(Path(features), IdKind.INTEGER if raw_items.dtype == np.int64 else IdKind.TEXT),
+        )
+    ids = found[ITEM].to_numpy()
+    if not np.isin(ids, raw_items).any():
+        raise DataError(
+            f"{name}: none of its {len(ids)} ids, such as {ids[0]}, is one of the log's {len(raw_items)} items, such "
+            f"as {raw_items[0]}; give the file of these items, or none"
+        )
+    known = raw_items if movies is None else np.concatenate([raw_items, movies[ITEM].to_numpy()])
+    unknown = ids[~np.isin(ids, known)]
+    if len(unknown):
+        return found, [f"{name}: {len(unknown)} of its {len(ids)} ids, such as {unknown[0]}, are no items of the log"]
+    return found, []
+
+
+def read_features(path: Path, ids: IdKind = IdKind.AUTO) -> pd.DataFrame:
+    """Reads a table of features.
+
+    Args:
+        path: CSV with a header (any delimiter and encoding), or JSON lines.
+        ids: INTEGER: an id that is not a whole number is an error; AUTO: all are text then.
+
+    Returns:
+        item_id (int64, or str) and the other columns under their own names, as text.
+
+    Raises:
+        DataError: For a file or row that is none, and for an id that is empty or occurs twice, naming file and lines.
+    """
+    try:
+        rows = list(_rows(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    (_, header), *rows = rows
+    if not rows:
+        raise DataError(f"{path}: no rows after the header")
+    first: dict[str, int] = {}
+    for line, (raw, *_) in rows:
+        if not raw:
+            raise DataError(f"{path}:{line}: the id is empty; expected one")
+        if raw in first:
+            raise DataError(f"{path}:{line}: the id {raw} occurs a second time; the first is in line {first[raw]}")
+        first[raw] = line
+    frame = pd.DataFrame([fields[1:] for _, fields in rows], columns=header[1:], dtype=object)
+    frame.insert(0, ITEM, typed_ids([(line, fields[0]) for line, fields in rows], ids, str(path)))
+    return frame
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Line and fields, the id first; before the rows the columns' names."""
+    with tempfile.TemporaryDirectory(prefix="jaxrec-") as scratch:
+        header: list[str] = []
+
+        def choose(dialect: Dialect) -> tuple[dict[str, int], dict[str, str]]:
+            names = list(dialect.names or ())
+            header[:] = feature_columns(names, str(path) if dialect.delimiter is None else f"{path}:1")
+            return {name: names.index(name) for name in header}, {name: name for name in header}
+
+        table, _ = open_text(path, str(path), TextOptions(), Path(scratch), choose, True, "movieId,NAME,...")
+        yield 1, header
+        if table.dialect.delimiter is None:
+            yield from _json_rows(table.path, path, header)
+            return
+        for line, fields in records(table, refuse):
+            yield line, [_text(fields[table.columns[name]]) for name in header]
+
+
+def _json_rows(utf8: Path, path: Path, header: list[str]) -> Iterator[tuple[int, list[str]]]:
+    """Of JSON lines; unlike a log's they may hold lists."""
+    with utf8.open(encoding="utf-8-sig") as file:
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                raise DataError(f"{path}:{line}: not a JSON object: {error}") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{line}: not a JSON object: {text.strip()[:80]}")
+            yield line, [_text(row.get(name)) for name in header]
+
+
+def _of_frame(frame: pd.DataFrame, raw_items: np.ndarray) -> pd.DataFrame:
+    header = feature_columns([str(name) for name in frame.columns], "features")
+    named = frame.set_axis([str(name) for name in frame.columns], axis=1)
+    texts = {name: [_text(value) for value in named[name].tolist()] for name in header[1:]}
+    found = pd.DataFrame({ITEM: named[header[0]].reset_index(drop=True), **texts})
+    return checked_ids(found, raw_items, "features")
+
+
+def _text(value: object) -> str:
+    """A value as text: lists, also as JSON or Python writes them, joined by `|`; missing is empty."""
+    names = listed(value)
+    if names is not None:
+        return "|".join(name.strip().replace("|", "/") for name in names)
+    missing = value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value))
+    return "" if missing else str(value).strip()

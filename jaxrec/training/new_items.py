@@ -1,0 +1,105 @@
+"""Puts new items, those without training events, into trained models, and chooses how high they rank."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrec.data.batches import case_batches
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.trend import DecayedCounts
+from jaxrec.evaluation.metrics import exclude_items, rank_of_target
+from jaxrec.evaluation.ranking import in_time, without_request_time
+from jaxrec.evaluation.scorers import hybrid_scorer
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.masks import NEVER
+from jaxrec.models.new_items import FIRST_PLACES
+from jaxrec.models.sequence import TimeRatingAwareLSTM
+from jaxrec.training.mix import MAX_MIX_CASES
+
+TOP = 50
+LEAST_KEPT = 0.975
+"""Of the known items' validation HR@50 so much stays beside new items."""
+SHIFTS = np.arange(-200, 41) / 20
+"""Above 2 a few new items of a catalogue would be in every answer: they alone cost little HR@50."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NewItems:
+    """What is added to every new item's logit, and validation HR@50 of known items (the mean of without and with the
+    request time) without new items among the candidates, and with them."""
+
+    count: int
+    shift: float
+    validation_hr_50_without: float
+    validation_hr_50: float
+
+
+def new_items(data: PreparedData) -> np.ndarray | None:
+    """[items + 1] bool: items without training events; None if there are none."""
+    new = data.train_popularity() == 0
+    new[0] = False
+    return new if new.any() else None
+
+
+def place_rows(model: TimeRatingAwareLSTM, new: np.ndarray, rows: np.ndarray) -> None:
+    """Gives the items of `new` [items + 1] bool their vectors and biases of `rows` [items + 1, embedding + 1]; all
+    others keep theirs, bit for bit."""
+    where = jnp.asarray(new)
+    of_content = model.item_vectors() - model.item_embedding[...]
+    model.item_embedding[...] = jnp.where(where[:, None], rows[:, :-1] - of_content, model.item_embedding[...])
+    model.item_bias_table[...] = jnp.where(where, rows[:, -1], model.item_bias_table[...])
+
+
+def shift_logits(hybrid: Hybrid, new: np.ndarray, shift: float) -> None:
+    """Adds to the biases of the items of `new` in both models, so that their logits in the mix grow by `shift`."""
+    weights = hybrid.mix_weights()
+    shift /= max(weights.lstm + weights.content, 1e-6)
+    for model in (hybrid.lstm, hybrid.content):
+        table = model.item_bias_table
+        table[...] = jnp.where(jnp.asarray(new), table[...] + jnp.float32(shift), table[...])
+
+
+def tune_shift(hybrid: Hybrid, new: np.ndarray, data: PreparedData) -> NewItems:
+    """The largest of SHIFTS with LEAST_KEPT of the validation HR@50 of known items.
+
+    Args:
+        hybrid: Without a cap; its new items have the heads' rows.
+        new: [items + 1] bool.
+        data: Whose validation cases decide, MAX_MIX_CASES at most. Cases of new items are left out: of their hits there
+            are too few to weigh against others'.
+
+    Returns:
+        The shift, and what it costs; 0 where no known item is among the first TOP.
+    """
+    cases, _ = in_time(data, data.split.validation.at_most(MAX_MIX_CASES))
+    scorer, where, of_batches = hybrid_scorer(hybrid, DecayedCounts.of(data)), jnp.asarray(new), []
+    for batch in case_batches(data, cases, hybrid.lstm.config.max_length):
+        both = [_largest_shifts(scorer(b), where, b.target, b.exclude) for b in (batch, without_request_time(batch))]
+        of_batches.append(np.stack(both))
+    known = ~new[data.histories.items[cases.rows]]
+    largest = np.concatenate(of_batches, axis=1)[:, : len(cases)][:, known]
+    without = float((largest > -np.inf).mean()) if largest.size else 0.0
+    rates = (largest[..., None] > SHIFTS).mean(axis=(0, 1)) if largest.size else np.zeros(len(SHIFTS))
+    allowed = SHIFTS <= 0 if without == 0 else rates >= LEAST_KEPT * without
+    place = int(np.flatnonzero(allowed).max(initial=0))
+    return NewItems(int(new.sum()), float(SHIFTS[place]), without, float(rates[place]))
+
+
+@jax.jit
+def _largest_shifts(logits: jax.Array, new: jax.Array, target: jax.Array, exclude: jax.Array) -> jax.Array:
+    """[batch]: below which shift of the new items the target is among the first TOP; -inf: never, inf: always.
+
+    The FIRST_PLACES are capped off. A target at place r among the known items leaves the first TOP when TOP + 1 - r new
+    items have passed it.
+    """
+    candidates = exclude_items(logits, exclude)
+    ranks = rank_of_target(jnp.where(new, NEVER, logits), target, exclude)
+    best = jax.lax.top_k(jnp.where(new, candidates, NEVER), min(TOP - FIRST_PLACES, logits.shape[1]))[0]
+    own = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+    place = TOP - ranks  # of the new item that pushes it out, from 0
+    passing = jnp.take_along_axis(best, jnp.clip(place, 0, best.shape[1] - 1)[:, None], axis=1)[:, 0]
+    enough = (place < best.shape[1]) & (passing > NEVER / 2)
+    shift = jnp.where((ranks > FIRST_PLACES) & enough, own - passing, jnp.inf)
+    return jnp.where(ranks <= TOP, shift, -jnp.inf)
