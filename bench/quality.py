@@ -5,8 +5,10 @@
 Each log is filtered to users and movies with 5 ratings or more and split: leave-one-out over the whole log, as the
 literature does, and by time (the last tenth; up to 10 cases of each user), with equal times in the order of the file
 and shuffled (in training and test). Each seed trains a run, and each test case is ranked among the whole catalogue
-without its history. Figures are means over the seeds, with 95 % bootstrap intervals over the users. What is finished
-stays in the work folder: a call that was interrupted resumes where it stopped.
+without its history. The trend counts the events of all users before the case, with and without the request time, and so
+does recent popularity, with the half-life of the best validation NDCG@10. Figures are means over the seeds, with 95 %
+bootstrap intervals over the users. What is finished stays in the work folder: a call that was interrupted resumes where
+it stopped.
 """
 
 import itertools
@@ -18,12 +20,13 @@ import numpy as np
 
 import jaxrec
 from bench.publish import Page, begin, less, publish_option, write_arrays
-from jaxrec.config import PrepareConfig, SplitKind, Ties, TrainConfig
+from jaxrec.config import PrepareConfig, RatingScale, SplitKind, Ties, TrainConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.report import write_report
 from jaxrec.data.split import Cases
 from jaxrec.data.store import read_prepared
-from jaxrec.evaluation.baselines import cooccurrence_scorer
+from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
+from jaxrec.evaluation.baselines import best_half_life, cooccurrence_scorer, recent_popularity_scorer
 from jaxrec.evaluation.bootstrap import Resamples, bootstrap, resample
 from jaxrec.evaluation.metrics import coverage, hit_rate, ndcg, reciprocal_rank
 from jaxrec.evaluation.ranking import rank_cases
@@ -34,6 +37,8 @@ from jaxrec.training.host_memory import keep_freed_memory
 
 CASES_PER_USER = 10
 LOGS, SEEDS = ("ml-100k", "ml-latest-small"), 5  # of the page
+RATING_SCALES = {"movietweetings-50k": RatingScale(0, 10)}  # a few of its ratings are 0
+MOVIES = ("movies.csv", "movies.dat")  # beside a file of ratings
 SPLITS = {"leave-one-out": SplitKind.LEAVE_ONE_OUT, "temporal": SplitKind.TEMPORAL}
 TIES = [ties.value for ties in Ties]
 
@@ -77,16 +82,19 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
         return done
     begin(begun(done), folder / f"run-{seed}")
     if not (folder / "data").is_dir():
-        movies = ratings.with_name("movies.csv")
-        config = PrepareConfig(min_user_ratings=5, min_movie_ratings=5, split=SPLITS[split], ties=ties)
-        beside = movies if ratings.is_file() and movies.is_file() else None
-        prepare(ratings, beside, config, out=folder / "data", add_files=write_report)
+        config = PrepareConfig(5, 5, split=SPLITS[split], ties=ties, rating_scale=RATING_SCALES.get(name))
+        movies = [path for path in map(ratings.with_name, MOVIES) if ratings.is_file() and path.is_file()]
+        prepare(ratings, movies[0] if movies else None, config, out=folder / "data", add_files=write_report)
     data, out = read_prepared(folder / "data"), folder / f"run-{seed}"
     jaxrec.train(folder / "data", out, train_config=TrainConfig(seed=seed), resume=(out / "run.json").is_file())
     hybrid = load_supervised(open_run(out), data)
     cases = few_per_user(data.split.test) if split == "temporal" else data.split.test
     arrays = {"popularity": data.train_popularity(), "users": cases.users, "data": data.digest}
-    for model, scorer in scorers(hybrid).items():
+    counts = DecayedCounts.of(data)
+    half_life = best_half_life(data, counts, hybrid.lstm.config.max_length)
+    arrays["half_life_s"] = HALF_LIVES_S[half_life]
+    recent = {"recent popularity": recent_popularity_scorer(data, counts, half_life)}
+    for model, scorer in (recent | scorers(hybrid, counts)).items():
         for time in (False, True):
             ranked = rank_cases(scorer, data, cases, hybrid.lstm.config.max_length, time)
             arrays[f"{model}|{time}|ranks"], arrays[f"{model}|{time}|top"] = ranked.ranks, ranked.top
@@ -108,13 +116,14 @@ def few_per_user(cases: Cases) -> Cases:
     return Cases(cases.users[kept], cases.rows[kept])
 
 
-def scorers(hybrid: Hybrid) -> dict[str, Scorer]:
-    """The parts of the mix, and the mix."""
+def scorers(hybrid: Hybrid, counts: DecayedCounts) -> dict[str, Scorer]:
+    """The parts of the mix, the mix without its trend, and the mix."""
     return {
         "co-occurrence": cooccurrence_scorer(hybrid.cooccurrence),
         "TimeRatingAwareLSTM": sequence_scorer(hybrid.lstm),
         "TimeRatingAwareContentModel": sequence_scorer(hybrid.content),
-        "hybrid": hybrid_scorer(hybrid),
+        "hybrid without its trend": hybrid_scorer(hybrid),
+        "hybrid": hybrid_scorer(hybrid, counts),
     }
 
 
@@ -134,8 +143,8 @@ def table(title: str, files: list[Path]) -> list[str]:
         if not key.endswith("|ranks"):
             continue
         model, time, _ = key.split("|")
-        if model == "co-occurrence" and time == "True":
-            continue  # it knows no request time
+        if model in ("co-occurrence", "recent popularity") and time == "True":
+            continue  # a request time changes nothing
         ranks = np.stack([seed[key] for seed in seeds])
         tops = [seed[f"{model}|{time}|top"] for seed in seeds]
         own = ", ".join(f"{ndcg(one, 10).mean():.4f}" for one in ranks)
