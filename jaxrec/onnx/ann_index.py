@@ -7,7 +7,9 @@ because the scan counts in steps of the largest range, which would be that of th
 candidates held 0.92 of the ten best, rotated 250 held all). Lists of which only the nearest are scanned (an inverted
 file) were no gain: requests of random models needed all of them.
 
-How many candidates are needed is measured here, on requests of validation cases and on made-up ones separately: the
+The items with the highest trend are candidates, too: the trend is not in the index.
+
+How many candidates are needed is measured here, with the trend of the last event, on requests of validation cases and on made-up ones separately: the
 fewest that hold WANTED_RECALL of the ten best items of both kinds, on every second request. What they hold is
 measured on the other requests; where that is less than LEAST_RECALL for either kind, the export is refused.
 """
@@ -105,10 +107,12 @@ def _validation_requests(data: PreparedData, max_history: int) -> Iterator[dict[
         left -= len(batch.target)
 
 
-def build_index(item_vectors: np.ndarray, item_bias: np.ndarray, probes: Mapping[str, Probes]) -> Index:
+def build_index(
+    item_vectors: np.ndarray, item_bias: np.ndarray, trend: np.ndarray, probes: Mapping[str, Probes]
+) -> Index:
     """The index of `item_vectors` [items + 1, width] and `item_bias` [items + 1], without the padding in row 0.
 
-    The same arrays give the same index on the same machine. Raises ExportError.
+    `trend` [items + 1] is what the answers that it is measured on add to the logits. The same arrays give the same index on the same machine. Raises ExportError.
     """
     faiss = _faiss()
     points = index_points(item_vectors[1:], item_bias[1:])
@@ -125,7 +129,7 @@ def build_index(item_vectors: np.ndarray, item_bias: np.ndarray, probes: Mapping
             chunk = points[start : start + ITEMS_PER_ADD]
             index.add(chunk)
             progress.update(len(chunk))
-    candidates, recall = choose_candidates(index, points, probes)
+    candidates, recall = choose_candidates(index, points, trend[1:], probes)
     return Index(bytes(faiss.serialize_index(index)), kind, candidates, recall)
 
 
@@ -134,13 +138,15 @@ def index_points(vectors: np.ndarray, bias: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.concatenate([vectors, bias[:, None]], axis=1), np.float32)
 
 
-def choose_candidates(index: Any, points: np.ndarray, probes: Mapping[str, Probes]) -> tuple[int, dict[str, Recall]]:
+def choose_candidates(
+    index: Any, points: np.ndarray, trend: np.ndarray, probes: Mapping[str, Probes]
+) -> tuple[int, dict[str, Recall]]:
     """The fewest candidates that hold WANTED_RECALL of both kinds of requests, else the most, and what they hold.
 
     They are chosen on every second request of a kind, and measured on the others. Raises ExportError where they hold
     less than LEAST_RECALL.
     """
-    chosen_on = [_Searched(index, points, _every_second(of_kind, 0)) for of_kind in probes.values()]
+    chosen_on = [_Searched(index, points, trend, _every_second(of_kind, 0)) for of_kind in probes.values()]
     candidates = 0
     for candidates in CANDIDATES:
         if all(searched.recall(candidates, INDEX_TOP) >= WANTED_RECALL for searched in chosen_on):
@@ -149,7 +155,7 @@ def choose_candidates(index: Any, points: np.ndarray, probes: Mapping[str, Probe
     for kind, of_kind in probes.items():
         # A lone request is all there is.
         others = _every_second(of_kind, 1 if len(of_kind.query) > 1 else 0)
-        searched = _Searched(index, points, others)
+        searched = _Searched(index, points, trend, others)
         recall[kind] = Recall(
             searched.recall(candidates, INDEX_TOP), searched.recall(candidates, MANY), len(others.query)
         )
@@ -168,9 +174,11 @@ def _every_second(probes: Probes, start: int) -> Probes:
 class _Searched:
     """What the index and the exact product give for some requests."""
 
-    def __init__(self, index: Any, points: np.ndarray, probes: Probes) -> None:
+    def __init__(self, index: Any, points: np.ndarray, trend: np.ndarray, probes: Probes) -> None:
         queries = index_points(probes.query, np.ones(len(probes.query), np.float32))
-        self._best = _best_items(points, queries, probes.exclude)
+        self._best = _best_items(points, trend, queries, probes.exclude)
+        self._trending = np.argsort(-trend, kind="stable")[: max(CANDIDATES)]
+        self._trending = self._trending[trend[self._trending] > trend.min()]
         self._excluded = (probes.exclude > 0).sum(axis=1)
         most = max(CANDIDATES) + CANDIDATES_PER_ANSWER * MANY + int(self._excluded.max(initial=0))
         self._found = index.search(queries, min(len(points), most))[1]
@@ -179,17 +187,21 @@ class _Searched:
         """Of the k best."""
         best = self._best[:, :k]
         count = candidates + CANDIDATES_PER_ANSWER * k + self._excluded
-        held = [np.isin(row[row >= 0], ids[:n]).sum() for row, ids, n in zip(best, self._found, count, strict=True)]
+        trending = self._trending[:candidates]
+        held = [
+            np.isin(row[row >= 0], np.concatenate([ids[:n], trending])).sum()
+            for row, ids, n in zip(best, self._found, count, strict=True)
+        ]
         wanted = int(np.sum(best >= 0))
         return float(np.sum(held) / wanted) if wanted else 1.0
 
 
-def _best_items(points: np.ndarray, queries: np.ndarray, exclude: np.ndarray) -> np.ndarray:
+def _best_items(points: np.ndarray, trend: np.ndarray, queries: np.ndarray, exclude: np.ndarray) -> np.ndarray:
     """[requests, MANY] places of the exact best that are not excluded, best first; -1 where there are no more."""
     most = min(MANY, len(points))
     best = np.empty((len(queries), most), np.int64)
     for row, (query, excluded) in enumerate(zip(queries, exclude, strict=True)):
-        scores = points @ query
+        scores = points @ query + trend
         scores[excluded[excluded > 0] - 1] = -np.inf
         chosen = np.argpartition(-scores, most - 1)[:most]
         chosen = chosen[np.argsort(-scores[chosen])]

@@ -70,14 +70,17 @@ class Search:
             write_array(folder / f"{name}.npy", getattr(self.weights, name))
 
 
-def make_search(weights: Weights, sequence: bytes, data: PreparedData, max_history: int, int8: bool) -> Search:
-    """Converts, verifies and measures; `sequence` is the verified float32 graph. Raises ExportError."""
+def make_search(
+    weights: Weights, sequence: bytes, trend: np.ndarray, data: PreparedData, max_history: int, int8: bool
+) -> Search:
+    """Converts, verifies and measures; `sequence` is the verified float32 graph, `trend` [items + 1] that of the last
+    event. Raises ExportError."""
     sequence_query, step_query = sequence_query_graph(weights), step_query_graph(weights)
     parity = check_query_parity(weights, sequence, sequence_query, step_query, max_history)
     if int8:
         sequence_query, step_query = quantize_lstms(sequence_query), quantize_lstms(step_query)
     probes = probe_requests(data, sequence_query, weights.item_vectors, max_history)
-    index = build_index(weights.item_vectors, weights.item_bias, probes)
+    index = build_index(weights.item_vectors, weights.item_bias, trend, probes)
     return Search(weights, sequence_query, step_query, index, parity)
 
 

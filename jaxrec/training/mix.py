@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
@@ -40,7 +39,7 @@ class Mix:
         lstm, content, cooccurrence: `jaxrec.models.hybrid.MixWeights`.
         trend: [views, half-lives], the weights of `jaxrec.models.trend.Trend`.
         typical_events: [half-lives], its `typical`.
-        validation_ndcg_10: Of the mix; the mean of without and with the request time.
+        validation_ndcg_10: Of the mix, asked with the request time.
         validation_ndcg_10_without_trend: Of the same mix without its trend.
     """
 
@@ -115,30 +114,31 @@ def learn_mix(
 
 def fit_weights(found: Candidates) -> np.ndarray:
     """The weights [3 + VIEWS * half-lives] of parts and views with the least mean cross-entropy of the targets."""
-    deviation = np.sqrt(np.var(found.views, axis=(0, 2), where=found.log_weight[:, None] > NEVER))
-    arrays = (*map(jnp.asarray, found), jnp.asarray(deviation))
-    start = np.concatenate([START, np.zeros(found.views.shape[1])])
+    cases, views, _ = found.views.shape
+    columns = np.concatenate([found.parts, found.views], axis=1).swapaxes(0, 1).reshape(len(START) + views, -1)
+    where = found.log_weight.ravel() > NEVER
+    deviation = np.array([0.0] * len(START) + [column[where].std() for column in columns[len(START) :]])
+    start = np.concatenate([START, np.zeros(views)])
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = _loss(jnp.asarray(weights, jnp.float32), *arrays)
-        return float(value), np.asarray(gradient, np.float64)
+        """The loss and its gradient. Written out as two products of a vector and a matrix, it takes a tenth of the
+        time that the compiled sum over views takes on a CPU."""
+        logits = (weights.astype(np.float32) @ columns).reshape(cases, -1) + found.log_weight
+        highest = logits.max(axis=1, keepdims=True)
+        exponentials = np.exp(logits - highest)
+        total = exponentials.sum(axis=1, keepdims=True)
+        loss = np.mean(np.log(total) + highest - logits[:, :1])
+        difference = exponentials / total
+        difference[:, 0] -= 1
+        shrunk = weights * deviation
+        gradient = columns @ difference.ravel() + 2 * PENALTY * shrunk * deviation
+        return float(loss + PENALTY / cases * np.sum(shrunk**2)), np.asarray(gradient / cases, np.float64)
 
-    bounds = [(0, None)] * len(START) + [(None, None)] * found.views.shape[1]
+    bounds = [(0, None)] * len(START) + [(None, None)] * views
     result = scipy.optimize.minimize(
         objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": ITERATIONS}
     )
     return np.asarray(result.x, np.float32)
-
-
-@jax.jit
-@jax.value_and_grad
-def _loss(
-    weights: jax.Array, parts: jax.Array, views: jax.Array, log_weight: jax.Array, deviation: jax.Array
-) -> jax.Array:
-    of_parts, of_views = weights[: len(START)], weights[len(START) :]
-    logits = jnp.einsum("p,cpi->ci", of_parts, parts) + jnp.einsum("v,cvi->ci", of_views, views)
-    loss = jnp.mean(jax.nn.logsumexp(logits + log_weight, axis=1) - logits[:, 0])
-    return loss + PENALTY / len(parts) * jnp.sum(jnp.square(of_views * deviation))
 
 
 def _typical(counts: DecayedCounts, times: np.ndarray) -> np.ndarray:
@@ -220,6 +220,5 @@ def _every_second_with_time(batch: CaseBatch) -> CaseBatch:
 
 def _validation_ndcg(hybrid: Hybrid, data: PreparedData, cases: Cases, counts: DecayedCounts) -> float:
     max_length = hybrid.lstm.config.max_length
-    scorer = hybrid_scorer(hybrid, counts)
-    ranked = (rank_cases(scorer, data, cases, max_length, time) for time in (False, True))
-    return float(np.mean([ndcg(one.ranks, 10).mean() for one in ranked]))
+    ranked = rank_cases(hybrid_scorer(hybrid, counts), data, cases, max_length, request_time=True)
+    return float(ndcg(ranked.ranks, 10).mean())
