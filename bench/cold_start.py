@@ -31,6 +31,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, UNKNOWN_GAP, USER
 from jaxrec.data.split import Cases
 from jaxrec.data.store import read_prepared, write_prepared
+from jaxrec.data.trend import DecayedCounts
 from jaxrec.evaluation.baselines import constant_scorer
 from jaxrec.evaluation.bootstrap import bootstrap, ratio, resample
 from jaxrec.evaluation.metrics import exclude_items, hit_rate, ndcg
@@ -115,7 +116,7 @@ def measure(ratings: Path, folder: Path, seed: int) -> Path:
     test = data.split.test
     known = ~new[data.histories.items[test.rows]]
     cases = Cases(test.users[known], test.rows[known])
-    scorer = hybrid_scorer(hybrid)
+    scorer = hybrid_scorer(hybrid, DecayedCounts.of(data))
     shut_out: Scorer = lambda batch: jnp.where(new, NEVER, scorer(batch))  # noqa: E731
     arrays["known_users"] = data.users.decode(cases.users + 1)
     for way, of_known in (("hybrid", scorer), (SHUT_OUT, shut_out)):
@@ -138,7 +139,7 @@ def ways(data: PreparedData, hybrid: Hybrid, order: np.ndarray) -> dict[str, Sco
         "genre cosine to the history": genre_rule,
         "TimeRatingAwareLSTM": sequence_scorer(hybrid.lstm),
         "TimeRatingAwareContentModel": sequence_scorer(hybrid.content),
-        "hybrid": hybrid_scorer(hybrid),
+        "hybrid": hybrid_scorer(hybrid, DecayedCounts.of(data)),
     }
 
 

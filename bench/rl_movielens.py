@@ -30,7 +30,8 @@ import numpy as np
 
 from bench.publish import Page, less, origin, publish_option, read_figures, write_arrays, write_figures
 from jaxrec.data.prepared import PreparedData
-from jaxrec.evaluation.baselines import best_recent_window, recent_popularity_scorer
+from jaxrec.data.trend import DecayedCounts
+from jaxrec.evaluation.baselines import best_half_life, recent_popularity_scorer
 from jaxrec.evaluation.bootstrap import Estimate, bootstrap, resample
 from jaxrec.evaluation.metrics import coverage, exclude_items, ndcg, rank_of_target
 from jaxrec.evaluation.ranking import Ranked, rank_cases
@@ -138,8 +139,9 @@ def measure(folder: Path, out: Path, config: LoggedConfig) -> None:
 
 
 def ranked_by_recent_popularity(data: PreparedData, max_length: int, request_time: bool) -> Ranked:
-    """The test cases, with the window that is best on validation."""
-    scorer = recent_popularity_scorer(data, best_recent_window(data, max_length, request_time))
+    """The test cases, with the half-life that is best on validation."""
+    counts = DecayedCounts.of(data)
+    scorer = recent_popularity_scorer(data, counts, best_half_life(data, counts, max_length))
     return rank_cases(scorer, data, data.split.test, max_length, request_time)
 
 

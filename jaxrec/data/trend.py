@@ -12,11 +12,13 @@ from jaxrec.data.schema import SECONDS_PER_DAY
 HALF_LIVES_S = tuple(round(days * SECONDS_PER_DAY) for days in (0.25, 1, 3, 7, 30, 90))
 """Seconds after which an event counts half, from hours to months. `serve` keeps counts with the same ones."""
 
+EVENTS_AT_A_TIME = 1_000_000  # so that long logs cost no memory
+
 
 class DecayedCounts:
     """The decayed counts of all items while time goes on.
 
-    Moments are best asked for in their order: one that lies before the one before it is counted from the first event.
+    Moments are best asked for in their order: one that lies before the last one is counted from the first event.
     """
 
     def __init__(self, items: np.ndarray, times: np.ndarray, item_count: int) -> None:
@@ -73,10 +75,10 @@ class DecayedCounts:
         if time < self._now or stop < self._next:
             self._counts[:] = 0
             self._next, self._now = 0, np.iinfo(np.int64).min
-        new = slice(self._next, stop)
         if self._next:
             self._counts *= 0.5 ** ((time - self._now) / self._half_lives)
-        if stop > self._next:
+        for start in range(self._next, stop, EVENTS_AT_A_TIME):
+            new = slice(start, min(start + EVENTS_AT_A_TIME, stop))
             weights = 0.5 ** ((time - self._times[new]) / self._half_lives)
             for half_life, of_events in enumerate(weights):
                 self._counts[half_life] += np.bincount(self._items[new], of_events, self._width)

@@ -29,7 +29,7 @@ def recent_popularity_scorer(data: PreparedData, counts: DecayedCounts, half_lif
     """The decayed counts with one half-life, as of each case's moment, so that nothing later is counted.
 
     Args:
-        data: Its popularity, scaled below any decayed event, breaks ties.
+        data: Its popularity, scaled down, breaks ties of items without recent events.
         counts: Of the events to count.
         half_life: Its place in HALF_LIVES_S.
     """

@@ -133,7 +133,7 @@ def _both_ranks(
 
 
 def without_request_time(batch: CaseBatch) -> CaseBatch:
-    """The same cases, asked without a request time. `time` stays: what counts live, as the trend, is as of then."""
+    """The same cases, asked without a request time. `time` stays: the trend is that of this moment."""
     return batch._replace(request_gap=np.full_like(batch.request_gap, UNKNOWN_GAP))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -16,6 +17,7 @@ from jaxrec.data.events import Events
 from jaxrec.data.trend import DecayedCounts
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.sequence import TimeRatingAwareLSTM
+from jaxrec.models.trend import Trend
 
 Logits = Callable[[Any, Events, jax.Array], jax.Array]
 
@@ -45,10 +47,13 @@ def hybrid_scorer(hybrid: Hybrid, counts: DecayedCounts | None = None) -> Scorer
     """The scorer of a hybrid, with its policy if it has one. `counts`: of the events that its trend is made of, as a
     server would have them that recorded each when it happened; None: without a trend."""
     graphdef, variables = nnx.split(hybrid)
+    of_trend = nnx.split(hybrid.trend)
 
     def score(batch: CaseBatch) -> jax.Array:
-        decayed = None if counts is None else counts.before(batch.time)
-        return _hybrid_logits(graphdef, variables, batch.events, batch.request_gap, batch.exclude, decayed)
+        trend: Any = 0.0
+        if counts is not None:  # one by one: the counts of a whole batch would be many times the size of its logits
+            trend = jnp.stack([_trend(*of_trend, counts.before(time)[0]) for time in batch.time[:, None]])
+        return _hybrid_logits(graphdef, variables, batch.events, batch.request_gap, batch.exclude, trend)
 
     return score
 
@@ -73,11 +78,14 @@ def _hybrid_logits(
     events: Events,
     request_gap: jax.Array,
     exclude: jax.Array,
-    counts: jax.Array | None,
+    trend: jax.Array | float,
 ) -> jax.Array:
-    hybrid = nnx.merge(graphdef, variables)
-    trend = 0.0 if counts is None else hybrid.trend(counts)
-    return hybrid.logits(events, request_gap, exclude=exclude, trend=trend)[0]
+    return nnx.merge(graphdef, variables).logits(events, request_gap, exclude=exclude, trend=trend)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _trend(graphdef: nnx.GraphDef[Trend], variables: Any, counts: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, variables)(counts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

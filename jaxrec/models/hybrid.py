@@ -156,12 +156,14 @@ class Hybrid(nnx.Module):
 
         `exclude` [batch, width] int32 (0 = nothing): items that are not recommended. They keep their logits, but are
         not among the first places, below which new items are. `trend` [items + 1], or [batch, items + 1]: what
-        `Hybrid.trend` says at the moment of the requests; it lifts new items above that, too.
+        `Hybrid.trend` says at the moment of the requests; an item with a trend is not new.
         """
         _, state = self.encode(events, state)
         h_lstm, _, h_content, _, recent = self.split_state(state)
         query = self.query_at((h_lstm, h_content), request_gap)
         logits = query @ self.item_vectors().T + self.item_bias() + self.cooccurrence_logits(recent)
+        logits += trend
         if self.new_items is not None:
-            logits = capped_logits(logits, self.new_items[...], exclude)
-        return logits + trend, state
+            # An item with a trend has recent events, and so is not new any more.
+            logits = capped_logits(logits, self.new_items[...] & (trend == 0), exclude)
+        return logits, state

@@ -21,7 +21,7 @@ def capped_logits(logits: jax.Array, new_items: jax.Array, exclude: Array | None
 
     Args:
         logits: [batch, items + 1] float32; column 0 is padding.
-        new_items: [items + 1] bool.
+        new_items: [items + 1] bool, or [batch, items + 1].
         exclude: [batch, width] int32, items that are not recommended (0 = nothing); None: every item may be.
 
     Returns:
@@ -34,7 +34,7 @@ def capped_logits(logits: jax.Array, new_items: jax.Array, exclude: Array | None
         >>> [round(x, 4) for x in capped_logits(logits, new)[0, 12:].tolist()]  # the tenth of the known has 3
         [1.0, 2.9989, 2.5]
     """
-    chex.assert_rank([logits, new_items], [2, 1])
+    chex.assert_rank([logits, new_items], [2, {1, 2}])
     known = jnp.where(new_items, NEVER, logits)
     if exclude is not None:
         known = known.at[jnp.arange(len(known))[:, None], exclude].set(NEVER)

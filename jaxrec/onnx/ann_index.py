@@ -9,9 +9,10 @@ file) were no gain: requests of random models needed all of them.
 
 The items with the highest trend are candidates, too: the trend is not in the index.
 
-How many candidates are needed is measured here, with the trend of the last event, on requests of validation cases and on made-up ones separately: the
-fewest that hold WANTED_RECALL of the ten best items of both kinds, on every second request. What they hold is
-measured on the other requests; where that is less than LEAST_RECALL for either kind, the export is refused.
+How many candidates are needed is measured here, with the trend of the last event, on requests of validation cases and
+on made-up ones separately: the fewest that hold WANTED_RECALL of the ten best items of both kinds, on every second
+request. What they hold is measured on the other requests; where that is less than LEAST_RECALL for either kind, the
+export is refused.
 """
 
 from collections.abc import Iterator, Mapping
@@ -112,7 +113,8 @@ def build_index(
 ) -> Index:
     """The index of `item_vectors` [items + 1, width] and `item_bias` [items + 1], without the padding in row 0.
 
-    `trend` [items + 1] is what the answers that it is measured on add to the logits. The same arrays give the same index on the same machine. Raises ExportError.
+    `trend` [items + 1] is added to the logits of the requests that it is measured on. The same arrays give the same
+    index on the same machine. Raises ExportError.
     """
     faiss = _faiss()
     points = index_points(item_vectors[1:], item_bias[1:])

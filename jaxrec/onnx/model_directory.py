@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
 from jaxrec.errors import ExportError
@@ -68,11 +70,13 @@ def export_model(
     max_history = min(hybrid.lstm.config.max_length, hybrid.content.config.max_length)
     sequence, step, trend = sequence_graph(weights), step_graph(weights), trend_graph(weights)
     parity = check_parity(hybrid, sequence, step, trend, max_history)
+    counts = DecayedCounts.of(data)
+    latest = counts.until(counts.last_time)
     search = None
     if index and weights.new_items is not None:
         raise ExportError("an index ranks no new items: expected a model without them (`Hybrid.without_new_items`)")
     if weights.item_count >= FROM_ITEMS and weights.new_items is None if index is None else index:
-        search = make_search(weights, sequence, data, max_history, int8)
+        search = make_search(weights, sequence, np.asarray(hybrid.trend(latest)), data, max_history, int8)
         parity["max_abs_query_difference"] = search.parity
     if int8:
         quantized = quantize_lstms(sequence)
@@ -83,7 +87,6 @@ def export_model(
         "step": {"file": STEP_FILE, **step_signature(weights.state_width).to_json()},
         "trend": {"file": TREND_FILE, **trend_signature(len(HALF_LIVES_S)).to_json()},
     }
-    counts = DecayedCounts.of(data)
     if search is not None:
         graphs |= search.graphs
 
@@ -97,7 +100,7 @@ def export_model(
             (folder / SEQUENCE_FILE).write_bytes(externalized(sequence, folder))
             (folder / STEP_FILE).write_bytes(externalized(step, folder))
         (folder / TREND_FILE).write_bytes(trend)
-        write_array(folder / TREND_COUNTS_FILE, counts.until(counts.last_time))
+        write_array(folder / TREND_COUNTS_FILE, latest)
         _write_catalog(data, folder / MODEL_CATALOG_FILE)
         (folder / LICENCE_FILE).write_text(licence.rstrip() + "\n", encoding="utf-8")
         files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}

@@ -76,7 +76,7 @@ def make_probe(item_count: int, max_history: int, seed: int = PROBE_SEED) -> Pro
         gap=np.where(where, gap, 0).astype(np.float32),
         length=length,
         request_gap=request_gap.astype(np.float32),
-        trend=np.concatenate([[0], rng.normal(size=item_count)]).astype(np.float32),
+        trend=np.where(rng.random(item_count + 1) < 0.5, 0, rng.normal(size=item_count + 1)).astype(np.float32),
         exclude=exclude.astype(np.int32),
     )
 

@@ -183,11 +183,11 @@ def _answer(items: ItemArrays, query: Any, recent: Any, trend: Any, exclude: Any
     decays = RECENT_WEIGHTS[:, None]
     closeness = tf.reshape(tf.gather(items.closeness, recent) * decays, tf.shape(neighbours))
     logits = tf.tensor_scatter_nd_add(logits, _places(neighbours), closeness)
+    logits += trend
     never = tf.fill(tf.shape(exclude), np.float32(NEVER))
     logits = tf.tensor_scatter_nd_update(logits, _places(exclude), never)
     if items.new is not None:
-        logits = _capped(logits, items.new)
-    logits += trend
+        logits = _capped(logits, tf.logical_and(items.new, tf.equal(trend, 0.0)))
     # Without the column of the padding, which so cannot be an answer even when all others are excluded.
     scores, columns = tf.math.top_k(logits[:, 1:], tf.squeeze(k, 0))
     return columns + 1, scores

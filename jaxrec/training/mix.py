@@ -27,7 +27,8 @@ MAX_MIX_CASES = 5_000
 BEST_OF_EACH = 100  # items of each part that are always among a case's candidates
 SAMPLED = 600  # more candidates: random ones, which stand for all others
 START = (0.5, 0.5, 4.0)
-PENALTY = 10.0  # of the squared weights of the trend, each times its view's deviation, in cases
+PENALTY = 10.0  # in cases, of each squared weight of the trend, times its view's variance, and of each squared
+# relative change of the other weights
 ITERATIONS = 200
 
 
@@ -40,7 +41,7 @@ class Mix:
         trend: [views, half-lives], the weights of `jaxrec.models.trend.Trend`.
         typical_events: [half-lives], its `typical`.
         validation_ndcg_10: Of the mix, asked with the request time.
-        validation_ndcg_10_without_trend: Of the same mix without its trend.
+        validation_ndcg_10_without_trend: Of the mix that is learned without a trend.
     """
 
     lstm: float
@@ -85,8 +86,10 @@ def learn_mix(
     Half of the cases are asked with their request time and half without. Of more than MAX_MIX_CASES validation cases,
     evenly spaced ones are used. The softmax is over the BEST_OF_EACH items of each part and SAMPLED random ones, which
     stand for the rest (importance sampling: Bengio and Senécal 2008, section III); a catalogue of at most SAMPLED items
-    is used in full. The weights of the models and of co-occurrence are not negative, those of the trend are shrunk.
-    The trend of a case counts the events before it, of all users.
+    is used in full. Items without training events are neither candidates nor targets. The weights of the models and of
+    co-occurrence are not negative. All weights are shrunk, these towards START, those of the trend towards 0. The trend
+    of a case counts the events before it, of all users. It is kept unless the mix that is learned without it has the
+    better NDCG@10.
 
     Args:
         lstm: As trained.
@@ -102,23 +105,39 @@ def learn_mix(
     typical = _typical(counts, data.histories.times[cases.rows])
     scorers = sequence_scorer(lstm), sequence_scorer(content), cooccurrence_scorer(cooccurrence)
     found = _candidates(scorers, data, cases, lstm.config.max_length, counts, typical)
-    weights = fit_weights(found)
-    trend = weights[len(START) :].reshape(VIEWS, len(HALF_LIVES_S))
+    if not len(found.parts):  # every target is excluded
+        return _mix(np.array(START), typical)
+    mix, plain = (_mix(fit_weights(one), typical) for one in (found, found._replace(views=found.views[:, :0])))
+    max_length = lstm.config.max_length
+    best, without = (
+        float(ndcg(rank_cases(scorer, data, cases, max_length, request_time=True).ranks, 10).mean())
+        for scorer in (
+            hybrid_scorer(mix.hybrid(lstm, content, cooccurrence), counts),
+            hybrid_scorer(plain.hybrid(lstm, content, cooccurrence)),
+        )
+    )
+    return dataclasses.replace(
+        mix if best >= without else plain,
+        validation_ndcg_10=max(best, without),
+        validation_ndcg_10_without_trend=without,
+    )
+
+
+def _mix(weights: np.ndarray, typical: np.ndarray) -> Mix:
+    """Of the first weights, or of all; without the others there is no trend."""
     of_lstm, of_content, of_neighbours = map(float, weights[: len(START)])
-    mix = Mix(of_lstm, of_content, of_neighbours, trend.tolist(), typical.tolist())
-    hybrid = mix.hybrid(lstm, content, cooccurrence)
-    plain = dataclasses.replace(mix, trend=np.zeros_like(trend).tolist()).hybrid(lstm, content, cooccurrence)
-    figures = [_validation_ndcg(one, data, cases, counts) for one in (hybrid, plain)]
-    return dataclasses.replace(mix, validation_ndcg_10=figures[0], validation_ndcg_10_without_trend=figures[1])
+    trend = np.zeros(VIEWS * len(HALF_LIVES_S))
+    trend[: len(weights) - len(START)] = weights[len(START) :]
+    return Mix(of_lstm, of_content, of_neighbours, trend.reshape(VIEWS, -1).tolist(), typical.tolist())
 
 
 def fit_weights(found: Candidates) -> np.ndarray:
-    """The weights [3 + VIEWS * half-lives] of parts and views with the least mean cross-entropy of the targets."""
+    """The weights [3 + views] of parts and views with the least mean cross-entropy of the targets."""
     cases, views, _ = found.views.shape
     columns = np.concatenate([found.parts, found.views], axis=1).swapaxes(0, 1).reshape(len(START) + views, -1)
     where = found.log_weight.ravel() > NEVER
-    deviation = np.array([0.0] * len(START) + [column[where].std() for column in columns[len(START) :]])
     start = np.concatenate([START, np.zeros(views)])
+    unit = np.concatenate([1 / np.array(START), [column[where].std() for column in columns[len(START) :]]])
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         """The loss and its gradient. Written out as two products of a vector and a matrix, it takes a tenth of the
@@ -130,9 +149,9 @@ def fit_weights(found: Candidates) -> np.ndarray:
         loss = np.mean(np.log(total) + highest - logits[:, :1])
         difference = exponentials / total
         difference[:, 0] -= 1
-        shrunk = weights * deviation
-        gradient = columns @ difference.ravel() + 2 * PENALTY * shrunk * deviation
-        return float(loss + PENALTY / cases * np.sum(shrunk**2)), np.asarray(gradient / cases, np.float64)
+        moved = (weights - start) * unit
+        gradient = columns @ difference.ravel() + 2 * PENALTY * moved * unit
+        return float(loss + PENALTY / cases * np.sum(moved**2)), np.asarray(gradient / cases, np.float64)
 
     bounds = [(0, None)] * len(START) + [(None, None)] * views
     result = scipy.optimize.minimize(
@@ -155,27 +174,29 @@ def _candidates(
     counts: DecayedCounts,
     typical: np.ndarray,
 ) -> Candidates:
-    """Of the cases whose target is not excluded."""
-    rng = np.random.default_rng(0)
+    """Of the cases whose target has training events and is not excluded."""
+    rng, new = np.random.default_rng(0), data.train_popularity() == 0
     collected = []
     ordered, _ = in_time(data, cases)
     batches = map(_every_second_with_time, case_batches(data, ordered, max_length))
     for number, batch in enumerate(batches):
         parts = np.stack([np.asarray(score(batch)) for score in scorers], axis=1)
         decayed = counts.before(batch.time)
-        chosen, log_weight = choose(parts, decayed, batch, rng)
+        chosen, log_weight = choose(parts, decayed, batch, new, rng)
         real = len(cases) - number * len(batch.target)  # the last batch is filled up
-        kept = np.flatnonzero(~(batch.exclude == batch.target[:, None]).any(axis=1)[:real])
+        lost = (batch.exclude == batch.target[:, None]).any(axis=1) | new[batch.target]
+        kept = np.flatnonzero(~lost[:real])
         scale = np.asarray(traffic_scale(jnp.asarray(decayed.sum(axis=2)), jnp.asarray(typical)))
         places = chosen[kept, None]
         scaled = np.take_along_axis(decayed[kept], places, axis=2) * scale[kept, :, None]
-        views = np.asarray(trend_views(jnp.asarray(scaled))).reshape(len(kept), -1, chosen.shape[1])
+        views = np.asarray(trend_views(jnp.asarray(scaled)))
+        views = views.reshape(len(kept), VIEWS * len(HALF_LIVES_S), chosen.shape[1])
         collected.append((np.take_along_axis(parts[kept], places, axis=2), views, log_weight[kept]))
     return Candidates(*map(np.concatenate, zip(*collected, strict=True)))
 
 
 def choose(
-    parts: np.ndarray, counts: np.ndarray, batch: CaseBatch, rng: np.random.Generator
+    parts: np.ndarray, counts: np.ndarray, batch: CaseBatch, new: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """The candidates of each case of a batch.
 
@@ -183,6 +204,7 @@ def choose(
         parts: [batch, parts, items + 1] float32.
         counts: [batch, half-lives, items + 1] float32.
         batch: The cases.
+        new: [items + 1] bool, items that are no candidates.
         rng: Of the random ones.
 
     Returns:
@@ -193,6 +215,7 @@ def choose(
     taken = np.zeros((size, items + 1), bool)
     rows = np.arange(size)[:, None]
     taken[rows, batch.exclude] = taken[:, 0] = True
+    taken[:, new] = True
     columns, log_weights = [], []
 
     def add(candidates: np.ndarray, log_weight: float) -> None:
@@ -207,7 +230,7 @@ def choose(
     if items <= SAMPLED:
         add(np.tile(np.arange(1, items + 1), (size, 1)), 0.0)
     else:
-        # The same item drawn twice counts twice, so it must not be a candidate yet when it is looked up.
+        # An item that is drawn twice counts twice: `add` looks all of them up before it marks any.
         add(rng.integers(1, items + 1, (size, SAMPLED)), np.log(items / SAMPLED))
     return np.concatenate(columns, axis=1), np.concatenate(log_weights, axis=1).astype(np.float32)
 
@@ -216,9 +239,3 @@ def _every_second_with_time(batch: CaseBatch) -> CaseBatch:
     gaps = batch.request_gap.copy()
     gaps[::2] = UNKNOWN_GAP
     return batch._replace(request_gap=gaps)
-
-
-def _validation_ndcg(hybrid: Hybrid, data: PreparedData, cases: Cases, counts: DecayedCounts) -> float:
-    max_length = hybrid.lstm.config.max_length
-    ranked = rank_cases(hybrid_scorer(hybrid, counts), data, cases, max_length, request_time=True)
-    return float(ndcg(ranked.ranks, 10).mean())

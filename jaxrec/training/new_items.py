@@ -1,12 +1,13 @@
 """Puts new items, those without training events, into trained models, and chooses how high they rank."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrec.data.batches import case_batches
+from jaxrec.data.batches import CaseBatch, case_batches
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.trend import DecayedCounts
 from jaxrec.evaluation.metrics import exclude_items, rank_of_target
@@ -74,12 +75,15 @@ def tune_shift(hybrid: Hybrid, new: np.ndarray, data: PreparedData) -> NewItems:
         The shift, and what it costs; 0 where no known item is among the first TOP.
     """
     cases, _ = in_time(data, data.split.validation.at_most(MAX_MIX_CASES))
-    scorer, where, of_batches = hybrid_scorer(hybrid, DecayedCounts.of(data)), jnp.asarray(new), []
-    for batch in case_batches(data, cases, hybrid.lstm.config.max_length):
-        both = [_largest_shifts(scorer(b), where, b.target, b.exclude) for b in (batch, without_request_time(batch))]
-        of_batches.append(np.stack(both))
+    scorer, where = hybrid_scorer(hybrid, DecayedCounts.of(data)), jnp.asarray(new)
+
+    def largest_shifts(asked: Callable[[CaseBatch], CaseBatch]) -> np.ndarray:
+        batches = map(asked, case_batches(data, cases, hybrid.lstm.config.max_length))
+        found = [_largest_shifts(scorer(batch), where, batch.target, batch.exclude) for batch in batches]
+        return np.concatenate([np.empty(0), *found])[: len(cases)]
+
     known = ~new[data.histories.items[cases.rows]]
-    largest = np.concatenate(of_batches, axis=1)[:, : len(cases)][:, known]
+    largest = np.stack([largest_shifts(asked) for asked in (lambda batch: batch, without_request_time)])[:, known]
     without = float((largest > -np.inf).mean()) if largest.size else 0.0
     rates = (largest[..., None] > SHIFTS).mean(axis=(0, 1)) if largest.size else np.zeros(len(SHIFTS))
     allowed = SHIFTS <= 0 if without == 0 else rates >= LEAST_KEPT * without

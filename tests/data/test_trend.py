@@ -51,6 +51,14 @@ def test_events_of_validation_and_test_count_for_later_cases(small_data: Prepare
     assert len(histories.times) > small_data.split.train_counts.sum()
 
 
+def test_parts_of_a_long_log_are_counted_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    items, times = rng.integers(1, 9, 100), np.sort(rng.integers(0, 40 * DAY, 100))
+    whole = DecayedCounts(items, times, item_count=8).until(50 * DAY)
+    monkeypatch.setattr("jaxrec.data.trend.EVENTS_AT_A_TIME", 7)
+    np.testing.assert_allclose(DecayedCounts(items, times, item_count=8).until(50 * DAY), whole, rtol=1e-6)
+
+
 def test_without_events_there_is_nothing() -> None:
     counts = DecayedCounts(np.empty(0, np.int32), np.empty(0, np.int64), item_count=2)
     np.testing.assert_array_equal(counts.until(5), np.zeros((len(HALF_LIVES_S), 3)))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxrec.data.events import Events
 from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.masks import NEVER
@@ -75,3 +76,22 @@ def test_a_hybrid_without_new_items_scores_known_ones_as_before_and_new_ones_by_
     assert np.asarray(left_out.item_bias())[new].max() <= np.asarray(plain.item_bias())[1:][~new[1:]].min() + 1e-6
     with_policy = hybrid.with_policy(None)
     np.testing.assert_array_equal(with_policy.new_items[...], new)
+
+
+def test_an_item_with_a_trend_is_not_new_any_more(
+    small_data: PreparedData, random_hybrid: Callable[[PreparedData, int, bool], Hybrid]
+) -> None:
+    """And a trend that is negative for known items lifts no new item above them."""
+    plain = random_hybrid(small_data, 3, False)
+    items = len(small_data.catalog)
+    new = np.arange(items + 1) % 6 == 2
+    hybrid = Hybrid(plain.lstm, plain.content, plain.cooccurrence, plain.mix_weights(), plain.trend, new_items=new)
+    events = Events(*(np.array(column) for column in ([[1, 4, 7]], [[0.5] * 3], [[-1.0, 5, 5]], [3])))
+    gap = jnp.array([-1.0])
+    trend = np.where(new, 0, -50.0).astype(np.float32)
+    first = order(np.asarray(hybrid.logits(events, gap, trend=jnp.asarray(trend))[0])[0], [])[:10]
+    assert not new[first].any()
+    trend[8] = 100.0
+    (best, *rest) = order(np.asarray(hybrid.logits(events, gap, trend=jnp.asarray(trend))[0])[0], [])[:11]
+    assert best == 8
+    assert not new[rest].any()

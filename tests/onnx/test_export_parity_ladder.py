@@ -90,14 +90,14 @@ def reference(hybrid: Hybrid, history: Probe) -> tuple[np.ndarray, np.ndarray]:
     for age, item in enumerate(recent):
         for neighbour, weight in zip(items[item], closeness[item], strict=True):
             logits[neighbour] += weights.cooccurrence * RECENT_DECAY**age * weight
+    logits += history.trend
     logits[0] = NEVER
     if hybrid.new_items is not None:
-        new = np.asarray(hybrid.new_items[...])
+        new = np.asarray(hybrid.new_items[...]) & (history.trend == 0)
         known = [logits[i] for i in range(1, len(logits)) if not new[i] and i not in history.exclude[0]]
         tenth = sorted(known)[-10]
         above = np.maximum(logits - tenth, 0)
         logits = np.where(new, np.minimum(logits, tenth - 0.002) + 0.001 * above / (1 + above), logits)
-    logits += history.trend
     return logits, np.concatenate([*state, np.pad(recent, (0, RECENT_ITEMS - len(recent)))])
 
 

@@ -1,8 +1,6 @@
 """What the mix learns: weights that are known, candidates that stand for all items, and a trend only where there is
 one."""
 
-import dataclasses
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -26,6 +24,10 @@ from jaxrec.training import mix
 from jaxrec.training.mix import Candidates, choose, fit_weights, learn_mix
 
 WIDTH = VIEWS * len(HALF_LIVES_S)
+
+
+def none_new(parts: np.ndarray) -> np.ndarray:
+    return np.zeros(parts.shape[2], bool)
 
 
 def drawn_targets(logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -70,7 +72,7 @@ def test_candidates_of_a_small_catalogue_are_all_items_once(batch: CaseBatch, sm
     rng = np.random.default_rng(2)
     parts = rng.normal(size=(len(batch.target), 3, items + 1)).astype(np.float32)
     counts = rng.exponential(size=(len(batch.target), len(HALF_LIVES_S), items + 1))
-    chosen, log_weight = choose(parts, counts, batch, rng)
+    chosen, log_weight = choose(parts, counts, batch, none_new(parts), rng)
     for row, (candidates, weights) in enumerate(zip(chosen, log_weight, strict=True)):
         real = candidates[weights > NEVER]
         assert real[0] == batch.target[row]
@@ -93,7 +95,7 @@ def test_random_candidates_stand_for_the_rest(batch: CaseBatch, monkeypatch: pyt
     wanted = (weights * left).sum(axis=1)
     sums = []
     for _ in range(400):
-        chosen, log_weight = choose(parts, counts, batch, rng)
+        chosen, log_weight = choose(parts, counts, batch, none_new(parts), rng)
         of_chosen = np.take_along_axis(weights, chosen, axis=1)
         sums.append((of_chosen * np.where(log_weight > NEVER, np.exp(log_weight), 0)).sum(axis=1))
     np.testing.assert_allclose(np.mean(sums, axis=0), wanted, rtol=0.05)
@@ -130,18 +132,53 @@ def test_a_log_that_follows_releases_is_learned_by_its_trend() -> None:
     assert learned.validation_ndcg_10_without_trend < 0.5
 
 
+def in_a_circle(users: int, rng: np.random.Generator) -> PreparedData:
+    """Each user walks the items in a circle from somewhere, at random times."""
+    items = 1 + (rng.integers(0, 60, users)[:, None] + np.arange(6)) % 60
+    return log_of(items, np.sort(rng.uniform(0, 60, items.shape), axis=1))
+
+
 def test_a_log_without_a_trend_loses_nothing_by_it() -> None:
-    rng = np.random.default_rng(5)
-    items = np.stack([rng.choice(60, 6, replace=False) for _ in range(400)]) + 1
-    data = log_of(items, np.sort(rng.uniform(0, 60, items.shape), axis=1))
+    data = in_a_circle(300, np.random.default_rng(5))
     learned = learn_mix(*untrained(data), data)
-    test = data.split.test
+    counts = DecayedCounts.of(data)
     with_trend, without = (
-        ndcg(rank_cases(hybrid_scorer(hybrid, DecayedCounts.of(data)), data, test, 8, True).ranks, 10).mean()
-        for hybrid in (
-            learned.hybrid(*untrained(data)),
-            dataclasses.replace(learned, trend=np.zeros((VIEWS, len(HALF_LIVES_S))).tolist()).hybrid(*untrained(data)),
+        ndcg(rank_cases(scorer, data, data.split.test, 8, request_time=True).ranks, 10).mean()
+        for scorer in (
+            hybrid_scorer(learned.hybrid(*untrained(data)), counts),
+            hybrid_scorer(learned.hybrid(*untrained(data))),
         )
     )
-    assert with_trend == pytest.approx(without, abs=0.03)  # three standard errors of 400 cases at chance
-    assert np.abs(learned.trend).max() < 0.5
+    assert without > 0.9  # the neighbours know the way
+    assert with_trend > without - 0.01
+
+
+def test_targets_that_are_excluded_or_new_teach_nothing() -> None:
+    """Also where a batch, or the whole log, has no other."""
+    users = 65  # a batch of 64, and one of one case
+    items = np.tile(np.arange(1, 7), (users, 1))
+    items[-1, -2] = 1  # the last user's validation target is in the history
+    some = learn_mix(*untrained(data := log_of(items, np.tile(np.arange(6.0), (users, 1)))), data)
+    assert np.isfinite([some.lstm, some.content, some.cooccurrence]).all()
+    items[:, 4] = 1
+    none = learn_mix(*untrained(data := log_of(items, np.tile(np.arange(6.0), (users, 1)))), data)
+    assert (none.lstm, none.content, none.cooccurrence) == mix.START
+    assert not np.any(none.trend)
+
+
+def test_weights_of_a_log_that_is_known_by_heart_stay_small() -> None:
+    """Twenty users with the same five items: without a penalty the weights would grow without a bound."""
+    data = log_of(np.tile(np.arange(1, 6), (20, 1)), np.tile(np.arange(5.0), (20, 1)))
+    learned = learn_mix(*untrained(data), data)
+    assert max(learned.lstm, learned.content) < 10
+    assert learned.cooccurrence < 100
+
+
+def test_new_items_are_no_candidates(batch: CaseBatch, small_data: PreparedData) -> None:
+    items = len(small_data.catalog)
+    parts = np.zeros((len(batch.target), 3, items + 1), np.float32)
+    new = np.arange(items + 1) % 3 == 1
+    chosen, log_weight = choose(parts, np.zeros((len(parts), 6, items + 1)), batch, new, np.random.default_rng(0))
+    rest = log_weight[:, 1:] > NEVER
+    assert rest.any()
+    assert not new[chosen[:, 1:][rest]].any()
