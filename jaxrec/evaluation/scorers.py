@@ -13,8 +13,10 @@ from flax import nnx
 
 from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
+from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.trend import DecayedCounts
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.repeat import Seen
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 
 Logits = Callable[[Any, Events, jax.Array], jax.Array]
@@ -44,10 +46,15 @@ def sequence_scorer(model: TimeRatingAwareLSTM) -> Scorer:
 def hybrid_scorer(hybrid: Hybrid, counts: DecayedCounts | None = None) -> Scorer:
     """The scorer of a hybrid, with its policy if it has one. `counts`: of the events that its trend is made of, as a
     server would have them that recorded each when it happened; None: without a trend."""
-    if counts is None:
-        return compiled_scorer(hybrid, _hybrid_logits)
     graphdef, variables = nnx.split(hybrid)
-    return lambda batch: _with_trend(graphdef, variables, batch.events, batch.request_gap, counts.before(batch.time))
+
+    def score(batch: CaseBatch) -> jax.Array:
+        timed = np.asarray(batch.request_gap) != UNKNOWN_GAP
+        seen = hybrid.repeat and hybrid.repeat.seen(batch.history, batch.history_time, batch.time, timed)
+        decayed = counts and counts.before(batch.time)
+        return _hybrid_logits(graphdef, variables, batch.events, batch.request_gap, decayed, seen)
+
+    return score
 
 
 def compiled_scorer(model: nnx.Module, logits: Logits) -> Scorer:
@@ -63,16 +70,18 @@ def sequence_logits(model: TimeRatingAwareLSTM, events: Events, request_gap: jax
     return model.query(h, request_gap) @ item_vectors.T + model.item_bias()
 
 
-def _hybrid_logits(hybrid: Hybrid, events: Events, request_gap: jax.Array) -> jax.Array:
-    return hybrid.logits(events, request_gap)[0]
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def _with_trend(
-    graphdef: nnx.GraphDef[Any], variables: Any, events: Events, request_gap: jax.Array, counts: jax.Array
+def _hybrid_logits(
+    graphdef: nnx.GraphDef[Hybrid],
+    variables: Any,
+    events: Events,
+    request_gap: jax.Array,
+    counts: jax.Array | None,
+    seen: Seen | None,
 ) -> jax.Array:
     hybrid = nnx.merge(graphdef, variables)
-    return hybrid.logits(events, request_gap, trend=hybrid.trend(counts))[0]
+    trend = 0.0 if counts is None else hybrid.trend(counts)
+    return hybrid.logits(events, request_gap, trend=trend, seen=seen)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -15,6 +15,7 @@ from jaxrec.data.events import Events
 from jaxrec.models.cooccurrence import RECENT_ITEMS, CoOccurrence, recent_items
 from jaxrec.models.lstm import State
 from jaxrec.models.masks import NEVER
+from jaxrec.models.repeat import Repeat, Seen
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.models.tables import FixedTable
 from jaxrec.models.trend import Trend
@@ -44,7 +45,8 @@ class MixWeights(NamedTuple):
 
 
 class Hybrid(nnx.Module):
-    """The mix by `weights`; `trend` None adds nothing, and `policy` None means the supervised policy.
+    """The mix by `weights`; `trend` None adds nothing, and `policy` None means the supervised policy. With `repeat` items
+    of the history may be recommended again, without it they are excluded.
 
     The recurrent state is [batch, 4 * hidden + RECENT_ITEMS] float32: h and c of the LSTM and of the content model, and
     the most recent items, the last one first.
@@ -58,6 +60,7 @@ class Hybrid(nnx.Module):
         weights: MixWeights,
         trend: Trend | None = None,
         policy: PolicyHead | None = None,
+        repeat: Repeat | None = None,
     ) -> None:
         for name, weight in weights._asdict().items():
             if not 0.0 <= weight < float("inf"):
@@ -68,12 +71,13 @@ class Hybrid(nnx.Module):
         self.trend = Trend.none() if trend is None else trend
         self.weights = FixedTable(jnp.asarray(weights, jnp.float32))  # in the order of MixWeights
         self.policy = policy
+        self.repeat = repeat
         if len(self.item_bias()) > MAX_ITEMS:
             raise ValueError(f"{len(self.item_bias()) - 1} items, expected fewer than {MAX_ITEMS}")
 
     def with_policy(self, policy: PolicyHead | None) -> "Hybrid":
         """The same supervised models under `policy`, or under none."""
-        return Hybrid(self.lstm, self.content, self.cooccurrence, self.mix_weights(), self.trend, policy)
+        return Hybrid(self.lstm, self.content, self.cooccurrence, self.mix_weights(), self.trend, policy, self.repeat)
 
     def mix_weights(self) -> MixWeights:
         """The weights as numbers."""
@@ -129,12 +133,17 @@ class Hybrid(nnx.Module):
         request_gap: jax.Array,
         state: jax.Array | None = None,
         trend: jax.Array | float = 0.0,
+        seen: Seen | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """After each row's last event: logits [batch, items + 1] of the next item, and the state.
 
-        `trend` [items + 1], or [batch, items + 1]: what `Hybrid.trend` says at the moment of the requests.
+        `trend` [items + 1], or [batch, items + 1]: what `Hybrid.trend` says at the moment of the requests;
+        `seen`: what `Hybrid.repeat` says of their histories.
         """
         _, state = self.encode(events, state)
         h_lstm, _, h_content, _, recent = self.split_state(state)
         query = self.query_at((h_lstm, h_content), request_gap)
-        return query @ self.item_vectors().T + self.item_bias() + self.cooccurrence_logits(recent) + trend, state
+        logits = query @ self.item_vectors().T + self.item_bias() + self.cooccurrence_logits(recent) + trend
+        if seen is not None:
+            logits = logits.at[jnp.arange(len(logits))[:, None], seen.items].add(seen.scores)
+        return logits, state

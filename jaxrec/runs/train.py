@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from jax.sharding import Mesh
 
-from jaxrec.config import CheckpointConfig, ModelConfig, TrainConfig, to_json
+from jaxrec.config import CheckpointConfig, ModelConfig, SeenItems, TrainConfig, to_json
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.store import SUMMARY_FILE, read_prepared, unchanged_folder, write_prepared
@@ -43,6 +43,7 @@ from jaxrec.runs.directory import (
 from jaxrec.training.loop import require_trainable, train_model
 from jaxrec.training.mix import learn_mix
 from jaxrec.training.processes import is_first, wait_for_all
+from jaxrec.training.seen import found_repeats
 from jaxrec.training.sharding import building_device, data_mesh
 from jaxrec.training.stopping import StopRequested, never
 
@@ -66,7 +67,8 @@ def train(
             None with `resume`: the data that the run started with.
         out: The run directory. None: a temporary folder, which is removed together with the returned object.
         model_config: Widths of the models.
-        train_config: Epochs, steps, learning rate, seed.
+        train_config: Epochs, steps, learning rate, seed. Whether items of a history may come again is looked up in
+            validation where it does not say (`SeenItems.AUTO`), and the run holds what was found.
         resume: Continue an interrupted run from its latest checkpoints, with the configuration that it started with.
         checkpoint_config: How often training is saved.
         item_shards: Devices over which the item tables are split.
@@ -101,6 +103,11 @@ def train(
         data_folder = _data_folder(data, out)
         prepared = read_prepared(data_folder)
         require_trainable(prepared)
+        if train_config.seen is SeenItems.AUTO:
+            found = found_repeats(prepared)
+            train_config = dataclasses.replace(train_config, seen=found.seen())
+            if is_first():
+                print(found)
         run = _new_run(out, data_folder, prepared, model_config, train_config)
         wait_for_all("no process writes a run where another one still looks for it")
         _write_run(run)
@@ -174,7 +181,7 @@ def _train_models(
         if stop():
             raise TrainingStopped("stopped: both models are trained and saved, their mix is not tuned yet")
         model = CoOccurrence(cooccurrence)
-        mix = learn_mix(trained_lstm.model, trained_content.model, model, data)
+        mix = learn_mix(trained_lstm.model, trained_content.model, model, data, run.train_config.excludes_seen)
     if is_first():
         from jaxrec.evaluation.plots import plot_training
 
