@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from jaxrec.data.schema import ITEM, TIME, USER, SECONDS_PER_DAY
+from jaxrec.data.schema import ITEM, SECONDS_PER_DAY, TIME, USER
 from jaxrec.evaluation.metrics import ndcg
 
 NOISE = 0.2  # of the logarithm of the time between two purchases of a staple
@@ -24,8 +24,9 @@ def groceries(users: int, items: int, staples: int, days: int, new_share: float,
     """Each user has `staples` of the items, each bought again after its own period of 4 to 60 days, times lognormal
     noise, and now and then some other item at random: `new_share` of the events.
 
-    Purchases of a staple are a renewal process, so given that something is bought at a time, a staple is bought with a
-    probability in proportion to its hazard, and another item in proportion to the rate of those. That is the best order.
+    Purchases of a staple are a renewal process: given that something is bought at a time, a staple is bought with a
+    probability in proportion to its hazard, and another item in proportion to the rate of those. So the best order is
+    that of the hazards.
     """
     rng = np.random.default_rng(seed)
     columns, hits = [], []

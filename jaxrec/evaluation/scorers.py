@@ -50,8 +50,9 @@ def hybrid_scorer(hybrid: Hybrid, counts: DecayedCounts | None = None) -> Scorer
 
     def score(batch: CaseBatch) -> jax.Array:
         timed = np.asarray(batch.request_gap) != UNKNOWN_GAP
-        seen = hybrid.repeat and hybrid.repeat.seen(batch.history, batch.history_time, batch.time, timed)
-        decayed = counts and counts.before(batch.time)
+        history = batch.history, batch.history_time, batch.time
+        seen = None if hybrid.repeat is None else hybrid.repeat.seen(*history, timed)
+        decayed = None if counts is None else counts.before(batch.time)
         return _hybrid_logits(graphdef, variables, batch.events, batch.request_gap, decayed, seen)
 
     return score

@@ -45,8 +45,8 @@ class MixWeights(NamedTuple):
 
 
 class Hybrid(nnx.Module):
-    """The mix by `weights`; `trend` None adds nothing, and `policy` None means the supervised policy. With `repeat` items
-    of the history may be recommended again, without it they are excluded.
+    """The mix by `weights`; `trend` None adds nothing, and `policy` None means the supervised policy. With `repeat`
+    items of the history may be recommended again, without it they are excluded.
 
     The recurrent state is [batch, 4 * hidden + RECENT_ITEMS] float32: h and c of the LSTM and of the content model, and
     the most recent items, the last one first.

@@ -1,4 +1,4 @@
-"""Repeats: what the history says of its own items, in logs where items come again, adds to the logits of these items."""
+"""Repeats: in logs where items come again, what the history says of its own items adds to their logits."""
 
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ AGE_EDGES_S = tuple(GAP_EDGES[1:].tolist())
 """Of the seconds since it, until the request, or until the last event where the request has no time."""
 INTERVAL_EDGES = (0.0, *(2.0 ** (step / 4) for step in (-16, -12, *range(-8, 9), 12, 16)))
 """Of these seconds over the mean time between two meetings; the first bucket: there is no such mean."""
+FEATURE_NAMES = ("count", "ago", "age", "interval")
 EDGES = (COUNT_EDGES, AGO_EDGES, AGE_EDGES_S, INTERVAL_EDGES)
 FEATURES = len(EDGES)
 TIMED = (False, False, True, True)

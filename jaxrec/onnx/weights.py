@@ -60,6 +60,7 @@ class Weights:
     [gap buckets, 2 * hidden],
     `projection` [2 * hidden, width] (block-diagonal), `projection_bias` [width], `neighbour_item` int32 and
     `neighbour_weight` [items + 1, neighbours] of the co-occurrence, the weights as they are added to the logits.
+    `allow_seen`: items of the history are candidates, and what is added to their logits is an input.
     """
 
     item_vectors: np.ndarray
@@ -78,6 +79,7 @@ class Weights:
     neighbour_weight: np.ndarray
     policy: PolicyWeights | None
     trend: TrendWeights
+    allow_seen: bool
 
     @property
     def item_count(self) -> int:
@@ -128,6 +130,7 @@ def extract_weights(hybrid: Hybrid) -> Weights:
         if hybrid.policy is None
         else PolicyWeights(*_linear(hybrid.policy.inner), *_linear(hybrid.policy.outer)),
         trend=TrendWeights(np.asarray(hybrid.trend.weights[...]), np.asarray(hybrid.trend.typical[...])),
+        allow_seen=hybrid.repeat is not None,
     )
 
 

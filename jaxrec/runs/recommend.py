@@ -1,5 +1,6 @@
 """Recommendations of a run without a server, equal to those of a server of the exported run."""
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from jaxrec.data.schema import ITEM, RATING, TIME, TITLE, UNKNOWN_GAP, USER
 from jaxrec.errors import DataError
 from jaxrec.evaluation.baselines import decayed_popularity
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.repeat import Repeat, Seen
 from jaxrec.runs.directory import Run
 from jaxrec.runs.policy import load_served
 
@@ -85,6 +87,7 @@ def known_events(histories: pd.DataFrame | Sequence[int] | Sequence[str], data: 
     gaps = found.gaps() if len(found.items) else np.empty(0, np.float32)
     if TIME not in frame:
         gaps[gaps != UNKNOWN_GAP] = _median_gap(data)
+        found = dataclasses.replace(found, times=np.cumsum(np.maximum(gaps, 0), dtype=np.float64).astype(np.int64))
     return KnownEvents(np.asarray(users), found, ratings[kept], gaps)
 
 
@@ -116,13 +119,26 @@ def _best(
             np.where(where, known.gaps[rows], UNKNOWN_GAP).astype(np.float32),
             lengths.astype(np.int32),
         )
-        logits = np.array(_logits(graphdef, variables, events, counts))
+        seen = None if model.repeat is None else _seen(model.repeat, known, users)
+        logits = np.array(_logits(graphdef, variables, events, counts, seen))
         logits[:, 0] = -np.inf
-        for row, user in enumerate(users):
-            logits[row, known.histories.items[starts[user] : stops[user]]] = -np.inf
+        if seen is None:
+            for row, user in enumerate(users):
+                logits[row, known.histories.items[starts[user] : stops[user]]] = -np.inf
         scores, top = jax.lax.top_k(logits, k)
         some = lengths[:, None] > 0
         yield users[:new], np.where(some, top, popular)[:new], np.where(some, scores, popularity)[:new]
+
+
+def _seen(repeat: Repeat, known: KnownEvents, users: np.ndarray) -> Seen:
+    """What repeats add for the users' whole histories."""
+    starts = known.histories.offsets[users]
+    lengths = known.histories.offsets[users + 1] - starts
+    width = 1 << max(int(lengths.max()) - 1, 0).bit_length()  # so that few programs are compiled
+    where = np.arange(width) < lengths[:, None]
+    rows = np.where(where, starts[:, None] + np.arange(width), 0)
+    items, times = (np.where(where, column[rows], 0) for column in (known.histories.items, known.histories.times))
+    return repeat.seen(items, times, np.zeros(len(users), np.int64), np.zeros(len(users), bool))
 
 
 def _most_popular(data: PreparedData, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -133,9 +149,11 @@ def _most_popular(data: PreparedData, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @jax.jit(static_argnums=0)
-def _logits(graphdef: nnx.GraphDef[Hybrid], variables: nnx.State, events: Events, counts: jax.Array) -> jax.Array:
+def _logits(
+    graphdef: nnx.GraphDef[Hybrid], variables: nnx.State, events: Events, counts: jax.Array, seen: Seen | None
+) -> jax.Array:
     unknown, model = jnp.full(events.item.shape[0], UNKNOWN_GAP), nnx.merge(graphdef, variables)
-    return model.logits(events, unknown, trend=model.trend(counts))[0]
+    return model.logits(events, unknown, trend=model.trend(counts), seen=seen)[0]
 
 
 def _encode(ids: pd.Series, data: PreparedData) -> np.ndarray:

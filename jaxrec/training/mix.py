@@ -116,7 +116,8 @@ def learn_mix(
     found = _candidates(scorers, data, cases, lstm.config.max_length, counts, typical, exclude_seen)
     of_parts, of_views, table = np.split(fit_weights(found), np.cumsum([len(START), found.views.shape[1]]))
     trend, repeat = of_views.reshape(VIEWS, len(HALF_LIVES_S)), None if exclude_seen else table.tolist()
-    mix = Mix(*map(float, of_parts), trend.tolist(), typical.tolist(), repeat)
+    lstm_weight, content_weight, neighbours_weight = map(float, of_parts)
+    mix = Mix(lstm_weight, content_weight, neighbours_weight, trend.tolist(), typical.tolist(), repeat)
     hybrid = mix.hybrid(lstm, content, cooccurrence)
     plain = dataclasses.replace(mix, trend=np.zeros_like(trend).tolist()).hybrid(lstm, content, cooccurrence)
     figures = [_validation_ndcg(one, data, cases, counts) for one in (hybrid, plain)]
@@ -124,8 +125,8 @@ def learn_mix(
 
 
 def fit_weights(found: Candidates) -> np.ndarray:
-    """The weights [3 + VIEWS * half-lives] of parts and views with the least mean cross-entropy of the targets, followed
-    by the table of repeats [TABLE_SIZE] where there are such."""
+    """The weights [3 + VIEWS * half-lives] of parts and views with the least mean cross-entropy of the targets,
+    followed by the table of repeats [TABLE_SIZE] where there are such."""
     deviation = np.sqrt(np.var(found.views, axis=(0, 2), where=found.log_weight[:, None] > NEVER))
     arrays = (*map(jnp.asarray, found), jnp.asarray(deviation))
     others = found.views.shape[1] + (TABLE_SIZE if found.repeats.shape[1] else 0)
@@ -187,9 +188,7 @@ def _candidates(
     for number, batch in enumerate(batches):
         parts = np.stack([np.asarray(score(batch)) for score in scorers], axis=1)
         decayed = counts.before(batch.time)
-        seen, buckets = (), np.zeros((len(parts), 0, FEATURES), np.uint8)
-        if not exclude_seen:
-            seen, buckets = _seen(batch)
+        seen, buckets = (None, np.zeros((len(parts), 0, FEATURES), np.uint8)) if exclude_seen else _seen(batch)
         chosen, log_weight = choose(parts, decayed, batch, rng, seen)
         real = len(cases) - number * len(batch.target)  # the last batch is filled up
         kept = np.flatnonzero(~(batch.exclude == batch.target[:, None]).any(axis=1)[:real])
@@ -219,7 +218,7 @@ def choose(
     counts: np.ndarray,
     batch: CaseBatch,
     rng: np.random.Generator,
-    seen: np.ndarray | tuple[()] = (),
+    seen: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The candidates of each case of a batch.
 
@@ -228,11 +227,12 @@ def choose(
         counts: [batch, half-lives, items + 1] float32.
         batch: The cases.
         rng: Of the random ones.
-        seen: [batch, SEEN] int32 (0 = none), items of the history that are candidates; the others of it are none.
+        seen: [batch, SEEN] int32 (0 = none), items of the history that are candidates; the others of it are none. None:
+            the history is excluded.
 
     Returns:
-        Items [batch, candidates] int64, the target first, then those seen, and the logarithm of how many items each stands for
-        [batch, candidates] float32: NEVER where it is excluded, or a candidate already.
+        Items [batch, candidates] int64, the target first, then those seen, and the logarithm of how many items each
+        stands for [batch, candidates] float32: NEVER where it is excluded, or a candidate already.
     """
     size, items = len(batch.target), parts.shape[2] - 1
     taken = np.zeros((size, items + 1), bool)
@@ -246,7 +246,7 @@ def choose(
         taken[rows, candidates] = True
 
     add(batch.target[:, None].astype(np.int64), 0.0)
-    if len(seen):
+    if seen is not None:
         add(seen.astype(np.int64), 0.0)
         taken[rows, batch.history] = True
     best = min(BEST_OF_EACH, items)

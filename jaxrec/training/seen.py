@@ -13,8 +13,8 @@ LEAST_Z = 3.0  # one-sided, over users: one log in 700 without repeats would be 
 
 
 class FoundRepeats(NamedTuple):
-    """`share`: of validation targets that the user's history has already; `chance`: of as many drawn by popularity; `z`:
-    the mean difference over users, in standard errors (0 for fewer than two users)."""
+    """`share`: of validation targets that the user's history has already; `chance`: of as many drawn by popularity;
+    `z`: the mean difference over users, in standard errors (0 for fewer than two users)."""
 
     share: float
     chance: float
