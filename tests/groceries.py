@@ -21,7 +21,7 @@ class Groceries(NamedTuple):
 
 
 def groceries(users: int, items: int, staples: int, days: int, new_share: float, seed: int) -> Groceries:
-    """Each user has `staples` of the items, each bought again after its own period of 4 to 60 days, times lognormal
+    """Each user has `staples` of the items, each bought again after its own period of 3 to 20 days, times lognormal
     noise, and now and then some other item at random: `new_share` of the events.
 
     Purchases of a staple are a renewal process: given that something is bought at a time, a staple is bought with a
@@ -32,7 +32,7 @@ def groceries(users: int, items: int, staples: int, days: int, new_share: float,
     columns, hits = [], []
     for user in range(users):
         chosen = 1 + rng.choice(items, staples, replace=False)
-        periods = np.exp(rng.uniform(np.log(4), np.log(60), staples))
+        periods = np.exp(rng.uniform(np.log(3), np.log(20), staples))
         times, bought = [], []
         for item, period in zip(chosen, periods, strict=True):
             waits = period * np.exp(NOISE * rng.normal(size=int(3 * days / period) + 3))

@@ -31,8 +31,8 @@ SAMPLED = 600  # more candidates: random ones, which stand for all others
 START = (0.5, 0.5, 4.0)
 PENALTY = 10.0  # of the squared weights of the trend, each times its view's deviation, in cases
 SEEN = 200  # items of the history, the ones met last, that are always among a case's candidates
-TABLE_PENALTY = 0.1  # of the squared numbers of repeats, in cases
-STEP_PENALTY = 1.0  # of the squared differences between neighbouring ones, in cases
+TABLE_PENALTY = 0.03  # of the squared numbers of repeats, in cases
+STEP_PENALTY = 3.0  # of the squared differences between neighbouring ones, in cases
 ITERATIONS = 200
 
 
