@@ -79,7 +79,7 @@ class Weights:
     neighbour_weight: np.ndarray
     policy: PolicyWeights | None
     trend: TrendWeights
-    allow_seen: bool
+    allow_seen: bool = False
 
     @property
     def item_count(self) -> int:
