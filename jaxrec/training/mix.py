@@ -127,10 +127,12 @@ def learn_mix(
 def fit_weights(found: Candidates) -> np.ndarray:
     """The weights [3 + VIEWS * half-lives] of parts and views with the least mean cross-entropy of the targets,
     followed by the table of repeats [TABLE_SIZE] where there are such."""
-    deviation = np.sqrt(np.var(found.views, axis=(0, 2), where=found.log_weight[:, None] > NEVER))
-    arrays = (*map(jnp.asarray, found), jnp.asarray(deviation))
     others = found.views.shape[1] + (TABLE_SIZE if found.repeats.shape[1] else 0)
     start = np.concatenate([START, np.zeros(others)])
+    if not len(found.parts):
+        return start.astype(np.float32)  # every target is excluded: there is nothing to learn from
+    deviation = np.sqrt(np.var(found.views, axis=(0, 2), where=found.log_weight[:, None] > NEVER))
+    arrays = (*map(jnp.asarray, found), jnp.asarray(deviation))
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = _loss(jnp.asarray(weights, jnp.float32), *arrays)
@@ -195,7 +197,8 @@ def _candidates(
         scale = np.asarray(traffic_scale(jnp.asarray(decayed.sum(axis=2)), jnp.asarray(typical)))
         places = chosen[kept, None]
         scaled = np.take_along_axis(decayed[kept], places, axis=2) * scale[kept, :, None]
-        views = np.asarray(trend_views(jnp.asarray(scaled))).reshape(len(kept), -1, chosen.shape[1])
+        views = np.asarray(trend_views(jnp.asarray(scaled)))
+        views = views.reshape(len(kept), VIEWS * len(HALF_LIVES_S), chosen.shape[1])
         collected.append((np.take_along_axis(parts[kept], places, axis=2), views, log_weight[kept], buckets[kept]))
     return Candidates(*map(np.concatenate, zip(*collected, strict=True)))
 
