@@ -236,7 +236,8 @@ def case_batches(
             gap[place, 1 : len(rows)] = np.diff(histories.times[rows])
             request_gap[place] = histories.times[row] - histories.times[rows[-1]]
             exclude[place, : len(history)] = index[histories.items[history]]
-        yield CaseBatch(Events(item, rating, gap, length), request_gap, target, exclude, none, none)
+        events, times = Events(item, rating, gap, length), np.zeros_like(exclude)
+        yield CaseBatch(events, request_gap, target, exclude, none, exclude, times)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,19 @@ class Repeats(enum.StrEnum):
         return Repeats.FIRST if rated else Repeats.KEEP
 
 
+class SeenItems(enum.StrEnum):
+    """Whether items of a user's history may be recommended again.
+
+    EXCLUDE: never, as films are. ALLOW: they are items as any other, and what the history says of them is learned, as
+    in logs of music and groceries. AUTO: ALLOW where validation has more repeats than chance
+    (`jaxrec.training.seen.resolved`); a run holds what was found.
+    """
+
+    AUTO = "auto"
+    EXCLUDE = "exclude"
+    ALLOW = "allow"
+
+
 @dataclasses.dataclass(frozen=True)
 class RatingScale:
     """The range of possible ratings, not of those that occur."""
@@ -126,7 +139,8 @@ class ModelConfig:
 class TrainConfig:
     """Training of one sequence model. `patience`: epochs without a better validation NDCG@10 before it stops.
     `sampled_items`: how many items estimate the softmax's normalizer in a step; 0: all of them are computed; None: by
-    the catalogue's size (`jaxrec.training.step.softmax_sample`)."""
+    the catalogue's size (`jaxrec.training.step.softmax_sample`). `seen`: what is not ALLOW excludes in training, since
+    `jaxrec.runs.train` resolves AUTO before."""
 
     seed: int = 0
     max_epochs: int = 16
@@ -138,6 +152,12 @@ class TrainConfig:
     gradient_clip: float = 1.0
     request_gap_dropout: float = 0.5
     sampled_items: int | None = None
+    seen: SeenItems = SeenItems.AUTO
+
+    @property
+    def excludes_seen(self) -> bool:
+        """Whether items of the history are no candidates."""
+        return self.seen is not SeenItems.ALLOW
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,10 @@ from pathlib import Path
 import click
 
 from jaxrec.cli.options import EXISTING_FOLDER, NEW_FOLDER, SEED, SEED_HELP, given_options, option_name
-from jaxrec.config import CheckpointConfig, ModelConfig, TrainConfig
+from jaxrec.config import CheckpointConfig, ModelConfig, SeenItems, TrainConfig
 from jaxrec.errors import ProcessLost, TrainingStopped
 
-FIXED = ("batch_tokens", "hidden", "max_length", "seed")  # for the whole life of a run
+FIXED = ("batch_tokens", "hidden", "max_length", "seed", "seen")  # for the whole life of a run
 CHANGEABLE = ("max_epochs", "patience", "learning_rate")  # together with the data
 
 
@@ -45,6 +45,13 @@ CHANGEABLE = ("max_epochs", "patience", "learning_rate")  # together with the da
     type=click.IntRange(2),
     default=ModelConfig.max_length,
     help="Events of a history that the models read, the most recent ones.",
+)
+@click.option(
+    "--seen",
+    type=click.Choice([one.value for one in SeenItems]),
+    default=TrainConfig.seen.value,
+    help="Whether items of a user's history may be recommended again; auto: if they come again more often than by "
+    "chance.",
 )
 @click.option("--seed", type=SEED, default=TrainConfig.seed, help=SEED_HELP)
 @click.option(
@@ -86,6 +93,7 @@ def train(
     learning_rate: float,
     hidden: int,
     max_length: int,
+    seen: str,
     seed: int,
     checkpoint_seconds: float,
     keep_checkpoints: int,
@@ -105,6 +113,7 @@ def train(
         patience=patience,
         batch_tokens=batch_tokens,
         learning_rate=learning_rate,
+        seen=SeenItems(seen),
     )
     changes = _changes_on_resume(given_options(context), train_config) if resume else {}
     if not resume and (data is None or new_data is not None):

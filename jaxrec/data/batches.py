@@ -35,14 +35,17 @@ class TrainBatch(NamedTuple):
 
 class CaseBatch(NamedTuple):
     """`events` [batch, length] before each target, `request_gap` [batch] float32 seconds until it, `target` [batch]
-    int32, `exclude` [batch, width] int32: all items of the history (0 = padding), `time` [batch] int64: the request
-    time, which is the target's."""
+    int32, `exclude` [batch, any] int32: items that are no candidates (0 = none), `time` [batch] int64: the request
+    time, which is the target's; `history` [batch, width] int32 all items of the history in order (0 = padding), and
+    `history_time` [batch, width] int64 when they were met."""
 
     events: Events
     request_gap: np.ndarray
     target: np.ndarray
     exclude: np.ndarray
     time: np.ndarray
+    history: np.ndarray
+    history_time: np.ndarray
 
 
 def training_windows(counts: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -189,12 +192,14 @@ def prefetch(batches: Iterable[Item], depth: int = 2) -> Iterator[Item]:
             yield batch
 
 
-def case_batches(data: PreparedData, cases: Cases, max_length: int, size: int = 64) -> Iterator[CaseBatch]:
+def case_batches(
+    data: PreparedData, cases: Cases, max_length: int, size: int = 64, exclude_seen: bool = True
+) -> Iterator[CaseBatch]:
     """Evaluation cases in order; the last batch is filled with repeats of its last case.
 
-    The model reads the last `max_length` events; the whole history is excluded from the answer. The width of `exclude`
-    is a power of two, from `max_length` on, that holds the longest history of the batch: one long history widens its
-    own batch only, and what is compiled for each shape is compiled a few times.
+    The model reads the last `max_length` events; with `exclude_seen` the whole history is excluded from the answer. The
+    width of `history` is a power of two, from `max_length` on, that holds the longest history of the batch: one long
+    history widens its own batch only, and what is compiled for each shape is compiled a few times.
     """
     histories = data.histories
     for start in range(0, len(cases), size):
@@ -205,15 +210,18 @@ def case_batches(data: PreparedData, cases: Cases, max_length: int, size: int = 
         where = np.arange(max_length) < lengths[:, None]
         rows = np.where(where, (targets - lengths)[:, None] + np.arange(max_length), 0)
         width = 1 << (max(int(earlier.max()), max_length) - 1).bit_length()
-        excluded = firsts[:, None] + np.arange(width)
-        inside = excluded < targets[:, None]
-        exclude = np.where(inside, histories.items[np.where(inside, excluded, 0)], 0)
+        before = firsts[:, None] + np.arange(width)
+        inside = before < targets[:, None]
+        before = np.where(inside, before, 0)
+        history = np.where(inside, histories.items[before], 0).astype(np.int32)
         yield CaseBatch(
             _events(data, rows, where, lengths),
             gaps_at(histories, targets),
             histories.items[targets],
-            exclude.astype(np.int32),
+            history if exclude_seen else np.zeros((size, 1), np.int32),
             histories.times[targets],
+            history,
+            np.where(inside, histories.times[before], 0),
         )
 
 

@@ -38,12 +38,12 @@ def recent_popularity_scorer(data: PreparedData, counts: DecayedCounts, half_lif
     return lambda batch: (counts.before(batch.time)[:, half_life] + tie_break).astype(np.float32)
 
 
-def best_half_life(data: PreparedData, counts: DecayedCounts, max_length: int) -> int:
+def best_half_life(data: PreparedData, counts: DecayedCounts, max_length: int, exclude_seen: bool = True) -> int:
     """The place in HALF_LIVES_S of recent popularity's half-life with the best NDCG@10 on validation."""
 
     def figure(half_life: int) -> float:
         scorer = recent_popularity_scorer(data, counts, half_life)
-        ranked = rank_cases(scorer, data, data.split.validation, max_length, request_time=True)
+        ranked = rank_cases(scorer, data, data.split.validation, max_length, True, exclude_seen)
         return float(ndcg(ranked.ranks, 10).mean())
 
     return max(range(len(HALF_LIVES_S)), key=figure)

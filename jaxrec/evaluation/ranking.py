@@ -62,8 +62,15 @@ def _rank_batch(scores: jax.Array, target: jax.Array, exclude: jax.Array) -> tup
     return rank_of_target(scores, target, exclude), jnp.where(top_scores <= NEVER, 0, top)
 
 
-def rank_cases(scorer: Scorer, data: PreparedData, cases: Cases, max_length: int, request_time: bool) -> Ranked:
-    """Ranks the target of every case among the whole catalogue without the case's history.
+def rank_cases(
+    scorer: Scorer,
+    data: PreparedData,
+    cases: Cases,
+    max_length: int,
+    request_time: bool,
+    exclude_seen: bool = True,
+) -> Ranked:
+    """Ranks the target of every case among the whole catalogue, without the case's history or with it.
 
     Args:
         scorer: of all items.
@@ -71,13 +78,14 @@ def rank_cases(scorer: Scorer, data: PreparedData, cases: Cases, max_length: int
         cases: at least one.
         max_length: of the history that the scorer is given, in events.
         request_time: without it the scorer is given UNKNOWN_GAP for the gap before the target.
+        exclude_seen: whether items of the history are no candidates.
 
     Raises:
         DataError: there is no case.
     """
     ranks, tops = [], []
     ordered, places = in_time(data, cases)
-    for batch in case_batches(data, ordered, max_length):
+    for batch in case_batches(data, ordered, max_length, exclude_seen=exclude_seen):
         asked = batch if request_time else without_request_time(batch)
         batch_ranks, batch_top = _rank_batch(scorer(asked), batch.target, batch.exclude)
         ranks.append(np.asarray(batch_ranks))
@@ -95,7 +103,11 @@ def in_time(data: PreparedData, cases: Cases) -> tuple[Cases, np.ndarray]:
 
 
 def ranks_by_request_time(
-    model: TimeRatingAwareLSTM, data: PreparedData, cases: Cases, before_batch: Callable[[], None] = lambda: None
+    model: TimeRatingAwareLSTM,
+    data: PreparedData,
+    cases: Cases,
+    before_batch: Callable[[], None] = lambda: None,
+    exclude_seen: bool = True,
 ) -> np.ndarray:
     """[2, cases] int32: the target's rank without and with the request time. The history is read once for both, and
     cases with histories of like length go together. `before_batch` is called before each batch."""
@@ -106,7 +118,8 @@ def ranks_by_request_time(
     for shortest, longest in itertools.pairwise([-1, *(n for n in LENGTHS if n < max_length), max_length]):
         chosen = np.flatnonzero((lengths > shortest) & (lengths <= longest))
         found = []
-        for batch in case_batches(data, Cases(cases.users[chosen], cases.rows[chosen]), longest):
+        of_length = Cases(cases.users[chosen], cases.rows[chosen])
+        for batch in case_batches(data, of_length, longest, exclude_seen=exclude_seen):
             before_batch()
             asked = batch.events, batch.request_gap, batch.target, batch.exclude
             found.append(np.asarray(_both_ranks(graphdef, variables, *asked)))

@@ -14,8 +14,10 @@ from flax import nnx
 
 from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
+from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.trend import DecayedCounts
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.repeat import Seen
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.models.trend import Trend
 
@@ -53,7 +55,10 @@ def hybrid_scorer(hybrid: Hybrid, counts: DecayedCounts | None = None) -> Scorer
         trend: Any = 0.0
         if counts is not None:  # one by one: the counts of a whole batch would be many times the size of its logits
             trend = jnp.stack([_trend(*of_trend, counts.before(time)[0]) for time in batch.time[:, None]])
-        return _hybrid_logits(graphdef, variables, batch.events, batch.request_gap, batch.exclude, trend)
+        timed = np.asarray(batch.request_gap) != UNKNOWN_GAP
+        history = batch.history, batch.history_time, batch.time
+        seen = None if hybrid.repeat is None else hybrid.repeat.seen(*history, timed)
+        return _hybrid_logits(graphdef, variables, batch.events, batch.request_gap, batch.exclude, trend, seen)
 
     return score
 
@@ -79,8 +84,9 @@ def _hybrid_logits(
     request_gap: jax.Array,
     exclude: jax.Array,
     trend: jax.Array | float,
+    seen: Seen | None,
 ) -> jax.Array:
-    return nnx.merge(graphdef, variables).logits(events, request_gap, exclude=exclude, trend=trend)[0]
+    return nnx.merge(graphdef, variables).logits(events, request_gap, exclude=exclude, trend=trend, seen=seen)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -18,6 +18,7 @@ from jaxrec.models.features import Array
 from jaxrec.models.lstm import State
 from jaxrec.models.masks import NEVER
 from jaxrec.models.new_items import capped_logits
+from jaxrec.models.repeat import Repeat, Seen
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.models.tables import FixedTable
 from jaxrec.models.trend import Trend
@@ -49,7 +50,7 @@ class MixWeights(NamedTuple):
 class Hybrid(nnx.Module):
     """The mix by `weights`; `trend` None adds nothing, and `policy` None means the supervised policy. `new_items`
     [items + 1] bool: those that never come before the first places of the others (`jaxrec.models.new_items`); None:
-    there are none.
+    there are none. With `repeat` items of the history may be recommended again, without it they are excluded.
 
     The recurrent state is [batch, 4 * hidden + RECENT_ITEMS] float32: h and c of the LSTM and of the content model, and
     the most recent items, the last one first.
@@ -64,6 +65,7 @@ class Hybrid(nnx.Module):
         trend: Trend | None = None,
         policy: PolicyHead | None = None,
         new_items: np.ndarray | None = None,
+        repeat: Repeat | None = None,
     ) -> None:
         for name, weight in weights._asdict().items():
             if not 0.0 <= weight < float("inf"):
@@ -75,6 +77,7 @@ class Hybrid(nnx.Module):
         self.weights = FixedTable(jnp.asarray(weights, jnp.float32))  # in the order of MixWeights
         self.policy = policy
         self.new_items = None if new_items is None else FixedTable(jnp.asarray(new_items, bool))
+        self.repeat = repeat
         if len(self.item_bias()) > MAX_ITEMS:
             raise ValueError(f"{len(self.item_bias()) - 1} items, expected fewer than {MAX_ITEMS}")
 
@@ -82,7 +85,7 @@ class Hybrid(nnx.Module):
         """The same supervised models under `policy`, or under none."""
         new_items = None if self.new_items is None else np.asarray(self.new_items[...])
         models = self.lstm, self.content, self.cooccurrence
-        return Hybrid(*models, self.mix_weights(), self.trend, policy, new_items)
+        return Hybrid(*models, self.mix_weights(), self.trend, policy, new_items, self.repeat)
 
     def mix_weights(self) -> MixWeights:
         """The weights as numbers."""
@@ -98,7 +101,7 @@ class Hybrid(nnx.Module):
             model.item_embedding[...] = jnp.where(new[:, None], own - model.item_vectors(), own)
             bias = model.item_bias_table[...]
             model.item_bias_table[...] = jnp.where(new, jnp.min(jnp.where(new, jnp.inf, bias)), bias)
-        return Hybrid(*models, self.cooccurrence, self.mix_weights(), self.trend, self.policy)
+        return Hybrid(*models, self.cooccurrence, self.mix_weights(), self.trend, self.policy, repeat=self.repeat)
 
     def item_vectors(self) -> jax.Array:
         """[items + 1, 2 * embedding] float32."""
@@ -151,18 +154,22 @@ class Hybrid(nnx.Module):
         state: jax.Array | None = None,
         exclude: Array | None = None,
         trend: jax.Array | float = 0.0,
+        seen: Seen | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """After each row's last event: logits [batch, items + 1] of the next item, and the state.
 
         `exclude` [batch, width] int32 (0 = nothing): items that are not recommended. They keep their logits, but are
         not among the first places, below which new items are. `trend` [items + 1], or [batch, items + 1]: what
-        `Hybrid.trend` says at the moment of the requests; an item with a trend is not new.
+        `Hybrid.trend` says at the moment of the requests; an item with a trend is not new. `seen`: what `Hybrid.repeat`
+        says of their histories.
         """
         _, state = self.encode(events, state)
         h_lstm, _, h_content, _, recent = self.split_state(state)
         query = self.query_at((h_lstm, h_content), request_gap)
         logits = query @ self.item_vectors().T + self.item_bias() + self.cooccurrence_logits(recent)
         logits += trend
+        if seen is not None:
+            logits = logits.at[jnp.arange(len(logits))[:, None], seen.items].add(seen.scores)
         if self.new_items is not None:
             # An item with a trend has recent events, and so is not new any more.
             logits = capped_logits(logits, self.new_items[...] & (trend == 0), exclude)

@@ -26,7 +26,7 @@ from jaxrec.data.batches import case_batches
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.split import Cases
 from jaxrec.errors import ExportError
-from jaxrec.onnx.parity import PROBE_ROWS, make_probe, open_session
+from jaxrec.onnx.parity import OF_ANSWER, PROBE_ROWS, make_probe, open_session
 
 FROM_ITEMS = 50_000
 """So many items and more get an index; with fewer the exact product costs little more (bench/large_catalogue.md)."""
@@ -74,17 +74,17 @@ class Probes:
 
 
 def probe_requests(
-    data: PreparedData, sequence_query: bytes, item_vectors: np.ndarray, max_history: int
+    data: PreparedData, sequence_query: bytes, item_vectors: np.ndarray, max_history: int, exclude_seen: bool = True
 ) -> dict[str, Probes]:
     """Requests by kind: at most MOST_PROBES validation cases, and as many made-up ones, which may be less alike."""
     session = open_session(sequence_query)
     item_count = len(item_vectors) - 1
-    made_up = (vars(make_probe(item_count, max_history, seed)) for seed in range(MOST_PROBES // PROBE_ROWS))
+    made_up = (make_probe(item_count, max_history, seed).inputs() for seed in range(MOST_PROBES // PROBE_ROWS))
     probes = {}
-    for kind, requests in (("validation", _validation_requests(data, max_history)), ("made_up", made_up)):
+    for kind, requests in (("validation", _validation_requests(data, max_history, exclude_seen)), ("made_up", made_up)):
         queries, excluded = [], []
         for request in requests:
-            inputs = {name: array for name, array in request.items() if name not in ("trend", "exclude")}
+            inputs = {name: array for name, array in request.items() if name not in OF_ANSWER}
             queries.append(session.run(["query"], {**inputs, "vector": item_vectors[request["item"]]})[0])
             excluded.append(request["exclude"])
         if queries:
@@ -94,14 +94,15 @@ def probe_requests(
     return probes
 
 
-def _validation_requests(data: PreparedData, max_history: int) -> Iterator[dict[str, np.ndarray]]:
+def _validation_requests(data: PreparedData, max_history: int, exclude_seen: bool) -> Iterator[dict[str, np.ndarray]]:
     """Batches as the inputs of `sequence.onnx`, without k."""
     cases = data.split.validation
     if not len(cases):
         return
     chosen = np.unique(np.linspace(0, len(cases) - 1, MOST_PROBES).astype(np.int64))
     left = len(chosen)
-    for batch in case_batches(data, Cases(cases.users[chosen], cases.rows[chosen]), max_history):
+    cases = Cases(cases.users[chosen], cases.rows[chosen])
+    for batch in case_batches(data, cases, max_history, exclude_seen=exclude_seen):
         arrays = {**batch.events._asdict(), "request_gap": batch.request_gap, "exclude": batch.exclude}
         # The last batch is filled with repeats of its last case.
         yield {name: np.asarray(array)[:left] for name, array in arrays.items()}

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from jaxrec.config import SeenItems
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
 from jaxrec.errors import ExportError
 from jaxrec.evaluation.baselines import decayed_popularity
 from jaxrec.files import new_directory, sha256
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.repeat import EDGES, FEATURE_NAMES
 from jaxrec.onnx.ann_index import FROM_ITEMS
 from jaxrec.onnx.convert import sequence_graph, step_graph, trend_graph
 from jaxrec.onnx.parity import check_parity
@@ -80,11 +82,11 @@ def export_model(
         parity["max_abs_query_difference"] = search.parity
     if int8:
         quantized = quantize_lstms(sequence)
-        parity["int8"] = check_quality(sequence, quantized, data, max_history)
+        parity["int8"] = check_quality(sequence, quantized, data, max_history, hybrid.repeat)
         sequence, step = quantized, quantize_lstms(step)
     graphs = {
-        "sequence": {"file": SEQUENCE_FILE, **sequence_signature(weights.state_width).to_json()},
-        "step": {"file": STEP_FILE, **step_signature(weights.state_width).to_json()},
+        "sequence": {"file": SEQUENCE_FILE, **sequence_signature(weights.state_width, weights.allow_seen).to_json()},
+        "step": {"file": STEP_FILE, **step_signature(weights.state_width, weights.allow_seen).to_json()},
         "trend": {"file": TREND_FILE, **trend_signature(len(HALF_LIVES_S)).to_json()},
     }
     if search is not None:
@@ -123,6 +125,7 @@ def export_model(
                 "half_lives_s": HALF_LIVES_S,
                 "counted_until": counts.last_time,
             },
+            "seen": _seen(hybrid),
             **({} if search is None else {"index": search.summary}),
             "files": files,
             **summaries,
@@ -131,6 +134,16 @@ def export_model(
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
     return json.loads(text)
+
+
+def _seen(hybrid: Hybrid) -> dict[str, Any]:
+    """Whether items of the history may be answered, and if so what is added to their logits: by feature the edges of
+    its buckets, and a number for each bucket, without and with the request time where that matters."""
+    if hybrid.repeat is None:
+        return {"items": SeenItems.EXCLUDE.value}
+    features = zip(FEATURE_NAMES, EDGES, hybrid.repeat.tables(), strict=True)
+    tables = {name: {"edges": list(edges), "scores": scores} for name, edges, scores in features}
+    return {"items": SeenItems.ALLOW.value, **tables}
 
 
 def _require_json(name: str, summary: dict[str, Any]) -> None:

@@ -17,16 +17,20 @@ from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.features import GAP_EDGES
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.masks import NEVER
+from jaxrec.models.repeat import Seen
 from jaxrec.onnx.weights import RECENT_WEIGHTS, Weights
 
 TOLERANCE = 1e-4
 PROBE_SEED = 20
 PROBE_ROWS = 12
+OF_ANSWER = ("trend", "exclude", "seen", "seen_score")
+"""Inputs that the state and the query do not depend on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A batch of requests at one moment: arrays as the inputs of `sequence.onnx`, without k."""
+    """A batch of requests at one moment: arrays as the inputs of `sequence.onnx`, without k. `seen` and `seen_score`:
+    None for models that exclude items of the history."""
 
     item: np.ndarray
     rating: np.ndarray
@@ -35,6 +39,12 @@ class Probe:
     request_gap: np.ndarray
     trend: np.ndarray
     exclude: np.ndarray
+    seen: np.ndarray | None = None
+    seen_score: np.ndarray | None = None
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """By name, those that there are."""
+        return {name: array for name, array in vars(self).items() if array is not None}
 
     def row(self, at: int) -> "Probe":
         """One row as a batch of its own, without padding."""
@@ -47,12 +57,15 @@ class Probe:
             request_gap=self.request_gap[one],
             trend=self.trend,
             exclude=self.exclude[one],
+            seen=None if self.seen is None else self.seen[one],
+            seen_score=None if self.seen_score is None else self.seen_score[one],
         )
 
 
-def make_probe(item_count: int, max_history: int, seed: int = PROBE_SEED) -> Probe:
+def make_probe(item_count: int, max_history: int, seed: int = PROBE_SEED, allow_seen: bool = False) -> Probe:
     """Lengths from 1 to `max_history`, the first and the last item, missing ratings, gaps at and beside the buckets'
-    edges, requests with and without a time, exclusions of nothing, of the history and of the same item twice."""
+    edges, requests with and without a time, exclusions of nothing, of the history and of the same item twice; with
+    `allow_seen` scores of some items."""
     rng = np.random.default_rng(seed)
     length = np.minimum([1, 1, 2, 3, 5, 8, 13, 21, 34, 50, 89, max_history], max_history).astype(np.int32)
     shape = (PROBE_ROWS, int(length.max()))
@@ -70,6 +83,7 @@ def make_probe(item_count: int, max_history: int, seed: int = PROBE_SEED) -> Pro
     exclude = np.zeros((PROBE_ROWS, 6), np.int64)
     exclude[1::2] = rng.integers(1, item_count + 1, (PROBE_ROWS // 2, 6))
     exclude[2, :2], exclude[3], exclude[4, 3:] = item[2, :2], 1, [item_count, 0, item_count]
+    seen = np.where(rng.random((PROBE_ROWS, 7)) < 0.3, 0, rng.integers(1, item_count + 1, (PROBE_ROWS, 7)))
     return Probe(
         item=np.where(where, item, 0).astype(np.int32),
         rating=np.where(where, rating, 0).astype(np.float32),
@@ -78,6 +92,8 @@ def make_probe(item_count: int, max_history: int, seed: int = PROBE_SEED) -> Pro
         request_gap=request_gap.astype(np.float32),
         trend=np.where(rng.random(item_count + 1) < 0.5, 0, rng.normal(size=item_count + 1)).astype(np.float32),
         exclude=exclude.astype(np.int32),
+        seen=seen.astype(np.int32) if allow_seen else None,
+        seen_score=np.where(seen > 0, rng.normal(size=seen.shape), 0).astype(np.float32) if allow_seen else None,
     )
 
 
@@ -92,21 +108,21 @@ def check_parity(hybrid: Hybrid, sequence: bytes, step: bytes, trend: bytes, max
     Raises ExportError.
     """
     item_count = len(hybrid.item_bias()) - 1
-    probe = make_probe(item_count, max_history)
+    probe = make_probe(item_count, max_history, allow_seen=hybrid.repeat is not None)
     logits, state = _jax_answer(hybrid, probe)
     graphs = {"sequence.onnx": open_session(sequence), "step.onnx": open_session(step)}
     everything = np.array([item_count], np.int64)
 
-    answer = _run(graphs["sequence.onnx"], **vars(probe), k=everything)
+    answer = _run(graphs["sequence.onnx"], **probe.inputs(), k=everything)
     differences = [_compare("sequence.onnx", answer, logits, state, probe.exclude)]
     for at in range(PROBE_ROWS):
         row = probe.row(at)
-        alone = _run(graphs["sequence.onnx"], **vars(row), k=everything)
+        alone = _run(graphs["sequence.onnx"], **row.inputs(), k=everything)
         name = f"sequence.onnx on row {at} alone"
         differences.append(_compare(name, alone, logits[at, None], state[at, None], row.exclude))
     replayed = _replay(graphs["step.onnx"], probe, everything, state.shape[1])
     differences.append(_compare("step.onnx", replayed, logits, state, probe.exclude))
-    few = _run(graphs["sequence.onnx"], **vars(probe), k=np.array([min(3, item_count)], np.int64))
+    few = _run(graphs["sequence.onnx"], **probe.inputs(), k=np.array([min(3, item_count)], np.int64))
     if not np.array_equal(few["items"], answer["items"][:, : few["items"].shape[1]]):
         raise ExportError("sequence.onnx: the 3 best items are not the first 3 of all items")
     counts = np.random.default_rng(PROBE_SEED).exponential(size=(len(HALF_LIVES_S), item_count + 1))
@@ -133,13 +149,15 @@ def check_query_parity(
 
     Raises ExportError.
     """
-    probe = make_probe(weights.item_count, max_history)
+    probe = make_probe(weights.item_count, max_history, allow_seen=weights.allow_seen)
     whole, of_sequence, of_step = (open_session(graph) for graph in (sequence, sequence_query, step_query))
-    answer = _run(whole, **vars(probe), k=np.array([min(100, weights.item_count)], np.int64))
-    events = {name: array for name, array in vars(probe).items() if name not in ("trend", "exclude")}
+    answer = _run(whole, **probe.inputs(), k=np.array([min(100, weights.item_count)], np.int64))
+    events = {name: array for name, array in probe.inputs().items() if name not in OF_ANSWER}
     found = _run(of_sequence, **events, vector=weights.item_vectors[probe.item])
     difference = _difference("sequence_query.onnx: states", found["state"], answer["state"])
     logits = _logits(weights, found["query"], found["state"]) + probe.trend
+    if probe.seen is not None and probe.seen_score is not None:
+        np.add.at(logits, (np.arange(PROBE_ROWS)[:, None], probe.seen), probe.seen_score)
     scores = np.take_along_axis(logits, answer["items"].astype(np.int64), axis=1)
     # Excluded items are last, where there are few others.
     expected = np.where(answer["scores"] > NEVER / 2, answer["scores"], scores)
@@ -149,7 +167,7 @@ def check_query_parity(
         before = np.zeros((1, weights.state_width), np.float32)
         if last:
             shorter = {name: getattr(row, name)[:, :last] for name in ("item", "rating", "gap")}
-            rest = {name: getattr(row, name) for name in ("request_gap", "trend", "exclude")}
+            rest = {name: array for name, array in row.inputs().items() if name in ("request_gap", *OF_ANSWER)}
             before = _run(whole, **shorter, length=row.length - 1, **rest, k=np.array([1], np.int64))["state"]
         event = {name: getattr(row, name)[:, last] for name in ("item", "rating", "gap")}
         vector = weights.item_vectors[event["item"]]
@@ -175,14 +193,21 @@ def _jax_answer(hybrid: Hybrid, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
 
     @jax.jit
     def answer(
-        weights: nnx.State, events: Events, request_gap: jax.Array, exclude: jax.Array, trend: jax.Array
+        weights: nnx.State,
+        events: Events,
+        request_gap: jax.Array,
+        exclude: jax.Array,
+        trend: jax.Array,
+        seen: Seen | None,
     ) -> tuple[jax.Array, jax.Array]:
-        return nnx.merge(definition, weights).logits(events, request_gap, exclude=exclude, trend=trend)
+        hybrid = nnx.merge(definition, weights)
+        return hybrid.logits(events, request_gap, exclude=exclude, trend=trend, seen=seen)
 
     with jax.default_matmul_precision("highest"):
         events = Events(*(jax.numpy.asarray(x) for x in (probe.item, probe.rating, probe.gap, probe.length)))
+        seen = None if probe.seen is None or probe.seen_score is None else Seen(probe.seen, probe.seen_score)
         request = map(jax.numpy.asarray, (probe.request_gap, probe.exclude, probe.trend))
-        logits, state = answer(weights, events, *request)
+        logits, state = answer(weights, events, *request, seen)
     return np.asarray(logits), np.asarray(state)
 
 
@@ -219,7 +244,9 @@ def _replay(session: Any, probe: Probe, k: np.ndarray, state_width: int) -> dict
             gap=probe.gap[rows, t],
             request_gap=probe.request_gap[rows],
             trend=probe.trend,
-            exclude=probe.exclude[rows],
+            **{
+                name: array[rows] for name, array in probe.inputs().items() if name in ("exclude", "seen", "seen_score")
+            },
             k=k if last.any() else np.ones_like(k),
         )
         states[rows] = answer["state"]

@@ -21,6 +21,7 @@ from jaxrec.errors import ExportError
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import TOP, Ranked, rank_cases
 from jaxrec.evaluation.scorers import Scorer
+from jaxrec.models.repeat import Repeat
 
 LEAST_OVERLAP = 0.99
 """Mean share of the first ten items that the quantized model keeps, in whatever order."""
@@ -49,8 +50,11 @@ def quantize_lstms(graph: bytes) -> bytes:
     return quantized
 
 
-def check_quality(graph: bytes, quantized: bytes, data: PreparedData, max_history: int) -> dict[str, float]:
-    """Compares the two `sequence.onnx` on the validation cases, with a request time and without a trend.
+def check_quality(
+    graph: bytes, quantized: bytes, data: PreparedData, max_history: int, repeat: Repeat | None = None
+) -> dict[str, float]:
+    """Compares the two `sequence.onnx` on the validation cases, with a request time and without a trend. `repeat`: of
+    models that allow items of the history.
 
     Returns the figures.
 
@@ -61,7 +65,7 @@ def check_quality(graph: bytes, quantized: bytes, data: PreparedData, max_histor
     if not len(cases):
         raise ExportError("int8: no validation case is left to compare the models on; export without --int8")
     exact, rough = (
-        rank_cases(graph_scorer(one, len(data.catalog)), data, cases, max_history, request_time=True)
+        rank_cases(graph_scorer(one, len(data.catalog), repeat), data, cases, max_history, True, repeat is None)
         for one in (graph, quantized)
     )
     return compare_ranked(exact, rough)
@@ -87,8 +91,8 @@ def _overlap(exact: np.ndarray, rough: np.ndarray) -> float:
     return len(np.intersect1d(items, rough)) / len(items) if len(items) else 1.0
 
 
-def graph_scorer(graph: bytes, item_count: int) -> Scorer:
-    """Scores of all items by a `sequence.onnx`."""
+def graph_scorer(graph: bytes, item_count: int, repeat: Repeat | None = None) -> Scorer:
+    """Scores of all items by a `sequence.onnx`, as if each request had a time."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
@@ -96,6 +100,8 @@ def graph_scorer(graph: bytes, item_count: int) -> Scorer:
     def score(batch: CaseBatch) -> np.ndarray:
         events, rows = batch.events, len(batch.target)
         item, rating, gap = (np.asarray(column) for column in (events.item, events.rating, events.gap))
+        timed = np.ones(rows, bool)
+        seen = None if repeat is None else repeat.seen(batch.history, batch.history_time, batch.time, timed)
         items, scores = session.run(
             ["items", "scores"],
             {
@@ -107,6 +113,7 @@ def graph_scorer(graph: bytes, item_count: int) -> Scorer:
                 "trend": np.zeros(item_count + 1, np.float32),
                 "exclude": np.zeros((rows, 1), np.int32),
                 "k": np.array([item_count], np.int64),
+                **({} if seen is None else {"seen": seen.items, "seen_score": seen.scores}),
             },
         )
         whole = np.zeros((rows, item_count + 1), np.float32)

@@ -79,7 +79,7 @@ def make_search(
     parity = check_query_parity(weights, sequence, sequence_query, step_query, max_history)
     if int8:
         sequence_query, step_query = quantize_lstms(sequence_query), quantize_lstms(step_query)
-    probes = probe_requests(data, sequence_query, weights.item_vectors, max_history)
+    probes = probe_requests(data, sequence_query, weights.item_vectors, max_history, not weights.allow_seen)
     index = build_index(weights.item_vectors, weights.item_bias, trend, probes)
     return Search(weights, sequence_query, step_query, index, parity)
 

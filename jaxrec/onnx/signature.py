@@ -30,11 +30,14 @@ _REQUEST = {
     "exclude": Tensor("int32", ("batch", "excluded")),
     "k": Tensor("int64", (1,)),
 }
+_SEEN = {"seen": Tensor("int32", ("batch", "seen")), "seen_score": Tensor("float32", ("batch", "seen"))}
+_NO_QUERY = ("trend", "exclude", "k", *_SEEN)
 _RANKING = {"items": Tensor("int32", ("batch", "k")), "scores": Tensor("float32", ("batch", "k"))}
 
 
-def sequence_signature(state_width: int) -> Signature:
-    """A batch of right-padded histories -> their states and answers."""
+def sequence_signature(state_width: int, allow_seen: bool = False) -> Signature:
+    """A batch of right-padded histories -> their states and answers. With `allow_seen` items of the histories, 0 for
+    none, come with what is added to their logits."""
     return Signature(
         inputs={
             "item": Tensor("int32", ("batch", "length")),
@@ -42,13 +45,14 @@ def sequence_signature(state_width: int) -> Signature:
             "gap": Tensor("float32", ("batch", "length")),
             "length": Tensor("int32", ("batch",)),
             **_REQUEST,
+            **(_SEEN if allow_seen else {}),
         },
         outputs={"state": Tensor("float32", ("batch", state_width)), **_RANKING},
     )
 
 
-def step_signature(state_width: int) -> Signature:
-    """A batch of states and one event for each -> their next states and answers."""
+def step_signature(state_width: int, allow_seen: bool = False) -> Signature:
+    """A batch of states and one event for each -> their next states and answers; `allow_seen` as above."""
     state = Tensor("float32", ("batch", state_width))
     return Signature(
         inputs={
@@ -57,6 +61,7 @@ def step_signature(state_width: int) -> Signature:
             "rating": Tensor("float32", ("batch",)),
             "gap": Tensor("float32", ("batch",)),
             **_REQUEST,
+            **(_SEEN if allow_seen else {}),
         },
         # ONNX wants different names for an input and an output.
         outputs={"next_state": state, **_RANKING},
@@ -73,7 +78,7 @@ def trend_signature(half_lives: int) -> Signature:
 def sequence_query_signature(state_width: int, vector_width: int) -> Signature:
     """As `sequence_signature`, with the vectors of the items, and the query instead of an answer."""
     whole = sequence_signature(state_width)
-    inputs = {name: tensor for name, tensor in whole.inputs.items() if name not in ("trend", "exclude", "k")}
+    inputs = {name: tensor for name, tensor in whole.inputs.items() if name not in _NO_QUERY}
     return Signature(
         inputs={"vector": Tensor("float32", ("batch", "length", vector_width)), **inputs},
         outputs={"state": whole.outputs["state"], "query": Tensor("float32", ("batch", vector_width))},
@@ -83,7 +88,7 @@ def sequence_query_signature(state_width: int, vector_width: int) -> Signature:
 def step_query_signature(state_width: int, vector_width: int) -> Signature:
     """As `step_signature`, with the vector of the item, and the query instead of an answer."""
     whole = step_signature(state_width)
-    inputs = {name: tensor for name, tensor in whole.inputs.items() if name not in ("trend", "exclude", "k")}
+    inputs = {name: tensor for name, tensor in whole.inputs.items() if name not in _NO_QUERY}
     vector = Tensor("float32", ("batch", vector_width))
     return Signature(
         inputs={"vector": vector, **inputs},

@@ -48,11 +48,12 @@ def sequence(
     trend: Any,
     exclude: Any,
     k: Any,
+    **seen: Any,
 ) -> dict[str, Any]:
-    """A batch of histories -> state, items, scores."""
+    """A batch of histories -> state, items, scores. `seen`: the inputs of models that allow items of the history."""
     vectors = tf.gather(items.vectors, tf.transpose(item))
     recurrent, recent = _read(weights, vectors, item, rating, gap, length)
-    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, trend, exclude, k)
+    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, trend, exclude, k, **seen)
     return {"state": _state(recurrent, recent), "items": best, "scores": scores}
 
 
@@ -68,10 +69,11 @@ def step(
     trend: Any,
     exclude: Any,
     k: Any,
+    **seen: Any,
 ) -> dict[str, Any]:
-    """A batch of states and one event for each -> next_state, items, scores."""
+    """A batch of states and one event for each -> next_state, items, scores; `seen` as above."""
     recurrent, recent = _step(weights, state, tf.gather(items.vectors, item), item, rating, gap)
-    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, trend, exclude, k)
+    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, trend, exclude, k, **seen)
     return {"next_state": _state(recurrent, recent), "items": best, "scores": scores}
 
 
@@ -176,14 +178,24 @@ def _query(weights: Weights, recurrent: Any, request_gap: Any) -> Any:
     return query if weights.policy is None else query + _policy_shift(weights.policy, query)
 
 
-def _answer(items: ItemArrays, query: Any, recent: Any, trend: Any, exclude: Any, k: Any) -> tuple[Any, Any]:
-    """The k best items [batch, k] int32 and their logits."""
+def _answer(
+    items: ItemArrays,
+    query: Any,
+    recent: Any,
+    trend: Any,
+    exclude: Any,
+    k: Any,
+    seen: Any = None,
+    seen_score: Any = None,
+) -> tuple[Any, Any]:
+    """The k best items [batch, k] int32 and their logits. `seen_score` is added to those of `seen`, where there are."""
     logits = tf.matmul(query, items.vectors, transpose_b=True) + items.bias
     neighbours = tf.reshape(tf.gather(items.neighbours, recent), [-1, RECENT_ITEMS * items.neighbours.shape[1]])
     decays = RECENT_WEIGHTS[:, None]
     closeness = tf.reshape(tf.gather(items.closeness, recent) * decays, tf.shape(neighbours))
-    logits = tf.tensor_scatter_nd_add(logits, _places(neighbours), closeness)
-    logits += trend
+    logits = tf.tensor_scatter_nd_add(logits, _places(neighbours), closeness) + trend
+    if seen is not None:
+        logits = tf.tensor_scatter_nd_add(logits, _places(seen), seen_score)
     never = tf.fill(tf.shape(exclude), np.float32(NEVER))
     logits = tf.tensor_scatter_nd_update(logits, _places(exclude), never)
     if items.new is not None:

@@ -60,7 +60,8 @@ class Weights:
     [gap buckets, 2 * hidden],
     `projection` [2 * hidden, width] (block-diagonal), `projection_bias` [width], `neighbour_item` int32 and
     `neighbour_weight` [items + 1, neighbours] of the co-occurrence, the weights as they are added to the logits;
-    `new_items` [items + 1] bool (`jaxrec.models.new_items`), None where there are none.
+    `new_items` [items + 1] bool (`jaxrec.models.new_items`), None where there are none; `allow_seen`: items of the
+    history are candidates, and what is added to their logits is an input.
     """
 
     item_vectors: np.ndarray
@@ -80,6 +81,7 @@ class Weights:
     policy: PolicyWeights | None
     trend: TrendWeights
     new_items: np.ndarray | None = None
+    allow_seen: bool = False
 
     @property
     def item_count(self) -> int:
@@ -131,6 +133,7 @@ def extract_weights(hybrid: Hybrid) -> Weights:
         else PolicyWeights(*_linear(hybrid.policy.inner), *_linear(hybrid.policy.outer)),
         trend=TrendWeights(np.asarray(hybrid.trend.weights[...]), np.asarray(hybrid.trend.typical[...])),
         new_items=None if hybrid.new_items is None else np.asarray(hybrid.new_items[...]),
+        allow_seen=hybrid.repeat is not None,
     )
 
 

@@ -62,8 +62,8 @@ def recommend_log(
 ) -> dict[str, Any]:
     """Writes the best `k` items of each request, or of each user of the log, as CSV.
 
-    Items of the user's history are not recommended. A user without an event that the model knows gets the most popular
-    items, with their number of training events as the score.
+    Items of the user's history are not recommended, unless the model was trained to repeat. A user without an event
+    that the model knows gets the most popular items, with their number of training events as the score.
 
     Args:
         model: Answers.

@@ -137,7 +137,8 @@ class Run:
 
         Returns:
             One row per recommended item: user_id, rank (from 1), item_id, title, score (a logit; training events of
-            the item for a user without a known item). Items of the history are left out, and unknown ones ignored.
+            the item for a user without a known item). Items of the history are left out unless the run was trained to
+            repeat (`TrainConfig.seen`), and unknown ones ignored.
 
         Raises:
             DataError: A column is missing or does not fit the run's data, or the run cannot be read.

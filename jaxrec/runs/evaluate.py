@@ -77,7 +77,8 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     popularity = data.train_popularity()
     max_length = run.model_config.max_length
     counts = DecayedCounts.of(data)
-    half_life = best_half_life(data, counts, max_length)
+    excluded = supervised.repeat is None
+    half_life = best_half_life(data, counts, max_length, excluded)
     learned: dict[str, Scorer] = {
         "TimeRatingAwareLSTM": sequence_scorer(supervised.lstm),
         "TimeRatingAwareContentModel": sequence_scorer(supervised.content),
@@ -92,7 +93,7 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
         **{(name, time): scorer for name, scorer in learned.items() for time in (False, True)},
     }
     ranked = {
-        (name, time): rank_cases(scorer, data, data.split.test, max_length, time)
+        (name, time): rank_cases(scorer, data, data.split.test, max_length, time, excluded)
         for (name, time), scorer in tqdm(scorers.items(), desc="evaluate", unit="row")
     }
     resamples = resample(data.split.test.users, seed=seed)
@@ -102,7 +103,7 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
         "ties": data.config.ties.value,
         "filter": f"users with {data.config.min_user_ratings}+, movies with {data.config.min_movie_ratings}+ ratings",
         "filter_on": data.config.filter_on.value,
-        "candidates": "all items but those of the history",
+        "candidates": "all items but those of the history" if excluded else "all items",
         "history": f"last {max_length} events",
         "test_cases": len(data.split.test),
         "repeated_test_share": repeated_share(data, data.split.test),
@@ -135,7 +136,7 @@ def tied_share(data: PreparedData, cases: Cases) -> float:
 
 
 def repeated_share(data: PreparedData, cases: Cases) -> float:
-    """The share of targets that their user's history already has; no recommendation can hit them."""
+    """The share of targets that their user's history already has. Where it is excluded, nothing can hit them."""
     items = data.histories.items
     starts = data.histories.offsets[cases.users]
     return float(np.mean([items[row] in items[start:row] for start, row in zip(starts, cases.rows, strict=True)]))
@@ -160,10 +161,11 @@ def format_table(evaluation: Evaluation) -> str:
     protocol = evaluation.protocol
     data = f"{Path(protocol['data_folder']).name} (SHA-256 {protocol['data_sha256'][:8]})"
     tied, repeated = protocol["tied_test_share"], protocol["repeated_test_share"]
+    candidates = protocol["candidates"].replace("all items", f"all {protocol['data']['items']} items")
     lines += [
         f"* is exported and served. Means over {protocol['test_cases']} test cases, with 95 % intervals over users.",
         f"Data: {data}, {protocol['filter']}. Split: {protocol['split']}. Seed: {protocol['seed']}.",
-        f"Candidates: all {protocol['data']['items']} items but those of the history. {tied:.0%} of the targets tie in",
+        f"Candidates: {candidates}. {tied:.0%} of the targets tie in",
         f"time with the event before them (ties: {protocol['ties']}), {repeated:.0%} are in the history already.",
         f"NDCG@10, hybrid over recent popularity (half-life of {protocol[HALF_LIFE_DAYS]:g} days, from validation):",
     ]

@@ -68,10 +68,17 @@ class PolicyInUse(NamedTuple):
 
 
 def load_run(folder: Path) -> LoadedRun:
-    """Reads a run. Raises DataError where the run, its data or its models cannot be read."""
+    """Reads a run to train a policy on. Raises DataError where the run, its data or its models cannot be read, and for
+    one whose items may come again: the states of a policy do not know how often and when they were met."""
     run = open_run(folder)
     data = run.read_data()
-    return LoadedRun(run, data, load_supervised(run, data))
+    supervised = load_supervised(run, data)
+    if supervised.repeat is not None:
+        raise DataError(
+            f"{run.folder} may recommend items of the history again, and a policy is trained only for models that "
+            "never do: train a run with `jaxrec train --seen exclude`"
+        )
+    return LoadedRun(run, data, supervised)
 
 
 def write_policy(

@@ -1,5 +1,6 @@
 """Recommendations of a run without a server, equal to those of a server of the exported run."""
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from jaxrec.data.schema import ITEM, RATING, TIME, TITLE, UNKNOWN_GAP, USER
 from jaxrec.errors import DataError
 from jaxrec.evaluation.baselines import decayed_popularity
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.repeat import Repeat, Seen
 from jaxrec.runs.directory import Run
 from jaxrec.runs.policy import load_served
 
@@ -85,6 +87,7 @@ def known_events(histories: pd.DataFrame | Sequence[int] | Sequence[str], data: 
     gaps = found.gaps() if len(found.items) else np.empty(0, np.float32)
     if TIME not in frame:
         gaps[gaps != UNKNOWN_GAP] = _median_gap(data)
+        found = dataclasses.replace(found, times=np.cumsum(np.maximum(gaps, 0), dtype=np.float64).astype(np.int64))
     return KnownEvents(np.asarray(users), found, ratings[kept], gaps)
 
 
@@ -119,14 +122,26 @@ def _best(
         # A power of two, so that long histories compile a few more programs and not one each.
         width = 1 << (max(int((stops - starts)[users].max()), max_length) - 1).bit_length()
         place = starts[users, None] + np.arange(width)
-        inside = place < stops[users, None]
+        inside = (place < stops[users, None]) & (model.repeat is None)
         exclude = np.where(inside, known.histories.items[np.where(inside, place, 0)], 0).astype(np.int32)
-        logits = np.array(_logits(graphdef, variables, events, exclude, counts))
+        seen = None if model.repeat is None else _seen(model.repeat, known, users)
+        logits = np.array(_logits(graphdef, variables, events, exclude, counts, seen))
         np.put_along_axis(logits, exclude, -np.inf, axis=1)
         logits[:, 0] = -np.inf
         scores, top = jax.lax.top_k(logits, k)
         some = lengths[:, None] > 0
         yield users[:new], np.where(some, top, popular)[:new], np.where(some, scores, popularity)[:new]
+
+
+def _seen(repeat: Repeat, known: KnownEvents, users: np.ndarray) -> Seen:
+    """What repeats add for the users' whole histories."""
+    starts = known.histories.offsets[users]
+    lengths = known.histories.offsets[users + 1] - starts
+    width = 1 << max(int(lengths.max()) - 1, 0).bit_length()  # so that few programs are compiled
+    where = np.arange(width) < lengths[:, None]
+    rows = np.where(where, starts[:, None] + np.arange(width), 0)
+    items, times = (np.where(where, column[rows], 0) for column in (known.histories.items, known.histories.times))
+    return repeat.seen(items, times, np.zeros(len(users), np.int64), np.zeros(len(users), bool))
 
 
 def _most_popular(data: PreparedData, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -138,10 +153,15 @@ def _most_popular(data: PreparedData, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 @jax.jit(static_argnums=0)
 def _logits(
-    graphdef: nnx.GraphDef[Hybrid], variables: nnx.State, events: Events, exclude: jax.Array, counts: jax.Array
+    graphdef: nnx.GraphDef[Hybrid],
+    variables: nnx.State,
+    events: Events,
+    exclude: jax.Array,
+    counts: jax.Array,
+    seen: Seen | None,
 ) -> jax.Array:
     unknown, model = jnp.full(events.item.shape[0], UNKNOWN_GAP), nnx.merge(graphdef, variables)
-    return model.logits(events, unknown, exclude=exclude, trend=model.trend(counts))[0]
+    return model.logits(events, unknown, exclude=exclude, trend=model.trend(counts), seen=seen)[0]
 
 
 def _encode(ids: pd.Series, data: PreparedData) -> np.ndarray:

@@ -17,7 +17,7 @@ import pandas as pd
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxrec.config import CheckpointConfig, ModelConfig, TrainConfig, to_json
+from jaxrec.config import CheckpointConfig, ModelConfig, SeenItems, TrainConfig, to_json
 from jaxrec.data.content import item_content
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
@@ -50,6 +50,7 @@ from jaxrec.training.loop import require_trainable, train_model
 from jaxrec.training.mix import learn_mix
 from jaxrec.training.new_items import tune_shift
 from jaxrec.training.processes import is_first, wait_for_all
+from jaxrec.training.seen import found_repeats
 from jaxrec.training.sharding import building_device, data_mesh
 from jaxrec.training.stopping import StopRequested, never
 
@@ -73,7 +74,8 @@ def train(
             None with `resume`: the data that the run started with.
         out: The run directory. None: a temporary folder, which is removed together with the returned object.
         model_config: Widths of the models.
-        train_config: Epochs, steps, learning rate, seed.
+        train_config: Epochs, steps, learning rate, seed. Whether items of a history may come again is looked up in
+            validation where it does not say (`SeenItems.AUTO`), and the run holds what was found.
         resume: Continue an interrupted run from its latest checkpoints, with the configuration that it started with.
         checkpoint_config: How often training is saved.
         item_shards: Devices over which the item tables are split.
@@ -108,6 +110,11 @@ def train(
         data_folder = _data_folder(data, out)
         prepared = read_prepared(data_folder)
         require_trainable(prepared)
+        if train_config.seen is SeenItems.AUTO:
+            found = found_repeats(prepared)
+            train_config = dataclasses.replace(train_config, seen=found.seen())
+            if is_first():
+                print(found)
         run = _new_run(out, data_folder, prepared, model_config, train_config)
         wait_for_all("no process writes a run where another one still looks for it")
         _write_run(run)
@@ -181,12 +188,14 @@ def _train_models(
         if stop():
             raise TrainingStopped("stopped: both models are trained and saved, their mix is not tuned yet")
         model = CoOccurrence(cooccurrence)
+        excludes_seen = run.train_config.excludes_seen
         _run_content_heads(run, data, trained_lstm.model, trained_content.model, stop)
-        mix = learn_mix(trained_lstm.model, trained_content.model, model, data)
+        mix = learn_mix(trained_lstm.model, trained_content.model, model, data, excludes_seen)
         new = place_new_items(run, data, trained_lstm.model, trained_content.model)
         ranked = None
         if new is not None:
-            ranked = tune_shift(mix.hybrid(trained_lstm.model, trained_content.model, model), new, data)
+            hybrid = mix.hybrid(trained_lstm.model, trained_content.model, model)
+            ranked = tune_shift(hybrid, new, data, excludes_seen)
     if is_first():
         from jaxrec.evaluation.plots import plot_training
 

@@ -148,9 +148,8 @@ class _Training(Generic[SequenceModel]):
         self.graphdef, state = initial_state(model, optimizer, rows)
         self.state = put(state, state_sharding(state, mesh))
         trained_items = data.train_popularity() > 0
-        self.step = make_train_step(
-            self.graphdef, optimizer, mesh, config.request_gap_dropout, config.sampled_items, trained_items
-        )
+        rest = (config.request_gap_dropout, config.sampled_items, trained_items, config.excludes_seen)
+        self.step = make_train_step(self.graphdef, optimizer, mesh, *rest)
         self.compiled: Any = None
         self.compile_seconds = 0.0
         self.replicated = NamedSharding(mesh, PartitionSpec())
@@ -303,7 +302,8 @@ class _Training(Generic[SequenceModel]):
                 self._save(log)
                 self._stop()
 
-        ranks = ranks_by_request_time(model, self.data, self.data.split.validation, before_batch)
+        cases = self.data.split.validation
+        ranks = ranks_by_request_time(model, self.data, cases, before_batch, self.config.excludes_seen)
         without, with_time = (float(value) for value in ndcg(ranks, 10).mean(axis=1))
         values = {
             METRIC: (without + with_time) / 2,

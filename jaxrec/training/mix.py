@@ -1,4 +1,4 @@
-"""Learns on validation how the models, co-occurrence and the trend are mixed."""
+"""Learns on validation how the models, co-occurrence, the trend and repeats are mixed."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid, MixWeights
 from jaxrec.models.masks import NEVER
+from jaxrec.models.repeat import FEATURES, STEPS, TABLE_SIZE, Repeat, seen_buckets
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.models.trend import VIEWS, Trend, traffic_scale, trend_views
 
@@ -29,6 +30,9 @@ SAMPLED = 600  # more candidates: random ones, which stand for all others
 START = (0.5, 0.5, 4.0)
 PENALTY = 10.0  # in cases, of each squared weight of the trend, times its view's variance, and of each squared
 # relative change of the other weights
+SEEN = 200  # items of the history, the ones met last, that are always among a case's candidates
+TABLE_PENALTY = 0.03  # of the squared numbers of repeats, in cases
+STEP_PENALTY = 3.0  # of the squared differences between neighbouring ones, in cases
 ITERATIONS = 200
 
 
@@ -40,6 +44,7 @@ class Mix:
         lstm, content, cooccurrence: `jaxrec.models.hybrid.MixWeights`.
         trend: [views, half-lives], the weights of `jaxrec.models.trend.Trend`.
         typical_events: [half-lives], its `typical`.
+        repeat: [TABLE_SIZE], the table of `jaxrec.models.repeat.Repeat`; None: items of the history are excluded.
         validation_ndcg_10: Of the mix, asked with the request time.
         validation_ndcg_10_without_trend: Of the mix that is learned without a trend.
     """
@@ -49,6 +54,7 @@ class Mix:
     cooccurrence: float
     trend: list[list[float]]
     typical_events: list[float]
+    repeat: list[float] | None = None
     validation_ndcg_10: float = float("nan")
     validation_ndcg_10_without_trend: float = float("nan")
 
@@ -62,7 +68,8 @@ class Mix:
         """The models in this mix; `new_items` as `Hybrid` has them."""
         weights = MixWeights(self.lstm, self.content, self.cooccurrence)
         trend = Trend(np.array(self.trend, np.float32), np.array(self.typical_events, np.float32))
-        return Hybrid(lstm, content, cooccurrence, weights, trend, new_items=new_items)
+        repeat = None if self.repeat is None else Repeat(np.array(self.repeat, np.float32))
+        return Hybrid(lstm, content, cooccurrence, weights, trend, new_items=new_items, repeat=repeat)
 
 
 class Candidates(NamedTuple):
@@ -70,16 +77,22 @@ class Candidates(NamedTuple):
 
     `parts` [cases, 3, candidates] float32: the logits of both models and the scores of co-occurrence; `views`
     [cases, VIEWS * half-lives, candidates] float32 of the trend; `log_weight` [cases, candidates] float32: the
-    logarithm of how many items each stands for, NEVER where it is none.
+    logarithm of how many items each stands for, NEVER where it is none; `repeats` [cases, 0 or 1 + SEEN, FEATURES]
+    uint8: the places of the first ones in the table of repeats, 0 where they are not of the history, as all others.
     """
 
     parts: np.ndarray
     views: np.ndarray
     log_weight: np.ndarray
+    repeats: np.ndarray = np.zeros((1, 0, FEATURES), np.uint8)
 
 
 def learn_mix(
-    lstm: TimeRatingAwareLSTM, content: TimeRatingAwareContentModel, cooccurrence: CoOccurrence, data: PreparedData
+    lstm: TimeRatingAwareLSTM,
+    content: TimeRatingAwareContentModel,
+    cooccurrence: CoOccurrence,
+    data: PreparedData,
+    exclude_seen: bool = True,
 ) -> Mix:
     """Fits the weights to the next items of validation, by softmax cross-entropy.
 
@@ -89,13 +102,15 @@ def learn_mix(
     is used in full. Items without training events are neither candidates nor targets. The weights of the models and of
     co-occurrence are not negative. All weights are shrunk, these towards START, those of the trend towards 0. The trend
     of a case counts the events before it, of all users. It is kept unless the mix that is learned without it has the
-    better NDCG@10.
+    better NDCG@10. Of a history that is not excluded the SEEN items met last are candidates, and what repeats add is
+    learned with the weights, shrunk to 0 and to its neighbours.
 
     Args:
         lstm: As trained.
         content: As trained.
         cooccurrence: As counted.
         data: That they were trained on.
+        exclude_seen: Whether items of the history are no candidates.
 
     Returns:
         The mix, with its validation figures.
@@ -104,13 +119,15 @@ def learn_mix(
     counts = DecayedCounts.of(data)
     typical = _typical(counts, data.histories.times[cases.rows])
     scorers = sequence_scorer(lstm), sequence_scorer(content), cooccurrence_scorer(cooccurrence)
-    found = _candidates(scorers, data, cases, lstm.config.max_length, counts, typical)
+    found = _candidates(scorers, data, cases, lstm.config.max_length, counts, typical, exclude_seen)
+    mix, plain = (
+        _mix(fit_weights(one), one.views.shape[1], typical, exclude_seen)
+        for one in (found, found._replace(views=found.views[:, :0]))
+    )
     if not len(found.parts):  # every target is excluded
-        return _mix(np.array(START), typical)
-    mix, plain = (_mix(fit_weights(one), typical) for one in (found, found._replace(views=found.views[:, :0])))
-    max_length = lstm.config.max_length
+        return mix
     best, without = (
-        float(ndcg(rank_cases(scorer, data, cases, max_length, request_time=True).ranks, 10).mean())
+        float(ndcg(rank_cases(scorer, data, cases, lstm.config.max_length, True, exclude_seen).ranks, 10).mean())
         for scorer in (
             hybrid_scorer(mix.hybrid(lstm, content, cooccurrence), counts),
             hybrid_scorer(plain.hybrid(lstm, content, cooccurrence)),
@@ -123,37 +140,53 @@ def learn_mix(
     )
 
 
-def _mix(weights: np.ndarray, typical: np.ndarray) -> Mix:
-    """Of the first weights, or of all; without the others there is no trend."""
-    of_lstm, of_content, of_neighbours = map(float, weights[: len(START)])
-    trend = np.zeros(VIEWS * len(HALF_LIVES_S))
-    trend[: len(weights) - len(START)] = weights[len(START) :]
-    return Mix(of_lstm, of_content, of_neighbours, trend.reshape(VIEWS, -1).tolist(), typical.tolist())
+def _mix(weights: np.ndarray, views: int, typical: np.ndarray, exclude_seen: bool) -> Mix:
+    """Of what `fit_weights` returns; without views there is no trend."""
+    of_parts, of_views, table = np.split(weights, np.cumsum([len(START), views]))
+    trend = of_views if views else np.zeros(VIEWS * len(HALF_LIVES_S))
+    of_lstm, of_content, of_neighbours = map(float, of_parts)
+    repeat = None if exclude_seen else table.tolist()
+    return Mix(of_lstm, of_content, of_neighbours, trend.reshape(VIEWS, -1).tolist(), typical.tolist(), repeat)
 
 
 def fit_weights(found: Candidates) -> np.ndarray:
-    """The weights [3 + views] of parts and views with the least mean cross-entropy of the targets."""
-    cases, views, _ = found.views.shape
-    columns = np.concatenate([found.parts, found.views], axis=1).swapaxes(0, 1).reshape(len(START) + views, -1)
+    """The weights [3 + views] of parts and views with the least mean cross-entropy of the targets, followed by the
+    table of repeats [TABLE_SIZE] where there are such."""
+    (cases, views, _), repeated = found.views.shape, found.repeats.shape[1]
+    others = views + (TABLE_SIZE if repeated else 0)
+    start = np.concatenate([START, np.zeros(others)])
+    if not cases:
+        return start.astype(np.float32)  # every target is excluded: there is nothing to learn from
+    linear = len(START) + views
+    columns = np.concatenate([found.parts, found.views], axis=1).swapaxes(0, 1).reshape(linear, -1)
     where = found.log_weight.ravel() > NEVER
-    start = np.concatenate([START, np.zeros(views)])
     unit = np.concatenate([1 / np.array(START), [column[where].std() for column in columns[len(START) :]]])
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         """The loss and its gradient. Written out as two products of a vector and a matrix, it takes a tenth of the
         time that the compiled sum over views takes on a CPU."""
-        logits = (weights.astype(np.float32) @ columns).reshape(cases, -1) + found.log_weight
+        of_columns, table = weights[:linear], weights[linear:]
+        logits = (of_columns.astype(np.float32) @ columns).reshape(cases, -1) + found.log_weight
+        if repeated:
+            logits[:, :repeated] += np.append(0.0, table[1:])[found.repeats].sum(axis=2)
         highest = logits.max(axis=1, keepdims=True)
         exponentials = np.exp(logits - highest)
         total = exponentials.sum(axis=1, keepdims=True)
         loss = np.mean(np.log(total) + highest - logits[:, :1])
         difference = exponentials / total
         difference[:, 0] -= 1
-        moved = (weights - start) * unit
-        gradient = columns @ difference.ravel() + 2 * PENALTY * moved * unit
-        return float(loss + PENALTY / cases * np.sum(moved**2)), np.asarray(gradient / cases, np.float64)
+        moved, steps = (of_columns - start[:linear]) * unit, np.diff(table)[STEPS] if repeated else np.zeros(0)
+        penalty = PENALTY * moved @ moved + TABLE_PENALTY * table @ table + STEP_PENALTY * steps @ steps
+        to_columns, to_table = columns @ difference.ravel() + 2 * PENALTY * moved * unit, 2 * TABLE_PENALTY * table
+        if repeated:
+            of_places = np.repeat(difference[:, :repeated].ravel(), FEATURES)
+            to_table += np.bincount(found.repeats.ravel(), of_places, TABLE_SIZE)
+            to_table[STEPS + 1] += 2 * STEP_PENALTY * steps
+            to_table[STEPS] -= 2 * STEP_PENALTY * steps
+            to_table[0] = 0.0  # the place of items that are not of the history
+        return float(loss + penalty / cases), np.concatenate([to_columns, to_table]) / cases
 
-    bounds = [(0, None)] * len(START) + [(None, None)] * views
+    bounds = [(0, None)] * len(START) + [(None, None)] * others
     result = scipy.optimize.minimize(
         objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": ITERATIONS}
     )
@@ -173,16 +206,18 @@ def _candidates(
     max_length: int,
     counts: DecayedCounts,
     typical: np.ndarray,
+    exclude_seen: bool,
 ) -> Candidates:
     """Of the cases whose target has training events and is not excluded."""
     rng, new = np.random.default_rng(0), data.train_popularity() == 0
     collected = []
     ordered, _ = in_time(data, cases)
-    batches = map(_every_second_with_time, case_batches(data, ordered, max_length))
+    batches = map(_every_second_with_time, case_batches(data, ordered, max_length, exclude_seen=exclude_seen))
     for number, batch in enumerate(batches):
         parts = np.stack([np.asarray(score(batch)) for score in scorers], axis=1)
         decayed = counts.before(batch.time)
-        chosen, log_weight = choose(parts, decayed, batch, new, rng)
+        seen, buckets = (None, np.zeros((len(parts), 0, FEATURES), np.uint8)) if exclude_seen else _seen(batch)
+        chosen, log_weight = choose(parts, decayed, batch, new, rng, seen)
         real = len(cases) - number * len(batch.target)  # the last batch is filled up
         lost = (batch.exclude == batch.target[:, None]).any(axis=1) | new[batch.target]
         kept = np.flatnonzero(~lost[:real])
@@ -191,12 +226,30 @@ def _candidates(
         scaled = np.take_along_axis(decayed[kept], places, axis=2) * scale[kept, :, None]
         views = np.asarray(trend_views(jnp.asarray(scaled)))
         views = views.reshape(len(kept), VIEWS * len(HALF_LIVES_S), chosen.shape[1])
-        collected.append((np.take_along_axis(parts[kept], places, axis=2), views, log_weight[kept]))
+        collected.append((np.take_along_axis(parts[kept], places, axis=2), views, log_weight[kept], buckets[kept]))
     return Candidates(*map(np.concatenate, zip(*collected, strict=True)))
 
 
+def _seen(batch: CaseBatch) -> tuple[np.ndarray, np.ndarray]:
+    """The SEEN items of each history that were met last [batch, SEEN], and the places in the table of repeats
+    [batch, 1 + SEEN, FEATURES] of the target and of them."""
+    items, buckets = seen_buckets(
+        batch.history, batch.history_time, batch.time, np.asarray(batch.request_gap) != UNKNOWN_GAP
+    )
+    here = items == batch.target[:, None]
+    of_target = np.where(here.any(axis=1)[:, None], buckets[np.arange(len(here)), here.argmax(axis=1)], 0)
+    missing = ((0, 0), (0, max(0, SEEN - items.shape[1])))
+    items, buckets = np.pad(items, missing)[:, :SEEN], np.pad(buckets, (*missing, (0, 0)))[:, :SEEN]
+    return items, np.concatenate([of_target[:, None], buckets], axis=1)
+
+
 def choose(
-    parts: np.ndarray, counts: np.ndarray, batch: CaseBatch, new: np.ndarray, rng: np.random.Generator
+    parts: np.ndarray,
+    counts: np.ndarray,
+    batch: CaseBatch,
+    new: np.ndarray,
+    rng: np.random.Generator,
+    seen: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The candidates of each case of a batch.
 
@@ -206,10 +259,12 @@ def choose(
         batch: The cases.
         new: [items + 1] bool, items that are no candidates.
         rng: Of the random ones.
+        seen: [batch, SEEN] int32 (0 = none), items of the history that are candidates; the others of it are none. None:
+            the history is excluded.
 
     Returns:
-        Items [batch, candidates] int64, the target first, and the logarithm of how many items each stands for
-        [batch, candidates] float32: NEVER where it is excluded, or a candidate already.
+        Items [batch, candidates] int64, the target first, then those seen, and the logarithm of how many items each
+        stands for [batch, candidates] float32: NEVER where it is excluded, or a candidate already.
     """
     size, items = len(batch.target), parts.shape[2] - 1
     taken = np.zeros((size, items + 1), bool)
@@ -224,6 +279,9 @@ def choose(
         taken[rows, candidates] = True
 
     add(batch.target[:, None].astype(np.int64), 0.0)
+    if seen is not None:
+        add(seen.astype(np.int64), 0.0)
+        taken[rows, batch.history] = True
     best = min(BEST_OF_EACH, items)
     for scores in (*np.moveaxis(parts, 1, 0), counts.sum(axis=1)):
         add(np.argpartition(-np.where(taken, NEVER, scores), best - 1, axis=1)[:, :best], 0.0)

@@ -62,7 +62,7 @@ def shift_logits(hybrid: Hybrid, new: np.ndarray, shift: float) -> None:
         table[...] = jnp.where(jnp.asarray(new), table[...] + jnp.float32(shift), table[...])
 
 
-def tune_shift(hybrid: Hybrid, new: np.ndarray, data: PreparedData) -> NewItems:
+def tune_shift(hybrid: Hybrid, new: np.ndarray, data: PreparedData, exclude_seen: bool = True) -> NewItems:
     """The largest of SHIFTS with LEAST_KEPT of the validation HR@50 of known items.
 
     Args:
@@ -70,15 +70,17 @@ def tune_shift(hybrid: Hybrid, new: np.ndarray, data: PreparedData) -> NewItems:
         new: [items + 1] bool.
         data: Whose validation cases decide, MAX_MIX_CASES at most. Cases of new items are left out: of their hits there
             are too few to weigh against others'.
+        exclude_seen: Whether items of the history are no candidates.
 
     Returns:
         The shift, and what it costs; 0 where no known item is among the first TOP.
     """
     cases, _ = in_time(data, data.split.validation.at_most(MAX_MIX_CASES))
+    max_length = hybrid.lstm.config.max_length
     scorer, where = hybrid_scorer(hybrid, DecayedCounts.of(data)), jnp.asarray(new)
 
     def largest_shifts(asked: Callable[[CaseBatch], CaseBatch]) -> np.ndarray:
-        batches = map(asked, case_batches(data, cases, hybrid.lstm.config.max_length))
+        batches = map(asked, case_batches(data, cases, max_length, exclude_seen=exclude_seen))
         found = [_largest_shifts(scorer(batch), where, batch.target, batch.exclude) for batch in batches]
         return np.concatenate([np.empty(0), *found])[: len(cases)]
 

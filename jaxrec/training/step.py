@@ -77,12 +77,14 @@ def training_loss(
     sampled_items: int | None = None,
     trained_items: np.ndarray | None = None,
     mesh: Mesh | None = None,
+    exclude_seen: bool = True,
 ) -> jax.Array:
     """Next-item loss of every position; each request gap is hidden with the given probability, so that one model
     answers with and without a request time. `sampled_items` as in TrainConfig; `mesh` as in `next_item_loss`.
 
     `trained_items` [items + 1] bool: the candidates of the full softmax. An item without training events is none, or
-    training would teach its vector and its bias that it is never chosen.
+    training would teach its vector and its bias that it is never chosen. `exclude_seen`: the user's items up to each
+    position are none either (`seen_items`).
     """
     item_vectors = model.item_vectors()
     outputs, _ = model.encode(batch.events, item_vectors, key=jax.random.fold_in(key, 0), starts=batch.starts)
@@ -97,13 +99,13 @@ def training_loss(
     if sampled:
         # A sample seldom meets the few items of a history, so they stay in.
         return sampled_softmax_loss(*arguments, sampled, jax.random.fold_in(key, 2))
-    return next_item_loss(*arguments, seen_items(batch), mesh)
+    return next_item_loss(*arguments, seen_items(batch) if exclude_seen else None, mesh)
 
 
 def seen_items(batch: TrainBatch) -> jax.Array:
     """[batch, length, length + width] int32: the user's items up to each position, without its target (0 = none).
 
-    It is never recommended, so the softmax need not learn to leave it out.
+    Where they are never recommended the softmax need not learn to leave them out.
     """
     item, target = jnp.asarray(batch.events.item), jnp.asarray(batch.target)
     window = jnp.cumsum(jnp.asarray(batch.starts), axis=1)
@@ -123,11 +125,12 @@ def make_train_step(
     request_gap_dropout: float,
     sampled_items: int | None = None,
     trained_items: np.ndarray | None = None,
+    exclude_seen: bool = True,
 ) -> StepFunction:
     """step(state, batch, key) -> (state, {loss, gradient_norm}). The key is the run's; the step number is folded in.
 
-    The state is donated, and stays laid out over the mesh as `state_sharding` says. `sampled_items` and `trained_items`
-    as in `training_loss`. On a CPU a program that trains is faster after
+    The state is donated, and stays laid out over the mesh as `state_sharding` says. `sampled_items`, `trained_items`
+    and `exclude_seen` as in `training_loss`. On a CPU a program that trains is faster after
     `jaxrec.training.host_memory.keep_freed_memory()`.
     """
 
@@ -136,7 +139,8 @@ def make_train_step(
         def loss_of(params: Any) -> jax.Array:
             model = nnx.merge(graphdef, params, state.fixed)
             step_key = jax.random.fold_in(key, state.step)
-            return training_loss(model, batch, step_key, request_gap_dropout, sampled_items, trained_items, mesh)
+            rest = (sampled_items, trained_items, mesh, exclude_seen)
+            return training_loss(model, batch, step_key, request_gap_dropout, *rest)
 
         loss, gradients = jax.value_and_grad(loss_of)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from serve.api.errors import InvalidRequest
 from serve.api.rules import MAX_BATCH, MAX_EXCLUDED_ITEMS, MAX_HISTORY_EVENTS, MAX_K, latest_time
-from serve.model.graphs import SEQUENCE_INPUTS, SEQUENCE_OUTPUTS, TREND
+from serve.model.graphs import SEQUENCE_OUTPUTS, TREND, Signature, sequence_inputs
 from serve.model.recommender import Recommender
 from serve.pb import open_inference_pb2 as pb
 from serve.pb import open_inference_pb2_grpc
@@ -29,8 +29,6 @@ _TYPES: dict[str, tuple[str, np.dtype[Any], str]] = {
     "int64": ("INT64", np.dtype("<i8"), "int64_contents"),
     "float": ("FP32", np.dtype("<f4"), "fp32_contents"),
 }
-# The trend is the server's.
-_INPUTS = {name: dtype for name, dtype in SEQUENCE_INPUTS.items() if name != TREND}
 _INPUT_SHAPES: dict[str, tuple[int, ...]] = {
     "item": (-1, -1),
     "rating": (-1, -1),
@@ -38,10 +36,13 @@ _INPUT_SHAPES: dict[str, tuple[int, ...]] = {
     "length": (-1,),
     "request_gap": (-1,),
     "exclude": (-1, -1),
+    "seen": (-1, -1),
+    "seen_score": (-1, -1),
     "k": (1,),
 }
 # No graph sees more values than this in one call: what 256 histories of 390 events are.
 MAX_EVENTS = 100_000
+MOST_SEEN_SCORE = 1e6
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -83,7 +84,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             platform=PLATFORM,
             inputs=[
                 tensor(name=name, datatype=_TYPES[dtype][0], shape=_INPUT_SHAPES[name])
-                for name, dtype in _INPUTS.items()
+                for name, dtype in _inputs(model).items()
             ],
             outputs=[
                 tensor(name=name, datatype=_TYPES[dtype][0], shape=shapes[name])
@@ -97,7 +98,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         for at, name in enumerate(wanted):
             if name not in SEQUENCE_OUTPUTS or name in wanted[:at]:
                 raise InvalidRequest(f"outputs[{at}]", f"one of {', '.join(SEQUENCE_OUTPUTS)}, each once", repr(name))
-        inputs = _decoded(request)
+        inputs = _decoded(request, _inputs(model))
         _check(inputs, model)
         if not context.is_active():
             raise Cancelled("cancelled by the client")
@@ -117,21 +118,29 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         return self._models.version(version).model
 
 
-def _decoded(request: pb.ModelInferRequest) -> Tensors:
+def _inputs(model: Recommender) -> Signature:
+    """What clients send: all but the trend, which is the server's."""
+    return {name: dtype for name, dtype in sequence_inputs(model.info).items() if name != TREND}
+
+
+def _decoded(request: pb.ModelInferRequest, expected: Signature) -> Tensors:
     """The inputs as arrays of the graph's types; raises InvalidRequest unless each is there once, whole."""
     names = [tensor.name for tensor in request.inputs]
-    if sorted(names) != sorted(_INPUTS):
+    if sorted(names) != sorted(expected):
         came = ", ".join(repr(name[:80]) for name in names[:20]) or "none"
-        raise InvalidRequest("inputs", f"{', '.join(_INPUTS)}, each once", came)
+        raise InvalidRequest("inputs", f"{', '.join(expected)}, each once", came)
     raw: Sequence[bytes | None] = request.raw_input_contents or [None] * len(names)
     if len(raw) != len(names):
         raise InvalidRequest("raw_input_contents", f"none or {len(names)} entries", len(raw))
-    return {tensor.name: _tensor(tensor, content) for tensor, content in zip(request.inputs, raw, strict=True)}
+    return {
+        tensor.name: _tensor(tensor, content, expected[tensor.name])
+        for tensor, content in zip(request.inputs, raw, strict=True)
+    }
 
 
-def _tensor(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> NDArray[Any]:
+def _tensor(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None, kind: str) -> NDArray[Any]:
     where = f"inputs[{tensor.name}]"
-    datatype, dtype, field = _TYPES[_INPUTS[tensor.name]]
+    datatype, dtype, field = _TYPES[kind]
     if tensor.datatype != datatype:
         raise InvalidRequest(f"{where}.datatype", datatype, repr(tensor.datatype[:80]))
     shape, expected = tuple(tensor.shape), _INPUT_SHAPES[tensor.name]
@@ -171,6 +180,8 @@ def _check(inputs: Mapping[str, NDArray[Any]], model: Recommender) -> None:
     if exclude.shape[1] > MAX_EXCLUDED_ITEMS:
         raise InvalidRequest("inputs[exclude].shape", f"at most {MAX_EXCLUDED_ITEMS} items", exclude.shape[1])
     items = model.info.item_count
+    if model.info.repeat is not None:
+        _check_seen(inputs["seen"], inputs["seen_score"], batch, items)
     _check_range("k", inputs["k"], 1, min(MAX_K, items))
     _check_range("length", length, 1, longest)
     _check_range("exclude", exclude, 0, items)
@@ -185,6 +196,20 @@ def _check(inputs: Mapping[str, NDArray[Any]], model: Recommender) -> None:
     for name, seconds in (("gap", gap[event]), ("request_gap", request_gap)):
         if not (((seconds >= 0) & (seconds <= latest)) | (seconds == -1)).all():
             raise InvalidRequest(f"inputs[{name}]", f"seconds in 0..{latest}, or -1 for not known", "others")
+
+
+def _check_seen(seen: NDArray[np.int32], score: NDArray[np.float32], batch: int, items: int) -> None:
+    if len(seen) != batch or seen.shape[1] > MAX_HISTORY_EVENTS or seen.size > MAX_EVENTS:
+        limits = f"{batch} rows as in item, of at most {MAX_HISTORY_EVENTS} items, and {MAX_EVENTS} in all"
+        raise InvalidRequest("inputs[seen].shape", limits, list(seen.shape))
+    if score.shape != seen.shape:
+        raise InvalidRequest("inputs[seen_score].shape", f"{list(seen.shape)} as seen", list(score.shape))
+    _check_range("seen", seen, 0, items)
+    in_order = np.sort(seen, axis=1)
+    if ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] > 0)).any():
+        raise InvalidRequest("inputs[seen]", "each item once in a row", "the same item again")
+    if not (np.abs(score) <= MOST_SEEN_SCORE).all():
+        raise InvalidRequest("inputs[seen_score]", f"numbers in {-MOST_SEEN_SCORE:g}..{MOST_SEEN_SCORE:g}", "others")
 
 
 def _check_range(name: str, values: NDArray[Any], low: int, high: int) -> None:

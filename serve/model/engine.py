@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,11 @@ from serve.model.graphs import (
     trend_graph,
 )
 from serve.model.manifest import ArtifactError
+from serve.model.repeat import Seen
 from serve.model.search import NEVER, Graph, IndexedGraph, Search
 from serve.settings import Provider, SearchBy
+
+Number = TypeVar("Number", np.int32, np.float32)
 
 # The graphs give an excluded item a score of at most this.
 EXCLUDED_SCORE = NEVER
@@ -52,6 +55,8 @@ class Step(NamedTuple):
     """Seconds from this event to the request; -1 = not known."""
     exclude: NDArray[np.int32]
     """`[1, m]`, m >= 1, item indices that are never answered; 0 excludes nothing."""
+    seen: Seen | None = None
+    """As in `Features`."""
 
 
 class Engine:
@@ -80,6 +85,7 @@ class Engine:
         CUDA does not run.
         """
         self.item_count = artifact.info.item_count
+        self._repeats = artifact.info.repeat is not None
         if search_by == "index" and artifact.index is None:
             raise ArtifactError(f"{artifact.directory}: has no index, export it with --index always")
         index = artifact.index
@@ -212,6 +218,9 @@ class Engine:
         """One run of a graph for some rows, with each row's state `[1, width]` from the output called `state`."""
         inputs["request_gap"] = np.array([row.request_gap for row in rows], np.float32)
         inputs["k"] = self._k(k)
+        if self._repeats:
+            inputs["seen"] = _padded([_NOTHING.items if row.seen is None else row.seen.items for row in rows])
+            inputs["seen_score"] = _padded([_NOTHING.scores if row.seen is None else row.seen.scores for row in rows])
         states, items, scores = graph.run([state, "items", "scores"], inputs)
         # Copies of the rows of a batch, else one kept state would keep those of all its neighbours.
         kept = [states] if len(rows) == 1 else [states[at : at + 1].copy() for at in range(len(rows))]
@@ -243,9 +252,12 @@ def like_lengths(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _padded(rows: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
+_NOTHING = Seen(np.zeros(0, np.int32), np.zeros(0, np.float32))
+
+
+def _padded(rows: Sequence[NDArray[Number]]) -> NDArray[Number]:
     """Rows side by side as `[batch, longest]`, right-padded with 0, at least one wide."""
-    padded = np.zeros((len(rows), max(1, *(len(row) for row in rows))), np.int32)
+    padded = np.zeros((len(rows), max(1, *(len(row) for row in rows))), rows[0].dtype)
     for at, row in enumerate(rows):
         padded[at, : len(row)] = row
     return padded

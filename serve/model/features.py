@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from serve.model.events import KnownEvent, RatingScale
 from serve.model.manifest import ModelInfo
+from serve.model.repeat import Seen, meetings
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +25,12 @@ class Features:
     """Seconds from the last event to the request; -1 = not known."""
     exclude: NDArray[np.int32]
     """`[m]`, m >= 0, item indices that are never answered."""
+    seen: Seen | None = None
+    """For models that may answer items of the history: what is added to them."""
 
     def without_last(self) -> "Features":
         """The history before its last event, of at least two; the same exclusions."""
-        return Features(self.item[:-1], self.rating[:-1], self.gap[:-1], -1.0, self.exclude)
+        return Features(self.item[:-1], self.rating[:-1], self.gap[:-1], -1.0, self.exclude, self.seen)
 
 
 def features(
@@ -35,20 +38,25 @@ def features(
 ) -> Features:
     """What the graphs see of a history in time order, with at least one event.
 
-    All events are excluded from the answer; only the last `max_history` are fed. The first of those keeps
-    the gap to the event before it, which happened all the same.
+    All events are excluded from the answer, unless the model may repeat them; only the last `max_history` are fed. The
+    first of those keeps the gap to the event before it, which happened all the same.
     """
     fed = events[-info.max_history :]
     timestamps = np.array([event.timestamp for event in fed], np.int64)
     gap = np.empty(len(fed), np.float32)
     gap[0] = fed[0].timestamp - events[-len(fed) - 1].timestamp if len(events) > len(fed) else -1
     gap[1:] = timestamps[1:] - timestamps[:-1]
+    repeat, seen = info.repeat, None
+    if repeat is not None:
+        seen = repeat.seen(meetings(events), len(events), events[-1].timestamp, request_time)
+    met = [event.item for event in events] if repeat is None else ()
     return Features(
         item=np.array([event.item for event in fed], np.int32),
         rating=unit_ratings(fed, info.rating_scale, missing=-1),
         gap=gap,
         request_gap=-1.0 if request_time is None else float(request_time - fed[-1].timestamp),
-        exclude=np.array([*[event.item for event in events], *exclude], np.int32),
+        exclude=np.array([*met, *exclude], np.int32),
+        seen=seen,
     )
 
 

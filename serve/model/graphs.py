@@ -12,7 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from serve.model.directory import Artifact, IndexFiles
-from serve.model.manifest import ArtifactError
+from serve.model.manifest import ArtifactError, ModelInfo
 from serve.settings import Provider, SearchBy
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -26,6 +26,8 @@ _RANKING = {"items": "int32", "scores": "float"}
 _EVENTS = {"item": "int32", "rating": "float", "gap": "float"}
 # What is added to the logits of each item, the same for all rows.
 TREND = "trend"
+# What is added to items of the history, of models that may answer them.
+SEEN: Signature = {"seen": "int32", "seen_score": "float"}
 SEQUENCE_INPUTS: Signature = {**_EVENTS, "length": "int32", **_REQUEST, TREND: "float"}
 SEQUENCE_OUTPUTS: Signature = {"state": "float", **_RANKING}
 STEP_INPUTS: Signature = {"state": "float", **_EVENTS, **_REQUEST, TREND: "float"}
@@ -57,6 +59,11 @@ def state_width(artifact: Artifact, sequence: onnxruntime.InferenceSession, step
     return widths[0]
 
 
+def sequence_inputs(info: ModelInfo) -> Signature:
+    """Of a model's `sequence.onnx`."""
+    return SEQUENCE_INPUTS if info.repeat is None else {**SEQUENCE_INPUTS, **SEEN}
+
+
 class GraphFile(NamedTuple):
     """A graph with what is expected of it."""
 
@@ -68,9 +75,10 @@ class GraphFile(NamedTuple):
 
 def exact_graphs(artifact: Artifact) -> tuple[GraphFile, GraphFile]:
     folder = artifact.directory
+    step_inputs = STEP_INPUTS if artifact.info.repeat is None else {**STEP_INPUTS, **SEEN}
     return (
-        GraphFile(folder / "sequence.onnx", artifact.sequence_graph, SEQUENCE_INPUTS, SEQUENCE_OUTPUTS),
-        GraphFile(folder / "step.onnx", artifact.step_graph, STEP_INPUTS, STEP_OUTPUTS),
+        GraphFile(folder / "sequence.onnx", artifact.sequence_graph, sequence_inputs(artifact.info), SEQUENCE_OUTPUTS),
+        GraphFile(folder / "step.onnx", artifact.step_graph, step_inputs, STEP_OUTPUTS),
     )
 
 

@@ -2,17 +2,20 @@
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from serve.model.events import RatingScale
+from serve.model.repeat import Buckets, Repeat
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
 POLICIES = ("reinforce", "supervised")
 LARGEST_ITEM_COUNT = 2**31 - 2
+SEEN_ITEMS = EXCLUDE, _ = "exclude", "allow"
 
 
 class ArtifactError(Exception):
@@ -30,6 +33,8 @@ class ModelInfo:
     max_history: int
     rating_scale: RatingScale | None
     genres: tuple[str, ...]
+    repeat: Repeat | None
+    """None: items of the history are not answered."""
 
 
 def read_manifest(directory: Path) -> "Fields":
@@ -124,4 +129,31 @@ def model_info(fields: Fields) -> ModelInfo:
         max_history=fields.get("max_history", int),
         rating_scale=scale,
         genres=tuple(genres),
+        repeat=_repeat(fields.section("seen")),
+    )
+
+
+def _repeat(fields: Fields) -> Repeat | None:
+    """What is added to items of the history; None where they are not answered."""
+    items = fields.get("items", str)
+    if items not in SEEN_ITEMS:
+        fields.fail("items", " or ".join(SEEN_ITEMS), items)
+    if items == EXCLUDE:
+        return None
+    return Repeat(*(_buckets(fields.section(name)) for name in ("count", "ago", "age", "interval")))
+
+
+def _buckets(fields: Fields) -> Buckets:
+    edges, scores = fields.get("edges", list), fields.get("scores", list)
+    if not _numbers(edges) or any(low >= high for low, high in pairwise(edges)):
+        fields.fail("edges", "finite numbers that increase", edges)
+    if not 1 <= len(scores) <= 2 or not all(_numbers(row) and len(row) == len(edges) + 1 for row in scores):
+        fields.fail("scores", f"one or two lists of {len(edges) + 1} finite numbers", scores)
+    return Buckets(np.array(edges, np.float64), np.array(scores, np.float32))
+
+
+def _numbers(values: Any) -> bool:
+    largest = float(np.finfo(np.float32).max)
+    return isinstance(values, list) and all(
+        type(value) in (int, float) and -largest <= value <= largest for value in values
     )

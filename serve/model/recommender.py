@@ -156,7 +156,9 @@ class Recommender:
 
     def _influences(self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]) -> NDArray[np.float32]:
         """By how much each item's score is lower without each of the last events, `[items, events]`."""
-        exclude = [*self.indices(query.exclude_item_ids), *(event.item for event in history)]
+        exclude = self.indices(query.exclude_item_ids)
+        if self.info.repeat is None:
+            exclude += [event.item for event in history]
         kept = range(max(0, len(history) - ASKED_EVENTS), len(history))
         rows = [features(history, query.request_time, exclude, self.info)]
         rows += [features([*history[:at], *history[at + 1 :]], query.request_time, exclude, self.info) for at in kept]

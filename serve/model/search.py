@@ -1,10 +1,10 @@
 """Answers from a large catalogue without multiplying all of it, where the model directory has an index of its items.
 
 Graphs without the items' arrays give the query and the state. The index (faiss, `jaxrec.onnx.ann_index`) names
-candidates for the query; the neighbours of the recent items and the items that many users take now are candidates too,
-since what is added to their logits is not in the index. The logits of all of those are computed exactly, so an item can
-be missing from an answer, but none has a wrong score. How many candidates it takes for that to be rare was measured at
-the export.
+candidates for the query; the neighbours of the recent items, the items that many users take now and those of a history
+that may be answered are candidates too, since what is added to their logits is not in the index. The logits of all of
+those are computed exactly, so an item can be missing from an answer, but none has a wrong score. How many candidates it
+takes for that to be rare was measured at the export.
 """
 
 import threading
@@ -20,6 +20,8 @@ from serve.model.manifest import ArtifactError
 
 NEVER = np.float32(-1e30)
 """The score of what is excluded, as the graphs have it."""
+OF_ANSWER = ("exclude", "k", "trend", "seen", "seen_score")
+"""Inputs that the state and the query do not depend on."""
 CHECKED_QUERIES = 16
 CHECKED_ITEMS = 10
 LEAST_KEPT = 0.5
@@ -50,11 +52,12 @@ class IndexedGraph:
 
     def run(self, outputs: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """As a session of ONNX Runtime."""
-        events = {name: tensor for name, tensor in inputs.items() if name not in ("exclude", "k", "trend")}
+        events = {name: tensor for name, tensor in inputs.items() if name not in OF_ANSWER}
         events["vector"] = self._search.item_vectors[inputs["item"]]
         state, query = self._graph.run([self._state, "query"], events)
         k = np.broadcast_to(inputs["k"], len(query))
-        items, scores = self._search.best(query, state, inputs["exclude"], k, inputs["trend"])
+        seen = (inputs["seen"], inputs["seen_score"]) if "seen" in inputs else None
+        items, scores = self._search.best(query, state, inputs["exclude"], k, inputs["trend"], seen)
         answer = {self._state: state, "items": items, "scores": scores}
         return [answer[name] for name in outputs]
 
@@ -111,12 +114,14 @@ class Search:
         exclude: NDArray[np.int32],
         k: NDArray[np.int64],
         trend: NDArray[np.float32],
+        seen: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """The k best items and their logits `[batch, largest k]`, best first, lower indices first among equals.
 
         `query` is `[batch, width]`, `state` `[batch, state width]` ends with the recent items, `exclude` is
-        `[batch, m]`, 0 excludes nothing; `k` is `[batch]`, at most the number of items each; `trend` is `[items+1]`.
-        How many candidates a row gets depends on its own k and exclusions alone.
+        `[batch, m]`, 0 excludes nothing; `k` is `[batch]`, at most the number of items each; `trend` is `[items+1]`;
+        `seen` are items of the histories `[batch, n]`, 0 is none, and what is added to their logits. How many
+        candidates a row gets depends on its own k, exclusions and items alone.
         """
         trending = self._trending
         if trending.trend is not trend:
@@ -125,23 +130,27 @@ class Search:
         shape = len(query), int(k.max(initial=0))
         items, scores = np.zeros(shape, np.int32), np.full(shape, NEVER, np.float32)
         counts = self._candidates + self._candidates_per_answer * k + np.count_nonzero(exclude, axis=1)
+        # What is added may be what takes them out of the answer.
+        met, met_scores = (exclude[:, :0], np.zeros((len(query), 0), np.float32)) if seen is None else seen
+        counts += np.count_nonzero(met, axis=1)
         found = self._found(query, counts)
         recent = state[:, -self._recent :].astype(np.int32)
         more = self._zeros()
         for row, wanted in enumerate(k.tolist()):
             near = self._neighbour_item[recent[row]].ravel()
-            excluded = exclude[row]
+            excluded, of_history = exclude[row], met[row]
             # What is added to the product: an array of all items, zeros but here, and afterwards zeros again.
             try:
                 np.add.at(more, near, (self._neighbour_weight[recent[row]] * self._recent_weights).ravel())
+                np.add.at(more, of_history, met_scores[row])
                 more[excluded] = more[0] = NEVER
-                candidates = np.concatenate((near, found[row], trending.items))
+                candidates = np.concatenate((near, found[row], trending.items, of_history))
                 best = self._best_of(candidates, query[row], trending.bias, more, wanted)
                 if best is None:
                     # Too few were found: so much is asked for, or excluded, that all items have to be looked at.
                     best = self._best_of_all(query[row], trending.bias, more, wanted)
             finally:
-                more[near] = more[excluded] = more[0] = 0
+                more[near] = more[of_history] = more[excluded] = more[0] = 0
             items[row, :wanted], scores[row, :wanted] = best
         return items, scores
 
@@ -184,8 +193,8 @@ class Search:
     ) -> tuple[NDArray[Any], NDArray[np.float32]] | None:
         """The k best of candidates, some of which are there several times, and their logits; None: there are fewer."""
         scores = self._logits(candidates, query, bias, more)
-        # An item is near each recent one, found and trending at most.
-        most = k * (self._recent + 2)
+        # An item is near each recent one, found, trending and seen at most.
+        most = k * (self._recent + 3)
         if most < len(scores):
             chosen = _at_least(scores, most)
             candidates, scores = candidates[chosen], scores[chosen]

@@ -107,7 +107,8 @@ def warm_up(model: Recommender) -> None:
         stepped = of_two
         if info.max_history > 1:
             last = rows[1]
-            step = Step(state, last.item[-1:], last.rating[-1:], last.gap[-1:], -1.0, last.exclude[None])
+            exclude = np.append(last.exclude, np.int32(0))[None]
+            step = Step(state, last.item[-1:], last.rating[-1:], last.gap[-1:], -1.0, exclude, last.seen)
             ((stepped, _),) = engine.step([step], K)
         for ranking in (*(ranking for ranking, _ in answers), stepped):
             _check(ranking, info.item_count)

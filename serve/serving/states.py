@@ -1,10 +1,10 @@
 """Keeps the recurrent states of recent users, so that an answer costs one step and no replay.
 
-What is kept of a user is the state before the last event, that event, and the items that are never recommended: then
-Recommend is one run of `step.onnx`, whose other output is the state for when the next event comes. The cache is not
-notified of recorded events. It asks the store for the revision of the user's history, which is one cheap
-read, and takes in what arrived since; so it is right too when another process recorded the events, or a user was
-deleted. Other users cost nothing.
+What is kept of a user is the state before the last event, that event, and the items that are never recommended, or how
+often and when each was met, where the model may recommend them. Then Recommend is one run of `step.onnx`, whose other
+output is the state for when the next event comes. The cache is not notified of recorded events. It asks the store for
+the revision of the user's history, which is one cheap read, and takes in what arrived since; so it is right too when
+another process recorded the events, or a user was deleted. Other users cost nothing.
 
 The answer is the one that `Recommender` gives to the same history sent along, up to rounding. Therefore of a history
 longer than the model's `max_history` the state has read just the last `max_history` events, as training, evaluation
@@ -20,7 +20,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from serve.model.engine import Step
 from serve.model.events import Event, known_events
 from serve.model.features import features, unit_ratings
 from serve.model.recommender import Answer, Query, Recommender
+from serve.model.repeat import MEETING, Meetings, Seen, meetings, met_again
 from serve.stores.base import MOST_EVENTS, Changes, EventStore, SpilledState
 
 STATES_CAPACITY = 10_000
@@ -40,7 +41,7 @@ MOST_STEPS = 8
 # A state that excludes more items than this is rebuilt from the newest events.
 MOST_EXCLUDED = MOST_EVENTS + 1_000
 
-# last, newest, known_count, ignored_count, item, rating, gap; then the state and the excluded items.
+# last, newest, known_count, ignored_count, item, rating, gap; then the state and the excluded items or the meetings.
 _HEADER = struct.Struct("<qqqqiff")
 
 
@@ -67,7 +68,9 @@ class UserState:
     last: int
     """When that was, in seconds."""
     exclude: NDArray[np.int32]
-    """`[1, m]`, m >= 1, items of the whole history."""
+    """`[1, m]`, m >= 1, items of the whole history; `[[0]]` where they may be answered."""
+    met: Meetings
+    """Of the whole history, for a model that may answer its items; else none."""
     spilled: bool
     """Whether the store has it as it is."""
 
@@ -76,21 +79,23 @@ class UserState:
             *(self.last, self.newest, self.known_count, self.ignored_count),
             *(self.item.item(), self.rating.item(), self.gap.item()),
         )
-        return header + self.before.tobytes() + self.exclude.tobytes()
+        return header + self.before.tobytes() + (self.met.tobytes() if len(self.met) else self.exclude.tobytes())
 
     @classmethod
-    def from_bytes(cls, revision: int, content: bytes, width: int, item_count: int) -> Self | None:
-        """None for bytes that are no state of this width and on these items."""
+    def from_bytes(cls, revision: int, content: bytes, width: int, item_count: int, repeats: bool) -> Self | None:
+        """None for bytes that are no state of this width and on these items; `repeats`: with meetings."""
         end = _HEADER.size + 4 * width
-        if len(content) <= end or (len(content) - end) % 4:
+        kind = MEETING if repeats else np.dtype(np.int32)
+        if len(content) <= end or (len(content) - end) % kind.itemsize:
             return None
         last, newest, known_count, ignored_count, item, rating, gap = _HEADER.unpack_from(content)
         before = np.frombuffer(content, np.float32, width, _HEADER.size)
-        exclude = np.frombuffer(content, np.int32, -1, end)
+        rest: NDArray[Any] = np.frombuffer(content, kind, -1, end)
+        items = rest["item"] if repeats else rest
         if not (
             1 <= item <= item_count
-            and exclude.min() >= 0
-            and exclude.max() <= item_count
+            and items.min() >= 0
+            and items.max() <= item_count
             and known_count > 0
             and np.isfinite(before).all()
             and np.isfinite((rating, gap)).all()
@@ -107,9 +112,14 @@ class UserState:
             rating=np.array([rating], np.float32),
             gap=np.array([gap], np.float32),
             last=last,
-            exclude=exclude[None],
+            exclude=_NO_ITEM if repeats else rest[None],
+            met=rest if repeats else _NOTHING_MET,
             spilled=True,
         )
+
+
+_NO_ITEM = np.zeros((1, 1), np.int32)
+_NOTHING_MET: Meetings = np.zeros(0, MEETING)
 
 
 class StateCache:
@@ -121,6 +131,7 @@ class StateCache:
     def __init__(self, model: Recommender, store: EventStore, capacity: int = STATES_CAPACITY) -> None:
         self._model = model
         self._engine = model.engine
+        self._repeat = model.info.repeat
         self._store = store
         self._capacity = capacity
         self._users: OrderedDict[str, UserState] = OrderedDict()
@@ -179,6 +190,7 @@ class StateCache:
                 user.gap,
                 -1.0 if query.request_time is None else float(query.request_time - user.last),
                 self._excluded(query, user),
+                self._seen(query, user),
             )
             for _, query, user in stored
         ]
@@ -188,6 +200,11 @@ class StateCache:
             user.after = after
             found.append((at, self._model.ranked(query, ranking, user.ignored_count)))
         return found
+
+    def _seen(self, query: Query, user: UserState) -> Seen | None:
+        if self._repeat is None:
+            return None
+        return self._repeat.seen(user.met, user.known_count, user.last, query.request_time)
 
     def _excluded(self, query: Query, user: UserState) -> NDArray[np.int32]:
         if not query.exclude_item_ids:
@@ -233,8 +250,11 @@ class StateCache:
         user.ignored_count += len(changes.events) - len(known)
         if not known:
             return user
+        if self._repeat is not None:
+            user.met = met_again(user.met, user.known_count, known)
+        else:
+            user.exclude = np.concatenate([user.exclude, np.array([[event.item for event in known]], np.int32)], axis=1)
         user.known_count += len(known)
-        user.exclude = np.concatenate([user.exclude, np.array([[event.item for event in known]], np.int32)], axis=1)
         ratings = unit_ratings(known, self._model.info.rating_scale, missing=-1)
         for at, event in enumerate(known):
             if user.after is None:
@@ -251,7 +271,13 @@ class StateCache:
         """What a rebuild needs, once some events arrived: of a history that is longer than the model reads, only what
         the model reads. Else every event of a user with thousands of them would cost as much as all of those."""
         window = self._model.info.max_history
-        if user.known_count > window and user.exclude.shape[1] < MOST_EXCLUDED:
+        if self._repeat is not None:
+            new = known_events(changes.events, self._model.catalog)
+            # The places and the intervals of all events are those of the time order.
+            keepable = user.known_count < MOST_EXCLUDED and not (new and new[0].timestamp < user.last)
+        else:
+            keepable = user.exclude.shape[1] < MOST_EXCLUDED
+        if user.known_count > window and keepable:
             # Some may be on items that the model does not know.
             recent = self._store.changes(user_id, 0, 2 * window)
             known = known_events(recent.events, self._model.catalog)
@@ -271,14 +297,21 @@ class StateCache:
             row = features(known, None, (), self._model.info)
             user.known_count, user.last = len(known), known[-1].timestamp
             user.item, user.rating, user.gap = row.item[-1:].copy(), row.rating[-1:].copy(), row.gap[-1:].copy()
-            user.exclude = np.unique(row.exclude)[None]
+            arrived = known_events(new, self._model.catalog)
+            if self._repeat is None:
+                items = row.exclude
+                if before is not None:
+                    # Late ones need not be at the end.
+                    items = np.union1d(before.exclude, [*(event.item for event in arrived), *items]).astype(np.int32)
+                user.exclude = np.unique(items)[None]
+            elif before is None:
+                user.met = meetings(known)
+            else:
+                user.met = met_again(before.met, before.known_count, arrived) if arrived else before.met
             if before is not None:
-                arrived = [event.item for event in known_events(new, self._model.catalog)]
                 user.known_count = before.known_count + len(arrived)
                 user.ignored_count = before.ignored_count + len(new) - len(arrived)
                 user.newest = max(before.newest, user.newest)
-                # Late ones need not be at the end.
-                user.exclude = np.union1d(before.exclude, [*arrived, *row.exclude]).astype(np.int32)[None]
             if len(row.item) > 1:
                 rows.append(row.without_last())
                 replayed.append(user)
@@ -289,7 +322,8 @@ class StateCache:
     def _unspilled(self, user_id: str) -> UserState | None:
         found = self._store.load_state(user_id, self._model.info.model_version)
         return found and UserState.from_bytes(
-            found.revision, found.state, self._engine.state_width, self._model.info.item_count
+            *(found.revision, found.state, self._engine.state_width, self._model.info.item_count),
+            self._repeat is not None,
         )
 
     def _make_room(self) -> None:
@@ -338,6 +372,7 @@ def _empty(changes: Changes, ignored_count: int, width: int) -> UserState:
         rating=zero,
         gap=zero,
         last=0,
-        exclude=np.zeros((1, 1), np.int32),
+        exclude=_NO_ITEM,
+        met=_NOTHING_MET,
         spilled=False,
     )

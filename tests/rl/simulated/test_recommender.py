@@ -208,7 +208,8 @@ def test_starts_as_what_is_evaluated(
     none = np.zeros(1, np.int32)
     for user in (0, 1, 5):
         history = whole_history(recommender, came_with(params, user))
-        case = CaseBatch(history, np.array([UNKNOWN_GAP], np.float32), none, np.asarray(history.item), none, none)
+        items, unknown = np.asarray(history.item), np.array([UNKNOWN_GAP], np.float32)
+        case = CaseBatch(history, unknown, none, items, none, items, np.zeros_like(items))
         expected = jax.lax.top_k(exclude_items(hybrid_scorer(served)(case), history.item), SLATE)[1]
         np.testing.assert_array_equal(slates[user], expected[0])
 
