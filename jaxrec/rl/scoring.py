@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrec.models.cooccurrence import neighbour_scores
+from jaxrec.models.features import Array
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.rl.rewards import RewardTables, rank_discounts
 
@@ -28,26 +29,44 @@ class Linear(NamedTuple):
         return query @ self.kernel + self.bias
 
 
+class Trends(NamedTuple):
+    """`values` [trends, items + 1] float32 are what is added to the logits, the first one nothing; `of_moment`
+    [moments + 1] int32 says which of them ranked at a moment, counted from 1 on (0: without a trend)."""
+
+    values: Array
+    of_moment: Array
+
+    def at(self, moment: Array) -> jax.Array:
+        """What was added to the logits [rows, items + 1] at the moments [rows] int32."""
+        return jnp.asarray(self.values)[jnp.asarray(self.of_moment)[moment]]
+
+
 class Scoring(NamedTuple):
     """The frozen side of the logits: `item_vectors` [items + 1, width] and `item_bias` [items + 1] of the supervised
     hybrid, the neighbours and their weights (both [items + 1, neighbours]) of its co-occurrence, scaled as it adds them
-    to the logits, and what the rewards look up."""
+    to the logits, and what the rewards look up. `new_items` [items + 1] bool and the `trends` are what a server ranked
+    with beside; None: there are none."""
 
     item_vectors: jax.Array
     item_bias: jax.Array
     neighbour_item: jax.Array
     neighbour_weight: jax.Array
     tables: RewardTables
+    new_items: jax.Array | None = None
+    trends: Trends | None = None
 
 
 def frozen_scoring(supervised: Hybrid, tables: RewardTables) -> Scoring:
     """What a policy on top of `supervised` (a hybrid without a policy) scores with.
 
-    New items are candidates with the logits of their content heads, without the cap of `Hybrid.logits`.
+    Policies that are trained without a server's log rank new items by the logits of their content heads, without the
+    cap of `Hybrid.logits`.
     """
     near = supervised.cooccurrence
     weight = supervised.weights[...][2] * near.neighbour_weight[...]
-    return Scoring(supervised.item_vectors(), supervised.item_bias(), near.neighbour_item[...], weight, tables)
+    new_items = None if supervised.new_items is None else supervised.new_items[...]
+    vectors, bias = supervised.item_vectors(), supervised.item_bias()
+    return Scoring(vectors, bias, near.neighbour_item[...], weight, tables, new_items)
 
 
 def new_head(width: int, item_count: int, hidden: int, seed: int) -> tuple[nnx.GraphDef[PolicyHead], Any]:

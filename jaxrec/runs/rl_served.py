@@ -17,6 +17,7 @@ from jaxrec.rl.served.evaluate import own_versions
 from jaxrec.rl.served.event_store import DETERMINISTIC, ServedLog, read_served_log
 from jaxrec.rl.served.states import served_states
 from jaxrec.rl.served.train import split_users, train_served
+from jaxrec.rl.served.trends import served_trends
 from jaxrec.runs.directory import SERVED_OUTCOME_FILE
 from jaxrec.runs.policy import LoadedRun, digest_in_use, policy_in_use, require_in_use, write_policy
 from jaxrec.training.stopping import StopRequested, never
@@ -46,7 +47,9 @@ def run_served(
             f"{log}: nothing to learn from: {_counts(served)}; do clients send the recommendation_id with the events "
             "that respond to it?"
         )
-    scoring = jax.device_put(frozen_scoring(supervised, fit_reward_tables(data)), jax.devices()[0])
+    trends = served_trends(supervised, data, served.moments, served.events)
+    scoring = frozen_scoring(supervised, fit_reward_tables(data))._replace(trends=trends)
+    scoring = jax.device_put(scoring, jax.devices()[0])
     states = served_states(supervised, served.recommendations, data.config.rating_scale, scoring.tables)
     in_use = own_versions(base.graphdef, base.variables, scoring, states, len(served.versions))
     version = np.asarray(states.version)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from jaxrec.config import MISSING_RATING, PrepareConfig
-from jaxrec.data.batches import NO_TIME, TrainingData, case_batches, gaps_at, pack_windows, prefetch, training_windows
+from jaxrec.data.batches import TrainingData, case_batches, gaps_at, pack_windows, prefetch, training_windows
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, UNKNOWN_GAP, USER
@@ -173,7 +173,11 @@ def test_cases_have_the_numbers_of_the_whole_log(data: PreparedData) -> None:
             assert batch.events.rating[i].tolist() == ratings[first:row].tolist() + [MISSING_RATING] * (8 - length)
             assert batch.events.gap[i].tolist() == gaps[first:row].tolist() + [UNKNOWN_GAP] * (8 - length)
             assert (batch.request_gap[i], batch.time[i]) == (gaps[row], histories.times[row])
-            assert batch.last_time[i] == (histories.times[row - 1] if length else NO_TIME)
+            of_history = slice(int(histories.offsets[every_row.users[row]]), row)
+            count = of_history.stop - of_history.start
+            for column, known in ((batch.history, histories.items), (batch.history_time, histories.times)):
+                assert column[i, :count].tolist() == known[of_history].tolist()
+            assert not batch.history[i, count:].any()
     np.testing.assert_array_equal(gaps_at(histories, every_row.rows), gaps)
 
 

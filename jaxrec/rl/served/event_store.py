@@ -22,9 +22,9 @@ import json
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from jaxrec.config import RatingScale
 from jaxrec.data.catalog import Catalog
 from jaxrec.errors import DataError
 from jaxrec.rl.served.recommendations import NO_REQUEST_TIME, History, Recommendations, RecommendationsWriter
+from jaxrec.rl.served.trends import ArrivedEvents, Moment
 
 APPLICATION_ID = 0x6A787263
 STORE_VERSION = 5
@@ -49,7 +50,8 @@ STILL_OPEN = "whose responses may still come"
 class ServedLog(NamedTuple):
     """`recommendations` that can be learned from, in the order of users and time; `users`: raw ids, which
     `Recommendation.user` counts; `versions` of the models that showed them; `skipped`: how many others, by reason;
-    `shown`: how many there are in all. `attribution_window` in seconds."""
+    `shown`: how many there are in all. `attribution_window` in seconds. `moments` whose trends ranked them, which
+    `Recommendation.moment` counts from 1 on, and the `events` of all users, which those trends count."""
 
     recommendations: Recommendations
     users: list[str]
@@ -57,6 +59,8 @@ class ServedLog(NamedTuple):
     skipped: Mapping[str, int]
     shown: int
     attribution_window: int
+    moments: list[Moment]
+    events: ArrivedEvents
 
 
 class _Shown(NamedTuple):
@@ -68,6 +72,7 @@ class _Shown(NamedTuple):
     time: int
     temperature: float | None
     request_time: int | None
+    moment: Moment | None
     slate: list[str]
     log_propensities: list[float]
     excluded: list[str]
@@ -112,6 +117,7 @@ def _read_log(connection: sqlite3.Connection, index: Mapping[str, int], attribut
     skipped = Counter({SENT_ALONG: sent_along} if sent_along else {})
     users: list[str] = []
     versions: dict[str, int] = {}
+    moments: dict[Moment, int] = {}
     writer = RecommendationsWriter()
     for user_id, of_user in _shown_by_user(connection):
         events = _read_events(connection, user_id, of_user, index)
@@ -145,10 +151,12 @@ def _read_log(connection: sqlite3.Connection, index: Mapping[str, int], attribut
                     "version": versions.setdefault(one.version, len(versions)),
                     "temperature": one.temperature,
                     "request_time": NO_REQUEST_TIME if one.request_time is None else one.request_time,
+                    "moment": 0 if one.moment is None else moments.setdefault(one.moment, len(moments) + 1),
                     "excluded": np.array([index[item] for item in one.excluded if item in index], np.int32),
                 }
             )
-    return ServedLog(writer.finish(), users, list(versions), dict(skipped), count, window)
+    arrived = _arrived_events(connection, index) if moments else ArrivedEvents(*np.zeros((3, 0), np.int64))
+    return ServedLog(writer.finish(), users, list(versions), dict(skipped), count, window, list(moments), arrived)
 
 
 def unit_ratings(ratings: np.ndarray, scale: RatingScale | None) -> np.ndarray:
@@ -169,11 +177,23 @@ def _require_store(connection: sqlite3.Connection, path: Path) -> None:
 def _shown_by_user(connection: sqlite3.Connection) -> Iterator[tuple[str, list[_Shown]]]:
     """Each user's, by time and the order in which they were logged."""
     rows = connection.execute(
-        "SELECT recommendation_id, user_id, model_version, timestamp, temperature, request_time, item_ids, "
-        "log_propensities, excluded_item_ids FROM shown WHERE user_id IS NOT NULL ORDER BY user_id, timestamp, number"
+        "SELECT recommendation_id, user_id, model_version, timestamp, temperature, request_time, trend_time, "
+        "trend_arrival, item_ids, log_propensities, excluded_item_ids FROM shown WHERE user_id IS NOT NULL ORDER BY user_id, timestamp, number"
     )
     for user_id, of_user in itertools.groupby(rows, key=lambda row: row[1]):
-        yield user_id, [_Shown._make((*row[:6], *(json.loads(column) for column in row[6:]))) for row in of_user]
+        yield user_id, [_shown(row) for row in of_user]
+
+
+def _shown(row: Sequence[Any]) -> _Shown:
+    moment = None if row[6] is None else Moment(row[6], row[7])
+    return _Shown._make((*row[:6], moment, *(json.loads(column) for column in row[8:])))
+
+
+def _arrived_events(connection: sqlite3.Connection, index: Mapping[str, int]) -> ArrivedEvents:
+    rows = connection.execute("SELECT item_id, timestamp, arrival FROM events ORDER BY arrival")
+    known = ((index[item], *rest) for item, *rest in rows if item in index)
+    found = np.fromiter(known, [("item", np.int32), ("time", np.int64), ("arrival", np.int64)])
+    return ArrivedEvents(*(np.ascontiguousarray(found[name]) for name in ("item", "time", "arrival")))
 
 
 def _read_events(

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxrec.evaluation.metrics import exclude_items
 from jaxrec.models.hybrid import PolicyHead
 from jaxrec.models.masks import NEVER
+from jaxrec.models.new_items import capped_logits
 from jaxrec.rl.policy import recommendable, slate_logprobs
 from jaxrec.rl.scoring import Scoring, policy_logits
 from jaxrec.rl.served.states import ServedStates
@@ -62,9 +63,14 @@ def reproduced_versions(
 
 
 def state_logits(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: ServedStates) -> jax.Array:
-    """The policy's logits [rows, items + 1]; NEVER at the items of the history."""
+    """The policy's logits [rows, items + 1], with the trend of each row; NEVER at the items of the history."""
     logits = policy_logits(nnx.merge(graphdef, head), jnp.asarray(states.query), jnp.asarray(states.recent), scoring)
-    return exclude_items(logits, jnp.asarray(states.exclude))
+    exclude = jnp.asarray(states.exclude)
+    trend = jnp.zeros(()) if scoring.trends is None else scoring.trends.at(states.moment)
+    logits += trend
+    if scoring.new_items is not None:
+        logits = capped_logits(logits, scoring.new_items & (trend == 0), exclude)
+    return exclude_items(logits, exclude)
 
 
 def slot_logprobs(logits: jax.Array, states: ServedStates) -> jax.Array:

@@ -30,7 +30,7 @@ class ServedStates(NamedTuple):
     """Served recommendations [rows]: the supervised `query` [rows, width] before each, `recent` [rows, RECENT] int32 of
     the history, `exclude` [rows, width] int32 (0 = none) of the history and the request, the `slate` [rows, k] int32
     (0 = empty slot) with its `log_propensities` [rows, k] float32 at `temperature` [rows] float32, and the `terms` of
-    its rewards, each [rows, k]. `user` and `version` [rows] int32, as `ServedLog` counts them."""
+    its rewards, each [rows, k]. `user`, `version` and `moment` [rows] int32, as `ServedLog` counts them."""
 
     query: Array
     recent: Array
@@ -41,6 +41,7 @@ class ServedStates(NamedTuple):
     terms: RewardTerms
     user: Array
     version: Array
+    moment: Array
 
     def at(self, rows: Array) -> "ServedStates":
         """These rows alone."""
@@ -59,7 +60,7 @@ def served_states(
     log_propensities = np.zeros((count, of_slate), np.float32)
     responses, given = np.zeros((count, of_responses), np.int32), np.zeros((count, of_responses), np.float32)
     temperature, means = np.zeros(count, np.float32), np.zeros(count, np.float32)
-    user, version = np.zeros(count, np.int32), np.zeros(count, np.int32)
+    user, version, moment = np.zeros((3, count), np.int32)
     global_mean = float(np.asarray(tables.item_ratings)[0])
     for row, one in enumerate(recommendations):
         slate[row, : len(one.slate)] = one.slate
@@ -69,7 +70,7 @@ def served_states(
         responses[row, : len(one.responses)] = one.responses
         given[row, : len(one.responses)] = unit_ratings(one.response_ratings, scale)
         temperature[row], means[row] = one.temperature, _mean_rating(one, scale, global_mean)
-        user[row], version[row] = one.user, one.version
+        user[row], version[row], moment[row] = one.user, one.version, one.moment
     order = np.argsort(sizes[:, 0], kind="stable")
     encoded = _encoded(hybrid, recommendations, order, scale)
     query, recent = (column[np.argsort(order)] for column in encoded)
@@ -85,6 +86,7 @@ def served_states(
         terms=jax.tree.map(lambda *parts: np.concatenate(parts), *terms),
         user=user,
         version=version,
+        moment=moment,
     )
 
 

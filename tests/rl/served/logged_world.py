@@ -59,6 +59,7 @@ def shown(world: World, state: np.ndarray, slate: np.ndarray, reward: np.ndarray
         terms=terms._replace(hit=reward.astype(np.float32)),
         user=np.arange(rows, dtype=np.int32),
         version=np.zeros(rows, np.int32),
+        moment=np.zeros(rows, np.int32),
     )
     propensities = logged_logprobs(world.graphdef, world.current, world.scoring, states)
     return states._replace(log_propensities=propensities.astype(np.float32))

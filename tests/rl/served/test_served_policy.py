@@ -102,6 +102,7 @@ def test_the_gate_uses_recommendations_of_the_policy_in_use_alone() -> None:
         terms=terms,
         user=np.arange(users, dtype=np.int32),
         version=others.astype(np.int32),
+        moment=np.zeros(users, np.int32),
     )
     in_use = own_versions(graphdef, head, scoring, states, 3)
     assert in_use.tolist() == [True, False, False]
