@@ -89,6 +89,8 @@ class RecommenderService:
                 temperature=loaded.temperature if answer.log_propensities else None,
                 request_time=query.request_time,
                 excluded_item_ids=tuple([item_ids[item] for item in excluded]),
+                trend_time=None if answer.counted is None else answer.counted.time,
+                trend_arrival=None if answer.counted is None else answer.counted.arrival,
             ),
             started=query.started,
         )

@@ -21,7 +21,8 @@ from serve.model.graphs import (
 )
 from serve.model.manifest import ArtifactError
 from serve.model.repeat import Seen
-from serve.model.search import NEVER, Graph, IndexedGraph, Search
+from serve.model.search import NEVER, ExactGraph, Graph, IndexedGraph, Search, Trend, TrendGraph
+from serve.model.trend import Counted
 from serve.settings import Provider, SearchBy
 
 Number = TypeVar("Number", np.int32, np.float32)
@@ -38,6 +39,8 @@ class Ranking(NamedTuple):
 
     items: NDArray[np.int32]
     scores: NDArray[np.float32]
+    counted: Counted | None = None
+    """The events of the trend that ranked them; None: no live trend did."""
 
 
 class Step(NamedTuple):
@@ -106,11 +109,11 @@ class Engine:
         self.provider: str = sequence.get_providers()[0]
         """ONNX Runtime's name of the execution provider that really runs."""
         self.search_by: Literal["exact", "index"] = "exact" if index is None else "index"
-        self.trend: NDArray[np.float32]
-        """`[items+1]`, not writeable: what is added to the items' logits. Another array takes its place as a whole."""
+        self.trend: Trend
+        """Another one takes its place as a whole, so that no run sees half of each."""
         self._search: Search | None = None
-        self._sequence: Graph = sequence
-        self._step: Graph = step
+        self._sequence: TrendGraph = ExactGraph(sequence)
+        self._step: TrendGraph = ExactGraph(step)
         if index is not None:
             if len(index.recent_weights) > self.state_width:
                 raise ArtifactError(
@@ -132,11 +135,12 @@ class Engine:
                 f"{artifact.directory / 'trend.onnx'}: fails on the export's counts: {error}"
             ) from error
 
-    def use_counts(self, counts: NDArray[np.float32]) -> None:
-        """From the next run on, what many users take now is what these counts say.
+    def use_counts(self, counts: NDArray[np.float32], counted: Counted | None = None) -> None:
+        """From the next run on, the trend is that of these counts.
 
         Args:
             counts: `[half-lives, items+1]` float32, decayed to now; column 0 is zeros.
+            counted: The events in the counts, for the answers; None: those of the export alone.
 
         Raises:
             ValueError: `trend.onnx` made numbers of them that are not finite, or not one for each item. The trend
@@ -147,9 +151,7 @@ class Engine:
             shape = f"({self.item_count + 1},)"
             raise ValueError(f"expected a trend of finite numbers {shape}, came {trend.dtype} {trend.shape}")
         trend.setflags(write=False)
-        if self._search is not None:
-            self._search.use_trend(trend)
-        self.trend = trend
+        self.trend = Trend(trend, None if self._search is None else self._search.trending(trend), counted)
 
     def rank(self, rows: Sequence[Features], k: int | Sequence[int]) -> list[Ranking]:
         """Ranks the items for each row with `sequence.onnx`, rows of like length in one run.
@@ -172,8 +174,7 @@ class Engine:
 
     def run_sequence(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
         """One run of `sequence.onnx` on tensors as its contract has them, without the trend; nothing is checked."""
-        answered: list[NDArray[Any]] = self._sequence.run(outputs, {**inputs, TREND: self.trend})
-        return answered
+        return self._sequence.run(outputs, dict(inputs), self.trend)
 
     def step(self, rows: Sequence[Step], k: int | Sequence[int]) -> list[tuple[Ranking, NDArray[np.float32]]]:
         """Ranks the items after each row's event, in one run of `step.onnx`, with the next state `[1, width]`.
@@ -186,8 +187,8 @@ class Engine:
         else:
             state, item, rating, gap = (np.concatenate([row[at] for row in rows]) for at in range(4))
             exclude = _padded([row.exclude[0] for row in rows])
-        inputs = {"state": state, "item": item, "rating": rating, "gap": gap, "exclude": exclude, TREND: self.trend}
-        return self._run(self._step, "next_state", inputs, rows, k)
+        inputs = {"state": state, "item": item, "rating": rating, "gap": gap, "exclude": exclude}
+        return self._run(self._step, "next_state", inputs, rows, k, self.trend)
 
     def _k(self, k: int | Sequence[int]) -> NDArray[np.int64]:
         """What the graphs take: one number, the largest; with the index one for each row, if they were given so."""
@@ -195,7 +196,7 @@ class Engine:
         return np.minimum(np.atleast_1d(np.array(largest, np.int64)), self.item_count)
 
     def _run_sequence(
-        self, rows: Sequence[Features], k: Sequence[int], trend: NDArray[np.float32]
+        self, rows: Sequence[Features], k: Sequence[int], trend: Trend
     ) -> list[tuple[Ranking, NDArray[np.float32]]]:
         lengths = np.array([len(row.item) for row in rows], np.int32)
         shape = (len(rows), int(lengths.max()))
@@ -204,16 +205,17 @@ class Engine:
             n = len(row.item)
             item[at, :n], rating[at, :n], gap[at, :n] = row.item, row.rating, row.gap
         exclude = _padded([row.exclude for row in rows])
-        inputs = {"item": item, "rating": rating, "gap": gap, "length": lengths, "exclude": exclude, TREND: trend}
-        return self._run(self._sequence, "state", inputs, rows, k)
+        inputs = {"item": item, "rating": rating, "gap": gap, "length": lengths, "exclude": exclude}
+        return self._run(self._sequence, "state", inputs, rows, k, trend)
 
     def _run(
         self,
-        graph: Graph,
+        graph: TrendGraph,
         state: str,
         inputs: dict[str, NDArray[Any]],
         rows: Sequence[Features] | Sequence[Step],
         k: int | Sequence[int],
+        trend: Trend,
     ) -> list[tuple[Ranking, NDArray[np.float32]]]:
         """One run of a graph for some rows, with each row's state `[1, width]` from the output called `state`."""
         inputs["request_gap"] = np.array([row.request_gap for row in rows], np.float32)
@@ -221,18 +223,18 @@ class Engine:
         if self._repeats:
             inputs["seen"] = _padded([_NOTHING.items if row.seen is None else row.seen.items for row in rows])
             inputs["seen_score"] = _padded([_NOTHING.scores if row.seen is None else row.seen.scores for row in rows])
-        states, items, scores = graph.run([state, "items", "scores"], inputs)
+        states, items, scores = graph.run([state, "items", "scores"], inputs, trend)
         # Copies of the rows of a batch, else one kept state would keep those of all its neighbours.
         kept = [states] if len(rows) == 1 else [states[at : at + 1].copy() for at in range(len(rows))]
-        return list(zip(_rankings(items, scores), kept, strict=True))
+        return list(zip(_rankings(items, scores, trend.counted), kept, strict=True))
 
 
-def _rankings(items: NDArray[np.int32], scores: NDArray[np.float32]) -> list[Ranking]:
+def _rankings(items: NDArray[np.int32], scores: NDArray[np.float32], counted: Counted | None) -> list[Ranking]:
     """The rows without the excluded items, which are last."""
     if scores[:, -1].min() > EXCLUDED_SCORE:
-        return [Ranking(items[at], scores[at]) for at in range(len(items))]
+        return [Ranking(items[at], scores[at], counted) for at in range(len(items))]
     answered = (scores > EXCLUDED_SCORE).sum(axis=1)
-    return [Ranking(items[at, :n], scores[at, :n]) for at, n in enumerate(answered)]
+    return [Ranking(items[at, :n], scores[at, :n], counted) for at, n in enumerate(answered)]
 
 
 def like_lengths(lengths: Sequence[int]) -> list[list[int]]:

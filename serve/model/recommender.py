@@ -13,6 +13,7 @@ from serve.model.events import Event, KnownEvent, known_events
 from serve.model.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
 from serve.model.features import features
 from serve.model.search import best_of
+from serve.model.trend import Counted
 from serve.settings import Provider, SearchBy
 
 POPULARITY = "popularity"
@@ -55,6 +56,8 @@ class Answer:
     """One for each item; empty unless asked for."""
     log_propensities: tuple[float, ...] = ()
     """Of each item given those above it; empty: 0 for all, since the same query gets the same answer."""
+    counted: Counted | None = None
+    """The events of the trend that ranked the items; None: no live trend did."""
 
 
 class Recommender:
@@ -118,7 +121,7 @@ class Recommender:
         """The answer to a query whose items the model ranked; `history` is needed to explain it."""
         items, scores = ranking.items[: query.k], ranking.scores[: query.k]
         explanations = self._explain(query, history, items) if query.explain else ()
-        return Answer(items, scores, self.info.policy, ignored_event_count, explanations)
+        return Answer(items, scores, self.info.policy, ignored_event_count, explanations, counted=ranking.counted)
 
     def popular(self, query: Query, ignored_event_count: int) -> Answer:
         """The answer to a query without an event that the model knows."""

@@ -1,7 +1,7 @@
 """Answers from a large catalogue without multiplying all of it, where the model directory has an index of its items.
 
 Graphs without the items' arrays give the query and the state. The index (faiss, `jaxrec.onnx.ann_index`) names
-candidates for the query; the neighbours of the recent items, the items that many users take now and those of a history
+candidates for the query; the neighbours of the recent items, the items with the highest trend and those of a history
 that may be answered are candidates too, since what is added to their logits is not in the index. The logits of all of
 those are computed exactly, so an item can be missing from an answer, but none has a wrong score. How many candidates it
 takes for that to be rare was measured at the export.
@@ -9,6 +9,7 @@ takes for that to be rare was measured at the export.
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 from serve.model.directory import Artifact, IndexFiles
 from serve.model.faiss_index import ItemIndex
 from serve.model.manifest import ArtifactError
+from serve.model.trend import Counted
 
 NEVER = np.float32(-1e30)
 """The score of what is excluded, as the graphs have it."""
-OF_ANSWER = ("exclude", "k", "trend", "seen", "seen_score")
+OF_ANSWER = ("exclude", "k", "seen", "seen_score")
 """Inputs that the state and the query do not depend on."""
 CHECKED_QUERIES = 16
 CHECKED_ITEMS = 10
@@ -37,6 +39,45 @@ class Graph(Protocol):
     def run(self, outputs: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]: ...
 
 
+class Trending(NamedTuple):
+    """What a search derives from a trend."""
+
+    bias: NDArray[np.float32]
+    """`[items+1]`, the items' own and the trend."""
+    items: NDArray[np.int64]
+    """`[n]`, those with the highest trend, each once."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trend:
+    """A trend and all that belongs to it."""
+
+    values: NDArray[np.float32]
+    """`[items+1]`, not writeable: what is added to the items' logits."""
+    trending: Trending | None
+    """None: there is no index to search."""
+    counted: Counted | None
+    """The events in the counts; None: those of the export alone."""
+
+
+class TrendGraph(Protocol):
+    """`sequence.onnx` or `step.onnx` with a trend."""
+
+    def run(self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]], trend: Trend) -> list[NDArray[Any]]: ...
+
+
+class ExactGraph:
+    """The whole product: the graph itself. Safe to share between threads."""
+
+    def __init__(self, graph: Graph) -> None:
+        """`graph` has the input `trend`."""
+        self._graph = graph
+
+    def run(self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]], trend: Trend) -> list[NDArray[Any]]:
+        """As a session of ONNX Runtime, with the inputs of the graph but the trend."""
+        return self._graph.run(outputs, {**inputs, "trend": trend.values})
+
+
 class IndexedGraph:
     """Takes and answers what `sequence.onnx` or `step.onnx` would; safe to share between threads.
 
@@ -50,31 +91,21 @@ class IndexedGraph:
         self._state = state
         self._search = search
 
-    def run(self, outputs: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """As a session of ONNX Runtime."""
+    def run(self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]], trend: Trend) -> list[NDArray[Any]]:
+        """As a session of ONNX Runtime, with the inputs of the graph but the trend, which was made for this search."""
         events = {name: tensor for name, tensor in inputs.items() if name not in OF_ANSWER}
         events["vector"] = self._search.item_vectors[inputs["item"]]
         state, query = self._graph.run([self._state, "query"], events)
         k = np.broadcast_to(inputs["k"], len(query))
         seen = (inputs["seen"], inputs["seen_score"]) if "seen" in inputs else None
-        items, scores = self._search.best(query, state, inputs["exclude"], k, inputs["trend"], seen)
+        assert trend.trending is not None
+        items, scores = self._search.best(query, state, inputs["exclude"], k, trend.trending, seen)
         answer = {self._state: state, "items": items, "scores": scores}
         return [answer[name] for name in outputs]
 
 
-class Trending(NamedTuple):
-    """What a trend means for a search."""
-
-    trend: NDArray[np.float32]
-    """`[items+1]`, what is added to the items' logits."""
-    bias: NDArray[np.float32]
-    """`[items+1]`, the items' own and the trend."""
-    items: NDArray[np.int64]
-    """`[n]`, those with the highest trend, each once."""
-
-
 class Search:
-    """The items of one model, and the index over them. Immutable but for the trend."""
+    """The items of one model, and the index over them. Immutable."""
 
     def __init__(self, artifact: Artifact, files: IndexFiles) -> None:
         """Raises ArtifactError for an index that does not fit the model, or without faiss."""
@@ -89,7 +120,6 @@ class Search:
         self._count = artifact.info.item_count
         self._index = ItemIndex(files.path, files.content, self._count, self.item_vectors.shape[1] + 1)
         self._of_thread = threading.local()
-        self.use_trend(np.zeros(self._count + 1, np.float32))
         kept = self._kept()
         if kept < LEAST_KEPT:
             raise ArtifactError(
@@ -97,15 +127,20 @@ class Search:
                 f" {LEAST_KEPT} or more: it is an index of other items than {artifact.directory / 'item_vectors.npy'}"
             )
 
-    def use_trend(self, trend: NDArray[np.float32]) -> None:
-        """Prepares for searches with a trend `[items+1]`; others still work, and cost more."""
-        self._trending = self._with_trend(trend)
+    def trending(self, trend: NDArray[np.float32]) -> Trending:
+        """What searches need of a trend.
 
-    def _with_trend(self, trend: NDArray[np.float32]) -> Trending:
+        Args:
+            trend: `[items+1]` float32, what is added to the items' logits.
+
+        Returns:
+            The bias with the trend, and as many of the items with the highest trend as a search has candidates, without
+            those that have the lowest one.
+        """
         most = min(self._candidates, self._count)
         items = 1 + np.argpartition(-trend[1:], most - 1)[:most]
         # Those with the lowest gain on no other.
-        return Trending(trend, self._bias + trend, items[trend[items] > trend[1:].min()])
+        return Trending(self._bias + trend, items[trend[items] > trend[1:].min()])
 
     def best(
         self,
@@ -113,20 +148,24 @@ class Search:
         state: NDArray[np.float32],
         exclude: NDArray[np.int32],
         k: NDArray[np.int64],
-        trend: NDArray[np.float32],
+        trending: Trending,
         seen: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """The k best items and their logits `[batch, largest k]`, best first, lower indices first among equals.
+        """The k best items. How many candidates a row gets depends on its own k, exclusions and items alone.
 
-        `query` is `[batch, width]`, `state` `[batch, state width]` ends with the recent items, `exclude` is
-        `[batch, m]`, 0 excludes nothing; `k` is `[batch]`, at most the number of items each; `trend` is `[items+1]`;
-        `seen` are items of the histories `[batch, n]`, 0 is none, and what is added to their logits. How many
-        candidates a row gets depends on its own k, exclusions and items alone.
+        Args:
+            query: `[batch, width]` float32.
+            state: `[batch, state width]` float32, ends with the recent items.
+            exclude: `[batch, m]` int32, item indices that are never answered; 0 excludes nothing.
+            k: `[batch]` int64, at most the number of items each.
+            trending: What `trending` made of the trend.
+            seen: Items of the histories `[batch, n]` int32, 0 is none, and what is added to their logits `[batch, n]`
+                float32; None: nothing.
+
+        Returns:
+            Item indices `[batch, largest k]` int32 and their logits float32, best first, lower indices first among
+            equals; beyond a row's own k items 0 with the logit NEVER.
         """
-        trending = self._trending
-        if trending.trend is not trend:
-            # It changed since the call began.
-            trending = self._with_trend(trend)
         shape = len(query), int(k.max(initial=0))
         items, scores = np.zeros(shape, np.int32), np.full(shape, NEVER, np.float32)
         counts = self._candidates + self._candidates_per_answer * k + np.count_nonzero(exclude, axis=1)

@@ -4,12 +4,22 @@ An event at t counts 0.5 ** ((now - t) / half-life) at a later time, once for ea
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 HALF_LIVES_S = (21_600, 86_400, 259_200, 604_800, 2_592_000, 7_776_000)
 """6 hours, 1, 3, 7, 30 and 90 days. Stores keep counts for these, so models must have been trained with them."""
+
+
+class Counted(NamedTuple):
+    """Which events are in the counts of a live trend, so that they can be computed again."""
+
+    time: int
+    """As of when they were decayed, in seconds since 1970-01-01T00:00Z."""
+    arrival: int
+    """Of the last event that the store had counted when they were read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.model.recommender import Recommender
-from serve.model.trend import HALF_LIVES_S, TrendFiles, halved
+from serve.model.trend import HALF_LIVES_S, Counted, TrendFiles, halved
 from serve.stores.base import EventStore, StoreError
 from serve.stores.counters import NONE_READ, ItemCounts
 
@@ -42,6 +42,7 @@ class TrendRefresher:
         self._seed: _Counters | None = None
         self._recorded = _Counters()
         self._change = NONE_READ
+        self._arrival = 0
         self._failing = False
         self._refreshed = time.monotonic()
         self._closed = threading.Event()
@@ -102,21 +103,22 @@ class TrendRefresher:
             self._failing = True
             return
         self._recorded.update(changed)
-        self._change = changed.change
+        self._change, self._arrival = changed.change, changed.arrival
         if self._failing:
             logger.info("the trend is read from the store again")
         self._failing, self._refreshed = False, time.monotonic()
 
     def _use(self, model: Recommender) -> None:
         """Has a model make its trend of the counts as of now."""
-        now = self._clock()
+        now = int(self._clock())
         exported = model.engine.exported.at(now)
         counts = np.zeros(exported.shape[::-1])
         for counters in (self._seed, self._recorded):
             if counters is not None:
                 counters.add_to(counts, model, now)
         try:
-            model.engine.use_counts(np.maximum(np.ascontiguousarray(counts.T, np.float32), exported))
+            counted = None if self._seed is None else Counted(now, self._arrival)
+            model.engine.use_counts(np.maximum(np.ascontiguousarray(counts.T, np.float32), exported), counted)
         except Exception:
             logger.exception("the model %s keeps its trend of before", model.info.model_version)
 

@@ -40,6 +40,8 @@ class ItemCounts(NamedTuple):
     """`[items, half-lives]`."""
     change: int = NONE_READ
     """Of the store when this was read: what to ask with for those that change afterwards."""
+    arrival: int = 0
+    """Of the last event that the store had counted by then, as `EventStore.all_events` numbers it; 0: there is none."""
 
     @classmethod
     def of(cls, counters: Mapping[str, Counter]) -> Self:

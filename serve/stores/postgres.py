@@ -18,6 +18,7 @@ from serve.model.trend import HALF_LIVES_S
 from serve.stores.base import (
     DELETION_S,
     Deleted,
+    Impression,
     SpilledState,
     StoreError,
     UserEvent,
@@ -68,11 +69,15 @@ SCHEMA: tuple[LiteralString, ...] = (
         timestamp bigint NOT NULL,
         temperature double precision,
         request_time bigint,
-        excluded_item_ids text NOT NULL DEFAULT '[]'
+        excluded_item_ids text NOT NULL DEFAULT '[]',
+        trend_time bigint,
+        trend_arrival bigint
     )""",
     """ALTER TABLE jaxrec.shown ADD COLUMN IF NOT EXISTS temperature double precision,
         ADD COLUMN IF NOT EXISTS request_time bigint,
-        ADD COLUMN IF NOT EXISTS excluded_item_ids text NOT NULL DEFAULT '[]'""",
+        ADD COLUMN IF NOT EXISTS excluded_item_ids text NOT NULL DEFAULT '[]',
+        ADD COLUMN IF NOT EXISTS trend_time bigint,
+        ADD COLUMN IF NOT EXISTS trend_arrival bigint""",
     "CREATE INDEX IF NOT EXISTS shown_to ON jaxrec.shown (user_id)",
     """DELETE FROM jaxrec.shown AS later USING jaxrec.shown AS earlier
         WHERE later.recommendation_id = earlier.recommendation_id AND later.number > earlier.number""",
@@ -123,8 +128,9 @@ QUERIES = Queries(
 )
 # `changed` is the transaction. What this finds is read again as long as a transaction before it is under way.
 CHANGED_COUNTS: LiteralString = (
-    "SELECT oldest, item_id, reference, counts"
-    " FROM (SELECT txid_snapshot_xmin(txid_current_snapshot()) AS oldest) AS snapshot"
+    "SELECT oldest, arrival, item_id, reference, counts FROM (SELECT"
+    " txid_snapshot_xmin(txid_current_snapshot()) AS oldest,"
+    " (SELECT coalesce(max(arrival), 0) FROM jaxrec.events) AS arrival) AS snapshot"
     " LEFT JOIN jaxrec.trend ON changed >= %s"
 )
 # Both counters as of the later reference. PostgreSQL makes an error of a number that becomes too small, and 200
@@ -247,13 +253,14 @@ class PostgresStore(SqlStore):
         if rows[0][0] < since:
             # The database is another one, or an older copy.
             rows = self._read(CHANGED_COUNTS, NONE_READ)
-        oldest = rows[0][0]
-        found = [row for row in rows if row[1] is not None]
+        oldest, arrival, *_ = rows[0]
+        found = [row[2:] for row in rows if row[2] is not None]
         return ItemCounts(
-            item_ids=[row[1] for row in found],
-            references=np.array([row[2] for row in found], np.int64),
-            counts=np.array([row[3] for row in found], np.float64).reshape(-1, len(HALF_LIVES_S)),
+            item_ids=[row[0] for row in found],
+            references=np.array([row[1] for row in found], np.int64),
+            counts=np.array([row[2] for row in found], np.float64).reshape(-1, len(HALF_LIVES_S)),
             change=oldest,
+            arrival=arrival,
         )
 
     def begin_counts(self) -> int | None:
@@ -337,8 +344,8 @@ def _insert_impressions(connection: psycopg.Connection, impressions: Sequence[St
     ).fetchall()
     (now,) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone() or (0.0,)
     connection.cursor().executemany(
-        f"INSERT INTO jaxrec.shown ({IMPRESSION_COLUMNS})"
-        " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT (recommendation_id) DO NOTHING",
+        f"INSERT INTO jaxrec.shown ({IMPRESSION_COLUMNS}) VALUES ({', '.join(['%s'] * len(Impression._fields))})"
+        " ON CONFLICT (recommendation_id) DO NOTHING",
         [impression_row(one) for one in still_wanted(impressions, dict(rows), now)],
     )
 

@@ -207,7 +207,7 @@ class RedisStore(DeferringStore):
         # What changed in between is there twice, the later value last.
         last = {item_id: row for item_id, row in zip(item_ids, rows, strict=True)}
         columns = np.array(list(last.values()), np.float64).reshape(-1, 1 + len(ONE_EVENT))
-        return ItemCounts(list(last), columns[:, 0].astype(np.int64), columns[:, 1:], since)
+        return ItemCounts(list(last), columns[:, 0].astype(np.int64), columns[:, 1:], since, max(0, since))
 
     def counts_seed(self) -> ItemCounts | None:
         content = self._read(lambda: self._redis.get("jaxrec:trend_seed"))
@@ -352,9 +352,9 @@ def _impression_arguments(one: Started, now: float) -> list[Any]:
 
 
 def _impression(value: bytes) -> Impression:
-    """Older servers than those of version 3 wrote the first seven fields alone."""
+    """Older servers than those of version 3 wrote the first seven fields alone, those of version 3 the first ten."""
     row = json.loads(value)
-    return Impression(row[0], row[1], tuple(row[2]), tuple(row[3]), *row[4:9], *map(tuple, row[9:]))
+    return Impression(row[0], row[1], tuple(row[2]), tuple(row[3]), *row[4:9], *map(tuple, row[9:10]), *row[10:])
 
 
 def _user_event(user_id: str, value: bytes) -> tuple[int, UserEvent]:

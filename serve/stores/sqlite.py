@@ -21,6 +21,7 @@ import numpy as np
 from serve.stores.base import (
     DELETION_S,
     Deleted,
+    Impression,
     SpilledState,
     StoreError,
     UserEvent,
@@ -70,7 +71,9 @@ CREATE TABLE IF NOT EXISTS shown (
     timestamp INTEGER NOT NULL,
     temperature REAL,
     request_time INTEGER,
-    excluded_item_ids TEXT NOT NULL DEFAULT '[]'
+    excluded_item_ids TEXT NOT NULL DEFAULT '[]',
+    trend_time INTEGER,
+    trend_arrival INTEGER
 ) STRICT;
 CREATE INDEX IF NOT EXISTS shown_to ON shown (user_id);
 DELETE FROM shown WHERE number NOT IN (SELECT min(number) FROM shown GROUP BY recommendation_id);
@@ -111,8 +114,13 @@ ALTER TABLE shown ADD COLUMN temperature REAL;
 ALTER TABLE shown ADD COLUMN request_time INTEGER;
 ALTER TABLE shown ADD COLUMN excluded_item_ids TEXT NOT NULL DEFAULT '[]';
 """
+FROM_VERSION_4 = """
+ALTER TABLE shown ADD COLUMN trend_time INTEGER;
+ALTER TABLE shown ADD COLUMN trend_arrival INTEGER;
+"""
 # By the version of an older store, what comes before SCHEMA: version 1 has no `shown`, that of 2 and 3 is the same.
-UPDATES = {1: FROM_VERSION_1, 2: FROM_VERSION_2, 3: FROM_VERSION_2}
+FROM_VERSION_3 = FROM_VERSION_2 + FROM_VERSION_4
+UPDATES = {1: FROM_VERSION_1, 2: FROM_VERSION_3, 3: FROM_VERSION_3, 4: FROM_VERSION_4}
 FILL_USERS = "INSERT OR IGNORE INTO users SELECT user_id, min(arrival), max(arrival) FROM events GROUP BY user_id"
 # In a copy of a log that no store was opened on, see `serve.stores.copy`: it may be replaced by a newer one.
 MARK_COPY = "CREATE TABLE untouched_copy (marked INTEGER) STRICT"
@@ -147,7 +155,7 @@ INSERT_IMPRESSION = f"INSERT INTO shown ({IMPRESSION_COLUMNS}) VALUES"
 INSERT_COUNTER = "INSERT OR REPLACE INTO trend VALUES (?, ?, ?, ?)"
 # Also where the last event was deleted since.
 LAST_ARRIVAL = "SELECT seq FROM sqlite_sequence WHERE name = 'events'"
-IMPRESSION_VALUES = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+IMPRESSION_VALUES = f"({', '.join('?' * len(Impression._fields))})"
 
 T = TypeVar("T")
 
@@ -214,6 +222,7 @@ class SQLiteStore(SqlStore):
             references=np.array([row[1] for row in rows], np.int64),
             counts=np.frombuffer(b"".join(row[2] for row in rows), "<f8").reshape(-1, len(ONE_EVENT)),
             change=rows[-1][3] if rows else since,
+            arrival=max(0, rows[-1][3] if rows else since),
         )
 
     def begin_counts(self) -> int | None:

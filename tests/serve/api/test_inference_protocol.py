@@ -144,7 +144,7 @@ def test_the_trend_is_the_servers(artifact: Artifact, store: EventStore) -> None
                 for at, dtype in ((1, np.int32), (2, np.float32))
             )
             answers.append(np.take_along_axis(scores, np.argsort(items, axis=1), axis=1)[:, 30 - 1])
-            trend = model.engine.trend[30]
+            trend = model.engine.trend.values[30]
     server.drain()
     without, with_trend = answers
     assert trend > 1

@@ -92,7 +92,7 @@ def test_grpc_answer_is_the_graphs(
 ) -> None:
     events = history(model, length)
     request_time = None if gap_to_request is None else events[-1].timestamp + gap_to_request
-    expected_ids, expected_scores = graph_answer(artifact, events, request_time, 8, model.engine.trend)
+    expected_ids, expected_scores = graph_answer(artifact, events, request_time, 8, model.engine.trend.values)
 
     inline = client.recommend(history=events, k=8, request_time=request_time)
     client.record_events(stored("u", events))

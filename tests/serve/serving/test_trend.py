@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from bench.model_versions import add_version
+from serve.api.service import RecommenderService
 from serve.client import Event as ClientEvent
 from serve.client import RecommenderClient
 from serve.client import UserEvent as ClientUserEvent
@@ -23,6 +25,7 @@ from serve.serving.loading import ModelLoader, open_models
 from serve.serving.trend import TrendRefresher
 from serve.stores import open_store
 from serve.stores.base import EventStore, StoreError, UserEvent
+from tests.serve.one_model import one_model
 from tests.serve.serving.test_models import wait_for
 
 HOUR, DAY = 3_600, 86_400
@@ -49,19 +52,23 @@ def worth(*times: int, now: int = NOW) -> np.ndarray:
     return np.array([sum(0.5 ** ((now - time) / half_life) for time in times) for half_life in HALF_LIVES_S])
 
 
-def trend_of(model: Recommender, counts: dict[int, np.ndarray]) -> np.ndarray:
-    """The trend that a model makes of counts."""
+def array_of(model: Recommender, counts: dict[int, np.ndarray]) -> np.ndarray:
     array = np.zeros_like(model.engine.exported.counts)
     for item, of_item in counts.items():
         array[:, item] = of_item
+    return array
+
+
+def trend_of(model: Recommender, counts: dict[int, np.ndarray]) -> np.ndarray:
+    """The trend that a model makes of counts."""
     before = model.engine.trend
-    model.engine.use_counts(array)
+    model.engine.use_counts(array_of(model, counts))
     made, model.engine.trend = model.engine.trend, before
-    return made
+    return made.values
 
 
 def assert_trend(model: Recommender, counts: dict[int, np.ndarray]) -> None:
-    np.testing.assert_allclose(model.engine.trend, trend_of(model, counts), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model.engine.trend.values, trend_of(model, counts), rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
@@ -205,6 +212,48 @@ def test_servers_of_one_store_see_each_others_events(artifact: Artifact, tmp_pat
             refresher.close()
 
 
+def test_the_trend_of_an_impression_can_be_made_again_from_the_log(
+    artifact: Artifact, fresh: Recommender, store: EventStore
+) -> None:
+    """Of the export, and of the events until the arrival that was noted, decayed to the second that was noted."""
+    now = NOW + 0.75
+    ids = fresh.catalog.item_ids
+    with closing(TrendRefresher(store, 3_600.0, clock=lambda: now)) as refresher:
+        service = RecommenderService(one_model(fresh, store), store, Metrics())
+        loaded = service.models.for_user("u")
+        query = Query([Event(ids[5], None, NOW)], k=60, request_time=NOW)
+        by_export = service.recommend(loaded, query, None, lambda: False)
+        refresher.prepare(fresh)
+        refresher.keep([fresh])
+        store.record([event("1", ids[9]), event("2", ids[OTHER], NOW - HOUR), event("3", ids[OTHER], NOW - DAY + 1)])
+        now += HOUR
+        refresher.refresh()
+        # After the counters were read.
+        store.record([event("4", ids[OTHER]), event("5", ids[7])])
+        with_trend = service.recommend(loaded, query, None, lambda: False)
+        of_user = service.recommend(loaded, Query([], k=3, user_id="u"), None, lambda: False)
+        popular = service.recommend(loaded, Query([], k=3), None, lambda: False)
+    store.flush()
+    shown = {one.recommendation_id: one for part in store.all_impressions() for one in part}
+    noted = shown[with_trend.recommendation_id]
+    assert noted.trend_time == NOW + HOUR
+    assert (shown[of_user.recommendation_id].trend_time, shown[of_user.recommendation_id].trend_arrival) == noted[-2:]
+    for answered in (by_export, popular):
+        assert shown[answered.recommendation_id][-2:] == (None, None)
+    counts = {ITEM: 4 * worth(COUNTED_UNTIL, now=noted.trend_time)}
+    for arrival, (_, _, one, _) in (row for part in store.all_events() for row in part):
+        if arrival <= noted.trend_arrival:
+            counts[ids.index(one.item_id)] = counts.get(ids.index(one.item_id), 0) + worth(
+                one.timestamp, now=noted.trend_time
+            )
+    assert counts.keys() == {ITEM, OTHER, 9}
+    again = Recommender(exported(artifact), "cpu")
+    again.engine.use_counts(array_of(again, counts))
+    (expected,) = again.recommend([query])
+    np.testing.assert_array_equal(with_trend.answer.items, expected.items)
+    np.testing.assert_allclose(with_trend.answer.scores, expected.scores, atol=1e-4)
+
+
 def test_a_served_model_follows_the_store(model_directory: Path, tmp_path: Path, store: EventStore) -> None:
     """Through the front, and a version that comes later has its trend when it serves."""
     metrics = Metrics()
@@ -234,8 +283,8 @@ def test_a_served_model_follows_the_store(model_directory: Path, tmp_path: Path,
             assert len(why) == len(before)
         add_version(versions, model_directory, "2")
         wait_for(lambda: models.versions() == ["2"])
-        found = models.version("2").model.engine
-        assert found.trend[models.version("2").model.catalog.index[last]] > found.trend[1:].min() + 5
+        found = models.version("2").model.engine.trend.values
+        assert found[models.version("2").model.catalog.index[last]] > found[1:].min() + 5
         age = metrics.registry.get_sample_value("jaxrec_trend_age_seconds")
         assert age is not None
         assert 0 <= age < 30

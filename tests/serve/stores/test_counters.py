@@ -146,6 +146,19 @@ def test_only_what_changed_is_read_again(store: EventStore, location: str) -> No
     assert list(store.item_counts(second.change).item_ids) == []
 
 
+def test_the_arrival_is_that_of_the_last_counted_event(store: EventStore) -> None:
+    """As `all_events` numbers it: whoever adds the events up to it gets the same counts."""
+    assert store.item_counts().arrival == 0
+    store.record([event("1", "a"), event("2", "b")])
+    store.record([event("3", "c", NOW - DAY, "v")])
+    first = store.item_counts()
+    arrivals = {new.event_id: arrival for part in store.all_events() for arrival, new in part}
+    assert first.arrival == arrivals["3"] == max(arrivals.values())
+    assert store.item_counts(first.change).arrival == first.arrival
+    store.record([event("4", "a"), event("3", "c")])
+    assert store.item_counts(first.change).arrival == store.item_counts().arrival > first.arrival
+
+
 def test_the_longest_and_the_strangest_item_ids_are_counted(store: EventStore) -> None:
     items = ["\U0010ffff" * 512, 'ü"\n[:%s {0}', " "]
     store.record([event(str(number), item) for number, item in enumerate(items)])
@@ -267,7 +280,10 @@ def test_a_store_of_before_is_counted_from_its_seeding_on(
         store.record([event("1", "a", NOW - HOUR), event("2", "a", NOW - 9 * DAY)])
     if kind == "sqlite":
         with closing(sqlite3.connect(location)) as connection:
-            connection.executescript("DROP TABLE trend; DROP TABLE trend_start; PRAGMA user_version = 4")
+            connection.executescript(
+                "ALTER TABLE shown DROP COLUMN trend_time; ALTER TABLE shown DROP COLUMN trend_arrival;"
+                "DROP TABLE trend; DROP TABLE trend_start; PRAGMA user_version = 4"
+            )
     elif kind == "postgres":
         with psycopg.connect(location) as connection:
             connection.execute("DROP TABLE jaxrec.trend, jaxrec.trend_start")

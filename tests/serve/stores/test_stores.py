@@ -49,9 +49,13 @@ IMPRESSION = Impression(
     temperature=0.1,
     request_time=2**63 - 1,
     excluded_item_ids=("ß", "b"),
+    trend_time=1_700_000_003,
+    trend_arrival=2**63 - 1,
 )
-# What servers noted before they noted how it was drawn.
-NOTED_BEFORE = IMPRESSION._replace(temperature=None, request_time=None, excluded_item_ids=())
+# What servers noted before they noted which trend ranked it, and before they noted how it was drawn.
+NOTED_WITHOUT_TREND = IMPRESSION._replace(trend_time=None, trend_arrival=None)
+NOTED_BEFORE = NOTED_WITHOUT_TREND._replace(temperature=None, request_time=None, excluded_item_ids=())
+NEW_COLUMNS = ("temperature", "request_time", "excluded_item_ids", "trend_time", "trend_arrival")
 # As `serve` wrote it, without the parts that did not change.
 SQLITE_3 = """
 CREATE TABLE events (
@@ -575,7 +579,6 @@ def test_a_store_of_before_is_brought_up_to_date(kind: str, servers: dict[str, D
         for name in ("r1", "r2"):
             log_now(store, IMPRESSION._replace(recommendation_id=name))
         log_now(store, IMPRESSION._replace(recommendation_id="r3", user_id=None))
-    columns = ("temperature", "request_time", "excluded_item_ids")
     twice = (
         "INSERT INTO {0} (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp)"
         " SELECT recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp FROM {0}"
@@ -584,7 +587,7 @@ def test_a_store_of_before_is_brought_up_to_date(kind: str, servers: dict[str, D
         with closing(sqlite3.connect(location, isolation_level=None)) as connection:
             for step in ("DROP INDEX shown_once", "DROP TABLE deletions", twice.format("shown")):
                 connection.execute(step)
-            for column in columns:
+            for column in NEW_COLUMNS:
                 connection.execute(f"ALTER TABLE shown DROP COLUMN {column}")
             connection.execute("PRAGMA user_version = 2")
     elif kind == "postgres":
@@ -596,7 +599,7 @@ def test_a_store_of_before_is_brought_up_to_date(kind: str, servers: dict[str, D
             )
             for step in (*steps, twice.format("jaxrec.shown")):
                 connection.execute(step)
-            for column in columns:
+            for column in NEW_COLUMNS:
                 connection.execute(f"ALTER TABLE jaxrec.shown DROP COLUMN {column}")
     else:
         with redis.Redis.from_url(location) as client:
@@ -626,7 +629,7 @@ def test_a_store_that_did_not_note_how_it_drew_is_brought_up_to_date(
             log_now(store, NOTED_BEFORE)
     if kind == "postgres":
         with psycopg.connect(location) as connection:
-            for column in ("temperature", "request_time", "excluded_item_ids"):
+            for column in NEW_COLUMNS:
                 connection.execute(f"ALTER TABLE jaxrec.shown DROP COLUMN {column}")
             connection.execute("UPDATE jaxrec.store SET version = 2")
     elif kind == "redis":
@@ -646,6 +649,34 @@ def test_a_store_that_did_not_note_how_it_drew_is_brought_up_to_date(
     monkeypatch.setattr(f"serve.stores.{kind}.{name}", before)
     with pytest.raises(StoreError, match=rf"in version {int(before) + 1}, expected .*1\.\.{before}"):
         open_store(location)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_that_did_not_note_the_trend_is_brought_up_to_date(
+    kind: str, servers: dict[str, DatabaseServer], tmp_path: Path
+) -> None:
+    location = emptied(kind, servers, tmp_path)
+    with open_store(location) as store:
+        log_now(store, NOTED_WITHOUT_TREND)
+    if kind == "sqlite":
+        with closing(sqlite3.connect(location)) as connection:
+            connection.executescript(
+                "ALTER TABLE shown DROP COLUMN trend_time; ALTER TABLE shown DROP COLUMN trend_arrival;"
+                "DROP TABLE trend; DROP TABLE trend_start; PRAGMA user_version = 4"
+            )
+    elif kind == "postgres":
+        with psycopg.connect(location) as connection:
+            connection.execute("ALTER TABLE jaxrec.shown DROP COLUMN trend_time, DROP COLUMN trend_arrival")
+            connection.execute("DROP TABLE jaxrec.trend, jaxrec.trend_start")
+            connection.execute("UPDATE jaxrec.store SET version = 3")
+    else:
+        with redis.Redis.from_url(location) as client:
+            client.set("jaxrec:version", "3")
+            client.lset("jaxrec:shown:u", 0, json.dumps(IMPRESSION[:10]))
+    new = IMPRESSION._replace(recommendation_id="r2")
+    with open_store(location) as store:
+        log_now(store, new)
+        assert impressions_of(store, "u") == [NOTED_WITHOUT_TREND, new]
 
 
 def test_what_a_server_of_before_still_writes_is_read_and_not_learned_from(
