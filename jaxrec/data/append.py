@@ -3,9 +3,10 @@
 The result: append(prepare(a), b) has the events, the cases and the catalogue of prepare(a + b), where a + b are the
 rows of a and then those of b. Known users and items keep their indices, and new ones come after them, so the order of
 the ids differs; a model that was trained before still fits. Limits: the rating scale stays that of a; times that are
-exact to the millisecond order events within one second of b, not between a and b; and where prepare(a + b) would drop
-an item or a user of prepare(a) (the temporal cut moves back, or a filter that is fitted on training loses an event to
-the test), its index stays, in the catalogue or without events.
+exact to the millisecond order events within one second of b, not between a and b; the columns of features keep the
+kinds, the bins and the categories that a gave them; and where prepare(a + b) would drop an item or a user of prepare(a)
+(the temporal cut moves back, or a filter that is fitted on training loses an event to the test), its index stays, in
+the catalogue or without events.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.config import MEMORY_GB, Repeats
+from jaxrec.data.content import fit_columns
 from jaxrec.data.histories import EventLog, blocks, event_writers, open_log, release
 from jaxrec.data.ids import IdMap, write_ids
 from jaxrec.data.prepare import prepare_log, with_input
@@ -50,7 +52,9 @@ def append(
         data: Prepared data, or its folder. Rows that were set aside in the folder stay in quarantine.csv.
         interactions: The new events, as for `jaxrec.data.prepare.prepare`.
         movies: Titles and genres of new movies, which go before those that are known.
-        features: What else is known of new items, or more of known ones; what it says goes before what is known.
+        features: What else is known of new items, or more of known ones: a value that it has goes before the known one,
+            and an empty one changes nothing. A column that is known keeps its kind, its bins and its categories; new
+            categories are added. What is not used is in `input["notes"]`.
         out: A folder to write, which may be that of `data`: whole or not at all. None: the result is in memory.
         options: What is not to be recognized: columns, delimiter, encoding, form of the times.
         on_bad_rows: Whether bad rows are an error, or are set aside in quarantine.csv in `out`.
@@ -93,11 +97,13 @@ def append(
             # That these are few of the items is no surprise.
             given, _ = movies_like(work.movies, merged.items.raw_ids, work.movies_name, others=True)
             known = _joined(given, all_movies(old))
-            table, odd = features_like(features, merged.items.raw_ids, known)
-            counts = input_counts(work, loaded, found, bad, odd)
+            # Features of new items alone are welcome where the catalogue keeps such.
+            table = features_like(features, merged.items.raw_ids, others=old.config.min_movie_ratings == 0)
+            counts = input_counts(work, loaded, found, bad, _new_columns(table, old.features))
         config = dataclasses.replace(old.config, rating_scale=loaded.scale)
-        result = prepare_log(merged, known, config, folder, old.users, old.catalog.ids)
-        return with_input(dataclasses.replace(result, features=_joined(table, old.features)), counts)
+        joined = joined_features(table, old.features)
+        result = prepare_log(merged, known, config, folder, joined, old.users, old.catalog.ids)
+        return with_input(result, counts, table, fit_columns(old) if old.columns is None else old.columns)
 
     return build(make, out, on_bad_rows, add_files)
 
@@ -189,6 +195,31 @@ def _joined(given: pd.DataFrame | None, known: pd.DataFrame | None) -> pd.DataFr
     """Rows by item_id: what is given now goes before what was known; a column that one of them lacks is empty there."""
     frames = [frame for frame in (given, known) if frame is not None]
     return pd.concat(frames).fillna("").drop_duplicates(ITEM, ignore_index=True) if frames else None
+
+
+def joined_features(given: pd.DataFrame | None, known: pd.DataFrame | None) -> pd.DataFrame | None:
+    """item_id and text of all items and columns of both: the value that is given, or the known one where it is empty.
+
+    Examples:
+        >>> known = pd.DataFrame({"item_id": [1, 2], "studio": ["A", "B"], "tags": ["x", "y"]})
+        >>> joined_features(pd.DataFrame({"item_id": [3, 1], "studio": ["", "C"]}), known).to_dict("list")
+        {'item_id': [1, 2, 3], 'studio': ['C', 'B', ''], 'tags': ['x', 'y', '']}
+    """
+    if given is None or known is None:
+        return known if given is None else given
+    of_given, of_known = given.set_index(ITEM), known.set_index(ITEM)
+    items = of_known.index.union(of_given.index, sort=False)
+    columns = list(dict.fromkeys([*of_known.columns, *of_given.columns]))
+    of_given, of_known = (table.reindex(index=items, columns=columns, fill_value="") for table in (of_given, of_known))
+    return of_known.where(of_given == "", of_given).reset_index(names=ITEM)
+
+
+def _new_columns(given: pd.DataFrame | None, known: pd.DataFrame | None) -> list[str]:
+    """A note on columns of features that the data did not have; a name may be mistyped."""
+    if given is None or known is None:
+        return []
+    new = [name for name in given.columns if name not in known.columns]
+    return [f"features: {', '.join(new)}: new, the data has {', '.join(known.columns[1:])}"] if new else []
 
 
 def _kind(ids: IdMap) -> IdKind:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from jaxrec.data.ids import IdMap
-from jaxrec.data.schema import GENRES, ITEM, NO_GENRES, TITLE
+from jaxrec.data.schema import GENRES, ITEM, NO_GENRES, TITLE, is_missing
 from jaxrec.errors import DataError
 
 
@@ -45,13 +45,14 @@ class Catalog:
 
 @functools.lru_cache(maxsize=100_000)
 def split_genres(text: str) -> tuple[str, ...]:
-    """Genres of MovieLens' `A|B` notation, sorted and distinct; "(no genres listed)" is no genre.
+    """Genres of MovieLens' `A|B` notation, sorted and distinct; "(no genres listed)" is no genre, nor is a word that
+    means that there is none (`jaxrec.data.schema.MISSING`).
 
     Examples:
-        >>> split_genres("War|Drama|War"), split_genres("(no genres listed)")
-        (('Drama', 'War'), ())
+        >>> split_genres("War|Drama|War"), split_genres("(no genres listed)"), split_genres("N/A")
+        (('Drama', 'War'), (), ())
     """
-    return tuple(sorted({genre.strip() for genre in text.split("|")} - {"", NO_GENRES}))
+    return tuple(sorted({genre.strip() for genre in text.split("|") if not is_missing(genre)} - {NO_GENRES}))
 
 
 def build_catalog(ids: IdMap, movies: pd.DataFrame | None) -> Catalog:
@@ -76,11 +77,11 @@ def build_catalog(ids: IdMap, movies: pd.DataFrame | None) -> Catalog:
     return Catalog(ids, titles, genres)
 
 
-def catalog_items(kept: np.ndarray, movies: pd.DataFrame | None, min_ratings: int) -> np.ndarray:
-    """Sorted raw ids of the catalogue: those of the `kept` items, and of all movies where the threshold is 0."""
-    if min_ratings == 0 and movies is not None:
-        return np.union1d(kept, movies[ITEM].to_numpy())
-    return np.sort(kept)
+def catalog_items(kept: np.ndarray, min_ratings: int, *tables: pd.DataFrame | None) -> np.ndarray:
+    """Sorted raw ids of the catalogue: those of the `kept` items, and of all items of `tables` where the threshold is
+    0."""
+    given = [table[ITEM].to_numpy() for table in tables if table is not None and min_ratings == 0]
+    return np.unique(np.concatenate([kept, *given]))
 
 
 def checked_ids(rows: pd.DataFrame, raw_items: np.ndarray, name: str) -> pd.DataFrame:

@@ -1,27 +1,24 @@
 """What is known of the items besides their events, as one binary matrix: genres, the columns of `--features`, years.
 
-A column of `--features` is numeric where every value of the items with training events is a finite number, multi-valued
-where one of them holds a `|`, and else categorical. Vocabulary and bins are fitted on the items with training events
-only; what a new item has beside them is as if it were missing: all zero.
+How a column becomes features: `jaxrec.data.encoding`. What is missing, or is no feature, is all zero.
 """
 
 import dataclasses
-import itertools
-import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 
+from jaxrec.data.encoding import LEAST_ITEMS, MOST_CATEGORIES, ColumnEncoding, Kind, fit_column
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM
+from jaxrec.errors import DataError
 
 YEAR = re.compile(r"\(((?:18|19|20)\d\d)\)\s*$")
-YEAR_BINS, NUMERIC_BINS = 30, 10
+YEAR_BINS = 30
 LEAST_YEARS = 0.1  # share of the items with training events whose titles must have a year
-LEAST_ITEMS = 2  # items with training events that share a category; of a category of one item nothing is learned
-MOST_CATEGORIES = 500  # of a column, the most frequent ones: more cost time, and are those of few items
+MOST_CELLS = 100_000_000  # items times features: a matrix of 0.4 GB, of which training holds several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +26,14 @@ class ItemContent:
     """The features of all items.
 
     Attributes:
-        names: One for each column of the matrix: genres, then the columns of `--features`, then years.
+        names: One for each column of the matrix: genres, then the columns of `--features`, then years of titles.
         matrix: [items + 1, features] float32 of 0 and 1; row 0 (padding) is zero.
         model_features: How many of them, from the first, the content model reads.
-        left_out: Columns of `--features` without a feature that two items share.
     """
 
     names: tuple[str, ...]
     matrix: np.ndarray
     model_features: int
-    left_out: tuple[str, ...]
-
-    @property
-    def model_names(self) -> tuple[str, ...]:
-        """The features that the content model reads."""
-        return self.names[: self.model_features]
 
     def model_matrix(self) -> np.ndarray:
         """[items + 1, max(1, model_features)] float32: what the content model reads; one zero column for nothing."""
@@ -57,105 +47,123 @@ def item_content(data: PreparedData) -> ItemContent:
 
     The content model reads genres and the columns of `--features`; years are for new items alone
     (`jaxrec.training.content_head`): as an input of the content model they cost known items NDCG.
+
+    Args:
+        data: Its `columns` say how the columns of `--features` are encoded; where they are None they are fitted here.
+
+    Returns:
+        The names of the features and their matrix.
+
+    Raises:
+        DataError: The matrix of `--features` would have more than MOST_CELLS cells.
     """
-    catalog = data.catalog
-    fitted = data.train_popularity()[1:] > 0
-    names, parts, left_out = list(catalog.genres), [catalog.genre_matrix()[1:, : len(catalog.genres)]], []
-    if data.features is not None:
-        table = data.features.set_index(ITEM).reindex(catalog.ids.raw_ids).fillna("")
-        for column in table.columns:
-            of_column, matrix = encode_column(column, table[column].tolist(), fitted)
-            names += of_column
-            parts.append(matrix)
-            if not of_column:
-                left_out.append(column)
+    catalog, columns = data.catalog, _columns(data)
+    names, ones = list(catalog.genres), []
+    place = {genre: at for at, genre in enumerate(names)}
+    pairs = [(row, place[genre]) for row, genres in enumerate(catalog.item_genres) for genre in genres]
+    ones.append(np.array(pairs, np.int64).reshape(-1, 2).T)
+    texts = _texts(data)
+    for column in columns:
+        rows, of_features = column.cells(texts[column.name])
+        ones.append(np.stack([rows, of_features + len(names)]))
+        names += column.features
     model_features = len(names)
     found = [YEAR.search(title) for title in catalog.titles]
-    years = np.array([float(match[1]) if match else np.nan for match in found])
-    if (~np.isnan(years[fitted])).sum() > LEAST_YEARS * fitted.sum():
-        of_years, matrix = _binned("year", years, fitted, YEAR_BINS)
-        names += of_years
-        parts.append(matrix)
-    rows = np.concatenate(parts, axis=1)
-    whole = np.concatenate([np.zeros((1, rows.shape[1]), np.float32), rows])
-    return ItemContent(tuple(names), whole, model_features, tuple(left_out))
+    years, fitted = [match[1] if match else "" for match in found], _fitted(data)
+    with_year = sum(bool(year) for year, of_fit in zip(years, fitted, strict=True) if of_fit)
+    of_titles = fit_column("title year", years, fitted, bins=YEAR_BINS)
+    if of_titles is not None and with_year > LEAST_YEARS * fitted.sum():
+        rows, of_features = of_titles.cells(years)
+        ones.append(np.stack([rows, of_features + len(names)]))
+        names += of_titles.features
+    matrix = np.zeros((len(catalog) + 1, len(names)), np.float32)
+    rows, of_features = np.concatenate(ones, axis=1)
+    matrix[rows + 1, of_features] = 1
+    return ItemContent(tuple(names), matrix, model_features)
 
 
-def encode_column(name: str, values: Sequence[str], fitted: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """One column of `--features` as features.
-
-    Args:
-        name: Of the column.
-        values: One text per item; empty: missing.
-        fitted: [items] bool: those that decide the kind, the vocabulary and the bins.
-
-    Returns:
-        The features' names, and [items, features] float32 of 0 and 1.
-
-    Examples:
-        >>> encode_column("studio", ["A", "B", "A", "B", "C"], np.array([True, True, True, False, True]))[0]
-        ['studio=A']
-        >>> names, matrix = encode_column("length", ["90", "", "120", "95"], np.array([True, True, True, False]))
-        >>> names, matrix.tolist()
-        (['length from 90', 'length from 120'], [[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-    """
-    known = [value for value, of_fit in zip(values, fitted, strict=True) if of_fit and value]
-    if known and all(not math.isnan(_number(value)) for value in known):
-        return _binned(name, np.array([_number(value) for value in values]), fitted, NUMERIC_BINS)
-    several = any("|" in value for value in known)
-    lists = [{part.strip() for part in (value.split("|") if several else [value])} - {""} for value in values]
-    counts = Counter(itertools.chain.from_iterable(lists[item] for item in np.flatnonzero(fitted)))
-    shared = [(-count, category) for category, count in counts.items() if count >= LEAST_ITEMS]
-    categories = sorted(category for _, category in sorted(shared)[:MOST_CATEGORIES])
-    place = {category: at for at, category in enumerate(categories)}
-    matrix = np.zeros((len(values), len(categories)), np.float32)
-    for row, of_item in enumerate(lists):
-        matrix[row, [place[category] for category in of_item if category in place]] = 1
-    return [f"{name}={category}" for category in categories], matrix
+def model_feature_names(data: PreparedData) -> list[str]:
+    """The features that the content model reads, in the order of `ItemContent.names`; without making the matrix."""
+    return [*data.catalog.genres, *(name for column in _columns(data) for name in column.features)]
 
 
-def bin_starts(values: np.ndarray, bins: int) -> np.ndarray:
-    """Where bins of about equally many values begin.
-
-    A value that fills a bin by itself has one of its own, and up to `bins` different values have one each: among the
-    years of movies the recent ones matter singly.
+def fit_columns(data: PreparedData, known: Sequence[ColumnEncoding] = ()) -> tuple[ColumnEncoding, ...]:
+    """How the columns of `--features` are encoded.
 
     Args:
-        values: [n] float, finite.
-        bins: Number of bins that `values` are to fill.
+        data: With features, or without any.
+        known: The encodings of data that `data` extends: they stay as they were, but for categories that are added.
 
     Returns:
-        [at most 2 * bins] the smallest value of each bin, rising.
+        The encodings, those that are known first; a column without a value of an item with training events has none.
 
-    Examples:
-        >>> bin_starts(np.array([1.0, 2.0, 3.0, 4.0, 5.0, 5.0, 5.0, 6.0]), bins=4).tolist()
-        [1.0, 3.0, 5.0, 6.0]
+    Raises:
+        DataError: The matrix would have more than MOST_CELLS cells; the message names the largest columns.
     """
-    different, counts = np.unique(values, return_counts=True)
-    if len(different) <= bins:
-        return different
-    full = len(values) / bins
-    starts, held = [], np.inf
-    for value, count in zip(different.tolist(), counts.tolist(), strict=True):
-        if held >= full or count >= full:
-            starts.append(value)
-            held = 0
-        held += count
-    return np.array(starts)
+    if data.features is None:
+        return ()
+    texts, fitted = _texts(data), _fitted(data)
+    of_before = {column.name: column for column in known}
+    order = dict.fromkeys([*of_before, *texts])
+    fits = [fit_column(name, texts[name], fitted, of_before.get(name)) for name in order]
+    columns = tuple(column for column in fits if column is not None)
+    count = len(data.catalog.genres) + sum(len(column.features) for column in columns)
+    cells = (len(data.catalog) + 1) * count
+    if cells > MOST_CELLS:
+        largest = sorted(columns, key=lambda column: -len(column.features))[:3]
+        names = ", ".join(f"{column.name} ({len(column.features)})" for column in largest)
+        raise DataError(
+            f"features: {len(data.catalog)} items with {count} features make a matrix of {cells * 4 / 1e9:.1f} GB, "
+            f"expected at most {MOST_CELLS * 4 / 1e9:.1f} GB; leave out columns with many categories, such as {names}"
+        )
+    return columns
 
 
-def _binned(name: str, values: np.ndarray, fitted: np.ndarray, bins: int) -> tuple[list[str], np.ndarray]:
-    """`values` [items] float, NaN: missing. A value below the first bin is in the first one."""
-    starts = bin_starts(values[fitted & ~np.isnan(values)], bins)
-    place = np.maximum(np.searchsorted(starts, values, side="right") - 1, 0)
-    matrix = (place[:, None] == np.arange(len(starts))) & ~np.isnan(values)[:, None]
-    return [f"{name} from {start:g}" for start in starts], matrix.astype(np.float32)
+def feature_notes(data: PreparedData, given: pd.DataFrame | None) -> list[str]:
+    """What of the features is not used, each in one sentence.
+
+    Args:
+        data: With its `columns`.
+        given: item_id and columns that were read; None: none were.
+    """
+    if given is None or data.features is None:
+        return []
+    ids, texts, notes = given[ITEM].to_numpy(), _texts(data), []
+    left = ids[data.catalog.ids.encode(ids) == 0]
+    if len(left):
+        notes.append(
+            f"features: {len(left)} of {len(ids)} items, such as {left[0]}, are not in the catalogue; prepare with "
+            "--min-movie-ratings 0 to keep items with few events or none"
+        )
+    columns = {column.name: column for column in _columns(data)}
+    idle = [name for name in texts if name not in columns or not columns[name].features]
+    if idle:
+        notes.append(
+            f"features: {', '.join(idle)}: not used, no {LEAST_ITEMS} items with training events share a value"
+        )
+    for name, column in columns.items():
+        if name not in idle and (unknown := column.unknown(texts[name])):
+            why = "they are not numbers, as the others are"
+            if column.kind is not Kind.NUMERIC:
+                why = f"a category needs {LEAST_ITEMS} items with training events, and {MOST_CATEGORIES} are kept"
+            notes.append(
+                f"features: {name}: {len(unknown)} of its values, such as {unknown[0]!r}, count as missing: {why}"
+            )
+    return notes
 
 
-def _number(text: str) -> float:
-    """NaN for what is no finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        return math.nan
-    return value if math.isfinite(value) else math.nan
+def _columns(data: PreparedData) -> tuple[ColumnEncoding, ...]:
+    return fit_columns(data) if data.columns is None else data.columns
+
+
+def _texts(data: PreparedData) -> dict[str, list[str]]:
+    """The values of each column of `--features` [items], "" where there is none."""
+    if data.features is None:
+        return {}
+    table = data.features.set_index(ITEM).reindex(data.catalog.ids.raw_ids, fill_value="")
+    return {str(name): table[name].tolist() for name in table.columns}
+
+
+def _fitted(data: PreparedData) -> np.ndarray:
+    """[items] bool: those with training events."""
+    return data.train_popularity()[1:] > 0

@@ -1,6 +1,7 @@
 """From an interaction log to prepared data: ids, catalogue, histories and split, kept in one directory."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pandas as pd
 
 from jaxrec.config import MEMORY_GB, PrepareConfig
 from jaxrec.data.catalog import build_catalog, catalog_items
-from jaxrec.data.content import LEAST_ITEMS, item_content
+from jaxrec.data.content import feature_notes, fit_columns
+from jaxrec.data.encoding import ColumnEncoding
 from jaxrec.data.filtering import filter_log, k_core
 from jaxrec.data.histories import EventLog
 from jaxrec.data.ids import IdMap
@@ -41,7 +43,7 @@ def prepare(
     Leave-one-out filters over the whole log, as the literature does, or with `config.filter_on` TRAINING on the
     training part; the temporal split fits the filter on the part before the cut, and keeps every user after it; the
     user-held-out split fits it on the training users and keeps every other user. An item threshold of 0 keeps the
-    movies without any rating, which the content model can recommend.
+    items of `movies` and `features` without any rating as new items, which are ranked by their content.
 
     Args:
         interactions: A file, folder or archive in any known format, several files of one form, or a frame (which stays
@@ -51,7 +53,7 @@ def prepare(
         config: Thresholds, split, order of equal timestamps, repeats, rating scale and seed.
         features: What else is known of the items, for the content model and for items without events: a file, or a
             frame, of item ids and any columns, which are recognized as categorical, multi-valued (`A|B`) or numeric
-            (`jaxrec.data.content`).
+            (`jaxrec.data.encoding`). What is not used of it is in `input["notes"]`.
         out: A folder to write, out of core: whole or not at all. None: the result is in memory.
         options: What is not to be recognized: columns, delimiter, encoding, form of the times, kind of the ids.
         on_bad_rows: Whether bad rows are an error, or are set aside in quarantine.csv in `out`.
@@ -63,7 +65,8 @@ def prepare(
 
     Raises:
         DataError: For bad input, naming file and line (in a frame the row, from 1); where no event or a single item is
-            left; where `out` cannot be written, which then stays as it was.
+            left; where the features make a matrix of more than 0.4 GB; where `out` cannot be written, which then stays
+            as it was.
         ValueError: Where `on_bad_rows` or `add_files` ask for files and there is no `out`.
     """
 
@@ -76,22 +79,24 @@ def prepare(
             loaded, found = read_log(work, options, config, bad, folder / LOG_FOLDER)
             others = config.min_movie_ratings == 0
             known, notes = movies_like(work.movies, found.log.items.raw_ids, work.movies_name, others)
-            table, odd = features_like(features, found.log.items.raw_ids, known)
-            counts = input_counts(work, loaded, found, bad, [*notes, *odd])
+            table = features_like(features, found.log.items.raw_ids)
+            counts = input_counts(work, loaded, found, bad, notes)
         with_scale = dataclasses.replace(config, rating_scale=loaded.scale)
-        result = dataclasses.replace(prepare_log(found.log, known, with_scale, folder), features=table)
-        return with_input(result, counts)
+        return with_input(prepare_log(found.log, known, with_scale, folder, table), counts, table)
 
     return build(make, out, on_bad_rows, add_files)
 
 
-def with_input(data: PreparedData, counts: dict[str, Any]) -> PreparedData:
-    """`data` with the counts of what was read, and a note on columns of its features that say nothing."""
-    left_out = [] if data.features is None else item_content(data).left_out
-    if left_out:
-        note = f"features: {', '.join(left_out)}: not used, no {LEAST_ITEMS} items with training events share a value"
-        counts = {**counts, "notes": [*counts["notes"], note]}
-    return dataclasses.replace(data, input=counts)
+def with_input(
+    data: PreparedData, counts: dict[str, Any], given: pd.DataFrame | None, known: Sequence[ColumnEncoding] = ()
+) -> PreparedData:
+    """`data` with its features' encodings, the counts of what was read, and notes on what of the features is not used.
+
+    `given`: the features that were read. `known`: encodings of data that this extends.
+    """
+    if data.features is not None:
+        data = dataclasses.replace(data, columns=fit_columns(data, known))
+    return dataclasses.replace(data, input={**counts, "notes": [*counts["notes"], *feature_notes(data, given)]})
 
 
 def prepare_log(
@@ -99,11 +104,13 @@ def prepare_log(
     movies: pd.DataFrame | None,
     config: PrepareConfig,
     folder: Path,
+    features: pd.DataFrame | None = None,
     known_users: IdMap | None = None,
     known_items: IdMap | None = None,
 ) -> PreparedData:
     """Filters and splits a whole log; the columns are written into `folder`. Known ids keep their indices.
 
+    `movies` and `features` (item_id and more): their items are in the catalogue, too, where the item threshold is 0.
     Raises DataError when nothing is left, or a single item.
     """
     rule = SplitRule.of(log, config)
@@ -114,11 +121,11 @@ def prepare_log(
             f"no event is left of {log.events.event_count} after dropping users with fewer than "
             f"{config.min_user_ratings} and items with fewer than {config.min_movie_ratings} events"
         )
-    item_ids = catalog_items(log.items.raw_ids[core.items[1:]], movies, config.min_movie_ratings)
+    item_ids = catalog_items(log.items.raw_ids[core.items[1:]], config.min_movie_ratings, movies, features)
     catalog = build_catalog(_with_known(item_ids, known_items), movies)
     kept = filter_log(log, fitted, core, catalog.ids, known_users, rule.keeps_every_user, folder, item_ids)
     users = IdMap(log.users.raw_ids[kept.order], distinct=True)
-    return PreparedData(catalog, users, kept.histories, rule.split(kept), config, log, movies)
+    return PreparedData(catalog, users, kept.histories, rule.split(kept), config, log, movies, features=features)
 
 
 def _with_known(item_ids: np.ndarray, known: IdMap | None) -> IdMap:

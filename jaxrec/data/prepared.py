@@ -10,6 +10,7 @@ import pandas as pd
 
 from jaxrec.config import PrepareConfig, RatingScale
 from jaxrec.data.catalog import Catalog
+from jaxrec.data.encoding import ColumnEncoding
 from jaxrec.data.histories import BLOCK_EVENTS, EventLog, Histories, release
 from jaxrec.data.ids import IdMap
 from jaxrec.data.split import Split
@@ -26,6 +27,8 @@ class PreparedData:
         input: Counts of what was read, as JSON values.
         features: What else is known of items: item_id and columns of text, of all items that were given; None: nothing
             (`jaxrec.data.content.item_content` makes a matrix of it).
+        columns: How the columns of `features` are encoded; what `append` makes of this data keeps it. None: not fitted
+            yet, so that it follows from `features` and the training events.
         folder: Where exactly this data lies; None in memory, and for what `dataclasses.replace` makes of it.
         digest: SHA-256 of the folder's summary file when it was read.
     """
@@ -39,6 +42,7 @@ class PreparedData:
     movies: pd.DataFrame | Path | None = None
     input: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     features: pd.DataFrame | None = None
+    columns: tuple[ColumnEncoding, ...] | None = None
     folder: Path | None = dataclasses.field(default=None, init=False, compare=False)
     digest: str = dataclasses.field(default="", init=False, compare=False)
 

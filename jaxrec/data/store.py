@@ -1,6 +1,7 @@
 """Prepared data on disk: a folder of memory-mapped columns that opens without being read.
 
-DATA/prepared.json          versions, configuration, counts, and size and SHA-256 of every file
+DATA/prepared.json          versions, configuration, counts, how the columns of features.csv are encoded, and size and
+                            SHA-256 of every file
 DATA/catalog.json           item_id, title and genres by index
 DATA/features.csv           what else is known of items (`--features`), of all that were given
 DATA/user_ids.npy           raw id of each user
@@ -26,6 +27,7 @@ import pandas as pd
 
 from jaxrec.config import PrepareConfig, from_json, to_json
 from jaxrec.data.catalog import Catalog, read_catalog, write_catalog
+from jaxrec.data.encoding import ColumnEncoding, encoding_from_json
 from jaxrec.data.histories import EVENT_TYPES, EventLog, Histories, open_column, open_histories, open_log
 from jaxrec.data.ids import IdMap, open_ids, write_ids
 from jaxrec.data.prepared import AddFiles, PreparedData
@@ -148,6 +150,7 @@ def finish(data: PreparedData, folder: Path, add_files: AddFiles | None = None) 
         "config": to_json(data.config),
         "summary": data.summary(),
         "input": dict(data.input),
+        "columns": None if data.columns is None else [dataclasses.asdict(column) for column in data.columns],
         "files": {
             path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in files
@@ -189,10 +192,18 @@ def read_prepared(path: Path | str) -> PreparedData:
     movies = path / LOG_FOLDER / MOVIES_FILE
     kept = movies if movies.is_file() else None
     features = _typed(path / FEATURES_FILE, catalog) if (path / FEATURES_FILE).is_file() else None
-    data = PreparedData(catalog, users, histories, split, config, log, kept, content["input"], features)
+    columns = _encodings(content.get("columns"), path)
+    data = PreparedData(catalog, users, histories, split, config, log, kept, content["input"], features, columns)
     object.__setattr__(data, "folder", path)
     object.__setattr__(data, "digest", sha256(path / SUMMARY_FILE))
     return data
+
+
+def _encodings(content: Any, path: Path) -> tuple[ColumnEncoding, ...] | None:
+    try:
+        return None if content is None else tuple(map(encoding_from_json, content))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path / SUMMARY_FILE}: columns: not the encodings of features: {error}") from error
 
 
 def unchanged_folder(data: PreparedData) -> Path | None:

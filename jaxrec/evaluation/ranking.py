@@ -69,6 +69,7 @@ def rank_cases(
     max_length: int,
     request_time: bool,
     exclude_seen: bool = True,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Ranked:
     """Ranks the target of every case among the whole catalogue, without the case's history or with it.
 
@@ -79,6 +80,7 @@ def rank_cases(
         max_length: of the history that the scorer is given, in events.
         request_time: without it the scorer is given UNKNOWN_GAP for the gap before the target.
         exclude_seen: whether items of the history are no candidates.
+        before_batch: is called before each batch; what it raises ends the call.
 
     Raises:
         DataError: there is no case.
@@ -86,6 +88,7 @@ def rank_cases(
     ranks, tops = [], []
     ordered, places = in_time(data, cases)
     for batch in case_batches(data, ordered, max_length, exclude_seen=exclude_seen):
+        before_batch()
         asked = batch if request_time else without_request_time(batch)
         batch_ranks, batch_top = _rank_batch(scorer(asked), batch.target, batch.exclude)
         ranks.append(np.asarray(batch_ranks))

@@ -49,7 +49,7 @@ from jaxrec.training.content_head import ridge_head, train_head
 from jaxrec.training.loop import require_trainable, train_model
 from jaxrec.training.mix import learn_mix
 from jaxrec.training.new_items import tune_shift
-from jaxrec.training.processes import is_first, wait_for_all
+from jaxrec.training.processes import any_process, in_first, is_first, noticing_loss, wait_for_all
 from jaxrec.training.seen import found_repeats
 from jaxrec.training.sharding import building_device, data_mesh
 from jaxrec.training.stopping import StopRequested, never
@@ -88,8 +88,10 @@ def train(
         ValueError: `resume` is on and there is no `out`.
         DataError: `out` already holds a run and `resume` is off, or one of other data and it is on; or there is nothing
             to train on.
-        TrainingError: A loss is not finite.
-        TrainingStopped: `stop()` became true.
+        TrainingError: A loss is not finite. What was saved before stays, and no later file of the run is written.
+        TrainingStopped: `stop()` became true; `resume` continues with the same result. Models are saved at any step;
+            the content heads and the mix, which take seconds to minutes, start again.
+        ProcessLost: One of several processes is gone.
     """
     if out is None:
         if resume:
@@ -120,7 +122,8 @@ def train(
         _write_run(run)
     if is_first() and not (resume and (out / HYBRID_FILE).exists()):  # a run with a mix is finished: its weights stay
         (out / EVALUATION_FILE).unlink(missing_ok=True)
-    _train_models(run, prepared, mesh, checkpoint_config, item_shards, stop)
+    with noticing_loss():
+        _train_models(run, prepared, mesh, checkpoint_config, item_shards, stop)
     return run
 
 
@@ -185,17 +188,24 @@ def _train_models(
         trained_content = train_model(
             content_model, data, run.train_config, out / CONTENT_FOLDER, "TimeRatingAwareContentModel", *common
         )
-        if stop():
-            raise TrainingStopped("stopped: both models are trained and saved, their mix is not tuned yet")
+
+        def stop_where_asked() -> None:
+            # Asked by all processes at the same points, so that all of them stop or none.
+            if any_process(stop())[0]:
+                raise TrainingStopped("stopped: both models are trained and saved, their mix is not tuned yet")
+
+        stop_where_asked()
         model = CoOccurrence(cooccurrence)
         excludes_seen = run.train_config.excludes_seen
         _run_content_heads(run, data, trained_lstm.model, trained_content.model, stop)
-        mix = learn_mix(trained_lstm.model, trained_content.model, model, data, excludes_seen)
+        stop_where_asked()
+        asked = (data, excludes_seen, stop_where_asked)
+        mix = learn_mix(trained_lstm.model, trained_content.model, model, *asked)
         new = place_new_items(run, data, trained_lstm.model, trained_content.model)
         ranked = None
         if new is not None:
             hybrid = mix.hybrid(trained_lstm.model, trained_content.model, model)
-            ranked = tune_shift(hybrid, new, data, excludes_seen)
+            ranked = tune_shift(hybrid, new, *asked)
     if is_first():
         from jaxrec.evaluation.plots import plot_training
 
@@ -305,17 +315,19 @@ def _run_content_heads(
     path = run.folder / CONTENT_HEAD_FILE
     missing = not path.is_file()
     wait_for_all("every process has seen whether the content head is to be trained")
-    if missing and is_first():
+
+    def make_heads() -> None:
         content = item_content(data)
         if not content.names:
             tqdm.write("content head: skipped, since no genre, year or other feature of any item is known")
-        else:
-            popularity = data.train_popularity()
-            of_lstm, of_content = (ridge_head(model, content.matrix, popularity) for model in (lstm, content_model))
-            alone = stop if jax.process_count() == 1 else never  # the other processes wait until it is written
-            of_content = train_head(content_model, of_content, content.matrix, data, run.train_config, alone)
-            arrays = {"lstm": of_lstm._asdict(), "content": of_content._asdict()}
-            named = {f"{name}_{key}": array for name, head in arrays.items() for key, array in head.items()}
-            with new_file(path) as temporary, temporary.open("wb") as file:
-                np.savez(file, names=np.array(content.names), **named)
-    wait_for_all("the content head is written")
+            return
+        popularity = data.train_popularity()
+        of_lstm, of_content = (ridge_head(model, content.matrix, popularity) for model in (lstm, content_model))
+        of_content = train_head(content_model, of_content, content.matrix, data, run.train_config, stop)
+        arrays = {"lstm": of_lstm._asdict(), "content": of_content._asdict()}
+        named = {f"{name}_{key}": array for name, head in arrays.items() for key, array in head.items()}
+        with new_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, names=np.array(content.names), **named)
+
+    if missing:
+        in_first(make_heads)

@@ -81,11 +81,13 @@ def ridge(
 def ridge_head(model: TimeRatingAwareLSTM, features: np.ndarray, popularity: np.ndarray) -> ContentHead:
     """The ridge regression of a trained model's vectors and biases on `features` [items + 1, features].
 
-    `popularity` [items + 1]: training events of each item; an item's weight is their square root.
+    `popularity` [items + 1]: training events of each item; an item's weight is their square root. Raises TrainingError
+    where the head is not finite.
     """
     known = np.flatnonzero(popularity > 0)
     targets = np.concatenate([np.asarray(model.item_vectors()), np.asarray(model.item_bias())[:, None]], axis=1)
-    return ridge(features[known], targets[known].astype(np.float64), np.sqrt(popularity[known]))
+    head = ridge(features[known], targets[known].astype(np.float64), np.sqrt(popularity[known]))
+    return finite(head, "ridge regression of a trained model's vectors and biases")
 
 
 def train_head(
@@ -110,8 +112,9 @@ def train_head(
         The head, which follows from the arguments alone.
 
     Raises:
-        TrainingError: The loss is not finite.
-        TrainingStopped: `stop()` became true; nothing is kept.
+        TrainingError: The loss or the head is not finite.
+        TrainingStopped: `stop()` became true. Nothing of the head is kept; the next call starts from `start` again and
+            ends with the same head.
     """
     batches = TrainingData(data, model.config.max_length, config.batch_tokens)
     steps = min(EPOCHS * batches.steps_per_epoch, MOST_STEPS)
@@ -124,13 +127,28 @@ def train_head(
     frozen = (variables, jnp.asarray(features), trained)
     head = ContentHead(jnp.asarray(start.kernel), jnp.asarray(start.offset))
     opt_state, key = optimizer.init(head), steps_key(config.seed, NAME)
+    pending = jnp.zeros(())  # the loss of the step before, which is read while the device works on the next one
     for number, batch in zip(range(steps), prefetch(_epochs(batches, config)), strict=False):
         if stop():
             raise TrainingStopped("stopped: both models are trained and saved, the content head is not trained yet")
         head, opt_state, loss = step(head, opt_state, frozen, batch, jax.random.fold_in(key, number))
-    if not np.isfinite(float(loss)):
-        raise TrainingError(f"the loss of the content head is not finite after {steps} steps")
-    return ContentHead(*(np.asarray(array) for array in head))
+        if not np.isfinite(float(pending)):
+            raise TrainingError(_not_finite(f"the loss of the content head is not finite at step {number - 1}"))
+        pending = loss
+    if not np.isfinite(float(pending)):
+        raise TrainingError(_not_finite(f"the loss of the content head is not finite at step {steps - 1}"))
+    return finite(ContentHead(*(np.asarray(array) for array in head)), NAME)
+
+
+def finite(head: ContentHead, name: str) -> ContentHead:
+    """`head`, which messages call `name`; raises TrainingError where it holds NaN or infinity."""
+    if not all(np.isfinite(array).all() for array in head):
+        raise TrainingError(_not_finite(f"the {name} holds NaN or infinity"))
+    return head
+
+
+def _not_finite(what: str) -> str:
+    return f"{what}; both models are trained and saved, no content head is written"
 
 
 def _epochs(batches: TrainingData, config: TrainConfig) -> Iterator[TrainBatch]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrec.config import CheckpointConfig, TrainConfig
 from jaxrec.data.batches import TrainBatch, TrainingData, prefetch
-from jaxrec.data.content import item_content
+from jaxrec.data.content import model_feature_names
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import DataError, TrainingError, TrainingStopped
 from jaxrec.evaluation.metrics import ndcg
@@ -154,7 +154,7 @@ class _Training(Generic[SequenceModel]):
         self.compile_seconds = 0.0
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.key = jax.jit(lambda: steps_key(config.seed, name), out_shardings=self.replicated)()
-        self.progress = TrainProgress(len(data.catalog), rows, list(item_content(data).model_names))
+        self.progress = TrainProgress(len(data.catalog), rows, model_feature_names(data))
         self.pending: dict[str, jax.Array] | None = None  # measured by the last step, not read yet
         self.saved_at, self.saved_step = time.monotonic(), 0
 

@@ -1,9 +1,10 @@
 """Learns on validation how the models, co-occurrence, the trend and repeats are mixed."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
@@ -13,6 +14,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.split import Cases
 from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
+from jaxrec.errors import TrainingError
 from jaxrec.evaluation.baselines import cooccurrence_scorer
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import in_time, rank_cases
@@ -93,6 +95,7 @@ def learn_mix(
     cooccurrence: CoOccurrence,
     data: PreparedData,
     exclude_seen: bool = True,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Mix:
     """Fits the weights to the next items of validation, by softmax cross-entropy.
 
@@ -111,23 +114,35 @@ def learn_mix(
         cooccurrence: As counted.
         data: That they were trained on.
         exclude_seen: Whether items of the history are no candidates.
+        before_batch: Called before each batch of cases, and in a single process after each iteration of the fit; what
+            it raises ends the call.
 
     Returns:
         The mix, with its validation figures.
+
+    Raises:
+        TrainingError: A score or a weight is not finite.
     """
     cases = data.split.validation.at_most(MAX_MIX_CASES)
     counts = DecayedCounts.of(data)
     typical = _typical(counts, data.histories.times[cases.rows])
     scorers = sequence_scorer(lstm), sequence_scorer(content), cooccurrence_scorer(cooccurrence)
-    found = _candidates(scorers, data, cases, lstm.config.max_length, counts, typical, exclude_seen)
+    found = _candidates(scorers, data, cases, lstm.config.max_length, counts, typical, exclude_seen, before_batch)
+    if not np.isfinite(found.parts).all():
+        raise TrainingError(
+            "a score of a model or of co-occurrence is not finite; both models are trained and saved, no mix is written"
+        )
+    # Processes may differ in their numbers of iterations, so that they could not ask each other in between.
+    alone = before_batch if jax.process_count() == 1 else lambda: None
     mix, plain = (
-        _mix(fit_weights(one), one.views.shape[1], typical, exclude_seen)
+        _mix(fit_weights(one, alone), one.views.shape[1], typical, exclude_seen)
         for one in (found, found._replace(views=found.views[:, :0]))
     )
     if not len(found.parts):  # every target is excluded
         return mix
+    ranked = (data, cases, lstm.config.max_length, True, exclude_seen, before_batch)
     best, without = (
-        float(ndcg(rank_cases(scorer, data, cases, lstm.config.max_length, True, exclude_seen).ranks, 10).mean())
+        float(ndcg(rank_cases(scorer, *ranked).ranks, 10).mean())
         for scorer in (
             hybrid_scorer(mix.hybrid(lstm, content, cooccurrence), counts),
             hybrid_scorer(plain.hybrid(lstm, content, cooccurrence)),
@@ -149,9 +164,10 @@ def _mix(weights: np.ndarray, views: int, typical: np.ndarray, exclude_seen: boo
     return Mix(of_lstm, of_content, of_neighbours, trend.reshape(VIEWS, -1).tolist(), typical.tolist(), repeat)
 
 
-def fit_weights(found: Candidates) -> np.ndarray:
+def fit_weights(found: Candidates, after_iteration: Callable[[], None] = lambda: None) -> np.ndarray:
     """The weights [3 + views] of parts and views with the least mean cross-entropy of the targets, followed by the
-    table of repeats [TABLE_SIZE] where there are such."""
+    table of repeats [TABLE_SIZE] where there are such. What `after_iteration` raises ends the call. Raises
+    TrainingError where the loss or a weight is not finite."""
     (cases, views, _), repeated = found.views.shape, found.repeats.shape[1]
     others = views + (TABLE_SIZE if repeated else 0)
     start = np.concatenate([START, np.zeros(others)])
@@ -188,9 +204,18 @@ def fit_weights(found: Candidates) -> np.ndarray:
 
     bounds = [(0, None)] * len(START) + [(None, None)] * others
     result = scipy.optimize.minimize(
-        objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": ITERATIONS}
+        objective,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=bounds,
+        callback=lambda _: after_iteration(),
+        options={"maxiter": ITERATIONS},
     )
-    return np.asarray(result.x, np.float32)
+    weights = np.asarray(result.x, np.float32)
+    if not np.isfinite([result.fun, *weights]).all():
+        raise TrainingError("the loss of the mix is not finite; both models are trained and saved, no mix is written")
+    return weights
 
 
 def _typical(counts: DecayedCounts, times: np.ndarray) -> np.ndarray:
@@ -207,6 +232,7 @@ def _candidates(
     counts: DecayedCounts,
     typical: np.ndarray,
     exclude_seen: bool,
+    before_batch: Callable[[], None],
 ) -> Candidates:
     """Of the cases whose target has training events and is not excluded."""
     rng, new = np.random.default_rng(0), data.train_popularity() == 0
@@ -214,6 +240,7 @@ def _candidates(
     ordered, _ = in_time(data, cases)
     batches = map(_every_second_with_time, case_batches(data, ordered, max_length, exclude_seen=exclude_seen))
     for number, batch in enumerate(batches):
+        before_batch()
         parts = np.stack([np.asarray(score(batch)) for score in scorers], axis=1)
         decayed = counts.before(batch.time)
         seen, buckets = (None, np.zeros((len(parts), 0, FEATURES), np.uint8)) if exclude_seen else _seen(batch)

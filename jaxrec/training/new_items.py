@@ -62,7 +62,13 @@ def shift_logits(hybrid: Hybrid, new: np.ndarray, shift: float) -> None:
         table[...] = jnp.where(jnp.asarray(new), table[...] + jnp.float32(shift), table[...])
 
 
-def tune_shift(hybrid: Hybrid, new: np.ndarray, data: PreparedData, exclude_seen: bool = True) -> NewItems:
+def tune_shift(
+    hybrid: Hybrid,
+    new: np.ndarray,
+    data: PreparedData,
+    exclude_seen: bool = True,
+    before_batch: Callable[[], None] = lambda: None,
+) -> NewItems:
     """The largest of SHIFTS with LEAST_KEPT of the validation HR@50 of known items.
 
     Args:
@@ -71,6 +77,7 @@ def tune_shift(hybrid: Hybrid, new: np.ndarray, data: PreparedData, exclude_seen
         data: Whose validation cases decide, MAX_MIX_CASES at most. Cases of new items are left out: of their hits there
             are too few to weigh against others'.
         exclude_seen: Whether items of the history are no candidates.
+        before_batch: Called before each batch of cases; what it raises ends the call.
 
     Returns:
         The shift, and what it costs; 0 where no known item is among the first TOP.
@@ -80,8 +87,10 @@ def tune_shift(hybrid: Hybrid, new: np.ndarray, data: PreparedData, exclude_seen
     scorer, where = hybrid_scorer(hybrid, DecayedCounts.of(data)), jnp.asarray(new)
 
     def largest_shifts(asked: Callable[[CaseBatch], CaseBatch]) -> np.ndarray:
-        batches = map(asked, case_batches(data, cases, max_length, exclude_seen=exclude_seen))
-        found = [_largest_shifts(scorer(batch), where, batch.target, batch.exclude) for batch in batches]
+        found = []
+        for batch in map(asked, case_batches(data, cases, max_length, exclude_seen=exclude_seen)):
+            before_batch()
+            found.append(np.asarray(_largest_shifts(scorer(batch), where, batch.target, batch.exclude)))
         return np.concatenate([np.empty(0), *found])[: len(cases)]
 
     known = ~new[data.histories.items[cases.rows]]

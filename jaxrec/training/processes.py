@@ -7,14 +7,14 @@ writes the logs; all write their parts of a checkpoint, so the run directory is 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxrec.errors import ProcessLost
+from jaxrec.errors import ProcessLost, TrainingError, TrainingStopped
 
 HEARTBEAT_SECONDS = 20  # a process that was silent for so long counts as dead
 
@@ -53,6 +53,26 @@ def wait_for_all(point: str) -> None:
     """Returns when every process has come to the point of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(point)
+
+
+def in_first(work: Callable[[], None]) -> None:
+    """Does `work` in the first process, while the others wait for its end. All processes have to call this.
+
+    Raises, in every process, the TrainingStopped or TrainingError that `work` raised.
+    """
+    failure: TrainingStopped | TrainingError | None = None
+    if is_first():
+        try:
+            work()
+        except (TrainingStopped, TrainingError) as error:
+            failure = error
+    ends = of_first({"stopped": isinstance(failure, TrainingStopped), "failed": isinstance(failure, TrainingError)})
+    if failure is not None:
+        raise failure
+    if ends["stopped"]:
+        raise TrainingStopped("stopped, as the first process says")
+    if ends["failed"]:
+        raise TrainingError("training cannot go on, as the first process says")
 
 
 @contextlib.contextmanager

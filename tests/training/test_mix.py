@@ -12,6 +12,7 @@ from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, TIME, USER
 from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
+from jaxrec.errors import TrainingError, TrainingStopped
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import hybrid_scorer
@@ -172,6 +173,38 @@ def test_weights_of_a_log_that_is_known_by_heart_stay_small() -> None:
     learned = learn_mix(*untrained(data), data)
     assert max(learned.lstm, learned.content) < 10
     assert learned.cooccurrence < 100
+
+
+def test_scores_and_weights_that_are_not_finite_end_the_training(small_data: PreparedData) -> None:
+    lstm, *others = untrained(small_data)
+    lstm.item_bias_table[...] = lstm.item_bias_table[...].at[3].set(np.nan)
+    with pytest.raises(
+        TrainingError, match=r"a score of a model or of co-occurrence is not finite; .* no mix is written"
+    ):
+        learn_mix(lstm, *others, small_data)
+    huge = Candidates(
+        np.full((1, 3, 2), 3e38, np.float32), np.zeros((1, 0, 2), np.float32), np.zeros((1, 2), np.float32)
+    )
+    with np.errstate(all="ignore"), pytest.raises(TrainingError, match="the loss of the mix is not finite"):
+        fit_weights(huge)
+
+
+def test_the_mix_asks_whether_to_stop_at_each_batch_and_iteration(small_data: PreparedData) -> None:
+    models = untrained(small_data)
+    asked = [0]
+
+    def ask(end: int) -> None:
+        asked[0] += 1
+        if asked[0] == end:
+            raise TrainingStopped
+
+    learn_mix(*models, small_data, before_batch=lambda: ask(-1))
+    batches = -(-len(small_data.split.validation.at_most(mix.MAX_MIX_CASES)) // 64)
+    assert asked[0] > 3 * batches + 2  # for candidates, for both rankings, and iterations of both fits
+    for end in (1, batches + 1, asked[0]):
+        asked[0] = 0
+        with pytest.raises(TrainingStopped):
+            learn_mix(*models, small_data, before_batch=lambda end=end: ask(end))
 
 
 def test_new_items_are_no_candidates(batch: CaseBatch, small_data: PreparedData) -> None:

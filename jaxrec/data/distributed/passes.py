@@ -109,7 +109,7 @@ class Passes:
         self, kept_items: Path, movies: pd.DataFrame | None, config: PrepareConfig, cut: int, out: Path
     ) -> list[ShardSize]:
         """Raises DataError where a single movie is left."""
-        item_ids = catalog_items(self.raw_items[np.load(kept_items)[1:]], movies, config.min_movie_ratings)
+        item_ids = catalog_items(self.raw_items[np.load(kept_items)[1:]], config.min_movie_ratings, movies)
         catalog = build_catalog(IdMap(item_ids), movies)
         write_catalog(catalog, self._catalog)
         known_file = None

@@ -1,7 +1,6 @@
 """Reads what is known of items: a table of item ids and any columns (`--features`), as text."""
 
 import json
-import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,30 +15,30 @@ from jaxrec.data.reading.movies import listed, refuse, typed_ids
 from jaxrec.data.reading.rules import IdKind
 from jaxrec.data.reading.sources import TextOptions, open_text
 from jaxrec.data.reading.text_file import records
-from jaxrec.data.schema import ITEM
+from jaxrec.data.schema import ITEM, is_missing
 from jaxrec.errors import DataError
 
 
 def features_like(
-    features: Path | str | pd.DataFrame | None, raw_items: np.ndarray, movies: pd.DataFrame | None = None
-) -> tuple[pd.DataFrame | None, list[str]]:
+    features: Path | str | pd.DataFrame | None, raw_items: np.ndarray, others: bool = False
+) -> pd.DataFrame | None:
     """Features of a file or a frame, with ids of the type of a log's.
 
     Args:
-        features: CSV with a header or JSON lines, or a frame: a column of item ids and any others.
+        features: CSV with a header or JSON lines, or a frame: a column of item ids and any others; None: none.
         raw_items: [items] the ids of the log.
-        movies: item_id and more of items that need not be in the log.
+        others: Features of no item of the log are welcome.
 
     Returns:
-        item_id and the columns as text, "" where there is no value and `A|B` for lists; and what is odd about them, in
-        one sentence at most.
+        item_id and the columns as text, "" where there is no value (`jaxrec.data.schema.MISSING`) and `A|B` for lists;
+        None for none.
 
     Raises:
-        DataError: For a file or row that is none, ids of another type, an id that occurs twice, and where no id is one
-            of the log's.
+        DataError: For a file or row that is none, ids of another type, an id that occurs twice, and, unless `others`
+            are welcome, where no id is one of the log's.
     """
     if features is None:
-        return None, []
+        return None
     if isinstance(features, pd.DataFrame):
         name, found = "features", _of_frame(features, raw_items)
     else:
@@ -48,16 +47,12 @@ def features_like(
             read_features(Path(features), IdKind.INTEGER if raw_items.dtype == np.int64 else IdKind.TEXT),
         )
     ids = found[ITEM].to_numpy()
-    if not np.isin(ids, raw_items).any():
+    if not others and not np.isin(ids, raw_items).any():
         raise DataError(
             f"{name}: none of its {len(ids)} ids, such as {ids[0]}, is one of the log's {len(raw_items)} items, such "
             f"as {raw_items[0]}; give the file of these items, or none"
         )
-    known = raw_items if movies is None else np.concatenate([raw_items, movies[ITEM].to_numpy()])
-    unknown = ids[~np.isin(ids, known)]
-    if len(unknown):
-        return found, [f"{name}: {len(unknown)} of its {len(ids)} ids, such as {unknown[0]}, are no items of the log"]
-    return found, []
+    return found
 
 
 def read_features(path: Path, ids: IdKind = IdKind.AUTO) -> pd.DataFrame:
@@ -135,9 +130,13 @@ def _of_frame(frame: pd.DataFrame, raw_items: np.ndarray) -> pd.DataFrame:
 
 
 def _text(value: object) -> str:
-    """A value as text: lists, also as JSON or Python writes them, joined by `|`; missing is empty."""
-    names = listed(value)
-    if names is not None:
-        return "|".join(name.strip().replace("|", "/") for name in names)
-    missing = value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value))
-    return "" if missing else str(value).strip()
+    """A value as text: lists, also as JSON or Python writes them, joined by `|`, without what means that there is none.
+
+    Examples:
+        >>> _text('["x", "a|b", null]'), _text(" x | N/A "), _text(float("nan")), _text(1.5)
+        ('x|a/b', 'x', '', '1.5')
+    """
+    names = None if isinstance(value, float) else listed(value)  # to `listed` every float is a missing list
+    # None, NaN, NaT and NA are missing by the words that Python writes for them.
+    parts = str(value).split("|") if names is None else [name.replace("|", "/") for name in names]
+    return "|".join(part.strip() for part in parts if not is_missing(part))

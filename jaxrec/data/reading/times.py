@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 from jaxrec.data.reading.connection import quoted
 from jaxrec.data.reading.rules import FLOAT_TYPES, TEXT_TYPE, WHOLE_TYPES, Field, TimeUnit, whole
-from jaxrec.data.schema import SECONDS_PER_DAY
+from jaxrec.data.schema import SECONDS_PER_DAY, is_missing
 from jaxrec.errors import DataError
 
 FIRST_PLAUSIBLE = 631_152_000  # 1990-01-01, in seconds: logs of user events are younger
 FIRST_FINE = 100_000_000  # seconds (1973): as milliseconds or finer, a time of seconds would lie before it
 ISO_DATE = re.compile(r"\s*\d{4}[-/]\d\d?[-/]\d\d?")
-NO_TIME = ("", "none", "null", "nan", "nat", "na", "n/a")
 NUMBER = re.compile(r"-?\d{1,19}([.,]\d*)?([eE][+-]?\d+)?")
 
 
@@ -63,7 +62,7 @@ def recognize_times(values: Sequence[object], now: float, where: str) -> TimeFor
         >>> str(recognize_times(["20220421"], now, "time")), str(recognize_times(["2022-04-21 07:30"], now, "time"))
         ('yyyymmdd', 'iso')
     """
-    texts = [text for value in values if (text := str(value).strip()).lower() not in NO_TIME]
+    texts = [text for value in values if not is_missing(text := str(value).strip())]
     numbers = [text for text in texts if NUMBER.fullmatch(text)]
     iso = sum(ISO_DATE.match(text) is not None for text in texts)
     if iso > len(numbers):
