@@ -178,7 +178,8 @@ def _shown_by_user(connection: sqlite3.Connection) -> Iterator[tuple[str, list[_
     """Each user's, by time and the order in which they were logged."""
     rows = connection.execute(
         "SELECT recommendation_id, user_id, model_version, timestamp, temperature, request_time, trend_time, "
-        "trend_arrival, item_ids, log_propensities, excluded_item_ids FROM shown WHERE user_id IS NOT NULL ORDER BY user_id, timestamp, number"
+        "trend_arrival, item_ids, log_propensities, excluded_item_ids FROM shown "
+        "WHERE user_id IS NOT NULL ORDER BY user_id, timestamp, number"
     )
     for user_id, of_user in itertools.groupby(rows, key=lambda row: row[1]):
         yield user_id, [_shown(row) for row in of_user]

@@ -84,8 +84,8 @@ class _Counts:
         self._next = stop
         # A clock that was ahead: the event is as of now.
         weights = _halved(np.maximum(moment.time - times, 0))
-        for of_half_life, weight in zip(self._counts, weights, strict=True):
-            of_half_life += np.bincount(items, weight, len(of_half_life))
+        for half_life, weight in enumerate(weights):
+            self._counts[half_life] += np.bincount(items, weight, self._counts.shape[1])
         return self._counts.astype(np.float32)
 
 
