@@ -71,7 +71,7 @@ def fetch(
         try:
             receive(url, part, None)
         except requests.HTTPError as error:
-            if error.response.status_code in BUSY:
+            if error.response is not None and error.response.status_code in BUSY:
                 raise
             raise _Refused(_answer(error)) from error
         problem = _problem(Path(part), md5)

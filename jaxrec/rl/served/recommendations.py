@@ -45,9 +45,10 @@ class History(NamedTuple):
 class Recommendation(NamedTuple):
     """A slate as it was shown: `slate` [k] int32, best first, `log_propensities` [k] float64, each given the items
     above it, at the exploration's `temperature`, by the model `version` (of `ServedLog.versions`). `time`: seconds;
-    `request_time`: as the request gave it, None where it did not. `moment` counts `ServedLog.moments` from 1 on (0:
-    it was ranked without a trend). `excluded` [excluded] int32: items that the request excluded. `responses` [responses] int32 are the items of the events that respond to it, in their order (0: not in
-    the catalogue), `response_ratings` [responses] float32 (raw, NaN = none)."""
+    `request_time`: as the request gave it, None where it did not. `excluded` [excluded] int32: items that the request
+    excluded. `responses` [responses] int32 are the items of the events that respond to it, in their order (0: not in
+    the catalogue), `response_ratings` [responses] float32 (raw, NaN = none). `moment` counts `ServedLog.moments` from 1
+    on (0: it was ranked without a trend)."""
 
     user: int
     time: int
