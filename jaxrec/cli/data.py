@@ -84,7 +84,7 @@ filter_and_split_options = with_options(
         "--min-movie-ratings",
         type=click.IntRange(0),
         default=PrepareConfig.min_movie_ratings,
-        help="Drop movies with fewer ratings; 0 also keeps movies without ratings.",
+        help="Drop movies with fewer ratings; 0 also keeps those of --movies and --features without ratings.",
     ),
     click.option(
         "--split",
@@ -120,7 +120,8 @@ filter_and_split_options = with_options(
 @click.option(
     "--features",
     type=EXISTING_FILE,
-    help="What else is known of the items: a table of item ids and columns of text, of A|B, or of numbers.",
+    help="What else is known of the items, CSV or JSON lines: item ids and columns of categories, of lists (A|B), or of"
+    " numbers.",
 )
 @filter_and_split_options
 @click.option("--rating-scale", type=float, nargs=2, help="Lowest and highest possible rating; recognized by default.")
@@ -165,7 +166,7 @@ def prepare(
 @click.argument("data", type=EXISTING_FOLDER)
 @click.argument("ratings", type=EXISTING_PATH, nargs=-1, required=True)
 @click.option("--movies", type=EXISTING_FILE, help="Titles and genres of new movies.")
-@click.option("--features", type=EXISTING_FILE, help="What else is known of new items, as for prepare.")
+@click.option("--features", type=EXISTING_FILE, help="What else is known of new items, or of known ones.")
 @read_options
 @click.option("--out", type=NEW_FOLDER, help="Folder for the result; by default it replaces DATA.")
 def append(

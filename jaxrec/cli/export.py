@@ -18,8 +18,8 @@ INDEX = {"auto": None, "always": True, "never": False}
     "--index",
     type=click.Choice(list(INDEX)),
     default="auto",
-    help="Add an approximate index of the items; auto: for large catalogues without new items, which rank low with an "
-    "index. Refused if it misses too many of the best items.",
+    help="Add an approximate index of the items; auto: for large catalogues. Beside an index new items rank last. "
+    "Refused if it misses too many of the best items.",
 )
 def export(run: Path, out: Path, licence: Path | None, int8: bool, index: str) -> None:
     """Exports RUN to ONNX for `python -m serve`; refused if ONNX Runtime and JAX differ."""

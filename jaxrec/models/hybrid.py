@@ -92,7 +92,8 @@ class Hybrid(nnx.Module):
         return MixWeights(*map(float, self.weights[...]))
 
     def without_new_items(self) -> "Hybrid":
-        """The same without a cap, for what cannot cap: the vectors of new items are zero, and they rank low."""
+        """The same without a cap, for what cannot cap: the vectors of new items are zero, and their bias is the least
+        of the others, so that only a trend lifts them."""
         if self.new_items is None:
             return self
         new, models = self.new_items[...], (nnx.clone(self.lstm), nnx.clone(self.content))

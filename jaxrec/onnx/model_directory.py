@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from jaxrec.config import SeenItems
 from jaxrec.data.prepared import PreparedData
@@ -58,7 +59,8 @@ def export_model(
         int8: whether the LSTMs are quantized, once the float32 graphs were verified; refused where that costs quality
             (`jaxrec.onnx.quantize`).
         index: whether an approximate index of the items is added (`jaxrec.onnx.ann_index`); None: from FROM_ITEMS items
-            on, unless the model has new items, whose cap is part of the whole graphs alone.
+            on. The cap of new items is part of the whole graphs alone: beside an index they are left out
+            (`Hybrid.without_new_items`), and one line on the terminal says so with their number.
 
     Raises:
         ExportError: the model, its graphs or a summary are not fit to be exported; nothing is written then.
@@ -66,6 +68,14 @@ def export_model(
     summaries = {"dataset": data.summary(), "training": training, "metrics": metrics}
     for name, summary in summaries.items():
         _require_json(name, summary)
+    indexed = len(data.catalog) >= FROM_ITEMS if index is None else index
+    if indexed and hybrid.new_items is not None:
+        count = int(np.sum(np.asarray(hybrid.new_items[...])))
+        tqdm.write(
+            f"index: {count} new items (without training events) are left out of it, since it cannot keep them below "
+            "the first ten places: they rank last until they have events (to rank them: --index never)"
+        )
+        hybrid = hybrid.without_new_items()
     weights = extract_weights(hybrid)
     if weights.item_count != len(data.catalog):
         raise ExportError(f"the model knows {weights.item_count} items, the catalogue has {len(data.catalog)}")
@@ -75,9 +85,7 @@ def export_model(
     counts = DecayedCounts.of(data)
     latest = counts.until(counts.last_time)
     search = None
-    if index and weights.new_items is not None:
-        raise ExportError("an index ranks no new items: expected a model without them (`Hybrid.without_new_items`)")
-    if weights.item_count >= FROM_ITEMS and weights.new_items is None if index is None else index:
+    if indexed:
         search = make_search(weights, sequence, np.asarray(hybrid.trend(latest)), data, max_history, int8)
         parity["max_abs_query_difference"] = search.parity
     if int8:

@@ -26,8 +26,8 @@ def export(
         out: The model directory; replaced if it exists.
         licence: Text about the data's licence, kept with the model.
         int8: Quantize the LSTMs to 8 bits.
-        index: Whether to add an approximate index of the items, with which items without training events rank last;
-            None: for large catalogues without such items.
+        index: Whether to add an approximate index of the items; None: for catalogues of 50,000 items and more. With an
+            index, items without training events rank last until they have events, and a line says how many they are.
 
     Returns:
         The manifest, with the metrics of the run's last evaluation (empty before one).
@@ -39,8 +39,6 @@ def export(
     run = open_run(run)
     data = run.read_data()
     hybrid = load_served(run, load_supervised(run, data))
-    if index:
-        hybrid = hybrid.without_new_items()
     evaluation = run.folder / EVALUATION_FILE
     return export_model(
         hybrid,

@@ -30,6 +30,7 @@ from jaxrec.training.step import seen_items, softmax_sample
 from jaxrec.training.stopping import StopRequested, never
 
 RIDGE_PENALTY = 10.0  # in items of mean weight
+RIDGE_ROWS = 10_000  # that are in double precision at a time
 EPOCHS, MOST_STEPS = 5, 1000  # a head is small: on a large log it has seen enough after a part of an epoch
 HEAD_SHARE = 0.3  # of the items whose rows are the head's in a step
 LEARNING_RATE, WEIGHT_DECAY, GRADIENT_CLIP = 5e-3, 0.01, 1.0
@@ -69,12 +70,18 @@ def ridge(
         ([[1.0]], [1.5])
     """
     share = weights.astype(np.float64) / weights.sum()
-    center, mean = share @ features, share @ targets
-    inputs, outputs = features - center, targets - mean
-    weighted = inputs.T * share
+    mean = share @ targets
+    blocks = [slice(start, start + RIDGE_ROWS) for start in range(0, len(features), RIDGE_ROWS)]
+    center = np.sum([share[rows] @ features[rows] for rows in blocks], axis=0)
     # Divided by the sum of the weights, the penalty's mean weight is that of one row.
-    gram = weighted @ inputs + penalty / len(features) * np.eye(features.shape[1])
-    kernel = np.linalg.solve(gram, weighted @ outputs)
+    gram = penalty / len(features) * np.eye(features.shape[1])
+    products = np.zeros((features.shape[1], targets.shape[1]))
+    for rows in blocks:
+        inputs = features[rows] - center
+        weighted = inputs.T * share[rows]
+        gram += weighted @ inputs
+        products += weighted @ (targets[rows] - mean)
+    kernel = np.linalg.solve(gram, products)
     return ContentHead(kernel.astype(np.float32), (mean - center @ kernel).astype(np.float32))
 
 

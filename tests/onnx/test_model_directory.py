@@ -178,10 +178,29 @@ def test_tensorflow_is_imported_by_a_conversion_only() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_an_index_beside_new_items_is_refused(
-    small_data: PreparedData, random_hybrid: Callable[[PreparedData, int, bool], Hybrid], tmp_path: Path
+@pytest.mark.parametrize("index", [True, None, False])
+def test_an_index_leaves_new_items_out_and_says_so(
+    index: bool | None,
+    small_data: PreparedData,
+    random_hybrid: Callable[[PreparedData, int, bool], Hybrid],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(model_directory_module, "FROM_ITEMS", len(small_data.catalog))
     plain = random_hybrid(small_data, 3, False)
-    new = np.arange(len(small_data.catalog) + 1) == 2
+    new = np.isin(np.arange(len(small_data.catalog) + 1), [2, 5])
     hybrid = Hybrid(plain.lstm, plain.content, plain.cooccurrence, plain.mix_weights(), plain.trend, new_items=new)
-    refused(tmp_path, "an index ranks no new items", hybrid, small_data, index=True)
+    manifest = export_model(hybrid, small_data, tmp_path / "model", **SUMMARIES, index=index)
+    vectors = np.load(tmp_path / "model" / "item_vectors.npy")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("index: ")]
+    if index is False:
+        assert "index" not in manifest
+        assert said == []
+        np.testing.assert_array_equal(vectors, hybrid.item_vectors())
+        return
+    assert manifest["index"]["candidates"] > 0
+    assert len(said) == 1
+    assert "2 new items (without training events) are left out of it" in said[0]
+    np.testing.assert_array_equal(vectors[~new], np.asarray(hybrid.item_vectors())[~new])
+    np.testing.assert_allclose(vectors[new], 0, atol=1e-6)

@@ -27,7 +27,9 @@ from jaxrec.training.new_items import SHIFTS, _largest_shifts, place_rows, shift
 MODEL = ModelConfig(embedding=8, hidden=8, rating_width=2, time_width=2, max_length=20)
 
 
-def test_ridge_is_the_closed_form() -> None:
+@pytest.mark.parametrize("rows", [7, 10_000])  # in four blocks and a rest, and in one
+def test_ridge_is_the_closed_form(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxrec.training.content_head.RIDGE_ROWS", rows)
     rng = np.random.default_rng(0)
     features, targets = rng.integers(0, 2, (30, 4)).astype(float), rng.normal(size=(30, 3))
     weights = rng.uniform(0.5, 4, 30)
