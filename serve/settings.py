@@ -130,7 +130,8 @@ class Settings:
     trend_refresh_s: Annotated[
         float,
         "SECONDS",
-        "How often to read from the store what many users take now. 0: never, the trend is that of MODEL's export.",
+        "How often to read new counts of items' events from the store. 0: never, the trend is that of MODEL's export,"
+        " and decays.",
     ] = 5.0
     drain: Annotated[float, "SECONDS", "How long calls may take to finish when the server stops."] = 10.0
     log_format: Annotated[

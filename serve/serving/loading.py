@@ -56,32 +56,30 @@ def open_models(
 ) -> ModelLibrary:
     """The versions of a directory, with their attempts and what serves in the metrics; raises as `ModelLibrary`.
 
-    Every `trend_refresh_s` seconds their trend is that of the store; 0: never, it is that of their exports.
+    Every `trend_refresh_s` seconds their trend is that of the store; 0: no store is read, and their trend is that of
+    their exports, which decays.
     """
     sweeper = StateSweeper(loader.store)
-    refresher = TrendRefresher(loader.store, trend_refresh_s) if trend_refresh_s else None
-    if refresher is not None:
+    refresher = TrendRefresher(loader.store if trend_refresh_s else None, trend_refresh_s or REFRESH_S)
+    if trend_refresh_s:
         loader.metrics.age_of_trend(refresher.age_s)
 
     def load(directory: Path) -> LoadedModel:
         loaded = loader.load(directory)
-        if refresher is not None:
-            refresher.prepare(loaded.model)
+        refresher.prepare(loaded.model)
         return loaded
 
     def changed(models: Sequence[LoadedModel]) -> None:
         infos = [loaded.model.info for loaded in models]
         sweeper.keep([info.model_version for info in infos])
-        if refresher is not None:
-            refresher.keep([loaded.model for loaded in models])
+        refresher.keep([loaded.model for loaded in models])
         loader.metrics.serving(
             [(info.model_version, info.policy, _seconds(info.created), info.item_count) for info in infos]
         )
 
     def close() -> None:
         sweeper.close()
-        if refresher is not None:
-            refresher.close()
+        refresher.close()
 
     return ModelLibrary(
         *(directory, load),

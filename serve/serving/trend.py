@@ -1,8 +1,10 @@
 """Keeps the trend of the loaded models up to date: what all servers of a store record, every few seconds.
 
 One thread reads the counters that changed, decays all of them to the present, and has each model make a trend of them,
-which takes the place of the last one as a whole. No request waits for that. The counts of a model's export are a lower
-bound for each item: it may have been trained on events that the store never saw.
+which replaces the last one as a whole. No request waits for that.
+
+The store is seeded with the counts of a model's export. Another model may have been exported with events that the store
+never saw: by how much its counts are larger, when it is prepared, is added to the store's from then on, and decays.
 """
 
 import logging
@@ -10,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,6 +26,17 @@ from serve.stores.counters import NONE_READ, ItemCounts
 logger = logging.getLogger(__name__)
 
 REFRESH_S = 5.0
+READING = "the store's counts cannot be read, and the trend decays from what was last read"
+REFRESHING = "the trend cannot be refreshed"
+
+
+class _Offset(NamedTuple):
+    """What a model's export has counted beside the store."""
+
+    counts: NDArray[np.float64]
+    """`[items+1, half-lives]`."""
+    time: int
+    """As of when, in seconds."""
 
 
 class TrendRefresher:
@@ -31,20 +45,36 @@ class TrendRefresher:
     The models in use are refreshed from the first `keep` on.
     """
 
-    def __init__(self, store: EventStore, refresh_s: float = REFRESH_S, clock: Callable[[], float] = time.time) -> None:
-        """`refresh_s` is how many seconds a refresh comes after the last; `clock` gives seconds since 1970."""
+    def __init__(
+        self,
+        store: EventStore | None,
+        refresh_s: float = REFRESH_S,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            store: None: the trend is that of each model's export, which decays.
+            refresh_s: Seconds from one refresh to the next.
+            clock: Seconds since 1970-01-01T00:00Z.
+            monotonic: Seconds of a clock that is never set, for `age_s`.
+        """
         self._store = store
         self._refresh_s = refresh_s
         self._clock = clock
+        self._monotonic = monotonic
         self._models: Sequence[Recommender] = ()
         # Held while counters are read and used: by the thread, and by those that load models.
         self._lock = threading.Lock()
-        self._seed: _Counters | None = None
-        self._recorded = _Counters()
+        self._counters = _Counters()
         self._change = NONE_READ
-        self._arrival = 0
-        self._failing = False
-        self._refreshed = time.monotonic()
+        # Of the last event that was counted; None: nothing was read yet.
+        self._arrival: int | None = None
+        self._offsets: WeakKeyDictionary[Recommender, _Offset] = WeakKeyDictionary()
+        # What fails now, and why.
+        self._failing: dict[str, str] = {}
+        self._refreshed = monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trend-refresher", daemon=True)
 
@@ -71,7 +101,7 @@ class TrendRefresher:
 
     def age_s(self) -> float:
         """Seconds since counters were last read, or since the start."""
-        return time.monotonic() - self._refreshed
+        return self._monotonic() - self._refreshed
 
     def close(self) -> None:
         """Stops; the models keep the trend that they have."""
@@ -84,43 +114,59 @@ class TrendRefresher:
             # Whatever happens, the thread goes on: no other would be started.
             try:
                 self.refresh()
-            except Exception:
-                logger.exception("the trend cannot be refreshed")
+            except Exception as error:
+                self._failed(REFRESHING, error)
+            else:
+                self._works(REFRESHING)
 
     def _read(self, model: Recommender) -> None:
-        """Takes in what changed in the store; `model` is whose export an empty one is seeded with. Raises nothing of
-        the store: it is logged once until it works again."""
+        """Reads what changed in the store, and seeds it with a model's export if it is not seeded; logs what the store
+        raises."""
+        if self._store is None:
+            return
         try:
-            if self._seed is None:
+            if self._store.counted_until() is None:
                 exported = model.engine.exported
-                seed = self._store.seeded(_by_item(exported, model.catalog.item_ids), exported.counted_until)
-                self._seed = _Counters()
-                self._seed.update(seed)
+                self._store.seed_counts(_by_item(exported, model.catalog.item_ids), exported.counted_until)
             changed = self._store.item_counts(self._change)
         except StoreError as error:
-            if not self._failing:
-                logger.error("the trend decays from what was last read of the store", exc_info=error)
-            self._failing = True
+            self._failed(READING, error)
             return
-        self._recorded.update(changed)
+        self._counters.update(changed)
         self._change, self._arrival = changed.change, changed.arrival
-        if self._failing:
-            logger.info("the trend is read from the store again")
-        self._failing, self._refreshed = False, time.monotonic()
+        self._works(READING)
+        self._refreshed = self._monotonic()
 
     def _use(self, model: Recommender) -> None:
         """Has a model make its trend of the counts as of now."""
+        # Whole seconds, as impressions note them: the counts can be computed again.
         now = int(self._clock())
-        exported = model.engine.exported.at(now)
-        counts = np.zeros(exported.shape[::-1])
-        for counters in (self._seed, self._recorded):
-            if counters is not None:
-                counters.add_to(counts, model, now)
+        counts, counted = model.engine.exported.at(now), None
+        if self._arrival is not None:
+            stored, counted = self._counters.of(model, now), Counted(now, self._arrival)
+            offset = self._offsets.get(model)
+            if offset is None:
+                offset = self._offsets[model] = _Offset(np.maximum(counts.T - stored, 0), now)
+            stored += offset.counts * halved(np.array(now - offset.time, np.float64))
+            counts = np.ascontiguousarray(stored.T, np.float32)
+        keeping = f"the model {model.info.model_version} keeps its trend of before"
         try:
-            counted = None if self._seed is None else Counted(now, self._arrival)
-            model.engine.use_counts(np.maximum(np.ascontiguousarray(counts.T, np.float32), exported), counted)
-        except Exception:
-            logger.exception("the model %s keeps its trend of before", model.info.model_version)
+            model.engine.use_counts(counts, counted)
+        except Exception as error:
+            self._failed(keeping, error)
+        else:
+            self._works(keeping)
+
+    def _failed(self, what: str, error: Exception) -> None:
+        """Logs a failure, but not again as long as its cause is the same."""
+        cause = f"{type(error).__name__}: {error}"
+        if self._failing.get(what) != cause:
+            logger.error(what, exc_info=error)
+        self._failing[what] = cause
+
+    def _works(self, what: str) -> None:
+        if self._failing.pop(what, None) is not None:
+            logger.info("no longer: %s", what)
 
 
 class _Counters:
@@ -134,7 +180,7 @@ class _Counters:
         self._items: WeakKeyDictionary[Recommender, NDArray[np.intp]] = WeakKeyDictionary()
 
     def update(self, changed: ItemCounts) -> None:
-        """Takes in counters, new ones and those that take the place of earlier ones."""
+        """Adds new counters, and replaces those that are known."""
         rows = self._rows
         places = [rows.setdefault(item_id, len(rows)) for item_id in changed.item_ids]
         new = len(rows) - len(self._references)
@@ -144,16 +190,18 @@ class _Counters:
         self._references[places] = changed.references
         self._counts[places] = changed.counts
 
-    def add_to(self, counts: NDArray[np.float64], model: Recommender, now: float) -> None:
-        """Adds the counters, decayed to `now`, to those of a model's items `[items+1, half-lives]`, in place."""
+    def of(self, model: Recommender, now: int) -> NDArray[np.float64]:
+        """The counts of a model's items, decayed to `now`, `[items+1, half-lives]`."""
         items = self._items.get(model, np.zeros(0, np.intp))
         if len(items) < len(self._rows):
             index = model.catalog.index
             new = [index.get(item_id, 0) for item_id in islice(self._rows, len(items), None)]
             items = self._items[model] = np.concatenate([items, np.array(new, np.intp)])
+        counts = np.zeros((len(model.catalog) + 1, len(HALF_LIVES_S)))
         # Each item is there once, but 0.
-        counts[items] += self._counts * halved(now - self._references.astype(np.float64))
+        counts[items] = self._counts * halved(now - self._references.astype(np.float64))
         counts[0] = 0
+        return counts
 
 
 def _by_item(exported: TrendFiles, item_ids: Sequence[str]) -> ItemCounts:

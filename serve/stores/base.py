@@ -8,7 +8,7 @@ with open_store("events.sqlite") as store:          # or postgresql://..., redis
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple, Self
 
 from serve.model.events import Event
@@ -103,7 +103,8 @@ class EventStore(ABC):
 
     @abstractmethod
     def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
-        """Stores the events whose id is new, all or none, and adds them to the counters of their items.
+        """Stores the events whose id is new, all or none, and adds them to the counters of their items, but those that
+        happened until `counted_until`.
 
         Returns:
             Those events, once they are on disk. Of equal ids in one call the first counts.
@@ -168,8 +169,9 @@ class EventStore(ABC):
     def delete_user(self, user_id: str) -> Deleted:
         """Deletes all that is known of a user, on disk on return; the ids of the events may be used again.
 
-        The counters of items stay: they are sums over all users, and name none. What any server still had to log or
-        keep of the user is not written any more.
+        What any server still had to log or keep of the user is not written any more. The counters of items are sums
+        over users and name none: they keep what the user's events added to them, and the second of an item's latest
+        event.
         """
 
     @abstractmethod
@@ -182,56 +184,65 @@ class EventStore(ABC):
 
     @abstractmethod
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:
-        """The counters of items that changed since a read, of events that all servers recorded since `begin_counts`.
+        """The counters of items that changed since a read. Some that did not change may be among them.
 
-        Some that did not change may be among them. Costs little when none did.
+        Costs little when none did. Only of a store that is seeded are these the counts of all events; what the seed
+        changes need not be found by a read before.
 
         Args:
             since: `ItemCounts.change` of that read; NONE_READ: all counters.
-        """
-
-    @abstractmethod
-    def counts_seed(self) -> ItemCounts | None:
-        """What the store counts beside the events of `item_counts`; None: it was not seeded yet."""
-
-    @abstractmethod
-    def begin_counts(self) -> int | None:
-        """Begins all counters anew: from now on they count what is recorded.
 
         Returns:
-            A number for `events_before` and `seed_counts`. None: the store is seeded, and nothing was done.
+            The counters, the number to ask with the next time, and up to which arrival events are counted.
+
+        Raises:
+            StoreError: The store cannot be read, or a counter cannot be decoded.
         """
 
     @abstractmethod
-    def events_before(self, begun: int, after: int) -> Iterator[Sequence[tuple[str, int]]]:
-        """Item ids and times of the events that were stored before `begin_counts` and happened after a time, in parts.
+    def counted_until(self) -> int | None:
+        """Until when events are in the seed: those of this second (since 1970-01-01T00:00Z) and of earlier ones are not
+        counted when they are recorded. None: the store is not seeded."""
+
+    def seed_counts(self, exported: ItemCounts, until: int) -> None:
+        """Adds a model's counts to the counters, once in the life of a store, however many servers try.
+
+        When a store is created, or brought up to date from a version without counters, it notes up to which arrival its
+        events are not counted. Those of them that happened after `until` are added here. Once the store is seeded,
+        events until `until` are not counted: they are in the model's counts. Before that, every event counts.
 
         Args:
-            begun: What `begin_counts` returned.
+            exported: The model's counts, as of `until`; references ahead of the clock count as now.
+            until: Until when, in seconds, the model's counts have all events; a time ahead of the clock counts as now.
+
+        Raises:
+            StoreError: The store cannot be read or written. To repeat the call neither loses nor doubles anything.
+        """
+        if self.counted_until() is not None:
+            return
+        now = int(time.time())
+        counters = {
+            item_id: Counter(min(reference, now), counts)
+            for item_id, (reference, counts) in exported.counters().items()
+        }
+        for events in self._uncounted(min(until, now)):
+            add_events(counters, events, now)
+        self._seed(counters, min(until, now))
+
+    @abstractmethod
+    def _uncounted(self, after: int) -> Iterator[Sequence[tuple[str, int]]]:
+        """The events that were stored before the store began to count, and happened after a time, in parts.
+
+        Args:
             after: Seconds; an event of this second is left out.
+
+        Returns:
+            Item ids and times in seconds.
         """
 
     @abstractmethod
-    def seed_counts(self, seed: ItemCounts, begun: int) -> None:
-        """Seeds the store, for all servers and for ever, unless another did or the counters were begun anew since."""
-
-    def seeded(self, exported: ItemCounts, until: int) -> ItemCounts:
-        """The store's seed. If it has none, it is seeded, once however many servers try.
-
-        Args:
-            exported: A model's counts, as of `until`.
-            until: Until when (seconds) events are in those counts; of what the store holds, later ones are added.
-        """
-        while (seed := self.counts_seed()) is None:
-            begun = self.begin_counts()
-            if begun is None:
-                continue
-            columns = zip(exported.references.tolist(), exported.counts.tolist(), strict=True)
-            counters = dict(zip(exported.item_ids, (Counter(*row) for row in columns), strict=True))
-            for events in self.events_before(begun, until):
-                add_events(counters, events, time.time())
-            self.seed_counts(ItemCounts.of(counters), begun)
-        return seed
+    def _seed(self, counters: Mapping[str, Counter], until: int) -> None:
+        """Adds to the counters by item id and notes `counted_until`, all or nothing, unless the store is seeded."""
 
     @property
     @abstractmethod

@@ -14,13 +14,12 @@ from serve.stores.rows import EVENT_COLUMNS, event_row, impression_row
 from serve.stores.sqlite import (
     FILL_USERS,
     IMPRESSION_VALUES,
-    INSERT_COUNTER,
     INSERT_IMPRESSION,
     MARK_COPY,
     SQLiteStore,
-    counter_rows,
     is_copy,
 )
+from serve.stores.sqlite_counters import INSERT_COUNTER, LAST_ARRIVAL, counter_rows
 
 
 class Copied(NamedTuple):
@@ -89,11 +88,13 @@ def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> C
                 [(at, *event_row(new)) for at, new in events],
             )
             progress(len(events))
+        connection.execute("UPDATE trend_start SET begun = (SELECT coalesce(max(arrival), 0) FROM events)")
         # Afterwards, so that no event of the copy is missing in its counters.
-        seed, counters = store.counts_seed(), store.item_counts()
-        if seed is not None:
-            connection.execute("UPDATE trend_start SET seed = ?", [seed.to_bytes()])
-            connection.executemany(INSERT_COUNTER, counter_rows(counters))
+        until = store.counted_until()
+        if until is not None:
+            connection.execute("UPDATE trend_start SET counted_until = ?", [until])
+            ((arrival,),) = connection.execute(LAST_ARRIVAL).fetchall()
+            connection.executemany(INSERT_COUNTER, counter_rows(store.item_counts().counters().items(), arrival))
         connection.execute(FILL_USERS)
         connection.execute(MARK_COPY)
         connection.execute("COMMIT")

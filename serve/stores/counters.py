@@ -4,10 +4,8 @@ The reference is the time of the item's latest event, so no event is ever weight
 does not matter. What is older than a reference is worth less by then; two counters are added at the later reference.
 """
 
-import json
-import struct
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -17,7 +15,6 @@ from serve.model.trend import HALF_LIVES_S
 
 NONE_READ = -1
 ONE_EVENT = (1.0,) * len(HALF_LIVES_S)
-_LENGTHS = struct.Struct("<qq")
 
 
 class Counter(NamedTuple):
@@ -44,27 +41,36 @@ class ItemCounts(NamedTuple):
     """Of the last event that the store had counted by then, as `EventStore.all_events` numbers it; 0: there is none."""
 
     @classmethod
-    def of(cls, counters: Mapping[str, Counter]) -> Self:
-        """By item id."""
-        counts = np.array([counter.counts for counter in counters.values()], np.float64)
-        references = np.array([counter.reference for counter in counters.values()], np.int64)
-        return cls(list(counters), references, counts.reshape(-1, len(HALF_LIVES_S)))
+    def of(cls, counters: Iterable[tuple[str, Counter]], change: int = NONE_READ, arrival: int = 0) -> Self:
+        """The columns of counters.
 
-    def to_bytes(self) -> bytes:
-        """What `from_bytes` reads; without the change number."""
-        ids = json.dumps(self.item_ids, ensure_ascii=True).encode()
-        arrays = self.references.astype("<i8").tobytes() + self.counts.astype("<f8").tobytes()
-        return zlib.compress(_LENGTHS.pack(len(self.item_ids), len(ids)) + ids + arrays, level=1)
+        Args:
+            counters: Item ids, each once, and their counters.
+            change: As above.
+            arrival: As above.
 
-    @classmethod
-    def from_bytes(cls, content: bytes) -> Self:
-        """The reverse of `to_bytes`."""
-        content = zlib.decompress(content)
-        rows, length = _LENGTHS.unpack_from(content)
-        start = _LENGTHS.size + length
-        references = np.frombuffer(content, "<i8", rows, start)
-        counts = np.frombuffer(content, "<f8", rows * len(HALF_LIVES_S), start + references.nbytes)
-        return cls(json.loads(content[_LENGTHS.size : start]), references, counts.reshape(rows, len(HALF_LIVES_S)))
+        Raises:
+            ValueError: The counts of an item are not one finite number from 0 on for each half-life.
+        """
+        item_ids, references, rows = [], [], []
+        for item_id, (reference, counts) in counters:
+            try:
+                is_valid = len(counts) == len(HALF_LIVES_S) and all(0 <= count < math.inf for count in counts)
+            except TypeError:
+                is_valid = False
+            if not is_valid:
+                expected = f"{len(HALF_LIVES_S)} finite numbers from 0 on"
+                raise ValueError(f"counter of the item {item_id!r}: expected {expected}, came {counts}")
+            item_ids.append(item_id)
+            references.append(reference)
+            rows.append(counts)
+        columns = np.array(rows, np.float64).reshape(-1, len(HALF_LIVES_S))
+        return cls(item_ids, np.array(references, np.int64), columns, change, arrival)
+
+    def counters(self) -> dict[str, Counter]:
+        """The reverse of `of`: the counters by item id."""
+        columns = zip(self.references.tolist(), self.counts.tolist(), strict=True)
+        return dict(zip(self.item_ids, (Counter(*row) for row in columns), strict=True))
 
 
 def added(one: Counter, other: Counter) -> Counter:
@@ -86,7 +92,7 @@ def add_events(counters: dict[str, Counter], events: Iterable[tuple[str, int]], 
     """Adds events to the counters of their items, in place.
 
     Args:
-        counters: By item id; those that are missing are begun.
+        counters: By item id; those that are missing begin.
         events: Item id and time in seconds.
         now: An event after this (seconds) counts as of now: a clock that is ahead must not hide what comes before.
     """
@@ -96,13 +102,17 @@ def add_events(counters: dict[str, Counter], events: Iterable[tuple[str, int]], 
         counters[item_id] = new if counter is None else added(counter, new)
 
 
-def counted(events: Iterable[tuple[str, int]], now: float) -> dict[str, Counter]:
+def counted(events: Iterable[tuple[str, int]], now: float, until: int | None = None) -> dict[str, Counter]:
     """The counters of events by item id, in the order of ids: what several servers lock in one order.
 
     Args:
         events: Item id and time in seconds.
         now: As in `add_events`.
+        until: Events of this second and of earlier ones are left out, see `EventStore.counted_until`; None: none are.
+
+    Returns:
+        By item id, without items of which no event counts.
     """
     counters: dict[str, Counter] = {}
-    add_events(counters, events, now)
+    add_events(counters, (event for event in events if until is None or event[1] > until), now)
     return dict(sorted(counters.items()))

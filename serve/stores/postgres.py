@@ -5,16 +5,13 @@ inserted, so that a user's arrivals become visible in their order and the latest
 locked after the users and events of a call, in the order of ids.
 """
 
-import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, LiteralString
 
-import numpy as np
 import psycopg
 
-from serve.model.trend import HALF_LIVES_S
 from serve.stores.base import (
     DELETION_S,
     Deleted,
@@ -24,8 +21,9 @@ from serve.stores.base import (
     UserEvent,
     digest,
 )
-from serve.stores.counters import NONE_READ, ItemCounts, counted
+from serve.stores.counters import NONE_READ, Counter, ItemCounts
 from serve.stores.deferred import DeferredWrites
+from serve.stores.postgres_counters import CHANGED_COUNTS, COUNTERS_SCHEMA, count_events, counts_of_rows, seed
 from serve.stores.rows import (
     EVENT_COLUMNS,
     IMPRESSION_COLUMNS,
@@ -93,19 +91,7 @@ SCHEMA: tuple[LiteralString, ...] = (
         state bytea NOT NULL,
         PRIMARY KEY (user_id, model_version)
     )""",
-    """CREATE TABLE IF NOT EXISTS jaxrec.trend (
-        item_id text PRIMARY KEY,
-        reference bigint NOT NULL,
-        counts double precision[] NOT NULL,
-        changed bigint NOT NULL
-    )""",
-    "CREATE INDEX IF NOT EXISTS trend_changed ON jaxrec.trend (changed)",
-    """CREATE TABLE IF NOT EXISTS jaxrec.trend_start (
-        number integer PRIMARY KEY CHECK (number = 1),
-        begun bigint NOT NULL,
-        seed bytea
-    )""",
-    "INSERT INTO jaxrec.trend_start VALUES (1, 0, NULL) ON CONFLICT DO NOTHING",
+    *COUNTERS_SCHEMA,
 )
 # No schema version of its own: servers that do not know it can use the store.
 ARRIVALS: LiteralString = "CREATE INDEX IF NOT EXISTS arrivals ON jaxrec.events (user_id, arrival)"
@@ -124,31 +110,7 @@ QUERIES = Queries(
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM jaxrec.events WHERE arrival > %s ORDER BY arrival LIMIT %s"),
     impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM jaxrec.shown WHERE number > %s ORDER BY number LIMIT %s",
     times="SELECT item_id, timestamp FROM jaxrec.events WHERE arrival > %s AND arrival <= %s AND timestamp > %s",
-    seed="SELECT seed FROM jaxrec.trend_start",
-)
-# `changed` is the transaction. What this finds is read again as long as a transaction before it is under way.
-CHANGED_COUNTS: LiteralString = (
-    "SELECT oldest, arrival, item_id, reference, counts FROM (SELECT"
-    " txid_snapshot_xmin(txid_current_snapshot()) AS oldest,"
-    " (SELECT coalesce(max(arrival), 0) FROM jaxrec.events) AS arrival) AS snapshot"
-    " LEFT JOIN jaxrec.trend ON changed >= %s"
-)
-# Both counters as of the later reference. PostgreSQL makes an error of a number that becomes too small, and 200
-# half-lives are for ever.
-_AGED: LiteralString = (
-    "{0}.counts[{2}] * power(0.5::float8, least(greatest({1}.reference::float8 - {0}.reference, 0) / {3}, 200))"
-)
-_PLACES = range(1, len(HALF_LIVES_S) + 1)
-_ADDED = ", ".join(
-    f"{_AGED.format('old', 'excluded', at, half_life)} + {_AGED.format('excluded', 'old', at, half_life)}"
-    for at, half_life in zip(_PLACES, HALF_LIVES_S, strict=True)
-)
-_NAMES = ", ".join(f"of_{at}" for at in _PLACES)
-COUNT = (
-    f"INSERT INTO jaxrec.trend AS old SELECT item_id, reference, ARRAY[{_NAMES}], txid_current()"
-    f" FROM unnest(%s::text[], %s::bigint[]{', %s::float8[]' * len(_PLACES)}) AS new (item_id, reference, {_NAMES})"
-    " ORDER BY item_id ON CONFLICT (item_id) DO UPDATE SET"
-    f" reference = greatest(old.reference, excluded.reference), counts = ARRAY[{_ADDED}], changed = excluded.changed"
+    start="SELECT begun, counted_until FROM jaxrec.trend_start",
 )
 # Taken while the schema is looked at, so that servers that start together don't create it twice. "jxrc".
 SCHEMA_LOCK = 0x6A787263
@@ -215,9 +177,7 @@ class PostgresStore(SqlStore):
             # Of equal ids in one request the first counts.
             first = {new.event_id: new for new in reversed(events)}
             recorded = [new for new in reversed(first.values()) if new.event_id in new_ids]
-            if recorded:
-                # Last: until the transaction ends, others wait that count the same items.
-                connection.execute(COUNT, _counter_columns(recorded))
+            count_events(connection, recorded)
         return recorded
 
     def drop_states(self, keep_versions: Collection[str], most: int) -> int:
@@ -253,33 +213,14 @@ class PostgresStore(SqlStore):
         if rows[0][0] < since:
             # The database is another one, or an older copy.
             rows = self._read(CHANGED_COUNTS, NONE_READ)
-        oldest, arrival, *_ = rows[0]
-        found = [row[2:] for row in rows if row[2] is not None]
-        return ItemCounts(
-            item_ids=[row[0] for row in found],
-            references=np.array([row[1] for row in found], np.int64),
-            counts=np.array([row[2] for row in found], np.float64).reshape(-1, len(HALF_LIVES_S)),
-            change=oldest,
-            arrival=arrival,
-        )
+        try:
+            return counts_of_rows(rows)
+        except ValueError as error:
+            raise StoreError(f"{self._where}: cannot be read: {error}") from error
 
-    def begin_counts(self) -> int | None:
+    def _seed(self, counters: Mapping[str, Counter], until: int) -> None:
         with self._connection("cannot be written") as connection:
-            # Waits for the events that are being recorded, and lets no others begin.
-            connection.execute("LOCK TABLE jaxrec.events IN SHARE MODE")
-            begun = connection.execute(
-                "UPDATE jaxrec.trend_start SET begun = (SELECT coalesce(max(arrival), 0) FROM jaxrec.events)"
-                " WHERE seed IS NULL RETURNING begun"
-            ).fetchone()
-            if begun is None:
-                return None
-            connection.execute("DELETE FROM jaxrec.trend")
-            return int(begun[0])
-
-    def seed_counts(self, seed: ItemCounts, begun: int) -> None:
-        query: LiteralString = "UPDATE jaxrec.trend_start SET seed = %s WHERE seed IS NULL AND begun = %s"
-        with self._connection("cannot be written") as connection:
-            connection.execute(query, [seed.to_bytes(), begun])
+            seed(connection, counters, until)
 
     def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
         with self._connection("cannot be read") as connection:
@@ -326,13 +267,6 @@ class PostgresStore(SqlStore):
         with suppress(IndexError):
             while True:
                 self._idle.pop().close()
-
-
-def _counter_columns(recorded: Sequence[UserEvent]) -> list[list[Any]]:
-    """Item ids, references, and the counts of each half-life."""
-    counters = counted(((new.event.item_id, new.event.timestamp) for new in recorded), time.time())
-    counts = zip(*(counter.counts for counter in counters.values()), strict=True)
-    return [list(counters), [counter.reference for counter in counters.values()], *map(list, counts)]
 
 
 def _insert_impressions(connection: psycopg.Connection, impressions: Sequence[Started]) -> None:

@@ -10,20 +10,21 @@ Keys, all below `jaxrec:`: `event_ids` (set), `revision` (counter), `user:ID` (h
 `states:ID` (hash by model version), `states` (set of the IDs that have one, so that they can be found),
 `deletions` (sorted set of digests of deleted users by time), `deleted` (hash of lists `deleted:NUMBER`, what is left of
 long deleted lists, and of which set it has ids), `trend` (hash of the counters by item ID), `trend_changed` (sorted
-set of those IDs by the revision of the last event), `trend_begun` (the revision before the first event that they
-count), `trend_seed` (what is counted besides); while a store of version 1 is brought up to date,
-`update` (hash of the lists of impressions: how much of each is left) and `update_ids` (`shown_ids` later).
+set of those IDs by the revision of the last change), `trend_begun` (the revision up to which events are not counted),
+`trend_until` (until when events are in the seed); while a store is seeded, `trend_seed` (list: what is still to be
+added to `trend`) and `trend_seed:TOKEN` (the same, before it is whole); while a store of version 1 is brought up to
+date, `update` (hash of the lists of impressions: how much of each is left) and `update_ids` (`shown_ids` later).
 """
 
 import itertools
 import json
+import os
 import struct
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -40,18 +41,20 @@ from serve.stores.base import (
     UserEvent,
     digest,
 )
-from serve.stores.counters import NONE_READ, ONE_EVENT, ItemCounts
+from serve.stores.counters import NONE_READ, Counter, ItemCounts
 from serve.stores.deferred import DeferredWrites, DeferringStore
 from serve.stores.redis_scripts import (
+    ADD_SEED,
     BEGIN_COUNTS,
     DELETE_USER,
     DROP_STATES,
     END_UPDATE,
     FORGET_REST,
     LOG_IMPRESSION,
+    READ_COUNTS,
     RECORD,
     SAVE_STATE,
-    SEED_COUNTS,
+    SEED,
     UPDATE_IMPRESSIONS,
 )
 from serve.stores.rows import Started
@@ -62,6 +65,8 @@ UPDATED_AT_ONCE = 1_000
 DELETED_AT_ONCE = 1_000
 DROPPED_AT_ONCE = 1_000
 COUNTERS_AT_ONCE = 1_000
+# A seed that was broken off before it was whole is forgotten after an hour.
+STAGED_S = 3_600
 TIMEOUT_S = 5.0
 FIRST_WITH_WAITAOF = (7, 2)
 REVISION = struct.Struct("<q")
@@ -90,8 +95,9 @@ class RedisStore(DeferringStore):
         self._drop_from = 0
         self._save_state = self._redis.register_script(SAVE_STATE)
         self._log_impression = self._redis.register_script(LOG_IMPRESSION)
-        self._begin_counts = self._redis.register_script(BEGIN_COUNTS)
-        self._seed_counts = self._redis.register_script(SEED_COUNTS)
+        self._read_counts = self._redis.register_script(READ_COUNTS)
+        self._begin_seed = self._redis.register_script(SEED)
+        self._add_seed = self._redis.register_script(ADD_SEED)
         try:
             with self._failures("cannot be opened"):
                 self._waits_for_disk = self._check_server()
@@ -184,49 +190,58 @@ class RedisStore(DeferringStore):
                 yield [_impression(value) for value in values]
 
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:
-        item_ids: list[str] = []
-        rows: list[list[float]] = []
+        counters: dict[str, Counter] = {}
+        found: list[Any] = [None] * COUNTERS_AT_ONCE
         with self._failures("cannot be read"):
             if since > int(self._redis.get("jaxrec:revision") or 0):
                 # The data is that of another server, or an older copy.
                 since = NONE_READ
-            while True:
-                # No two items have the same score: each event has a revision of its own.
-                found: list[Any] = self._redis.zrangebyscore(
-                    "jaxrec:trend_changed", f"({since}", "+inf", start=0, num=COUNTERS_AT_ONCE, withscores=True
-                )
-                if found:
-                    since = int(found[-1][1])
-                    values: list[Any] = self._redis.hmget("jaxrec:trend", [item for item, _ in found])
-                    for (item, _), value in zip(found, values, strict=True):
-                        if value is not None:
-                            item_ids.append(item.decode())
-                            rows.append([float(number) for number in value.split()])
-                if len(found) < COUNTERS_AT_ONCE:
-                    break
-        # What changed in between is there twice, the later value last.
-        last = {item_id: row for item_id, row in zip(item_ids, rows, strict=True)}
-        columns = np.array(list(last.values()), np.float64).reshape(-1, 1 + len(ONE_EVENT))
-        return ItemCounts(list(last), columns[:, 0].astype(np.int64), columns[:, 1:], since, max(0, since))
+            try:
+                # No two items have the same revision. What changes meanwhile is found again, with a later one: the
+                # counters are as of the last part.
+                while len(found) == COUNTERS_AT_ONCE:
+                    found = self._read_counts(args=[since, COUNTERS_AT_ONCE])
+                    for item, revision, text in found:
+                        reference, *counts = map(float, text.split())
+                        counters[item.decode()] = Counter(int(reference), counts)
+                        since = int(revision)
+                return ItemCounts.of(counters.items(), since, max(0, since))
+            except (OverflowError, ValueError) as error:
+                raise StoreError(f"Redis: cannot be read: {item.decode()!r} in jaxrec:trend: {error}") from error
 
-    def counts_seed(self) -> ItemCounts | None:
-        content = self._read(lambda: self._redis.get("jaxrec:trend_seed"))
-        return None if content is None else ItemCounts.from_bytes(content)
+    def counted_until(self) -> int | None:
+        with self._failures("cannot be read"), self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.get("jaxrec:trend_until")
+            pipeline.exists("jaxrec:trend_seed")
+            until, is_left = pipeline.execute()
+        return None if until is None or is_left else int(until)
 
-    def begin_counts(self) -> int | None:
-        begun = self._written(lambda client: self._begin_counts(client=client))
-        return None if begun < 0 else int(begun)
-
-    def events_before(self, begun: int, after: int) -> Iterator[Sequence[tuple[str, int]]]:
-        for part in self.all_events():
+    def _uncounted(self, after: int) -> Iterator[Sequence[tuple[str, int]]]:
+        begun = int(self._read(lambda: self._redis.get("jaxrec:trend_begun")) or 0)
+        for part in self.all_events() if begun else ():
             yield [
                 (new.event.item_id, new.event.timestamp)
                 for revision, new in part
                 if revision <= begun and new.event.timestamp > after
             ]
 
-    def seed_counts(self, seed: ItemCounts, begun: int) -> None:
-        self._written(lambda client: self._seed_counts(args=[begun, seed.to_bytes()], client=client))
+    def _seed(self, counters: Mapping[str, Counter], until: int) -> None:
+        """Whichever server seeds first, any may add what is left of the seed, also where that one was broken off."""
+        entries = [
+            entry
+            for item_id, (reference, counts) in counters.items()
+            for entry in (item_id, " ".join(map(repr, (reference, *counts))))
+        ]
+        staged = f"jaxrec:trend_seed:{os.urandom(8).hex()}"
+        with self._failures("cannot be written"):
+            for start in range(0, len(entries), 2 * COUNTERS_AT_ONCE):
+                with self._redis.pipeline(transaction=True) as pipeline:
+                    pipeline.rpush(staged, *entries[start : start + 2 * COUNTERS_AT_ONCE])
+                    pipeline.expire(staged, STAGED_S)
+                    pipeline.execute()
+        self._written(lambda client: self._begin_seed(args=[until, staged, len(entries)], client=client))
+        while self._written(lambda client: self._add_seed(args=[COUNTERS_AT_ONCE], client=client)):
+            pass
 
     def _finish_deletions(self) -> None:
         """Of long lists, also where another server began; may be broken off, and done by two at once."""
@@ -317,7 +332,7 @@ class RedisStore(DeferringStore):
             elif found in (b"2", b"3"):
                 # Entries of `shown` are read as they are; servers of version 2 could not read those that come from now
                 # on, and those of version 3 would not count what they record.
-                self._redis.set("jaxrec:version", VERSION)
+                self._redis.register_script(BEGIN_COUNTS)(args=[VERSION])
             elif found != VERSION.encode():
                 version_there = found.decode() if isinstance(found, bytes) else found
                 raise StoreError(f"Redis: is a store in version {version_there}, expected 1..{VERSION}")

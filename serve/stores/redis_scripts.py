@@ -5,77 +5,142 @@ None takes longer than the client waits: what depends on the length of a list is
 
 from serve.model.trend import HALF_LIVES_S
 
-# ARGV: for each event its id, user, value, item and time. Returns 1 for each that is new. Arguments, not KEYS: see
-# above. A counter is a text: its reference, and its counts, each as exactly as a number is.
-RECORD = """
+# A counter is a text: its reference, and its counts, each as exactly as a number is.
+COUNTERS = """
 local half_lives = {HALF_LIVES}
-local counters, items = {}, {}
 
-local function counter_of(item)
-    local counter = counters[item]
-    if not counter then
-        counter = {}
-        for number in string.gmatch(redis.call('HGET', 'jaxrec:trend', item) or '', '%S+') do
-            counter[#counter + 1] = tonumber(number)
-        end
-        counters[item] = counter
-        items[#items + 1] = item
+local function numbers_of(text)
+    local numbers = {}
+    for number in string.gmatch(text, '%S+') do
+        numbers[#numbers + 1] = tonumber(number)
     end
-    return counter
+    return #numbers == 1 + #half_lives and numbers or nil
 end
 
-local function count(counter, time)
+local function counter_of(item)
+    local text = redis.call('HGET', 'jaxrec:trend', item)
+    return text and numbers_of(text) or (not text and {} or nil)
+end
+
+local function undecodable(item)
+    return redis.error_reply('ERR jaxrec:trend, item ' .. item .. ': expected ' .. 1 + #half_lives .. ' numbers')
+end
+
+local function add(counter, time, counts)
     local seconds = time - (counter[1] or time)
     for at, half_life in ipairs(half_lives) do
-        local before = counter[at + 1] or 0
+        local before, new = counter[at + 1] or 0, counts[at]
         if seconds > 0 then
-            counter[at + 1] = before * 0.5 ^ (seconds / half_life) + 1
+            counter[at + 1] = before * 0.5 ^ (seconds / half_life) + new
         else
-            counter[at + 1] = before + 0.5 ^ (-seconds / half_life)
+            counter[at + 1] = before + new * 0.5 ^ (-seconds / half_life)
         end
     end
     counter[1] = math.max(time, counter[1] or time)
 end
 
-local new = {}
+local function write(item, counter, revision)
+    local numbers = {}
+    for at, number in ipairs(counter) do
+        numbers[at] = string.format('%.17g', number)
+    end
+    redis.call('HSET', 'jaxrec:trend', item, table.concat(numbers, ' '))
+    redis.call('ZADD', 'jaxrec:trend_changed', string.format('%d', revision), item)
+end
+""".replace("HALF_LIVES", ", ".join(map(str, HALF_LIVES_S)))
+# ARGV: for each event its id, user, value, item and time. Returns 1 for each that is new. Arguments, not KEYS: see
+# above.
+RECORD = (
+    COUNTERS
+    + """
+local one_event = {}
+for at = 1, #half_lives do
+    one_event[at] = 1
+end
+-- First of all, since a script that fails keeps what it has written.
+local counters = {}
+for at = 4, #ARGV, 5 do
+    counters[ARGV[at]] = counters[ARGV[at]] or counter_of(ARGV[at])
+    if not counters[ARGV[at]] then
+        return undecodable(ARGV[at])
+    end
+end
+local counted_until = tonumber(redis.call('GET', 'jaxrec:trend_until') or '-inf')
+local new, changed, items = {}, {}, {}
 for at = 1, #ARGV, 5 do
-    local user = ARGV[at + 1]
+    local user, item, time = ARGV[at + 1], ARGV[at + 3], tonumber(ARGV[at + 4])
     local is_new = redis.call('SADD', 'jaxrec:event_ids', ARGV[at])
     if is_new == 1 then
         local revision = redis.call('INCR', 'jaxrec:revision')
         redis.call('HSETNX', 'jaxrec:user:' .. user, 'first', revision)
         redis.call('HSET', 'jaxrec:user:' .. user, 'last', revision)
         redis.call('RPUSH', 'jaxrec:events:' .. user, string.format('%d', revision) .. ' ' .. ARGV[at + 2])
-        local counter = counter_of(ARGV[at + 3])
-        count(counter, tonumber(ARGV[at + 4]))
-        counter.changed = revision
+        if time > counted_until then
+            add(counters[item], time, one_event)
+            if not changed[item] then
+                items[#items + 1] = item
+            end
+            changed[item] = revision
+        end
     end
     new[#new + 1] = is_new
 end
 for _, item in ipairs(items) do
-    local counter, numbers = counters[item], {}
-    for at, number in ipairs(counter) do
-        numbers[at] = string.format('%.17g', number)
-    end
-    redis.call('HSET', 'jaxrec:trend', item, table.concat(numbers, ' '))
-    redis.call('ZADD', 'jaxrec:trend_changed', string.format('%d', counter.changed), item)
+    write(item, counters[item], changed[item])
 end
 return new
-""".replace("HALF_LIVES", ", ".join(map(str, HALF_LIVES_S)))
-# Begins all counters anew. Returns the revision up to which events are not in them; -1: the store is seeded.
-BEGIN_COUNTS = """
-if redis.call('EXISTS', 'jaxrec:trend_seed') == 1 then
-    return -1
-end
-local revision = tonumber(redis.call('GET', 'jaxrec:revision') or '0')
-redis.call('UNLINK', 'jaxrec:trend', 'jaxrec:trend_changed')
-redis.call('SET', 'jaxrec:trend_begun', string.format('%d', revision))
-return revision
 """
-# ARGV: what BEGIN_COUNTS returned, and the seed. Only the first one, and of the last beginning.
-SEED_COUNTS = """
-if redis.call('GET', 'jaxrec:trend_begun') == ARGV[1] then
-    redis.call('SETNX', 'jaxrec:trend_seed', ARGV[2])
+)
+# ARGV: a revision, and how many counters to read now. Returns of those that changed since item, revision and text, by
+# revision.
+READ_COUNTS = """
+local found = redis.call(
+    'ZRANGEBYSCORE', 'jaxrec:trend_changed', '(' .. ARGV[1], '+inf', 'WITHSCORES', 'LIMIT', 0, ARGV[2])
+local rows = {}
+for at = 1, #found, 2 do
+    rows[#rows + 1] = {found[at], found[at + 1], redis.call('HGET', 'jaxrec:trend', found[at]) or ''}
+end
+return rows
+"""
+# ARGV: until when events are in the seed, a list of it (item, counter, ...), and its length. Only the first one: from
+# then on it is to be added to the counters, and earlier events are not counted.
+SEED = """
+if redis.call('EXISTS', 'jaxrec:trend_until') == 1 then
+    redis.call('UNLINK', ARGV[2])
+    return
+end
+if redis.call('LLEN', ARGV[2]) ~= tonumber(ARGV[3]) then
+    return redis.error_reply('ERR the seed has expired before it was whole')
+end
+if redis.call('EXISTS', ARGV[2]) == 1 then
+    redis.call('RENAME', ARGV[2], 'jaxrec:trend_seed')
+    redis.call('PERSIST', 'jaxrec:trend_seed')
+end
+redis.call('SET', 'jaxrec:trend_until', ARGV[1])
+"""
+# ARGV: how many counters of the seed to add now. Each has a revision of its own, as if an event had changed it. Returns
+# how many entries are left.
+ADD_SEED = (
+    COUNTERS
+    + """
+local part = redis.call('LRANGE', 'jaxrec:trend_seed', 0, 2 * ARGV[1] - 1)
+for at = 1, #part, 2 do
+    local counter, seed = counter_of(part[at]), numbers_of(part[at + 1])
+    if not counter or not seed then
+        return undecodable(part[at])
+    end
+    add(counter, table.remove(seed, 1), seed)
+    write(part[at], counter, redis.call('INCR', 'jaxrec:revision'))
+    redis.call('LTRIM', 'jaxrec:trend_seed', 2, -1)
+end
+return redis.call('LLEN', 'jaxrec:trend_seed')
+"""
+)
+# ARGV: the version. Notes that what is there is not counted.
+BEGIN_COUNTS = """
+if redis.call('GET', 'jaxrec:version') ~= ARGV[1] then
+    redis.call('SET', 'jaxrec:trend_begun', redis.call('GET', 'jaxrec:revision') or '0')
+    redis.call('SET', 'jaxrec:version', ARGV[1])
 end
 """
 # Takes so many entries from the head of a list, and their ids from the set of all; returns how many are left.
@@ -176,7 +241,8 @@ redis.call('HSET', 'jaxrec:update', list, left - #part)
 return left > #part and 1 or 0
 """
 # ARGV: the version. What an update that was broken off before had found out about ids is void.
-END_UPDATE = """
+END_UPDATE = (
+    """
 if redis.call('GET', 'jaxrec:version') ~= '1' then
     return
 end
@@ -184,8 +250,9 @@ redis.call('UNLINK', 'jaxrec:shown_ids', 'jaxrec:update')
 if redis.call('EXISTS', 'jaxrec:update_ids') == 1 then
     redis.call('RENAME', 'jaxrec:update_ids', 'jaxrec:shown_ids')
 end
-redis.call('SET', 'jaxrec:version', ARGV[1])
 """
+    + BEGIN_COUNTS
+)
 # ARGV: user, model version, revision, revision and state as bytes. Only for a user that was not deleted since.
 SAVE_STATE = """
 local first = redis.call('HGET', 'jaxrec:user:' .. ARGV[1], 'first')

@@ -6,7 +6,6 @@ from typing import Any, LiteralString, NamedTuple
 
 from serve.model.events import Event
 from serve.stores.base import MOST_EVENTS, Changes, Impression, SpilledState, UserEvent
-from serve.stores.counters import ItemCounts
 from serve.stores.deferred import DeferringStore
 from serve.stores.rows import impression_of_row
 
@@ -32,8 +31,8 @@ class Queries(NamedTuple):
     """Number and IMPRESSION_COLUMNS in order of numbers (number before the first, limit)."""
     times: LiteralString
     """Item and timestamp (arrival before the first, last arrival, timestamp before the first)."""
-    seed: LiteralString
-    """The seed of the counters, NULL without one ()."""
+    start: LiteralString
+    """Up to which arrival events are not counted, and `counted_until` ()."""
 
 
 class SqlStore(DeferringStore):
@@ -75,11 +74,12 @@ class SqlStore(DeferringStore):
         for rows in self._parts(self._queries.impressions):
             yield [impression_of_row(row[1:]) for row in rows]
 
-    def counts_seed(self) -> ItemCounts | None:
-        ((content,),) = self._read(self._queries.seed)
-        return None if content is None else ItemCounts.from_bytes(content)
+    def counted_until(self) -> int | None:
+        ((_, until),) = self._read(self._queries.start)
+        return None if until is None else int(until)
 
-    def events_before(self, begun: int, after: int) -> Iterator[Sequence[tuple[str, int]]]:
+    def _uncounted(self, after: int) -> Iterator[Sequence[tuple[str, int]]]:
+        ((begun, _),) = self._read(self._queries.start)
         for start in range(0, begun, LOOKED_AT_AT_ONCE):
             yield self._read(self._queries.times, start, min(start + LOOKED_AT_AT_ONCE, begun), after)
 

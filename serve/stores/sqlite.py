@@ -7,16 +7,13 @@ the end of the process and, as far as fsync keeps its word, of the power. Reads 
 
 import queue
 import sqlite3
-import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, LiteralString, NamedTuple, TypeVar
-
-import numpy as np
 
 from serve.stores.base import (
     DELETION_S,
@@ -27,7 +24,7 @@ from serve.stores.base import (
     UserEvent,
     digest,
 )
-from serve.stores.counters import NONE_READ, ONE_EVENT, Counter, ItemCounts, added, counted
+from serve.stores.counters import NONE_READ, Counter, ItemCounts
 from serve.stores.deferred import DeferredWrites
 from serve.stores.rows import (
     EVENT_COLUMNS,
@@ -39,6 +36,7 @@ from serve.stores.rows import (
     still_wanted,
 )
 from serve.stores.sql import Queries, SqlStore
+from serve.stores.sqlite_counters import CHANGED_COUNTS, COUNTERS_SCHEMA, count_events, counts_of_rows, seed
 
 # "jxrc": marks the file, so that another program's database is not used as a store.
 APPLICATION_ID = 0x6A787263
@@ -89,19 +87,6 @@ CREATE TABLE IF NOT EXISTS states (
     state BLOB NOT NULL,
     PRIMARY KEY (user_id, model_version)
 ) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS trend (
-    item_id TEXT PRIMARY KEY,
-    reference INTEGER NOT NULL,
-    counts BLOB NOT NULL,
-    changed INTEGER NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS trend_changed ON trend (changed);
-CREATE TABLE IF NOT EXISTS trend_start (
-    number INTEGER PRIMARY KEY CHECK (number = 1),
-    begun INTEGER NOT NULL,
-    seed BLOB
-) STRICT;
-INSERT OR IGNORE INTO trend_start VALUES (1, 0, NULL);
 """
 # No schema version of its own: servers that do not know it can use the store. It holds `arrival` too, as all indexes
 # hold the row's key.
@@ -127,9 +112,6 @@ MARK_COPY = "CREATE TABLE untouched_copy (marked INTEGER) STRICT"
 UNMARK_COPY = "DROP TABLE IF EXISTS untouched_copy"
 LOCK_TIMEOUT_S = 5.0
 LARGEST_GROUP = 256
-COUNTS = struct.Struct(f"<{len(ONE_EVENT)}d")
-# An older SQLite takes no more than 999 parameters.
-ASKED_AT_ONCE = 900
 INSERTED_AT_ONCE = 100
 
 QUERIES = Queries(
@@ -147,14 +129,9 @@ QUERIES = Queries(
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM events WHERE arrival > ? ORDER BY arrival LIMIT ?"),
     impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM shown WHERE number > ? ORDER BY number LIMIT ?",
     times="SELECT item_id, timestamp FROM events WHERE arrival > ? AND arrival <= ? AND timestamp > ?",
-    seed="SELECT seed FROM trend_start",
+    start="SELECT begun, counted_until FROM trend_start",
 )
-# `changed` is the arrival of the item's last event. Writers take turns, so what is read later has arrived later.
-CHANGED_COUNTS = "SELECT item_id, reference, counts, changed FROM trend WHERE changed > ? ORDER BY changed"
 INSERT_IMPRESSION = f"INSERT INTO shown ({IMPRESSION_COLUMNS}) VALUES"
-INSERT_COUNTER = "INSERT OR REPLACE INTO trend VALUES (?, ?, ?, ?)"
-# Also where the last event was deleted since.
-LAST_ARRIVAL = "SELECT seq FROM sqlite_sequence WHERE name = 'events'"
 IMPRESSION_VALUES = f"({', '.join('?' * len(Impression._fields))})"
 
 T = TypeVar("T")
@@ -216,22 +193,14 @@ class SQLiteStore(SqlStore):
         return self._write(lambda connection: _delete_user(connection, user_id))
 
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:
-        rows = self._read(CHANGED_COUNTS, since)
-        return ItemCounts(
-            item_ids=[row[0] for row in rows],
-            references=np.array([row[1] for row in rows], np.int64),
-            counts=np.frombuffer(b"".join(row[2] for row in rows), "<f8").reshape(-1, len(ONE_EVENT)),
-            change=rows[-1][3] if rows else since,
-            arrival=max(0, rows[-1][3] if rows else since),
-        )
+        with self._failures("cannot be read"):
+            try:
+                return counts_of_rows(self._read(CHANGED_COUNTS, since), since)
+            except ValueError as error:
+                raise StoreError(f"{self._path}: cannot be read: {error}") from error
 
-    def begin_counts(self) -> int | None:
-        return self._write(_begin_counts)
-
-    def seed_counts(self, seed: ItemCounts, begun: int) -> None:
-        query = "UPDATE trend_start SET seed = ? WHERE seed IS NULL AND begun = ?"
-        content = seed.to_bytes()
-        self._write(lambda connection: connection.execute(query, (content, begun)).rowcount)
+    def _seed(self, counters: Mapping[str, Counter], until: int) -> None:
+        self._write(lambda connection: seed(connection, counters, until))
 
     def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
         with self._failures("cannot be read"):
@@ -269,13 +238,13 @@ class SQLiteStore(SqlStore):
     def _commit(self, group: Sequence[_Write]) -> None:
         """Does what it can of a group in one transaction; never raises."""
         results: list[tuple[Future[Any], Any]] = []
-        # Counted together: what many take lately is in many calls.
+        # Counted together: items with many events are in many calls.
         uncounted: list[UserEvent] = []
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             for write in group:
                 if not write.records:
-                    _count(self._writer, uncounted)
+                    count_events(self._writer, uncounted)
                     uncounted = []
                 self._writer.execute("SAVEPOINT one")
                 try:
@@ -289,7 +258,7 @@ class SQLiteStore(SqlStore):
                     self._writer.execute("ROLLBACK TO one")
                     write.done.set_exception(error)
                 self._writer.execute("RELEASE one")
-            _count(self._writer, uncounted)
+            count_events(self._writer, uncounted)
             self._writer.execute("COMMIT")
         except Exception as error:
             if self._writer.in_transaction:
@@ -340,7 +309,7 @@ class SQLiteStore(SqlStore):
             # Another process may have been faster.
             version = self._version(connection)
             if version != SCHEMA_VERSION:
-                steps = [*UPDATES.get(version, "").split(";"), *SCHEMA.split(";")]
+                steps = [*UPDATES.get(version, "").split(";"), *(SCHEMA + COUNTERS_SCHEMA).split(";")]
                 steps += [FILL_USERS, f"PRAGMA application_id = {APPLICATION_ID}"]
                 for step in [*steps, f"PRAGMA user_version = {SCHEMA_VERSION}"]:
                     connection.execute(step)
@@ -371,12 +340,6 @@ class SQLiteStore(SqlStore):
             yield
         except sqlite3.Error as error:
             raise StoreError(f"{self._path}: {what}: {error}") from error
-
-
-def counter_rows(counters: ItemCounts) -> list[tuple[str, int, bytes, int]]:
-    """For INSERT_COUNTER, as if none had changed: what is recorded afterwards has later numbers."""
-    columns = zip(counters.item_ids, counters.references.tolist(), counters.counts, strict=True)
-    return [(item_id, reference, counts.astype("<f8").tobytes(), 0) for item_id, reference, counts in columns]
 
 
 def is_copy(path: Path) -> bool:
@@ -410,35 +373,6 @@ def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) 
                 (new.user_id, cursor.lastrowid),
             )
     return recorded
-
-
-def _count(connection: sqlite3.Connection, recorded: Sequence[UserEvent]) -> None:
-    """Adds events to the counters of their items."""
-    if not recorded:
-        return
-    ((arrival,),) = connection.execute(LAST_ARRIVAL).fetchall()
-    counters = counted(((new.event.item_id, new.event.timestamp) for new in recorded), time.time())
-    items = list(counters)
-    for start in range(0, len(items), ASKED_AT_ONCE):
-        part = items[start : start + ASKED_AT_ONCE]
-        query = f"SELECT item_id, reference, counts FROM trend WHERE item_id IN ({', '.join('?' * len(part))})"
-        for item_id, reference, counts in connection.execute(query, part).fetchall():
-            counters[item_id] = added(Counter(reference, COUNTS.unpack(counts)), counters[item_id])
-    connection.executemany(
-        INSERT_COUNTER,
-        [(item_id, one.reference, COUNTS.pack(*one.counts), arrival) for item_id, one in counters.items()],
-    )
-
-
-def _begin_counts(connection: sqlite3.Connection) -> int | None:
-    begun = connection.execute(
-        "UPDATE trend_start SET begun = (SELECT coalesce(max(arrival), 0) FROM events) WHERE seed IS NULL"
-        " RETURNING begun"
-    ).fetchall()
-    if not begun:
-        return None
-    connection.execute("DELETE FROM trend")
-    return int(begun[0][0])
 
 
 def _insert_impressions(connection: sqlite3.Connection, impressions: Sequence[Started]) -> None:

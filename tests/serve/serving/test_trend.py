@@ -1,6 +1,7 @@
 """The trend of loaded models follows what the servers of a store record, whatever becomes of the store."""
 
 import logging
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -25,6 +26,7 @@ from serve.serving.loading import ModelLoader, open_models
 from serve.serving.trend import TrendRefresher
 from serve.stores import open_store
 from serve.stores.base import EventStore, StoreError, UserEvent
+from serve.stores.counters import Counter, ItemCounts
 from tests.serve.one_model import one_model
 from tests.serve.serving.test_models import wait_for
 
@@ -67,6 +69,10 @@ def trend_of(model: Recommender, counts: dict[int, np.ndarray]) -> np.ndarray:
     return made.values
 
 
+def fails(*_: object) -> None:
+    raise StoreError("away")
+
+
 def assert_trend(model: Recommender, counts: dict[int, np.ndarray]) -> None:
     np.testing.assert_allclose(model.engine.trend.values, trend_of(model, counts), rtol=1e-5, atol=1e-6)
 
@@ -96,28 +102,35 @@ def test_recorded_events_are_in_the_next_trend(
     store.record([event("1", ids[ITEM])])
     refresher.refresh()
     assert_trend(fresh, {ITEM: 4 * worth(COUNTED_UNTIL) + worth(NOW), OTHER: worth(NOW - HOUR)})
-    # Late, and on items that were counted before.
-    store.record([event("4", ids[OTHER], NOW - 2 * DAY), event("5", ids[ITEM], NOW - HOUR)])
+    # Late, and on items that were counted before; one of the time that the export has counted.
+    store.record([event("4", ids[OTHER], NOW - 2 * HOUR), event("5", ids[ITEM], NOW - HOUR)])
+    store.record([event("6", ids[OTHER], COUNTED_UNTIL)])
     refresher.refresh()
-    counts = {ITEM: 4 * worth(COUNTED_UNTIL) + worth(NOW, NOW - HOUR), OTHER: worth(NOW - HOUR, NOW - 2 * DAY)}
+    counts = {ITEM: 4 * worth(COUNTED_UNTIL) + worth(NOW, NOW - HOUR), OTHER: worth(NOW - HOUR, NOW - 2 * HOUR)}
     assert_trend(fresh, counts)
 
 
-def test_a_later_model_has_the_larger_of_its_own_and_the_stores_counts(
-    artifact: Artifact, fresh: Recommender, store: EventStore, refresher: TrendRefresher
-) -> None:
-    """Nothing counts twice: it was exported with the same events, and with some that the store never saw."""
-    ids = fresh.catalog.item_ids
-    refresher.prepare(fresh)
-    store.record([event("1", ids[ITEM], COUNTED_UNTIL)])
+def test_what_a_later_model_has_beside_the_store_is_added_and_decays(artifact: Artifact, store: EventStore) -> None:
+    """Of an export with five events of ITEM, of which the store has four and one, and with seven of OTHER, of which it
+    has three: nothing and four are added, and what is recorded afterwards counts beside."""
+    now = NOW
+    fresh = Recommender(exported(artifact, {ITEM: 4, OTHER: 3}), "cpu")
     later = Recommender(exported(artifact, {ITEM: 5, OTHER: 7}), "cpu")
-    refresher.prepare(later)
-    assert_trend(later, {ITEM: 5 * worth(COUNTED_UNTIL), OTHER: 7 * worth(COUNTED_UNTIL)})
-    store.record([event("2", ids[OTHER]), event("3", ids[ITEM])])
-    refresher.keep([later])
-    refresher.refresh()
-    more = np.maximum(7 * worth(COUNTED_UNTIL), worth(NOW))
-    assert_trend(later, {ITEM: 5 * worth(COUNTED_UNTIL) + worth(NOW), OTHER: more})
+    ids = fresh.catalog.item_ids
+    with closing(TrendRefresher(store, 3_600.0, clock=lambda: now)) as refresher:
+        refresher.prepare(fresh)
+        store.record([event("1", ids[ITEM], COUNTED_UNTIL + HOUR)])
+        refresher.prepare(later)
+        of_item = 4 * worth(COUNTED_UNTIL) + worth(COUNTED_UNTIL + HOUR)
+        assert_trend(later, {ITEM: of_item, OTHER: 7 * worth(COUNTED_UNTIL)})
+        store.record([event("2", ids[OTHER]), event("3", ids[ITEM])])
+        refresher.keep([later, fresh])
+        now += DAY
+        refresher.refresh()
+        of_item = 4 * worth(COUNTED_UNTIL, now=now) + worth(COUNTED_UNTIL + HOUR, NOW, now=now)
+        for model, of_export in ((fresh, 3), (later, 7)):
+            of_other = of_export * worth(COUNTED_UNTIL, now=now) + worth(NOW, now=now)
+            assert_trend(model, {ITEM: of_item, OTHER: of_other})
 
 
 def test_items_that_a_model_does_not_know_are_kept_for_the_next(
@@ -158,9 +171,6 @@ def test_a_store_that_fails_is_logged_once_and_the_trend_goes_on(
     refresher.keep([fresh])
     read = store.item_counts
 
-    def fails(since: int = 0) -> None:
-        raise StoreError("away")
-
     caplog.set_level(logging.INFO, "serve.serving.trend")
     monkeypatch.setattr(store, "item_counts", fails)
     now = NOW + DAY
@@ -169,29 +179,92 @@ def test_a_store_that_fails_is_logged_once_and_the_trend_goes_on(
     expected = {ITEM: 4 * worth(COUNTED_UNTIL, now=now), OTHER: worth(COUNTED_UNTIL + 1, now=now)}
     assert_trend(fresh, expected)
     assert [record.levelname for record in caplog.records] == ["ERROR"]
-    age = refresher.age_s()
-    assert age > 0
     monkeypatch.setattr(store, "item_counts", read)
     store.record([event("1", fresh.catalog.item_ids[OTHER], NOW)])
     refresher.refresh()
     assert_trend(fresh, expected | {OTHER: worth(COUNTED_UNTIL + 1, NOW, now=now)})
-    assert refresher.age_s() < age + 1
     assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
     refresher.close()
 
 
-def test_a_model_serves_without_a_store_that_fails_and_takes_it_in_when_it_is_back(
+def test_a_failure_is_logged_once_for_each_cause(
+    fresh: Recommender, store: EventStore, tmp_path: Path, refresher: TrendRefresher, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A counter that cannot be decoded, and then another one."""
+    ids = fresh.catalog.item_ids
+    refresher.prepare(fresh)
+    refresher.keep([fresh])
+    store.record([event(one, one) for one in ("a", "b")])
+    caplog.set_level(logging.INFO, "serve.serving.trend")
+    with closing(sqlite3.connect(tmp_path / "events.sqlite", isolation_level=None)) as connection:
+        whole = connection.execute("SELECT counts FROM trend WHERE item_id = 'a'").fetchone()
+        for item_id in ("a", "b"):
+            connection.execute("UPDATE trend SET counts = x'00' WHERE item_id = ?", [item_id])
+            for _ in range(3):
+                refresher.refresh()
+            connection.execute("UPDATE trend SET counts = ? WHERE item_id = ?", [*whole, item_id])
+    assert_trend(fresh, {ITEM: 4 * worth(COUNTED_UNTIL)})
+    assert [one.levelname for one in caplog.records] == ["ERROR", "ERROR"]
+    for record, item_id in zip(caplog.records, "ab", strict=True):
+        assert record.exc_info is not None
+        assert f"item '{item_id}'" in str(record.exc_info[1])
+    store.record([event("1", ids[OTHER])])
+    refresher.refresh()
+    assert_trend(fresh, {ITEM: 4 * worth(COUNTED_UNTIL), OTHER: worth(NOW)})
+    assert [one.levelname for one in caplog.records] == ["ERROR", "ERROR", "INFO"]
+
+
+def test_a_model_that_fails_on_its_counts_is_logged_once_and_keeps_its_trend(
+    fresh: Recommender, store: EventStore, refresher: TrendRefresher, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More events than a float32 holds."""
+    refresher.prepare(fresh)
+    refresher.keep([fresh])
+    before = fresh.engine.trend
+    many = ItemCounts.of([(fresh.catalog.item_ids[ITEM], Counter(NOW, [1e39] * len(HALF_LIVES_S)))])
+    with pytest.MonkeyPatch.context() as patched, np.errstate(over="ignore"):
+        patched.setattr(store, "item_counts", lambda since: many)
+        for _ in range(3):
+            refresher.refresh()
+    assert fresh.engine.trend is before
+    assert [one.message for one in caplog.records] == [
+        f"the model {fresh.info.model_version} keeps its trend of before"
+    ]
+
+
+def test_the_age_is_that_of_the_last_read(
+    fresh: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = 100.0
+    with closing(TrendRefresher(store, 3_600.0, lambda: NOW, lambda: seconds)) as refresher:
+        seconds = 107.0
+        assert refresher.age_s() == 7
+        refresher.prepare(fresh)
+        assert refresher.age_s() == 0
+        seconds = 110.0
+        assert refresher.age_s() == 3
+        refresher.keep([fresh])
+        with monkeypatch.context() as broken:
+            broken.setattr(store, "item_counts", fails)
+            refresher.refresh()
+            assert refresher.age_s() == 3
+        refresher.refresh()
+        assert refresher.age_s() == 0
+
+
+def test_a_model_serves_without_a_store_that_fails_and_uses_it_when_it_is_back(
     fresh: Recommender, store: EventStore, refresher: TrendRefresher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails() -> None:
-        raise StoreError("away")
-
-    store.record([event("1", fresh.catalog.item_ids[OTHER])])
+    """Nothing of the export counts twice then."""
     with monkeypatch.context() as broken:
-        broken.setattr(store, "counts_seed", fails)
+        broken.setattr(store, "counted_until", fails)
         refresher.prepare(fresh)
         assert_trend(fresh, {ITEM: 4 * worth(COUNTED_UNTIL)})
+        assert fresh.engine.trend.counted is None
         refresher.keep([fresh])
+        refresher.refresh()
+        assert_trend(fresh, {ITEM: 4 * worth(COUNTED_UNTIL)})
+    store.record([event("1", fresh.catalog.item_ids[OTHER])])
     refresher.refresh()
     assert_trend(fresh, {ITEM: 4 * worth(COUNTED_UNTIL), OTHER: worth(NOW)})
 
@@ -221,11 +294,12 @@ def test_the_trend_of_an_impression_can_be_made_again_from_the_log(
     with closing(TrendRefresher(store, 3_600.0, clock=lambda: now)) as refresher:
         service = RecommenderService(one_model(fresh, store), store, Metrics())
         loaded = service.models.for_user("u")
+        store.record([event("1", ids[9])])
         query = Query([Event(ids[5], None, NOW)], k=60, request_time=NOW)
         by_export = service.recommend(loaded, query, None, lambda: False)
         refresher.prepare(fresh)
         refresher.keep([fresh])
-        store.record([event("1", ids[9]), event("2", ids[OTHER], NOW - HOUR), event("3", ids[OTHER], NOW - DAY + 1)])
+        store.record([event("2", ids[OTHER], NOW - HOUR), event("3", ids[OTHER], NOW - DAY + 1)])
         now += HOUR
         refresher.refresh()
         # After the counters were read.
@@ -291,12 +365,30 @@ def test_a_served_model_follows_the_store(model_directory: Path, tmp_path: Path,
         server.drain()
 
 
-def test_without_refreshes_the_trend_is_the_exports(model_directory: Path, store: EventStore) -> None:
-    loader = ModelLoader(store, Metrics(), "cpu")
+def test_without_a_store_the_trend_is_the_exports_and_decays(fresh: Recommender) -> None:
+    now = NOW
+    with closing(TrendRefresher(None, 3_600.0, clock=lambda: now)) as refresher:
+        refresher.prepare(fresh)
+        refresher.keep([fresh])
+        for now in (NOW, NOW + DAY, NOW + 400 * DAY):
+            refresher.refresh()
+            assert_trend(fresh, {ITEM: 4 * worth(COUNTED_UNTIL, now=now)})
+            assert fresh.engine.trend.counted is None
+
+
+def test_without_refreshes_no_store_is_read_and_there_is_no_age(
+    model_directory: Path, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = Metrics()
+    monkeypatch.setattr("serve.serving.loading.REFRESH_S", REFRESH_S)
+    loader = ModelLoader(store, metrics, "cpu")
     with open_models(model_directory, loader, watch_s=0, trend_refresh_s=0) as models:
         loaded = models.for_user("u")
         before = loaded.model.engine.trend
         store.record([event("1", loaded.model.catalog.item_ids[ITEM], int(time.time()))])
-        assert loaded.recommend(Query([Event(loaded.model.catalog.item_ids[5], None, 0)], k=5)).items.size == 5
-        assert loaded.model.engine.trend is before
-        assert store.counts_seed() is None
+        # Made again, as time passes.
+        wait_for(lambda: loaded.model.engine.trend is not before)
+        np.testing.assert_allclose(loaded.model.engine.trend.values, before.values, atol=1e-4)
+        assert loaded.recommend(Query([Event(loaded.model.catalog.item_ids[5], None, 0)], k=5)).counted is None
+    assert store.counted_until() is None
+    assert metrics.registry.get_sample_value("jaxrec_trend_age_seconds") is None

@@ -1,5 +1,6 @@
 """Counters of items: what each event is worth, once, in whatever order events come and whichever server records."""
 
+import math
 import sqlite3
 import threading
 import time
@@ -17,16 +18,15 @@ from hypothesis import strategies as st
 
 from serve.model.events import Event
 from serve.model.trend import HALF_LIVES_S, halved
-from serve.stores import open_store
-from serve.stores.base import EventStore, UserEvent
+from serve.stores import open_store, postgres_counters, sqlite_counters
+from serve.stores.base import EventStore, StoreError, UserEvent
 from serve.stores.copy import copy_log
-from serve.stores.counters import NONE_READ, ONE_EVENT, Counter, ItemCounts, add_events, counted
+from serve.stores.counters import NONE_READ, Counter, ItemCounts, add_events, counted
 from tests.serve.stores.databases import DatabaseServer
 from tests.serve.stores.test_stores import KINDS, emptied, servers  # noqa: F401
 
 HOUR, DAY = 3_600, 86_400
 NOW = 1_700_000_000
-NOTHING = ItemCounts.of({})
 
 
 @pytest.fixture(params=KINDS)
@@ -68,9 +68,30 @@ def assert_counts(found: Mapping[str, Sequence[float]], expected: Mapping[str, S
         np.testing.assert_allclose(found[item], counts, rtol=1e-9, err_msg=item)
 
 
+def before_counters(location: str, events: Sequence[UserEvent]) -> None:
+    """Makes the empty store one of a version without counters, with some events."""
+    with open_store(location) as store:
+        store.record(events)
+    if location.startswith("postgresql:"):
+        with psycopg.connect(location) as connection:
+            connection.execute("DROP TABLE jaxrec.trend, jaxrec.trend_start")
+            connection.execute("ALTER TABLE jaxrec.shown DROP COLUMN trend_time, DROP COLUMN trend_arrival")
+            connection.execute("UPDATE jaxrec.store SET version = 3")
+    elif location.startswith("redis:"):
+        with redis.Redis.from_url(location) as client:
+            client.delete("jaxrec:trend", "jaxrec:trend_changed")
+            client.set("jaxrec:version", "3")
+    else:
+        with closing(sqlite3.connect(location)) as connection:
+            connection.executescript(
+                "ALTER TABLE shown DROP COLUMN trend_time; ALTER TABLE shown DROP COLUMN trend_arrival;"
+                "DROP TABLE trend; DROP TABLE trend_start; PRAGMA user_version = 4"
+            )
+
+
 def seed_of(counts: Mapping[str, float], until: int) -> ItemCounts:
     """So many events of each item at `until`, for all half-lives."""
-    return ItemCounts.of({item: Counter(until, [count] * len(HALF_LIVES_S)) for item, count in counts.items()})
+    return ItemCounts.of((item, Counter(until, [count] * len(HALF_LIVES_S))) for item, count in counts.items())
 
 
 @settings(deadline=None)
@@ -88,8 +109,8 @@ def test_counters_do_not_depend_on_order_and_on_parts(
         add_events(counters, permuted[start::parts], NOW)
     times = {item: [time for one, time in events if one == item] for item, _ in events}
     later = NOW + 30 * DAY
-    assert_counts(at(ItemCounts.of(counters), later), sums(times, later))
-    assert_counts(at(ItemCounts.of(counted(events, NOW)), later), sums(times, later))
+    assert_counts(at(ItemCounts.of(counters.items()), later), sums(times, later))
+    assert_counts(at(ItemCounts.of(counted(events, NOW).items()), later), sums(times, later))
 
 
 def test_an_event_ahead_of_the_clock_counts_as_of_now() -> None:
@@ -99,13 +120,13 @@ def test_an_event_ahead_of_the_clock_counts_as_of_now() -> None:
     np.testing.assert_allclose(counters["i"].counts[:3], [1 + 1 / 16, 1 + 1 / 2, 1 + 0.5 ** (1 / 3)])
 
 
-def test_counters_as_bytes() -> None:
-    seed = ItemCounts.of({"ü\n": Counter(2**40, [1 / 3] * 6), "": Counter(-5, ONE_EVENT)})
-    again = ItemCounts.from_bytes(seed.to_bytes())
-    assert list(again.item_ids) == list(seed.item_ids)
-    np.testing.assert_array_equal(again.references, seed.references)
-    np.testing.assert_array_equal(again.counts, seed.counts)
-    assert ItemCounts.from_bytes(NOTHING.to_bytes()).counts.shape == (0, len(HALF_LIVES_S))
+def test_columns_of_counters_and_back() -> None:
+    counters = {"ü\n": Counter(2**40, [1 / 3] * 6), "": Counter(-5, [1.0] * 6)}
+    assert ItemCounts.of(counters.items()).counters() == counters
+    assert ItemCounts.of([]).counts.shape == (0, len(HALF_LIVES_S))
+    for wrong in ([1.0] * 5, [1.0] * 5 + [math.nan], [math.inf] * 6, [-1.0] * 6, [None] * 6):
+        with pytest.raises(ValueError, match=r"counter of the item 'i': expected 6 finite numbers from 0 on, came \["):
+            ItemCounts.of([("i", Counter(0, wrong))])  # type: ignore[arg-type]
 
 
 def test_events_count_by_their_own_times(store: EventStore) -> None:
@@ -211,104 +232,172 @@ def test_two_servers_count_all_of_each_others_events(location: str) -> None:
 
 
 def test_a_store_is_seeded_once(location: str) -> None:
-    start = threading.Barrier(4)
+    """By one of four servers at once, while two others record: nothing is lost, and nothing counts twice."""
+    start, stopped = threading.Barrier(6), threading.Event()
 
-    def seed(number: int) -> ItemCounts:
+    def seed(number: int) -> None:
         with open_store(location) as store:
             start.wait()
-            return store.seeded(seed_of({f"of {number}": number + 1, "all": 1}, NOW - DAY), NOW - DAY)
-
-    with ThreadPoolExecutor(4) as threads:
-        seeds = list(threads.map(seed, range(4)))
-    assert len({tuple(one.item_ids) for one in seeds}) == 1
-    with open_store(location) as store:
-        later = store.seeded(seed_of({"later": 5}, NOW), NOW)
-        assert_counts(at(later, NOW), at(seeds[0], NOW))
-        assert store.begin_counts() is None
-
-
-def test_what_is_recorded_while_a_store_is_seeded_counts_once(location: str) -> None:
-    """Either with the seed or with the counters."""
-    seeding, stopped = threading.Event(), threading.Event()
+            store.seed_counts(seed_of({f"of {number}": number + 1, "i": 7}, NOW - DAY), NOW - DAY)
+            # The whole seed of one of them.
+            assert store.counted_until() == NOW - DAY
+            assert at(store.item_counts(), NOW)["i"][5] > 7 * 0.5 ** (1 / 90) - 1e-9
 
     def write(thread: int) -> int:
         number = 0
-        while not stopped.is_set():
-            stores[thread % 2].record([event(f"{thread} {number}", timestamp=NOW - HOUR, user_id=f"u{thread}")])
-            number += 1
-            if number == 5:
-                seeding.set()
+        with open_store(location) as store:
+            start.wait()
+            while not stopped.is_set() or number < 5:
+                store.record([event(f"{thread} {number}", timestamp=NOW - HOUR, user_id=f"u{thread}")])
+                number += 1
         return number
 
-    with open_store(location) as one, open_store(location) as two, ThreadPoolExecutor(4) as threads:
-        stores = (one, two)
-        writers = [threads.submit(write, thread) for thread in range(3)]
-        assert seeding.wait(30)
-        seeds = list(threads.map(lambda store: store.seeded(NOTHING, NOW - DAY), [one]))
+    before_counters(location, [event("old", timestamp=NOW - 2 * HOUR), event("exported", timestamp=NOW - 2 * DAY)])
+    with ThreadPoolExecutor(6) as threads:
+        writers = [threads.submit(write, thread) for thread in range(2)]
+        for done in [threads.submit(seed, number) for number in range(4)]:
+            done.result()
         stopped.set()
         count = sum(writer.result() for writer in writers)
-        total = np.zeros(len(HALF_LIVES_S))
-        for counts in (*seeds, two.item_counts()):
-            total += at(counts, NOW).get("i", np.zeros(len(HALF_LIVES_S)))
-        np.testing.assert_allclose(total, sums({"i": [NOW - HOUR] * count}, NOW)["i"], rtol=1e-9)
+    with open_store(location) as store:
+        store.seed_counts(seed_of({"later": 5}, NOW), NOW)
+        found = at(store.item_counts(), NOW)
+        assert_counts(
+            {"i": found.pop("i")}, sums({"i": [NOW - DAY] * 7 + [NOW - 2 * HOUR] + [NOW - HOUR] * count}, NOW)
+        )
+        (winner,) = found
+        assert_counts(found, sums({winner: [NOW - DAY] * (int(winner.removeprefix("of ")) + 1)}, NOW))
 
 
-def test_of_what_a_store_holds_the_seed_has_what_the_export_has_not(store: EventStore) -> None:
+def test_of_what_a_store_held_before_the_seed_has_what_the_export_has_not(location: str) -> None:
     """Two events of `a` are in the export: that of its last second too."""
     until = NOW - DAY
-    store.record([event("1", "a", until - HOUR), event("2", "a", until), event("3", "a", NOW - HOUR)])
-    store.record([event("4", "b", NOW - 2 * HOUR)])
-    seed = store.seeded(seed_of({"a": 2, "c": 7}, until), until)
-    expected = sums({"a": [until, until, NOW - HOUR], "b": [NOW - 2 * HOUR], "c": [until] * 7}, NOW)
-    assert_counts(at(seed, NOW), expected)
-    assert list(store.item_counts().item_ids) == []
-    store.record([event("5", "b", NOW), event("4", "b")])
-    assert_counts(at(store.item_counts(), NOW), sums({"b": [NOW]}, NOW))
-    again = store.counts_seed()
-    assert again is not None
-    assert_counts(at(again, NOW), expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_store_of_before_is_counted_from_its_seeding_on(
-    kind: str,
-    servers: dict[str, DatabaseServer],  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    location = emptied(kind, servers, tmp_path)
+    held = [event("1", "a", until - HOUR), event("2", "a", until), event("3", "a", NOW - HOUR)]
+    before_counters(location, [*held, event("4", "b", NOW - 2 * HOUR)])
     with open_store(location) as store:
-        store.record([event("1", "a", NOW - HOUR), event("2", "a", NOW - 9 * DAY)])
-    if kind == "sqlite":
-        with closing(sqlite3.connect(location)) as connection:
-            connection.executescript(
-                "ALTER TABLE shown DROP COLUMN trend_time; ALTER TABLE shown DROP COLUMN trend_arrival;"
-                "DROP TABLE trend; DROP TABLE trend_start; PRAGMA user_version = 4"
-            )
-    elif kind == "postgres":
-        with psycopg.connect(location) as connection:
-            connection.execute("DROP TABLE jaxrec.trend, jaxrec.trend_start")
-            connection.execute("UPDATE jaxrec.store SET version = 3")
-    else:
+        assert store.counted_until() is None
+        # Later than before, and so counted by the store itself.
+        store.record([event("5", "b", NOW - DAY + 1), event("4", "b")])
+        store.seed_counts(seed_of({"a": 2, "c": 7}, until), until)
+        assert store.counted_until() == until
+        times = {"a": [until, until, NOW - HOUR], "b": [NOW - 2 * HOUR, NOW - DAY + 1], "c": [until] * 7}
+        assert_counts(at(store.item_counts(), NOW), sums(times, NOW))
+        assert store.item_counts().arrival >= max(arrival for part in store.all_events() for arrival, _ in part)
+        store.record([event("6", "b", NOW), event("4", "b")])
+        assert_counts(at(store.item_counts(), NOW), sums(times | {"b": [*times["b"], NOW]}, NOW))
+
+
+def test_events_that_the_seed_has_do_not_count_again(store: EventStore) -> None:
+    """As where the log that a model was trained on is recorded afterwards."""
+    until = NOW - DAY
+    store.seed_counts(seed_of({"a": 2, "b": 1}, until), until)
+    change = store.item_counts().change
+    log = [event("1", "a", until - HOUR), event("2", "a", until), event("3", "b", 0)]
+    assert store.record(log) == log
+    assert list(store.item_counts(change).item_ids) == []
+    store.record([event("4", "a", until + 1), event("5", "new", until)])
+    assert_counts(at(store.item_counts(), NOW), sums({"a": [until, until, until + 1], "b": [until]}, NOW))
+    assert len(store.history("u")) == 5
+
+
+def test_a_seed_ahead_of_the_clock_counts_as_of_now(store: EventStore) -> None:
+    """Else what is recorded until then would not count."""
+    before = int(time.time())
+    ahead = before + 10**6
+    store.seed_counts(seed_of({"a": 2}, ahead), ahead)
+    until = store.counted_until()
+    assert until is not None
+    assert before <= until <= time.time()
+    assert store.item_counts().references.tolist() == [until]
+    store.record([event("1", "b", ahead)])
+    assert set(store.item_counts().item_ids) <= {"a", "b"}
+
+
+def test_a_seed_of_many_items_is_added_whole(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts, and a second attempt adds nothing."""
+    monkeypatch.setattr("serve.stores.redis.COUNTERS_AT_ONCE", 7)
+    monkeypatch.setattr("serve.stores.postgres_counters.SEEDED_AT_ONCE", 7)
+    monkeypatch.setattr("serve.stores.sqlite_counters.ASKED_AT_ONCE", 7)
+    items = {f'{number} "ü\n': number + 1 for number in range(50)}
+    store.record([event(str(number), item) for number, item in enumerate(items)])
+    for _ in range(2):
+        store.seed_counts(seed_of(items, NOW), NOW)
+        assert_counts(at(store.item_counts(), NOW), sums({item: [NOW] * (n + 1) for item, n in items.items()}, NOW))
+
+
+def test_a_seeding_that_breaks_off_is_repeated(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another server, of another model; in Redis the first one's seed is completed."""
+    monkeypatch.setattr("serve.stores.redis.COUNTERS_AT_ONCE", 2)
+    monkeypatch.setattr("serve.stores.postgres_counters.SEEDED_AT_ONCE", 2)
+    items = [f"i{number}" for number in range(9)]
+    with open_store(location) as store, monkeypatch.context() as broken:
+        store.record([event("1", "i3")])
+        if location.startswith("redis:"):
+            add, calls = store._add_seed, iter([True, True, False])  # type: ignore[attr-defined]
+            broken.setattr(store, "_add_seed", lambda **options: add(**options) if next(calls) else fail())
+        elif location.startswith("postgresql:"):
+            add, parts = postgres_counters._add, iter([True, True, False])
+            broken.setattr(postgres_counters, "_add", lambda *given: add(*given) if next(parts) else fail())
+        else:
+            broken.setattr(sqlite_counters, "add_counters", lambda *given: fail())
+        with pytest.raises(StoreError, match="broken off"):
+            store.seed_counts(seed_of(dict.fromkeys(items, 3), NOW), NOW)
+        assert store.counted_until() is None
+    with open_store(location) as store:
+        store.seed_counts(seed_of(dict.fromkeys(items, 3), NOW), NOW)
+        assert store.counted_until() == NOW
+        assert_counts(
+            at(store.item_counts(), NOW), sums({item: [NOW] * (4 if item == "i3" else 3) for item in items}, NOW)
+        )
+
+
+def fail() -> None:
+    raise StoreError("broken off")
+
+
+def test_a_counter_that_cannot_be_decoded_is_named(store: EventStore, location: str) -> None:
+    store.record([event("1", "good"), event("2", "bad")])
+    if location.startswith("redis:"):
         with redis.Redis.from_url(location) as client:
-            client.delete("jaxrec:trend", "jaxrec:trend_changed")
-            client.set("jaxrec:version", "3")
-    with open_store(location) as store:
-        assert_counts(at(store.seeded(NOTHING, NOW - DAY), NOW), sums({"a": [NOW - HOUR]}, NOW))
-        store.record([event("3", "a", NOW), event("1", "a")])
-        assert_counts(at(store.item_counts(), NOW), sums({"a": [NOW]}, NOW))
-        assert len(store.history("u")) == 3
+            client.hset("jaxrec:trend", "bad", "1 x")
+    elif location.startswith("postgresql:"):
+        with psycopg.connect(location) as connection:
+            connection.execute("UPDATE jaxrec.trend SET counts = '{1, 2}' WHERE item_id = 'bad'")
+    else:
+        with closing(sqlite3.connect(location, isolation_level=None)) as connection:
+            connection.execute("UPDATE trend SET counts = x'00' WHERE item_id = 'bad'")
+    with pytest.raises(StoreError, match=r"cannot be read: .*'bad'"):
+        store.item_counts()
+    if not location.startswith("postgresql:"):
+        # Neither is it overwritten.
+        with pytest.raises(StoreError, match=r"cannot be written: .*bad"):
+            store.record([event("3", "bad")])
+        assert len(store.history("u")) == 2
+    assert store.record([event("4", "good")]) == [event("4", "good")]
 
 
 def test_a_copy_that_becomes_a_store_goes_on_counting(store: EventStore, tmp_path: Path) -> None:
-    store.seeded(seed_of({"a": 3}, NOW - DAY), NOW - DAY)
+    store.seed_counts(seed_of({"a": 3}, NOW - DAY), NOW - DAY)
     store.record([event("1", "b", NOW - HOUR), event("2", "c", NOW - HOUR)])
     copy_log(store, tmp_path / "copy.sqlite")
     with open_store(tmp_path / "copy.sqlite") as copy:
-        assert_counts(at(copy.seeded(NOTHING, NOW), NOW), sums({"a": [NOW - DAY] * 3}, NOW))
+        copy.seed_counts(seed_of({"later": 1}, NOW), NOW)
+        assert copy.counted_until() == NOW - DAY
         before = copy.item_counts(NONE_READ)
-        assert_counts(at(before, NOW), sums({"b": [NOW - HOUR], "c": [NOW - HOUR]}, NOW))
+        times = {"a": [NOW - DAY] * 3, "b": [NOW - HOUR], "c": [NOW - HOUR]}
+        assert_counts(at(before, NOW), sums(times, NOW))
+        assert before.arrival == max(arrival for part in copy.all_events() for arrival, _ in part)
         copy.record([event("3", "b", NOW)])
         assert_counts(at(copy.item_counts(before.change), NOW), sums({"b": [NOW - HOUR, NOW]}, NOW))
+
+
+def test_a_copy_of_a_store_without_a_seed_is_seeded_with_its_events(store: EventStore, tmp_path: Path) -> None:
+    store.record([event("1", "b", NOW - HOUR), event("2", "c", NOW - 2 * DAY)])
+    copy_log(store, tmp_path / "copy.sqlite")
+    with open_store(tmp_path / "copy.sqlite") as copy:
+        copy.record([event("3", "b", NOW)])
+        copy.seed_counts(seed_of({"a": 3}, NOW - DAY), NOW - DAY)
+        assert_counts(at(copy.item_counts(), NOW), sums({"a": [NOW - DAY] * 3, "b": [NOW - HOUR, NOW]}, NOW))
 
 
 def test_reading_costs_what_changed(tmp_path: Path) -> None:
