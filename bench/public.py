@@ -1,0 +1,265 @@
+"""Ranking quality on public benchmark files beside published results and two peers, for bench/public.md.
+
+    python -m bench.public --work FOLDER --peers runs/peers beauty=PATH/beauty toys=PATH/toys
+
+A file is a folder with `sequences.txt` (a line `user item item ...` for each user) and `item2attributes.json` (the
+attributes of each item), as S3-Rec (CIKM 2020) published them.
+
+Users and items with fewer than 5 events were left out by the publishers. Leave-one-out: the last event of each user is
+the test case, the one before is in the history then. Each case is ranked among the whole catalogue without its history.
+The files hold the order of events but no times and no ratings: all events get one time, so jaxrec has neither gaps nor a
+trend, and no request time is given. Attributes are given as genres. jaxrec is trained with its defaults; figures are means
+over the seeds, with 95 % bootstrap intervals over the users. EASE's penalty and the decay of its history were chosen on
+validation. SASRec (RecTools, width 256, softmax over the catalogue) has one seed, and ends its training by validation.
+Published figures are those of the papers, on the same files by the same protocol; "ids only" means without attributes.
+
+With `--peers` SASRec is trained by the Python of an environment of its own (`bench/peers/sasrec.txt` says which). What is
+finished stays in the work folder: a call that was interrupted resumes where it stopped.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import numpy as np
+import pandas as pd
+
+import jaxrec
+from bench.linear import best_ease
+from bench.publish import Page, begin, less, publish_option, write_arrays
+from bench.quality import begun
+from jaxrec.config import PrepareConfig, TrainConfig
+from jaxrec.data.prepare import prepare
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.schema import GENRES, ITEM, TIME, TITLE, USER
+from jaxrec.data.store import read_prepared
+from jaxrec.evaluation.bootstrap import bootstrap, resample
+from jaxrec.evaluation.metrics import hit_rate, ndcg
+from jaxrec.evaluation.ranking import rank_cases
+from jaxrec.evaluation.scorers import hybrid_scorer, sequence_scorer
+from jaxrec.files import new_file
+from jaxrec.runs.directory import load_supervised, open_run
+from jaxrec.training.host_memory import keep_freed_memory
+
+LOGS, SEEDS = ("beauty",), 3  # of the page
+ONE_TIME = 1_262_304_000
+TOP, MISSED = 50, 1_000_000  # what a peer recommends, and the rank of a target that is not in it
+MODELS = ("hybrid", "content model alone", "LSTM alone")
+
+
+class Published(NamedTuple):
+    """What a paper prints: HR@10 and NDCG@10, None where it has none."""
+
+    model: str
+    source: str
+    hit_rate: float
+    ndcg: float | None
+
+
+S3REC = "S3-Rec, CIKM 2020"
+ESASREC = "eSASRec, RecSys 2025"
+PUBLISHED = {
+    "beauty": (
+        Published("GRU4Rec", S3REC, 0.0283, 0.0137),
+        Published("SASRec, binary cross-entropy", S3REC, 0.0605, 0.0318),
+        Published("SASRec, softmax", "RecBole", 0.0830, 0.0415),
+        Published("SASRec, sampled softmax, width 256", ESASREC, 0.0921, 0.0531),
+        Published("HSTU", ESASREC, 0.0788, 0.0439),
+        Published("FuXi-alpha", ESASREC, 0.0809, 0.0451),
+        Published("TIGER", "TIGER, NeurIPS 2023", 0.0648, 0.0384),
+        Published("ActionPiece", "ActionPiece, ICML 2025", 0.0775, 0.0424),
+        Published("LRURec", "re-run", 0.0956, 0.0572),
+        Published("Mamba4Rec", "re-run", 0.0914, 0.0551),
+        Published("ICSRec", "ICSRec, WSDM 2024", 0.0959, 0.0578),
+        Published("BSARec", "BSARec, AAAI 2024, a user's run", 0.1008, 0.0611),
+        Published("WEARec, mean of its grid", "WEARec, AAAI 2026", 0.0992, 0.0591),
+        Published("WEARec, best of 88 test scores", "WEARec, AAAI 2026", 0.1041, 0.0614),
+        Published("FADE, texts and a language model", "FADE, draft of 2026", 0.1088, 0.0616),
+    ),
+    "sports": (
+        Published("GRU4Rec", S3REC, 0.0204, 0.0110),
+        Published("SASRec, binary cross-entropy", S3REC, 0.0350, 0.0192),
+        Published("SASRec, softmax", "RecBole", 0.0480, 0.0227),
+        Published("SASRec, sampled softmax, width 256", ESASREC, 0.0569, 0.0314),
+        Published("HSTU", ESASREC, 0.0437, 0.0243),
+        Published("FuXi-alpha", ESASREC, 0.0437, 0.0244),
+        Published("TIGER", "TIGER, NeurIPS 2023", 0.0400, 0.0225),
+        Published("ActionPiece", "ActionPiece, ICML 2025", 0.0500, 0.0264),
+        Published("ICSRec", "ICSRec, WSDM 2024", 0.0565, 0.0335),
+        Published("BSARec", "BSARec, AAAI 2024, a user's run", 0.0612, None),
+        Published("WEARec, mean of its grid", "WEARec, AAAI 2026", 0.0607, 0.0353),
+        Published("WEARec, best of 88 test scores", "WEARec, AAAI 2026", 0.0631, 0.0367),
+        Published("FADE, texts and a language model", "FADE, draft of 2026", 0.0684, 0.0371),
+    ),
+    "toys": (
+        Published("GRU4Rec", S3REC, 0.0176, 0.0084),
+        Published("SASRec, binary cross-entropy", S3REC, 0.0675, 0.0374),
+        Published("SASRec, sampled softmax, width 256", ESASREC, 0.0970, 0.0580),
+        Published("HSTU", ESASREC, 0.0778, 0.0450),
+        Published("FuXi-alpha", ESASREC, 0.0765, 0.0437),
+        Published("TIGER", "TIGER, NeurIPS 2023", 0.0712, 0.0432),
+        Published("ICSRec", "ICSRec, WSDM 2024", 0.1055, 0.0657),
+    ),
+    "yelp": (
+        Published("GRU4Rec", S3REC, 0.0263, 0.0134),
+        Published("SASRec, binary cross-entropy", S3REC, 0.0274, 0.0136),
+        Published("BSARec", "BSARec, AAAI 2024, a user's run", 0.0442, 0.0226),
+    ),
+    "lastfm": (
+        Published("GRU4Rec", S3REC, 0.0367, 0.0187),
+        Published("SASRec, binary cross-entropy", S3REC, 0.0688, 0.0390),
+        Published("WEARec, history of 200", "WEARec, AAAI 2026", 0.0972, 0.0556),
+    ),
+}
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Prepared data, runs and ranks stay here.")
+@click.option("--seeds", default=SEEDS)
+@click.option("--peers", type=click.Path(path_type=Path, exists=True), help="Environment of RecTools; None: no SASRec.")
+@publish_option
+@click.argument("logs", nargs=-1, required=True, metavar="NAME=FOLDER...")
+def main(work: Path, seeds: int, peers: Path | None, publish: bool, logs: tuple[str, ...]) -> None:
+    """Trains and ranks what is not there yet, then writes the tables of all that was asked for."""
+    keep_freed_memory()
+    folders = {name: Path(path) for name, _, path in (log.partition("=") for log in logs)}
+    lacking = less(logs=(folders, LOGS), seeds=(seeds, SEEDS), peers=(["SASRec"] if peers else [], ["SASRec"]))
+    page = Page("public", "Public benchmark files", publish, work, lacking)
+    body = [" ".join((__doc__ or "").split("\n\n")[3].split()) + "\n", f"Seeds 0 to {seeds - 1}."]
+    results = []
+    for name, folder in folders.items():
+        data = prepared(folder, work / name / "data")
+        ours = [measure(work / name, seed) for seed in range(seeds)]
+        others = {"EASE, history weighted by recency": measure_ease(work / name)}
+        if peers:
+            others["SASRec, softmax, width 256 (RecTools)"] = measure_sasrec(work / name, peers)
+        files = [*ours, *others.values()]
+        results += [*files, *map(begun, files)]
+        body += table(name, data, ours, others)
+    page.write(body, results)
+
+
+def prepared(folder: Path, out: Path) -> PreparedData:
+    """The file in FOLDER as data with one time for all events."""
+    if not out.is_dir():
+        log, movies = read_sequences(folder)
+        prepare(log, movies, PrepareConfig(5, 5), out=out)
+    return read_prepared(out)
+
+
+def read_sequences(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """FOLDER/sequences.txt as a log whose order is that of its rows, and the attributes of its items as genres."""
+    lines = (folder / "sequences.txt").read_text("utf-8").splitlines()
+    users = [line.split() for line in lines if line.strip()]
+    counts = [len(user) - 1 for user in users]
+    items = [item for _, *of_user in users for item in of_user]
+    log = pd.DataFrame({USER: np.repeat([user[0] for user in users], counts), ITEM: items, TIME: ONE_TIME})
+    attributes = json.loads((folder / "item2attributes.json").read_text("utf-8"))
+    known = list(dict.fromkeys(items))
+    genres = ["|".join(f"a{one}" for one in attributes.get(item, ())) for item in known]
+    return log, pd.DataFrame({ITEM: known, TITLE: [f"item {item}" for item in known], GENRES: genres})
+
+
+def measure(work: Path, seed: int) -> Path:
+    """The ranks of one seed's models, in WORK/ranks-SEED.npz."""
+    done, out = work / f"ranks-{seed}.npz", work / f"run-{seed}"
+    if done.is_file():
+        return done
+    begin(begun(done), out)
+    data = read_prepared(work / "data")
+    jaxrec.train(work / "data", out, train_config=TrainConfig(seed=seed), resume=(out / "run.json").is_file())
+    hybrid = load_supervised(open_run(out), data)
+    scorers = hybrid_scorer(hybrid), sequence_scorer(hybrid.content), sequence_scorer(hybrid.lstm)
+    length = hybrid.lstm.config.max_length
+    ranks = {
+        name: rank_cases(scorer, data, data.split.test, length, False, hybrid.repeat is None).ranks
+        for name, scorer in zip(MODELS, scorers, strict=True)
+    }
+    write_arrays(done, ranks)
+    return done
+
+
+def measure_ease(work: Path) -> Path:
+    """The ranks of EASE, in WORK/ease.npz."""
+    done = work / "ease.npz"
+    if not done.is_file():
+        begin(begun(done))
+        data, length = read_prepared(work / "data"), 200
+        scorer, penalty, decay = best_ease(data, length)
+        ranks = rank_cases(scorer, data, data.split.test, length, False).ranks
+        write_arrays(done, {"ranks": ranks, "penalty": penalty, "decay": decay})
+    return done
+
+
+def measure_sasrec(work: Path, peers: Path) -> Path:
+    """The ranks of SASRec, in WORK/sasrec.npz; the peer reads WORK/sasrec.csv and writes WORK/sasrec.json."""
+    done, log, answer = work / "sasrec.npz", work / "sasrec.csv", work / "sasrec.json"
+    if not done.is_file():
+        begin(begun(done), answer)
+        data = read_prepared(work / "data")
+        write_parts(data, log)
+        script = Path(__file__).parent / "peers/sasrec.py"
+        subprocess.run([peers / "bin/python", script, log, answer], check=True)
+        found = json.loads(answer.read_text("utf-8"))
+        ranks = ranks_of(found["items"], data)
+        write_arrays(done, {"ranks": ranks, **{name: found[name] for name in ("epochs", "seconds", "version")}})
+    return done
+
+
+def write_parts(data: PreparedData, path: Path) -> None:
+    """user, item and part (train, validation, test) of every event in its order, as indices."""
+    histories = data.histories
+    part = np.full(histories.event_count, "train", dtype=object)
+    part[data.split.validation.rows], part[data.split.test.rows] = "validation", "test"
+    frame = pd.DataFrame({"user": histories.users(), "item": np.asarray(histories.items), "part": part})
+    with new_file(path) as temporary:
+        frame.to_csv(temporary, index=False)
+
+
+def ranks_of(recommended: dict[str, list[int]], data: PreparedData) -> np.ndarray:
+    """[cases] int: the place of each test target in what was recommended to its user, from 1 on; MISSED without one."""
+    cases = data.split.test
+    targets = np.asarray(data.histories.items)[cases.rows].tolist()
+    lists = [recommended.get(str(user), []) for user in cases.users.tolist()]
+    return np.array(
+        [items.index(target) + 1 if target in items else MISSED for items, target in zip(lists, targets, strict=True)]
+    )
+
+
+def table(name: str, data: PreparedData, ours: list[Path], others: dict[str, Path]) -> list[str]:
+    """The table of one file: published results, peers that were run here, and jaxrec."""
+    cases, resamples = data.split.test, resample(data.split.test.users)
+    lines = [
+        f"\n## {name}\n",
+        f"{len(cases)} cases, {len(data.catalog)} items, data of SHA-256 {data.digest[:8]}.\n",
+        "| | source | HR@10 | NDCG@10 |",
+        "|---|---|---|---|",
+    ]
+    for one in PUBLISHED.get(name, ()):
+        cells = f"{one.hit_rate:.4f}", "" if one.ndcg is None else f"{one.ndcg:.4f}"
+        lines.append(f"| {one.model} | {one.source} | {cells[0]} | {cells[1]} |")
+    for model, file in others.items():
+        lines.append(_row(model, [np.load(file)["ranks"]], resamples))
+    seeds = [np.load(file) for file in ours]
+    lines += [_row(f"jaxrec, {model}", [seed[model] for seed in seeds], resamples) for model in MODELS]
+    own = {model: ", ".join(f"{ndcg(seed[model], 10).mean():.4f}" for seed in seeds) for model in MODELS}
+    lines.append("\nNDCG@10 of the seeds: " + "; ".join(f"{model} {figures}" for model, figures in own.items()) + ".")
+    ease = np.load(others[next(iter(others))])
+    lines.append(f"EASE: penalty {float(ease['penalty']):g}, decay {float(ease['decay']):g}.")
+    return lines
+
+
+def _row(model: str, of_seeds: list[np.ndarray], resamples: np.ndarray) -> str:
+    """The means over the seeds with their intervals."""
+    ranks = np.stack(of_seeds)
+    cells = []
+    for metric in (hit_rate, ndcg):
+        found = bootstrap(metric(ranks, 10).mean(axis=0), resamples)
+        cells.append(f"{found.mean:.4f} ({found.low:.4f} to {found.high:.4f})")
+    return f"| {model} | run here | {cells[0]} | {cells[1]} |"
+
+
+if __name__ == "__main__":
+    main()
