@@ -22,6 +22,7 @@ from serve.stores import open_store, postgres_counters, sqlite_counters
 from serve.stores.base import EventStore, StoreError, UserEvent
 from serve.stores.copy import copy_log
 from serve.stores.counters import NONE_READ, Counter, ItemCounts, add_events, counted
+from tests.serve.serving.test_models import wait_for
 from tests.serve.stores.databases import DatabaseServer
 from tests.serve.stores.test_stores import KINDS, emptied, servers  # noqa: F401
 
@@ -267,6 +268,47 @@ def test_a_store_is_seeded_once(location: str) -> None:
         )
         (winner,) = found
         assert_counts(found, sums({winner: [NOW - DAY] * (int(winner.removeprefix("of ")) + 1)}, NOW))
+
+
+def test_a_server_whose_seed_comes_second_adds_nothing(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one seeds after this one has looked whether the store is seeded."""
+    with open_store(location) as one, open_store(location) as two:
+
+        def others_seed(after: int) -> list[list[tuple[str, int]]]:
+            one.seed_counts(seed_of({"a": 3, "b": 1}, NOW - DAY), NOW - DAY)
+            one.record([event("1", "a")])
+            return [[("a", NOW)]]
+
+        monkeypatch.setattr(two, "_uncounted", others_seed)
+        two.seed_counts(seed_of({"a": 2, "c": 5}, NOW), NOW)
+        assert two.counted_until() == NOW - DAY
+        times = {"a": [NOW - DAY] * 3 + [NOW], "b": [NOW - DAY]}
+        assert_counts(at(two.item_counts(), NOW), sums(times, NOW))
+
+
+def test_a_seed_waits_for_events_that_are_being_counted_in_postgres(
+    servers: dict[str, DatabaseServer],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else an event that saw the store without a seed would count after it."""
+    location = emptied("postgres", servers, tmp_path)
+    add, seeds = postgres_counters._add, []
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%counted_until%'"
+    with open_store(location) as store, open_store(location) as other, ThreadPoolExecutor(1) as thread:
+
+        def seeded_meanwhile(connection: psycopg.Connection, counters: Mapping[str, Counter]) -> None:
+            if not seeds:
+                seeds.append(thread.submit(other.seed_counts, seed_of({"a": 3}, NOW), NOW))
+                with psycopg.connect(location, autocommit=True) as looking:
+                    wait_for(lambda: looking.execute(waiting).fetchone() == (1,))
+            add(connection, counters)
+
+        monkeypatch.setattr(postgres_counters, "_add", seeded_meanwhile)
+        store.record([event("1", "a")])
+        seeds[0].result()
+        assert store.counted_until() == NOW
+        assert_counts(at(store.item_counts(), NOW), sums({"a": [NOW] * 4}, NOW))
 
 
 def test_of_what_a_store_held_before_the_seed_has_what_the_export_has_not(location: str) -> None:
