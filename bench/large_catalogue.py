@@ -25,8 +25,8 @@ import numpy as np
 
 from bench.publish import here
 from serve.model.directory import Artifact, read_artifact
-from serve.model.engine import Engine, Step
 from serve.model.features import Features
+from serve.model.ranking.engine import Engine, Step
 from serve.settings import SearchBy
 
 DAY = 86_400.0

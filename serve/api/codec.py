@@ -24,9 +24,9 @@ from serve.api.rules import (
 )
 from serve.api.service import Profile, Recommendation
 from serve.model.catalog import Catalog
-from serve.model.engine import Ranking
 from serve.model.events import Event, RatingScale
 from serve.model.explain import Explanation
+from serve.model.ranking.engine import Ranking
 from serve.model.recommender import Query, Recommender
 from serve.pb import recommender_pb2 as pb
 from serve.stores.base import UserEvent

@@ -38,7 +38,7 @@ MOST_RECENT = 1000
 
 @dataclass(frozen=True, slots=True)
 class IndexFiles:
-    """What a model directory with an index of its items has besides; see `serve.model.search`."""
+    """What a model directory with an index of its items has besides; see `serve.model.ranking.search`."""
 
     path: Path
     content: bytes

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.model.directory import Artifact
-from serve.model.engine import Engine, Ranking
 from serve.model.events import Event, KnownEvent, known_events
 from serve.model.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
 from serve.model.features import features
-from serve.model.search import best_of
+from serve.model.ranking.engine import Engine, Ranking
+from serve.model.ranking.search import best_of
 from serve.model.trend import Counted
 from serve.settings import Provider, SearchBy
 

@@ -1,4 +1,4 @@
-"""What many users take now: decayed counts of each item's events, and how they decay.
+"""The trend: decayed counts of each item's events, and how they decay.
 
 An event at t counts 0.5 ** ((now - t) / half-life) at a later time, once for each half-life.
 """

@@ -117,7 +117,7 @@ class Batcher:
     def recommend(
         self, query: Query, deadline_s: float | None = None, is_cancelled: Callable[[], bool] | None = None
     ) -> Answer:
-        """The answer to one query; `deadline_s` is how many seconds it is of use from now on, None: for ever.
+        """The answer to one query; `deadline_s` is how many seconds it is of use from now on, None: without end.
 
         Raises QueueFull at once, Expired and Cancelled before the model runs for the request, or when it has run in
         vain, and whatever the model raises for this very query.
@@ -189,7 +189,7 @@ class Batcher:
             try:
                 self._answer_all(batch)
             finally:
-                # Should the thread be interrupted, the others must not wait for ever.
+                # Should the thread be interrupted, the others must not wait without end.
                 for pending in batch:
                     if not pending.done:
                         pending.finish(None, RuntimeError("the run of the model was interrupted"))

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from serve.model.directory import read_artifact
-from serve.model.engine import Ranking, Step
 from serve.model.events import KnownEvent
 from serve.model.exploration import Exploration
 from serve.model.features import features
 from serve.model.manifest import ArtifactError
 from serve.model.profile import SECONDS_PER_DAY
+from serve.model.ranking.engine import Ranking, Step
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
 from serve.serving.loaded import LoadedModel

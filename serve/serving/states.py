@@ -25,9 +25,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.model.engine import Step
 from serve.model.events import Event, known_events
 from serve.model.features import features, unit_ratings
+from serve.model.ranking.engine import Step
 from serve.model.recommender import Answer, Query, Recommender
 from serve.model.repeat import MEETING, Meetings, Seen, meetings, met_again
 from serve.stores.base import MOST_EVENTS, Changes, EventStore, SpilledState

@@ -6,18 +6,20 @@ The counters of items are copied with it, for the store that the copy may become
 import os
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from serve.stores.base import EventStore, StoreError
 from serve.stores.rows import EVENT_COLUMNS, event_row, impression_row
 from serve.stores.sqlite import (
+    APPLICATION_ID,
+    COPY_MARK,
     FILL_USERS,
     IMPRESSION_VALUES,
     INSERT_IMPRESSION,
-    MARK_COPY,
     SQLiteStore,
-    is_copy,
+    has,
 )
 from serve.stores.sqlite_counters import INSERT_COUNTER, LAST_ARRIVAL, counter_rows
 
@@ -61,9 +63,17 @@ def copy_log(store: EventStore, path: Path, progress: Callable[[int], None] = la
 def _require_replaceable(path: Path) -> None:
     """Raises StoreError for a file that is there and is no untouched copy."""
     in_use = path.with_name(f"{path.name}-wal").exists()
-    if in_use or (path.exists() and not is_copy(path)):
+    if in_use or (path.exists() and not _is_copy(path)):
         found = "a store that is in use" if in_use else "another file, or a copy that was opened as a store since"
         raise StoreError(f"{path}: expected a new file or an older copy of a log, came {found}")
+
+
+def _is_copy(path: Path) -> bool:
+    """Whether a file is a copy of a log that was not opened as a store since."""
+    # Immutable: looking at another's database neither waits for it nor leaves files beside it.
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{path.resolve().as_uri()}?immutable=1", uri=True)) as file:
+        return file.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,) and has(file, COPY_MARK)
+    return False
 
 
 def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> Copied:
@@ -96,7 +106,7 @@ def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> C
             ((arrival,),) = connection.execute(LAST_ARRIVAL).fetchall()
             connection.executemany(INSERT_COUNTER, counter_rows(store.item_counts().counters().items(), arrival))
         connection.execute(FILL_USERS)
-        connection.execute(MARK_COPY)
+        connection.execute(f"CREATE TABLE {COPY_MARK} (marked INTEGER) STRICT")
         connection.execute("COMMIT")
         counts = [connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("events", "shown")]
         return Copied(*counts)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, LiteralString, NamedTuple, TypeVar
 
@@ -108,8 +108,7 @@ FROM_VERSION_3 = FROM_VERSION_2 + FROM_VERSION_4
 UPDATES = {1: FROM_VERSION_1, 2: FROM_VERSION_3, 3: FROM_VERSION_3, 4: FROM_VERSION_4}
 FILL_USERS = "INSERT OR IGNORE INTO users SELECT user_id, min(arrival), max(arrival) FROM events GROUP BY user_id"
 # In a copy of a log that no store was opened on, see `serve.stores.copy`: it may be replaced by a newer one.
-MARK_COPY = "CREATE TABLE untouched_copy (marked INTEGER) STRICT"
-UNMARK_COPY = "DROP TABLE IF EXISTS untouched_copy"
+COPY_MARK = "untouched_copy"
 LOCK_TIMEOUT_S = 5.0
 LARGEST_GROUP = 256
 INSERTED_AT_ONCE = 100
@@ -301,11 +300,15 @@ class SQLiteStore(SqlStore):
         (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise StoreError(f"{self._path}: cannot be opened: expected journal mode wal, came {mode}")
-        if self._version(connection) == SCHEMA_VERSION and _has(connection, "arrivals") and not _is_marked(connection):
+        if (
+            self._version(connection) == SCHEMA_VERSION
+            and has(connection, "arrivals")
+            and not has(connection, COPY_MARK)
+        ):
             return
         connection.execute("BEGIN IMMEDIATE")
         try:
-            connection.execute(UNMARK_COPY)
+            connection.execute(f"DROP TABLE IF EXISTS {COPY_MARK}")
             # Another process may have been faster.
             version = self._version(connection)
             if version != SCHEMA_VERSION:
@@ -342,20 +345,8 @@ class SQLiteStore(SqlStore):
             raise StoreError(f"{self._path}: {what}: {error}") from error
 
 
-def is_copy(path: Path) -> bool:
-    """Whether a file is a copy of a log that was not opened as a store since."""
-    # Immutable: looking at another's database neither waits for it nor leaves files beside it.
-    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{path.resolve().as_uri()}?immutable=1", uri=True)) as file:
-        return file.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,) and _is_marked(file)
-    return False
-
-
-def _is_marked(connection: sqlite3.Connection) -> bool:
-    return _has(connection, "untouched_copy")
-
-
-def _has(connection: sqlite3.Connection, name: str) -> bool:
-    """Whether there is such a table or index."""
+def has(connection: sqlite3.Connection, name: str) -> bool:
+    """Whether there is a table or index of this name."""
     return connection.execute("SELECT count(*) FROM sqlite_schema WHERE name = ?", [name]).fetchone() == (1,)
 
 

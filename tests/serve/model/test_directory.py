@@ -12,9 +12,9 @@ import onnx
 import pytest
 
 from serve.model.directory import Artifact, read_artifact
-from serve.model.engine import Engine
 from serve.model.events import RatingScale
 from serve.model.manifest import ArtifactError
+from serve.model.ranking.engine import Engine
 
 FILES = (
     *("sequence.onnx", "step.onnx", "trend.onnx"),

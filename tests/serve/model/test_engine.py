@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from serve.model.directory import Artifact
-from serve.model.engine import Engine
 from serve.model.features import Features
 from serve.model.graphs import CUDA, ProviderError
+from serve.model.ranking.engine import Engine
 
 
 @pytest.fixture(scope="module")

@@ -23,13 +23,13 @@ from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx.ann_index import index_points
 from jaxrec.onnx.model_directory import export_model
 from serve.model.directory import Artifact, IndexFiles, read_artifact
-from serve.model.engine import Engine, Ranking, Step
 from serve.model.events import Event
 from serve.model.features import Features
 from serve.model.graphs import CPU, CUDA, SEQUENCE_OUTPUTS, searches_index
 from serve.model.manifest import ArtifactError
+from serve.model.ranking.engine import Engine, Ranking, Step
+from serve.model.ranking.search import Search, best_of
 from serve.model.recommender import Query, Recommender
-from serve.model.search import Search, best_of
 from serve.settings import SearchBy
 
 ITEMS, LARGE = 60, 3000
@@ -278,7 +278,7 @@ import os, threading
 from pathlib import Path
 import numpy as np
 from serve.model.directory import read_artifact
-from serve.model.search import Search
+from serve.model.ranking.search import Search
 artifact = read_artifact(Path({str(large_directory)!r}))
 search = Search(artifact, artifact.index)
 query = np.ones((64, artifact.item_vectors.shape[1]), np.float32)
@@ -378,7 +378,7 @@ import dataclasses
 from pathlib import Path
 import numpy as np
 from serve.model.directory import ArtifactError, read_artifact
-from serve.model.search import Search
+from serve.model.ranking.search import Search
 artifact = read_artifact(Path({str(large_directory)!r}))
 content = artifact.index.content
 width = artifact.item_vectors.shape[1] + 1

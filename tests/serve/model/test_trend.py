@@ -1,4 +1,4 @@
-"""What many users take now is added to the items' logits, the same for each request, with an index and without."""
+"""The trend is added to the items' logits, the same for each request, with an index and without."""
 
 import dataclasses
 import json
@@ -14,9 +14,9 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx.model_directory import export_model
 from serve.model.directory import Artifact, read_artifact
-from serve.model.engine import Engine, Step
 from serve.model.features import Features
 from serve.model.manifest import ArtifactError
+from serve.model.ranking.engine import Engine, Step
 from serve.model.trend import HALF_LIVES_S, halved
 from tests.serve.model.test_directory import edit_manifest, replace_file
 from tests.serve.model.test_engine import random_rows
@@ -88,7 +88,7 @@ def test_a_step_has_the_trend_of_a_replay(engine: Engine) -> None:
     np.testing.assert_allclose(stepped.scores, replayed.scores, atol=1e-4)
 
 
-def test_what_is_excluded_stays_excluded_however_much_it_is_taken(engine: Engine) -> None:
+def test_what_is_excluded_stays_excluded_however_many_events_it_has(engine: Engine) -> None:
     engine.use_counts(counts_of({3: 1e30}, engine.item_count))
     (row,) = random_rows([4], engine.item_count)
     (ranking,) = engine.rank([dataclasses.replace(row, exclude=np.array([3], np.int32))], engine.item_count)
@@ -107,13 +107,15 @@ def test_a_batch_shares_the_trend(engine: Engine) -> None:
 
 
 def test_before_any_refresh_the_trend_is_that_of_the_export(artifact: Artifact) -> None:
-    """Taken to end now: as a clock before its end has it, nothing has decayed."""
+    """By a clock before the export's end nothing has decayed."""
     recent = dataclasses.replace(artifact, trend=dataclasses.replace(artifact.trend, counted_until=2**40))
     engine, other = Engine(recent, "cpu"), Engine(artifact, "cpu")
     other.use_counts(np.array(artifact.trend.counts))
     np.testing.assert_array_equal(engine.trend.values, other.trend.values)
     with pytest.raises(ValueError, match="read-only"):
         engine.trend.values[1] = 0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        engine.trend.counted = None  # type: ignore[misc]
 
 
 def test_a_trend_that_is_not_finite_is_not_used(artifact: Artifact) -> None:

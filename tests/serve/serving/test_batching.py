@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from serve.model.engine import like_lengths
 from serve.model.events import Event
+from serve.model.ranking.engine import like_lengths
 from serve.model.recommender import Answer, Query, Recommender
 from serve.serving.batching import Batcher, Run
 from serve.serving.errors import Cancelled, Expired, QueueFull

@@ -4,7 +4,7 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -16,17 +16,13 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.model.events import Event
-from serve.model.trend import HALF_LIVES_S, halved
-from serve.stores import open_store, postgres_counters, sqlite_counters
-from serve.stores.base import EventStore, StoreError, UserEvent
-from serve.stores.copy import copy_log
-from serve.stores.counters import NONE_READ, Counter, ItemCounts, add_events, counted
+from serve.model.trend import HALF_LIVES_S
+from serve.stores import open_store
+from serve.stores.base import EventStore, StoreError
+from serve.stores.counters import Counter, ItemCounts, add_events, counted
+from tests.serve.stores.counting import DAY, HOUR, NOW, assert_counts, at, event, sums
 from tests.serve.stores.databases import DatabaseServer
 from tests.serve.stores.test_stores import KINDS, emptied, servers  # noqa: F401
-
-HOUR, DAY = 3_600, 86_400
-NOW = 1_700_000_000
 
 
 @pytest.fixture(params=KINDS)
@@ -42,56 +38,6 @@ def location(
 def store(location: str) -> Iterator[EventStore]:
     with open_store(location) as opened:
         yield opened
-
-
-def event(event_id: str, item_id: str = "i", timestamp: int = NOW, user_id: str = "u") -> UserEvent:
-    return UserEvent(event_id, user_id, Event(item_id, None, timestamp))
-
-
-def at(counts: ItemCounts, now: int) -> dict[str, list[float]]:
-    """Counts of each item, decayed to `now`."""
-    decayed = counts.counts * halved(now - counts.references.astype(np.float64))
-    return dict(zip(counts.item_ids, decayed.tolist(), strict=True))
-
-
-def sums(events: Mapping[str, Sequence[int]], now: int) -> dict[str, list[float]]:
-    """The definition: for each item and half-life the sum over its events, from their times."""
-    return {
-        item: [sum(0.5 ** ((now - time) / half_life) for time in times) for half_life in HALF_LIVES_S]
-        for item, times in events.items()
-    }
-
-
-def assert_counts(found: Mapping[str, Sequence[float]], expected: Mapping[str, Sequence[float]]) -> None:
-    assert found.keys() == expected.keys()
-    for item, counts in expected.items():
-        np.testing.assert_allclose(found[item], counts, rtol=1e-9, err_msg=item)
-
-
-def before_counters(location: str, events: Sequence[UserEvent]) -> None:
-    """Makes the empty store one of a version without counters, with some events."""
-    with open_store(location) as store:
-        store.record(events)
-    if location.startswith("postgresql:"):
-        with psycopg.connect(location) as connection:
-            connection.execute("DROP TABLE jaxrec.trend, jaxrec.trend_start")
-            connection.execute("ALTER TABLE jaxrec.shown DROP COLUMN trend_time, DROP COLUMN trend_arrival")
-            connection.execute("UPDATE jaxrec.store SET version = 3")
-    elif location.startswith("redis:"):
-        with redis.Redis.from_url(location) as client:
-            client.delete("jaxrec:trend", "jaxrec:trend_changed")
-            client.set("jaxrec:version", "3")
-    else:
-        with closing(sqlite3.connect(location)) as connection:
-            connection.executescript(
-                "ALTER TABLE shown DROP COLUMN trend_time; ALTER TABLE shown DROP COLUMN trend_arrival;"
-                "DROP TABLE trend; DROP TABLE trend_start; PRAGMA user_version = 4"
-            )
-
-
-def seed_of(counts: Mapping[str, float], until: int) -> ItemCounts:
-    """So many events of each item at `until`, for all half-lives."""
-    return ItemCounts.of((item, Counter(until, [count] * len(HALF_LIVES_S))) for item, count in counts.items())
 
 
 @settings(deadline=None)
@@ -231,130 +177,6 @@ def test_two_servers_count_all_of_each_others_events(location: str) -> None:
             assert_counts(at(store.item_counts(), NOW), sums(dict.fromkeys("abc", times), NOW))
 
 
-def test_a_store_is_seeded_once(location: str) -> None:
-    """By one of four servers at once, while two others record: nothing is lost, and nothing counts twice."""
-    start, stopped = threading.Barrier(6), threading.Event()
-
-    def seed(number: int) -> None:
-        with open_store(location) as store:
-            start.wait()
-            store.seed_counts(seed_of({f"of {number}": number + 1, "i": 7}, NOW - DAY), NOW - DAY)
-            # The whole seed of one of them.
-            assert store.counted_until() == NOW - DAY
-            assert at(store.item_counts(), NOW)["i"][5] > 7 * 0.5 ** (1 / 90) - 1e-9
-
-    def write(thread: int) -> int:
-        number = 0
-        with open_store(location) as store:
-            start.wait()
-            while not stopped.is_set() or number < 5:
-                store.record([event(f"{thread} {number}", timestamp=NOW - HOUR, user_id=f"u{thread}")])
-                number += 1
-        return number
-
-    before_counters(location, [event("old", timestamp=NOW - 2 * HOUR), event("exported", timestamp=NOW - 2 * DAY)])
-    with ThreadPoolExecutor(6) as threads:
-        writers = [threads.submit(write, thread) for thread in range(2)]
-        for done in [threads.submit(seed, number) for number in range(4)]:
-            done.result()
-        stopped.set()
-        count = sum(writer.result() for writer in writers)
-    with open_store(location) as store:
-        store.seed_counts(seed_of({"later": 5}, NOW), NOW)
-        found = at(store.item_counts(), NOW)
-        assert_counts(
-            {"i": found.pop("i")}, sums({"i": [NOW - DAY] * 7 + [NOW - 2 * HOUR] + [NOW - HOUR] * count}, NOW)
-        )
-        (winner,) = found
-        assert_counts(found, sums({winner: [NOW - DAY] * (int(winner.removeprefix("of ")) + 1)}, NOW))
-
-
-def test_of_what_a_store_held_before_the_seed_has_what_the_export_has_not(location: str) -> None:
-    """Two events of `a` are in the export: that of its last second too."""
-    until = NOW - DAY
-    held = [event("1", "a", until - HOUR), event("2", "a", until), event("3", "a", NOW - HOUR)]
-    before_counters(location, [*held, event("4", "b", NOW - 2 * HOUR)])
-    with open_store(location) as store:
-        assert store.counted_until() is None
-        # Later than before, and so counted by the store itself.
-        store.record([event("5", "b", NOW - DAY + 1), event("4", "b")])
-        store.seed_counts(seed_of({"a": 2, "c": 7}, until), until)
-        assert store.counted_until() == until
-        times = {"a": [until, until, NOW - HOUR], "b": [NOW - 2 * HOUR, NOW - DAY + 1], "c": [until] * 7}
-        assert_counts(at(store.item_counts(), NOW), sums(times, NOW))
-        assert store.item_counts().arrival >= max(arrival for part in store.all_events() for arrival, _ in part)
-        store.record([event("6", "b", NOW), event("4", "b")])
-        assert_counts(at(store.item_counts(), NOW), sums(times | {"b": [*times["b"], NOW]}, NOW))
-
-
-def test_events_that_the_seed_has_do_not_count_again(store: EventStore) -> None:
-    """As where the log that a model was trained on is recorded afterwards."""
-    until = NOW - DAY
-    store.seed_counts(seed_of({"a": 2, "b": 1}, until), until)
-    change = store.item_counts().change
-    log = [event("1", "a", until - HOUR), event("2", "a", until), event("3", "b", 0)]
-    assert store.record(log) == log
-    assert list(store.item_counts(change).item_ids) == []
-    store.record([event("4", "a", until + 1), event("5", "new", until)])
-    assert_counts(at(store.item_counts(), NOW), sums({"a": [until, until, until + 1], "b": [until]}, NOW))
-    assert len(store.history("u")) == 5
-
-
-def test_a_seed_ahead_of_the_clock_counts_as_of_now(store: EventStore) -> None:
-    """Else what is recorded until then would not count."""
-    before = int(time.time())
-    ahead = before + 10**6
-    store.seed_counts(seed_of({"a": 2}, ahead), ahead)
-    until = store.counted_until()
-    assert until is not None
-    assert before <= until <= time.time()
-    assert store.item_counts().references.tolist() == [until]
-    store.record([event("1", "b", ahead)])
-    assert set(store.item_counts().item_ids) <= {"a", "b"}
-
-
-def test_a_seed_of_many_items_is_added_whole(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In parts, and a second attempt adds nothing."""
-    monkeypatch.setattr("serve.stores.redis.COUNTERS_AT_ONCE", 7)
-    monkeypatch.setattr("serve.stores.postgres_counters.SEEDED_AT_ONCE", 7)
-    monkeypatch.setattr("serve.stores.sqlite_counters.ASKED_AT_ONCE", 7)
-    items = {f'{number} "ü\n': number + 1 for number in range(50)}
-    store.record([event(str(number), item) for number, item in enumerate(items)])
-    for _ in range(2):
-        store.seed_counts(seed_of(items, NOW), NOW)
-        assert_counts(at(store.item_counts(), NOW), sums({item: [NOW] * (n + 1) for item, n in items.items()}, NOW))
-
-
-def test_a_seeding_that_breaks_off_is_repeated(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By another server, of another model; in Redis the first one's seed is completed."""
-    monkeypatch.setattr("serve.stores.redis.COUNTERS_AT_ONCE", 2)
-    monkeypatch.setattr("serve.stores.postgres_counters.SEEDED_AT_ONCE", 2)
-    items = [f"i{number}" for number in range(9)]
-    with open_store(location) as store, monkeypatch.context() as broken:
-        store.record([event("1", "i3")])
-        if location.startswith("redis:"):
-            add, calls = store._add_seed, iter([True, True, False])  # type: ignore[attr-defined]
-            broken.setattr(store, "_add_seed", lambda **options: add(**options) if next(calls) else fail())
-        elif location.startswith("postgresql:"):
-            add, parts = postgres_counters._add, iter([True, True, False])
-            broken.setattr(postgres_counters, "_add", lambda *given: add(*given) if next(parts) else fail())
-        else:
-            broken.setattr(sqlite_counters, "add_counters", lambda *given: fail())
-        with pytest.raises(StoreError, match="broken off"):
-            store.seed_counts(seed_of(dict.fromkeys(items, 3), NOW), NOW)
-        assert store.counted_until() is None
-    with open_store(location) as store:
-        store.seed_counts(seed_of(dict.fromkeys(items, 3), NOW), NOW)
-        assert store.counted_until() == NOW
-        assert_counts(
-            at(store.item_counts(), NOW), sums({item: [NOW] * (4 if item == "i3" else 3) for item in items}, NOW)
-        )
-
-
-def fail() -> None:
-    raise StoreError("broken off")
-
-
 def test_a_counter_that_cannot_be_decoded_is_named(store: EventStore, location: str) -> None:
     store.record([event("1", "good"), event("2", "bad")])
     if location.startswith("redis:"):
@@ -374,30 +196,6 @@ def test_a_counter_that_cannot_be_decoded_is_named(store: EventStore, location: 
             store.record([event("3", "bad")])
         assert len(store.history("u")) == 2
     assert store.record([event("4", "good")]) == [event("4", "good")]
-
-
-def test_a_copy_that_becomes_a_store_goes_on_counting(store: EventStore, tmp_path: Path) -> None:
-    store.seed_counts(seed_of({"a": 3}, NOW - DAY), NOW - DAY)
-    store.record([event("1", "b", NOW - HOUR), event("2", "c", NOW - HOUR)])
-    copy_log(store, tmp_path / "copy.sqlite")
-    with open_store(tmp_path / "copy.sqlite") as copy:
-        copy.seed_counts(seed_of({"later": 1}, NOW), NOW)
-        assert copy.counted_until() == NOW - DAY
-        before = copy.item_counts(NONE_READ)
-        times = {"a": [NOW - DAY] * 3, "b": [NOW - HOUR], "c": [NOW - HOUR]}
-        assert_counts(at(before, NOW), sums(times, NOW))
-        assert before.arrival == max(arrival for part in copy.all_events() for arrival, _ in part)
-        copy.record([event("3", "b", NOW)])
-        assert_counts(at(copy.item_counts(before.change), NOW), sums({"b": [NOW - HOUR, NOW]}, NOW))
-
-
-def test_a_copy_of_a_store_without_a_seed_is_seeded_with_its_events(store: EventStore, tmp_path: Path) -> None:
-    store.record([event("1", "b", NOW - HOUR), event("2", "c", NOW - 2 * DAY)])
-    copy_log(store, tmp_path / "copy.sqlite")
-    with open_store(tmp_path / "copy.sqlite") as copy:
-        copy.record([event("3", "b", NOW)])
-        copy.seed_counts(seed_of({"a": 3}, NOW - DAY), NOW - DAY)
-        assert_counts(at(copy.item_counts(), NOW), sums({"a": [NOW - DAY] * 3, "b": [NOW - HOUR, NOW]}, NOW))
 
 
 def test_reading_costs_what_changed(tmp_path: Path) -> None:

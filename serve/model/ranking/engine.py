@@ -20,8 +20,9 @@ from serve.model.graphs import (
     trend_graph,
 )
 from serve.model.manifest import ArtifactError
+from serve.model.ranking.live_trend import ExactGraph, Graph, Trend, TrendGraph
+from serve.model.ranking.search import NEVER, IndexedGraph, Search
 from serve.model.repeat import Seen
-from serve.model.search import NEVER, ExactGraph, Graph, IndexedGraph, Search, Trend, TrendGraph
 from serve.model.trend import Counted
 from serve.settings import Provider, SearchBy
 
@@ -110,7 +111,7 @@ class Engine:
         """ONNX Runtime's name of the execution provider that really runs."""
         self.search_by: Literal["exact", "index"] = "exact" if index is None else "index"
         self.trend: Trend
-        """Another one takes its place as a whole, so that no run sees half of each."""
+        """It is replaced as a whole, so that no run sees half of each."""
         self._search: Search | None = None
         self._sequence: TrendGraph = ExactGraph(sequence)
         self._step: TrendGraph = ExactGraph(step)

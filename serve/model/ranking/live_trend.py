@@ -1,0 +1,55 @@
+"""A trend as the graphs of a model use it, with all that belongs to it in one object that is replaced as a whole."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.model.trend import Counted
+
+
+class Graph(Protocol):
+    """What of a session of ONNX Runtime is used."""
+
+    def run(self, outputs: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]: ...
+
+
+class Trending(NamedTuple):
+    """What a search derives from a trend."""
+
+    bias: NDArray[np.float32]
+    """`[items+1]`, the items' own and the trend."""
+    items: NDArray[np.int64]
+    """`[n]`, those with the highest trend, each once."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trend:
+    """A trend and all that belongs to it."""
+
+    values: NDArray[np.float32]
+    """`[items+1]`, not writeable: what is added to the items' logits."""
+    trending: Trending | None
+    """None: there is no index to search."""
+    counted: Counted | None
+    """The events in the counts; None: those of the export alone."""
+
+
+class TrendGraph(Protocol):
+    """`sequence.onnx` or `step.onnx` with a trend."""
+
+    def run(self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]], trend: Trend) -> list[NDArray[Any]]: ...
+
+
+class ExactGraph:
+    """The whole product: the graph itself. Safe to share between threads."""
+
+    def __init__(self, graph: Graph) -> None:
+        """`graph` has the input `trend`."""
+        self._graph = graph
+
+    def run(self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]], trend: Trend) -> list[NDArray[Any]]:
+        """As a session of ONNX Runtime, with the inputs of the graph but the trend."""
+        return self._graph.run(outputs, {**inputs, "trend": trend.values})

@@ -1,0 +1,223 @@
+"""A store is seeded once: with a model's counts, and with what it held before it kept counts."""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from serve.stores import open_store, postgres_counters, sqlite_counters
+from serve.stores.base import EventStore, StoreError
+from serve.stores.copy import copy_log
+from serve.stores.counters import NONE_READ, Counter
+from tests.serve.serving.test_models import wait_for
+from tests.serve.stores.counting import DAY, HOUR, NOW, assert_counts, at, before_counters, event, seed_of, sums
+from tests.serve.stores.databases import DatabaseServer
+from tests.serve.stores.test_stores import KINDS, emptied, servers  # noqa: F401
+
+
+@pytest.fixture(params=KINDS)
+def location(
+    request: pytest.FixtureRequest,
+    servers: dict[str, DatabaseServer],  # noqa: F811
+    tmp_path: Path,
+) -> str:
+    return emptied(request.param, servers, tmp_path)
+
+
+@pytest.fixture
+def store(location: str) -> Iterator[EventStore]:
+    with open_store(location) as opened:
+        yield opened
+
+
+def test_a_store_is_seeded_once(location: str) -> None:
+    """By one of four servers at once, while two others record: nothing is lost, and nothing counts twice."""
+    start, stopped = threading.Barrier(6), threading.Event()
+
+    def seed(number: int) -> None:
+        with open_store(location) as store:
+            start.wait()
+            store.seed_counts(seed_of({f"of {number}": number + 1, "i": 7}, NOW - DAY), NOW - DAY)
+            # The whole seed of one of them.
+            assert store.counted_until() == NOW - DAY
+            assert at(store.item_counts(), NOW)["i"][5] > 7 * 0.5 ** (1 / 90) - 1e-9
+
+    def write(thread: int) -> int:
+        number = 0
+        with open_store(location) as store:
+            start.wait()
+            while not stopped.is_set() or number < 5:
+                store.record([event(f"{thread} {number}", timestamp=NOW - HOUR, user_id=f"u{thread}")])
+                number += 1
+        return number
+
+    before_counters(location, [event("old", timestamp=NOW - 2 * HOUR), event("exported", timestamp=NOW - 2 * DAY)])
+    with ThreadPoolExecutor(6) as threads:
+        writers = [threads.submit(write, thread) for thread in range(2)]
+        for done in [threads.submit(seed, number) for number in range(4)]:
+            done.result()
+        stopped.set()
+        count = sum(writer.result() for writer in writers)
+    with open_store(location) as store:
+        store.seed_counts(seed_of({"later": 5}, NOW), NOW)
+        found = at(store.item_counts(), NOW)
+        assert_counts(
+            {"i": found.pop("i")}, sums({"i": [NOW - DAY] * 7 + [NOW - 2 * HOUR] + [NOW - HOUR] * count}, NOW)
+        )
+        (winner,) = found
+        assert_counts(found, sums({winner: [NOW - DAY] * (int(winner.removeprefix("of ")) + 1)}, NOW))
+
+
+def test_a_server_whose_seed_comes_second_adds_nothing(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one seeds after this one has looked whether the store is seeded."""
+    with open_store(location) as one, open_store(location) as two:
+
+        def others_seed(after: int) -> list[list[tuple[str, int]]]:
+            one.seed_counts(seed_of({"a": 3, "b": 1}, NOW - DAY), NOW - DAY)
+            one.record([event("1", "a")])
+            return [[("a", NOW)]]
+
+        monkeypatch.setattr(two, "_uncounted", others_seed)
+        two.seed_counts(seed_of({"a": 2, "c": 5}, NOW), NOW)
+        assert two.counted_until() == NOW - DAY
+        times = {"a": [NOW - DAY] * 3 + [NOW], "b": [NOW - DAY]}
+        assert_counts(at(two.item_counts(), NOW), sums(times, NOW))
+
+
+def test_a_seed_waits_for_events_that_are_being_counted_in_postgres(
+    servers: dict[str, DatabaseServer],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else an event that saw the store without a seed would count after it."""
+    location = emptied("postgres", servers, tmp_path)
+    add, seeds = postgres_counters._add, []
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%counted_until%'"
+    with open_store(location) as store, open_store(location) as other, ThreadPoolExecutor(1) as thread:
+
+        def seeded_meanwhile(connection: psycopg.Connection, counters: Mapping[str, Counter]) -> None:
+            if not seeds:
+                seeds.append(thread.submit(other.seed_counts, seed_of({"a": 3}, NOW), NOW))
+                with psycopg.connect(location, autocommit=True) as looking:
+                    wait_for(lambda: looking.execute(waiting).fetchone() == (1,))
+            add(connection, counters)
+
+        monkeypatch.setattr(postgres_counters, "_add", seeded_meanwhile)
+        store.record([event("1", "a")])
+        seeds[0].result()
+        assert store.counted_until() == NOW
+        assert_counts(at(store.item_counts(), NOW), sums({"a": [NOW] * 4}, NOW))
+
+
+def test_of_what_a_store_held_before_the_seed_has_what_the_export_has_not(location: str) -> None:
+    """Two events of `a` are in the export: that of its last second too."""
+    until = NOW - DAY
+    held = [event("1", "a", until - HOUR), event("2", "a", until), event("3", "a", NOW - HOUR)]
+    before_counters(location, [*held, event("4", "b", NOW - 2 * HOUR)])
+    with open_store(location) as store:
+        assert store.counted_until() is None
+        # Later than before, and so counted by the store itself.
+        store.record([event("5", "b", NOW - DAY + 1), event("4", "b")])
+        store.seed_counts(seed_of({"a": 2, "c": 7}, until), until)
+        assert store.counted_until() == until
+        times = {"a": [until, until, NOW - HOUR], "b": [NOW - 2 * HOUR, NOW - DAY + 1], "c": [until] * 7}
+        assert_counts(at(store.item_counts(), NOW), sums(times, NOW))
+        assert store.item_counts().arrival >= max(arrival for part in store.all_events() for arrival, _ in part)
+        store.record([event("6", "b", NOW), event("4", "b")])
+        assert_counts(at(store.item_counts(), NOW), sums(times | {"b": [*times["b"], NOW]}, NOW))
+
+
+def test_events_that_the_seed_has_do_not_count_again(store: EventStore) -> None:
+    """As where the log that a model was trained on is recorded afterwards."""
+    until = NOW - DAY
+    store.seed_counts(seed_of({"a": 2, "b": 1}, until), until)
+    change = store.item_counts().change
+    log = [event("1", "a", until - HOUR), event("2", "a", until), event("3", "b", 0)]
+    assert store.record(log) == log
+    assert list(store.item_counts(change).item_ids) == []
+    store.record([event("4", "a", until + 1), event("5", "new", until)])
+    assert_counts(at(store.item_counts(), NOW), sums({"a": [until, until, until + 1], "b": [until]}, NOW))
+    assert len(store.history("u")) == 5
+
+
+def test_a_seed_ahead_of_the_clock_counts_as_of_now(store: EventStore) -> None:
+    """Else what is recorded until then would not count."""
+    before = int(time.time())
+    ahead = before + 10**6
+    store.seed_counts(seed_of({"a": 2}, ahead), ahead)
+    until = store.counted_until()
+    assert until is not None
+    assert before <= until <= time.time()
+    assert store.item_counts().references.tolist() == [until]
+    store.record([event("1", "b", ahead)])
+    assert set(store.item_counts().item_ids) <= {"a", "b"}
+
+
+def test_a_seed_of_many_items_is_added_whole(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts, and a second attempt adds nothing."""
+    monkeypatch.setattr("serve.stores.redis.COUNTERS_AT_ONCE", 7)
+    monkeypatch.setattr("serve.stores.postgres_counters.SEEDED_AT_ONCE", 7)
+    monkeypatch.setattr("serve.stores.sqlite_counters.ASKED_AT_ONCE", 7)
+    items = {f'{number} "ü\n': number + 1 for number in range(50)}
+    store.record([event(str(number), item) for number, item in enumerate(items)])
+    for _ in range(2):
+        store.seed_counts(seed_of(items, NOW), NOW)
+        assert_counts(at(store.item_counts(), NOW), sums({item: [NOW] * (n + 1) for item, n in items.items()}, NOW))
+
+
+def test_a_seeding_that_breaks_off_is_repeated(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another server, of another model; in Redis the first one's seed is completed."""
+    monkeypatch.setattr("serve.stores.redis.COUNTERS_AT_ONCE", 2)
+    monkeypatch.setattr("serve.stores.postgres_counters.SEEDED_AT_ONCE", 2)
+    items = [f"i{number}" for number in range(9)]
+    with open_store(location) as store, monkeypatch.context() as broken:
+        store.record([event("1", "i3")])
+        if location.startswith("redis:"):
+            add, calls = store._add_seed, iter([True, True, False])  # type: ignore[attr-defined]
+            broken.setattr(store, "_add_seed", lambda **options: add(**options) if next(calls) else fail())
+        elif location.startswith("postgresql:"):
+            add, parts = postgres_counters._add, iter([True, True, False])
+            broken.setattr(postgres_counters, "_add", lambda *given: add(*given) if next(parts) else fail())
+        else:
+            broken.setattr(sqlite_counters, "add_counters", lambda *given: fail())
+        with pytest.raises(StoreError, match="broken off"):
+            store.seed_counts(seed_of(dict.fromkeys(items, 3), NOW), NOW)
+        assert store.counted_until() is None
+    with open_store(location) as store:
+        store.seed_counts(seed_of(dict.fromkeys(items, 3), NOW), NOW)
+        assert store.counted_until() == NOW
+        assert_counts(
+            at(store.item_counts(), NOW), sums({item: [NOW] * (4 if item == "i3" else 3) for item in items}, NOW)
+        )
+
+
+def fail() -> None:
+    raise StoreError("broken off")
+
+
+def test_a_copy_that_becomes_a_store_goes_on_counting(store: EventStore, tmp_path: Path) -> None:
+    store.seed_counts(seed_of({"a": 3}, NOW - DAY), NOW - DAY)
+    store.record([event("1", "b", NOW - HOUR), event("2", "c", NOW - HOUR)])
+    copy_log(store, tmp_path / "copy.sqlite")
+    with open_store(tmp_path / "copy.sqlite") as copy:
+        copy.seed_counts(seed_of({"later": 1}, NOW), NOW)
+        assert copy.counted_until() == NOW - DAY
+        before = copy.item_counts(NONE_READ)
+        times = {"a": [NOW - DAY] * 3, "b": [NOW - HOUR], "c": [NOW - HOUR]}
+        assert_counts(at(before, NOW), sums(times, NOW))
+        assert before.arrival == max(arrival for part in copy.all_events() for arrival, _ in part)
+        copy.record([event("3", "b", NOW)])
+        assert_counts(at(copy.item_counts(before.change), NOW), sums({"b": [NOW - HOUR, NOW]}, NOW))
+
+
+def test_a_copy_of_a_store_without_a_seed_is_seeded_with_its_events(store: EventStore, tmp_path: Path) -> None:
+    store.record([event("1", "b", NOW - HOUR), event("2", "c", NOW - 2 * DAY)])
+    copy_log(store, tmp_path / "copy.sqlite")
+    with open_store(tmp_path / "copy.sqlite") as copy:
+        copy.record([event("3", "b", NOW)])
+        copy.seed_counts(seed_of({"a": 3}, NOW - DAY), NOW - DAY)
+        assert_counts(at(copy.item_counts(), NOW), sums({"a": [NOW - DAY] * 3, "b": [NOW - HOUR, NOW]}, NOW))
