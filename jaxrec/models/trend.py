@@ -36,6 +36,11 @@ class Trend(nnx.Module):
         """The trend that adds nothing."""
         return cls(np.zeros((VIEWS, len(HALF_LIVES_S)), np.float32), np.zeros(len(HALF_LIVES_S), np.float32))
 
+    @property
+    def adds(self) -> bool:
+        """Whether it adds anything to any item."""
+        return bool(np.any(self.weights[...]))
+
     def __call__(self, counts: jax.Array | np.ndarray) -> jax.Array:
         """Decayed counts [..., half-lives, items + 1] float32 -> what is added to the logits [..., items + 1]."""
         counts = jnp.asarray(counts)

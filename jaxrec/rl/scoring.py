@@ -30,8 +30,11 @@ class Linear(NamedTuple):
 
 
 class Trends(NamedTuple):
-    """`values` [trends, items + 1] float32 are what is added to the logits, the first one nothing; `of_moment`
-    [moments + 1] int32 says which of them ranked at a moment, counted from 1 on (0: without a trend)."""
+    """What is added to the logits at the moments of a log.
+
+    `values` [trends, items + 1] float32: the trends; the first one is zero. `of_moment` [moments + 1] int32: the place in
+    `values` of each moment's trend. Moments are counted from 1 on; 0 stands for a recommendation without a trend.
+    """
 
     values: Array
     of_moment: Array
@@ -44,8 +47,8 @@ class Trends(NamedTuple):
 class Scoring(NamedTuple):
     """The frozen side of the logits: `item_vectors` [items + 1, width] and `item_bias` [items + 1] of the supervised
     hybrid, the neighbours and their weights (both [items + 1, neighbours]) of its co-occurrence, scaled as it adds them
-    to the logits, and what the rewards look up. `new_items` [items + 1] bool and the `trends` are what a server ranked
-    with beside; None: there are none."""
+    to the logits, and what the rewards look up. `new_items` [items + 1] bool: those that a server
+    caps (`jaxrec.models.new_items`), None for none. `trends`: those that ranked a server's log, None outside of one."""
 
     item_vectors: jax.Array
     item_bias: jax.Array

@@ -14,7 +14,7 @@ from jaxrec.rl.outcome import PolicyOutcome
 from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import frozen_scoring
 from jaxrec.rl.served.evaluate import own_versions
-from jaxrec.rl.served.event_store import DETERMINISTIC, ServedLog, read_served_log
+from jaxrec.rl.served.event_store import DETERMINISTIC, ServedLog, read_arrived_events, read_served_log
 from jaxrec.rl.served.states import served_states
 from jaxrec.rl.served.train import split_users, train_served
 from jaxrec.rl.served.trends import served_trends
@@ -47,8 +47,10 @@ def run_served(
             f"{log}: nothing to learn from: {_counts(served)}; do clients send the recommendation_id with the events "
             "that respond to it?"
         )
-    trends = served_trends(supervised, data, served.moments, served.events)
-    scoring = frozen_scoring(supervised, fit_reward_tables(data))._replace(trends=trends)
+    scoring = frozen_scoring(supervised, fit_reward_tables(data))
+    if supervised.trend.adds and served.moments:
+        arrived = read_arrived_events(log, data.catalog)
+        scoring = scoring._replace(trends=served_trends(supervised, data, served.moments, *arrived)[0])
     scoring = jax.device_put(scoring, jax.devices()[0])
     states = served_states(supervised, served.recommendations, data.config.rating_scale, scoring.tables)
     in_use = own_versions(base.graphdef, base.variables, scoring, states, len(served.versions))

@@ -50,8 +50,8 @@ STILL_OPEN = "whose responses may still come"
 class ServedLog(NamedTuple):
     """`recommendations` that can be learned from, in the order of users and time; `users`: raw ids, which
     `Recommendation.user` counts; `versions` of the models that showed them; `skipped`: how many others, by reason;
-    `shown`: how many there are in all. `attribution_window` in seconds. `moments` whose trends ranked them, which
-    `Recommendation.moment` counts from 1 on, and the `events` of all users, which those trends count."""
+    `shown`: how many there are in all. `attribution_window` in seconds. `moments`: which counts of
+    events the trends were made of that ranked them; `Recommendation.moment` is a place in it, from 1 on."""
 
     recommendations: Recommendations
     users: list[str]
@@ -60,7 +60,6 @@ class ServedLog(NamedTuple):
     shown: int
     attribution_window: int
     moments: list[Moment]
-    events: ArrivedEvents
 
 
 class _Shown(NamedTuple):
@@ -96,11 +95,33 @@ def read_served_log(path: Path, catalog: Catalog, attribution_window: int | None
     out. Raises DataError where the file is not a store, or cannot be read.
     """
     index = {str(raw): number for number, raw in enumerate(catalog.ids.raw_ids.tolist(), start=1)}
+    with _opened(path) as connection:
+        return _read_log(connection, index, attribution_window)
+
+
+def read_arrived_events(path: Path, catalog: Catalog) -> tuple[ArrivedEvents, int]:
+    """The events of all users, and the time in seconds of the last event that the server's counts began with (0: they
+    began with none).
+
+    Raises DataError as `read_served_log`.
+    """
+    index = {str(raw): number for number, raw in enumerate(catalog.ids.raw_ids.tolist(), start=1)}
+    with _opened(path) as connection:
+        ((until,),) = connection.execute("SELECT coalesce(max(counted_until), 0) FROM trend_start").fetchall()
+        rows = connection.execute("SELECT item_id, timestamp, arrival FROM events ORDER BY arrival")
+        known = ((index[item], *rest) for item, *rest in rows if item in index)
+        found = np.fromiter(known, [("item", np.int32), ("time", np.int64), ("arrival", np.int64)])
+    return ArrivedEvents(*(np.ascontiguousarray(found[name]) for name in ("item", "time", "arrival"))), until
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    """The store as of one moment; DataError for what is none, or cannot be read."""
     try:
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
             _require_store(connection, path)
-            connection.execute("BEGIN")  # all queries as of one moment
-            return _read_log(connection, index, attribution_window)
+            connection.execute("BEGIN")
+            yield connection
     except sqlite3.Error as error:
         raise DataError(
             f"{path}: cannot be read ({error}); expected the event store of `python -m serve run`"
@@ -155,8 +176,7 @@ def _read_log(connection: sqlite3.Connection, index: Mapping[str, int], attribut
                     "excluded": np.array([index[item] for item in one.excluded if item in index], np.int32),
                 }
             )
-    arrived = _arrived_events(connection, index) if moments else ArrivedEvents(*np.zeros((3, 0), np.int64))
-    return ServedLog(writer.finish(), users, list(versions), dict(skipped), count, window, list(moments), arrived)
+    return ServedLog(writer.finish(), users, list(versions), dict(skipped), count, window, list(moments))
 
 
 def unit_ratings(ratings: np.ndarray, scale: RatingScale | None) -> np.ndarray:
@@ -188,13 +208,6 @@ def _shown_by_user(connection: sqlite3.Connection) -> Iterator[tuple[str, list[_
 def _shown(row: Sequence[Any]) -> _Shown:
     moment = None if row[6] is None else Moment(row[6], row[7])
     return _Shown._make((*row[:6], moment, *(json.loads(column) for column in row[8:])))
-
-
-def _arrived_events(connection: sqlite3.Connection, index: Mapping[str, int]) -> ArrivedEvents:
-    rows = connection.execute("SELECT item_id, timestamp, arrival FROM events ORDER BY arrival")
-    known = ((index[item], *rest) for item, *rest in rows if item in index)
-    found = np.fromiter(known, [("item", np.int32), ("time", np.int64), ("arrival", np.int64)])
-    return ArrivedEvents(*(np.ascontiguousarray(found[name]) for name in ("item", "time", "arrival")))
 
 
 def _read_events(

@@ -1,28 +1,34 @@
-"""The trend that ranked served recommendations, computed again from the store's events.
+"""The trend that ranked served recommendations, computed again from the events that the server had counted.
 
-A server notes with each recommendation as of which second its counts of recent events were (`trend_time`), and the
-arrival of the last event in them (`trend_arrival`). Its counts are those of the run's own data, and of what arrived
-until then: events up to the last one of the run's data are in the former.
+A server notes with each recommendation as of which second its counts were (`trend_time`), and which event of the store
+arrived last before they were read (`trend_arrival`). Its counts began with those of the first model that it loaded, up to
+that model's last event; events of the store that happened later are added as they arrive. The first part is counted
+here from the run's own data. So a trend is reproduced if the run's data hold what the first model's data held. Events of
+users that were deleted since are missing here, and stay in the server's counts.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from flax import nnx
 
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.trend import Trend
 from jaxrec.rl.scoring import Trends
 
 MOST_BYTES = 2**29  # of all trends together
 
 
 class Moment(NamedTuple):
-    """Which events a server's trend counted: those that arrived up to `arrival`, decayed until `time` (seconds)."""
+    """Counts as of `time` (seconds), of events that arrived up to `arrival`; None: of no event of the store."""
 
     time: int
-    arrival: int
+    arrival: int | None
 
 
 class ArrivedEvents(NamedTuple):
@@ -35,55 +41,83 @@ class ArrivedEvents(NamedTuple):
 
 
 def served_trends(
-    hybrid: Hybrid, data: PreparedData, moments: Sequence[Moment], events: ArrivedEvents, most_bytes: int = MOST_BYTES
-) -> Trends:
+    hybrid: Hybrid,
+    data: PreparedData,
+    moments: Sequence[Moment],
+    events: ArrivedEvents,
+    counted_until: int,
+    most_bytes: int = MOST_BYTES,
+) -> tuple[Trends, int]:
     """The trends at the moments of a log.
-
-    Where those of all moments would take more memory than `most_bytes`, several moments in a row share the first one's.
-    Over some minutes a trend hardly changes.
 
     Args:
         hybrid: Whose `trend` it is.
-        data: The prepared data of the run: its events are counted before any other.
+        data: The prepared data of the run.
         moments: In any order, each once.
         events: Of the store.
-        most_bytes: Of `Trends.values`.
+        counted_until: Time in seconds of the last event that the server's counts began with.
+        most_bytes: Of `Trends.values`. Where the trends of all moments are larger, moments of the same few seconds share
+            one.
+
+    Returns:
+        The trends, and how many seconds share one at most.
     """
-    none = np.zeros((1, len(data.catalog) + 1), np.float32)
-    places = np.zeros(len(moments) + 1, np.int32)
-    if not moments or not np.any(hybrid.trend.weights[...]):
-        return Trends(none, places)
-    at = np.array(moments, np.int64)
-    order = np.lexsort((at[:, 0], at[:, 1]))
-    step = -(-len(moments) * none.nbytes // most_bytes)
-    exported = DecayedCounts.of(data)
-    counts = _Counts(exported.until(exported.last_time), exported.last_time, events)
-    values = [none[0]]
-    for place, row in enumerate(order):
-        if place % step == 0:
-            values.append(np.asarray(hybrid.trend(counts.at(moments[row]))))
-        places[1 + row] = len(values) - 1
-    return Trends(np.stack(values), places)
+    row = 4 * (len(data.catalog) + 1)
+    span = 1
+    while len({_group(moment, span) for moment in moments}) * row > max(most_bytes, 2 * row):
+        span *= 2
+    order = sorted(range(len(moments)), key=lambda at: (moments[at].arrival or 0, moments[at].time))
+    exported, begun = DecayedCounts.of(data), DecayedCounts.of(data)
+    without_store = _Counts(exported.until(exported.last_time), exported.last_time)
+    with_store = _Counts(begun.until(counted_until), counted_until, events)
+    places: dict[tuple[bool, int], int] = {}
+    of_moment = np.zeros(len(moments) + 1, np.int32)
+    for at in order:
+        of_moment[1 + at] = places.setdefault(_group(moments[at], span), len(places) + 1)
+    values = np.zeros((len(places) + 1, len(data.catalog) + 1), np.float32)
+    graphdef, weights = nnx.split(hybrid.trend)
+    done = 0
+    for at in order:
+        if of_moment[1 + at] > done:
+            done += 1
+            counts = without_store if moments[at].arrival is None else with_store
+            values[done] = _trend(graphdef, weights, counts.at(moments[at]))
+    return Trends(values, of_moment), span
+
+
+def _group(moment: Moment, span: int) -> tuple[bool, int]:
+    """Moments with the same one share a trend."""
+    return moment.arrival is None, moment.time // span
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _trend(graphdef: nnx.GraphDef[Trend], weights: nnx.State, counts: np.ndarray) -> jax.Array:
+    return nnx.merge(graphdef, weights)(counts)
 
 
 class _Counts:
     """The decayed counts [half-lives, items + 1] while events arrive."""
 
-    def __init__(self, counts: np.ndarray, counted_until: int, events: ArrivedEvents) -> None:
-        later = events.times > counted_until
-        self._events = ArrivedEvents(*(column[later] for column in events))
-        self._counts, self._time, self._next = counts.astype(np.float64), counted_until, 0
+    def __init__(self, counts: np.ndarray, time: int, events: ArrivedEvents | None = None) -> None:
+        """`counts` are as of `time`; `events` that happened later are added as they arrive."""
+        later = np.zeros(0, bool) if events is None else events.times > time
+        none = ArrivedEvents(*np.zeros((3, 0), np.int64))
+        self._events = ArrivedEvents(*(column[later] for column in events or none))
+        self._counts, self._time, self._next = counts.astype(np.float64), time, 0
 
     def at(self, moment: Moment) -> np.ndarray:
-        """Float32, at a moment whose arrival is not before the last one's."""
-        # Of several servers one may be behind: by seconds, so that nothing grows beyond measure.
-        self._counts *= _halved(np.array([moment.time - self._time]))
-        self._time = moment.time
-        stop = int(np.searchsorted(self._events.arrivals, moment.arrival, side="right"))
+        """Float32, at a moment whose arrival is not before the last one's.
+
+        A moment before the last one's time, as one of several servers may have it, gets the counts of the last one's. An
+        event that is dated after the moment counts as of the moment.
+        """
+        seconds = max(moment.time - self._time, 0)
+        self._counts *= _halved(np.array([seconds]))
+        self._time += seconds
+        stop = int(np.searchsorted(self._events.arrivals, moment.arrival or 0, side="right"))
         items, times, _ = (column[self._next : stop] for column in self._events)
-        self._next = stop
-        # A clock that was ahead: the event is as of now.
-        weights = _halved(np.maximum(moment.time - times, 0))
+        self._next = max(self._next, stop)
+        weights = _halved(np.maximum(self._time - times, 0))
         for half_life, weight in enumerate(weights):
             self._counts[half_life] += np.bincount(items, weight, self._counts.shape[1])
         return self._counts.astype(np.float32)
