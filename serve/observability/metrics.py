@@ -105,6 +105,7 @@ class Metrics:
         age = self._gauge("model_age_seconds", "Time since the newest loaded model was exported.")
         self._created: float | None = None
         age.set_function(lambda: 0.0 if self._created is None else time.time() - self._created)
+        self._trend_age: Gauge | None = None
         self._answers = self._counter("answers_total", "Recommendations by what ranked them.", ("policy",))
         self._by_policy: dict[str, Counter] = {}
         events = self._counter("events_total", "Events that came in, by whether the item is known.", ("known",))
@@ -133,7 +134,9 @@ class Metrics:
 
     def age_of_trend(self, age_s: Callable[[], float]) -> None:
         """Where to look for the seconds since the trend was last read; without a call there is no such metric."""
-        self._gauge("trend_age_seconds", "Time since the trend was last read from the store.").set_function(age_s)
+        if self._trend_age is None:
+            self._trend_age = self._gauge("trend_age_seconds", "Time since the trend was last read from the store.")
+        self._trend_age.set_function(age_s)
 
     def know_methods(self, methods: Iterable[str]) -> None:
         """The methods of the server; all others are counted as one, since clients can invent names."""

@@ -106,8 +106,11 @@ class EventStore(ABC):
         """Stores the events whose id is new, all or none, and adds them to the counters of their items, but those that
         happened until `counted_until`.
 
+        Args:
+            events: Of any users; of equal ids in one call the first counts.
+
         Returns:
-            Those events, once they are on disk. Of equal ids in one call the first counts.
+            Those that were stored, once they are on disk.
         """
 
     @abstractmethod
@@ -124,6 +127,9 @@ class EventStore(ABC):
         """A number that changes with the user's history and never comes back; 0 for a user without events.
 
         It grows with every recorded event, and after a deletion starts above all that went before.
+
+        Args:
+            user_id: The user.
         """
 
     @abstractmethod
@@ -159,11 +165,27 @@ class EventStore(ABC):
 
     @abstractmethod
     def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
-        """The state that was kept for a user, perhaps of an older revision; None: there is none."""
+        """The state that was kept for a user, perhaps of an older revision.
+
+        Args:
+            user_id: The user.
+            model_version: The version whose state it is.
+
+        Returns:
+            The state; None: there is none.
+        """
 
     @abstractmethod
     def drop_states(self, keep_versions: Collection[str], most: int) -> int:
-        """Deletes about `most` states of other model versions than these; returns how many, 0 when none was left."""
+        """Deletes states of model versions that are not used any more.
+
+        Args:
+            keep_versions: The versions whose states stay.
+            most: About how many states to delete now.
+
+        Returns:
+            How many were deleted, 0 when none was left.
+        """
 
     @abstractmethod
     def delete_user(self, user_id: str) -> Deleted:
@@ -172,11 +194,21 @@ class EventStore(ABC):
         What any server still had to log or keep of the user is not written any more. The counters of items are sums
         over users and name none: they keep what the user's events added to them, and the second of an item's latest
         event.
+
+        Args:
+            user_id: The user.
+
+        Returns:
+            How many events and impressions there were.
         """
 
     @abstractmethod
     def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
-        """Every recorded event with the number of its arrival, in parts; those that come meanwhile may be missing."""
+        """Every recorded event, in parts; those that come meanwhile may be missing.
+
+        Returns:
+            Parts of (arrival, event). Arrivals grow with the order in which events were recorded, and are given once.
+        """
 
     @abstractmethod
     def all_impressions(self) -> Iterator[Sequence[Impression]]:
@@ -242,7 +274,12 @@ class EventStore(ABC):
 
     @abstractmethod
     def _seed(self, counters: Mapping[str, Counter], until: int) -> None:
-        """Adds to the counters by item id and notes `counted_until`, all or nothing, unless the store is seeded."""
+        """Adds to the counters and notes `counted_until`, all or nothing, unless the store is seeded.
+
+        Args:
+            counters: By item id.
+            until: What `counted_until` returns from then on, in seconds.
+        """
 
     @property
     @abstractmethod

@@ -130,7 +130,15 @@ class PostgresStore(SqlStore):
     _queries = QUERIES
 
     def __init__(self, location: str) -> None:
-        """Connects and creates the tables that are missing; raises StoreError, also where fsync is off."""
+        """Connects, and creates the tables that are missing or brings those of an earlier version up to date.
+
+        Args:
+            location: `postgresql://...`, as libpq reads it.
+
+        Raises:
+            StoreError: The database cannot be reached or written, holds a store of a later version, or runs without
+                fsync.
+        """
         self._location = location
         self._where = "PostgreSQL"
         # Not psycopg_pool: while the database is away, its callers wait for the whole timeout, one after the other,

@@ -29,7 +29,9 @@ COUNTERS_SCHEMA: tuple[LiteralString, ...] = (
     """INSERT INTO jaxrec.trend_start SELECT 1, coalesce(max(arrival), 0), NULL FROM jaxrec.events
         ON CONFLICT DO NOTHING""",
 )
-# `changed` is the transaction. What this finds is read again as long as a transaction before it is under way.
+# `changed` is the transaction. What this finds is read again as long as a transaction before it is under way. Events of
+# such a transaction may have arrivals below `arrival` and not be counted yet. `arrival` is of the events that are
+# there: if the last ones were deleted, that of an earlier one.
 CHANGED_COUNTS: LiteralString = (
     "SELECT oldest, arrival, item_id, reference, counts FROM (SELECT"
     " txid_snapshot_xmin(txid_current_snapshot()) AS oldest,"

@@ -51,5 +51,14 @@ class ExactGraph:
         self._graph = graph
 
     def run(self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]], trend: Trend) -> list[NDArray[Any]]:
-        """As a session of ONNX Runtime, with the inputs of the graph but the trend."""
+        """As a session of ONNX Runtime.
+
+        Args:
+            outputs: Names of the graph's outputs.
+            inputs: The graph's inputs but the trend.
+            trend: The trend.
+
+        Returns:
+            The outputs in the order of their names.
+        """
         return self._graph.run(outputs, {**inputs, "trend": trend.values})

@@ -40,13 +40,28 @@ class IndexedGraph:
     """
 
     def __init__(self, query_graph: Graph, state: str, search: "Search") -> None:
-        """`query_graph` is the graph of the same name that answers a query; `state` names its other output."""
+        """Runs nothing yet.
+
+        Args:
+            query_graph: The graph of the same name that answers a query.
+            state: The name of its other output.
+            search: Finds the items for a query.
+        """
         self._graph = query_graph
         self._state = state
         self._search = search
 
     def run(self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]], trend: Trend) -> list[NDArray[Any]]:
-        """As a session of ONNX Runtime, with the inputs of the graph but the trend, which was made for this search."""
+        """As a session of ONNX Runtime.
+
+        Args:
+            outputs: Names among `items`, `scores` and that of the state.
+            inputs: Those of the graph but the trend; `k` int64 `[1]` or `[batch]`.
+            trend: With what `Search.trending` made of it.
+
+        Returns:
+            The outputs in the order of their names.
+        """
         events = {name: tensor for name, tensor in inputs.items() if name not in OF_ANSWER}
         events["vector"] = self._search.item_vectors[inputs["item"]]
         state, query = self._graph.run([self._state, "query"], events)
@@ -62,7 +77,15 @@ class Search:
     """The items of one model, and the index over them. Immutable."""
 
     def __init__(self, artifact: Artifact, files: IndexFiles) -> None:
-        """Raises ArtifactError for an index that does not fit the model, or without faiss."""
+        """Loads the index, and checks on some queries that it is one of the model's items.
+
+        Args:
+            artifact: The model.
+            files: What the model directory says about the index.
+
+        Raises:
+            ArtifactError: The index does not fit the model, or faiss is not installed.
+        """
         self.item_vectors = artifact.item_vectors
         self._bias = files.item_bias
         self._neighbour_item = files.neighbour_item
