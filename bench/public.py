@@ -6,15 +6,16 @@ A file is a folder with `sequences.txt` (a line `user item item ...` for each us
 attributes of each item), as S3-Rec (CIKM 2020) published them.
 
 Users and items with fewer than 5 events were left out by the publishers. Leave-one-out: the last event of each user is
-the test case, the one before is in the history then. Each case is ranked among the whole catalogue without its history.
-The files hold the order of events but no times and no ratings: all events get one time, so jaxrec has neither gaps nor a
-trend, and no request time is given. Attributes are given as genres. jaxrec is trained with its defaults; figures are means
-over the seeds, with 95 % bootstrap intervals over the users. EASE's penalty and the decay of its history were chosen on
-validation. SASRec (RecTools, width 256, softmax over the catalogue) has one seed, and ends its training by validation.
-Published figures are those of the papers, on the same files by the same protocol; "ids only" means without attributes.
+the test case, and the one before, which is for validation, is part of its history. Each case is ranked among the whole
+catalogue without its history. The files hold the order of events but no times and no ratings: all events get one time,
+so jaxrec has neither gaps nor a trend, and no request time is given. Attributes are given as genres. jaxrec is trained
+with its defaults; figures are means over the seeds, with 95 % bootstrap intervals over the users. EASE's penalty and
+the decay of its history were chosen on validation. SASRec (RecTools, width 256, softmax over the catalogue) has one
+seed, and ends its training by validation. Published figures are those of the papers, on the same files by the same
+protocol.
 
-With `--peers` SASRec is trained by the Python of an environment of its own (`bench/peers/sasrec.txt` says which). What is
-finished stays in the work folder: a call that was interrupted resumes where it stopped.
+With `--peers` SASRec is trained by the Python of an environment of its own (`bench/peers/sasrec.txt` says which). What
+is finished stays in the work folder: a call that was interrupted resumes where it stopped.
 """
 
 import json

@@ -32,8 +32,8 @@ class Linear(NamedTuple):
 class Trends(NamedTuple):
     """What is added to the logits at the moments of a log.
 
-    `values` [trends, items + 1] float32: the trends; the first one is zero. `of_moment` [moments + 1] int32: the place in
-    `values` of each moment's trend. Moments are counted from 1 on; 0 stands for a recommendation without a trend.
+    `values` [trends, items + 1] float32: the trends; the first one is zero. `of_moment` [moments + 1] int32: the place
+    in `values` of each moment's trend. Moments are counted from 1 on; 0 stands for a recommendation without a trend.
     """
 
     values: Array

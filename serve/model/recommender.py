@@ -57,7 +57,7 @@ class Answer:
     log_propensities: tuple[float, ...] = ()
     """Of each item given those above it; empty: 0 for all, since the same query gets the same answer."""
     counted: Counted | None = None
-    """The events of the trend that ranked the items; None: no live trend did."""
+    """The events of the trend that ranked the items; None: no trend did."""
 
 
 class Recommender:

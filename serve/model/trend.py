@@ -18,8 +18,8 @@ class Counted(NamedTuple):
 
     time: int
     """As of when they were decayed, in seconds since 1970-01-01T00:00Z."""
-    arrival: int
-    """Of the last event that the store had counted when they were read."""
+    arrival: int | None
+    """Of the last event that the store had counted when they were read; None: they are those of the export alone."""
 
 
 @dataclass(frozen=True, slots=True)

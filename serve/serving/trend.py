@@ -141,9 +141,9 @@ class TrendRefresher:
         """Has a model make its trend of the counts as of now."""
         # Whole seconds, as impressions note them: the counts can be computed again.
         now = int(self._clock())
-        counts, counted = model.engine.exported.at(now), None
+        counts = model.engine.exported.at(now)
         if self._arrival is not None:
-            stored, counted = self._counters.of(model, now), Counted(now, self._arrival)
+            stored = self._counters.of(model, now)
             offset = self._offsets.get(model)
             if offset is None:
                 offset = self._offsets[model] = _Offset(np.maximum(counts.T - stored, 0), now)
@@ -151,7 +151,7 @@ class TrendRefresher:
             counts = np.ascontiguousarray(stored.T, np.float32)
         keeping = f"the model {model.info.model_version} keeps its trend of before"
         try:
-            model.engine.use_counts(counts, counted)
+            model.engine.use_counts(counts, Counted(now, self._arrival))
         except Exception as error:
             self._failed(keeping, error)
         else:

@@ -59,11 +59,11 @@ class Impression(NamedTuple):
     excluded_item_ids: tuple[str, ...] = ()
     """What the request itself excluded, beside the user's history, as far as the model knows it."""
     trend_time: int | None = None
-    """As of which second, since 1970-01-01T00:00Z, the counts were decayed whose trend ranked it; None: no live trend
-    ranked it, or the server did not note this yet."""
+    """As of which second, since 1970-01-01T00:00Z, the counts were decayed whose trend ranked it; None: no trend ranked
+    it, or the server did not note this yet."""
     trend_arrival: int | None = None
-    """The arrival, as `EventStore.all_events` numbers it, of the last event in those counts, 0 for none; None as
-    above."""
+    """The arrival, as `EventStore.all_events` numbers it, of the last event in those counts, 0 for none; None: the
+    counts were those of the model's export alone, or as above."""
 
 
 class Changes(NamedTuple):

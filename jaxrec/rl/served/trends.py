@@ -1,10 +1,10 @@
 """The trend that ranked served recommendations, computed again from the events that the server had counted.
 
 A server notes with each recommendation as of which second its counts were (`trend_time`), and which event of the store
-arrived last before they were read (`trend_arrival`). Its counts began with those of the first model that it loaded, up to
-that model's last event; events of the store that happened later are added as they arrive. The first part is counted
-here from the run's own data. So a trend is reproduced if the run's data hold what the first model's data held. Events of
-users that were deleted since are missing here, and stay in the server's counts.
+arrived last before they were read (`trend_arrival`). Its counts began with those of the first model that it loaded, up
+to that model's last event; events of the store that happened later are added as they arrive. The first part is counted
+here from the run's own data. So a trend is reproduced if these hold what the first model's data held. Events of users
+that were deleted since are missing here, and stay in the server's counts.
 """
 
 import functools
@@ -56,21 +56,21 @@ def served_trends(
         moments: In any order, each once.
         events: Of the store.
         counted_until: Time in seconds of the last event that the server's counts began with.
-        most_bytes: Of `Trends.values`. Where the trends of all moments are larger, moments of the same few seconds share
-            one.
+        most_bytes: Of `Trends.values`. Where the trends of all moments are larger, moments of the same few seconds
+            share one.
 
     Returns:
-        The trends, and how many seconds share one at most.
+        The trends, and of how many seconds moments share one; 0: each has its own.
     """
     row = 4 * (len(data.catalog) + 1)
-    span = 1
+    span = 0
     while len({_group(moment, span) for moment in moments}) * row > max(most_bytes, 2 * row):
-        span *= 2
+        span = max(2 * span, 1)
     order = sorted(range(len(moments)), key=lambda at: (moments[at].arrival or 0, moments[at].time))
     exported, begun = DecayedCounts.of(data), DecayedCounts.of(data)
     without_store = _Counts(exported.until(exported.last_time), exported.last_time)
     with_store = _Counts(begun.until(counted_until), counted_until, events)
-    places: dict[tuple[bool, int], int] = {}
+    places: dict[tuple[int | None, int], int] = {}
     of_moment = np.zeros(len(moments) + 1, np.int32)
     for at in order:
         of_moment[1 + at] = places.setdefault(_group(moments[at], span), len(places) + 1)
@@ -85,9 +85,9 @@ def served_trends(
     return Trends(values, of_moment), span
 
 
-def _group(moment: Moment, span: int) -> tuple[bool, int]:
-    """Moments with the same one share a trend."""
-    return moment.arrival is None, moment.time // span
+def _group(moment: Moment, span: int) -> tuple[int | None, int]:
+    """Moments with the same one share a trend: those of `span` seconds, with the store or without it."""
+    return (moment.arrival and 0, moment.time // span) if span else (moment.arrival, moment.time)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -108,8 +108,8 @@ class _Counts:
     def at(self, moment: Moment) -> np.ndarray:
         """Float32, at a moment whose arrival is not before the last one's.
 
-        A moment before the last one's time, as one of several servers may have it, gets the counts of the last one's. An
-        event that is dated after the moment counts as of the moment.
+        A moment before the last one's time, as one of several servers may have it, gets the counts of the last one's.
+        An event that is dated after the moment counts as of the moment.
         """
         seconds = max(moment.time - self._time, 0)
         self._counts *= _halved(np.array([seconds]))

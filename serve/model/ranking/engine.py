@@ -41,7 +41,7 @@ class Ranking(NamedTuple):
     items: NDArray[np.int32]
     scores: NDArray[np.float32]
     counted: Counted | None = None
-    """The events of the trend that ranked them; None: no live trend did."""
+    """The events of the trend that ranked them; None: they are not noted."""
 
 
 class Step(NamedTuple):
@@ -141,7 +141,7 @@ class Engine:
 
         Args:
             counts: `[half-lives, items+1]` float32, decayed to now; column 0 is zeros.
-            counted: The events in the counts, for the answers; None: those of the export alone.
+            counted: The events in the counts, for the answers; None: they are not noted.
 
         Raises:
             ValueError: `trend.onnx` made numbers of them that are not finite, or not one for each item. The trend

@@ -34,7 +34,7 @@ class Trend:
     trending: Trending | None
     """None: there is no index to search."""
     counted: Counted | None
-    """The events in the counts; None: those of the export alone."""
+    """The events in the counts; None: they are not noted."""
 
 
 class TrendGraph(Protocol):

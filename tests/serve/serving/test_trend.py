@@ -260,7 +260,7 @@ def test_a_model_serves_without_a_store_that_fails_and_uses_it_when_it_is_back(
         broken.setattr(store, "counted_until", fails)
         refresher.prepare(fresh)
         assert_trend(fresh, {ITEM: 4 * worth(COUNTED_UNTIL)})
-        assert fresh.engine.trend.counted is None
+        assert fresh.engine.trend.counted.arrival is None
         refresher.keep([fresh])
         refresher.refresh()
         assert_trend(fresh, {ITEM: 4 * worth(COUNTED_UNTIL)})
@@ -373,7 +373,7 @@ def test_without_a_store_the_trend_is_the_exports_and_decays(fresh: Recommender)
         for now in (NOW, NOW + DAY, NOW + 400 * DAY):
             refresher.refresh()
             assert_trend(fresh, {ITEM: 4 * worth(COUNTED_UNTIL, now=now)})
-            assert fresh.engine.trend.counted is None
+            assert fresh.engine.trend.counted.arrival is None
 
 
 def test_without_refreshes_no_store_is_read_and_there_is_no_age(
@@ -389,6 +389,6 @@ def test_without_refreshes_no_store_is_read_and_there_is_no_age(
         # Made again, as time passes.
         wait_for(lambda: loaded.model.engine.trend is not before)
         np.testing.assert_allclose(loaded.model.engine.trend.values, before.values, atol=1e-4)
-        assert loaded.recommend(Query([Event(loaded.model.catalog.item_ids[5], None, 0)], k=5)).counted is None
+        assert loaded.recommend(Query([Event(loaded.model.catalog.item_ids[5], None, 0)], k=5)).counted.arrival is None
     assert store.counted_until() is None
     assert metrics.registry.get_sample_value("jaxrec_trend_age_seconds") is None
