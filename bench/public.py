@@ -195,8 +195,8 @@ def measure_ease(work: Path) -> Path:
 
 
 def measure_sasrec(work: Path, peers: Path) -> Path:
-    """The ranks of SASRec, in WORK/sasrec.npz; the peer reads WORK/sasrec.csv and writes WORK/sasrec.json."""
-    done, log, answer = work / "sasrec.npz", work / "sasrec.csv", work / "sasrec.json"
+    """The ranks of SASRec, in WORK/sasrec.npz; the peer reads WORK/peer-log.csv and writes WORK/peer-answer.json."""
+    done, log, answer = work / "sasrec.npz", work / "peer-log.csv", work / "peer-answer.json"
     if not done.is_file():
         begin(begun(done), answer)
         data = read_prepared(work / "data")
