@@ -106,7 +106,7 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
         "candidates": "all items but those of the history" if excluded else "all items",
         "history": f"last {max_length} events",
         "test_cases": len(data.split.test),
-        "repeated_test_share": repeated_share(data, data.split.test),
+        "repeated_test_share": float(data.split.test.repeated(data.histories).mean()),
         "tied_test_share": tied_share(data, data.split.test),
         "interval": "95 % bootstrap over users",
         "trend": "counts all users' events before the case, with and without request time",
@@ -133,13 +133,6 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
 def tied_share(data: PreparedData, cases: Cases) -> float:
     """The share of targets that have the timestamp of the event before them."""
     return float((gaps_at(data.histories, cases.rows) == 0).mean())
-
-
-def repeated_share(data: PreparedData, cases: Cases) -> float:
-    """The share of targets that their user's history already has. Where it is excluded, nothing can hit them."""
-    items = data.histories.items
-    starts = data.histories.offsets[cases.users]
-    return float(np.mean([items[row] in items[start:row] for start, row in zip(starts, cases.rows, strict=True)]))
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
