@@ -139,9 +139,9 @@ class ModelConfig:
 class TrainConfig:
     """Training of one sequence model. `patience`: epochs without a better validation NDCG@10 before it stops.
     `sampled_items`: how many items estimate the softmax's normalizer in a step; 0: all of them are computed; None: by
-    the catalogue's size (`jaxrec.training.step.softmax_sample`). `seen`: whether items of the history
-    may be recommended again. `jaxrec.runs.train` replaces AUTO by ALLOW or EXCLUDE before it trains; training itself treats
-    AUTO as EXCLUDE."""
+    the catalogue's size (`jaxrec.training.step.softmax_sample`). `seen`: whether items of the history may
+    be recommended again. `jaxrec.runs.train` replaces AUTO by ALLOW or EXCLUDE before it trains; the training itself
+    treats AUTO as EXCLUDE."""
 
     seed: int = 0
     max_epochs: int = 16

@@ -17,7 +17,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import SECONDS_PER_DAY
 from jaxrec.data.split import Cases
 from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
-from jaxrec.evaluation.baselines import best_half_life, popularity_scorer, recent_popularity_scorer
+from jaxrec.evaluation.baselines import best_half_life, own_items_scorer, popularity_scorer, recent_popularity_scorer
 from jaxrec.evaluation.bootstrap import bootstrap, ratio, resample
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import MetricsRow, rank_cases, summarize
@@ -27,6 +27,7 @@ from jaxrec.runs.directory import EVALUATION_FILE, Run, load_supervised, open_ru
 from jaxrec.runs.policy import load_policy, read_outcome
 
 POPULARITY, RECENT_POPULARITY = "popularity", "recent popularity"
+OWN_ITEMS = "user's own items"
 HYBRID, POLICY = "hybrid", "policy"
 REQUEST_TIME = {False: "without", True: "with"}
 HALF_LIFE_DAYS = "recent_popularity_half_life_days"
@@ -60,6 +61,9 @@ class Evaluation:
 def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     """Ranks the test cases with every scorer of a run, without and with the request time.
 
+    Baselines are popularity and recent popularity; where items of the history may be recommended again, also the user's
+    own items by their number of events, then by the latest event.
+
     Args:
         run: A run or its folder.
         seed: Seed of the bootstrap intervals.
@@ -90,6 +94,7 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     scorers: dict[tuple[str, bool], Scorer] = {
         (POPULARITY, False): popularity_scorer(data),
         (RECENT_POPULARITY, False): recent_popularity_scorer(data, counts, half_life),
+        **({} if excluded else {(OWN_ITEMS, False): own_items_scorer(len(data.catalog))}),
         **{(name, time): scorer for name, scorer in learned.items() for time in (False, True)},
     }
     ranked = {

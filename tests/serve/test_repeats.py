@@ -88,7 +88,7 @@ def test_meetings_score_as_they_were_trained(artifact: Artifact, hybrid: Hybrid)
         for request_time in (None, int(times[-1]), int(times[-1]) + 5 * DAY):
             found, places = trained_buckets(items, times, request_time)
             order = np.argsort(found)
-            seen = repeat.seen(met, length, int(times[-1]), request_time)
+            seen = repeat.scores_of(met, length, int(times[-1]), request_time)
             np.testing.assert_array_equal(seen.items, found[order])
             np.testing.assert_allclose(seen.scores, table[places[order]].sum(axis=1), atol=1e-5)
 

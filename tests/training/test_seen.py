@@ -122,6 +122,11 @@ def test_a_run_on_groceries_finds_what_their_rule_allows(
     assert jaxrec.open_run(tmp_path / "run").train_config.seen is SeenItems.ALLOW
     evaluation = jaxrec.evaluate(run)
     assert evaluation.protocol["candidates"] == "all items"
+    assert evaluation.protocol["repeated_test_share"] > 0.8
+    # Without a time, as popularity; it knows of no periods.
+    (own,) = (row for row in evaluation.rows if row.name == "user's own items")
+    assert not own.request_time
+    assert 0.3 * bought.best < own.ndcg_10["mean"] < 0.9 * bought.best
     (hybrid,) = (row for row in evaluation.rows if row.name == "hybrid" and row.request_time)
     assert 0.95 * bought.best < hybrid.ndcg_10["mean"] < bought.best + 0.02
     every_item = data.catalog.ids.raw_ids.tolist()
