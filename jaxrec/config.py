@@ -70,9 +70,9 @@ class Repeats(enum.StrEnum):
 class SeenItems(enum.StrEnum):
     """Whether items of a user's history may be recommended again.
 
-    EXCLUDE: never, as films are. ALLOW: they are items as any other, and what the history says of them is learned, as
-    in logs of music and groceries. AUTO: ALLOW where validation has more repeats than chance
-    (`jaxrec.training.seen.resolved`); a run holds what was found.
+    EXCLUDE: never, as for films. ALLOW: they are candidates like all others, and how their earlier events change their
+    scores is learned, as for music and groceries. AUTO: ALLOW where validation has enough repeats
+    (`jaxrec.training.seen.FoundRepeats.choice`); the run holds the choice.
     """
 
     AUTO = "auto"
@@ -139,8 +139,9 @@ class ModelConfig:
 class TrainConfig:
     """Training of one sequence model. `patience`: epochs without a better validation NDCG@10 before it stops.
     `sampled_items`: how many items estimate the softmax's normalizer in a step; 0: all of them are computed; None: by
-    the catalogue's size (`jaxrec.training.step.softmax_sample`). `seen`: what is not ALLOW excludes in training, since
-    `jaxrec.runs.train` resolves AUTO before."""
+    the catalogue's size (`jaxrec.training.step.softmax_sample`). `seen`: whether items of the history may
+    be recommended again. `jaxrec.runs.train` replaces AUTO by ALLOW or EXCLUDE before it trains; the training itself
+    treats AUTO as EXCLUDE."""
 
     seed: int = 0
     max_epochs: int = 16

@@ -50,8 +50,8 @@ CHANGEABLE = ("max_epochs", "patience", "learning_rate")  # together with the da
     "--seen",
     type=click.Choice([one.value for one in SeenItems]),
     default=TrainConfig.seen.value,
-    help="Whether items of a user's history may be recommended again; auto: if they come again more often than by "
-    "chance.",
+    help="Whether items of a user's history may be recommended again; auto: if 3 % or more of the validation "
+    "targets are such, and at least half as many as by chance.",
 )
 @click.option("--seed", type=SEED, default=TrainConfig.seed, help=SEED_HELP)
 @click.option(

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrec.config import MISSING_RATING
 from jaxrec.data.events import Events
-from jaxrec.data.histories import Histories
+from jaxrec.data.histories import Histories, padded_history
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.split import Cases
@@ -34,10 +34,18 @@ class TrainBatch(NamedTuple):
 
 
 class CaseBatch(NamedTuple):
-    """`events` [batch, length] before each target, `request_gap` [batch] float32 seconds until it, `target` [batch]
-    int32, `exclude` [batch, any] int32: items that are no candidates (0 = none), `time` [batch] int64: the request
-    time, which is the target's; `history` [batch, width] int32 all items of the history in order (0 = padding), and
-    `history_time` [batch, width] int64 when they were met."""
+    """Cases for a scorer.
+
+    Attributes:
+        events: [batch, length], the last events before each target.
+        request_gap: [batch] float32, seconds from the last event until the target.
+        target: [batch] int32.
+        exclude: [batch, any] int32, items that are no candidates (0 = none).
+        time: [batch] int64, seconds: the request time, which is the target's.
+        history: [batch, width] int32, the items of the whole history in order (0 = padding).
+        history_time: [batch, width] int64, seconds: the times of the history's events. [batch, 0] where items of the
+            history are excluded, since nothing reads it there.
+    """
 
     events: Events
     request_gap: np.ndarray
@@ -197,9 +205,15 @@ def case_batches(
 ) -> Iterator[CaseBatch]:
     """Evaluation cases in order; the last batch is filled with repeats of its last case.
 
-    The model reads the last `max_length` events; with `exclude_seen` the whole history is excluded from the answer. The
-    width of `history` is a power of two, from `max_length` on, that holds the longest history of the batch: one long
-    history widens its own batch only, and what is compiled for each shape is compiled a few times.
+    The width of `history` is a power of two, from `max_length` on, that holds the longest history of the batch: one
+    long history widens its own batch only, and few shapes are compiled.
+
+    Args:
+        data: That the cases are of.
+        cases: Any number.
+        max_length: Of the events that the model reads, the most recent ones.
+        size: Cases of a batch.
+        exclude_seen: Whether the items of the whole history are no candidates.
     """
     histories = data.histories
     for start in range(0, len(cases), size):
@@ -209,11 +223,10 @@ def case_batches(
         lengths = np.minimum(earlier, max_length).astype(np.int32)
         where = np.arange(max_length) < lengths[:, None]
         rows = np.where(where, (targets - lengths)[:, None] + np.arange(max_length), 0)
-        width = 1 << (max(int(earlier.max()), max_length) - 1).bit_length()
-        before = firsts[:, None] + np.arange(width)
-        inside = before < targets[:, None]
-        before = np.where(inside, before, 0)
-        history = np.where(inside, histories.items[before], 0).astype(np.int32)
+        history = padded_history(histories.items, firsts, targets, max_length)
+        times = np.zeros((size, 0), np.int64)
+        if not exclude_seen:
+            times = padded_history(histories.times, firsts, targets, max_length)
         yield CaseBatch(
             _events(data, rows, where, lengths),
             gaps_at(histories, targets),
@@ -221,7 +234,7 @@ def case_batches(
             history if exclude_seen else np.zeros((size, 1), np.int32),
             histories.times[targets],
             history,
-            np.where(inside, histories.times[before], 0),
+            times,
         )
 
 

@@ -56,6 +56,38 @@ class Histories:
         return gaps
 
 
+def padded_history(column: np.ndarray, starts: np.ndarray, stops: np.ndarray, least_width: int = 1) -> np.ndarray:
+    """One column of some histories as rows of one width.
+
+    Args:
+        column: [events], not empty: `Histories.items` or `Histories.times`.
+        starts: [n] int, the row of each history's first event.
+        stops: [n] int, the row after its last event.
+        least_width: At least so wide is the result.
+
+    Returns:
+        [n, width] of the column's type, right-padded with 0. The width is a power of two, so that few shapes are
+        compiled.
+
+    Examples:
+        >>> padded_history(np.array([7, 8, 9, 5]), np.array([0, 3]), np.array([3, 4])).tolist()
+        [[7, 8, 9, 0], [5, 0, 0, 0]]
+    """
+    rows = starts[:, None] + np.arange(power_of_two(max(least_width, int((stops - starts).max(initial=0)))))
+    where = rows < stops[:, None]
+    return np.where(where, column[np.where(where, rows, 0)], np.zeros((), column.dtype))
+
+
+def power_of_two(least: int) -> int:
+    """The lowest power of two that is at least `least`, which is 1 or more.
+
+    Examples:
+        >>> [power_of_two(least) for least in (1, 2, 3, 8, 9)]
+        [1, 2, 4, 8, 16]
+    """
+    return 1 << (least - 1).bit_length()
+
+
 @dataclasses.dataclass(frozen=True)
 class EventLog:
     """A whole log before any filter: what `append` builds on.

@@ -39,6 +39,12 @@ class Cases:
         chosen = np.linspace(0, len(self) - 1, limit).astype(np.int64)
         return Cases(self.users[chosen], self.rows[chosen])
 
+    def repeated(self, histories: Histories) -> np.ndarray:
+        """[cases] bool: whether the target is an item of its user's history already."""
+        items, starts = histories.items, histories.offsets[self.users]
+        found = [items[row] in items[start:row] for start, row in zip(starts, self.rows, strict=True)]
+        return np.array(found, bool)
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:

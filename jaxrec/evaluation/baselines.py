@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import SECONDS_PER_DAY
@@ -36,6 +37,24 @@ def recent_popularity_scorer(data: PreparedData, counts: DecayedCounts, half_lif
     popularity = data.train_popularity()
     tie_break = 1e-6 * popularity / (popularity.sum() + 1.0)
     return lambda batch: (counts.before(batch.time)[:, half_life] + tie_break).astype(np.float32)
+
+
+def own_items_scorer(item_count: int) -> Scorer:
+    """The user's own items, those with more events first, and among equals the one with the latest event; then all
+    others, which are equal. Where items of the history are excluded it scores nothing, so it is not for such runs.
+
+    Args:
+        item_count: Items of the catalogue.
+    """
+
+    def score(batch: CaseBatch) -> np.ndarray:
+        scores = np.zeros((len(batch.target), item_count + 1), np.float32)
+        for of_case, history in zip(scores, batch.history, strict=True):
+            items, ago, count = np.unique(history[history > 0][::-1], return_index=True, return_counts=True)
+            of_case[items[np.lexsort((-ago, count))]] = np.arange(1, len(items) + 1)
+        return scores
+
+    return score
 
 
 def best_half_life(data: PreparedData, counts: DecayedCounts, max_length: int, exclude_seen: bool = True) -> int:

@@ -17,7 +17,7 @@ from jaxrec.data.events import Events
 from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.trend import DecayedCounts
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.models.repeat import Seen
+from jaxrec.models.repeat import SeenScores
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.models.trend import Trend
 
@@ -57,7 +57,7 @@ def hybrid_scorer(hybrid: Hybrid, counts: DecayedCounts | None = None) -> Scorer
             trend = jnp.stack([_trend(*of_trend, counts.before(time)[0]) for time in batch.time[:, None]])
         timed = np.asarray(batch.request_gap) != UNKNOWN_GAP
         history = batch.history, batch.history_time, batch.time
-        seen = None if hybrid.repeat is None else hybrid.repeat.seen(*history, timed)
+        seen = None if hybrid.repeat is None else hybrid.repeat.scores_of(*history, timed)
         return _hybrid_logits(graphdef, variables, batch.events, batch.request_gap, batch.exclude, trend, seen)
 
     return score
@@ -84,7 +84,7 @@ def _hybrid_logits(
     request_gap: jax.Array,
     exclude: jax.Array,
     trend: jax.Array | float,
-    seen: Seen | None,
+    seen: SeenScores | None,
 ) -> jax.Array:
     return nnx.merge(graphdef, variables).logits(events, request_gap, exclude=exclude, trend=trend, seen=seen)[0]
 

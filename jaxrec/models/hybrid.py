@@ -18,7 +18,7 @@ from jaxrec.models.features import Array
 from jaxrec.models.lstm import State
 from jaxrec.models.masks import NEVER
 from jaxrec.models.new_items import capped_logits
-from jaxrec.models.repeat import Repeat, Seen
+from jaxrec.models.repeat import Repeat, SeenScores
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.models.tables import FixedTable
 from jaxrec.models.trend import Trend
@@ -155,14 +155,14 @@ class Hybrid(nnx.Module):
         state: jax.Array | None = None,
         exclude: Array | None = None,
         trend: jax.Array | float = 0.0,
-        seen: Seen | None = None,
+        seen: SeenScores | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """After each row's last event: logits [batch, items + 1] of the next item, and the state.
 
         `exclude` [batch, width] int32 (0 = nothing): items that are not recommended. They keep their logits, but are
         not among the first places, below which new items are. `trend` [items + 1], or [batch, items + 1]: what
-        `Hybrid.trend` says at the moment of the requests; an item with a trend is not new. `seen`: what `Hybrid.repeat`
-        says of their histories.
+        `Hybrid.trend` says at the moment of the requests; an item with a trend is not new. `seen`: items of the
+        histories and the amounts that are added to their logits, from `Repeat.scores_of`; None adds nothing.
         """
         _, state = self.encode(events, state)
         h_lstm, _, h_content, _, recent = self.split_state(state)

@@ -1,4 +1,8 @@
-"""Repeats: in logs where items come again, what the history says of its own items adds to their logits."""
+"""Where items of the history may be recommended again: a learned amount is added to their logits, by how often and when
+the user had events on them.
+
+Each feature of such an item falls into a bucket, and each bucket has a number. The amount is the sum of these numbers.
+"""
 
 from typing import NamedTuple
 
@@ -6,27 +10,32 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxrec.data.histories import power_of_two
 from jaxrec.models.features import GAP_EDGES
 from jaxrec.models.tables import FixedTable
 
-# Values from an edge on are in the next bucket. `serve` reads the edges in the manifest.
+# A bucket ends below an edge, and the next one begins with it. `serve` reads the edges in the manifest.
 COUNT_EDGES = (2, 3, 4, 5, 7, 10, 15, 25, 50)
-"""Of how often the item was met."""
+"""Of the number of the user's events on the item."""
 AGO_EDGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512)
-"""Of how many events came after the last of them."""
+"""Of the number of the user's events after the last one on the item."""
 AGE_EDGES_S = tuple(GAP_EDGES[1:].tolist())
-"""Of the seconds since it, until the request, or until the last event where the request has no time."""
+"""Of the seconds from the last event on the item until the request. If the request has no time: until the user's last
+event."""
 INTERVAL_EDGES = (0.0, *(2.0 ** (step / 4) for step in (-16, -12, *range(-8, 9), 12, 16)))
-"""Of these seconds over the mean time between two meetings; the first bucket: there is no such mean."""
+"""Of these seconds divided by the mean time between two events of the user on the item. The first bucket is for items
+without such a mean: with one event, or with all events in the same second."""
 FEATURE_NAMES = ("count", "ago", "age", "interval")
 EDGES = (COUNT_EDGES, AGO_EDGES, AGE_EDGES_S, INTERVAL_EDGES)
 FEATURES = len(EDGES)
 TIMED = (False, False, True, True)
-"""Which of them have a second table for requests with a time."""
+"""Which features have a second table for requests with a time."""
 NO_INTERVAL = -1.0
 SIZES = tuple((len(edges) + 1) * (1 + timed) for edges, timed in zip(EDGES, TIMED, strict=True))
-STARTS = tuple(1 + sum(SIZES[:at]) for at in range(FEATURES))  # of the tables in the one of all; 0: not in the history
+STARTS = tuple(1 + sum(SIZES[:at]) for at in range(FEATURES))
+"""Places in the table at which the features begin. Place 0 is for items that are not of the history."""
 TABLE_SIZE = 1 + sum(SIZES)
+assert np.iinfo(np.uint8).max >= TABLE_SIZE - 1, "places in the table are uint8"
 STEPS = np.setdiff1d(
     np.arange(TABLE_SIZE - 1),
     [
@@ -36,31 +45,50 @@ STEPS = np.setdiff1d(
         for step in ((-1, 0) if edges is INTERVAL_EDGES else (-1,))
     ],
 )
-"""Places of buckets whose value is followed by that of the next place."""
+"""Places of buckets that have a neighbour at the next place: a bucket of the same feature, with larger values."""
 
 
-class Seen(NamedTuple):
-    """Items of histories and what is added to their logits: `items` [batch, m] int32 (0 = none; each once), `scores`
-    [batch, m] float32, 0 where there is no item."""
+class SeenScores(NamedTuple):
+    """Items of some histories, and what is added to their logits.
+
+    Attributes:
+        items: [batch, m] int32, each item of a history once; 0 = none.
+        scores: [batch, m] float32, 0 where there is no item.
+    """
 
     items: np.ndarray
     scores: np.ndarray
 
 
 class Repeat(nnx.Module):
-    """repeat(j) = the sum of one number for each of FEATURES: how often item j was met, how many events ago and how
-    long ago it was met last, and that time over the mean time between two meetings of it."""
+    """repeat(j) = the sum of one number for each feature of item j, from the table's bucket of the feature's value."""
 
     def __init__(self, table: np.ndarray) -> None:
-        """`table` [TABLE_SIZE] float32, as `jaxrec.training.mix` learned it."""
+        """Checks the table.
+
+        Args:
+            table: [TABLE_SIZE] float32, as `jaxrec.training.mix` learned it; its first number is 0.
+
+        Raises:
+            ValueError: The table has another length or another first number.
+        """
         if len(table) != TABLE_SIZE or table[0]:
             raise ValueError(f"a table of {len(table)} numbers, expected {TABLE_SIZE}, the first of them 0")
         self.table = FixedTable(jnp.asarray(table, jnp.float32))
 
-    def seen(self, history: np.ndarray, history_time: np.ndarray, time: np.ndarray, timed: np.ndarray) -> Seen:
-        """As `seen_buckets`, with the items' scores."""
+    def scores_of(
+        self, history: np.ndarray, history_time: np.ndarray, time: np.ndarray, timed: np.ndarray
+    ) -> SeenScores:
+        """The items of some histories, and what is added to their logits.
+
+        Args:
+            history, history_time, time, timed: As for `seen_buckets`.
+
+        Returns:
+            The items in the order of `seen_buckets`, with their scores.
+        """
         items, buckets = seen_buckets(history, history_time, time, timed)
-        return Seen(items, np.asarray(self.table[...])[buckets].sum(axis=-1, dtype=np.float32))
+        return SeenScores(items, np.asarray(self.table[...])[buckets].sum(axis=-1, dtype=np.float32))
 
     def tables(self) -> list[list[list[float]]]:
         """By feature one list of numbers, or two: without and with the request time."""
@@ -71,25 +99,34 @@ class Repeat(nnx.Module):
 def seen_buckets(
     history: np.ndarray, history_time: np.ndarray, time: np.ndarray, timed: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What `Repeat` knows of the items of some histories.
+    """The items of some histories, and their places in the table of `Repeat`.
 
     Args:
         history: [batch, width] int32, items in the order of time, right-padded with 0.
         history_time: [batch, width] int64, seconds.
         time: [batch] int64, seconds: when the request comes.
-        timed: [batch] bool, whether the request has that time; else the last event's is taken.
+        timed: [batch] bool, whether the request has that time; else the time of the history's last event counts.
 
     Returns:
-        Items [batch, width] int32, each once, the one met last first, 0 where there are no more, and their places
-        [batch, width, FEATURES] uint8 in the table, 0 where there is no item.
+        Items [batch, m] int32, each once, in the order of their last events, the latest first, 0 where there are no
+        more; and their places [batch, m, FEATURES] uint8 in the table, 0 where there is no item. m is the power of two
+        that holds the most items of a history, so that few shapes are compiled.
+
+    Raises:
+        ValueError: `history_time` has another shape than `history`.
     """
-    items = np.zeros(history.shape, np.int32)
-    buckets = np.zeros((*history.shape, FEATURES), np.uint8)
-    for row, length in enumerate((history > 0).sum(axis=1)):
-        if length:
-            until = int(time[row]) if timed[row] else None
-            of_row = repeat_buckets(history[row, :length], history_time[row, :length], until)
-            items[row, : len(of_row[0])], buckets[row, : len(of_row[0])] = of_row
+    if history_time.shape != history.shape:
+        raise ValueError(f"times of shape {history_time.shape}, expected {history.shape}, that of the history")
+    lengths = (history > 0).sum(axis=1)
+    of_rows = {
+        row: repeat_buckets(history[row, :length], history_time[row, :length], int(time[row]) if timed[row] else None)
+        for row, length in enumerate(lengths.tolist())
+        if length
+    }
+    width = power_of_two(max((len(items) for items, _ in of_rows.values()), default=1))
+    items, buckets = np.zeros((len(history), width), np.int32), np.zeros((len(history), width, FEATURES), np.uint8)
+    for row, (of_items, of_buckets) in of_rows.items():
+        items[row, : len(of_items)], buckets[row, : len(of_items)] = of_items, of_buckets
     return items, buckets
 
 
@@ -102,11 +139,11 @@ def repeat_buckets(items: np.ndarray, times: np.ndarray, request_time: int | Non
         request_time: Seconds; None: not known.
 
     Returns:
-        Items [m], the one met last first, and their places [m, FEATURES] uint8 in the table.
+        Items [m] by their last events, the latest first, and their places [m, FEATURES] uint8 in the table.
 
     Examples:
         >>> items, places = repeat_buckets(np.array([7, 9, 7]), np.array([0, 50, 100]), 150)
-        >>> items.tolist(), (places - np.array(STARTS)).tolist()  # 7 met twice, the mean interval is 100 s
+        >>> items.tolist(), (places - np.array(STARTS)).tolist()  # two events on 7, 100 s apart
         ([7, 9], [[1, 0, 37, 31], [0, 1, 38, 23]])
     """
     found, ago, count = np.unique(items[::-1], return_index=True, return_counts=True)

@@ -133,7 +133,7 @@ def export_model(
                 "half_lives_s": HALF_LIVES_S,
                 "counted_until": counts.last_time,
             },
-            "seen": _seen(hybrid),
+            "seen": _seen_section(hybrid),
             **({} if search is None else {"index": search.summary}),
             "files": files,
             **summaries,
@@ -144,7 +144,7 @@ def export_model(
     return json.loads(text)
 
 
-def _seen(hybrid: Hybrid) -> dict[str, Any]:
+def _seen_section(hybrid: Hybrid) -> dict[str, Any]:
     """Whether items of the history may be answered, and if so what is added to their logits: by feature the edges of
     its buckets, and a number for each bucket, without and with the request time where that matters."""
     if hybrid.repeat is None:

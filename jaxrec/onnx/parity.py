@@ -17,7 +17,7 @@ from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.features import GAP_EDGES
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.masks import NEVER
-from jaxrec.models.repeat import Seen
+from jaxrec.models.repeat import SeenScores
 from jaxrec.onnx.weights import RECENT_WEIGHTS, Weights
 
 TOLERANCE = 1e-4
@@ -198,14 +198,14 @@ def _jax_answer(hybrid: Hybrid, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
         request_gap: jax.Array,
         exclude: jax.Array,
         trend: jax.Array,
-        seen: Seen | None,
+        seen: SeenScores | None,
     ) -> tuple[jax.Array, jax.Array]:
         hybrid = nnx.merge(definition, weights)
         return hybrid.logits(events, request_gap, exclude=exclude, trend=trend, seen=seen)
 
     with jax.default_matmul_precision("highest"):
         events = Events(*(jax.numpy.asarray(x) for x in (probe.item, probe.rating, probe.gap, probe.length)))
-        seen = None if probe.seen is None or probe.seen_score is None else Seen(probe.seen, probe.seen_score)
+        seen = None if probe.seen is None or probe.seen_score is None else SeenScores(probe.seen, probe.seen_score)
         request = map(jax.numpy.asarray, (probe.request_gap, probe.exclude, probe.trend))
         logits, state = answer(weights, events, *request, seen)
     return np.asarray(logits), np.asarray(state)

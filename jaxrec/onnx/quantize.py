@@ -101,7 +101,7 @@ def graph_scorer(graph: bytes, item_count: int, repeat: Repeat | None = None) ->
         events, rows = batch.events, len(batch.target)
         item, rating, gap = (np.asarray(column) for column in (events.item, events.rating, events.gap))
         timed = np.ones(rows, bool)
-        seen = None if repeat is None else repeat.seen(batch.history, batch.history_time, batch.time, timed)
+        seen = None if repeat is None else repeat.scores_of(batch.history, batch.history_time, batch.time, timed)
         items, scores = session.run(
             ["items", "scores"],
             {

@@ -17,7 +17,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import SECONDS_PER_DAY
 from jaxrec.data.split import Cases
 from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
-from jaxrec.evaluation.baselines import best_half_life, popularity_scorer, recent_popularity_scorer
+from jaxrec.evaluation.baselines import best_half_life, own_items_scorer, popularity_scorer, recent_popularity_scorer
 from jaxrec.evaluation.bootstrap import bootstrap, ratio, resample
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import MetricsRow, rank_cases, summarize
@@ -27,6 +27,7 @@ from jaxrec.runs.directory import EVALUATION_FILE, Run, load_supervised, open_ru
 from jaxrec.runs.policy import load_policy, read_outcome
 
 POPULARITY, RECENT_POPULARITY = "popularity", "recent popularity"
+OWN_ITEMS = "user's own items"
 HYBRID, POLICY = "hybrid", "policy"
 REQUEST_TIME = {False: "without", True: "with"}
 HALF_LIFE_DAYS = "recent_popularity_half_life_days"
@@ -60,6 +61,9 @@ class Evaluation:
 def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     """Ranks the test cases with every scorer of a run, without and with the request time.
 
+    Baselines are popularity and recent popularity; where items of the history may be recommended again, also the user's
+    own items by their number of events, then by the latest event.
+
     Args:
         run: A run or its folder.
         seed: Seed of the bootstrap intervals.
@@ -90,6 +94,7 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     scorers: dict[tuple[str, bool], Scorer] = {
         (POPULARITY, False): popularity_scorer(data),
         (RECENT_POPULARITY, False): recent_popularity_scorer(data, counts, half_life),
+        **({} if excluded else {(OWN_ITEMS, False): own_items_scorer(len(data.catalog))}),
         **{(name, time): scorer for name, scorer in learned.items() for time in (False, True)},
     }
     ranked = {
@@ -106,7 +111,7 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
         "candidates": "all items but those of the history" if excluded else "all items",
         "history": f"last {max_length} events",
         "test_cases": len(data.split.test),
-        "repeated_test_share": repeated_share(data, data.split.test),
+        "repeated_test_share": float(data.split.test.repeated(data.histories).mean()),
         "tied_test_share": tied_share(data, data.split.test),
         "interval": "95 % bootstrap over users",
         "trend": "counts all users' events before the case, with and without request time",
@@ -133,13 +138,6 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
 def tied_share(data: PreparedData, cases: Cases) -> float:
     """The share of targets that have the timestamp of the event before them."""
     return float((gaps_at(data.histories, cases.rows) == 0).mean())
-
-
-def repeated_share(data: PreparedData, cases: Cases) -> float:
-    """The share of targets that their user's history already has. Where it is excluded, nothing can hit them."""
-    items = data.histories.items
-    starts = data.histories.offsets[cases.users]
-    return float(np.mean([items[row] in items[start:row] for start, row in zip(starts, cases.rows, strict=True)]))
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:

@@ -13,13 +13,13 @@ from flax import nnx
 
 from jaxrec.config import MISSING_RATING, RatingScale
 from jaxrec.data.events import Events
-from jaxrec.data.histories import Histories
+from jaxrec.data.histories import Histories, padded_history
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, TITLE, UNKNOWN_GAP, USER
 from jaxrec.errors import DataError
 from jaxrec.evaluation.baselines import decayed_popularity
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.models.repeat import Repeat, Seen
+from jaxrec.models.repeat import Repeat, SeenScores
 from jaxrec.runs.directory import Run
 from jaxrec.runs.policy import load_served
 
@@ -119,12 +119,11 @@ def _best(
             np.where(where, known.gaps[rows], UNKNOWN_GAP).astype(np.float32),
             lengths.astype(np.int32),
         )
-        # A power of two, so that long histories compile a few more programs and not one each.
-        width = 1 << (max(int((stops - starts)[users].max()), max_length) - 1).bit_length()
-        place = starts[users, None] + np.arange(width)
-        inside = (place < stops[users, None]) & (model.repeat is None)
-        exclude = np.where(inside, known.histories.items[np.where(inside, place, 0)], 0).astype(np.int32)
-        seen = None if model.repeat is None else _seen(model.repeat, known, users)
+        exclude, seen = np.zeros((len(users), 1), np.int32), None
+        if model.repeat is None:
+            exclude = padded_history(known.histories.items, starts[users], stops[users], max_length)
+        else:
+            seen = _seen_scores(model.repeat, known, users)
         logits = np.array(_logits(graphdef, variables, events, exclude, counts, seen))
         np.put_along_axis(logits, exclude, -np.inf, axis=1)
         logits[:, 0] = -np.inf
@@ -133,15 +132,11 @@ def _best(
         yield users[:new], np.where(some, top, popular)[:new], np.where(some, scores, popularity)[:new]
 
 
-def _seen(repeat: Repeat, known: KnownEvents, users: np.ndarray) -> Seen:
-    """What repeats add for the users' whole histories."""
-    starts = known.histories.offsets[users]
-    lengths = known.histories.offsets[users + 1] - starts
-    width = 1 << max(int(lengths.max()) - 1, 0).bit_length()  # so that few programs are compiled
-    where = np.arange(width) < lengths[:, None]
-    rows = np.where(where, starts[:, None] + np.arange(width), 0)
-    items, times = (np.where(where, column[rows], 0) for column in (known.histories.items, known.histories.times))
-    return repeat.seen(items, times, np.zeros(len(users), np.int64), np.zeros(len(users), bool))
+def _seen_scores(repeat: Repeat, known: KnownEvents, users: np.ndarray) -> SeenScores:
+    """What is added to the logits of the items of the users' whole histories, at requests without a time."""
+    starts, stops = known.histories.offsets[users], known.histories.offsets[users + 1]
+    items, times = (padded_history(column, starts, stops) for column in (known.histories.items, known.histories.times))
+    return repeat.scores_of(items, times, np.zeros(len(users), np.int64), np.zeros(len(users), bool))
 
 
 def _most_popular(data: PreparedData, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +153,7 @@ def _logits(
     events: Events,
     exclude: jax.Array,
     counts: jax.Array,
-    seen: Seen | None,
+    seen: SeenScores | None,
 ) -> jax.Array:
     unknown, model = jnp.full(events.item.shape[0], UNKNOWN_GAP), nnx.merge(graphdef, variables)
     return model.logits(events, unknown, exclude=exclude, trend=model.trend(counts), seen=seen)[0]

@@ -114,7 +114,7 @@ def train(
         require_trainable(prepared)
         if train_config.seen is SeenItems.AUTO:
             found = found_repeats(prepared)
-            train_config = dataclasses.replace(train_config, seen=found.seen())
+            train_config = dataclasses.replace(train_config, seen=found.choice())
             if is_first():
                 print(found)
         run = _new_run(out, data_folder, prepared, model_config, train_config)

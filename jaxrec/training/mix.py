@@ -243,7 +243,7 @@ def _candidates(
         before_batch()
         parts = np.stack([np.asarray(score(batch)) for score in scorers], axis=1)
         decayed = counts.before(batch.time)
-        seen, buckets = (None, np.zeros((len(parts), 0, FEATURES), np.uint8)) if exclude_seen else _seen(batch)
+        seen, buckets = (None, np.zeros((len(parts), 0, FEATURES), np.uint8)) if exclude_seen else _seen_items(batch)
         chosen, log_weight = choose(parts, decayed, batch, new, rng, seen)
         real = len(cases) - number * len(batch.target)  # the last batch is filled up
         lost = (batch.exclude == batch.target[:, None]).any(axis=1) | new[batch.target]
@@ -257,7 +257,7 @@ def _candidates(
     return Candidates(*map(np.concatenate, zip(*collected, strict=True)))
 
 
-def _seen(batch: CaseBatch) -> tuple[np.ndarray, np.ndarray]:
+def _seen_items(batch: CaseBatch) -> tuple[np.ndarray, np.ndarray]:
     """The SEEN items of each history that were met last [batch, SEEN], and the places in the table of repeats
     [batch, 1 + SEEN, FEATURES] of the target and of them."""
     items, buckets = seen_buckets(

@@ -1,4 +1,4 @@
-"""Whether items of a user's history come again more often than chance has it: then they may be recommended."""
+"""Decides from validation whether items of a user's history may be recommended again."""
 
 import math
 from typing import NamedTuple
@@ -8,45 +8,62 @@ import numpy as np
 from jaxrec.config import SeenItems
 from jaxrec.data.prepared import PreparedData
 
-LEAST_SHARE = 0.03  # of validation targets, beyond chance
-LEAST_Z = 3.0  # one-sided, over users: one log in 700 without repeats would be taken for one with them
+LEAST_SHARE = 0.03
+"""Of the validation targets that must be in their user's history."""
+LEAST_OF_CHANCE = 0.5
+"""Of the share that chance has. Users with a smaller one avoid the items that they know."""
+LEAST_Z = 3.0
+"""Standard errors by which the share must be above 0, so that it is not that of a few users."""
 
 
 class FoundRepeats(NamedTuple):
-    """`share`: of validation targets that the user's history has already; `chance`: of as many drawn by popularity;
-    `z`: the mean difference over users, in standard errors (0 for fewer than two users)."""
+    """How often the targets of validation are items of their user's history.
+
+    Attributes:
+        share: Of the targets that are.
+        chance: The same share if the targets were drawn by their popularity in training.
+        z: The mean over users of each user's own share, divided by its standard error: infinite where all users have
+            the same share above 0, and 0 for fewer than two users.
+    """
 
     share: float
     chance: float
     z: float
 
-    def seen(self) -> SeenItems:
-        """ALLOW where the share is clearly beyond chance."""
-        beyond = self.share - self.chance >= LEAST_SHARE and self.z >= LEAST_Z
-        return SeenItems.ALLOW if beyond else SeenItems.EXCLUDE
+    def choice(self) -> SeenItems:
+        """ALLOW where enough targets are items of the history, and where users do not avoid these; else EXCLUDE."""
+        enough = self.share >= LEAST_SHARE and self.z >= LEAST_Z
+        return SeenItems.ALLOW if enough and self.share >= LEAST_OF_CHANCE * self.chance else SeenItems.EXCLUDE
 
     def __str__(self) -> str:
-        verb = "may be recommended" if self.seen() is SeenItems.ALLOW else "are not recommended"
+        verb = "may be recommended" if self.choice() is SeenItems.ALLOW else "are not recommended"
         return (
-            f"items of the history {verb} again: {self.share:.1%} of the validation targets are in it, "
-            f"{self.chance:.1%} by chance (to change that: --seen)"
+            f"items of the history {verb} again: {self.share:.1%} of the validation targets are in their user's "
+            f"history, by chance it would be {self.chance:.1%} (to decide otherwise: --seen)"
         )
 
 
 def found_repeats(data: PreparedData) -> FoundRepeats:
-    """Compares the targets of validation with draws by training popularity, each with its user's history."""
+    """Counts the validation targets that are items of their user's history.
+
+    Args:
+        data: With at least one validation case.
+
+    Returns:
+        Their share, beside that of targets drawn by training popularity.
+    """
     histories, cases = data.histories, data.split.validation
+    repeated = cases.repeated(histories)
     popularity = data.train_popularity()
     popularity = popularity / max(popularity.sum(), 1)
-    repeated, chance = np.zeros(len(cases)), np.zeros(len(cases))
-    for at, (user, row) in enumerate(zip(cases.users, cases.rows, strict=True)):
-        history = histories.items[histories.offsets[user] : row]
-        repeated[at] = histories.items[row] in history
-        chance[at] = popularity[np.unique(history)].sum()
+    starts = histories.offsets[cases.users]
+    chance = [
+        popularity[np.unique(histories.items[start:row])].sum() for start, row in zip(starts, cases.rows, strict=True)
+    ]
     users, user = np.unique(cases.users, return_inverse=True)
-    differences = np.bincount(user, repeated - chance) / np.bincount(user)
-    z = 0.0
-    if len(users) > 1:
-        error = differences.std(ddof=1) / math.sqrt(len(users))
-        z = float(differences.mean() / error) if error else 0.0
-    return FoundRepeats(float(repeated.mean()), float(chance.mean()), z)
+    shares = np.bincount(user, repeated) / np.bincount(user)
+    z, mean = 0.0, float(shares.mean())
+    if len(users) > 1 and mean > 0:
+        error = float(shares.std(ddof=1)) / math.sqrt(len(users))
+        z = mean / error if error else math.inf
+    return FoundRepeats(float(repeated.mean()), float(np.mean(chance)), z)

@@ -105,7 +105,8 @@ def training_loss(
 def seen_items(batch: TrainBatch) -> jax.Array:
     """[batch, length, length + width] int32: the user's items up to each position, without its target (0 = none).
 
-    Where they are never recommended the softmax need not learn to leave them out.
+    The loss leaves these items out of the softmax where they are never recommended, so that the model need not learn to
+    give them low logits.
     """
     item, target = jnp.asarray(batch.events.item), jnp.asarray(batch.target)
     window = jnp.cumsum(jnp.asarray(batch.starts), axis=1)

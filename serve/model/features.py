@@ -1,14 +1,14 @@
 """What the graphs see of a user's history and request."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve.model.events import KnownEvent, RatingScale
 from serve.model.manifest import ModelInfo
-from serve.model.repeat import Seen, meetings
+from serve.model.repeat import SeenScores, item_stats
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class Features:
     """Seconds from the last event to the request; -1 = not known."""
     exclude: NDArray[np.int32]
     """`[m]`, m >= 0, item indices that are never answered."""
-    seen: Seen | None = None
-    """For models that may answer items of the history: what is added to them."""
+    seen: SeenScores | None = None
+    """For models that may recommend items of the history again: what is added to the logits of these items."""
 
     def without_last(self) -> "Features":
         """The history before its last event, of at least two; the same exclusions."""
@@ -36,27 +36,45 @@ class Features:
 def features(
     events: Sequence[KnownEvent], request_time: int | None, exclude: Sequence[int], info: ModelInfo
 ) -> Features:
-    """What the graphs see of a history in time order, with at least one event.
+    """What the graphs see of a history and a request.
 
-    All events are excluded from the answer, unless the model may repeat them; only the last `max_history` are fed. The
-    first of those keeps the gap to the event before it, which happened all the same.
+    Args:
+        events: The history in time order, at least one event. All of its items are excluded from the answer, unless the
+            model may recommend them again.
+        request_time: In seconds; None: not known.
+        exclude: More items that are excluded.
+        info: The model's.
+    """
+    repeat, row = info.repeat, history_features(events, info)
+    excluded = exclude if repeat is not None else [*(event.item for event in events), *exclude]
+    seen = None
+    if repeat is not None:
+        seen = repeat.scores_of(item_stats(events), len(events), events[-1].timestamp, request_time)
+    return replace(
+        row,
+        request_gap=-1.0 if request_time is None else float(request_time - events[-1].timestamp),
+        exclude=np.array(excluded, np.int32),
+        seen=seen,
+    )
+
+
+def history_features(events: Sequence[KnownEvent], info: ModelInfo) -> Features:
+    """`features` of a history alone, for its state: no request time is known, and nothing is excluded or added.
+
+    Only the last `max_history` events are fed. The first of those keeps the gap to the event before it, which happened
+    all the same.
     """
     fed = events[-info.max_history :]
     timestamps = np.array([event.timestamp for event in fed], np.int64)
     gap = np.empty(len(fed), np.float32)
     gap[0] = fed[0].timestamp - events[-len(fed) - 1].timestamp if len(events) > len(fed) else -1
     gap[1:] = timestamps[1:] - timestamps[:-1]
-    repeat, seen = info.repeat, None
-    if repeat is not None:
-        seen = repeat.seen(meetings(events), len(events), events[-1].timestamp, request_time)
-    met = [event.item for event in events] if repeat is None else ()
     return Features(
         item=np.array([event.item for event in fed], np.int32),
         rating=unit_ratings(fed, info.rating_scale, missing=-1),
         gap=gap,
-        request_gap=-1.0 if request_time is None else float(request_time - fed[-1].timestamp),
-        exclude=np.array([*met, *exclude], np.int32),
-        seen=seen,
+        request_gap=-1.0,
+        exclude=np.zeros(0, np.int32),
     )
 
 

@@ -1,10 +1,11 @@
 """Keeps the recurrent states of recent users, so that an answer costs one step and no replay.
 
-What is kept of a user is the state before the last event, that event, and the items that are never recommended, or how
-often and when each was met, where the model may recommend them. Then Recommend is one run of `step.onnx`, whose other
-output is the state for when the next event comes. The cache is not notified of recorded events. It asks the store for
-the revision of the user's history, which is one cheap read, and takes in what arrived since; so it is right too when
-another process recorded the events, or a user was deleted. Other users cost nothing.
+What is kept of a user is the state before the last event, that event, and the items of the history. If the model never
+recommends these again, their indices are enough. If it may, a row of `serve.model.repeat` is kept for each: how many
+events it has and when. Then Recommend is one run of `step.onnx`, whose other output is the state for when the next
+event comes. The cache is not notified of recorded events. It asks the store for the revision of the user's history,
+which is one cheap read, and takes in what arrived since; so it is right too when another process recorded the events,
+or a user was deleted. Other users cost nothing.
 
 The answer is the one that `Recommender` gives to the same history sent along, up to rounding. Therefore of a history
 longer than the model's `max_history` the state has read just the last `max_history` events, as training, evaluation
@@ -26,10 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.model.events import Event, known_events
-from serve.model.features import features, unit_ratings
+from serve.model.features import history_features, unit_ratings
 from serve.model.ranking.engine import Step
 from serve.model.recommender import Answer, Query, Recommender
-from serve.model.repeat import MEETING, Meetings, Seen, meetings, met_again
+from serve.model.repeat import ITEM_STATS, ItemStats, SeenScores, item_stats, updated_stats
 from serve.stores.base import MOST_EVENTS, Changes, EventStore, SpilledState
 
 STATES_CAPACITY = 10_000
@@ -41,7 +42,7 @@ MOST_STEPS = 8
 # A state that excludes more items than this is rebuilt from the newest events.
 MOST_EXCLUDED = MOST_EVENTS + 1_000
 
-# last, newest, known_count, ignored_count, item, rating, gap; then the state and the excluded items or the meetings.
+# last, newest, known_count, ignored_count, item, rating, gap; then the state and the excluded items or the ITEM_STATS.
 _HEADER = struct.Struct("<qqqqiff")
 
 
@@ -68,9 +69,9 @@ class UserState:
     last: int
     """When that was, in seconds."""
     exclude: NDArray[np.int32]
-    """`[1, m]`, m >= 1, items of the whole history; `[[0]]` where they may be answered."""
-    met: Meetings
-    """Of the whole history, for a model that may answer its items; else none."""
+    """`[1, m]`, m >= 1, items of the whole history; `[[0]]` where they may be recommended again."""
+    stats: ItemStats
+    """Of the whole history, for a model that may recommend its items again; else none."""
     spilled: bool
     """Whether the store has it as it is."""
 
@@ -79,13 +80,24 @@ class UserState:
             *(self.last, self.newest, self.known_count, self.ignored_count),
             *(self.item.item(), self.rating.item(), self.gap.item()),
         )
-        return header + self.before.tobytes() + (self.met.tobytes() if len(self.met) else self.exclude.tobytes())
+        return header + self.before.tobytes() + (self.stats.tobytes() if len(self.stats) else self.exclude.tobytes())
 
     @classmethod
     def from_bytes(cls, revision: int, content: bytes, width: int, item_count: int, repeats: bool) -> Self | None:
-        """None for bytes that are no state of this width and on these items; `repeats`: with meetings."""
+        """Reads what `to_bytes` wrote.
+
+        Args:
+            revision: Of the history that the state has read.
+            content: Any bytes.
+            width: Of the state.
+            item_count: Of the model.
+            repeats: Whether the model may recommend items of the history again.
+
+        Returns:
+            None for bytes that are no state of this width and on these items.
+        """
         end = _HEADER.size + 4 * width
-        kind = MEETING if repeats else np.dtype(np.int32)
+        kind = ITEM_STATS if repeats else np.dtype(np.int32)
         if len(content) <= end or (len(content) - end) % kind.itemsize:
             return None
         last, newest, known_count, ignored_count, item, rating, gap = _HEADER.unpack_from(content)
@@ -99,6 +111,7 @@ class UserState:
             and known_count > 0
             and np.isfinite(before).all()
             and np.isfinite((rating, gap)).all()
+            and (not repeats or _are_stats(rest, known_count))
         ):
             return None
         return cls(
@@ -113,13 +126,26 @@ class UserState:
             gap=np.array([gap], np.float32),
             last=last,
             exclude=_NO_ITEM if repeats else rest[None],
-            met=rest if repeats else _NOTHING_MET,
+            stats=rest if repeats else _NO_STATS,
             spilled=True,
         )
 
 
 _NO_ITEM = np.zeros((1, 1), np.int32)
-_NOTHING_MET: Meetings = np.zeros(0, MEETING)
+_NO_STATS: ItemStats = np.zeros(0, ITEM_STATS)
+
+
+def _are_stats(stats: ItemStats, length: int) -> bool:
+    """Whether rows can be those of a history of that many events."""
+    return bool(
+        stats["item"][0] > 0
+        and (np.diff(stats["item"]) > 0).all()
+        and stats["count"].min() > 0
+        and stats["count"].sum(dtype=np.int64) == length
+        and stats["place"].min() >= 0
+        and stats["place"].max() < length
+        and (stats["first"] <= stats["last"]).all()
+    )
 
 
 class StateCache:
@@ -190,7 +216,7 @@ class StateCache:
                 user.gap,
                 -1.0 if query.request_time is None else float(query.request_time - user.last),
                 self._excluded(query, user),
-                self._seen(query, user),
+                self._seen_scores(query, user),
             )
             for _, query, user in stored
         ]
@@ -201,10 +227,10 @@ class StateCache:
             found.append((at, self._model.ranked(query, ranking, user.ignored_count)))
         return found
 
-    def _seen(self, query: Query, user: UserState) -> Seen | None:
+    def _seen_scores(self, query: Query, user: UserState) -> SeenScores | None:
         if self._repeat is None:
             return None
-        return self._repeat.seen(user.met, user.known_count, user.last, query.request_time)
+        return self._repeat.scores_of(user.stats, user.known_count, user.last, query.request_time)
 
     def _excluded(self, query: Query, user: UserState) -> NDArray[np.int32]:
         if not query.exclude_item_ids:
@@ -237,6 +263,8 @@ class StateCache:
 
     def _advanced(self, user: UserState, changes: Changes) -> UserState | None:
         """The state with events that arrived; None where that takes a rebuild."""
+        if self._repeat is not None and not _is_whole(user, changes):
+            return None
         known = known_events(changes.events, self._model.catalog)
         if known and (
             not user.known_count
@@ -251,7 +279,7 @@ class StateCache:
         if not known:
             return user
         if self._repeat is not None:
-            user.met = met_again(user.met, user.known_count, known)
+            user.stats = updated_stats(user.stats, user.known_count, known)
         else:
             user.exclude = np.concatenate([user.exclude, np.array([[event.item for event in known]], np.int32)], axis=1)
         user.known_count += len(known)
@@ -273,8 +301,8 @@ class StateCache:
         window = self._model.info.max_history
         if self._repeat is not None:
             new = known_events(changes.events, self._model.catalog)
-            # The places and the intervals of all events are those of the time order.
-            keepable = user.known_count < MOST_EXCLUDED and not (new and new[0].timestamp < user.last)
+            # A late event changes the places of those after it, and the stats must not count events that are not read.
+            keepable = _is_whole(user, changes) and not (new and new[0].timestamp < user.last)
         else:
             keepable = user.exclude.shape[1] < MOST_EXCLUDED
         if user.known_count > window and keepable:
@@ -294,20 +322,20 @@ class StateCache:
             user = rebuilt[user_id] = _empty(changes, len(changes.events) - len(known), self._engine.state_width)
             if not known:
                 continue
-            row = features(known, None, (), self._model.info)
+            row = history_features(known, self._model.info)
             user.known_count, user.last = len(known), known[-1].timestamp
             user.item, user.rating, user.gap = row.item[-1:].copy(), row.rating[-1:].copy(), row.gap[-1:].copy()
             arrived = known_events(new, self._model.catalog)
             if self._repeat is None:
-                items = row.exclude
+                items = np.array([event.item for event in known], np.int32)
                 if before is not None:
                     # Late ones need not be at the end.
                     items = np.union1d(before.exclude, [*(event.item for event in arrived), *items]).astype(np.int32)
                 user.exclude = np.unique(items)[None]
             elif before is None:
-                user.met = meetings(known)
+                user.stats = item_stats(known)
             else:
-                user.met = met_again(before.met, before.known_count, arrived) if arrived else before.met
+                user.stats = updated_stats(before.stats, before.known_count, arrived)
             if before is not None:
                 user.known_count = before.known_count + len(arrived)
                 user.ignored_count = before.ignored_count + len(new) - len(arrived)
@@ -359,6 +387,12 @@ def _asks_for_events(query: Query, user: UserState) -> bool:
     return query.explain or (query.request_time is not None and query.request_time < user.newest)
 
 
+def _is_whole(user: UserState, changes: Changes) -> bool:
+    """Whether a state and what arrived since are a history that the store gives in full: of a longer one a rebuild
+    would count only the newest events."""
+    return user.known_count + user.ignored_count + len(changes.events) <= MOST_EVENTS
+
+
 def _empty(changes: Changes, ignored_count: int, width: int) -> UserState:
     zero = np.zeros(1, np.float32)
     return UserState(
@@ -373,6 +407,6 @@ def _empty(changes: Changes, ignored_count: int, width: int) -> UserState:
         gap=zero,
         last=0,
         exclude=_NO_ITEM,
-        met=_NOTHING_MET,
+        stats=_NO_STATS,
         spilled=False,
     )

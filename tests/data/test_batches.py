@@ -166,7 +166,7 @@ def test_cases_have_the_numbers_of_the_whole_log(data: PreparedData) -> None:
     """Ratings, gaps and times that are worked out for a batch are those of the whole columns."""
     histories, ratings, gaps = data.histories, data.unit_ratings(), data.histories.gaps()
     every_row = Cases(histories.users(), np.arange(histories.event_count))
-    for start, batch in zip(range(0, len(every_row), 16), case_batches(data, every_row, 8, 16), strict=True):
+    for start, batch in zip(range(0, len(every_row), 16), case_batches(data, every_row, 8, 16, False), strict=True):
         for i, row in enumerate(every_row.rows[start : start + 16]):
             first = max(row - 8, histories.offsets[every_row.users[row]])
             length = row - first
@@ -179,6 +179,17 @@ def test_cases_have_the_numbers_of_the_whole_log(data: PreparedData) -> None:
                 assert column[i, :count].tolist() == known[of_history].tolist()
             assert not batch.history[i, count:].any()
     np.testing.assert_array_equal(gaps_at(histories, every_row.rows), gaps)
+
+
+def test_histories_are_excluded_or_come_with_their_times(data: PreparedData) -> None:
+    """Nothing reads times where items of the history are excluded; nothing is excluded where they are allowed."""
+    (without,), (allowed,) = (
+        case_batches(data, data.split.test.at_most(8), 8, 8, exclude_seen) for exclude_seen in (True, False)
+    )
+    np.testing.assert_array_equal(without.exclude, allowed.history)
+    assert without.history_time.shape == (8, 0)
+    assert allowed.history_time.shape == allowed.history.shape
+    np.testing.assert_array_equal(allowed.exclude, np.zeros((8, 1)))
 
 
 def test_training_events_have_the_numbers_of_the_whole_log(data: PreparedData) -> None:

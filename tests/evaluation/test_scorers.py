@@ -13,7 +13,12 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, SECONDS_PER_DAY, TIME, USER
 from jaxrec.data.split import Cases
 from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
-from jaxrec.evaluation.baselines import cooccurrence_scorer, popularity_scorer, recent_popularity_scorer
+from jaxrec.evaluation.baselines import (
+    cooccurrence_scorer,
+    own_items_scorer,
+    popularity_scorer,
+    recent_popularity_scorer,
+)
 from jaxrec.evaluation.bootstrap import resample
 from jaxrec.evaluation.ranking import rank_cases, summarize, without_request_time
 from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
@@ -46,6 +51,7 @@ def test_every_scorer_scores_every_item_and_is_ranked_alike(
 
 
 DAY = SECONDS_PER_DAY
+ONE = PrepareConfig(1, 1)
 # User 1 met "x" on day 10, and the target on day 20. The others trained on "a" before day 10 and on "b" between the
 # two; their last two events are for validation and test.
 EVENTS = [(1, "first", 0), (1, "x", 10), (1, "target", 20)]
@@ -79,6 +85,19 @@ def test_without_any_event_recent_popularity_is_popularity() -> None:
     scores = np.asarray(scorer(batch._replace(time=np.zeros_like(batch.time))))[0]
     order = np.argsort(-scores[1:], kind="stable")
     np.testing.assert_array_equal(order, np.argsort(-data.train_popularity()[1:], kind="stable"))
+
+
+def test_own_items_come_by_their_number_of_events_then_by_the_latest() -> None:
+    """The user's history is c, a, b, a, b, d, and what is not of it comes last, all equal."""
+    events = [(1, item, day) for day, item in enumerate(["c", "a", "b", "a", "b", "d", "e"])]
+    events += [(2, item, day) for day, item in enumerate(["e", "f", "f"])]
+    data = prepare(pd.DataFrame([(u, i, d * DAY) for u, i, d in events], columns=[USER, ITEM, TIME]), None, ONE)
+    (batch,) = case_batches(data, data.split.test, 4, exclude_seen=False)
+    scores = own_items_scorer(len(data.catalog))(batch)
+    of_items = dict(zip(data.catalog.ids.raw_ids.tolist(), scores[0, 1:].tolist(), strict=True))
+    assert of_items == {"c": 1, "d": 2, "a": 3, "b": 4, "e": 0, "f": 0}
+    assert scores[0, 0] == 0
+    assert scores.dtype == np.float32
 
 
 def test_the_hybrid_adds_the_trend_of_each_case(small_data: PreparedData, small_hybrid: Hybrid) -> None:

@@ -1,4 +1,4 @@
-"""What repeats are told by, against values worked out by hand, and a table that is read by them."""
+"""The features of items of the history, against values worked out by hand, and the table that is read by them."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def table() -> np.ndarray:
     return (np.arange(TABLE_SIZE) / 1000).astype(np.float32)
 
 
-def test_an_item_is_told_by_how_often_and_when_it_was_met() -> None:
+def test_features_are_how_often_and_when_an_item_had_events() -> None:
     """Item 4 on days 0, 10 and 20, item 6 on day 21, a request on day 25."""
     items, times = np.array([4, 4, 4, 6]), DAY * np.array([0, 10, 20, 21])
     found, places = repeat_buckets(items, times, 25 * DAY)
@@ -35,7 +35,7 @@ def test_without_a_request_time_time_runs_until_the_last_event_and_is_read_from_
     np.testing.assert_array_equal(at_last - np.array(shift), without)
 
 
-def test_meetings_of_the_same_second_have_no_interval() -> None:
+def test_events_of_the_same_second_have_no_interval() -> None:
     _, places = repeat_buckets(np.array([4, 4]), np.array([7, 7]), None)
     assert places[0, 3] == STARTS[3]
 
@@ -47,8 +47,9 @@ def test_a_batch_is_what_its_rows_are_alone(table: np.ndarray) -> None:
     times = np.where(history > 0, np.sort(rng.integers(0, 10**7, history.shape), axis=1), 0)
     time, timed = np.full(8, 2 * 10**7), np.arange(8) % 2 == 0
     items, buckets = seen_buckets(history, times, time, timed)
-    seen = Repeat(table).seen(history, times, time, timed)
+    seen = Repeat(table).scores_of(history, times, time, timed)
     np.testing.assert_array_equal(seen.items, items)
+    assert items.shape == (8, 8)  # five items at most
     assert (items[5] == 0).all()
     for row in (0, 1, 3):
         real = history[row] > 0
@@ -65,6 +66,12 @@ def test_the_tables_by_feature_are_parts_of_the_one(table: np.ndarray) -> None:
     assert [(len(rows), len(rows[0])) for rows in tables] == [(1, 10), (1, 17), (2, 31), (2, 23)]
     np.testing.assert_array_equal(np.concatenate([np.ravel(rows) for rows in tables]), table[1:])
     assert len(tables) == FEATURES
+
+
+def test_times_of_another_shape_are_refused(table: np.ndarray) -> None:
+    history, time = np.ones((2, 4), np.int32), np.zeros(2, np.int64)
+    with pytest.raises(ValueError, match=r"times of shape \(2, 0\), expected \(2, 4\)"):
+        Repeat(table).scores_of(history, np.zeros((2, 0), np.int64), time, time > 0)
 
 
 def test_a_table_of_another_length_is_refused(table: np.ndarray) -> None:

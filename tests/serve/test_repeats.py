@@ -1,5 +1,5 @@
-"""Models that may answer items of the history: the server counts the meetings as training does, however it learns of
-them."""
+"""Models that may recommend items of the history again: the server scores these items as training does, however it
+learns of their events."""
 
 import dataclasses
 import json
@@ -24,14 +24,17 @@ from serve.front.server import create_server
 from serve.model.directory import Artifact, read_artifact
 from serve.model.events import Event, KnownEvent
 from serve.model.manifest import ArtifactError, ModelInfo
+from serve.model.ranking.faiss_index import ItemIndex
+from serve.model.ranking.search import Search
 from serve.model.recommender import Query, Recommender
-from serve.model.repeat import meetings, met_again
+from serve.model.repeat import Repeat as ServedRepeat
+from serve.model.repeat import item_stats, updated_stats
 from serve.pb import open_inference_pb2 as pb
 from serve.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
-from serve.serving.states import StateCache
+from serve.serving.states import StateCache, UserState
 from serve.settings import SearchBy
 from serve.stores import open_store
-from serve.stores.base import EventStore, UserEvent
+from serve.stores.base import MOST_EVENTS, EventStore, UserEvent
 from tests.groceries import groceries
 from tests.serve.api.test_inference_protocol import features, request
 from tests.serve.one_model import one_model
@@ -73,7 +76,7 @@ def model(artifact: Artifact) -> Recommender:
     return Recommender(artifact, "cpu", search_by="exact")
 
 
-def test_meetings_score_as_they_were_trained(artifact: Artifact, hybrid: Hybrid) -> None:
+def test_items_of_the_history_score_as_they_were_trained(artifact: Artifact, hybrid: Hybrid) -> None:
     """Parity of the two implementations, on histories with equal times and requests with and without a time."""
     rng = np.random.default_rng(3)
     table, repeat = np.asarray(hybrid.repeat.table[...]), artifact.info.repeat
@@ -81,14 +84,14 @@ def test_meetings_score_as_they_were_trained(artifact: Artifact, hybrid: Hybrid)
         items, times = rng.integers(1, 9, length), np.sort(rng.integers(0, 20 * length, length)) * 977
         history = [KnownEvent(item, None, at) for item, at in zip(items.tolist(), times.tolist(), strict=True)]
         half = length // 2
-        met = meetings(history)
+        stats = item_stats(history)
         if half:
-            piecewise = met_again(meetings(history[:half]), half, history[half:])
-            np.testing.assert_array_equal(np.sort(piecewise, order="item"), met)
+            piecewise = updated_stats(item_stats(history[:half]), half, history[half:])
+            np.testing.assert_array_equal(piecewise, stats)
         for request_time in (None, int(times[-1]), int(times[-1]) + 5 * DAY):
             found, places = trained_buckets(items, times, request_time)
             order = np.argsort(found)
-            seen = repeat.seen(met, length, int(times[-1]), request_time)
+            seen = repeat.scores_of(stats, length, int(times[-1]), request_time)
             np.testing.assert_array_equal(seen.items, found[order])
             np.testing.assert_allclose(seen.scores, table[places[order]].sum(axis=1), atol=1e-5)
 
@@ -140,7 +143,7 @@ def test_a_stored_user_is_answered_as_if_the_history_were_sent_along(
                 states = StateCache(model, store, capacity=1)
             at = [None, now[user], now[user] + 3 * DAY, now[user] - 5 * DAY][step % 4]
             checked(states, model, store, [Query((), 20, (ids[0],), at, user_id=user)])
-        assert any(len(user.met) for user in states._users.values())
+        assert any(len(user.stats) for user in states._users.values())
 
 
 def _with_window(model: Recommender, max_history: int) -> ModelInfo:
@@ -165,6 +168,105 @@ def test_of_a_long_history_only_the_end_is_read_again(
     monkeypatch.undo()
     monkeypatch.setattr(model, "info", _with_window(model, 6))
     checked(states, model, store, [Query((), 5, user_id="ada")])
+
+
+def test_new_rows_keep_the_order_of_the_items_and_leave_the_old_ones_as_they_are() -> None:
+    old = item_stats([KnownEvent(5, None, 10), KnownEvent(3, None, 20)])
+    before = old.tolist()
+    new = updated_stats(old, 2, [KnownEvent(4, None, 30), KnownEvent(5, None, 40), KnownEvent(9, None, 50)])
+    assert new.tolist() == [(3, 1, 1, 20, 20), (4, 1, 2, 30, 30), (5, 2, 3, 10, 40), (9, 1, 4, 50, 50)]
+    assert old.tolist() == before == [(3, 1, 1, 20, 20), (5, 1, 0, 10, 10)]
+    assert updated_stats(old, 2, []).tolist() == before
+
+
+def test_a_first_answer_counts_the_history_once(
+    model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No score is computed for the state, which does not depend on it."""
+    calls, scores_of = [], ServedRepeat.scores_of
+
+    def counted(name: str, function: Callable) -> Callable:
+        return lambda *given: calls.append(name) or function(*given)
+
+    monkeypatch.setattr(ServedRepeat, "scores_of", counted("scores", scores_of))
+    for module in ("model.features", "serving.states"):
+        monkeypatch.setattr(f"serve.{module}.item_stats", counted("stats", item_stats))
+    record(store, "ada", [Event(model.catalog.item_ids[1 + at % 5], None, 10**9 + at * DAY) for at in range(9)])
+    StateCache(model, store).recommend([Query((), 5, user_id="ada")])
+    assert sorted(calls) == ["scores", "stats"]
+
+
+@pytest.mark.parametrize("new", ["known", "not known"])
+def test_events_that_the_store_does_not_give_any_more_do_not_count(
+    model: Recommender, store: EventStore, new: str
+) -> None:
+    """The oldest events of MOST_EVENTS are all on one item; as many new ones make the store leave those out, and the
+    answer is the same as after a restart."""
+    ids, old = model.catalog.item_ids, 20
+    filler = "not known" if new == "not known" else ids[2]  # a history of which the model reads all, or its end
+    items = [ids[1]] * old + [filler] * (MOST_EVENTS - old - 1) + [ids[2]]
+    record(store, "ada", [Event(item, None, 10**9 + 60 * at) for at, item in enumerate(items)])
+    states, query = StateCache(model, store), Query((), 5, user_id="ada")
+    states.recommend([query])
+    for at in range(3):
+        item = "not known" if new == "not known" and at == 1 else ids[3]
+        record(store, "ada", [Event(item, None, 10**9 + 60 * (MOST_EVENTS + at))], f"new {at} ")
+        checked(states, model, store, [query])
+    states.spill()
+    store.flush()
+    found = store.load_state("ada", model.info.model_version)
+    assert found is not None
+    state = UserState.from_bytes(0, found.state, model.engine.state_width, len(ids) - 1, repeats=True)
+    assert state is not None
+    assert state.stats["count"][0] == old - 3
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("item", 0), ("item", 99), ("item", 2), ("count", 0), ("count", 3), ("place", 3), ("place", -1), ("first", 2**40)],
+)
+def test_a_spilled_state_with_rows_of_no_history_is_not_used(
+    model: Recommender, store: EventStore, field: str, value: int
+) -> None:
+    """Items are 1 to 40, each once and in order; the history has three events, on items 1 and 2."""
+    ids = model.catalog.item_ids
+    record(store, "ada", [Event(ids[item], None, 10**9 + DAY * at) for at, item in enumerate((1, 2, 1))])
+    states = StateCache(model, store)
+    states.recommend([Query((), 5, user_id="ada")])
+    states.spill()
+    store.flush()
+    spilled = store.load_state("ada", model.info.model_version)
+    assert spilled is not None
+    asked = model.engine.state_width, len(ids) - 1, True
+    read = UserState.from_bytes(0, spilled.state, *asked)
+    assert read is not None
+    stats = read.stats.copy()
+    assert stats.tolist() == [(1, 2, 2, 10**9, 10**9 + 2 * DAY), (2, 1, 1, 10**9 + DAY, 10**9 + DAY)]
+    stats[field][0] = value
+    damaged = spilled.state[: -len(stats.tobytes())] + stats.tobytes()
+    assert UserState.from_bytes(0, damaged, *asked) is None
+    store.save_states([spilled._replace(state=damaged)])
+    store.flush()
+    checked(StateCache(model, store), model, store, [Query((), 40, user_id="ada")])
+
+
+def test_the_index_names_more_candidates_only_for_what_is_subtracted(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 candidates and 2 for an answer of 2 items; the index is searched for the next power of two."""
+    assert artifact.index is not None
+    search = Search(artifact, dataclasses.replace(artifact.index, candidates=4, candidates_per_answer=1))
+    searched, original = [], ItemIndex.search
+    monkeypatch.setattr(ItemIndex, "search", lambda *given: searched.append(given[2]) or original(*given))
+    rng = np.random.default_rng(5)
+    query = rng.normal(size=(1, artifact.item_vectors.shape[1])).astype(np.float32)
+    state, nothing = np.zeros((1, len(artifact.index.recent_weights)), np.float32), np.zeros((1, 1), np.int32)
+    trending = search.trending(np.zeros(41, np.float32))
+    items = np.arange(1, 21, dtype=np.int32)[None]
+    for added in (0.0, 1.0, -1.0):
+        scores = np.full((1, 20), added, np.float32)
+        search.best(query, state, nothing, np.array([2]), trending, (items, scores))
+    assert searched == [8, 8, 32]
 
 
 def test_only_what_the_request_excludes_is_left_out(model: Recommender) -> None:

@@ -22,7 +22,7 @@ from serve.model.graphs import (
 from serve.model.manifest import ArtifactError
 from serve.model.ranking.live_trend import ExactGraph, Graph, Trend, TrendGraph
 from serve.model.ranking.search import NEVER, IndexedGraph, Search
-from serve.model.repeat import Seen
+from serve.model.repeat import SeenScores
 from serve.model.trend import Counted
 from serve.settings import Provider, SearchBy
 
@@ -59,7 +59,7 @@ class Step(NamedTuple):
     """Seconds from this event to the request; -1 = not known."""
     exclude: NDArray[np.int32]
     """`[1, m]`, m >= 1, item indices that are never answered; 0 excludes nothing."""
-    seen: Seen | None = None
+    seen: SeenScores | None = None
     """As in `Features`."""
 
 
@@ -255,7 +255,7 @@ def like_lengths(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-_NOTHING = Seen(np.zeros(0, np.int32), np.zeros(0, np.float32))
+_NOTHING = SeenScores(np.zeros(0, np.int32), np.zeros(0, np.float32))
 
 
 def _padded(rows: Sequence[NDArray[Number]]) -> NDArray[Number]:

@@ -146,19 +146,19 @@ class Search:
         shape = len(query), int(k.max(initial=0))
         items, scores = np.zeros(shape, np.int32), np.full(shape, NEVER, np.float32)
         counts = self._candidates + self._candidates_per_answer * k + np.count_nonzero(exclude, axis=1)
-        # What is added may be what takes them out of the answer.
-        met, met_scores = (exclude[:, :0], np.zeros((len(query), 0), np.float32)) if seen is None else seen
-        counts += np.count_nonzero(met, axis=1)
+        own, own_scores = (exclude[:, :0], np.zeros((len(query), 0), np.float32)) if seen is None else seen
+        # What is subtracted from an item may take it out of the answer; then another one has to be found.
+        counts += np.count_nonzero(own_scores < 0, axis=1)
         found = self._found(query, counts)
         recent = state[:, -self._recent :].astype(np.int32)
         more = self._zeros()
         for row, wanted in enumerate(k.tolist()):
             near = self._neighbour_item[recent[row]].ravel()
-            excluded, of_history = exclude[row], met[row]
+            excluded, of_history = exclude[row], own[row]
             # What is added to the product: an array of all items, zeros but here, and afterwards zeros again.
             try:
                 np.add.at(more, near, (self._neighbour_weight[recent[row]] * self._recent_weights).ravel())
-                np.add.at(more, of_history, met_scores[row])
+                np.add.at(more, of_history, own_scores[row])
                 more[excluded] = more[0] = NEVER
                 candidates = np.concatenate((near, found[row], trending.items, of_history))
                 best = self._best_of(candidates, query[row], trending.bias, more, wanted)
