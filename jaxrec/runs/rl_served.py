@@ -47,15 +47,16 @@ def run_served(
             f"{log}: nothing to learn from: {_counts(served)}; do clients send the recommendation_id with the events "
             "that respond to it?"
         )
-    scoring = frozen_scoring(supervised, fit_reward_tables(data))
+    scoring, span = frozen_scoring(supervised, fit_reward_tables(data)), 0
     if supervised.trend.adds and served.moments:
         arrived = read_arrived_events(log, data.catalog)
-        scoring = scoring._replace(trends=served_trends(supervised, data, served.moments, *arrived)[0])
+        trends, span = served_trends(supervised, data, served.moments, *arrived)
+        scoring = scoring._replace(trends=trends)
     scoring = jax.device_put(scoring, jax.devices()[0])
     states = served_states(supervised, served.recommendations, data.config.rating_scale, scoring.tables)
     in_use = own_versions(base.graphdef, base.variables, scoring, states, len(served.versions))
     version = np.asarray(states.version)
-    summary = _summary(log, served, version, in_use)
+    summary = _summary(log, served, version, in_use, span)
     try:
         rows = split_users(np.asarray(states.user), served.users, in_use[version])
     except DataError as error:
@@ -76,14 +77,15 @@ def run_served(
     return outcome
 
 
-def _summary(log: Path, served: ServedLog, version: np.ndarray, in_use: np.ndarray) -> str:
+def _summary(log: Path, served: ServedLog, version: np.ndarray, in_use: np.ndarray, span: int) -> str:
     counts = np.bincount(version, minlength=len(served.versions))
     versions = ", ".join(
         f"{count} by {name}{' (the policy in use)' if own else ''}"
         for name, count, own in zip(served.versions, counts, in_use, strict=True)
     )
     none = "" if in_use.any() else "; none is the policy in use"
-    return f"{log}: {_counts(served)}; {versions}{none}; attribution window {served.attribution_window} s."
+    shared = f"; recommendations of {span} s share a trend, which memory limits" if span else ""
+    return f"{log}: {_counts(served)}; {versions}{none}; attribution window {served.attribution_window} s{shared}."
 
 
 def _counts(served: ServedLog) -> str:
