@@ -32,9 +32,9 @@ SAMPLED = 600  # more candidates: random ones, which stand for all others
 START = (0.5, 0.5, 4.0)
 PENALTY = 10.0  # in cases, of each squared weight of the trend, times its view's variance, and of each squared
 # relative change of the other weights
-SEEN = 200  # items of the history, the ones met last, that are always among a case's candidates
-TABLE_PENALTY = 0.03  # of the squared numbers of repeats, in cases
-STEP_PENALTY = 3.0  # of the squared differences between neighbouring ones, in cases
+SEEN = 200  # items of the history with the latest events, which are always among a case's candidates where allowed
+TABLE_PENALTY = 0.03  # of the squared numbers in the table of repeats, in cases
+STEP_PENALTY = 3.0  # of the squared differences between the numbers of neighbouring buckets there, in cases
 ITERATIONS = 200
 
 
@@ -75,12 +75,18 @@ class Mix:
 
 
 class Candidates(NamedTuple):
-    """Some items of each case; the target is the first.
+    """Some items of each case, over which the softmax is computed.
 
-    `parts` [cases, 3, candidates] float32: the logits of both models and the scores of co-occurrence; `views`
-    [cases, VIEWS * half-lives, candidates] float32 of the trend; `log_weight` [cases, candidates] float32: the
-    logarithm of how many items each stands for, NEVER where it is none; `repeats` [cases, 0 or 1 + SEEN, FEATURES]
-    uint8: the places of the first ones in the table of repeats, 0 where they are not of the history, as all others.
+    The target is the first one. Where items of the history are allowed, the next SEEN are of the history.
+
+    Attributes:
+        parts: [cases, 3, candidates] float32, the logits of both models and the scores of co-occurrence.
+        views: [cases, VIEWS * half-lives, candidates] float32, of the trend.
+        log_weight: [cases, candidates] float32, the logarithm of the number of items that a candidate stands for; NEVER
+            where it stands for none.
+        repeats: [cases, 1 + SEEN, FEATURES] uint8, the places of the target and of the SEEN items of the history in the
+            table of repeats, 0 for what is not of the history. All later candidates have no place. [cases, 0, FEATURES]
+            where items of the history are excluded.
     """
 
     parts: np.ndarray
@@ -105,8 +111,11 @@ def learn_mix(
     is used in full. Items without training events are neither candidates nor targets. The weights of the models and of
     co-occurrence are not negative. All weights are shrunk, these towards START, those of the trend towards 0. The trend
     of a case counts the events before it, of all users. It is kept unless the mix that is learned without it has the
-    better NDCG@10. Of a history that is not excluded the SEEN items met last are candidates, and what repeats add is
-    learned with the weights, shrunk to 0 and to its neighbours.
+    better NDCG@10.
+
+    Where items of the history are allowed, those SEEN of them that have the latest events are always candidates, and
+    the others of the history are none. The table of repeats is then fitted together with the weights. Its numbers are
+    shrunk towards 0, and those of neighbouring buckets towards each other.
 
     Args:
         lstm: As trained.
@@ -165,46 +174,27 @@ def _mix(weights: np.ndarray, views: int, typical: np.ndarray, exclude_seen: boo
 
 
 def fit_weights(found: Candidates, after_iteration: Callable[[], None] = lambda: None) -> np.ndarray:
-    """The weights [3 + views] of parts and views with the least mean cross-entropy of the targets, followed by the
-    table of repeats [TABLE_SIZE] where there are such. What `after_iteration` raises ends the call. Raises
-    TrainingError where the loss or a weight is not finite."""
-    (cases, views, _), repeated = found.views.shape, found.repeats.shape[1]
+    """Finds the weights with the least mean cross-entropy of the targets, plus penalties.
+
+    Args:
+        found: The candidates of any number of cases.
+        after_iteration: What it raises ends the call.
+
+    Returns:
+        Weights [3 + views] float32 of parts and views, where items of the history are allowed followed by the table of
+        repeats [TABLE_SIZE].
+
+    Raises:
+        TrainingError: The loss or a weight is not finite.
+    """
+    views, repeated = found.views.shape[1], found.repeats.shape[1]
     others = views + (TABLE_SIZE if repeated else 0)
     start = np.concatenate([START, np.zeros(others)])
-    if not cases:
+    if not len(found.parts):
         return start.astype(np.float32)  # every target is excluded: there is nothing to learn from
-    linear = len(START) + views
-    columns = np.concatenate([found.parts, found.views], axis=1).swapaxes(0, 1).reshape(linear, -1)
-    where = found.log_weight.ravel() > NEVER
-    unit = np.concatenate([1 / np.array(START), [column[where].std() for column in columns[len(START) :]]])
-
-    def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        """The loss and its gradient. Written out as two products of a vector and a matrix, it takes a tenth of the
-        time that the compiled sum over views takes on a CPU."""
-        of_columns, table = weights[:linear], weights[linear:]
-        logits = (of_columns.astype(np.float32) @ columns).reshape(cases, -1) + found.log_weight
-        if repeated:
-            logits[:, :repeated] += np.append(0.0, table[1:])[found.repeats].sum(axis=2)
-        highest = logits.max(axis=1, keepdims=True)
-        exponentials = np.exp(logits - highest)
-        total = exponentials.sum(axis=1, keepdims=True)
-        loss = np.mean(np.log(total) + highest - logits[:, :1])
-        difference = exponentials / total
-        difference[:, 0] -= 1
-        moved, steps = (of_columns - start[:linear]) * unit, np.diff(table)[STEPS] if repeated else np.zeros(0)
-        penalty = PENALTY * moved @ moved + TABLE_PENALTY * table @ table + STEP_PENALTY * steps @ steps
-        to_columns, to_table = columns @ difference.ravel() + 2 * PENALTY * moved * unit, 2 * TABLE_PENALTY * table
-        if repeated:
-            of_places = np.repeat(difference[:, :repeated].ravel(), FEATURES)
-            to_table += np.bincount(found.repeats.ravel(), of_places, TABLE_SIZE)
-            to_table[STEPS + 1] += 2 * STEP_PENALTY * steps
-            to_table[STEPS] -= 2 * STEP_PENALTY * steps
-            to_table[0] = 0.0  # the place of items that are not of the history
-        return float(loss + penalty / cases), np.concatenate([to_columns, to_table]) / cases
-
     bounds = [(0, None)] * len(START) + [(None, None)] * others
     result = scipy.optimize.minimize(
-        objective,
+        penalized_loss(found),
         start,
         jac=True,
         method="L-BFGS-B",
@@ -216,6 +206,50 @@ def fit_weights(found: Candidates, after_iteration: Callable[[], None] = lambda:
     if not np.isfinite([result.fun, *weights]).all():
         raise TrainingError("the loss of the mix is not finite; both models are trained and saved, no mix is written")
     return weights
+
+
+def penalized_loss(found: Candidates) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+    """What `fit_weights` minimizes.
+
+    Args:
+        found: The candidates of at least one case.
+
+    Returns:
+        A function of the weights and the table [3 + views, or 3 + views + TABLE_SIZE] float64, which returns the mean
+        cross-entropy of the targets plus the penalties, and the gradient of that.
+    """
+    (cases, views, _), repeated = found.views.shape, found.repeats.shape[1]
+    linear = len(START) + views
+    start = np.concatenate([START, np.zeros(views)])
+    columns = np.concatenate([found.parts, found.views], axis=1).swapaxes(0, 1).reshape(linear, -1)
+    where = found.log_weight.ravel() > NEVER
+    unit = np.concatenate([1 / np.array(START), [column[where].std() for column in columns[len(START) :]]])
+
+    def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        # Written out as two products of a vector and a matrix, this takes a tenth of the time that the compiled sum
+        # over views takes on a CPU.
+        of_columns, table = weights[:linear], weights[linear:]
+        logits = (of_columns.astype(np.float32) @ columns).reshape(cases, -1) + found.log_weight
+        if repeated:
+            logits[:, :repeated] += np.append(0.0, table[1:])[found.repeats].sum(axis=2)
+        highest = logits.max(axis=1, keepdims=True)
+        exponentials = np.exp(logits - highest)
+        total = exponentials.sum(axis=1, keepdims=True)
+        loss = np.mean(np.log(total) + highest - logits[:, :1])
+        difference = exponentials / total
+        difference[:, 0] -= 1
+        moved, steps = (of_columns - start) * unit, np.diff(table)[STEPS] if repeated else np.zeros(0)
+        penalty = PENALTY * moved @ moved + TABLE_PENALTY * table @ table + STEP_PENALTY * steps @ steps
+        to_columns, to_table = columns @ difference.ravel() + 2 * PENALTY * moved * unit, 2 * TABLE_PENALTY * table
+        if repeated:
+            of_places = np.repeat(difference[:, :repeated].ravel(), FEATURES)
+            to_table += np.bincount(found.repeats.ravel(), of_places, TABLE_SIZE)
+            to_table[STEPS + 1] += 2 * STEP_PENALTY * steps
+            to_table[STEPS] -= 2 * STEP_PENALTY * steps
+            to_table[0] = 0.0  # the place of items that are not of the history
+        return float(loss + penalty / cases), np.concatenate([to_columns, to_table]) / cases
+
+    return objective
 
 
 def _typical(counts: DecayedCounts, times: np.ndarray) -> np.ndarray:
@@ -243,7 +277,9 @@ def _candidates(
         before_batch()
         parts = np.stack([np.asarray(score(batch)) for score in scorers], axis=1)
         decayed = counts.before(batch.time)
-        seen, buckets = (None, np.zeros((len(parts), 0, FEATURES), np.uint8)) if exclude_seen else _seen_items(batch)
+        seen, of_seen = None, np.zeros((len(parts), 0, FEATURES), np.uint8)
+        if not exclude_seen:
+            seen, of_seen = seen_candidates(batch)
         chosen, log_weight = choose(parts, decayed, batch, new, rng, seen)
         real = len(cases) - number * len(batch.target)  # the last batch is filled up
         lost = (batch.exclude == batch.target[:, None]).any(axis=1) | new[batch.target]
@@ -253,13 +289,21 @@ def _candidates(
         scaled = np.take_along_axis(decayed[kept], places, axis=2) * scale[kept, :, None]
         views = np.asarray(trend_views(jnp.asarray(scaled)))
         views = views.reshape(len(kept), VIEWS * len(HALF_LIVES_S), chosen.shape[1])
-        collected.append((np.take_along_axis(parts[kept], places, axis=2), views, log_weight[kept], buckets[kept]))
+        collected.append((np.take_along_axis(parts[kept], places, axis=2), views, log_weight[kept], of_seen[kept]))
     return Candidates(*map(np.concatenate, zip(*collected, strict=True)))
 
 
-def _seen_items(batch: CaseBatch) -> tuple[np.ndarray, np.ndarray]:
-    """The SEEN items of each history that were met last [batch, SEEN], and the places in the table of repeats
-    [batch, 1 + SEEN, FEATURES] of the target and of them."""
+def seen_candidates(batch: CaseBatch) -> tuple[np.ndarray, np.ndarray]:
+    """The items of the history that are candidates.
+
+    Args:
+        batch: Cases, with the times of their histories.
+
+    Returns:
+        The SEEN items [batch, SEEN] int32 of each history with the latest events, the latest first (0 = no more); and
+        the places [batch, 1 + SEEN, FEATURES] uint8 in the table of repeats of the target and of these items, 0 for
+        what is not of the history. The target has its places also where it is not among the SEEN items.
+    """
     items, buckets = seen_buckets(
         batch.history, batch.history_time, batch.time, np.asarray(batch.request_gap) != UNKNOWN_GAP
     )
@@ -286,12 +330,13 @@ def choose(
         batch: The cases.
         new: [items + 1] bool, items that are no candidates.
         rng: Of the random ones.
-        seen: [batch, SEEN] int32 (0 = none), items of the history that are candidates; the others of it are none. None:
-            the history is excluded.
+        seen: [batch, any] int32, the items of the history that are candidates; 0 = none. No other item of the history
+            is one. None: items of the history are excluded, by the batch's `exclude`.
 
     Returns:
-        Items [batch, candidates] int64, the target first, then those seen, and the logarithm of how many items each
-        stands for [batch, candidates] float32: NEVER where it is excluded, or a candidate already.
+        Items [batch, candidates] int64, the target first, then those of `seen`; and the logarithm of the number of
+        items that each stands for [batch, candidates] float32: NEVER where an item is excluded, or is a candidate
+        already.
     """
     size, items = len(batch.target), parts.shape[2] - 1
     taken = np.zeros((size, items + 1), bool)
