@@ -3,8 +3,9 @@
 One thread reads the counters that changed, decays all of them to the present, and has each model make a trend of them,
 which replaces the last one as a whole. No request waits for that.
 
-The store is seeded with the counts of a model's export. Another model may have been exported with events that the store
-never saw: by how much its counts are larger, when it is prepared, is added to the store's from then on, and decays.
+The store is seeded with the counts of the first model's export. A later model may have been exported with events that
+the store never saw: each count is the larger one of the store's and of the model's export, both decayed to now. So all
+servers of a store have the same trend for a model, whenever they loaded it.
 """
 
 import logging
@@ -12,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -28,15 +28,6 @@ logger = logging.getLogger(__name__)
 REFRESH_S = 5.0
 READING = "the store's counts cannot be read, and the trend decays from what was last read"
 REFRESHING = "the trend cannot be refreshed"
-
-
-class _Offset(NamedTuple):
-    """What a model's export has counted beside the store."""
-
-    counts: NDArray[np.float64]
-    """`[items+1, half-lives]`."""
-    time: int
-    """As of when, in seconds."""
 
 
 class TrendRefresher:
@@ -71,7 +62,6 @@ class TrendRefresher:
         self._change = NONE_READ
         # Of the last event that was counted; None: nothing was read yet.
         self._arrival: int | None = None
-        self._offsets: WeakKeyDictionary[Recommender, _Offset] = WeakKeyDictionary()
         # What fails now, and why.
         self._failing: dict[str, str] = {}
         self._refreshed = monotonic()
@@ -143,12 +133,7 @@ class TrendRefresher:
         now = int(self._clock())
         counts = model.engine.exported.at(now)
         if self._arrival is not None:
-            stored = self._counters.of(model, now)
-            offset = self._offsets.get(model)
-            if offset is None:
-                offset = self._offsets[model] = _Offset(np.maximum(counts.T - stored, 0), now)
-            stored += offset.counts * halved(np.array(now - offset.time, np.float64))
-            counts = np.ascontiguousarray(stored.T, np.float32)
+            counts = np.maximum(counts, self._counters.of(model, now).T.astype(np.float32))
         keeping = f"the model {model.info.model_version} keeps its trend of before"
         try:
             model.engine.use_counts(counts, Counted(now, self._arrival))

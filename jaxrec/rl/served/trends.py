@@ -1,10 +1,11 @@
 """The trend that ranked served recommendations, computed again from the events that the server had counted.
 
 A server notes with each recommendation as of which second its counts were (`trend_time`), and which event of the store
-arrived last before they were read (`trend_arrival`). Its counts began with those of the first model that it loaded, up
-to that model's last event; events of the store that happened later are added as they arrive. The first part is counted
-here from the run's own data. So a trend is reproduced if these hold what the first model's data held. Events of users
-that were deleted since are missing here, and stay in the server's counts.
+arrived last before they were read (`trend_arrival`). The counts of its store begin with those of the first model that
+it loaded, up to that model's last event; events of the store that happened later are added as they arrive. The first
+part is counted here from the run's own data. So a trend is reproduced if these hold what the first model's data held.
+Events of users that were deleted since are missing here, and stay in the store's counts. A count is the larger one of
+the store's and of the run's export (`serve/serving/trend.py`).
 """
 
 import functools
@@ -67,9 +68,9 @@ def served_trends(
     while len({_group(moment, span) for moment in moments}) * row > max(most_bytes, 2 * row):
         span = max(2 * span, 1)
     order = sorted(range(len(moments)), key=lambda at: (moments[at].arrival or 0, moments[at].time))
-    exported, begun = DecayedCounts.of(data), DecayedCounts.of(data)
-    without_store = _Counts(exported.until(exported.last_time), exported.last_time)
-    with_store = _Counts(begun.until(counted_until), counted_until, events)
+    counts = DecayedCounts.of(data)
+    stored = _Stored(counts.until(counted_until), counted_until, events)
+    exported = counts.until(counts.last_time)
     places: dict[tuple[int | None, int], int] = {}
     of_moment = np.zeros(len(moments) + 1, np.int32)
     for at in order:
@@ -80,8 +81,15 @@ def served_trends(
     for at in order:
         if of_moment[1 + at] > done:
             done += 1
-            counts = without_store if moments[at].arrival is None else with_store
-            values[done] = _trend(graphdef, weights, counts.at(moments[at]))
+            moment, age = moments[at], max(moments[at].time - counts.last_time, 0)
+            of_export = exported * _halved(np.array([age])).astype(np.float32)
+            if moment.arrival is None:
+                values[done] = _trend(graphdef, weights, of_export)
+                continue
+            # Before the run's last event another model served, whose export is not known.
+            ranked_by_run = moment.time >= counts.last_time
+            of_store = stored.at(moment.time, moment.arrival)
+            values[done] = _trend(graphdef, weights, np.maximum(of_store, of_export) if ranked_by_run else of_store)
     return Trends(values, of_moment), span
 
 
@@ -95,26 +103,25 @@ def _trend(graphdef: nnx.GraphDef[Trend], weights: nnx.State, counts: np.ndarray
     return nnx.merge(graphdef, weights)(counts)
 
 
-class _Counts:
-    """The decayed counts [half-lives, items + 1] while events arrive."""
+class _Stored:
+    """The decayed counts [half-lives, items + 1] of the store while events arrive."""
 
-    def __init__(self, counts: np.ndarray, time: int, events: ArrivedEvents | None = None) -> None:
+    def __init__(self, counts: np.ndarray, time: int, events: ArrivedEvents) -> None:
         """`counts` are as of `time`; `events` that happened later are added as they arrive."""
-        later = np.zeros(0, bool) if events is None else events.times > time
-        none = ArrivedEvents(*np.zeros((3, 0), np.int64))
-        self._events = ArrivedEvents(*(column[later] for column in events or none))
+        later = events.times > time
+        self._events = ArrivedEvents(*(column[later] for column in events))
         self._counts, self._time, self._next = counts.astype(np.float64), time, 0
 
-    def at(self, moment: Moment) -> np.ndarray:
-        """Float32, at a moment whose arrival is not before the last one's.
+    def at(self, time: int, arrival: int) -> np.ndarray:
+        """Float32, as of a time, of the events up to an arrival that is not before the last call's.
 
-        A moment before the last one's time, as one of several servers may have it, gets the counts of the last one's.
-        An event that is dated after the moment counts as of the moment.
+        A time before the last call's, as one of several servers may have it, gets the counts of the last call's time.
+        An event that is dated after the time counts as of the time.
         """
-        seconds = max(moment.time - self._time, 0)
+        seconds = max(time - self._time, 0)
         self._counts *= _halved(np.array([seconds]))
         self._time += seconds
-        stop = int(np.searchsorted(self._events.arrivals, moment.arrival or 0, side="right"))
+        stop = int(np.searchsorted(self._events.arrivals, arrival, side="right"))
         items, times, _ = (column[self._next : stop] for column in self._events)
         self._next = max(self._next, stop)
         weights = _halved(np.maximum(self._time - times, 0))

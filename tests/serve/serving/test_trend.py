@@ -110,27 +110,26 @@ def test_recorded_events_are_in_the_next_trend(
     assert_trend(fresh, counts)
 
 
-def test_what_a_later_model_has_beside_the_store_is_added_and_decays(artifact: Artifact, store: EventStore) -> None:
-    """Of an export with five events of ITEM, of which the store has four and one, and with seven of OTHER, of which it
-    has three: nothing and four are added, and what is recorded afterwards counts beside."""
-    now = NOW
+@pytest.mark.parametrize("loaded_at", [0, 1, 2])
+def test_counts_are_at_least_those_of_the_models_export(loaded_at: int, artifact: Artifact, store: EventStore) -> None:
+    """Whenever the model is loaded: of an export with five events of ITEM, of which the store has four and later one
+    more, and with seven of OTHER, of which it has three and later one more."""
     fresh = Recommender(exported(artifact, {ITEM: 4, OTHER: 3}), "cpu")
     later = Recommender(exported(artifact, {ITEM: 5, OTHER: 7}), "cpu")
     ids = fresh.catalog.item_ids
-    with closing(TrendRefresher(store, 3_600.0, clock=lambda: now)) as refresher:
+    with closing(TrendRefresher(store, 3_600.0, clock=lambda: NOW)) as refresher:
         refresher.prepare(fresh)
-        store.record([event("1", ids[ITEM], COUNTED_UNTIL + HOUR)])
-        refresher.prepare(later)
-        of_item = 4 * worth(COUNTED_UNTIL) + worth(COUNTED_UNTIL + HOUR)
-        assert_trend(later, {ITEM: of_item, OTHER: 7 * worth(COUNTED_UNTIL)})
-        store.record([event("2", ids[OTHER]), event("3", ids[ITEM])])
-        refresher.keep([later, fresh])
-        now += DAY
+        for at, new in enumerate([event("1", ids[ITEM], COUNTED_UNTIL + HOUR), event("2", ids[OTHER])]):
+            if at == loaded_at:
+                refresher.prepare(later)
+            store.record([new])
+        refresher.prepare(later) if loaded_at == 2 else refresher.keep([later])
         refresher.refresh()
-        of_item = 4 * worth(COUNTED_UNTIL, now=now) + worth(COUNTED_UNTIL + HOUR, NOW, now=now)
-        for model, of_export in ((fresh, 3), (later, 7)):
-            of_other = of_export * worth(COUNTED_UNTIL, now=now) + worth(NOW, now=now)
-            assert_trend(model, {ITEM: of_item, OTHER: of_other})
+        of_item = 4 * worth(COUNTED_UNTIL) + worth(COUNTED_UNTIL + HOUR)
+        of_other = np.maximum(3 * worth(COUNTED_UNTIL) + worth(NOW), 7 * worth(COUNTED_UNTIL))
+        assert (of_other > 7 * worth(COUNTED_UNTIL)).any()
+        assert (of_other == 7 * worth(COUNTED_UNTIL)).any()
+        assert_trend(later, {ITEM: np.maximum(of_item, 5 * worth(COUNTED_UNTIL)), OTHER: of_other})
 
 
 def test_items_that_a_model_does_not_know_are_kept_for_the_next(
