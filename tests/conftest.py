@@ -20,6 +20,7 @@ from jaxrec.files import sha256
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid, MixWeights, PolicyHead
 from jaxrec.models.neighbours import neighbours
+from jaxrec.models.repeat import TABLE_SIZE, Repeat
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.models.trend import Trend
 from jaxrec.onnx.model_directory import export_model
@@ -92,6 +93,14 @@ def random_hybrid() -> Callable[[PreparedData, int, bool], Hybrid]:
 def small_hybrid(small_data: PreparedData) -> Hybrid:
     """A random model of `small_data` with a policy head."""
     return _random_hybrid(small_data, seed=1, with_policy=True)
+
+
+@pytest.fixture(scope="session")
+def repeating_hybrid(small_hybrid: Hybrid) -> Hybrid:
+    """`small_hybrid` without its policy, with a random table for items of the history, which it may recommend again."""
+    table = np.append(0, np.random.default_rng(2).normal(size=TABLE_SIZE - 1))
+    models = small_hybrid.lstm, small_hybrid.content, small_hybrid.cooccurrence
+    return Hybrid(*models, small_hybrid.mix_weights(), small_hybrid.trend, repeat=Repeat(table))
 
 
 @pytest.fixture(scope="session")

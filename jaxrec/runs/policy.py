@@ -68,8 +68,15 @@ class PolicyInUse(NamedTuple):
 
 
 def load_run(folder: Path) -> LoadedRun:
-    """Reads a run to train a policy on. Raises DataError where the run, its data or its models cannot be read, and for
-    one whose items may come again: the states of a policy do not know how often and when they were met."""
+    """Reads a run to train a policy on.
+
+    Args:
+        folder: The run's.
+
+    Raises:
+        DataError: The run, its data or its models cannot be read, or the run may recommend items of the history again:
+            the states of a policy do not hold how many events an item of the history has, and when.
+    """
     run = open_run(folder)
     data = run.read_data()
     supervised = load_supervised(run, data)

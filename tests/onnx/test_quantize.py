@@ -9,6 +9,7 @@ import pytest
 
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import ExportError
+from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import Ranked, rank_cases
 from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
@@ -16,6 +17,9 @@ from jaxrec.onnx import quantize
 from jaxrec.onnx.model_directory import export_model
 from jaxrec.onnx.parity import make_probe
 from jaxrec.onnx.quantize import check_quality, compare_ranked, graph_scorer, quantize_lstms
+from serve.model.directory import read_artifact
+from serve.model.events import Event
+from serve.model.recommender import Query, Recommender
 
 
 def test_scorer_of_the_graph_ranks_as_jax_does(
@@ -85,6 +89,32 @@ def test_a_quantized_graph_that_ranks_better_is_kept(
     assert figures["ndcg_10_float32"] < figures["ndcg_10_int8"]
     with pytest.raises(ExportError, match="expected to fall by at most"):
         check_quality(better, worse, small_data, 50)
+
+
+def test_a_quantized_model_that_may_repeat_is_compared_on_all_items(
+    small_data: PreparedData, repeating_hybrid: Hybrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures of the export are those of JAX, with the scores of the items of the history; the server answers."""
+    monkeypatch.setattr(quantize, "LEAST_OVERLAP", 0.0)
+    monkeypatch.setattr(quantize, "MOST_NDCG_LOSS", 1.0)
+    out, cases = tmp_path / "model", small_data.split.validation
+    manifest = export_model(repeating_hybrid, small_data, out, training={}, metrics={}, licence="", int8=True)
+    figures = manifest["parity"]["int8"]
+    ranked = rank_cases(hybrid_scorer(repeating_hybrid), small_data, cases, 50, True, exclude_seen=False)
+    assert figures["ndcg_10_float32"] == pytest.approx(ndcg(ranked.ranks, 10).mean())
+    assert figures["top_10_overlap"] > 0.9
+    recommender, histories = Recommender(read_artifact(out), "cpu"), small_data.histories
+    queries = []
+    for user, row in zip(cases.users, cases.rows, strict=True):
+        rows = slice(histories.offsets[user], row)
+        columns = histories.items[rows], histories.ratings[rows], histories.times[rows]
+        events = zip(*(column.tolist() for column in columns), strict=True)
+        known = [Event(recommender.catalog.item_ids[item], rating, at) for item, rating, at in events]
+        queries.append(Query(known, 10, request_time=int(histories.times[row])))
+    recommender.engine.use_counts(np.zeros_like(read_artifact(out).trend.counts))
+    served = [answer.items for answer in recommender.recommend(queries)]
+    kept = [len(np.intersect1d(*pair)) / 10 for pair in zip(served, ranked.top, strict=True)]
+    assert np.mean(kept) > 0.8  # int8 depends on what is run together
 
 
 def test_without_a_validation_case_nothing_is_said_to_be_kept(small_data: PreparedData) -> None:

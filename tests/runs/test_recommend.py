@@ -11,6 +11,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.errors import DataError
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.onnx.model_directory import export_model
 from jaxrec.runs.directory import Run, open_run
 from serve.model.directory import read_artifact
 from serve.model.events import Event
@@ -61,6 +62,32 @@ def test_recommended_lists_are_the_served_ones(run: Run, histories: pd.DataFrame
         assert of_user["rank"].tolist() == [1, 2, 3, 4, 5, 6, 7]
         assert of_user["item_id"].tolist() == data.catalog.ids.decode(answer.items).tolist()
         assert of_user["title"].tolist() == [data.catalog.titles[item - 1] for item in answer.items]
+        np.testing.assert_allclose(of_user["score"], answer.scores, rtol=1e-4, atol=1e-4)
+
+
+def test_items_of_the_history_are_recommended_again_as_they_are_served(
+    repeating_hybrid: Hybrid,
+    small_data: PreparedData,
+    histories: pd.DataFrame,
+    new_run: Callable[[Path, Hybrid], Path],
+    tmp_path: Path,
+) -> None:
+    """Of users with 1 to 60 events: all of a history's items, some of them with several events, and an unknown one."""
+    run = open_run(new_run(tmp_path, repeating_hybrid))
+    run.__dict__["supervised"] = small_data, repeating_hybrid
+    export_model(repeating_hybrid, small_data, tmp_path / "model", training={}, metrics={}, licence="Synthetic.")
+    again = histories[histories[USER] == 2].assign(**{TIME: lambda of_user: of_user[TIME] + 10**6})
+    alone = histories[histories[USER] == 1].iloc[:1].assign(**{USER: 98})
+    histories = pd.concat([histories, again, alone], ignore_index=True).sort_values([USER, TIME], kind="stable")
+    queries = [
+        Query([Event(str(row.item_id), float(row.rating), int(row.timestamp)) for row in of_user.itertuples()], k=60)
+        for _, of_user in histories.groupby(USER, sort=False)
+    ]
+    answers = Recommender(read_artifact(tmp_path / "model"), "cpu").recommend(queries)
+    found = run.recommend(histories, k=60)
+    for (_, of_user), answer in zip(found.groupby(USER, sort=False), answers, strict=True):
+        assert of_user["item_id"].tolist() == small_data.catalog.ids.decode(answer.items).tolist()
+        assert len(of_user) == 60
         np.testing.assert_allclose(of_user["score"], answer.scores, rtol=1e-4, atol=1e-4)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ from serve.model.exploration import Exploration
 from serve.model.recommender import Query, Recommender
 from serve.observability.metrics import Metrics
 from serve.serving.loaded import LoadedModel
+from serve.serving.trend import TrendRefresher
 from serve.stores.base import Impression, UserEvent
 from serve.stores.sqlite import SQLiteStore
 from tests.serve.stores.impressions import log_now
@@ -90,14 +91,22 @@ def in_use(head: dict) -> TrainedPolicy:
 
 
 def serve_and_log(
-    model_directory: Path, data: PreparedData, store: SQLiteStore, takes: Callable[[int, np.random.Generator], bool]
+    model_directory: Path,
+    data: PreparedData,
+    store: SQLiteStore,
+    takes: Callable[[int, np.random.Generator], bool],
+    users: int = USERS,
+    trend_times: Mapping[int, int] = {},
 ) -> None:
-    """USERS users of the server's own code ask ROUNDS times and take of each slate what they like."""
+    """`users` users of the server's own code ask ROUNDS times and respond to what they like of each slate. From the
+    users in `trend_times` on, the trend is that of the export's counts as of that time in seconds, and is noted."""
     model = LoadedModel(Recommender(read_artifact(model_directory)), store, Metrics(), Exploration(TEMPERATURE, seed=4))
     rng, raw_ids = np.random.default_rng(3), data.catalog.ids.raw_ids.astype(str)
     number = 0
-    for user in range(USERS):
+    for user in range(users):
         name, time = f"visitor {user}", START + 1000 * user
+        if user in trend_times:
+            TrendRefresher(None, clock=lambda at=trend_times[user]: at).prepare(model.model)
         for item in rng.choice(raw_ids, rng.integers(2, 9), replace=False):
             number, time = number + 1, time + int(rng.integers(1, 50))
             store.record([UserEvent(f"e{number}", name, Event(str(item), float(rng.integers(1, 6)), time))])
@@ -107,6 +116,8 @@ def serve_and_log(
             items = tuple(str(model.model.catalog.item_ids[item]) for item in answer.items.tolist())
             drawn = answer.log_propensities, answer.policy, "v1", time, TEMPERATURE
             shown = Impression(f"r{number}", name, items, *drawn)
+            if trend_times:
+                shown = shown._replace(trend_time=answer.counted.time, trend_arrival=answer.counted.arrival)
             log_now(store, shown)
             for item in items:
                 if takes(int(item), rng):
@@ -224,6 +235,23 @@ def test_a_log_of_another_policy_is_recognized(
         run_served(loaded, liked, CONFIG)
     assert "0, served by the policy in use, for evaluation" in str(refused.value)
     assert sha256(run / POLICY_FOLDER / "policy.json") == digest
+
+
+def test_recommendations_are_reproduced_with_the_trends_that_ranked_them(
+    loaded: LoadedRun, small_data: PreparedData, model_directory: Path, tmp_path: Path
+) -> None:
+    """The trend of half of the users is that of the last second of the log, and of the others that of a day later."""
+    end = int(np.asarray(small_data.histories.times).max())
+    with SQLiteStore(tmp_path / "events.sqlite") as store:
+        serve_and_log(
+            *(model_directory, small_data, store, lambda item, rng: rng.random() < 0.2),
+            users=40,
+            trend_times={0: end, 20: end + 86_400},
+        )
+    log = read_served_log(tmp_path / "events.sqlite", small_data.catalog, 0)
+    assert set(log.moments) == {(end, None), (end + 86_400, None)}
+    found = run_served(loaded, tmp_path / "events.sqlite", dataclasses.replace(CONFIG, updates=2))
+    assert f"{ROUNDS * 40} by v1 (the policy in use)" in found.summary
 
 
 def test_a_log_without_responses_says_so(loaded: LoadedRun, liked: Path, tmp_path: Path) -> None:

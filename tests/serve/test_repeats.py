@@ -31,7 +31,8 @@ from serve.model.repeat import Repeat as ServedRepeat
 from serve.model.repeat import item_stats, updated_stats
 from serve.pb import open_inference_pb2 as pb
 from serve.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
-from serve.serving.states import StateCache, UserState
+from serve.serving.states import StateCache
+from serve.serving.user_state import UserState
 from serve.settings import SearchBy
 from serve.stores import open_store
 from serve.stores.base import MOST_EVENTS, EventStore, UserEvent
@@ -222,11 +223,20 @@ def test_events_that_the_store_does_not_give_any_more_do_not_count(
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("item", 0), ("item", 99), ("item", 2), ("count", 0), ("count", 3), ("place", 3), ("place", -1), ("first", 2**40)],
+    ("field", "values"),
+    [
+        ("item", [0, 2]),
+        ("item", [1, 99]),
+        ("item", [2, 2]),
+        ("count", [0, 3]),
+        ("count", [3, 1]),
+        ("place", [3, 1]),
+        ("place", [-1, 1]),
+        ("first", [2**40, 2**40]),
+    ],
 )
 def test_a_spilled_state_with_rows_of_no_history_is_not_used(
-    model: Recommender, store: EventStore, field: str, value: int
+    model: Recommender, store: EventStore, field: str, values: list[int]
 ) -> None:
     """Items are 1 to 40, each once and in order; the history has three events, on items 1 and 2."""
     ids = model.catalog.item_ids
@@ -242,7 +252,7 @@ def test_a_spilled_state_with_rows_of_no_history_is_not_used(
     assert read is not None
     stats = read.stats.copy()
     assert stats.tolist() == [(1, 2, 2, 10**9, 10**9 + 2 * DAY), (2, 1, 1, 10**9 + DAY, 10**9 + DAY)]
-    stats[field][0] = value
+    stats[field] = values
     damaged = spilled.state[: -len(stats.tobytes())] + stats.tobytes()
     assert UserState.from_bytes(0, damaged, *asked) is None
     store.save_states([spilled._replace(state=damaged)])
