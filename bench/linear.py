@@ -1,10 +1,9 @@
 """EASE, the linear item-item model in closed form (Steck 2019, "Embarrassingly Shallow Autoencoders for Sparse Data",
 equation 8), with a history that is weighted by recency: what a sequence model is compared with."""
 
-import itertools
-
 import numpy as np
 import scipy.linalg
+import scipy.sparse
 
 from jaxrec.data.batches import CaseBatch
 from jaxrec.data.prepared import PreparedData
@@ -12,7 +11,7 @@ from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import Scorer
 
-PENALTIES = (10.0, 100.0, 500.0)
+FIRST_PENALTY, STEP = 100.0, 3.0
 DECAYS = (0.5, 0.75, 0.9, 0.97, 1.0)
 MAX_CASES = 5_000  # of validation, by which both are chosen
 
@@ -44,33 +43,40 @@ def ease_scorer(weights: np.ndarray, decay: float) -> Scorer:
     def score(batch: CaseBatch) -> np.ndarray:
         item, length = np.asarray(batch.events.item), np.asarray(batch.events.length)
         later = length[:, None] - 1 - np.arange(item.shape[1])
-        history = np.zeros((len(item), len(weights)), np.float32)
-        events = np.where(later >= 0, decay ** np.maximum(later, 0), 0.0)
-        np.add.at(history, (np.arange(len(item))[:, None], item), events.astype(np.float32))
-        return history @ weights
+        rows, places = np.nonzero(later >= 0)
+        values = (decay ** later[rows, places]).astype(np.float32)
+        history = scipy.sparse.csr_array((values, (rows, item[rows, places])), shape=(len(item), len(weights)))
+        return np.asarray(history @ weights)
 
     return score
 
 
 def best_ease(data: PreparedData, max_length: int) -> tuple[Scorer, float, float]:
-    """The scorer, the penalty and the decay with the best NDCG@10 on validation."""
+    """The scorer, the penalty and the decay with the best NDCG@10 on validation.
+
+    From FIRST_PENALTY on the penalty is multiplied with STEP, and divided by it, as long as that helps.
+    """
     cases = data.split.validation.at_most(MAX_CASES)
-    best, chosen = -1.0, None
-    for penalty in PENALTIES:
+
+    def best_decay(penalty: float) -> tuple[float, float]:
         weights = ease(data, penalty)
-        for decay in DECAYS:
-            scorer = ease_scorer(weights, decay)
-            found = float(ndcg(rank_cases(scorer, data, cases, max_length, False).ranks, 10).mean())
-            if found > best:
-                best, chosen = found, (scorer, penalty, decay)
-    assert chosen is not None
-    return chosen
+        scorers = {decay: ease_scorer(weights, decay) for decay in DECAYS}
+        return max(
+            (float(ndcg(rank_cases(scorer, data, cases, max_length, False).ranks, 10).mean()), decay)
+            for decay, scorer in scorers.items()
+        )
+
+    chosen, best = FIRST_PENALTY, best_decay(FIRST_PENALTY)
+    for factor in (STEP, 1 / STEP):
+        while (found := best_decay(chosen * factor)) > best:
+            chosen, best = chosen * factor, found
+    return ease_scorer(ease(data, chosen), best[1]), chosen, best[1]
 
 
 def _gram(users: np.ndarray, items: np.ndarray, count: int) -> np.ndarray:
-    """[count, count] float32: how many users have both items; `users` are in order, `items` from 0 on."""
-    gram = np.zeros((count, count), np.float32)
-    for _, rows in itertools.groupby(range(len(users)), key=users.__getitem__):
-        own = np.unique(items[list(rows)])
-        gram[np.ix_(own, own)] += 1
-    return gram
+    """[count, count] float32: how many users have both items; `items` from 0 on."""
+    ones = np.ones(len(items), np.float32)
+    known = scipy.sparse.csr_array((ones, (users, items)), shape=(int(users.max(initial=0)) + 1, count))
+    known.sum_duplicates()
+    known.data[:] = 1
+    return (known.T @ known).toarray()

@@ -29,9 +29,9 @@ import pandas as pd
 
 import jaxrec
 from bench.linear import best_ease
-from bench.publish import Page, begin, less, publish_option, write_arrays
+from bench.publish import Page, begin, less, publish_option, read_figures, write_arrays, write_figures
 from bench.quality import begun
-from jaxrec.config import PrepareConfig, TrainConfig
+from jaxrec.config import PrepareConfig, SeenItems, TrainConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, TIME, TITLE, USER
@@ -40,13 +40,14 @@ from jaxrec.evaluation.bootstrap import bootstrap, resample
 from jaxrec.evaluation.metrics import hit_rate, ndcg
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import hybrid_scorer, sequence_scorer
-from jaxrec.files import new_file
+from jaxrec.files import new_file, sha256
 from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.training.host_memory import keep_freed_memory
 
 LOGS, SEEDS = ("beauty",), 3  # of the page
 ONE_TIME = 1_262_304_000
 TOP, MISSED = 50, 1_000_000  # what a peer recommends, and the rank of a target that is not in it
+EASE, SASREC = "EASE, history weighted by recency", "SASRec, softmax, width 256 (RecTools)"
 MODELS = ("hybrid", "content model alone", "LSTM alone")
 
 
@@ -71,8 +72,8 @@ PUBLISHED = {
         Published("FuXi-alpha", ESASREC, 0.0809, 0.0451),
         Published("TIGER", "TIGER, NeurIPS 2023", 0.0648, 0.0384),
         Published("ActionPiece", "ActionPiece, ICML 2025", 0.0775, 0.0424),
-        Published("LRURec", "re-run", 0.0956, 0.0572),
-        Published("Mamba4Rec", "re-run", 0.0914, 0.0551),
+        Published("LRURec", "a user's run of its code", 0.0956, 0.0572),
+        Published("Mamba4Rec", "a user's run of its code", 0.0914, 0.0551),
         Published("ICSRec", "ICSRec, WSDM 2024", 0.0959, 0.0578),
         Published("BSARec", "BSARec, AAAI 2024, a user's run", 0.1008, 0.0611),
         Published("WEARec, mean of its grid", "WEARec, AAAI 2026", 0.0992, 0.0591),
@@ -131,19 +132,28 @@ def main(work: Path, seeds: int, peers: Path | None, publish: bool, logs: tuple[
     body = [" ".join((__doc__ or "").split("\n\n")[3].split()) + "\n", f"Seeds 0 to {seeds - 1}."]
     results = []
     for name, folder in folders.items():
-        data = prepared(folder, work / name / "data")
+        data = prepared(folder, work / name)
         ours = [measure(work / name, seed) for seed in range(seeds)]
-        others = {"EASE, history weighted by recency": measure_ease(work / name)}
+        others = {EASE: measure_ease(work / name)}
         if peers:
-            others["SASRec, softmax, width 256 (RecTools)"] = measure_sasrec(work / name, peers)
+            others[SASREC] = measure_sasrec(work / name, peers)
         files = [*ours, *others.values()]
-        results += [*files, *map(begun, files)]
+        results += [work / name / "source.json", *files, *map(begun, files)]
         body += table(name, data, ours, others)
     page.write(body, results)
 
 
-def prepared(folder: Path, out: Path) -> PreparedData:
-    """The file in FOLDER as data with one time for all events."""
+def prepared(folder: Path, work: Path) -> PreparedData:
+    """The file in FOLDER as data with one time for all events, in WORK/data; WORK/source.json says of which file.
+
+    Raises click.ClickException where the data are of another file.
+    """
+    source, out, digest = work / "source.json", work / "data", sha256(folder / "sequences.txt")
+    if not source.is_file():
+        begin(source, out)
+        write_figures(source, digest)
+    if read_figures(source) != digest:
+        raise click.ClickException(f"{out} was made of another file than {folder / 'sequences.txt'}; delete {work}")
     if not out.is_dir():
         log, movies = read_sequences(folder)
         prepare(log, movies, PrepareConfig(5, 5), out=out)
@@ -169,13 +179,13 @@ def measure(work: Path, seed: int) -> Path:
     if done.is_file():
         return done
     begin(begun(done), out)
-    data = read_prepared(work / "data")
-    jaxrec.train(work / "data", out, train_config=TrainConfig(seed=seed), resume=(out / "run.json").is_file())
+    data, config = read_prepared(work / "data"), TrainConfig(seed=seed, seen=SeenItems.EXCLUDE)
+    jaxrec.train(work / "data", out, train_config=config, resume=(out / "run.json").is_file())
     hybrid = load_supervised(open_run(out), data)
     scorers = hybrid_scorer(hybrid), sequence_scorer(hybrid.content), sequence_scorer(hybrid.lstm)
     length = hybrid.lstm.config.max_length
     ranks = {
-        name: rank_cases(scorer, data, data.split.test, length, False, hybrid.repeat is None).ranks
+        name: rank_cases(scorer, data, data.split.test, length, False).ranks
         for name, scorer in zip(MODELS, scorers, strict=True)
     }
     write_arrays(done, ranks)
@@ -234,7 +244,8 @@ def table(name: str, data: PreparedData, ours: list[Path], others: dict[str, Pat
     cases, resamples = data.split.test, resample(data.split.test.users)
     lines = [
         f"\n## {name}\n",
-        f"{len(cases)} cases, {len(data.catalog)} items, data of SHA-256 {data.digest[:8]}.\n",
+        f"{len(cases)} cases, {len(data.catalog)} items, data of SHA-256 {data.digest[:8]}."
+        f"{'' if name in PUBLISHED else ' No published results are known to this page.'}\n",
         "| | source | HR@10 | NDCG@10 |",
         "|---|---|---|---|",
     ]
@@ -247,7 +258,7 @@ def table(name: str, data: PreparedData, ours: list[Path], others: dict[str, Pat
     lines += [_row(f"jaxrec, {model}", [seed[model] for seed in seeds], resamples) for model in MODELS]
     own = {model: ", ".join(f"{ndcg(seed[model], 10).mean():.4f}" for seed in seeds) for model in MODELS}
     lines.append("\nNDCG@10 of the seeds: " + "; ".join(f"{model} {figures}" for model, figures in own.items()) + ".")
-    ease = np.load(others[next(iter(others))])
+    ease = np.load(others[EASE])
     lines.append(f"EASE: penalty {float(ease['penalty']):g}, decay {float(ease['decay']):g}.")
     return lines
 
