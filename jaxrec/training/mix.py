@@ -80,7 +80,7 @@ class Candidates(NamedTuple):
     The target is the first one. Where items of the history are allowed, the next SEEN are of the history.
 
     Attributes:
-        parts: [cases, 3, candidates] float32, the logits of both models and the scores of co-occurrence.
+        parts: [cases, parts, candidates] float32, in the mix the logits of both models and the scores of co-occurrence.
         views: [cases, VIEWS * half-lives, candidates] float32, of the trend.
         log_weight: [cases, candidates] float32, the logarithm of the number of items that a candidate stands for; NEVER
             where it stands for none.
@@ -134,9 +134,10 @@ def learn_mix(
     """
     cases = data.split.validation.at_most(MAX_MIX_CASES)
     counts = DecayedCounts.of(data)
-    typical = _typical(counts, data.histories.times[cases.rows])
+    typical = typical_events(counts, data.histories.times[cases.rows])
     scorers = sequence_scorer(lstm), sequence_scorer(content), cooccurrence_scorer(cooccurrence)
-    found = _candidates(scorers, data, cases, lstm.config.max_length, counts, typical, exclude_seen, before_batch)
+    asked = data, cases, lstm.config.max_length
+    found = collect_candidates(scorers, *asked, counts, typical, exclude_seen, before_batch)
     if not np.isfinite(found.parts).all():
         raise TrainingError(
             "a score of a model or of co-occurrence is not finite; both models are trained and saved, no mix is written"
@@ -144,14 +145,13 @@ def learn_mix(
     # Processes may differ in their numbers of iterations, so that they could not ask each other in between.
     alone = before_batch if jax.process_count() == 1 else lambda: None
     mix, plain = (
-        _mix(fit_weights(one, alone), one.views.shape[1], typical, exclude_seen)
+        _mix(fit_weights(one, after_iteration=alone), one.views.shape[1], typical, exclude_seen)
         for one in (found, found._replace(views=found.views[:, :0]))
     )
     if not len(found.parts):  # every target is excluded
         return mix
-    ranked = (data, cases, lstm.config.max_length, True, exclude_seen, before_batch)
     best, without = (
-        float(ndcg(rank_cases(scorer, *ranked).ranks, 10).mean())
+        float(ndcg(rank_cases(scorer, *asked, True, exclude_seen, before_batch).ranks, 10).mean())
         for scorer in (
             hybrid_scorer(mix.hybrid(lstm, content, cooccurrence), counts),
             hybrid_scorer(plain.hybrid(lstm, content, cooccurrence)),
@@ -173,15 +173,18 @@ def _mix(weights: np.ndarray, views: int, typical: np.ndarray, exclude_seen: boo
     return Mix(of_lstm, of_content, of_neighbours, trend.reshape(VIEWS, -1).tolist(), typical.tolist(), repeat)
 
 
-def fit_weights(found: Candidates, after_iteration: Callable[[], None] = lambda: None) -> np.ndarray:
+def fit_weights(
+    found: Candidates, start: Sequence[float] = START, after_iteration: Callable[[], None] = lambda: None
+) -> np.ndarray:
     """Finds the weights with the least mean cross-entropy of the targets, plus penalties.
 
     Args:
         found: The candidates of any number of cases.
+        start: Of the parts: where the search begins, and towards which they are shrunk.
         after_iteration: What it raises ends the call.
 
     Returns:
-        Weights [3 + views] float32 of parts and views, where items of the history are allowed followed by the table of
+        Weights [parts + views] float32, where items of the history are allowed followed by the table of
         repeats [TABLE_SIZE].
 
     Raises:
@@ -189,13 +192,13 @@ def fit_weights(found: Candidates, after_iteration: Callable[[], None] = lambda:
     """
     views, repeated = found.views.shape[1], found.repeats.shape[1]
     others = views + (TABLE_SIZE if repeated else 0)
-    start = np.concatenate([START, np.zeros(others)])
+    first = np.concatenate([start, np.zeros(others)])
     if not len(found.parts):
-        return start.astype(np.float32)  # every target is excluded: there is nothing to learn from
-    bounds = [(0, None)] * len(START) + [(None, None)] * others
+        return first.astype(np.float32)  # every target is excluded: there is nothing to learn from
+    bounds = [(0, None)] * len(start) + [(None, None)] * others
     result = scipy.optimize.minimize(
-        penalized_loss(found),
-        start,
+        penalized_loss(found, start),
+        first,
         jac=True,
         method="L-BFGS-B",
         bounds=bounds,
@@ -208,22 +211,25 @@ def fit_weights(found: Candidates, after_iteration: Callable[[], None] = lambda:
     return weights
 
 
-def penalized_loss(found: Candidates) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+def penalized_loss(
+    found: Candidates, start: Sequence[float] = START
+) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
     """What `fit_weights` minimizes.
 
     Args:
         found: The candidates of at least one case.
+        start: As in `fit_weights`.
 
     Returns:
-        A function of the weights and the table [3 + views, or 3 + views + TABLE_SIZE] float64, which returns the mean
-        cross-entropy of the targets plus the penalties, and the gradient of that.
+        A function of the weights and the table [parts + views, or parts + views + TABLE_SIZE] float64, which returns
+        the mean cross-entropy of the targets plus the penalties, and the gradient of that.
     """
     (cases, views, _), repeated = found.views.shape, found.repeats.shape[1]
-    linear = len(START) + views
-    start = np.concatenate([START, np.zeros(views)])
+    linear = len(start) + views
+    centre = np.concatenate([start, np.zeros(views)])
     columns = np.concatenate([found.parts, found.views], axis=1).swapaxes(0, 1).reshape(linear, -1)
     where = found.log_weight.ravel() > NEVER
-    unit = np.concatenate([1 / np.array(START), [column[where].std() for column in columns[len(START) :]]])
+    unit = np.concatenate([1 / np.array(start), [column[where].std() for column in columns[len(start) :]]])
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         # Written out as two products of a vector and a matrix, this takes a tenth of the time that the compiled sum
@@ -238,7 +244,7 @@ def penalized_loss(found: Candidates) -> Callable[[np.ndarray], tuple[float, np.
         loss = np.mean(np.log(total) + highest - logits[:, :1])
         difference = exponentials / total
         difference[:, 0] -= 1
-        moved, steps = (of_columns - start) * unit, np.diff(table)[STEPS] if repeated else np.zeros(0)
+        moved, steps = (of_columns - centre) * unit, np.diff(table)[STEPS] if repeated else np.zeros(0)
         penalty = PENALTY * moved @ moved + TABLE_PENALTY * table @ table + STEP_PENALTY * steps @ steps
         to_columns, to_table = columns @ difference.ravel() + 2 * PENALTY * moved * unit, 2 * TABLE_PENALTY * table
         if repeated:
@@ -252,23 +258,34 @@ def penalized_loss(found: Candidates) -> Callable[[np.ndarray], tuple[float, np.
     return objective
 
 
-def _typical(counts: DecayedCounts, times: np.ndarray) -> np.ndarray:
-    """[half-lives] float32: the mean over the times of all items' decayed counts."""
+def typical_events(counts: DecayedCounts, times: np.ndarray) -> np.ndarray:
+    """[half-lives] float32: the mean over the times [n] int64 (seconds) of the sum of all items' decayed counts."""
     totals = [counts.before(np.array([time])).sum(axis=2)[0] for time in np.sort(times)]
     return np.stack(totals).mean(axis=0, dtype=np.float64).astype(np.float32)
 
 
-def _candidates(
+def collect_candidates(
     scorers: Sequence[Scorer],
     data: PreparedData,
     cases: Cases,
     max_length: int,
     counts: DecayedCounts,
     typical: np.ndarray,
-    exclude_seen: bool,
-    before_batch: Callable[[], None],
+    exclude_seen: bool = True,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Candidates:
-    """Of the cases whose target has training events and is not excluded."""
+    """The candidates of the cases whose target has training events and is not excluded.
+
+    Args:
+        scorers: One for each part of the mix.
+        data: That the cases are of.
+        cases: Any number; every second one is asked with its request time.
+        max_length: Of the history that the scorers are given, in events.
+        counts: Of the events before each case.
+        typical: [half-lives] float32, of `jaxrec.models.trend.Trend`.
+        exclude_seen: Whether items of the history are no candidates.
+        before_batch: Called before each batch of cases; what it raises ends the call.
+    """
     rng, new = np.random.default_rng(0), data.train_popularity() == 0
     collected = []
     ordered, _ = in_time(data, cases)
