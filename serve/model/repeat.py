@@ -118,8 +118,9 @@ def updated_stats(stats: ItemStats, length: int, events: Sequence[KnownEvent]) -
     """
     new = item_stats(events)
     new["place"] += length
-    places = np.searchsorted(stats["item"], new["item"])
-    known = np.isin(new["item"], stats["item"])
+    items = np.append(stats["item"], np.int32(0))  # the 0 is at the place of items above all others
+    places = np.searchsorted(items[:-1], new["item"])
+    known = items[places] == new["item"]
     updated, at = stats.copy(), places[known]
     updated["count"][at] += new["count"][known]
     updated["place"][at], updated["last"][at] = new["place"][known], new["last"][known]
