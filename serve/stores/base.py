@@ -8,11 +8,11 @@ with open_store("events.sqlite") as store:          # or postgresql://..., redis
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple, Self
 
 from serve.model.events import Event
-from serve.stores.counters import NONE_READ, Counter, ItemCounts, add_events
+from serve.stores.counters import NONE_READ, Counter, ItemCounts
 
 MOST_EVENTS = 10_000
 """Of a user's history so many are read, the newest by time. All that is recorded stays in the store, as a log to learn
@@ -103,8 +103,11 @@ class EventStore(ABC):
 
     @abstractmethod
     def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
-        """Stores the events whose id is new, all or none, and adds them to the counters of their items, but those that
-        happened until `counted_until`.
+        """Stores the events whose id is new, all or none.
+
+        In a seeded store those that happened after `counted_until` are added to the counters of their items. An item
+        whose counter cannot be decoded keeps it as it is; the item is logged once as an error, and its events are
+        stored.
 
         Args:
             events: Of any users; of equal ids in one call the first counts.
@@ -218,8 +221,8 @@ class EventStore(ABC):
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:
         """The counters of items that changed since a read. Some that did not change may be among them.
 
-        Costs little when none did. Only of a store that is seeded are these the counts of all events; what the seed
-        changes need not be found by a read before.
+        Costs little when none did. Until the store is seeded, the counters are incomplete or missing: the first read is
+        to follow the seed.
 
         Args:
             since: `ItemCounts.change` of that read; NONE_READ: all counters.
@@ -233,15 +236,14 @@ class EventStore(ABC):
 
     @abstractmethod
     def counted_until(self) -> int | None:
-        """Until when events are in the seed: those of this second (since 1970-01-01T00:00Z) and of earlier ones are not
-        counted when they are recorded. None: the store is not seeded."""
+        """Until when the seeding model's counts have all events, in seconds since 1970-01-01T00:00Z: the store counts
+        later events only. None: the store is not seeded."""
 
     def seed_counts(self, exported: ItemCounts, until: int) -> None:
-        """Adds a model's counts to the counters, once in the life of a store, however many servers try.
+        """Begins the counters with a model's counts, once in the life of a store, however many servers try.
 
-        When a store is created, or brought up to date from a version without counters, it notes up to which arrival its
-        events are not counted. Those of them that happened after `until` are added here. Once the store is seeded,
-        events until `until` are not counted: they are in the model's counts. Before that, every event counts.
+        Before that no event is counted. This adds the stored events that happened after `until`; from then on events
+        that happened after `until` are counted when they are recorded. Earlier ones are in the model's counts.
 
         Args:
             exported: The model's counts, as of `until`; references ahead of the clock count as now.
@@ -257,27 +259,15 @@ class EventStore(ABC):
             item_id: Counter(min(reference, now), counts)
             for item_id, (reference, counts) in exported.counters().items()
         }
-        for events in self._uncounted(min(until, now)):
-            add_events(counters, events, now)
         self._seed(counters, min(until, now))
 
     @abstractmethod
-    def _uncounted(self, after: int) -> Iterator[Sequence[tuple[str, int]]]:
-        """The events that were stored before the store began to count, and happened after a time, in parts.
+    def _seed(self, counters: dict[str, Counter], until: int) -> None:
+        """Unless the store is seeded: adds a model's counters and the stored events after `until` to the counters, and
+        notes `counted_until`, so that no event is lost or counted twice.
 
         Args:
-            after: Seconds; an event of this second is left out.
-
-        Returns:
-            Item ids and times in seconds.
-        """
-
-    @abstractmethod
-    def _seed(self, counters: Mapping[str, Counter], until: int) -> None:
-        """Adds to the counters and notes `counted_until`, all or nothing, unless the store is seeded.
-
-        Args:
-            counters: By item id.
+            counters: By item id; may be changed.
             until: What `counted_until` returns from then on, in seconds.
         """
 
