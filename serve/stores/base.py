@@ -59,11 +59,11 @@ class Impression(NamedTuple):
     excluded_item_ids: tuple[str, ...] = ()
     """What the request itself excluded, beside the user's history, as far as the model knows it."""
     trend_time: int | None = None
-    """As of which second, since 1970-01-01T00:00Z, the counts were decayed whose trend ranked it; None: no trend ranked
-    it, or the server did not note this yet."""
+    """The second, since 1970-01-01T00:00Z, to which the counts of the trend that ranked it were decayed. None: it was
+    ranked without a trend, or by a server that did not note this yet."""
     trend_arrival: int | None = None
-    """The arrival, as `EventStore.all_events` numbers it, of the last event in those counts, 0 for none; None: the
-    counts were those of the model's export alone, or as above."""
+    """The arrival, as `EventStore.all_events` numbers it, of the last event in these counts; 0: no event is in them.
+    None: the counts were those of the model's export alone, or `trend_time` is None."""
 
 
 class Changes(NamedTuple):
@@ -105,9 +105,9 @@ class EventStore(ABC):
     def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
         """Stores the events whose id is new, all or none.
 
-        In a seeded store those that happened after `counted_until` are added to the counters of their items. An item
-        whose counter cannot be decoded keeps it as it is; the item is logged once as an error, and its events are
-        stored.
+        If the store is seeded, the events that happened after `counted_until` are added to the counters of their items.
+        A counter that cannot be decoded stays as it is: the events are stored without being counted, and the item is
+        logged once as an error.
 
         Args:
             events: Of any users; of equal ids in one call the first counts.
@@ -219,10 +219,10 @@ class EventStore(ABC):
 
     @abstractmethod
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:
-        """The counters of items that changed since a read. Some that did not change may be among them.
+        """The counters that changed since a read. Some that did not change may be among them.
 
-        Costs little when none did. Until the store is seeded, the counters are incomplete or missing: the first read is
-        to follow the seed.
+        It costs little if no counter changed. Counters are complete once `counted_until` is not None. A read before
+        that is no base for `since`: the next one may miss counters that the seed changed.
 
         Args:
             since: `ItemCounts.change` of that read; NONE_READ: all counters.
