@@ -8,11 +8,11 @@ with open_store("events.sqlite") as store:          # or postgresql://..., redis
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple, Self
 
 from serve.model.events import Event
-from serve.stores.counters import NONE_READ, Counter, ItemCounts, add_events
+from serve.stores.counters import NONE_READ, Counter, ItemCounts
 
 MOST_EVENTS = 10_000
 """Of a user's history so many are read, the newest by time. All that is recorded stays in the store, as a log to learn
@@ -59,11 +59,11 @@ class Impression(NamedTuple):
     excluded_item_ids: tuple[str, ...] = ()
     """What the request itself excluded, beside the user's history, as far as the model knows it."""
     trend_time: int | None = None
-    """As of which second, since 1970-01-01T00:00Z, the counts were decayed whose trend ranked it; None: no trend ranked
-    it, or the server did not note this yet."""
+    """The second, since 1970-01-01T00:00Z, to which the counts of the trend that ranked it were decayed. None: it was
+    ranked without a trend, or by a server that did not note this yet."""
     trend_arrival: int | None = None
-    """The arrival, as `EventStore.all_events` numbers it, of the last event in those counts, 0 for none; None: the
-    counts were those of the model's export alone, or as above."""
+    """The arrival, as `EventStore.all_events` numbers it, of the last event in these counts; 0: no event is in them.
+    None: the counts were those of the model's export alone, or `trend_time` is None."""
 
 
 class Changes(NamedTuple):
@@ -103,8 +103,11 @@ class EventStore(ABC):
 
     @abstractmethod
     def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
-        """Stores the events whose id is new, all or none, and adds them to the counters of their items, but those that
-        happened until `counted_until`.
+        """Stores the events whose id is new, all or none.
+
+        If the store is seeded, the events that happened after `counted_until` are added to the counters of their items.
+        A counter that cannot be decoded stays as it is: the events are stored without being counted, and the item is
+        logged once as an error.
 
         Args:
             events: Of any users; of equal ids in one call the first counts.
@@ -216,10 +219,10 @@ class EventStore(ABC):
 
     @abstractmethod
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:
-        """The counters of items that changed since a read. Some that did not change may be among them.
+        """The counters that changed since a read. Some that did not change may be among them.
 
-        Costs little when none did. Only of a store that is seeded are these the counts of all events; what the seed
-        changes need not be found by a read before.
+        It costs little if no counter changed. Counters are complete once `counted_until` is not None. A read before
+        that is no base for `since`: the next one may miss counters that the seed changed.
 
         Args:
             since: `ItemCounts.change` of that read; NONE_READ: all counters.
@@ -233,15 +236,14 @@ class EventStore(ABC):
 
     @abstractmethod
     def counted_until(self) -> int | None:
-        """Until when events are in the seed: those of this second (since 1970-01-01T00:00Z) and of earlier ones are not
-        counted when they are recorded. None: the store is not seeded."""
+        """Until when the seeding model's counts have all events, in seconds since 1970-01-01T00:00Z: the store counts
+        later events only. None: the store is not seeded."""
 
     def seed_counts(self, exported: ItemCounts, until: int) -> None:
-        """Adds a model's counts to the counters, once in the life of a store, however many servers try.
+        """Begins the counters with a model's counts, once in the life of a store, however many servers try.
 
-        When a store is created, or brought up to date from a version without counters, it notes up to which arrival its
-        events are not counted. Those of them that happened after `until` are added here. Once the store is seeded,
-        events until `until` are not counted: they are in the model's counts. Before that, every event counts.
+        Before that no event is counted. This adds the stored events that happened after `until`; from then on events
+        that happened after `until` are counted when they are recorded. Earlier ones are in the model's counts.
 
         Args:
             exported: The model's counts, as of `until`; references ahead of the clock count as now.
@@ -257,27 +259,15 @@ class EventStore(ABC):
             item_id: Counter(min(reference, now), counts)
             for item_id, (reference, counts) in exported.counters().items()
         }
-        for events in self._uncounted(min(until, now)):
-            add_events(counters, events, now)
         self._seed(counters, min(until, now))
 
     @abstractmethod
-    def _uncounted(self, after: int) -> Iterator[Sequence[tuple[str, int]]]:
-        """The events that were stored before the store began to count, and happened after a time, in parts.
+    def _seed(self, counters: dict[str, Counter], until: int) -> None:
+        """Unless the store is seeded: adds a model's counters and the stored events after `until` to the counters, and
+        notes `counted_until`, so that no event is lost or counted twice.
 
         Args:
-            after: Seconds; an event of this second is left out.
-
-        Returns:
-            Item ids and times in seconds.
-        """
-
-    @abstractmethod
-    def _seed(self, counters: Mapping[str, Counter], until: int) -> None:
-        """Adds to the counters and notes `counted_until`, all or nothing, unless the store is seeded.
-
-        Args:
-            counters: By item id.
+            counters: By item id; may be changed.
             until: What `counted_until` returns from then on, in seconds.
         """
 

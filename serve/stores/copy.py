@@ -98,7 +98,6 @@ def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> C
                 [(at, *event_row(new)) for at, new in events],
             )
             progress(len(events))
-        connection.execute("UPDATE trend_start SET begun = (SELECT coalesce(max(arrival), 0) FROM events)")
         # Afterwards, so that no event of the copy is missing in its counters.
         until = store.counted_until()
         if until is not None:

@@ -4,7 +4,9 @@ The reference is the time of the item's latest event, so no event is ever weight
 does not matter. What is older than a reference is worth less by then; two counters are added at the later reference.
 """
 
+import logging
 import math
+import threading
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
@@ -13,8 +15,11 @@ from numpy.typing import NDArray
 
 from serve.model.trend import HALF_LIVES_S
 
+logger = logging.getLogger(__name__)
+
 NONE_READ = -1
 ONE_EVENT = (1.0,) * len(HALF_LIVES_S)
+EXPECTED = f"{len(HALF_LIVES_S)} finite numbers from 0 on"
 
 
 class Counter(NamedTuple):
@@ -54,13 +59,8 @@ class ItemCounts(NamedTuple):
         """
         item_ids, references, rows = [], [], []
         for item_id, (reference, counts) in counters:
-            try:
-                is_valid = len(counts) == len(HALF_LIVES_S) and all(0 <= count < math.inf for count in counts)
-            except TypeError:
-                is_valid = False
-            if not is_valid:
-                expected = f"{len(HALF_LIVES_S)} finite numbers from 0 on"
-                raise ValueError(f"counter of the item {item_id!r}: expected {expected}, came {counts}")
+            if not are_counts(counts):
+                raise ValueError(f"counter of the item {item_id!r}: expected {EXPECTED}, came {counts}")
             item_ids.append(item_id)
             references.append(reference)
             rows.append(counts)
@@ -71,6 +71,42 @@ class ItemCounts(NamedTuple):
         """The reverse of `of`: the counters by item id."""
         columns = zip(self.references.tolist(), self.counts.tolist(), strict=True)
         return dict(zip(self.item_ids, (Counter(*row) for row in columns), strict=True))
+
+
+class Damaged:
+    """The items of a store whose counters cannot be decoded: each is logged once, however many events it has."""
+
+    def __init__(self, where: str) -> None:
+        """Of a store, which the messages name."""
+        self._where = where
+        self._logged: set[str] = set()
+        self._lock = threading.Lock()
+
+    def log(self, item_ids: Iterable[str]) -> None:
+        """Logs an error for each item that was not logged before."""
+        with self._lock:
+            new = [item_id for item_id in item_ids if item_id not in self._logged]
+            self._logged.update(new)
+        for item_id in new:
+            logger.error(
+                "%s: the counter of the item %r cannot be decoded (expected %s): it stays as it is, and the item's"
+                " events are stored without being counted",
+                self._where,
+                item_id,
+                EXPECTED,
+            )
+
+
+def are_counts(counts: Sequence[float]) -> bool:
+    """Whether these are one finite number from 0 on for each half-life.
+
+    >>> are_counts([0.0] * 6), are_counts([0.0] * 5), are_counts([0.0] * 5 + [math.nan])
+    (True, False, False)
+    """
+    try:
+        return len(counts) == len(HALF_LIVES_S) and all(0 <= count < math.inf for count in counts)
+    except TypeError:
+        return False
 
 
 def added(one: Counter, other: Counter) -> Counter:
@@ -102,17 +138,17 @@ def add_events(counters: dict[str, Counter], events: Iterable[tuple[str, int]], 
         counters[item_id] = new if counter is None else added(counter, new)
 
 
-def counted(events: Iterable[tuple[str, int]], now: float, until: int | None = None) -> dict[str, Counter]:
+def counted(events: Iterable[tuple[str, int]], now: float, until: int) -> dict[str, Counter]:
     """The counters of events by item id, in the order of ids: what several servers lock in one order.
 
     Args:
         events: Item id and time in seconds.
         now: As in `add_events`.
-        until: Events of this second and of earlier ones are left out, see `EventStore.counted_until`; None: none are.
+        until: Seconds; events of this second and of earlier ones are left out, see `EventStore.counted_until`.
 
     Returns:
         By item id, without items of which no event counts.
     """
     counters: dict[str, Counter] = {}
-    add_events(counters, (event for event in events if until is None or event[1] > until), now)
+    add_events(counters, (event for event in events if event[1] > until), now)
     return dict(sorted(counters.items()))

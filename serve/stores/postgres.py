@@ -6,7 +6,7 @@ locked after the users and events of a call, in the order of ids.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, LiteralString
 
@@ -21,9 +21,18 @@ from serve.stores.base import (
     UserEvent,
     digest,
 )
-from serve.stores.counters import NONE_READ, Counter, ItemCounts
+from serve.stores.counters import NONE_READ, Counter, Damaged, ItemCounts
 from serve.stores.deferred import DeferredWrites
-from serve.stores.postgres_counters import CHANGED_COUNTS, COUNTERS_SCHEMA, count_events, counts_of_rows, seed
+from serve.stores.postgres_counters import (
+    CHANGED_COUNTS,
+    COUNTED_UNTIL,
+    COUNTERS_SCHEMA,
+    TIMES,
+    count_events,
+    counts_of_rows,
+    last_arrival,
+    seed,
+)
 from serve.stores.rows import (
     EVENT_COLUMNS,
     IMPRESSION_COLUMNS,
@@ -109,8 +118,8 @@ QUERIES = Queries(
     state="SELECT * FROM jaxrec.states WHERE user_id = %s AND model_version = %s",
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM jaxrec.events WHERE arrival > %s ORDER BY arrival LIMIT %s"),
     impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM jaxrec.shown WHERE number > %s ORDER BY number LIMIT %s",
-    times="SELECT item_id, timestamp FROM jaxrec.events WHERE arrival > %s AND arrival <= %s AND timestamp > %s",
-    start="SELECT begun, counted_until FROM jaxrec.trend_start",
+    times=TIMES,
+    counted_until=COUNTED_UNTIL,
 )
 # Taken while the schema is looked at, so that servers that start together don't create it twice. "jxrc".
 SCHEMA_LOCK = 0x6A787263
@@ -147,6 +156,7 @@ class PostgresStore(SqlStore):
         with self._connection("cannot be opened") as connection:
             _prepare(connection)
             self._where = f"PostgreSQL {connection.info.host}:{connection.info.port}/{connection.info.dbname}"
+        self._damaged = Damaged(self._where)
         self._deferred = DeferredWrites(self._write_deferred)
 
     def close(self) -> None:
@@ -185,7 +195,8 @@ class PostgresStore(SqlStore):
             # Of equal ids in one request the first counts.
             first = {new.event_id: new for new in reversed(events)}
             recorded = [new for new in reversed(first.values()) if new.event_id in new_ids]
-            count_events(connection, recorded)
+            damaged = count_events(connection, recorded)
+        self._damaged.log(damaged)
         return recorded
 
     def drop_states(self, keep_versions: Collection[str], most: int) -> int:
@@ -226,9 +237,14 @@ class PostgresStore(SqlStore):
         except ValueError as error:
             raise StoreError(f"{self._where}: cannot be read: {error}") from error
 
-    def _seed(self, counters: Mapping[str, Counter], until: int) -> None:
+    def _last_arrival(self) -> int:
+        with self._connection("cannot be read") as connection:
+            return last_arrival(connection)
+
+    def _seed_after(self, last: int, counters: dict[str, Counter], until: int) -> None:
         with self._connection("cannot be written") as connection:
-            seed(connection, counters, until)
+            damaged = seed(connection, last, counters, until)
+        self._damaged.log(damaged)
 
     def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
         with self._connection("cannot be read") as connection:

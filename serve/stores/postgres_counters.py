@@ -8,9 +8,9 @@ import psycopg
 
 from serve.model.trend import HALF_LIVES_S
 from serve.stores.base import UserEvent
-from serve.stores.counters import Counter, ItemCounts, counted
+from serve.stores.counters import Counter, ItemCounts, add_events, counted
+from serve.stores.sql import LARGEST
 
-# `begun` and `counted_until`: see `EventStore.seed_counts`.
 COUNTERS_SCHEMA: tuple[LiteralString, ...] = (
     """CREATE TABLE IF NOT EXISTS jaxrec.trend (
         item_id text PRIMARY KEY,
@@ -21,17 +21,13 @@ COUNTERS_SCHEMA: tuple[LiteralString, ...] = (
     "CREATE INDEX IF NOT EXISTS trend_changed ON jaxrec.trend (changed)",
     """CREATE TABLE IF NOT EXISTS jaxrec.trend_start (
         number integer PRIMARY KEY CHECK (number = 1),
-        begun bigint NOT NULL,
         counted_until bigint
     )""",
-    # Waits for events that are being recorded, so that none of them comes to be at an arrival before `begun`.
-    "LOCK TABLE jaxrec.events IN SHARE MODE",
-    """INSERT INTO jaxrec.trend_start SELECT 1, coalesce(max(arrival), 0), NULL FROM jaxrec.events
-        ON CONFLICT DO NOTHING""",
+    "INSERT INTO jaxrec.trend_start VALUES (1, NULL) ON CONFLICT DO NOTHING",
 )
 # `changed` is the transaction. What this finds is read again as long as a transaction before it is under way. Events of
-# such a transaction may have arrivals below `arrival` and not be counted yet. `arrival` is of the events that are
-# there: if the last ones were deleted, that of an earlier one.
+# such a transaction may have arrivals below `arrival` and not be counted yet. `arrival` is that of the last event that
+# is stored: if the last events were deleted, it is smaller than before.
 CHANGED_COUNTS: LiteralString = (
     "SELECT oldest, arrival, item_id, reference, counts FROM (SELECT"
     " txid_snapshot_xmin(txid_current_snapshot()) AS oldest,"
@@ -39,6 +35,13 @@ CHANGED_COUNTS: LiteralString = (
     " LEFT JOIN jaxrec.trend ON changed >= %s"
 )
 COUNTED_UNTIL: LiteralString = "SELECT counted_until FROM jaxrec.trend_start"
+# Item and timestamp of events between two arrivals and after a time.
+TIMES: LiteralString = (
+    "SELECT item_id, timestamp FROM jaxrec.events WHERE arrival > %s AND arrival <= %s AND timestamp > %s"
+)
+# Waits for the transactions that are recording events; those that begin later wait until this one ends. So whoever
+# records either finds the store seeded or has its events counted by the seed, and a lock in `record` is not needed.
+WAIT_FOR_EVENTS: LiteralString = "LOCK TABLE jaxrec.events IN SHARE MODE"
 # Both counters as of the later reference. PostgreSQL makes an error of a number that becomes too small, and nothing is
 # left after 200 half-lives.
 _AGED: LiteralString = (
@@ -55,6 +58,9 @@ ADD = (
     f" FROM unnest(%s::text[], %s::bigint[]{', %s::float8[]' * len(_PLACES)}) AS new (item_id, reference, {_NAMES})"
     " ORDER BY item_id ON CONFLICT (item_id) DO UPDATE SET"
     f" reference = greatest(old.reference, excluded.reference), counts = ARRAY[{_ADDED}], changed = excluded.changed"
+    # A counter that cannot be decoded stays as it is. NaN is greater than infinity.
+    f" WHERE cardinality(old.counts) = {len(_PLACES)} AND 0 <= ALL(old.counts) AND 'infinity' > ALL(old.counts)"
+    " RETURNING item_id"
 )
 # Each statement has to be much shorter than the statement timeout.
 SEEDED_AT_ONCE = 10_000
@@ -74,43 +80,60 @@ def counts_of_rows(rows: Sequence[tuple[int, int, str | None, int, list[float]]]
     return ItemCounts.of(found, oldest, arrival)
 
 
-def count_events(connection: psycopg.Connection, recorded: Sequence[UserEvent]) -> None:
-    """Adds events to the counters of their items. The last statement of a transaction: others that count the same items
-    wait until it ends."""
+def count_events(connection: psycopg.Connection, recorded: Sequence[UserEvent]) -> list[str]:
+    """Adds events to the counters of their items, if the store is seeded. The last statement of a transaction: others
+    that count the same items wait until it ends.
+
+    Args:
+        connection: In the transaction that stores the events.
+        recorded: The events.
+
+    Returns:
+        The items to which nothing was added, since the counter that is there cannot be decoded.
+    """
     if not recorded:
-        return
-    until = _counted_until(connection, COUNTED_UNTIL)
+        return []
+    (until,) = connection.execute(COUNTED_UNTIL).fetchone() or (None,)
     if until is None:
-        # Until this transaction ends, the store is not seeded by another: its events would be counted with the seed.
-        until = _counted_until(connection, f"{COUNTED_UNTIL} FOR SHARE")
+        return []
     events = ((new.event.item_id, new.event.timestamp) for new in recorded)
-    _add(connection, counted(events, time.time(), until))
+    return _add(connection, counted(events, time.time(), until))
 
 
-def seed(connection: psycopg.Connection, counters: Mapping[str, Counter], until: int) -> None:
+def last_arrival(connection: psycopg.Connection) -> int:
+    """See `SqlStore._last_arrival`; arrivals are not given in the order in which transactions end."""
+    connection.execute(WAIT_FOR_EVENTS)
+    (last,) = connection.execute("SELECT coalesce(max(arrival), 0) FROM jaxrec.events").fetchone() or (0,)
+    return int(last)
+
+
+def seed(connection: psycopg.Connection, last: int, counters: dict[str, Counter], until: int) -> list[str]:
     """Seeds the store in the connection's transaction, unless it is seeded.
 
     Args:
         connection: In a transaction.
-        counters: What is added to the counters, by item id.
-        until: Events until then (seconds) are in them, and are not counted from now on.
+        last: As in `SqlStore._seed_after`, and so are the others.
+        counters: By item id; changed.
+        until: Seconds.
+
+    Returns:
+        As `count_events`.
     """
-    # Waits for another server that seeds, and for events that are being counted; later ones wait for this.
+    connection.execute(WAIT_FOR_EVENTS)
+    # Waits for another server that seeds.
     query: LiteralString = "UPDATE jaxrec.trend_start SET counted_until = %s WHERE counted_until IS NULL"
     if not connection.execute(query, [until]).rowcount:
-        return
-    items = sorted(counters)
-    for start in range(0, len(items), SEEDED_AT_ONCE):
-        _add(connection, {item_id: counters[item_id] for item_id in items[start : start + SEEDED_AT_ONCE]})
+        return []
+    add_events(counters, connection.execute(TIMES, [last, LARGEST, until]), time.time())
+    items = list(counters.items())
+    parts = (dict(items[start : start + SEEDED_AT_ONCE]) for start in range(0, len(items), SEEDED_AT_ONCE))
+    return [item_id for part in parts for item_id in _add(connection, part)]
 
 
-def _counted_until(connection: psycopg.Connection, query: LiteralString) -> int | None:
-    (until,) = connection.execute(query).fetchone() or (None,)
-    return until
-
-
-def _add(connection: psycopg.Connection, counters: Mapping[str, Counter]) -> None:
-    if counters:
-        counts = zip(*(counter.counts for counter in counters.values()), strict=True)
-        columns: list[list[Any]] = [list(counters), [one.reference for one in counters.values()], *map(list, counts)]
-        connection.execute(ADD, columns)
+def _add(connection: psycopg.Connection, counters: Mapping[str, Counter]) -> list[str]:
+    if not counters:
+        return []
+    counts = zip(*(counter.counts for counter in counters.values()), strict=True)
+    columns: list[list[Any]] = [list(counters), [one.reference for one in counters.values()], *map(list, counts)]
+    changed = {item_id for (item_id,) in connection.execute(ADD, columns).fetchall()}
+    return [item_id for item_id in counters if item_id not in changed]

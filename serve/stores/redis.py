@@ -10,10 +10,11 @@ Keys, all below `jaxrec:`: `event_ids` (set), `revision` (counter), `user:ID` (h
 `states:ID` (hash by model version), `states` (set of the IDs that have one, so that they can be found),
 `deletions` (sorted set of digests of deleted users by time), `deleted` (hash of lists `deleted:NUMBER`, what is left of
 long deleted lists, and of which set it has ids), `trend` (hash of the counters by item ID), `trend_changed` (sorted
-set of those IDs by the revision of the last change), `trend_begun` (the revision up to which events are not counted),
-`trend_until` (until when events are in the seed); while a store is seeded, `trend_seed` (list: what is still to be
-added to `trend`) and `trend_seed:TOKEN` (the same, before it is whole); while a store of version 1 is brought up to
-date, `update` (hash of the lists of impressions: how much of each is left) and `update_ids` (`shown_ids` later).
+set of those IDs by the revision of the last change), `trend_until` (events after this time are counted); while a store
+is seeded, `trend_held` (the revision up to which the events have still to be added up), `trend_seed` (list: what is
+still to be added to `trend`) and `trend_seed:TOKEN` (the same, before it is whole); while a store of version 1 is
+brought up to date, `update` (hash of the lists of impressions: how much of each is left) and `update_ids` (`shown_ids`
+later).
 """
 
 import itertools
@@ -21,7 +22,7 @@ import json
 import os
 import struct
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,11 +42,10 @@ from serve.stores.base import (
     UserEvent,
     digest,
 )
-from serve.stores.counters import NONE_READ, Counter, ItemCounts
+from serve.stores.counters import NONE_READ, Counter, Damaged, ItemCounts, add_events
 from serve.stores.deferred import DeferredWrites, DeferringStore
 from serve.stores.redis_scripts import (
     ADD_SEED,
-    BEGIN_COUNTS,
     DELETE_USER,
     DROP_STATES,
     END_UPDATE,
@@ -55,8 +55,10 @@ from serve.stores.redis_scripts import (
     RECORD,
     SAVE_STATE,
     SEED,
+    SEED_EVENTS,
     UPDATE_IMPRESSIONS,
 )
+from serve.stores.redis_values import counter_of, decoded, impression_arguments, impression_of, user_event
 from serve.stores.rows import Started
 
 VERSION = "4"
@@ -97,6 +99,7 @@ class RedisStore(DeferringStore):
         self._log_impression = self._redis.register_script(LOG_IMPRESSION)
         self._read_counts = self._redis.register_script(READ_COUNTS)
         self._begin_seed = self._redis.register_script(SEED)
+        self._seed_events = self._redis.register_script(SEED_EVENTS)
         self._add_seed = self._redis.register_script(ADD_SEED)
         try:
             with self._failures("cannot be opened"):
@@ -105,6 +108,7 @@ class RedisStore(DeferringStore):
         except BaseException:
             self._redis.close()
             raise
+        self._damaged = Damaged("Redis, jaxrec:trend")
         self._deferred = DeferredWrites(self._write_deferred)
 
     def close(self) -> None:
@@ -114,18 +118,17 @@ class RedisStore(DeferringStore):
     def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
         if not events:
             return []
-        arguments: list[Any] = []
-        # A clock that is ahead must not hide what comes before.
-        now = int(time.time())
+        arguments: list[Any] = [int(time.time())]
         for new in events:
             value = [new.event_id, *new.event, *([new.recommendation_id] if new.recommendation_id is not None else ())]
             arguments += [new.event_id, new.user_id, json.dumps(value, ensure_ascii=False)]
-            arguments += [new.event.item_id, min(new.event.timestamp, now)]
-        is_new = self._written(lambda client: self._record(args=arguments, client=client))
+            arguments += [new.event.item_id, new.event.timestamp]
+        is_new, damaged = self._written(lambda client: self._record(args=arguments, client=client))
+        self._damaged.log(item.decode() for item in damaged)
         return [event for event, new in zip(events, is_new, strict=True) if new]
 
     def history(self, user_id: str, until: int | None = None) -> list[Event]:
-        events = _decoded(self._events(user_id, MOST_EVENTS), 0)
+        events = decoded(self._events(user_id, MOST_EVENTS), 0)
         if until is not None:
             events = [event for event in events if event.timestamp <= until]
         return events[-MOST_EVENTS:]
@@ -142,9 +145,9 @@ class RedisStore(DeferringStore):
         elif since >= revision:
             return Changes(revision, [], complete=False)
         values = self._events(user_id, most)
-        events = _decoded(values, since, revision)
+        events = decoded(values, since, revision)
         if not complete and len(events) >= most:
-            events, complete = _decoded(values, 0, revision), True
+            events, complete = decoded(values, 0, revision), True
         return Changes(revision, events[-most:], complete)
 
     def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
@@ -182,12 +185,12 @@ class RedisStore(DeferringStore):
         for key in self._keys(prefix + b"*"):
             user_id = key.removeprefix(prefix).decode()
             for values in self._parts(key):
-                yield [_user_event(user_id, value) for value in values]
+                yield [user_event(user_id, value) for value in values]
 
     def all_impressions(self) -> Iterator[Sequence[Impression]]:
         for key in (b"jaxrec:shown", *self._keys(b"jaxrec:shown:*")):
             for values in self._parts(key):
-                yield [_impression(value) for value in values]
+                yield [impression_of(value) for value in values]
 
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:
         counters: dict[str, Counter] = {}
@@ -202,31 +205,41 @@ class RedisStore(DeferringStore):
                 while len(found) == COUNTERS_AT_ONCE:
                     found = self._read_counts(args=[since, COUNTERS_AT_ONCE])
                     for item, revision, text in found:
-                        reference, *counts = map(float, text.split())
-                        counters[item.decode()] = Counter(int(reference), counts)
+                        counters[item.decode()] = counter_of(item.decode(), text)
                         since = int(revision)
-                return ItemCounts.of(counters.items(), since, max(0, since))
-            except (OverflowError, ValueError) as error:
-                raise StoreError(f"Redis: cannot be read: {item.decode()!r} in jaxrec:trend: {error}") from error
+            except ValueError as error:
+                raise StoreError(f"Redis: cannot be read: {error}") from error
+        return ItemCounts.of(counters.items(), since, max(0, since))
 
     def counted_until(self) -> int | None:
         with self._failures("cannot be read"), self._redis.pipeline(transaction=True) as pipeline:
             pipeline.get("jaxrec:trend_until")
-            pipeline.exists("jaxrec:trend_seed")
+            pipeline.exists("jaxrec:trend_held", "jaxrec:trend_seed")
             until, is_left = pipeline.execute()
         return None if until is None or is_left else int(until)
 
-    def _uncounted(self, after: int) -> Iterator[Sequence[tuple[str, int]]]:
-        begun = int(self._read(lambda: self._redis.get("jaxrec:trend_begun")) or 0)
-        for part in self.all_events() if begun else ():
-            yield [
-                (new.event.item_id, new.event.timestamp)
-                for revision, new in part
-                if revision <= begun and new.event.timestamp > after
-            ]
+    def _seed(self, counters: dict[str, Counter], until: int) -> None:
+        """Two steps: the model's counters of the server that is first, and the events that were stored by then. Any
+        server completes what another one began."""
+        staged = self._staged(counters)
+        self._written(lambda client: self._begin_seed(args=[*staged, until], client=client))
+        self._add_staged()
+        held, first = self._read(lambda: self._redis.mget("jaxrec:trend_held", "jaxrec:trend_until"))
+        if held is not None:
+            staged = self._staged(self._counted(int(held), int(first)))
+            self._written(lambda client: self._seed_events(args=staged, client=client))
+            self._add_staged()
 
-    def _seed(self, counters: Mapping[str, Counter], until: int) -> None:
-        """Whichever server seeds first, any may add what is left of the seed, also where that one was broken off."""
+    def _counted(self, last: int, until: int) -> dict[str, Counter]:
+        """The counters of the stored events up to a revision that happened after `until`."""
+        counters: dict[str, Counter] = {}
+        for part in self.all_events():
+            events = [new.event for revision, new in part if revision <= last and new.event.timestamp > until]
+            add_events(counters, ((event.item_id, event.timestamp) for event in events), time.time())
+        return counters
+
+    def _staged(self, counters: dict[str, Counter]) -> tuple[str, int]:
+        """Writes counters to a list of their own, in parts; returns its key and its length."""
         entries = [
             entry
             for item_id, (reference, counts) in counters.items()
@@ -239,9 +252,13 @@ class RedisStore(DeferringStore):
                     pipeline.rpush(staged, *entries[start : start + 2 * COUNTERS_AT_ONCE])
                     pipeline.expire(staged, STAGED_S)
                     pipeline.execute()
-        self._written(lambda client: self._begin_seed(args=[until, staged, len(entries)], client=client))
-        while self._written(lambda client: self._add_seed(args=[COUNTERS_AT_ONCE], client=client)):
-            pass
+        return staged, len(entries)
+
+    def _add_staged(self) -> None:
+        left = 1
+        while left:
+            left, damaged = self._written(lambda client: self._add_seed(args=[COUNTERS_AT_ONCE], client=client))
+            self._damaged.log(item.decode() for item in damaged)
 
     def _finish_deletions(self) -> None:
         """Of long lists, also where another server began; may be broken off, and done by two at once."""
@@ -280,7 +297,7 @@ class RedisStore(DeferringStore):
         with self._failures("cannot be written"), self._redis.pipeline(transaction=True) as pipeline:
             now = self._now()
             for one in impressions:
-                self._log_impression(args=_impression_arguments(one, now), client=pipeline)
+                self._log_impression(args=impression_arguments(one, now), client=pipeline)
             for state in states:
                 value = REVISION.pack(state.revision) + state.state
                 self._save_state(args=[state.user_id, state.model_version, state.revision, value], client=pipeline)
@@ -332,7 +349,7 @@ class RedisStore(DeferringStore):
             elif found in (b"2", b"3"):
                 # Entries of `shown` are read as they are; servers of version 2 could not read those that come from now
                 # on, and those of version 3 would not count what they record.
-                self._redis.register_script(BEGIN_COUNTS)(args=[VERSION])
+                self._redis.set("jaxrec:version", VERSION)
             elif found != VERSION.encode():
                 version_there = found.decode() if isinstance(found, bytes) else found
                 raise StoreError(f"Redis: is a store in version {version_there}, expected 1..{VERSION}")
@@ -352,40 +369,3 @@ class RedisStore(DeferringStore):
             yield
         except redis.RedisError as error:
             raise StoreError(f"Redis: {what}: {error}") from error
-
-
-def _impressions_key(user_id: str | None) -> str:
-    return "jaxrec:shown" if user_id is None else f"jaxrec:shown:{user_id}"
-
-
-def _impression_arguments(one: Started, now: float) -> list[Any]:
-    """Those of the script LOG_IMPRESSION; `now` is the server's time."""
-    impression = one.impression
-    user = "" if impression.user_id is None else digest(impression.user_id)
-    key = _impressions_key(impression.user_id)
-    return [key, impression.recommendation_id, json.dumps(impression), one.by(now), user]
-
-
-def _impression(value: bytes) -> Impression:
-    """Older servers than those of version 3 wrote the first seven fields alone, those of version 3 the first ten."""
-    row = json.loads(value)
-    return Impression(row[0], row[1], tuple(row[2]), tuple(row[3]), *row[4:9], *map(tuple, row[9:10]), *row[10:])
-
-
-def _user_event(user_id: str, value: bytes) -> tuple[int, UserEvent]:
-    """An event with its revision."""
-    revision, _, text = value.partition(b" ")
-    event_id, item_id, rating, timestamp, *rest = json.loads(text)
-    return int(revision), UserEvent(event_id, user_id, Event(item_id, rating, timestamp), rest[0] if rest else None)
-
-
-def _decoded(values: Sequence[bytes], since: int, until: int | None = None) -> list[Event]:
-    """The events of a user's list whose revision is in `since` + 1..`until`, by (timestamp, arrival)."""
-    events = []
-    for value in values:
-        revision, _, text = value.partition(b" ")
-        if since < int(revision) and (until is None or int(revision) <= until):
-            _, item_id, rating, timestamp, *_ = json.loads(text)
-            events.append(Event(item_id, rating, timestamp))
-    # The list is in the order of arrival, and sorting keeps it.
-    return sorted(events, key=lambda event: event.timestamp)

@@ -9,21 +9,24 @@ from serve.model.trend import HALF_LIVES_S
 COUNTERS = """
 local half_lives = {HALF_LIVES}
 
+-- False: the text cannot be decoded.
 local function numbers_of(text)
     local numbers = {}
-    for number in string.gmatch(text, '%S+') do
-        numbers[#numbers + 1] = tonumber(number)
+    for word in string.gmatch(text, '%S+') do
+        local number = tonumber(word)
+        -- Counts are from 0 on; NaN is not less than infinity.
+        if not number or not (math.abs(number) < math.huge) or (#numbers > 0 and number < 0) then
+            return false
+        end
+        numbers[#numbers + 1] = number
     end
-    return #numbers == 1 + #half_lives and numbers or nil
+    return #numbers == 1 + #half_lives and numbers
 end
 
+-- Empty: there is none yet. False: it cannot be decoded.
 local function counter_of(item)
     local text = redis.call('HGET', 'jaxrec:trend', item)
-    return text and numbers_of(text) or (not text and {} or nil)
-end
-
-local function undecodable(item)
-    return redis.error_reply('ERR jaxrec:trend, item ' .. item .. ': expected ' .. 1 + #half_lives .. ' numbers')
+    return not text and {} or numbers_of(text)
 end
 
 local function add(counter, time, counts)
@@ -48,8 +51,9 @@ local function write(item, counter, revision)
     redis.call('ZADD', 'jaxrec:trend_changed', string.format('%d', revision), item)
 end
 """.replace("HALF_LIVES", ", ".join(map(str, HALF_LIVES_S)))
-# ARGV: for each event its id, user, value, item and time. Returns 1 for each that is new. Arguments, not KEYS: see
-# above.
+# ARGV: the time now, and for each event its id, user, value, item and time. Returns for each event whether it is new
+# (1) or not (0), and the items whose counters cannot be decoded. Scripts get keys in ARGV, not in KEYS: there is no
+# cluster, see `serve.stores.redis`.
 RECORD = (
     COUNTERS
     + """
@@ -57,17 +61,21 @@ local one_event = {}
 for at = 1, #half_lives do
     one_event[at] = 1
 end
--- First of all, since a script that fails keeps what it has written.
-local counters = {}
-for at = 4, #ARGV, 5 do
-    counters[ARGV[at]] = counters[ARGV[at]] or counter_of(ARGV[at])
-    if not counters[ARGV[at]] then
-        return undecodable(ARGV[at])
+local now = tonumber(ARGV[1])
+-- Nothing is counted before a seed. Read first, since a script that fails keeps what it has written.
+local counted_until = tonumber(redis.call('GET', 'jaxrec:trend_until') or 'inf')
+local counters, damaged = {}, {}
+for at = 5, #ARGV, 5 do
+    local item = ARGV[at]
+    if counters[item] == nil and tonumber(ARGV[at + 1]) > counted_until then
+        counters[item] = counter_of(item)
+        if not counters[item] then
+            damaged[#damaged + 1] = item
+        end
     end
 end
-local counted_until = tonumber(redis.call('GET', 'jaxrec:trend_until') or '-inf')
 local new, changed, items = {}, {}, {}
-for at = 1, #ARGV, 5 do
+for at = 2, #ARGV, 5 do
     local user, item, time = ARGV[at + 1], ARGV[at + 3], tonumber(ARGV[at + 4])
     local is_new = redis.call('SADD', 'jaxrec:event_ids', ARGV[at])
     if is_new == 1 then
@@ -75,8 +83,9 @@ for at = 1, #ARGV, 5 do
         redis.call('HSETNX', 'jaxrec:user:' .. user, 'first', revision)
         redis.call('HSET', 'jaxrec:user:' .. user, 'last', revision)
         redis.call('RPUSH', 'jaxrec:events:' .. user, string.format('%d', revision) .. ' ' .. ARGV[at + 2])
-        if time > counted_until then
-            add(counters[item], time, one_event)
+        if time > counted_until and counters[item] then
+            -- A clock that is ahead must not hide what comes before.
+            add(counters[item], math.min(time, now), one_event)
             if not changed[item] then
                 items[#items + 1] = item
             end
@@ -88,11 +97,11 @@ end
 for _, item in ipairs(items) do
     write(item, counters[item], changed[item])
 end
-return new
+return {new, damaged}
 """
 )
-# ARGV: a revision, and how many counters to read now. Returns of those that changed since item, revision and text, by
-# revision.
+# ARGV: a revision, and how many counters to read now. Returns item, revision and text of each counter that changed
+# after that revision, in the order of revisions.
 READ_COUNTS = """
 local found = redis.call(
     'ZRANGEBYSCORE', 'jaxrec:trend_changed', '(' .. ARGV[1], '+inf', 'WITHSCORES', 'LIMIT', 0, ARGV[2])
@@ -102,47 +111,70 @@ for at = 1, #found, 2 do
 end
 return rows
 """
-# ARGV: until when events are in the seed, a list of it (item, counter, ...), and its length. Only the first one: from
-# then on it is to be added to the counters, and earlier events are not counted.
-SEED = """
+STAGED = """
+local function stage(list, length)
+    if redis.call('LLEN', list) ~= tonumber(length) then
+        return redis.error_reply('ERR the seed has expired before it was whole')
+    end
+    if redis.call('EXISTS', list) == 1 then
+        redis.call('RENAME', list, 'jaxrec:trend_seed')
+        redis.call('PERSIST', 'jaxrec:trend_seed')
+    end
+end
+"""
+# ARGV: a list of a model's counters (item, counter, ...), its length, and until when they have all events. The first
+# call begins the seed: these counters are to be added, and later events are counted when they are recorded. The events
+# that are stored by now are left to SEED_EVENTS. Other calls change nothing.
+SEED = (
+    STAGED
+    + """
 if redis.call('EXISTS', 'jaxrec:trend_until') == 1 then
-    redis.call('UNLINK', ARGV[2])
+    redis.call('UNLINK', ARGV[1])
     return
 end
-if redis.call('LLEN', ARGV[2]) ~= tonumber(ARGV[3]) then
-    return redis.error_reply('ERR the seed has expired before it was whole')
+local failed = stage(ARGV[1], ARGV[2])
+if failed then
+    return failed
 end
-if redis.call('EXISTS', ARGV[2]) == 1 then
-    redis.call('RENAME', ARGV[2], 'jaxrec:trend_seed')
-    redis.call('PERSIST', 'jaxrec:trend_seed')
-end
-redis.call('SET', 'jaxrec:trend_until', ARGV[1])
+redis.call('SET', 'jaxrec:trend_until', ARGV[3])
+redis.call('SET', 'jaxrec:trend_held', redis.call('GET', 'jaxrec:revision') or '0')
 """
-# ARGV: how many counters of the seed to add now. Each has a revision of its own, as if an event had changed it. Returns
-# how many entries are left.
+)
+# ARGV: a list of the counters of the events up to revision `trend_held`, and its length. The first call has them added
+# to the counters; the list of SEED must be empty by then. Other calls change nothing.
+SEED_EVENTS = (
+    STAGED
+    + """
+if redis.call('EXISTS', 'jaxrec:trend_held') == 0 then
+    redis.call('UNLINK', ARGV[1])
+    return
+end
+local failed = stage(ARGV[1], ARGV[2])
+if failed then
+    return failed
+end
+redis.call('DEL', 'jaxrec:trend_held')
+"""
+)
+# ARGV: how many counters of the seed to add now. Each gets a revision of its own, as if an event had changed it.
+# Returns how many entries are left, and the items whose counters cannot be decoded.
 ADD_SEED = (
     COUNTERS
     + """
-local part = redis.call('LRANGE', 'jaxrec:trend_seed', 0, 2 * ARGV[1] - 1)
+local part, damaged = redis.call('LRANGE', 'jaxrec:trend_seed', 0, 2 * ARGV[1] - 1), {}
 for at = 1, #part, 2 do
     local counter, seed = counter_of(part[at]), numbers_of(part[at + 1])
-    if not counter or not seed then
-        return undecodable(part[at])
+    if counter and seed then
+        add(counter, table.remove(seed, 1), seed)
+        write(part[at], counter, redis.call('INCR', 'jaxrec:revision'))
+    else
+        damaged[#damaged + 1] = part[at]
     end
-    add(counter, table.remove(seed, 1), seed)
-    write(part[at], counter, redis.call('INCR', 'jaxrec:revision'))
     redis.call('LTRIM', 'jaxrec:trend_seed', 2, -1)
 end
-return redis.call('LLEN', 'jaxrec:trend_seed')
+return {redis.call('LLEN', 'jaxrec:trend_seed'), damaged}
 """
 )
-# ARGV: the version. Notes that what is there is not counted.
-BEGIN_COUNTS = """
-if redis.call('GET', 'jaxrec:version') ~= ARGV[1] then
-    redis.call('SET', 'jaxrec:trend_begun', redis.call('GET', 'jaxrec:revision') or '0')
-    redis.call('SET', 'jaxrec:version', ARGV[1])
-end
-"""
 # Takes so many entries from the head of a list, and their ids from the set of all; returns how many are left.
 FORGET = """
 local function forget(list, ids, most)
@@ -241,8 +273,7 @@ redis.call('HSET', 'jaxrec:update', list, left - #part)
 return left > #part and 1 or 0
 """
 # ARGV: the version. What an update that was broken off before had found out about ids is void.
-END_UPDATE = (
-    """
+END_UPDATE = """
 if redis.call('GET', 'jaxrec:version') ~= '1' then
     return
 end
@@ -250,9 +281,8 @@ redis.call('UNLINK', 'jaxrec:shown_ids', 'jaxrec:update')
 if redis.call('EXISTS', 'jaxrec:update_ids') == 1 then
     redis.call('RENAME', 'jaxrec:update_ids', 'jaxrec:shown_ids')
 end
+redis.call('SET', 'jaxrec:version', ARGV[1])
 """
-    + BEGIN_COUNTS
-)
 # ARGV: user, model version, revision, revision and state as bytes. Only for a user that was not deleted since.
 SAVE_STATE = """
 local first = redis.call('HGET', 'jaxrec:user:' .. ARGV[1], 'first')

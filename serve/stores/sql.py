@@ -1,11 +1,13 @@
 """What the stores in SQL databases have in common: reading a user's events by arrival, and the whole log in parts."""
 
+import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, LiteralString, NamedTuple
 
 from serve.model.events import Event
 from serve.stores.base import MOST_EVENTS, Changes, Impression, SpilledState, UserEvent
+from serve.stores.counters import Counter, add_events
 from serve.stores.deferred import DeferringStore
 from serve.stores.rows import impression_of_row
 
@@ -31,8 +33,8 @@ class Queries(NamedTuple):
     """Number and IMPRESSION_COLUMNS in order of numbers (number before the first, limit)."""
     times: LiteralString
     """Item and timestamp (arrival before the first, last arrival, timestamp before the first)."""
-    start: LiteralString
-    """Up to which arrival events are not counted, and `counted_until` ()."""
+    counted_until: LiteralString
+    """One row: see `EventStore.counted_until` ()."""
 
 
 class SqlStore(DeferringStore):
@@ -75,13 +77,30 @@ class SqlStore(DeferringStore):
             yield [impression_of_row(row[1:]) for row in rows]
 
     def counted_until(self) -> int | None:
-        ((_, until),) = self._read(self._queries.start)
+        ((until,),) = self._read(self._queries.counted_until)
         return None if until is None else int(until)
 
-    def _uncounted(self, after: int) -> Iterator[Sequence[tuple[str, int]]]:
-        ((begun, _),) = self._read(self._queries.start)
-        for start in range(0, begun, LOOKED_AT_AT_ONCE):
-            yield self._read(self._queries.times, start, min(start + LOOKED_AT_AT_ONCE, begun), after)
+    def _seed(self, counters: dict[str, Counter], until: int) -> None:
+        """Most events are read before the transaction, which others wait for: it reads only those that came since."""
+        last = self._last_arrival()
+        for start in range(0, last, LOOKED_AT_AT_ONCE):
+            times = self._read(self._queries.times, start, min(start + LOOKED_AT_AT_ONCE, last), until)
+            add_events(counters, times, time.time())
+        self._seed_after(last, counters, until)
+
+    @abstractmethod
+    def _last_arrival(self) -> int:
+        """Of the last event; 0: there is none. Events that become visible later have later arrivals."""
+
+    @abstractmethod
+    def _seed_after(self, last: int, counters: dict[str, Counter], until: int) -> None:
+        """Seeds the store in one transaction, unless it is seeded.
+
+        Args:
+            last: The arrival up to which events after `until` are in `counters`; later ones are added.
+            counters: By item id; may be changed.
+            until: As in `_seed`.
+        """
 
     def _parts(self, query: LiteralString) -> Iterator[list[Any]]:
         last = 0

@@ -9,22 +9,15 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, LiteralString, NamedTuple, TypeVar
 
-from serve.stores.base import (
-    DELETION_S,
-    Deleted,
-    Impression,
-    SpilledState,
-    StoreError,
-    UserEvent,
-    digest,
-)
-from serve.stores.counters import NONE_READ, Counter, ItemCounts
+from serve.stores import sqlite_counters
+from serve.stores.base import DELETION_S, Deleted, Impression, SpilledState, StoreError, UserEvent, digest
+from serve.stores.counters import NONE_READ, Counter, Damaged, ItemCounts
 from serve.stores.deferred import DeferredWrites
 from serve.stores.rows import (
     EVENT_COLUMNS,
@@ -36,7 +29,6 @@ from serve.stores.rows import (
     still_wanted,
 )
 from serve.stores.sql import Queries, SqlStore
-from serve.stores.sqlite_counters import CHANGED_COUNTS, COUNTERS_SCHEMA, count_events, counts_of_rows, seed
 
 # "jxrc": marks the file, so that another program's database is not used as a store.
 APPLICATION_ID = 0x6A787263
@@ -127,8 +119,8 @@ QUERIES = Queries(
     state="SELECT * FROM states WHERE user_id = ? AND model_version = ?",
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM events WHERE arrival > ? ORDER BY arrival LIMIT ?"),
     impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM shown WHERE number > ? ORDER BY number LIMIT ?",
-    times="SELECT item_id, timestamp FROM events WHERE arrival > ? AND arrival <= ? AND timestamp > ?",
-    start="SELECT begun, counted_until FROM trend_start",
+    times=sqlite_counters.TIMES,
+    counted_until=sqlite_counters.COUNTED_UNTIL,
 )
 INSERT_IMPRESSION = f"INSERT INTO shown ({IMPRESSION_COLUMNS}) VALUES"
 IMPRESSION_VALUES = f"({', '.join('?' * len(Impression._fields))})"
@@ -153,6 +145,7 @@ class SQLiteStore(SqlStore):
     def __init__(self, path: Path) -> None:
         """Opens the file, or creates it; raises StoreError."""
         self._path = path
+        self._damaged = Damaged(str(path))
         self._readers = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._connections_lock = threading.Lock()
@@ -193,13 +186,14 @@ class SQLiteStore(SqlStore):
 
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:
         with self._failures("cannot be read"):
-            try:
-                return counts_of_rows(self._read(CHANGED_COUNTS, since), since)
-            except ValueError as error:
-                raise StoreError(f"{self._path}: cannot be read: {error}") from error
+            return sqlite_counters.counts_of_rows(self._read(sqlite_counters.CHANGED_COUNTS, since), since)
 
-    def _seed(self, counters: Mapping[str, Counter], until: int) -> None:
-        self._write(lambda connection: seed(connection, counters, until))
+    def _last_arrival(self) -> int:
+        ((last,),) = self._read("SELECT coalesce(max(arrival), 0) FROM events")
+        return int(last)
+
+    def _seed_after(self, last: int, counters: dict[str, Counter], until: int) -> None:
+        self._damaged.log(self._write(lambda connection: sqlite_counters.seed(connection, last, counters, until)))
 
     def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
         with self._failures("cannot be read"):
@@ -243,7 +237,8 @@ class SQLiteStore(SqlStore):
             self._writer.execute("BEGIN IMMEDIATE")
             for write in group:
                 if not write.records:
-                    count_events(self._writer, uncounted)
+                    # Before a seed, which counts them itself.
+                    self._damaged.log(sqlite_counters.count_events(self._writer, uncounted))
                     uncounted = []
                 self._writer.execute("SAVEPOINT one")
                 try:
@@ -257,7 +252,7 @@ class SQLiteStore(SqlStore):
                     self._writer.execute("ROLLBACK TO one")
                     write.done.set_exception(error)
                 self._writer.execute("RELEASE one")
-            count_events(self._writer, uncounted)
+            self._damaged.log(sqlite_counters.count_events(self._writer, uncounted))
             self._writer.execute("COMMIT")
         except Exception as error:
             if self._writer.in_transaction:
@@ -312,7 +307,7 @@ class SQLiteStore(SqlStore):
             # Another process may have been faster.
             version = self._version(connection)
             if version != SCHEMA_VERSION:
-                steps = [*UPDATES.get(version, "").split(";"), *(SCHEMA + COUNTERS_SCHEMA).split(";")]
+                steps = [*UPDATES.get(version, "").split(";"), *(SCHEMA + sqlite_counters.SCHEMA).split(";")]
                 steps += [FILL_USERS, f"PRAGMA application_id = {APPLICATION_ID}"]
                 for step in [*steps, f"PRAGMA user_version = {SCHEMA_VERSION}"]:
                     connection.execute(step)

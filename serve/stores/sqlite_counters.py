@@ -4,12 +4,13 @@ import sqlite3
 import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import LiteralString
 
 from serve.stores.base import UserEvent
-from serve.stores.counters import ONE_EVENT, Counter, ItemCounts, added, counted
+from serve.stores.counters import EXPECTED, ONE_EVENT, Counter, ItemCounts, add_events, added, are_counts, counted
+from serve.stores.sql import LARGEST
 
-# `begun` and `counted_until`: see `EventStore.seed_counts`.
-COUNTERS_SCHEMA = """
+SCHEMA = """
 CREATE TABLE IF NOT EXISTS trend (
     item_id TEXT PRIMARY KEY,
     reference INTEGER NOT NULL,
@@ -19,16 +20,17 @@ CREATE TABLE IF NOT EXISTS trend (
 CREATE INDEX IF NOT EXISTS trend_changed ON trend (changed);
 CREATE TABLE IF NOT EXISTS trend_start (
     number INTEGER PRIMARY KEY CHECK (number = 1),
-    begun INTEGER NOT NULL,
     counted_until INTEGER
 ) STRICT;
-INSERT OR IGNORE INTO trend_start SELECT 1, coalesce(max(arrival), 0), NULL FROM events;
+INSERT OR IGNORE INTO trend_start VALUES (1, NULL);
 """
 # `changed` is the arrival of the item's last event. Writers take turns, so what is read later has arrived later.
 CHANGED_COUNTS = "SELECT item_id, reference, counts, changed FROM trend WHERE changed > ? ORDER BY changed"
 # Also where the last event was deleted since.
 LAST_ARRIVAL = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'events'"
-COUNTED_UNTIL = "SELECT counted_until FROM trend_start"
+COUNTED_UNTIL: LiteralString = "SELECT counted_until FROM trend_start"
+# Item and timestamp of events between two arrivals and after a time.
+TIMES: LiteralString = "SELECT item_id, timestamp FROM events WHERE arrival > ? AND arrival <= ? AND timestamp > ?"
 INSERT_COUNTER = "INSERT OR REPLACE INTO trend VALUES (?, ?, ?, ?)"
 # An older SQLite takes no more than 999 parameters.
 ASKED_AT_ONCE = 900
@@ -43,53 +45,73 @@ def counts_of_rows(rows: Sequence[tuple[str, int, bytes, int]], since: int) -> I
         since: The arrival that was asked for.
 
     Raises:
-        ValueError: A row's counts are not finite numbers from 0 on.
         sqlite3.DataError: The counts of a row cannot be decoded.
     """
     change = rows[-1][3] if rows else since
     return ItemCounts.of([(row[0], _counter(*row[:3])) for row in rows], change, max(0, change))
 
 
-def count_events(connection: sqlite3.Connection, recorded: Sequence[UserEvent]) -> None:
-    """Adds events to the counters of their items, in the connection's transaction; raises as `add_counters`."""
-    if not recorded:
-        return
-    ((until,),) = connection.execute(COUNTED_UNTIL).fetchall()
-    events = ((new.event.item_id, new.event.timestamp) for new in recorded)
-    add_counters(connection, counted(events, time.time(), until))
-
-
-def seed(connection: sqlite3.Connection, counters: Mapping[str, Counter], until: int) -> None:
-    """Seeds the store in the connection's transaction, unless it is seeded; raises as `add_counters`.
+def count_events(connection: sqlite3.Connection, recorded: Sequence[UserEvent]) -> list[str]:
+    """Adds events to the counters of their items, in the connection's transaction, if the store is seeded.
 
     Args:
         connection: Of the writer.
-        counters: What is added to the counters, by item id.
-        until: Events until then (seconds) are in them, and are not counted from now on.
+        recorded: Events that are stored in this transaction.
+
+    Returns:
+        As `add_counters`.
+    """
+    if not recorded:
+        return []
+    ((until,),) = connection.execute(COUNTED_UNTIL).fetchall()
+    if until is None:
+        return []
+    events = ((new.event.item_id, new.event.timestamp) for new in recorded)
+    return add_counters(connection, counted(events, time.time(), until))
+
+
+def seed(connection: sqlite3.Connection, last: int, counters: dict[str, Counter], until: int) -> list[str]:
+    """Seeds the store in the connection's transaction, unless it is seeded.
+
+    Args:
+        connection: Of the writer.
+        last: As in `SqlStore._seed_after`, and so are the others.
+        counters: By item id; changed.
+        until: Seconds.
+
+    Returns:
+        As `add_counters`.
     """
     query = "UPDATE trend_start SET counted_until = ? WHERE counted_until IS NULL"
-    if connection.execute(query, [until]).rowcount:
-        add_counters(connection, counters)
+    if not connection.execute(query, [until]).rowcount:
+        return []
+    add_events(counters, connection.execute(TIMES, [last, LARGEST, until]), time.time())
+    return add_counters(connection, counters)
 
 
-def add_counters(connection: sqlite3.Connection, new: Mapping[str, Counter]) -> None:
+def add_counters(connection: sqlite3.Connection, new: Mapping[str, Counter]) -> list[str]:
     """Adds to the counters in the connection's transaction.
 
     Args:
         connection: Of the writer.
         new: By item id.
 
-    Raises:
-        sqlite3.DataError: A counter that is there cannot be decoded.
+    Returns:
+        The items to which nothing was added, since the counter that is there cannot be decoded.
     """
-    counters, items = dict(new), list(new)
+    counters, items, damaged = dict(new), list(new), []
     ((arrival,),) = connection.execute(LAST_ARRIVAL).fetchall()
     for start in range(0, len(items), ASKED_AT_ONCE):
         part = items[start : start + ASKED_AT_ONCE]
         query = f"SELECT item_id, reference, counts FROM trend WHERE item_id IN ({', '.join('?' * len(part))})"
         for item_id, reference, counts in connection.execute(query, part).fetchall():
-            counters[item_id] = added(_counter(item_id, reference, counts), counters[item_id])
+            try:
+                counters[item_id] = added(_counter(item_id, reference, counts), counters[item_id])
+            except sqlite3.DataError:
+                del counters[item_id]
+                damaged.append(item_id)
     connection.executemany(INSERT_COUNTER, counter_rows(counters.items(), arrival))
+    return damaged
 
 
 def counter_rows(counters: Iterable[tuple[str, Counter]], changed: int) -> Iterable[tuple[str, int, bytes, int]]:
@@ -97,7 +119,7 @@ def counter_rows(counters: Iterable[tuple[str, Counter]], changed: int) -> Itera
 
     Args:
         counters: Item ids and their counters.
-        changed: An arrival, after which what is recorded has changed the counters again.
+        changed: The arrival of the last event, in the column `changed` of all rows.
 
     Returns:
         One row for each counter.
@@ -106,9 +128,10 @@ def counter_rows(counters: Iterable[tuple[str, Counter]], changed: int) -> Itera
 
 
 def _counter(item_id: str, reference: int, counts: bytes) -> Counter:
-    if len(counts) != COUNTS.size:
+    numbers = COUNTS.unpack(counts) if len(counts) == COUNTS.size else ()
+    if not are_counts(numbers):
         raise sqlite3.DataError(
-            f"table trend, item {item_id!r}: counts have {len(counts)} bytes, expected {COUNTS.size}"
-            f" ({len(ONE_EVENT)} numbers of 8 bytes)"
+            f"table trend, counter of the item {item_id!r}: expected {EXPECTED}, of 8 bytes each, came"
+            f" {numbers or f'{len(counts)} bytes'}"
         )
-    return Counter(reference, COUNTS.unpack(counts))
+    return Counter(reference, numbers)

@@ -64,6 +64,13 @@ def before_counters(location: str, events: Sequence[UserEvent]) -> None:
             )
 
 
+def seeded(location: str) -> str:
+    """Seeds the store with nothing, so that it counts all events after 1970."""
+    with open_store(location) as store:
+        store.seed_counts(seed_of({}, 0), 0)
+    return location
+
+
 def seed_of(counts: Mapping[str, float], until: int) -> ItemCounts:
     """So many events of each item at `until`, for all half-lives."""
     return ItemCounts.of((item, Counter(until, [count] * len(HALF_LIVES_S))) for item, count in counts.items())

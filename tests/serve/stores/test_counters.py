@@ -2,12 +2,14 @@
 
 import math
 import sqlite3
+import struct
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -20,7 +22,7 @@ from serve.model.trend import HALF_LIVES_S
 from serve.stores import open_store
 from serve.stores.base import EventStore, StoreError
 from serve.stores.counters import Counter, ItemCounts, add_events, counted
-from tests.serve.stores.counting import DAY, HOUR, NOW, assert_counts, at, event, sums
+from tests.serve.stores.counting import DAY, HOUR, NOW, assert_counts, at, event, seed_of, seeded, sums
 from tests.serve.stores.databases import DatabaseServer
 from tests.serve.stores.test_stores import KINDS, emptied, servers  # noqa: F401
 
@@ -31,7 +33,8 @@ def location(
     servers: dict[str, DatabaseServer],  # noqa: F811
     tmp_path: Path,
 ) -> str:
-    return emptied(request.param, servers, tmp_path)
+    """Of a store that is seeded with nothing, so that it counts all events after 1970."""
+    return seeded(emptied(request.param, servers, tmp_path))
 
 
 @pytest.fixture
@@ -56,12 +59,12 @@ def test_counters_do_not_depend_on_order_and_on_parts(
     times = {item: [time for one, time in events if one == item] for item, _ in events}
     later = NOW + 30 * DAY
     assert_counts(at(ItemCounts.of(counters.items()), later), sums(times, later))
-    assert_counts(at(ItemCounts.of(counted(events, NOW).items()), later), sums(times, later))
+    assert_counts(at(ItemCounts.of(counted(events, NOW, 0).items()), later), sums(times, later))
 
 
 def test_an_event_ahead_of_the_clock_counts_as_of_now() -> None:
     """Else it would hide what comes until then, and be worth more than one."""
-    counters = counted([("i", NOW + 365 * DAY), ("i", NOW - DAY)], NOW)
+    counters = counted([("i", NOW + 365 * DAY), ("i", NOW - DAY)], NOW, 0)
     assert counters["i"].reference == NOW
     np.testing.assert_allclose(counters["i"].counts[:3], [1 + 1 / 16, 1 + 1 / 2, 1 + 0.5 ** (1 / 3)])
 
@@ -144,7 +147,7 @@ def test_a_transaction_that_commits_late_is_not_missed_in_postgres(
     servers: dict[str, DatabaseServer],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    location = emptied("postgres", servers, tmp_path)
+    location = seeded(emptied("postgres", servers, tmp_path))
     with open_store(location) as store, psycopg.connect(location) as slow:
         slow.execute("INSERT INTO jaxrec.trend VALUES ('slow', 0, '{1,1,1,1,1,1}', txid_current())")
         store.record([event("1", "fast")])
@@ -177,31 +180,68 @@ def test_two_servers_count_all_of_each_others_events(location: str) -> None:
             assert_counts(at(store.item_counts(), NOW), sums(dict.fromkeys("abc", times), NOW))
 
 
-def test_a_counter_that_cannot_be_decoded_is_named(store: EventStore, location: str) -> None:
-    store.record([event("1", "good"), event("2", "bad")])
+@pytest.mark.parametrize("counts", [[1.0, 2.0], [math.nan] + [1.0] * 5, [-1.0] * 6], ids=["short", "NaN", "negative"])
+def test_a_counter_that_cannot_be_decoded_stays_and_its_events_are_recorded(
+    store: EventStore, location: str, counts: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """20 calls at once, of which some share a transaction in SQLite: the damage is logged once, and hurts no call."""
+    store.record([event("bad", "bad")])
+    store.record([event("good", "good")])
+    change = store.item_counts().change
+    damage(location, counts)
+    calls = [[event(f"{call} {item}", item) for item in ("bad", "good")] for call in range(20)]
+    with ThreadPoolExecutor(20) as threads:
+        assert list(threads.map(store.record, calls)) == calls
+    assert len(store.history("u")) == 2 + 2 * 20
+    assert_counts(at(store.item_counts(change), NOW), sums({"good": [NOW] * (1 + 20)}, NOW))
+    (logged,) = caplog.records
+    assert logged.levelname == "ERROR"
+    assert "the counter of the item 'bad' cannot be decoded" in logged.getMessage()
+    assert written(location) == written_as(location, counts)
+    with pytest.raises(StoreError, match=r"cannot be read: .*counter of the item 'bad': expected"):
+        store.item_counts()
+
+
+def damage(location: str, counts: list[float]) -> None:
+    """Writes counts to the counter of `bad`."""
     if location.startswith("redis:"):
         with redis.Redis.from_url(location) as client:
-            client.hset("jaxrec:trend", "bad", "1 x")
+            client.hset("jaxrec:trend", "bad", written_as(location, counts))
     elif location.startswith("postgresql:"):
         with psycopg.connect(location) as connection:
-            connection.execute("UPDATE jaxrec.trend SET counts = '{1, 2}' WHERE item_id = 'bad'")
+            connection.execute("UPDATE jaxrec.trend SET counts = %s WHERE item_id = 'bad'", [counts])
     else:
         with closing(sqlite3.connect(location, isolation_level=None)) as connection:
-            connection.execute("UPDATE trend SET counts = x'00' WHERE item_id = 'bad'")
-    with pytest.raises(StoreError, match=r"cannot be read: .*'bad'"):
-        store.item_counts()
-    if not location.startswith("postgresql:"):
-        # Neither is it overwritten.
-        with pytest.raises(StoreError, match=r"cannot be written: .*bad"):
-            store.record([event("3", "bad")])
-        assert len(store.history("u")) == 2
-    assert store.record([event("4", "good")]) == [event("4", "good")]
+            connection.execute("UPDATE trend SET counts = ? WHERE item_id = 'bad'", [written_as(location, counts)])
+
+
+def written(location: str) -> Any:
+    """The counts of `bad` as the store has them."""
+    if location.startswith("redis:"):
+        with redis.Redis.from_url(location) as client:
+            return client.hget("jaxrec:trend", "bad")
+    if location.startswith("postgresql:"):
+        with psycopg.connect(location) as connection:
+            rows = connection.execute("SELECT counts::text FROM jaxrec.trend WHERE item_id = 'bad'").fetchall()
+    else:
+        with closing(sqlite3.connect(location)) as connection:
+            rows = connection.execute("SELECT counts FROM trend WHERE item_id = 'bad'").fetchall()
+    return rows[0][0]
+
+
+def written_as(location: str, counts: list[float]) -> Any:
+    if location.startswith("redis:"):
+        return f"{NOW} {' '.join(map(str, counts))}".encode()
+    if location.startswith("postgresql:"):
+        return "{" + ",".join(f"{count:g}".replace("nan", "NaN") for count in counts) + "}"
+    return struct.pack(f"<{len(counts)}d", *counts)
 
 
 def test_reading_costs_what_changed(tmp_path: Path) -> None:
     """Counted in steps of SQLite's virtual machine."""
     with ExitStack() as stack:
         store = stack.enter_context(open_store(tmp_path / "events.sqlite"))
+        store.seed_counts(seed_of({}, 0), 0)
         store.record([event(str(number), f"i{number}") for number in range(20_000)])
         change, hundreds = store.item_counts().change, 0
 

@@ -2,9 +2,10 @@
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -51,7 +52,10 @@ def test_a_store_is_seeded_once(location: str) -> None:
         with open_store(location) as store:
             start.wait()
             while not stopped.is_set() or number < 5:
-                store.record([event(f"{thread} {number}", timestamp=NOW - HOUR, user_id=f"u{thread}")])
+                new, exported = (
+                    event(f"{thread} {number} {ago}", "i", NOW - ago, f"u{thread}") for ago in (HOUR, 2 * DAY)
+                )
+                assert store.record([new, exported]) == [new, exported]
                 number += 1
         return number
 
@@ -75,42 +79,115 @@ def test_a_store_is_seeded_once(location: str) -> None:
 def test_a_server_whose_seed_comes_second_adds_nothing(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one seeds after this one has looked whether the store is seeded."""
     with open_store(location) as one, open_store(location) as two:
+        seed_second = two._seed
 
-        def others_seed(after: int) -> list[list[tuple[str, int]]]:
+        def others_seed(counters: dict[str, Counter], until: int) -> None:
             one.seed_counts(seed_of({"a": 3, "b": 1}, NOW - DAY), NOW - DAY)
             one.record([event("1", "a")])
-            return [[("a", NOW)]]
+            seed_second(counters, until)
 
-        monkeypatch.setattr(two, "_uncounted", others_seed)
+        monkeypatch.setattr(two, "_seed", others_seed)
         two.seed_counts(seed_of({"a": 2, "c": 5}, NOW), NOW)
         assert two.counted_until() == NOW - DAY
         times = {"a": [NOW - DAY] * 3 + [NOW], "b": [NOW - DAY]}
         assert_counts(at(two.item_counts(), NOW), sums(times, NOW))
 
 
-def test_a_seed_waits_for_events_that_are_being_counted_in_postgres(
+@pytest.mark.parametrize("step", ["_last_arrival", "_seed_after"])
+def test_a_seed_waits_for_events_that_are_being_recorded_in_postgres(
+    step: str,
     servers: dict[str, DatabaseServer],  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Else an event that saw the store without a seed would count after it."""
+    """In both of its steps: else an event whose arrival is not the last would be lost when it comes to be seen."""
     location = emptied("postgres", servers, tmp_path)
-    add, seeds = postgres_counters._add, []
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%counted_until%'"
-    with open_store(location) as store, open_store(location) as other, ThreadPoolExecutor(1) as thread:
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'LOCK TABLE%'"
+    insert = "INSERT INTO jaxrec.events (event_id, user_id, item_id, timestamp) VALUES ('slow', 'v', 'a', %s)"
+    with (
+        open_store(location) as store,
+        psycopg.connect(location) as slow,
+        psycopg.connect(location, autocommit=True) as looking,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        do_step = getattr(store, step)
 
-        def seeded_meanwhile(connection: psycopg.Connection, counters: Mapping[str, Counter]) -> None:
-            if not seeds:
-                seeds.append(thread.submit(other.seed_counts, seed_of({"a": 3}, NOW), NOW))
-                with psycopg.connect(location, autocommit=True) as looking:
-                    wait_for(lambda: looking.execute(waiting).fetchone() == (1,))
-            add(connection, counters)
+        def recorded_meanwhile(*given: Any) -> Any:
+            slow.execute(insert, [NOW])
+            with open_store(location) as other:
+                other.record([event("1", "a")])
+            done = thread.submit(do_step, *given)
+            wait_for(lambda: looking.execute(waiting).fetchone() == (1,))
+            slow.commit()
+            return done.result()
 
-        monkeypatch.setattr(postgres_counters, "_add", seeded_meanwhile)
-        store.record([event("1", "a")])
-        seeds[0].result()
-        assert store.counted_until() == NOW
-        assert_counts(at(store.item_counts(), NOW), sums({"a": [NOW] * 4}, NOW))
+        monkeypatch.setattr(store, step, recorded_meanwhile)
+        store.seed_counts(seed_of({"a": 3}, NOW - DAY), NOW - DAY)
+        assert_counts(at(store.item_counts(), NOW), sums({"a": [NOW - DAY] * 3 + [NOW] * 2}, NOW))
+
+
+def test_events_that_are_recorded_before_the_seed_count_once(
+    store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the export counted too, and those that it did not; none counts before the seed."""
+    monkeypatch.setattr("serve.stores.sql.LOOKED_AT_AT_ONCE", 2)
+    until = NOW - DAY
+    store.record([event("1", "a", until - HOUR), event("2", "a", until), event("3", "a", until + 1)])
+    store.record([event("4", "b", NOW, "v"), event("5", "b", until - 1, "v"), event("6", "b", NOW - HOUR)])
+    assert list(store.item_counts().item_ids) == []
+    store.seed_counts(seed_of({"a": 2, "b": 1}, until), until)
+    times = {"a": [until, until, until + 1], "b": [until, NOW, NOW - HOUR]}
+    assert_counts(at(store.item_counts(), NOW), sums(times, NOW))
+
+
+def test_events_that_are_recorded_during_the_seed_count_once(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its two steps, of which the first reads most events, or in Redis begins to count new ones."""
+    step = "_counted" if location.startswith("redis:") else "_seed_after"
+    until = NOW - DAY
+    with open_store(location) as store, open_store(location) as other:
+        do_step = getattr(store, step)
+
+        def recorded_meanwhile(*given: Any) -> Any:
+            other.record([event("3", "a", NOW), event("4", "a", until), event("5", "b", NOW)])
+            return do_step(*given)
+
+        monkeypatch.setattr(store, step, recorded_meanwhile)
+        store.record([event("1", "a", NOW - HOUR), event("2", "a", until)])
+        store.seed_counts(seed_of({"a": 2}, until), until)
+        store.record([event("6", "b", NOW - HOUR), event("7", "b", until)])
+        times = {"a": [until, until, NOW - HOUR, NOW], "b": [NOW, NOW - HOUR]}
+        assert_counts(at(other.item_counts(), NOW), sums(times, NOW))
+
+
+@pytest.mark.parametrize("breaks", [True, False])
+def test_any_server_completes_a_seed_in_redis(
+    breaks: bool,
+    servers: dict[str, DatabaseServer],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After the first step, with the first server's export and time, also if that server goes on afterwards."""
+    location = emptied("redis", servers, tmp_path)
+    until = NOW - DAY
+    with open_store(location) as store, open_store(location) as other:
+        count = store._counted  # type: ignore[attr-defined]
+
+        def completed_by_another(*given: Any) -> dict[str, Counter]:
+            counters = count(*given)
+            assert store.counted_until() is None
+            other.record([event("3", "a", NOW), event("4", "a", until)])
+            other.seed_counts(seed_of({"a": 9, "other": 9}, NOW), NOW)
+            assert other.counted_until() == until
+            return fail() if breaks else counters
+
+        monkeypatch.setattr(store, "_counted", completed_by_another)
+        store.record([event("1", "a", NOW - HOUR), event("2", "a", until)])
+        if breaks:
+            with pytest.raises(StoreError, match="broken off"):
+                store.seed_counts(seed_of({"a": 2}, until), until)
+        else:
+            store.seed_counts(seed_of({"a": 2}, until), until)
+        assert_counts(at(other.item_counts(), NOW), sums({"a": [until, until, NOW - HOUR, NOW]}, NOW))
 
 
 def test_of_what_a_store_held_before_the_seed_has_what_the_export_has_not(location: str) -> None:
@@ -120,7 +197,6 @@ def test_of_what_a_store_held_before_the_seed_has_what_the_export_has_not(locati
     before_counters(location, [*held, event("4", "b", NOW - 2 * HOUR)])
     with open_store(location) as store:
         assert store.counted_until() is None
-        # Later than before, and so counted by the store itself.
         store.record([event("5", "b", NOW - DAY + 1), event("4", "b")])
         store.seed_counts(seed_of({"a": 2, "c": 7}, until), until)
         assert store.counted_until() == until
@@ -154,7 +230,7 @@ def test_a_seed_ahead_of_the_clock_counts_as_of_now(store: EventStore) -> None:
     assert before <= until <= time.time()
     assert store.item_counts().references.tolist() == [until]
     store.record([event("1", "b", ahead)])
-    assert set(store.item_counts().item_ids) <= {"a", "b"}
+    assert set(store.item_counts().item_ids) == {"a", "b"}
 
 
 def test_a_seed_of_many_items_is_added_whole(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,16 +239,19 @@ def test_a_seed_of_many_items_is_added_whole(store: EventStore, monkeypatch: pyt
     monkeypatch.setattr("serve.stores.postgres_counters.SEEDED_AT_ONCE", 7)
     monkeypatch.setattr("serve.stores.sqlite_counters.ASKED_AT_ONCE", 7)
     items = {f'{number} "ü\n': number + 1 for number in range(50)}
+    until = NOW - DAY
     store.record([event(str(number), item) for number, item in enumerate(items)])
     for _ in range(2):
-        store.seed_counts(seed_of(items, NOW), NOW)
-        assert_counts(at(store.item_counts(), NOW), sums({item: [NOW] * (n + 1) for item, n in items.items()}, NOW))
+        store.seed_counts(seed_of(items, until), until)
+        times = {item: [until] * count + [NOW] for item, count in items.items()}
+        assert_counts(at(store.item_counts(), NOW), sums(times, NOW))
 
 
 def test_a_seeding_that_breaks_off_is_repeated(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By another server, of another model; in Redis the first one's seed is completed."""
     monkeypatch.setattr("serve.stores.redis.COUNTERS_AT_ONCE", 2)
     monkeypatch.setattr("serve.stores.postgres_counters.SEEDED_AT_ONCE", 2)
+    until = NOW - DAY
     items = [f"i{number}" for number in range(9)]
     with open_store(location) as store, monkeypatch.context() as broken:
         store.record([event("1", "i3")])
@@ -185,17 +264,16 @@ def test_a_seeding_that_breaks_off_is_repeated(location: str, monkeypatch: pytes
         else:
             broken.setattr(sqlite_counters, "add_counters", lambda *given: fail())
         with pytest.raises(StoreError, match="broken off"):
-            store.seed_counts(seed_of(dict.fromkeys(items, 3), NOW), NOW)
+            store.seed_counts(seed_of(dict.fromkeys(items, 3), until), until)
         assert store.counted_until() is None
     with open_store(location) as store:
-        store.seed_counts(seed_of(dict.fromkeys(items, 3), NOW), NOW)
-        assert store.counted_until() == NOW
-        assert_counts(
-            at(store.item_counts(), NOW), sums({item: [NOW] * (4 if item == "i3" else 3) for item in items}, NOW)
-        )
+        store.seed_counts(seed_of(dict.fromkeys(items, 3), until), until)
+        assert store.counted_until() == until
+        times = {item: [until] * 3 + [NOW] * (item == "i3") for item in items}
+        assert_counts(at(store.item_counts(), NOW), sums(times, NOW))
 
 
-def fail() -> None:
+def fail() -> Any:
     raise StoreError("broken off")
 
 
@@ -214,10 +292,13 @@ def test_a_copy_that_becomes_a_store_goes_on_counting(store: EventStore, tmp_pat
         assert_counts(at(copy.item_counts(before.change), NOW), sums({"b": [NOW - HOUR, NOW]}, NOW))
 
 
-def test_a_copy_of_a_store_without_a_seed_is_seeded_with_its_events(store: EventStore, tmp_path: Path) -> None:
+def test_a_copy_of_a_store_without_a_seed_counts_as_the_store_itself(store: EventStore, tmp_path: Path) -> None:
+    """Once both are seeded with the same export."""
     store.record([event("1", "b", NOW - HOUR), event("2", "c", NOW - 2 * DAY)])
     copy_log(store, tmp_path / "copy.sqlite")
     with open_store(tmp_path / "copy.sqlite") as copy:
-        copy.record([event("3", "b", NOW)])
-        copy.seed_counts(seed_of({"a": 3}, NOW - DAY), NOW - DAY)
-        assert_counts(at(copy.item_counts(), NOW), sums({"a": [NOW - DAY] * 3, "b": [NOW - HOUR, NOW]}, NOW))
+        for one in (store, copy):
+            one.record([event("3", "b", NOW)])
+            one.seed_counts(seed_of({"a": 3}, NOW - DAY), NOW - DAY)
+            times = {"a": [NOW - DAY] * 3, "b": [NOW - HOUR, NOW]}
+            assert_counts(at(one.item_counts(), NOW), sums(times, NOW))
