@@ -46,8 +46,9 @@ class ItemContent:
 def item_content(data: PreparedData) -> ItemContent:
     """The features of the items of prepared data.
 
-    The content model reads genres and the columns of `--features`; years are for new items alone
-    (`jaxrec.training.content_head`): as an input of the content model they cost known items NDCG.
+    The content model reads genres and the columns of `--features`. It does not read the years of titles, since they
+    lowered its NDCG for known items; only the content heads do, which give new items their vectors
+    (`jaxrec.training.content_head`).
 
     Args:
         data: Its `columns` say how the columns of `--features` are encoded; where they are None they are fitted here.
