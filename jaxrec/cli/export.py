@@ -18,7 +18,7 @@ INDEX = {"auto": None, "always": True, "never": False}
     "--index",
     type=click.Choice(list(INDEX)),
     default="auto",
-    help="Add an approximate index of the items; auto: for large catalogues. Beside an index new items rank last. "
+    help="Add an approximate index of the items; auto: for large catalogues. With an index new items rank low. "
     "Refused if it misses too many of the best items.",
 )
 def export(run: Path, out: Path, licence: Path | None, int8: bool, index: str) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -84,25 +85,60 @@ def catalog_items(kept: np.ndarray, min_ratings: int, *tables: pd.DataFrame | No
     return np.unique(np.concatenate([kept, *given]))
 
 
-def checked_ids(rows: pd.DataFrame, raw_items: np.ndarray, name: str) -> pd.DataFrame:
-    """Rows of a frame (item_id and others), which messages call `name`, with ids of the type of the raw item ids.
+def checked_ids(rows: pd.DataFrame, raw_items: np.ndarray, name: str, column: str) -> pd.DataFrame:
+    """Rows of a frame with ids of the type of a log's.
 
-    Raises DataError where an id occurs twice, or one side's ids are numbers and the other's text.
+    Args:
+        rows: item_id and others.
+        raw_items: [items] int64, or object (str): the ids of the log.
+        name: What messages call the frame.
+        column: What the frame itself calls the column of the ids.
+
+    Returns:
+        The rows, their item_id of the type of `raw_items`.
+
+    Raises:
+        DataError: For an id that is not of the log's type (a whole number of 64 bits, or text), is empty, or occurs
+            twice; the message names its row, from 1.
     """
-    whole = pd.api.types.infer_dtype(rows[ITEM]) == "integer"
-    if whole != (raw_items.dtype == np.int64):
-        raise DataError(
-            f"{name}: {ITEM} is {_type_of(rows[ITEM])}, and that of the interactions is "
-            f"{_type_of(pd.Series(raw_items))}; expected the same type of ids in both"
-        )
-    repeated = rows[ITEM][rows[ITEM].duplicated()]
+    whole = raw_items.dtype == np.int64
+    is_id = _is_whole if whole else _is_text
+    odd = [(row, value) for row, value in enumerate(rows[ITEM].tolist(), start=1) if not is_id(value)]
+    if odd:
+        # Beside a missing id, pandas makes floats of whole numbers: then the missing one is at fault.
+        row, value = next((each for each in odd if pd.api.types.is_scalar(each[1]) and pd.isna(each[1])), odd[0])
+        expected = "a whole number of 64 bits" if whole else "text that is not empty"
+        raise DataError(f"{name}: row {row}: {column} is {value!r}; expected {expected}, as in the interactions")
+    if not whole:
+        for row, value in enumerate(rows[ITEM].tolist(), start=1):
+            require_utf8([(column, value)], f"{name}: row {row}")
+    repeated = np.flatnonzero(rows[ITEM].duplicated())
     if len(repeated):
-        raise DataError(f"{name}: {ITEM} {repeated.iloc[0]} occurs twice")
+        raise DataError(f"{name}: row {repeated[0] + 1}: {column} {rows[ITEM].iloc[repeated[0]]} occurs twice")
     return rows.astype({ITEM: np.int64 if whole else object})
 
 
-def _type_of(ids: pd.Series) -> str:
-    return f"{ids.dtype} ({pd.api.types.infer_dtype(ids)})" if ids.dtype == object else str(ids.dtype)
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and -(2**63) <= int(value) < 2**63
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def require_utf8(values: Iterable[tuple[str, str]], where: str) -> None:
+    """Refuses text that no file can hold.
+
+    Args:
+        values: Pairs of a column's name and a text.
+        where: What the message begins with: a file and line, or a frame and row.
+
+    Raises:
+        DataError: For half of a surrogate pair, such as the escape \\ud800 in JSON.
+    """
+    for name, text in values:
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise DataError(f"{where}: {name} {text!a} holds half of a surrogate pair; expected Unicode text")
 
 
 def write_catalog(catalog: Catalog, path: Path) -> None:

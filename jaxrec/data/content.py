@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from jaxrec.data.encoding import LEAST_ITEMS, MOST_CATEGORIES, ColumnEncoding, Kind, fit_column
+from jaxrec.data.encoding import LEAST_ITEMS, MOST_CATEGORIES, ColumnEncoding, Kind, fit_column, not_numbers
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM
 from jaxrec.errors import DataError
 
 YEAR = re.compile(r"\(((?:18|19|20)\d\d)\)\s*$")
 YEAR_BINS = 30
+FEW_ODD = 0.1  # share of values that are no numbers up to which a column was probably meant to be numeric
 LEAST_YEARS = 0.1  # share of the items with training events whose titles must have a year
 MOST_CELLS = 100_000_000  # items times features: a matrix of 0.4 GB, of which training holds several
 
@@ -45,8 +46,9 @@ class ItemContent:
 def item_content(data: PreparedData) -> ItemContent:
     """The features of the items of prepared data.
 
-    The content model reads genres and the columns of `--features`; years are for new items alone
-    (`jaxrec.training.content_head`): as an input of the content model they cost known items NDCG.
+    The content model reads genres and the columns of `--features`. It does not read the years of titles, since they
+    lowered its NDCG for known items; only the content heads do, which give new items their vectors
+    (`jaxrec.training.content_head`).
 
     Args:
         data: Its `columns` say how the columns of `--features` are encoded; where they are None they are fitted here.
@@ -119,12 +121,16 @@ def fit_columns(data: PreparedData, known: Sequence[ColumnEncoding] = ()) -> tup
     return columns
 
 
-def feature_notes(data: PreparedData, given: pd.DataFrame | None) -> list[str]:
-    """What of the features is not used, each in one sentence.
+def feature_notes(data: PreparedData, given: pd.DataFrame | None, known: Sequence[ColumnEncoding] = ()) -> list[str]:
+    """What of the features is not used, and which columns just miss being numeric, each in one sentence.
 
     Args:
         data: With its `columns`.
         given: item_id and columns that were read; None: none were.
+        known: The encodings of data that `data` extends; their kinds were decided before.
+
+    Returns:
+        The notes, each of which begins with `features:`.
     """
     if given is None or data.features is None:
         return []
@@ -136,6 +142,16 @@ def feature_notes(data: PreparedData, given: pd.DataFrame | None) -> list[str]:
             "--min-movie-ratings 0 to keep items with few events or none"
         )
     columns = {column.name: column for column in _columns(data)}
+    fitted, of_before = _fitted(data), {column.name for column in known}
+    for name, column in columns.items():
+        if column.kind is not Kind.NUMERIC and name not in of_before:
+            values = [value for value, of_fit in zip(texts[name], fitted, strict=True) if of_fit and value]
+            odd = not_numbers(values)
+            if len(odd) <= FEW_ODD * len(values):
+                notes.append(
+                    f"features: {name}: {column.kind}, since {len(odd)} of {len(values)} values are no numbers, such "
+                    f"as {odd[0]!r}"
+                )
     idle = [name for name in texts if name not in columns or not columns[name].features]
     if idle:
         notes.append(

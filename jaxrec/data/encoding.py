@@ -1,8 +1,9 @@
 """How a column of `--features` becomes features: its kind, and its categories or bins, fitted once and kept.
 
 A column is numeric where every value of the items with training events is a finite number, multi-valued where one of
-them holds a `|`, and else categorical. Vocabulary and bins are fitted on the items with training events only. Data that
-is extended keeps all of it: the same number is in the same bin, and new categories join those that are known.
+them holds a `|` (a list of one value ends with it), and else categorical. Vocabulary and bins are fitted on the items
+with training events only. Data that is extended keeps all of it: the same number is in the same bin, and new categories
+join those that are known.
 """
 
 import dataclasses
@@ -85,7 +86,7 @@ class ColumnEncoding:
             Items and features, [ones] int64 each: the places of the ones in a matrix [items, features].
         """
         if self.kind is Kind.NUMERIC:
-            numbers = np.array([_number(value) for value in values])
+            numbers = np.array([_number(_only(value)) for value in values])
             rows = np.flatnonzero(~np.isnan(numbers))
             return rows, np.maximum(np.searchsorted(self.starts, numbers[rows], side="right") - 1, 0)
         place = {category: at for at, category in enumerate(self.categories)}
@@ -100,7 +101,7 @@ class ColumnEncoding:
 
     def parts(self, value: str) -> list[str]:
         """The different categories of a value of a column that is not numeric, in their order."""
-        parts = value.split("|") if self.kind is Kind.MULTI_VALUED else [value]
+        parts = value.split("|") if self.kind is Kind.MULTI_VALUED else [_only(value)]
         return [part for part in dict.fromkeys(map(str.strip, parts)) if part]
 
     def unknown(self, values: Sequence[str]) -> list[str]:
@@ -113,7 +114,7 @@ class ColumnEncoding:
             ['large']
         """
         if self.kind is Kind.NUMERIC:
-            return list(dict.fromkeys(value for value in values if value and math.isnan(_number(value))))
+            return list(dict.fromkeys(value for value in map(_only, values) if value and math.isnan(_number(value))))
         found = dict.fromkeys(itertools.chain.from_iterable(map(self.parts, values)))
         return list(dict.fromkeys([*self.categories, *found]))[len(self.categories) :]
 
@@ -150,7 +151,7 @@ def fit_column(
     of_fit = [value for value, chosen in zip(values, fitted, strict=True) if chosen and value]
     if known is None and not of_fit:
         return None
-    if known is None and not any(math.isnan(_number(value)) for value in of_fit):
+    if known is None and not not_numbers(of_fit):
         numbers = np.array([_number(value) for value in of_fit])
         whole = bool(((numbers == np.floor(numbers)) & (np.abs(numbers) < MOST_EXACT)).all())
         return ColumnEncoding(name, Kind.NUMERIC, starts=tuple(bin_starts(numbers, bins).tolist()), whole=whole)
@@ -163,6 +164,16 @@ def fit_column(
     shared = [(-count, part) for part, count in counts.items() if count >= LEAST_ITEMS and part not in held]
     added = [category for _, category in sorted(shared)[: max(0, MOST_CATEGORIES - len(held))]]
     return dataclasses.replace(known, categories=tuple(sorted([*held, *added])))
+
+
+def not_numbers(values: Sequence[str]) -> list[str]:
+    """Those of the values that are no finite numbers.
+
+    Examples:
+        >>> not_numbers(["90", "-1.5e3", "about 90", "1_2", "inf", "90|"])
+        ['about 90', '1_2', 'inf', '90|']
+    """
+    return [value for value in values if math.isnan(_number(value))]
 
 
 def encoding_from_json(values: Mapping[str, Any]) -> ColumnEncoding:
@@ -207,9 +218,14 @@ def bin_starts(values: np.ndarray, bins: int) -> np.ndarray:
 
 
 def _number(text: str) -> float:
-    """NaN for what is no finite number."""
+    """NaN for what is no finite number, also for digits with underscores, which only programs write."""
     try:
-        value = float(text)
+        value = math.nan if "_" in text else float(text)
     except ValueError:
         return math.nan
     return value if math.isfinite(value) else math.nan
+
+
+def _only(value: str) -> str:
+    """The value of a list of one; any other value as it is."""
+    return value.removesuffix("|")

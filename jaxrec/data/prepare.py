@@ -53,7 +53,8 @@ def prepare(
         config: Thresholds, split, order of equal timestamps, repeats, rating scale and seed.
         features: What else is known of the items, for the content model and for items without events: a file, or a
             frame, of item ids and any columns, which are recognized as categorical, multi-valued (`A|B`) or numeric
-            (`jaxrec.data.encoding`). What is not used of it is in `input["notes"]`.
+            (`jaxrec.data.encoding`). `input["notes"]` says what is not used of it, and which columns just miss being
+            numeric.
         out: A folder to write, out of core: whole or not at all. None: the result is in memory.
         options: What is not to be recognized: columns, delimiter, encoding, form of the times, kind of the ids.
         on_bad_rows: Whether bad rows are an error, or are set aside in quarantine.csv in `out`.
@@ -90,13 +91,14 @@ def prepare(
 def with_input(
     data: PreparedData, counts: dict[str, Any], given: pd.DataFrame | None, known: Sequence[ColumnEncoding] = ()
 ) -> PreparedData:
-    """`data` with its features' encodings, the counts of what was read, and notes on what of the features is not used.
+    """`data` with its features' encodings, the counts of what was read, and notes on the features.
 
     `given`: the features that were read. `known`: encodings of data that this extends.
     """
     if data.features is not None:
         data = dataclasses.replace(data, columns=fit_columns(data, known))
-    return dataclasses.replace(data, input={**counts, "notes": [*counts["notes"], *feature_notes(data, given)]})
+    notes = [*counts["notes"], *feature_notes(data, given, known)]
+    return dataclasses.replace(data, input={**counts, "notes": notes})
 
 
 def prepare_log(

@@ -92,8 +92,12 @@ class Hybrid(nnx.Module):
         return MixWeights(*map(float, self.weights[...]))
 
     def without_new_items(self) -> "Hybrid":
-        """The same without a cap, for what cannot cap: the vectors of new items are zero, and their bias is the least
-        of the others, so that only a trend lifts them."""
+        """The same without a cap, for an index, which cannot cap: in each of the two models the vectors of new items
+        are zero, and their bias is the least of the known items' biases.
+
+        So a new item's score is the same for every history. It ranks low, but above known items with a lower score. The
+        trend of events since the training lifts it; in a mix without a trend it stays so until the next training.
+        """
         if self.new_items is None:
             return self
         new, models = self.new_items[...], (nnx.clone(self.lstm), nnx.clone(self.content))

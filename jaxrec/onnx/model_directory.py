@@ -59,8 +59,8 @@ def export_model(
         int8: whether the LSTMs are quantized, once the float32 graphs were verified; refused where that costs quality
             (`jaxrec.onnx.quantize`).
         index: whether an approximate index of the items is added (`jaxrec.onnx.ann_index`); None: from FROM_ITEMS items
-            on. The cap of new items is part of the whole graphs alone: beside an index they are left out
-            (`Hybrid.without_new_items`), and one line on the terminal says so with their number.
+            on. The cap of new items is part of the whole graphs alone: beside an index their vectors are zero, so that
+            they rank low (`Hybrid.without_new_items`). One line on the terminal says so with their number.
 
     Raises:
         ExportError: the model, its graphs or a summary are not fit to be exported; nothing is written then.
@@ -71,9 +71,11 @@ def export_model(
     indexed = len(data.catalog) >= FROM_ITEMS if index is None else index
     if indexed and hybrid.new_items is not None:
         count = int(np.sum(np.asarray(hybrid.new_items[...])))
+        end = "the trend of their first events lifts them" if hybrid.trend.adds else "the next training"
         tqdm.write(
-            f"index: {count} new items (without training events) are left out of it, since it cannot keep them below "
-            "the first ten places: they rank last until they have events (to rank them: --index never)"
+            f"index: {count} new items (without training events) have zero vectors in it, since it cannot keep them "
+            f"below the first ten places: they rank low, above known items with a lower score only, until {end} "
+            "(to rank them by their features: --index never)"
         )
         hybrid = hybrid.without_new_items()
     weights = extract_weights(hybrid)

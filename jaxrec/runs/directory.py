@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -205,17 +206,37 @@ def read_cooccurrence(run: Run) -> tuple[Neighbours, np.ndarray | None]:
         raise DataError(f"{path}: cannot be read ({error}); train again") from error
 
 
-def read_content_heads(run: Run) -> tuple[ContentHead, ContentHead]:
-    """The heads of the LSTM and of the content model. Raises DataError where they cannot be read."""
+def read_content_heads(run: Run, names: Sequence[str]) -> tuple[ContentHead, ContentHead]:
+    """The heads of the LSTM and of the content model.
+
+    Args:
+        run: With its content_head.npz.
+        names: The features of the run's data now (`ItemContent.names`).
+
+    Returns:
+        Both heads.
+
+    Raises:
+        DataError: They cannot be read, or were trained with other features.
+    """
     path = run.folder / CONTENT_HEAD_FILE
     try:
         with np.load(path, allow_pickle=False) as arrays:
             of_lstm, of_content = (
                 ContentHead(arrays[f"{name}_kernel"], arrays[f"{name}_offset"]) for name in ("lstm", "content")
             )
-            return of_lstm, of_content
+            trained = arrays["names"].tolist()
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read ({error}); train again") from error
+    now_named = np.array(names).tolist()  # as the file holds them: NumPy drops U+0000 from the end of a text
+    if trained != now_named:
+        at = next(at for at, pair in enumerate(itertools.zip_longest(trained, now_named)) if pair[0] != pair[1])
+        was, now = (repr(each[at]) if at < len(each) else "none" for each in (trained, now_named))
+        raise DataError(
+            f"{path}: trained with {len(trained)} features, the data has {len(names)}; feature {at + 1} was {was} and "
+            f"is {now}; train again"
+        )
+    return of_lstm, of_content
 
 
 def place_new_items(
@@ -228,9 +249,9 @@ def place_new_items(
     new = new_items(data)
     if new is None or not (run.folder / CONTENT_HEAD_FILE).is_file():
         return None
-    features = item_content(data).matrix
-    for model, head in zip((lstm, content), read_content_heads(run), strict=True):
-        place_rows(model, new, np.asarray(head.rows(features)))
+    features = item_content(data)
+    for model, head in zip((lstm, content), read_content_heads(run, features.names), strict=True):
+        place_rows(model, new, np.asarray(head.rows(features.matrix)))
     return new
 
 

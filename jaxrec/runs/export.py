@@ -27,7 +27,8 @@ def export(
         licence: Text about the data's licence, kept with the model.
         int8: Quantize the LSTMs to 8 bits.
         index: Whether to add an approximate index of the items; None: for catalogues of 50,000 items and more. With an
-            index, items without training events rank last until they have events, and a line says how many they are.
+            index, items without training events have zero vectors and rank low until the trend of their first events
+            lifts them (in a mix without a trend: until the next training), and a line says how many they are.
 
     Returns:
         The manifest, with the metrics of the run's last evaluation (empty before one).

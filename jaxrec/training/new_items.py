@@ -23,7 +23,8 @@ TOP = 50
 LEAST_KEPT = 0.975
 """Of the known items' validation HR@50 so much stays beside new items."""
 SHIFTS = np.arange(-200, 41) / 20
-"""Above 2 a few new items of a catalogue would be in every answer: they alone cost little HR@50."""
+"""The candidates. With a shift above 2, a catalogue with only a few new items would have all of them in every answer,
+since so few items cost little HR@50."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +105,19 @@ def tune_shift(
 
 @jax.jit
 def _largest_shifts(logits: jax.Array, new: jax.Array, target: jax.Array, exclude: jax.Array) -> jax.Array:
-    """[batch]: below which shift of the new items the target is among the first TOP; -inf: never, inf: always.
+    """For each case the shift of the new items' logits from which on the target is no longer among the first TOP.
 
-    The FIRST_PLACES are capped off. A target at place r among the known items leaves the first TOP when TOP + 1 - r new
-    items have passed it.
+    New items never rank among the FIRST_PLACES. A target at place r among the known items leaves the first TOP when
+    TOP + 1 - r new items have a higher logit.
+
+    Args:
+        logits: [batch, items + 1] float32, with a shift of 0.
+        new: [items + 1] bool.
+        target: [batch] int32, known items.
+        exclude: [batch, width] int32, items that are no candidates (0 = nothing).
+
+    Returns:
+        [batch] float32; -inf where the target is not among the first TOP at any shift, inf where it always is.
     """
     candidates = exclude_items(logits, exclude)
     ranks = rank_of_target(jnp.where(new, NEVER, logits), target, exclude)

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jaxrec.errors import ProcessLost, TrainingError, TrainingStopped
 
 HEARTBEAT_SECONDS = 20  # a process that was silent for so long counts as dead
+MOST_REASON = 1000  # bytes of why the first process failed that the others hear of
 
 
 def join(coordinator: str, process_count: int, process_index: int) -> None:
@@ -58,7 +59,8 @@ def wait_for_all(point: str) -> None:
 def in_first(work: Callable[[], None]) -> None:
     """Does `work` in the first process, while the others wait for its end. All processes have to call this.
 
-    Raises, in every process, the TrainingStopped or TrainingError that `work` raised.
+    Raises, in every process, the TrainingStopped or TrainingError that `work` raised; in the others with the first
+    MOST_REASON bytes of its text.
     """
     failure: TrainingStopped | TrainingError | None = None
     if is_first():
@@ -67,12 +69,21 @@ def in_first(work: Callable[[], None]) -> None:
         except (TrainingStopped, TrainingError) as error:
             failure = error
     ends = of_first({"stopped": isinstance(failure, TrainingStopped), "failed": isinstance(failure, TrainingError)})
+    if not any(ends.values()):
+        return
+    reason = _text_of_first(str(failure))
     if failure is not None:
         raise failure
-    if ends["stopped"]:
-        raise TrainingStopped("stopped, as the first process says")
-    if ends["failed"]:
-        raise TrainingError("training cannot go on, as the first process says")
+    raise (TrainingStopped if ends["stopped"] else TrainingError)(f"{reason} (in the first process)")
+
+
+def _text_of_first(text: str) -> str:
+    """The first MOST_REASON bytes of the first process' text, in every process."""
+    if jax.process_count() == 1:
+        return text
+    own = np.frombuffer(text.encode()[:MOST_REASON].ljust(MOST_REASON, b"\0"), np.uint8)
+    sent = np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8)
+    return sent.tobytes().rstrip(b"\0").decode("utf-8", "ignore")
 
 
 @contextlib.contextmanager

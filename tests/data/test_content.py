@@ -290,6 +290,57 @@ def test_lists_and_json_lines_are_read_too(tmp_path: Path) -> None:
     assert content.matrix[1:3].tolist() == [[1, 1], [1, 1]]
 
 
+@pytest.mark.parametrize("form", ["json", "csv", "frame"])
+def test_a_column_with_a_list_is_multi_valued_however_few_values_it_has(form: str, tmp_path: Path) -> None:
+    path = tmp_path / f"features.{form}"
+    values = [["x"], ["y"], ["x"], ["y"]]
+    frame = pd.DataFrame({ITEM: [10, 20, 30, 40], "tags": values, "codes": [[1], [2], [1], [2]]})
+    if form == "json":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_csv(path, index=False)  # as Python writes lists
+    data = prepare(LOG, config=ALL, features=frame if form == "frame" else path, out=tmp_path / "data")
+    assert item_content(data).names == ("tags=x", "tags=y", "codes=1", "codes=2")
+    assert item_content(data).matrix[1:3].tolist() == [[1, 0, 1, 0], [0, 1, 0, 1]]
+    assert data.columns is not None
+    assert {column.kind for column in data.columns} == {Kind.MULTI_VALUED}
+    # Items 60 and 50 are held out no more, and have both tags.
+    later = pd.DataFrame({USER: np.repeat([1, 2, 3], 2), ITEM: [70, 80] * 3, TIME: range(100, 106)})
+    more = append(data, later, features=pd.DataFrame({ITEM: [50, 60], "tags": [["x", "y"], "y|x"]}))
+    assert item_content(more).matrix[5:7].tolist() == [[1, 1, 0, 0], [1, 1, 0, 0]]
+
+
+def test_a_list_of_one_value_in_a_column_of_another_kind_is_its_value() -> None:
+    values = ["1|", "9|", "1"]
+    number = ColumnEncoding("size", Kind.NUMERIC, starts=(1.0, 5.0), whole=True)
+    assert [column.tolist() for column in number.cells(values)] == [[0, 1, 2], [0, 1, 0]]
+    assert number.unknown([*values, "1|2"]) == ["1|2"]
+    plain = ColumnEncoding("size", Kind.CATEGORICAL, ("1", "9"))
+    assert [column.tolist() for column in plain.cells(values)] == [[0, 1, 2], [0, 1, 0]]
+
+
+def test_a_note_names_a_column_that_a_few_values_keep_from_being_numeric(tmp_path: Path) -> None:
+    items = range(100, 122)  # with validation and test 20 have training events
+    log = pd.DataFrame({USER: np.repeat([1, 2, 3], 22), ITEM: [*items] * 3, TIME: range(66)})
+    few = ["1", "2"] * 9 + ["about 90", "1_2"] + ["x", "y"]  # 2 of 20 are no numbers
+    many = ["1", "2"] * 9 + ["", "about 90"] + ["x", "y"]  # 1 of 19
+    text = ["1", "2"] * 8 + ["x"] * 6  # 4 of 20
+    table = pd.DataFrame({ITEM: items, "few": few, "many": many, "text": text, "number": ["1", "2"] * 11})
+    data = prepare(log, config=ALL, features=table)
+    assert [note for note in data.input["notes"] if "no numbers" in note] == [
+        "features: few: categorical, since 2 of 20 values are no numbers, such as 'about 90'",
+        "features: many: categorical, since 1 of 19 values are no numbers, such as 'about 90'",
+    ]
+    later = pd.DataFrame({USER: [1], ITEM: [100], TIME: [100]})
+    assert not [note for note in append(data, later, features=table).input["notes"] if "no numbers" in note]
+
+
+def test_digits_with_underscores_are_no_number() -> None:
+    size = fit_column("size", ["1_2", "3", "1_2", "3"], np.ones(4, bool))
+    assert size is not None
+    assert size.features == ("size=1_2", "size=3")
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -310,9 +361,9 @@ def test_bad_tables_are_refused(table: str, message: str, tmp_path: Path) -> Non
 
 
 def test_ids_of_a_frame_must_be_of_the_logs_type_and_distinct() -> None:
-    with pytest.raises(DataError, match="features: item_id is"):
+    with pytest.raises(DataError, match="features: row 1: item_id is '10'; expected a whole number"):
         prepare(LOG, config=ALL, features=pd.DataFrame({ITEM: ["10"], "a": ["x"]}))
-    with pytest.raises(DataError, match="features: item_id 10 occurs twice"):
+    with pytest.raises(DataError, match="features: row 2: item_id 10 occurs twice"):
         prepare(LOG, config=ALL, features=pd.DataFrame({ITEM: [10, 10], "a": ["x", "y"]}))
 
 

@@ -342,12 +342,12 @@ def test_movies_of_another_type_of_ids_or_with_repeats_are_refused() -> None:
     as_text = titles.astype({"item_id": str})
     for minimum in (0, 1):
         config = dataclasses.replace(EVERYTHING, min_movie_ratings=minimum)
-        with pytest.raises(DataError, match=r"movies: item_id is .*str.*, and that of the interactions is int64"):
+        with pytest.raises(DataError, match=r"movies: row 1: item_id is '10'; expected a whole number"):
             prepare(SMALL, as_text, config)
-        with pytest.raises(DataError, match=r"movies: item_id is int64, and that of the interactions is .*str"):
+        with pytest.raises(DataError, match=r"movies: row 1: item_id is 10; expected text that is not empty"):
             prepare(SMALL.astype({"item_id": str}), titles, config)
     assert prepare(SMALL.astype({"item_id": str}), as_text, EVERYTHING).catalog.titles[:2] == ("Ten", "Twenty")
-    with pytest.raises(DataError, match="movies: item_id 10 occurs twice"):
+    with pytest.raises(DataError, match="movies: row 3: item_id 10 occurs twice"):
         prepare(SMALL, pd.concat([titles, titles[:1]]), EVERYTHING)
     with pytest.raises(DataError, match="movies: column title or genres is missing"):
         prepare(SMALL, titles.drop(columns=["title", "genres"]), EVERYTHING)

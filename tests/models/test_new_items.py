@@ -74,6 +74,11 @@ def test_a_hybrid_without_new_items_scores_known_ones_as_before_and_new_ones_by_
     np.testing.assert_array_equal(left_out.item_bias()[~new], plain.item_bias()[~new])
     np.testing.assert_allclose(np.asarray(left_out.item_vectors())[new], 0, atol=1e-6)
     assert np.asarray(left_out.item_bias())[new].max() <= np.asarray(plain.item_bias())[1:][~new[1:]].min() + 1e-6
+    # For every history a new item's score is that bias, which is not the last of all.
+    queries = np.random.default_rng(0).normal(size=(50, hybrid.item_vectors().shape[1]))
+    scores = (queries @ np.asarray(left_out.item_vectors()).T + np.asarray(left_out.item_bias()))[:, 1:]
+    np.testing.assert_allclose(np.ptp(scores[:, new[1:]], axis=0), 0, atol=1e-5)
+    assert (scores[:, ~new[1:]].min(axis=1) < scores[:, new[1:]].min(axis=1)).all()
     with_policy = hybrid.with_policy(None)
     np.testing.assert_array_equal(with_policy.new_items[...], new)
 

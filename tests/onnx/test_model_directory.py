@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from jaxrec.data.prepared import PreparedData
+from jaxrec.data.trend import HALF_LIVES_S
 from jaxrec.errors import ExportError
 from jaxrec.evaluation.baselines import decayed_popularity
 from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.trend import VIEWS, Trend
 from jaxrec.onnx import model_directory as model_directory_module
 from jaxrec.onnx.model_directory import export_model
 
@@ -178,9 +180,10 @@ def test_tensorflow_is_imported_by_a_conversion_only() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("index", [True, None, False])
-def test_an_index_leaves_new_items_out_and_says_so(
+@pytest.mark.parametrize(("index", "trend"), [(True, True), (None, False), (False, True)])
+def test_an_index_has_zero_vectors_for_new_items_and_the_export_says_so(
     index: bool | None,
+    trend: bool,
     small_data: PreparedData,
     random_hybrid: Callable[[PreparedData, int, bool], Hybrid],
     tmp_path: Path,
@@ -190,7 +193,8 @@ def test_an_index_leaves_new_items_out_and_says_so(
     monkeypatch.setattr(model_directory_module, "FROM_ITEMS", len(small_data.catalog))
     plain = random_hybrid(small_data, 3, False)
     new = np.isin(np.arange(len(small_data.catalog) + 1), [2, 5])
-    hybrid = Hybrid(plain.lstm, plain.content, plain.cooccurrence, plain.mix_weights(), plain.trend, new_items=new)
+    of_mix = Trend(np.ones((VIEWS, len(HALF_LIVES_S))), np.ones(len(HALF_LIVES_S))) if trend else Trend.none()
+    hybrid = Hybrid(plain.lstm, plain.content, plain.cooccurrence, plain.mix_weights(), of_mix, new_items=new)
     manifest = export_model(hybrid, small_data, tmp_path / "model", **SUMMARIES, index=index)
     vectors = np.load(tmp_path / "model" / "item_vectors.npy")
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("index: ")]
@@ -201,6 +205,8 @@ def test_an_index_leaves_new_items_out_and_says_so(
         return
     assert manifest["index"]["candidates"] > 0
     assert len(said) == 1
-    assert "2 new items (without training events) are left out of it" in said[0]
+    end = "the trend of their first events lifts them" if trend else "the next training"
+    assert "2 new items (without training events) have zero vectors in it" in said[0]
+    assert f"they rank low, above known items with a lower score only, until {end} (to rank" in said[0]
     np.testing.assert_array_equal(vectors[~new], np.asarray(hybrid.item_vectors())[~new])
     np.testing.assert_allclose(vectors[new], 0, atol=1e-6)

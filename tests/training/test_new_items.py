@@ -1,5 +1,7 @@
 """Content heads and new items: closed forms by hand, what they leave as it is, and a log that teaches them."""
 
+import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from jaxrec.data.content import item_content
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, TIME, TITLE, USER
-from jaxrec.errors import TrainingStopped
+from jaxrec.errors import DataError, TrainingStopped
 from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.runs.directory import CONTENT_HEAD_FILE, Run, load_supervised, new_models
@@ -166,6 +168,25 @@ def test_the_heads_are_kept_and_not_trained_again(run: Run) -> None:
     np.testing.assert_array_equal(load_supervised(run, run.read_data()).item_vectors(), scores)
     with np.load(path) as arrays:
         assert arrays["names"].tolist() == ["G0", "G1", "G2", "G3"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["G0", "G2", "G1", "G3"], r"4 features, the data has 4; feature 2 was 'G2' and is 'G1'; train again"),
+        (["G0", "G1", "G2"], r"3 features, the data has 4; feature 4 was none and is 'G3'; train again"),
+        (["G0", "G1", "G2", "G3", "x"], r"5 features, the data has 4; feature 5 was 'x' and is none; train again"),
+    ],
+)
+def test_heads_of_other_features_are_refused_when_a_run_is_loaded(
+    names: list[str], message: str, run: Run, tmp_path: Path
+) -> None:
+    copy = dataclasses.replace(run, folder=tmp_path / "run")
+    shutil.copytree(run.folder, copy.folder)
+    with np.load(run.folder / CONTENT_HEAD_FILE) as arrays:
+        np.savez(copy.folder / CONTENT_HEAD_FILE, **{**arrays, "names": np.array(names)})
+    with pytest.raises(DataError, match=r"content_head\.npz: trained with " + message):
+        load_supervised(copy, run.read_data())
 
 
 def test_without_content_new_items_stay_as_they_were(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

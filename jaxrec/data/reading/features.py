@@ -4,11 +4,12 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from jaxrec.data.catalog import checked_ids
+from jaxrec.data.catalog import checked_ids, require_utf8
 from jaxrec.data.reading.columns import feature_columns
 from jaxrec.data.reading.dialect import Dialect
 from jaxrec.data.reading.movies import listed, refuse, typed_ids
@@ -30,12 +31,12 @@ def features_like(
         others: Features of no item of the log are welcome.
 
     Returns:
-        item_id and the columns as text, "" where there is no value (`jaxrec.data.schema.MISSING`) and `A|B` for lists;
-        None for none.
+        item_id and the columns as text, "" where there is no value (`jaxrec.data.schema.MISSING`), `A|B` for lists, and
+        `A|` for a list of one value; None for none.
 
     Raises:
-        DataError: For a file or row that is none, ids of another type, an id that occurs twice, and, unless `others`
-            are welcome, where no id is one of the log's.
+        DataError: For a file or row that is none, text that is not Unicode, ids that are empty, occur twice or are of
+            another type, and, unless `others` are welcome, where no id is one of the log's.
     """
     if features is None:
         return None
@@ -66,7 +67,8 @@ def read_features(path: Path, ids: IdKind = IdKind.AUTO) -> pd.DataFrame:
         item_id (int64, or str) and the other columns under their own names, as text.
 
     Raises:
-        DataError: For a file or row that is none, and for an id that is empty or occurs twice, naming file and lines.
+        DataError: For a file or row that is none, text that is not Unicode (half of a surrogate pair), and an id that
+            is empty or occurs twice, naming file and lines.
     """
     try:
         rows = list(_rows(path))
@@ -94,7 +96,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
         def choose(dialect: Dialect) -> tuple[dict[str, int], dict[str, str]]:
             names = list(dialect.names or ())
-            header[:] = feature_columns(names, str(path) if dialect.delimiter is None else f"{path}:1")
+            header[:] = _header(names, str(path) if dialect.delimiter is None else f"{path}:1")
             return {name: names.index(name) for name in header}, {name: name for name in header}
 
         table, _ = open_text(path, str(path), TextOptions(), Path(scratch), choose, True, "movieId,NAME,...")
@@ -103,7 +105,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             yield from _json_rows(table.path, path, header)
             return
         for line, fields in records(table, refuse):
-            yield line, [_text(fields[table.columns[name]]) for name in header]
+            yield line, _fields([fields[table.columns[name]] for name in header], header, f"{path}:{line}")
 
 
 def _json_rows(utf8: Path, path: Path, header: list[str]) -> Iterator[tuple[int, list[str]]]:
@@ -118,25 +120,49 @@ def _json_rows(utf8: Path, path: Path, header: list[str]) -> Iterator[tuple[int,
                 raise DataError(f"{path}:{line}: not a JSON object: {error}") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{line}: not a JSON object: {text.strip()[:80]}")
-            yield line, [_text(row.get(name)) for name in header]
+            if isinstance(raw := row.get(header[0]), list | dict):
+                raise DataError(f"{path}:{line}: the id is {json.dumps(raw)[:80]}; expected text or a whole number")
+            yield line, _fields([row.get(name) for name in header], header, f"{path}:{line}")
 
 
 def _of_frame(frame: pd.DataFrame, raw_items: np.ndarray) -> pd.DataFrame:
-    header = feature_columns([str(name) for name in frame.columns], "features")
+    header = _header([str(name) for name in frame.columns], "features")
     named = frame.set_axis([str(name) for name in frame.columns], axis=1)
     texts = {name: [_text(value) for value in named[name].tolist()] for name in header[1:]}
+    for row, values in enumerate(zip(*texts.values(), strict=True), start=1):
+        require_utf8(zip(texts, values, strict=True), f"features: row {row}")
     found = pd.DataFrame({ITEM: named[header[0]].reset_index(drop=True), **texts})
-    return checked_ids(found, raw_items, "features")
+    return checked_ids(found, raw_items, "features", header[0])
+
+
+def _header(names: list[str], where: str) -> list[str]:
+    """The columns' names, that of the ids first."""
+    require_utf8((("column", name) for name in names), where)
+    return feature_columns(names, where)
+
+
+def _fields(values: list[Any], header: list[str], where: str) -> list[str]:
+    """A row as text. The id may be any word; only spaces around it are removed."""
+    raw, *others = values
+    texts = ["" if raw is None else str(raw).strip(), *map(_text, others)]
+    require_utf8(zip(header, texts, strict=True), where)
+    return texts
 
 
 def _text(value: object) -> str:
     """A value as text: lists, also as JSON or Python writes them, joined by `|`, without what means that there is none.
 
+    A list of which one value is left ends with `|`, so that it still is a list.
+
     Examples:
-        >>> _text('["x", "a|b", null]'), _text(" x | N/A "), _text(float("nan")), _text(1.5)
-        ('x|a/b', 'x', '', '1.5')
+        >>> _text('["x", "a|b", null]'), _text(" x | y "), _text(["x"]), _text("x|N/A")
+        ('x|a/b', 'x|y', 'x|', 'x|')
+        >>> _text(" x "), _text(float("nan")), _text(1.5), _text([])
+        ('x', '', '1.5', '')
     """
     names = None if isinstance(value, float) else listed(value)  # to `listed` every float is a missing list
     # None, NaN, NaT and NA are missing by the words that Python writes for them.
     parts = str(value).split("|") if names is None else [name.replace("|", "/") for name in names]
-    return "|".join(part.strip() for part in parts if not is_missing(part))
+    kept = [part.strip() for part in parts if not is_missing(part)]
+    of_list = names is not None or len(parts) > 1
+    return f"{kept[0]}|" if of_list and len(kept) == 1 else "|".join(kept)

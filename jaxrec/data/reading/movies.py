@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from jaxrec.data.catalog import checked_ids
+from jaxrec.data.catalog import checked_ids, require_utf8
 from jaxrec.data.reading.bad_rows import BadRow
 from jaxrec.data.reading.columns import movie_columns
 from jaxrec.data.reading.dialect import Dialect, scan
@@ -58,7 +58,8 @@ def read_movies(path: Path, name: str | None = None, ids: IdKind = IdKind.AUTO) 
         item_id (int64, or str), title (the id where there is none) and genres (joined by `|`).
 
     Raises:
-        DataError: For a file or row that is none, naming file and line.
+        DataError: For a file or row that is none, and for text that is not Unicode (half of a surrogate pair), naming
+            file and line.
     """
     name = name or str(path)
     try:
@@ -79,7 +80,10 @@ def read_movies(path: Path, name: str | None = None, ids: IdKind = IdKind.AUTO) 
         if raw in seen:
             raise DataError(f"{name}:{line}: the id {raw} occurs a second time; the first is in line {seen[raw]}")
         seen[raw] = line
-    frame = pd.DataFrame({TITLE: [row[2] or row[1] for row in rows], GENRES: joined_genres([row[3] for row in rows])})
+    titles, genres = [row[2] or row[1] for row in rows], joined_genres([row[3] for row in rows])
+    for (line, *_), title, joined in zip(rows, titles, genres, strict=True):
+        require_utf8([(TITLE, title), (GENRES, joined)], f"{name}:{line}")
+    frame = pd.DataFrame({TITLE: titles, GENRES: genres})
     frame.insert(0, ITEM, typed_ids([(line, raw) for line, raw, _, _ in rows], ids, name))
     return frame
 
@@ -99,12 +103,13 @@ def movies_like(
         item_id, title and genres; and what is odd about them, each in one sentence.
 
     Raises:
-        DataError: Where the ids are of another type, occur twice, or are none of the log's.
+        DataError: Where ids are empty, of another type, occur twice, or are none of the log's; and for text that is not
+            Unicode.
     """
     if movies is None:
         return None, []
     if isinstance(movies, pd.DataFrame):
-        found, name = checked_ids(_named(movies), raw_items, "movies"), "movies"
+        found, name = _of_frame(movies, raw_items), "movies"
     else:
         name = name or str(movies)
         found = read_movies(movies, name, IdKind.INTEGER if raw_items.dtype == np.int64 else IdKind.TEXT)
@@ -166,16 +171,19 @@ def listed(value: object) -> list[str] | None:
     return [] if value is None or value is pd.NA or isinstance(value, float) else None
 
 
-def _named(frame: pd.DataFrame) -> pd.DataFrame:
-    """A frame with the columns item_id, title and genres."""
+def _of_frame(frame: pd.DataFrame, raw_items: np.ndarray) -> pd.DataFrame:
+    """The columns item_id, title and genres of a frame."""
     chosen = movie_columns([str(column) for column in frame.columns], "movies")
-    ids = frame[chosen[ITEM]].reset_index(drop=True)
+    found = pd.DataFrame({ITEM: frame[chosen[ITEM]].reset_index(drop=True)})
+    ids = checked_ids(found, raw_items, "movies", chosen[ITEM])[ITEM]
     titles = ids.astype(str)
     if TITLE in chosen:
         given = frame[chosen[TITLE]].reset_index(drop=True)
         titles = given.astype(object).where(given.notna(), titles)
-    genres = frame[chosen[GENRES]].tolist() if GENRES in chosen else [""] * len(frame)
-    return pd.DataFrame({ITEM: ids, TITLE: titles, GENRES: joined_genres(genres)})
+    genres = joined_genres(frame[chosen[GENRES]].tolist() if GENRES in chosen else [""] * len(frame))
+    for row, (title, joined) in enumerate(zip(titles, genres, strict=True), start=1):
+        require_utf8([(TITLE, str(title)), (GENRES, joined)], f"movies: row {row}")
+    return pd.DataFrame({ITEM: ids, TITLE: titles, GENRES: genres})
 
 
 def typed_ids(raw: list[tuple[int, str]], kind: IdKind, name: str) -> np.ndarray:
