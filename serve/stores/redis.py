@@ -228,7 +228,8 @@ class RedisStore(DeferringStore):
         if held is not None:
             staged = self._staged(self._counted(int(held), int(first)))
             self._written(lambda client: self._seed_events(args=staged, client=client))
-            self._add_staged()
+        # Also where another server has just staged the events.
+        self._add_staged()
 
     def _counted(self, last: int, until: int) -> dict[str, Counter]:
         """The counters of the stored events up to a revision that happened after `until`."""
