@@ -213,7 +213,7 @@ def _text_rows(path: Path, name: str) -> Iterator[MovieRow]:
 
         table, _ = open_text(path, name, TextOptions(), Path(scratch), choose, True, "movieId,title,genres")
         at = table.columns
-        for line, fields in records(table, refuse):
+        for line, fields in records(table, refuse, lists=True):
             title, genres = (fields[at[role]] if role in at else "" for role in (TITLE, GENRES))
             yield line, fields[at[ITEM]].strip(), title, genres
 

@@ -109,20 +109,26 @@ def rows(table: TextTable, path: Path, numbers: np.ndarray) -> Iterator[list[str
         yield fields_of(table.dialect, text)
 
 
-def fields_of(dialect: Dialect, line: str) -> list[str]:
+def fields_of(dialect: Dialect, line: str, lists: bool = False) -> list[str]:
     """The fields of a line that is a whole row, in the order of the header.
 
-    Raises csv.Error or ValueError where it is none.
+    With `lists` a list in JSON is a field, as JSON writes it; without, it is as if it were missing. Raises csv.Error or
+    ValueError where the line is no row.
     """
     if dialect.delimiter is None:
         found = json.loads(line, parse_constant=_no_constant)
         values = [found.get(name) if isinstance(found, dict) else None for name in dialect.names or ()]
-        return [
-            v if isinstance(v, str) else "" if v is None or isinstance(v, NO_FIELD) else json.dumps(v) for v in values
-        ]
+        return [_text(value, lists) for value in values]
     if not dialect.quoting:
         return line.split(dialect.delimiter)
     return next(csv.reader([line], delimiter=dialect.delimiter, strict=True))
+
+
+def _text(value: object, lists: bool) -> str:
+    if isinstance(value, str):
+        return value
+    known = value is not None and (not isinstance(value, NO_FIELD) or (lists and isinstance(value, list)))
+    return json.dumps(value) if known else ""
 
 
 def _no_constant(name: str) -> object:
@@ -167,13 +173,16 @@ def repair(table: TextTable, copy: Path, report: Callable[[BadRow], object]) -> 
     return np.sort(np.array(removed, np.int64)), rows_written
 
 
-def records(table: TextTable, report: Callable[[BadRow], object]) -> Iterator[tuple[int, list[str]]]:
-    """The line and the fields of each whole row, as `repair` understands rows. `report`: as there."""
-    for row in _Rows(table, report).rows():
+def records(
+    table: TextTable, report: Callable[[BadRow], object], lists: bool = False
+) -> Iterator[tuple[int, list[str]]]:
+    """The line and the fields of each whole row, as `repair` understands rows. `report`: as there; `lists`: as for
+    `fields_of`."""
+    for row in _Rows(table, report, lists).rows():
         if row.fields:
             yield row.line, row.fields
         for at, line in enumerate(row.text.decode("utf-8").split("\n")[:-1]):
-            yield row.line + at, fields_of(table.dialect, line)
+            yield row.line + at, fields_of(table.dialect, line, lists)
 
 
 def _line_of(dialect: Dialect, fields: Sequence[str]) -> bytes:
@@ -196,8 +205,8 @@ class _Row(NamedTuple):
 
 
 class _Rows:
-    def __init__(self, table: TextTable, report: Callable[[BadRow], object]) -> None:
-        self._table, self._report = table, report
+    def __init__(self, table: TextTable, report: Callable[[BadRow], object], lists: bool = False) -> None:
+        self._table, self._report, self._lists = table, report, lists
         self._dialect = table.dialect
         self._blocks = blocks(table.path)
         self._block = Block(b"", 0)
@@ -269,7 +278,7 @@ class _Rows:
     def _parsed(self, at: int, text: str) -> tuple[list[str], str, int]:
         """The fields of the row that begins in line `at`, or why it is none, and how many lines it takes."""
         try:
-            fields = fields_of(self._dialect, text)
+            fields = fields_of(self._dialect, text, self._lists)
             if len(fields) == self._dialect.width + 1 and not fields[-1]:
                 fields.pop()  # a delimiter at the end of the row
             if len(fields) == self._dialect.width:

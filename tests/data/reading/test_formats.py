@@ -1,6 +1,7 @@
 """Each format is recognized, said, and read to the same interactions; damaged downloads are one clear error."""
 
 import gzip
+import json
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from jaxrec.data.reading.movies import read_movies
 from jaxrec.data.reading.read import read_ratings
 from jaxrec.data.reading.rules import IdKind, TimeUnit
 from jaxrec.data.reading.sources import ColumnNames, find_source
+from jaxrec.data.schema import GENRES
 from jaxrec.errors import DataError
 
 ROWS = [(1, 10, 4.0, 978300760), (1, 20, 3.0, 978300761), (2, 10, 5.0, 978300762), (2, 30, 1.0, 978300763)]
@@ -223,3 +225,10 @@ def test_parquet_columns_of_wrong_types_are_named(tmp_path: Path) -> None:
     frame.to_parquet(tmp_path / "log.parquet")
     with pytest.raises(DataError, match=r"column userId is DOUBLE; expected whole numbers or text as ids"):
         read_ratings(tmp_path / "log.parquet")
+
+
+def test_genres_of_json_lines_may_be_lists(tmp_path: Path) -> None:
+    path = tmp_path / "movies.jsonl"
+    rows = [(1, ["War", "Sci-Fi"]), (2, []), (3, None), (4, "Drama|War"), (5, [{"name": "Horror"}]), (6, ['Café "x"'])]
+    path.write_text("".join(json.dumps({"movieId": raw, "title": f"t{raw}", "genres": of}) + "\n" for raw, of in rows))
+    assert read_movies(path)[GENRES].tolist() == ["War|Sci-Fi", "", "", "Drama|War", "Horror", 'Café "x"']
