@@ -39,7 +39,7 @@ COUNTED_UNTIL: LiteralString = "SELECT counted_until FROM jaxrec.trend_start"
 TIMES: LiteralString = (
     "SELECT item_id, timestamp FROM jaxrec.events WHERE arrival > %s AND arrival <= %s AND timestamp > %s"
 )
-# Waits for the transactions that are recording events; those that begin later wait until this one ends. So whoever
+# Waits for the transactions that are recording events; those that begin later wait until this one ends. So a call that
 # records either finds the store seeded or has its events counted by the seed, and a lock in `record` is not needed.
 WAIT_FOR_EVENTS: LiteralString = "LOCK TABLE jaxrec.events IN SHARE MODE"
 # Both counters as of the later reference. PostgreSQL makes an error of a number that becomes too small, and nothing is
