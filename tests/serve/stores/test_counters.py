@@ -117,7 +117,7 @@ def test_only_what_changed_is_read_again(store: EventStore, location: str) -> No
 
 
 def test_the_arrival_is_that_of_the_last_counted_event(store: EventStore) -> None:
-    """As `all_events` numbers it: whoever adds the events up to it gets the same counts."""
+    """As `all_events` numbers it: adding the events up to it gives the same counts."""
     assert store.item_counts().arrival == 0
     store.record([event("1", "a"), event("2", "b")])
     store.record([event("3", "c", NOW - DAY, "v")])
