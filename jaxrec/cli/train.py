@@ -51,7 +51,7 @@ CHANGEABLE = ("max_epochs", "patience", "learning_rate")  # together with the da
     type=click.Choice([one.value for one in SeenItems]),
     default=TrainConfig.seen.value,
     help="Whether items of a user's history may be recommended again; auto: if 3 % or more of the validation "
-    "targets are such, and at least half as many as by chance.",
+    "targets are such, and at least three quarters as many as by chance.",
 )
 @click.option("--seed", type=SEED, default=TrainConfig.seed, help=SEED_HELP)
 @click.option(

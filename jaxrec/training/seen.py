@@ -10,7 +10,7 @@ from jaxrec.data.prepared import PreparedData
 
 LEAST_SHARE = 0.03
 """Of the validation targets that must be in their user's history."""
-LEAST_OF_CHANCE = 0.5
+LEAST_OF_CHANCE = 0.75
 """Of the share that chance has. Users with a smaller one avoid the items that they know."""
 LEAST_Z = 3.0
 """Standard errors by which the share must be above 0, so that it is not that of a few users."""

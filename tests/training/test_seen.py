@@ -77,9 +77,11 @@ def test_users_who_all_repeat_equally_are_no_chance() -> None:
 @pytest.mark.parametrize(
     ("share", "chance", "z", "choice"),
     [
-        (0.03, 0.06, 3.0, SeenItems.ALLOW),
+        (0.03, 0.039, 3.0, SeenItems.ALLOW),
         (0.029, 0.0, 9.0, SeenItems.EXCLUDE),  # too few
-        (0.05, 0.11, 9.0, SeenItems.EXCLUDE),  # less than half of chance: they are avoided
+        (0.05, 0.11, 9.0, SeenItems.EXCLUDE),  # far less than by chance: they are avoided
+        (0.089, 0.12, 9.0, SeenItems.EXCLUDE),
+        (0.091, 0.12, 9.0, SeenItems.ALLOW),
         (0.05, 0.1, 2.9, SeenItems.EXCLUDE),  # of a few users
         (0.2, 0.2, 9.0, SeenItems.ALLOW),  # neither sought nor avoided
         (0.0, 0.18, 0.0, SeenItems.EXCLUDE),  # ratings of films
