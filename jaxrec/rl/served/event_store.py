@@ -94,9 +94,8 @@ def read_served_log(path: Path, catalog: Catalog, attribution_window: int | None
     `attribution_window` in seconds; None: within which 99 % of the log's responses came, those dated after now left
     out. Raises DataError where the file is not a store, or cannot be read.
     """
-    index = {str(raw): number for number, raw in enumerate(catalog.ids.raw_ids.tolist(), start=1)}
     with _opened(path) as connection:
-        return _read_log(connection, index, attribution_window)
+        return _read_log(connection, _index(catalog), attribution_window)
 
 
 def read_arrived_events(path: Path, catalog: Catalog) -> tuple[ArrivedEvents, int]:
@@ -105,13 +104,18 @@ def read_arrived_events(path: Path, catalog: Catalog) -> tuple[ArrivedEvents, in
 
     Raises DataError as `read_served_log`.
     """
-    index = {str(raw): number for number, raw in enumerate(catalog.ids.raw_ids.tolist(), start=1)}
+    index = _index(catalog)
     with _opened(path) as connection:
         ((until,),) = connection.execute("SELECT coalesce(max(counted_until), 0) FROM trend_start").fetchall()
         rows = connection.execute("SELECT item_id, timestamp, arrival FROM events ORDER BY arrival")
         known = ((index[item], *rest) for item, *rest in rows if item in index)
         found = np.fromiter(known, [("item", np.int32), ("time", np.int64), ("arrival", np.int64)])
     return ArrivedEvents(*(np.ascontiguousarray(found[name]) for name in ("item", "time", "arrival"))), until
+
+
+def _index(catalog: Catalog) -> dict[str, int]:
+    """The items' places in the catalogue by raw id as text, from 1 on."""
+    return {str(raw): number for number, raw in enumerate(catalog.ids.raw_ids.tolist(), start=1)}
 
 
 @contextlib.contextmanager
