@@ -25,7 +25,7 @@ from jaxrec.onnx.search import externalized, make_search, write_array
 from jaxrec.onnx.signature import OPSET, sequence_signature, step_signature, trend_signature
 from jaxrec.onnx.weights import extract_weights
 
-MANIFEST_SCHEMA_VERSION = 2
+MANIFEST_SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 SEQUENCE_FILE = "sequence.onnx"
 STEP_FILE = "step.onnx"
@@ -69,8 +69,9 @@ def export_model(
     for name, summary in summaries.items():
         _require_json(name, summary)
     indexed = len(data.catalog) >= FROM_ITEMS if index is None else index
-    if indexed and hybrid.new_items is not None:
-        count = int(np.sum(np.asarray(hybrid.new_items[...])))
+    new = None if hybrid.new_items is None else np.asarray(hybrid.new_items[...])
+    if indexed and new is not None:
+        count = int(new.sum())
         end = "the trend of their first events lifts them" if hybrid.trend.adds else "the next training"
         tqdm.write(
             f"index: {count} new items (without training events) have zero vectors in it, since it cannot keep them "
@@ -113,7 +114,7 @@ def export_model(
             (folder / STEP_FILE).write_bytes(externalized(step, folder))
         (folder / TREND_FILE).write_bytes(trend)
         write_array(folder / TREND_COUNTS_FILE, latest)
-        _write_catalog(data, folder / MODEL_CATALOG_FILE)
+        _write_catalog(data, new, folder / MODEL_CATALOG_FILE)
         (folder / LICENCE_FILE).write_text(licence.rstrip() + "\n", encoding="utf-8")
         files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
         now = datetime.datetime.now(datetime.UTC)
@@ -163,10 +164,12 @@ def _require_json(name: str, summary: dict[str, Any]) -> None:
         raise ExportError(f"{name} must hold JSON values only: {error}") from error
 
 
-def _write_catalog(data: PreparedData, path: Path) -> None:
+def _write_catalog(data: PreparedData, new: np.ndarray | None, path: Path) -> None:
+    """`new` [items + 1] bool: the items that the model was not trained on; None: there are none."""
     frame = data.catalog.to_frame()
     frame["popularity"] = data.train_popularity()[1:]
     frame["recent_popularity"] = decayed_popularity(data)[1:]
+    frame["new"] = 0 if new is None else new[1:].astype(np.int8)
     frame.to_csv(path, index=False, encoding="utf-8", lineterminator="\n")
 
 

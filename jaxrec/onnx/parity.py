@@ -23,7 +23,7 @@ from jaxrec.onnx.weights import RECENT_WEIGHTS, Weights
 TOLERANCE = 1e-4
 PROBE_SEED = 20
 PROBE_ROWS = 12
-OF_ANSWER = ("trend", "exclude", "seen", "seen_score")
+OF_ANSWER = ("trend", "exclude", "blocked", "seen", "seen_score")
 """Inputs that the state and the query do not depend on."""
 
 
@@ -39,12 +39,18 @@ class Probe:
     request_gap: np.ndarray
     trend: np.ndarray
     exclude: np.ndarray
+    blocked: np.ndarray
     seen: np.ndarray | None = None
     seen_score: np.ndarray | None = None
 
     def inputs(self) -> dict[str, np.ndarray]:
         """By name, those that there are."""
         return {name: array for name, array in vars(self).items() if array is not None}
+
+    def never(self) -> np.ndarray:
+        """[rows, width] int32: all that is excluded or blocked; 0 = nothing."""
+        items = np.arange(self.blocked.shape[1], dtype=np.int32)
+        return np.concatenate([self.exclude, np.where(self.blocked, items, 0)], axis=1)
 
     def row(self, at: int) -> "Probe":
         """One row as a batch of its own, without padding."""
@@ -57,6 +63,7 @@ class Probe:
             request_gap=self.request_gap[one],
             trend=self.trend,
             exclude=self.exclude[one],
+            blocked=self.blocked[one],
             seen=None if self.seen is None else self.seen[one],
             seen_score=None if self.seen_score is None else self.seen_score[one],
         )
@@ -64,8 +71,8 @@ class Probe:
 
 def make_probe(item_count: int, max_history: int, seed: int = PROBE_SEED, allow_seen: bool = False) -> Probe:
     """Lengths from 1 to `max_history`, the first and the last item, missing ratings, gaps at and beside the buckets'
-    edges, requests with and without a time, exclusions of nothing, of the history and of the same item twice; with
-    `allow_seen` scores of some items."""
+    edges, requests with and without a time, exclusions of nothing, of the history and of the same item twice; in
+    every third row a tenth of the items is blocked; with `allow_seen` scores of some items."""
     rng = np.random.default_rng(seed)
     length = np.minimum([1, 1, 2, 3, 5, 8, 13, 21, 34, 50, 89, max_history], max_history).astype(np.int32)
     shape = (PROBE_ROWS, int(length.max()))
@@ -83,6 +90,8 @@ def make_probe(item_count: int, max_history: int, seed: int = PROBE_SEED, allow_
     exclude = np.zeros((PROBE_ROWS, 6), np.int64)
     exclude[1::2] = rng.integers(1, item_count + 1, (PROBE_ROWS // 2, 6))
     exclude[2, :2], exclude[3], exclude[4, 3:] = item[2, :2], 1, [item_count, 0, item_count]
+    blocked = np.zeros((PROBE_ROWS, item_count + 1), bool)
+    blocked[::3] = np.arange(item_count + 1) % 10 == 7
     seen = np.where(rng.random((PROBE_ROWS, 7)) < 0.3, 0, rng.integers(1, item_count + 1, (PROBE_ROWS, 7)))
     return Probe(
         item=np.where(where, item, 0).astype(np.int32),
@@ -92,6 +101,7 @@ def make_probe(item_count: int, max_history: int, seed: int = PROBE_SEED, allow_
         request_gap=request_gap.astype(np.float32),
         trend=np.where(rng.random(item_count + 1) < 0.5, 0, rng.normal(size=item_count + 1)).astype(np.float32),
         exclude=exclude.astype(np.int32),
+        blocked=blocked,
         seen=seen.astype(np.int32) if allow_seen else None,
         seen_score=np.where(seen > 0, rng.normal(size=seen.shape), 0).astype(np.float32) if allow_seen else None,
     )
@@ -114,14 +124,14 @@ def check_parity(hybrid: Hybrid, sequence: bytes, step: bytes, trend: bytes, max
     everything = np.array([item_count], np.int64)
 
     answer = _run(graphs["sequence.onnx"], **probe.inputs(), k=everything)
-    differences = [_compare("sequence.onnx", answer, logits, state, probe.exclude)]
+    differences = [_compare("sequence.onnx", answer, logits, state, probe.never())]
     for at in range(PROBE_ROWS):
         row = probe.row(at)
         alone = _run(graphs["sequence.onnx"], **row.inputs(), k=everything)
         name = f"sequence.onnx on row {at} alone"
-        differences.append(_compare(name, alone, logits[at, None], state[at, None], row.exclude))
+        differences.append(_compare(name, alone, logits[at, None], state[at, None], row.never()))
     replayed = _replay(graphs["step.onnx"], probe, everything, state.shape[1])
-    differences.append(_compare("step.onnx", replayed, logits, state, probe.exclude))
+    differences.append(_compare("step.onnx", replayed, logits, state, probe.never()))
     few = _run(graphs["sequence.onnx"], **probe.inputs(), k=np.array([min(3, item_count)], np.int64))
     if not np.array_equal(few["items"], answer["items"][:, : few["items"].shape[1]]):
         raise ExportError("sequence.onnx: the 3 best items are not the first 3 of all items")
@@ -206,7 +216,7 @@ def _jax_answer(hybrid: Hybrid, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
     with jax.default_matmul_precision("highest"):
         events = Events(*(jax.numpy.asarray(x) for x in (probe.item, probe.rating, probe.gap, probe.length)))
         seen = None if probe.seen is None or probe.seen_score is None else SeenScores(probe.seen, probe.seen_score)
-        request = map(jax.numpy.asarray, (probe.request_gap, probe.exclude, probe.trend))
+        request = map(jax.numpy.asarray, (probe.request_gap, probe.never(), probe.trend))
         logits, state = answer(weights, events, *request, seen)
     return np.asarray(logits), np.asarray(state)
 
@@ -245,7 +255,9 @@ def _replay(session: Any, probe: Probe, k: np.ndarray, state_width: int) -> dict
             request_gap=probe.request_gap[rows],
             trend=probe.trend,
             **{
-                name: array[rows] for name, array in probe.inputs().items() if name in ("exclude", "seen", "seen_score")
+                name: array[rows]
+                for name, array in probe.inputs().items()
+                if name in ("exclude", "blocked", "seen", "seen_score")
             },
             k=k if last.any() else np.ones_like(k),
         )

@@ -112,6 +112,7 @@ def graph_scorer(graph: bytes, item_count: int, repeat: Repeat | None = None) ->
                 "request_gap": np.asarray(batch.request_gap, np.float32),
                 "trend": np.zeros(item_count + 1, np.float32),
                 "exclude": np.zeros((rows, 1), np.int32),
+                "blocked": np.zeros((1, item_count + 1), bool),
                 "k": np.array([item_count], np.int64),
                 **({} if seen is None else {"seen": seen.items, "seen_score": seen.scores}),
             },

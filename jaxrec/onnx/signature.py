@@ -28,10 +28,12 @@ _REQUEST = {
     "request_gap": Tensor("float32", ("batch",)),
     "trend": Tensor("float32", ("items",)),
     "exclude": Tensor("int32", ("batch", "excluded")),
+    # One row for all, or one for each.
+    "blocked": Tensor("bool", ("blocked_rows", "items")),
     "k": Tensor("int64", (1,)),
 }
 _SEEN = {"seen": Tensor("int32", ("batch", "seen")), "seen_score": Tensor("float32", ("batch", "seen"))}
-_NO_QUERY = ("trend", "exclude", "k", *_SEEN)
+_NO_QUERY = ("trend", "exclude", "blocked", "k", *_SEEN)
 _RANKING = {"items": Tensor("int32", ("batch", "k")), "scores": Tensor("float32", ("batch", "k"))}
 
 

@@ -47,13 +47,14 @@ def sequence(
     request_gap: Any,
     trend: Any,
     exclude: Any,
+    blocked: Any,
     k: Any,
     **seen: Any,
 ) -> dict[str, Any]:
     """A batch of histories -> state, items, scores. `seen`: the inputs of models that allow items of the history."""
     vectors = tf.gather(items.vectors, tf.transpose(item))
     recurrent, recent = _read(weights, vectors, item, rating, gap, length)
-    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, trend, exclude, k, **seen)
+    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, trend, exclude, blocked, k, **seen)
     return {"state": _state(recurrent, recent), "items": best, "scores": scores}
 
 
@@ -68,12 +69,13 @@ def step(
     request_gap: Any,
     trend: Any,
     exclude: Any,
+    blocked: Any,
     k: Any,
     **seen: Any,
 ) -> dict[str, Any]:
     """A batch of states and one event for each -> next_state, items, scores; `seen` as above."""
     recurrent, recent = _step(weights, state, tf.gather(items.vectors, item), item, rating, gap)
-    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, trend, exclude, k, **seen)
+    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, trend, exclude, blocked, k, **seen)
     return {"next_state": _state(recurrent, recent), "items": best, "scores": scores}
 
 
@@ -184,11 +186,13 @@ def _answer(
     recent: Any,
     trend: Any,
     exclude: Any,
+    blocked: Any,
     k: Any,
     seen: Any = None,
     seen_score: Any = None,
 ) -> tuple[Any, Any]:
-    """The k best items [batch, k] int32 and their logits. `seen_score` is added to those of `seen`, where there are."""
+    """The k best items [batch, k] int32 and their logits. `seen_score` is added to those of `seen`, where there are.
+    Items of `exclude` and of `blocked` ([1 or batch, items + 1] bool) are NEVER."""
     logits = tf.matmul(query, items.vectors, transpose_b=True) + items.bias
     neighbours = tf.reshape(tf.gather(items.neighbours, recent), [-1, RECENT_ITEMS * items.neighbours.shape[1]])
     decays = RECENT_WEIGHTS[:, None]
@@ -198,6 +202,7 @@ def _answer(
         logits = tf.tensor_scatter_nd_add(logits, _places(seen), seen_score)
     never = tf.fill(tf.shape(exclude), np.float32(NEVER))
     logits = tf.tensor_scatter_nd_update(logits, _places(exclude), never)
+    logits = tf.where(blocked, np.float32(NEVER), logits)
     if items.new is not None:
         logits = _capped(logits, tf.logical_and(items.new, tf.equal(trend, 0.0)))
     # Without the column of the padding, which so cannot be an answer even when all others are excluded.

@@ -5,15 +5,17 @@ import time
 from collections.abc import Sequence
 
 from serve.api.errors import InvalidRequest
+from serve.api.filters import decode_filter, decode_seen, own_seen
 from serve.api.rules import (
     DEFAULT_K,
+    MAX_ALLOWED_ITEMS,
     MAX_BATCH,
     MAX_BATCH_EVENTS,
     MAX_BATCH_ITEMS,
-    MAX_EXCLUDED_ITEMS,
     MAX_HISTORY_EVENTS,
     MAX_K,
     MAX_RECORDED_EVENTS,
+    MAX_TAGS,
     check_event_time,
     check_id,
     check_length,
@@ -34,13 +36,14 @@ from serve.stores.base import UserEvent
 _SCORE = struct.Struct("<f")
 
 
-def decode_query(request: pb.RecommendRequest, scale: RatingScale | None) -> Query:
-    """The question that a request asks, from now on."""
+def decode_query(request: pb.RecommendRequest, model: Recommender) -> Query:
+    """The question that a request asks the model that answers it, from now on."""
     started = time.monotonic()
     k = checked_count("k", request.k)
-    check_length("exclude_item_ids", request.exclude_item_ids, MAX_EXCLUDED_ITEMS)
-    for at, item_id in enumerate(request.exclude_item_ids):
-        check_id(f"exclude_item_ids[{at}]", item_id)
+    asked = decode_filter(request, model)
+    allow_seen = decode_seen(request.seen, model)
+    if not 0 <= request.new_item_slots <= k:
+        raise InvalidRequest("new_item_slots", f"0 to k, which is {k}", request.new_item_slots)
     request_time = request.request_time if request.HasField("request_time") else None
     if request_time is not None:
         check_time("request_time", request_time, latest_time())
@@ -50,15 +53,16 @@ def decode_query(request: pb.RecommendRequest, scale: RatingScale | None) -> Que
     events: Sequence[Event] = ()
     user_id = None
     if subject == "history":
-        events = _decode_history(request.history, request_time, scale)
+        events = _decode_history(request.history, request_time, model.info.rating_scale)
     else:
         user_id = request.user_id
         check_id("user_id", user_id)
-    return Query(events, k, tuple(request.exclude_item_ids), request_time, request.explain, user_id, started)
+    exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots)
+    return Query(events, k, exclude, request_time, request.explain, user_id, started, asked, allow_seen, slots)
 
 
-def decode_batch(request: pb.BatchRecommendRequest, scales: Sequence[RatingScale | None]) -> list[Query]:
-    """The questions of a batch, each on the scale of the model that answers it."""
+def decode_batch(request: pb.BatchRecommendRequest, models: Sequence[Recommender]) -> list[Query]:
+    """The questions of a batch, each for the model that answers it."""
     check_length("requests", request.requests, MAX_BATCH)
     items = sum(single.k or DEFAULT_K for single in request.requests)
     if items > MAX_BATCH_ITEMS:
@@ -67,9 +71,9 @@ def decode_batch(request: pb.BatchRecommendRequest, scales: Sequence[RatingScale
     if events > MAX_BATCH_EVENTS:
         raise InvalidRequest("requests", f"at most {MAX_BATCH_EVENTS} events in all", events)
     queries = []
-    for at, (single, scale) in enumerate(zip(request.requests, scales, strict=True)):
+    for at, (single, model) in enumerate(zip(request.requests, models, strict=True)):
         try:
-            queries.append(decode_query(single, scale))
+            queries.append(decode_query(single, model))
         except InvalidRequest as error:
             raise error.within(f"requests[{at}]") from error
     return queries
@@ -235,4 +239,8 @@ def encode_model_info(model: Recommender, exploration_temperature: float) -> pb.
         max_history=info.max_history,
         max_k=MAX_K,
         exploration_temperature=exploration_temperature,
+        max_allow_item_ids=MAX_ALLOWED_ITEMS,
+        max_tags=MAX_TAGS,
+        seen=own_seen(model),
+        new_item_count=model.new_item_count,
     )

@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from serve.model.recommender import UnknownItem
+from serve.model.recommender import NoNewItems, UnknownItem
 from serve.serving.errors import Cancelled, Expired, QueueFull, RefusedModel, UnknownModel
 from serve.stores.base import StoreError
 
@@ -53,6 +53,7 @@ STATUS: dict[type[Exception], tuple[grpc.StatusCode, str | None]] = {
     UnknownItem: (grpc.StatusCode.NOT_FOUND, None),
     UnknownUser: (grpc.StatusCode.NOT_FOUND, None),
     UnknownModel: (grpc.StatusCode.NOT_FOUND, None),
+    NoNewItems: (grpc.StatusCode.FAILED_PRECONDITION, None),
     RefusedModel: (grpc.StatusCode.FAILED_PRECONDITION, None),
     QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     Expired: (grpc.StatusCode.DEADLINE_EXCEEDED, None),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from serve.api.errors import InvalidRequest
 from serve.api.rules import MAX_BATCH, MAX_EXCLUDED_ITEMS, MAX_HISTORY_EVENTS, MAX_K, latest_time
-from serve.model.graphs import SEQUENCE_OUTPUTS, TREND, Signature, sequence_inputs
+from serve.model.graphs import BLOCKED, SEQUENCE_OUTPUTS, TREND, Signature, sequence_inputs
 from serve.model.recommender import Recommender
 from serve.pb import open_inference_pb2 as pb
 from serve.pb import open_inference_pb2_grpc
@@ -119,8 +119,8 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
 
 
 def _inputs(model: Recommender) -> Signature:
-    """What clients send: all but the trend, which is the server's."""
-    return {name: dtype for name, dtype in sequence_inputs(model.info).items() if name != TREND}
+    """What clients send: all but the trend, which is the server's, and what requests of `Recommender` block."""
+    return {name: dtype for name, dtype in sequence_inputs(model.info).items() if name not in (TREND, BLOCKED)}
 
 
 def _decoded(request: pb.ModelInferRequest, expected: Signature) -> Tensors:

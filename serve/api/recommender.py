@@ -11,6 +11,7 @@ from serve.api.codec import (
     encode_profile,
     encode_similar,
 )
+from serve.api.filters import decode_filter
 from serve.api.rules import check_id, checked_count
 from serve.api.service import RecommenderService
 from serve.pb import recommender_pb2 as pb
@@ -26,14 +27,14 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
 
     def Recommend(self, request: pb.RecommendRequest, context: Any) -> pb.RecommendResponse:
         loaded = self._models.for_user(request.user_id or None)
-        query = decode_query(request, loaded.model.info.rating_scale)
+        query = decode_query(request, loaded.model)
         return encode_answer(
             self._service.recommend(loaded, query, context.time_remaining(), lambda: not context.is_active())
         )
 
     def BatchRecommend(self, request: pb.BatchRecommendRequest, context: Any) -> pb.BatchRecommendResponse:
         loaded = [self._models.for_user(single.user_id or None) for single in request.requests]
-        queries = decode_batch(request, [one.model.info.rating_scale for one in loaded])
+        queries = decode_batch(request, [one.model for one in loaded])
         answers = self._service.recommend_all(loaded, queries, context.time_remaining, lambda: not context.is_active())
         return pb.BatchRecommendResponse(responses=[encode_answer(answer) for answer in answers])
 
@@ -57,7 +58,8 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         check_id("item_id", request.item_id)
         k = checked_count("k", request.k)
         model = self._models.version("").model
-        return encode_similar(model.similar(request.item_id, k), model)
+        asked = decode_filter(request, model)
+        return encode_similar(model.similar(request.item_id, k, request.exclude_item_ids, asked), model)
 
     def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.GetModelInfoResponse:
         loaded = self._models.version(request.model_version)

@@ -4,12 +4,13 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import grpc
 
 from serve.cli.options import FILE
-from serve.client import Connection, Event, RecommenderClient
+from serve.client import Connection, Event, ItemFilter, RecommenderClient
 from serve.pb.recommender_pb2 import RecommendResponse
 
 DAY_S = 86_400
@@ -27,6 +28,16 @@ DAY_S = 86_400
 @click.option("--similar", "similar_to", metavar="ITEM", help="Show items similar to this one.")
 @click.option("--profile", "profile_of", metavar="ID", help="Show what is stored of a user.")
 @click.option("--k", type=click.IntRange(1, 1000), default=10, show_default=True, help="Number of lines.")
+@click.option("--exclude", multiple=True, metavar="ITEM", help="Leave this item out. Repeatable, as the next four.")
+@click.option("--allow", multiple=True, metavar="ITEM", help="Only this item, or another one that is allowed.")
+@click.option("--any-tag", multiple=True, metavar="TAG", help="Only items with one of these tags (genres).")
+@click.option("--all-tags", multiple=True, metavar="TAG", help="Only items with each of these tags.")
+@click.option("--no-tag", multiple=True, metavar="TAG", help="Only items without this tag.")
+@click.option("--minimum-score", type=float, metavar="SCORE", help="Only items with at least this score or similarity.")
+@click.option(
+    "--seen", type=click.Choice(["exclude", "allow"]), help="Items of the history. By default as the model has it."
+)
+@click.option("--new-items", type=click.IntRange(0, 1000), default=0, help="Places for items that were not trained.")
 @click.option("--why", is_flag=True, help="Say why each item is recommended.")
 @click.option("--tls", is_flag=True, help="Encrypt, trusting the authorities of the system. Implied by the next three.")
 @click.option("--ca", type=FILE, help="Trust these authorities instead, in PEM.")
@@ -48,6 +59,14 @@ def command(
     similar_to: str | None,
     profile_of: str | None,
     k: int,
+    exclude: tuple[str, ...],
+    allow: tuple[str, ...],
+    any_tag: tuple[str, ...],
+    all_tags: tuple[str, ...],
+    no_tag: tuple[str, ...],
+    minimum_score: float | None,
+    seen: str | None,
+    new_items: int,
     why: bool,
     tls: bool,
     ca: Path | None,
@@ -60,14 +79,28 @@ def command(
     without a question, which model answers."""
     if sum((user is not None, bool(watched), similar_to is not None, profile_of is not None)) > 1:
         raise click.UsageError("expected one of --user, --watched, --similar and --profile")
+    rules: dict[str, Any] = {
+        "exclude_item_ids": exclude,
+        "filter": ItemFilter(
+            allow_item_ids=allow,
+            any_tags=any_tag,
+            all_tags=all_tags,
+            none_tags=no_tag,
+            minimum_score=minimum_score,
+        ),
+    }
+    if similar_to is not None and (seen is not None or new_items):
+        raise click.UsageError("--seen and --new-items are for recommendations, not for --similar")
+    allow_seen = None if seen is None else seen == "allow"
     try:
         token = os.environ.get("JAXREC_TOKEN") if token_file is None else token_file.read_text("utf-8").strip()
         connection = Connection(address, timeout, tls=tls, ca=ca, certificate=cert, key=key, token=token)
         with RecommenderClient(connection) as client:
             if user is not None or watched:
-                click.echo(recommendations(client, user, watched, k, why))
+                rules |= {"allow_seen": allow_seen, "new_item_slots": new_items, "explain": why, "k": k}
+                click.echo(recommendations(client, user, watched, **rules))
             elif similar_to is not None:
-                click.echo(similar(client, similar_to, k))
+                click.echo(similar(client, similar_to, k=k, **rules))
             elif profile_of is not None:
                 click.echo(profile(client, profile_of, k))
             else:
@@ -96,13 +129,14 @@ def _is_number(text: str) -> bool:
     return text.replace(".", "", 1).removeprefix("-").isdecimal()
 
 
-def recommendations(client: RecommenderClient, user_id: str | None, watched: Sequence[str], k: int, why: bool) -> str:
-    """The best k items for a stored user, or after items that were watched, one a day up to now."""
+def recommendations(client: RecommenderClient, user_id: str | None, watched: Sequence[str], **asked: Any) -> str:
+    """The best items for a stored user, or after items that were watched, one a day up to now; `asked`: what else
+    `RecommenderClient.recommend` is given."""
     if user_id is not None:
-        return _answer(client.recommend(user_id=user_id, k=k, explain=why), why)
+        return _answer(client.recommend(user_id=user_id, **asked), asked["explain"])
     now = int(time.time())
     history = [_event(text, now - DAY_S * (len(watched) - at)) for at, text in enumerate(watched)]
-    return _answer(client.recommend(history=history, k=k, request_time=now, explain=why), why)
+    return _answer(client.recommend(history=history, request_time=now, **asked), asked["explain"])
 
 
 def _event(text: str, timestamp: int) -> Event:
@@ -126,11 +160,11 @@ def _answer(answer: RecommendResponse, why: bool) -> str:
     return "\n".join(lines)
 
 
-def similar(client: RecommenderClient, item_id: str, k: int) -> str:
-    """The k items most like one."""
+def similar(client: RecommenderClient, item_id: str, **asked: Any) -> str:
+    """The items most like one; `asked`: what else `RecommenderClient.similar_items` is given."""
     rows = [
         [str(rank), one.item_id, one.title, ", ".join(one.genres), f"{one.similarity:.3f}"]
-        for rank, one in enumerate(client.similar_items(item_id, k).items, start=1)
+        for rank, one in enumerate(client.similar_items(item_id, **asked).items, start=1)
     ]
     return table(["", "item", "title", "genres", "similarity"], rows)
 
@@ -177,6 +211,7 @@ def model(client: RecommenderClient) -> str:
         ["items", f"{info.item_count}"],
         ["ratings", f"{scale.minimum:g} to {scale.maximum:g}" if info.HasField("rating_scale") else "none"],
         ["history", f"last {info.max_history} events"],
+        ["new items", f"{info.new_item_count}"],
         ["runs on", info.execution_provider],
     ]
     return "\n".join(f"{name:<9} {value}" for name, value in rows)

@@ -16,6 +16,14 @@ from serve.client.aio import AsyncRecommenderClient
 from serve.client.connection import Connection
 from serve.client.requests import recommend_request
 from serve.client.sync import RecommenderClient
-from serve.pb.recommender_pb2 import Event, UserEvent
+from serve.pb.recommender_pb2 import Event, ItemFilter, UserEvent
 
-__all__ = ["AsyncRecommenderClient", "Connection", "Event", "RecommenderClient", "UserEvent", "recommend_request"]
+__all__ = [
+    "AsyncRecommenderClient",
+    "Connection",
+    "Event",
+    "ItemFilter",
+    "RecommenderClient",
+    "UserEvent",
+    "recommend_request",
+]

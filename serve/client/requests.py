@@ -14,12 +14,16 @@ from serve.pb.recommender_pb2 import (
     GetModelInfoRequest,
     GetUserProfileRequest,
     History,
+    ItemFilter,
     RecommendRequest,
     RecordEventsRequest,
+    Seen,
     SimilarItemsRequest,
     UserEvent,
 )
 from serve.pb.recommender_pb2_grpc import RecommenderStub
+
+SEEN = {None: Seen.SEEN_UNSPECIFIED, True: Seen.SEEN_ALLOW, False: Seen.SEEN_EXCLUDE}
 
 Recommended = TypeVar("Recommended")
 Recorded = TypeVar("Recorded")
@@ -37,6 +41,9 @@ def recommend_request(
     exclude_item_ids: Iterable[str] = (),
     request_time: int | None = None,
     explain: bool = False,
+    filter: ItemFilter | None = None,
+    allow_seen: bool | None = None,
+    new_item_slots: int = 0,
 ) -> RecommendRequest:
     """The message for one question.
 
@@ -44,16 +51,27 @@ def recommend_request(
         user_id: A user whose events the server has stored.
         history: The user's events, if the server has not stored them.
         k: Number of items, 1 to 1000.
-        exclude_item_ids: Items not to recommend, besides those of the history.
+        exclude_item_ids: Items not to recommend.
         request_time: When the user asks, in seconds since 1970; None: not known. Later stored events are ignored.
         explain: Whether to say why each item is recommended.
+        filter: Which items may be recommended; None: every item.
+        allow_seen: Whether items of the history may be recommended; None: as the model has it.
+        new_item_slots: So many of the places are for items that the model was not trained on, at most `k`.
 
     Raises:
         ValueError: Both or none of `user_id` and `history` are given.
     """
     if (user_id is None) == (history is None):
         raise ValueError("expected user_id or history, and not both")
-    request = RecommendRequest(k=k, exclude_item_ids=exclude_item_ids, request_time=request_time, explain=explain)
+    request = RecommendRequest(
+        k=k,
+        exclude_item_ids=exclude_item_ids,
+        request_time=request_time,
+        explain=explain,
+        filter=filter,
+        seen=SEEN[allow_seen],
+        new_item_slots=new_item_slots,
+    )
     if user_id is not None:
         request.user_id = user_id
     else:
@@ -91,6 +109,9 @@ class Requests(ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, In
         exclude_item_ids: Iterable[str] = (),
         request_time: int | None = None,
         explain: bool = False,
+        filter: ItemFilter | None = None,
+        allow_seen: bool | None = None,
+        new_item_slots: int = 0,
     ) -> Recommended:
         """The best `k` items for a stored user or for a history; arguments and errors as of `recommend_request`."""
         request = recommend_request(
@@ -100,6 +121,9 @@ class Requests(ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, In
             exclude_item_ids=exclude_item_ids,
             request_time=request_time,
             explain=explain,
+            filter=filter,
+            allow_seen=allow_seen,
+            new_item_slots=new_item_slots,
         )
         return self._call(self._stub.Recommend, request)
 
@@ -115,9 +139,13 @@ class Requests(ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, In
         """Deletes all that is stored of a user."""
         return self._call(self._stub.DeleteUser, DeleteUserRequest(user_id=user_id))
 
-    def similar_items(self, item_id: str, k: int = 10) -> Similar:
-        """The `k` items (1 to 1000) most similar to one item."""
-        return self._call(self._stub.SimilarItems, SimilarItemsRequest(item_id=item_id, k=k))
+    def similar_items(
+        self, item_id: str, k: int = 10, exclude_item_ids: Iterable[str] = (), filter: ItemFilter | None = None
+    ) -> Similar:
+        """The `k` items (1 to 1000) most similar to one item, without those of `exclude_item_ids`, of those that
+        `filter` allows (None: of all)."""
+        request = SimilarItemsRequest(item_id=item_id, k=k, exclude_item_ids=exclude_item_ids, filter=filter)
+        return self._call(self._stub.SimilarItems, request)
 
     def get_model_info(self, model_version: str = "") -> Info:
         """What the server says of a loaded model version; "": the one that answers most users."""

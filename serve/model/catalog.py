@@ -1,4 +1,4 @@
-"""The items of a model: raw ids, titles, genres and popularity, by item index."""
+"""The items of a model: raw ids, titles, genres, popularity and which are new, by item index."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-COLUMNS = ["item_id", "title", "genres", "popularity", "recent_popularity"]
+COLUMNS = ["item_id", "title", "genres", "popularity", "recent_popularity", "new"]
 
 
 class CatalogError(ValueError):
@@ -30,6 +30,8 @@ class Catalog:
     """`[items+1]`, events per item with a weight that decays with their age."""
     by_popularity: NDArray[np.int32]
     """`[items]`, item indices, most popular first, ties by recent popularity, then by item index."""
+    new: NDArray[np.bool_]
+    """`[items+1]`, items that the model was not trained on (`jaxrec.models.new_items`)."""
     index: Mapping[str, int]
     """Item index by raw id; ids that the model does not know are missing."""
 
@@ -45,13 +47,13 @@ def parse_catalog(text: str) -> Catalog:
         raise CatalogError(f"1: expected the columns {','.join(COLUMNS)}, found {','.join(header)}")
     item_ids, titles = [""], [""]
     genres: list[tuple[str, ...]] = [()]
-    popularity, recent_popularity = [0], [0.0]
+    popularity, recent_popularity, new = [0], [0.0], [False]
     index: dict[str, int] = {}
     for row in reader:
         line = reader.line_num
         if len(row) != len(COLUMNS):
             raise CatalogError(f"{line}: expected {len(COLUMNS)} fields, found {len(row)}")
-        item_id, title, joined_genres, count, recent_count = row
+        item_id, title, joined_genres, count, recent_count, is_new = row
         if not item_id or item_id in index:
             raise CatalogError(f"{line}: item_id {item_id!r} is empty or was used before")
         index[item_id] = len(item_ids)
@@ -60,6 +62,9 @@ def parse_catalog(text: str) -> Catalog:
         genres.append(tuple(sorted(sys.intern(genre) for genre in joined_genres.split("|") if genre)))
         popularity.append(_count(count, line))
         recent_popularity.append(_weight(recent_count, line))
+        if is_new not in ("0", "1"):
+            raise CatalogError(f"{line}: new {is_new!r} is neither 0 nor 1")
+        new.append(is_new == "1")
     counts, recent = np.array(popularity, np.int64), np.array(recent_popularity, np.float64)
     return Catalog(
         item_ids=tuple(item_ids),
@@ -67,6 +72,7 @@ def parse_catalog(text: str) -> Catalog:
         genres=tuple(genres),
         popularity=counts,
         recent_popularity=recent,
+        new=np.array(new, np.bool_),
         by_popularity=(np.lexsort((-recent[1:], -counts[1:])) + 1).astype(np.int32),
         index=index,
     )

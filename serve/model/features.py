@@ -27,34 +27,45 @@ class Features:
     """`[m]`, m >= 0, item indices that are never answered."""
     seen: SeenScores | None = None
     """For models that may recommend items of the history again: what is added to the logits of these items."""
+    blocked: NDArray[np.bool_] | None = None
+    """`[items+1]`, True: the item is never answered; None: nothing more than `exclude`."""
 
     def without_last(self) -> "Features":
         """The history before its last event, of at least two; the same exclusions."""
-        return Features(self.item[:-1], self.rating[:-1], self.gap[:-1], -1.0, self.exclude, self.seen)
+        return replace(self, item=self.item[:-1], rating=self.rating[:-1], gap=self.gap[:-1], request_gap=-1.0)
 
 
 def features(
-    events: Sequence[KnownEvent], request_time: int | None, exclude: Sequence[int], info: ModelInfo
+    events: Sequence[KnownEvent],
+    request_time: int | None,
+    exclude: Sequence[int],
+    info: ModelInfo,
+    *,
+    allow_seen: bool | None = None,
+    blocked: NDArray[np.bool_] | None = None,
 ) -> Features:
     """What the graphs see of a history and a request.
 
     Args:
-        events: The history in time order, at least one event. All of its items are excluded from the answer, unless the
-            model may recommend them again.
+        events: The history in time order, at least one event.
         request_time: In seconds; None: not known.
         exclude: More items that are excluded.
         info: The model's.
+        allow_seen: Whether items of the history may be answered; None: as the model has it.
+        blocked: As `Features` has it.
     """
     repeat, row = info.repeat, history_features(events, info)
-    excluded = exclude if repeat is not None else [*(event.item for event in events), *exclude]
+    allowed = repeat is not None if allow_seen is None else allow_seen
+    excluded = exclude if allowed else [*(event.item for event in events), *exclude]
     seen = None
-    if repeat is not None:
+    if repeat is not None and allowed:
         seen = repeat.scores_of(item_stats(events), len(events), events[-1].timestamp, request_time)
     return replace(
         row,
         request_gap=-1.0 if request_time is None else float(request_time - events[-1].timestamp),
         exclude=np.array(excluded, np.int32),
         seen=seen,
+        blocked=blocked,
     )
 
 

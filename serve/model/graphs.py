@@ -26,11 +26,13 @@ _RANKING = {"items": "int32", "scores": "float"}
 _EVENTS = {"item": "int32", "rating": "float", "gap": "float"}
 # What is added to the logits of each item, the same for all rows.
 TREND = "trend"
+# Items that are never answered: a row for all, or one for each.
+BLOCKED = "blocked"
 # What is added to items of the history, of models that may answer them.
 SEEN: Signature = {"seen": "int32", "seen_score": "float"}
-SEQUENCE_INPUTS: Signature = {**_EVENTS, "length": "int32", **_REQUEST, TREND: "float"}
+SEQUENCE_INPUTS: Signature = {**_EVENTS, "length": "int32", **_REQUEST, TREND: "float", BLOCKED: "bool"}
 SEQUENCE_OUTPUTS: Signature = {"state": "float", **_RANKING}
-STEP_INPUTS: Signature = {"state": "float", **_EVENTS, **_REQUEST, TREND: "float"}
+STEP_INPUTS: Signature = {"state": "float", **_EVENTS, **_REQUEST, TREND: "float", BLOCKED: "bool"}
 # A graph cannot call an output as one of its inputs, hence not `state`.
 STEP_OUTPUTS: Signature = {"next_state": "float", **_RANKING}
 TREND_INPUTS: Signature = {"counts": "float"}

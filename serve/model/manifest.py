@@ -12,7 +12,7 @@ from serve.model.events import RatingScale
 from serve.model.repeat import Buckets, Repeat
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 POLICIES = ("reinforce", "supervised")
 LARGEST_ITEM_COUNT = 2**31 - 2
 SEEN_ITEMS = EXCLUDE, _ = "exclude", "allow"

@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from serve.model.directory import Artifact
 from serve.model.events import Event, KnownEvent, known_events
 from serve.model.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
-from serve.model.features import features
+from serve.model.features import Features, features
+from serve.model.filters import Filters, ItemFilter
 from serve.model.ranking.engine import Engine, Ranking
+from serve.model.ranking.live_trend import Blocked
 from serve.model.ranking.search import best_of
 from serve.model.trend import Counted
 from serve.settings import Provider, SearchBy
@@ -21,6 +23,10 @@ POPULARITY = "popularity"
 
 class UnknownItem(LookupError):
     """The model does not know an item."""
+
+
+class NoNewItems(Exception):
+    """Places for new items were asked for, and the model directory does not tell new items apart."""
 
 
 class Query(NamedTuple):
@@ -38,6 +44,12 @@ class Query(NamedTuple):
     """A stored user, for `StateCache`: a `Recommender` by itself knows no users."""
     started: float | None = None
     """When the request began, by `time.monotonic()`; its answer is not logged if the user was deleted since."""
+    filter: ItemFilter | None = None
+    """For the model that answers; None: every item is allowed."""
+    allow_seen: bool | None = None
+    """Whether items of the history may be answered; None: as the model has it."""
+    new_item_slots: int = 0
+    """At most `k`: so many of the places are for new items; see `Recommender.masks`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +100,10 @@ class Recommender:
         self.provider = self.engine.provider
         self.messages: dict[int, bytes] = {}
         """By item index, what of an answer does not depend on the query, encoded once: see `serve.api.codec`."""
+        self.filters = Filters(artifact.catalog, artifact.info.genres)
+        self.new_item_count = int(np.count_nonzero(self.catalog.new))
+        """Items that the model was not trained on."""
+        self._indexed = artifact.index is not None
         self._vectors = artifact.item_vectors
         lengths = np.sqrt(np.einsum("ij,ij->i", self._vectors, self._vectors))
         # Padding, and an item that was never trained, may have no direction; they resemble nothing.
@@ -101,35 +117,85 @@ class Recommender:
             items, scored by their number of training events.
         """
         histories = [known_events(query.events, self.catalog) for query in queries]
-        rows = [
-            features(history, query.request_time, self.indices(query.exclude_item_ids), self.info)
-            for query, history in zip(queries, histories, strict=True)
-            if history
+        masks = [self.masks(query) if history else () for query, history in zip(queries, histories, strict=True)]
+        asked = [
+            (query, history, mask)
+            for query, history, of_query in zip(queries, histories, masks, strict=True)
+            for mask in of_query
         ]
-        ks = [query.k for query, history in zip(queries, histories, strict=True) if history]
-        rankings = iter(self.engine.rank(rows, ks) if rows else ())
+        rows = [
+            self._features(query, history, self.indices(query.exclude_item_ids), mask) for query, history, mask in asked
+        ]
+        rankings = iter(self.engine.rank(rows, [query.k for query, _, _ in asked]) if rows else ())
         return [
-            self.ranked(query, next(rankings), len(query.events) - len(history), history)
+            self.ranked(query, [next(rankings) for _ in of_query], len(query.events) - len(history), history)
             if history
             else self.popular(query, len(query.events))
-            for query, history in zip(queries, histories, strict=True)
+            for query, history, of_query in zip(queries, histories, masks, strict=True)
         ]
 
+    def new_item_slots(self, asked: int) -> int:
+        """So many places of a query are for new items, of those that a request asked for: none without new items.
+
+        Raises:
+            NoNewItems: There are new items, but the model directory has an index, in which their vectors are zero.
+        """
+        if asked and self.new_item_count and self._indexed:
+            raise NoNewItems(
+                f"new_item_slots: the model {self.info.model_version} was exported with an index, which does not know"
+                " what new items are like; export it with --index never"
+            )
+        return asked if self.new_item_count else 0
+
+    def masks(self, query: Query) -> list[Blocked | None]:
+        """What is blocked in the rankings that `ranked` makes the answer to a query of: in one what its filter does not
+        allow, or, with places for new items, in one the new items too, and in another one those that are not new.
+
+        Where all items that are not new are blocked, the graphs do not hold new items below their first places.
+        """
+        blocked = self.filters.blocked(query.filter)
+        if not query.new_item_slots:
+            return [blocked]
+        # As the graphs have it: an item with a trend has recent events.
+        new = self.catalog.new & (self.engine.trend.values == 0)
+        return [new | blocked, ~new | blocked] if blocked is not None else [new, ~new]
+
+    def allows_seen(self, query: Query) -> bool:
+        """Whether items of the history may be answered."""
+        return self.info.repeat is not None if query.allow_seen is None else query.allow_seen
+
     def ranked(
-        self, query: Query, ranking: Ranking, ignored_event_count: int, history: Sequence[KnownEvent] = ()
+        self,
+        query: Query,
+        rankings: Sequence[Ranking],
+        ignored_event_count: int,
+        history: Sequence[KnownEvent] = (),
     ) -> Answer:
-        """The answer to a query whose items the model ranked; `history` is needed to explain it."""
-        items, scores = ranking.items[: query.k], ranking.scores[: query.k]
+        """The answer to a query whose items the model ranked, once for each of `masks`; `history` is needed to explain
+        it."""
+        whole, *new = (_at_least(ranking, query.filter) for ranking in rankings)
+        items, scores, counted = with_new_items(whole, new[0], query.k, query.new_item_slots) if new else whole
+        items, scores = items[: query.k], scores[: query.k]
         explanations = self._explain(query, history, items) if query.explain else ()
-        return Answer(items, scores, self.info.policy, ignored_event_count, explanations, counted=ranking.counted)
+        return Answer(items, scores, self.info.policy, ignored_event_count, explanations, counted=counted)
+
+    def _features(
+        self, query: Query, history: Sequence[KnownEvent], exclude: Sequence[int], blocked: Blocked | None
+    ) -> Features:
+        allow_seen = self.allows_seen(query)
+        return features(history, query.request_time, exclude, self.info, allow_seen=allow_seen, blocked=blocked)
 
     def popular(self, query: Query, ignored_event_count: int) -> Answer:
         """The answer to a query without an event that the model knows."""
-        exclude = self.indices(query.exclude_item_ids)
+        exclude, blocked = self.indices(query.exclude_item_ids), self.filters.blocked(query.filter)
+        items = self.catalog.by_popularity
+        if blocked is not None:
+            items = items[~blocked[items]]
         # Among the first k + len(exclude) at most len(exclude) are dropped.
-        items = self.catalog.by_popularity[: query.k + len(exclude)]
+        items = items[: query.k + len(exclude)]
         items = items[~np.isin(items, np.array(exclude, np.int32))][: query.k]
         scores = self.catalog.popularity[items].astype(np.float32)
+        items, scores, _ = _at_least(Ranking(items, scores), query.filter)
         explanations = explain_popularity(items, self.catalog) if query.explain else ()
         return Answer(items, scores, POPULARITY, ignored_event_count, explanations)
 
@@ -160,18 +226,19 @@ class Recommender:
     def _influences(self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]) -> NDArray[np.float32]:
         """By how much each item's score is lower without each of the last events, `[items, events]`."""
         exclude = self.indices(query.exclude_item_ids)
-        if self.info.repeat is None:
+        if not self.allows_seen(query):
             exclude += [event.item for event in history]
         kept = range(max(0, len(history) - ASKED_EVENTS), len(history))
-        rows = [features(history, query.request_time, exclude, self.info)]
-        rows += [features([*history[:at], *history[at + 1 :]], query.request_time, exclude, self.info) for at in kept]
-        differences = np.empty((len(items), len(kept)), np.float32)
+        histories = [history, *([*history[:at], *history[at + 1 :]] for at in kept)]
+        scores = np.empty((len(histories), len(items)), np.float32)
         # All items must be in the ranking with every event, or the difference would be that of others' scores.
         asked_items = max(ASKED_ITEMS, query.k)
-        whole, *others = (self._scores(ranking, items) for ranking in self.engine.rank(rows, asked_items))
-        for at, without in enumerate(others):
-            differences[:, at] = whole - without
-        return differences
+        for mask in self.masks(query):
+            own = np.ones(len(items), np.bool_) if mask is None else ~mask[items]
+            rows = [self._features(query, one, exclude, mask) for one in histories] if own.any() else []
+            for at, ranking in enumerate(self.engine.rank(rows, asked_items) if rows else ()):
+                scores[at, own] = self._scores(ranking, items[own])
+        return (scores[0] - scores[1:]).T
 
     @staticmethod
     def _scores(ranking: Ranking, items: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -185,15 +252,20 @@ class Recommender:
         index = self.catalog.index
         return [index[item_id] for item_id in item_ids if item_id in index]
 
-    def similar(self, item_id: str, k: int) -> Ranking:
+    def similar(
+        self, item_id: str, k: int, exclude_item_ids: Sequence[str] = (), asked: ItemFilter | None = None
+    ) -> Ranking:
         """The items nearest to one item.
 
         Args:
             item_id: A raw id.
-            k: Number of items, cut to all but the item itself.
+            k: Number of items, cut to those that there are.
+            exclude_item_ids: Items that are not answered.
+            asked: What is answered of the others; None: every item.
 
         Returns:
-            Item indices `[k]` int32 and the cosines of their vectors with that of the item `[k]` float32, -1..1.
+            Item indices `[k]` int32, the item itself not among them, and the cosines of their vectors with that of the
+            item `[k]` float32, -1..1.
 
         Raises:
             UnknownItem: The model does not know the item.
@@ -202,6 +274,34 @@ class Recommender:
         if item is None:
             raise UnknownItem(f"the model {self.info.model_version} does not know the item {item_id!r}")
         cosines = np.clip(self._vectors @ self._directions([item])[0] / self._lengths, -1, 1)
-        cosines[[0, item]] = -np.inf
-        k = min(k, len(self.catalog) - 1)
-        return Ranking(*best_of(np.arange(len(cosines), dtype=np.int32), cosines, k))
+        allowed = np.ones(len(cosines), np.bool_)
+        blocked = self.filters.blocked(asked)
+        if blocked is not None:
+            allowed = ~blocked
+        allowed[[0, item, *self.indices(exclude_item_ids)]] = False
+        items = np.flatnonzero(allowed).astype(np.int32)
+        return _at_least(Ranking(*best_of(items, cosines[items], min(k, len(items)))), asked)
+
+
+def with_new_items(known: Ranking, new: Ranking, k: int, slots: int) -> Ranking:
+    """One ranking of the best known items and the best new ones, by their scores.
+
+    Args:
+        known: Items that are not new; at most `k` count.
+        new: New items; at most `k` count.
+        k: Number of items.
+        slots: How many of them are new: fewer where there are not so many, more where too few items are known.
+    """
+    count = min(max(slots, k - len(known.items)), len(new.items))
+    items = np.concatenate([known.items[: k - count], new.items[:count]])
+    scores = np.concatenate([known.scores[: k - count], new.scores[:count]])
+    order = np.lexsort((items, -scores))
+    return Ranking(items[order], scores[order], known.counted)
+
+
+def _at_least(ranking: Ranking, asked: ItemFilter | None) -> Ranking:
+    """The items of a ranking that have the least score that is asked for."""
+    if asked is None or asked.minimum_score is None:
+        return ranking
+    n = int(np.count_nonzero(ranking.scores >= np.float32(asked.minimum_score)))
+    return Ranking(ranking.items[:n], ranking.scores[:n], ranking.counted)

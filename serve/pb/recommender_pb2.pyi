@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +18,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Seen:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SeenEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Seen.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SEEN_UNSPECIFIED: _Seen.ValueType  # 0
+    """As the model has it: `GetModelInfoResponse.seen`."""
+    SEEN_EXCLUDE: _Seen.ValueType  # 1
+    """They are left out."""
+    SEEN_ALLOW: _Seen.ValueType  # 2
+    """They may be. A model that leaves them out by itself scores them like any other
+    item; one that does not, by how often and when they were in the history.
+    """
+
+class Seen(_Seen, metaclass=_SeenEnumTypeWrapper):
+    """Whether items of the history may be recommended."""
+
+SEEN_UNSPECIFIED: Seen.ValueType  # 0
+"""As the model has it: `GetModelInfoResponse.seen`."""
+SEEN_EXCLUDE: Seen.ValueType  # 1
+"""They are left out."""
+SEEN_ALLOW: Seen.ValueType  # 2
+"""They may be. A model that leaves them out by itself scores them like any other
+item; one that does not, by how often and when they were in the history.
+"""
+Global___Seen: _TypeAlias = Seen  # noqa: Y015
 
 @_typing.final
 class Event(_message.Message):
@@ -84,6 +113,66 @@ class History(_message.Message):
 Global___History: _TypeAlias = History  # noqa: Y015
 
 @_typing.final
+class ItemFilter(_message.Message):
+    """Which items may be answered. All rules hold at once, and they act before the best
+    `k` are chosen: as long as `k` such items exist, `k` are answered.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALLOW_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    ANY_TAGS_FIELD_NUMBER: _builtins.int
+    ALL_TAGS_FIELD_NUMBER: _builtins.int
+    NONE_TAGS_FIELD_NUMBER: _builtins.int
+    MINIMUM_SCORE_FIELD_NUMBER: _builtins.int
+    minimum_score: _builtins.float
+    """Only items with at least this score, in the unit of `Recommendation.score`, which
+    is another one with the policy `popularity`; of SimilarItems, the cosine. Absent:
+    whatever the score.
+    """
+    @_builtins.property
+    def allow_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only these, in whatever order. Ids that the model does not know are ignored; if it
+        knows none of them, the answer is empty. Empty: every item. At most 10,000.
+        """
+
+    @_builtins.property
+    def any_tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only items with at least one of these tags. An item's tags are its genres; those
+        of the catalogue are `GetModelInfoResponse.genres`, and any other is an error.
+        Empty: whatever the tags. At most 100, as in the next two.
+        """
+
+    @_builtins.property
+    def all_tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only items with each of these tags."""
+
+    @_builtins.property
+    def none_tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only items with none of these tags. A rule that leaves no item, whatever the
+        catalogue, is an error: a tag here that `all_tags` has too, or all of `any_tags`.
+        """
+
+    def __init__(
+        self,
+        *,
+        allow_item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        any_tags: _abc.Iterable[_builtins.str] | None = ...,
+        all_tags: _abc.Iterable[_builtins.str] | None = ...,
+        none_tags: _abc.Iterable[_builtins.str] | None = ...,
+        minimum_score: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_minimum_score", b"_minimum_score", "minimum_score", b"minimum_score"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_minimum_score", b"_minimum_score", "all_tags", b"all_tags", "allow_item_ids", b"allow_item_ids", "any_tags", b"any_tags", "minimum_score", b"minimum_score", "none_tags", b"none_tags"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__minimum_score: _TypeAlias = _typing.Literal["minimum_score"]  # noqa: Y015
+    _WhichOneofArgType__minimum_score: _TypeAlias = _typing.Literal["_minimum_score", b"_minimum_score"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__minimum_score) -> _WhichOneofReturnType__minimum_score | None: ...
+
+Global___ItemFilter: _TypeAlias = ItemFilter  # noqa: Y015
+
+@_typing.final
 class RecommendRequest(_message.Message):
     """A question for the best next items."""
 
@@ -95,6 +184,9 @@ class RecommendRequest(_message.Message):
     K_FIELD_NUMBER: _builtins.int
     REQUEST_TIME_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    SEEN_FIELD_NUMBER: _builtins.int
+    NEW_ITEM_SLOTS_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """A user whose events were recorded with RecordEvents. A user without events,
     or only with events on items that the model does not know, is answered with
@@ -109,16 +201,32 @@ class RecommendRequest(_message.Message):
     """
     explain: _builtins.bool
     """Whether each recommendation comes with an explanation. False: without."""
+    seen: Global___Seen.ValueType
+    """Whether items of the history may be recommended."""
+    new_item_slots: _builtins.int
+    """So many of the `k` places are for new items, those that the model was not trained
+    on: the best of them by their scores, or all if there are fewer. The answer is
+    sorted by score, and these scores are not held below those of the first places, as
+    those of new items are otherwise. Such an answer is not drawn by exploration. An
+    item with counted events since the training is not new any more; of a model
+    without new items, and with the policy `popularity`, this changes nothing. A model
+    directory with an index does not know what new items are like: there it is
+    FAILED_PRECONDITION. 0: no place. At most `k`.
+    """
     @_builtins.property
     def history(self) -> Global___History:
         """The events themselves, used for this answer only."""
 
     @_builtins.property
     def exclude_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Items that must not be recommended. Those of the history never are. Ids that the
-        model does not know are ignored. Empty: nothing more is excluded. At most
-        10,000.
+        """Items that must not be recommended; for those of the history see `seen`. Ids that
+        the model does not know are ignored. Empty: nothing more is excluded. At most
+        10,000. If all of `filter.allow_item_ids` are here, that is an error.
         """
+
+    @_builtins.property
+    def filter(self) -> Global___ItemFilter:
+        """Which items may be recommended. Absent: every item."""
 
     def __init__(
         self,
@@ -129,10 +237,13 @@ class RecommendRequest(_message.Message):
         k: _builtins.int = ...,
         request_time: _builtins.int | None = ...,
         explain: _builtins.bool = ...,
+        filter: Global___ItemFilter | None = ...,
+        seen: Global___Seen.ValueType = ...,
+        new_item_slots: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "history", b"history", "request_time", b"request_time", "subject", b"subject", "user_id", b"user_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "filter", b"filter", "history", b"history", "request_time", b"request_time", "subject", b"subject", "user_id", b"user_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "history", b"history", "k", b"k", "request_time", b"request_time", "subject", b"subject", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "filter", b"filter", "history", b"history", "k", b"k", "new_item_slots", b"new_item_slots", "request_time", b"request_time", "seen", b"seen", "subject", b"subject", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__request_time: _TypeAlias = _typing.Literal["request_time"]  # noqa: Y015
     _WhichOneofArgType__request_time: _TypeAlias = _typing.Literal["_request_time", b"_request_time"]  # noqa: Y015
@@ -172,8 +283,9 @@ class RecommendResponse(_message.Message):
     log_propensity: _builtins.float
     """Natural logarithm of the probability with which the policy shows exactly these
     items in this order: the propensity of the slate. 0: always, since the policy is
-    deterministic, as it is unless the server was told to explore. Else the sum of
-    `Recommendation.log_propensity`, below 0.
+    deterministic, as it is unless the server explores, or with `new_item_slots`. Else
+    the sum of `Recommendation.log_propensity`, below 0. What `filter` and `seen` leave
+    out is not drawn from.
     """
     @_builtins.property
     def recommendations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Recommendation]:
@@ -703,19 +815,31 @@ class SimilarItemsRequest(_message.Message):
 
     ITEM_ID_FIELD_NUMBER: _builtins.int
     K_FIELD_NUMBER: _builtins.int
+    EXCLUDE_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     """Required."""
     k: _builtins.int
     """How many items to answer, 1 to 1000. 0: 10."""
+    @_builtins.property
+    def exclude_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Items that must not be answered, as in `RecommendRequest`."""
+
+    @_builtins.property
+    def filter(self) -> Global___ItemFilter:
+        """Which items may be answered. Absent: every item."""
+
     def __init__(
         self,
         *,
         item_id: _builtins.str = ...,
         k: _builtins.int = ...,
+        exclude_item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        filter: Global___ItemFilter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "k", b"k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exclude_item_ids", b"exclude_item_ids", "filter", b"filter", "item_id", b"item_id", "k", b"k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -733,7 +857,9 @@ class SimilarItemsResponse(_message.Message):
     """Version of the model that answered."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___SimilarItem]:
-        """Most similar first, without the item itself."""
+        """Most similar first, without the item itself. Fewer than `k` when not so many items
+        are left.
+        """
 
     def __init__(
         self,
@@ -825,6 +951,10 @@ class GetModelInfoResponse(_message.Message):
     MAX_HISTORY_FIELD_NUMBER: _builtins.int
     MAX_K_FIELD_NUMBER: _builtins.int
     EXPLORATION_TEMPERATURE_FIELD_NUMBER: _builtins.int
+    MAX_ALLOW_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    MAX_TAGS_FIELD_NUMBER: _builtins.int
+    SEEN_FIELD_NUMBER: _builtins.int
+    NEW_ITEM_COUNT_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """Starts with the time of the export, so later models sort later."""
     policy: _builtins.str
@@ -847,6 +977,18 @@ class GetModelInfoResponse(_message.Message):
     proportion to exp(score / temperature). 0: no exploration, the same question gets
     the same answer.
     """
+    max_allow_item_ids: _builtins.int
+    """Most `ItemFilter.allow_item_ids`."""
+    max_tags: _builtins.int
+    """Most tags in each of the three lists of `ItemFilter`."""
+    seen: Global___Seen.ValueType
+    """What the model does with items of the history by itself: SEEN_EXCLUDE or
+    SEEN_ALLOW.
+    """
+    new_item_count: _builtins.int
+    """Items that the model was not trained on, for which a request may reserve places;
+    some may have got events since. 0: none.
+    """
     @_builtins.property
     def rating_scale(self) -> Global___RatingScale:
         """Absent: the training data had no ratings, and the model ignores them."""
@@ -868,10 +1010,14 @@ class GetModelInfoResponse(_message.Message):
         max_history: _builtins.int = ...,
         max_k: _builtins.int = ...,
         exploration_temperature: _builtins.float = ...,
+        max_allow_item_ids: _builtins.int = ...,
+        max_tags: _builtins.int = ...,
+        seen: Global___Seen.ValueType = ...,
+        new_item_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rating_scale", b"rating_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "max_history", b"max_history", "max_k", b"max_k", "model_version", b"model_version", "policy", b"policy", "rating_scale", b"rating_scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "max_allow_item_ids", b"max_allow_item_ids", "max_history", b"max_history", "max_k", b"max_k", "max_tags", b"max_tags", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

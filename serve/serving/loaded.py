@@ -91,15 +91,20 @@ class LoadedModel:
             newest = self.states.newest(query.user_id)
             if newest is not None and query.request_time < newest:
                 query = query._replace(user_id=None, events=self._store.history(query.user_id, query.request_time))
-        if self.exploration is not None:
-            query = query._replace(k=max(query.k, self.exploration.pool))
+        exploration = self._exploration(query)
+        if exploration is not None:
+            query = query._replace(k=max(query.k, exploration.pool))
         return query._replace(explain=False) if query.explain else query
+
+    def _exploration(self, query: Query) -> Exploration | None:
+        """By which the answer to a query is drawn; None: it is not drawn."""
+        return None if query.new_item_slots else self.exploration
 
     def _finished(self, query: Query, pending: Pending) -> Answer:
         """The answer to a query from what the batch answered."""
-        answer = pending.result()
-        if self.exploration is not None:
-            answer = _drawn(query, answer, self.exploration)
+        answer, exploration = pending.result(), self._exploration(query)
+        if exploration is not None:
+            answer = _drawn(query, answer, exploration)
         if not query.explain:
             return answer
         pending.check()

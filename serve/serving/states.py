@@ -103,6 +103,7 @@ class StateCache:
             self._save(self._users.items())
 
     def _stepped(self, stored: Sequence[tuple[int, Query, UserState]]) -> list[tuple[int, Answer]]:
+        masks = [self._model.masks(query) for _, query, _ in stored]
         rows = [
             Step(
                 user.before,
@@ -112,26 +113,37 @@ class StateCache:
                 -1.0 if query.request_time is None else float(query.request_time - user.last),
                 self._excluded(query, user),
                 self._seen_scores(query, user),
+                mask,
             )
-            for _, query, user in stored
+            for (_, query, user), of_query in zip(stored, masks, strict=True)
+            for mask in of_query
         ]
+        ks = [query.k for (_, query, _), of_query in zip(stored, masks, strict=True) for _ in of_query]
         found = []
-        results = self._engine.step(rows, [query.k for _, query, _ in stored])
-        for (at, query, user), (ranking, after) in zip(stored, results, strict=True):
-            user.after = after
-            found.append((at, self._model.ranked(query, ranking, user.ignored_count)))
+        results = iter(self._engine.step(rows, ks))
+        for (at, query, user), of_query in zip(stored, masks, strict=True):
+            rankings = []
+            for _ in of_query:
+                ranking, user.after = next(results)
+                rankings.append(ranking)
+            found.append((at, self._model.ranked(query, rankings, user.ignored_count)))
         return found
 
     def _seen_scores(self, query: Query, user: UserState) -> SeenScores | None:
-        if self._repeat is None:
+        if self._repeat is None or not self._model.allows_seen(query):
             return None
         return self._repeat.scores_of(user.stats, user.known_count, user.last, query.request_time)
 
     def _excluded(self, query: Query, user: UserState) -> NDArray[np.int32]:
+        seen = user.exclude
+        if query.allow_seen is not None:
+            # One of the two has the items of the history.
+            items = np.zeros(0, np.int32) if query.allow_seen else np.union1d(user.stats["item"], user.exclude)
+            seen = np.append(items, 0).astype(np.int32)[None]
         if not query.exclude_item_ids:
-            return user.exclude
+            return seen
         more = np.array([self._model.indices(query.exclude_item_ids)], np.int32)
-        return np.concatenate([user.exclude, more], axis=1)
+        return np.concatenate([seen, more], axis=1)
 
     def _current(self, user_ids: Iterable[str]) -> dict[str, UserState]:
         """The users' states as of their stored histories."""

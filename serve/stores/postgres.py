@@ -44,7 +44,7 @@ from serve.stores.rows import (
 )
 from serve.stores.sql import Queries, SqlStore
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 VERSION_TABLE: tuple[LiteralString, ...] = (
     "CREATE SCHEMA IF NOT EXISTS jaxrec",
     "CREATE TABLE IF NOT EXISTS jaxrec.store (version integer NOT NULL)",
@@ -78,13 +78,15 @@ SCHEMA: tuple[LiteralString, ...] = (
         request_time bigint,
         excluded_item_ids text NOT NULL DEFAULT '[]',
         trend_time bigint,
-        trend_arrival bigint
+        trend_arrival bigint,
+        request_rules text NOT NULL DEFAULT '[]'
     )""",
     """ALTER TABLE jaxrec.shown ADD COLUMN IF NOT EXISTS temperature double precision,
         ADD COLUMN IF NOT EXISTS request_time bigint,
         ADD COLUMN IF NOT EXISTS excluded_item_ids text NOT NULL DEFAULT '[]',
         ADD COLUMN IF NOT EXISTS trend_time bigint,
-        ADD COLUMN IF NOT EXISTS trend_arrival bigint""",
+        ADD COLUMN IF NOT EXISTS trend_arrival bigint,
+        ADD COLUMN IF NOT EXISTS request_rules text NOT NULL DEFAULT '[]'""",
     "CREATE INDEX IF NOT EXISTS shown_to ON jaxrec.shown (user_id)",
     """DELETE FROM jaxrec.shown AS later USING jaxrec.shown AS earlier
         WHERE later.recommendation_id = earlier.recommendation_id AND later.number > earlier.number""",

@@ -61,7 +61,7 @@ from serve.stores.redis_scripts import (
 from serve.stores.redis_values import counter_of, decoded, impression_arguments, impression_of, user_event
 from serve.stores.rows import Started
 
-VERSION = "4"
+VERSION = "5"
 COPIED_AT_ONCE = 1_000
 UPDATED_AT_ONCE = 1_000
 DELETED_AT_ONCE = 1_000
@@ -349,7 +349,7 @@ class RedisStore(DeferringStore):
                 self._update_from_version_1()
             elif found in (b"2", b"3"):
                 # Entries of `shown` are read as they are; servers of version 2 could not read those that come from now
-                # on, and those of version 3 would not count what they record.
+                # on, those of version 3 would not count what they record, and those of version 4 would not note rules.
                 self._redis.set("jaxrec:version", VERSION)
             elif found != VERSION.encode():
                 version_there = found.decode() if isinstance(found, bytes) else found

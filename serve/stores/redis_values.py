@@ -37,9 +37,10 @@ def impression_arguments(one: Started, now: float) -> list[Any]:
 
 
 def impression_of(value: bytes) -> Impression:
-    """Older servers than those of version 3 wrote the first seven fields alone, those of version 3 the first ten."""
-    row = json.loads(value)
-    return Impression(row[0], row[1], tuple(row[2]), tuple(row[3]), *row[4:9], *map(tuple, row[9:10]), *row[10:])
+    """Older servers than those of version 3 wrote the first seven fields alone, those of version 3 the first ten, those
+    of version 4 the first twelve."""
+    row: list[Any] = [tuple(column) if isinstance(column, list) else column for column in json.loads(value)]
+    return Impression(*row)
 
 
 def user_event(user_id: str, value: bytes) -> tuple[int, UserEvent]:

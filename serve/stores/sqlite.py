@@ -32,7 +32,7 @@ from serve.stores.sql import Queries, SqlStore
 
 # "jxrc": marks the file, so that another program's database is not used as a store.
 APPLICATION_ID = 0x6A787263
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 # `arrival` is never given twice (AUTOINCREMENT), so a user's latest is a revision that never comes back.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
@@ -63,7 +63,8 @@ CREATE TABLE IF NOT EXISTS shown (
     request_time INTEGER,
     excluded_item_ids TEXT NOT NULL DEFAULT '[]',
     trend_time INTEGER,
-    trend_arrival INTEGER
+    trend_arrival INTEGER,
+    request_rules TEXT NOT NULL DEFAULT '[]'
 ) STRICT;
 CREATE INDEX IF NOT EXISTS shown_to ON shown (user_id);
 DELETE FROM shown WHERE number NOT IN (SELECT min(number) FROM shown GROUP BY recommendation_id);
@@ -91,13 +92,14 @@ ALTER TABLE shown ADD COLUMN temperature REAL;
 ALTER TABLE shown ADD COLUMN request_time INTEGER;
 ALTER TABLE shown ADD COLUMN excluded_item_ids TEXT NOT NULL DEFAULT '[]';
 """
-FROM_VERSION_4 = """
+FROM_VERSION_5 = "ALTER TABLE shown ADD COLUMN request_rules TEXT NOT NULL DEFAULT '[]';"
+FROM_VERSION_4 = f"""
 ALTER TABLE shown ADD COLUMN trend_time INTEGER;
 ALTER TABLE shown ADD COLUMN trend_arrival INTEGER;
-"""
+{FROM_VERSION_5}"""
 # By the version of an older store, what comes before SCHEMA: version 1 has no `shown`, that of 2 and 3 is the same.
 FROM_VERSION_3 = FROM_VERSION_2 + FROM_VERSION_4
-UPDATES = {1: FROM_VERSION_1, 2: FROM_VERSION_3, 3: FROM_VERSION_3, 4: FROM_VERSION_4}
+UPDATES = {1: FROM_VERSION_1, 2: FROM_VERSION_3, 3: FROM_VERSION_3, 4: FROM_VERSION_4, 5: FROM_VERSION_5}
 FILL_USERS = "INSERT OR IGNORE INTO users SELECT user_id, min(arrival), max(arrival) FROM events GROUP BY user_id"
 # In a copy of a log that no store was opened on, see `serve.stores.copy`: it may be replaced by a newer one.
 COPY_MARK = "untouched_copy"

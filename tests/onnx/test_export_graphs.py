@@ -18,6 +18,8 @@ from jaxrec.onnx.parity import check_parity, make_probe
 from jaxrec.onnx.weights import LSTMWeights, TrendWeights, Weights, extract_weights
 
 PROBE = make_probe(item_count=60, max_history=50, seed=3)
+OPEN = dataclasses.replace(PROBE, blocked=np.zeros((1, 61), bool))
+"""Nothing is blocked."""
 
 
 @pytest.mark.parametrize("name", ["sequence", "step"])
@@ -38,7 +40,7 @@ def test_the_item_matrix_is_stored_once(exported) -> None:
 
 
 def test_excluded_items_are_never_answered(exported) -> None:
-    inputs = vars(PROBE) | {"exclude": np.tile(np.array([1, 60, 7, 7, 0], np.int32), (12, 1))}
+    inputs = vars(OPEN) | {"exclude": np.tile(np.array([1, 60, 7, 7, 0], np.int32), (12, 1))}
     answer = exported.sequence(**inputs, k=np.array([57]))
     assert not np.isin(answer["items"], [0, 1, 7, 60]).any()
     assert (answer["scores"] > -1e30).all()
@@ -46,14 +48,29 @@ def test_excluded_items_are_never_answered(exported) -> None:
 
 def test_with_k_beyond_the_candidates_excluded_items_come_last_and_padding_not_at_all(exported) -> None:
     exclude = np.tile(np.array([1, 60, 7, 0], np.int32), (12, 1))
-    answer = exported.sequence(**(vars(PROBE) | {"exclude": exclude}), k=exported.everything)
+    answer = exported.sequence(**(vars(OPEN) | {"exclude": exclude}), k=exported.everything)
     np.testing.assert_array_equal(np.sort(answer["items"]), np.tile(np.arange(1, 61), (12, 1)))
     np.testing.assert_array_equal(np.sort(answer["items"][:, -3:]), np.tile([1, 7, 60], (12, 1)))
     assert (answer["scores"][:, -3:] <= -1e30).all()
     everything = np.tile(np.arange(1, 61, dtype=np.int32), (12, 1))
-    answer = exported.sequence(**(vars(PROBE) | {"exclude": everything}), k=exported.everything)
+    answer = exported.sequence(**(vars(OPEN) | {"exclude": everything}), k=exported.everything)
     assert (answer["items"] > 0).all()
     assert (answer["scores"] <= -1e30).all()
+
+
+def test_blocked_items_are_as_excluded_ones(exported) -> None:
+    """A row for all, and a row for each; new items are below the first places of the known ones that are left."""
+    rng = np.random.default_rng(4)
+    blocked = rng.random((12, 61)) < rng.random((12, 1))
+    listed = np.where(blocked, np.arange(61), 0).astype(np.int32)
+    for rows in (blocked, blocked[:1]):
+        of_rows = np.broadcast_to(np.where(rows, listed[: len(rows)], 0), listed.shape)
+        expected = exported.sequence(**(vars(OPEN) | {"exclude": of_rows}), k=exported.everything)
+        answer = exported.sequence(
+            **(vars(OPEN) | {"exclude": np.zeros((12, 1), np.int32), "blocked": rows}), k=exported.everything
+        )
+        np.testing.assert_array_equal(answer["items"], expected["items"])
+        np.testing.assert_allclose(answer["scores"], expected["scores"], atol=1e-5)
 
 
 def test_a_smaller_k_gives_the_first_of_a_larger(exported) -> None:
@@ -74,6 +91,7 @@ def test_types_and_shapes_follow_the_inputs(exported) -> None:
             request_gap=np.ones(batch, np.float32),
             trend=np.zeros(exported.item_count + 1, np.float32),
             exclude=np.zeros((batch, excluded), np.int32),
+            blocked=np.zeros((1, exported.item_count + 1), bool),
             k=np.array([k]),
         )
         found = {name: (array.dtype.name, array.shape) for name, array in answer.items()}
@@ -151,6 +169,7 @@ def test_gate_order_by_hand() -> None:
         "request_gap": np.zeros(1, np.float32),
         "trend": np.array([0, 0.5], np.float32),
         "exclude": np.zeros((1, 1), np.int32),
+        "blocked": np.zeros((1, 2), bool),
         "k": np.array([1]),
     }
     next_state, scores = session.run(["next_state", "scores"], inputs)

@@ -94,7 +94,7 @@ def reference(hybrid: Hybrid, history: Probe) -> tuple[np.ndarray, np.ndarray]:
     logits[0] = NEVER
     if hybrid.new_items is not None:
         new = np.asarray(hybrid.new_items[...]) & (history.trend == 0)
-        known = [logits[i] for i in range(1, len(logits)) if not new[i] and i not in history.exclude[0]]
+        known = [logits[i] for i in range(1, len(logits)) if not new[i] and i not in history.never()[0]]
         tenth = sorted(known)[-10]
         above = np.maximum(logits - tenth, 0)
         logits = np.where(new, np.minimum(logits, tenth - 0.002) + 0.001 * above / (1 + above), logits)
@@ -135,7 +135,7 @@ def test_flax_equals_the_formulas(exported, probe: Probe, expected, jit: bool) -
         return nnx.merge(definition, weights).logits(events, request_gap, exclude=exclude, trend=trend)
 
     events = Events(*(jnp.asarray(x) for x in (probe.item, probe.rating, probe.gap, probe.length)))
-    request = map(jnp.asarray, (probe.request_gap, probe.exclude, probe.trend))
+    request = map(jnp.asarray, (probe.request_gap, probe.never(), probe.trend))
     logits, state = (jax.jit(answer) if jit else answer)(weights, events, *request)
     np.testing.assert_allclose(logits[:, 1:], expected[0][:, 1:], rtol=0, atol=1e-4)
     assert (logits[:, 0] < -9e29).all()
@@ -145,7 +145,7 @@ def test_flax_equals_the_formulas(exported, probe: Probe, expected, jit: bool) -
 def test_sequence_equals_the_formulas(exported, probe: Probe, expected) -> None:
     answer = exported.sequence(**vars(probe), k=exported.everything)
     np.testing.assert_allclose(answer["state"], expected[1], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(unscrambled(answer), without(expected[0], probe.exclude), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(unscrambled(answer), without(expected[0], probe.never()), rtol=0, atol=1e-4)
     assert (np.diff(answer["scores"], axis=1) <= 0).all()
 
 
@@ -162,9 +162,10 @@ def test_step_by_step_equals_the_formulas(exported, probe: Probe, expected) -> N
                 request_gap=row.request_gap,
                 trend=row.trend,
                 exclude=row.exclude,
+                blocked=row.blocked,
                 k=exported.everything,
             )
             state = answer["next_state"]
         np.testing.assert_allclose(state[0], expected[1][at], rtol=0, atol=1e-4)
-        wanted = without(expected[0][at, None], row.exclude)
+        wanted = without(expected[0][at, None], row.never())
         np.testing.assert_allclose(unscrambled(answer), wanted, rtol=0, atol=1e-4)

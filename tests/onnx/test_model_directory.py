@@ -32,7 +32,7 @@ def manifest(model_directory: Path) -> dict:
 
 
 def test_manifest_says_what_the_model_is(manifest: dict, small_data: PreparedData) -> None:
-    assert manifest["schema_version"] == 2
+    assert manifest["schema_version"] == 3
     assert manifest["policy"] == "reinforce"
     assert manifest["opset"] == 17
     assert manifest["item_count"] == 60
@@ -90,11 +90,12 @@ def test_counts_of_the_trend_are_those_of_the_last_event(
 def test_catalogue_has_raw_ids_and_popularity(model_directory: Path, small_data: PreparedData) -> None:
     with open(model_directory / "catalog.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["item_id", "title", "genres", "popularity", "recent_popularity"]
+    assert list(rows[0]) == ["item_id", "title", "genres", "popularity", "recent_popularity", "new"]
     assert [row["item_id"] for row in rows] == [str(1000 + 7 * n) for n in range(1, 61)]
     assert rows[0]["title"] == "Movie 1, The (1951)"
     assert [tuple(row["genres"].split("|")) for row in rows] == list(small_data.catalog.item_genres)
     assert [int(row["popularity"]) for row in rows] == small_data.train_popularity()[1:].tolist()
+    assert {row["new"] for row in rows} == {"0"}
     recent = [float(row["recent_popularity"]) for row in rows]
     np.testing.assert_array_equal(recent, decayed_popularity(small_data)[1:])
 
@@ -197,6 +198,8 @@ def test_an_index_has_zero_vectors_for_new_items_and_the_export_says_so(
     hybrid = Hybrid(plain.lstm, plain.content, plain.cooccurrence, plain.mix_weights(), of_mix, new_items=new)
     manifest = export_model(hybrid, small_data, tmp_path / "model", **SUMMARIES, index=index)
     vectors = np.load(tmp_path / "model" / "item_vectors.npy")
+    with open(tmp_path / "model" / "catalog.csv", encoding="utf-8", newline="") as file:
+        assert [at for at, row in enumerate(csv.DictReader(file), start=1) if row["new"] == "1"] == [2, 5]
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("index: ")]
     if index is False:
         assert "index" not in manifest

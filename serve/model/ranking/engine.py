@@ -20,7 +20,7 @@ from serve.model.graphs import (
     trend_graph,
 )
 from serve.model.manifest import ArtifactError
-from serve.model.ranking.live_trend import ExactGraph, Graph, Trend, TrendGraph
+from serve.model.ranking.live_trend import Blocked, ExactGraph, Graph, Trend, TrendGraph
 from serve.model.ranking.search import NEVER, IndexedGraph, Search
 from serve.model.repeat import SeenScores
 from serve.model.trend import Counted
@@ -60,6 +60,8 @@ class Step(NamedTuple):
     exclude: NDArray[np.int32]
     """`[1, m]`, m >= 1, item indices that are never answered; 0 excludes nothing."""
     seen: SeenScores | None = None
+    """As in `Features`."""
+    blocked: Blocked | None = None
     """As in `Features`."""
 
 
@@ -113,8 +115,8 @@ class Engine:
         self.trend: Trend
         """It is replaced as a whole, so that no run sees half of each."""
         self._search: Search | None = None
-        self._sequence: TrendGraph = ExactGraph(sequence)
-        self._step: TrendGraph = ExactGraph(step)
+        self._sequence: TrendGraph = ExactGraph(sequence, self.item_count)
+        self._step: TrendGraph = ExactGraph(step, self.item_count)
         if index is not None:
             if len(index.recent_weights) > self.state_width:
                 raise ArtifactError(
@@ -174,7 +176,8 @@ class Engine:
         return [answer for answer in answers if answer is not None]
 
     def run_sequence(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
-        """One run of `sequence.onnx` on tensors as its contract has them, without the trend; nothing is checked."""
+        """One run of `sequence.onnx` on tensors as its contract has them, without the trend and `blocked`. Nothing is
+        checked, and nothing is blocked."""
         return self._sequence.run(outputs, dict(inputs), self.trend)
 
     def step(self, rows: Sequence[Step], k: int | Sequence[int]) -> list[tuple[Ranking, NDArray[np.float32]]]:
@@ -224,7 +227,7 @@ class Engine:
         if self._repeats:
             inputs["seen"] = _padded([_NOTHING.items if row.seen is None else row.seen.items for row in rows])
             inputs["seen_score"] = _padded([_NOTHING.scores if row.seen is None else row.seen.scores for row in rows])
-        states, items, scores = graph.run([state, "items", "scores"], inputs, trend)
+        states, items, scores = graph.run([state, "items", "scores"], inputs, trend, [row.blocked for row in rows])
         # Copies of the rows of a batch, else one kept state would keep those of all its neighbours.
         kept = [states] if len(rows) == 1 else [states[at : at + 1].copy() for at in range(len(rows))]
         return list(zip(_rankings(items, scores, trend.counted), kept, strict=True))

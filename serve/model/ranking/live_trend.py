@@ -37,28 +37,49 @@ class Trend:
     """The events in the counts; None: they are not noted."""
 
 
+Blocked = NDArray[np.bool_]
+"""`[items+1]`, True: the item is never answered."""
+
+
 class TrendGraph(Protocol):
     """`sequence.onnx` or `step.onnx` with a trend."""
 
-    def run(self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]], trend: Trend) -> list[NDArray[Any]]: ...
+    def run(
+        self,
+        outputs: Sequence[str],
+        inputs: dict[str, NDArray[Any]],
+        trend: Trend,
+        blocked: Sequence[Blocked | None] = (),
+    ) -> list[NDArray[Any]]: ...
 
 
 class ExactGraph:
     """The whole product: the graph itself. Safe to share between threads."""
 
-    def __init__(self, graph: Graph) -> None:
-        """`graph` has the input `trend`."""
+    def __init__(self, graph: Graph, item_count: int) -> None:
+        """`graph` has the inputs `trend` and `blocked`."""
         self._graph = graph
+        self._none = np.zeros((1, item_count + 1), np.bool_)
 
-    def run(self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]], trend: Trend) -> list[NDArray[Any]]:
+    def run(
+        self,
+        outputs: Sequence[str],
+        inputs: dict[str, NDArray[Any]],
+        trend: Trend,
+        blocked: Sequence[Blocked | None] = (),
+    ) -> list[NDArray[Any]]:
         """As a session of ONNX Runtime.
 
         Args:
             outputs: Names of the graph's outputs.
-            inputs: The graph's inputs but the trend.
+            inputs: The graph's inputs but the trend and `blocked`.
             trend: The trend.
+            blocked: What is blocked in each row, None: nothing; empty: nothing in any row.
 
         Returns:
             The outputs in the order of their names.
         """
-        return self._graph.run(outputs, {**inputs, "trend": trend.values})
+        rows = self._none
+        if any(row is not None for row in blocked):
+            rows = np.stack([self._none[0] if row is None else row for row in blocked])
+        return self._graph.run(outputs, {**inputs, "trend": trend.values, "blocked": rows})

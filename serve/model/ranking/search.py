@@ -17,12 +17,16 @@ from numpy.typing import NDArray
 from serve.model.directory import Artifact, IndexFiles
 from serve.model.manifest import ArtifactError
 from serve.model.ranking.faiss_index import ItemIndex
-from serve.model.ranking.live_trend import Graph, Trend, Trending
+from serve.model.ranking.live_trend import Blocked, Graph, Trend, Trending
 
 NEVER = np.float32(-1e30)
 """The score of what is excluded, as the graphs have it."""
 OF_ANSWER = ("exclude", "k", "seen", "seen_score")
 """Inputs that the state and the query do not depend on."""
+NARROW = 8
+"""If a filter leaves at most one in so many items, the exact product with these reads no more than the index would."""
+MORE = 1.5
+"""So many times as many candidates as the share of allowed items demands: that share is one of all items."""
 CHECKED_QUERIES = 16
 CHECKED_ITEMS = 10
 LEAST_KEPT = 0.5
@@ -51,13 +55,20 @@ class IndexedGraph:
         self._state = state
         self._search = search
 
-    def run(self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]], trend: Trend) -> list[NDArray[Any]]:
+    def run(
+        self,
+        outputs: Sequence[str],
+        inputs: dict[str, NDArray[Any]],
+        trend: Trend,
+        blocked: Sequence[Blocked | None] = (),
+    ) -> list[NDArray[Any]]:
         """As a session of ONNX Runtime.
 
         Args:
             outputs: Names among `items`, `scores` and that of the state.
-            inputs: Those of the graph but the trend; `k` int64 `[1]` or `[batch]`.
+            inputs: Those of the graph but the trend and `blocked`; `k` int64 `[1]` or `[batch]`.
             trend: With what `Search.trending` made of it.
+            blocked: What is blocked in each row, None: nothing; empty: nothing in any row.
 
         Returns:
             The outputs in the order of their names.
@@ -68,7 +79,7 @@ class IndexedGraph:
         k = np.broadcast_to(inputs["k"], len(query))
         seen = (inputs["seen"], inputs["seen_score"]) if "seen" in inputs else None
         assert trend.trending is not None
-        items, scores = self._search.best(query, state, inputs["exclude"], k, trend.trending, seen)
+        items, scores = self._search.best(query, state, inputs["exclude"], k, trend.trending, seen, blocked)
         answer = {self._state: state, "items": items, "scores": scores}
         return [answer[name] for name in outputs]
 
@@ -127,8 +138,12 @@ class Search:
         k: NDArray[np.int64],
         trending: Trending,
         seen: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None,
+        blocked: Sequence[Blocked | None] = (),
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """The k best items. How many candidates a row gets depends on its own k, exclusions and items alone.
+
+        A row with blocked items gets as many candidates that are not blocked as another one gets in all. If the index
+        does not name so many, or few items are not blocked, all that are not are candidates.
 
         Args:
             query: `[batch, width]` float32.
@@ -138,10 +153,11 @@ class Search:
             trending: What `trending` made of the trend.
             seen: Items of the histories `[batch, n]` int32, 0 is none, and what is added to their logits `[batch, n]`
                 float32; None: nothing.
+            blocked: For each row the items that are never answered, None: none; empty: none in any row.
 
         Returns:
             Item indices `[batch, largest k]` int32 and their logits float32, best first, lower indices first among
-            equals; beyond a row's own k items 0 with the logit NEVER.
+            equals; beyond a row's own k items, or those that are not blocked, 0 with the logit NEVER.
         """
         shape = len(query), int(k.max(initial=0))
         items, scores = np.zeros(shape, np.int32), np.full(shape, NEVER, np.float32)
@@ -149,7 +165,8 @@ class Search:
         own, own_scores = (exclude[:, :0], np.zeros((len(query), 0), np.float32)) if seen is None else seen
         # What is subtracted from an item may take it out of the answer; then another one has to be found.
         counts += np.count_nonzero(own_scores < 0, axis=1)
-        found = self._found(query, counts)
+        rows = [None] * len(query) if not blocked else [None if row is None else _Allowed(row) for row in blocked]
+        found = self._found_allowed(query, counts, rows)
         recent = state[:, -self._recent :].astype(np.int32)
         more = self._zeros()
         for row, wanted in enumerate(k.tolist()):
@@ -160,15 +177,40 @@ class Search:
                 np.add.at(more, near, (self._neighbour_weight[recent[row]] * self._recent_weights).ravel())
                 np.add.at(more, of_history, own_scores[row])
                 more[excluded] = more[0] = NEVER
-                candidates = np.concatenate((near, found[row], trending.items, of_history))
-                best = self._best_of(candidates, query[row], trending.bias, more, wanted)
+                best, of_index, allowed = None, found[row], rows[row]
+                if of_index is not None:
+                    candidates = np.concatenate((near, of_index, trending.items, of_history))
+                    if allowed is not None:
+                        candidates = allowed.of(candidates)
+                    best = self._best_of(candidates, query[row], trending.bias, more, wanted)
                 if best is None:
                     # Too few were found: so much is asked for, or excluded, that all items have to be looked at.
-                    best = self._best_of_all(query[row], trending.bias, more, wanted)
+                    best = self._best_of_all(allowed, query[row], trending.bias, more, wanted)
             finally:
                 more[near] = more[of_history] = more[excluded] = more[0] = 0
-            items[row, :wanted], scores[row, :wanted] = best
+            n = len(best[0])
+            items[row, :n], scores[row, :n] = best
         return items, scores
+
+    def _found_allowed(
+        self, query: NDArray[np.float32], counts: NDArray[np.int64], rows: "Sequence[_Allowed | None]"
+    ) -> list[NDArray[np.int64] | None]:
+        """As `_found`, of the allowed items: as if the index held those alone. None: all of them are to be candidates,
+        since they are few, or the index did not name enough."""
+        shares = np.array([1.0 if row is None else len(row.items) / self._count for row in rows])
+        searched = np.flatnonzero(shares > 1 / NARROW)
+        more = np.where(shares < 1, MORE, 1.0)
+        wanted = np.ceil(counts[searched] * more[searched] / shares[searched]).astype(np.int64)
+        found: list[NDArray[np.int64] | None] = [None] * len(query)
+        for row, items in zip(searched.tolist(), self._found(query[searched], wanted), strict=True):
+            allowed = rows[row]
+            if allowed is None:
+                found[row] = items
+                continue
+            kept = allowed.of(items)[: counts[row]]
+            if len(kept) == counts[row]:
+                found[row] = kept
+        return found
 
     def _found(self, query: NDArray[np.float32], counts: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """For each row of `query` as many items as `counts` says, the best of the index first; 0 is none.
@@ -219,10 +261,17 @@ class Search:
         return best_of(candidates, scores, k) if np.count_nonzero(scores > NEVER) >= k else None
 
     def _best_of_all(
-        self, query: NDArray[np.float32], bias: NDArray[np.float32], more: NDArray[np.float32], k: int
+        self,
+        allowed: "_Allowed | None",
+        query: NDArray[np.float32],
+        bias: NDArray[np.float32],
+        more: NDArray[np.float32],
+        k: int,
     ) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        items = np.arange(1, self._count + 1)
-        return best_of(items, self._logits(slice(1, None), query, bias, more), k)
+        """The k best of the allowed items, None: of all; fewer where there are fewer."""
+        items = np.arange(1, self._count + 1) if allowed is None else allowed.items
+        logits = self._logits(slice(1, None) if allowed is None else items, query, bias, more)
+        return best_of(items, logits, min(k, len(items)))
 
     def _logits(
         self,
@@ -239,6 +288,19 @@ class Search:
         if zeros is None:
             zeros = self._of_thread.zeros = np.zeros(self._count + 1, np.float32)
         return zeros
+
+
+class _Allowed:
+    """The items of a row in which some are blocked."""
+
+    def __init__(self, blocked: Blocked) -> None:
+        self._blocked = blocked
+        self.items = 1 + np.flatnonzero(~blocked[1:])
+        """`[n]` int64, those that are not."""
+
+    def of(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of some items that are allowed, without 0."""
+        return items[(items > 0) & ~self._blocked[items]]
 
 
 def best_of(items: NDArray[Any], scores: NDArray[np.float32], k: int) -> tuple[NDArray[Any], NDArray[np.float32]]:

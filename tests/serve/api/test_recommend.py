@@ -80,6 +80,7 @@ def graph_answer(
             "exclude": item,
             "k": np.array([k], np.int64),
             "trend": trend,
+            "blocked": np.zeros((1, len(trend)), bool),
         },
     )
     return [artifact.catalog.item_ids[item] for item in items[0]], scores[0]

@@ -41,7 +41,7 @@ def test_stub_is_current(generated: Path, name: str) -> None:
     ("line", "changed", "complaint"),
     [
         # Clients that send or read the field by its number or type would get something else.
-        ("  string user_id = 1;", "  string user_id = 7;", 'Previously present field "1"'),
+        ("  string user_id = 1;", "  string user_id = 70;", 'Previously present field "1"'),
         ("  int32 k = 4;", "  string k = 4;", 'changed type from "int32" to "string"'),
         (
             "  rpc SimilarItems(SimilarItemsRequest) returns (SimilarItemsResponse);",

@@ -95,8 +95,8 @@ def test_half_written_manifest(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("schema_version", 1, "schema_version is 1, expected 2, the only one this server reads; export it again"),
-        ("schema_version", 3, "schema_version is 3, expected 2, the only one this server reads$"),
+        ("schema_version", 2, "schema_version is 2, expected 3, the only one this server reads; export it again"),
+        ("schema_version", 4, "schema_version is 4, expected 3, the only one this server reads$"),
         ("schema_version", "1", 'schema_version is "1", expected a whole number'),
         ("schema_version", True, "schema_version is true, expected a whole number"),
         ("model_version", "", "expected a text that is not empty"),
@@ -155,11 +155,12 @@ def test_log_without_ratings_has_no_scale(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("1007,Again,Drama,1,1.0", "item_id '1007' is empty or was used before"),
-        (",No id,Drama,1,1.0", "item_id '' is empty"),
-        ("x,Title,Drama,-1,1.0", "popularity '-1' is not a whole number"),
-        ("x,Title,Drama,1,nan", "recent_popularity 'nan' is not a finite number"),
-        ("x,Title,Drama,1", "expected 5 fields, found 4"),
+        ("1007,Again,Drama,1,1.0,0", "item_id '1007' is empty or was used before"),
+        (",No id,Drama,1,1.0,0", "item_id '' is empty"),
+        ("x,Title,Drama,-1,1.0,0", "popularity '-1' is not a whole number"),
+        ("x,Title,Drama,1,nan,0", "recent_popularity 'nan' is not a finite number"),
+        ("x,Title,Drama,1,1.0", "expected 6 fields, found 5"),
+        ("x,Title,Drama,1,1.0,yes", "new 'yes' is neither 0 nor 1"),
     ],
 )
 def test_bad_catalogue_row(copy: Path, line: str, expected: str) -> None:

@@ -29,12 +29,12 @@ def similarities(events: list[KnownEvent]) -> NDArray[np.float32]:
 @pytest.fixture(scope="module")
 def catalog() -> Catalog:
     return parse_catalog(
-        "item_id,title,genres,popularity,recent_popularity\n"
-        "t,Target,Drama|War,1,1\n"
-        "s,Same,Drama|Comedy,1,1\n"
-        "c,,War,1,1\n"
-        "a,Across,Drama,1,1\n"
-        "o,Opposite,War,1,1\n"
+        "item_id,title,genres,popularity,recent_popularity,new\n"
+        "t,Target,Drama|War,1,1,0\n"
+        "s,Same,Drama|Comedy,1,1,0\n"
+        "c,,War,1,1,0\n"
+        "a,Across,Drama,1,1,0\n"
+        "o,Opposite,War,1,1,0\n"
     )
 
 

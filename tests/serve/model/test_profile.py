@@ -16,11 +16,11 @@ DRAMA, DRAMA_AND_WAR, COMEDY, NO_GENRE = 1, 2, 3, 4
 @pytest.fixture(scope="module")
 def catalog() -> Catalog:
     return parse_catalog(
-        "item_id,title,genres,popularity,recent_popularity\n"
-        "a,A,Drama,1,1\n"
-        "b,B,War|Drama,1,1\n"
-        "c,C,Comedy,1,1\n"
-        "d,D,,1,1\n"
+        "item_id,title,genres,popularity,recent_popularity,new\n"
+        "a,A,Drama,1,1,0\n"
+        "b,B,War|Drama,1,1,0\n"
+        "c,C,Comedy,1,1,0\n"
+        "d,D,,1,1,0\n"
     )
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from serve.model.directory import Artifact
 from serve.model.events import Event
+from serve.model.filters import ItemFilter
 from serve.model.recommender import POPULARITY, Answer, Query, Recommender
 from serve.serving import states as states_module
 from serve.serving.states import StateCache
@@ -69,6 +70,9 @@ def test_any_interleaving_equals_a_replay(windowed: Recommender, tmp_path: Path,
         exclude_item_ids=st.lists(st.sampled_from(ids), max_size=3),
         request_time=st.one_of(st.none(), times),
         user_id=users,
+        filter=st.sampled_from([None, ItemFilter(any_tags=("Drama",))]),
+        allow_seen=st.sampled_from([None, True, False]),
+        new_item_slots=st.just(0),
     )
     number = 0
     with open_store(tmp_path / f"{data.draw(st.uuids())}.sqlite") as store:

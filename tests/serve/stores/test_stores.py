@@ -51,11 +51,13 @@ IMPRESSION = Impression(
     excluded_item_ids=("ß", "b"),
     trend_time=1_700_000_003,
     trend_arrival=2**63 - 1,
+    request_rules=("filter", "seen"),
 )
-# What servers noted before they noted which trend ranked it, and before they noted how it was drawn.
-NOTED_WITHOUT_TREND = IMPRESSION._replace(trend_time=None, trend_arrival=None)
+# What servers noted before they noted the request's rules, which trend ranked it, and how it was drawn.
+NOTED_WITHOUT_RULES = IMPRESSION._replace(request_rules=())
+NOTED_WITHOUT_TREND = NOTED_WITHOUT_RULES._replace(trend_time=None, trend_arrival=None)
 NOTED_BEFORE = NOTED_WITHOUT_TREND._replace(temperature=None, request_time=None, excluded_item_ids=())
-NEW_COLUMNS = ("temperature", "request_time", "excluded_item_ids", "trend_time", "trend_arrival")
+NEW_COLUMNS = ("temperature", "request_time", "excluded_item_ids", "trend_time", "trend_arrival", "request_rules")
 # As `serve` wrote it, without the parts that did not change.
 SQLITE_3 = """
 CREATE TABLE events (
@@ -645,38 +647,43 @@ def test_a_store_that_did_not_note_how_it_drew_is_brought_up_to_date(
             assert [one for part in store.all_impressions() for one in part] == [NOTED_BEFORE, new]
             assert store.history("u") == [Event("i", None, 0)]
     # Those servers knew of one version less, and refused others as this one does.
-    name, before = {"sqlite": ("SCHEMA_VERSION", 4), "postgres": ("SCHEMA_VERSION", 3), "redis": ("VERSION", "3")}[kind]
+    name, before = {"sqlite": ("SCHEMA_VERSION", 5), "postgres": ("SCHEMA_VERSION", 4), "redis": ("VERSION", "4")}[kind]
     monkeypatch.setattr(f"serve.stores.{kind}.{name}", before)
     with pytest.raises(StoreError, match=rf"in version {int(before) + 1}, expected .*1\.\.{before}"):
         open_store(location)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_store_that_did_not_note_the_trend_is_brought_up_to_date(
-    kind: str, servers: dict[str, DatabaseServer], tmp_path: Path
+@pytest.mark.parametrize("lacks", ["trend", "rules"])
+def test_a_store_that_noted_less_is_brought_up_to_date(
+    kind: str, lacks: str, servers: dict[str, DatabaseServer], tmp_path: Path
 ) -> None:
-    location = emptied(kind, servers, tmp_path)
+    location, noted = emptied(kind, servers, tmp_path), NOTED_WITHOUT_RULES
+    columns, tables, fields, version = ["request_rules"], [], 12, 4
+    if lacks == "trend":
+        noted, fields, version = NOTED_WITHOUT_TREND, 10, 3
+        columns, tables = ["trend_time", "trend_arrival", *columns], ["trend", "trend_start"]
     with open_store(location) as store:
-        log_now(store, NOTED_WITHOUT_TREND)
-    if kind == "sqlite":
-        with closing(sqlite3.connect(location)) as connection:
-            connection.executescript(
-                "ALTER TABLE shown DROP COLUMN trend_time; ALTER TABLE shown DROP COLUMN trend_arrival;"
-                "DROP TABLE trend; DROP TABLE trend_start; PRAGMA user_version = 4"
-            )
-    elif kind == "postgres":
-        with psycopg.connect(location) as connection:
-            connection.execute("ALTER TABLE jaxrec.shown DROP COLUMN trend_time, DROP COLUMN trend_arrival")
-            connection.execute("DROP TABLE jaxrec.trend, jaxrec.trend_start")
-            connection.execute("UPDATE jaxrec.store SET version = 3")
-    else:
+        log_now(store, noted)
+    if kind == "redis":
         with redis.Redis.from_url(location) as client:
-            client.set("jaxrec:version", "3")
-            client.lset("jaxrec:shown:u", 0, json.dumps(IMPRESSION[:10]))
+            client.set("jaxrec:version", version)
+            client.lset("jaxrec:shown:u", 0, json.dumps(IMPRESSION[:fields]))
+    else:
+        schema = "jaxrec." if kind == "postgres" else ""
+        steps = [f"ALTER TABLE {schema}shown DROP COLUMN {column}" for column in columns]
+        steps += [f"DROP TABLE {schema}{table}" for table in tables]
+        if kind == "postgres":
+            with psycopg.connect(location) as connection:
+                for step in [*steps, f"UPDATE jaxrec.store SET version = {version}"]:
+                    connection.execute(step)
+        else:
+            with closing(sqlite3.connect(location)) as connection:
+                connection.executescript(";".join([*steps, f"PRAGMA user_version = {version + 1}"]))
     new = IMPRESSION._replace(recommendation_id="r2")
     with open_store(location) as store:
         log_now(store, new)
-        assert impressions_of(store, "u") == [NOTED_WITHOUT_TREND, new]
+        assert impressions_of(store, "u") == [noted, new]
 
 
 def test_what_a_server_of_before_still_writes_is_read_and_not_learned_from(

@@ -1,0 +1,77 @@
+"""Which items a request allows, from its message. Each failure is an InvalidRequest."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from serve.api.errors import InvalidRequest
+from serve.api.rules import (
+    MAX_ALLOWED_ITEMS,
+    MAX_EXCLUDED_ITEMS,
+    MAX_ID_LENGTH,
+    MAX_TAGS,
+    check_id,
+    check_length,
+)
+from serve.model.filters import ItemFilter
+from serve.model.recommender import Recommender
+from serve.pb import recommender_pb2 as pb
+
+
+def decode_filter(request: pb.RecommendRequest | pb.SimilarItemsRequest, model: Recommender) -> ItemFilter | None:
+    """What a request allows of a model's items, once what it excludes is checked too; None: every item."""
+    index, excluded = model.catalog.index, request.exclude_item_ids
+    _check_item_ids("exclude_item_ids", excluded, MAX_EXCLUDED_ITEMS, index)
+    if not request.HasField("filter"):
+        return None
+    allowed = request.filter.allow_item_ids
+    _check_item_ids("filter.allow_item_ids", allowed, MAX_ALLOWED_ITEMS, index)
+    if allowed and excluded and set(allowed) <= set(excluded):
+        raise InvalidRequest("filter.allow_item_ids", "an item that is not in exclude_item_ids", "none")
+    tags = {name: tuple(getattr(request.filter, name)) for name in ("any_tags", "all_tags", "none_tags")}
+    for name, of_rule in tags.items():
+        check_length(f"filter.{name}", of_rule, MAX_TAGS)
+        for at, tag in enumerate(of_rule):
+            if not model.filters.knows(tag):
+                field, shown = f"filter.{name}[{at}]", repr(tag[:MAX_ID_LENGTH])
+                raise InvalidRequest(field, f"one of the {len(model.info.genres)} tags of GetModelInfo.genres", shown)
+    _check_tags(**tags)
+    minimum = request.filter.minimum_score if request.filter.HasField("minimum_score") else None
+    if minimum is not None and not math.isfinite(minimum):
+        raise InvalidRequest("filter.minimum_score", "a finite number", f"{minimum:g}")
+    if not allowed and not any(tags.values()) and minimum is None:
+        return None
+    found = [index[item_id] for item_id in allowed if item_id in index]
+    return ItemFilter(np.array(found, np.int32) if allowed else None, **tags, minimum_score=minimum)
+
+
+def _check_item_ids(field: str, item_ids: Sequence[str], most: int, known: Mapping[str, int]) -> None:
+    check_length(field, item_ids, most)
+    for at, item_id in enumerate(item_ids):
+        # Known ids are valid, and most are known.
+        if item_id not in known:
+            check_id(f"{field}[{at}]", item_id)
+
+
+def _check_tags(any_tags: Sequence[str], all_tags: Sequence[str], none_tags: Sequence[str]) -> None:
+    """Raises InvalidRequest for rules that no item can keep."""
+    none = set(none_tags)
+    both = [tag for tag in all_tags if tag in none]
+    if both:
+        raise InvalidRequest("filter.all_tags", "no tag of filter.none_tags", repr(both[0]))
+    if any_tags and none.issuperset(any_tags):
+        raise InvalidRequest("filter.any_tags", "a tag that is not in filter.none_tags", "none")
+
+
+def decode_seen(seen: int, model: Recommender) -> bool | None:
+    """Whether items of the history may be answered; None: as the model has it."""
+    if seen not in pb.Seen.values():
+        raise InvalidRequest("seen", f"one of {', '.join(pb.Seen.keys())}", seen)
+    allow = seen == pb.SEEN_ALLOW
+    return None if seen in (pb.SEEN_UNSPECIFIED, own_seen(model)) else allow
+
+
+def own_seen(model: Recommender) -> pb.Seen.ValueType:
+    """What a model does with items of the history by itself."""
+    return pb.SEEN_EXCLUDE if model.info.repeat is None else pb.SEEN_ALLOW

@@ -1,0 +1,87 @@
+"""Which items a request allows: by their ids and by their tags, which are the genres of the catalogue."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.model.catalog import Catalog
+
+KEPT = 32
+"""So many combinations of tags are kept ready, each a byte for each item."""
+
+
+class ItemFilter(NamedTuple):
+    """What a request allows; all rules hold at once."""
+
+    items: NDArray[np.int32] | None = None
+    """`[n]`, indices of the items that are allowed; None: every item."""
+    any_tags: tuple[str, ...] = ()
+    """Tags of the catalogue, as in the next two: an item has at least one of them. Empty: whatever its tags."""
+    all_tags: tuple[str, ...] = ()
+    """An item has each of them."""
+    none_tags: tuple[str, ...] = ()
+    """An item has none of them."""
+    minimum_score: float | None = None
+    """In the unit of the ranking; None: whatever the score."""
+
+
+class Filters:
+    """Makes masks for one catalogue. Safe to share between threads."""
+
+    def __init__(self, catalog: Catalog, genres: Sequence[str]) -> None:
+        """`genres`: those that the model names, beside those of its items."""
+        of_tag: dict[str, list[int]] = {genre: [] for genre in genres}
+        for item, tags in enumerate(catalog.genres):
+            for tag in tags:
+                of_tag.setdefault(tag, []).append(item)
+        self._of_tag = {tag: np.array(items, np.int32) for tag, items in of_tag.items()}
+        self._count = len(catalog)
+        # Not a method: a cache that holds its owner would keep the model in memory until a garbage collection.
+        self._by_tags = lru_cache(KEPT)(partial(_blocked_by_tags, self._of_tag, self._count))
+
+    def knows(self, tag: str) -> bool:
+        """Whether it is a tag of the catalogue."""
+        return tag in self._of_tag
+
+    def blocked(self, asked: ItemFilter | None) -> NDArray[np.bool_] | None:
+        """The items that a request does not allow.
+
+        Args:
+            asked: By its ids and tags; the minimum of the score is not looked at.
+
+        Returns:
+            `[items+1]`, not to be written to, True also at 0; None: it allows every item.
+        """
+        if asked is None:
+            return None
+        tags = asked.any_tags, asked.all_tags, asked.none_tags
+        by_tags = self._by_tags(*tags) if any(tags) else None
+        if asked.items is None:
+            return by_tags
+        blocked = np.ones(self._count + 1, np.bool_)
+        blocked[asked.items] = False if by_tags is None else by_tags[asked.items]
+        return blocked
+
+
+def _blocked_by_tags(
+    of_tag: Mapping[str, NDArray[np.int32]],
+    count: int,
+    any_tags: Sequence[str],
+    all_tags: Sequence[str],
+    none_tags: Sequence[str],
+) -> NDArray[np.bool_]:
+    blocked = np.full(count + 1, bool(any_tags))
+    for tag in any_tags:
+        blocked[of_tag[tag]] = False
+    for tag in all_tags:
+        without = np.ones(count + 1, np.bool_)
+        without[of_tag[tag]] = False
+        blocked |= without
+    for tag in none_tags:
+        blocked[of_tag[tag]] = True
+    blocked[0] = True
+    blocked.setflags(write=False)
+    return blocked
