@@ -18,6 +18,7 @@ from serve.pb.recommender_pb2 import (
     DeleteUserRequest,
     GetUserProfileRequest,
     History,
+    ItemFilter,
     RecommendRequest,
     RecordEventsRequest,
     SimilarItemsRequest,
@@ -41,6 +42,31 @@ def recording(**fields: Any) -> RecordEventsRequest:
 
 NO_TIME = "expected the event's time in seconds since 1970-01-01T00:00Z, came none"
 FAR = 2**63 - 1
+NO_TAG = "expected one of the 6 tags of GetModelInfo.genres, came"
+FILTERS = [
+    (ItemFilter(allow_item_ids=["1"] * 10_001), "filter.allow_item_ids: expected at most 10000 entries, came 10001"),
+    (ItemFilter(allow_item_ids=["1007", ""]), "filter.allow_item_ids[1]: expected an id of 1 to 512 characters"),
+    (ItemFilter(allow_item_ids=[LONG]), "filter.allow_item_ids[0]: expected an id of 1 to 512 characters, came 513"),
+    (ItemFilter(allow_item_ids=["a\0"]), "filter.allow_item_ids[0]: expected an id without the character U+0000"),
+    (ItemFilter(allow_item_ids=["1007 "]), "filter.allow_item_ids[0]: expected an id without spaces around it"),
+    (ItemFilter(any_tags=["Drama"] * 101), "filter.any_tags: expected at most 100 entries, came 101"),
+    (ItemFilter(all_tags=["Drama"] * 101), "filter.all_tags: expected at most 100 entries, came 101"),
+    (ItemFilter(none_tags=["Drama"] * 101), "filter.none_tags: expected at most 100 entries, came 101"),
+    (ItemFilter(any_tags=["Drama", "drama"]), f"filter.any_tags[1]: {NO_TAG} 'drama'"),
+    (ItemFilter(all_tags=[""]), f"filter.all_tags[0]: {NO_TAG} ''"),
+    (ItemFilter(none_tags=["a\0"]), f"filter.none_tags[0]: {NO_TAG} 'a\\x00'"),
+    (ItemFilter(none_tags=["x" * 10**6]), f"filter.none_tags[0]: {NO_TAG} '{'x' * 512}'"),
+    (
+        ItemFilter(all_tags=["Action", "Drama"], none_tags=["Comedy", "Drama"]),
+        "filter.all_tags: expected no tag of filter.none_tags, came 'Drama'",
+    ),
+    (
+        ItemFilter(any_tags=["Action", "Drama"], none_tags=["Drama", "Comedy", "Action"]),
+        "filter.any_tags: expected a tag that is not in filter.none_tags, came none",
+    ),
+    (ItemFilter(minimum_score=math.nan), "filter.minimum_score: expected a finite number, came nan"),
+    (ItemFilter(minimum_score=-math.inf), "filter.minimum_score: expected a finite number, came -inf"),
+]
 RECOMMEND = [
     (RecommendRequest(), "subject: expected user_id or history, came neither"),
     (RecommendRequest(user_id=""), "user_id: expected an id of 1 to 512 characters, came 0 characters"),
@@ -68,6 +94,16 @@ RECOMMEND = [
         RecommendRequest(history=History(events=[Event(item_id="1", timestamp=9)]), request_time=8),
         "request_time: expected not before the last event at 9, came 8",
     ),
+    (RecommendRequest(user_id="u", seen=7), "seen: expected one of SEEN_UNSPECIFIED, SEEN_EXCLUDE, SEEN_ALLOW, came 7"),
+    (RecommendRequest(user_id="u", seen=-1), "seen: expected one of SEEN_UNSPECIFIED, SEEN_EXCLUDE, SEEN_ALLOW"),
+    (RecommendRequest(user_id="u", k=3, new_item_slots=4), "new_item_slots: expected 0 to k, which is 3, came 4"),
+    (RecommendRequest(user_id="u", new_item_slots=11), "new_item_slots: expected 0 to k, which is 10, came 11"),
+    (RecommendRequest(user_id="u", new_item_slots=-1), "new_item_slots: expected 0 to k, which is 10, came -1"),
+    *((RecommendRequest(user_id="u", filter=asked), message) for asked, message in FILTERS),
+    (
+        RecommendRequest(user_id="u", filter=ItemFilter(allow_item_ids=["1", "2"]), exclude_item_ids=["2", "3", "1"]),
+        "filter.allow_item_ids: expected an item that is not in exclude_item_ids, came none",
+    ),
 ]
 RECORD = [
     (recording(event_id=""), "events[1].event_id: expected an id"),
@@ -91,6 +127,9 @@ SIMILAR = [
     (SimilarItemsRequest(), "item_id: expected an id"),
     (SimilarItemsRequest(item_id="1007", k=-1), "k: expected 1 to 1000"),
     (SimilarItemsRequest(item_id="1007", k=1001), "k: expected 1 to 1000"),
+    (SimilarItemsRequest(item_id="1007", exclude_item_ids=["1007", ""]), "exclude_item_ids[1]: expected an id"),
+    (SimilarItemsRequest(item_id="1007", exclude_item_ids=["1"] * 10_001), "exclude_item_ids: expected at most 10000"),
+    *((SimilarItemsRequest(item_id="1007", filter=asked), message) for asked, message in FILTERS),
 ]
 
 
@@ -108,6 +147,10 @@ BATCH = [
     (
         BatchRecommendRequest(requests=[RecommendRequest(history=History(events=[Event(item_id="1")] * 10_000))] * 11),
         "requests: expected at most 100000 events in all, came 110000",
+    ),
+    (
+        BatchRecommendRequest(requests=[RecommendRequest(user_id="u", filter=ItemFilter(any_tags=["?"]))]),
+        f"requests[0].filter.any_tags[0]: {NO_TAG} '?'",
     ),
 ]
 DELETE = [
@@ -163,6 +206,8 @@ def test_limits_are_valid(client: RecommenderClient) -> None:
     events_inline = [Event(item_id="1007", timestamp=1)] * 10_000
     answer = client.recommend(history=events_inline, k=1000, exclude_item_ids=["1014"] * 10_000, request_time=1)
     assert answer.policy == "reinforce"
+    most = ItemFilter(allow_item_ids=["1021"] * 10_000, any_tags=["Drama"] * 100, none_tags=["Horror"] * 100)
+    client.recommend(history=events_inline, k=1000, new_item_slots=1000, filter=most)
 
 
 @pytest.mark.parametrize(

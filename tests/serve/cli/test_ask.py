@@ -48,6 +48,29 @@ def test_recommendations(address: str, client: RecommenderClient, model: Recomme
     assert "1 events on items that the model does not know were left out" in inline
 
 
+def test_rules_of_a_question(address: str, client: RecommenderClient, model: Recommender) -> None:
+    ids, genres = model.catalog.item_ids, model.catalog.genres
+    both = next(item for item in range(4, 61) if {"Drama", "Horror"} <= set(genres[item]))
+    asked = ["--allow", ids[both], "--allow", ids[3], "--all-tags", "Drama", "--any-tag", "Horror"]
+
+    def lines(*more: str) -> list[str]:
+        return ask(address, *more, *asked).splitlines()
+
+    assert lines("--watched", ids[1])[1].split()[:2] == ["1", ids[both]]
+    assert lines("--similar", ids[1])[1].split()[:2] == ["1", ids[both]]
+    assert lines("--watched", ids[1], "--exclude", ids[both])[1] == ""
+    contradiction = (
+        "exit 1: Error: INVALID_ARGUMENT: filter.all_tags: expected no tag of filter.none_tags, came 'Drama'"
+    )
+    assert lines("--watched", ids[1], "--no-tag", "Drama")[0] == contradiction
+    assert ask(address, "--watched", ids[1], "--minimum-score", "1e9").splitlines()[1] == ""
+    seen = ["--watched", ids[1], "--allow", ids[1], "--seen"]
+    assert ask(address, *seen, "allow").splitlines()[1].split()[1] == ids[1]
+    assert ask(address, *seen, "exclude").splitlines()[1] == ""
+    assert len(ask(address, "--watched", ids[1], "--new-items", "3").splitlines()) == 1 + 10 + 2
+    assert "--seen and --new-items are for recommendations" in ask(address, "--similar", ids[1], "--new-items", "3")
+
+
 def test_similar_items_profile_and_model(address: str, client: RecommenderClient, model: Recommender) -> None:
     ids = model.catalog.item_ids
     (nearest,) = client.similar_items(ids[3], k=1).items
