@@ -51,6 +51,7 @@ def feed(graph: str, rows: int, state_width: int, items: int) -> Feed:
     random = np.random.default_rng(rows)
     history = random.integers(1, items + 1, (rows, 50)).astype(np.int32)
     asked = {"request_gap": np.full(rows, DAY, np.float32), "exclude": history, "k": np.array([10])}
+    asked |= {"trend": np.zeros(items + 1, np.float32), "blocked": np.zeros((1, items + 1), bool)}
     if graph == "sequence":
         rating, gap = np.full(history.shape, -1, np.float32), np.full(history.shape, DAY, np.float32)
         return {"item": history, "rating": rating, "gap": gap, "length": np.full(rows, 50, np.int32), **asked}

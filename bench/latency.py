@@ -18,7 +18,6 @@ h2load's answers must have the same size. At the end all requests are checked on
 Prints tables with medians over the rounds and, in brackets, the lowest and highest round.
 """
 
-import csv
 import itertools
 import json
 import os
@@ -28,7 +27,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,88 +39,16 @@ import onnxruntime
 from bench import peer_servers
 from bench.load import Sample, Target, drive, framed, memory_mb, require_h2load
 from bench.publish import here, spread
+from bench.workload import HISTORIES, Feed, Workload, step_feed, workload
 from serve.client import Event, RecommenderClient, UserEvent
 from serve.pb import open_inference_pb2 as v2
 from serve.pb.recommender_pb2 import History, RecommendRequest, RecommendResponse
 from tests.ports import reserved_port
 from tests.serve.process import running_server
 
-HISTORIES = 64
-START = 1_600_000_000
-DAY = 86_400
 DEADLINE_S = 30.0
 RECOMMEND = "/jaxrec.v1.Recommender/Recommend"
 INFER = "/inference.GRPCInferenceService/ModelInfer"
-Feed = dict[str, Any]
-
-
-def graph_session(model: Path, name: str) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(model / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
-
-
-def sequence_feed(items: np.ndarray, k: int) -> Feed:
-    """One history as `sequence.onnx` takes it: an event a day, no ratings, a request a day after the last."""
-    gap = np.full((1, len(items)), DAY, np.float32)
-    gap[0, 0] = -1
-    return {
-        "item": items[None],
-        "rating": np.full((1, len(items)), -1, np.float32),
-        "gap": gap,
-        "length": np.array([len(items)], np.int32),
-        "request_gap": np.array([DAY], np.float32),
-        "exclude": items[None],
-        "k": np.array([k], np.int64),
-    }
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What all targets are asked: the same histories, in the form that each of them takes."""
-
-    model: Path
-    k: int
-    histories: list[list[Event]]
-    request_time: int
-    feeds: list[Feed]
-    sequence: onnxruntime.InferenceSession
-    step: onnxruntime.InferenceSession
-    expected: list[list[str]]
-    """Raw ids of the answers, by `session.run`."""
-    ids: list[str]
-    """Raw ids by item index."""
-
-
-def workload(model: Path, length: int, k: int) -> Workload:
-    with (model / "catalog.csv").open(encoding="utf-8", newline="") as file:
-        item_ids = ["", *(row["item_id"] for row in csv.DictReader(file))]
-    if len(item_ids) - 1 < length + k:
-        raise click.BadParameter(f"{len(item_ids) - 1} items are too few for {length} events and {k} answers")
-    random = np.random.default_rng(0)
-    rows = [random.choice(len(item_ids) - 1, length, replace=False).astype(np.int32) + 1 for _ in range(HISTORIES)]
-    sequence = graph_session(model, "sequence")
-    feeds = [sequence_feed(row, k) for row in rows]
-    return Workload(
-        model=model,
-        k=k,
-        histories=[
-            [Event(item_id=item_ids[item], timestamp=START + DAY * at) for at, item in enumerate(row)] for row in rows
-        ],
-        request_time=START + DAY * length,
-        feeds=feeds,
-        sequence=sequence,
-        step=graph_session(model, "step"),
-        expected=[[item_ids[item] for item in sequence.run(["items"], feed)[0][0]] for feed in feeds],
-        ids=item_ids,
-    )
-
-
-def step_feed(session: onnxruntime.InferenceSession, feed: Feed) -> Feed:
-    """The last event of such a history, on a state of zeros: what it holds makes no difference to the time."""
-    (width,) = (node.shape[-1] for node in session.get_inputs() if node.name == "state")
-    last = {name: feed[name][:, -1] for name in ("item", "rating", "gap")}
-    return {"state": np.zeros((1, width), np.float32), **last, **{n: feed[n] for n in ("request_gap", "exclude", "k")}}
 
 
 def run_graph(session: onnxruntime.InferenceSession, feeds: Sequence[Feed], seconds: float) -> Sample:
@@ -175,10 +102,10 @@ def infer_request(feed: Feed) -> bytes:
     return request.SerializeToString()
 
 
-def recommend_check(work: Workload) -> Callable[[int, bytes], None]:
+def recommend_check(expected: Sequence[Sequence[str]]) -> Callable[[int, bytes], None]:
     def check(number: int, response: bytes) -> None:
         answer = RecommendResponse.FromString(response)
-        must("Recommend", [one.item_id for one in answer.recommendations], work.expected[number])
+        must("Recommend", [one.item_id for one in answer.recommendations], expected[number])
 
     return check
 
@@ -305,11 +232,16 @@ def start_all(
         "stored user": [RecommendRequest(user_id=str(user), **asked) for user in range(HISTORIES)],
         "inline history": [RecommendRequest(history=History(events=one), **asked) for one in work.histories],
     }
-    check = recommend_check(work)
+    check = recommend_check(work.expected)
+    checks = {name: check for name in ways}
+    for name, (asked_filter, expected) in work.filters.items():
+        way = f"stored user, {name}"
+        ways[way] = [RecommendRequest(user_id=str(user), filter=asked_filter, **asked) for user in range(HISTORIES)]
+        checks[way] = recommend_check(expected)
     for name, requests in ways.items():
         messages = [request.SerializeToString() for request in requests]
         port = int(ours.address.rpartition(":")[2])
-        add(f"ours, {name}", [ours.process.pid], port, RECOMMEND, messages, check)
+        add(f"ours, {name}", [ours.process.pid], port, RECOMMEND, messages, checks[name])
     # One process for each core: on one port, which the kernel divides, and on one store.
     shared = f"127.0.0.1:{stack.enter_context(reserved_port())}"
     both = [

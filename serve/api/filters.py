@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 
 import numpy as np
+from numpy.typing import NDArray
 
 from serve.api.errors import InvalidRequest
 from serve.api.rules import (
@@ -22,11 +24,11 @@ from serve.pb import recommender_pb2 as pb
 def decode_filter(request: pb.RecommendRequest | pb.SimilarItemsRequest, model: Recommender) -> ItemFilter | None:
     """What a request allows of a model's items, once what it excludes is checked too; None: every item."""
     index, excluded = model.catalog.index, request.exclude_item_ids
-    _check_item_ids("exclude_item_ids", excluded, MAX_EXCLUDED_ITEMS, index)
+    _item_indices("exclude_item_ids", excluded, MAX_EXCLUDED_ITEMS, index)
     if not request.HasField("filter"):
         return None
     allowed = request.filter.allow_item_ids
-    _check_item_ids("filter.allow_item_ids", allowed, MAX_ALLOWED_ITEMS, index)
+    items = _item_indices("filter.allow_item_ids", allowed, MAX_ALLOWED_ITEMS, index)
     if allowed and excluded and set(allowed) <= set(excluded):
         raise InvalidRequest("filter.allow_item_ids", "an item that is not in exclude_item_ids", "none")
     tags = {name: tuple(getattr(request.filter, name)) for name in ("any_tags", "all_tags", "none_tags")}
@@ -42,16 +44,17 @@ def decode_filter(request: pb.RecommendRequest | pb.SimilarItemsRequest, model: 
         raise InvalidRequest("filter.minimum_score", "a finite number", f"{minimum:g}")
     if not allowed and not any(tags.values()) and minimum is None:
         return None
-    found = [index[item_id] for item_id in allowed if item_id in index]
-    return ItemFilter(np.array(found, np.int32) if allowed else None, **tags, minimum_score=minimum)
+    return ItemFilter(items[items > 0] if allowed else None, **tags, minimum_score=minimum)
 
 
-def _check_item_ids(field: str, item_ids: Sequence[str], most: int, known: Mapping[str, int]) -> None:
+def _item_indices(field: str, item_ids: Sequence[str], most: int, index: Mapping[str, int]) -> NDArray[np.int32]:
+    """`[n]`: of each id, 0 where the model does not know it."""
     check_length(field, item_ids, most)
-    for at, item_id in enumerate(item_ids):
-        # Known ids are valid, and most are known.
-        if item_id not in known:
-            check_id(f"{field}[{at}]", item_id)
+    # In one pass that is not Python's: a thousand ids are a third of a request. Known ids are valid.
+    items = np.fromiter(map(index.get, item_ids, repeat(0)), np.int32, len(item_ids))
+    for at in np.flatnonzero(items == 0).tolist():
+        check_id(f"{field}[{at}]", item_ids[at])
+    return items
 
 
 def _check_tags(any_tags: Sequence[str], all_tags: Sequence[str], none_tags: Sequence[str]) -> None:
