@@ -251,23 +251,24 @@ def test_without_places_new_items_stay_below_the_first_ten(free_model: Recommend
     assert NEW[placed.items].sum() == 4
 
 
-def test_explanations_are_of_the_items_that_are_answered(either: Recommender) -> None:
-    """An item that is far from the best is explained by its own scores, not by those of the last of the best."""
+def test_explanations_are_of_the_items_that_are_answered(either: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items that are far from the best are explained by their own scores, not by those of the last of the best. A new
+    item that is alone has no known ones to stay below."""
     ids = either.catalog.item_ids
     events = [Event(ids[item], 4.0, START + at * DAY) for at, item in enumerate((4, 10, 23))]
     (whole,) = either.recommend([Query(events, ITEMS, allow_seen=False)])
-    last = whole.items[-3:]
     slots = 2 if either.new_item_count else 0
-    query = Query(events, 3, explain=True, filter=ItemFilter(items=last), allow_seen=False, new_item_slots=slots)
-    (answer,) = either.recommend([query])
-    assert sorted(answer.items.tolist()) == sorted(last.tolist())
+    query = Query(events, 3, explain=True, filter=ItemFilter(items=whole.items[-3:]), allow_seen=False)
+    singles = [query._replace(filter=ItemFilter(items=np.array([item]))) for item in whole.items[-3:].tolist()]
+    alone = {answer.items.item(): answer.explanations[0] for answer in either.recommend(singles)}
+    assert any(explanation.events for explanation in alone.values())
+    monkeypatch.setattr("serve.model.recommender.ASKED_ITEMS", 3)
+    (answer,) = either.recommend([query._replace(new_item_slots=slots)])
+    assert sorted(answer.items.tolist()) == sorted(alone)
     for item, explanation in zip(answer.items.tolist(), answer.explanations, strict=True):
-        alone = query._replace(filter=ItemFilter(items=np.array([item])), new_item_slots=0)
-        (expected,) = either.recommend([alone])
-        if not either.new_item_count:
-            assert [one.event for one in explanation.events] == [one.event for one in expected.explanations[0].events]
-            for found, one in zip(explanation.events, expected.explanations[0].events, strict=True):
-                assert found.influence == pytest.approx(one.influence, abs=1e-4)
+        assert [one.event for one in explanation.events] == [one.event for one in alone[item].events]
+        for found, expected in zip(explanation.events, alone[item].events, strict=True):
+            assert found.influence == pytest.approx(expected.influence, abs=1e-4)
 
 
 def test_popular_items_are_filtered_too(model: Recommender) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -310,9 +311,10 @@ def test_the_trend_of_an_impression_can_be_made_again_from_the_log(
     shown = {one.recommendation_id: one for part in store.all_impressions() for one in part}
     noted = shown[with_trend.recommendation_id]
     assert noted.trend_time == NOW + HOUR
-    assert (shown[of_user.recommendation_id].trend_time, shown[of_user.recommendation_id].trend_arrival) == noted[-2:]
+    trend = attrgetter("trend_time", "trend_arrival")
+    assert trend(shown[of_user.recommendation_id]) == trend(noted)
     for answered in (by_export, popular):
-        assert shown[answered.recommendation_id][-2:] == (None, None)
+        assert trend(shown[answered.recommendation_id]) == (None, None)
     counts = {ITEM: 4 * worth(COUNTED_UNTIL, now=noted.trend_time)}
     for arrival, (_, _, one, _) in (row for part in store.all_events() for row in part):
         if arrival <= noted.trend_arrival:
