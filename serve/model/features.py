@@ -58,7 +58,7 @@ def features(
     allowed = repeat is not None if allow_seen is None else allow_seen
     excluded = exclude if allowed else [*(event.item for event in events), *exclude]
     seen = None
-    if repeat is not None and allowed:
+    if repeat is not None:
         seen = repeat.scores_of(item_stats(events), len(events), events[-1].timestamp, request_time)
     return replace(
         row,

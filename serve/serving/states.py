@@ -130,7 +130,7 @@ class StateCache:
         return found
 
     def _seen_scores(self, query: Query, user: UserState) -> SeenScores | None:
-        if self._repeat is None or not self._model.allows_seen(query):
+        if self._repeat is None:
             return None
         return self._repeat.scores_of(user.stats, user.known_count, user.last, query.request_time)
 
