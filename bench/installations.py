@@ -28,6 +28,12 @@ INSTALLERS = ("pip", "setuptools", "pkg_resources", "_distutils_hack", "distutil
 HEAVY = ("jax", "jaxlib", "flax", "pandas", "duckdb", "tensorflow", "scipy", "matplotlib")
 
 
+PASSED = (
+    "All checks passed: what each can import and what it has not, the sentences for missing extras, and a server of"
+    " `serve-cpu` from its start over `check` and `ask` to SIGTERM."
+)
+
+
 class Installation(NamedTuple):
     """What to install, and what is expected of it."""
 
@@ -75,7 +81,7 @@ INSTALLATIONS = (
 @click.command()
 @publish_option
 def main(publish: bool) -> None:
-    """Installs, checks and measures, then prints the table. Exits with 1 if a check fails or a goal is missed."""
+    """Installs, checks and measures, then prints the table. Exits with 1 if a check fails."""
     page = Page("installations", "Installations", publish)
     rows, failures = [], []
     with tempfile.TemporaryDirectory() as name:
@@ -89,21 +95,21 @@ def main(publish: bool) -> None:
             failures += [f"{what}: {text}" for text in differences(python, one)]
             if one.extras == "serve-cpu":
                 failures += [f"{what}: {text}" for text in serving(python, model)]
-            sizes = folder_sizes(python)
+            sizes, bytecode = folder_sizes(python), sum(folder_sizes(python, "*.pyc").values())
             total = sum(sizes.values())
-            if one.most_mb is not None and total > one.most_mb:
-                failures.append(f"{what}: {total:.0f} MB, expected at most {one.most_mb}")
+            goal = "" if one.most_mb is None else f"{one.most_mb}, {'missed' if total > one.most_mb else 'met'}"
             largest = ", ".join(f"{entry} {sizes[entry]:.0f}" for entry in sorted(sizes, key=sizes.__getitem__)[:-6:-1])
-            rows.append(f"| `{what}` | {total:.0f} | {one.most_mb or ''} | {largest} |")
+            rows.append(f"| `{what}` | {total:.0f} | {bytecode:.0f} | {goal} | {largest} |")
     page.write(
         [
-            "Size of site-packages without pip and setuptools in MB, with the bytecode that pip writes.",
+            "Size of site-packages without pip and setuptools, in MB of 10^6 bytes. pip writes the bytecode beside the"
+            " files of the packages.",
             "",
-            "| installation | MB | goal: at most | largest folders, MB |",
-            "|---|---|---|---|",
+            "| installation | MB | of it bytecode, MB | goal: at most, MB | largest folders, MB |",
+            "|---|---|---|---|---|",
             *rows,
             "",
-            *([f"- failed: {text}" for text in failures] or ["All checks passed."]),
+            *([f"- failed: {text}" for text in failures] or [PASSED]),
         ]
     )
     if failures:
@@ -193,14 +199,15 @@ def serving(python: Path, model: Path) -> Iterator[str]:
         yield f"SIGTERM: exit status {server.returncode}"
 
 
-def folder_sizes(python: Path) -> dict[str, float]:
-    """MB of each entry of site-packages, without the installers."""
+def folder_sizes(python: Path, files: str = "*") -> dict[str, float]:
+    """MB of the files in each entry of site-packages, without the installers."""
     (packages,) = (python.parents[1] / "lib").glob("python*/site-packages")
-    return {
-        entry.name: sum(file.stat().st_size for file in (entry, *entry.rglob("*")) if file.is_file()) / MB
-        for entry in packages.iterdir()
-        if not entry.name.startswith(INSTALLERS)
-    }
+    sizes: dict[str, float] = {}
+    for file in packages.rglob(files):
+        entry = file.relative_to(packages).parts[0]
+        if not entry.startswith(INSTALLERS) and file.is_file():
+            sizes[entry] = sizes.get(entry, 0.0) + file.stat().st_size / MB
+    return sizes
 
 
 if __name__ == "__main__":
