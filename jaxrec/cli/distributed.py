@@ -7,7 +7,6 @@ import click
 
 from jaxrec.cli.data import filter_and_split_options, prepare_config
 from jaxrec.cli.options import EXISTING_FILE, EXISTING_FOLDER, NEW_FOLDER
-from jaxrec.errors import DataError
 
 
 @click.command()
@@ -32,10 +31,7 @@ def prepare_distributed(
     """Prepares the Parquet files under FOLDER on several machines, into shards by user."""
     from tqdm import tqdm
 
-    try:
-        from jaxrec.data.distributed import prepare as driver
-    except ModuleNotFoundError as error:
-        raise DataError(f"{error.name} is missing; install it with: pip install 'jaxrec[distributed]'") from error
+    from jaxrec.data.distributed import prepare as driver
 
     config = prepare_config(options)
     with driver.cluster(scheduler, workers) as client, tqdm(unit="task") as bar:

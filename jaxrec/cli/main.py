@@ -5,20 +5,21 @@ import importlib
 import click
 
 from jaxrec.errors import DataError, ExportError, TrainingError
+from serve.cli.extras import check_extras
 
 COMMANDS = {
-    "prepare": ("data", "Check a log of interactions and write prepared data."),
-    "append": ("data", "Add new events to prepared data."),
-    "check": ("data", "Verify the checksums of prepared data."),
-    "train": ("train", "Train the models on prepared data."),
-    "rl": ("rl", "Fine-tune a policy by reinforcement learning."),
-    "evaluate": ("evaluate", "Rank the test cases and print the metrics."),
-    "export": ("export", "Export a run to ONNX for the server."),
-    "recommend": ("recommend", "Recommend for many users at once, without a server."),
-    "demo": ("demo", "Run every stage on 100,004 MovieLens ratings."),
-    "fetch": ("data", "Download a MovieLens data set."),
-    "prepare-distributed": ("distributed", "Prepare Parquet files on several machines."),
-}  # by name, in the order of `jaxrec --help`: the module in jaxrec/cli/ and the short help
+    "prepare": ("data", "Check a log of interactions and write prepared data.", ("train",)),
+    "append": ("data", "Add new events to prepared data.", ("train",)),
+    "check": ("data", "Verify the checksums of prepared data.", ("train",)),
+    "train": ("train", "Train the models on prepared data.", ("train",)),
+    "rl": ("rl", "Fine-tune a policy by reinforcement learning.", ("train",)),
+    "evaluate": ("evaluate", "Rank the test cases and print the metrics.", ("train",)),
+    "export": ("export", "Export a run to ONNX for the server.", ("train", "export", "serve")),
+    "recommend": ("recommend", "Recommend for many users at once, without a server.", ("train", "serve")),
+    "demo": ("demo", "Run every stage on 100,004 MovieLens ratings.", ("train", "export", "serve", "demo")),
+    "fetch": ("data", "Download a MovieLens data set.", ("train",)),
+    "prepare-distributed": ("distributed", "Prepare Parquet files on several machines.", ("train", "distributed")),
+}  # by name, in the order of `jaxrec --help`: the module in jaxrec/cli/, the short help, and the extras that it needs
 
 
 class LazyGroup(click.Group):
@@ -36,10 +37,19 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(module, name.replace("-", "_"))
         return command
 
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Raises click.ClickException for a command whose extra is missing; its help needs none."""
+        name, command, rest = super().resolve_command(context, args)
+        if name in COMMANDS and not context.resilient_parsing and "--help" not in rest:
+            check_extras(f"{context.command_path} {name}", COMMANDS[name][2])
+        return name, command, rest
+
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists the commands without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, short_help) for name, (_, short_help) in COMMANDS.items()])
+            formatter.write_dl([(name, short_help) for name, (_, short_help, _) in COMMANDS.items()])
 
     def invoke(self, context: click.Context) -> object:
         """Errors that the user can mend are one line on stderr and exit status 1."""

@@ -11,7 +11,6 @@ from jaxrec.cli.data import id_option, print_counts, print_oddities, read_option
 from jaxrec.cli.options import EXISTING_FILE, EXISTING_FOLDER, EXISTING_PATH, NEW_FILE
 from jaxrec.config import Repeats
 from jaxrec.data.reading.bad_rows import OnBadRows
-from jaxrec.errors import DataError
 from serve.cli.options import setting_option
 
 if TYPE_CHECKING:
@@ -67,10 +66,7 @@ def recommend(
     Items of a user's history are not recommended. A user without history gets the most popular items, with their number
     of training events as the score. Rows in quarantine lie beside OUT: in top.quarantine.csv if OUT is top.csv.
     """
-    try:
-        from jaxrec.runs.batch_scoring import open_model, quarantine_file, recommend_log
-    except ModuleNotFoundError as error:
-        raise DataError(f"{error.name} is missing; install it with: pip install 'jaxrec[serve]'") from error
+    from jaxrec.runs.batch_scoring import open_model, quarantine_file, recommend_log
 
     counts = recommend_log(
         open_model(model, provider or "auto", threads or 1, search or "auto"),

@@ -216,5 +216,5 @@ def _faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise ExportError(f"the index needs faiss: pip install 'jaxrec[export]' ({error})") from error
+        raise ExportError(f'the index needs faiss: pip install "jaxrec[export]" ({error})') from error
     return faiss

@@ -138,7 +138,7 @@ def _load_tensorflow() -> tuple[ModuleType, ModuleType]:
             import tensorflow as tf
             import tf2onnx
     except ImportError as error:
-        raise ExportError(f"the export needs TensorFlow and tf2onnx: pip install 'jaxrec[export]' ({error})") from error
+        raise ExportError(f'the export needs TensorFlow and tf2onnx: pip install "jaxrec[export]" ({error})') from error
     # A TensorFlow that runs on a GPU takes all of its memory, and JAX' with it.
     if tf.config.get_visible_devices("GPU"):
         tf.config.set_visible_devices([], "GPU")

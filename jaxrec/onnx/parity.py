@@ -226,7 +226,7 @@ def open_session(graph: bytes) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ExportError(f"the export needs ONNX Runtime: pip install 'jaxrec[export]' ({error})") from error
+        raise ExportError(f'the export needs ONNX Runtime: pip install "jaxrec[serve]" ({error})') from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

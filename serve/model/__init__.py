@@ -1,1 +1,6 @@
 """One exported model: its files, graphs, catalogue and answers; no server."""
+
+import os
+
+# From version 1.29 on ONNX Runtime reports to its maker how it is used, unless this is set before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -23,7 +23,8 @@ def open_store(location: str | Path) -> EventStore:
             return RedisStore(str(location))
     except ModuleNotFoundError as error:
         extra = "postgres" if scheme.startswith("postgres") else "redis"
-        raise StoreError(f"{scheme}:// needs {error.name}: install jaxrec[{extra}]") from error
+        missing = f"{scheme}:// needs {error.name}, which is not installed"
+        raise StoreError(f'{missing}: pip install "jaxrec[{extra}]"') from error
     if scheme:
         raise StoreError(f"expected a path, postgresql:// or redis://, came {scheme}://")
     from serve.stores.sqlite import SQLiteStore

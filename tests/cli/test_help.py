@@ -42,7 +42,7 @@ def test_help_explains_every_option(words: tuple[str, ...], command: click.Comma
 
 def test_the_list_of_commands_says_what_each_does() -> None:
     listed = CliRunner().invoke(main, ["--help"]).output.split("Commands:\n")[1].splitlines()
-    assert [line.split(maxsplit=1) for line in listed] == [[name, text] for name, (_, text) in COMMANDS.items()]
+    assert [line.split(maxsplit=1) for line in listed] == [[name, text] for name, (_, text, _) in COMMANDS.items()]
 
 
 def test_no_help_imports_what_computes() -> None:

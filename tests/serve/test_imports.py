@@ -117,3 +117,15 @@ thread.join()
             [sys.executable, "-c", program], env=names | more, check=True, capture_output=True, text=True, timeout=60
         )
         assert ran.stdout.splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize("package", ["serve.model", "jaxrec.onnx"])
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
+def test_onnx_runtime_reports_nothing_unless_that_is_asked_for(package: str, given: str | None, expected: str) -> None:
+    """The variable has to be there before ONNX Runtime is imported, which the modules of the packages do."""
+    program = f"import os, sys, {package}; print(os.environ['ORT_DISABLE_TELEMETRY'], 'onnxruntime' in sys.modules)"
+    names = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    names |= {} if given is None else {"ORT_DISABLE_TELEMETRY": given}
+    command = [sys.executable, "-c", program]
+    ran = subprocess.run(command, env=names, check=True, capture_output=True, text=True, timeout=60)
+    assert ran.stdout.split() == [expected, "False"]
