@@ -413,7 +413,7 @@ def test_the_log_names_the_rules_that_were_not_the_models_own(
     for rules in asked:
         client.recommend(history=history, **rules)
     store.flush()
-    noted = [one.request_rules for one in impressions_of(store, None)]
+    noted = [one.request_options for one in impressions_of(store, None)]
     assert noted == [(), (), ("filter",), ("seen",), ("filter", "new_item_slots")]
 
 

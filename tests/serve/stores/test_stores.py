@@ -51,13 +51,13 @@ IMPRESSION = Impression(
     excluded_item_ids=("ß", "b"),
     trend_time=1_700_000_003,
     trend_arrival=2**63 - 1,
-    request_rules=("filter", "seen"),
+    request_options=("filter", "seen"),
 )
 # What servers noted before they noted the request's rules, which trend ranked it, and how it was drawn.
-NOTED_WITHOUT_RULES = IMPRESSION._replace(request_rules=())
+NOTED_WITHOUT_RULES = IMPRESSION._replace(request_options=())
 NOTED_WITHOUT_TREND = NOTED_WITHOUT_RULES._replace(trend_time=None, trend_arrival=None)
 NOTED_BEFORE = NOTED_WITHOUT_TREND._replace(temperature=None, request_time=None, excluded_item_ids=())
-NEW_COLUMNS = ("temperature", "request_time", "excluded_item_ids", "trend_time", "trend_arrival", "request_rules")
+NEW_COLUMNS = ("temperature", "request_time", "excluded_item_ids", "trend_time", "trend_arrival", "request_options")
 # As `serve` wrote it, without the parts that did not change.
 SQLITE_3 = """
 CREATE TABLE events (
@@ -659,7 +659,7 @@ def test_a_store_that_noted_less_is_brought_up_to_date(
     kind: str, lacks: str, servers: dict[str, DatabaseServer], tmp_path: Path
 ) -> None:
     location, noted = emptied(kind, servers, tmp_path), NOTED_WITHOUT_RULES
-    columns, tables, fields, version = ["request_rules"], [], 12, 4
+    columns, tables, fields, version = ["request_options"], [], 12, 4
     if lacks == "trend":
         noted, fields, version = NOTED_WITHOUT_TREND, 10, 3
         columns, tables = ["trend_time", "trend_arrival", *columns], ["trend", "trend_start"]
