@@ -156,9 +156,7 @@ class Engine:
         trend.setflags(write=False)
         self.trend = Trend(trend, None if self._search is None else self._search.trending(trend), counted)
 
-    def rank(
-        self, rows: Sequence[Features], k: int | Sequence[int], trend: Trend | None = None
-    ) -> list[Ranking]:
+    def rank(self, rows: Sequence[Features], k: int | Sequence[int], trend: Trend | None = None) -> list[Ranking]:
         """Ranks the items for each row with `sequence.onnx`, rows of like length in one run.
 
         A row's answer does not depend on its neighbours. `k`, one for all or one for each row, is cut to the number of

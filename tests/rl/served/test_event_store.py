@@ -18,7 +18,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import frozen_scoring
-from jaxrec.rl.served.event_store import OPTIONS, STILL_OPEN, ServedLog, read_served_log
+from jaxrec.rl.served.event_store import DETERMINISTIC, OPTIONS, STILL_OPEN, ServedLog, read_served_log
 from jaxrec.rl.served.policy import EXACT, logged_logprobs
 from jaxrec.rl.served.recommendations import History, Recommendation
 from jaxrec.rl.served.states import served_states
@@ -385,6 +385,26 @@ def test_slates_with_request_options_are_counted_and_left_out(
     unmarked = read_served_log(path, small_data.catalog)
     assert len(unmarked.recommendations) == 3 * users
     assert distances(unmarked.recommendations, small_data, small_hybrid).max() > EXACT
+
+
+def test_what_was_not_drawn_is_counted_as_that_with_request_options_too(
+    small_data: PreparedData, tmp_path: Path
+) -> None:
+    """So that the hint about --explore is given; of places for new items, which are never drawn, it would be wrong."""
+    item, path = str(small_data.catalog.ids.raw_ids[0]), tmp_path / "events.sqlite"
+    with SQLiteStore(path) as store:
+        store.record([UserEvent("1", "ada", Event(item, None, START))])
+        cases: list[tuple[tuple[str, ...], tuple[str, ...], tuple[float, ...]]] = [
+            (("filter",), (item,), ()),
+            (("filter",), (item,), (-1.0,)),
+            (("filter",), (), ()),
+            (("filter", "new_item_slots"), (item,), ()),
+        ]
+        for at, (options, slate, log_propensities) in enumerate(cases):
+            one = Impression(f"{at}", "ada", slate, log_propensities, "reinforce", "v", START + 1)
+            store.log_impression(one._replace(temperature=1.0, request_options=options))
+    log = read_served_log(path, small_data.catalog)
+    assert log.skipped == {DETERMINISTIC: 1, OPTIONS: 3}
 
 
 def test_what_a_real_server_read_within_the_second_is_reproduced(
