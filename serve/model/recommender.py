@@ -145,17 +145,17 @@ class Recommender:
         """
         if asked and self._lacks_new_vectors:
             raise NoNewItems(
-                f"new_item_slots: the model {self.info.model_version} was exported with an index, so it has no vectors of"
-                " its new items; export it with --index never"
+                f"new_item_slots: the model {self.info.model_version} was exported with an index, so it has no vectors"
+                " of its new items; export it with --index never"
             )
         return asked if self.new_item_count else 0
 
     def masks(self, query: Query, trend: Trend) -> list[Blocked | None]:
         """The blocked items of each ranking that the answer to a query is made of, in the order of `ranked`.
 
-        Without `new_item_slots` there is one ranking: of the items that the filter allows. With it there are two: of the
-        allowed items that are not new, and of the allowed new items. In the second one no item is there that the graphs
-        would rank new items below.
+        Without `new_item_slots` there is one ranking: of the items that the filter allows. With it there are two: of
+        the allowed items that are not new, and of the allowed new items. Without the other items the graphs do not hold
+        the scores of new items down.
 
         Args:
             query: The query.

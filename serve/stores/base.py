@@ -65,8 +65,8 @@ class Impression(NamedTuple):
     """The arrival, as `EventStore.all_events` numbers it, of the last event in these counts; 0: no event is in them.
     None: the counts were those of the model's export alone, or `trend_time` is None."""
     request_options: tuple[str, ...] = ()
-    """Which of `filter`, `seen` and `new_item_slots` the request set to something else than the model does by itself. Their
-    values are not noted, so the propensities cannot be computed again."""
+    """Which of `filter`, `seen` and `new_item_slots` the request set to something else than the model does by itself.
+    Their values are not noted, so the propensities cannot be computed again."""
 
 
 class Changes(NamedTuple):

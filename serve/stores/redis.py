@@ -350,8 +350,8 @@ class RedisStore(DeferringStore):
             if found == b"1":
                 self._update_from_version_1()
             elif found in UPDATED_AS_THEY_ARE:
-                # Servers of version 2 could not read what is logged from now on, those of version 3 would not count what
-                # they record, and those of version 4 would not log the request options.
+                # Servers of version 2 could not read what is logged from now on, those of version 3 would not count
+                # what they record, and those of version 4 would not log the request options.
                 self._redis.set("jaxrec:version", VERSION)
             elif found != VERSION.encode():
                 version_there = found.decode() if isinstance(found, bytes) else found

@@ -147,8 +147,8 @@ class Search:
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """The k best items. How many candidates a row gets depends on its own k, exclusions and items alone.
 
-        A row with blocked items gets as many allowed candidates as a row without blocked items gets in all. If the index
-        does not name that many, or few items are allowed, every allowed item is a candidate.
+        A row with blocked items gets as many allowed candidates as a row without blocked items gets in all. If the
+        index does not name that many, or few items are allowed, every allowed item is a candidate.
 
         Args:
             query: `[batch, width]` float32.

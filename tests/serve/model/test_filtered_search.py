@@ -80,8 +80,8 @@ def test_where_the_index_names_only_blocked_items_all_others_are_looked_at(large
 
 
 def test_a_filtered_row_gets_as_many_candidates_as_another_one(large: Artifact, searched: list[int]) -> None:
-    """The index is asked for 1.5 times as many as the share of allowed items demands, and for none where 1/32 or less is
-    allowed; it is searched for the next power of two."""
+    """The index is asked for 1.5 times as many as the share of allowed items demands, and for none where 1/32 or less
+    is allowed; it is searched for the next power of two."""
     search = Search(large, dataclasses.replace(index_of(large), candidates=90, candidates_per_answer=1))
     searched.clear()
     query = large.item_vectors[5:6]

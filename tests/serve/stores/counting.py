@@ -51,7 +51,8 @@ def before_counters(location: str, events: Sequence[UserEvent]) -> None:
         with psycopg.connect(location) as connection:
             connection.execute("DROP TABLE jaxrec.trend, jaxrec.trend_start")
             connection.execute(
-                "ALTER TABLE jaxrec.shown DROP COLUMN trend_time, DROP COLUMN trend_arrival, DROP COLUMN request_options"
+                "ALTER TABLE jaxrec.shown DROP COLUMN trend_time, DROP COLUMN trend_arrival,"
+                " DROP COLUMN request_options"
             )
             connection.execute("UPDATE jaxrec.store SET version = 3")
     elif location.startswith("redis:"):
