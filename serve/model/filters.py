@@ -19,8 +19,8 @@ class ItemFilter(NamedTuple):
     items: NDArray[np.int32] | None = None
     """`[n]`, indices of the items that are allowed; None: every item."""
     any_tags: tuple[str, ...] = ()
-    """An item has at least one of these tags of the catalogue. Empty: any item. The tags of all three lists are sorted and
-    different, since the lists are the key of a cache."""
+    """An item has at least one of these tags of the catalogue. Empty: any item. The tags of all three lists are sorted
+    and different, since the lists are the key of a cache."""
     all_tags: tuple[str, ...] = ()
     """An item has each of them."""
     none_tags: tuple[str, ...] = ()

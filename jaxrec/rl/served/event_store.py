@@ -10,8 +10,8 @@ time, later events are excluded. Events on items outside of the catalogue always
 does not say which events came late.
 
 Request options: with a filter, `seen` or reserved places for new items, a request may have ranked other items than the
-model alone would have. The server notes which of these options were set, but not their values. The propensities cannot be
-computed again without them, so these slates are left out.
+model alone would have. The server notes which of these options were set, but not their values. The propensities cannot
+be computed again without them, so these slates are left out.
 
 Responses: an event is a response to the recommendation that it names if it comes within the attribution window, by the
 event's own clock; an event before the recommendation counts as immediate. Later ones are still history of the
