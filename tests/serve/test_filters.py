@@ -1,5 +1,5 @@
 """Filters, `seen` and `new_item_slots`: a filtered answer is the whole ranking without the items that the request
-leaves out, for every way to give a history; a slate drawn from it has exact propensities; the log names these options."""
+leaves out, for every way to give a history. A slate drawn from it has exact propensities. The log names the options."""
 
 import dataclasses
 import math
