@@ -256,11 +256,11 @@ def start_all(
     if peers is not None:
         graph = (work.model / "sequence.onnx").resolve()
         for name, start in (("Triton", peer_servers.triton), ("MLServer", peer_servers.mlserver)):
-            server = stack.enter_context(start(peers, graph, folder))
+            server = stack.enter_context(start(peers, graph, folder, len(work.ids)))
             seconds[name] = server.seconds
             messages = [infer_request(feed) for feed in work.feeds]
             add(name, [server.process.pid], server.port, INFER, messages, infer_check(name, work))
-        server = stack.enter_context(peer_servers.fastapi(peers, graph, folder))
+        server = stack.enter_context(peer_servers.fastapi(peers, graph, folder, len(work.ids)))
         targets.append(fastapi_target(server, work))
         seconds["FastAPI, JSON"] = server.seconds
     return targets, seconds

@@ -109,8 +109,9 @@ def echo(kind: str, folder: Path) -> Iterator[Started]:
 
 
 @contextmanager
-def triton(venv: Path, graph: Path, folder: Path) -> Iterator[Started]:
-    """Triton from the wheel of nvidia-pytriton, started directly, with its Python backend and dynamic batching."""
+def triton(venv: Path, graph: Path, folder: Path, rows: int) -> Iterator[Started]:
+    """Triton from the wheel of nvidia-pytriton, started directly, with its Python backend and dynamic batching; `rows`:
+    the items and the padding, for the inputs that are the same in all requests."""
     (site,) = (venv / "lib").glob("python3.*/site-packages")
     wheel = site / "pytriton" / "tritonserver"
     backends = folder / "backends" / "python"
@@ -125,7 +126,12 @@ def triton(venv: Path, graph: Path, folder: Path) -> Iterator[Started]:
     command = [str(wheel / "bin" / "tritonserver"), f"--model-repository={model.parent}"]
     command += [f"--backend-directory={backends.parent}", "--grpc-address=127.0.0.1"]
     command += ["--allow-http=false", "--allow-metrics=false", "--log-verbose=0"]
-    env = {**os.environ, "PYTHONPATH": str(site), "PATH": f"{venv / 'bin'}:{os.environ['PATH']}"}
+    env = {
+        **os.environ,
+        "CATALOG_ROWS": str(rows),
+        "PYTHONPATH": str(site),
+        "PATH": f"{venv / 'bin'}:{os.environ['PATH']}",
+    }
     libraries = subprocess.run(
         [str(venv / "bin" / "python"), "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"],
         capture_output=True,
@@ -145,14 +151,15 @@ def triton(venv: Path, graph: Path, folder: Path) -> Iterator[Started]:
 
 
 @contextmanager
-def fastapi(venv: Path, graph: Path, folder: Path) -> Iterator[Started]:
+def fastapi(venv: Path, graph: Path, folder: Path, rows: int) -> Iterator[Started]:
     command = [str(venv / "bin" / "python"), str(HERE / "peers" / "fastapi_app.py"), str(graph)]
-    with reserved_port() as port, started([*command, str(port)], port, folder / "fastapi.log") as server:
+    env = {**os.environ, "CATALOG_ROWS": str(rows)}
+    with reserved_port() as port, started([*command, str(port)], port, folder / "fastapi.log", env) as server:
         yield server
 
 
 @contextmanager
-def mlserver(venv: Path, graph: Path, folder: Path) -> Iterator[Started]:
+def mlserver(venv: Path, graph: Path, folder: Path, rows: int) -> Iterator[Started]:
     """MLServer without its worker processes, which do not pay on two cores."""
     home = folder / "mlserver"
     home.mkdir()
@@ -160,7 +167,7 @@ def mlserver(venv: Path, graph: Path, folder: Path) -> Iterator[Started]:
     (home / "model-settings.json").write_text(
         f'{{"name": "{MODEL_NAME}", "implementation": "mlserver_runtime.Graph", "parameters": {{"uri": "{graph}"}}}}'
     )
-    env = {**os.environ, "PYTHONPATH": str(home)}
+    env = {**os.environ, "CATALOG_ROWS": str(rows), "PYTHONPATH": str(home)}
     begin = time.monotonic()
     command = [str(venv / "bin" / "mlserver"), "start", str(home)]
     with reserved_port() as port, reserved_port() as http_port:

@@ -1,8 +1,11 @@
 """The plainest JSON service: FastAPI on uvicorn, `sequence.onnx` run inline.
 
-python fastapi_app.py SEQUENCE_ONNX PORT
+CATALOG_ROWS=N python fastapi_app.py SEQUENCE_ONNX PORT
+
+N is the number of items and 1, of the row of padding.
 """
 
+import os
 import sys
 
 import numpy as np
@@ -28,6 +31,8 @@ def application(graph: str) -> FastAPI:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     app = FastAPI()
+    rows = int(os.environ["CATALOG_ROWS"])
+    constant = {"trend": np.zeros(rows, np.float32), "blocked": np.zeros((1, rows), bool)}
 
     @app.post("/recommend")
     async def recommend(request: Request) -> dict[str, list[int] | list[float]]:
@@ -41,6 +46,7 @@ def application(graph: str) -> FastAPI:
                 "request_gap": np.array([request.request_gap], np.float32),
                 "exclude": np.array([request.exclude], np.int32),
                 "k": np.array([request.k], np.int64),
+                **constant,
             },
         )
         return {"items": items[0].tolist(), "scores": scores[0].tolist()}

@@ -3,6 +3,7 @@
 All requests of a batch have histories of one length, since Triton's dynamic batcher joins only like shapes.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ class TritonPythonModel:
         graph = Path(args["model_repository"]) / args["model_version"] / "sequence.onnx"
         self.session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
+        rows = int(os.environ["CATALOG_ROWS"])
+        self.constant = {"trend": np.zeros(rows, np.float32), "blocked": np.zeros((1, rows), bool)}
+
     def execute(self, requests):
         tensors = [
             {
@@ -31,7 +35,7 @@ class TritonPythonModel:
         feed["request_gap"] = np.concatenate([one["request_gap"] for one in tensors])[:, 0]
         feed["length"] = np.full(len(feed["item"]), feed["item"].shape[1], np.int32)
         feed["k"] = np.array([max(int(one["k"].max()) for one in tensors)], np.int64)
-        items, scores = self.session.run(["items", "scores"], feed)
+        items, scores = self.session.run(["items", "scores"], feed | self.constant)
         responses, start = [], 0
         for one in tensors:
             end = start + len(one["item"])

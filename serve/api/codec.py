@@ -29,7 +29,7 @@ from serve.model.catalog import Catalog
 from serve.model.events import Event, RatingScale
 from serve.model.explain import Explanation
 from serve.model.ranking.engine import Ranking
-from serve.model.recommender import Query, Recommender
+from serve.model.recommender import NoNewItems, Query, Recommender
 from serve.pb import recommender_pb2 as pb
 from serve.stores.base import UserEvent
 
@@ -40,7 +40,7 @@ def decode_query(request: pb.RecommendRequest, model: Recommender) -> Query:
     """The question that a request asks the model that answers it, from now on."""
     started = time.monotonic()
     k = checked_count("k", request.k)
-    asked = decode_filter(request, model)
+    item_filter = decode_filter(request, model)
     allow_seen = decode_seen(request.seen, model)
     if not 0 <= request.new_item_slots <= k:
         raise InvalidRequest("new_item_slots", f"0 to k, which is {k}", request.new_item_slots)
@@ -58,7 +58,7 @@ def decode_query(request: pb.RecommendRequest, model: Recommender) -> Query:
         user_id = request.user_id
         check_id("user_id", user_id)
     exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots)
-    return Query(events, k, exclude, request_time, request.explain, user_id, started, asked, allow_seen, slots)
+    return Query(events, k, exclude, request_time, request.explain, user_id, started, item_filter, allow_seen, slots)
 
 
 def decode_batch(request: pb.BatchRecommendRequest, models: Sequence[Recommender]) -> list[Query]:
@@ -76,6 +76,8 @@ def decode_batch(request: pb.BatchRecommendRequest, models: Sequence[Recommender
             queries.append(decode_query(single, model))
         except InvalidRequest as error:
             raise error.within(f"requests[{at}]") from error
+        except NoNewItems as error:
+            raise NoNewItems(f"requests[{at}].{error}") from error
     return queries
 
 

@@ -31,7 +31,7 @@ def decode_filter(request: pb.RecommendRequest | pb.SimilarItemsRequest, model: 
     items = _item_indices("filter.allow_item_ids", allowed, MAX_ALLOWED_ITEMS, index)
     if allowed and excluded and set(allowed) <= set(excluded):
         raise InvalidRequest("filter.allow_item_ids", "an item that is not in exclude_item_ids", "none")
-    tags = {name: tuple(getattr(request.filter, name)) for name in ("any_tags", "all_tags", "none_tags")}
+    tags = {name: getattr(request.filter, name) for name in ("any_tags", "all_tags", "none_tags")}
     for name, of_rule in tags.items():
         check_length(f"filter.{name}", of_rule, MAX_TAGS)
         for at, tag in enumerate(of_rule):
@@ -39,12 +39,14 @@ def decode_filter(request: pb.RecommendRequest | pb.SimilarItemsRequest, model: 
                 field, shown = f"filter.{name}[{at}]", repr(tag[:MAX_ID_LENGTH])
                 raise InvalidRequest(field, f"one of the {len(model.info.genres)} tags of GetModelInfo.genres", shown)
     _check_tags(**tags)
+    # In one order and once, so that requests with the same tags share a mask.
+    different = {name: tuple(sorted(set(of_rule))) for name, of_rule in tags.items()}
     minimum = request.filter.minimum_score if request.filter.HasField("minimum_score") else None
     if minimum is not None and not math.isfinite(minimum):
         raise InvalidRequest("filter.minimum_score", "a finite number", f"{minimum:g}")
-    if not allowed and not any(tags.values()) and minimum is None:
+    if not allowed and not any(different.values()) and minimum is None:
         return None
-    return ItemFilter(items[items > 0] if allowed else None, **tags, minimum_score=minimum)
+    return ItemFilter(items[items > 0] if allowed else None, **different, minimum_score=minimum)
 
 
 def _item_indices(field: str, item_ids: Sequence[str], most: int, index: Mapping[str, int]) -> NDArray[np.int32]:
@@ -58,7 +60,7 @@ def _item_indices(field: str, item_ids: Sequence[str], most: int, index: Mapping
 
 
 def _check_tags(any_tags: Sequence[str], all_tags: Sequence[str], none_tags: Sequence[str]) -> None:
-    """Raises InvalidRequest for rules that no item can keep."""
+    """Raises InvalidRequest for tags that exclude every possible item."""
     none = set(none_tags)
     both = [tag for tag in all_tags if tag in none]
     if both:

@@ -58,8 +58,8 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         check_id("item_id", request.item_id)
         k = checked_count("k", request.k)
         model = self._models.version("").model
-        asked = decode_filter(request, model)
-        return encode_similar(model.similar(request.item_id, k, request.exclude_item_ids, asked), model)
+        item_filter = decode_filter(request, model)
+        return encode_similar(model.similar(request.item_id, k, request.exclude_item_ids, item_filter), model)
 
     def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.GetModelInfoResponse:
         loaded = self._models.version(request.model_version)

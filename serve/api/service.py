@@ -77,7 +77,7 @@ class RecommenderService:
         recommendation_id = f"{int(now * 1e3):012x}{os.urandom(10).hex()}"
         item_ids = model.catalog.item_ids
         excluded = dict.fromkeys(model.indices(query.exclude_item_ids))
-        rules = {"filter": query.filter, "seen": query.allow_seen is not None, "new_item_slots": query.new_item_slots}
+        options = {"filter": query.filter, "seen": query.allow_seen is not None, "new_item_slots": query.new_item_slots}
         self._store.log_impression(
             Impression(
                 recommendation_id=recommendation_id,
@@ -92,7 +92,7 @@ class RecommenderService:
                 excluded_item_ids=tuple([item_ids[item] for item in excluded]),
                 trend_time=None if answer.counted is None else answer.counted.time,
                 trend_arrival=None if answer.counted is None else answer.counted.arrival,
-                request_rules=tuple([name for name, given in rules.items() if given]),
+                request_options=tuple([name for name, given in options.items() if given]),
             ),
             started=query.started,
         )

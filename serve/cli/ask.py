@@ -8,12 +8,18 @@ from typing import Any
 
 import click
 import grpc
+from click.core import ParameterSource
 
 from serve.cli.options import FILE
 from serve.client import Connection, Event, ItemFilter, RecommenderClient
 from serve.pb.recommender_pb2 import RecommendResponse
 
 DAY_S = 86_400
+
+
+FILTERS = ("exclude", "allow", "any_tag", "all_tag", "no_tag", "minimum_score")
+"""Options of recommendations and of similar items."""
+OF_RECOMMENDATIONS = ("seen", "new_items", "why")
 
 
 @click.command("ask")
@@ -29,15 +35,17 @@ DAY_S = 86_400
 @click.option("--profile", "profile_of", metavar="ID", help="Show what is stored of a user.")
 @click.option("--k", type=click.IntRange(1, 1000), default=10, show_default=True, help="Number of lines.")
 @click.option("--exclude", multiple=True, metavar="ITEM", help="Leave this item out. Repeatable, as the next four.")
-@click.option("--allow", multiple=True, metavar="ITEM", help="Only this item, or another one that is allowed.")
-@click.option("--any-tag", multiple=True, metavar="TAG", help="Only items with one of these tags (genres).")
-@click.option("--all-tags", multiple=True, metavar="TAG", help="Only items with each of these tags.")
-@click.option("--no-tag", multiple=True, metavar="TAG", help="Only items without this tag.")
+@click.option("--allow", multiple=True, metavar="ITEM", help="Only the items that are named with this option.")
+@click.option("--any-tag", multiple=True, metavar="TAG", help="Only items with at least one of these tags (genres).")
+@click.option("--all-tag", multiple=True, metavar="TAG", help="Only items with each of these tags.")
+@click.option("--no-tag", multiple=True, metavar="TAG", help="Only items with none of these tags.")
 @click.option("--minimum-score", type=float, metavar="SCORE", help="Only items with at least this score or similarity.")
 @click.option(
-    "--seen", type=click.Choice(["exclude", "allow"]), help="Items of the history. By default as the model has it."
+    "--seen",
+    type=click.Choice(["exclude", "allow"]),
+    help="Whether items of the history may be recommended. By default the model decides.",
 )
-@click.option("--new-items", type=click.IntRange(0, 1000), default=0, help="Places for items that were not trained.")
+@click.option("--new-items", type=click.IntRange(0, 1000), default=0, help="Number of places reserved for new items.")
 @click.option("--why", is_flag=True, help="Say why each item is recommended.")
 @click.option("--tls", is_flag=True, help="Encrypt, trusting the authorities of the system. Implied by the next three.")
 @click.option("--ca", type=FILE, help="Trust these authorities instead, in PEM.")
@@ -52,7 +60,9 @@ DAY_S = 86_400
     metavar="SECONDS",
     help="Deadline of the call.",
 )
+@click.pass_context
 def command(
+    context: click.Context,
     address: str,
     user: str | None,
     watched: tuple[str, ...],
@@ -62,7 +72,7 @@ def command(
     exclude: tuple[str, ...],
     allow: tuple[str, ...],
     any_tag: tuple[str, ...],
-    all_tags: tuple[str, ...],
+    all_tag: tuple[str, ...],
     no_tag: tuple[str, ...],
     minimum_score: float | None,
     seen: str | None,
@@ -79,28 +89,25 @@ def command(
     without a question, which model answers."""
     if sum((user is not None, bool(watched), similar_to is not None, profile_of is not None)) > 1:
         raise click.UsageError("expected one of --user, --watched, --similar and --profile")
-    rules: dict[str, Any] = {
-        "exclude_item_ids": exclude,
-        "filter": ItemFilter(
-            allow_item_ids=allow,
-            any_tags=any_tag,
-            all_tags=all_tags,
-            none_tags=no_tag,
-            minimum_score=minimum_score,
-        ),
-    }
-    if similar_to is not None and (seen is not None or new_items):
-        raise click.UsageError("--seen and --new-items are for recommendations, not for --similar")
+    recommending = user is not None or bool(watched)
+    if not recommending:
+        _refuse(context, OF_RECOMMENDATIONS, "--user or --watched")
+        if similar_to is None:
+            _refuse(context, FILTERS, "--user, --watched or --similar")
     allow_seen = None if seen is None else seen == "allow"
     try:
+        allowed = ItemFilter(
+            allow_item_ids=allow, any_tags=any_tag, all_tags=all_tag, none_tags=no_tag, minimum_score=minimum_score
+        )
+        asked: dict[str, Any] = {"exclude_item_ids": exclude, "filter": allowed, "k": k}
         token = os.environ.get("JAXREC_TOKEN") if token_file is None else token_file.read_text("utf-8").strip()
         connection = Connection(address, timeout, tls=tls, ca=ca, certificate=cert, key=key, token=token)
         with RecommenderClient(connection) as client:
-            if user is not None or watched:
-                rules |= {"allow_seen": allow_seen, "new_item_slots": new_items, "explain": why, "k": k}
-                click.echo(recommendations(client, user, watched, **rules))
+            if recommending:
+                asked |= {"allow_seen": allow_seen, "new_item_slots": new_items, "explain": why}
+                click.echo(recommendations(client, user, watched, **asked))
             elif similar_to is not None:
-                click.echo(similar(client, similar_to, k=k, **rules))
+                click.echo(similar(client, similar_to, **asked))
             elif profile_of is not None:
                 click.echo(profile(client, profile_of, k))
             else:
@@ -109,6 +116,13 @@ def command(
         raise click.ClickException(f"{error.code().name}: {error.details()}") from error
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _refuse(context: click.Context, names: Sequence[str], needed: str) -> None:
+    """Raises UsageError for options that were given without the question that they belong to."""
+    for name in names:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{name.replace('_', '-')}: expected {needed} with it")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -55,8 +55,8 @@ def recommend_request(
         request_time: When the user asks, in seconds since 1970; None: not known. Later stored events are ignored.
         explain: Whether to say why each item is recommended.
         filter: Which items may be recommended; None: every item.
-        allow_seen: Whether items of the history may be recommended; None: as the model has it.
-        new_item_slots: So many of the places are for items that the model was not trained on, at most `k`.
+        allow_seen: Whether items of the history may be recommended; None: the model decides.
+        new_item_slots: Number of the `k` places that are reserved for items that the model was not trained on.
 
     Raises:
         ValueError: Both or none of `user_id` and `history` are given.

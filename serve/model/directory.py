@@ -139,6 +139,9 @@ def _catalog(path: Path, content: Content, info: ModelInfo) -> Catalog:
         raise ArtifactError(f"{path}: expected UTF-8: {error}") from error
     if len(catalog) != info.item_count:
         raise ArtifactError(f"{path}: has {len(catalog)} items, expected {info.item_count} as in the manifest")
+    genres = tuple(sorted({genre for of_item in catalog.genres for genre in of_item}))
+    if genres != info.genres:
+        raise ArtifactError(f"{path}: has the genres {list(genres)}, expected {list(info.genres)} as in the manifest")
     return catalog
 
 

@@ -10,30 +10,31 @@ from numpy.typing import NDArray
 from serve.model.catalog import Catalog
 
 KEPT = 32
-"""So many combinations of tags are kept ready, each a byte for each item."""
+"""How many combinations of tags have a mask in memory, one byte for each item."""
 
 
 class ItemFilter(NamedTuple):
-    """What a request allows; all rules hold at once."""
+    """What a request allows; an item must meet all conditions."""
 
     items: NDArray[np.int32] | None = None
     """`[n]`, indices of the items that are allowed; None: every item."""
     any_tags: tuple[str, ...] = ()
-    """Tags of the catalogue, as in the next two: an item has at least one of them. Empty: whatever its tags."""
+    """An item has at least one of these tags of the catalogue. Empty: any item. The tags of all three lists are sorted
+    and different, since the lists are the key of a cache."""
     all_tags: tuple[str, ...] = ()
     """An item has each of them."""
     none_tags: tuple[str, ...] = ()
     """An item has none of them."""
     minimum_score: float | None = None
-    """In the unit of the ranking; None: whatever the score."""
+    """In the unit of the ranking; None: any score."""
 
 
 class Filters:
     """Makes masks for one catalogue. Safe to share between threads."""
 
-    def __init__(self, catalog: Catalog, genres: Sequence[str]) -> None:
-        """`genres`: those that the model names, beside those of its items."""
-        of_tag: dict[str, list[int]] = {genre: [] for genre in genres}
+    def __init__(self, catalog: Catalog) -> None:
+        """The tags are the genres of the catalogue's items."""
+        of_tag: dict[str, list[int]] = {}
         for item, tags in enumerate(catalog.genres):
             for tag in tags:
                 of_tag.setdefault(tag, []).append(item)
@@ -43,26 +44,27 @@ class Filters:
         self._by_tags = lru_cache(KEPT)(partial(_blocked_by_tags, self._of_tag, self._count))
 
     def knows(self, tag: str) -> bool:
-        """Whether it is a tag of the catalogue."""
+        """Whether an item of the catalogue has the tag."""
         return tag in self._of_tag
 
-    def blocked(self, asked: ItemFilter | None) -> NDArray[np.bool_] | None:
-        """The items that a request does not allow.
+    def blocked(self, item_filter: ItemFilter | None) -> NDArray[np.bool_] | None:
+        """The items that a filter does not allow.
 
         Args:
-            asked: By its ids and tags; the minimum of the score is not looked at.
+            item_filter: Its ids and tags count; its minimum score does not.
 
         Returns:
-            `[items+1]`, not to be written to, True also at 0; None: it allows every item.
+            `[items+1]`, not to be written to, True also at 0; None: every item is allowed.
         """
-        if asked is None:
+        if item_filter is None:
             return None
-        tags = asked.any_tags, asked.all_tags, asked.none_tags
+        tags = item_filter.any_tags, item_filter.all_tags, item_filter.none_tags
         by_tags = self._by_tags(*tags) if any(tags) else None
-        if asked.items is None:
+        items = item_filter.items
+        if items is None:
             return by_tags
         blocked = np.ones(self._count + 1, np.bool_)
-        blocked[asked.items] = False if by_tags is None else by_tags[asked.items]
+        blocked[items] = False if by_tags is None else by_tags[items]
         return blocked
 
 

@@ -13,7 +13,7 @@ from serve.model.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain,
 from serve.model.features import Features, features
 from serve.model.filters import Filters, ItemFilter
 from serve.model.ranking.engine import Engine, Ranking
-from serve.model.ranking.live_trend import Blocked
+from serve.model.ranking.live_trend import Blocked, Trend
 from serve.model.ranking.search import best_of
 from serve.model.trend import Counted
 from serve.settings import Provider, SearchBy
@@ -26,7 +26,7 @@ class UnknownItem(LookupError):
 
 
 class NoNewItems(Exception):
-    """Places for new items were asked for, and the model directory does not tell new items apart."""
+    """A request reserves places for new items, and the model directory has no vectors of new items."""
 
 
 class Query(NamedTuple):
@@ -49,7 +49,7 @@ class Query(NamedTuple):
     allow_seen: bool | None = None
     """Whether items of the history may be answered; None: as the model has it."""
     new_item_slots: int = 0
-    """At most `k`: so many of the places are for new items; see `Recommender.masks`."""
+    """How many of the `k` places are reserved for new items; see `with_new_items`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +100,11 @@ class Recommender:
         self.provider = self.engine.provider
         self.messages: dict[int, bytes] = {}
         """By item index, what of an answer does not depend on the query, encoded once: see `serve.api.codec`."""
-        self.filters = Filters(artifact.catalog, artifact.info.genres)
-        self.new_item_count = int(np.count_nonzero(self.catalog.new))
-        """Items that the model was not trained on."""
-        self._indexed = artifact.index is not None
+        self.filters = Filters(artifact.catalog)
+        new_item_count = int(np.count_nonzero(self.catalog.new))
+        self._lacks_new_vectors = artifact.index is not None and new_item_count > 0
+        self.new_item_count = 0 if self._lacks_new_vectors else new_item_count
+        """Items that the model was not trained on, for which places can be reserved."""
         self._vectors = artifact.item_vectors
         lengths = np.sqrt(np.einsum("ij,ij->i", self._vectors, self._vectors))
         # Padding, and an item that was never trained, may have no direction; they resemble nothing.
@@ -116,8 +117,10 @@ class Recommender:
             The answers in the order of the queries. A query without an event that the model knows gets the most popular
             items, scored by their number of training events.
         """
+        # One for all: which items are new, and their scores, must be of the same counts.
+        trend = self.engine.trend
         histories = [known_events(query.events, self.catalog) for query in queries]
-        masks = [self.masks(query) if history else () for query, history in zip(queries, histories, strict=True)]
+        masks = [self.masks(query, trend) if history else () for query, history in zip(queries, histories, strict=True)]
         asked = [
             (query, history, mask)
             for query, history, of_query in zip(queries, histories, masks, strict=True)
@@ -126,7 +129,7 @@ class Recommender:
         rows = [
             self._features(query, history, self.indices(query.exclude_item_ids), mask) for query, history, mask in asked
         ]
-        rankings = iter(self.engine.rank(rows, [query.k for query, _, _ in asked]) if rows else ())
+        rankings = iter(self.engine.rank(rows, [query.k for query, _, _ in asked], trend) if rows else ())
         return [
             self.ranked(query, [next(rankings) for _ in of_query], len(query.events) - len(history), history)
             if history
@@ -135,29 +138,36 @@ class Recommender:
         ]
 
     def new_item_slots(self, asked: int) -> int:
-        """So many places of a query are for new items, of those that a request asked for: none without new items.
+        """How many places of an answer are reserved for new items if a request asks for `asked`: 0 without new items.
 
         Raises:
             NoNewItems: There are new items, but the model directory has an index, in which their vectors are zero.
         """
-        if asked and self.new_item_count and self._indexed:
+        if asked and self._lacks_new_vectors:
             raise NoNewItems(
-                f"new_item_slots: the model {self.info.model_version} was exported with an index, which does not know"
-                " what new items are like; export it with --index never"
+                f"new_item_slots: the model {self.info.model_version} was exported with an index, so it has no vectors"
+                " of its new items; export it with --index never"
             )
         return asked if self.new_item_count else 0
 
-    def masks(self, query: Query) -> list[Blocked | None]:
-        """What is blocked in the rankings that `ranked` makes the answer to a query of: in one what its filter does not
-        allow, or, with places for new items, in one the new items too, and in another one those that are not new.
+    def masks(self, query: Query, trend: Trend) -> list[Blocked | None]:
+        """The blocked items of each ranking that the answer to a query is made of, in the order of `ranked`.
 
-        Where all items that are not new are blocked, the graphs do not hold new items below their first places.
+        Without `new_item_slots` there is one ranking: of the items that the filter allows. With it there are two: of
+        the allowed items that are not new, and of the allowed new items. Without the other items the graphs do not hold
+        the scores of new items down.
+
+        Args:
+            query: The query.
+            trend: The one that ranks the items. An item with a trend is not new.
+
+        Returns:
+            One or two arrays `[items+1]`; None: no item is blocked.
         """
         blocked = self.filters.blocked(query.filter)
         if not query.new_item_slots:
             return [blocked]
-        # As the graphs have it: an item with a trend has recent events.
-        new = self.catalog.new & (self.engine.trend.values == 0)
+        new = self.catalog.new & (trend.values == 0)
         return [new | blocked, ~new | blocked] if blocked is not None else [new, ~new]
 
     def allows_seen(self, query: Query) -> bool:
@@ -225,18 +235,23 @@ class Recommender:
 
     def _influences(self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]) -> NDArray[np.float32]:
         """By how much each item's score is lower without each of the last events, `[items, events]`."""
-        exclude = self.indices(query.exclude_item_ids)
+        excluded = self.indices(query.exclude_item_ids)
         if not self.allows_seen(query):
-            exclude += [event.item for event in history]
+            excluded += [event.item for event in history]
+        # The history may have got events on the items since they were answered.
+        exclude = np.setdiff1d(excluded, items).tolist()
+        # The history is in `exclude` already.
+        query = query._replace(allow_seen=True)
+        trend = self.engine.trend
         kept = range(max(0, len(history) - ASKED_EVENTS), len(history))
         histories = [history, *([*history[:at], *history[at + 1 :]] for at in kept)]
         scores = np.empty((len(histories), len(items)), np.float32)
         # All items must be in the ranking with every event, or the difference would be that of others' scores.
         asked_items = max(ASKED_ITEMS, query.k)
-        for mask in self.masks(query):
+        for mask in self.masks(query, trend):
             own = np.ones(len(items), np.bool_) if mask is None else ~mask[items]
             rows = [self._features(query, one, exclude, mask) for one in histories] if own.any() else []
-            for at, ranking in enumerate(self.engine.rank(rows, asked_items) if rows else ()):
+            for at, ranking in enumerate(self.engine.rank(rows, asked_items, trend) if rows else ()):
                 scores[at, own] = self._scores(ranking, items[own])
         return (scores[0] - scores[1:]).T
 
@@ -253,7 +268,7 @@ class Recommender:
         return [index[item_id] for item_id in item_ids if item_id in index]
 
     def similar(
-        self, item_id: str, k: int, exclude_item_ids: Sequence[str] = (), asked: ItemFilter | None = None
+        self, item_id: str, k: int, exclude_item_ids: Sequence[str] = (), item_filter: ItemFilter | None = None
     ) -> Ranking:
         """The items nearest to one item.
 
@@ -261,7 +276,7 @@ class Recommender:
             item_id: A raw id.
             k: Number of items, cut to those that there are.
             exclude_item_ids: Items that are not answered.
-            asked: What is answered of the others; None: every item.
+            item_filter: Which of the other items may be answered; None: every item.
 
         Returns:
             Item indices `[k]` int32, the item itself not among them, and the cosines of their vectors with that of the
@@ -275,12 +290,12 @@ class Recommender:
             raise UnknownItem(f"the model {self.info.model_version} does not know the item {item_id!r}")
         cosines = np.clip(self._vectors @ self._directions([item])[0] / self._lengths, -1, 1)
         allowed = np.ones(len(cosines), np.bool_)
-        blocked = self.filters.blocked(asked)
+        blocked = self.filters.blocked(item_filter)
         if blocked is not None:
             allowed = ~blocked
         allowed[[0, item, *self.indices(exclude_item_ids)]] = False
         items = np.flatnonzero(allowed).astype(np.int32)
-        return _at_least(Ranking(*best_of(items, cosines[items], min(k, len(items)))), asked)
+        return _at_least(Ranking(*best_of(items, cosines[items], min(k, len(items)))), item_filter)
 
 
 def with_new_items(known: Ranking, new: Ranking, k: int, slots: int) -> Ranking:
@@ -299,9 +314,9 @@ def with_new_items(known: Ranking, new: Ranking, k: int, slots: int) -> Ranking:
     return Ranking(items[order], scores[order], known.counted)
 
 
-def _at_least(ranking: Ranking, asked: ItemFilter | None) -> Ranking:
-    """The items of a ranking that have the least score that is asked for."""
-    if asked is None or asked.minimum_score is None:
+def _at_least(ranking: Ranking, item_filter: ItemFilter | None) -> Ranking:
+    """The items of a ranking that have at least the filter's minimum score."""
+    if item_filter is None or item_filter.minimum_score is None:
         return ranking
-    n = int(np.count_nonzero(ranking.scores >= np.float32(asked.minimum_score)))
+    n = int(np.count_nonzero(ranking.scores >= np.float32(item_filter.minimum_score)))
     return Ranking(ranking.items[:n], ranking.scores[:n], ranking.counted)

@@ -26,24 +26,26 @@ class _Seen:
 class _SeenEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Seen.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SEEN_UNSPECIFIED: _Seen.ValueType  # 0
-    """As the model has it: `GetModelInfoResponse.seen`."""
+    """The model decides: `GetModelInfoResponse.seen`."""
     SEEN_EXCLUDE: _Seen.ValueType  # 1
-    """They are left out."""
+    """Items of the history are not recommended."""
     SEEN_ALLOW: _Seen.ValueType  # 2
-    """They may be. A model that leaves them out by itself scores them like any other
-    item; one that does not, by how often and when they were in the history.
+    """Items of the history may be recommended. If `GetModelInfoResponse.seen` is
+    SEEN_EXCLUDE, they are scored like any other item. If it is SEEN_ALLOW, how often
+    and when they were in the history is part of their score.
     """
 
 class Seen(_Seen, metaclass=_SeenEnumTypeWrapper):
     """Whether items of the history may be recommended."""
 
 SEEN_UNSPECIFIED: Seen.ValueType  # 0
-"""As the model has it: `GetModelInfoResponse.seen`."""
+"""The model decides: `GetModelInfoResponse.seen`."""
 SEEN_EXCLUDE: Seen.ValueType  # 1
-"""They are left out."""
+"""Items of the history are not recommended."""
 SEEN_ALLOW: Seen.ValueType  # 2
-"""They may be. A model that leaves them out by itself scores them like any other
-item; one that does not, by how often and when they were in the history.
+"""Items of the history may be recommended. If `GetModelInfoResponse.seen` is
+SEEN_EXCLUDE, they are scored like any other item. If it is SEEN_ALLOW, how often
+and when they were in the history is part of their score.
 """
 Global___Seen: _TypeAlias = Seen  # noqa: Y015
 
@@ -114,8 +116,8 @@ Global___History: _TypeAlias = History  # noqa: Y015
 
 @_typing.final
 class ItemFilter(_message.Message):
-    """Which items may be answered. All rules hold at once, and they act before the best
-    `k` are chosen: as long as `k` such items exist, `k` are answered.
+    """Which items may be answered. An item must meet all conditions. They are applied
+    before the best `k` are chosen: as long as `k` such items exist, `k` are answered.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -126,21 +128,23 @@ class ItemFilter(_message.Message):
     NONE_TAGS_FIELD_NUMBER: _builtins.int
     MINIMUM_SCORE_FIELD_NUMBER: _builtins.int
     minimum_score: _builtins.float
-    """Only items with at least this score, in the unit of `Recommendation.score`, which
-    is another one with the policy `popularity`; of SimilarItems, the cosine. Absent:
-    whatever the score.
+    """Only items with at least this score. In Recommend and BatchRecommend it is compared
+    with `Recommendation.score`: a logit, or with the policy `popularity` a number of
+    training events. In SimilarItems it is compared with `SimilarItem.similarity`.
+    Absent: any score.
     """
     @_builtins.property
     def allow_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Only these, in whatever order. Ids that the model does not know are ignored; if it
-        knows none of them, the answer is empty. Empty: every item. At most 10,000.
+        """Only these items. The order of the ids does not matter. Ids that the model does not
+        know are ignored; if it knows none of them, the answer is empty. Empty: every item.
+        At most 10,000.
         """
 
     @_builtins.property
     def any_tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only items with at least one of these tags. An item's tags are its genres; those
         of the catalogue are `GetModelInfoResponse.genres`, and any other is an error.
-        Empty: whatever the tags. At most 100, as in the next two.
+        Empty: every item. At most 100 tags, as in the next two lists.
         """
 
     @_builtins.property
@@ -149,8 +153,9 @@ class ItemFilter(_message.Message):
 
     @_builtins.property
     def none_tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Only items with none of these tags. A rule that leaves no item, whatever the
-        catalogue, is an error: a tag here that `all_tags` has too, or all of `any_tags`.
+        """Only items with none of these tags. It is an error if one of them is in `all_tags`
+        too, or if all of `any_tags` are among them: no item of any catalogue could meet
+        that.
         """
 
     def __init__(
@@ -204,14 +209,19 @@ class RecommendRequest(_message.Message):
     seen: Global___Seen.ValueType
     """Whether items of the history may be recommended."""
     new_item_slots: _builtins.int
-    """So many of the `k` places are for new items, those that the model was not trained
-    on: the best of them by their scores, or all if there are fewer. The answer is
-    sorted by score, and these scores are not held below those of the first places, as
-    those of new items are otherwise. Such an answer is not drawn by exploration. An
-    item with counted events since the training is not new any more; of a model
-    without new items, and with the policy `popularity`, this changes nothing. A model
-    directory with an index does not know what new items are like: there it is
-    FAILED_PRECONDITION. 0: no place. At most `k`.
+    """The number of places reserved for new items. New items are those that the model was
+    not trained on. If the model has a trend, an item with counted events since the
+    training is not new any more.
+
+    The best new items by their scores get the places. If there are fewer new items,
+    all of them are in the answer. If too few other items are left to fill the other
+    places, more new items are in the answer. The answer is sorted by score. The scores
+    of new items are not held below those of the first places, as they are without
+    reserved places. The answer is not drawn by exploration.
+
+    Nothing is reserved if the model has no new items, or with the policy `popularity`.
+    If the model directory has an index, it has no vectors of its new items, and the
+    call fails with FAILED_PRECONDITION. 0: no place is reserved. At most `k`.
     """
     @_builtins.property
     def history(self) -> Global___History:
@@ -282,10 +292,14 @@ class RecommendResponse(_message.Message):
     """
     log_propensity: _builtins.float
     """Natural logarithm of the probability with which the policy shows exactly these
-    items in this order: the propensity of the slate. 0: always, since the policy is
-    deterministic, as it is unless the server explores, or with `new_item_slots`. Else
-    the sum of `Recommendation.log_propensity`, below 0. What `filter` and `seen` leave
-    out is not drawn from.
+    items in this order: the propensity of the slate, 0 or below. It is the sum of
+    `Recommendation.log_propensity`. Items that `filter` or `seen` leave out are never
+    drawn, and the propensity is exact for that.
+
+    0: the answer was not drawn, or there was only one possible answer. It is not drawn
+    if the server does not explore, with the policy `popularity`, or with
+    `new_item_slots`. Only one answer is possible if one item or none is left to draw
+    from. A probability that is closer to 1 than a double can tell is 1 too.
     """
     @_builtins.property
     def recommendations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Recommendation]:
@@ -331,7 +345,8 @@ class Recommendation(_message.Message):
     """
     log_propensity: _builtins.float
     """Natural logarithm of the probability with which the policy shows this item next,
-    given the items above it. 0: always, the policy is deterministic.
+    given the items above it, 0 or below. 0: the answer was not drawn, or this was the
+    only item left to draw.
     """
     @_builtins.property
     def genres(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -982,12 +997,13 @@ class GetModelInfoResponse(_message.Message):
     max_tags: _builtins.int
     """Most tags in each of the three lists of `ItemFilter`."""
     seen: Global___Seen.ValueType
-    """What the model does with items of the history by itself: SEEN_EXCLUDE or
-    SEEN_ALLOW.
+    """What the model does with items of the history if the request does not say:
+    SEEN_EXCLUDE or SEEN_ALLOW.
     """
     new_item_count: _builtins.int
-    """Items that the model was not trained on, for which a request may reserve places;
-    some may have got events since. 0: none.
+    """Number of items that the model was not trained on, for which a request may reserve
+    places. Items that have got events since the training are counted too. 0: there are
+    none, or the model directory has an index, with which no place can be reserved.
     """
     @_builtins.property
     def rating_scale(self) -> Global___RatingScale:

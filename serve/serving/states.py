@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from serve.model.events import Event, known_events
 from serve.model.features import history_features, unit_ratings
 from serve.model.ranking.engine import Step
+from serve.model.ranking.live_trend import Blocked, Trend
 from serve.model.recommender import Answer, Query, Recommender
 from serve.model.repeat import SeenScores, item_stats, updated_stats
 from serve.serving.user_state import UserState, empty_state
@@ -64,8 +65,12 @@ class StateCache:
     def recommend(self, queries: Sequence[Query]) -> list[Answer]:
         """Answers each query: all stored users in one run of the model, and histories sent along as `Recommender`."""
         answers: dict[int, Answer] = {}
-        stored = []
+        stored: list[_Stored] = []
         replayed: list[tuple[int, Query]] = []
+        # Before the lock, since a mask takes time. One trend for all: which items are new, and their scores, must be of
+        # the same counts.
+        trend = self._engine.trend
+        masks = [() if query.user_id is None else self._model.masks(query, trend) for query in queries]
         with self._lock:
             users = self._current({query.user_id for query in queries if query.user_id is not None})
             for at, query in enumerate(queries):
@@ -75,11 +80,11 @@ class StateCache:
                     events = self._store.history(query.user_id, query.request_time)
                     replayed.append((at, query._replace(user_id=None, events=events)))
                 elif users[query.user_id].known_count:
-                    stored.append((at, query, users[query.user_id]))
+                    stored.append(_Stored(at, query, users[query.user_id], masks[at]))
                 else:
                     answers[at] = self._model.popular(query, users[query.user_id].ignored_count)
             if stored:
-                answers.update(self._stepped(stored))
+                answers.update(self._stepped(stored, trend))
             self._make_room()
         if replayed:
             found = self._model.recommend([query for _, query in replayed])
@@ -102,8 +107,7 @@ class StateCache:
         with self._lock:
             self._save(self._users.items())
 
-    def _stepped(self, stored: Sequence[tuple[int, Query, UserState]]) -> list[tuple[int, Answer]]:
-        masks = [self._model.masks(query) for _, query, _ in stored]
+    def _stepped(self, stored: "Sequence[_Stored]", trend: Trend) -> list[tuple[int, Answer]]:
         rows = [
             Step(
                 user.before,
@@ -115,15 +119,15 @@ class StateCache:
                 self._seen_scores(query, user),
                 mask,
             )
-            for (_, query, user), of_query in zip(stored, masks, strict=True)
-            for mask in of_query
+            for _, query, user, masks in stored
+            for mask in masks
         ]
-        ks = [query.k for (_, query, _), of_query in zip(stored, masks, strict=True) for _ in of_query]
+        ks = [query.k for _, query, _, masks in stored for _ in masks]
         found = []
-        results = iter(self._engine.step(rows, ks))
-        for (at, query, user), of_query in zip(stored, masks, strict=True):
+        results = iter(self._engine.step(rows, ks, trend))
+        for at, query, user, masks in stored:
             rankings = []
-            for _ in of_query:
+            for _ in masks:
                 ranking, user.after = next(results)
                 rankings.append(ranking)
             found.append((at, self._model.ranked(query, rankings, user.ignored_count)))
@@ -137,7 +141,7 @@ class StateCache:
     def _excluded(self, query: Query, user: UserState) -> NDArray[np.int32]:
         seen = user.exclude
         if query.allow_seen is not None:
-            # One of the two has the items of the history.
+            # `stats` has the items of the history if the model may recommend them again, `exclude` otherwise.
             items = np.zeros(0, np.int32) if query.allow_seen else np.union1d(user.stats["item"], user.exclude)
             seen = np.append(items, 0).astype(np.int32)[None]
         if not query.exclude_item_ids:
@@ -276,6 +280,16 @@ class StateCache:
             )
         for _, user in changed:
             user.spilled = True
+
+
+class _Stored(NamedTuple):
+    """A query that a state answers."""
+
+    at: int
+    query: Query
+    user: UserState
+    masks: Sequence[Blocked | None]
+    """See `Recommender.masks`."""
 
 
 class _Unread(NamedTuple):

@@ -64,9 +64,9 @@ class Impression(NamedTuple):
     trend_arrival: int | None = None
     """The arrival, as `EventStore.all_events` numbers it, of the last event in these counts; 0: no event is in them.
     None: the counts were those of the model's export alone, or `trend_time` is None."""
-    request_rules: tuple[str, ...] = ()
-    """Which rules of its own the request gave, by which the model alone would not have answered: `filter`, `seen`,
-    `new_item_slots`. What they said is not noted, so the propensities cannot be computed again."""
+    request_options: tuple[str, ...] = ()
+    """Which of `filter`, `seen` and `new_item_slots` the request set to something else than the model does by itself.
+    Their values are not noted, so the propensities cannot be computed again."""
 
 
 class Changes(NamedTuple):

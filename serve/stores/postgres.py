@@ -79,14 +79,14 @@ SCHEMA: tuple[LiteralString, ...] = (
         excluded_item_ids text NOT NULL DEFAULT '[]',
         trend_time bigint,
         trend_arrival bigint,
-        request_rules text NOT NULL DEFAULT '[]'
+        request_options text NOT NULL DEFAULT '[]'
     )""",
     """ALTER TABLE jaxrec.shown ADD COLUMN IF NOT EXISTS temperature double precision,
         ADD COLUMN IF NOT EXISTS request_time bigint,
         ADD COLUMN IF NOT EXISTS excluded_item_ids text NOT NULL DEFAULT '[]',
         ADD COLUMN IF NOT EXISTS trend_time bigint,
         ADD COLUMN IF NOT EXISTS trend_arrival bigint,
-        ADD COLUMN IF NOT EXISTS request_rules text NOT NULL DEFAULT '[]'""",
+        ADD COLUMN IF NOT EXISTS request_options text NOT NULL DEFAULT '[]'""",
     "CREATE INDEX IF NOT EXISTS shown_to ON jaxrec.shown (user_id)",
     """DELETE FROM jaxrec.shown AS later USING jaxrec.shown AS earlier
         WHERE later.recommendation_id = earlier.recommendation_id AND later.number > earlier.number""",

@@ -62,6 +62,8 @@ from serve.stores.redis_values import counter_of, decoded, impression_arguments,
 from serve.stores.rows import Started
 
 VERSION = "5"
+UPDATED_AS_THEY_ARE = (b"2", b"3", b"4")
+"""Older versions whose entries are read as they are."""
 COPIED_AT_ONCE = 1_000
 UPDATED_AT_ONCE = 1_000
 DELETED_AT_ONCE = 1_000
@@ -347,9 +349,9 @@ class RedisStore(DeferringStore):
             found = self._redis.get("jaxrec:version")
             if found == b"1":
                 self._update_from_version_1()
-            elif found in (b"2", b"3"):
-                # Entries of `shown` are read as they are; servers of version 2 could not read those that come from now
-                # on, those of version 3 would not count what they record, and those of version 4 would not note rules.
+            elif found in UPDATED_AS_THEY_ARE:
+                # Servers of version 2 could not read what is logged from now on, those of version 3 would not count
+                # what they record, and those of version 4 would not log the request options.
                 self._redis.set("jaxrec:version", VERSION)
             elif found != VERSION.encode():
                 version_there = found.decode() if isinstance(found, bytes) else found

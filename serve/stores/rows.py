@@ -49,7 +49,7 @@ def event_row(new: UserEvent) -> tuple[str | int | float | None, ...]:
 
 IMPRESSION_COLUMNS = (
     "recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp, temperature,"
-    " request_time, excluded_item_ids, trend_time, trend_arrival, request_rules"
+    " request_time, excluded_item_ids, trend_time, trend_arrival, request_options"
 )
 
 
@@ -60,11 +60,11 @@ def impression_row(one: Impression) -> tuple[str | int | float | None, ...]:
         *(json.dumps(one.item_ids, ensure_ascii=False), json.dumps(one.log_propensities)),
         *(one.policy, one.model_version, one.timestamp, one.temperature, one.request_time),
         *(json.dumps(one.excluded_item_ids, ensure_ascii=False), one.trend_time, one.trend_arrival),
-        json.dumps(one.request_rules),
+        json.dumps(one.request_options),
     )
 
 
 def impression_of_row(row: Sequence[Any]) -> Impression:
     """The reverse of `impression_row`."""
-    items, log_propensities, excluded, rules = (tuple(json.loads(row[at])) for at in (2, 3, 9, 12))
-    return Impression._make((*row[:2], items, log_propensities, *row[4:9], excluded, *row[10:12], rules))
+    items, log_propensities, excluded, options = (tuple(json.loads(row[at])) for at in (2, 3, 9, 12))
+    return Impression._make((*row[:2], items, log_propensities, *row[4:9], excluded, *row[10:12], options))

@@ -64,7 +64,7 @@ CREATE TABLE IF NOT EXISTS shown (
     excluded_item_ids TEXT NOT NULL DEFAULT '[]',
     trend_time INTEGER,
     trend_arrival INTEGER,
-    request_rules TEXT NOT NULL DEFAULT '[]'
+    request_options TEXT NOT NULL DEFAULT '[]'
 ) STRICT;
 CREATE INDEX IF NOT EXISTS shown_to ON shown (user_id);
 DELETE FROM shown WHERE number NOT IN (SELECT min(number) FROM shown GROUP BY recommendation_id);
@@ -92,7 +92,7 @@ ALTER TABLE shown ADD COLUMN temperature REAL;
 ALTER TABLE shown ADD COLUMN request_time INTEGER;
 ALTER TABLE shown ADD COLUMN excluded_item_ids TEXT NOT NULL DEFAULT '[]';
 """
-FROM_VERSION_5 = "ALTER TABLE shown ADD COLUMN request_rules TEXT NOT NULL DEFAULT '[]';"
+FROM_VERSION_5 = "ALTER TABLE shown ADD COLUMN request_options TEXT NOT NULL DEFAULT '[]';"
 FROM_VERSION_4 = f"""
 ALTER TABLE shown ADD COLUMN trend_time INTEGER;
 ALTER TABLE shown ADD COLUMN trend_arrival INTEGER;

@@ -1,5 +1,5 @@
-"""Rules of a request: a filtered answer is the whole ranking without what the rules leave out, whoever asks and however
-the history is known; what is drawn from it has exact propensities, and the log says that there were rules."""
+"""Filters, `seen` and `new_item_slots`: a filtered answer is the whole ranking without the items that the request
+leaves out, for every way to give a history. A slate drawn from it has exact propensities. The log names the options."""
 
 import dataclasses
 import math
@@ -16,6 +16,7 @@ from jaxrec.data.events import pad_events
 from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx.model_directory import export_model
+from serve.api.filters import decode_filter
 from serve.client import Event as SentEvent
 from serve.client import ItemFilter as SentFilter
 from serve.client import RecommenderClient, recommend_request
@@ -25,12 +26,12 @@ from serve.model.events import Event
 from serve.model.exploration import Exploration
 from serve.model.filters import ItemFilter
 from serve.model.recommender import POPULARITY, Answer, Query, Recommender
-from serve.pb.recommender_pb2 import RecommendResponse, Seen
+from serve.pb.recommender_pb2 import RecommendRequest, RecommendResponse, Seen
 from serve.serving.states import StateCache
 from serve.stores import open_store
 from serve.stores.base import EventStore, UserEvent
+from tests.serve.answers import assert_same
 from tests.serve.one_model import one_model
-from tests.serve.serving.test_states import assert_same
 from tests.serve.stores.impressions import impressions_of
 
 ITEMS, DAY, START = 60, 86_400, 1_000_000_000
@@ -271,6 +272,63 @@ def test_explanations_are_of_the_items_that_are_answered(either: Recommender, mo
             assert found.influence == pytest.approx(expected.influence, abs=1e-4)
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["sent-along", "stored"])
+def test_a_refresh_of_the_trend_during_a_request_changes_nothing_of_it(
+    free_model: Recommender, store: EventStore, stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the choice of new items and their ranking, the best of the new items gets a trend."""
+    ids, zeros = free_model.catalog.item_ids, np.zeros_like(free_model.engine.exported.counts)
+    events = [Event(ids[item], None, START + at * DAY) for at, item in enumerate((4, 10, 23))]
+    query = Query(events, 10, allow_seen=False, new_item_slots=3)
+    (expected,) = free_model.recommend([query])
+    counts, masks = zeros.copy(), free_model.masks
+    counts[:, next(item for item in expected.items.tolist() if NEW[item])] = 9
+
+    def refreshed(*given: Any) -> list[Any]:
+        found = masks(*given)
+        free_model.engine.use_counts(counts)
+        return found
+
+    if stored:
+        store.record([UserEvent(f"{at}", "ada", event) for at, event in enumerate(events)])
+        query = query._replace(events=(), user_id="ada")
+    answering = StateCache(free_model, store)
+    with monkeypatch.context() as patched:
+        patched.setattr(free_model, "masks", refreshed)
+        try:
+            (found,) = answering.recommend([query])
+        finally:
+            free_model.engine.use_counts(zeros)
+    assert found.items.tolist() == expected.items.tolist()
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+
+
+@pytest.mark.parametrize("excluded", ["history", "request"])
+def test_items_that_have_been_excluded_since_are_explained(model: Recommender, excluded: str) -> None:
+    """The history that explains an answer is read later: by then it can have the only allowed item."""
+    ids = model.catalog.item_ids
+    events = [Event(ids[item], 4.0, START + at * DAY) for at, item in enumerate((4, 10, 23))]
+    (item,) = model.recommend([Query(events, 1)])[0].items.tolist()
+    query = Query(events, 1, filter=ItemFilter(items=np.array([item], np.int32)))
+    (expected,) = model.explain(query, np.array([item], np.int32))
+    if excluded == "request":
+        (found,) = model.explain(query._replace(exclude_item_ids=(ids[item],)), np.array([item], np.int32))
+        assert found == expected
+        return
+    more = query._replace(events=[*events, Event(ids[item], None, START + 9 * DAY)])
+    (found,) = model.explain(more, np.array([item], np.int32))
+    assert found.text
+
+
+def test_an_empty_answer_has_no_explanations(either: Recommender) -> None:
+    ids = either.catalog.item_ids
+    events = [Event(ids[item], 4.0, START + at * DAY) for at, item in enumerate((4, 10, 23))]
+    nothing = ItemFilter(items=np.array([4], np.int32))
+    (answer,) = either.recommend([Query(events, 3, explain=True, filter=nothing, allow_seen=False)])
+    assert (len(answer.items), answer.explanations) == (0, ())
+    assert either.explain(Query(events, 3, filter=nothing), answer.items) == ()
+
+
 def test_popular_items_are_filtered_too(model: Recommender) -> None:
     ids, catalog = model.catalog.item_ids, model.catalog
     asked = ItemFilter(any_tags=("Drama",), minimum_score=float(np.median(catalog.popularity[1:])))
@@ -312,17 +370,17 @@ def connect(store: EventStore) -> Iterator[Callable[..., RecommenderClient]]:
         ending.pop()()
 
 
-def test_rules_reach_the_model(client: RecommenderClient, model: Recommender) -> None:
+def test_request_options_reach_the_model(client: RecommenderClient, model: Recommender) -> None:
     history, ids = sent(model, 3, 8), model.catalog.item_ids
     everything = client.recommend(history=history, k=60)
     scores = {one.item_id: one.score for one in everything.recommendations}
-    rules: list[tuple[dict[str, Any], ItemFilter]] = [
+    filters: list[tuple[dict[str, Any], ItemFilter]] = [
         ({"any_tags": ["Drama", "Horror"]}, ItemFilter(any_tags=("Drama", "Horror"))),
         ({"all_tags": ["Drama", "Horror"]}, ItemFilter(all_tags=("Drama", "Horror"))),
         ({"none_tags": ["Drama", "Horror"]}, ItemFilter(none_tags=("Drama", "Horror"))),
         ({"allow_item_ids": [*ids[1:9], "nobody knows it"]}, ItemFilter(items=np.arange(1, 9, dtype=np.int32))),
     ]
-    for message, asked in rules:
+    for message, asked in filters:
         expected = [one for one in item_ids(everything) if one in allowed_ids(model, asked)]
         assert 2 < len(expected) < 58
         request = recommend_request(history=history, k=60, filter=SentFilter(**message))
@@ -356,7 +414,7 @@ def test_similar_items_are_filtered_before_the_best_are_chosen(client: Recommend
     assert not found.items
 
 
-def test_the_limits_and_what_the_model_does_by_itself_are_told(
+def test_model_info_has_the_limits_and_what_the_model_does_by_itself(
     connect: Callable[..., RecommenderClient], model: Recommender, free_model: Recommender
 ) -> None:
     info = connect(model).get_model_info()
@@ -369,7 +427,7 @@ def test_the_limits_and_what_the_model_does_by_itself_are_told(
 def test_what_is_drawn_of_a_filtered_ranking_has_exact_propensities(
     connect: Callable[..., RecommenderClient], model: Recommender
 ) -> None:
-    """Over the allowed items with the least score alone."""
+    """Over the allowed items with at least the minimum score alone."""
     exploring, plain = connect(model, Exploration(TEMPERATURE)), connect(model)
     history, drama = sent(model, 3, 8, 9), SentFilter(any_tags=["Drama"])
     scores = [one.score for one in plain.recommend(history=history, k=60, filter=drama).recommendations]
@@ -399,7 +457,7 @@ def test_answers_with_places_for_new_items_are_not_drawn(
         assert all(one.log_propensity == 0 for one in answer.recommendations)
 
 
-def test_the_log_names_the_rules_that_were_not_the_models_own(
+def test_the_log_names_the_options_that_change_what_the_model_does(
     connect: Callable[..., RecommenderClient], free_model: Recommender, store: EventStore
 ) -> None:
     client, history = connect(free_model), sent(free_model, 3, 8)
@@ -410,20 +468,54 @@ def test_the_log_names_the_rules_that_were_not_the_models_own(
         {"allow_seen": False},
         {"new_item_slots": 1, "filter": SentFilter(any_tags=["Drama"])},
     ]
-    for rules in asked:
-        client.recommend(history=history, **rules)
+    for options in asked:
+        client.recommend(history=history, **options)
     store.flush()
-    noted = [one.request_rules for one in impressions_of(store, None)]
+    noted = [one.request_options for one in impressions_of(store, None)]
     assert noted == [(), (), ("filter",), ("seen",), ("filter", "new_item_slots")]
 
 
 def test_an_index_does_not_know_what_new_items_are_like(
-    connect: Callable[..., RecommenderClient], free_model: Recommender, monkeypatch: pytest.MonkeyPatch
+    connect: Callable[..., RecommenderClient],
+    free_hybrid: Hybrid,
+    small_data: PreparedData,
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(free_model, "_indexed", True)
-    client = connect(free_model)
+    out = tmp_path / "model"
+    export_model(free_hybrid, small_data, out, training={}, metrics={}, licence="Synthetic.", index=True)
+    model = Recommender(read_artifact(out), "cpu")
+    client, history = connect(model), sent(model, 3)
+    reason = f"new_item_slots: the model {model.info.model_version} was exported with an index"
     with pytest.raises(grpc.RpcError) as failure:
-        client.recommend(history=sent(free_model, 3), new_item_slots=1)
+        client.recommend(history=history, new_item_slots=1)
     assert failure.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert failure.value.details().startswith(f"new_item_slots: the model {free_model.info.model_version} was exported")
-    assert len(client.recommend(history=sent(free_model, 3)).recommendations) == 10
+    assert failure.value.details().startswith(reason)
+    requests = [recommend_request(history=history), recommend_request(history=history, new_item_slots=1)]
+    with pytest.raises(grpc.RpcError) as failure:
+        client.batch_recommend(requests)
+    assert failure.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert failure.value.details().startswith(f"requests[1].{reason}")
+    assert len(client.recommend(history=history).recommendations) == 10
+    assert client.get_model_info().new_item_count == 0
+
+
+def test_the_same_tags_in_another_order_are_the_same_filter(free_model: Recommender) -> None:
+    """So they share a mask."""
+    one = RecommendRequest(user_id="7", filter=SentFilter(any_tags=["Drama", "Action"], none_tags=["Horror"]))
+    other = RecommendRequest(
+        user_id="7", filter=SentFilter(any_tags=["Action", "Drama", "Action"], none_tags=["Horror"])
+    )
+    first, second = (decode_filter(request, free_model) for request in (one, other))
+    assert first == second == ItemFilter(any_tags=("Action", "Drama"), none_tags=("Horror",))
+    assert free_model.filters.blocked(first) is free_model.filters.blocked(second)
+
+
+def test_as_many_places_as_a_request_may_ask_for(
+    connect: Callable[..., RecommenderClient], free_model: Recommender
+) -> None:
+    """All 15 new items come, and all others."""
+    answer = connect(free_model).recommend(history=sent(free_model, 3, 8), k=1000, new_item_slots=1000)
+    assert len(answer.recommendations) == ITEMS
+    answer = connect(free_model).recommend(history=sent(free_model, 3, 8), k=20, new_item_slots=20)
+    new = {free_model.catalog.item_ids[item] for item in np.flatnonzero(NEW)}
+    assert len(new & set(item_ids(answer))) == len(new) == 15

@@ -9,8 +9,9 @@ not have read it, unless it is on an item of the slate (slates leave out items o
 time, later events are excluded. Events on items outside of the catalogue always are. The server does the same. The log
 does not say which events came late.
 
-Rules: a request may have left out more items (a filter, `seen`), or reserved places for new ones. The server notes
-which rules there were, not what they said, so the propensities cannot be computed again: these slates are left out.
+Request options: with a filter, `seen` or reserved places for new items, a request may have ranked other items than the
+model alone would have. The server notes which of these options were set, but not their values. The propensities cannot
+be computed again without them, so these slates are left out.
 
 Responses: an event is a response to the recommendation that it names if it comes within the attribution window, by the
 event's own clock; an event before the recommendation counts as immediate. Later ones are still history of the
@@ -39,12 +40,13 @@ from jaxrec.rl.served.trends import ArrivedEvents, Moment
 
 APPLICATION_ID = 0x6A787263
 STORE_VERSION = 6
+NEW_ITEM_SLOTS = "new_item_slots"
 QUANTILE = 0.99  # of the responses: by when the log ends, and within which window they come by default
 
 # Why a recommendation cannot be learned from.
 SENT_ALONG = "histories that came with the request"
 DETERMINISTIC = "shown without drawing (no propensities)"
-RULES = "ranked by rules of the request (filter, seen, new_item_slots)"
+OPTIONS = "ranked with options of the request (filter, seen, new_item_slots)"
 UNNOTED = "logged before servers noted their temperature"
 UNKNOWN_ITEM = "with an item that the run does not know"
 NO_HISTORY = "to users without a known event"
@@ -79,7 +81,7 @@ class _Shown(NamedTuple):
     slate: list[str]
     log_propensities: list[float]
     excluded: list[str]
-    rules: list[str]
+    options: list[str]
 
 
 class _UserEvents(NamedTuple):
@@ -207,7 +209,7 @@ def _shown_by_user(connection: sqlite3.Connection) -> Iterator[tuple[str, list[_
     """Each user's, by time and the order in which they were logged."""
     rows = connection.execute(
         "SELECT recommendation_id, user_id, model_version, timestamp, temperature, request_time, trend_time, "
-        "trend_arrival, item_ids, log_propensities, excluded_item_ids, request_rules FROM shown "
+        "trend_arrival, item_ids, log_propensities, excluded_item_ids, request_options FROM shown "
         "WHERE user_id IS NOT NULL ORDER BY user_id, timestamp, number"
     )
     for user_id, of_user in itertools.groupby(rows, key=lambda row: row[1]):
@@ -257,10 +259,13 @@ def _quantile(values: np.ndarray) -> int:
 
 def _unusable(one: _Shown, index: Mapping[str, int]) -> str:
     """Why never to learn from a recommendation, whatever its user did; empty: there is no reason."""
-    if one.rules:
-        return RULES
+    # Without propensities, but a server with --explore has none here either.
+    if NEW_ITEM_SLOTS in one.options or (one.options and not one.slate):
+        return OPTIONS
     if not one.log_propensities or not one.slate:
         return DETERMINISTIC
+    if one.options:
+        return OPTIONS
     if one.temperature is None:
         return UNNOTED
     return "" if all(item in index for item in one.slate) else UNKNOWN_ITEM

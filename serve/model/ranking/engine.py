@@ -156,18 +156,20 @@ class Engine:
         trend.setflags(write=False)
         self.trend = Trend(trend, None if self._search is None else self._search.trending(trend), counted)
 
-    def rank(self, rows: Sequence[Features], k: int | Sequence[int]) -> list[Ranking]:
+    def rank(self, rows: Sequence[Features], k: int | Sequence[int], trend: Trend | None = None) -> list[Ranking]:
         """Ranks the items for each row with `sequence.onnx`, rows of like length in one run.
 
         A row's answer does not depend on its neighbours. `k`, one for all or one for each row, is cut to the number of
-        items; without the index a row can get as many as the neighbour that asked for most.
+        items; without the index a row can get as many as the neighbour that asked for most. `trend` None: the newest.
         """
-        return [ranking for ranking, _ in self.replay(rows, k)]
+        return [ranking for ranking, _ in self.replay(rows, k, trend)]
 
-    def replay(self, rows: Sequence[Features], k: int | Sequence[int] = 1) -> list[tuple[Ranking, NDArray[np.float32]]]:
+    def replay(
+        self, rows: Sequence[Features], k: int | Sequence[int] = 1, trend: Trend | None = None
+    ) -> list[tuple[Ranking, NDArray[np.float32]]]:
         """As `rank`, with the state `[1, width]` after each row's last event."""
         ks = [k] * len(rows) if isinstance(k, int) else k
-        trend = self.trend  # one for all groups: their scores may be compared
+        trend = trend or self.trend  # one for all groups: their scores may be compared
         answers: list[tuple[Ranking, NDArray[np.float32]] | None] = [None] * len(rows)
         for group in like_lengths([len(row.item) for row in rows]):
             found = self._run_sequence([rows[at] for at in group], [ks[at] for at in group], trend)
@@ -180,10 +182,12 @@ class Engine:
         checked, and nothing is blocked."""
         return self._sequence.run(outputs, dict(inputs), self.trend)
 
-    def step(self, rows: Sequence[Step], k: int | Sequence[int]) -> list[tuple[Ranking, NDArray[np.float32]]]:
+    def step(
+        self, rows: Sequence[Step], k: int | Sequence[int], trend: Trend | None = None
+    ) -> list[tuple[Ranking, NDArray[np.float32]]]:
         """Ranks the items after each row's event, in one run of `step.onnx`, with the next state `[1, width]`.
 
-        Neither does a row's answer depend on its neighbours here, nor may `k` be too large.
+        Neither does a row's answer depend on its neighbours here, nor may `k` be too large. `trend` None: the newest.
         """
         if len(rows) == 1:
             (row,) = rows
@@ -192,7 +196,7 @@ class Engine:
             state, item, rating, gap = (np.concatenate([row[at] for row in rows]) for at in range(4))
             exclude = _padded([row.exclude[0] for row in rows])
         inputs = {"state": state, "item": item, "rating": rating, "gap": gap, "exclude": exclude}
-        return self._run(self._step, "next_state", inputs, rows, k, self.trend)
+        return self._run(self._step, "next_state", inputs, rows, k, trend or self.trend)
 
     def _k(self, k: int | Sequence[int]) -> NDArray[np.int64]:
         """What the graphs take: one number, the largest; with the index one for each row, if they were given so."""

@@ -18,7 +18,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import frozen_scoring
-from jaxrec.rl.served.event_store import RULES, STILL_OPEN, ServedLog, read_served_log
+from jaxrec.rl.served.event_store import DETERMINISTIC, OPTIONS, STILL_OPEN, ServedLog, read_served_log
 from jaxrec.rl.served.policy import EXACT, logged_logprobs
 from jaxrec.rl.served.recommendations import History, Recommendation
 from jaxrec.rl.served.states import served_states
@@ -353,13 +353,13 @@ def test_what_a_real_server_drew_is_reproduced(
     assert all(0 < len(one.history.items) < 12 for one in past)
 
 
-def test_slates_of_a_requests_own_rules_are_counted_and_left_out(
+def test_slates_with_request_options_are_counted_and_left_out(
     model_directory: Path, small_data: PreparedData, small_hybrid: Hybrid, tmp_path: Path
 ) -> None:
     """Of a real server that explores: what is learned from is reproduced; a filtered slate would not be."""
     path, users = tmp_path / "events.sqlite", 4
     raw, model = small_data.catalog.ids.raw_ids.astype(str), Recommender(read_artifact(model_directory), "cpu")
-    rules: list[dict[str, Any]] = [
+    options: list[dict[str, Any]] = [
         {"filter": client.ItemFilter(any_tags=["Drama"])},
         {"filter": client.ItemFilter(minimum_score=-1.0)},
         {"allow_seen": True},
@@ -372,19 +372,39 @@ def test_slates_of_a_requests_own_rules_are_counted_and_left_out(
         server.start()
         with client.RecommenderClient(f"127.0.0.1:{server.port}", timeout_s=30.0) as asking:
             for user in range(users):
-                # Its own way of dealing with the history, and a filter without a rule.
+                # What the model does with the history by itself, and a filter without a condition.
                 asking.recommend(user_id=f"user {user}", k=3, allow_seen=False, filter=client.ItemFilter())
-                answers = [asking.recommend(user_id=f"user {user}", k=3, **one) for one in rules]
+                answers = [asking.recommend(user_id=f"user {user}", k=3, **one) for one in options]
                 assert all(answer.log_propensity < 0 for answer in answers)
         server.drain()
     log = read_served_log(path, small_data.catalog)
-    assert (len(log.recommendations), log.skipped, log.shown) == (users, {RULES: 3 * users}, 4 * users)
+    assert (len(log.recommendations), log.skipped, log.shown) == (users, {OPTIONS: 3 * users}, 4 * users)
     assert distances(log.recommendations, small_data, small_hybrid).max() <= EXACT / 10
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("UPDATE shown SET request_rules = '[]' WHERE request_rules = '[\"filter\"]'")
+        connection.execute("UPDATE shown SET request_options = '[]' WHERE request_options = '[\"filter\"]'")
     unmarked = read_served_log(path, small_data.catalog)
     assert len(unmarked.recommendations) == 3 * users
     assert distances(unmarked.recommendations, small_data, small_hybrid).max() > EXACT
+
+
+def test_what_was_not_drawn_is_counted_as_that_with_request_options_too(
+    small_data: PreparedData, tmp_path: Path
+) -> None:
+    """So that the hint about --explore is given; of places for new items, which are never drawn, it would be wrong."""
+    item, path = str(small_data.catalog.ids.raw_ids[0]), tmp_path / "events.sqlite"
+    with SQLiteStore(path) as store:
+        store.record([UserEvent("1", "ada", Event(item, None, START))])
+        cases: list[tuple[tuple[str, ...], tuple[str, ...], tuple[float, ...]]] = [
+            (("filter",), (item,), ()),
+            (("filter",), (item,), (-1.0,)),
+            (("filter",), (), ()),
+            (("filter", "new_item_slots"), (item,), ()),
+        ]
+        for at, (options, slate, log_propensities) in enumerate(cases):
+            one = Impression(f"{at}", "ada", slate, log_propensities, "reinforce", "v", START + 1)
+            store.log_impression(one._replace(temperature=1.0, request_options=options))
+    log = read_served_log(path, small_data.catalog)
+    assert log.skipped == {DETERMINISTIC: 1, OPTIONS: 3}
 
 
 def test_what_a_real_server_read_within_the_second_is_reproduced(

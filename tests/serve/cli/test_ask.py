@@ -48,10 +48,10 @@ def test_recommendations(address: str, client: RecommenderClient, model: Recomme
     assert "1 events on items that the model does not know were left out" in inline
 
 
-def test_rules_of_a_question(address: str, client: RecommenderClient, model: Recommender) -> None:
+def test_filters_and_other_options(address: str, client: RecommenderClient, model: Recommender) -> None:
     ids, genres = model.catalog.item_ids, model.catalog.genres
     both = next(item for item in range(4, 61) if {"Drama", "Horror"} <= set(genres[item]))
-    asked = ["--allow", ids[both], "--allow", ids[3], "--all-tags", "Drama", "--any-tag", "Horror"]
+    asked = ["--allow", ids[both], "--allow", ids[3], "--all-tag", "Drama", "--any-tag", "Horror"]
 
     def lines(*more: str) -> list[str]:
         return ask(address, *more, *asked).splitlines()
@@ -68,7 +68,28 @@ def test_rules_of_a_question(address: str, client: RecommenderClient, model: Rec
     assert ask(address, *seen, "allow").splitlines()[1].split()[1] == ids[1]
     assert ask(address, *seen, "exclude").splitlines()[1] == ""
     assert len(ask(address, "--watched", ids[1], "--new-items", "3").splitlines()) == 1 + 10 + 2
-    assert "--seen and --new-items are for recommendations" in ask(address, "--similar", ids[1], "--new-items", "3")
+
+
+@pytest.mark.parametrize("option", [["--seen", "allow"], ["--new-items", "3"], ["--why"]], ids=lambda option: option[0])
+@pytest.mark.parametrize(
+    "question", [["--similar", "1007"], ["--profile", "7"], []], ids=["similar", "profile", "model"]
+)
+def test_options_of_recommendations_are_refused_elsewhere(question: list[str], option: list[str]) -> None:
+    assert f"Error: {option[0]}: expected --user or --watched with it" in ask("127.0.0.1:1", *question, *option)
+
+
+@pytest.mark.parametrize("option", ["--exclude", "--allow", "--any-tag", "--all-tag", "--no-tag", "--minimum-score"])
+@pytest.mark.parametrize("question", [["--profile", "7"], []], ids=["profile", "model"])
+def test_filters_are_refused_where_no_items_are_ranked(question: list[str], option: str) -> None:
+    refused = ask("127.0.0.1:1", *question, option, "1")
+    assert refused.startswith("exit 2: ")
+    assert f"Error: {option}: expected --user, --watched or --similar with it" in refused
+
+
+def test_an_argument_that_is_no_text_is_one_line(address: str) -> None:
+    refused = ask(address, "--watched", "1007", "--allow", b"\xff".decode(errors="surrogateescape"))
+    assert refused.startswith("exit 1: Error: ")
+    assert "surrogates not allowed" in refused
 
 
 def test_similar_items_profile_and_model(address: str, client: RecommenderClient, model: Recommender) -> None:

@@ -14,8 +14,7 @@ from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx.model_directory import export_model
 from serve.model.directory import Artifact, read_artifact
-
-LARGE = 3000
+from tests.serve.model.rankings import LARGE
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """With an index, a filtered answer is that of the whole product among the allowed items."""
 
 import dataclasses
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import pytest
 from serve.model.directory import Artifact
 from serve.model.ranking.engine import Engine, Ranking
 from serve.model.ranking.faiss_index import ItemIndex
-from serve.model.ranking.search import Search
-from tests.serve.model.test_search import LARGE, assert_same, histories, index_of
+from serve.model.ranking.search import NEVER, Search
+from tests.serve.model.rankings import LARGE, assert_same, histories, index_of
 
 
 def assert_as_good(found: Ranking, expected: Ranking) -> None:
@@ -25,10 +26,19 @@ def blocking(share: float, seed: int) -> np.ndarray:
     return blocked
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.1])
-def test_of_few_allowed_items_the_answer_is_exact(large: Artifact, share: float) -> None:
-    """No candidates are asked for: the allowed items are all looked at."""
+@pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For how many items the index was searched, in the order of the searches."""
+    found, original = [], ItemIndex.search
+    monkeypatch.setattr(ItemIndex, "search", lambda *given: found.append(given[2]) or original(*given))
+    return found
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.025])
+def test_of_few_allowed_items_the_answer_is_exact(large: Artifact, share: float, searched: list[int]) -> None:
+    """The index is not searched: every allowed item is a candidate."""
     exact, index = Engine(large, "cpu", search_by="exact"), Engine(large, "cpu")
+    searched.clear()  # loading checks the index
     for seed in range(5):
         rows = [dataclasses.replace(row, blocked=blocking(share, seed)) for row in histories(20 + seed, LARGE)]
         for row, found, expected in zip(rows, index.rank(rows, 20), exact.rank(rows, 20), strict=True):
@@ -36,9 +46,10 @@ def test_of_few_allowed_items_the_answer_is_exact(large: Artifact, share: float)
             left = np.setdiff1d(np.flatnonzero(~row.blocked), row.exclude)
             assert len(found.items) == min(20, len(left))
             assert_as_good(found, expected)
+    assert searched == []
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
 def test_of_many_allowed_items_the_index_finds_the_best(large: Artifact, share: float) -> None:
     """As well as of all items, and among rows without blocked items whose answers stay as they are."""
     exact, index = Engine(large, "cpu", search_by="exact"), Engine(large, "cpu")
@@ -68,18 +79,44 @@ def test_where_the_index_names_only_blocked_items_all_others_are_looked_at(large
         assert_as_good(found, expected)
 
 
-def test_a_filtered_row_gets_as_many_candidates_as_another_one(
-    large: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The index is asked for 1.5 times as many as the share of allowed items demands, and for none where an eighth or
-    less is allowed; it is searched for the next power of two."""
+def test_a_filtered_row_gets_as_many_candidates_as_another_one(large: Artifact, searched: list[int]) -> None:
+    """The index is asked for 1.5 times as many as the share of allowed items demands, and for none where 1/32 or less
+    is allowed; it is searched for the next power of two."""
     search = Search(large, dataclasses.replace(index_of(large), candidates=90, candidates_per_answer=1))
-    searched, original = [], ItemIndex.search
-    monkeypatch.setattr(ItemIndex, "search", lambda *given: searched.append(given[2]) or original(*given))
+    searched.clear()
     query = large.item_vectors[5:6]
     state, nothing = np.zeros((1, len(index_of(large).recent_weights)), np.float32), np.zeros((1, 1), np.int32)
     trending = search.trending(np.zeros(LARGE + 1, np.float32))
-    for every in (1, 2, 8):
+    for every in (1, 2, 8, 32):
         blocked = np.arange(LARGE + 1) % every > 0
         search.best(query, state, nothing, np.array([10]), trending, blocked=[blocked])
-    assert searched == [128, 512]  # from 100 and 300
+    assert searched == [128, 512, 2048]  # from 100, 300 and 1200
+
+
+class Vectors(np.ndarray):
+    """Notes how many rows each copy of some of them has."""
+
+    copied: ClassVar[list[int]] = []
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, np.ndarray) and self.ndim == 2:
+            self.copied.append(len(key))
+        return super().__getitem__(key)
+
+
+def test_an_answer_from_many_allowed_items_copies_no_vectors(large: Artifact) -> None:
+    """All 1,000 allowed items are asked for, more than the index names: every item is multiplied where it lies."""
+    watched = dataclasses.replace(large, item_vectors=large.item_vectors.view(Vectors))
+    search, (query, state) = Search(watched, index_of(large)), (large.item_vectors[5:6], np.zeros((1, 100), np.float32))
+    trending, blocked = search.trending(np.zeros(LARGE + 1, np.float32)), np.arange(LARGE + 1) % 3 > 0
+    Vectors.copied.clear()
+    items, scores = search.best(
+        query, state, np.array([[3, 6]], np.int32), np.array([LARGE]), trending, None, [blocked]
+    )
+    assert Vectors.copied == []
+    found = items[0, scores[0] > NEVER]
+    np.testing.assert_array_equal(np.sort(found), np.arange(9, LARGE + 1, 3))
+    expected = large.item_vectors[found] @ query[0] + index_of(large).item_bias[found]
+    neighbours = np.isin(found, index_of(large).neighbour_item[0])
+    np.testing.assert_allclose(scores[0, : len(found)][~neighbours], expected[~neighbours], rtol=0, atol=1e-4)
+    assert not np.isin(items[0], np.flatnonzero(blocked[1:]) + 1).any()

@@ -17,17 +17,17 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx.ann_index import index_points
 from jaxrec.onnx.model_directory import export_model
-from serve.model.directory import Artifact, IndexFiles, read_artifact
+from serve.model.directory import Artifact, read_artifact
 from serve.model.events import Event
-from serve.model.features import Features
 from serve.model.graphs import CPU, CUDA, SEQUENCE_OUTPUTS, searches_index
 from serve.model.manifest import ArtifactError
-from serve.model.ranking.engine import Engine, Ranking, Step
+from serve.model.ranking.engine import Engine, Step
 from serve.model.ranking.search import Search, best_of
 from serve.model.recommender import Query, Recommender
 from serve.settings import SearchBy
+from tests.serve.model.rankings import LARGE, assert_same, histories, index_of
 
-ITEMS, LARGE = 60, 3000
+ITEMS = 60
 
 
 @pytest.fixture(scope="module")
@@ -48,34 +48,11 @@ def exact(model_directory: Path) -> Engine:
     return Engine(read_artifact(model_directory), "cpu")
 
 
-def index_of(artifact: Artifact) -> IndexFiles:
-    assert artifact.index is not None
-    return artifact.index
-
-
-def histories(exclude: int, items: int = ITEMS) -> list[Features]:
-    """Of 1 to 30 events; excluded are that many other items."""
-    random = np.random.default_rng(exclude)
-    rows = []
-    for length in (1, 2, 7, 30):
-        rating = random.random(length, np.float32)
-        gap = random.integers(0, 10**6, length).astype(np.float32)
-        item = random.integers(1, items + 1, length).astype(np.int32)
-        others = random.permutation(items)[:exclude].astype(np.int32) + 1
-        rows.append(Features(item, rating, gap, 3600.0, others))
-    return rows
-
-
-def assert_same(found: Ranking, expected: Ranking) -> None:
-    np.testing.assert_array_equal(found.items, expected.items)
-    np.testing.assert_allclose(found.scores, expected.scores, rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize(("k", "exclude"), [(1, 0), (10, 0), (10, 30), (10, 55), (60, 3), (60, 60)])
 def test_answers_and_states_are_those_of_the_whole_product(
     indexed: Artifact, exact: Engine, k: int, exclude: int
 ) -> None:
-    engine, rows = Engine(indexed, "cpu"), histories(exclude)
+    engine, rows = Engine(indexed, "cpu"), histories(exclude, ITEMS)
     assert engine.search_by == "index"
     for (ranking, state), (expected, expected_state) in zip(engine.replay(rows, k), exact.replay(rows, k), strict=True):
         assert len(ranking.items) == min(k, ITEMS - exclude)
@@ -85,7 +62,7 @@ def test_answers_and_states_are_those_of_the_whole_product(
 
 @pytest.mark.parametrize("k", [1, 10])
 def test_steps_are_those_of_the_whole_product(indexed: Artifact, exact: Engine, k: int) -> None:
-    states = [state for _, state in exact.replay(histories(0))]
+    states = [state for _, state in exact.replay(histories(0, ITEMS))]
     item, one = np.array([5], np.int32), np.ones(1, np.float32)
     steps = [Step(state, item + at, one / 2, one * 60, -1.0, item[None]) for at, state in enumerate(states)]
     found, expected = Engine(indexed, "cpu").step(steps, k), exact.step(steps, k)
@@ -97,7 +74,7 @@ def test_steps_are_those_of_the_whole_product(indexed: Artifact, exact: Engine, 
 def test_with_few_candidates_items_can_be_missing_but_no_score_is_wrong(indexed: Artifact, exact: Engine) -> None:
     assert indexed.index is not None
     few = dataclasses.replace(indexed.index, candidates=1, candidates_per_answer=1)
-    engine, rows = Engine(dataclasses.replace(indexed, index=few), "cpu"), histories(20)
+    engine, rows = Engine(dataclasses.replace(indexed, index=few), "cpu"), histories(20, ITEMS)
     for k in (1, 10, 40):
         for ranking, everything in zip(engine.rank(rows, k), exact.rank(rows, ITEMS), strict=True):
             assert len(set(ranking.items.tolist())) == k
@@ -109,7 +86,7 @@ def test_with_few_candidates_items_can_be_missing_but_no_score_is_wrong(indexed:
 def test_the_same_directory_answers_exactly_if_asked_to(indexed: Artifact, exact: Engine) -> None:
     engine = Engine(indexed, "cpu", search_by="exact")
     assert engine.search_by == "exact"
-    for found, expected in zip(engine.rank(histories(3), 10), exact.rank(histories(3), 10), strict=True):
+    for found, expected in zip(engine.rank(histories(3, ITEMS), 10), exact.rank(histories(3, ITEMS), 10), strict=True):
         assert_same(found, expected)
 
 
@@ -224,7 +201,7 @@ def test_with_equal_logits_index_and_exact_agree(indexed: Artifact) -> None:
     for search_by in ("exact", "index"):
         engine = Engine(equal, "cpu", search_by=search_by)
         engine.use_counts(np.zeros_like(equal.trend.counts))
-        (ranking,) = engine.rank(histories(0)[:1], 10)
+        (ranking,) = engine.rank(histories(0, ITEMS)[:1], 10)
         np.testing.assert_array_equal(ranking.items, np.arange(1, 11))
 
 
@@ -291,7 +268,7 @@ def test_arrays_that_were_replaced_after_they_were_read_are_not_read_again(
         path.unlink()
         np.save(path, np.zeros_like(array))
     engine = Engine(artifact, "cpu", search_by="exact")
-    for found, expected in zip(engine.rank(histories(3), 10), exact.rank(histories(3), 10), strict=True):
+    for found, expected in zip(engine.rank(histories(3, ITEMS), 10), exact.rank(histories(3, ITEMS), 10), strict=True):
         assert_same(found, expected)
 
 

@@ -17,6 +17,7 @@ from serve.serving import states as states_module
 from serve.serving.states import StateCache
 from serve.stores import open_store
 from serve.stores.base import MOST_EVENTS, Changes, EventStore, UserEvent
+from tests.serve.answers import assert_same
 
 USERS = ("ada", "bob", "cy")
 UNKNOWN = "no such movie"
@@ -27,17 +28,6 @@ def windowed(request: pytest.FixtureRequest, artifact: Artifact) -> Recommender:
     """A model that reads whole histories, and one that soon forgets their beginning."""
     info = dataclasses.replace(artifact.info, max_history=request.param)
     return Recommender(dataclasses.replace(artifact, info=info), "cpu")
-
-
-def assert_same(found: Answer, expected: Answer) -> None:
-    assert found.policy == expected.policy
-    assert found.ignored_event_count == expected.ignored_event_count
-    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
-    # Where scores are further apart than rounding, so are the items.
-    clear = np.abs(np.diff(expected.scores)) > 2e-4
-    alone = np.r_[True, clear] & np.r_[clear, True]
-    alone[-1:] = False
-    np.testing.assert_array_equal(found.items[alone], expected.items[alone])
 
 
 def replayed(model: Recommender, store: EventStore, query: Query) -> Answer:
@@ -116,13 +106,13 @@ class CountedRuns:
         self.replayed = self.stepped = 0
         replay, step = model.engine.replay, model.engine.step
 
-        def counted_replay(rows, k=1):  # type: ignore[no-untyped-def]
+        def counted_replay(rows, k=1, *trend):  # type: ignore[no-untyped-def]
             self.replayed += len(rows)
-            return replay(rows, k)
+            return replay(rows, k, *trend)
 
-        def counted_step(rows, k):  # type: ignore[no-untyped-def]
+        def counted_step(rows, k, *trend):  # type: ignore[no-untyped-def]
             self.stepped += len(rows)
-            return step(rows, k)
+            return step(rows, k, *trend)
 
         monkeypatch.setattr(model.engine, "replay", counted_replay)
         monkeypatch.setattr(model.engine, "step", counted_step)

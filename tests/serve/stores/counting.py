@@ -51,7 +51,8 @@ def before_counters(location: str, events: Sequence[UserEvent]) -> None:
         with psycopg.connect(location) as connection:
             connection.execute("DROP TABLE jaxrec.trend, jaxrec.trend_start")
             connection.execute(
-                "ALTER TABLE jaxrec.shown DROP COLUMN trend_time, DROP COLUMN trend_arrival, DROP COLUMN request_rules"
+                "ALTER TABLE jaxrec.shown DROP COLUMN trend_time, DROP COLUMN trend_arrival,"
+                " DROP COLUMN request_options"
             )
             connection.execute("UPDATE jaxrec.store SET version = 3")
     elif location.startswith("redis:"):
@@ -62,7 +63,7 @@ def before_counters(location: str, events: Sequence[UserEvent]) -> None:
         with closing(sqlite3.connect(location)) as connection:
             connection.executescript(
                 "ALTER TABLE shown DROP COLUMN trend_time; ALTER TABLE shown DROP COLUMN trend_arrival;"
-                "ALTER TABLE shown DROP COLUMN request_rules;"
+                "ALTER TABLE shown DROP COLUMN request_options;"
                 "DROP TABLE trend; DROP TABLE trend_start; PRAGMA user_version = 4"
             )
 

@@ -25,7 +25,8 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.rl.served.event_store import UNNOTED, read_served_log
 from serve.api.rules import MAX_ID_LENGTH
 from serve.model.events import Event
-from serve.stores import open_store
+from serve.stores import open_store, sqlite
+from serve.stores import redis as redis_store
 from serve.stores.base import Changes, Deleted, EventStore, Impression, SpilledState, StoreError, UserEvent, digest
 from serve.stores.copy import copy_log
 from serve.stores.postgres import QUERIES, SCHEMA_LOCK
@@ -51,13 +52,13 @@ IMPRESSION = Impression(
     excluded_item_ids=("ß", "b"),
     trend_time=1_700_000_003,
     trend_arrival=2**63 - 1,
-    request_rules=("filter", "seen"),
+    request_options=("filter", "seen"),
 )
-# What servers noted before they noted the request's rules, which trend ranked it, and how it was drawn.
-NOTED_WITHOUT_RULES = IMPRESSION._replace(request_rules=())
-NOTED_WITHOUT_TREND = NOTED_WITHOUT_RULES._replace(trend_time=None, trend_arrival=None)
+# What servers noted before they noted the request's options, which trend ranked it, and how it was drawn.
+NOTED_WITHOUT_OPTIONS = IMPRESSION._replace(request_options=())
+NOTED_WITHOUT_TREND = NOTED_WITHOUT_OPTIONS._replace(trend_time=None, trend_arrival=None)
 NOTED_BEFORE = NOTED_WITHOUT_TREND._replace(temperature=None, request_time=None, excluded_item_ids=())
-NEW_COLUMNS = ("temperature", "request_time", "excluded_item_ids", "trend_time", "trend_arrival", "request_rules")
+NEW_COLUMNS = ("temperature", "request_time", "excluded_item_ids", "trend_time", "trend_arrival", "request_options")
 # As `serve` wrote it, without the parts that did not change.
 SQLITE_3 = """
 CREATE TABLE events (
@@ -653,13 +654,19 @@ def test_a_store_that_did_not_note_how_it_drew_is_brought_up_to_date(
         open_store(location)
 
 
+def test_every_older_version_is_brought_up_to_date() -> None:
+    """Needs no server. PostgreSQL's store accepts a range and has one set of statements for all versions."""
+    assert sorted(sqlite.UPDATES) == list(range(1, sqlite.SCHEMA_VERSION))
+    assert [b"1", *redis_store.UPDATED_AS_THEY_ARE] == [b"%d" % one for one in range(1, int(redis_store.VERSION))]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lacks", ["trend", "rules"])
+@pytest.mark.parametrize("lacks", ["trend", "options"])
 def test_a_store_that_noted_less_is_brought_up_to_date(
     kind: str, lacks: str, servers: dict[str, DatabaseServer], tmp_path: Path
 ) -> None:
-    location, noted = emptied(kind, servers, tmp_path), NOTED_WITHOUT_RULES
-    columns, tables, fields, version = ["request_rules"], [], 12, 4
+    location, noted = emptied(kind, servers, tmp_path), NOTED_WITHOUT_OPTIONS
+    columns, tables, fields, version = ["request_options"], [], 12, 4
     if lacks == "trend":
         noted, fields, version = NOTED_WITHOUT_TREND, 10, 3
         columns, tables = ["trend_time", "trend_arrival", *columns], ["trend", "trend_start"]
