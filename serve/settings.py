@@ -108,8 +108,15 @@ class Settings:
     ] = None
     tokens: Annotated[str | None, ""] = field(default=None, repr=False)
     """The lines of a tokens file themselves."""
-    allow_insecure: Annotated[bool, "Listen for other machines without TLS or authentication."] = False
-    metrics: Annotated[str | None, "HOST:PORT", "Where Prometheus fetches metrics, over HTTP."] = None
+    allow_insecure: Annotated[
+        bool, "Listen for other machines without TLS or authentication, for calls and for metrics."
+    ] = False
+    metrics: Annotated[
+        str | None, "HOST:PORT", "Where Prometheus fetches metrics, over HTTP without TLS or authentication."
+    ] = None
+    allow_insecure_metrics: Annotated[
+        bool, "Let other machines fetch the metrics. Calls keep their TLS and authentication."
+    ] = False
     explore: Annotated[
         float,
         "TEMPERATURE",

@@ -88,9 +88,8 @@ def serve(settings: Settings) -> None:
                     polling=None if settings.front == "auto" else settings.front == "polling",
                     on_failure=fail,
                 )
-                stop_metrics = (
-                    None if settings.metrics is None else metrics.serve(settings.metrics, settings.allow_insecure)
-                )
+                exposed = settings.allow_insecure or settings.allow_insecure_metrics
+                stop_metrics = None if settings.metrics is None else metrics.serve(settings.metrics, exposed)
                 # Open from here on, so that health checks see a server that is not ready, and not none.
                 server.listen()
                 models.open()
