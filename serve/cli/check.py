@@ -6,7 +6,7 @@ import click
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from serve.addresses import AddressError, host_and_port
+from serve.addresses import AddressError, host_and_port, is_loopback
 from serve.cli.options import FILE
 from serve.client.requests import is_serving
 
@@ -29,7 +29,10 @@ LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
     type=FILE,
     help="Encrypt, trusting these certificates in PEM; the server's own is enough.  [variable: JAXREC_TLS_CERT]",
 )
-@click.option("--name", default="localhost", show_default=True, help="A host name that is in the server's certificate.")
+@click.option(
+    "--name",
+    help="A host name that is in the server's certificate.  [default: the host of --address; localhost on loopback]",
+)
 @click.option("--cert", type=FILE, help="A client certificate in PEM, for servers that ask for one.")
 @click.option("--key", type=FILE, help="Private key of that certificate in PEM.")
 @click.option(
@@ -40,9 +43,11 @@ LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
     metavar="SECONDS",
     help="How long to wait for the answer.",
 )
-def command(address: str, ca: Path | None, name: str, cert: Path | None, key: Path | None, timeout: float) -> None:
+def command(
+    address: str, ca: Path | None, name: str | None, cert: Path | None, key: Path | None, timeout: float
+) -> None:
     """Ask the health service of a server. The exit status is 0 if it is ready to answer, else 1: also while it loads
-    its model, and while it ends. It needs no token."""
+    its model, and while it ends. It is 2 if the options are wrong. It needs no token, and reads no settings file."""
     if (cert is None) != (key is None) or (cert is not None and ca is None):
         raise click.UsageError("expected --cert and --key together, and only with --ca")
     try:
@@ -52,11 +57,15 @@ def command(address: str, ca: Path | None, name: str, cert: Path | None, key: Pa
         raise click.UsageError(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"{error.filename}: {error.strerror}") from error
-    options = [("grpc.enable_http_proxy", 0)]
+    options: list[tuple[str, str | int]] = [("grpc.enable_http_proxy", 0)]
+    if name is None and is_loopback(target):
+        name = "localhost"  # certificates seldom name 127.0.0.1
+    if name is not None and credentials is not None:
+        options.append(("grpc.ssl_target_name_override", name))
     if credentials is None:
         channel = grpc.insecure_channel(target, options)
     else:
-        channel = grpc.secure_channel(target, credentials, [*options, ("grpc.ssl_target_name_override", name)])
+        channel = grpc.secure_channel(target, credentials, options)
     try:
         with channel:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)

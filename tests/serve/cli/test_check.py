@@ -86,8 +86,32 @@ def test_the_servers_own_certificate_is_trusted(model: Recommender, store: Event
         named = ("--address", address, "--name", "recommender.example")
         assert check(*named, JAXREC_TLS_CERT=str(cert)) == (0, f"{address}: SERVING")
         assert check("--address", address, "--ca", str(cert))[0] == 1  # it is no certificate of localhost
+        for mistaken in ("127.0.0.1", "localhost"):
+            assert check("--address", address, "--ca", str(cert), "--name", mistaken)[0] == 1
         assert check(*named, "--ca", str(other))[0] == 1
     with encrypted(model, store, Tls(cert, key, ca)) as address:
         named = ("--address", address, "--name", "recommender.example", "--ca", str(ca))
         assert check(*named)[0] == 1
         assert check(*named, "--cert", str(cert), "--key", str(key)) == (0, f"{address}: SERVING")
+
+
+@pytest.mark.parametrize(
+    ("loopback", "named", "status"), [(True, "localhost", 0), (False, "127.0.0.1", 0), (False, "localhost", 1)]
+)
+def test_the_certificate_has_to_name_the_host_that_is_asked_or_localhost_on_loopback(
+    loopback: bool,
+    named: str,
+    status: int,
+    model: Recommender,
+    store: EventStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    issued = trustme.CA().issue_cert(named)
+    issued.cert_chain_pems[0].write_to_path(cert)
+    issued.private_key_pem.write_to_path(key)
+    monkeypatch.setattr("serve.cli.check.is_loopback", lambda address: loopback)  # False: as if it were elsewhere
+    with encrypted(model, store, Tls(cert, key, None)) as address:
+        at = f"127.0.0.1:{address.rpartition(':')[2]}"
+        assert check("--address", at, "--ca", str(cert))[0] == status
