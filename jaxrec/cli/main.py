@@ -16,7 +16,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "Rank the test cases and print the metrics.", ("train",)),
     "export": ("export", "Export a run to ONNX for the server.", ("train", "export", "serve")),
     "recommend": ("recommend", "Recommend for many users at once, without a server.", ("train", "serve")),
-    "demo": ("demo", "Run every stage on 100,004 MovieLens ratings.", ("train", "export", "serve", "demo")),
+    "demo": ("demo", "Run every stage on 100,004 MovieLens ratings.", ("train", "export", "demo", "serve")),
     "fetch": ("data", "Download a MovieLens data set.", ("train",)),
     "prepare-distributed": ("distributed", "Prepare Parquet files on several machines.", ("train", "distributed")),
 }  # by name, in the order of `jaxrec --help`: the module in jaxrec/cli/, the short help, and the extras that it needs

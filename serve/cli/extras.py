@@ -28,13 +28,13 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
 INCLUDED: Mapping[str, Sequence[str]] = {
     "export": ["train"],
     "distributed": ["train"],
-    "demo": ["train", "export", "serve"],
+    "demo": ["train", "export"],
 }
 """By extra: those that are installed with it."""
 
 
 def check_extras(command: str, extras: Iterable[str]) -> None:
-    """Looks for the modules of the extras, and imports none.
+    """Looks for the modules of the extras. Of `google.rpc` it imports the namespace `google`, of the others nothing.
 
     Args:
         command: As it is typed, such as `jaxrec train`.
