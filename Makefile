@@ -50,10 +50,13 @@ stubs: .venv/installed
 		--python_out=$(STUBS_ROOT) --grpc_python_out=$(STUBS_ROOT) \
 		--mypy_out=quiet:$(STUBS_ROOT) --mypy_grpc_out=quiet:$(STUBS_ROOT) $(PROTOS)
 
-# Needs `uv` on the path; everything else needs only the lock.
+# Needs `uv` on the path; everything else needs only the lock. The image has a lock of its own, with the same versions.
 lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --quiet --output-file requirements.lock
+	uv pip compile pyproject.toml --extra serve-cpu --extra postgres --extra redis --constraint requirements.lock \
+		--universal --python-version 3.11 --generate-hashes --no-emit-index-url --quiet \
+		--output-file deploy/requirements.lock
 
 clean:
 	rm -rf .venv build *.egg-info

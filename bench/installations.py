@@ -56,7 +56,7 @@ INSTALLATIONS = (
             "jaxrec train data --out run": "train",
             "jaxrec prepare log.csv --out data": "train",
             "jaxrec export run --out model": "export,serve",
-            "jaxrec demo": "demo",
+            "jaxrec demo": "demo,serve",
             "python -m serve run model": "serve",
             "python -m serve log a b": "serve",
         },
