@@ -8,7 +8,9 @@ missing, and the size of site-packages without pip and setuptools. A server of `
 random weights.
 """
 
+import json
 import os
+import select
 import shlex
 import shutil
 import signal
@@ -25,6 +27,7 @@ from bench.publish import ROOT, Page, publish_option
 
 MB = 1e6
 INSTALLERS = ("pip", "setuptools", "pkg_resources", "_distutils_hack", "distutils-precedence.pth")
+START_S = 60
 HEAVY = ("jax", "jaxlib", "flax", "pandas", "duckdb", "tensorflow", "scipy", "matplotlib")
 
 
@@ -83,7 +86,7 @@ INSTALLATIONS = (
 def main(publish: bool) -> None:
     """Installs, checks and measures, then prints the table. Exits with 1 if a check fails."""
     page = Page("installations", "Installations", publish)
-    rows, failures = [], []
+    rows, versions, failures, missed = [], [], [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         wheel, model = build_wheel(folder), folder / "model"
@@ -96,8 +99,11 @@ def main(publish: bool) -> None:
             if one.extras == "serve-cpu":
                 failures += [f"{what}: {text}" for text in serving(python, model)]
             sizes, bytecode = folder_sizes(python), sum(folder_sizes(python, "*.pyc").values())
-            total = sum(sizes.values())
-            goal = "" if one.most_mb is None else f"{one.most_mb}, {'missed' if total > one.most_mb else 'met'}"
+            total, goal = sum(sizes.values()), ""
+            if one.most_mb is not None:
+                goal = f"{one.most_mb}, {'missed' if total > one.most_mb else 'met'}"
+                missed += [f"{what} has {total:.0f} MB, at most {one.most_mb}"] if total > one.most_mb else []
+            versions.append(f"- `{what}`: {', '.join(installed(python))}")
             largest = ", ".join(f"{entry} {sizes[entry]:.0f}" for entry in sorted(sizes, key=sizes.__getitem__)[:-6:-1])
             rows.append(f"| `{what}` | {total:.0f} | {bytecode:.0f} | {goal} | {largest} |")
     page.write(
@@ -109,7 +115,13 @@ def main(publish: bool) -> None:
             "|---|---|---|---|---|",
             *rows,
             "",
-            *([f"- failed: {text}" for text in failures] or [PASSED]),
+            "Versions of each installation, from the package index:",
+            "",
+            *versions,
+            "",
+            *[f"- failed: {text}" for text in failures],
+            *([""] if failures else []),
+            " ".join([*([] if failures else [PASSED]), f"Goals missed: {'; '.join(missed) or 'none'}."]),
         ]
     )
     if failures:
@@ -135,6 +147,16 @@ def install(environment: Path, wheel: Path, extras: str) -> Path:
     wanted = f"jaxrec[{extras}] @ {wheel.as_uri()}"
     run([str(python), "-m", "pip", "install", "--quiet", wanted], environment)
     return python
+
+
+def installed(python: Path) -> list[str]:
+    """The version of Python and those of all packages of an environment but its installers."""
+    ended = call([str(python), "-m", "pip", "list", "--format", "json"], python.parents[1])
+    if ended.returncode:
+        raise click.ClickException(f"pip list: {ended.stderr.strip()}")
+    names = [f"{one['name']} {one['version']}" for one in json.loads(ended.stdout) if one["name"] not in INSTALLERS]
+    (packages,) = (python.parents[1] / "lib").glob("python*")
+    return [packages.name.replace("python", "Python "), *names]
 
 
 def run(command: list[str], folder: Path) -> None:
@@ -185,8 +207,10 @@ def serving(python: Path, model: Path) -> Iterator[str]:
     command = [*serve, "run", str(model), "--address", "127.0.0.1:0", "--log-format", "text"]
     with subprocess.Popen(command, cwd=folder, env=plain(), stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        ready = server.stdout.readline()
+        came, _, _ = select.select([server.stdout], [], [], START_S)
+        ready = server.stdout.readline() if came else f"nothing within {START_S} s"
         if not ready.startswith("serving "):
+            server.kill()
             yield f"a server that does not start: {ready}"
             return
         address = ready.split(" on ", 1)[1].split(" ", 1)[0]
