@@ -173,7 +173,7 @@ def test_a_missing_package_is_named_with_the_remedy(
     small_data: PreparedData, small_hybrid: Hybrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tf2onnx", None)
-    refused(tmp_path, r"pip install 'jaxrec\[export\]'", small_hybrid, small_data)
+    refused(tmp_path, r'pip install "jaxrec\[export\]"', small_hybrid, small_data)
 
 
 def test_tensorflow_is_imported_by_a_conversion_only() -> None:
