@@ -34,11 +34,11 @@ from jaxrec.data.store import read_prepared, write_prepared
 from jaxrec.data.trend import DecayedCounts
 from jaxrec.evaluation.baselines import constant_scorer
 from jaxrec.evaluation.bootstrap import bootstrap, ratio, resample
-from jaxrec.evaluation.metrics import exclude_items, hit_rate, ndcg
+from jaxrec.evaluation.metrics import hit_rate, ndcg
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.models.masks import NEVER
+from jaxrec.models.masks import NEVER, exclude_items
 from jaxrec.rl.reward_tables import genre_directions
 from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.training.host_memory import keep_freed_memory

@@ -33,8 +33,9 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.trend import DecayedCounts
 from jaxrec.evaluation.baselines import best_half_life, recent_popularity_scorer
 from jaxrec.evaluation.bootstrap import Estimate, bootstrap, resample
-from jaxrec.evaluation.metrics import coverage, exclude_items, ndcg, rank_of_target
+from jaxrec.evaluation.metrics import coverage, ndcg, rank_of_target
 from jaxrec.evaluation.ranking import Ranked, rank_cases
+from jaxrec.models.masks import exclude_items
 from jaxrec.rl.config import LoggedConfig, RewardWeights
 from jaxrec.rl.logged.evaluate import (
     TOP,

@@ -1,4 +1,4 @@
-"""`jaxrec rl logged|served|simulated`: the options, and what is printed. The commands import what computes."""
+"""`jaxrec rl rerank|logged|served|simulated`: the options, and what is printed. The commands import what computes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from jaxrec.cli.options import (
 )
 from jaxrec.config import Config
 from jaxrec.errors import TrainingStopped
-from jaxrec.rl.config import METHOD_NAMES, LoggedConfig, RewardWeights, ServedConfig, SimulatedConfig
+from jaxrec.rl.config import METHOD_NAMES, LoggedConfig, RerankingConfig, RewardWeights, ServedConfig, SimulatedConfig
 from jaxrec.rl.outcome import PolicyOutcome
 from jaxrec.training.stopping import stop_on_signals
 
@@ -98,6 +98,35 @@ def rl() -> None:
     The intervals of these evaluations are valid for a single run. Trying several options until one passes inflates
     false positives.
     """
+
+
+@rl.command()
+@RUN
+@RESUME
+@_options(
+    RerankingConfig,
+    folds=(click.IntRange(2), "Parts of the users; each is scored by models that were trained on the others."),
+    fold_epochs=(COUNT, "Epochs of these models."),
+    events=(COUNT, "Last training events of each user to learn from."),
+    decisions=(COUNT, "Most events to learn from in all."),
+    penalty=(WEIGHT, "Of the squared weights."),
+    reward_weight=(WEIGHT, "Weight of the slate's reward, beside the cross-entropy of the next item."),
+    samples=(COUNT, "Rankings drawn for each event and update."),
+)
+def rerank(run: Path, resume: bool, **values: Any) -> None:
+    """Learns to rerank the best items of RUN's mix, with weights that depend on the request.
+
+    It learns from events of users that the models behind them were not trained on (cross-fitting), which takes about as
+    long as the training of RUN. The reranker is used if it improves NDCG@10 and slate reward significantly for other
+    held-out users, and NDCG@10 does not fall on validation. `rl logged`, `served` and `simulated` train policies for
+    runs without a reranker only. SIGTERM and Ctrl-C end the training; --resume continues.
+    """
+    _refuse_changes(resume)
+    from jaxrec.runs.directory import open_run
+    from jaxrec.runs.rl_rerank import run_reranking
+
+    config = _config(RerankingConfig, values)
+    _echo(lambda stop: run_reranking(open_run(run), config, resume, stop), f"jaxrec rl rerank {run} --resume")
 
 
 @rl.command()

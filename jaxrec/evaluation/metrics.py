@@ -5,25 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrec.models.masks import NEVER
+from jaxrec.models.masks import NEVER, exclude_items
 
 MISS = np.iinfo(np.int32).max
 """The rank of a target that cannot be recommended: a miss for every k."""
-
-
-def exclude_items(scores: jax.Array, exclude: jax.Array) -> jax.Array:
-    """Takes items out of the candidates.
-
-    Args:
-        scores: [batch, items + 1] float32; column 0 is padding.
-        exclude: [batch, width] int32 (0 = nothing).
-
-    Returns:
-        The scores with NEVER at the excluded items and at padding.
-    """
-    chex.assert_rank([scores, exclude], 2)
-    rows = jnp.arange(scores.shape[0])[:, None]
-    return scores.at[rows, exclude].set(NEVER).at[:, 0].set(NEVER)
 
 
 def rank_of_target(scores: jax.Array, target: jax.Array, exclude: jax.Array) -> jax.Array:

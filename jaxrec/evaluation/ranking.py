@@ -20,14 +20,13 @@ from jaxrec.errors import DataError
 from jaxrec.evaluation.bootstrap import Resamples, bootstrap
 from jaxrec.evaluation.metrics import (
     coverage,
-    exclude_items,
     hit_rate,
     ndcg,
     rank_of_target,
     reciprocal_rank,
 )
 from jaxrec.evaluation.scorers import Scorer
-from jaxrec.models.masks import NEVER
+from jaxrec.models.masks import NEVER, exclude_items
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 
 TOP = 10

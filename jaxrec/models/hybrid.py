@@ -16,10 +16,12 @@ from jaxrec.data.events import Events
 from jaxrec.models.cooccurrence import RECENT_ITEMS, CoOccurrence, recent_items
 from jaxrec.models.features import Array
 from jaxrec.models.lstm import State
-from jaxrec.models.masks import NEVER
+from jaxrec.models.masks import NEVER, exclude_items
 from jaxrec.models.new_items import capped_logits
 from jaxrec.models.repeat import Repeat, SeenScores
+from jaxrec.models.reranker import Mixed, Reranker
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.models.summary import Summary, last_summary
 from jaxrec.models.tables import FixedTable
 from jaxrec.models.trend import Trend
 
@@ -53,7 +55,7 @@ class Hybrid(nnx.Module):
     there are none. With `repeat` items of the history may be recommended again, without it they are excluded.
 
     The recurrent state is [batch, 4 * hidden + RECENT_ITEMS] float32: h and c of the LSTM and of the content model, and
-    the most recent items, the last one first.
+    the most recent items, the last one first. With a `reranker` the summary of the history stands before these.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Hybrid(nnx.Module):
         policy: PolicyHead | None = None,
         new_items: np.ndarray | None = None,
         repeat: Repeat | None = None,
+        reranker: Reranker | None = None,
     ) -> None:
         for name, weight in weights._asdict().items():
             if not 0.0 <= weight < float("inf"):
@@ -78,6 +81,7 @@ class Hybrid(nnx.Module):
         self.policy = policy
         self.new_items = None if new_items is None else FixedTable(jnp.asarray(new_items, bool))
         self.repeat = repeat
+        self.reranker = reranker
         if len(self.item_bias()) > MAX_ITEMS:
             raise ValueError(f"{len(self.item_bias()) - 1} items, expected fewer than {MAX_ITEMS}")
 
@@ -85,7 +89,13 @@ class Hybrid(nnx.Module):
         """The same supervised models under `policy`, or under none."""
         new_items = None if self.new_items is None else np.asarray(self.new_items[...])
         models = self.lstm, self.content, self.cooccurrence
-        return Hybrid(*models, self.mix_weights(), self.trend, policy, new_items, self.repeat)
+        return Hybrid(*models, self.mix_weights(), self.trend, policy, new_items, self.repeat, self.reranker)
+
+    def with_reranker(self, reranker: Reranker | None) -> "Hybrid":
+        """The same models and policy under another reranker, or under none."""
+        new_items = None if self.new_items is None else np.asarray(self.new_items[...])
+        models = self.lstm, self.content, self.cooccurrence
+        return Hybrid(*models, self.mix_weights(), self.trend, self.policy, new_items, self.repeat, reranker)
 
     def mix_weights(self) -> MixWeights:
         """The weights as numbers."""
@@ -114,10 +124,13 @@ class Hybrid(nnx.Module):
 
     def item_bias(self) -> jax.Array:
         """[items + 1] float32, with the policy's shift."""
-        of_lstm, of_content, _ = self.weights[...]
-        bias = of_lstm * self.lstm.item_bias() + of_content * self.content.item_bias()
-        bias = bias.at[0].set(NEVER)
+        bias = self.supervised_bias()
         return bias if self.policy is None else bias + self.policy.item_bias[...]
+
+    def supervised_bias(self) -> jax.Array:
+        """`item_bias` without the policy."""
+        of_lstm, of_content, _ = self.weights[...]
+        return (of_lstm * self.lstm.item_bias() + of_content * self.content.item_bias()).at[0].set(NEVER)
 
     def query_at(self, outputs: tuple[jax.Array, jax.Array], request_gap: jax.Array) -> jax.Array:
         """Both models' outputs [..., hidden] and request_gap [...] -> [..., 2 * embedding], with the policy's shift."""
@@ -138,19 +151,29 @@ class Hybrid(nnx.Module):
     def encode(self, events: Events, state: jax.Array | None = None) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         """Both models' outputs, each [batch, length, hidden], and the state after the last real event."""
         states: tuple[State | None, State | None] = (None, None)
-        recent = None
+        recent = before = None
         if state is not None:
             h_lstm, c_lstm, h_content, c_content, recent = self.split_state(state)
             states = ((h_lstm, c_lstm), (h_content, c_content))
+            before = self.summary_of(state)
         of_lstm, lstm_state = self.lstm.encode(events, self.lstm.item_vectors(), states[0])
         of_content, content_state = self.content.encode(events, self.content.item_vectors(), states[1])
         recent = recent_items(events.item, events.length, recent).astype(jnp.float32)
-        return (of_lstm, of_content), jnp.concatenate([*lstm_state, *content_state, recent], axis=1)
+        parts = [*lstm_state, *content_state]
+        if self.reranker is not None:
+            parts.append(last_summary(events, self.reranker.tables.encoder, before).flat())
+        return (of_lstm, of_content), jnp.concatenate([*parts, recent], axis=1)
 
     def split_state(self, state: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
         """state [batch, 4 * hidden + RECENT_ITEMS] -> h and c of the LSTM and of the content model, recent items."""
-        parts = jnp.split(state[:, :-RECENT_ITEMS], 4, axis=1)
+        parts = jnp.split(state[:, : 4 * self.lstm.config.hidden], 4, axis=1)
         return *parts, state[:, -RECENT_ITEMS:].astype(jnp.int32)  # type: ignore[return-value]
+
+    def summary_of(self, state: jax.Array) -> Summary | None:
+        """The summary of the history in a state [batch, ...]; None without a reranker."""
+        if self.reranker is None:
+            return None
+        return Summary.from_flat(state[:, 4 * self.lstm.config.hidden : -RECENT_ITEMS])
 
     def logits(
         self,
@@ -170,12 +193,42 @@ class Hybrid(nnx.Module):
         """
         _, state = self.encode(events, state)
         h_lstm, _, h_content, _, recent = self.split_state(state)
-        query = self.query_at((h_lstm, h_content), request_gap)
-        logits = query @ self.item_vectors().T + self.item_bias() + self.cooccurrence_logits(recent)
-        logits += trend
+        query = self.supervised_query((h_lstm, h_content), request_gap)
+        asked = query, request_gap, recent, self.summary_of(state)
+        logits, mixed = self.mixed(*asked, exclude, trend, seen)
+        if self.reranker is not None:
+            logits = self.reranker(mixed, logits, self.item_vectors())
+        if self.policy is not None:
+            logits += (self.policy(query) - query) @ self.item_vectors().T + self.policy.item_bias[...]
+        if self.new_items is not None:
+            logits = capped_logits(logits, self._new(trend), exclude)
+        return logits, state
+
+    def mixed(
+        self,
+        query: jax.Array,
+        request_gap: jax.Array,
+        recent: jax.Array,
+        summary: Summary | None,
+        exclude: Array | None = None,
+        trend: jax.Array | float = 0.0,
+        seen: SeenScores | None = None,
+    ) -> tuple[jax.Array, Mixed]:
+        """The mix's logits [batch, items + 1], and what the reranker makes of them.
+
+        `query` [batch, 2 * embedding] is that of `supervised_query`; `recent` and `summary` are of the state; the rest
+        is as for `logits`. New items are no candidates of the reranker.
+        """
+        cooccurrence = self.cooccurrence_logits(recent)
+        logits = query @ self.item_vectors().T + self.supervised_bias() + cooccurrence + trend
         if seen is not None:
             logits = logits.at[jnp.arange(len(logits))[:, None], seen.items].add(seen.scores)
+        allowed = logits if exclude is None else exclude_items(logits, jnp.asarray(exclude))
         if self.new_items is not None:
-            # An item with a trend has recent events, and so is not new any more.
-            logits = capped_logits(logits, self.new_items[...] & (trend == 0), exclude)
-        return logits, state
+            allowed = jnp.where(self._new(trend), NEVER, allowed)
+        return logits, Mixed(allowed, cooccurrence, jnp.asarray(trend), query, request_gap, recent, summary)
+
+    def _new(self, trend: jax.Array | float) -> jax.Array:
+        """[items + 1] or [batch, items + 1] bool. An item with a trend has recent events: it is not new any more."""
+        assert self.new_items is not None
+        return self.new_items[...] & (trend == 0)

@@ -60,6 +60,7 @@ def _item_arrays(weights: Weights) -> dict[str, np.ndarray]:
         "neighbour_item": weights.neighbour_item,
         "neighbour_weight": weights.neighbour_weight,
         **({} if weights.new_items is None else {"new_items": weights.new_items}),
+        **({} if weights.reranker is None else weights.reranker.tables._asdict()),
     }
 
 
@@ -80,7 +81,7 @@ def _graph(name: str, weights: Weights, signature: Signature, item_arrays: dict[
     def program(*arguments: Any) -> dict[str, Any]:
         count = len(item_arrays)
         inputs = dict(zip(list(specs)[count:], arguments[count:], strict=True))
-        items = [tf_forward.ItemArrays(*arguments[:count])] if count else []
+        items = [tf_forward.item_arrays(dict(zip(item_arrays, arguments[:count], strict=True)))] if count else []
         outputs: dict[str, Any] = forward(weights, *items, **inputs)
         return outputs
 

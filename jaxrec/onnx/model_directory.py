@@ -59,7 +59,8 @@ def export_model(
         int8: whether the LSTMs are quantized, once the float32 graphs were verified; refused where that costs quality
             (`jaxrec.onnx.quantize`).
         index: whether an approximate index of the items is added (`jaxrec.onnx.ann_index`); None: from FROM_ITEMS items
-            on. The cap of new items is part of the whole graphs alone: beside an index their vectors are zero, so that
+            on, unless the hybrid has a reranker, which needs the whole graphs. The cap of new items is part of the
+            whole graphs alone: beside an index their vectors are zero, so that
             they rank low (`Hybrid.without_new_items`). One line on the terminal says so with their number.
 
     Raises:
@@ -68,7 +69,7 @@ def export_model(
     summaries = {"dataset": data.summary(), "training": training, "metrics": metrics}
     for name, summary in summaries.items():
         _require_json(name, summary)
-    indexed = len(data.catalog) >= FROM_ITEMS if index is None else index
+    indexed = _is_indexed(hybrid, index)
     new = None if hybrid.new_items is None else np.asarray(hybrid.new_items[...])
     if indexed and new is not None:
         count = int(new.sum())
@@ -155,6 +156,17 @@ def _seen_section(hybrid: Hybrid) -> dict[str, Any]:
     features = zip(FEATURE_NAMES, EDGES, hybrid.repeat.tables(), strict=True)
     tables = {name: {"edges": list(edges), "scores": scores} for name, edges, scores in features}
     return {"items": SeenItems.ALLOW.value, **tables}
+
+
+def _is_indexed(hybrid: Hybrid, index: bool | None) -> bool:
+    """Whether an index is added. Raises ExportError where one is asked for and cannot be."""
+    if hybrid.reranker is None:
+        return len(hybrid.item_bias()) > FROM_ITEMS if index is None else index
+    if index:
+        raise ExportError("an index has no reranker: export with --index never, or remove the run's reranker.npz")
+    if len(hybrid.item_bias()) > FROM_ITEMS:
+        tqdm.write("index: none is added, since it has no reranker, which the run uses")
+    return False
 
 
 def _require_json(name: str, summary: dict[str, Any]) -> None:

@@ -17,19 +17,43 @@ from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.features import GAP_EDGES
 from jaxrec.models.masks import NEVER
 from jaxrec.models.new_items import FIRST_PLACES, GAP
+from jaxrec.models.reranker import (
+    CANDIDATES,
+    COMPARED,
+    CONTEXT_LIMIT,
+    FEATURE_LIMIT,
+    LEAST_COOCCURRENCE,
+    RATING_PRIOR,
+    RerankerTables,
+)
+from jaxrec.models.summary import DECAY, NUMBERS, SESSION_S
 from jaxrec.models.trend import EVENTS_AT_ONE, LEAST_EVENTS
-from jaxrec.onnx.weights import RECENT_WEIGHTS, LSTMWeights, PolicyWeights, Weights
+from jaxrec.onnx.weights import RECENT_WEIGHTS, LSTMWeights, PolicyWeights, RerankerArrays, Weights
 
 
 class ItemArrays(NamedTuple):
     """`vectors` [items + 1, width], `bias` [items + 1], `neighbours` [items + 1, neighbours] int32 and their weights,
-    `closeness`, of the same shape; `new` [items + 1] bool, None without new items."""
+    `closeness`, of the same shape; `new` [items + 1] bool, None without new items; `reranker`: what it looks up, None
+    without one."""
 
     vectors: Any
     bias: Any
     neighbours: Any
     closeness: Any
     new: Any = None
+    reranker: RerankerTables | None = None
+
+
+def item_arrays(named: dict[str, Any]) -> ItemArrays:
+    """The arrays by the names of the graph's initializers."""
+    return ItemArrays(
+        named["item_vectors"],
+        named["item_bias"],
+        named["neighbour_item"],
+        named["neighbour_weight"],
+        named.get("new_items"),
+        RerankerTables(*(named[name] for name in RerankerTables._fields)) if "encoder" in named else None,
+    )
 
 
 # Every weight is a NumPy array that becomes a constant inside the traced function; tf2onnx turns tensors that were
@@ -54,8 +78,10 @@ def sequence(
     """A batch of histories -> state, items, scores. `seen`: the inputs of models that allow items of the history."""
     vectors = tf.gather(items.vectors, tf.transpose(item))
     recurrent, recent = _read(weights, vectors, item, rating, gap, length)
-    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, trend, exclude, blocked, k, **seen)
-    return {"state": _state(recurrent, recent), "items": best, "scores": scores}
+    summary = None if items.reranker is None else _summary(items.reranker, item, rating, gap, length)
+    asked = _query(weights, recurrent, request_gap), recent, summary, request_gap
+    best, scores = _answer(weights, items, *asked, trend, exclude, blocked, k, **seen)
+    return {"state": _state(recurrent, recent, summary), "items": best, "scores": scores}
 
 
 def step(
@@ -75,8 +101,13 @@ def step(
 ) -> dict[str, Any]:
     """A batch of states and one event for each -> next_state, items, scores; `seen` as above."""
     recurrent, recent = _step(weights, state, tf.gather(items.vectors, item), item, rating, gap)
-    best, scores = _answer(items, _query(weights, recurrent, request_gap), recent, trend, exclude, blocked, k, **seen)
-    return {"next_state": _state(recurrent, recent), "items": best, "scores": scores}
+    summary = None
+    if items.reranker is not None:
+        before = state[:, weights.recurrent_width : -RECENT_ITEMS]
+        summary = _next_summary(before, tf.gather(items.reranker.encoder, item), rating, gap)
+    asked = _query(weights, recurrent, request_gap), recent, summary, request_gap
+    best, scores = _answer(weights, items, *asked, trend, exclude, blocked, k, **seen)
+    return {"next_state": _state(recurrent, recent, summary), "items": best, "scores": scores}
 
 
 def sequence_query(
@@ -107,7 +138,7 @@ def trend(weights: Weights, *, counts: Any) -> dict[str, Any]:
 def _read(weights: Weights, vectors: Any, item: Any, rating: Any, gap: Any, length: Any) -> tuple[Any, Any]:
     """Whole histories, vectors [length, batch, width] -> what is recurrent of the state, and the recent items."""
     batch = tf.shape(item)[0]
-    nothing = tf.zeros([batch, weights.state_width - RECENT_ITEMS])
+    nothing = tf.zeros([batch, weights.recurrent_width])
     recurrent = _advance(weights, nothing, vectors, tf.transpose(rating), tf.transpose(gap))
     timeline = tf.concat([tf.zeros([batch, RECENT_ITEMS], tf.int32), item], axis=1)
     places = tf.expand_dims(length, 1) + (RECENT_ITEMS - 1 - np.arange(RECENT_ITEMS, dtype=np.int32))
@@ -117,12 +148,56 @@ def _read(weights: Weights, vectors: Any, item: Any, rating: Any, gap: Any, leng
 def _step(weights: Weights, state: Any, vector: Any, item: Any, rating: Any, gap: Any) -> tuple[Any, Any]:
     """One event each, vector [batch, width] -> as `_read`."""
     event = (tf.expand_dims(column, 0) for column in (vector, rating, gap))
-    recurrent = _advance(weights, state[:, :-RECENT_ITEMS], *event)
+    recurrent = _advance(weights, state[:, : weights.recurrent_width], *event)
     return recurrent, tf.concat([tf.expand_dims(item, 1), tf.cast(state[:, -RECENT_ITEMS:-1], tf.int32)], axis=1)
 
 
-def _state(recurrent: Any, recent: Any) -> Any:
-    return tf.concat([recurrent, tf.cast(recent, tf.float32)], axis=1)
+def _state(recurrent: Any, recent: Any, summary: Any = None) -> Any:
+    parts = [recurrent] if summary is None else [recurrent, summary]
+    return tf.concat([*parts, tf.cast(recent, tf.float32)], axis=1)
+
+
+def _summary(tables: RerankerTables, item: Any, rating: Any, gap: Any, length: Any) -> Any:
+    """`jaxrec.models.summary` of whole histories [batch, length] -> [batch, 2 * rank + NUMBERS]."""
+    place = tf.expand_dims(tf.range(tf.shape(item)[1]), 0)
+    count = tf.expand_dims(length, 1)
+    where = place < count
+    real = tf.cast(where, tf.float32)
+    code = tf.gather(tables.encoder, item)
+    later = tf.cast(tf.maximum(count - 1 - place, 0), tf.float32)
+    weights = tf.stack([real, real * tf.exp(later * np.float32(np.log(DECAY)))], axis=1)
+    codes = tf.matmul(weights, code)
+    begins = tf.logical_and(where, tf.logical_or(gap < 0, gap > np.float32(SESSION_S)))
+    begin = tf.reduce_max(tf.where(begins, place, 0), axis=1)
+    rated = tf.cast(tf.logical_and(where, rating >= 0), tf.float32)
+    last = tf.cast(place == count - 1, tf.float32)
+    numbers = [
+        tf.cast(length, tf.float32),
+        tf.cast(length - begin, tf.float32),
+        tf.reduce_sum(last * tf.maximum(gap, 0.0), axis=1),
+        tf.reduce_sum(rated, axis=1),
+        tf.reduce_sum(rated * rating, axis=1),
+        tf.reduce_sum(last * rating, axis=1),
+    ]
+    return tf.concat([codes[:, 0], codes[:, 1], tf.stack(numbers, axis=1)], axis=1)
+
+
+def _next_summary(before: Any, code: Any, rating: Any, gap: Any) -> Any:
+    """The summary after one more event, as `jaxrec.models.summary.updated`."""
+    rank = code.shape[1]
+    events, session, _, rated, ratings, _ = tf.unstack(before[:, 2 * rank :], NUMBERS, axis=1)
+    is_rated = tf.cast(rating >= 0, tf.float32)
+    continues = tf.logical_and(gap >= 0, gap <= np.float32(SESSION_S))
+    numbers = [
+        events + 1,
+        tf.where(continues, session, 0.0) + 1,
+        tf.maximum(gap, 0.0),
+        rated + is_rated,
+        ratings + is_rated * rating,
+        rating,
+    ]
+    codes = [before[:, :rank] + code, np.float32(DECAY) * before[:, rank : 2 * rank] + code]
+    return tf.concat([*codes, tf.stack(numbers, axis=1)], axis=1)
 
 
 def _advance(weights: Weights, state: Any, vectors: Any, rating: Any, gap: Any) -> Any:
@@ -181,9 +256,12 @@ def _query(weights: Weights, recurrent: Any, request_gap: Any) -> Any:
 
 
 def _answer(
+    weights: Weights,
     items: ItemArrays,
     query: Any,
     recent: Any,
+    summary: Any,
+    request_gap: Any,
     trend: Any,
     exclude: Any,
     blocked: Any,
@@ -197,17 +275,118 @@ def _answer(
     neighbours = tf.reshape(tf.gather(items.neighbours, recent), [-1, RECENT_ITEMS * items.neighbours.shape[1]])
     decays = RECENT_WEIGHTS[:, None]
     closeness = tf.reshape(tf.gather(items.closeness, recent) * decays, tf.shape(neighbours))
-    logits = tf.tensor_scatter_nd_add(logits, _places(neighbours), closeness) + trend
+    cooccurrence = None
+    if items.reranker is None:
+        logits = tf.tensor_scatter_nd_add(logits, _places(neighbours), closeness) + trend
+    else:
+        cooccurrence = tf.tensor_scatter_nd_add(tf.zeros_like(logits), _places(neighbours), closeness)
+        logits = logits + cooccurrence + trend
     if seen is not None:
         logits = tf.tensor_scatter_nd_add(logits, _places(seen), seen_score)
     never = tf.fill(tf.shape(exclude), np.float32(NEVER))
     logits = tf.tensor_scatter_nd_update(logits, _places(exclude), never)
     logits = tf.where(blocked, np.float32(NEVER), logits)
-    if items.new is not None:
-        logits = _capped(logits, tf.logical_and(items.new, tf.equal(trend, 0.0)))
+    new = None if items.new is None else tf.logical_and(items.new, tf.equal(trend, 0.0))
+    if weights.reranker is not None:
+        logits = _reranked(
+            weights.reranker, items, logits, new, cooccurrence, trend, query, request_gap, recent, summary
+        )
+    if new is not None:
+        logits = _capped(logits, new)
     # Without the column of the padding, which so cannot be an answer even when all others are excluded.
     scores, columns = tf.math.top_k(logits[:, 1:], tf.squeeze(k, 0))
     return columns + 1, scores
+
+
+def _reranked(
+    reranker: RerankerArrays,
+    items: ItemArrays,
+    logits: Any,
+    new: Any,
+    cooccurrence: Any,
+    trend: Any,
+    query: Any,
+    request_gap: Any,
+    recent: Any,
+    summary: Any,
+) -> Any:
+    """`jaxrec.models.reranker`: the logits, NEVER at what is excluded, with those of the candidates replaced."""
+    tables = items.reranker
+    assert tables is not None
+    allowed = logits if new is None else tf.where(new, np.float32(NEVER), logits)
+    mix, best = tf.math.top_k(allowed[:, 1:], min(CANDIDATES, items.vectors.shape[0] - 1))
+    best = best + 1
+    where = mix > NEVER / 2
+    real = tf.cast(where, tf.float32)
+    width, rank = items.vectors.shape[1], tables.encoder.shape[1]
+    halves = tf.gather(items.vectors, best) * tf.expand_dims(query, 1)
+    bias = tf.gather(tables.part_bias, best)
+    lstm = tf.reduce_sum(halves[:, :, : width // 2], axis=2) + bias[:, :, 0]
+    content = tf.reduce_sum(halves[:, :, width // 2 :], axis=2) + bias[:, :, 1]
+    of_cooccurrence = tf.gather(cooccurrence, best, batch_dims=1)
+    decoder, genres = tf.gather(tables.decoder, best), tf.gather(tables.genres, best)
+    of_recent = tf.gather(tables.genres, recent)
+    known = tf.maximum(tf.reduce_sum(tf.cast(recent > 0, tf.float32), axis=1, keepdims=True), 1.0)
+    ratings = tf.gather(tables.item_rating, best)
+    features = tf.stack(
+        [
+            tf.where(where, mix, 0.0),
+            lstm,
+            content,
+            of_cooccurrence,
+            tf.math.log(of_cooccurrence + np.float32(LEAST_COOCCURRENCE)),
+            tf.gather(trend, best),
+            _products(decoder, summary[:, :rank]),
+            _products(decoder, summary[:, rank : 2 * rank]),
+            _products(genres, of_recent[:, 0]),
+            _products(genres, tf.reduce_sum(of_recent, axis=1) / known),
+            ratings,
+        ],
+        axis=2,
+    )
+    mask = tf.expand_dims(real, 2)
+    count = tf.maximum(tf.reduce_sum(mask, axis=1, keepdims=True), 1.0)
+    features = mask * (features - tf.reduce_sum(mask * features, axis=1, keepdims=True) / count)
+    scales = reranker.scales
+    features = tf.clip_by_value(features / scales.features, -FEATURE_LIMIT, FEATURE_LIMIT)
+    context = _context(tables, lstm, content, where, request_gap, summary[:, 2 * rank :])
+    context = tf.clip_by_value((context - scales.context_mean) / scales.context, -CONTEXT_LIMIT, CONTEXT_LIMIT)
+    by_request = reranker.weights.direct + tf.matmul(context, reranker.weights.by_context)
+    scores = mix + _products(features, by_request)
+    of_scores, of_mix = (
+        tf.reduce_logsumexp(tf.where(where, x, np.float32(NEVER)), axis=1, keepdims=True) for x in (scores, mix)
+    )
+    new_logits = tf.where(where, scores - of_scores + of_mix, tf.gather(logits, best, batch_dims=1))
+    return tf.tensor_scatter_nd_update(logits, _places(best), new_logits)
+
+
+def _context(tables: RerankerTables, lstm: Any, content: Any, where: Any, request_gap: Any, numbers: Any) -> Any:
+    """[batch, CONTEXT], not scaled; `numbers` [batch, NUMBERS] of the summary."""
+    events, session, gap, rated, total, last = tf.unstack(numbers, NUMBERS, axis=1)
+    timed = request_gap >= 0
+    user_rating = (total + np.float32(RATING_PRIOR) * tables.item_rating[0]) / (rated + np.float32(RATING_PRIOR))
+    of_lstm, of_content = (tf.nn.log_softmax(tf.where(where, x, np.float32(NEVER))) for x in (lstm, content))
+    first = where[:, :COMPARED]
+    apart = tf.where(first, tf.abs(of_lstm - of_content)[:, :COMPARED], 0.0)
+    compared = tf.maximum(tf.reduce_sum(tf.cast(first, tf.float32), axis=1), 1.0)
+    entropies = (-tf.reduce_sum(tf.where(where, tf.exp(p) * p, 0.0), axis=1) for p in (of_lstm, of_content))
+    columns = [
+        tf.cast(timed, tf.float32),
+        tf.math.log(1 + tf.where(timed, request_gap, 0.0)),
+        tf.math.log(1 + events),
+        tf.math.log(1 + gap),
+        tf.math.log(1 + session),
+        user_rating,
+        tf.where(last >= 0, last, user_rating),
+        *entropies,
+        tf.reduce_sum(apart, axis=1) / compared,
+    ]
+    return tf.stack(columns, axis=1)
+
+
+def _products(rows: Any, vector: Any) -> Any:
+    """rows [batch, n, width] and vector [batch, width] -> [batch, n]."""
+    return tf.squeeze(tf.matmul(rows, tf.expand_dims(vector, 2)), 2)
 
 
 def _capped(logits: Any, new: Any) -> Any:

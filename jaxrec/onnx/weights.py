@@ -14,7 +14,9 @@ from jaxrec.errors import ExportError
 from jaxrec.models.cooccurrence import RECENT_DECAY, RECENT_ITEMS
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.lstm import LSTM
+from jaxrec.models.reranker import Reranker, RerankerTables, RerankerWeights, Scales
 from jaxrec.models.sequence import TimeRatingAwareLSTM
+from jaxrec.models.summary import NUMBERS
 
 RECENT_WEIGHTS = RECENT_DECAY ** np.arange(RECENT_ITEMS, dtype=np.float32)
 """What the neighbours of the last event, the one before it, and so on, count."""
@@ -52,6 +54,15 @@ class TrendWeights:
 
 
 @dataclasses.dataclass(frozen=True)
+class RerankerArrays:
+    """`jaxrec.models.reranker`: what it looks up, the scales, and the weights."""
+
+    tables: RerankerTables
+    scales: Scales
+    weights: RerankerWeights
+
+
+@dataclasses.dataclass(frozen=True)
 class Weights:
     """Float32 arrays. width = 2 * embedding; `ratings` and `times` are twice the width of one model's features.
 
@@ -61,7 +72,7 @@ class Weights:
     `projection` [2 * hidden, width] (block-diagonal), `projection_bias` [width], `neighbour_item` int32 and
     `neighbour_weight` [items + 1, neighbours] of the co-occurrence, the weights as they are added to the logits;
     `new_items` [items + 1] bool (`jaxrec.models.new_items`), None where there are none; `allow_seen`: items of the
-    history are candidates, and what is added to their logits is an input.
+    history are candidates, and what is added to their logits is an input; `reranker` None: there is none.
     """
 
     item_vectors: np.ndarray
@@ -82,6 +93,7 @@ class Weights:
     trend: TrendWeights
     new_items: np.ndarray | None = None
     allow_seen: bool = False
+    reranker: RerankerArrays | None = None
 
     @property
     def item_count(self) -> int:
@@ -93,7 +105,15 @@ class Weights:
 
     @property
     def state_width(self) -> int:
-        return 2 * self.lstm.hidden + 2 * self.content.hidden + RECENT_ITEMS
+        return self.recurrent_width + self.summary_width + RECENT_ITEMS
+
+    @property
+    def recurrent_width(self) -> int:
+        return 2 * self.lstm.hidden + 2 * self.content.hidden
+
+    @property
+    def summary_width(self) -> int:
+        return 0 if self.reranker is None else 2 * self.reranker.tables.encoder.shape[1] + NUMBERS
 
 
 def extract_weights(hybrid: Hybrid) -> Weights:
@@ -134,7 +154,12 @@ def extract_weights(hybrid: Hybrid) -> Weights:
         trend=TrendWeights(np.asarray(hybrid.trend.weights[...]), np.asarray(hybrid.trend.typical[...])),
         new_items=None if hybrid.new_items is None else np.asarray(hybrid.new_items[...]),
         allow_seen=hybrid.repeat is not None,
+        reranker=None if hybrid.reranker is None else _reranker_arrays(hybrid.reranker),
     )
+
+
+def _reranker_arrays(reranker: Reranker) -> RerankerArrays:
+    return RerankerArrays(*jax.tree.map(np.asarray, (reranker.tables, reranker.scales, reranker.weights)))
 
 
 def _request_views(model: TimeRatingAwareLSTM) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,46 @@ class RewardWeights:
 
 
 @dataclasses.dataclass(frozen=True)
+class RerankingConfig:
+    """Learning to rerank by cross-fitting (`jaxrec.rl.reranking`).
+
+    Attributes:
+        seed: Of everything random.
+        folds: Parts that the users are divided into; each is decided on by models that were trained on the others.
+        fold_epochs: Epochs of those models, with a learning rate that falls to 0 at their end.
+        events: Last training events of each user that are decisions.
+        decisions: Most decisions in all; of more, each user has fewer.
+        updates: Of the weights.
+        batch_size: Decisions per update.
+        learning_rate: Of Adam; it falls to 2 % by a cosine.
+        penalty: Of the squared weights.
+        reward_weight: Of the slate's reward, beside the cross-entropy.
+        slate_size: Items of a slate.
+        samples: Rankings drawn for each decision and update.
+        rewards: Weights of the reward terms.
+    """
+
+    seed: int = 0
+    folds: int = 3
+    fold_epochs: int = 8
+    events: int = 40
+    decisions: int = 40_000
+    updates: int = 500
+    batch_size: int = 256
+    learning_rate: float = 1e-2
+    penalty: float = 3e-4
+    reward_weight: float = 1.0
+    slate_size: int = 10
+    samples: int = 4
+    rewards: RewardWeights = dataclasses.field(default_factory=RewardWeights)
+
+    def __post_init__(self) -> None:
+        """Refuses a weight of diversity, which depends on the items above: here an item's reward may not."""
+        if self.rewards.diversity:
+            raise ValueError("diversity depends on the items above, so that its weight must be 0 for a reranker")
+
+
+@dataclasses.dataclass(frozen=True)
 class LoggedConfig:
     """Training on the events of the run's own log (`jaxrec.rl.logged`).
 

@@ -11,6 +11,9 @@ RUN/content_head.npz            what gives items without training events their v
 RUN/hybrid.json                 the weights of the mix (`jaxrec.training.mix.Mix`), with its validation figures;
                                 `new_items`: how high the items without training events rank
                                 (`jaxrec.training.new_items`)
+RUN/reranker.npz                the reranker that `jaxrec rl rerank` learned, if it is used
+RUN/reranker.json               whether it is used and why, the figures, the configuration
+RUN/reranker.partial/           where an interrupted `jaxrec rl rerank` stands: one folder for each fold
 RUN/evaluation.json             written by `jaxrec evaluate`; goes into the manifest of the exported model
 RUN/policy/                     the policy that `jaxrec rl` trained last (unless it was refused):
     policy.json                 whether the policy is used and why, the figures, the configuration, its models' digest
@@ -50,7 +53,9 @@ from jaxrec.files import read_json
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.neighbours import Neighbours
+from jaxrec.models.reranker import Reranker, RerankerTables, RerankerWeights, Scales
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
+from jaxrec.rl.checkpoint import models_digest
 from jaxrec.training.content_head import ContentHead
 from jaxrec.training.loop import load_trained
 from jaxrec.training.mix import Mix
@@ -77,6 +82,9 @@ POLICY_PREVIOUS_FOLDER = "policy.previous"
 POLICY_REFUSED_FOLDER = "policy.refused"
 POLICY_PLOT_FILE = "training.png"
 POLICY_SCHEMA_VERSION = 4
+RERANKER_FILE = "reranker.npz"
+RERANKER_OUTCOME_FILE = "reranker.json"
+RERANKER_PARTIAL_FOLDER = "reranker.partial"
 SERVED_OUTCOME_FILE = "policy_from_log.json"
 SIMULATED_OUTCOME_FILE = "policy_from_simulator.json"
 POLICY_FILES = (
@@ -87,6 +95,9 @@ POLICY_FILES = (
     SIMULATOR_PARTIAL_FOLDER,
     SERVED_OUTCOME_FILE,
     SIMULATED_OUTCOME_FILE,
+    RERANKER_FILE,
+    RERANKER_OUTCOME_FILE,
+    RERANKER_PARTIAL_FOLDER,
 )  # all that belongs to the models that the run has now
 INITIAL_WEIGHTS = 2**32 - 1  # folded into the seed's key; training folds in the numbers of its steps
 
@@ -255,8 +266,14 @@ def place_new_items(
     return new
 
 
-def load_supervised(run: Run, data: PreparedData) -> Hybrid:
-    """The mix of the run's two trained models and its co-occurrence, without a policy."""
+def load_supervised(run: Run, data: PreparedData, reranker: bool = True) -> Hybrid:
+    """The mix of the run's two trained models and its co-occurrence, without a policy.
+
+    Args:
+        run: That was trained.
+        data: That it was trained on.
+        reranker: Whether its reranker, if it uses one, is on top of the mix.
+    """
     mix = read_json(run.folder / HYBRID_FILE, "finish the training: `jaxrec train DATA --out RUN --resume`")
     ranked = mix.pop("new_items")
     lstm, content = new_models(data, run.model_config, run.train_config.seed)
@@ -266,4 +283,28 @@ def load_supervised(run: Run, data: PreparedData) -> Hybrid:
     hybrid = Mix(**mix).hybrid(lstm, content, CoOccurrence(read_cooccurrence(run)[0]), new)
     if new is not None:
         shift_logits(hybrid, new, ranked["shift"])
-    return hybrid
+    path = run.folder / RERANKER_FILE
+    return hybrid.with_reranker(read_reranker(path, hybrid)) if reranker and path.is_file() else hybrid
+
+
+def read_reranker(path: Path, supervised: Hybrid) -> Reranker:
+    """The reranker in a file.
+
+    Args:
+        path: As `jaxrec.runs.rl_rerank` wrote it.
+        supervised: The models under it.
+
+    Raises:
+        DataError: It is damaged, or was learned on top of other models.
+    """
+    again = "run `jaxrec rl rerank` again"
+    kinds = RerankerTables, Scales, RerankerWeights
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            tables, scales, weights = (kind(*(arrays[name] for name in kind._fields)) for kind in kinds)
+            models = str(arrays["models"])
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {again}") from error
+    if models != models_digest(supervised):
+        raise DataError(f"{path}: was learned on top of other models than the run has now; {again}")
+    return Reranker(tables, scales, weights)  # type: ignore[arg-type]

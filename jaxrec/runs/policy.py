@@ -31,6 +31,7 @@ from jaxrec.runs.directory import (
     POLICY_SCHEMA_VERSION,
     POLICY_STEPS_FILE,
     POLICY_VARIABLES_FILE,
+    RERANKER_FILE,
     Run,
     load_supervised,
     open_run,
@@ -75,11 +76,17 @@ def load_run(folder: Path) -> LoadedRun:
 
     Raises:
         DataError: The run, its data or its models cannot be read, or the run may recommend items of the history again:
-            the states of a policy do not hold how many events an item of the history has, and when.
+            the states of a policy do not hold how many events an item of the history has, and when. Or the run uses a
+            reranker: policies are trained on the mix alone.
     """
     run = open_run(folder)
     data = run.read_data()
     supervised = load_supervised(run, data)
+    if supervised.reranker is not None:
+        raise DataError(
+            f"{run.folder} uses a reranker (`jaxrec rl rerank`), and a policy is trained only for runs without one: "
+            f"remove {run.folder / RERANKER_FILE} first"
+        )
     if supervised.repeat is not None:
         raise DataError(
             f"{run.folder} may recommend items of the history again, and a policy is trained only for models that "

@@ -10,11 +10,11 @@ import numpy as np
 from jaxrec.data.batches import CaseBatch, case_batches
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.trend import DecayedCounts
-from jaxrec.evaluation.metrics import exclude_items, rank_of_target
+from jaxrec.evaluation.metrics import rank_of_target
 from jaxrec.evaluation.ranking import in_time, without_request_time
 from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.models.masks import NEVER
+from jaxrec.models.masks import NEVER, exclude_items
 from jaxrec.models.new_items import FIRST_PLACES
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.training.mix import MAX_MIX_CASES

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrec.evaluation.metrics import exclude_items
-from jaxrec.models.masks import NEVER
+from jaxrec.models.masks import NEVER, exclude_items
 from jaxrec.rl.policy import entropy, greedy_slates, kl_divergence, sample_slates, slate_logprobs
 
 # Padding, then three items that are drawn with probabilities 1/2, 1/3, 1/6.

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrec.evaluation.metrics import exclude_items
 from jaxrec.models.features import Array
+from jaxrec.models.masks import exclude_items
 from jaxrec.rl.updates import Learner, Loss, make_updates, new_learner
 
 BINS = 20  # of the calibration, each of which spans a factor of two

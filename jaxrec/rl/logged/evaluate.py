@@ -14,10 +14,11 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.split import Cases
 from jaxrec.evaluation.bootstrap import Estimate, bootstrap, resample
-from jaxrec.evaluation.metrics import coverage, exclude_items, hit_rate, ndcg, rank_of_target
+from jaxrec.evaluation.metrics import coverage, hit_rate, ndcg, rank_of_target
 from jaxrec.evaluation.ranking import TOP
 from jaxrec.models.cooccurrence import recent_items
 from jaxrec.models.hybrid import Hybrid, PolicyHead
+from jaxrec.models.masks import exclude_items
 from jaxrec.rl.config import RewardWeights
 from jaxrec.rl.logged.states import rating_or_mean
 from jaxrec.rl.outcome import PolicyOutcome

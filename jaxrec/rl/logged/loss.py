@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrec.evaluation.metrics import exclude_items
 from jaxrec.models.hybrid import PolicyHead
+from jaxrec.models.masks import exclude_items
 from jaxrec.rl.config import LoggedConfig
 from jaxrec.rl.constraints import floor_penalty, slate_coverage
 from jaxrec.rl.logged.methods import Method, Transitions

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxrec.evaluation.metrics import exclude_items
 from jaxrec.models.hybrid import PolicyHead
-from jaxrec.models.masks import NEVER
+from jaxrec.models.masks import NEVER, exclude_items
 from jaxrec.models.new_items import capped_logits
 from jaxrec.rl.policy import recommendable, slate_logprobs
 from jaxrec.rl.scoring import Scoring, policy_logits

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrec.evaluation.metrics import exclude_items
 from jaxrec.models.hybrid import PolicyHead
-from jaxrec.models.masks import NEVER
+from jaxrec.models.masks import NEVER, exclude_items
 from jaxrec.rl.config import SimulatedConfig
 from jaxrec.rl.logged.states import States
 from jaxrec.rl.policy import kl_divergence, sample_slates, slate_logprobs

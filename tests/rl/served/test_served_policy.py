@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from jaxrec.errors import DataError
-from jaxrec.evaluation.metrics import exclude_items
 from jaxrec.models.cooccurrence import RECENT_ITEMS
-from jaxrec.models.masks import NEVER
+from jaxrec.models.masks import NEVER, exclude_items
 from jaxrec.rl.config import ServedConfig
 from jaxrec.rl.policy import sample_slates
 from jaxrec.rl.rewards import RewardTables, RewardTerms

@@ -13,9 +13,9 @@ from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import UNKNOWN_GAP
-from jaxrec.evaluation.metrics import exclude_items
 from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.masks import exclude_items
 from jaxrec.rl.config import SimulatedConfig
 from jaxrec.rl.logged.states import training_states
 from jaxrec.rl.policy import greedy_slates, sample_slates

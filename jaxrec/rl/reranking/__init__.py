@@ -1,0 +1,1 @@
+"""Learning to rerank: held-out decisions by cross-fitting, the loss, and the gate."""

@@ -1,0 +1,157 @@
+"""Fits a reranker's weights to held-out decisions.
+
+The loss of a decision is
+
+    cross-entropy of the item that came next, among the candidates
+    + reward_weight * PL-Rank-2 (`jaxrec.rl.losses.pl_rank`) of the slate's reward
+    + penalty * the squared weights
+
+A decision whose next item is no candidate has no cross-entropy. Its slate still earns what the other reward terms give.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrec.models.masks import NEVER
+from jaxrec.models.reranker import CONTEXT, FEATURES, Candidates, RerankerWeights, Scales, scaled, scores
+from jaxrec.rl.config import RerankingConfig
+from jaxrec.rl.losses.pl_rank import pl_rank_loss
+from jaxrec.rl.reranking.decisions import Decisions
+from jaxrec.rl.rewards import rank_discounts
+from jaxrec.rl.updates import Learner, make_updates, new_learner, run_updates
+from jaxrec.training.stopping import StopRequested, never
+
+UPDATES_PER_CHUNK = 100
+SCALED_BY = 5_000  # decisions that the scales are measured on
+LEAST_SCALE = 1e-3
+
+
+class Fitted(NamedTuple):
+    """The scales, the weights, and one record per update."""
+
+    scales: Scales
+    weights: RerankerWeights
+    updates: list[dict[str, float]]
+
+
+class Problem(NamedTuple):
+    """Decisions on the device, scaled: `features` [decisions, candidates, FEATURES] float16, `context`, `mix`, `place`
+    as in `Decisions`, and the `rewards` [decisions, candidates] of each candidate."""
+
+    features: jax.Array
+    context: jax.Array
+    mix: jax.Array
+    place: jax.Array
+    rewards: jax.Array
+
+
+def fit_reranker(
+    decisions: Decisions, rewards: np.ndarray, config: RerankingConfig, stop: StopRequested = never
+) -> Fitted:
+    """Fits scales and weights.
+
+    Args:
+        decisions: On users that neither the models nor the tables behind the features know.
+        rewards: [decisions, candidates] float32, what each candidate would earn on the first place.
+        config: Of the loss and of the optimizer.
+        stop: Asked between chunks of updates.
+
+    Returns:
+        What was fitted.
+
+    Raises:
+        TrainingError: The loss is not finite.
+        TrainingStopped: `stop()` was true.
+    """
+    scales = measured_scales(decisions)
+    features, context = scaled_rows(decisions, scales)
+    problem = Problem(
+        *jax.device_put((features, context, decisions.mix, decisions.place, np.asarray(rewards, np.float32)))
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.updates, 0.02)),
+    )
+    start = RerankerWeights(jnp.zeros(len(FEATURES)), jnp.zeros((len(CONTEXT), len(FEATURES))))
+    updates = make_updates(_loss(config), optimizer)
+    learner, records, key = new_learner(start, optimizer), list[dict[str, float]](), jax.random.key(config.seed)
+    name = "learning to rerank"
+    for updated, of_chunk in run_updates(
+        updates, learner, problem, key, config.updates, UPDATES_PER_CHUNK, name, stop, "nothing is kept"
+    ):
+        learner, records = updated, records + of_chunk
+    return Fitted(scales, jax.tree.map(np.array, learner.params), records)
+
+
+def measured_scales(decisions: Decisions) -> Scales:
+    """Standard deviations of features and context, and the context's mean."""
+    some = np.unique(np.linspace(0, len(decisions) - 1, SCALED_BY).astype(np.int64))
+    features = decisions.features[some][decisions.mix[some] > NEVER / 2].astype(np.float32)
+    return Scales(
+        np.maximum(features.std(axis=0), LEAST_SCALE),
+        decisions.context.mean(axis=0),
+        np.maximum(decisions.context.std(axis=0), LEAST_SCALE),
+    )
+
+
+def scaled_rows(decisions: Decisions, scales: Scales) -> tuple[np.ndarray, np.ndarray]:
+    """`jaxrec.models.reranker.scaled` of all decisions; features as float16."""
+    parts = [
+        jax.device_get(_scaled(decisions.features[rows], decisions.context[rows], scales))
+        for rows in np.array_split(np.arange(len(decisions)), max(1, len(decisions) // 4096))
+    ]
+    features, context = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return features, context
+
+
+@jax.jit
+def _scaled(features: jax.Array, context: jax.Array, scales: Scales) -> tuple[jax.Array, jax.Array]:
+    nothing = jnp.zeros(features.shape[:2])
+    found = scaled(Candidates(nothing, nothing, features.astype(jnp.float32), context), scales)
+    return found[0].astype(jnp.float16), found[1]
+
+
+def reranked_scores(fitted: Fitted, decisions: Decisions) -> np.ndarray:
+    """[decisions, candidates] float32: by which the candidates are ranked."""
+    features, context = scaled_rows(decisions, fitted.scales)
+    found = [
+        np.asarray(_scores(fitted.weights, decisions.mix[rows], features[rows], context[rows]))
+        for rows in np.array_split(np.arange(len(decisions)), max(1, len(decisions) // 4096))
+    ]
+    return np.concatenate(found)
+
+
+@jax.jit
+def _scores(weights: RerankerWeights, mix: jax.Array, features: jax.Array, context: jax.Array) -> jax.Array:
+    return scores(weights, mix, features.astype(jnp.float32), context)
+
+
+def _loss(config: RerankingConfig) -> Any:
+    discounts = jnp.asarray(rank_discounts(config.slate_size))
+
+    def loss(
+        weights: RerankerWeights, learner: Learner, problem: Problem, key: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+        row_key, slate_key = jax.random.split(jax.random.fold_in(key, learner.step))
+        rows = jax.random.randint(row_key, (config.batch_size,), 0, len(problem.place))
+        batch = jax.tree.map(lambda column: column[rows], problem)
+        where = batch.mix > NEVER / 2
+        logits = jnp.where(where, scores(weights, batch.mix, batch.features.astype(jnp.float32), batch.context), NEVER)
+        known = batch.place >= 0
+        of_target = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(batch.place, 0)[:, None], axis=1)[:, 0]
+        imitation = -jnp.sum(jnp.where(known, of_target, 0.0)) / jnp.maximum(jnp.sum(known), 1)
+        squares = jnp.sum(jnp.square(weights.direct)) + jnp.sum(jnp.square(weights.by_context))
+        total = imitation + config.penalty * squares
+        top = jax.lax.top_k(logits, min(config.slate_size, logits.shape[1]))[1]
+        earned = jnp.take_along_axis(batch.rewards, top, axis=1) @ discounts[: top.shape[1]]
+        if config.reward_weight:
+            total += config.reward_weight * pl_rank_loss(
+                slate_key, logits, batch.rewards, where, discounts, config.samples
+            )
+        return total, ({"reward": jnp.mean(earned), "imitation_loss": imitation, "squares": squares}, ())
+
+    return loss
