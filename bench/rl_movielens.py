@@ -27,16 +27,6 @@ from typing import Any
 import click
 import jax
 import numpy as np
-
-from bench.publish import Page, less, origin, publish_option, read_figures, write_arrays, write_figures
-from jaxrec.data.prepared import PreparedData
-from jaxrec.data.trend import DecayedCounts
-from jaxrec.evaluation.baselines import best_half_life, recent_popularity_scorer
-from jaxrec.evaluation.bootstrap import Estimate, bootstrap, resample
-from jaxrec.evaluation.metrics import coverage, ndcg, rank_of_target
-from jaxrec.evaluation.ranking import Ranked, rank_cases
-from jaxrec.models.masks import exclude_items
-from jaxrec.rl.config import LoggedConfig, RewardWeights
 from jaxrec.rl.logged.evaluate import (
     TOP,
     CaseResults,
@@ -48,6 +38,16 @@ from jaxrec.rl.logged.evaluate import (
 )
 from jaxrec.rl.logged.methods import METHODS
 from jaxrec.rl.logged.train import PHASES, LoggedTraining, logged_training
+
+from bench.publish import Page, less, origin, publish_option, read_figures, write_arrays, write_figures
+from jaxrec.data.prepared import PreparedData
+from jaxrec.data.trend import DecayedCounts
+from jaxrec.evaluation.baselines import best_half_life, recent_popularity_scorer
+from jaxrec.evaluation.bootstrap import Estimate, bootstrap, resample
+from jaxrec.evaluation.metrics import coverage, ndcg, rank_of_target
+from jaxrec.evaluation.ranking import Ranked, rank_cases
+from jaxrec.models.masks import exclude_items
+from jaxrec.rl.config import LoggedConfig, RewardWeights
 from jaxrec.rl.policy import greedy_slates
 from jaxrec.rl.rewards import slate_reward_terms, total_reward
 from jaxrec.rl.scoring import Scoring, returns, supervised_logits

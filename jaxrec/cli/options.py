@@ -1,5 +1,6 @@
 """What several commands share: the types of their arguments, and which options were given."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,3 +38,20 @@ def given_options(context: click.Context) -> list[str]:
 def option_name(parameter: str) -> str:
     """The option as it is typed: `--max-epochs` for `max_epochs`."""
     return f"--{parameter.replace('_', '-')}"
+
+
+class Share(click.ParamType):
+    """A share, given as `1%` or as `0.01`."""
+
+    name = "percentage"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
+        """The share, from 0 to below 1."""
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = math.nan
+        if not 0 <= share < 1:
+            self.fail(f"{text!r}, expected a share such as 1% or 0.01, from 0 to below 1", param, context)
+        return share

@@ -1,4 +1,4 @@
-"""`jaxrec rl rerank|logged|served|simulated`: the options, and what is printed. The commands import what computes."""
+"""`jaxrec rl logged|served|simulated`: the options, and what is printed. The commands import what computes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,13 +14,14 @@ from jaxrec.cli.options import (
     SEED,
     SEED_HELP,
     Command,
+    Share,
     given_options,
     option_name,
     with_options,
 )
 from jaxrec.config import Config
 from jaxrec.errors import TrainingStopped
-from jaxrec.rl.config import METHOD_NAMES, LoggedConfig, RerankingConfig, RewardWeights, ServedConfig, SimulatedConfig
+from jaxrec.rl.config import PL_RANK, REINFORCE, LoggedConfig, RewardWeights, ServedConfig, SimulatedConfig
 from jaxrec.rl.outcome import PolicyOutcome
 from jaxrec.training.stopping import stop_on_signals
 
@@ -92,8 +93,8 @@ def rl() -> None:
     """Fine-tunes a policy of RUN (from `jaxrec train`) by reinforcement learning.
 
     A new policy is used only if an evaluation on data that it was not trained on shows an improvement; otherwise the
-    policy in use stays. `logged` starts from the supervised models. `served` and `simulated` start from the policy in
-    use, so that they can follow one another in any order.
+    policy in use stays. `logged` comes first, as part of the main job. `served` and `simulated` train on top of it and
+    start from the policy in use, so that they can follow one another in any order.
 
     The intervals of these evaluations are valid for a single run. Trying several options until one passes inflates
     false positives.
@@ -104,64 +105,41 @@ def rl() -> None:
 @RUN
 @RESUME
 @_options(
-    RerankingConfig,
+    LoggedConfig,
+    method=(
+        click.Choice((PL_RANK, REINFORCE)),
+        "Gradient of the slate's reward: PL-Rank-2, or REINFORCE with the other samples as baseline.",
+    ),
     folds=(click.IntRange(2), "Parts of the users; each is scored by models that were trained on the others."),
     fold_epochs=(COUNT, "Epochs of these models."),
     events=(COUNT, "Last training events of each user to learn from."),
     decisions=(COUNT, "Most events to learn from in all."),
     penalty=(WEIGHT, "Of the squared weights."),
     reward_weight=(WEIGHT, "Weight of the slate's reward, beside the cross-entropy of the next item."),
+    ndcg_budget=(
+        Share(),
+        "What the rewards may cost of NDCG@10 for held-out users, such as 1%; their weight is then chosen so that they "
+        "earn most. It takes six fits more.  [default: --reward-weight]",
+    ),
     samples=(COUNT, "Rankings drawn for each event and update."),
 )
-def rerank(run: Path, resume: bool, **values: Any) -> None:
-    """Learns to rerank the best items of RUN's mix, with weights that depend on the request.
+def logged(run: Path, resume: bool, **values: Any) -> None:
+    """Trains a policy on the log that RUN was trained on: it reranks the 100 best items of RUN's mix.
 
     It learns from events of users that the models behind them were not trained on (cross-fitting), which takes about as
-    long as the training of RUN. The reranker is used if it improves NDCG@10 and slate reward significantly for other
-    held-out users, and NDCG@10 does not fall on validation. `rl logged`, `served` and `simulated` train policies for
-    runs without a reranker only. SIGTERM and Ctrl-C end the training; --resume continues.
+    long as the training of RUN. It is used if it improves NDCG@10 and slate reward significantly for other held-out
+    users, and NDCG@10 does not fall on validation. `rl served` and `rl simulated` train on top of it. SIGTERM and
+    Ctrl-C end the training; --resume continues with exactly the same result.
     """
     _refuse_changes(resume)
     from jaxrec.runs.directory import open_run
-    from jaxrec.runs.rl_rerank import run_reranking
-
-    config = _config(RerankingConfig, values)
-    _echo(lambda stop: run_reranking(open_run(run), config, resume, stop), f"jaxrec rl rerank {run} --resume")
-
-
-@rl.command()
-@RUN
-@click.option(
-    "--method",
-    type=click.Choice(METHOD_NAMES),
-    default=METHOD_NAMES[0],
-    help="REINFORCE with a learned baseline; Plackett-Luce with the other samples as baseline; off-policy from the "
-    "logged items with top-K correction; actor-critic with advantages over sampled items.",
-)
-@RESUME
-@_options(
-    LoggedConfig,
-    samples=(COUNT, "Slates drawn for each decision, at least; plackett-luce draws 4."),
-    imitation_weight=(WEIGHT, "Weight of the rating-weighted cross-entropy of the logged items."),
-    discount=(SHARE, "Discount of the reward one event later, for actor-critic."),
-)
-def logged(run: Path, method: str, resume: bool, **values: Any) -> None:
-    """Trains a policy on the log that RUN was trained on.
-
-    It is used if, on validation, slate reward and reward-weighted NDCG@10 improve significantly over the supervised
-    models and over the policy in use, NDCG@10 does not fall below either, and a control with permuted rewards does not
-    improve. SIGTERM and Ctrl-C save and end the training; --resume continues with exactly the same result.
-    """
-    _refuse_changes(resume)
-    from jaxrec.rl.logged.methods import METHODS
-    from jaxrec.runs.policy import load_run
     from jaxrec.runs.rl_logged import run_logged
 
-    config = _config(LoggedConfig, values)
-    _echo(
-        lambda stop: run_logged(load_run(run), config, METHODS[method], resume, stop),
-        f"jaxrec rl logged {run} --resume",
-    )
+    try:
+        config = _config(LoggedConfig, values)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    _echo(lambda stop: run_logged(open_run(run), config, resume, stop), f"jaxrec rl logged {run} --resume")
 
 
 @rl.command()

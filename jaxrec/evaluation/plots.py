@@ -57,6 +57,31 @@ def plot_rl(steps: Sequence[Mapping[str, float]], log: Sequence[Mapping[str, Any
     _save(figure, path)
 
 
+def plot_logged(curves: Sequence[Mapping[str, Any]], frontier: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The training of a reranker: gains over the mix for held-out users by update, and what the rewards cost.
+
+    Args:
+        curves: `jaxrec.rl.logged.learn.Point` of each fit and update, as mappings.
+        frontier: The same of fits with several weights of the rewards; empty: that panel is left out.
+        path: PNG file.
+    """
+    figure = Figure(figsize=(13, 4) if frontier else (9, 4), layout="constrained")
+    axes = figure.subplots(1, 3 if frontier else 2)
+    for axis, measure, title in ((axes[0], "reward", "Slate reward"), (axes[1], "ndcg", "NDCG@10")):
+        for name in dict.fromkeys(point["name"] for point in curves):
+            points = [(point["step"], point[measure]) for point in curves if point["name"] == name]
+            axis.plot(*zip((0, 0.0), *points, strict=True), "o-", markersize=3, label=name)
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.set(title=f"{title} of held-out users, gain over the mix", xlabel="update")
+        axis.legend(fontsize="small")
+    if frontier:
+        axes[2].plot([point["ndcg"] for point in frontier], [point["reward"] for point in frontier], "o-")
+        for point in frontier:
+            axes[2].annotate(f"{point['reward_weight']:g}", (point["ndcg"], point["reward"]), fontsize="small")
+        axes[2].set(title="Weight of the rewards", xlabel="gain in NDCG@10", ylabel="gain in slate reward")
+    _save(figure, path)
+
+
 def plot_metrics(rows: Sequence[MetricsRow], path: Path) -> None:
     """HR@10 and NDCG@10 of every row with their intervals."""
     figure = Figure(figsize=(11, 0.5 * len(rows) + 1.5), layout="constrained")

@@ -197,7 +197,7 @@ class Hybrid(nnx.Module):
         asked = query, request_gap, recent, self.summary_of(state)
         logits, mixed = self.mixed(*asked, exclude, trend, seen)
         if self.reranker is not None:
-            logits = self.reranker(mixed, logits, self.item_vectors())
+            logits = self.reranker.changes(mixed, self.item_vectors()).added_to(logits)
         if self.policy is not None:
             logits += (self.policy(query) - query) @ self.item_vectors().T + self.policy.item_bias[...]
         if self.new_items is not None:

@@ -116,6 +116,19 @@ class Mixed(NamedTuple):
     summary: Summary | None
 
 
+class Changes(NamedTuple):
+    """What a reranker adds to the mix's logits: `amounts` [..., candidates] float32 to those of the `items` [...,
+    candidates] int32, which differ."""
+
+    items: Array
+    amounts: Array
+
+    def added_to(self, logits: jax.Array) -> jax.Array:
+        """The logits [batch, items + 1] with the amounts added."""
+        rows = jnp.arange(len(logits))[:, None]
+        return logits.at[rows, jnp.asarray(self.items)].add(jnp.asarray(self.amounts))
+
+
 class Candidates(NamedTuple):
     """`items` [batch, candidates] int32, best first, with their logits in the `mix`; where these are NEVER there is no
     candidate. `features` [batch, candidates, FEATURES], centred within the request, and `context` [batch, CONTEXT];
@@ -225,16 +238,13 @@ def scores(weights: RerankerWeights, mix: jax.Array, features: jax.Array, contex
     return mix + jnp.einsum("bcf,bf->bc", features, weights.direct + context @ weights.by_context)
 
 
-def reranked(logits: jax.Array, found: Candidates, scores: jax.Array) -> jax.Array:
-    """The mix's logits [batch, items + 1] with those of the candidates replaced, by their `scores`
-    [batch, candidates]."""
+def changes(found: Candidates, scores: jax.Array) -> Changes:
+    """What is added to the logits of the candidates so that they are ranked by `scores` [batch, candidates]."""
     where = found.where
     of_scores, of_mix = (
         jax.nn.logsumexp(jnp.where(where, x, NEVER), axis=1, keepdims=True) for x in (scores, found.mix)
     )
-    rows = jnp.arange(len(logits))[:, None]
-    old = jnp.take_along_axis(logits, found.items, axis=1)
-    return logits.at[rows, found.items].set(jnp.where(where, scores - of_scores + of_mix, old))
+    return Changes(found.items, jnp.where(where, scores - of_scores + of_mix - found.mix, 0.0))
 
 
 class Reranker(nnx.Module):
@@ -260,11 +270,10 @@ class Reranker(nnx.Module):
         """As arrays."""
         return RerankerWeights(*(weight[...] for weight in self._weights))
 
-    def __call__(self, mixed: Mixed, logits: jax.Array, item_vectors: jax.Array) -> jax.Array:
-        """The mix's logits [batch, items + 1], those of the best items replaced; `mixed.logits` are the same with NEVER
-        at items that are no candidates."""
+    def changes(self, mixed: Mixed, item_vectors: jax.Array) -> Changes:
+        """What it adds to the mix's logits; `item_vectors` [items + 1, width] are those of both models."""
         found = candidates(mixed, item_vectors, self.tables)
-        return reranked(logits, found, scores(self.weights, found.mix, *scaled(found, self.scales)))
+        return changes(found, scores(self.weights, found.mix, *scaled(found, self.scales)))
 
 
 def _fixed(array: Array) -> FixedTable:

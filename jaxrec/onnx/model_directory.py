@@ -50,7 +50,8 @@ def export_model(
     """Converts `hybrid`, verifies the graphs against JAX, and writes the model directory `out`; returns its manifest.
 
     Args:
-        hybrid: the model. The manifest names its policy: "reinforce" with a policy head, "supervised" without one.
+        hybrid: the model. The manifest names its policy: "reinforce" with a policy head or a reranker, else
+            "supervised".
         data: that it was trained on.
         out: replaced, if it exists, once the new directory is complete.
         training: summary of JSON values for the manifest.
@@ -124,7 +125,7 @@ def export_model(
             "schema_version": MANIFEST_SCHEMA_VERSION,
             "model_version": f"{now:%Y%m%dT%H%M%SZ}-{_digest(files)[:8]}",
             "created": f"{now:%Y-%m-%dT%H:%M:%SZ}",
-            "policy": "supervised" if hybrid.policy is None else "reinforce",
+            "policy": "supervised" if hybrid.policy is None and hybrid.reranker is None else "reinforce",
             "opset": OPSET,
             "item_count": weights.item_count,
             "max_history": max_history,

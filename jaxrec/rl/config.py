@@ -3,7 +3,9 @@ defaults here."""
 
 import dataclasses
 
-METHOD_NAMES = ("reinforce", "plackett-luce", "top-k", "actor-critic")  # of `jaxrec.rl.logged.methods`
+POLICY_WIDTH = 128  # hidden units of PolicyHead
+PL_RANK, REINFORCE = "pl-rank", "reinforce"
+BUDGET_WEIGHTS = (0.3, 1.0, 3.0, 10.0, 30.0)  # of the reward, that a budget chooses from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +21,12 @@ class RewardWeights:
 
 
 @dataclasses.dataclass(frozen=True)
-class RerankingConfig:
-    """Learning to rerank by cross-fitting (`jaxrec.rl.reranking`).
+class LoggedConfig:
+    """Training on the events of the run's own log, by cross-fitting (`jaxrec.rl.logged`).
 
     Attributes:
         seed: Of everything random.
+        method: Of the gradient of the slate's reward: PL_RANK, or REINFORCE with the other samples as the baseline.
         folds: Parts that the users are divided into; each is decided on by models that were trained on the others.
         fold_epochs: Epochs of those models, with a learning rate that falls to 0 at their end.
         events: Last training events of each user that are decisions.
@@ -33,12 +36,16 @@ class RerankingConfig:
         learning_rate: Of Adam; it falls to 2 % by a cosine.
         penalty: Of the squared weights.
         reward_weight: Of the slate's reward, beside the cross-entropy.
+        ndcg_budget: Share of NDCG@10 out of fold that the rewards may cost, compared with the cross-entropy alone. The
+            weight of the reward is then the one of BUDGET_WEIGHTS that earns most within it, instead of
+            `reward_weight`; None: `reward_weight`.
         slate_size: Items of a slate.
         samples: Rankings drawn for each decision and update.
         rewards: Weights of the reward terms.
     """
 
     seed: int = 0
+    method: str = PL_RANK
     folds: int = 3
     fold_epochs: int = 8
     events: int = 40
@@ -48,63 +55,44 @@ class RerankingConfig:
     learning_rate: float = 1e-2
     penalty: float = 3e-4
     reward_weight: float = 1.0
+    ndcg_budget: float | None = None
     slate_size: int = 10
     samples: int = 4
     rewards: RewardWeights = dataclasses.field(default_factory=RewardWeights)
 
     def __post_init__(self) -> None:
-        """Refuses a weight of diversity, which depends on the items above: here an item's reward may not."""
+        """Refuses what cannot be trained.
+
+        Raises:
+            ValueError: `method` is none, there are too few folds or samples, or diversity has a weight: it depends on
+                the items above, and here an item's reward may not.
+        """
+        if self.method not in (PL_RANK, REINFORCE):
+            raise ValueError(f"method {self.method!r}, expected {PL_RANK!r} or {REINFORCE!r}")
+        if self.folds < 2:
+            raise ValueError(f"{self.folds} fold(s), expected at least 2")
+        if self.method == REINFORCE and self.samples < 2:
+            raise ValueError(f"{self.samples} sample(s), expected at least 2: the others are the baseline")
         if self.rewards.diversity:
             raise ValueError("diversity depends on the items above, so that its weight must be 0 for a reranker")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoggedConfig:
-    """Training on the events of the run's own log (`jaxrec.rl.logged`).
-
-    Attributes:
-        seed: Of everything random.
-        updates: Updates of the policy, and of each of the two controls.
-        updates_per_evaluation: Updates between two evaluations on validation; each is followed by a checkpoint.
-        batch_size: Logged decisions per update.
-        slate_size: Items of a slate.
-        samples: Slates drawn for each decision and update.
-        learning_rate: Peak of Adam's.
-        kl_target: Nats of KL to the supervised policy that the weight of the KL penalty is controlled to.
-        imitation_weight: Weight of the rating-weighted cross-entropy of the logged items.
-        policy_width: Hidden units of PolicyHead.
-        entropy_floor: Share of the supervised policy's entropy below which a penalty pulls back.
-        coverage_floor: The same of the number of items that the recommendations of a batch are spread over.
-        discount: Of the reward one event later; of the actor-critic alone.
-        importance_cap: Largest importance weight.
-        rewards: Weights of the reward terms.
-    """
-
-    seed: int = 0
-    updates: int = 300
-    updates_per_evaluation: int = 50
-    batch_size: int = 256
-    slate_size: int = 10
-    samples: int = 1
-    learning_rate: float = 3e-4
-    kl_target: float = 0.005
-    imitation_weight: float = 0.2
-    policy_width: int = 128
-    entropy_floor: float = 0.8
-    coverage_floor: float = 0.8
-    discount: float = 0.5
-    importance_cap: float = 20.0
-    rewards: RewardWeights = dataclasses.field(default_factory=RewardWeights)
 
 
 @dataclasses.dataclass(frozen=True)
 class ServedConfig:
     """Training on a server's log of recommendations (`jaxrec.rl.served`).
 
-    Such a log is news to the models, unlike the one that they were trained on: hence a larger KL target and larger
-    steps than LoggedConfig's. The low cap limits what can be gained by memorizing single users.
+    The low cap limits what can be gained by memorizing single users.
 
-    Attributes (the others are as in LoggedConfig, relative to the policy in use instead of the supervised one):
+    Attributes:
+        seed: Of everything random.
+        updates: Updates of the policy.
+        batch_size: Recommendations per update.
+        learning_rate: Peak of Adam's.
+        kl_target: Nats of KL to the policy in use that the weight of the KL penalty is controlled to.
+        entropy_floor: Share of that policy's entropy below which a penalty pulls back.
+        coverage_floor: The same of the number of items that the recommendations of a batch are spread over.
+        importance_cap: Largest importance weight.
+        rewards: Weights of the reward terms.
         attribution_window: Seconds within which an event counts as a response to the recommendation that it names;
             None: within which 99 % of the log's responses came.
         minimum_effective: Effective sample size, in users, below which the new policy is refused.
@@ -129,7 +117,10 @@ class SimulatedConfig:
 
     The KL penalty keeps the policy's entropy up, so that no entropy bonus is needed by default.
 
-    Attributes (the others are as in LoggedConfig):
+    Attributes:
+        seed: Of everything random.
+        updates: Updates of the policy.
+        slate_size: Items of a slate.
         updates_per_record: Updates that a record of the log is the mean of; each is followed by a checkpoint.
         users: Simulated users per update.
         steps: Requests of each user per update.

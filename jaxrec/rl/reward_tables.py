@@ -72,6 +72,11 @@ def shrunk_item_ratings(items: np.ndarray, unit_ratings: np.ndarray, item_count:
     return shrunk_mean(sums, counts, global_mean).astype(np.float32)
 
 
+def rating_or_mean(ratings: np.ndarray, items: np.ndarray, item_ratings: np.ndarray) -> np.ndarray:
+    """[events] float32: the unit rating of each event, or item_ratings [items + 1] of its item where it has none."""
+    return np.where(ratings < 0, item_ratings[items], ratings).astype(np.float32)
+
+
 def running_user_means(offsets: np.ndarray, unit_ratings: np.ndarray, global_mean: float) -> np.ndarray:
     """The mean of the user's ratings before each event, shrunk towards `global_mean`; later ones do not enter.
 

@@ -10,6 +10,7 @@ from jaxrec.models.cooccurrence import neighbour_scores
 from jaxrec.models.features import Array
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.rl.rewards import RewardTables, rank_discounts
+from jaxrec.rl.states import PolicyState
 
 
 class PolicyParams(NamedTuple):
@@ -83,15 +84,17 @@ def zero_critic(width: int, outputs: int) -> Linear:
     return Linear(jnp.zeros((width, outputs)), jnp.zeros(outputs))
 
 
-def supervised_logits(query: jax.Array, recent: jax.Array, scoring: Scoring) -> jax.Array:
-    """query [batch, width], recent [batch, RECENT] int32 -> [batch, items + 1]."""
-    of_neighbours = neighbour_scores(scoring.neighbour_item, scoring.neighbour_weight, recent)
-    return query @ scoring.item_vectors.T + scoring.item_bias + of_neighbours
+def supervised_logits(state: PolicyState, scoring: Scoring) -> jax.Array:
+    """[batch, items + 1] of states [batch], with what the reranker changes."""
+    of_neighbours = neighbour_scores(scoring.neighbour_item, scoring.neighbour_weight, jnp.asarray(state.recent))
+    logits = jnp.asarray(state.query) @ scoring.item_vectors.T + scoring.item_bias + of_neighbours
+    return logits if state.changes is None else state.changes.added_to(logits)
 
 
-def policy_logits(head: PolicyHead, query: jax.Array, recent: jax.Array, scoring: Scoring) -> jax.Array:
-    """Supervised query [batch, width], recent [batch, RECENT] int32 -> the policy's logits [batch, items + 1]."""
-    return supervised_logits(head(query), recent, scoring) + head.item_bias[...]
+def policy_logits(head: PolicyHead, state: PolicyState, scoring: Scoring) -> jax.Array:
+    """The policy's logits [batch, items + 1] in states [batch]."""
+    shifted = state._replace(query=head(jnp.asarray(state.query)))
+    return supervised_logits(shifted, scoring) + head.item_bias[...]
 
 
 def returns(rewards: jax.Array) -> jax.Array:

@@ -11,19 +11,19 @@ RUN/content_head.npz            what gives items without training events their v
 RUN/hybrid.json                 the weights of the mix (`jaxrec.training.mix.Mix`), with its validation figures;
                                 `new_items`: how high the items without training events rank
                                 (`jaxrec.training.new_items`)
-RUN/reranker.npz                the reranker that `jaxrec rl rerank` learned, if it is used
-RUN/reranker.json               whether it is used and why, the figures, the configuration
-RUN/reranker.partial/           where an interrupted `jaxrec rl rerank` stands: one folder for each fold
+RUN/reranker.npz                the reranker that `jaxrec rl logged` learned, whether it is used, and the one that only
+                                imitates
+RUN/reranker.json               whether it is used and why, the figures, their course and frontier, the configuration
+RUN/reranker.png                course and frontier as a plot
+RUN/reranker.partial/           where an interrupted `jaxrec rl logged` stands: one folder for each fold
 RUN/evaluation.json             written by `jaxrec evaluate`; goes into the manifest of the exported model
-RUN/policy/                     the policy that `jaxrec rl` trained last (unless it was refused):
+RUN/policy/                     the policy that `jaxrec rl served` or `simulated` trained last, on top of the reranker:
     policy.json                 whether the policy is used and why, the figures, the configuration, its models' digest
     policy.npz                  the variables of PolicyHead, after the last update
     steps.jsonl                 one record per update; of a policy from simulated users, one per 10 updates
     log.jsonl                   one record per evaluation; empty for a policy from a server's log or simulated users
     training.png                both, as a plot
 RUN/policy.previous/            the policy that was in use before, where there was one
-RUN/policy.refused/             a policy that was trained and refused while another one stays in use
-RUN/policy.partial/             where an interrupted training on the run's own log stands
 RUN/policy.simulator.partial/   where an interrupted training with simulated users stands
 RUN/policy_from_log.json        the outcome of the last training on a server's log
 RUN/policy_from_simulator.json  the outcome of the last training with simulated users
@@ -37,6 +37,7 @@ import itertools
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -71,7 +72,6 @@ EVALUATION_FILE = "evaluation.json"
 LSTM_FOLDER = "lstm"
 CONTENT_FOLDER = "content"
 POLICY_FOLDER = "policy"
-POLICY_PARTIAL_FOLDER = "policy.partial"
 SIMULATOR_PARTIAL_FOLDER = "policy.simulator.partial"
 PLOT_FILE = "training.png"
 POLICY_FILE = "policy.json"
@@ -84,6 +84,7 @@ POLICY_PLOT_FILE = "training.png"
 POLICY_SCHEMA_VERSION = 4
 RERANKER_FILE = "reranker.npz"
 RERANKER_OUTCOME_FILE = "reranker.json"
+RERANKER_PLOT_FILE = "reranker.png"
 RERANKER_PARTIAL_FOLDER = "reranker.partial"
 SERVED_OUTCOME_FILE = "policy_from_log.json"
 SIMULATED_OUTCOME_FILE = "policy_from_simulator.json"
@@ -91,12 +92,12 @@ POLICY_FILES = (
     POLICY_FOLDER,
     POLICY_PREVIOUS_FOLDER,
     POLICY_REFUSED_FOLDER,
-    POLICY_PARTIAL_FOLDER,
     SIMULATOR_PARTIAL_FOLDER,
     SERVED_OUTCOME_FILE,
     SIMULATED_OUTCOME_FILE,
     RERANKER_FILE,
     RERANKER_OUTCOME_FILE,
+    RERANKER_PLOT_FILE,
     RERANKER_PARTIAL_FOLDER,
 )  # all that belongs to the models that the run has now
 INITIAL_WEIGHTS = 2**32 - 1  # folded into the seed's key; training folds in the numbers of its steps
@@ -283,28 +284,45 @@ def load_supervised(run: Run, data: PreparedData, reranker: bool = True) -> Hybr
     hybrid = Mix(**mix).hybrid(lstm, content, CoOccurrence(read_cooccurrence(run)[0]), new)
     if new is not None:
         shift_logits(hybrid, new, ranked["shift"])
-    path = run.folder / RERANKER_FILE
-    return hybrid.with_reranker(read_reranker(path, hybrid)) if reranker and path.is_file() else hybrid
+    learned = read_reranker(run, hybrid) if reranker else None
+    return hybrid if learned is None or not learned.used else hybrid.with_reranker(learned.policy)
 
 
-def read_reranker(path: Path, supervised: Hybrid) -> Reranker:
-    """The reranker in a file.
+class LearnedReranker(NamedTuple):
+    """What `jaxrec rl logged` learned: whether the `policy` is used, and the one that only imitates, `stacked`."""
+
+    used: bool
+    policy: Reranker
+    stacked: Reranker
+
+
+def read_reranker(run: Run, supervised: Hybrid) -> LearnedReranker | None:
+    """What `jaxrec rl logged` learned for a run.
 
     Args:
-        path: As `jaxrec.runs.rl_rerank` wrote it.
-        supervised: The models under it.
+        run: That was trained.
+        supervised: Its mix.
+
+    Returns:
+        Both rerankers; None before the command ran.
 
     Raises:
-        DataError: It is damaged, or was learned on top of other models.
+        DataError: The file is damaged, or was learned on top of other models.
     """
-    again = "run `jaxrec rl rerank` again"
-    kinds = RerankerTables, Scales, RerankerWeights
+    path, again = run.folder / RERANKER_FILE, f"run `jaxrec rl logged {run.folder}` again"
+    if not path.is_file():
+        return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            tables, scales, weights = (kind(*(arrays[name] for name in kind._fields)) for kind in kinds)
-            models = str(arrays["models"])
+            tables = RerankerTables(*(arrays[name] for name in RerankerTables._fields))
+            scales = Scales(*(arrays[name] for name in Scales._fields))
+            weights, stacked = (
+                RerankerWeights(*(arrays[f"{prefix}{name}"] for name in RerankerWeights._fields))
+                for prefix in ("", "stacked_")
+            )
+            models, used = str(arrays["models"]), bool(arrays["used"])
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read ({error}); {again}") from error
     if models != models_digest(supervised):
         raise DataError(f"{path}: was learned on top of other models than the run has now; {again}")
-    return Reranker(tables, scales, weights)  # type: ignore[arg-type]
+    return LearnedReranker(used, Reranker(tables, scales, weights), Reranker(tables, scales, stacked))

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import MetricsRow, rank_cases, summarize
 from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
 from jaxrec.files import write_text
-from jaxrec.runs.directory import EVALUATION_FILE, Run, load_supervised, open_run
-from jaxrec.runs.policy import load_policy, read_outcome
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.runs.directory import EVALUATION_FILE, Run, load_supervised, open_run, read_reranker
+from jaxrec.runs.policy import load_policy
 
 POPULARITY, RECENT_POPULARITY = "popularity", "recent popularity"
 OWN_ITEMS = "user's own items"
-HYBRID, POLICY = "hybrid", "policy"
+HYBRID, STACKED, POLICY = "hybrid", "stacked", "policy"
 REQUEST_TIME = {False: "without", True: "with"}
 HALF_LIFE_DAYS = "recent_popularity_half_life_days"
 HYBRID_OVER_RECENT = "hybrid_over_recent_popularity_ndcg_10"
@@ -42,7 +43,7 @@ class Evaluation:
         protocol: How they were measured: data, split, filter, candidates, seeds.
         rows: One for each scorer, without and with the request time.
         serving: Name of the rows of the model that is exported.
-        comparison: Ratios between two scorers, paired by case; `without` and `with` request time, the same for both.
+        comparison: Ratios and differences between two scorers, paired by case; `without` and `with` request time.
     """
 
     protocol: dict[str, Any]
@@ -76,21 +77,19 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     """
     run = open_run(run)
     data = run.read_data()
-    supervised = load_supervised(run, data)
-    with_policy = load_policy(run, supervised, only_if_used=False)
+    mix = load_supervised(run, data, reranker=False)
+    policies, policy_is_used = _policies(run, data, mix)
     popularity = data.train_popularity()
     max_length = run.model_config.max_length
     counts = DecayedCounts.of(data)
-    excluded = supervised.repeat is None
+    excluded = mix.repeat is None
     half_life = best_half_life(data, counts, max_length, excluded)
     learned: dict[str, Scorer] = {
-        "TimeRatingAwareLSTM": sequence_scorer(supervised.lstm),
-        "TimeRatingAwareContentModel": sequence_scorer(supervised.content),
-        HYBRID: hybrid_scorer(supervised, counts),
+        "TimeRatingAwareLSTM": sequence_scorer(mix.lstm),
+        "TimeRatingAwareContentModel": sequence_scorer(mix.content),
+        HYBRID: hybrid_scorer(mix, counts),
+        **{name: hybrid_scorer(hybrid, counts) for name, hybrid in policies.items()},
     }
-    outcome = read_outcome(run)
-    if with_policy is not None:
-        learned[POLICY] = hybrid_scorer(with_policy, counts)
     scorers: dict[tuple[str, bool], Scorer] = {
         (POPULARITY, False): popularity_scorer(data),
         (RECENT_POPULARITY, False): recent_popularity_scorer(data, counts, half_life),
@@ -124,15 +123,39 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
         "data": data.summary(),
         "model": to_json(run.model_config),
     }
-    serving = POLICY if outcome is not None and outcome.used else HYBRID
-    compared = {}
+    serving = POLICY if policy_is_used else HYBRID
+    compared: dict[str, Any] = {}
+    differences: dict[str, Any] = {f"{one}_less_{other}_ndcg_10": {} for one, other in _pairs(policies)}
     recent = ndcg(ranked[RECENT_POPULARITY, False].ranks, 10)
     for time, label in REQUEST_TIME.items():
         both = np.stack([ndcg(ranked[HYBRID, time].ranks, 10), recent], axis=1)
         compared[label] = dataclasses.asdict(bootstrap(both, resamples, ratio))
-    evaluation = Evaluation(protocol, rows, serving, {HYBRID_OVER_RECENT: compared})
+        for one, other in _pairs(policies):
+            gain = ndcg(ranked[one, time].ranks, 10) - ndcg(ranked[other, time].ranks, 10)
+            differences[f"{one}_less_{other}_ndcg_10"][label] = dataclasses.asdict(bootstrap(gain, resamples))
+    evaluation = Evaluation(protocol, rows, serving, {HYBRID_OVER_RECENT: compared, **differences})
     write_evaluation(evaluation, run.folder / EVALUATION_FILE)
     return evaluation
+
+
+def _policies(run: Run, data: PreparedData, mix: Hybrid) -> tuple[dict[str, Hybrid], bool]:
+    """What `jaxrec rl` learned, by the name of its row, and whether that of POLICY is in use."""
+    learned = read_reranker(run, mix)
+    supervised = load_supervised(run, data)
+    found = {} if learned is None else {STACKED: mix.with_reranker(learned.stacked)}
+    in_use = load_policy(run, supervised)
+    if in_use is not None:
+        return {**found, POLICY: in_use}, True
+    if learned is not None:
+        return {**found, POLICY: mix.with_reranker(learned.policy)}, learned.used
+    refused = load_policy(run, supervised, only_if_used=False)
+    return ({} if refused is None else {POLICY: refused}), False
+
+
+def _pairs(policies: Iterable[str]) -> list[tuple[str, str]]:
+    """Which rows are compared: each of the policies with the hybrid, and with the one before it."""
+    names = [HYBRID, *policies]
+    return [(one, other) for at, one in enumerate(names) for other in names[:at]]
 
 
 def tied_share(data: PreparedData, cases: Cases) -> float:
@@ -172,6 +195,13 @@ def format_table(evaluation: Evaluation) -> str:
         if over["mean"] > 1000:
             times = "the latter finds next to nothing"
         lines.append(f"  {label} request time: {times}")
+    for name, gains in evaluation.comparison.items():
+        if name != HYBRID_OVER_RECENT:
+            shown = ", ".join(
+                f"{label} request time {gain['mean']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f})"
+                for label, gain in gains.items()
+            )
+            lines.append(f"NDCG@10, {name.removesuffix('_ndcg_10').replace('_', ' ')}: {shown}")
     return "\n".join(lines)
 
 

@@ -48,9 +48,10 @@ def fine_tune(
     config = expected() if config is None else config
     if not isinstance(config, expected):
         raise ValueError(f"config is a {type(config).__name__}, expected a {expected.__name__}")
-    loaded = load_run(open_run(run).folder)
+    run = open_run(run)
+    if isinstance(config, LoggedConfig):
+        return run_logged(run, config, resume, stop)
+    loaded = load_run(run.folder)
     if isinstance(config, ServedConfig):
         return run_served(loaded, Path(str(log)), config, stop)
-    if isinstance(config, SimulatedConfig):
-        return run_simulated(loaded, Path(str(simulator)), config, resume, stop)
-    return run_logged(loaded, config, resume=resume, stop=stop)
+    return run_simulated(loaded, Path(str(simulator)), config, resume, stop)

@@ -18,7 +18,7 @@ from jaxrec.errors import DataError
 from jaxrec.files import new_directory, read_json, read_json_lines, sha256, write_json_lines
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.rl.checkpoint import models_digest
-from jaxrec.rl.config import LoggedConfig
+from jaxrec.rl.config import POLICY_WIDTH
 from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
 from jaxrec.rl.scoring import new_head
 from jaxrec.runs.directory import (
@@ -31,13 +31,11 @@ from jaxrec.runs.directory import (
     POLICY_SCHEMA_VERSION,
     POLICY_STEPS_FILE,
     POLICY_VARIABLES_FILE,
-    RERANKER_FILE,
     Run,
     load_supervised,
     open_run,
 )
 
-SERVED_POLICY, SERVED_SUPERVISED = "reinforce", "supervised"  # the names that serving knows
 UNTRAINED, AGAIN = "run `jaxrec rl logged` first", "run `jaxrec rl logged` again"
 
 
@@ -76,17 +74,11 @@ def load_run(folder: Path) -> LoadedRun:
 
     Raises:
         DataError: The run, its data or its models cannot be read, or the run may recommend items of the history again:
-            the states of a policy do not hold how many events an item of the history has, and when. Or the run uses a
-            reranker: policies are trained on the mix alone.
+            the states of a policy do not hold how many events an item of the history has, and when.
     """
     run = open_run(folder)
     data = run.read_data()
     supervised = load_supervised(run, data)
-    if supervised.reranker is not None:
-        raise DataError(
-            f"{run.folder} uses a reranker (`jaxrec rl rerank`), and a policy is trained only for runs without one: "
-            f"remove {run.folder / RERANKER_FILE} first"
-        )
     if supervised.repeat is not None:
         raise DataError(
             f"{run.folder} may recommend items of the history again, and a policy is trained only for models that "
@@ -151,15 +143,6 @@ def read_outcome(run: Run) -> PolicyOutcome | None:
     return None if record is None else record.outcome
 
 
-def policy_name(run: Run) -> str:
-    """The policy that evaluation and serving use: SERVED_POLICY, whatever trained it, or SERVED_SUPERVISED.
-
-    Raises DataError on damaged files.
-    """
-    outcome = read_outcome(run)
-    return SERVED_POLICY if outcome is not None and outcome.used else SERVED_SUPERVISED
-
-
 def load_policy(run: Run, supervised: Hybrid, only_if_used: bool = True) -> Hybrid | None:
     """The run's policy on top of its supervised hybrid; None where there is none, or where it is not used.
 
@@ -189,7 +172,7 @@ def policy_in_use(run: Run, supervised: Hybrid, seed: int = 0) -> PolicyInUse:
     damaged or belong to other models."""
     policy = load_policy(run, supervised)
     if policy is None or policy.policy is None:
-        return PolicyInUse(*_head_of(supervised, LoggedConfig.policy_width, seed))
+        return PolicyInUse(*_head_of(supervised, POLICY_WIDTH, seed))
     graphdef, variables = nnx.split(policy.policy)
     return PolicyInUse(graphdef, nnx.to_pure_dict(variables))
 

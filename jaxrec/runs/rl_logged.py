@@ -1,64 +1,165 @@
-"""`jaxrec rl logged RUN`: trains a policy on the run's own log."""
+"""`jaxrec rl logged RUN`: learns by cross-fitting to rerank the best items of the run's mix."""
 
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 
-from jaxrec.config import to_json
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxrec.config import TrainConfig, to_json
+from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import DataError
-from jaxrec.models.hybrid import PolicyHead
+from jaxrec.evaluation.plots import plot_logged
+from jaxrec.files import new_file, write_text
+from jaxrec.models.cooccurrence import CoOccurrence
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.neighbours import MAX_START_ITEMS, initial_embedding, neighbours
+from jaxrec.models.reranker import RerankerTables
 from jaxrec.rl.checkpoint import PolicyCheckpoint, models_digest
 from jaxrec.rl.config import LoggedConfig
-from jaxrec.rl.logged.methods import METHODS, REINFORCE, Method
-from jaxrec.rl.logged.train import train_logged
+from jaxrec.rl.logged.decisions import Decisions, decide
+from jaxrec.rl.logged.folds import fold_of_users, last_events, without_users
+from jaxrec.rl.logged.learn import Learned, learn_reranker
+from jaxrec.rl.logged.tables import with_reranker
 from jaxrec.rl.outcome import PolicyOutcome
-from jaxrec.runs.directory import POLICY_FOLDER, POLICY_PARTIAL_FOLDER, POLICY_REFUSED_FOLDER
-from jaxrec.runs.policy import LoadedRun, digest_in_use, load_policy, require_in_use, write_policy
+from jaxrec.runs.directory import (
+    CONTENT_FOLDER,
+    EVALUATION_FILE,
+    LSTM_FOLDER,
+    POLICY_FOLDER,
+    RERANKER_FILE,
+    RERANKER_OUTCOME_FILE,
+    RERANKER_PARTIAL_FOLDER,
+    RERANKER_PLOT_FILE,
+    Run,
+    load_supervised,
+    new_models,
+)
+from jaxrec.runs.policy import digest_in_use
+from jaxrec.training.loop import train_model
+from jaxrec.training.new_items import new_items
 from jaxrec.training.stopping import StopRequested, never
+
+DECISIONS_FILE = "decisions.npz"
 
 
 def run_logged(
-    loaded: LoadedRun,
-    config: LoggedConfig = LoggedConfig(),
-    method: Method = REINFORCE,
-    resume: bool = False,
-    stop: StopRequested = never,
+    run: Run, config: LoggedConfig = LoggedConfig(), resume: bool = False, stop: StopRequested = never
 ) -> PolicyOutcome:
-    """Trains a policy for the run, compares it with the supervised models and with the policy in use, whichever command
-    trained that, and writes RUN/policy/, wholly or not at all.
+    """Cross-fits a reranker, and uses it from then on if it ranks better for held-out users.
 
-    With `resume` an interrupted training continues, with the configuration and the method that it started with. A
-    policy that is not to be used goes to RUN/policy.refused/ if another one is in use. A policy that cannot be read, or
-    belongs to other weights than the models have now, is not in use: nothing is compared with it, the summary says so.
-    Raises DataError where there is nothing to learn from or to resume, or another training has replaced the policy in
-    use meanwhile; TrainingError where a metric is not finite; TrainingStopped where `stop()` was true:
-    RUN/policy.partial/ can be resumed then.
+    RUN/reranker.json says whether, with the figures, and RUN/reranker.png shows them. RUN/reranker.npz holds it,
+    whether it is used or not, for `jaxrec evaluate`.
+
+    Each fold's models are trained in RUN/reranker.partial/, which is removed at the end.
+
+    Args:
+        run: A run without a policy in use.
+        config: Of the folds, the decisions and the fit.
+        resume: Continue an interrupted training, with the configuration that it started with.
+        stop: Asked between steps; the folds that are finished stay, and so do the checkpoints of the one under way.
+
+    Returns:
+        Whether the reranker is used, and why, with the figures.
+
+    Raises:
+        DataError: The run has a policy in use, which was trained on the logits of the mix; or nothing is there to
+            resume, or a fold has no decision.
+        TrainingError: A loss is not finite.
+        TrainingStopped: `stop()` was true.
     """
-    run, data, supervised = loaded
-    checkpoint = PolicyCheckpoint(run.folder / POLICY_PARTIAL_FOLDER)
+    if digest_in_use(run) is not None:
+        raise DataError(
+            f"{run.folder / POLICY_FOLDER} is in use and was trained on top of the models as they are now; a new "
+            "reranker would change them: remove this folder first, and train that policy again afterwards"
+        )
+    data = run.read_data()
+    supervised = load_supervised(run, data, reranker=False)
+    checkpoint = PolicyCheckpoint(run.folder / RERANKER_PARTIAL_FOLDER)
     if resume:
         config = checkpoint.configuration(LoggedConfig)
-        method = METHODS.get(checkpoint.started_with().get("method", ""), method)
     else:
         checkpoint.remove()
-    digest = models_digest(supervised)
-    checkpoint.open({"configuration": to_json(config), "method": method.name, "models": digest})
-    compared_with = digest_in_use(run)
-    in_use, summary = _in_use(loaded)
-    trained = train_logged(supervised, data, config, method, checkpoint, stop, in_use)
-    outcome, into = dataclasses.replace(trained.outcome, summary=summary), POLICY_FOLDER
-    if not outcome.used and in_use is not None:
-        into = POLICY_REFUSED_FOLDER
-        outcome = dataclasses.replace(outcome, reason=f"{outcome.reason}; the new policy is in {run.folder / into}")
-    else:
-        require_in_use(run, compared_with)
-    write_policy(run, supervised, trained._replace(outcome=outcome), config, method.name, into)
-    checkpoint.remove()
-    return outcome
+    checkpoint.open({"configuration": to_json(config), "models": models_digest(supervised)})
+    fold = fold_of_users(data.histories.user_count, config)
+    folds = [_fold_decisions(run, supervised, data, fold, number, config, stop) for number in range(config.folds)]
+    own = with_reranker(supervised, data)
+    cases = data.split.validation.at_most(config.decisions // config.folds)
+    validation = decide(own, data, cases, run.counts, np.arange(len(cases)) % 2 == 0)
+    learned = learn_reranker(folds, validation, data, config, stop)
+    assert own.reranker is not None
+    record = {
+        "configuration": to_json(config),
+        **dataclasses.asdict(learned.outcome),
+        "curves": [point._asdict() for point in learned.curves],
+        "frontier": [point._asdict() for point in learned.frontier],
+    }
+    write_text(run.folder / RERANKER_OUTCOME_FILE, json.dumps(record, indent=2) + "\n")
+    plot_logged(record["curves"], record["frontier"], run.folder / RERANKER_PLOT_FILE)
+    tables = jax.tree.map(np.asarray, own.reranker.tables)
+    write_reranker(run, supervised, tables, learned)
+    (run.folder / EVALUATION_FILE).unlink(missing_ok=True)  # its figures are of the run before
+    shutil.rmtree(checkpoint.folder)
+    return learned.outcome
 
 
-def _in_use(loaded: LoadedRun) -> tuple[PolicyHead | None, str]:
-    """The policy in use, and why there is none that could be compared with; empty: there is one, or never was."""
-    try:
-        policy = load_policy(loaded.run, loaded.supervised)
-    except DataError as error:
-        return None, f"The policy before cannot be used and was not compared with the new one: {error}."
-    return None if policy is None else policy.policy, ""
+def write_reranker(run: Run, supervised: Hybrid, tables: RerankerTables, learned: Learned) -> None:
+    """Replaces RUN/reranker.npz, as `jaxrec.runs.directory.read_reranker` reads it."""
+    of_stacked = {f"stacked_{name}": array for name, array in learned.stacked.weights._asdict().items()}
+    arrays = tables._asdict() | learned.policy.scales._asdict() | learned.policy.weights._asdict() | of_stacked
+    with new_file(run.folder / RERANKER_FILE) as temporary, temporary.open("wb") as file:
+        np.savez(file, models=models_digest(supervised), used=learned.outcome.used, **arrays)
+
+
+def _fold_decisions(
+    run: Run,
+    like: Hybrid,
+    data: PreparedData,
+    fold: np.ndarray,
+    number: int,
+    config: LoggedConfig,
+    stop: StopRequested,
+) -> Decisions:
+    """The decisions of one fold's users by models of the others, in the mix of `like`; read where they are there."""
+    folder = run.folder / RERANKER_PARTIAL_FOLDER / f"fold-{number}"
+    done = folder / DECISIONS_FILE
+    if not done.is_file():
+        held_out = fold == number
+        cases = last_events(data, held_out, config.events, config.decisions // config.folds)
+        others = without_users(data, held_out)
+        if not len(cases) or not len(others.split.validation):
+            raise DataError(
+                f"fold {number} has {len(cases)} decisions and {len(others.split.validation)} validation cases"
+            )
+        tqdm.write(f"fold {number + 1} of {config.folds}: {len(cases)} decisions of {int(held_out.sum())} users")
+        hybrid = _fold_models(run.train_config, like, others, folder, config, stop)
+        found = decide(with_reranker(hybrid, others), data, cases, run.counts, np.arange(len(cases)) % 2 == 0)
+        with new_file(done) as temporary, temporary.open("wb") as file:
+            np.savez(file, **found._asdict())
+    with np.load(done, allow_pickle=False) as arrays:
+        return Decisions(**arrays)
+
+
+def _fold_models(
+    train_config: TrainConfig,
+    like: Hybrid,
+    data: PreparedData,
+    folder: Path,
+    config: LoggedConfig,
+    stop: StopRequested,
+) -> Hybrid:
+    """The mix of `like` over models that are trained on `data`; an interrupted training resumes in `folder`."""
+    near = neighbours(data)
+    start = None
+    if len(data.catalog) <= MAX_START_ITEMS:
+        start = initial_embedding(near, like.lstm.config.embedding)
+    lstm, content = new_models(data, like.lstm.config, train_config.seed, start)
+    fewer = dataclasses.replace(train_config, max_epochs=config.fold_epochs, patience=config.fold_epochs)
+    names = f"{folder.name} TimeRatingAwareLSTM", f"{folder.name} TimeRatingAwareContentModel"
+    of_lstm = train_model(lstm, data, fewer, folder / LSTM_FOLDER, names[0], stop=stop)
+    of_content = train_model(content, data, fewer, folder / CONTENT_FOLDER, names[1], stop=stop)
+    models = of_lstm.model, of_content.model, CoOccurrence(near)
+    return Hybrid(*models, like.mix_weights(), like.trend, new_items=new_items(data), repeat=like.repeat)

@@ -53,7 +53,7 @@ def run_served(
         trends, span = served_trends(supervised, data, served.moments, *arrived)
         scoring = scoring._replace(trends=trends)
     scoring = jax.device_put(scoring, jax.devices()[0])
-    states = served_states(supervised, served.recommendations, data.config.rating_scale, scoring.tables)
+    states = served_states(supervised, served.recommendations, data.config.rating_scale, scoring)
     in_use = own_versions(base.graphdef, base.variables, scoring, states, len(served.versions))
     version = np.asarray(states.version)
     summary = _summary(log, served, version, in_use, span)

@@ -19,10 +19,10 @@ from jaxrec.data.reading.rules import IdKind
 from jaxrec.errors import DataError
 from jaxrec.files import write_text
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.rl.cases import CaseResults, case_evaluator, case_states
 from jaxrec.rl.checkpoint import PolicyCheckpoint, arrays_digest, models_digest
 from jaxrec.rl.config import RewardWeights, SimulatedConfig
-from jaxrec.rl.logged.evaluate import CaseResults, case_evaluator, case_states
-from jaxrec.rl.logged.states import training_states
+from jaxrec.rl.logged.folds import last_events
 from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
 from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import PolicyParams, frozen_scoring
@@ -32,11 +32,13 @@ from jaxrec.rl.simulated.policy import Penalty, RecommenderPolicy, logged_kl_pen
 from jaxrec.rl.simulated.recommender import every_user, recommender_environment, recommender_of, start_states
 from jaxrec.rl.simulated.split_people import TwoSimulators, two_simulators
 from jaxrec.rl.simulated.train import train_simulated
+from jaxrec.rl.states import policy_states
 from jaxrec.runs.directory import SIMULATED_OUTCOME_FILE, SIMULATOR_PARTIAL_FOLDER
 from jaxrec.runs.policy import LoadedRun, PolicyInUse, digest_in_use, policy_in_use, require_in_use, write_policy
 from jaxrec.training.stopping import StopRequested, never
 
 SIMULATED_METHOD = "simulated"
+LOGGED_EVENTS, LOGGED_STATES = 40, 10_000  # of each user at most, and in all, that the second KL penalty looks at
 
 
 class SimulatedTraining(NamedTuple):
@@ -143,13 +145,16 @@ def simulated_training(
     others = recommender_environment(recommender, evaluation, starts, config.slate_size)
     first = every_user(evaluation, starts)
     item_ratings = np.asarray(scoring.tables.item_ratings)
-    states = training_states(supervised, data, item_ratings, config.seed)
+    logged = last_events(data, np.ones(data.histories.user_count, bool), LOGGED_EVENTS, LOGGED_STATES)
+    if not len(logged):
+        raise DataError("no user has two training events; there is nothing to hold the policy to")
+    states = policy_states(supervised, data, logged, np.arange(len(logged)) % 2 == 0)
     cases = case_states(supervised, data, data.split.validation, item_ratings)
     return SimulatedTraining(
         environment,
         policy,
-        logged_kl_penalty(policy, states, config.logged_kl_weight, config.users),
+        logged_kl_penalty(policy, *states, config.logged_kl_weight, config.users),
         rollout_evaluator(others, first, policy, config.seed),
         rollout_evaluator(others, first, policy, config.seed, drawn=True),
-        case_evaluator(base.graphdef, scoring, cases, data, supervised.lstm.config.max_length, RewardWeights()),
+        case_evaluator(base.graphdef, scoring, cases, RewardWeights()),
     )

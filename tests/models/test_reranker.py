@@ -23,11 +23,11 @@ from jaxrec.models.reranker import (
     RerankerWeights,
     Scales,
     candidates,
-    reranked,
+    changes,
 )
 from jaxrec.models.summary import Summary
 from jaxrec.onnx.parity import make_probe
-from jaxrec.rl.reranking.tables import with_reranker
+from jaxrec.rl.logged.tables import with_reranker
 
 TABLES = RerankerTables(
     encoder=jnp.zeros((4, 1)),
@@ -98,7 +98,7 @@ def test_candidates_share_what_the_mix_gave_them_together() -> None:
     found = Candidates(
         jnp.array([[1, 2]]), logits[:, 1:3], jnp.zeros((1, 2, len(FEATURES))), jnp.zeros((1, len(CONTEXT)))
     )
-    new = reranked(logits, found, jnp.array([[0.0, jnp.log(3.0)]]))
+    new = changes(found, jnp.array([[0.0, jnp.log(3.0)]])).added_to(logits)
     np.testing.assert_allclose(jnp.exp(new)[0, 1:], [0.15, 0.45, 0.4], rtol=1e-5)
 
 

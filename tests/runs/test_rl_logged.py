@@ -1,342 +1,129 @@
-"""The policy of a run directory, from `jaxrec rl` to the hybrid that is exported."""
+"""`jaxrec rl logged`: folds, resumption, refusal, and runs that use a reranker."""
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxrec
+from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig
+from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
-from jaxrec.errors import DataError, TrainingError, TrainingStopped
-from jaxrec.evaluation.metrics import ndcg
-from jaxrec.evaluation.ranking import rank_cases
-from jaxrec.evaluation.scorers import hybrid_scorer
-from jaxrec.files import sha256
-from jaxrec.models.hybrid import Hybrid, MixWeights
-from jaxrec.rl.config import LoggedConfig, RewardWeights, ServedConfig
-from jaxrec.rl.logged import train as train_module
-from jaxrec.rl.logged.methods import TOP_K
-from jaxrec.rl.logged.train import train_logged
-from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
-from jaxrec.rl.scoring import new_head
-from jaxrec.rl.updates import Learner
-from jaxrec.runs.directory import (
-    POLICY_FILES,
-    POLICY_FOLDER,
-    POLICY_PREVIOUS_FOLDER,
-    POLICY_REFUSED_FOLDER,
-    POLICY_SCHEMA_VERSION,
-    Run,
-    open_run,
-)
-from jaxrec.runs.policy import (
-    LoadedRun,
-    load_policy,
-    load_served,
-    policy_name,
-    read_outcome,
-    read_policy_evaluations,
-    read_policy_updates,
-    read_record,
-    write_policy,
-)
+from jaxrec.errors import DataError, ExportError, TrainingStopped
+from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.reranker import CONTEXT, FEATURES, Reranker, RerankerWeights, Scales
+from jaxrec.rl.checkpoint import models_digest
+from jaxrec.rl.config import LoggedConfig
+from jaxrec.rl.logged.tables import with_reranker
+from jaxrec.runs.directory import RERANKER_FILE, Run, load_supervised, open_run
+from jaxrec.runs.policy import load_run
 from jaxrec.runs.rl_logged import run_logged
+from tests.synthetic import random_log
 
-SHORT = LoggedConfig(updates=40, updates_per_evaluation=20, batch_size=16, policy_width=8, learning_rate=3e-3)
-
-
-@pytest.fixture(scope="module")
-def supervised(small_data: PreparedData, random_hybrid: Callable[[PreparedData, int, bool], Hybrid]) -> Hybrid:
-    """Random models in place of the run's trained ones, which tests of the command line train."""
-    return random_hybrid(small_data, 0, False)
+SMALL = ModelConfig(embedding=8, hidden=8, rating_width=2, time_width=2, max_length=16)
+QUICK = LoggedConfig(folds=2, fold_epochs=1, decisions=200, updates=20, samples=2)
 
 
 @pytest.fixture(scope="module")
-def trained(
-    supervised: Hybrid,
-    small_data: PreparedData,
-    new_run: Callable[[Path, Hybrid], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """A run with a policy of few updates."""
-    folder = new_run(tmp_path_factory.mktemp("rl"), supervised)
-    run_logged(LoadedRun(open_run(folder), small_data, supervised), SHORT)
-    return folder
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reranked")
+    prepare(random_log(users=40, items=20, max_events=20, seed=5), None, PrepareConfig(1, 1), out=folder / "data")
+    jaxrec.train(folder / "data", folder / "run", SMALL, TrainConfig(max_epochs=1))
+    return folder / "run"
 
 
 @pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Run:
-    """A copy of the run, to be changed."""
-    return open_run(Path(shutil.copytree(trained, tmp_path / "run")))
+def run(run_folder: Path) -> Run:
+    for path in run_folder.glob("reranker*"):
+        assert path.name in ("reranker.json", RERANKER_FILE)
+        path.unlink()
+    return open_run(run_folder)
 
 
-@pytest.fixture
-def loaded(run: Run, small_data: PreparedData, supervised: Hybrid) -> LoadedRun:
-    return LoadedRun(run, small_data, supervised)
+def test_a_log_without_structure_gives_no_reranker_and_a_stopped_training_ends_the_same(run: Run) -> None:
+    outcome = run_logged(run, QUICK)
+    assert not outcome.used
+    assert outcome.reason.startswith("the mix stays: ")
+    assert "permuted rewards" in outcome.reason
+    written = json.loads((run.folder / "reranker.json").read_text())
+    assert written["used"] is False
+    assert LoggedConfig(**written["configuration"] | {"rewards": QUICK.rewards}) == QUICK
+    assert {path.name for path in run.folder.glob("reranker*")} == {"reranker.json"}
+    data = run.read_data()
+    assert load_supervised(run, data).reranker is None
 
-
-def record_use(run: Run, used: bool) -> None:
-    path = run.folder / POLICY_FOLDER / "policy.json"
-    record = json.loads(path.read_text())
-    record["outcome"]["used"] = used
-    path.write_text(json.dumps(record))
-
-
-def test_outcome_is_written_and_read_back(run: Run, small_data: PreparedData, supervised: Hybrid) -> None:
-    outcome = read_outcome(run)
-    again = train_logged(supervised, small_data, SHORT)
-    assert outcome == again.outcome
-    assert outcome.figures.keys() == {"supervised", "policy", "imitation only", "permuted rewards"}
-    assert read_policy_evaluations(run.folder) == again.evaluations
-    assert read_policy_updates(run.folder) == again.updates
-    assert [record["step"] for record in again.evaluations] == [20, 40]
-    assert [record["step"] for record in again.updates] == list(range(40))
-    assert again.evaluations[0]["kl"] > 0
-    assert (run.folder / POLICY_FOLDER / "training.png").read_bytes().startswith(b"\x89PNG")
-    assert not (run.folder / "policy.partial").exists()
-
-
-class StopAfter:
-    """Asks to stop from the given call on."""
-
-    def __init__(self, calls: int) -> None:
-        self.left = calls
-
-    def __call__(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
-@pytest.mark.parametrize("calls", [0, 2])  # within the policy's own training, and within a control's
-def test_an_interrupted_training_is_resumed_with_the_same_result(trained: Path, loaded: LoadedRun, calls: int) -> None:
-    run = loaded.run
-    shutil.rmtree(run.folder / POLICY_FOLDER)
-    with pytest.raises(TrainingStopped, match="stopped after update 20 of 40; the checkpoint is written"):
-        run_logged(loaded, SHORT, stop=StopAfter(calls))
-    assert not (run.folder / POLICY_FOLDER).exists()
-    run_logged(loaded, resume=True)
-    for name in ("policy.npz", "policy.json", "steps.jsonl", "log.jsonl"):
-        assert sha256(run.folder / POLICY_FOLDER / name) == sha256(trained / POLICY_FOLDER / name), name
-    assert not (run.folder / "policy.partial").exists()
-    with pytest.raises(DataError, match="no interrupted training to resume"):
-        run_logged(loaded, resume=True)
-
-
-def test_an_interrupted_training_on_other_weights_is_refused(loaded: LoadedRun, supervised: Hybrid) -> None:
+    first_fold = run.folder / "reranker.partial/fold-0/decisions.npz"
     with pytest.raises(TrainingStopped):
-        run_logged(loaded, SHORT, stop=StopAfter(0))
-    other = Hybrid(supervised.lstm, supervised.content, supervised.cooccurrence, MixWeights(0.5, 0.5, 0.3))
-    with pytest.raises(DataError, match=r"policy\.partial: was started with other models than now"):
-        run_logged(loaded._replace(supervised=other), resume=True)
-    (loaded.run.folder / "policy.partial/20/arrays/_METADATA").write_bytes(b"half")
-    with pytest.raises(DataError, match=r"policy\.partial/20: damaged"):
-        run_logged(loaded, resume=True)
+        run_logged(run, QUICK, stop=first_fold.is_file)
+    done = first_fold.stat().st_mtime_ns
+    with pytest.raises(TrainingStopped):
+        run_logged(run, resume=True, stop=lambda: True)
+    assert first_fold.stat().st_mtime_ns == done
+    again = run_logged(run, resume=True)
+    assert json.loads((run.folder / "reranker.json").read_text()) == written
+    assert again.reason == outcome.reason
 
 
-def test_policy_on_top_of_other_weights_is_refused(run: Run, supervised: Hybrid) -> None:
-    """Of the same shapes: another mix of the same models is enough."""
-    other = Hybrid(supervised.lstm, supervised.content, supervised.cooccurrence, MixWeights(0.4, 0.6, 0.31))
-    with pytest.raises(DataError, match=r"the policy was trained on top of other weights than the models of .* have"):
-        load_policy(run, other, only_if_used=False)
+def test_without_anything_to_resume(run: Run) -> None:
+    with pytest.raises(DataError, match="no interrupted training to resume"):
+        run_logged(run, resume=True)
 
 
-def test_a_refused_policy_does_not_replace_one_in_use(loaded: LoadedRun) -> None:
-    run = loaded.run
-    assert {path.name for path in run.folder.iterdir()} <= {"run.json", *POLICY_FILES}
-    record_use(run, False)
-    assert not run_logged(loaded, dataclasses.replace(SHORT, updates=20)).used
-    assert not (run.folder / POLICY_REFUSED_FOLDER).exists()
-    record_use(run, True)
-    digest = sha256(run.folder / POLICY_FOLDER / "policy.npz")
-    outcome = run_logged(loaded, dataclasses.replace(SHORT, updates=20, seed=1))
-    assert not outcome.used
-    assert outcome.reason.startswith("keeping the policy in use: ")
-    assert outcome.reason.endswith(f"; the new policy is in {run.folder / POLICY_REFUSED_FOLDER}")
-    assert {path.name for path in run.folder.iterdir()} <= {"run.json", *POLICY_FILES}  # which new data removes
-    assert sha256(run.folder / POLICY_FOLDER / "policy.npz") == digest
-    assert digest != sha256(run.folder / POLICY_REFUSED_FOLDER / "policy.npz")
-    assert not (run.folder / POLICY_PREVIOUS_FOLDER).exists()
+def use_some_reranker(run: Run) -> tuple[PreparedData, Hybrid]:
+    """Writes one with random weights, as a training that succeeds does."""
+    data = run.read_data()
+    supervised = load_supervised(run, data)
+    rng = np.random.default_rng(0)
+    reranker = with_reranker(supervised, data).reranker
+    assert reranker is not None
+    features, context = len(FEATURES), len(CONTEXT)
+    scales = Scales(np.ones(features), np.zeros(context), np.full(context, 10.0))
+    weights = RerankerWeights(rng.normal(size=features), rng.normal(size=(context, features)))
+    own = Reranker(reranker.tables, scales, weights)
+    arrays = own.tables._asdict() | own.scales._asdict() | own.weights._asdict()
+    np.savez(run.folder / RERANKER_FILE, models=models_digest(supervised), **arrays)
+    return data, supervised.with_reranker(own)
 
 
-HITS = dataclasses.replace(SHORT, updates=1, rewards=RewardWeights(hit=1.0, genre=0.0, rating=0.0))
+def test_a_run_with_a_reranker_is_read_exported_and_evaluated(run: Run, tmp_path: Path) -> None:
+    data, expected = use_some_reranker(run)
+    found = load_supervised(run, data)
+    assert found.reranker is not None
+    assert expected.reranker is not None
+    jax.tree.map(np.testing.assert_array_equal, found.reranker.weights, expected.reranker.weights)
+    assert load_supervised(run, data, reranker=False).reranker is None
+    before = jaxrec.Run.recommend(run, [1, 2, 3], k=5)
+    jaxrec.export(run, tmp_path / "model")  # holds the graphs against JAX
+    (run.folder / RERANKER_FILE).unlink()
+    assert not before.equals(jaxrec.Run.recommend(open_run(run), [1, 2, 3], k=5))
 
 
-def biased_head(loaded: LoadedRun, strength: float) -> dict[str, Any]:
-    """The head of a policy that prefers the targets of validation, as the supervised models cannot know."""
-    cases = loaded.data.split.validation
-    counts = np.bincount(loaded.data.histories.items[cases.rows], minlength=len(loaded.data.catalog) + 1)
-    head = new_head(32, len(loaded.data.catalog), 8, seed=0)[1]
-    return {**head, "item_bias": jnp.asarray(strength * counts, jnp.float32)}
+def test_what_a_reranker_rules_out(run: Run, tmp_path: Path) -> None:
+    use_some_reranker(run)
+    with pytest.raises(DataError, match="uses a reranker"):
+        load_run(run.folder)
+    with pytest.raises(ExportError, match="an index has no reranker"):
+        jaxrec.export(run, tmp_path / "model", index=True)
+    assert not (tmp_path / "model").exists()
 
 
-def put_in_use(loaded: LoadedRun, strength: float) -> str:
-    """Puts such a policy in use, as one that was learned from a server's log; returns the digest of its variables."""
-    in_use = TrainedPolicy(PolicyOutcome(True, "for the test"), biased_head(loaded, strength), [], [])
-    write_policy(loaded.run, loaded.supervised, in_use, ServedConfig(), "served")
-    return sha256(loaded.run.folder / POLICY_FOLDER / "policy.npz")
+def test_a_reranker_of_other_models_or_a_damaged_one_is_refused(run: Run) -> None:
+    use_some_reranker(run)
+    path = run.folder / RERANKER_FILE
+    with np.load(path) as arrays:
+        np.savez(path, **{**arrays, "models": "others"})
+    data = run.read_data()
+    with pytest.raises(DataError, match="on top of other models"):
+        load_supervised(run, data)
+    path.write_bytes(b"PK")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_supervised(run, data)
 
 
-def let_training_find(monkeypatch: pytest.MonkeyPatch, head: dict[str, Any], meanwhile: Callable[[], object]) -> None:
-    """Training ends with this policy, and its controls as they started; `meanwhile` is called during it."""
-    run_updates = train_module.run_updates
-
-    def found(*arguments: Any) -> Iterator[tuple[Learner, list[dict[str, float]]]]:
-        meanwhile()
-        for learner, records in run_updates(*arguments):
-            start = jax.tree.map(jnp.zeros_like, learner.params.head)
-            of_phase = head if train_module.POLICY in arguments else start
-            yield learner._replace(params=learner.params._replace(head=of_phase)), records
-
-    monkeypatch.setattr(train_module, "run_updates", found)
-
-
-@pytest.mark.parametrize(("strength", "used"), [(1.0, False), (4.0, True)])
-def test_a_policy_is_compared_with_the_one_in_use_whatever_trained_that(
-    loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch, strength: float, used: bool
-) -> None:
-    """Both are better than the supervised models; only the second one is better than the policy in use."""
-    folder = loaded.run.folder
-    shutil.rmtree(folder / POLICY_FOLDER)
-    let_training_find(monkeypatch, biased_head(loaded, strength), lambda: None)
-    alone = run_logged(loaded, HITS)
-    assert alone.used, alone.reason
-    shutil.rmtree(folder / POLICY_FOLDER)
-    before = put_in_use(loaded, 2.0)
-    outcome = run_logged(loaded, HITS)
-    assert outcome.used is used, outcome.reason
-    assert (sha256(folder / POLICY_FOLDER / "policy.npz") == before) is not used
-    record = read_record(loaded.run)
-    assert record is not None
-    assert record.method == ("reinforce" if used else "served")
-    if used:
-        assert sha256(folder / POLICY_PREVIOUS_FOLDER / "policy.npz") == before
-        assert record.outcome == outcome
-    else:
-        assert sha256(folder / POLICY_REFUSED_FOLDER / "policy.npz") != before
-        assert not (folder / POLICY_PREVIOUS_FOLDER).exists()
-    assert {"supervised", "policy in use", "policy"} <= outcome.figures.keys()
-    ndcg_10 = [outcome.figures[name]["ndcg_10"] for name in ("supervised", "policy in use", "policy")]
-    assert ndcg_10[0] < ndcg_10[1]
-    assert (ndcg_10[1] < ndcg_10[2]) is used
-    assert outcome.differences["ndcg_10_over_policy_in_use"]["mean"] == pytest.approx(ndcg_10[2] - ndcg_10[1])
-
-
-def test_a_policy_that_came_into_use_meanwhile_is_not_replaced(
-    loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It was not compared with the new one; --resume compares both."""
-    shutil.rmtree(loaded.run.folder / POLICY_FOLDER)
-    let_training_find(monkeypatch, biased_head(loaded, 1.0), lambda: put_in_use(loaded, 2.0))
-    with pytest.raises(DataError, match="the policy in use is not the one that the new policy was compared with"):
-        run_logged(loaded, HITS)
-    record = read_record(loaded.run)
-    assert record is not None
-    assert record.method == "served"
-    outcome = run_logged(loaded, resume=True)
-    assert not outcome.used
-    assert "over the policy in use" in outcome.reason
-
-
-def test_a_policy_that_cannot_be_used_is_replaced_without_a_comparison(loaded: LoadedRun) -> None:
-    """The summary says so, and the run is whole again."""
-    record_use(loaded.run, True)
-    (loaded.run.folder / POLICY_FOLDER / "policy.npz").write_bytes(b"half")
-    with pytest.raises(DataError, match=r"missing or damaged.* run `jaxrec rl logged` again"):
-        load_policy(loaded.run, loaded.supervised)
-    outcome = run_logged(loaded, dataclasses.replace(SHORT, updates=20))
-    assert not outcome.used
-    assert "policy in use" not in outcome.figures
-    assert outcome.summary.startswith("The policy before cannot be used and was not compared with the new one: ")
-    assert read_outcome(loaded.run) == outcome
-    assert load_served(loaded.run, loaded.supervised) is loaded.supervised
-
-
-def test_off_policy_training_tells_how_good_its_behaviour_model_is(
-    small_data: PreparedData, supervised: Hybrid
-) -> None:
-    trained = train_logged(supervised, small_data, SHORT, TOP_K)
-    fit = trained.outcome.figures["behaviour model"]
-    assert -10 < fit["log_likelihood"] < 0
-    assert 0 < trained.updates[-1]["ess_share"] < 1
-
-
-def test_evaluated_figures_are_those_of_the_loaded_policy(
-    run: Run, small_data: PreparedData, supervised: Hybrid
-) -> None:
-    """What was evaluated is what is served: the policy's validation NDCG@10 from its files, through the hybrid."""
-    outcome, hybrid = read_outcome(run), load_policy(run, supervised, only_if_used=False)
-    assert outcome is not None
-    assert hybrid is not None
-    for model, expected in ((supervised, outcome.figures["supervised"]), (hybrid, outcome.figures["policy"])):
-        scorer = hybrid_scorer(model)
-        figures = [
-            ndcg(rank_cases(scorer, small_data, small_data.split.validation, 50, time).ranks, 10).mean()
-            for time in (False, True)
-        ]
-        assert np.mean(figures) == pytest.approx(expected["ndcg_10"], abs=1e-9)
-
-
-@pytest.mark.parametrize(("used", "name"), [(True, "reinforce"), (False, "supervised")])
-def test_policy_is_served_only_where_it_is_used(run: Run, supervised: Hybrid, used: bool, name: str) -> None:
-    record_use(run, used)
-    assert policy_name(run) == name
-    assert (load_policy(run, supervised) is not None) is used
-    assert (load_served(run, supervised).policy is not None) is used
-    assert load_policy(run, supervised, only_if_used=False) is not None
-
-
-def test_without_a_policy_the_supervised_hybrid_is_served(run: Run, supervised: Hybrid) -> None:
-    shutil.rmtree(run.folder / POLICY_FOLDER)
-    assert read_outcome(run) is None
-    assert policy_name(run) == "supervised"
-    assert load_served(run, supervised) is supervised
-    with pytest.raises(DataError, match=r"log\.jsonl"):
-        read_policy_evaluations(run.folder)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder: (folder / "policy.npz").write_bytes(b"half"), r"policy\.npz: missing or damaged"),
-        (lambda folder: (folder / "policy.npz").unlink(), r"policy\.npz: missing or damaged"),
-        (lambda folder: (folder / "policy.json").write_text("{"), r"policy\.json: not JSON"),
-        (lambda folder: (folder / "policy.json").unlink(), r"policy\.json: cannot be read"),
-        (lambda folder: (folder / "policy.json").write_text("[]"), r"policy\.json: not a policy"),
-        (
-            lambda folder: (folder / "policy.json").write_text('{"schema_version": 1}'),
-            f"schema version 1, expected {POLICY_SCHEMA_VERSION}",
-        ),
-        (
-            lambda folder: (folder / "policy.json").write_text(f'{{"schema_version": {POLICY_SCHEMA_VERSION}}}'),
-            "'outcome'",
-        ),
-    ],
-)
-def test_damaged_files_are_reported(
-    run: Run, supervised: Hybrid, damage: Callable[[Path], object], message: str
-) -> None:
-    damage(run.folder / POLICY_FOLDER)
-    with pytest.raises(DataError, match=message):
-        load_policy(run, supervised, only_if_used=False)
-
-
-def test_seed_decides_the_policy(small_data: PreparedData, supervised: Hybrid) -> None:
-    config = dataclasses.replace(SHORT, seed=1)
-    first, other = train_logged(supervised, small_data, SHORT), train_logged(supervised, small_data, config)
-    assert first.evaluations != other.evaluations
-    assert not np.array_equal(first.head["item_bias"], other.head["item_bias"])
-
-
-def test_not_finite_stops_and_keeps_the_policy_before(loaded: LoadedRun) -> None:
-    run = loaded.run
-    before = read_outcome(run)
-    with pytest.raises(TrainingError, match=r"not finite at update 1 \(of updates 0\.\.19\)"):
-        run_logged(loaded, dataclasses.replace(SHORT, learning_rate=float("inf")))
-    assert read_outcome(run) == before
-    assert sorted(path.name for path in run.folder.iterdir() if path.name.startswith(".")) == []
+def test_diversity_is_refused(run: Run) -> None:
+    rewards = dataclasses.replace(QUICK.rewards, diversity=0.1)
+    with pytest.raises(ValueError, match="diversity"):
+        dataclasses.replace(QUICK, rewards=rewards)

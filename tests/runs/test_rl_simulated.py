@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from flax import nnx
+from jaxrec.rl.logged.evaluate import CaseResults
 
 from jaxrec.config import to_json
 from jaxrec.data.prepared import PreparedData
@@ -20,7 +21,6 @@ from jaxrec.errors import DataError, TrainingStopped
 from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.config import SimulatedConfig
-from jaxrec.rl.logged.evaluate import CaseResults
 from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
 from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import frozen_scoring, policy_logits, supervised_logits

@@ -1,1 +1,1 @@
-"""A policy trained on the events of the run's own log."""
+"""Learning to rerank: held-out decisions by cross-fitting, the loss, and the gate."""

@@ -51,6 +51,20 @@ def capped_importance_weights(
     return jnp.exp(jnp.minimum(log_weights, limit)), log_weights > limit
 
 
+def weight_metrics(weights: jax.Array, clipped: jax.Array, where: jax.Array) -> dict[str, jax.Array]:
+    """Effective sample size (Kong 1992) as a share of the sample, and the share of weights at the cap; all [...].
+
+    Examples:
+        >>> everywhere, none = jnp.ones(4, bool), jnp.zeros(4, bool)
+        >>> float(weight_metrics(jnp.array([1.0, 1.0, 0.0, 0.0]), none, everywhere)["ess_share"])
+        0.5
+    """
+    count = jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1.0)
+    weights = jnp.where(where, weights, 0.0)
+    size = jnp.square(jnp.sum(weights)) / jnp.maximum(jnp.sum(jnp.square(weights)), 1e-30)
+    return {"ess_share": size / count, "clipped_share": jnp.sum(where & clipped, dtype=jnp.float32) / count}
+
+
 def top_k_multiplier(logprob_pi: jax.Array, k: int) -> jax.Array:
     """λ_K of logged actions (equation 7), a constant of the gradient: k where π is near 0, 0 where it is near 1.
 

@@ -63,7 +63,7 @@ def reproduced_versions(
 
 def state_logits(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring, states: ServedStates) -> jax.Array:
     """The policy's logits [rows, items + 1], with the trend of each row; NEVER at the items of the history."""
-    logits = policy_logits(nnx.merge(graphdef, head), jnp.asarray(states.query), jnp.asarray(states.recent), scoring)
+    logits = policy_logits(nnx.merge(graphdef, head), states.state, scoring)
     exclude = jnp.asarray(states.exclude)
     trend = jnp.zeros(()) if scoring.trends is None else scoring.trends.at(states.moment)
     logits += trend

@@ -14,12 +14,12 @@ from jaxrec.data.events import pad_events
 from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.models.features import Array
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.rl.logged.states import rating_or_mean
-from jaxrec.rl.reward_tables import SHRINKAGE
+from jaxrec.rl.reward_tables import SHRINKAGE, rating_or_mean
 from jaxrec.rl.rewards import RewardTables, RewardTerms, slate_reward_terms
+from jaxrec.rl.scoring import Scoring
 from jaxrec.rl.served.event_store import unit_ratings
 from jaxrec.rl.served.recommendations import Recommendation
-from jaxrec.rl.states import by_batches, encode_histories
+from jaxrec.rl.states import PolicyState, by_batches, encode_histories, state_of_recurrent
 
 HISTORIES_PER_BATCH = 64
 ROWS_AT_A_TIME = 10_000  # whose rewards are computed together
@@ -27,13 +27,12 @@ SHORTEST = 8  # events that a history is padded to at least
 
 
 class ServedStates(NamedTuple):
-    """Served recommendations [rows]: the supervised `query` [rows, width] before each, `recent` [rows, RECENT] int32 of
-    the history, `exclude` [rows, width] int32 (0 = none) of the history and the request, the `slate` [rows, k] int32
-    (0 = empty slot) with its `log_propensities` [rows, k] float32 at `temperature` [rows] float32, and the `terms` of
-    its rewards, each [rows, k]. `user`, `version` and `moment` [rows] int32, as `ServedLog` counts them."""
+    """Served recommendations [rows]: the `state` that a policy sees before each, `exclude` [rows, width] int32
+    (0 = none) of the history and the request, the `slate` [rows, k] int32 (0 = empty slot) with its `log_propensities`
+    [rows, k] float32 at `temperature` [rows] float32, and the `terms` of its rewards, each [rows, k]. `user`, `version`
+    and `moment` [rows] int32, as `ServedLog` counts them."""
 
-    query: Array
-    recent: Array
+    state: PolicyState
     exclude: Array
     slate: Array
     log_propensities: Array
@@ -49,10 +48,12 @@ class ServedStates(NamedTuple):
 
 
 def served_states(
-    hybrid: Hybrid, recommendations: Sequence[Recommendation], scale: RatingScale | None, tables: RewardTables
+    hybrid: Hybrid, recommendations: Sequence[Recommendation], scale: RatingScale | None, scoring: Scoring
 ) -> ServedStates:
     """Encodes the recommendations' histories as the server does: the models read the last `max_length` events and the
-    gap to the request time, where the request gave one; all items of the history are excluded."""
+    gap to the request time, where the request gave one; all items of the history are excluded. What the reranker
+    changes depends on these items and on the trend of `scoring`, too."""
+    tables = scoring.tables
     count = len(recommendations)
     sizes = np.fromiter((_sizes(one) for one in recommendations), np.dtype((np.int32, 4)), count)
     _, of_slate, of_exclude, of_responses = np.maximum(sizes.max(axis=0, initial=0), 1)
@@ -72,13 +73,12 @@ def served_states(
         temperature[row], means[row] = one.temperature, _mean_rating(one, scale, global_mean)
         user[row], version[row], moment[row] = one.user, one.version, one.moment
     order = np.argsort(sizes[:, 0], kind="stable")
-    encoded = _encoded(hybrid, recommendations, order, scale)
-    query, recent = (column[np.argsort(order)] for column in encoded)
+    encoded = _encoded(hybrid, recommendations, order, scale, scoring, exclude, moment)
+    state = jax.tree.map(lambda column: column[np.argsort(order)], encoded)
     chunks = [slice(first, first + ROWS_AT_A_TIME) for first in range(0, count, ROWS_AT_A_TIME)]
     terms = [_response_terms(slate[at], responses[at], given[at], means[at], tables) for at in chunks]
     return ServedStates(
-        query=query,
-        recent=recent,
+        state=state,
         exclude=exclude,
         slate=slate,
         log_propensities=log_propensities,
@@ -101,16 +101,22 @@ def _excluded(one: Recommendation) -> np.ndarray:
 
 
 def _encoded(
-    hybrid: Hybrid, recommendations: Sequence[Recommendation], order: np.ndarray, scale: RatingScale | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Queries [rows, width] at the requests in this order, and the most recent items [rows, RECENT].
+    hybrid: Hybrid,
+    recommendations: Sequence[Recommendation],
+    order: np.ndarray,
+    scale: RatingScale | None,
+    scoring: Scoring,
+    exclude: np.ndarray,
+    moment: np.ndarray,
+) -> PolicyState:
+    """The states [rows] at the requests in this order.
 
     Each batch is as long as its longest history, rounded up to a power of two, so that few lengths are compiled: most
     histories of a log are far shorter than what the models may read.
     """
     graphdef, variables = nnx.split(hybrid)
 
-    def encode(rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    def encode(rows: np.ndarray) -> PolicyState:
         batch = [recommendations[row] for row in order[rows]]
         longest = max(SHORTEST, *(len(one.history.items) for one in batch))
         events = pad_events(
@@ -121,10 +127,13 @@ def _encoded(
             min(1 << (longest - 1).bit_length(), hybrid.lstm.config.max_length),
         )
         gaps = [UNKNOWN_GAP if one.request_time is None else one.request_time - one.history.times[-1] for one in batch]
-        queries, recent, _ = encode_histories(graphdef, variables, events, np.array([gaps], np.float32))
-        return queries[0], recent
+        recurrent = encode_histories(graphdef, variables, events)
+        trend = 0.0 if scoring.trends is None else scoring.trends.at(moment[order[rows]])
+        return state_of_recurrent(
+            graphdef, variables, recurrent, np.array(gaps, np.float32), exclude[order[rows]], trend
+        )
 
-    return by_batches(encode, len(recommendations), HISTORIES_PER_BATCH)  # type: ignore[return-value]
+    return by_batches(encode, len(recommendations), HISTORIES_PER_BATCH)
 
 
 def _response_terms(

@@ -24,9 +24,8 @@ from jaxrec.errors import DataError
 from jaxrec.models.hybrid import PolicyHead
 from jaxrec.rl.config import ServedConfig
 from jaxrec.rl.constraints import floor_penalty, slate_coverage
-from jaxrec.rl.logged.methods import weight_metrics
 from jaxrec.rl.losses.clipped_surrogate import clipped_surrogate_loss
-from jaxrec.rl.losses.off_policy import capped_importance_weights
+from jaxrec.rl.losses.off_policy import capped_importance_weights, weight_metrics
 from jaxrec.rl.losses.policy_gradient import baseline_loss
 from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
 from jaxrec.rl.policy import kl_divergence
@@ -85,7 +84,7 @@ def train_served(
     current = jax.device_put(jax.tree.map(jnp.asarray, current), device)
     training, evaluation = jax.device_put(states.at(rows[0]), device), states.at(rows[1])
     optimizer = policy_optimizer(config.learning_rate, config.updates)
-    critic = zero_critic(states.query.shape[1], states.slate.shape[1])
+    critic = zero_critic(states.state.query.shape[1], states.slate.shape[1])
     learner = new_learner(PolicyParams(current, critic), optimizer)
     updates = make_updates(served_loss(graphdef, config), optimizer, config.kl_target)
     data, key, records = (current, scoring, training), jax.random.key(config.seed), list[dict[str, float]]()
@@ -124,7 +123,7 @@ def served_loss(graphdef: nnx.GraphDef[PolicyHead], config: ServedConfig) -> Los
         ratios = jnp.cumsum(jnp.where(where, logprobs - batch.log_propensities, 0.0), axis=1)
         weights, clipped = capped_importance_weights(ratios, jnp.zeros_like(ratios), config.importance_cap)
         weights = jnp.where(where, weights, 0.0)
-        values = params.critic(jnp.asarray(batch.query))
+        values = params.critic(jnp.asarray(batch.state.query))
         policy_loss = clipped_surrogate_loss(ratios, rewards - values, where, config.importance_cap)
         value_loss = baseline_loss(values, rewards, where)
         drawn_by, before = (tempered(x, jnp.asarray(batch.temperature)) for x in (logits, reference))

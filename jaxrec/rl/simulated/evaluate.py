@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.evaluation.bootstrap import bootstrap, resample
+from jaxrec.rl.cases import CaseResults, compare, signed
 from jaxrec.rl.constraints import slate_coverage
-from jaxrec.rl.logged.evaluate import CaseResults, compare, signed
 from jaxrec.rl.outcome import PolicyOutcome
 from jaxrec.rl.policy import greedy_slates, sample_slates
 from jaxrec.rl.scoring import PolicyParams

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxrec.models.hybrid import PolicyHead
 from jaxrec.models.masks import NEVER, exclude_items
 from jaxrec.rl.config import SimulatedConfig
-from jaxrec.rl.logged.states import States
 from jaxrec.rl.policy import kl_divergence, sample_slates, slate_logprobs
 from jaxrec.rl.scoring import PolicyParams, Scoring, policy_logits, zero_critic
 from jaxrec.rl.simulated.environment import Environment
-from jaxrec.rl.simulated.recommender import Features
+from jaxrec.rl.states import PolicyState
 
 CRITIC_SCALE = 30.0
 Params = Any
@@ -50,13 +50,13 @@ class RecommenderPolicy(NamedTuple):
     temperature: float
     start: PolicyParams
 
-    def logits(self, params: PolicyParams, features: Features, recommendable: jax.Array) -> jax.Array:
+    def logits(self, params: PolicyParams, features: PolicyState, recommendable: jax.Array) -> jax.Array:
         """[..., items + 1], divided by the temperature; NEVER where `recommendable` is off."""
-        query, recent = (x.reshape(-1, x.shape[-1]) for x in features)
-        logits = policy_logits(nnx.merge(self.graphdef, params.head), query, recent, self.scoring)
+        state = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), features)
+        logits = policy_logits(nnx.merge(self.graphdef, params.head), state, self.scoring)
         return jnp.where(recommendable, logits.reshape(recommendable.shape) / self.temperature, NEVER)
 
-    def value(self, params: PolicyParams, features: Features) -> jax.Array:
+    def value(self, params: PolicyParams, features: PolicyState) -> jax.Array:
         """[...]. Adam moves every weight by about the learning rate, whatever its gradient: the scale lets the critic
         learn CRITIC_SCALE times faster than the policy."""
         return CRITIC_SCALE * params.critic(features.query)[..., 0]
@@ -73,19 +73,23 @@ def recommender_policy(
     return RecommenderPolicy(graphdef, scoring, temperature, PolicyParams(jax.tree.map(jnp.asarray, variables), critic))
 
 
-def logged_kl_penalty(policy: RecommenderPolicy, states: States, weight: float, batch_size: int) -> Penalty:
-    """`weight` times the KL, in nats, to the policy as it starts, in `batch_size` of the run's own logged `states`.
+def logged_kl_penalty(
+    policy: RecommenderPolicy, states: PolicyState, histories: np.ndarray, weight: float, batch_size: int
+) -> Penalty:
+    """`weight` times the KL, in nats, to the policy as it starts, in `batch_size` of the run's own logged states.
 
     The KL penalty of `jaxrec.rl.simulated.train` only covers states of simulated users. This one prevents that their
     rewards are gained at the expense of real users in other states. (Imitation of the logged items is no substitute:
-    the models have learned these already, and the policy would memorize them.)
+    the models have learned these already, and the policy would memorize them.) The `states` [states] and the items of
+    their `histories` [states, width] int32 are those of `jaxrec.rl.states.policy_states`.
     """
 
     def penalty(params: PolicyParams, key: jax.Array) -> jax.Array:
-        rows = jax.random.randint(key, (batch_size,), 0, len(states.target))
-        query, recent, exclude = jnp.asarray(states.query)[rows], states.recent(rows), states.histories(rows)
+        rows = jax.random.randint(key, (batch_size,), 0, len(histories))
+        state = jax.tree.map(lambda column: jnp.asarray(column)[rows], states)
+        exclude = jnp.asarray(histories)[rows]
         now, before = (
-            exclude_items(policy_logits(nnx.merge(policy.graphdef, head), query, recent, policy.scoring), exclude)
+            exclude_items(policy_logits(nnx.merge(policy.graphdef, head), state, policy.scoring), exclude)
             for head in (params.head, policy.start.head)
         )
         return weight * jnp.mean(kl_divergence(now, before))

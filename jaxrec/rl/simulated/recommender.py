@@ -24,21 +24,13 @@ from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.simulated import users as simulator
 from jaxrec.rl.simulated.environment import Environment
 from jaxrec.rl.simulated.users import SimulatorObservation, SimulatorParams, SimulatorState
-from jaxrec.rl.states import by_batches, encode_histories, state_query
+from jaxrec.rl.states import HistoryStates, PolicyState, by_batches, encode_histories, policy_state
 
 USERS_PER_BATCH = 64
 
 
-class Features(NamedTuple):
-    """The input of the run's policy: the supervised `query` [..., width] float32, without request time, and `recent`
-    [..., RECENT of `jaxrec.models.cooccurrence`] int32, the last item first."""
-
-    query: jax.Array
-    recent: jax.Array
-
-
 class RecommenderState(NamedTuple):
-    """`user`: of the simulator; `recurrent` [4 * hidden + RECENT] float32: of the hybrid."""
+    """`user`: of the simulator; `recurrent` [...] float32: of the hybrid."""
 
     user: SimulatorState
     recurrent: jax.Array
@@ -61,17 +53,19 @@ class Recommender(NamedTuple):
     gap: float
 
     def advance(self, recurrent: jax.Array, item: jax.Array, rating: jax.Array, where: jax.Array) -> jax.Array:
-        """The state [batch, 4 * hidden + RECENT] after one more event each, `rating` in stars; as before where `where`
+        """The state [batch, ...] after one more event each, `rating` in stars; as before where `where`
         is off. All [batch]."""
         unit = (rating - self.scale.minimum) / (self.scale.maximum - self.scale.minimum)
         gap = jnp.full_like(unit, self.gap)
         event = Events(item[:, None], unit[:, None], gap[:, None], where.astype(jnp.int32))
         return nnx.merge(self.graphdef, self.variables).encode(event, recurrent)[1]
 
-    def features(self, recurrent: jax.Array) -> Features:
-        """recurrent [batch, 4 * hidden + RECENT] -> [batch, ...]."""
+    def features(self, recurrent: jax.Array, recommendable: jax.Array) -> PolicyState:
+        """What a policy sees of the states `recurrent` [batch, ...], without request time, where the items
+        `recommendable` [batch, items + 1] bool may be recommended."""
         model = nnx.merge(self.graphdef, self.variables)
-        return Features(*state_query(model, recurrent, jnp.full(len(recurrent), UNKNOWN_GAP)))
+        states = HistoryStates.of_recurrent(model, recurrent)
+        return policy_state(model, states, jnp.full(len(recurrent), UNKNOWN_GAP), allowed=recommendable)
 
 
 def recommender_of(supervised: Hybrid, data: PreparedData) -> Recommender:
@@ -86,7 +80,7 @@ def recommender_of(supervised: Hybrid, data: PreparedData) -> Recommender:
 
 
 def start_states(recommender: Recommender, params: SimulatorParams) -> jax.Array:
-    """[users, 4 * hidden + RECENT] float32: the state after the events that each user starts with, of which the models
+    """[users, ...] float32: the state after the events that each user starts with, of which the models
     read the last `max_length`."""
 
     max_length = nnx.merge(recommender.graphdef, recommender.variables).lstm.config.max_length
@@ -100,8 +94,7 @@ def start_states(recommender: Recommender, params: SimulatorParams) -> jax.Array
             [table[row, :length][::-1] for row, length in zip(rows, lengths, strict=True)] for table in (profiles, unit)
         )
         events = pad_events(items, ratings, gaps, min(profiles.shape[1], max_length))
-        unknown = np.full((1, len(rows)), UNKNOWN_GAP, np.float32)
-        return encode_histories(recommender.graphdef, recommender.variables, events, unknown)[2]
+        return encode_histories(recommender.graphdef, recommender.variables, events)
 
     return jnp.asarray(by_batches(encode, len(profiles), USERS_PER_BATCH))
 
@@ -124,10 +117,14 @@ def recommender_environment(
         event = seen.recent[:1], seen.rating[:1], seen.slot[None] >= 0
         return *_both(user, recommender.advance(state.recurrent[None], *event)[0]), reward, done
 
+    def features(observation: RecommenderObservation) -> PolicyState:
+        recommendable = users.recommendable(observation.seen)
+        return jax.tree.map(lambda x: x[0], recommender.features(observation.recurrent[None], recommendable[None]))
+
     return users._replace(
         reset=reset,
         step=step,
-        features=lambda observation: jax.tree.map(lambda x: x[0], recommender.features(observation.recurrent[None])),
+        features=features,
         recommendable=lambda observation: users.recommendable(observation.seen),
         terms=lambda observation, reward: users.terms(observation.seen, reward),
         feature_count=0,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxrec.rl.logged.states import training_states
 
 from jaxrec.config import RatingScale
 from jaxrec.data.batches import CaseBatch
@@ -17,7 +18,6 @@ from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.masks import exclude_items
 from jaxrec.rl.config import SimulatedConfig
-from jaxrec.rl.logged.states import training_states
 from jaxrec.rl.policy import greedy_slates, sample_slates
 from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import frozen_scoring, new_head, supervised_logits

@@ -12,10 +12,10 @@ import numpy as np
 
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.split import Cases
-from jaxrec.rl.config import RerankingConfig
+from jaxrec.rl.config import LoggedConfig
 
 
-def fold_of_users(users: int, config: RerankingConfig) -> np.ndarray:
+def fold_of_users(users: int, config: LoggedConfig) -> np.ndarray:
     """[users] int: each user's fold, at random from the seed; the folds are of like size."""
     return np.random.default_rng(config.seed).permutation(users) % config.folds
 
@@ -35,14 +35,13 @@ def without_users(data: PreparedData, held_out: np.ndarray) -> PreparedData:
     )
 
 
-def held_out_cases(data: PreparedData, held_out: np.ndarray, config: RerankingConfig) -> Cases:
-    """The last training events of the `held_out` users, but no user's first event: `config.events` of each, or as many
-    as make at most their share of `config.decisions`."""
-    counts = np.where(held_out, data.split.train_counts, 0)
-    limit = config.decisions // config.folds
-    each = next((n for n in range(config.events, 1, -1) if np.minimum(np.maximum(counts - 1, 0), n).sum() <= limit), 1)
-    of_user = np.minimum(np.maximum(counts - 1, 0), each)
-    users = np.repeat(np.arange(len(counts)), of_user)
-    ago = np.arange(len(users)) - np.repeat(np.cumsum(of_user) - of_user, of_user)
-    rows = data.histories.offsets[users] + (counts - of_user)[users] + ago
-    return Cases(users, rows).at_most(limit)
+def last_events(data: PreparedData, users: np.ndarray, events: int, limit: int) -> Cases:
+    """The last training events of the `users` [users] bool, but no user's first event: at most `events` of each, or as
+    many of each as make at most `limit`."""
+    others = np.maximum(np.where(users, data.split.train_counts, 0) - 1, 0)
+    each = next((n for n in range(events, 1, -1) if np.minimum(others, n).sum() <= limit), 1)
+    of_user = np.minimum(others, each)
+    owner = np.repeat(np.arange(len(others)), of_user)
+    ago = np.arange(len(owner)) - np.repeat(np.cumsum(of_user) - of_user, of_user)
+    rows = data.histories.offsets[owner] + (others + 1 - of_user)[owner] + ago
+    return Cases(owner, rows).at_most(limit)

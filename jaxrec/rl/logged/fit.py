@@ -3,7 +3,8 @@
 The loss of a decision is
 
     cross-entropy of the item that came next, among the candidates
-    + reward_weight * PL-Rank-2 (`jaxrec.rl.losses.pl_rank`) of the slate's reward
+    + reward_weight * minus the slate's expected reward, by PL-Rank-2 (`jaxrec.rl.losses.pl_rank`) or by REINFORCE with
+      the other samples as the baseline (`jaxrec.rl.losses.policy_gradient.plackett_luce_loss`)
     + penalty * the squared weights
 
 A decision whose next item is no candidate has no cross-entropy. Its slate still earns what the other reward terms give.
@@ -18,9 +19,11 @@ import optax
 
 from jaxrec.models.masks import NEVER
 from jaxrec.models.reranker import CONTEXT, FEATURES, Candidates, RerankerWeights, Scales, scaled, scores
-from jaxrec.rl.config import RerankingConfig
+from jaxrec.rl.config import PL_RANK, LoggedConfig
+from jaxrec.rl.logged.decisions import Decisions
 from jaxrec.rl.losses.pl_rank import pl_rank_loss
-from jaxrec.rl.reranking.decisions import Decisions
+from jaxrec.rl.losses.policy_gradient import plackett_luce_loss
+from jaxrec.rl.policy import sample_slates, slate_logprobs
 from jaxrec.rl.rewards import rank_discounts
 from jaxrec.rl.updates import Learner, make_updates, new_learner, run_updates
 from jaxrec.training.stopping import StopRequested, never
@@ -31,11 +34,11 @@ LEAST_SCALE = 1e-3
 
 
 class Fitted(NamedTuple):
-    """The scales, the weights, and one record per update."""
+    """The scales, the weights, and the weights after every UPDATES_PER_CHUNK updates, the last ones included."""
 
     scales: Scales
     weights: RerankerWeights
-    updates: list[dict[str, float]]
+    path: list[RerankerWeights]
 
 
 class Problem(NamedTuple):
@@ -50,7 +53,7 @@ class Problem(NamedTuple):
 
 
 def fit_reranker(
-    decisions: Decisions, rewards: np.ndarray, config: RerankingConfig, stop: StopRequested = never
+    decisions: Decisions, rewards: np.ndarray, config: LoggedConfig, stop: StopRequested = never
 ) -> Fitted:
     """Fits scales and weights.
 
@@ -78,13 +81,13 @@ def fit_reranker(
     )
     start = RerankerWeights(jnp.zeros(len(FEATURES)), jnp.zeros((len(CONTEXT), len(FEATURES))))
     updates = make_updates(_loss(config), optimizer)
-    learner, records, key = new_learner(start, optimizer), list[dict[str, float]](), jax.random.key(config.seed)
-    name = "learning to rerank"
-    for updated, of_chunk in run_updates(
-        updates, learner, problem, key, config.updates, UPDATES_PER_CHUNK, name, stop, "nothing is kept"
+    path, key = list[RerankerWeights](), jax.random.key(config.seed)
+    name, kept = "learning to rerank", "the decisions are kept"
+    for learner, _ in run_updates(
+        updates, new_learner(start, optimizer), problem, key, config.updates, UPDATES_PER_CHUNK, name, stop, kept
     ):
-        learner, records = updated, records + of_chunk
-    return Fitted(scales, jax.tree.map(np.array, learner.params), records)
+        path.append(jax.tree.map(np.array, learner.params))
+    return Fitted(scales, path[-1], path)
 
 
 def measured_scales(decisions: Decisions) -> Scales:
@@ -117,12 +120,19 @@ def _scaled(features: jax.Array, context: jax.Array, scales: Scales) -> tuple[ja
 
 def reranked_scores(fitted: Fitted, decisions: Decisions) -> np.ndarray:
     """[decisions, candidates] float32: by which the candidates are ranked."""
+    return scores_along(fitted._replace(path=[fitted.weights]), decisions)[0]
+
+
+def scores_along(fitted: Fitted, decisions: Decisions) -> list[np.ndarray]:
+    """`reranked_scores` by the weights of each part of the path."""
     features, context = scaled_rows(decisions, fitted.scales)
-    found = [
-        np.asarray(_scores(fitted.weights, decisions.mix[rows], features[rows], context[rows]))
-        for rows in np.array_split(np.arange(len(decisions)), max(1, len(decisions) // 4096))
+    parts = np.array_split(np.arange(len(decisions)), max(1, len(decisions) // 4096))
+    return [
+        np.concatenate(
+            [np.asarray(_scores(weights, decisions.mix[rows], features[rows], context[rows])) for rows in parts]
+        )
+        for weights in fitted.path
     ]
-    return np.concatenate(found)
 
 
 @jax.jit
@@ -130,7 +140,7 @@ def _scores(weights: RerankerWeights, mix: jax.Array, features: jax.Array, conte
     return scores(weights, mix, features.astype(jnp.float32), context)
 
 
-def _loss(config: RerankingConfig) -> Any:
+def _loss(config: LoggedConfig) -> Any:
     discounts = jnp.asarray(rank_discounts(config.slate_size))
 
     def loss(
@@ -149,9 +159,33 @@ def _loss(config: RerankingConfig) -> Any:
         top = jax.lax.top_k(logits, min(config.slate_size, logits.shape[1]))[1]
         earned = jnp.take_along_axis(batch.rewards, top, axis=1) @ discounts[: top.shape[1]]
         if config.reward_weight:
-            total += config.reward_weight * pl_rank_loss(
-                slate_key, logits, batch.rewards, where, discounts, config.samples
-            )
+            total += config.reward_weight * reward_loss(slate_key, logits, batch.rewards, where, config)
         return total, ({"reward": jnp.mean(earned), "imitation_loss": imitation, "squares": squares}, ())
 
     return loss
+
+
+def reward_loss(
+    key: jax.Array, logits: jax.Array, rewards: jax.Array, where: jax.Array, config: LoggedConfig
+) -> jax.Array:
+    """Scalar whose gradient is minus that of the slate's expected reward, by `config.method`.
+
+    Args:
+        key: Of the slates that are drawn.
+        logits: [batch, candidates] float32, NEVER where there is no candidate.
+        rewards: [batch, candidates] float32, on a first place.
+        where: [batch, candidates] bool, the candidates.
+        config: Size and number of slates.
+    """
+    size = min(config.slate_size, logits.shape[1])
+    discounts = jnp.asarray(rank_discounts(config.slate_size))
+    if config.method == PL_RANK:
+        return pl_rank_loss(key, logits, rewards, where, discounts, config.samples)
+    drawn = jax.lax.stop_gradient(jnp.broadcast_to(logits, (config.samples, *logits.shape)))
+    slates = sample_slates(key, drawn, size)
+    every = jnp.broadcast_to(logits, drawn.shape)
+    earned = jnp.take_along_axis(jnp.broadcast_to(rewards, drawn.shape), slates, axis=-1) * discounts[:size]
+    shown = jnp.arange(size) < jnp.sum(where, axis=1, keepdims=True)
+    earned = jnp.where(shown, earned, 0.0)
+    to_come = jax.lax.cumsum(earned, axis=2, reverse=True)
+    return plackett_luce_loss(slate_logprobs(every, slates), to_come, shown)

@@ -1,0 +1,264 @@
+"""Learns a reranker from held-out decisions, beside its controls, and decides by other held-out users if it is used.
+
+Each fold's decisions are ranked by weights that were fitted to the other folds. What is compared is thus out of fold
+twice: neither the models nor the weights know the user. Three fits are compared with the mix: imitation alone (what
+stacking gives), imitation and rewards, and the same with rewards of other decisions, from which nothing can be learned.
+
+A budget of NDCG@10 chooses the weight of the rewards: it is the multiplier of a Lagrangian that trades one for the
+other, so the fits with several weights trace the frontier of both, and the one that earns most within the budget is
+used.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrec.data.prepared import PreparedData
+from jaxrec.evaluation.bootstrap import Estimate, bootstrap, resample
+from jaxrec.evaluation.metrics import ndcg
+from jaxrec.models.masks import NEVER
+from jaxrec.rl.cases import signed
+from jaxrec.rl.config import BUDGET_WEIGHTS, LoggedConfig
+from jaxrec.rl.logged.decisions import Decisions
+from jaxrec.rl.logged.fit import UPDATES_PER_CHUNK, Fitted, fit_reranker, reranked_scores, scores_along
+from jaxrec.rl.outcome import PolicyOutcome
+from jaxrec.rl.reward_tables import fit_reward_tables, rating_or_mean, running_user_means
+from jaxrec.rl.rewards import rank_discounts, slate_reward_terms, total_reward
+from jaxrec.training.stopping import StopRequested, never
+
+MIX, IMITATION, RERANKED, PERMUTED = "mix", "imitation only", "imitation and rewards", "permuted rewards"
+ROWS = 4096  # decisions whose rewards are computed at once
+
+
+class Results(NamedTuple):
+    """Of one way to rank, each [decisions]: the target's NDCG@10, the same weighted by its rating with mean weight 1,
+    and the reward of the best `slate_size` candidates."""
+
+    ndcg: np.ndarray
+    reward_weighted_ndcg: np.ndarray
+    reward: np.ndarray
+
+
+class Point(NamedTuple):
+    """Mean gains out of fold of the fit `name` over the mix after `step` updates, with rewards of the weight
+    `reward_weight`."""
+
+    name: str
+    step: int
+    reward_weight: float
+    ndcg: float
+    reward: float
+
+
+class Learned(NamedTuple):
+    """`policy` and `stacked` (imitation alone), fitted to all folds, the `outcome`, the `curves` of the fits that are
+    compared, and the `frontier`, empty without a budget."""
+
+    policy: Fitted
+    stacked: Fitted
+    outcome: PolicyOutcome
+    curves: list[Point]
+    frontier: list[Point]
+
+
+def learn_reranker(
+    folds: list[Decisions],
+    validation: Decisions,
+    data: PreparedData,
+    config: LoggedConfig,
+    stop: StopRequested = never,
+) -> Learned:
+    """Fits the weights to the decisions of all folds, and says whether they are to be used.
+
+    Args:
+        folds: The decisions of each fold.
+        validation: Decisions on the run's validation cases by the run's own models.
+        data: That all of them are of.
+        config: Of rewards and fits.
+        stop: Ends the training.
+
+    Returns:
+        What was fitted, and the outcome.
+
+    Raises:
+        TrainingError: A loss is not finite.
+        TrainingStopped: `stop()` was true.
+    """
+    earned, ratings = zip(*(candidate_rewards(fold, data, config) for fold in folds), strict=True)
+    rng = np.random.default_rng(config.seed)
+
+    def ranked(
+        name: str, config: LoggedConfig, rewards: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
+    ) -> tuple[Results, list[Point]]:
+        """Results out of fold of a fit to `rewards` of what was earned, and its curve."""
+        found, curve = [], []
+        for held_out, decisions in enumerate(folds):
+            others = [fold for at, fold in enumerate(folds) if at != held_out]
+            of_others = np.concatenate([rows for at, rows in enumerate(earned) if at != held_out])
+            fitted = fit_reranker(Decisions.joined(others), rewards(of_others), config, stop)
+            judged = earned[held_out], ratings[held_out], config
+            along = [results(decisions, scores, *judged) for scores in scores_along(fitted, decisions)]
+            found.append(along[-1])
+            curve.append([(each.ndcg - mix[held_out].ndcg, each.reward - mix[held_out].reward) for each in along])
+        points = []
+        for place, of_folds in enumerate(zip(*curve, strict=True)):
+            gained, paid = (float(np.concatenate(column).mean()) for column in zip(*of_folds, strict=True))
+            step = min((place + 1) * UPDATES_PER_CHUNK, config.updates)
+            points.append(Point(name, step, config.reward_weight, gained, paid))
+        return joined(found), points
+
+    mix = [
+        results(fold, fold.mix, rewards, rating, config)
+        for fold, rewards, rating in zip(folds, earned, ratings, strict=True)
+    ]
+    found, curves, frontier = {MIX: joined(mix)}, list[Point](), list[Point]()
+    imitation = dataclasses.replace(config, reward_weight=0.0)
+    found[IMITATION], curve = ranked(IMITATION, imitation)
+    curves += curve
+    if config.ndcg_budget is not None:
+        floor = (1 - config.ndcg_budget) * found[IMITATION].ndcg.mean() - found[MIX].ndcg.mean()
+        weighted = (dataclasses.replace(config, reward_weight=weight) for weight in BUDGET_WEIGHTS)
+        frontier = [curve[-1], *(ranked(RERANKED, each)[1][-1] for each in weighted)]
+        chosen = max((point for point in frontier if point.ndcg >= floor), key=lambda point: point.reward)
+        config = dataclasses.replace(config, reward_weight=chosen.reward_weight)
+    for name, rewards in ((RERANKED, lambda rows: rows), (PERMUTED, rng.permutation)):
+        found[name], curve = ranked(name, config, rewards)
+        curves += curve
+    everything, all_rewards = Decisions.joined(folds), np.concatenate(earned)
+    policy, stacked = (fit_reranker(everything, all_rewards, each, stop) for each in (config, imitation))
+    judged = *candidate_rewards(validation, data, config), config
+    of_policy, of_mix = (
+        results(validation, scores, *judged) for scores in (reranked_scores(policy, validation), validation.mix)
+    )
+    users = np.concatenate([fold.user for fold in folds])
+    decided = outcome(found, users, of_policy, of_mix, validation.user, config)
+    return Learned(policy, stacked, decided, curves, frontier)
+
+
+def joined(parts: list[Results]) -> Results:
+    """The results of all folds, fold after fold."""
+    return Results(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def candidate_rewards(decisions: Decisions, data: PreparedData, config: LoggedConfig) -> tuple[np.ndarray, np.ndarray]:
+    """What each candidate would earn on a first place [decisions, candidates] float32, and the unit rating of each
+    target [decisions] float32, its item's mean where it has none.
+    """
+    tables, ratings = fit_reward_tables(data), data.unit_ratings()
+    means = running_user_means(data.histories.offsets, ratings, float(tables.item_ratings[0]))[decisions.row]
+    items, target, rating = decisions.items, decisions.target, ratings[decisions.row]
+    rating = rating_or_mean(rating, target, np.asarray(tables.item_ratings))
+    found = [
+        np.asarray(
+            total_reward(
+                slate_reward_terms(
+                    jnp.asarray(items[rows]),
+                    jnp.asarray(target[rows]),
+                    jnp.asarray(rating[rows]),
+                    jnp.asarray(means[rows]),
+                    tables,
+                ),
+                config.rewards,
+            )
+        )
+        for rows in np.array_split(np.arange(len(decisions)), max(1, len(decisions) // ROWS))
+    ]
+    return np.concatenate(found), rating
+
+
+def results(
+    decisions: Decisions, scores: np.ndarray, rewards: np.ndarray, rating: np.ndarray, config: LoggedConfig
+) -> Results:
+    """Results of ranking the candidates by `scores` [decisions, candidates]; ties count against the target."""
+    scores = np.where(decisions.mix > NEVER / 2, scores, NEVER)
+    of_target = scores[np.arange(len(scores)), np.maximum(decisions.place, 0)]
+    rank = np.where(decisions.place >= 0, (scores >= of_target[:, None]).sum(axis=1), decisions.rank)
+    top = np.argsort(-scores, axis=1, kind="stable")[:, : config.slate_size]
+    where = np.take_along_axis(scores, top, axis=1) > NEVER / 2
+    earned = (
+        np.where(where, np.take_along_axis(rewards, top, axis=1), 0.0)
+        @ rank_discounts(config.slate_size)[: top.shape[1]]
+    )
+    gains = ndcg(rank, 10)
+    return Results(gains, gains * rating / max(rating.mean(), 1e-12), earned)
+
+
+def outcome(
+    found: dict[str, Results],
+    users: np.ndarray,
+    validation: Results,
+    mix: Results,
+    validation_users: np.ndarray,
+    config: LoggedConfig,
+) -> PolicyOutcome:
+    """Whether a reranker is used.
+
+    It is used if, out of fold, the 95 % intervals (by user) of its gains over the mix in NDCG@10 and in slate reward
+    lie above 0, and its validation NDCG@10 is not significantly lower.
+
+    Args:
+        found: Results out of fold by name.
+        users: [decisions], whose they are.
+        validation: Results of the reranker on validation, and `mix`: those of the mix.
+        mix: See `validation`.
+        validation_users: [cases], whose these are.
+        config: Of the fit, with the weight of the rewards that was chosen.
+    """
+    over_mix = gains(found[RERANKED], found[MIX], users)
+    stacking = gains(found[IMITATION], found[MIX], users)
+    by_reward = gains(found[RERANKED], found[IMITATION], users)
+    by_permuted = gains(found[PERMUTED], found[IMITATION], users)
+    on_validation = gains(validation, mix, validation_users)
+    failed = [
+        label
+        for label, holds in {
+            "NDCG@10 did not improve significantly for held-out users": over_mix["ndcg"].low > 0,
+            "the slate reward did not improve significantly for held-out users": over_mix["reward"].low > 0,
+            "NDCG@10 fell on validation": on_validation["ndcg"].high >= 0,
+        }.items()
+        if not holds
+    ]
+    verdict = f"the mix stays: {', and '.join(failed)}" if failed else "the new policy is used"
+    before = {name: getattr(found[MIX], name).mean() for name in Results._fields}
+    budget = ""
+    if config.ndcg_budget is not None:
+        budget = f" (weight {config.reward_weight:g}, chosen for a budget of {config.ndcg_budget:.2%} of NDCG@10)"
+    reason = (
+        f"{verdict}: for users that neither the models nor the policy know, NDCG@10 is "
+        f"{_relative(over_mix['ndcg'], before['ndcg'])} and the slate reward "
+        f"{_relative(over_mix['reward'], before['reward'])}. Stacking, which imitates what users chose next, gives "
+        f"{_relative(stacking['ndcg'], before['ndcg'])} NDCG@10 and {_relative(stacking['reward'], before['reward'])} "
+        f"reward of that; the rewards{budget} give {_relative(by_reward['ndcg'], before['ndcg'])} and "
+        f"{_relative(by_reward['reward'], before['reward'])}; permuted rewards, a control, "
+        f"{_relative(by_permuted['reward'], before['reward'])} reward. On validation NDCG@10 changes by "
+        f"{signed(on_validation['ndcg'])}."
+    )
+    named = {
+        "": over_mix,
+        "_by_stacking": stacking,
+        "_by_rewards": by_reward,
+        "_by_permuted_rewards": by_permuted,
+        "_on_validation": on_validation,
+    }
+    return PolicyOutcome(
+        not failed,
+        reason,
+        {name: {field: float(values.mean()) for field, values in one._asdict().items()} for name, one in found.items()},
+        {f"{name}{of}": dataclasses.asdict(gain) for of, all_ in named.items() for name, gain in all_.items()},
+    )
+
+
+def gains(one: Results, other: Results, users: np.ndarray) -> dict[str, Estimate]:
+    """Paired differences by name, with 95 % bootstrap intervals over the users."""
+    resamples = resample(users)
+    pairs = zip(Results._fields, one, other, strict=True)
+    return {name: bootstrap(new - old, resamples) for name, new, old in pairs}
+
+
+def _relative(gain: Estimate, base: float) -> str:
+    """A gain with its interval, in percent of `base`."""
+    mean, low, high = (100 * value / max(base, 1e-12) for value in (gain.mean, gain.low, gain.high))
+    return f"{mean:+.1f} % ({low:+.1f} to {high:+.1f})"
