@@ -4,9 +4,10 @@
 
 Each log is filtered to users and movies with 5 ratings or more and split: leave-one-out over the whole log, as the
 literature does, and by time (the last tenth; up to 10 cases of each user), with equal times in the order of the file
-and shuffled (in training and test). Each seed trains a run, and each test case is ranked among the whole catalogue
-without its history. The trend counts the events of all users before the case, with and without the request time, and so
-does recent popularity, with the half-life of the best validation NDCG@10. Figures are means over the seeds, with 95 %
+and shuffled (in training and test). Each seed trains a run and its policy (`jaxrec train`, `jaxrec rl logged`), and
+each test case is ranked among the whole catalogue without its history; `stacked` is the policy's control, which only
+imitates. The trend counts the events of all users before the case, with and without the request time, and so does
+recent popularity, with the half-life of the best validation NDCG@10. Figures are means over the seeds, with 95 %
 bootstrap intervals over the users. What is finished stays in the work folder: a call that was interrupted resumes where
 it stopped.
 """
@@ -32,7 +33,10 @@ from jaxrec.evaluation.metrics import coverage, hit_rate, ndcg, reciprocal_rank
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.runs.directory import load_supervised, open_run
+from jaxrec.rl.config import LoggedConfig
+from jaxrec.rl.reward_tables import fit_reward_tables, rating_or_mean
+from jaxrec.runs.directory import RERANKER_OUTCOME_FILE, RERANKER_PARTIAL_FOLDER, load_supervised, open_run
+from jaxrec.runs.evaluate import policies
 from jaxrec.training.host_memory import keep_freed_memory
 
 CASES_PER_USER = 10
@@ -87,14 +91,20 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
         prepare(ratings, movies[0] if movies else None, config, out=folder / "data", add_files=write_report)
     data, out = read_prepared(folder / "data"), folder / f"run-{seed}"
     jaxrec.train(folder / "data", out, train_config=TrainConfig(seed=seed), resume=(out / "run.json").is_file())
-    hybrid = load_supervised(open_run(out), data)
+    run = open_run(out)
+    if not (out / RERANKER_OUTCOME_FILE).is_file():
+        jaxrec.fine_tune(run, LoggedConfig(seed=seed), resume=(out / RERANKER_PARTIAL_FOLDER).is_dir())
+    hybrid = load_supervised(run, data, reranker=False)
     cases = few_per_user(data.split.test) if split == "temporal" else data.split.test
     arrays = {"popularity": data.train_popularity(), "users": cases.users, "data": data.digest}
+    item_ratings = np.asarray(fit_reward_tables(data).item_ratings)
+    arrays["rating"] = rating_or_mean(data.unit_ratings()[cases.rows], data.histories.items[cases.rows], item_ratings)
     counts = DecayedCounts.of(data)
     half_life = best_half_life(data, counts, hybrid.lstm.config.max_length)
     arrays["half_life_s"] = HALF_LIVES_S[half_life]
     recent = {"recent popularity": recent_popularity_scorer(data, counts, half_life)}
-    for model, scorer in (recent | scorers(hybrid, counts)).items():
+    learned = {name: hybrid_scorer(policy, counts) for name, policy in policies(run, data, hybrid)[0].items()}
+    for model, scorer in (recent | scorers(hybrid, counts) | learned).items():
         for time in (False, True):
             ranked = rank_cases(scorer, data, cases, hybrid.lstm.config.max_length, time)
             arrays[f"{model}|{time}|ranks"], arrays[f"{model}|{time}|top"] = ranked.ranks, ranked.top

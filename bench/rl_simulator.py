@@ -22,11 +22,12 @@ from typing import Any
 import click
 import jax
 import numpy as np
-from jaxrec.rl.logged.evaluate import TOP, CaseResults
 
 from bench.publish import Page, less, publish_option, read_figures, spread, write_figures
 from bench.rl_loop import interval, trained_half
 from jaxrec.evaluation.metrics import ndcg
+from jaxrec.evaluation.ranking import TOP
+from jaxrec.rl.cases import CaseResults
 from jaxrec.rl.config import SimulatedConfig
 from jaxrec.rl.scoring import PolicyParams
 from jaxrec.rl.simulated.evaluate import SimulatedResults, simulated_outcome

@@ -21,9 +21,11 @@ from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid, MixWeights, PolicyHead
 from jaxrec.models.neighbours import neighbours
 from jaxrec.models.repeat import TABLE_SIZE, Repeat
+from jaxrec.models.reranker import CONTEXT, FEATURES, Reranker, RerankerWeights, Scales
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.models.trend import Trend
 from jaxrec.onnx.model_directory import export_model
+from jaxrec.rl.logged.tables import with_reranker
 from jaxrec.runs.directory import SCHEMA_VERSION
 
 # Tests build the same small models again and again: each program is compiled once per test run.
@@ -93,6 +95,21 @@ def random_hybrid() -> Callable[[PreparedData, int, bool], Hybrid]:
 def small_hybrid(small_data: PreparedData) -> Hybrid:
     """A random model of `small_data` with a policy head."""
     return _random_hybrid(small_data, seed=1, with_policy=True)
+
+
+@pytest.fixture(scope="session")
+def with_random_reranker() -> Callable[[Hybrid, PreparedData], Hybrid]:
+    """Puts a reranker with random weights on a hybrid of the data; its tables are fitted."""
+
+    def build(hybrid: Hybrid, data: PreparedData) -> Hybrid:
+        start, rng = with_reranker(hybrid, data), np.random.default_rng(0)
+        assert start.reranker is not None
+        features, context = len(FEATURES), len(CONTEXT)
+        scales = Scales(np.ones(features), np.zeros(context), np.full(context, 10.0))
+        weights = RerankerWeights(rng.normal(size=features), rng.normal(size=(context, features)))
+        return hybrid.with_reranker(Reranker(start.reranker.tables, scales, weights))
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -78,7 +78,7 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     run = open_run(run)
     data = run.read_data()
     mix = load_supervised(run, data, reranker=False)
-    policies, policy_is_used = _policies(run, data, mix)
+    learned_policies, policy_is_used = policies(run, data, mix)
     popularity = data.train_popularity()
     max_length = run.model_config.max_length
     counts = DecayedCounts.of(data)
@@ -88,7 +88,7 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
         "TimeRatingAwareLSTM": sequence_scorer(mix.lstm),
         "TimeRatingAwareContentModel": sequence_scorer(mix.content),
         HYBRID: hybrid_scorer(mix, counts),
-        **{name: hybrid_scorer(hybrid, counts) for name, hybrid in policies.items()},
+        **{name: hybrid_scorer(hybrid, counts) for name, hybrid in learned_policies.items()},
     }
     scorers: dict[tuple[str, bool], Scorer] = {
         (POPULARITY, False): popularity_scorer(data),
@@ -125,12 +125,12 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     }
     serving = POLICY if policy_is_used else HYBRID
     compared: dict[str, Any] = {}
-    differences: dict[str, Any] = {f"{one}_less_{other}_ndcg_10": {} for one, other in _pairs(policies)}
+    differences: dict[str, Any] = {f"{one}_less_{other}_ndcg_10": {} for one, other in _pairs(learned_policies)}
     recent = ndcg(ranked[RECENT_POPULARITY, False].ranks, 10)
     for time, label in REQUEST_TIME.items():
         both = np.stack([ndcg(ranked[HYBRID, time].ranks, 10), recent], axis=1)
         compared[label] = dataclasses.asdict(bootstrap(both, resamples, ratio))
-        for one, other in _pairs(policies):
+        for one, other in _pairs(learned_policies):
             gain = ndcg(ranked[one, time].ranks, 10) - ndcg(ranked[other, time].ranks, 10)
             differences[f"{one}_less_{other}_ndcg_10"][label] = dataclasses.asdict(bootstrap(gain, resamples))
     evaluation = Evaluation(protocol, rows, serving, {HYBRID_OVER_RECENT: compared, **differences})
@@ -138,8 +138,20 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     return evaluation
 
 
-def _policies(run: Run, data: PreparedData, mix: Hybrid) -> tuple[dict[str, Hybrid], bool]:
-    """What `jaxrec rl` learned, by the name of its row, and whether that of POLICY is in use."""
+def policies(run: Run, data: PreparedData, mix: Hybrid) -> tuple[dict[str, Hybrid], bool]:
+    """What `jaxrec rl` learned for a run.
+
+    Args:
+        run: That was trained.
+        data: That it was trained on.
+        mix: Its supervised models without a reranker.
+
+    Returns:
+        Models by the name of their row, and whether that of POLICY is in use.
+
+    Raises:
+        DataError: Files of a policy or of the reranker are damaged, or belong to other models.
+    """
     learned = read_reranker(run, mix)
     supervised = load_supervised(run, data)
     found = {} if learned is None else {STACKED: mix.with_reranker(learned.stacked)}

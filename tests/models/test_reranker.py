@@ -20,14 +20,11 @@ from jaxrec.models.reranker import (
     Mixed,
     Reranker,
     RerankerTables,
-    RerankerWeights,
-    Scales,
     candidates,
     changes,
 )
 from jaxrec.models.summary import Summary
 from jaxrec.onnx.parity import make_probe
-from jaxrec.rl.logged.tables import with_reranker
 
 TABLES = RerankerTables(
     encoder=jnp.zeros((4, 1)),
@@ -104,21 +101,19 @@ def test_candidates_share_what_the_mix_gave_them_together() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_a_hybrid_keeps_excluded_and_new_items_and_the_sum(
-    small_data: PreparedData, random_hybrid: Callable[[PreparedData, int, bool], Hybrid], scale: float
+    small_data: PreparedData,
+    random_hybrid: Callable[[PreparedData, int, bool], Hybrid],
+    with_random_reranker: Callable[[Hybrid, PreparedData], Hybrid],
+    scale: float,
 ) -> None:
     plain = random_hybrid(small_data, 1, True)
     parts = plain.lstm, plain.content, plain.cooccurrence
     new = np.arange(len(small_data.catalog) + 1) % 5 == 1
     plain = Hybrid(*parts, plain.mix_weights(), plain.trend, new_items=new)
-    rng = np.random.default_rng(0)
-    start = with_reranker(plain, small_data)
-    assert start.reranker is not None
-    tables = start.reranker.tables
-    features, context = len(FEATURES), len(CONTEXT)
-    scales = Scales(np.ones(features), np.zeros(context), np.full(context, 10.0))
-    weights = RerankerWeights(rng.normal(size=features), rng.normal(size=(context, features)))
-    weights = jax.tree.map(lambda x: scale * x, weights)
-    changed = start.with_reranker(Reranker(tables, scales, weights))
+    reranker = with_random_reranker(plain, small_data).reranker
+    assert reranker is not None
+    tables, weights = reranker.tables, jax.tree.map(lambda x: scale * x, reranker.weights)
+    changed = plain.with_reranker(Reranker(tables, reranker.scales, weights))
     probe = make_probe(len(small_data.catalog), 40)
     events, gap, exclude = Events(probe.item, probe.rating, probe.gap, probe.length), probe.request_gap, probe.exclude
     before, _ = plain.logits(events, gap, exclude=exclude)

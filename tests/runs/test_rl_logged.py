@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,18 +13,18 @@ import jaxrec
 from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
-from jaxrec.errors import DataError, ExportError, TrainingStopped
+from jaxrec.errors import DataError, TrainingStopped
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.models.reranker import CONTEXT, FEATURES, Reranker, RerankerWeights, Scales
-from jaxrec.rl.checkpoint import models_digest
 from jaxrec.rl.config import LoggedConfig
-from jaxrec.rl.logged.tables import with_reranker
+from jaxrec.rl.logged.fit import Fitted
+from jaxrec.rl.logged.learn import Learned
+from jaxrec.rl.outcome import PolicyOutcome
 from jaxrec.runs.directory import RERANKER_FILE, Run, load_supervised, open_run
-from jaxrec.runs.policy import load_run
-from jaxrec.runs.rl_logged import run_logged
+from jaxrec.runs.rl_logged import run_logged, write_reranker
 from tests.synthetic import random_log
 
 SMALL = ModelConfig(embedding=8, hidden=8, rating_width=2, time_width=2, max_length=16)
+WRITTEN = {"reranker.json", "reranker.npz", "reranker.png"}
 QUICK = LoggedConfig(folds=2, fold_epochs=1, decisions=200, updates=20, samples=2)
 
 
@@ -38,7 +39,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(run_folder: Path) -> Run:
     for path in run_folder.glob("reranker*"):
-        assert path.name in ("reranker.json", RERANKER_FILE)
+        assert path.name in WRITTEN
         path.unlink()
     return open_run(run_folder)
 
@@ -51,9 +52,21 @@ def test_a_log_without_structure_gives_no_reranker_and_a_stopped_training_ends_t
     written = json.loads((run.folder / "reranker.json").read_text())
     assert written["used"] is False
     assert LoggedConfig(**written["configuration"] | {"rewards": QUICK.rewards}) == QUICK
-    assert {path.name for path in run.folder.glob("reranker*")} == {"reranker.json"}
+    assert {path.name for path in run.folder.glob("reranker*")} == WRITTEN
+    assert [(point["name"], point["step"]) for point in written["curves"]] == [
+        ("imitation only", 20),
+        ("imitation and rewards", 20),
+        ("permuted rewards", 20),
+    ]
+    assert not written["frontier"]
     data = run.read_data()
     assert load_supervised(run, data).reranker is None
+    evaluation = jaxrec.evaluate(run)
+    assert evaluation.serving == "hybrid"
+    assert [row.name for row in evaluation.rows][-6::2] == ["hybrid", "stacked", "policy"]
+    assert {"stacked_less_hybrid_ndcg_10", "policy_less_hybrid_ndcg_10", "policy_less_stacked_ndcg_10"} <= set(
+        evaluation.comparison
+    )
 
     first_fold = run.folder / "reranker.partial/fold-0/decisions.npz"
     with pytest.raises(TrainingStopped):
@@ -72,24 +85,29 @@ def test_without_anything_to_resume(run: Run) -> None:
         run_logged(run, resume=True)
 
 
-def use_some_reranker(run: Run) -> tuple[PreparedData, Hybrid]:
-    """Writes one with random weights, as a training that succeeds does."""
-    data = run.read_data()
-    supervised = load_supervised(run, data)
-    rng = np.random.default_rng(0)
-    reranker = with_reranker(supervised, data).reranker
-    assert reranker is not None
-    features, context = len(FEATURES), len(CONTEXT)
-    scales = Scales(np.ones(features), np.zeros(context), np.full(context, 10.0))
-    weights = RerankerWeights(rng.normal(size=features), rng.normal(size=(context, features)))
-    own = Reranker(reranker.tables, scales, weights)
-    arrays = own.tables._asdict() | own.scales._asdict() | own.weights._asdict()
-    np.savez(run.folder / RERANKER_FILE, models=models_digest(supervised), **arrays)
-    return data, supervised.with_reranker(own)
+@pytest.fixture
+def use_some_reranker(
+    run: Run, with_random_reranker: Callable[[Hybrid, PreparedData], Hybrid]
+) -> Callable[[], tuple[PreparedData, Hybrid]]:
+    """Writes one with random weights, as a training that succeeds does; its data and the hybrid with it."""
+
+    def use() -> tuple[PreparedData, Hybrid]:
+        data = run.read_data()
+        supervised = load_supervised(run, data)
+        own = with_random_reranker(supervised, data).reranker
+        assert own is not None
+        outcome = PolicyOutcome(True, "made up")
+        fits = (Fitted(own.scales, each, []) for each in (own.weights, jax.tree.map(np.zeros_like, own.weights)))
+        write_reranker(run, supervised, own.tables, Learned(*fits, outcome, [], []))
+        return data, supervised.with_reranker(own)
+
+    return use
 
 
-def test_a_run_with_a_reranker_is_read_exported_and_evaluated(run: Run, tmp_path: Path) -> None:
-    data, expected = use_some_reranker(run)
+def test_a_run_with_a_reranker_is_read_exported_and_evaluated(
+    run: Run, tmp_path: Path, use_some_reranker: Callable[[], tuple[PreparedData, Hybrid]]
+) -> None:
+    data, expected = use_some_reranker()
     found = load_supervised(run, data)
     assert found.reranker is not None
     assert expected.reranker is not None
@@ -97,21 +115,23 @@ def test_a_run_with_a_reranker_is_read_exported_and_evaluated(run: Run, tmp_path
     assert load_supervised(run, data, reranker=False).reranker is None
     before = jaxrec.Run.recommend(run, [1, 2, 3], k=5)
     jaxrec.export(run, tmp_path / "model")  # holds the graphs against JAX
+    manifest = json.loads((tmp_path / "model/manifest.json").read_text())
+    assert manifest["policy"] == "reinforce"
+    evaluation = jaxrec.evaluate(run)
+    assert evaluation.serving == "policy"
+    of_stacked, of_hybrid = (
+        [dataclasses.replace(row, name="") for row in evaluation.rows if row.name == name]
+        for name in ("stacked", "hybrid")
+    )
+    assert of_stacked == of_hybrid  # whose weights are zero
     (run.folder / RERANKER_FILE).unlink()
     assert not before.equals(jaxrec.Run.recommend(open_run(run), [1, 2, 3], k=5))
 
 
-def test_what_a_reranker_rules_out(run: Run, tmp_path: Path) -> None:
-    use_some_reranker(run)
-    with pytest.raises(DataError, match="uses a reranker"):
-        load_run(run.folder)
-    with pytest.raises(ExportError, match="an index has no reranker"):
-        jaxrec.export(run, tmp_path / "model", index=True)
-    assert not (tmp_path / "model").exists()
-
-
-def test_a_reranker_of_other_models_or_a_damaged_one_is_refused(run: Run) -> None:
-    use_some_reranker(run)
+def test_a_reranker_of_other_models_or_a_damaged_one_is_refused(
+    run: Run, use_some_reranker: Callable[[], tuple[PreparedData, Hybrid]]
+) -> None:
+    use_some_reranker()
     path = run.folder / RERANKER_FILE
     with np.load(path) as arrays:
         np.savez(path, **{**arrays, "models": "others"})

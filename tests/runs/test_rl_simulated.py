@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from flax import nnx
-from jaxrec.rl.logged.evaluate import CaseResults
 
 from jaxrec.config import to_json
 from jaxrec.data.prepared import PreparedData
@@ -20,6 +19,7 @@ from jaxrec.data.schema import ITEM, USER
 from jaxrec.errors import DataError, TrainingStopped
 from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.rl.cases import CaseResults
 from jaxrec.rl.config import SimulatedConfig
 from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
 from jaxrec.rl.reward_tables import fit_reward_tables
@@ -28,6 +28,7 @@ from jaxrec.rl.simulated.evaluate import RolloutResults, SimulatedResults, simul
 from jaxrec.rl.simulated.fit import SimulatorFit
 from jaxrec.rl.simulated.policy import recommender_policy
 from jaxrec.rl.simulated.split_people import two_simulators
+from jaxrec.rl.states import PolicyState
 from jaxrec.runs import rl_simulated as simulator_run
 from jaxrec.runs.directory import (
     POLICY_FILES,
@@ -345,11 +346,11 @@ def test_the_supervised_head_is_that_of_the_supervised_models(
     scoring = frozen_scoring(supervised, fit_reward_tables(small_data))
     graphdef, variables = nnx.split(small_hybrid.policy)
     policy = recommender_policy(graphdef, nnx.to_pure_dict(variables), scoring)
-    query = jnp.ones((2, scoring.item_vectors.shape[1]))
     recent = jnp.zeros((2, 10), jnp.int32).at[0, :3].set(jnp.array([1, 2, 3]))
-    own = policy_logits(nnx.merge(graphdef, policy.start.head), query, recent, scoring)
-    assert not np.array_equal(own, supervised_logits(query, recent, scoring))
+    state = PolicyState(jnp.ones((2, scoring.item_vectors.shape[1])), recent)
+    own = policy_logits(nnx.merge(graphdef, policy.start.head), state, scoring)
+    assert not np.array_equal(own, supervised_logits(state, scoring))
     evaluated: list[Any] = []
     SimulatedTraining(None, policy, None, None, None, evaluated.append).supervised()  # type: ignore[arg-type]
-    with_head = policy_logits(nnx.merge(graphdef, evaluated[0]), query, recent, scoring)
-    np.testing.assert_array_equal(with_head, supervised_logits(query, recent, scoring))
+    with_head = policy_logits(nnx.merge(graphdef, evaluated[0]), state, scoring)
+    np.testing.assert_array_equal(with_head, supervised_logits(state, scoring))

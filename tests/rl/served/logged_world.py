@@ -15,6 +15,7 @@ from jaxrec.rl.rewards import RewardTables, RewardTerms, rank_discounts
 from jaxrec.rl.scoring import Scoring, new_head
 from jaxrec.rl.served.policy import logged_logprobs
 from jaxrec.rl.served.states import ServedStates
+from jaxrec.rl.states import PolicyState
 from tests.rl.enumeration import all_slates
 
 ITEMS, SLOTS, TEMPERATURE = 5, 2, 0.7
@@ -50,8 +51,7 @@ def shown(world: World, state: np.ndarray, slate: np.ndarray, reward: np.ndarray
     rows = len(state)
     terms = RewardTerms(*(np.zeros(slate.shape, np.float32) for _ in RewardTerms._fields))
     states = ServedStates(
-        query=np.eye(2, dtype=np.float32)[state],
-        recent=np.zeros((rows, RECENT_ITEMS), np.int32),
+        state=PolicyState(np.eye(2, dtype=np.float32)[state], np.zeros((rows, RECENT_ITEMS), np.int32)),
         exclude=np.zeros((rows, 1), np.int32),
         slate=slate.astype(np.int32),
         log_propensities=np.zeros(slate.shape, np.float32),

@@ -297,7 +297,7 @@ def distances(recommendations: Sequence[Recommendation], data: PreparedData, hyb
     """[recommendations]: by how much the furthest slot of each is not reproduced, nats."""
     scoring = frozen_scoring(hybrid.with_policy(None), fit_reward_tables(data))
     graphdef, head = nnx.split(hybrid.policy)
-    states = served_states(hybrid.with_policy(None), recommendations, data.config.rating_scale, scoring.tables)
+    states = served_states(hybrid.with_policy(None), recommendations, data.config.rating_scale, scoring)
     found = logged_logprobs(graphdef, nnx.to_pure_dict(head), scoring, states)
     return np.abs(found - states.log_propensities).max(axis=1)
 

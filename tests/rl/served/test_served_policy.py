@@ -16,6 +16,7 @@ from jaxrec.rl.served.evaluate import evaluate_on_log, own_versions
 from jaxrec.rl.served.policy import EXACT, POOL, reproduced_versions, served_logits, served_logprobs
 from jaxrec.rl.served.states import ServedStates
 from jaxrec.rl.served.train import split_users
+from jaxrec.rl.states import PolicyState
 from serve.model import exploration
 
 ITEMS, SLOTS, TEMPERATURE = 150, 5, 0.7
@@ -92,8 +93,7 @@ def test_the_gate_uses_recommendations_of_the_policy_in_use_alone() -> None:
     slates = sample_slates(jax.random.key(0), drawn_from, SLOTS)
     terms = RewardTerms(*(rng.random((users, SLOTS)).astype(np.float32) for _ in RewardTerms._fields))
     states = ServedStates(
-        query=query,
-        recent=np.zeros((users, RECENT_ITEMS), np.int32),
+        state=PolicyState(query, np.zeros((users, RECENT_ITEMS), np.int32)),
         exclude=np.zeros((users, 1), np.int32),
         slate=np.asarray(slates),
         log_propensities=np.asarray(served_logprobs(drawn_from, slates)),

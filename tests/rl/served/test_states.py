@@ -7,6 +7,7 @@ from jaxrec.data.events import Events
 from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.reward_tables import fit_reward_tables
+from jaxrec.rl.scoring import frozen_scoring
 from jaxrec.rl.served import states as module
 from jaxrec.rl.served.recommendations import History, Recommendation
 from jaxrec.rl.served.states import HISTORIES_PER_BATCH, ServedStates, served_states
@@ -33,7 +34,9 @@ def recommendation(user: int, events: int) -> Recommendation:
 
 
 def states(hybrid: Hybrid, data: PreparedData, recommendations: list[Recommendation]) -> ServedStates:
-    return served_states(hybrid.with_policy(None), recommendations, data.config.rating_scale, fit_reward_tables(data))
+    supervised = hybrid.with_policy(None)
+    scoring = frozen_scoring(supervised, fit_reward_tables(data))
+    return served_states(supervised, recommendations, data.config.rating_scale, scoring)
 
 
 def test_padding_and_order_change_nothing(
@@ -45,9 +48,9 @@ def test_padding_and_order_change_nothing(
     read: list[tuple[int, ...]] = []
     encode = module.encode_histories
 
-    def reading(graphdef: object, variables: object, events: Events, gap: np.ndarray) -> object:
+    def reading(graphdef: object, variables: object, events: Events) -> object:
         read.append(events.item.shape)
-        return encode(graphdef, variables, events, gap)
+        return encode(graphdef, variables, events)
 
     monkeypatch.setattr(module, "encode_histories", reading)
     compiled = encode._cache_size()
@@ -58,13 +61,13 @@ def test_padding_and_order_change_nothing(
     monkeypatch.setattr(module, "SHORTEST", MAX_LENGTH)
     padded = states(small_hybrid, small_data, recommendations)
     assert set(read[4:]) == {(HISTORIES_PER_BATCH, MAX_LENGTH)}
-    np.testing.assert_allclose(found.query, padded.query, atol=1e-6)
-    np.testing.assert_array_equal(found.recent, padded.recent)
+    np.testing.assert_allclose(found.state.query, padded.state.query, atol=1e-6)
+    np.testing.assert_array_equal(found.state.recent, padded.state.recent)
     assert found.user.tolist() == list(range(len(lengths)))
     for one in (0, 100, len(lengths) - 1):
-        np.testing.assert_array_equal(found.recent[one, 0], recommendations[one].history.items[-1])
+        np.testing.assert_array_equal(found.state.recent[one, 0], recommendations[one].history.items[-1])
         alone = states(small_hybrid, small_data, [recommendations[one]])
-        np.testing.assert_allclose(alone.query[0], found.query[one], atol=1e-6)
+        np.testing.assert_allclose(alone.state.query[0], found.state.query[one], atol=1e-6)
 
 
 def test_short_histories_are_padded_to_a_power_of_two(
@@ -72,9 +75,9 @@ def test_short_histories_are_padded_to_a_power_of_two(
 ) -> None:
     lengths, encode = [], module.encode_histories
 
-    def reading(graphdef: object, variables: object, events: Events, gap: np.ndarray) -> object:
+    def reading(graphdef: object, variables: object, events: Events) -> object:
         lengths.append(events.item.shape[1])
-        return encode(graphdef, variables, events, gap)
+        return encode(graphdef, variables, events)
 
     monkeypatch.setattr(module, "encode_histories", reading)
     for events in (1, 8, 9, 16, 17, 40, 70):

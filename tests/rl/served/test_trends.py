@@ -179,9 +179,9 @@ def test_the_trend_of_a_real_server_is_reproduced(
 
     supervised, (graphdef, head) = hybrid.with_policy(None), nnx.split(hybrid.policy)
     tables, scale = fit_reward_tables(data), data.config.rating_scale
-    states = served_states(supervised, served.recommendations, scale, tables)
     trends = served_trends(supervised, data, served.moments, *read_arrived_events(path, data.catalog))[0]
     scoring = frozen_scoring(supervised, tables)._replace(trends=trends)
+    states = served_states(supervised, served.recommendations, scale, scoring)
 
     def distances(scoring: Scoring) -> np.ndarray:
         """[recommendations]: by how much the furthest slot is not reproduced, nats."""

@@ -7,17 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jaxrec.rl.logged.states import training_states
 
 from jaxrec.config import RatingScale
 from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import UNKNOWN_GAP
+from jaxrec.data.split import Cases
 from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.masks import exclude_items
 from jaxrec.rl.config import SimulatedConfig
+from jaxrec.rl.logged.folds import last_events
 from jaxrec.rl.policy import greedy_slates, sample_slates
 from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import frozen_scoring, new_head, supervised_logits
@@ -34,6 +35,7 @@ from jaxrec.rl.simulated.recommender import (
 )
 from jaxrec.rl.simulated.train import train_simulated
 from jaxrec.rl.simulated.users import SimulatorParams
+from jaxrec.rl.states import policy_states
 from tests.rl.simulated.simulated import genre_lovers, hand_made
 
 EVENTS, SLATE = 6, 3
@@ -223,19 +225,19 @@ def test_penalty_is_the_distance_in_the_run_s_own_log(small_data: PreparedData, 
     """Of a log of one decision: item 9's logit is 2 higher than it was, so its share p becomes p e^2 / (1 - p + p e^2),
     and all others' are 1 - p + p e^2 times smaller."""
     tables = fit_reward_tables(small_data)
-    states = training_states(supervised, small_data, np.asarray(tables.item_ratings), seed=0)
-    row = int(np.flatnonzero(np.asarray(states.target) == 9)[0])
-    names = ("query", "target", "window", "seen")
-    one = states._replace(**{name: np.asarray(getattr(states, name))[[row]] for name in names})
+    logged = last_events(small_data, np.ones(small_data.histories.user_count, bool), 40, 10_000)
+    row = int(np.flatnonzero(small_data.histories.items[logged.rows] == 9)[0])
+    one = Cases(logged.users[[row]], logged.rows[[row]])
+    state, histories = policy_states(supervised, small_data, one, np.ones(1, bool))
     policy = recommender_policy(*new_head(2 * 16, 60, hidden=128, seed=0), frozen_scoring(supervised, tables))
-    penalty = logged_kl_penalty(policy, one, weight=0.7, batch_size=4)
+    penalty = logged_kl_penalty(policy, state, histories, weight=0.7, batch_size=4)
     assert float(penalty(policy.start, jax.random.key(0))) == 0.0
     bias = policy.start.head["item_bias"].at[9].add(2.0)
     moved = policy.start._replace(head={**policy.start.head, "item_bias": bias})
 
-    history = np.asarray(one.windows)[one.window[0], : one.seen[0]]
-    query, recent = jnp.asarray(one.query), one.recent(jnp.array([0]))
-    logits = supervised_logits(query, recent, policy.scoring)[0].at[jnp.append(history, 0)].set(-jnp.inf)
+    history = small_data.histories.items[small_data.histories.offsets[one.users[0]] : one.rows[0]]
+    assert sorted(history) == sorted(histories[histories > 0])
+    logits = supervised_logits(state, policy.scoring)[0].at[jnp.append(history, 0)].set(-jnp.inf)
     p = float(jax.nn.softmax(logits)[9])
     total = 1 - p + p * np.exp(2.0)
     expected = 2.0 * p * np.exp(2.0) / total - np.log(total)
