@@ -246,13 +246,16 @@ def _lstm(weights: LSTMWeights, x: Any, h: Any, c: Any) -> tuple[Any, Any]:
 
 
 def _query(weights: Weights, recurrent: Any, request_gap: Any) -> Any:
-    """[batch, width]: what the items' vectors are multiplied with, the policy's shift included."""
+    """[batch, width]: what the items' vectors are multiplied with, the policy's shift included unless there is a
+    reranker."""
     h_lstm, _, h_content, _ = tf.split(recurrent, 4, axis=1)
     bucket = _gap_bucket(request_gap)
     scale, shift = tf.gather(weights.request_scale, bucket), tf.gather(weights.request_shift, bucket)
     hidden = tf.concat([h_lstm, h_content], axis=1) * scale + shift
     query = tf.matmul(hidden, weights.projection) + weights.projection_bias
-    return query if weights.policy is None else query + _policy_shift(weights.policy, query)
+    if weights.policy is None or weights.reranker is not None:
+        return query
+    return query + _policy_shift(weights.policy, query)
 
 
 def _answer(
@@ -291,6 +294,9 @@ def _answer(
         logits = _reranked(
             weights.reranker, items, logits, new, cooccurrence, trend, query, request_gap, recent, summary
         )
+        if weights.policy is not None:
+            shift = tf.matmul(_policy_shift(weights.policy, query), items.vectors, transpose_b=True)
+            logits = logits + shift + weights.policy.item_bias
     if new is not None:
         logits = _capped(logits, new)
     # Without the column of the padding, which so cannot be an answer even when all others are excluded.

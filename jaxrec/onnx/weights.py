@@ -37,12 +37,14 @@ class LSTMWeights:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyWeights:
-    """The query's shift: `inner_kernel` [width, policy], `outer_kernel` [policy, width], and their biases."""
+    """The query's shift: `inner_kernel` [width, policy], `outer_kernel` [policy, width], and their biases; that of the
+    items is `item_bias` [items + 1]."""
 
     inner_kernel: np.ndarray
     inner_bias: np.ndarray
     outer_kernel: np.ndarray
     outer_bias: np.ndarray
+    item_bias: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,8 @@ class RerankerArrays:
 class Weights:
     """Float32 arrays. width = 2 * embedding; `ratings` and `times` are twice the width of one model's features.
 
-    `item_vectors` [items + 1, width] (row 0 zero), `item_bias` [items + 1], `rating_slope`, `rating_offset`,
+    `item_vectors` [items + 1, width] (row 0 zero), `item_bias` [items + 1] (with the policy's, unless there is a
+    reranker: it ranks what the mix ranks best, and the policy comes after it), `rating_slope`, `rating_offset`,
     `rating_missing` [ratings], `gap_vectors` [gap buckets, times], `request_scale` and `request_shift`
     [gap buckets, 2 * hidden],
     `projection` [2 * hidden, width] (block-diagonal), `projection_bias` [width], `neighbour_item` int32 and
@@ -135,7 +138,7 @@ def extract_weights(hybrid: Hybrid) -> Weights:
     projections = [_linear(model.projection) for model in models]
     return Weights(
         item_vectors=item_vectors,
-        item_bias=np.asarray(hybrid.item_bias()),
+        item_bias=np.asarray(hybrid.item_bias() if hybrid.reranker is None else hybrid.supervised_bias()),
         rating_slope=np.concatenate([model.rating.slope[...] for model in models]),
         rating_offset=np.concatenate([model.rating.offset[...] for model in models]),
         rating_missing=np.concatenate([model.rating.missing[...] for model in models]),
@@ -150,7 +153,9 @@ def extract_weights(hybrid: Hybrid) -> Weights:
         neighbour_weight=np.asarray(of_neighbours * hybrid.cooccurrence.neighbour_weight[...], np.float32),
         policy=None
         if hybrid.policy is None
-        else PolicyWeights(*_linear(hybrid.policy.inner), *_linear(hybrid.policy.outer)),
+        else PolicyWeights(
+            *_linear(hybrid.policy.inner), *_linear(hybrid.policy.outer), np.asarray(hybrid.policy.item_bias[...])
+        ),
         trend=TrendWeights(np.asarray(hybrid.trend.weights[...]), np.asarray(hybrid.trend.typical[...])),
         new_items=None if hybrid.new_items is None else np.asarray(hybrid.new_items[...]),
         allow_seen=hybrid.repeat is not None,

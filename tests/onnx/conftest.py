@@ -50,15 +50,17 @@ def _run(session: onnxruntime.InferenceSession, inputs: dict[str, np.ndarray]) -
     return dict(zip(names, session.run(names, inputs), strict=True))
 
 
-@pytest.fixture(scope="session", params=["policy", "supervised", "no genres", "new items"])
+@pytest.fixture(scope="session", params=["policy", "supervised", "no genres", "new items", "reranked"])
 def exported(
     request: pytest.FixtureRequest,
     small_data: PreparedData,
     small_hybrid: Hybrid,
     model_directory: Path,
     random_hybrid: Callable[[PreparedData, int, bool], Hybrid],
+    with_random_reranker: Callable[[Hybrid, PreparedData], Hybrid],
 ) -> Exported:
-    """A model with a policy head, one without, one whose catalogue has no genres, and one with new items."""
+    """A model with a policy head, one without, one whose catalogue has no genres, one with new items, and one with new
+    items, a reranker and a policy head."""
     if request.param == "policy":
         graphs = ((model_directory / name).read_bytes() for name in ("sequence.onnx", "step.onnx"))
         return Exported(small_hybrid, *graphs)
@@ -70,5 +72,10 @@ def exported(
         parts = hybrid.lstm, hybrid.content, hybrid.cooccurrence
         new = np.arange(len(small_data.catalog) + 1) % 4 == 1
         hybrid = Hybrid(*parts, hybrid.mix_weights(), hybrid.trend, new_items=new)
+    if request.param == "reranked":
+        parts = small_hybrid.lstm, small_hybrid.content, small_hybrid.cooccurrence, small_hybrid.mix_weights()
+        new = np.arange(len(small_data.catalog) + 1) % 4 == 1
+        hybrid = Hybrid(*parts, small_hybrid.trend, small_hybrid.policy, new)
+        hybrid = with_random_reranker(hybrid, small_data)
     weights = extract_weights(hybrid)
     return Exported(hybrid, sequence_graph(weights), step_graph(weights))

@@ -78,27 +78,116 @@ def reference(hybrid: Hybrid, history: Probe) -> tuple[np.ndarray, np.ndarray]:
         vectors.append(reference_item_vectors(model))
         state += [h, c]
     query, bias = np.concatenate(queries), biases[0] + biases[1]
+    mixed, of_mix = query, bias
     if hybrid.policy is not None:
         policy = hybrid.policy
         inner = np.maximum(query @ array(policy.inner.kernel) + array(policy.inner.bias), 0)
         query = query + inner @ array(policy.outer.kernel) + array(policy.outer.bias)
         bias = bias + array(policy.item_bias)
-    logits = np.concatenate(vectors, axis=1) @ query + bias
+    vectors_of_both = np.concatenate(vectors, axis=1)
+    cooccurrence = np.zeros(len(bias))
     recent = history.item[0][::-1][:RECENT_ITEMS]
     items = np.asarray(hybrid.cooccurrence.neighbour_item[...])
     closeness = array(hybrid.cooccurrence.neighbour_weight)
     for age, item in enumerate(recent):
         for neighbour, weight in zip(items[item], closeness[item], strict=True):
-            logits[neighbour] += weights.cooccurrence * RECENT_DECAY**age * weight
-    logits += history.trend
-    logits[0] = NEVER
+            cooccurrence[neighbour] += weights.cooccurrence * RECENT_DECAY**age * weight
+    logits = vectors_of_both @ mixed + of_mix + cooccurrence + history.trend
+    new = np.zeros(len(logits), bool)
     if hybrid.new_items is not None:
         new = np.asarray(hybrid.new_items[...]) & (history.trend == 0)
+    summary = reference_summary(hybrid, history) if hybrid.reranker is not None else []
+    if hybrid.reranker is not None:
+        parts = vectors_of_both * mixed
+        width = parts.shape[1] // 2
+        halves = parts[:, :width].sum(axis=1) + biases[0], parts[:, width:].sum(axis=1) + biases[1]
+        rerank(hybrid, history, logits, new, halves, cooccurrence, summary)
+    logits += vectors_of_both @ (query - mixed) + bias - of_mix
+    logits[0] = NEVER
+    if hybrid.new_items is not None:
         known = [logits[i] for i in range(1, len(logits)) if not new[i] and i not in history.never()[0]]
         tenth = sorted(known)[-10]
         above = np.maximum(logits - tenth, 0)
         logits = np.where(new, np.minimum(logits, tenth - 0.002) + 0.001 * above / (1 + above), logits)
-    return logits, np.concatenate([*state, np.pad(recent, (0, RECENT_ITEMS - len(recent)))])
+    return logits, np.concatenate([*state, summary, np.pad(recent, (0, RECENT_ITEMS - len(recent)))])
+
+
+def reference_summary(hybrid: Hybrid, history: Probe) -> np.ndarray:
+    """Sums over one history: of the events' codes, also decayed, and the numbers of `jaxrec.models.summary`."""
+    assert hybrid.reranker is not None
+    encoder = np.asarray(hybrid.reranker.tables.encoder, np.float64)
+    code, decayed, session, rated = np.zeros(encoder.shape[1]), np.zeros(encoder.shape[1]), 0, []
+    for item, rating, gap in zip(history.item[0], history.rating[0], history.gap[0], strict=True):
+        code, decayed = code + encoder[item], 0.93 * decayed + encoder[item]
+        session = session + 1 if 0 <= gap <= 3600 else 1
+        rated += [rating] if rating >= 0 else []
+    events, last_gap = history.item.shape[1], max(history.gap[0, -1], 0)
+    numbers = [events, session, last_gap, len(rated), sum(rated), history.rating[0, -1]]
+    return np.concatenate([code, decayed, numbers])
+
+
+def rerank(
+    hybrid: Hybrid,
+    history: Probe,
+    logits: np.ndarray,
+    new: np.ndarray,
+    halves: tuple[np.ndarray, np.ndarray],
+    cooccurrence: np.ndarray,
+    summary: np.ndarray,
+) -> None:
+    """Ranks the 100 items with the highest logits anew, in place, without what is excluded and new items."""
+    assert hybrid.reranker is not None
+    tables, scales, weights = (
+        jax.tree.map(lambda x: np.asarray(x, np.float64), part)
+        for part in (hybrid.reranker.tables, hybrid.reranker.scales, hybrid.reranker.weights)
+    )
+    allowed = [i for i in range(1, len(logits)) if not new[i] and i not in history.never()[0]]
+    best = sorted(allowed, key=lambda i: -logits[i])[:100]
+    rank = tables.encoder.shape[1]
+    events, session, gap, rated, ratings, last = summary[2 * rank :]
+    recent = [item for item in history.item[0][::-1][:RECENT_ITEMS] if item]
+    of_recent = np.mean([tables.genres[item] for item in recent], axis=0)
+    features = np.array(
+        [
+            [
+                logits[i],
+                halves[0][i],
+                halves[1][i],
+                cooccurrence[i],
+                np.log(cooccurrence[i] + 0.001),
+                history.trend[i],
+                tables.decoder[i] @ summary[:rank],
+                tables.decoder[i] @ summary[rank : 2 * rank],
+                tables.genres[i] @ tables.genres[recent[0]],
+                tables.genres[i] @ of_recent,
+                tables.item_rating[i],
+            ]
+            for i in best
+        ]
+    )
+    features = np.clip((features - features.mean(axis=0)) / scales.features, -6, 6)
+    log_p = []
+    for half in halves:
+        shares = np.exp(half[best] - half[best].max())
+        log_p.append(np.log(shares / shares.sum()))
+    user_rating = (ratings + 10 * tables.item_rating[0]) / (rated + 10)
+    request_gap = history.request_gap[0]
+    context = [
+        request_gap >= 0,
+        np.log1p(max(request_gap, 0)),
+        np.log1p(events),
+        np.log1p(gap),
+        np.log1p(session),
+        user_rating,
+        last if last >= 0 else user_rating,
+        *(-(np.exp(p) * p).sum() for p in log_p),
+        np.abs(log_p[0] - log_p[1])[:10].mean(),
+    ]
+    context = np.clip((np.array(context, float) - scales.context_mean) / scales.context, -4, 4)
+    mix = logits[best]
+    scores = mix + features @ (weights.direct + context @ weights.by_context)
+    logits[best] = scores - np.log(np.exp(scores - scores.max()).sum()) - scores.max()
+    logits[best] += np.log(np.exp(mix - mix.max()).sum()) + mix.max()
 
 
 @pytest.fixture(scope="module")

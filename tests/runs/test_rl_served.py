@@ -14,6 +14,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import DataError
 from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.onnx.model_directory import export_model
 from jaxrec.rl.config import RewardWeights, ServedConfig
 from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
 from jaxrec.rl.served.event_store import (
@@ -237,10 +238,23 @@ def test_a_log_of_another_policy_is_recognized(
     assert sha256(run / POLICY_FOLDER / "policy.json") == digest
 
 
+@pytest.mark.parametrize("reranked", [False, True])
 def test_recommendations_are_reproduced_with_the_trends_that_ranked_them(
-    loaded: LoadedRun, small_data: PreparedData, model_directory: Path, tmp_path: Path
+    loaded: LoadedRun,
+    small_data: PreparedData,
+    small_hybrid: Hybrid,
+    model_directory: Path,
+    with_random_reranker: Callable[[Hybrid, PreparedData], Hybrid],
+    tmp_path: Path,
+    reranked: bool,
 ) -> None:
     """The trend of half of the users is that of the last second of the log, and of the others that of a day later."""
+    if reranked:
+        hybrid, model_directory = with_random_reranker(small_hybrid, small_data), tmp_path / "model"
+        export_model(hybrid, small_data, model_directory, training={}, metrics={}, licence="none")
+        loaded = loaded._replace(supervised=hybrid.with_policy(None))
+        head = in_use(nnx.to_pure_dict(nnx.state(small_hybrid.policy)))
+        write_policy(loaded.run, loaded.supervised, head, CONFIG, "reinforce")
     end = int(np.asarray(small_data.histories.times).max())
     with SQLiteStore(tmp_path / "events.sqlite") as store:
         serve_and_log(
