@@ -58,7 +58,9 @@ def _options(kind: type, **own: tuple[Any, str]) -> Callable[[Command], Command]
     shown = [(f.name, f.default, *texts[f.name]) for f in dataclasses.fields(kind) if f.name in texts]
     if any(field.name == "rewards" for field in dataclasses.fields(kind)):
         weights = dataclasses.asdict(RewardWeights())
-        shown += [(f"{name}_reward", weights[name], float, f"Reward weight: {text}.") for name, text in REWARDS.items()]
+        if kind is LoggedConfig:
+            del weights["diversity"]  # depends on the items above, which LoggedConfig refuses
+        shown += [(f"{name}_reward", weights[name], float, f"Reward weight: {REWARDS[name]}.") for name in weights]
     return with_options(
         *(click.option(option_name(name), type=kind, default=default, help=text) for name, default, kind, text in shown)
     )

@@ -30,9 +30,8 @@ def plot_training(epochs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_rl(steps: Sequence[Mapping[str, float]], log: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The training of a policy: by update its reward, distance, spread and importance weights (those that it has), and
-    by evaluation the figures on validation."""
+def plot_rl(steps: Sequence[Mapping[str, float]], path: Path) -> None:
+    """The training of a policy: by update its reward, distance, spread and importance weights (those that it has)."""
     panels = {
         "Mean reward of a slate": ("reward",),
         "KL to where it started (nats)": ("kl",),
@@ -49,11 +48,7 @@ def plot_rl(steps: Sequence[Mapping[str, float]], log: Sequence[Mapping[str, Any
         axis.set(title=title, xlabel="update")
         if len(names) > 1:
             axis.legend(fontsize="small")
-    for name in ("reward_weighted_ndcg_10", "ndcg_10"):
-        points = [(record["step"], record["validation"][name]) for record in log if "validation" in record]
-        axes[-1].plot([step for step, _ in points], [value for _, value in points], "o-", label=name)
-    axes[-1].set(title="Validation", xlabel="update")
-    axes[-1].legend(fontsize="small")
+    axes[-1].set_axis_off()
     _save(figure, path)
 
 

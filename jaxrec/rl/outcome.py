@@ -24,10 +24,8 @@ class PolicyOutcome:
 
 
 class TrainedPolicy(NamedTuple):
-    """`head`: the variables of PolicyHead after the last update. `updates`: one record per update, or per some updates;
-    `evaluations`: one per evaluation on validation."""
+    """`head`: the variables of PolicyHead after the last update; `updates`: one record per update, or per some."""
 
     outcome: PolicyOutcome
     head: Any
     updates: list[dict[str, float]]
-    evaluations: list[dict[str, Any]]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,14 +21,13 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.report import write_report
 from jaxrec.data.schema import NO_GENRES
 from jaxrec.errors import DataError
-from jaxrec.evaluation.plots import plot_metrics, plot_rl, plot_training
+from jaxrec.evaluation.plots import plot_metrics, plot_training
 from jaxrec.files import new_directory, new_file, write_text
 from jaxrec.rl.config import LoggedConfig
-from jaxrec.runs.directory import CONTENT_FOLDER, LSTM_FOLDER
+from jaxrec.runs.directory import CONTENT_FOLDER, LSTM_FOLDER, RERANKER_PLOT_FILE
 from jaxrec.runs.evaluate import evaluate, write_evaluation
 from jaxrec.runs.export import export
 from jaxrec.runs.fine_tune import fine_tune
-from jaxrec.runs.policy import read_policy_evaluations, read_policy_updates
 from jaxrec.runs.train import train
 from jaxrec.training.log import read_epochs
 
@@ -59,9 +59,9 @@ def run_demo(out: Path, seed: int = 0) -> None:
         logs = {"TimeRatingAwareLSTM": LSTM_FOLDER, "TimeRatingAwareContentModel": CONTENT_FOLDER}
         epochs = {name: read_epochs(run.folder / folder) for name, folder in logs.items()}
         plot_training(epochs, out / "plots/training.png")
-    with _stage("Reinforcement learning"):
+    with _stage("Reinforcement learning on held-out users"):
         outcome = fine_tune(run, LoggedConfig(seed=seed))
-        plot_rl(read_policy_updates(run.folder), read_policy_evaluations(run.folder), out / "plots/rl.png")
+        shutil.copyfile(run.folder / RERANKER_PLOT_FILE, out / "plots/rl.png")
         print(outcome.reason)
     with _stage("Evaluate on the test cases"):
         evaluation = evaluate(run)

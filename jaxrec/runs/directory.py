@@ -21,8 +21,7 @@ RUN/policy/                     the policy that `jaxrec rl served` or `simulated
     policy.json                 whether the policy is used and why, the figures, the configuration, its models' digest
     policy.npz                  the variables of PolicyHead, after the last update
     steps.jsonl                 one record per update; of a policy from simulated users, one per 10 updates
-    log.jsonl                   one record per evaluation; empty for a policy from a server's log or simulated users
-    training.png                both, as a plot
+    training.png                the same as a plot
 RUN/policy.previous/            the policy that was in use before, where there was one
 RUN/policy.simulator.partial/   where an interrupted training with simulated users stands
 RUN/policy_from_log.json        the outcome of the last training on a server's log
@@ -77,9 +76,7 @@ PLOT_FILE = "training.png"
 POLICY_FILE = "policy.json"
 POLICY_VARIABLES_FILE = "policy.npz"
 POLICY_STEPS_FILE = "steps.jsonl"
-POLICY_LOG_FILE = "log.jsonl"
 POLICY_PREVIOUS_FOLDER = "policy.previous"
-POLICY_REFUSED_FOLDER = "policy.refused"
 POLICY_PLOT_FILE = "training.png"
 POLICY_SCHEMA_VERSION = 4
 RERANKER_FILE = "reranker.npz"
@@ -91,7 +88,6 @@ SIMULATED_OUTCOME_FILE = "policy_from_simulator.json"
 POLICY_FILES = (
     POLICY_FOLDER,
     POLICY_PREVIOUS_FOLDER,
-    POLICY_REFUSED_FOLDER,
     SIMULATOR_PARTIAL_FOLDER,
     SERVED_OUTCOME_FILE,
     SIMULATED_OUTCOME_FILE,

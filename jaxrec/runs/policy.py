@@ -25,7 +25,6 @@ from jaxrec.runs.directory import (
     EVALUATION_FILE,
     POLICY_FILE,
     POLICY_FOLDER,
-    POLICY_LOG_FILE,
     POLICY_PLOT_FILE,
     POLICY_PREVIOUS_FOLDER,
     POLICY_SCHEMA_VERSION,
@@ -87,28 +86,20 @@ def load_run(folder: Path) -> LoadedRun:
     return LoadedRun(run, data, supervised)
 
 
-def write_policy(
-    run: Run, supervised: Hybrid, trained: TrainedPolicy, config: Any, method: str, into: str = POLICY_FOLDER
-) -> None:
-    """Replaces RUN/policy/ as a whole. The one before stays as RUN/policy.previous/ if it was in use.
-
-    With POLICY_REFUSED_FOLDER as `into` it is only kept for inspection.
-    """
+def write_policy(run: Run, supervised: Hybrid, trained: TrainedPolicy, config: Any, method: str) -> None:
+    """Replaces RUN/policy/ as a whole. The one before stays as RUN/policy.previous/ if it was in use."""
     from jaxrec.evaluation.plots import plot_rl
 
-    if into == POLICY_FOLDER:
-        keep_previous(run)
-    with new_directory(run.folder / into, POLICY_FILE) as new:
+    keep_previous(run)
+    with new_directory(run.folder / POLICY_FOLDER, POLICY_FILE) as new:
         np.savez(new / POLICY_VARIABLES_FILE, **flatten_dict(trained.head, sep="/"))
         digest = sha256(new / POLICY_VARIABLES_FILE)
         record = PolicyRecord(trained.outcome, to_json(config), method, models_digest(supervised), digest)
         content = {"schema_version": POLICY_SCHEMA_VERSION, **dataclasses.asdict(record)}
         (new / POLICY_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for name, records in ((POLICY_STEPS_FILE, trained.updates), (POLICY_LOG_FILE, trained.evaluations)):
-            write_json_lines(new / name, records)
-        plot_rl(trained.updates, trained.evaluations, new / POLICY_PLOT_FILE)
-    if into == POLICY_FOLDER:
-        (run.folder / EVALUATION_FILE).unlink(missing_ok=True)  # its figures are of the earlier policy
+        write_json_lines(new / POLICY_STEPS_FILE, trained.updates)
+        plot_rl(trained.updates, new / POLICY_PLOT_FILE)
+    (run.folder / EVALUATION_FILE).unlink(missing_ok=True)  # its figures are of the earlier policy
 
 
 def keep_previous(run: Run) -> None:
@@ -186,11 +177,6 @@ def load_served(run: Run, supervised: Hybrid) -> Hybrid:
     """The recommender to evaluate and to export: the policy if it is used, else `supervised`."""
     policy = load_policy(run, supervised)
     return supervised if policy is None else policy
-
-
-def read_policy_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """The records of RUN/policy/log.jsonl. Raises DataError where there are none."""
-    return read_json_lines(folder / POLICY_FOLDER / POLICY_LOG_FILE, UNTRAINED)
 
 
 def read_policy_updates(folder: Path) -> list[dict[str, Any]]:

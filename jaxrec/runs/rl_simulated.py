@@ -105,7 +105,7 @@ def run_simulated(
     if outcome.used:
         require_in_use(run, compared_with)
         head = jax.tree.map(np.array, params.head)
-        write_policy(run, supervised, TrainedPolicy(outcome, head, records, []), config, SIMULATED_METHOD)
+        write_policy(run, supervised, TrainedPolicy(outcome, head, records), config, SIMULATED_METHOD)
     record = {
         "used": outcome.used,
         "simulator": str(ratings),

@@ -51,7 +51,7 @@ def run(tmp_path: Path, new_run: Callable[[Path, Hybrid], Path], small_hybrid: H
             patch.setattr(module, "load_supervised", lambda run, data: supervised)
         folder = new_run(tmp_path, supervised)
         head = nnx.to_pure_dict(nnx.state(small_hybrid.policy))
-        trained = TrainedPolicy(PolicyOutcome(True, "for the test"), head, [], [])
+        trained = TrainedPolicy(PolicyOutcome(True, "for the test"), head, [])
         policy_files.write_policy(open_run(folder), supervised, trained, LEARNING, "reinforce")
         yield folder
 

@@ -161,7 +161,10 @@ def test_the_log_of_a_run_is_mended_from_its_checkpoint(stages: Path, tmp_path: 
     [
         ("logged", ("--resume", "--updates", 5), "--updates cannot be changed on --resume"),
         ("logged", ("--resume",), "no interrupted training to resume"),
-        ("logged", ("--method", "bpr"), "is not one of 'reinforce', 'plackett-luce', 'top-k', 'actor-critic'"),
+        ("logged", ("--method", "bpr"), "is not one of 'pl-rank', 'reinforce'"),
+        ("logged", ("--ndcg-budget", "much"), "'much', expected a share such as 1% or 0.01, from 0 to below 1"),
+        ("logged", ("--ndcg-budget", "100%"), "'100%', expected a share such as 1% or 0.01, from 0 to below 1"),
+        ("logged", ("--diversity-reward", "1"), "No such option"),
         ("logged", ("--kl-target", 0), "0 is not in the range x>0"),
         ("logged", ("--attribution-window", 60), "No such option"),
         ("served", (), "Missing option '--log'"),
@@ -204,7 +207,7 @@ def test_help_explains_every_option(words: str, command: click.Command) -> None:
 
 
 def test_configurations_survive_json_and_refuse_unknown_keys() -> None:
-    config = LoggedConfig(seed=7, kl_target=0.5)
+    config = LoggedConfig(seed=7, ndcg_budget=0.01)
     assert from_json(LoggedConfig, json.loads(json.dumps(to_json(config)))) == config
     with pytest.raises(ValueError, match=r"TrainConfig has no learning_rte; it has .*learning_rate"):
         from_json(TrainConfig, {"learning_rte": np.pi})

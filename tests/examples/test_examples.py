@@ -13,6 +13,7 @@ from tests.synthetic import markov_log
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MOST_LINES = 60
+QUICK = jaxrec.LoggedConfig(folds=2, fold_epochs=1, updates=20, samples=2)
 
 
 def example(name: str) -> ModuleType:
@@ -47,9 +48,10 @@ def test_own_csv_leaves_a_model_that_a_server_takes(work: Path) -> None:
 
 
 def test_own_reward_says_whether_the_policy_is_used(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    example("own_reward").main(str(work / "run"), updates=20)
+    example("own_reward").main(str(work / "run"), config=QUICK)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(("used: ", "not used: "))
+    assert "chosen for a budget of 2.00% of NDCG@10" in lines[0]
     assert lines[-1] in ("exported and served: policy", "exported and served: hybrid")
     assert any(line.split()[0] == "policy" for line in lines)
 
@@ -64,7 +66,7 @@ def test_serve_record_learn_learns_or_says_why_not(
 
 
 def test_the_notebook_runs_and_plots(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jaxrec.fine_tune(work / "run", jaxrec.LoggedConfig(updates=2, updates_per_evaluation=1))
+    jaxrec.fine_tune(work / "run", QUICK)
     monkeypatch.setenv("RUN_FOLDER", str(work / "run"))
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
     notebook = nbformat.read(EXAMPLES / "plots.ipynb", as_version=4)

@@ -88,7 +88,7 @@ def run(loaded: LoadedRun) -> Path:
 
 
 def in_use(head: dict) -> TrainedPolicy:
-    return TrainedPolicy(PolicyOutcome(True, "for the test"), head, [], [])
+    return TrainedPolicy(PolicyOutcome(True, "for the test"), head, [])
 
 
 def serve_and_log(

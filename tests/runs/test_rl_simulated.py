@@ -78,7 +78,7 @@ def of_log(
     """A run whose policy in use came from a server's log."""
     folder = new_run(tmp_path_factory.mktemp("simulator"), supervised)
     head = nnx.to_pure_dict(nnx.state(small_hybrid.policy))
-    write_policy(open_run(folder), supervised, TrainedPolicy(PolicyOutcome(True, ""), head, [], []), CONFIG, "served")
+    write_policy(open_run(folder), supervised, TrainedPolicy(PolicyOutcome(True, ""), head, []), CONFIG, "served")
     return folder
 
 
@@ -168,7 +168,7 @@ def test_a_policy_that_came_into_use_meanwhile_is_not_replaced(
     other = {**policy_in_use(open_run(run), supervised).variables, "item_bias": np.zeros(61, np.float32)}
 
     def meanwhile() -> bool:
-        trained = TrainedPolicy(PolicyOutcome(True, "for the test"), other, [], [])
+        trained = TrainedPolicy(PolicyOutcome(True, "for the test"), other, [])
         write_policy(open_run(run), supervised, trained, CONFIG, "served")
         return False
 

@@ -100,7 +100,7 @@ def train_served(
     gain = decision.gain
     differences = {} if gain is None else {"value": {"mean": gain.value, "low": gain.low, "high": gain.high}}
     outcome = PolicyOutcome(decision.used, decision.reason, figures, differences)
-    return TrainedPolicy(outcome, head, records, []), found
+    return TrainedPolicy(outcome, head, records), found
 
 
 def served_loss(graphdef: nnx.GraphDef[PolicyHead], config: ServedConfig) -> Loss:
