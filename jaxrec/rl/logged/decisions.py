@@ -52,7 +52,9 @@ class Decisions(NamedTuple):
     features: np.ndarray
     context: np.ndarray
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
+        """How many there are."""
         return len(self.user)
 
     def at(self, rows: np.ndarray) -> "Decisions":

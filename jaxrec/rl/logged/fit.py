@@ -10,6 +10,8 @@ The loss of a decision is
 A decision whose next item is no candidate has no cross-entropy. Its slate still earns what the other reward terms give.
 """
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,18 +21,20 @@ import optax
 
 from jaxrec.models.masks import NEVER
 from jaxrec.models.reranker import CONTEXT, FEATURES, Candidates, RerankerWeights, Scales, scaled, scores
-from jaxrec.rl.config import PL_RANK, LoggedConfig
+from jaxrec.rl.config import PL_RANK, LoggedConfig, RewardWeights
 from jaxrec.rl.logged.decisions import Decisions
 from jaxrec.rl.losses.pl_rank import pl_rank_loss
 from jaxrec.rl.losses.policy_gradient import plackett_luce_loss
 from jaxrec.rl.policy import sample_slates, slate_logprobs
 from jaxrec.rl.rewards import rank_discounts
-from jaxrec.rl.updates import Learner, make_updates, new_learner, run_updates
+from jaxrec.rl.states import by_batches
+from jaxrec.rl.updates import Learner, Updates, make_updates, new_learner, run_updates
 from jaxrec.training.stopping import StopRequested, never
 
 UPDATES_PER_CHUNK = 100
 SCALED_BY = 5_000  # decisions that the scales are measured on
 LEAST_SCALE = 1e-3
+ROWS, ROWS_FILLED = 2048, 4096  # decisions that are computed at once; the number of a fit is filled to a multiple
 
 
 class Fitted(NamedTuple):
@@ -43,13 +47,16 @@ class Fitted(NamedTuple):
 
 class Problem(NamedTuple):
     """Decisions on the device, scaled: `features` [decisions, candidates, FEATURES] float16, `context`, `mix`, `place`
-    as in `Decisions`, and the `rewards` [decisions, candidates] of each candidate."""
+    as in `Decisions`, and the `rewards` [decisions, candidates] of each candidate. The first `real` [] int32 are
+    decisions, the others fill up. `reward_weight` [] float32 is that of the configuration."""
 
     features: jax.Array
     context: jax.Array
     mix: jax.Array
     place: jax.Array
     rewards: jax.Array
+    real: jax.Array
+    reward_weight: jax.Array
 
 
 def fit_reranker(
@@ -72,17 +79,16 @@ def fit_reranker(
     """
     scales = measured_scales(decisions)
     features, context = scaled_rows(decisions, scales)
-    problem = Problem(
-        *jax.device_put((features, context, decisions.mix, decisions.place, np.asarray(rewards, np.float32)))
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.updates, 0.02)),
-    )
+    # One shape for folds of like size, since the program takes seconds to compile.
+    filled = -decisions.size % ROWS_FILLED
+    columns = features, context, decisions.mix, decisions.place, np.asarray(rewards, np.float32)
+    filled_columns = (np.pad(column, ((0, filled), *[(0, 0)] * (column.ndim - 1))) for column in columns)
+    problem = Problem(*jax.device_put((*filled_columns, np.int32(decisions.size), np.float32(config.reward_weight))))
     start = RerankerWeights(jnp.zeros(len(FEATURES)), jnp.zeros((len(CONTEXT), len(FEATURES))))
-    updates = make_updates(_loss(config), optimizer)
     path, key = list[RerankerWeights](), jax.random.key(config.seed)
     name, kept = "learning to rerank", "the decisions are kept"
+    alike = dataclasses.replace(config, seed=0, reward_weight=float(config.reward_weight > 0), rewards=RewardWeights())
+    updates, optimizer = _updates(alike)
     for learner, _ in run_updates(
         updates, new_learner(start, optimizer), problem, key, config.updates, UPDATES_PER_CHUNK, name, stop, kept
     ):
@@ -90,9 +96,19 @@ def fit_reranker(
     return Fitted(scales, path[-1], path)
 
 
+@functools.cache
+def _updates(config: LoggedConfig) -> tuple[Updates, optax.GradientTransformation]:
+    """Compiled once for all fits that differ in seed, in the reward's terms and in its weight, unless that is 0."""
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.updates, 0.02)),
+    )
+    return make_updates(_loss(config), optimizer), optimizer
+
+
 def measured_scales(decisions: Decisions) -> Scales:
     """Standard deviations of features and context, and the context's mean."""
-    some = np.unique(np.linspace(0, len(decisions) - 1, SCALED_BY).astype(np.int64))
+    some = np.unique(np.linspace(0, decisions.size - 1, SCALED_BY).astype(np.int64))
     features = decisions.features[some][decisions.mix[some] > NEVER / 2].astype(np.float32)
     return Scales(
         np.maximum(features.std(axis=0), LEAST_SCALE),
@@ -103,12 +119,9 @@ def measured_scales(decisions: Decisions) -> Scales:
 
 def scaled_rows(decisions: Decisions, scales: Scales) -> tuple[np.ndarray, np.ndarray]:
     """`jaxrec.models.reranker.scaled` of all decisions; features as float16."""
-    parts = [
-        jax.device_get(_scaled(decisions.features[rows], decisions.context[rows], scales))
-        for rows in np.array_split(np.arange(len(decisions)), max(1, len(decisions) // 4096))
-    ]
-    features, context = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return features, context
+    return by_batches(
+        lambda rows: _scaled(decisions.features[rows], decisions.context[rows], scales), decisions.size, ROWS
+    )
 
 
 @jax.jit
@@ -126,10 +139,11 @@ def reranked_scores(fitted: Fitted, decisions: Decisions) -> np.ndarray:
 def scores_along(fitted: Fitted, decisions: Decisions) -> list[np.ndarray]:
     """`reranked_scores` by the weights of each part of the path."""
     features, context = scaled_rows(decisions, fitted.scales)
-    parts = np.array_split(np.arange(len(decisions)), max(1, len(decisions) // 4096))
     return [
-        np.concatenate(
-            [np.asarray(_scores(weights, decisions.mix[rows], features[rows], context[rows])) for rows in parts]
+        by_batches(
+            lambda rows, weights=weights: _scores(weights, decisions.mix[rows], features[rows], context[rows]),  # type: ignore[misc]
+            decisions.size,
+            ROWS,
         )
         for weights in fitted.path
     ]
@@ -147,8 +161,10 @@ def _loss(config: LoggedConfig) -> Any:
         weights: RerankerWeights, learner: Learner, problem: Problem, key: jax.Array
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
         row_key, slate_key = jax.random.split(jax.random.fold_in(key, learner.step))
-        rows = jax.random.randint(row_key, (config.batch_size,), 0, len(problem.place))
-        batch = jax.tree.map(lambda column: column[rows], problem)
+        rows = jax.random.randint(row_key, (config.batch_size,), 0, problem.real)
+        batch = problem._replace(
+            **{name: getattr(problem, name)[rows] for name in ("features", "context", "mix", "place", "rewards")}
+        )
         where = batch.mix > NEVER / 2
         logits = jnp.where(where, scores(weights, batch.mix, batch.features.astype(jnp.float32), batch.context), NEVER)
         known = batch.place >= 0
@@ -159,7 +175,7 @@ def _loss(config: LoggedConfig) -> Any:
         top = jax.lax.top_k(logits, min(config.slate_size, logits.shape[1]))[1]
         earned = jnp.take_along_axis(batch.rewards, top, axis=1) @ discounts[: top.shape[1]]
         if config.reward_weight:
-            total += config.reward_weight * reward_loss(slate_key, logits, batch.rewards, where, config)
+            total += problem.reward_weight * reward_loss(slate_key, logits, batch.rewards, where, config)
         return total, ({"reward": jnp.mean(earned), "imitation_loss": imitation, "squares": squares}, ())
 
     return loss

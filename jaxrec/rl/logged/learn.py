@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from jaxrec.data.prepared import PreparedData
@@ -26,11 +26,12 @@ from jaxrec.rl.logged.decisions import Decisions
 from jaxrec.rl.logged.fit import UPDATES_PER_CHUNK, Fitted, fit_reranker, reranked_scores, scores_along
 from jaxrec.rl.outcome import PolicyOutcome
 from jaxrec.rl.reward_tables import fit_reward_tables, rating_or_mean, running_user_means
-from jaxrec.rl.rewards import rank_discounts, slate_reward_terms, total_reward
+from jaxrec.rl.rewards import RewardTables, rank_discounts, slate_reward_terms, total_reward
+from jaxrec.rl.states import by_batches
 from jaxrec.training.stopping import StopRequested, never
 
 MIX, IMITATION, RERANKED, PERMUTED = "mix", "imitation only", "imitation and rewards", "permuted rewards"
-ROWS = 4096  # decisions whose rewards are computed at once
+ROWS = 2048  # decisions whose rewards are computed at once
 
 
 class Results(NamedTuple):
@@ -151,22 +152,16 @@ def candidate_rewards(decisions: Decisions, data: PreparedData, config: LoggedCo
     means = running_user_means(data.histories.offsets, ratings, float(tables.item_ratings[0]))[decisions.row]
     items, target, rating = decisions.items, decisions.target, ratings[decisions.row]
     rating = rating_or_mean(rating, target, np.asarray(tables.item_ratings))
-    found = [
-        np.asarray(
-            total_reward(
-                slate_reward_terms(
-                    jnp.asarray(items[rows]),
-                    jnp.asarray(target[rows]),
-                    jnp.asarray(rating[rows]),
-                    jnp.asarray(means[rows]),
-                    tables,
-                ),
-                config.rewards,
-            )
-        )
-        for rows in np.array_split(np.arange(len(decisions)), max(1, len(decisions) // ROWS))
-    ]
-    return np.concatenate(found), rating
+    columns = items, target, rating, means.astype(np.float32)
+
+    @jax.jit
+    def of_rows(
+        items: jax.Array, target: jax.Array, rating: jax.Array, means: jax.Array, tables: RewardTables
+    ) -> jax.Array:
+        return total_reward(slate_reward_terms(items, target, rating, means, tables), config.rewards)
+
+    found = by_batches(lambda rows: of_rows(*(column[rows] for column in columns), tables), decisions.size, ROWS)
+    return found, rating
 
 
 def results(

@@ -1,4 +1,4 @@
-"""The fit of a reranker: it finds the feature that the next item follows, and both gradients of the reward are right."""
+"""The fit of a reranker finds the feature that the next item follows, and both gradients of the reward are right."""
 
 import itertools
 
@@ -16,7 +16,7 @@ from jaxrec.rl.logged.fit import fit_reranker, measured_scales, reranked_scores,
 from jaxrec.rl.rewards import rank_discounts
 from tests.rl.logged.made_up import decisions
 
-CONFIG = LoggedConfig(updates=150, reward_weight=0.0, penalty=0.0)
+CONFIG = LoggedConfig(updates=150, learning_rate=0.05, reward_weight=0.0, penalty=0.0)
 
 
 def test_imitation_finds_the_feature_that_the_next_item_follows(small_data: PreparedData) -> None:
