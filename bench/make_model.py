@@ -18,12 +18,16 @@ from flax import nnx
 
 from jaxrec.config import ModelConfig, PrepareConfig, RatingScale
 from jaxrec.data.prepare import prepare
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid, MixWeights
+from jaxrec.models.linear import RANK
 from jaxrec.models.neighbours import NEIGHBOURS, Neighbours
+from jaxrec.models.reranker import CONTEXT, FEATURES, Reranker, RerankerTables, RerankerWeights, Scales
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.onnx.model_directory import export_model
+from jaxrec.rl.reward_tables import genre_directions
 
 
 def random_neighbours(items: int, rng: np.random.Generator) -> Neighbours:
@@ -43,14 +47,27 @@ def clustered_vectors(items: int, width: int, rng: np.random.Generator) -> np.nd
     return (centres[of_item] + 0.7 * rng.normal(size=(items + 1, width)) * axes).astype(np.float32)
 
 
+def random_reranker(data: PreparedData, hybrid: Hybrid, rng: np.random.Generator) -> Reranker:
+    """With tables as wide as training makes them."""
+    items = len(data.catalog)
+    code = rng.normal(size=(2, items + 1, RANK)).astype(np.float32) / np.sqrt(RANK)
+    biases = np.stack([model.item_bias_table[...] for model in (hybrid.lstm, hybrid.content)], axis=1)
+    genres = genre_directions(data.catalog.genre_matrix())
+    tables = RerankerTables(*code, biases, genres, rng.random(items + 1, np.float32))
+    scales = Scales(np.ones(len(FEATURES)), np.zeros(len(CONTEXT)), np.ones(len(CONTEXT)))
+    weights = RerankerWeights(rng.normal(size=len(FEATURES)), rng.normal(size=(len(CONTEXT), len(FEATURES))))
+    return Reranker(tables, scales, weights)
+
+
 @click.command(context_settings={"show_default": True})
 @click.option("--items", type=click.IntRange(2), default=10_000, help="Size of the catalogue.")
 @click.option("--hidden", type=click.IntRange(1), default=ModelConfig.hidden)
 @click.option("--clustered", is_flag=True, help="Item vectors around centres.")
 @click.option("--index/--no-index", default=None, help="An index of the items; otherwise as `jaxrec export` has it.")
+@click.option("--reranker", is_flag=True, help="With a reranker of the best 100 items.")
 @click.option("--seed", type=int, default=0)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(items: int, hidden: int, clustered: bool, index: bool | None, seed: int, out: Path) -> None:
+def main(items: int, hidden: int, clustered: bool, index: bool | None, reranker: bool, seed: int, out: Path) -> None:
     """Writes a model directory with ITEMS movies, 19 genres and random weights."""
     rng = np.random.default_rng(seed)
     ids = np.arange(1, items + 1)
@@ -72,6 +89,8 @@ def main(items: int, hidden: int, clustered: bool, index: bool | None, seed: int
         CoOccurrence(random_neighbours(items, rng)),
         MixWeights(0.5, 0.5, 1.0 if clustered else 8.0),
     )
+    if reranker:
+        hybrid = hybrid.with_reranker(random_reranker(data, hybrid, rng))
     manifest = export_model(
         hybrid,
         data,

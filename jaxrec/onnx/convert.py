@@ -60,7 +60,7 @@ def _item_arrays(weights: Weights) -> dict[str, np.ndarray]:
         "neighbour_item": weights.neighbour_item,
         "neighbour_weight": weights.neighbour_weight,
         **({} if weights.new_items is None else {"new_items": weights.new_items}),
-        **({} if weights.reranker is None else weights.reranker.tables._asdict()),
+        **({} if weights.reranker is None else weights.reranker.items._asdict()),
     }
 
 
@@ -88,7 +88,10 @@ def _graph(name: str, weights: Weights, signature: Signature, item_arrays: dict[
     with _fatal_errors(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, _ = tf2onnx.convert.from_function(
-            tf.function(program, autograph=False), input_signature=list(specs.values()), opset=OPSET
+            tf.function(program, autograph=False),
+            input_signature=list(specs.values()),
+            opset=OPSET,
+            custom_op_handlers={"SelectV2": (_where, [])},
         )
     _finish(name, model, signature, item_arrays)
     if "length" in signature.inputs:
@@ -97,6 +100,12 @@ def _graph(name: str, weights: Weights, signature: Signature, item_arrays: dict[
                 # So its last h and c are those of each row's last event.
                 node.input[_SEQUENCE_LENS] = "length"
     return _checked(model)
+
+
+def _where(context: Any, node: Any, name: str, arguments: list[Any]) -> Any:
+    """tf.where as ONNX' Where, which does the same. tf2onnx would make six nodes of it, with products by 0 and 1."""
+    node.type = "Where"
+    return node
 
 
 def _finish(name: str, model: Any, signature: Signature, item_arrays: dict[str, np.ndarray]) -> None:

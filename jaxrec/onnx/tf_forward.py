@@ -20,15 +20,15 @@ from jaxrec.models.new_items import FIRST_PLACES, GAP
 from jaxrec.models.reranker import (
     CANDIDATES,
     COMPARED,
+    CONTEXT,
     CONTEXT_LIMIT,
     FEATURE_LIMIT,
     LEAST_COOCCURRENCE,
     RATING_PRIOR,
-    RerankerTables,
 )
 from jaxrec.models.summary import DECAY, NUMBERS, SESSION_S
 from jaxrec.models.trend import EVENTS_AT_ONE, LEAST_EVENTS
-from jaxrec.onnx.weights import RECENT_WEIGHTS, LSTMWeights, PolicyWeights, RerankerArrays, Weights
+from jaxrec.onnx.weights import RECENT_WEIGHTS, LSTMWeights, PolicyWeights, RerankerArrays, RerankerItems, Weights
 
 
 class ItemArrays(NamedTuple):
@@ -41,7 +41,7 @@ class ItemArrays(NamedTuple):
     neighbours: Any
     closeness: Any
     new: Any = None
-    reranker: RerankerTables | None = None
+    reranker: RerankerItems | None = None
 
 
 def item_arrays(named: dict[str, Any]) -> ItemArrays:
@@ -52,7 +52,7 @@ def item_arrays(named: dict[str, Any]) -> ItemArrays:
         named["neighbour_item"],
         named["neighbour_weight"],
         named.get("new_items"),
-        RerankerTables(*(named[name] for name in RerankerTables._fields)) if "encoder" in named else None,
+        RerankerItems(*(named[name] for name in RerankerItems._fields)) if "encoder" in named else None,
     )
 
 
@@ -157,7 +157,7 @@ def _state(recurrent: Any, recent: Any, summary: Any = None) -> Any:
     return tf.concat([*parts, tf.cast(recent, tf.float32)], axis=1)
 
 
-def _summary(tables: RerankerTables, item: Any, rating: Any, gap: Any, length: Any) -> Any:
+def _summary(tables: RerankerItems, item: Any, rating: Any, gap: Any, length: Any) -> Any:
     """`jaxrec.models.summary` of whole histories [batch, length] -> [batch, 2 * rank + NUMBERS]."""
     place = tf.expand_dims(tf.range(tf.shape(item)[1]), 0)
     count = tf.expand_dims(length, 1)
@@ -185,19 +185,22 @@ def _summary(tables: RerankerTables, item: Any, rating: Any, gap: Any, length: A
 def _next_summary(before: Any, code: Any, rating: Any, gap: Any) -> Any:
     """The summary after one more event, as `jaxrec.models.summary.updated`."""
     rank = code.shape[1]
-    events, session, _, rated, ratings, _ = tf.unstack(before[:, 2 * rank :], NUMBERS, axis=1)
+    rating, gap = tf.expand_dims(rating, 1), tf.expand_dims(gap, 1)
     is_rated = tf.cast(rating >= 0, tf.float32)
-    continues = tf.logical_and(gap >= 0, gap <= np.float32(SESSION_S))
-    numbers = [
-        events + 1,
-        tf.where(continues, session, 0.0) + 1,
-        tf.maximum(gap, 0.0),
-        rated + is_rated,
-        ratings + is_rated * rating,
-        rating,
-    ]
-    codes = [before[:, :rank] + code, np.float32(DECAY) * before[:, rank : 2 * rank] + code]
-    return tf.concat([*codes, tf.stack(numbers, axis=1)], axis=1)
+    continues = tf.cast(tf.logical_and(gap >= 0, gap <= np.float32(SESSION_S)), tf.float32)
+    of_event = tf.concat([continues, tf.maximum(gap, 0.0), is_rated, is_rated * rating, rating], axis=1)
+    stays, added = tf.split(tf.matmul(of_event, _BY_EVENT) + _ALWAYS, 2, axis=1)
+    codes, numbers = tf.split(before, [2 * rank, NUMBERS], axis=1)
+    kept = np.repeat(np.array([1, DECAY], np.float32), rank)
+    return tf.concat([codes * kept + tf.concat([code, code], axis=1), numbers * stays + added], axis=1)
+
+
+_BY_EVENT = np.zeros((5, 2 * NUMBERS), np.float32)
+_BY_EVENT[np.arange(5), [1, NUMBERS + 2, NUMBERS + 3, NUMBERS + 4, NUMBERS + 5]] = 1
+_ALWAYS = np.array([1, 0, 0, 1, 1, 0, 1, 1, 0, 0, 0, 0], np.float32)
+"""What stays of the six numbers of a summary, and what is added to them: events, session, gap, rated, ratings, last
+rating. _BY_EVENT [5, 2 * NUMBERS] is for whether the session continues, the gap, whether there is a rating, the rating
+or 0, and the rating."""
 
 
 def _advance(weights: Weights, state: Any, vectors: Any, rating: Any, gap: Any) -> Any:
@@ -316,83 +319,117 @@ def _reranked(
     recent: Any,
     summary: Any,
 ) -> Any:
-    """`jaxrec.models.reranker`: the logits, NEVER at what is excluded, with those of the candidates replaced."""
-    tables = items.reranker
-    assert tables is not None
+    """`jaxrec.models.reranker`: the logits, NEVER at what is excluded, with those of the candidates replaced.
+
+    Every operator of the graph costs a microsecond or more, which is a lot beside so few numbers. So what is alike is
+    computed side by side.
+    """
+    assert items.reranker is not None
     allowed = logits if new is None else tf.where(new, np.float32(NEVER), logits)
-    mix, best = tf.math.top_k(allowed[:, 1:], min(CANDIDATES, items.vectors.shape[0] - 1))
-    best = best + 1
+    mix, columns = tf.math.top_k(allowed[:, 1:], min(CANDIDATES, items.vectors.shape[0] - 1))
+    best = columns + 1
+    places = _places(best)
     where = mix > NEVER / 2
     real = tf.cast(where, tf.float32)
-    width, rank = items.vectors.shape[1], tables.encoder.shape[1]
-    halves = tf.gather(items.vectors, best) * tf.expand_dims(query, 1)
-    bias = tf.gather(tables.part_bias, best)
-    lstm = tf.reduce_sum(halves[:, :, : width // 2], axis=2) + bias[:, :, 0]
-    content = tf.reduce_sum(halves[:, :, width // 2 :], axis=2) + bias[:, :, 1]
-    of_cooccurrence = tf.gather(cooccurrence, best, batch_dims=1)
-    decoder, genres = tf.gather(tables.decoder, best), tf.gather(tables.genres, best)
-    of_recent = tf.gather(tables.genres, recent)
-    known = tf.maximum(tf.reduce_sum(tf.cast(recent > 0, tf.float32), axis=1, keepdims=True), 1.0)
-    ratings = tf.gather(tables.item_rating, best)
-    features = tf.stack(
+    count = tf.maximum(tf.reduce_sum(real, axis=1, keepdims=True), 1.0)
+    width, rank = items.vectors.shape[1], reranker.rank
+    genres = items.reranker.candidate.shape[1] - rank - 3
+    decoder, of_genres, biases, ratings = tf.split(
+        tf.gather(items.reranker.candidate, best), [rank, genres, 2, 1], axis=2
+    )
+    products = tf.gather(items.vectors, best) * tf.expand_dims(query, 1)
+    halves = tf.reduce_sum(tf.reshape(products, [-1, mix.shape[1], 2, width // 2]), axis=3)
+    halves = halves + biases
+    of_cooccurrence = tf.expand_dims(tf.gather_nd(cooccurrence, places), 2)
+    codes = _columns(summary[:, : 2 * rank], rank)
+    features = tf.concat(
         [
-            tf.where(where, mix, 0.0),
-            lstm,
-            content,
+            tf.expand_dims(mix * real, 2),
+            halves,
             of_cooccurrence,
             tf.math.log(of_cooccurrence + np.float32(LEAST_COOCCURRENCE)),
-            tf.gather(trend, best),
-            _products(decoder, summary[:, :rank]),
-            _products(decoder, summary[:, rank : 2 * rank]),
-            _products(genres, of_recent[:, 0]),
-            _products(genres, tf.reduce_sum(of_recent, axis=1) / known),
+            tf.expand_dims(tf.gather(trend, best), 2),
+            tf.matmul(decoder, codes),
+            tf.matmul(of_genres, _recent_genres(items.reranker, recent, rank, rank + genres)),
             ratings,
         ],
         axis=2,
     )
-    mask = tf.expand_dims(real, 2)
-    count = tf.maximum(tf.reduce_sum(mask, axis=1, keepdims=True), 1.0)
-    features = mask * (features - tf.reduce_sum(mask * features, axis=1, keepdims=True) / count)
-    scales = reranker.scales
-    features = tf.clip_by_value(features / scales.features, -FEATURE_LIMIT, FEATURE_LIMIT)
-    context = _context(tables, lstm, content, where, request_gap, summary[:, 2 * rank :])
-    context = tf.clip_by_value((context - scales.context_mean) / scales.context, -CONTEXT_LIMIT, CONTEXT_LIMIT)
-    by_request = reranker.weights.direct + tf.matmul(context, reranker.weights.by_context)
-    scores = mix + _products(features, by_request)
-    of_scores, of_mix = (
-        tf.reduce_logsumexp(tf.where(where, x, np.float32(NEVER)), axis=1, keepdims=True) for x in (scores, mix)
-    )
-    new_logits = tf.where(where, scores - of_scores + of_mix, tf.gather(logits, best, batch_dims=1))
-    return tf.tensor_scatter_nd_update(logits, _places(best), new_logits)
+    means = tf.matmul(tf.expand_dims(real / count, 1), features)
+    features = (features - means) * (1 / reranker.scales.features)
+    features = tf.clip_by_value(features, -FEATURE_LIMIT, FEATURE_LIMIT)
+    context = _context(reranker, halves, where, real, request_gap, summary[:, 2 * rank :])
+    by_request = tf.matmul(context, reranker.weights.by_context[_CONTEXT_ORDER]) + reranker.weights.direct
+    scores = mix + tf.squeeze(tf.matmul(features, tf.expand_dims(by_request, 2)), 2)
+    moved = _minus_logsumexp(tf.where(where, scores, np.float32(NEVER))) - _minus_logsumexp(mix)
+    return tf.tensor_scatter_nd_add(logits, places, tf.where(where, scores - mix + moved, 0.0))
 
 
-def _context(tables: RerankerTables, lstm: Any, content: Any, where: Any, request_gap: Any, numbers: Any) -> Any:
-    """[batch, CONTEXT], not scaled; `numbers` [batch, NUMBERS] of the summary."""
-    events, session, gap, rated, total, last = tf.unstack(numbers, NUMBERS, axis=1)
-    timed = request_gap >= 0
-    user_rating = (total + np.float32(RATING_PRIOR) * tables.item_rating[0]) / (rated + np.float32(RATING_PRIOR))
-    of_lstm, of_content = (tf.nn.log_softmax(tf.where(where, x, np.float32(NEVER))) for x in (lstm, content))
-    first = where[:, :COMPARED]
-    apart = tf.where(first, tf.abs(of_lstm - of_content)[:, :COMPARED], 0.0)
-    compared = tf.maximum(tf.reduce_sum(tf.cast(first, tf.float32), axis=1), 1.0)
-    entropies = (-tf.reduce_sum(tf.where(where, tf.exp(p) * p, 0.0), axis=1) for p in (of_lstm, of_content))
-    columns = [
-        tf.cast(timed, tf.float32),
-        tf.math.log(1 + tf.where(timed, request_gap, 0.0)),
-        tf.math.log(1 + events),
-        tf.math.log(1 + gap),
-        tf.math.log(1 + session),
-        user_rating,
-        tf.where(last >= 0, last, user_rating),
-        *entropies,
-        tf.reduce_sum(apart, axis=1) / compared,
+def _recent_genres(items: RerankerItems, recent: Any, first: int, last: int) -> Any:
+    """[batch, genres, 2]: the genres of the last item, and the mean of those of the recent ones."""
+    of_recent = tf.gather(items.candidate, recent)[:, :, first:last]
+    is_one = tf.cast(recent > 0, tf.float32)
+    share = is_one / tf.maximum(tf.reduce_sum(is_one, axis=1, keepdims=True), 1.0)
+    is_last = tf.expand_dims(is_one, 2) * np.eye(RECENT_ITEMS, 1, dtype=np.float32)
+    weights = tf.concat([is_last, tf.expand_dims(share, 2)], axis=2)
+    return tf.matmul(of_recent, weights, transpose_a=True)
+
+
+def _columns(row: Any, width: int) -> Any:
+    """row [batch, 2 * width] -> [batch, width, 2]: its halves side by side."""
+    return tf.transpose(tf.reshape(row, [-1, 2, width]), [0, 2, 1])
+
+
+def _minus_logsumexp(logits: Any) -> Any:
+    """[batch, 1]."""
+    largest = tf.reduce_max(logits, axis=1, keepdims=True)
+    return -largest - tf.math.log(tf.reduce_sum(tf.exp(logits - largest), axis=1, keepdims=True))
+
+
+_CONTEXT_ORDER = np.array(
+    [
+        CONTEXT.index(name)
+        for name in (
+            "timed",
+            "log_request_gap",
+            "log_events",
+            "log_session",
+            "log_gap",
+            "user_rating",
+            "last_rating",
+            "lstm_entropy",
+            "content_entropy",
+            "disagreement",
+        )
     ]
-    return tf.stack(columns, axis=1)
+)
+"""The context's order in the graph, in which neighbours are computed alike."""
 
 
-def _products(rows: Any, vector: Any) -> Any:
-    """rows [batch, n, width] and vector [batch, width] -> [batch, n]."""
-    return tf.squeeze(tf.matmul(rows, tf.expand_dims(vector, 2)), 2)
+def _context(reranker: RerankerArrays, halves: Any, where: Any, real: Any, request_gap: Any, numbers: Any) -> Any:
+    """[batch, CONTEXT], scaled, in _CONTEXT_ORDER; `numbers` [batch, NUMBERS] of the summary."""
+    request_gap = tf.expand_dims(request_gap, 1)
+    timed = tf.cast(request_gap >= 0, tf.float32)
+    rated, ratings, last = numbers[:, 3:4], numbers[:, 4:5], numbers[:, 5:]
+    user_rating = (ratings + np.float32(RATING_PRIOR * reranker.mean_rating)) / (rated + np.float32(RATING_PRIOR))
+    # Of both models [batch, 2, candidates]; the product of a probability of 0 with its logarithm is 0.
+    log_p = tf.nn.log_softmax(tf.where(tf.expand_dims(where, 1), tf.transpose(halves, [0, 2, 1]), np.float32(NEVER)))
+    first = real[:, :COMPARED]
+    apart = tf.abs(tf.reduce_sum(log_p[:, :, :COMPARED] * np.array([[1], [-1]], np.float32), axis=1))
+    apart = tf.reduce_sum(first * apart, axis=1, keepdims=True)
+    context = tf.concat(
+        [
+            timed,
+            tf.math.log(tf.concat([tf.maximum(request_gap, 0.0), numbers[:, :3]], axis=1) + 1.0),
+            user_rating,
+            tf.where(last >= 0, last, user_rating),
+            -tf.reduce_sum(tf.exp(log_p) * log_p, axis=2),
+            apart / tf.maximum(tf.reduce_sum(first, axis=1, keepdims=True), 1.0),
+        ],
+        axis=1,
+    )
+    mean, scale = (values[_CONTEXT_ORDER] for values in (reranker.scales.context_mean, reranker.scales.context))
+    return tf.clip_by_value((context - mean) * (1 / scale), -CONTEXT_LIMIT, CONTEXT_LIMIT)
 
 
 def _capped(logits: Any, new: Any) -> Any:

@@ -5,6 +5,7 @@ that each request gap stands for, and the mix of the models. Both models' arrays
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from jaxrec.errors import ExportError
 from jaxrec.models.cooccurrence import RECENT_DECAY, RECENT_ITEMS
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.lstm import LSTM
-from jaxrec.models.reranker import Reranker, RerankerTables, RerankerWeights, Scales
+from jaxrec.models.reranker import Reranker, RerankerWeights, Scales
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.models.summary import NUMBERS
 
@@ -55,11 +56,24 @@ class TrendWeights:
     typical: np.ndarray
 
 
+class RerankerItems(NamedTuple):
+    """What a reranker looks up.
+
+    `encoder` [items + 1, rank]; `candidate` [items + 1, rank + genres + 3]: decoder, genres, the biases of the parts
+    and the mean rating side by side, since one lookup costs less than four.
+    """
+
+    encoder: np.ndarray
+    candidate: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class RerankerArrays:
-    """`jaxrec.models.reranker`: what it looks up, the scales, and the weights."""
+    """`jaxrec.models.reranker`: what it looks up, `rank` of its codes, the mean rating, the scales, and the weights."""
 
-    tables: RerankerTables
+    items: RerankerItems
+    rank: int
+    mean_rating: float
     scales: Scales
     weights: RerankerWeights
 
@@ -116,7 +130,7 @@ class Weights:
 
     @property
     def summary_width(self) -> int:
-        return 0 if self.reranker is None else 2 * self.reranker.tables.encoder.shape[1] + NUMBERS
+        return 0 if self.reranker is None else 2 * self.reranker.rank + NUMBERS
 
 
 def extract_weights(hybrid: Hybrid) -> Weights:
@@ -164,7 +178,10 @@ def extract_weights(hybrid: Hybrid) -> Weights:
 
 
 def _reranker_arrays(reranker: Reranker) -> RerankerArrays:
-    return RerankerArrays(*jax.tree.map(np.asarray, (reranker.tables, reranker.scales, reranker.weights)))
+    tables, scales, weights = jax.tree.map(np.asarray, (reranker.tables, reranker.scales, reranker.weights))
+    of_candidates = tables.decoder, tables.genres, tables.part_bias, tables.item_rating[:, None]
+    items = RerankerItems(tables.encoder, np.concatenate(of_candidates, axis=1))
+    return RerankerArrays(items, tables.encoder.shape[1], float(tables.item_rating[0]), scales, weights)
 
 
 def _request_views(model: TimeRatingAwareLSTM) -> tuple[np.ndarray, np.ndarray]:
