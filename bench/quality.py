@@ -92,8 +92,9 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
     data, out = read_prepared(folder / "data"), folder / f"run-{seed}"
     jaxrec.train(folder / "data", out, train_config=TrainConfig(seed=seed), resume=(out / "run.json").is_file())
     run = open_run(out)
-    if not (out / RERANKER_OUTCOME_FILE).is_file():
-        jaxrec.fine_tune(run, LoggedConfig(seed=seed), resume=(out / RERANKER_PARTIAL_FOLDER).is_dir())
+    interrupted = (out / RERANKER_PARTIAL_FOLDER).is_dir()
+    if interrupted or not (out / RERANKER_OUTCOME_FILE).is_file():
+        jaxrec.fine_tune(run, LoggedConfig(seed=seed), resume=interrupted)
     hybrid = load_supervised(run, data, reranker=False)
     cases = few_per_user(data.split.test) if split == "temporal" else data.split.test
     arrays = {"popularity": data.train_popularity(), "users": cases.users, "data": data.digest}

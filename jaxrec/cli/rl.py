@@ -95,8 +95,8 @@ def rl() -> None:
     """Fine-tunes a policy of RUN (from `jaxrec train`) by reinforcement learning.
 
     A new policy is used only if an evaluation on data that it was not trained on shows an improvement; otherwise the
-    policy in use stays. `logged` comes first, as part of the main job. `served` and `simulated` train on top of it and
-    start from the policy in use, so that they can follow one another in any order.
+    policy in use stays. `logged` comes first and needs no feedback. `served` and `simulated` train on top of it and start
+    from the policy in use, so that they can follow one another in any order.
 
     The intervals of these evaluations are valid for a single run. Trying several options until one passes inflates
     false positives.
@@ -120,8 +120,8 @@ def rl() -> None:
     reward_weight=(WEIGHT, "Weight of the slate's reward, beside the cross-entropy of the next item."),
     ndcg_budget=(
         Share(),
-        "What the rewards may cost of NDCG@10 for held-out users, such as 1%; their weight is then chosen so that they "
-        "earn most. It takes six fits more.  [default: --reward-weight]",
+        "What the rewards may cost of NDCG@10 for held-out users, such as 1%. Instead of --reward-weight, the weight "
+        "that earns most within it is then chosen from five, with five more fits for each fold.",
     ),
     samples=(COUNT, "Rankings drawn for each event and update."),
 )
@@ -130,13 +130,16 @@ def logged(run: Path, resume: bool, **values: Any) -> None:
 
     It learns from events of users that the models behind them were not trained on (cross-fitting), which takes about as
     long as the training of RUN. It is used if it improves NDCG@10 and slate reward significantly for other held-out
-    users, and NDCG@10 does not fall on validation. `rl served` and `rl simulated` train on top of it. SIGTERM and
-    Ctrl-C end the training; --resume continues with exactly the same result.
+    users, and NDCG@10 does not fall significantly on validation. `rl served` and `rl simulated` train on top of it.
+    SIGTERM and Ctrl-C end the training; --resume continues with exactly the same result.
     """
     _refuse_changes(resume)
     from jaxrec.runs.directory import open_run
     from jaxrec.runs.rl_logged import run_logged
 
+    given = given_options(click.get_current_context())
+    if "ndcg_budget" in given and "reward_weight" in given:
+        raise click.UsageError("--ndcg-budget chooses the weight that --reward-weight sets; give one of them")
     try:
         config = _config(LoggedConfig, values)
     except ValueError as error:

@@ -214,7 +214,7 @@ class Hybrid(nnx.Module):
         trend: jax.Array | float = 0.0,
         seen: SeenScores | None = None,
     ) -> tuple[jax.Array, Mixed]:
-        """The mix's logits [batch, items + 1], and what the reranker makes of them.
+        """The mix's logits [batch, items + 1], and the input of the reranker.
 
         `query` [batch, 2 * embedding] is that of `supervised_query`; `recent` and `summary` are of the state; the rest
         is as for `logits`. New items are no candidates of the reranker.

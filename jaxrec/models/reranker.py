@@ -1,4 +1,4 @@
-"""A second stage of ranking: it orders the best items of the mix anew, with weights that depend on the request.
+"""A second stage of ranking: it reranks the best items of the mix, with weights that depend on the request.
 
 For the CANDIDATES items with the highest logits m of the mix it computes features x [candidates, FEATURES] and, of the
 request, a context c [CONTEXT], and scores
@@ -59,7 +59,7 @@ the entropies over the candidates, in nats, and how far their log-probabilities 
 COMPARED = 10
 FEATURE_LIMIT, CONTEXT_LIMIT = 6.0, 4.0  # in standard deviations
 LEAST_COOCCURRENCE = 1e-3
-RATING_PRIOR = 10.0  # ratings of the mean of all that a user's mean begins with
+RATING_PRIOR = 10.0  # ratings that the mean of all ratings counts as in a user's mean
 
 
 class Scales(NamedTuple):

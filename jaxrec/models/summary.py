@@ -1,4 +1,4 @@
-"""What a reranker needs of a history beside the models' states: sums that one more event updates."""
+"""A summary of a history for the reranker: sums and counts that each further event updates."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from jaxrec.models.features import Array
 SESSION_S = 3600.0
 """An event that comes later than this after the one before begins a session."""
 DECAY = 0.93
-"""What an event counts for the decayed code when one more has come."""
+"""The factor by which the decayed code shrinks with each further event."""
 
 
 class Summary(NamedTuple):

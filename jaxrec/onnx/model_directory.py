@@ -164,9 +164,15 @@ def _is_indexed(hybrid: Hybrid, index: bool | None) -> bool:
     if hybrid.reranker is None:
         return len(hybrid.item_bias()) > FROM_ITEMS if index is None else index
     if index:
-        raise ExportError("an index has no reranker: export with --index never, or remove the run's reranker.npz")
+        raise ExportError(
+            "the run uses a reranker, which cannot be exported together with an index of the items; export without "
+            "--index always"
+        )
     if len(hybrid.item_bias()) > FROM_ITEMS:
-        tqdm.write("index: none is added, since it has no reranker, which the run uses")
+        tqdm.write(
+            "index: none is added, since the run uses a reranker, which needs all items' scores; answers of a catalogue "
+            "of this size are slower without an index"
+        )
     return False
 
 

@@ -27,10 +27,11 @@ class LoggedConfig:
     Attributes:
         seed: Of everything random.
         method: Of the gradient of the slate's reward: PL_RANK, or REINFORCE with the other samples as the baseline.
-        folds: Parts that the users are divided into; each is decided on by models that were trained on the others.
-        fold_epochs: Epochs of those models, with a learning rate that falls to 0 at their end.
+        folds: Parts that the users are divided into. The decisions of a part are scored by models that were trained on
+            the other parts.
+        fold_epochs: Epochs of those models, with the whole schedule of the learning rate.
         events: Last training events of each user that are decisions.
-        decisions: Most decisions in all; of more, each user has fewer.
+        decisions: Largest number of decisions. If there are more, each user contributes fewer.
         updates: Of the weights.
         batch_size: Decisions per update.
         learning_rate: Of Adam; it falls to 2 % by a cosine.
@@ -64,15 +65,30 @@ class LoggedConfig:
         """Refuses what cannot be trained.
 
         Raises:
-            ValueError: `method` is none, there are too few folds or samples, or diversity has a weight: it depends on
-                the items above, and here an item's reward may not.
+            ValueError: A value is outside of its range, `method` is none, or diversity has a weight: it depends on the
+                items above, and here an item's reward may not.
         """
+        least = {
+            "folds": 2,
+            "fold_epochs": 1,
+            "events": 1,
+            "updates": 1,
+            "batch_size": 1,
+            "slate_size": 1,
+            "samples": 1,
+        }
+        for name, smallest in {**least, "decisions": self.folds}.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
+        for name in ("penalty", "reward_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number of at least 0")
+        if self.ndcg_budget is not None and not 0 <= self.ndcg_budget < 1:
+            raise ValueError(f"ndcg_budget is {self.ndcg_budget}, expected a share from 0 to below 1, such as 0.01")
         if self.method not in (PL_RANK, REINFORCE):
             raise ValueError(f"method {self.method!r}, expected {PL_RANK!r} or {REINFORCE!r}")
-        if self.folds < 2:
-            raise ValueError(f"{self.folds} fold(s), expected at least 2")
         if self.method == REINFORCE and self.samples < 2:
-            raise ValueError(f"{self.samples} sample(s), expected at least 2: the others are the baseline")
+            raise ValueError(f"samples is {self.samples}, expected at least 2: the other samples are the baseline")
         if self.rewards.diversity:
             raise ValueError("diversity depends on the items above, so that its weight must be 0 for a reranker")
 

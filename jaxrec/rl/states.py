@@ -118,9 +118,14 @@ def state_of_recurrent(
 def states_before(hybrid: Hybrid, data: PreparedData, cases: Cases) -> HistoryStates:
     """The states of the histories before the cases' events, as NumPy arrays [cases, ...].
 
-    Cases of one user that are near one another are read together, so that each history is read few times. So a case
-    may be given fewer than `max_length` events, but at least half as many where there are as many.
+    Cases of one user that are near one another are read together, so that each history is read few times. So of a
+    longer history between half of `max_length` and `max_length` events are read, and a summary counts these. (A
+    server's states count up to `max_length` events, and those that came since.)
+
+    Raises ValueError for a case without an event before it.
     """
+    if (cases.rows <= data.histories.offsets[cases.users]).any():
+        raise ValueError("a case is its user's first event; there is no history before it")
     graphdef, variables = nnx.split(hybrid)
     histories, length = data.histories, hybrid.lstm.config.max_length
     firsts = np.full(histories.user_count, np.iinfo(np.int64).max)

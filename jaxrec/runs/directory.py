@@ -15,6 +15,7 @@ RUN/reranker.npz                the reranker that `jaxrec rl logged` learned, wh
                                 imitates
 RUN/reranker.json               whether it is used and why, the figures, their course and frontier, the configuration
 RUN/reranker.png                course and frontier as a plot
+RUN/reranker.refused.json       the same figures of one that was refused while another one is in use, which stays
 RUN/reranker.partial/           where an interrupted `jaxrec rl logged` stands: one folder for each fold
 RUN/evaluation.json             written by `jaxrec evaluate`; goes into the manifest of the exported model
 RUN/policy/                     the policy that `jaxrec rl served` or `simulated` trained last, on top of the reranker:
@@ -82,6 +83,7 @@ POLICY_SCHEMA_VERSION = 4
 RERANKER_FILE = "reranker.npz"
 RERANKER_OUTCOME_FILE = "reranker.json"
 RERANKER_PLOT_FILE = "reranker.png"
+RERANKER_REFUSED_FILE = "reranker.refused.json"
 RERANKER_PARTIAL_FOLDER = "reranker.partial"
 SERVED_OUTCOME_FILE = "policy_from_log.json"
 SIMULATED_OUTCOME_FILE = "policy_from_simulator.json"
@@ -95,6 +97,9 @@ POLICY_FILES = (
     RERANKER_OUTCOME_FILE,
     RERANKER_PLOT_FILE,
     RERANKER_PARTIAL_FOLDER,
+    RERANKER_REFUSED_FILE,
+    "policy.partial",  # this one and the next one: of earlier versions
+    "policy.refused",
 )  # all that belongs to the models that the run has now
 INITIAL_WEIGHTS = 2**32 - 1  # folded into the seed's key; training folds in the numbers of its steps
 

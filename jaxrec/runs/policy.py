@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxrec.config import to_json
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import DataError
-from jaxrec.files import new_directory, read_json, read_json_lines, sha256, write_json_lines
+from jaxrec.files import new_directory, read_json, sha256, write_json_lines
 from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.rl.checkpoint import models_digest
 from jaxrec.rl.config import POLICY_WIDTH
@@ -35,7 +35,7 @@ from jaxrec.runs.directory import (
     open_run,
 )
 
-UNTRAINED, AGAIN = "run `jaxrec rl logged` first", "run `jaxrec rl logged` again"
+AGAIN = "train it again (`jaxrec rl served` or `jaxrec rl simulated`), or move its folder away"
 
 
 class LoadedRun(NamedTuple):
@@ -128,10 +128,18 @@ def require_in_use(run: Run, compared_with: str | None) -> None:
         )
 
 
-def read_outcome(run: Run) -> PolicyOutcome | None:
-    """The outcome of `jaxrec rl` for the run; None before it ran. Raises DataError on damaged files."""
-    record = read_record(run)
-    return None if record is None else record.outcome
+def require_no_policy(run: Run, supervised: Hybrid) -> None:
+    """Raises DataError where a policy is in use on top of `supervised`, which a new reranker would replace. A policy
+    that is damaged, or of other models, is not in use."""
+    try:
+        record = read_record(run)
+    except DataError:
+        return
+    if record is not None and record.outcome.used and record.models_sha256 == models_digest(supervised):
+        raise DataError(
+            f"{run.folder / POLICY_FOLDER}: this policy is in use and was trained on top of the models as they are now; "
+            "a new reranker would change them. Move the folder away first, and train that policy again afterwards"
+        )
 
 
 def load_policy(run: Run, supervised: Hybrid, only_if_used: bool = True) -> Hybrid | None:
@@ -177,11 +185,6 @@ def load_served(run: Run, supervised: Hybrid) -> Hybrid:
     """The recommender to evaluate and to export: the policy if it is used, else `supervised`."""
     policy = load_policy(run, supervised)
     return supervised if policy is None else policy
-
-
-def read_policy_updates(folder: Path) -> list[dict[str, Any]]:
-    """The records of RUN/policy/steps.jsonl. Raises DataError where there are none."""
-    return read_json_lines(folder / POLICY_FOLDER / POLICY_STEPS_FILE, UNTRAINED)
 
 
 def read_record(run: Run) -> PolicyRecord | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import jax
@@ -17,10 +18,11 @@ from jaxrec.files import new_file, write_text
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.neighbours import MAX_START_ITEMS, initial_embedding, neighbours
-from jaxrec.models.reranker import RerankerTables
+from jaxrec.models.reranker import Reranker, RerankerTables
 from jaxrec.rl.checkpoint import PolicyCheckpoint, models_digest
 from jaxrec.rl.config import LoggedConfig
 from jaxrec.rl.logged.decisions import Decisions, decide
+from jaxrec.rl.logged.fit import Fitted
 from jaxrec.rl.logged.folds import fold_of_users, last_events, without_users
 from jaxrec.rl.logged.learn import Learned, learn_reranker
 from jaxrec.rl.logged.tables import with_reranker
@@ -29,16 +31,17 @@ from jaxrec.runs.directory import (
     CONTENT_FOLDER,
     EVALUATION_FILE,
     LSTM_FOLDER,
-    POLICY_FOLDER,
     RERANKER_FILE,
     RERANKER_OUTCOME_FILE,
     RERANKER_PARTIAL_FOLDER,
     RERANKER_PLOT_FILE,
+    RERANKER_REFUSED_FILE,
     Run,
     load_supervised,
     new_models,
+    read_reranker,
 )
-from jaxrec.runs.policy import digest_in_use
+from jaxrec.runs.policy import require_no_policy
 from jaxrec.training.loop import train_model
 from jaxrec.training.new_items import new_items
 from jaxrec.training.stopping import StopRequested, never
@@ -52,12 +55,13 @@ def run_logged(
     """Cross-fits a reranker, and uses it from then on if it ranks better for held-out users.
 
     RUN/reranker.json says whether, with the figures, and RUN/reranker.png shows them. RUN/reranker.npz holds it,
-    whether it is used or not, for `jaxrec evaluate`.
+    whether it is used or not, for `jaxrec evaluate`. If it is refused while another one is in use, that one and its
+    files stay, and RUN/reranker.refused.json has the figures.
 
     Each fold's models are trained in RUN/reranker.partial/, which is removed at the end.
 
     Args:
-        run: A run without a policy in use.
+        run: A run without a policy in use (`jaxrec rl served`, `simulated`).
         config: Of the folds, the decisions and the fit.
         resume: Continue an interrupted training, with the configuration that it started with.
         stop: Asked between steps; the folds that are finished stay, and so do the checkpoints of the one under way.
@@ -66,18 +70,15 @@ def run_logged(
         Whether the reranker is used, and why, with the figures.
 
     Raises:
-        DataError: The run has a policy in use, which was trained on the logits of the mix; or nothing is there to
-            resume, or a fold has no decision.
+        DataError: The run has a policy in use, which was trained on top of the models as they are now; or nothing is
+            there to resume, or a fold has no decision.
         TrainingError: A loss is not finite.
         TrainingStopped: `stop()` was true.
     """
-    if digest_in_use(run) is not None:
-        raise DataError(
-            f"{run.folder / POLICY_FOLDER} is in use and was trained on top of the models as they are now; a new "
-            "reranker would change them: remove this folder first, and train that policy again afterwards"
-        )
     data = run.read_data()
     supervised = load_supervised(run, data, reranker=False)
+    before = _in_use(run, supervised)
+    require_no_policy(run, supervised.with_reranker(before))
     checkpoint = PolicyCheckpoint(run.folder / RERANKER_PARTIAL_FOLDER)
     if resume:
         config = checkpoint.configuration(LoggedConfig)
@@ -89,21 +90,36 @@ def run_logged(
     own = with_reranker(supervised, data)
     cases = data.split.validation.at_most(config.decisions // config.folds)
     validation = decide(own, data, cases, run.counts, np.arange(len(cases)) % 2 == 0)
-    learned = learn_reranker(folds, validation, data, config, stop)
+    in_use = None if before is None else Fitted(before.scales, before.weights, [])
+    learned = learn_reranker(folds, validation, data, config, stop, in_use)
     assert own.reranker is not None
+    require_no_policy(run, supervised.with_reranker(_in_use(run, supervised)))  # another training may have ended
     record = {
         "configuration": to_json(config),
         **dataclasses.asdict(learned.outcome),
+        "reward_weight": learned.reward_weight,
         "curves": [point._asdict() for point in learned.curves],
         "frontier": [point._asdict() for point in learned.frontier],
     }
-    write_text(run.folder / RERANKER_OUTCOME_FILE, json.dumps(record, indent=2) + "\n")
-    plot_logged(record["curves"], record["frontier"], run.folder / RERANKER_PLOT_FILE)
-    tables = jax.tree.map(np.asarray, own.reranker.tables)
-    write_reranker(run, supervised, tables, learned)
-    (run.folder / EVALUATION_FILE).unlink(missing_ok=True)  # its figures are of the run before
+    text = json.dumps(record, indent=2) + "\n"
+    if not learned.outcome.used and before is not None:
+        write_text(run.folder / RERANKER_REFUSED_FILE, text)
+    else:
+        (run.folder / EVALUATION_FILE).unlink(missing_ok=True)  # its figures are of the run before
+        write_reranker(run, supervised, jax.tree.map(np.asarray, own.reranker.tables), learned)
+        plot_logged(record["curves"], record["frontier"], run.folder / RERANKER_PLOT_FILE)
+        write_text(run.folder / RERANKER_OUTCOME_FILE, text)
     shutil.rmtree(checkpoint.folder)
     return learned.outcome
+
+
+def _in_use(run: Run, supervised: Hybrid) -> Reranker | None:
+    """The reranker that the run uses. One that cannot be read, or is of other models, is not in use."""
+    try:
+        learned = read_reranker(run, supervised)
+    except DataError:
+        return None
+    return None if learned is None or not learned.used else learned.policy
 
 
 def write_reranker(run: Run, supervised: Hybrid, tables: RerankerTables, learned: Learned) -> None:
@@ -123,7 +139,8 @@ def _fold_decisions(
     config: LoggedConfig,
     stop: StopRequested,
 ) -> Decisions:
-    """The decisions of one fold's users by models of the others, in the mix of `like`; read where they are there."""
+    """The decisions of one fold's users by models of the others, in the mix of `like`; from the file if they were
+    made before."""
     folder = run.folder / RERANKER_PARTIAL_FOLDER / f"fold-{number}"
     done = folder / DECISIONS_FILE
     if not done.is_file():
@@ -132,15 +149,20 @@ def _fold_decisions(
         others = without_users(data, held_out)
         if not len(cases) or not len(others.split.validation):
             raise DataError(
-                f"fold {number} has {len(cases)} decisions and {len(others.split.validation)} validation cases"
+                f"{run.folder}: part {number + 1} of {config.folds} has {len(cases)} decisions, and the other parts have "
+                f"{len(others.split.validation)} validation events; expected at least one of each: the log has too few "
+                "users with two training events, choose fewer parts (--folds)"
             )
         tqdm.write(f"fold {number + 1} of {config.folds}: {len(cases)} decisions of {int(held_out.sum())} users")
         hybrid = _fold_models(run.train_config, like, others, folder, config, stop)
         found = decide(with_reranker(hybrid, others), data, cases, run.counts, np.arange(len(cases)) % 2 == 0)
         with new_file(done) as temporary, temporary.open("wb") as file:
             np.savez(file, **found._asdict())
-    with np.load(done, allow_pickle=False) as arrays:
-        return Decisions(**arrays)
+    try:
+        with np.load(done, allow_pickle=False) as arrays:
+            return Decisions(**arrays)
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{done}: damaged ({error}); remove it and resume") from error
 
 
 def _fold_models(

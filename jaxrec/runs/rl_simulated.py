@@ -147,7 +147,7 @@ def simulated_training(
     item_ratings = np.asarray(scoring.tables.item_ratings)
     logged = last_events(data, np.ones(data.histories.user_count, bool), LOGGED_EVENTS, LOGGED_STATES)
     if not len(logged):
-        raise DataError("no user has two training events; there is nothing to hold the policy to")
+        raise DataError("no user has two training events; the KL penalty in the states of the run's own users has none")
     states = policy_states(supervised, data, logged, np.arange(len(logged)) % 2 == 0)
     cases = case_states(supervised, data, data.split.validation, item_ratings)
     return SimulatedTraining(

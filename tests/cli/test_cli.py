@@ -165,6 +165,7 @@ def test_the_log_of_a_run_is_mended_from_its_checkpoint(stages: Path, tmp_path: 
         ("logged", ("--ndcg-budget", "much"), "'much', expected a share such as 1% or 0.01, from 0 to below 1"),
         ("logged", ("--ndcg-budget", "100%"), "'100%', expected a share such as 1% or 0.01, from 0 to below 1"),
         ("logged", ("--diversity-reward", "1"), "No such option"),
+        ("logged", ("--ndcg-budget", "1%", "--reward-weight", "1"), "give one of them"),
         ("logged", ("--kl-target", 0), "0 is not in the range x>0"),
         ("logged", ("--attribution-window", 60), "No such option"),
         ("served", (), "Missing option '--log'"),

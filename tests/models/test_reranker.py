@@ -122,6 +122,11 @@ def test_a_hybrid_keeps_excluded_and_new_items_and_the_sum(
     rows = np.arange(len(exclude))[:, None]
     known = (exclude > 0) & ~new[exclude]
     np.testing.assert_array_equal(np.asarray(after)[rows, exclude][known], np.asarray(before)[rows, exclude][known])
+    allowed = np.array(before[:, 1:]), np.array(after[:, 1:])
+    for logits in allowed:
+        logits[:, new[1:]] = NEVER
+        np.put_along_axis(logits, np.maximum(exclude - 1, 0), NEVER, axis=1)
+    np.testing.assert_allclose(*(np.asarray(jax.nn.logsumexp(x, axis=1)) for x in allowed), atol=1e-4)
     if scale == 0:
         np.testing.assert_allclose(after[:, 1:], before[:, 1:], atol=1e-4)
     else:

@@ -99,6 +99,8 @@ def test_states_before_cases_are_those_of_their_histories_alone(small_data: Prep
     order = np.random.default_rng(0).permutation(len(rows))
     found = states_before(small_hybrid, small_data, Cases(users[order], rows[order]))
     assert found.summary is None
+    with pytest.raises(ValueError, match="a case is its user's first event"):
+        states_before(small_hybrid, small_data, Cases(users[:1], offsets[3:4]))
     for place in (0, 7, len(order) - 1):
         alone = states_before(small_hybrid, small_data, Cases(users[order][[place]], rows[order][[place]]))
         np.testing.assert_allclose(found.outputs[place], alone.outputs[0], atol=1e-6)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,16 @@ from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import DataError, TrainingStopped
+from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.rl.checkpoint import models_digest
 from jaxrec.rl.config import LoggedConfig
 from jaxrec.rl.logged.fit import Fitted
 from jaxrec.rl.logged.learn import Learned
-from jaxrec.rl.outcome import PolicyOutcome
-from jaxrec.runs.directory import RERANKER_FILE, Run, load_supervised, open_run
+from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
+from jaxrec.rl.scoring import new_head
+from jaxrec.runs.directory import POLICY_FOLDER, RERANKER_FILE, Run, load_supervised, open_run
+from jaxrec.runs.policy import write_policy
 from jaxrec.runs.rl_logged import run_logged, write_reranker
 from tests.synthetic import random_log
 
@@ -47,7 +52,7 @@ def run(run_folder: Path) -> Run:
 def test_a_log_without_structure_gives_no_reranker_and_a_stopped_training_ends_the_same(run: Run) -> None:
     outcome = run_logged(run, QUICK)
     assert not outcome.used
-    assert outcome.reason.startswith("the mix stays: ")
+    assert outcome.reason.startswith("what ranks now stays: ")
     assert "permuted rewards" in outcome.reason
     written = json.loads((run.folder / "reranker.json").read_text())
     assert written["used"] is False
@@ -98,7 +103,7 @@ def use_some_reranker(
         assert own is not None
         outcome = PolicyOutcome(True, "made up")
         fits = (Fitted(own.scales, each, []) for each in (own.weights, jax.tree.map(np.zeros_like, own.weights)))
-        write_reranker(run, supervised, own.tables, Learned(*fits, outcome, [], []))
+        write_reranker(run, supervised, own.tables, Learned(*fits, outcome, 1.0, [], []))
         return data, supervised.with_reranker(own)
 
     return use
@@ -141,6 +146,61 @@ def test_a_reranker_of_other_models_or_a_damaged_one_is_refused(
     path.write_bytes(b"PK")
     with pytest.raises(DataError, match="cannot be read"):
         load_supervised(run, data)
+
+
+def test_a_refused_reranker_does_not_replace_the_one_in_use(
+    run: Run, use_some_reranker: Callable[[], tuple[PreparedData, Hybrid]]
+) -> None:
+    use_some_reranker()
+    digest = sha256(run.folder / RERANKER_FILE)
+    (run.folder / "evaluation.json").write_text("{}")
+    outcome = run_logged(run, QUICK)
+    assert not outcome.used
+    assert sha256(run.folder / RERANKER_FILE) == digest
+    assert json.loads((run.folder / "reranker.refused.json").read_text())["reason"] == outcome.reason
+    assert (run.folder / "evaluation.json").is_file()  # still of what is in use
+    (run.folder / "reranker.refused.json").unlink()
+
+
+def test_a_policy_on_top_of_the_models_keeps_a_new_reranker_out(run: Run) -> None:
+    """One of other models does not, nor does a damaged one."""
+    supervised = load_supervised(run, run.read_data())
+    _, head = new_head(supervised.item_vectors().shape[1], len(supervised.item_bias()) - 1, 4, seed=0)
+    write_policy(run, supervised, TrainedPolicy(PolicyOutcome(True, ""), head, []), QUICK, "served")
+    with pytest.raises(DataError, match=r"policy: this policy is in use .*Move the folder away first"):
+        run_logged(run, QUICK)
+    assert not (run.folder / "reranker.partial").exists()
+    record = run.folder / POLICY_FOLDER / "policy.json"
+    record.write_text(record.read_text().replace(models_digest(supervised), "of others"))
+    with pytest.raises(TrainingStopped):
+        run_logged(run, QUICK, stop=lambda: True)
+    record.write_text("{}")
+    with pytest.raises(TrainingStopped):
+        run_logged(run, QUICK, stop=lambda: True)
+    shutil.rmtree(run.folder / POLICY_FOLDER)
+    shutil.rmtree(run.folder / "reranker.partial")
+
+
+def test_a_policy_that_came_into_use_meanwhile_keeps_it_out_too(run: Run) -> None:
+    supervised = load_supervised(run, run.read_data())
+    _, head = new_head(supervised.item_vectors().shape[1], len(supervised.item_bias()) - 1, 4, seed=0)
+
+    def meanwhile() -> bool:
+        if not (run.folder / POLICY_FOLDER).is_dir():
+            write_policy(run, supervised, TrainedPolicy(PolicyOutcome(True, ""), head, []), QUICK, "served")
+        return False
+
+    with pytest.raises(DataError, match="this policy is in use"):
+        run_logged(run, QUICK, stop=meanwhile)
+    assert not (run.folder / RERANKER_FILE).exists()
+    shutil.rmtree(run.folder / POLICY_FOLDER)
+    shutil.rmtree(run.folder / "reranker.partial")
+
+
+def test_a_part_without_decisions_is_named(run: Run) -> None:
+    with pytest.raises(DataError, match=r"run: part \d+ of 60 has 0 decisions, .*choose fewer parts"):
+        run_logged(run, dataclasses.replace(QUICK, folds=60, decisions=60))
+    shutil.rmtree(run.folder / "reranker.partial")
 
 
 def test_diversity_is_refused(run: Run) -> None:

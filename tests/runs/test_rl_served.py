@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import DataError
-from jaxrec.files import sha256
+from jaxrec.files import read_json_lines, sha256
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx.model_directory import export_model
 from jaxrec.rl.config import RewardWeights, ServedConfig
@@ -31,8 +31,6 @@ from jaxrec.runs.policy import (
     LoadedRun,
     load_policy,
     policy_in_use,
-    read_outcome,
-    read_policy_updates,
     read_record,
     write_policy,
 )
@@ -182,8 +180,9 @@ def test_a_better_policy_replaces_the_one_in_use(
     )
     assert robust["low"] < gain["value"] < robust["high"]
     assert gain["low"] < robust["value"] < gain["high"]
-    outcome, steps = read_outcome(open_run(run)), read_policy_updates(run)
-    assert outcome is not None
+    written, steps = read_record(open_run(run)), read_json_lines(run / POLICY_FOLDER / "steps.jsonl", "")
+    assert written is not None
+    outcome = written.outcome
     assert outcome.figures["policy"]["value"] > outcome.figures["logged"]["value"]
     assert len(steps) == CONFIG.updates
     assert steps[0]["kl"] == 0.0 < steps[-1]["kl"] < 2 * CONFIG.kl_target

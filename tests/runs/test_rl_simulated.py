@@ -17,7 +17,7 @@ from jaxrec.config import to_json
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, USER
 from jaxrec.errors import DataError, TrainingStopped
-from jaxrec.files import sha256
+from jaxrec.files import read_json_lines, sha256
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.cases import CaseResults
 from jaxrec.rl.config import SimulatedConfig
@@ -38,7 +38,7 @@ from jaxrec.runs.directory import (
     SIMULATOR_PARTIAL_FOLDER,
     open_run,
 )
-from jaxrec.runs.policy import LoadedRun, load_policy, policy_in_use, read_policy_updates, read_record, write_policy
+from jaxrec.runs.policy import LoadedRun, load_policy, policy_in_use, read_record, write_policy
 from jaxrec.runs.rl_simulated import SIMULATED_METHOD, SimulatedTraining, require_slates, run_simulated
 from tests.rl.simulated.simulated import FIRST_USER, genre_lovers, hand_made
 
@@ -123,7 +123,7 @@ def test_what_passes_is_used_and_started_from_the_policy_in_use(passed: Path, of
     assert record.config == to_json(CONFIG)
     assert record.outcome.figures.keys() == {"policy", "before", "supervised"}
     assert record.outcome.differences.keys() == {"reward", "ndcg_10"}
-    assert [step["step"] for step in read_policy_updates(passed)] == [10, 20]
+    assert [step["step"] for step in read_json_lines(passed / "policy/steps.jsonl", "")] == [10, 20]
     assert sha256(passed / POLICY_PREVIOUS_FOLDER / "policy.npz") == sha256(of_log / POLICY_FOLDER / "policy.npz")
     assert not (passed / SIMULATOR_PARTIAL_FOLDER).exists()
     assert {path.name for path in passed.iterdir()} <= {"run.json", *POLICY_FILES}  # which new data removes

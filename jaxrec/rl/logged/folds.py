@@ -36,8 +36,14 @@ def without_users(data: PreparedData, held_out: np.ndarray) -> PreparedData:
 
 
 def last_events(data: PreparedData, users: np.ndarray, events: int, limit: int) -> Cases:
-    """The last training events of the `users` [users] bool, but no user's first event: at most `events` of each, or as
-    many of each as make at most `limit`."""
+    """The last training events of the `users` [users] bool, but no user's first event.
+
+    Args:
+        data: That the users are of.
+        users: [users] bool, whose events.
+        events: Largest number of each user.
+        limit: Largest number in all. If there would be more, each user has fewer, and at one each some have none.
+    """
     others = np.maximum(np.where(users, data.split.train_counts, 0) - 1, 0)
     each = next((n for n in range(events, 1, -1) if np.minimum(others, n).sum() <= limit), 1)
     of_user = np.minimum(others, each)

@@ -1,8 +1,8 @@
 """Learns a reranker from held-out decisions, beside its controls, and decides by other held-out users if it is used.
 
-Each fold's decisions are ranked by weights that were fitted to the other folds. What is compared is thus out of fold
-twice: neither the models nor the weights know the user. Three fits are compared with the mix: imitation alone (what
-stacking gives), imitation and rewards, and the same with rewards of other decisions, from which nothing can be learned.
+Each fold's decisions are ranked by weights that were fitted to the other folds, so neither the models nor the weights
+were trained on the users that evaluate them. Three fits are compared with the mix: imitation alone (what stacking gives),
+imitation and rewards, and the same with permuted rewards, a control that should gain nothing. It decides nothing.
 
 A budget of NDCG@10 chooses the weight of the rewards: it is the multiplier of a Lagrangian that trades one for the
 other, so the fits with several weights trace the frontier of both, and the one that earns most within the budget is
@@ -55,12 +55,13 @@ class Point(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """`policy` and `stacked` (imitation alone), fitted to all folds, the `outcome`, the `curves` of the fits that are
-    compared, and the `frontier`, empty without a budget."""
+    """`policy` and `stacked` (imitation alone), fitted to all folds, the `outcome`, the weight of the rewards that was
+    used, the `curves` of the fits that are compared, and the `frontier`, empty without a budget."""
 
     policy: Fitted
     stacked: Fitted
     outcome: PolicyOutcome
+    reward_weight: float
     curves: list[Point]
     frontier: list[Point]
 
@@ -71,6 +72,7 @@ def learn_reranker(
     data: PreparedData,
     config: LoggedConfig,
     stop: StopRequested = never,
+    in_use: Fitted | None = None,
 ) -> Learned:
     """Fits the weights to the decisions of all folds, and says whether they are to be used.
 
@@ -80,6 +82,7 @@ def learn_reranker(
         data: That all of them are of.
         config: Of rewards and fits.
         stop: Ends the training.
+        in_use: The weights that the run uses now; None: it has no reranker.
 
     Returns:
         What was fitted, and the outcome.
@@ -100,15 +103,15 @@ def learn_reranker(
             others = [fold for at, fold in enumerate(folds) if at != held_out]
             of_others = np.concatenate([rows for at, rows in enumerate(earned) if at != held_out])
             fitted = fit_reranker(Decisions.joined(others), rewards(of_others), config, stop)
-            judged = earned[held_out], ratings[held_out], config
-            along = [results(decisions, scores, *judged) for scores in scores_along(fitted, decisions)]
+            of_fold = earned[held_out], ratings[held_out], config
+            along = [results(decisions, scores, *of_fold) for scores in scores_along(fitted, decisions)]
             found.append(along[-1])
             curve.append([(each.ndcg - mix[held_out].ndcg, each.reward - mix[held_out].reward) for each in along])
         points = []
         for place, of_folds in enumerate(zip(*curve, strict=True)):
-            gained, paid = (float(np.concatenate(column).mean()) for column in zip(*of_folds, strict=True))
+            of_ndcg, of_reward = (float(np.concatenate(column).mean()) for column in zip(*of_folds, strict=True))
             step = min((place + 1) * UPDATES_PER_CHUNK, config.updates)
-            points.append(Point(name, step, config.reward_weight, gained, paid))
+            points.append(Point(name, step, config.reward_weight, of_ndcg, of_reward))
         return joined(found), points
 
     mix = [
@@ -120,23 +123,29 @@ def learn_reranker(
     found[IMITATION], curve = ranked(IMITATION, imitation)
     curves += curve
     if config.ndcg_budget is not None:
-        floor = (1 - config.ndcg_budget) * found[IMITATION].ndcg.mean() - found[MIX].ndcg.mean()
+        floor = curve[-1].ndcg - config.ndcg_budget * float(found[IMITATION].ndcg.mean())
         weighted = (dataclasses.replace(config, reward_weight=weight) for weight in BUDGET_WEIGHTS)
         frontier = [curve[-1], *(ranked(RERANKED, each)[1][-1] for each in weighted)]
         chosen = max((point for point in frontier if point.ndcg >= floor), key=lambda point: point.reward)
         config = dataclasses.replace(config, reward_weight=chosen.reward_weight)
-    for name, rewards in ((RERANKED, lambda rows: rows), (PERMUTED, rng.permutation)):
+
+    def permuted(rows: np.ndarray) -> np.ndarray:
+        """Rewards of other decisions, in another order: neither the next item nor the place says anything of them."""
+        return rng.permuted(rng.permutation(rows), axis=1)
+
+    for name, rewards in ((RERANKED, lambda rows: rows), (PERMUTED, permuted)):
         found[name], curve = ranked(name, config, rewards)
         curves += curve
     everything, all_rewards = Decisions.joined(folds), np.concatenate(earned)
     policy, stacked = (fit_reranker(everything, all_rewards, each, stop) for each in (config, imitation))
-    judged = *candidate_rewards(validation, data, config), config
-    of_policy, of_mix = (
-        results(validation, scores, *judged) for scores in (reranked_scores(policy, validation), validation.mix)
+    of_validation = *candidate_rewards(validation, data, config), config
+    before = validation.mix if in_use is None else reranked_scores(in_use, validation)
+    of_policy, of_before = (
+        results(validation, scores, *of_validation) for scores in (reranked_scores(policy, validation), before)
     )
     users = np.concatenate([fold.user for fold in folds])
-    decided = outcome(found, users, of_policy, of_mix, validation.user, config)
-    return Learned(policy, stacked, decided, curves, frontier)
+    decided = outcome(found, users, of_policy, of_before, validation.user, config)
+    return Learned(policy, stacked, decided, config.reward_weight, curves, frontier)
 
 
 def joined(parts: list[Results]) -> Results:
@@ -167,7 +176,11 @@ def candidate_rewards(decisions: Decisions, data: PreparedData, config: LoggedCo
 def results(
     decisions: Decisions, scores: np.ndarray, rewards: np.ndarray, rating: np.ndarray, config: LoggedConfig
 ) -> Results:
-    """Results of ranking the candidates by `scores` [decisions, candidates]; ties count against the target."""
+    """Results of ranking the candidates by `scores` [decisions, candidates]; ties count against the target.
+
+    Candidates count as ranked above all other items. A server may rank one below its hundred-and-first item, which
+    matters for deep ranks only.
+    """
     scores = np.where(decisions.mix > NEVER / 2, scores, NEVER)
     of_target = scores[np.arange(len(scores)), np.maximum(decisions.place, 0)]
     rank = np.where(decisions.place >= 0, (scores >= of_target[:, None]).sum(axis=1), decisions.rank)
@@ -185,20 +198,20 @@ def outcome(
     found: dict[str, Results],
     users: np.ndarray,
     validation: Results,
-    mix: Results,
+    before: Results,
     validation_users: np.ndarray,
     config: LoggedConfig,
 ) -> PolicyOutcome:
     """Whether a reranker is used.
 
     It is used if, out of fold, the 95 % intervals (by user) of its gains over the mix in NDCG@10 and in slate reward
-    lie above 0, and its validation NDCG@10 is not significantly lower.
+    lie above 0, and its validation NDCG@10 is not significantly lower than that of what the run uses now.
 
     Args:
         found: Results out of fold by name.
         users: [decisions], whose they are.
-        validation: Results of the reranker on validation, and `mix`: those of the mix.
-        mix: See `validation`.
+        validation: Results of the reranker on validation.
+        before: Results of what the run uses now on validation: the mix, or an earlier reranker.
         validation_users: [cases], whose these are.
         config: Of the fit, with the weight of the rewards that was chosen.
     """
@@ -206,29 +219,29 @@ def outcome(
     stacking = gains(found[IMITATION], found[MIX], users)
     by_reward = gains(found[RERANKED], found[IMITATION], users)
     by_permuted = gains(found[PERMUTED], found[IMITATION], users)
-    on_validation = gains(validation, mix, validation_users)
+    on_validation = gains(validation, before, validation_users)
     failed = [
         label
         for label, holds in {
             "NDCG@10 did not improve significantly for held-out users": over_mix["ndcg"].low > 0,
             "the slate reward did not improve significantly for held-out users": over_mix["reward"].low > 0,
-            "NDCG@10 fell on validation": on_validation["ndcg"].high >= 0,
+            "NDCG@10 fell significantly on validation": on_validation["ndcg"].high >= 0,
         }.items()
         if not holds
     ]
-    verdict = f"the mix stays: {', and '.join(failed)}" if failed else "the new policy is used"
-    before = {name: getattr(found[MIX], name).mean() for name in Results._fields}
+    verdict = f"what ranks now stays: {', and '.join(failed)}" if failed else "the new policy is used"
+    of_mix = {name: getattr(found[MIX], name).mean() for name in Results._fields}
     budget = ""
     if config.ndcg_budget is not None:
         budget = f" (weight {config.reward_weight:g}, chosen for a budget of {config.ndcg_budget:.2%} of NDCG@10)"
     reason = (
         f"{verdict}: for users that neither the models nor the policy know, NDCG@10 is "
-        f"{_relative(over_mix['ndcg'], before['ndcg'])} and the slate reward "
-        f"{_relative(over_mix['reward'], before['reward'])}. Stacking, which imitates what users chose next, gives "
-        f"{_relative(stacking['ndcg'], before['ndcg'])} NDCG@10 and {_relative(stacking['reward'], before['reward'])} "
-        f"reward of that; the rewards{budget} give {_relative(by_reward['ndcg'], before['ndcg'])} and "
-        f"{_relative(by_reward['reward'], before['reward'])}; permuted rewards, a control, "
-        f"{_relative(by_permuted['reward'], before['reward'])} reward. On validation NDCG@10 changes by "
+        f"{_relative(over_mix['ndcg'], of_mix['ndcg'])} and the slate reward "
+        f"{_relative(over_mix['reward'], of_mix['reward'])}. Stacking, which imitates what users chose next, gives "
+        f"{_relative(stacking['ndcg'], of_mix['ndcg'])} NDCG@10 and {_relative(stacking['reward'], of_mix['reward'])} "
+        f"reward of that; the rewards{budget} give {_relative(by_reward['ndcg'], of_mix['ndcg'])} and "
+        f"{_relative(by_reward['reward'], of_mix['reward'])}; permuted rewards, a control, "
+        f"{_relative(by_permuted['reward'], of_mix['reward'])} reward. On validation NDCG@10 changes by "
         f"{signed(on_validation['ndcg'])}."
     )
     named = {

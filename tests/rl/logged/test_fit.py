@@ -82,8 +82,13 @@ def test_a_fit_can_be_stopped(small_data: PreparedData) -> None:
     ("values", "message"),
     [
         ({"method": "bpr"}, "method 'bpr', expected 'pl-rank' or 'reinforce'"),
-        ({"folds": 1}, r"1 fold\(s\), expected at least 2"),
-        ({"method": REINFORCE, "samples": 1}, r"1 sample\(s\), expected at least 2"),
+        ({"folds": 1}, "folds is 1, expected at least 2"),
+        ({"method": REINFORCE, "samples": 1}, "samples is 1, expected at least 2"),
+        ({"updates": 0}, "updates is 0, expected at least 1"),
+        ({"decisions": 2}, "decisions is 2, expected at least 3"),
+        ({"reward_weight": -1.0}, r"reward_weight is -1.0, expected a number of at least 0"),
+        ({"reward_weight": float("nan")}, "reward_weight is nan"),
+        ({"ndcg_budget": 5.0}, "ndcg_budget is 5.0, expected a share from 0 to below 1"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(values: dict[str, object], message: str) -> None:
