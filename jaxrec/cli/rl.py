@@ -95,8 +95,8 @@ def rl() -> None:
     """Fine-tunes a policy of RUN (from `jaxrec train`) by reinforcement learning.
 
     A new policy is used only if an evaluation on data that it was not trained on shows an improvement; otherwise the
-    policy in use stays. `logged` comes first and needs no feedback. `served` and `simulated` train on top of it and start
-    from the policy in use, so that they can follow one another in any order.
+    policy in use stays. `logged` comes first and needs no feedback. `served` and `simulated` train on top of it and
+    start from the policy in use, so that they can follow one another in any order.
 
     The intervals of these evaluations are valid for a single run. Trying several options until one passes inflates
     false positives.

@@ -170,8 +170,8 @@ def _is_indexed(hybrid: Hybrid, index: bool | None) -> bool:
         )
     if len(hybrid.item_bias()) > FROM_ITEMS:
         tqdm.write(
-            "index: none is added, since the run uses a reranker, which needs all items' scores; answers of a catalogue "
-            "of this size are slower without an index"
+            "index: none is added, since the run uses a reranker, which needs all items' scores; answers of a "
+            "catalogue of this size are slower without an index"
         )
     return False
 
