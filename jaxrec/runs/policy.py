@@ -137,8 +137,8 @@ def require_no_policy(run: Run, supervised: Hybrid) -> None:
         return
     if record is not None and record.outcome.used and record.models_sha256 == models_digest(supervised):
         raise DataError(
-            f"{run.folder / POLICY_FOLDER}: this policy is in use and was trained on top of the models as they are now; "
-            "a new reranker would change them. Move the folder away first, and train that policy again afterwards"
+            f"{run.folder / POLICY_FOLDER}: this policy is in use and was trained on top of the models as they are "
+            "now; a new reranker would change them. Move the folder away first, and train that policy again afterwards"
         )
 
 

@@ -149,9 +149,9 @@ def _fold_decisions(
         others = without_users(data, held_out)
         if not len(cases) or not len(others.split.validation):
             raise DataError(
-                f"{run.folder}: part {number + 1} of {config.folds} has {len(cases)} decisions, and the other parts have "
-                f"{len(others.split.validation)} validation events; expected at least one of each: the log has too few "
-                "users with two training events, choose fewer parts (--folds)"
+                f"{run.folder}: part {number + 1} of {config.folds} has {len(cases)} decisions, and the other parts "
+                f"have {len(others.split.validation)} validation events; expected at least one of each: the log has "
+                "too few users with two training events, choose fewer parts (--folds)"
             )
         tqdm.write(f"fold {number + 1} of {config.folds}: {len(cases)} decisions of {int(held_out.sum())} users")
         hybrid = _fold_models(run.train_config, like, others, folder, config, stop)

@@ -1,8 +1,9 @@
 """Learns a reranker from held-out decisions, beside its controls, and decides by other held-out users if it is used.
 
 Each fold's decisions are ranked by weights that were fitted to the other folds, so neither the models nor the weights
-were trained on the users that evaluate them. Three fits are compared with the mix: imitation alone (what stacking gives),
-imitation and rewards, and the same with permuted rewards, a control that should gain nothing. It decides nothing.
+were trained on the users that evaluate them. Three fits are compared with the mix: imitation alone (what stacking
+gives), imitation and rewards, and the same with permuted rewards, a control that should gain nothing. It decides
+nothing.
 
 A budget of NDCG@10 chooses the weight of the rewards: it is the multiplier of a Lagrangian that trades one for the
 other, so the fits with several weights trace the frontier of both, and the one that earns most within the budget is
