@@ -51,7 +51,7 @@ def stages(files: Path) -> Path:
             "--max-length",
             8,
         ),
-        ("rl", "logged", files / "run", "--updates", 200),
+        ("rl", "logged", files / "run", "--folds", 2, "--fold-epochs", 1, "--updates", 20, "--samples", 2),
         ("evaluate", files / "run", "--json", files / "evaluation.json"),
         ("export", files / "run", "--out", files / "model"),
     ]
@@ -70,6 +70,7 @@ def test_every_stage_leaves_its_result(stages: Path) -> None:
         "TimeRatingAwareLSTM",
         "TimeRatingAwareContentModel",
         "hybrid",
+        "stacked",
         "policy",
     }
     for row in evaluation["rows"]:
@@ -166,7 +167,7 @@ def test_the_log_of_a_run_is_mended_from_its_checkpoint(stages: Path, tmp_path: 
         ("logged", ("--ndcg-budget", "100%"), "'100%', expected a share such as 1% or 0.01, from 0 to below 1"),
         ("logged", ("--diversity-reward", "1"), "No such option"),
         ("logged", ("--ndcg-budget", "1%", "--reward-weight", "1"), "give one of them"),
-        ("logged", ("--kl-target", 0), "0 is not in the range x>0"),
+        ("logged", ("--penalty", -1), "-1.0 is not in the range x>=0"),
         ("logged", ("--attribution-window", 60), "No such option"),
         ("served", (), "Missing option '--log'"),
         ("served", ("--log", "DATA"), "expected the event store of `python -m serve run`"),
