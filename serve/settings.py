@@ -93,6 +93,11 @@ class Settings:
         Provider, "What runs the model. auto: CUDA where it works, else the CPU. cuda: fail without CUDA."
     ] = "auto"
     threads: Annotated[int, "Threads within one run of the model. Requests run in parallel anyway."] = 1
+    event_types: Annotated[
+        Path | None,
+        "TOML file with a line `name = weight` for each type of events beside the built-in ones. Above 0: part of the"
+        " history, and so much reward. Below 0: the item is not recommended to the user again. 0: only kept.",
+    ] = None
     search: Annotated[
         SearchBy,
         "How the best items are found. auto: with the model's index if it has one, which large catalogues do. exact:"

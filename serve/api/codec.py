@@ -1,10 +1,12 @@
 """Between messages and the recommender's types. Decoding checks every field and raises InvalidRequest."""
 
+import math
 import struct
 import time
 from collections.abc import Sequence
 
 from serve.api.errors import InvalidRequest
+from serve.api.event_types import EventTypes
 from serve.api.filters import decode_filter, decode_seen, own_seen
 from serve.api.rules import (
     DEFAULT_K,
@@ -22,11 +24,12 @@ from serve.api.rules import (
     check_rating,
     check_time,
     checked_count,
+    checked_weight,
     latest_time,
 )
 from serve.api.service import Profile, Recommendation
 from serve.model.catalog import Catalog
-from serve.model.events import Event, RatingScale
+from serve.model.events import INTERACTION, Event, RatingScale
 from serve.model.explain import Explanation
 from serve.model.ranking.engine import Ranking
 from serve.model.recommender import NoNewItems, Query, Recommender
@@ -36,7 +39,7 @@ from serve.stores.base import UserEvent
 _SCORE = struct.Struct("<f")
 
 
-def decode_query(request: pb.RecommendRequest, model: Recommender) -> Query:
+def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: EventTypes) -> Query:
     """The question that a request asks the model that answers it, from now on."""
     started = time.monotonic()
     k = checked_count("k", request.k)
@@ -53,7 +56,7 @@ def decode_query(request: pb.RecommendRequest, model: Recommender) -> Query:
     events: Sequence[Event] = ()
     user_id = None
     if subject == "history":
-        events = _decode_history(request.history, request_time, model.info.rating_scale)
+        events = _decode_history(request.history, request_time, model.info.rating_scale, event_types)
     else:
         user_id = request.user_id
         check_id("user_id", user_id)
@@ -61,7 +64,9 @@ def decode_query(request: pb.RecommendRequest, model: Recommender) -> Query:
     return Query(events, k, exclude, request_time, request.explain, user_id, started, item_filter, allow_seen, slots)
 
 
-def decode_batch(request: pb.BatchRecommendRequest, models: Sequence[Recommender]) -> list[Query]:
+def decode_batch(
+    request: pb.BatchRecommendRequest, models: Sequence[Recommender], event_types: EventTypes
+) -> list[Query]:
     """The questions of a batch, each for the model that answers it."""
     check_length("requests", request.requests, MAX_BATCH)
     items = sum(single.k or DEFAULT_K for single in request.requests)
@@ -73,7 +78,7 @@ def decode_batch(request: pb.BatchRecommendRequest, models: Sequence[Recommender
     queries = []
     for at, (single, model) in enumerate(zip(request.requests, models, strict=True)):
         try:
-            queries.append(decode_query(single, model))
+            queries.append(decode_query(single, model, event_types))
         except InvalidRequest as error:
             raise error.within(f"requests[{at}]") from error
         except NoNewItems as error:
@@ -81,12 +86,14 @@ def decode_batch(request: pb.BatchRecommendRequest, models: Sequence[Recommender
     return queries
 
 
-def _decode_history(history: pb.History, request_time: int | None, scale: RatingScale | None) -> Sequence[Event]:
+def _decode_history(
+    history: pb.History, request_time: int | None, scale: RatingScale | None, event_types: EventTypes
+) -> Sequence[Event]:
     check_length("history.events", history.events, MAX_HISTORY_EVENTS)
     latest, events = latest_time(), []
     for at, event in enumerate(history.events):
         try:
-            events.append(_decode_event(event, scale, latest))
+            events.append(_decode_event(event, scale, latest, event_types))
         except InvalidRequest as error:
             raise error.within(f"history.events[{at}]") from error
     if events and request_time is not None:
@@ -96,17 +103,21 @@ def _decode_history(history: pb.History, request_time: int | None, scale: Rating
     return events
 
 
-def _decode_event(event: pb.Event | pb.UserEvent, scale: RatingScale | None, latest: int) -> Event:
+def _decode_event(
+    event: pb.Event | pb.UserEvent, scale: RatingScale | None, latest: int, event_types: EventTypes
+) -> Event:
     item_id, timestamp, rating = event.item_id, event.timestamp, None
     check_id("item_id", item_id)
     if event.HasField("rating"):
         rating = event.rating
         check_rating("rating", rating, scale)
     check_event_time("timestamp", timestamp, latest)
-    return Event(item_id, rating, timestamp)
+    return Event(item_id, rating, timestamp, checked_weight("type", event.type, event_types))
 
 
-def decode_user_events(request: pb.RecordEventsRequest, scale: RatingScale | None) -> list[UserEvent]:
+def decode_user_events(
+    request: pb.RecordEventsRequest, scale: RatingScale | None, event_types: EventTypes
+) -> list[UserEvent]:
     """The events to store."""
     check_length("events", request.events, MAX_RECORDED_EVENTS)
     latest, events = latest_time(), []
@@ -116,8 +127,12 @@ def decode_user_events(request: pb.RecordEventsRequest, scale: RatingScale | Non
             check_id("user_id", event.user_id)
             if event.recommendation_id:
                 check_id("recommendation_id", event.recommendation_id)
-            decoded = _decode_event(event, scale, latest)
-            events.append(UserEvent(event.event_id, event.user_id, decoded, event.recommendation_id or None))
+            decoded = _decode_event(event, scale, latest, event_types)
+            value = event.value if event.HasField("value") else None
+            if value is not None and not 0 <= value < math.inf:
+                raise InvalidRequest("value", "a finite number from 0 on", f"{value:g}")
+            named = (event.recommendation_id or None, event.type or INTERACTION)
+            events.append(UserEvent(event.event_id, event.user_id, decoded, *named, value))
         except InvalidRequest as error:
             raise error.within(f"events[{at}]") from error
     return events
@@ -226,7 +241,9 @@ def encode_similar(ranking: Ranking, model: Recommender) -> pb.SimilarItemsRespo
     )
 
 
-def encode_model_info(model: Recommender, exploration_temperature: float) -> pb.GetModelInfoResponse:
+def encode_model_info(
+    model: Recommender, exploration_temperature: float, event_types: EventTypes
+) -> pb.GetModelInfoResponse:
     """The message about one model."""
     info = model.info
     scale = info.rating_scale
@@ -245,4 +262,5 @@ def encode_model_info(model: Recommender, exploration_temperature: float) -> pb.
         max_tags=MAX_TAGS,
         seen=own_seen(model),
         new_item_count=model.new_item_count,
+        event_types=[pb.EventType(name=name, weight=weight) for name, weight in sorted(event_types.items())],
     )

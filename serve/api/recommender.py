@@ -11,6 +11,7 @@ from serve.api.codec import (
     encode_profile,
     encode_similar,
 )
+from serve.api.event_types import BUILT_IN, EventTypes
 from serve.api.filters import decode_filter
 from serve.api.rules import check_id, checked_count
 from serve.api.service import RecommenderService
@@ -21,25 +22,27 @@ from serve.pb import recommender_pb2_grpc
 class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
     """The service behind gRPC's messages."""
 
-    def __init__(self, service: RecommenderService) -> None:
+    def __init__(self, service: RecommenderService, event_types: EventTypes = BUILT_IN) -> None:
         self._service = service
+        self._event_types = event_types
         self._models = service.models
 
     def Recommend(self, request: pb.RecommendRequest, context: Any) -> pb.RecommendResponse:
         loaded = self._models.for_user(request.user_id or None)
-        query = decode_query(request, loaded.model)
+        query = decode_query(request, loaded.model, self._event_types)
         return encode_answer(
             self._service.recommend(loaded, query, context.time_remaining(), lambda: not context.is_active())
         )
 
     def BatchRecommend(self, request: pb.BatchRecommendRequest, context: Any) -> pb.BatchRecommendResponse:
         loaded = [self._models.for_user(single.user_id or None) for single in request.requests]
-        queries = decode_batch(request, [one.model for one in loaded])
+        queries = decode_batch(request, [one.model for one in loaded], self._event_types)
         answers = self._service.recommend_all(loaded, queries, context.time_remaining, lambda: not context.is_active())
         return pb.BatchRecommendResponse(responses=[encode_answer(answer) for answer in answers])
 
     def RecordEvents(self, request: pb.RecordEventsRequest, context: Any) -> pb.RecordEventsResponse:
-        events = decode_user_events(request, self._models.version("").model.info.rating_scale)
+        scale = self._models.version("").model.info.rating_scale
+        events = decode_user_events(request, scale, self._event_types)
         return pb.RecordEventsResponse(**self._service.record(events)._asdict())
 
     def GetUserProfile(self, request: pb.GetUserProfileRequest, context: Any) -> pb.GetUserProfileResponse:
@@ -63,4 +66,4 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
 
     def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.GetModelInfoResponse:
         loaded = self._models.version(request.model_version)
-        return encode_model_info(loaded.model, loaded.temperature or 0.0)
+        return encode_model_info(loaded.model, loaded.temperature or 0.0, self._event_types)

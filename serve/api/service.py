@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from serve.api.errors import UnknownUser
-from serve.model.events import Event, known_events
+from serve.model.events import Event, known_events, positive_count
 from serve.model.profile import GenrePreference, genre_preferences
 from serve.model.recommender import Answer, Query, Recommender
 from serve.observability.metrics import Metrics
@@ -35,7 +35,7 @@ class Recorded(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """A user's events in time order and preferences, as the model sees them that answers the user."""
+    """A user's positive events in time order and preferences, as the model sees them that answers the user."""
 
     events: Sequence[Event]
     preferences: Sequence[GenrePreference]
@@ -76,7 +76,7 @@ class RecommenderService:
         # The time first: an index of ids in their order grows at one end, which costs half of one in no order.
         recommendation_id = f"{int(now * 1e3):012x}{os.urandom(10).hex()}"
         item_ids = model.catalog.item_ids
-        excluded = dict.fromkeys(model.indices(query.exclude_item_ids))
+        excluded = dict.fromkeys([*model.indices(query.exclude_item_ids), *answer.disliked])
         options = {"filter": query.filter, "seen": query.allow_seen is not None, "new_item_slots": query.new_item_slots}
         self._store.log_impression(
             Impression(
@@ -98,7 +98,7 @@ class RecommenderService:
         )
         self._metrics.answered(answer.policy, answer.items)
         if query.events:
-            self._metrics.events(len(query.events) - answer.ignored_event_count, answer.ignored_event_count)
+            self._metrics.events(positive_count(query.events) - answer.ignored_event_count, answer.ignored_event_count)
         return Recommendation(recommendation_id, answer, model)
 
     def record(self, events: Sequence[UserEvent]) -> Recorded:
@@ -113,8 +113,8 @@ class RecommenderService:
 
     def profile(self, user_id: str) -> Profile:
         """What is stored of a user; raises UnknownUser."""
-        events = self._store.history(user_id)
-        if not events:
+        events = [event for event in self._store.history(user_id) if event.weight > 0]
+        if not events and not self._store.revision(user_id):
             raise UnknownUser(f"no event of the user {user_id!r} is stored")
         model = self.models.for_user(user_id).model
         return Profile(events, genre_preferences(known_events(events, model.catalog), model.catalog), model)

@@ -47,6 +47,7 @@ def command(file: Path | None, **options: Any) -> None:
 def serve(settings: Settings) -> None:
     """Serves until a signal or a failure, then ends the process; raises click.ClickException before it serves."""
     from serve.addresses import AddressError, SecurityError
+    from serve.api.event_types import BUILT_IN, EventTypesError, read_event_types
     from serve.front.lifecycle import leave_process
     from serve.front.server import create_server
     from serve.model.exploration import Exploration
@@ -68,6 +69,7 @@ def serve(settings: Settings) -> None:
 
     try:
         listener, metrics = _listener(settings), Metrics()
+        event_types = BUILT_IN if settings.event_types is None else read_event_types(settings.event_types)
         exploration = Exploration(settings.explore) if settings.explore else None
         with open_store(settings.store) as events:
             loader = ModelLoader(events, metrics, settings.provider, settings.threads, settings.search, exploration)
@@ -84,6 +86,7 @@ def serve(settings: Settings) -> None:
                 server = create_server(
                     *(models, events, listener),
                     metrics=metrics,
+                    event_types=event_types,
                     log_calls=settings.log_calls,
                     polling=None if settings.front == "auto" else settings.front == "polling",
                     on_failure=fail,
@@ -104,7 +107,7 @@ def serve(settings: Settings) -> None:
                     logger.warning("calls were still under way after %g s, and are cut off", settings.drain)
                 if callable(stop_metrics):
                     stop_metrics()
-    except (AddressError, ArtifactError, ProviderError, SecurityError, StoreError) as error:
+    except (AddressError, ArtifactError, EventTypesError, ProviderError, SecurityError, StoreError) as error:
         raise click.ClickException(str(error)) from error
     leave_process(int(failed.is_set()))
 

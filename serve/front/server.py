@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from serve.addresses import AddressError, check_exposure, host_and_port
 from serve.api.admin import ModelAdminServicer
 from serve.api.errors import status_of
+from serve.api.event_types import BUILT_IN, EventTypes
 from serve.api.health import HealthServicer
 from serve.api.inference import InferenceServicer
 from serve.api.recommender import RecommenderServicer
@@ -47,7 +48,7 @@ from serve.serving.errors import QueueFull
 from serve.serving.loaded import Models
 from serve.serving.versions import ModelLibrary
 from serve.stores.base import EventStore
-from serve.stores.sqlite import SQLiteStore
+from serve.stores.sqlite.store import SQLiteStore
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +144,7 @@ def create_server(
     metrics: Metrics | None = None,
     tracer: Tracer | None = None,
     log_calls: bool = False,
+    event_types: EventTypes = BUILT_IN,
     polling: bool | None = None,
     max_calls: int = MAX_CALLS,
     on_failure: Callable[[], None] = lambda: None,
@@ -157,6 +159,7 @@ def create_server(
         metrics: Where to count; None: metrics that are not published.
         tracer: Makes a span for each call; None: that of the process, if it has one.
         log_calls: Whether every call gets a line in the log.
+        event_types: The types of events that are accepted, with their weights.
         polling: Whether the polling thread answers Recommend itself; None: when the store is a local file.
         max_calls: So many calls run in the pool or wait for it; further ones are RESOURCE_EXHAUSTED at once, except
             health checks.
@@ -209,7 +212,7 @@ def create_server(
             "this grpcio has no front that polls (serve.front.polling): calls without a message hold threads"
         )
         server = grpc.server(pool, interceptors=interceptors, options=options, maximum_concurrent_rpcs=max_calls)
-    servicer = RecommenderServicer(RecommenderService(models, store, metrics))
+    servicer = RecommenderServicer(RecommenderService(models, store, metrics), event_types)
     recommender_pb2_grpc.add_RecommenderServicer_to_server(servicer, server)
     inference = InferenceServicer(models)
     open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)

@@ -58,6 +58,7 @@ class Event(_message.Message):
     ITEM_ID_FIELD_NUMBER: _builtins.int
     RATING_FIELD_NUMBER: _builtins.int
     TIMESTAMP_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     """Required. The model ignores items that it does not know, see
     `RecommendResponse.ignored_event_count`.
@@ -70,16 +71,19 @@ class Event(_message.Message):
     """Required: when it happened, in seconds. 0 is what a message without it reads as,
     and is refused.
     """
+    type: _builtins.str
+    """As `UserEvent.type`, with the same meaning. Empty: `interaction`."""
     def __init__(
         self,
         *,
         item_id: _builtins.str = ...,
         rating: _builtins.float | None = ...,
         timestamp: _builtins.int = ...,
+        type: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "rating", b"rating"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "item_id", b"item_id", "rating", b"rating", "timestamp", b"timestamp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "item_id", b"item_id", "rating", b"rating", "timestamp", b"timestamp", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rating: _TypeAlias = _typing.Literal["rating"]  # noqa: Y015
     _WhichOneofArgType__rating: _TypeAlias = _typing.Literal["_rating", b"_rating"]  # noqa: Y015
@@ -285,7 +289,9 @@ class RecommendResponse(_message.Message):
     exported with), or `popularity` when no event of the history was known.
     """
     ignored_event_count: _builtins.int
-    """Events of the history that were left out since the model does not know the item."""
+    """Positive events of the history that were left out since the model does not know the
+    item.
+    """
     recommendation_id: _builtins.str
     """Names this answer: 32 hexadecimal digits. What the user does with it is recorded
     with `UserEvent.recommendation_id`. Never empty.
@@ -530,6 +536,8 @@ class UserEvent(_message.Message):
     RATING_FIELD_NUMBER: _builtins.int
     TIMESTAMP_FIELD_NUMBER: _builtins.int
     RECOMMENDATION_ID_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """Required, chosen by the client and unique among all events of all users. A second
     event with the same id is not stored, whatever it contains.
@@ -548,6 +556,19 @@ class UserEvent(_message.Message):
     """`RecommendResponse.recommendation_id` of the answer that led to this event. Kept
     as it is, for learning from what was shown. Empty: none did, or it is not known.
     """
+    type: _builtins.str
+    """What kind of event this is: one of `GetModelInfoResponse.event_types`, whose weight
+    says what it means. Above 0, it is positive: a part of the history, and the weight is
+    what it counts as a reward. Below 0, it is negative: no part of the sequence that the
+    model reads, and the item is not recommended to the user again, until the user has a
+    later positive event on it. At 0, it is neutral: it is kept and changes nothing.
+    Empty: `interaction`.
+    """
+    value: _builtins.float
+    """A number that belongs to the event, such as a price or seconds played, finite and not
+    negative. It is kept and comes back, and does not change recommendations. Absent:
+    none, which is not the same as 0.
+    """
     def __init__(
         self,
         *,
@@ -557,14 +578,21 @@ class UserEvent(_message.Message):
         rating: _builtins.float | None = ...,
         timestamp: _builtins.int = ...,
         recommendation_id: _builtins.str = ...,
+        type: _builtins.str = ...,
+        value: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "rating", b"rating"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "_value", b"_value", "rating", b"rating", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "event_id", b"event_id", "item_id", b"item_id", "rating", b"rating", "recommendation_id", b"recommendation_id", "timestamp", b"timestamp", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "_value", b"_value", "event_id", b"event_id", "item_id", b"item_id", "rating", b"rating", "recommendation_id", b"recommendation_id", "timestamp", b"timestamp", "type", b"type", "user_id", b"user_id", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rating: _TypeAlias = _typing.Literal["rating"]  # noqa: Y015
     _WhichOneofArgType__rating: _TypeAlias = _typing.Literal["_rating", b"_rating"]  # noqa: Y015
+    _WhichOneofReturnType__value: _TypeAlias = _typing.Literal["value"]  # noqa: Y015
+    _WhichOneofArgType__value: _TypeAlias = _typing.Literal["_value", b"_value"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rating) -> _WhichOneofReturnType__rating | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__value) -> _WhichOneofReturnType__value | None: ...
 
 Global___UserEvent: _TypeAlias = UserEvent  # noqa: Y015
 
@@ -661,14 +689,14 @@ class GetUserProfileResponse(_message.Message):
     EVENT_COUNT_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     event_count: _builtins.int
-    """All events of the user's history, also those beyond `limit` or on unknown
+    """All positive events of the user's history, also those beyond `limit` or on unknown
     items; at most 10,000.
     """
     model_version: _builtins.str
     """Version of the model whose catalogue gave titles and genres."""
     @_builtins.property
     def watch_list(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchedItem]:
-        """The user's events, most recent first."""
+        """The user's positive events, most recent first."""
 
     @_builtins.property
     def genre_preferences(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenrePreference]:
@@ -970,6 +998,7 @@ class GetModelInfoResponse(_message.Message):
     MAX_TAGS_FIELD_NUMBER: _builtins.int
     SEEN_FIELD_NUMBER: _builtins.int
     NEW_ITEM_COUNT_FIELD_NUMBER: _builtins.int
+    EVENT_TYPES_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """Starts with the time of the export, so later models sort later."""
     policy: _builtins.str
@@ -1013,6 +1042,10 @@ class GetModelInfoResponse(_message.Message):
     def genres(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """All genres of the catalogue, sorted."""
 
+    @_builtins.property
+    def event_types(self) -> _containers.RepeatedCompositeFieldContainer[Global___EventType]:
+        """The types of events that the server accepts, sorted by name."""
+
     def __init__(
         self,
         *,
@@ -1030,14 +1063,41 @@ class GetModelInfoResponse(_message.Message):
         max_tags: _builtins.int = ...,
         seen: Global___Seen.ValueType = ...,
         new_item_count: _builtins.int = ...,
+        event_types: _abc.Iterable[Global___EventType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rating_scale", b"rating_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "max_allow_item_ids", b"max_allow_item_ids", "max_history", b"max_history", "max_k", b"max_k", "max_tags", b"max_tags", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "event_types", b"event_types", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "max_allow_item_ids", b"max_allow_item_ids", "max_history", b"max_history", "max_k", b"max_k", "max_tags", b"max_tags", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetModelInfoResponse: _TypeAlias = GetModelInfoResponse  # noqa: Y015
+
+@_typing.final
+class EventType(_message.Message):
+    """What a type of events means."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As in `UserEvent.type`. Never empty."""
+    weight: _builtins.float
+    """Above 0: positive. Below 0: negative. 0: neutral."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EventType: _TypeAlias = EventType  # noqa: Y015
 
 @_typing.final
 class RatingScale(_message.Message):

@@ -112,8 +112,8 @@ class RecommenderServicer:
     def RecordEvents(self, request, context):
         """Adds events to the stored histories. When the answer arrives the events are
         on disk. Safe to repeat: an event id counts once, whoever sends it again.
-        All events are kept, but of a user with more than 10,000 the newest 10,000 by
-        their time are the history; older ones may be recommended again.
+        All events are kept, but of a user with more than 10,000 that are not neutral the
+        newest 10,000 by their time are the history; older ones may be recommended again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,8 +52,8 @@ class RecommenderStub:
     RecordEvents: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.RecordEventsRequest, _recommender_pb2.RecordEventsResponse]
     """Adds events to the stored histories. When the answer arrives the events are
     on disk. Safe to repeat: an event id counts once, whoever sends it again.
-    All events are kept, but of a user with more than 10,000 the newest 10,000 by
-    their time are the history; older ones may be recommended again.
+    All events are kept, but of a user with more than 10,000 that are not neutral the
+    newest 10,000 by their time are the history; older ones may be recommended again.
     """
     GetUserProfile: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.GetUserProfileRequest, _recommender_pb2.GetUserProfileResponse]
     """What a stored user watched and which genres the user prefers. A user without
@@ -92,8 +92,8 @@ class RecommenderAsyncStub(RecommenderStub):
     RecordEvents: _aio.UnaryUnaryMultiCallable[_recommender_pb2.RecordEventsRequest, _recommender_pb2.RecordEventsResponse]  # type: ignore[assignment]
     """Adds events to the stored histories. When the answer arrives the events are
     on disk. Safe to repeat: an event id counts once, whoever sends it again.
-    All events are kept, but of a user with more than 10,000 the newest 10,000 by
-    their time are the history; older ones may be recommended again.
+    All events are kept, but of a user with more than 10,000 that are not neutral the
+    newest 10,000 by their time are the history; older ones may be recommended again.
     """
     GetUserProfile: _aio.UnaryUnaryMultiCallable[_recommender_pb2.GetUserProfileRequest, _recommender_pb2.GetUserProfileResponse]  # type: ignore[assignment]
     """What a stored user watched and which genres the user prefers. A user without
@@ -147,8 +147,8 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_recommender_pb2.RecordEventsResponse, _abc.Awaitable[_recommender_pb2.RecordEventsResponse]]:
         """Adds events to the stored histories. When the answer arrives the events are
         on disk. Safe to repeat: an event id counts once, whoever sends it again.
-        All events are kept, but of a user with more than 10,000 the newest 10,000 by
-        their time are the history; older ones may be recommended again.
+        All events are kept, but of a user with more than 10,000 that are not neutral the
+        newest 10,000 by their time are the history; older ones may be recommended again.
         """
 
     @_abc_1.abstractmethod

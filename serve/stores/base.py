@@ -11,12 +11,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple, Self
 
-from serve.model.events import Event
+from serve.model.events import INTERACTION, Event
 from serve.stores.counters import NONE_READ, Counter, ItemCounts
 
 MOST_EVENTS = 10_000
 """Of a user's history so many are read, the newest by time. All that is recorded stays in the store, as a log to learn
 from; but a user with millions of events must not cost all others their answers."""
+
+MOST_MERGED = 100_000
+"""So many events and impressions of a user can become another one's: as one step, for which others wait."""
 
 # A deletion is remembered for so long, by a digest of the user's id: what other servers still had to write of the user
 # is not written any more.
@@ -27,6 +30,13 @@ class StoreError(Exception):
     """The store cannot be opened, read or written; nothing of the failed call was acknowledged."""
 
 
+class TooManyToMerge(Exception):
+    """A user has too much to be made another one's in one step."""
+
+    def __init__(self, user_id: str) -> None:
+        super().__init__(f"the user {user_id!r} has more than {MOST_MERGED} events and recommendations")
+
+
 class UserEvent(NamedTuple):
     """An event with its user and the client's own id for it."""
 
@@ -35,6 +45,10 @@ class UserEvent(NamedTuple):
     event: Event
     recommendation_id: str | None = None
     """The recommendation that the event answers to; not checked against the impressions."""
+    type: str = INTERACTION
+    """Name of the kind of event; what that means is in `event.weight`, as it was when the event was recorded."""
+    value: float | None = None
+    """A number of the client, such as a price or seconds, finite and not negative; None: there is none."""
 
 
 class Impression(NamedTuple):
@@ -57,7 +71,8 @@ class Impression(NamedTuple):
     request_time: int | None = None
     """For which the request asked, in seconds; None: it had none."""
     excluded_item_ids: tuple[str, ...] = ()
-    """What the request itself excluded, beside the user's history, as far as the model knows it."""
+    """What was excluded beside the user's history, as far as the model knows it: by the request itself, and the items
+    that the user disliked."""
     trend_time: int | None = None
     """The second, since 1970-01-01T00:00Z, to which the counts of the trend that ranked it were decayed. None: it was
     ranked without a trend, or by a server that did not note this yet."""
@@ -70,7 +85,7 @@ class Impression(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What became of a user's history since a revision that was read before."""
+    """What became of a user's history since a revision that was read before. Neutral events are not in it."""
 
     revision: int
     """Of the history with these events; 0: the user has none."""
@@ -108,7 +123,8 @@ class EventStore(ABC):
     def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
         """Stores the events whose id is new, all or none.
 
-        If the store is seeded, the events that happened after `counted_until` are added to the counters of their items.
+        If the store is seeded, the positive events that happened after `counted_until` are added to the counters of
+        their items.
         A counter that cannot be decoded stays as it is: the events are stored without being counted, and the item is
         logged once as an error.
 
@@ -121,7 +137,7 @@ class EventStore(ABC):
 
     @abstractmethod
     def history(self, user_id: str, until: int | None = None) -> list[Event]:
-        """A user's newest `MOST_EVENTS` events by (timestamp, arrival); empty for a user without events.
+        """A user's newest `MOST_EVENTS` events that are not neutral, by (timestamp, arrival); empty: there are none.
 
         Args:
             user_id: The user.
@@ -206,6 +222,54 @@ class EventStore(ABC):
 
         Returns:
             How many events and impressions there were.
+        """
+
+    @abstractmethod
+    def list_events(
+        self, user_id: str, most: int, before: tuple[int, int] | None = None
+    ) -> list[tuple[int, UserEvent]]:
+        """A user's events, neutral ones too, newest first by (timestamp, arrival).
+
+        Args:
+            user_id: The user.
+            most: How many events.
+            before: Timestamp and arrival of an event: only events that are before it. None: all count.
+
+        Returns:
+            (arrival, event); fewer than `most`: there are no more.
+        """
+
+    @abstractmethod
+    def delete_events(self, user_id: str, event_ids: Sequence[str]) -> int:
+        """Deletes those of a user's events that have these ids, on disk on return; the ids may be used again.
+
+        The user's history gets a new revision, as of which `changes` reads it as a whole. The counters of items keep
+        what the events added to them.
+
+        Args:
+            user_id: The user.
+            event_ids: Ids; those of other users' events and of none are ignored.
+
+        Returns:
+            How many events there were.
+        """
+
+    @abstractmethod
+    def merge_users(self, source: str, target: str) -> Deleted:
+        """Makes all that is stored of one user another one's, as a whole, on disk on return. Safe to repeat.
+
+        Events keep their ids and arrivals. The source is then a user like any that never was: what any other server
+        still had to log or keep of it is not written any more, and what comes later is of a new user.
+
+        Args:
+            source: The user that is no more.
+            target: Another user, who need not have events.
+
+        Returns:
+            How many events and impressions the source had.
+
+        Raises:
+            TooManyToMerge: There are more than `MOST_MERGED`; nothing was changed.
         """
 
     @abstractmethod

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from serve.model.events import Event
 from serve.stores.base import Impression, UserEvent, digest
 
 
@@ -39,12 +40,17 @@ def digests(started: Sequence[Started]) -> list[str]:
     return sorted(digest(user_id) for user_id in {one.user_id for one, _ in started} if user_id is not None)
 
 
-EVENT_COLUMNS = "event_id, user_id, item_id, rating, timestamp, recommendation_id"
+EVENT_COLUMNS = "event_id, user_id, item_id, rating, timestamp, weight, recommendation_id, type, value"
 
 
 def event_row(new: UserEvent) -> tuple[str | int | float | None, ...]:
     """EVENT_COLUMNS."""
-    return (new.event_id, new.user_id, *new.event, new.recommendation_id)
+    return (new.event_id, new.user_id, *new.event, new.recommendation_id, new.type, new.value)
+
+
+def event_of_row(row: Sequence[Any]) -> UserEvent:
+    """The reverse of `event_row`."""
+    return UserEvent(row[0], row[1], Event(*row[2:6]), *row[6:9])
 
 
 IMPRESSION_COLUMNS = (

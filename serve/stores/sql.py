@@ -9,9 +9,10 @@ from serve.model.events import Event
 from serve.stores.base import MOST_EVENTS, Changes, Impression, SpilledState, UserEvent
 from serve.stores.counters import Counter, add_events
 from serve.stores.deferred import DeferringStore
-from serve.stores.rows import impression_of_row
+from serve.stores.rows import event_of_row, impression_of_row
 
 LARGEST = 2**63 - 1
+LAST = (LARGEST, LARGEST)
 COPIED_AT_ONCE = 10_000
 LOOKED_AT_AT_ONCE = 100_000  # arrivals, of which few may be wanted: a statement must not take long
 
@@ -22,9 +23,13 @@ class Queries(NamedTuple):
     life: LiteralString
     """First and last arrival of a user's events (user)."""
     changes: LiteralString
-    """Item, rating and timestamp in order of arrival (user, arrival before the first, last arrival, limit)."""
+    """The columns of `Event`, without neutral ones, in order of arrival (user, arrival before the first, last arrival,
+    limit)."""
     newest: LiteralString
     """The same, newest first by timestamp and arrival (user, last arrival, last timestamp, limit)."""
+    listed: tuple[LiteralString, LiteralString]
+    """Arrival and the columns of `UserEvent`, newest first: of events that are not neutral, and of those that are
+    (user, timestamp and arrival that come after, limit)."""
     state: LiteralString
     """The columns of `SpilledState` (user, model version)."""
     events: LiteralString
@@ -64,13 +69,22 @@ class SqlStore(DeferringStore):
                 return Changes(revision, sorted(events, key=lambda event: event.timestamp), complete=False)
         return Changes(revision, self._newest(user_id, revision, LARGEST, most), complete=True)
 
+    def list_events(
+        self, user_id: str, most: int, before: tuple[int, int] | None = None
+    ) -> list[tuple[int, UserEvent]]:
+        # Each is in the order of an index of its own.
+        rows = [row for query in self._queries.listed for row in self._read(query, user_id, *(before or LAST), most)]
+        events = [(row[0], event_of_row(row[1:])) for row in rows]
+        events.sort(key=lambda row: (row[1].event.timestamp, row[0]), reverse=True)
+        return events[:most]
+
     def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
         rows = self._read(self._queries.state, user_id, model_version)
         return SpilledState(*rows[0]) if rows else None
 
     def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
         for rows in self._parts(self._queries.events):
-            yield [(row[0], UserEvent(row[1], row[2], Event(*row[3:6]), row[6])) for row in rows]
+            yield [(row[0], event_of_row(row[1:])) for row in rows]
 
     def all_impressions(self) -> Iterator[Sequence[Impression]]:
         for rows in self._parts(self._queries.impressions):

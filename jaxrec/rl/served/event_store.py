@@ -1,6 +1,6 @@
 """Reads what a server recommended, and the responses to it, from its event store (SQLite), in a run's item indices.
 
-The store is only read; `serve/stores/sqlite.py` writes it.
+The store is only read; `serve/stores/sqlite/store.py` writes it.
 
 History: a user's history at a recommendation is the events until its second, that second included, since users often
 watch and ask for more within a second. Events that name this recommendation or a later one are excluded, whatever a
@@ -12,6 +12,9 @@ does not say which events came late.
 Request options: with a filter, `seen` or reserved places for new items, a request may have ranked other items than the
 model alone would have. The server notes which of these options were set, but not their values. The propensities cannot
 be computed again without them, so these slates are left out.
+
+Only positive events count, as history and as responses. A slate's `excluded_item_ids` include the items that the user
+disliked.
 
 Responses: an event is a response to the recommendation that it names if it comes within the attribution window, by the
 event's own clock; an event before the recommendation counts as immediate. Later ones are still history of the
@@ -39,7 +42,7 @@ from jaxrec.rl.served.recommendations import NO_REQUEST_TIME, History, Recommend
 from jaxrec.rl.served.trends import ArrivedEvents, Moment
 
 APPLICATION_ID = 0x6A787263
-STORE_VERSION = 6
+STORE_VERSION = 7
 NEW_ITEM_SLOTS = "new_item_slots"
 QUANTILE = 0.99  # of the responses: by when the log ends, and within which window they come by default
 
@@ -87,12 +90,14 @@ class _Shown(NamedTuple):
 class _UserEvents(NamedTuple):
     """One user's events by (timestamp, arrival): `named` [events] int64 is the place, among the user's recommendations,
     of the one that each names (-1: none of them), and `delays` [events] int64 how many seconds after that it came (0:
-    before it, or none). `known` [known] int64: which ones are on items of the catalogue."""
+    before it, or none). `known` [known] int64: which ones are on items of the catalogue. `weights` [events] float32:
+    what they count as responses."""
 
     history: History
     named: np.ndarray
     delays: np.ndarray
     known: np.ndarray
+    weights: np.ndarray
 
 
 def read_served_log(path: Path, catalog: Catalog, attribution_window: int | None = None) -> ServedLog:
@@ -106,15 +111,15 @@ def read_served_log(path: Path, catalog: Catalog, attribution_window: int | None
 
 
 def read_arrived_events(path: Path, catalog: Catalog) -> tuple[ArrivedEvents, int]:
-    """The events of all users, and the time in seconds of the last event that the server's counts began with (0: they
-    began with none).
+    """The positive events of all users, and the time in seconds of the last event that the server's counts began with
+    (0: they began with none).
 
     Raises DataError as `read_served_log`.
     """
     index = _index(catalog)
     with _opened(path) as connection:
         ((until,),) = connection.execute("SELECT coalesce(max(counted_until), 0) FROM trend_start").fetchall()
-        rows = connection.execute("SELECT item_id, timestamp, arrival FROM events ORDER BY arrival")
+        rows = connection.execute("SELECT item_id, timestamp, arrival FROM events WHERE weight > 0 ORDER BY arrival")
         known = ((index[item], *rest) for item, *rest in rows if item in index)
         found = np.fromiter(known, [("item", np.int32), ("time", np.int64), ("arrival", np.int64)])
     return ArrivedEvents(*(np.ascontiguousarray(found[name]) for name in ("item", "time", "arrival"))), until
@@ -180,6 +185,7 @@ def _read_log(connection: sqlite3.Connection, index: Mapping[str, int], attribut
                     "log_propensities": np.array(one.log_propensities, np.float64),
                     "responses": events.history.items[responses],
                     "response_ratings": events.history.ratings[responses],
+                    "response_weights": events.weights[responses],
                     "version": versions.setdefault(one.version, len(versions)),
                     "temperature": one.temperature,
                     "request_time": NO_REQUEST_TIME if one.request_time is None else one.request_time,
@@ -225,7 +231,7 @@ def _read_events(
     connection: sqlite3.Connection, user_id: str, shown: list[_Shown], index: Mapping[str, int]
 ) -> _UserEvents:
     rows = connection.execute(
-        "SELECT item_id, rating, timestamp, recommendation_id FROM events WHERE user_id = ? "
+        "SELECT item_id, rating, timestamp, recommendation_id, weight FROM events WHERE user_id = ? AND weight > 0 "
         "ORDER BY timestamp, arrival",
         (user_id,),
     ).fetchall()
@@ -236,7 +242,8 @@ def _read_events(
     named = np.array([places.get(row[3], -1) for row in rows], np.int64)
     since = times.copy()
     since[named >= 0] = np.array([one.time for one in shown], np.int64)[named[named >= 0]]
-    return _UserEvents(History(items, ratings, times), named, np.maximum(times - since, 0), np.flatnonzero(items > 0))
+    delays, weights = np.maximum(times - since, 0), np.array([row[4] for row in rows], np.float32)
+    return _UserEvents(History(items, ratings, times), named, delays, np.flatnonzero(items > 0), weights)
 
 
 def _responses_until(now: int, connection: sqlite3.Connection) -> tuple[np.ndarray, np.ndarray]:
@@ -245,7 +252,7 @@ def _responses_until(now: int, connection: sqlite3.Connection) -> tuple[np.ndarr
     rows = connection.execute(
         "SELECT events.timestamp, max(events.timestamp - shown.timestamp, 0) FROM events JOIN shown "
         "ON shown.recommendation_id = events.recommendation_id AND shown.user_id = events.user_id "
-        "WHERE events.timestamp <= ?",
+        "WHERE events.timestamp <= ? AND events.weight > 0",
         (now,),
     )
     found = np.fromiter(rows, [("came", np.int64), ("delay", np.int64)])

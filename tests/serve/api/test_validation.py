@@ -67,6 +67,7 @@ FILTERS = [
     (ItemFilter(minimum_score=math.nan), "filter.minimum_score: expected a finite number, came nan"),
     (ItemFilter(minimum_score=-math.inf), "filter.minimum_score: expected a finite number, came -inf"),
 ]
+KNOWN_TYPES = "expected one of click, dislike, interaction, like, play, purchase, skip, view, came"
 RECOMMEND = [
     (RecommendRequest(), "subject: expected user_id or history, came neither"),
     (RecommendRequest(user_id=""), "user_id: expected an id of 1 to 512 characters, came 0 characters"),
@@ -90,6 +91,9 @@ RECOMMEND = [
     (with_event(rating=math.nan), "history.events[2].rating: expected a rating in 0.5..5, came nan"),
     (with_event(rating=math.inf), "history.events[2].rating: expected a rating in 0.5..5, came inf"),
     (with_event(rating=-math.inf), "history.events[2].rating: expected a rating in 0.5..5, came -inf"),
+    (with_event(type="buy"), f"history.events[2].type: {KNOWN_TYPES} 'buy'"),
+    (with_event(type="View"), f"history.events[2].type: {KNOWN_TYPES} 'View'"),
+    (with_event(type="a\0"), f"history.events[2].type: {KNOWN_TYPES} 'a\\x00'"),
     (
         RecommendRequest(history=History(events=[Event(item_id="1", timestamp=9)]), request_time=8),
         "request_time: expected not before the last event at 9, came 8",
@@ -116,6 +120,11 @@ RECORD = [
     (recording(timestamp=None), f"events[1].timestamp: {NO_TIME}"),
     (recording(timestamp=FAR), "events[1].timestamp: expected seconds since 1970-01-01T00:00Z in 0.."),
     (recording(recommendation_id=LONG), "events[1].recommendation_id: expected an id"),
+    (recording(type="bought"), f"events[1].type: {KNOWN_TYPES} 'bought'"),
+    (recording(type="x" * 10**6), f"events[1].type: {KNOWN_TYPES} '{'x' * 200}'..."),
+    (recording(value=-0.01), "events[1].value: expected a finite number from 0 on, came -0.01"),
+    (recording(value=math.nan), "events[1].value: expected a finite number from 0 on, came nan"),
+    (recording(value=math.inf), "events[1].value: expected a finite number from 0 on, came inf"),
     (RecordEventsRequest(events=[UserEvent()] * 1001), "events: expected at most 1000 entries, came 1001"),
 ]
 PROFILE = [

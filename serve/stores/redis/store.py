@@ -17,13 +17,14 @@ brought up to date, `update` (hash of the lists of impressions: how much of each
 later).
 """
 
+import heapq
 import itertools
-import json
 import os
 import struct
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import redis
@@ -34,45 +35,49 @@ from serve.model.events import Event
 from serve.stores.base import (
     DELETION_S,
     MOST_EVENTS,
+    MOST_MERGED,
     Changes,
     Deleted,
     Impression,
     SpilledState,
     StoreError,
+    TooManyToMerge,
     UserEvent,
     digest,
 )
 from serve.stores.counters import NONE_READ, Counter, Damaged, ItemCounts, add_events
 from serve.stores.deferred import DeferredWrites, DeferringStore
-from serve.stores.redis_scripts import (
+from serve.stores.redis.scripts import (
     ADD_SEED,
-    DELETE_USER,
     DROP_STATES,
-    END_UPDATE,
-    FORGET_REST,
     LOG_IMPRESSION,
     READ_COUNTS,
     RECORD,
     SAVE_STATE,
     SEED,
     SEED_EVENTS,
-    UPDATE_IMPRESSIONS,
 )
-from serve.stores.redis_values import counter_of, decoded, impression_arguments, impression_of, user_event
+from serve.stores.redis.server import check_server, keys
+from serve.stores.redis.user_scripts import DELETE_EVENTS, DELETE_USER, FORGET_REST, MERGE_USERS
+from serve.stores.redis.values import (
+    counter_of,
+    decoded,
+    event_value,
+    impression_arguments,
+    impression_of,
+    is_neutral,
+    place,
+    user_event,
+)
 from serve.stores.rows import Started
 
-VERSION = "5"
-UPDATED_AS_THEY_ARE = (b"2", b"3", b"4")
-"""Older versions whose entries are read as they are."""
 COPIED_AT_ONCE = 1_000
-UPDATED_AT_ONCE = 1_000
 DELETED_AT_ONCE = 1_000
 DROPPED_AT_ONCE = 1_000
 COUNTERS_AT_ONCE = 1_000
 # A seed that was broken off before it was whole is forgotten after an hour.
 STAGED_S = 3_600
 TIMEOUT_S = 5.0
-FIRST_WITH_WAITAOF = (7, 2)
 REVISION = struct.Struct("<q")
 
 
@@ -94,6 +99,8 @@ class RedisStore(DeferringStore):
             raise StoreError(f"Redis: {error}") from error
         self._record = self._redis.register_script(RECORD)
         self._delete = self._redis.register_script(DELETE_USER)
+        self._delete_events = self._redis.register_script(DELETE_EVENTS)
+        self._merge = self._redis.register_script(MERGE_USERS)
         self._forget_rest = self._redis.register_script(FORGET_REST)
         self._drop_states = self._redis.register_script(DROP_STATES)
         self._drop_from = 0
@@ -105,7 +112,7 @@ class RedisStore(DeferringStore):
         self._add_seed = self._redis.register_script(ADD_SEED)
         try:
             with self._failures("cannot be opened"):
-                self._waits_for_disk = self._check_server()
+                self._waits_for_disk = check_server(self._redis)
                 self._finish_deletions()
         except BaseException:
             self._redis.close()
@@ -122,9 +129,8 @@ class RedisStore(DeferringStore):
             return []
         arguments: list[Any] = [int(time.time())]
         for new in events:
-            value = [new.event_id, *new.event, *([new.recommendation_id] if new.recommendation_id is not None else ())]
-            arguments += [new.event_id, new.user_id, json.dumps(value, ensure_ascii=False)]
-            arguments += [new.event.item_id, new.event.timestamp]
+            arguments += [new.event_id, new.user_id, event_value(new)]
+            arguments += [new.event.item_id, new.event.timestamp, int(new.event.weight > 0)]
         is_new, damaged = self._written(lambda client: self._record(args=arguments, client=client))
         self._damaged.log(item.decode() for item in damaged)
         return [event for event, new in zip(events, is_new, strict=True) if new]
@@ -182,6 +188,43 @@ class RedisStore(DeferringStore):
         self._finish_deletions()
         return Deleted(events, impressions)
 
+    def list_events(
+        self, user_id: str, most: int, before: tuple[int, int] | None = None
+    ) -> list[tuple[int, UserEvent]]:
+        """Reads all events of the user."""
+        found: list[tuple[int, UserEvent]] = []
+        for values in self._parts(f"jaxrec:events:{user_id}".encode()):
+            found += [user_event(user_id, value) for value in values]
+            found = heapq.nlargest(most, (one for one in found if before is None or place(one) < before), key=place)
+        return found
+
+    def delete_events(self, user_id: str, event_ids: Sequence[str]) -> int:
+        asked, deleted = set(event_ids), -1
+        while deleted < 0:
+            arguments: list[Any] = [user_id]
+            number = 0
+            for values in self._parts(f"jaxrec:events:{user_id}".encode()):
+                for value in values:
+                    event_id = user_event(user_id, value)[1].event_id
+                    if event_id in asked:
+                        arguments += [number, value, event_id]
+                    number += 1
+            if len(arguments) == 1:
+                return 0
+            # If another call deletes events of the user meanwhile, the places are others.
+            deleted = self._written(partial(self._delete_events, None, arguments))
+        return deleted
+
+    def merge_users(self, source: str, target: str) -> Deleted:
+        # Those that wait go to the target, too.
+        self._deferred.flush()
+        self._deferred.discard(source)
+        arguments: list[Any] = [source, target, digest(source), DELETION_S, MOST_MERGED]
+        events, impressions = self._written(lambda client: self._merge(args=arguments, client=client))
+        if events < 0:
+            raise TooManyToMerge(source)
+        return Deleted(events, impressions)
+
     def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
         prefix = b"jaxrec:events:"
         for key in self._keys(prefix + b"*"):
@@ -190,9 +233,11 @@ class RedisStore(DeferringStore):
                 yield [user_event(user_id, value) for value in values]
 
     def all_impressions(self) -> Iterator[Sequence[Impression]]:
-        for key in (b"jaxrec:shown", *self._keys(b"jaxrec:shown:*")):
+        prefix = b"jaxrec:shown:"
+        for key in (b"jaxrec:shown", *self._keys(prefix + b"*")):
+            user_id = key.removeprefix(prefix).decode() if key.startswith(prefix) else None
             for values in self._parts(key):
-                yield [impression_of(value) for value in values]
+                yield [impression_of(value, user_id) for value in values]
 
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:
         counters: dict[str, Counter] = {}
@@ -237,7 +282,11 @@ class RedisStore(DeferringStore):
         """The counters of the stored events up to a revision that happened after `until`."""
         counters: dict[str, Counter] = {}
         for part in self.all_events():
-            events = [new.event for revision, new in part if revision <= last and new.event.timestamp > until]
+            events = [
+                new.event
+                for revision, new in part
+                if revision <= last and new.event.timestamp > until and new.event.weight > 0
+            ]
             add_events(counters, ((event.item_id, event.timestamp) for event in events), time.time())
         return counters
 
@@ -274,19 +323,24 @@ class RedisStore(DeferringStore):
             self._written(lambda client: client.hdel("jaxrec:deleted", *lists))
 
     def _events(self, user_id: str, most: int) -> list[bytes]:
-        """A user's events as they are stored, of many those that arrived last: the newest by time are among them,
-        unless most of them came late."""
-        values: list[bytes] = self._read(lambda: self._redis.lrange(f"jaxrec:events:{user_id}", -2 * most, -1))
-        return values
+        """A user's events that are not neutral as they are stored, of many those that arrived last: the newest by time
+        are among them, unless most of them came late."""
+        key, left = f"jaxrec:events:{user_id}", 2 * most
+        parts: list[list[bytes]] = []
+        with self._failures("cannot be read"):
+            end = self._redis.llen(key)
+            # Once, unless there are neutral ones among them.
+            while end > 0 and left > 0:
+                start = max(0, end - left)
+                values: list[Any] = self._redis.lrange(key, start, end - 1)
+                parts.append([value for value in values if not is_neutral(value)])
+                end, left = start, left - len(parts[-1])
+        return list(itertools.chain.from_iterable(reversed(parts)))
 
     def _keys(self, pattern: bytes) -> Iterator[bytes]:
         """Those that match, each once."""
-        seen = set()
         with self._failures("cannot be read"):
-            for key in self._redis.scan_iter(pattern, count=1000):
-                if key not in seen:
-                    seen.add(key)
-                    yield key
+            yield from keys(self._redis, pattern)
 
     def _parts(self, key: bytes) -> Iterator[list[bytes]]:
         for start in itertools.count(0, COPIED_AT_ONCE):
@@ -328,43 +382,6 @@ class RedisStore(DeferringStore):
         if not synced:
             raise StoreError(f"Redis: cannot be written: not on its disk within {TIMEOUT_S:g} s")
         return result
-
-    def _check_server(self) -> bool:
-        """Whether to ask after each write that it is on disk; raises StoreError when that would not help."""
-        where = "Redis: expected a server that loses nothing"
-        info = self._redis.info()
-        policy = info.get("maxmemory_policy", "noeviction")
-        if policy != "noeviction":
-            raise StoreError(f"{where}, came maxmemory-policy {policy}; set it to noeviction")
-        if not info.get("aof_enabled"):
-            raise StoreError(f"{where}, came appendonly no; set it to yes, and appendfsync to always")
-        try:
-            always = self._redis.config_get("appendfsync").get("appendfsync") == "always"
-        except redis.ResponseError:  # managed servers forbid it
-            always = False
-        version = tuple(int(part) for part in info["redis_version"].split(".")[:2])
-        if not always and version < FIRST_WITH_WAITAOF:
-            raise StoreError(f"{where} before it answers; set appendfsync to always, or use Redis 7.2 or later")
-        if not self._redis.set("jaxrec:version", VERSION, nx=True):
-            found = self._redis.get("jaxrec:version")
-            if found == b"1":
-                self._update_from_version_1()
-            elif found in UPDATED_AS_THEY_ARE:
-                # Servers of version 2 could not read what is logged from now on, those of version 3 would not count
-                # what they record, and those of version 4 would not log the request options.
-                self._redis.set("jaxrec:version", VERSION)
-            elif found != VERSION.encode():
-                version_there = found.decode() if isinstance(found, bytes) else found
-                raise StoreError(f"Redis: is a store in version {version_there}, expected 1..{VERSION}")
-        return not always
-
-    def _update_from_version_1(self) -> None:
-        """Goes on where it was broken off. Servers of version 1 have to be stopped: they would log without ids."""
-        update = self._redis.register_script(UPDATE_IMPRESSIONS)
-        for key in (b"jaxrec:shown", *self._keys(b"jaxrec:shown:*")):
-            while update(args=[key, UPDATED_AT_ONCE]):
-                pass
-        self._redis.register_script(END_UPDATE)(args=[VERSION])
 
     @contextmanager
     def _failures(self, what: str) -> Iterator[None]:
