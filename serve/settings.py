@@ -108,8 +108,8 @@ class Settings:
     tls_client_ca: Annotated[Path | None, "Accept only clients with a certificate of these authorities, in PEM."] = None
     tokens_file: Annotated[
         Path | None,
-        "File with one line `RIGHTS TOKEN` for each accepted token, RIGHTS being some of read,write,admin. The variable"
-        " JAXREC_TOKENS can hold the lines instead. Without either, no token is needed.",
+        "File with one line `RIGHTS TOKEN` for each accepted token, RIGHTS being some of read,write,users,admin. The"
+        " variable JAXREC_TOKENS can hold the lines instead. Without either, no token is needed.",
     ] = None
     tokens: Annotated[str | None, ""] = field(default=None, repr=False)
     """The lines of a tokens file themselves."""

@@ -14,6 +14,7 @@ from serve.api.rules import (
     MAX_BATCH,
     MAX_BATCH_EVENTS,
     MAX_BATCH_ITEMS,
+    MAX_DELETED_EVENTS,
     MAX_HISTORY_EVENTS,
     MAX_K,
     MAX_RECORDED_EVENTS,
@@ -136,6 +137,36 @@ def decode_user_events(
         except InvalidRequest as error:
             raise error.within(f"events[{at}]") from error
     return events
+
+
+def decode_event_ids(request: pb.DeleteEventsRequest) -> list[str]:
+    """The ids of the events to delete, each once."""
+    check_length("event_ids", request.event_ids, MAX_DELETED_EVENTS)
+    if not request.event_ids:
+        raise InvalidRequest("event_ids", "at least one id", "none")
+    for at, event_id in enumerate(request.event_ids):
+        check_id(f"event_ids[{at}]", event_id)
+    return list(dict.fromkeys(request.event_ids))
+
+
+def encode_events(events: Sequence[UserEvent], next_page_token: str) -> pb.ListEventsResponse:
+    """The message for a page of a user's events."""
+    return pb.ListEventsResponse(
+        events=[
+            pb.UserEvent(
+                event_id=one.event_id,
+                user_id=one.user_id,
+                item_id=one.event.item_id,
+                rating=one.event.rating,
+                timestamp=one.event.timestamp,
+                recommendation_id=one.recommendation_id or "",
+                type=one.type,
+                value=one.value,
+            )
+            for one in events
+        ],
+        next_page_token=next_page_token,
+    )
 
 
 def encode_answer(recommendation: Recommendation) -> pb.RecommendResponse:

@@ -4,15 +4,19 @@ from typing import Any
 
 from serve.api.codec import (
     decode_batch,
+    decode_event_ids,
     decode_query,
     decode_user_events,
     encode_answer,
+    encode_events,
     encode_model_info,
     encode_profile,
     encode_similar,
 )
+from serve.api.errors import InvalidRequest
 from serve.api.event_types import BUILT_IN, EventTypes
 from serve.api.filters import decode_filter
+from serve.api.pages import checked_page_size, decode_page_token, page_token
 from serve.api.rules import check_id, checked_count
 from serve.api.service import RecommenderService
 from serve.pb import recommender_pb2 as pb
@@ -55,6 +59,28 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         deleted = self._service.delete_user(request.user_id)
         return pb.DeleteUserResponse(
             deleted_event_count=deleted.event_count, deleted_recommendation_count=deleted.impression_count
+        )
+
+    def ListEvents(self, request: pb.ListEventsRequest, context: Any) -> pb.ListEventsResponse:
+        user_id = request.user_id
+        check_id("user_id", user_id)
+        size = checked_page_size("page_size", request.page_size)
+        page = self._service.events(user_id, size, decode_page_token("page_token", request.page_token, user_id))
+        return encode_events(page.events, "" if page.last is None else page_token(user_id, *page.last))
+
+    def DeleteEvents(self, request: pb.DeleteEventsRequest, context: Any) -> pb.DeleteEventsResponse:
+        check_id("user_id", request.user_id)
+        event_ids = decode_event_ids(request)
+        return pb.DeleteEventsResponse(deleted_event_count=self._service.delete_events(request.user_id, event_ids))
+
+    def MergeUsers(self, request: pb.MergeUsersRequest, context: Any) -> pb.MergeUsersResponse:
+        check_id("source_user_id", request.source_user_id)
+        check_id("target_user_id", request.target_user_id)
+        if request.source_user_id == request.target_user_id:
+            raise InvalidRequest("target_user_id", "another user than source_user_id", "the same")
+        merged = self._service.merge_users(request.source_user_id, request.target_user_id)
+        return pb.MergeUsersResponse(
+            merged_event_count=merged.event_count, merged_recommendation_count=merged.impression_count
         )
 
     def SimilarItems(self, request: pb.SimilarItemsRequest, context: Any) -> pb.SimilarItemsResponse:

@@ -42,6 +42,14 @@ class Profile(NamedTuple):
     model: Recommender
 
 
+class Page(NamedTuple):
+    """Some of a user's events, newest first."""
+
+    events: Sequence[UserEvent]
+    last: tuple[int, int] | None
+    """Timestamp and arrival of the last one; None: there are no more."""
+
+
 class RecommenderService:
     """Answers with the loaded models from one event store, from any number of threads."""
 
@@ -118,6 +126,24 @@ class RecommenderService:
             raise UnknownUser(f"no event of the user {user_id!r} is stored")
         model = self.models.for_user(user_id).model
         return Profile(events, genre_preferences(known_events(events, model.catalog), model.catalog), model)
+
+    def events(self, user_id: str, most: int, before: tuple[int, int] | None) -> Page:
+        """At most so many of a user's events, newest first, from the one after `before` (timestamp, arrival) on."""
+        # One more says whether there is another page.
+        found = self._store.list_events(user_id, most + 1, before)
+        events = [event for _, event in found[:most]]
+        arrival, last = found[:most][-1] if found else (0, None)
+        return Page(events, None if last is None or len(found) <= most else (last.event.timestamp, arrival))
+
+    def delete_events(self, user_id: str, event_ids: Sequence[str]) -> int:
+        """Deletes some of a user's events; how many there were."""
+        return self._store.delete_events(user_id, event_ids)
+
+    def merge_users(self, source: str, target: str) -> Deleted:
+        """Makes all that is stored of one user another one's; raises TooManyToMerge."""
+        merged = self._store.merge_users(source, target)
+        self.models.forget(source)
+        return merged
 
     def delete_user(self, user_id: str) -> Deleted:
         """Deletes all that is stored of a user."""

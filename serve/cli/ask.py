@@ -33,6 +33,7 @@ OF_RECOMMENDATIONS = ("seen", "new_items", "why")
 )
 @click.option("--similar", "similar_to", metavar="ITEM", help="Show items similar to this one.")
 @click.option("--profile", "profile_of", metavar="ID", help="Show what is stored of a user.")
+@click.option("--events", "events_of", metavar="ID", help="Show the last events of a user, of all types.")
 @click.option("--k", type=click.IntRange(1, 1000), default=10, show_default=True, help="Number of lines.")
 @click.option("--exclude", multiple=True, metavar="ITEM", help="Leave this item out. Repeatable, as the next four.")
 @click.option("--allow", multiple=True, metavar="ITEM", help="Only the items that are named with this option.")
@@ -68,6 +69,7 @@ def command(
     watched: tuple[str, ...],
     similar_to: str | None,
     profile_of: str | None,
+    events_of: str | None,
     k: int,
     exclude: tuple[str, ...],
     allow: tuple[str, ...],
@@ -85,10 +87,10 @@ def command(
     token_file: Path | None,
     timeout: float,
 ) -> None:
-    """Ask a running server and print its answer as a table: recommendations, similar items, a user's profile, or,
-    without a question, which model answers."""
-    if sum((user is not None, bool(watched), similar_to is not None, profile_of is not None)) > 1:
-        raise click.UsageError("expected one of --user, --watched, --similar and --profile")
+    """Ask a running server and print its answer as a table: recommendations, similar items, a user's profile or
+    events, or, without a question, which model answers."""
+    if sum((user is not None, bool(watched), *(one is not None for one in (similar_to, profile_of, events_of)))) > 1:
+        raise click.UsageError("expected one of --user, --watched, --similar, --profile and --events")
     recommending = user is not None or bool(watched)
     if not recommending:
         _refuse(context, OF_RECOMMENDATIONS, "--user or --watched")
@@ -110,6 +112,8 @@ def command(
                 click.echo(similar(client, similar_to, **asked))
             elif profile_of is not None:
                 click.echo(profile(client, profile_of, k))
+            elif events_of is not None:
+                click.echo(events(client, events_of, k))
             else:
                 click.echo(model(client))
     except grpc.RpcError as error:
@@ -212,6 +216,22 @@ def profile(client: RecommenderClient, user_id: str, k: int) -> str:
             table(["genre", "share", "lately", "mean rating"], genres),
         ]
     )
+
+
+def events(client: RecommenderClient, user_id: str, k: int) -> str:
+    """A user's last k events, of all types."""
+    rows = [
+        [
+            time.strftime("%Y-%m-%d %H:%M", time.gmtime(one.timestamp)),
+            one.type,
+            one.item_id,
+            f"{one.rating:g}" if one.HasField("rating") else "",
+            f"{one.value:g}" if one.HasField("value") else "",
+            one.event_id,
+        ]
+        for one in client.list_events(user_id, k).events
+    ]
+    return table(["time (UTC)", "type", "item", "rating", "value", "event"], rows)
 
 
 def model(client: RecommenderClient) -> str:

@@ -9,12 +9,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serve.client.connection import Connection
 from serve.pb.recommender_pb2 import (
     BatchRecommendRequest,
+    DeleteEventsRequest,
     DeleteUserRequest,
     Event,
     GetModelInfoRequest,
     GetUserProfileRequest,
     History,
     ItemFilter,
+    ListEventsRequest,
+    MergeUsersRequest,
     RecommendRequest,
     RecordEventsRequest,
     Seen,
@@ -31,6 +34,9 @@ Profile = TypeVar("Profile")
 Deleted = TypeVar("Deleted")
 Similar = TypeVar("Similar")
 Info = TypeVar("Info")
+Listed = TypeVar("Listed")
+DeletedEvents = TypeVar("DeletedEvents")
+Merged = TypeVar("Merged")
 
 
 def recommend_request(
@@ -79,7 +85,7 @@ def recommend_request(
     return request
 
 
-class Requests(ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, Info]):
+class Requests(ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, Info, Listed, DeletedEvents, Merged]):
     """A connection to one server. The types are those of the answers, or of what is awaited for them."""
 
     def __init__(self, server: str | Connection, timeout_s: float = 5.0) -> None:
@@ -138,6 +144,21 @@ class Requests(ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, In
     def delete_user(self, user_id: str) -> Deleted:
         """Deletes all that is stored of a user."""
         return self._call(self._stub.DeleteUser, DeleteUserRequest(user_id=user_id))
+
+    def list_events(self, user_id: str, page_size: int = 100, page_token: str = "") -> Listed:
+        """A page of a user's events, newest first: at most `page_size` (1 to 1000), from where `page_token` says, the
+        `next_page_token` of the page before ("": the first page)."""
+        request = ListEventsRequest(user_id=user_id, page_size=page_size, page_token=page_token)
+        return self._call(self._stub.ListEvents, request)
+
+    def delete_events(self, user_id: str, event_ids: Iterable[str]) -> DeletedEvents:
+        """Deletes those of a user's events that have these ids, 1 to 1000."""
+        return self._call(self._stub.DeleteEvents, DeleteEventsRequest(user_id=user_id, event_ids=event_ids))
+
+    def merge_users(self, source_user_id: str, target_user_id: str) -> Merged:
+        """Makes all that is stored of the source the target's, as when a visitor logs in."""
+        request = MergeUsersRequest(source_user_id=source_user_id, target_user_id=target_user_id)
+        return self._call(self._stub.MergeUsers, request)
 
     def similar_items(
         self, item_id: str, k: int = 10, exclude_item_ids: Iterable[str] = (), filter: ItemFilter | None = None

@@ -6,9 +6,12 @@ from typing import Any, Self
 from serve.client.connection import Connection
 from serve.client.requests import Requests, is_serving
 from serve.pb.recommender_pb2 import (
+    DeleteEventsResponse,
     DeleteUserResponse,
     GetModelInfoResponse,
     GetUserProfileResponse,
+    ListEventsResponse,
+    MergeUsersResponse,
     RecommendRequest,
     RecommendResponse,
     RecordEventsResponse,
@@ -24,6 +27,9 @@ class RecommenderClient(
         DeleteUserResponse,
         SimilarItemsResponse,
         GetModelInfoResponse,
+        ListEventsResponse,
+        DeleteEventsResponse,
+        MergeUsersResponse,
     ]
 ):
     """A connection to one server, to be shared between threads. Close it, or use it in a `with` statement.

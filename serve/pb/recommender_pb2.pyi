@@ -851,6 +851,172 @@ class DeleteUserResponse(_message.Message):
 Global___DeleteUserResponse: _TypeAlias = DeleteUserResponse  # noqa: Y015
 
 @_typing.final
+class ListEventsRequest(_message.Message):
+    """A question for a user's events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Required."""
+    page_size: _builtins.int
+    """Most events of a page, 1 to 1000. 0: 100."""
+    page_token: _builtins.str
+    """`ListEventsResponse.next_page_token` of the page before, for the same user. Any other
+    text is an error. Empty: the first page.
+    """
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEventsRequest: _TypeAlias = ListEventsRequest  # noqa: Y015
+
+@_typing.final
+class ListEventsResponse(_message.Message):
+    """One page of a user's events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page. Empty: this is the last one."""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___UserEvent]:
+        """Newest first by their time; of the same second, the one that was recorded later
+        first. `UserEvent.type` is never empty.
+        """
+
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___UserEvent] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEventsResponse: _TypeAlias = ListEventsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteEventsRequest(_message.Message):
+    """Which events to forget."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    EVENT_IDS_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Required."""
+    @_builtins.property
+    def event_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At least one, at most 1,000. Ids of other users' events, and those that are not
+        known, are ignored.
+        """
+
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        event_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_ids", b"event_ids", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteEventsRequest: _TypeAlias = DeleteEventsRequest  # noqa: Y015
+
+@_typing.final
+class DeleteEventsResponse(_message.Message):
+    """What was forgotten."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELETED_EVENT_COUNT_FIELD_NUMBER: _builtins.int
+    deleted_event_count: _builtins.int
+    """Events that were removed. 0: none of them was stored."""
+    def __init__(
+        self,
+        *,
+        deleted_event_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted_event_count", b"deleted_event_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteEventsResponse: _TypeAlias = DeleteEventsResponse  # noqa: Y015
+
+@_typing.final
+class MergeUsersRequest(_message.Message):
+    """Who becomes whom."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_USER_ID_FIELD_NUMBER: _builtins.int
+    TARGET_USER_ID_FIELD_NUMBER: _builtins.int
+    source_user_id: _builtins.str
+    """Required. The user that is no more."""
+    target_user_id: _builtins.str
+    """Required, and not the source. The user need not have events."""
+    def __init__(
+        self,
+        *,
+        source_user_id: _builtins.str = ...,
+        target_user_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source_user_id", b"source_user_id", "target_user_id", b"target_user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeUsersRequest: _TypeAlias = MergeUsersRequest  # noqa: Y015
+
+@_typing.final
+class MergeUsersResponse(_message.Message):
+    """What the target got."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MERGED_EVENT_COUNT_FIELD_NUMBER: _builtins.int
+    MERGED_RECOMMENDATION_COUNT_FIELD_NUMBER: _builtins.int
+    merged_event_count: _builtins.int
+    """Events of the source. 0: it had none."""
+    merged_recommendation_count: _builtins.int
+    """Logged recommendations of the source. 0: it had none."""
+    def __init__(
+        self,
+        *,
+        merged_event_count: _builtins.int = ...,
+        merged_recommendation_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["merged_event_count", b"merged_event_count", "merged_recommendation_count", b"merged_recommendation_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeUsersResponse: _TypeAlias = MergeUsersResponse  # noqa: Y015
+
+@_typing.final
 class SimilarItemsRequest(_message.Message):
     """A question for the neighbours of an item."""
 

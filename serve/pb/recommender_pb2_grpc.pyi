@@ -59,8 +59,24 @@ class RecommenderStub:
     """What a stored user watched and which genres the user prefers. A user without
     events is NOT_FOUND.
     """
+    ListEvents: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.ListEventsRequest, _recommender_pb2.ListEventsResponse]
+    """A user's events in pages, newest first by their time, all that RecordEvents kept of
+    them. A user without events has an empty list.
+    """
     DeleteUser: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.DeleteUserRequest, _recommender_pb2.DeleteUserResponse]
     """Forgets a user: the events, and what was recommended to the user. Safe to repeat."""
+    DeleteEvents: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.DeleteEventsRequest, _recommender_pb2.DeleteEventsResponse]
+    """Forgets some events of a user. When the answer arrives, the removal is on disk, and
+    the user is answered as if they had never been recorded; only the trend, a sum over
+    all users, keeps what they added. Safe to repeat.
+    """
+    MergeUsers: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.MergeUsersRequest, _recommender_pb2.MergeUsersResponse]
+    """Makes all that is stored of one user another one's, as when a visitor logs in: the
+    events, and what was recommended. When the answer arrives, that is on disk, as a
+    whole. The source is then a user without events; events that are recorded for it
+    later are those of a new user, and can be merged again. Safe to repeat. A source with
+    more than 100,000 events and recommendations fails with FAILED_PRECONDITION.
+    """
     SimilarItems: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.SimilarItemsRequest, _recommender_pb2.SimilarItemsResponse]
     """The items whose learned vectors are nearest to one item's. An item that the
     model does not know is NOT_FOUND.
@@ -99,8 +115,24 @@ class RecommenderAsyncStub(RecommenderStub):
     """What a stored user watched and which genres the user prefers. A user without
     events is NOT_FOUND.
     """
+    ListEvents: _aio.UnaryUnaryMultiCallable[_recommender_pb2.ListEventsRequest, _recommender_pb2.ListEventsResponse]  # type: ignore[assignment]
+    """A user's events in pages, newest first by their time, all that RecordEvents kept of
+    them. A user without events has an empty list.
+    """
     DeleteUser: _aio.UnaryUnaryMultiCallable[_recommender_pb2.DeleteUserRequest, _recommender_pb2.DeleteUserResponse]  # type: ignore[assignment]
     """Forgets a user: the events, and what was recommended to the user. Safe to repeat."""
+    DeleteEvents: _aio.UnaryUnaryMultiCallable[_recommender_pb2.DeleteEventsRequest, _recommender_pb2.DeleteEventsResponse]  # type: ignore[assignment]
+    """Forgets some events of a user. When the answer arrives, the removal is on disk, and
+    the user is answered as if they had never been recorded; only the trend, a sum over
+    all users, keeps what they added. Safe to repeat.
+    """
+    MergeUsers: _aio.UnaryUnaryMultiCallable[_recommender_pb2.MergeUsersRequest, _recommender_pb2.MergeUsersResponse]  # type: ignore[assignment]
+    """Makes all that is stored of one user another one's, as when a visitor logs in: the
+    events, and what was recommended. When the answer arrives, that is on disk, as a
+    whole. The source is then a user without events; events that are recorded for it
+    later are those of a new user, and can be merged again. Safe to repeat. A source with
+    more than 100,000 events and recommendations fails with FAILED_PRECONDITION.
+    """
     SimilarItems: _aio.UnaryUnaryMultiCallable[_recommender_pb2.SimilarItemsRequest, _recommender_pb2.SimilarItemsResponse]  # type: ignore[assignment]
     """The items whose learned vectors are nearest to one item's. An item that the
     model does not know is NOT_FOUND.
@@ -162,12 +194,46 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def ListEvents(
+        self,
+        request: _recommender_pb2.ListEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommender_pb2.ListEventsResponse, _abc.Awaitable[_recommender_pb2.ListEventsResponse]]:
+        """A user's events in pages, newest first by their time, all that RecordEvents kept of
+        them. A user without events has an empty list.
+        """
+
+    @_abc_1.abstractmethod
     def DeleteUser(
         self,
         request: _recommender_pb2.DeleteUserRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recommender_pb2.DeleteUserResponse, _abc.Awaitable[_recommender_pb2.DeleteUserResponse]]:
         """Forgets a user: the events, and what was recommended to the user. Safe to repeat."""
+
+    @_abc_1.abstractmethod
+    def DeleteEvents(
+        self,
+        request: _recommender_pb2.DeleteEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommender_pb2.DeleteEventsResponse, _abc.Awaitable[_recommender_pb2.DeleteEventsResponse]]:
+        """Forgets some events of a user. When the answer arrives, the removal is on disk, and
+        the user is answered as if they had never been recorded; only the trend, a sum over
+        all users, keeps what they added. Safe to repeat.
+        """
+
+    @_abc_1.abstractmethod
+    def MergeUsers(
+        self,
+        request: _recommender_pb2.MergeUsersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommender_pb2.MergeUsersResponse, _abc.Awaitable[_recommender_pb2.MergeUsersResponse]]:
+        """Makes all that is stored of one user another one's, as when a visitor logs in: the
+        events, and what was recommended. When the answer arrives, that is on disk, as a
+        whole. The source is then a user without events; events that are recorded for it
+        later are those of a new user, and can be merged again. Safe to repeat. A source with
+        more than 100,000 events and recommendations fails with FAILED_PRECONDITION.
+        """
 
     @_abc_1.abstractmethod
     def SimilarItems(

@@ -15,10 +15,13 @@ from serve.api.rules import MAX_ID_LENGTH
 from serve.client import Event, RecommenderClient, UserEvent
 from serve.pb.recommender_pb2 import (
     BatchRecommendRequest,
+    DeleteEventsRequest,
     DeleteUserRequest,
     GetUserProfileRequest,
     History,
     ItemFilter,
+    ListEventsRequest,
+    MergeUsersRequest,
     RecommendRequest,
     RecordEventsRequest,
     SimilarItemsRequest,
@@ -168,6 +171,33 @@ DELETE = [
 ]
 
 
+EVENTS = [
+    (ListEventsRequest(), "user_id: expected an id"),
+    (ListEventsRequest(user_id="u", page_size=-1), "page_size: expected 1 to 1000, or 0 for 100, came -1"),
+    (ListEventsRequest(user_id="u", page_size=1001), "page_size: expected 1 to 1000, or 0 for 100, came 1001"),
+    (
+        ListEventsRequest(user_id="u", page_token="\0"),
+        "page_token: expected next_page_token of an answer for this user",
+    ),
+]
+DELETE_EVENTS = [
+    (DeleteEventsRequest(event_ids=["1"]), "user_id: expected an id"),
+    (DeleteEventsRequest(user_id="u"), "event_ids: expected at least one id, came none"),
+    (DeleteEventsRequest(user_id="u", event_ids=["1", ""]), "event_ids[1]: expected an id"),
+    (DeleteEventsRequest(user_id="u", event_ids=["a\0"]), "event_ids[0]: expected an id without the character U+0000"),
+    (DeleteEventsRequest(user_id="u", event_ids=["1"] * 1001), "event_ids: expected at most 1000 entries, came 1001"),
+]
+MERGE = [
+    (MergeUsersRequest(target_user_id="u"), "source_user_id: expected an id"),
+    (MergeUsersRequest(source_user_id="u"), "target_user_id: expected an id"),
+    (MergeUsersRequest(source_user_id="u", target_user_id=LONG), "target_user_id: expected an id"),
+    (
+        MergeUsersRequest(source_user_id="u", target_user_id="u"),
+        "target_user_id: expected another user than source_user_id, came the same",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("rpc", "request_", "message"),
     [
@@ -177,6 +207,9 @@ DELETE = [
         *(("SimilarItems", *case) for case in SIMILAR),
         *(("BatchRecommend", *case) for case in BATCH),
         *(("DeleteUser", *case) for case in DELETE),
+        *(("ListEvents", *case) for case in EVENTS),
+        *(("DeleteEvents", *case) for case in DELETE_EVENTS),
+        *(("MergeUsers", *case) for case in MERGE),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

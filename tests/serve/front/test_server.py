@@ -90,7 +90,10 @@ def test_reflection(address: str) -> None:
         "BatchRecommend",
         "RecordEvents",
         "GetUserProfile",
+        "ListEvents",
         "DeleteUser",
+        "DeleteEvents",
+        "MergeUsers",
         "SimilarItems",
         "GetModelInfo",
     }
