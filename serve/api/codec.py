@@ -17,6 +17,7 @@ from serve.api.rules import (
     MAX_DELETED_EVENTS,
     MAX_HISTORY_EVENTS,
     MAX_K,
+    MAX_NOT_SHOWN_S,
     MAX_RECORDED_EVENTS,
     MAX_TAGS,
     check_event_time,
@@ -61,8 +62,14 @@ def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: 
     else:
         user_id = request.user_id
         check_id("user_id", user_id)
+    not_shown_within = request.not_shown_within
+    if not 0 <= not_shown_within <= MAX_NOT_SHOWN_S:
+        raise InvalidRequest("not_shown_within", f"0 to {MAX_NOT_SHOWN_S} seconds", not_shown_within)
+    if not_shown_within and user_id is None:
+        raise InvalidRequest("not_shown_within", "user_id with it", "a history")
     exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots)
-    return Query(events, k, exclude, request_time, request.explain, user_id, started, item_filter, allow_seen, slots)
+    options = (item_filter, allow_seen, slots, not_shown_within)
+    return Query(events, k, exclude, request_time, request.explain, user_id, started, *options)
 
 
 def decode_batch(

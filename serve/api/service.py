@@ -16,6 +16,9 @@ from serve.observability.metrics import Metrics
 from serve.serving.loaded import LoadedModel, Models
 from serve.stores.base import Deleted, EventStore, Impression, UserEvent
 
+MOST_NOT_SHOWN = 10_000
+"""Items that `not_shown_within` excludes from an answer."""
+
 
 class Recommendation(NamedTuple):
     """An answer under the id by which events can refer to it, and the model whose item indices it has."""
@@ -62,6 +65,7 @@ class RecommenderService:
         self, loaded: LoadedModel, query: Query, deadline_s: float | None, is_cancelled: Callable[[], bool]
     ) -> Recommendation:
         """Answers a query with the model of its user, and logs the impression; raises as `LoadedModel.recommend`."""
+        query = self._without_shown(query)
         return self._logged(loaded, query, loaded.recommend(query, deadline_s, is_cancelled))
 
     def recommend_all(
@@ -72,6 +76,7 @@ class RecommenderService:
         is_cancelled: Callable[[], bool],
     ) -> list[Recommendation]:
         """As `recommend`, for queries with a model each; all are answered or none."""
+        queries = [self._without_shown(query) for query in queries]
         answers: dict[int, Answer] = {}
         for model in set(loaded):
             places = [at for at, one in enumerate(loaded) if one is model]
@@ -79,13 +84,25 @@ class RecommenderService:
             answers.update(zip(places, found, strict=True))
         return [self._logged(one, queries[at], answers[at]) for at, one in enumerate(loaded)]
 
+    def _without_shown(self, query: Query) -> Query:
+        """The query without what was recommended lately, if it asks for that."""
+        if not query.not_shown_within or query.user_id is None:
+            return query
+        shown = self._store.shown_items(query.user_id, int(time.time()) - query.not_shown_within, MOST_NOT_SHOWN)
+        return query._replace(exclude_item_ids=(*query.exclude_item_ids, *shown))
+
     def _logged(self, loaded: LoadedModel, query: Query, answer: Answer) -> Recommendation:
         model, now = loaded.model, time.time()
         # The time first: an index of ids in their order grows at one end, which costs half of one in no order.
         recommendation_id = f"{int(now * 1e3):012x}{os.urandom(10).hex()}"
         item_ids = model.catalog.item_ids
         excluded = dict.fromkeys([*model.indices(query.exclude_item_ids), *answer.disliked])
-        options = {"filter": query.filter, "seen": query.allow_seen is not None, "new_item_slots": query.new_item_slots}
+        options = {
+            "filter": query.filter,
+            "seen": query.allow_seen is not None,
+            "new_item_slots": query.new_item_slots,
+            "not_shown_within": query.not_shown_within,
+        }
         self._store.log_impression(
             Impression(
                 recommendation_id=recommendation_id,

@@ -19,7 +19,7 @@ DAY_S = 86_400
 
 FILTERS = ("exclude", "allow", "any_tag", "all_tag", "no_tag", "minimum_score")
 """Options of recommendations and of similar items."""
-OF_RECOMMENDATIONS = ("seen", "new_items", "why")
+OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why")
 
 
 @click.command("ask")
@@ -47,6 +47,13 @@ OF_RECOMMENDATIONS = ("seen", "new_items", "why")
     help="Whether items of the history may be recommended. By default the model decides.",
 )
 @click.option("--new-items", type=click.IntRange(0, 1000), default=0, help="Number of places reserved for new items.")
+@click.option(
+    "--not-shown-within",
+    type=click.IntRange(0),
+    default=0,
+    metavar="SECONDS",
+    help="With --user: leave out what was recommended lately.",
+)
 @click.option("--why", is_flag=True, help="Say why each item is recommended.")
 @click.option("--tls", is_flag=True, help="Encrypt, trusting the authorities of the system. Implied by the next three.")
 @click.option("--ca", type=FILE, help="Trust these authorities instead, in PEM.")
@@ -79,6 +86,7 @@ def command(
     minimum_score: float | None,
     seen: str | None,
     new_items: int,
+    not_shown_within: int,
     why: bool,
     tls: bool,
     ca: Path | None,
@@ -107,6 +115,7 @@ def command(
         with RecommenderClient(connection) as client:
             if recommending:
                 asked |= {"allow_seen": allow_seen, "new_item_slots": new_items, "explain": why}
+                asked["not_shown_within"] = not_shown_within
                 click.echo(recommendations(client, user, watched, **asked))
             elif similar_to is not None:
                 click.echo(similar(client, similar_to, **asked))

@@ -50,6 +50,7 @@ def recommend_request(
     filter: ItemFilter | None = None,
     allow_seen: bool | None = None,
     new_item_slots: int = 0,
+    not_shown_within: int = 0,
 ) -> RecommendRequest:
     """The message for one question.
 
@@ -63,6 +64,7 @@ def recommend_request(
         filter: Which items may be recommended; None: every item.
         allow_seen: Whether items of the history may be recommended; None: the model decides.
         new_item_slots: Number of the `k` places that are reserved for items that the model was not trained on.
+        not_shown_within: What was recommended to the user within so many seconds is left out; 0: it is not.
 
     Raises:
         ValueError: Both or none of `user_id` and `history` are given.
@@ -77,6 +79,7 @@ def recommend_request(
         filter=filter,
         seen=SEEN[allow_seen],
         new_item_slots=new_item_slots,
+        not_shown_within=not_shown_within,
     )
     if user_id is not None:
         request.user_id = user_id
@@ -118,6 +121,7 @@ class Requests(ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, In
         filter: ItemFilter | None = None,
         allow_seen: bool | None = None,
         new_item_slots: int = 0,
+        not_shown_within: int = 0,
     ) -> Recommended:
         """The best `k` items for a stored user or for a history; arguments and errors as of `recommend_request`."""
         request = recommend_request(
@@ -130,6 +134,7 @@ class Requests(ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, In
             filter=filter,
             allow_seen=allow_seen,
             new_item_slots=new_item_slots,
+            not_shown_within=not_shown_within,
         )
         return self._call(self._stub.Recommend, request)
 

@@ -50,6 +50,8 @@ class Query(NamedTuple):
     """Whether items of the history may be answered; None: as the model has it."""
     new_item_slots: int = 0
     """How many of the `k` places are reserved for new items; see `with_new_items`."""
+    not_shown_within: int = 0
+    """What was recommended to the stored user in so many seconds before now is excluded; 0: it is not."""
 
 
 @dataclass(frozen=True, slots=True)

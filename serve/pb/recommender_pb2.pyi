@@ -196,6 +196,7 @@ class RecommendRequest(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     SEEN_FIELD_NUMBER: _builtins.int
     NEW_ITEM_SLOTS_FIELD_NUMBER: _builtins.int
+    NOT_SHOWN_WITHIN_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """A user whose events were recorded with RecordEvents. A user without events,
     or only with events on items that the model does not know, is answered with
@@ -227,6 +228,12 @@ class RecommendRequest(_message.Message):
     If the model directory has an index, it has no vectors of its new items, and the
     call fails with FAILED_PRECONDITION. 0: no place is reserved. At most `k`.
     """
+    not_shown_within: _builtins.int
+    """With `user_id` only: items that were recommended to the user within so many seconds
+    before now, by the server's clock, are not recommended. Of the newest 1,000 answers
+    the newest 10,000 items count. Answers of other servers of the same store count about
+    a second later. 0: what was recommended does not matter. At most 2,678,400 (31 days).
+    """
     @_builtins.property
     def history(self) -> Global___History:
         """The events themselves, used for this answer only."""
@@ -254,10 +261,11 @@ class RecommendRequest(_message.Message):
         filter: Global___ItemFilter | None = ...,
         seen: Global___Seen.ValueType = ...,
         new_item_slots: _builtins.int = ...,
+        not_shown_within: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "filter", b"filter", "history", b"history", "request_time", b"request_time", "subject", b"subject", "user_id", b"user_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "filter", b"filter", "history", b"history", "k", b"k", "new_item_slots", b"new_item_slots", "request_time", b"request_time", "seen", b"seen", "subject", b"subject", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "filter", b"filter", "history", b"history", "k", b"k", "new_item_slots", b"new_item_slots", "not_shown_within", b"not_shown_within", "request_time", b"request_time", "seen", b"seen", "subject", b"subject", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__request_time: _TypeAlias = _typing.Literal["request_time"]  # noqa: Y015
     _WhichOneofArgType__request_time: _TypeAlias = _typing.Literal["_request_time", b"_request_time"]  # noqa: Y015

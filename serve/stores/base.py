@@ -18,6 +18,9 @@ MOST_EVENTS = 10_000
 """Of a user's history so many are read, the newest by time. All that is recorded stays in the store, as a log to learn
 from; but a user with millions of events must not cost all others their answers."""
 
+MOST_SLATES = 1_000
+"""Of a user's impressions so many are read to find what was shown lately."""
+
 MOST_MERGED = 100_000
 """So many events and impressions of a user can become another one's: as one step, for which others wait."""
 
@@ -71,8 +74,8 @@ class Impression(NamedTuple):
     request_time: int | None = None
     """For which the request asked, in seconds; None: it had none."""
     excluded_item_ids: tuple[str, ...] = ()
-    """What was excluded beside the user's history, as far as the model knows it: by the request itself, and the items
-    that the user disliked."""
+    """What was excluded beside the user's history, as far as the model knows it: by the request itself, what was
+    recommended lately if the request asked for other items, and the items that the user disliked."""
     trend_time: int | None = None
     """The second, since 1970-01-01T00:00Z, to which the counts of the trend that ranked it were decayed. None: it was
     ranked without a trend, or by a server that did not note this yet."""
@@ -80,8 +83,9 @@ class Impression(NamedTuple):
     """The arrival, as `EventStore.all_events` numbers it, of the last event in these counts; 0: no event is in them.
     None: the counts were those of the model's export alone, or `trend_time` is None."""
     request_options: tuple[str, ...] = ()
-    """Which of `filter`, `seen` and `new_item_slots` the request set to something else than the model does by itself.
-    Their values are not noted, so the propensities cannot be computed again."""
+    """Which of `filter`, `seen`, `new_item_slots` and `not_shown_within` the request set to something else than the
+    model does by itself. The values of the first three are not noted, so the propensities cannot be computed again. What
+    the last one excluded is in `excluded_item_ids`."""
 
 
 class Changes(NamedTuple):
@@ -278,6 +282,19 @@ class EventStore(ABC):
 
         Returns:
             Parts of (arrival, event). Arrivals grow with the order in which events were recorded, and are given once.
+        """
+
+    @abstractmethod
+    def shown_items(self, user_id: str, since: int, most: int) -> list[str]:
+        """What was recommended to a user from a time on, also if it waits here to be written.
+
+        Args:
+            user_id: The user.
+            since: By `Impression.timestamp`, in seconds.
+            most: How many items.
+
+        Returns:
+            Item ids, each once, of the newest `MOST_SLATES` impressions, newest first.
         """
 
     @abstractmethod

@@ -3,12 +3,14 @@
 import logging
 import threading
 import time
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import chain, islice
 from typing import NamedTuple
 
-from serve.stores.base import EventStore, Impression, SpilledState, StoreError
+from serve.stores.base import MOST_SLATES, EventStore, Impression, SpilledState, StoreError
 from serve.stores.rows import Started
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ class DeferredWrites:
         self._changed = threading.Condition()
         # Held while a batch is written, so that `discard` knows that nothing is half-way.
         self._writing = threading.Lock()
+        # What was taken out and is being written.
+        self._batch: Sequence[_Waiting] = ()
         self._closed = False
         self._failing = False
         self.dropped_count = 0
@@ -60,6 +64,16 @@ class DeferredWrites:
         with self._writing, self._changed:
             self._waiting = deque(waiting for waiting in self._waiting if waiting.entry.user_id != user_id)
 
+    def impressions(self, user_id: str, since: int) -> list[Impression]:
+        """Those of a user that are not known to be written, newest first, from a timestamp on."""
+        with self._changed:
+            waiting = [*self._batch, *self._waiting]
+        return [
+            entry
+            for entry, _ in reversed(waiting)
+            if isinstance(entry, Impression) and entry.user_id == user_id and entry.timestamp >= since
+        ]
+
     def flush(self) -> None:
         """Writes all that waits now, or raises what came of it and keeps it: a StoreError, unless an entry is bad."""
         with self._writing:
@@ -75,6 +89,7 @@ class DeferredWrites:
                 except Exception:
                     self._put_back(batch)
                     raise
+                self._batch = ()
 
     def close(self) -> None:
         """Writes what waits, or counts it as dropped when that fails."""
@@ -110,17 +125,19 @@ class DeferredWrites:
                     logger.error("impressions and states wait for the store", exc_info=error)
                 self._failing = True
 
-    def _take(self, most: int) -> list[_Waiting]:
+    def _take(self, most: int) -> Sequence[_Waiting]:
         """The next batch, without what waited for too long; empty when nothing waits."""
         with self._changed:
             while self._waiting and time.monotonic() - self._waiting[0].since > LONGEST_WAIT_S:
                 self._waiting.popleft()
                 self.dropped_count += 1
-            return [self._waiting.popleft() for _ in range(min(DEFERRED_BATCH, most, len(self._waiting)))]
+            self._batch = [self._waiting.popleft() for _ in range(min(DEFERRED_BATCH, most, len(self._waiting)))]
+            return self._batch
 
     def _put_back(self, batch: Sequence[_Waiting]) -> None:
         with self._changed:
             self._waiting.extendleft(reversed(batch))
+            self._batch = ()
 
     def _write_batch(self, batch: Sequence[_Waiting]) -> None:
         self._write(
@@ -175,6 +192,16 @@ class DeferringStore(EventStore):
 
     def save_states(self, states: Sequence[SpilledState]) -> None:
         self._deferred.add(states)
+
+    def shown_items(self, user_id: str, since: int, most: int) -> list[str]:
+        # First: what is written meanwhile is found there.
+        waiting = [one.item_ids for one in self._deferred.impressions(user_id, since)]
+        slates = [*waiting, *self._stored_slates(user_id, since)][:MOST_SLATES]
+        return list(islice(dict.fromkeys(chain.from_iterable(slates)), most))
+
+    @abstractmethod
+    def _stored_slates(self, user_id: str, since: int) -> list[Sequence[str]]:
+        """The items of a user's newest `MOST_SLATES` written impressions from a timestamp on, newest first."""
 
     @property
     def dropped_count(self) -> int:

@@ -1,12 +1,13 @@
 """What the stores in SQL databases have in common: reading a user's events by arrival, and the whole log in parts."""
 
+import json
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, LiteralString, NamedTuple
 
 from serve.model.events import Event
-from serve.stores.base import MOST_EVENTS, Changes, Impression, SpilledState, UserEvent
+from serve.stores.base import MOST_EVENTS, MOST_SLATES, Changes, Impression, SpilledState, UserEvent
 from serve.stores.counters import Counter, add_events
 from serve.stores.deferred import DeferringStore
 from serve.stores.rows import event_of_row, impression_of_row
@@ -30,6 +31,8 @@ class Queries(NamedTuple):
     listed: tuple[LiteralString, LiteralString]
     """Arrival and the columns of `UserEvent`, newest first: of events that are not neutral, and of those that are
     (user, timestamp and arrival that come after, limit)."""
+    slates: LiteralString
+    """The item ids of a user's impressions, newest first (user, first timestamp, limit)."""
     state: LiteralString
     """The columns of `SpilledState` (user, model version)."""
     events: LiteralString
@@ -77,6 +80,9 @@ class SqlStore(DeferringStore):
         events = [(row[0], event_of_row(row[1:])) for row in rows]
         events.sort(key=lambda row: (row[1].event.timestamp, row[0]), reverse=True)
         return events[:most]
+
+    def _stored_slates(self, user_id: str, since: int) -> list[Sequence[str]]:
+        return [json.loads(items) for (items,) in self._read(self._queries.slates, user_id, since, MOST_SLATES)]
 
     def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
         rows = self._read(self._queries.state, user_id, model_version)

@@ -11,7 +11,7 @@ does not say which events came late.
 
 Request options: with a filter, `seen` or reserved places for new items, a request may have ranked other items than the
 model alone would have. The server notes which of these options were set, but not their values. The propensities cannot
-be computed again without them, so these slates are left out.
+be computed again without them, so these slates are left out. What `not_shown_within` excluded is noted.
 
 Only positive events count, as history and as responses. A slate's `excluded_item_ids` include the items that the user
 disliked.
@@ -44,6 +44,8 @@ from jaxrec.rl.served.trends import ArrivedEvents, Moment
 APPLICATION_ID = 0x6A787263
 STORE_VERSION = 7
 NEW_ITEM_SLOTS = "new_item_slots"
+# What it excluded is noted as excluded items.
+NOT_SHOWN_WITHIN = "not_shown_within"
 QUANTILE = 0.99  # of the responses: by when the log ends, and within which window they come by default
 
 # Why a recommendation cannot be learned from.
@@ -266,12 +268,13 @@ def _quantile(values: np.ndarray) -> int:
 
 def _unusable(one: _Shown, index: Mapping[str, int]) -> str:
     """Why never to learn from a recommendation, whatever its user did; empty: there is no reason."""
+    options = [option for option in one.options if option != NOT_SHOWN_WITHIN]
     # Without propensities, but a server with --explore has none here either.
-    if NEW_ITEM_SLOTS in one.options or (one.options and not one.slate):
+    if NEW_ITEM_SLOTS in options or (options and not one.slate):
         return OPTIONS
     if not one.log_propensities or not one.slate:
         return DETERMINISTIC
-    if one.options:
+    if options:
         return OPTIONS
     if one.temperature is None:
         return UNNOTED

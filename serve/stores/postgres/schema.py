@@ -97,6 +97,10 @@ QUERIES = Queries(
         " ORDER BY timestamp DESC, arrival DESC LIMIT %s"
     ),
     listed=(_LISTED.format("<>"), _LISTED.format("=")),
+    slates=(
+        "SELECT item_ids FROM jaxrec.shown WHERE user_id = %s AND timestamp >= %s"
+        " ORDER BY timestamp DESC, number DESC LIMIT %s"
+    ),
     state="SELECT * FROM jaxrec.states WHERE user_id = %s AND model_version = %s",
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM jaxrec.events WHERE arrival > %s ORDER BY arrival LIMIT %s"),
     impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM jaxrec.shown WHERE number > %s ORDER BY number LIMIT %s",

@@ -36,6 +36,7 @@ from serve.stores.base import (
     DELETION_S,
     MOST_EVENTS,
     MOST_MERGED,
+    MOST_SLATES,
     Changes,
     Deleted,
     Impression,
@@ -197,6 +198,12 @@ class RedisStore(DeferringStore):
             found += [user_event(user_id, value) for value in values]
             found = heapq.nlargest(most, (one for one in found if before is None or place(one) < before), key=place)
         return found
+
+    def _stored_slates(self, user_id: str, since: int) -> list[Sequence[str]]:
+        """Of the impressions that were logged last."""
+        values: list[Any] = self._read(lambda: self._redis.lrange(f"jaxrec:shown:{user_id}", -MOST_SLATES, -1))
+        slates = [one for one in (impression_of(value, user_id) for value in values) if one.timestamp >= since]
+        return [one.item_ids for one in sorted(reversed(slates), key=lambda one: -one.timestamp)]
 
     def delete_events(self, user_id: str, event_ids: Sequence[str]) -> int:
         asked, deleted = set(event_ids), -1

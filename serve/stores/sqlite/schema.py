@@ -106,6 +106,9 @@ QUERIES = Queries(
         " ORDER BY timestamp DESC, arrival DESC LIMIT ?"
     ),
     listed=(_LISTED.format("history", "<>"), _LISTED.format("neutral", "=")),
+    slates=(
+        "SELECT item_ids FROM shown WHERE user_id = ? AND timestamp >= ? ORDER BY timestamp DESC, number DESC LIMIT ?"
+    ),
     state="SELECT * FROM states WHERE user_id = ? AND model_version = ?",
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM events WHERE arrival > ? ORDER BY arrival LIMIT ?"),
     impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM shown WHERE number > ? ORDER BY number LIMIT ?",

@@ -405,12 +405,14 @@ def test_what_was_not_drawn_is_counted_as_that_with_request_options_too(
             (("filter",), (item,), (-1.0,)),
             (("filter",), (), ()),
             (("filter", "new_item_slots"), (item,), ()),
+            (("not_shown_within",), (item,), ()),
+            (("not_shown_within", "filter"), (item,), (-1.0,)),
         ]
         for at, (options, slate, log_propensities) in enumerate(cases):
             one = Impression(f"{at}", "ada", slate, log_propensities, "reinforce", "v", START + 1)
             store.log_impression(one._replace(temperature=1.0, request_options=options))
     log = read_served_log(path, small_data.catalog)
-    assert log.skipped == {DETERMINISTIC: 1, OPTIONS: 3}
+    assert log.skipped == {DETERMINISTIC: 2, OPTIONS: 4}
 
 
 def test_what_a_real_server_read_within_the_second_is_reproduced(

@@ -106,6 +106,12 @@ RECOMMEND = [
     (RecommendRequest(user_id="u", k=3, new_item_slots=4), "new_item_slots: expected 0 to k, which is 3, came 4"),
     (RecommendRequest(user_id="u", new_item_slots=11), "new_item_slots: expected 0 to k, which is 10, came 11"),
     (RecommendRequest(user_id="u", new_item_slots=-1), "new_item_slots: expected 0 to k, which is 10, came -1"),
+    (RecommendRequest(user_id="u", not_shown_within=-1), "not_shown_within: expected 0 to 2678400 seconds, came -1"),
+    (RecommendRequest(user_id="u", not_shown_within=2_678_401), "not_shown_within: expected 0 to 2678400 seconds"),
+    (
+        RecommendRequest(history=History(), not_shown_within=1),
+        "not_shown_within: expected user_id with it, came a history",
+    ),
     *((RecommendRequest(user_id="u", filter=asked), message) for asked, message in FILTERS),
     (
         RecommendRequest(user_id="u", filter=ItemFilter(allow_item_ids=["1", "2"]), exclude_item_ids=["2", "3", "1"]),

@@ -11,7 +11,7 @@ import redis
 
 from serve.model.events import Event
 from serve.stores import open_store
-from serve.stores.base import Changes, Deleted, EventStore, SpilledState, TooManyToMerge, UserEvent
+from serve.stores.base import Changes, Deleted, EventStore, Impression, SpilledState, TooManyToMerge, UserEvent
 from tests.serve.stores.counting import assert_counts, at, seed_of, sums
 from tests.serve.stores.impressions import impressions_of, log_now
 from tests.serve.stores.test_stores import (  # noqa: F401
@@ -279,3 +279,30 @@ def test_any_order_of_calls_is_that_of_a_plain_model(location: str) -> None:  # 
                 assert (opened.revision(user) == 0) == (not own)
     finally:
         opened.close()
+
+
+def test_shown_items_are_found_newest_first_also_those_that_wait(
+    store: EventStore,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def shown(name: str, timestamp: int, *items: str, user_id: str = "u") -> Impression:
+        return IMPRESSION._replace(recommendation_id=name, timestamp=timestamp, item_ids=items, user_id=user_id)
+
+    log_now(store, shown("1", 10, "a", "b"))
+    log_now(store, shown("2", 20, "c", "a"))
+    log_now(store, shown("v", 20, "v", user_id="v"))
+    store.log_impression(shown("3", 20, "d"))
+    store.log_impression(shown("4", 5, "e"))
+    store.log_impression(shown("w", 30, "w", user_id="w"))
+    assert store.shown_items("u", 10, 99) == ["d", "c", "a", "b"]
+    store.flush()
+    assert store.shown_items("u", 10, 99) == ["d", "c", "a", "b"]
+    assert store.shown_items("u", 11, 99) == ["d", "c", "a"]
+    assert store.shown_items("u", 0, 99) == ["d", "c", "a", "b", "e"]
+    assert store.shown_items("u", 0, 2) == ["d", "c"]
+    assert store.shown_items("u", 21, 99) == store.shown_items("nobody", 0, 99) == []
+    for module in ("deferred", "sql", "redis.store"):
+        monkeypatch.setattr(f"serve.stores.{module}.MOST_SLATES", 2)
+    found = store.shown_items("u", 0, 99)
+    # Redis has them in the order in which they were logged.
+    assert found in (["d", "c", "a"], ["d", "e"])
