@@ -16,8 +16,11 @@ from serve.api.rules import (
     MAX_BATCH_ITEMS,
     MAX_DELETED_EVENTS,
     MAX_HISTORY_EVENTS,
+    MAX_IMPRESSIONS,
     MAX_K,
     MAX_NOT_SHOWN_S,
+    MAX_POSITION,
+    MAX_RECOMMENDATION_ID_LENGTH,
     MAX_RECORDED_EVENTS,
     MAX_TAGS,
     check_event_time,
@@ -36,7 +39,7 @@ from serve.model.explain import Explanation
 from serve.model.ranking.engine import Ranking
 from serve.model.recommender import NoNewItems, Query, Recommender
 from serve.pb import recommender_pb2 as pb
-from serve.stores.base import UserEvent
+from serve.stores.base import ShownItem, UserEvent
 
 _SCORE = struct.Struct("<f")
 
@@ -144,6 +147,28 @@ def decode_user_events(
         except InvalidRequest as error:
             raise error.within(f"events[{at}]") from error
     return events
+
+
+def decode_impressions(request: pb.RecordImpressionsRequest) -> list[ShownItem]:
+    """The items that were shown."""
+    check_length("impressions", request.impressions, MAX_IMPRESSIONS)
+    latest, items = latest_time(), []
+    for at, one in enumerate(request.impressions):
+        try:
+            check_id("recommendation_id", one.recommendation_id)
+            if len(one.recommendation_id) > MAX_RECOMMENDATION_ID_LENGTH:
+                expected = f"an id of 1 to {MAX_RECOMMENDATION_ID_LENGTH} characters"
+                raise InvalidRequest("recommendation_id", expected, f"{len(one.recommendation_id)} characters")
+            if one.user_id:
+                check_id("user_id", one.user_id)
+            check_id("item_id", one.item_id)
+            if not 0 <= one.position <= MAX_POSITION:
+                raise InvalidRequest("position", f"1 to {MAX_POSITION}, or 0 for not known", one.position)
+            check_event_time("timestamp", one.timestamp, latest)
+        except InvalidRequest as error:
+            raise error.within(f"impressions[{at}]") from error
+        items.append(ShownItem(one.recommendation_id, one.item_id, one.user_id or None, one.position, one.timestamp))
+    return items
 
 
 def decode_event_ids(request: pb.DeleteEventsRequest) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any
 from serve.api.codec import (
     decode_batch,
     decode_event_ids,
+    decode_impressions,
     decode_query,
     decode_user_events,
     encode_answer,
@@ -48,6 +49,11 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         scale = self._models.version("").model.info.rating_scale
         events = decode_user_events(request, scale, self._event_types)
         return pb.RecordEventsResponse(**self._service.record(events)._asdict())
+
+    def RecordImpressions(self, request: pb.RecordImpressionsRequest, context: Any) -> pb.RecordImpressionsResponse:
+        items = decode_impressions(request)
+        recorded = self._service.record_shown(items)
+        return pb.RecordImpressionsResponse(recorded_count=recorded, duplicate_count=len(items) - recorded)
 
     def GetUserProfile(self, request: pb.GetUserProfileRequest, context: Any) -> pb.GetUserProfileResponse:
         check_id("user_id", request.user_id)

@@ -14,7 +14,7 @@ from serve.model.profile import GenrePreference, genre_preferences
 from serve.model.recommender import Answer, Query, Recommender
 from serve.observability.metrics import Metrics
 from serve.serving.loaded import LoadedModel, Models
-from serve.stores.base import Deleted, EventStore, Impression, UserEvent
+from serve.stores.base import Deleted, EventStore, Impression, ShownItem, UserEvent
 
 MOST_NOT_SHOWN = 10_000
 """Items that `not_shown_within` excludes from an answer."""
@@ -135,6 +135,10 @@ class RecommenderService:
         self._metrics.recorded(len(recorded), duplicates, sum(new.recommendation_id is not None for new in recorded))
         self._metrics.events(len(recorded) - unknown, unknown)
         return Recorded(len(recorded), duplicates, unknown)
+
+    def record_shown(self, items: Sequence[ShownItem]) -> int:
+        """Stores which items were shown; how many are new."""
+        return self._store.record_shown(items)
 
     def profile(self, user_id: str) -> Profile:
         """What is stored of a user; raises UnknownUser."""

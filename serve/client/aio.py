@@ -19,6 +19,7 @@ from serve.pb.recommender_pb2 import (
     RecommendRequest,
     RecommendResponse,
     RecordEventsResponse,
+    RecordImpressionsResponse,
     SimilarItemsResponse,
 )
 
@@ -34,6 +35,7 @@ class AsyncRecommenderClient(
         Awaitable[ListEventsResponse],
         Awaitable[DeleteEventsResponse],
         Awaitable[MergeUsersResponse],
+        Awaitable[RecordImpressionsResponse],
     ]
 ):
     """As `RecommenderClient`, with every call awaited. Close it, or use `async with`."""

@@ -15,11 +15,13 @@ from serve.pb.recommender_pb2 import (
     GetModelInfoRequest,
     GetUserProfileRequest,
     History,
+    Impression,
     ItemFilter,
     ListEventsRequest,
     MergeUsersRequest,
     RecommendRequest,
     RecordEventsRequest,
+    RecordImpressionsRequest,
     Seen,
     SimilarItemsRequest,
     UserEvent,
@@ -37,6 +39,7 @@ Info = TypeVar("Info")
 Listed = TypeVar("Listed")
 DeletedEvents = TypeVar("DeletedEvents")
 Merged = TypeVar("Merged")
+Shown = TypeVar("Shown")
 
 
 def recommend_request(
@@ -88,7 +91,9 @@ def recommend_request(
     return request
 
 
-class Requests(ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, Info, Listed, DeletedEvents, Merged]):
+class Requests(
+    ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, Info, Listed, DeletedEvents, Merged, Shown]
+):
     """A connection to one server. The types are those of the answers, or of what is awaited for them."""
 
     def __init__(self, server: str | Connection, timeout_s: float = 5.0) -> None:
@@ -141,6 +146,10 @@ class Requests(ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, In
     def record_events(self, events: Iterable[UserEvent]) -> Recorded:
         """Stores events; they are on the server's disk when the answer comes. Event ids that it knows are skipped."""
         return self._call(self._stub.RecordEvents, RecordEventsRequest(events=events))
+
+    def record_impressions(self, impressions: Iterable[Impression]) -> Shown:
+        """Notes which items of answers were really shown, at most 1,000. Those that the server knows are skipped."""
+        return self._call(self._stub.RecordImpressions, RecordImpressionsRequest(impressions=impressions))
 
     def get_user_profile(self, user_id: str, limit: int = 10) -> Profile:
         """The last `limit` events (1 to 1000) and the genre preferences of a stored user."""

@@ -15,6 +15,7 @@ from serve.pb.recommender_pb2 import (
     RecommendRequest,
     RecommendResponse,
     RecordEventsResponse,
+    RecordImpressionsResponse,
     SimilarItemsResponse,
 )
 
@@ -30,6 +31,7 @@ class RecommenderClient(
         ListEventsResponse,
         DeleteEventsResponse,
         MergeUsersResponse,
+        RecordImpressionsResponse,
     ]
 ):
     """A connection to one server, to be shared between threads. Close it, or use it in a `with` statement.

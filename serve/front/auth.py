@@ -1,8 +1,8 @@
 """Who may call what: bearer tokens with rights.
 
-The rights are `read` (recommend, look things up), `write` (record events), `users` (forget users and events, merge
-users) and `admin` (models). Health checks need none. A method that is in no table needs `admin`. Without tokens, every
-caller may do everything.
+The rights are `read` (recommend, look things up), `write` (record events and impressions), `users` (forget users and
+events, merge users) and `admin` (models). Health checks need none. A method that is in no table needs `admin`. Without
+tokens, every caller may do everything.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ NEEDED: Mapping[str, str | None] = {
     "": "admin",
     RECOMMENDER: "read",
     f"{RECOMMENDER}RecordEvents": "write",
+    f"{RECOMMENDER}RecordImpressions": "write",
     f"{RECOMMENDER}DeleteUser": "users",
     f"{RECOMMENDER}DeleteEvents": "users",
     f"{RECOMMENDER}MergeUsers": "users",

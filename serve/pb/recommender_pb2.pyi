@@ -661,6 +661,98 @@ class RecordEventsResponse(_message.Message):
 Global___RecordEventsResponse: _TypeAlias = RecordEventsResponse  # noqa: Y015
 
 @_typing.final
+class Impression(_message.Message):
+    """One item of an answer that was shown."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECOMMENDATION_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    TIMESTAMP_FIELD_NUMBER: _builtins.int
+    recommendation_id: _builtins.str
+    """Required: `RecommendResponse.recommendation_id`, at most 64 characters."""
+    user_id: _builtins.str
+    """The user of the request. Empty: the history was sent along."""
+    item_id: _builtins.str
+    """Required: an item of the answer."""
+    position: _builtins.int
+    """Where it was shown, 1 to 100,000; 1 is the first place. 0: not known, and it is taken
+    to be in the order of the answer.
+    """
+    timestamp: _builtins.int
+    """Required: when it was shown, in seconds."""
+    def __init__(
+        self,
+        *,
+        recommendation_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        item_id: _builtins.str = ...,
+        position: _builtins.int = ...,
+        timestamp: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "position", b"position", "recommendation_id", b"recommendation_id", "timestamp", b"timestamp", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Impression: _TypeAlias = Impression  # noqa: Y015
+
+@_typing.final
+class RecordImpressionsRequest(_message.Message):
+    """Items that were shown."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMPRESSIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def impressions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Impression]:
+        """All are checked before any is stored: one bad impression and none is stored. Empty:
+        nothing to do. At most 1,000.
+        """
+
+    def __init__(
+        self,
+        *,
+        impressions: _abc.Iterable[Global___Impression] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["impressions", b"impressions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordImpressionsRequest: _TypeAlias = RecordImpressionsRequest  # noqa: Y015
+
+@_typing.final
+class RecordImpressionsResponse(_message.Message):
+    """Each impression of the request is either recorded or a duplicate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORDED_COUNT_FIELD_NUMBER: _builtins.int
+    DUPLICATE_COUNT_FIELD_NUMBER: _builtins.int
+    recorded_count: _builtins.int
+    """Impressions that are new and now on disk."""
+    duplicate_count: _builtins.int
+    """Impressions that were stored before, or came earlier in the same request."""
+    def __init__(
+        self,
+        *,
+        recorded_count: _builtins.int = ...,
+        duplicate_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duplicate_count", b"duplicate_count", "recorded_count", b"recorded_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordImpressionsResponse: _TypeAlias = RecordImpressionsResponse  # noqa: Y015
+
+@_typing.final
 class GetUserProfileRequest(_message.Message):
     """A question for what is stored of a user."""
 

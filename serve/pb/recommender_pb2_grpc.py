@@ -59,6 +59,11 @@ class RecommenderStub:
                 request_serializer=serve_dot_pb_dot_recommender__pb2.RecordEventsRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_recommender__pb2.RecordEventsResponse.FromString,
                 _registered_method=True)
+        self.RecordImpressions = channel.unary_unary(
+                '/jaxrec.v1.Recommender/RecordImpressions',
+                request_serializer=serve_dot_pb_dot_recommender__pb2.RecordImpressionsRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_recommender__pb2.RecordImpressionsResponse.FromString,
+                _registered_method=True)
         self.GetUserProfile = channel.unary_unary(
                 '/jaxrec.v1.Recommender/GetUserProfile',
                 request_serializer=serve_dot_pb_dot_recommender__pb2.GetUserProfileRequest.SerializeToString,
@@ -129,6 +134,15 @@ class RecommenderServicer:
         on disk. Safe to repeat: an event id counts once, whoever sends it again.
         All events are kept, but of a user with more than 10,000 that are not neutral the
         newest 10,000 by their time are the history; older ones may be recommended again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RecordImpressions(self, request, context):
+        """Notes which items of answers the user really had before the eyes, for learning from
+        the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
+        recommendation counts once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -209,6 +223,11 @@ def add_RecommenderServicer_to_server(servicer, server):
                     servicer.RecordEvents,
                     request_deserializer=serve_dot_pb_dot_recommender__pb2.RecordEventsRequest.FromString,
                     response_serializer=serve_dot_pb_dot_recommender__pb2.RecordEventsResponse.SerializeToString,
+            ),
+            'RecordImpressions': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordImpressions,
+                    request_deserializer=serve_dot_pb_dot_recommender__pb2.RecordImpressionsRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_recommender__pb2.RecordImpressionsResponse.SerializeToString,
             ),
             'GetUserProfile': grpc.unary_unary_rpc_method_handler(
                     servicer.GetUserProfile,
@@ -337,6 +356,33 @@ class Recommender:
             '/jaxrec.v1.Recommender/RecordEvents',
             serve_dot_pb_dot_recommender__pb2.RecordEventsRequest.SerializeToString,
             serve_dot_pb_dot_recommender__pb2.RecordEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordImpressions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxrec.v1.Recommender/RecordImpressions',
+            serve_dot_pb_dot_recommender__pb2.RecordImpressionsRequest.SerializeToString,
+            serve_dot_pb_dot_recommender__pb2.RecordImpressionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -55,6 +55,11 @@ class RecommenderStub:
     All events are kept, but of a user with more than 10,000 that are not neutral the
     newest 10,000 by their time are the history; older ones may be recommended again.
     """
+    RecordImpressions: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.RecordImpressionsRequest, _recommender_pb2.RecordImpressionsResponse]
+    """Notes which items of answers the user really had before the eyes, for learning from
+    the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
+    recommendation counts once.
+    """
     GetUserProfile: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.GetUserProfileRequest, _recommender_pb2.GetUserProfileResponse]
     """What a stored user watched and which genres the user prefers. A user without
     events is NOT_FOUND.
@@ -110,6 +115,11 @@ class RecommenderAsyncStub(RecommenderStub):
     on disk. Safe to repeat: an event id counts once, whoever sends it again.
     All events are kept, but of a user with more than 10,000 that are not neutral the
     newest 10,000 by their time are the history; older ones may be recommended again.
+    """
+    RecordImpressions: _aio.UnaryUnaryMultiCallable[_recommender_pb2.RecordImpressionsRequest, _recommender_pb2.RecordImpressionsResponse]  # type: ignore[assignment]
+    """Notes which items of answers the user really had before the eyes, for learning from
+    the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
+    recommendation counts once.
     """
     GetUserProfile: _aio.UnaryUnaryMultiCallable[_recommender_pb2.GetUserProfileRequest, _recommender_pb2.GetUserProfileResponse]  # type: ignore[assignment]
     """What a stored user watched and which genres the user prefers. A user without
@@ -181,6 +191,17 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
         on disk. Safe to repeat: an event id counts once, whoever sends it again.
         All events are kept, but of a user with more than 10,000 that are not neutral the
         newest 10,000 by their time are the history; older ones may be recommended again.
+        """
+
+    @_abc_1.abstractmethod
+    def RecordImpressions(
+        self,
+        request: _recommender_pb2.RecordImpressionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommender_pb2.RecordImpressionsResponse, _abc.Awaitable[_recommender_pb2.RecordImpressionsResponse]]:
+        """Notes which items of answers the user really had before the eyes, for learning from
+        the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
+        recommendation counts once.
         """
 
     @_abc_1.abstractmethod

@@ -84,8 +84,21 @@ class Impression(NamedTuple):
     None: the counts were those of the model's export alone, or `trend_time` is None."""
     request_options: tuple[str, ...] = ()
     """Which of `filter`, `seen`, `new_item_slots` and `not_shown_within` the request set to something else than the
-    model does by itself. The values of the first three are not noted, so the propensities cannot be computed again. What
-    the last one excluded is in `excluded_item_ids`."""
+    model does by itself. The values of the first three are not noted, so the propensities cannot be computed again.
+    What the last one excluded is in `excluded_item_ids`."""
+
+
+class ShownItem(NamedTuple):
+    """An item of a recommendation that the user really had before the eyes, as a client says."""
+
+    recommendation_id: str
+    item_id: str
+    user_id: str | None
+    """None: the history came with the request."""
+    position: int
+    """From 1 on, as it was shown; 0: not known."""
+    timestamp: int
+    """When, in seconds since 1970-01-01T00:00Z."""
 
 
 class Changes(NamedTuple):
@@ -181,6 +194,21 @@ class EventStore(ABC):
             impression: What was recommended.
             started: When the request began, by `time.monotonic()`; None: now.
         """
+
+    @abstractmethod
+    def record_shown(self, items: Sequence[ShownItem]) -> int:
+        """Stores which items were shown, all or none; on disk on return. An item of a recommendation counts once.
+
+        Args:
+            items: Whether their recommendations are logged does not matter.
+
+        Returns:
+            How many are new.
+        """
+
+    @abstractmethod
+    def all_shown(self) -> Iterator[Sequence[ShownItem]]:
+        """Every item that was recorded as shown, in parts and in no order."""
 
     @abstractmethod
     def save_states(self, states: Sequence[SpilledState]) -> None:

@@ -20,6 +20,7 @@ from serve.stores.sqlite.schema import (
     FILL_USERS,
     IMPRESSION_VALUES,
     INSERT_IMPRESSION,
+    INSERT_SHOWN_ITEM,
     has,
 )
 from serve.stores.sqlite.store import SQLiteStore
@@ -93,6 +94,9 @@ def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> C
                 [impression_row(one) for one in impressions],
             )
             progress(len(impressions))
+        for shown in store.all_shown():
+            connection.executemany(INSERT_SHOWN_ITEM, shown)
+            progress(len(shown))
         for events in store.all_events():
             connection.executemany(
                 f"INSERT OR IGNORE INTO events (arrival, {EVENT_COLUMNS}) VALUES (?, {EVENT_VALUES})",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from serve.model.events import Event
-from serve.stores.base import Impression, UserEvent, digest
+from serve.stores.base import Impression, ShownItem, UserEvent, digest
 
 
 class Started(NamedTuple):
@@ -53,6 +53,7 @@ def event_of_row(row: Sequence[Any]) -> UserEvent:
     return UserEvent(row[0], row[1], Event(*row[2:6]), *row[6:9])
 
 
+SHOWN_ITEM_COLUMNS = ", ".join(ShownItem._fields)
 IMPRESSION_COLUMNS = (
     "recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp, temperature,"
     " request_time, excluded_item_ids, trend_time, trend_arrival, request_options"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, LiteralString, NamedTuple
 
 from serve.model.events import Event
-from serve.stores.base import MOST_EVENTS, MOST_SLATES, Changes, Impression, SpilledState, UserEvent
+from serve.stores.base import MOST_EVENTS, MOST_SLATES, Changes, Impression, ShownItem, SpilledState, UserEvent
 from serve.stores.counters import Counter, add_events
 from serve.stores.deferred import DeferringStore
 from serve.stores.rows import event_of_row, impression_of_row
@@ -39,6 +39,8 @@ class Queries(NamedTuple):
     """Arrival and the columns of `UserEvent` in order of arrival (arrival before the first, limit)."""
     impressions: LiteralString
     """Number and IMPRESSION_COLUMNS in order of numbers (number before the first, limit)."""
+    shown_items: LiteralString
+    """The columns of `ShownItem` in order (recommendation and item that come before, limit)."""
     times: LiteralString
     """Item and timestamp (arrival before the first, last arrival, timestamp before the first)."""
     counted_until: LiteralString
@@ -95,6 +97,12 @@ class SqlStore(DeferringStore):
     def all_impressions(self) -> Iterator[Sequence[Impression]]:
         for rows in self._parts(self._queries.impressions):
             yield [impression_of_row(row[1:]) for row in rows]
+
+    def all_shown(self) -> Iterator[Sequence[ShownItem]]:
+        last = ("", "")
+        while rows := self._read(self._queries.shown_items, *last, COPIED_AT_ONCE):
+            yield [ShownItem(*row) for row in rows]
+            last = rows[-1][:2]
 
     def counted_until(self) -> int | None:
         ((until,),) = self._read(self._queries.counted_until)

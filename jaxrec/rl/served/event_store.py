@@ -16,6 +16,12 @@ be computed again without them, so these slates are left out. What `not_shown_wi
 Only positive events count, as history and as responses. A slate's `excluded_item_ids` include the items that the user
 disliked.
 
+Impressions: if a client recorded which items of a slate were shown, the slate counts as far as that. If they are the
+first ones of the slate in its order, the slate is cut after them: the propensities of the items that are left do not
+depend on those below, so they stay exact, and an item that was not shown has neither propensity nor reward. Other
+slates with impressions are left out: the chance that just these items were shown is not known. A slate without
+impressions counts as a whole.
+
 Responses: an event is a response to the recommendation that it names if it comes within the attribution window, by the
 event's own clock; an event before the recommendation counts as immediate. Later ones are still history of the
 recommendations after them. A recommendation less than the window before the log's end is left out, since responses may
@@ -54,6 +60,7 @@ DETERMINISTIC = "shown without drawing (no propensities)"
 OPTIONS = "ranked with options of the request (filter, seen, new_item_slots)"
 UNNOTED = "logged before servers noted their temperature"
 UNKNOWN_ITEM = "with an item that the run does not know"
+SHOWN_OTHERWISE = "shown in another order, or with gaps"
 NO_HISTORY = "to users without a known event"
 STILL_OPEN = "whose responses may still come"
 
@@ -87,6 +94,8 @@ class _Shown(NamedTuple):
     log_propensities: list[float]
     excluded: list[str]
     options: list[str]
+    as_shown: bool = True
+    """False: what a client recorded as shown is not the beginning of the slate."""
 
 
 class _UserEvents(NamedTuple):
@@ -158,7 +167,9 @@ def _read_log(connection: sqlite3.Connection, index: Mapping[str, int], attribut
     versions: dict[str, int] = {}
     moments: dict[Moment, int] = {}
     writer = RecommendationsWriter()
-    for user_id, of_user in _shown_by_user(connection):
+    for user_id, of_slates in _shown_by_user(connection):
+        shown = _shown_items(connection, user_id)
+        of_user = [_as_shown(one, shown.get(one.recommendation_id)) for one in of_slates]
         events = _read_events(connection, user_id, of_user, index)
         first = None
         for place, one in enumerate(of_user):
@@ -226,7 +237,30 @@ def _shown_by_user(connection: sqlite3.Connection) -> Iterator[tuple[str, list[_
 
 def _shown(row: Sequence[Any]) -> _Shown:
     moment = None if row[6] is None else Moment(row[6], row[7])
-    return _Shown._make((*row[:6], moment, *(json.loads(column) for column in row[8:])))
+    return _Shown._make((*row[:6], moment, *(json.loads(column) for column in row[8:]), True))
+
+
+def _shown_items(connection: sqlite3.Connection, user_id: str) -> dict[str, list[tuple[int, str]]]:
+    """Positions and items that clients recorded as shown to a user, by recommendation."""
+    rows = connection.execute(
+        "SELECT recommendation_id, position, item_id FROM shown_items WHERE user_id = ?", (user_id,)
+    )
+    found: dict[str, list[tuple[int, str]]] = {}
+    for name, position, item in rows:
+        found.setdefault(name, []).append((position, item))
+    return found
+
+
+def _as_shown(one: _Shown, shown: list[tuple[int, str]] | None) -> _Shown:
+    """The slate cut to what was shown of it; None: nothing was recorded."""
+    if shown is None:
+        return one
+    first, items = one.slate[: len(shown)], [item for position, item in sorted(shown) if position]
+    # Those without a position are taken to be in the order of the slate.
+    in_order = not items or items == [item for item in first if item in set(items)]
+    if {item for _, item in shown} != set(first) or not in_order:
+        return one._replace(as_shown=False)
+    return one._replace(slate=first, log_propensities=one.log_propensities[: len(first)])
 
 
 def _read_events(
@@ -276,6 +310,8 @@ def _unusable(one: _Shown, index: Mapping[str, int]) -> str:
         return DETERMINISTIC
     if options:
         return OPTIONS
+    if not one.as_shown:
+        return SHOWN_OTHERWISE
     if one.temperature is None:
         return UNNOTED
     return "" if all(item in index for item in one.slate) else UNKNOWN_ITEM

@@ -6,7 +6,7 @@ import psycopg
 
 from serve.stores.base import StoreError
 from serve.stores.postgres.counters import COUNTED_UNTIL, COUNTERS_SCHEMA, TIMES
-from serve.stores.rows import EVENT_COLUMNS, IMPRESSION_COLUMNS
+from serve.stores.rows import EVENT_COLUMNS, IMPRESSION_COLUMNS, SHOWN_ITEM_COLUMNS
 from serve.stores.sql import Queries
 
 SCHEMA_VERSION = 6
@@ -65,6 +65,15 @@ SCHEMA: tuple[LiteralString, ...] = (
     """DELETE FROM jaxrec.shown AS later USING jaxrec.shown AS earlier
         WHERE later.recommendation_id = earlier.recommendation_id AND later.number > earlier.number""",
     "CREATE UNIQUE INDEX IF NOT EXISTS shown_once ON jaxrec.shown (recommendation_id)",
+    """CREATE TABLE IF NOT EXISTS jaxrec.shown_items (
+        recommendation_id text NOT NULL,
+        item_id text NOT NULL,
+        user_id text,
+        position bigint NOT NULL,
+        timestamp bigint NOT NULL,
+        PRIMARY KEY (recommendation_id, item_id)
+    )""",
+    "CREATE INDEX IF NOT EXISTS shown_items_to ON jaxrec.shown_items (user_id)",
     """CREATE TABLE IF NOT EXISTS jaxrec.deletions (
         digest text PRIMARY KEY,
         time timestamptz NOT NULL
@@ -104,6 +113,10 @@ QUERIES = Queries(
     state="SELECT * FROM jaxrec.states WHERE user_id = %s AND model_version = %s",
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM jaxrec.events WHERE arrival > %s ORDER BY arrival LIMIT %s"),
     impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM jaxrec.shown WHERE number > %s ORDER BY number LIMIT %s",
+    shown_items=(
+        f"SELECT {SHOWN_ITEM_COLUMNS} FROM jaxrec.shown_items WHERE (recommendation_id, item_id) > (%s, %s)"
+        " ORDER BY recommendation_id, item_id LIMIT %s"
+    ),
     times=TIMES,
     counted_until=COUNTED_UNTIL,
 )

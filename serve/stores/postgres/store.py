@@ -15,6 +15,7 @@ import psycopg
 from serve.stores.base import (
     Deleted,
     Impression,
+    ShownItem,
     SpilledState,
     StoreError,
     UserEvent,
@@ -27,6 +28,7 @@ from serve.stores.postgres.schema import DELETION_LOCK, QUERIES, prepare
 from serve.stores.rows import (
     EVENT_COLUMNS,
     IMPRESSION_COLUMNS,
+    SHOWN_ITEM_COLUMNS,
     Started,
     digests,
     event_row,
@@ -103,6 +105,18 @@ class PostgresStore(SqlStore):
             damaged = count_events(connection, recorded)
         self._damaged.log(damaged)
         return recorded
+
+    def record_shown(self, items: Sequence[ShownItem]) -> int:
+        if not items:
+            return 0
+        # In one order: two servers that insert the same don't wait for each other in a circle.
+        columns = [list(column) for column in zip(*sorted(items, key=lambda one: one[:2]), strict=True)]
+        with self._connection("cannot be written") as connection:
+            return connection.execute(
+                f"INSERT INTO jaxrec.shown_items ({SHOWN_ITEM_COLUMNS}) SELECT * FROM"
+                " unnest(%s::text[], %s::text[], %s::text[], %s::bigint[], %s::bigint[]) ON CONFLICT DO NOTHING",
+                columns,
+            ).rowcount
 
     def drop_states(self, keep_versions: Collection[str], most: int) -> int:
         with self._connection("cannot be written") as connection:

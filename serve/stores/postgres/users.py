@@ -19,6 +19,7 @@ def delete_user(connection: psycopg.Connection, user_id: str) -> Deleted:
     counts = [
         connection.execute(f"DELETE FROM jaxrec.{table} WHERE user_id = %s", [user_id]).rowcount for table in TABLES
     ]
+    connection.execute("DELETE FROM jaxrec.shown_items WHERE user_id = %s", [user_id])
     connection.execute("DELETE FROM jaxrec.states WHERE user_id = %s", [user_id])
     connection.execute("DELETE FROM jaxrec.users WHERE user_id = %s", [user_id])
     _note_deletion(connection, user_id)
@@ -52,6 +53,7 @@ def merge_users(connection: psycopg.Connection, source: str, target: str) -> Del
             for table in TABLES
         )
     )
+    connection.execute("UPDATE jaxrec.shown_items SET user_id = %s WHERE user_id = %s", [target, source])
     if moved.event_count:
         _begin_anew(connection, target)
     connection.execute("DELETE FROM jaxrec.states WHERE user_id = %s", [source])

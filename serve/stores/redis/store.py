@@ -7,7 +7,8 @@ script touches keys of several users.
 
 Keys, all below `jaxrec:`: `event_ids` (set), `revision` (counter), `user:ID` (hash of the first and last revision),
 `events:ID` (list in order of arrival), `shown:ID` and `shown` (lists), `shown_ids` (set of what is in them),
-`states:ID` (hash by model version), `states` (set of the IDs that have one, so that they can be found),
+`shown_items:ID` and `shown_items` (hashes by recommendation and item), `states:ID` (hash by model version), `states`
+(set of the IDs that have one, so that they can be found),
 `deletions` (sorted set of digests of deleted users by time), `deleted` (hash of lists `deleted:NUMBER`, what is left of
 long deleted lists, and of which set it has ids), `trend` (hash of the counters by item ID), `trend_changed` (sorted
 set of those IDs by the revision of the last change), `trend_until` (events after this time are counted); while a store
@@ -40,6 +41,7 @@ from serve.stores.base import (
     Changes,
     Deleted,
     Impression,
+    ShownItem,
     SpilledState,
     StoreError,
     TooManyToMerge,
@@ -59,8 +61,9 @@ from serve.stores.redis.scripts import (
     SEED_EVENTS,
 )
 from serve.stores.redis.server import check_server, keys
-from serve.stores.redis.user_scripts import DELETE_EVENTS, DELETE_USER, FORGET_REST, MERGE_USERS
+from serve.stores.redis.user_scripts import DELETE_EVENTS, DELETE_USER, FORGET_REST, MERGE_USERS, RECORD_SHOWN
 from serve.stores.redis.values import (
+    SHOWN_ITEMS,
     counter_of,
     decoded,
     event_value,
@@ -68,6 +71,8 @@ from serve.stores.redis.values import (
     impression_of,
     is_neutral,
     place,
+    shown_item,
+    shown_item_arguments,
     user_event,
 )
 from serve.stores.rows import Started
@@ -101,6 +106,7 @@ class RedisStore(DeferringStore):
         self._record = self._redis.register_script(RECORD)
         self._delete = self._redis.register_script(DELETE_USER)
         self._delete_events = self._redis.register_script(DELETE_EVENTS)
+        self._record_shown = self._redis.register_script(RECORD_SHOWN)
         self._merge = self._redis.register_script(MERGE_USERS)
         self._forget_rest = self._redis.register_script(FORGET_REST)
         self._drop_states = self._redis.register_script(DROP_STATES)
@@ -204,6 +210,17 @@ class RedisStore(DeferringStore):
         values: list[Any] = self._read(lambda: self._redis.lrange(f"jaxrec:shown:{user_id}", -MOST_SLATES, -1))
         slates = [one for one in (impression_of(value, user_id) for value in values) if one.timestamp >= since]
         return [one.item_ids for one in sorted(reversed(slates), key=lambda one: -one.timestamp)]
+
+    def record_shown(self, items: Sequence[ShownItem]) -> int:
+        arguments = [argument for one in items for argument in shown_item_arguments(one)]
+        return int(self._written(partial(self._record_shown, None, arguments))) if arguments else 0
+
+    def all_shown(self) -> Iterator[Sequence[ShownItem]]:
+        for key in (SHOWN_ITEMS.encode(), *self._keys(SHOWN_ITEMS.encode() + b":*")):
+            with self._failures("cannot be read"):
+                found: Any = self._redis.hscan_iter(key, count=COPIED_AT_ONCE)
+                part = dict(found)
+            yield [shown_item(key, field, value) for field, value in part.items()]
 
     def delete_events(self, user_id: str, event_ids: Sequence[str]) -> int:
         asked, deleted = set(event_ids), -1

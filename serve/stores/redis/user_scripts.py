@@ -39,6 +39,7 @@ DELETE_USER = (
     + NOTE_DELETION
     + """
 local user = ARGV[1]
+redis.call('UNLINK', 'jaxrec:shown_items:' .. user)
 note_deletion(ARGV[2], ARGV[3])
 redis.call('SREM', 'jaxrec:states', user)
 redis.call('DEL', 'jaxrec:states:' .. user, 'jaxrec:user:' .. user)
@@ -82,6 +83,14 @@ begin_anew(ARGV[1])
 return (#ARGV - 1) / 3
 """
 )
+# ARGV: for each item that was shown the hash of its user, its field and its value. Returns how many are new.
+RECORD_SHOWN = """
+local new = 0
+for at = 1, #ARGV, 3 do
+    new = new + redis.call('HSETNX', ARGV[at], ARGV[at + 1], ARGV[at + 2])
+end
+return new
+"""
 # ARGV: source, target, digest of the source, for how many seconds that is kept, and how many entries may be moved.
 # Returns how many events and impressions were moved; -1: there are more.
 MERGE_USERS = (
@@ -103,6 +112,12 @@ for at, kind in ipairs({'events', 'shown'}) do
     end
     redis.call('DEL', from)
 end
+local from, to = 'jaxrec:shown_items:' .. source, 'jaxrec:shown_items:' .. target
+local fields = redis.call('HGETALL', from)
+for at = 1, #fields, 2 do
+    redis.call('HSETNX', to, fields[at], fields[at + 1])
+end
+redis.call('UNLINK', from)
 begin_anew(source)
 if counts[1] > 0 then
     begin_anew(target)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from serve.model.events import INTERACTION, Event
-from serve.stores.base import Impression, UserEvent, digest
+from serve.stores.base import Impression, ShownItem, UserEvent, digest
 from serve.stores.counters import EXPECTED, Counter, are_counts
 from serve.stores.rows import Started
 
@@ -43,6 +43,24 @@ def impression_of(value: bytes, user_id: str | None) -> Impression:
     of version 4 the first twelve."""
     row: list[Any] = [tuple(column) if isinstance(column, list) else column for column in json.loads(value)]
     return Impression(*row)._replace(user_id=user_id)
+
+
+SHOWN_ITEMS = "jaxrec:shown_items"
+"""The key of the items that were shown to no certain user; a user's has `:` and the id behind it."""
+
+
+def shown_item_arguments(one: ShownItem) -> tuple[str, str, str]:
+    """Those of the script RECORD_SHOWN."""
+    key = SHOWN_ITEMS if one.user_id is None else f"{SHOWN_ITEMS}:{one.user_id}"
+    return key, json.dumps(one[:2], ensure_ascii=False), json.dumps(one[3:])
+
+
+def shown_item(key: bytes, field: bytes, value: bytes) -> ShownItem:
+    """An entry of a hash of items that were shown."""
+    user_id = key.decode().removeprefix(SHOWN_ITEMS)
+    recommendation_id, item_id = json.loads(field)
+    position, timestamp = json.loads(value)
+    return ShownItem(recommendation_id, item_id, user_id[1:] if user_id else None, position, timestamp)
 
 
 def event_value(new: UserEvent) -> str:

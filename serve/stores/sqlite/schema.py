@@ -4,7 +4,7 @@ import sqlite3
 from collections.abc import Mapping
 
 from serve.stores.base import Impression
-from serve.stores.rows import EVENT_COLUMNS, IMPRESSION_COLUMNS
+from serve.stores.rows import EVENT_COLUMNS, IMPRESSION_COLUMNS, SHOWN_ITEM_COLUMNS
 from serve.stores.sql import Queries
 from serve.stores.sqlite import counters
 
@@ -51,6 +51,15 @@ CREATE TABLE IF NOT EXISTS shown (
 CREATE INDEX shown_to ON shown (user_id, timestamp);
 DELETE FROM shown WHERE number NOT IN (SELECT min(number) FROM shown GROUP BY recommendation_id);
 CREATE UNIQUE INDEX IF NOT EXISTS shown_once ON shown (recommendation_id);
+CREATE TABLE IF NOT EXISTS shown_items (
+    recommendation_id TEXT NOT NULL,
+    item_id TEXT NOT NULL,
+    user_id TEXT,
+    position INTEGER NOT NULL,
+    timestamp INTEGER NOT NULL,
+    PRIMARY KEY (recommendation_id, item_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS shown_items_to ON shown_items (user_id);
 CREATE TABLE IF NOT EXISTS deletions (
     user TEXT PRIMARY KEY,
     time REAL NOT NULL
@@ -112,12 +121,17 @@ QUERIES = Queries(
     state="SELECT * FROM states WHERE user_id = ? AND model_version = ?",
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM events WHERE arrival > ? ORDER BY arrival LIMIT ?"),
     impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM shown WHERE number > ? ORDER BY number LIMIT ?",
+    shown_items=(
+        f"SELECT {SHOWN_ITEM_COLUMNS} FROM shown_items WHERE (recommendation_id, item_id) > (?, ?)"
+        " ORDER BY recommendation_id, item_id LIMIT ?"
+    ),
     times=counters.TIMES,
     counted_until=counters.COUNTED_UNTIL,
 )
 EVENT_VALUES = ", ".join("?" * len(EVENT_COLUMNS.split()))
 INSERT_EVENT = f"INSERT INTO events ({EVENT_COLUMNS}) VALUES ({EVENT_VALUES}) ON CONFLICT (event_id) DO NOTHING"
 INSERT_IMPRESSION = f"INSERT INTO shown ({IMPRESSION_COLUMNS}) VALUES"
+INSERT_SHOWN_ITEM = f"INSERT INTO shown_items ({SHOWN_ITEM_COLUMNS}) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
 IMPRESSION_VALUES = f"({', '.join('?' * len(Impression._fields))})"
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, LiteralString, NamedTuple, TypeVar
 
-from serve.stores.base import Deleted, SpilledState, StoreError, UserEvent
+from serve.stores.base import Deleted, ShownItem, SpilledState, StoreError, UserEvent
 from serve.stores.counters import NONE_READ, Counter, Damaged, ItemCounts
 from serve.stores.deferred import DeferredWrites
 from serve.stores.rows import Started, digests, event_row, impression_row, still_wanted
@@ -29,6 +29,7 @@ from serve.stores.sqlite.schema import (
     IMPRESSION_VALUES,
     INSERT_EVENT,
     INSERT_IMPRESSION,
+    INSERT_SHOWN_ITEM,
     QUERIES,
     SCHEMA_VERSION,
     bring_up_to_date,
@@ -85,6 +86,11 @@ class SQLiteStore(SqlStore):
         if not events:
             return []
         return self._write(lambda connection: _insert_events(connection, events), records=True)
+
+    def record_shown(self, items: Sequence[ShownItem]) -> int:
+        if not items:
+            return 0
+        return self._write(lambda connection: connection.executemany(INSERT_SHOWN_ITEM, items).rowcount)
 
     def drop_states(self, keep_versions: Collection[str], most: int) -> int:
         kept = ", ".join("?" * len(keep_versions))

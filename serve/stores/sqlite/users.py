@@ -15,7 +15,7 @@ def delete_user(connection: sqlite3.Connection, user_id: str) -> Deleted:
     """See `EventStore.delete_user`."""
     counts = {
         table: connection.execute(f"DELETE FROM {table} WHERE user_id = ?", (user_id,)).rowcount
-        for table in ("events", "shown", "users", "states")
+        for table in ("events", "shown", "shown_items", "users", "states")
     }
     _note_deletion(connection, user_id)
     return Deleted(counts["events"], counts["shown"])
@@ -49,6 +49,7 @@ def merge_users(connection: sqlite3.Connection, source: str, target: str) -> Del
             for table in tables
         )
     )
+    connection.execute("UPDATE shown_items SET user_id = ? WHERE user_id = ?", [target, source])
     for user_id in (source, target):
         if moved.event_count:
             _begin_anew(connection, user_id)

@@ -18,7 +18,14 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import frozen_scoring
-from jaxrec.rl.served.event_store import DETERMINISTIC, OPTIONS, STILL_OPEN, ServedLog, read_served_log
+from jaxrec.rl.served.event_store import (
+    DETERMINISTIC,
+    OPTIONS,
+    SHOWN_OTHERWISE,
+    STILL_OPEN,
+    ServedLog,
+    read_served_log,
+)
 from jaxrec.rl.served.policy import EXACT, logged_logprobs
 from jaxrec.rl.served.recommendations import History, Recommendation
 from jaxrec.rl.served.states import served_states
@@ -28,7 +35,7 @@ from serve.model.directory import read_artifact
 from serve.model.events import Event
 from serve.model.exploration import Exploration
 from serve.model.recommender import Recommender
-from serve.stores.base import Impression, UserEvent
+from serve.stores.base import Impression, ShownItem, UserEvent
 from serve.stores.sqlite.store import SQLiteStore
 from tests.serve.one_model import one_model
 from tests.serve.stores.impressions import log_now
@@ -413,6 +420,41 @@ def test_what_was_not_drawn_is_counted_as_that_with_request_options_too(
             store.log_impression(one._replace(temperature=1.0, request_options=options))
     log = read_served_log(path, small_data.catalog)
     assert log.skipped == {DETERMINISTIC: 2, OPTIONS: 4}
+
+
+SLATE_OF_SHOWN = {
+    # What was recorded as shown (position, place in the slate), and what is left of the slate.
+    "none": ([], 3),
+    "all": ([(1, 0), (2, 1), (3, 2)], 3),
+    "first": ([(1, 0)], 1),
+    "first two, reported late": ([(2, 1), (1, 0)], 2),
+    "without positions": ([(0, 1), (0, 0)], 2),
+    "further down the page": ([(11, 0), (15, 1)], 2),
+    "gap": ([(1, 0), (2, 2)], None),
+    "other order": ([(1, 1), (2, 0)], None),
+    "another item": ([(1, 0), (2, 7)], None),
+}
+
+
+@pytest.mark.parametrize("case", SLATE_OF_SHOWN)
+def test_a_slate_counts_as_far_as_it_was_shown(case: str, small_data: PreparedData, tmp_path: Path) -> None:
+    recorded, left = SLATE_OF_SHOWN[case]
+    raw, path = small_data.catalog.ids.raw_ids.astype(str).tolist(), tmp_path / "events.sqlite"
+    with SQLiteStore(path) as store:
+        store.record([UserEvent("1", "ada", Event(raw[0], None, START))])
+        slate, propensities = tuple(raw[1:4]), (-0.5, -1.0, -2.0)
+        for name, user in (("a", "ada"), ("b", "bob")):
+            log_now(store, Impression(name, user, slate, propensities, "reinforce", "v", START + 1, temperature=0.5))
+        # What was shown to others changes nothing.
+        store.record_shown([ShownItem("b", raw[9], "bob", 1, START + 2)])
+        store.record_shown([ShownItem("a", raw[1 + at], "ada", position, START + 2) for position, at in recorded])
+    log = read_served_log(path, small_data.catalog, 0)
+    if left is None:
+        assert (len(log.recommendations), log.skipped[SHOWN_OTHERWISE]) == (0, 2)
+        return
+    (one,) = log.recommendations
+    assert (one.slate.tolist(), one.log_propensities.tolist()) == ([2, 3, 4][:left], [-0.5, -1.0, -2.0][:left])
+    assert log.skipped == {SHOWN_OTHERWISE: 1}
 
 
 def test_what_a_real_server_read_within_the_second_is_reproduced(

@@ -3,11 +3,11 @@
 import grpc
 import pytest
 
-from serve.client import RecommenderClient, UserEvent
+from serve.client import Impression, RecommenderClient, UserEvent
 from serve.model.recommender import Recommender
 from serve.pb.recommender_pb2 import ListEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
-from serve.stores.base import EventStore
+from serve.stores.base import EventStore, ShownItem
 
 ALL = 60
 
@@ -125,3 +125,24 @@ def test_too_much_to_merge_is_a_failed_precondition(client: RecommenderClient, m
 
 def _fields(one: UserEvent) -> dict[str, object]:
     return {field.name: value for field, value in one.ListFields()}
+
+
+def test_impressions_are_kept_once_and_leave_with_the_user(client: RecommenderClient, store: EventStore) -> None:
+    answer = client.recommend(user_id="u", k=3)
+    name, items = answer.recommendation_id, [one.item_id for one in answer.recommendations]
+    seen = [
+        Impression(recommendation_id=name, user_id="u", item_id=item, position=1 + at, timestamp=5)
+        for at, item in enumerate(items[:2])
+    ]
+    along = Impression(recommendation_id="b", item_id=items[2], timestamp=6)
+    recorded = client.record_impressions([*seen, along, seen[0]])
+    assert (recorded.recorded_count, recorded.duplicate_count) == (3, 1)
+    assert client.record_impressions(seen).duplicate_count == 2
+    expected = [
+        ShownItem(name, items[0], "u", 1, 5),
+        ShownItem(name, items[1], "u", 2, 5),
+        ShownItem("b", items[2], None, 0, 6),
+    ]
+    assert {one for part in store.all_shown() for one in part} == set(expected)
+    client.delete_user("u")
+    assert [one for part in store.all_shown() for one in part] == expected[2:]

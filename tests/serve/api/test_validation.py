@@ -12,7 +12,7 @@ from grpc_status import rpc_status
 from serve.api import rules
 from serve.api.errors import InvalidRequest
 from serve.api.rules import MAX_ID_LENGTH
-from serve.client import Event, RecommenderClient, UserEvent
+from serve.client import Event, Impression, RecommenderClient, UserEvent
 from serve.pb.recommender_pb2 import (
     BatchRecommendRequest,
     DeleteEventsRequest,
@@ -24,6 +24,7 @@ from serve.pb.recommender_pb2 import (
     MergeUsersRequest,
     RecommendRequest,
     RecordEventsRequest,
+    RecordImpressionsRequest,
     SimilarItemsRequest,
 )
 from serve.pb.recommender_pb2_grpc import RecommenderStub
@@ -204,6 +205,31 @@ MERGE = [
 ]
 
 
+def showing(**fields: Any) -> RecordImpressionsRequest:
+    """Its second impression has these fields; the impression before it is good."""
+    good = {"recommendation_id": "r", "user_id": "u", "item_id": "1007", "position": 1, "timestamp": 5}
+    return RecordImpressionsRequest(impressions=[Impression(**good), Impression(**{**good, **fields})])
+
+
+IMPRESSIONS = [
+    (showing(recommendation_id=""), "impressions[1].recommendation_id: expected an id of 1 to 512 characters, came 0"),
+    (
+        showing(recommendation_id="x" * 65),
+        "impressions[1].recommendation_id: expected an id of 1 to 64 characters, came 65",
+    ),
+    (showing(user_id="a\0"), "impressions[1].user_id: expected an id without the character U+0000"),
+    (showing(item_id=LONG), "impressions[1].item_id: expected an id"),
+    (showing(position=-1), "impressions[1].position: expected 1 to 100000, or 0 for not known, came -1"),
+    (showing(position=100_001), "impressions[1].position: expected 1 to 100000, or 0 for not known, came 100001"),
+    (showing(timestamp=0), f"impressions[1].timestamp: {NO_TIME}"),
+    (showing(timestamp=FAR), "impressions[1].timestamp: expected seconds since 1970"),
+    (
+        RecordImpressionsRequest(impressions=[Impression()] * 1001),
+        "impressions: expected at most 1000 entries, came 1001",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("rpc", "request_", "message"),
     [
@@ -216,6 +242,7 @@ MERGE = [
         *(("ListEvents", *case) for case in EVENTS),
         *(("DeleteEvents", *case) for case in DELETE_EVENTS),
         *(("MergeUsers", *case) for case in MERGE),
+        *(("RecordImpressions", *case) for case in IMPRESSIONS),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -197,6 +197,7 @@ def test_rights(serving: Serving, token: str | None, rights: set[str]) -> None:
             ("read", client.get_model_info),
             ("read", lambda: client.recommend(history=[])),
             ("write", lambda: client.record_events([event])),
+            ("write", lambda: client.record_impressions([])),
             ("read", lambda: client.list_events("u")),
             ("users", lambda: client.delete_events("u", ["1"])),
             ("users", lambda: client.merge_users("v", "u")),

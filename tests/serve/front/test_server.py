@@ -89,6 +89,7 @@ def test_reflection(address: str) -> None:
         "Recommend",
         "BatchRecommend",
         "RecordEvents",
+        "RecordImpressions",
         "GetUserProfile",
         "ListEvents",
         "DeleteUser",

@@ -5,13 +5,24 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import redis
 
 from serve.model.events import Event
 from serve.stores import open_store
-from serve.stores.base import Changes, Deleted, EventStore, Impression, SpilledState, TooManyToMerge, UserEvent
+from serve.stores.base import (
+    Changes,
+    Deleted,
+    EventStore,
+    Impression,
+    ShownItem,
+    SpilledState,
+    TooManyToMerge,
+    UserEvent,
+)
+from serve.stores.copy import copy_log
 from tests.serve.stores.counting import assert_counts, at, seed_of, sums
 from tests.serve.stores.impressions import impressions_of, log_now
 from tests.serve.stores.test_stores import (  # noqa: F401
@@ -306,3 +317,42 @@ def test_shown_items_are_found_newest_first_also_those_that_wait(
     found = store.shown_items("u", 0, 99)
     # Redis has them in the order in which they were logged.
     assert found in (["d", "c", "a"], ["d", "e"])
+
+
+SHOWN = [
+    ShownItem("r1", "a", "u", 1, 10),
+    ShownItem("r1", "ü", "u", 2, 11),
+    ShownItem("r2", "a", None, 0, 12),
+    ShownItem("r3", "a", "target", 1, 13),
+]
+
+
+def all_shown(opened: EventStore) -> set[ShownItem]:
+    return {one for part in opened.all_shown() for one in part}
+
+
+def test_an_item_of_a_recommendation_is_shown_once(store: EventStore, tmp_path: Path) -> None:  # noqa: F811
+    assert store.record_shown([]) == 0
+    assert store.record_shown([*SHOWN[:2], SHOWN[0]._replace(position=9)]) == 2
+    assert store.record_shown([SHOWN[1]._replace(timestamp=99), *SHOWN[2:]]) == 2
+    assert all_shown(store) == set(SHOWN)
+    copy_log(store, tmp_path / "copy.sqlite")
+    with open_store(tmp_path / "copy.sqlite") as copy:
+        assert all_shown(copy) == set(SHOWN)
+
+
+def test_what_was_shown_goes_with_its_user(store: EventStore) -> None:  # noqa: F811
+    store.record_shown(SHOWN)
+    store.merge_users("u", "target")
+    moved = {one._replace(user_id="target") if one.user_id == "u" else one for one in SHOWN}
+    assert all_shown(store) == moved
+    store.delete_user("target")
+    assert all_shown(store) == {SHOWN[2]}
+
+
+def test_many_shown_items_come_in_parts(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    for module in ("sql", "redis.store"):
+        monkeypatch.setattr(f"serve.stores.{module}.COPIED_AT_ONCE", 3)
+    items = [ShownItem(f"r{at // 4}", f"i{at}", "u", at, at) for at in range(20)]
+    assert store.record_shown(items) == 20
+    assert sorted(one for part in store.all_shown() for one in part) == sorted(items)
