@@ -37,6 +37,10 @@ class UnknownUser(LookupError):
     """No event of a user is stored."""
 
 
+class SlatesNotLogged(Exception):
+    """A request needs what was recommended before, and the server does not log that for all users."""
+
+
 class Status(NamedTuple):
     """How a call ends for the client."""
 
@@ -54,6 +58,7 @@ STATUS: dict[type[Exception], tuple[grpc.StatusCode, str | None]] = {
     UnknownUser: (grpc.StatusCode.NOT_FOUND, None),
     UnknownModel: (grpc.StatusCode.NOT_FOUND, None),
     NoNewItems: (grpc.StatusCode.FAILED_PRECONDITION, None),
+    SlatesNotLogged: (grpc.StatusCode.FAILED_PRECONDITION, None),
     TooManyToMerge: (grpc.StatusCode.FAILED_PRECONDITION, None),
     RefusedModel: (grpc.StatusCode.FAILED_PRECONDITION, None),
     QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, None),

@@ -3,12 +3,13 @@
 Values are checked where they are decoded (`serve.api.codec`); failures are the exceptions of `serve.api.errors`.
 """
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from serve.api.errors import UnknownUser
+from serve.api.errors import SlatesNotLogged, UnknownUser
 from serve.model.events import Event, known_events, positive_count
 from serve.model.profile import GenrePreference, genre_preferences
 from serve.model.recommender import Answer, Query, Recommender
@@ -53,10 +54,28 @@ class Page(NamedTuple):
     """Timestamp and arrival of the last one; None: there are no more."""
 
 
+def is_logged(name: str, share: float) -> bool:
+    """Whether answers are logged: of all users about the given share, and always the same ones, so that a user's log is
+    whole. All servers of a store choose the same.
+
+    >>> [is_logged("ada", share) for share in (0.0, 0.1, 0.2, 1.0)]
+    [False, False, True, True]
+
+    Args:
+        name: A user's id, or for a history that was sent along the id of the answer.
+        share: 0 to 1.
+    """
+    # Not the hash that divides users between model versions: each must have its share of the log.
+    digest = hashlib.blake2b(name.encode(), digest_size=8, person=b"slate log").digest()
+    return int.from_bytes(digest) < share * 2**64
+
+
 class RecommenderService:
     """Answers with the loaded models from one event store, from any number of threads."""
 
-    def __init__(self, models: Models, store: EventStore, metrics: Metrics) -> None:
+    def __init__(self, models: Models, store: EventStore, metrics: Metrics, slate_log: float = 1.0) -> None:
+        """`slate_log` is the share of the users whose answers are logged, 0 to 1; see `is_logged`."""
+        self._slate_log = slate_log
         self.models = models
         self._store = store
         self._metrics = metrics
@@ -85,9 +104,11 @@ class RecommenderService:
         return [self._logged(one, queries[at], answers[at]) for at, one in enumerate(loaded)]
 
     def _without_shown(self, query: Query) -> Query:
-        """The query without what was recommended lately, if it asks for that."""
+        """The query without what was recommended lately, if it asks for that; raises SlatesNotLogged."""
         if not query.not_shown_within or query.user_id is None:
             return query
+        if self._slate_log < 1:
+            raise SlatesNotLogged("not_shown_within: the server does not log what it recommends to every user")
         shown = self._store.shown_items(query.user_id, int(time.time()) - query.not_shown_within, MOST_NOT_SHOWN)
         return query._replace(exclude_item_ids=(*query.exclude_item_ids, *shown))
 
@@ -95,6 +116,11 @@ class RecommenderService:
         model, now = loaded.model, time.time()
         # The time first: an index of ids in their order grows at one end, which costs half of one in no order.
         recommendation_id = f"{int(now * 1e3):012x}{os.urandom(10).hex()}"
+        self._metrics.answered(answer.policy, answer.items)
+        if query.events:
+            self._metrics.events(positive_count(query.events) - answer.ignored_event_count, answer.ignored_event_count)
+        if not is_logged(query.user_id or recommendation_id, self._slate_log):
+            return Recommendation(recommendation_id, answer, model)
         item_ids = model.catalog.item_ids
         excluded = dict.fromkeys([*model.indices(query.exclude_item_ids), *answer.disliked])
         options = {
@@ -121,9 +147,6 @@ class RecommenderService:
             ),
             started=query.started,
         )
-        self._metrics.answered(answer.policy, answer.items)
-        if query.events:
-            self._metrics.events(positive_count(query.events) - answer.ignored_event_count, answer.ignored_event_count)
         return Recommendation(recommendation_id, answer, model)
 
     def record(self, events: Sequence[UserEvent]) -> Recorded:

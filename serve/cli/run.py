@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ def serve(settings: Settings) -> None:
     from serve.model.manifest import ArtifactError
     from serve.observability.metrics import Metrics
     from serve.serving.loading import ModelLoader, open_models
+    from serve.serving.sweeper import SlatePruner
     from serve.stores import open_store
     from serve.stores.base import StoreError
 
@@ -71,7 +73,9 @@ def serve(settings: Settings) -> None:
         listener, metrics = _listener(settings), Metrics()
         event_types = BUILT_IN if settings.event_types is None else read_event_types(settings.event_types)
         exploration = Exploration(settings.explore) if settings.explore else None
-        with open_store(settings.store) as events:
+        with open_store(settings.store) as events, ExitStack() as stack:
+            if settings.slate_retention:
+                stack.callback(SlatePruner(events, settings.slate_retention).close)
             loader = ModelLoader(events, metrics, settings.provider, settings.threads, settings.search, exploration)
             with open_models(
                 *(settings.model, loader),
@@ -87,6 +91,7 @@ def serve(settings: Settings) -> None:
                     *(models, events, listener),
                     metrics=metrics,
                     event_types=event_types,
+                    slate_log=settings.slate_log,
                     log_calls=settings.log_calls,
                     polling=None if settings.front == "auto" else settings.front == "polling",
                     on_failure=fail,

@@ -145,6 +145,7 @@ def create_server(
     tracer: Tracer | None = None,
     log_calls: bool = False,
     event_types: EventTypes = BUILT_IN,
+    slate_log: float = 1.0,
     polling: bool | None = None,
     max_calls: int = MAX_CALLS,
     on_failure: Callable[[], None] = lambda: None,
@@ -160,6 +161,7 @@ def create_server(
         tracer: Makes a span for each call; None: that of the process, if it has one.
         log_calls: Whether every call gets a line in the log.
         event_types: The types of events that are accepted, with their weights.
+        slate_log: The share of the users whose answers are logged, 0 to 1.
         polling: Whether the polling thread answers Recommend itself; None: when the store is a local file.
         max_calls: So many calls run in the pool or wait for it; further ones are RESOURCE_EXHAUSTED at once, except
             health checks.
@@ -212,7 +214,7 @@ def create_server(
             "this grpcio has no front that polls (serve.front.polling): calls without a message hold threads"
         )
         server = grpc.server(pool, interceptors=interceptors, options=options, maximum_concurrent_rpcs=max_calls)
-    servicer = RecommenderServicer(RecommenderService(models, store, metrics), event_types)
+    servicer = RecommenderServicer(RecommenderService(models, store, metrics, slate_log), event_types)
     recommender_pb2_grpc.add_RecommenderServicer_to_server(servicer, server)
     inference = InferenceServicer(models)
     open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)

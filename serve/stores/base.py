@@ -242,6 +242,18 @@ class EventStore(ABC):
         """
 
     @abstractmethod
+    def prune_slates(self, before: int, most: int) -> bool:
+        """Deletes impressions and items that were shown from before a time, in a step that others need not wait for.
+
+        Args:
+            before: In seconds; what is of this second or later stays.
+            most: About how many entries to look at now.
+
+        Returns:
+            Whether there may be more.
+        """
+
+    @abstractmethod
     def delete_user(self, user_id: str) -> Deleted:
         """Deletes all that is known of a user, on disk on return; the ids of the events may be used again.
 

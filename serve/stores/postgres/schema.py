@@ -74,6 +74,7 @@ SCHEMA: tuple[LiteralString, ...] = (
         PRIMARY KEY (recommendation_id, item_id)
     )""",
     "CREATE INDEX IF NOT EXISTS shown_items_to ON jaxrec.shown_items (user_id)",
+    "CREATE INDEX IF NOT EXISTS shown_items_at ON jaxrec.shown_items (timestamp)",
     """CREATE TABLE IF NOT EXISTS jaxrec.deletions (
         digest text PRIMARY KEY,
         time timestamptz NOT NULL

@@ -126,6 +126,10 @@ class PostgresStore(SqlStore):
                 [list(keep_versions), most],
             ).rowcount
 
+    def prune_slates(self, before: int, most: int) -> bool:
+        with self._connection("cannot be written") as connection:
+            return users.prune_slates(connection, before, most)
+
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
         with self._connection("cannot be written") as connection:

@@ -64,6 +64,23 @@ def merge_users(connection: psycopg.Connection, source: str, target: str) -> Del
     return moved
 
 
+def prune_slates(connection: psycopg.Connection, before: int, most: int) -> bool:
+    """See `EventStore.prune_slates`; two servers prune different rows."""
+    # Impressions are logged in about the order of their times.
+    slates = connection.execute(
+        "DELETE FROM jaxrec.shown WHERE number IN (SELECT number FROM"
+        " (SELECT number, timestamp FROM jaxrec.shown ORDER BY number LIMIT %s FOR UPDATE SKIP LOCKED) AS oldest"
+        " WHERE timestamp < %s)",
+        [most, before],
+    ).rowcount
+    items = connection.execute(
+        "DELETE FROM jaxrec.shown_items WHERE (recommendation_id, item_id) IN (SELECT recommendation_id, item_id"
+        " FROM jaxrec.shown_items WHERE timestamp < %s LIMIT %s FOR UPDATE SKIP LOCKED)",
+        [before, most],
+    ).rowcount
+    return max(slates, items) >= most
+
+
 def lock_users(connection: psycopg.Connection, user_ids: Sequence[str]) -> None:
     """Locks users' rows, in one order everywhere: two servers don't wait for each other in a circle. A user without
     events gets a row with zeros, which the caller must fill or remove."""

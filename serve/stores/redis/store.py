@@ -20,17 +20,11 @@ later).
 
 import heapq
 import itertools
-import os
 import struct
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
-
-import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from serve.model.events import Event
 from serve.stores.base import (
@@ -43,28 +37,30 @@ from serve.stores.base import (
     Impression,
     ShownItem,
     SpilledState,
-    StoreError,
     TooManyToMerge,
     UserEvent,
     digest,
 )
-from serve.stores.counters import NONE_READ, Counter, Damaged, ItemCounts, add_events
-from serve.stores.deferred import DeferredWrites, DeferringStore
+from serve.stores.deferred import DeferredWrites
+from serve.stores.redis.connection import COPIED_AT_ONCE
+from serve.stores.redis.counters import RedisCounters
 from serve.stores.redis.scripts import (
-    ADD_SEED,
     DROP_STATES,
     LOG_IMPRESSION,
-    READ_COUNTS,
     RECORD,
     SAVE_STATE,
-    SEED,
-    SEED_EVENTS,
 )
-from serve.stores.redis.server import check_server, keys
-from serve.stores.redis.user_scripts import DELETE_EVENTS, DELETE_USER, FORGET_REST, MERGE_USERS, RECORD_SHOWN
+from serve.stores.redis.server import check_server
+from serve.stores.redis.user_scripts import (
+    DELETE_EVENTS,
+    DELETE_USER,
+    FORGET_REST,
+    MERGE_USERS,
+    PRUNE_SLATES,
+    RECORD_SHOWN,
+)
 from serve.stores.redis.values import (
     SHOWN_ITEMS,
-    counter_of,
     decoded,
     event_value,
     impression_arguments,
@@ -77,32 +73,17 @@ from serve.stores.redis.values import (
 )
 from serve.stores.rows import Started
 
-COPIED_AT_ONCE = 1_000
 DELETED_AT_ONCE = 1_000
 DROPPED_AT_ONCE = 1_000
-COUNTERS_AT_ONCE = 1_000
-# A seed that was broken off before it was whole is forgotten after an hour.
-STAGED_S = 3_600
-TIMEOUT_S = 5.0
 REVISION = struct.Struct("<q")
 
 
-class RedisStore(DeferringStore):
+class RedisStore(RedisCounters):
     """A store in one database of a Redis server."""
 
     def __init__(self, location: str) -> None:
         """Connects; raises StoreError, also where the server could lose acknowledged events."""
-        try:
-            # A broken connection is replaced at the next call; redis-py repeats no commands by itself.
-            self._redis = redis.Redis.from_url(
-                location,
-                socket_timeout=TIMEOUT_S,
-                socket_connect_timeout=TIMEOUT_S,
-                retry=Retry(NoBackoff(), 0),
-                health_check_interval=0,
-            )
-        except ValueError as error:
-            raise StoreError(f"Redis: {error}") from error
+        super().__init__(location)
         self._record = self._redis.register_script(RECORD)
         self._delete = self._redis.register_script(DELETE_USER)
         self._delete_events = self._redis.register_script(DELETE_EVENTS)
@@ -110,13 +91,10 @@ class RedisStore(DeferringStore):
         self._merge = self._redis.register_script(MERGE_USERS)
         self._forget_rest = self._redis.register_script(FORGET_REST)
         self._drop_states = self._redis.register_script(DROP_STATES)
-        self._drop_from = 0
+        self._drop_from = self._prune_from = 0
+        self._prune = self._redis.register_script(PRUNE_SLATES)
         self._save_state = self._redis.register_script(SAVE_STATE)
         self._log_impression = self._redis.register_script(LOG_IMPRESSION)
-        self._read_counts = self._redis.register_script(READ_COUNTS)
-        self._begin_seed = self._redis.register_script(SEED)
-        self._seed_events = self._redis.register_script(SEED_EVENTS)
-        self._add_seed = self._redis.register_script(ADD_SEED)
         try:
             with self._failures("cannot be opened"):
                 self._waits_for_disk = check_server(self._redis)
@@ -124,7 +102,6 @@ class RedisStore(DeferringStore):
         except BaseException:
             self._redis.close()
             raise
-        self._damaged = Damaged("Redis, jaxrec:trend")
         self._deferred = DeferredWrites(self._write_deferred)
 
     def close(self) -> None:
@@ -186,6 +163,22 @@ class RedisStore(DeferringStore):
                         break
                     sees_all = True
         return dropped
+
+    def prune_slates(self, before: int, most: int) -> bool:
+        """Goes through the users, from where the last call ended."""
+        with self._failures("cannot be written"):
+            found: Any = self._redis.scan(self._prune_from, match="jaxrec:shown*", count=most)
+            self._prune_from, names = found
+            for key in names:
+                if key.startswith(SHOWN_ITEMS.encode()):
+                    entries: Any = self._redis.hscan_iter(key, count=most)
+                    old = [name for name, value in entries if shown_item(key, name, value).timestamp < before]
+                    for start in range(0, len(old), most):
+                        self._redis.hdel(key, *old[start : start + most])
+                elif key == b"jaxrec:shown" or key.startswith(b"jaxrec:shown:"):
+                    while self._prune(args=[key, before, most]) == most:
+                        pass
+        return bool(self._prune_from)
 
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
@@ -263,79 +256,6 @@ class RedisStore(DeferringStore):
             for values in self._parts(key):
                 yield [impression_of(value, user_id) for value in values]
 
-    def item_counts(self, since: int = NONE_READ) -> ItemCounts:
-        counters: dict[str, Counter] = {}
-        found: list[Any] = [None] * COUNTERS_AT_ONCE
-        with self._failures("cannot be read"):
-            if since > int(self._redis.get("jaxrec:revision") or 0):
-                # The data is that of another server, or an older copy.
-                since = NONE_READ
-            try:
-                # No two items have the same revision. What changes meanwhile is found again, with a later one: the
-                # counters are as of the last part.
-                while len(found) == COUNTERS_AT_ONCE:
-                    found = self._read_counts(args=[since, COUNTERS_AT_ONCE])
-                    for item, revision, text in found:
-                        counters[item.decode()] = counter_of(item.decode(), text)
-                        since = int(revision)
-            except ValueError as error:
-                raise StoreError(f"Redis: cannot be read: {error}") from error
-        return ItemCounts.of(counters.items(), since, max(0, since))
-
-    def counted_until(self) -> int | None:
-        with self._failures("cannot be read"), self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.get("jaxrec:trend_until")
-            pipeline.exists("jaxrec:trend_held", "jaxrec:trend_seed")
-            until, is_left = pipeline.execute()
-        return None if until is None or is_left else int(until)
-
-    def _seed(self, counters: dict[str, Counter], until: int) -> None:
-        """Two steps: the model's counters of the server that is first, and the events that were stored by then. Any
-        server completes what another one began."""
-        staged = self._staged(counters)
-        self._written(lambda client: self._begin_seed(args=[*staged, until], client=client))
-        self._add_staged()
-        held, first = self._read(lambda: self._redis.mget("jaxrec:trend_held", "jaxrec:trend_until"))
-        if held is not None:
-            staged = self._staged(self._counted(int(held), int(first)))
-            self._written(lambda client: self._seed_events(args=staged, client=client))
-        # Also where another server has just staged the events.
-        self._add_staged()
-
-    def _counted(self, last: int, until: int) -> dict[str, Counter]:
-        """The counters of the stored events up to a revision that happened after `until`."""
-        counters: dict[str, Counter] = {}
-        for part in self.all_events():
-            events = [
-                new.event
-                for revision, new in part
-                if revision <= last and new.event.timestamp > until and new.event.weight > 0
-            ]
-            add_events(counters, ((event.item_id, event.timestamp) for event in events), time.time())
-        return counters
-
-    def _staged(self, counters: dict[str, Counter]) -> tuple[str, int]:
-        """Writes counters to a list of their own, in parts; returns its key and its length."""
-        entries = [
-            entry
-            for item_id, (reference, counts) in counters.items()
-            for entry in (item_id, " ".join(map(repr, (reference, *counts))))
-        ]
-        staged = f"jaxrec:trend_seed:{os.urandom(8).hex()}"
-        with self._failures("cannot be written"):
-            for start in range(0, len(entries), 2 * COUNTERS_AT_ONCE):
-                with self._redis.pipeline(transaction=True) as pipeline:
-                    pipeline.rpush(staged, *entries[start : start + 2 * COUNTERS_AT_ONCE])
-                    pipeline.expire(staged, STAGED_S)
-                    pipeline.execute()
-        return staged, len(entries)
-
-    def _add_staged(self) -> None:
-        left = 1
-        while left:
-            left, damaged = self._written(lambda client: self._add_seed(args=[COUNTERS_AT_ONCE], client=client))
-            self._damaged.log(item.decode() for item in damaged)
-
     def _finish_deletions(self) -> None:
         """Of long lists, also where another server began; may be broken off, and done by two at once."""
         lists: dict[bytes, bytes] = self._read(lambda: self._redis.hgetall("jaxrec:deleted"))
@@ -361,19 +281,6 @@ class RedisStore(DeferringStore):
                 end, left = start, left - len(parts[-1])
         return list(itertools.chain.from_iterable(reversed(parts)))
 
-    def _keys(self, pattern: bytes) -> Iterator[bytes]:
-        """Those that match, each once."""
-        with self._failures("cannot be read"):
-            yield from keys(self._redis, pattern)
-
-    def _parts(self, key: bytes) -> Iterator[list[bytes]]:
-        for start in itertools.count(0, COPIED_AT_ONCE):
-            with self._failures("cannot be read"):
-                values: list[Any] = self._redis.lrange(key, start, start + COPIED_AT_ONCE - 1)
-            if not values:
-                return
-            yield values
-
     def _write_deferred(self, impressions: Sequence[Started], states: Sequence[SpilledState]) -> None:
         with self._failures("cannot be written"), self._redis.pipeline(transaction=True) as pipeline:
             now = self._now()
@@ -383,33 +290,3 @@ class RedisStore(DeferringStore):
                 value = REVISION.pack(state.revision) + state.state
                 self._save_state(args=[state.user_id, state.model_version, state.revision, value], client=pipeline)
             pipeline.execute()
-
-    def _now(self) -> float:
-        """By the server's clock, which the times of deletions are of."""
-        seconds, microseconds = self._redis.time()
-        return float(seconds + microseconds / 1e6)
-
-    def _read(self, call: Callable[[], Any]) -> Any:
-        with self._failures("cannot be read"):
-            return call()
-
-    def _written(self, call: Callable[[redis.Redis], Any]) -> Any:
-        """The result of a call, once it is on the server's disk."""
-        with self._failures("cannot be written"):
-            if not self._waits_for_disk:
-                return call(self._redis)
-            # WAITAOF waits for the writes of its own connection, and a pipeline has one.
-            with self._redis.pipeline(transaction=False) as pipeline:
-                call(pipeline)
-                pipeline.waitaof(1, 0, int(TIMEOUT_S * 1000))
-                result, (synced, _) = pipeline.execute()
-        if not synced:
-            raise StoreError(f"Redis: cannot be written: not on its disk within {TIMEOUT_S:g} s")
-        return result
-
-    @contextmanager
-    def _failures(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except redis.RedisError as error:
-            raise StoreError(f"Redis: {what}: {error}") from error

@@ -83,6 +83,21 @@ begin_anew(ARGV[1])
 return (#ARGV - 1) / 3
 """
 )
+# ARGV: a list of impressions, a time, and how many to look at from the head on. Deletes those from before the time, up
+# to the first that is not; returns how many these were.
+PRUNE_SLATES = """
+local old = 0
+for _, text in ipairs(redis.call('LRANGE', ARGV[1], 0, ARGV[3] - 1)) do
+    local impression = cjson.decode(text)
+    if impression[7] >= tonumber(ARGV[2]) then
+        break
+    end
+    redis.call('SREM', 'jaxrec:shown_ids', impression[1])
+    old = old + 1
+end
+redis.call('LTRIM', ARGV[1], old, -1)
+return old
+"""
 # ARGV: for each item that was shown the hash of its user, its field and its value. Returns how many are new.
 RECORD_SHOWN = """
 local new = 0

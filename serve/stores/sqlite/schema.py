@@ -60,6 +60,7 @@ CREATE TABLE IF NOT EXISTS shown_items (
     PRIMARY KEY (recommendation_id, item_id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS shown_items_to ON shown_items (user_id);
+CREATE INDEX IF NOT EXISTS shown_items_at ON shown_items (timestamp);
 CREATE TABLE IF NOT EXISTS deletions (
     user TEXT PRIMARY KEY,
     time REAL NOT NULL

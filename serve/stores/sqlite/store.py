@@ -100,6 +100,9 @@ class SQLiteStore(SqlStore):
         )
         return self._write(lambda connection: connection.execute(query, (*keep_versions, most)).rowcount)
 
+    def prune_slates(self, before: int, most: int) -> bool:
+        return self._write(lambda connection: users.prune_slates(connection, before, most))
+
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
         return self._write(lambda connection: users.delete_user(connection, user_id))

@@ -57,6 +57,18 @@ def merge_users(connection: sqlite3.Connection, source: str, target: str) -> Del
     return moved
 
 
+def prune_slates(connection: sqlite3.Connection, before: int, most: int) -> bool:
+    """See `EventStore.prune_slates`."""
+    # Impressions are logged in about the order of their times.
+    oldest = "SELECT number, timestamp FROM shown ORDER BY number LIMIT ?"
+    query = f"DELETE FROM shown WHERE number IN (SELECT number FROM ({oldest}) WHERE timestamp < ?)"
+    slates = connection.execute(query, [most, before]).rowcount
+    old = "SELECT recommendation_id, item_id FROM shown_items WHERE timestamp < ? LIMIT ?"
+    query = f"DELETE FROM shown_items WHERE (recommendation_id, item_id) IN ({old})"
+    items = connection.execute(query, [before, most]).rowcount
+    return max(slates, items) >= most
+
+
 def _begin_anew(connection: sqlite3.Connection, user_id: str) -> None:
     """Gives the history of a user a revision above all that were before, as of which it is read as a whole."""
     connection.execute("DELETE FROM states WHERE user_id = ?", [user_id])

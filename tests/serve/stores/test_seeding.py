@@ -237,7 +237,7 @@ def test_a_seed_ahead_of_the_clock_counts_as_of_now(store: EventStore) -> None:
 
 def test_a_seed_of_many_items_is_added_whole(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """In parts, and a second attempt adds nothing."""
-    monkeypatch.setattr("serve.stores.redis.store.COUNTERS_AT_ONCE", 7)
+    monkeypatch.setattr("serve.stores.redis.counters.COUNTERS_AT_ONCE", 7)
     monkeypatch.setattr("serve.stores.postgres.counters.SEEDED_AT_ONCE", 7)
     monkeypatch.setattr("serve.stores.sqlite.counters.ASKED_AT_ONCE", 7)
     items = {f'{number} "ü\n': number + 1 for number in range(50)}
@@ -251,7 +251,7 @@ def test_a_seed_of_many_items_is_added_whole(store: EventStore, monkeypatch: pyt
 
 def test_a_seeding_that_breaks_off_is_repeated(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By another server, of another model; in Redis the first one's seed is completed."""
-    monkeypatch.setattr("serve.stores.redis.store.COUNTERS_AT_ONCE", 2)
+    monkeypatch.setattr("serve.stores.redis.counters.COUNTERS_AT_ONCE", 2)
     monkeypatch.setattr("serve.stores.postgres.counters.SEEDED_AT_ONCE", 2)
     until = NOW - DAY
     items = [f"i{number}" for number in range(9)]

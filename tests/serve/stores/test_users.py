@@ -356,3 +356,22 @@ def test_many_shown_items_come_in_parts(store: EventStore, monkeypatch: pytest.M
     items = [ShownItem(f"r{at // 4}", f"i{at}", "u", at, at) for at in range(20)]
     assert store.record_shown(items) == 20
     assert sorted(one for part in store.all_shown() for one in part) == sorted(items)
+
+
+def test_old_slates_and_impressions_are_pruned_in_steps(store: EventStore) -> None:  # noqa: F811
+    """Of users and of none; their ids can be used again."""
+    for number, user_id in enumerate(["u", "v", None, "u", "v", None, "u"]):
+        one = IMPRESSION._replace(recommendation_id=f"r{number}", user_id=user_id, timestamp=number)
+        log_now(store, one)
+        store.record_shown([ShownItem(f"r{number}", "a", user_id, 1, number)])
+    store.record([user_event("1")._replace(recommendation_id="r0")])
+    steps = 1
+    while store.prune_slates(5, 2):
+        steps += 1
+        assert steps < 100
+    assert {one.recommendation_id for part in store.all_impressions() for one in part} == {"r5", "r6"}
+    assert {one.recommendation_id for one in all_shown(store)} == {"r5", "r6"}
+    assert not store.prune_slates(5, 10)
+    assert len(store.history("u")) == 1
+    log_now(store, IMPRESSION._replace(recommendation_id="r0"))
+    assert [one.recommendation_id for one in impressions_of(store, "u")] == ["r6", "r0"]
