@@ -94,6 +94,8 @@ class _Shown(NamedTuple):
     log_propensities: list[float]
     excluded: list[str]
     options: list[str]
+    answered: int
+    """How many items the answer had, also if `slate` is cut to those that were shown."""
     as_shown: bool = True
     """False: what a client recorded as shown is not the beginning of the slate."""
 
@@ -201,6 +203,7 @@ def _read_log(connection: sqlite3.Connection, index: Mapping[str, int], attribut
                     "response_weights": events.weights[responses],
                     "version": versions.setdefault(one.version, len(versions)),
                     "temperature": one.temperature,
+                    "answered": one.answered,
                     "request_time": NO_REQUEST_TIME if one.request_time is None else one.request_time,
                     "moment": 0 if one.moment is None else moments.setdefault(one.moment, len(moments) + 1),
                     "excluded": np.array([index[item] for item in one.excluded if item in index], np.int32),
@@ -237,7 +240,7 @@ def _shown_by_user(connection: sqlite3.Connection) -> Iterator[tuple[str, list[_
 
 def _shown(row: Sequence[Any]) -> _Shown:
     moment = None if row[6] is None else Moment(row[6], row[7])
-    return _Shown._make((*row[:6], moment, *(json.loads(column) for column in row[8:]), True))
+    return _Shown._make((*row[:6], moment, *(json.loads(column) for column in row[8:]), len(json.loads(row[8])), True))
 
 
 def _shown_items(connection: sqlite3.Connection, user_id: str) -> dict[str, list[tuple[int, str]]]:

@@ -21,6 +21,7 @@ SCALARS = {
     "temperature": "d",
     "request_time": "q",
     "moment": "i",
+    "answered": "i",
     "first": "q",
     "stop": "q",
 }
@@ -49,7 +50,8 @@ class Recommendation(NamedTuple):
     `request_time`: as the request gave it, None where it did not. `excluded` [excluded] int32: items that the request
     excluded. `responses` [responses] int32 are the items of the events that respond to it, in their order (0: not in
     the catalogue), `response_ratings` [responses] float32 (raw, NaN = none), `response_weights` [responses] float32
-    (what they count, above 0). `moment` counts `ServedLog.moments` from 1 on (0: it was ranked without a trend)."""
+    (what they count, above 0). `answered`: how many items the answer had, of which `slate` may be only those
+    that were shown. `moment` counts `ServedLog.moments` from 1 on (0: it was ranked without a trend)."""
 
     user: int
     time: int
@@ -63,6 +65,7 @@ class Recommendation(NamedTuple):
     temperature: float
     request_time: int | None
     excluded: np.ndarray
+    answered: int
     moment: int = 0
 
 

@@ -30,7 +30,8 @@ class ServedStates(NamedTuple):
     """Served recommendations [rows]: the supervised `query` [rows, width] before each, `recent` [rows, RECENT] int32 of
     the history, `exclude` [rows, width] int32 (0 = none) of the history and the request, the `slate` [rows, k] int32
     (0 = empty slot) with its `log_propensities` [rows, k] float32 at `temperature` [rows] float32, and the `terms` of
-    its rewards, each [rows, k]. `user`, `version` and `moment` [rows] int32, as `ServedLog` counts them."""
+    its rewards, each [rows, k]. `answered` [rows] int32 is how many items the answer had, at most k, of which the slate
+    may be only those that were shown. `user`, `version` and `moment` [rows] int32, as `ServedLog` counts them."""
 
     query: Array
     recent: Array
@@ -38,6 +39,7 @@ class ServedStates(NamedTuple):
     slate: Array
     log_propensities: Array
     temperature: Array
+    answered: Array
     terms: RewardTerms
     user: Array
     version: Array
@@ -61,7 +63,7 @@ def served_states(
     responses = np.zeros((count, of_responses), np.int32)
     given, weights = np.zeros((2, count, of_responses), np.float32)
     temperature, means = np.zeros(count, np.float32), np.zeros(count, np.float32)
-    user, version, moment = np.zeros((3, count), np.int32)
+    user, version, moment, answered = np.zeros((4, count), np.int32)
     global_mean = float(np.asarray(tables.item_ratings)[0])
     for row, one in enumerate(recommendations):
         slate[row, : len(one.slate)] = one.slate
@@ -73,6 +75,7 @@ def served_states(
         weights[row, : len(one.responses)] = one.response_weights
         temperature[row], means[row] = one.temperature, _mean_rating(one, scale, global_mean)
         user[row], version[row], moment[row] = one.user, one.version, one.moment
+        answered[row] = one.answered
     order = np.argsort(sizes[:, 0], kind="stable")
     encoded = _encoded(hybrid, recommendations, order, scale)
     query, recent = (column[np.argsort(order)] for column in encoded)
@@ -85,6 +88,7 @@ def served_states(
         slate=slate,
         log_propensities=log_propensities,
         temperature=temperature,
+        answered=answered,
         terms=jax.tree.map(lambda *parts: np.concatenate(parts), *terms),
         user=user,
         version=version,
@@ -93,8 +97,8 @@ def served_states(
 
 
 def _sizes(one: Recommendation) -> tuple[int, int, int, int]:
-    """Events of the history, slots of the slate, items that are excluded, and responses."""
-    return len(one.history.items), len(one.slate), len(_excluded(one)), len(one.responses)
+    """Events of the history, items of the answer, items that are excluded, and responses."""
+    return len(one.history.items), one.answered, len(_excluded(one)), len(one.responses)
 
 
 def _excluded(one: Recommendation) -> np.ndarray:

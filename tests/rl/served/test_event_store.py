@@ -454,6 +454,7 @@ def test_a_slate_counts_as_far_as_it_was_shown(case: str, small_data: PreparedDa
         return
     (one,) = log.recommendations
     assert (one.slate.tolist(), one.log_propensities.tolist()) == ([2, 3, 4][:left], [-0.5, -1.0, -2.0][:left])
+    assert one.answered == 3
     assert log.skipped == {SHOWN_OTHERWISE: 1}
 
 

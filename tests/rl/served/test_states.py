@@ -28,6 +28,7 @@ def recommendation(user: int, events: int) -> Recommendation:
         response_weights=np.zeros(0, np.float32),
         version=0,
         temperature=1.0,
+        answered=2,
         request_time=None if user % 2 else 10**6,
         excluded=np.zeros(0, np.int32),
     )
@@ -81,6 +82,13 @@ def test_short_histories_are_padded_to_a_power_of_two(
     for events in (1, 8, 9, 16, 17, 40, 70):
         states(small_hybrid, small_data, [recommendation(1, events)])
     assert lengths == [8, 8, 16, 16, 32, 50, 50]
+
+
+def test_slates_are_as_wide_as_the_longest_answer(small_hybrid: Hybrid, small_data: PreparedData) -> None:
+    """Also if fewer items of it were shown."""
+    found = states(small_hybrid, small_data, [recommendation(0, 5)._replace(answered=5), recommendation(1, 5)])
+    assert found.answered.tolist() == [5, 2]
+    assert found.slate.tolist() == [[1, 2, 0, 0, 0]] * 2
 
 
 def test_a_response_earns_the_weight_of_its_event(small_hybrid: Hybrid, small_data: PreparedData) -> None:
