@@ -152,22 +152,20 @@ def decode_user_events(
 def decode_impressions(request: pb.RecordImpressionsRequest) -> list[ShownItem]:
     """The items that were shown."""
     check_length("impressions", request.impressions, MAX_IMPRESSIONS)
-    latest, items = latest_time(), []
+    latest, now, items = latest_time(), int(time.time()), []
     for at, one in enumerate(request.impressions):
         try:
             check_id("recommendation_id", one.recommendation_id)
             if len(one.recommendation_id) > MAX_RECOMMENDATION_ID_LENGTH:
                 expected = f"an id of 1 to {MAX_RECOMMENDATION_ID_LENGTH} characters"
                 raise InvalidRequest("recommendation_id", expected, f"{len(one.recommendation_id)} characters")
-            if one.user_id:
-                check_id("user_id", one.user_id)
             check_id("item_id", one.item_id)
             if not 0 <= one.position <= MAX_POSITION:
                 raise InvalidRequest("position", f"1 to {MAX_POSITION}, or 0 for not known", one.position)
             check_event_time("timestamp", one.timestamp, latest)
         except InvalidRequest as error:
             raise error.within(f"impressions[{at}]") from error
-        items.append(ShownItem(one.recommendation_id, one.item_id, one.user_id or None, one.position, one.timestamp))
+        items.append(ShownItem(one.recommendation_id, one.item_id, one.position, one.timestamp, now))
     return items
 
 

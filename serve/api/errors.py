@@ -38,7 +38,7 @@ class UnknownUser(LookupError):
 
 
 class SlatesNotLogged(Exception):
-    """A request needs what was recommended before, and the server does not log that for all users."""
+    """A request needs what was recommended before, and the server does not log that for all users, or for so long."""
 
 
 class Status(NamedTuple):

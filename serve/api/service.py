@@ -3,6 +3,7 @@
 Values are checked where they are decoded (`serve.api.codec`); failures are the exceptions of `serve.api.errors`.
 """
 
+import functools
 import hashlib
 import os
 import time
@@ -14,9 +15,11 @@ from serve.model.events import Event, known_events, positive_count
 from serve.model.profile import GenrePreference, genre_preferences
 from serve.model.recommender import Answer, Query, Recommender
 from serve.observability.metrics import Metrics
+from serve.serving.errors import Cancelled, Expired
 from serve.serving.loaded import LoadedModel, Models
 from serve.stores.base import Deleted, EventStore, Impression, ShownItem, UserEvent
 
+SECONDS_PER_DAY = 86_400
 MOST_NOT_SHOWN = 10_000
 """Items that `not_shown_within` excludes from an answer."""
 
@@ -73,9 +76,25 @@ def is_logged(name: str, share: float) -> bool:
 class RecommenderService:
     """Answers with the loaded models from one event store, from any number of threads."""
 
-    def __init__(self, models: Models, store: EventStore, metrics: Metrics, slate_log: float = 1.0) -> None:
-        """`slate_log` is the share of the users whose answers are logged, 0 to 1; see `is_logged`."""
+    def __init__(
+        self,
+        models: Models,
+        store: EventStore,
+        metrics: Metrics,
+        slate_log: float = 1.0,
+        slate_retention: float = 0.0,
+    ) -> None:
+        """Answers from now on.
+
+        Args:
+            models: The loaded models.
+            store: The events of all users.
+            metrics: Where to count.
+            slate_log: The share of the users whose answers are logged, 0 to 1; see `is_logged`.
+            slate_retention: For how many days the log is kept; 0: without an end.
+        """
         self._slate_log = slate_log
+        self._slate_retention_s = slate_retention * SECONDS_PER_DAY
         self.models = models
         self._store = store
         self._metrics = metrics
@@ -84,7 +103,10 @@ class RecommenderService:
         self, loaded: LoadedModel, query: Query, deadline_s: float | None, is_cancelled: Callable[[], bool]
     ) -> Recommendation:
         """Answers a query with the model of its user, and logs the impression; raises as `LoadedModel.recommend`."""
-        query = self._without_shown(query)
+        start = time.monotonic()
+        query = self._without_shown(query, self._recently_shown)
+        if deadline_s is not None:
+            deadline_s -= time.monotonic() - start
         return self._logged(loaded, query, loaded.recommend(query, deadline_s, is_cancelled))
 
     def recommend_all(
@@ -94,8 +116,24 @@ class RecommenderService:
         remaining_s: Callable[[], float | None],
         is_cancelled: Callable[[], bool],
     ) -> list[Recommendation]:
-        """As `recommend`, for queries with a model each; all are answered or none."""
-        queries = [self._without_shown(query) for query in queries]
+        """As `recommend`, for queries with a model each; all are answered or none. An error about a query names it."""
+
+        @functools.cache
+        def recently_shown(user_id: str, seconds: int) -> list[str]:
+            if is_cancelled():
+                raise Cancelled("cancelled by the client")
+            left_s = remaining_s()
+            if left_s is not None and left_s <= 0:
+                raise Expired("the deadline passed before it was read what was recommended lately")
+            return self._recently_shown(user_id, seconds)
+
+        asked = list(queries)
+        for at, query in enumerate(asked):
+            try:
+                asked[at] = self._without_shown(query, recently_shown)
+            except SlatesNotLogged as error:
+                raise SlatesNotLogged(f"requests[{at}].{error}") from error
+        queries = asked
         answers: dict[int, Answer] = {}
         for model in set(loaded):
             places = [at for at, one in enumerate(loaded) if one is model]
@@ -103,14 +141,22 @@ class RecommenderService:
             answers.update(zip(places, found, strict=True))
         return [self._logged(one, queries[at], answers[at]) for at, one in enumerate(loaded)]
 
-    def _without_shown(self, query: Query) -> Query:
+    def _without_shown(self, query: Query, recently_shown: Callable[[str, int], list[str]]) -> Query:
         """The query without what was recommended lately, if it asks for that; raises SlatesNotLogged."""
-        if not query.not_shown_within or query.user_id is None:
+        seconds = query.not_shown_within
+        if not seconds or query.user_id is None:
             return query
         if self._slate_log < 1:
-            raise SlatesNotLogged("not_shown_within: the server does not log what it recommends to every user")
-        shown = self._store.shown_items(query.user_id, int(time.time()) - query.not_shown_within, MOST_NOT_SHOWN)
+            expected = "a server with --slate-log 1"
+            raise SlatesNotLogged(f"not_shown_within: expected {expected}, came {self._slate_log:g}")
+        if 0 < self._slate_retention_s < seconds:
+            expected = f"at most {self._slate_retention_s:.0f} seconds, for which recommendations are kept"
+            raise SlatesNotLogged(f"not_shown_within: expected {expected} (--slate-retention), came {seconds}")
+        shown = recently_shown(query.user_id, seconds)
         return query._replace(exclude_item_ids=(*query.exclude_item_ids, *shown))
+
+    def _recently_shown(self, user_id: str, seconds: int) -> list[str]:
+        return self._store.shown_items(user_id, int(time.time()) - seconds, MOST_NOT_SHOWN)
 
     def _logged(self, loaded: LoadedModel, query: Query, answer: Answer) -> Recommendation:
         model, now = loaded.model, time.time()

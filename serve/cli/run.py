@@ -92,6 +92,7 @@ def serve(settings: Settings) -> None:
                     metrics=metrics,
                     event_types=event_types,
                     slate_log=settings.slate_log,
+                    slate_retention=settings.slate_retention,
                     log_calls=settings.log_calls,
                     polling=None if settings.front == "auto" else settings.front == "polling",
                     on_failure=fail,

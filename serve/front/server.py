@@ -64,7 +64,7 @@ METHODS = frozenset(
     for method in service.methods
 )
 
-# These read the store's file at most, and wait for the model: the polling thread answers them itself.
+# These read a little of the store's file at most, and wait for the model: the polling thread answers them itself.
 RECOMMEND = f"/{SERVICE}/Recommend"
 INLINE = (RECOMMEND,)
 # These run the model for many rows, or load one: in a few threads of their own, for which no event waits.
@@ -86,8 +86,8 @@ AT_ONCE = (
 
 
 def takes_long(models: Models, method: str, message: bytes) -> bool:
-    """Whether a call would hold up all others: long histories, sent along or to be read again as of an earlier time, up
-    to 17 rows to explain an answer, whole batches."""
+    """Whether a call would hold up all others: long histories, sent along or to be read again as of an earlier time,
+    what was recommended lately, up to 17 rows to explain an answer, whole batches."""
     if method != RECOMMEND:
         return method in SLOW
     if len(message) > LONG_MESSAGE_BYTES:
@@ -96,8 +96,12 @@ def takes_long(models: Models, method: str, message: bytes) -> bool:
         request = recommender_pb2.RecommendRequest.FromString(message)
     except DecodeError:
         return False
-    if request.explain or not (request.user_id and request.HasField("request_time")):
-        return request.explain
+    return request.explain or request.not_shown_within > 0 or _asks_for_the_past(models, request)
+
+
+def _asks_for_the_past(models: Models, request: recommender_pb2.RecommendRequest) -> bool:
+    if not (request.user_id and request.HasField("request_time")):
+        return False
     try:
         return models.for_user(request.user_id).asks_for_the_past(request.user_id, request.request_time)
     except LookupError:
@@ -146,6 +150,7 @@ def create_server(
     log_calls: bool = False,
     event_types: EventTypes = BUILT_IN,
     slate_log: float = 1.0,
+    slate_retention: float = 0.0,
     polling: bool | None = None,
     max_calls: int = MAX_CALLS,
     on_failure: Callable[[], None] = lambda: None,
@@ -162,6 +167,7 @@ def create_server(
         log_calls: Whether every call gets a line in the log.
         event_types: The types of events that are accepted, with their weights.
         slate_log: The share of the users whose answers are logged, 0 to 1.
+        slate_retention: For how many days answers stay in the log; 0: without an end.
         polling: Whether the polling thread answers Recommend itself; None: when the store is a local file.
         max_calls: So many calls run in the pool or wait for it; further ones are RESOURCE_EXHAUSTED at once, except
             health checks.
@@ -214,7 +220,8 @@ def create_server(
             "this grpcio has no front that polls (serve.front.polling): calls without a message hold threads"
         )
         server = grpc.server(pool, interceptors=interceptors, options=options, maximum_concurrent_rpcs=max_calls)
-    servicer = RecommenderServicer(RecommenderService(models, store, metrics, slate_log), event_types)
+    service = RecommenderService(models, store, metrics, slate_log, slate_retention)
+    servicer = RecommenderServicer(service, event_types)
     recommender_pb2_grpc.add_RecommenderServicer_to_server(servicer, server)
     inference = InferenceServicer(models)
     open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)

@@ -230,9 +230,10 @@ class RecommendRequest(_message.Message):
     """
     not_shown_within: _builtins.int
     """With `user_id` only: items that were recommended to the user within so many seconds
-    before now, by the server's clock, are not recommended. Of the newest 1,000 answers
-    the newest 10,000 items count. Answers of other servers of the same store count about
-    a second later. 0: what was recommended does not matter. At most 2,678,400 (31 days).
+    before now, by the server's clock, are not recommended. Looks at the newest 1,000
+    answers, and at most 10,000 items of these. Answers of other servers of the same store
+    count about a second later. FAILED_PRECONDITION if the server does not keep the answers
+    to all users for so long. 0: no item is left out. At most 2,678,400 (31 days).
     """
     @_builtins.property
     def history(self) -> Global___History:
@@ -667,14 +668,11 @@ class Impression(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RECOMMENDATION_ID_FIELD_NUMBER: _builtins.int
-    USER_ID_FIELD_NUMBER: _builtins.int
     ITEM_ID_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
     TIMESTAMP_FIELD_NUMBER: _builtins.int
     recommendation_id: _builtins.str
     """Required: `RecommendResponse.recommendation_id`, at most 64 characters."""
-    user_id: _builtins.str
-    """The user of the request. Empty: the history was sent along."""
     item_id: _builtins.str
     """Required: an item of the answer."""
     position: _builtins.int
@@ -687,14 +685,13 @@ class Impression(_message.Message):
         self,
         *,
         recommendation_id: _builtins.str = ...,
-        user_id: _builtins.str = ...,
         item_id: _builtins.str = ...,
         position: _builtins.int = ...,
         timestamp: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "position", b"position", "recommendation_id", b"recommendation_id", "timestamp", b"timestamp", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "position", b"position", "recommendation_id", b"recommendation_id", "timestamp", b"timestamp"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1066,14 +1063,14 @@ Global___DeleteEventsResponse: _TypeAlias = DeleteEventsResponse  # noqa: Y015
 
 @_typing.final
 class MergeUsersRequest(_message.Message):
-    """Who becomes whom."""
+    """Which user is merged into which."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SOURCE_USER_ID_FIELD_NUMBER: _builtins.int
     TARGET_USER_ID_FIELD_NUMBER: _builtins.int
     source_user_id: _builtins.str
-    """Required. The user that is no more."""
+    """Required. The user to merge; it has no data afterwards."""
     target_user_id: _builtins.str
     """Required, and not the source. The user need not have events."""
     def __init__(

@@ -140,8 +140,7 @@ class RecommenderServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RecordImpressions(self, request, context):
-        """Notes which items of answers the user really had before the eyes, for learning from
-        the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
+        """Notes which items of answers were displayed, for learning from the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
         recommendation counts once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -185,7 +184,7 @@ class RecommenderServicer:
         events, and what was recommended. When the answer arrives, that is on disk, as a
         whole. The source is then a user without events; events that are recorded for it
         later are those of a new user, and can be merged again. Safe to repeat. A source with
-        more than 100,000 events and recommendations fails with FAILED_PRECONDITION.
+        more than 10,000 events and recommendations fails with FAILED_PRECONDITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -56,8 +56,7 @@ class RecommenderStub:
     newest 10,000 by their time are the history; older ones may be recommended again.
     """
     RecordImpressions: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.RecordImpressionsRequest, _recommender_pb2.RecordImpressionsResponse]
-    """Notes which items of answers the user really had before the eyes, for learning from
-    the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
+    """Notes which items of answers were displayed, for learning from the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
     recommendation counts once.
     """
     GetUserProfile: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.GetUserProfileRequest, _recommender_pb2.GetUserProfileResponse]
@@ -80,7 +79,7 @@ class RecommenderStub:
     events, and what was recommended. When the answer arrives, that is on disk, as a
     whole. The source is then a user without events; events that are recorded for it
     later are those of a new user, and can be merged again. Safe to repeat. A source with
-    more than 100,000 events and recommendations fails with FAILED_PRECONDITION.
+    more than 10,000 events and recommendations fails with FAILED_PRECONDITION.
     """
     SimilarItems: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.SimilarItemsRequest, _recommender_pb2.SimilarItemsResponse]
     """The items whose learned vectors are nearest to one item's. An item that the
@@ -117,8 +116,7 @@ class RecommenderAsyncStub(RecommenderStub):
     newest 10,000 by their time are the history; older ones may be recommended again.
     """
     RecordImpressions: _aio.UnaryUnaryMultiCallable[_recommender_pb2.RecordImpressionsRequest, _recommender_pb2.RecordImpressionsResponse]  # type: ignore[assignment]
-    """Notes which items of answers the user really had before the eyes, for learning from
-    the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
+    """Notes which items of answers were displayed, for learning from the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
     recommendation counts once.
     """
     GetUserProfile: _aio.UnaryUnaryMultiCallable[_recommender_pb2.GetUserProfileRequest, _recommender_pb2.GetUserProfileResponse]  # type: ignore[assignment]
@@ -141,7 +139,7 @@ class RecommenderAsyncStub(RecommenderStub):
     events, and what was recommended. When the answer arrives, that is on disk, as a
     whole. The source is then a user without events; events that are recorded for it
     later are those of a new user, and can be merged again. Safe to repeat. A source with
-    more than 100,000 events and recommendations fails with FAILED_PRECONDITION.
+    more than 10,000 events and recommendations fails with FAILED_PRECONDITION.
     """
     SimilarItems: _aio.UnaryUnaryMultiCallable[_recommender_pb2.SimilarItemsRequest, _recommender_pb2.SimilarItemsResponse]  # type: ignore[assignment]
     """The items whose learned vectors are nearest to one item's. An item that the
@@ -199,8 +197,7 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
         request: _recommender_pb2.RecordImpressionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recommender_pb2.RecordImpressionsResponse, _abc.Awaitable[_recommender_pb2.RecordImpressionsResponse]]:
-        """Notes which items of answers the user really had before the eyes, for learning from
-        the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
+        """Notes which items of answers were displayed, for learning from the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
         recommendation counts once.
         """
 
@@ -253,7 +250,7 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
         events, and what was recommended. When the answer arrives, that is on disk, as a
         whole. The source is then a user without events; events that are recorded for it
         later are those of a new user, and can be merged again. Safe to repeat. A source with
-        more than 100,000 events and recommendations fails with FAILED_PRECONDITION.
+        more than 10,000 events and recommendations fails with FAILED_PRECONDITION.
         """
 
     @_abc_1.abstractmethod

@@ -21,7 +21,7 @@ from; but a user with millions of events must not cost all others their answers.
 MOST_SLATES = 1_000
 """Of a user's impressions so many are read to find what was shown lately."""
 
-MOST_MERGED = 100_000
+MOST_MERGED = 10_000
 """So many events and impressions of a user can become another one's: as one step, for which others wait."""
 
 # A deletion is remembered for so long, by a digest of the user's id: what other servers still had to write of the user
@@ -36,8 +36,9 @@ class StoreError(Exception):
 class TooManyToMerge(Exception):
     """A user has too much to be made another one's in one step."""
 
-    def __init__(self, user_id: str) -> None:
-        super().__init__(f"the user {user_id!r} has more than {MOST_MERGED} events and recommendations")
+    def __init__(self, count: int, most: int) -> None:
+        expected = f"a user with at most {most:,} events and recommendations"
+        super().__init__(f"source_user_id: expected {expected}, came one with {count:,}")
 
 
 class UserEvent(NamedTuple):
@@ -89,16 +90,16 @@ class Impression(NamedTuple):
 
 
 class ShownItem(NamedTuple):
-    """An item of a recommendation that the user really had before the eyes, as a client says."""
+    """An item of a recommendation that was displayed, as a client says. Its user is that of the recommendation."""
 
     recommendation_id: str
     item_id: str
-    user_id: str | None
-    """None: the history came with the request."""
     position: int
     """From 1 on, as it was shown; 0: not known."""
     timestamp: int
-    """When, in seconds since 1970-01-01T00:00Z."""
+    """When, by the client, in seconds since 1970-01-01T00:00Z."""
+    recorded: int
+    """When a server recorded it, in the same seconds."""
 
 
 class Changes(NamedTuple):
@@ -243,7 +244,8 @@ class EventStore(ABC):
 
     @abstractmethod
     def prune_slates(self, before: int, most: int) -> bool:
-        """Deletes impressions and items that were shown from before a time, in a step that others need not wait for.
+        """Deletes impressions from before a time, and the items of these that were shown, in a step that others need
+        not wait for. Shown items without an impression go by the time at which they were recorded.
 
         Args:
             before: In seconds; what is of this second or later stays.
@@ -257,7 +259,8 @@ class EventStore(ABC):
     def delete_user(self, user_id: str) -> Deleted:
         """Deletes all that is known of a user, on disk on return; the ids of the events may be used again.
 
-        What any server still had to log or keep of the user is not written any more. The counters of items are sums
+        What any server still had to log or keep of the user is not written any more. Shown items of recommendations
+        that are not logged have no user, and stay. The counters of items are sums
         over users and name none: they keep what the user's events added to them, and the second of an item's latest
         event.
 
@@ -306,14 +309,14 @@ class EventStore(ABC):
         still had to log or keep of it is not written any more, and what comes later is of a new user.
 
         Args:
-            source: The user that is no more.
+            source: The user to merge; it has no data afterwards.
             target: Another user, who need not have events.
 
         Returns:
             How many events and impressions the source had.
 
         Raises:
-            TooManyToMerge: There are more than `MOST_MERGED`; nothing was changed.
+            TooManyToMerge: The source has more than `MOST_MERGED`; nothing was changed.
         """
 
     @abstractmethod

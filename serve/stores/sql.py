@@ -15,6 +15,7 @@ from serve.stores.rows import event_of_row, impression_of_row
 LARGEST = 2**63 - 1
 LAST = (LARGEST, LARGEST)
 COPIED_AT_ONCE = 10_000
+SLATES_AT_ONCE = 50
 LOOKED_AT_AT_ONCE = 100_000  # arrivals, of which few may be wanted: a statement must not take long
 
 
@@ -32,7 +33,7 @@ class Queries(NamedTuple):
     """Arrival and the columns of `UserEvent`, newest first: of events that are not neutral, and of those that are
     (user, timestamp and arrival that come after, limit)."""
     slates: LiteralString
-    """The item ids of a user's impressions, newest first (user, first timestamp, limit)."""
+    """The item ids of a user's impressions, newest first (user, first timestamp, limit, how many to pass over)."""
     state: LiteralString
     """The columns of `SpilledState` (user, model version)."""
     events: LiteralString
@@ -83,8 +84,14 @@ class SqlStore(DeferringStore):
         events.sort(key=lambda row: (row[1].event.timestamp, row[0]), reverse=True)
         return events[:most]
 
-    def _stored_slates(self, user_id: str, since: int) -> list[Sequence[str]]:
-        return [json.loads(items) for (items,) in self._read(self._queries.slates, user_id, since, MOST_SLATES)]
+    def _stored_slates(self, user_id: str, since: int) -> Iterator[Sequence[str]]:
+        # What is logged meanwhile shifts the others, which are then found twice.
+        for start in range(0, MOST_SLATES, SLATES_AT_ONCE):
+            limit = min(SLATES_AT_ONCE, MOST_SLATES - start)
+            rows = self._read(self._queries.slates, user_id, since, limit, start)
+            yield from (json.loads(items) for (items,) in rows)
+            if len(rows) < limit:
+                return
 
     def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
         rows = self._read(self._queries.state, user_id, model_version)

@@ -4,10 +4,14 @@ import time
 
 import pytest
 
+from serve.api.service import RecommenderService
 from serve.client import RecommenderClient, UserEvent, recommend_request
-from serve.model.recommender import Recommender
+from serve.model.recommender import Query, Recommender
+from serve.observability.metrics import Metrics
 from serve.pb.recommender_pb2 import RecommendResponse
+from serve.serving.errors import Expired
 from serve.stores.base import EventStore
+from tests.serve.one_model import one_model
 from tests.serve.stores.impressions import impressions_of, log_now
 from tests.serve.stores.test_stores import IMPRESSION
 
@@ -71,3 +75,49 @@ def test_of_very_many_items_the_newest_count(
     found = items(client.recommend(user_id="u", k=4, not_shown_within=DAY))
     assert set(expected[most:]) <= set(found)
     assert not set(expected[:most]) & set(found)
+
+
+def test_a_batch_reads_each_user_once(
+    client: RecommenderClient, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    read = store.shown_items
+
+    def reading(user_id: str, since: int, most: int) -> list[str]:
+        asked.append(user_id)
+        return read(user_id, since, most)
+
+    monkeypatch.setattr(store, "shown_items", reading)
+    client.batch_recommend([recommend_request(user_id=name, k=1, not_shown_within=DAY) for name in "uvuuv"])
+    assert asked == ["u", "v"]
+
+
+def test_reading_what_was_shown_stops_at_the_deadline(
+    model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three users one is read within it."""
+    left, asked = iter([1.0, 0.0]), list[str]()
+
+    def reading(user_id: str, since: int, most: int) -> list[str]:
+        asked.append(user_id)
+        return []
+
+    monkeypatch.setattr(store, "shown_items", reading)
+    models = one_model(model, store)
+    service = RecommenderService(models, store, Metrics())
+    queries = [Query((), 1, user_id=name, not_shown_within=DAY) for name in "uvw"]
+    with pytest.raises(Expired):
+        service.recommend_all([models.for_user("u")] * 3, queries, lambda: next(left), lambda: False)
+    assert asked == ["u"]
+
+
+def test_slates_are_read_until_there_are_enough_items(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts of two: five items are in the newest three of six slates."""
+    monkeypatch.setattr("serve.stores.sql.SLATES_AT_ONCE", 2)
+    for at in range(6):
+        items = tuple(f"{at} {place}" for place in range(2))
+        log_now(store, IMPRESSION._replace(recommendation_id=f"r{at}", timestamp=at, item_ids=items))
+    parts, read = list[object](), store._read  # type: ignore[attr-defined]
+    monkeypatch.setattr(store, "_read", lambda *query: parts.append(query) or read(*query))
+    assert store.shown_items("u", 0, 5) == ["5 0", "5 1", "4 0", "4 1", "3 0"]
+    assert len(parts) == 2

@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from serve.api.service import is_logged
-from serve.client import RecommenderClient
+from serve.client import RecommenderClient, recommend_request
 from serve.front.server import create_server
 from serve.model.recommender import Recommender
 from serve.serving.sweeper import SlatePruner
@@ -23,9 +23,10 @@ DAY = 86_400
 
 
 @contextmanager
-def logging(model: Recommender, store: EventStore, share: float) -> Iterator[RecommenderClient]:
-    """A client of a server that logs the slates of such a share of the users."""
-    server = create_server(one_model(model, store), store, "127.0.0.1:0", slate_log=share)
+def logging(model: Recommender, store: EventStore, share: float, retention: float = 0.0) -> Iterator[RecommenderClient]:
+    """A client of a server that logs the slates of such a share of the users, for so many days."""
+    models = one_model(model, store)
+    server = create_server(models, store, "127.0.0.1:0", slate_log=share, slate_retention=retention)
     server.start()
     with RecommenderClient(f"127.0.0.1:{server.port}") as client:
         yield client
@@ -61,8 +62,20 @@ def test_what_was_shown_cannot_be_left_out_if_it_is_not_logged(model: Recommende
     with logging(model, store, 0.9) as client, pytest.raises(grpc.RpcError) as failure:
         client.recommend(user_id="u", not_shown_within=60)
     assert failure.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert failure.value.details().startswith(
-        "not_shown_within: the server does not log what it recommends to every user"
+    assert failure.value.details() == "not_shown_within: expected a server with --slate-log 1, came 0.9"
+
+
+def test_what_was_shown_cannot_be_left_out_for_longer_than_it_is_kept(model: Recommender, store: EventStore) -> None:
+    """Half a day; an error of a batch names the request."""
+    asked = [recommend_request(user_id="u", k=1, not_shown_within=seconds) for seconds in (43_200, 43_201)]
+    with logging(model, store, 1.0, 0.5) as client:
+        assert len(client.batch_recommend(asked[:1])) == 1
+        with pytest.raises(grpc.RpcError) as failure:
+            client.batch_recommend(asked)
+    assert failure.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert failure.value.details() == (
+        "requests[1].not_shown_within: expected at most 43200 seconds, for which recommendations are kept"
+        " (--slate-retention), came 43201"
     )
 
 
@@ -78,7 +91,7 @@ def test_what_is_too_old_is_deleted_in_the_background(store: EventStore, monkeyp
     now = 100 * DAY
     for day in range(1, 11):
         log_now(store, IMPRESSION._replace(recommendation_id=f"r{day}", timestamp=day * DAY))
-        store.record_shown([ShownItem(f"r{day}", "a", "u", 1, day * DAY)])
+        store.record_shown([ShownItem(f"r{day}", "a", 1, day * DAY, day * DAY)])
     with closing(SlatePruner(store, 93, clock=lambda: now + 0.5)):
 
         def assert_pruned() -> None:

@@ -20,7 +20,8 @@ Impressions: if a client recorded which items of a slate were shown, the slate c
 first ones of the slate in its order, the slate is cut after them: the propensities of the items that are left do not
 depend on those below, so they stay exact, and an item that was not shown has neither propensity nor reward. Other
 slates with impressions are left out: the chance that just these items were shown is not known. A slate without
-impressions counts as a whole.
+impressions counts as a whole if it is earlier than the first slate that has some. Later ones are left out: clients
+recorded impressions by then, so the slate was not displayed.
 
 Responses: an event is a response to the recommendation that it names if it comes within the attribution window, by the
 event's own clock; an event before the recommendation counts as immediate. Later ones are still history of the
@@ -32,6 +33,7 @@ still come. The log ends with the last recommendation, by the server's clock, or
 import contextlib
 import itertools
 import json
+import math
 import sqlite3
 import time
 from collections import Counter
@@ -61,6 +63,7 @@ OPTIONS = "ranked with options of the request (filter, seen, new_item_slots)"
 UNNOTED = "logged before servers noted their temperature"
 UNKNOWN_ITEM = "with an item that the run does not know"
 SHOWN_OTHERWISE = "shown in another order, or with gaps"
+NOT_SHOWN = "of which no item was shown (no impressions, though other slates have some)"
 NO_HISTORY = "to users without a known event"
 STILL_OPEN = "whose responses may still come"
 
@@ -96,8 +99,8 @@ class _Shown(NamedTuple):
     options: list[str]
     answered: int
     """How many items the answer had, also if `slate` is cut to those that were shown."""
-    as_shown: bool = True
-    """False: what a client recorded as shown is not the beginning of the slate."""
+    left_out: str = ""
+    """Why what a client recorded as shown cannot be used; empty: it can."""
 
 
 class _UserEvents(NamedTuple):
@@ -163,6 +166,10 @@ def _read_log(connection: sqlite3.Connection, index: Mapping[str, int], attribut
     count, last, sent_along = connection.execute(
         "SELECT count(*), coalesce(max(timestamp), 0), count(*) - count(user_id) FROM shown"
     ).fetchone()
+    ((first,),) = connection.execute(
+        "SELECT min(timestamp) FROM shown WHERE recommendation_id IN (SELECT recommendation_id FROM shown_items)"
+    ).fetchall()
+    since = math.inf if first is None else first  # the first slate with impressions
     closed = max(end, last) - window  # until then, all responses have come
     skipped = Counter({SENT_ALONG: sent_along} if sent_along else {})
     users: list[str] = []
@@ -171,7 +178,7 @@ def _read_log(connection: sqlite3.Connection, index: Mapping[str, int], attribut
     writer = RecommendationsWriter()
     for user_id, of_slates in _shown_by_user(connection):
         shown = _shown_items(connection, user_id)
-        of_user = [_as_shown(one, shown.get(one.recommendation_id)) for one in of_slates]
+        of_user = [_as_shown(one, shown.get(one.recommendation_id), since) for one in of_slates]
         events = _read_events(connection, user_id, of_user, index)
         first = None
         for place, one in enumerate(of_user):
@@ -240,13 +247,15 @@ def _shown_by_user(connection: sqlite3.Connection) -> Iterator[tuple[str, list[_
 
 def _shown(row: Sequence[Any]) -> _Shown:
     moment = None if row[6] is None else Moment(row[6], row[7])
-    return _Shown._make((*row[:6], moment, *(json.loads(column) for column in row[8:]), len(json.loads(row[8])), True))
+    return _Shown._make((*row[:6], moment, *(json.loads(column) for column in row[8:]), len(json.loads(row[8])), ""))
 
 
 def _shown_items(connection: sqlite3.Connection, user_id: str) -> dict[str, list[tuple[int, str]]]:
-    """Positions and items that clients recorded as shown to a user, by recommendation."""
+    """Positions and items that clients recorded as shown of a user's slates, by recommendation."""
     rows = connection.execute(
-        "SELECT recommendation_id, position, item_id FROM shown_items WHERE user_id = ?", (user_id,)
+        "SELECT recommendation_id, position, item_id FROM shown JOIN shown_items USING (recommendation_id)"
+        " WHERE user_id = ?",
+        (user_id,),
     )
     found: dict[str, list[tuple[int, str]]] = {}
     for name, position, item in rows:
@@ -254,15 +263,15 @@ def _shown_items(connection: sqlite3.Connection, user_id: str) -> dict[str, list
     return found
 
 
-def _as_shown(one: _Shown, shown: list[tuple[int, str]] | None) -> _Shown:
-    """The slate cut to what was shown of it; None: nothing was recorded."""
+def _as_shown(one: _Shown, shown: list[tuple[int, str]] | None, since: float) -> _Shown:
+    """The slate cut to what was shown of it; None: nothing was recorded, as before `since` in seconds."""
     if shown is None:
-        return one
+        return one if one.time < since else one._replace(left_out=NOT_SHOWN)
     first, items = one.slate[: len(shown)], [item for position, item in sorted(shown) if position]
     # Those without a position are taken to be in the order of the slate.
     in_order = not items or items == [item for item in first if item in set(items)]
     if {item for _, item in shown} != set(first) or not in_order:
-        return one._replace(as_shown=False)
+        return one._replace(left_out=SHOWN_OTHERWISE)
     return one._replace(slate=first, log_propensities=one.log_propensities[: len(first)])
 
 
@@ -313,8 +322,8 @@ def _unusable(one: _Shown, index: Mapping[str, int]) -> str:
         return DETERMINISTIC
     if options:
         return OPTIONS
-    if not one.as_shown:
-        return SHOWN_OTHERWISE
+    if one.left_out:
+        return one.left_out
     if one.temperature is None:
         return UNNOTED
     return "" if all(item in index for item in one.slate) else UNKNOWN_ITEM

@@ -62,19 +62,19 @@ SCHEMA: tuple[LiteralString, ...] = (
         ADD COLUMN IF NOT EXISTS trend_arrival bigint,
         ADD COLUMN IF NOT EXISTS request_options text NOT NULL DEFAULT '[]'""",
     "CREATE INDEX shown_to ON jaxrec.shown (user_id, timestamp)",
+    "CREATE INDEX IF NOT EXISTS shown_at ON jaxrec.shown (timestamp)",
     """DELETE FROM jaxrec.shown AS later USING jaxrec.shown AS earlier
         WHERE later.recommendation_id = earlier.recommendation_id AND later.number > earlier.number""",
     "CREATE UNIQUE INDEX IF NOT EXISTS shown_once ON jaxrec.shown (recommendation_id)",
     """CREATE TABLE IF NOT EXISTS jaxrec.shown_items (
         recommendation_id text NOT NULL,
         item_id text NOT NULL,
-        user_id text,
         position bigint NOT NULL,
         timestamp bigint NOT NULL,
+        recorded bigint NOT NULL,
         PRIMARY KEY (recommendation_id, item_id)
     )""",
-    "CREATE INDEX IF NOT EXISTS shown_items_to ON jaxrec.shown_items (user_id)",
-    "CREATE INDEX IF NOT EXISTS shown_items_at ON jaxrec.shown_items (timestamp)",
+    "CREATE INDEX IF NOT EXISTS shown_items_at ON jaxrec.shown_items (recorded)",
     """CREATE TABLE IF NOT EXISTS jaxrec.deletions (
         digest text PRIMARY KEY,
         time timestamptz NOT NULL
@@ -96,7 +96,7 @@ _LISTED: LiteralString = (
 )
 QUERIES = Queries(
     life="SELECT first_arrival, last_arrival FROM jaxrec.users WHERE user_id = %s",
-    # These walk as many of a user's events as they find; by time, the first would walk all that the user has.
+    # By arrival, the first reads only what arrived since, neutral events too; the second reads the rows of its answer.
     changes=(
         "SELECT item_id, rating, timestamp, weight FROM jaxrec.events"
         " WHERE user_id = %s AND arrival > %s AND arrival <= %s AND weight <> 0 ORDER BY arrival LIMIT %s"
@@ -109,7 +109,7 @@ QUERIES = Queries(
     listed=(_LISTED.format("<>"), _LISTED.format("=")),
     slates=(
         "SELECT item_ids FROM jaxrec.shown WHERE user_id = %s AND timestamp >= %s"
-        " ORDER BY timestamp DESC, number DESC LIMIT %s"
+        " ORDER BY timestamp DESC, number DESC LIMIT %s OFFSET %s"
     ),
     state="SELECT * FROM jaxrec.states WHERE user_id = %s AND model_version = %s",
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM jaxrec.events WHERE arrival > %s ORDER BY arrival LIMIT %s"),

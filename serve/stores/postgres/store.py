@@ -114,7 +114,7 @@ class PostgresStore(SqlStore):
         with self._connection("cannot be written") as connection:
             return connection.execute(
                 f"INSERT INTO jaxrec.shown_items ({SHOWN_ITEM_COLUMNS}) SELECT * FROM"
-                " unnest(%s::text[], %s::text[], %s::text[], %s::bigint[], %s::bigint[]) ON CONFLICT DO NOTHING",
+                " unnest(%s::text[], %s::text[], %s::bigint[], %s::bigint[], %s::bigint[]) ON CONFLICT DO NOTHING",
                 columns,
             ).rowcount
 
@@ -140,10 +140,7 @@ class PostgresStore(SqlStore):
             return users.delete_events(connection, user_id, event_ids)
 
     def merge_users(self, source: str, target: str) -> Deleted:
-        # Those that wait go to the target, too.
-        self._deferred.flush()
-        self._deferred.discard(source)
-        with self._connection("cannot be written") as connection:
+        with self._deferred.merging(source, target), self._connection("cannot be written") as connection:
             return users.merge_users(connection, source, target)
 
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:

@@ -1,6 +1,6 @@
-"""What `serve.stores.redis` runs within Redis: each script is one step, of which no reader sees a half.
+"""What `serve.stores.redis.store` runs within Redis: each script is one step, of which no reader sees a half.
 
-None takes longer than the client waits: what depends on the length of a list is done in parts.
+What depends on the length of a list is limited, or done in parts, so that no script takes longer than a client waits.
 """
 
 from serve.model.trend import HALF_LIVES_S
@@ -51,9 +51,9 @@ local function write(item, counter, revision)
     redis.call('ZADD', 'jaxrec:trend_changed', string.format('%d', revision), item)
 end
 """.replace("HALF_LIVES", ", ".join(map(str, HALF_LIVES_S)))
-# ARGV: the time now, and for each event its id, user, value, item, time and whether it is positive (1) or not (0).
+# ARGV: the time now, and for each event its id, user, value, item, time and the sign of its weight (1, 0 or -1).
 # Returns for each event whether it is new (1) or not (0), and the items whose counters cannot be decoded. Scripts get
-# keys in ARGV, not in KEYS: there is no cluster, see `serve.stores.redis`.
+# keys in ARGV, not in KEYS: there is no cluster, see `serve.stores.redis.store`.
 RECORD = (
     COUNTERS
     + """
@@ -82,7 +82,8 @@ for at = 2, #ARGV, 6 do
         local revision = redis.call('INCR', 'jaxrec:revision')
         redis.call('HSETNX', 'jaxrec:user:' .. user, 'first', revision)
         redis.call('HSET', 'jaxrec:user:' .. user, 'last', revision)
-        redis.call('RPUSH', 'jaxrec:events:' .. user, string.format('%d', revision) .. ' ' .. ARGV[at + 2])
+        local list = ARGV[at + 5] == '0' and 'jaxrec:neutral:' or 'jaxrec:events:'
+        redis.call('RPUSH', list .. user, string.format('%d', revision) .. ' ' .. ARGV[at + 2])
         if ARGV[at + 5] == '1' and time > counted_until and counters[item] then
             -- A clock that is ahead must not hide what comes before.
             add(counters[item], math.min(time, now), one_event)

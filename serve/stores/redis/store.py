@@ -6,24 +6,24 @@ A server that would lose or evict events is refused. One Redis server (with repl
 script touches keys of several users.
 
 Keys, all below `jaxrec:`: `event_ids` (set), `revision` (counter), `user:ID` (hash of the first and last revision),
-`events:ID` (list in order of arrival), `shown:ID` and `shown` (lists), `shown_ids` (set of what is in them),
-`shown_items:ID` and `shown_items` (hashes by recommendation and item), `states:ID` (hash by model version), `states`
-(set of the IDs that have one, so that they can be found),
-`deletions` (sorted set of digests of deleted users by time), `deleted` (hash of lists `deleted:NUMBER`, what is left of
-long deleted lists, and of which set it has ids), `trend` (hash of the counters by item ID), `trend_changed` (sorted
-set of those IDs by the revision of the last change), `trend_until` (events after this time are counted); while a store
-is seeded, `trend_held` (the revision up to which the events have still to be added up), `trend_seed` (list: what is
-still to be added to `trend`) and `trend_seed:TOKEN` (the same, before it is whole); while a store of version 1 is
-brought up to date, `update` (hash of the lists of impressions: how much of each is left) and `update_ids` (`shown_ids`
-later).
+`events:ID` and `neutral:ID` (lists in order of arrival: the events that are not neutral, and those that are),
+`shown:ID` and `shown` (lists), `shown_ids` (set of what is in them), `shown_items:RECOMMENDATION` (hash by item),
+`states:ID` (hash by model version), `states` (set of the IDs that have one, so that they can be found), `deletions`
+(sorted set of digests of deleted users by time), `deleted` (hash of lists `deleted:NUMBER`, what is left of long
+deleted lists, and of which set it has ids), `trend` (hash of the counters by item ID), `trend_changed` (sorted set of
+those IDs by the revision of the last change), `trend_until` (events after this time are counted); while a store is
+seeded, `trend_held` (the revision up to which the events have still to be added up), `trend_seed` (list: what is still
+to be added to `trend`) and `trend_seed:TOKEN` (the same, before it is whole); while a store of version 1 is brought up
+to date, `update` (hash of the lists of impressions: how much of each is left) and `update_ids` (`shown_ids` later).
 """
 
 import heapq
-import itertools
 import struct
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 from serve.model.events import Event
@@ -56,6 +56,7 @@ from serve.stores.redis.user_scripts import (
     DELETE_USER,
     FORGET_REST,
     MERGE_USERS,
+    PRUNE_SHOWN,
     PRUNE_SLATES,
     RECORD_SHOWN,
 )
@@ -65,8 +66,8 @@ from serve.stores.redis.values import (
     event_value,
     impression_arguments,
     impression_of,
-    is_neutral,
     place,
+    revision_of,
     shown_item,
     shown_item_arguments,
     user_event,
@@ -75,6 +76,9 @@ from serve.stores.rows import Started
 
 DELETED_AT_ONCE = 1_000
 DROPPED_AT_ONCE = 1_000
+SLATES_AT_ONCE = 50
+READ_FIRST = 32  # events, to find those that arrived since a revision: mostly there is one
+LISTS = (b"jaxrec:events:", b"jaxrec:neutral:")
 REVISION = struct.Struct("<q")
 
 
@@ -92,7 +96,11 @@ class RedisStore(RedisCounters):
         self._forget_rest = self._redis.register_script(FORGET_REST)
         self._drop_states = self._redis.register_script(DROP_STATES)
         self._drop_from = self._prune_from = 0
+        # Lists and hashes still to be pruned, and from which place of the first one on.
+        self._unpruned: deque[bytes] = deque()
+        self._prune_place = 0
         self._prune = self._redis.register_script(PRUNE_SLATES)
+        self._prune_shown = self._redis.register_script(PRUNE_SHOWN)
         self._save_state = self._redis.register_script(SAVE_STATE)
         self._log_impression = self._redis.register_script(LOG_IMPRESSION)
         try:
@@ -114,13 +122,13 @@ class RedisStore(RedisCounters):
         arguments: list[Any] = [int(time.time())]
         for new in events:
             arguments += [new.event_id, new.user_id, event_value(new)]
-            arguments += [new.event.item_id, new.event.timestamp, int(new.event.weight > 0)]
+            arguments += [new.event.item_id, new.event.timestamp, (new.event.weight > 0) - (new.event.weight < 0)]
         is_new, damaged = self._written(lambda client: self._record(args=arguments, client=client))
         self._damaged.log(item.decode() for item in damaged)
         return [event for event, new in zip(events, is_new, strict=True) if new]
 
     def history(self, user_id: str, until: int | None = None) -> list[Event]:
-        events = decoded(self._events(user_id, MOST_EVENTS), 0)
+        events = decoded(self._events(user_id, MOST_EVENTS, 0), 0)
         if until is not None:
             events = [event for event in events if event.timestamp <= until]
         return events[-MOST_EVENTS:]
@@ -136,10 +144,9 @@ class RedisStore(RedisCounters):
             since = 0
         elif since >= revision:
             return Changes(revision, [], complete=False)
-        values = self._events(user_id, most)
-        events = decoded(values, since, revision)
+        events = decoded(self._events(user_id, most, since), since, revision)
         if not complete and len(events) >= most:
-            events, complete = decoded(values, 0, revision), True
+            events, complete = decoded(self._events(user_id, most, 0), 0, revision), True
         return Changes(revision, events[-most:], complete)
 
     def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
@@ -165,67 +172,85 @@ class RedisStore(RedisCounters):
         return dropped
 
     def prune_slates(self, before: int, most: int) -> bool:
-        """Goes through the users, from where the last call ended."""
+        """Goes through all lists, from where the last call ended."""
+        left = most
         with self._failures("cannot be written"):
-            found: Any = self._redis.scan(self._prune_from, match="jaxrec:shown*", count=most)
-            self._prune_from, names = found
-            for key in names:
-                if key.startswith(SHOWN_ITEMS.encode()):
-                    entries: Any = self._redis.hscan_iter(key, count=most)
-                    old = [name for name, value in entries if shown_item(key, name, value).timestamp < before]
-                    for start in range(0, len(old), most):
-                        self._redis.hdel(key, *old[start : start + most])
-                elif key == b"jaxrec:shown" or key.startswith(b"jaxrec:shown:"):
-                    while self._prune(args=[key, before, most]) == most:
-                        pass
-        return bool(self._prune_from)
+            while left > 0:
+                if not self._unpruned:
+                    found: Any = self._redis.scan(self._prune_from, match="jaxrec:shown*", count=most)
+                    self._prune_from, names = found
+                    self._unpruned.extend(names)
+                left -= self._prune_first(before, most) if self._unpruned else 1
+                if not self._unpruned and not self._prune_from:
+                    return False
+        return True
+
+    def _prune_first(self, before: int, most: int) -> int:
+        """Prunes a part of the first list; how many entries it looked at, at least 1. A list is in about the order of
+        time: it is done with when a whole part of it is young enough."""
+        key, seen, deleted = self._unpruned[0], 1, 0
+        if key.startswith(f"{SHOWN_ITEMS}:".encode()):
+            self._prune_shown(args=[key, key.decode().removeprefix(f"{SHOWN_ITEMS}:"), before])
+        elif key == b"jaxrec:shown" or key.startswith(b"jaxrec:shown:"):
+            seen, deleted = self._prune(args=[key, before, most, self._prune_place])
+        self._prune_place += seen - deleted
+        if not deleted:
+            self._unpruned.popleft()
+            self._prune_place = 0
+        return max(1, seen)
 
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
         arguments: list[Any] = [user_id, digest(user_id), DELETION_S, DELETED_AT_ONCE]
-        events, impressions = self._written(lambda client: self._delete(args=arguments, client=client))
+        events, neutral, impressions = self._written(lambda client: self._delete(args=arguments, client=client))
         # Also what an attempt that failed left.
         self._finish_deletions()
-        return Deleted(events, impressions)
+        return Deleted(events + neutral, impressions)
 
     def list_events(
         self, user_id: str, most: int, before: tuple[int, int] | None = None
     ) -> list[tuple[int, UserEvent]]:
         """Reads all events of the user."""
         found: list[tuple[int, UserEvent]] = []
-        for values in self._parts(f"jaxrec:events:{user_id}".encode()):
-            found += [user_event(user_id, value) for value in values]
-            found = heapq.nlargest(most, (one for one in found if before is None or place(one) < before), key=place)
+        for key in _lists_of(user_id):
+            for values in self._parts(key):
+                found += [user_event(user_id, value) for value in values]
+                found = heapq.nlargest(most, (one for one in found if before is None or place(one) < before), key=place)
         return found
 
-    def _stored_slates(self, user_id: str, since: int) -> list[Sequence[str]]:
-        """Of the impressions that were logged last."""
-        values: list[Any] = self._read(lambda: self._redis.lrange(f"jaxrec:shown:{user_id}", -MOST_SLATES, -1))
-        slates = [one for one in (impression_of(value, user_id) for value in values) if one.timestamp >= since]
-        return [one.item_ids for one in sorted(reversed(slates), key=lambda one: -one.timestamp)]
+    def _stored_slates(self, user_id: str, since: int) -> Iterator[Sequence[str]]:
+        """Of the impressions that were logged last, which are in about the order of their times."""
+        for start in range(0, MOST_SLATES, SLATES_AT_ONCE):
+            first, last = -min(start + SLATES_AT_ONCE, MOST_SLATES), -start - 1
+            values: list[Any] = self._read(partial(self._redis.lrange, f"jaxrec:shown:{user_id}", first, last))
+            slates = [one for one in (impression_of(value, user_id) for value in values) if one.timestamp >= since]
+            if not slates:
+                return
+            yield from (one.item_ids for one in sorted(reversed(slates), key=lambda one: -one.timestamp))
 
     def record_shown(self, items: Sequence[ShownItem]) -> int:
         arguments = [argument for one in items for argument in shown_item_arguments(one)]
         return int(self._written(partial(self._record_shown, None, arguments))) if arguments else 0
 
     def all_shown(self) -> Iterator[Sequence[ShownItem]]:
-        for key in (SHOWN_ITEMS.encode(), *self._keys(SHOWN_ITEMS.encode() + b":*")):
-            with self._failures("cannot be read"):
-                found: Any = self._redis.hscan_iter(key, count=COPIED_AT_ONCE)
-                part = dict(found)
-            yield [shown_item(key, field, value) for field, value in part.items()]
+        found_keys = self._keys(f"{SHOWN_ITEMS}:*".encode())
+        while keys := list(islice(found_keys, COPIED_AT_ONCE)):
+            with self._failures("cannot be read"), self._redis.pipeline(transaction=False) as pipeline:
+                for key in keys:
+                    pipeline.hgetall(key)
+                found: list[dict[bytes, bytes]] = pipeline.execute()
+            pairs = zip(keys, found, strict=True)
+            yield [shown_item(key, field, value) for key, part in pairs for field, value in part.items()]
 
     def delete_events(self, user_id: str, event_ids: Sequence[str]) -> int:
         asked, deleted = set(event_ids), -1
         while deleted < 0:
             arguments: list[Any] = [user_id]
-            number = 0
-            for values in self._parts(f"jaxrec:events:{user_id}".encode()):
-                for value in values:
+            for key in _lists_of(user_id):
+                for number, value in enumerate(chain.from_iterable(self._parts(key))):
                     event_id = user_event(user_id, value)[1].event_id
                     if event_id in asked:
-                        arguments += [number, value, event_id]
-                    number += 1
+                        arguments += [key, number, value, event_id]
             if len(arguments) == 1:
                 return 0
             # If another call deletes events of the user meanwhile, the places are others.
@@ -233,21 +258,20 @@ class RedisStore(RedisCounters):
         return deleted
 
     def merge_users(self, source: str, target: str) -> Deleted:
-        # Those that wait go to the target, too.
-        self._deferred.flush()
-        self._deferred.discard(source)
-        arguments: list[Any] = [source, target, digest(source), DELETION_S, MOST_MERGED]
-        events, impressions = self._written(lambda client: self._merge(args=arguments, client=client))
-        if events < 0:
-            raise TooManyToMerge(source)
-        return Deleted(events, impressions)
+        arguments: list[Any] = [source, target, digest(source), DELETION_S, MOST_MERGED, 2 * MOST_EVENTS, MOST_SLATES]
+        with self._deferred.merging(source, target):
+            *counts, moved = self._written(lambda client: self._merge(args=arguments, client=client))
+            if not moved:
+                raise TooManyToMerge(sum(counts), MOST_MERGED)
+        events, neutral, impressions = counts
+        return Deleted(events + neutral, impressions)
 
     def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
-        prefix = b"jaxrec:events:"
-        for key in self._keys(prefix + b"*"):
-            user_id = key.removeprefix(prefix).decode()
-            for values in self._parts(key):
-                yield [user_event(user_id, value) for value in values]
+        for prefix in LISTS:
+            for key in self._keys(prefix + b"*"):
+                user_id = key.removeprefix(prefix).decode()
+                for values in self._parts(key):
+                    yield [user_event(user_id, value) for value in values]
 
     def all_impressions(self) -> Iterator[Sequence[Impression]]:
         prefix = b"jaxrec:shown:"
@@ -266,20 +290,22 @@ class RedisStore(RedisCounters):
         if lists:
             self._written(lambda client: client.hdel("jaxrec:deleted", *lists))
 
-    def _events(self, user_id: str, most: int) -> list[bytes]:
+    def _events(self, user_id: str, most: int, since: int) -> list[bytes]:
         """A user's events that are not neutral as they are stored, of many those that arrived last: the newest by time
-        are among them, unless most of them came late."""
-        key, left = f"jaxrec:events:{user_id}", 2 * most
+        are among them, unless most of them came late. Back to a revision; some that are not after it may be among
+        them."""
+        key, left, size = f"jaxrec:events:{user_id}", 2 * most, 2 * most if since == 0 else READ_FIRST
         parts: list[list[bytes]] = []
         with self._failures("cannot be read"):
             end = self._redis.llen(key)
-            # Once, unless there are neutral ones among them.
             while end > 0 and left > 0:
-                start = max(0, end - left)
+                start = max(0, end - min(size, left))
                 values: list[Any] = self._redis.lrange(key, start, end - 1)
-                parts.append([value for value in values if not is_neutral(value)])
-                end, left = start, left - len(parts[-1])
-        return list(itertools.chain.from_iterable(reversed(parts)))
+                parts.append(values)
+                if not values or revision_of(values[0]) <= since:
+                    break
+                end, left, size = start, left - len(values), 4 * size
+        return list(chain.from_iterable(reversed(parts)))
 
     def _write_deferred(self, impressions: Sequence[Started], states: Sequence[SpilledState]) -> None:
         with self._failures("cannot be written"), self._redis.pipeline(transaction=True) as pipeline:
@@ -290,3 +316,8 @@ class RedisStore(RedisCounters):
                 value = REVISION.pack(state.revision) + state.state
                 self._save_state(args=[state.user_id, state.model_version, state.revision, value], client=pipeline)
             pipeline.execute()
+
+
+def _lists_of(user_id: str) -> list[bytes]:
+    """The keys of a user's events."""
+    return [prefix + user_id.encode() for prefix in LISTS]

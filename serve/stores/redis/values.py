@@ -46,21 +46,17 @@ def impression_of(value: bytes, user_id: str | None) -> Impression:
 
 
 SHOWN_ITEMS = "jaxrec:shown_items"
-"""The key of the items that were shown to no certain user; a user's has `:` and the id behind it."""
+"""The key of the items that were shown of a recommendation, without `:` and its id."""
 
 
 def shown_item_arguments(one: ShownItem) -> tuple[str, str, str]:
     """Those of the script RECORD_SHOWN."""
-    key = SHOWN_ITEMS if one.user_id is None else f"{SHOWN_ITEMS}:{one.user_id}"
-    return key, json.dumps(one[:2], ensure_ascii=False), json.dumps(one[3:])
+    return f"{SHOWN_ITEMS}:{one.recommendation_id}", one.item_id, json.dumps(one[2:])
 
 
 def shown_item(key: bytes, field: bytes, value: bytes) -> ShownItem:
     """An entry of a hash of items that were shown."""
-    user_id = key.decode().removeprefix(SHOWN_ITEMS)
-    recommendation_id, item_id = json.loads(field)
-    position, timestamp = json.loads(value)
-    return ShownItem(recommendation_id, item_id, user_id[1:] if user_id else None, position, timestamp)
+    return ShownItem(key.decode().removeprefix(f"{SHOWN_ITEMS}:"), field.decode(), *json.loads(value))
 
 
 def event_value(new: UserEvent) -> str:
@@ -80,14 +76,14 @@ def user_event(user_id: str, value: bytes) -> tuple[int, UserEvent]:
     return int(revision), UserEvent(event_id, user_id, Event(item_id, rating, timestamp, weight), named, kind, number)
 
 
+def revision_of(value: bytes) -> int:
+    """The revision of an event of a user's list."""
+    return int(value.partition(b" ")[0])
+
+
 def place(event: tuple[int, UserEvent]) -> tuple[int, int]:
     """Of an event with its revision among a user's events: by time, then by revision."""
     return event[1].event.timestamp, event[0]
-
-
-def is_neutral(value: bytes) -> bool:
-    """Whether an event of a user's list is neutral."""
-    return bool(_padded(value.partition(b" ")[2])[6] == 0)
 
 
 def _padded(text: bytes) -> list[Any]:
@@ -107,6 +103,5 @@ def decoded(values: Sequence[bytes], since: int, until: int | None = None) -> li
         if since < int(revision) and (until is None or int(revision) <= until):
             _, item_id, rating, timestamp, _, _, weight, _ = _padded(text)
             events.append((timestamp, int(revision), Event(item_id, rating, timestamp, weight)))
-    # The list is in the order of arrival, unless users were merged.
     events.sort(key=lambda event: event[:2])
     return [event for _, _, event in events]

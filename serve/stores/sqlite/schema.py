@@ -49,18 +49,18 @@ CREATE TABLE IF NOT EXISTS shown (
     request_options TEXT NOT NULL DEFAULT '[]'
 ) STRICT;
 CREATE INDEX shown_to ON shown (user_id, timestamp);
+CREATE INDEX IF NOT EXISTS shown_at ON shown (timestamp);
 DELETE FROM shown WHERE number NOT IN (SELECT min(number) FROM shown GROUP BY recommendation_id);
 CREATE UNIQUE INDEX IF NOT EXISTS shown_once ON shown (recommendation_id);
 CREATE TABLE IF NOT EXISTS shown_items (
     recommendation_id TEXT NOT NULL,
     item_id TEXT NOT NULL,
-    user_id TEXT,
     position INTEGER NOT NULL,
     timestamp INTEGER NOT NULL,
+    recorded INTEGER NOT NULL,
     PRIMARY KEY (recommendation_id, item_id)
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS shown_items_to ON shown_items (user_id);
-CREATE INDEX IF NOT EXISTS shown_items_at ON shown_items (timestamp);
+CREATE INDEX IF NOT EXISTS shown_items_at ON shown_items (recorded);
 CREATE TABLE IF NOT EXISTS deletions (
     user TEXT PRIMARY KEY,
     time REAL NOT NULL
@@ -105,7 +105,7 @@ _LISTED = (
 )
 QUERIES = Queries(
     life="SELECT first_arrival, last_arrival FROM users WHERE user_id = ?",
-    # These walk as many of a user's events as they find: without a hint, the first would walk all of `history`.
+    # Each reads the rows of its answer; without a hint, the first would read all of `history`.
     changes=(
         "SELECT item_id, rating, timestamp, weight FROM events INDEXED BY arrivals"
         " WHERE user_id = ? AND arrival > ? AND arrival <= ? AND weight <> 0 ORDER BY arrival LIMIT ?"
@@ -117,7 +117,8 @@ QUERIES = Queries(
     ),
     listed=(_LISTED.format("history", "<>"), _LISTED.format("neutral", "=")),
     slates=(
-        "SELECT item_ids FROM shown WHERE user_id = ? AND timestamp >= ? ORDER BY timestamp DESC, number DESC LIMIT ?"
+        "SELECT item_ids FROM shown WHERE user_id = ? AND timestamp >= ? ORDER BY timestamp DESC, number DESC"
+        " LIMIT ? OFFSET ?"
     ),
     state="SELECT * FROM states WHERE user_id = ? AND model_version = ?",
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM events WHERE arrival > ? ORDER BY arrival LIMIT ?"),

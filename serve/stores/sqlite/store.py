@@ -111,10 +111,8 @@ class SQLiteStore(SqlStore):
         return self._write(lambda connection: users.delete_events(connection, user_id, event_ids))
 
     def merge_users(self, source: str, target: str) -> Deleted:
-        # Those that wait go to the target, too.
-        self._deferred.flush()
-        self._deferred.discard(source)
-        return self._write(lambda connection: users.merge_users(connection, source, target))
+        with self._deferred.merging(source, target):
+            return self._write(lambda connection: users.merge_users(connection, source, target))
 
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:
         with self._failures("cannot be read"):

@@ -13,9 +13,13 @@ NAMED_AT_ONCE = 900
 
 def delete_user(connection: sqlite3.Connection, user_id: str) -> Deleted:
     """See `EventStore.delete_user`."""
+    connection.execute(
+        "DELETE FROM shown_items WHERE recommendation_id IN (SELECT recommendation_id FROM shown WHERE user_id = ?)",
+        (user_id,),
+    )
     counts = {
         table: connection.execute(f"DELETE FROM {table} WHERE user_id = ?", (user_id,)).rowcount
-        for table in ("events", "shown", "shown_items", "users", "states")
+        for table in ("events", "shown", "users", "states")
     }
     _note_deletion(connection, user_id)
     return Deleted(counts["events"], counts["shown"])
@@ -36,20 +40,16 @@ def delete_events(connection: sqlite3.Connection, user_id: str, event_ids: Seque
 def merge_users(connection: sqlite3.Connection, source: str, target: str) -> Deleted:
     """See `EventStore.merge_users`."""
     tables = ("events", "shown")
-    count = 0
-    for table in tables:
-        query = f"SELECT count(*) FROM (SELECT 1 FROM {table} WHERE user_id = ? LIMIT ?)"
-        ((found,),) = connection.execute(query, [source, MOST_MERGED + 1]).fetchall()
-        count += found
+    query = " + ".join(f"(SELECT count(*) FROM {table} WHERE user_id = ?1)" for table in tables)
+    ((count,),) = connection.execute(f"SELECT {query}", [source]).fetchall()
     if count > MOST_MERGED:
-        raise TooManyToMerge(source)
+        raise TooManyToMerge(count, MOST_MERGED)
     moved = Deleted(
         *(
             connection.execute(f"UPDATE {table} SET user_id = ? WHERE user_id = ?", [target, source]).rowcount
             for table in tables
         )
     )
-    connection.execute("UPDATE shown_items SET user_id = ? WHERE user_id = ?", [target, source])
     for user_id in (source, target):
         if moved.event_count:
             _begin_anew(connection, user_id)
@@ -59,14 +59,19 @@ def merge_users(connection: sqlite3.Connection, source: str, target: str) -> Del
 
 def prune_slates(connection: sqlite3.Connection, before: int, most: int) -> bool:
     """See `EventStore.prune_slates`."""
-    # Impressions are logged in about the order of their times.
-    oldest = "SELECT number, timestamp FROM shown ORDER BY number LIMIT ?"
-    query = f"DELETE FROM shown WHERE number IN (SELECT number FROM ({oldest}) WHERE timestamp < ?)"
-    slates = connection.execute(query, [most, before]).rowcount
-    old = "SELECT recommendation_id, item_id FROM shown_items WHERE timestamp < ? LIMIT ?"
+    old = "SELECT number, recommendation_id FROM shown WHERE timestamp < ? LIMIT ?"
+    slates = connection.execute(old, [before, most]).fetchall()
+    connection.executemany("DELETE FROM shown_items WHERE recommendation_id = ?", [(name,) for _, name in slates])
+    connection.executemany("DELETE FROM shown WHERE number = ?", [(number,) for number, _ in slates])
+    if len(slates) >= most:
+        return True
+    # The others are of recommendations that are not logged, unless a clock is behind.
+    old = (
+        "SELECT recommendation_id, item_id FROM shown_items WHERE recorded < ? AND NOT EXISTS"
+        " (SELECT 1 FROM shown WHERE shown.recommendation_id = shown_items.recommendation_id) LIMIT ?"
+    )
     query = f"DELETE FROM shown_items WHERE (recommendation_id, item_id) IN ({old})"
-    items = connection.execute(query, [before, most]).rowcount
-    return max(slates, items) >= most
+    return connection.execute(query, [before, most]).rowcount >= most
 
 
 def _begin_anew(connection: sqlite3.Connection, user_id: str) -> None:

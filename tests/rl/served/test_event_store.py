@@ -20,6 +20,7 @@ from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import frozen_scoring
 from jaxrec.rl.served.event_store import (
     DETERMINISTIC,
+    NOT_SHOWN,
     OPTIONS,
     SHOWN_OTHERWISE,
     STILL_OPEN,
@@ -424,7 +425,7 @@ def test_what_was_not_drawn_is_counted_as_that_with_request_options_too(
 
 SLATE_OF_SHOWN = {
     # What was recorded as shown (position, place in the slate), and what is left of the slate.
-    "none": ([], 3),
+    "none": ([], None),
     "all": ([(1, 0), (2, 1), (3, 2)], 3),
     "first": ([(1, 0)], 1),
     "first two, reported late": ([(2, 1), (1, 0)], 2),
@@ -445,17 +446,34 @@ def test_a_slate_counts_as_far_as_it_was_shown(case: str, small_data: PreparedDa
         slate, propensities = tuple(raw[1:4]), (-0.5, -1.0, -2.0)
         for name, user in (("a", "ada"), ("b", "bob")):
             log_now(store, Impression(name, user, slate, propensities, "reinforce", "v", START + 1, temperature=0.5))
-        # What was shown to others changes nothing.
-        store.record_shown([ShownItem("b", raw[9], "bob", 1, START + 2)])
-        store.record_shown([ShownItem("a", raw[1 + at], "ada", position, START + 2) for position, at in recorded])
+        # What was shown to others changes nothing but that impressions are recorded.
+        store.record_shown([ShownItem("b", raw[9], 1, START + 2, START)])
+        store.record_shown([ShownItem("a", raw[1 + at], position, START + 2, START) for position, at in recorded])
     log = read_served_log(path, small_data.catalog, 0)
     if left is None:
-        assert (len(log.recommendations), log.skipped[SHOWN_OTHERWISE]) == (0, 2)
+        reasons = {SHOWN_OTHERWISE: 2} if recorded else {SHOWN_OTHERWISE: 1, NOT_SHOWN: 1}
+        assert (len(log.recommendations), log.skipped) == (0, reasons)
         return
     (one,) = log.recommendations
     assert (one.slate.tolist(), one.log_propensities.tolist()) == ([2, 3, 4][:left], [-0.5, -1.0, -2.0][:left])
     assert one.answered == 3
     assert log.skipped == {SHOWN_OTHERWISE: 1}
+
+
+def test_slates_without_impressions_count_until_the_first_that_has_some(
+    small_data: PreparedData, tmp_path: Path
+) -> None:
+    """The first day without a client that records them; from then on, what has none was not on a screen."""
+    raw, path = small_data.catalog.ids.raw_ids.astype(str).tolist(), tmp_path / "events.sqlite"
+    with SQLiteStore(path) as store:
+        store.record([UserEvent("1", "ada", Event(raw[0], None, START))])
+        for day in range(4):
+            one = Impression(f"{day}", "ada", (raw[1],), (-0.5,), "reinforce", "v", START + day * DAY, temperature=0.5)
+            log_now(store, one)
+        store.record_shown([ShownItem("2", raw[1], 1, START, START)])
+    log = read_served_log(path, small_data.catalog, 0)
+    assert [one.time for one in log.recommendations] == [START, START + DAY, START + 2 * DAY]
+    assert log.skipped == {NOT_SHOWN: 1}
 
 
 def test_what_a_real_server_read_within_the_second_is_reproduced(

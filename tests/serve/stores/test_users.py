@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import redis
@@ -16,13 +15,10 @@ from serve.stores.base import (
     Changes,
     Deleted,
     EventStore,
-    Impression,
-    ShownItem,
     SpilledState,
     TooManyToMerge,
     UserEvent,
 )
-from serve.stores.copy import copy_log
 from tests.serve.stores.counting import assert_counts, at, seed_of, sums
 from tests.serve.stores.impressions import impressions_of, log_now
 from tests.serve.stores.test_stores import (  # noqa: F401
@@ -64,7 +60,7 @@ def test_events_are_listed_newest_first_in_pages(store: EventStore) -> None:  # 
             assert len(page) <= size
             before = (page[-1][1].event.timestamp, page[-1][0])
         assert paged == order
-    assert store.list_events("nobody", 10) == []
+    assert store.list_events("unknown", 10) == []
 
 
 def test_deleted_events_are_gone_and_their_ids_free(store: EventStore) -> None:  # noqa: F811
@@ -77,7 +73,7 @@ def test_deleted_events_are_gone_and_their_ids_free(store: EventStore) -> None: 
     assert store.delete_events("u", ["e2", "e5", "other", "none", "e2"]) == 2
     assert ids(store.list_events("u", 9)) == ["e4", "e3", "e1"]
     assert len(store.history("v")) == 1
-    # Whoever knew the history reads all of it again.
+    # A reader that knew the history reads all of it again.
     assert store.revision("u") > before
     assert store.changes("u", before) == Changes(store.revision("u"), store.history("u"), complete=True)
     assert store.changes("u", store.revision("u")) == Changes(store.revision("u"), [], complete=False)
@@ -132,6 +128,7 @@ def test_a_merged_user_has_all_of_both(store: EventStore) -> None:  # noqa: F811
     assert ids(store.list_events("target", 9)) == ["t3", "s2", "t2", "t1", "n", "s1"]
     assert store.changes("target", known) == Changes(store.revision("target"), merged, complete=True)
     assert store.revision("target") > known
+    store.flush()
     assert {one.recommendation_id for one in impressions_of(store, "target")} == {"r1", "r2", "r3"}
     assert (store.history("u"), store.revision("u"), store.list_events("u", 9), impressions_of(store, "u")) == (
         [],
@@ -141,7 +138,7 @@ def test_a_merged_user_has_all_of_both(store: EventStore) -> None:  # noqa: F811
     )
     store.flush()
     assert [store.load_state(user_id, "m") for user_id in ("u", "target")] == [None, None]
-    # Ids count once, whoever has them; to repeat it changes nothing.
+    # Ids count once, of any user; to repeat it changes nothing.
     assert store.record([user_event("s1", user_id="u"), user_event("t1", user_id="u")]) == []
     revision = store.revision("target")
     assert store.merge_users("u", "target") == Deleted(0, 0)
@@ -176,7 +173,7 @@ def test_too_much_is_not_merged(store: EventStore, monkeypatch: pytest.MonkeyPat
     store.record([user_event("1"), user_event("2"), user_event("3", user_id="target")])
     log_now(store, IMPRESSION)
     log_now(store, IMPRESSION._replace(recommendation_id="r2"))
-    with pytest.raises(TooManyToMerge, match="the user 'u' has more than"):
+    with pytest.raises(TooManyToMerge, match=r"^source_user_id: expected .* at most 3 events .*, came one with 4"):
         store.merge_users("u", "target")
     assert [len(store.history(user_id)) for user_id in ("u", "target")] == [2, 1]
     limit(monkeypatch, 4)
@@ -292,86 +289,66 @@ def test_any_order_of_calls_is_that_of_a_plain_model(location: str) -> None:  # 
         opened.close()
 
 
-def test_shown_items_are_found_newest_first_also_those_that_wait(
+def test_what_is_logged_while_users_are_merged_is_the_targets(store: EventStore) -> None:  # noqa: F811
+    store.record([user_event("1")])
+    log = IMPRESSION._replace(recommendation_id="r2")
+    with store._deferred.merging("u", "target"):  # type: ignore[attr-defined]
+        store.log_impression(log)
+        store.save_states([SpilledState("u", "m", store.revision("u"), b"x")])
+    store.flush()
+    assert impressions_of(store, "target") == [log._replace(user_id="target")]
+    assert impressions_of(store, "u") == []
+    assert store.load_state("u", "m") is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_after_a_merge_the_newest_of_both_are_the_history(
     store: EventStore,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
+    seed: int,
 ) -> None:
-    def shown(name: str, timestamp: int, *items: str, user_id: str = "u") -> Impression:
-        return IMPRESSION._replace(recommendation_id=name, timestamp=timestamp, item_ids=items, user_id=user_id)
-
-    log_now(store, shown("1", 10, "a", "b"))
-    log_now(store, shown("2", 20, "c", "a"))
-    log_now(store, shown("v", 20, "v", user_id="v"))
-    store.log_impression(shown("3", 20, "d"))
-    store.log_impression(shown("4", 5, "e"))
-    store.log_impression(shown("w", 30, "w", user_id="w"))
-    assert store.shown_items("u", 10, 99) == ["d", "c", "a", "b"]
-    store.flush()
-    assert store.shown_items("u", 10, 99) == ["d", "c", "a", "b"]
-    assert store.shown_items("u", 11, 99) == ["d", "c", "a"]
-    assert store.shown_items("u", 0, 99) == ["d", "c", "a", "b", "e"]
-    assert store.shown_items("u", 0, 2) == ["d", "c"]
-    assert store.shown_items("u", 21, 99) == store.shown_items("nobody", 0, 99) == []
-    for module in ("deferred", "sql", "redis.store"):
-        monkeypatch.setattr(f"serve.stores.{module}.MOST_SLATES", 2)
-    found = store.shown_items("u", 0, 99)
-    # Redis has them in the order in which they were logged.
-    assert found in (["d", "c", "a"], ["d", "e"])
-
-
-SHOWN = [
-    ShownItem("r1", "a", "u", 1, 10),
-    ShownItem("r1", "ü", "u", 2, 11),
-    ShownItem("r2", "a", None, 0, 12),
-    ShownItem("r3", "a", "target", 1, 13),
-]
-
-
-def all_shown(opened: EventStore) -> set[ShownItem]:
-    return {one for part in opened.all_shown() for one in part}
-
-
-def test_an_item_of_a_recommendation_is_shown_once(store: EventStore, tmp_path: Path) -> None:  # noqa: F811
-    assert store.record_shown([]) == 0
-    assert store.record_shown([*SHOWN[:2], SHOWN[0]._replace(position=9)]) == 2
-    assert store.record_shown([SHOWN[1]._replace(timestamp=99), *SHOWN[2:]]) == 2
-    assert all_shown(store) == set(SHOWN)
-    copy_log(store, tmp_path / "copy.sqlite")
-    with open_store(tmp_path / "copy.sqlite") as copy:
-        assert all_shown(copy) == set(SHOWN)
-
-
-def test_what_was_shown_goes_with_its_user(store: EventStore) -> None:  # noqa: F811
-    store.record_shown(SHOWN)
-    store.merge_users("u", "target")
-    moved = {one._replace(user_id="target") if one.user_id == "u" else one for one in SHOWN}
-    assert all_shown(store) == moved
-    store.delete_user("target")
-    assert all_shown(store) == {SHOWN[2]}
-
-
-def test_many_shown_items_come_in_parts(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    for module in ("sql", "redis.store"):
-        monkeypatch.setattr(f"serve.stores.{module}.COPIED_AT_ONCE", 3)
-    items = [ShownItem(f"r{at // 4}", f"i{at}", "u", at, at) for at in range(20)]
-    assert store.record_shown(items) == 20
-    assert sorted(one for part in store.all_shown() for one in part) == sorted(items)
-
-
-def test_old_slates_and_impressions_are_pruned_in_steps(store: EventStore) -> None:  # noqa: F811
-    """Of users and of none; their ids can be used again."""
-    for number, user_id in enumerate(["u", "v", None, "u", "v", None, "u"]):
+    """Of lists that are longer than what is read; the older user may be either one."""
+    for module in ("base", "redis.store", "sql"):
+        monkeypatch.setattr(f"serve.stores.{module}.MOST_EVENTS", 5)
+    for module in ("redis.store", "sql", "deferred"):
+        monkeypatch.setattr(f"serve.stores.{module}.MOST_SLATES", 5)
+    chance, users = random.Random(seed), ["u"] * 30 + ["target"] * 30
+    if seed < 2:
+        chance.shuffle(users)
+    elif seed == 2:
+        users.reverse()
+    for number, user_id in enumerate(users):
+        weight = chance.choice([1.0, -1.0, 0.0])
+        store.record([UserEvent(f"e{number}", user_id, Event(f"i{number}", None, number, weight))])
         one = IMPRESSION._replace(recommendation_id=f"r{number}", user_id=user_id, timestamp=number)
-        log_now(store, one)
-        store.record_shown([ShownItem(f"r{number}", "a", user_id, 1, number)])
-    store.record([user_event("1")._replace(recommendation_id="r0")])
-    steps = 1
-    while store.prune_slates(5, 2):
-        steps += 1
-        assert steps < 100
-    assert {one.recommendation_id for part in store.all_impressions() for one in part} == {"r5", "r6"}
-    assert {one.recommendation_id for one in all_shown(store)} == {"r5", "r6"}
-    assert not store.prune_slates(5, 10)
-    assert len(store.history("u")) == 1
-    log_now(store, IMPRESSION._replace(recommendation_id="r0"))
-    assert [one.recommendation_id for one in impressions_of(store, "u")] == ["r6", "r0"]
+        store.log_impression(one._replace(item_ids=(f"i{number}",)))
+    store.flush()
+    assert store.merge_users("u", "target") == Deleted(30, 30)
+    listed = store.list_events("target", 99)
+    assert ids(listed) == [f"e{number}" for number in reversed(range(60))]
+    not_neutral = [one.event for _, one in reversed(listed) if one.event.weight]
+    assert store.history("target") == not_neutral[-5:]
+    assert store.changes("target", 0, 5).events == not_neutral[-5:]
+    assert store.shown_items("target", 0, 99) == [f"i{number}" for number in range(59, 54, -1)]
+    revision = store.revision("target")
+    store.record([UserEvent("new", "target", Event("new", None, 99))])
+    assert store.changes("target", revision).events == [Event("new", None, 99)]
+
+
+def test_neutral_events_do_not_hide_the_others_and_cost_redis_no_read(servers, tmp_path) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    where = emptied("redis", servers, tmp_path)
+    with open_store(where) as opened, redis.Redis.from_url(where) as client:
+        opened.record([user_event("first")])
+        revision = opened.revision("u")
+        for start in range(0, 5_000, 1_000):
+            opened.record([UserEvent(f"{start + at}", "u", Event("i", None, 1, 0.0)) for at in range(1_000)])
+        opened.record([user_event("last", "j", 2)])
+        client.config_resetstat()
+        assert opened.changes("u", revision).events == [Event("j", None, 2)]
+        assert opened.history("u") == [Event("i", None, 0), Event("j", None, 2)]
+        assert client.llen("jaxrec:events:u") == 2
+        assert client.info("commandstats")["cmdstat_lrange"]["calls"] == 2
+        assert len(opened.list_events("u", 9_999)) == 5_002
+        assert opened.delete_events("u", ["17", "last"]) == 2
+        assert opened.delete_user("u") == Deleted(5_000, 0)
+        assert not client.exists("jaxrec:neutral:u", "jaxrec:events:u", "jaxrec:event_ids")
