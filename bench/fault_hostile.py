@@ -52,6 +52,8 @@ PLAUSIBLE = {
     "model_version": [""],
     "version": [""],
     "datatype": ["INT32", "INT64", "FP32"],
+    "type": ["", "view", "dislike", "skip"],
+    "page_token": [""],
 }
 # What a server may say of a bad request. DEADLINE_EXCEEDED and CANCELLED are what the client asked for.
 BLAMES_THE_REQUEST = {

@@ -93,6 +93,21 @@ class Settings:
         Provider, "What runs the model. auto: CUDA where it works, else the CPU. cuda: fail without CUDA."
     ] = "auto"
     threads: Annotated[int, "Threads within one run of the model. Requests run in parallel anyway."] = 1
+    event_types: Annotated[
+        Path | None,
+        "TOML file with a line `name = weight` for each type of events beside the built-in ones. Above 0: part of the"
+        " history, and so much reward. Below 0: the item is not recommended to the user again. 0: only kept.",
+    ] = None
+    slate_log: Annotated[
+        float,
+        "SHARE",
+        "Share of the users whose recommendations are kept in the store, 0 to 1: of these users all, of others none.",
+    ] = 1.0
+    slate_retention: Annotated[
+        float,
+        "DAYS",
+        "Delete recommendations and impressions that are older. 0: they are kept until their user is deleted.",
+    ] = 0.0
     search: Annotated[
         SearchBy,
         "How the best items are found. auto: with the model's index if it has one, which large catalogues do. exact:"
@@ -103,8 +118,8 @@ class Settings:
     tls_client_ca: Annotated[Path | None, "Accept only clients with a certificate of these authorities, in PEM."] = None
     tokens_file: Annotated[
         Path | None,
-        "File with one line `RIGHTS TOKEN` for each accepted token, RIGHTS being some of read,write,admin. The variable"
-        " JAXREC_TOKENS can hold the lines instead. Without either, no token is needed.",
+        "File with one line `RIGHTS TOKEN` for each accepted token, RIGHTS being some of read,write,users,admin. The"
+        " variable JAXREC_TOKENS can hold the lines instead. Without either, no token is needed.",
     ] = None
     tokens: Annotated[str | None, ""] = field(default=None, repr=False)
     """The lines of a tokens file themselves."""
@@ -147,9 +162,11 @@ class Settings:
     log_calls: Annotated[bool, "Write a log line for every call, not only for failures of the server."] = False
 
     def __post_init__(self) -> None:
-        """Raises SettingsError for settings that exclude each other."""
+        """Raises SettingsError for settings that exclude each other, and for a share above 1."""
         if (self.tls_cert is None) != (self.tls_key is None) or (self.tls_client_ca and not self.tls_cert):
             raise SettingsError("expected tls_cert and tls_key together, and tls_client_ca only with them")
+        if self.slate_log > 1:
+            raise SettingsError(f"slate_log: expected a share of 0 to 1, came {self.slate_log:g}")
         if self.tokens is not None and self.tokens_file is not None:
             raise SettingsError("expected tokens or tokens_file, and not both")
 

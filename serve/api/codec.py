@@ -1,10 +1,12 @@
 """Between messages and the recommender's types. Decoding checks every field and raises InvalidRequest."""
 
+import math
 import struct
 import time
 from collections.abc import Sequence
 
 from serve.api.errors import InvalidRequest
+from serve.api.event_types import EventTypes
 from serve.api.filters import decode_filter, decode_seen, own_seen
 from serve.api.rules import (
     DEFAULT_K,
@@ -12,8 +14,13 @@ from serve.api.rules import (
     MAX_BATCH,
     MAX_BATCH_EVENTS,
     MAX_BATCH_ITEMS,
+    MAX_DELETED_EVENTS,
     MAX_HISTORY_EVENTS,
+    MAX_IMPRESSIONS,
     MAX_K,
+    MAX_NOT_SHOWN_S,
+    MAX_POSITION,
+    MAX_RECOMMENDATION_ID_LENGTH,
     MAX_RECORDED_EVENTS,
     MAX_TAGS,
     check_event_time,
@@ -22,21 +29,22 @@ from serve.api.rules import (
     check_rating,
     check_time,
     checked_count,
+    checked_weight,
     latest_time,
 )
 from serve.api.service import Profile, Recommendation
 from serve.model.catalog import Catalog
-from serve.model.events import Event, RatingScale
+from serve.model.events import INTERACTION, Event, RatingScale
 from serve.model.explain import Explanation
 from serve.model.ranking.engine import Ranking
 from serve.model.recommender import NoNewItems, Query, Recommender
 from serve.pb import recommender_pb2 as pb
-from serve.stores.base import UserEvent
+from serve.stores.base import ShownItem, UserEvent
 
 _SCORE = struct.Struct("<f")
 
 
-def decode_query(request: pb.RecommendRequest, model: Recommender) -> Query:
+def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: EventTypes) -> Query:
     """The question that a request asks the model that answers it, from now on."""
     started = time.monotonic()
     k = checked_count("k", request.k)
@@ -53,15 +61,23 @@ def decode_query(request: pb.RecommendRequest, model: Recommender) -> Query:
     events: Sequence[Event] = ()
     user_id = None
     if subject == "history":
-        events = _decode_history(request.history, request_time, model.info.rating_scale)
+        events = _decode_history(request.history, request_time, model.info.rating_scale, event_types)
     else:
         user_id = request.user_id
         check_id("user_id", user_id)
+    not_shown_within = request.not_shown_within
+    if not 0 <= not_shown_within <= MAX_NOT_SHOWN_S:
+        raise InvalidRequest("not_shown_within", f"0 to {MAX_NOT_SHOWN_S} seconds", not_shown_within)
+    if not_shown_within and user_id is None:
+        raise InvalidRequest("not_shown_within", "user_id with it", "a history")
     exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots)
-    return Query(events, k, exclude, request_time, request.explain, user_id, started, item_filter, allow_seen, slots)
+    options = (item_filter, allow_seen, slots, not_shown_within)
+    return Query(events, k, exclude, request_time, request.explain, user_id, started, *options)
 
 
-def decode_batch(request: pb.BatchRecommendRequest, models: Sequence[Recommender]) -> list[Query]:
+def decode_batch(
+    request: pb.BatchRecommendRequest, models: Sequence[Recommender], event_types: EventTypes
+) -> list[Query]:
     """The questions of a batch, each for the model that answers it."""
     check_length("requests", request.requests, MAX_BATCH)
     items = sum(single.k or DEFAULT_K for single in request.requests)
@@ -73,7 +89,7 @@ def decode_batch(request: pb.BatchRecommendRequest, models: Sequence[Recommender
     queries = []
     for at, (single, model) in enumerate(zip(request.requests, models, strict=True)):
         try:
-            queries.append(decode_query(single, model))
+            queries.append(decode_query(single, model, event_types))
         except InvalidRequest as error:
             raise error.within(f"requests[{at}]") from error
         except NoNewItems as error:
@@ -81,12 +97,14 @@ def decode_batch(request: pb.BatchRecommendRequest, models: Sequence[Recommender
     return queries
 
 
-def _decode_history(history: pb.History, request_time: int | None, scale: RatingScale | None) -> Sequence[Event]:
+def _decode_history(
+    history: pb.History, request_time: int | None, scale: RatingScale | None, event_types: EventTypes
+) -> Sequence[Event]:
     check_length("history.events", history.events, MAX_HISTORY_EVENTS)
     latest, events = latest_time(), []
     for at, event in enumerate(history.events):
         try:
-            events.append(_decode_event(event, scale, latest))
+            events.append(_decode_event(event, scale, latest, event_types))
         except InvalidRequest as error:
             raise error.within(f"history.events[{at}]") from error
     if events and request_time is not None:
@@ -96,17 +114,21 @@ def _decode_history(history: pb.History, request_time: int | None, scale: Rating
     return events
 
 
-def _decode_event(event: pb.Event | pb.UserEvent, scale: RatingScale | None, latest: int) -> Event:
+def _decode_event(
+    event: pb.Event | pb.UserEvent, scale: RatingScale | None, latest: int, event_types: EventTypes
+) -> Event:
     item_id, timestamp, rating = event.item_id, event.timestamp, None
     check_id("item_id", item_id)
     if event.HasField("rating"):
         rating = event.rating
         check_rating("rating", rating, scale)
     check_event_time("timestamp", timestamp, latest)
-    return Event(item_id, rating, timestamp)
+    return Event(item_id, rating, timestamp, checked_weight("type", event.type, event_types))
 
 
-def decode_user_events(request: pb.RecordEventsRequest, scale: RatingScale | None) -> list[UserEvent]:
+def decode_user_events(
+    request: pb.RecordEventsRequest, scale: RatingScale | None, event_types: EventTypes
+) -> list[UserEvent]:
     """The events to store."""
     check_length("events", request.events, MAX_RECORDED_EVENTS)
     latest, events = latest_time(), []
@@ -116,11 +138,65 @@ def decode_user_events(request: pb.RecordEventsRequest, scale: RatingScale | Non
             check_id("user_id", event.user_id)
             if event.recommendation_id:
                 check_id("recommendation_id", event.recommendation_id)
-            decoded = _decode_event(event, scale, latest)
-            events.append(UserEvent(event.event_id, event.user_id, decoded, event.recommendation_id or None))
+            decoded = _decode_event(event, scale, latest, event_types)
+            value = event.value if event.HasField("value") else None
+            if value is not None and not 0 <= value < math.inf:
+                raise InvalidRequest("value", "a finite number from 0 on", f"{value:g}")
+            named = (event.recommendation_id or None, event.type or INTERACTION)
+            events.append(UserEvent(event.event_id, event.user_id, decoded, *named, value))
         except InvalidRequest as error:
             raise error.within(f"events[{at}]") from error
     return events
+
+
+def decode_impressions(request: pb.RecordImpressionsRequest) -> list[ShownItem]:
+    """The items that were shown."""
+    check_length("impressions", request.impressions, MAX_IMPRESSIONS)
+    latest, now, items = latest_time(), int(time.time()), []
+    for at, one in enumerate(request.impressions):
+        try:
+            check_id("recommendation_id", one.recommendation_id)
+            if len(one.recommendation_id) > MAX_RECOMMENDATION_ID_LENGTH:
+                expected = f"an id of 1 to {MAX_RECOMMENDATION_ID_LENGTH} characters"
+                raise InvalidRequest("recommendation_id", expected, f"{len(one.recommendation_id)} characters")
+            check_id("item_id", one.item_id)
+            if not 0 <= one.position <= MAX_POSITION:
+                raise InvalidRequest("position", f"1 to {MAX_POSITION}, or 0 for not known", one.position)
+            check_event_time("timestamp", one.timestamp, latest)
+        except InvalidRequest as error:
+            raise error.within(f"impressions[{at}]") from error
+        items.append(ShownItem(one.recommendation_id, one.item_id, one.position, one.timestamp, now))
+    return items
+
+
+def decode_event_ids(request: pb.DeleteEventsRequest) -> list[str]:
+    """The ids of the events to delete, each once."""
+    check_length("event_ids", request.event_ids, MAX_DELETED_EVENTS)
+    if not request.event_ids:
+        raise InvalidRequest("event_ids", "at least one id", "none")
+    for at, event_id in enumerate(request.event_ids):
+        check_id(f"event_ids[{at}]", event_id)
+    return list(dict.fromkeys(request.event_ids))
+
+
+def encode_events(events: Sequence[UserEvent], next_page_token: str) -> pb.ListEventsResponse:
+    """The message for a page of a user's events."""
+    return pb.ListEventsResponse(
+        events=[
+            pb.UserEvent(
+                event_id=one.event_id,
+                user_id=one.user_id,
+                item_id=one.event.item_id,
+                rating=one.event.rating,
+                timestamp=one.event.timestamp,
+                recommendation_id=one.recommendation_id or "",
+                type=one.type,
+                value=one.value,
+            )
+            for one in events
+        ],
+        next_page_token=next_page_token,
+    )
 
 
 def encode_answer(recommendation: Recommendation) -> pb.RecommendResponse:
@@ -226,7 +302,9 @@ def encode_similar(ranking: Ranking, model: Recommender) -> pb.SimilarItemsRespo
     )
 
 
-def encode_model_info(model: Recommender, exploration_temperature: float) -> pb.GetModelInfoResponse:
+def encode_model_info(
+    model: Recommender, exploration_temperature: float, event_types: EventTypes
+) -> pb.GetModelInfoResponse:
     """The message about one model."""
     info = model.info
     scale = info.rating_scale
@@ -245,4 +323,5 @@ def encode_model_info(model: Recommender, exploration_temperature: float) -> pb.
         max_tags=MAX_TAGS,
         seen=own_seen(model),
         new_item_count=model.new_item_count,
+        event_types=[pb.EventType(name=name, weight=weight) for name, weight in sorted(event_types.items())],
     )

@@ -11,7 +11,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from serve.model.recommender import NoNewItems, UnknownItem
 from serve.serving.errors import Cancelled, Expired, QueueFull, RefusedModel, UnknownModel
-from serve.stores.base import StoreError
+from serve.stores.base import StoreError, TooManyToMerge
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,10 @@ class UnknownUser(LookupError):
     """No event of a user is stored."""
 
 
+class SlatesNotLogged(Exception):
+    """A request needs what was recommended before, and the server does not log that for all users, or for so long."""
+
+
 class Status(NamedTuple):
     """How a call ends for the client."""
 
@@ -54,6 +58,8 @@ STATUS: dict[type[Exception], tuple[grpc.StatusCode, str | None]] = {
     UnknownUser: (grpc.StatusCode.NOT_FOUND, None),
     UnknownModel: (grpc.StatusCode.NOT_FOUND, None),
     NoNewItems: (grpc.StatusCode.FAILED_PRECONDITION, None),
+    SlatesNotLogged: (grpc.StatusCode.FAILED_PRECONDITION, None),
+    TooManyToMerge: (grpc.StatusCode.FAILED_PRECONDITION, None),
     RefusedModel: (grpc.StatusCode.FAILED_PRECONDITION, None),
     QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     Expired: (grpc.StatusCode.DEADLINE_EXCEEDED, None),

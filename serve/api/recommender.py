@@ -4,14 +4,20 @@ from typing import Any
 
 from serve.api.codec import (
     decode_batch,
+    decode_event_ids,
+    decode_impressions,
     decode_query,
     decode_user_events,
     encode_answer,
+    encode_events,
     encode_model_info,
     encode_profile,
     encode_similar,
 )
+from serve.api.errors import InvalidRequest
+from serve.api.event_types import BUILT_IN, EventTypes
 from serve.api.filters import decode_filter
+from serve.api.pages import checked_page_size, decode_page_token, page_token
 from serve.api.rules import check_id, checked_count
 from serve.api.service import RecommenderService
 from serve.pb import recommender_pb2 as pb
@@ -21,26 +27,33 @@ from serve.pb import recommender_pb2_grpc
 class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
     """The service behind gRPC's messages."""
 
-    def __init__(self, service: RecommenderService) -> None:
+    def __init__(self, service: RecommenderService, event_types: EventTypes = BUILT_IN) -> None:
         self._service = service
+        self._event_types = event_types
         self._models = service.models
 
     def Recommend(self, request: pb.RecommendRequest, context: Any) -> pb.RecommendResponse:
         loaded = self._models.for_user(request.user_id or None)
-        query = decode_query(request, loaded.model)
+        query = decode_query(request, loaded.model, self._event_types)
         return encode_answer(
             self._service.recommend(loaded, query, context.time_remaining(), lambda: not context.is_active())
         )
 
     def BatchRecommend(self, request: pb.BatchRecommendRequest, context: Any) -> pb.BatchRecommendResponse:
         loaded = [self._models.for_user(single.user_id or None) for single in request.requests]
-        queries = decode_batch(request, [one.model for one in loaded])
+        queries = decode_batch(request, [one.model for one in loaded], self._event_types)
         answers = self._service.recommend_all(loaded, queries, context.time_remaining, lambda: not context.is_active())
         return pb.BatchRecommendResponse(responses=[encode_answer(answer) for answer in answers])
 
     def RecordEvents(self, request: pb.RecordEventsRequest, context: Any) -> pb.RecordEventsResponse:
-        events = decode_user_events(request, self._models.version("").model.info.rating_scale)
+        scale = self._models.version("").model.info.rating_scale
+        events = decode_user_events(request, scale, self._event_types)
         return pb.RecordEventsResponse(**self._service.record(events)._asdict())
+
+    def RecordImpressions(self, request: pb.RecordImpressionsRequest, context: Any) -> pb.RecordImpressionsResponse:
+        items = decode_impressions(request)
+        recorded = self._service.record_shown(items)
+        return pb.RecordImpressionsResponse(recorded_count=recorded, duplicate_count=len(items) - recorded)
 
     def GetUserProfile(self, request: pb.GetUserProfileRequest, context: Any) -> pb.GetUserProfileResponse:
         check_id("user_id", request.user_id)
@@ -54,6 +67,28 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
             deleted_event_count=deleted.event_count, deleted_recommendation_count=deleted.impression_count
         )
 
+    def ListEvents(self, request: pb.ListEventsRequest, context: Any) -> pb.ListEventsResponse:
+        user_id = request.user_id
+        check_id("user_id", user_id)
+        size = checked_page_size("page_size", request.page_size)
+        page = self._service.events(user_id, size, decode_page_token("page_token", request.page_token, user_id))
+        return encode_events(page.events, "" if page.last is None else page_token(user_id, *page.last))
+
+    def DeleteEvents(self, request: pb.DeleteEventsRequest, context: Any) -> pb.DeleteEventsResponse:
+        check_id("user_id", request.user_id)
+        event_ids = decode_event_ids(request)
+        return pb.DeleteEventsResponse(deleted_event_count=self._service.delete_events(request.user_id, event_ids))
+
+    def MergeUsers(self, request: pb.MergeUsersRequest, context: Any) -> pb.MergeUsersResponse:
+        check_id("source_user_id", request.source_user_id)
+        check_id("target_user_id", request.target_user_id)
+        if request.source_user_id == request.target_user_id:
+            raise InvalidRequest("target_user_id", "another user than source_user_id", "the same")
+        merged = self._service.merge_users(request.source_user_id, request.target_user_id)
+        return pb.MergeUsersResponse(
+            merged_event_count=merged.event_count, merged_recommendation_count=merged.impression_count
+        )
+
     def SimilarItems(self, request: pb.SimilarItemsRequest, context: Any) -> pb.SimilarItemsResponse:
         check_id("item_id", request.item_id)
         k = checked_count("k", request.k)
@@ -63,4 +98,4 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
 
     def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.GetModelInfoResponse:
         loaded = self._models.version(request.model_version)
-        return encode_model_info(loaded.model, loaded.temperature or 0.0)
+        return encode_model_info(loaded.model, loaded.temperature or 0.0, self._event_types)

@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from serve.api.errors import InvalidRequest
-from serve.model.events import RatingScale
+from serve.model.events import INTERACTION, RatingScale
 
 DEFAULT_K = 10
 MAX_K = 1_000
@@ -15,12 +15,21 @@ MAX_ALLOWED_ITEMS = 10_000
 MAX_TAGS = 100
 """In each list of a filter."""
 MAX_RECORDED_EVENTS = 1_000
+MAX_IMPRESSIONS = 1_000
+MAX_POSITION = 100_000
+MAX_RECOMMENDATION_ID_LENGTH = 64
+"""Of impressions: with the item an entry of PostgreSQL's index."""
+MAX_DELETED_EVENTS = 1_000
+MAX_PAGE_SIZE = 1_000
+MAX_NOT_SHOWN_S = 31 * 86_400
 MAX_BATCH = 256
 MAX_BATCH_ITEMS = 10_000
 MAX_BATCH_EVENTS = 100_000
 # Characters; `jaxrec prepare` has the same limit. As UTF-8 at most 2,048 bytes: an entry of PostgreSQL's indexes of ids
 # (a user with time and arrival, or with a model's version) must stay below 2,704. SQLite and Redis have no such limit.
 MAX_ID_LENGTH = 512
+MAX_SHOWN = 200
+"""Characters of a value or of a list of names in an error."""
 SECONDS_PER_DAY = 86_400
 FIRST_OF_FINER_UNITS_S = 100_000_000
 """March 1973: a number that as milliseconds is before it is rather a time in seconds that is out of range."""
@@ -72,6 +81,17 @@ def check_rating(field: str, value: float, scale: RatingScale | None) -> None:
             raise InvalidRequest(field, "a finite number", f"{value:g}")
     elif not scale.contains(value):
         raise InvalidRequest(field, f"a rating in {scale.minimum:g}..{scale.maximum:g}", f"{value:g}")
+
+
+def checked_weight(field: str, name: str, event_types: Mapping[str, float]) -> float:
+    """The weight of a type of events, with "" as the default; raises InvalidRequest for one that is not known."""
+    weight = event_types.get(name or INTERACTION)
+    if weight is None:
+        names = ", ".join(sorted(event_types))
+        known = names if len(names) <= MAX_SHOWN else f"{names[:MAX_SHOWN]}..."
+        came = repr(name[:MAX_SHOWN]) + ("..." if len(name) > MAX_SHOWN else "")
+        raise InvalidRequest(field, f"one of {known}", came)
+    return weight
 
 
 def check_length(field: str, values: Sequence[object], most: int) -> None:

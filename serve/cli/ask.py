@@ -19,7 +19,7 @@ DAY_S = 86_400
 
 FILTERS = ("exclude", "allow", "any_tag", "all_tag", "no_tag", "minimum_score")
 """Options of recommendations and of similar items."""
-OF_RECOMMENDATIONS = ("seen", "new_items", "why")
+OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why")
 
 
 @click.command("ask")
@@ -33,6 +33,7 @@ OF_RECOMMENDATIONS = ("seen", "new_items", "why")
 )
 @click.option("--similar", "similar_to", metavar="ITEM", help="Show items similar to this one.")
 @click.option("--profile", "profile_of", metavar="ID", help="Show what is stored of a user.")
+@click.option("--events", "events_of", metavar="ID", help="Show the last events of a user, of all types.")
 @click.option("--k", type=click.IntRange(1, 1000), default=10, show_default=True, help="Number of lines.")
 @click.option("--exclude", multiple=True, metavar="ITEM", help="Leave this item out. Repeatable, as the next four.")
 @click.option("--allow", multiple=True, metavar="ITEM", help="Only the items that are named with this option.")
@@ -46,6 +47,13 @@ OF_RECOMMENDATIONS = ("seen", "new_items", "why")
     help="Whether items of the history may be recommended. By default the model decides.",
 )
 @click.option("--new-items", type=click.IntRange(0, 1000), default=0, help="Number of places reserved for new items.")
+@click.option(
+    "--not-shown-within",
+    type=click.IntRange(0),
+    default=0,
+    metavar="SECONDS",
+    help="With --user: leave out what was recommended lately.",
+)
 @click.option("--why", is_flag=True, help="Say why each item is recommended.")
 @click.option("--tls", is_flag=True, help="Encrypt, trusting the authorities of the system. Implied by the next three.")
 @click.option("--ca", type=FILE, help="Trust these authorities instead, in PEM.")
@@ -68,6 +76,7 @@ def command(
     watched: tuple[str, ...],
     similar_to: str | None,
     profile_of: str | None,
+    events_of: str | None,
     k: int,
     exclude: tuple[str, ...],
     allow: tuple[str, ...],
@@ -77,6 +86,7 @@ def command(
     minimum_score: float | None,
     seen: str | None,
     new_items: int,
+    not_shown_within: int,
     why: bool,
     tls: bool,
     ca: Path | None,
@@ -85,10 +95,10 @@ def command(
     token_file: Path | None,
     timeout: float,
 ) -> None:
-    """Ask a running server and print its answer as a table: recommendations, similar items, a user's profile, or,
-    without a question, which model answers."""
-    if sum((user is not None, bool(watched), similar_to is not None, profile_of is not None)) > 1:
-        raise click.UsageError("expected one of --user, --watched, --similar and --profile")
+    """Ask a running server and print its answer as a table: recommendations, similar items, a user's profile or
+    events, or, without a question, which model answers."""
+    if sum((user is not None, bool(watched), *(one is not None for one in (similar_to, profile_of, events_of)))) > 1:
+        raise click.UsageError("expected one of --user, --watched, --similar, --profile and --events")
     recommending = user is not None or bool(watched)
     if not recommending:
         _refuse(context, OF_RECOMMENDATIONS, "--user or --watched")
@@ -105,11 +115,14 @@ def command(
         with RecommenderClient(connection) as client:
             if recommending:
                 asked |= {"allow_seen": allow_seen, "new_item_slots": new_items, "explain": why}
+                asked["not_shown_within"] = not_shown_within
                 click.echo(recommendations(client, user, watched, **asked))
             elif similar_to is not None:
                 click.echo(similar(client, similar_to, **asked))
             elif profile_of is not None:
                 click.echo(profile(client, profile_of, k))
+            elif events_of is not None:
+                click.echo(events(client, events_of, k))
             else:
                 click.echo(model(client))
     except grpc.RpcError as error:
@@ -212,6 +225,22 @@ def profile(client: RecommenderClient, user_id: str, k: int) -> str:
             table(["genre", "share", "lately", "mean rating"], genres),
         ]
     )
+
+
+def events(client: RecommenderClient, user_id: str, k: int) -> str:
+    """A user's last k events, of all types."""
+    rows = [
+        [
+            time.strftime("%Y-%m-%d %H:%M", time.gmtime(one.timestamp)),
+            one.type,
+            one.item_id,
+            f"{one.rating:g}" if one.HasField("rating") else "",
+            f"{one.value:g}" if one.HasField("value") else "",
+            one.event_id,
+        ]
+        for one in client.list_events(user_id, k).events
+    ]
+    return table(["time (UTC)", "type", "item", "rating", "value", "event"], rows)
 
 
 def model(client: RecommenderClient) -> str:

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ def command(file: Path | None, **options: Any) -> None:
 def serve(settings: Settings) -> None:
     """Serves until a signal or a failure, then ends the process; raises click.ClickException before it serves."""
     from serve.addresses import AddressError, SecurityError
+    from serve.api.event_types import BUILT_IN, EventTypesError, read_event_types
     from serve.front.lifecycle import leave_process
     from serve.front.server import create_server
     from serve.model.exploration import Exploration
@@ -54,6 +56,7 @@ def serve(settings: Settings) -> None:
     from serve.model.manifest import ArtifactError
     from serve.observability.metrics import Metrics
     from serve.serving.loading import ModelLoader, open_models
+    from serve.serving.sweeper import SlatePruner
     from serve.stores import open_store
     from serve.stores.base import StoreError
 
@@ -68,8 +71,11 @@ def serve(settings: Settings) -> None:
 
     try:
         listener, metrics = _listener(settings), Metrics()
+        event_types = BUILT_IN if settings.event_types is None else read_event_types(settings.event_types)
         exploration = Exploration(settings.explore) if settings.explore else None
-        with open_store(settings.store) as events:
+        with open_store(settings.store) as events, ExitStack() as stack:
+            if settings.slate_retention:
+                stack.callback(SlatePruner(events, settings.slate_retention).close)
             loader = ModelLoader(events, metrics, settings.provider, settings.threads, settings.search, exploration)
             with open_models(
                 *(settings.model, loader),
@@ -84,6 +90,9 @@ def serve(settings: Settings) -> None:
                 server = create_server(
                     *(models, events, listener),
                     metrics=metrics,
+                    event_types=event_types,
+                    slate_log=settings.slate_log,
+                    slate_retention=settings.slate_retention,
                     log_calls=settings.log_calls,
                     polling=None if settings.front == "auto" else settings.front == "polling",
                     on_failure=fail,
@@ -104,7 +113,7 @@ def serve(settings: Settings) -> None:
                     logger.warning("calls were still under way after %g s, and are cut off", settings.drain)
                 if callable(stop_metrics):
                     stop_metrics()
-    except (AddressError, ArtifactError, ProviderError, SecurityError, StoreError) as error:
+    except (AddressError, ArtifactError, EventTypesError, ProviderError, SecurityError, StoreError) as error:
         raise click.ClickException(str(error)) from error
     leave_process(int(failed.is_set()))
 

@@ -16,12 +16,13 @@ from serve.client.aio import AsyncRecommenderClient
 from serve.client.connection import Connection
 from serve.client.requests import recommend_request
 from serve.client.sync import RecommenderClient
-from serve.pb.recommender_pb2 import Event, ItemFilter, UserEvent
+from serve.pb.recommender_pb2 import Event, Impression, ItemFilter, UserEvent
 
 __all__ = [
     "AsyncRecommenderClient",
     "Connection",
     "Event",
+    "Impression",
     "ItemFilter",
     "RecommenderClient",
     "UserEvent",

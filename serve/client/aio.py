@@ -10,12 +10,16 @@ from typing import Any, Self
 from serve.client.connection import Connection
 from serve.client.requests import Requests, is_serving
 from serve.pb.recommender_pb2 import (
+    DeleteEventsResponse,
     DeleteUserResponse,
     GetModelInfoResponse,
     GetUserProfileResponse,
+    ListEventsResponse,
+    MergeUsersResponse,
     RecommendRequest,
     RecommendResponse,
     RecordEventsResponse,
+    RecordImpressionsResponse,
     SimilarItemsResponse,
 )
 
@@ -28,6 +32,10 @@ class AsyncRecommenderClient(
         Awaitable[DeleteUserResponse],
         Awaitable[SimilarItemsResponse],
         Awaitable[GetModelInfoResponse],
+        Awaitable[ListEventsResponse],
+        Awaitable[DeleteEventsResponse],
+        Awaitable[MergeUsersResponse],
+        Awaitable[RecordImpressionsResponse],
     ]
 ):
     """As `RecommenderClient`, with every call awaited. Close it, or use `async with`."""

@@ -9,14 +9,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serve.client.connection import Connection
 from serve.pb.recommender_pb2 import (
     BatchRecommendRequest,
+    DeleteEventsRequest,
     DeleteUserRequest,
     Event,
     GetModelInfoRequest,
     GetUserProfileRequest,
     History,
+    Impression,
     ItemFilter,
+    ListEventsRequest,
+    MergeUsersRequest,
     RecommendRequest,
     RecordEventsRequest,
+    RecordImpressionsRequest,
     Seen,
     SimilarItemsRequest,
     UserEvent,
@@ -31,6 +36,10 @@ Profile = TypeVar("Profile")
 Deleted = TypeVar("Deleted")
 Similar = TypeVar("Similar")
 Info = TypeVar("Info")
+Listed = TypeVar("Listed")
+DeletedEvents = TypeVar("DeletedEvents")
+Merged = TypeVar("Merged")
+Shown = TypeVar("Shown")
 
 
 def recommend_request(
@@ -44,6 +53,7 @@ def recommend_request(
     filter: ItemFilter | None = None,
     allow_seen: bool | None = None,
     new_item_slots: int = 0,
+    not_shown_within: int = 0,
 ) -> RecommendRequest:
     """The message for one question.
 
@@ -57,6 +67,7 @@ def recommend_request(
         filter: Which items may be recommended; None: every item.
         allow_seen: Whether items of the history may be recommended; None: the model decides.
         new_item_slots: Number of the `k` places that are reserved for items that the model was not trained on.
+        not_shown_within: What was recommended to the user within so many seconds is left out; 0: it is not.
 
     Raises:
         ValueError: Both or none of `user_id` and `history` are given.
@@ -71,6 +82,7 @@ def recommend_request(
         filter=filter,
         seen=SEEN[allow_seen],
         new_item_slots=new_item_slots,
+        not_shown_within=not_shown_within,
     )
     if user_id is not None:
         request.user_id = user_id
@@ -79,7 +91,9 @@ def recommend_request(
     return request
 
 
-class Requests(ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, Info]):
+class Requests(
+    ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, Info, Listed, DeletedEvents, Merged, Shown]
+):
     """A connection to one server. The types are those of the answers, or of what is awaited for them."""
 
     def __init__(self, server: str | Connection, timeout_s: float = 5.0) -> None:
@@ -112,6 +126,7 @@ class Requests(ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, In
         filter: ItemFilter | None = None,
         allow_seen: bool | None = None,
         new_item_slots: int = 0,
+        not_shown_within: int = 0,
     ) -> Recommended:
         """The best `k` items for a stored user or for a history; arguments and errors as of `recommend_request`."""
         request = recommend_request(
@@ -124,12 +139,17 @@ class Requests(ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, In
             filter=filter,
             allow_seen=allow_seen,
             new_item_slots=new_item_slots,
+            not_shown_within=not_shown_within,
         )
         return self._call(self._stub.Recommend, request)
 
     def record_events(self, events: Iterable[UserEvent]) -> Recorded:
         """Stores events; they are on the server's disk when the answer comes. Event ids that it knows are skipped."""
         return self._call(self._stub.RecordEvents, RecordEventsRequest(events=events))
+
+    def record_impressions(self, impressions: Iterable[Impression]) -> Shown:
+        """Notes which items of answers were really shown, at most 1,000. Those that the server knows are skipped."""
+        return self._call(self._stub.RecordImpressions, RecordImpressionsRequest(impressions=impressions))
 
     def get_user_profile(self, user_id: str, limit: int = 10) -> Profile:
         """The last `limit` events (1 to 1000) and the genre preferences of a stored user."""
@@ -138,6 +158,21 @@ class Requests(ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, In
     def delete_user(self, user_id: str) -> Deleted:
         """Deletes all that is stored of a user."""
         return self._call(self._stub.DeleteUser, DeleteUserRequest(user_id=user_id))
+
+    def list_events(self, user_id: str, page_size: int = 100, page_token: str = "") -> Listed:
+        """A page of a user's events, newest first: at most `page_size` (1 to 1000), from where `page_token` says, the
+        `next_page_token` of the page before ("": the first page)."""
+        request = ListEventsRequest(user_id=user_id, page_size=page_size, page_token=page_token)
+        return self._call(self._stub.ListEvents, request)
+
+    def delete_events(self, user_id: str, event_ids: Iterable[str]) -> DeletedEvents:
+        """Deletes those of a user's events that have these ids, 1 to 1000."""
+        return self._call(self._stub.DeleteEvents, DeleteEventsRequest(user_id=user_id, event_ids=event_ids))
+
+    def merge_users(self, source_user_id: str, target_user_id: str) -> Merged:
+        """Makes all that is stored of the source the target's, as when a visitor logs in."""
+        request = MergeUsersRequest(source_user_id=source_user_id, target_user_id=target_user_id)
+        return self._call(self._stub.MergeUsers, request)
 
     def similar_items(
         self, item_id: str, k: int = 10, exclude_item_ids: Iterable[str] = (), filter: ItemFilter | None = None

@@ -6,12 +6,16 @@ from typing import Any, Self
 from serve.client.connection import Connection
 from serve.client.requests import Requests, is_serving
 from serve.pb.recommender_pb2 import (
+    DeleteEventsResponse,
     DeleteUserResponse,
     GetModelInfoResponse,
     GetUserProfileResponse,
+    ListEventsResponse,
+    MergeUsersResponse,
     RecommendRequest,
     RecommendResponse,
     RecordEventsResponse,
+    RecordImpressionsResponse,
     SimilarItemsResponse,
 )
 
@@ -24,6 +28,10 @@ class RecommenderClient(
         DeleteUserResponse,
         SimilarItemsResponse,
         GetModelInfoResponse,
+        ListEventsResponse,
+        DeleteEventsResponse,
+        MergeUsersResponse,
+        RecordImpressionsResponse,
     ]
 ):
     """A connection to one server, to be shared between threads. Close it, or use it in a `with` statement.

@@ -1,7 +1,8 @@
 """Who may call what: bearer tokens with rights.
 
-The rights are `read` (recommend, look things up), `write` (record events, forget users) and `admin` (models). Health
-checks need none. A method that is in no table needs `admin`. Without tokens, every caller may do everything.
+The rights are `read` (recommend, look things up), `write` (record events and impressions), `users` (forget users and
+events, merge users) and `admin` (models). Health checks need none. A method that is in no table needs `admin`. Without
+tokens, every caller may do everything.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import grpc
 from serve.addresses import SecurityError
 from serve.observability.metrics import Metrics
 
-RIGHTS = ("read", "write", "admin")
+RIGHTS = ("read", "write", "users", "admin")
 SHORTEST_TOKEN = 16
 RECOMMENDER = "/jaxrec.v1.Recommender/"
 # By the longest prefix of the method's name; None: nothing is asked.
@@ -24,7 +25,10 @@ NEEDED: Mapping[str, str | None] = {
     "": "admin",
     RECOMMENDER: "read",
     f"{RECOMMENDER}RecordEvents": "write",
-    f"{RECOMMENDER}DeleteUser": "write",
+    f"{RECOMMENDER}RecordImpressions": "write",
+    f"{RECOMMENDER}DeleteUser": "users",
+    f"{RECOMMENDER}DeleteEvents": "users",
+    f"{RECOMMENDER}MergeUsers": "users",
     "/inference.GRPCInferenceService/": "read",
     "/grpc.reflection.": "read",
     "/grpc.health.v1.Health/": None,

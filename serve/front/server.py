@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from serve.addresses import AddressError, check_exposure, host_and_port
 from serve.api.admin import ModelAdminServicer
 from serve.api.errors import status_of
+from serve.api.event_types import BUILT_IN, EventTypes
 from serve.api.health import HealthServicer
 from serve.api.inference import InferenceServicer
 from serve.api.recommender import RecommenderServicer
@@ -47,7 +48,7 @@ from serve.serving.errors import QueueFull
 from serve.serving.loaded import Models
 from serve.serving.versions import ModelLibrary
 from serve.stores.base import EventStore
-from serve.stores.sqlite import SQLiteStore
+from serve.stores.sqlite.store import SQLiteStore
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ METHODS = frozenset(
     for method in service.methods
 )
 
-# These read the store's file at most, and wait for the model: the polling thread answers them itself.
+# These read a little of the store's file at most, and wait for the model: the polling thread answers them itself.
 RECOMMEND = f"/{SERVICE}/Recommend"
 INLINE = (RECOMMEND,)
 # These run the model for many rows, or load one: in a few threads of their own, for which no event waits.
@@ -85,8 +86,8 @@ AT_ONCE = (
 
 
 def takes_long(models: Models, method: str, message: bytes) -> bool:
-    """Whether a call would hold up all others: long histories, sent along or to be read again as of an earlier time, up
-    to 17 rows to explain an answer, whole batches."""
+    """Whether a call would hold up all others: long histories, sent along or to be read again as of an earlier time,
+    what was recommended lately, up to 17 rows to explain an answer, whole batches."""
     if method != RECOMMEND:
         return method in SLOW
     if len(message) > LONG_MESSAGE_BYTES:
@@ -95,8 +96,12 @@ def takes_long(models: Models, method: str, message: bytes) -> bool:
         request = recommender_pb2.RecommendRequest.FromString(message)
     except DecodeError:
         return False
-    if request.explain or not (request.user_id and request.HasField("request_time")):
-        return request.explain
+    return request.explain or request.not_shown_within > 0 or _asks_for_the_past(models, request)
+
+
+def _asks_for_the_past(models: Models, request: recommender_pb2.RecommendRequest) -> bool:
+    if not (request.user_id and request.HasField("request_time")):
+        return False
     try:
         return models.for_user(request.user_id).asks_for_the_past(request.user_id, request.request_time)
     except LookupError:
@@ -143,6 +148,9 @@ def create_server(
     metrics: Metrics | None = None,
     tracer: Tracer | None = None,
     log_calls: bool = False,
+    event_types: EventTypes = BUILT_IN,
+    slate_log: float = 1.0,
+    slate_retention: float = 0.0,
     polling: bool | None = None,
     max_calls: int = MAX_CALLS,
     on_failure: Callable[[], None] = lambda: None,
@@ -157,6 +165,9 @@ def create_server(
         metrics: Where to count; None: metrics that are not published.
         tracer: Makes a span for each call; None: that of the process, if it has one.
         log_calls: Whether every call gets a line in the log.
+        event_types: The types of events that are accepted, with their weights.
+        slate_log: The share of the users whose answers are logged, 0 to 1.
+        slate_retention: For how many days answers stay in the log; 0: without an end.
         polling: Whether the polling thread answers Recommend itself; None: when the store is a local file.
         max_calls: So many calls run in the pool or wait for it; further ones are RESOURCE_EXHAUSTED at once, except
             health checks.
@@ -209,7 +220,8 @@ def create_server(
             "this grpcio has no front that polls (serve.front.polling): calls without a message hold threads"
         )
         server = grpc.server(pool, interceptors=interceptors, options=options, maximum_concurrent_rpcs=max_calls)
-    servicer = RecommenderServicer(RecommenderService(models, store, metrics))
+    service = RecommenderService(models, store, metrics, slate_log, slate_retention)
+    servicer = RecommenderServicer(service, event_types)
     recommender_pb2_grpc.add_RecommenderServicer_to_server(servicer, server)
     inference = InferenceServicer(models)
     open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)

@@ -1,6 +1,6 @@
 """Events of users, and the scale of their ratings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from serve.model.catalog import Catalog
 
+INTERACTION = "interaction"
+"""The type of events that do not name one."""
+
 
 class Event(NamedTuple):
     """One past event of one user."""
@@ -18,10 +21,13 @@ class Event(NamedTuple):
     rating: float | None
     timestamp: int
     """Seconds since 1970-01-01T00:00Z."""
+    weight: float = 1.0
+    """Above 0: the event is positive, a part of the sequence that the model reads, and counts so much as a reward.
+    Below 0: negative, no part of it, and the item is not recommended to the user again. 0: neutral."""
 
 
 class KnownEvent(NamedTuple):
-    """An event on an item of the catalogue."""
+    """A positive event on an item of the catalogue."""
 
     item: int
     rating: float | None
@@ -29,11 +35,56 @@ class KnownEvent(NamedTuple):
 
 
 def known_events(events: Sequence[Event], catalog: Catalog) -> list[KnownEvent]:
-    """The events on items that the model knows, by timestamp; equal timestamps keep their order."""
+    """The positive events on items that the model knows, by timestamp; equal timestamps keep their order."""
     index = catalog.index
-    known = [KnownEvent(index[item_id], rating, timestamp) for item_id, rating, timestamp in events if item_id in index]
+    known = [
+        KnownEvent(index[item_id], rating, timestamp)
+        for item_id, rating, timestamp, weight in events
+        if weight > 0 and item_id in index
+    ]
     known.sort(key=attrgetter("timestamp"))
     return known
+
+
+def positive_count(events: Sequence[Event]) -> int:
+    """How many of the events are positive."""
+    return sum(event.weight > 0 for event in events)
+
+
+def disliked_items(events: Sequence[Event], catalog: Catalog) -> list[int]:
+    """The items that a user does not want: those whose last event that is not neutral is negative.
+
+    Args:
+        events: In any order; of the same second, the later in the list is the later one.
+        catalog: The model's.
+
+    Returns:
+        Item indices, each once, without items that the model does not know.
+    """
+    if all(event.weight >= 0 for event in events):
+        return []
+    return list(with_dislikes((), sorted(events, key=attrgetter("timestamp")), catalog))
+
+
+def with_dislikes(disliked: Iterable[int], events: Iterable[Event], catalog: Catalog) -> dict[int, None]:
+    """The disliked items once more events came.
+
+    Args:
+        disliked: Item indices until then.
+        events: In time order, none of them before those that were known.
+        catalog: The model's.
+
+    Returns:
+        Item indices, as keys.
+    """
+    items = dict.fromkeys(disliked)
+    for event in events:
+        item = catalog.index.get(event.item_id, 0)
+        if event.weight < 0 and item:
+            items[item] = None
+        elif event.weight > 0:
+            items.pop(item, None)
+    return items
 
 
 @dataclass(frozen=True, slots=True)

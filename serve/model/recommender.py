@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.model.directory import Artifact
-from serve.model.events import Event, KnownEvent, known_events
+from serve.model.events import Event, KnownEvent, disliked_items, known_events, positive_count
 from serve.model.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
 from serve.model.features import Features, features
 from serve.model.filters import Filters, ItemFilter
@@ -50,6 +50,8 @@ class Query(NamedTuple):
     """Whether items of the history may be answered; None: as the model has it."""
     new_item_slots: int = 0
     """How many of the `k` places are reserved for new items; see `with_new_items`."""
+    not_shown_within: int = 0
+    """What was recommended to the stored user in so many seconds before now is excluded; 0: it is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +65,15 @@ class Answer:
     policy: str
     """What ranked the items: the model's policy or `popularity`."""
     ignored_event_count: int
-    """Events of the history on items that the model does not know."""
+    """Positive events of the history on items that the model does not know."""
     explanations: tuple[Explanation, ...]
     """One for each item; empty unless asked for."""
     log_propensities: tuple[float, ...] = ()
     """Of each item given those above it; empty: 0 for all, since the same query gets the same answer."""
     counted: Counted | None = None
     """The events of the trend that ranked the items; None: no trend did."""
+    disliked: Sequence[int] = ()
+    """Item indices that were excluded since the user's last event on them is negative."""
 
 
 class Recommender:
@@ -120,21 +124,26 @@ class Recommender:
         # One for all: which items are new, and their scores, must be of the same counts.
         trend = self.engine.trend
         histories = [known_events(query.events, self.catalog) for query in queries]
+        dislikes = [disliked_items(query.events, self.catalog) for query in queries]
         masks = [self.masks(query, trend) if history else () for query, history in zip(queries, histories, strict=True)]
         asked = [
-            (query, history, mask)
-            for query, history, of_query in zip(queries, histories, masks, strict=True)
+            (query, history, disliked, mask)
+            for query, history, disliked, of_query in zip(queries, histories, dislikes, masks, strict=True)
             for mask in of_query
         ]
         rows = [
-            self._features(query, history, self.indices(query.exclude_item_ids), mask) for query, history, mask in asked
+            self._features(query, history, [*self.indices(query.exclude_item_ids), *disliked], mask)
+            for query, history, disliked, mask in asked
         ]
-        rankings = iter(self.engine.rank(rows, [query.k for query, _, _ in asked], trend) if rows else ())
+        rankings = iter(self.engine.rank(rows, [query.k for query, *_ in asked], trend) if rows else ())
         return [
-            self.ranked(query, [next(rankings) for _ in of_query], len(query.events) - len(history), history)
+            self.ranked(
+                *(query, [next(rankings) for _ in of_query], positive_count(query.events) - len(history)),
+                *(disliked, history),
+            )
             if history
-            else self.popular(query, len(query.events))
-            for query, history, of_query in zip(queries, histories, masks, strict=True)
+            else self.popular(query, positive_count(query.events), disliked)
+            for query, history, disliked, of_query in zip(queries, histories, dislikes, masks, strict=True)
         ]
 
     def new_item_slots(self, asked: int) -> int:
@@ -179,15 +188,18 @@ class Recommender:
         query: Query,
         rankings: Sequence[Ranking],
         ignored_event_count: int,
+        disliked: Sequence[int] = (),
         history: Sequence[KnownEvent] = (),
     ) -> Answer:
-        """The answer to a query whose items the model ranked, once for each of `masks`; `history` is needed to explain
-        it."""
+        """The answer to a query whose items, without `disliked`, the model ranked, once for each of `masks`; `history`
+        is needed to explain it."""
         whole, *new = (_at_least(ranking, query.filter) for ranking in rankings)
         items, scores, counted = with_new_items(whole, new[0], query.k, query.new_item_slots) if new else whole
         items, scores = items[: query.k], scores[: query.k]
         explanations = self._explain(query, history, items) if query.explain else ()
-        return Answer(items, scores, self.info.policy, ignored_event_count, explanations, counted=counted)
+        return Answer(
+            items, scores, self.info.policy, ignored_event_count, explanations, counted=counted, disliked=disliked
+        )
 
     def _features(
         self, query: Query, history: Sequence[KnownEvent], exclude: Sequence[int], blocked: Blocked | None
@@ -195,9 +207,9 @@ class Recommender:
         allow_seen = self.allows_seen(query)
         return features(history, query.request_time, exclude, self.info, allow_seen=allow_seen, blocked=blocked)
 
-    def popular(self, query: Query, ignored_event_count: int) -> Answer:
-        """The answer to a query without an event that the model knows."""
-        exclude, blocked = self.indices(query.exclude_item_ids), self.filters.blocked(query.filter)
+    def popular(self, query: Query, ignored_event_count: int, disliked: Sequence[int] = ()) -> Answer:
+        """The answer, without `disliked` items, to a query without a positive event that the model knows."""
+        exclude, blocked = [*self.indices(query.exclude_item_ids), *disliked], self.filters.blocked(query.filter)
         items = self.catalog.by_popularity
         if blocked is not None:
             items = items[~blocked[items]]
@@ -207,7 +219,7 @@ class Recommender:
         scores = self.catalog.popularity[items].astype(np.float32)
         items, scores, _ = _at_least(Ranking(items, scores), query.filter)
         explanations = explain_popularity(items, self.catalog) if query.explain else ()
-        return Answer(items, scores, POPULARITY, ignored_event_count, explanations)
+        return Answer(items, scores, POPULARITY, ignored_event_count, explanations, disliked=disliked)
 
     def explain(self, query: Query, items: NDArray[np.int32]) -> tuple[Explanation, ...]:
         """Why the model recommended these items.
@@ -235,7 +247,7 @@ class Recommender:
 
     def _influences(self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]) -> NDArray[np.float32]:
         """By how much each item's score is lower without each of the last events, `[items, events]`."""
-        excluded = self.indices(query.exclude_item_ids)
+        excluded = [*self.indices(query.exclude_item_ids), *disliked_items(query.events, self.catalog)]
         if not self.allows_seen(query):
             excluded += [event.item for event in history]
         # The history may have got events on the items since they were answered.

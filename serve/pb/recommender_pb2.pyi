@@ -58,6 +58,7 @@ class Event(_message.Message):
     ITEM_ID_FIELD_NUMBER: _builtins.int
     RATING_FIELD_NUMBER: _builtins.int
     TIMESTAMP_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     """Required. The model ignores items that it does not know, see
     `RecommendResponse.ignored_event_count`.
@@ -70,16 +71,19 @@ class Event(_message.Message):
     """Required: when it happened, in seconds. 0 is what a message without it reads as,
     and is refused.
     """
+    type: _builtins.str
+    """As `UserEvent.type`, with the same meaning. Empty: `interaction`."""
     def __init__(
         self,
         *,
         item_id: _builtins.str = ...,
         rating: _builtins.float | None = ...,
         timestamp: _builtins.int = ...,
+        type: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "rating", b"rating"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "item_id", b"item_id", "rating", b"rating", "timestamp", b"timestamp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "item_id", b"item_id", "rating", b"rating", "timestamp", b"timestamp", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rating: _TypeAlias = _typing.Literal["rating"]  # noqa: Y015
     _WhichOneofArgType__rating: _TypeAlias = _typing.Literal["_rating", b"_rating"]  # noqa: Y015
@@ -192,6 +196,7 @@ class RecommendRequest(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     SEEN_FIELD_NUMBER: _builtins.int
     NEW_ITEM_SLOTS_FIELD_NUMBER: _builtins.int
+    NOT_SHOWN_WITHIN_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """A user whose events were recorded with RecordEvents. A user without events,
     or only with events on items that the model does not know, is answered with
@@ -223,6 +228,13 @@ class RecommendRequest(_message.Message):
     If the model directory has an index, it has no vectors of its new items, and the
     call fails with FAILED_PRECONDITION. 0: no place is reserved. At most `k`.
     """
+    not_shown_within: _builtins.int
+    """With `user_id` only: items that were recommended to the user within so many seconds
+    before now, by the server's clock, are not recommended. Looks at the newest 1,000
+    answers, and at most 10,000 items of these. Answers of other servers of the same store
+    count about a second later. FAILED_PRECONDITION if the server does not keep the answers
+    to all users for so long. 0: no item is left out. At most 2,678,400 (31 days).
+    """
     @_builtins.property
     def history(self) -> Global___History:
         """The events themselves, used for this answer only."""
@@ -250,10 +262,11 @@ class RecommendRequest(_message.Message):
         filter: Global___ItemFilter | None = ...,
         seen: Global___Seen.ValueType = ...,
         new_item_slots: _builtins.int = ...,
+        not_shown_within: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "filter", b"filter", "history", b"history", "request_time", b"request_time", "subject", b"subject", "user_id", b"user_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "filter", b"filter", "history", b"history", "k", b"k", "new_item_slots", b"new_item_slots", "request_time", b"request_time", "seen", b"seen", "subject", b"subject", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "filter", b"filter", "history", b"history", "k", b"k", "new_item_slots", b"new_item_slots", "not_shown_within", b"not_shown_within", "request_time", b"request_time", "seen", b"seen", "subject", b"subject", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__request_time: _TypeAlias = _typing.Literal["request_time"]  # noqa: Y015
     _WhichOneofArgType__request_time: _TypeAlias = _typing.Literal["_request_time", b"_request_time"]  # noqa: Y015
@@ -285,7 +298,9 @@ class RecommendResponse(_message.Message):
     exported with), or `popularity` when no event of the history was known.
     """
     ignored_event_count: _builtins.int
-    """Events of the history that were left out since the model does not know the item."""
+    """Positive events of the history that were left out since the model does not know the
+    item.
+    """
     recommendation_id: _builtins.str
     """Names this answer: 32 hexadecimal digits. What the user does with it is recorded
     with `UserEvent.recommendation_id`. Never empty.
@@ -530,6 +545,8 @@ class UserEvent(_message.Message):
     RATING_FIELD_NUMBER: _builtins.int
     TIMESTAMP_FIELD_NUMBER: _builtins.int
     RECOMMENDATION_ID_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """Required, chosen by the client and unique among all events of all users. A second
     event with the same id is not stored, whatever it contains.
@@ -548,6 +565,19 @@ class UserEvent(_message.Message):
     """`RecommendResponse.recommendation_id` of the answer that led to this event. Kept
     as it is, for learning from what was shown. Empty: none did, or it is not known.
     """
+    type: _builtins.str
+    """What kind of event this is: one of `GetModelInfoResponse.event_types`, whose weight
+    says what it means. Above 0, it is positive: a part of the history, and the weight is
+    what it counts as a reward. Below 0, it is negative: no part of the sequence that the
+    model reads, and the item is not recommended to the user again, until the user has a
+    later positive event on it. At 0, it is neutral: it is kept and changes nothing.
+    Empty: `interaction`.
+    """
+    value: _builtins.float
+    """A number that belongs to the event, such as a price or seconds played, finite and not
+    negative. It is kept and comes back, and does not change recommendations. Absent:
+    none, which is not the same as 0.
+    """
     def __init__(
         self,
         *,
@@ -557,14 +587,21 @@ class UserEvent(_message.Message):
         rating: _builtins.float | None = ...,
         timestamp: _builtins.int = ...,
         recommendation_id: _builtins.str = ...,
+        type: _builtins.str = ...,
+        value: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "rating", b"rating"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "_value", b"_value", "rating", b"rating", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "event_id", b"event_id", "item_id", b"item_id", "rating", b"rating", "recommendation_id", b"recommendation_id", "timestamp", b"timestamp", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "_value", b"_value", "event_id", b"event_id", "item_id", b"item_id", "rating", b"rating", "recommendation_id", b"recommendation_id", "timestamp", b"timestamp", "type", b"type", "user_id", b"user_id", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rating: _TypeAlias = _typing.Literal["rating"]  # noqa: Y015
     _WhichOneofArgType__rating: _TypeAlias = _typing.Literal["_rating", b"_rating"]  # noqa: Y015
+    _WhichOneofReturnType__value: _TypeAlias = _typing.Literal["value"]  # noqa: Y015
+    _WhichOneofArgType__value: _TypeAlias = _typing.Literal["_value", b"_value"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rating) -> _WhichOneofReturnType__rating | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__value) -> _WhichOneofReturnType__value | None: ...
 
 Global___UserEvent: _TypeAlias = UserEvent  # noqa: Y015
 
@@ -625,6 +662,94 @@ class RecordEventsResponse(_message.Message):
 Global___RecordEventsResponse: _TypeAlias = RecordEventsResponse  # noqa: Y015
 
 @_typing.final
+class Impression(_message.Message):
+    """One item of an answer that was shown."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECOMMENDATION_ID_FIELD_NUMBER: _builtins.int
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    TIMESTAMP_FIELD_NUMBER: _builtins.int
+    recommendation_id: _builtins.str
+    """Required: `RecommendResponse.recommendation_id`, at most 64 characters."""
+    item_id: _builtins.str
+    """Required: an item of the answer."""
+    position: _builtins.int
+    """Where it was shown, 1 to 100,000; 1 is the first place. 0: not known, and it is taken
+    to be in the order of the answer.
+    """
+    timestamp: _builtins.int
+    """Required: when it was shown, in seconds."""
+    def __init__(
+        self,
+        *,
+        recommendation_id: _builtins.str = ...,
+        item_id: _builtins.str = ...,
+        position: _builtins.int = ...,
+        timestamp: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "position", b"position", "recommendation_id", b"recommendation_id", "timestamp", b"timestamp"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Impression: _TypeAlias = Impression  # noqa: Y015
+
+@_typing.final
+class RecordImpressionsRequest(_message.Message):
+    """Items that were shown."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMPRESSIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def impressions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Impression]:
+        """All are checked before any is stored: one bad impression and none is stored. Empty:
+        nothing to do. At most 1,000.
+        """
+
+    def __init__(
+        self,
+        *,
+        impressions: _abc.Iterable[Global___Impression] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["impressions", b"impressions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordImpressionsRequest: _TypeAlias = RecordImpressionsRequest  # noqa: Y015
+
+@_typing.final
+class RecordImpressionsResponse(_message.Message):
+    """Each impression of the request is either recorded or a duplicate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORDED_COUNT_FIELD_NUMBER: _builtins.int
+    DUPLICATE_COUNT_FIELD_NUMBER: _builtins.int
+    recorded_count: _builtins.int
+    """Impressions that are new and now on disk."""
+    duplicate_count: _builtins.int
+    """Impressions that were stored before, or came earlier in the same request."""
+    def __init__(
+        self,
+        *,
+        recorded_count: _builtins.int = ...,
+        duplicate_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duplicate_count", b"duplicate_count", "recorded_count", b"recorded_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordImpressionsResponse: _TypeAlias = RecordImpressionsResponse  # noqa: Y015
+
+@_typing.final
 class GetUserProfileRequest(_message.Message):
     """A question for what is stored of a user."""
 
@@ -661,14 +786,14 @@ class GetUserProfileResponse(_message.Message):
     EVENT_COUNT_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     event_count: _builtins.int
-    """All events of the user's history, also those beyond `limit` or on unknown
+    """All positive events of the user's history, also those beyond `limit` or on unknown
     items; at most 10,000.
     """
     model_version: _builtins.str
     """Version of the model whose catalogue gave titles and genres."""
     @_builtins.property
     def watch_list(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchedItem]:
-        """The user's events, most recent first."""
+        """The user's positive events, most recent first."""
 
     @_builtins.property
     def genre_preferences(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenrePreference]:
@@ -823,6 +948,172 @@ class DeleteUserResponse(_message.Message):
 Global___DeleteUserResponse: _TypeAlias = DeleteUserResponse  # noqa: Y015
 
 @_typing.final
+class ListEventsRequest(_message.Message):
+    """A question for a user's events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Required."""
+    page_size: _builtins.int
+    """Most events of a page, 1 to 1000. 0: 100."""
+    page_token: _builtins.str
+    """`ListEventsResponse.next_page_token` of the page before, for the same user. Any other
+    text is an error. Empty: the first page.
+    """
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEventsRequest: _TypeAlias = ListEventsRequest  # noqa: Y015
+
+@_typing.final
+class ListEventsResponse(_message.Message):
+    """One page of a user's events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page. Empty: this is the last one."""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___UserEvent]:
+        """Newest first by their time; of the same second, the one that was recorded later
+        first. `UserEvent.type` is never empty.
+        """
+
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___UserEvent] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEventsResponse: _TypeAlias = ListEventsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteEventsRequest(_message.Message):
+    """Which events to forget."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    EVENT_IDS_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Required."""
+    @_builtins.property
+    def event_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At least one, at most 1,000. Ids of other users' events, and those that are not
+        known, are ignored.
+        """
+
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        event_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_ids", b"event_ids", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteEventsRequest: _TypeAlias = DeleteEventsRequest  # noqa: Y015
+
+@_typing.final
+class DeleteEventsResponse(_message.Message):
+    """What was forgotten."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELETED_EVENT_COUNT_FIELD_NUMBER: _builtins.int
+    deleted_event_count: _builtins.int
+    """Events that were removed. 0: none of them was stored."""
+    def __init__(
+        self,
+        *,
+        deleted_event_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted_event_count", b"deleted_event_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteEventsResponse: _TypeAlias = DeleteEventsResponse  # noqa: Y015
+
+@_typing.final
+class MergeUsersRequest(_message.Message):
+    """Which user is merged into which."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_USER_ID_FIELD_NUMBER: _builtins.int
+    TARGET_USER_ID_FIELD_NUMBER: _builtins.int
+    source_user_id: _builtins.str
+    """Required. The user to merge; it has no data afterwards."""
+    target_user_id: _builtins.str
+    """Required, and not the source. The user need not have events."""
+    def __init__(
+        self,
+        *,
+        source_user_id: _builtins.str = ...,
+        target_user_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source_user_id", b"source_user_id", "target_user_id", b"target_user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeUsersRequest: _TypeAlias = MergeUsersRequest  # noqa: Y015
+
+@_typing.final
+class MergeUsersResponse(_message.Message):
+    """What the target got."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MERGED_EVENT_COUNT_FIELD_NUMBER: _builtins.int
+    MERGED_RECOMMENDATION_COUNT_FIELD_NUMBER: _builtins.int
+    merged_event_count: _builtins.int
+    """Events of the source. 0: it had none."""
+    merged_recommendation_count: _builtins.int
+    """Logged recommendations of the source. 0: it had none."""
+    def __init__(
+        self,
+        *,
+        merged_event_count: _builtins.int = ...,
+        merged_recommendation_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["merged_event_count", b"merged_event_count", "merged_recommendation_count", b"merged_recommendation_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeUsersResponse: _TypeAlias = MergeUsersResponse  # noqa: Y015
+
+@_typing.final
 class SimilarItemsRequest(_message.Message):
     """A question for the neighbours of an item."""
 
@@ -970,6 +1261,7 @@ class GetModelInfoResponse(_message.Message):
     MAX_TAGS_FIELD_NUMBER: _builtins.int
     SEEN_FIELD_NUMBER: _builtins.int
     NEW_ITEM_COUNT_FIELD_NUMBER: _builtins.int
+    EVENT_TYPES_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """Starts with the time of the export, so later models sort later."""
     policy: _builtins.str
@@ -1013,6 +1305,10 @@ class GetModelInfoResponse(_message.Message):
     def genres(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """All genres of the catalogue, sorted."""
 
+    @_builtins.property
+    def event_types(self) -> _containers.RepeatedCompositeFieldContainer[Global___EventType]:
+        """The types of events that the server accepts, sorted by name."""
+
     def __init__(
         self,
         *,
@@ -1030,14 +1326,41 @@ class GetModelInfoResponse(_message.Message):
         max_tags: _builtins.int = ...,
         seen: Global___Seen.ValueType = ...,
         new_item_count: _builtins.int = ...,
+        event_types: _abc.Iterable[Global___EventType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rating_scale", b"rating_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "max_allow_item_ids", b"max_allow_item_ids", "max_history", b"max_history", "max_k", b"max_k", "max_tags", b"max_tags", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "event_types", b"event_types", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "max_allow_item_ids", b"max_allow_item_ids", "max_history", b"max_history", "max_k", b"max_k", "max_tags", b"max_tags", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetModelInfoResponse: _TypeAlias = GetModelInfoResponse  # noqa: Y015
+
+@_typing.final
+class EventType(_message.Message):
+    """What a type of events means."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As in `UserEvent.type`. Never empty."""
+    weight: _builtins.float
+    """Above 0: positive. Below 0: negative. 0: neutral."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EventType: _TypeAlias = EventType  # noqa: Y015
 
 @_typing.final
 class RatingScale(_message.Message):

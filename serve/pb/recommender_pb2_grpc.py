@@ -59,15 +59,35 @@ class RecommenderStub:
                 request_serializer=serve_dot_pb_dot_recommender__pb2.RecordEventsRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_recommender__pb2.RecordEventsResponse.FromString,
                 _registered_method=True)
+        self.RecordImpressions = channel.unary_unary(
+                '/jaxrec.v1.Recommender/RecordImpressions',
+                request_serializer=serve_dot_pb_dot_recommender__pb2.RecordImpressionsRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_recommender__pb2.RecordImpressionsResponse.FromString,
+                _registered_method=True)
         self.GetUserProfile = channel.unary_unary(
                 '/jaxrec.v1.Recommender/GetUserProfile',
                 request_serializer=serve_dot_pb_dot_recommender__pb2.GetUserProfileRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_recommender__pb2.GetUserProfileResponse.FromString,
                 _registered_method=True)
+        self.ListEvents = channel.unary_unary(
+                '/jaxrec.v1.Recommender/ListEvents',
+                request_serializer=serve_dot_pb_dot_recommender__pb2.ListEventsRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_recommender__pb2.ListEventsResponse.FromString,
+                _registered_method=True)
         self.DeleteUser = channel.unary_unary(
                 '/jaxrec.v1.Recommender/DeleteUser',
                 request_serializer=serve_dot_pb_dot_recommender__pb2.DeleteUserRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_recommender__pb2.DeleteUserResponse.FromString,
+                _registered_method=True)
+        self.DeleteEvents = channel.unary_unary(
+                '/jaxrec.v1.Recommender/DeleteEvents',
+                request_serializer=serve_dot_pb_dot_recommender__pb2.DeleteEventsRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_recommender__pb2.DeleteEventsResponse.FromString,
+                _registered_method=True)
+        self.MergeUsers = channel.unary_unary(
+                '/jaxrec.v1.Recommender/MergeUsers',
+                request_serializer=serve_dot_pb_dot_recommender__pb2.MergeUsersRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_recommender__pb2.MergeUsersResponse.FromString,
                 _registered_method=True)
         self.SimilarItems = channel.unary_unary(
                 '/jaxrec.v1.Recommender/SimilarItems',
@@ -112,8 +132,16 @@ class RecommenderServicer:
     def RecordEvents(self, request, context):
         """Adds events to the stored histories. When the answer arrives the events are
         on disk. Safe to repeat: an event id counts once, whoever sends it again.
-        All events are kept, but of a user with more than 10,000 the newest 10,000 by
-        their time are the history; older ones may be recommended again.
+        All events are kept, but of a user with more than 10,000 that are not neutral the
+        newest 10,000 by their time are the history; older ones may be recommended again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RecordImpressions(self, request, context):
+        """Notes which items of answers were displayed, for learning from the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
+        recommendation counts once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,8 +155,36 @@ class RecommenderServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListEvents(self, request, context):
+        """A user's events in pages, newest first by their time, all that RecordEvents kept of
+        them. A user without events has an empty list.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteUser(self, request, context):
         """Forgets a user: the events, and what was recommended to the user. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteEvents(self, request, context):
+        """Forgets some events of a user. When the answer arrives, the removal is on disk, and
+        the user is answered as if they had never been recorded; only the trend, a sum over
+        all users, keeps what they added. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MergeUsers(self, request, context):
+        """Makes all that is stored of one user another one's, as when a visitor logs in: the
+        events, and what was recommended. When the answer arrives, that is on disk, as a
+        whole. The source is then a user without events; events that are recorded for it
+        later are those of a new user, and can be merged again. Safe to repeat. A source with
+        more than 10,000 events and recommendations fails with FAILED_PRECONDITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -167,15 +223,35 @@ def add_RecommenderServicer_to_server(servicer, server):
                     request_deserializer=serve_dot_pb_dot_recommender__pb2.RecordEventsRequest.FromString,
                     response_serializer=serve_dot_pb_dot_recommender__pb2.RecordEventsResponse.SerializeToString,
             ),
+            'RecordImpressions': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordImpressions,
+                    request_deserializer=serve_dot_pb_dot_recommender__pb2.RecordImpressionsRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_recommender__pb2.RecordImpressionsResponse.SerializeToString,
+            ),
             'GetUserProfile': grpc.unary_unary_rpc_method_handler(
                     servicer.GetUserProfile,
                     request_deserializer=serve_dot_pb_dot_recommender__pb2.GetUserProfileRequest.FromString,
                     response_serializer=serve_dot_pb_dot_recommender__pb2.GetUserProfileResponse.SerializeToString,
             ),
+            'ListEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEvents,
+                    request_deserializer=serve_dot_pb_dot_recommender__pb2.ListEventsRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_recommender__pb2.ListEventsResponse.SerializeToString,
+            ),
             'DeleteUser': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteUser,
                     request_deserializer=serve_dot_pb_dot_recommender__pb2.DeleteUserRequest.FromString,
                     response_serializer=serve_dot_pb_dot_recommender__pb2.DeleteUserResponse.SerializeToString,
+            ),
+            'DeleteEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteEvents,
+                    request_deserializer=serve_dot_pb_dot_recommender__pb2.DeleteEventsRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_recommender__pb2.DeleteEventsResponse.SerializeToString,
+            ),
+            'MergeUsers': grpc.unary_unary_rpc_method_handler(
+                    servicer.MergeUsers,
+                    request_deserializer=serve_dot_pb_dot_recommender__pb2.MergeUsersRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_recommender__pb2.MergeUsersResponse.SerializeToString,
             ),
             'SimilarItems': grpc.unary_unary_rpc_method_handler(
                     servicer.SimilarItems,
@@ -290,6 +366,33 @@ class Recommender:
             _registered_method=True)
 
     @staticmethod
+    def RecordImpressions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxrec.v1.Recommender/RecordImpressions',
+            serve_dot_pb_dot_recommender__pb2.RecordImpressionsRequest.SerializeToString,
+            serve_dot_pb_dot_recommender__pb2.RecordImpressionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetUserProfile(request,
             target,
             options=(),
@@ -317,6 +420,33 @@ class Recommender:
             _registered_method=True)
 
     @staticmethod
+    def ListEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxrec.v1.Recommender/ListEvents',
+            serve_dot_pb_dot_recommender__pb2.ListEventsRequest.SerializeToString,
+            serve_dot_pb_dot_recommender__pb2.ListEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def DeleteUser(request,
             target,
             options=(),
@@ -333,6 +463,60 @@ class Recommender:
             '/jaxrec.v1.Recommender/DeleteUser',
             serve_dot_pb_dot_recommender__pb2.DeleteUserRequest.SerializeToString,
             serve_dot_pb_dot_recommender__pb2.DeleteUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxrec.v1.Recommender/DeleteEvents',
+            serve_dot_pb_dot_recommender__pb2.DeleteEventsRequest.SerializeToString,
+            serve_dot_pb_dot_recommender__pb2.DeleteEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MergeUsers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxrec.v1.Recommender/MergeUsers',
+            serve_dot_pb_dot_recommender__pb2.MergeUsersRequest.SerializeToString,
+            serve_dot_pb_dot_recommender__pb2.MergeUsersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,15 +52,35 @@ class RecommenderStub:
     RecordEvents: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.RecordEventsRequest, _recommender_pb2.RecordEventsResponse]
     """Adds events to the stored histories. When the answer arrives the events are
     on disk. Safe to repeat: an event id counts once, whoever sends it again.
-    All events are kept, but of a user with more than 10,000 the newest 10,000 by
-    their time are the history; older ones may be recommended again.
+    All events are kept, but of a user with more than 10,000 that are not neutral the
+    newest 10,000 by their time are the history; older ones may be recommended again.
+    """
+    RecordImpressions: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.RecordImpressionsRequest, _recommender_pb2.RecordImpressionsResponse]
+    """Notes which items of answers were displayed, for learning from the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
+    recommendation counts once.
     """
     GetUserProfile: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.GetUserProfileRequest, _recommender_pb2.GetUserProfileResponse]
     """What a stored user watched and which genres the user prefers. A user without
     events is NOT_FOUND.
     """
+    ListEvents: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.ListEventsRequest, _recommender_pb2.ListEventsResponse]
+    """A user's events in pages, newest first by their time, all that RecordEvents kept of
+    them. A user without events has an empty list.
+    """
     DeleteUser: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.DeleteUserRequest, _recommender_pb2.DeleteUserResponse]
     """Forgets a user: the events, and what was recommended to the user. Safe to repeat."""
+    DeleteEvents: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.DeleteEventsRequest, _recommender_pb2.DeleteEventsResponse]
+    """Forgets some events of a user. When the answer arrives, the removal is on disk, and
+    the user is answered as if they had never been recorded; only the trend, a sum over
+    all users, keeps what they added. Safe to repeat.
+    """
+    MergeUsers: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.MergeUsersRequest, _recommender_pb2.MergeUsersResponse]
+    """Makes all that is stored of one user another one's, as when a visitor logs in: the
+    events, and what was recommended. When the answer arrives, that is on disk, as a
+    whole. The source is then a user without events; events that are recorded for it
+    later are those of a new user, and can be merged again. Safe to repeat. A source with
+    more than 10,000 events and recommendations fails with FAILED_PRECONDITION.
+    """
     SimilarItems: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.SimilarItemsRequest, _recommender_pb2.SimilarItemsResponse]
     """The items whose learned vectors are nearest to one item's. An item that the
     model does not know is NOT_FOUND.
@@ -92,15 +112,35 @@ class RecommenderAsyncStub(RecommenderStub):
     RecordEvents: _aio.UnaryUnaryMultiCallable[_recommender_pb2.RecordEventsRequest, _recommender_pb2.RecordEventsResponse]  # type: ignore[assignment]
     """Adds events to the stored histories. When the answer arrives the events are
     on disk. Safe to repeat: an event id counts once, whoever sends it again.
-    All events are kept, but of a user with more than 10,000 the newest 10,000 by
-    their time are the history; older ones may be recommended again.
+    All events are kept, but of a user with more than 10,000 that are not neutral the
+    newest 10,000 by their time are the history; older ones may be recommended again.
+    """
+    RecordImpressions: _aio.UnaryUnaryMultiCallable[_recommender_pb2.RecordImpressionsRequest, _recommender_pb2.RecordImpressionsResponse]  # type: ignore[assignment]
+    """Notes which items of answers were displayed, for learning from the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
+    recommendation counts once.
     """
     GetUserProfile: _aio.UnaryUnaryMultiCallable[_recommender_pb2.GetUserProfileRequest, _recommender_pb2.GetUserProfileResponse]  # type: ignore[assignment]
     """What a stored user watched and which genres the user prefers. A user without
     events is NOT_FOUND.
     """
+    ListEvents: _aio.UnaryUnaryMultiCallable[_recommender_pb2.ListEventsRequest, _recommender_pb2.ListEventsResponse]  # type: ignore[assignment]
+    """A user's events in pages, newest first by their time, all that RecordEvents kept of
+    them. A user without events has an empty list.
+    """
     DeleteUser: _aio.UnaryUnaryMultiCallable[_recommender_pb2.DeleteUserRequest, _recommender_pb2.DeleteUserResponse]  # type: ignore[assignment]
     """Forgets a user: the events, and what was recommended to the user. Safe to repeat."""
+    DeleteEvents: _aio.UnaryUnaryMultiCallable[_recommender_pb2.DeleteEventsRequest, _recommender_pb2.DeleteEventsResponse]  # type: ignore[assignment]
+    """Forgets some events of a user. When the answer arrives, the removal is on disk, and
+    the user is answered as if they had never been recorded; only the trend, a sum over
+    all users, keeps what they added. Safe to repeat.
+    """
+    MergeUsers: _aio.UnaryUnaryMultiCallable[_recommender_pb2.MergeUsersRequest, _recommender_pb2.MergeUsersResponse]  # type: ignore[assignment]
+    """Makes all that is stored of one user another one's, as when a visitor logs in: the
+    events, and what was recommended. When the answer arrives, that is on disk, as a
+    whole. The source is then a user without events; events that are recorded for it
+    later are those of a new user, and can be merged again. Safe to repeat. A source with
+    more than 10,000 events and recommendations fails with FAILED_PRECONDITION.
+    """
     SimilarItems: _aio.UnaryUnaryMultiCallable[_recommender_pb2.SimilarItemsRequest, _recommender_pb2.SimilarItemsResponse]  # type: ignore[assignment]
     """The items whose learned vectors are nearest to one item's. An item that the
     model does not know is NOT_FOUND.
@@ -147,8 +187,18 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_recommender_pb2.RecordEventsResponse, _abc.Awaitable[_recommender_pb2.RecordEventsResponse]]:
         """Adds events to the stored histories. When the answer arrives the events are
         on disk. Safe to repeat: an event id counts once, whoever sends it again.
-        All events are kept, but of a user with more than 10,000 the newest 10,000 by
-        their time are the history; older ones may be recommended again.
+        All events are kept, but of a user with more than 10,000 that are not neutral the
+        newest 10,000 by their time are the history; older ones may be recommended again.
+        """
+
+    @_abc_1.abstractmethod
+    def RecordImpressions(
+        self,
+        request: _recommender_pb2.RecordImpressionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommender_pb2.RecordImpressionsResponse, _abc.Awaitable[_recommender_pb2.RecordImpressionsResponse]]:
+        """Notes which items of answers were displayed, for learning from the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
+        recommendation counts once.
         """
 
     @_abc_1.abstractmethod
@@ -162,12 +212,46 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def ListEvents(
+        self,
+        request: _recommender_pb2.ListEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommender_pb2.ListEventsResponse, _abc.Awaitable[_recommender_pb2.ListEventsResponse]]:
+        """A user's events in pages, newest first by their time, all that RecordEvents kept of
+        them. A user without events has an empty list.
+        """
+
+    @_abc_1.abstractmethod
     def DeleteUser(
         self,
         request: _recommender_pb2.DeleteUserRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recommender_pb2.DeleteUserResponse, _abc.Awaitable[_recommender_pb2.DeleteUserResponse]]:
         """Forgets a user: the events, and what was recommended to the user. Safe to repeat."""
+
+    @_abc_1.abstractmethod
+    def DeleteEvents(
+        self,
+        request: _recommender_pb2.DeleteEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommender_pb2.DeleteEventsResponse, _abc.Awaitable[_recommender_pb2.DeleteEventsResponse]]:
+        """Forgets some events of a user. When the answer arrives, the removal is on disk, and
+        the user is answered as if they had never been recorded; only the trend, a sum over
+        all users, keeps what they added. Safe to repeat.
+        """
+
+    @_abc_1.abstractmethod
+    def MergeUsers(
+        self,
+        request: _recommender_pb2.MergeUsersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommender_pb2.MergeUsersResponse, _abc.Awaitable[_recommender_pb2.MergeUsersResponse]]:
+        """Makes all that is stored of one user another one's, as when a visitor logs in: the
+        events, and what was recommended. When the answer arrives, that is on disk, as a
+        whole. The source is then a user without events; events that are recorded for it
+        later are those of a new user, and can be merged again. Safe to repeat. A source with
+        more than 10,000 events and recommendations fails with FAILED_PRECONDITION.
+        """
 
     @_abc_1.abstractmethod
     def SimilarItems(

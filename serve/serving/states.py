@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.model.events import Event, known_events
+from serve.model.events import Event, disliked_items, known_events, positive_count, with_dislikes
 from serve.model.features import history_features, unit_ratings
 from serve.model.ranking.engine import Step
 from serve.model.ranking.live_trend import Blocked, Trend
@@ -82,7 +82,8 @@ class StateCache:
                 elif users[query.user_id].known_count:
                     stored.append(_Stored(at, query, users[query.user_id], masks[at]))
                 else:
-                    answers[at] = self._model.popular(query, users[query.user_id].ignored_count)
+                    user = users[query.user_id]
+                    answers[at] = self._model.popular(query, user.ignored_count, user.disliked.tolist())
             if stored:
                 answers.update(self._stepped(stored, trend))
             self._make_room()
@@ -130,7 +131,7 @@ class StateCache:
             for _ in masks:
                 ranking, user.after = next(results)
                 rankings.append(ranking)
-            found.append((at, self._model.ranked(query, rankings, user.ignored_count)))
+            found.append((at, self._model.ranked(query, rankings, user.ignored_count, user.disliked.tolist())))
         return found
 
     def _seen_scores(self, query: Query, user: UserState) -> SeenScores | None:
@@ -144,10 +145,10 @@ class StateCache:
             # `stats` has the items of the history if the model may recommend them again, `exclude` otherwise.
             items = np.zeros(0, np.int32) if query.allow_seen else np.union1d(user.stats["item"], user.exclude)
             seen = np.append(items, 0).astype(np.int32)[None]
-        if not query.exclude_item_ids:
+        if not query.exclude_item_ids and not len(user.disliked):
             return seen
         more = np.array([self._model.indices(query.exclude_item_ids)], np.int32)
-        return np.concatenate([seen, more], axis=1)
+        return np.concatenate([seen, more, user.disliked[None]], axis=1)
 
     def _current(self, user_ids: Iterable[str]) -> dict[str, UserState]:
         """The users' states as of their stored histories."""
@@ -174,7 +175,8 @@ class StateCache:
 
     def _advanced(self, user: UserState, changes: Changes) -> UserState | None:
         """The state with events that arrived; None where that takes a rebuild."""
-        if self._repeat is not None and not _is_whole(user, changes):
+        disliked = self._disliked(user, changes.events)
+        if disliked is None or (self._repeat is not None and not _is_whole(user, changes)):
             return None
         known = known_events(changes.events, self._model.catalog)
         if known and (
@@ -186,7 +188,10 @@ class StateCache:
             return None
         user = replace(user, revision=changes.revision, spilled=False)
         user.newest = max([user.newest, *(event.timestamp for event in changes.events)])
-        user.ignored_count += len(changes.events) - len(known)
+        positive = positive_count(changes.events)
+        user.ignored_count += positive - len(known)
+        user.negative_count += len(changes.events) - positive
+        user.disliked = disliked
         if not known:
             return user
         if self._repeat is not None:
@@ -206,17 +211,26 @@ class StateCache:
             user.last = event.timestamp
         return user
 
+    def _disliked(self, user: UserState, events: Sequence[Event]) -> NDArray[np.int32] | None:
+        """The user's disliked items with events that arrived; None where the whole history has to say it, since one of
+        them came late, or there are too many."""
+        index, disliked = self._model.catalog.index, set(user.disliked.tolist())
+        if all(event.weight > 0 and index.get(event.item_id) not in disliked for event in events):
+            return user.disliked
+        if min(event.timestamp for event in events) < user.newest or len(disliked) + len(events) > MOST_EXCLUDED:
+            return None
+        return np.array(list(with_dislikes(user.disliked.tolist(), events, self._model.catalog)), np.int32)
+
     def _to_be_read(self, user_id: str, user: UserState, changes: Changes) -> "_Unread":
         """What a rebuild needs, once some events arrived: of a history that is longer than the model reads, only what
         the model reads. Else every event of a user with thousands of them would cost as much as all of those."""
-        window = self._model.info.max_history
+        window, new = self._model.info.max_history, known_events(changes.events, self._model.catalog)
         if self._repeat is not None:
-            new = known_events(changes.events, self._model.catalog)
             # A late event changes the places of those after it, and the stats must not count events that are not read.
             keepable = _is_whole(user, changes) and not (new and new[0].timestamp < user.last)
         else:
             keepable = user.exclude.shape[1] < MOST_EXCLUDED
-        if user.known_count > window and keepable:
+        if user.known_count > window and keepable and self._disliked(user, changes.events) is not None:
             # Some may be on items that the model does not know.
             recent = self._store.changes(user_id, 0, 2 * window)
             known = known_events(recent.events, self._model.catalog)
@@ -230,7 +244,11 @@ class StateCache:
         rows, replayed = [], []
         for user_id, (changes, before, new) in unread.items():
             known = known_events(changes.events, self._model.catalog)
-            user = rebuilt[user_id] = empty_state(changes, len(changes.events) - len(known), self._engine.state_width)
+            user = rebuilt[user_id] = empty_state(changes, len(known), self._engine.state_width)
+            disliked = None if before is None else self._disliked(before, new)
+            if disliked is None:
+                disliked = np.array(disliked_items(changes.events, self._model.catalog), np.int32)
+            user.disliked = disliked
             if not known:
                 continue
             row = history_features(known, self._model.info)
@@ -249,7 +267,9 @@ class StateCache:
                 user.stats = updated_stats(before.stats, before.known_count, arrived)
             if before is not None:
                 user.known_count = before.known_count + len(arrived)
-                user.ignored_count = before.ignored_count + len(new) - len(arrived)
+                positive = positive_count(new)
+                user.ignored_count = before.ignored_count + positive - len(arrived)
+                user.negative_count = before.negative_count + len(new) - positive
                 user.newest = max(before.newest, user.newest)
             if len(row.item) > 1:
                 rows.append(row.without_last())
@@ -311,4 +331,4 @@ def _asks_for_events(query: Query, user: UserState) -> bool:
 def _is_whole(user: UserState, changes: Changes) -> bool:
     """Whether a state and what arrived since are a history that the store gives in full: of a longer one a rebuild
     would count only the newest events."""
-    return user.known_count + user.ignored_count + len(changes.events) <= MOST_EVENTS
+    return user.known_count + user.ignored_count + user.negative_count + len(changes.events) <= MOST_EVENTS

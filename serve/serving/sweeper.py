@@ -1,8 +1,9 @@
-"""Forgets the kept states of model versions that are not loaded any more."""
+"""Deletes what is not needed any more: states of model versions that are not loaded, and slates that are too old."""
 
 import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from serve.stores.base import EventStore, StoreError
 
@@ -11,6 +12,8 @@ logger = logging.getLogger(__name__)
 # States to forget in one transaction, and the pause after it.
 DROPPED_AT_ONCE = 1000
 PAUSE_S = 0.05
+DAY_S = 86_400
+PRUNED_EVERY_S = 3_600.0
 
 
 class StateSweeper:
@@ -58,3 +61,34 @@ class StateSweeper:
                     versions, self._versions = self._versions or versions, None
             if self._closed:
                 return
+
+
+class SlatePruner:
+    """Deletes recommendations and impressions that are older than some days, once an hour, in a thread of its own."""
+
+    def __init__(self, store: EventStore, days: float, clock: Callable[[], float] = time.time) -> None:
+        """Begins at once; `clock` gives seconds since 1970-01-01T00:00Z."""
+        self._store = store
+        self._days = days
+        self._clock = clock
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="slate-pruner", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stops, wherever it is: what is left goes after the next start."""
+        self._closed.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        pause_s = 0.0
+        while not self._closed.wait(pause_s):
+            pause_s = PAUSE_S
+            try:
+                before = int(self._clock() - self._days * DAY_S)
+                if not self._store.prune_slates(before, DROPPED_AT_ONCE):
+                    pause_s = PRUNED_EVERY_S
+            # Whatever happens, the thread goes on: no other would be started.
+            except Exception as error:
+                logger.error("old recommendations stay in the store", exc_info=error)
+                pause_s = PRUNED_EVERY_S

@@ -7,11 +7,15 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.model.events import positive_count
 from serve.model.repeat import ITEM_STATS, ItemStats
 from serve.stores.base import Changes
 
-# last, newest, known_count, ignored_count, item, rating, gap; then the state and the excluded items or the ITEM_STATS.
-_HEADER = struct.Struct("<qqqqiff")
+# Format, number of disliked items, last, newest, known_count, ignored_count, negative_count, item, rating, gap; then
+# the state, the disliked items, and the excluded items or the ITEM_STATS.
+_HEADER = struct.Struct("<IIqqqqqiff")
+# States of servers before there were negative events begin with a time, of which this is the lower half in 2106 only.
+_FORMAT = 0xFFFFFFF1
 
 
 @dataclass(slots=True)
@@ -23,9 +27,11 @@ class UserState:
     newest: int
     """Time of the newest event of all, in seconds."""
     known_count: int
-    """Events on items that the model knows. 0: all below is empty."""
+    """Positive events on items that the model knows. 0: all below but `disliked` is empty."""
     ignored_count: int
-    """Events on other items."""
+    """Positive events on other items."""
+    negative_count: int
+    """Events that are no part of the sequence."""
     before: NDArray[np.float32]
     """`[1, width]`, the state before `last`."""
     after: NDArray[np.float32] | None
@@ -40,15 +46,19 @@ class UserState:
     """`[1, m]`, m >= 1, items of the whole history; `[[0]]` where they may be recommended again."""
     stats: ItemStats
     """Of the whole history, for a model that may recommend its items again; else none."""
+    disliked: NDArray[np.int32]
+    """`[d]`, items of which the last event is negative."""
     spilled: bool
     """Whether the store has it as it is."""
 
     def to_bytes(self) -> bytes:
         header = _HEADER.pack(
-            *(self.last, self.newest, self.known_count, self.ignored_count),
+            *(_FORMAT, len(self.disliked)),
+            *(self.last, self.newest, self.known_count, self.ignored_count, self.negative_count),
             *(self.item.item(), self.rating.item(), self.gap.item()),
         )
-        return header + self.before.tobytes() + (self.stats.tobytes() if len(self.stats) else self.exclude.tobytes())
+        seen = self.stats.tobytes() if len(self.stats) else self.exclude.tobytes()
+        return header + self.before.tobytes() + self.disliked.tobytes() + seen
 
     @classmethod
     def from_bytes(cls, revision: int, content: bytes, width: int, item_count: int, repeats: bool) -> Self | None:
@@ -64,18 +74,25 @@ class UserState:
         Returns:
             None for bytes that are no state of this width and on these items.
         """
-        end = _HEADER.size + 4 * width
-        kind = ITEM_STATS if repeats else np.dtype(np.int32)
-        if len(content) <= end or (len(content) - end) % kind.itemsize:
+        if len(content) < _HEADER.size:
             return None
-        last, newest, known_count, ignored_count, item, rating, gap = _HEADER.unpack_from(content)
+        found, disliked_count, last, newest, *counts, item, rating, gap = _HEADER.unpack_from(content)
+        of_disliked = _HEADER.size + 4 * width
+        end = of_disliked + 4 * disliked_count
+        kind = ITEM_STATS if repeats else np.dtype(np.int32)
+        if found != _FORMAT or len(content) <= end or (len(content) - end) % kind.itemsize:
+            return None
+        known_count, ignored_count, negative_count = counts
         before = np.frombuffer(content, np.float32, width, _HEADER.size)
+        disliked = np.frombuffer(content, np.int32, disliked_count, of_disliked)
         rest: NDArray[Any] = np.frombuffer(content, kind, -1, end)
         items = rest["item"] if repeats else rest
         if not (
             1 <= item <= item_count
             and items.min() >= 0
             and items.max() <= item_count
+            and disliked.min(initial=1) > 0
+            and disliked.max(initial=1) <= item_count
             and known_count > 0
             and np.isfinite(before).all()
             and np.isfinite((rating, gap)).all()
@@ -87,6 +104,7 @@ class UserState:
             newest=newest,
             known_count=known_count,
             ignored_count=ignored_count,
+            negative_count=negative_count,
             before=before[None],
             after=None,
             item=np.array([item], np.int32),
@@ -95,6 +113,7 @@ class UserState:
             last=last,
             exclude=_NO_ITEM if repeats else rest[None],
             stats=rest if repeats else _NO_STATS,
+            disliked=disliked,
             spilled=True,
         )
 
@@ -116,20 +135,22 @@ def _are_stats(stats: ItemStats, length: int) -> bool:
     )
 
 
-def empty_state(changes: Changes, ignored_count: int, width: int) -> UserState:
-    """Of a user whose history has no event that the model knows, as far as it was read.
+def empty_state(changes: Changes, known_count: int, width: int) -> UserState:
+    """What can be said of a history without the sequence: `known_count` and all that belongs to it stays empty.
 
     Args:
         changes: The history.
-        ignored_count: Its events on items that the model does not know.
+        known_count: Its positive events on items that the model knows.
         width: Of the state.
     """
+    positive = positive_count(changes.events)
     zero = np.zeros(1, np.float32)
     return UserState(
         revision=changes.revision,
         newest=max((event.timestamp for event in changes.events), default=0),
         known_count=0,
-        ignored_count=ignored_count,
+        ignored_count=positive - known_count,
+        negative_count=len(changes.events) - positive,
         before=np.zeros((1, width), np.float32),
         after=None,
         item=np.zeros(1, np.int32),
@@ -138,5 +159,6 @@ def empty_state(changes: Changes, ignored_count: int, width: int) -> UserState:
         last=0,
         exclude=_NO_ITEM,
         stats=_NO_STATS,
+        disliked=np.zeros(0, np.int32),
         spilled=False,
     )

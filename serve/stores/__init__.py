@@ -14,11 +14,11 @@ def open_store(location: str | Path) -> EventStore:
     scheme = str(location).partition("://")[0] if "://" in str(location) else ""
     try:
         if scheme in ("postgresql", "postgres"):
-            from serve.stores.postgres import PostgresStore
+            from serve.stores.postgres.store import PostgresStore
 
             return PostgresStore(str(location))
         if scheme in ("redis", "rediss", "unix"):
-            from serve.stores.redis import RedisStore
+            from serve.stores.redis.store import RedisStore
 
             return RedisStore(str(location))
     except ModuleNotFoundError as error:
@@ -27,6 +27,6 @@ def open_store(location: str | Path) -> EventStore:
         raise StoreError(f'{missing}: pip install "jaxrec[{extra}]"') from error
     if scheme:
         raise StoreError(f"expected a path, postgresql:// or redis://, came {scheme}://")
-    from serve.stores.sqlite import SQLiteStore
+    from serve.stores.sqlite.store import SQLiteStore
 
     return SQLiteStore(Path(location))

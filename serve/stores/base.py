@@ -11,12 +11,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple, Self
 
-from serve.model.events import Event
+from serve.model.events import INTERACTION, Event
 from serve.stores.counters import NONE_READ, Counter, ItemCounts
 
 MOST_EVENTS = 10_000
 """Of a user's history so many are read, the newest by time. All that is recorded stays in the store, as a log to learn
 from; but a user with millions of events must not cost all others their answers."""
+
+MOST_SLATES = 1_000
+"""Of a user's impressions so many are read to find what was shown lately."""
+
+MOST_MERGED = 10_000
+"""So many events and impressions of a user can become another one's: as one step, for which others wait."""
 
 # A deletion is remembered for so long, by a digest of the user's id: what other servers still had to write of the user
 # is not written any more.
@@ -27,6 +33,14 @@ class StoreError(Exception):
     """The store cannot be opened, read or written; nothing of the failed call was acknowledged."""
 
 
+class TooManyToMerge(Exception):
+    """A user has too much to be made another one's in one step."""
+
+    def __init__(self, count: int, most: int) -> None:
+        expected = f"a user with at most {most:,} events and recommendations"
+        super().__init__(f"source_user_id: expected {expected}, came one with {count:,}")
+
+
 class UserEvent(NamedTuple):
     """An event with its user and the client's own id for it."""
 
@@ -35,6 +49,10 @@ class UserEvent(NamedTuple):
     event: Event
     recommendation_id: str | None = None
     """The recommendation that the event answers to; not checked against the impressions."""
+    type: str = INTERACTION
+    """Name of the kind of event; what that means is in `event.weight`, as it was when the event was recorded."""
+    value: float | None = None
+    """A number of the client, such as a price or seconds, finite and not negative; None: there is none."""
 
 
 class Impression(NamedTuple):
@@ -57,7 +75,8 @@ class Impression(NamedTuple):
     request_time: int | None = None
     """For which the request asked, in seconds; None: it had none."""
     excluded_item_ids: tuple[str, ...] = ()
-    """What the request itself excluded, beside the user's history, as far as the model knows it."""
+    """What was excluded beside the user's history, as far as the model knows it: by the request itself, what was
+    recommended lately if the request asked for other items, and the items that the user disliked."""
     trend_time: int | None = None
     """The second, since 1970-01-01T00:00Z, to which the counts of the trend that ranked it were decayed. None: it was
     ranked without a trend, or by a server that did not note this yet."""
@@ -65,12 +84,26 @@ class Impression(NamedTuple):
     """The arrival, as `EventStore.all_events` numbers it, of the last event in these counts; 0: no event is in them.
     None: the counts were those of the model's export alone, or `trend_time` is None."""
     request_options: tuple[str, ...] = ()
-    """Which of `filter`, `seen` and `new_item_slots` the request set to something else than the model does by itself.
-    Their values are not noted, so the propensities cannot be computed again."""
+    """Which of `filter`, `seen`, `new_item_slots` and `not_shown_within` the request set to something else than the
+    model does by itself. The values of the first three are not noted, so the propensities cannot be computed again.
+    What the last one excluded is in `excluded_item_ids`."""
+
+
+class ShownItem(NamedTuple):
+    """An item of a recommendation that was displayed, as a client says. Its user is that of the recommendation."""
+
+    recommendation_id: str
+    item_id: str
+    position: int
+    """From 1 on, as it was shown; 0: not known."""
+    timestamp: int
+    """When, by the client, in seconds since 1970-01-01T00:00Z."""
+    recorded: int
+    """When a server recorded it, in the same seconds."""
 
 
 class Changes(NamedTuple):
-    """What became of a user's history since a revision that was read before."""
+    """What became of a user's history since a revision that was read before. Neutral events are not in it."""
 
     revision: int
     """Of the history with these events; 0: the user has none."""
@@ -108,7 +141,8 @@ class EventStore(ABC):
     def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
         """Stores the events whose id is new, all or none.
 
-        If the store is seeded, the events that happened after `counted_until` are added to the counters of their items.
+        If the store is seeded, the positive events that happened after `counted_until` are added to the counters of
+        their items.
         A counter that cannot be decoded stays as it is: the events are stored without being counted, and the item is
         logged once as an error.
 
@@ -121,7 +155,7 @@ class EventStore(ABC):
 
     @abstractmethod
     def history(self, user_id: str, until: int | None = None) -> list[Event]:
-        """A user's newest `MOST_EVENTS` events by (timestamp, arrival); empty for a user without events.
+        """A user's newest `MOST_EVENTS` events that are not neutral, by (timestamp, arrival); empty: there are none.
 
         Args:
             user_id: The user.
@@ -163,6 +197,21 @@ class EventStore(ABC):
         """
 
     @abstractmethod
+    def record_shown(self, items: Sequence[ShownItem]) -> int:
+        """Stores which items were shown, all or none; on disk on return. An item of a recommendation counts once.
+
+        Args:
+            items: Whether their recommendations are logged does not matter.
+
+        Returns:
+            How many are new.
+        """
+
+    @abstractmethod
+    def all_shown(self) -> Iterator[Sequence[ShownItem]]:
+        """Every item that was recorded as shown, in parts and in no order."""
+
+    @abstractmethod
     def save_states(self, states: Sequence[SpilledState]) -> None:
         """Keeps states until they are wanted again; written later and without a promise, like impressions.
 
@@ -194,10 +243,24 @@ class EventStore(ABC):
         """
 
     @abstractmethod
+    def prune_slates(self, before: int, most: int) -> bool:
+        """Deletes impressions from before a time, and the items of these that were shown, in a step that others need
+        not wait for. Shown items without an impression go by the time at which they were recorded.
+
+        Args:
+            before: In seconds; what is of this second or later stays.
+            most: About how many entries to look at now.
+
+        Returns:
+            Whether there may be more.
+        """
+
+    @abstractmethod
     def delete_user(self, user_id: str) -> Deleted:
         """Deletes all that is known of a user, on disk on return; the ids of the events may be used again.
 
-        What any server still had to log or keep of the user is not written any more. The counters of items are sums
+        What any server still had to log or keep of the user is not written any more. Shown items of recommendations
+        that are not logged have no user, and stay. The counters of items are sums
         over users and name none: they keep what the user's events added to them, and the second of an item's latest
         event.
 
@@ -209,11 +272,72 @@ class EventStore(ABC):
         """
 
     @abstractmethod
+    def list_events(
+        self, user_id: str, most: int, before: tuple[int, int] | None = None
+    ) -> list[tuple[int, UserEvent]]:
+        """A user's events, neutral ones too, newest first by (timestamp, arrival).
+
+        Args:
+            user_id: The user.
+            most: How many events.
+            before: Timestamp and arrival of an event: only events that are before it. None: all count.
+
+        Returns:
+            (arrival, event); fewer than `most`: there are no more.
+        """
+
+    @abstractmethod
+    def delete_events(self, user_id: str, event_ids: Sequence[str]) -> int:
+        """Deletes those of a user's events that have these ids, on disk on return; the ids may be used again.
+
+        The user's history gets a new revision, as of which `changes` reads it as a whole. The counters of items keep
+        what the events added to them.
+
+        Args:
+            user_id: The user.
+            event_ids: Ids; those of other users' events and of none are ignored.
+
+        Returns:
+            How many events there were.
+        """
+
+    @abstractmethod
+    def merge_users(self, source: str, target: str) -> Deleted:
+        """Makes all that is stored of one user another one's, as a whole, on disk on return. Safe to repeat.
+
+        Events keep their ids and arrivals. The source is then a user like any that never was: what any other server
+        still had to log or keep of it is not written any more, and what comes later is of a new user.
+
+        Args:
+            source: The user to merge; it has no data afterwards.
+            target: Another user, who need not have events.
+
+        Returns:
+            How many events and impressions the source had.
+
+        Raises:
+            TooManyToMerge: The source has more than `MOST_MERGED`; nothing was changed.
+        """
+
+    @abstractmethod
     def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
         """Every recorded event, in parts; those that come meanwhile may be missing.
 
         Returns:
             Parts of (arrival, event). Arrivals grow with the order in which events were recorded, and are given once.
+        """
+
+    @abstractmethod
+    def shown_items(self, user_id: str, since: int, most: int) -> list[str]:
+        """What was recommended to a user from a time on, also if it waits here to be written.
+
+        Args:
+            user_id: The user.
+            since: By `Impression.timestamp`, in seconds.
+            most: How many items.
+
+        Returns:
+            Item ids, each once, of the newest `MOST_SLATES` impressions, newest first.
         """
 
     @abstractmethod

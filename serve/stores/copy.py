@@ -12,16 +12,18 @@ from typing import NamedTuple
 
 from serve.stores.base import EventStore, StoreError
 from serve.stores.rows import EVENT_COLUMNS, event_row, impression_row
-from serve.stores.sqlite import (
+from serve.stores.sqlite.counters import INSERT_COUNTER, LAST_ARRIVAL, counter_rows
+from serve.stores.sqlite.schema import (
     APPLICATION_ID,
     COPY_MARK,
+    EVENT_VALUES,
     FILL_USERS,
     IMPRESSION_VALUES,
     INSERT_IMPRESSION,
-    SQLiteStore,
+    INSERT_SHOWN_ITEM,
     has,
 )
-from serve.stores.sqlite_counters import INSERT_COUNTER, LAST_ARRIVAL, counter_rows
+from serve.stores.sqlite.store import SQLiteStore
 
 
 class Copied(NamedTuple):
@@ -92,9 +94,12 @@ def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> C
                 [impression_row(one) for one in impressions],
             )
             progress(len(impressions))
+        for shown in store.all_shown():
+            connection.executemany(INSERT_SHOWN_ITEM, shown)
+            progress(len(shown))
         for events in store.all_events():
             connection.executemany(
-                f"INSERT OR IGNORE INTO events (arrival, {EVENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                f"INSERT OR IGNORE INTO events (arrival, {EVENT_COLUMNS}) VALUES (?, {EVENT_VALUES})",
                 [(at, *event_row(new)) for at, new in events],
             )
             progress(len(events))

@@ -1,22 +1,27 @@
 """Writes that no call waits for: gathered, and written together by a thread of their own."""
 
 import logging
+import sys
 import threading
 import time
+from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain, islice
 from typing import NamedTuple
 
-from serve.stores.base import EventStore, Impression, SpilledState, StoreError
+from serve.stores.base import MOST_SLATES, EventStore, Impression, SpilledState, StoreError
 from serve.stores.rows import Started
 
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
 DEFERRED_BATCH = 500
-# A store that stays broken costs so much memory and no more: some 20 MB.
+# A store that stays broken costs so many entries and about so many bytes of memory, and no more.
 LIMIT = 20_000
+LIMIT_BYTES = 64 * 2**20
+ENTRY_BYTES = 1_000
 # Well below DELETION_S: what is older could be of a user whose deletion is forgotten.
 LONGEST_WAIT_S = 86_400.0
 
@@ -27,6 +32,8 @@ Write = Callable[[Sequence[Started], Sequence[SpilledState]], None]
 class _Waiting(NamedTuple):
     entry: Impression | SpilledState
     since: float
+    size: int
+    """About how many bytes of memory the entry has."""
 
 
 class DeferredWrites:
@@ -35,9 +42,12 @@ class DeferredWrites:
     def __init__(self, write: Write) -> None:
         self._write = write
         self._waiting: deque[_Waiting] = deque()
+        self._bytes = 0
         self._changed = threading.Condition()
         # Held while a batch is written, so that `discard` knows that nothing is half-way.
         self._writing = threading.Lock()
+        # What was taken out and is being written.
+        self._batch: Sequence[_Waiting] = ()
         self._closed = False
         self._failing = False
         self.dropped_count = 0
@@ -48,9 +58,11 @@ class DeferredWrites:
         """Returns at once; beyond the limit the oldest entries are dropped. They are as of `since`, None: now."""
         since = time.monotonic() if since is None else since
         with self._changed:
-            self._waiting.extend(_Waiting(entry, since) for entry in entries)
-            while len(self._waiting) > LIMIT:
-                self._waiting.popleft()
+            for entry in entries:
+                self._waiting.append(_Waiting(entry, since, _size(entry)))
+                self._bytes += self._waiting[-1].size
+            while len(self._waiting) > LIMIT or self._bytes > LIMIT_BYTES:
+                self._bytes -= self._waiting.popleft().size
                 self.dropped_count += 1
             if len(self._waiting) >= DEFERRED_BATCH:
                 self._changed.notify()
@@ -58,23 +70,55 @@ class DeferredWrites:
     def discard(self, user_id: str) -> None:
         """Forgets what waits for a user; nothing of the user is written after this returns but what is added later."""
         with self._writing, self._changed:
-            self._waiting = deque(waiting for waiting in self._waiting if waiting.entry.user_id != user_id)
+            self._keep([waiting for waiting in self._waiting if waiting.entry.user_id != user_id])
+
+    @contextmanager
+    def merging(self, source: str, target: str) -> Iterator[None]:
+        """Writes what waits, and then nothing else within the block. What was added of the source meanwhile becomes the
+        target's after the block; if the block raises, it stays the source's."""
+        with self._writing:
+            self._flush()
+            yield
+            with self._changed:
+                self._keep(
+                    [
+                        waiting._replace(entry=waiting.entry._replace(user_id=target))
+                        if waiting.entry.user_id == source
+                        else waiting
+                        for waiting in self._waiting
+                        if waiting.entry.user_id != source or isinstance(waiting.entry, Impression)
+                    ]
+                )
+
+    def impressions(self, user_id: str, since: int) -> list[Impression]:
+        """Those of a user that are not known to be written, newest first, from a timestamp on."""
+        with self._changed:
+            waiting = [*self._batch, *self._waiting]
+        return [
+            entry
+            for entry, *_ in reversed(waiting)
+            if isinstance(entry, Impression) and entry.user_id == user_id and entry.timestamp >= since
+        ]
 
     def flush(self) -> None:
         """Writes all that waits now, or raises what came of it and keeps it: a StoreError, unless an entry is bad."""
         with self._writing:
-            with self._changed:
-                left = len(self._waiting)
-            while left > 0:
-                batch = self._take(left)
-                if not batch:
-                    return
-                left -= len(batch)
-                try:
-                    self._write_batch(batch)
-                except Exception:
-                    self._put_back(batch)
-                    raise
+            self._flush()
+
+    def _flush(self) -> None:
+        with self._changed:
+            left = len(self._waiting)
+        while left > 0:
+            batch = self._take(left)
+            if not batch:
+                return
+            left -= len(batch)
+            try:
+                self._write_batch(batch)
+            except Exception:
+                self._put_back(batch)
+                raise
+            self._batch = ()
 
     def close(self) -> None:
         """Writes what waits, or counts it as dropped when that fails."""
@@ -110,22 +154,30 @@ class DeferredWrites:
                     logger.error("impressions and states wait for the store", exc_info=error)
                 self._failing = True
 
-    def _take(self, most: int) -> list[_Waiting]:
+    def _take(self, most: int) -> Sequence[_Waiting]:
         """The next batch, without what waited for too long; empty when nothing waits."""
         with self._changed:
             while self._waiting and time.monotonic() - self._waiting[0].since > LONGEST_WAIT_S:
-                self._waiting.popleft()
+                self._bytes -= self._waiting.popleft().size
                 self.dropped_count += 1
-            return [self._waiting.popleft() for _ in range(min(DEFERRED_BATCH, most, len(self._waiting)))]
+            self._batch = [self._waiting.popleft() for _ in range(min(DEFERRED_BATCH, most, len(self._waiting)))]
+            self._bytes -= sum(one.size for one in self._batch)
+            return self._batch
 
     def _put_back(self, batch: Sequence[_Waiting]) -> None:
         with self._changed:
             self._waiting.extendleft(reversed(batch))
+            self._bytes += sum(one.size for one in batch)
+            self._batch = ()
+
+    def _keep(self, waiting: Sequence[_Waiting]) -> None:
+        self._waiting = deque(waiting)
+        self._bytes = sum(one.size for one in waiting)
 
     def _write_batch(self, batch: Sequence[_Waiting]) -> None:
         self._write(
-            [Started(entry, since) for entry, since in batch if isinstance(entry, Impression)],
-            [entry for entry, _ in batch if isinstance(entry, SpilledState)],
+            [Started(entry, since) for entry, since, _ in batch if isinstance(entry, Impression)],
+            [entry for entry, *_ in batch if isinstance(entry, SpilledState)],
         )
 
     def _write_one_by_one(self) -> None:
@@ -165,6 +217,14 @@ class DeferredWrites:
         return self._closed or (len(self._waiting) >= DEFERRED_BATCH and not self._failing)
 
 
+def _size(entry: Impression | SpilledState) -> int:
+    if isinstance(entry, SpilledState):
+        return ENTRY_BYTES + sys.getsizeof(entry.state)
+    # The texts of the ids are the catalogue's; a log-propensity is a number of its own beside its reference.
+    ids = sys.getsizeof(entry.item_ids) + sys.getsizeof(entry.excluded_item_ids)
+    return ENTRY_BYTES + ids + 4 * sys.getsizeof(entry.log_propensities)
+
+
 class DeferringStore(EventStore):
     """A store that puts off writing impressions and states."""
 
@@ -175,6 +235,21 @@ class DeferringStore(EventStore):
 
     def save_states(self, states: Sequence[SpilledState]) -> None:
         self._deferred.add(states)
+
+    def shown_items(self, user_id: str, since: int, most: int) -> list[str]:
+        # First: what is written meanwhile is found there.
+        waiting = [one.item_ids for one in self._deferred.impressions(user_id, since)]
+        slates = islice(chain(waiting, self._stored_slates(user_id, since)), MOST_SLATES)
+        found: dict[str, None] = {}
+        for item_ids in slates:
+            found |= dict.fromkeys(item_ids)
+            if len(found) >= most:
+                break
+        return list(found)[:most]
+
+    @abstractmethod
+    def _stored_slates(self, user_id: str, since: int) -> Iterable[Sequence[str]]:
+        """The items of a user's newest `MOST_SLATES` written impressions from a timestamp on, newest first."""
 
     @property
     def dropped_count(self) -> int:

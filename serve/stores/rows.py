@@ -6,7 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from serve.stores.base import Impression, UserEvent, digest
+from serve.model.events import Event
+from serve.stores.base import Impression, ShownItem, UserEvent, digest
 
 
 class Started(NamedTuple):
@@ -39,14 +40,20 @@ def digests(started: Sequence[Started]) -> list[str]:
     return sorted(digest(user_id) for user_id in {one.user_id for one, _ in started} if user_id is not None)
 
 
-EVENT_COLUMNS = "event_id, user_id, item_id, rating, timestamp, recommendation_id"
+EVENT_COLUMNS = "event_id, user_id, item_id, rating, timestamp, weight, recommendation_id, type, value"
 
 
 def event_row(new: UserEvent) -> tuple[str | int | float | None, ...]:
     """EVENT_COLUMNS."""
-    return (new.event_id, new.user_id, *new.event, new.recommendation_id)
+    return (new.event_id, new.user_id, *new.event, new.recommendation_id, new.type, new.value)
 
 
+def event_of_row(row: Sequence[Any]) -> UserEvent:
+    """The reverse of `event_row`."""
+    return UserEvent(row[0], row[1], Event(*row[2:6]), *row[6:9])
+
+
+SHOWN_ITEM_COLUMNS = ", ".join(ShownItem._fields)
 IMPRESSION_COLUMNS = (
     "recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp, temperature,"
     " request_time, excluded_item_ids, trend_time, trend_arrival, request_options"

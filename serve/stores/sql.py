@@ -1,18 +1,21 @@
 """What the stores in SQL databases have in common: reading a user's events by arrival, and the whole log in parts."""
 
+import json
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, LiteralString, NamedTuple
 
 from serve.model.events import Event
-from serve.stores.base import MOST_EVENTS, Changes, Impression, SpilledState, UserEvent
+from serve.stores.base import MOST_EVENTS, MOST_SLATES, Changes, Impression, ShownItem, SpilledState, UserEvent
 from serve.stores.counters import Counter, add_events
 from serve.stores.deferred import DeferringStore
-from serve.stores.rows import impression_of_row
+from serve.stores.rows import event_of_row, impression_of_row
 
 LARGEST = 2**63 - 1
+LAST = (LARGEST, LARGEST)
 COPIED_AT_ONCE = 10_000
+SLATES_AT_ONCE = 50
 LOOKED_AT_AT_ONCE = 100_000  # arrivals, of which few may be wanted: a statement must not take long
 
 
@@ -22,15 +25,23 @@ class Queries(NamedTuple):
     life: LiteralString
     """First and last arrival of a user's events (user)."""
     changes: LiteralString
-    """Item, rating and timestamp in order of arrival (user, arrival before the first, last arrival, limit)."""
+    """The columns of `Event`, without neutral ones, in order of arrival (user, arrival before the first, last arrival,
+    limit)."""
     newest: LiteralString
     """The same, newest first by timestamp and arrival (user, last arrival, last timestamp, limit)."""
+    listed: tuple[LiteralString, LiteralString]
+    """Arrival and the columns of `UserEvent`, newest first: of events that are not neutral, and of those that are
+    (user, timestamp and arrival that come after, limit)."""
+    slates: LiteralString
+    """The item ids of a user's impressions, newest first (user, first timestamp, limit, how many to pass over)."""
     state: LiteralString
     """The columns of `SpilledState` (user, model version)."""
     events: LiteralString
     """Arrival and the columns of `UserEvent` in order of arrival (arrival before the first, limit)."""
     impressions: LiteralString
     """Number and IMPRESSION_COLUMNS in order of numbers (number before the first, limit)."""
+    shown_items: LiteralString
+    """The columns of `ShownItem` in order (recommendation and item that come before, limit)."""
     times: LiteralString
     """Item and timestamp (arrival before the first, last arrival, timestamp before the first)."""
     counted_until: LiteralString
@@ -64,17 +75,41 @@ class SqlStore(DeferringStore):
                 return Changes(revision, sorted(events, key=lambda event: event.timestamp), complete=False)
         return Changes(revision, self._newest(user_id, revision, LARGEST, most), complete=True)
 
+    def list_events(
+        self, user_id: str, most: int, before: tuple[int, int] | None = None
+    ) -> list[tuple[int, UserEvent]]:
+        # Each is in the order of an index of its own.
+        rows = [row for query in self._queries.listed for row in self._read(query, user_id, *(before or LAST), most)]
+        events = [(row[0], event_of_row(row[1:])) for row in rows]
+        events.sort(key=lambda row: (row[1].event.timestamp, row[0]), reverse=True)
+        return events[:most]
+
+    def _stored_slates(self, user_id: str, since: int) -> Iterator[Sequence[str]]:
+        # What is logged meanwhile shifts the others, which are then found twice.
+        for start in range(0, MOST_SLATES, SLATES_AT_ONCE):
+            limit = min(SLATES_AT_ONCE, MOST_SLATES - start)
+            rows = self._read(self._queries.slates, user_id, since, limit, start)
+            yield from (json.loads(items) for (items,) in rows)
+            if len(rows) < limit:
+                return
+
     def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
         rows = self._read(self._queries.state, user_id, model_version)
         return SpilledState(*rows[0]) if rows else None
 
     def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
         for rows in self._parts(self._queries.events):
-            yield [(row[0], UserEvent(row[1], row[2], Event(*row[3:6]), row[6])) for row in rows]
+            yield [(row[0], event_of_row(row[1:])) for row in rows]
 
     def all_impressions(self) -> Iterator[Sequence[Impression]]:
         for rows in self._parts(self._queries.impressions):
             yield [impression_of_row(row[1:]) for row in rows]
+
+    def all_shown(self) -> Iterator[Sequence[ShownItem]]:
+        last = ("", "")
+        while rows := self._read(self._queries.shown_items, *last, COPIED_AT_ONCE):
+            yield [ShownItem(*row) for row in rows]
+            last = rows[-1][:2]
 
     def counted_until(self) -> int | None:
         ((until,),) = self._read(self._queries.counted_until)

@@ -43,7 +43,7 @@ from serve.observability.metrics import Metrics
 from serve.serving.loaded import LoadedModel
 from serve.serving.trend import TrendRefresher
 from serve.stores.base import Impression, UserEvent
-from serve.stores.sqlite import SQLiteStore
+from serve.stores.sqlite.store import SQLiteStore
 from tests.serve.stores.impressions import log_now
 
 TEMPERATURE, USERS, ROUNDS, SLOTS = 1.5, 150, 4, 4

@@ -1,6 +1,6 @@
 """Reads what a server recommended, and the responses to it, from its event store (SQLite), in a run's item indices.
 
-The store is only read; `serve/stores/sqlite.py` writes it.
+The store is only read; `serve/stores/sqlite/store.py` writes it.
 
 History: a user's history at a recommendation is the events until its second, that second included, since users often
 watch and ask for more within a second. Events that name this recommendation or a later one are excluded, whatever a
@@ -11,7 +11,17 @@ does not say which events came late.
 
 Request options: with a filter, `seen` or reserved places for new items, a request may have ranked other items than the
 model alone would have. The server notes which of these options were set, but not their values. The propensities cannot
-be computed again without them, so these slates are left out.
+be computed again without them, so these slates are left out. What `not_shown_within` excluded is noted.
+
+Only positive events count, as history and as responses. A slate's `excluded_item_ids` include the items that the user
+disliked.
+
+Impressions: if a client recorded which items of a slate were shown, the slate counts as far as that. If they are the
+first ones of the slate in its order, the slate is cut after them: the propensities of the items that are left do not
+depend on those below, so they stay exact, and an item that was not shown has neither propensity nor reward. Other
+slates with impressions are left out: the chance that just these items were shown is not known. A slate without
+impressions counts as a whole if it is earlier than the first slate that has some. Later ones are left out: clients
+recorded impressions by then, so the slate was not displayed.
 
 Responses: an event is a response to the recommendation that it names if it comes within the attribution window, by the
 event's own clock; an event before the recommendation counts as immediate. Later ones are still history of the
@@ -23,6 +33,7 @@ still come. The log ends with the last recommendation, by the server's clock, or
 import contextlib
 import itertools
 import json
+import math
 import sqlite3
 import time
 from collections import Counter
@@ -39,8 +50,10 @@ from jaxrec.rl.served.recommendations import NO_REQUEST_TIME, History, Recommend
 from jaxrec.rl.served.trends import ArrivedEvents, Moment
 
 APPLICATION_ID = 0x6A787263
-STORE_VERSION = 6
+STORE_VERSION = 7
 NEW_ITEM_SLOTS = "new_item_slots"
+# What it excluded is noted as excluded items.
+NOT_SHOWN_WITHIN = "not_shown_within"
 QUANTILE = 0.99  # of the responses: by when the log ends, and within which window they come by default
 
 # Why a recommendation cannot be learned from.
@@ -49,6 +62,8 @@ DETERMINISTIC = "shown without drawing (no propensities)"
 OPTIONS = "ranked with options of the request (filter, seen, new_item_slots)"
 UNNOTED = "logged before servers noted their temperature"
 UNKNOWN_ITEM = "with an item that the run does not know"
+SHOWN_OTHERWISE = "shown in another order, or with gaps"
+NOT_SHOWN = "of which no item was shown (no impressions, though other slates have some)"
 NO_HISTORY = "to users without a known event"
 STILL_OPEN = "whose responses may still come"
 
@@ -82,17 +97,23 @@ class _Shown(NamedTuple):
     log_propensities: list[float]
     excluded: list[str]
     options: list[str]
+    answered: int
+    """How many items the answer had, also if `slate` is cut to those that were shown."""
+    left_out: str = ""
+    """Why what a client recorded as shown cannot be used; empty: it can."""
 
 
 class _UserEvents(NamedTuple):
     """One user's events by (timestamp, arrival): `named` [events] int64 is the place, among the user's recommendations,
     of the one that each names (-1: none of them), and `delays` [events] int64 how many seconds after that it came (0:
-    before it, or none). `known` [known] int64: which ones are on items of the catalogue."""
+    before it, or none). `known` [known] int64: which ones are on items of the catalogue. `weights` [events] float32:
+    what they count as responses."""
 
     history: History
     named: np.ndarray
     delays: np.ndarray
     known: np.ndarray
+    weights: np.ndarray
 
 
 def read_served_log(path: Path, catalog: Catalog, attribution_window: int | None = None) -> ServedLog:
@@ -106,15 +127,15 @@ def read_served_log(path: Path, catalog: Catalog, attribution_window: int | None
 
 
 def read_arrived_events(path: Path, catalog: Catalog) -> tuple[ArrivedEvents, int]:
-    """The events of all users, and the time in seconds of the last event that the server's counts began with (0: they
-    began with none).
+    """The positive events of all users, and the time in seconds of the last event that the server's counts began with
+    (0: they began with none).
 
     Raises DataError as `read_served_log`.
     """
     index = _index(catalog)
     with _opened(path) as connection:
         ((until,),) = connection.execute("SELECT coalesce(max(counted_until), 0) FROM trend_start").fetchall()
-        rows = connection.execute("SELECT item_id, timestamp, arrival FROM events ORDER BY arrival")
+        rows = connection.execute("SELECT item_id, timestamp, arrival FROM events WHERE weight > 0 ORDER BY arrival")
         known = ((index[item], *rest) for item, *rest in rows if item in index)
         found = np.fromiter(known, [("item", np.int32), ("time", np.int64), ("arrival", np.int64)])
     return ArrivedEvents(*(np.ascontiguousarray(found[name]) for name in ("item", "time", "arrival"))), until
@@ -145,13 +166,19 @@ def _read_log(connection: sqlite3.Connection, index: Mapping[str, int], attribut
     count, last, sent_along = connection.execute(
         "SELECT count(*), coalesce(max(timestamp), 0), count(*) - count(user_id) FROM shown"
     ).fetchone()
+    ((first,),) = connection.execute(
+        "SELECT min(timestamp) FROM shown WHERE recommendation_id IN (SELECT recommendation_id FROM shown_items)"
+    ).fetchall()
+    since = math.inf if first is None else first  # the first slate with impressions
     closed = max(end, last) - window  # until then, all responses have come
     skipped = Counter({SENT_ALONG: sent_along} if sent_along else {})
     users: list[str] = []
     versions: dict[str, int] = {}
     moments: dict[Moment, int] = {}
     writer = RecommendationsWriter()
-    for user_id, of_user in _shown_by_user(connection):
+    for user_id, of_slates in _shown_by_user(connection):
+        shown = _shown_items(connection, user_id)
+        of_user = [_as_shown(one, shown.get(one.recommendation_id), since) for one in of_slates]
         events = _read_events(connection, user_id, of_user, index)
         first = None
         for place, one in enumerate(of_user):
@@ -180,8 +207,10 @@ def _read_log(connection: sqlite3.Connection, index: Mapping[str, int], attribut
                     "log_propensities": np.array(one.log_propensities, np.float64),
                     "responses": events.history.items[responses],
                     "response_ratings": events.history.ratings[responses],
+                    "response_weights": events.weights[responses],
                     "version": versions.setdefault(one.version, len(versions)),
                     "temperature": one.temperature,
+                    "answered": one.answered,
                     "request_time": NO_REQUEST_TIME if one.request_time is None else one.request_time,
                     "moment": 0 if one.moment is None else moments.setdefault(one.moment, len(moments) + 1),
                     "excluded": np.array([index[item] for item in one.excluded if item in index], np.int32),
@@ -218,14 +247,39 @@ def _shown_by_user(connection: sqlite3.Connection) -> Iterator[tuple[str, list[_
 
 def _shown(row: Sequence[Any]) -> _Shown:
     moment = None if row[6] is None else Moment(row[6], row[7])
-    return _Shown._make((*row[:6], moment, *(json.loads(column) for column in row[8:])))
+    return _Shown._make((*row[:6], moment, *(json.loads(column) for column in row[8:]), len(json.loads(row[8])), ""))
+
+
+def _shown_items(connection: sqlite3.Connection, user_id: str) -> dict[str, list[tuple[int, str]]]:
+    """Positions and items that clients recorded as shown of a user's slates, by recommendation."""
+    rows = connection.execute(
+        "SELECT recommendation_id, position, item_id FROM shown JOIN shown_items USING (recommendation_id)"
+        " WHERE user_id = ?",
+        (user_id,),
+    )
+    found: dict[str, list[tuple[int, str]]] = {}
+    for name, position, item in rows:
+        found.setdefault(name, []).append((position, item))
+    return found
+
+
+def _as_shown(one: _Shown, shown: list[tuple[int, str]] | None, since: float) -> _Shown:
+    """The slate cut to what was shown of it; None: nothing was recorded, as before `since` in seconds."""
+    if shown is None:
+        return one if one.time < since else one._replace(left_out=NOT_SHOWN)
+    first, items = one.slate[: len(shown)], [item for position, item in sorted(shown) if position]
+    # Those without a position are taken to be in the order of the slate.
+    in_order = not items or items == [item for item in first if item in set(items)]
+    if {item for _, item in shown} != set(first) or not in_order:
+        return one._replace(left_out=SHOWN_OTHERWISE)
+    return one._replace(slate=first, log_propensities=one.log_propensities[: len(first)])
 
 
 def _read_events(
     connection: sqlite3.Connection, user_id: str, shown: list[_Shown], index: Mapping[str, int]
 ) -> _UserEvents:
     rows = connection.execute(
-        "SELECT item_id, rating, timestamp, recommendation_id FROM events WHERE user_id = ? "
+        "SELECT item_id, rating, timestamp, recommendation_id, weight FROM events WHERE user_id = ? AND weight > 0 "
         "ORDER BY timestamp, arrival",
         (user_id,),
     ).fetchall()
@@ -236,7 +290,8 @@ def _read_events(
     named = np.array([places.get(row[3], -1) for row in rows], np.int64)
     since = times.copy()
     since[named >= 0] = np.array([one.time for one in shown], np.int64)[named[named >= 0]]
-    return _UserEvents(History(items, ratings, times), named, np.maximum(times - since, 0), np.flatnonzero(items > 0))
+    delays, weights = np.maximum(times - since, 0), np.array([row[4] for row in rows], np.float32)
+    return _UserEvents(History(items, ratings, times), named, delays, np.flatnonzero(items > 0), weights)
 
 
 def _responses_until(now: int, connection: sqlite3.Connection) -> tuple[np.ndarray, np.ndarray]:
@@ -245,7 +300,7 @@ def _responses_until(now: int, connection: sqlite3.Connection) -> tuple[np.ndarr
     rows = connection.execute(
         "SELECT events.timestamp, max(events.timestamp - shown.timestamp, 0) FROM events JOIN shown "
         "ON shown.recommendation_id = events.recommendation_id AND shown.user_id = events.user_id "
-        "WHERE events.timestamp <= ?",
+        "WHERE events.timestamp <= ? AND events.weight > 0",
         (now,),
     )
     found = np.fromiter(rows, [("came", np.int64), ("delay", np.int64)])
@@ -259,13 +314,16 @@ def _quantile(values: np.ndarray) -> int:
 
 def _unusable(one: _Shown, index: Mapping[str, int]) -> str:
     """Why never to learn from a recommendation, whatever its user did; empty: there is no reason."""
+    options = [option for option in one.options if option != NOT_SHOWN_WITHIN]
     # Without propensities, but a server with --explore has none here either.
-    if NEW_ITEM_SLOTS in one.options or (one.options and not one.slate):
+    if NEW_ITEM_SLOTS in options or (options and not one.slate):
         return OPTIONS
     if not one.log_propensities or not one.slate:
         return DETERMINISTIC
-    if one.options:
+    if options:
         return OPTIONS
+    if one.left_out:
+        return one.left_out
     if one.temperature is None:
         return UNNOTED
     return "" if all(item in index for item in one.slate) else UNKNOWN_ITEM

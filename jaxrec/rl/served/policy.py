@@ -25,11 +25,20 @@ ROWS_PER_BATCH = 256
 EXACT = 0.02  # nats; propensities that are reproduced as closely are this policy's
 
 
-def served_logits(logits: jax.Array, temperature: jax.Array, slates: jax.Array) -> jax.Array:
-    """logits [batch, items + 1] -> those of the drawing of slates [batch, k] int32 at temperature [batch]: NEVER
-    outside of the pool, which is as wide as the slate at least."""
-    widest = min(max(POOL, slates.shape[1]), logits.shape[-1])
-    pool = jnp.clip(jnp.sum(slates > 0, axis=1), min(POOL, widest), widest)
+def served_logits(logits: jax.Array, temperature: jax.Array, answered: jax.Array, longest: int) -> jax.Array:
+    """The logits that a server draws slates from.
+
+    Args:
+        logits: [batch, items + 1] float32.
+        temperature: [batch] float32.
+        answered: [batch] int32, how many items each answer had, also if fewer of them were shown.
+        longest: no answer had more items.
+
+    Returns:
+        [batch, items + 1] float32, NEVER outside of the pool: the best POOL items, or as many as were answered.
+    """
+    widest = min(max(POOL, longest), logits.shape[-1])
+    pool = jnp.clip(answered, min(POOL, widest), widest)
     least = jnp.take_along_axis(jax.lax.top_k(logits, widest)[0], pool[:, None] - 1, axis=1)
     return jnp.where(recommendable(logits) & (logits >= least), tempered(logits, temperature), NEVER)
 
@@ -72,10 +81,15 @@ def state_logits(graphdef: nnx.GraphDef[PolicyHead], head: Any, scoring: Scoring
     return exclude_items(logits, exclude)
 
 
+def state_served_logits(logits: jax.Array, states: ServedStates) -> jax.Array:
+    """`served_logits` [rows, items + 1] of the policy's logits [rows, items + 1] at these states."""
+    temperature, answered = jnp.asarray(states.temperature), jnp.asarray(states.answered)
+    return served_logits(logits, temperature, answered, states.slate.shape[1])
+
+
 def slot_logprobs(logits: jax.Array, states: ServedStates) -> jax.Array:
     """[rows, k]: of the logged slots, as a policy with these logits is served at the temperature of each row."""
-    slate = jnp.asarray(states.slate)
-    return served_logprobs(served_logits(logits, jnp.asarray(states.temperature), slate), slate)
+    return served_logprobs(state_served_logits(logits, states), jnp.asarray(states.slate))
 
 
 def logged_logprobs(

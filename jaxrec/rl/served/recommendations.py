@@ -21,6 +21,7 @@ SCALARS = {
     "temperature": "d",
     "request_time": "q",
     "moment": "i",
+    "answered": "i",
     "first": "q",
     "stop": "q",
 }
@@ -29,6 +30,7 @@ ROWS = {
     "log_propensities": "d",
     "responses": "i",
     "response_ratings": "f",
+    "response_weights": "f",
     "excluded": "i",
     "left_out": "q",
 }
@@ -47,8 +49,9 @@ class Recommendation(NamedTuple):
     above it, at the exploration's `temperature`, by the model `version` (of `ServedLog.versions`). `time`: seconds;
     `request_time`: as the request gave it, None where it did not. `excluded` [excluded] int32: items that the request
     excluded. `responses` [responses] int32 are the items of the events that respond to it, in their order (0: not in
-    the catalogue), `response_ratings` [responses] float32 (raw, NaN = none). `moment` counts `ServedLog.moments` from 1
-    on (0: it was ranked without a trend)."""
+    the catalogue), `response_ratings` [responses] float32 (raw, NaN = none), `response_weights` [responses] float32
+    (what they count, above 0). `answered`: how many items the answer had, of which `slate` may be only those
+    that were shown. `moment` counts `ServedLog.moments` from 1 on (0: it was ranked without a trend)."""
 
     user: int
     time: int
@@ -57,10 +60,12 @@ class Recommendation(NamedTuple):
     log_propensities: np.ndarray
     responses: np.ndarray
     response_ratings: np.ndarray
+    response_weights: np.ndarray
     version: int
     temperature: float
     request_time: int | None
     excluded: np.ndarray
+    answered: int
     moment: int = 0
 
 

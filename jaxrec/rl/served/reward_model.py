@@ -17,7 +17,7 @@ from jaxrec.models.hybrid import PolicyHead
 from jaxrec.models.masks import NEVER
 from jaxrec.rl.policy import recommendable
 from jaxrec.rl.scoring import Scoring
-from jaxrec.rl.served.policy import POOL, ROWS_PER_BATCH, served_logits, state_logits, tempered
+from jaxrec.rl.served.policy import POOL, ROWS_PER_BATCH, state_logits, state_served_logits, tempered
 from jaxrec.rl.served.states import ServedStates
 from jaxrec.rl.states import by_batches
 
@@ -94,7 +94,7 @@ def _expected(
 ) -> jax.Array:
     slate = jnp.asarray(states.slate)
     logits = state_logits(graphdef, policy, scoring, states)
-    served = served_logits(logits, jnp.asarray(states.temperature), slate)
+    served = state_served_logits(logits, states)
     logits, pool = jax.lax.top_k(served, min(max(POOL, slate.shape[1]), served.shape[1]))  # all that has a chance
     features = _features(graphdef, reference, scoring, states, pool)
 

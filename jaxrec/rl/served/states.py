@@ -29,14 +29,16 @@ SHORTEST = 8  # events that a history is padded to at least
 class ServedStates(NamedTuple):
     """Served recommendations [rows]: the `state` that a policy sees before each, `exclude` [rows, width] int32
     (0 = none) of the history and the request, the `slate` [rows, k] int32 (0 = empty slot) with its `log_propensities`
-    [rows, k] float32 at `temperature` [rows] float32, and the `terms` of its rewards, each [rows, k]. `user`, `version`
-    and `moment` [rows] int32, as `ServedLog` counts them."""
+    [rows, k] float32 at `temperature` [rows] float32, and the `terms` of its rewards, each [rows, k]. `answered` [rows]
+    int32 is how many items the answer had, at most k, of which the slate may be only those that were shown. `user`,
+    `version` and `moment` [rows] int32, as `ServedLog` counts them."""
 
     state: PolicyState
     exclude: Array
     slate: Array
     log_propensities: Array
     temperature: Array
+    answered: Array
     terms: RewardTerms
     user: Array
     version: Array
@@ -59,9 +61,10 @@ def served_states(
     _, of_slate, of_exclude, of_responses = np.maximum(sizes.max(axis=0, initial=0), 1)
     slate, exclude = np.zeros((count, of_slate), np.int32), np.zeros((count, of_exclude), np.int32)
     log_propensities = np.zeros((count, of_slate), np.float32)
-    responses, given = np.zeros((count, of_responses), np.int32), np.zeros((count, of_responses), np.float32)
+    responses = np.zeros((count, of_responses), np.int32)
+    given, weights = np.zeros((2, count, of_responses), np.float32)
     temperature, means = np.zeros(count, np.float32), np.zeros(count, np.float32)
-    user, version, moment = np.zeros((3, count), np.int32)
+    user, version, moment, answered = np.zeros((4, count), np.int32)
     global_mean = float(np.asarray(tables.item_ratings)[0])
     for row, one in enumerate(recommendations):
         slate[row, : len(one.slate)] = one.slate
@@ -70,19 +73,22 @@ def served_states(
         exclude[row, : len(excluded)] = excluded
         responses[row, : len(one.responses)] = one.responses
         given[row, : len(one.responses)] = unit_ratings(one.response_ratings, scale)
+        weights[row, : len(one.responses)] = one.response_weights
         temperature[row], means[row] = one.temperature, _mean_rating(one, scale, global_mean)
         user[row], version[row], moment[row] = one.user, one.version, one.moment
+        answered[row] = one.answered
     order = np.argsort(sizes[:, 0], kind="stable")
     encoded = _encoded(hybrid, recommendations, order, scale, scoring, exclude, moment)
     state = jax.tree.map(lambda column: column[np.argsort(order)], encoded)
     chunks = [slice(first, first + ROWS_AT_A_TIME) for first in range(0, count, ROWS_AT_A_TIME)]
-    terms = [_response_terms(slate[at], responses[at], given[at], means[at], tables) for at in chunks]
+    terms = [_response_terms(slate[at], responses[at], given[at], weights[at], means[at], tables) for at in chunks]
     return ServedStates(
         state=state,
         exclude=exclude,
         slate=slate,
         log_propensities=log_propensities,
         temperature=temperature,
+        answered=answered,
         terms=jax.tree.map(lambda *parts: np.concatenate(parts), *terms),
         user=user,
         version=version,
@@ -91,8 +97,8 @@ def served_states(
 
 
 def _sizes(one: Recommendation) -> tuple[int, int, int, int]:
-    """Events of the history, slots of the slate, items that are excluded, and responses."""
-    return len(one.history.items), len(one.slate), len(_excluded(one)), len(one.responses)
+    """Events of the history, items of the answer, items that are excluded, and responses."""
+    return len(one.history.items), one.answered, len(_excluded(one)), len(one.responses)
 
 
 def _excluded(one: Recommendation) -> np.ndarray:
@@ -137,13 +143,19 @@ def _encoded(
 
 
 def _response_terms(
-    slate: np.ndarray, responses: np.ndarray, given: np.ndarray, means: np.ndarray, tables: RewardTables
+    slate: np.ndarray,
+    responses: np.ndarray,
+    given: np.ndarray,
+    weights: np.ndarray,
+    means: np.ndarray,
+    tables: RewardTables,
 ) -> RewardTerms:
     """Each [rows, k], of a slate [rows, k] int32, its responses [rows, responses] int32 (0: none) with the unit ratings
-    `given` [rows, responses] float32, and the users' `means` [rows] float32 before.
+    `given` and the `weights` [rows, responses] float32, and the users' `means` [rows] float32 before.
 
-    Of several responses to a recommendation each slot has the best hit and the nearest genres, and its last rating. An
-    item that was not chosen earns no rating: other users' ratings are no response of this user.
+    A hit counts the weight of its event. Of several responses to a recommendation each slot has the best hit and the
+    nearest genres, and its last rating. An item that was not chosen earns no rating: other users' ratings are no
+    response of this user.
     """
     ratings = rating_or_mean(given, responses, np.asarray(tables.item_ratings))
 
@@ -151,6 +163,7 @@ def _response_terms(
         """The terms by one of the responses, and which slots it rated."""
         logged = jnp.asarray(responses[:, column]), jnp.asarray(ratings[:, column]), jnp.asarray(means)
         terms = slate_reward_terms(jnp.asarray(slate), *logged, tables)
+        terms = terms._replace(hit=terms.hit * jnp.asarray(weights[:, column, None]))
         return terms, (terms.hit > 0) & (given[:, column, None] >= 0)
 
     found, rated = of_response(0)

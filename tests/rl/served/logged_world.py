@@ -56,6 +56,7 @@ def shown(world: World, state: np.ndarray, slate: np.ndarray, reward: np.ndarray
         slate=slate.astype(np.int32),
         log_propensities=np.zeros(slate.shape, np.float32),
         temperature=np.full(rows, TEMPERATURE, np.float32),
+        answered=np.full(rows, slate.shape[1], np.int32),
         terms=terms._replace(hit=reward.astype(np.float32)),
         user=np.arange(rows, dtype=np.int32),
         version=np.zeros(rows, np.int32),

@@ -18,7 +18,15 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import frozen_scoring
-from jaxrec.rl.served.event_store import DETERMINISTIC, OPTIONS, STILL_OPEN, ServedLog, read_served_log
+from jaxrec.rl.served.event_store import (
+    DETERMINISTIC,
+    NOT_SHOWN,
+    OPTIONS,
+    SHOWN_OTHERWISE,
+    STILL_OPEN,
+    ServedLog,
+    read_served_log,
+)
 from jaxrec.rl.served.policy import EXACT, logged_logprobs
 from jaxrec.rl.served.recommendations import History, Recommendation
 from jaxrec.rl.served.states import served_states
@@ -28,8 +36,8 @@ from serve.model.directory import read_artifact
 from serve.model.events import Event
 from serve.model.exploration import Exploration
 from serve.model.recommender import Recommender
-from serve.stores.base import Impression, UserEvent
-from serve.stores.sqlite import SQLiteStore
+from serve.stores.base import Impression, ShownItem, UserEvent
+from serve.stores.sqlite.store import SQLiteStore
 from tests.serve.one_model import one_model
 from tests.serve.stores.impressions import log_now
 
@@ -193,7 +201,8 @@ def write_random_log(path: Path, data: PreparedData, users: int, events: int, sh
         user, item = number // events, raw[rng.integers(len(raw))]
         named = names[rng.integers(len(names))] if rng.random() < 0.1 else f"{user}.{rng.integers(2 * shown)}"
         rating = float(rng.integers(1, 6)) if rng.random() < 0.5 else None
-        acts.append((f"e{number}", str(user), item, rating, int(rng.integers(60)), named))
+        weight = float(rng.choice([1.0, 1.0, 2.5, 0.0, -1.0]))
+        acts.append((f"e{number}", str(user), item, rating, int(rng.integers(60)), named, weight))
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.executemany(
             "INSERT INTO shown (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, "
@@ -201,27 +210,29 @@ def write_random_log(path: Path, data: PreparedData, users: int, events: int, sh
             impressions,
         )
         connection.executemany(
-            "INSERT INTO events (event_id, user_id, item_id, rating, timestamp, recommendation_id) "
-            "VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO events (event_id, user_id, item_id, rating, timestamp, recommendation_id, weight) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
             acts,
         )
 
 
 def simply_read(path: Path, data: PreparedData, window: int) -> list[tuple[Any, ...]]:
     """What the module's text says, of one recommendation after the other: (user, time, version, history items, history
-    times, slate, items of the responses, their ratings, request time, excluded items)."""
+    times, slate, items of the responses, their ratings, their weights, request time, excluded items)."""
     index = {str(raw): number for number, raw in enumerate(data.catalog.ids.raw_ids.tolist(), start=1)}
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        events = connection.execute(
-            "SELECT user_id, item_id, rating, timestamp, recommendation_id FROM events ORDER BY timestamp, arrival"
+        every = connection.execute(
+            "SELECT user_id, item_id, rating, timestamp, recommendation_id, weight FROM events"
+            " ORDER BY timestamp, arrival"
         ).fetchall()
         shown = connection.execute(
             "SELECT recommendation_id, user_id, item_ids, log_propensities, model_version, timestamp, temperature, "
             "request_time, excluded_item_ids FROM shown WHERE user_id IS NOT NULL ORDER BY user_id, timestamp, number"
         ).fetchall()
+    events = [event for event in every if event[5] > 0]
     when = {name: (user, at) for name, user, _, _, _, at, *_ in shown}
     names = list(when)
-    came = sorted(at for user, _, _, at, name in events if when.get(name, ("", 0))[0] == user)
+    came = sorted(at for user, _, _, at, name, _ in events if when.get(name, ("", 0))[0] == user)
     end = max(came[-(-99 * len(came) // 100) - 1], *(at for _, at in when.values()))
     found = []
     for name, user, items, drawn, version, at, temperature, told, excluded in shown:
@@ -232,18 +243,20 @@ def simply_read(path: Path, data: PreparedData, window: int) -> list[tuple[Any, 
         own = [event for event in events if event[0] == user]
         history = [
             (index[item], stamp)
-            for _, item, _, stamp, answered in own
+            for _, item, _, stamp, answered, _ in own
             if item in index and stamp <= min(at, at if told is None else told) and answered not in later
             if not (stamp == at and index[item] in slate)
         ]
         responses = [
-            (index.get(item, 0), rating) for _, item, rating, stamp, of in own if of == name and stamp - at <= window
+            (index.get(item, 0), rating, weight)
+            for _, item, rating, stamp, of, weight in own
+            if of == name and stamp - at <= window
         ]
         if history:
             left_out = [index[item] for item in json.loads(excluded) if item in index]
             rows = [[*column] for column in zip(*history, strict=True)]
             found.append(
-                (user, at, version, *rows, slate, *([*zip(*responses, strict=True)] or [(), ()]), told, left_out)
+                (user, at, version, *rows, slate, *([*zip(*responses, strict=True)] or [(), (), ()]), told, left_out)
             )
     return found
 
@@ -256,7 +269,7 @@ def test_the_log_is_what_a_simple_reader_finds(small_data: PreparedData, tmp_pat
     assert log.shown == 300
     assert sum(log.skipped.values()) == 300 - len(expected)
     assert log.recommendations.with_response() == sum(len(one[6]) > 0 for one in expected) > 10
-    for one, (user, at, version, items, times, slate, responses, ratings, told, excluded) in zip(
+    for one, (user, at, version, items, times, slate, responses, ratings, weights, told, excluded) in zip(
         log.recommendations, expected, strict=True
     ):
         assert (log.users[one.user], one.time, log.versions[one.version]) == (user, at, version)
@@ -264,6 +277,7 @@ def test_the_log_is_what_a_simple_reader_finds(small_data: PreparedData, tmp_pat
         assert (one.slate.tolist(), one.log_propensities.tolist()) == (slate, [-1.0, -0.5, -2.0])
         assert one.responses.tolist() == list(responses)
         np.testing.assert_array_equal(one.response_ratings, np.array(ratings, np.float32))  # None is NaN
+        assert one.response_weights.tolist() == list(weights)
         assert (one.temperature, one.request_time, one.excluded.tolist()) == (0.5, told, excluded)
     last = log.recommendations[-1]
     assert last.time == log.recommendations[len(expected) - 1].time == expected[-1][1]
@@ -399,12 +413,67 @@ def test_what_was_not_drawn_is_counted_as_that_with_request_options_too(
             (("filter",), (item,), (-1.0,)),
             (("filter",), (), ()),
             (("filter", "new_item_slots"), (item,), ()),
+            (("not_shown_within",), (item,), ()),
+            (("not_shown_within", "filter"), (item,), (-1.0,)),
         ]
         for at, (options, slate, log_propensities) in enumerate(cases):
             one = Impression(f"{at}", "ada", slate, log_propensities, "reinforce", "v", START + 1)
             store.log_impression(one._replace(temperature=1.0, request_options=options))
     log = read_served_log(path, small_data.catalog)
-    assert log.skipped == {DETERMINISTIC: 1, OPTIONS: 3}
+    assert log.skipped == {DETERMINISTIC: 2, OPTIONS: 4}
+
+
+SLATE_OF_SHOWN = {
+    # What was recorded as shown (position, place in the slate), and what is left of the slate.
+    "none": ([], None),
+    "all": ([(1, 0), (2, 1), (3, 2)], 3),
+    "first": ([(1, 0)], 1),
+    "first two, reported late": ([(2, 1), (1, 0)], 2),
+    "without positions": ([(0, 1), (0, 0)], 2),
+    "further down the page": ([(11, 0), (15, 1)], 2),
+    "gap": ([(1, 0), (2, 2)], None),
+    "other order": ([(1, 1), (2, 0)], None),
+    "another item": ([(1, 0), (2, 7)], None),
+}
+
+
+@pytest.mark.parametrize("case", SLATE_OF_SHOWN)
+def test_a_slate_counts_as_far_as_it_was_shown(case: str, small_data: PreparedData, tmp_path: Path) -> None:
+    recorded, left = SLATE_OF_SHOWN[case]
+    raw, path = small_data.catalog.ids.raw_ids.astype(str).tolist(), tmp_path / "events.sqlite"
+    with SQLiteStore(path) as store:
+        store.record([UserEvent("1", "ada", Event(raw[0], None, START))])
+        slate, propensities = tuple(raw[1:4]), (-0.5, -1.0, -2.0)
+        for name, user in (("a", "ada"), ("b", "bob")):
+            log_now(store, Impression(name, user, slate, propensities, "reinforce", "v", START + 1, temperature=0.5))
+        # What was shown to others changes nothing but that impressions are recorded.
+        store.record_shown([ShownItem("b", raw[9], 1, START + 2, START)])
+        store.record_shown([ShownItem("a", raw[1 + at], position, START + 2, START) for position, at in recorded])
+    log = read_served_log(path, small_data.catalog, 0)
+    if left is None:
+        reasons = {SHOWN_OTHERWISE: 2} if recorded else {SHOWN_OTHERWISE: 1, NOT_SHOWN: 1}
+        assert (len(log.recommendations), log.skipped) == (0, reasons)
+        return
+    (one,) = log.recommendations
+    assert (one.slate.tolist(), one.log_propensities.tolist()) == ([2, 3, 4][:left], [-0.5, -1.0, -2.0][:left])
+    assert one.answered == 3
+    assert log.skipped == {SHOWN_OTHERWISE: 1}
+
+
+def test_slates_without_impressions_count_until_the_first_that_has_some(
+    small_data: PreparedData, tmp_path: Path
+) -> None:
+    """The first day without a client that records them; from then on, what has none was not on a screen."""
+    raw, path = small_data.catalog.ids.raw_ids.astype(str).tolist(), tmp_path / "events.sqlite"
+    with SQLiteStore(path) as store:
+        store.record([UserEvent("1", "ada", Event(raw[0], None, START))])
+        for day in range(4):
+            one = Impression(f"{day}", "ada", (raw[1],), (-0.5,), "reinforce", "v", START + day * DAY, temperature=0.5)
+            log_now(store, one)
+        store.record_shown([ShownItem("2", raw[1], 1, START, START)])
+    log = read_served_log(path, small_data.catalog, 0)
+    assert [one.time for one in log.recommendations] == [START, START + DAY, START + 2 * DAY]
+    assert log.skipped == {NOT_SHOWN: 1}
 
 
 def test_what_a_real_server_read_within_the_second_is_reproduced(

@@ -13,7 +13,7 @@ from jaxrec.rl.policy import sample_slates
 from jaxrec.rl.rewards import RewardTables, RewardTerms
 from jaxrec.rl.scoring import Scoring, new_head
 from jaxrec.rl.served.evaluate import evaluate_on_log, own_versions
-from jaxrec.rl.served.policy import EXACT, POOL, reproduced_versions, served_logits, served_logprobs
+from jaxrec.rl.served.policy import EXACT, POOL, reproduced_versions, served_logits, served_logprobs, slot_logprobs
 from jaxrec.rl.served.states import ServedStates
 from jaxrec.rl.served.train import split_users
 from jaxrec.rl.states import PolicyState
@@ -43,7 +43,7 @@ def test_propensities_are_those_of_the_server() -> None:
         expected.append(drawn.log_propensities)
     batch = jnp.broadcast_to(logits, (20, ITEMS + 1))
     shown = jnp.asarray(slates)
-    found = served_logprobs(served_logits(batch, jnp.asarray(temperatures), shown), shown)
+    found = served_logprobs(served_logits(batch, jnp.asarray(temperatures), jnp.full(20, SLOTS), SLOTS), shown)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -60,18 +60,46 @@ def test_what_is_not_drawn_from_has_no_probability_and_empty_slots_count_nothing
     logits = scores()
     order = np.argsort(-logits)
     slate = jnp.asarray([[order[0], order[POOL], 0]])  # the best, the first outside of the pool, and an empty slot
-    found = np.asarray(served_logprobs(served_logits(jnp.asarray(logits)[None], SAME, slate), slate))[0]
+    found = np.asarray(served_logprobs(served_logits(jnp.asarray(logits)[None], SAME, jnp.full(1, 2), 3), slate))[0]
     assert np.isfinite(found[0])
     assert found[0] < 0
     assert found[1] == np.float32(NEVER)
     assert found[2] == 0
 
 
-def test_the_pool_is_as_wide_as_the_slate() -> None:
+def test_the_pool_is_as_wide_as_the_answer() -> None:
     """Its own, however wide others of the batch are."""
-    slates = jnp.asarray([np.arange(1000) < size for size in (120, 1000, 3)], jnp.int32)
-    found = served_logits(jnp.broadcast_to(scores(), (3, ITEMS + 1)), jnp.full(3, TEMPERATURE), slates)
+    answered = jnp.asarray([120, 1000, 3])
+    found = served_logits(jnp.broadcast_to(scores(), (3, ITEMS + 1)), jnp.full(3, TEMPERATURE), answered, 1000)
     assert (found > NEVER / 2).sum(axis=1).tolist() == [120, ITEMS - 2, POOL]
+
+
+def test_a_slate_of_which_few_were_shown_is_drawn_from_the_pool_of_the_whole_answer() -> None:
+    """Of 120 items that were answered 4 were shown: all 120 competed, and not the best 100."""
+    logits, rng, answered, shown = scores(), np.random.default_rng(2), 120, 4
+    best = np.argsort(-logits)[:answered]
+    drawn = [exploration.draw(logits[best], answered, TEMPERATURE, rng) for _ in range(20)]
+    rows = len(drawn)
+    slates = np.zeros((rows, answered), np.int32)
+    slates[:, :shown] = [best[one.places[:shown]] for one in drawn]
+    expected = [one.log_propensities[:shown] for one in drawn]
+    empty = np.zeros((rows, 1), np.float32)
+    states = ServedStates(
+        query=empty,
+        recent=empty,
+        exclude=empty,
+        slate=slates,
+        log_propensities=empty,
+        temperature=np.full(rows, TEMPERATURE, np.float32),
+        answered=np.full(rows, answered, np.int32),
+        terms=RewardTerms(*[empty] * len(RewardTerms._fields)),
+        user=empty,
+        version=empty,
+        moment=empty,
+    )
+    found = np.asarray(slot_logprobs(jnp.broadcast_to(logits, (rows, ITEMS + 1)), states))
+    np.testing.assert_allclose(found[:, :shown], expected, atol=1e-5)
+    assert (found[:, shown:] == 0).all()
 
 
 def test_the_gate_uses_recommendations_of_the_policy_in_use_alone() -> None:
@@ -89,7 +117,7 @@ def test_the_gate_uses_recommendations_of_the_policy_in_use_alone() -> None:
     shift = 0.5 * others[:, None] * np.sin(np.arange(ITEMS + 1)).astype(np.float32)
     logits = exclude_items(query @ items.T + shift, jnp.zeros((users, 1), jnp.int32))
     temperature = np.full(users, TEMPERATURE, np.float32)
-    drawn_from = served_logits(logits, jnp.asarray(temperature), jnp.ones((users, SLOTS), jnp.int32))
+    drawn_from = served_logits(logits, jnp.asarray(temperature), jnp.full(users, SLOTS), SLOTS)
     slates = sample_slates(jax.random.key(0), drawn_from, SLOTS)
     terms = RewardTerms(*(rng.random((users, SLOTS)).astype(np.float32) for _ in RewardTerms._fields))
     states = ServedStates(
@@ -98,6 +126,7 @@ def test_the_gate_uses_recommendations_of_the_policy_in_use_alone() -> None:
         slate=np.asarray(slates),
         log_propensities=np.asarray(served_logprobs(drawn_from, slates)),
         temperature=temperature,
+        answered=np.full(users, SLOTS, np.int32),
         terms=terms,
         user=np.arange(users, dtype=np.int32),
         version=others.astype(np.int32),

@@ -26,8 +26,10 @@ def recommendation(user: int, events: int) -> Recommendation:
         log_propensities=np.array([-1.0, -2.0]),
         responses=np.zeros(0, np.int32),
         response_ratings=np.zeros(0, np.float32),
+        response_weights=np.zeros(0, np.float32),
         version=0,
         temperature=1.0,
+        answered=2,
         request_time=None if user % 2 else 10**6,
         excluded=np.zeros(0, np.int32),
     )
@@ -83,3 +85,25 @@ def test_short_histories_are_padded_to_a_power_of_two(
     for events in (1, 8, 9, 16, 17, 40, 70):
         states(small_hybrid, small_data, [recommendation(1, events)])
     assert lengths == [8, 8, 16, 16, 32, 50, 50]
+
+
+def test_slates_are_as_wide_as_the_longest_answer(small_hybrid: Hybrid, small_data: PreparedData) -> None:
+    """Also if fewer items of it were shown."""
+    found = states(small_hybrid, small_data, [recommendation(0, 5)._replace(answered=5), recommendation(1, 5)])
+    assert found.answered.tolist() == [5, 2]
+    assert found.slate.tolist() == [[1, 2, 0, 0, 0]] * 2
+
+
+def test_a_response_earns_the_weight_of_its_event(small_hybrid: Hybrid, small_data: PreparedData) -> None:
+    """The best one of an item that was chosen several times; other terms have no weight."""
+    chosen = recommendation(0, 5)._replace(
+        responses=np.array([2, 1, 2], np.int32),
+        response_ratings=np.full(3, np.nan, np.float32),
+        response_weights=np.array([1.0, 0.5, 4.0], np.float32),
+    )
+    usual = chosen._replace(response_weights=np.ones(3, np.float32))
+    terms, of_usual = (states(small_hybrid, small_data, [one]).terms for one in (chosen, usual))
+    assert terms.hit.tolist() == [[0.5, 4.0]]
+    assert of_usual.hit.tolist() == [[1.0, 1.0]]
+    for name in ("genre", "rating", "centred_rating", "novelty", "diversity"):
+        np.testing.assert_array_equal(getattr(terms, name), getattr(of_usual, name))

@@ -31,7 +31,7 @@ from serve.model.exploration import Exploration
 from serve.model.recommender import Recommender
 from serve.serving.trend import TrendRefresher
 from serve.stores.base import UserEvent
-from serve.stores.sqlite import SQLiteStore
+from serve.stores.sqlite.store import SQLiteStore
 from tests.serve.one_model import one_model
 from tests.synthetic import random_log
 

@@ -12,15 +12,19 @@ from grpc_status import rpc_status
 from serve.api import rules
 from serve.api.errors import InvalidRequest
 from serve.api.rules import MAX_ID_LENGTH
-from serve.client import Event, RecommenderClient, UserEvent
+from serve.client import Event, Impression, RecommenderClient, UserEvent
 from serve.pb.recommender_pb2 import (
     BatchRecommendRequest,
+    DeleteEventsRequest,
     DeleteUserRequest,
     GetUserProfileRequest,
     History,
     ItemFilter,
+    ListEventsRequest,
+    MergeUsersRequest,
     RecommendRequest,
     RecordEventsRequest,
+    RecordImpressionsRequest,
     SimilarItemsRequest,
 )
 from serve.pb.recommender_pb2_grpc import RecommenderStub
@@ -67,6 +71,7 @@ FILTERS = [
     (ItemFilter(minimum_score=math.nan), "filter.minimum_score: expected a finite number, came nan"),
     (ItemFilter(minimum_score=-math.inf), "filter.minimum_score: expected a finite number, came -inf"),
 ]
+KNOWN_TYPES = "expected one of click, dislike, interaction, like, play, purchase, skip, view, came"
 RECOMMEND = [
     (RecommendRequest(), "subject: expected user_id or history, came neither"),
     (RecommendRequest(user_id=""), "user_id: expected an id of 1 to 512 characters, came 0 characters"),
@@ -90,6 +95,9 @@ RECOMMEND = [
     (with_event(rating=math.nan), "history.events[2].rating: expected a rating in 0.5..5, came nan"),
     (with_event(rating=math.inf), "history.events[2].rating: expected a rating in 0.5..5, came inf"),
     (with_event(rating=-math.inf), "history.events[2].rating: expected a rating in 0.5..5, came -inf"),
+    (with_event(type="buy"), f"history.events[2].type: {KNOWN_TYPES} 'buy'"),
+    (with_event(type="View"), f"history.events[2].type: {KNOWN_TYPES} 'View'"),
+    (with_event(type="a\0"), f"history.events[2].type: {KNOWN_TYPES} 'a\\x00'"),
     (
         RecommendRequest(history=History(events=[Event(item_id="1", timestamp=9)]), request_time=8),
         "request_time: expected not before the last event at 9, came 8",
@@ -99,6 +107,12 @@ RECOMMEND = [
     (RecommendRequest(user_id="u", k=3, new_item_slots=4), "new_item_slots: expected 0 to k, which is 3, came 4"),
     (RecommendRequest(user_id="u", new_item_slots=11), "new_item_slots: expected 0 to k, which is 10, came 11"),
     (RecommendRequest(user_id="u", new_item_slots=-1), "new_item_slots: expected 0 to k, which is 10, came -1"),
+    (RecommendRequest(user_id="u", not_shown_within=-1), "not_shown_within: expected 0 to 2678400 seconds, came -1"),
+    (RecommendRequest(user_id="u", not_shown_within=2_678_401), "not_shown_within: expected 0 to 2678400 seconds"),
+    (
+        RecommendRequest(history=History(), not_shown_within=1),
+        "not_shown_within: expected user_id with it, came a history",
+    ),
     *((RecommendRequest(user_id="u", filter=asked), message) for asked, message in FILTERS),
     (
         RecommendRequest(user_id="u", filter=ItemFilter(allow_item_ids=["1", "2"]), exclude_item_ids=["2", "3", "1"]),
@@ -116,6 +130,11 @@ RECORD = [
     (recording(timestamp=None), f"events[1].timestamp: {NO_TIME}"),
     (recording(timestamp=FAR), "events[1].timestamp: expected seconds since 1970-01-01T00:00Z in 0.."),
     (recording(recommendation_id=LONG), "events[1].recommendation_id: expected an id"),
+    (recording(type="bought"), f"events[1].type: {KNOWN_TYPES} 'bought'"),
+    (recording(type="x" * 10**6), f"events[1].type: {KNOWN_TYPES} '{'x' * 200}'..."),
+    (recording(value=-0.01), "events[1].value: expected a finite number from 0 on, came -0.01"),
+    (recording(value=math.nan), "events[1].value: expected a finite number from 0 on, came nan"),
+    (recording(value=math.inf), "events[1].value: expected a finite number from 0 on, came inf"),
     (RecordEventsRequest(events=[UserEvent()] * 1001), "events: expected at most 1000 entries, came 1001"),
 ]
 PROFILE = [
@@ -159,6 +178,57 @@ DELETE = [
 ]
 
 
+EVENTS = [
+    (ListEventsRequest(), "user_id: expected an id"),
+    (ListEventsRequest(user_id="u", page_size=-1), "page_size: expected 1 to 1000, or 0 for 100, came -1"),
+    (ListEventsRequest(user_id="u", page_size=1001), "page_size: expected 1 to 1000, or 0 for 100, came 1001"),
+    (
+        ListEventsRequest(user_id="u", page_token="\0"),
+        "page_token: expected next_page_token of an answer for this user",
+    ),
+]
+DELETE_EVENTS = [
+    (DeleteEventsRequest(event_ids=["1"]), "user_id: expected an id"),
+    (DeleteEventsRequest(user_id="u"), "event_ids: expected at least one id, came none"),
+    (DeleteEventsRequest(user_id="u", event_ids=["1", ""]), "event_ids[1]: expected an id"),
+    (DeleteEventsRequest(user_id="u", event_ids=["a\0"]), "event_ids[0]: expected an id without the character U+0000"),
+    (DeleteEventsRequest(user_id="u", event_ids=["1"] * 1001), "event_ids: expected at most 1000 entries, came 1001"),
+]
+MERGE = [
+    (MergeUsersRequest(target_user_id="u"), "source_user_id: expected an id"),
+    (MergeUsersRequest(source_user_id="u"), "target_user_id: expected an id"),
+    (MergeUsersRequest(source_user_id="u", target_user_id=LONG), "target_user_id: expected an id"),
+    (
+        MergeUsersRequest(source_user_id="u", target_user_id="u"),
+        "target_user_id: expected another user than source_user_id, came the same",
+    ),
+]
+
+
+def showing(**fields: Any) -> RecordImpressionsRequest:
+    """Its second impression has these fields; the impression before it is good."""
+    good = {"recommendation_id": "r", "item_id": "1007", "position": 1, "timestamp": 5}
+    return RecordImpressionsRequest(impressions=[Impression(**good), Impression(**{**good, **fields})])
+
+
+IMPRESSIONS = [
+    (showing(recommendation_id=""), "impressions[1].recommendation_id: expected an id of 1 to 512 characters, came 0"),
+    (
+        showing(recommendation_id="x" * 65),
+        "impressions[1].recommendation_id: expected an id of 1 to 64 characters, came 65",
+    ),
+    (showing(item_id=LONG), "impressions[1].item_id: expected an id"),
+    (showing(position=-1), "impressions[1].position: expected 1 to 100000, or 0 for not known, came -1"),
+    (showing(position=100_001), "impressions[1].position: expected 1 to 100000, or 0 for not known, came 100001"),
+    (showing(timestamp=0), f"impressions[1].timestamp: {NO_TIME}"),
+    (showing(timestamp=FAR), "impressions[1].timestamp: expected seconds since 1970"),
+    (
+        RecordImpressionsRequest(impressions=[Impression()] * 1001),
+        "impressions: expected at most 1000 entries, came 1001",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("rpc", "request_", "message"),
     [
@@ -168,6 +238,10 @@ DELETE = [
         *(("SimilarItems", *case) for case in SIMILAR),
         *(("BatchRecommend", *case) for case in BATCH),
         *(("DeleteUser", *case) for case in DELETE),
+        *(("ListEvents", *case) for case in EVENTS),
+        *(("DeleteEvents", *case) for case in DELETE_EVENTS),
+        *(("MergeUsers", *case) for case in MERGE),
+        *(("RecordImpressions", *case) for case in IMPRESSIONS),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

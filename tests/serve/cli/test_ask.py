@@ -103,6 +103,12 @@ def test_similar_items_profile_and_model(address: str, client: RecommenderClient
     assert "4.5" in profile
     for genre in model.catalog.genres[3]:
         assert genre in profile
+    client.record_events(
+        [UserEvent(event_id="2", user_id="7", item_id="new", timestamp=90_000, type="purchase", value=19.5)]
+    )
+    first, last = (line.split() for line in ask(address, "--events", "7").splitlines()[1:])
+    assert first == ["1970-01-02", "01:00", "purchase", "new", "19.5", "2"]
+    assert last == ["1970-01-02", "00:00", "interaction", ids[3], "4.5", "1"]
     about = ask(address)
     assert model.info.model_version in about
     assert "0.5 to 5" in about
@@ -116,6 +122,7 @@ def test_similar_items_profile_and_model(address: str, client: RecommenderClient
         (["--watched", "1007=9"], "exit 1: Error: INVALID_ARGUMENT: history.events[0].rating: expected a rating in"),
         (["--watched", "1007=good"], "exit 1: Error: could not convert string to float: 'good'"),
         (["--user", "7", "--similar", "1007"], "exit 2: Usage: "),
+        (["--user", "7", "--events", "7"], "exit 2: Usage: "),
     ],
 )
 def test_failures_are_one_line(address: str, arguments: list[str], message: str) -> None:

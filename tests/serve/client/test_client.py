@@ -98,6 +98,11 @@ def test_the_async_client_asks_the_same(client: RecommenderClient, address: str)
                 assert [one.item_id for one in answer.recommendations] == expected[: 1 + at]
             (batched,) = await same.batch_recommend([recommend_request(user_id="u", k=3)])
             assert [one.item_id for one in batched.recommendations] == expected[:3]
+            assert (await same.record_impressions([])).recorded_count == 0
+            assert await same.list_events("u") == client.list_events("u")
+            assert (await same.merge_users("u", "v")).merged_event_count == 1
+            assert (await same.delete_events("v", ["1"])).deleted_event_count == 1
+            assert (await same.record_events([event])).recorded_count == 1
             assert (await same.delete_user("u")).deleted_event_count == 1
             with pytest.raises(grpc.aio.AioRpcError) as failure:
                 await same.get_user_profile("u")

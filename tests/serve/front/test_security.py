@@ -27,7 +27,8 @@ from serve.stores.base import EventStore
 from tests.serve.one_model import one_model
 
 READER, WRITER, ADMIN = "reader-token-0123", "writer-token-0123", "admin-token-01234"
-TOKENS = f"# who may what\nread {READER}\n\nread,write {WRITER}\nadmin {ADMIN}\n"
+DESK = "desk-token-012345"
+TOKENS = f"# who may what\nread {READER}\n\nread,write {WRITER}\nadmin {ADMIN}\nusers {DESK}\n"
 TIMEOUT_S = 30
 
 Serving = Callable[..., Any]
@@ -180,7 +181,10 @@ def test_files_that_are_no_certificates(authority: Authority, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("token", "rights"),
-    [(None, set()), ("unknown-token-0123", set()), (READER, {"read"}), (WRITER, {"read", "write"}), (ADMIN, {"admin"})],
+    [
+        *((None, set()), ("unknown-token-0123", set()), (READER, {"read"}), (WRITER, {"read", "write"})),
+        *((ADMIN, {"admin"}), (DESK, {"users"})),
+    ],
 )
 def test_rights(serving: Serving, token: str | None, rights: set[str]) -> None:
     event = UserEvent(event_id=f"{token}", user_id="u", item_id="1007", timestamp=1)
@@ -193,7 +197,11 @@ def test_rights(serving: Serving, token: str | None, rights: set[str]) -> None:
             ("read", client.get_model_info),
             ("read", lambda: client.recommend(history=[])),
             ("write", lambda: client.record_events([event])),
-            ("write", lambda: client.delete_user("u")),
+            ("write", lambda: client.record_impressions([])),
+            ("read", lambda: client.list_events("u")),
+            ("users", lambda: client.delete_events("u", ["1"])),
+            ("users", lambda: client.merge_users("v", "u")),
+            ("users", lambda: client.delete_user("u")),
         ]
         for right, call in calls:
             if right in rights:

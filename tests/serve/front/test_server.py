@@ -89,8 +89,12 @@ def test_reflection(address: str) -> None:
         "Recommend",
         "BatchRecommend",
         "RecordEvents",
+        "RecordImpressions",
         "GetUserProfile",
+        "ListEvents",
         "DeleteUser",
+        "DeleteEvents",
+        "MergeUsers",
         "SimilarItems",
         "GetModelInfo",
     }
@@ -290,10 +294,11 @@ def test_slow_calls_are_recognized_by_their_message(model: Recommender, store: E
     short = recommend_request(history=[Event(item_id="0" * 20, timestamp=at) for at in range(100)])
     long = recommend_request(history=[Event(item_id="0" * 20, timestamp=at) for at in range(10_000)])
     explained = recommend_request(user_id="u", explain=True)
+    not_shown = recommend_request(user_id="u", not_shown_within=1)
     # As few write it, but protobuf reads it: another number for true, and more bytes than needed for it.
     odd = [recommend_request(user_id="u").SerializeToString() + field for field in (b"\x30\x02", b"\xb0\x00\x81\x00")]
     assert not any(takes_long(models, RECOMMEND, message) for message in (b"", b"\xff", short.SerializeToString()))
-    assert all(takes_long(models, RECOMMEND, one.SerializeToString()) for one in (long, explained))
+    assert all(takes_long(models, RECOMMEND, one.SerializeToString()) for one in (long, explained, not_shown))
     assert [RecommendRequest.FromString(message).explain for message in odd] == [True, True]
     assert all(takes_long(models, RECOMMEND, message) for message in odd)
     assert takes_long(models, "/jaxrec.v1.Recommender/BatchRecommend", b"")

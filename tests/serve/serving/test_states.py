@@ -52,7 +52,8 @@ ratings = st.one_of(st.none(), st.sampled_from([0.5, 3.0, 5.0]))
 @given(data=st.data())
 def test_any_interleaving_equals_a_replay(windowed: Recommender, tmp_path: Path, data: st.DataObject) -> None:
     ids = [*windowed.catalog.item_ids[1:], UNKNOWN]
-    events = st.builds(Event, st.sampled_from(ids), ratings, times)
+    weights = st.sampled_from([1.0, 1.0, 1.0, 2.5, -1.0, -0.5, 0.0])
+    events = st.builds(Event, st.sampled_from(ids), ratings, times, weights)
     queries = st.builds(
         Query,
         st.just(()),
@@ -185,11 +186,11 @@ def test_a_spilled_state_that_no_model_can_use_is_rebuilt(model: Recommender, st
     assert spilled is not None
     content, beyond = bytearray(spilled.state), (len(model.catalog) + 1).to_bytes(4, "little")
     if what == "item":
-        content[32:36] = beyond
+        content[48:52] = beyond
     elif what == "excluded item":
         content[-4:] = beyond
     else:
-        content[44:48] = np.float32(np.nan).tobytes()
+        content[60:64] = np.float32(np.nan).tobytes()
     store.save_states([spilled._replace(state=bytes(content))])
     store.flush()
     checked(StateCache(model, store), model, store, [Query((), 5, user_id="ada")])

@@ -316,7 +316,7 @@ def test_the_trend_of_an_impression_can_be_made_again_from_the_log(
     for answered in (by_export, popular):
         assert trend(shown[answered.recommendation_id]) == (None, None)
     counts = {ITEM: 4 * worth(COUNTED_UNTIL, now=noted.trend_time)}
-    for arrival, (_, _, one, _) in (row for part in store.all_events() for row in part):
+    for arrival, (_, _, one, *_) in (row for part in store.all_events() for row in part):
         if arrival <= noted.trend_arrival:
             counts[ids.index(one.item_id)] = counts.get(ids.index(one.item_id), 0) + worth(
                 one.timestamp, now=noted.trend_time

@@ -10,10 +10,12 @@ from typing import Any
 import psycopg
 import pytest
 
-from serve.stores import open_store, postgres_counters, sqlite_counters
+from serve.stores import open_store
 from serve.stores.base import EventStore, StoreError
 from serve.stores.copy import copy_log
 from serve.stores.counters import NONE_READ, Counter
+from serve.stores.postgres import counters as postgres_counters
+from serve.stores.sqlite import counters as sqlite_counters
 from tests.serve.serving.test_models import wait_for
 from tests.serve.stores.counting import DAY, HOUR, NOW, assert_counts, at, before_counters, event, seed_of, sums
 from tests.serve.stores.databases import DatabaseServer
@@ -235,9 +237,9 @@ def test_a_seed_ahead_of_the_clock_counts_as_of_now(store: EventStore) -> None:
 
 def test_a_seed_of_many_items_is_added_whole(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """In parts, and a second attempt adds nothing."""
-    monkeypatch.setattr("serve.stores.redis.COUNTERS_AT_ONCE", 7)
-    monkeypatch.setattr("serve.stores.postgres_counters.SEEDED_AT_ONCE", 7)
-    monkeypatch.setattr("serve.stores.sqlite_counters.ASKED_AT_ONCE", 7)
+    monkeypatch.setattr("serve.stores.redis.counters.COUNTERS_AT_ONCE", 7)
+    monkeypatch.setattr("serve.stores.postgres.counters.SEEDED_AT_ONCE", 7)
+    monkeypatch.setattr("serve.stores.sqlite.counters.ASKED_AT_ONCE", 7)
     items = {f'{number} "ü\n': number + 1 for number in range(50)}
     until = NOW - DAY
     store.record([event(str(number), item) for number, item in enumerate(items)])
@@ -249,8 +251,8 @@ def test_a_seed_of_many_items_is_added_whole(store: EventStore, monkeypatch: pyt
 
 def test_a_seeding_that_breaks_off_is_repeated(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By another server, of another model; in Redis the first one's seed is completed."""
-    monkeypatch.setattr("serve.stores.redis.COUNTERS_AT_ONCE", 2)
-    monkeypatch.setattr("serve.stores.postgres_counters.SEEDED_AT_ONCE", 2)
+    monkeypatch.setattr("serve.stores.redis.counters.COUNTERS_AT_ONCE", 2)
+    monkeypatch.setattr("serve.stores.postgres.counters.SEEDED_AT_ONCE", 2)
     until = NOW - DAY
     items = [f"i{number}" for number in range(9)]
     with open_store(location) as store, monkeypatch.context() as broken:

@@ -29,8 +29,10 @@ CHANGED_COUNTS = "SELECT item_id, reference, counts, changed FROM trend WHERE ch
 # Also where the last event was deleted since.
 LAST_ARRIVAL = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'events'"
 COUNTED_UNTIL: LiteralString = "SELECT counted_until FROM trend_start"
-# Item and timestamp of events between two arrivals and after a time.
-TIMES: LiteralString = "SELECT item_id, timestamp FROM events WHERE arrival > ? AND arrival <= ? AND timestamp > ?"
+# Item and timestamp of positive events between two arrivals and after a time.
+TIMES: LiteralString = (
+    "SELECT item_id, timestamp FROM events WHERE arrival > ? AND arrival <= ? AND timestamp > ? AND weight > 0"
+)
 INSERT_COUNTER = "INSERT OR REPLACE INTO trend VALUES (?, ?, ?, ?)"
 # An older SQLite takes no more than 999 parameters.
 ASKED_AT_ONCE = 900
@@ -66,7 +68,7 @@ def count_events(connection: sqlite3.Connection, recorded: Sequence[UserEvent]) 
     ((until,),) = connection.execute(COUNTED_UNTIL).fetchall()
     if until is None:
         return []
-    events = ((new.event.item_id, new.event.timestamp) for new in recorded)
+    events = ((new.event.item_id, new.event.timestamp) for new in recorded if new.event.weight > 0)
     return add_counters(connection, counted(events, time.time(), until))
 
 

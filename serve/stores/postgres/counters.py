@@ -37,7 +37,8 @@ CHANGED_COUNTS: LiteralString = (
 COUNTED_UNTIL: LiteralString = "SELECT counted_until FROM jaxrec.trend_start"
 # Item and timestamp of events between two arrivals and after a time.
 TIMES: LiteralString = (
-    "SELECT item_id, timestamp FROM jaxrec.events WHERE arrival > %s AND arrival <= %s AND timestamp > %s"
+    "SELECT item_id, timestamp FROM jaxrec.events"
+    " WHERE arrival > %s AND arrival <= %s AND timestamp > %s AND weight > 0"
 )
 # Waits for the transactions that are recording events; those that begin later wait until this one ends. So a call that
 # records either finds the store seeded or has its events counted by the seed, and a lock in `record` is not needed.
@@ -96,7 +97,7 @@ def count_events(connection: psycopg.Connection, recorded: Sequence[UserEvent]) 
     (until,) = connection.execute(COUNTED_UNTIL).fetchone() or (None,)
     if until is None:
         return []
-    events = ((new.event.item_id, new.event.timestamp) for new in recorded)
+    events = ((new.event.item_id, new.event.timestamp) for new in recorded if new.event.weight > 0)
     return _add(connection, counted(events, time.time(), until))
 
 

@@ -15,117 +15,30 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, LiteralString, NamedTuple, TypeVar
 
-from serve.stores import sqlite_counters
-from serve.stores.base import DELETION_S, Deleted, Impression, SpilledState, StoreError, UserEvent, digest
+from serve.stores.base import Deleted, ShownItem, SpilledState, StoreError, UserEvent
 from serve.stores.counters import NONE_READ, Counter, Damaged, ItemCounts
 from serve.stores.deferred import DeferredWrites
-from serve.stores.rows import (
-    EVENT_COLUMNS,
-    IMPRESSION_COLUMNS,
-    Started,
-    digests,
-    event_row,
-    impression_row,
-    still_wanted,
+from serve.stores.rows import Started, digests, event_row, impression_row, still_wanted
+from serve.stores.sql import SqlStore
+from serve.stores.sqlite import counters as sqlite_counters
+from serve.stores.sqlite import users
+from serve.stores.sqlite.schema import (
+    APPLICATION_ID,
+    ARRIVALS,
+    COPY_MARK,
+    IMPRESSION_VALUES,
+    INSERT_EVENT,
+    INSERT_IMPRESSION,
+    INSERT_SHOWN_ITEM,
+    QUERIES,
+    SCHEMA_VERSION,
+    bring_up_to_date,
+    has,
 )
-from serve.stores.sql import Queries, SqlStore
 
-# "jxrc": marks the file, so that another program's database is not used as a store.
-APPLICATION_ID = 0x6A787263
-SCHEMA_VERSION = 6
-# `arrival` is never given twice (AUTOINCREMENT), so a user's latest is a revision that never comes back.
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS events (
-    arrival INTEGER PRIMARY KEY AUTOINCREMENT,
-    event_id TEXT NOT NULL UNIQUE,
-    user_id TEXT NOT NULL,
-    item_id TEXT NOT NULL,
-    rating REAL,
-    timestamp INTEGER NOT NULL,
-    recommendation_id TEXT
-) STRICT;
-CREATE INDEX IF NOT EXISTS history ON events (user_id, timestamp, arrival, item_id, rating);
-CREATE TABLE IF NOT EXISTS users (
-    user_id TEXT PRIMARY KEY,
-    first_arrival INTEGER NOT NULL,
-    last_arrival INTEGER NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS shown (
-    number INTEGER PRIMARY KEY,
-    recommendation_id TEXT NOT NULL,
-    user_id TEXT,
-    item_ids TEXT NOT NULL,
-    log_propensities TEXT NOT NULL,
-    policy TEXT NOT NULL,
-    model_version TEXT NOT NULL,
-    timestamp INTEGER NOT NULL,
-    temperature REAL,
-    request_time INTEGER,
-    excluded_item_ids TEXT NOT NULL DEFAULT '[]',
-    trend_time INTEGER,
-    trend_arrival INTEGER,
-    request_options TEXT NOT NULL DEFAULT '[]'
-) STRICT;
-CREATE INDEX IF NOT EXISTS shown_to ON shown (user_id);
-DELETE FROM shown WHERE number NOT IN (SELECT min(number) FROM shown GROUP BY recommendation_id);
-CREATE UNIQUE INDEX IF NOT EXISTS shown_once ON shown (recommendation_id);
-CREATE TABLE IF NOT EXISTS deletions (
-    user TEXT PRIMARY KEY,
-    time REAL NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS states (
-    user_id TEXT NOT NULL,
-    model_version TEXT NOT NULL,
-    revision INTEGER NOT NULL,
-    state BLOB NOT NULL,
-    PRIMARY KEY (user_id, model_version)
-) STRICT, WITHOUT ROWID;
-"""
-# No schema version of its own: servers that do not know it can use the store. It holds `arrival` too, as all indexes
-# hold the row's key.
-ARRIVALS = "CREATE INDEX IF NOT EXISTS arrivals ON events (user_id)"
-FROM_VERSION_1 = """
-ALTER TABLE events ADD COLUMN recommendation_id TEXT;
-"""
-FROM_VERSION_2 = """
-ALTER TABLE shown ADD COLUMN temperature REAL;
-ALTER TABLE shown ADD COLUMN request_time INTEGER;
-ALTER TABLE shown ADD COLUMN excluded_item_ids TEXT NOT NULL DEFAULT '[]';
-"""
-FROM_VERSION_5 = "ALTER TABLE shown ADD COLUMN request_options TEXT NOT NULL DEFAULT '[]';"
-FROM_VERSION_4 = f"""
-ALTER TABLE shown ADD COLUMN trend_time INTEGER;
-ALTER TABLE shown ADD COLUMN trend_arrival INTEGER;
-{FROM_VERSION_5}"""
-# By the version of an older store, what comes before SCHEMA: version 1 has no `shown`, that of 2 and 3 is the same.
-FROM_VERSION_3 = FROM_VERSION_2 + FROM_VERSION_4
-UPDATES = {1: FROM_VERSION_1, 2: FROM_VERSION_3, 3: FROM_VERSION_3, 4: FROM_VERSION_4, 5: FROM_VERSION_5}
-FILL_USERS = "INSERT OR IGNORE INTO users SELECT user_id, min(arrival), max(arrival) FROM events GROUP BY user_id"
-# In a copy of a log that no store was opened on, see `serve.stores.copy`: it may be replaced by a newer one.
-COPY_MARK = "untouched_copy"
 LOCK_TIMEOUT_S = 5.0
 LARGEST_GROUP = 256
 INSERTED_AT_ONCE = 100
-
-QUERIES = Queries(
-    life="SELECT first_arrival, last_arrival FROM users WHERE user_id = ?",
-    # These walk as many of a user's events as they find: without a hint, the first would walk all of `history`.
-    changes=(
-        "SELECT item_id, rating, timestamp FROM events INDEXED BY arrivals"
-        " WHERE user_id = ? AND arrival > ? AND arrival <= ? ORDER BY arrival LIMIT ?"
-    ),
-    newest=(
-        "SELECT item_id, rating, timestamp FROM events INDEXED BY history"
-        " WHERE user_id = ? AND arrival <= ? AND timestamp <= ? ORDER BY timestamp DESC, arrival DESC LIMIT ?"
-    ),
-    state="SELECT * FROM states WHERE user_id = ? AND model_version = ?",
-    events=(f"SELECT arrival, {EVENT_COLUMNS} FROM events WHERE arrival > ? ORDER BY arrival LIMIT ?"),
-    impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM shown WHERE number > ? ORDER BY number LIMIT ?",
-    times=sqlite_counters.TIMES,
-    counted_until=sqlite_counters.COUNTED_UNTIL,
-)
-INSERT_IMPRESSION = f"INSERT INTO shown ({IMPRESSION_COLUMNS}) VALUES"
-IMPRESSION_VALUES = f"({', '.join('?' * len(Impression._fields))})"
 
 T = TypeVar("T")
 
@@ -174,6 +87,11 @@ class SQLiteStore(SqlStore):
             return []
         return self._write(lambda connection: _insert_events(connection, events), records=True)
 
+    def record_shown(self, items: Sequence[ShownItem]) -> int:
+        if not items:
+            return 0
+        return self._write(lambda connection: connection.executemany(INSERT_SHOWN_ITEM, items).rowcount)
+
     def drop_states(self, keep_versions: Collection[str], most: int) -> int:
         kept = ", ".join("?" * len(keep_versions))
         query = (
@@ -182,9 +100,19 @@ class SQLiteStore(SqlStore):
         )
         return self._write(lambda connection: connection.execute(query, (*keep_versions, most)).rowcount)
 
+    def prune_slates(self, before: int, most: int) -> bool:
+        return self._write(lambda connection: users.prune_slates(connection, before, most))
+
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
-        return self._write(lambda connection: _delete_user(connection, user_id))
+        return self._write(lambda connection: users.delete_user(connection, user_id))
+
+    def delete_events(self, user_id: str, event_ids: Sequence[str]) -> int:
+        return self._write(lambda connection: users.delete_events(connection, user_id, event_ids))
+
+    def merge_users(self, source: str, target: str) -> Deleted:
+        with self._deferred.merging(source, target):
+            return self._write(lambda connection: users.merge_users(connection, source, target))
 
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:
         with self._failures("cannot be read"):
@@ -307,12 +235,8 @@ class SQLiteStore(SqlStore):
         try:
             connection.execute(f"DROP TABLE IF EXISTS {COPY_MARK}")
             # Another process may have been faster.
-            version = self._version(connection)
-            if version != SCHEMA_VERSION:
-                steps = [*UPDATES.get(version, "").split(";"), *(SCHEMA + sqlite_counters.SCHEMA).split(";")]
-                steps += [FILL_USERS, f"PRAGMA application_id = {APPLICATION_ID}"]
-                for step in [*steps, f"PRAGMA user_version = {SCHEMA_VERSION}"]:
-                    connection.execute(step)
+            if self._version(connection) != SCHEMA_VERSION:
+                bring_up_to_date(connection)
             connection.execute(ARRIVALS)
             connection.execute("COMMIT")
         except BaseException:
@@ -342,16 +266,11 @@ class SQLiteStore(SqlStore):
             raise StoreError(f"{self._path}: {what}: {error}") from error
 
 
-def has(connection: sqlite3.Connection, name: str) -> bool:
-    """Whether there is a table or index of this name."""
-    return connection.execute("SELECT count(*) FROM sqlite_schema WHERE name = ?", [name]).fetchone() == (1,)
-
-
 def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) -> list[UserEvent]:
     recorded = []
     for new in events:
         cursor = connection.execute(
-            f"INSERT INTO events ({EVENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING",
+            INSERT_EVENT,
             event_row(new),
         )
         if cursor.rowcount:
@@ -365,9 +284,9 @@ def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) 
 
 def _insert_impressions(connection: sqlite3.Connection, impressions: Sequence[Started]) -> None:
     """Leaves out what was recommended to users before they were deleted."""
-    users = digests(impressions)
-    query = f"SELECT user, time FROM deletions WHERE user IN ({', '.join('?' * len(users))})"
-    deleted = dict(connection.execute(query, users).fetchall())
+    named = digests(impressions)
+    query = f"SELECT user, time FROM deletions WHERE user IN ({', '.join('?' * len(named))})"
+    deleted = dict(connection.execute(query, named).fetchall())
     rows = [impression_row(one) for one in still_wanted(impressions, deleted, time.time())]
     # Many in one statement: after each statement Python takes its lock again, which the threads that answer want too.
     for start in range(0, len(rows), INSERTED_AT_ONCE):
@@ -387,14 +306,3 @@ def _insert_states(connection: sqlite3.Connection, states: Sequence[SpilledState
         " ON CONFLICT (user_id, model_version) DO UPDATE SET revision = excluded.revision, state = excluded.state",
         states,
     )
-
-
-def _delete_user(connection: sqlite3.Connection, user_id: str) -> Deleted:
-    counts = {
-        table: connection.execute(f"DELETE FROM {table} WHERE user_id = ?", (user_id,)).rowcount
-        for table in ("events", "shown", "users", "states")
-    }
-    now = time.time()
-    connection.execute("DELETE FROM deletions WHERE time < ?", (now - DELETION_S,))
-    connection.execute("INSERT OR REPLACE INTO deletions VALUES (?, ?)", (digest(user_id), now))
-    return Deleted(counts["events"], counts["shown"])

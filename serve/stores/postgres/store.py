@@ -13,120 +13,30 @@ from typing import Any, LiteralString
 import psycopg
 
 from serve.stores.base import (
-    DELETION_S,
     Deleted,
     Impression,
+    ShownItem,
     SpilledState,
     StoreError,
     UserEvent,
-    digest,
 )
 from serve.stores.counters import NONE_READ, Counter, Damaged, ItemCounts
 from serve.stores.deferred import DeferredWrites
-from serve.stores.postgres_counters import (
-    CHANGED_COUNTS,
-    COUNTED_UNTIL,
-    COUNTERS_SCHEMA,
-    TIMES,
-    count_events,
-    counts_of_rows,
-    last_arrival,
-    seed,
-)
+from serve.stores.postgres import users
+from serve.stores.postgres.counters import CHANGED_COUNTS, count_events, counts_of_rows, last_arrival, seed
+from serve.stores.postgres.schema import DELETION_LOCK, QUERIES, prepare
 from serve.stores.rows import (
     EVENT_COLUMNS,
     IMPRESSION_COLUMNS,
+    SHOWN_ITEM_COLUMNS,
     Started,
     digests,
     event_row,
     impression_row,
     still_wanted,
 )
-from serve.stores.sql import Queries, SqlStore
+from serve.stores.sql import SqlStore
 
-SCHEMA_VERSION = 5
-VERSION_TABLE: tuple[LiteralString, ...] = (
-    "CREATE SCHEMA IF NOT EXISTS jaxrec",
-    "CREATE TABLE IF NOT EXISTS jaxrec.store (version integer NOT NULL)",
-)
-SCHEMA: tuple[LiteralString, ...] = (
-    """CREATE TABLE IF NOT EXISTS jaxrec.events (
-        arrival bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-        event_id text NOT NULL UNIQUE,
-        user_id text NOT NULL,
-        item_id text NOT NULL,
-        rating double precision,
-        timestamp bigint NOT NULL,
-        recommendation_id text
-    )""",
-    "CREATE INDEX IF NOT EXISTS history ON jaxrec.events (user_id, timestamp, arrival)",
-    """CREATE TABLE IF NOT EXISTS jaxrec.users (
-        user_id text PRIMARY KEY,
-        first_arrival bigint NOT NULL,
-        last_arrival bigint NOT NULL
-    )""",
-    """CREATE TABLE IF NOT EXISTS jaxrec.shown (
-        number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-        recommendation_id text NOT NULL,
-        user_id text,
-        item_ids text NOT NULL,
-        log_propensities text NOT NULL,
-        policy text NOT NULL,
-        model_version text NOT NULL,
-        timestamp bigint NOT NULL,
-        temperature double precision,
-        request_time bigint,
-        excluded_item_ids text NOT NULL DEFAULT '[]',
-        trend_time bigint,
-        trend_arrival bigint,
-        request_options text NOT NULL DEFAULT '[]'
-    )""",
-    """ALTER TABLE jaxrec.shown ADD COLUMN IF NOT EXISTS temperature double precision,
-        ADD COLUMN IF NOT EXISTS request_time bigint,
-        ADD COLUMN IF NOT EXISTS excluded_item_ids text NOT NULL DEFAULT '[]',
-        ADD COLUMN IF NOT EXISTS trend_time bigint,
-        ADD COLUMN IF NOT EXISTS trend_arrival bigint,
-        ADD COLUMN IF NOT EXISTS request_options text NOT NULL DEFAULT '[]'""",
-    "CREATE INDEX IF NOT EXISTS shown_to ON jaxrec.shown (user_id)",
-    """DELETE FROM jaxrec.shown AS later USING jaxrec.shown AS earlier
-        WHERE later.recommendation_id = earlier.recommendation_id AND later.number > earlier.number""",
-    "CREATE UNIQUE INDEX IF NOT EXISTS shown_once ON jaxrec.shown (recommendation_id)",
-    """CREATE TABLE IF NOT EXISTS jaxrec.deletions (
-        digest text PRIMARY KEY,
-        time timestamptz NOT NULL
-    )""",
-    """CREATE TABLE IF NOT EXISTS jaxrec.states (
-        user_id text NOT NULL,
-        model_version text NOT NULL,
-        revision bigint NOT NULL,
-        state bytea NOT NULL,
-        PRIMARY KEY (user_id, model_version)
-    )""",
-    *COUNTERS_SCHEMA,
-)
-# No schema version of its own: servers that do not know it can use the store.
-ARRIVALS: LiteralString = "CREATE INDEX IF NOT EXISTS arrivals ON jaxrec.events (user_id, arrival)"
-QUERIES = Queries(
-    life="SELECT first_arrival, last_arrival FROM jaxrec.users WHERE user_id = %s",
-    # These walk as many of a user's events as they find; by time, the first would walk all that the user has.
-    changes=(
-        "SELECT item_id, rating, timestamp FROM jaxrec.events"
-        " WHERE user_id = %s AND arrival > %s AND arrival <= %s ORDER BY arrival LIMIT %s"
-    ),
-    newest=(
-        "SELECT item_id, rating, timestamp FROM jaxrec.events"
-        " WHERE user_id = %s AND arrival <= %s AND timestamp <= %s ORDER BY timestamp DESC, arrival DESC LIMIT %s"
-    ),
-    state="SELECT * FROM jaxrec.states WHERE user_id = %s AND model_version = %s",
-    events=(f"SELECT arrival, {EVENT_COLUMNS} FROM jaxrec.events WHERE arrival > %s ORDER BY arrival LIMIT %s"),
-    impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM jaxrec.shown WHERE number > %s ORDER BY number LIMIT %s",
-    times=TIMES,
-    counted_until=COUNTED_UNTIL,
-)
-# Taken while the schema is looked at, so that servers that start together don't create it twice. "jxrc".
-SCHEMA_LOCK = 0x6A787263
-# Taken whole by a deletion, and shared by those that write what was put off: neither sees half of the other's work.
-DELETION_LOCK = SCHEMA_LOCK + 1
 CONNECT_TIMEOUT_S = 5
 # Kept open between calls; there are never more than threads that call at once.
 IDLE_CONNECTIONS = 16
@@ -156,7 +66,7 @@ class PostgresStore(SqlStore):
         # and it comes back with a delay that grows. Here a call fails and works again as soon as a connection does.
         self._idle: deque[psycopg.Connection] = deque()
         with self._connection("cannot be opened") as connection:
-            _prepare(connection)
+            prepare(connection)
             self._where = f"PostgreSQL {connection.info.host}:{connection.info.port}/{connection.info.dbname}"
         self._damaged = Damaged(self._where)
         self._deferred = DeferredWrites(self._write_deferred)
@@ -168,19 +78,14 @@ class PostgresStore(SqlStore):
     def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
         if not events:
             return []
-        # In one order everywhere: two servers that lock the same users don't wait for each other in a circle.
-        users = sorted({new.user_id for new in events})
+        user_ids = [new.user_id for new in events]
         columns = [list(column) for column in zip(*map(event_row, events), strict=True)]
         with self._connection("cannot be written") as connection:
-            connection.execute(
-                "INSERT INTO jaxrec.users SELECT user_id, 0, 0 FROM unnest(%s::text[]) AS new (user_id)"
-                " ON CONFLICT (user_id) DO UPDATE SET user_id = excluded.user_id",
-                [users],
-            )
+            users.lock_users(connection, user_ids)
             rows = connection.execute(
-                f"INSERT INTO jaxrec.events ({EVENT_COLUMNS}) SELECT {EVENT_COLUMNS} FROM unnest(%s::text[],"
-                " %s::text[], %s::text[], %s::float8[], %s::bigint[], %s::text[]) WITH ORDINALITY AS"
-                f" new ({EVENT_COLUMNS}, at) ORDER BY at"
+                f"INSERT INTO jaxrec.events ({EVENT_COLUMNS}) SELECT {EVENT_COLUMNS} FROM unnest("
+                "%s::text[], %s::text[], %s::text[], %s::float8[], %s::bigint[], %s::float8[], %s::text[], %s::text[],"
+                f" %s::float8[]) WITH ORDINALITY AS new ({EVENT_COLUMNS}, at) ORDER BY at"
                 " ON CONFLICT (event_id) DO NOTHING RETURNING event_id",
                 columns,
             ).fetchall()
@@ -192,7 +97,7 @@ class PostgresStore(SqlStore):
                 [[event_id for (event_id,) in rows]],
             )
             # Users whose events were all duplicates of other users' events.
-            connection.execute("DELETE FROM jaxrec.users WHERE user_id = ANY(%s) AND last_arrival = 0", [users])
+            connection.execute("DELETE FROM jaxrec.users WHERE user_id = ANY(%s) AND last_arrival = 0", [user_ids])
             new_ids = {event_id for (event_id,) in rows}
             # Of equal ids in one request the first counts.
             first = {new.event_id: new for new in reversed(events)}
@@ -200,6 +105,18 @@ class PostgresStore(SqlStore):
             damaged = count_events(connection, recorded)
         self._damaged.log(damaged)
         return recorded
+
+    def record_shown(self, items: Sequence[ShownItem]) -> int:
+        if not items:
+            return 0
+        # In one order: two servers that insert the same don't wait for each other in a circle.
+        columns = [list(column) for column in zip(*sorted(items, key=lambda one: one[:2]), strict=True)]
+        with self._connection("cannot be written") as connection:
+            return connection.execute(
+                f"INSERT INTO jaxrec.shown_items ({SHOWN_ITEM_COLUMNS}) SELECT * FROM"
+                " unnest(%s::text[], %s::text[], %s::bigint[], %s::bigint[], %s::bigint[]) ON CONFLICT DO NOTHING",
+                columns,
+            ).rowcount
 
     def drop_states(self, keep_versions: Collection[str], most: int) -> int:
         with self._connection("cannot be written") as connection:
@@ -209,25 +126,22 @@ class PostgresStore(SqlStore):
                 [list(keep_versions), most],
             ).rowcount
 
+    def prune_slates(self, before: int, most: int) -> bool:
+        with self._connection("cannot be written") as connection:
+            return users.prune_slates(connection, before, most)
+
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
         with self._connection("cannot be written") as connection:
-            connection.execute("SELECT pg_advisory_xact_lock(%s)", [DELETION_LOCK])
-            # The lock of `record`: no event can come in between.
-            connection.execute("SELECT 1 FROM jaxrec.users WHERE user_id = %s FOR UPDATE", [user_id])
-            events = connection.execute("DELETE FROM jaxrec.events WHERE user_id = %s", [user_id]).rowcount
-            impressions = connection.execute("DELETE FROM jaxrec.shown WHERE user_id = %s", [user_id]).rowcount
-            connection.execute("DELETE FROM jaxrec.states WHERE user_id = %s", [user_id])
-            connection.execute("DELETE FROM jaxrec.users WHERE user_id = %s", [user_id])
-            connection.execute(
-                "DELETE FROM jaxrec.deletions WHERE time < clock_timestamp() - make_interval(secs => %s)", [DELETION_S]
-            )
-            connection.execute(
-                "INSERT INTO jaxrec.deletions VALUES (%s, clock_timestamp())"
-                " ON CONFLICT (digest) DO UPDATE SET time = excluded.time",
-                [digest(user_id)],
-            )
-        return Deleted(events, impressions)
+            return users.delete_user(connection, user_id)
+
+    def delete_events(self, user_id: str, event_ids: Sequence[str]) -> int:
+        with self._connection("cannot be written") as connection:
+            return users.delete_events(connection, user_id, event_ids)
+
+    def merge_users(self, source: str, target: str) -> Deleted:
+        with self._deferred.merging(source, target), self._connection("cannot be written") as connection:
+            return users.merge_users(connection, source, target)
 
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:
         rows = self._read(CHANGED_COUNTS, since)
@@ -308,26 +222,3 @@ def _insert_impressions(connection: psycopg.Connection, impressions: Sequence[St
         " ON CONFLICT (recommendation_id) DO NOTHING",
         [impression_row(one) for one in still_wanted(impressions, dict(rows), now)],
     )
-
-
-def _prepare(connection: psycopg.Connection) -> None:
-    """Creates the schema, or checks its version, in the connection's transaction."""
-    (fsync,) = connection.execute("SHOW fsync").fetchone() or ("",)
-    if fsync != "on":
-        raise StoreError("PostgreSQL: runs with fsync = off, so that acknowledged events can be lost; expected on")
-    # To bring a large log up to date takes longer than a call may, and so does waiting for another server that does.
-    connection.execute("SET LOCAL statement_timeout = 0")
-    connection.execute("SELECT pg_advisory_xact_lock(%s)", [SCHEMA_LOCK])
-    connection.execute(VERSION_TABLE[0])
-    connection.execute(VERSION_TABLE[1])
-    row = connection.execute("SELECT version FROM jaxrec.store").fetchone()
-    if row is not None and row[0] == SCHEMA_VERSION:
-        if connection.execute("SELECT to_regclass('jaxrec.arrivals')").fetchone() == (None,):
-            connection.execute(ARRIVALS)
-        return
-    if row is not None and not 1 <= row[0] < SCHEMA_VERSION:
-        raise StoreError(f"PostgreSQL: is a store in version {row[0]}, expected 1..{SCHEMA_VERSION}")
-    for step in (*SCHEMA, ARRIVALS):
-        connection.execute(step)
-    connection.execute("DELETE FROM jaxrec.store")
-    connection.execute("INSERT INTO jaxrec.store VALUES (%s)", [SCHEMA_VERSION])

@@ -1,6 +1,6 @@
-"""What `serve.stores.redis` runs within Redis: each script is one step, of which no reader sees a half.
+"""What `serve.stores.redis.store` runs within Redis: each script is one step, of which no reader sees a half.
 
-None takes longer than the client waits: what depends on the length of a list is done in parts.
+What depends on the length of a list is limited, or done in parts, so that no script takes longer than a client waits.
 """
 
 from serve.model.trend import HALF_LIVES_S
@@ -51,9 +51,9 @@ local function write(item, counter, revision)
     redis.call('ZADD', 'jaxrec:trend_changed', string.format('%d', revision), item)
 end
 """.replace("HALF_LIVES", ", ".join(map(str, HALF_LIVES_S)))
-# ARGV: the time now, and for each event its id, user, value, item and time. Returns for each event whether it is new
-# (1) or not (0), and the items whose counters cannot be decoded. Scripts get keys in ARGV, not in KEYS: there is no
-# cluster, see `serve.stores.redis`.
+# ARGV: the time now, and for each event its id, user, value, item, time and the sign of its weight (1, 0 or -1).
+# Returns for each event whether it is new (1) or not (0), and the items whose counters cannot be decoded. Scripts get
+# keys in ARGV, not in KEYS: there is no cluster, see `serve.stores.redis.store`.
 RECORD = (
     COUNTERS
     + """
@@ -65,9 +65,9 @@ local now = tonumber(ARGV[1])
 -- Nothing is counted before a seed. Read first, since a script that fails keeps what it has written.
 local counted_until = tonumber(redis.call('GET', 'jaxrec:trend_until') or 'inf')
 local counters, damaged = {}, {}
-for at = 5, #ARGV, 5 do
+for at = 5, #ARGV, 6 do
     local item = ARGV[at]
-    if counters[item] == nil and tonumber(ARGV[at + 1]) > counted_until then
+    if counters[item] == nil and ARGV[at + 2] == '1' and tonumber(ARGV[at + 1]) > counted_until then
         counters[item] = counter_of(item)
         if not counters[item] then
             damaged[#damaged + 1] = item
@@ -75,15 +75,16 @@ for at = 5, #ARGV, 5 do
     end
 end
 local new, changed, items = {}, {}, {}
-for at = 2, #ARGV, 5 do
+for at = 2, #ARGV, 6 do
     local user, item, time = ARGV[at + 1], ARGV[at + 3], tonumber(ARGV[at + 4])
     local is_new = redis.call('SADD', 'jaxrec:event_ids', ARGV[at])
     if is_new == 1 then
         local revision = redis.call('INCR', 'jaxrec:revision')
         redis.call('HSETNX', 'jaxrec:user:' .. user, 'first', revision)
         redis.call('HSET', 'jaxrec:user:' .. user, 'last', revision)
-        redis.call('RPUSH', 'jaxrec:events:' .. user, string.format('%d', revision) .. ' ' .. ARGV[at + 2])
-        if time > counted_until and counters[item] then
+        local list = ARGV[at + 5] == '0' and 'jaxrec:neutral:' or 'jaxrec:events:'
+        redis.call('RPUSH', list .. user, string.format('%d', revision) .. ' ' .. ARGV[at + 2])
+        if ARGV[at + 5] == '1' and time > counted_until and counters[item] then
             -- A clock that is ahead must not hide what comes before.
             add(counters[item], math.min(time, now), one_event)
             if not changed[item] then
@@ -173,50 +174,6 @@ for at = 1, #part, 2 do
     redis.call('LTRIM', 'jaxrec:trend_seed', 2, -1)
 end
 return {redis.call('LLEN', 'jaxrec:trend_seed'), damaged}
-"""
-)
-# Takes so many entries from the head of a list, and their ids from the set of all; returns how many are left.
-FORGET = """
-local function forget(list, ids, most)
-    local part = redis.call('LRANGE', list, 0, most - 1)
-    for _, text in ipairs(part) do
-        local value = cjson.decode(string.sub(text, (string.find(text, '[', 1, true))))
-        redis.call('SREM', ids, value[1])
-    end
-    redis.call('LTRIM', list, #part, -1)
-    return redis.call('LLEN', list)
-end
-"""
-# ARGV: user, its digest, for how many seconds that is kept, and how many entries of a list to delete now. More of them
-# are put away where no reader looks, for FORGET_REST. Returns how many events and impressions there were.
-DELETE_USER = (
-    FORGET
-    + """
-local user = ARGV[1]
-local time = redis.call('TIME')
-local now = time[1] + time[2] / 1e6
-redis.call('ZREMRANGEBYSCORE', 'jaxrec:deletions', '-inf', now - ARGV[3])
-redis.call('ZADD', 'jaxrec:deletions', string.format('%.6f', now), ARGV[2])
-redis.call('SREM', 'jaxrec:states', user)
-redis.call('DEL', 'jaxrec:states:' .. user, 'jaxrec:user:' .. user)
-local counts = {}
-for at, kind in ipairs({'events', 'shown'}) do
-    local list, ids = 'jaxrec:' .. kind .. ':' .. user, ({'jaxrec:event_ids', 'jaxrec:shown_ids'})[at]
-    counts[at] = redis.call('LLEN', list)
-    if forget(list, ids, ARGV[4]) > 0 then
-        local rest = string.format('jaxrec:deleted:%d', redis.call('INCR', 'jaxrec:revision'))
-        redis.call('RENAME', list, rest)
-        redis.call('HSET', 'jaxrec:deleted', rest, ids)
-    end
-end
-return counts
-"""
-)
-# ARGV: a list that was put away, the set of its ids, how many entries to delete now. Returns how many are left.
-FORGET_REST = (
-    FORGET
-    + """
-return forget(ARGV[1], ARGV[2], ARGV[3])
 """
 )
 # ARGV: where to go on (0: at the beginning), of about how many users, and the model versions to keep.

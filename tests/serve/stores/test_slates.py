@@ -1,0 +1,170 @@
+"""Slates and the items of them that were shown: found, pruned, and deleted with their user, in every store."""
+
+from pathlib import Path
+
+import pytest
+
+from serve.stores import open_store
+from serve.stores.base import EventStore, Impression, ShownItem, StoreError
+from serve.stores.copy import copy_log
+from serve.stores.deferred import DeferredWrites
+from serve.stores.redis.store import RedisStore
+from tests.serve.stores.impressions import impressions_of, log_now
+from tests.serve.stores.test_stores import (  # noqa: F401
+    IMPRESSION,
+    emptied,
+    location,
+    servers,
+    store,
+    user_event,
+)
+
+
+def test_shown_items_are_found_newest_first_also_those_that_wait(
+    store: EventStore,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def shown(name: str, timestamp: int, *items: str, user_id: str = "u") -> Impression:
+        return IMPRESSION._replace(recommendation_id=name, timestamp=timestamp, item_ids=items, user_id=user_id)
+
+    log_now(store, shown("1", 10, "a", "b"))
+    log_now(store, shown("2", 20, "c", "a"))
+    log_now(store, shown("v", 20, "v", user_id="v"))
+    store.log_impression(shown("3", 20, "d"))
+    store.log_impression(shown("4", 5, "e"))
+    store.log_impression(shown("w", 30, "w", user_id="w"))
+    assert store.shown_items("u", 10, 99) == ["d", "c", "a", "b"]
+    store.flush()
+    assert store.shown_items("u", 10, 99) == ["d", "c", "a", "b"]
+    assert store.shown_items("u", 11, 99) == ["d", "c", "a"]
+    assert store.shown_items("u", 0, 99) == ["d", "c", "a", "b", "e"]
+    assert store.shown_items("u", 0, 2) == ["d", "c"]
+    assert store.shown_items("u", 21, 99) == store.shown_items("unknown", 0, 99) == []
+    for module in ("deferred", "sql", "redis.store"):
+        monkeypatch.setattr(f"serve.stores.{module}.MOST_SLATES", 2)
+    # Redis looks at those that were logged last: 3 and 4, and not 3 and 2.
+    expected = ["d", "e"] if isinstance(store, RedisStore) else ["d", "c", "a"]
+    assert store.shown_items("u", 0, 99) == expected
+
+
+SHOWN = [
+    ShownItem("r1", "a", 1, 10, 20),
+    ShownItem("r1", "ü", 2, 11, 21),
+    ShownItem("r2", "a", 0, 12, 22),
+    ShownItem("r3", "a", 1, 13, 23),
+]
+
+
+def all_shown(opened: EventStore) -> set[ShownItem]:
+    return {one for part in opened.all_shown() for one in part}
+
+
+def test_an_item_of_a_recommendation_is_shown_once(store: EventStore, tmp_path: Path) -> None:  # noqa: F811
+    assert store.record_shown([]) == 0
+    assert store.record_shown([*SHOWN[:2], SHOWN[0]._replace(position=9)]) == 2
+    assert store.record_shown([SHOWN[1]._replace(timestamp=99), *SHOWN[2:]]) == 2
+    assert all_shown(store) == set(SHOWN)
+    copy_log(store, tmp_path / "copy.sqlite")
+    with open_store(tmp_path / "copy.sqlite") as copy:
+        assert all_shown(copy) == set(SHOWN)
+
+
+def test_what_was_shown_goes_with_the_user_of_its_slate(store: EventStore) -> None:  # noqa: F811
+    """Whether the slate is logged before or after; r2 has no user, and r3 of another user."""
+    store.record_shown(SHOWN[:1])
+    for name, user_id in (("r1", "u"), ("r2", None), ("r3", "v")):
+        log_now(store, IMPRESSION._replace(recommendation_id=name, user_id=user_id))
+    store.record_shown(SHOWN[1:])
+    store.merge_users("u", "target")
+    store.delete_user("u")
+    assert all_shown(store) == set(SHOWN)
+    store.delete_user("target")
+    assert all_shown(store) == set(SHOWN[2:])
+
+
+def test_many_shown_items_come_in_parts(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    for module in ("sql", "redis.store"):
+        monkeypatch.setattr(f"serve.stores.{module}.COPIED_AT_ONCE", 3)
+    items = [ShownItem(f"r{at // 4}", f"i{at}", at, at, at) for at in range(20)]
+    assert store.record_shown(items) == 20
+    assert sorted(one for part in store.all_shown() for one in part) == sorted(items)
+
+
+def test_old_slates_and_impressions_are_pruned_in_steps(store: EventStore) -> None:  # noqa: F811
+    """Of users and of none; their ids can be used again."""
+    for number, user_id in enumerate(["u", "v", None, "u", "v", None, "u"]):
+        one = IMPRESSION._replace(recommendation_id=f"r{number}", user_id=user_id, timestamp=number)
+        log_now(store, one)
+        # By a client whose clock is far behind: it does not matter.
+        store.record_shown([ShownItem(f"r{number}", "a", 1, 1, number)])
+    # Without a slate, by when they were recorded.
+    store.record_shown([ShownItem("none", "old", 1, 9, 4), ShownItem("none", "new", 1, 1, 5)])
+    store.record([user_event("1")._replace(recommendation_id="r0")])
+    steps = 1
+    while store.prune_slates(5, 2):
+        steps += 1
+        assert steps < 100
+    assert {one.recommendation_id for part in store.all_impressions() for one in part} == {"r5", "r6"}
+    assert {one.recommendation_id for one in all_shown(store)} == {"r5", "r6", "none"}
+    assert {one.item_id for one in all_shown(store)} == {"a", "new"}
+    assert not store.prune_slates(5, 10)
+    assert len(store.history("u")) == 1
+    log_now(store, IMPRESSION._replace(recommendation_id="r0"))
+    assert [one.recommendation_id for one in impressions_of(store, "u")] == ["r6", "r0"]
+
+
+def test_a_slate_ahead_of_the_clock_does_not_stop_pruning(store: EventStore) -> None:  # noqa: F811
+    """It was logged first, and thousands of old ones after it; clients' clocks don't matter for what was shown."""
+    for number in range(3_000):
+        one = IMPRESSION._replace(recommendation_id=f"r{number}", timestamp=1 if number else 10**9)
+        store.log_impression(one)
+    store.flush()
+    store.record_shown([ShownItem("r0", "a", 1, 1, 1), ShownItem("r1", "a", 1, 10**9, 1)])
+    for _ in range(30):
+        if not store.prune_slates(1_000, 1_000):
+            break
+    assert [one.recommendation_id for one in impressions_of(store, "u")] == ["r0"]
+    assert {one.recommendation_id for one in all_shown(store)} == {"r0"}
+
+
+def test_redis_prunes_long_lists_and_many_keys_in_small_steps(servers, tmp_path) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    """Each call deletes at most twice what it should look at, wherever the last one ended."""
+    with open_store(emptied("redis", servers, tmp_path)) as opened:
+        for number in range(300):
+            user_id = "long" if number < 200 else f"u{number}"
+            opened.log_impression(IMPRESSION._replace(recommendation_id=f"r{number}", user_id=user_id, timestamp=1))
+        opened.flush()
+        opened.record_shown([ShownItem(f"none{number}", "a", 1, 1, 1) for number in range(100)])
+
+        def left() -> int:
+            slates = sum(len(part) for part in opened.all_impressions())
+            return slates + sum(len(part) for part in opened.all_shown())
+
+        before, more, steps = left(), True, 0
+        assert before == 400
+        while more and steps < 200:
+            more, steps = opened.prune_slates(2, 10), steps + 1
+            assert before - 20 <= left()
+            before = left()
+        assert before == 0
+        assert not more
+
+
+def test_what_waits_for_a_broken_store_is_limited_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three slates of some 82,000 bytes; the oldest are dropped, and what is deleted makes room."""
+
+    def broken(impressions: object, states: object) -> None:
+        raise StoreError("away")
+
+    monkeypatch.setattr("serve.stores.deferred.LIMIT_BYTES", 3 * 82_000)
+    waiting = DeferredWrites(broken)
+    for number in range(5):
+        slate = IMPRESSION._replace(recommendation_id=f"r{number}", item_ids=("i",) * 10_000)
+        waiting.add([slate._replace(user_id=f"u{number}", log_propensities=(), excluded_item_ids=())])
+    assert waiting.dropped_count == 2
+    waiting.discard("u4")
+    waiting.add([slate._replace(user_id="u5", log_propensities=(), excluded_item_ids=())])
+    assert waiting.dropped_count == 2
+    assert [len(waiting.impressions(f"u{number}", 0)) for number in range(6)] == [0, 0, 1, 1, 0, 1]
+    waiting.close()
+    assert waiting.dropped_count == 5
