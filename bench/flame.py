@@ -27,7 +27,7 @@ RATE = 100
 # File or function of a frame; looked for from the inside out.
 PARTS = (
     ("ONNX Runtime", ("onnxruntime_inference_collection.py",)),
-    ("log of impressions, in its own thread", ("deferred.py", "_write_deferred", "_insert_impressions")),
+    ("log of slates, in its own thread", ("deferred.py", "_write_deferred", "_insert_slates")),
     ("revision of the history, from SQLite", ("sqlite.py",)),
     (
         "arrays around the run, states, batching",

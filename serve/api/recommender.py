@@ -64,7 +64,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         check_id("user_id", request.user_id)
         deleted = self._service.delete_user(request.user_id)
         return pb.DeleteUserResponse(
-            deleted_event_count=deleted.event_count, deleted_recommendation_count=deleted.impression_count
+            deleted_event_count=deleted.event_count, deleted_recommendation_count=deleted.slate_count
         )
 
     def ListEvents(self, request: pb.ListEventsRequest, context: Any) -> pb.ListEventsResponse:
@@ -86,7 +86,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
             raise InvalidRequest("target_user_id", "another user than source_user_id", "the same")
         merged = self._service.merge_users(request.source_user_id, request.target_user_id)
         return pb.MergeUsersResponse(
-            merged_event_count=merged.event_count, merged_recommendation_count=merged.impression_count
+            merged_event_count=merged.event_count, merged_recommendation_count=merged.slate_count
         )
 
     def SimilarItems(self, request: pb.SimilarItemsRequest, context: Any) -> pb.SimilarItemsResponse:

@@ -17,7 +17,7 @@ from serve.model.recommender import Answer, Query, Recommender
 from serve.observability.metrics import Metrics
 from serve.serving.errors import Cancelled, Expired
 from serve.serving.loaded import LoadedModel, Models
-from serve.stores.base import Deleted, EventStore, Impression, ShownItem, UserEvent
+from serve.stores.base import Deleted, EventStore, ShownItem, Slate, UserEvent
 
 SECONDS_PER_DAY = 86_400
 MOST_NOT_SHOWN = 10_000
@@ -102,7 +102,7 @@ class RecommenderService:
     def recommend(
         self, loaded: LoadedModel, query: Query, deadline_s: float | None, is_cancelled: Callable[[], bool]
     ) -> Recommendation:
-        """Answers a query with the model of its user, and logs the impression; raises as `LoadedModel.recommend`."""
+        """Answers a query with the model of its user, and logs the slate; raises as `LoadedModel.recommend`."""
         start = time.monotonic()
         query = self._without_shown(query, self._recently_shown)
         if deadline_s is not None:
@@ -175,8 +175,8 @@ class RecommenderService:
             "new_item_slots": query.new_item_slots,
             "not_shown_within": query.not_shown_within,
         }
-        self._store.log_impression(
-            Impression(
+        self._store.log_slate(
+            Slate(
                 recommendation_id=recommendation_id,
                 user_id=query.user_id,
                 item_ids=tuple([item_ids[item] for item in answer.items.tolist()]),

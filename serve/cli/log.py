@@ -30,4 +30,4 @@ def command(store: str, out: Path) -> None:
             copied = copy_log(opened, out, progress)
     except StoreError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"{out}: {copied.events} events, {copied.impressions} recommendations")
+    click.echo(f"{out}: {copied.events} events, {copied.slates} recommendations")

@@ -92,9 +92,7 @@ class Metrics:
         ).observe
         self.batch_size: Observe = self._histogram("batch_size", "Requests in one run of the model.", BATCHES).observe
         self._under_way = self._gauge("rpcs_under_way", "Calls that are being answered.")
-        self._dropped = self._gauge(
-            "dropped_log_entries", "Impressions and states that the store gave up since the start."
-        )
+        self._dropped = self._gauge("dropped_log_entries", "Slates and states that the store gave up since the start.")
         self._rejected = self._counter("rejected_calls_total", "Calls that were turned away.", ("reason", "method"))
         self._methods: frozenset[str] = frozenset()
         self._reloads = self._counter("model_reloads_total", "Attempts to load a model.", ("result",))
@@ -129,7 +127,7 @@ class Metrics:
         self._under_way.set_function(count)
 
     def count_dropped(self, count: Callable[[], int]) -> None:
-        """Where to look for how many impressions and states are lost."""
+        """Where to look for how many slates and states are lost."""
         self._dropped.set_function(count)
 
     def age_of_trend(self, age_s: Callable[[], float]) -> None:

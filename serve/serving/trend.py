@@ -129,7 +129,7 @@ class TrendRefresher:
 
     def _use(self, model: Recommender) -> None:
         """Has a model make its trend of the counts as of now."""
-        # Whole seconds, as impressions note them: the counts can be computed again.
+        # Whole seconds, as slates note them: the counts can be computed again.
         now = int(self._clock())
         counts = model.engine.exported.at(now)
         if self._arrival is not None:

@@ -1,4 +1,4 @@
-"""What a store of events, impressions and recurrent states promises, whichever database is behind it.
+"""What a store of events, slates and recurrent states promises, whichever database is behind it.
 
 with open_store("events.sqlite") as store:          # or postgresql://..., redis://...
     store.record([UserEvent("e1", "7", Event("318", 4.5, 964983000))])
@@ -19,10 +19,10 @@ MOST_EVENTS = 10_000
 from; but a user with millions of events must not cost all others their answers."""
 
 MOST_SLATES = 1_000
-"""Of a user's impressions so many are read to find what was shown lately."""
+"""Of a user's slates so many are read to find what was shown lately."""
 
 MOST_MERGED = 10_000
-"""So many events and impressions of a user can become another one's: as one step, for which others wait."""
+"""So many events and slates of a user can become another one's: as one step, for which others wait."""
 
 # A deletion is remembered for so long, by a digest of the user's id: what other servers still had to write of the user
 # is not written any more.
@@ -48,14 +48,14 @@ class UserEvent(NamedTuple):
     user_id: str
     event: Event
     recommendation_id: str | None = None
-    """The recommendation that the event answers to; not checked against the impressions."""
+    """The recommendation that the event answers to; not checked against the slates."""
     type: str = INTERACTION
     """Name of the kind of event; what that means is in `event.weight`, as it was when the event was recorded."""
     value: float | None = None
     """A number of the client, such as a price or seconds, finite and not negative; None: there is none."""
 
 
-class Impression(NamedTuple):
+class Slate(NamedTuple):
     """A recommendation as it was answered: with the events that refer to it, what the next policy learns from."""
 
     recommendation_id: str
@@ -128,7 +128,7 @@ class Deleted(NamedTuple):
     """How much of a user there was."""
 
     event_count: int
-    impression_count: int
+    slate_count: int
 
 
 class EventStore(ABC):
@@ -184,15 +184,15 @@ class EventStore(ABC):
         """
 
     @abstractmethod
-    def log_impression(self, impression: Impression, *, started: float | None = None) -> None:
+    def log_slate(self, slate: Slate, *, started: float | None = None) -> None:
         """Logs a recommendation, once for each `recommendation_id`; returns at once and raises nothing.
 
         It is written with others within about a second. A crash, or a store that stays broken, loses it (counted in
-        `dropped_count`), since an answer is worth more than its log. An impression whose user was deleted after the
+        `dropped_count`), since an answer is worth more than its log. A slate whose user was deleted after the
         request began is not written, and does not count as dropped.
 
         Args:
-            impression: What was recommended.
+            slate: What was recommended.
             started: When the request began, by `time.monotonic()`; None: now.
         """
 
@@ -213,7 +213,7 @@ class EventStore(ABC):
 
     @abstractmethod
     def save_states(self, states: Sequence[SpilledState]) -> None:
-        """Keeps states until they are wanted again; written later and without a promise, like impressions.
+        """Keeps states until they are wanted again; written later and without a promise, like slates.
 
         A later state of the same user and model version replaces the earlier one.
         """
@@ -244,8 +244,8 @@ class EventStore(ABC):
 
     @abstractmethod
     def prune_slates(self, before: int, most: int) -> bool:
-        """Deletes impressions from before a time, and the items of these that were shown, in a step that others need
-        not wait for. Shown items without an impression go by the time at which they were recorded.
+        """Deletes slates from before a time, and the items of these that were shown, in a step that others need
+        not wait for. Shown items without a slate go by the time at which they were recorded.
 
         Args:
             before: In seconds; what is of this second or later stays.
@@ -268,7 +268,7 @@ class EventStore(ABC):
             user_id: The user.
 
         Returns:
-            How many events and impressions there were.
+            How many events and slates there were.
         """
 
     @abstractmethod
@@ -313,7 +313,7 @@ class EventStore(ABC):
             target: Another user, who need not have events.
 
         Returns:
-            How many events and impressions the source had.
+            How many events and slates the source had.
 
         Raises:
             TooManyToMerge: The source has more than `MOST_MERGED`; nothing was changed.
@@ -333,16 +333,16 @@ class EventStore(ABC):
 
         Args:
             user_id: The user.
-            since: By `Impression.timestamp`, in seconds.
+            since: By `Slate.timestamp`, in seconds.
             most: How many items.
 
         Returns:
-            Item ids, each once, of the newest `MOST_SLATES` impressions, newest first.
+            Item ids, each once, of the newest `MOST_SLATES` slates, newest first.
         """
 
     @abstractmethod
-    def all_impressions(self) -> Iterator[Sequence[Impression]]:
-        """Every impression that was logged, in parts; those of one user in their order."""
+    def all_slates(self) -> Iterator[Sequence[Slate]]:
+        """Every slate that was logged, in parts; those of one user in their order."""
 
     @abstractmethod
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:
@@ -401,11 +401,11 @@ class EventStore(ABC):
     @property
     @abstractmethod
     def dropped_count(self) -> int:
-        """How many impressions and states were given up since the store was opened."""
+        """How many slates and states were given up since the store was opened."""
 
     @abstractmethod
     def flush(self) -> None:
-        """Returns when what `log_impression` and `save_states` put off has been written."""
+        """Returns when what `log_slate` and `save_states` put off has been written."""
 
     @abstractmethod
     def close(self) -> None:

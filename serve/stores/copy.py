@@ -1,4 +1,4 @@
-"""Copies the log of a store, events and impressions, into one SQLite file: what the next policy learns from.
+"""Copies the log of a store, events and slates, into one SQLite file: what the next policy learns from.
 
 The counters of items are copied with it, for the store that the copy may become.
 """
@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from serve.stores.base import EventStore, StoreError
-from serve.stores.rows import EVENT_COLUMNS, event_row, impression_row
+from serve.stores.rows import EVENT_COLUMNS, event_row, slate_row
 from serve.stores.sqlite.counters import INSERT_COUNTER, LAST_ARRIVAL, counter_rows
 from serve.stores.sqlite.schema import (
     APPLICATION_ID,
     COPY_MARK,
     EVENT_VALUES,
     FILL_USERS,
-    IMPRESSION_VALUES,
-    INSERT_IMPRESSION,
     INSERT_SHOWN_ITEM,
+    INSERT_SLATE,
+    SLATE_VALUES,
     has,
 )
 from serve.stores.sqlite.store import SQLiteStore
@@ -30,7 +30,7 @@ class Copied(NamedTuple):
     """How much there was."""
 
     events: int
-    impressions: int
+    slates: int
 
 
 def copy_log(store: EventStore, path: Path, progress: Callable[[int], None] = lambda rows: None) -> Copied:
@@ -85,15 +85,15 @@ def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> C
         connection.execute("PRAGMA journal_mode = DELETE")
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("BEGIN")
-        # Events last: an impression that is logged meanwhile is in the copy with its events or not at all, not as if it
-        # had none (except in Redis, for users whose events were copied already). Events that refer to an impression
+        # Events last: a slate that is logged meanwhile is in the copy with its events or not at all, not as if it
+        # had none (except in Redis, for users whose events were copied already). Events that refer to a slate
         # that is not in the copy do no harm.
-        for impressions in store.all_impressions():
+        for slates in store.all_slates():
             connection.executemany(
-                f"{INSERT_IMPRESSION} {IMPRESSION_VALUES} ON CONFLICT DO NOTHING",
-                [impression_row(one) for one in impressions],
+                f"{INSERT_SLATE} {SLATE_VALUES} ON CONFLICT DO NOTHING",
+                [slate_row(one) for one in slates],
             )
-            progress(len(impressions))
+            progress(len(slates))
         for shown in store.all_shown():
             connection.executemany(INSERT_SHOWN_ITEM, shown)
             progress(len(shown))

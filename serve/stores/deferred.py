@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from typing import NamedTuple
 
-from serve.stores.base import MOST_SLATES, EventStore, Impression, SpilledState, StoreError
+from serve.stores.base import MOST_SLATES, EventStore, Slate, SpilledState, StoreError
 from serve.stores.rows import Started
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ Write = Callable[[Sequence[Started], Sequence[SpilledState]], None]
 
 
 class _Waiting(NamedTuple):
-    entry: Impression | SpilledState
+    entry: Slate | SpilledState
     since: float
     size: int
     """About how many bytes of memory the entry has."""
@@ -54,7 +54,7 @@ class DeferredWrites:
         self._thread = threading.Thread(target=self._run, name="deferred-writes", daemon=True)
         self._thread.start()
 
-    def add(self, entries: Sequence[Impression | SpilledState], since: float | None = None) -> None:
+    def add(self, entries: Sequence[Slate | SpilledState], since: float | None = None) -> None:
         """Returns at once; beyond the limit the oldest entries are dropped. They are as of `since`, None: now."""
         since = time.monotonic() if since is None else since
         with self._changed:
@@ -86,18 +86,18 @@ class DeferredWrites:
                         if waiting.entry.user_id == source
                         else waiting
                         for waiting in self._waiting
-                        if waiting.entry.user_id != source or isinstance(waiting.entry, Impression)
+                        if waiting.entry.user_id != source or isinstance(waiting.entry, Slate)
                     ]
                 )
 
-    def impressions(self, user_id: str, since: int) -> list[Impression]:
+    def slates(self, user_id: str, since: int) -> list[Slate]:
         """Those of a user that are not known to be written, newest first, from a timestamp on."""
         with self._changed:
             waiting = [*self._batch, *self._waiting]
         return [
             entry
             for entry, *_ in reversed(waiting)
-            if isinstance(entry, Impression) and entry.user_id == user_id and entry.timestamp >= since
+            if isinstance(entry, Slate) and entry.user_id == user_id and entry.timestamp >= since
         ]
 
     def flush(self) -> None:
@@ -134,7 +134,7 @@ class DeferredWrites:
                 self.flush()
         except Exception as error:
             self.dropped_count += len(self._waiting)
-            logger.error("%d impressions and states are lost", len(self._waiting), exc_info=error)
+            logger.error("%d slates and states are lost", len(self._waiting), exc_info=error)
 
     def _run(self) -> None:
         while True:
@@ -151,7 +151,7 @@ class DeferredWrites:
                     with suppress(Exception):
                         self._write_one_by_one()
                 else:
-                    logger.error("impressions and states wait for the store", exc_info=error)
+                    logger.error("slates and states wait for the store", exc_info=error)
                 self._failing = True
 
     def _take(self, most: int) -> Sequence[_Waiting]:
@@ -176,7 +176,7 @@ class DeferredWrites:
 
     def _write_batch(self, batch: Sequence[_Waiting]) -> None:
         self._write(
-            [Started(entry, since) for entry, since, _ in batch if isinstance(entry, Impression)],
+            [Started(entry, since) for entry, since, _ in batch if isinstance(entry, Slate)],
             [entry for entry, *_ in batch if isinstance(entry, SpilledState)],
         )
 
@@ -217,7 +217,7 @@ class DeferredWrites:
         return self._closed or (len(self._waiting) >= DEFERRED_BATCH and not self._failing)
 
 
-def _size(entry: Impression | SpilledState) -> int:
+def _size(entry: Slate | SpilledState) -> int:
     if isinstance(entry, SpilledState):
         return ENTRY_BYTES + sys.getsizeof(entry.state)
     # The texts of the ids are the catalogue's; a log-propensity is a number of its own beside its reference.
@@ -226,19 +226,19 @@ def _size(entry: Impression | SpilledState) -> int:
 
 
 class DeferringStore(EventStore):
-    """A store that puts off writing impressions and states."""
+    """A store that puts off writing slates and states."""
 
     _deferred: DeferredWrites
 
-    def log_impression(self, impression: Impression, *, started: float | None = None) -> None:
-        self._deferred.add([impression], started)
+    def log_slate(self, slate: Slate, *, started: float | None = None) -> None:
+        self._deferred.add([slate], started)
 
     def save_states(self, states: Sequence[SpilledState]) -> None:
         self._deferred.add(states)
 
     def shown_items(self, user_id: str, since: int, most: int) -> list[str]:
         # First: what is written meanwhile is found there.
-        waiting = [one.item_ids for one in self._deferred.impressions(user_id, since)]
+        waiting = [one.item_ids for one in self._deferred.slates(user_id, since)]
         slates = islice(chain(waiting, self._stored_slates(user_id, since)), MOST_SLATES)
         found: dict[str, None] = {}
         for item_ids in slates:
@@ -249,7 +249,7 @@ class DeferringStore(EventStore):
 
     @abstractmethod
     def _stored_slates(self, user_id: str, since: int) -> Iterable[Sequence[str]]:
-        """The items of a user's newest `MOST_SLATES` written impressions from a timestamp on, newest first."""
+        """The items of a user's newest `MOST_SLATES` written slates from a timestamp on, newest first."""
 
     @property
     def dropped_count(self) -> int:

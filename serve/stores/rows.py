@@ -1,4 +1,4 @@
-"""Events and impressions as rows of SQL databases, and which impressions are still to be written."""
+"""Events and slates as rows of SQL databases, and which slates are still to be written."""
 
 import json
 import math
@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from serve.model.events import Event
-from serve.stores.base import Impression, ShownItem, UserEvent, digest
+from serve.stores.base import ShownItem, Slate, UserEvent, digest
 
 
 class Started(NamedTuple):
-    """An impression to log, and when its request began, by `time.monotonic()` of this process."""
+    """A slate to log, and when its request began, by `time.monotonic()` of this process."""
 
-    impression: Impression
+    slate: Slate
     started: float
 
     def by(self, now: float) -> float:
@@ -21,22 +21,22 @@ class Started(NamedTuple):
         return now - (time.monotonic() - self.started)
 
 
-def still_wanted(started: Sequence[Started], deleted: Mapping[str, float], now: float) -> list[Impression]:
+def still_wanted(started: Sequence[Started], deleted: Mapping[str, float], now: float) -> list[Slate]:
     """Those whose request did not begin before its user was deleted.
 
     `deleted` has the times of deletion by digest, `now` is the time by the same clock.
     """
     if not deleted:
-        return [impression for impression, _ in started]
+        return [slate for slate, _ in started]
     return [
-        one.impression
+        one.slate
         for one in started
-        if one.impression.user_id is None or one.by(now) > deleted.get(digest(one.impression.user_id), -math.inf)
+        if one.slate.user_id is None or one.by(now) > deleted.get(digest(one.slate.user_id), -math.inf)
     ]
 
 
 def digests(started: Sequence[Started]) -> list[str]:
-    """Of the users of the impressions."""
+    """Of the users of the slates."""
     return sorted(digest(user_id) for user_id in {one.user_id for one, _ in started} if user_id is not None)
 
 
@@ -54,14 +54,14 @@ def event_of_row(row: Sequence[Any]) -> UserEvent:
 
 
 SHOWN_ITEM_COLUMNS = ", ".join(ShownItem._fields)
-IMPRESSION_COLUMNS = (
+SLATE_COLUMNS = (
     "recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp, temperature,"
     " request_time, excluded_item_ids, trend_time, trend_arrival, request_options"
 )
 
 
-def impression_row(one: Impression) -> tuple[str | int | float | None, ...]:
-    """IMPRESSION_COLUMNS as SQL databases have them: lists are JSON."""
+def slate_row(one: Slate) -> tuple[str | int | float | None, ...]:
+    """SLATE_COLUMNS as SQL databases have them: lists are JSON."""
     return (
         *(one.recommendation_id, one.user_id),
         *(json.dumps(one.item_ids, ensure_ascii=False), json.dumps(one.log_propensities)),
@@ -71,7 +71,7 @@ def impression_row(one: Impression) -> tuple[str | int | float | None, ...]:
     )
 
 
-def impression_of_row(row: Sequence[Any]) -> Impression:
-    """The reverse of `impression_row`."""
+def slate_of_row(row: Sequence[Any]) -> Slate:
+    """The reverse of `slate_row`."""
     items, log_propensities, excluded, options = (tuple(json.loads(row[at])) for at in (2, 3, 9, 12))
-    return Impression._make((*row[:2], items, log_propensities, *row[4:9], excluded, *row[10:12], options))
+    return Slate._make((*row[:2], items, log_propensities, *row[4:9], excluded, *row[10:12], options))

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, LiteralString, NamedTuple
 
 from serve.model.events import Event
-from serve.stores.base import MOST_EVENTS, MOST_SLATES, Changes, Impression, ShownItem, SpilledState, UserEvent
+from serve.stores.base import MOST_EVENTS, MOST_SLATES, Changes, ShownItem, Slate, SpilledState, UserEvent
 from serve.stores.counters import Counter, add_events
 from serve.stores.deferred import DeferringStore
-from serve.stores.rows import event_of_row, impression_of_row
+from serve.stores.rows import event_of_row, slate_of_row
 
 LARGEST = 2**63 - 1
 LAST = (LARGEST, LARGEST)
@@ -32,14 +32,14 @@ class Queries(NamedTuple):
     listed: tuple[LiteralString, LiteralString]
     """Arrival and the columns of `UserEvent`, newest first: of events that are not neutral, and of those that are
     (user, timestamp and arrival that come after, limit)."""
-    slates: LiteralString
-    """The item ids of a user's impressions, newest first (user, first timestamp, limit, how many to pass over)."""
+    recent_slates: LiteralString
+    """The item ids of a user's slates, newest first (user, first timestamp, limit, how many to pass over)."""
     state: LiteralString
     """The columns of `SpilledState` (user, model version)."""
     events: LiteralString
     """Arrival and the columns of `UserEvent` in order of arrival (arrival before the first, limit)."""
-    impressions: LiteralString
-    """Number and IMPRESSION_COLUMNS in order of numbers (number before the first, limit)."""
+    slates: LiteralString
+    """Number and SLATE_COLUMNS in order of numbers (number before the first, limit)."""
     shown_items: LiteralString
     """The columns of `ShownItem` in order (recommendation and item that come before, limit)."""
     times: LiteralString
@@ -88,7 +88,7 @@ class SqlStore(DeferringStore):
         # What is logged meanwhile shifts the others, which are then found twice.
         for start in range(0, MOST_SLATES, SLATES_AT_ONCE):
             limit = min(SLATES_AT_ONCE, MOST_SLATES - start)
-            rows = self._read(self._queries.slates, user_id, since, limit, start)
+            rows = self._read(self._queries.recent_slates, user_id, since, limit, start)
             yield from (json.loads(items) for (items,) in rows)
             if len(rows) < limit:
                 return
@@ -101,9 +101,9 @@ class SqlStore(DeferringStore):
         for rows in self._parts(self._queries.events):
             yield [(row[0], event_of_row(row[1:])) for row in rows]
 
-    def all_impressions(self) -> Iterator[Sequence[Impression]]:
-        for rows in self._parts(self._queries.impressions):
-            yield [impression_of_row(row[1:]) for row in rows]
+    def all_slates(self) -> Iterator[Sequence[Slate]]:
+        for rows in self._parts(self._queries.slates):
+            yield [slate_of_row(row[1:]) for row in rows]
 
     def all_shown(self) -> Iterator[Sequence[ShownItem]]:
         last = ("", "")

@@ -42,9 +42,9 @@ from serve.model.recommender import Query, Recommender
 from serve.observability.metrics import Metrics
 from serve.serving.loaded import LoadedModel
 from serve.serving.trend import TrendRefresher
-from serve.stores.base import Impression, UserEvent
+from serve.stores.base import Slate, UserEvent
 from serve.stores.sqlite.store import SQLiteStore
-from tests.serve.stores.impressions import log_now
+from tests.serve.stores.slates import log_now
 
 TEMPERATURE, USERS, ROUNDS, SLOTS = 1.5, 150, 4, 4
 START = 1_200_000_000
@@ -114,7 +114,7 @@ def serve_and_log(
             answer = model.recommend(Query((), SLOTS, user_id=name))
             items = tuple(str(model.model.catalog.item_ids[item]) for item in answer.items.tolist())
             drawn = answer.log_propensities, answer.policy, "v1", time, TEMPERATURE
-            shown = Impression(f"r{number}", name, items, *drawn)
+            shown = Slate(f"r{number}", name, items, *drawn)
             if trend_times:
                 shown = shown._replace(trend_time=answer.counted.time, trend_arrival=answer.counted.arrival)
             log_now(store, shown)
@@ -295,16 +295,16 @@ def test_what_cannot_be_used_is_counted(loaded: LoadedRun, small_data: PreparedD
             ]
         )
         for shown in (
-            Impression("a", "u", (raw[1],), lone, "reinforce", "v", 110, 0.5),
-            Impression("b", "u", (raw[5],), (), "supervised", "v", 110),
-            Impression("c", "u", (raw[3], raw[4]), (-1.0, -2.0), "reinforce", "v", 110, 0.5),
-            Impression("c", "u", (raw[3], raw[4]), (-1.0, -2.0), "reinforce", "v", 110, 0.5),
-            Impression("d", "u", ("gone",), lone, "reinforce", "v", 150, 0.5),
-            Impression("e", None, (raw[3],), lone, "reinforce", "v", 150, 0.5),
-            Impression("f", "stranger", (raw[3],), lone, "reinforce", "v", 150, 0.5),
-            Impression("g", "never seen", (raw[3],), lone, "reinforce", "v", 150, 0.5),
-            Impression("h", "u", (raw[3],), lone, "reinforce", "v", 110),
-            Impression("i", "u", (raw[3],), lone, "reinforce", "v", 111, 0.5),
+            Slate("a", "u", (raw[1],), lone, "reinforce", "v", 110, 0.5),
+            Slate("b", "u", (raw[5],), (), "supervised", "v", 110),
+            Slate("c", "u", (raw[3], raw[4]), (-1.0, -2.0), "reinforce", "v", 110, 0.5),
+            Slate("c", "u", (raw[3], raw[4]), (-1.0, -2.0), "reinforce", "v", 110, 0.5),
+            Slate("d", "u", ("gone",), lone, "reinforce", "v", 150, 0.5),
+            Slate("e", None, (raw[3],), lone, "reinforce", "v", 150, 0.5),
+            Slate("f", "stranger", (raw[3],), lone, "reinforce", "v", 150, 0.5),
+            Slate("g", "never seen", (raw[3],), lone, "reinforce", "v", 150, 0.5),
+            Slate("h", "u", (raw[3],), lone, "reinforce", "v", 110),
+            Slate("i", "u", (raw[3],), lone, "reinforce", "v", 111, 0.5),
         ):
             log_now(store, shown)
     log = read_served_log(tmp_path / "events.sqlite", small_data.catalog)
@@ -330,7 +330,7 @@ def test_a_log_without_propensities_says_so(loaded: LoadedRun, tmp_path: Path, s
     with SQLiteStore(tmp_path / "events.sqlite") as store:
         item = str(small_data.catalog.ids.raw_ids[0])
         store.record([UserEvent("1", "u", Event(item, 4.0, 100))])
-        log_now(store, Impression("a", "u", (item,), (), "supervised", "v", 110))
+        log_now(store, Slate("a", "u", (item,), (), "supervised", "v", 110))
     with pytest.raises(DataError, match=r"nothing to learn from: .*no propensities.*--explore"):
         run_served(loaded, tmp_path / "events.sqlite", CONFIG)
 

@@ -32,7 +32,7 @@ from serve.stores import open_store
 from serve.stores.base import EventStore, UserEvent
 from tests.serve.answers import assert_same
 from tests.serve.one_model import one_model
-from tests.serve.stores.impressions import impressions_of
+from tests.serve.stores.slates import slates_of
 
 ITEMS, DAY, START = 60, 86_400, 1_000_000_000
 NEW = np.arange(ITEMS + 1) % 4 == 1  # 1, 5, ... 57
@@ -471,7 +471,7 @@ def test_the_log_names_the_options_that_change_what_the_model_does(
     for options in asked:
         client.recommend(history=history, **options)
     store.flush()
-    noted = [one.request_options for one in impressions_of(store, None)]
+    noted = [one.request_options for one in slates_of(store, None)]
     assert noted == [(), (), ("filter",), ("seen",), ("filter", "new_item_slots")]
 
 

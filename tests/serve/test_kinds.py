@@ -18,7 +18,7 @@ from serve.stores.base import EventStore
 from serve.stores.base import UserEvent as Stored
 from tests.serve.one_model import one_model
 from tests.serve.serving.test_states import CountedRuns
-from tests.serve.stores.impressions import impressions_of
+from tests.serve.stores.slates import slates_of
 
 ALL = 60
 """Items of the catalogue."""
@@ -121,7 +121,7 @@ def test_the_log_notes_what_was_excluded_as_disliked(
     client.record_events(sent((3, "view"), (5, "dislike"), (8, "dislike"), ids=ids))
     client.recommend(user_id="u", exclude_item_ids=[ids[9], ids[8]])
     store.flush()
-    (shown,) = impressions_of(store, "u")
+    (shown,) = slates_of(store, "u")
     assert shown.excluded_item_ids == (ids[9], ids[8], ids[5])
     assert shown.request_options == ()
 

@@ -12,8 +12,8 @@ from serve.pb.recommender_pb2 import RecommendResponse
 from serve.serving.errors import Expired
 from serve.stores.base import EventStore
 from tests.serve.one_model import one_model
-from tests.serve.stores.impressions import impressions_of, log_now
-from tests.serve.stores.test_stores import IMPRESSION
+from tests.serve.stores.slates import log_now, slates_of
+from tests.serve.stores.test_stores import SLATE
 
 DAY = 86_400
 
@@ -49,11 +49,11 @@ def test_what_was_shown_longer_ago_may_come_again(
     now, later = int(time.time()), time.monotonic() + 1
     shown = {"a": (first, now - 100), "b": (second, now - 1_000)}
     for name, (item, timestamp) in shown.items():
-        impression = IMPRESSION._replace(recommendation_id=name, item_ids=(item,), timestamp=timestamp)
-        log_now(store, impression, started=later)
+        slate = SLATE._replace(recommendation_id=name, item_ids=(item,), timestamp=timestamp)
+        log_now(store, slate, started=later)
     assert not {first, second} & set(items(client.recommend(user_id="u", k=3, not_shown_within=2_000)))
     client.delete_user("u")
-    log_now(store, IMPRESSION._replace(recommendation_id="c", item_ids=(second,), timestamp=now - 1_000), started=later)
+    log_now(store, SLATE._replace(recommendation_id="c", item_ids=(second,), timestamp=now - 1_000), started=later)
     assert items(client.recommend(user_id="u", k=3, not_shown_within=500))[:2] == [first, second]
 
 
@@ -61,7 +61,7 @@ def test_the_log_notes_what_was_left_out(client: RecommenderClient, store: Event
     shown = items(client.recommend(user_id="u", k=2))
     client.recommend(user_id="u", k=2, not_shown_within=DAY, exclude_item_ids=["1007"])
     store.flush()
-    before, after = impressions_of(store, "u")
+    before, after = slates_of(store, "u")
     assert (before.request_options, before.excluded_item_ids) == ((), ())
     assert (after.request_options, after.excluded_item_ids) == (("not_shown_within",), ("1007", *shown))
 
@@ -116,7 +116,7 @@ def test_slates_are_read_until_there_are_enough_items(store: EventStore, monkeyp
     monkeypatch.setattr("serve.stores.sql.SLATES_AT_ONCE", 2)
     for at in range(6):
         items = tuple(f"{at} {place}" for place in range(2))
-        log_now(store, IMPRESSION._replace(recommendation_id=f"r{at}", timestamp=at, item_ids=items))
+        log_now(store, SLATE._replace(recommendation_id=f"r{at}", timestamp=at, item_ids=items))
     parts, read = list[object](), store._read  # type: ignore[attr-defined]
     monkeypatch.setattr(store, "_read", lambda *query: parts.append(query) or read(*query))
     assert store.shown_items("u", 0, 5) == ["5 0", "5 1", "4 0", "4 1", "3 0"]

@@ -16,8 +16,8 @@ from serve.settings import Settings, SettingsError
 from serve.stores.base import EventStore, ShownItem
 from tests.serve.one_model import one_model
 from tests.serve.stores.databases import wait_until
-from tests.serve.stores.impressions import impressions_of, log_now
-from tests.serve.stores.test_stores import IMPRESSION
+from tests.serve.stores.slates import log_now, slates_of
+from tests.serve.stores.test_stores import SLATE
 
 DAY = 86_400
 
@@ -53,8 +53,8 @@ def test_all_slates_of_a_user_are_logged_or_none(model: Recommender, store: Even
             client.recommend(history=[], k=1)
     store.flush()
     for user_id in users:
-        assert len(impressions_of(store, user_id)) == (2 if is_logged(user_id, share) else 0)
-    along = len(impressions_of(store, None))
+        assert len(slates_of(store, user_id)) == (2 if is_logged(user_id, share) else 0)
+    along = len(slates_of(store, None))
     assert along == 20 * share if share in (0, 1) else 0 < along < 20
 
 
@@ -90,14 +90,14 @@ def test_what_is_too_old_is_deleted_in_the_background(store: EventStore, monkeyp
     monkeypatch.setattr("serve.serving.sweeper.PAUSE_S", 0.0)
     now = 100 * DAY
     for day in range(1, 11):
-        log_now(store, IMPRESSION._replace(recommendation_id=f"r{day}", timestamp=day * DAY))
+        log_now(store, SLATE._replace(recommendation_id=f"r{day}", timestamp=day * DAY))
         store.record_shown([ShownItem(f"r{day}", "a", 1, day * DAY, day * DAY)])
     with closing(SlatePruner(store, 93, clock=lambda: now + 0.5)):
 
         def assert_pruned() -> None:
             left = {f"r{day}" for day in range(7, 11)}
-            assert {one.recommendation_id for one in impressions_of(store, "u")} == left
+            assert {one.recommendation_id for one in slates_of(store, "u")} == left
             assert {one.recommendation_id for part in store.all_shown() for one in part} == left
 
         wait_until(assert_pruned)
-    assert len(impressions_of(store, "u")) == 4
+    assert len(slates_of(store, "u")) == 4

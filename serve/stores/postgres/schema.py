@@ -6,7 +6,7 @@ import psycopg
 
 from serve.stores.base import StoreError
 from serve.stores.postgres.counters import COUNTED_UNTIL, COUNTERS_SCHEMA, TIMES
-from serve.stores.rows import EVENT_COLUMNS, IMPRESSION_COLUMNS, SHOWN_ITEM_COLUMNS
+from serve.stores.rows import EVENT_COLUMNS, SHOWN_ITEM_COLUMNS, SLATE_COLUMNS
 from serve.stores.sql import Queries
 
 SCHEMA_VERSION = 6
@@ -107,13 +107,13 @@ QUERIES = Queries(
         " ORDER BY timestamp DESC, arrival DESC LIMIT %s"
     ),
     listed=(_LISTED.format("<>"), _LISTED.format("=")),
-    slates=(
+    recent_slates=(
         "SELECT item_ids FROM jaxrec.shown WHERE user_id = %s AND timestamp >= %s"
         " ORDER BY timestamp DESC, number DESC LIMIT %s OFFSET %s"
     ),
     state="SELECT * FROM jaxrec.states WHERE user_id = %s AND model_version = %s",
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM jaxrec.events WHERE arrival > %s ORDER BY arrival LIMIT %s"),
-    impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM jaxrec.shown WHERE number > %s ORDER BY number LIMIT %s",
+    slates=f"SELECT number, {SLATE_COLUMNS} FROM jaxrec.shown WHERE number > %s ORDER BY number LIMIT %s",
     shown_items=(
         f"SELECT {SHOWN_ITEM_COLUMNS} FROM jaxrec.shown_items WHERE (recommendation_id, item_id) > (%s, %s)"
         " ORDER BY recommendation_id, item_id LIMIT %s"

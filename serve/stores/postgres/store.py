@@ -1,4 +1,4 @@
-"""Events, impressions and spilled states in PostgreSQL, for several servers with one store.
+"""Events, slates and spilled states in PostgreSQL, for several servers with one store.
 
 The database commits groups of transactions by itself. A user's row in `users` is locked before events of the user are
 inserted, so that a user's arrivals become visible in their order and the latest is a revision. Counters of items are
@@ -14,8 +14,8 @@ import psycopg
 
 from serve.stores.base import (
     Deleted,
-    Impression,
     ShownItem,
+    Slate,
     SpilledState,
     StoreError,
     UserEvent,
@@ -27,12 +27,12 @@ from serve.stores.postgres.counters import CHANGED_COUNTS, count_events, counts_
 from serve.stores.postgres.schema import DELETION_LOCK, QUERIES, prepare
 from serve.stores.rows import (
     EVENT_COLUMNS,
-    IMPRESSION_COLUMNS,
     SHOWN_ITEM_COLUMNS,
+    SLATE_COLUMNS,
     Started,
     digests,
     event_row,
-    impression_row,
+    slate_row,
     still_wanted,
 )
 from serve.stores.sql import SqlStore
@@ -166,9 +166,9 @@ class PostgresStore(SqlStore):
         with self._connection("cannot be read") as connection:
             return connection.execute(query, parameters).fetchall()
 
-    def _write_deferred(self, impressions: Sequence[Started], states: Sequence[SpilledState]) -> None:
+    def _write_deferred(self, slates: Sequence[Started], states: Sequence[SpilledState]) -> None:
         with self._connection("cannot be written") as connection:
-            _insert_impressions(connection, impressions)
+            _insert_slates(connection, slates)
             # Not the states of users that were deleted meanwhile.
             connection.cursor().executemany(
                 "INSERT INTO jaxrec.states SELECT user_id, %(model_version)s, %(revision)s, %(state)s FROM jaxrec.users"
@@ -209,16 +209,16 @@ class PostgresStore(SqlStore):
                 self._idle.pop().close()
 
 
-def _insert_impressions(connection: psycopg.Connection, impressions: Sequence[Started]) -> None:
+def _insert_slates(connection: psycopg.Connection, slates: Sequence[Started]) -> None:
     """Leaves out what was recommended to users before they were deleted."""
     connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", [DELETION_LOCK])
     rows = connection.execute(
         "SELECT digest, extract(epoch FROM time)::float8 FROM jaxrec.deletions WHERE digest = ANY(%s)",
-        [digests(impressions)],
+        [digests(slates)],
     ).fetchall()
     (now,) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone() or (0.0,)
     connection.cursor().executemany(
-        f"INSERT INTO jaxrec.shown ({IMPRESSION_COLUMNS}) VALUES ({', '.join(['%s'] * len(Impression._fields))})"
+        f"INSERT INTO jaxrec.shown ({SLATE_COLUMNS}) VALUES ({', '.join(['%s'] * len(Slate._fields))})"
         " ON CONFLICT (recommendation_id) DO NOTHING",
-        [impression_row(one) for one in still_wanted(impressions, dict(rows), now)],
+        [slate_row(one) for one in still_wanted(slates, dict(rows), now)],
     )

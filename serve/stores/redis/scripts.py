@@ -198,9 +198,9 @@ for _, user in ipairs(found[2]) do
 end
 return {found[1], dropped}
 """
-# ARGV: list, id and value of an impression, when its request began (seconds, by the server's clock) and
+# ARGV: list, id and value of a slate, when its request began (seconds, by the server's clock) and
 # the digest of its user ('': no user). Only once, and not if the user was deleted since.
-LOG_IMPRESSION = """
+LOG_SLATE = """
 local deleted = redis.call('ZSCORE', 'jaxrec:deletions', ARGV[5])
 if deleted and tonumber(ARGV[4]) <= tonumber(deleted) then
     return
@@ -209,10 +209,10 @@ if redis.call('SADD', 'jaxrec:shown_ids', ARGV[2]) == 1 then
     redis.call('RPUSH', ARGV[1], ARGV[3])
 end
 """
-# ARGV: a list of impressions of version 1, which has no ids and may have some twice; how many to look at.
+# ARGV: a list of slates of version 1, which has no ids and may have some twice; how many to look at.
 # They go from the head of the list to its tail, those that were seen before do not; what is left to do is kept in
 # `update`, so that this can be broken off, and done by two at once. Returns whether there is more to do.
-UPDATE_IMPRESSIONS = """
+UPDATE_SLATES = """
 if redis.call('GET', 'jaxrec:version') ~= '1' then
     return 0
 end

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import redis
 
 from serve.stores.base import StoreError
-from serve.stores.redis.scripts import END_UPDATE, UPDATE_IMPRESSIONS
+from serve.stores.redis.scripts import END_UPDATE, UPDATE_SLATES
 
 VERSION = "6"
 UPDATED_AS_THEY_ARE = (b"2", b"3", b"4", b"5")
@@ -47,7 +47,7 @@ def check_server(client: redis.Redis) -> bool:
 
 def _update_from_version_1(client: redis.Redis) -> None:
     """Goes on where it was broken off. Servers of version 1 have to be stopped: they would log without ids."""
-    update = client.register_script(UPDATE_IMPRESSIONS)
+    update = client.register_script(UPDATE_SLATES)
     for key in (b"jaxrec:shown", *keys(client, b"jaxrec:shown:*")):
         while update(args=[key, UPDATED_AT_ONCE]):
             pass

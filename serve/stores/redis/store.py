@@ -1,4 +1,4 @@
-"""Events, impressions and spilled states in Redis, for several servers with one store.
+"""Events, slates and spilled states in Redis, for several servers with one store.
 
 What belongs together changes in one script, so that no reader sees half of it. Redis must write each command to its
 log before it answers: `appendfsync always`, or from 7.2 on any appendonly server, which is then asked to (WAITAOF).
@@ -14,7 +14,7 @@ deleted lists, and of which set it has ids), `trend` (hash of the counters by it
 those IDs by the revision of the last change), `trend_until` (events after this time are counted); while a store is
 seeded, `trend_held` (the revision up to which the events have still to be added up), `trend_seed` (list: what is still
 to be added to `trend`) and `trend_seed:TOKEN` (the same, before it is whole); while a store of version 1 is brought up
-to date, `update` (hash of the lists of impressions: how much of each is left) and `update_ids` (`shown_ids` later).
+to date, `update` (hash of the lists of slates: how much of each is left) and `update_ids` (`shown_ids` later).
 """
 
 import heapq
@@ -34,8 +34,8 @@ from serve.stores.base import (
     MOST_SLATES,
     Changes,
     Deleted,
-    Impression,
     ShownItem,
+    Slate,
     SpilledState,
     TooManyToMerge,
     UserEvent,
@@ -46,7 +46,7 @@ from serve.stores.redis.connection import COPIED_AT_ONCE
 from serve.stores.redis.counters import RedisCounters
 from serve.stores.redis.scripts import (
     DROP_STATES,
-    LOG_IMPRESSION,
+    LOG_SLATE,
     RECORD,
     SAVE_STATE,
 )
@@ -64,12 +64,12 @@ from serve.stores.redis.values import (
     SHOWN_ITEMS,
     decoded,
     event_value,
-    impression_arguments,
-    impression_of,
     place,
     revision_of,
     shown_item,
     shown_item_arguments,
+    slate_arguments,
+    slate_of,
     user_event,
 )
 from serve.stores.rows import Started
@@ -102,7 +102,7 @@ class RedisStore(RedisCounters):
         self._prune = self._redis.register_script(PRUNE_SLATES)
         self._prune_shown = self._redis.register_script(PRUNE_SHOWN)
         self._save_state = self._redis.register_script(SAVE_STATE)
-        self._log_impression = self._redis.register_script(LOG_IMPRESSION)
+        self._log_slate = self._redis.register_script(LOG_SLATE)
         try:
             with self._failures("cannot be opened"):
                 self._waits_for_disk = check_server(self._redis)
@@ -202,10 +202,10 @@ class RedisStore(RedisCounters):
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
         arguments: list[Any] = [user_id, digest(user_id), DELETION_S, DELETED_AT_ONCE]
-        events, neutral, impressions = self._written(lambda client: self._delete(args=arguments, client=client))
+        events, neutral, slates = self._written(lambda client: self._delete(args=arguments, client=client))
         # Also what an attempt that failed left.
         self._finish_deletions()
-        return Deleted(events + neutral, impressions)
+        return Deleted(events + neutral, slates)
 
     def list_events(
         self, user_id: str, most: int, before: tuple[int, int] | None = None
@@ -219,11 +219,11 @@ class RedisStore(RedisCounters):
         return found
 
     def _stored_slates(self, user_id: str, since: int) -> Iterator[Sequence[str]]:
-        """Of the impressions that were logged last, which are in about the order of their times."""
+        """Of the slates that were logged last, which are in about the order of their times."""
         for start in range(0, MOST_SLATES, SLATES_AT_ONCE):
             first, last = -min(start + SLATES_AT_ONCE, MOST_SLATES), -start - 1
             values: list[Any] = self._read(partial(self._redis.lrange, f"jaxrec:shown:{user_id}", first, last))
-            slates = [one for one in (impression_of(value, user_id) for value in values) if one.timestamp >= since]
+            slates = [one for one in (slate_of(value, user_id) for value in values) if one.timestamp >= since]
             if not slates:
                 return
             yield from (one.item_ids for one in sorted(reversed(slates), key=lambda one: -one.timestamp))
@@ -263,8 +263,8 @@ class RedisStore(RedisCounters):
             *counts, moved = self._written(lambda client: self._merge(args=arguments, client=client))
             if not moved:
                 raise TooManyToMerge(sum(counts), MOST_MERGED)
-        events, neutral, impressions = counts
-        return Deleted(events + neutral, impressions)
+        events, neutral, slates = counts
+        return Deleted(events + neutral, slates)
 
     def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
         for prefix in LISTS:
@@ -273,12 +273,12 @@ class RedisStore(RedisCounters):
                 for values in self._parts(key):
                     yield [user_event(user_id, value) for value in values]
 
-    def all_impressions(self) -> Iterator[Sequence[Impression]]:
+    def all_slates(self) -> Iterator[Sequence[Slate]]:
         prefix = b"jaxrec:shown:"
         for key in (b"jaxrec:shown", *self._keys(prefix + b"*")):
             user_id = key.removeprefix(prefix).decode() if key.startswith(prefix) else None
             for values in self._parts(key):
-                yield [impression_of(value, user_id) for value in values]
+                yield [slate_of(value, user_id) for value in values]
 
     def _finish_deletions(self) -> None:
         """Of long lists, also where another server began; may be broken off, and done by two at once."""
@@ -307,11 +307,11 @@ class RedisStore(RedisCounters):
                 end, left, size = start, left - len(values), 4 * size
         return list(chain.from_iterable(reversed(parts)))
 
-    def _write_deferred(self, impressions: Sequence[Started], states: Sequence[SpilledState]) -> None:
+    def _write_deferred(self, slates: Sequence[Started], states: Sequence[SpilledState]) -> None:
         with self._failures("cannot be written"), self._redis.pipeline(transaction=True) as pipeline:
             now = self._now()
-            for one in impressions:
-                self._log_impression(args=impression_arguments(one, now), client=pipeline)
+            for one in slates:
+                self._log_slate(args=slate_arguments(one, now), client=pipeline)
             for state in states:
                 value = REVISION.pack(state.revision) + state.state
                 self._save_state(args=[state.user_id, state.model_version, state.revision, value], client=pipeline)

@@ -37,7 +37,7 @@ local function forget(list, ids, most)
 end
 """
 # ARGV: user, its digest, for how many seconds that is kept, and how many entries of a list to delete now. More of them
-# are put away where no reader looks, for FORGET_REST. Returns how many events, neutral events and impressions there
+# are put away where no reader looks, for FORGET_REST. Returns how many events, neutral events and slates there
 # were.
 DELETE_USER = (
     FORGET
@@ -90,15 +90,15 @@ begin_anew(ARGV[1])
 return (#ARGV - 1) / 4
 """
 )
-# ARGV: a list of impressions, a time, how many to look at, and from which place of the list on. Deletes those from
+# ARGV: a list of slates, a time, how many to look at, and from which place of the list on. Deletes those from
 # before the time, with what was shown of them; returns how many it looked at, and how many it deleted.
 PRUNE_SLATES = """
 local part, old = redis.call('LRANGE', ARGV[1], ARGV[4], ARGV[4] + ARGV[3] - 1), 0
 for at, text in ipairs(part) do
-    local impression = cjson.decode(text)
-    if impression[7] < tonumber(ARGV[2]) then
-        redis.call('SREM', 'jaxrec:shown_ids', impression[1])
-        redis.call('UNLINK', 'jaxrec:shown_items:' .. impression[1])
+    local slate = cjson.decode(text)
+    if slate[7] < tonumber(ARGV[2]) then
+        redis.call('SREM', 'jaxrec:shown_ids', slate[1])
+        redis.call('UNLINK', 'jaxrec:shown_items:' .. slate[1])
         redis.call('LSET', ARGV[1], ARGV[4] + at - 1, '')
         old = old + 1
     end
@@ -130,9 +130,9 @@ end
 return new
 """
 # ARGV: source, target, digest of the source, for how many seconds that is kept, how many entries may be moved, and
-# among how many of the target's last events and of its last impressions the source's are merged. Events are merged by
-# revision and impressions by time, since readers look at the last ones only. All is read and merged before the first
-# write. Returns how many events, neutral events and impressions the source had, and whether they were moved (1) or are
+# among how many of the target's last events and of its last slates the source's are merged. Events are merged by
+# revision and slates by time, since readers look at the last ones only. All is read and merged before the first
+# write. Returns how many events, neutral events and slates the source had, and whether they were moved (1) or are
 # too many (0).
 MERGE_USERS = (
     NOTE_DELETION

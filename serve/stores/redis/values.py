@@ -1,11 +1,11 @@
-"""Events, impressions and counters as `serve.stores.redis` writes them: lists' entries and texts of hashes."""
+"""Events, slates and counters as `serve.stores.redis` writes them: lists' entries and texts of hashes."""
 
 import json
 from collections.abc import Sequence
 from typing import Any
 
 from serve.model.events import INTERACTION, Event
-from serve.stores.base import Impression, ShownItem, UserEvent, digest
+from serve.stores.base import ShownItem, Slate, UserEvent, digest
 from serve.stores.counters import EXPECTED, Counter, are_counts
 from serve.stores.rows import Started
 
@@ -28,21 +28,21 @@ def counter_of(item_id: str, text: bytes) -> Counter:
     return counter
 
 
-def impression_arguments(one: Started, now: float) -> list[Any]:
-    """Those of the script LOG_IMPRESSION; `now` is the server's time."""
-    impression = one.impression
-    user = "" if impression.user_id is None else digest(impression.user_id)
-    key = "jaxrec:shown" if impression.user_id is None else f"jaxrec:shown:{impression.user_id}"
-    return [key, impression.recommendation_id, json.dumps(impression), one.by(now), user]
+def slate_arguments(one: Started, now: float) -> list[Any]:
+    """Those of the script LOG_SLATE; `now` is the server's time."""
+    slate = one.slate
+    user = "" if slate.user_id is None else digest(slate.user_id)
+    key = "jaxrec:shown" if slate.user_id is None else f"jaxrec:shown:{slate.user_id}"
+    return [key, slate.recommendation_id, json.dumps(slate), one.by(now), user]
 
 
-def impression_of(value: bytes, user_id: str | None) -> Impression:
-    """An impression of a user's list. Its own user may have become this one (`EventStore.merge_users`).
+def slate_of(value: bytes, user_id: str | None) -> Slate:
+    """A slate of a user's list. Its own user may have become this one (`EventStore.merge_users`).
 
     Older servers than those of version 3 wrote the first seven fields alone, those of version 3 the first ten, those
     of version 4 the first twelve."""
     row: list[Any] = [tuple(column) if isinstance(column, list) else column for column in json.loads(value)]
-    return Impression(*row)._replace(user_id=user_id)
+    return Slate(*row)._replace(user_id=user_id)
 
 
 SHOWN_ITEMS = "jaxrec:shown_items"

@@ -3,8 +3,8 @@
 import sqlite3
 from collections.abc import Mapping
 
-from serve.stores.base import Impression
-from serve.stores.rows import EVENT_COLUMNS, IMPRESSION_COLUMNS, SHOWN_ITEM_COLUMNS
+from serve.stores.base import Slate
+from serve.stores.rows import EVENT_COLUMNS, SHOWN_ITEM_COLUMNS, SLATE_COLUMNS
 from serve.stores.sql import Queries
 from serve.stores.sqlite import counters
 
@@ -116,13 +116,13 @@ QUERIES = Queries(
         " ORDER BY timestamp DESC, arrival DESC LIMIT ?"
     ),
     listed=(_LISTED.format("history", "<>"), _LISTED.format("neutral", "=")),
-    slates=(
+    recent_slates=(
         "SELECT item_ids FROM shown WHERE user_id = ? AND timestamp >= ? ORDER BY timestamp DESC, number DESC"
         " LIMIT ? OFFSET ?"
     ),
     state="SELECT * FROM states WHERE user_id = ? AND model_version = ?",
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM events WHERE arrival > ? ORDER BY arrival LIMIT ?"),
-    impressions=f"SELECT number, {IMPRESSION_COLUMNS} FROM shown WHERE number > ? ORDER BY number LIMIT ?",
+    slates=f"SELECT number, {SLATE_COLUMNS} FROM shown WHERE number > ? ORDER BY number LIMIT ?",
     shown_items=(
         f"SELECT {SHOWN_ITEM_COLUMNS} FROM shown_items WHERE (recommendation_id, item_id) > (?, ?)"
         " ORDER BY recommendation_id, item_id LIMIT ?"
@@ -132,9 +132,9 @@ QUERIES = Queries(
 )
 EVENT_VALUES = ", ".join("?" * len(EVENT_COLUMNS.split()))
 INSERT_EVENT = f"INSERT INTO events ({EVENT_COLUMNS}) VALUES ({EVENT_VALUES}) ON CONFLICT (event_id) DO NOTHING"
-INSERT_IMPRESSION = f"INSERT INTO shown ({IMPRESSION_COLUMNS}) VALUES"
+INSERT_SLATE = f"INSERT INTO shown ({SLATE_COLUMNS}) VALUES"
 INSERT_SHOWN_ITEM = f"INSERT INTO shown_items ({SHOWN_ITEM_COLUMNS}) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
-IMPRESSION_VALUES = f"({', '.join('?' * len(Impression._fields))})"
+SLATE_VALUES = f"({', '.join('?' * len(Slate._fields))})"
 
 
 def has(connection: sqlite3.Connection, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Events, impressions and spilled states in one SQLite file, for one server.
+"""Events, slates and spilled states in one SQLite file, for one server.
 
 One thread writes; calls that wait for it share a transaction and its fsync (group commit), each with a savepoint of
 its own, so that a call that fails takes no other with it. WAL with synchronous=FULL: what was acknowledged survives
@@ -18,7 +18,7 @@ from typing import Any, LiteralString, NamedTuple, TypeVar
 from serve.stores.base import Deleted, ShownItem, SpilledState, StoreError, UserEvent
 from serve.stores.counters import NONE_READ, Counter, Damaged, ItemCounts
 from serve.stores.deferred import DeferredWrites
-from serve.stores.rows import Started, digests, event_row, impression_row, still_wanted
+from serve.stores.rows import Started, digests, event_row, slate_row, still_wanted
 from serve.stores.sql import SqlStore
 from serve.stores.sqlite import counters as sqlite_counters
 from serve.stores.sqlite import users
@@ -26,12 +26,12 @@ from serve.stores.sqlite.schema import (
     APPLICATION_ID,
     ARRIVALS,
     COPY_MARK,
-    IMPRESSION_VALUES,
     INSERT_EVENT,
-    INSERT_IMPRESSION,
     INSERT_SHOWN_ITEM,
+    INSERT_SLATE,
     QUERIES,
     SCHEMA_VERSION,
+    SLATE_VALUES,
     bring_up_to_date,
     has,
 )
@@ -129,9 +129,9 @@ class SQLiteStore(SqlStore):
         with self._failures("cannot be read"):
             return self._reader().execute(query, parameters).fetchall()
 
-    def _write_deferred(self, impressions: Sequence[Started], states: Sequence[SpilledState]) -> None:
+    def _write_deferred(self, slates: Sequence[Started], states: Sequence[SpilledState]) -> None:
         def work(connection: sqlite3.Connection) -> None:
-            _insert_impressions(connection, impressions)
+            _insert_slates(connection, slates)
             _insert_states(connection, states)
 
         self._write(work)
@@ -282,18 +282,18 @@ def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) 
     return recorded
 
 
-def _insert_impressions(connection: sqlite3.Connection, impressions: Sequence[Started]) -> None:
+def _insert_slates(connection: sqlite3.Connection, slates: Sequence[Started]) -> None:
     """Leaves out what was recommended to users before they were deleted."""
-    named = digests(impressions)
+    named = digests(slates)
     query = f"SELECT user, time FROM deletions WHERE user IN ({', '.join('?' * len(named))})"
     deleted = dict(connection.execute(query, named).fetchall())
-    rows = [impression_row(one) for one in still_wanted(impressions, deleted, time.time())]
+    rows = [slate_row(one) for one in still_wanted(slates, deleted, time.time())]
     # Many in one statement: after each statement Python takes its lock again, which the threads that answer want too.
     for start in range(0, len(rows), INSERTED_AT_ONCE):
         part = rows[start : start + INSERTED_AT_ONCE]
-        values = ", ".join([IMPRESSION_VALUES] * len(part))
+        values = ", ".join([SLATE_VALUES] * len(part))
         connection.execute(
-            f"{INSERT_IMPRESSION} {values} ON CONFLICT (recommendation_id) DO NOTHING",
+            f"{INSERT_SLATE} {values} ON CONFLICT (recommendation_id) DO NOTHING",
             [value for row in part for value in row],
         )
 

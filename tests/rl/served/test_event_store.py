@@ -36,10 +36,10 @@ from serve.model.directory import read_artifact
 from serve.model.events import Event
 from serve.model.exploration import Exploration
 from serve.model.recommender import Recommender
-from serve.stores.base import Impression, ShownItem, UserEvent
+from serve.stores.base import ShownItem, Slate, UserEvent
 from serve.stores.sqlite.store import SQLiteStore
 from tests.serve.one_model import one_model
-from tests.serve.stores.impressions import log_now
+from tests.serve.stores.slates import log_now
 
 START, HOUR, DAY = 1_200_000_000, 3600, 86_400
 TEMPERATURES = (0.5, 2.0)
@@ -57,7 +57,7 @@ def write_log(path: Path, data: PreparedData, events: list[tuple[int, str | None
         for number, (timestamp, named) in enumerate(events):
             store.record([UserEvent(str(number), "u", Event(raw[number], 4.0, timestamp), named)])
         for name, timestamp in shown.items():
-            log_now(store, Impression(name, "u", (raw[9],), (-0.5,), "reinforce", "v", timestamp, 0.5))
+            log_now(store, Slate(name, "u", (raw[9],), (-0.5,), "reinforce", "v", timestamp, 0.5))
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_the_attribution_window_is_by_default_within_which_99_percent_of_the_res
     raw = [str(item) for item in small_data.catalog.ids.raw_ids]
     with SQLiteStore(tmp_path / "many.sqlite") as store:
         store.record([UserEvent("before", "u", Event(raw[0], None, START - 1))])
-        log_now(store, Impression("a", "u", (raw[1],), (-0.5,), "reinforce", "v", START, 0.5))
+        log_now(store, Slate("a", "u", (raw[1],), (-0.5,), "reinforce", "v", START, 0.5))
         assert read_served_log(tmp_path / "many.sqlite", small_data.catalog).attribution_window == 0
         delays = [7] * 197 + [1000] * 3  # 98.5 % within 7 seconds
         events = [Event(raw[1], None, START + delay) for delay in delays]
@@ -417,8 +417,8 @@ def test_what_was_not_drawn_is_counted_as_that_with_request_options_too(
             (("not_shown_within", "filter"), (item,), (-1.0,)),
         ]
         for at, (options, slate, log_propensities) in enumerate(cases):
-            one = Impression(f"{at}", "ada", slate, log_propensities, "reinforce", "v", START + 1)
-            store.log_impression(one._replace(temperature=1.0, request_options=options))
+            one = Slate(f"{at}", "ada", slate, log_propensities, "reinforce", "v", START + 1)
+            store.log_slate(one._replace(temperature=1.0, request_options=options))
     log = read_served_log(path, small_data.catalog)
     assert log.skipped == {DETERMINISTIC: 2, OPTIONS: 4}
 
@@ -445,7 +445,7 @@ def test_a_slate_counts_as_far_as_it_was_shown(case: str, small_data: PreparedDa
         store.record([UserEvent("1", "ada", Event(raw[0], None, START))])
         slate, propensities = tuple(raw[1:4]), (-0.5, -1.0, -2.0)
         for name, user in (("a", "ada"), ("b", "bob")):
-            log_now(store, Impression(name, user, slate, propensities, "reinforce", "v", START + 1, temperature=0.5))
+            log_now(store, Slate(name, user, slate, propensities, "reinforce", "v", START + 1, temperature=0.5))
         # What was shown to others changes nothing but that impressions are recorded.
         store.record_shown([ShownItem("b", raw[9], 1, START + 2, START)])
         store.record_shown([ShownItem("a", raw[1 + at], position, START + 2, START) for position, at in recorded])
@@ -468,7 +468,7 @@ def test_slates_without_impressions_count_until_the_first_that_has_some(
     with SQLiteStore(path) as store:
         store.record([UserEvent("1", "ada", Event(raw[0], None, START))])
         for day in range(4):
-            one = Impression(f"{day}", "ada", (raw[1],), (-0.5,), "reinforce", "v", START + day * DAY, temperature=0.5)
+            one = Slate(f"{day}", "ada", (raw[1],), (-0.5,), "reinforce", "v", START + day * DAY, temperature=0.5)
             log_now(store, one)
         store.record_shown([ShownItem("2", raw[1], 1, START, START)])
     log = read_served_log(path, small_data.catalog, 0)

@@ -17,7 +17,7 @@ from serve.observability.metrics import Metrics
 from serve.pb.recommender_pb2 import BatchRecommendRequest, RecommendResponse
 from serve.stores.base import EventStore
 from tests.serve.one_model import one_model
-from tests.serve.stores.impressions import impressions_of
+from tests.serve.stores.slates import slates_of
 
 TEMPERATURE = 0.5
 
@@ -68,7 +68,7 @@ def test_a_batch_is_its_single_requests(client: RecommenderClient, model: Recomm
     assert client.batch_recommend([]) == []
 
 
-def test_impressions_are_kept_with_their_propensities_and_feedback_refers_to_them(
+def test_slates_are_kept_with_their_propensities_and_feedback_refers_to_them(
     client: RecommenderClient, store: EventStore, model: Recommender
 ) -> None:
     record(client, "u", events_of(model, [3, 8, 9]))
@@ -81,12 +81,12 @@ def test_impressions_are_kept_with_their_propensities_and_feedback_refers_to_the
     )
     assert client.record_events([feedback]).recorded_count == 1
     store.flush()
-    (shown,) = impressions_of(store, "u")
+    (shown,) = slates_of(store, "u")
     assert shown.recommendation_id == answer.recommendation_id
     assert shown.item_ids == tuple(one.item_id for one in answer.recommendations)
     assert shown.log_propensities == ()
     assert (shown.policy, shown.model_version) == ("reinforce", model.info.model_version)
-    (anonymous,) = impressions_of(store, None)
+    (anonymous,) = slates_of(store, None)
     assert len(anonymous.item_ids) == 2
 
 
@@ -139,7 +139,7 @@ def test_an_exploring_server_tells_and_logs_exact_propensities(
         slates.add(tuple(one.item_id for one in answer.recommendations))
     assert len(slates) > 1
     store.flush()
-    shown = impressions_of(store, "u")
+    shown = slates_of(store, "u")
     assert {one.item_ids for one in shown} == slates
     assert all(len(one.log_propensities) == 4 for one in shown)
     assert {(one.temperature, one.request_time, one.excluded_item_ids) for one in shown} == {(TEMPERATURE, None, ())}
@@ -148,10 +148,10 @@ def test_an_exploring_server_tells_and_logs_exact_propensities(
     client.recommend(user_id="u", k=4)
     exploring.recommend(user_id="nobody", k=3, request_time=7)
     store.flush()
-    *_, explored, by_the_other = impressions_of(store, "u")
+    *_, explored, by_the_other = slates_of(store, "u")
     assert (explored.temperature, explored.request_time, explored.excluded_item_ids) == (TEMPERATURE, 10**9, (known,))
     assert (by_the_other.temperature, by_the_other.log_propensities) == (None, ())
-    (popular,) = impressions_of(store, "nobody")
+    (popular,) = slates_of(store, "nobody")
     assert (popular.temperature, popular.request_time, popular.log_propensities) == (None, 7, ())
     fallback = exploring.recommend(user_id="nobody", k=3)
     assert (fallback.policy, fallback.log_propensity, len(fallback.recommendations)) == ("popularity", 0, 3)
@@ -194,4 +194,4 @@ def test_what_was_under_way_when_its_user_was_deleted_is_not_logged(model: Recom
     servicer.Recommend(request, DeletedMeanwhile())
     servicer.BatchRecommend(BatchRecommendRequest(requests=[request, request]), DeletedMeanwhile())
     store.flush()
-    assert impressions_of(store, "u") == []
+    assert slates_of(store, "u") == []

@@ -285,7 +285,7 @@ def test_servers_of_one_store_see_each_others_events(artifact: Artifact, tmp_pat
             refresher.close()
 
 
-def test_the_trend_of_an_impression_can_be_made_again_from_the_log(
+def test_the_trend_of_a_slate_can_be_made_again_from_the_log(
     artifact: Artifact, fresh: Recommender, store: EventStore
 ) -> None:
     """Of the export, and of the events until the arrival that was noted, decayed to the second that was noted."""
@@ -308,7 +308,7 @@ def test_the_trend_of_an_impression_can_be_made_again_from_the_log(
         of_user = service.recommend(loaded, Query([], k=3, user_id="u"), None, lambda: False)
         popular = service.recommend(loaded, Query([], k=3), None, lambda: False)
     store.flush()
-    shown = {one.recommendation_id: one for part in store.all_impressions() for one in part}
+    shown = {one.recommendation_id: one for part in store.all_slates() for one in part}
     noted = shown[with_trend.recommendation_id]
     assert noted.trend_time == NOW + HOUR
     trend = attrgetter("trend_time", "trend_arrival")

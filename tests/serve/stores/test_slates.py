@@ -1,17 +1,19 @@
 """Slates and the items of them that were shown: found, pruned, and deleted with their user, in every store."""
 
+import random
+import time
 from pathlib import Path
 
 import pytest
 
 from serve.stores import open_store
-from serve.stores.base import EventStore, Impression, ShownItem, StoreError
+from serve.stores.base import Deleted, EventStore, ShownItem, Slate, StoreError
 from serve.stores.copy import copy_log
 from serve.stores.deferred import DeferredWrites
 from serve.stores.redis.store import RedisStore
-from tests.serve.stores.impressions import impressions_of, log_now
+from tests.serve.stores.slates import log_now, slates_of
 from tests.serve.stores.test_stores import (  # noqa: F401
-    IMPRESSION,
+    SLATE,
     emptied,
     location,
     servers,
@@ -24,15 +26,15 @@ def test_shown_items_are_found_newest_first_also_those_that_wait(
     store: EventStore,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def shown(name: str, timestamp: int, *items: str, user_id: str = "u") -> Impression:
-        return IMPRESSION._replace(recommendation_id=name, timestamp=timestamp, item_ids=items, user_id=user_id)
+    def shown(name: str, timestamp: int, *items: str, user_id: str = "u") -> Slate:
+        return SLATE._replace(recommendation_id=name, timestamp=timestamp, item_ids=items, user_id=user_id)
 
     log_now(store, shown("1", 10, "a", "b"))
     log_now(store, shown("2", 20, "c", "a"))
     log_now(store, shown("v", 20, "v", user_id="v"))
-    store.log_impression(shown("3", 20, "d"))
-    store.log_impression(shown("4", 5, "e"))
-    store.log_impression(shown("w", 30, "w", user_id="w"))
+    store.log_slate(shown("3", 20, "d"))
+    store.log_slate(shown("4", 5, "e"))
+    store.log_slate(shown("w", 30, "w", user_id="w"))
     assert store.shown_items("u", 10, 99) == ["d", "c", "a", "b"]
     store.flush()
     assert store.shown_items("u", 10, 99) == ["d", "c", "a", "b"]
@@ -73,7 +75,7 @@ def test_what_was_shown_goes_with_the_user_of_its_slate(store: EventStore) -> No
     """Whether the slate is logged before or after; r2 has no user, and r3 of another user."""
     store.record_shown(SHOWN[:1])
     for name, user_id in (("r1", "u"), ("r2", None), ("r3", "v")):
-        log_now(store, IMPRESSION._replace(recommendation_id=name, user_id=user_id))
+        log_now(store, SLATE._replace(recommendation_id=name, user_id=user_id))
     store.record_shown(SHOWN[1:])
     store.merge_users("u", "target")
     store.delete_user("u")
@@ -90,10 +92,10 @@ def test_many_shown_items_come_in_parts(store: EventStore, monkeypatch: pytest.M
     assert sorted(one for part in store.all_shown() for one in part) == sorted(items)
 
 
-def test_old_slates_and_impressions_are_pruned_in_steps(store: EventStore) -> None:  # noqa: F811
+def test_old_slates_and_what_was_shown_of_them_are_pruned_in_steps(store: EventStore) -> None:  # noqa: F811
     """Of users and of none; their ids can be used again."""
     for number, user_id in enumerate(["u", "v", None, "u", "v", None, "u"]):
-        one = IMPRESSION._replace(recommendation_id=f"r{number}", user_id=user_id, timestamp=number)
+        one = SLATE._replace(recommendation_id=f"r{number}", user_id=user_id, timestamp=number)
         log_now(store, one)
         # By a client whose clock is far behind: it does not matter.
         store.record_shown([ShownItem(f"r{number}", "a", 1, 1, number)])
@@ -104,26 +106,26 @@ def test_old_slates_and_impressions_are_pruned_in_steps(store: EventStore) -> No
     while store.prune_slates(5, 2):
         steps += 1
         assert steps < 100
-    assert {one.recommendation_id for part in store.all_impressions() for one in part} == {"r5", "r6"}
+    assert {one.recommendation_id for part in store.all_slates() for one in part} == {"r5", "r6"}
     assert {one.recommendation_id for one in all_shown(store)} == {"r5", "r6", "none"}
     assert {one.item_id for one in all_shown(store)} == {"a", "new"}
     assert not store.prune_slates(5, 10)
     assert len(store.history("u")) == 1
-    log_now(store, IMPRESSION._replace(recommendation_id="r0"))
-    assert [one.recommendation_id for one in impressions_of(store, "u")] == ["r6", "r0"]
+    log_now(store, SLATE._replace(recommendation_id="r0"))
+    assert [one.recommendation_id for one in slates_of(store, "u")] == ["r6", "r0"]
 
 
 def test_a_slate_ahead_of_the_clock_does_not_stop_pruning(store: EventStore) -> None:  # noqa: F811
     """It was logged first, and thousands of old ones after it; clients' clocks don't matter for what was shown."""
     for number in range(3_000):
-        one = IMPRESSION._replace(recommendation_id=f"r{number}", timestamp=1 if number else 10**9)
-        store.log_impression(one)
+        one = SLATE._replace(recommendation_id=f"r{number}", timestamp=1 if number else 10**9)
+        store.log_slate(one)
     store.flush()
     store.record_shown([ShownItem("r0", "a", 1, 1, 1), ShownItem("r1", "a", 1, 10**9, 1)])
     for _ in range(30):
         if not store.prune_slates(1_000, 1_000):
             break
-    assert [one.recommendation_id for one in impressions_of(store, "u")] == ["r0"]
+    assert [one.recommendation_id for one in slates_of(store, "u")] == ["r0"]
     assert {one.recommendation_id for one in all_shown(store)} == {"r0"}
 
 
@@ -132,12 +134,12 @@ def test_redis_prunes_long_lists_and_many_keys_in_small_steps(servers, tmp_path)
     with open_store(emptied("redis", servers, tmp_path)) as opened:
         for number in range(300):
             user_id = "long" if number < 200 else f"u{number}"
-            opened.log_impression(IMPRESSION._replace(recommendation_id=f"r{number}", user_id=user_id, timestamp=1))
+            opened.log_slate(SLATE._replace(recommendation_id=f"r{number}", user_id=user_id, timestamp=1))
         opened.flush()
         opened.record_shown([ShownItem(f"none{number}", "a", 1, 1, 1) for number in range(100)])
 
         def left() -> int:
-            slates = sum(len(part) for part in opened.all_impressions())
+            slates = sum(len(part) for part in opened.all_slates())
             return slates + sum(len(part) for part in opened.all_shown())
 
         before, more, steps = left(), True, 0
@@ -153,18 +155,43 @@ def test_redis_prunes_long_lists_and_many_keys_in_small_steps(servers, tmp_path)
 def test_what_waits_for_a_broken_store_is_limited_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three slates of some 82,000 bytes; the oldest are dropped, and what is deleted makes room."""
 
-    def broken(impressions: object, states: object) -> None:
+    def broken(slates: object, states: object) -> None:
         raise StoreError("away")
 
     monkeypatch.setattr("serve.stores.deferred.LIMIT_BYTES", 3 * 82_000)
     waiting = DeferredWrites(broken)
     for number in range(5):
-        slate = IMPRESSION._replace(recommendation_id=f"r{number}", item_ids=("i",) * 10_000)
+        slate = SLATE._replace(recommendation_id=f"r{number}", item_ids=("i",) * 10_000)
         waiting.add([slate._replace(user_id=f"u{number}", log_propensities=(), excluded_item_ids=())])
     assert waiting.dropped_count == 2
     waiting.discard("u4")
     waiting.add([slate._replace(user_id="u5", log_propensities=(), excluded_item_ids=())])
     assert waiting.dropped_count == 2
-    assert [len(waiting.impressions(f"u{number}", 0)) for number in range(6)] == [0, 0, 1, 1, 0, 1]
+    assert [len(waiting.slates(f"u{number}", 0)) for number in range(6)] == [0, 0, 1, 1, 0, 1]
     waiting.close()
     assert waiting.dropped_count == 5
+
+
+def test_slates_in_any_order_of_calls_are_those_of_a_plain_model(store: EventStore) -> None:  # noqa: F811
+    """Logging, deleting, merging and pruning, beside a dictionary; what was shown goes with its slate."""
+    chance, slates = random.Random(5), dict[str, Slate]()
+    for step in range(150):
+        user, other = chance.sample(("u", "v", "w"), 2)
+        action = chance.choice(["log"] * 4 + ["delete", "merge", "prune"])
+        own = [name for name, one in slates.items() if one.user_id == user]
+        if action == "log":
+            slates[f"r{step}"] = SLATE._replace(recommendation_id=f"r{step}", user_id=user, timestamp=step)
+            log_now(store, slates[f"r{step}"], started=time.monotonic() + 1)
+            assert store.record_shown([ShownItem(f"r{step}", "a", 1, 1, step)] * 2) == 1
+        elif action == "delete":
+            assert store.delete_user(user) == Deleted(0, len(own))
+            slates = {name: one for name, one in slates.items() if name not in own}
+        elif action == "merge":
+            assert store.merge_users(user, other) == Deleted(0, len(own))
+            slates |= {name: slates[name]._replace(user_id=other) for name in own}
+        else:
+            slates = {name: one for name, one in slates.items() if one.timestamp >= step - 20}
+            while store.prune_slates(step - 20, 2):
+                pass
+        assert sorted(one for part in store.all_slates() for one in part) == sorted(slates.values()), (step, action)
+        assert {one.recommendation_id for one in all_shown(store)} == slates.keys()

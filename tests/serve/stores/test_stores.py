@@ -26,11 +26,11 @@ from jaxrec.rl.served.event_store import UNNOTED, read_served_log
 from serve.api.rules import MAX_ID_LENGTH
 from serve.model.events import Event
 from serve.stores import open_store
-from serve.stores.base import Changes, Deleted, EventStore, Impression, SpilledState, StoreError, UserEvent, digest
+from serve.stores.base import Changes, Deleted, EventStore, Slate, SpilledState, StoreError, UserEvent, digest
 from serve.stores.copy import copy_log
 from serve.stores.postgres.schema import QUERIES, SCHEMA_LOCK
 from serve.stores.redis import server as checked_server
-from serve.stores.redis.scripts import LOG_IMPRESSION, UPDATE_IMPRESSIONS
+from serve.stores.redis.scripts import LOG_SLATE, UPDATE_SLATES
 from serve.stores.redis.user_scripts import DELETE_USER
 from serve.stores.sqlite.store import SQLiteStore
 from tests.serve.stores.databases import (
@@ -41,12 +41,12 @@ from tests.serve.stores.databases import (
     redis_server,
     wait_until,
 )
-from tests.serve.stores.impressions import impressions_of, log_now
+from tests.serve.stores.slates import log_now, slates_of
 
 T = TypeVar("T")
 KINDS = ("sqlite", "postgres", "redis")
 SERVERS = {"postgres": postgres_server, "redis": redis_server}
-IMPRESSION = Impression(
+SLATE = Slate(
     *("r1", "u", ("a", "ü"), (-1.25, -0.5), "reinforce", "v1", 1_700_000_000),
     temperature=0.1,
     request_time=2**63 - 1,
@@ -56,7 +56,7 @@ IMPRESSION = Impression(
     request_options=("filter", "seen"),
 )
 # What servers noted before they noted the request's options, which trend ranked it, and how it was drawn.
-NOTED_WITHOUT_OPTIONS = IMPRESSION._replace(request_options=())
+NOTED_WITHOUT_OPTIONS = SLATE._replace(request_options=())
 NOTED_WITHOUT_TREND = NOTED_WITHOUT_OPTIONS._replace(trend_time=None, trend_arrival=None)
 NOTED_BEFORE = NOTED_WITHOUT_TREND._replace(temperature=None, request_time=None, excluded_item_ids=())
 NEW_COLUMNS = ("temperature", "request_time", "excluded_item_ids", "trend_time", "trend_arrival", "request_options")
@@ -153,11 +153,11 @@ def test_what_is_stored_comes_back_after_reopening(location: str) -> None:
     events = [Event("i", 3.5, 0), Event('ü"\n[:%s', None, 2**63 - 1)]
     with open_store(location) as store:
         store.record([UserEvent(f"e {at}", "u:%", event, "r1") for at, event in enumerate(events)])
-        store.log_impression(IMPRESSION)
+        store.log_slate(SLATE)
         assert store.history("u:%") == events
     with open_store(location) as store:
         assert store.history("u:%") == events
-        assert impressions_of(store, "u") == [IMPRESSION]
+        assert slates_of(store, "u") == [SLATE]
 
 
 def test_the_longest_ids_fit_every_index(store: EventStore) -> None:
@@ -167,7 +167,7 @@ def test_the_longest_ids_fit_every_index(store: EventStore) -> None:
         "".join(chr(chance.randrange(0x10000, 0x110000)) for _ in range(MAX_ID_LENGTH)) for _ in range(4)
     )
     store.record([user_event(event_id, item_id, 5, user_id)])
-    store.log_impression(IMPRESSION._replace(recommendation_id=event_id, user_id=user_id))
+    store.log_slate(SLATE._replace(recommendation_id=event_id, user_id=user_id))
     state = SpilledState(user_id, version[:128], store.revision(user_id), b"x")
     store.save_states([state])
     store.flush()
@@ -195,7 +195,7 @@ def test_revision_changes_with_every_new_event_of_the_user_and_with_nothing_else
         seen.append(store.revision("u"))
     assert seen == sorted(set(seen))
     store.record([user_event("2"), user_event("v", user_id="v")])
-    log_now(store, IMPRESSION)
+    log_now(store, SLATE)
     assert store.revision("u") == seen[-1]
     store.delete_user("u")
     assert store.revision("u") == 0
@@ -220,16 +220,16 @@ def test_changes_since_a_revision(store: EventStore) -> None:
         assert store.changes("u", since) == Changes(store.revision("u"), [Event("new life", None, 5)], complete=True)
 
 
-def test_impressions_are_kept_by_user_in_order(store: EventStore) -> None:
-    anonymous = Impression("r3", None, (), (), "popularity", "v1", 5)
-    for one in (IMPRESSION, IMPRESSION._replace(recommendation_id="r2", user_id="v"), anonymous):
-        store.log_impression(one)
+def test_slates_are_kept_by_user_in_order(store: EventStore) -> None:
+    anonymous = Slate("r3", None, (), (), "popularity", "v1", 5)
+    for one in (SLATE, SLATE._replace(recommendation_id="r2", user_id="v"), anonymous):
+        store.log_slate(one)
     store.flush()
-    assert impressions_of(store, "u") == [IMPRESSION]
-    assert [one.recommendation_id for one in impressions_of(store, "v")] == ["r2"]
-    assert impressions_of(store, None) == [anonymous]
-    log_now(store, IMPRESSION._replace(recommendation_id="r4"))
-    assert [one.recommendation_id for one in impressions_of(store, "u")] == ["r1", "r4"]
+    assert slates_of(store, "u") == [SLATE]
+    assert [one.recommendation_id for one in slates_of(store, "v")] == ["r2"]
+    assert slates_of(store, None) == [anonymous]
+    log_now(store, SLATE._replace(recommendation_id="r4"))
+    assert [one.recommendation_id for one in slates_of(store, "u")] == ["r1", "r4"]
     assert store.dropped_count == 0
 
 
@@ -256,13 +256,13 @@ def test_states_are_kept_by_user_and_model_version(store: EventStore) -> None:
 def test_nothing_of_a_deleted_user_is_left(store: EventStore, location: str) -> None:
     store.record([user_event("1"), user_event("2"), user_event("3", user_id="v")])
     revision = store.revision("u")
-    log_now(store, IMPRESSION)
+    log_now(store, SLATE)
     store.save_states([SpilledState("u", "v1", revision, b"x")])
     store.flush()
     # Still to be written when the deletion comes.
-    store.log_impression(IMPRESSION)
+    store.log_slate(SLATE)
     store.save_states([SpilledState("u", "v2", revision, b"x")])
-    assert store.delete_user("u") == Deleted(event_count=2, impression_count=1)
+    assert store.delete_user("u") == Deleted(event_count=2, slate_count=1)
     # A state that a cache spills afterwards has no user any more, also when the user comes back.
     store.save_states([SpilledState("u", "v3", revision, b"x")])
     store.flush()
@@ -270,7 +270,7 @@ def test_nothing_of_a_deleted_user_is_left(store: EventStore, location: str) -> 
     store.save_states([SpilledState("u", "v4", revision, b"x")])
     store.flush()
     assert [store.load_state("u", version) for version in ("v1", "v2", "v3", "v4")] == [None] * 4
-    assert impressions_of(store, "u") == []
+    assert slates_of(store, "u") == []
     assert store.history("u") == [Event("i", None, 0)]
     assert len(store.history("v")) == 1
     assert store.delete_user("nobody") == Deleted(0, 0)
@@ -279,67 +279,67 @@ def test_nothing_of_a_deleted_user_is_left(store: EventStore, location: str) -> 
 def test_what_another_server_has_still_to_write_does_not_bring_a_deleted_user_back(location: str) -> None:
     with open_store(location) as one, open_store(location) as other:
         one.record([user_event("1")])
-        other.log_impression(IMPRESSION)
-        other.log_impression(IMPRESSION._replace(recommendation_id="r2", user_id="v"))
+        other.log_slate(SLATE)
+        other.log_slate(SLATE._replace(recommendation_id="r2", user_id="v"))
         other.save_states([SpilledState("u", "v1", other.revision("u"), b"x")])
         started = time.monotonic()
         one.delete_user("u")
         # Under way when the user was deleted, however long they take to be answered and logged.
-        other.log_impression(IMPRESSION._replace(recommendation_id="r3"), started=started)
-        other.log_impression(IMPRESSION._replace(recommendation_id="r4"), started=started - 60)
-        log_now(other, IMPRESSION._replace(recommendation_id="r5"), started=started)
-        log_now(one, IMPRESSION._replace(recommendation_id="r6"), started=started)
+        other.log_slate(SLATE._replace(recommendation_id="r3"), started=started)
+        other.log_slate(SLATE._replace(recommendation_id="r4"), started=started - 60)
+        log_now(other, SLATE._replace(recommendation_id="r5"), started=started)
+        log_now(one, SLATE._replace(recommendation_id="r6"), started=started)
         other.flush()
-        assert impressions_of(other, "u") == []
-        assert [shown.recommendation_id for shown in impressions_of(one, "v")] == ["r2"]
+        assert slates_of(other, "u") == []
+        assert [shown.recommendation_id for shown in slates_of(one, "v")] == ["r2"]
         one.record([user_event("1")])
         assert other.load_state("u", "v1") is None
         # Who comes back, say half a second later, is a user like any other.
         later = time.monotonic() + 0.5
-        log_now(other, IMPRESSION._replace(recommendation_id="r7"), started=later)
-        one.log_impression(IMPRESSION._replace(recommendation_id="r8"), started=later)
+        log_now(other, SLATE._replace(recommendation_id="r7"), started=later)
+        one.log_slate(SLATE._replace(recommendation_id="r8"), started=later)
         one.flush()
-        assert [shown.recommendation_id for shown in impressions_of(other, "u")] == ["r7", "r8"]
+        assert [shown.recommendation_id for shown in slates_of(other, "u")] == ["r7", "r8"]
         assert (one.dropped_count, other.dropped_count) == (0, 0)
 
 
 def test_a_recommendation_is_logged_once(store: EventStore) -> None:
     """As when the answer to a commit is lost, and what was put off is written again."""
-    log_now(store, IMPRESSION)
-    store.log_impression(IMPRESSION)
-    store.log_impression(IMPRESSION._replace(recommendation_id="r2"))
-    store.log_impression(IMPRESSION._replace(recommendation_id="r2"))
+    log_now(store, SLATE)
+    store.log_slate(SLATE)
+    store.log_slate(SLATE._replace(recommendation_id="r2"))
+    store.log_slate(SLATE._replace(recommendation_id="r2"))
     store.flush()
-    assert [shown.recommendation_id for shown in impressions_of(store, "u")] == ["r1", "r2"]
-    assert store.delete_user("u").impression_count == 2
+    assert [shown.recommendation_id for shown in slates_of(store, "u")] == ["r1", "r2"]
+    assert store.delete_user("u").slate_count == 2
 
 
 def test_what_cannot_be_written_does_not_hold_up_the_rest(store: EventStore) -> None:
     """Bad for the encoder or for the database; it is dropped and counted, and the thread that writes goes on."""
     store.record([user_event("1")])
-    bad: list[Impression | SpilledState] = [
-        IMPRESSION._replace(recommendation_id="b1", item_ids=(b"bytes",)),  # type: ignore[arg-type]
-        IMPRESSION._replace(recommendation_id="b2", policy=object()),  # type: ignore[arg-type]
+    bad: list[Slate | SpilledState] = [
+        SLATE._replace(recommendation_id="b1", item_ids=(b"bytes",)),  # type: ignore[arg-type]
+        SLATE._replace(recommendation_id="b2", policy=object()),  # type: ignore[arg-type]
         SpilledState("u", "v1", store.revision("u"), object()),  # type: ignore[arg-type]
     ]
     for number, one in enumerate(bad):
-        if isinstance(one, Impression):
-            store.log_impression(one)
+        if isinstance(one, Slate):
+            store.log_slate(one)
         else:
             store.save_states([one])
-        store.log_impression(IMPRESSION._replace(recommendation_id=f"r{number}"))
+        store.log_slate(SLATE._replace(recommendation_id=f"r{number}"))
 
     def assert_written() -> None:
-        assert [shown.recommendation_id for shown in impressions_of(store, "u")] == ["r0", "r1", "r2"]
+        assert [shown.recommendation_id for shown in slates_of(store, "u")] == ["r0", "r1", "r2"]
         assert store.dropped_count == 3
 
     wait_until(assert_written)
-    store.log_impression(IMPRESSION._replace(recommendation_id="r3"))
+    store.log_slate(SLATE._replace(recommendation_id="r3"))
     wait_until(lambda: assert_last(store, "r3"))
 
 
 def assert_last(store: EventStore, recommendation_id: str) -> None:
-    assert impressions_of(store, "u")[-1].recommendation_id == recommendation_id
+    assert slates_of(store, "u")[-1].recommendation_id == recommendation_id
 
 
 def test_of_a_user_with_very_many_events_the_newest_count(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,8 +416,8 @@ def test_the_log_is_copied_into_one_file(store: EventStore, location: str, tmp_p
     events = [user_event(f"e{at}", f"i{at}", at, user_id=f"u{at % 3}") for at in range(10)]
     events[4] = events[4]._replace(recommendation_id="r1", event=Event("ü", 2.5, 4))
     store.record(events)
-    log_now(store, IMPRESSION)
-    log_now(store, IMPRESSION._replace(recommendation_id="r2", user_id=None))
+    log_now(store, SLATE)
+    log_now(store, SLATE._replace(recommendation_id="r2", user_id=None))
     command = [sys.executable, "-m", "serve", "log", location, str(tmp_path / "log.sqlite")]
     for _ in range(2):
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -432,19 +432,19 @@ def test_the_log_is_copied_into_one_file(store: EventStore, location: str, tmp_p
         )
         assert [copy.history(f"u{user}") for user in range(3)] == [store.history(f"u{user}") for user in range(3)]
         assert copy.revision("u1") == store.revision("u1")
-        assert (impressions_of(copy, "u"), impressions_of(copy, None)) == (
-            impressions_of(store, "u"),
-            impressions_of(store, None),
+        assert (slates_of(copy, "u"), slates_of(copy, None)) == (
+            slates_of(store, "u"),
+            slates_of(store, None),
         )
 
 
-def test_an_impression_during_a_copy_has_its_events_in_it(
+def test_a_slate_during_a_copy_has_its_events_in_it(
     store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or isn't in it: what comes when the copy has all events, or all that was shown, is shown and answered at once."""
 
     def show_and_answer(name: str) -> None:
-        log_now(store, IMPRESSION._replace(recommendation_id=name))
+        log_now(store, SLATE._replace(recommendation_id=name))
         store.record([user_event(name)._replace(recommendation_id=name)])
 
     def meanwhile(rows: Callable[[], Iterator[T]], name: str) -> Iterator[T]:
@@ -453,14 +453,14 @@ def test_an_impression_during_a_copy_has_its_events_in_it(
 
     show_and_answer("r1")
     monkeypatch.setattr(store, "all_events", partial(meanwhile, store.all_events, "after events"))
-    monkeypatch.setattr(store, "all_impressions", partial(meanwhile, store.all_impressions, "after shown"))
+    monkeypatch.setattr(store, "all_slates", partial(meanwhile, store.all_slates, "after shown"))
     copy_log(store, tmp_path / "log.sqlite")
     monkeypatch.undo()
     with open_store(tmp_path / "log.sqlite") as copy:
-        shown = {one.recommendation_id for one in impressions_of(copy, "u")}
+        shown = {one.recommendation_id for one in slates_of(copy, "u")}
         answered = {new.recommendation_id for part in copy.all_events() for _, new in part}
     assert {"r1"} <= shown <= answered
-    assert {one.recommendation_id for one in impressions_of(store, "u")} == {"r1", "after events", "after shown"}
+    assert {one.recommendation_id for one in slates_of(store, "u")} == {"r1", "after events", "after shown"}
 
 
 def test_many_threads_of_two_servers_write_and_read(location: str) -> None:
@@ -521,7 +521,7 @@ def test_a_database_that_comes_back_has_what_was_acknowledged(
         with pytest.raises(StoreError, match="cannot be read"):
             store.history("0")
         # Kept until the database is there again.
-        store.log_impression(IMPRESSION)
+        store.log_slate(SLATE)
         with pytest.raises(StoreError, match="cannot be written"):
             store.flush()
         server.start()
@@ -532,7 +532,7 @@ def test_a_database_that_comes_back_has_what_was_acknowledged(
             store.record([user_event(f"{user}-{count}", user_id=str(user))])
             assert len(store.history(str(user))) == count + 1
         store.flush()
-        assert impressions_of(store, "u") == [IMPRESSION]
+        assert slates_of(store, "u") == [SLATE]
 
 
 def record_until_failure(store: EventStore, user: str) -> int:
@@ -581,8 +581,8 @@ def test_a_store_of_before_is_brought_up_to_date(kind: str, servers: dict[str, D
     with open_store(location) as store:
         store.record([user_event("1")])
         for name in ("r1", "r2"):
-            log_now(store, IMPRESSION._replace(recommendation_id=name))
-        log_now(store, IMPRESSION._replace(recommendation_id="r3", user_id=None))
+            log_now(store, SLATE._replace(recommendation_id=name))
+        log_now(store, SLATE._replace(recommendation_id="r3", user_id=None))
     twice = (
         "INSERT INTO {0} (recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp)"
         " SELECT recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp FROM {0}"
@@ -609,12 +609,12 @@ def test_a_store_of_before_is_brought_up_to_date(kind: str, servers: dict[str, D
         with redis.Redis.from_url(location) as client:
             client.set("jaxrec:version", "1")
             client.delete("jaxrec:shown_ids")
-            client.rpush("jaxrec:shown:u", json.dumps(IMPRESSION[:7]))
+            client.rpush("jaxrec:shown:u", json.dumps(SLATE[:7]))
     with open_store(location) as store:
         assert store.history("u") == [Event("i", None, 0)]
-        log_now(store, IMPRESSION)
-        assert [shown.recommendation_id for shown in impressions_of(store, "u")] == ["r1", "r2"]
-        assert [shown.recommendation_id for shown in impressions_of(store, None)] == ["r3"]
+        log_now(store, SLATE)
+        assert [shown.recommendation_id for shown in slates_of(store, "u")] == ["r1", "r2"]
+        assert [shown.recommendation_id for shown in slates_of(store, None)] == ["r3"]
         assert store.delete_user("u") == Deleted(1, 2)
 
 
@@ -639,14 +639,14 @@ def test_a_store_that_did_not_note_how_it_drew_is_brought_up_to_date(
     elif kind == "redis":
         with redis.Redis.from_url(location) as client:
             client.set("jaxrec:version", "2")
-            client.lset("jaxrec:shown:u", 0, json.dumps(IMPRESSION[:7]))
-    new = IMPRESSION._replace(recommendation_id="r2")
+            client.lset("jaxrec:shown:u", 0, json.dumps(SLATE[:7]))
+    new = SLATE._replace(recommendation_id="r2")
     for _ in range(2):
         with open_store(location) as store:
             log_now(store, new)
-            log_now(store, IMPRESSION)
-            assert impressions_of(store, "u") == [NOTED_BEFORE, new]
-            assert [one for part in store.all_impressions() for one in part] == [NOTED_BEFORE, new]
+            log_now(store, SLATE)
+            assert slates_of(store, "u") == [NOTED_BEFORE, new]
+            assert [one for part in store.all_slates() for one in part] == [NOTED_BEFORE, new]
             assert store.history("u") == [Event("i", None, 0)]
     # Those servers knew of one version less, and refused others as this one does.
     name, before = {
@@ -679,7 +679,7 @@ def test_a_store_that_noted_less_is_brought_up_to_date(
     if kind == "redis":
         with redis.Redis.from_url(location) as client:
             client.set("jaxrec:version", version)
-            client.lset("jaxrec:shown:u", 0, json.dumps(IMPRESSION[:fields]))
+            client.lset("jaxrec:shown:u", 0, json.dumps(SLATE[:fields]))
     else:
         schema = "jaxrec." if kind == "postgres" else ""
         steps = [f"ALTER TABLE {schema}shown DROP COLUMN {column}" for column in columns]
@@ -691,10 +691,10 @@ def test_a_store_that_noted_less_is_brought_up_to_date(
         else:
             with closing(sqlite3.connect(location)) as connection:
                 connection.executescript(";".join([*steps, f"PRAGMA user_version = {version + 1}"]))
-    new = IMPRESSION._replace(recommendation_id="r2")
+    new = SLATE._replace(recommendation_id="r2")
     with open_store(location) as store:
         log_now(store, new)
-        assert impressions_of(store, "u") == [noted, new]
+        assert slates_of(store, "u") == [noted, new]
 
 
 def test_what_a_server_of_before_still_writes_is_read_and_not_learned_from(
@@ -702,20 +702,20 @@ def test_what_a_server_of_before_still_writes_is_read_and_not_learned_from(
 ) -> None:
     """It has the store open since before it was brought up to date, and notes what it noted then."""
     store.record([user_event("1")])
-    lists = [json.dumps(column, ensure_ascii=False) for column in IMPRESSION[2:4]]
-    row = [*IMPRESSION[:2], *lists, *IMPRESSION[4:7]]
+    lists = [json.dumps(column, ensure_ascii=False) for column in SLATE[2:4]]
+    row = [*SLATE[:2], *lists, *SLATE[4:7]]
     columns = "recommendation_id, user_id, item_ids, log_propensities, policy, model_version, timestamp"
     if location.startswith("redis:"):
         with redis.Redis.from_url(location) as client:
-            arguments = ["jaxrec:shown:u", "r1", json.dumps(IMPRESSION[:7]), time.time(), digest("u")]
-            client.register_script(LOG_IMPRESSION)(args=arguments)
+            arguments = ["jaxrec:shown:u", "r1", json.dumps(SLATE[:7]), time.time(), digest("u")]
+            client.register_script(LOG_SLATE)(args=arguments)
     elif location.startswith("postgresql:"):
         with psycopg.connect(location) as connection:
             connection.execute(f"INSERT INTO jaxrec.shown ({columns}) VALUES (%s, %s, %s, %s, %s, %s, %s)", row)
     else:
         with closing(sqlite3.connect(location, isolation_level=None)) as connection:
             connection.execute(f"INSERT INTO shown ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
-    assert impressions_of(store, "u") == [NOTED_BEFORE]
+    assert slates_of(store, "u") == [NOTED_BEFORE]
     copy_log(store, tmp_path / "log.sqlite")
     log = read_served_log(tmp_path / "log.sqlite", small_data.catalog)
     assert (list(log.recommendations), log.skipped, log.shown) == ([], {UNNOTED: 1}, 1)
@@ -736,9 +736,9 @@ def test_a_long_redis_log_is_brought_up_to_date_in_parts(
             # Every tenth a second time, near and far.
             for name in (*ids[:50], *ids[:50:10], *ids[50:], *ids[::10]):
                 recommendation_id = name if user_id is None else f"{user_id} {name}"
-                client.rpush(key, json.dumps(IMPRESSION._replace(recommendation_id=recommendation_id, user_id=user_id)))
+                client.rpush(key, json.dumps(SLATE._replace(recommendation_id=recommendation_id, user_id=user_id)))
         client.sadd("jaxrec:shown_ids", *ids)
-        step = client.register_script(UPDATE_IMPRESSIONS)
+        step = client.register_script(UPDATE_SLATES)
         assert [step(args=["jaxrec:shown", 10]) for _ in range(3)] == [1, 1, 1]
         client.config_resetstat()
         with ThreadPoolExecutor(2) as threads:
@@ -749,10 +749,10 @@ def test_a_long_redis_log_is_brought_up_to_date_in_parts(
         assert not client.exists("jaxrec:update", "jaxrec:update_ids")
         assert client.scard("jaxrec:shown_ids") == 2 * 95
     with open_store(location) as store:
-        assert [shown.recommendation_id for shown in impressions_of(store, None)] == ids
-        assert [shown.recommendation_id for shown in impressions_of(store, "u")] == [f"u {name}" for name in ids]
-        log_now(store, IMPRESSION._replace(recommendation_id="r94", user_id=None))
-        assert len(impressions_of(store, None)) == 95
+        assert [shown.recommendation_id for shown in slates_of(store, None)] == ids
+        assert [shown.recommendation_id for shown in slates_of(store, "u")] == [f"u {name}" for name in ids]
+        log_now(store, SLATE._replace(recommendation_id="r94", user_id=None))
+        assert len(slates_of(store, None)) == 95
 
 
 def test_a_long_redis_list_is_deleted_in_parts(
@@ -765,7 +765,7 @@ def test_a_long_redis_list_is_deleted_in_parts(
     with open_store(location) as store, redis.Redis.from_url(location) as client:
         store.record([*events, user_event("v", user_id="v")])
         for at in range(25):
-            log_now(store, IMPRESSION._replace(recommendation_id=f"r{at}"))
+            log_now(store, SLATE._replace(recommendation_id=f"r{at}"))
         revision = store.revision("u")
         client.config_resetstat()
         assert store.delete_user("u") == Deleted(95, 25)

@@ -20,9 +20,9 @@ from serve.stores.base import (
     UserEvent,
 )
 from tests.serve.stores.counting import assert_counts, at, seed_of, sums
-from tests.serve.stores.impressions import impressions_of, log_now
+from tests.serve.stores.slates import log_now, slates_of
 from tests.serve.stores.test_stores import (  # noqa: F401
-    IMPRESSION,
+    SLATE,
     emptied,
     location,
     servers,
@@ -94,11 +94,11 @@ def test_deleted_events_are_gone_and_their_ids_free(store: EventStore) -> None: 
 def test_a_user_without_events_left_is_one_without_events(store: EventStore) -> None:  # noqa: F811
     store.record([user_event("1")])
     before = store.revision("u")
-    log_now(store, IMPRESSION)
+    log_now(store, SLATE)
     assert store.delete_events("u", ["1"]) == 1
     assert store.revision("u") == 0
     assert store.changes("u", before) == Changes(0, [], complete=True)
-    assert len(impressions_of(store, "u")) == 1
+    assert len(slates_of(store, "u")) == 1
     store.record([user_event("1")])
     assert store.revision("u") > before
 
@@ -115,13 +115,13 @@ def test_a_merged_user_has_all_of_both(store: EventStore) -> None:  # noqa: F811
         ]
     )
     known = store.revision("target")
-    log_now(store, IMPRESSION)
+    log_now(store, SLATE)
     # Still to be written.
-    store.log_impression(IMPRESSION._replace(recommendation_id="r2"))
-    store.log_impression(IMPRESSION._replace(recommendation_id="r3", user_id="target"))
+    store.log_slate(SLATE._replace(recommendation_id="r2"))
+    store.log_slate(SLATE._replace(recommendation_id="r3", user_id="target"))
     for user_id in ("u", "target"):
         store.save_states([SpilledState(user_id, "m", store.revision(user_id), b"x")])
-    assert store.merge_users("u", "target") == Deleted(event_count=3, impression_count=2)
+    assert store.merge_users("u", "target") == Deleted(event_count=3, slate_count=2)
     # Of the same second, by arrival.
     merged = [Event(item, None, time) for item, time in (("b", 5), ("a", 10), ("c", 20), ("d", 20), ("e", 20))]
     assert store.history("target") == merged
@@ -129,8 +129,8 @@ def test_a_merged_user_has_all_of_both(store: EventStore) -> None:  # noqa: F811
     assert store.changes("target", known) == Changes(store.revision("target"), merged, complete=True)
     assert store.revision("target") > known
     store.flush()
-    assert {one.recommendation_id for one in impressions_of(store, "target")} == {"r1", "r2", "r3"}
-    assert (store.history("u"), store.revision("u"), store.list_events("u", 9), impressions_of(store, "u")) == (
+    assert {one.recommendation_id for one in slates_of(store, "target")} == {"r1", "r2", "r3"}
+    assert (store.history("u"), store.revision("u"), store.list_events("u", 9), slates_of(store, "u")) == (
         [],
         0,
         [],
@@ -148,13 +148,13 @@ def test_a_merged_user_has_all_of_both(store: EventStore) -> None:  # noqa: F811
     assert store.merge_users("u", "target") == Deleted(1, 0)
     assert store.history("target") == [*merged, Event("g", None, 30)]
     assert store.delete_user("target") == Deleted(7, 3)
-    assert sum(len(part) for part in store.all_events()) == sum(len(part) for part in store.all_impressions()) == 0
+    assert sum(len(part) for part in store.all_events()) == sum(len(part) for part in store.all_slates()) == 0
 
 
 def test_a_user_can_become_one_that_has_nothing(store: EventStore) -> None:  # noqa: F811
     assert store.merge_users("u", "target") == Deleted(0, 0)
     assert store.revision("target") == 0
-    log_now(store, IMPRESSION, started=time.monotonic() + 1)
+    log_now(store, SLATE, started=time.monotonic() + 1)
     assert store.merge_users("u", "target") == Deleted(0, 1)
     assert store.revision("target") == 0
     store.record([user_event("1")])
@@ -165,14 +165,14 @@ def test_a_user_can_become_one_that_has_nothing(store: EventStore) -> None:  # n
     store.delete_user("target")
     store.record([user_event("2")])
     assert store.merge_users("u", "target") == Deleted(1, 0)
-    assert len(impressions_of(store, "target")) == 0
+    assert len(slates_of(store, "target")) == 0
 
 
 def test_too_much_is_not_merged(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     limit(monkeypatch, 3)
     store.record([user_event("1"), user_event("2"), user_event("3", user_id="target")])
-    log_now(store, IMPRESSION)
-    log_now(store, IMPRESSION._replace(recommendation_id="r2"))
+    log_now(store, SLATE)
+    log_now(store, SLATE._replace(recommendation_id="r2"))
     with pytest.raises(TooManyToMerge, match=r"^source_user_id: expected .* at most 3 events .*, came one with 4"):
         store.merge_users("u", "target")
     assert [len(store.history(user_id)) for user_id in ("u", "target")] == [2, 1]
@@ -183,10 +183,10 @@ def test_too_much_is_not_merged(store: EventStore, monkeypatch: pytest.MonkeyPat
 def test_what_another_server_has_still_to_log_of_a_merged_user_is_not_written(location: str) -> None:  # noqa: F811
     with open_store(location) as one, open_store(location) as other:
         one.record([user_event("1")])
-        other.log_impression(IMPRESSION)
+        other.log_slate(SLATE)
         one.merge_users("u", "target")
         other.flush()
-        assert [shown for part in one.all_impressions() for shown in part] == []
+        assert [shown for part in one.all_slates() for shown in part] == []
 
 
 def test_long_lists_of_redis_are_merged_as_a_whole(servers, tmp_path) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
@@ -291,13 +291,13 @@ def test_any_order_of_calls_is_that_of_a_plain_model(location: str) -> None:  # 
 
 def test_what_is_logged_while_users_are_merged_is_the_targets(store: EventStore) -> None:  # noqa: F811
     store.record([user_event("1")])
-    log = IMPRESSION._replace(recommendation_id="r2")
+    log = SLATE._replace(recommendation_id="r2")
     with store._deferred.merging("u", "target"):  # type: ignore[attr-defined]
-        store.log_impression(log)
+        store.log_slate(log)
         store.save_states([SpilledState("u", "m", store.revision("u"), b"x")])
     store.flush()
-    assert impressions_of(store, "target") == [log._replace(user_id="target")]
-    assert impressions_of(store, "u") == []
+    assert slates_of(store, "target") == [log._replace(user_id="target")]
+    assert slates_of(store, "u") == []
     assert store.load_state("u", "m") is None
 
 
@@ -320,8 +320,8 @@ def test_after_a_merge_the_newest_of_both_are_the_history(
     for number, user_id in enumerate(users):
         weight = chance.choice([1.0, -1.0, 0.0])
         store.record([UserEvent(f"e{number}", user_id, Event(f"i{number}", None, number, weight))])
-        one = IMPRESSION._replace(recommendation_id=f"r{number}", user_id=user_id, timestamp=number)
-        store.log_impression(one._replace(item_ids=(f"i{number}",)))
+        one = SLATE._replace(recommendation_id=f"r{number}", user_id=user_id, timestamp=number)
+        store.log_slate(one._replace(item_ids=(f"i{number}",)))
     store.flush()
     assert store.merge_users("u", "target") == Deleted(30, 30)
     listed = store.list_events("target", 99)
