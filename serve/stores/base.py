@@ -209,8 +209,18 @@ class EventStore(ABC):
         """
 
     @abstractmethod
-    def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
+    def last_arrival(self) -> int:
+        """The arrival of the last event, as `all_events` numbers it; 0: none was recorded yet.
+
+        Events that become visible later have later arrivals.
+        """
+
+    @abstractmethod
+    def all_events(self, after: int = 0) -> Iterator[Sequence[tuple[int, UserEvent]]]:
         """Every recorded event, in parts; those that come meanwhile may be missing.
+
+        Args:
+            after: Only events with later arrivals than this.
 
         Returns:
             Parts of (arrival, event). Arrivals grow with the order in which events were recorded, and are given once.

@@ -101,7 +101,7 @@ def count_events(connection: psycopg.Connection, recorded: Sequence[UserEvent]) 
 
 
 def last_arrival(connection: psycopg.Connection) -> int:
-    """See `SqlStore._last_arrival`; arrivals are not given in the order in which transactions end."""
+    """See `EventStore.last_arrival`; arrivals are not given in the order in which transactions end."""
     connection.execute(WAIT_FOR_EVENTS)
     (last,) = connection.execute("SELECT coalesce(max(arrival), 0) FROM jaxrec.events").fetchone() or (0,)
     return int(last)

@@ -190,7 +190,7 @@ class SQLiteStore(SqlStore):
         with self._failures("cannot be read"):
             return sqlite_counters.counts_of_rows(self._read(sqlite_counters.CHANGED_COUNTS, since), since)
 
-    def _last_arrival(self) -> int:
+    def last_arrival(self) -> int:
         ((last,),) = self._read("SELECT coalesce(max(arrival), 0) FROM events")
         return int(last)
 
