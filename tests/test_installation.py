@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "jaxrec/data/distributed": ("distributed",),
     "jaxrec/rl/simulated/gymnasium_adapter.py": ("gymnasium",),
     "jaxrec/runs/demo.py": ("demo", "serve-cpu"),
+    "jaxrec/runs/learn/metrics.py": ("train", "serve-cpu"),
     "jaxrec/onnx": ("export", "serve-cpu"),
     "jaxrec": ("train",),
 }

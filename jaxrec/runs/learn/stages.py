@@ -1,0 +1,154 @@
+"""The stages of a round. Each may be begun again after it was interrupted, and then comes to the same.
+
+A stage writes its folders and files wholly or not at all, under the round's folder, and returns what the state notes.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxrec.data.append import append
+from jaxrec.data.reading.check import ReadOptions
+from jaxrec.data.reading.columns import ColumnNames
+from jaxrec.data.reading.rules import TimeUnit
+from jaxrec.data.reading.sources import TextOptions
+from jaxrec.data.store import SUMMARY_FILE, read_prepared
+from jaxrec.errors import DataError, ExportError, TrainingError
+from jaxrec.files import new_directory, sha256
+from jaxrec.rl.config import ServedConfig
+from jaxrec.runs.directory import DATA_FOLDER, RUN_FILE, open_run
+from jaxrec.runs.export import NO_LICENCE, export
+from jaxrec.runs.learn.config import LearnConfig
+from jaxrec.runs.learn.gate import compare
+from jaxrec.runs.policy import load_run
+from jaxrec.runs.rl_served import run_served
+from jaxrec.runs.train import extend_run, train
+from jaxrec.training.stopping import StopRequested
+from serve.event_log.export import COLUMNS, export_events
+from serve.stores import open_store
+from serve.stores.base import StoreError
+from serve.stores.copy import copy_log
+
+EVENTS_FILE, LOG_FILE = "events.csv", "log.sqlite"
+RUN_FOLDER, POLICY_RUN_FOLDER = "run", "policy"
+Result = dict[str, Any]
+
+
+def events_stage(store: str, after: int, folder: Path) -> Result:
+    """Writes the events that the store recorded after a revision.
+
+    Raises:
+        DataError: The store cannot be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / EVENTS_FILE
+    try:
+        with open_store(store) as opened:
+            exported = export_events(opened, path, after)
+    except StoreError as error:
+        raise DataError(str(error)) from error
+    return {"after": after, "events": exported.events, "revision": exported.revision, "sha256": sha256(path)}
+
+
+def append_stage(data: Path, events: Mapping[str, Any], folder: Path, config: LearnConfig) -> Result:
+    """Adds the events to the data, in a new folder: a model may still refer to the old one.
+
+    Raises:
+        DataError: The events were changed since they were written, or cannot be used.
+    """
+    path, out = folder / EVENTS_FILE, folder / DATA_FOLDER
+    if not (out / SUMMARY_FILE).is_file():
+        if not path.is_file() or sha256(path) != events["sha256"]:
+            raise DataError(f"{path}: expected the file that the stage export-events wrote; remove {folder.parents[1]}")
+        options = ReadOptions(ColumnNames(*COLUMNS), TextOptions(",", "utf-8"), TimeUnit.SECONDS)
+        append(
+            data,
+            path,
+            config.movies,
+            features=config.features,
+            out=out,
+            options=options,
+            on_bad_rows=config.on_bad_rows,
+        )
+    result = read_prepared(out)
+    counts = {name: value for name, value in result.input.items() if isinstance(value, int | str | dict | list)}
+    return {"data": str(data), "data_sha256": result.digest, "input": counts, "events": result.histories.event_count}
+
+
+def served_stage(store: str, run: Path, folder: Path, config: LearnConfig, stop: StopRequested) -> Result:
+    """Learns a policy on top of the serving models from what the server showed. That there is too little to learn from
+    is a result.
+
+    Raises:
+        DataError: The store cannot be read.
+        TrainingStopped: `stop()` became true.
+    """
+    try:
+        with open_store(store) as opened:
+            copied = copy_log(opened, folder / LOG_FILE)
+    except StoreError as error:
+        raise DataError(str(error)) from error
+    if not copied.impressions:
+        return {"used": False, "reason": "no policy: the store holds no recommendations"}
+    candidate = folder / POLICY_RUN_FOLDER
+    _copy_run(run, candidate)
+    try:
+        outcome = run_served(
+            load_run(candidate), folder / LOG_FILE, ServedConfig(attribution_window=config.attribution_window), stop
+        )
+    except (DataError, TrainingError) as error:
+        return {"used": False, "reason": f"no policy: {error}"}
+    return {"used": outcome.used, "reason": outcome.reason, "differences": outcome.differences}
+
+
+def train_stage(run: Path, folder: Path, config: LearnConfig, stop: StopRequested) -> Result:
+    """Trains a copy of the serving run on the grown data, from where the copy stands.
+
+    Raises:
+        DataError: The data does not extend that of the run.
+        TrainingStopped: `stop()` became true.
+    """
+    candidate, data = folder / RUN_FOLDER, folder / DATA_FOLDER
+    if not (candidate / RUN_FILE).is_file():
+        _copy_run(run, candidate)
+    changes = {name: value for name in ("max_epochs", "patience") if (value := getattr(config, name)) is not None}
+    extend_run(candidate, data, changes)
+    try:
+        trained = train(None, candidate, resume=True, stop=stop)
+    except TrainingError as error:
+        return {"trained": False, "reason": f"refused: {error}"}
+    return {"trained": True, "from": str(run), "data_sha256": trained.data_digest}
+
+
+def gate_stage(serving: Path, folder: Path, config: LearnConfig) -> Result:
+    """Compares the retrained run with the serving one. Raises DataError where one of them cannot be read."""
+    return dataclasses.asdict(compare(serving, folder / RUN_FOLDER, config.margin))
+
+
+def export_stage(run: Path, models: Path, name: str, config: LearnConfig) -> Result:
+    """Exports a run as a new version in the folder of models. That it cannot be exported is a result.
+
+    Raises:
+        DataError: The run cannot be read.
+    """
+    for left in models.glob(f".{name}.*"):  # by a process that was killed; the lock says that none is at work
+        shutil.rmtree(left)
+    out = models / name
+    try:
+        manifest = export(run, out, config.licence or NO_LICENCE, config.int8, config.index)
+    except ExportError as error:
+        return {"exported": False, "reason": f"refused: {error}"}
+    return {"exported": True, "folder": name, "model_version": manifest["model_version"], "policy": manifest["policy"]}
+
+
+def _copy_run(run: Path, out: Path) -> None:
+    """A copy of a run, without the data that it may hold: the copy refers to the same data."""
+    open_run(run)
+
+    def without_data(folder: str, names: list[str]) -> list[str]:
+        return [DATA_FOLDER] if Path(folder) == run and DATA_FOLDER in names else []
+
+    with new_directory(out, RUN_FILE) as new:
+        shutil.copytree(run, new, ignore=without_data, dirs_exist_ok=True)
