@@ -11,6 +11,7 @@ COMMANDS = {
     "ask": ("Ask a running server, for an answer to read.", ()),
     "check": ("Say by the exit status whether a server is ready.", ()),
     "log": ("Copy events and recommendations into a file.", ("serve",)),
+    "outcomes": ("Compare what came of the recommendations of each model.", ("serve",)),
     "export-events": ("Write recorded events as a file to train on.", ("serve",)),
 }  # by name: the short help, and the extras that the command needs
 
