@@ -157,7 +157,7 @@ def _played(places: Places, config: LearnConfig, state: State, stop: StopRequest
     if events["events"] < config.least_events:
         said = f"nothing to do: {events['events']} new events since revision {state.revision}"
         said += f", expected at least {config.least_events}" if config.least_events > 1 else ""
-        return _ended(places, dataclasses.replace(state, round=None), said)
+        return _ended(places, dataclasses.replace(state, round=None), said, config.keep)
     under_way.stage(
         "append", lambda given: stages.append_stage(Path(state.data), events, folder, config), data=state.data
     )
@@ -212,16 +212,17 @@ def _played(places: Places, config: LearnConfig, state: State, stop: StopRequest
     )
 
 
-def _ended(places: Places, state: State, said: str, keep: int | None = None) -> State:
+def _ended(places: Places, state: State, said: str, keep: int) -> State:
     """Notes how the command ended, then removes what nothing refers to any more."""
     now = time.time()
-    published = state.published if keep is None else state.published[-keep:]
+    published = state.published[-keep:]
     gone = [name for name in state.published if name not in published and name != state.folder]
     state = dataclasses.replace(state, published=published, ended=now, succeeded=now, error="", said=said)
-    write_state(places.work, state)
     for name in gone:
-        # A version is seen whole or not at all, as long as it has its name.
-        (places.models / name).rename(places.models / f".{name}{REMOVED}")
+        # Whole as long as it has its name. After a kill it may be gone already.
+        if (places.models / name).exists():
+            (places.models / name).rename(places.models / f".{name}{REMOVED}")
+    write_state(places.work, state)
     _clean(places, state)
     return state
 
