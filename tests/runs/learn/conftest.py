@@ -13,10 +13,12 @@ from jaxrec.runs.learn.loop import Places
 from serve.model.events import Event
 from serve.stores import open_store
 from serve.stores.base import UserEvent
-from tests.runs.test_train import EVERYTHING, MODEL, TRAINING
+from tests.runs.test_train import EVERYTHING, MODEL
 from tests.synthetic import markov_log
 
 USERS, ITEMS = 60, 30
+# One step an epoch, however much the data grows: each program is compiled once for all rounds.
+TRAINING = jaxrec.TrainConfig(max_epochs=2, batch_tokens=1024)
 LATER = 10_000_000  # seconds between the first events of two rounds
 CONFIG = LearnConfig(margin=1.0, served=False)  # what counts is that it goes round, not whether it gets better
 
@@ -33,8 +35,8 @@ class Loop:
 
 
 def events_of_round(number: int) -> list[UserEvent]:
-    """Four events of each user, later than all of the rounds before."""
-    log = markov_log(USERS, ITEMS, events=4, stay=0.9, seed=number)
+    """Two events of each user, later than all of the rounds before: few shapes are compiled."""
+    log = markov_log(USERS, ITEMS, events=2, stay=0.9, seed=number)
     return events_of(log.assign(timestamp=log["timestamp"] + number * LATER), f"round {number}")
 
 

@@ -74,13 +74,13 @@ def weights(graph: Path) -> list[bytes]:
 
 def test_a_round_puts_out_what_learned_from_the_new_events(undisturbed: Played, base: Path) -> None:
     loop, state = undisturbed
-    assert (state.folder, state.revision, state.round) == ("2", 240, None)
+    assert (state.folder, state.revision, state.round) == ("2", 120, None)
     assert open_run(state.run).data_folder == Path(state.data)
     data = jaxrec.read_prepared(state.data)
-    assert data.histories.event_count == 60 * 10 + 240
+    assert data.histories.event_count == 60 * 10 + 120
     assert data.histories.times.max() > LATER + 1_000_000_000
     assert "NDCG@10 on the new held-out events of 60 users" in state.said
-    assert state.said.startswith(f"round 1, 240 new events: version 2 ({state.model_version}) is out. NDCG@10")
+    assert state.said.startswith(f"round 1, 120 new events: version 2 ({state.model_version}) is out. NDCG@10")
     assert jaxrec.read_prepared(base / "data").histories.event_count == 600
     assert read_state(loop.places.work) == state
 
@@ -155,11 +155,11 @@ def test_three_rounds_with_a_server_and_a_kill(undisturbed: Played, base: Path, 
             wait_for(lambda: client.get_model_info().model_version == state.model_version)  # noqa: B023
             record(client, events_of_round(number))
             state = learn(places, CONFIG)
-            assert state.history[-1].result("export-events")["events"] == 240  # type: ignore[index]
+            assert state.history[-1].result("export-events")["events"] == 120  # type: ignore[index]
         wait_for(lambda: client.get_model_info().model_version == state.model_version)
         assert len(client.recommend(user_id="7", k=5).recommendations) == 5
     assert [one.number for one in state.history] == [1, 2, 3]
-    assert jaxrec.read_prepared(state.data).histories.event_count == 600 + 3 * 240
+    assert jaxrec.read_prepared(state.data).histories.event_count == 600 + 3 * 120
 
 
 def record(client: RecommenderClient, events: list[UserEvent]) -> None:
@@ -187,11 +187,11 @@ def test_without_new_events_nothing_is_done(undisturbed: Played, monkeypatch: py
     loop, state = undisturbed
     monkeypatch.setattr(stages, "append_stage", None)
     again = learn(loop.places, CONFIG)
-    assert again.said == "nothing to do: 0 new events since revision 240"
+    assert again.said == "nothing to do: 0 new events since revision 120"
     assert outcome(loop, again) == outcome(loop, state)
     assert again.succeeded > state.succeeded
     few = learn(loop.places, dataclasses.replace(CONFIG, least_events=7))
-    assert few.said == "nothing to do: 0 new events since revision 240, expected at least 7"
+    assert few.said == "nothing to do: 0 new events since revision 120, expected at least 7"
 
 
 def test_late_events_are_learned_from_but_prove_nothing(base: Path, tmp_path: Path) -> None:
