@@ -38,5 +38,6 @@ def command(store: str, out: Path, after: int) -> None:
             exported = export_events(opened, out, after, progress)
     except StoreError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"{out}: {exported.events} events")
+    left_out = f"; {exported.left_out} left out with a line break in an id (a .parquet file can hold them)"
+    click.echo(f"{out}: {exported.events} events{left_out if exported.left_out else ''}")
     click.echo(exported.revision)

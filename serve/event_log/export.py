@@ -17,6 +17,7 @@ from serve.stores.base import EventStore, StoreError, UserEvent
 
 COLUMNS = ("user_id", "item_id", "rating", "timestamp")
 SUFFIXES = (".csv", ".parquet")
+LINE_BREAKS = frozenset("\n\r")
 
 
 class Exported(NamedTuple):
@@ -25,6 +26,8 @@ class Exported(NamedTuple):
     events: int
     revision: int
     """All events that arrived until then are in this file or in earlier ones: the next export begins after it."""
+    left_out: int
+    """Events with a line break in an id, which a .csv file cannot hold; 0 for .parquet, which can."""
 
 
 class _Writer(Protocol):
@@ -50,25 +53,43 @@ def export_events(
         progress: Called with the number of rows of each part.
 
     Returns:
-        How many events there are, and the revision for the next export.
+        How many events there are, the revision for the next export, and how many events were left out.
 
     Raises:
-        StoreError: The store cannot be read, the file cannot be written, or its suffix is another one.
+        StoreError: The store cannot be read, or was replaced by one that never came to `after`; the file cannot be
+            written, or its suffix is another one.
     """
     if path.suffix not in SUFFIXES:
         raise StoreError(f"{path}: expected a file that ends in {' or '.join(SUFFIXES)}")
-    # Where the users of the latest events were deleted since, the last arrival lies before an earlier one.
-    last, count = max(after, store.last_arrival()), 0
+    last, count, left_out = store.last_arrival(), 0, 0
+    if last < after:
+        raise StoreError(
+            f"the store has come to revision {last}, and the export begins after revision {after}: it was replaced, or "
+            "restored from an older copy, and its next events would be missed; begin after a revision of this store"
+        )
+    fits = _one_line if path.suffix == ".csv" else _any
     try:
         with _whole_file(path) as partial, _writer(partial, path.suffix) as write:
             for part in store.all_events(after):
-                events = [new for arrival, new in part if arrival <= last]
+                wanted = [new for arrival, new in part if arrival <= last]  # the only place that chooses events
+                events = [new for new in wanted if fits(new)]
+                left_out += len(wanted) - len(events)
                 write(events)
                 count += len(events)
                 progress(len(events))
     except OSError as error:
         raise StoreError(f"{path}: cannot be written: {error.strerror or error}") from error
-    return Exported(count, last)
+    return Exported(count, last, left_out)
+
+
+def _one_line(new: UserEvent) -> bool:
+    """Whether the ids have no line break: the reader of CSV ends a row there, even within quotes, so that an id could
+    hold rows of other users."""
+    return not LINE_BREAKS.intersection(new.user_id) and not LINE_BREAKS.intersection(new.event.item_id)
+
+
+def _any(new: UserEvent) -> bool:
+    return True
 
 
 @contextmanager

@@ -210,9 +210,10 @@ class EventStore(ABC):
 
     @abstractmethod
     def last_arrival(self) -> int:
-        """The arrival of the last event, as `all_events` numbers it; 0: none was recorded yet.
+        """The latest arrival that was given, as `all_events` numbers them; 0: none was given yet.
 
-        Events that become visible later have later arrivals.
+        It never goes back, also where its event was deleted since. Events that become visible later have later
+        arrivals.
         """
 
     @abstractmethod

@@ -191,7 +191,7 @@ class SQLiteStore(SqlStore):
             return sqlite_counters.counts_of_rows(self._read(sqlite_counters.CHANGED_COUNTS, since), since)
 
     def last_arrival(self) -> int:
-        ((last,),) = self._read("SELECT coalesce(max(arrival), 0) FROM events")
+        ((last,),) = self._read(sqlite_counters.LAST_ARRIVAL)
         return int(last)
 
     def _seed_after(self, last: int, counters: dict[str, Counter], until: int) -> None:

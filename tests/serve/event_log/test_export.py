@@ -9,6 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 import jaxrec
+from jaxrec.data.reading.check import ReadOptions
+from jaxrec.data.reading.rules import IdKind
 from serve.cli.main import main
 from serve.event_log.export import export_events
 from serve.model.events import Event
@@ -20,6 +22,7 @@ from tests.serve.stores.test_stores import KINDS, emptied, servers  # noqa: F401
 
 DAY = 86_400
 START = 1_600_000_000
+TEXT_IDS = ReadOptions(users=IdKind.TEXT, items=IdKind.TEXT)
 
 
 def event(event_id: str, user_id: str, item_id: str, day: int, rating: float | None = None) -> UserEvent:
@@ -65,7 +68,7 @@ def test_each_event_is_exported_once(store: EventStore, tmp_path: Path, suffix: 
     first = export_events(store, tmp_path / f"first.{suffix}")
     assert first.events == 3
     assert rows(tmp_path / f"first.{suffix}") == expected(EVENTS[:3])
-    assert export_events(store, tmp_path / f"none.{suffix}", first.revision) == (0, first.revision)
+    assert export_events(store, tmp_path / f"none.{suffix}", first.revision) == (0, first.revision, 0)
     assert rows(tmp_path / f"none.{suffix}") == []
     store.record(EVENTS)  # the first three are known
     second = export_events(store, tmp_path / f"second.{suffix}", first.revision)
@@ -95,9 +98,31 @@ def test_a_deletion_of_the_latest_events_moves_no_revision_back(store: EventStor
     store.record(EVENTS)
     first = export_events(store, tmp_path / "first.csv")
     store.delete_user("8")
-    assert export_events(store, tmp_path / "none.csv", first.revision) == (0, first.revision)
+    assert export_events(store, tmp_path / "none.csv", first.revision) == (0, first.revision, 0)
     store.record([event("5", "8", "10", 9)])
     assert export_events(store, tmp_path / "second.csv", first.revision).events == 1
+
+
+def test_an_id_with_a_line_break_adds_no_row_of_another_user(tmp_path: Path) -> None:
+    forged = event("forged", "6", "1\n7,2,5.0,1600000000\n8", 1, 2.0)
+    with open_store(tmp_path / "s.sqlite") as store:
+        store.record([EVENTS[0], forged, forged._replace(event_id="user", user_id="6\r7")])
+        assert export_events(store, tmp_path / "events.csv") == (1, 3, 2)
+        assert export_events(store, tmp_path / "events.parquet") == (3, 3, 0)
+        printed = CliRunner().invoke(main, ["export-events", str(tmp_path / "s.sqlite"), str(tmp_path / "again.csv")])
+    assert "1 events; 2 left out with a line break in an id" in printed.output
+    assert rows(tmp_path / "events.csv") == expected(EVENTS[:1])
+    config = jaxrec.PrepareConfig(1, 1, rating_scale=jaxrec.RatingScale(0.5, 5))
+    data = jaxrec.prepare(tmp_path / "events.parquet", None, config, options=TEXT_IDS)
+    assert {user: len(events) for user, (events, *_) in by_user(data).items()} == {"7": 1, "6": 1, "6\r7": 1}
+
+
+def test_a_store_that_never_came_to_the_revision_is_an_error(store: EventStore, tmp_path: Path) -> None:
+    """It was replaced, or restored from an older copy: events until the revision would be missed."""
+    store.record(EVENTS)
+    ahead = store.last_arrival() + 1
+    with pytest.raises(StoreError, match=f"has come to revision {ahead - 1}, and the export begins after.*{ahead}"):
+        export_events(store, tmp_path / "events.csv", ahead)
 
 
 def test_a_failed_export_leaves_the_older_file_and_nothing_beside_it(
