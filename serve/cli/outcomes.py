@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from serve.event_log.slates import Slates
 
 NOTE = (
-    "Arms compare fairly if they answered at the same time and users were divided between them at random (SetTraffic)."
+    "Arms compare fairly if they answered at the same time, to users divided at random between them (SetTraffic).\n"
+    "Each interval errs in 5 of 100 comparisons: among many arms, some seem to differ by chance."
 )
 
 
@@ -91,7 +92,7 @@ def as_table(slates: "Slates", found: "Outcomes") -> str:
     ]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
-    left_out = "".join(f"; {count} left out {reason}" for reason, count in slates.left_out.items())
+    left_out = "".join(f"; {count} slates {reason} left out" for reason, count in slates.left_out.items())
     lines.append(f"Responses within {slates.attribution_window} s{left_out}.")
     lines += [f"{one.verdict}." for one in found.differences]
     return "\n".join(line.rstrip() for line in [*lines, *([NOTE] if found.differences else [])])

@@ -1,7 +1,7 @@
 """How the arms of a log compare: interaction rate and reward per slate, with intervals that resample users."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from serve.event_log.slates import Arm, Slates
 SAMPLES = 1000
 DRAWN_AT_ONCE = 1_000_000  # users, over some samples
 PARTS = 3  # slates, slates with a response, reward
+LEAST_USERS = 30  # of an arm: intervals of fewer are too narrow
 
 
 class Estimate(NamedTuple):
@@ -70,25 +71,23 @@ def outcomes(slates: Slates, seed: int = 0) -> Outcomes:
     """
     if not len(slates.arm):
         return Outcomes([], [])
-    count = int(slates.user.max()) + 1
     names, arm = np.unique(slates.arm, return_inverse=True)
-    sums = np.zeros((count, len(names), PARTS))
-    np.add.at(sums, (slates.user, arm), np.stack([np.ones(len(arm)), slates.responded, slates.reward], axis=1))
-    met = sums[:, :, 0] > 0
-    order = np.argsort(-sums[:, :, 0].sum(axis=0), kind="stable")
-    users = met.any(axis=1)  # all of a user's slates may be left out
-    totals = _resampled(sums[users], seed)
+    of_arms = [_sums_by_user(slates, np.flatnonzero(arm == place)) for place in range(len(names))]
+    users = np.unique(slates.user)  # all of a user's slates may be left out
+    met = np.array([len(one.users) for one in of_arms])
+    whole = np.array([one.sums.sum(axis=0) for one in of_arms])
+    order = np.argsort(-whole[:, 0], kind="stable")
+    totals = _resampled(users, of_arms, seed)
     with np.errstate(invalid="ignore"):
         drawn = totals[..., 1:] / totals[..., :1]  # [samples, arms, rate and reward]; NaN: a sample without the arm
-    whole = sums.sum(axis=0)
     means = whole[:, 1:] / whole[:, :1]
-    enough = met.sum(axis=0) > 1
+    enough = met > 1
     arms = [slates.arms[name] for name in names]
     found = [
         ArmOutcome(
             arms[at],
             int(whole[at, 0]),
-            int(met[:, at].sum()),
+            int(met[at]),
             *(_estimate(means[at, figure], drawn[:, at, figure], bool(enough[at])) for figure in (0, 1)),
         )
         for at in order
@@ -104,36 +103,55 @@ def outcomes(slates: Slates, seed: int = 0) -> Outcomes:
             )
             for figure in (0, 1)
         )
-        differences.append(Difference(arms[at], arms[first], rate, reward, verdict(arms[at], arms[first], reward)))
+        said = verdict(arms[at], arms[first], reward, int(min(met[at], met[first])))
+        differences.append(Difference(arms[at], arms[first], rate, reward, said))
     return Outcomes(found, differences)
 
 
-def verdict(arm: Arm, baseline: Arm, reward: Estimate) -> str:
+def verdict(arm: Arm, baseline: Arm, reward: Estimate, users: int) -> str:
     """Which of two arms is better, in a sentence.
 
     Args:
         arm: One of them.
         baseline: The other one.
         reward: The reward per slate of `arm` less that of `baseline`.
+        users: How many users the arm with fewer of them has.
 
     Examples:
-        >>> verdict(Arm("2", "reinforce"), Arm("1", "supervised"), Estimate(0.02, 0.01, 0.03))
+        >>> verdict(Arm("2", "reinforce"), Arm("1", "supervised"), Estimate(0.02, 0.01, 0.03), 900)
         '2 (reinforce) is better than 1 (supervised): reward per slate +0.0200 (+0.0100 to +0.0300)'
     """
     one, other = (f"{each.model_version} ({each.policy})" for each in (arm, baseline))
-    if math.isnan(reward.low):
-        return f"no difference can be seen between {one} and {other}: one of them has fewer than two users"
+    if users < LEAST_USERS:
+        return f"too few users to compare {one} with {other}: {users}, expected at least {LEAST_USERS} of each"
     figures = f"reward per slate {reward.mean:+.4f} ({reward.low:+.4f} to {reward.high:+.4f})"
     if reward.low <= 0 <= reward.high:
         return f"no difference can be seen between {one} and {other}: {figures}"
     return f"{one} is {'better' if reward.low > 0 else 'worse'} than {other}: {figures}"
 
 
-def _resampled(sums: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """`[SAMPLES, arms, PARTS]`: the sums `[users, arms, PARTS]` over users that are drawn with replacement."""
-    flat = sums.reshape(len(sums), -1)
-    samples = [counts @ flat for counts in _draws(len(sums), np.random.default_rng(seed))]
-    return np.concatenate(samples).reshape(-1, *sums.shape[1:])
+class _ByUser(NamedTuple):
+    """What an arm's slates came to: `users` `[users]`, in order, and `sums` `[users, PARTS]`."""
+
+    users: NDArray[np.int32]
+    sums: NDArray[np.float64]
+
+
+def _sums_by_user(slates: Slates, rows: NDArray[np.int64]) -> _ByUser:
+    """Of the slates `rows`: memory is needed for the users who met them, not for all."""
+    users, place = np.unique(slates.user[rows], return_inverse=True)
+    parts = (None, slates.responded[rows], slates.reward[rows])
+    return _ByUser(users, np.stack([np.bincount(place, part, len(users)) for part in parts], axis=1).astype(np.float64))
+
+
+def _resampled(users: NDArray[np.int32], of_arms: Sequence[_ByUser], seed: int) -> NDArray[np.float64]:
+    """`[SAMPLES, arms, PARTS]`: the sums of each arm over users that are drawn with replacement from `users`."""
+    places = [np.searchsorted(users, one.users) for one in of_arms]
+    samples = [
+        np.stack([counts[:, place] @ one.sums for place, one in zip(places, of_arms, strict=True)], axis=1)
+        for counts in _draws(len(users), np.random.default_rng(seed))
+    ]
+    return np.concatenate(samples)
 
 
 def _draws(users: int, rng: np.random.Generator) -> Iterator[NDArray[np.float64]]:

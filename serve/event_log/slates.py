@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from serve.stores.base import EventStore
 
 QUANTILE = 0.99  # of the responses: by when the log ends, and within which window they come by default
-SENT_ALONG = "histories that came with the request"
+SENT_ALONG = "without a user id"
 EMPTY = "without an item"
-STILL_OPEN = "whose responses may still come"
+STILL_OPEN = "with an open attribution window"
 
 
 class Arm(NamedTuple):
@@ -45,12 +45,14 @@ def read_slates(store: EventStore, attribution_window: int | None = None) -> Sla
     """Reads a store, and attributes events to slates as `jaxrec rl served` does.
 
     An event is a response to the slate that it names, if it is on an item of the slate, by the same user, and comes
-    within the attribution window by its own clock; one before the slate counts as immediate. The log ends with the last
+    within the attribution window by its own clock; one before the slate counts as immediate. Only events on items of
+    their slate count for the default window. The log ends with the last
     slate, or with the responses, if these end later (all but the last one in a hundred). Slates less than the window
     before that are left out. Events dated after now have a wrong clock and count for neither.
 
     Args:
-        store: Servers may use it. Some 100 bytes for each slate are in memory.
+        store: Servers may use it. Some 300 bytes for each slate, 50 for each of its items and 30 for each
+            response are in memory.
         attribution_window: In seconds; None: within which 99 % of the log's responses came.
 
     Returns:
@@ -89,8 +91,11 @@ def read_slates(store: EventStore, attribution_window: int | None = None) -> Sla
             at = new.event.timestamp
             if number is None or users.get(new.user_id) != user[number] or at > now:
                 continue
+            on = items.get(new.event.item_id, -1)
+            if on not in slots[offsets[number] : offsets[number + 1]]:
+                continue
             slate.append(number)
-            item.append(items.get(new.event.item_id, -1))
+            item.append(on)
             came.append(at)
             delay.append(max(0, at - shown_at[number]))
     window = _quantile(np.array(delay)) if attribution_window is None else attribution_window

@@ -69,7 +69,7 @@ def test_rates_and_rewards_by_hand(store: EventStore) -> None:
     """DCG's discounts of three slots are 1, 1 / log2(3) and 1 / 2, over their sum."""
     small_log(store)
     slates = read_slates(store, attribution_window=10)
-    assert slates.left_out == {"histories that came with the request": 1, "whose responses may still come": 2}
+    assert slates.left_out == {"without a user id": 1, "with an open attribution window": 2}
     first, third, total = 1.0, 0.5, 1.0 + 1 / math.log2(3) + 0.5
     old, new = outcomes(slates).arms
     assert (old.arm, old.slates, old.users) == (OLD, 3, 2)
@@ -92,6 +92,24 @@ def test_the_window_is_that_of_99_in_100_responses(tmp_path: Path) -> None:
         assert read_slates(store).attribution_window == 7
 
 
+def test_events_on_other_items_do_not_count_for_the_window(tmp_path: Path) -> None:
+    with open_store(tmp_path / "s.sqlite") as store:
+        slate(store, "r1", "u", OLD, 0)
+        slate(store, "r2", "v", OLD, 0, "d")
+        store.flush()
+        response(store, "r1", "u", "a", 7)
+        response(store, "r1", "u", "d", 1000)  # of another slate
+        response(store, "r1", "u", "z", 1000)  # of none
+        assert read_slates(store).attribution_window == 7
+
+
+@pytest.mark.parametrize(("users", "said"), [(29, "too few users to compare 2"), (30, "2 (reinforce) is worse")])
+def test_few_users_give_no_verdict(users: int, said: str) -> None:
+    """Each of the users met both arms, and responded to the first one alone: the interval has width 0."""
+    (difference,) = outcomes(drawn(users, {OLD: 1.0, NEW: 0.0}, seed=0)).differences
+    assert difference.verdict.startswith(said)
+
+
 def test_events_of_a_wrong_clock_do_not_count(tmp_path: Path) -> None:
     """They would close the window of slates that were shown a moment ago."""
     with open_store(tmp_path / "s.sqlite") as store:
@@ -99,7 +117,7 @@ def test_events_of_a_wrong_clock_do_not_count(tmp_path: Path) -> None:
         store.flush()
         response(store, "r1", "u", "a", 2_000_000_000)
         found = read_slates(store, 10)
-    assert (len(found.user), found.left_out) == (0, {"whose responses may still come": 1})
+    assert (len(found.user), found.left_out) == (0, {"with an open attribution window": 1})
 
 
 def test_a_store_without_slates_has_no_arm(tmp_path: Path) -> None:
@@ -157,8 +175,8 @@ def test_the_command_prints_a_table_or_json(location: str) -> None:
     table = CliRunner().invoke(main, arguments).output.splitlines()
     assert table[0].split("  ")[0] == "model version"
     assert table[1].split()[:6] == ["1", "supervised", "3", "2", "0.3333", "(0.0000"]
-    assert table[3].startswith("Responses within 10 s; 1 left out histories that came with the request; 2 left out")
-    assert table[4].startswith("no difference can be seen between 2 (reinforce) and 1 (supervised): one of them has")
+    assert table[3].startswith("Responses within 10 s; 1 slates without a user id left out; 2 slates with an open")
+    assert table[4].startswith("too few users to compare 2 (reinforce) with 1 (supervised): 1, expected at least 30")
     found = json.loads(CliRunner().invoke(main, [*arguments, "--format", "json"]).output)
     assert found["arms"][1] == {
         **NEW._asdict(),
