@@ -1,5 +1,6 @@
 """`jaxrec learn`: the options, and what is printed. The command imports what computes."""
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -7,9 +8,11 @@ import click
 from jaxrec.cli.export import INDEX
 from jaxrec.cli.options import EXISTING_FILE, EXISTING_FOLDER, NEW_FILE, NEW_FOLDER
 from jaxrec.data.reading.bad_rows import OnBadRows
-from jaxrec.errors import TrainingStopped
-from jaxrec.runs.learn.config import LearnConfig
+from jaxrec.errors import DataError, TrainingStopped
+from jaxrec.runs.learn.config import LearnConfig, Places
 from jaxrec.training.stopping import stop_on_signals
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the command is to be given again
 
 
 @click.command()
@@ -43,10 +46,21 @@ from jaxrec.training.stopping import stop_on_signals
     "--margin",
     type=click.FloatRange(0, 1),
     default=LearnConfig.margin,
-    help="A retrained model goes out if the lower end of the 95 % interval of its NDCG@10, less that of the serving "
-    "model, is at most this share of the latter below 0.",
+    help="Share of the serving model's NDCG@10 that a retrained model may lose. It is published if the lower end of "
+    "the 95 % interval of the difference is not below that loss, and the upper end is not below 0.",
 )
-@click.option("--keep", type=click.IntRange(1), default=LearnConfig.keep, help="Versions of the loop that stay.")
+@click.option(
+    "--least-users",
+    type=click.IntRange(1),
+    default=LearnConfig.least_users,
+    help="Refuse a retrained model if fewer users have a new held-out event to compare on.",
+)
+@click.option(
+    "--keep",
+    type=click.IntRange(2),
+    default=LearnConfig.keep,
+    help="Versions of the loop that stay, so that a server can roll back to them.",
+)
 @click.option(
     "--served/--no-served",
     default=LearnConfig.served,
@@ -80,6 +94,7 @@ def learn(
     after: int,
     least_events: int,
     margin: float,
+    least_users: int,
     keep: int,
     served: bool,
     attribution_window: int | None,
@@ -92,16 +107,16 @@ def learn(
     int8: bool,
     index: str,
 ) -> None:
-    """Plays one round of the loop: what the server recorded becomes the next model version, or a reason why not.
+    """Runs one round of the loop: what the server recorded becomes the next model version, or a reason why not.
 
     New events are appended to a copy of DATA, a copy of RUN is trained on them, and the result is exported to MODELS if
     it is not worse than what serves. RUN and DATA stay as they are; WORK/state.json says what happened. A command that
-    was ended or killed goes on where it was when it is given again. With no new events it does nothing.
+    was stopped or killed is resumed where it was when it is given again; stopped by SIGTERM or Ctrl-C, it ends with
+    exit status 75. With no new events it does nothing.
     """
     import jax
 
-    from jaxrec.runs.learn.loop import Places
-    from jaxrec.runs.learn.loop import learn as play_round
+    from jaxrec.runs.learn.loop import learn as run_round
     from jaxrec.runs.learn.metrics import write_metrics
     from jaxrec.runs.learn.state import read_state
     from jaxrec.training.host_memory import keep_freed_memory
@@ -113,6 +128,7 @@ def learn(
         after=after,
         least_events=least_events,
         margin=margin,
+        least_users=least_users,
         keep=keep,
         served=served,
         attribution_window=attribution_window,
@@ -129,10 +145,13 @@ def learn(
         keep_freed_memory()
     with stop_on_signals() as stop:
         try:
-            click.echo(play_round(places, config, stop).said)
+            click.echo(run_round(places, config, stop).said)
         except TrainingStopped as stopped:
-            click.echo(f"{stopped}; the same command goes on from there")
+            click.echo(f"{stopped}; the same command resumes there")
+            raise click.exceptions.Exit(STOPPED) from stopped
         finally:
-            state = read_state(places.work)
-            if metrics_file is not None and state is not None:
+            if metrics_file is not None:
+                state = None
+                with contextlib.suppress(DataError):
+                    state = read_state(places.work)
                 write_metrics(state, metrics_file)

@@ -1,11 +1,13 @@
 """The schedules of the learning loop call the command that there is, and share store and models with the server."""
 
 import shlex
+from pathlib import Path
 
 import click
 import pytest
 import yaml
 
+from jaxrec.cli.learn import STOPPED
 from jaxrec.cli.main import main
 from tests.deploy.files import DEPLOY, KUBERNETES, POD, SETTINGS, UNIT, dockerfile, unit
 
@@ -34,7 +36,8 @@ def test_the_unit_learns_from_the_store_of_the_server_into_its_models(monkeypatc
     assert given["models"] == str(SETTINGS["systemd"].model)
     owned = {f"/var/lib/{name}" for name in LEARN["StateDirectory"][0].split()}
     assert all(str(given[name]).startswith(tuple(owned)) for name in ("store", "data", "run", "models"))
-    assert str(given["metrics_file"]).startswith(f"/run/{LEARN['RuntimeDirectory'][0]}/")
+    assert str(Path(str(given["metrics_file"])).parent) == LEARN["ReadWritePaths"][0]
+    assert LEARN["SuccessExitStatus"] == [str(STOPPED)]
 
 
 def test_the_unit_has_the_user_of_the_server_and_no_more_rights() -> None:

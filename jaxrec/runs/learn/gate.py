@@ -8,6 +8,7 @@ import numpy as np
 from jaxrec.data.histories import Histories
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.split import Cases
+from jaxrec.data.store import read_prepared
 from jaxrec.data.trend import DecayedCounts
 from jaxrec.errors import DataError
 from jaxrec.evaluation.bootstrap import Estimate, bootstrap, resample
@@ -21,8 +22,8 @@ from jaxrec.runs.policy import load_served
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """Whether the new model is put out, and why. NDCG@10 of both models and the difference (new less serving) with its
-    95 % interval by user; None: there was nothing to compare on."""
+    """Whether the new model is published, and why. NDCG@10 of both models and the difference (new less serving) with
+    the 95 % interval by user; None: there was nothing to compare on."""
 
     accepted: bool
     reason: str
@@ -32,18 +33,21 @@ class Decision:
     difference: Estimate | None = None
 
 
-def compare(serving: Path, candidate: Path, margin: float) -> Decision:
+def compare(serving: Path, candidate: Path, published: Path, margin: float, least_users: int) -> Decision:
     """Compares the run that serves with a run that was trained on more events.
 
-    The cases are the test events of the candidate's data that the serving run's data does not have. Neither run was
-    trained on them, and neither chose its mix or its best epoch by them: on validation events the candidate did. Each
+    The cases are the test events of the candidate's data that came after the serving run was published. Neither run was
+    trained on them, nor a policy on top of it, and neither chose its mix or its best epoch by them: the candidate did
+    so on validation events. Each
     model is given what its server would have: events on items that it does not know are left out, and a target that it
     does not know is a miss. Requests have no time. Cases without a known item in the history are left out, too.
 
     Args:
         serving: The folder of the run that serves; a policy in use counts.
-        candidate: The folder of the run to put out.
+        candidate: The folder of the run to publish.
+        published: The prepared data with all events until the serving run was published.
         margin: Share of the serving model's NDCG@10 that the lower end of the interval may lie below it.
+        least_users: With cases of fewer users the candidate is refused.
 
     Returns:
         The decision.
@@ -55,7 +59,7 @@ def compare(serving: Path, candidate: Path, margin: float) -> Decision:
     known = len(old_data.catalog)
     if not np.array_equal(old_data.catalog.ids.raw_ids, data.catalog.ids.raw_ids[:known]):
         raise DataError(f"{candidate}: its catalogue does not begin with that of {serving}; they cannot be compared")
-    cases = new_cases(old_data, data)
+    cases = new_cases(read_prepared(published), data)
     as_known, cases, ranked = with_known_items(data, cases, old_data)
     if not len(cases):
         return Decision(
@@ -68,11 +72,17 @@ def compare(serving: Path, candidate: Path, margin: float) -> Decision:
         ranks[places] = _ranks(old, as_known, ranked)
     of_old = ndcg(ranks, 10)
     estimate = bootstrap(of_new - of_old, resample(cases.users))
-    return decide(float(of_new.mean()), float(of_old.mean()), estimate, len(np.unique(cases.users)), margin)
+    users = len(np.unique(cases.users))
+    return decide(float(of_new.mean()), float(of_old.mean()), estimate, users, margin, least_users)
 
 
-def decide(new: float, serving: float, difference: Estimate, users: int, margin: float) -> Decision:
+def decide(
+    new: float, serving: float, difference: Estimate, users: int, margin: float, least_users: int = 1
+) -> Decision:
     """Accepts the new model if it is not worse than the serving one by more than the margin, with 97.5 % confidence.
+
+    A model that is proved worse, by however little, is refused: such steps would add up. So is one that nothing was
+    compared for: the serving model has no hit, or both rank alike, which makes an interval of width 0.
 
     Args:
         new: NDCG@10 of the new model.
@@ -80,19 +90,27 @@ def decide(new: float, serving: float, difference: Estimate, users: int, margin:
         difference: New less serving, paired by case, with its interval by user.
         users: How many users the cases are of.
         margin: Share of `serving`.
+        least_users: With fewer users the model is refused.
 
     Examples:
         >>> decide(0.12, 0.10, Estimate(0.02, 0.01, 0.03), 900, 0.05).accepted
         True
-        >>> decide(0.10, 0.10, Estimate(0.0, -0.006, 0.006), 50, 0.05).accepted  # may be worse by more than 0.005
+        >>> decide(0.10, 0.10, Estimate(0.0, -0.006, 0.006), 900, 0.05).accepted  # may be worse by more than 0.005
+        False
+        >>> decide(0.12, 0.10, Estimate(0.02, 0.01, 0.03), 1, 0.05, least_users=100).accepted
         False
     """
-    floor = -margin * serving
-    accepted = difference.low >= floor
-    if accepted:
-        why = f"accepted: the lower end is not below {floor:+.4f}, {margin:.0%} of the serving model's"
+    floor, accepted = -margin * serving, False
+    if users < least_users:
+        why = f"refused: expected at least {least_users} users; with more events there will be"
+    elif serving == 0:
+        why = "refused: the serving model ranks none of these events among its first 10, so that no loss can be seen"
+    elif difference.low == difference.high:
+        why = "refused: both models rank these events alike"
     elif difference.high < 0:
         why = "refused: it is worse"
+    elif difference.low >= floor:
+        accepted, why = True, f"accepted: the lower end is not below {floor:+.4f}, {margin:.0%} of the serving model's"
     else:
         why = f"refused: it may be worse, since the lower end is below {floor:+.4f}; more events narrow the interval"
     reason = (

@@ -9,20 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxrec.data.append import append
+from jaxrec.data.append import KnownEvents, append
 from jaxrec.data.reading.check import ReadOptions
 from jaxrec.data.reading.columns import ColumnNames
 from jaxrec.data.reading.rules import TimeUnit
-from jaxrec.data.reading.sources import TextOptions
 from jaxrec.data.store import SUMMARY_FILE, read_prepared
-from jaxrec.errors import DataError, ExportError, TrainingError
+from jaxrec.errors import DataError, ExportError, NoUsableRow, TrainingError
 from jaxrec.files import new_directory, sha256
 from jaxrec.rl.config import ServedConfig
-from jaxrec.runs.directory import DATA_FOLDER, RUN_FILE, open_run
+from jaxrec.runs.directory import DATA_FOLDER, RUN_FILE, load_supervised, open_run
 from jaxrec.runs.export import NO_LICENCE, export
 from jaxrec.runs.learn.config import LearnConfig
 from jaxrec.runs.learn.gate import compare
-from jaxrec.runs.policy import load_run
+from jaxrec.runs.learn.versions import publish
+from jaxrec.runs.policy import LoadedRun, load_served
 from jaxrec.runs.rl_served import run_served
 from jaxrec.runs.train import extend_run, train
 from jaxrec.training.stopping import StopRequested
@@ -31,8 +31,8 @@ from serve.stores import open_store
 from serve.stores.base import StoreError
 from serve.stores.copy import copy_log
 
-EVENTS_FILE, LOG_FILE = "events.csv", "log.sqlite"
-RUN_FOLDER, POLICY_RUN_FOLDER = "run", "policy"
+EVENTS_FILE, LOG_FILE = "events.parquet", "log.sqlite"
+RUN_FOLDER, POLICY_RUN_FOLDER, MODEL_FOLDER = "run", "policy", "model"
 Result = dict[str, Any]
 
 
@@ -52,29 +52,38 @@ def events_stage(store: str, after: int, folder: Path) -> Result:
     return {"after": after, "events": exported.events, "revision": exported.revision, "sha256": sha256(path)}
 
 
-def append_stage(data: Path, events: Mapping[str, Any], folder: Path, config: LearnConfig) -> Result:
-    """Adds the events to the data, in a new folder: a model may still refer to the old one.
+def has_events(events: Mapping[str, Any], folder: Path) -> bool:
+    """Whether the file of the stage `export-events` is as that wrote it."""
+    path = folder / EVENTS_FILE
+    return path.is_file() and sha256(path) == events["sha256"]
+
+
+def append_stage(data: Path, folder: Path, config: LearnConfig) -> Result:
+    """Adds the events to the data, in a new folder: a model may still refer to the old one. Events that are in the data
+    already are left out. That no event can be used is a result, unless bad rows are an error.
 
     Raises:
-        DataError: The events were changed since they were written, or cannot be used.
+        DataError: The events cannot be used.
     """
-    path, out = folder / EVENTS_FILE, folder / DATA_FOLDER
+    out = folder / DATA_FOLDER
     if not (out / SUMMARY_FILE).is_file():
-        if not path.is_file() or sha256(path) != events["sha256"]:
-            raise DataError(f"{path}: expected the file that the stage export-events wrote; remove {folder.parents[1]}")
-        options = ReadOptions(ColumnNames(*COLUMNS), TextOptions(",", "utf-8"), TimeUnit.SECONDS)
-        append(
-            data,
-            path,
-            config.movies,
-            features=config.features,
-            out=out,
-            options=options,
-            on_bad_rows=config.on_bad_rows,
-        )
+        try:
+            append(
+                data,
+                folder / EVENTS_FILE,
+                config.movies,
+                features=config.features,
+                out=out,
+                options=ReadOptions(ColumnNames(*COLUMNS), time_unit=TimeUnit.SECONDS),
+                on_bad_rows=config.on_bad_rows,
+                known_events=KnownEvents.LEAVE_OUT,
+            )
+        except NoUsableRow as error:
+            return {"usable": False, "input": {"bad_rows": error.bad_rows}, "reason": f"no new data: {error}"}
     result = read_prepared(out)
     counts = {name: value for name, value in result.input.items() if isinstance(value, int | str | dict | list)}
-    return {"data": str(data), "data_sha256": result.digest, "input": counts, "events": result.histories.event_count}
+    grown = {"data_sha256": result.digest, "input": counts, "events": result.histories.event_count}
+    return {"usable": True, **grown}
 
 
 def served_stage(store: str, run: Path, folder: Path, config: LearnConfig, stop: StopRequested) -> Result:
@@ -82,7 +91,7 @@ def served_stage(store: str, run: Path, folder: Path, config: LearnConfig, stop:
     is a result.
 
     Raises:
-        DataError: The store cannot be read.
+        DataError: The store or the run cannot be read.
         TrainingStopped: `stop()` became true.
     """
     try:
@@ -94,9 +103,16 @@ def served_stage(store: str, run: Path, folder: Path, config: LearnConfig, stop:
         return {"used": False, "reason": "no policy: the store holds no recommendations"}
     candidate = folder / POLICY_RUN_FOLDER
     _copy_run(run, candidate)
+    opened_run = open_run(candidate)
+    data = opened_run.read_data()
+    supervised = load_supervised(opened_run, data)
+    load_served(opened_run, supervised)  # a damaged policy is an error, too
+    if supervised.repeat is not None:
+        return {"used": False, "reason": "no policy: the run may recommend items of the history again"}
+    loaded = LoadedRun(opened_run, data, supervised)
     try:
         outcome = run_served(
-            load_run(candidate), folder / LOG_FILE, ServedConfig(attribution_window=config.attribution_window), stop
+            loaded, folder / LOG_FILE, ServedConfig(attribution_window=config.attribution_window), stop
         )
     except (DataError, TrainingError) as error:
         return {"used": False, "reason": f"no policy: {error}"}
@@ -122,25 +138,28 @@ def train_stage(run: Path, folder: Path, config: LearnConfig, stop: StopRequeste
     return {"trained": True, "from": str(run), "data_sha256": trained.data_digest}
 
 
-def gate_stage(serving: Path, folder: Path, config: LearnConfig) -> Result:
+def gate_stage(serving: Path, published: Path, folder: Path, config: LearnConfig) -> Result:
     """Compares the retrained run with the serving one. Raises DataError where one of them cannot be read."""
-    return dataclasses.asdict(compare(serving, folder / RUN_FOLDER, config.margin))
+    decision = compare(serving, folder / RUN_FOLDER, published, config.margin, config.least_users)
+    return dataclasses.asdict(decision)
 
 
-def export_stage(run: Path, models: Path, name: str, config: LearnConfig) -> Result:
-    """Exports a run as a new version in the folder of models. That it cannot be exported is a result.
+def export_stage(run: Path, folder: Path, config: LearnConfig) -> Result:
+    """Exports a run into the round's folder. That it cannot be exported is a result.
 
     Raises:
         DataError: The run cannot be read.
     """
-    for left in models.glob(f".{name}.*"):  # by a process that was killed; the lock says that none is at work
-        shutil.rmtree(left)
-    out = models / name
     try:
-        manifest = export(run, out, config.licence or NO_LICENCE, config.int8, config.index)
+        made = export(run, folder / MODEL_FOLDER, config.licence or NO_LICENCE, config.int8, config.index)
     except ExportError as error:
         return {"exported": False, "reason": f"refused: {error}"}
-    return {"exported": True, "folder": name, "model_version": manifest["model_version"], "policy": manifest["policy"]}
+    return {"exported": True, "model_version": made["model_version"], "policy": made["policy"]}
+
+
+def publish_stage(folder: Path, models: Path) -> Result:
+    """Copies the export of the round into the folder of models. Raises DataError where that cannot be read."""
+    return {"folder": publish(folder / MODEL_FOLDER, models)}
 
 
 def _copy_run(run: Path, out: Path) -> None:

@@ -1,8 +1,8 @@
 """Where the loop stands: one JSON file that is replaced as a whole, and a lock that ends with its process.
 
 WORK/state.json   what serves, up to which revision events are in the data, and the rounds
-WORK/lock         held by the process that works
-WORK/rounds/N/    what round N made: events.csv, data/ and run/, or policy/ and log.sqlite
+WORK/rounds/N/    what round N made: events.parquet, data/ and run/, or policy/ and log.sqlite, and the export model/
+WORK/.jaxrec-learn.lock      held by the process that works; the folder of models has one, too
 """
 
 import contextlib
@@ -10,14 +10,15 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxrec.errors import DataError
 from jaxrec.files import read_json, write_text
 
-STATE_FILE, LOCK_FILE, ROUNDS_FOLDER = "state.json", "lock", "rounds"
+STATE_FILE, LOCK_FILE, ROUNDS_FOLDER = "state.json", ".jaxrec-learn.lock", "rounds"
 STATE_SCHEMA_VERSION = 1
 MOST_ROUNDS = 100  # finished ones that the state remembers
 MODELS, POLICY = "models", "policy"  # what a round changed
@@ -30,8 +31,8 @@ class Round:
     Attributes:
         number: From 1 on.
         stages: By name, in the order in which they began: `began` (seconds since 1970-01-01T00:00Z), `attempts`, and
-            once it ended `seconds` (of the last attempt) and `result`.
-        published: Whether a new version was put out.
+            once it ended `seconds` (of the last attempt), the `settings` that it used, and `result`.
+        published: Whether a new version was published.
         reason: Why, or why not; empty while it is under way.
     """
 
@@ -55,6 +56,9 @@ class State:
         first_run: The run that the loop began with, and `first_run_sha256` of its mix.
         run: The run whose export serves.
         data: The prepared data with all events until `revision`; it may be newer than that of `run`.
+        published_data: The data at the time when `run` was published: what its models and its policy may have learned
+            from.
+        after: The revision of the store that the loop began after.
         revision: Of the store, see `serve.event_log.export`.
         changed: What the last published round changed: MODELS or POLICY.
         folder: The newest version in the folder of models; `model_version`: what its manifest says.
@@ -72,6 +76,8 @@ class State:
     first_run_sha256: str
     run: str
     data: str
+    published_data: str
+    after: int
     revision: int
     changed: str
     folder: str
@@ -94,7 +100,7 @@ def read_state(work: Path) -> State | None:
     path = work / STATE_FILE
     if not path.exists():
         return None
-    hint = f"to begin the loop anew, remove {work}"
+    hint = f"restore it, or begin another loop with another --work ({work} holds the run that serves, and its data)"
     content = read_json(path, hint)
     try:
         version = content.pop("schema_version")
@@ -117,19 +123,69 @@ def write_state(work: Path, state: State) -> None:
 
 
 @contextlib.contextmanager
-def locked(work: Path) -> Iterator[None]:
-    """Holds the lock of the folder, which it makes. The system releases it when the process ends, however it ends.
+def locked(folder: Path, mode: int = 0o700) -> Iterator[None]:
+    """Holds the lock of the folder, which it makes. The system releases the lock when the process
+    ends, however it ends.
 
     Raises:
         DataError: Another process holds it.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(work / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    folder.mkdir(mode=mode, parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DataError(f"{work}: another `jaxrec learn` is at work there; one works at a time") from error
+            raise DataError(f"{folder}: another `jaxrec learn` is at work there; one works at a time") from error
         yield
     finally:
         os.close(descriptor)
+
+
+class UnderWay:
+    """The round that is under way, noted in the state file before and after each stage."""
+
+    def __init__(self, work: Path, state: State, settings: Mapping[str, Mapping[str, str]]) -> None:
+        """`settings`: by stage, those that it uses."""
+        assert state.round is not None
+        self._work, self._state, self._settings, self.round = work, state, settings, state.round
+
+    def stage(
+        self,
+        name: str,
+        run: Callable[[], dict[str, Any]],
+        valid: Callable[[Mapping[str, Any]], bool] = lambda result: True,
+        /,
+        **inputs: Any,
+    ) -> Mapping[str, Any]:
+        """What a stage came to, now or before the command was interrupted.
+
+        Args:
+            name: Of the stage.
+            run: Runs it.
+            valid: Whether an earlier result still holds; if not, the stage runs again.
+            **inputs: Noted with it.
+
+        Raises:
+            DataError: It was done with other settings.
+        """
+        known, settings = self.round.result(name), dict(self._settings.get(name, {}))
+        if known is not None and valid(known):
+            for option, before in self.round.stages[name]["settings"].items():
+                if settings[option] != before:
+                    raise DataError(
+                        f"--{option.replace('_', '-')} is {settings[option]}: the stage {name} of round "
+                        f"{self.round.number}, which is under way, was done with {before}; give that until it has ended"
+                    )
+            return known
+        attempts = self.round.stages.get(name, {}).get("attempts", 0) + 1
+        begun = {"inputs": inputs, "settings": settings, "attempts": attempts, "began": time.time()}
+        self._note(name, begun)
+        clock = time.monotonic()
+        result = run()
+        self._note(name, {**begun, "seconds": round(time.monotonic() - clock, 3), "result": result})
+        return result
+
+    def _note(self, name: str, record: Mapping[str, Any]) -> None:
+        self.round = dataclasses.replace(self.round, stages={**self.round.stages, name: record})
+        write_state(self._work, dataclasses.replace(self._state, round=self.round))

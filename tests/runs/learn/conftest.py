@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 
 import jaxrec
-from jaxrec.runs.learn.config import LearnConfig
-from jaxrec.runs.learn.loop import Places
+from jaxrec.runs.learn.config import LearnConfig, Places
 from serve.model.events import Event
 from serve.stores import open_store
 from serve.stores.base import UserEvent
@@ -20,7 +19,9 @@ USERS, ITEMS = 60, 30
 # One step an epoch, however much the data grows: each program is compiled once for all rounds.
 TRAINING = jaxrec.TrainConfig(max_epochs=2, batch_tokens=1024)
 LATER = 10_000_000  # seconds between the first events of two rounds
-CONFIG = LearnConfig(margin=1.0, served=False)  # what counts is that it goes round, not whether it gets better
+CONFIG = LearnConfig(
+    margin=1.0, least_users=1, served=False
+)  # what counts is that it goes round, not whether it gets better
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,7 +70,8 @@ def test_the_serving_model_is_given_the_items_that_it_knows() -> None:
         (-0.005, 0.0, 0.005, True, "accepted"),
         (-0.006, 0.0, 0.006, False, "refused: it may be worse, since the lower end is below -0.0050"),
         (-0.030, -0.02, -0.01, False, "refused: it is worse"),
-        (-0.004, -0.002, -0.001, True, "accepted"),  # worse, but by less than the margin
+        (-0.004, -0.002, -0.001, False, "refused: it is worse"),  # within the margin, but again and again
+        (0.0, 0.0, 0.0, False, "refused: both models rank these events alike"),
     ],
 )
 def test_the_lower_end_decides(low: float, mean: float, high: float, accepted: bool, why: str) -> None:
@@ -78,3 +79,13 @@ def test_the_lower_end_decides(low: float, mean: float, high: float, accepted: b
     assert decision.accepted == accepted
     assert why in decision.reason
     assert decision.reason.startswith("NDCG@10 on the new held-out events of 12 users: new 0.")
+
+
+def test_a_few_users_and_a_model_without_a_hit_prove_nothing() -> None:
+    better = Estimate(0.02, 0.01, 0.03)
+    assert decide(0.12, 0.1, better, 100, 0.05, least_users=100).accepted
+    few = decide(0.12, 0.1, better, 99, 0.05, least_users=100)
+    assert (few.accepted, "refused: expected at least 100 users" in few.reason) == (False, True)
+    assert "refused: both models rank" in decide(0.1, 0.1, Estimate(0.0, 0.0, 0.0), 1, 0.05).reason
+    none = decide(0.02, 0.0, better, 100, 0.05)
+    assert (none.accepted, "refused: the serving model ranks none" in none.reason) == (False, True)

@@ -1,4 +1,4 @@
-"""An accepted policy goes out on top of the models that serve; a training follows before the next policy."""
+"""An accepted policy is published on top of the models that serve; a training follows before the next policy."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def loop(base: Path, tmp_path: Path) -> Loop:
     return loop
 
 
-def test_an_accepted_policy_goes_out_and_a_training_follows(
+def test_an_accepted_policy_is_published_and_a_training_follows(
     loop: Loop, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `jaxrec rl served` decides is tested where it decides: here it accepts a policy that shifts every score."""
@@ -44,7 +44,7 @@ def test_an_accepted_policy_goes_out_and_a_training_follows(
     config = dataclasses.replace(CONFIG, served=True)
     monkeypatch.setattr(stages, "run_served", accepts)
     state = learn(loop.places, config)
-    assert list(state.history[-1].stages) == ["export-events", "append", "served", "export"]
+    assert list(state.history[-1].stages) == ["export-events", "append", "served", "export", "publish"]
     assert (state.folder, state.changed, state.history[-1].reason) == ("2", POLICY, "it earns more")
     assert json.loads((loop.places.models / "2" / "manifest.json").read_text())["policy"] == "reinforce"
     assert (Path(state.run) / POLICY_FOLDER).is_dir()
