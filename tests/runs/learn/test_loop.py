@@ -215,7 +215,7 @@ def test_late_events_are_learned_from_but_prove_nothing(base: Path, tmp_path: Pa
     assert 'jaxrec_learn_stage_seconds{stage="train"}' in metrics
 
 
-def test_an_error_is_noted_and_the_round_can_be_resumed(base: Path, tmp_path: Path) -> None:
+def test_an_error_is_noted(base: Path, tmp_path: Path) -> None:
     loop = new_loop(base, tmp_path / "loop")
     loop.record(events_of_round(1))
     learn(loop.places, dataclasses.replace(CONFIG, least_events=1000))
