@@ -37,11 +37,10 @@ def compare(serving: Path, candidate: Path, published: Path, margin: float, leas
     """Compares the run that serves with a run that was trained on more events.
 
     The cases are the test events of the candidate's data that came after the serving run was published. Neither run was
-    trained on them, nor a policy on top of it, and neither chose its mix or its best epoch by them: the candidate did
-    so on validation events. (A policy may have seen those that came between the export of the events and the copy of the
-    store.) Each
-    model is given what its server would have: events on items that it does not know are left out, and a target that it
-    does not know is a miss. Requests have no time. Cases without a known item in the history are left out, too.
+    trained on them, nor a policy on top of it (which may have seen those that came between the export of the events and
+    the copy of the store). Neither chose its mix or its best epoch by them: the candidate did so on validation events.
+    Each model is given what its server would have: events on items that it does not know are left out, and a target
+    that it does not know is a miss. Requests have no time. Cases without a known item in the history are left out, too.
 
     Args:
         serving: The folder of the run that serves; a policy in use counts.
