@@ -9,6 +9,15 @@ class DataError(ValueError):
     """Input that breaks the rules; the message says where, what came and what was expected."""
 
 
+class NoUsableRow(DataError):
+    """A log without a row that keeps the rules, or none that is new; the message says which, and `bad_rows` how many
+    break the rules."""
+
+    def __init__(self, message: str, bad_rows: int) -> None:
+        super().__init__(message)
+        self.bad_rows = bad_rows
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stopped and what is kept."""
 

@@ -31,11 +31,13 @@ MAY_IMPORT = {
     "serve/cli/check.py": (),
     "serve/stores/postgres": ("serve-cpu", "postgres"),
     "serve/stores/redis": ("serve-cpu", "redis"),
+    "serve/event_log/export.py": ("serve-cpu", "distributed"),  # pyarrow, for Parquet where it is installed
     "serve/observability/tracing.py": ("serve-cpu", "dev"),  # opentelemetry, used where it is installed
     "serve": ("serve-cpu",),
     "jaxrec/data/distributed": ("distributed",),
     "jaxrec/rl/simulated/gymnasium_adapter.py": ("gymnasium",),
     "jaxrec/runs/demo.py": ("demo", "serve-cpu"),
+    "jaxrec/runs/learn/metrics.py": ("train", "serve-cpu"),
     "jaxrec/onnx": ("export", "serve-cpu"),
     "jaxrec": ("train",),
 }

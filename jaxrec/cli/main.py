@@ -15,6 +15,7 @@ COMMANDS = {
     "rl": ("rl", "Fine-tune a policy by reinforcement learning.", ("train",)),
     "evaluate": ("evaluate", "Rank the test cases and print the metrics.", ("train",)),
     "export": ("export", "Export a run to ONNX for the server.", ("train", "export", "serve")),
+    "learn": ("learn", "Make the next version of what a server recorded.", ("train", "export", "serve")),
     "recommend": ("recommend", "Recommend for many users at once, without a server.", ("train", "serve")),
     "demo": ("demo", "Run every stage on 100,004 MovieLens ratings.", ("train", "export", "demo", "serve")),
     "fetch": ("data", "Download a MovieLens data set.", ("train",)),

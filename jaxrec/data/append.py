@@ -10,6 +10,7 @@ the catalogue or without events.
 """
 
 import dataclasses
+import enum
 from pathlib import Path
 
 import duckdb
@@ -31,7 +32,16 @@ from jaxrec.data.reading.read import PathOrFrame, PathsOrFrame, Workspace, input
 from jaxrec.data.reading.rules import IdKind
 from jaxrec.data.schema import ITEM
 from jaxrec.data.store import LOG_FOLDER, all_movies, build, read_prepared, unchanged_folder
-from jaxrec.errors import DataError
+from jaxrec.errors import DataError, NoUsableRow
+
+
+class KnownEvents(enum.Enum):
+    """What happens to events that are in the data already."""
+
+    REFUSE = "refuse"
+    """If they are most of the events, the file was probably appended before: an error."""
+    LEAVE_OUT = "leave out"
+    """They are counted in `input["known_left_out"]`."""
 
 
 def append(
@@ -45,6 +55,7 @@ def append(
     on_bad_rows: OnBadRows = OnBadRows.FAIL,
     memory_gb: float = MEMORY_GB,
     add_files: AddFiles | None = None,
+    known_events: KnownEvents = KnownEvents.REFUSE,
 ) -> PreparedData:
     """Prepared data with more events; configuration, kinds of ids and rating scale stay as they were.
 
@@ -60,13 +71,16 @@ def append(
         on_bad_rows: Whether bad rows are an error, or are set aside in quarantine.csv in `out`.
         memory_gb: Gigabytes for the engine that sorts.
         add_files: Puts more files into `out` before it is whole, such as `jaxrec.data.report.write_report`.
+        known_events: What happens to events that are in `data` already, unless its configuration says so.
 
     Returns:
         The prepared data of all events; with `out` its columns are memory maps.
 
     Raises:
-        DataError: For bad input, where most events are in `data` already (unless its configuration says what happens to
-            repeats), where `data` holds no log, and where `out` cannot be written, which then stays as it was.
+        NoUsableRow: Every row is bad, or is left out since it is known.
+        DataError: For other bad input, where most events are in `data` already (unless its configuration says what
+            happens to repeats, or `known_events`), where `data` holds no log, and where `out` cannot be written, which
+            then stays as it was.
         ValueError: Where `on_bad_rows` or `add_files` ask for files and there is no `out`.
     """
     old = data if isinstance(data, PreparedData) else read_prepared(Path(data))
@@ -80,6 +94,7 @@ def append(
     options = dataclasses.replace(options, columns=columns, users=_kind(log.users), items=_kind(log.items))
 
     def make(folder: Path) -> PreparedData:
+        left_out: list[int] = []
         parent = None if out is None else Path(out).parent
         with (
             open_workspace(interactions, movies, options, memory_gb, parent) as work,
@@ -89,7 +104,10 @@ def append(
             def add_old_events() -> int:
                 repeats = _insert_old_events(work.connection, log)
                 if old.config.repeats is Repeats.AUTO:
-                    _refuse_known_events(work)
+                    if known_events is KnownEvents.REFUSE:
+                        _refuse_known_events(work)
+                    else:
+                        left_out.append(_leave_out_known_events(work, bad.count))
                 return repeats
 
             loaded, found = read_log(work, options, old.config, bad, work.scratch / "sorted", add_old_events, rated)
@@ -100,6 +118,7 @@ def append(
             # Features of new items alone are welcome where the catalogue keeps such.
             table = features_like(features, merged.items.raw_ids, others=old.config.min_movie_ratings == 0)
             counts = input_counts(work, loaded, found, bad, _new_columns(table, old.features))
+            counts["known_left_out"] = sum(left_out)
         config = dataclasses.replace(old.config, rating_scale=loaded.scale)
         joined = joined_features(table, old.features)
         result = prepare_log(merged, known, config, folder, joined, old.users, old.catalog.ids)
@@ -183,6 +202,20 @@ def _refuse_known_events(work: Workspace) -> None:
             "before; data that was prepared with --repeats keep takes repeated events, and with --repeats first leaves "
             "them out"
         )
+
+
+def _leave_out_known_events(work: Workspace, bad_rows: int) -> int:
+    """Removes the events that are in the data already from those that are added. Raises NoUsableRow where none is left.
+
+    Returns how many they were."""
+    query = "CREATE OR REPLACE TABLE {} AS SELECT * FROM added {} JOIN old USING (user, item, time)"
+    work.connection.execute(query.format("new_ones", "ANTI"))
+    count = "SELECT (SELECT count(*) FROM added), (SELECT count(*) FROM new_ones)"
+    rows, new = work.connection.execute(count).fetchall()[0]
+    if not new:
+        raise NoUsableRow(f"{work.relation.name}: all of its {rows} usable events are in the data already", bad_rows)
+    work.connection.execute("CREATE OR REPLACE TABLE added AS SELECT * FROM new_ones")
+    return rows - new
 
 
 def _extended(known: IdMap, found: IdMap) -> IdMap:

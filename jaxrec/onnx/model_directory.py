@@ -125,7 +125,7 @@ def export_model(
             "schema_version": MANIFEST_SCHEMA_VERSION,
             "model_version": f"{now:%Y%m%dT%H%M%SZ}-{_digest(files)[:8]}",
             "created": f"{now:%Y-%m-%dT%H:%M:%SZ}",
-            "policy": "supervised" if hybrid.policy is None and hybrid.reranker is None else "reinforce",
+            "policy": policy_name(hybrid),
             "opset": OPSET,
             "item_count": weights.item_count,
             "max_history": max_history,
@@ -147,6 +147,11 @@ def export_model(
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
     return json.loads(text)
+
+
+def policy_name(hybrid: Hybrid) -> str:
+    """The name of a model's policy in its manifest."""
+    return "supervised" if hybrid.policy is None and hybrid.reranker is None else "reinforce"
 
 
 def _seen_section(hybrid: Hybrid) -> dict[str, Any]:

@@ -10,7 +10,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         *("jax", "flax", "optax", "orbax", "numpy", "pandas", "duckdb", "tqdm", "tensorboardX", "pooch", "requests"),
         *("chex", "matplotlib", "scipy"),
     ),
-    "export": ("tensorflow", "tf2onnx", "onnx", "faiss"),
+    "export": ("tensorflow", "tf2onnx", "onnx", "faiss", "pyarrow"),
     "serve": (
         "onnxruntime",
         "grpc_reflection",

@@ -11,6 +11,8 @@ COMMANDS = {
     "ask": ("Ask a running server, for an answer to read.", ()),
     "check": ("Say by the exit status whether a server is ready.", ()),
     "log": ("Copy events and recommendations into a file.", ("serve",)),
+    "outcomes": ("Compare what came of the recommendations of each model.", ("serve",)),
+    "export-events": ("Write recorded events as a file to train on.", ("serve",)),
 }  # by name: the short help, and the extras that the command needs
 
 
@@ -23,7 +25,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"serve.cli.{cmd_name}").command
+        command: click.Command = import_module(f"serve.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def resolve_command(

@@ -320,8 +320,19 @@ class EventStore(ABC):
         """
 
     @abstractmethod
-    def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
+    def last_arrival(self) -> int:
+        """The latest arrival that was given, as `all_events` numbers them; 0: none was given yet.
+
+        It never goes back, also where its event was deleted since. Events that become visible later have later
+        arrivals.
+        """
+
+    @abstractmethod
+    def all_events(self, after: int = 0) -> Iterator[Sequence[tuple[int, UserEvent]]]:
         """Every recorded event, in parts; those that come meanwhile may be missing.
+
+        Args:
+            after: Only events with later arrivals than this.
 
         Returns:
             Parts of (arrival, event). Arrivals grow with the order in which events were recorded, and are given once.

@@ -97,8 +97,8 @@ class SqlStore(DeferringStore):
         rows = self._read(self._queries.state, user_id, model_version)
         return SpilledState(*rows[0]) if rows else None
 
-    def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
-        for rows in self._parts(self._queries.events):
+    def all_events(self, after: int = 0) -> Iterator[Sequence[tuple[int, UserEvent]]]:
+        for rows in self._parts(self._queries.events, after):
             yield [(row[0], event_of_row(row[1:])) for row in rows]
 
     def all_slates(self) -> Iterator[Sequence[Slate]]:
@@ -117,15 +117,11 @@ class SqlStore(DeferringStore):
 
     def _seed(self, counters: dict[str, Counter], until: int) -> None:
         """Most events are read before the transaction, which others wait for: it reads only those that came since."""
-        last = self._last_arrival()
+        last = self.last_arrival()
         for start in range(0, last, LOOKED_AT_AT_ONCE):
             times = self._read(self._queries.times, start, min(start + LOOKED_AT_AT_ONCE, last), until)
             add_events(counters, times, time.time())
         self._seed_after(last, counters, until)
-
-    @abstractmethod
-    def _last_arrival(self) -> int:
-        """Of the last event; 0: there is none. Events that become visible later have later arrivals."""
 
     @abstractmethod
     def _seed_after(self, last: int, counters: dict[str, Counter], until: int) -> None:
@@ -137,8 +133,7 @@ class SqlStore(DeferringStore):
             until: As in `_seed`.
         """
 
-    def _parts(self, query: LiteralString) -> Iterator[list[Any]]:
-        last = 0
+    def _parts(self, query: LiteralString, last: int = 0) -> Iterator[list[Any]]:
         while rows := self._read(query, last, COPIED_AT_ONCE):
             yield rows
             last = rows[-1][0]

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from jaxrec.cli.main import main
 from jaxrec.config import FilterOn, PrepareConfig, RatingScale, Repeats, SplitKind, Ties
-from jaxrec.data.append import append
+from jaxrec.data.append import KnownEvents, append
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.data.reading.check import ReadOptions
 from jaxrec.data.reading.rules import IdKind
 from jaxrec.data.store import check_prepared, read_prepared
-from jaxrec.errors import DataError
+from jaxrec.errors import DataError, NoUsableRow
 from tests.logs import by_user
 
 Row = tuple[int, int, float, int]
@@ -140,6 +140,15 @@ def test_a_file_that_was_appended_before_is_refused_unless_repeats_are_told(tmp_
         len(A),
         0,
     )
+
+
+def test_known_events_are_left_out_and_counted_where_that_is_asked_for(tmp_path: Path) -> None:
+    data, again = prepare(csv(tmp_path / "a.csv", A), None, EVERYTHING), csv(tmp_path / "again.csv", A)
+    both = append(data, csv(tmp_path / "both.csv", [*A, *B]), known_events=KnownEvents.LEAVE_OUT)
+    assert by_user(both) == by_user(append(data, csv(tmp_path / "b.csv", B)))
+    assert both.input["known_left_out"] == len(A)
+    with pytest.raises(NoUsableRow, match="all of its 5 usable events are in the data already"):
+        append(data, again, known_events=KnownEvents.LEAVE_OUT)
 
 
 def test_titles_of_new_movies_and_of_those_that_were_rare(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Reads the files of deploy/, and what their settings mean to the server."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -9,7 +10,12 @@ from pathlib import Path
 import click
 import numpy as np
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
+from jaxrec.evaluation.bootstrap import Estimate
+from jaxrec.runs.learn.gate import decide
+from jaxrec.runs.learn.metrics import metrics_text
+from jaxrec.runs.learn.state import Round, State
 from serve.addresses import host_and_port
 from serve.cli.main import main
 from serve.model.recommender import POPULARITY
@@ -20,15 +26,16 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
-DASHBOARD = json.loads((DEPLOY / "grafana/server.json").read_text("utf-8"))
+DASHBOARDS = {name: json.loads((DEPLOY / f"grafana/{name}.json").read_text("utf-8")) for name in ("server", "learning")}
+ALERTS = yaml.safe_load((DEPLOY / "alerts.yml").read_text("utf-8"))
 MANIFESTS = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in sorted(KUBERNETES.glob("*.yaml"))}
 POD = MANIFESTS["deployment"]["spec"]["template"]
 CONTAINER = POD["spec"]["containers"][0]
 
 
-def dockerfile() -> list[tuple[str, str]]:
-    """The instructions of the Dockerfile, in upper case, with their text in one line."""
-    text = re.sub(r"^#.*\n", "", (DEPLOY / "Dockerfile").read_text("utf-8"), flags=re.MULTILINE)
+def dockerfile(file: str = "Dockerfile") -> list[tuple[str, str]]:
+    """The instructions of a Dockerfile, in upper case, with their text in one line."""
+    text = re.sub(r"^#.*\n", "", (DEPLOY / file).read_text("utf-8"), flags=re.MULTILINE)
     lines = re.sub(r"\s*\\\n\s*", " ", text).splitlines()
     return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines if line)]
 
@@ -104,18 +111,33 @@ def parse(words: list[str]) -> None:
     found.make_context(command, rest)
 
 
+def after_a_round() -> State:
+    """Of the learning loop, with all that a round can note."""
+    noted = {
+        "export-events": {"events": 10, "revision": 10},
+        "append": {"input": {"bad_rows": 1}},
+        "gate": dataclasses.asdict(decide(0.2, 0.1, Estimate(0.1, 0.05, 0.15), 5, 0.05)),
+    }
+    stages = {name: {"attempts": 1, "began": 0.0, "seconds": 1.0, "result": result} for name, result in noted.items()}
+    places = dict.fromkeys(("store", "first_run", "first_run_sha256", "run", "data", "folder"), "")
+    return State(
+        **places, revision=10, changed="models", model_version="1", history=(Round(1, stages, True, "better"),)
+    )
+
+
 def series() -> dict[str, dict[str, set[str]]]:
-    """Every time series of the server's metrics: by label the values after one call of each kind."""
+    """Every time series of the server and of the learning loop: by label the values after one call of each kind."""
     metrics = Metrics()
     metrics.call("/package.Service/Method", "OK", 0.1)
     metrics.rejected("overload", "/package.Service/Method")
-    metrics.reloaded("loaded")
+    for result in ("loaded", "refused"):
+        metrics.reloaded(result)
     metrics.serving([("v", "hybrid", 0.0, 1)])
     metrics.age_of_trend(lambda: 0.0)
     for policy in ("hybrid", POPULARITY):
         metrics.answered(policy, np.array([1], np.int32))
     found: dict[str, dict[str, set[str]]] = {}
-    for family in metrics.registry.collect():
+    for family in (*metrics.registry.collect(), *text_string_to_metric_families(metrics_text(after_a_round()))):
         for sample in family.samples:
             labels = found.setdefault(sample.name, {})
             for label, value in sample.labels.items():

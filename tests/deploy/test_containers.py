@@ -2,12 +2,28 @@
 
 import json
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
+import grpc
+import pytest
 import yaml
 
-from tests.deploy.files import COMPOSE, DASHBOARD, DEPLOY, IMAGE, LAST_STAGE, ROOT, SETTINGS, parse, port_of, series
+from tests.deploy.files import (
+    ALERTS,
+    COMPOSE,
+    DASHBOARDS,
+    DEPLOY,
+    IMAGE,
+    LAST_STAGE,
+    ROOT,
+    SETTINGS,
+    parse,
+    port_of,
+    series,
+)
 
 
 def test_the_image_serves_on_the_port_that_it_exposes_and_opens_no_door_by_itself() -> None:
@@ -108,7 +124,7 @@ def test_compose_waits_for_the_database_over_tcp() -> None:
 def test_compose_mounts_files_that_are_there() -> None:
     mounted = [volume.split(":")[0] for one in COMPOSE["services"].values() for volume in one.get("volumes", [])]
     files = [name for name in mounted if name.startswith("./")]
-    assert len(files) == 4
+    assert len(files) == 6
     assert all((DEPLOY / name).is_file() for name in files)
     volumes = [name for name in mounted if not name.startswith((".", "$"))]
     assert sorted(volumes) == sorted(COMPOSE["volumes"])
@@ -119,23 +135,58 @@ def test_prometheus_reads_the_metrics_of_the_server_and_grafana_reads_prometheus
     assert job["static_configs"] == [{"targets": [f"server:{port_of(SETTINGS['compose'].metrics)}"]}]
     (source,) = yaml.safe_load((DEPLOY / "grafana/datasource.yaml").read_text("utf-8"))["datasources"]
     assert source["url"] == "http://prometheus:9090"
-    assert {panel["datasource"]["uid"] for panel in DASHBOARD["panels"]} == {source["uid"]}
+    panels = [panel for dashboard in DASHBOARDS.values() for panel in dashboard["panels"]]
+    assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"]}
     (provider,) = yaml.safe_load((DEPLOY / "grafana/dashboards.yaml").read_text("utf-8"))["providers"]
     mounted = [volume.split(":")[1] for volume in COMPOSE["services"]["grafana"]["volumes"]]
-    assert f"{provider['options']['path']}/server.json" in mounted
+    assert {f"{provider['options']['path']}/{name}.json" for name in DASHBOARDS} <= set(mounted)
 
 
-def test_the_dashboard_asks_for_series_labels_and_values_that_there_are() -> None:
-    there = series()
-    targets = [target for panel in DASHBOARD["panels"] for target in panel["targets"]]
-    for expression, legend in ((target["expr"], target["legendFormat"]) for target in targets):
-        names = re.findall(r"\bjaxrec_\w+", expression)
+ASKED = {
+    **{
+        name: [(one["expr"], one["legendFormat"]) for panel in dashboard["panels"] for one in panel["targets"]]
+        for name, dashboard in DASHBOARDS.items()
+    },
+    **{
+        group["name"]: [(rule["expr"], rule["annotations"]["summary"]) for rule in group["rules"]]
+        for group in ALERTS["groups"]
+    },
+}
+
+
+@pytest.mark.parametrize("source", ASKED)
+def test_dashboards_and_alerts_ask_for_series_labels_and_values_that_there_are(source: str) -> None:
+    (job,) = yaml.safe_load((DEPLOY / "prometheus.yml").read_text("utf-8"))["scrape_configs"]
+    there = series() | {"up": {"job": {job["job_name"]}}}
+    for expression, text in ASKED[source]:
+        names = re.findall(r"\bjaxrec_\w+|\bup(?={)", expression)
         assert names, expression
         assert [name for name in names if name not in there] == [], expression
         labels = {label for name in names for label in there[name]} | {"instance"}
-        for name, selected in re.findall(r"\b(jaxrec_\w+){(.*?)}", expression):
+        for name, selected in re.findall(r"\b(jaxrec_\w+|up){(.*?)}", expression):
             for label, value in re.findall(r'(\w+)="(.*?)"', selected):
                 assert value in there[name][label], expression
-        used = re.findall(r"(\w+)=", expression) + re.findall(r"{{(\w+)}}", legend)
+            for label, values in re.findall(r'(\w+)=~"(.*?)"', selected):
+                assert label == "code"
+                assert set(values.split("|")) <= {code.name for code in grpc.StatusCode}
+        used = re.findall(r"(\w+)=", expression) + re.findall(r"{{ ?(?:\$labels\.)?(\w+) ?}}", text)
         used += [label for by in re.findall(r"by \((.*?)\)", expression) for label in by.split(", ")]
         assert set(used) <= labels, expression
+
+
+def test_alerts_are_loaded_and_complete() -> None:
+    prometheus = yaml.safe_load((DEPLOY / "prometheus.yml").read_text("utf-8"))
+    mounted = [volume.split(":")[1] for volume in COMPOSE["services"]["prometheus"]["volumes"]]
+    assert {f"/etc/prometheus/{name}" for name in prometheus["rule_files"]} <= set(mounted)
+    rules = [rule for group in ALERTS["groups"] for rule in group["rules"]]
+    assert len({rule["alert"] for rule in rules}) == len(rules)
+    for rule in rules:
+        assert rule.keys() - {"for"} == {"alert", "expr", "labels", "annotations"}, rule["alert"]
+        assert re.fullmatch(r"\d+[mh]", rule.get("for", "1m")), rule["alert"]
+        assert rule["labels"]["severity"] in ("page", "ticket"), rule["alert"]
+        assert rule["expr"].count("(") == rule["expr"].count(")"), rule["alert"]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_accepts_the_alerts() -> None:
+    subprocess.run(["promtool", "check", "rules", DEPLOY / "alerts.yml"], check=True, capture_output=True)

@@ -30,7 +30,7 @@ from jaxrec.data.reading.times import (
     time_fields,
 )
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
-from jaxrec.errors import DataError
+from jaxrec.errors import DataError, NoUsableRow
 
 KIND_SAMPLE = 100_000  # first rows that decide whether ids are whole numbers or text
 FLOAT_ID = r"-?[0-9]+\.0|-?[0-9](\.[0-9]+)?[eE]\+?[0-9]+"
@@ -127,7 +127,7 @@ def load(
     )
     rows = total - len(broken)
     if not rows:
-        raise DataError(f"{relation.name}: every row is bad: {bad}")
+        raise NoUsableRow(f"{relation.name}: every row is bad: {bad}", bad.count)
     notes = rating_notes(counts, scale, bool(options.missing_ratings)) + _time_notes(connection, times)
     return Loaded(rows, scale, len(counts) > 0, times, tuple(notes))
 

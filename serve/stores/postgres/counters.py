@@ -43,6 +43,10 @@ TIMES: LiteralString = (
 # Waits for the transactions that are recording events; those that begin later wait until this one ends. So a call that
 # records either finds the store seeded or has its events counted by the seed, and a lock in `record` is not needed.
 WAIT_FOR_EVENTS: LiteralString = "LOCK TABLE jaxrec.events IN SHARE MODE"
+# Also where the last event was deleted since.
+LAST_ARRIVAL: LiteralString = (
+    "SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence('jaxrec.events', 'arrival')::regclass), 0)"
+)
 # Both counters as of the later reference. PostgreSQL makes an error of a number that becomes too small, and nothing is
 # left after 200 half-lives.
 _AGED: LiteralString = (
@@ -102,9 +106,9 @@ def count_events(connection: psycopg.Connection, recorded: Sequence[UserEvent]) 
 
 
 def last_arrival(connection: psycopg.Connection) -> int:
-    """See `SqlStore._last_arrival`; arrivals are not given in the order in which transactions end."""
+    """See `EventStore.last_arrival`; arrivals are not given in the order in which transactions end."""
     connection.execute(WAIT_FOR_EVENTS)
-    (last,) = connection.execute("SELECT coalesce(max(arrival), 0) FROM jaxrec.events").fetchone() or (0,)
+    (last,) = connection.execute(LAST_ARRIVAL).fetchone() or (0,)
     return int(last)
 
 

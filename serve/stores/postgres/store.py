@@ -153,7 +153,7 @@ class PostgresStore(SqlStore):
         except ValueError as error:
             raise StoreError(f"{self._where}: cannot be read: {error}") from error
 
-    def _last_arrival(self) -> int:
+    def last_arrival(self) -> int:
         with self._connection("cannot be read") as connection:
             return last_arrival(connection)
 

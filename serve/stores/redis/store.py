@@ -266,12 +266,15 @@ class RedisStore(RedisCounters):
         events, neutral, slates = counts
         return Deleted(events + neutral, slates)
 
-    def all_events(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
+    def last_arrival(self) -> int:
+        return int(self._read(lambda: self._redis.get("jaxrec:revision")) or 0)
+
+    def all_events(self, after: int = 0) -> Iterator[Sequence[tuple[int, UserEvent]]]:
         for prefix in LISTS:
             for key in self._keys(prefix + b"*"):
                 user_id = key.removeprefix(prefix).decode()
                 for values in self._parts(key):
-                    yield [user_event(user_id, value) for value in values]
+                    yield [one for one in (user_event(user_id, value) for value in values) if one[0] > after]
 
     def all_slates(self) -> Iterator[Sequence[Slate]]:
         prefix = b"jaxrec:shown:"

@@ -118,8 +118,8 @@ class SQLiteStore(SqlStore):
         with self._failures("cannot be read"):
             return sqlite_counters.counts_of_rows(self._read(sqlite_counters.CHANGED_COUNTS, since), since)
 
-    def _last_arrival(self) -> int:
-        ((last,),) = self._read("SELECT coalesce(max(arrival), 0) FROM events")
+    def last_arrival(self) -> int:
+        ((last,),) = self._read(sqlite_counters.LAST_ARRIVAL)
         return int(last)
 
     def _seed_after(self, last: int, counters: dict[str, Counter], until: int) -> None:

@@ -1,0 +1,148 @@
+"""The slates that a store logged, as arrays: which arm showed them to whom, and what came of them."""
+
+import time
+from array import array
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.stores.base import EventStore
+
+QUANTILE = 0.99  # of the responses: by when the log ends, and within which window they come by default
+SENT_ALONG = "without a user id"
+EMPTY = "without an item"
+STILL_OPEN = "with an open attribution window"
+
+
+class Arm(NamedTuple):
+    """What answered: a model version, and what ranked the items (`supervised`, `reinforce`, `popularity`)."""
+
+    model_version: str
+    policy: str
+
+
+class Slates(NamedTuple):
+    """Slates whose attribution window has closed."""
+
+    arms: list[Arm]
+    """In the order of their first slate in the log."""
+    arm: NDArray[np.int32]
+    """`[slates]`, index into `arms`."""
+    user: NDArray[np.int32]
+    """`[slates]`, from 0 on."""
+    responded: NDArray[np.float64]
+    """`[slates]`, 1.0: the user interacted with an item of the slate within the window."""
+    reward: NDArray[np.float64]
+    """`[slates]`, the share of its slots that were interacted with, weighted by DCG's rank discounts, 0..1."""
+    attribution_window: int
+    """In seconds."""
+    left_out: dict[str, int]
+    """How many other slates there are, by reason."""
+
+
+def read_slates(store: EventStore, attribution_window: int | None = None) -> Slates:
+    """Reads a store, and attributes events to slates as `jaxrec rl served` does.
+
+    A positive event is a response to the slate that it names, if it is on an item of the slate, by the same user, and comes
+    within the attribution window by its own clock; one before the slate counts as immediate. Only events on items of
+    their slate count for the default window. The log ends with the last
+    slate, or with the responses, if these end later (all but the last one in a hundred). Slates less than the window
+    before that are left out. Events dated after now have a wrong clock and count for neither.
+
+    Args:
+        store: Servers may use it. Some 300 bytes for each slate, 50 for each of its items and 30 for each
+            response are in memory.
+        attribution_window: In seconds; None: within which 99 % of the log's responses came.
+
+    Returns:
+        The slates.
+
+    Raises:
+        StoreError: The store cannot be read.
+    """
+    numbers: dict[str, int] = {}  # of a slate, by its recommendation id
+    arms: dict[Arm, int] = {}
+    users: dict[str, int] = {}
+    items: dict[str, int] = {}
+    arm, user, shown_at = array("i"), array("i"), array("q")
+    slots, offsets = array("i"), array("q", [0])
+    left_out = {SENT_ALONG: 0, EMPTY: 0}
+    last = 0
+    for slates in store.all_slates():
+        for one in slates:
+            last = max(last, one.timestamp)
+            if one.user_id is None or not one.item_ids:
+                left_out[SENT_ALONG if one.user_id is None else EMPTY] += 1
+                continue
+            if one.recommendation_id in numbers:
+                continue
+            numbers[one.recommendation_id] = len(arm)
+            arm.append(arms.setdefault(Arm(one.model_version, one.policy), len(arms)))
+            user.append(users.setdefault(one.user_id, len(users)))
+            shown_at.append(one.timestamp)
+            slots.extend(items.setdefault(item_id, len(items)) for item_id in one.item_ids)
+            offsets.append(len(slots))
+    slate, item, came, delay = array("q"), array("i"), array("q"), array("q")
+    now = int(time.time())
+    for events in store.all_events():
+        for _, new in events:
+            number = numbers.get(new.recommendation_id or "")
+            at = new.event.timestamp
+            positive = new.event.weight > 0
+            if number is None or not positive or users.get(new.user_id) != user[number] or at > now:
+                continue
+            on = items.get(new.event.item_id, -1)
+            if on not in slots[offsets[number] : offsets[number + 1]]:
+                continue
+            slate.append(number)
+            item.append(on)
+            came.append(at)
+            delay.append(max(0, at - shown_at[number]))
+    window = _quantile(np.array(delay)) if attribution_window is None else attribution_window
+    closed = np.array(shown_at, np.int64) <= max(_quantile(np.array(came)), last) - window
+    within = np.array(delay, np.int64) <= window
+    starts = np.array(offsets, np.int64)
+    hits = _hits(np.array(slate, np.int64)[within], np.array(item)[within], np.array(slots, np.int32), starts)
+    number_of = np.repeat(np.arange(len(arm)), np.diff(starts))  # [slots] the slate of each
+    left_out[STILL_OPEN] = int((~closed).sum())
+    return Slates(
+        list(arms),
+        np.array(arm, np.int32)[closed],
+        np.array(user, np.int32)[closed],
+        (np.bincount(number_of, hits, len(arm)) > 0)[closed].astype(np.float64),
+        np.bincount(number_of, hits * _discounts(starts), len(arm))[closed].astype(np.float64),
+        window,
+        {reason: count for reason, count in left_out.items() if count},
+    )
+
+
+def _hits(
+    slate: NDArray[np.int64], item: NDArray[np.int32], slots: NDArray[np.int32], starts: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """`[slots]`, 1.0 where the slot's item was interacted with, however often.
+
+    Args:
+        slate: `[responses]`, the slate that each names.
+        item: `[responses]`.
+        slots: `[slots]`, the items of all slates.
+        starts: `[slates+1]`, where each slate begins in `slots`.
+    """
+    hits = np.zeros(len(slots))
+    for number, one in zip(slate.tolist(), item.tolist(), strict=True):
+        of_slate = slice(starts[number], starts[number + 1])
+        hits[of_slate][slots[of_slate] == one] = 1.0
+    return hits
+
+
+def _discounts(starts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """`[slots]`, DCG's 1 / log2(rank + 1), scaled to sum 1 in each slate."""
+    lengths = np.diff(starts)
+    gains = 1.0 / np.log2(np.arange(starts[-1]) - np.repeat(starts[:-1], lengths) + 2.0)
+    number_of = np.repeat(np.arange(len(lengths)), lengths)
+    return gains / np.bincount(number_of, gains, len(lengths))[number_of]
+
+
+def _quantile(values: NDArray[np.int64]) -> int:
+    """The least of the values that at least QUANTILE of them do not exceed; 0 where there is none."""
+    return int(np.quantile(values, QUANTILE, method="inverted_cdf")) if len(values) else 0

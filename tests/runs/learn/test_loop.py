@@ -1,0 +1,281 @@
+"""The loop goes round: each round once, whatever interrupts it, one at a time, and nothing is published unchecked."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import onnx
+import pandas as pd
+import pytest
+from onnx import numpy_helper
+
+import jaxrec
+from jaxrec.errors import DataError
+from jaxrec.files import sha256
+from jaxrec.runs.directory import HYBRID_FILE, open_run
+from jaxrec.runs.learn import stages
+from jaxrec.runs.learn.loop import learn
+from jaxrec.runs.learn.metrics import metrics_text
+from jaxrec.runs.learn.state import State, locked, read_state, write_state
+from serve.client import RecommenderClient
+from serve.client import UserEvent as Recorded
+from serve.stores.base import UserEvent
+from tests.runs.learn.conftest import CONFIG, LATER, Loop, events_of, events_of_round, new_loop
+from tests.serve.process import running_server
+from tests.serve.serving.test_models import wait_for
+
+STAGES = ("events_stage", "append_stage", "train_stage", "gate_stage", "export_stage", "publish_stage")
+
+
+class Played(NamedTuple):
+    """A loop after its first round."""
+
+    loop: Loop
+    state: State
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Played:
+    loop = new_loop(base, tmp_path_factory.mktemp("undisturbed"))
+    loop.record(events_of_round(1))
+    return Played(loop, learn(loop.places, CONFIG))
+
+
+def outcome(loop: Loop, state: State) -> dict[str, Any]:
+    """All that a round comes to, but for times and paths."""
+    model = loop.places.models / state.folder
+    return {
+        "revision": state.revision,
+        "folder": state.folder,
+        "reason": state.history[-1].reason,
+        "data": json.loads((Path(state.data) / "prepared.json").read_text())["files"],
+        "mix": (Path(state.run) / HYBRID_FILE).read_text(),
+        "files": {name: sha256(model / name) for name in ("catalog.csv", "item_vectors.npy", "trend_counts.npy")},
+        "graphs": {name: weights(model / name) for name in ("sequence.onnx", "step.onnx", "trend.onnx")},
+        "rounds": [one.number for one in state.history],
+        "models": sorted(path.name for path in loop.places.models.iterdir()),
+        "work": sorted(str(path.relative_to(loop.places.work)) for path in loop.places.work.glob("*/*/*")),
+    }
+
+
+def weights(graph: Path) -> list[bytes]:
+    """Of a graph, sorted: the names of its nodes are numbered in each process."""
+    return sorted(numpy_helper.to_array(one).tobytes() for one in onnx.load(graph).graph.initializer)
+
+
+def test_a_round_publishes_what_learned_from_the_new_events(undisturbed: Played, base: Path) -> None:
+    loop, state = undisturbed
+    assert (state.folder, state.revision, state.round) == ("2", 120, None)
+    assert open_run(state.run).data_folder == Path(state.data)
+    data = jaxrec.read_prepared(state.data)
+    assert data.histories.event_count == 60 * 10 + 120
+    assert data.histories.times.max() > LATER + 1_000_000_000
+    assert "NDCG@10 on the new held-out events of 60 users" in state.said
+    assert state.said.startswith(f"round 1, 120 new events: version 2 ({state.model_version}) is published. NDCG@10")
+    assert jaxrec.read_prepared(base / "data").histories.event_count == 600
+    assert read_state(loop.places.work) == state
+
+
+def test_a_round_that_is_interrupted_at_every_stage_comes_to_the_same(
+    undisturbed: Played, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice in each: before it did anything, and after it was done but not noted."""
+
+    class Killed(BaseException):
+        pass
+
+    played: list[str] = []
+
+    def interrupted(name: str, play: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*given: Any) -> Any:
+            played.append(name)
+            if played.count(name) == 1:
+                raise Killed
+            result = play(*given)
+            if played.count(name) == 2:
+                raise Killed
+            return result
+
+        return attempt
+
+    for name in STAGES:
+        monkeypatch.setattr(stages, name, interrupted(name, getattr(stages, name)))
+    loop = new_loop(base, tmp_path / "loop")
+    loop.record(events_of_round(1))
+    state, attempts = None, 0
+    while state is None:
+        attempts += 1
+        try:
+            state = learn(loop.places, CONFIG)
+        except Killed:
+            under_way = read_state(loop.places.work)
+            assert under_way is not None
+            assert under_way.round is not None
+    assert played == [name for name in STAGES for _ in range(3)]
+    assert attempts == 2 * len(STAGES) + 1
+    assert outcome(loop, state) == outcome(*undisturbed)
+
+
+def test_three_rounds_with_a_server_and_a_kill(undisturbed: Played, base: Path, tmp_path: Path) -> None:
+    """A server records and takes each version; the first round is killed (SIGKILL) in a stage drawn at random."""
+    loop, stage = (
+        new_loop(base, tmp_path / "loop"),
+        random.Random(2).choice(("append", "train", "gate", "export")),
+    )
+    places = loop.places
+    with (
+        running_server(places.models, places.store, options=("--watch", "0.2")) as server,
+        RecommenderClient(server.address, timeout_s=60.0) as client,
+    ):
+        before = client.get_model_info().model_version
+        record(client, events_of_round(1))
+        command = [sys.executable, "-m", "jaxrec.cli.main", "learn", "--store", places.store]
+        for name in ("run", "data", "models", "work"):
+            command += [f"--{name}", str(getattr(places, name))]
+        compiled = {"JAX_COMPILATION_CACHE_DIR": str(jax.config.values["jax_compilation_cache_dir"])}
+        with subprocess.Popen(
+            [*command, "--margin", "1", "--least-users", "1", "--no-served"], env={**os.environ, **compiled}
+        ) as process:
+            wait_for_stage(process, places.work, stage)
+            process.kill()
+        killed = read_state(places.work)
+        assert killed is not None
+        assert killed.round is not None
+        assert list(killed.round.stages)[-1] == stage
+        assert client.get_model_info().model_version == before
+        state = learn(places, CONFIG)
+        assert outcome(loop, state) == outcome(*undisturbed)
+        assert state.history[-1].stages[stage]["attempts"] == 2
+        for number in (2, 3):
+            wait_for(lambda: client.get_model_info().model_version == state.model_version)  # noqa: B023
+            record(client, events_of_round(number))
+            state = learn(places, CONFIG)
+            assert state.history[-1].result("export-events")["events"] == 120  # type: ignore[index]
+        wait_for(lambda: client.get_model_info().model_version == state.model_version)
+        assert len(client.recommend(user_id="7", k=5).recommendations) == 5
+    assert [one.number for one in state.history] == [1, 2, 3]
+    assert jaxrec.read_prepared(state.data).histories.event_count == 600 + 3 * 120
+
+
+def record(client: RecommenderClient, events: list[UserEvent]) -> None:
+    client.record_events(
+        [Recorded(event_id=one.event_id, user_id=one.user_id, **one.event._asdict()) for one in events]
+    )
+
+
+def wait_for_stage(process: subprocess.Popen[bytes], work: Path, stage: str) -> None:
+    """Returns when the state says that the stage has begun; a state is always whole."""
+
+    def begun() -> bool:
+        assert process.poll() is None, "it ended before"
+        state = read_state(work)
+        return state is not None and state.round is not None and stage in state.round.stages
+
+    end = time.monotonic() + 120
+    while not begun():
+        assert time.monotonic() < end, f"{stage} did not begin"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.01)
+
+
+def test_without_new_events_nothing_is_done(undisturbed: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, state = undisturbed
+    monkeypatch.setattr(stages, "append_stage", None)
+    again = learn(loop.places, CONFIG)
+    assert again.said == "nothing to do: 0 new events since revision 120"
+    assert outcome(loop, again) == outcome(loop, state)
+    assert again.succeeded > state.succeeded
+    few = learn(loop.places, dataclasses.replace(CONFIG, least_events=7))
+    assert few.said == "nothing to do: 0 new events since revision 120, expected at least 7"
+
+
+def test_late_events_are_learned_from_but_prove_nothing(base: Path, tmp_path: Path) -> None:
+    """They come before the last event of their user, so that no held-out event is new: the version stays."""
+    loop = new_loop(base, tmp_path / "loop")
+    late = pd.DataFrame({"user_id": [1, 2, 999], "item_id": [3, 4, 5], "rating": 3.0, "timestamp": 999_999_999})
+    loop.record([*events_of(late, "late"), *events_of(late.assign(user_id="somebody"), "other")])
+    state = learn(loop.places, CONFIG)
+    assert (state.folder, state.revision, state.history[-1].published) == ("1", 6, False)
+    assert state.history[-1].reason.startswith("refused: no user has a new held-out event to compare on")
+    assert state.run == str(base / "run")
+    assert jaxrec.read_prepared(state.data).log.events.event_count == 600 + 3  # type: ignore[union-attr]
+    metrics = metrics_text(state)
+    # Users are numbers in this data: those of "somebody" were set aside, and are counted.
+    for line in ("published 0.0", "events 6.0", "bad_events 3.0", "revision 6.0", "failed 0.0", "round 1.0"):
+        assert f"\njaxrec_learn_{line}\n" in metrics
+    assert 'jaxrec_learn_stage_seconds{stage="train"}' in metrics
+
+
+def test_an_error_is_noted(base: Path, tmp_path: Path) -> None:
+    loop = new_loop(base, tmp_path / "loop")
+    loop.record(events_of_round(1))
+    learn(loop.places, dataclasses.replace(CONFIG, least_events=1000))
+    (base / "data").rename(base / "away")
+    try:
+        with pytest.raises(DataError, match="data"):
+            learn(loop.places, CONFIG)
+    finally:
+        (base / "away").rename(base / "data")
+    state = read_state(loop.places.work)
+    assert state is not None
+    assert "data" in state.error
+    assert "\njaxrec_learn_failed 1.0\n" in metrics_text(state)
+
+
+def test_one_works_at_a_time(base: Path, tmp_path: Path) -> None:
+    loop = new_loop(base, tmp_path / "loop")
+    with locked(loop.places.work), pytest.raises(DataError, match="another `jaxrec learn` is at work there"):
+        learn(loop.places, CONFIG)
+    assert read_state(loop.places.work) is None
+
+
+def test_what_does_not_belong_together_is_refused(base: Path, tmp_path: Path) -> None:
+    loop = new_loop(base, tmp_path / "loop")
+    places = loop.places
+    with pytest.raises(DataError, match="was trained on"):
+        learn(dataclasses.replace(places, data=tmp_path), CONFIG)
+    manifest = places.models / "1" / "manifest.json"
+    before = manifest.read_text()
+    content = json.loads(before)
+    content["training"]["mix"]["lstm"] = -1.0
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="the newest version is no export of"):
+        learn(places, CONFIG)
+    manifest.write_text(before)
+    learn(places, CONFIG)
+    with pytest.raises(DataError, match="reads the store"):
+        learn(dataclasses.replace(places, store="redis://user:secret@host/0"), CONFIG)
+    (places.models / "9").mkdir()
+    (places.models / "9" / "manifest.json").write_text(json.dumps({**json.loads(before), "model_version": "2999"}))
+    with pytest.raises(DataError, match="the newest version is 2999 \\(9\\), the loop published"):
+        learn(places, CONFIG)
+
+
+def test_old_versions_go_but_not_those_that_the_loop_did_not_write(undisturbed: Played) -> None:
+    loop, state = undisturbed
+    for name in ("0", ".0.jaxrec-learn", ".0.removed", ".rounds"):
+        (loop.places.models / name).mkdir()
+    write_state(loop.places.work, dataclasses.replace(state, published=("0", "2")))
+    assert learn(loop.places, dataclasses.replace(CONFIG, keep=2)).published == ("0", "2")
+    assert learn(loop.places, dataclasses.replace(CONFIG, keep=1)).published == ("2",)
+    left = sorted(path.name for path in loop.places.models.iterdir())
+    assert left == [".0.removed", ".jaxrec-learn.lock", ".rounds", "1", "2"]
+    for name in (".rounds", ".0.removed"):
+        (loop.places.models / name).rmdir()
+
+
+def test_a_damaged_state_is_an_error_that_says_what_to_do(tmp_path: Path, undisturbed: Played) -> None:
+    write_state(tmp_path, undisturbed.state)
+    assert read_state(tmp_path) == undisturbed.state
+    (tmp_path / "state.json").write_text('{"schema_version": 1, "round": 3}')
+    with pytest.raises(DataError, match="begin another loop with another --work"):
+        read_state(tmp_path)
