@@ -45,9 +45,10 @@ def read_slates(store: EventStore, attribution_window: int | None = None) -> Sla
     """Reads a store, and attributes events to slates as `jaxrec rl served` does.
 
     A positive event is a response to the slate that it names, if it is on an item of the slate, by the same user, and
-    comes within the attribution window by its own clock; one before the slate counts as immediate. Only events on items
-    of their slate count for the default window. The log ends with the last slate, or with the responses, if these end
-    later (all but the last one in a hundred). Slates less than the window before that are left out. Events dated after now have a wrong clock and count for neither.
+    comes within the attribution window by its own clock; one before the slate counts as immediate. Only events on
+    items of their slate count for the default window. The log ends with the last slate, or with the responses, if
+    these end later (all but the last one in a hundred). Slates less than the window before that are left out. Events
+    dated after now have a wrong clock and count for neither.
 
     Args:
         store: Servers may use it. Some 300 bytes for each slate, 50 for each of its items and 30 for each
