@@ -119,10 +119,9 @@ def after_a_round() -> State:
         "gate": dataclasses.asdict(decide(0.2, 0.1, Estimate(0.1, 0.05, 0.15), 5, 0.05)),
     }
     stages = {name: {"attempts": 1, "began": 0.0, "seconds": 1.0, "result": result} for name, result in noted.items()}
-    places = dict.fromkeys(("store", "first_run", "first_run_sha256", "run", "data", "folder"), "")
-    return State(
-        **places, revision=10, changed="models", model_version="1", history=(Round(1, stages, True, "better"),)
-    )
+    places = dict.fromkeys(("store", "first_run", "first_run_sha256", "run", "data", "published_data", "folder"), "")
+    numbers = {"after": 0, "revision": 10}
+    return State(**places, **numbers, changed="models", model_version="1", history=(Round(1, stages, True, "better"),))
 
 
 def series() -> dict[str, dict[str, set[str]]]:
