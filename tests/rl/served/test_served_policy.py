@@ -85,8 +85,7 @@ def test_a_slate_of_which_few_were_shown_is_drawn_from_the_pool_of_the_whole_ans
     expected = [one.log_propensities[:shown] for one in drawn]
     empty = np.zeros((rows, 1), np.float32)
     states = ServedStates(
-        query=empty,
-        recent=empty,
+        state=PolicyState(empty, empty),
         exclude=empty,
         slate=slates,
         log_propensities=empty,
