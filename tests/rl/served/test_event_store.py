@@ -487,7 +487,7 @@ def test_what_a_real_server_read_within_the_second_is_reproduced(
     reproduced without."""
     path, rng, users = tmp_path / "events.sqlite", np.random.default_rng(1), 6
     raw, model = small_data.catalog.ids.raw_ids.astype(str), Recommender(read_artifact(model_directory), "cpu")
-    monkeypatch.setattr("serve.api.service.time", SimpleNamespace(time=lambda: START + 0.5))
+    monkeypatch.setattr("serve.api.service.time", SimpleNamespace(time=lambda: START + 0.5, monotonic=time.monotonic))
     with SQLiteStore(path) as store:
         server = create_server(one_model(model, store, exploration=Exploration(1.0, seed=1)), store, "127.0.0.1:0")
         server.start()
