@@ -104,7 +104,7 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
     half_life = best_half_life(data, counts, hybrid.lstm.config.max_length)
     arrays["half_life_s"] = HALF_LIVES_S[half_life]
     recent = {"recent popularity": recent_popularity_scorer(data, counts, half_life)}
-    learned = {name: hybrid_scorer(policy, counts) for name, policy in policies(run, data, hybrid)[0].items()}
+    learned = {name: hybrid_scorer(policy, counts) for name, policy in policies(run, hybrid)[0].items()}
     for model, scorer in (recent | scorers(hybrid, counts) | learned).items():
         for time in (False, True):
             ranked = rank_cases(scorer, data, cases, hybrid.lstm.config.max_length, time)

@@ -78,7 +78,7 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     run = open_run(run)
     data = run.read_data()
     mix = load_supervised(run, data, reranker=False)
-    learned_policies, policy_is_used = policies(run, data, mix)
+    learned_policies, policy_is_used = policies(run, mix)
     popularity = data.train_popularity()
     max_length = run.model_config.max_length
     counts = DecayedCounts.of(data)
@@ -138,12 +138,11 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     return evaluation
 
 
-def policies(run: Run, data: PreparedData, mix: Hybrid) -> tuple[dict[str, Hybrid], bool]:
+def policies(run: Run, mix: Hybrid) -> tuple[dict[str, Hybrid], bool]:
     """What `jaxrec rl` learned for a run.
 
     Args:
         run: That was trained.
-        data: That it was trained on.
         mix: Its supervised models without a reranker.
 
     Returns:
@@ -153,7 +152,7 @@ def policies(run: Run, data: PreparedData, mix: Hybrid) -> tuple[dict[str, Hybri
         DataError: Files of a policy or of the reranker are damaged, or belong to other models.
     """
     learned = read_reranker(run, mix)
-    supervised = load_supervised(run, data)
+    supervised = mix if learned is None or not learned.used else mix.with_reranker(learned.policy)
     found = {} if learned is None else {STACKED: mix.with_reranker(learned.stacked)}
     in_use = load_policy(run, supervised)
     if in_use is not None:
