@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -153,7 +154,8 @@ def _fold_decisions(
                 f"have {len(others.split.validation)} validation events; expected at least one of each: the log has "
                 "too few users with two training events, choose fewer parts (--folds)"
             )
-        tqdm.write(f"fold {number + 1} of {config.folds}: {len(cases)} decisions of {int(held_out.sum())} users")
+        progress = f"fold {number + 1} of {config.folds}: {len(cases)} decisions of {int(held_out.sum())} users"
+        tqdm.write(progress, file=sys.stderr)  # beside the bars
         hybrid = _fold_models(run.train_config, like, others, folder, config, stop)
         found = decide(with_reranker(hybrid, others), data, cases, run.counts, np.arange(len(cases)) % 2 == 0)
         with new_file(done) as temporary, temporary.open("wb") as file:
