@@ -12,6 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+import serve.stores
 from jaxrec.cli.main import COMMANDS as JAXREC_COMMANDS
 from jaxrec.cli.main import main as jaxrec_main
 from serve.cli.extras import EXTRAS, INCLUDED
@@ -179,6 +180,7 @@ def test_extras_that_others_include_are_not_named_twice(monkeypatch: pytest.Monk
     ],
 )
 def test_a_store_without_its_extra(location: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(serve.stores, extra, raising=False)
     for name in [name for name in sys.modules if name.startswith(f"serve.stores.{extra}")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)

@@ -12,6 +12,8 @@ import pytest
 from jaxrec.errors import ExportError
 from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.linear import RANK
+from jaxrec.models.summary import NUMBERS
 from jaxrec.onnx import convert
 from jaxrec.onnx.convert import sequence_graph, step_graph, trend_graph
 from jaxrec.onnx.parity import check_parity, make_probe
@@ -35,8 +37,14 @@ def test_the_item_matrix_is_stored_once(exported) -> None:
     for graph in (exported.sequence_bytes, exported.step_bytes):
         model = onnx.load_from_string(graph)
         large = [array.name for array in model.graph.initializer if 61 in array.dims]
-        masks = [] if exported.hybrid.new_items is None else ["new_items"]
-        assert sorted(large) == ["item_bias", "item_vectors", "neighbour_item", "neighbour_weight", *masks]
+        arrays = ["item_bias", "item_vectors", "neighbour_item", "neighbour_weight"]
+        arrays += [] if exported.hybrid.new_items is None else ["new_items"]
+        if exported.hybrid.reranker is not None:
+            arrays += ["encoder", "candidate"]
+            constants = set(large) - set(arrays)  # the policy's bias of the items, which comes after the reranker
+            assert len(constants) == 1
+            large = [name for name in large if name not in constants]
+        assert sorted(large) == sorted(arrays)
 
 
 def test_excluded_items_are_never_answered(exported) -> None:
@@ -95,8 +103,9 @@ def test_types_and_shapes_follow_the_inputs(exported) -> None:
             k=np.array([k]),
         )
         found = {name: (array.dtype.name, array.shape) for name, array in answer.items()}
+        summary = 0 if exported.hybrid.reranker is None else 2 * RANK + NUMBERS
         assert found == {
-            "state": ("float32", (batch, 64 + RECENT_ITEMS)),
+            "state": ("float32", (batch, 64 + summary + RECENT_ITEMS)),
             "items": ("int32", (batch, k)),
             "scores": ("float32", (batch, k)),
         }

@@ -168,7 +168,16 @@ def test_three_rounds_with_a_server_and_a_kill(undisturbed: Played, base: Path, 
 
 def record(client: RecommenderClient, events: list[UserEvent]) -> None:
     client.record_events(
-        [Recorded(event_id=one.event_id, user_id=one.user_id, **one.event._asdict()) for one in events]
+        [
+            Recorded(
+                event_id=one.event_id,
+                user_id=one.user_id,
+                item_id=one.event.item_id,
+                rating=one.event.rating,
+                timestamp=one.event.timestamp,
+            )
+            for one in events
+        ]
     )
 
 

@@ -38,7 +38,7 @@ def test_an_accepted_policy_is_published_and_a_training_follows(
     def accepts(loaded: LoadedRun, log: Path, config: Any, stop: Any) -> PolicyOutcome:
         head = jax.tree.map(lambda leaf: leaf + 0.25, policy_in_use(loaded.run, loaded.supervised).variables)
         outcome = PolicyOutcome(True, "it earns more")
-        write_policy(loaded.run, loaded.supervised, TrainedPolicy(outcome, head, [], []), config, "served")
+        write_policy(loaded.run, loaded.supervised, TrainedPolicy(outcome, head, []), config, "served")
         return outcome
 
     config = dataclasses.replace(CONFIG, served=True)
