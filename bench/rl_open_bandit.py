@@ -124,7 +124,7 @@ def table(campaign: str, logs: dict[tuple[str, str], Log], halves: int) -> list[
     """The campaign's table: the estimates from the whole logs, and how often those from halves hold the own mean."""
     lines = [
         f"\n## Campaign {campaign}\n",
-        "| policy | from the other log | effective rows | clicks per 1,000 rows | less the mean | halves that hold it |",
+        "| policy | from the other log | effective rows | clicks per 1,000 rows | less its mean | halves holding it |",
         "|---|---|---|---|---|---|",
     ]
     items, positions = (
