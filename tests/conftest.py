@@ -1,7 +1,9 @@
 """Fixtures that several parts of the tests share: one small catalogue, one random model, one exported directory."""
 
+import hashlib
 import json
-import tempfile
+import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,10 +30,22 @@ from jaxrec.onnx.model_directory import export_model
 from jaxrec.rl.logged.tables import with_reranker
 from jaxrec.runs.directory import SCHEMA_VERSION
 
-# Tests build the same small models again and again: each program is compiled once per test run.
-_COMPILED = tempfile.TemporaryDirectory(prefix="jaxrec-tests-")
-jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# A program for the CPU runs only where its instructions are known.
+_CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else platform.processor()
+_FLAGS = "".join(sorted({line for line in _CPU.splitlines() if line.startswith(("flags", "Features", "model name"))}))
+_COMPILED = Path(__file__).parents[1] / "build/compiled" / hashlib.sha256(_FLAGS.encode()).hexdigest()[:12]
+# Tests build the same small models again and again. Each program is compiled once, for this run and later ones, for all
+# processes of the tests and those that they start; and to compile takes longer than a small model gains by it.
+_COMPILING = {
+    "jax_compilation_cache_dir": str(_COMPILED),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+    "jax_disable_most_optimizations": True,
+}
+for _name, _value in _COMPILING.items():
+    if _name.upper() not in os.environ:
+        os.environ[_name.upper()] = str(_value)
+        jax.config.update(_name, _value)
 
 MOVIES, USERS, EVENTS_PER_USER = 60, 40, 30
 SMALL = ModelConfig(embedding=16, hidden=16, rating_width=4, time_width=4, max_length=50)
