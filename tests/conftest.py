@@ -1,10 +1,13 @@
 """Fixtures that several parts of the tests share: one small catalogue, one random model, one exported directory."""
 
+import gc
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -29,6 +32,7 @@ from jaxrec.models.trend import Trend
 from jaxrec.onnx.model_directory import export_model
 from jaxrec.rl.logged.tables import with_reranker
 from jaxrec.runs.directory import SCHEMA_VERSION
+from tests.once import made_once
 
 # A program for the CPU runs only where its instructions are known.
 _CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else platform.processor()
@@ -47,8 +51,33 @@ for _name, _value in _COMPILING.items():
         os.environ[_name.upper()] = str(_value)
         jax.config.update(_name, _value)
 
+# Writing to a disk waits for the disk after each file, since files are whole or absent after a power failure.
+_IN_MEMORY, _ROOM = Path("/dev/shm"), 4 * 10**9
+if "TMPDIR" not in os.environ and _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).free > _ROOM:
+    os.environ["TMPDIR"] = tempfile.tempdir = str(_IN_MEMORY)
+
+_MOST_RESIDENT = 10**9
+
 MOVIES, USERS, EVENTS_PER_USER = 60, 40, 30
 SMALL = ModelConfig(embedding=16, hidden=16, rating_width=4, time_width=4, max_length=50)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _freed_memory_is_given_back() -> Iterator[None]:
+    """`jaxrec train` keeps its memory until its process ends, which for the tests is the end of them all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxrec.training.host_memory.keep_freed_memory", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_other_files_are_dropped() -> Iterator[None]:
+    """Once they take much memory. They are on the disk."""
+    yield
+    status = Path("/proc/self/statm")
+    if status.is_file() and int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > _MOST_RESIDENT:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -137,16 +166,18 @@ def repeating_hybrid(small_hybrid: Hybrid) -> Hybrid:
 @pytest.fixture(scope="session")
 def model_directory(small_data: PreparedData, small_hybrid: Hybrid, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The exported `small_hybrid`. Shared: copy it before changing it."""
-    out = tmp_path_factory.mktemp("exported") / "model"
-    export_model(
-        small_hybrid,
-        small_data,
-        out,
-        training={"note": "random weights"},
-        metrics={},
-        licence="Synthetic data, free for any use.",
-    )
-    return out
+
+    def export(out: Path) -> None:
+        export_model(
+            small_hybrid,
+            small_data,
+            out,
+            training={"note": "random weights"},
+            metrics={},
+            licence="Synthetic data, free for any use.",
+        )
+
+    return made_once(tmp_path_factory, "model_directory", export)
 
 
 @pytest.fixture(scope="session")
