@@ -58,8 +58,19 @@ if "TMPDIR" not in os.environ and _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_
 
 _MOST_RESIDENT = 10**9
 
+# What takes longest begins first, so that no process waits long for the other at the end.
+_LONGEST_FIRST = ("training", "runs", "rl", "cli", "onnx", "examples", "bench", "models")
+
 MOVIES, USERS, EVENTS_PER_USER = 60, 40, 30
 SMALL = ModelConfig(embedding=16, hidden=16, rating_width=4, time_width=4, max_length=50)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        folders = [folder for folder in _LONGEST_FIRST if Path(__file__).parent / folder in item.path.parents]
+        return _LONGEST_FIRST.index(folders[0]) if folders else len(_LONGEST_FIRST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session", autouse=True)
