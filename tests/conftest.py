@@ -35,9 +35,9 @@ from jaxrec.runs.directory import SCHEMA_VERSION
 from tests.once import made_once
 
 # A program for the CPU runs only where its instructions are known.
-_CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else platform.processor()
-_FLAGS = "".join(sorted({line for line in _CPU.splitlines() if line.startswith(("flags", "Features", "model name"))}))
-_COMPILED = Path(__file__).parents[1] / "build/compiled" / hashlib.sha256(_FLAGS.encode()).hexdigest()[:12]
+_CPU = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+_KIND = {platform.machine(), *(line for line in _CPU if line.startswith(("model name", "flags", "Features")))}
+_COMPILED = Path(__file__).parents[1] / "build/compiled" / hashlib.sha256(repr(sorted(_KIND)).encode()).hexdigest()[:12]
 # Tests build the same small models again and again. Each program is compiled once, for this run and later ones, for all
 # processes of the tests and those that they start; and to compile takes longer than a small model gains by it.
 _COMPILING = {
