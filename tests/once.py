@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import pytest
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """The path `name` of this test run, by whichever process asks first. Shared: copy it before changing it.
+    """The folder `name` of this test run, by whichever process asks first. Shared: copy it before changing it.
 
     Args:
         factory: of the temporary folders.
         name: no other call of the test run has it.
-        make: is handed a path that does not exist, and makes a file or a folder there.
+        make: is handed a path that does not exist, and makes a folder there.
     """
     root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -24,6 +25,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     with open(root / "shared" / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
+            shutil.rmtree(new, ignore_errors=True)  # of a process that failed
             make(new)
             new.rename(path)
     return path
