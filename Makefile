@@ -11,9 +11,11 @@ demo: .venv/installed
 
 # The order of the files is that of tests/conftest.py: what takes longest begins first.
 PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
-# Without training, export and databases: what they test takes minutes.
-SLOW := training runs rl onnx examples bench models cli/test_cli.py data/distributed serve/stores \
-	serve/test_imports.py data/test_bad_input.py data/test_prepare.py data/test_append.py
+# What takes minutes: training, export, databases, worlds of their own.
+SLOW := training runs rl onnx examples bench models evaluation cli/test_cli.py cli/test_recommend.py \
+	test_parity_with_serving.py data/distributed data/reading/test_rows.py serve/stores \
+	serve/test_imports.py serve/test_filters.py serve/test_repeats.py serve/model/test_search.py \
+	serve/model/test_filtered_search.py data/test_bad_input.py data/test_prepare.py data/test_append.py
 
 test: .venv/installed
 	$(BIN)/python $(PYTEST)
