@@ -91,7 +91,12 @@ def _graph(name: str, weights: Weights, signature: Signature, item_arrays: dict[
             tf.function(program, autograph=False),
             input_signature=list(specs.values()),
             opset=OPSET,
-            custom_op_handlers={"SelectV2": (_where, [])},
+            custom_op_handlers={
+                "SelectV2": (_where, []),
+                "TensorScatterAdd": (_of_elements, ["ScatterElements", ("reduction", "add")]),
+                "TensorScatterUpdate": (_of_elements, ["ScatterElements"]),
+                "GatherNd": (_of_elements, ["GatherElements"]),
+            },
         )
     _finish(name, model, signature, item_arrays)
     if "length" in signature.inputs:
@@ -108,6 +113,19 @@ def _where(context: Any, node: Any, name: str, arguments: list[Any]) -> Any:
     return node
 
 
+def _of_elements(context: Any, node: Any, name: str, arguments: list[Any]) -> Any:
+    """The operator of ONNX that takes the items themselves, in place of `tf_forward.places` (row, item). tf2onnx would
+    compute each row's number from the shape."""
+    of_places = node.inputs[1]
+    while of_places.type not in ("Pack", "Concat"):
+        of_places = of_places.inputs[0]
+    items = of_places.input[1] if of_places.type == "Pack" else of_places.inputs[1].input[0]
+    context.replace_input(node, node.input[1], items, 1)
+    for key, value in {"axis": 1, **dict(arguments)}.items():
+        node.set_attr(key, value)
+    return node
+
+
 def _finish(name: str, model: Any, signature: Signature, item_arrays: dict[str, np.ndarray]) -> None:
     """Makes the items' arrays weights, names the dimensions, and refuses a graph whose LSTMs are not fused."""
     from onnx import helper, numpy_helper
@@ -120,11 +138,26 @@ def _finish(name: str, model: Any, signature: Signature, item_arrays: dict[str, 
     graph.name = name
     graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in item_arrays.items())
     del graph.value_info[:]
+    _without_scalar_k(graph)
     for place, tensors in ((graph.input, signature.inputs), (graph.output, signature.outputs)):
         del place[:]
         for key, tensor in tensors.items():
             kind = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
             place.append(helper.make_tensor_value_info(key, kind, tensor.shape))
+
+
+def _without_scalar_k(graph: Any) -> None:
+    """Hands the input k to the operator as it is; TensorFlow wants a scalar, of which tf2onnx makes a vector again."""
+    made = {output: node for node in graph.node for output in node.output}
+    chain, name = [], next((node.input[1] for node in graph.node[::-1] if node.op_type == "TopK"), "k")
+    while name in made and made[name].op_type in ("Squeeze", "Cast", "Unsqueeze"):
+        chain.append(made[name])
+        name = chain[-1].input[0]
+    if name == "k" and chain:
+        for node in graph.node:
+            node.input[:] = ["k" if each == chain[0].output[0] else each for each in node.input]
+        for node in chain:
+            graph.node.remove(node)
 
 
 def _checked(model: Any) -> bytes:

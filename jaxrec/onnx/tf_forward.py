@@ -100,11 +100,10 @@ def step(
     **seen: Any,
 ) -> dict[str, Any]:
     """A batch of states and one event for each -> next_state, items, scores; `seen` as above."""
-    recurrent, recent = _step(weights, state, tf.gather(items.vectors, item), item, rating, gap)
+    recurrent, recent, before = _step(weights, state, tf.gather(items.vectors, item), item, rating, gap)
     summary = None
     if items.reranker is not None:
-        before = state[:, weights.recurrent_width : -RECENT_ITEMS]
-        summary = _next_summary(before, tf.gather(items.reranker.encoder, item), rating, gap)
+        summary = _next_summary(*before, tf.gather(items.reranker.encoder, item), rating, gap)
     asked = _query(weights, recurrent, request_gap), recent, summary, request_gap
     best, scores = _answer(weights, items, *asked, trend, exclude, blocked, k, **seen)
     return {"next_state": _state(recurrent, recent, summary), "items": best, "scores": scores}
@@ -122,7 +121,7 @@ def step_query(
     weights: Weights, *, state: Any, vector: Any, item: Any, rating: Any, gap: Any, request_gap: Any
 ) -> dict[str, Any]:
     """`step` without the items' arrays -> next_state, query."""
-    recurrent, recent = _step(weights, state, vector, item, rating, gap)
+    recurrent, recent, _ = _step(weights, state, vector, item, rating, gap)
     return {"next_state": _state(recurrent, recent), "query": _query(weights, recurrent, request_gap)}
 
 
@@ -138,27 +137,31 @@ def trend(weights: Weights, *, counts: Any) -> dict[str, Any]:
 def _read(weights: Weights, vectors: Any, item: Any, rating: Any, gap: Any, length: Any) -> tuple[Any, Any]:
     """Whole histories, vectors [length, batch, width] -> what is recurrent of the state, and the recent items."""
     batch = tf.shape(item)[0]
-    nothing = tf.zeros([batch, weights.recurrent_width])
-    recurrent = _advance(weights, nothing, vectors, tf.transpose(rating), tf.transpose(gap))
+    nothing = tf.zeros([batch, weights.recurrent_width // 4])
+    views = (tf.expand_dims(tf.transpose(column), -1) for column in (rating, gap))
+    recurrent = _advance(weights, [nothing] * 4, vectors, *views)
     timeline = tf.concat([tf.zeros([batch, RECENT_ITEMS], tf.int32), item], axis=1)
-    places = tf.expand_dims(length, 1) + (RECENT_ITEMS - 1 - np.arange(RECENT_ITEMS, dtype=np.int32))
-    return recurrent, tf.gather(timeline, places, batch_dims=1)
+    ago = tf.expand_dims(length, 1) + (RECENT_ITEMS - 1 - np.arange(RECENT_ITEMS, dtype=np.int32))
+    return recurrent, tf.gather_nd(timeline, places(ago))
 
 
-def _step(weights: Weights, state: Any, vector: Any, item: Any, rating: Any, gap: Any) -> tuple[Any, Any]:
-    """One event each, vector [batch, width] -> as `_read`."""
-    event = (tf.expand_dims(column, 0) for column in (vector, rating, gap))
-    recurrent = _advance(weights, state[:, : weights.recurrent_width], *event)
-    return recurrent, tf.concat([tf.expand_dims(item, 1), tf.cast(state[:, -RECENT_ITEMS:-1], tf.int32)], axis=1)
+def _step(weights: Weights, state: Any, vector: Any, item: Any, rating: Any, gap: Any) -> tuple[Any, Any, list[Any]]:
+    """One event each, vector [batch, width] -> as `_read`, and the summary before the event, in two parts."""
+    summary = [] if weights.reranker is None else [2 * weights.reranker.rank, NUMBERS]
+    parts = tf.split(state, [weights.recurrent_width // 4] * 4 + summary + [RECENT_ITEMS], axis=1)
+    views = (tf.reshape(column, [1, -1, 1]) for column in (rating, gap))
+    recurrent = _advance(weights, parts[:4], tf.expand_dims(vector, 0), *views)
+    recent = tf.concat([tf.expand_dims(item, 1), tf.cast(parts[-1][:, :-1], tf.int32)], axis=1)
+    return recurrent, recent, parts[4:-1]
 
 
-def _state(recurrent: Any, recent: Any, summary: Any = None) -> Any:
-    parts = [recurrent] if summary is None else [recurrent, summary]
-    return tf.concat([*parts, tf.cast(recent, tf.float32)], axis=1)
+def _state(recurrent: list[Any], recent: Any, summary: tuple[Any, Any] | None = None) -> Any:
+    return tf.concat([*recurrent, *(summary or ()), tf.cast(recent, tf.float32)], axis=1)
 
 
-def _summary(tables: RerankerItems, item: Any, rating: Any, gap: Any, length: Any) -> Any:
-    """`jaxrec.models.summary` of whole histories [batch, length] -> [batch, 2 * rank + NUMBERS]."""
+def _summary(tables: RerankerItems, item: Any, rating: Any, gap: Any, length: Any) -> tuple[Any, Any]:
+    """`jaxrec.models.summary` of whole histories [batch, length] -> codes [batch, 2 * rank] and numbers
+    [batch, NUMBERS]."""
     place = tf.expand_dims(tf.range(tf.shape(item)[1]), 0)
     count = tf.expand_dims(length, 1)
     where = place < count
@@ -179,20 +182,18 @@ def _summary(tables: RerankerItems, item: Any, rating: Any, gap: Any, length: An
         tf.reduce_sum(rated * rating, axis=1),
         tf.reduce_sum(last * rating, axis=1),
     ]
-    return tf.concat([codes[:, 0], codes[:, 1], tf.stack(numbers, axis=1)], axis=1)
+    return tf.reshape(codes, [-1, 2 * code.shape[2]]), tf.stack(numbers, axis=1)
 
 
-def _next_summary(before: Any, code: Any, rating: Any, gap: Any) -> Any:
+def _next_summary(codes: Any, numbers: Any, code: Any, rating: Any, gap: Any) -> tuple[Any, Any]:
     """The summary after one more event, as `jaxrec.models.summary.updated`."""
-    rank = code.shape[1]
     rating, gap = tf.expand_dims(rating, 1), tf.expand_dims(gap, 1)
     is_rated = tf.cast(rating >= 0, tf.float32)
     continues = tf.cast(tf.logical_and(gap >= 0, gap <= np.float32(SESSION_S)), tf.float32)
     of_event = tf.concat([continues, tf.maximum(gap, 0.0), is_rated, is_rated * rating, rating], axis=1)
     stays, added = tf.split(tf.matmul(of_event, _BY_EVENT) + _ALWAYS, 2, axis=1)
-    codes, numbers = tf.split(before, [2 * rank, NUMBERS], axis=1)
-    kept = np.repeat(np.array([1, DECAY], np.float32), rank)
-    return tf.concat([codes * kept + tf.concat([code, code], axis=1), numbers * stays + added], axis=1)
+    kept = np.repeat(np.array([1, DECAY], np.float32), code.shape[1])
+    return codes * kept + tf.concat([code, code], axis=1), numbers * stays + added
 
 
 _BY_EVENT = np.zeros((5, 2 * NUMBERS), np.float32)
@@ -203,18 +204,14 @@ rating. _BY_EVENT [5, 2 * NUMBERS] is for whether the session continues, the gap
 or 0, and the rating."""
 
 
-def _advance(weights: Weights, state: Any, vectors: Any, rating: Any, gap: Any) -> Any:
-    """h and c of both models [batch, 4 * hidden] after the events, [length, batch] as the LSTM wants them."""
-    views = [
-        vectors,
-        _rating_vectors(weights, tf.expand_dims(rating, -1)),
-        tf.gather(weights.gap_vectors, _gap_bucket(gap)),
-    ]
+def _advance(weights: Weights, state: list[Any], vectors: Any, rating: Any, gap: Any) -> list[Any]:
+    """h and c of the LSTM and of the content model, each [batch, hidden], after the events: vectors [length, batch,
+    width], rating and gap [length, batch, 1], as the LSTM wants them."""
+    views = [vectors, _rating_vectors(weights, rating), tf.gather(weights.gap_vectors, _gap_bucket(gap))]
     of_lstm, of_content = zip(*(tf.split(view, 2, axis=2) for view in views), strict=True)
-    h_lstm, c_lstm, h_content, c_content = tf.split(state, 4, axis=1)
-    lstm_state = _lstm(weights.lstm, tf.concat(of_lstm, axis=2), h_lstm, c_lstm)
-    content_state = _lstm(weights.content, tf.concat(of_content, axis=2), h_content, c_content)
-    return tf.concat([*lstm_state, *content_state], axis=1)
+    lstm_state = _lstm(weights.lstm, tf.concat(of_lstm, axis=2), *state[:2])
+    content_state = _lstm(weights.content, tf.concat(of_content, axis=2), *state[2:])
+    return [*lstm_state, *content_state]
 
 
 def _rating_vectors(weights: Weights, rating: Any) -> Any:
@@ -222,7 +219,8 @@ def _rating_vectors(weights: Weights, rating: Any) -> Any:
 
 
 def _gap_bucket(gap: Any) -> Any:
-    return tf.reduce_sum(tf.cast(tf.expand_dims(gap, -1) >= GAP_EDGES, tf.int32), axis=-1)
+    """gap [..., 1] -> [...]."""
+    return tf.reduce_sum(tf.cast(gap >= GAP_EDGES, tf.int32), axis=-1)
 
 
 def _lstm(weights: LSTMWeights, x: Any, h: Any, c: Any) -> tuple[Any, Any]:
@@ -248,11 +246,11 @@ def _lstm(weights: LSTMWeights, x: Any, h: Any, c: Any) -> tuple[Any, Any]:
     return h, c
 
 
-def _query(weights: Weights, recurrent: Any, request_gap: Any) -> Any:
+def _query(weights: Weights, recurrent: list[Any], request_gap: Any) -> Any:
     """[batch, width]: what the items' vectors are multiplied with, the policy's shift included unless there is a
     reranker."""
-    h_lstm, _, h_content, _ = tf.split(recurrent, 4, axis=1)
-    bucket = _gap_bucket(request_gap)
+    h_lstm, _, h_content, _ = recurrent
+    bucket = _gap_bucket(tf.expand_dims(request_gap, 1))
     scale, shift = tf.gather(weights.request_scale, bucket), tf.gather(weights.request_shift, bucket)
     hidden = tf.concat([h_lstm, h_content], axis=1) * scale + shift
     query = tf.matmul(hidden, weights.projection) + weights.projection_bias
@@ -278,19 +276,19 @@ def _answer(
     """The k best items [batch, k] int32 and their logits. `seen_score` is added to those of `seen`, where there are.
     Items of `exclude` and of `blocked` ([1 or batch, items + 1] bool) are NEVER."""
     logits = tf.matmul(query, items.vectors, transpose_b=True) + items.bias
-    neighbours = tf.reshape(tf.gather(items.neighbours, recent), [-1, RECENT_ITEMS * items.neighbours.shape[1]])
-    decays = RECENT_WEIGHTS[:, None]
-    closeness = tf.reshape(tf.gather(items.closeness, recent) * decays, tf.shape(neighbours))
+    in_one_row = [-1, RECENT_ITEMS * items.neighbours.shape[1]]
+    neighbours = tf.reshape(tf.gather(items.neighbours, recent), in_one_row)
+    closeness = tf.reshape(tf.gather(items.closeness, recent) * RECENT_WEIGHTS[:, None], in_one_row)
     cooccurrence = None
     if items.reranker is None:
-        logits = tf.tensor_scatter_nd_add(logits, _places(neighbours), closeness) + trend
+        logits = tf.tensor_scatter_nd_add(logits, places(neighbours), closeness) + trend
     else:
-        cooccurrence = tf.tensor_scatter_nd_add(tf.zeros_like(logits), _places(neighbours), closeness)
+        cooccurrence = tf.tensor_scatter_nd_add(tf.zeros_like(logits), places(neighbours), closeness)
         logits = logits + cooccurrence + trend
     if seen is not None:
-        logits = tf.tensor_scatter_nd_add(logits, _places(seen), seen_score)
-    never = tf.fill(tf.shape(exclude), np.float32(NEVER))
-    logits = tf.tensor_scatter_nd_update(logits, _places(exclude), never)
+        logits = tf.tensor_scatter_nd_add(logits, places(seen), seen_score)
+    never = tf.minimum(tf.cast(exclude, tf.float32), np.float32(NEVER))
+    logits = tf.tensor_scatter_nd_update(logits, places(exclude), never)
     logits = tf.where(blocked, np.float32(NEVER), logits)
     new = None if items.new is None else tf.logical_and(items.new, tf.equal(trend, 0.0))
     if weights.reranker is not None:
@@ -326,9 +324,9 @@ def _reranked(
     """
     assert items.reranker is not None
     allowed = logits if new is None else tf.where(new, np.float32(NEVER), logits)
-    mix, columns = tf.math.top_k(allowed[:, 1:], min(CANDIDATES, items.vectors.shape[0] - 1))
-    best = columns + 1
-    places = _places(best)
+    # Padding is NEVER, so it is no real candidate.
+    mix, best = tf.math.top_k(allowed, min(CANDIDATES, items.vectors.shape[0] - 1))
+    of_best = places(best)
     where = mix > NEVER / 2
     real = tf.cast(where, tf.float32)
     count = tf.maximum(tf.reduce_sum(real, axis=1, keepdims=True), 1.0)
@@ -337,11 +335,10 @@ def _reranked(
     decoder, of_genres, biases, ratings = tf.split(
         tf.gather(items.reranker.candidate, best), [rank, genres, 2, 1], axis=2
     )
-    products = tf.gather(items.vectors, best) * tf.expand_dims(query, 1)
-    halves = tf.reduce_sum(tf.reshape(products, [-1, mix.shape[1], 2, width // 2]), axis=3)
-    halves = halves + biases
-    of_cooccurrence = tf.expand_dims(tf.gather_nd(cooccurrence, places), 2)
-    codes = _columns(summary[:, : 2 * rank], rank)
+    query_halves = tf.expand_dims(query, 2) * np.repeat(np.eye(2, dtype=np.float32), width // 2, axis=0)
+    halves = tf.matmul(tf.gather(items.vectors, best), query_halves) + biases
+    of_cooccurrence = tf.expand_dims(tf.gather_nd(cooccurrence, of_best), 2)
+    codes, numbers = summary
     features = tf.concat(
         [
             tf.expand_dims(mix * real, 2),
@@ -349,41 +346,36 @@ def _reranked(
             of_cooccurrence,
             tf.math.log(of_cooccurrence + np.float32(LEAST_COOCCURRENCE)),
             tf.expand_dims(tf.gather(trend, best), 2),
-            tf.matmul(decoder, codes),
-            tf.matmul(of_genres, _recent_genres(items.reranker, recent, rank, rank + genres)),
+            tf.matmul(decoder, tf.reshape(codes, [-1, 2, rank]), transpose_b=True),
+            tf.matmul(of_genres, _recent_genres(items.reranker, recent, rank, rank + genres), transpose_b=True),
             ratings,
         ],
         axis=2,
     )
     means = tf.matmul(tf.expand_dims(real / count, 1), features)
     features = (features - means) * (1 / reranker.scales.features)
-    features = tf.clip_by_value(features, -FEATURE_LIMIT, FEATURE_LIMIT)
-    context = _context(reranker, halves, where, real, request_gap, summary[:, 2 * rank :])
+    features = _clipped(features, FEATURE_LIMIT)
+    context = _context(reranker, halves, where, count, request_gap, numbers)
     by_request = tf.matmul(context, reranker.weights.by_context[_CONTEXT_ORDER]) + reranker.weights.direct
+    # NEVER is so large that it stays what it is: where there is no candidate, 0 is added.
     scores = mix + tf.squeeze(tf.matmul(features, tf.expand_dims(by_request, 2)), 2)
-    moved = _minus_logsumexp(tf.where(where, scores, np.float32(NEVER))) - _minus_logsumexp(mix)
-    return tf.tensor_scatter_nd_add(logits, places, tf.where(where, scores - mix + moved, 0.0))
+    change = tf.nn.log_softmax(scores) - tf.nn.log_softmax(mix)
+    return tf.tensor_scatter_nd_add(logits, of_best, change)
 
 
 def _recent_genres(items: RerankerItems, recent: Any, first: int, last: int) -> Any:
-    """[batch, genres, 2]: the genres of the last item, and the mean of those of the recent ones."""
+    """[batch, 2, genres]: the genres of the last item, and the mean of those of the recent ones. Those of padding are
+    zero."""
     of_recent = tf.gather(items.candidate, recent)[:, :, first:last]
-    is_one = tf.cast(recent > 0, tf.float32)
-    share = is_one / tf.maximum(tf.reduce_sum(is_one, axis=1, keepdims=True), 1.0)
-    is_last = tf.expand_dims(is_one, 2) * np.eye(RECENT_ITEMS, 1, dtype=np.float32)
-    weights = tf.concat([is_last, tf.expand_dims(share, 2)], axis=2)
-    return tf.matmul(of_recent, weights, transpose_a=True)
+    count = tf.matmul(tf.minimum(tf.cast(recent, tf.float32), 1.0), _LAST_AND_ALL, transpose_b=True)
+    return tf.matmul(_LAST_AND_ALL, of_recent) / tf.expand_dims(tf.maximum(count, 1.0), 2)
 
 
-def _columns(row: Any, width: int) -> Any:
-    """row [batch, 2 * width] -> [batch, width, 2]: its halves side by side."""
-    return tf.transpose(tf.reshape(row, [-1, 2, width]), [0, 2, 1])
+_LAST_AND_ALL = np.stack([np.eye(RECENT_ITEMS)[0], np.ones(RECENT_ITEMS)]).astype(np.float32)
 
 
-def _minus_logsumexp(logits: Any) -> Any:
-    """[batch, 1]."""
-    largest = tf.reduce_max(logits, axis=1, keepdims=True)
-    return -largest - tf.math.log(tf.reduce_sum(tf.exp(logits - largest), axis=1, keepdims=True))
+def _clipped(values: Any, limit: float) -> Any:
+    return tf.raw_ops.ClipByValue(t=values, clip_value_min=-limit, clip_value_max=limit)
 
 
 _CONTEXT_ORDER = np.array(
@@ -406,30 +398,31 @@ _CONTEXT_ORDER = np.array(
 """The context's order in the graph, in which neighbours are computed alike."""
 
 
-def _context(reranker: RerankerArrays, halves: Any, where: Any, real: Any, request_gap: Any, numbers: Any) -> Any:
-    """[batch, CONTEXT], scaled, in _CONTEXT_ORDER; `numbers` [batch, NUMBERS] of the summary."""
+def _context(reranker: RerankerArrays, halves: Any, where: Any, count: Any, request_gap: Any, numbers: Any) -> Any:
+    """[batch, CONTEXT], scaled, in _CONTEXT_ORDER; `count` [batch, 1] of the candidates, at least 1; `numbers` [batch,
+    NUMBERS] of the summary."""
     request_gap = tf.expand_dims(request_gap, 1)
     timed = tf.cast(request_gap >= 0, tf.float32)
-    rated, ratings, last = numbers[:, 3:4], numbers[:, 4:5], numbers[:, 5:]
+    counts, rated, ratings, last = tf.split(numbers, [3, 1, 1, 1], axis=1)
     user_rating = (ratings + np.float32(RATING_PRIOR * reranker.mean_rating)) / (rated + np.float32(RATING_PRIOR))
     # Of both models [batch, 2, candidates]; the product of a probability of 0 with its logarithm is 0.
     log_p = tf.nn.log_softmax(tf.where(tf.expand_dims(where, 1), tf.transpose(halves, [0, 2, 1]), np.float32(NEVER)))
-    first = real[:, :COMPARED]
-    apart = tf.abs(tf.reduce_sum(log_p[:, :, :COMPARED] * np.array([[1], [-1]], np.float32), axis=1))
-    apart = tf.reduce_sum(first * apart, axis=1, keepdims=True)
+    # The real candidates come first; where there is none, both are NEVER.
+    apart = tf.abs(tf.matmul(np.array([[1, -1]], np.float32), log_p[:, :, :COMPARED]))
     context = tf.concat(
         [
             timed,
-            tf.math.log(tf.concat([tf.maximum(request_gap, 0.0), numbers[:, :3]], axis=1) + 1.0),
+            tf.math.log(tf.concat([tf.maximum(request_gap, 0.0), counts], axis=1) + 1.0),
             user_rating,
             tf.where(last >= 0, last, user_rating),
-            -tf.reduce_sum(tf.exp(log_p) * log_p, axis=2),
-            apart / tf.maximum(tf.reduce_sum(first, axis=1, keepdims=True), 1.0),
+            tf.reduce_sum(tf.exp(log_p) * log_p, axis=2),  # the negative entropies
+            tf.reduce_sum(apart, axis=2) / tf.minimum(count, np.float32(COMPARED)),
         ],
         axis=1,
     )
     mean, scale = (values[_CONTEXT_ORDER] for values in (reranker.scales.context_mean, reranker.scales.context))
-    return tf.clip_by_value((context - mean) * (1 / scale), -CONTEXT_LIMIT, CONTEXT_LIMIT)
+    sign = np.array([-1 if "entropy" in CONTEXT[place] else 1 for place in _CONTEXT_ORDER], np.float32)
+    return _clipped((context - sign * mean) * (sign / scale), CONTEXT_LIMIT)
 
 
 def _capped(logits: Any, new: Any) -> Any:
@@ -442,7 +435,7 @@ def _capped(logits: Any, new: Any) -> Any:
     return tf.where(new, capped, logits)
 
 
-def _places(items: Any) -> Any:
+def places(items: Any) -> Any:
     """items [batch, width] -> [batch, width, 2]: their places (row, item) among the logits."""
     rows = tf.broadcast_to(tf.expand_dims(tf.range(tf.shape(items)[0]), 1), tf.shape(items))
     return tf.stack([rows, items], axis=2)
