@@ -103,7 +103,8 @@ def step(
     recurrent, recent, before = _step(weights, state, tf.gather(items.vectors, item), item, rating, gap)
     summary = None
     if items.reranker is not None:
-        summary = _next_summary(*before, tf.gather(items.reranker.encoder, item), rating, gap)
+        codes, numbers = before
+        summary = _next_summary(codes, numbers, tf.gather(items.reranker.encoder, item), rating, gap)
     asked = _query(weights, recurrent, request_gap), recent, summary, request_gap
     best, scores = _answer(weights, items, *asked, trend, exclude, blocked, k, **seen)
     return {"next_state": _state(recurrent, recent, summary), "items": best, "scores": scores}
