@@ -37,7 +37,9 @@ def decode_filter(request: pb.RecommendRequest | pb.SimilarItemsRequest, model: 
         for at, tag in enumerate(of_rule):
             if not model.filters.knows(tag):
                 field, shown = f"filter.{name}[{at}]", repr(tag[:MAX_ID_LENGTH])
-                raise InvalidRequest(field, f"one of the {len(model.info.genres)} tags of GetModelInfo.genres", shown)
+                raise InvalidRequest(
+                    field, f"one of the {len(model.filters.of_tag)} tags of GetModelInfo.genres", shown
+                )
     _check_tags(**tags)
     # In one order and once, so that requests with the same tags share a mask.
     different = {name: tuple(sorted(set(of_rule))) for name, of_rule in tags.items()}

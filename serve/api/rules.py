@@ -20,6 +20,16 @@ MAX_POSITION = 100_000
 MAX_RECOMMENDATION_ID_LENGTH = 64
 """Of impressions: with the item an entry of PostgreSQL's index."""
 MAX_DELETED_EVENTS = 1_000
+MAX_UPSERTED_ITEMS = 1_000
+MAX_TITLE_LENGTH = 1_000
+MAX_ITEM_TAGS = 100
+MAX_TAG_LENGTH = 100
+MAX_METADATA_BYTES = 2_048
+"""Of an item. The metadata of 1,000 items is within the 4 MB that clients take by default."""
+LATEST_TIME = 253_402_300_799
+"""The end of the year 9999, for the availability of items."""
+MAX_LISTED_TAGS = 10_000
+"""In GetModelInfo."""
 MAX_PAGE_SIZE = 1_000
 MAX_NOT_SHOWN_S = 31 * 86_400
 MAX_BATCH = 256

@@ -1,8 +1,8 @@
 """Who may call what: bearer tokens with rights.
 
 The rights are `read` (recommend, look things up), `write` (record events and impressions), `users` (forget users and
-events, merge users) and `admin` (models). Health checks need none. A method that is in no table needs `admin`. Without
-tokens, every caller may do everything.
+events, merge users), `catalogue` (store and delete items) and `admin` (models). Health checks need none. A method that
+is in no table needs `admin`. Without tokens, every caller may do everything.
 """
 
 import hashlib
@@ -17,20 +17,24 @@ import grpc
 from serve.addresses import SecurityError
 from serve.observability.metrics import Metrics
 
-RIGHTS = ("read", "write", "users", "admin")
+RIGHTS = ("read", "write", "users", "catalogue", "admin")
 SHORTEST_TOKEN = 16
 RECOMMENDER = "/jaxrec.v1.Recommender/"
-# By the longest prefix of the method's name; None: nothing is asked.
-NEEDED: Mapping[str, str | None] = {
-    "": "admin",
-    RECOMMENDER: "read",
-    f"{RECOMMENDER}RecordEvents": "write",
-    f"{RECOMMENDER}RecordImpressions": "write",
-    f"{RECOMMENDER}DeleteUser": "users",
-    f"{RECOMMENDER}DeleteEvents": "users",
-    f"{RECOMMENDER}MergeUsers": "users",
+# Methods of `Recommender` by the right that they need.
+METHODS: Mapping[str, Sequence[str]] = {
+    "read": (
+        *("Recommend", "BatchRecommend", "SimilarItems", "GetUserProfile", "ListEvents"),
+        *("GetItem", "ListItems", "GetModelInfo"),
+    ),
+    "write": ("RecordEvents", "RecordImpressions"),
+    "users": ("DeleteUser", "DeleteEvents", "MergeUsers"),
+    "catalogue": ("UpsertItems", "DeleteItems"),
+}
+NEEDED: Mapping[str, str] = {f"{RECOMMENDER}{name}": right for right, names in METHODS.items() for name in names}
+# Of all methods of other services; None: nothing is asked.
+NEEDED_OF_SERVICE: Mapping[str, str | None] = {
     "/inference.GRPCInferenceService/": "read",
-    "/grpc.reflection.": "read",
+    "/grpc.reflection.v1alpha.ServerReflection/": "read",
     "/grpc.health.v1.Health/": None,
 }
 
@@ -95,7 +99,8 @@ def read_tokens(path: Path) -> Tokens:
 @lru_cache(maxsize=256)
 def needed_right(method: str) -> str | None:
     """What a call of `/package.Service/Method` needs."""
-    return NEEDED[max((prefix for prefix in NEEDED if method.startswith(prefix)), key=len)]
+    service = method[: method.rfind("/") + 1]
+    return NEEDED_OF_SERVICE[service] if service in NEEDED_OF_SERVICE else NEEDED.get(method, "admin")
 
 
 class TokenInterceptor(grpc.ServerInterceptor):

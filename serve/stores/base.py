@@ -1,4 +1,4 @@
-"""What a store of events, slates and recurrent states promises, whichever database is behind it.
+"""What a store of events, slates, recurrent states and items promises, whichever database is behind it.
 
 with open_store("events.sqlite") as store:          # or postgresql://..., redis://...
     store.record([UserEvent("e1", "7", Event("318", 4.5, 964983000))])
@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple, Self
 
 from serve.model.events import INTERACTION, Event
+from serve.model.live_catalog import Item
 from serve.stores.counters import NONE_READ, Counter, ItemCounts
 
 MOST_EVENTS = 10_000
@@ -76,7 +77,8 @@ class Slate(NamedTuple):
     """For which the request asked, in seconds; None: it had none."""
     excluded_item_ids: tuple[str, ...] = ()
     """What was excluded beside the user's history, as far as the model knows it: by the request itself, what was
-    recommended lately if the request asked for other items, and the items that the user disliked."""
+    recommended lately if the request asked for other items, the items that the user disliked, and those that were
+    hidden or not available, unless `request_options` names the catalogue."""
     trend_time: int | None = None
     """The second, since 1970-01-01T00:00Z, to which the counts of the trend that ranked it were decayed. None: it was
     ranked without a trend, or by a server that did not note this yet."""
@@ -86,7 +88,8 @@ class Slate(NamedTuple):
     request_options: tuple[str, ...] = ()
     """Which of `filter`, `seen`, `new_item_slots` and `not_shown_within` the request set to something else than the
     model does by itself. The values of the first three are not noted, so the propensities cannot be computed again.
-    What the last one excluded is in `excluded_item_ids`."""
+    What the last one excluded is in `excluded_item_ids`. Also `catalogue` if more items were hidden or not available
+    than are noted (`serve.model.live_catalog.MOST_NOTED`)."""
 
 
 class ShownItem(NamedTuple):
@@ -122,6 +125,17 @@ class SpilledState(NamedTuple):
     revision: int
     """Of the history that the state has seen."""
     state: bytes
+
+
+class ItemChanges(NamedTuple):
+    """What became of the catalogue since a revision that was read before."""
+
+    revision: int
+    """To ask with the next time."""
+    items: list[tuple[str, Item | None]]
+    """Ids, each once, in the order of their last changes; None: the item was deleted."""
+    anew: bool
+    """True: these are the first of all items, and what was known before is void."""
 
 
 class Deleted(NamedTuple):
@@ -407,6 +421,54 @@ class EventStore(ABC):
         Args:
             counters: By item id; may be changed.
             until: What `counted_until` returns from then on, in seconds.
+        """
+
+    @abstractmethod
+    def upsert_items(self, items: Sequence[Item]) -> int:
+        """Stores items, all or none; on disk on return. Each replaces the one with its id as a whole.
+
+        Args:
+            items: Each id once.
+
+        Returns:
+            How many the store did not have before.
+        """
+
+    @abstractmethod
+    def delete_items(self, item_ids: Sequence[str]) -> int:
+        """Deletes items from the catalogue, all or none; on disk on return. Their events and counters stay.
+
+        Args:
+            item_ids: Each id once; those that the store does not have are ignored.
+
+        Returns:
+            How many the store had.
+        """
+
+    @abstractmethod
+    def items_since(self, revision: int, most: int) -> ItemChanges:
+        """The items that changed after a revision. Costs little if none did.
+
+        Args:
+            revision: `ItemChanges.revision` of the read before; 0: all items. If the store never had this revision, it
+                is another one or an older copy, and the answer begins anew.
+            most: How many items; if so many are answered, there may be more.
+        """
+
+    @abstractmethod
+    def item(self, item_id: str) -> Item | None:
+        """One item; None: the store does not have it."""
+
+    @abstractmethod
+    def list_items(self, after: str, most: int) -> list[Item]:
+        """Items in the order of their ids' bytes as UTF-8, which is that of their code points.
+
+        Args:
+            after: Only items with later ids than this; "": all.
+            most: How many items.
+
+        Returns:
+            Items; fewer than `most`: there are no more.
         """
 
     @property

@@ -1,12 +1,14 @@
-"""Events and slates as rows of SQL databases, and which slates are still to be written."""
+"""Events, slates and items as rows of databases, and which slates are still to be written."""
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from serve.model.events import Event
+from serve.model.live_catalog import Item
 from serve.stores.base import ShownItem, Slate, UserEvent, digest
 
 
@@ -51,6 +53,21 @@ def event_row(new: UserEvent) -> tuple[str | int | float | None, ...]:
 def event_of_row(row: Sequence[Any]) -> UserEvent:
     """The reverse of `event_row`."""
     return UserEvent(row[0], row[1], Event(*row[2:6]), *row[6:9])
+
+
+def item_text(item: Item) -> str:
+    """An item without its id, as stores keep it: JSON without what is as in an empty item."""
+    empty = Item(item.item_id)
+    fields = {name: value for name, value in item._asdict().items() if value != getattr(empty, name)}
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def item_of_text(item_id: str, text: str | bytes) -> Item:
+    """The reverse of `item_text`. Tags that many items have share their memory."""
+    fields: dict[str, Any] = json.loads(text)
+    if "tags" in fields:
+        fields["tags"] = tuple([sys.intern(tag) for tag in fields["tags"]])
+    return Item(item_id, **fields)
 
 
 SHOWN_ITEM_COLUMNS = ", ".join(ShownItem._fields)

@@ -7,10 +7,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any, LiteralString, NamedTuple
 
 from serve.model.events import Event
-from serve.stores.base import MOST_EVENTS, MOST_SLATES, Changes, ShownItem, Slate, SpilledState, UserEvent
+from serve.model.live_catalog import Item
+from serve.stores.base import (
+    MOST_EVENTS,
+    MOST_SLATES,
+    Changes,
+    ItemChanges,
+    ShownItem,
+    Slate,
+    SpilledState,
+    UserEvent,
+)
 from serve.stores.counters import Counter, add_events
 from serve.stores.deferred import DeferringStore
-from serve.stores.rows import event_of_row, slate_of_row
+from serve.stores.rows import event_of_row, item_of_text, slate_of_row
 
 LARGEST = 2**63 - 1
 LAST = (LARGEST, LARGEST)
@@ -46,6 +56,15 @@ class Queries(NamedTuple):
     """Item and timestamp (arrival before the first, last arrival, timestamp before the first)."""
     counted_until: LiteralString
     """One row: see `EventStore.counted_until` ()."""
+    changed_items: LiteralString
+    """Revision, id and text of items, None for a deleted one, in order of revisions (revision before the first, limit).
+    """
+    last_item_revision: LiteralString
+    """One row: the latest revision, 0 without items ()."""
+    item: LiteralString
+    """The text of an item that is not deleted (id)."""
+    listed_items: LiteralString
+    """Id and text of items that are not deleted, in order of ids (id before the first, limit)."""
 
 
 class SqlStore(DeferringStore):
@@ -114,6 +133,22 @@ class SqlStore(DeferringStore):
     def counted_until(self) -> int | None:
         ((until,),) = self._read(self._queries.counted_until)
         return None if until is None else int(until)
+
+    def items_since(self, revision: int, most: int) -> ItemChanges:
+        rows, anew = self._read(self._queries.changed_items, revision, most), not revision
+        if not rows and revision:
+            ((last,),) = self._read(self._queries.last_item_revision)
+            if last < revision:
+                rows, revision, anew = self._read(self._queries.changed_items, 0, most), 0, True
+        changed = [(item_id, None if text is None else item_of_text(item_id, text)) for _, item_id, text in rows]
+        return ItemChanges(rows[-1][0] if rows else revision, changed, anew)
+
+    def item(self, item_id: str) -> Item | None:
+        rows = self._read(self._queries.item, item_id)
+        return item_of_text(item_id, rows[0][0]) if rows else None
+
+    def list_items(self, after: str, most: int) -> list[Item]:
+        return [item_of_text(*row) for row in self._read(self._queries.listed_items, after, most)]
 
     def _seed(self, counters: dict[str, Counter], until: int) -> None:
         """Most events are read before the transaction, which others wait for: it reads only those that came since."""

@@ -243,7 +243,8 @@ def test_what_is_no_bearer_token(serving: Serving, metadata: list[tuple[str, str
 
 def test_an_unknown_method_needs_the_right_admin() -> None:
     assert needed_right("/jaxrec.v1.Recommender/RecordEvents") == "write"
-    assert needed_right("/jaxrec.v1.Recommender/Later") == "read"
+    assert needed_right("/jaxrec.v1.Recommender/Later") == "admin"
+    assert needed_right("/jaxrec.v1.Recommender/RecordEventsLater") == "admin"
     assert needed_right("/jaxrec.v1.ModelAdmin/LoadModel") == "admin"
     assert needed_right("/other.Service/Method") == "admin"
     assert needed_right("/grpc.health.v1.Health/Check") is None
