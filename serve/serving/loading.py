@@ -16,6 +16,7 @@ from serve.model.profile import SECONDS_PER_DAY
 from serve.model.ranking.engine import Ranking, Step
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
+from serve.serving.catalogue import REFRESH_S as CATALOGUE_REFRESH_S
 from serve.serving.catalogue import CatalogueRefresher
 from serve.serving.loaded import LoadedModel
 from serve.serving.sweeper import StateSweeper
@@ -65,7 +66,7 @@ def open_models(
     if trend_refresh_s:
         loader.metrics.age_of_trend(refresher.age_s)
 
-    catalogue = CatalogueRefresher(loader.store, on_failure=loader.metrics.catalogue_failed)
+    catalogue = CatalogueRefresher(loader.store, CATALOGUE_REFRESH_S, loader.metrics.catalogue_failed)
     loader.metrics.watch_catalogue(catalogue.item_count, catalogue.withheld_count, catalogue.age_s)
 
     def load(directory: Path) -> LoadedModel:

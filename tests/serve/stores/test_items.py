@@ -155,7 +155,7 @@ def test_a_store_without_items_is_brought_up_to_date(
         with closing(sqlite3.connect(location)) as connection:
             connection.executescript("DROP TABLE items; PRAGMA user_version = 7")
     for created in (1, 0):
-        with open_store(location) as store:  # noqa: F811
+        with open_store(location) as store:
             assert store.upsert_items([FULL]) == created
             assert store.history("u") == [Event("i", None, 1)]
 
