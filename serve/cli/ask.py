@@ -83,11 +83,11 @@ def command(
         if similar_to is None:
             _refuse(context, FILTERS, "--user, --watched or --similar")
     allow_seen = None if seen is None else seen == "allow"
-    allowed = ItemFilter(
-        allow_item_ids=allow, any_tags=any_tag, all_tags=all_tag, none_tags=no_tag, minimum_score=minimum_score
-    )
-    asked: dict[str, Any] = {"exclude_item_ids": exclude, "filter": allowed, "k": k}
     with connected(connection) as client:
+        allowed = ItemFilter(
+            allow_item_ids=allow, any_tags=any_tag, all_tags=all_tag, none_tags=no_tag, minimum_score=minimum_score
+        )
+        asked: dict[str, Any] = {"exclude_item_ids": exclude, "filter": allowed, "k": k}
         if recommending:
             asked |= {"allow_seen": allow_seen, "new_item_slots": new_items, "explain": why}
             asked["not_shown_within"] = not_shown_within

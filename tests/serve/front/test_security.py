@@ -12,15 +12,15 @@ import trustme
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from serve.addresses import SecurityError, check_exposure
-from serve.client import Connection, RecommenderClient, UserEvent
-from serve.front.auth import Tokens, needed_right, parse_tokens, read_tokens
+from serve.client import Connection, Item, RecommenderClient, UserEvent
+from serve.front.auth import NEEDED, Tokens, needed_right, parse_tokens, read_tokens
 from serve.front.server import Listener, create_server
 from serve.front.tls import Tls
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
 from serve.pb import model_admin_pb2 as pb
 from serve.pb.model_admin_pb2_grpc import ModelAdminStub
-from serve.pb.recommender_pb2 import GetModelInfoRequest, RecommendRequest
+from serve.pb.recommender_pb2 import DESCRIPTOR, GetModelInfoRequest, RecommendRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.serving.loading import ModelLoader, open_models
 from serve.stores.base import EventStore
@@ -28,7 +28,8 @@ from tests.serve.one_model import one_model
 
 READER, WRITER, ADMIN = "reader-token-0123", "writer-token-0123", "admin-token-01234"
 DESK = "desk-token-012345"
-TOKENS = f"# who may what\nread {READER}\n\nread,write {WRITER}\nadmin {ADMIN}\nusers {DESK}\n"
+SHOP = "shop-token-012345"
+TOKENS = f"# who may what\nread {READER}\n\nread,write {WRITER}\nadmin {ADMIN}\nusers {DESK}\ncatalogue {SHOP}\n"
 TIMEOUT_S = 30
 
 Serving = Callable[..., Any]
@@ -183,7 +184,7 @@ def test_files_that_are_no_certificates(authority: Authority, tmp_path: Path) ->
     ("token", "rights"),
     [
         *((None, set()), ("unknown-token-0123", set()), (READER, {"read"}), (WRITER, {"read", "write"})),
-        *((ADMIN, {"admin"}), (DESK, {"users"})),
+        *((ADMIN, {"admin"}), (DESK, {"users"}), (SHOP, {"catalogue"})),
     ],
 )
 def test_rights(serving: Serving, token: str | None, rights: set[str]) -> None:
@@ -202,6 +203,10 @@ def test_rights(serving: Serving, token: str | None, rights: set[str]) -> None:
             ("users", lambda: client.delete_events("u", ["1"])),
             ("users", lambda: client.merge_users("v", "u")),
             ("users", lambda: client.delete_user("u")),
+            ("catalogue", lambda: client.upsert_items([Item(item_id="1007")])),
+            ("read", lambda: client.get_item("1007")),
+            ("read", client.list_items),
+            ("catalogue", lambda: client.delete_items(["1007"])),
         ]
         for right, call in calls:
             if right in rights:
@@ -242,6 +247,8 @@ def test_what_is_no_bearer_token(serving: Serving, metadata: list[tuple[str, str
 
 
 def test_an_unknown_method_needs_the_right_admin() -> None:
+    methods = [method.name for method in DESCRIPTOR.services_by_name["Recommender"].methods]
+    assert {f"/jaxrec.v1.Recommender/{name}" for name in methods} == set(NEEDED)
     assert needed_right("/jaxrec.v1.Recommender/RecordEvents") == "write"
     assert needed_right("/jaxrec.v1.Recommender/Later") == "admin"
     assert needed_right("/jaxrec.v1.Recommender/RecordEventsLater") == "admin"
