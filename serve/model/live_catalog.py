@@ -67,7 +67,7 @@ class LiveCatalog:
     metadata: Mapping[int, Mapping[str, str]]
     """By item index; items without metadata are missing."""
     boundaries: NDArray[np.int64]
-    """`[n]`, sorted: the seconds at which an item becomes available, or ceases to be."""
+    """`[n]`, sorted, some several times: the seconds at which an item becomes available, or ceases to be."""
     withheld_from: Callable[[int], Withheld | None]
     """What is withheld from one of the boundaries on, until the next one."""
     messages: dict[int, bytes] = field(default_factory=dict)
@@ -132,9 +132,14 @@ class Overlay:
                 self._metadata[at] = item.metadata
             else:
                 self._metadata.pop(at, None)
+        is_lost = np.zeros(len(self._hidden), np.bool_)
         for tag in lost.keys() | gained.keys():
-            of_tag = np.setdiff1d(self._of_tag.get(tag, _NO_ITEMS), lost.get(tag, ()))
-            of_tag = np.union1d(of_tag, gained.get(tag, ())).astype(np.int32)
+            kept = self._of_tag.get(tag, _NO_ITEMS)
+            if tag in lost:
+                is_lost[lost[tag]] = True
+                kept = kept[~is_lost[kept]]
+                is_lost[lost[tag]] = False
+            of_tag = np.concatenate([kept, np.array(gained.get(tag, ()), np.int32)])
             if len(of_tag):
                 self._of_tag[tag] = of_tag
             else:
@@ -143,9 +148,9 @@ class Overlay:
     def live(self) -> LiveCatalog:
         """The catalogue as it is now; later changes do not change it."""
         catalog = replace(self._base, titles=tuple(self._titles), genres=tuple(self._tags))
-        times = np.unique(np.concatenate([self._since, self._until]))
         timed = np.flatnonzero((self._since > ALWAYS) | (self._until < NEVER))
         windows = timed, self._since[timed], self._until[timed]
+        times = np.sort(np.concatenate(windows[1:]))
         return LiveCatalog(
             catalog=catalog,
             filters=Filters(catalog, dict(self._of_tag)),
