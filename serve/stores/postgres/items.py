@@ -24,8 +24,8 @@ ITEM: LiteralString = "SELECT item FROM jaxrec.items WHERE item_id = %s AND item
 LISTED: LiteralString = (
     "SELECT item_id, item FROM jaxrec.items WHERE item_id > %s AND item IS NOT NULL ORDER BY item_id LIMIT %s"
 )
-# Writers take turns, and readers do not wait: so revisions become visible in their order.
-LOCK: LiteralString = "LOCK TABLE jaxrec.items IN SHARE ROW EXCLUSIVE MODE"
+# Writers take turns, so revisions become visible in their order. Readers do not wait. One more than DELETION_LOCK.
+LOCK: LiteralString = "SELECT pg_advisory_xact_lock(1786278501)"
 
 
 def upsert_items(connection: psycopg.Connection, items: Sequence[Item]) -> int:
