@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from serve.model.events import Event
 from serve.model.live_catalog import Item
-from serve.stores.base import ShownItem, Slate, UserEvent, digest
+from serve.stores.base import ShownItem, Slate, StoreError, UserEvent, digest
 
 
 class Started(NamedTuple):
@@ -63,11 +63,18 @@ def item_text(item: Item) -> str:
 
 
 def item_of_text(item_id: str, text: str | bytes) -> Item:
-    """The reverse of `item_text`. Tags that many items have share their memory."""
-    fields: dict[str, Any] = json.loads(text)
-    if "tags" in fields:
-        fields["tags"] = tuple([sys.intern(tag) for tag in fields["tags"]])
-    return Item(item_id, **fields)
+    """The reverse of `item_text`. Tags that many items have share their memory.
+
+    Raises:
+        StoreError: The text is no item.
+    """
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        if "tags" in fields:
+            fields["tags"] = tuple([sys.intern(tag) for tag in fields["tags"]])
+        return Item(item_id, **fields)
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"the item {item_id!r} cannot be decoded: {error}") from error
 
 
 SHOWN_ITEM_COLUMNS = ", ".join(ShownItem._fields)

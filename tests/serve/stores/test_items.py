@@ -135,6 +135,18 @@ def test_a_deleted_user_changes_no_item(store: EventStore) -> None:  # noqa: F81
     assert len(all_items(store)) == 2
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"color": "red"}', '{"tags": 5}'])
+def test_a_damaged_item_is_a_failure_of_the_store(tmp_path: Path, text: str) -> None:
+    with open_store(tmp_path / "events.sqlite") as store:  # noqa: F811
+        store.upsert_items([FULL, Item("damaged")])
+        with closing(sqlite3.connect(tmp_path / "events.sqlite")) as connection, connection:
+            connection.execute("UPDATE items SET item = ? WHERE item_id = 'damaged'", [text])
+        assert store.item(FULL.item_id) == FULL
+        for read in (lambda: store.item("damaged"), lambda: store.items_since(0, 10), lambda: store.list_items("", 10)):
+            with pytest.raises(StoreError, match="the item 'damaged' cannot be decoded"):
+                read()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_store_without_items_is_brought_up_to_date(
     kind: str,
