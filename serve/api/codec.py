@@ -78,7 +78,7 @@ def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: 
     if not_shown_within and user_id is None:
         raise InvalidRequest("not_shown_within", "user_id with it", "a history")
     exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots)
-    withheld = model.live.withheld(int(time.time()) if request_time is None else request_time)
+    withheld = model.live.withheld(request_time)
     options = (item_filter, allow_seen, slots, not_shown_within, withheld)
     return Query(events, k, exclude, request_time, request.explain, user_id, started, *options)
 
@@ -328,7 +328,7 @@ def encode_model_info(
         created=info.created,
         item_count=info.item_count,
         rating_scale=None if scale is None else pb.RatingScale(minimum=scale.minimum, maximum=scale.maximum),
-        genres=sorted(model.filters.of_tag)[:MAX_LISTED_TAGS],
+        genres=model.filters.tags[:MAX_LISTED_TAGS],
         execution_provider=model.provider,
         max_history=info.max_history,
         max_k=MAX_K,

@@ -5,7 +5,6 @@ answers an index that is out of range with an error at best.
 """
 
 import importlib.metadata
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,7 +104,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             raise Cancelled("cancelled by the client")
         if not context.time_remaining():
             raise Expired("the deadline passed before the model ran")
-        withheld = model.live.withheld(int(time.time()))
+        withheld = model.live.withheld()
         outputs = model.engine.run_sequence(inputs, wanted, None if withheld is None else withheld.mask)
         response = pb.ModelInferResponse(model_name=MODEL_NAME, model_version=model.info.model_version, id=request.id)
         for name, values in zip(wanted, outputs, strict=True):

@@ -1,6 +1,5 @@
 """The RPCs of `jaxrec.v1.Recommender`: decode, call, encode."""
 
-import time
 from typing import Any
 
 from serve.api.codec import (
@@ -100,7 +99,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         k = checked_count("k", request.k)
         model = self._models.version("").model
         item_filter = decode_filter(request, model)
-        withheld = model.live.withheld(int(time.time()))
+        withheld = model.live.withheld()
         ranking = model.similar(request.item_id, k, request.exclude_item_ids, item_filter, withheld)
         return encode_similar(ranking, model, with_metadata=request.with_metadata)
 

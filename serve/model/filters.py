@@ -1,7 +1,7 @@
 """Which items a request allows: by their ids and by their tags, which a model directory calls genres."""
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -45,9 +45,10 @@ class Filters:
         # Not a method: a cache that holds its owner would keep the model in memory until a garbage collection.
         self._by_tags = lru_cache(KEPT)(partial(_blocked_by_tags, self.of_tag, self._count))
 
-    def knows(self, tag: str) -> bool:
-        """Whether an item of the catalogue has the tag."""
-        return tag in self.of_tag
+    @cached_property
+    def tags(self) -> list[str]:
+        """All tags of the items, sorted."""
+        return sorted(self.of_tag)
 
     def blocked(self, item_filter: ItemFilter | None) -> NDArray[np.bool_] | None:
         """The items that a filter does not allow.

@@ -4,6 +4,7 @@ A store has an item as a whole, so its title and tags replace those of the model
 `LiveCatalog`, which is immutable and replaced as a whole; `Overlay` makes it, and makes the next one of what changed.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -70,25 +71,28 @@ class LiveCatalog:
     """`[n]`, sorted, some several times: the seconds at which an item becomes available, or ceases to be."""
     withheld_from: Callable[[int], Withheld | None]
     """What is withheld from one of the boundaries on, until the next one."""
+    withheld_now: Callable[[int], Withheld | None]
+    """The same, with a memory of its own: times that requests name do not push out what is withheld now."""
     messages: dict[int, bytes] = field(default_factory=dict)
     """By item index, what of an answer does not depend on the query, encoded once: see `serve.api.codec`."""
 
     @classmethod
     def of(cls, catalog: Catalog) -> Self:
         """Without items of a store."""
-        return cls(catalog, Filters(catalog), {}, np.zeros(0, np.int64), lambda time: None)
+        return cls(catalog, Filters(catalog), {}, np.zeros(0, np.int64), _nothing, _nothing)
 
-    def withheld(self, time: int) -> Withheld | None:
+    def withheld(self, request_time: int | None = None) -> Withheld | None:
         """The items that may not be answered.
 
         Args:
-            time: Of the request, in seconds.
+            request_time: In seconds; None: now.
 
         Returns:
             The items; None: every item may be answered.
         """
-        at = int(self.boundaries.searchsorted(time, "right"))
-        return self.withheld_from(int(self.boundaries[at - 1]) if at else ALWAYS)
+        of_time = self.withheld_now if request_time is None else self.withheld_from
+        at = int(self.boundaries.searchsorted(int(time.time()) if request_time is None else request_time, "right"))
+        return of_time(int(self.boundaries[at - 1]) if at else ALWAYS)
 
 
 class Overlay:
@@ -109,18 +113,23 @@ class Overlay:
         self._until = np.full(size, NEVER, np.int64)
         self._metadata: dict[int, Mapping[str, str]] = {}
 
-    def apply(self, changes: Iterable[tuple[str, Item | None]]) -> None:
+    def apply(self, changes: Iterable[tuple[str, Item | None]]) -> bool:
         """Takes in changed items. Those that the model does not know change nothing.
 
         Args:
             changes: Ids, each once, and the items as they are now; None: the store has the item no more.
+
+        Returns:
+            Whether the model knows one of them.
         """
+        is_changed = False
         gained: dict[str, list[int]] = {}
         lost: dict[str, list[int]] = {}
         for item_id, stored in changes:
             at = self._base.index.get(item_id)
             if at is None:
                 continue
+            is_changed = True
             item = stored or Item(item_id, self._base.titles[at], self._base.genres[at])
             for tag in self._tags[at]:
                 lost.setdefault(tag, []).append(at)
@@ -144,6 +153,7 @@ class Overlay:
                 self._of_tag[tag] = of_tag
             else:
                 self._of_tag.pop(tag, None)
+        return is_changed
 
     def live(self) -> LiveCatalog:
         """The catalogue as it is now; later changes do not change it."""
@@ -151,13 +161,15 @@ class Overlay:
         timed = np.flatnonzero((self._since > ALWAYS) | (self._until < NEVER))
         windows = timed, self._since[timed], self._until[timed]
         times = np.sort(np.concatenate(windows[1:]))
+        withheld = partial(_withheld, self._hidden.copy(), *windows)
         return LiveCatalog(
             catalog=catalog,
             filters=Filters(catalog, dict(self._of_tag)),
             metadata=dict(self._metadata),
             boundaries=times[(times > ALWAYS) & (times < NEVER)],
             # Not a method: a cache that holds its owner would keep it in memory until a garbage collection.
-            withheld_from=lru_cache(KEPT)(partial(_withheld, self._hidden.copy(), *windows)),
+            withheld_from=lru_cache(KEPT)(withheld),
+            withheld_now=lru_cache(1)(withheld),
         )
 
 
@@ -170,6 +182,10 @@ def _window(item: Item) -> tuple[int, int]:
         ALWAYS if item.available_from is None else item.available_from,
         NEVER if item.available_until is None else item.available_until,
     )
+
+
+def _nothing(time: int) -> None:
+    return None
 
 
 def _withheld(

@@ -1,7 +1,7 @@
 """Answers questions in raw ids with one model. Knows no gRPC and keeps nothing between calls."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -111,6 +111,10 @@ class Recommender:
         self.live = LiveCatalog.of(artifact.catalog)
         """The catalogue, with the items of a store over it. It is replaced as a whole, so that no call sees half of
         each."""
+        self.own_tags = frozenset(self.live.filters.of_tag)
+        """Those of the model directory."""
+        self.stored_tags: Container[str] = ()
+        """Those of the items of a store, also of items that the model does not know."""
         self.engine = Engine(artifact, provider, intra_op_threads, search_by)
         self.provider = self.engine.provider
         new_item_count = int(np.count_nonzero(self.catalog.new))
@@ -291,7 +295,8 @@ class Recommender:
         trend = self.engine.trend
         kept = range(max(0, len(history) - ASKED_EVENTS), len(history))
         histories = [history, *([*history[:at], *history[at + 1 :]] for at in kept)]
-        scores = np.empty((len(histories), len(items)), np.float32)
+        # An item that the filter allows no more, since its tags changed meanwhile, stays without influences.
+        scores = np.zeros((len(histories), len(items)), np.float32)
         # All items must be in the ranking with every event, or the difference would be that of others' scores.
         asked_items = max(ASKED_ITEMS, query.k)
         for mask in self.masks(query, trend):

@@ -25,6 +25,9 @@ MOST_SLATES = 1_000
 MOST_MERGED = 10_000
 """So many events and slates of a user can become another one's: as one step, for which others wait."""
 
+MOST_ITEM_MARKS = 10_000
+"""So many of the last changes of items are remembered: whoever read the catalogue before them reads it anew."""
+
 # A deletion is remembered for so long, by a digest of the user's id: what other servers still had to write of the user
 # is not written any more.
 DELETION_S = 7 * 86_400
@@ -127,13 +130,31 @@ class SpilledState(NamedTuple):
     state: bytes
 
 
-class ItemChanges(NamedTuple):
-    """What became of the catalogue since a revision that was read before."""
+class ItemCursor(NamedTuple):
+    """How far a catalogue was read. Each change of items leaves a mark: a random text that no other store has."""
 
-    revision: int
+    revision: int = 0
+    """Of the last item that was read; 0: begin anew."""
+    begun: str = ""
+    """The newest mark when the last read began that came to the end: until then, nothing is missing."""
+    last: str = ""
+    """The newest mark when the item was read."""
+
+    @property
+    def marks(self) -> set[str]:
+        """Those that the store must have. If it lacks one, it is another store or an older copy, or it no longer knows
+        which items were deleted."""
+        return {self.begun, self.last} - {""}
+
+
+class ItemChanges(NamedTuple):
+    """What became of the catalogue since it was read before."""
+
+    cursor: ItemCursor
     """To ask with the next time."""
     items: list[tuple[str, Item | None]]
-    """Ids, each once, in the order of their last changes; None: the item was deleted."""
+    """Ids, each once, in the order of their last changes; None: the item was deleted. An item that cannot be decoded
+    is hidden, and has nothing but its id."""
     anew: bool
     """True: these are the first of all items, and what was known before is void."""
 
@@ -446,18 +467,18 @@ class EventStore(ABC):
         """
 
     @abstractmethod
-    def items_since(self, revision: int, most: int) -> ItemChanges:
-        """The items that changed after a revision. Costs little if none did.
+    def items_since(self, cursor: ItemCursor, most: int) -> ItemChanges:
+        """The items that changed since the read before. Costs little if none did.
 
         Args:
-            revision: `ItemChanges.revision` of the read before; 0: all items. If the store never had this revision, it
-                is another one or an older copy, and the answer begins anew.
+            cursor: `ItemChanges.cursor` of the read before. If the store lacks one of its marks, the answer begins
+                anew.
             most: How many items; if so many are answered, there may be more.
         """
 
     @abstractmethod
     def item(self, item_id: str) -> Item | None:
-        """One item; None: the store does not have it."""
+        """One item; None: the store does not have it. An item that cannot be decoded is hidden."""
 
     @abstractmethod
     def list_items(self, after: str, most: int) -> list[Item]:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from serve.stores.base import EventStore, StoreError
-from serve.stores.rows import EVENT_COLUMNS, event_row, item_text, slate_row
+from serve.stores.rows import EVENT_COLUMNS, event_row, slate_row
 from serve.stores.sqlite.counters import INSERT_COUNTER, LAST_ARRIVAL, counter_rows
-from serve.stores.sqlite.items import INSERT_ITEM
+from serve.stores.sqlite.items import upsert_items
 from serve.stores.sqlite.schema import (
     APPLICATION_ID,
     COPY_MARK,
@@ -26,7 +26,7 @@ from serve.stores.sqlite.schema import (
 )
 from serve.stores.sqlite.store import SQLiteStore
 
-ITEMS_AT_ONCE = 10_000
+ITEMS_AT_ONCE = 1_000
 
 
 class Copied(NamedTuple):
@@ -108,7 +108,7 @@ def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> C
             progress(len(events))
         last = ""
         while items := store.list_items(last, ITEMS_AT_ONCE):
-            connection.executemany(INSERT_ITEM, [(one.item_id, item_text(one)) for one in items])
+            upsert_items(connection, items)
             last = items[-1].item_id
             progress(len(items))
         # Afterwards, so that no event of the copy is missing in its counters.

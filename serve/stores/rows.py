@@ -2,14 +2,16 @@
 
 import json
 import math
+import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from serve.model.events import Event
-from serve.model.live_catalog import Item
-from serve.stores.base import ShownItem, Slate, StoreError, UserEvent, digest
+from serve.model.live_catalog import NEVER, Item
+from serve.stores.base import ShownItem, Slate, UserEvent, digest
+from serve.stores.counters import Damaged
 
 
 class Started(NamedTuple):
@@ -42,6 +44,11 @@ def digests(started: Sequence[Started]) -> list[str]:
     return sorted(digest(user_id) for user_id in {one.user_id for one, _ in started} if user_id is not None)
 
 
+def new_mark() -> str:
+    """The mark of a change of items; see `ItemCursor`."""
+    return secrets.token_hex(8)
+
+
 EVENT_COLUMNS = "event_id, user_id, item_id, rating, timestamp, weight, recommendation_id, type, value"
 
 
@@ -62,19 +69,35 @@ def item_text(item: Item) -> str:
     return json.dumps(fields, ensure_ascii=False)
 
 
-def item_of_text(item_id: str, text: str | bytes) -> Item:
+DAMAGED_ITEM = "%s: the item %r cannot be decoded: it is hidden until it is stored again"
+
+
+def item_of_text(item_id: str, text: str | bytes, damaged: Damaged) -> Item:
     """The reverse of `item_text`. Tags that many items have share their memory.
 
-    Raises:
-        StoreError: The text is no item.
+    Args:
+        item_id: Its id.
+        text: What a store has.
+        damaged: Gets the id of an item that cannot be decoded, which is hidden then.
     """
     try:
-        fields: dict[str, Any] = json.loads(text)
-        if "tags" in fields:
-            fields["tags"] = tuple([sys.intern(tag) for tag in fields["tags"]])
-        return Item(item_id, **fields)
-    except (TypeError, ValueError) as error:
-        raise StoreError(f"the item {item_id!r} cannot be decoded: {error}") from error
+        item = Item(item_id, **json.loads(text))
+        return item._replace(tags=tuple([sys.intern(tag) for tag in _checked(item).tags]))
+    except (AttributeError, RecursionError, TypeError, ValueError):
+        damaged.log([item_id])
+        return Item(item_id, hidden=True)
+
+
+def _checked(item: Item) -> Item:
+    """The item; raises AttributeError, TypeError or ValueError unless its fields have their types, with tags in a list
+    if there are any."""
+    "".join([item.title, *item.tags, *item.metadata, *item.metadata.values()]).encode()
+    times = [time for time in (item.available_from, item.available_until) if time is not None]
+    if not isinstance(item.tags, list | tuple) or not isinstance(item.hidden, bool):
+        raise TypeError
+    if not all(type(time) is int and 0 <= time < NEVER for time in times):
+        raise ValueError
+    return item
 
 
 SHOWN_ITEM_COLUMNS = ", ".join(ShownItem._fields)

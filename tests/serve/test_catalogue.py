@@ -19,8 +19,10 @@ from serve.client import Event, Item, ItemFilter, RecommenderClient, UserEvent, 
 from serve.front.server import create_server
 from serve.model import live_catalog
 from serve.model.directory import Artifact, read_artifact
+from serve.model.events import Event as Seen
 from serve.model.exploration import Exploration
-from serve.model.recommender import Recommender
+from serve.model.filters import ItemFilter as Allowed
+from serve.model.recommender import Query, Recommender
 from serve.pb import open_inference_pb2 as inference
 from serve.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from serve.serving.catalogue import CatalogueRefresher
@@ -184,6 +186,34 @@ def test_titles_and_tags_are_the_stores_in_answers_filters_profiles_and_explanat
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     (one,) = client.recommend(history=history, k=1).recommendations
     assert one.title == served.model.own_catalog.titles[served.model.catalog.index[best]]
+
+
+def test_a_change_of_the_catalogue_fails_no_filter(served: Served) -> None:
+    """A tag that the last item lost, and one that only an item has that the model does not know."""
+    client, own = served.client, served.model.own_catalog
+    tag = next(tag for tags in own.genres for tag in tags)
+    having = [one for one, tags in zip(own.item_ids, own.genres, strict=True) if tag in tags]
+    served.store(*(Item(item_id=item_id) for item_id in having), Item(item_id="new", tags=["Jazz"]))
+    assert tag not in client.get_model_info().genres
+    for asked in (tag, "Jazz"):
+        assert not ids_of(client.recommend(history=[], filter=ItemFilter(any_tags=[asked])))
+        assert len(ids_of(client.recommend(history=[], k=ITEMS, filter=ItemFilter(none_tags=[asked])))) == ITEMS
+
+
+def test_an_item_that_lost_its_tag_since_it_was_answered_is_explained_by_nothing(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not by what the memory happens to hold."""
+    model, ids = served.model, served.ids
+    tag = next(tag for tags in model.own_catalog.genres for tag in tags)
+    query = Query([Seen(ids[item], None, START + item) for item in (8, 9, 10)], 5, filter=Allowed(any_tags=(tag,)))
+    (answer,) = model.recommend([query])
+    served.store(*(Item(item_id=ids[item]) for item in answer.items.tolist()))
+    monkeypatch.setattr(
+        np, "empty", lambda shape, dtype: np.linspace(1, 0, math.prod(shape), dtype=dtype).reshape(shape)
+    )
+    for explanation in model.explain(query, answer.items):
+        assert explanation.events == ()
 
 
 def test_metadata_comes_back_if_it_is_asked_for(served: Served) -> None:

@@ -123,7 +123,7 @@ QUERIES = Queries(
     times=TIMES,
     counted_until=COUNTED_UNTIL,
     changed_items=items.CHANGED,
-    last_item_revision=items.LAST_REVISION,
+    item_marks=items.MARKS,
     item=items.ITEM,
     listed_items=items.LISTED,
 )

@@ -28,6 +28,7 @@ from serve.stores.postgres import users
 from serve.stores.postgres.counters import CHANGED_COUNTS, count_events, counts_of_rows, last_arrival, seed
 from serve.stores.postgres.schema import DELETION_LOCK, QUERIES, prepare
 from serve.stores.rows import (
+    DAMAGED_ITEM,
     EVENT_COLUMNS,
     SHOWN_ITEM_COLUMNS,
     SLATE_COLUMNS,
@@ -71,6 +72,7 @@ class PostgresStore(SqlStore):
             prepare(connection)
             self._where = f"PostgreSQL {connection.info.host}:{connection.info.port}/{connection.info.dbname}"
         self._damaged = Damaged(self._where)
+        self._damaged_items = Damaged(self._where, DAMAGED_ITEM)
         self._deferred = DeferredWrites(self._write_deferred)
 
     def close(self) -> None:

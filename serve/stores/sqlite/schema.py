@@ -130,7 +130,7 @@ QUERIES = Queries(
     times=counters.TIMES,
     counted_until=counters.COUNTED_UNTIL,
     changed_items=items.CHANGED,
-    last_item_revision=items.LAST_REVISION,
+    item_marks=items.MARKS,
     item=items.ITEM,
     listed_items=items.LISTED,
 )

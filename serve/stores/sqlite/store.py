@@ -19,7 +19,7 @@ from serve.model.live_catalog import Item
 from serve.stores.base import Deleted, ShownItem, SpilledState, StoreError, UserEvent
 from serve.stores.counters import NONE_READ, Counter, Damaged, ItemCounts
 from serve.stores.deferred import DeferredWrites
-from serve.stores.rows import Started, digests, event_row, slate_row, still_wanted
+from serve.stores.rows import DAMAGED_ITEM, Started, digests, event_row, slate_row, still_wanted
 from serve.stores.sql import SqlStore
 from serve.stores.sqlite import counters as sqlite_counters
 from serve.stores.sqlite import items as sqlite_items
@@ -63,6 +63,7 @@ class SQLiteStore(SqlStore):
         """Opens the file, or creates it; raises StoreError."""
         self._path = path
         self._damaged = Damaged(str(path))
+        self._damaged_items = Damaged(str(path), DAMAGED_ITEM)
         self._readers = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._connections_lock = threading.Lock()

@@ -51,7 +51,7 @@ def recording(**fields: Any) -> RecordEventsRequest:
 
 NO_TIME = "expected the event's time in seconds since 1970-01-01T00:00Z, came none"
 FAR = 2**63 - 1
-NO_TAG = "expected one of the 6 tags of GetModelInfo.genres, came"
+NO_TAG = "expected one of the 6 tags of the model directory, or one of a stored item, came"
 FILTERS = [
     (ItemFilter(allow_item_ids=["1"] * 10_001), "filter.allow_item_ids: expected at most 10000 entries, came 10001"),
     (ItemFilter(allow_item_ids=["1007", ""]), "filter.allow_item_ids[1]: expected an id of 1 to 512 characters"),

@@ -58,7 +58,7 @@ def test_the_items_of_a_store_replace_titles_and_tags_and_bring_metadata() -> No
 def test_a_tag_that_no_item_has_any_more_is_one_that_no_item_has() -> None:
     """A request may have been checked against the catalogue of before."""
     live = overlaid(Item("a"), Item("b"))
-    assert not live.filters.knows("Drama")
+    assert "Drama" not in live.filters.of_tag
     assert allowed(live, ItemFilter(any_tags=("Drama",))) == set()
     assert allowed(live, ItemFilter(all_tags=("Drama",))) == set()
     assert allowed(live, ItemFilter(none_tags=("Drama",))) == {"a", "b", "c", "d"}
@@ -88,6 +88,22 @@ def test_the_mask_of_a_stretch_of_time_is_made_once() -> None:
     assert live.withheld(100) is live.withheld(150)
     assert withheld(live, 99) == {"a"}
     assert withheld(live, 150) == set()
+
+
+def test_the_mask_of_now_stays_whatever_times_requests_name() -> None:
+    live = overlaid(*(Item(item_id, hidden=True, available_from=at) for at, item_id in enumerate("abcd", start=1)))
+    now = live.withheld()
+    for time in range(live_catalog.KEPT + 1):
+        live.withheld(time)
+    assert live.withheld() is now
+    assert now is not None
+    assert now.total == 4
+
+
+def test_only_changes_of_the_models_items_change_its_catalogue() -> None:
+    overlay = Overlay(LiveCatalog.of(CATALOG))
+    assert overlay.apply([("unknown", Item("unknown", "U")), ("gone", None)]) is False
+    assert overlay.apply([("unknown", None), ("a", Item("a"))]) is True
 
 
 def test_many_withheld_items_are_not_named(monkeypatch: pytest.MonkeyPatch) -> None:

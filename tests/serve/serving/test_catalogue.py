@@ -20,7 +20,7 @@ from serve.serving import catalogue, loading
 from serve.serving.catalogue import CatalogueRefresher
 from serve.serving.loading import ModelLoader, open_models
 from serve.stores import open_store
-from serve.stores.base import EventStore, StoreError
+from serve.stores.base import EventStore, ItemChanges, ItemCursor, StoreError
 from tests.serve.serving.test_models import wait_for
 
 ONE, OTHER = 1, 2
@@ -73,7 +73,7 @@ def test_what_changes_in_the_store_is_in_the_next_catalogue(
     refresher.refresh()
     assert fresh.catalog.titles[ONE] == fresh.own_catalog.titles[ONE]
     assert (fresh.catalog.titles[OTHER], fresh.live.metadata[OTHER]) == ("Two", {"k": "v"})
-    assert (withheld(fresh), refresher.item_count(), fresh.filters.knows("Jazz")) == ((), 1, True)
+    assert (withheld(fresh), refresher.item_count(), "Jazz" in fresh.filters.of_tag) == ((), 1, True)
 
 
 def test_without_a_change_the_catalogue_is_the_same_object(
@@ -84,6 +84,69 @@ def test_without_a_change_the_catalogue_is_the_same_object(
     before = fresh.live
     refresher.refresh()
     assert fresh.live is before
+
+
+def test_without_a_change_of_its_items_a_model_keeps_its_catalogue(
+    fresh: Recommender, store: EventStore, refresher: CatalogueRefresher
+) -> None:
+    refresher.prepare(fresh)
+    before = fresh.live
+    store.upsert_items([Item("unknown", "U", ("Jazz",))])
+    refresher.refresh()
+    assert fresh.live is before
+    assert ("Jazz" in fresh.stored_tags, refresher.item_count()) == (True, 1)
+
+
+def test_the_tags_of_the_store_are_those_of_its_items(
+    fresh: Recommender, store: EventStore, refresher: CatalogueRefresher
+) -> None:
+    store.upsert_items([Item("a", "", ("x", "y")), Item("b", "", ("y",))])
+    refresher.prepare(fresh)
+    tags = fresh.stored_tags
+
+    def known() -> set[str]:
+        refresher.refresh()
+        return {tag for tag in "xyz" if tag in tags}
+
+    assert known() == {"x", "y"}
+    store.upsert_items([Item("a", "", ("y", "z"))])
+    assert known() == {"y", "z"}
+    store.delete_items(["a"])
+    assert known() == {"y"}
+    store.delete_items(["b"])
+    assert known() == set()
+
+
+def test_a_model_is_not_served_before_the_items_were_read_once(
+    model_directory: Path, store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would answer what is hidden. The server ends as if the store could not be opened."""
+    monkeypatch.setattr(store, "items_since", fails)
+    add_version(tmp_path / "versions", model_directory, "1")
+    with pytest.raises(StoreError, match="away"):
+        open_models(tmp_path / "versions", ModelLoader(store, Metrics(), "cpu"), watch_s=0)
+
+
+def test_what_pages_brought_before_a_failure_is_not_read_again(
+    fresh: Recommender, store: EventStore, refresher: CatalogueRefresher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "AT_ONCE", 3)
+    read, left = store.items_since, [2]
+
+    def fails_after_two_pages(cursor: ItemCursor, most: int) -> ItemChanges:
+        left[0] -= 1
+        if left[0] < 0:
+            raise StoreError("away")
+        return read(cursor, most)
+
+    monkeypatch.setattr(store, "items_since", fails_after_two_pages)
+    store.upsert_items([Item(item_id, hidden=True) for item_id in fresh.catalog.item_ids[1:9]])
+    with pytest.raises(StoreError):
+        refresher.prepare(fresh)
+    assert withheld(fresh) == ()
+    left[0] = 1
+    refresher.prepare(fresh)
+    assert withheld(fresh) == tuple(range(1, 9))
 
 
 def test_all_pages_are_read_at_once(

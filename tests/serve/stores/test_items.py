@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from hypothesis import strategies as st
 from serve.model.events import Event
 from serve.model.live_catalog import Item
 from serve.stores import open_store
-from serve.stores.base import Deleted, EventStore, StoreError, UserEvent
+from serve.stores.base import Deleted, EventStore, ItemCursor, StoreError, UserEvent
 from serve.stores.copy import copy_log
-from tests.serve.stores.databases import DatabaseServer
+from serve.stores.postgres import items as postgres_items
+from serve.stores.redis import items as redis_items
+from serve.stores.sqlite import items as sqlite_items
+from tests.serve.stores.databases import DatabaseServer, wait_until
 from tests.serve.stores.test_stores import KINDS, emptied, location, servers, store  # noqa: F401
 
 FULL = Item(
@@ -40,13 +44,13 @@ class Reader:
 
     def __init__(self) -> None:
         self.items: dict[str, Item] = {}
-        self.revision = 0
+        self.cursor = ItemCursor()
 
     def read(self, store: EventStore, at_once: int = 1_000) -> int:  # noqa: F811
         """How many changes it read."""
         count, more = 0, True
         while more:
-            found = store.items_since(self.revision, at_once)
+            found = store.items_since(self.cursor, at_once)
             if found.anew:
                 self.items = {}
             for item_id, item in found.items:
@@ -54,7 +58,7 @@ class Reader:
                     self.items.pop(item_id, None)
                 else:
                     self.items[item_id] = item
-            self.revision, more = found.revision, len(found.items) == at_once
+            self.cursor, more = found.cursor, len(found.items) == at_once
             count += len(found.items)
         return count
 
@@ -110,14 +114,108 @@ def test_who_read_before_is_told_what_changed_alone(location: str) -> None:  # n
         assert reader.read(other) == 0
 
 
-def test_a_revision_that_the_store_never_had_is_read_anew(location: str) -> None:  # noqa: F811
-    """As after a backup was restored."""
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("at_once", [1, 1_000])
+@pytest.mark.parametrize("written", [0, 1, 2, 5])
+def test_a_restored_store_is_read_anew_whatever_was_written_since(
+    kind: str,
+    at_once: int,
+    written: int,
+    servers: dict[str, DatabaseServer],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Before new changes come to the revision that was read, when they do, and after that; also of the same item."""
+    location, reader = emptied(kind, servers, tmp_path), Reader()  # noqa: F811
     with open_store(location) as store:  # noqa: F811
-        store.upsert_items([Item("a"), Item("b")])
-        reader = Reader()
-        reader.items, reader.revision = {"c": Item("c")}, 1_000
-        assert reader.read(store) == 2
-        assert reader.items.keys() == {"a", "b"}
+        store.upsert_items([Item("a", "kept"), Item("b")])
+        reader.read(store, at_once)
+        restored = backup(kind, location)
+        store.delete_items(["b"])
+        store.upsert_items([Item("a", "lost")])
+        if at_once > 1:
+            reader.read(store, at_once)
+        else:
+            # In the middle of a read.
+            reader.cursor = store.items_since(reader.cursor, 1).cursor
+            reader.items.pop("b")
+    restored()
+    with open_store(location) as store:
+        for at in range(written):
+            store.upsert_items([Item("a", f"{at}")])
+        reader.read(store, at_once)
+        assert reader.items == {"a": Item("a", f"{written - 1}" if written else "kept"), "b": Item("b")}
+        assert reader.read(store, at_once) == 0
+
+
+def backup(kind: str, location: str) -> Callable[[], None]:  # noqa: F811
+    """How the items become what they are now, while no store is open."""
+    if kind == "redis":
+        with redis.Redis.from_url(location) as client:
+            kept = {key: client.dump(key) for key in client.keys("jaxrec:*item*")}
+
+        def restore() -> None:
+            with redis.Redis.from_url(location) as client:
+                client.delete(*client.keys("jaxrec:*item*"))
+                for key, value in kept.items():
+                    client.restore(key, 0, value)
+
+        return restore
+    if kind == "postgres":
+        with psycopg.connect(location) as connection:
+            for table in ("items", "item_marks"):
+                connection.execute(f"DROP TABLE IF EXISTS public.{table}")  # type: ignore[call-overload]
+                connection.execute(f"CREATE TABLE public.{table} AS TABLE jaxrec.{table}")  # type: ignore[call-overload]
+
+        def restore_tables() -> None:
+            with psycopg.connect(location) as connection:
+                for table, key in (("items", "revision"), ("item_marks", "number")):
+                    connection.execute(f"DELETE FROM jaxrec.{table}")  # type: ignore[call-overload]
+                    connection.execute(  # type: ignore[call-overload]
+                        f"INSERT INTO jaxrec.{table} OVERRIDING SYSTEM VALUE SELECT * FROM public.{table}"
+                    )
+                    last = f"(SELECT max({key}) FROM jaxrec.{table})"
+                    connection.execute(f"SELECT setval(pg_get_serial_sequence('jaxrec.{table}', '{key}'), {last})")  # type: ignore[call-overload]
+
+        return restore_tables
+    copy = Path(f"{location}.backup")
+    with closing(sqlite3.connect(location)) as connection, closing(sqlite3.connect(copy)) as target:
+        connection.backup(target)
+
+    def restore_file() -> None:
+        for suffix in ("", "-wal", "-shm"):
+            Path(location + suffix).unlink(missing_ok=True)
+        copy.rename(location)
+
+    return restore_file
+
+
+@pytest.mark.parametrize("change", ["deletes", "stores"])
+def test_deleted_items_are_forgotten_and_a_reader_of_before_begins_anew(
+    location: str,  # noqa: F811
+    change: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (sqlite_items, postgres_items, redis_items):
+        monkeypatch.setattr(module, "MOST_ITEM_MARKS", 3)
+    early, late = Reader(), Reader()
+    with open_store(location) as store:  # noqa: F811
+        store.upsert_items([Item(f"{at}") for at in range(9)])
+        # One has read one item, the other all.
+        found = store.items_since(early.cursor, 1)
+        early.cursor, early.items = found.cursor, {"0": Item("0")}
+        assert late.read(store) == 9
+        assert store.delete_items(["0", "1", "2"]) == 3
+        for at in range(3, 6):
+            if change == "deletes":
+                store.delete_items([f"{at}"])
+            else:
+                store.upsert_items([Item(f"{at}", "again")])
+            assert late.read(store) == (4 if at == 3 else 1)
+        left = 5 if change == "deletes" else 6
+        # Of the deleted ones those of the last two changes are known.
+        assert len(store.items_since(ItemCursor(), 100).items) == left
+        early.read(store, 2)
+        assert early.items == late.items == {item.item_id: item for item in all_items(store)}
 
 
 def test_of_a_bad_item_in_a_call_none_is_stored(store: EventStore) -> None:  # noqa: F811
@@ -135,16 +233,79 @@ def test_a_deleted_user_changes_no_item(store: EventStore) -> None:  # noqa: F81
     assert len(all_items(store)) == 2
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"color": "red"}', '{"tags": 5}'])
-def test_a_damaged_item_is_a_failure_of_the_store(tmp_path: Path, text: str) -> None:
-    with open_store(tmp_path / "events.sqlite") as store:  # noqa: F811
-        store.upsert_items([FULL, Item("damaged")])
-        with closing(sqlite3.connect(tmp_path / "events.sqlite")) as connection, connection:
-            connection.execute("UPDATE items SET item = ? WHERE item_id = 'damaged'", [text])
-        assert store.item(FULL.item_id) == FULL
-        for read in (lambda: store.item("damaged"), lambda: store.items_since(0, 10), lambda: store.list_items("", 10)):
-            with pytest.raises(StoreError, match="the item 'damaged' cannot be decoded"):
-                read()
+DAMAGED = (
+    *(b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"color": "red"}', b'{"item_id": "x"}', b'{"title": 5}'),
+    *(b'{"title": "\\ud800"}', b'{"tags": 5}', b'{"tags": "Drama"}', b'{"tags": [5]}', b'{"tags": {"a": 1}}'),
+    *(b'{"available_from": "1"}', b'{"available_from": 1.5}', b'{"available_until": -1}'),
+    *(b'{"available_until": 9000000000000000000000}', b'{"available_from": true}', b'{"hidden": "no"}'),
+    *(b'{"metadata": null}', b'{"metadata": []}', b'{"metadata": {"a": 1}}'),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_item_is_hidden_and_logged_once_and_all_others_are_read(
+    kind: str,
+    servers: dict[str, DatabaseServer],  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # PostgreSQL has no text that is not UTF-8.
+    texts = [text for text in DAMAGED if kind != "postgres" or text != b"\xff"]
+    expected = [*(Item(f"{at:02}", hidden=True) for at in range(len(texts))), FULL]
+    location = emptied(kind, servers, tmp_path)  # noqa: F811
+    with open_store(location) as store:  # noqa: F811
+        store.upsert_items([Item(item.item_id, "T") for item in expected[:-1]])
+        store.upsert_items([FULL])
+        damage(kind, location, {item.item_id: text for item, text in zip(expected, texts, strict=False)})
+        assert all_items(store) == expected
+        assert store.items_since(ItemCursor(), 100).items == [(item.item_id, item) for item in expected]
+        assert [store.item(item.item_id) for item in expected] == expected
+        copy_log(store, tmp_path / "copy.sqlite")
+        assert [record.levelname for record in caplog.records] == ["ERROR"] * len(texts)
+        assert "the item '00' cannot be decoded" in caplog.records[0].getMessage()
+        assert store.upsert_items([Item("00", "repaired")]) == 0
+        assert store.item("00") == Item("00", "repaired")
+    with open_store(tmp_path / "copy.sqlite") as copy:
+        assert all_items(copy) == expected
+
+
+def damage(kind: str, location: str, texts: dict[str, bytes]) -> None:  # noqa: F811
+    """Replaces what the store has of items."""
+    if kind == "redis":
+        with redis.Redis.from_url(location) as client:
+            client.hset("jaxrec:items", mapping=texts)
+    elif kind == "postgres":
+        with psycopg.connect(location) as connection:
+            for item_id, text in texts.items():
+                connection.execute("UPDATE jaxrec.items SET item = %s WHERE item_id = %s", [text.decode(), item_id])
+    else:
+        with closing(sqlite3.connect(location)) as connection, connection:
+            query = "UPDATE items SET item = CAST(? AS TEXT) WHERE item_id = ?"
+            connection.executemany(query, [(text, item_id) for item_id, text in texts.items()])
+
+
+def test_what_writers_change_at_once_is_missed_by_no_reader(
+    servers: dict[str, DatabaseServer],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """In PostgreSQL, where revisions are given before a transaction ends."""
+    location, reader = emptied("postgres", servers, tmp_path), Reader()  # noqa: F811
+    with open_store(location) as store, open_store(location) as other, ThreadPoolExecutor(1) as pool:  # noqa: F811
+        with psycopg.connect(location) as slow:
+            assert postgres_items.upsert_items(slow, [Item("slow"), Item("both", "first")]) == 2
+            quick = pool.submit(other.upsert_items, [Item("quick"), Item("both", "second")])
+
+            def waits_or_is_done() -> None:
+                with psycopg.connect(location) as looking:
+                    query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+                    assert quick.done() or looking.execute(query).fetchone() == (1,)
+
+            wait_until(waits_or_is_done)
+            reader.read(store)
+        # The slow transaction ends here.
+        assert quick.result() == 1
+        reader.read(store)
+        assert reader.items == {item.item_id: item for item in (Item("slow"), Item("quick"), Item("both", "second"))}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,14 +319,14 @@ def test_a_store_without_items_is_brought_up_to_date(
         store.record([UserEvent("1", "u", Event("i", None, 1))])
     if kind == "postgres":
         with psycopg.connect(location) as connection:
-            connection.execute("DROP TABLE jaxrec.items")
+            connection.execute("DROP TABLE jaxrec.items, jaxrec.item_marks")
             connection.execute("UPDATE jaxrec.store SET version = 6")
     elif kind == "redis":
         with redis.Redis.from_url(location) as client:
             client.set("jaxrec:version", "6")
     else:
         with closing(sqlite3.connect(location)) as connection:
-            connection.executescript("DROP TABLE items; PRAGMA user_version = 7")
+            connection.executescript("DROP TABLE items; DROP TABLE item_marks; PRAGMA user_version = 7")
     for created in (1, 0):
         with open_store(location) as store:
             assert store.upsert_items([FULL]) == created
