@@ -11,12 +11,15 @@ from serve.api.filters import decode_filter, decode_seen, own_seen
 from serve.api.rules import (
     DEFAULT_K,
     MAX_ALLOWED_ITEMS,
+    MAX_ANSWER_BYTES,
     MAX_BATCH,
     MAX_BATCH_EVENTS,
     MAX_BATCH_ITEMS,
+    MAX_BATCH_METADATA,
     MAX_DELETED_EVENTS,
     MAX_HISTORY_EVENTS,
     MAX_IMPRESSIONS,
+    MAX_ITEM_BYTES,
     MAX_ITEM_TAGS,
     MAX_K,
     MAX_LISTED_TAGS,
@@ -91,6 +94,9 @@ def decode_batch(
     items = sum(single.k or DEFAULT_K for single in request.requests)
     if items > MAX_BATCH_ITEMS:
         raise InvalidRequest("requests", f"at most {MAX_BATCH_ITEMS} items (k) in all", items)
+    detailed = sum(single.k or DEFAULT_K for single in request.requests if single.with_metadata)
+    if detailed > MAX_BATCH_METADATA:
+        raise InvalidRequest("requests", f"at most {MAX_BATCH_METADATA} items (k) with metadata in all", detailed)
     events = sum(len(single.history.events) for single in request.requests)
     if events > MAX_BATCH_EVENTS:
         raise InvalidRequest("requests", f"at most {MAX_BATCH_EVENTS} events in all", events)
@@ -233,6 +239,13 @@ def encode_answer(recommendation: Recommendation, *, with_metadata: bool = False
     return response
 
 
+def check_answer(field: str, answer: pb.RecommendResponse | pb.BatchRecommendResponse) -> None:
+    """Raises InvalidRequest for an answer that clients do not take: titles, tags and explanations may be long."""
+    size = answer.ByteSize()
+    if size > MAX_ANSWER_BYTES:
+        raise InvalidRequest(field, f"few enough items for an answer of {MAX_ANSWER_BYTES} bytes", f"{size} bytes")
+
+
 def _item_message(item: int, live: LiveCatalog) -> bytes:
     """All of an item's `recommendations` in a response but the four bytes of the score, which is its last field."""
     catalog = live.catalog
@@ -343,4 +356,5 @@ def encode_model_info(
         max_item_tags=MAX_ITEM_TAGS,
         max_tag_length=MAX_TAG_LENGTH,
         max_metadata_bytes=MAX_METADATA_BYTES,
+        max_item_bytes=MAX_ITEM_BYTES,
     )

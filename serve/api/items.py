@@ -6,6 +6,7 @@ from serve.api.errors import InvalidRequest
 from serve.api.pages import item_page_token
 from serve.api.rules import (
     LATEST_TIME,
+    MAX_ITEM_BYTES,
     MAX_ITEM_TAGS,
     MAX_METADATA_BYTES,
     MAX_TAG_LENGTH,
@@ -35,6 +36,8 @@ def decode_items(request: pb.UpsertItemsRequest) -> list[Item]:
                 raise InvalidRequest("item_id", "each id once", f"that of items[{first}]")
         except InvalidRequest as error:
             raise error.within(f"items[{at}]") from error
+        if message.ByteSize() > MAX_ITEM_BYTES:
+            raise InvalidRequest(f"items[{at}]", f"an item of at most {MAX_ITEM_BYTES} bytes", message.ByteSize())
         items.append(item)
     return items
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from serve.api.codec import (
+    check_answer,
     decode_batch,
     decode_event_ids,
     decode_impressions,
@@ -37,18 +38,23 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         loaded = self._models.for_user(request.user_id or None)
         query = decode_query(request, loaded.model, self._event_types)
         answer = self._service.recommend(loaded, query, context.time_remaining(), lambda: not context.is_active())
-        return encode_answer(answer, with_metadata=request.with_metadata)
+        response = encode_answer(answer, with_metadata=request.with_metadata)
+        if request.explain:
+            check_answer("k", response)
+        return response
 
     def BatchRecommend(self, request: pb.BatchRecommendRequest, context: Any) -> pb.BatchRecommendResponse:
         loaded = [self._models.for_user(single.user_id or None) for single in request.requests]
         queries = decode_batch(request, [one.model for one in loaded], self._event_types)
         answers = self._service.recommend_all(loaded, queries, context.time_remaining, lambda: not context.is_active())
-        return pb.BatchRecommendResponse(
+        response = pb.BatchRecommendResponse(
             responses=[
                 encode_answer(answer, with_metadata=single.with_metadata)
                 for single, answer in zip(request.requests, answers, strict=True)
             ]
         )
+        check_answer("requests", response)
+        return response
 
     def RecordEvents(self, request: pb.RecordEventsRequest, context: Any) -> pb.RecordEventsResponse:
         scale = self._models.version("").model.info.rating_scale

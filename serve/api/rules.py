@@ -25,7 +25,13 @@ MAX_TITLE_LENGTH = 1_000
 MAX_ITEM_TAGS = 100
 MAX_TAG_LENGTH = 100
 MAX_METADATA_BYTES = 2_048
-"""Of an item. The metadata of 1,000 items is within the 4 MB that clients take by default."""
+"""Of an item."""
+MAX_ITEM_BYTES = 4_096
+"""Of an item as a message. 1,000 items are within the 4 MiB that clients take by default."""
+MAX_BATCH_METADATA = 1_000
+"""Items of a batch that come with their metadata: as many as one answer has."""
+MAX_ANSWER_BYTES = 4 * 2**20
+"""More is not taken by clients by default."""
 LATEST_TIME = 253_402_300_799
 """The end of the year 9999, for the availability of items."""
 MAX_LISTED_TAGS = 10_000

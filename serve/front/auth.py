@@ -19,24 +19,32 @@ from serve.observability.metrics import Metrics
 
 RIGHTS = ("read", "write", "users", "catalogue", "admin")
 SHORTEST_TOKEN = 16
-RECOMMENDER = "/jaxrec.v1.Recommender/"
-# Methods of `Recommender` by the right that they need.
-METHODS: Mapping[str, Sequence[str]] = {
-    "read": (
-        *("Recommend", "BatchRecommend", "SimilarItems", "GetUserProfile", "ListEvents"),
-        *("GetItem", "ListItems", "GetModelInfo"),
-    ),
-    "write": ("RecordEvents", "RecordImpressions"),
-    "users": ("DeleteUser", "DeleteEvents", "MergeUsers"),
-    "catalogue": ("UpsertItems", "DeleteItems"),
+# Methods by the service, and by the right that they need.
+METHODS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "jaxrec.v1.Recommender": {
+        "read": (
+            *("Recommend", "BatchRecommend", "SimilarItems", "GetUserProfile", "ListEvents"),
+            *("GetItem", "ListItems", "GetModelInfo"),
+        ),
+        "write": ("RecordEvents", "RecordImpressions"),
+        "users": ("DeleteUser", "DeleteEvents", "MergeUsers"),
+        "catalogue": ("UpsertItems", "DeleteItems"),
+    },
+    "inference.GRPCInferenceService": {
+        "read": ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer"),
+    },
+    "grpc.reflection.v1alpha.ServerReflection": {"read": ("ServerReflectionInfo",)},
+    # Not there: clients ask it first, and v1alpha only if it is UNIMPLEMENTED.
+    "grpc.reflection.v1.ServerReflection": {"read": ("ServerReflectionInfo",)},
 }
-NEEDED: Mapping[str, str] = {f"{RECOMMENDER}{name}": right for right, names in METHODS.items() for name in names}
-# Of all methods of other services; None: nothing is asked.
-NEEDED_OF_SERVICE: Mapping[str, str | None] = {
-    "/inference.GRPCInferenceService/": "read",
-    "/grpc.reflection.v1alpha.ServerReflection/": "read",
-    "/grpc.health.v1.Health/": None,
+NEEDED: Mapping[str, str] = {
+    f"/{service}/{name}": right
+    for service, rights in METHODS.items()
+    for right, names in rights.items()
+    for name in names
 }
+HEALTH = "/grpc.health.v1.Health/"
+"""Of its methods no right is asked."""
 
 
 class Tokens:
@@ -99,8 +107,7 @@ def read_tokens(path: Path) -> Tokens:
 @lru_cache(maxsize=256)
 def needed_right(method: str) -> str | None:
     """What a call of `/package.Service/Method` needs."""
-    service = method[: method.rfind("/") + 1]
-    return NEEDED_OF_SERVICE[service] if service in NEEDED_OF_SERVICE else NEEDED.get(method, "admin")
+    return None if method.startswith(HEALTH) else NEEDED.get(method, "admin")
 
 
 class TokenInterceptor(grpc.ServerInterceptor):

@@ -147,8 +147,8 @@ class ItemFilter(_message.Message):
     @_builtins.property
     def any_tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only items with at least one of these tags. An item's tags are its genres, or what
-        UpsertItems gave it; those of the catalogue are `GetModelInfoResponse.genres`, and
-        any other is an error.
+        UpsertItems gave it. Those of the model directory and of all stored items are known,
+        new ones within about two seconds, and any other is an error.
         Empty: every item. At most 100 tags, as in the next two lists.
         """
 
@@ -438,8 +438,9 @@ class BatchRecommendRequest(_message.Message):
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecommendRequest]:
         """All are checked before any is answered: one bad request and none is answered.
-        Empty: nothing to do. At most 256, with at most 10,000 items (`k`) and 100,000
-        events of histories in all.
+        Empty: nothing to do. At most 256, with at most 10,000 items (`k`), 1,000 items with
+        metadata and 100,000 events of histories in all. If the answer is longer than 4 MiB,
+        since titles, tags and explanations are long, that is an error.
         """
 
     def __init__(
@@ -1154,7 +1155,7 @@ Global___MergeUsersResponse: _TypeAlias = MergeUsersResponse  # noqa: Y015
 
 @_typing.final
 class Item(_message.Message):
-    """One item of the catalogue, as UpsertItems stores it."""
+    """One item of the catalogue, as UpsertItems stores it. At most 4,096 bytes as a message."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1368,7 +1369,7 @@ class GetItemResponse(_message.Message):
     ITEM_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
-    """The model by which `CatalogItem.known` is meant."""
+    """The model that `CatalogItem.known` refers to."""
     @_builtins.property
     def item(self) -> Global___CatalogItem:
         """Never absent."""
@@ -1469,7 +1470,7 @@ class ListItemsResponse(_message.Message):
     next_page_token: _builtins.str
     """For the next page. Empty: this is the last one."""
     model_version: _builtins.str
-    """The model whose items are listed, and by which `CatalogItem.known` is meant."""
+    """The model whose items are listed, and that `CatalogItem.known` refers to."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___CatalogItem]:
         """By their ids, in the order of their bytes as UTF-8."""
@@ -1675,6 +1676,7 @@ class GetModelInfoResponse(_message.Message):
     MAX_ITEM_TAGS_FIELD_NUMBER: _builtins.int
     MAX_TAG_LENGTH_FIELD_NUMBER: _builtins.int
     MAX_METADATA_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_ITEM_BYTES_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """Starts with the time of the export, so later models sort later."""
     policy: _builtins.str
@@ -1720,6 +1722,8 @@ class GetModelInfoResponse(_message.Message):
     """Longest tag of `Item.tags`, in characters."""
     max_metadata_bytes: _builtins.int
     """Most bytes of `Item.metadata`: keys and values as UTF-8."""
+    max_item_bytes: _builtins.int
+    """Most bytes of an `Item` as a message."""
     @_builtins.property
     def rating_scale(self) -> Global___RatingScale:
         """Absent: the training data had no ratings, and the model ignores them."""
@@ -1757,10 +1761,11 @@ class GetModelInfoResponse(_message.Message):
         max_item_tags: _builtins.int = ...,
         max_tag_length: _builtins.int = ...,
         max_metadata_bytes: _builtins.int = ...,
+        max_item_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rating_scale", b"rating_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "event_types", b"event_types", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "max_allow_item_ids", b"max_allow_item_ids", "max_history", b"max_history", "max_item_tags", b"max_item_tags", "max_k", b"max_k", "max_metadata_bytes", b"max_metadata_bytes", "max_tag_length", b"max_tag_length", "max_tags", b"max_tags", "max_title_length", b"max_title_length", "max_upserted_items", b"max_upserted_items", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "event_types", b"event_types", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "max_allow_item_ids", b"max_allow_item_ids", "max_history", b"max_history", "max_item_bytes", b"max_item_bytes", "max_item_tags", b"max_item_tags", "max_k", b"max_k", "max_metadata_bytes", b"max_metadata_bytes", "max_tag_length", b"max_tag_length", "max_tags", b"max_tags", "max_title_length", b"max_title_length", "max_upserted_items", b"max_upserted_items", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

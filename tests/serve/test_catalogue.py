@@ -15,6 +15,7 @@ import pytest
 from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.served.event_store import OPTIONS, read_served_log
+from serve.api import codec
 from serve.client import Event, Item, ItemFilter, RecommenderClient, UserEvent, recommend_request
 from serve.front.server import create_server
 from serve.model import live_catalog
@@ -231,6 +232,27 @@ def test_metadata_comes_back_if_it_is_asked_for(served: Served) -> None:
     for asked, expected in ((True, metadata), (False, {})):
         found = client.similar_items(first, ITEMS, with_metadata=asked).items
         assert [dict(one.metadata) for one in found if one.item_id == second] == [expected]
+
+
+@pytest.mark.parametrize("detailed", [True, False])
+def test_an_answer_that_clients_do_not_take_is_refused_with_its_field(
+    served: Served, detailed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the number of items with metadata, before it is made; or by its length."""
+    long = {"title": "x" * 1_000, "tags": [f"{at:010}" for at in range(80)], "metadata": {"k": "v" * 2_000}}
+    served.store(*(Item(item_id=item_id, **long) for item_id in served.ids[1:]))
+    asked = [recommend_request(history=[], k=50, with_metadata=detailed) for _ in range(60)]
+    with pytest.raises(grpc.RpcError) as failure:
+        served.client.batch_recommend(asked)
+    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    counted = "requests: expected at most 1000 items (k) with metadata in all, came 3000"
+    measured = "requests: expected few enough items for an answer of 4194304 bytes, came "
+    assert (failure.value.details() or "").startswith(counted if detailed else measured)
+    assert len(served.client.batch_recommend(asked[:20])) == 20
+    monkeypatch.setattr(codec, "MAX_ANSWER_BYTES", 10_000)
+    with pytest.raises(grpc.RpcError) as failure:
+        served.client.recommend(history=served.history(3, 8), k=50, explain=True)
+    assert (failure.value.details() or "").startswith("k: expected few enough items for an answer of 10000 bytes")
 
 
 def test_what_is_drawn_of_the_available_items_has_exact_propensities(serve_with: Callable[..., Served]) -> None:

@@ -11,9 +11,9 @@ does not say which events came late.
 
 Request options: with a filter, `seen` or reserved places for new items, a request may have ranked other items than the
 model alone would have. The server notes which of these options were set, but not their values. The propensities cannot
-be computed again without them, so these slates are left out. What `not_shown_within` excluded is noted.
-So are the items that were hidden or not available; if they were too many for that, the server notes `catalogue` as an
-option, and the slate is left out too.
+be computed again without them, so these slates are left out. What `not_shown_within` excluded is noted. The items that
+were hidden or not available are noted as excluded items. If they were too many to be noted, the server notes the
+option `catalogue` instead, and the slate is left out.
 
 Only positive events count, as history and as responses. A slate's `excluded_item_ids` include the items that the user
 disliked, and those that were hidden or not available.

@@ -6,6 +6,7 @@ import grpc
 import pytest
 
 from serve.api import items as api_items
+from serve.api import rules
 from serve.client import Item, RecommenderClient
 from serve.model.recommender import Recommender
 from serve.pb.recommender_pb2 import CatalogItem
@@ -112,15 +113,31 @@ def test_a_page_of_long_items_is_shorter(client: RecommenderClient, monkeypatch:
 def test_limits_are_valid_and_told(client: RecommenderClient) -> None:
     info = client.get_model_info()
     assert (info.max_upserted_items, info.max_title_length, info.max_item_tags) == (1_000, 1_000, 100)
-    assert (info.max_tag_length, info.max_metadata_bytes) == (100, 2_048)
-    largest = Item(
-        item_id=LONGEST,
-        title="\U00010348" * 1_000,
-        tags=[f"{at:0100}" for at in range(100)],
-        available_from=253_402_300_798,
-        available_until=253_402_300_799,
-        metadata={"k" * 48: "v" * 2_000},
-    )
-    client.upsert_items([largest, *(Item(item_id=f"{at}") for at in range(999))])
-    assert client.get_item(LONGEST).item.item == largest
-    assert client.delete_items([LONGEST, *(f"{at}" for at in range(999))]).deleted_count == 1_000
+    assert (info.max_tag_length, info.max_metadata_bytes, info.max_item_bytes) == (100, 2_048, 4_096)
+    largest = [
+        Item(item_id=LONGEST, title="\u20ac" * 600, metadata={"k": "v" * 100}),
+        Item(item_id="title", title="x" * 1_000, metadata={"k" * 48: "v" * 2_000}),
+        Item(item_id="tags", tags=[f"{at:038}" for at in range(98)] + ["a" * 100]),
+        Item(item_id="count", tags=[f"{at:03}" for at in range(100)]),
+        Item(item_id="times", available_from=253_402_300_798, available_until=253_402_300_799),
+    ]
+    longest = Item(item_id="longest", title="x" * 1_000, metadata={"k" * 48: "v" * 2_000})
+    longest.tags.extend([f"{at:098}" for at in range(10)])
+    longest.tags.append("x" * (4_096 - longest.ByteSize() - 2))
+    assert longest.ByteSize() == 4_096
+    client.upsert_items([*largest, longest, *(Item(item_id=f"{at}") for at in range(994))])
+    for item in [*largest, longest]:
+        assert client.get_item(item.item_id).item.item == item
+    longest.title = "x" * 999 + "ü"
+    with pytest.raises(grpc.RpcError) as failure:
+        client.upsert_items([largest[0], longest])
+    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert failure.value.details() == "items[1]: expected an item of at most 4096 bytes, came 4097"
+    everything = [*(item.item_id for item in [*largest, longest]), *(f"{at}" for at in range(994))]
+    assert client.delete_items(everything).deleted_count == 1_000
+
+
+def test_the_largest_page_and_the_largest_items_are_within_what_clients_take() -> None:
+    """An item in an answer has a score, a propensity and two lengths beside its fields."""
+    assert 1_000 * (rules.MAX_ITEM_BYTES + 24) < rules.MAX_ANSWER_BYTES
+    assert rules.MAX_LISTED_TAGS * (4 * rules.MAX_TAG_LENGTH + 3) < rules.MAX_ANSWER_BYTES

@@ -20,7 +20,7 @@ def run(address: str, name: str, *arguments: str) -> str:
 
 FILES = {
     "items.csv": (
-        "item_id,title,tags,available_from,available_until,hidden,year,poster\n"
+        "item_id,title,tags,available_from,available_until,hidden,metadata.year,metadata.poster\n"
         '1007,"A, b",Drama|Jazz,5,,0,1995,\n'
         "new,,,,7,TRUE,,p.png\n"
     ),
@@ -88,6 +88,33 @@ def test_lists_and_items_are_shown(address: str, client: RecommenderClient, mode
         ("a.jsonl", '{"item_id": "1"}\n{\n', "a.jsonl:2: expected a JSON object: "),
         ("a.jsonl", '\n{"item_id": "1", "genre": "x"}\n', "a.jsonl:2: expected item_id, title, tags,"),
         ("a.jsonl", '{"item_id": 1}\n', "a.jsonl:1: "),
+        ("a.csv", "item_id,Hidden\n1,1\n", "a.csv:1: expected the columns item_id, title, tags,"),
+        ("a.csv", "item_id,avaliable_until\n1,1\n", "a.csv:1: expected the columns item_id, title, tags,"),
+        ("a.csv", "item_id,metadata.\n1,1\n", "a.csv:1: expected the columns item_id, title, tags,"),
+        ("a.csv", "item_id,tags,hidden,tags\n1,a,0,b\n", "a.csv:1: expected each column once, came 'tags' twice"),
+        (
+            "a.csv",
+            "item_id,metadata.a,metadata.a\n1,a,b\n",
+            "a.csv:1: expected each column once, came 'metadata.a' twice",
+        ),
+        (
+            "a.jsonl",
+            '{"item_id": "1"}\n{"item_id": "2", "tags": "Drama"}\n',
+            "a.jsonl:2: tags: expected a list of texts, came 'Drama'",
+        ),
+        ("a.jsonl", '{"item_id": "1", "tags": {"a": "b"}}\n', "a.jsonl:1: tags: expected a list of texts, came {"),
+        ("a.jsonl", '{"item_id": "1", "tags": [1]}\n', "a.jsonl:1: tags: expected a list of texts, came [1]"),
+        ("a.jsonl", '{"item_id": "1", "metadata": {"a": 1}}\n', "a.jsonl:1: metadata: expected an object of texts"),
+        ("a.jsonl", '{"item_id": "1", "metadata": ["a"]}\n', "a.jsonl:1: metadata: expected an object of texts"),
+        ("a.jsonl", '{"item_id": "1", "hidden": 1}\n', "a.jsonl:1: hidden: expected true or false, came 1"),
+        ("a.jsonl", '{"item_id": "1", "available_from": true}\n', "a.jsonl:1: available_from: expected seconds"),
+        ("a.jsonl", '{"item_id": "1", "hidden": false, "hidden": true}\n', "a.jsonl:1: expected a JSON object: each"),
+        (
+            "a.jsonl",
+            '{"item_id": "0"}\n'
+            + json.dumps({"item_id": "1", "title": "\u20ac" * 1_000, "tags": ["\u20ac" * 100] * 5}),
+            "a.jsonl:2: INVALID_ARGUMENT: items[1]: expected an item of at most 4096 bytes",
+        ),
         ("a.jsonl", '\n{"item_id": "1", "tags": [""]}\n', "a.jsonl:2: INVALID_ARGUMENT: items[0].tags[0]: expected"),
     ],
 )
@@ -114,6 +141,42 @@ def test_a_long_file_is_stored_in_parts(
     refused = run(address, "upsert", str(file))
     assert refused.startswith(f"exit 1: Error: {file}:6: INVALID_ARGUMENT: items[1].item_id")
     assert len(client.list_items(stored_only=True).items) == 3
+
+
+def test_items_are_hidden_and_shown_with_all_that_is_known_of_them(
+    address: str, client: RecommenderClient, model: Recommender
+) -> None:
+    known, stored = model.catalog.item_ids[1], Item(item_id="0", title="T", tags=["a"], metadata={"k": "v"})
+    client.upsert_items([stored])
+    before = client.get_item(known).item.item
+    assert before.title
+    assert run(address, "hide", known, "0", known) == "2 items hidden\n"
+    assert run(address, "hide", known, "0") == "0 items hidden\n"
+    hidden = [client.get_item(item_id).item for item_id in (known, "0")]
+    assert [one.available for one in hidden] == [False, False]
+    assert run(address, "show", known, "0") == "2 items shown\n"
+    assert [client.get_item(item_id).item.item for item_id in (known, "0")] == [before, stored]
+    assert run(address, "hide", "0", "nobody knows it").startswith("exit 1: Error: NOT_FOUND")
+    assert client.get_item("0").item.available
+
+
+def test_long_items_are_stored_in_smaller_parts(
+    address: str, client: RecommenderClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of at most so many bytes; an item that is longer comes alone, and the server says which one it is."""
+    sizes: list[int] = []
+    monkeypatch.setattr(items_command, "MOST_BYTES", 5_000)
+    upsert = RecommenderClient.upsert_items
+    monkeypatch.setattr(
+        RecommenderClient, "upsert_items", lambda self, items: sizes.append(len(items)) or upsert(self, items)
+    )
+    file = tmp_path / "items.csv"
+    file.write_text("item_id,title\n" + "".join(f"{at},{'x' * 990}\n" for at in range(12)))
+    assert run(address, "upsert", str(file)) == "12 items created, 0 replaced\n"
+    assert sizes == [5, 5, 2]
+    file.write_text(f"item_id,metadata.k\n1,a\n2,{'x' * 9_000}\n")
+    refused = run(address, "upsert", str(file))
+    assert refused.startswith(f"exit 1: Error: {file}:3: INVALID_ARGUMENT: items[0].metadata: expected")
 
 
 @pytest.mark.parametrize("name", items_command.command.commands)

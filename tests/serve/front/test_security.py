@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 import trustme
+from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from serve.addresses import SecurityError, check_exposure
@@ -19,6 +20,7 @@ from serve.front.tls import Tls
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
 from serve.pb import model_admin_pb2 as pb
+from serve.pb import open_inference_pb2
 from serve.pb.model_admin_pb2_grpc import ModelAdminStub
 from serve.pb.recommender_pb2 import DESCRIPTOR, GetModelInfoRequest, RecommendRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
@@ -226,6 +228,26 @@ def test_reflection_needs_a_token_too(serving: Serving) -> None:
     assert failure.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
+def test_the_reflection_that_clients_ask_first_is_unimplemented_for_readers(serving: Serving) -> None:
+    """Upon any other status they do not fall back to the one that is there."""
+    with serving(tokens=parse_tokens(TOKENS, "tokens")) as address, grpc.insecure_channel(address) as channel:
+
+        def asked(version: str, *tokens: str) -> list[Any]:
+            call = channel.stream_stream(
+                f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+                request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+                response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+            )
+            request = reflection_pb2.ServerReflectionRequest(list_services="")
+            metadata = [("authorization", f"Bearer {token}") for token in tokens]
+            return list(call(iter([request]), timeout=TIMEOUT_S, metadata=metadata))
+
+        assert denied(lambda: asked("v1", READER)) is grpc.StatusCode.UNIMPLEMENTED
+        assert len(asked("v1alpha", READER)) == 1
+        assert denied(lambda: asked("v1", SHOP)) is grpc.StatusCode.PERMISSION_DENIED
+        assert denied(lambda: asked("v1")) is grpc.StatusCode.UNAUTHENTICATED
+
+
 @pytest.mark.parametrize(
     "metadata",
     [
@@ -247,8 +269,13 @@ def test_what_is_no_bearer_token(serving: Serving, metadata: list[tuple[str, str
 
 
 def test_an_unknown_method_needs_the_right_admin() -> None:
-    methods = [method.name for method in DESCRIPTOR.services_by_name["Recommender"].methods]
-    assert {f"/jaxrec.v1.Recommender/{name}" for name in methods} == set(NEEDED)
+    services = (DESCRIPTOR, "Recommender"), (open_inference_pb2.DESCRIPTOR, "GRPCInferenceService")
+    methods = [method for file, name in services for method in file.services_by_name[name].methods]
+    named = {f"/{method.containing_service.full_name}/{method.name}" for method in methods}
+    assert named == {method for method in NEEDED if not method.startswith("/grpc.reflection.")}
+    assert needed_right("/inference.GRPCInferenceService/ModelInfer") == "read"
+    assert needed_right("/inference.GRPCInferenceService/Later") == "admin"
+    assert needed_right("/grpc.reflection.v1alpha.ServerReflection/Later") == "admin"
     assert needed_right("/jaxrec.v1.Recommender/RecordEvents") == "write"
     assert needed_right("/jaxrec.v1.Recommender/Later") == "admin"
     assert needed_right("/jaxrec.v1.Recommender/RecordEventsLater") == "admin"
