@@ -81,23 +81,24 @@ def item_of_text(item_id: str, text: str | bytes, damaged: Damaged) -> Item:
         damaged: Gets the id of an item that cannot be decoded, which is hidden then.
     """
     try:
-        item = Item(item_id, **json.loads(text))
-        return item._replace(tags=tuple([sys.intern(tag) for tag in _checked(item).tags]))
+        fields: dict[str, Any] = json.loads(text)
+        _check(Item(item_id, **fields))
+        fields["tags"] = tuple([sys.intern(tag) for tag in fields.get("tags", ())])
+        return Item(item_id, **fields)
     except (AttributeError, RecursionError, TypeError, ValueError):
         damaged.log([item_id])
         return Item(item_id, hidden=True)
 
 
-def _checked(item: Item) -> Item:
-    """The item; raises AttributeError, TypeError or ValueError unless its fields have their types, with tags in a list
-    if there are any."""
+def _check(item: Item) -> None:
+    """Raises AttributeError, TypeError or ValueError unless the fields of an item have their types, with tags in a
+    list."""
     "".join([item.title, *item.tags, *item.metadata, *item.metadata.values()]).encode()
     times = [time for time in (item.available_from, item.available_until) if time is not None]
     if not isinstance(item.tags, list | tuple) or not isinstance(item.hidden, bool):
         raise TypeError
     if not all(type(time) is int and 0 <= time < NEVER for time in times):
         raise ValueError
-    return item
 
 
 SHOWN_ITEM_COLUMNS = ", ".join(ShownItem._fields)
