@@ -55,6 +55,9 @@ PLAUSIBLE = {
     "type": ["", "view", "dislike", "skip"],
     "page_token": [""],
 }
+# Of items that are stored: none of the model's, since the good requests are about these.
+STORED_ITEM = "jaxrec.v1.Item.item_id"
+STORED_ITEM_IDS = ["hostile-1", "hostile-2", "", "\x00", "x" * MAX_ID_LENGTH, "x" * (MAX_ID_LENGTH + 1), " hostile"]
 # What a server may say of a bad request. DEADLINE_EXCEEDED and CANCELLED are what the client asked for.
 BLAMES_THE_REQUEST = {
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -148,6 +151,9 @@ class Attacker:
             if self._random.random() < 0.25 or depth > 4:
                 continue
             if one.message_type is not None and one.message_type.GetOptions().map_entry:
+                if one.message_type.fields_by_name["value"].cpp_type == FieldDescriptor.CPPTYPE_STRING:
+                    entries = [self._random.choices(TEXTS, k=2) for _ in range(self._count(one, depth))]
+                    getattr(message, one.name).update(entries)
                 continue
             if one.is_repeated:
                 values = [self._value(one, depth) for _ in range(self._count(one, depth))]
@@ -166,7 +172,9 @@ class Attacker:
     def _value(self, one: FieldDescriptor, depth: int) -> Any:
         chance, kind = self._random, one.cpp_type
         value: Any
-        if one.message_type is not None:
+        if one.full_name == STORED_ITEM:
+            value = chance.choice(STORED_ITEM_IDS)
+        elif one.message_type is not None:
             value = self._message(_class_of(one.message_type.full_name), depth + 1)
         elif one.type == FieldDescriptor.TYPE_BYTES:
             value = chance.randbytes(chance.choice([0, 4, 7, 4096]))

@@ -29,6 +29,8 @@ MAY_IMPORT = {
     "serve/addresses.py": (),
     "serve/settings.py": (),
     "serve/cli/ask.py": (),
+    "serve/cli/connecting.py": (),
+    "serve/cli/items.py": (),
     "serve/cli/check.py": (),
     "serve/stores/postgres": ("serve-cpu", "postgres"),
     "serve/stores/redis": ("serve-cpu", "redis"),
@@ -196,4 +198,4 @@ def test_every_command_says_what_it_needs() -> None:
     needs = {name: extras for name, (_, _, extras) in JAXREC_COMMANDS.items()}
     needs |= {name: extras for name, (_, extras) in SERVE_COMMANDS.items() if name != "check"}
     assert {extra for extras in needs.values() for extra in extras} == set(EXTRAS)
-    assert {name for name, extras in needs.items() if not extras} == {"ask"}
+    assert {name for name, extras in needs.items() if not extras} == {"ask", "items"}

@@ -11,18 +11,27 @@ from serve.api.filters import decode_filter, decode_seen, own_seen
 from serve.api.rules import (
     DEFAULT_K,
     MAX_ALLOWED_ITEMS,
+    MAX_ANSWER_BYTES,
     MAX_BATCH,
     MAX_BATCH_EVENTS,
     MAX_BATCH_ITEMS,
+    MAX_BATCH_METADATA,
     MAX_DELETED_EVENTS,
     MAX_HISTORY_EVENTS,
     MAX_IMPRESSIONS,
+    MAX_ITEM_BYTES,
+    MAX_ITEM_TAGS,
     MAX_K,
+    MAX_LISTED_TAGS,
+    MAX_METADATA_BYTES,
     MAX_NOT_SHOWN_S,
     MAX_POSITION,
     MAX_RECOMMENDATION_ID_LENGTH,
     MAX_RECORDED_EVENTS,
+    MAX_TAG_LENGTH,
     MAX_TAGS,
+    MAX_TITLE_LENGTH,
+    MAX_UPSERTED_ITEMS,
     check_event_time,
     check_id,
     check_length,
@@ -36,6 +45,7 @@ from serve.api.service import Profile, Recommendation
 from serve.model.catalog import Catalog
 from serve.model.events import INTERACTION, Event, RatingScale
 from serve.model.explain import Explanation
+from serve.model.live_catalog import LiveCatalog
 from serve.model.ranking.engine import Ranking
 from serve.model.recommender import NoNewItems, Query, Recommender
 from serve.pb import recommender_pb2 as pb
@@ -71,7 +81,8 @@ def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: 
     if not_shown_within and user_id is None:
         raise InvalidRequest("not_shown_within", "user_id with it", "a history")
     exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots)
-    options = (item_filter, allow_seen, slots, not_shown_within)
+    withheld = model.live.withheld(request_time)
+    options = (item_filter, allow_seen, slots, not_shown_within, withheld)
     return Query(events, k, exclude, request_time, request.explain, user_id, started, *options)
 
 
@@ -83,6 +94,9 @@ def decode_batch(
     items = sum(single.k or DEFAULT_K for single in request.requests)
     if items > MAX_BATCH_ITEMS:
         raise InvalidRequest("requests", f"at most {MAX_BATCH_ITEMS} items (k) in all", items)
+    detailed = sum(single.k or DEFAULT_K for single in request.requests if single.with_metadata)
+    if detailed > MAX_BATCH_METADATA:
+        raise InvalidRequest("requests", f"at most {MAX_BATCH_METADATA} items (k) with metadata in all", detailed)
     events = sum(len(single.history.events) for single in request.requests)
     if events > MAX_BATCH_EVENTS:
         raise InvalidRequest("requests", f"at most {MAX_BATCH_EVENTS} events in all", events)
@@ -199,13 +213,14 @@ def encode_events(events: Sequence[UserEvent], next_page_token: str) -> pb.ListE
     )
 
 
-def encode_answer(recommendation: Recommendation) -> pb.RecommendResponse:
+def encode_answer(recommendation: Recommendation, *, with_metadata: bool = False) -> pb.RecommendResponse:
     """The message for one answer."""
     answer, model = recommendation.answer, recommendation.model
-    messages = model.messages
+    live = model.live
+    messages = live.messages
     parts: list[bytes] = []
     for index, score in zip(answer.items.tolist(), answer.scores.tolist(), strict=True):
-        parts += (messages.get(index) or _item_message(index, model), _SCORE.pack(score))
+        parts += (messages.get(index) or _item_message(index, live), _SCORE.pack(score))
     # Joined and parsed at once: a third of the time of one message after the other.
     response = pb.RecommendResponse.FromString(b"".join(parts))
     response.model_version = model.info.model_version
@@ -217,13 +232,23 @@ def encode_answer(recommendation: Recommendation) -> pb.RecommendResponse:
         for item, log_propensity in zip(response.recommendations, answer.log_propensities, strict=True):
             item.log_propensity = log_propensity
     for item, explanation in zip(response.recommendations, answer.explanations, strict=False):
-        item.explanation.CopyFrom(_encode_explanation(explanation, model.catalog))
+        item.explanation.CopyFrom(_encode_explanation(explanation, live.catalog))
+    if with_metadata:
+        for item, index in zip(response.recommendations, answer.items.tolist(), strict=True):
+            item.metadata.update(live.metadata.get(index, {}))
     return response
 
 
-def _item_message(item: int, model: Recommender) -> bytes:
+def check_answer(field: str, answer: pb.RecommendResponse | pb.BatchRecommendResponse) -> None:
+    """Raises InvalidRequest for an answer that clients do not take: titles, tags and explanations may be long."""
+    size = answer.ByteSize()
+    if size > MAX_ANSWER_BYTES:
+        raise InvalidRequest(field, f"few enough items for an answer of {MAX_ANSWER_BYTES} bytes", f"{size} bytes")
+
+
+def _item_message(item: int, live: LiveCatalog) -> bytes:
     """All of an item's `recommendations` in a response but the four bytes of the score, which is its last field."""
-    catalog = model.catalog
+    catalog = live.catalog
     message = pb.RecommendResponse()
     message.recommendations.add(item_id=catalog.item_ids[item], title=catalog.titles[item], genres=catalog.genres[item])
     unscored = message.recommendations[0].SerializeToString()
@@ -233,7 +258,7 @@ def _item_message(item: int, model: Recommender) -> bytes:
         head.append(length & 0x7F | 0x80)
         length >>= 7
     head.append(length)
-    encoded = model.messages[item] = bytes(head) + unscored + b"\x25"
+    encoded = live.messages[item] = bytes(head) + unscored + b"\x25"
     return encoded
 
 
@@ -285,9 +310,10 @@ def _encode_watched(event: Event, catalog: Catalog) -> pb.WatchedItem:
     )
 
 
-def encode_similar(ranking: Ranking, model: Recommender) -> pb.SimilarItemsResponse:
+def encode_similar(ranking: Ranking, model: Recommender, *, with_metadata: bool = False) -> pb.SimilarItemsResponse:
     """The message for an item's neighbours."""
-    catalog = model.catalog
+    live = model.live
+    catalog, metadata = live.catalog, live.metadata if with_metadata else {}
     return pb.SimilarItemsResponse(
         items=[
             pb.SimilarItem(
@@ -295,6 +321,7 @@ def encode_similar(ranking: Ranking, model: Recommender) -> pb.SimilarItemsRespo
                 title=catalog.titles[item],
                 genres=catalog.genres[item],
                 similarity=similarity,
+                metadata=metadata.get(item),
             )
             for item, similarity in zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True)
         ],
@@ -314,7 +341,7 @@ def encode_model_info(
         created=info.created,
         item_count=info.item_count,
         rating_scale=None if scale is None else pb.RatingScale(minimum=scale.minimum, maximum=scale.maximum),
-        genres=info.genres,
+        genres=model.filters.tags[:MAX_LISTED_TAGS],
         execution_provider=model.provider,
         max_history=info.max_history,
         max_k=MAX_K,
@@ -324,4 +351,10 @@ def encode_model_info(
         seen=own_seen(model),
         new_item_count=model.new_item_count,
         event_types=[pb.EventType(name=name, weight=weight) for name, weight in sorted(event_types.items())],
+        max_upserted_items=MAX_UPSERTED_ITEMS,
+        max_title_length=MAX_TITLE_LENGTH,
+        max_item_tags=MAX_ITEM_TAGS,
+        max_tag_length=MAX_TAG_LENGTH,
+        max_metadata_bytes=MAX_METADATA_BYTES,
+        max_item_bytes=MAX_ITEM_BYTES,
     )

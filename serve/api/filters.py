@@ -35,9 +35,10 @@ def decode_filter(request: pb.RecommendRequest | pb.SimilarItemsRequest, model: 
     for name, of_rule in tags.items():
         check_length(f"filter.{name}", of_rule, MAX_TAGS)
         for at, tag in enumerate(of_rule):
-            if not model.filters.knows(tag):
-                field, shown = f"filter.{name}[{at}]", repr(tag[:MAX_ID_LENGTH])
-                raise InvalidRequest(field, f"one of the {len(model.info.genres)} tags of GetModelInfo.genres", shown)
+            # Not only a tag that an item of the model has now: a change of the catalogue must not fail requests.
+            if tag not in model.own_tags and tag not in model.stored_tags:
+                expected = f"one of the {len(model.own_tags)} tags of the model directory, or one of a stored item"
+                raise InvalidRequest(f"filter.{name}[{at}]", expected, repr(tag[:MAX_ID_LENGTH]))
     _check_tags(**tags)
     # In one order and once, so that requests with the same tags share a mask.
     different = {name: tuple(sorted(set(of_rule))) for name, of_rule in tags.items()}

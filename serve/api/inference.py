@@ -104,7 +104,8 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             raise Cancelled("cancelled by the client")
         if not context.time_remaining():
             raise Expired("the deadline passed before the model ran")
-        outputs = model.engine.run_sequence(inputs, wanted)
+        withheld = model.live.withheld()
+        outputs = model.engine.run_sequence(inputs, wanted, None if withheld is None else withheld.mask)
         response = pb.ModelInferResponse(model_name=MODEL_NAME, model_version=model.info.model_version, id=request.id)
         for name, values in zip(wanted, outputs, strict=True):
             datatype, dtype, _ = _TYPES[SEQUENCE_OUTPUTS[name]]

@@ -1,4 +1,4 @@
-"""Pages of a list: a token says where the next one begins, and belongs to one user's list."""
+"""Pages of a list: a token says where the next one begins, and belongs to one list, as that of a user's events."""
 
 import base64
 import binascii
@@ -11,6 +11,7 @@ from serve.api.rules import MAX_PAGE_SIZE
 DEFAULT_PAGE_SIZE = 100
 _PLACE = struct.Struct("<qq")
 _CHECK_BYTES = 8
+_CATALOGUE = "\0catalogue"  # no user's id
 
 
 def checked_page_size(field: str, value: int) -> int:
@@ -22,8 +23,7 @@ def checked_page_size(field: str, value: int) -> int:
 
 def page_token(user_id: str, timestamp: int, arrival: int) -> str:
     """What names the place after an event of a user, in letters and digits, `-` and `_`."""
-    place = _PLACE.pack(timestamp, arrival)
-    return base64.urlsafe_b64encode(place + _check(user_id, place)).decode()
+    return _token(user_id, _PLACE.pack(timestamp, arrival))
 
 
 def decode_page_token(field: str, token: str, user_id: str) -> tuple[int, int] | None:
@@ -34,16 +34,47 @@ def decode_page_token(field: str, token: str, user_id: str) -> tuple[int, int] |
     """
     if not token:
         return None
-    try:
-        decoded = base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True)
-    except (UnicodeEncodeError, binascii.Error):
-        decoded = b""
-    place, check = decoded[: _PLACE.size], decoded[_PLACE.size :]
-    if len(place) != _PLACE.size or check != _check(user_id, place):
+    place = _place(token, user_id)
+    if place is None or len(place) != _PLACE.size:
         raise InvalidRequest(field, "next_page_token of an answer for this user", "another text")
     timestamp, arrival = _PLACE.unpack(place)
     return timestamp, arrival
 
 
-def _check(user_id: str, place: bytes) -> bytes:
-    return hashlib.blake2b(place + user_id.encode(), digest_size=_CHECK_BYTES).digest()
+def item_page_token(item_id: str) -> str:
+    """What names the place after an item of the catalogue, in the same characters."""
+    return _token(_CATALOGUE, item_id.encode())
+
+
+def decode_item_page_token(field: str, token: str) -> str:
+    """The id of the item before the page; "" for "", the first page.
+
+    Raises:
+        InvalidRequest: The text is no token of the catalogue.
+    """
+    try:
+        place = _place(token, _CATALOGUE) if token else b""
+        item_id = None if place is None else place.decode()
+    except UnicodeDecodeError:
+        item_id = None
+    if item_id is None or "\0" in item_id:
+        raise InvalidRequest(field, "next_page_token of an answer", "another text")
+    return item_id
+
+
+def _token(name: str, place: bytes) -> str:
+    return base64.urlsafe_b64encode(place + _check(name, place)).decode()
+
+
+def _place(token: str, name: str) -> bytes | None:
+    """Of a token of this list; None: it is none."""
+    try:
+        decoded = base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True)
+    except (UnicodeEncodeError, binascii.Error):
+        return None
+    place, check = decoded[:-_CHECK_BYTES], decoded[-_CHECK_BYTES:]
+    return place if check == _check(name, place) else None
+
+
+def _check(name: str, place: bytes) -> bytes:
+    return hashlib.blake2b(place + name.encode(), digest_size=_CHECK_BYTES).digest()

@@ -3,6 +3,7 @@
 from typing import Any
 
 from serve.api.codec import (
+    check_answer,
     decode_batch,
     decode_event_ids,
     decode_impressions,
@@ -17,7 +18,8 @@ from serve.api.codec import (
 from serve.api.errors import InvalidRequest
 from serve.api.event_types import BUILT_IN, EventTypes
 from serve.api.filters import decode_filter
-from serve.api.pages import checked_page_size, decode_page_token, page_token
+from serve.api.items import decode_item_ids, decode_items, encode_item, encode_items
+from serve.api.pages import checked_page_size, decode_item_page_token, decode_page_token, page_token
 from serve.api.rules import check_id, checked_count
 from serve.api.service import RecommenderService
 from serve.pb import recommender_pb2 as pb
@@ -35,15 +37,24 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
     def Recommend(self, request: pb.RecommendRequest, context: Any) -> pb.RecommendResponse:
         loaded = self._models.for_user(request.user_id or None)
         query = decode_query(request, loaded.model, self._event_types)
-        return encode_answer(
-            self._service.recommend(loaded, query, context.time_remaining(), lambda: not context.is_active())
-        )
+        answer = self._service.recommend(loaded, query, context.time_remaining(), lambda: not context.is_active())
+        response = encode_answer(answer, with_metadata=request.with_metadata)
+        if request.explain:
+            check_answer("k", response)
+        return response
 
     def BatchRecommend(self, request: pb.BatchRecommendRequest, context: Any) -> pb.BatchRecommendResponse:
         loaded = [self._models.for_user(single.user_id or None) for single in request.requests]
         queries = decode_batch(request, [one.model for one in loaded], self._event_types)
         answers = self._service.recommend_all(loaded, queries, context.time_remaining, lambda: not context.is_active())
-        return pb.BatchRecommendResponse(responses=[encode_answer(answer) for answer in answers])
+        response = pb.BatchRecommendResponse(
+            responses=[
+                encode_answer(answer, with_metadata=single.with_metadata)
+                for single, answer in zip(request.requests, answers, strict=True)
+            ]
+        )
+        check_answer("requests", response)
+        return response
 
     def RecordEvents(self, request: pb.RecordEventsRequest, context: Any) -> pb.RecordEventsResponse:
         scale = self._models.version("").model.info.rating_scale
@@ -94,7 +105,28 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         k = checked_count("k", request.k)
         model = self._models.version("").model
         item_filter = decode_filter(request, model)
-        return encode_similar(model.similar(request.item_id, k, request.exclude_item_ids, item_filter), model)
+        withheld = model.live.withheld()
+        ranking = model.similar(request.item_id, k, request.exclude_item_ids, item_filter, withheld)
+        return encode_similar(ranking, model, with_metadata=request.with_metadata)
+
+    def UpsertItems(self, request: pb.UpsertItemsRequest, context: Any) -> pb.UpsertItemsResponse:
+        items = decode_items(request)
+        created = self._service.upsert_items(items)
+        return pb.UpsertItemsResponse(created_count=created, replaced_count=len(items) - created)
+
+    def DeleteItems(self, request: pb.DeleteItemsRequest, context: Any) -> pb.DeleteItemsResponse:
+        return pb.DeleteItemsResponse(deleted_count=self._service.delete_items(decode_item_ids(request)))
+
+    def GetItem(self, request: pb.GetItemRequest, context: Any) -> pb.GetItemResponse:
+        check_id("item_id", request.item_id)
+        entry, model = self._service.item(request.item_id)
+        return pb.GetItemResponse(item=encode_item(entry), model_version=model.info.model_version)
+
+    def ListItems(self, request: pb.ListItemsRequest, context: Any) -> pb.ListItemsResponse:
+        size = checked_page_size("page_size", request.page_size)
+        after = decode_item_page_token("page_token", request.page_token)
+        page = self._service.items(after, size, stored_only=request.stored_only)
+        return encode_items(page.items, more=page.more, model_version=page.model.info.model_version)
 
     def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.GetModelInfoResponse:
         loaded = self._models.version(request.model_version)

@@ -20,6 +20,22 @@ MAX_POSITION = 100_000
 MAX_RECOMMENDATION_ID_LENGTH = 64
 """Of impressions: with the item an entry of PostgreSQL's index."""
 MAX_DELETED_EVENTS = 1_000
+MAX_UPSERTED_ITEMS = 1_000
+MAX_TITLE_LENGTH = 1_000
+MAX_ITEM_TAGS = 100
+MAX_TAG_LENGTH = 100
+MAX_METADATA_BYTES = 2_048
+"""Of an item."""
+MAX_ITEM_BYTES = 4_096
+"""Of an item as a message. 1,000 items are within the 4 MiB that clients take by default."""
+MAX_BATCH_METADATA = 1_000
+"""Items of a batch that come with their metadata: as many as one answer has."""
+MAX_ANSWER_BYTES = 4 * 2**20
+"""More is not taken by clients by default."""
+LATEST_TIME = 253_402_300_799
+"""The end of the year 9999, for the availability of items."""
+MAX_LISTED_TAGS = 10_000
+"""In GetModelInfo."""
 MAX_PAGE_SIZE = 1_000
 MAX_NOT_SHOWN_S = 31 * 86_400
 MAX_BATCH = 256

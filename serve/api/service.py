@@ -7,13 +7,15 @@ import functools
 import hashlib
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from serve.api.errors import SlatesNotLogged, UnknownUser
 from serve.model.events import Event, known_events, positive_count
+from serve.model.live_catalog import Item
 from serve.model.profile import GenrePreference, genre_preferences
-from serve.model.recommender import Answer, Query, Recommender
+from serve.model.recommender import Answer, Query, Recommender, UnknownItem
 from serve.observability.metrics import Metrics
 from serve.serving.errors import Cancelled, Expired
 from serve.serving.loaded import LoadedModel, Models
@@ -47,6 +49,28 @@ class Profile(NamedTuple):
     events: Sequence[Event]
     preferences: Sequence[GenrePreference]
     model: Recommender
+
+
+class CatalogItem(NamedTuple):
+    """An item, and where it comes from."""
+
+    item: Item
+    stored: bool
+    """Whether it is the store's; else it is as the model directory has it."""
+    known: bool
+    """Whether the model knows it."""
+    available: bool
+    """Now."""
+
+
+class ItemPage(NamedTuple):
+    """Some items in the order of their ids."""
+
+    items: Sequence[CatalogItem]
+    more: bool
+    """Whether there are others after them."""
+    model: Recommender
+    """The one that answers most requests."""
 
 
 class Page(NamedTuple):
@@ -168,12 +192,14 @@ class RecommenderService:
         if not is_logged(query.user_id or recommendation_id, self._slate_log):
             return Recommendation(recommendation_id, answer, model)
         item_ids = model.catalog.item_ids
-        excluded = dict.fromkeys([*model.indices(query.exclude_item_ids), *answer.disliked])
+        withheld = () if query.withheld is None else query.withheld.items
+        excluded = dict.fromkeys([*model.indices(query.exclude_item_ids), *answer.disliked, *(withheld or ())])
         options = {
             "filter": query.filter,
             "seen": query.allow_seen is not None,
             "new_item_slots": query.new_item_slots,
             "not_shown_within": query.not_shown_within,
+            "catalogue": withheld is None,
         }
         self._store.log_slate(
             Slate(
@@ -204,6 +230,37 @@ class RecommenderService:
         self._metrics.recorded(len(recorded), duplicates, sum(new.recommendation_id is not None for new in recorded))
         self._metrics.events(len(recorded) - unknown, unknown)
         return Recorded(len(recorded), duplicates, unknown)
+
+    def upsert_items(self, items: Sequence[Item]) -> int:
+        """Stores items; how many are new."""
+        return self._store.upsert_items(items)
+
+    def delete_items(self, item_ids: Sequence[str]) -> int:
+        """Deletes items from the store; how many there were."""
+        return self._store.delete_items(item_ids)
+
+    def item(self, item_id: str) -> tuple[CatalogItem, Recommender]:
+        """An item of the store or else of the model directory, and the model that knows it or not; raises
+        UnknownItem."""
+        model, stored = self.models.version("").model, self._store.item(item_id)
+        if stored is None and item_id not in model.own_catalog.index:
+            version = model.info.model_version
+            raise UnknownItem(f"the item {item_id!r} is not stored, and the model {version} does not know it")
+        return _entry(item_id, stored, model), model
+
+    def items(self, after: str, most: int, *, stored_only: bool) -> ItemPage:
+        """At most so many items with later ids than `after`: those of the store, and unless `stored_only` those of the
+        model directory."""
+        model = self.models.version("").model
+        # One more says whether there is another page.
+        stored = {one.item_id: one for one in self._store.list_items(after, most + 1)}
+        item_ids = set(stored)
+        if not stored_only:
+            of_model = model.ids_in_order
+            start = bisect_right(of_model, after)
+            item_ids.update(of_model[start : start + most + 1])
+        found = [_entry(item_id, stored.get(item_id), model) for item_id in sorted(item_ids)[:most]]
+        return ItemPage(found, len(item_ids) > most, model)
 
     def record_shown(self, items: Sequence[ShownItem]) -> int:
         """Stores which items were shown; how many are new."""
@@ -240,3 +297,13 @@ class RecommenderService:
         deleted = self._store.delete_user(user_id)
         self.models.forget(user_id)
         return deleted
+
+
+def _entry(item_id: str, stored: Item | None, model: Recommender) -> CatalogItem:
+    """The store's item, or else that of the model directory."""
+    own = model.own_catalog
+    at = own.index.get(item_id)
+    item = stored
+    if item is None:
+        item = Item(item_id) if at is None else Item(item_id, own.titles[at], own.genres[at])
+    return CatalogItem(item, stored is not None, at is not None, item.is_available(int(time.time())))

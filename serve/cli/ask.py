@@ -1,17 +1,14 @@
 """`python -m serve ask`: answers of a running server as tables, for a human at a terminal."""
 
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
-import grpc
 from click.core import ParameterSource
 
-from serve.cli.options import FILE
-from serve.client import Connection, Event, ItemFilter, RecommenderClient
+from serve.cli.connecting import Connecting, connected, connection_options, table
+from serve.client import Event, ItemFilter, RecommenderClient
 from serve.pb.recommender_pb2 import RecommendResponse
 
 DAY_S = 86_400
@@ -23,7 +20,7 @@ OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why")
 
 
 @click.command("ask")
-@click.option("--address", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT", help="The server.")
+@connection_options
 @click.option("--user", metavar="ID", help="Recommend for a stored user.")
 @click.option(
     "--watched",
@@ -55,23 +52,10 @@ OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why")
     help="With --user: leave out what was recommended lately.",
 )
 @click.option("--why", is_flag=True, help="Say why each item is recommended.")
-@click.option("--tls", is_flag=True, help="Encrypt, trusting the authorities of the system. Implied by the next three.")
-@click.option("--ca", type=FILE, help="Trust these authorities instead, in PEM.")
-@click.option("--cert", type=FILE, help="The client's certificate in PEM, for servers that ask for one.")
-@click.option("--key", type=FILE, help="Private key of the certificate in PEM.")
-@click.option("--token-file", type=FILE, help="File with the token. Without: JAXREC_TOKEN, or none.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0.001),
-    default=5.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Deadline of the call.",
-)
 @click.pass_context
 def command(
     context: click.Context,
-    address: str,
+    connection: Connecting,
     user: str | None,
     watched: tuple[str, ...],
     similar_to: str | None,
@@ -88,12 +72,6 @@ def command(
     new_items: int,
     not_shown_within: int,
     why: bool,
-    tls: bool,
-    ca: Path | None,
-    cert: Path | None,
-    key: Path | None,
-    token_file: Path | None,
-    timeout: float,
 ) -> None:
     """Ask a running server and print its answer as a table: recommendations, similar items, a user's profile or
     events, or, without a question, which model answers."""
@@ -105,30 +83,23 @@ def command(
         if similar_to is None:
             _refuse(context, FILTERS, "--user, --watched or --similar")
     allow_seen = None if seen is None else seen == "allow"
-    try:
+    with connected(connection) as client:
         allowed = ItemFilter(
             allow_item_ids=allow, any_tags=any_tag, all_tags=all_tag, none_tags=no_tag, minimum_score=minimum_score
         )
         asked: dict[str, Any] = {"exclude_item_ids": exclude, "filter": allowed, "k": k}
-        token = os.environ.get("JAXREC_TOKEN") if token_file is None else token_file.read_text("utf-8").strip()
-        connection = Connection(address, timeout, tls=tls, ca=ca, certificate=cert, key=key, token=token)
-        with RecommenderClient(connection) as client:
-            if recommending:
-                asked |= {"allow_seen": allow_seen, "new_item_slots": new_items, "explain": why}
-                asked["not_shown_within"] = not_shown_within
-                click.echo(recommendations(client, user, watched, **asked))
-            elif similar_to is not None:
-                click.echo(similar(client, similar_to, **asked))
-            elif profile_of is not None:
-                click.echo(profile(client, profile_of, k))
-            elif events_of is not None:
-                click.echo(events(client, events_of, k))
-            else:
-                click.echo(model(client))
-    except grpc.RpcError as error:
-        raise click.ClickException(f"{error.code().name}: {error.details()}") from error
-    except (OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
+        if recommending:
+            asked |= {"allow_seen": allow_seen, "new_item_slots": new_items, "explain": why}
+            asked["not_shown_within"] = not_shown_within
+            click.echo(recommendations(client, user, watched, **asked))
+        elif similar_to is not None:
+            click.echo(similar(client, similar_to, **asked))
+        elif profile_of is not None:
+            click.echo(profile(client, profile_of, k))
+        elif events_of is not None:
+            click.echo(events(client, events_of, k))
+        else:
+            click.echo(model(client))
 
 
 def _refuse(context: click.Context, names: Sequence[str], needed: str) -> None:
@@ -136,24 +107,6 @@ def _refuse(context: click.Context, names: Sequence[str], needed: str) -> None:
     for name in names:
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             raise click.UsageError(f"--{name.replace('_', '-')}: expected {needed} with it")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows under a header, each column as wide as its longest text; numbers to the right."""
-    printable = [["".join(c if c.isprintable() else "?" for c in cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[at]) for row in printable) for at in range(len(header))]
-    lines = []
-    for row in printable:
-        cells = [
-            cell.rjust(width) if _is_number(cell) else cell.ljust(width)
-            for cell, width in zip(row, widths, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).removeprefix("-").isdecimal()
 
 
 def recommendations(client: RecommenderClient, user_id: str | None, watched: Sequence[str], **asked: Any) -> str:

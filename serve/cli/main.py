@@ -9,6 +9,7 @@ from serve.cli.extras import check_extras
 COMMANDS = {
     "run": ("Answer gRPC calls with a model.", ("serve",)),
     "ask": ("Ask a running server, for an answer to read.", ()),
+    "items": ("List, store and delete items of a running server.", ()),
     "check": ("Say by the exit status whether a server is ready.", ()),
     "log": ("Copy events and recommendations into a file.", ("serve",)),
     "outcomes": ("Compare what came of the recommendations of each model.", ("serve",)),

@@ -16,13 +16,14 @@ from serve.client.aio import AsyncRecommenderClient
 from serve.client.connection import Connection
 from serve.client.requests import recommend_request
 from serve.client.sync import RecommenderClient
-from serve.pb.recommender_pb2 import Event, Impression, ItemFilter, UserEvent
+from serve.pb.recommender_pb2 import Event, Impression, Item, ItemFilter, UserEvent
 
 __all__ = [
     "AsyncRecommenderClient",
     "Connection",
     "Event",
     "Impression",
+    "Item",
     "ItemFilter",
     "RecommenderClient",
     "UserEvent",

@@ -11,16 +11,20 @@ from serve.client.connection import Connection
 from serve.client.requests import Requests, is_serving
 from serve.pb.recommender_pb2 import (
     DeleteEventsResponse,
+    DeleteItemsResponse,
     DeleteUserResponse,
+    GetItemResponse,
     GetModelInfoResponse,
     GetUserProfileResponse,
     ListEventsResponse,
+    ListItemsResponse,
     MergeUsersResponse,
     RecommendRequest,
     RecommendResponse,
     RecordEventsResponse,
     RecordImpressionsResponse,
     SimilarItemsResponse,
+    UpsertItemsResponse,
 )
 
 
@@ -36,6 +40,10 @@ class AsyncRecommenderClient(
         Awaitable[DeleteEventsResponse],
         Awaitable[MergeUsersResponse],
         Awaitable[RecordImpressionsResponse],
+        Awaitable[UpsertItemsResponse],
+        Awaitable[DeleteItemsResponse],
+        Awaitable[GetItemResponse],
+        Awaitable[ListItemsResponse],
     ]
 ):
     """As `RecommenderClient`, with every call awaited. Close it, or use `async with`."""

@@ -8,9 +8,9 @@ import grpc
 
 from serve.addresses import is_loopback
 
-# Each call can be repeated: what RecordEvents and RecordImpressions store counts once, DeleteUser, DeleteEvents and
-# MergeUsers do what is left to do, and the others change nothing. gRPC waits between tries, longer each time and by a
-# random share.
+# Each call can be repeated: what RecordEvents and RecordImpressions store counts once, UpsertItems stores the same
+# again, DeleteUser, DeleteEvents, DeleteItems and MergeUsers do what is left to do, and the others change nothing.
+# gRPC waits between tries, longer each time and by a random share.
 SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [

@@ -10,20 +10,25 @@ from serve.client.connection import Connection
 from serve.pb.recommender_pb2 import (
     BatchRecommendRequest,
     DeleteEventsRequest,
+    DeleteItemsRequest,
     DeleteUserRequest,
     Event,
+    GetItemRequest,
     GetModelInfoRequest,
     GetUserProfileRequest,
     History,
     Impression,
+    Item,
     ItemFilter,
     ListEventsRequest,
+    ListItemsRequest,
     MergeUsersRequest,
     RecommendRequest,
     RecordEventsRequest,
     RecordImpressionsRequest,
     Seen,
     SimilarItemsRequest,
+    UpsertItemsRequest,
     UserEvent,
 )
 from serve.pb.recommender_pb2_grpc import RecommenderStub
@@ -40,6 +45,10 @@ Listed = TypeVar("Listed")
 DeletedEvents = TypeVar("DeletedEvents")
 Merged = TypeVar("Merged")
 Shown = TypeVar("Shown")
+Upserted = TypeVar("Upserted")
+DeletedItems = TypeVar("DeletedItems")
+GotItem = TypeVar("GotItem")
+ListedItems = TypeVar("ListedItems")
 
 
 def recommend_request(
@@ -54,6 +63,7 @@ def recommend_request(
     allow_seen: bool | None = None,
     new_item_slots: int = 0,
     not_shown_within: int = 0,
+    with_metadata: bool = False,
 ) -> RecommendRequest:
     """The message for one question.
 
@@ -68,6 +78,7 @@ def recommend_request(
         allow_seen: Whether items of the history may be recommended; None: the model decides.
         new_item_slots: Number of the `k` places that are reserved for items that the model was not trained on.
         not_shown_within: What was recommended to the user within so many seconds is left out; 0: it is not.
+        with_metadata: Whether each item comes with the metadata that was stored for it.
 
     Raises:
         ValueError: Both or none of `user_id` and `history` are given.
@@ -83,6 +94,7 @@ def recommend_request(
         seen=SEEN[allow_seen],
         new_item_slots=new_item_slots,
         not_shown_within=not_shown_within,
+        with_metadata=with_metadata,
     )
     if user_id is not None:
         request.user_id = user_id
@@ -92,7 +104,23 @@ def recommend_request(
 
 
 class Requests(
-    ABC, Generic[Recommended, Recorded, Profile, Deleted, Similar, Info, Listed, DeletedEvents, Merged, Shown]
+    ABC,
+    Generic[
+        Recommended,
+        Recorded,
+        Profile,
+        Deleted,
+        Similar,
+        Info,
+        Listed,
+        DeletedEvents,
+        Merged,
+        Shown,
+        Upserted,
+        DeletedItems,
+        GotItem,
+        ListedItems,
+    ],
 ):
     """A connection to one server. The types are those of the answers, or of what is awaited for them."""
 
@@ -127,6 +155,7 @@ class Requests(
         allow_seen: bool | None = None,
         new_item_slots: int = 0,
         not_shown_within: int = 0,
+        with_metadata: bool = False,
     ) -> Recommended:
         """The best `k` items for a stored user or for a history; arguments and errors as of `recommend_request`."""
         request = recommend_request(
@@ -140,6 +169,7 @@ class Requests(
             allow_seen=allow_seen,
             new_item_slots=new_item_slots,
             not_shown_within=not_shown_within,
+            with_metadata=with_metadata,
         )
         return self._call(self._stub.Recommend, request)
 
@@ -175,12 +205,38 @@ class Requests(
         return self._call(self._stub.MergeUsers, request)
 
     def similar_items(
-        self, item_id: str, k: int = 10, exclude_item_ids: Iterable[str] = (), filter: ItemFilter | None = None
+        self,
+        item_id: str,
+        k: int = 10,
+        exclude_item_ids: Iterable[str] = (),
+        filter: ItemFilter | None = None,
+        with_metadata: bool = False,
     ) -> Similar:
         """The `k` items (1 to 1000) most similar to one item, without those of `exclude_item_ids`, of those that
-        `filter` allows (None: of all)."""
-        request = SimilarItemsRequest(item_id=item_id, k=k, exclude_item_ids=exclude_item_ids, filter=filter)
+        `filter` allows (None: of all), if asked for with their metadata."""
+        request = SimilarItemsRequest(
+            item_id=item_id, k=k, exclude_item_ids=exclude_item_ids, filter=filter, with_metadata=with_metadata
+        )
         return self._call(self._stub.SimilarItems, request)
+
+    def upsert_items(self, items: Iterable[Item]) -> Upserted:
+        """Stores items, at most 1,000; they are on the server's disk when the answer comes. Each replaces the one with
+        its id as a whole."""
+        return self._call(self._stub.UpsertItems, UpsertItemsRequest(items=items))
+
+    def delete_items(self, item_ids: Iterable[str]) -> DeletedItems:
+        """Deletes what was stored of items, 1 to 1000."""
+        return self._call(self._stub.DeleteItems, DeleteItemsRequest(item_ids=item_ids))
+
+    def get_item(self, item_id: str) -> GotItem:
+        """One item, as the store has it, or else as the model directory has it."""
+        return self._call(self._stub.GetItem, GetItemRequest(item_id=item_id))
+
+    def list_items(self, page_size: int = 100, page_token: str = "", stored_only: bool = False) -> ListedItems:
+        """A page of the items of the store and of the model directory, by their ids: at most `page_size` (1 to 1000),
+        from where `page_token` says, the `next_page_token` of the page before ("": the first page)."""
+        request = ListItemsRequest(page_size=page_size, page_token=page_token, stored_only=stored_only)
+        return self._call(self._stub.ListItems, request)
 
     def get_model_info(self, model_version: str = "") -> Info:
         """What the server says of a loaded model version; "": the one that answers most users."""

@@ -7,16 +7,20 @@ from serve.client.connection import Connection
 from serve.client.requests import Requests, is_serving
 from serve.pb.recommender_pb2 import (
     DeleteEventsResponse,
+    DeleteItemsResponse,
     DeleteUserResponse,
+    GetItemResponse,
     GetModelInfoResponse,
     GetUserProfileResponse,
     ListEventsResponse,
+    ListItemsResponse,
     MergeUsersResponse,
     RecommendRequest,
     RecommendResponse,
     RecordEventsResponse,
     RecordImpressionsResponse,
     SimilarItemsResponse,
+    UpsertItemsResponse,
 )
 
 
@@ -32,6 +36,10 @@ class RecommenderClient(
         DeleteEventsResponse,
         MergeUsersResponse,
         RecordImpressionsResponse,
+        UpsertItemsResponse,
+        DeleteItemsResponse,
+        GetItemResponse,
+        ListItemsResponse,
     ]
 ):
     """A connection to one server, to be shared between threads. Close it, or use it in a `with` statement.

@@ -1,8 +1,8 @@
 """Who may call what: bearer tokens with rights.
 
 The rights are `read` (recommend, look things up), `write` (record events and impressions), `users` (forget users and
-events, merge users) and `admin` (models). Health checks need none. A method that is in no table needs `admin`. Without
-tokens, every caller may do everything.
+events, merge users), `catalogue` (store and delete items) and `admin` (models). Health checks need none. A method that
+is in no table needs `admin`. Without tokens, every caller may do everything.
 """
 
 import hashlib
@@ -17,22 +17,34 @@ import grpc
 from serve.addresses import SecurityError
 from serve.observability.metrics import Metrics
 
-RIGHTS = ("read", "write", "users", "admin")
+RIGHTS = ("read", "write", "users", "catalogue", "admin")
 SHORTEST_TOKEN = 16
-RECOMMENDER = "/jaxrec.v1.Recommender/"
-# By the longest prefix of the method's name; None: nothing is asked.
-NEEDED: Mapping[str, str | None] = {
-    "": "admin",
-    RECOMMENDER: "read",
-    f"{RECOMMENDER}RecordEvents": "write",
-    f"{RECOMMENDER}RecordImpressions": "write",
-    f"{RECOMMENDER}DeleteUser": "users",
-    f"{RECOMMENDER}DeleteEvents": "users",
-    f"{RECOMMENDER}MergeUsers": "users",
-    "/inference.GRPCInferenceService/": "read",
-    "/grpc.reflection.": "read",
-    "/grpc.health.v1.Health/": None,
+# Methods by the service, and by the right that they need.
+METHODS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "jaxrec.v1.Recommender": {
+        "read": (
+            *("Recommend", "BatchRecommend", "SimilarItems", "GetUserProfile", "ListEvents"),
+            *("GetItem", "ListItems", "GetModelInfo"),
+        ),
+        "write": ("RecordEvents", "RecordImpressions"),
+        "users": ("DeleteUser", "DeleteEvents", "MergeUsers"),
+        "catalogue": ("UpsertItems", "DeleteItems"),
+    },
+    "inference.GRPCInferenceService": {
+        "read": ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer"),
+    },
+    "grpc.reflection.v1alpha.ServerReflection": {"read": ("ServerReflectionInfo",)},
+    # Not there: clients ask it first, and v1alpha only if it is UNIMPLEMENTED.
+    "grpc.reflection.v1.ServerReflection": {"read": ("ServerReflectionInfo",)},
 }
+NEEDED: Mapping[str, str] = {
+    f"/{service}/{name}": right
+    for service, rights in METHODS.items()
+    for right, names in rights.items()
+    for name in names
+}
+HEALTH = "/grpc.health.v1.Health/"
+"""Of its methods no right is asked."""
 
 
 class Tokens:
@@ -95,7 +107,7 @@ def read_tokens(path: Path) -> Tokens:
 @lru_cache(maxsize=256)
 def needed_right(method: str) -> str | None:
     """What a call of `/package.Service/Method` needs."""
-    return NEEDED[max((prefix for prefix in NEEDED if method.startswith(prefix)), key=len)]
+    return None if method.startswith(HEALTH) else NEEDED.get(method, "admin")
 
 
 class TokenInterceptor(grpc.ServerInterceptor):

@@ -1,7 +1,7 @@
-"""Which items a request allows: by their ids and by their tags, which are the genres of the catalogue."""
+"""Which items a request allows: by their ids and by their tags, which a model directory calls genres."""
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,26 +32,30 @@ class ItemFilter(NamedTuple):
 class Filters:
     """Makes masks for one catalogue. Safe to share between threads."""
 
-    def __init__(self, catalog: Catalog) -> None:
-        """The tags are the genres of the catalogue's items."""
-        of_tag: dict[str, list[int]] = {}
-        for item, tags in enumerate(catalog.genres):
-            for tag in tags:
-                of_tag.setdefault(tag, []).append(item)
-        self._of_tag = {tag: np.array(items, np.int32) for tag, items in of_tag.items()}
+    def __init__(self, catalog: Catalog, of_tag: Mapping[str, NDArray[np.int32]] | None = None) -> None:
+        """No mask is made yet.
+
+        Args:
+            catalog: The tags are the genres of its items.
+            of_tag: `items_by_tag` of the catalogue, if that is known; else it is made.
+        """
+        self.of_tag = items_by_tag(catalog) if of_tag is None else of_tag
+        """The indices of the items that have a tag, by tag; not to be changed."""
         self._count = len(catalog)
         # Not a method: a cache that holds its owner would keep the model in memory until a garbage collection.
-        self._by_tags = lru_cache(KEPT)(partial(_blocked_by_tags, self._of_tag, self._count))
+        self._by_tags = lru_cache(KEPT)(partial(_blocked_by_tags, self.of_tag, self._count))
 
-    def knows(self, tag: str) -> bool:
-        """Whether an item of the catalogue has the tag."""
-        return tag in self._of_tag
+    @cached_property
+    def tags(self) -> list[str]:
+        """All tags of the items, sorted."""
+        return sorted(self.of_tag)
 
     def blocked(self, item_filter: ItemFilter | None) -> NDArray[np.bool_] | None:
         """The items that a filter does not allow.
 
         Args:
-            item_filter: Its ids and tags count; its minimum score does not.
+            item_filter: Its ids and tags count; its minimum score does not. A tag that no item has any more counts as
+                one that no item has.
 
         Returns:
             `[items+1]`, not to be written to, True also at 0; None: every item is allowed.
@@ -68,6 +72,15 @@ class Filters:
         return blocked
 
 
+def items_by_tag(catalog: Catalog) -> dict[str, NDArray[np.int32]]:
+    """The indices of the items that have a tag, by tag."""
+    of_tag: dict[str, list[int]] = {}
+    for item, tags in enumerate(catalog.genres):
+        for tag in tags:
+            of_tag.setdefault(tag, []).append(item)
+    return {tag: np.array(items, np.int32) for tag, items in of_tag.items()}
+
+
 def _blocked_by_tags(
     of_tag: Mapping[str, NDArray[np.int32]],
     count: int,
@@ -75,15 +88,16 @@ def _blocked_by_tags(
     all_tags: Sequence[str],
     none_tags: Sequence[str],
 ) -> NDArray[np.bool_]:
+    none = np.zeros(0, np.int32)
     blocked = np.full(count + 1, bool(any_tags))
     for tag in any_tags:
-        blocked[of_tag[tag]] = False
+        blocked[of_tag.get(tag, none)] = False
     for tag in all_tags:
         without = np.ones(count + 1, np.bool_)
-        without[of_tag[tag]] = False
+        without[of_tag.get(tag, none)] = False
         blocked |= without
     for tag in none_tags:
-        blocked[of_tag[tag]] = True
+        blocked[of_tag.get(tag, none)] = True
     blocked[0] = True
     blocked.setflags(write=False)
     return blocked

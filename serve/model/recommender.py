@@ -1,17 +1,21 @@
 """Answers questions in raw ids with one model. Knows no gRPC and keeps nothing between calls."""
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.model.catalog import Catalog
 from serve.model.directory import Artifact
 from serve.model.events import Event, KnownEvent, disliked_items, known_events, positive_count
 from serve.model.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
 from serve.model.features import Features, features
 from serve.model.filters import Filters, ItemFilter
+from serve.model.live_catalog import LiveCatalog, Withheld
 from serve.model.ranking.engine import Engine, Ranking
 from serve.model.ranking.live_trend import Blocked, Trend
 from serve.model.ranking.search import best_of
@@ -19,6 +23,7 @@ from serve.model.trend import Counted
 from serve.settings import Provider, SearchBy
 
 POPULARITY = "popularity"
+SORTED_AT_ONCE = 20_000
 
 
 class UnknownItem(LookupError):
@@ -52,6 +57,8 @@ class Query(NamedTuple):
     """How many of the `k` places are reserved for new items; see `with_new_items`."""
     not_shown_within: int = 0
     """What was recommended to the stored user in so many seconds before now is excluded; 0: it is not."""
+    withheld: Withheld | None = None
+    """The items that the catalogue does not let be answered at the time of the request; None: every item may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +84,7 @@ class Answer:
 
 
 class Recommender:
-    """One loaded model. Immutable, and safe to share between threads."""
+    """One loaded model. Immutable but for its trend and its catalogue, and safe to share between threads."""
 
     def __init__(
         self,
@@ -99,12 +106,17 @@ class Recommender:
             ProviderError: `provider` is "cuda", and CUDA does not run.
         """
         self.info = artifact.info
-        self.catalog = artifact.catalog
+        self.own_catalog = artifact.catalog
+        """That of the model directory alone."""
+        self.live = LiveCatalog.of(artifact.catalog)
+        """The catalogue, with the items of a store over it. It is replaced as a whole, so that no call sees half of
+        each."""
+        self.own_tags = frozenset(self.live.filters.of_tag)
+        """Those of the model directory."""
+        self.stored_tags: Container[str] = ()
+        """Those of the items of a store, also of items that the model does not know."""
         self.engine = Engine(artifact, provider, intra_op_threads, search_by)
         self.provider = self.engine.provider
-        self.messages: dict[int, bytes] = {}
-        """By item index, what of an answer does not depend on the query, encoded once: see `serve.api.codec`."""
-        self.filters = Filters(artifact.catalog)
         new_item_count = int(np.count_nonzero(self.catalog.new))
         self._lacks_new_vectors = artifact.index is not None and new_item_count > 0
         self.new_item_count = 0 if self._lacks_new_vectors else new_item_count
@@ -113,6 +125,24 @@ class Recommender:
         lengths = np.sqrt(np.einsum("ij,ij->i", self._vectors, self._vectors))
         # Padding, and an item that was never trained, may have no direction; they resemble nothing.
         self._lengths: NDArray[np.float32] = np.where(lengths == 0, np.float32(1), lengths)
+
+    @property
+    def catalog(self) -> Catalog:
+        """As of now. Items keep their indices; their titles and genres may change."""
+        return self.live.catalog
+
+    @cached_property
+    def ids_in_order(self) -> list[str]:
+        """The raw ids of all items, sorted."""
+        ids = self.catalog.item_ids[1:]
+        parts = [sorted(ids[start : start + SORTED_AT_ONCE]) for start in range(0, len(ids), SORTED_AT_ONCE)]
+        # Not one sort: no other thread runs during that.
+        return list(heapq.merge(*parts))
+
+    @property
+    def filters(self) -> Filters:
+        """Those of the catalogue as of now."""
+        return self.live.filters
 
     def recommend(self, queries: Sequence[Query]) -> list[Answer]:
         """Answers each query from its events; queries with a known event share runs of the model.
@@ -162,9 +192,9 @@ class Recommender:
     def masks(self, query: Query, trend: Trend) -> list[Blocked | None]:
         """The blocked items of each ranking that the answer to a query is made of, in the order of `ranked`.
 
-        Without `new_item_slots` there is one ranking: of the items that the filter allows. With it there are two: of
-        the allowed items that are not new, and of the allowed new items. Without the other items the graphs do not hold
-        the scores of new items down.
+        Without `new_item_slots` there is one ranking: of the items that the filter and the catalogue allow. With it
+        there are two: of the allowed items that are not new, and of the allowed new items. Without the other items the
+        graphs do not hold the scores of new items down.
 
         Args:
             query: The query.
@@ -173,11 +203,18 @@ class Recommender:
         Returns:
             One or two arrays `[items+1]`; None: no item is blocked.
         """
-        blocked = self.filters.blocked(query.filter)
+        blocked = self._blocked(query.filter, query.withheld)
         if not query.new_item_slots:
             return [blocked]
         new = self.catalog.new & (trend.values == 0)
         return [new | blocked, ~new | blocked] if blocked is not None else [new, ~new]
+
+    def _blocked(self, item_filter: ItemFilter | None, withheld: Withheld | None) -> Blocked | None:
+        """The items that neither a filter nor the catalogue lets be answered; None: every item may be."""
+        blocked = self.filters.blocked(item_filter)
+        if withheld is None:
+            return blocked
+        return withheld.mask if blocked is None else blocked | withheld.mask
 
     def allows_seen(self, query: Query) -> bool:
         """Whether items of the history may be answered."""
@@ -209,7 +246,8 @@ class Recommender:
 
     def popular(self, query: Query, ignored_event_count: int, disliked: Sequence[int] = ()) -> Answer:
         """The answer, without `disliked` items, to a query without a positive event that the model knows."""
-        exclude, blocked = [*self.indices(query.exclude_item_ids), *disliked], self.filters.blocked(query.filter)
+        exclude = [*self.indices(query.exclude_item_ids), *disliked]
+        blocked = self._blocked(query.filter, query.withheld)
         items = self.catalog.by_popularity
         if blocked is not None:
             items = items[~blocked[items]]
@@ -257,7 +295,8 @@ class Recommender:
         trend = self.engine.trend
         kept = range(max(0, len(history) - ASKED_EVENTS), len(history))
         histories = [history, *([*history[:at], *history[at + 1 :]] for at in kept)]
-        scores = np.empty((len(histories), len(items)), np.float32)
+        # An item that the filter allows no more, since its tags changed meanwhile, stays without influences.
+        scores = np.zeros((len(histories), len(items)), np.float32)
         # All items must be in the ranking with every event, or the difference would be that of others' scores.
         asked_items = max(ASKED_ITEMS, query.k)
         for mask in self.masks(query, trend):
@@ -280,7 +319,12 @@ class Recommender:
         return [index[item_id] for item_id in item_ids if item_id in index]
 
     def similar(
-        self, item_id: str, k: int, exclude_item_ids: Sequence[str] = (), item_filter: ItemFilter | None = None
+        self,
+        item_id: str,
+        k: int,
+        exclude_item_ids: Sequence[str] = (),
+        item_filter: ItemFilter | None = None,
+        withheld: Withheld | None = None,
     ) -> Ranking:
         """The items nearest to one item.
 
@@ -289,6 +333,7 @@ class Recommender:
             k: Number of items, cut to those that there are.
             exclude_item_ids: Items that are not answered.
             item_filter: Which of the other items may be answered; None: every item.
+            withheld: The items that the catalogue does not let be answered; the item itself may be one of them.
 
         Returns:
             Item indices `[k]` int32, the item itself not among them, and the cosines of their vectors with that of the
@@ -302,7 +347,7 @@ class Recommender:
             raise UnknownItem(f"the model {self.info.model_version} does not know the item {item_id!r}")
         cosines = np.clip(self._vectors @ self._directions([item])[0] / self._lengths, -1, 1)
         allowed = np.ones(len(cosines), np.bool_)
-        blocked = self.filters.blocked(item_filter)
+        blocked = self._blocked(item_filter, withheld)
         if blocked is not None:
             allowed = ~blocked
         allowed[[0, item, *self.indices(exclude_item_ids)]] = False

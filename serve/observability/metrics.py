@@ -104,6 +104,13 @@ class Metrics:
         self._created: float | None = None
         age.set_function(lambda: 0.0 if self._created is None else time.time() - self._created)
         self._trend_age: Gauge | None = None
+        self._catalogue_items = self._gauge("catalogue_items", "Items of the store, also those that no model knows.")
+        self._withheld = self._gauge("catalogue_withheld_items", "Items of the model that may not be answered now.")
+        self._catalogue_age = self._gauge("catalogue_age_seconds", "Time since items were last read from the store.")
+        self.catalogue_failed: Callable[[], None] = self._counter(
+            "catalogue_refresh_failures_total", "Attempts to read items from the store that failed."
+        ).inc
+        """One failed attempt to read items from the store."""
         self._answers = self._counter("answers_total", "Recommendations by what ranked them.", ("policy",))
         self._by_policy: dict[str, Counter] = {}
         events = self._counter("events_total", "Events that came in, by whether the item is known.", ("known",))
@@ -135,6 +142,15 @@ class Metrics:
         if self._trend_age is None:
             self._trend_age = self._gauge("trend_age_seconds", "Time since the trend was last read from the store.")
         self._trend_age.set_function(age_s)
+
+    def watch_catalogue(
+        self, items: Callable[[], int], withheld: Callable[[], int], age_s: Callable[[], float]
+    ) -> None:
+        """Where to look for the items of the store, those that may not be answered now, and the seconds since they were
+        last read."""
+        self._catalogue_items.set_function(items)
+        self._withheld.set_function(withheld)
+        self._catalogue_age.set_function(age_s)
 
     def know_methods(self, methods: Iterable[str]) -> None:
         """The methods of the server; all others are counted as one, since clients can invent names."""

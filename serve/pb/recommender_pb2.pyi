@@ -146,8 +146,9 @@ class ItemFilter(_message.Message):
 
     @_builtins.property
     def any_tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Only items with at least one of these tags. An item's tags are its genres; those
-        of the catalogue are `GetModelInfoResponse.genres`, and any other is an error.
+        """Only items with at least one of these tags. An item's tags are its genres, or what
+        UpsertItems gave it. Those of the model directory and of all stored items are known,
+        new ones within about two seconds, and any other is an error.
         Empty: every item. At most 100 tags, as in the next two lists.
         """
 
@@ -183,7 +184,12 @@ Global___ItemFilter: _TypeAlias = ItemFilter  # noqa: Y015
 
 @_typing.final
 class RecommendRequest(_message.Message):
-    """A question for the best next items."""
+    """A question for the best next items.
+
+    Items that are hidden, or not available at the time of the request (UpsertItems), are
+    never answered, not even if `filter` allows them. The time of the request is
+    `request_time`, or the server's clock.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -197,6 +203,7 @@ class RecommendRequest(_message.Message):
     SEEN_FIELD_NUMBER: _builtins.int
     NEW_ITEM_SLOTS_FIELD_NUMBER: _builtins.int
     NOT_SHOWN_WITHIN_FIELD_NUMBER: _builtins.int
+    WITH_METADATA_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """A user whose events were recorded with RecordEvents. A user without events,
     or only with events on items that the model does not know, is answered with
@@ -235,6 +242,10 @@ class RecommendRequest(_message.Message):
     count about a second later. FAILED_PRECONDITION if the server does not keep the answers
     to all users for so long. 0: no item is left out. At most 2,678,400 (31 days).
     """
+    with_metadata: _builtins.bool
+    """Whether each recommendation comes with the metadata that UpsertItems stored for its
+    item. False: without.
+    """
     @_builtins.property
     def history(self) -> Global___History:
         """The events themselves, used for this answer only."""
@@ -263,10 +274,11 @@ class RecommendRequest(_message.Message):
         seen: Global___Seen.ValueType = ...,
         new_item_slots: _builtins.int = ...,
         not_shown_within: _builtins.int = ...,
+        with_metadata: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "filter", b"filter", "history", b"history", "request_time", b"request_time", "subject", b"subject", "user_id", b"user_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "filter", b"filter", "history", b"history", "k", b"k", "new_item_slots", b"new_item_slots", "not_shown_within", b"not_shown_within", "request_time", b"request_time", "seen", b"seen", "subject", b"subject", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "filter", b"filter", "history", b"history", "k", b"k", "new_item_slots", b"new_item_slots", "not_shown_within", b"not_shown_within", "request_time", b"request_time", "seen", b"seen", "subject", b"subject", "user_id", b"user_id", "with_metadata", b"with_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__request_time: _TypeAlias = _typing.Literal["request_time"]  # noqa: Y015
     _WhichOneofArgType__request_time: _TypeAlias = _typing.Literal["_request_time", b"_request_time"]  # noqa: Y015
@@ -308,8 +320,9 @@ class RecommendResponse(_message.Message):
     log_propensity: _builtins.float
     """Natural logarithm of the probability with which the policy shows exactly these
     items in this order: the propensity of the slate, 0 or below. It is the sum of
-    `Recommendation.log_propensity`. Items that `filter` or `seen` leave out are never
-    drawn, and the propensity is exact for that.
+    `Recommendation.log_propensity`. Items that `filter` or `seen` leave out, and those
+    that are hidden or not available, are never drawn, and the propensity is exact for
+    that.
 
     0: the answer was not drawn, or there was only one possible answer. It is not drawn
     if the server does not explore, with the policy `popularity`, or with
@@ -344,16 +357,37 @@ class Recommendation(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MetadataEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ITEM_ID_FIELD_NUMBER: _builtins.int
     TITLE_FIELD_NUMBER: _builtins.int
     GENRES_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     EXPLANATION_FIELD_NUMBER: _builtins.int
     LOG_PROPENSITY_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     """Raw id of the item. Never empty."""
     title: _builtins.str
-    """Empty: the training data had no title."""
+    """Empty: neither the catalogue of the store nor the training data has a title."""
     score: _builtins.float
     """Higher is better. A logit of the model; with the policy `popularity` the number
     of training events. Comparable within one answer only.
@@ -371,6 +405,10 @@ class Recommendation(_message.Message):
     def explanation(self) -> Global___Explanation:
         """Set only when asked for with `RecommendRequest.explain`."""
 
+    @_builtins.property
+    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Empty unless asked for with `RecommendRequest.with_metadata`."""
+
     def __init__(
         self,
         *,
@@ -380,10 +418,11 @@ class Recommendation(_message.Message):
         score: _builtins.float = ...,
         explanation: Global___Explanation | None = ...,
         log_propensity: _builtins.float = ...,
+        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "genres", b"genres", "item_id", b"item_id", "log_propensity", b"log_propensity", "score", b"score", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "genres", b"genres", "item_id", b"item_id", "log_propensity", b"log_propensity", "metadata", b"metadata", "score", b"score", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -399,8 +438,9 @@ class BatchRecommendRequest(_message.Message):
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecommendRequest]:
         """All are checked before any is answered: one bad request and none is answered.
-        Empty: nothing to do. At most 256, with at most 10,000 items (`k`) and 100,000
-        events of histories in all.
+        Empty: nothing to do. At most 256, with at most 10,000 items (`k`), 1,000 items with
+        metadata and 100,000 events of histories in all. If the answer is longer than 4 MiB,
+        since titles, tags and explanations are long, that is an error.
         """
 
     def __init__(
@@ -493,7 +533,7 @@ class ExplainingEvent(_message.Message):
     item_id: _builtins.str
     """Raw id of the event's item. Never empty."""
     title: _builtins.str
-    """Empty: the training data had no title."""
+    """Empty: neither the catalogue of the store nor the training data has a title."""
     rating: _builtins.float
     """As it was given with the event. Absent: the event had no rating."""
     similarity: _builtins.float
@@ -1114,6 +1154,343 @@ class MergeUsersResponse(_message.Message):
 Global___MergeUsersResponse: _TypeAlias = MergeUsersResponse  # noqa: Y015
 
 @_typing.final
+class Item(_message.Message):
+    """One item of the catalogue, as UpsertItems stores it. At most 4,096 bytes as a message."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MetadataEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    AVAILABLE_FROM_FIELD_NUMBER: _builtins.int
+    AVAILABLE_UNTIL_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.str
+    """Required."""
+    title: _builtins.str
+    """At most 1,000 characters. Empty: the item has none."""
+    available_from: _builtins.int
+    """From this second on the item may be answered. At most 253402300799, the end of the
+    year 9999. Absent: since always.
+    """
+    available_until: _builtins.int
+    """From this second on it may not be answered any more; after `available_from`. Absent:
+    for ever.
+    """
+    hidden: _builtins.bool
+    """Whether the item may never be answered."""
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Each 1 to 100 characters; at most 100. The order does not matter, and a tag counts
+        once. The genres of a model directory are tags.
+        """
+
+    @_builtins.property
+    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What belongs to the item and comes back with it, such as an image's address. It changes
+        no recommendation. No empty key, and at most 2,048 bytes of UTF-8 for keys and values
+        together.
+        """
+
+    def __init__(
+        self,
+        *,
+        item_id: _builtins.str = ...,
+        title: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        available_from: _builtins.int | None = ...,
+        available_until: _builtins.int | None = ...,
+        hidden: _builtins.bool = ...,
+        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_available_from", b"_available_from", "_available_until", b"_available_until", "available_from", b"available_from", "available_until", b"available_until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_available_from", b"_available_from", "_available_until", b"_available_until", "available_from", b"available_from", "available_until", b"available_until", "hidden", b"hidden", "item_id", b"item_id", "metadata", b"metadata", "tags", b"tags", "title", b"title"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__available_from: _TypeAlias = _typing.Literal["available_from"]  # noqa: Y015
+    _WhichOneofArgType__available_from: _TypeAlias = _typing.Literal["_available_from", b"_available_from"]  # noqa: Y015
+    _WhichOneofReturnType__available_until: _TypeAlias = _typing.Literal["available_until"]  # noqa: Y015
+    _WhichOneofArgType__available_until: _TypeAlias = _typing.Literal["_available_until", b"_available_until"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__available_from) -> _WhichOneofReturnType__available_from | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__available_until) -> _WhichOneofReturnType__available_until | None: ...
+
+Global___Item: _TypeAlias = Item  # noqa: Y015
+
+@_typing.final
+class UpsertItemsRequest(_message.Message):
+    """Items to store."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___Item]:
+        """An item replaces the one with its id as a whole: what is not sent is not kept. All are
+        checked before any is stored: one bad item and none is stored. Each id once. Empty:
+        nothing to do. At most 1,000.
+        """
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___Item] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpsertItemsRequest: _TypeAlias = UpsertItemsRequest  # noqa: Y015
+
+@_typing.final
+class UpsertItemsResponse(_message.Message):
+    """Each item of the request was either created or replaced."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CREATED_COUNT_FIELD_NUMBER: _builtins.int
+    REPLACED_COUNT_FIELD_NUMBER: _builtins.int
+    created_count: _builtins.int
+    """Items that the store did not have before."""
+    replaced_count: _builtins.int
+    """Items that the store had."""
+    def __init__(
+        self,
+        *,
+        created_count: _builtins.int = ...,
+        replaced_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_count", b"created_count", "replaced_count", b"replaced_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpsertItemsResponse: _TypeAlias = UpsertItemsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteItemsRequest(_message.Message):
+    """Which items the store is to delete."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At least one, at most 1,000. Ids that the store does not have are ignored."""
+
+    def __init__(
+        self,
+        *,
+        item_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_ids", b"item_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteItemsRequest: _TypeAlias = DeleteItemsRequest  # noqa: Y015
+
+@_typing.final
+class DeleteItemsResponse(_message.Message):
+    """What was deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELETED_COUNT_FIELD_NUMBER: _builtins.int
+    deleted_count: _builtins.int
+    """Items that the store had. 0: it had none of them."""
+    def __init__(
+        self,
+        *,
+        deleted_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted_count", b"deleted_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteItemsResponse: _TypeAlias = DeleteItemsResponse  # noqa: Y015
+
+@_typing.final
+class GetItemRequest(_message.Message):
+    """A question for one item."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.str
+    """Required."""
+    def __init__(
+        self,
+        *,
+        item_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetItemRequest: _TypeAlias = GetItemRequest  # noqa: Y015
+
+@_typing.final
+class GetItemResponse(_message.Message):
+    """One item of the catalogue."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    model_version: _builtins.str
+    """The model that `CatalogItem.known` refers to."""
+    @_builtins.property
+    def item(self) -> Global___CatalogItem:
+        """Never absent."""
+
+    def __init__(
+        self,
+        *,
+        item: Global___CatalogItem | None = ...,
+        model_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["item", b"item"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item", b"item", "model_version", b"model_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetItemResponse: _TypeAlias = GetItemResponse  # noqa: Y015
+
+@_typing.final
+class CatalogItem(_message.Message):
+    """An item, and where it comes from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
+    AVAILABLE_FIELD_NUMBER: _builtins.int
+    stored: _builtins.bool
+    """True: UpsertItems stored it. False: it is as the model directory has it."""
+    known: _builtins.bool
+    """Whether the model that answers most requests knows the item. If not, it is not
+    recommended.
+    """
+    available: _builtins.bool
+    """Whether it is available now, by the server's clock, and not hidden."""
+    @_builtins.property
+    def item(self) -> Global___Item:
+        """Never absent. Its tags are sorted."""
+
+    def __init__(
+        self,
+        *,
+        item: Global___Item | None = ...,
+        stored: _builtins.bool = ...,
+        known: _builtins.bool = ...,
+        available: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["item", b"item"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available", b"available", "item", b"item", "known", b"known", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CatalogItem: _TypeAlias = CatalogItem  # noqa: Y015
+
+@_typing.final
+class ListItemsRequest(_message.Message):
+    """A question for the items of the catalogue."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    STORED_ONLY_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most items of a page, 1 to 1000. 0: 100. A page whose items are long can be shorter."""
+    page_token: _builtins.str
+    """`ListItemsResponse.next_page_token` of the page before. Any other text is an error.
+    Empty: the first page.
+    """
+    stored_only: _builtins.bool
+    """Whether to list only what UpsertItems stored. False: items of the model directory too."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        stored_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "stored_only", b"stored_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListItemsRequest: _TypeAlias = ListItemsRequest  # noqa: Y015
+
+@_typing.final
+class ListItemsResponse(_message.Message):
+    """One page of the catalogue."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page. Empty: this is the last one."""
+    model_version: _builtins.str
+    """The model whose items are listed, and that `CatalogItem.known` refers to."""
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___CatalogItem]:
+        """By their ids, in the order of their bytes as UTF-8."""
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___CatalogItem] | None = ...,
+        next_page_token: _builtins.str = ...,
+        model_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "model_version", b"model_version", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListItemsResponse: _TypeAlias = ListItemsResponse  # noqa: Y015
+
+@_typing.final
 class SimilarItemsRequest(_message.Message):
     """A question for the neighbours of an item."""
 
@@ -1123,17 +1500,22 @@ class SimilarItemsRequest(_message.Message):
     K_FIELD_NUMBER: _builtins.int
     EXCLUDE_ITEM_IDS_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
+    WITH_METADATA_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
-    """Required."""
+    """Required. The item itself may be hidden, or not available."""
     k: _builtins.int
     """How many items to answer, 1 to 1000. 0: 10."""
+    with_metadata: _builtins.bool
+    """Whether each neighbour comes with its metadata, as in `RecommendRequest`."""
     @_builtins.property
     def exclude_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Items that must not be answered, as in `RecommendRequest`."""
 
     @_builtins.property
     def filter(self) -> Global___ItemFilter:
-        """Which items may be answered. Absent: every item."""
+        """Which items may be answered. Absent: every item. Those that are hidden, or not
+        available now, are never answered.
+        """
 
     def __init__(
         self,
@@ -1142,10 +1524,11 @@ class SimilarItemsRequest(_message.Message):
         k: _builtins.int = ...,
         exclude_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         filter: Global___ItemFilter | None = ...,
+        with_metadata: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exclude_item_ids", b"exclude_item_ids", "filter", b"filter", "item_id", b"item_id", "k", b"k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exclude_item_ids", b"exclude_item_ids", "filter", b"filter", "item_id", b"item_id", "k", b"k", "with_metadata", b"with_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1187,19 +1570,44 @@ class SimilarItem(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MetadataEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ITEM_ID_FIELD_NUMBER: _builtins.int
     TITLE_FIELD_NUMBER: _builtins.int
     GENRES_FIELD_NUMBER: _builtins.int
     SIMILARITY_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     """Raw id of the neighbour. Never empty."""
     title: _builtins.str
-    """Empty: the training data had no title."""
+    """Empty: neither the catalogue of the store nor the training data has a title."""
     similarity: _builtins.float
     """Cosine of the two item vectors, -1 to 1."""
     @_builtins.property
     def genres(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Sorted. Empty: no genre is known."""
+
+    @_builtins.property
+    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Empty unless asked for with `SimilarItemsRequest.with_metadata`."""
 
     def __init__(
         self,
@@ -1208,10 +1616,11 @@ class SimilarItem(_message.Message):
         title: _builtins.str = ...,
         genres: _abc.Iterable[_builtins.str] | None = ...,
         similarity: _builtins.float = ...,
+        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["genres", b"genres", "item_id", b"item_id", "similarity", b"similarity", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["genres", b"genres", "item_id", b"item_id", "metadata", b"metadata", "similarity", b"similarity", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1262,6 +1671,12 @@ class GetModelInfoResponse(_message.Message):
     SEEN_FIELD_NUMBER: _builtins.int
     NEW_ITEM_COUNT_FIELD_NUMBER: _builtins.int
     EVENT_TYPES_FIELD_NUMBER: _builtins.int
+    MAX_UPSERTED_ITEMS_FIELD_NUMBER: _builtins.int
+    MAX_TITLE_LENGTH_FIELD_NUMBER: _builtins.int
+    MAX_ITEM_TAGS_FIELD_NUMBER: _builtins.int
+    MAX_TAG_LENGTH_FIELD_NUMBER: _builtins.int
+    MAX_METADATA_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_ITEM_BYTES_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """Starts with the time of the export, so later models sort later."""
     policy: _builtins.str
@@ -1269,7 +1684,7 @@ class GetModelInfoResponse(_message.Message):
     created: _builtins.str
     """When the model was exported, as RFC 3339 in UTC: `2026-11-23T00:45:00Z`."""
     item_count: _builtins.int
-    """How many items can be recommended."""
+    """How many items the model knows."""
     execution_provider: _builtins.str
     """ONNX Runtime's name of what runs the model: `CPUExecutionProvider` or
     `CUDAExecutionProvider`.
@@ -1297,13 +1712,27 @@ class GetModelInfoResponse(_message.Message):
     places. Items that have got events since the training are counted too. 0: there are
     none, or the model directory has an index, with which no place can be reserved.
     """
+    max_upserted_items: _builtins.int
+    """Most items of one UpsertItems or DeleteItems call."""
+    max_title_length: _builtins.int
+    """Longest `Item.title`, in characters."""
+    max_item_tags: _builtins.int
+    """Most `Item.tags`."""
+    max_tag_length: _builtins.int
+    """Longest tag of `Item.tags`, in characters."""
+    max_metadata_bytes: _builtins.int
+    """Most bytes of `Item.metadata`: keys and values as UTF-8."""
+    max_item_bytes: _builtins.int
+    """Most bytes of an `Item` as a message."""
     @_builtins.property
     def rating_scale(self) -> Global___RatingScale:
         """Absent: the training data had no ratings, and the model ignores them."""
 
     @_builtins.property
     def genres(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """All genres of the catalogue, sorted."""
+        """All tags of the model's items, sorted: the genres of the model directory, and what
+        UpsertItems gave these items. At most the first 10,000; filters know the others too.
+        """
 
     @_builtins.property
     def event_types(self) -> _containers.RepeatedCompositeFieldContainer[Global___EventType]:
@@ -1327,10 +1756,16 @@ class GetModelInfoResponse(_message.Message):
         seen: Global___Seen.ValueType = ...,
         new_item_count: _builtins.int = ...,
         event_types: _abc.Iterable[Global___EventType] | None = ...,
+        max_upserted_items: _builtins.int = ...,
+        max_title_length: _builtins.int = ...,
+        max_item_tags: _builtins.int = ...,
+        max_tag_length: _builtins.int = ...,
+        max_metadata_bytes: _builtins.int = ...,
+        max_item_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rating_scale", b"rating_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "event_types", b"event_types", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "max_allow_item_ids", b"max_allow_item_ids", "max_history", b"max_history", "max_k", b"max_k", "max_tags", b"max_tags", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "event_types", b"event_types", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "max_allow_item_ids", b"max_allow_item_ids", "max_history", b"max_history", "max_item_bytes", b"max_item_bytes", "max_item_tags", b"max_item_tags", "max_k", b"max_k", "max_metadata_bytes", b"max_metadata_bytes", "max_tag_length", b"max_tag_length", "max_tags", b"max_tags", "max_title_length", b"max_title_length", "max_upserted_items", b"max_upserted_items", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -94,6 +94,26 @@ class RecommenderStub:
                 request_serializer=serve_dot_pb_dot_recommender__pb2.SimilarItemsRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_recommender__pb2.SimilarItemsResponse.FromString,
                 _registered_method=True)
+        self.UpsertItems = channel.unary_unary(
+                '/jaxrec.v1.Recommender/UpsertItems',
+                request_serializer=serve_dot_pb_dot_recommender__pb2.UpsertItemsRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_recommender__pb2.UpsertItemsResponse.FromString,
+                _registered_method=True)
+        self.DeleteItems = channel.unary_unary(
+                '/jaxrec.v1.Recommender/DeleteItems',
+                request_serializer=serve_dot_pb_dot_recommender__pb2.DeleteItemsRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_recommender__pb2.DeleteItemsResponse.FromString,
+                _registered_method=True)
+        self.GetItem = channel.unary_unary(
+                '/jaxrec.v1.Recommender/GetItem',
+                request_serializer=serve_dot_pb_dot_recommender__pb2.GetItemRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_recommender__pb2.GetItemResponse.FromString,
+                _registered_method=True)
+        self.ListItems = channel.unary_unary(
+                '/jaxrec.v1.Recommender/ListItems',
+                request_serializer=serve_dot_pb_dot_recommender__pb2.ListItemsRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_recommender__pb2.ListItemsResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/jaxrec.v1.Recommender/GetModelInfo',
                 request_serializer=serve_dot_pb_dot_recommender__pb2.GetModelInfoRequest.SerializeToString,
@@ -198,6 +218,40 @@ class RecommenderServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpsertItems(self, request, context):
+        """Stores items: their titles, tags and availability, for all models from now on. When
+        the answer arrives, the items are on disk; all servers of the store answer with them
+        within about two seconds. Of an item that the model does not know, all is stored, and
+        its events are recorded, but it is not recommended yet. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteItems(self, request, context):
+        """Deletes what UpsertItems stored of items. An item of the model is then what the model
+        directory says; to keep it from being answered, set `Item.hidden` instead. When the
+        answer arrives, the deletion is on disk. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetItem(self, request, context):
+        """One item, as the store has it, or else as the model directory has it. An item that
+        neither has is NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListItems(self, request, context):
+        """The items of the store and of the model directory in pages, in the order of their ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModelInfo(self, request, context):
         """Which model answers, and within which limits.
         """
@@ -257,6 +311,26 @@ def add_RecommenderServicer_to_server(servicer, server):
                     servicer.SimilarItems,
                     request_deserializer=serve_dot_pb_dot_recommender__pb2.SimilarItemsRequest.FromString,
                     response_serializer=serve_dot_pb_dot_recommender__pb2.SimilarItemsResponse.SerializeToString,
+            ),
+            'UpsertItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpsertItems,
+                    request_deserializer=serve_dot_pb_dot_recommender__pb2.UpsertItemsRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_recommender__pb2.UpsertItemsResponse.SerializeToString,
+            ),
+            'DeleteItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteItems,
+                    request_deserializer=serve_dot_pb_dot_recommender__pb2.DeleteItemsRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_recommender__pb2.DeleteItemsResponse.SerializeToString,
+            ),
+            'GetItem': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetItem,
+                    request_deserializer=serve_dot_pb_dot_recommender__pb2.GetItemRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_recommender__pb2.GetItemResponse.SerializeToString,
+            ),
+            'ListItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListItems,
+                    request_deserializer=serve_dot_pb_dot_recommender__pb2.ListItemsRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_recommender__pb2.ListItemsResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -544,6 +618,114 @@ class Recommender:
             '/jaxrec.v1.Recommender/SimilarItems',
             serve_dot_pb_dot_recommender__pb2.SimilarItemsRequest.SerializeToString,
             serve_dot_pb_dot_recommender__pb2.SimilarItemsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpsertItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxrec.v1.Recommender/UpsertItems',
+            serve_dot_pb_dot_recommender__pb2.UpsertItemsRequest.SerializeToString,
+            serve_dot_pb_dot_recommender__pb2.UpsertItemsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxrec.v1.Recommender/DeleteItems',
+            serve_dot_pb_dot_recommender__pb2.DeleteItemsRequest.SerializeToString,
+            serve_dot_pb_dot_recommender__pb2.DeleteItemsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetItem(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxrec.v1.Recommender/GetItem',
+            serve_dot_pb_dot_recommender__pb2.GetItemRequest.SerializeToString,
+            serve_dot_pb_dot_recommender__pb2.GetItemResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxrec.v1.Recommender/ListItems',
+            serve_dot_pb_dot_recommender__pb2.ListItemsRequest.SerializeToString,
+            serve_dot_pb_dot_recommender__pb2.ListItemsResponse.FromString,
             options,
             channel_credentials,
             insecure,

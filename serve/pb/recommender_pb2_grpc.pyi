@@ -85,6 +85,23 @@ class RecommenderStub:
     """The items whose learned vectors are nearest to one item's. An item that the
     model does not know is NOT_FOUND.
     """
+    UpsertItems: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.UpsertItemsRequest, _recommender_pb2.UpsertItemsResponse]
+    """Stores items: their titles, tags and availability, for all models from now on. When
+    the answer arrives, the items are on disk; all servers of the store answer with them
+    within about two seconds. Of an item that the model does not know, all is stored, and
+    its events are recorded, but it is not recommended yet. Safe to repeat.
+    """
+    DeleteItems: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.DeleteItemsRequest, _recommender_pb2.DeleteItemsResponse]
+    """Deletes what UpsertItems stored of items. An item of the model is then what the model
+    directory says; to keep it from being answered, set `Item.hidden` instead. When the
+    answer arrives, the deletion is on disk. Safe to repeat.
+    """
+    GetItem: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.GetItemRequest, _recommender_pb2.GetItemResponse]
+    """One item, as the store has it, or else as the model directory has it. An item that
+    neither has is NOT_FOUND.
+    """
+    ListItems: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.ListItemsRequest, _recommender_pb2.ListItemsResponse]
+    """The items of the store and of the model directory in pages, in the order of their ids."""
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.GetModelInfoRequest, _recommender_pb2.GetModelInfoResponse]
     """Which model answers, and within which limits."""
 
@@ -145,6 +162,23 @@ class RecommenderAsyncStub(RecommenderStub):
     """The items whose learned vectors are nearest to one item's. An item that the
     model does not know is NOT_FOUND.
     """
+    UpsertItems: _aio.UnaryUnaryMultiCallable[_recommender_pb2.UpsertItemsRequest, _recommender_pb2.UpsertItemsResponse]  # type: ignore[assignment]
+    """Stores items: their titles, tags and availability, for all models from now on. When
+    the answer arrives, the items are on disk; all servers of the store answer with them
+    within about two seconds. Of an item that the model does not know, all is stored, and
+    its events are recorded, but it is not recommended yet. Safe to repeat.
+    """
+    DeleteItems: _aio.UnaryUnaryMultiCallable[_recommender_pb2.DeleteItemsRequest, _recommender_pb2.DeleteItemsResponse]  # type: ignore[assignment]
+    """Deletes what UpsertItems stored of items. An item of the model is then what the model
+    directory says; to keep it from being answered, set `Item.hidden` instead. When the
+    answer arrives, the deletion is on disk. Safe to repeat.
+    """
+    GetItem: _aio.UnaryUnaryMultiCallable[_recommender_pb2.GetItemRequest, _recommender_pb2.GetItemResponse]  # type: ignore[assignment]
+    """One item, as the store has it, or else as the model directory has it. An item that
+    neither has is NOT_FOUND.
+    """
+    ListItems: _aio.UnaryUnaryMultiCallable[_recommender_pb2.ListItemsRequest, _recommender_pb2.ListItemsResponse]  # type: ignore[assignment]
+    """The items of the store and of the model directory in pages, in the order of their ids."""
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_recommender_pb2.GetModelInfoRequest, _recommender_pb2.GetModelInfoResponse]  # type: ignore[assignment]
     """Which model answers, and within which limits."""
 
@@ -262,6 +296,47 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
         """The items whose learned vectors are nearest to one item's. An item that the
         model does not know is NOT_FOUND.
         """
+
+    @_abc_1.abstractmethod
+    def UpsertItems(
+        self,
+        request: _recommender_pb2.UpsertItemsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommender_pb2.UpsertItemsResponse, _abc.Awaitable[_recommender_pb2.UpsertItemsResponse]]:
+        """Stores items: their titles, tags and availability, for all models from now on. When
+        the answer arrives, the items are on disk; all servers of the store answer with them
+        within about two seconds. Of an item that the model does not know, all is stored, and
+        its events are recorded, but it is not recommended yet. Safe to repeat.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteItems(
+        self,
+        request: _recommender_pb2.DeleteItemsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommender_pb2.DeleteItemsResponse, _abc.Awaitable[_recommender_pb2.DeleteItemsResponse]]:
+        """Deletes what UpsertItems stored of items. An item of the model is then what the model
+        directory says; to keep it from being answered, set `Item.hidden` instead. When the
+        answer arrives, the deletion is on disk. Safe to repeat.
+        """
+
+    @_abc_1.abstractmethod
+    def GetItem(
+        self,
+        request: _recommender_pb2.GetItemRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommender_pb2.GetItemResponse, _abc.Awaitable[_recommender_pb2.GetItemResponse]]:
+        """One item, as the store has it, or else as the model directory has it. An item that
+        neither has is NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def ListItems(
+        self,
+        request: _recommender_pb2.ListItemsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommender_pb2.ListItemsResponse, _abc.Awaitable[_recommender_pb2.ListItemsResponse]]:
+        """The items of the store and of the model directory in pages, in the order of their ids."""
 
     @_abc_1.abstractmethod
     def GetModelInfo(

@@ -16,6 +16,8 @@ from serve.model.profile import SECONDS_PER_DAY
 from serve.model.ranking.engine import Ranking, Step
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
+from serve.serving.catalogue import REFRESH_S as CATALOGUE_REFRESH_S
+from serve.serving.catalogue import CatalogueRefresher
 from serve.serving.loaded import LoadedModel
 from serve.serving.sweeper import StateSweeper
 from serve.serving.trend import REFRESH_S, TrendRefresher
@@ -56,16 +58,20 @@ def open_models(
 ) -> ModelLibrary:
     """The versions of a directory, with their attempts and what serves in the metrics; raises as `ModelLibrary`.
 
-    Every `trend_refresh_s` seconds their trend is that of the store; 0: no store is read, and their trend is that of
-    their exports, which decays.
+    Every second their catalogue gets the items of the store that changed. Every `trend_refresh_s` seconds their trend
+    is that of the store; 0: their trend is that of their exports, which decays.
     """
     sweeper = StateSweeper(loader.store)
     refresher = TrendRefresher(loader.store if trend_refresh_s else None, trend_refresh_s or REFRESH_S)
     if trend_refresh_s:
         loader.metrics.age_of_trend(refresher.age_s)
 
+    catalogue = CatalogueRefresher(loader.store, CATALOGUE_REFRESH_S, loader.metrics.catalogue_failed)
+    loader.metrics.watch_catalogue(catalogue.item_count, catalogue.withheld_count, catalogue.age_s)
+
     def load(directory: Path) -> LoadedModel:
         loaded = loader.load(directory)
+        catalogue.prepare(loaded.model)
         refresher.prepare(loaded.model)
         return loaded
 
@@ -73,6 +79,7 @@ def open_models(
         infos = [loaded.model.info for loaded in models]
         sweeper.keep([info.model_version for info in infos])
         refresher.keep([loaded.model for loaded in models])
+        catalogue.keep([loaded.model for loaded in models])
         loader.metrics.serving(
             [(info.model_version, info.policy, _seconds(info.created), info.item_count) for info in infos]
         )
@@ -80,6 +87,7 @@ def open_models(
     def close() -> None:
         sweeper.close()
         refresher.close()
+        catalogue.close()
 
     return ModelLibrary(
         *(directory, load),

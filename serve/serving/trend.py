@@ -8,8 +8,6 @@ the store never saw: each count is the larger one of the store's and of the mode
 servers of a store have the same trend for a model, whenever they loaded it.
 """
 
-import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -20,21 +18,19 @@ from numpy.typing import NDArray
 
 from serve.model.recommender import Recommender
 from serve.model.trend import HALF_LIVES_S, Counted, TrendFiles, halved
+from serve.serving.refresher import Refresher
 from serve.stores.base import EventStore, StoreError
 from serve.stores.counters import NONE_READ, ItemCounts
 
-logger = logging.getLogger(__name__)
-
 REFRESH_S = 5.0
 READING = "the store's counts cannot be read, and the trend decays from what was last read"
-REFRESHING = "the trend cannot be refreshed"
 
 
-class TrendRefresher:
-    """The counts of one store, and the models that use them. Close it.
+class TrendRefresher(Refresher):
+    """The counts of one store, and the models that use them. Close it."""
 
-    The models in use are refreshed from the first `keep` on.
-    """
+    name = "trend-refresher"
+    failure = "the trend cannot be refreshed"
 
     def __init__(
         self,
@@ -51,35 +47,19 @@ class TrendRefresher:
             clock: Seconds since 1970-01-01T00:00Z.
             monotonic: Seconds of a clock that is never set, for `age_s`.
         """
+        super().__init__(refresh_s, monotonic)
         self._store = store
-        self._refresh_s = refresh_s
         self._clock = clock
-        self._monotonic = monotonic
-        self._models: Sequence[Recommender] = ()
-        # Held while counters are read and used: by the thread, and by those that load models.
-        self._lock = threading.Lock()
         self._counters = _Counters()
         self._change = NONE_READ
         # Of the last event that was counted; None: nothing was read yet.
         self._arrival: int | None = None
-        # What fails now, and why.
-        self._failing: dict[str, str] = {}
-        self._refreshed = monotonic()
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="trend-refresher", daemon=True)
 
     def prepare(self, model: Recommender) -> None:
         """Gives a model its trend, before it serves; without the store, if that fails."""
         with self._lock:
             self._read(model)
             self._use(model)
-
-    def keep(self, models: Sequence[Recommender]) -> None:
-        """From now on these are refreshed, and no others."""
-        with self._lock:
-            self._models = tuple(models)
-        if not self._thread.is_alive() and not self._closed.is_set():
-            self._thread.start()
 
     def refresh(self) -> None:
         """Reads what changed and gives each model in use its trend."""
@@ -88,26 +68,6 @@ class TrendRefresher:
                 self._read(self._models[0])
             for model in self._models:
                 self._use(model)
-
-    def age_s(self) -> float:
-        """Seconds since counters were last read, or since the start."""
-        return self._monotonic() - self._refreshed
-
-    def close(self) -> None:
-        """Stops; the models keep the trend that they have."""
-        self._closed.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._closed.wait(self._refresh_s):
-            # Whatever happens, the thread goes on: no other would be started.
-            try:
-                self.refresh()
-            except Exception as error:
-                self._failed(REFRESHING, error)
-            else:
-                self._works(REFRESHING)
 
     def _read(self, model: Recommender) -> None:
         """Reads what changed in the store, and seeds it with a model's export if it is not seeded; logs what the store
@@ -141,17 +101,6 @@ class TrendRefresher:
             self._failed(keeping, error)
         else:
             self._works(keeping)
-
-    def _failed(self, what: str, error: Exception) -> None:
-        """Logs a failure, but not again as long as its cause is the same."""
-        cause = f"{type(error).__name__}: {error}"
-        if self._failing.get(what) != cause:
-            logger.error(what, exc_info=error)
-        self._failing[what] = cause
-
-    def _works(self, what: str) -> None:
-        if self._failing.pop(what, None) is not None:
-            logger.info("no longer: %s", what)
 
 
 class _Counters:

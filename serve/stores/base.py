@@ -1,4 +1,4 @@
-"""What a store of events, slates and recurrent states promises, whichever database is behind it.
+"""What a store of events, slates, recurrent states and items promises, whichever database is behind it.
 
 with open_store("events.sqlite") as store:          # or postgresql://..., redis://...
     store.record([UserEvent("e1", "7", Event("318", 4.5, 964983000))])
@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple, Self
 
 from serve.model.events import INTERACTION, Event
+from serve.model.live_catalog import Item
 from serve.stores.counters import NONE_READ, Counter, ItemCounts
 
 MOST_EVENTS = 10_000
@@ -23,6 +24,9 @@ MOST_SLATES = 1_000
 
 MOST_MERGED = 10_000
 """So many events and slates of a user can become another one's: as one step, for which others wait."""
+
+MOST_ITEM_MARKS = 10_000
+"""So many of the last changes of items are remembered: whoever read the catalogue before them reads it anew."""
 
 # A deletion is remembered for so long, by a digest of the user's id: what other servers still had to write of the user
 # is not written any more.
@@ -76,7 +80,8 @@ class Slate(NamedTuple):
     """For which the request asked, in seconds; None: it had none."""
     excluded_item_ids: tuple[str, ...] = ()
     """What was excluded beside the user's history, as far as the model knows it: by the request itself, what was
-    recommended lately if the request asked for other items, and the items that the user disliked."""
+    recommended lately if the request asked for other items, the items that the user disliked, and those that were
+    hidden or not available, unless `request_options` names the catalogue."""
     trend_time: int | None = None
     """The second, since 1970-01-01T00:00Z, to which the counts of the trend that ranked it were decayed. None: it was
     ranked without a trend, or by a server that did not note this yet."""
@@ -86,7 +91,8 @@ class Slate(NamedTuple):
     request_options: tuple[str, ...] = ()
     """Which of `filter`, `seen`, `new_item_slots` and `not_shown_within` the request set to something else than the
     model does by itself. The values of the first three are not noted, so the propensities cannot be computed again.
-    What the last one excluded is in `excluded_item_ids`."""
+    What the last one excluded is in `excluded_item_ids`. Also `catalogue` if more items were hidden or not available
+    than are noted (`serve.model.live_catalog.MOST_NOTED`)."""
 
 
 class ShownItem(NamedTuple):
@@ -122,6 +128,35 @@ class SpilledState(NamedTuple):
     revision: int
     """Of the history that the state has seen."""
     state: bytes
+
+
+class ItemCursor(NamedTuple):
+    """How far a catalogue was read. Each change of items leaves a mark: a random text that no other store has."""
+
+    revision: int = 0
+    """Of the last item that was read; 0: begin anew."""
+    begun: str = ""
+    """The newest mark when the last read began that came to the end: until then, nothing is missing."""
+    last: str = ""
+    """The newest mark when the item was read."""
+
+    @property
+    def marks(self) -> set[str]:
+        """Those that the store must have. If it lacks one, it is another store or an older copy, or it no longer knows
+        which items were deleted."""
+        return {self.begun, self.last} - {""}
+
+
+class ItemChanges(NamedTuple):
+    """What became of the catalogue since it was read before."""
+
+    cursor: ItemCursor
+    """To ask with the next time."""
+    items: list[tuple[str, Item | None]]
+    """Ids, each once, in the order of their last changes; None: the item was deleted. An item that cannot be decoded
+    is hidden, and has nothing but its id."""
+    anew: bool
+    """True: these are the first of all items, and what was known before is void."""
 
 
 class Deleted(NamedTuple):
@@ -407,6 +442,54 @@ class EventStore(ABC):
         Args:
             counters: By item id; may be changed.
             until: What `counted_until` returns from then on, in seconds.
+        """
+
+    @abstractmethod
+    def upsert_items(self, items: Sequence[Item]) -> int:
+        """Stores items, all or none; on disk on return. Each replaces the one with its id as a whole.
+
+        Args:
+            items: Each id once.
+
+        Returns:
+            How many the store did not have before.
+        """
+
+    @abstractmethod
+    def delete_items(self, item_ids: Sequence[str]) -> int:
+        """Deletes items from the catalogue, all or none; on disk on return. Their events and counters stay.
+
+        Args:
+            item_ids: Each id once; those that the store does not have are ignored.
+
+        Returns:
+            How many the store had.
+        """
+
+    @abstractmethod
+    def items_since(self, cursor: ItemCursor, most: int) -> ItemChanges:
+        """The items that changed since the read before. Costs little if none did.
+
+        Args:
+            cursor: `ItemChanges.cursor` of the read before. If the store lacks one of its marks, the answer begins
+                anew.
+            most: How many items; if so many are answered, there may be more.
+        """
+
+    @abstractmethod
+    def item(self, item_id: str) -> Item | None:
+        """One item; None: the store does not have it. An item that cannot be decoded is hidden."""
+
+    @abstractmethod
+    def list_items(self, after: str, most: int) -> list[Item]:
+        """Items in the order of their ids' bytes as UTF-8, which is that of their code points.
+
+        Args:
+            after: Only items with later ids than this; "": all.
+            most: How many items.
+
+        Returns:
+            Items; fewer than `most`: there are no more.
         """
 
     @property

@@ -1,6 +1,6 @@
 """Copies the log of a store, events and slates, into one SQLite file: what the next policy learns from.
 
-The counters of items are copied with it, for the store that the copy may become.
+Items and their counters are copied with it, for the store that the copy may become.
 """
 
 import os
@@ -13,6 +13,7 @@ from typing import NamedTuple
 from serve.stores.base import EventStore, StoreError
 from serve.stores.rows import EVENT_COLUMNS, event_row, slate_row
 from serve.stores.sqlite.counters import INSERT_COUNTER, LAST_ARRIVAL, counter_rows
+from serve.stores.sqlite.items import upsert_items
 from serve.stores.sqlite.schema import (
     APPLICATION_ID,
     COPY_MARK,
@@ -24,6 +25,8 @@ from serve.stores.sqlite.schema import (
     has,
 )
 from serve.stores.sqlite.store import SQLiteStore
+
+ITEMS_AT_ONCE = 1_000
 
 
 class Copied(NamedTuple):
@@ -103,6 +106,11 @@ def _filled(path: Path, store: EventStore, progress: Callable[[int], None]) -> C
                 [(at, *event_row(new)) for at, new in events],
             )
             progress(len(events))
+        last = ""
+        while items := store.list_items(last, ITEMS_AT_ONCE):
+            upsert_items(connection, items)
+            last = items[-1].item_id
+            progress(len(items))
         # Afterwards, so that no event of the copy is missing in its counters.
         until = store.counted_until()
         if until is not None:

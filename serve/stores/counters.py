@@ -73,12 +73,24 @@ class ItemCounts(NamedTuple):
         return dict(zip(self.item_ids, (Counter(*row) for row in columns), strict=True))
 
 
-class Damaged:
-    """The items of a store whose counters cannot be decoded: each is logged once, however many events it has."""
+DAMAGED_COUNTER = (
+    f"%s: the counter of the item %r cannot be decoded (expected {EXPECTED}): it stays as it is, and the item's events"
+    " are stored without being counted"
+)
 
-    def __init__(self, where: str) -> None:
-        """Of a store, which the messages name."""
+
+class Damaged:
+    """The items of a store of which something cannot be decoded: each is logged once, however often it is read."""
+
+    def __init__(self, where: str, message: str = DAMAGED_COUNTER) -> None:
+        """Of a store, which the messages name.
+
+        Args:
+            where: The store.
+            message: What is logged, with places for the store and for the item's id.
+        """
         self._where = where
+        self._message = message
         self._logged: set[str] = set()
         self._lock = threading.Lock()
 
@@ -88,13 +100,7 @@ class Damaged:
             new = [item_id for item_id in item_ids if item_id not in self._logged]
             self._logged.update(new)
         for item_id in new:
-            logger.error(
-                "%s: the counter of the item %r cannot be decoded (expected %s): it stays as it is, and the item's"
-                " events are stored without being counted",
-                self._where,
-                item_id,
-                EXPECTED,
-            )
+            logger.error(self._message, self._where, item_id)
 
 
 def are_counts(counts: Sequence[float]) -> bool:

@@ -1,13 +1,17 @@
-"""Events and slates as rows of SQL databases, and which slates are still to be written."""
+"""Events, slates and items as rows of databases, and which slates are still to be written."""
 
 import json
 import math
+import secrets
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from serve.model.events import Event
+from serve.model.live_catalog import NEVER, Item
 from serve.stores.base import ShownItem, Slate, UserEvent, digest
+from serve.stores.counters import Damaged
 
 
 class Started(NamedTuple):
@@ -40,6 +44,11 @@ def digests(started: Sequence[Started]) -> list[str]:
     return sorted(digest(user_id) for user_id in {one.user_id for one, _ in started} if user_id is not None)
 
 
+def new_mark() -> str:
+    """The mark of a change of items; see `ItemCursor`."""
+    return secrets.token_hex(8)
+
+
 EVENT_COLUMNS = "event_id, user_id, item_id, rating, timestamp, weight, recommendation_id, type, value"
 
 
@@ -51,6 +60,45 @@ def event_row(new: UserEvent) -> tuple[str | int | float | None, ...]:
 def event_of_row(row: Sequence[Any]) -> UserEvent:
     """The reverse of `event_row`."""
     return UserEvent(row[0], row[1], Event(*row[2:6]), *row[6:9])
+
+
+def item_text(item: Item) -> str:
+    """An item without its id, as stores keep it: JSON without what is as in an empty item."""
+    empty = Item(item.item_id)
+    fields = {name: value for name, value in item._asdict().items() if value != getattr(empty, name)}
+    return json.dumps(fields, ensure_ascii=False)
+
+
+DAMAGED_ITEM = "%s: the item %r cannot be decoded: it is hidden until it is stored again"
+
+
+def item_of_text(item_id: str, text: str | bytes, damaged: Damaged) -> Item:
+    """The reverse of `item_text`. Tags that many items have share their memory.
+
+    Args:
+        item_id: Its id.
+        text: What a store has.
+        damaged: Gets the id of an item that cannot be decoded, which is hidden then.
+    """
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        _check(Item(item_id, **fields))
+        fields["tags"] = tuple([sys.intern(tag) for tag in fields.get("tags", ())])
+        return Item(item_id, **fields)
+    except (AttributeError, RecursionError, TypeError, ValueError):
+        damaged.log([item_id])
+        return Item(item_id, hidden=True)
+
+
+def _check(item: Item) -> None:
+    """Raises AttributeError, TypeError or ValueError unless the fields of an item have their types, with tags in a
+    list."""
+    "".join([item.title, *item.tags, *item.metadata, *item.metadata.values()]).encode()
+    times = [time for time in (item.available_from, item.available_until) if time is not None]
+    if not isinstance(item.tags, list | tuple) or not isinstance(item.hidden, bool):
+        raise TypeError
+    if not all(type(time) is int and 0 <= time < NEVER for time in times):
+        raise ValueError
 
 
 SHOWN_ITEM_COLUMNS = ", ".join(ShownItem._fields)

@@ -7,10 +7,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any, LiteralString, NamedTuple
 
 from serve.model.events import Event
-from serve.stores.base import MOST_EVENTS, MOST_SLATES, Changes, ShownItem, Slate, SpilledState, UserEvent
-from serve.stores.counters import Counter, add_events
+from serve.model.live_catalog import Item
+from serve.stores.base import (
+    MOST_EVENTS,
+    MOST_SLATES,
+    Changes,
+    ItemChanges,
+    ItemCursor,
+    ShownItem,
+    Slate,
+    SpilledState,
+    UserEvent,
+)
+from serve.stores.counters import Counter, Damaged, add_events
 from serve.stores.deferred import DeferringStore
-from serve.stores.rows import event_of_row, slate_of_row
+from serve.stores.rows import event_of_row, item_of_text, slate_of_row
 
 LARGEST = 2**63 - 1
 LAST = (LARGEST, LARGEST)
@@ -46,12 +57,22 @@ class Queries(NamedTuple):
     """Item and timestamp (arrival before the first, last arrival, timestamp before the first)."""
     counted_until: LiteralString
     """One row: see `EventStore.counted_until` ()."""
+    changed_items: LiteralString
+    """Revision, id and text of items, None for a deleted one, in order of revisions (revision before the first, limit).
+    """
+    item_marks: LiteralString
+    """One row: how many of two marks are there, and the newest mark, '' without one (mark, mark)."""
+    item: LiteralString
+    """The text of an item that is not deleted (id)."""
+    listed_items: LiteralString
+    """Id and text of items that are not deleted, in order of ids (id before the first, limit)."""
 
 
 class SqlStore(DeferringStore):
     """A store whose arrivals of events are numbers that grow and never come back: a user's last is a revision."""
 
     _queries: Queries
+    _damaged_items: Damaged
 
     @abstractmethod
     def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
@@ -114,6 +135,26 @@ class SqlStore(DeferringStore):
     def counted_until(self) -> int | None:
         ((until,),) = self._read(self._queries.counted_until)
         return None if until is None else int(until)
+
+    def items_since(self, cursor: ItemCursor, most: int) -> ItemChanges:
+        # Before the items: a mark that comes between the two statements is not one of what was read.
+        ((count, newest),) = self._read(self._queries.item_marks, cursor.begun, cursor.last)
+        anew = not cursor.revision or count < len(cursor.marks)
+        revision = 0 if anew else cursor.revision
+        rows = self._read(self._queries.changed_items, revision, most)
+        changed = [(item_id, None if text is None else self._item(item_id, text)) for _, item_id, text in rows]
+        begun = newest if anew or len(rows) < most else cursor.begun
+        return ItemChanges(ItemCursor(rows[-1][0] if rows else revision, begun, newest), changed, anew)
+
+    def item(self, item_id: str) -> Item | None:
+        rows = self._read(self._queries.item, item_id)
+        return self._item(item_id, rows[0][0]) if rows else None
+
+    def list_items(self, after: str, most: int) -> list[Item]:
+        return [self._item(*row) for row in self._read(self._queries.listed_items, after, most)]
+
+    def _item(self, item_id: str, text: str | bytes) -> Item:
+        return item_of_text(item_id, text, self._damaged_items)
 
     def _seed(self, counters: dict[str, Counter], until: int) -> None:
         """Most events are read before the transaction, which others wait for: it reads only those that came since."""

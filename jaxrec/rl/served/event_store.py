@@ -11,10 +11,12 @@ does not say which events came late.
 
 Request options: with a filter, `seen` or reserved places for new items, a request may have ranked other items than the
 model alone would have. The server notes which of these options were set, but not their values. The propensities cannot
-be computed again without them, so these slates are left out. What `not_shown_within` excluded is noted.
+be computed again without them, so these slates are left out. What `not_shown_within` excluded is noted. The items that
+were hidden or not available are noted as excluded items. If they were too many to be noted, the server notes the
+option `catalogue` instead, and the slate is left out.
 
 Only positive events count, as history and as responses. A slate's `excluded_item_ids` include the items that the user
-disliked.
+disliked, and those that were hidden or not available.
 
 Impressions: if a client recorded which items of a slate were shown, the slate counts as far as that. If they are the
 first ones of the slate in its order, the slate is cut after them: the propensities of the items that are left do not
@@ -50,7 +52,7 @@ from jaxrec.rl.served.recommendations import NO_REQUEST_TIME, History, Recommend
 from jaxrec.rl.served.trends import ArrivedEvents, Moment
 
 APPLICATION_ID = 0x6A787263
-STORE_VERSION = 7
+STORE_VERSION = 8
 NEW_ITEM_SLOTS = "new_item_slots"
 # What it excluded is noted as excluded items.
 NOT_SHOWN_WITHIN = "not_shown_within"
@@ -59,7 +61,7 @@ QUANTILE = 0.99  # of the responses: by when the log ends, and within which wind
 # Why a recommendation cannot be learned from.
 SENT_ALONG = "histories that came with the request"
 DETERMINISTIC = "shown without drawing (no propensities)"
-OPTIONS = "ranked with options of the request (filter, seen, new_item_slots)"
+OPTIONS = "ranked with options of the request (filter, seen, new_item_slots), or many items were hidden"
 UNNOTED = "logged before servers noted their temperature"
 UNKNOWN_ITEM = "with an item that the run does not know"
 SHOWN_OTHERWISE = "shown in another order, or with gaps"

@@ -177,10 +177,12 @@ class Engine:
                 answers[at] = answer
         return [answer for answer in answers if answer is not None]
 
-    def run_sequence(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
+    def run_sequence(
+        self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str], blocked: Blocked | None = None
+    ) -> list[NDArray[Any]]:
         """One run of `sequence.onnx` on tensors as its contract has them, without the trend and `blocked`. Nothing is
-        checked, and nothing is blocked."""
-        return self._sequence.run(outputs, dict(inputs), self.trend)
+        checked. `blocked` holds for every row."""
+        return self._sequence.run(outputs, dict(inputs), self.trend, [blocked] * len(inputs["length"]))
 
     def step(
         self, rows: Sequence[Step], k: int | Sequence[int], trend: Trend | None = None

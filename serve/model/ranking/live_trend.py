@@ -80,6 +80,9 @@ class ExactGraph:
             The outputs in the order of their names.
         """
         rows = self._none
-        if any(row is not None for row in blocked):
+        if blocked and all(row is blocked[0] for row in blocked):
+            # One for all rows, and no copy.
+            rows = rows if blocked[0] is None else blocked[0][None]
+        elif blocked:
             rows = np.stack([self._none[0] if row is None else row for row in blocked])
         return self._graph.run(outputs, {**inputs, "trend": trend.values, "blocked": rows})

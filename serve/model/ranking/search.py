@@ -206,6 +206,8 @@ class Search:
         searched = np.flatnonzero(shares > 1 / NARROW)
         more = np.where(shares < 1, MORE, 1.0)
         wanted = np.ceil(counts[searched] * more[searched] / shares[searched]).astype(np.int64)
+        # More than all blocked items beside those that are wanted need not be named.
+        wanted = np.minimum(wanted, counts[searched] + np.ceil((1 - shares[searched]) * self._count).astype(np.int64))
         found: list[NDArray[np.int64] | None] = [None] * len(query)
         for row, items in zip(searched.tolist(), self._found(query[searched], wanted), strict=True):
             allowed = rows[row]

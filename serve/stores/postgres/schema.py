@@ -5,11 +5,12 @@ from typing import LiteralString
 import psycopg
 
 from serve.stores.base import StoreError
+from serve.stores.postgres import items
 from serve.stores.postgres.counters import COUNTED_UNTIL, COUNTERS_SCHEMA, TIMES
 from serve.stores.rows import EVENT_COLUMNS, SHOWN_ITEM_COLUMNS, SLATE_COLUMNS
 from serve.stores.sql import Queries
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 VERSION_TABLE: tuple[LiteralString, ...] = (
     "CREATE SCHEMA IF NOT EXISTS jaxrec",
     "CREATE TABLE IF NOT EXISTS jaxrec.store (version integer NOT NULL)",
@@ -87,6 +88,7 @@ SCHEMA: tuple[LiteralString, ...] = (
         PRIMARY KEY (user_id, model_version)
     )""",
     *COUNTERS_SCHEMA,
+    *items.ITEMS_SCHEMA,
 )
 # No schema version of its own: servers that do not know it can use the store.
 ARRIVALS: LiteralString = "CREATE INDEX IF NOT EXISTS arrivals ON jaxrec.events (user_id, arrival)"
@@ -120,6 +122,10 @@ QUERIES = Queries(
     ),
     times=TIMES,
     counted_until=COUNTED_UNTIL,
+    changed_items=items.CHANGED,
+    item_marks=items.MARKS,
+    item=items.ITEM,
+    listed_items=items.LISTED,
 )
 # Taken while the schema is looked at, so that servers that start together don't create it twice. "jxrc".
 SCHEMA_LOCK = 0x6A787263

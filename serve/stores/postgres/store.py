@@ -1,4 +1,4 @@
-"""Events, slates and spilled states in PostgreSQL, for several servers with one store.
+"""Events, slates, spilled states and items in PostgreSQL, for several servers with one store.
 
 The database commits groups of transactions by itself. A user's row in `users` is locked before events of the user are
 inserted, so that a user's arrivals become visible in their order and the latest is a revision. Counters of items are
@@ -12,6 +12,7 @@ from typing import Any, LiteralString
 
 import psycopg
 
+from serve.model.live_catalog import Item
 from serve.stores.base import (
     Deleted,
     ShownItem,
@@ -22,10 +23,12 @@ from serve.stores.base import (
 )
 from serve.stores.counters import NONE_READ, Counter, Damaged, ItemCounts
 from serve.stores.deferred import DeferredWrites
+from serve.stores.postgres import items as postgres_items
 from serve.stores.postgres import users
 from serve.stores.postgres.counters import CHANGED_COUNTS, count_events, counts_of_rows, last_arrival, seed
 from serve.stores.postgres.schema import DELETION_LOCK, QUERIES, prepare
 from serve.stores.rows import (
+    DAMAGED_ITEM,
     EVENT_COLUMNS,
     SHOWN_ITEM_COLUMNS,
     SLATE_COLUMNS,
@@ -69,6 +72,7 @@ class PostgresStore(SqlStore):
             prepare(connection)
             self._where = f"PostgreSQL {connection.info.host}:{connection.info.port}/{connection.info.dbname}"
         self._damaged = Damaged(self._where)
+        self._damaged_items = Damaged(self._where, DAMAGED_ITEM)
         self._deferred = DeferredWrites(self._write_deferred)
 
     def close(self) -> None:
@@ -142,6 +146,18 @@ class PostgresStore(SqlStore):
     def merge_users(self, source: str, target: str) -> Deleted:
         with self._deferred.merging(source, target), self._connection("cannot be written") as connection:
             return users.merge_users(connection, source, target)
+
+    def upsert_items(self, items: Sequence[Item]) -> int:
+        if not items:
+            return 0
+        with self._connection("cannot be written") as connection:
+            return postgres_items.upsert_items(connection, items)
+
+    def delete_items(self, item_ids: Sequence[str]) -> int:
+        if not item_ids:
+            return 0
+        with self._connection("cannot be written") as connection:
+            return postgres_items.delete_items(connection, item_ids)
 
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:
         rows = self._read(CHANGED_COUNTS, since)

@@ -1,4 +1,4 @@
-"""Events, slates and spilled states in Redis, for several servers with one store.
+"""Events, slates, spilled states and items in Redis, for several servers with one store.
 
 What belongs together changes in one script, so that no reader sees half of it. Redis must write each command to its
 log before it answers: `appendfsync always`, or from 7.2 on any appendonly server, which is then asked to (WAITAOF).
@@ -14,7 +14,8 @@ deleted lists, and of which set it has ids), `trend` (hash of the counters by it
 those IDs by the revision of the last change), `trend_until` (events after this time are counted); while a store is
 seeded, `trend_held` (the revision up to which the events have still to be added up), `trend_seed` (list: what is still
 to be added to `trend`) and `trend_seed:TOKEN` (the same, before it is whole); while a store of version 1 is brought up
-to date, `update` (hash of the lists of slates: how much of each is left) and `update_ids` (`shown_ids` later).
+to date, `update` (hash of the lists of slates: how much of each is left) and `update_ids` (`shown_ids` later). Those of
+items are in `serve.stores.redis.items`.
 """
 
 import heapq
@@ -44,6 +45,7 @@ from serve.stores.base import (
 from serve.stores.deferred import DeferredWrites
 from serve.stores.redis.connection import COPIED_AT_ONCE
 from serve.stores.redis.counters import RedisCounters
+from serve.stores.redis.items import RedisItems
 from serve.stores.redis.scripts import (
     DROP_STATES,
     LOG_SLATE,
@@ -82,7 +84,7 @@ LISTS = (b"jaxrec:events:", b"jaxrec:neutral:")
 REVISION = struct.Struct("<q")
 
 
-class RedisStore(RedisCounters):
+class RedisStore(RedisCounters, RedisItems):
     """A store in one database of a Redis server."""
 
     def __init__(self, location: str) -> None:

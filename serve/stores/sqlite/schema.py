@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from serve.stores.base import Slate
 from serve.stores.rows import EVENT_COLUMNS, SHOWN_ITEM_COLUMNS, SLATE_COLUMNS
 from serve.stores.sql import Queries
-from serve.stores.sqlite import counters
+from serve.stores.sqlite import counters, items
 
 # "jxrc": marks the file, so that another program's database is not used as a store.
 APPLICATION_ID = 0x6A787263
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 # `arrival` is never given twice (AUTOINCREMENT), so a user's latest is a revision that never comes back.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
@@ -129,6 +129,10 @@ QUERIES = Queries(
     ),
     times=counters.TIMES,
     counted_until=counters.COUNTED_UNTIL,
+    changed_items=items.CHANGED,
+    item_marks=items.MARKS,
+    item=items.ITEM,
+    listed_items=items.LISTED,
 )
 EVENT_VALUES = ", ".join("?" * len(EVENT_COLUMNS.split()))
 INSERT_EVENT = f"INSERT INTO events ({EVENT_COLUMNS}) VALUES ({EVENT_VALUES}) ON CONFLICT (event_id) DO NOTHING"
@@ -151,7 +155,7 @@ def bring_up_to_date(connection: sqlite3.Connection) -> None:
                 connection.execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
     for index in CHANGED_INDEXES:
         connection.execute(f"DROP INDEX IF EXISTS {index}")
-    for step in (SCHEMA + counters.SCHEMA).split(";"):
+    for step in (SCHEMA + counters.SCHEMA + items.SCHEMA).split(";"):
         connection.execute(step)
     connection.execute(FILL_USERS)
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")

@@ -1,4 +1,4 @@
-"""Events, slates and spilled states in one SQLite file, for one server.
+"""Events, slates, spilled states and items in one SQLite file, for one server.
 
 One thread writes; calls that wait for it share a transaction and its fsync (group commit), each with a savepoint of
 its own, so that a call that fails takes no other with it. WAL with synchronous=FULL: what was acknowledged survives
@@ -15,12 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, LiteralString, NamedTuple, TypeVar
 
+from serve.model.live_catalog import Item
 from serve.stores.base import Deleted, ShownItem, SpilledState, StoreError, UserEvent
 from serve.stores.counters import NONE_READ, Counter, Damaged, ItemCounts
 from serve.stores.deferred import DeferredWrites
-from serve.stores.rows import Started, digests, event_row, slate_row, still_wanted
+from serve.stores.rows import DAMAGED_ITEM, Started, digests, event_row, slate_row, still_wanted
 from serve.stores.sql import SqlStore
 from serve.stores.sqlite import counters as sqlite_counters
+from serve.stores.sqlite import items as sqlite_items
 from serve.stores.sqlite import users
 from serve.stores.sqlite.schema import (
     APPLICATION_ID,
@@ -61,6 +63,7 @@ class SQLiteStore(SqlStore):
         """Opens the file, or creates it; raises StoreError."""
         self._path = path
         self._damaged = Damaged(str(path))
+        self._damaged_items = Damaged(str(path), DAMAGED_ITEM)
         self._readers = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._connections_lock = threading.Lock()
@@ -113,6 +116,12 @@ class SQLiteStore(SqlStore):
     def merge_users(self, source: str, target: str) -> Deleted:
         with self._deferred.merging(source, target):
             return self._write(lambda connection: users.merge_users(connection, source, target))
+
+    def upsert_items(self, items: Sequence[Item]) -> int:
+        return self._write(lambda connection: sqlite_items.upsert_items(connection, items)) if items else 0
+
+    def delete_items(self, item_ids: Sequence[str]) -> int:
+        return self._write(lambda connection: sqlite_items.delete_items(connection, item_ids)) if item_ids else 0
 
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:
         with self._failures("cannot be read"):

@@ -11,21 +11,26 @@ from grpc_status import rpc_status
 
 from serve.api import rules
 from serve.api.errors import InvalidRequest
+from serve.api.pages import page_token
 from serve.api.rules import MAX_ID_LENGTH
-from serve.client import Event, Impression, RecommenderClient, UserEvent
+from serve.client import Event, Impression, Item, RecommenderClient, UserEvent
 from serve.pb.recommender_pb2 import (
     BatchRecommendRequest,
     DeleteEventsRequest,
+    DeleteItemsRequest,
     DeleteUserRequest,
+    GetItemRequest,
     GetUserProfileRequest,
     History,
     ItemFilter,
     ListEventsRequest,
+    ListItemsRequest,
     MergeUsersRequest,
     RecommendRequest,
     RecordEventsRequest,
     RecordImpressionsRequest,
     SimilarItemsRequest,
+    UpsertItemsRequest,
 )
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 
@@ -46,7 +51,7 @@ def recording(**fields: Any) -> RecordEventsRequest:
 
 NO_TIME = "expected the event's time in seconds since 1970-01-01T00:00Z, came none"
 FAR = 2**63 - 1
-NO_TAG = "expected one of the 6 tags of GetModelInfo.genres, came"
+NO_TAG = "expected one of the 6 tags of the model directory, or one of a stored item, came"
 FILTERS = [
     (ItemFilter(allow_item_ids=["1"] * 10_001), "filter.allow_item_ids: expected at most 10000 entries, came 10001"),
     (ItemFilter(allow_item_ids=["1007", ""]), "filter.allow_item_ids[1]: expected an id of 1 to 512 characters"),
@@ -229,6 +234,56 @@ IMPRESSIONS = [
 ]
 
 
+def storing(**fields: Any) -> UpsertItemsRequest:
+    """Its second item has these fields; the item before it is good."""
+    good = {"item_id": "a", "title": "A", "tags": ["Drama"], "metadata": {"k": "v"}}
+    return UpsertItemsRequest(items=[Item(**good), Item(**{**good, "item_id": "b", **fields})])
+
+
+IN_TIME = "expected seconds since 1970-01-01T00:00Z in 0..253402300799, came"
+ITEMS = [
+    (storing(item_id=""), "items[1].item_id: expected an id of 1 to 512 characters, came 0 characters"),
+    (storing(item_id=LONG), "items[1].item_id: expected an id"),
+    (storing(item_id="a\0"), "items[1].item_id: expected an id without the character U+0000"),
+    (storing(item_id="a"), "items[1].item_id: expected each id once, came that of items[0]"),
+    (storing(title="x" * 1001), "items[1].title: expected a text of 0 to 1000 characters, came 1001 characters"),
+    (storing(title="\0"), "items[1].title: expected a text without the character U+0000"),
+    (storing(tags=["t"] * 101), "items[1].tags: expected at most 100 entries, came 101"),
+    (storing(tags=["t", ""]), "items[1].tags[1]: expected a text of 1 to 100 characters, came 0 characters"),
+    (storing(tags=["x" * 101]), "items[1].tags[0]: expected a text of 1 to 100 characters, came 101 characters"),
+    (storing(tags=["a\0"]), "items[1].tags[0]: expected a text without the character U+0000"),
+    (storing(tags=["a "]), "items[1].tags[0]: expected a tag without spaces around it, came one with spaces"),
+    (storing(available_from=-1), f"items[1].available_from: {IN_TIME} -1"),
+    (storing(available_until=1_700_000_000_000), f"items[1].available_until: {IN_TIME} 1700000000000"),
+    (
+        storing(available_from=5, available_until=5),
+        "items[1].available_until: expected a time after available_from, which is 5, came 5",
+    ),
+    (storing(available_from=5, available_until=0), "items[1].available_until: expected a time after available_from"),
+    (storing(metadata={"": "v"}), "items[1].metadata: expected no empty key, came one"),
+    (storing(metadata={"k": "\0"}), "items[1].metadata: expected texts without the character U+0000"),
+    (
+        storing(metadata={"k": "ü" * 1024}),
+        "items[1].metadata: expected at most 2048 bytes of keys and values, came 2049",
+    ),
+    (UpsertItemsRequest(items=[Item(item_id="a")] * 1001), "items: expected at most 1000 entries, came 1001"),
+]
+DELETE_ITEMS = [
+    (DeleteItemsRequest(), "item_ids: expected at least one id, came none"),
+    (DeleteItemsRequest(item_ids=["a", ""]), "item_ids[1]: expected an id"),
+    (DeleteItemsRequest(item_ids=["a"] * 1001), "item_ids: expected at most 1000 entries, came 1001"),
+]
+GET_ITEM = [(GetItemRequest(), "item_id: expected an id"), (GetItemRequest(item_id=LONG), "item_id: expected an id")]
+LIST_ITEMS = [
+    (ListItemsRequest(page_size=-1), "page_size: expected 1 to 1000, or 0 for 100, came -1"),
+    (ListItemsRequest(page_size=1001), "page_size: expected 1 to 1000, or 0 for 100, came 1001"),
+    *(
+        (ListItemsRequest(page_token=token), "page_token: expected next_page_token of an answer, came another text")
+        for token in ("\0", "abc", "YWJjZGVmZ2hpamts", "ü", page_token("u", 1, 2))
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("rpc", "request_", "message"),
     [
@@ -242,6 +297,10 @@ IMPRESSIONS = [
         *(("DeleteEvents", *case) for case in DELETE_EVENTS),
         *(("MergeUsers", *case) for case in MERGE),
         *(("RecordImpressions", *case) for case in IMPRESSIONS),
+        *(("UpsertItems", *case) for case in ITEMS),
+        *(("DeleteItems", *case) for case in DELETE_ITEMS),
+        *(("GetItem", *case) for case in GET_ITEM),
+        *(("ListItems", *case) for case in LIST_ITEMS),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -264,6 +323,12 @@ def test_nothing_of_a_bad_request_is_recorded(stub: RecommenderStub, client: Rec
     with pytest.raises(grpc.RpcError) as failure:
         client.get_user_profile("u")
     assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_of_a_bad_item_none_is_stored(stub: RecommenderStub, client: RecommenderClient) -> None:
+    with pytest.raises(grpc.RpcError):
+        stub.UpsertItems(storing(title="\0"), timeout=10)
+    assert not client.list_items(stored_only=True).items
 
 
 @pytest.mark.parametrize("rating", [0.5, 5.0, None])

@@ -11,7 +11,7 @@ import pytest
 import trustme
 from click.testing import CliRunner
 
-from serve.cli.ask import table
+from serve.cli.connecting import table
 from serve.cli.main import main
 from serve.client import RecommenderClient, UserEvent
 from serve.model.recommender import Recommender

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
-from serve.client import AsyncRecommenderClient, Event, RecommenderClient, UserEvent, recommend_request
+from serve.client import AsyncRecommenderClient, Event, Item, RecommenderClient, UserEvent, recommend_request
 from serve.pb import recommender_pb2_grpc
 from serve.pb.recommender_pb2 import (
     GetModelInfoRequest,
@@ -104,6 +104,10 @@ def test_the_async_client_asks_the_same(client: RecommenderClient, address: str)
             assert (await same.delete_events("v", ["1"])).deleted_event_count == 1
             assert (await same.record_events([event])).recorded_count == 1
             assert (await same.delete_user("u")).deleted_event_count == 1
+            assert (await same.upsert_items([Item(item_id="1007")])).created_count == 1
+            assert await same.get_item("1007") == client.get_item("1007")
+            assert await same.list_items() == client.list_items()
+            assert (await same.delete_items(["1007"])).deleted_count == 1
             with pytest.raises(grpc.aio.AioRpcError) as failure:
                 await same.get_user_profile("u")
             assert failure.value.code() is grpc.StatusCode.NOT_FOUND

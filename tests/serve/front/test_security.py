@@ -9,18 +9,20 @@ from typing import Any
 import grpc
 import pytest
 import trustme
+from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from serve.addresses import SecurityError, check_exposure
-from serve.client import Connection, RecommenderClient, UserEvent
-from serve.front.auth import Tokens, needed_right, parse_tokens, read_tokens
+from serve.client import Connection, Item, RecommenderClient, UserEvent
+from serve.front.auth import NEEDED, Tokens, needed_right, parse_tokens, read_tokens
 from serve.front.server import Listener, create_server
 from serve.front.tls import Tls
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
 from serve.pb import model_admin_pb2 as pb
+from serve.pb import open_inference_pb2
 from serve.pb.model_admin_pb2_grpc import ModelAdminStub
-from serve.pb.recommender_pb2 import GetModelInfoRequest, RecommendRequest
+from serve.pb.recommender_pb2 import DESCRIPTOR, GetModelInfoRequest, RecommendRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.serving.loading import ModelLoader, open_models
 from serve.stores.base import EventStore
@@ -28,7 +30,8 @@ from tests.serve.one_model import one_model
 
 READER, WRITER, ADMIN = "reader-token-0123", "writer-token-0123", "admin-token-01234"
 DESK = "desk-token-012345"
-TOKENS = f"# who may what\nread {READER}\n\nread,write {WRITER}\nadmin {ADMIN}\nusers {DESK}\n"
+SHOP = "shop-token-012345"
+TOKENS = f"# who may what\nread {READER}\n\nread,write {WRITER}\nadmin {ADMIN}\nusers {DESK}\ncatalogue {SHOP}\n"
 TIMEOUT_S = 30
 
 Serving = Callable[..., Any]
@@ -183,7 +186,7 @@ def test_files_that_are_no_certificates(authority: Authority, tmp_path: Path) ->
     ("token", "rights"),
     [
         *((None, set()), ("unknown-token-0123", set()), (READER, {"read"}), (WRITER, {"read", "write"})),
-        *((ADMIN, {"admin"}), (DESK, {"users"})),
+        *((ADMIN, {"admin"}), (DESK, {"users"}), (SHOP, {"catalogue"})),
     ],
 )
 def test_rights(serving: Serving, token: str | None, rights: set[str]) -> None:
@@ -202,6 +205,10 @@ def test_rights(serving: Serving, token: str | None, rights: set[str]) -> None:
             ("users", lambda: client.delete_events("u", ["1"])),
             ("users", lambda: client.merge_users("v", "u")),
             ("users", lambda: client.delete_user("u")),
+            ("catalogue", lambda: client.upsert_items([Item(item_id="1007")])),
+            ("read", lambda: client.get_item("1007")),
+            ("read", client.list_items),
+            ("catalogue", lambda: client.delete_items(["1007"])),
         ]
         for right, call in calls:
             if right in rights:
@@ -219,6 +226,26 @@ def test_reflection_needs_a_token_too(serving: Serving) -> None:
     ):
         ProtoReflectionDescriptorDatabase(channel).get_services()
     assert failure.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_the_reflection_that_clients_ask_first_is_unimplemented_for_readers(serving: Serving) -> None:
+    """Upon any other status they do not fall back to the one that is there."""
+    with serving(tokens=parse_tokens(TOKENS, "tokens")) as address, grpc.insecure_channel(address) as channel:
+
+        def asked(version: str, *tokens: str) -> list[Any]:
+            call = channel.stream_stream(
+                f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+                request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+                response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+            )
+            request = reflection_pb2.ServerReflectionRequest(list_services="")
+            metadata = [("authorization", f"Bearer {token}") for token in tokens]
+            return list(call(iter([request]), timeout=TIMEOUT_S, metadata=metadata))
+
+        assert denied(lambda: asked("v1", READER)) is grpc.StatusCode.UNIMPLEMENTED
+        assert len(asked("v1alpha", READER)) == 1
+        assert denied(lambda: asked("v1", SHOP)) is grpc.StatusCode.PERMISSION_DENIED
+        assert denied(lambda: asked("v1")) is grpc.StatusCode.UNAUTHENTICATED
 
 
 @pytest.mark.parametrize(
@@ -242,8 +269,16 @@ def test_what_is_no_bearer_token(serving: Serving, metadata: list[tuple[str, str
 
 
 def test_an_unknown_method_needs_the_right_admin() -> None:
+    services = (DESCRIPTOR, "Recommender"), (open_inference_pb2.DESCRIPTOR, "GRPCInferenceService")
+    methods = [method for file, name in services for method in file.services_by_name[name].methods]
+    named = {f"/{method.containing_service.full_name}/{method.name}" for method in methods}
+    assert named == {method for method in NEEDED if not method.startswith("/grpc.reflection.")}
+    assert needed_right("/inference.GRPCInferenceService/ModelInfer") == "read"
+    assert needed_right("/inference.GRPCInferenceService/Later") == "admin"
+    assert needed_right("/grpc.reflection.v1alpha.ServerReflection/Later") == "admin"
     assert needed_right("/jaxrec.v1.Recommender/RecordEvents") == "write"
-    assert needed_right("/jaxrec.v1.Recommender/Later") == "read"
+    assert needed_right("/jaxrec.v1.Recommender/Later") == "admin"
+    assert needed_right("/jaxrec.v1.Recommender/RecordEventsLater") == "admin"
     assert needed_right("/jaxrec.v1.ModelAdmin/LoadModel") == "admin"
     assert needed_right("/other.Service/Method") == "admin"
     assert needed_right("/grpc.health.v1.Health/Check") is None

@@ -97,6 +97,10 @@ def test_reflection(address: str) -> None:
         "MergeUsers",
         "SimilarItems",
         "GetModelInfo",
+        "UpsertItems",
+        "DeleteItems",
+        "GetItem",
+        "ListItems",
     }
     assert {method.name for service in inference.service for method in service.method} == {
         "ServerLive",

@@ -120,3 +120,22 @@ def test_an_answer_from_many_allowed_items_copies_no_vectors(large: Artifact) ->
     neighbours = np.isin(found, index_of(large).neighbour_item[0])
     np.testing.assert_allclose(scores[0, : len(found)][~neighbours], expected[~neighbours], rtol=0, atol=1e-4)
     assert not np.isin(items[0], np.flatnonzero(blocked[1:]) + 1).any()
+
+
+def test_a_few_blocked_items_cost_no_wider_search(large: Artifact, searched: list[int]) -> None:
+    """As a catalogue has them that hides a few items: no more candidates are asked for than those and the items."""
+    index = Engine(large, "cpu")
+    rows = histories(20, LARGE)
+    whole = index.rank(rows, 10)
+    few = np.zeros(LARGE + 1, np.bool_)
+    few[[0, *(ranking.items[0] for ranking in whole)]] = True
+    searched.clear()
+    index.rank(rows, 10)
+    expected = list(searched)
+    searched.clear()
+    blocked = index.rank([dataclasses.replace(row, blocked=few) for row in rows], 10)
+    assert searched == expected
+    for found, before in zip(blocked, whole, strict=True):
+        assert not few[found.items].any()
+        left = [item for item in before.items.tolist() if not few[item]]
+        assert found.items[: len(left)].tolist() == left

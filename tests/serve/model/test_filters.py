@@ -66,10 +66,12 @@ def test_a_mask_of_tags_is_made_once_and_cannot_be_changed(catalog: Catalog) -> 
 
 def test_the_tags_are_those_of_the_items(catalog: Catalog) -> None:
     filters = Filters(catalog)
-    assert [tag for tag in ("War", "Western", "war", "", "War|Drama", "Comedy") if filters.knows(tag)] == [
+    assert [tag for tag in ("War", "Western", "war", "", "War|Drama", "Comedy") if tag in filters.of_tag] == [
         "War",
         "Comedy",
     ]
+    assert filters.tags == sorted(filters.of_tag)
+    assert filters.tags is filters.tags
 
 
 def test_kept_masks_do_not_keep_their_owner(catalog: Catalog) -> None:

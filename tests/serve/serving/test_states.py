@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from serve.model.directory import Artifact
 from serve.model.events import Event
 from serve.model.filters import ItemFilter
+from serve.model.live_catalog import Item, Overlay
 from serve.model.recommender import POPULARITY, Answer, Query, Recommender
 from serve.serving import states as states_module
 from serve.serving.states import StateCache
@@ -52,6 +53,9 @@ ratings = st.one_of(st.none(), st.sampled_from([0.5, 3.0, 5.0]))
 @given(data=st.data())
 def test_any_interleaving_equals_a_replay(windowed: Recommender, tmp_path: Path, data: st.DataObject) -> None:
     ids = [*windowed.catalog.item_ids[1:], UNKNOWN]
+    overlay = Overlay(windowed.live)
+    overlay.apply((item_id, Item(item_id, tags=("Drama",), hidden=True)) for item_id in ids[::3])
+    live = overlay.live()
     weights = st.sampled_from([1.0, 1.0, 1.0, 2.5, -1.0, -0.5, 0.0])
     events = st.builds(Event, st.sampled_from(ids), ratings, times, weights)
     queries = st.builds(
@@ -64,6 +68,7 @@ def test_any_interleaving_equals_a_replay(windowed: Recommender, tmp_path: Path,
         filter=st.sampled_from([None, ItemFilter(any_tags=("Drama",))]),
         allow_seen=st.sampled_from([None, True, False]),
         new_item_slots=st.just(0),
+        withheld=st.sampled_from([None, live.withheld(0)]),
     )
     number = 0
     with open_store(tmp_path / f"{data.draw(st.uuids())}.sqlite") as store:

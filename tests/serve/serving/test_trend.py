@@ -171,7 +171,7 @@ def test_a_store_that_fails_is_logged_once_and_the_trend_goes_on(
     refresher.keep([fresh])
     read = store.item_counts
 
-    caplog.set_level(logging.INFO, "serve.serving.trend")
+    caplog.set_level(logging.INFO, "serve.serving.refresher")
     monkeypatch.setattr(store, "item_counts", fails)
     now = NOW + DAY
     for _ in range(3):
@@ -195,7 +195,7 @@ def test_a_failure_is_logged_once_for_each_cause(
     refresher.prepare(fresh)
     refresher.keep([fresh])
     store.record([event(one, one) for one in ("a", "b")])
-    caplog.set_level(logging.INFO, "serve.serving.trend")
+    caplog.set_level(logging.INFO, "serve.serving.refresher")
     with closing(sqlite3.connect(tmp_path / "events.sqlite", isolation_level=None)) as connection:
         whole = connection.execute("SELECT counts FROM trend WHERE item_id = 'a'").fetchone()
         for item_id in ("a", "b"):

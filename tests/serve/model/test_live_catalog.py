@@ -1,0 +1,151 @@
+"""Items of a store over a model's catalogue: titles, tags, metadata, and what is withheld when."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.model import live_catalog
+from serve.model.catalog import Catalog, parse_catalog
+from serve.model.filters import ItemFilter
+from serve.model.live_catalog import Item, LiveCatalog, Overlay
+
+CATALOG = parse_catalog(
+    "item_id,title,genres,popularity,recent_popularity,new\n"
+    "a,A,Comedy|Drama,3,3,0\nb,B,Drama,2,2,0\nc,C,,1,1,0\nd,D,Comedy,0,0,1\n"
+)
+LATEST = 253_402_300_799
+
+
+def overlaid(*items: Item) -> LiveCatalog:
+    overlay = Overlay(LiveCatalog.of(CATALOG))
+    overlay.apply((item.item_id, item) for item in items)
+    return overlay.live()
+
+
+def withheld(live: LiveCatalog, time: int) -> set[str]:
+    found = live.withheld(time)
+    if found is None:
+        return set()
+    assert found.mask[0]
+    assert found.items == tuple(np.flatnonzero(found.mask[1:]) + 1)
+    assert found.total == len(found.items)
+    return {CATALOG.item_ids[item] for item in found.items}
+
+
+def allowed(live: LiveCatalog, asked: ItemFilter) -> set[str]:
+    blocked = live.filters.blocked(asked)
+    assert blocked is not None
+    return {live.catalog.item_ids[item] for item in np.flatnonzero(~blocked)}
+
+
+def test_the_items_of_a_store_replace_titles_and_tags_and_bring_metadata() -> None:
+    live = overlaid(Item("b", "New B", ("Comedy", "Jazz"), metadata={"year": "1995"}), Item("d"), Item("unknown", "U"))
+    assert live.catalog.titles == ("", "A", "New B", "C", "")
+    assert live.catalog.genres == ((), ("Comedy", "Drama"), ("Comedy", "Jazz"), (), ())
+    assert live.metadata == {2: {"year": "1995"}}
+    assert live.catalog.item_ids == CATALOG.item_ids
+    assert live.catalog.index is CATALOG.index
+    assert sorted(live.filters.of_tag) == ["Comedy", "Drama", "Jazz"]
+    assert allowed(live, ItemFilter(any_tags=("Comedy",))) == {"a", "b"}
+    assert allowed(live, ItemFilter(all_tags=("Comedy", "Jazz"))) == {"b"}
+    assert allowed(live, ItemFilter(none_tags=("Drama",))) == {"b", "c", "d"}
+    assert live.withheld(0) is None
+
+
+def test_a_tag_that_no_item_has_any_more_is_one_that_no_item_has() -> None:
+    """A request may have been checked against the catalogue of before."""
+    live = overlaid(Item("a"), Item("b"))
+    assert "Drama" not in live.filters.of_tag
+    assert allowed(live, ItemFilter(any_tags=("Drama",))) == set()
+    assert allowed(live, ItemFilter(all_tags=("Drama",))) == set()
+    assert allowed(live, ItemFilter(none_tags=("Drama",))) == {"a", "b", "c", "d"}
+
+
+def test_an_item_is_available_from_its_first_second_until_before_its_last() -> None:
+    live = overlaid(
+        Item("a", available_from=100, available_until=200),
+        Item("b", available_from=200),
+        Item("c", available_until=100),
+        Item("d", hidden=True, available_from=0),
+    )
+    expected = {
+        0: {"a", "b", "d"},
+        99: {"a", "b", "d"},
+        100: {"b", "c", "d"},
+        199: {"b", "c", "d"},
+        200: {"a", "c", "d"},
+    }
+    for time, items in {**expected, LATEST: {"a", "c", "d"}}.items():
+        assert withheld(live, time) == items
+    assert Item("d", hidden=True).is_available(5) is False
+
+
+def test_the_mask_of_a_stretch_of_time_is_made_once() -> None:
+    live = overlaid(Item("a", available_from=100), Item("b", available_until=200))
+    assert live.withheld(100) is live.withheld(150)
+    assert withheld(live, 99) == {"a"}
+    assert withheld(live, 150) == set()
+
+
+def test_the_mask_of_now_stays_whatever_times_requests_name() -> None:
+    live = overlaid(*(Item(item_id, hidden=True, available_from=at) for at, item_id in enumerate("abcd", start=1)))
+    now = live.withheld()
+    for time in range(live_catalog.KEPT + 1):
+        live.withheld(time)
+    assert live.withheld() is now
+    assert now is not None
+    assert now.total == 4
+
+
+def test_only_changes_of_the_models_items_change_its_catalogue() -> None:
+    overlay = Overlay(LiveCatalog.of(CATALOG))
+    assert overlay.apply([("unknown", Item("unknown", "U")), ("gone", None)]) is False
+    assert overlay.apply([("unknown", None), ("a", Item("a"))]) is True
+
+
+def test_many_withheld_items_are_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_catalog, "MOST_NOTED", 2)
+    found = overlaid(*(Item(item_id, hidden=True) for item_id in "abc")).withheld(0)
+    assert found is not None
+    assert (found.items, found.total) == (None, 3)
+
+
+TAGS = st.lists(st.sampled_from(["Comedy", "Drama", "Jazz", "x"]), unique=True).map(lambda tags: tuple(sorted(tags)))
+TIMES = st.none() | st.integers(0, 4)
+CHANGES = st.tuples(
+    st.sampled_from("abcdu"),
+    st.none()
+    | st.tuples(st.sampled_from(["", "T"]), TAGS, TIMES, TIMES, st.booleans(), st.just({"k": "v"}) | st.just({})),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(CHANGES, unique_by=lambda change: change[0], max_size=4), max_size=6))
+def test_changes_in_parts_come_to_the_same_as_a_plain_model(parts: list[list[tuple[str, tuple | None]]]) -> None:  # type: ignore[type-arg]
+    overlay, stored = Overlay(LiveCatalog.of(CATALOG)), dict[str, Item]()
+    for part in parts:
+        changes = [(item_id, None if fields is None else Item(item_id, *fields)) for item_id, fields in part]
+        overlay.apply(changes)
+        for item_id, item in changes:
+            if item is None:
+                stored.pop(item_id, None)
+            else:
+                stored[item_id] = item
+        assert_equals(overlay.live(), CATALOG, stored)
+
+
+def assert_equals(live: LiveCatalog, base: Catalog, stored: Mapping[str, Item]) -> None:
+    """Item by item."""
+    tags: dict[str, set[int]] = {}
+    for at, item_id in enumerate(base.item_ids[1:], start=1):
+        item = stored.get(item_id, Item(item_id, base.titles[at], base.genres[at]))
+        assert (live.catalog.titles[at], live.catalog.genres[at]) == (item.title, item.tags)
+        assert live.metadata.get(at, {}) == item.metadata
+        for time in range(6):
+            assert (item_id in withheld(live, time)) == (not item.is_available(time))
+        for tag in item.tags:
+            tags.setdefault(tag, set()).add(at)
+    assert {tag: set(items.tolist()) for tag, items in live.filters.of_tag.items()} == tags
