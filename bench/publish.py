@@ -26,7 +26,8 @@ from jaxrec.files import new_file, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "bench"
-CODE = ("jaxrec", "serve", "bench", "tests", "pyproject.toml", "requirements.lock", ":!bench/*.md", ":!bench/*.svg")
+CODE = ("jaxrec", "serve", "bench", "tests", "deploy", "pyproject.toml", "requirements.lock")
+CODE += (":!bench/*.md", ":!bench/*.svg")
 PACKAGES = ("jax", "flax", "numpy", "onnxruntime", "onnxruntime-gpu")
 
 publish_option = click.option("--publish", is_flag=True, help="Write the page in bench/, too, if it is whole.")
