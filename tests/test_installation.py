@@ -34,11 +34,13 @@ MAY_IMPORT = {
     "serve/stores/redis": ("serve-cpu", "redis"),
     "serve/event_log/export.py": ("serve-cpu", "distributed"),  # pyarrow, for Parquet where it is installed
     "serve/observability/tracing.py": ("serve-cpu", "dev"),  # opentelemetry, used where it is installed
+    "serve/pyfunc.py": ("serve-cpu", "mlflow"),
     "serve": ("serve-cpu",),
     "jaxrec/data/distributed": ("distributed",),
     "jaxrec/rl/simulated/gymnasium_adapter.py": ("gymnasium",),
     "jaxrec/runs/demo.py": ("demo", "serve-cpu"),
     "jaxrec/runs/learn/metrics.py": ("train", "serve-cpu"),
+    "jaxrec/runs/tracking.py": ("train", "mlflow"),
     "jaxrec/onnx": ("export", "serve-cpu"),
     "jaxrec": ("train",),
 }
@@ -108,7 +110,7 @@ def test_the_modules_that_a_command_looks_for_are_those_that_are_imported() -> N
         assert set(modules) <= everywhere, extra
         assert all(PACKAGES_OF[module] & (packages(extra) - packages(BASE)) for module in modules), extra
     of_extras = {module for modules in EXTRAS.values() for module in modules}
-    optional = {"gymnasium", "opentelemetry", "psycopg", "redis"}
+    optional = {"gymnasium", "mlflow", "opentelemetry", "psycopg", "redis"}
     in_base = {module for module in everywhere if PACKAGES_OF[module] & packages(BASE)}
     assert everywhere == of_extras | optional | in_base
     for extra, included in INCLUDED.items():

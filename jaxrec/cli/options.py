@@ -19,6 +19,13 @@ SEED = click.IntRange(0)
 SEED_HELP = "Seed of everything random: the same seed on the same machine gives the same result."
 
 
+mlflow_option = click.option(
+    "--mlflow",
+    metavar="URI",
+    help="Track the run with MLflow: an http:// URI of its server, sqlite:///FILE or a database. Needs jaxrec[mlflow].",
+)
+
+
 def with_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """A decorator that adds the options to a command, in this order."""
 
