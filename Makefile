@@ -4,7 +4,7 @@ BIN := .venv/bin
 STUBS := serve/pb
 PROTOS := $(wildcard proto/jaxrec/v1/*.proto) $(wildcard proto/inference/*.proto)
 
-.PHONY: demo test check docs format protos stubs baseline lock clean
+.PHONY: demo test check docs format protos stubs baseline release lock clean
 
 demo: .venv/installed
 	$(BIN)/jaxrec demo --out runs/demo
@@ -30,6 +30,10 @@ protos: .venv/installed
 # With each release: from here on, what the contract says now must not break.
 baseline: .venv/installed
 	$(BIN)/buf build proto --exclude-source-info --output proto/baseline.binpb
+
+# Tests, packages in dist/ and a tag; it pushes nothing.
+release: .venv/installed
+	bash .ci/release
 
 format: .venv/installed
 	$(BIN)/ruff format .
@@ -59,4 +63,4 @@ lock:
 		--output-file deploy/requirements.lock
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build dist *.egg-info
