@@ -51,6 +51,18 @@ def train(data: Path, out: Path, uri: str, **options: object) -> Run:
     return jaxrec.train(data, out, MODEL, TRAINING, mlflow=uri, **options)
 
 
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Tracked in the store `uri_of(run)`, and left as it is by the tests."""
+    folder = tmp_path_factory.mktemp("run")
+    with contextlib.chdir(folder):  # where MLflow keeps the artifacts of such a store
+        return train(data, folder / "run", f"sqlite:///{folder / 'mlflow.db'}")
+
+
+def uri_of(run: Run) -> str:
+    return f"sqlite:///{run.folder.parent / 'mlflow.db'}"
+
+
 def tracked_id(folder: Path) -> str:
     return str(json.loads((folder / MLFLOW_FILE).read_text("utf-8"))["run_id"])
 
@@ -65,11 +77,8 @@ def execute(uri: str, statement: str) -> None:
         store.commit()
 
 
-def test_a_store_gets_the_configuration_the_metrics_and_a_model_that_answers_as_the_server(
-    data: Path, uri: str, tmp_path: Path
-) -> None:
-    run = train(data, tmp_path / "run", uri)
-    client = MlflowClient(tracking_uri=uri)
+def test_a_store_gets_the_configuration_and_the_metrics_by_step(run: Run) -> None:
+    client = MlflowClient(tracking_uri=uri_of(run))
     found = client.get_run(tracked_id(run.folder))
     assert found.info.run_name == "run"
     assert found.data.params["train.batch_tokens"] == "128"
@@ -82,6 +91,13 @@ def test_a_store_gets_the_configuration_the_metrics_and_a_model_that_answers_as_
         epochs = client.get_metric_history(found.info.run_id, f"{folder}/epoch/validation_ndcg_10")
         assert [one.value for one in epochs] == [one["validation_ndcg_10"] for one in read_epochs(run.folder / folder)]
 
+
+def test_a_store_gets_a_model_that_answers_as_the_server_and_the_test_metrics(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.folder.parent)
+    uri = uri_of(run)
+    client = MlflowClient(tracking_uri=uri)
     evaluation = jaxrec.evaluate(run)
     ended = CliRunner().invoke(main, ["export", str(run.folder), "--out", str(tmp_path / "model"), "--mlflow", uri])
     assert ended.exit_code == 0, ended.output
@@ -149,8 +165,8 @@ def test_a_store_that_fails_during_training_is_named_once_and_ends_nothing(
     assert capsys.readouterr().out.count("fails, and training goes on: ") == 1
 
 
-def test_what_could_not_be_sent_is_sent_later(data: Path, uri: str, tmp_path: Path) -> None:
-    run = train(data, tmp_path / "run", uri)
+def test_what_could_not_be_sent_is_sent_later(run: Run) -> None:
+    uri = uri_of(run)
     tracker = Tracker(uri)
     tracker.begin(run)
     execute(uri, "ALTER TABLE metrics RENAME TO away")
@@ -173,10 +189,9 @@ def test_a_stopped_run_goes_on_in_the_same_run_of_mlflow(data: Path, uri: str, t
     assert status(client, out) == RunStatus.to_string(RunStatus.FINISHED)
 
 
-def test_a_run_that_was_tracked_elsewhere_is_refused(data: Path, uri: str, tmp_path: Path) -> None:
-    train(data, tmp_path / "run", uri)
+def test_a_run_that_was_tracked_elsewhere_is_refused(run: Run, uri: str) -> None:
     with pytest.raises(TrackingError, match="not found"):
-        jaxrec.train(None, tmp_path / "run", resume=True, mlflow=f"sqlite:///{tmp_path / 'other.db'}")
+        jaxrec.train(None, run.folder, resume=True, mlflow=uri)
 
 
 def test_without_mlflow_the_extra_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
