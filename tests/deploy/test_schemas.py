@@ -14,7 +14,7 @@ import yaml
 
 from tests.deploy.files import DEPLOY, KUBERNETES, MANIFESTS, ROOT
 
-# The first with every field that the manifests use and the last one that the package knows.
+# The oldest and the newest that the package knows.
 VERSIONS = ("1.25", kubernetes_validate.latest_version())
 RESOURCES = {
     **{name: content for name, content in MANIFESTS.items() if name != "kustomization"},  # for kubectl alone
