@@ -30,10 +30,10 @@ from jaxrec.training.processes import in_first
 EXPERIMENT = "jaxrec"
 MODEL_PATH = "model"
 SENT_AT_ONCE = 500  # values; MLflow takes 1000
-SEND_S, SEND_AGAIN_S = 5.0, 300.0  # after a failure, which may have taken a minute
+SEND_S, SEND_AGAIN_S = 5.0, 300.0  # after a failure, which may have taken half a minute
 # MLflow would ask a server that is gone for minutes, and reports its use to its makers.
 DEFAULTS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
