@@ -4,13 +4,33 @@ BIN := .venv/bin
 STUBS := serve/pb
 PROTOS := $(wildcard proto/jaxrec/v1/*.proto) $(wildcard proto/inference/*.proto)
 
-.PHONY: demo test check docs format protos stubs baseline release lock clean
+.PHONY: demo test test-fast coverage check docs format protos stubs baseline release lock clean
 
 demo: .venv/installed
 	$(BIN)/jaxrec demo --out runs/demo
 
+# The order of the files is that of tests/conftest.py: what takes longest begins first.
+PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# What takes minutes: training, export, databases, worlds of their own.
+SLOW := training runs rl onnx examples bench models evaluation cli/test_cli.py cli/test_recommend.py \
+	test_parity_with_serving.py data/distributed data/reading/test_rows.py serve/stores \
+	serve/test_imports.py serve/test_filters.py serve/test_repeats.py serve/model/test_search.py \
+	serve/model/test_filtered_search.py data/test_bad_input.py data/test_prepare.py data/test_append.py
+
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python $(PYTEST)
+
+# In between. A change is done when `make test` passes.
+test-fast: .venv/installed
+	$(BIN)/python $(PYTEST) $(SLOW:%=--ignore=tests/%)
+
+# Lines and branches that no test runs, in build/coverage; with those of the processes that tests start.
+coverage: .venv/installed
+	rm -rf build/coverage
+	$(BIN)/coverage run $(PYTEST) $(TESTS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage html --quiet
+	$(BIN)/coverage report
 
 check: .venv/installed protos
 	$(BIN)/ruff format --check .

@@ -30,8 +30,8 @@ from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
 from jaxrec.evaluation.baselines import best_half_life, cooccurrence_scorer, recent_popularity_scorer
 from jaxrec.evaluation.bootstrap import Resamples, bootstrap, resample
 from jaxrec.evaluation.metrics import coverage, hit_rate, ndcg, reciprocal_rank
-from jaxrec.evaluation.ranking import rank_cases
-from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
+from jaxrec.evaluation.ranking import rank_together
+from jaxrec.evaluation.scorers import Scorer, Shared, hybrid_scorer, sequence_scorer
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.config import LoggedConfig
 from jaxrec.rl.reward_tables import fit_reward_tables, rating_or_mean
@@ -103,12 +103,13 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
     counts = DecayedCounts.of(data)
     half_life = best_half_life(data, counts, hybrid.lstm.config.max_length)
     arrays["half_life_s"] = HALF_LIVES_S[half_life]
-    recent = {"recent popularity": recent_popularity_scorer(data, counts, half_life)}
-    learned = {name: hybrid_scorer(policy, counts) for name, policy in policies(run, hybrid)[0].items()}
-    for model, scorer in (recent | scorers(hybrid, counts) | learned).items():
-        for time in (False, True):
-            ranked = rank_cases(scorer, data, cases, hybrid.lstm.config.max_length, time)
-            arrays[f"{model}|{time}|ranks"], arrays[f"{model}|{time}|top"] = ranked.ranks, ranked.top
+    shared = Shared()
+    recent = {"recent popularity": recent_popularity_scorer(data, counts, half_life, shared)}
+    learned = {name: hybrid_scorer(policy, counts, shared) for name, policy in policies(run, hybrid)[0].items()}
+    every = recent | scorers(hybrid, counts, shared) | learned
+    asked = {f"{model}|{time}": (scorer, time) for model, scorer in every.items() for time in (False, True)}
+    for key, ranked in rank_together(asked, data, cases, hybrid.lstm.config.max_length).items():
+        arrays[f"{key}|ranks"], arrays[f"{key}|top"] = ranked.ranks, ranked.top
     write_arrays(done, arrays)
     return done
 
@@ -127,14 +128,14 @@ def few_per_user(cases: Cases) -> Cases:
     return Cases(cases.users[kept], cases.rows[kept])
 
 
-def scorers(hybrid: Hybrid, counts: DecayedCounts) -> dict[str, Scorer]:
+def scorers(hybrid: Hybrid, counts: DecayedCounts, shared: Shared) -> dict[str, Scorer]:
     """The parts of the mix, the mix without its trend, and the mix."""
     return {
         "co-occurrence": cooccurrence_scorer(hybrid.cooccurrence),
-        "TimeRatingAwareLSTM": sequence_scorer(hybrid.lstm),
-        "TimeRatingAwareContentModel": sequence_scorer(hybrid.content),
-        "hybrid without its trend": hybrid_scorer(hybrid),
-        "hybrid": hybrid_scorer(hybrid, counts),
+        "TimeRatingAwareLSTM": sequence_scorer(hybrid.lstm, shared),
+        "TimeRatingAwareContentModel": sequence_scorer(hybrid.content, shared),
+        "hybrid without its trend": hybrid_scorer(hybrid, shared=shared),
+        "hybrid": hybrid_scorer(hybrid, counts, shared),
     }
 
 

@@ -1,8 +1,13 @@
 """Fixtures that several parts of the tests share: one small catalogue, one random model, one exported directory."""
 
+import gc
+import hashlib
 import json
+import os
+import platform
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -27,14 +32,63 @@ from jaxrec.models.trend import Trend
 from jaxrec.onnx.model_directory import export_model
 from jaxrec.rl.logged.tables import with_reranker
 from jaxrec.runs.directory import SCHEMA_VERSION
+from tests.once import made_once
 
-# Tests build the same small models again and again: each program is compiled once per test run.
-_COMPILED = tempfile.TemporaryDirectory(prefix="jaxrec-tests-")
-jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# A program for the CPU runs only where its instructions are known.
+_CPU = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+_KIND = {platform.machine(), *(line for line in _CPU if line.startswith(("model name", "flags", "Features")))}
+_COMPILED = Path(__file__).parents[1] / "build/compiled" / hashlib.sha256(repr(sorted(_KIND)).encode()).hexdigest()[:12]
+# Tests build the same small models again and again. Each program is compiled once, for this run and later ones, for all
+# processes of the tests and those that they start; and to compile takes longer than a small model gains by it.
+_COMPILING = {
+    "jax_compilation_cache_dir": str(_COMPILED),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+    "jax_disable_most_optimizations": True,
+}
+for _name, _value in _COMPILING.items():
+    if _name.upper() not in os.environ:
+        os.environ[_name.upper()] = str(_value)
+        jax.config.update(_name, _value)
+
+# Writing to a disk waits for the disk after each file, since files are whole or absent after a power failure.
+_IN_MEMORY, _ROOM = Path("/dev/shm"), 4 * 10**9
+if "TMPDIR" not in os.environ and _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).free > _ROOM:
+    os.environ["TMPDIR"] = tempfile.tempdir = str(_IN_MEMORY)
+
+_MOST_RESIDENT = 10**9
+
+# What takes longest begins first, so that no process waits long for the other at the end.
+_LONGEST_FIRST = ("training", "runs", "rl", "cli", "onnx", "examples", "bench", "models")
 
 MOVIES, USERS, EVENTS_PER_USER = 60, 40, 30
 SMALL = ModelConfig(embedding=16, hidden=16, rating_width=4, time_width=4, max_length=50)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        folders = [folder for folder in _LONGEST_FIRST if Path(__file__).parent / folder in item.path.parents]
+        return _LONGEST_FIRST.index(folders[0]) if folders else len(_LONGEST_FIRST)
+
+    items.sort(key=place)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _freed_memory_is_given_back() -> Iterator[None]:
+    """`jaxrec train` keeps its memory until its process ends, which for the tests is the end of them all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxrec.training.host_memory.keep_freed_memory", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_other_files_are_dropped() -> Iterator[None]:
+    """Once they take much memory. They are on the disk."""
+    yield
+    status = Path("/proc/self/statm")
+    if status.is_file() and int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > _MOST_RESIDENT:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -123,16 +177,18 @@ def repeating_hybrid(small_hybrid: Hybrid) -> Hybrid:
 @pytest.fixture(scope="session")
 def model_directory(small_data: PreparedData, small_hybrid: Hybrid, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The exported `small_hybrid`. Shared: copy it before changing it."""
-    out = tmp_path_factory.mktemp("exported") / "model"
-    export_model(
-        small_hybrid,
-        small_data,
-        out,
-        training={"note": "random weights"},
-        metrics={},
-        licence="Synthetic data, free for any use.",
-    )
-    return out
+
+    def export(out: Path) -> None:
+        export_model(
+            small_hybrid,
+            small_data,
+            out,
+            training={"note": "random weights"},
+            metrics={},
+            licence="Synthetic data, free for any use.",
+        )
+
+    return made_once(tmp_path_factory, "model_directory", export)
 
 
 @pytest.fixture(scope="session")

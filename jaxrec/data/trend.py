@@ -62,8 +62,11 @@ class DecayedCounts:
             [[0.0, 0.5, 0.0], [0.0, 0.75, 0.5]]
         """
         found = np.empty((len(times), len(HALF_LIVES_S), self._width), np.float32)
+        before = None
         for at in np.argsort(times, kind="stable"):
-            found[at] = self._advanced(int(times[at]), "left")
+            same = before is not None and times[at] == times[before]
+            found[at] = found[before] if same else self._advanced(int(times[at]), "left")
+            before = at
         return found
 
     def until(self, time: int) -> np.ndarray:

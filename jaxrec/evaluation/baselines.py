@@ -9,8 +9,8 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import SECONDS_PER_DAY
 from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
 from jaxrec.evaluation.metrics import ndcg
-from jaxrec.evaluation.ranking import rank_cases
-from jaxrec.evaluation.scorers import Scorer, compiled_scorer
+from jaxrec.evaluation.ranking import rank_together
+from jaxrec.evaluation.scorers import Scorer, Shared, compiled_scorer
 from jaxrec.models.cooccurrence import CoOccurrence, recent_items
 
 RECENT_HALF_LIFE_DAYS = 30.0
@@ -26,17 +26,25 @@ def constant_scorer(scores: np.ndarray) -> Scorer:
     return lambda batch: np.broadcast_to(scores.astype(np.float32), (len(batch.target), len(scores)))
 
 
-def recent_popularity_scorer(data: PreparedData, counts: DecayedCounts, half_life: int) -> Scorer:
+def recent_popularity_scorer(
+    data: PreparedData, counts: DecayedCounts, half_life: int, shared: Shared | None = None
+) -> Scorer:
     """The decayed counts with one half-life, as of each case's moment, so that nothing later is counted.
 
     Args:
         data: Its popularity, scaled down, breaks ties of items without recent events.
         counts: Of the events to count.
         half_life: Its place in HALF_LIVES_S.
+        shared: Of the scorers that are ranked together.
     """
+    shared = shared or Shared()
     popularity = data.train_popularity()
     tie_break = 1e-6 * popularity / (popularity.sum() + 1.0)
-    return lambda batch: (counts.before(batch.time)[:, half_life] + tie_break).astype(np.float32)
+
+    def score(batch: CaseBatch) -> np.ndarray:
+        return (shared.counts(batch, counts)[:, half_life] + tie_break).astype(np.float32)
+
+    return score
 
 
 def own_items_scorer(item_count: int) -> Scorer:
@@ -60,12 +68,10 @@ def own_items_scorer(item_count: int) -> Scorer:
 def best_half_life(data: PreparedData, counts: DecayedCounts, max_length: int, exclude_seen: bool = True) -> int:
     """The place in HALF_LIVES_S of recent popularity's half-life with the best NDCG@10 on validation."""
 
-    def figure(half_life: int) -> float:
-        scorer = recent_popularity_scorer(data, counts, half_life)
-        ranked = rank_cases(scorer, data, data.split.validation, max_length, True, exclude_seen)
-        return float(ndcg(ranked.ranks, 10).mean())
-
-    return max(range(len(HALF_LIVES_S)), key=figure)
+    shared = Shared()
+    scorers = {at: (recent_popularity_scorer(data, counts, at, shared), True) for at in range(len(HALF_LIVES_S))}
+    ranked = rank_together(scorers, data, data.split.validation, max_length, exclude_seen)
+    return max(ranked, key=lambda at: float(ndcg(ranked[at].ranks, 10).mean()))
 
 
 def cooccurrence_scorer(model: CoOccurrence) -> Scorer:

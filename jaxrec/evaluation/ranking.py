@@ -3,19 +3,22 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from jaxrec.data.batches import CaseBatch, case_batches
 from jaxrec.data.events import Events
+from jaxrec.data.histories import power_of_two
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.split import Cases
+from jaxrec.data.trend import HALF_LIVES_S
 from jaxrec.errors import DataError
 from jaxrec.evaluation.bootstrap import Resamples, bootstrap
 from jaxrec.evaluation.metrics import (
@@ -31,6 +34,10 @@ from jaxrec.models.sequence import TimeRatingAwareLSTM
 
 TOP = 10
 LENGTHS = (25, 50, 100)  # of histories that are ranked together, below the longest
+FEW_CASES = 256
+LEAST_BATCH, LARGEST_BATCH = 16, 256  # cases that are ranked at once
+BATCH_FLOATS = 2**24
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Ranked(NamedTuple):
@@ -70,31 +77,75 @@ def rank_cases(
     exclude_seen: bool = True,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Ranked:
+    """`rank_together` of one scorer; `request_time`: whether it is given the request time."""
+    asked = {"": (scorer, request_time)}
+    return rank_together(asked, data, cases, max_length, exclude_seen, before_batch)[""]
+
+
+def rank_together(
+    scorers: Mapping[Key, tuple[Scorer, bool]],
+    data: PreparedData,
+    cases: Cases,
+    max_length: int,
+    exclude_seen: bool = True,
+    before_batch: Callable[[], None] = lambda: None,
+    progress: str | None = None,
+) -> dict[Key, Ranked]:
     """Ranks the target of every case among the whole catalogue, without the case's history or with it.
 
+    The cases are gone through once for all scorers. Those with histories of like length go together, in the order of
+    their times.
+
     Args:
-        scorer: of all items.
-        data: that the cases are of.
-        cases: at least one.
-        max_length: of the history that the scorer is given, in events.
-        request_time: without it the scorer is given UNKNOWN_GAP for the gap before the target.
-        exclude_seen: whether items of the history are no candidates.
-        before_batch: is called before each batch; what it raises ends the call.
+        scorers: Each with whether it is given the request time; without it the gap before the target is UNKNOWN_GAP.
+        data: That the cases are of.
+        cases: At least one.
+        max_length: Of the history that a scorer is given, in events.
+        exclude_seen: Whether items of the history are no candidates.
+        before_batch: Is called before each batch; what it raises ends the call.
+        progress: Name of a bar on stderr that counts cases; None: none is shown.
+
+    Returns:
+        The ranks of each scorer, in the order of the cases.
 
     Raises:
-        DataError: there is no case.
+        DataError: There is no case.
     """
-    ranks, tops = [], []
-    ordered, places = in_time(data, cases)
-    for batch in case_batches(data, ordered, max_length, exclude_seen=exclude_seen):
-        before_batch()
-        asked = batch if request_time else without_request_time(batch)
-        batch_ranks, batch_top = _rank_batch(scorer(asked), batch.target, batch.exclude)
-        ranks.append(np.asarray(batch_ranks))
-        tops.append(np.asarray(batch_top))
-    if not ranks:
+    if not len(cases):
         raise DataError("the split has no case to rank; the log is too short for it")
-    return Ranked(np.concatenate(ranks)[places], np.concatenate(tops)[places])
+    width, size = min(TOP, len(data.catalog)), batch_size(len(cases), len(data.catalog))
+    found = {key: Ranked(np.empty(len(cases), np.int32), np.empty((len(cases), width), np.int32)) for key in scorers}
+    with tqdm(desc=progress, total=len(cases), unit="case", disable=progress is None) as bar:
+        for places, longest in by_length(data, cases, max_length):
+            chosen = places[np.argsort(data.histories.times[cases.rows[places]], kind="stable")]
+            ordered = Cases(cases.users[chosen], cases.rows[chosen])
+            for number, batch in enumerate(case_batches(data, ordered, longest, size, exclude_seen)):
+                before_batch()
+                of_batch, untimed = chosen[number * size : (number + 1) * size], without_request_time(batch)
+                for key, (scorer, request_time) in scorers.items():
+                    scores = scorer(batch if request_time else untimed)
+                    ranks, top = _rank_batch(scores, batch.target, batch.exclude)
+                    found[key].ranks[of_batch], found[key].top[of_batch] = ranks[: len(of_batch)], top[: len(of_batch)]
+                bar.update(len(of_batch))
+    return found
+
+
+def by_length(data: PreparedData, cases: Cases, max_length: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Cases whose histories are of like length, so that little is padding: their places, and the longest length. A few
+    cases stay together, since each length is compiled."""
+    lengths = np.minimum(cases.rows - data.histories.offsets[cases.users], max_length)
+    bounds = [n for n in LENGTHS if n < max_length] if len(cases) > FEW_CASES else []
+    for shortest, longest in itertools.pairwise([-1, *bounds, max_length]):
+        chosen = np.flatnonzero((lengths > shortest) & (lengths <= longest))
+        if len(chosen):
+            yield chosen, longest
+
+
+def batch_size(cases: int, items: int) -> int:
+    """How many cases are ranked at once: not more than there are, and with at most BATCH_FLOATS decayed counts, which
+    are the largest array of a batch, where that leaves LEAST_BATCH."""
+    fits = BATCH_FLOATS // (len(HALF_LIVES_S) * (items + 1))
+    return min(power_of_two(cases), max(LEAST_BATCH, min(LARGEST_BATCH, fits)))
 
 
 def in_time(data: PreparedData, cases: Cases) -> tuple[Cases, np.ndarray]:
@@ -114,19 +165,15 @@ def ranks_by_request_time(
     """[2, cases] int32: the target's rank without and with the request time. The history is read once for both, and
     cases with histories of like length go together. `before_batch` is called before each batch."""
     graphdef, variables = nnx.split(model)
-    max_length = model.config.max_length
-    lengths = np.minimum(cases.rows - data.histories.offsets[cases.users], max_length)
-    ranks = np.empty((2, len(cases)), np.int32)
-    for shortest, longest in itertools.pairwise([-1, *(n for n in LENGTHS if n < max_length), max_length]):
-        chosen = np.flatnonzero((lengths > shortest) & (lengths <= longest))
-        found = []
+    ranks, size = np.empty((2, len(cases)), np.int32), batch_size(len(cases), len(data.catalog))
+    for chosen, longest in by_length(data, cases, model.config.max_length):
         of_length = Cases(cases.users[chosen], cases.rows[chosen])
-        for batch in case_batches(data, of_length, longest, exclude_seen=exclude_seen):
+        found = []
+        for batch in case_batches(data, of_length, longest, size, exclude_seen):
             before_batch()
             asked = batch.events, batch.request_gap, batch.target, batch.exclude
             found.append(np.asarray(_both_ranks(graphdef, variables, *asked)))
-        if found:
-            ranks[:, chosen] = np.concatenate(found, axis=1)[:, : len(chosen)]
+        ranks[:, chosen] = np.concatenate(found, axis=1)[:, : len(chosen)]
     return ranks
 
 

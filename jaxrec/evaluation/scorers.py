@@ -4,11 +4,10 @@
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -16,9 +15,11 @@ from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
 from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.trend import DecayedCounts
+from jaxrec.models.cooccurrence import recent_items
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.repeat import SeenScores
 from jaxrec.models.sequence import TimeRatingAwareLSTM
+from jaxrec.models.summary import Summary, last_summary
 from jaxrec.models.trend import Trend
 
 Logits = Callable[[Any, Events, jax.Array], jax.Array]
@@ -40,25 +41,66 @@ class Scorer(Protocol):
         """
 
 
-def sequence_scorer(model: TimeRatingAwareLSTM) -> Scorer:
+class Shared:
+    """What the scorers of a batch have in common, computed once: give one object to all that are ranked together."""
+
+    def __init__(self) -> None:
+        self._batch: tuple[Any, ...] = ()
+        self._found: dict[Any, Any] = {}
+
+    def once(self, batch: CaseBatch, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """compute(), or what it gave for the same key and cases, whatever their request time."""
+        of_batch = batch.events, batch.time, batch.history
+        if len(self._batch) != len(of_batch) or any(
+            one is not other for one, other in zip(of_batch, self._batch, strict=True)
+        ):
+            self._batch, self._found = of_batch, {}
+        if key not in self._found:
+            self._found[key] = compute()
+        return self._found[key]
+
+    def counts(self, batch: CaseBatch, counts: DecayedCounts) -> np.ndarray:
+        """[batch, half-lives, items + 1] float32 at the times of the cases."""
+        found: np.ndarray = self.once(batch, id(counts), lambda: counts.before(batch.time))
+        return found
+
+
+def sequence_scorer(model: TimeRatingAwareLSTM, shared: Shared | None = None) -> Scorer:
     """The scorer of one sequence model (TimeRatingAwareLSTM or TimeRatingAwareContentModel)."""
-    return compiled_scorer(model, sequence_logits)
+    last_output = _last_output(model, shared or Shared())
+    graphdef, variables = nnx.split(model)
+    return lambda batch: _sequence_logits(graphdef, variables, last_output(batch), batch.request_gap)
 
 
-def hybrid_scorer(hybrid: Hybrid, counts: DecayedCounts | None = None) -> Scorer:
-    """The scorer of a hybrid, with its policy if it has one. `counts`: of the events that its trend is made of, as a
-    server would have them that recorded each when it happened; None: without a trend."""
+def hybrid_scorer(hybrid: Hybrid, counts: DecayedCounts | None = None, shared: Shared | None = None) -> Scorer:
+    """The scorer of a hybrid, with its reranker and its policy if it has them.
+
+    Args:
+        hybrid: The hybrid.
+        counts: Of the events that its trend is made of, as a server would have them that recorded each when it
+            happened; None: without a trend.
+        shared: Of the scorers that are ranked together.
+    """
+    shared = shared or Shared()
     graphdef, variables = nnx.split(hybrid)
     of_trend = nnx.split(hybrid.trend)
+    of_lstm, of_content = _last_output(hybrid.lstm, shared), _last_output(hybrid.content, shared)
+    encoder = None if hybrid.reranker is None else hybrid.reranker.tables.encoder
 
     def score(batch: CaseBatch) -> jax.Array:
         trend: Any = 0.0
-        if counts is not None:  # one by one: the counts of a whole batch would be many times the size of its logits
-            trend = jnp.stack([_trend(*of_trend, counts.before(time)[0]) for time in batch.time[:, None]])
+        if counts is not None:
+            now = shared.counts(batch, counts)
+            trend = shared.once(batch, (id(counts), id(hybrid.trend)), lambda: _trend(*of_trend, now))
+        recent = shared.once(batch, "recent", lambda: _recent(batch.events))
+        summary = None
+        if encoder is not None:
+            summary = shared.once(batch, id(hybrid.reranker), lambda: _summary(batch.events, encoder))
         timed = np.asarray(batch.request_gap) != UNKNOWN_GAP
         history = batch.history, batch.history_time, batch.time
         seen = None if hybrid.repeat is None else hybrid.repeat.scores_of(*history, timed)
-        return _hybrid_logits(graphdef, variables, batch.events, batch.request_gap, batch.exclude, trend, seen)
+        of_history = (of_lstm(batch), of_content(batch)), recent, summary
+        return _hybrid_logits(graphdef, variables, *of_history, batch.request_gap, batch.exclude, trend, seen)
 
     return score
 
@@ -69,24 +111,48 @@ def compiled_scorer(model: nnx.Module, logits: Logits) -> Scorer:
     return lambda batch: _compiled(graphdef, logits, variables, batch.events, batch.request_gap)
 
 
-def sequence_logits(model: TimeRatingAwareLSTM, events: Events, request_gap: jax.Array) -> jax.Array:
-    """[batch, items + 1] logits of one sequence model after each row's last event."""
-    item_vectors = model.item_vectors()
-    _, (h, _) = model.encode(events, item_vectors)
-    return model.query(h, request_gap) @ item_vectors.T + model.item_bias()
+def _last_output(model: TimeRatingAwareLSTM, shared: Shared) -> Callable[[CaseBatch], jax.Array]:
+    """[batch, hidden]: what the model gives after each history."""
+    graphdef, variables = nnx.split(model)
+    return lambda batch: shared.once(batch, id(model), lambda: _encode(graphdef, variables, batch.events))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graphdef: nnx.GraphDef[TimeRatingAwareLSTM], variables: Any, events: Events) -> jax.Array:
+    model = nnx.merge(graphdef, variables)
+    return model.encode(events, model.item_vectors())[1][0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sequence_logits(
+    graphdef: nnx.GraphDef[TimeRatingAwareLSTM], variables: Any, outputs: jax.Array, request_gap: jax.Array
+) -> jax.Array:
+    model = nnx.merge(graphdef, variables)
+    return model.query(outputs, request_gap) @ model.item_vectors().T + model.item_bias()
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _hybrid_logits(
     graphdef: nnx.GraphDef[Hybrid],
     variables: Any,
-    events: Events,
+    outputs: tuple[jax.Array, jax.Array],
+    recent: jax.Array,
+    summary: Summary | None,
     request_gap: jax.Array,
     exclude: jax.Array,
     trend: jax.Array | float,
     seen: SeenScores | None,
 ) -> jax.Array:
-    return nnx.merge(graphdef, variables).logits(events, request_gap, exclude=exclude, trend=trend, seen=seen)[0]
+    hybrid = nnx.merge(graphdef, variables)
+    return hybrid.logits_after(outputs, recent, summary, request_gap, exclude, trend, seen)
+
+
+@jax.jit
+def _recent(events: Events) -> jax.Array:
+    return recent_items(events.item, events.length)
+
+
+_summary = jax.jit(last_summary)
 
 
 @functools.partial(jax.jit, static_argnums=0)

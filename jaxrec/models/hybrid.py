@@ -193,16 +193,31 @@ class Hybrid(nnx.Module):
         """
         _, state = self.encode(events, state)
         h_lstm, _, h_content, _, recent = self.split_state(state)
-        query = self.supervised_query((h_lstm, h_content), request_gap)
-        asked = query, request_gap, recent, self.summary_of(state)
-        logits, mixed = self.mixed(*asked, exclude, trend, seen)
+        asked = (h_lstm, h_content), recent, self.summary_of(state), request_gap
+        return self.logits_after(*asked, exclude, trend, seen), state
+
+    def logits_after(
+        self,
+        outputs: tuple[jax.Array, jax.Array],
+        recent: jax.Array,
+        summary: Summary | None,
+        request_gap: jax.Array,
+        exclude: Array | None = None,
+        trend: jax.Array | float = 0.0,
+        seen: SeenScores | None = None,
+    ) -> jax.Array:
+        """The logits [batch, items + 1] that `logits` gives, from what is known of the histories: both models' last
+        `outputs` [batch, hidden], the `recent` items [batch, RECENT_ITEMS] and, with a reranker, the `summary`
+        [batch]."""
+        query = self.supervised_query(outputs, request_gap)
+        logits, mixed = self.mixed(query, request_gap, recent, summary, exclude, trend, seen)
         if self.reranker is not None:
             logits = self.reranker.changes(mixed, self.item_vectors()).added_to(logits)
         if self.policy is not None:
             logits += (self.policy(query) - query) @ self.item_vectors().T + self.policy.item_bias[...]
         if self.new_items is not None:
             logits = capped_logits(logits, self._new(trend), exclude)
-        return logits, state
+        return logits
 
     def mixed(
         self,

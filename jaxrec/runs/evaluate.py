@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from jaxrec.config import to_json
 from jaxrec.data.batches import gaps_at
@@ -20,8 +19,8 @@ from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
 from jaxrec.evaluation.baselines import best_half_life, own_items_scorer, popularity_scorer, recent_popularity_scorer
 from jaxrec.evaluation.bootstrap import bootstrap, ratio, resample
 from jaxrec.evaluation.metrics import ndcg
-from jaxrec.evaluation.ranking import MetricsRow, rank_cases, summarize
-from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
+from jaxrec.evaluation.ranking import MetricsRow, rank_together, summarize
+from jaxrec.evaluation.scorers import Scorer, Shared, hybrid_scorer, sequence_scorer
 from jaxrec.files import write_text
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.runs.directory import EVALUATION_FILE, Run, load_supervised, open_run, read_reranker
@@ -84,22 +83,21 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     counts = DecayedCounts.of(data)
     excluded = mix.repeat is None
     half_life = best_half_life(data, counts, max_length, excluded)
+    shared = Shared()
     learned: dict[str, Scorer] = {
-        "TimeRatingAwareLSTM": sequence_scorer(mix.lstm),
-        "TimeRatingAwareContentModel": sequence_scorer(mix.content),
-        HYBRID: hybrid_scorer(mix, counts),
-        **{name: hybrid_scorer(hybrid, counts) for name, hybrid in learned_policies.items()},
+        "TimeRatingAwareLSTM": sequence_scorer(mix.lstm, shared),
+        "TimeRatingAwareContentModel": sequence_scorer(mix.content, shared),
+        HYBRID: hybrid_scorer(mix, counts, shared),
+        **{name: hybrid_scorer(hybrid, counts, shared) for name, hybrid in learned_policies.items()},
     }
-    scorers: dict[tuple[str, bool], Scorer] = {
-        (POPULARITY, False): popularity_scorer(data),
-        (RECENT_POPULARITY, False): recent_popularity_scorer(data, counts, half_life),
-        **({} if excluded else {(OWN_ITEMS, False): own_items_scorer(len(data.catalog))}),
-        **{(name, time): scorer for name, scorer in learned.items() for time in (False, True)},
+    baselines: dict[str, Scorer] = {
+        POPULARITY: popularity_scorer(data),
+        RECENT_POPULARITY: recent_popularity_scorer(data, counts, half_life, shared),
+        **({} if excluded else {OWN_ITEMS: own_items_scorer(len(data.catalog))}),
     }
-    ranked = {
-        (name, time): rank_cases(scorer, data, data.split.test, max_length, time, excluded)
-        for (name, time), scorer in tqdm(scorers.items(), desc="evaluate", unit="row")
-    }
+    scorers = {(name, False): (scorer, False) for name, scorer in baselines.items()}
+    scorers |= {(name, time): (scorer, time) for name, scorer in learned.items() for time in (False, True)}
+    ranked = rank_together(scorers, data, data.split.test, max_length, excluded, progress="evaluate")
     resamples = resample(data.split.test.users, seed=seed)
     rows = [summarize(name, time, of_row, popularity, resamples) for (name, time), of_row in ranked.items()]
     protocol = {

@@ -1,18 +1,21 @@
 """Ranks of validation: read once for both ways to ask, in groups of like length, they are those of each way alone."""
 
 import numpy as np
+import pytest
 from flax import nnx
 
 from jaxrec.config import ModelConfig, PrepareConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.split import Cases
+from jaxrec.evaluation import ranking
 from jaxrec.evaluation.ranking import LENGTHS, rank_cases, ranks_by_request_time
 from jaxrec.evaluation.scorers import sequence_scorer
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from tests.synthetic import random_log
 
 
-def test_both_ways_at_once_rank_as_each_alone() -> None:
+def test_both_ways_at_once_rank_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking, "FEW_CASES", 0)
     data = prepare(random_log(users=30, items=60, max_events=50, seed=3), None, PrepareConfig(1, 1))
     max_length = 40
     model = TimeRatingAwareLSTM(len(data.catalog), ModelConfig(16, 16, max_length=max_length), rngs=nnx.Rngs(0))

@@ -13,6 +13,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, SECONDS_PER_DAY, TIME, USER
 from jaxrec.data.split import Cases
 from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
+from jaxrec.evaluation import ranking
 from jaxrec.evaluation.baselines import (
     cooccurrence_scorer,
     own_items_scorer,
@@ -20,8 +21,8 @@ from jaxrec.evaluation.baselines import (
     recent_popularity_scorer,
 )
 from jaxrec.evaluation.bootstrap import resample
-from jaxrec.evaluation.ranking import rank_cases, summarize, without_request_time
-from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
+from jaxrec.evaluation.ranking import rank_cases, rank_together, summarize, without_request_time
+from jaxrec.evaluation.scorers import Scorer, Shared, hybrid_scorer, sequence_scorer
 from jaxrec.models.hybrid import Hybrid
 
 SCORERS: dict[str, Callable[[PreparedData, Hybrid], Scorer]] = {
@@ -117,3 +118,44 @@ def test_the_order_of_the_cases_changes_no_rank(small_data: PreparedData, small_
     shuffled = rank_cases(scorer, small_data, Cases(cases.users[order], cases.rows[order]), 50, request_time=True)
     np.testing.assert_array_equal(shuffled.ranks, ranked.ranks[order])
     np.testing.assert_array_equal(shuffled.top, ranked.top[order])
+
+
+def test_scorers_that_share_rank_as_each_alone(
+    small_data: PreparedData, small_hybrid: Hybrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in groups of like length, and with batches that do not hold all cases."""
+    monkeypatch.setattr(ranking, "FEW_CASES", 0)
+    monkeypatch.setattr(ranking, "LENGTHS", (5, 10))
+    monkeypatch.setattr(ranking, "LARGEST_BATCH", 16)
+    counts, shared = DecayedCounts.of(small_data), Shared()
+    other = DecayedCounts(np.array([1, 2]), np.array([0, 10]), len(small_data.catalog))
+
+    def made(shared: Shared | None) -> dict[str, Scorer]:
+        return {
+            "recent": recent_popularity_scorer(small_data, counts, 3, shared),
+            "recent of others": recent_popularity_scorer(small_data, other, 3, shared),
+            "LSTM": sequence_scorer(small_hybrid.lstm, shared),
+            "content": sequence_scorer(small_hybrid.content, shared),
+            "hybrid": hybrid_scorer(small_hybrid.with_policy(None), counts, shared),
+            "without its trend": hybrid_scorer(small_hybrid, None, shared),
+            "trend of others": hybrid_scorer(small_hybrid, other, shared),
+        }
+
+    cases = small_data.split.test
+    asked = {(name, time): (scorer, time) for name, scorer in made(shared).items() for time in (False, True)}
+    together = rank_together(asked, small_data, cases, 50)
+    monkeypatch.undo()
+    for (name, time), found in together.items():
+        alone = rank_cases(made(None)[name], small_data, cases, 50, time)
+        np.testing.assert_array_equal(found.ranks, alone.ranks, name)
+        np.testing.assert_array_equal(found.top, alone.top, name)
+    assert len({found.ranks.tobytes() for found in together.values()}) > 8  # they differ
+
+
+def test_what_is_shared_is_computed_once_for_each_batch(small_data: PreparedData) -> None:
+    cases, calls = small_data.split.test, list[int]()
+    first, second = (next(case_batches(small_data, cases, length)) for length in (50, 20))
+    shared = Shared()
+    for batch in (first, without_request_time(first), second, second, first):
+        shared.once(batch, "key", lambda: calls.append(len(calls)))
+    assert len(calls) == 3

@@ -14,6 +14,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx.convert import sequence_graph, step_graph
 from jaxrec.onnx.weights import extract_weights
+from tests.once import made_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +59,12 @@ def exported(
     model_directory: Path,
     random_hybrid: Callable[[PreparedData, int, bool], Hybrid],
     with_random_reranker: Callable[[Hybrid, PreparedData], Hybrid],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Exported:
     """A model with a policy head, one without, one whose catalogue has no genres, one with new items, and one with new
     items, a reranker and a policy head."""
     if request.param == "policy":
-        graphs = ((model_directory / name).read_bytes() for name in ("sequence.onnx", "step.onnx"))
-        return Exported(small_hybrid, *graphs)
+        return _exported(small_hybrid, model_directory)
     if request.param == "no genres":
         bare = Catalog(small_data.catalog.ids, small_data.catalog.titles, ((),) * len(small_data.catalog))
         small_data = dataclasses.replace(small_data, catalog=bare)
@@ -77,5 +78,15 @@ def exported(
         new = np.arange(len(small_data.catalog) + 1) % 4 == 1
         hybrid = Hybrid(*parts, small_hybrid.trend, small_hybrid.policy, new)
         hybrid = with_random_reranker(hybrid, small_data)
-    weights = extract_weights(hybrid)
-    return Exported(hybrid, sequence_graph(weights), step_graph(weights))
+
+    def convert(folder: Path) -> None:
+        weights = extract_weights(hybrid)
+        folder.mkdir()
+        (folder / "sequence.onnx").write_bytes(sequence_graph(weights))
+        (folder / "step.onnx").write_bytes(step_graph(weights))
+
+    return _exported(hybrid, made_once(tmp_path_factory, f"graphs of {request.param}", convert))
+
+
+def _exported(hybrid: Hybrid, folder: Path) -> Exported:
+    return Exported(hybrid, *((folder / name).read_bytes() for name in ("sequence.onnx", "step.onnx")))

@@ -1,6 +1,7 @@
 """Training: it learns what is there and nothing that is not, it repeats, resumes and splits over devices exactly."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -179,10 +180,9 @@ print(json.dumps(losses))
 
 
 def test_eight_devices_give_the_loss_of_one() -> None:
-    environment = {
+    environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
-        "PATH": "",
     }
     result = subprocess.run(
         [sys.executable, "-c", SHARDED],

@@ -87,8 +87,6 @@ def start_python(code: str, devices: int, *arguments: object) -> subprocess.Pope
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
     command = [sys.executable, "-c", code, *map(str, arguments)]
     root = Path(__file__).parents[2]

@@ -13,10 +13,7 @@ import faiss
 import numpy as np
 import pytest
 
-from jaxrec.data.prepared import PreparedData
-from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx.ann_index import index_points
-from jaxrec.onnx.model_directory import export_model
 from serve.model.directory import Artifact, read_artifact
 from serve.model.events import Event
 from serve.model.graphs import CPU, CUDA, SEQUENCE_OUTPUTS, searches_index
@@ -28,19 +25,6 @@ from serve.settings import SearchBy
 from tests.serve.model.rankings import LARGE, assert_same, histories, index_of
 
 ITEMS = 60
-
-
-@pytest.fixture(scope="module")
-def indexed_directory(small_data: PreparedData, small_hybrid: Hybrid, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of `model_directory`, with an index."""
-    out = tmp_path_factory.mktemp("indexed") / "model"
-    export_model(small_hybrid, small_data, out, training={}, metrics={}, licence="Synthetic.", index=True)
-    return out
-
-
-@pytest.fixture(scope="module")
-def indexed(indexed_directory: Path) -> Artifact:
-    return read_artifact(indexed_directory)
 
 
 @pytest.fixture(scope="module")

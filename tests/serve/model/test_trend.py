@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxrec.data.prepared import PreparedData
-from jaxrec.models.hybrid import Hybrid
-from jaxrec.onnx.model_directory import export_model
 from serve.model.directory import Artifact, read_artifact
 from serve.model.features import Features
 from serve.model.manifest import ArtifactError
@@ -22,13 +19,6 @@ from tests.serve.model.test_directory import edit_manifest, replace_file
 from tests.serve.model.test_engine import random_rows
 
 DAY = 86_400
-
-
-@pytest.fixture(scope="module")
-def indexed(small_data: PreparedData, small_hybrid: Hybrid, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    out = tmp_path_factory.mktemp("indexed") / "model"
-    export_model(small_hybrid, small_data, out, training={}, metrics={}, licence="Synthetic.", index=True)
-    return read_artifact(out)
 
 
 def counts_of(items: dict[int, float], item_count: int) -> np.ndarray:

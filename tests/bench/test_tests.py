@@ -1,0 +1,33 @@
+"""The page of the tests' own times says what a report by pytest holds."""
+
+from pathlib import Path
+
+import pytest
+
+from bench.tests import Measured, seconds_of_tests, tables
+
+REPORT = """<?xml version="1.0" encoding="utf-8"?>
+<testsuites name="pytest tests"><testsuite name="pytest" errors="0" failures="0" skipped="1" tests="3" time="12.1">
+<testcase classname="tests.test_a" name="test_quick" time="0.004" />
+<testcase classname="tests.test_b" name="test_slow[1]" time="11.26"><system-out>said</system-out></testcase>
+<testcase classname="tests.test_b" name="test_left" time="0.000"><skipped type="pytest.skip" /></testcase>
+</testsuite></testsuites>
+"""
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    path = tmp_path / "report.xml"
+    path.write_text(REPORT)
+    return path
+
+
+def test_the_slowest_test_is_first(report: Path) -> None:
+    names = ["tests.test_b::test_slow[1]", "tests.test_a::test_quick", "tests.test_b::test_left"]
+    assert list(seconds_of_tests(report).items()) == list(zip(names, (11.26, 0.004, 0.0), strict=True))
+
+
+def test_the_tables_hold_the_run_and_its_slowest_tests(report: Path) -> None:
+    lines = tables({"now (abc)": Measured(12.1, 20.4, 1800.0, seconds_of_tests(report))})
+    assert lines[2] == "| now (abc) | 3 | 12 | 20 | 1,800 |"
+    assert lines[8] == "| 11.3 | `tests.test_b::test_slow[1]` |"
