@@ -23,7 +23,7 @@ class TrainingError(RuntimeError):
 
 
 class TrackingError(TrainingError):
-    """A run cannot be tracked with MLflow; the message says where and why. Nothing was trained."""
+    """A run cannot be tracked with MLflow; the message says where and why."""
 
 
 class ProcessLost(RuntimeError):

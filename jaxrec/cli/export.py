@@ -21,7 +21,7 @@ INDEX = {"auto": None, "always": True, "never": False}
     help="Add an approximate index of the items; auto: for large catalogues. With an index new items rank low. "
     "Refused if it misses too many of the best items.",
 )
-@mlflow_option
+@mlflow_option("Keep the model and its test metrics")
 def export(run: Path, out: Path, licence: Path | None, int8: bool, index: str, mlflow: str | None) -> None:
     """Exports RUN to ONNX for `python -m serve`; refused if ONNX Runtime and JAX differ."""
     from jaxrec.runs.export import NO_LICENCE

@@ -19,11 +19,10 @@ SEED = click.IntRange(0)
 SEED_HELP = "Seed of everything random: the same seed on the same machine gives the same result."
 
 
-mlflow_option = click.option(
-    "--mlflow",
-    metavar="URI",
-    help="Track the run with MLflow: an http:// URI of its server, sqlite:///FILE or a database. Needs jaxrec[mlflow].",
-)
+def mlflow_option(what: str) -> Callable[[Command], Command]:
+    """The option --mlflow of a command that does `what` with MLflow, such as "Track the run"."""
+    places = "an http:// URI of its server, sqlite:///FILE or a database"
+    return click.option("--mlflow", metavar="URI", help=f"{what} with MLflow: {places}. Needs jaxrec[mlflow].")
 
 
 def with_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:

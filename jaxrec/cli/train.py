@@ -80,7 +80,7 @@ CHANGEABLE = ("max_epochs", "patience", "learning_rate")  # together with the da
 )
 @click.option("--process-count", type=click.IntRange(1), envvar="JAX_NUM_PROCESSES", help="Number of processes.")
 @click.option("--process-index", type=click.IntRange(0), envvar="JAX_PROCESS_ID", help="Index of this process, from 0.")
-@mlflow_option
+@mlflow_option("Track the run")
 @click.pass_context
 def train(
     context: click.Context,
@@ -155,7 +155,8 @@ def train(
                 mlflow=mlflow,
             )
         except TrainingStopped as stopped:
-            click.echo(f"{stopped}; resume with: jaxrec train --out {out} --resume")
+            tracking = "" if mlflow is None else " --mlflow URI"  # which may hold a password
+            click.echo(f"{stopped}; resume with: jaxrec train --out {out} --resume{tracking}")
         except ProcessLost as lost:
             click.echo(f"Error: another process is gone ({lost}); resume with all of them: --resume", err=True)
             leave_at_once()

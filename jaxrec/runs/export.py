@@ -32,7 +32,8 @@ def export(
             index, items without training events have zero vectors and rank low until the trend of their first events
             lifts them (in a mix without a trend: until the next training), and a line says how many they are.
         mlflow: URI of MLflow's tracking server or store, which keeps the model directory as the artifact `model` of the
-            run that `train` tracked there (of a new one, if it did not) and the means of the metrics. None: none does.
+            run that `train` tracked there (of a new one, if it did not), in place of an earlier one, and the means of
+            the metrics. None: none does.
 
     Returns:
         The manifest, with the metrics of the run's last evaluation (empty before one).
@@ -44,7 +45,7 @@ def export(
     """
     run, tracker = open_run(run), None if mlflow is None else Tracker(mlflow)
     if tracker is not None:
-        tracker.begin(run)
+        tracker.find(run)
     data = run.read_data()
     hybrid = load_served(run, load_supervised(run, data))
     evaluation = run.folder / EVALUATION_FILE
@@ -64,6 +65,6 @@ def export(
         index=index,
     )
     if tracker is not None:
+        tracker.begin(run, "FINISHED")
         tracker.log_model(Path(out), manifest["metrics"])
-        tracker.status("FINISHED")
     return manifest

@@ -45,7 +45,7 @@ from jaxrec.runs.directory import (
     place_new_items,
     read_cooccurrence,
 )
-from jaxrec.runs.tracking import connect, tracked
+from jaxrec.runs.tracking import begin, connect, tracked
 from jaxrec.training.content_head import ridge_head, train_head
 from jaxrec.training.log import Track
 from jaxrec.training.loop import require_trainable, train_model
@@ -111,6 +111,7 @@ def train(
         if data is not None and not (isinstance(given, Path | str) and run.data_folder == Path(given).resolve()):
             raise DataError(f"{out} was trained on {run.data_folder}, not on {_name(data)} (to change that: --data)")
         prepared = run.read_data()
+        begin(mlflow, tracker, run)
     elif (out / RUN_FILE).exists():
         raise DataError(f"{out} already holds a run; resume it (--resume) or choose another folder")
     elif data is None:
@@ -125,11 +126,12 @@ def train(
             if is_first():
                 print(found)
         run = _new_run(out, data_folder, prepared, model_config, train_config)
+        begin(mlflow, tracker, run)
         wait_for_all("no process writes a run where another one still looks for it")
         _write_run(run)
     if is_first() and not (resume and (out / HYBRID_FILE).exists()):  # a run with a mix is finished: its weights stay
         (out / EVALUATION_FILE).unlink(missing_ok=True)
-    with noticing_loss(), tracked(tracker, run) as track:
+    with noticing_loss(), tracked(tracker) as track:
         _train_models(run, prepared, mesh, checkpoint_config, item_shards, stop, track)
     return run
 

@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import os
+import re
+import shutil
 import socket
 import sqlite3
 import sys
@@ -16,14 +19,16 @@ from mlflow.entities import RunStatus
 
 import jaxrec
 from jaxrec.cli.main import main
-from jaxrec.errors import TrackingError, TrainingStopped
-from jaxrec.runs.directory import HYBRID_FILE, MLFLOW_FILE, Run
-from jaxrec.runs.tracking import Tracker
+from jaxrec.errors import DataError, TrackingError, TrainingStopped
+from jaxrec.runs.directory import EVALUATION_FILE, HYBRID_FILE, MLFLOW_FILE, Run
+from jaxrec.runs.tracking import DATA_NAME, EXPECTED, EXPERIMENT, Tracker
 from jaxrec.training.log import TENSORBOARD_STEPS, read_epochs, read_steps
 from serve.model.directory import read_artifact
 from serve.model.events import Event
 from serve.model.recommender import Query, Recommender
+from tests.ports import reserved_port
 from tests.synthetic import markov_log
+from tests.training.test_train_sharding import DEADLINE_SECONDS, start_python
 
 pytestmark = [  # of MLflow's own code
     pytest.mark.filterwarnings("ignore:.*type hint"),
@@ -37,13 +42,22 @@ EVERYTHING = jaxrec.PrepareConfig(min_user_ratings=1, min_movie_ratings=1)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tracked") / "data"
-    jaxrec.prepare(markov_log(users=60, items=30, events=10, stay=0.9, seed=0), None, EVERYTHING, out=folder)
+    jaxrec.prepare(markov_log(users=30, items=20, events=10, stay=0.9, seed=0), None, EVERYTHING, out=folder)
     return folder
 
 
+@pytest.fixture(scope="module")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store without runs, since MLflow takes seconds to make its tables."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def uri(new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)  # where MLflow keeps the artifacts of such a store
+    shutil.copy(new_store, tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
@@ -52,11 +66,21 @@ def train(data: Path, out: Path, uri: str, **options: object) -> Run:
 
 
 @pytest.fixture(scope="module")
-def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Tracked in the store `uri_of(run)`, and left as it is by the tests."""
-    folder = tmp_path_factory.mktemp("run")
-    with contextlib.chdir(folder):  # where MLflow keeps the artifacts of such a store
-        return train(data, folder / "run", f"sqlite:///{folder / 'mlflow.db'}")
+def kept(data: Path, new_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FOLDER/run, evaluated, and the store FOLDER/mlflow.db in which it was tracked."""
+    folder = tmp_path_factory.mktemp("kept")
+    shutil.copy(new_store, folder / "mlflow.db")
+    with contextlib.chdir(folder):
+        jaxrec.evaluate(train(data, folder / "run", f"sqlite:///{folder / 'mlflow.db'}"))
+    return folder
+
+
+@pytest.fixture
+def run(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A copy, tracked in the store `uri_of(run)`."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    return jaxrec.open_run(tmp_path / "run")
 
 
 def uri_of(run: Run) -> str:
@@ -95,30 +119,31 @@ def test_a_store_gets_the_configuration_and_the_metrics_by_step(run: Run) -> Non
 def test_a_store_gets_a_model_that_answers_as_the_server_and_the_test_metrics(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(run.folder.parent)
     uri = uri_of(run)
     client = MlflowClient(tracking_uri=uri)
-    evaluation = jaxrec.evaluate(run)
+    client.update_run(tracked_id(run.folder), status="KILLED")
     ended = CliRunner().invoke(main, ["export", str(run.folder), "--out", str(tmp_path / "model"), "--mlflow", uri])
     assert ended.exit_code == 0, ended.output
     metrics = client.get_run(tracked_id(run.folder)).data.metrics
-    for row in evaluation.rows:
-        name = f"test/{row.name}/{'with' if row.request_time else 'without'}_request_time/ndcg_10"
-        assert metrics[name] == row.ndcg_10["mean"]
+    rows = json.loads((run.folder / EVALUATION_FILE).read_text("utf-8"))["rows"]
+    for row in rows:
+        name = f"test/{row['name']}/{'with' if row['request_time'] else 'without'}_request_time/ndcg_10"
+        assert metrics[name] == row["ndcg_10"]["mean"]
+    assert status(client, run.folder) == "KILLED"  # as the training ended
 
-    mlflow.set_tracking_uri(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     model = mlflow.pyfunc.load_model(f"runs:/{tracked_id(run.folder)}/model")
-    rows = [
+    events = [
         ("b", "3", 4.0, 200),
         ("a", "1", None, 100),
         ("b", "2", 5.0, 100),
         ("a", "5", 3.0, 300),
         ("c", "no", 3.0, 5),
     ]
-    events = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "timestamp"])
-    answers = model.predict(events, params={"k": 4})
+    frame = pd.DataFrame(events, columns=["user_id", "item_id", "rating", "timestamp"])
+    answers = model.predict(frame, params={"k": 4})
     served = Recommender(read_artifact(tmp_path / "model"))
-    histories = {user: [Event(*row[1:]) for row in rows if row[0] == user] for user in "bac"}
+    histories = {user: [Event(*event[1:]) for event in events if event[0] == user] for user in "bac"}
     expected = [
         (user, rank, served.catalog.item_ids[item], served.catalog.titles[item], float(score))
         for user, answer in zip(histories, served.recommend([Query(one, 4) for one in histories.values()]), strict=True)
@@ -126,7 +151,27 @@ def test_a_store_gets_a_model_that_answers_as_the_server_and_the_test_metrics(
     ]
     assert list(answers.itertuples(index=False, name=None)) == expected
     assert len(expected) == 12
-    assert len(model.predict(events.drop(columns="rating"))) == 30
+    assert len(model.predict(frame.drop(columns="rating"))) == 30
+
+
+@pytest.mark.parametrize("wrong", ["", "http://[x", "http://me:sec/ret@host", "http://h:99999", "http://"])
+def test_what_is_no_uri_is_refused_and_not_shown(wrong: str, data: Path, tmp_path: Path) -> None:
+    ended = CliRunner().invoke(main, ["train", str(data), "--out", str(tmp_path / "run"), "--mlflow", wrong])
+    assert ended.exit_code == 1
+    assert ended.output == f"Error: {EXPECTED}\n"
+
+
+def test_a_database_that_does_not_answer_is_asked_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes").write_text("no database\n" * 100)
+    with pytest.raises(TrackingError, match="file is not a database"):
+        Tracker(f"sqlite:///{tmp_path / 'notes'}")
+    assert capfd.readouterr().err == ""  # MLflow writes of each time that it asks again
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        with pytest.raises(TrackingError, match=f"MLflow at postgresql\\+psycopg://{address}: ") as refused:
+            Tracker(f"postgresql+psycopg://{address}/db?user=me&password=secret")
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize("wrong", ["htp://localhost:5000", "sqlite:////proc/no/mlflow.db"])
@@ -162,13 +207,141 @@ def test_a_store_that_fails_during_training_is_named_once_and_ends_nothing(
 
     run = train(data, tmp_path / "run", uri, stop=stop)
     assert (run.folder / HYBRID_FILE).is_file()
-    assert capsys.readouterr().out.count("fails, and training goes on: ") == 1
+    said = capsys.readouterr().err
+    assert said.count("fails, and training goes on: ") == 1
+    assert re.search(r"^MLflow at sqlite:\S+ does not have \d\d+ values of this run$", said, re.MULTILINE)
+
+
+def test_a_server_that_is_gone_is_asked_once_at_the_end(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = Tracker(uri_of(run))
+    tracker.find(run)
+    for step in range(100, 103):
+        tracker.metric("a", 1.0, step)
+    (run.folder.parent / "mlflow.db").write_bytes(b"no database")
+    for step in range(103, 105):
+        tracker.metric("a", 1.0, step)
+    tracker.status("FINISHED")
+    said = capsys.readouterr().err
+    assert "does not have 4 values of this run, nor that it is FINISHED\n" in said
+
+
+def test_values_that_mlflow_calls_invalid_are_counted_and_not_sent_again(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Tracker(uri_of(run))
+    tracker.find(run)
+    tracker.metric("no*name", 1.0, 1)  # sent alone, as the first
+    tracker.metric("a", 1.0, 1)
+    tracker.status("FINISHED")
+    client = MlflowClient(tracking_uri=uri_of(run))
+    assert [one.step for one in client.get_metric_history(tracked_id(run.folder), "a")] == [1]
+    assert "does not have 1 values of this run\n" in capsys.readouterr().err
+
+
+def test_what_waits_for_a_server_is_limited(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("jaxrec.runs.tracking.MOST_WAITING", 3)
+    tracker = Tracker(uri_of(run))
+    tracker.find(run)
+    execute(uri_of(run), "ALTER TABLE metrics RENAME TO away")
+    for step in range(5):
+        tracker.metric("a", 1.0, step)
+    execute(uri_of(run), "ALTER TABLE away RENAME TO metrics")
+    tracker.status("FINISHED")
+    client = MlflowClient(tracking_uri=uri_of(run))
+    assert [one.step for one in client.get_metric_history(tracked_id(run.folder), "a")] == [2, 3, 4]
+    assert "does not have 2 values of this run\n" in capsys.readouterr().err
+
+
+def test_steps_that_come_again_after_a_crash_are_not_sent_again(run: Run) -> None:
+    client, name = MlflowClient(tracking_uri=uri_of(run)), "lstm/epoch/loss"
+    before = [one.step for one in client.get_metric_history(tracked_id(run.folder), name)]
+    tracker = Tracker(uri_of(run))
+    tracker.begin(run)
+    for step in (*before, before[-1] + 1):
+        tracker.metric(name, 1.0, step)
+    tracker.status("FINISHED")
+    after = [one.step for one in client.get_metric_history(tracked_id(run.folder), name)]
+    assert after == [*before, before[-1] + 1]
+
+
+def test_the_environment_stays_as_it_was(run: Run) -> None:
+    before = dict(os.environ)
+    tracker = Tracker(uri_of(run))
+    tracker.begin(run)
+    tracker.status("FINISHED")
+    assert dict(os.environ) == {"MLFLOW_DISABLE_TELEMETRY": "true", **before}
+
+
+def test_a_second_export_takes_the_place_of_the_first_and_names_what_it_needs(run: Run, tmp_path: Path) -> None:
+    client = MlflowClient(tracking_uri=uri_of(run))
+    (run.folder / MLFLOW_FILE).unlink()
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("a model directory")
+        tracker = Tracker(uri_of(run))
+        tracker.begin(run, "FINISHED")
+        tracker.log_model(tmp_path / name, {})
+    assert status(client, run.folder) == "FINISHED"
+    kept = client.list_artifacts(tracked_id(run.folder), f"model/data/{DATA_NAME}")
+    assert [Path(one.path).name for one in kept] == ["second"]
+    needs = Path(client.download_artifacts(tracked_id(run.folder), "model/requirements.txt", str(tmp_path)))
+    assert [one.partition("=")[0] for one in needs.read_text().split()] == ["mlflow-skinny", "jaxrec[mlflow,serve-cpu]"]
+
+
+def test_an_export_that_fails_leaves_no_run_of_mlflow(run: Run) -> None:
+    (run.folder / MLFLOW_FILE).unlink()
+    (run.folder / HYBRID_FILE).unlink()
+    client = MlflowClient(tracking_uri=uri_of(run))
+    before = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    with pytest.raises(DataError):
+        jaxrec.export(run, run.folder.parent / "model", mlflow=uri_of(run))
+    assert len(client.search_runs([before[0].info.experiment_id])) == len(before) == 1
+
+
+def test_a_run_that_cannot_be_begun_in_mlflow_leaves_nothing_in_the_way(data: Path, uri: str, tmp_path: Path) -> None:
+    Tracker(uri)  # makes the experiment
+    execute(uri, "ALTER TABLE params RENAME TO away")
+    with pytest.raises(TrackingError):
+        train(data, tmp_path / "run", uri)
+    execute(uri, "ALTER TABLE away RENAME TO params")
+    with pytest.raises(TrainingStopped):
+        train(data, tmp_path / "run", uri, stop=lambda: True)
+
+
+ONE_OF_TWO = """
+import sys
+from pathlib import Path
+from jaxrec.errors import TrainingError
+from jaxrec.runs.train import train
+from jaxrec.training.processes import join, leave
+
+folder, uri, port, index = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
+join(f"127.0.0.1:{port}", 2, index)
+try:
+    train(None, folder, resume=True, mlflow=uri)
+except TrainingError as error:
+    print("failed:", error)
+leave()
+"""
+
+
+def test_two_processes_are_refused_together(run: Run) -> None:
+    (run.folder / MLFLOW_FILE).write_text("{")
+    with reserved_port() as port:
+        processes = [start_python(ONE_OF_TWO, 1, run.folder, uri_of(run), port, index) for index in (0, 1)]
+        outputs = [process.communicate(timeout=DEADLINE_SECONDS)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    failed = [line for output in outputs for line in output.splitlines() if line.startswith("failed:")]
+    assert failed[1:] == [f"{failed[0]} (in the first process)"]
+    assert MLFLOW_FILE in failed[0]
 
 
 def test_what_could_not_be_sent_is_sent_later(run: Run) -> None:
     uri = uri_of(run)
     tracker = Tracker(uri)
-    tracker.begin(run)
+    tracker.find(run)
     execute(uri, "ALTER TABLE metrics RENAME TO away")
     for step in range(1200):  # more than one request takes
         tracker.metric("a", step / 7, step)
