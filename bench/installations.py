@@ -73,7 +73,7 @@ INSTALLATIONS = (
         HEAVY,
         {"jaxrec train data --out run": "train", "jaxrec recommend model --history log.csv --out top.csv": "train"},
     ),
-    Installation("all", None, ("jaxrec.runs.demo", "jaxrec.onnx.convert", "serve.front.server", "mlflow"), (), {}),
+    Installation("all", None, ("jaxrec.runs.demo", "jaxrec.onnx.convert", "serve.front.server"), ("mlflow",), {}),
     Installation(
         "train",
         None,

@@ -82,7 +82,8 @@ class PyfuncModel:
 
 def _check_text(field: str, value: Any) -> None:
     if not isinstance(value, str):
-        raise InvalidRequest(field, "a string", "none" if value is None or value != value else repr(value))
+        missing = pd.api.types.is_scalar(value) and pd.isna(value)
+        raise InvalidRequest(field, "a string", "none" if missing else repr(value))
     check_id(field, value)
 
 

@@ -1,5 +1,6 @@
 """What docs/releases.md says of versions is true, and `make release` refuses what is no release."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -34,58 +35,135 @@ def test_the_table_of_versions_ends_with_those_of_the_code() -> None:
 
 
 def git(folder: Path, *words: str) -> None:
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True)
+    subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True)
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A repository of version 1.2.3 that may be released."""
-    (tmp_path / ".ci").mkdir()
-    shutil.copy(ROOT / ".ci/release", tmp_path / ".ci")
-    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.3"\n')
-    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## 1.2.3 (2026-12-01)\n")
-    (tmp_path / "Makefile").write_text("check:\n\t@echo checked; exit 7\n")
-    git(tmp_path, "init", "--quiet")
-    git(tmp_path, "add", "--all")
-    git(tmp_path, "commit", "--quiet", "--message", "version 1.2.3")
-    return tmp_path
+    """A repository of version 1.2.3 that may be released; its tools write their calls to `calls` beside it.
+
+    AT_TESTS is a command that runs with the tests.
+    """
+    folder = tmp_path / "checkout"
+    (folder / ".ci").mkdir(parents=True)
+    shutil.copy(ROOT / ".ci/release", folder / ".ci")
+    (folder / "pyproject.toml").write_text('[project]\nversion = "1.2.3"\n')
+    (folder / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n\n## 1.2.3 (2026-12-01)\n\n- New.\n")
+    targets = ".PHONY: check baseline\ncheck:\n\t@echo check >> ../calls\nbaseline:\n\t@echo baseline >> ../calls; cp contract baseline\n"
+    (folder / "Makefile").write_text(targets)
+    (folder / "contract").write_text("new")
+    (folder / "baseline").write_text("new")
+    (folder / ".gitignore").write_text("/.venv/\n/dist/\n")
+    python = folder / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        '#!/bin/sh\nset -e\necho "$2" >> ../calls\n'
+        'if [ "$2" = pytest ]; then sh -c "${AT_TESTS:-true}"; fi\n'
+        'if [ "$2" = build ]; then mkdir dist && touch dist/one.whl; fi\n'
+    )
+    python.chmod(0o755)
+    git(folder, "init", "--quiet")
+    git(folder, "config", "user.name", "test")
+    git(folder, "config", "user.email", "test@example.org")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "version 1.2.3")
+    return folder
 
 
-def release(checkout: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", ".ci/release"], cwd=checkout, check=False, capture_output=True, text=True)
+def release(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **environment}
+    command = ["bash", ".ci/release"]
+    return subprocess.run(command, cwd=checkout, check=False, capture_output=True, text=True, env=environment)
 
 
-def test_a_release_is_checked_before_anything_is_built_or_tagged(checkout: Path) -> None:
+def calls(checkout: Path) -> list[str]:
+    path = checkout.parent / "calls"
+    return path.read_text("utf-8").split() if path.exists() else []
+
+
+def tags(checkout: Path) -> str:
+    return subprocess.run(["git", "tag"], cwd=checkout, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_release_is_checked_tested_built_and_tagged(checkout: Path) -> None:
+    ended = release(checkout)
+    assert ended.returncode == 0, ended.stderr
+    assert calls(checkout) == ["check", "baseline", "pytest", "build", "twine"]
+    assert tags(checkout) == "v1.2.3\n"
+
+
+@pytest.mark.parametrize("failing", ["check", "pytest", "build", "twine"])
+def test_nothing_is_tagged_after_a_step_that_fails(checkout: Path, failing: str) -> None:
+    if failing == "check":
+        (checkout / "Makefile").write_text("check:\n\t@echo check >> ../calls; exit 7\n")
+        git(checkout, "commit", "--all", "--quiet", "--message", "a check that fails")
+    else:
+        python = checkout / ".venv/bin/python"
+        python.write_text(f'{python.read_text()}[ "$2" != {failing} ]\n')
     ended = release(checkout)
     assert ended.returncode != 0
-    assert "checked" in ended.stdout
-    tags = subprocess.run(["git", "tag"], cwd=checkout, check=True, capture_output=True, text=True).stdout
-    assert tags == ""
-    assert not (checkout / "dist").exists()
+    assert calls(checkout)[-1] == failing
+    assert tags(checkout) == ""
+
+
+def test_nothing_is_tagged_when_the_tests_change_the_checkout(checkout: Path) -> None:
+    ended = release(checkout, AT_TESTS="echo more >> contract")
+    assert ended.returncode == 1
+    assert "the tests or the build changed files" in ended.stderr
+    assert tags(checkout) == ""
+
+
+def test_a_release_that_is_tried_with_some_tests_is_not_tagged(checkout: Path) -> None:
+    ended = release(checkout, RELEASE_TESTS="tests/test_docs.py")
+    assert ended.returncode == 0, ended.stderr
+    assert calls(checkout)[-1] == "twine"
+    assert "v1.2.3 is not tagged" in ended.stdout
+    assert tags(checkout) == ""
+
+
+def test_a_baseline_of_another_contract_is_refused_before_the_tests(checkout: Path) -> None:
+    (checkout / "contract").write_text("newer")
+    git(checkout, "commit", "--all", "--quiet", "--message", "a newer contract")
+    ended = release(checkout)
+    assert ended.returncode == 1
+    assert "proto/baseline.binpb is not that of this contract" in ended.stderr
+    assert calls(checkout) == ["check", "baseline"]
+
+
+def refused(checkout: Path, reason: str) -> None:
+    """It is refused before anything is run."""
+    ended = release(checkout)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert reason in ended.stderr
+    assert calls(checkout) == []
 
 
 def test_a_changed_checkout_is_not_released(checkout: Path) -> None:
     (checkout / "more.py").write_text("")
-    ended = release(checkout)
-    assert (ended.returncode, ended.stdout) == (1, "")
-    assert "not committed" in ended.stderr
+    refused(checkout, "not committed")
+
+
+def test_a_head_without_a_branch_is_not_released(checkout: Path) -> None:
+    git(checkout, "checkout", "--quiet", "--detach")
+    refused(checkout, "HEAD is not on a branch")
 
 
 def test_a_version_is_not_released_twice(checkout: Path) -> None:
     git(checkout, "tag", "v1.2.3")
-    ended = release(checkout)
-    assert (ended.returncode, ended.stdout) == (1, "")
-    assert "the tag v1.2.3 is there already" in ended.stderr
+    refused(checkout, "the tag v1.2.3 is there already")
 
 
 @pytest.mark.parametrize("heading", ["## Unreleased", "## 1.2.30", "## 1x2x3"])
 def test_a_version_that_is_not_in_the_changelog_is_not_released(checkout: Path, heading: str) -> None:
     (checkout / "CHANGELOG.md").write_text(f"# Changelog\n\n{heading}\n")
     git(checkout, "commit", "--all", "--quiet", "--message", "changelog")
-    ended = release(checkout)
-    assert (ended.returncode, ended.stdout) == (1, "")
-    assert "CHANGELOG.md has no heading '## 1.2.3'" in ended.stderr
+    refused(checkout, "CHANGELOG.md has no heading '## 1.2.3'")
+
+
+def test_a_release_leaves_no_entry_unreleased(checkout: Path) -> None:
+    (checkout / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n\n- Newer.\n\n## 1.2.3\n\n- New.\n")
+    git(checkout, "commit", "--all", "--quiet", "--message", "changelog")
+    refused(checkout, "CHANGELOG.md has entries under '## Unreleased'")
 
 
 @pytest.mark.parametrize("name", ["bug.yml", "wish.yml"])
@@ -96,7 +174,7 @@ def test_forms_for_issues_keep_the_schema_of_github(name: str) -> None:
 
 def test_the_hooks_before_a_commit_are_the_checks_of_make_check() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))["repos"]
-    assert [one["repo"] for one in hooks] == ["local"]  # nothing is downloaded
+    assert [one["repo"] for one in hooks] == ["local"]
     entries = [hook["entry"].replace(" --force-exclude", "") for hook in hooks[0]["hooks"]]
     rule = re.search(r"^check: .*(protos)\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     assert rule is not None

@@ -362,6 +362,15 @@ def test_a_stopped_run_goes_on_in_the_same_run_of_mlflow(data: Path, uri: str, t
     assert status(client, out) == RunStatus.to_string(RunStatus.FINISHED)
 
 
+def test_a_stopped_command_says_how_to_go_on_in_mlflow(
+    data: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jaxrec.training.stopping.stop_on_signals", lambda: contextlib.nullcontext(lambda: True))
+    out = tmp_path / "run"
+    ended = CliRunner().invoke(main, ["train", str(data), "--out", str(out), "--mlflow", uri])
+    assert ended.output.endswith(f"; resume with: jaxrec train --out {out} --resume --mlflow URI\n")
+
+
 def test_a_run_that_was_tracked_elsewhere_is_refused(run: Run, uri: str) -> None:
     with pytest.raises(TrackingError, match="not found"):
         jaxrec.train(None, run.folder, resume=True, mlflow=uri)
