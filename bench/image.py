@@ -5,11 +5,13 @@
 
 Needs Linux, root, the network for Debian's and Python's packages, and some minutes. The base image is made with
 debootstrap where WORK has none; images and containers lie in WORK, so those of this machine stay as they are. `buildah`
-builds the Dockerfile as it is. `crun` runs the image as `docker run --read-only --cap-drop ALL --tmpfs /tmp` does: as
-the user of the image, with two volumes, in namespaces of its own. The network is one of them: no other machine reaches
-the server, and the client from outside enters that namespace.
+builds the Dockerfile as it is. `crun` runs the image with what `docker run --read-only --cap-drop ALL --tmpfs /tmp`
+asks for: as the user of the image, with two volumes, in namespaces of its own. Docker's filter of system calls and its
+masked files of /proc are not tried. The network is one of the namespaces: no other machine reaches the server, and the
+client from outside enters it.
 
-A mirror of the package index and its authority are mounted while the image is built, and do not stay in it:
+A mirror of the package index and its authority are mounted while the image is built. Of them only the empty files and
+folders on which they were mounted stay in its first stages:
 
     python -m bench.image --work runs/image --mount /etc/pip.conf:/etc/pip.conf --mount mirror.pem:/run/mirror.pem
 """
@@ -22,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,12 +37,14 @@ MOST_MB = 400
 TOOLS = ("buildah", "crun", "debootstrap", "nsenter", "unshare")
 DOCKERFILE = ROOT / "deploy/Dockerfile"
 IMAGE = "jaxrec:latest"
-CONTAINER = "jaxrec-image-bench"
+CONTAINER = f"jaxrec-image-bench-{os.getpid()}"
 # crun does not know how to read every kind of control groups, and needs none here: it finds an empty folder.
 RUNTIME = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /sys/fs/cgroup && exec "$@"', "sh", "crun"]
-RUNTIME += ["--cgroup-manager=disabled"]
+RUNTIME += ["--cgroup-manager=disabled"]  # and --root: `runtime_of`
 START_S = 60
 STOP_S = 30
+BUILD_S = 3600
+COMMAND_S = 900
 # What Debian's slim image leaves out, too, and what `apt-get update` brings again.
 NOT_IN_SLIM = (
     "usr/share/doc",
@@ -56,6 +60,29 @@ from serve.client import RecommenderClient, UserEvent
 with RecommenderClient("127.0.0.1:50051") as client:
     client.record_events([UserEvent(event_id="e1", user_id="u1", item_id="1", rating=5.0, timestamp=1_700_000_000)])
     print(len(client.recommend(user_id="u1", k=3).recommendations), "items for u1")
+"""
+
+HOLD = """
+import sqlite3, sys
+from concurrent.futures import ThreadPoolExecutor
+import grpc
+from serve.client import RecommenderClient, UserEvent
+event = UserEvent(event_id="e2", user_id="u1", item_id="2", timestamp=1_700_000_001)
+with RecommenderClient("127.0.0.1:50051") as client, ThreadPoolExecutor(1) as other:
+    store = sqlite3.connect(sys.argv[1], isolation_level=None)
+    store.execute("BEGIN IMMEDIATE")  # whoever records an event waits
+    held = other.submit(client.record_events, [event])
+    client.get_model_info()
+    print("a call waits", flush=True)
+    try:
+        while True:
+            client.get_model_info()
+    except grpc.RpcError as error:
+        print("a new call:", error.code().name, error.details())
+    waits = not held.done()
+    store.execute("ROLLBACK")
+    held.result()
+    print("the call that waited is answered" if waits else "no call waited")
 """
 
 
@@ -85,7 +112,8 @@ def main(work: Path, mounts: tuple[str, ...], publish: bool) -> None:
         [
             f"The image has {total:.0f} MB (10^6 bytes, not compressed); the goal is at most {MOST_MB}: "
             f"{'missed' if total > MOST_MB else 'met'}. Its layers, from the base on, have "
-            f"{', '.join(f'{one / 1e6:.0f}' for one in layers)} MB. The base `{base}` was made with debootstrap.",
+            f"{', '.join(f'{one / 1e6:.0f}' for one in layers)} MB. The base is `{base}` of the work folder, "
+            "where debootstrap makes it if it is missing.",
             "",
             f"Tools: {', '.join(versions())}.",
             "",
@@ -97,9 +125,9 @@ def main(work: Path, mounts: tuple[str, ...], publish: bool) -> None:
             "",
             "## Run",
             "",
-            "The root is read-only, no capability is left, `/tmp` is in memory, `/models` a model directory with random"
-            " weights that cannot be written, and `/store` an empty folder of the user 10001. `outside $` marks what"
-            " ran outside of the image, in the network of the server.",
+            "The root is read-only, and no capability is left. Docker's filter of system calls is not there. `/tmp` is"
+            " in memory, `/models` a model directory with random weights that cannot be written, and `/store` an empty"
+            " folder of the user 10001. `outside $` marks what ran outside of the image, in the network of the server.",
             "",
             "```text",
             *transcript.lines,
@@ -197,9 +225,9 @@ class Transcript:
         self.lines: list[str] = []
         self.failures: list[str] = []
 
-    def run(self, shown: str, command: Sequence[str], expected: str, status: int = 0) -> None:
-        """Runs a command; it has to end with `status` and print `expected`."""
-        ended = subprocess.run(command, check=False, text=True, capture_output=True)
+    def run(self, shown: str, command: Sequence[str], *expected: str, status: int = 0) -> None:
+        """Runs a command; it has to end with `status` and print all that is `expected`."""
+        ended = subprocess.run(command, check=False, text=True, capture_output=True, timeout=COMMAND_S)
         text = ended.stdout + ended.stderr
         self.lines += [
             shown,
@@ -207,7 +235,7 @@ class Transcript:
             *([f"exit status {ended.returncode}"] if ended.returncode else []),
             "",
         ]
-        if ended.returncode != status or expected not in text:
+        if ended.returncode != status or any(one not in text for one in expected):
             self.failures.append(f"{shown}: exit status {ended.returncode}, {text.strip()}")
 
 
@@ -222,7 +250,8 @@ class Buildah:
         return output([*self._command, *words]).strip()
 
     def has(self, image: str) -> bool:
-        return image in self("images", "--format", "{{.Name}}:{{.Tag}}")
+        names = self("images", "--format", "{{.Name}}:{{.Tag}}").splitlines()
+        return image in [one.rpartition("/")[2] for one in names]
 
     def build(self, mounts: Sequence[str]) -> str:
         """Builds deploy/Dockerfile; returns the log, which is in WORK/build.log.
@@ -235,7 +264,11 @@ class Buildah:
         path = self._work / "build.log"
         with path.open("w", encoding="utf-8") as log:
             ended = subprocess.run(
-                [*self._command, "build", *options, *volumes, *files], stdout=log, stderr=log, check=False
+                [*self._command, "build", *options, *volumes, *files],
+                stdout=log,
+                stderr=log,
+                check=False,
+                timeout=BUILD_S,
             )
         text = path.read_text("utf-8")
         if ended.returncode:
@@ -295,20 +328,35 @@ def try_image(buildah: Buildah, root: Path, work: Path, transcript: Transcript) 
     (bundle / "config.json").write_text(json.dumps(config), "utf-8")
     check = [str(word) for word in image["Healthcheck"]["Test"][1:]]
     with server(bundle, config, transcript) as inside:
-        process = ["grep", "--extended-regexp", "Uid|CapEff|NoNewPrivs", "/proc/1/status"]
-        transcript.run(f"$ {shlex.join(process)}", [*inside, *process], "\t".join(["Uid:", *4 * [str(user["uid"])]]))
-        transcript.run("$ touch /file", [*inside, "touch", "/file"], "Read-only file system", 1)
-        transcript.run("$ touch /models/file", [*inside, "touch", "/models/file"], "Read-only file system", 1)
+        process = ["grep", "--extended-regexp", "Uid|Cap|NoNewPrivs", "/proc/1/status"]
+        none_left = [f"{name}:\t{0:016}" for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")]
+        expected = ["\t".join(["Uid:", *4 * [str(user["uid"])]]), *none_left, "NoNewPrivs:\t1"]
+        transcript.run(f"$ {shlex.join(process)}", [*inside, *process], *expected)
+        for path in ("/file", "/models/file"):
+            transcript.run(f"$ touch {path}", [*inside, "touch", path], "Read-only file system", status=1)
         transcript.run(f"$ {shlex.join(check)}", [*inside, *check], "SERVING")
         ask = ["python", "-m", "serve", "ask", "--watched", "1", "--k", "3"]
         transcript.run(f"$ {shlex.join(ask)}", [*inside, *ask], "recommendation ")
-        outside = ["nsenter", "--net", "--target", state()["pid"], sys.executable]
+        outside = ["nsenter", "--net", "--target", state(runtime_of(bundle))["pid"], sys.executable]
         transcript.run(f"outside $ {shlex.join(ask)}", [*outside, *ask[1:]], "recommendation ")
         program = "".join(f"\n{line}" for line in RECORD.strip().splitlines())
         transcript.run(f"outside $ python -c '{program}'", [*outside, "-c", RECORD], "3 items for u1")
+        hold = [*outside, "-c", HOLD, str(store / "events.sqlite")]
+        held = subprocess.Popen(hold, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert held.stdout is not None
+        transcript.lines += [f"outside $ python -c '{HOLD.rstrip()}' STORE", held.stdout.readline().rstrip(), ""]
+    rest, _ = held.communicate(timeout=COMMAND_S)
+    transcript.lines += ["of the call that waited over SIGTERM:", *rest.splitlines(), ""]
+    if "a new call: UNAVAILABLE" not in rest or "the call that waited is answered" not in rest:
+        transcript.failures.append(f"a call that waits over SIGTERM: {rest}")
     with server(bundle, config, transcript) as inside:
         events = ["python", "-m", "serve", "ask", "--events", "u1"]
-        transcript.run(f"$ {shlex.join(events)}", [*inside, *events], "2023-11-14")
+        transcript.run(f"$ {shlex.join(events)}", [*inside, *events], "e1", "e2")
+
+
+def runtime_of(bundle: Path) -> list[str]:
+    """The words before a command of the runtime, which keeps the state of its containers in WORK/crun."""
+    return [*RUNTIME, "--root", str(bundle.parent / "crun")]
 
 
 @contextmanager
@@ -317,50 +365,59 @@ def server(bundle: Path, config: Mapping[str, Any], transcript: Transcript) -> I
 
     Yields the words before a command that runs in the same container, as the same user.
     """
-    command, user = [*RUNTIME, "run", "--bundle", str(bundle), CONTAINER], config["process"]["user"]
-    transcript.lines.append(f"$ {shlex.join(config['process']['args'])}")
+    runtime = runtime_of(bundle)
+    command, user = [*runtime, "run", "--bundle", str(bundle), CONTAINER], config["process"]["user"]
+    setting = config["process"]["env"][-1]
+    transcript.lines.append(f"$ {setting} {shlex.join(config['process']['args'])}")
+    printed: list[str] = []
+    ready = threading.Event()  # or ended
+
+    def read(lines: Iterable[str]) -> None:
+        for line in lines:
+            printed.append(line.rstrip())
+            if line.startswith("serving "):
+                ready.set()
+        ready.set()
+
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout is not None
-            limit = threading.Timer(START_S, delete)  # ends the output of a server that does not start
-            limit.start()
+            reader = threading.Thread(target=read, args=[process.stdout])
+            reader.start()
             try:
-                for line in process.stdout:
-                    transcript.lines.append(line.rstrip())
-                    if line.startswith("serving "):
-                        break
-                else:
-                    raise click.ClickException("\n".join(["the server did not start:", *transcript.lines]))
-                limit.cancel()
-                transcript.lines.append("")
-                yield [*RUNTIME, "exec", "--user", f"{user['uid']}:{user['gid']}", CONTAINER]
-                output([*RUNTIME, "kill", CONTAINER, "TERM"])
-                rest, _ = process.communicate(timeout=STOP_S)
-                transcript.lines += ["SIGTERM", *rest.rstrip().splitlines(), f"exit status {process.returncode}", ""]
+                if not ready.wait(START_S) or not printed or not printed[-1].startswith("serving "):
+                    raise click.ClickException("\n".join(["the server did not start:", *printed]))
+                started = len(printed)
+                transcript.lines += [*printed, ""]
+                yield [*runtime, "exec", "--user", f"{user['uid']}:{user['gid']}", CONTAINER]
+                output([*runtime, "kill", CONTAINER, "TERM"])
+                process.wait(timeout=STOP_S)
+                reader.join()
+                transcript.lines += ["SIGTERM", *printed[started:], f"exit status {process.returncode}", ""]
                 if process.returncode:
                     transcript.failures.append(f"SIGTERM: exit status {process.returncode}")
             finally:
-                limit.cancel()
                 if process.poll() is None:
-                    delete()
+                    delete(runtime)
     finally:
-        delete()
+        delete(runtime)
 
 
-def delete() -> None:
+def delete(runtime: Sequence[str]) -> None:
     """Ends and removes the container, if there is one."""
-    subprocess.run([*RUNTIME, "delete", "--force", CONTAINER], check=False, capture_output=True)
+    command = [*runtime, "delete", "--force", CONTAINER]
+    subprocess.run(command, check=False, capture_output=True, timeout=COMMAND_S)
 
 
-def state() -> dict[str, str]:
+def state(runtime: Sequence[str]) -> dict[str, str]:
     """Of the running container, as text."""
-    found = json.loads(output([*RUNTIME, "state", CONTAINER]))
+    found = json.loads(output([*runtime, "state", CONTAINER]))
     return {name: str(value) for name, value in found.items()}
 
 
 def output(command: Sequence[str]) -> str:
     """What a command prints. Raises click.ClickException with its errors where it fails."""
-    ended = subprocess.run(command, cwd=ROOT, check=False, text=True, capture_output=True)
+    ended = subprocess.run(command, cwd=ROOT, check=False, text=True, capture_output=True, timeout=COMMAND_S)
     if ended.returncode:
         raise click.ClickException(f"{shlex.join(command)}: {(ended.stderr or ended.stdout).strip()[-2000:]}")
     return ended.stdout

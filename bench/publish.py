@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -211,7 +212,9 @@ def _command(name: str) -> str:
 
 
 def _without_folder(argument: str) -> str:
-    """NAME=RATINGS with PATH for the folder of RATINGS."""
+    """NAME=RATINGS with PATH for the folder of RATINGS, and FILE:PLACE with FILE for a path."""
+    if (mounted := re.fullmatch(r"/[^:]*:(/.*)", argument)) is not None:
+        return f"FILE:{mounted[1]}"
     name, equals, path = argument.partition("=")
     if equals:
         return f"{name}=PATH/{Path(path).name}"

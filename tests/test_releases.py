@@ -49,7 +49,8 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copy(ROOT / ".ci/release", folder / ".ci")
     (folder / "pyproject.toml").write_text('[project]\nversion = "1.2.3"\n')
     (folder / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n\n## 1.2.3 (2026-12-01)\n\n- New.\n")
-    targets = ".PHONY: check baseline\ncheck:\n\t@echo check >> ../calls\nbaseline:\n\t@echo baseline >> ../calls; cp contract baseline\n"
+    targets = ".PHONY: check baseline\ncheck:\n\t@echo check >> ../calls\n"
+    targets += "baseline:\n\t@echo baseline >> ../calls; cp contract baseline\n"
     (folder / "Makefile").write_text(targets)
     (folder / "contract").write_text("new")
     (folder / "baseline").write_text("new")
