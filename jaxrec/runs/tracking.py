@@ -98,12 +98,12 @@ class Tracker:
         return True
 
     def begin(self, run: Run, status: str = "RUNNING") -> None:
-        """Finds the run of MLflow for `run`, or makes one for each version of its data, with this status.
+        """Finds the run of MLflow for `run`, if `find` did not, or makes one for each version of its data, with `status`.
 
         Raises:
             TrackingError: As `find`.
         """
-        if self.find(run):
+        if self._run_id or self.find(run):
             return
         with self._refusing():
             self._run_id = self._client.create_run(self._experiment, run_name=run.folder.name).info.run_id
