@@ -98,7 +98,7 @@ class Tracker:
         return True
 
     def begin(self, run: Run, status: str = "RUNNING") -> None:
-        """Finds the run of MLflow for `run`, if `find` did not, or makes one for each version of its data, with `status`.
+        """Finds the run of MLflow for `run`, or makes one for each version of its data, which gets the `status`.
 
         Raises:
             TrackingError: As `find`.
