@@ -266,12 +266,15 @@ def test_steps_that_come_again_after_a_crash_are_not_sent_again(run: Run) -> Non
     assert after == [*before, before[-1] + 1]
 
 
-def test_the_environment_stays_as_it_was(run: Run) -> None:
+def test_the_environment_stays_as_it_was(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        monkeypatch.delenv(name)
     before = dict(os.environ)
     tracker = Tracker(uri_of(run))
     tracker.begin(run)
     tracker.status("FINISHED")
     assert dict(os.environ) == {"MLFLOW_DISABLE_TELEMETRY": "true", **before}
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY")
 
 
 def test_a_second_export_takes_the_place_of_the_first_and_names_what_it_needs(run: Run, tmp_path: Path) -> None:
