@@ -4,7 +4,7 @@ BIN := .venv/bin
 STUBS := serve/pb
 PROTOS := $(wildcard proto/jaxrec/v1/*.proto) $(wildcard proto/inference/*.proto)
 
-.PHONY: demo test test-fast coverage check docs format protos stubs baseline lock clean
+.PHONY: demo test test-fast coverage check docs format protos stubs baseline release lock clean
 
 demo: .venv/installed
 	$(BIN)/jaxrec demo --out runs/demo
@@ -51,6 +51,10 @@ protos: .venv/installed
 baseline: .venv/installed
 	$(BIN)/buf build proto --exclude-source-info --output proto/baseline.binpb
 
+# Tests, packages in dist/ and a tag; it pushes nothing.
+release: .venv/installed
+	bash .ci/release
+
 format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -79,4 +83,4 @@ lock:
 		--output-file deploy/requirements.lock
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build dist *.egg-info

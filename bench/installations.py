@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -28,12 +29,13 @@ from bench.publish import ROOT, Page, publish_option
 MB = 1e6
 INSTALLERS = ("pip", "setuptools", "pkg_resources", "_distutils_hack", "distutils-precedence.pth")
 START_S = 60
+DEMO_S = 300
 HEAVY = ("jax", "jaxlib", "flax", "pandas", "duckdb", "tensorflow", "scipy", "matplotlib")
 
 
 PASSED = (
     "All checks passed: what each can import and what it has not, the sentences for missing extras, and a server of"
-    " `serve-cpu` from its start over `check` and `ask` to SIGTERM."
+    " `serve-cpu` from its start over `check` and `ask` to SIGTERM, and `jaxrec demo` of `all` until it trains."
 )
 
 
@@ -71,6 +73,7 @@ INSTALLATIONS = (
         HEAVY,
         {"jaxrec train data --out run": "train", "jaxrec recommend model --history log.csv --out top.csv": "train"},
     ),
+    Installation("all", None, ("jaxrec.runs.demo", "jaxrec.onnx.convert", "serve.front.server"), ("mlflow",), {}),
     Installation(
         "train",
         None,
@@ -98,6 +101,8 @@ def main(publish: bool) -> None:
             failures += [f"{what}: {text}" for text in differences(python, one)]
             if one.extras == "serve-cpu":
                 failures += [f"{what}: {text}" for text in serving(python, model)]
+            if one.extras == "all":
+                failures += [f"{what}: {text}" for text in demo(python)]
             sizes, bytecode = folder_sizes(python), sum(folder_sizes(python, "*.pyc").values())
             total, goal = sum(sizes.values()), ""
             if one.most_mb is not None:
@@ -221,6 +226,28 @@ def serving(python: Path, model: Path) -> Iterator[str]:
         server.send_signal(signal.SIGTERM)
     if server.returncode:
         yield f"SIGTERM: exit status {server.returncode}"
+
+
+def demo(python: Path) -> Iterator[str]:
+    """What is wrong with `jaxrec demo` until it trains: it writes its log, and reads and checks it."""
+    folder = python.parents[1]
+    command = [str(python.parent / "jaxrec"), "demo", "--out", str(folder / "demo")]
+    variables = {**plain(), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        limit = threading.Timer(DEMO_S, process.kill)
+        limit.start()
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("== Train"):
+                break
+        else:
+            yield f"jaxrec demo: ended before it trained: {''.join(lines)}"
+        limit.cancel()
+        process.kill()
 
 
 def folder_sizes(python: Path, files: str = "*") -> dict[str, float]:

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,8 @@ from jaxrec.files import new_file, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "bench"
-CODE = ("jaxrec", "serve", "bench", "tests", "pyproject.toml", "requirements.lock", ":!bench/*.md", ":!bench/*.svg")
+CODE = ("jaxrec", "serve", "bench", "tests", "deploy", "pyproject.toml", "requirements.lock")
+CODE += (":!bench/*.md", ":!bench/*.svg")
 PACKAGES = ("jax", "flax", "numpy", "onnxruntime", "onnxruntime-gpu")
 
 publish_option = click.option("--publish", is_flag=True, help="Write the page in bench/, too, if it is whole.")
@@ -210,7 +212,9 @@ def _command(name: str) -> str:
 
 
 def _without_folder(argument: str) -> str:
-    """NAME=RATINGS with PATH for the folder of RATINGS."""
+    """NAME=RATINGS with PATH for the folder of RATINGS, and FILE:PLACE with FILE for a path."""
+    if (mounted := re.fullmatch(r"/[^:]*:(/.*)", argument)) is not None:
+        return f"FILE:{mounted[1]}"
     name, equals, path = argument.partition("=")
     if equals:
         return f"{name}=PATH/{Path(path).name}"

@@ -13,6 +13,8 @@ from mkdocs.structure.pages import Page
 ADDED = {
     "README.md": "quickstart.md",
     "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "reporting.md",
     "proto/jaxrec/v1/recommender.proto": "recommender.proto",
 }
 

@@ -22,6 +22,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stopped and what is kept."""
 
 
+class TrackingError(TrainingError):
+    """A run cannot be tracked with MLflow; the message says where and why."""
+
+
 class ProcessLost(RuntimeError):
     """Another process of the run is gone. Nothing that involves all of them can end well: leave without it."""
 

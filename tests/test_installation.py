@@ -36,11 +36,13 @@ MAY_IMPORT = {
     "serve/stores/redis": ("serve-cpu", "redis"),
     "serve/event_log/export.py": ("serve-cpu", "distributed"),  # pyarrow, for Parquet where it is installed
     "serve/observability/tracing.py": ("serve-cpu", "dev"),  # opentelemetry, used where it is installed
+    "serve/pyfunc.py": ("serve-cpu", "mlflow"),
     "serve": ("serve-cpu",),
     "jaxrec/data/distributed": ("distributed",),
     "jaxrec/rl/simulated/gymnasium_adapter.py": ("gymnasium",),
     "jaxrec/runs/demo.py": ("demo", "serve-cpu"),
     "jaxrec/runs/learn/metrics.py": ("train", "serve-cpu"),
+    "jaxrec/runs/tracking.py": ("train", "mlflow"),
     "jaxrec/onnx": ("export", "serve-cpu"),
     "jaxrec": ("train",),
 }
@@ -110,7 +112,7 @@ def test_the_modules_that_a_command_looks_for_are_those_that_are_imported() -> N
         assert set(modules) <= everywhere, extra
         assert all(PACKAGES_OF[module] & (packages(extra) - packages(BASE)) for module in modules), extra
     of_extras = {module for modules in EXTRAS.values() for module in modules}
-    optional = {"gymnasium", "opentelemetry", "psycopg", "redis"}
+    optional = {"gymnasium", "mlflow", "opentelemetry", "psycopg", "redis", "sqlalchemy"}
     in_base = {module for module in everywhere if PACKAGES_OF[module] & packages(BASE)}
     assert everywhere == of_extras | optional | in_base
     for extra, included in INCLUDED.items():
@@ -132,7 +134,7 @@ def test_a_server_needs_no_package_of_the_training() -> None:
 
 
 def test_all_has_every_extra_for_users() -> None:
-    users = set(PROJECT["optional-dependencies"]) - {"docs", "cuda", "serve-cpu", "dev"}
+    users = set(PROJECT["optional-dependencies"]) - {"docs", "cuda", "serve-cpu", "mlflow", "dev"}
     assert set().union(*(packages(extra) for extra in users)) == packages("all")
 
 

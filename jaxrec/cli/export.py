@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from jaxrec.cli.options import EXISTING_FILE, EXISTING_FOLDER, NEW_FOLDER
+from jaxrec.cli.options import EXISTING_FILE, EXISTING_FOLDER, NEW_FOLDER, mlflow_option
 
 INDEX = {"auto": None, "always": True, "never": False}
 
@@ -21,13 +21,14 @@ INDEX = {"auto": None, "always": True, "never": False}
     help="Add an approximate index of the items; auto: for large catalogues. With an index new items rank low. "
     "Refused if it misses too many of the best items.",
 )
-def export(run: Path, out: Path, licence: Path | None, int8: bool, index: str) -> None:
+@mlflow_option("Keep the model and its test metrics")
+def export(run: Path, out: Path, licence: Path | None, int8: bool, index: str, mlflow: str | None) -> None:
     """Exports RUN to ONNX for `python -m serve`; refused if ONNX Runtime and JAX differ."""
     from jaxrec.runs.export import NO_LICENCE
     from jaxrec.runs.export import export as export_run
 
     text = licence.read_text(encoding="utf-8") if licence else NO_LICENCE
-    manifest = export_run(run, out, text, int8, INDEX[index])
+    manifest = export_run(run, out, text, int8, INDEX[index], mlflow)
     if not manifest["metrics"]:
         click.echo(f"{run} was not evaluated (`jaxrec evaluate`): the manifest has no metrics", err=True)
     parity = manifest["parity"]["max_abs_difference"]

@@ -19,6 +19,12 @@ SEED = click.IntRange(0)
 SEED_HELP = "Seed of everything random: the same seed on the same machine gives the same result."
 
 
+def mlflow_option(what: str) -> Callable[[Command], Command]:
+    """The option --mlflow of a command that does `what` with MLflow, such as "Track the run"."""
+    places = "an http:// URI of its server, sqlite:///FILE or a database"
+    return click.option("--mlflow", metavar="URI", help=f"{what} with MLflow: {places}. Needs jaxrec[mlflow].")
+
+
 def with_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """A decorator that adds the options to a command, in this order."""
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from jaxrec.cli.options import EXISTING_FOLDER, NEW_FOLDER, SEED, SEED_HELP, given_options, option_name
+from jaxrec.cli.options import EXISTING_FOLDER, NEW_FOLDER, SEED, SEED_HELP, given_options, mlflow_option, option_name
 from jaxrec.config import CheckpointConfig, ModelConfig, SeenItems, TrainConfig
 from jaxrec.errors import ProcessLost, TrainingStopped
 
@@ -80,6 +80,7 @@ CHANGEABLE = ("max_epochs", "patience", "learning_rate")  # together with the da
 )
 @click.option("--process-count", type=click.IntRange(1), envvar="JAX_NUM_PROCESSES", help="Number of processes.")
 @click.option("--process-index", type=click.IntRange(0), envvar="JAX_PROCESS_ID", help="Index of this process, from 0.")
+@mlflow_option("Track the run")
 @click.pass_context
 def train(
     context: click.Context,
@@ -101,6 +102,7 @@ def train(
     coordinator: str | None,
     process_count: int | None,
     process_index: int | None,
+    mlflow: str | None,
 ) -> None:
     """Trains both sequence models on DATA (from `jaxrec prepare`) and tunes their mix on validation.
 
@@ -150,9 +152,11 @@ def train(
                 checkpoint_config=checkpoints,
                 item_shards=item_shards,
                 stop=stop,
+                mlflow=mlflow,
             )
         except TrainingStopped as stopped:
-            click.echo(f"{stopped}; resume with: jaxrec train --out {out} --resume")
+            tracking = "" if mlflow is None else " --mlflow URI"  # which may hold a password
+            click.echo(f"{stopped}; resume with: jaxrec train --out {out} --resume{tracking}")
         except ProcessLost as lost:
             click.echo(f"Error: another process is gone ({lost}); resume with all of them: --resume", err=True)
             leave_at_once()

@@ -17,6 +17,7 @@ RUN/reranker.json               whether it is used and why, the figures, their c
 RUN/reranker.png                course and frontier as a plot
 RUN/reranker.refused.json       the same figures of one that was refused while another one is in use, which stays
 RUN/reranker.partial/           where an interrupted `jaxrec rl logged` stands: one folder for each fold
+RUN/mlflow.json                 which run of MLflow this one is, and of which data version (`jaxrec.runs.tracking`)
 RUN/evaluation.json             written by `jaxrec evaluate`; goes into the manifest of the exported model
 RUN/policy/                     the policy that `jaxrec rl served` or `simulated` trained last, on top of the reranker:
     policy.json                 whether the policy is used and why, the figures, the configuration, its models' digest
@@ -69,6 +70,7 @@ HYBRID_FILE = "hybrid.json"
 NEIGHBOURS_FILE = "cooccurrence.npz"
 CONTENT_HEAD_FILE = "content_head.npz"
 EVALUATION_FILE = "evaluation.json"
+MLFLOW_FILE = "mlflow.json"
 LSTM_FOLDER = "lstm"
 CONTENT_FOLDER = "content"
 POLICY_FOLDER = "policy"

@@ -8,6 +8,7 @@ from jaxrec.files import read_json
 from jaxrec.onnx.model_directory import export_model
 from jaxrec.runs.directory import EVALUATION_FILE, Run, load_supervised, open_run
 from jaxrec.runs.policy import load_served
+from jaxrec.runs.tracking import Tracker
 
 NO_LICENCE = "No notes on the data's licence were given at export (`jaxrec export --licence FILE`).\n"
 
@@ -18,6 +19,7 @@ def export(
     licence: str = NO_LICENCE,
     int8: bool = False,
     index: bool | None = None,
+    mlflow: str | None = None,
 ) -> dict[str, Any]:
     """Writes the model directory for `python -m serve`, wholly or not at all.
 
@@ -29,6 +31,9 @@ def export(
         index: Whether to add an approximate index of the items; None: for catalogues of 50,000 items and more. With an
             index, items without training events have zero vectors and rank low until the trend of their first events
             lifts them (in a mix without a trend: until the next training), and a line says how many they are.
+        mlflow: URI of MLflow's tracking server or store, which keeps the model directory as the artifact `model` of the
+            run that `train` tracked there (of a new one, if it did not), in place of an earlier one, and the means of
+            the metrics. None: none does.
 
     Returns:
         The manifest, with the metrics of the run's last evaluation (empty before one).
@@ -36,12 +41,15 @@ def export(
     Raises:
         DataError: The run cannot be read.
         ExportError: The graphs differ from JAX, or the quantized graphs or the index are too far off.
+        TrackingError: MLflow does not answer; or it does not take the model, which is written then.
     """
-    run = open_run(run)
+    run, tracker = open_run(run), None if mlflow is None else Tracker(mlflow)
+    if tracker is not None:
+        tracker.find(run)
     data = run.read_data()
     hybrid = load_served(run, load_supervised(run, data))
     evaluation = run.folder / EVALUATION_FILE
-    return export_model(
+    manifest = export_model(
         hybrid,
         data,
         Path(out),
@@ -56,3 +64,7 @@ def export(
         int8=int8,
         index=index,
     )
+    if tracker is not None:
+        tracker.begin(run, "FINISHED")
+        tracker.log_model(Path(out), manifest["metrics"])
+    return manifest

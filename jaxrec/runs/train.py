@@ -45,7 +45,9 @@ from jaxrec.runs.directory import (
     place_new_items,
     read_cooccurrence,
 )
+from jaxrec.runs.tracking import begin, connect, tracked
 from jaxrec.training.content_head import ridge_head, train_head
+from jaxrec.training.log import Track
 from jaxrec.training.loop import require_trainable, train_model
 from jaxrec.training.mix import learn_mix
 from jaxrec.training.new_items import tune_shift
@@ -65,6 +67,7 @@ def train(
     checkpoint_config: CheckpointConfig = CheckpointConfig(),
     item_shards: int = 1,
     stop: StopRequested = never,
+    mlflow: str | None = None,
 ) -> Run:
     """Trains both sequence models on prepared data and tunes their mix; the run directory `out` holds the result.
 
@@ -80,6 +83,8 @@ def train(
         checkpoint_config: How often training is saved.
         item_shards: Devices over which the item tables are split.
         stop: Asked between steps; training is saved and ends once it is true.
+        mlflow: URI of MLflow's tracking server or store, which gets the configuration and what TensorBoard gets. A run
+            that is resumed goes on in the same run of MLflow. None: the run is not tracked.
 
     Returns:
         The run.
@@ -88,6 +93,7 @@ def train(
         ValueError: `resume` is on and there is no `out`.
         DataError: `out` already holds a run and `resume` is off, or one of other data and it is on; or there is nothing
             to train on.
+        TrackingError: MLflow does not answer before training begins; if it fails later, training goes on.
         TrainingError: A loss is not finite. What was saved before stays, and no later file of the run is written.
         TrainingStopped: `stop()` became true; `resume` continues with the same result. Models are saved at any step;
             the content heads and the mix, which take seconds to minutes, start again.
@@ -96,14 +102,16 @@ def train(
     if out is None:
         if resume:
             raise ValueError("resume needs the folder of the run (`out`)")
-        return _train_in_temporary_folder(data, model_config, train_config, item_shards, stop)
+        return _train_in_temporary_folder(data, model_config, train_config, item_shards, stop, mlflow)
     out, mesh = Path(out), data_mesh(item_shards=item_shards)
+    tracker = connect(mlflow)
     if resume:
         run = open_run(out)
         given = data.folder if isinstance(data, PreparedData) else data
         if data is not None and not (isinstance(given, Path | str) and run.data_folder == Path(given).resolve()):
             raise DataError(f"{out} was trained on {run.data_folder}, not on {_name(data)} (to change that: --data)")
         prepared = run.read_data()
+        begin(mlflow, tracker, run)
     elif (out / RUN_FILE).exists():
         raise DataError(f"{out} already holds a run; resume it (--resume) or choose another folder")
     elif data is None:
@@ -118,12 +126,13 @@ def train(
             if is_first():
                 print(found)
         run = _new_run(out, data_folder, prepared, model_config, train_config)
+        begin(mlflow, tracker, run)
         wait_for_all("no process writes a run where another one still looks for it")
         _write_run(run)
     if is_first() and not (resume and (out / HYBRID_FILE).exists()):  # a run with a mix is finished: its weights stay
         (out / EVALUATION_FILE).unlink(missing_ok=True)
-    with noticing_loss():
-        _train_models(run, prepared, mesh, checkpoint_config, item_shards, stop)
+    with noticing_loss(), tracked(tracker) as track:
+        _train_models(run, prepared, mesh, checkpoint_config, item_shards, stop, track)
     return run
 
 
@@ -133,10 +142,12 @@ def _train_in_temporary_folder(
     train_config: TrainConfig,
     item_shards: int,
     stop: StopRequested,
+    mlflow: str | None,
 ) -> Run:
     scratch = _Scratch()
+    options: dict[str, Any] = {"item_shards": item_shards, "stop": stop, "mlflow": mlflow}
     try:
-        run = train(data, scratch.folder / "run", model_config, train_config, item_shards=item_shards, stop=stop)
+        run = train(data, scratch.folder / "run", model_config, train_config, **options)
     except TrainingStopped:
         raise TrainingStopped("stopped; nothing is kept, since the run was given no folder (`out`)") from None
     return dataclasses.replace(run, scratch=scratch)
@@ -177,13 +188,14 @@ def _train_models(
     checkpoint_config: CheckpointConfig,
     item_shards: int,
     stop: StopRequested,
+    track: Track | None,
 ) -> None:
     """Trains what is left of both models, and writes their mix."""
     out = run.folder
     with building_device(item_shards):
         cooccurrence, start = _run_cooccurrence(run, data)
         lstm, content_model = new_models(data, run.model_config, run.train_config.seed, start)
-        common = (mesh, checkpoint_config, run.data_version, stop)
+        common = (mesh, checkpoint_config, run.data_version, stop, track)
         trained_lstm = train_model(lstm, data, run.train_config, out / LSTM_FOLDER, "TimeRatingAwareLSTM", *common)
         trained_content = train_model(
             content_model, data, run.train_config, out / CONTENT_FOLDER, "TimeRatingAwareContentModel", *common

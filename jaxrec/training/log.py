@@ -1,12 +1,15 @@
-"""What a training run writes while it goes: JSON lines, TensorBoard, and a progress bar.
+"""What a training run writes while it goes: JSON lines, TensorBoard, a tracking server, and a progress bar.
 
 FOLDER/steps.jsonl    one record per step: step, epoch, loss, gradient_norm, learning_rate
 FOLDER/log.jsonl      one record per epoch: loss, speed, seconds of compiling and validating, validation metrics
 FOLDER/tensorboard/   the same for TensorBoard: every TENSORBOARD_STEPS-th step, and every epoch
+
+What TensorBoard gets is also handed to a `Track`, if there is one.
 """
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,17 +23,27 @@ STEPS_FILE = "steps.jsonl"
 LOG_FILE = "log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 TENSORBOARD_STEPS = 10
+Track = Callable[[str, float, int], None]
+"""Takes the name of a metric, such as `lstm/train/loss`, its value and the step."""
 UNTRAINED = "no trained model is there; run `jaxrec train` first"
 
 
 class TrainingLog:
     """The log of one model from step `first_step` on; what a stopped run logged after it is removed.
 
-    Where `enabled` is off (another process writes), nothing is written or shown.
+    Where `enabled` is off (another process writes), nothing is written, tracked or shown.
     """
 
-    def __init__(self, folder: Path, name: str, first_step: int, total_steps: int, enabled: bool = True) -> None:
-        self._folder, self._enabled = folder, enabled
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        first_step: int,
+        total_steps: int,
+        enabled: bool = True,
+        track: Track | None = None,
+    ) -> None:
+        self._folder, self._enabled, self._track = folder, enabled, track
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc=f"train {name}", unit="step", disable=None if enabled else True
         )
@@ -72,6 +85,8 @@ class TrainingLog:
         for name, value in record.items():
             if name not in ("step", "epoch", "checkpoint", "data_version"):
                 self._tensorboard.add_scalar(f"{group}/{name}", value, step)
+                if self._track is not None:
+                    self._track(f"{self._folder.name}/{group}/{name}", value, step)
 
     def __enter__(self) -> "TrainingLog":
         return self

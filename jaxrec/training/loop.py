@@ -21,7 +21,7 @@ from jaxrec.errors import DataError, TrainingError, TrainingStopped
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import ranks_by_request_time
 from jaxrec.training.checkpoints import METRIC, Checkpoints, TrainProgress
-from jaxrec.training.log import TrainingLog, read_epochs
+from jaxrec.training.log import Track, TrainingLog, read_epochs
 from jaxrec.training.processes import any_process, is_first, noticing_loss, of_first
 from jaxrec.training.resize import restored_state
 from jaxrec.training.sharding import (
@@ -66,6 +66,7 @@ def train_model(
     checkpoint_config: CheckpointConfig = CheckpointConfig(),
     data_version: int = 0,
     stop: StopRequested = never,
+    track: Track | None = None,
 ) -> TrainedModel[SequenceModel]:
     """Trains `model` and returns it as it was after its best epoch.
 
@@ -80,7 +81,7 @@ def train_model(
     with Checkpoints(folder / CHECKPOINT_FOLDER, checkpoint_config.keep) as checkpoints:
         training = _Training(model, data, config, mesh or data_mesh(), checkpoints, checkpoint_config, stop, name)
         training.restore(data_version)
-        log = TrainingLog(folder, name, training.progress.step, training.last_step(), enabled=is_first())
+        log = TrainingLog(folder, name, training.progress.step, training.last_step(), is_first(), track)
         with log, noticing_loss():
             training.run(log)
         return TrainedModel(training.best_model(), training.progress.epochs)

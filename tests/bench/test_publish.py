@@ -39,7 +39,17 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     git(folder, "init", "--quiet")
     monkeypatch.setattr(publish, "ROOT", folder)
     monkeypatch.setattr(publish, "PAGES", folder / "bench")
-    monkeypatch.setattr("sys.argv", ["bench", "--work", "/home/somebody/work", "log=/home/somebody/u.data"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "bench",
+            "--work",
+            "/home/somebody/work",
+            "--mount",
+            "/home/somebody/pip.conf:/etc/pip.conf",
+            "log=/home/somebody/u.data",
+        ],
+    )
     commit_all(folder)
     yield folder
     here.cache_clear()
@@ -74,7 +84,7 @@ def test_a_whole_page_is_published_with_command_commit_and_machine(checkout: Pat
     assert text.splitlines()[:4] == [
         "# An example",
         "",
-        "`python -m bench.example --work FOLDER log=PATH/u.data`",
+        "`python -m bench.example --work FOLDER --mount FILE:/etc/pip.conf log=PATH/u.data`",
         "",
     ]
     assert f"- measured at commit {commit()}\n- {here().machine}\n\n| figures |\n" in text
