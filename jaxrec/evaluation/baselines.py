@@ -42,7 +42,8 @@ def recent_popularity_scorer(
     tie_break = 1e-6 * popularity / (popularity.sum() + 1.0)
 
     def score(batch: CaseBatch) -> np.ndarray:
-        return (shared.counts(batch, counts)[:, half_life] + tie_break).astype(np.float32)
+        now, moment = shared.counts(batch, counts)
+        return (now[:, half_life] + tie_break).astype(np.float32)[moment]
 
     return score
 

@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
+from jaxrec.data.histories import power_of_two
 from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.trend import DecayedCounts
 from jaxrec.models.cooccurrence import recent_items
@@ -59,9 +60,17 @@ class Shared:
             self._found[key] = compute()
         return self._found[key]
 
-    def counts(self, batch: CaseBatch, counts: DecayedCounts) -> np.ndarray:
-        """[batch, half-lives, items + 1] float32 at the times of the cases."""
-        found: np.ndarray = self.once(batch, id(counts), lambda: counts.before(batch.time))
+    def counts(self, batch: CaseBatch, counts: DecayedCounts) -> tuple[np.ndarray, np.ndarray]:
+        """The decayed counts [moments, half-lives, items + 1] float32 at the distinct times of the cases, and the
+        moment [batch] of each case. Moments are a power of two, the last one repeated, so that few shapes are
+        compiled."""
+
+        def compute() -> tuple[np.ndarray, np.ndarray]:
+            times, moment = np.unique(batch.time, return_inverse=True)
+            filled = np.pad(times, (0, power_of_two(len(times)) - len(times)), mode="edge")
+            return counts.before(filled), moment
+
+        found: tuple[np.ndarray, np.ndarray] = self.once(batch, id(counts), compute)
         return found
 
 
@@ -90,8 +99,8 @@ def hybrid_scorer(hybrid: Hybrid, counts: DecayedCounts | None = None, shared: S
     def score(batch: CaseBatch) -> jax.Array:
         trend: Any = 0.0
         if counts is not None:
-            now = shared.counts(batch, counts)
-            trend = shared.once(batch, (id(counts), id(hybrid.trend)), lambda: _trend(*of_trend, now))
+            now, moment = shared.counts(batch, counts)
+            trend = shared.once(batch, (id(counts), id(hybrid.trend)), lambda: _trend(*of_trend, now)[moment])
         recent = shared.once(batch, "recent", lambda: _recent(batch.events))
         summary = None
         if encoder is not None:
