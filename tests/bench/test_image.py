@@ -17,7 +17,7 @@ CONFIG: dict[str, Any] = {
     "Cmd": ["run"],
     "Volumes": {"/models": {}, "/store": {}},
 }
-VOLUMES = {"/models": Path("/work/model"), "/store": Path("/work/store")}
+VOLUMES = {"/models": Path("/folder/model"), "/store": Path("/folder/store")}
 
 
 def test_the_image_runs_as_its_user_with_nothing_to_write_but_the_store_and_tmp() -> None:
