@@ -115,11 +115,11 @@ def rank_together(
         raise DataError("the split has no case to rank; the log is too short for it")
     width, size = min(TOP, len(data.catalog)), batch_size(len(cases), len(data.catalog))
     found = {key: Ranked(np.empty(len(cases), np.int32), np.empty((len(cases), width), np.int32)) for key in scorers}
+    ordered, places = in_time(data, cases)
     with tqdm(desc=progress, total=len(cases), unit="case", disable=progress is None) as bar:
-        for places, longest in by_length(data, cases, max_length):
-            chosen = places[np.argsort(data.histories.times[cases.rows[places]], kind="stable")]
-            ordered = Cases(cases.users[chosen], cases.rows[chosen])
-            for number, batch in enumerate(case_batches(data, ordered, longest, size, exclude_seen)):
+        for chosen, longest in by_length(data, ordered, max_length):
+            of_length = Cases(ordered.users[chosen], ordered.rows[chosen])
+            for number, batch in enumerate(case_batches(data, of_length, longest, size, exclude_seen)):
                 before_batch()
                 of_batch, untimed = chosen[number * size : (number + 1) * size], without_request_time(batch)
                 for key, (scorer, request_time) in scorers.items():
@@ -127,12 +127,12 @@ def rank_together(
                     ranks, top = _rank_batch(scores, batch.target, batch.exclude)
                     found[key].ranks[of_batch], found[key].top[of_batch] = ranks[: len(of_batch)], top[: len(of_batch)]
                 bar.update(len(of_batch))
-    return found
+    return {key: Ranked(ranked.ranks[places], ranked.top[places]) for key, ranked in found.items()}
 
 
 def by_length(data: PreparedData, cases: Cases, max_length: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Cases whose histories are of like length, so that little is padding: their places, and the longest length. A few
-    cases stay together, since each length is compiled."""
+    """Cases whose histories are of like length, so that little is padding: their places, which rise, and the longest
+    length. A few cases stay together, since each length is compiled."""
     lengths = np.minimum(cases.rows - data.histories.offsets[cases.users], max_length)
     bounds = [n for n in LENGTHS if n < max_length] if len(cases) > FEW_CASES else []
     for shortest, longest in itertools.pairwise([-1, *bounds, max_length]):

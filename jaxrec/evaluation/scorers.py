@@ -46,15 +46,13 @@ class Shared:
     """What the scorers of a batch have in common, computed once: give one object to all that are ranked together."""
 
     def __init__(self) -> None:
-        self._batch: tuple[Any, ...] = ()
+        self._batch: tuple[Any, Any, Any] = (None, None, None)
         self._found: dict[Any, Any] = {}
 
     def once(self, batch: CaseBatch, key: Hashable, compute: Callable[[], Any]) -> Any:
         """compute(), or what it gave for the same key and cases, whatever their request time."""
         of_batch = batch.events, batch.time, batch.history
-        if len(self._batch) != len(of_batch) or any(
-            one is not other for one, other in zip(of_batch, self._batch, strict=True)
-        ):
+        if any(one is not other for one, other in zip(of_batch, self._batch, strict=True)):
             self._batch, self._found = of_batch, {}
         if key not in self._found:
             self._found[key] = compute()
