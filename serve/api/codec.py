@@ -16,7 +16,6 @@ from serve.api.rules import (
     MAX_BATCH_EVENTS,
     MAX_BATCH_ITEMS,
     MAX_BATCH_METADATA,
-    MAX_DELETED_EVENTS,
     MAX_HISTORY_EVENTS,
     MAX_IMPRESSIONS,
     MAX_ITEM_BYTES,
@@ -181,16 +180,6 @@ def decode_impressions(request: pb.RecordImpressionsRequest) -> list[ShownItem]:
             raise error.within(f"impressions[{at}]") from error
         items.append(ShownItem(one.recommendation_id, one.item_id, one.position, one.timestamp, now))
     return items
-
-
-def decode_event_ids(request: pb.DeleteEventsRequest) -> list[str]:
-    """The ids of the events to delete, each once."""
-    check_length("event_ids", request.event_ids, MAX_DELETED_EVENTS)
-    if not request.event_ids:
-        raise InvalidRequest("event_ids", "at least one id", "none")
-    for at, event_id in enumerate(request.event_ids):
-        check_id(f"event_ids[{at}]", event_id)
-    return list(dict.fromkeys(request.event_ids))
 
 
 def encode_events(events: Sequence[UserEvent], next_page_token: str) -> pb.ListEventsResponse:

@@ -42,16 +42,6 @@ def decode_items(request: pb.UpsertItemsRequest) -> list[Item]:
     return items
 
 
-def decode_item_ids(request: pb.DeleteItemsRequest) -> list[str]:
-    """The ids of the items to delete, each once."""
-    check_length("item_ids", request.item_ids, MAX_UPSERTED_ITEMS)
-    if not request.item_ids:
-        raise InvalidRequest("item_ids", "at least one id", "none")
-    for at, item_id in enumerate(request.item_ids):
-        check_id(f"item_ids[{at}]", item_id)
-    return list(dict.fromkeys(request.item_ids))
-
-
 def encode_item(entry: CatalogItem) -> pb.CatalogItem:
     """The message for an item."""
     item = entry.item

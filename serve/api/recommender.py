@@ -5,7 +5,6 @@ from typing import Any
 from serve.api.codec import (
     check_answer,
     decode_batch,
-    decode_event_ids,
     decode_impressions,
     decode_query,
     decode_user_events,
@@ -18,9 +17,9 @@ from serve.api.codec import (
 from serve.api.errors import InvalidRequest
 from serve.api.event_types import BUILT_IN, EventTypes
 from serve.api.filters import decode_filter
-from serve.api.items import decode_item_ids, decode_items, encode_item, encode_items
+from serve.api.items import decode_items, encode_item, encode_items
 from serve.api.pages import checked_page_size, decode_item_page_token, decode_page_token, page_token
-from serve.api.rules import check_id, checked_count
+from serve.api.rules import MAX_DELETED_EVENTS, MAX_UPSERTED_ITEMS, check_id, checked_count, checked_ids
 from serve.api.service import RecommenderService
 from serve.pb import recommender_pb2 as pb
 from serve.pb import recommender_pb2_grpc
@@ -87,7 +86,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
 
     def DeleteEvents(self, request: pb.DeleteEventsRequest, context: Any) -> pb.DeleteEventsResponse:
         check_id("user_id", request.user_id)
-        event_ids = decode_event_ids(request)
+        event_ids = checked_ids("event_ids", request.event_ids, MAX_DELETED_EVENTS)
         return pb.DeleteEventsResponse(deleted_event_count=self._service.delete_events(request.user_id, event_ids))
 
     def MergeUsers(self, request: pb.MergeUsersRequest, context: Any) -> pb.MergeUsersResponse:
@@ -115,7 +114,8 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         return pb.UpsertItemsResponse(created_count=created, replaced_count=len(items) - created)
 
     def DeleteItems(self, request: pb.DeleteItemsRequest, context: Any) -> pb.DeleteItemsResponse:
-        return pb.DeleteItemsResponse(deleted_count=self._service.delete_items(decode_item_ids(request)))
+        ids = checked_ids("item_ids", request.item_ids, MAX_UPSERTED_ITEMS)
+        return pb.DeleteItemsResponse(deleted_count=self._service.delete_items(ids))
 
     def GetItem(self, request: pb.GetItemRequest, context: Any) -> pb.GetItemResponse:
         check_id("item_id", request.item_id)

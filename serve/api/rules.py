@@ -116,6 +116,16 @@ def check_length(field: str, values: Sequence[object], most: int) -> None:
         raise InvalidRequest(field, f"at most {most} entries", len(values))
 
 
+def checked_ids(field: str, ids: Sequence[str], most: int) -> list[str]:
+    """The ids of things to delete, each once; raises InvalidRequest unless they are 1 to `most` valid ones."""
+    check_length(field, ids, most)
+    if not ids:
+        raise InvalidRequest(field, "at least one id", "none")
+    for at, one in enumerate(ids):
+        check_id(f"{field}[{at}]", one)
+    return list(dict.fromkeys(ids))
+
+
 def checked_count(field: str, value: int) -> int:
     """A number of answers, with 0 as the default 10; raises InvalidRequest outside 0..1000."""
     if not 0 <= value <= MAX_K:
