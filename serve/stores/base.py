@@ -26,7 +26,7 @@ MOST_MERGED = 10_000
 """So many events and slates of a user can become another one's: as one step, for which others wait."""
 
 MOST_ITEM_MARKS = 10_000
-"""So many of the last changes of items are remembered: whoever read the catalogue before them reads it anew."""
+"""So many of the last changes of items are remembered: a server that read the catalogue before them reads it anew."""
 
 # A deletion is remembered for so long, by a digest of the user's id: what other servers still had to write of the user
 # is not written any more.

@@ -1,4 +1,4 @@
-"""What an OCI runtime is told to run: the image as it is, without what a server needs not."""
+"""What an OCI runtime runs: the image as it is, without what a server does not need."""
 
 from pathlib import Path
 from typing import Any
