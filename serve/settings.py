@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 
 Provider = Literal["auto", "cpu", "cuda"]
 SearchBy = Literal["auto", "exact", "index"]
-Front = Literal["auto", "polling", "threads"]
 LogFormat = Literal["json", "text"]
 
 PREFIX = "JAXREC_"
@@ -138,11 +137,6 @@ class Settings:
         "Sample the items of an answer in proportion to exp(score / TEMPERATURE), with their probabilities in the"
         " answer and in the store, so that a policy can learn from the log. 0: always the best items.",
     ] = 0.0
-    front: Annotated[
-        Front,
-        "Which thread answers Recommend: the one that polls for calls, or one of a pool. auto: the polling one when"
-        " the store is a local file.",
-    ] = "auto"
     shared_port: Annotated[
         bool,
         "Let other servers that have this setting listen on the same port, for example one for each core: the kernel"

@@ -1,7 +1,6 @@
 """The RPCs of `jaxrec.v1.ModelAdmin`: decode, call, encode."""
 
-import grpc
-
+from serve.api.context import Context
 from serve.api.errors import InvalidRequest
 from serve.api.rules import check_id
 from serve.pb import model_admin_pb2 as pb
@@ -17,7 +16,7 @@ class ModelAdminServicer(model_admin_pb2_grpc.ModelAdminServicer):
     def __init__(self, models: ModelLibrary) -> None:
         self._models = models
 
-    def ListModels(self, request: pb.ListModelsRequest, context: grpc.ServicerContext) -> pb.ListModelsResponse:
+    def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         models = [
             pb.Model(
                 model_version=report.model_version,
@@ -31,11 +30,11 @@ class ModelAdminServicer(model_admin_pb2_grpc.ModelAdminServicer):
         ]
         return pb.ListModelsResponse(models=models, automatic_reload=self._models.automatic)
 
-    def LoadModel(self, request: pb.LoadModelRequest, context: grpc.ServicerContext) -> pb.LoadModelResponse:
+    def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> pb.LoadModelResponse:
         loaded = self._models.load(request.model_version) if request.model_version else self._models.load_newest()
         return pb.LoadModelResponse(model_version=self._models.versions()[0], loaded=loaded)
 
-    def SetTraffic(self, request: pb.SetTrafficRequest, context: grpc.ServicerContext) -> pb.SetTrafficResponse:
+    def SetTraffic(self, request: pb.SetTrafficRequest, context: Context) -> pb.SetTrafficResponse:
         shares: dict[str, float] = {}
         for at, entry in enumerate(request.shares):
             field = f"shares[{at}].model_version"
@@ -52,5 +51,5 @@ class ModelAdminServicer(model_admin_pb2_grpc.ModelAdminServicer):
             shares=[pb.TrafficShare(model_version=version, share=share) for version, share in self._models.shares()]
         )
 
-    def RollBack(self, request: pb.RollBackRequest, context: grpc.ServicerContext) -> pb.RollBackResponse:
+    def RollBack(self, request: pb.RollBackRequest, context: Context) -> pb.RollBackResponse:
         return pb.RollBackResponse(model_version=self._models.roll_back())

@@ -41,6 +41,16 @@ class SlatesNotLogged(Exception):
     """A request needs what was recommended before, and the server does not log that for all users, or for so long."""
 
 
+class Refused(Exception):
+    """A call ends with a status, whatever it asks: for want of a right, of its message, or of room."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, reason: str = "") -> None:
+        """`reason`: for the metrics, such as `permission`."""
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+
+
 class Status(NamedTuple):
     """How a call ends for the client."""
 
@@ -71,6 +81,8 @@ UNEXPECTED = (grpc.StatusCode.INTERNAL, "internal error")
 
 def status_of(error: Exception) -> Status:
     """The status for an exception. What the client must not see is logged, under an id that it gets."""
+    if isinstance(error, Refused):
+        return Status(error.code, str(error))
     code, message = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), UNEXPECTED)
     if message is not None:
         log_id = uuid.uuid4().hex

@@ -1,6 +1,6 @@
 """The RPCs of `jaxrec.v1.Recommender`: decode, call, encode."""
 
-from typing import Any
+from collections.abc import Callable
 
 from serve.api.codec import (
     check_answer,
@@ -14,6 +14,7 @@ from serve.api.codec import (
     encode_profile,
     encode_similar,
 )
+from serve.api.context import Context
 from serve.api.errors import InvalidRequest
 from serve.api.event_types import BUILT_IN, EventTypes
 from serve.api.filters import decode_filter
@@ -33,7 +34,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         self._event_types = event_types
         self._models = service.models
 
-    def Recommend(self, request: pb.RecommendRequest, context: Any) -> pb.RecommendResponse:
+    def Recommend(self, request: pb.RecommendRequest, context: Context) -> pb.RecommendResponse:
         loaded = self._models.for_user(request.user_id or None)
         query = decode_query(request, loaded.model, self._event_types)
         answer = self._service.recommend(loaded, query, context.time_remaining(), lambda: not context.is_active())
@@ -42,7 +43,27 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
             check_answer("k", response)
         return response
 
-    def BatchRecommend(self, request: pb.BatchRecommendRequest, context: Any) -> pb.BatchRecommendResponse:
+    def start_recommend(
+        self, request: pb.RecommendRequest, context: Context, on_done: Callable[[], None], *, here: bool
+    ) -> Callable[[], pb.RecommendResponse]:
+        """As `Recommend`, for a request that is not `slow`, without waiting: what it returns gives the response once
+        `on_done` is called, in any thread. `here`: the caller may run the model itself, if nobody does."""
+        loaded = self._models.for_user(request.user_id or None)
+        query = decode_query(request, loaded.model, self._event_types)
+        remaining = context.time_remaining()
+        answer = self._service.start(loaded, query, remaining, lambda: not context.is_active(), on_done, here=here)
+        return lambda: encode_answer(answer(), with_metadata=request.with_metadata)
+
+    def is_slow(self, request: pb.RecommendRequest) -> bool:
+        """Whether a request needs reasons, what was recommended lately, or a history as of an earlier time: up to 17
+        rows for the model, and reads of the store."""
+        if request.explain or request.not_shown_within > 0:
+            return True
+        if not (request.user_id and request.HasField("request_time")):
+            return False
+        return self._models.for_user(request.user_id).asks_for_the_past(request.user_id, request.request_time)
+
+    def BatchRecommend(self, request: pb.BatchRecommendRequest, context: Context) -> pb.BatchRecommendResponse:
         loaded = [self._models.for_user(single.user_id or None) for single in request.requests]
         queries = decode_batch(request, [one.model for one in loaded], self._event_types)
         answers = self._service.recommend_all(loaded, queries, context.time_remaining, lambda: not context.is_active())
@@ -55,41 +76,41 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         check_answer("requests", response)
         return response
 
-    def RecordEvents(self, request: pb.RecordEventsRequest, context: Any) -> pb.RecordEventsResponse:
+    def RecordEvents(self, request: pb.RecordEventsRequest, context: Context) -> pb.RecordEventsResponse:
         scale = self._models.version("").model.info.rating_scale
         events = decode_user_events(request, scale, self._event_types)
         return pb.RecordEventsResponse(**self._service.record(events)._asdict())
 
-    def RecordImpressions(self, request: pb.RecordImpressionsRequest, context: Any) -> pb.RecordImpressionsResponse:
+    def RecordImpressions(self, request: pb.RecordImpressionsRequest, context: Context) -> pb.RecordImpressionsResponse:
         items = decode_impressions(request)
         recorded = self._service.record_shown(items)
         return pb.RecordImpressionsResponse(recorded_count=recorded, duplicate_count=len(items) - recorded)
 
-    def GetUserProfile(self, request: pb.GetUserProfileRequest, context: Any) -> pb.GetUserProfileResponse:
+    def GetUserProfile(self, request: pb.GetUserProfileRequest, context: Context) -> pb.GetUserProfileResponse:
         check_id("user_id", request.user_id)
         limit = checked_count("limit", request.limit)
         return encode_profile(self._service.profile(request.user_id), limit)
 
-    def DeleteUser(self, request: pb.DeleteUserRequest, context: Any) -> pb.DeleteUserResponse:
+    def DeleteUser(self, request: pb.DeleteUserRequest, context: Context) -> pb.DeleteUserResponse:
         check_id("user_id", request.user_id)
         deleted = self._service.delete_user(request.user_id)
         return pb.DeleteUserResponse(
             deleted_event_count=deleted.event_count, deleted_recommendation_count=deleted.slate_count
         )
 
-    def ListEvents(self, request: pb.ListEventsRequest, context: Any) -> pb.ListEventsResponse:
+    def ListEvents(self, request: pb.ListEventsRequest, context: Context) -> pb.ListEventsResponse:
         user_id = request.user_id
         check_id("user_id", user_id)
         size = checked_page_size("page_size", request.page_size)
         page = self._service.events(user_id, size, decode_page_token("page_token", request.page_token, user_id))
         return encode_events(page.events, "" if page.last is None else page_token(user_id, *page.last))
 
-    def DeleteEvents(self, request: pb.DeleteEventsRequest, context: Any) -> pb.DeleteEventsResponse:
+    def DeleteEvents(self, request: pb.DeleteEventsRequest, context: Context) -> pb.DeleteEventsResponse:
         check_id("user_id", request.user_id)
         event_ids = checked_ids("event_ids", request.event_ids, MAX_DELETED_EVENTS)
         return pb.DeleteEventsResponse(deleted_event_count=self._service.delete_events(request.user_id, event_ids))
 
-    def MergeUsers(self, request: pb.MergeUsersRequest, context: Any) -> pb.MergeUsersResponse:
+    def MergeUsers(self, request: pb.MergeUsersRequest, context: Context) -> pb.MergeUsersResponse:
         check_id("source_user_id", request.source_user_id)
         check_id("target_user_id", request.target_user_id)
         if request.source_user_id == request.target_user_id:
@@ -99,7 +120,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
             merged_event_count=merged.event_count, merged_recommendation_count=merged.slate_count
         )
 
-    def SimilarItems(self, request: pb.SimilarItemsRequest, context: Any) -> pb.SimilarItemsResponse:
+    def SimilarItems(self, request: pb.SimilarItemsRequest, context: Context) -> pb.SimilarItemsResponse:
         check_id("item_id", request.item_id)
         k = checked_count("k", request.k)
         model = self._models.version("").model
@@ -108,26 +129,26 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         ranking = model.similar(request.item_id, k, request.exclude_item_ids, item_filter, withheld)
         return encode_similar(ranking, model, with_metadata=request.with_metadata)
 
-    def UpsertItems(self, request: pb.UpsertItemsRequest, context: Any) -> pb.UpsertItemsResponse:
+    def UpsertItems(self, request: pb.UpsertItemsRequest, context: Context) -> pb.UpsertItemsResponse:
         items = decode_items(request)
         created = self._service.upsert_items(items)
         return pb.UpsertItemsResponse(created_count=created, replaced_count=len(items) - created)
 
-    def DeleteItems(self, request: pb.DeleteItemsRequest, context: Any) -> pb.DeleteItemsResponse:
+    def DeleteItems(self, request: pb.DeleteItemsRequest, context: Context) -> pb.DeleteItemsResponse:
         ids = checked_ids("item_ids", request.item_ids, MAX_UPSERTED_ITEMS)
         return pb.DeleteItemsResponse(deleted_count=self._service.delete_items(ids))
 
-    def GetItem(self, request: pb.GetItemRequest, context: Any) -> pb.GetItemResponse:
+    def GetItem(self, request: pb.GetItemRequest, context: Context) -> pb.GetItemResponse:
         check_id("item_id", request.item_id)
         entry, model = self._service.item(request.item_id)
         return pb.GetItemResponse(item=encode_item(entry), model_version=model.info.model_version)
 
-    def ListItems(self, request: pb.ListItemsRequest, context: Any) -> pb.ListItemsResponse:
+    def ListItems(self, request: pb.ListItemsRequest, context: Context) -> pb.ListItemsResponse:
         size = checked_page_size("page_size", request.page_size)
         after = decode_item_page_token("page_token", request.page_token)
         page = self._service.items(after, size, stored_only=request.stored_only)
         return encode_items(page.items, more=page.more, model_version=page.model.info.model_version)
 
-    def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.GetModelInfoResponse:
+    def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         loaded = self._models.version(request.model_version)
         return encode_model_info(loaded.model, loaded.temperature or 0.0, self._event_types)

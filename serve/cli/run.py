@@ -94,7 +94,6 @@ def serve(settings: Settings) -> None:
                     slate_log=settings.slate_log,
                     slate_retention=settings.slate_retention,
                     log_calls=settings.log_calls,
-                    polling=None if settings.front == "auto" else settings.front == "polling",
                     on_failure=fail,
                 )
                 exposed = settings.allow_insecure or settings.allow_insecure_metrics

@@ -7,15 +7,14 @@ is in no table needs `admin`. Without tokens, every caller may do everything.
 
 import hashlib
 import hmac
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import grpc
 
 from serve.addresses import SecurityError
-from serve.observability.metrics import Metrics
+from serve.api.errors import Refused
 
 RIGHTS = ("read", "write", "users", "catalogue", "admin")
 SHORTEST_TOKEN = 16
@@ -68,6 +67,20 @@ class Tokens:
                 found = rights
         return found if scheme.lower() == "bearer" else None
 
+    def check(self, right: str | None, metadata: Iterable[tuple[str, str | bytes]]) -> None:
+        """Raises Refused unless the metadata of a call have a token with a right; None: it needs no token."""
+        if right is None:
+            return
+        given = [value for key, value in metadata if key == "authorization"]
+        # Of several headers, it would not be clear which one counts.
+        rights = self.rights(str(given[0])) if len(given) == 1 else None
+        if rights is None:
+            expected = "expected the metadata authorization: Bearer TOKEN"
+            raise Refused(grpc.StatusCode.UNAUTHENTICATED, expected, "unauthenticated")
+        if right not in rights:
+            message = f"the token has not the right {right!r}"
+            raise Refused(grpc.StatusCode.PERMISSION_DENIED, message, "permission")
+
 
 def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
@@ -108,47 +121,3 @@ def read_tokens(path: Path) -> Tokens:
 def needed_right(method: str) -> str | None:
     """What a call of `/package.Service/Method` needs."""
     return None if method.startswith(HEALTH) else NEEDED.get(method, "admin")
-
-
-class TokenInterceptor(grpc.ServerInterceptor):
-    """Turns away calls without a token that has the right; the outermost interceptor."""
-
-    def __init__(self, tokens: Tokens, metrics: Metrics) -> None:
-        self._tokens = tokens
-        self._metrics = metrics
-        self._unauthenticated = _abort(
-            grpc.StatusCode.UNAUTHENTICATED, "expected the metadata authorization: Bearer TOKEN"
-        )
-        self._forbidden = {
-            right: _abort(grpc.StatusCode.PERMISSION_DENIED, f"the token has not the right {right!r}")
-            for right in RIGHTS
-        }
-
-    def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
-        right = needed_right(handler_call_details.method)
-        if right is None:
-            return continuation(handler_call_details)
-        given = [value for key, value in handler_call_details.invocation_metadata if key == "authorization"]
-        # Of several headers, it would not be clear which one counts.
-        rights = self._tokens.rights(str(given[0])) if len(given) == 1 else None
-        if rights is None:
-            self._metrics.rejected("unauthenticated", handler_call_details.method)
-            return self._unauthenticated
-        if right not in rights:
-            self._metrics.rejected("permission", handler_call_details.method)
-            return self._forbidden[right]
-        return continuation(handler_call_details)
-
-
-def _abort(code: grpc.StatusCode, message: str) -> grpc.RpcMethodHandler:
-    def abort(_: Any, context: grpc.ServicerContext) -> Any:
-        context.abort(code, message)
-
-    # For `serve.front.polling`: a call that is refused in any case need not wait for its message.
-    abort.refuses = True  # type: ignore[attr-defined]
-    # gRPC asks a handler for what the client began; a stream that is never read ends all the same.
-    return grpc.unary_unary_rpc_method_handler(abort)

@@ -13,8 +13,7 @@ from serve.model.explain import Explanation, explain_popularity
 from serve.model.exploration import Exploration
 from serve.model.recommender import POPULARITY, Answer, Query, Recommender
 from serve.observability.metrics import Metrics
-from serve.serving.batching import Batcher, Pending, Run
-from serve.serving.errors import QueueFull
+from serve.serving.batching import Batcher, IsCancelled, Pending, Run
 from serve.serving.states import StateCache
 from serve.stores.base import EventStore
 
@@ -22,8 +21,6 @@ from serve.stores.base import EventStore
 AT_ONCE = 16
 # Clocks differ, and a request takes time: a request time within so many seconds counts as now.
 RECENT_S = 60.0
-
-IsCancelled = Callable[[], bool]
 
 
 class LoadedModel:
@@ -37,7 +34,10 @@ class LoadedModel:
         self.states = StateCache(model, store)
         self._store = store
         self._metrics = metrics
-        self._batcher = Batcher(self.states.recommend, on_run=partial(_observe, metrics))
+        # Those of the first wait for none of the second, whose runs take longer.
+        self._stored, self._others = (
+            Batcher(self.states.recommend, on_run=partial(_observe, metrics)) for _ in range(2)
+        )
 
     @property
     def temperature(self) -> float | None:
@@ -56,9 +56,8 @@ class LoadedModel:
         self, query: Query, deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
     ) -> Answer:
         """Answers one query; raises as `Batcher.recommend`."""
-        pending = self._batcher.enqueue(self._asked(query), deadline_s, is_cancelled)
-        self._batcher.complete(pending)
-        return self._finished(query, pending)
+        (answer,) = self.recommend_all([query], deadline_s, is_cancelled)
+        return answer
 
     def recommend_all(
         self, queries: Sequence[Query], deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
@@ -68,21 +67,38 @@ class LoadedModel:
         asked = [self._asked(query) for query in queries]
         answered: list[Pending] = []
         for start in range(0, len(asked), AT_ONCE):
-            pending: list[Pending] = []
-            try:
-                for query in asked[start : start + AT_ONCE]:
-                    left_s = None if end is None else end - time.monotonic()
-                    pending.append(self._batcher.enqueue(query, left_s, is_cancelled))
-            except QueueFull:
-                for one in pending:
-                    one.is_cancelled = lambda: True
-                raise
-            for one in pending:
-                self._batcher.drive(one)
+            left_s = None if end is None else end - time.monotonic()
+            pending = self._others.complete(asked[start : start + AT_ONCE], left_s, is_cancelled)
             for one in pending:
                 one.result()
             answered += pending
-        return [self._finished(query, one) for query, one in zip(queries, answered, strict=True)]
+        return [self.finished(query, one) for query, one in zip(queries, answered, strict=True)]
+
+    def start(
+        self,
+        query: Query,
+        deadline_s: float | None,
+        is_cancelled: IsCancelled | None,
+        on_done: Callable[[], None],
+        *,
+        here: bool = False,
+    ) -> Pending:
+        """Begins to answer a query that needs neither reasons nor an old history, to be `finished` once it is done.
+
+        Args:
+            query: What is asked.
+            deadline_s: For how many seconds from now on the answer is of use; None: without end.
+            is_cancelled: Whether it is of no use any more.
+            on_done: Called when it is done, in any thread.
+            here: Whether the caller may run the model itself if that takes little time.
+
+        Raises:
+            QueueFull: Too many wait.
+        """
+        known = query.user_id is not None and self.states.has(query.user_id)
+        batcher = self._stored if known else self._others
+        here = here and known and self.states.is_free
+        return batcher.start(self._asked(query), deadline_s, is_cancelled, on_done, here=here)
 
     def _asked(self, query: Query) -> Query:
         """What the batch is asked: without explanations and old histories, for which its neighbours would have to
@@ -100,8 +116,8 @@ class LoadedModel:
         """By which the answer to a query is drawn; None: it is not drawn."""
         return None if query.new_item_slots else self.exploration
 
-    def _finished(self, query: Query, pending: Pending) -> Answer:
-        """The answer to a query from what the batch answered."""
+    def finished(self, query: Query, pending: Pending) -> Answer:
+        """The answer to a query from what the batch answered; raises as `Batcher.recommend`."""
         answer, exploration = pending.result(), self._exploration(query)
         if exploration is not None:
             answer = _drawn(query, answer, exploration)
