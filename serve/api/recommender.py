@@ -24,6 +24,7 @@ from serve.api.rules import MAX_DELETED_EVENTS, MAX_UPSERTED_ITEMS, check_id, ch
 from serve.api.service import RecommenderService
 from serve.pb import recommender_pb2 as pb
 from serve.pb import recommender_pb2_grpc
+from serve.serving.loaded import LoadedModel
 
 
 class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
@@ -44,15 +45,15 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         return response
 
     def start_recommend(
-        self, request: pb.RecommendRequest, context: Context, on_done: Callable[[], None], *, here: bool
-    ) -> Callable[[], pb.RecommendResponse]:
-        """As `Recommend`, for a request that is not `slow`, without waiting: what it returns gives the response once
-        `on_done` is called, in any thread. `here`: the caller may run the model itself, if nobody does."""
+        self, request: pb.RecommendRequest, context: Context, on_done: Callable[[], None]
+    ) -> tuple[LoadedModel, Callable[[], pb.RecommendResponse]]:
+        """As `Recommend`, for a request that is not `slow`, without waiting: the model that is to run, and what gives
+        the response once `on_done` is called, in any thread."""
         loaded = self._models.for_user(request.user_id or None)
         query = decode_query(request, loaded.model, self._event_types)
         remaining = context.time_remaining()
-        answer = self._service.start(loaded, query, remaining, lambda: not context.is_active(), on_done, here=here)
-        return lambda: encode_answer(answer(), with_metadata=request.with_metadata)
+        answer = self._service.start(loaded, query, remaining, lambda: not context.is_active(), on_done)
+        return loaded, lambda: encode_answer(answer(), with_metadata=request.with_metadata)
 
     def is_slow(self, request: pb.RecommendRequest) -> bool:
         """Whether a request needs reasons, what was recommended lately, or a history as of an earlier time: up to 17

@@ -140,12 +140,10 @@ class RecommenderService:
         deadline_s: float | None,
         is_cancelled: Callable[[], bool],
         on_done: Callable[[], None],
-        *,
-        here: bool,
     ) -> Callable[[], Recommendation]:
         """As `recommend`, for a query that needs neither reasons, an old history nor what was shown, without waiting;
-        raises as `LoadedModel.start`. What it returns gives the answer once `on_done` is called."""
-        pending = loaded.start(query, deadline_s, is_cancelled, on_done, here=here)
+        raises as `LoadedModel.start`. What it returns gives the answer once the model ran and `on_done` is called."""
+        pending = loaded.start(query, deadline_s, is_cancelled, on_done)
         return lambda: self._logged(loaded, query, loaded.finished(query, pending))
 
     def recommend_all(

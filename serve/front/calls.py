@@ -160,6 +160,7 @@ class Call:
         """When its message was there, on the clock of `time.perf_counter`."""
         self.may_receive = False
         self.turn: asyncio.Future[None] | None = None
+        self.writes = False
         self.ended: Refused | None = None
         self.cancelled = False
         self.metadata = context.invocation_metadata()
@@ -191,7 +192,8 @@ class Call:
     def give_up(self, code: grpc.StatusCode, details: str) -> None:
         assert self._task is not None
         self.ended = Refused(code, details)
-        self._task.cancel()
+        if not self.writes:
+            self._task.cancel()
 
 
 class Calls(grpc.GenericRpcHandler):
@@ -281,7 +283,12 @@ class Calls(grpc.GenericRpcHandler):
             method.streams.add(call)
             try:
                 async for response in method.answer(request, call):
+                    # gRPC cannot end a call whose write was broken off.
+                    call.writes = True
                     await context.write(method.encode(response))
+                    call.writes = False
+                    if call.ended is not None:
+                        raise call.ended
             finally:
                 method.streams.remove(call)
             return b""

@@ -1,11 +1,7 @@
 """Puts the servicer, health checking and reflection on one port."""
 
-import asyncio
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -20,7 +16,7 @@ from serve.api.inference import InferenceServicer
 from serve.api.recommender import RecommenderServicer
 from serve.api.service import RecommenderService
 from serve.front.auth import Tokens
-from serve.front.calls import Call, Calls, Method, Pool, methods_of
+from serve.front.calls import Calls, Method, Pool, methods_of
 from serve.front.gate import Gate
 from serve.front.lifecycle import RecommenderServer
 from serve.front.limits import (
@@ -34,6 +30,7 @@ from serve.front.limits import (
     WORKERS,
 )
 from serve.front.loop import shared_loop
+from serve.front.recommends import Recommends
 from serve.front.tls import Tls
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracer, tracer_of_the_process
@@ -45,7 +42,6 @@ from serve.pb import (
     recommender_pb2,
     recommender_pb2_grpc,
 )
-from serve.serving.batching import QUEUE_CAPACITY
 from serve.serving.loaded import Models
 from serve.serving.versions import ModelLibrary
 from serve.stores.base import EventStore
@@ -111,53 +107,6 @@ def _bound(address: str, bind: Callable[[str], int]) -> int:
         return bind(address)
     except RuntimeError as error:
         raise AddressError(f"cannot listen on {address}: {error}") from error
-
-
-class Recommends:
-    """The Recommends of a server that are answered in the event loop: all but those that are slow."""
-
-    def __init__(self, servicer: RecommenderServicer, loop: asyncio.AbstractEventLoop, local_store: bool) -> None:
-        """`local_store`: whether reading the store takes so little time that the loop may do it."""
-        self._servicer = servicer
-        self._loop = loop
-        self._local_store = local_store
-        self._under_way = 0
-        self._done: deque[asyncio.Future[None]] = deque()
-
-    def is_full(self) -> bool:
-        """Whether so many wait that there is no room for another."""
-        return self._under_way >= QUEUE_CAPACITY
-
-    def __call__(self, request: recommender_pb2.RecommendRequest, call: Call) -> Awaitable[Any] | None:
-        """What answers a call; None: it takes long."""
-        return None if self._servicer.is_slow(request) else self._answer(request, call)
-
-    async def _answer(self, request: recommender_pb2.RecommendRequest, call: Call) -> recommender_pb2.RecommendResponse:
-        done: asyncio.Future[None] = self._loop.create_future()
-        # A lone call saves two changes of threads; with others, the model runs while they are taken in.
-        here = self._local_store and self._under_way == 0
-        self._under_way += 1
-        try:
-            response = self._servicer.start_recommend(request, call, partial(self._wake, done), here=here)
-            await done
-            return response()
-        except asyncio.CancelledError:
-            call.cancelled = True
-            raise
-        finally:
-            self._under_way -= 1
-
-    def _wake(self, done: asyncio.Future[None]) -> None:
-        """One more is done; of those of one run the loop is told once."""
-        self._done.append(done)
-        if len(self._done) == 1:
-            self._loop.call_soon_threadsafe(self._resume)
-
-    def _resume(self) -> None:
-        while self._done:
-            done = self._done.popleft()
-            if not done.done():
-                done.set_result(None)
 
 
 def create_server(

@@ -124,48 +124,46 @@ class Batcher:
         last.acquire()
         pending = self._pending(queries, deadline_s, is_cancelled)
         pending[-1].on_done = last.release
-        if self._add(pending):
+        self._add(pending)
+        with self._lock:
+            leads, self._running = not self._running, True
+        if leads:
             self._lead(pending[-1])
         # The queue keeps its order, so the others are done too.
         last.acquire()
         return pending
 
-    def start(
-        self,
-        query: Query,
-        deadline_s: float | None,
-        is_cancelled: IsCancelled | None,
-        on_done: Callable[[], None],
-        *,
-        here: bool = False,
+    def put(
+        self, query: Query, deadline_s: float | None, is_cancelled: IsCancelled | None, on_done: Callable[[], None]
     ) -> Pending:
-        """As `complete`, for one query and without waiting: `on_done` is called in the thread that ran the model.
-
-        With `here` the caller runs the model itself if nobody does.
-        """
+        """As `complete`, for one query and without waiting: it is answered by the next run, which calls `on_done`."""
         (pending,) = self._pending([query], deadline_s, is_cancelled)
         pending.on_done = on_done
-        if self._add([pending]):
-            if here:
-                self._lead(pending)
-            else:
-                RUNNERS.submit(self._lead, None)
+        self._add([pending])
         return pending
+
+    def run(self, *, here: bool) -> None:
+        """Has the model run for those that were put into the queue: in this thread once, or in another."""
+        with self._lock:
+            if self._running or not self._queue:
+                return
+            self._running, first = True, self._queue[0]
+        if here:
+            self._lead(first)
+        else:
+            RUNNERS.submit(self._lead, None)
 
     @staticmethod
     def _pending(queries: Sequence[Query], deadline_s: float | None, is_cancelled: IsCancelled | None) -> list[Pending]:
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
         return [Pending(query, deadline, is_cancelled, _nothing) for query in queries]
 
-    def _add(self, pending: Sequence[Pending]) -> bool:
-        """Whether the caller must see to it that the model runs; raises QueueFull."""
+    def _add(self, pending: Sequence[Pending]) -> None:
         with self._lock:
             if len(self._queue) + len(pending) > self._capacity:
                 waiting_s = self._seconds_per_request * len(self._queue)
                 raise QueueFull(self._capacity, min(max(waiting_s, 0.01), 10.0))
             self._queue.extend(pending)
-            leads, self._running = not self._running, True
-            return leads
 
     def _lead(self, until: Pending | None) -> None:
         """Runs the model for all that wait, or until one of them is done; then another thread goes on."""

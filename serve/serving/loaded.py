@@ -80,25 +80,26 @@ class LoadedModel:
         deadline_s: float | None,
         is_cancelled: IsCancelled | None,
         on_done: Callable[[], None],
-        *,
-        here: bool = False,
     ) -> Pending:
-        """Begins to answer a query that needs neither reasons nor an old history, to be `finished` once it is done.
+        """Puts a query into the queue that needs neither reasons nor an old history; it is to be `run` and `finished`.
 
         Args:
             query: What is asked.
             deadline_s: For how many seconds from now on the answer is of use; None: without end.
             is_cancelled: Whether it is of no use any more.
             on_done: Called when it is done, in any thread.
-            here: Whether the caller may run the model itself if that takes little time.
 
         Raises:
             QueueFull: Too many wait.
         """
         known = query.user_id is not None and self.states.has(query.user_id)
         batcher = self._stored if known else self._others
-        here = here and known and self.states.is_free
-        return batcher.start(self._asked(query), deadline_s, is_cancelled, on_done, here=here)
+        return batcher.put(self._asked(query), deadline_s, is_cancelled, on_done)
+
+    def run(self, *, here: bool) -> None:
+        """Has the model run for what was started, without waiting; with `here` in this thread, if it takes little."""
+        self._stored.run(here=here and self.states.is_free)
+        self._others.run(here=False)
 
     def _asked(self, query: Query) -> Query:
         """What the batch is asked: without explanations and old histories, for which its neighbours would have to

@@ -17,15 +17,19 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from serve.api import recommender
 from serve.api.errors import status_of
+from serve.api.recommender import RecommenderServicer
+from serve.api.service import RecommenderService
 from serve.client import Event, RecommenderClient, UserEvent, recommend_request
-from serve.front.server import RECOMMEND, SERVICE, SERVICES, AddressError, create_server, takes_long
+from serve.front.server import SERVICE, SERVICES, AddressError, create_server
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
-from serve.pb.open_inference_pb2 import ServerReadyRequest
+from serve.pb.open_inference_pb2 import ServerLiveRequest, ServerReadyRequest
 from serve.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from serve.pb.recommender_pb2 import RecommendRequest, RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
+from serve.serving.loaded import LoadedModel
 from serve.serving.loading import ModelLoader, open_models
 from serve.stores import open_store
 from serve.stores.base import EventStore
@@ -200,9 +204,8 @@ def test_unexpected_error_is_logged_under_an_id_and_not_sent(caplog: pytest.LogC
     assert "/secret/path" in str(record.exc_info[1])
 
 
-@pytest.mark.parametrize("polling", [True, False])
-def test_more_calls_than_may_wait_are_turned_away_at_once(model: Recommender, store: EventStore, polling: bool) -> None:
-    server = create_server(one_model(model, store), store, "127.0.0.1:0", workers=1, max_calls=2, polling=polling)
+def test_more_calls_than_may_wait_are_turned_away_at_once(model: Recommender, store: EventStore) -> None:
+    server = create_server(one_model(model, store), store, "127.0.0.1:0", workers=1, max_calls=2)
     server.start()
     goes_on = threading.Event()
     record = store.record
@@ -253,25 +256,50 @@ def test_the_port_is_open_before_the_model_is_loaded(
         server.drain()
 
 
-DEAF = """
+def test_a_call_that_would_end_its_thread_is_internal_and_the_server_lives_on(
+    model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leave(*_: object) -> None:
+        raise SystemExit
+
+    server = create_server(one_model(model, store), store, "127.0.0.1:0", workers=1)
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = RecommenderStub(channel)
+        # One in a thread of the pool, one in the loop.
+        for target, call in (
+            (store, lambda: stub.RecordEvents(ONE_EVENT, timeout=TIMEOUT_S)),
+            (LoadedModel, lambda: stub.Recommend(RecommendRequest(user_id="u"), timeout=TIMEOUT_S)),
+        ):
+            with monkeypatch.context() as patched:
+                patched.setattr(target, "record" if target is store else "start", leave)
+                with pytest.raises(grpc.RpcError) as failure:
+                    call()
+            assert failure.value.code() is grpc.StatusCode.INTERNAL
+            assert "logged as" in failure.value.details()
+            assert call() is not None
+    server.drain()
+    assert [record.levelname for record in caplog.records] == ["CRITICAL", "ERROR"] * 2
+
+
+LOOPLESS = """
 import sys
-from serve.api import recommender as servicer
+from serve.front import server
+from serve.front.loop import shared_loop
 from serve.cli.main import main
 
-recommend = servicer.RecommenderServicer.Recommend
+class Deadly(server.InferenceServicer):
+    def ServerLive(self, request, context):
+        shared_loop().loop.call_soon(sys.exit)
+        return super().ServerLive(request, context)
 
-def fail(self, request, context):
-    if request.user_id == "the one":
-        raise SystemExit
-    return recommend(self, request, context)
-
-servicer.RecommenderServicer.Recommend = fail
+server.InferenceServicer = Deadly
 main()
 """
 
 
-def test_a_server_whose_polling_thread_fails_ends(model_directory: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", DEAF, "run", str(model_directory), "--address", "127.0.0.1:0", "--drain", "5"]
+def test_a_server_whose_loop_fails_ends(model_directory: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOOPLESS, "run", str(model_directory), "--address", "127.0.0.1:0", "--drain", "5"]
     command += ["--store", str(tmp_path / "s"), "--provider", "cpu"]
     log = tmp_path / "log"
     with (
@@ -281,12 +309,10 @@ def test_a_server_whose_polling_thread_fails_ends(model_directory: Path, tmp_pat
         assert process.stdout is not None
         address = process.stdout.readline().split(" on ")[1].split()[0]
         with grpc.insecure_channel(address) as channel:
-            stub = RecommenderStub(channel)
-            assert stub.RecordEvents(ONE_EVENT, timeout=TIMEOUT_S).recorded_count == 1
-            with pytest.raises(grpc.RpcError) as failure:
-                stub.Recommend(RecommendRequest(user_id="the one"), timeout=TIMEOUT_S)
-            assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert process.wait(TIMEOUT_S) == 1
+            assert RecommenderStub(channel).RecordEvents(ONE_EVENT, timeout=TIMEOUT_S).recorded_count == 1
+            live = GRPCInferenceServiceStub(channel).ServerLive.future(ServerLiveRequest(), timeout=TIMEOUT_S)
+            assert process.wait(TIMEOUT_S) == 1
+            live.cancel()
     critical = [line for line in map(json.loads, log.read_text().splitlines()) if line["level"] == "CRITICAL"]
     assert ["no call is answered any more" in line["message"] for line in critical] == [True]
     with open_store(tmp_path / "s") as store:
@@ -295,21 +321,39 @@ def test_a_server_whose_polling_thread_fails_ends(model_directory: Path, tmp_pat
 
 def test_slow_calls_are_recognized_by_their_message(model: Recommender, store: EventStore) -> None:
     models = one_model(model, store)
-    short = recommend_request(history=[Event(item_id="0" * 20, timestamp=at) for at in range(100)])
-    long = recommend_request(history=[Event(item_id="0" * 20, timestamp=at) for at in range(10_000)])
+    servicer = RecommenderServicer(RecommenderService(models, store, Metrics()))
     explained = recommend_request(user_id="u", explain=True)
     not_shown = recommend_request(user_id="u", not_shown_within=1)
+    past = recommend_request(user_id="u", request_time=1)
     # As few write it, but protobuf reads it: another number for true, and more bytes than needed for it.
     odd = [recommend_request(user_id="u").SerializeToString() + field for field in (b"\x30\x02", b"\xb0\x00\x81\x00")]
-    assert not any(takes_long(models, RECOMMEND, message) for message in (b"", b"\xff", short.SerializeToString()))
-    assert all(takes_long(models, RECOMMEND, one.SerializeToString()) for one in (long, explained, not_shown))
-    assert [RecommendRequest.FromString(message).explain for message in odd] == [True, True]
-    assert all(takes_long(models, RECOMMEND, message) for message in odd)
-    assert takes_long(models, "/jaxrec.v1.Recommender/BatchRecommend", b"")
-    assert not takes_long(models, "/jaxrec.v1.Recommender/RecordEvents", explained.SerializeToString())
+    now = recommend_request(user_id="u", request_time=int(time.time()))
+    assert not any(servicer.is_slow(one) for one in (RecommendRequest(), recommend_request(user_id="u"), now))
+    assert all(servicer.is_slow(one) for one in (explained, not_shown, past, *map(RecommendRequest.FromString, odd)))
 
 
-def test_a_history_as_of_an_earlier_time_is_not_read_by_the_thread_that_polls(
+@pytest.mark.parametrize("count", [200, 2_000])
+def test_a_long_history_is_decoded_in_a_thread(
+    model: Recommender, store: EventStore, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    decode = recommender.decode_query
+
+    def decoded(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return decode(*arguments)
+
+    monkeypatch.setattr(recommender, "decode_query", decoded)
+    item = model.catalog.item_ids[1]
+    server = create_server(one_model(model, store), store, "127.0.0.1:0")
+    server.start()
+    with RecommenderClient(f"127.0.0.1:{server.port}") as client:
+        client.recommend(history=[Event(item_id=item, timestamp=10**9 + at) for at in range(count)], k=3)
+    server.drain()
+    assert [name.startswith("grpc-slow") for name in threads] == [count > 1_000]
+
+
+def test_a_history_as_of_an_earlier_time_is_not_read_by_the_loop(
     model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readers: list[str] = []
