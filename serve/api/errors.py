@@ -9,6 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from serve.model.manifest import ArtifactError
 from serve.model.recommender import NoNewItems, UnknownItem
 from serve.serving.errors import Cancelled, Expired, QueueFull, RefusedModel, UnknownModel
 from serve.stores.base import StoreError, TooManyToMerge
@@ -17,6 +18,10 @@ logger = logging.getLogger(__name__)
 
 DETAILS_KEY = "grpc-status-details-bin"
 """The metadata in which gRPC libraries look for a `google.rpc.Status`."""
+
+
+LONGEST_TEXT = 500
+"""Characters of a message. A client that gets more than 8 KiB of status, as gRPC writes it, sees another status."""
 
 
 class InvalidRequest(ValueError):
@@ -75,6 +80,7 @@ STATUS: dict[type[Exception], tuple[grpc.StatusCode, str | None]] = {
     Expired: (grpc.StatusCode.DEADLINE_EXCEEDED, None),
     Cancelled: (grpc.StatusCode.CANCELLED, None),
     StoreError: (grpc.StatusCode.UNAVAILABLE, "the event store is not available"),
+    ArtifactError: (grpc.StatusCode.UNAVAILABLE, "the model directory cannot be read"),
 }
 UNEXPECTED = (grpc.StatusCode.INTERNAL, "internal error")
 
@@ -82,13 +88,13 @@ UNEXPECTED = (grpc.StatusCode.INTERNAL, "internal error")
 def status_of(error: Exception) -> Status:
     """The status for an exception. What the client must not see is logged, under an id that it gets."""
     if isinstance(error, Refused):
-        return Status(error.code, str(error))
+        return Status(error.code, _shortened(str(error)))
     code, message = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), UNEXPECTED)
     if message is not None:
         log_id = uuid.uuid4().hex
         logger.error("%s [%s]", message, log_id, exc_info=error)
         return Status(code, f"{message}, logged as {log_id}")
-    return with_details(code, str(error), _details(error))
+    return with_details(code, _shortened(str(error)), _details(error))
 
 
 def with_details(code: grpc.StatusCode, message: str, details: Message | None) -> Status:
@@ -102,10 +108,16 @@ def with_details(code: grpc.StatusCode, message: str, details: Message | None) -
 
 def _details(error: Exception) -> Message | None:
     if isinstance(error, InvalidRequest):
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.reason)
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=_shortened(error.field), description=_shortened(error.reason)
+        )
         return error_details_pb2.BadRequest(field_violations=[violation])
     if isinstance(error, QueueFull):
         delay = Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         return error_details_pb2.RetryInfo(retry_delay=delay)
     return None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}..."

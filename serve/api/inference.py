@@ -6,6 +6,8 @@ answers an index that is out of range with an error at best.
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -68,7 +70,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         return pb.ModelReadyResponse(ready=self.ready)
 
     def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
-        return pb.ServerMetadataResponse(name=MODEL_NAME, version=importlib.metadata.version("jaxrec"))
+        return pb.ServerMetadataResponse(name=MODEL_NAME, version=_version())
 
     def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> pb.ModelMetadataResponse:
         model = self._model(request.name, request.version)
@@ -113,6 +115,14 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         if name != MODEL_NAME:
             raise UnknownModel(f"there is no model {name!r}, the one here is {MODEL_NAME!r}")
         return self._models.version(version).model
+
+
+@cache
+def _version() -> str:
+    """Of the installed package; "" for a copy of the sources that is not installed."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("jaxrec")
+    return ""
 
 
 def _inputs(model: Recommender) -> Signature:

@@ -94,6 +94,7 @@ def serve(settings: Settings) -> None:
                     slate_log=settings.slate_log,
                     slate_retention=settings.slate_retention,
                     log_calls=settings.log_calls,
+                    connection_age_s=settings.connection_age,
                     on_failure=fail,
                 )
                 exposed = settings.allow_insecure or settings.allow_insecure_metrics
@@ -105,8 +106,9 @@ def serve(settings: Settings) -> None:
                 if not stopped.is_set():
                     server.start()
                     main = models.version("").model
-                    host, how = settings.address.rpartition(":")[0], f"{main.provider}, search {main.engine.search_by}"
-                    click.echo(f"serving {main.info.model_version} on {host}:{server.port} (provider {how})")
+                    how = f"{main.provider}, search {main.engine.search_by}"
+                    where = listener.at(server.port)
+                    click.echo(f"serving {main.info.model_version} on {where} (provider {how})")
                     stopped.wait()
                 if not server.finish_calls(settings.drain):
                     logger.warning("calls were still under way after %g s, and are cut off", settings.drain)
@@ -118,12 +120,10 @@ def serve(settings: Settings) -> None:
 
 
 def _start_logging(settings: Settings) -> None:
-    from serve.observability.logs import log_as_json
+    from serve.observability.logs import JsonFormatter, start_logging
 
-    if settings.log_format == "json":
-        log_as_json()
-    else:
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_logging(JsonFormatter() if settings.log_format == "json" else text)
 
 
 def _listener(settings: Settings) -> "Listener":

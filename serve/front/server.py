@@ -79,7 +79,7 @@ class Listener:
     """Where a server listens and for whom."""
 
     address: str
-    """HOST:PORT, with port 0 for a free one."""
+    """HOST:PORT, with port 0 for a free one; or unix:PATH."""
     tls: Tls | None = None
     tokens: Tokens | None = None
     """None: every caller may do everything."""
@@ -90,9 +90,15 @@ class Listener:
 
     def __post_init__(self) -> None:
         """Raises AddressError, and SecurityError for an address that others reach without TLS or authentication."""
-        host_and_port(self.address)
+        if not self.address.startswith("unix:"):
+            host_and_port(self.address)
         authenticated = self.tokens is not None or (self.tls is not None and self.tls.client_ca is not None)
         check_exposure(self.address, self.tls is not None, authenticated, self.allow_insecure)
+
+    def at(self, port: int) -> str:
+        """The address with the port that it was bound to."""
+        host = self.address.rpartition(":")[0]
+        return self.address if self.address.startswith("unix:") else f"{host}:{port}"
 
     def bind(self, server: grpc.aio.Server) -> int:
         """The port, once the server has it; raises AddressError."""

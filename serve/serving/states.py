@@ -178,8 +178,12 @@ class StateCache:
             current[user_id] = user
         current.update(self._rebuilt(unread))
         for user_id, user in current.items():
-            self._users[user_id] = user
-            self._users.move_to_end(user_id)
+            if user.revision:
+                self._users[user_id] = user
+                self._users.move_to_end(user_id)
+            else:
+                # Ids that nobody has recorded an event for are without number, and would push out all others.
+                self._users.pop(user_id, None)
         return current
 
     def _advanced(self, user: UserState, changes: Changes) -> UserState | None:

@@ -1,6 +1,7 @@
 """The server around the servicer: health, reflection, start, shutdown, and what a client learns of a failure."""
 
 import json
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -25,9 +26,16 @@ from serve.client import Event, RecommenderClient, UserEvent, recommend_request
 from serve.front.server import SERVICE, SERVICES, AddressError, create_server
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
-from serve.pb.open_inference_pb2 import ServerLiveRequest, ServerReadyRequest
+from serve.pb.model_admin_pb2 import ListModelsRequest, LoadModelRequest
+from serve.pb.model_admin_pb2_grpc import ModelAdminStub
+from serve.pb.open_inference_pb2 import (
+    ModelInferRequest,
+    ModelMetadataRequest,
+    ServerLiveRequest,
+    ServerReadyRequest,
+)
 from serve.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
-from serve.pb.recommender_pb2 import RecommendRequest, RecordEventsRequest
+from serve.pb.recommender_pb2 import GetModelInfoRequest, RecommendRequest, RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.serving.loaded import LoadedModel
 from serve.serving.loading import ModelLoader, open_models
@@ -37,6 +45,7 @@ from tests.serve.one_model import one_model
 from tests.serve.process import StartError, running_server
 
 TIMEOUT_S = 30
+NOT_FOUND = grpc.StatusCode.NOT_FOUND
 ONE_EVENT = RecordEventsRequest(events=[UserEvent(event_id="1", user_id="u", item_id="1007", timestamp=1)])
 
 
@@ -386,3 +395,61 @@ def test_a_history_as_of_an_earlier_time_is_not_read_by_the_loop(
         client.recommend(user_id="u", k=3, request_time=int(time.time()))
         assert len(readers) == 5
     server.drain()
+
+
+def test_a_server_on_a_unix_socket(model_directory: Path, tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/grpc.sock"
+    with (
+        running_server(model_directory, tmp_path / "s", address=address, provider="cpu") as server,
+        grpc.insecure_channel(address) as channel,
+    ):
+        assert f" on {address} (" in server.line
+        assert RecommenderStub(channel).RecordEvents(ONE_EVENT, timeout=TIMEOUT_S).recorded_count == 1
+
+
+@pytest.mark.parametrize("value", ["x" * 20_000, "é" * 20_000])
+def test_a_long_name_in_an_error_is_cut_and_the_status_stays(
+    model_directory: Path, store: EventStore, value: str
+) -> None:
+    with open_models(model_directory, ModelLoader(store, Metrics(), "cpu"), watch_s=0) as models:
+        server = create_server(models, store, "127.0.0.1:0")
+        server.start()
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            inference = GRPCInferenceServiceStub(channel)
+            calls: list[tuple[Any, Any, grpc.StatusCode]] = [
+                (RecommenderStub(channel).GetModelInfo, GetModelInfoRequest(model_version=value), NOT_FOUND),
+                (ModelAdminStub(channel).LoadModel, LoadModelRequest(model_version=value), NOT_FOUND),
+                (inference.ModelInfer, ModelInferRequest(model_name=value), NOT_FOUND),
+                (inference.ModelMetadata, ModelMetadataRequest(name=value), NOT_FOUND),
+                (
+                    inference.ModelInfer,
+                    ModelInferRequest(
+                        model_name="jaxrec", outputs=[ModelInferRequest.InferRequestedOutputTensor(name=value)]
+                    ),
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                ),
+            ]
+            for call, request, code in calls:
+                with pytest.raises(grpc.RpcError) as failure:
+                    call(request, timeout=TIMEOUT_S)
+                assert failure.value.code() is code
+                assert len(failure.value.details()) < 600
+        server.drain()
+
+
+def test_a_model_directory_that_is_gone_is_unavailable_to_admins(
+    model_directory: Path, store: EventStore, tmp_path: Path
+) -> None:
+    shutil.copytree(model_directory, tmp_path / "model")
+    with open_models(tmp_path / "model", ModelLoader(store, Metrics(), "cpu"), watch_s=0) as models:
+        server = create_server(models, store, "127.0.0.1:0")
+        server.start()
+        shutil.rmtree(tmp_path / "model")
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            with pytest.raises(grpc.RpcError) as failure:
+                ModelAdminStub(channel).ListModels(ListModelsRequest(), timeout=TIMEOUT_S)
+            assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert str(tmp_path) not in failure.value.details()
+            # What is loaded is still served.
+            assert RecommenderStub(channel).Recommend(RecommendRequest(user_id="u"), timeout=TIMEOUT_S).recommendations
+        server.drain()

@@ -233,3 +233,17 @@ def test_stored_users_cost_nothing_until_they_come(model: Recommender, store: Ev
     assert len(states) == 0
     states.recommend([Query((), 5, user_id="ada")])
     assert len(states) == 1
+
+
+def test_users_without_events_push_no_state_out(model: Recommender, store: EventStore) -> None:
+    item = model.catalog.item_ids[1]
+    store.record([UserEvent("e", "real", Event(item, 4.0, 1))])
+    states = StateCache(model, store, capacity=10)
+    states.recommend([Query((), 3, user_id="real")])
+    for number in range(100):
+        states.recommend([Query((), 3, user_id=f"nobody {number}")])
+    assert states.has("real")
+    assert len(states) == 1
+    store.delete_user("real")
+    checked(states, model, store, [Query((), 3, user_id="real")])
+    assert len(states) == 0
