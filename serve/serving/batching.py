@@ -142,13 +142,14 @@ class Batcher:
         self._add([pending])
         return pending
 
-    def run(self, *, here: bool) -> None:
-        """Has the model run for those that were put into the queue: in this thread once, or in another."""
+    def run(self, here: Callable[[Query], bool]) -> None:
+        """Has the model run for those that were put into the queue: once in this thread if the first of them may be
+        answered `here`, else in another."""
         with self._lock:
             if self._running or not self._queue:
                 return
             self._running, first = True, self._queue[0]
-        if here:
+        if here(first.query):
             self._lead(first)
         else:
             RUNNERS.submit(self._lead, None)

@@ -19,6 +19,8 @@ from serve.stores.base import EventStore
 
 # Queries of one call in the queue at a time, so that it leaves room for other calls.
 AT_ONCE = 16
+# A history of so many events is read in about a millisecond.
+BRIEF_EVENTS = 64
 # Clocks differ, and a request takes time: a request time within so many seconds counts as now.
 RECENT_S = 60.0
 
@@ -98,8 +100,8 @@ class LoadedModel:
 
     def run(self, *, here: bool) -> None:
         """Has the model run for what was started, without waiting; with `here` in this thread, if it takes little."""
-        self._stored.run(here=here and self.states.is_free)
-        self._others.run(here=False)
+        self._stored.run(lambda _: here and self.states.is_free)
+        self._others.run(lambda query: here and query.user_id is None and len(query.events) <= BRIEF_EVENTS)
 
     def _asked(self, query: Query) -> Query:
         """What the batch is asked: without explanations and old histories, for which its neighbours would have to

@@ -163,19 +163,21 @@ class StateCache:
         """The users' states as of their stored histories."""
         current: dict[str, UserState] = {}
         unread: dict[str, _Unread] = {}
-        for user_id in user_ids:
-            user = self._users.get(user_id) or self._unspilled(user_id)
+        kept = {user_id: self._users.get(user_id) or self._unspilled(user_id) for user_id in user_ids}
+        revisions = self._store.revisions([user_id for user_id, user in kept.items() if user is not None])
+        for user_id, user in kept.items():
             if user is None:
                 unread[user_id] = _Unread(self._store.changes(user_id))
                 continue
-            if user.revision != self._store.revision(user_id):
+            if user.revision != revisions[user_id]:
                 changes = self._store.changes(user_id, user.revision)
                 advanced = None if changes.complete else self._advanced(user, changes)
                 if advanced is None:
                     unread[user_id] = _Unread(changes) if changes.complete else self._to_be_read(user_id, user, changes)
                     continue
-                user = advanced
-            current[user_id] = user
+                current[user_id] = advanced
+            else:
+                current[user_id] = user
         current.update(self._rebuilt(unread))
         for user_id, user in current.items():
             if user.revision:

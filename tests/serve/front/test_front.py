@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import serve
 from serve.api.context import Context
 from serve.client import Event, RecommenderClient
+from serve.front.calls import Call
 from serve.front.server import create_server
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
@@ -267,3 +268,27 @@ def test_a_second_message_is_not_read() -> None:
             content += next(frames)[3]
         assert b"\0\0\0\0\1x" in content
         assert b"\0\0\0\0\1y" not in content
+
+
+def test_no_call_fails_when_a_connection_gets_too_old() -> None:
+    peers: list[str] = []
+
+    def note(request: bytes, context: Context) -> bytes:
+        assert isinstance(context, Call)
+        peers.append(context.peer())
+        return request
+
+    options = [("grpc.max_connection_age_ms", 100), ("grpc.max_connection_age_grace_ms", 10_000)]
+    with (
+        echo_server(note, options=options) as address,
+        grpc.insecure_channel(address) as channel,
+        ThreadPoolExecutor(4) as callers,
+    ):
+        ends = time.monotonic() + PATIENCE_S
+
+        def ask(_: int) -> None:
+            while len(set(peers)) < 4 and time.monotonic() < ends:
+                assert method(channel, POOLED)(b"x", timeout=PATIENCE_S) == b"x"
+
+        list(callers.map(ask, range(4)))
+    assert len(set(peers)) >= 4

@@ -247,3 +247,23 @@ def test_users_without_events_push_no_state_out(model: Recommender, store: Event
     store.delete_user("real")
     checked(states, model, store, [Query((), 3, user_id="real")])
     assert len(states) == 0
+
+
+def test_a_batch_asks_once_for_the_revisions_of_all_its_users(
+    model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = [f"user {number}" for number in range(5)]
+    store.record([UserEvent(user, user, Event(model.catalog.item_ids[1], 4.0, 1)) for user in users])
+    states = StateCache(model, store)
+    queries = [Query((), 3, user_id=user) for user in users]
+    states.recommend(queries)
+    asked: list[Sequence[str]] = []
+    revisions = store.revisions
+
+    def counted(user_ids: Sequence[str]) -> dict[str, int]:
+        asked.append(user_ids)
+        return revisions(user_ids)
+
+    monkeypatch.setattr(store, "revisions", counted)
+    states.recommend(queries)
+    assert [sorted(one) for one in asked] == [users]
