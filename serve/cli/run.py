@@ -83,8 +83,7 @@ def serve(settings: Settings) -> None:
                 trend_refresh_s=settings.trend_refresh_s,
                 load_now=False,
             ) as models:
-                # Catalogue and libraries stay: without them a full collection takes microseconds, not tens of
-                # milliseconds.
+                # Libraries stay: without them a full collection takes microseconds, not tens of milliseconds.
                 gc.collect()
                 gc.freeze()
                 server = create_server(

@@ -7,6 +7,7 @@ is in no table needs `admin`. Without tokens, every caller may do everything.
 
 import hashlib
 import hmac
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,8 @@ import grpc
 
 from serve.addresses import SecurityError
 from serve.api.errors import Refused
+
+logger = logging.getLogger(__name__)
 
 RIGHTS = ("read", "write", "users", "catalogue", "admin")
 SHORTEST_TOKEN = 16
@@ -56,7 +59,32 @@ class Tokens:
         for token in rights_by_token:
             if len(token) < SHORTEST_TOKEN or not token.isascii() or any(c.isspace() for c in token):
                 raise SecurityError(f"expected tokens of at least {SHORTEST_TOKEN} ASCII characters without spaces")
+        self._path: Path | None = None
+        self._contents = b""
         self._rights = [(_digest(token), frozenset(rights)) for token, rights in rights_by_token.items()]
+
+    def follow(self, path: Path, contents: bytes) -> None:
+        """Notes the file that the tokens come from, as it was read; see `read_again`."""
+        self._path, self._contents = path, hashlib.sha256(contents).digest()
+
+    def read_again(self) -> None:
+        """Takes the tokens of the file that is followed, if it changed; what cannot be used changes nothing."""
+        if self._path is None:
+            return
+        try:
+            contents = hashlib.sha256(self._path.read_bytes()).digest()
+        except OSError:
+            # It is being replaced.
+            return
+        if contents == self._contents:
+            return
+        self._contents = contents
+        try:
+            self._rights = read_tokens(self._path)._rights
+        except SecurityError as error:
+            logger.error("the tokens stay as they were: %s", error)
+        else:
+            logger.info("the tokens were read again")
 
     def rights(self, authorization: str) -> frozenset[str] | None:
         """The rights of `Bearer TOKEN`; None: no such token. Takes the same time whatever came."""
@@ -110,11 +138,14 @@ def parse_tokens(text: str, where: str) -> Tokens:
 
 
 def read_tokens(path: Path) -> Tokens:
-    """The tokens of a file; raises SecurityError."""
+    """The tokens of a file, to be read again when it changes; raises SecurityError."""
     try:
-        return parse_tokens(path.read_text(encoding="utf-8"), str(path))
+        contents = path.read_bytes()
+        tokens = parse_tokens(contents.decode("utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise SecurityError(f"{path}: expected lines of text: {type(error).__name__}") from error
+    tokens.follow(path, contents)
+    return tokens
 
 
 @lru_cache(maxsize=256)

@@ -236,7 +236,10 @@ class Calls(grpc.GenericRpcHandler):
         return self._handlers.get(name) or grpc.stream_unary_rpc_method_handler(partial(self._unimplemented, name))
 
     def begin(self) -> None:
-        """From now on calls that wait too long for their client are ended; in the event loop."""
+        """From now on calls that wait too long for their client are ended, and tokens are read again when their file
+        changes; in the event loop."""
+        if self._tokens is not None:
+            self._tokens.read_again()
         self._unreceived.end_overdue()
         self._short_unreceived.end_overdue()
         self._timer = asyncio.get_running_loop().call_later(LOOK_S, self.begin)
