@@ -40,7 +40,7 @@ from serve.api.rules import (
     checked_weight,
     latest_time,
 )
-from serve.api.service import Profile, Recommendation
+from serve.api.service import Profile, Recommendation, repeatable_id
 from serve.model.catalog import Catalog
 from serve.model.events import INTERACTION, Event, RatingScale
 from serve.model.explain import Explanation
@@ -64,16 +64,19 @@ def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: 
     request_time = request.request_time if request.HasField("request_time") else None
     if request_time is not None:
         check_time("request_time", request_time, latest_time())
-    subject = request.WhichOneof("subject")
-    if subject is None:
-        raise InvalidRequest("subject", "user_id or history", "neither")
-    events: Sequence[Event] = ()
-    user_id = None
-    if subject == "history":
-        events = _decode_history(request.history, request_time, model.info.rating_scale, event_types)
-    else:
-        user_id = request.user_id
+    user_id, events, event_ids = request.user_id or None, list[Event](), list[str]()
+    if user_id is not None:
         check_id("user_id", user_id)
+    elif not request.HasField("history"):
+        raise InvalidRequest("user_id", "a user, or a history", "neither")
+    if request.HasField("history"):
+        scale = model.info.rating_scale
+        events, event_ids = _decode_history(request.history, request_time, scale, event_types)
+    check_version(request, user_id)
+    recommendation_id = ""
+    if request.request_id:
+        check_id("request_id", request.request_id)
+        recommendation_id = repeatable_id(user_id, request.request_id)
     not_shown_within = request.not_shown_within
     if not 0 <= not_shown_within <= MAX_NOT_SHOWN_S:
         raise InvalidRequest("not_shown_within", f"0 to {MAX_NOT_SHOWN_S} seconds", not_shown_within)
@@ -81,8 +84,19 @@ def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: 
         raise InvalidRequest("not_shown_within", "user_id with it", "a history")
     exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots)
     withheld = model.live.withheld(request_time)
-    options = (item_filter, allow_seen, slots, not_shown_within, withheld)
+    options = (item_filter, allow_seen, slots, not_shown_within, withheld, event_ids, recommendation_id)
     return Query(events, k, exclude, request_time, request.explain, user_id, started, *options)
+
+
+def check_version(request: pb.RecommendRequest | pb.SimilarItemsRequest, user_id: str | None = None) -> None:
+    """Raises InvalidRequest unless at most one thing says which model version answers."""
+    if not request.bucket_key:
+        return
+    check_id("bucket_key", request.bucket_key)
+    if user_id is not None:
+        raise InvalidRequest("bucket_key", "none with user_id, which divides users already", "both")
+    if request.model_version:
+        raise InvalidRequest("bucket_key", "none with model_version", "both")
 
 
 def decode_batch(
@@ -99,10 +113,14 @@ def decode_batch(
     events = sum(len(single.history.events) for single in request.requests)
     if events > MAX_BATCH_EVENTS:
         raise InvalidRequest("requests", f"at most {MAX_BATCH_EVENTS} events in all", events)
-    queries = []
+    queries: list[Query] = []
+    ids = dict[str, int]()
     for at, (single, model) in enumerate(zip(request.requests, models, strict=True)):
         try:
-            queries.append(decode_query(single, model, event_types))
+            queries.append(query := decode_query(single, model, event_types))
+            first = ids.setdefault(query.recommendation_id, at) if query.recommendation_id else at
+            if first != at:
+                raise InvalidRequest("request_id", "each once for a user", f"that of requests[{first}]")
         except InvalidRequest as error:
             raise error.within(f"requests[{at}]") from error
         except NoNewItems as error:
@@ -112,19 +130,27 @@ def decode_batch(
 
 def _decode_history(
     history: pb.History, request_time: int | None, scale: RatingScale | None, event_types: EventTypes
-) -> Sequence[Event]:
+) -> tuple[list[Event], list[str]]:
+    """The events and their ids. Of equal ids the first is decoded; without any id, there are none."""
     check_length("history.events", history.events, MAX_HISTORY_EVENTS)
-    latest, events = latest_time(), []
+    latest, events, event_ids, ids = latest_time(), list[Event](), list[str](), set[str]()
     for at, event in enumerate(history.events):
         try:
-            events.append(_decode_event(event, scale, latest, event_types))
+            decoded = _decode_event(event, scale, latest, event_types)
+            if event.event_id:
+                check_id("event_id", event.event_id)
         except InvalidRequest as error:
             raise error.within(f"history.events[{at}]") from error
+        if event.event_id not in ids:
+            events.append(decoded)
+            event_ids.append(event.event_id)
+            if event.event_id:
+                ids.add(event.event_id)
     if events and request_time is not None:
         last = max(event.timestamp for event in events)
         if request_time < last:
             raise InvalidRequest("request_time", f"not before the last event at {last}", request_time)
-    return events
+    return events, event_ids if ids else []
 
 
 def _decode_event(

@@ -4,6 +4,7 @@ from typing import Any
 
 from serve.api.codec import (
     check_answer,
+    check_version,
     decode_batch,
     decode_impressions,
     decode_query,
@@ -23,6 +24,7 @@ from serve.api.rules import MAX_DELETED_EVENTS, MAX_UPSERTED_ITEMS, check_id, ch
 from serve.api.service import RecommenderService
 from serve.pb import recommender_pb2 as pb
 from serve.pb import recommender_pb2_grpc
+from serve.serving.loaded import LoadedModel
 
 
 class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
@@ -33,8 +35,15 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         self._event_types = event_types
         self._models = service.models
 
+    def _loaded(self, request: pb.RecommendRequest | pb.SimilarItemsRequest) -> LoadedModel:
+        """The model that answers; raises UnknownModel."""
+        if request.model_version:
+            return self._models.version(request.model_version)
+        user_id = request.user_id if isinstance(request, pb.RecommendRequest) else ""
+        return self._models.for_user(user_id or request.bucket_key or None)
+
     def Recommend(self, request: pb.RecommendRequest, context: Any) -> pb.RecommendResponse:
-        loaded = self._models.for_user(request.user_id or None)
+        loaded = self._loaded(request)
         query = decode_query(request, loaded.model, self._event_types)
         answer = self._service.recommend(loaded, query, context.time_remaining(), lambda: not context.is_active())
         response = encode_answer(answer, with_metadata=request.with_metadata)
@@ -43,7 +52,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         return response
 
     def BatchRecommend(self, request: pb.BatchRecommendRequest, context: Any) -> pb.BatchRecommendResponse:
-        loaded = [self._models.for_user(single.user_id or None) for single in request.requests]
+        loaded = [self._loaded(single) for single in request.requests]
         queries = decode_batch(request, [one.model for one in loaded], self._event_types)
         answers = self._service.recommend_all(loaded, queries, context.time_remaining, lambda: not context.is_active())
         response = pb.BatchRecommendResponse(
@@ -102,7 +111,8 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
     def SimilarItems(self, request: pb.SimilarItemsRequest, context: Any) -> pb.SimilarItemsResponse:
         check_id("item_id", request.item_id)
         k = checked_count("k", request.k)
-        model = self._models.version("").model
+        check_version(request)
+        model = self._loaded(request).model
         item_filter = decode_filter(request, model)
         withheld = model.live.withheld()
         ranking = model.similar(request.item_id, k, request.exclude_item_ids, item_filter, withheld)

@@ -9,6 +9,7 @@ import os
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from serve.api.errors import SlatesNotLogged, UnknownUser
@@ -19,11 +20,13 @@ from serve.model.recommender import Answer, Query, Recommender, UnknownItem
 from serve.observability.metrics import Metrics
 from serve.serving.errors import Cancelled, Expired
 from serve.serving.loaded import LoadedModel, Models
-from serve.stores.base import Deleted, EventStore, ShownItem, Slate, UserEvent
+from serve.stores.base import MOST_EVENTS, Deleted, EventStore, ShownItem, Slate, UserEvent
 
 SECONDS_PER_DAY = 86_400
 MOST_NOT_SHOWN = 10_000
 """Items that `not_shown_within` excludes from an answer."""
+MOST_READS = 5
+"""So often a user's history is read again if it changes while it is read."""
 
 
 class Recommendation(NamedTuple):
@@ -81,6 +84,14 @@ class Page(NamedTuple):
     """Timestamp and arrival of the last one; None: there are no more."""
 
 
+def repeatable_id(user_id: str | None, request_id: str) -> str:
+    """The id of the answers to a request that its client may repeat: 32 hexadecimal digits, the same for the same
+    arguments in each process. None: the history came with the request."""
+    # Ids have no U+0000.
+    name = f"{user_id or ''}\0{request_id}"
+    return hashlib.blake2b(name.encode(), digest_size=16, person=b"request id").hexdigest()
+
+
 def is_logged(name: str, share: float) -> bool:
     """Whether answers are logged: of all users about the given share, and always the same ones, so that a user's log is
     whole. All servers of a store choose the same.
@@ -128,7 +139,7 @@ class RecommenderService:
     ) -> Recommendation:
         """Answers a query with the model of its user, and logs the slate; raises as `LoadedModel.recommend`."""
         start = time.monotonic()
-        query = self._without_shown(query, self._recently_shown)
+        query = self._with_stored(self._without_shown(query, self._recently_shown))
         if deadline_s is not None:
             deadline_s -= time.monotonic() - start
         return self._logged(loaded, query, loaded.recommend(query, deadline_s, is_cancelled))
@@ -143,18 +154,19 @@ class RecommenderService:
         """As `recommend`, for queries with a model each; all are answered or none. An error about a query names it."""
 
         @functools.cache
-        def recently_shown(user_id: str, seconds: int) -> list[str]:
-            if is_cancelled():
-                raise Cancelled("cancelled by the client")
-            left_s = remaining_s()
-            if left_s is not None and left_s <= 0:
-                raise Expired("the deadline passed before it was read what was recommended lately")
-            return self._recently_shown(user_id, seconds)
+        def recently_shown(user_id: str, seconds: int, but: str) -> list[str]:
+            return self._recently_shown(user_id, seconds, but)
 
         asked = list(queries)
         for at, query in enumerate(asked):
+            if query.not_shown_within or query.events:
+                if is_cancelled():
+                    raise Cancelled("cancelled by the client")
+                left_s = remaining_s()
+                if left_s is not None and left_s <= 0:
+                    raise Expired("the deadline passed before the user's data were read")
             try:
-                asked[at] = self._without_shown(query, recently_shown)
+                asked[at] = self._with_stored(self._without_shown(query, recently_shown))
             except SlatesNotLogged as error:
                 raise SlatesNotLogged(f"requests[{at}].{error}") from error
         queries = asked
@@ -165,7 +177,26 @@ class RecommenderService:
             answers.update(zip(places, found, strict=True))
         return [self._logged(one, queries[at], answers[at]) for at, one in enumerate(loaded)]
 
-    def _without_shown(self, query: Query, recently_shown: Callable[[str, int], list[str]]) -> Query:
+    def _with_stored(self, query: Query) -> Query:
+        """The query with the stored events of its user before those that are sent along, as if these had been recorded
+        just now."""
+        user_id = query.user_id
+        if user_id is None or not query.events:
+            return query
+        ids, recorded = [one for one in query.event_ids if one], set[str]()
+        for _ in range(MOST_READS):
+            # An event that is recorded between the two reads would count twice.
+            revision = self._store.revision(user_id) if ids else 0
+            recorded = self._store.recorded_ids(ids) if ids else recorded
+            stored = self._store.history(user_id, query.request_time)
+            if not ids or self._store.revision(user_id) == revision:
+                break
+        named = zip(query.events, query.event_ids or [""] * len(query.events), strict=True)
+        sent = [event for event, event_id in named if event.weight and event_id not in recorded]
+        # Sorting keeps the order of equal times.
+        return query._replace(events=sorted([*stored, *sent], key=attrgetter("timestamp"))[-MOST_EVENTS:])
+
+    def _without_shown(self, query: Query, recently_shown: Callable[[str, int, str], list[str]]) -> Query:
         """The query without what was recommended lately, if it asks for that; raises SlatesNotLogged."""
         seconds = query.not_shown_within
         if not seconds or query.user_id is None:
@@ -176,18 +207,18 @@ class RecommenderService:
         if 0 < self._slate_retention_s < seconds:
             expected = f"at most {self._slate_retention_s:.0f} seconds, for which recommendations are kept"
             raise SlatesNotLogged(f"not_shown_within: expected {expected} (--slate-retention), came {seconds}")
-        shown = recently_shown(query.user_id, seconds)
+        shown = recently_shown(query.user_id, seconds, query.recommendation_id)
         return query._replace(exclude_item_ids=(*query.exclude_item_ids, *shown))
 
-    def _recently_shown(self, user_id: str, seconds: int) -> list[str]:
-        return self._store.shown_items(user_id, int(time.time()) - seconds, MOST_NOT_SHOWN)
+    def _recently_shown(self, user_id: str, seconds: int, but: str) -> list[str]:
+        return self._store.shown_items(user_id, int(time.time()) - seconds, MOST_NOT_SHOWN, but)
 
     def _logged(self, loaded: LoadedModel, query: Query, answer: Answer) -> Recommendation:
         model, now = loaded.model, time.time()
         # The time first: an index of ids in their order grows at one end, which costs half of one in no order.
-        recommendation_id = f"{int(now * 1e3):012x}{os.urandom(10).hex()}"
+        recommendation_id = query.recommendation_id or f"{int(now * 1e3):012x}{os.urandom(10).hex()}"
         self._metrics.answered(answer.policy, answer.items)
-        if query.events:
+        if query.events and query.user_id is None:
             self._metrics.events(positive_count(query.events) - answer.ignored_event_count, answer.ignored_event_count)
         if not is_logged(query.user_id or recommendation_id, self._slate_log):
             return Recommendation(recommendation_id, answer, model)
@@ -199,6 +230,7 @@ class RecommenderService:
             "seen": query.allow_seen is not None,
             "new_item_slots": query.new_item_slots,
             "not_shown_within": query.not_shown_within,
+            "history": query.events and query.user_id is not None,
             "catalogue": withheld is None,
         }
         self._store.log_slate(

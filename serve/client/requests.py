@@ -64,12 +64,15 @@ def recommend_request(
     new_item_slots: int = 0,
     not_shown_within: int = 0,
     with_metadata: bool = False,
+    bucket_key: str = "",
+    model_version: str = "",
+    request_id: str = "",
 ) -> RecommendRequest:
     """The message for one question.
 
     Args:
         user_id: A user whose events the server has stored.
-        history: The user's events, if the server has not stored them.
+        history: Events that the server has not stored: all of the user, or with `user_id` those to be added.
         k: Number of items, 1 to 1000.
         exclude_item_ids: Items not to recommend.
         request_time: When the user asks, in seconds since 1970; None: not known. Later stored events are ignored.
@@ -79,12 +82,15 @@ def recommend_request(
         new_item_slots: Number of the `k` places that are reserved for items that the model was not trained on.
         not_shown_within: What was recommended to the user within so many seconds is left out; 0: it is not.
         with_metadata: Whether each item comes with the metadata that was stored for it.
+        bucket_key: Without `user_id`: which model version answers, as for a user with this id; "": the main one.
+        model_version: The model version that is to answer; "": that of the user or of `bucket_key`.
+        request_id: Repeated calls with the same id are one entry of the server's log; "": each call is one.
 
     Raises:
-        ValueError: Both or none of `user_id` and `history` are given.
+        ValueError: None of `user_id` and `history` is given.
     """
-    if (user_id is None) == (history is None):
-        raise ValueError("expected user_id or history, and not both")
+    if user_id is None and history is None:
+        raise ValueError("expected user_id, history or both")
     request = RecommendRequest(
         k=k,
         exclude_item_ids=exclude_item_ids,
@@ -95,10 +101,13 @@ def recommend_request(
         new_item_slots=new_item_slots,
         not_shown_within=not_shown_within,
         with_metadata=with_metadata,
+        bucket_key=bucket_key,
+        model_version=model_version,
+        request_id=request_id,
     )
     if user_id is not None:
         request.user_id = user_id
-    else:
+    if history is not None:
         request.history.CopyFrom(History(events=history))
     return request
 
@@ -156,6 +165,9 @@ class Requests(
         new_item_slots: int = 0,
         not_shown_within: int = 0,
         with_metadata: bool = False,
+        bucket_key: str = "",
+        model_version: str = "",
+        request_id: str = "",
     ) -> Recommended:
         """The best `k` items for a stored user or for a history; arguments and errors as of `recommend_request`."""
         request = recommend_request(
@@ -170,6 +182,9 @@ class Requests(
             new_item_slots=new_item_slots,
             not_shown_within=not_shown_within,
             with_metadata=with_metadata,
+            bucket_key=bucket_key,
+            model_version=model_version,
+            request_id=request_id,
         )
         return self._call(self._stub.Recommend, request)
 
@@ -211,11 +226,20 @@ class Requests(
         exclude_item_ids: Iterable[str] = (),
         filter: ItemFilter | None = None,
         with_metadata: bool = False,
+        bucket_key: str = "",
+        model_version: str = "",
     ) -> Similar:
         """The `k` items (1 to 1000) most similar to one item, without those of `exclude_item_ids`, of those that
-        `filter` allows (None: of all), if asked for with their metadata."""
+        `filter` allows (None: of all), if asked for with their metadata. `bucket_key`, such as a user's id, or
+        `model_version` says which model version answers ("": the main one)."""
         request = SimilarItemsRequest(
-            item_id=item_id, k=k, exclude_item_ids=exclude_item_ids, filter=filter, with_metadata=with_metadata
+            item_id=item_id,
+            k=k,
+            exclude_item_ids=exclude_item_ids,
+            filter=filter,
+            with_metadata=with_metadata,
+            bucket_key=bucket_key,
+            model_version=model_version,
         )
         return self._call(self._stub.SimilarItems, request)
 

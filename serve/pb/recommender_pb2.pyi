@@ -59,6 +59,7 @@ class Event(_message.Message):
     RATING_FIELD_NUMBER: _builtins.int
     TIMESTAMP_FIELD_NUMBER: _builtins.int
     TYPE_FIELD_NUMBER: _builtins.int
+    EVENT_ID_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     """Required. The model ignores items that it does not know, see
     `RecommendResponse.ignored_event_count`.
@@ -73,6 +74,12 @@ class Event(_message.Message):
     """
     type: _builtins.str
     """As `UserEvent.type`, with the same meaning. Empty: `interaction`."""
+    event_id: _builtins.str
+    """As `UserEvent.event_id`, if the client recorded the event or is about to. With
+    `RecommendRequest.user_id`, an event whose id is recorded is left out here, so that
+    it counts once. Of equal ids in one history the first counts. Empty: the event has
+    no id, and counts.
+    """
     def __init__(
         self,
         *,
@@ -80,10 +87,11 @@ class Event(_message.Message):
         rating: _builtins.float | None = ...,
         timestamp: _builtins.int = ...,
         type: _builtins.str = ...,
+        event_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "rating", b"rating"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "item_id", b"item_id", "rating", b"rating", "timestamp", b"timestamp", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "event_id", b"event_id", "item_id", b"item_id", "rating", b"rating", "timestamp", b"timestamp", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rating: _TypeAlias = _typing.Literal["rating"]  # noqa: Y015
     _WhichOneofArgType__rating: _TypeAlias = _typing.Literal["_rating", b"_rating"]  # noqa: Y015
@@ -101,8 +109,8 @@ class History(_message.Message):
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
         """In any order: events are sorted by timestamp, and events of the same second
-        keep the order in which they were sent. Empty: a user without history. At most
-        10,000.
+        keep the order in which they were sent, after those that are stored. Empty: no
+        event. At most 10,000.
         """
 
     def __init__(
@@ -204,17 +212,20 @@ class RecommendRequest(_message.Message):
     NEW_ITEM_SLOTS_FIELD_NUMBER: _builtins.int
     NOT_SHOWN_WITHIN_FIELD_NUMBER: _builtins.int
     WITH_METADATA_FIELD_NUMBER: _builtins.int
+    BUCKET_KEY_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """A user whose events were recorded with RecordEvents. A user without events,
     or only with events on items that the model does not know, is answered with
-    the most popular items.
+    the most popular items. Empty: `history` alone says for whom.
     """
     k: _builtins.int
     """How many items to answer, 1 to 1000. 0: 10."""
     request_time: _builtins.int
     """The time for which to recommend, in seconds. Absent: not known, and the model
-    answers without it. With `history` it must not be before the last event. With
-    `user_id`, events after it are left out, as if asked at that time.
+    answers without it. It must not be before the last event of `history`. With
+    `user_id`, stored events after it are left out, as if asked at that time.
     """
     explain: _builtins.bool
     """Whether each recommendation comes with an explanation. False: without."""
@@ -246,9 +257,33 @@ class RecommendRequest(_message.Message):
     """Whether each recommendation comes with the metadata that UpsertItems stored for its
     item. False: without.
     """
+    bucket_key: _builtins.str
+    """With a `history` alone: what divides such requests between model versions, for
+    example the id of a visit. Requests with the same key are answered by the same
+    version as long as the shares of the versions stay, namely by that of a user with
+    this id. It is not kept. Empty: the version that answers most requests.
+    """
+    model_version: _builtins.str
+    """The version that is to answer, whatever its share. A version that is not loaded is
+    NOT_FOUND, and the message names those that are. Not together with `bucket_key`.
+    Empty: as `user_id` or `bucket_key` has it.
+    """
+    request_id: _builtins.str
+    """The client's own id of this request, different from those of all other requests for
+    the same user; requests without `user_id` count as those of one user. A call that is
+    repeated with the same id, as after a lost answer, is answered with the same
+    `RecommendResponse.recommendation_id` and is one entry of the log, namely the first
+    one, whichever servers of a store answered. This holds as long as the entry is
+    in the log. The repeated call is answered anew, as of now; what exploration
+    draws, it draws again in the same way, and `not_shown_within` does not count the
+    answer to the first call. Empty: each call is a request of its own.
+    """
     @_builtins.property
     def history(self) -> Global___History:
-        """The events themselves, used for this answer only."""
+        """Events that are used for this answer only and not kept. With `user_id`, they are
+        added to the stored ones, as if they had been recorded just now; the newest 10,000
+        of all count. Absent: `user_id` must be set.
+        """
 
     @_builtins.property
     def exclude_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -275,19 +310,17 @@ class RecommendRequest(_message.Message):
         new_item_slots: _builtins.int = ...,
         not_shown_within: _builtins.int = ...,
         with_metadata: _builtins.bool = ...,
+        bucket_key: _builtins.str = ...,
+        model_version: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "filter", b"filter", "history", b"history", "request_time", b"request_time", "subject", b"subject", "user_id", b"user_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "filter", b"filter", "history", b"history", "request_time", b"request_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "filter", b"filter", "history", b"history", "k", b"k", "new_item_slots", b"new_item_slots", "not_shown_within", b"not_shown_within", "request_time", b"request_time", "seen", b"seen", "subject", b"subject", "user_id", b"user_id", "with_metadata", b"with_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "bucket_key", b"bucket_key", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "filter", b"filter", "history", b"history", "k", b"k", "model_version", b"model_version", "new_item_slots", b"new_item_slots", "not_shown_within", b"not_shown_within", "request_id", b"request_id", "request_time", b"request_time", "seen", b"seen", "user_id", b"user_id", "with_metadata", b"with_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__request_time: _TypeAlias = _typing.Literal["request_time"]  # noqa: Y015
     _WhichOneofArgType__request_time: _TypeAlias = _typing.Literal["_request_time", b"_request_time"]  # noqa: Y015
-    _WhichOneofReturnType_subject: _TypeAlias = _typing.Literal["user_id", "history"]  # noqa: Y015
-    _WhichOneofArgType_subject: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
-    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__request_time) -> _WhichOneofReturnType__request_time | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_subject) -> _WhichOneofReturnType_subject | None: ...
 
 Global___RecommendRequest: _TypeAlias = RecommendRequest  # noqa: Y015
 
@@ -315,7 +348,7 @@ class RecommendResponse(_message.Message):
     """
     recommendation_id: _builtins.str
     """Names this answer: 32 hexadecimal digits. What the user does with it is recorded
-    with `UserEvent.recommendation_id`. Never empty.
+    with `UserEvent.recommendation_id`. Never empty. See `RecommendRequest.request_id`.
     """
     log_propensity: _builtins.float
     """Natural logarithm of the probability with which the policy shows exactly these
@@ -1501,12 +1534,18 @@ class SimilarItemsRequest(_message.Message):
     EXCLUDE_ITEM_IDS_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     WITH_METADATA_FIELD_NUMBER: _builtins.int
+    BUCKET_KEY_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     """Required. The item itself may be hidden, or not available."""
     k: _builtins.int
     """How many items to answer, 1 to 1000. 0: 10."""
     with_metadata: _builtins.bool
     """Whether each neighbour comes with its metadata, as in `RecommendRequest`."""
+    bucket_key: _builtins.str
+    """As in `RecommendRequest`. With a user's id, the version that answers the user."""
+    model_version: _builtins.str
+    """As in `RecommendRequest`."""
     @_builtins.property
     def exclude_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Items that must not be answered, as in `RecommendRequest`."""
@@ -1525,10 +1564,12 @@ class SimilarItemsRequest(_message.Message):
         exclude_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         filter: Global___ItemFilter | None = ...,
         with_metadata: _builtins.bool = ...,
+        bucket_key: _builtins.str = ...,
+        model_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exclude_item_ids", b"exclude_item_ids", "filter", b"filter", "item_id", b"item_id", "k", b"k", "with_metadata", b"with_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_key", b"bucket_key", "exclude_item_ids", b"exclude_item_ids", "filter", b"filter", "item_id", b"item_id", "k", b"k", "model_version", b"model_version", "with_metadata", b"with_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -87,6 +87,8 @@ class LoadedModel:
     def _asked(self, query: Query) -> Query:
         """What the batch is asked: without explanations and old histories, for which its neighbours would have to
         wait."""
+        if query.events:
+            query = query._replace(user_id=None)
         if query.user_id is not None and query.request_time is not None:
             newest = self.states.newest(query.user_id)
             if newest is not None and query.request_time < newest:
@@ -114,7 +116,7 @@ class LoadedModel:
         if answer.policy == POPULARITY:
             return explain_popularity(answer.items, self.model.catalog)
         events = query.events
-        if query.user_id is not None:
+        if query.user_id is not None and not events:
             events = self._store.history(query.user_id, query.request_time)
         return self.model.explain(query._replace(events=events), answer.items)
 
@@ -124,7 +126,7 @@ def _drawn(query: Query, answer: Answer, exploration: Exploration) -> Answer:
     places: NDArray[np.intp] = np.arange(min(query.k, len(answer.items)))
     log_propensities: tuple[float, ...] = ()
     if answer.policy != POPULARITY:
-        slate = exploration.draw(answer.scores, query.k)
+        slate = exploration.draw(answer.scores, query.k, query.recommendation_id)
         places, log_propensities = slate.places, tuple(slate.log_propensities.tolist())
     return replace(answer, items=answer.items[places], scores=answer.scores[places], log_propensities=log_propensities)
 

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 WATCH_S = 2.0
 SHARE_TOLERANCE = 1e-3
+LONGEST_SHOWN = 200
+"""Characters of a version's name in a message."""
 
 Load = Callable[[Path], LoadedModel]
 
@@ -160,7 +162,8 @@ class ModelLibrary:
         traffic = self._traffic
         ready = traffic.ready.get(model_version or traffic.main)
         if ready is None:
-            raise UnknownModel(f"the version {model_version!r} is not loaded, {sorted(traffic.ready)} are")
+            loaded = ", ".join(map(repr, sorted(traffic.ready)))
+            raise UnknownModel(f"the version {model_version[:LONGEST_SHOWN]!r} is not loaded, these are: {loaded}")
         return ready.model
 
     def versions(self) -> Sequence[str]:
@@ -255,7 +258,7 @@ class ModelLibrary:
     def _named(self, model_version: str) -> _Ready:
         found = [one for one in find_versions(self._directory) if one.model_version == model_version]
         if not found:
-            raise UnknownModel(f"the version {model_version!r} is not in the model directory")
+            raise UnknownModel(f"the version {model_version[:LONGEST_SHOWN]!r} is not in the model directory")
         try:
             return self._loaded(found[0])
         except (ArtifactError, ProviderError) as error:

@@ -83,9 +83,9 @@ def test_a_batch_reads_each_user_once(
     asked: list[str] = []
     read = store.shown_items
 
-    def reading(user_id: str, since: int, most: int) -> list[str]:
+    def reading(user_id: str, since: int, most: int, but: str) -> list[str]:
         asked.append(user_id)
-        return read(user_id, since, most)
+        return read(user_id, since, most, but)
 
     monkeypatch.setattr(store, "shown_items", reading)
     client.batch_recommend([recommend_request(user_id=name, k=1, not_shown_within=DAY) for name in "uvuuv"])
@@ -98,7 +98,7 @@ def test_reading_what_was_shown_stops_at_the_deadline(
     """Of three users one is read within it."""
     left, asked = iter([1.0, 0.0]), list[str]()
 
-    def reading(user_id: str, since: int, most: int) -> list[str]:
+    def reading(user_id: str, since: int, most: int, but: str) -> list[str]:
         asked.append(user_id)
         return []
 

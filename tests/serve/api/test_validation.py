@@ -78,8 +78,18 @@ FILTERS = [
 ]
 KNOWN_TYPES = "expected one of click, dislike, interaction, like, play, purchase, skip, view, came"
 RECOMMEND = [
-    (RecommendRequest(), "subject: expected user_id or history, came neither"),
-    (RecommendRequest(user_id=""), "user_id: expected an id of 1 to 512 characters, came 0 characters"),
+    (RecommendRequest(), "user_id: expected a user, or a history, came neither"),
+    (RecommendRequest(user_id=""), "user_id: expected a user, or a history, came neither"),
+    (RecommendRequest(user_id=LONG, history=History()), "user_id: expected an id of 1 to 512 characters, came 513"),
+    (with_event(event_id=LONG), "history.events[2].event_id: expected an id"),
+    (
+        RecommendRequest(user_id="u", history=History(events=[Event(item_id="1", timestamp=9)]), request_time=8),
+        "request_time: expected not before the last event at 9, came 8",
+    ),
+    (RecommendRequest(user_id="u", bucket_key="b"), "bucket_key: expected none with user_id"),
+    (RecommendRequest(history=History(), bucket_key=LONG), "bucket_key: expected an id"),
+    (RecommendRequest(user_id="u", request_id=LONG), "request_id: expected an id"),
+    (RecommendRequest(user_id="u", request_id="a\0"), "request_id: expected an id without the character U+0000"),
     (RecommendRequest(user_id=LONG), "user_id: expected an id of 1 to 512 characters, came 513 characters"),
     (RecommendRequest(user_id="u", k=-1), "k: expected 1 to 1000, or 0 for 10, came -1"),
     (RecommendRequest(user_id="u", k=1001), "k: expected 1 to 1000, or 0 for 10, came 1001"),
@@ -151,6 +161,7 @@ SIMILAR = [
     (SimilarItemsRequest(), "item_id: expected an id"),
     (SimilarItemsRequest(item_id="1007", k=-1), "k: expected 1 to 1000"),
     (SimilarItemsRequest(item_id="1007", k=1001), "k: expected 1 to 1000"),
+    (SimilarItemsRequest(item_id="1007", bucket_key=LONG), "bucket_key: expected an id"),
     (SimilarItemsRequest(item_id="1007", exclude_item_ids=["1007", ""]), "exclude_item_ids[1]: expected an id"),
     (SimilarItemsRequest(item_id="1007", exclude_item_ids=["1"] * 10_001), "exclude_item_ids: expected at most 10000"),
     *((SimilarItemsRequest(item_id="1007", filter=asked), message) for asked, message in FILTERS),
