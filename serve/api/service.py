@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
-from serve.api.errors import SlatesNotLogged, UnknownUser
-from serve.model.events import Event, known_events, positive_count
+from serve.api.errors import OF_THE_SERVER, SlatesNotLogged, UnknownUser
+from serve.api.rules import MAX_NOT_SHOWN_ITEMS
+from serve.model.events import known_events, positive_count
 from serve.model.live_catalog import Item
 from serve.model.profile import GenrePreference, genre_preferences
 from serve.model.recommender import Answer, Query, Recommender, UnknownItem
@@ -23,8 +24,8 @@ from serve.serving.loaded import LoadedModel, Models
 from serve.stores.base import MOST_EVENTS, Deleted, EventStore, ShownItem, Slate, UserEvent
 
 SECONDS_PER_DAY = 86_400
-MOST_NOT_SHOWN = 10_000
-"""Items that `not_shown_within` excludes from an answer."""
+READ_AT_ONCE = 1_000
+"""Events, to find positive ones."""
 MOST_READS = 5
 """So often a user's history is read again if it changes while it is read."""
 
@@ -47,9 +48,10 @@ class Recorded(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """A user's positive events in time order and preferences, as the model sees them that answers the user."""
+    """What a user's history says, as the model sees it that answers the user."""
 
-    events: Sequence[Event]
+    event_count: int
+    """Its positive events."""
     preferences: Sequence[GenrePreference]
     model: Recommender
 
@@ -76,12 +78,13 @@ class ItemPage(NamedTuple):
     """The one that answers most requests."""
 
 
-class Page(NamedTuple):
+class EventPage(NamedTuple):
     """Some of a user's events, newest first."""
 
-    events: Sequence[UserEvent]
-    last: tuple[int, int] | None
-    """Timestamp and arrival of the last one; None: there are no more."""
+    events: Sequence[tuple[int, UserEvent]]
+    """With their arrivals."""
+    more: bool
+    """Whether there are others after them."""
 
 
 def repeatable_id(user_id: str | None, request_id: str) -> str:
@@ -146,19 +149,22 @@ class RecommenderService:
 
     def recommend_all(
         self,
-        loaded: Sequence[LoadedModel],
-        queries: Sequence[Query],
+        asked: Sequence[tuple[LoadedModel, Query]],
         remaining_s: Callable[[], float | None],
         is_cancelled: Callable[[], bool],
-    ) -> list[Recommendation]:
-        """As `recommend`, for queries with a model each; all are answered or none. An error about a query names it."""
+    ) -> list[Recommendation | Exception]:
+        """As `recommend`, for queries with a model each; in place of an answer, why this query has none.
+
+        Raises what concerns the server (`OF_THE_SERVER`): then none is answered.
+        """
 
         @functools.cache
         def recently_shown(user_id: str, seconds: int, but: str) -> list[str]:
             return self._recently_shown(user_id, seconds, but)
 
-        asked = list(queries)
-        for at, query in enumerate(asked):
+        found: dict[int, Recommendation | Exception] = {}
+        of_model: dict[LoadedModel, dict[int, Query]] = {}
+        for at, (loaded, query) in enumerate(asked):
             if query.not_shown_within or query.events:
                 if is_cancelled():
                     raise Cancelled("cancelled by the client")
@@ -166,16 +172,23 @@ class RecommenderService:
                 if left_s is not None and left_s <= 0:
                     raise Expired("the deadline passed before the user's data were read")
             try:
-                asked[at] = self._with_stored(self._without_shown(query, recently_shown))
+                whole = self._with_stored(self._without_shown(query, recently_shown))
             except SlatesNotLogged as error:
-                raise SlatesNotLogged(f"requests[{at}].{error}") from error
-        queries = asked
-        answers: dict[int, Answer] = {}
-        for model in set(loaded):
-            places = [at for at, one in enumerate(loaded) if one is model]
-            found = model.recommend_all([queries[at] for at in places], remaining_s(), is_cancelled)
-            answers.update(zip(places, found, strict=True))
-        return [self._logged(one, queries[at], answers[at]) for at, one in enumerate(loaded)]
+                found[at] = error
+            else:
+                of_model.setdefault(loaded, {})[at] = whole
+        answered: list[tuple[int, LoadedModel, Query, Answer]] = []
+        for loaded, queries in of_model.items():
+            answers = loaded.recommend_all(list(queries.values()), remaining_s(), is_cancelled)
+            for (at, query), answer in zip(queries.items(), answers, strict=True):
+                if isinstance(answer, OF_THE_SERVER):
+                    raise answer
+                if isinstance(answer, Exception):
+                    found[at] = answer
+                else:
+                    answered.append((at, loaded, query, answer))
+        found |= {at: self._logged(loaded, query, answer) for at, loaded, query, answer in answered}
+        return [found[at] for at in range(len(asked))]
 
     def _with_stored(self, query: Query) -> Query:
         """The query with the stored events of its user before those that are sent along, as if these had been recorded
@@ -211,7 +224,7 @@ class RecommenderService:
         return query._replace(exclude_item_ids=(*query.exclude_item_ids, *shown))
 
     def _recently_shown(self, user_id: str, seconds: int, but: str) -> list[str]:
-        return self._store.shown_items(user_id, int(time.time()) - seconds, MOST_NOT_SHOWN, but)
+        return self._store.shown_items(user_id, int(time.time()) - seconds, MAX_NOT_SHOWN_ITEMS, but)
 
     def _logged(self, loaded: LoadedModel, query: Query, answer: Answer) -> Recommendation:
         model, now = loaded.model, time.time()
@@ -304,15 +317,26 @@ class RecommenderService:
         if not events and not self._store.revision(user_id):
             raise UnknownUser(f"no event of the user {user_id!r} is stored")
         model = self.models.for_user(user_id).model
-        return Profile(events, genre_preferences(known_events(events, model.catalog), model.catalog), model)
+        return Profile(len(events), genre_preferences(known_events(events, model.catalog), model.catalog), model)
 
-    def events(self, user_id: str, most: int, before: tuple[int, int] | None) -> Page:
+    def events(self, user_id: str, most: int, before: tuple[int, int] | None) -> EventPage:
         """At most so many of a user's events, newest first, from the one after `before` (timestamp, arrival) on."""
         # One more says whether there is another page.
         found = self._store.list_events(user_id, most + 1, before)
-        events = [event for _, event in found[:most]]
-        arrival, last = found[:most][-1] if found else (0, None)
-        return Page(events, None if last is None or len(found) <= most else (last.event.timestamp, arrival))
+        return EventPage(found[:most], len(found) > most)
+
+    def watched(self, user_id: str, most: int, before: tuple[int, int] | None) -> EventPage:
+        """As `events`, of the positive ones alone."""
+        found: list[tuple[int, UserEvent]] = []
+        at_once = max(most + 1, READ_AT_ONCE)
+        while len(found) <= most:
+            part = self._store.list_events(user_id, at_once, before)
+            found += [one for one in part if one[1].event.weight > 0]
+            if len(part) < at_once:
+                break
+            arrival, last = part[-1]
+            before = (last.event.timestamp, arrival)
+        return EventPage(found[:most], len(found) > most)
 
     def delete_events(self, user_id: str, event_ids: Sequence[str]) -> int:
         """Deletes some of a user's events; how many there were."""

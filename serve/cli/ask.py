@@ -133,6 +133,10 @@ def recommendations(client: RecommenderClient, user_id: str | None, watched: Seq
     return _answer(answer, asked["explain"])
 
 
+def _time(seconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
+
+
 def _event(text: str, timestamp: int) -> Event:
     """ITEM or ITEM=RATING; raises ValueError."""
     item_id, separator, rating = text.rpartition("=")
@@ -168,7 +172,7 @@ def profile(client: RecommenderClient, user_id: str, k: int) -> str:
     found = client.get_user_profile(user_id, k)
     watched = [
         [
-            time.strftime("%Y-%m-%d %H:%M", time.gmtime(one.timestamp)),
+            _time(one.timestamp),
             one.item_id,
             one.title,
             f"{one.rating:g}" if one.HasField("rating") else "",
@@ -198,7 +202,7 @@ def events(client: RecommenderClient, user_id: str, k: int) -> str:
     """A user's last k events, of all types."""
     rows = [
         [
-            time.strftime("%Y-%m-%d %H:%M", time.gmtime(one.timestamp)),
+            _time(one.timestamp),
             one.type,
             one.item_id,
             f"{one.rating:g}" if one.HasField("rating") else "",
@@ -217,7 +221,7 @@ def model(client: RecommenderClient, model_version: str = "") -> str:
     rows = [
         ["model", info.model_version],
         ["policy", info.policy],
-        ["exported", info.created],
+        ["exported", _time(info.created_time)],
         ["items", f"{info.item_count}"],
         ["ratings", f"{scale.minimum:g} to {scale.maximum:g}" if info.HasField("rating_scale") else "none"],
         ["history", f"last {info.max_history} events"],

@@ -19,6 +19,7 @@ from serve.api.health import HealthServicer
 from serve.api.inference import InferenceServicer
 from serve.api.recommender import RecommenderServicer
 from serve.api.reflection import ReflectionServicer
+from serve.api.rules import MAX_MESSAGE_BYTES
 from serve.api.service import RecommenderService
 from serve.front.auth import TokenInterceptor, Tokens
 from serve.front.calls import Calls
@@ -27,7 +28,6 @@ from serve.front.limits import (
     LONG_MESSAGE_BYTES,
     MAX_CALLS,
     MAX_CALLS_OF_A_CONNECTION,
-    MAX_MESSAGE_BYTES,
     SLOW_WORKERS,
     WORKERS,
 )

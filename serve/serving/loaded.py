@@ -14,7 +14,7 @@ from serve.model.exploration import Exploration
 from serve.model.recommender import POPULARITY, Answer, Query, Recommender
 from serve.observability.metrics import Metrics
 from serve.serving.batching import Batcher, Pending, Run
-from serve.serving.errors import QueueFull
+from serve.serving.errors import Cancelled, Expired, QueueFull
 from serve.serving.states import StateCache
 from serve.stores.base import EventStore
 
@@ -62,8 +62,9 @@ class LoadedModel:
 
     def recommend_all(
         self, queries: Sequence[Query], deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
-    ) -> list[Answer]:
-        """Answers several queries of one call, all or none; raises as `Batcher.recommend`."""
+    ) -> list[Answer | Exception]:
+        """Answers several queries of one call; in place of an answer, what the model or the store raised for this
+        query. Raises QueueFull, Expired and Cancelled as `Batcher.recommend`."""
         end = None if deadline_s is None else time.monotonic() + deadline_s
         asked = [self._asked(query) for query in queries]
         answered: list[Pending] = []
@@ -80,9 +81,18 @@ class LoadedModel:
             for one in pending:
                 self._batcher.drive(one)
             for one in pending:
-                one.result()
+                if isinstance(one.error, (Cancelled, Expired)):
+                    raise one.error
             answered += pending
-        return [self._finished(query, one) for query, one in zip(queries, answered, strict=True)]
+        return [self._finished_or_failed(query, one) for query, one in zip(queries, answered, strict=True)]
+
+    def _finished_or_failed(self, query: Query, pending: Pending) -> Answer | Exception:
+        try:
+            return self._finished(query, pending)
+        except (Cancelled, Expired):
+            raise
+        except Exception as error:
+            return error
 
     def _asked(self, query: Query) -> Query:
         """What the batch is asked: without explanations and old histories, for which its neighbours would have to

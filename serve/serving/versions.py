@@ -163,7 +163,7 @@ class ModelLibrary:
         ready = traffic.ready.get(model_version or traffic.main)
         if ready is None:
             loaded = ", ".join(map(repr, sorted(traffic.ready)))
-            raise UnknownModel(f"the version {model_version[:LONGEST_SHOWN]!r} is not loaded, these are: {loaded}")
+            raise UnknownModel(f"the loaded versions are {loaded}; {model_version[:LONGEST_SHOWN]!r} is not loaded")
         return ready.model
 
     def versions(self) -> Sequence[str]:
@@ -199,7 +199,7 @@ class ModelLibrary:
             reports.append(self._report(traffic, version.model_version, version.folder, state, reason))
         gone = traffic.ready.keys() - {version.model_version for version in found}
         reports += [self._report(traffic, version, "", State.READY, "") for version in gone]
-        return sorted(reports, key=lambda report: report.model_version, reverse=True)
+        return sorted(reports, key=lambda report: (report.model_version, report.folder), reverse=True)
 
     def load_newest(self) -> bool:
         """Gives the newest valid version all traffic, and follows the directory again; whether anything changed."""

@@ -11,6 +11,7 @@ from serve.model.exploration import Exploration
 from serve.model.recommender import Recommender
 from serve.stores import open_store
 from serve.stores.base import EventStore
+from tests.serve.answers import answered
 from tests.serve.one_model import one_model
 from tests.serve.stores.slates import slates_of
 from tests.serve.stores.test_stores import location, servers  # noqa: F401
@@ -39,7 +40,7 @@ def test_a_repeated_request_is_one_entry_of_the_log(
         clients = [stack.enter_context(serving(model, store)) for store in stores]
         for subject in ({"user_id": "u", "history": history}, {"history": history}):
             answers = [client.recommend(request_id="a", k=5, **subject) for client in (*clients, clients[0])]
-            answers += clients[1].batch_recommend([recommend_request(request_id="a", k=5, **subject)])
+            answers += answered(clients[1].batch_recommend([recommend_request(request_id="a", k=5, **subject)]))
             assert [one.recommendation_id for one in answers] == [answers[0].recommendation_id] * 4
             for answer in answers[1:]:
                 assert [one.item_id for one in answer.recommendations] == [

@@ -19,6 +19,7 @@ from serve.pb.recommender_pb2 import RecommendResponse
 from serve.serving.loading import ModelLoader, open_models
 from serve.serving.versions import position
 from serve.stores.base import EventStore
+from tests.serve.answers import answered
 from tests.serve.stores.slates import slates_of
 
 ALL = 60
@@ -64,7 +65,7 @@ def test_events_that_are_sent_along_count_as_if_they_had_just_been_recorded(
     before = client.list_events(user_id), store.revision(user_id)
     asked = recommend_request(user_id=user_id, history=along, k=ALL, request_time=request_time)
     found = client.recommend(user_id=user_id, history=along, k=ALL, request_time=request_time)
-    (batched,) = client.batch_recommend([asked])
+    (batched,) = answered(client.batch_recommend([asked]))
     assert (client.list_events(user_id), store.revision(user_id)) == before
     client.record_events(
         UserEvent(
@@ -153,7 +154,7 @@ def test_a_bucket_key_divides_what_has_no_user(divided: RecommenderClient) -> No
     assert answers == [divided.recommend(user_id=key, k=1).model_version for key in keys]
     assert answers == [divided.similar_items("1007", 1, bucket_key=key).model_version for key in keys]
     batch = divided.batch_recommend([recommend_request(history=history, k=1, bucket_key=key) for key in keys])
-    assert answers == [one.model_version for one in batch]
+    assert answers == [one.model_version for one in answered(batch)]
     assert Counter(answers).keys() == {"0", "1"}
     assert divided.recommend(history=history, k=1).model_version == "0"
 
@@ -162,7 +163,8 @@ def test_a_request_can_name_its_version(divided: RecommenderClient) -> None:
     divided.record_events([UserEvent(event_id="1", user_id="u", item_id="1007", timestamp=1)])
     for version in ("0", "1"):
         asked = recommend_request(user_id="u", k=3, model_version=version)
-        answers = [divided.recommend(user_id="u", k=3, model_version=version), *divided.batch_recommend([asked])]
+        answers = [divided.recommend(user_id="u", k=3, model_version=version)]
+        answers += answered(divided.batch_recommend([asked]))
         assert [one.model_version for one in answers] == [version, version]
         assert divided.similar_items("1007", 3, model_version=version).model_version == version
 
@@ -177,4 +179,5 @@ def test_a_version_that_is_not_loaded_is_not_found(divided: RecommenderClient, v
         with pytest.raises(grpc.RpcError) as failure:
             call()
         assert failure.value.code() is grpc.StatusCode.NOT_FOUND
-        assert failure.value.details() == f"the version {version[:200]!r} is not loaded, these are: '0', '1'"
+        expected = f"the loaded versions are '0', '1'; {version[:200]!r} is not loaded"
+        assert failure.value.details() == (expected if len(expected) <= 500 else f"{expected[:497]}...")

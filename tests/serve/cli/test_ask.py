@@ -55,7 +55,7 @@ def test_events_with_a_user_an_id_and_a_version(address: str, client: Recommende
     found = ask(address, *asked, "--request-id", "r", "--model-version", version)
     assert {line.split()[1] for line in found.splitlines()[1:59]} == set(ids[1:]) - {ids[3], ids[9]}
     assert found.splitlines()[-1] == ask(address, *asked, "--request-id", "r").splitlines()[-1]
-    assert f"the version 'x' is not loaded, these are: '{version}'" in ask(address, *asked, "--model-version", "x")
+    assert f"the loaded versions are '{version}'; 'x' is not loaded" in ask(address, *asked, "--model-version", "x")
     assert version in ask(address, "--model-version", version)
     refused = ask("127.0.0.1:1", "--profile", "7", "--model-version", "x")
     assert "Error: --model-version: expected --user, --watched, --similar or nothing with it" in refused

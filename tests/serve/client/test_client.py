@@ -15,6 +15,7 @@ from serve.pb.recommender_pb2 import (
     RecordEventsRequest,
     RecordEventsResponse,
 )
+from tests.serve.answers import answered
 
 TRIES_BEFORE_AVAILABLE = 2
 
@@ -95,7 +96,7 @@ def test_the_async_client_asks_the_same(client: RecommenderClient, address: str)
             expected = [one.item_id for one in client.recommend(user_id="u", k=20).recommendations]
             for at, answer in enumerate(answers):
                 assert [one.item_id for one in answer.recommendations] == expected[: 1 + at]
-            (batched,) = await same.batch_recommend([recommend_request(user_id="u", k=3)])
+            (batched,) = answered(await same.batch_recommend([recommend_request(user_id="u", k=3)]))
             assert [one.item_id for one in batched.recommendations] == expected[:3]
             assert (await same.record_impressions([])).recorded_count == 0
             assert await same.list_events("u") == client.list_events("u")

@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,12 @@ def test_model_info(client: RecommenderClient, model: Recommender) -> None:
     info = client.get_model_info()
     assert info.model_version == model.info.model_version
     assert info.policy == "reinforce"
-    assert info.created == model.info.created
+    assert info.created_time == datetime.fromisoformat(model.info.created).timestamp() > 0
     assert info.item_count == len(model.catalog)
     assert (info.rating_scale.minimum, info.rating_scale.maximum) == (0.5, 5.0)
     assert tuple(info.genres) == model.info.genres
     assert info.execution_provider == "CPUExecutionProvider"
-    assert (info.max_history, info.max_k) == (50, 1000)
+    assert (info.max_history, info.limits.max_k) == (50, 1000)
 
 
 def test_health(address: str) -> None:
