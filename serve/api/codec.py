@@ -124,18 +124,20 @@ def _decode_history(
     latest, events, event_ids, ids = latest_time(), list[Event](), list[str](), set[str]()
     found = Violations()
     for at, event in enumerate(history.events):
-        first = len(found)
+        event_id, first = event.event_id, len(found)
         decoded = _decode_event(event, scale, latest, event_types, found)
-        if event.event_id:
-            found.check(check_id, "event_id", event.event_id)
-        found.put_within(f"history.events[{at}]", first)
-        if found.is_full:
-            break
-        if event.event_id not in ids:
-            events.append(decoded)
-            event_ids.append(event.event_id)
-            if event.event_id:
-                ids.add(event.event_id)
+        if event_id:
+            found.check(check_id, "event_id", event_id)
+        if len(found) > first:
+            found.put_within(f"history.events[{at}]", first)
+            if found.is_full:
+                break
+        if event_id in ids or decoded is None:
+            continue
+        events.append(decoded)
+        event_ids.append(event_id)
+        if event_id:
+            ids.add(event_id)
     found.raise_any()
     if events and request_time is not None:
         last = max(event.timestamp for event in events)
@@ -146,15 +148,24 @@ def _decode_history(
 
 def _decode_event(
     event: pb.Event | pb.UserEvent, scale: RatingScale | None, latest: int, event_types: EventTypes, found: Violations
-) -> Event:
-    item_id, timestamp, rating = event.item_id, event.timestamp, None
-    found.check(check_id, "item_id", item_id)
-    if event.HasField("rating"):
-        rating = event.rating
-        found.check(check_rating, "rating", rating, scale)
-    found.check(check_event_time, "timestamp", timestamp, latest)
-    weight = found.check(checked_weight, "type", event.type, event_types)
-    return Event(item_id, rating, timestamp, 0.0 if weight is None else weight)
+) -> Event | None:
+    """The event; None: it has violations, which `found` has then."""
+    item_id, timestamp = event.item_id, event.timestamp
+    rating = event.rating if event.HasField("rating") else None
+    try:
+        check_id("item_id", item_id)
+        if rating is not None:
+            check_rating("rating", rating, scale)
+        check_event_time("timestamp", timestamp, latest)
+        return Event(item_id, rating, timestamp, checked_weight("type", event.type, event_types))
+    except InvalidRequest:
+        # Once more and one by one: that takes longer, and most events have none.
+        found.check(check_id, "item_id", item_id)
+        if rating is not None:
+            found.check(check_rating, "rating", rating, scale)
+        found.check(check_event_time, "timestamp", timestamp, latest)
+        found.check(checked_weight, "type", event.type, event_types)
+        return None
 
 
 def decode_user_events(
@@ -176,8 +187,9 @@ def decode_user_events(
         found.put_within(f"events[{at}]", first)
         if found.is_full:
             break
-        named = (event.recommendation_id or None, event.type or INTERACTION)
-        events.append(UserEvent(event.event_id, event.user_id, decoded, *named, value))
+        if decoded is not None:
+            named = (event.recommendation_id or None, event.type or INTERACTION)
+            events.append(UserEvent(event.event_id, event.user_id, decoded, *named, value))
     found.raise_any()
     return events
 

@@ -3,7 +3,7 @@
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, TypeVar, TypeVarTuple
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -27,7 +27,7 @@ LONGEST_MESSAGE = 500
 LONGEST_REASON = 400
 MOST_DETAILS = 3_000
 
-Arguments = ParamSpec("Arguments")
+Arguments = TypeVarTuple("Arguments")
 T = TypeVar("T")
 
 
@@ -76,10 +76,10 @@ class Violations:
         """Whether more would not be named."""
         return len(self._found) >= MOST_VIOLATIONS
 
-    def check(self, check: Callable[Arguments, T], *arguments: Arguments.args, **named: Arguments.kwargs) -> T | None:
+    def check(self, check: Callable[[*Arguments], T], *arguments: *Arguments) -> T | None:
         """What a check returns; None if it raised InvalidRequest, which is kept."""
         try:
-            return check(*arguments, **named)
+            return check(*arguments)
         except InvalidRequest as error:
             self._found += error.violations
             return None

@@ -35,7 +35,7 @@ def decode_filter(request: pb.RecommendRequest | pb.SimilarItemsRequest, model: 
     tags = {name: getattr(request.filter, name) for name in ("any_tags", "all_tags", "none_tags")}
     for name, of_rule in tags.items():
         found.check(_check_known, f"filter.{name}", of_rule, model)
-    found.check(_check_tags, **tags)
+    found.check(_check_tags, tags["any_tags"], tags["all_tags"], tags["none_tags"])
     minimum = request.filter.minimum_score if request.filter.HasField("minimum_score") else None
     if minimum is not None and not math.isfinite(minimum):
         found.add("filter.minimum_score", "a finite number", f"{minimum:g}")
