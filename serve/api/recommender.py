@@ -69,7 +69,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
                 if first != at:
                     raise InvalidRequest("request_id", "each once for a user", f"that of requests[{first}]")
             except Exception as error:
-                results[at] = _failed(error)
+                results[at] = self._failed(error)
             else:
                 asked[at] = (loaded, query)
         answers = self._service.recommend_all(
@@ -81,10 +81,18 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
                     raise answer
                 results[at] = pb.RecommendResult(response=self._encoded(request.requests[at], answer))
             except Exception as error:
-                results[at] = _failed(error)
+                results[at] = self._failed(error)
         response = pb.BatchRecommendResponse(results=[results[at] for at in range(len(results))])
         check_answer("requests", response)
         return response
+
+    def _failed(self, error: Exception) -> pb.RecommendResult:
+        """What became of one request of a batch; raises an error that concerns the server, and so the whole call."""
+        if isinstance(error, OF_THE_SERVER):
+            raise error
+        status = status_of(error)
+        self._service.failed_in_batch(status.code.name)
+        return pb.RecommendResult(error=pb.Status.FromString(status.details))
 
     def RecordEvents(self, request: pb.RecordEventsRequest, context: Any) -> pb.RecordEventsResponse:
         scale = self._models.version("").model.info.rating_scale
@@ -176,10 +184,3 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
     def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.GetModelInfoResponse:
         loaded = self._models.version(request.model_version)
         return encode_model_info(loaded.model, loaded.temperature or 0.0, self._event_types)
-
-
-def _failed(error: Exception) -> pb.RecommendResult:
-    """What became of one request of a batch; raises an error that concerns the server, and so the whole call."""
-    if isinstance(error, OF_THE_SERVER):
-        raise error
-    return pb.RecommendResult(error=pb.Status.FromString(status_of(error).details))

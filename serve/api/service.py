@@ -266,6 +266,10 @@ class RecommenderService:
         )
         return Recommendation(recommendation_id, answer, model)
 
+    def failed_in_batch(self, code: str) -> None:
+        """Counts a request of a batch that failed with a status."""
+        self._metrics.failed_in_batch(code)
+
     def record(self, events: Sequence[UserEvent]) -> Recorded:
         """Stores the events whose ids are new; they are on disk on return."""
         index = self.models.version("").model.catalog.index

@@ -20,6 +20,7 @@ from serve.client.connection import SERVICE_CONFIG
 from serve.front.auth import Tokens
 from serve.front.server import Listener, create_server
 from serve.model.recommender import Recommender
+from serve.observability.metrics import Metrics
 from serve.pb import recommender_pb2_grpc
 from serve.pb.recommender_pb2 import (
     BatchRecommendRequest,
@@ -201,7 +202,8 @@ def test_a_defect_of_one_answer_does_not_fail_the_others(
     monkeypatch.setattr(
         Recommender, "explain", lambda self, query, items: 1 / 0 if query.k == 2 else explain(self, query, items)
     )
-    server = create_server(models, store, "127.0.0.1:0")
+    metrics = Metrics()
+    server = create_server(models, store, "127.0.0.1:0", metrics=metrics)
     server.start()
     with RecommenderClient(f"127.0.0.1:{server.port}") as client:
         history = [Event(item_id="1007", timestamp=1)]
@@ -211,6 +213,7 @@ def test_a_defect_of_one_answer_does_not_fail_the_others(
     assert [len(one.recommendations) for one in (first, third)] == [1, 3]
     assert isinstance(second, Status)
     assert re.fullmatch("internal error, logged as [0-9a-f]{32}", second.message)
+    assert metrics.registry.get_sample_value("jaxrec_batch_failures_total", {"code": "INTERNAL"}) == 1
 
 
 def test_what_concerns_the_server_fails_the_whole_batch(

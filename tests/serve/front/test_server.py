@@ -15,8 +15,10 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from grpc_status import rpc_status
 
 from serve.api.errors import status_of
 from serve.client import Event, RecommenderClient, UserEvent, recommend_request
@@ -246,6 +248,9 @@ def test_the_port_is_open_before_the_model_is_loaded(
                 stub.Recommend(request, timeout=TIMEOUT_S)
             assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
             assert failure.value.details() == "the model is being loaded, try again"
+            status, info = rpc_status.from_call(failure.value), error_details_pb2.ErrorInfo()
+            assert status.details[0].Unpack(info)
+            assert info.reason == "NOT_SERVING"
             models.open()
             server.start()
             assert health_stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S).status == states.SERVING
