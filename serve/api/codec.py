@@ -57,7 +57,10 @@ def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: 
         found.add("new_item_slots", f"0 to k, which is {k}", request.new_item_slots)
     request_time = request.request_time if request.HasField("request_time") else None
     if request_time is not None:
+        first = len(found)
         found.check(check_time, "request_time", request_time, latest_time())
+        if len(found) > first:
+            request_time = None
     user_id, events, event_ids = request.user_id or None, list[Event](), list[str]()
     if user_id is not None:
         found.check(check_id, "user_id", user_id)
@@ -267,7 +270,9 @@ def encode_answer(recommendation: Recommendation, view: int = pb.VIEW_BASIC) -> 
     return response
 
 
-def check_answer(field: str, answer: pb.RecommendResponse | pb.BatchRecommendResponse) -> None:
+def check_answer(
+    field: str, answer: pb.RecommendResponse | pb.BatchRecommendResponse | pb.SimilarItemsResponse
+) -> None:
     """Raises InvalidRequest for an answer that clients do not take: titles, tags and explanations may be long."""
     size = answer.ByteSize()
     if size > MAX_ANSWER_BYTES:

@@ -52,8 +52,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
 
     def _encoded(self, request: pb.RecommendRequest, answer: Recommendation) -> pb.RecommendResponse:
         response = encode_answer(answer, request.view)
-        if request.explain:
-            check_answer("k", response)
+        check_answer("k", response)
         return response
 
     def BatchRecommend(self, request: pb.BatchRecommendRequest, context: Any) -> pb.BatchRecommendResponse:
@@ -157,7 +156,9 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         found.raise_any()
         withheld = model.live.withheld()
         ranking = model.similar(request.item_id, k, request.exclude_item_ids, item_filter, withheld)
-        return encode_similar(ranking, model, request.view)
+        response = encode_similar(ranking, model, request.view)
+        check_answer("k", response)
+        return response
 
     def UpsertItems(self, request: pb.UpsertItemsRequest, context: Any) -> pb.UpsertItemsResponse:
         items = decode_items(request)

@@ -250,7 +250,9 @@ class RecommendRequest(_message.Message):
     the most popular items. Empty: `history` alone says for whom.
     """
     k: _builtins.int
-    """How many items to answer, 1 to 1000. 0: 10."""
+    """How many items to answer, 1 to 1000. 0: 10. An answer that is longer than 4 MiB, since
+    titles, tags and explanations are long, is an error.
+    """
     request_time: _builtins.int
     """The time for which to recommend, in seconds. Absent: not known, and the model
     answers without it. It must not be before the last event of `history`. With

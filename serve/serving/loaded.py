@@ -153,7 +153,8 @@ class Models(Protocol):
     """The models that are loaded."""
 
     def for_user(self, user_id: str | None) -> LoadedModel:
-        """The model that answers a user, always the same while the traffic stays; None: no certain user."""
+        """The model that answers a user, or what has the same key, always the same while the traffic stays; None: no
+        certain user."""
 
     def version(self, model_version: str) -> LoadedModel:
         """One loaded version, or with "" the one that answers most; raises UnknownModel."""

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from serve.api import rules
-from serve.client import Event, Item, RecommenderClient, UserEvent
+from serve.client import Event, Item, RecommenderClient, UserEvent, recommend_request
 from serve.pb import model_admin_pb2, recommender_pb2
 from serve.pb import recommender_pb2 as pb
 from serve.pb.recommender_pb2 import Limits
@@ -292,3 +292,24 @@ def test_a_request_above_its_bytes_is_refused_by_grpc(stub: RecommenderStub) -> 
         with pytest.raises(grpc.RpcError) as failure:
             stub.GetModelInfo(pb.GetModelInfoRequest(model_version="x" * size), timeout=30)
         assert failure.value.code() is code
+
+
+def test_an_absurd_request_time_is_one_violation(stub: RecommenderStub) -> None:
+    history = pb.History(events=[Event(item_id="1007", timestamp=5)])
+    with pytest.raises(grpc.RpcError) as failure:
+        stub.Recommend(pb.RecommendRequest(history=history, request_time=-1), timeout=10)
+    (only,) = violations(failure.value)
+    assert only.startswith("request_time: expected seconds since 1970-01-01T00:00Z in 0..")
+
+
+def test_every_answer_with_items_is_bounded_in_bytes(
+    client: RecommenderClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Titles of a model directory can be as long as they like."""
+    monkeypatch.setattr("serve.api.codec.MAX_ANSWER_BYTES", 1_000)
+    for call in (lambda: client.recommend(user_id="u", k=60), lambda: client.similar_items("1007", 59)):
+        with pytest.raises(grpc.RpcError) as failure:
+            call()
+        assert violations(failure.value)[0].startswith("k: expected few enough items for an answer of 1000 bytes, came")
+    (error,) = client.batch_recommend([recommend_request(user_id="u", k=60)])
+    assert error.message.startswith("k: expected few enough items")
