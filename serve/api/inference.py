@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from serve.api.context import Context
 from serve.api.errors import InvalidRequest
-from serve.api.rules import MAX_BATCH, MAX_EXCLUDED_ITEMS, MAX_HISTORY_EVENTS, MAX_K, latest_time
+from serve.api.rules import MAX_BATCH, MAX_BATCH_EVENTS, MAX_EXCLUDED_ITEMS, MAX_HISTORY_EVENTS, MAX_K, latest_time
 from serve.model.graphs import BLOCKED, SEQUENCE_OUTPUTS, TREND, Signature, sequence_inputs
 from serve.model.recommender import Recommender
 from serve.pb import open_inference_pb2 as pb
@@ -42,8 +42,6 @@ _INPUT_SHAPES: dict[str, tuple[int, ...]] = {
     "seen_score": (-1, -1),
     "k": (1,),
 }
-# No graph sees more values than this in one call: what 256 histories of 390 events are.
-MAX_EVENTS = 100_000
 MOST_SEEN_SCORE = 1e6
 
 Tensors = dict[str, NDArray[Any]]
@@ -175,8 +173,8 @@ def _check(inputs: Mapping[str, NDArray[Any]], model: Recommender) -> None:
     """Raises InvalidRequest for what the contract of `sequence.onnx` excludes."""
     item, exclude, length = inputs["item"], inputs["exclude"], inputs["length"]
     batch, longest = item.shape
-    if batch > MAX_BATCH or longest > MAX_HISTORY_EVENTS or item.size > MAX_EVENTS:
-        limits = f"at most {MAX_BATCH} rows of {MAX_HISTORY_EVENTS} events, and {MAX_EVENTS} in all"
+    if batch > MAX_BATCH or longest > MAX_HISTORY_EVENTS or item.size > MAX_BATCH_EVENTS:
+        limits = f"at most {MAX_BATCH} rows of {MAX_HISTORY_EVENTS} events, and {MAX_BATCH_EVENTS} in all"
         raise InvalidRequest("inputs[item].shape", limits, [batch, longest])
     for name in ("rating", "gap"):
         if inputs[name].shape != item.shape:
@@ -206,8 +204,8 @@ def _check(inputs: Mapping[str, NDArray[Any]], model: Recommender) -> None:
 
 
 def _check_seen(seen: NDArray[np.int32], score: NDArray[np.float32], batch: int, items: int) -> None:
-    if len(seen) != batch or seen.shape[1] > MAX_HISTORY_EVENTS or seen.size > MAX_EVENTS:
-        limits = f"{batch} rows as in item, of at most {MAX_HISTORY_EVENTS} items, and {MAX_EVENTS} in all"
+    if len(seen) != batch or seen.shape[1] > MAX_HISTORY_EVENTS or seen.size > MAX_BATCH_EVENTS:
+        limits = f"{batch} rows as in item, of at most {MAX_HISTORY_EVENTS} items, and {MAX_BATCH_EVENTS} in all"
         raise InvalidRequest("inputs[seen].shape", limits, list(seen.shape))
     if score.shape != seen.shape:
         raise InvalidRequest("inputs[seen_score].shape", f"{list(seen.shape)} as seen", list(score.shape))

@@ -12,10 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import grpc
-
 from serve.addresses import SecurityError
-from serve.api.errors import Refused
+from serve.api.errors import NoRight, NoToken
 
 logger = logging.getLogger(__name__)
 
@@ -96,18 +94,16 @@ class Tokens:
         return found if scheme.lower() == "bearer" else None
 
     def check(self, right: str | None, metadata: Iterable[tuple[str, str | bytes]]) -> None:
-        """Raises Refused unless the metadata of a call have a token with a right; None: it needs no token."""
+        """Raises NoToken or NoRight unless the metadata of a call have a token with a right; None: it needs none."""
         if right is None:
             return
         given = [value for key, value in metadata if key == "authorization"]
         # Of several headers, it would not be clear which one counts.
         rights = self.rights(str(given[0])) if len(given) == 1 else None
         if rights is None:
-            expected = "expected the metadata authorization: Bearer TOKEN"
-            raise Refused(grpc.StatusCode.UNAUTHENTICATED, expected, "unauthenticated")
+            raise NoToken
         if right not in rights:
-            message = f"the token has not the right {right!r}"
-            raise Refused(grpc.StatusCode.PERMISSION_DENIED, message, "permission")
+            raise NoRight(right)
 
 
 def _digest(token: str) -> bytes:

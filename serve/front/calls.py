@@ -21,7 +21,7 @@ from typing import Any, Self
 import grpc
 from google.protobuf.message import DecodeError
 
-from serve.api.errors import InvalidRequest, Refused, Status, status_of
+from serve.api.errors import InvalidRequest, NoRight, NoToken, Refused, Status, status_of
 from serve.front.auth import Tokens, needed_right
 from serve.front.gate import Gate
 from serve.front.limits import LONG_MESSAGE_BYTES, MAX_REFLECTIONS, MAX_WATCHES
@@ -332,8 +332,8 @@ class Calls(grpc.GenericRpcHandler):
             return
         try:
             self._tokens.check(needed_right(call.method), call.metadata)
-        except Refused as error:
-            self._metrics.rejected(error.reason, call.method)
+        except (NoToken, NoRight) as error:
+            self._metrics.rejected("unauthenticated" if isinstance(error, NoToken) else "permission", call.method)
             raise
 
     async def _message(self, method: Method, call: Call, context: Any) -> bytes:

@@ -4,9 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import grpc
-
-from serve.api.errors import Refused
+from serve.api.errors import NotServing
 
 LOADING = "the model is being loaded, try again"
 DRAINING = "the server is shutting down, try another or again"
@@ -45,10 +43,10 @@ class Gate:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """A call, for as long as it is answered; raises Refused."""
+        """A call, for as long as it is answered; raises NotServing."""
         with self._changed:
             if self._closed:
-                raise Refused(grpc.StatusCode.UNAVAILABLE, self._closed)
+                raise NotServing(self._closed)
             self._under_way += 1
         try:
             yield

@@ -1,5 +1,7 @@
 """How many threads, calls, connections and bytes a server allows."""
 
+from serve.api.rules import MAX_MESSAGE_BYTES
+
 # Threads for what neither the event loop answers nor runs the model for many rows: RecordEvents, which waits for the
 # disk, and most else.
 WORKERS = 8
@@ -13,8 +15,6 @@ MAX_SLOW_CALLS = 64
 MAX_ADMIN_CALLS = 8
 MAX_WATCHES = 1_000
 MAX_REFLECTIONS = 16
-# A history of 10,000 events with ids of 36 characters takes 0.5 MB. gRPC refuses more with RESOURCE_EXHAUSTED.
-MAX_MESSAGE_BYTES = 8 * 2**20
 # Further calls wait at the client, where they cost the server nothing. HTTP/2 recommends no less.
 MAX_CALLS_OF_A_CONNECTION = 100
 # Further ones are closed at once. A connection costs some 20 KB.

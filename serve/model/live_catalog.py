@@ -75,6 +75,8 @@ class LiveCatalog:
     """The same, with a memory of its own: times that requests name do not push out what is withheld now."""
     messages: dict[int, bytes] = field(default_factory=dict)
     """By item index, what of an answer does not depend on the query, encoded once: see `serve.api.codec`."""
+    id_messages: dict[int, bytes] = field(default_factory=dict)
+    """The same of answers without titles and tags."""
 
     @classmethod
     def of(cls, catalog: Catalog) -> Self:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ class ModelInfo:
     genres: tuple[str, ...]
     repeat: Repeat | None
     """None: items of the history are not answered."""
+
+    @property
+    def created_time(self) -> int:
+        """When it was exported, in seconds since 1970-01-01T00:00Z; 0: `created` is no time."""
+        try:
+            return int(datetime.fromisoformat(self.created).timestamp())
+        except ValueError:
+            return 0
 
 
 def read_manifest(directory: Path) -> "Fields":

@@ -38,7 +38,8 @@ class Query(NamedTuple):
     """What to recommend for a history or a stored user; times in seconds."""
 
     events: Sequence[Event]
-    """The history that was sent along; empty with `user_id`."""
+    """The history. Empty with `user_id`: the stored one. With `user_id` and events, those are sent along and the stored
+    ones are still to be added (`RecommenderService`), or they are the whole."""
     k: int
     """Number of items, at least 1."""
     exclude_item_ids: Sequence[str] = ()
@@ -59,6 +60,10 @@ class Query(NamedTuple):
     """What was recommended to the stored user in so many seconds before now is excluded; 0: it is not."""
     withheld: Withheld | None = None
     """The items that the catalogue does not let be answered at the time of the request; None: every item may be."""
+    event_ids: Sequence[str] = ()
+    """Of each of the events that are sent along, "" for none; empty: none has an id."""
+    recommendation_id: str = ""
+    """Of the answer, the same each time that the request is repeated; "": the answer gets one of its own."""
 
 
 @dataclass(frozen=True, slots=True)

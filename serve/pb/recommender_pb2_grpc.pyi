@@ -30,13 +30,20 @@ class RecommenderStub:
     """Recommends the next items from a sequence of past events.
 
     Conventions: ids are the raw ids of the training data as text, 1 to 512
-    characters and none of them U+0000. Times are whole seconds since
-    1970-01-01T00:00Z, not negative and at most a day after the server's clock.
-    A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
-    names the field, for example `history.events[3].rating`, and so does the detail
-    `google.rpc.BadRequest`. A server with more waiting requests than it can answer
-    fails with RESOURCE_EXHAUSTED at once, and the detail `google.rpc.RetryInfo` says
-    when to come again.
+    characters and none of them U+0000. Each time is an int64: whole seconds since
+    1970-01-01T00:00Z, not negative, and at most a day after the server's clock; only those
+    of an item's availability may be later, up to the end of the year 9999. Spans of time
+    are seconds too. A list that can become long comes in pages: `page_size`, `page_token`
+    and `next_page_token` mean the same in each RPC that has them. Each limit is in
+    `GetModelInfoResponse.limits`.
+
+    Errors have details. Each has a `google.rpc.ErrorInfo` with the domain `jaxrec` and a
+    reason that stays the same, such as `INVALID_REQUEST`; docs/serving.md has all of them.
+    A request that breaks rules stated here fails with INVALID_ARGUMENT. The message names
+    the fields, for example `history.events[3].rating`, and `google.rpc.BadRequest` has one
+    violation for each, at most 16. A server with more waiting requests than it can answer
+    fails with RESOURCE_EXHAUSTED at once; the detail `google.rpc.RetryInfo` and the
+    trailing metadata `grpc-retry-pushback-ms` say when to come again.
     """
 
     @_typing.overload
@@ -110,13 +117,20 @@ class RecommenderAsyncStub(RecommenderStub):
     """Recommends the next items from a sequence of past events.
 
     Conventions: ids are the raw ids of the training data as text, 1 to 512
-    characters and none of them U+0000. Times are whole seconds since
-    1970-01-01T00:00Z, not negative and at most a day after the server's clock.
-    A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
-    names the field, for example `history.events[3].rating`, and so does the detail
-    `google.rpc.BadRequest`. A server with more waiting requests than it can answer
-    fails with RESOURCE_EXHAUSTED at once, and the detail `google.rpc.RetryInfo` says
-    when to come again.
+    characters and none of them U+0000. Each time is an int64: whole seconds since
+    1970-01-01T00:00Z, not negative, and at most a day after the server's clock; only those
+    of an item's availability may be later, up to the end of the year 9999. Spans of time
+    are seconds too. A list that can become long comes in pages: `page_size`, `page_token`
+    and `next_page_token` mean the same in each RPC that has them. Each limit is in
+    `GetModelInfoResponse.limits`.
+
+    Errors have details. Each has a `google.rpc.ErrorInfo` with the domain `jaxrec` and a
+    reason that stays the same, such as `INVALID_REQUEST`; docs/serving.md has all of them.
+    A request that breaks rules stated here fails with INVALID_ARGUMENT. The message names
+    the fields, for example `history.events[3].rating`, and `google.rpc.BadRequest` has one
+    violation for each, at most 16. A server with more waiting requests than it can answer
+    fails with RESOURCE_EXHAUSTED at once; the detail `google.rpc.RetryInfo` and the
+    trailing metadata `grpc-retry-pushback-ms` say when to come again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -186,13 +200,20 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
     """Recommends the next items from a sequence of past events.
 
     Conventions: ids are the raw ids of the training data as text, 1 to 512
-    characters and none of them U+0000. Times are whole seconds since
-    1970-01-01T00:00Z, not negative and at most a day after the server's clock.
-    A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
-    names the field, for example `history.events[3].rating`, and so does the detail
-    `google.rpc.BadRequest`. A server with more waiting requests than it can answer
-    fails with RESOURCE_EXHAUSTED at once, and the detail `google.rpc.RetryInfo` says
-    when to come again.
+    characters and none of them U+0000. Each time is an int64: whole seconds since
+    1970-01-01T00:00Z, not negative, and at most a day after the server's clock; only those
+    of an item's availability may be later, up to the end of the year 9999. Spans of time
+    are seconds too. A list that can become long comes in pages: `page_size`, `page_token`
+    and `next_page_token` mean the same in each RPC that has them. Each limit is in
+    `GetModelInfoResponse.limits`.
+
+    Errors have details. Each has a `google.rpc.ErrorInfo` with the domain `jaxrec` and a
+    reason that stays the same, such as `INVALID_REQUEST`; docs/serving.md has all of them.
+    A request that breaks rules stated here fails with INVALID_ARGUMENT. The message names
+    the fields, for example `history.events[3].rating`, and `google.rpc.BadRequest` has one
+    violation for each, at most 16. A server with more waiting requests than it can answer
+    fails with RESOURCE_EXHAUSTED at once; the detail `google.rpc.RetryInfo` and the
+    trailing metadata `grpc-retry-pushback-ms` say when to come again.
     """
 
     @_abc_1.abstractmethod

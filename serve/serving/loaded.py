@@ -14,6 +14,7 @@ from serve.model.exploration import Exploration
 from serve.model.recommender import POPULARITY, Answer, Query, Recommender
 from serve.observability.metrics import Metrics
 from serve.serving.batching import Batcher, IsCancelled, Pending, Run
+from serve.serving.errors import Cancelled, Expired
 from serve.serving.states import StateCache
 from serve.stores.base import EventStore
 
@@ -59,12 +60,15 @@ class LoadedModel:
     ) -> Answer:
         """Answers one query; raises as `Batcher.recommend`."""
         (answer,) = self.recommend_all([query], deadline_s, is_cancelled)
+        if isinstance(answer, Exception):
+            raise answer
         return answer
 
     def recommend_all(
         self, queries: Sequence[Query], deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
-    ) -> list[Answer]:
-        """Answers several queries of one call, all or none; raises as `Batcher.recommend`."""
+    ) -> list[Answer | Exception]:
+        """Answers several queries of one call; in place of an answer, what the model or the store raised for this
+        query. Raises QueueFull, Expired and Cancelled as `Batcher.recommend`."""
         end = None if deadline_s is None else time.monotonic() + deadline_s
         asked = [self._asked(query) for query in queries]
         answered: list[Pending] = []
@@ -72,9 +76,10 @@ class LoadedModel:
             left_s = None if end is None else end - time.monotonic()
             pending = self._others.complete(asked[start : start + AT_ONCE], left_s, is_cancelled)
             for one in pending:
-                one.result()
+                if isinstance(one.error, (Cancelled, Expired)):
+                    raise one.error
             answered += pending
-        return [self.finished(query, one) for query, one in zip(queries, answered, strict=True)]
+        return [self._finished_or_failed(query, one) for query, one in zip(queries, answered, strict=True)]
 
     def start(
         self,
@@ -103,9 +108,19 @@ class LoadedModel:
         self._stored.run(lambda _: here and self.states.is_free)
         self._others.run(lambda query: here and query.user_id is None and len(query.events) <= BRIEF_EVENTS)
 
+    def _finished_or_failed(self, query: Query, pending: Pending) -> Answer | Exception:
+        try:
+            return self.finished(query, pending)
+        except (Cancelled, Expired):
+            raise
+        except Exception as error:
+            return error
+
     def _asked(self, query: Query) -> Query:
         """What the batch is asked: without explanations and old histories, for which its neighbours would have to
         wait."""
+        if query.events:
+            query = query._replace(user_id=None)
         if query.user_id is not None and query.request_time is not None:
             newest = self.states.newest(query.user_id)
             if newest is not None and query.request_time < newest:
@@ -133,7 +148,7 @@ class LoadedModel:
         if answer.policy == POPULARITY:
             return explain_popularity(answer.items, self.model.catalog)
         events = query.events
-        if query.user_id is not None:
+        if query.user_id is not None and not events:
             events = self._store.history(query.user_id, query.request_time)
         return self.model.explain(query._replace(events=events), answer.items)
 
@@ -143,7 +158,7 @@ def _drawn(query: Query, answer: Answer, exploration: Exploration) -> Answer:
     places: NDArray[np.intp] = np.arange(min(query.k, len(answer.items)))
     log_propensities: tuple[float, ...] = ()
     if answer.policy != POPULARITY:
-        slate = exploration.draw(answer.scores, query.k)
+        slate = exploration.draw(answer.scores, query.k, query.recommendation_id)
         places, log_propensities = slate.places, tuple(slate.log_propensities.tolist())
     return replace(answer, items=answer.items[places], scores=answer.scores[places], log_propensities=log_propensities)
 
@@ -160,7 +175,8 @@ class Models(Protocol):
     """The models that are loaded."""
 
     def for_user(self, user_id: str | None) -> LoadedModel:
-        """The model that answers a user, always the same while the traffic stays; None: no certain user."""
+        """The model that answers a user, or what has the same key, always the same while the traffic stays; None: no
+        certain user."""
 
     def version(self, model_version: str) -> LoadedModel:
         """One loaded version, or with "" the one that answers most; raises UnknownModel."""

@@ -29,6 +29,7 @@ from serve.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from serve.serving.catalogue import CatalogueRefresher
 from serve.stores.base import EventStore
 from tests.rl.served.test_event_store import EXACT, distances
+from tests.serve.answers import answered
 from tests.serve.one_model import one_model
 from tests.serve.stores.slates import slates_of
 
@@ -99,7 +100,7 @@ def every_way(served: Served, **asked: Any) -> list[list[str]]:
     )
     subjects: list[dict[str, Any]] = [{"user_id": "u"}, {"history": history}, {"user_id": "v"}, {"history": []}]
     single = [ids_of(served.client.recommend(**subject, **asked)) for subject in subjects]
-    batched = served.client.batch_recommend([recommend_request(**subject, **asked) for subject in subjects])
+    batched = answered(served.client.batch_recommend([recommend_request(**subject, **asked) for subject in subjects]))
     assert [ids_of(answer) for answer in batched] == single
     return single
 
@@ -223,14 +224,14 @@ def test_metadata_comes_back_if_it_is_asked_for(served: Served) -> None:
     metadata = {"poster": "https://example.org/ä.png", "price": "3.50"}
     served.store(Item(item_id=second, metadata=metadata))
     for answer in (
-        client.recommend(history=history, k=2, with_metadata=True),
-        *client.batch_recommend([recommend_request(history=history, k=2, with_metadata=True)]),
+        client.recommend(history=history, k=2, view="full"),
+        *answered(client.batch_recommend([recommend_request(history=history, k=2, view="full")])),
     ):
         assert [dict(one.metadata) for one in answer.recommendations] == [{}, metadata]
         assert ids_of(answer) == [first, second]
     assert not any(one.metadata for one in client.recommend(history=history, k=2).recommendations)
     for asked, expected in ((True, metadata), (False, {})):
-        found = client.similar_items(first, ITEMS, with_metadata=asked).items
+        found = client.similar_items(first, ITEMS, view="full" if asked else "basic").items
         assert [dict(one.metadata) for one in found if one.item_id == second] == [expected]
 
 
@@ -241,14 +242,14 @@ def test_an_answer_that_clients_do_not_take_is_refused_with_its_field(
     """By the number of items with metadata, before it is made; or by its length."""
     long = {"title": "x" * 1_000, "tags": [f"{at:010}" for at in range(80)], "metadata": {"k": "v" * 2_000}}
     served.store(*(Item(item_id=item_id, **long) for item_id in served.ids[1:]))
-    asked = [recommend_request(history=[], k=50, with_metadata=detailed) for _ in range(60)]
+    asked = [recommend_request(history=[], k=50, view="full" if detailed else "basic") for _ in range(60)]
     with pytest.raises(grpc.RpcError) as failure:
         served.client.batch_recommend(asked)
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    counted = "requests: expected at most 1000 items (k) with metadata in all, came 3000"
+    counted = "requests: expected at most 1000 items (k) with VIEW_FULL in all, came 3000"
     measured = "requests: expected few enough items for an answer of 4194304 bytes, came "
     assert (failure.value.details() or "").startswith(counted if detailed else measured)
-    assert len(served.client.batch_recommend(asked[:20])) == 20
+    assert len(answered(served.client.batch_recommend(asked[:20]))) == 20
     monkeypatch.setattr(codec, "MAX_ANSWER_BYTES", 10_000)
     with pytest.raises(grpc.RpcError) as failure:
         served.client.recommend(history=served.history(3, 8), k=50, explain=True)
