@@ -56,8 +56,8 @@ _SCORE = struct.Struct("<f")
 def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: EventTypes) -> Query:
     """The question that a request asks the model that answers it, from now on."""
     started = time.monotonic()
-    k = checked_count("k", request.k)
-    item_filter = decode_filter(request, model)
+    k, live = checked_count("k", request.k), model.live
+    item_filter = decode_filter(request, model, live)
     allow_seen = decode_seen(request.seen, model)
     if not 0 <= request.new_item_slots <= k:
         raise InvalidRequest("new_item_slots", f"0 to k, which is {k}", request.new_item_slots)
@@ -79,9 +79,8 @@ def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: 
         raise InvalidRequest("not_shown_within", f"0 to {MAX_NOT_SHOWN_S} seconds", not_shown_within)
     if not_shown_within and user_id is None:
         raise InvalidRequest("not_shown_within", "user_id with it", "a history")
-    exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots)
-    withheld = model.live.withheld(request_time)
-    options = (item_filter, allow_seen, slots, not_shown_within, withheld)
+    exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots, live)
+    options = (item_filter, allow_seen, slots, not_shown_within, live.withheld(request_time), live)
     return Query(events, k, exclude, request_time, request.explain, user_id, started, *options)
 
 

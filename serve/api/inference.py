@@ -78,6 +78,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         model = self._model(request.name, request.version)
         tensor = pb.ModelMetadataResponse.TensorMetadata
         shapes = {"state": (-1, model.engine.state_width), "items": (-1, -1), "scores": (-1, -1)}
+        shapes["query"] = -1, model.vector_width
         return pb.ModelMetadataResponse(
             name=MODEL_NAME,
             versions=self._models.versions(),
@@ -105,7 +106,8 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         if not context.time_remaining():
             raise Expired("the deadline passed before the model ran")
         withheld = model.live.withheld()
-        outputs = model.engine.run_sequence(inputs, wanted, None if withheld is None else withheld.mask)
+        blocked = None if withheld is None else withheld.mask[: model.info.item_count + 1]
+        outputs = model.engine.run_sequence(inputs, wanted, blocked)
         response = pb.ModelInferResponse(model_name=MODEL_NAME, model_version=model.info.model_version, id=request.id)
         for name, values in zip(wanted, outputs, strict=True):
             datatype, dtype, _ = _TYPES[SEQUENCE_OUTPUTS[name]]

@@ -103,9 +103,8 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         check_id("item_id", request.item_id)
         k = checked_count("k", request.k)
         model = self._models.version("").model
-        item_filter = decode_filter(request, model)
-        withheld = model.live.withheld()
-        ranking = model.similar(request.item_id, k, request.exclude_item_ids, item_filter, withheld)
+        live = model.live
+        ranking = model.similar(request.item_id, k, live, request.exclude_item_ids, decode_filter(request, model, live))
         return encode_similar(ranking, model, with_metadata=request.with_metadata)
 
     def UpsertItems(self, request: pb.UpsertItemsRequest, context: Any) -> pb.UpsertItemsResponse:

@@ -191,9 +191,10 @@ class RecommenderService:
             self._metrics.events(positive_count(query.events) - answer.ignored_event_count, answer.ignored_event_count)
         if not is_logged(query.user_id or recommendation_id, self._slate_log):
             return Recommendation(recommendation_id, answer, model)
-        item_ids = model.catalog.item_ids
+        live = query.live or model.live
+        item_ids = live.catalog.item_ids
         withheld = () if query.withheld is None else query.withheld.items
-        excluded = dict.fromkeys([*model.indices(query.exclude_item_ids), *answer.disliked, *(withheld or ())])
+        excluded = dict.fromkeys([*live.indices(query.exclude_item_ids), *answer.disliked, *(withheld or ())])
         options = {
             "filter": query.filter,
             "seen": query.allow_seen is not None,
@@ -223,7 +224,7 @@ class RecommenderService:
 
     def record(self, events: Sequence[UserEvent]) -> Recorded:
         """Stores the events whose ids are new; they are on disk on return."""
-        index = self.models.version("").model.catalog.index
+        index = self.models.version("").model.own_catalog.index
         recorded = self._store.record(events)
         unknown = sum(new.event.item_id not in index for new in recorded)
         duplicates = len(events) - len(recorded)
@@ -272,7 +273,7 @@ class RecommenderService:
         if not events and not self._store.revision(user_id):
             raise UnknownUser(f"no event of the user {user_id!r} is stored")
         model = self.models.for_user(user_id).model
-        return Profile(events, genre_preferences(known_events(events, model.catalog), model.catalog), model)
+        return Profile(events, genre_preferences(known_events(events, model.own_catalog), model.catalog), model)
 
     def events(self, user_id: str, most: int, before: tuple[int, int] | None) -> Page:
         """At most so many of a user's events, newest first, from the one after `before` (timestamp, arrival) on."""

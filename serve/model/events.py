@@ -1,8 +1,10 @@
 """Events of users, and the scale of their ratings."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from operator import attrgetter
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -85,6 +87,33 @@ def with_dislikes(disliked: Iterable[int], events: Iterable[Event], catalog: Cat
         elif event.weight > 0:
             items.pop(item, None)
     return items
+
+
+Others = Mapping[str, bool]
+"""Items that a model does not know, by raw id in the order of their last events; True: the user does not want it."""
+NO_OTHERS: Others = MappingProxyType({})
+MOST_OTHERS = 1_000
+
+
+def other_items(events: Iterable[Event], catalog: Catalog, before: Others = NO_OTHERS) -> Others:
+    """The items of a history that the model does not know.
+
+    Args:
+        events: In time order, after those that `before` says.
+        catalog: The model's own.
+        before: What was known until then; not changed.
+
+    Returns:
+        At most the last MOST_OTHERS of them, without those that have neutral events only.
+    """
+    new = [event for event in events if event.weight and event.item_id not in catalog.index]
+    if not new:
+        return before
+    found = dict(before)
+    for event in new:
+        found.pop(event.item_id, None)
+        found[event.item_id] = event.weight < 0
+    return dict(islice(found.items(), max(0, len(found) - MOST_OTHERS), None))
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,7 @@ class LoadedModel:
                 query = query._replace(user_id=None, events=self._store.history(query.user_id, query.request_time))
         exploration = self._exploration(query)
         if exploration is not None:
-            query = query._replace(k=max(query.k, exploration.pool))
+            query = query._replace(k=max(query.k, exploration.pool), own_items=True)
         return query._replace(explain=False) if query.explain else query
 
     def _exploration(self, query: Query) -> Exploration | None:

@@ -25,7 +25,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.model.events import Event, disliked_items, known_events, positive_count, with_dislikes
+from serve.model.events import (
+    Event,
+    disliked_items,
+    known_events,
+    other_items,
+    positive_count,
+    with_dislikes,
+)
 from serve.model.features import history_features, unit_ratings
 from serve.model.ranking.engine import Step
 from serve.model.ranking.live_trend import Blocked, Trend
@@ -53,6 +60,7 @@ class StateCache:
     def __init__(self, model: Recommender, store: EventStore, capacity: int = STATES_CAPACITY) -> None:
         self._model = model
         self._engine = model.engine
+        self._catalog = model.own_catalog
         self._repeat = model.info.repeat
         self._store = store
         self._capacity = capacity
@@ -83,7 +91,8 @@ class StateCache:
                     stored.append(_Stored(at, query, users[query.user_id], masks[at]))
                 else:
                     user = users[query.user_id]
-                    answers[at] = self._model.popular(query, user.ignored_count, user.disliked.tolist())
+                    asked = user.ignored_count, user.disliked.tolist(), user.others
+                    answers[at] = self._model.popular(query, *asked)
             if stored:
                 answers.update(self._stepped(stored, trend))
             self._make_room()
@@ -118,20 +127,22 @@ class StateCache:
                 -1.0 if query.request_time is None else float(query.request_time - user.last),
                 self._excluded(query, user),
                 self._seen_scores(query, user),
-                mask,
+                self._model.own_part(mask),
             )
             for _, query, user, masks in stored
             for mask in masks
         ]
-        ks = [query.k for _, query, _, masks in stored for _ in masks]
+        ks = [self._model.asked_k(query) for _, query, _, masks in stored for _ in masks]
+        queries = any(self._model.added_of(query) is not None for _, query, _, _ in stored)
         found = []
-        results = iter(self._engine.step(rows, ks, trend))
+        results = iter(self._engine.step(rows, ks, trend, queries=queries))
         for at, query, user, masks in stored:
             rankings = []
             for _ in masks:
                 ranking, user.after = next(results)
                 rankings.append(ranking)
-            found.append((at, self._model.ranked(query, rankings, user.ignored_count, user.disliked.tolist())))
+            of_user = user.ignored_count, user.disliked.tolist(), user.others
+            found.append((at, self._model.ranked(query, rankings, masks, trend, *of_user)))
         return found
 
     def _seen_scores(self, query: Query, user: UserState) -> SeenScores | None:
@@ -178,7 +189,7 @@ class StateCache:
         disliked = self._disliked(user, changes.events)
         if disliked is None or (self._repeat is not None and not _is_whole(user, changes)):
             return None
-        known = known_events(changes.events, self._model.catalog)
+        known = known_events(changes.events, self._catalog)
         if known and (
             not user.known_count
             or known[0].timestamp < user.last
@@ -192,6 +203,7 @@ class StateCache:
         user.ignored_count += positive - len(known)
         user.negative_count += len(changes.events) - positive
         user.disliked = disliked
+        user.others = other_items(changes.events, self._catalog, user.others)
         if not known:
             return user
         if self._repeat is not None:
@@ -214,17 +226,21 @@ class StateCache:
     def _disliked(self, user: UserState, events: Sequence[Event]) -> NDArray[np.int32] | None:
         """The user's disliked items with events that arrived; None where the whole history has to say it, since one of
         them came late, or there are too many."""
-        index, disliked = self._model.catalog.index, set(user.disliked.tolist())
-        if all(event.weight > 0 and index.get(event.item_id) not in disliked for event in events):
+        index, disliked = self._catalog.index, set(user.disliked.tolist())
+        others = user.others
+        if all(
+            event.weight > 0 and index.get(event.item_id) not in disliked and not others.get(event.item_id)
+            for event in events
+        ):
             return user.disliked
         if min(event.timestamp for event in events) < user.newest or len(disliked) + len(events) > MOST_EXCLUDED:
             return None
-        return np.array(list(with_dislikes(user.disliked.tolist(), events, self._model.catalog)), np.int32)
+        return np.array(list(with_dislikes(user.disliked.tolist(), events, self._catalog)), np.int32)
 
     def _to_be_read(self, user_id: str, user: UserState, changes: Changes) -> "_Unread":
         """What a rebuild needs, once some events arrived: of a history that is longer than the model reads, only what
         the model reads. Else every event of a user with thousands of them would cost as much as all of those."""
-        window, new = self._model.info.max_history, known_events(changes.events, self._model.catalog)
+        window, new = self._model.info.max_history, known_events(changes.events, self._catalog)
         if self._repeat is not None:
             # A late event changes the places of those after it, and the stats must not count events that are not read.
             keepable = _is_whole(user, changes) and not (new and new[0].timestamp < user.last)
@@ -233,7 +249,7 @@ class StateCache:
         if user.known_count > window and keepable and self._disliked(user, changes.events) is not None:
             # Some may be on items that the model does not know.
             recent = self._store.changes(user_id, 0, 2 * window)
-            known = known_events(recent.events, self._model.catalog)
+            known = known_events(recent.events, self._catalog)
             if recent.revision == changes.revision and len(known) > window:
                 return _Unread(recent, user, changes.events)
         return _Unread(self._store.changes(user_id))
@@ -243,18 +259,20 @@ class StateCache:
         rebuilt = {}
         rows, replayed = [], []
         for user_id, (changes, before, new) in unread.items():
-            known = known_events(changes.events, self._model.catalog)
+            known = known_events(changes.events, self._catalog)
             user = rebuilt[user_id] = empty_state(changes, len(known), self._engine.state_width)
             disliked = None if before is None else self._disliked(before, new)
             if disliked is None:
-                disliked = np.array(disliked_items(changes.events, self._model.catalog), np.int32)
+                disliked = np.array(disliked_items(changes.events, self._catalog), np.int32)
             user.disliked = disliked
+            of_others = (changes.events,) if before is None else (new, before.others)
+            user.others = other_items(of_others[0], self._catalog, *of_others[1:])
             if not known:
                 continue
             row = history_features(known, self._model.info)
             user.known_count, user.last = len(known), known[-1].timestamp
             user.item, user.rating, user.gap = row.item[-1:].copy(), row.rating[-1:].copy(), row.gap[-1:].copy()
-            arrived = known_events(new, self._model.catalog)
+            arrived = known_events(new, self._catalog)
             if self._repeat is None:
                 items = np.array([event.item for event in known], np.int32)
                 if before is not None:

@@ -35,6 +35,13 @@ class Trend:
     """None: there is no index to search."""
     counted: Counted | None
     """The events in the counts; None: they are not noted."""
+    added: NDArray[np.float32]
+    """`[added]`, of the added items that there were when it was made."""
+
+    def of_added(self, count: int) -> NDArray[np.float32]:
+        """`[count]`: of the first so many added items; 0 for those that came since."""
+        known = self.added[:count]
+        return known if len(known) == count else np.append(known, np.zeros(count - len(known), np.float32))
 
 
 Blocked = NDArray[np.bool_]
