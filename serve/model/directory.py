@@ -87,11 +87,12 @@ def read_artifact(directory: Path) -> Artifact:
         if file != f"{name}.onnx":
             graphs.section(name).fail("file", f"{name}.onnx", file)
     contents = _verified_files(directory, fields.section("files"), indexed)
+    catalog = _catalog(directory / "catalog.csv", contents["catalog.csv"], info)
     vectors = _item_vectors(directory / "item_vectors.npy", contents["item_vectors.npy"], info)
     return Artifact(
         directory=directory,
         info=info,
-        catalog=_catalog(directory / "catalog.csv", contents["catalog.csv"], info),
+        catalog=catalog,
         item_vectors=vectors,
         sequence_graph=bytes(contents["sequence.onnx"]),
         step_graph=bytes(contents["step.onnx"]),

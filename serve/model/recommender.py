@@ -138,7 +138,6 @@ class Recommender:
         self.new_item_count = 0 if self._lacks_new_vectors else new_item_count
         """Items that the model was not trained on, for which places can be reserved."""
         self._vectors = artifact.item_vectors
-        self.vector_width = self._vectors.shape[1]
         self._lengths = _lengths(self._vectors)
 
     @property

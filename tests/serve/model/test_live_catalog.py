@@ -10,17 +10,19 @@ from hypothesis import strategies as st
 from serve.model import live_catalog
 from serve.model.catalog import Catalog, parse_catalog
 from serve.model.filters import ItemFilter
+from serve.model.item_rows import ItemRows
 from serve.model.live_catalog import Item, LiveCatalog, Overlay
 
 CATALOG = parse_catalog(
     "item_id,title,genres,popularity,recent_popularity,new\n"
     "a,A,Comedy|Drama,3,3,0\nb,B,Drama,2,2,0\nc,C,,1,1,0\nd,D,Comedy,0,0,1\n"
 )
+ROWS = ItemRows(np.array([[1, 10], [2, 20], [0, 5]], np.float32), {"Comedy": 0, "Drama": 1}, (), ())
 LATEST = 253_402_300_799
 
 
 def overlaid(*items: Item) -> LiveCatalog:
-    overlay = Overlay(LiveCatalog.of(CATALOG))
+    overlay = Overlay(LiveCatalog.of(CATALOG), ROWS)
     overlay.apply((item.item_id, item) for item in items)
     return overlay.live()
 
@@ -30,9 +32,9 @@ def withheld(live: LiveCatalog, time: int) -> set[str]:
     if found is None:
         return set()
     assert found.mask[0]
-    assert found.items == tuple(np.flatnonzero(found.mask[1:]) + 1)
+    assert found.items == tuple(np.flatnonzero(found.mask[1:5]) + 1)
     assert found.total == len(found.items)
-    return {CATALOG.item_ids[item] for item in found.items}
+    return {live.catalog.item_ids[item] for item in np.flatnonzero(found.mask) if item}
 
 
 def allowed(live: LiveCatalog, asked: ItemFilter) -> set[str]:
@@ -42,7 +44,7 @@ def allowed(live: LiveCatalog, asked: ItemFilter) -> set[str]:
 
 
 def test_the_items_of_a_store_replace_titles_and_tags_and_bring_metadata() -> None:
-    live = overlaid(Item("b", "New B", ("Comedy", "Jazz"), metadata={"year": "1995"}), Item("d"), Item("unknown", "U"))
+    live = overlaid(Item("b", "New B", ("Comedy", "Jazz"), metadata={"year": "1995"}), Item("d"))
     assert live.catalog.titles == ("", "A", "New B", "C", "")
     assert live.catalog.genres == ((), ("Comedy", "Drama"), ("Comedy", "Jazz"), (), ())
     assert live.metadata == {2: {"year": "1995"}}
@@ -100,9 +102,55 @@ def test_the_mask_of_now_stays_whatever_times_requests_name() -> None:
     assert now.total == 4
 
 
-def test_only_changes_of_the_models_items_change_its_catalogue() -> None:
-    overlay = Overlay(LiveCatalog.of(CATALOG))
-    assert overlay.apply([("unknown", Item("unknown", "U")), ("gone", None)]) is False
+def test_items_that_the_model_does_not_know_come_after_its_own() -> None:
+    live = overlaid(Item("x", "X", ("Comedy", "Jazz"), metadata={"k": "v"}), Item("a", "A"), Item("y", "", ("Drama",)))
+    assert live.catalog.item_ids == ("", "a", "b", "c", "d", "x", "y")
+    assert live.catalog.titles[5:] == ("X", "")
+    assert [live.catalog.index[one] for one in ("d", "x", "y")] == [4, 5, 6]
+    assert live.catalog.new.tolist() == [False] * 4 + [True] * 3
+    assert live.catalog.by_popularity.tolist() == [1, 2, 3, 4, 5, 6]
+    assert (live.catalog.popularity[5:].tolist(), live.metadata) == ([0, 0], {5: {"k": "v"}})
+    assert allowed(live, ItemFilter(any_tags=("Comedy",))) == {"x", "d"}
+    assert live.added is not None
+    # What each tag adds, and every item has: [0, 5] + [1, 10], and [0, 5] + [2, 20].
+    assert (live.added.first, live.added.vectors.tolist(), live.added.bias.tolist()) == (5, [[1], [2]], [15, 25])
+    assert live.added_ids == ("x", "y")
+
+
+def test_an_added_item_keeps_its_index_and_comes_back_with_it() -> None:
+    overlay = Overlay(LiveCatalog.of(CATALOG), ROWS)
+    overlay.apply([("x", Item("x", "X", ("Comedy",))), ("y", Item("y"))])
+    before = overlay.live()
+    assert overlay.apply([("x", None)])
+    gone = overlay.live()
+    assert withheld(gone, 0) == {"x"}
+    assert (gone.catalog.index["y"], gone.catalog.genres[5]) == (6, ())
+    overlay.apply([("x", Item("x", "X2", ("Drama",))), ("z", Item("z"))])
+    again = overlay.live()
+    assert [again.catalog.index[one] for one in "xyz"] == [5, 6, 7]
+    assert again.withheld(0) is None
+    assert again.added is not None
+    assert again.added.bias.tolist() == [25, 5, 5]
+    # What was made before is as it was.
+    assert (before.catalog.titles[5], before.withheld(0), len(before.catalog)) == ("X", None, 6)
+    assert before.added is not None
+    assert before.added.bias.tolist() == [15, 5]
+
+
+def test_more_than_so_many_items_are_not_added(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(live_catalog, "MOST_ADDED", 2)
+    overlay = Overlay(LiveCatalog.of(CATALOG), ROWS)
+    overlay.apply((one, Item(one)) for one in "xyz")
+    assert not overlay.apply([("w", Item("w"))])
+    assert overlay.live().added_ids == ("x", "y")
+    assert caplog.text.count("more than 2 items") == 1
+
+
+def test_what_nobody_knows_changes_nothing() -> None:
+    overlay = Overlay(LiveCatalog.of(CATALOG), ROWS)
+    assert overlay.apply([("gone", None)]) is False
     assert overlay.apply([("unknown", None), ("a", Item("a"))]) is True
 
 
@@ -125,7 +173,7 @@ CHANGES = st.tuples(
 @settings(deadline=None)
 @given(st.lists(st.lists(CHANGES, unique_by=lambda change: change[0], max_size=4), max_size=6))
 def test_changes_in_parts_come_to_the_same_as_a_plain_model(parts: list[list[tuple[str, tuple | None]]]) -> None:  # type: ignore[type-arg]
-    overlay, stored = Overlay(LiveCatalog.of(CATALOG)), dict[str, Item]()
+    overlay, stored = Overlay(LiveCatalog.of(CATALOG), ROWS), dict[str, Item]()
     for part in parts:
         changes = [(item_id, None if fields is None else Item(item_id, *fields)) for item_id, fields in part]
         overlay.apply(changes)
@@ -140,8 +188,13 @@ def test_changes_in_parts_come_to_the_same_as_a_plain_model(parts: list[list[tup
 def assert_equals(live: LiveCatalog, base: Catalog, stored: Mapping[str, Item]) -> None:
     """Item by item."""
     tags: dict[str, set[int]] = {}
-    for at, item_id in enumerate(base.item_ids[1:], start=1):
-        item = stored.get(item_id, Item(item_id, base.titles[at], base.genres[at]))
+    assert stored.keys() <= live.catalog.index.keys()
+    for at, item_id in enumerate(live.catalog.item_ids[1:], start=1):
+        of_model = Item(item_id, hidden=True)
+        if item_id in base.index:
+            of_model = Item(item_id, base.titles[at], base.genres[at])
+        item = stored.get(item_id, of_model)
+        assert live.catalog.index[item_id] == at
         assert (live.catalog.titles[at], live.catalog.genres[at]) == (item.title, item.tags)
         assert live.metadata.get(at, {}) == item.metadata
         for time in range(6):
