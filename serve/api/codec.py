@@ -345,4 +345,5 @@ def encode_model_info(
         max_tag_length=MAX_TAG_LENGTH,
         max_metadata_bytes=MAX_METADATA_BYTES,
         max_item_bytes=MAX_ITEM_BYTES,
+        added_item_count=len(model.live.added_ids),
     )

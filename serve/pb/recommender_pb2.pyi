@@ -222,7 +222,7 @@ class RecommendRequest(_message.Message):
     """Whether items of the history may be recommended."""
     new_item_slots: _builtins.int
     """The number of places reserved for new items. New items are those that the model was
-    not trained on. If the model has a trend, an item with counted events since the
+    not trained on, in the model directory or in the store. If the model has a trend, an item with counted events since the
     training is not new any more.
 
     The best new items by their scores get the places. If there are fewer new items,
@@ -1208,8 +1208,9 @@ class Item(_message.Message):
 
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """What belongs to the item and comes back with it, such as an image's address. It changes
-        no recommendation. No empty key, and at most 2,048 bytes of UTF-8 for keys and values
+        """What belongs to the item and comes back with it, such as an image's address. Of an item
+        that the model was not exported with, values whose keys are columns that the model was
+        trained with (`jaxrec prepare --features`) help to rank it. No empty key, and at most 2,048 bytes of UTF-8 for keys and values
         together.
         """
 
@@ -1401,8 +1402,9 @@ class CatalogItem(_message.Message):
     stored: _builtins.bool
     """True: UpsertItems stored it. False: it is as the model directory has it."""
     known: _builtins.bool
-    """Whether the model that answers most requests knows the item. If not, it is not
-    recommended.
+    """Whether the model that answers most requests was exported with the item. If not, its
+    tags, its metadata, the year in its title and the trend of its events rank it, and
+    events on it are no part of the histories that the model reads.
     """
     available: _builtins.bool
     """Whether it is available now, by the server's clock, and not hidden."""
@@ -1677,6 +1679,7 @@ class GetModelInfoResponse(_message.Message):
     MAX_TAG_LENGTH_FIELD_NUMBER: _builtins.int
     MAX_METADATA_BYTES_FIELD_NUMBER: _builtins.int
     MAX_ITEM_BYTES_FIELD_NUMBER: _builtins.int
+    ADDED_ITEM_COUNT_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """Starts with the time of the export, so later models sort later."""
     policy: _builtins.str
@@ -1684,7 +1687,7 @@ class GetModelInfoResponse(_message.Message):
     created: _builtins.str
     """When the model was exported, as RFC 3339 in UTC: `2026-11-23T00:45:00Z`."""
     item_count: _builtins.int
-    """How many items the model knows."""
+    """How many items the model was exported with."""
     execution_provider: _builtins.str
     """ONNX Runtime's name of what runs the model: `CPUExecutionProvider` or
     `CUDAExecutionProvider`.
@@ -1708,8 +1711,8 @@ class GetModelInfoResponse(_message.Message):
     SEEN_EXCLUDE or SEEN_ALLOW.
     """
     new_item_count: _builtins.int
-    """Number of items that the model was not trained on, for which a request may reserve
-    places. Items that have got events since the training are counted too. 0: there are
+    """Number of items of the model directory that the model was not trained on, for which a
+    request may reserve places. Items that have got events since the training are counted too. 0: there are
     none, or the model directory has an index, with which no place can be reserved.
     """
     max_upserted_items: _builtins.int
@@ -1724,6 +1727,11 @@ class GetModelInfoResponse(_message.Message):
     """Most bytes of `Item.metadata`: keys and values as UTF-8."""
     max_item_bytes: _builtins.int
     """Most bytes of an `Item` as a message."""
+    added_item_count: _builtins.int
+    """How many items of the store the model ranks besides its own: those that it was not
+    exported with, also if they are hidden or deleted since. Of more than 100,000 the
+    last ones are not recommended.
+    """
     @_builtins.property
     def rating_scale(self) -> Global___RatingScale:
         """Absent: the training data had no ratings, and the model ignores them."""
@@ -1762,10 +1770,11 @@ class GetModelInfoResponse(_message.Message):
         max_tag_length: _builtins.int = ...,
         max_metadata_bytes: _builtins.int = ...,
         max_item_bytes: _builtins.int = ...,
+        added_item_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rating_scale", b"rating_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "event_types", b"event_types", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "max_allow_item_ids", b"max_allow_item_ids", "max_history", b"max_history", "max_item_bytes", b"max_item_bytes", "max_item_tags", b"max_item_tags", "max_k", b"max_k", "max_metadata_bytes", b"max_metadata_bytes", "max_tag_length", b"max_tag_length", "max_tags", b"max_tags", "max_title_length", b"max_title_length", "max_upserted_items", b"max_upserted_items", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_item_count", b"added_item_count", "created", b"created", "event_types", b"event_types", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "max_allow_item_ids", b"max_allow_item_ids", "max_history", b"max_history", "max_item_bytes", b"max_item_bytes", "max_item_tags", b"max_item_tags", "max_k", b"max_k", "max_metadata_bytes", b"max_metadata_bytes", "max_tag_length", b"max_tag_length", "max_tags", b"max_tags", "max_title_length", b"max_title_length", "max_upserted_items", b"max_upserted_items", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
