@@ -63,7 +63,7 @@ def added_items(hybrid: Hybrid, data: PreparedData, heads: ContentHeads | None) 
     if heads is None:
         known = data.train_popularity() > 0
         rows = np.zeros((1, hybrid.item_vectors().shape[1] + 1), np.float32)
-        rows[0, -1] = np.asarray(hybrid.supervised_bias())[known].min(initial=0)
+        rows[0, -1] = np.asarray(hybrid.supervised_bias())[known].min()
         return AddedItems(rows, None)
     weights = hybrid.mix_weights()
     (of_lstm, lstm_bias), (of_content, content_bias) = map(_split, (heads.lstm, heads.content))

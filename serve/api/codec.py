@@ -203,8 +203,7 @@ def encode_events(events: Sequence[UserEvent], next_page_token: str) -> pb.ListE
 
 def encode_answer(recommendation: Recommendation, *, with_metadata: bool = False) -> pb.RecommendResponse:
     """The message for one answer."""
-    answer, model = recommendation.answer, recommendation.model
-    live = model.live
+    answer, model, live = recommendation.answer, recommendation.model, recommendation.live
     messages = live.messages
     parts: list[bytes] = []
     for index, score in zip(answer.items.tolist(), answer.scores.tolist(), strict=True):
@@ -298,9 +297,10 @@ def _encode_watched(event: Event, catalog: Catalog) -> pb.WatchedItem:
     )
 
 
-def encode_similar(ranking: Ranking, model: Recommender, *, with_metadata: bool = False) -> pb.SimilarItemsResponse:
-    """The message for an item's neighbours."""
-    live = model.live
+def encode_similar(
+    ranking: Ranking, model: Recommender, live: LiveCatalog, *, with_metadata: bool = False
+) -> pb.SimilarItemsResponse:
+    """The message for an item's neighbours among the items of a catalogue."""
     catalog, metadata = live.catalog, live.metadata if with_metadata else {}
     return pb.SimilarItemsResponse(
         items=[

@@ -105,8 +105,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         if not context.time_remaining():
             raise Expired("the deadline passed before the model ran")
         withheld = model.live.withheld()
-        blocked = None if withheld is None else withheld.mask[: model.info.item_count + 1]
-        outputs = model.engine.run_sequence(inputs, wanted, blocked)
+        outputs = model.engine.run_sequence(inputs, wanted, None if withheld is None else withheld.mask)
         response = pb.ModelInferResponse(model_name=MODEL_NAME, model_version=model.info.model_version, id=request.id)
         for name, values in zip(wanted, outputs, strict=True):
             datatype, dtype, _ = _TYPES[OUTPUTS[name]]

@@ -105,7 +105,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         model = self._models.version("").model
         live = model.live
         ranking = model.similar(request.item_id, k, live, request.exclude_item_ids, decode_filter(request, model, live))
-        return encode_similar(ranking, model, with_metadata=request.with_metadata)
+        return encode_similar(ranking, model, live, with_metadata=request.with_metadata)
 
     def UpsertItems(self, request: pb.UpsertItemsRequest, context: Any) -> pb.UpsertItemsResponse:
         items = decode_items(request)

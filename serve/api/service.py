@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from serve.api.errors import SlatesNotLogged, UnknownUser
 from serve.model.events import Event, known_events, positive_count
-from serve.model.live_catalog import Item
+from serve.model.live_catalog import Item, LiveCatalog
 from serve.model.profile import GenrePreference, genre_preferences
 from serve.model.recommender import Answer, Query, Recommender, UnknownItem
 from serve.observability.metrics import Metrics
@@ -27,11 +27,13 @@ MOST_NOT_SHOWN = 10_000
 
 
 class Recommendation(NamedTuple):
-    """An answer under the id by which events can refer to it, and the model whose item indices it has."""
+    """An answer under the id by which events can refer to it, and the model and the catalogue whose item indices it
+    has."""
 
     recommendation_id: str
     answer: Answer
     model: Recommender
+    live: LiveCatalog
 
 
 class Recorded(NamedTuple):
@@ -184,14 +186,14 @@ class RecommenderService:
 
     def _logged(self, loaded: LoadedModel, query: Query, answer: Answer) -> Recommendation:
         model, now = loaded.model, time.time()
+        live = query.live or model.own_live
         # The time first: an index of ids in their order grows at one end, which costs half of one in no order.
         recommendation_id = f"{int(now * 1e3):012x}{os.urandom(10).hex()}"
         self._metrics.answered(answer.policy, answer.items)
         if query.events:
             self._metrics.events(positive_count(query.events) - answer.ignored_event_count, answer.ignored_event_count)
         if not is_logged(query.user_id or recommendation_id, self._slate_log):
-            return Recommendation(recommendation_id, answer, model)
-        live = query.live or model.live
+            return Recommendation(recommendation_id, answer, model, live)
         item_ids = live.catalog.item_ids
         withheld = () if query.withheld is None else query.withheld.items
         excluded = dict.fromkeys([*live.indices(query.exclude_item_ids), *answer.disliked, *(withheld or ())])
@@ -220,7 +222,7 @@ class RecommenderService:
             ),
             started=query.started,
         )
-        return Recommendation(recommendation_id, answer, model)
+        return Recommendation(recommendation_id, answer, model, live)
 
     def record(self, events: Sequence[UserEvent]) -> Recorded:
         """Stores the events whose ids are new; they are on disk on return."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.model.ranking.engine import Ranking
+from serve.model.ranking.search import best_of
 
 FIRST_PLACES = 10
 """So many places are for items that are not new (`jaxrec.models.new_items`)."""
@@ -22,6 +23,7 @@ class AddedItems(NamedTuple):
 
     first: int
     """The item index of the first one; the others follow."""
+    ids: tuple[str, ...]
     vectors: NDArray[np.float32]
     """`[added, width]`"""
     bias: NDArray[np.float32]
@@ -58,5 +60,5 @@ def with_added(
             capped = np.minimum(scores, last - 2 * GAP) + GAP * above / (1 + above)
             scores = np.where(is_new, capped, scores).astype(np.float32)
     items, scores = np.concatenate([ranking.items, items]), np.concatenate([ranking.scores, scores])
-    order = np.lexsort((items, -scores))[:k]
-    return ranking._replace(items=items[order], scores=scores[order])
+    best, of_best = best_of(items, scores, min(k, len(items)))
+    return ranking._replace(items=best, scores=of_best)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from operator import attrgetter
 from types import MappingProxyType
 from typing import NamedTuple
@@ -89,13 +88,14 @@ def with_dislikes(disliked: Iterable[int], events: Iterable[Event], catalog: Cat
     return items
 
 
-Others = Mapping[str, bool]
-"""Items that a model does not know, by raw id in the order of their last events; True: the user does not want it."""
-NO_OTHERS: Others = MappingProxyType({})
-MOST_OTHERS = 1_000
+UnknownItems = Mapping[str, bool]
+"""Items of a history that the model does not know, by raw id in the order of their last events; True: the user does not
+want it."""
+NO_UNKNOWN: UnknownItems = MappingProxyType({})
+MOST_UNKNOWN = 1_000
 
 
-def other_items(events: Iterable[Event], catalog: Catalog, before: Others = NO_OTHERS) -> Others:
+def unknown_items(events: Iterable[Event], catalog: Catalog, before: UnknownItems = NO_UNKNOWN) -> UnknownItems:
     """The items of a history that the model does not know.
 
     Args:
@@ -104,7 +104,8 @@ def other_items(events: Iterable[Event], catalog: Catalog, before: Others = NO_O
         before: What was known until then; not changed.
 
     Returns:
-        At most the last MOST_OTHERS of them, without those that have neutral events only.
+        MOST_UNKNOWN of them at most, without those that have neutral events only: those that the user does not want
+        before all others, then the last ones.
     """
     new = [event for event in events if event.weight and event.item_id not in catalog.index]
     if not new:
@@ -113,7 +114,11 @@ def other_items(events: Iterable[Event], catalog: Catalog, before: Others = NO_O
     for event in new:
         found.pop(event.item_id, None)
         found[event.item_id] = event.weight < 0
-    return dict(islice(found.items(), max(0, len(found) - MOST_OTHERS), None))
+    if len(found) > MOST_UNKNOWN:
+        in_order = sorted(found, key=lambda item_id: found[item_id])  # stable: unwanted items are last
+        kept = set(in_order[-MOST_UNKNOWN:])
+        found = {item_id: is_unwanted for item_id, is_unwanted in found.items() if item_id in kept}
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,17 @@
 """A model's catalogue with the items of a store over it: titles, tags, metadata, and which items may be answered.
 
 A store has an item as a whole, so its title and tags replace those of the model directory. Items of the store that the
-model was not exported with are added after the model's own. An item keeps its index for as long as the model is loaded,
-also if it is deleted from the store. What a request uses is a
+model was not exported with are added after the model's own. What a request uses is a
 `LiveCatalog`, which is immutable and replaced as a whole; `Overlay` makes it, and makes the next one of what changed.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import islice
-from typing import NamedTuple, Self
+from itertools import chain
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +29,7 @@ KEPT = 4
 """For so many stretches of time, in which the same items are available, the withheld items are in memory: one byte for
 each item of the catalogue."""
 MOST_ADDED = 100_000
-"""Added items of a model. Each request multiplies the vectors of all of them: some 0.3 ms for 10,000."""
+"""Added items of a model. Each request multiplies the vectors of all of them."""
 ALWAYS, NEVER = -1, 2**62
 """Times in seconds: before the first, and after the last."""
 
@@ -96,7 +95,7 @@ class LiveCatalog:
     @property
     def added_ids(self) -> Sequence[str]:
         """The raw ids of the added items, in the order of their indices."""
-        return () if self.added is None else self.catalog.item_ids[self.added.first :]
+        return () if self.added is None else self.added.ids
 
     def indices(self, item_ids: Iterable[str]) -> list[int]:
         """Item indices of the ids that the catalogue has."""
@@ -117,6 +116,30 @@ class LiveCatalog:
         return of_time(int(self.boundaries[at - 1]) if at else ALWAYS)
 
 
+class JoinedIndex(Mapping[str, int]):
+    """The index of the model's own items and that of the added ones, without a copy of the larger one."""
+
+    def __init__(self, own: Mapping[str, int], added: Mapping[str, int]) -> None:
+        self._own, self._added = own, added
+
+    def get(self, item_id: str, default: Any = None) -> Any:
+        found = self._own.get(item_id)
+        return self._added.get(item_id, default) if found is None else found
+
+    def __getitem__(self, item_id: str) -> int:
+        found = self._own.get(item_id)
+        return self._added[item_id] if found is None else found
+
+    def __contains__(self, item_id: object) -> bool:
+        return item_id in self._own or item_id in self._added
+
+    def __iter__(self) -> Iterator[str]:
+        return chain(self._own, self._added)
+
+    def __len__(self) -> int:
+        return len(self._own) + len(self._added)
+
+
 class Overlay:
     """The items of a store over one model's catalogue. For one thread at a time."""
 
@@ -129,17 +152,19 @@ class Overlay:
         """
         self._base = catalog = live.catalog
         self._item_rows = item_rows
-        self._own_count = len(catalog)
-        self._index = dict(catalog.index)
-        self._rows = np.zeros((0, item_rows.rows.shape[1]), np.float32)
-        self._is_full = False
+        self._first = len(catalog) + 1
+        self._added: dict[str, int] = {}
+        self._added_ids: list[str] = []
+        self._waiting: dict[str, Item] = {}
         self._titles, self._tags = list(catalog.titles), list(catalog.genres)
         self._of_tag = dict(live.filters.of_tag)
-        size = len(catalog) + 1
-        self._hidden = np.zeros(size, np.bool_)
-        self._since = np.full(size, ALWAYS, np.int64)
-        self._until = np.full(size, NEVER, np.int64)
         self._metadata: dict[int, Mapping[str, str]] = {}
+        # Of all items, and of the added ones; with room for more.
+        self._hidden = np.zeros(self._first, np.bool_)
+        self._since = np.full(self._first, ALWAYS, np.int64)
+        self._until = np.full(self._first, NEVER, np.int64)
+        self._rows = np.zeros((0, item_rows.rows.shape[1]), np.float32)
+        self._rows_are_shared = False
 
     def apply(self, changes: Iterable[tuple[str, Item | None]]) -> bool:
         """Takes in changed items.
@@ -150,29 +175,109 @@ class Overlay:
         Returns:
             Whether the catalogue is another one.
         """
-        is_changed = False
+        # The tags of the changed indices, as they were.
+        before: dict[int, tuple[str, ...]] = {}
+        for item_id, stored in changes:
+            at = self._base.index.get(item_id)
+            if at is not None:
+                self._set(at, stored or Item(item_id, self._base.titles[at], self._base.genres[at]), before)
+            elif stored is None:
+                self._waiting.pop(item_id, None)
+                self._remove(item_id, before)
+            else:
+                self._set_added(stored, before)
+        while self._waiting and len(self._added) < MOST_ADDED:
+            self._set_added(self._waiting.pop(next(iter(self._waiting))), before)
+        self._change_tags(before)
+        return bool(before)
+
+    def _set(self, at: int, item: Item, before: dict[int, tuple[str, ...]]) -> None:
+        before.setdefault(at, self._tags[at])
+        self._titles[at], self._tags[at], self._hidden[at] = item.title, item.tags, item.hidden
+        self._since[at], self._until[at] = _window(item)
+        if item.metadata:
+            self._metadata[at] = item.metadata
+        else:
+            self._metadata.pop(at, None)
+
+    def _set_added(self, item: Item, before: dict[int, tuple[str, ...]]) -> None:
+        """Sets an item that the model was not exported with, once it has an index; if there is no room, it waits."""
+        at = self._added.get(item.item_id)
+        if at is None:
+            if len(self._added) >= MOST_ADDED:
+                self._wait(item)
+                return
+            at = self._added[item.item_id] = len(self._titles)
+            self._added_ids.append(item.item_id)
+            self._titles.append("")
+            self._tags.append(())
+            self._make_room(len(self._titles))
+        self._set(at, item, before)
+        self._own_rows()[at - self._first] = self._item_rows.row(item.title, item.tags, item.metadata)
+
+    def _own_rows(self) -> NDArray[np.float32]:
+        """The rows, which no catalogue has: they may be changed."""
+        if self._rows_are_shared:
+            self._rows, self._rows_are_shared = self._rows.copy(), False
+        return self._rows
+
+    def _wait(self, item: Item) -> None:
+        if not self._waiting:
+            logger.warning(
+                "the store has more than %d items that a model was not exported with; the others are not recommended"
+                " until some of these are deleted, or a model knows them",
+                MOST_ADDED,
+            )
+        self._waiting[item.item_id] = item
+
+    def _make_room(self, count: int) -> None:
+        """For so many items in all."""
+        if count > len(self._hidden):
+            more = max(count, len(self._hidden) + len(self._added)) - len(self._hidden)
+            self._hidden = np.append(self._hidden, np.zeros(more, np.bool_))
+            self._since = np.append(self._since, np.full(more, ALWAYS, np.int64))
+            self._until = np.append(self._until, np.full(more, NEVER, np.int64))
+            self._rows = np.concatenate([self._rows, np.zeros((more, self._rows.shape[1]), np.float32)])
+            self._rows_are_shared = False
+
+    def _remove(self, item_id: str, before: dict[int, tuple[str, ...]]) -> None:
+        """Removes an added item, if it is one; the last one gets its index."""
+        at, last = self._added.get(item_id), len(self._titles) - 1
+        if at is None:
+            return
+        moved = self._added_ids[-1]
+        before.setdefault(last, self._tags[last])
+        before.setdefault(at, self._tags[at])
+        if at != last:
+            self._set(at, self._as_item(last, moved), before)
+            self._own_rows()[at - self._first] = self._rows[last - self._first]
+            self._added[moved], self._added_ids[at - self._first] = at, moved
+        del self._added[item_id]
+        self._metadata.pop(last, None)
+        for column in (self._titles, self._tags, self._added_ids):
+            column.pop()
+
+    def _as_item(self, at: int, item_id: str) -> Item:
+        since, until = int(self._since[at]), int(self._until[at])
+        return Item(
+            item_id,
+            self._titles[at],
+            self._tags[at],
+            None if since == ALWAYS else since,
+            None if until == NEVER else until,
+            bool(self._hidden[at]),
+            self._metadata.get(at, {}),
+        )
+
+    def _change_tags(self, before: Mapping[int, tuple[str, ...]]) -> None:
+        """Brings the items of each tag up to date, once items have other tags than `before`, or are gone."""
         gained: dict[str, list[int]] = {}
         lost: dict[str, list[int]] = {}
-        changes = list(changes)
-        self._add(item_id for item_id, stored in changes if stored is not None)
-        for item_id, stored in changes:
-            at = self._index.get(item_id)
-            if at is None:
-                continue
-            is_changed = True
-            item = stored or self._without_store(item_id, at)
-            for tag in self._tags[at]:
+        for at, tags in before.items():
+            for tag in tags:
                 lost.setdefault(tag, []).append(at)
-            for tag in item.tags:
+            for tag in self._tags[at] if at < len(self._tags) else ():
                 gained.setdefault(tag, []).append(at)
-            self._titles[at], self._tags[at], self._hidden[at] = item.title, item.tags, item.hidden
-            self._since[at], self._until[at] = _window(item)
-            if item.metadata:
-                self._metadata[at] = item.metadata
-            else:
-                self._metadata.pop(at, None)
-            if at > self._own_count:
-                self._rows[at - self._own_count - 1] = self._item_rows.row(item.title, item.tags, item.metadata)
         is_lost = np.zeros(len(self._hidden), np.bool_)
         for tag in lost.keys() | gained.keys():
             kept = self._of_tag.get(tag, _NO_ITEMS)
@@ -185,42 +290,19 @@ class Overlay:
                 self._of_tag[tag] = of_tag
             else:
                 self._of_tag.pop(tag, None)
-        return is_changed
-
-    def _add(self, item_ids: Iterable[str]) -> None:
-        """Gives those items an index that have none, until MOST_ADDED have one."""
-        wanted = [item_id for item_id in item_ids if item_id not in self._index]
-        new = wanted[: MOST_ADDED - len(self._rows)]
-        if len(new) < len(wanted) and not self._is_full:
-            self._is_full = True
-            logger.warning(
-                "the store has more than %d items that the model was not exported with; those that came last are not"
-                " recommended until a model knows them",
-                MOST_ADDED,
-            )
-        if new:
-            self._index.update(zip(new, range(len(self._titles), len(self._titles) + len(new)), strict=True))
-            self._titles += [""] * len(new)
-            self._tags += [()] * len(new)
-            self._rows = np.concatenate([self._rows, np.zeros((len(new), self._rows.shape[1]), np.float32)])
-            self._hidden = np.append(self._hidden, np.zeros(len(new), np.bool_))
-            self._since = np.append(self._since, np.full(len(new), ALWAYS, np.int64))
-            self._until = np.append(self._until, np.full(len(new), NEVER, np.int64))
-
-    def _without_store(self, item_id: str, at: int) -> Item:
-        """An item that the store has no more: as the model directory has it; an added one is hidden for good."""
-        if at > self._own_count:
-            return Item(item_id, hidden=True)
-        return Item(item_id, self._base.titles[at], self._base.genres[at])
 
     def live(self) -> LiveCatalog:
         """The catalogue as it is now; later changes do not change it."""
-        catalog, count = self._catalog(), len(self._rows)
-        timed = np.flatnonzero((self._since > ALWAYS) | (self._until < NEVER))
-        windows = timed, self._since[timed], self._until[timed]
+        catalog, count, added = self._catalog(), len(self._titles), None
+        if self._added:
+            self._rows_are_shared = True
+            rows = self._rows[: len(self._added)]
+            added = AddedItems(self._first, tuple(self._added_ids), rows[:, :-1], rows[:, -1])
+        since, until = self._since[:count], self._until[:count]
+        timed = np.flatnonzero((since > ALWAYS) | (until < NEVER))
+        windows = timed, since[timed], until[timed]
         times = np.sort(np.concatenate(windows[1:]))
-        withheld = partial(_withheld, self._own_count, self._hidden.copy(), *windows)
-        rows = self._rows.copy()
+        withheld = partial(_withheld, self._first, self._hidden[:count].copy(), *windows)
         return LiveCatalog(
             catalog=catalog,
             filters=Filters(catalog, dict(self._of_tag)),
@@ -229,24 +311,22 @@ class Overlay:
             # Not a method: a cache that holds its owner would keep it in memory until a garbage collection.
             withheld_from=lru_cache(KEPT)(withheld),
             withheld_now=lru_cache(1)(withheld),
-            added=AddedItems(self._own_count + 1, rows[:, :-1], rows[:, -1]) if count else None,
+            added=added,
         )
 
     def _catalog(self) -> Catalog:
         titled = replace(self._base, titles=tuple(self._titles), genres=tuple(self._tags))
-        count = len(self._rows)
+        count = len(self._added)
         if not count:
             return titled
-        index = dict(self._index)
-        added = range(self._own_count + 1, self._own_count + 1 + count)
         return replace(
             titled,
-            item_ids=(*self._base.item_ids, *islice(index, self._own_count, None)),
+            item_ids=(*self._base.item_ids, *self._added_ids),
             popularity=np.append(titled.popularity, np.zeros(count, np.int64)),
             recent_popularity=np.append(titled.recent_popularity, np.zeros(count)),
-            by_popularity=np.append(titled.by_popularity, np.array(added, np.int32)),
+            by_popularity=np.append(titled.by_popularity, np.arange(self._first, self._first + count, dtype=np.int32)),
             new=np.append(titled.new, np.ones(count, np.bool_)),
-            index=index,
+            index=JoinedIndex(self._base.index, dict(self._added)),
         )
 
 
@@ -266,7 +346,7 @@ def _nothing(time: int) -> None:
 
 
 def _withheld(
-    own_count: int,
+    first_added: int,
     hidden: NDArray[np.bool_],
     items: NDArray[np.intp],
     since: NDArray[np.int64],
@@ -277,7 +357,7 @@ def _withheld(
     mask[items[(time < since) | (until <= time)]] = True
     if not mask.any():
         return None
-    own = np.flatnonzero(mask[: own_count + 1])
+    own = np.flatnonzero(mask[:first_added])
     mask[0] = True
     mask.setflags(write=False)
     return Withheld(mask, len(own), tuple(own.tolist()) if len(own) <= MOST_NOTED else None)

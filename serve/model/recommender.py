@@ -14,14 +14,14 @@ from serve.model.added_items import FIRST_PLACES, AddedItems, with_added
 from serve.model.catalog import Catalog
 from serve.model.directory import Artifact
 from serve.model.events import (
-    NO_OTHERS,
+    NO_UNKNOWN,
     Event,
     KnownEvent,
-    Others,
+    UnknownItems,
     disliked_items,
     known_events,
-    other_items,
     positive_count,
+    unknown_items,
 )
 from serve.model.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
 from serve.model.features import Features, features
@@ -73,7 +73,7 @@ class Query(NamedTuple):
     live: LiveCatalog | None = None
     """The catalogue that `filter` and `withheld` are of; None: that of the model directory."""
     own_items: bool = False
-    """Whether only the model's own items are answered, and no added ones."""
+    """Whether only the model's own items are ranked, and no added ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +139,7 @@ class Recommender:
         """Items that the model was not trained on, for which places can be reserved."""
         self._vectors = artifact.item_vectors
         self._lengths = _lengths(self._vectors)
+        self._last_moment: _Moment | None = None
 
     @property
     def catalog(self) -> Catalog:
@@ -170,7 +171,7 @@ class Recommender:
         own = self.own_catalog
         histories = [known_events(query.events, own) for query in queries]
         dislikes = [disliked_items(query.events, own) for query in queries]
-        others = [other_items(sorted(query.events, key=attrgetter("timestamp")), own) for query in queries]
+        unknown = [unknown_items(sorted(query.events, key=attrgetter("timestamp")), own) for query in queries]
         masks = [self.masks(query, trend) if history else () for query, history in zip(queries, histories, strict=True)]
         asked = [
             (query, history, disliked, mask)
@@ -187,12 +188,12 @@ class Recommender:
         return [
             self.ranked(
                 *(query, [next(rankings) for _ in of_query], of_query, trend),
-                *(positive_count(query.events) - len(history), disliked, other, history),
+                *(positive_count(query.events) - len(history), disliked, unknown_to_it, history),
             )
             if history
-            else self.popular(query, positive_count(query.events), disliked, other)
-            for query, history, disliked, other, of_query in zip(
-                queries, histories, dislikes, others, masks, strict=True
+            else self.popular(query, positive_count(query.events), disliked, unknown_to_it)
+            for query, history, disliked, unknown_to_it, of_query in zip(
+                queries, histories, dislikes, unknown, masks, strict=True
             )
         ]
 
@@ -210,7 +211,7 @@ class Recommender:
         Raises:
             NoNewItems: There are new items, but the model directory has an index, in which their vectors are zero.
         """
-        if asked and self._lacks_new_vectors:
+        if asked and self._lacks_new_vectors and live.added is None:
             raise NoNewItems(
                 f"new_item_slots: the model {self.info.model_version} was exported with an index, so it has no vectors"
                 " of its new items; export it with --index never"
@@ -229,21 +230,23 @@ class Recommender:
             trend: The one that ranks the items. An item with a trend is not new.
 
         Returns:
-            One or two arrays `[items+1]` of own and added items; None: no item is blocked. `own_part` of them is what
-            the engine takes.
+            One or two arrays `[items+1]` of own and added items; None: no item is blocked.
         """
         live = query.live or self.own_live
         blocked = _blocked(live, query.filter, query.withheld)
         if not query.new_item_slots:
             return [blocked]
-        new = _new(live, trend)
+        new = self._moment(live, trend).new
         return [new | blocked, ~new | blocked] if blocked is not None else [new, ~new]
 
-    def own_part(self, blocked: Blocked | None) -> Blocked | None:
-        """What a mask says of the model's own items."""
-        own = self.info.item_count + 1
-        # Not a view of all of it: that one array is shared by many rows saves copies.
-        return blocked if blocked is None or len(blocked) == own else blocked[:own]
+    def _moment(self, live: LiveCatalog, trend: Trend) -> "_Moment":
+        """What follows from a catalogue and a trend, which serve many requests."""
+        found = self._last_moment
+        if found is None or found.live is not live or found.trend is not trend:
+            added = np.array([trend.added.get(item_id, 0.0) for item_id in live.added_ids], np.float32)
+            values = np.concatenate([trend.values, added]) if len(added) else trend.values
+            found = self._last_moment = _Moment(live, trend, live.catalog.new & (values == 0), added)
+        return found
 
     def allows_seen(self, query: Query) -> bool:
         """Whether items of the history may be answered."""
@@ -257,7 +260,7 @@ class Recommender:
         trend: Trend,
         ignored_event_count: int,
         disliked: Sequence[int] = (),
-        others: Others = NO_OTHERS,
+        unknown: UnknownItems = NO_UNKNOWN,
         history: Sequence[KnownEvent] = (),
     ) -> Answer:
         """The answer to a query whose own items, without `disliked`, the model ranked.
@@ -269,13 +272,13 @@ class Recommender:
             trend: The one that ranked the items.
             ignored_event_count: For the answer.
             disliked: For the answer.
-            others: The items of the history that the model does not know.
+            unknown: The items of the history that the model does not know.
             history: Needed to explain the answer.
         """
         added = self.added_of(query)
         if added is not None:
             rankings = [
-                self._with_added(query, ranking, mask, trend, others)
+                self._with_added(query, ranking, mask, trend, unknown)
                 for ranking, mask in zip(rankings, masks, strict=True)
             ]
         whole, *new = (_at_least(ranking, query.filter) for ranking in rankings)
@@ -287,45 +290,43 @@ class Recommender:
         )
 
     def _with_added(
-        self, query: Query, ranking: Ranking, blocked: Blocked | None, trend: Trend, others: Others
+        self, query: Query, ranking: Ranking, blocked: Blocked | None, trend: Trend, unknown: UnknownItems
     ) -> Ranking:
         """A ranking with the added items that `blocked` lets be answered."""
         live, added = query.live, self.added_of(query)
         assert live is not None
         assert added is not None
         assert ranking.query is not None
-        count = len(added.bias)
-        allowed = np.ones(count, np.bool_) if blocked is None else ~blocked[added.first :]
-        for item in self._never(query, others):
+        allowed = np.ones(len(added.ids), np.bool_) if blocked is None else ~blocked[added.first :]
+        for item in self._never(query, unknown):
             if item >= added.first:
                 allowed[item - added.first] = False
-        places = np.flatnonzero(allowed)
-        scores = added.scores(ranking.query, trend.of_added(count))[places]
+        places, moment = np.flatnonzero(allowed), self._moment(live, trend)
+        scores = added.scores(ranking.query, moment.of_added)[places]
         items = (places + added.first).astype(np.int32)
-        return with_added(ranking, items, scores, _new(live, trend), self.asked_k(query))
+        return with_added(ranking, items, scores, moment.new, self.asked_k(query))
 
-    def _never(self, query: Query, others: Others) -> list[int]:
-        """Item indices, own and added, that a query excludes, and those of `others` that are not to be answered."""
+    def _never(self, query: Query, unknown: UnknownItems) -> list[int]:
+        """Item indices, own and added, that a query excludes, and those of `unknown` that are not to be answered."""
         live, allows_seen = query.live or self.own_live, self.allows_seen(query)
-        unwanted = [item_id for item_id, is_disliked in others.items() if is_disliked or not allows_seen]
+        unwanted = [item_id for item_id, is_disliked in unknown.items() if is_disliked or not allows_seen]
         return live.indices([*query.exclude_item_ids, *unwanted])
 
     def _features(
         self, query: Query, history: Sequence[KnownEvent], exclude: Sequence[int], blocked: Blocked | None
     ) -> Features:
         allow_seen = self.allows_seen(query)
-        blocked = self.own_part(blocked)
         return features(history, query.request_time, exclude, self.info, allow_seen=allow_seen, blocked=blocked)
 
     def popular(
-        self, query: Query, ignored_event_count: int, disliked: Sequence[int] = (), others: Others = NO_OTHERS
+        self, query: Query, ignored_event_count: int, disliked: Sequence[int] = (), unknown: UnknownItems = NO_UNKNOWN
     ) -> Answer:
-        """The answer, without `disliked` items and those of `others` that are not to be answered, to a query without a
+        """The answer, without `disliked` items and those of `unknown` that are not to be answered, to a query without a
         positive event that the model knows."""
         live = query.live or self.own_live
-        exclude = [*self._never(query, others), *disliked]
+        exclude = [*self._never(query, unknown), *disliked]
         blocked = _blocked(live, query.filter, query.withheld)
-        items = (self.own_catalog if query.own_items else live.catalog).by_popularity
+        items = live.catalog.by_popularity
         if blocked is not None:
             items = items[~blocked[items]]
         # Among the first k + len(exclude) at most len(exclude) are dropped.
@@ -383,15 +384,18 @@ class Recommender:
         scores = np.zeros((len(histories), len(items)), np.float32)
         # All items must be in the ranking with every event, or the difference would be that of others' scores.
         asked_items, added = max(ASKED_ITEMS, query.k), self.added_of(query)
+        is_own = np.ones(len(items), np.bool_) if added is None else items < added.first
         for mask in self.masks(query, trend):
-            own = np.ones(len(items), np.bool_) if mask is None else ~mask[items]
-            rows = [self._features(query, one, exclude, mask) for one in histories] if own.any() else []
+            allowed = np.ones(len(items), np.bool_) if mask is None else ~mask[items]
+            rows = [self._features(query, one, exclude, mask) for one in histories] if allowed.any() else []
             rankings = self.engine.rank(rows, asked_items, trend, queries=added is not None) if rows else []
+            of_model = allowed & is_own
             for at, ranking in enumerate(rankings):
-                scores[at, own] = self._scores(ranking, items[own])
+                if of_model.any():
+                    scores[at, of_model] = self._scores(ranking, items[of_model])
                 if added is not None and ranking.query is not None:
-                    is_added = own & (items >= added.first)
-                    scores[at, is_added] = added.vectors[items[is_added] - added.first] @ ranking.query
+                    others = allowed & ~is_own
+                    scores[at, others] = added.vectors[items[others] - added.first] @ ranking.query
         return (scores[0] - scores[1:]).T
 
     @staticmethod
@@ -455,11 +459,15 @@ def _blocked(live: LiveCatalog, item_filter: ItemFilter | None, withheld: Withhe
     return withheld.mask if blocked is None else blocked | withheld.mask
 
 
-def _new(live: LiveCatalog, trend: Trend) -> NDArray[np.bool_]:
+class _Moment(NamedTuple):
+    """A catalogue and a trend, and what follows from them."""
+
+    live: LiveCatalog
+    trend: Trend
+    new: NDArray[np.bool_]
     """`[items+1]`, own and added items that are new: without events at the training, and in the trend."""
-    count = 0 if live.added is None else len(live.added.bias)
-    values = trend.values if not count else np.concatenate([trend.values, trend.of_added(count)])
-    return live.catalog.new & (values == 0)
+    of_added: NDArray[np.float32]
+    """`[added]`, the trend of the added items."""
 
 
 def _lengths(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

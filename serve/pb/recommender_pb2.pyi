@@ -222,8 +222,8 @@ class RecommendRequest(_message.Message):
     """Whether items of the history may be recommended."""
     new_item_slots: _builtins.int
     """The number of places reserved for new items. New items are those that the model was
-    not trained on, in the model directory or in the store. If the model has a trend, an item with counted events since the
-    training is not new any more.
+    not trained on, in the model directory or in the store. If the model has a trend, an
+    item with counted events since the training is not new any more.
 
     The best new items by their scores get the places. If there are fewer new items,
     all of them are in the answer. If too few other items are left to fill the other
@@ -232,8 +232,9 @@ class RecommendRequest(_message.Message):
     reserved places. The answer is not drawn by exploration.
 
     Nothing is reserved if the model has no new items, or with the policy `popularity`.
-    If the model directory has an index, it has no vectors of its new items, and the
-    call fails with FAILED_PRECONDITION. 0: no place is reserved. At most `k`.
+    If the model directory has an index, it has no vectors of its new items: without new
+    items of the store the call fails with FAILED_PRECONDITION. 0: no place is reserved.
+    At most `k`.
     """
     not_shown_within: _builtins.int
     """With `user_id` only: items that were recommended to the user within so many seconds
@@ -1210,8 +1211,8 @@ class Item(_message.Message):
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """What belongs to the item and comes back with it, such as an image's address. Of an item
         that the model was not exported with, values whose keys are columns that the model was
-        trained with (`jaxrec prepare --features`) help to rank it. No empty key, and at most 2,048 bytes of UTF-8 for keys and values
-        together.
+        trained with (`jaxrec prepare --features`) help to rank it. No empty key, and at most
+        2,048 bytes of UTF-8 for keys and values together.
         """
 
     def __init__(
@@ -1712,8 +1713,9 @@ class GetModelInfoResponse(_message.Message):
     """
     new_item_count: _builtins.int
     """Number of items of the model directory that the model was not trained on, for which a
-    request may reserve places. Items that have got events since the training are counted too. 0: there are
-    none, or the model directory has an index, with which no place can be reserved.
+    request may reserve places. Items that have got events since the training are counted
+    too. 0: there are none, or the model directory has an index, which has no vectors of
+    them. Places can be reserved if this or `added_item_count` is above 0.
     """
     max_upserted_items: _builtins.int
     """Most items of one UpsertItems or DeleteItems call."""
@@ -1729,8 +1731,8 @@ class GetModelInfoResponse(_message.Message):
     """Most bytes of an `Item` as a message."""
     added_item_count: _builtins.int
     """How many items of the store the model ranks besides its own: those that it was not
-    exported with, also if they are hidden or deleted since. Of more than 100,000 the
-    last ones are not recommended.
+    exported with, hidden ones too. At most 100,000: if the store has more, the others
+    are not recommended.
     """
     @_builtins.property
     def rating_scale(self) -> Global___RatingScale:

@@ -63,7 +63,7 @@ class CatalogueRefresher(Refresher):
         with self._lock:
             # For all models: what changed is read once.
             self._read()
-            overlay = self._overlays[model] = Overlay(model.live, model.item_rows)
+            overlay = self._overlays[model] = Overlay(model.own_live, model.item_rows)
             overlay.apply(self._items.items())
             model.live, model.stored_tags = overlay.live(), self._tags
 

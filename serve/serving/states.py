@@ -27,14 +27,15 @@ from numpy.typing import NDArray
 
 from serve.model.events import (
     Event,
+    UnknownItems,
     disliked_items,
     known_events,
-    other_items,
     positive_count,
+    unknown_items,
     with_dislikes,
 )
 from serve.model.features import history_features, unit_ratings
-from serve.model.ranking.engine import Step
+from serve.model.ranking.engine import Ranking, Step
 from serve.model.ranking.live_trend import Blocked, Trend
 from serve.model.recommender import Answer, Query, Recommender
 from serve.model.repeat import SeenScores, item_stats, updated_stats
@@ -91,11 +92,13 @@ class StateCache:
                     stored.append(_Stored(at, query, users[query.user_id], masks[at]))
                 else:
                     user = users[query.user_id]
-                    asked = user.ignored_count, user.disliked.tolist(), user.others
-                    answers[at] = self._model.popular(query, *asked)
-            if stored:
-                answers.update(self._stepped(stored, trend))
+                    of_user = _OfUser(user.ignored_count, user.disliked.tolist(), user.unknown)
+                    answers[at] = self._model.popular(query, *of_user)
+            stepped = self._stepped(stored, trend) if stored else []
             self._make_room()
+        # What follows the run of the model needs no user's state.
+        for one, rankings, of_user in stepped:
+            answers[one.at] = self._model.ranked(one.query, rankings, one.masks, trend, *of_user)
         if replayed:
             found = self._model.recommend([query for _, query in replayed])
             answers.update((at, answer) for (at, _), answer in zip(replayed, found, strict=True))
@@ -117,7 +120,8 @@ class StateCache:
         with self._lock:
             self._save(self._users.items())
 
-    def _stepped(self, stored: "Sequence[_Stored]", trend: Trend) -> list[tuple[int, Answer]]:
+    def _stepped(self, stored: "Sequence[_Stored]", trend: Trend) -> "list[tuple[_Stored, list[Ranking], _OfUser]]":
+        """The rankings of each query, and what of its user `Recommender.ranked` wants to know."""
         rows = [
             Step(
                 user.before,
@@ -127,7 +131,7 @@ class StateCache:
                 -1.0 if query.request_time is None else float(query.request_time - user.last),
                 self._excluded(query, user),
                 self._seen_scores(query, user),
-                self._model.own_part(mask),
+                mask,
             )
             for _, query, user, masks in stored
             for mask in masks
@@ -136,13 +140,12 @@ class StateCache:
         queries = any(self._model.added_of(query) is not None for _, query, _, _ in stored)
         found = []
         results = iter(self._engine.step(rows, ks, trend, queries=queries))
-        for at, query, user, masks in stored:
-            rankings = []
-            for _ in masks:
+        for one in stored:
+            user, rankings = one.user, []
+            for _ in one.masks:
                 ranking, user.after = next(results)
                 rankings.append(ranking)
-            of_user = user.ignored_count, user.disliked.tolist(), user.others
-            found.append((at, self._model.ranked(query, rankings, masks, trend, *of_user)))
+            found.append((one, rankings, _OfUser(user.ignored_count, user.disliked.tolist(), user.unknown)))
         return found
 
     def _seen_scores(self, query: Query, user: UserState) -> SeenScores | None:
@@ -203,7 +206,7 @@ class StateCache:
         user.ignored_count += positive - len(known)
         user.negative_count += len(changes.events) - positive
         user.disliked = disliked
-        user.others = other_items(changes.events, self._catalog, user.others)
+        user.unknown = unknown_items(changes.events, self._catalog, user.unknown)
         if not known:
             return user
         if self._repeat is not None:
@@ -227,9 +230,8 @@ class StateCache:
         """The user's disliked items with events that arrived; None where the whole history has to say it, since one of
         them came late, or there are too many."""
         index, disliked = self._catalog.index, set(user.disliked.tolist())
-        others = user.others
         if all(
-            event.weight > 0 and index.get(event.item_id) not in disliked and not others.get(event.item_id)
+            event.weight > 0 and index.get(event.item_id) not in disliked and not user.unknown.get(event.item_id)
             for event in events
         ):
             return user.disliked
@@ -265,8 +267,10 @@ class StateCache:
             if disliked is None:
                 disliked = np.array(disliked_items(changes.events, self._catalog), np.int32)
             user.disliked = disliked
-            of_others = (changes.events,) if before is None else (new, before.others)
-            user.others = other_items(of_others[0], self._catalog, *of_others[1:])
+            if before is None:
+                user.unknown = unknown_items(changes.events, self._catalog)
+            else:
+                user.unknown = unknown_items(new, self._catalog, before.unknown)
             if not known:
                 continue
             row = history_features(known, self._model.info)
@@ -328,6 +332,14 @@ class _Stored(NamedTuple):
     user: UserState
     masks: Sequence[Blocked | None]
     """See `Recommender.masks`."""
+
+
+class _OfUser(NamedTuple):
+    """As the last arguments of `Recommender.ranked`."""
+
+    ignored_event_count: int
+    disliked: Sequence[int]
+    unknown: UnknownItems
 
 
 class _Unread(NamedTuple):

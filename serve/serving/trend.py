@@ -91,14 +91,14 @@ class TrendRefresher(Refresher):
         """Has a model make its trend of the counts as of now."""
         # Whole seconds, as slates note them: the counts can be computed again.
         now = int(self._clock())
-        counts, of_added = model.engine.exported.at(now), None
+        counts, added = model.engine.exported.at(now), model.live.added_ids
+        of_added = None
         if self._arrival is not None:
             counts = np.maximum(counts, self._counters.of(model, now).T.astype(np.float32))
-            added = model.live.added_ids
             of_added = self._counters.of_items(added, now).T.astype(np.float32) if added else None
         keeping = f"the model {model.info.model_version} keeps its trend of before"
         try:
-            model.engine.use_counts(counts, Counted(now, self._arrival), of_added)
+            model.engine.use_counts(counts, Counted(now, self._arrival), added, of_added)
         except Exception as error:
             self._failed(keeping, error)
         else:

@@ -23,6 +23,7 @@ from serve.model.directory import Artifact, read_artifact
 from serve.model.events import Event as Seen
 from serve.model.exploration import Exploration
 from serve.model.filters import ItemFilter as Allowed
+from serve.model.live_catalog import Item as StoredItem
 from serve.model.recommender import Query, Recommender
 from serve.pb import open_inference_pb2 as inference
 from serve.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
@@ -382,6 +383,10 @@ def test_an_added_item_is_answered_while_it_is_available(served: Served) -> None
         assert every_way(served, k=5, filter=ItemFilter(any_tags=["Jazz"])) == [["x"] if is_answered else []] * 4
     served.delete("x")
     assert not any("x" in of_way for of_way in every_way(served, k=ITEMS + 1))
+    assert served.client.get_model_info().added_item_count == 0
+    with pytest.raises(grpc.RpcError) as failure:
+        served.client.similar_items("x")
+    assert failure.value.code() is grpc.StatusCode.NOT_FOUND
     served.store(Item(item_id="x", tags=["Jazz"]))
     assert every_way(served, k=5, filter=ItemFilter(any_tags=["Jazz"])) == [["x"]] * 4
 
@@ -425,6 +430,9 @@ def test_a_draw_holds_the_models_own_items_only(serve_with: Callable[..., Served
     """So that slates can be learned from: the run knows all that could have been drawn."""
     served = serve_with(Exploration(TEMPERATURE, seed=0))
     served.store(*(Item(item_id=f"x{at}", tags=["Jazz"]) for at in range(5)))
+    for subject in ({"history": served.history(3, 8)}, {"history": []}):  # a slate with a filter is not learned from
+        only = ItemFilter(any_tags=["Jazz"])
+        assert len(ids_of(served.client.recommend(**subject, filter=only))) == 5
     drawn = served.client.recommend(history=served.history(3, 8), k=ITEMS + 5)
     assert not any(one.startswith("x") for one in ids_of(drawn))
     assert len(ids_of(drawn)) == ITEMS - 2
@@ -459,5 +467,16 @@ def test_events_of_an_added_item_are_in_the_trend(served: Served, store: EventSt
     refresher = TrendRefresher(store, 3_600.0)
     refresher.prepare(served.model)
     refresher.close()
-    assert served.model.engine.trend.of_added(len(genres) + 1)[-1] != 0
+    assert list(served.model.engine.trend.added) == ["x"]
     assert scores(k=ITEMS)["x"] == pytest.approx(alone(), abs=1e-6)
+
+
+def test_a_catalogue_is_given_to_a_model_twice(served: Served, store: EventStore) -> None:
+    served.store(Item(item_id="x", tags=["Jazz"]))
+    again = CatalogueRefresher(store, 3_600.0)
+    again.prepare(served.model)
+    store.upsert_items([StoredItem("y", "", ("Jazz",))])
+    again.refresh()
+    again.close()
+    found = served.client.recommend(history=served.history(3, 8), filter=ItemFilter(any_tags=["Jazz"]))
+    assert set(ids_of(found)) == {"x", "y"}

@@ -145,6 +145,7 @@ class Engine:
         self,
         counts: NDArray[np.float32],
         counted: Counted | None = None,
+        added: Sequence[str] = (),
         of_added: NDArray[np.float32] | None = None,
     ) -> None:
         """From the next run on, the trend is that of these counts.
@@ -152,24 +153,30 @@ class Engine:
         Args:
             counts: `[half-lives, items+1]` float32, decayed to now; column 0 is zeros.
             counted: The events in the counts, for the answers; None: they are not noted.
-            of_added: `[half-lives, added]`, the counts of added items; None: there are none. They do not change the
-                trend of the others, which can so be computed again from the log.
+            added: The raw ids of added items.
+            of_added: `[half-lives, added]`, their counts; None: there are none. They do not change the trend of the
+                model's own items, which can so be computed again from the log.
 
         Raises:
             ValueError: `trend.onnx` made numbers of them that are not finite, or not one for each item. The trend
                 stays as it was. What ONNX Runtime raises is passed on.
         """
         trend = self._trend_of(counts)
-        added = _NO_TREND
+        trends: dict[str, float] = {}
         if of_added is not None:
-            added = self._trend_of(np.concatenate([counts, of_added], axis=1))[len(trend) :]
+            # A trend depends on the sum over all items. The first column has what is missing to that of the model's
+            # own, so that an added item with as many events as one of these has the same trend.
+            missing = counts.sum(axis=1, keepdims=True) - of_added.sum(axis=1, keepdims=True)
+            found = self._trend_of(np.concatenate([missing, of_added], axis=1), first=1)
+            trends = {added[at]: float(found[at]) for at in np.flatnonzero(found).tolist()}
         trending = None if self._search is None else self._search.trending(trend)
-        self.trend = Trend(trend, trending, counted, added)
+        self.trend = Trend(trend, trending, counted, trends)
 
-    def _trend_of(self, counts: NDArray[np.float32]) -> NDArray[np.float32]:
-        """`[items]`, not writeable; raises ValueError as `use_counts`."""
+    def _trend_of(self, counts: NDArray[np.float32], first: int = 0) -> NDArray[np.float32]:
+        """`[items - first]`, not writeable, without that of the first columns; raises ValueError as `use_counts`."""
         trend: NDArray[np.float32]
         (trend,) = self._trend_of_counts.run([TREND], {"counts": counts})
+        trend, counts = trend[first:], counts[:, first:]
         if trend.shape != counts.shape[1:] or not np.isfinite(trend).all():
             shape = f"({counts.shape[1]},)"
             raise ValueError(f"expected a trend of finite numbers {shape}, came {trend.dtype} {trend.shape}")
@@ -297,7 +304,6 @@ def like_lengths(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-_NO_TREND = np.zeros(0, np.float32)
 _NOTHING = SeenScores(np.zeros(0, np.int32), np.zeros(0, np.float32))
 
 

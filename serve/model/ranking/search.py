@@ -170,7 +170,8 @@ class Search:
         own, own_scores = (exclude[:, :0], np.zeros((len(query), 0), np.float32)) if seen is None else seen
         # What is subtracted from an item may take it out of the answer; then another one has to be found.
         counts += np.count_nonzero(own_scores < 0, axis=1)
-        rows = [None] * len(query) if not blocked else [None if row is None else _Allowed(row) for row in blocked]
+        masks = blocked or [None] * len(query)
+        rows = [None if row is None else _Allowed(row[: self._count + 1]) for row in masks]
         found = self._found_allowed(query, counts, rows)
         recent = state[:, -self._recent :].astype(np.int32)
         more = self._zeros()

@@ -1,6 +1,5 @@
 """Added items in a ranking: by their scores, and as the graphs rank the new items that they know."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from jaxrec.training.new_items import shift_logits, without_events_of
 from serve.model.added_items import with_added
 from serve.model.directory import read_artifact
 from serve.model.events import Event
+from serve.model.filters import ItemFilter
 from serve.model.live_catalog import Item, Overlay
 from serve.model.ranking.engine import Ranking
 from serve.model.recommender import Query, Recommender
@@ -139,15 +139,16 @@ def test_events_in_the_trend_lift_the_cap(twins: Recommender) -> None:
     query = Query([Event(ids[4], 4.0, START)], ITEMS + 20, live=model.live)
     counts = np.zeros((len(HALF_LIVES_S), ITEMS + 1), np.float32)
     of_added = np.zeros((len(HALF_LIVES_S), int(NEW.sum())), np.float32)
-    model.engine.use_counts(counts, None, of_added)
+    added = model.live.added_ids
+    model.engine.use_counts(counts, None, added, of_added)
     (before,) = model.recommend([query])
     own_before = dict(zip(before.items.tolist(), before.scores.tolist(), strict=True))
     of_added[:, 0] = 50.0
-    model.engine.use_counts(counts, None, of_added)
+    model.engine.use_counts(counts, None, added, of_added)
     (after,) = model.recommend([query])
     first = ITEMS + 1
     scores = dict(zip(after.items.tolist(), after.scores.tolist(), strict=True))
-    assert model.engine.trend.added[0] != 0
+    assert list(model.engine.trend.added) == [added[0]]
     # The others have the scores that they had: their trend is computed without the added items' counts.
     for item in set(own_before) - {first, *range(ITEMS + 1, ITEMS + 20)}:
         if not NEW[item]:
@@ -156,14 +157,23 @@ def test_events_in_the_trend_lift_the_cap(twins: Recommender) -> None:
     (found,) = model.engine.rank(rows, 1, queries=True)
     assert found.query is not None
     assert model.live.added is not None
-    expected = model.live.added.vectors[0] @ found.query + model.live.added.bias[0] + model.engine.trend.added[0]
+    of_trend = model.engine.trend.added[added[0]]
+    expected = model.live.added.vectors[0] @ found.query + model.live.added.bias[0] + of_trend
     assert scores[first] == pytest.approx(float(expected), abs=1e-4)  # no cap
 
 
-def test_an_added_item_that_came_after_the_trend_has_none(twins: Recommender) -> None:
-    trend = dataclasses.replace(twins.engine.trend, added=np.array([1.0, 2.0], np.float32))
-    assert trend.of_added(1).tolist() == [1]
-    assert trend.of_added(4).tolist() == [1, 2, 0, 0]
+def test_as_many_events_are_the_same_trend(twins: Recommender) -> None:
+    """Of an item of the model and of added ones, however many events these have, and more than all of the model."""
+    model = twins
+    counts = np.zeros((len(HALF_LIVES_S), ITEMS + 1), np.float32)
+    counts[:, 5], counts[:, 6] = 30.0, 7.0
+    for many in (0.0, 10_000.0):
+        of_added = np.full((len(HALF_LIVES_S), int(NEW.sum())), many, np.float32)
+        of_added[:, 2], of_added[:, 3] = 7.0, 0.0
+        model.engine.use_counts(counts, None, model.live.added_ids, of_added)
+        trend = model.engine.trend
+        assert trend.added[model.live.added_ids[2]] == pytest.approx(float(trend.values[6]), rel=1e-5)
+        assert model.live.added_ids[3] not in trend.added
 
 
 def test_similar_items_of_and_with_added_ones(twins: Recommender) -> None:
@@ -198,3 +208,16 @@ def test_an_explanation_names_the_events_that_speak_for_an_added_item(twins: Rec
         found = {one.event.item: one.influence for one in explanations[ITEMS + 1 + at].events}
         lower = {item: float(vector @ (whole - part)) for item, part in zip((4, 17, 29), without, strict=True)}
         assert found == pytest.approx({item: by for item, by in lower.items() if by > 0}, abs=1e-4)
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_explanations_where_none_or_few_of_the_models_own_are_allowed(twins: Recommender, slots: int) -> None:
+    model = twins
+    added, ids = model.live.added_ids, model.own_catalog.item_ids
+    history = [Event(ids[item], 4.0, START + at * DAY) for at, item in enumerate((4, 17, 29))]
+    only_added = ItemFilter(items=np.array([model.live.catalog.index[one] for one in added], np.int32))
+    for item_filter in (only_added, None):
+        query = Query(history, 4, live=model.live, explain=True, filter=item_filter, new_item_slots=slots)
+        (answer,) = model.recommend([query])
+        assert len(answer.explanations) == 4
+        assert item_filter is None or (answer.items > ITEMS).all()

@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxrec.config import PrepareConfig
+from jaxrec.data.content import YEAR as TRAINING_YEAR
+from jaxrec.data.encoding import fit_column
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, TIME, TITLE, USER
@@ -18,7 +22,7 @@ from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx.added_items import added_items
 from jaxrec.onnx.model_directory import export_model
 from serve.model.directory import read_artifact
-from serve.model.item_rows import NUMERIC, Column, ItemRows
+from serve.model.item_rows import NUMERIC, YEAR, Column, ItemRows
 from serve.model.manifest import ArtifactError
 from tests.conftest import heads
 from tests.serve.model.test_directory import edit_manifest
@@ -128,3 +132,29 @@ def test_a_model_without_the_file_is_refused(copy: Path) -> None:
     with pytest.raises(ArtifactError, match=r"added_items\.npy: cannot be read"):
         read_artifact(copy)
     assert json.loads((copy / "manifest.json").read_text())["added_items"]["file"] == "added_items.npy"
+
+
+TEXTS = st.one_of(
+    st.text(max_size=8),
+    st.sampled_from(["90", "-1.5e3", " 7 ", "1_0", "inf", "nan", "7|", "|", "x|x", "x| y", "x|y|", "٣", "1e400", "60"]),
+    st.floats(allow_nan=True).map(str),
+)
+
+
+@given(st.lists(TEXTS, max_size=6), TEXTS)
+def test_a_text_has_the_features_that_the_training_gave_it(seen: list[str], text: str) -> None:
+    """Whatever the column was fitted to."""
+    fitted = fit_column("c", [*seen, *seen], np.ones(2 * len(seen), bool))
+    if fitted is None:
+        return
+    places = {category: at for at, category in enumerate(fitted.categories)}
+    column = Column("c", fitted.kind.value, places, fitted.starts)
+    assert column.feature_count == len(fitted.features)
+    _, features = fitted.cells([text])
+    assert sorted(column.features(text)) == sorted(features.tolist())
+
+
+@given(st.one_of(st.text(max_size=12), st.integers(1700, 2200).map(lambda year: f"T ({year}) "), st.just("T (1999)\n")))
+def test_a_title_has_the_year_that_the_training_found(title: str) -> None:
+    theirs, ours = TRAINING_YEAR.search(title), YEAR.search(title)
+    assert (theirs and theirs[1]) == (ours and ours[1])

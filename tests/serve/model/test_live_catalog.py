@@ -115,37 +115,51 @@ def test_items_that_the_model_does_not_know_come_after_its_own() -> None:
     # What each tag adds, and every item has: [0, 5] + [1, 10], and [0, 5] + [2, 20].
     assert (live.added.first, live.added.vectors.tolist(), live.added.bias.tolist()) == (5, [[1], [2]], [15, 25])
     assert live.added_ids == ("x", "y")
+    index = live.catalog.index
+    assert dict(index) == {item_id: at for at, item_id in enumerate(live.catalog.item_ids) if at}
+    assert (len(index), "x" in index, "w" in index, index.get("w"), index.get("w", 0)) == (6, True, False, None, 0)
+    with pytest.raises(KeyError):
+        index["w"]
 
 
-def test_an_added_item_keeps_its_index_and_comes_back_with_it() -> None:
+def test_a_deleted_item_leaves_no_trace_and_changes_no_catalogue_of_before() -> None:
     overlay = Overlay(LiveCatalog.of(CATALOG), ROWS)
-    overlay.apply([("x", Item("x", "X", ("Comedy",))), ("y", Item("y"))])
+    overlay.apply(
+        [("x", Item("x", "X", ("Comedy",))), ("y", Item("y", hidden=True)), ("z", Item("z", "Z", ("Drama",)))]
+    )
     before = overlay.live()
     assert overlay.apply([("x", None)])
-    gone = overlay.live()
-    assert withheld(gone, 0) == {"x"}
-    assert (gone.catalog.index["y"], gone.catalog.genres[5]) == (6, ())
-    overlay.apply([("x", Item("x", "X2", ("Drama",))), ("z", Item("z"))])
-    again = overlay.live()
-    assert [again.catalog.index[one] for one in "xyz"] == [5, 6, 7]
-    assert again.withheld(0) is None
-    assert again.added is not None
-    assert again.added.bias.tolist() == [25, 5, 5]
-    # What was made before is as it was.
-    assert (before.catalog.titles[5], before.withheld(0), len(before.catalog)) == ("X", None, 6)
+    after = overlay.live()
+    assert sorted(after.added_ids) == ["y", "z"]
+    assert withheld(after, 0) == {"y"}
+    assert "x" not in after.catalog.index
+    assert after.catalog.titles[after.catalog.index["z"]] == "Z"
+    assert allowed(after, ItemFilter(any_tags=("Comedy",))) == {"a", "d"}
+    assert allowed(after, ItemFilter(any_tags=("Drama",))) == {"a", "b", "z"}
+    assert (before.added_ids, before.catalog.titles[5:]) == (("x", "y", "z"), ("X", "", "Z"))
     assert before.added is not None
-    assert before.added.bias.tolist() == [15, 5]
+    assert before.added.bias.tolist() == [15, 5, 25]
+    overlay.apply([("z", None), ("y", None)])
+    empty = overlay.live()
+    assert (empty.added, empty.catalog.item_ids, empty.withheld(0)) == (None, CATALOG.item_ids, None)
 
 
-def test_more_than_so_many_items_are_not_added(
+def test_more_than_so_many_items_wait_until_there_is_room(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(live_catalog, "MOST_ADDED", 2)
     overlay = Overlay(LiveCatalog.of(CATALOG), ROWS)
     overlay.apply((one, Item(one)) for one in "xyz")
-    assert not overlay.apply([("w", Item("w"))])
+    assert not overlay.apply([("w", Item("w")), ("z", Item("z", "Z"))])
     assert overlay.live().added_ids == ("x", "y")
     assert caplog.text.count("more than 2 items") == 1
+    overlay.apply([("x", None)])
+    live = overlay.live()
+    assert set(live.added_ids) == {"y", "z"}
+    assert live.catalog.titles[live.catalog.index["z"]] == "Z"
+    assert not overlay.apply([("w", None)])
+    overlay.apply([("y", None)])
+    assert overlay.live().added_ids == ("z",)
 
 
 def test_what_nobody_knows_changes_nothing() -> None:
@@ -164,7 +178,7 @@ def test_many_withheld_items_are_not_named(monkeypatch: pytest.MonkeyPatch) -> N
 TAGS = st.lists(st.sampled_from(["Comedy", "Drama", "Jazz", "x"]), unique=True).map(lambda tags: tuple(sorted(tags)))
 TIMES = st.none() | st.integers(0, 4)
 CHANGES = st.tuples(
-    st.sampled_from("abcdu"),
+    st.sampled_from("abcduvwx"),
     st.none()
     | st.tuples(st.sampled_from(["", "T"]), TAGS, TIMES, TIMES, st.booleans(), st.just({"k": "v"}) | st.just({})),
 )
@@ -188,12 +202,16 @@ def test_changes_in_parts_come_to_the_same_as_a_plain_model(parts: list[list[tup
 def assert_equals(live: LiveCatalog, base: Catalog, stored: Mapping[str, Item]) -> None:
     """Item by item."""
     tags: dict[str, set[int]] = {}
-    assert stored.keys() <= live.catalog.index.keys()
+    assert set(live.catalog.index) == {*base.index, *stored}
     for at, item_id in enumerate(live.catalog.item_ids[1:], start=1):
-        of_model = Item(item_id, hidden=True)
         if item_id in base.index:
-            of_model = Item(item_id, base.titles[at], base.genres[at])
-        item = stored.get(item_id, of_model)
+            item = stored.get(item_id, Item(item_id, base.titles[at], base.genres[at]))
+        else:
+            item = stored[item_id]
+            assert live.added is not None
+            row = ROWS.row(item.title, item.tags, item.metadata).tolist()
+            place = at - live.added.first
+            assert [*live.added.vectors[place].tolist(), live.added.bias[place]] == row
         assert live.catalog.index[item_id] == at
         assert (live.catalog.titles[at], live.catalog.genres[at]) == (item.title, item.tags)
         assert live.metadata.get(at, {}) == item.metadata
