@@ -49,9 +49,9 @@ _SCORE = struct.Struct("<f")
 
 def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: EventTypes) -> Query:
     """The question that a request asks the model that answers it, from now on."""
-    started, found = time.monotonic(), Violations()
+    started, found, live = time.monotonic(), Violations(), model.live
     k = found.check(checked_count, "k", request.k) or DEFAULT_K
-    item_filter = found.check(decode_filter, request, model)
+    item_filter = found.check(decode_filter, request, model, live)
     allow_seen = found.check(decode_seen, request.seen, model)
     if not 0 <= request.new_item_slots <= k:
         found.add("new_item_slots", f"0 to k, which is {k}", request.new_item_slots)
@@ -79,10 +79,10 @@ def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: 
     elif not_shown_within and user_id is None:
         found.add("not_shown_within", "user_id with it", "a history")
     found.raise_any()
-    exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots)
-    withheld = model.live.withheld(request_time)
+    exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots, live)
+    withheld = live.withheld(request_time)
     recommendation_id = repeatable_id(user_id, request.request_id) if request.request_id else ""
-    options = (item_filter, allow_seen, slots, not_shown_within, withheld, event_ids, recommendation_id)
+    options = (item_filter, allow_seen, slots, not_shown_within, withheld, live, event_ids, recommendation_id)
     return Query(events, k, exclude, request_time, request.explain, user_id, started, *options)
 
 
@@ -245,8 +245,7 @@ def _next_page(user_id: str, page: EventPage, fitting: int) -> str:
 
 def encode_answer(recommendation: Recommendation, view: int = pb.VIEW_BASIC) -> pb.RecommendResponse:
     """The message for one answer."""
-    answer, model = recommendation.answer, recommendation.model
-    live = model.live
+    answer, model, live = recommendation.answer, recommendation.model, recommendation.live
     ids_alone = view == pb.VIEW_IDS
     messages = live.id_messages if ids_alone else live.messages
     parts: list[bytes] = []
@@ -348,9 +347,10 @@ def _encode_watched(event: Event, catalog: Catalog) -> pb.WatchedItem:
     )
 
 
-def encode_similar(ranking: Ranking, model: Recommender, view: int = pb.VIEW_BASIC) -> pb.SimilarItemsResponse:
-    """The message for an item's neighbours."""
-    live = model.live
+def encode_similar(
+    ranking: Ranking, model: Recommender, live: LiveCatalog, view: int = pb.VIEW_BASIC
+) -> pb.SimilarItemsResponse:
+    """The message for an item's neighbours among the items of a catalogue."""
     catalog, metadata = live.catalog, live.metadata if view == pb.VIEW_FULL else {}
     texts = view != pb.VIEW_IDS
     return pb.SimilarItemsResponse(
@@ -388,4 +388,5 @@ def encode_model_info(
         new_item_count=model.new_item_count,
         event_types=[pb.EventType(name=name, weight=weight) for name, weight in sorted(event_types.items())],
         limits=pb.Limits(**LIMITS),
+        added_item_count=len(model.live.added_ids),
     )

@@ -17,13 +17,17 @@ from serve.api.rules import (
     shown,
 )
 from serve.model.filters import ItemFilter
+from serve.model.live_catalog import LiveCatalog
 from serve.model.recommender import Recommender
 from serve.pb import recommender_pb2 as pb
 
 
-def decode_filter(request: pb.RecommendRequest | pb.SimilarItemsRequest, model: Recommender) -> ItemFilter | None:
-    """What a request allows of a model's items, once what it excludes is checked too; None: every item."""
-    index, excluded, found = model.catalog.index, request.exclude_item_ids, Violations()
+def decode_filter(
+    request: pb.RecommendRequest | pb.SimilarItemsRequest, model: Recommender, live: LiveCatalog
+) -> ItemFilter | None:
+    """What a request allows of the items of a model's catalogue, once what it excludes is checked too; None: every
+    item."""
+    index, excluded, found = live.catalog.index, request.exclude_item_ids, Violations()
     found.check(_item_indices, "exclude_item_ids", excluded, MAX_EXCLUDED_ITEMS, index)
     if not request.HasField("filter"):
         found.raise_any()

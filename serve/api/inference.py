@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from serve.api.context import Context
 from serve.api.errors import InvalidRequest
 from serve.api.rules import MAX_BATCH, MAX_BATCH_EVENTS, MAX_EXCLUDED_ITEMS, MAX_HISTORY_EVENTS, MAX_K, latest_time
-from serve.model.graphs import BLOCKED, SEQUENCE_OUTPUTS, TREND, Signature, sequence_inputs
+from serve.model.graphs import BLOCKED, QUERY, SEQUENCE_OUTPUTS, TREND, Signature, sequence_inputs
 from serve.model.recommender import Recommender
 from serve.pb import open_inference_pb2 as pb
 from serve.pb import open_inference_pb2_grpc
@@ -26,6 +26,7 @@ from serve.serving.loaded import Models
 MODEL_NAME = "jaxrec"
 PLATFORM = "onnxruntime_onnx"
 # By ONNX Runtime's name of a type: the protocol's, NumPy's (little-endian, as in raw contents), and the typed field.
+OUTPUTS = {name: kind for name, kind in SEQUENCE_OUTPUTS.items() if name != QUERY}
 _TYPES: dict[str, tuple[str, np.dtype[Any], str]] = {
     "int32": ("INT32", np.dtype("<i4"), "int_contents"),
     "int64": ("INT64", np.dtype("<i8"), "int64_contents"),
@@ -83,17 +84,16 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
                 for name, dtype in _inputs(model).items()
             ],
             outputs=[
-                tensor(name=name, datatype=_TYPES[dtype][0], shape=shapes[name])
-                for name, dtype in SEQUENCE_OUTPUTS.items()
+                tensor(name=name, datatype=_TYPES[dtype][0], shape=shapes[name]) for name, dtype in OUTPUTS.items()
             ],
         )
 
     def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         model = self._model(request.model_name, request.model_version)
-        wanted = [output.name for output in request.outputs] or list(SEQUENCE_OUTPUTS)
+        wanted = [output.name for output in request.outputs] or list(OUTPUTS)
         for at, name in enumerate(wanted):
-            if name not in SEQUENCE_OUTPUTS or name in wanted[:at]:
-                raise InvalidRequest(f"outputs[{at}]", f"one of {', '.join(SEQUENCE_OUTPUTS)}, each once", repr(name))
+            if name not in OUTPUTS or name in wanted[:at]:
+                raise InvalidRequest(f"outputs[{at}]", f"one of {', '.join(OUTPUTS)}, each once", repr(name))
         inputs = _decoded(request, _inputs(model))
         _check(inputs, model)
         if not context.is_active():
@@ -104,7 +104,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         outputs = model.engine.run_sequence(inputs, wanted, None if withheld is None else withheld.mask)
         response = pb.ModelInferResponse(model_name=MODEL_NAME, model_version=model.info.model_version, id=request.id)
         for name, values in zip(wanted, outputs, strict=True):
-            datatype, dtype, _ = _TYPES[SEQUENCE_OUTPUTS[name]]
+            datatype, dtype, _ = _TYPES[OUTPUTS[name]]
             response.outputs.add(name=name, datatype=datatype, shape=values.shape)
             response.raw_output_contents.append(values.astype(dtype, copy=False).tobytes())
         return response

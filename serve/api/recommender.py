@@ -169,15 +169,15 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
 
     def SimilarItems(self, request: pb.SimilarItemsRequest, context: Context) -> pb.SimilarItemsResponse:
         model, found = self._loaded(request).model, Violations()
+        live = model.live
         found.check(check_id, "item_id", request.item_id)
         k = found.check(checked_count, "k", request.k) or DEFAULT_K
-        item_filter = found.check(decode_filter, request, model)
+        item_filter = found.check(decode_filter, request, model, live)
         found.check(check_version, request)
         found.check(check_view, request.view)
         found.raise_any()
-        withheld = model.live.withheld()
-        ranking = model.similar(request.item_id, k, request.exclude_item_ids, item_filter, withheld)
-        response = encode_similar(ranking, model, request.view)
+        ranking = model.similar(request.item_id, k, live, request.exclude_item_ids, item_filter)
+        response = encode_similar(ranking, model, live, request.view)
         check_answer("k", response)
         return response
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from serve.api.errors import OF_THE_SERVER, SlatesNotLogged, UnknownUser
 from serve.api.rules import MAX_NOT_SHOWN_ITEMS
 from serve.model.events import known_events, positive_count
-from serve.model.live_catalog import Item
+from serve.model.live_catalog import Item, LiveCatalog
 from serve.model.profile import GenrePreference, genre_preferences
 from serve.model.recommender import Answer, Query, Recommender, UnknownItem
 from serve.observability.metrics import Metrics
@@ -31,11 +31,13 @@ MOST_READS = 5
 
 
 class Recommendation(NamedTuple):
-    """An answer under the id by which events can refer to it, and the model whose item indices it has."""
+    """An answer under the id by which events can refer to it, and the model and the catalogue whose item indices it
+    has."""
 
     recommendation_id: str
     answer: Answer
     model: Recommender
+    live: LiveCatalog
 
 
 class Recorded(NamedTuple):
@@ -241,16 +243,17 @@ class RecommenderService:
 
     def _logged(self, loaded: LoadedModel, query: Query, answer: Answer) -> Recommendation:
         model, now = loaded.model, time.time()
+        live = query.live or model.own_live
         # The time first: an index of ids in their order grows at one end, which costs half of one in no order.
         recommendation_id = query.recommendation_id or f"{int(now * 1e3):012x}{os.urandom(10).hex()}"
         self._metrics.answered(answer.policy, answer.items)
         if query.events and query.user_id is None:
             self._metrics.events(positive_count(query.events) - answer.ignored_event_count, answer.ignored_event_count)
         if not is_logged(query.user_id or recommendation_id, self._slate_log):
-            return Recommendation(recommendation_id, answer, model)
-        item_ids = model.catalog.item_ids
+            return Recommendation(recommendation_id, answer, model, live)
+        item_ids = live.catalog.item_ids
         withheld = () if query.withheld is None else query.withheld.items
-        excluded = dict.fromkeys([*model.indices(query.exclude_item_ids), *answer.disliked, *(withheld or ())])
+        excluded = dict.fromkeys([*live.indices(query.exclude_item_ids), *answer.disliked, *(withheld or ())])
         options = {
             "filter": query.filter,
             "seen": query.allow_seen is not None,
@@ -277,7 +280,7 @@ class RecommenderService:
             ),
             started=query.started,
         )
-        return Recommendation(recommendation_id, answer, model)
+        return Recommendation(recommendation_id, answer, model, live)
 
     def failed_in_batch(self, code: str) -> None:
         """Counts a request of a batch that failed with a status."""
@@ -285,7 +288,7 @@ class RecommenderService:
 
     def record(self, events: Sequence[UserEvent]) -> Recorded:
         """Stores the events whose ids are new; they are on disk on return."""
-        index = self.models.version("").model.catalog.index
+        index = self.models.version("").model.own_catalog.index
         recorded = self._store.record(events)
         unknown = sum(new.event.item_id not in index for new in recorded)
         duplicates = len(events) - len(recorded)
@@ -334,7 +337,7 @@ class RecommenderService:
         if not events and not self._store.revision(user_id):
             raise UnknownUser(f"no event of the user {user_id!r} is stored")
         model = self.models.for_user(user_id).model
-        return Profile(len(events), genre_preferences(known_events(events, model.catalog), model.catalog), model)
+        return Profile(len(events), genre_preferences(known_events(events, model.own_catalog), model.catalog), model)
 
     def events(self, user_id: str, most: int, before: tuple[int, int] | None) -> EventPage:
         """At most so many of a user's events, newest first, from the one after `before` (timestamp, arrival) on."""

@@ -226,6 +226,7 @@ def model(client: RecommenderClient, model_version: str = "") -> str:
         ["ratings", f"{scale.minimum:g} to {scale.maximum:g}" if info.HasField("rating_scale") else "none"],
         ["history", f"last {info.max_history} events"],
         ["new items", f"{info.new_item_count}"],
+        ["items added", f"{info.added_item_count}"],
         ["runs on", info.execution_provider],
     ]
     return "\n".join(f"{name:<9} {value}" for name, value in rows)

@@ -264,8 +264,8 @@ class RecommendRequest(_message.Message):
     """Whether items of the history may be recommended."""
     new_item_slots: _builtins.int
     """The number of places reserved for new items. New items are those that the model was
-    not trained on. If the model has a trend, an item with counted events since the
-    training is not new any more.
+    not trained on, in the model directory or in the store. If the model has a trend, an
+    item with counted events since the training is not new any more.
 
     The best new items by their scores get the places. If there are fewer new items,
     all of them are in the answer. If too few other items are left to fill the other
@@ -274,8 +274,9 @@ class RecommendRequest(_message.Message):
     reserved places. The answer is not drawn by exploration.
 
     Nothing is reserved if the model has no new items, or with the policy `popularity`.
-    If the model directory has an index, it has no vectors of its new items, and the
-    call fails with FAILED_PRECONDITION. 0: no place is reserved. At most `k`.
+    If the model directory has an index, it has no vectors of its new items: without new
+    items of the store the call fails with FAILED_PRECONDITION. 0: no place is reserved.
+    At most `k`.
     """
     not_shown_within: _builtins.int
     """With `user_id` only: items that were recommended to the user within so many seconds
@@ -1353,9 +1354,10 @@ class Item(_message.Message):
 
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """What belongs to the item and comes back with it, such as an image's address. It changes
-        no recommendation. No empty key, and at most 2,048 bytes of UTF-8 for keys and values
-        together.
+        """What belongs to the item and comes back with it, such as an image's address. Of an item
+        that the model was not exported with, values whose keys are columns that the model was
+        trained with (`jaxrec prepare --features`) help to rank it. No empty key, and at most
+        2,048 bytes of UTF-8 for keys and values together.
         """
 
     def __init__(
@@ -1546,8 +1548,9 @@ class CatalogItem(_message.Message):
     stored: _builtins.bool
     """True: UpsertItems stored it. False: it is as the model directory has it."""
     known: _builtins.bool
-    """Whether the model that answers most requests knows the item. If not, it is not
-    recommended.
+    """Whether the model that answers most requests was exported with the item. If not, its
+    tags, its metadata, the year in its title and the trend of its events rank it, and
+    events on it are no part of the histories that the model reads.
     """
     available: _builtins.bool
     """Whether it is available now, by the server's clock, and not hidden."""
@@ -1824,6 +1827,7 @@ class GetModelInfoResponse(_message.Message):
     NEW_ITEM_COUNT_FIELD_NUMBER: _builtins.int
     EVENT_TYPES_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    ADDED_ITEM_COUNT_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """Starts with the time of the export, so later models sort later."""
     policy: _builtins.str
@@ -1831,7 +1835,7 @@ class GetModelInfoResponse(_message.Message):
     created_time: _builtins.int
     """When the model was exported, in seconds."""
     item_count: _builtins.int
-    """How many items the model knows."""
+    """How many items the model was exported with."""
     execution_provider: _builtins.str
     """ONNX Runtime's name of what runs the model: `CPUExecutionProvider` or
     `CUDAExecutionProvider`.
@@ -1849,9 +1853,15 @@ class GetModelInfoResponse(_message.Message):
     SEEN_EXCLUDE or SEEN_ALLOW.
     """
     new_item_count: _builtins.int
-    """Number of items that the model was not trained on, for which a request may reserve
-    places. Items that have got events since the training are counted too. 0: there are
-    none, or the model directory has an index, with which no place can be reserved.
+    """Number of items of the model directory that the model was not trained on, for which a
+    request may reserve places. Items that have got events since the training are counted
+    too. 0: there are none, or the model directory has an index, which has no vectors of
+    them. Places can be reserved if this or `added_item_count` is above 0.
+    """
+    added_item_count: _builtins.int
+    """How many items of the store the model ranks besides its own: those that it was not
+    exported with, hidden ones too. At most 100,000: if the store has more, the others
+    are not recommended.
     """
     @_builtins.property
     def rating_scale(self) -> Global___RatingScale:
@@ -1887,10 +1897,11 @@ class GetModelInfoResponse(_message.Message):
         new_item_count: _builtins.int = ...,
         event_types: _abc.Iterable[Global___EventType] | None = ...,
         limits: Global___Limits | None = ...,
+        added_item_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "rating_scale", b"rating_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time", "event_types", b"event_types", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "limits", b"limits", "max_history", b"max_history", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_item_count", b"added_item_count", "created_time", b"created_time", "event_types", b"event_types", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "limits", b"limits", "max_history", b"max_history", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -225,8 +225,8 @@ class RecommenderServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SimilarItems(self, request, context):
-        """The items whose learned vectors are nearest to one item's. An item that the
-        model does not know is NOT_FOUND.
+        """The items whose vectors are nearest to one item's. An item that neither the model nor
+        the store has is NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -235,8 +235,9 @@ class RecommenderServicer:
     def UpsertItems(self, request, context):
         """Stores items: their titles, tags and availability, for all models from now on. When
         the answer arrives, the items are on disk; all servers of the store answer with them
-        within about two seconds. Of an item that the model does not know, all is stored, and
-        its events are recorded, but it is not recommended yet. Safe to repeat.
+        within about two seconds. An item that the model was not trained on is recommended
+        too: it is ranked by its tags, its metadata, the year in its title, and the trend of
+        its events, as a new item (`new_item_slots`). Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -89,14 +89,15 @@ class RecommenderStub:
     more than 10,000 events and recommendations fails with FAILED_PRECONDITION.
     """
     SimilarItems: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.SimilarItemsRequest, _recommender_pb2.SimilarItemsResponse]
-    """The items whose learned vectors are nearest to one item's. An item that the
-    model does not know is NOT_FOUND.
+    """The items whose vectors are nearest to one item's. An item that neither the model nor
+    the store has is NOT_FOUND.
     """
     UpsertItems: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.UpsertItemsRequest, _recommender_pb2.UpsertItemsResponse]
     """Stores items: their titles, tags and availability, for all models from now on. When
     the answer arrives, the items are on disk; all servers of the store answer with them
-    within about two seconds. Of an item that the model does not know, all is stored, and
-    its events are recorded, but it is not recommended yet. Safe to repeat.
+    within about two seconds. An item that the model was not trained on is recommended
+    too: it is ranked by its tags, its metadata, the year in its title, and the trend of
+    its events, as a new item (`new_item_slots`). Safe to repeat.
     """
     DeleteItems: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.DeleteItemsRequest, _recommender_pb2.DeleteItemsResponse]
     """Deletes what UpsertItems stored of items. An item of the model is then what the model
@@ -173,14 +174,15 @@ class RecommenderAsyncStub(RecommenderStub):
     more than 10,000 events and recommendations fails with FAILED_PRECONDITION.
     """
     SimilarItems: _aio.UnaryUnaryMultiCallable[_recommender_pb2.SimilarItemsRequest, _recommender_pb2.SimilarItemsResponse]  # type: ignore[assignment]
-    """The items whose learned vectors are nearest to one item's. An item that the
-    model does not know is NOT_FOUND.
+    """The items whose vectors are nearest to one item's. An item that neither the model nor
+    the store has is NOT_FOUND.
     """
     UpsertItems: _aio.UnaryUnaryMultiCallable[_recommender_pb2.UpsertItemsRequest, _recommender_pb2.UpsertItemsResponse]  # type: ignore[assignment]
     """Stores items: their titles, tags and availability, for all models from now on. When
     the answer arrives, the items are on disk; all servers of the store answer with them
-    within about two seconds. Of an item that the model does not know, all is stored, and
-    its events are recorded, but it is not recommended yet. Safe to repeat.
+    within about two seconds. An item that the model was not trained on is recommended
+    too: it is ranked by its tags, its metadata, the year in its title, and the trend of
+    its events, as a new item (`new_item_slots`). Safe to repeat.
     """
     DeleteItems: _aio.UnaryUnaryMultiCallable[_recommender_pb2.DeleteItemsRequest, _recommender_pb2.DeleteItemsResponse]  # type: ignore[assignment]
     """Deletes what UpsertItems stored of items. An item of the model is then what the model
@@ -314,8 +316,8 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
         request: _recommender_pb2.SimilarItemsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recommender_pb2.SimilarItemsResponse, _abc.Awaitable[_recommender_pb2.SimilarItemsResponse]]:
-        """The items whose learned vectors are nearest to one item's. An item that the
-        model does not know is NOT_FOUND.
+        """The items whose vectors are nearest to one item's. An item that neither the model nor
+        the store has is NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
@@ -326,8 +328,9 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_recommender_pb2.UpsertItemsResponse, _abc.Awaitable[_recommender_pb2.UpsertItemsResponse]]:
         """Stores items: their titles, tags and availability, for all models from now on. When
         the answer arrives, the items are on disk; all servers of the store answer with them
-        within about two seconds. Of an item that the model does not know, all is stored, and
-        its events are recorded, but it is not recommended yet. Safe to repeat.
+        within about two seconds. An item that the model was not trained on is recommended
+        too: it is ranked by its tags, its metadata, the year in its title, and the trend of
+        its events, as a new item (`new_item_slots`). Safe to repeat.
         """
 
     @_abc_1.abstractmethod

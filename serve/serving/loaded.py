@@ -127,7 +127,9 @@ class LoadedModel:
                 query = query._replace(user_id=None, events=self._store.history(query.user_id, query.request_time))
         exploration = self._exploration(query)
         if exploration is not None:
-            query = query._replace(k=max(query.k, exploration.pool))
+            # A run knows its own items. Slates with these options are not learned from.
+            is_learned = query.filter is None and query.allow_seen is None
+            query = query._replace(k=max(query.k, exploration.pool), own_items=is_learned)
         return query._replace(explain=False) if query.explain else query
 
     def _exploration(self, query: Query) -> Exploration | None:
@@ -146,7 +148,7 @@ class LoadedModel:
 
     def _explanations(self, query: Query, answer: Answer) -> tuple[Explanation, ...]:
         if answer.policy == POPULARITY:
-            return explain_popularity(answer.items, self.model.catalog)
+            return explain_popularity(answer.items, (query.live or self.model.own_live).catalog)
         events = query.events
         if query.user_id is not None and not events:
             events = self._store.history(query.user_id, query.request_time)

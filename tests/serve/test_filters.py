@@ -505,7 +505,7 @@ def test_the_same_tags_in_another_order_are_the_same_filter(free_model: Recommen
     other = RecommendRequest(
         user_id="7", filter=SentFilter(any_tags=["Action", "Drama", "Action"], none_tags=["Horror"])
     )
-    first, second = (decode_filter(request, free_model) for request in (one, other))
+    first, second = (decode_filter(request, free_model, free_model.live) for request in (one, other))
     assert first == second == ItemFilter(any_tags=("Action", "Drama"), none_tags=("Horror",))
     assert free_model.filters.blocked(first) is free_model.filters.blocked(second)
 
