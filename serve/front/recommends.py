@@ -1,6 +1,7 @@
 """Recommend in the event loop: calls wait for each other as long as that pays, and share a run of the model."""
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable
 from functools import partial
 from typing import Any
@@ -16,10 +17,8 @@ from serve.serving.loaded import LoadedModel
 COMPANY = 0.5
 # but no longer than this.
 LONGEST_WAIT_S = 0.002
-# Of how many were under way a call before.
-DECAY = 0.98
-# A call that has been alone is answered in the loop: that saves two changes of threads.
-ALONE = 1.5
+# Lately is: at so many runs of the model, and now.
+RUNS = 4
 
 
 class Recommends:
@@ -31,7 +30,7 @@ class Recommends:
         self._loop = loop
         self._local_store = local_store
         self._under_way = 0
-        self._peak = 0.0
+        self._lately: deque[int] = deque([0], RUNS)
         self._waiting: list[LoadedModel] = []
         self._timer: asyncio.TimerHandle | None = None
 
@@ -49,8 +48,7 @@ class Recommends:
         try:
             loaded, response = self._servicer.start_recommend(request, call, partial(self._wake, done))
             self._waiting.append(loaded)
-            self._peak = max(self._under_way, DECAY * self._peak)
-            if len(self._waiting) >= min(LARGEST_BATCH, COMPANY * self._peak):
+            if len(self._waiting) >= min(LARGEST_BATCH, COMPANY * max(self._under_way, *self._lately)):
                 self.run()
             elif self._timer is None:
                 self._timer = self._loop.call_later(LONGEST_WAIT_S, self.run)
@@ -68,8 +66,11 @@ class Recommends:
             self._timer.cancel()
             self._timer = None
         waiting, self._waiting = self._waiting, []
+        self._lately.append(self._under_way)
+        # A call that has been alone is answered in the loop: that saves two changes of threads.
+        here = self._local_store and max(self._lately) <= 1
         for loaded in dict.fromkeys(waiting):
-            loaded.run(here=self._local_store and self._peak < ALONE)
+            loaded.run(here=here)
 
     def _wake(self, done: "asyncio.Future[None]") -> None:
         """The run for a call is over; in any thread."""
