@@ -6,13 +6,11 @@ coroutine and not a thread. What answers a call does not know gRPC (`serve.api.c
 """
 
 import asyncio
-import contextvars
 import itertools
 import logging
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +23,7 @@ from serve.api.errors import InvalidRequest, NoRight, NoToken, Refused, Status, 
 from serve.front.auth import Tokens, needed_right
 from serve.front.gate import Gate
 from serve.front.limits import LONG_MESSAGE_BYTES, MAX_REFLECTIONS, MAX_WATCHES
+from serve.front.pool import Pool, interrupted
 from serve.front.waiting import (
     LOOK_S,
     MESSAGE_S,
@@ -49,49 +48,6 @@ logger = logging.getLogger(__name__)
 REQUEST_ID_KEY = "x-request-id"
 LONGEST_REQUEST_ID = 128
 FULL = QueueFull(QUEUE_CAPACITY, RETRY_AFTER_S)
-
-
-class Pool:
-    """Threads, and how many calls may have or wait for one of them."""
-
-    def __init__(self, threads: int, most: int, name: str) -> None:
-        self._threads = ThreadPoolExecutor(threads, name)
-        self._most = most
-        self._count = 0
-
-    @property
-    def is_full(self) -> bool:
-        return self._count >= self._most
-
-    async def run(self, work: Callable[[], bytes]) -> bytes:
-        """What `work` returns or raises in a thread; a caller that is cancelled leaves its place when that is done."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[bytes] = loop.create_future()
-
-        def finish(result: bytes | None, error: BaseException | None) -> None:
-            self._count -= 1
-            if done.done():
-                return
-            if error is None:
-                assert result is not None
-                done.set_result(result)
-            else:
-                done.set_exception(error)
-
-        def run() -> None:
-            result, error = None, None
-            try:
-                result = work()
-            except BaseException as failure:
-                error = failure if isinstance(failure, Exception) else _interrupted(failure)
-            loop.call_soon_threadsafe(finish, result, error)
-
-        self._count += 1
-        self._threads.submit(contextvars.copy_context().run, run)
-        return await done
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +275,7 @@ class Calls(grpc.GenericRpcHandler):
             except Exception as error:
                 status = status_of(error)
             except BaseException as error:
-                status = status_of(_interrupted(error))
+                status = status_of(interrupted(error))
             finally:
                 self._note(call, status.code.name)
                 if span is not None:
@@ -399,11 +355,6 @@ class Calls(grpc.GenericRpcHandler):
                     return text
                 break
         return f"{self._id_prefix}-{next(self._id_numbers):x}"
-
-
-def _interrupted(error: BaseException) -> RuntimeError:
-    logger.critical("a call was to end the thread that answers it", exc_info=error)
-    return RuntimeError(f"{type(error).__name__} in a call")
 
 
 def _decoded(decode: Callable[[bytes], Any], message: bytes) -> Any:

@@ -49,7 +49,8 @@ class Recommends:
             loaded, response = self._servicer.start_recommend(request, call, partial(self._wake, done))
             self._waiting.append(loaded)
             if len(self._waiting) >= min(LARGEST_BATCH, COMPANY * max(self._under_way, *self._lately)):
-                self.run()
+                # Two turns of the loop show whether another is about to arrive.
+                self._loop.call_soon(self._loop.call_soon, self.run)
             elif self._timer is None:
                 self._timer = self._loop.call_later(LONGEST_WAIT_S, self.run)
             await done
@@ -65,6 +66,8 @@ class Recommends:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if not self._waiting:
+            return
         waiting, self._waiting = self._waiting, []
         self._lately.append(self._under_way)
         # A call that has been alone is answered in the loop: that saves two changes of threads.

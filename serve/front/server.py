@@ -16,7 +16,7 @@ from serve.api.inference import InferenceServicer
 from serve.api.recommender import RecommenderServicer
 from serve.api.service import RecommenderService
 from serve.front.auth import Tokens
-from serve.front.calls import Calls, Method, Pool, methods_of
+from serve.front.calls import Calls, Method, methods_of
 from serve.front.gate import Gate
 from serve.front.lifecycle import RecommenderServer
 from serve.front.limits import (
@@ -30,6 +30,7 @@ from serve.front.limits import (
     WORKERS,
 )
 from serve.front.loop import shared_loop
+from serve.front.pool import Pool
 from serve.front.recommends import Recommends
 from serve.front.tls import Tls
 from serve.observability.metrics import Metrics

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 import grpc
 
 from serve.api.context import Context
-from serve.front.calls import Calls, Method, Pool
+from serve.front.calls import Calls, Method
 from serve.front.gate import Gate
 from serve.front.limits import OPTIONS
 from serve.front.loop import shared_loop
+from serve.front.pool import Pool
 from serve.observability.metrics import Metrics
 
 PATIENCE_S = 30.0

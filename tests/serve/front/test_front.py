@@ -14,8 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import serve
 from serve.api.context import Context
-from serve.client import Event, RecommenderClient
+from serve.client import Event, recommend_request
 from serve.front.calls import Call
+from serve.front.loop import shared_loop
 from serve.front.server import create_server
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
@@ -234,10 +235,17 @@ def test_calls_that_are_there_go_together_and_get_their_own_answers(model: Recom
         [Event(item_id=ids[1 + (number * step) % 60], rating=4.0, timestamp=step) for step in range(1, 2 + number % 40)]
         for number in range(200)
     ]
-    with RecommenderClient(f"127.0.0.1:{server.port}") as client, ThreadPoolExecutor(32) as callers:
-        alone = [client.recommend(history=history, k=7) for history in histories]
+    requests = [recommend_request(history=history, k=7) for history in histories]
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = RecommenderStub(channel)
+        alone = [stub.Recommend(request, timeout=PATIENCE_S) for request in requests]
         before = metrics.registry.get_sample_value("jaxrec_batch_size_count") or 0
-        together = list(callers.map(lambda history: client.recommend(history=history, k=7), histories))
+        # The loop is busy until they are sent, as many as the connection has room for.
+        sent = threading.Event()
+        shared_loop().loop.call_soon_threadsafe(sent.wait, PATIENCE_S)
+        calls = [stub.Recommend.future(request, timeout=PATIENCE_S) for request in requests]
+        sent.set()
+        together = [call.result() for call in calls]
     server.drain()
     for one, other in zip(alone, together, strict=True):
         assert [item.item_id for item in one.recommendations] == [item.item_id for item in other.recommendations]
