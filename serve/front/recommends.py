@@ -24,11 +24,9 @@ RUNS = 4
 class Recommends:
     """The Recommends of a server that are answered in the event loop: all but those that are slow."""
 
-    def __init__(self, servicer: RecommenderServicer, loop: asyncio.AbstractEventLoop, local_store: bool) -> None:
-        """`local_store`: whether reading the store takes so little time that the loop may do it."""
+    def __init__(self, servicer: RecommenderServicer, loop: asyncio.AbstractEventLoop) -> None:
         self._servicer = servicer
         self._loop = loop
-        self._local_store = local_store
         self._under_way = 0
         self._lately: deque[int] = deque([0], RUNS)
         self._waiting: list[LoadedModel] = []
@@ -49,8 +47,7 @@ class Recommends:
             loaded, response = self._servicer.start_recommend(request, call, partial(self._wake, done))
             self._waiting.append(loaded)
             if len(self._waiting) >= min(LARGEST_BATCH, COMPANY * max(self._under_way, *self._lately)):
-                # Two turns of the loop show whether another is about to arrive.
-                self._loop.call_soon(self._loop.call_soon, self.run)
+                self.run()
             elif self._timer is None:
                 self._timer = self._loop.call_later(LONGEST_WAIT_S, self.run)
             await done
@@ -70,10 +67,8 @@ class Recommends:
             return
         waiting, self._waiting = self._waiting, []
         self._lately.append(self._under_way)
-        # A call that has been alone is answered in the loop: that saves two changes of threads.
-        here = self._local_store and max(self._lately) <= 1
         for loaded in dict.fromkeys(waiting):
-            loaded.run(here=here)
+            loaded.run()
 
     def _wake(self, done: "asyncio.Future[None]") -> None:
         """The run for a call is over; in any thread."""

@@ -46,7 +46,6 @@ from serve.pb import (
 from serve.serving.loaded import Models
 from serve.serving.versions import ModelLibrary
 from serve.stores.base import EventStore
-from serve.stores.sqlite.store import SQLiteStore
 
 SERVICE = recommender_pb2.DESCRIPTOR.services_by_name["Recommender"].full_name
 INFERENCE_SERVICE = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -178,7 +177,7 @@ def create_server(
     handlers |= methods_of(health_pb2_grpc.add_HealthServicer_to_server, health)
     handlers |= methods_of(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, reflection)
     pool, slow = Pool(workers, max_calls, "grpc-pool"), Pool(SLOW_WORKERS, MAX_SLOW_CALLS, "grpc-slow")
-    recommends = Recommends(recommender, shared.loop, isinstance(store, SQLiteStore))
+    recommends = Recommends(recommender, shared.loop)
     pools: dict[str, Pool | None] = dict.fromkeys(handlers, pool)
     pools |= dict.fromkeys(SLOW, slow) | dict.fromkeys(AT_ONCE) | {RECOMMEND: slow}
     if isinstance(models, ModelLibrary):

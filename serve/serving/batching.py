@@ -142,17 +142,13 @@ class Batcher:
         self._add([pending])
         return pending
 
-    def run(self, here: Callable[[Query], bool]) -> None:
-        """Has the model run for those that were put into the queue: once in this thread if the first of them may be
-        answered `here`, else in another."""
+    def run(self) -> None:
+        """Has the model run, in another thread, for those that were put into the queue."""
         with self._lock:
             if self._running or not self._queue:
                 return
-            self._running, first = True, self._queue[0]
-        if here(first.query):
-            self._lead(first)
-        else:
-            RUNNERS.submit(self._lead, None)
+            self._running = True
+        RUNNERS.submit(self._lead, None)
 
     @staticmethod
     def _pending(queries: Sequence[Query], deadline_s: float | None, is_cancelled: IsCancelled | None) -> list[Pending]:

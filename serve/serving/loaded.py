@@ -20,8 +20,6 @@ from serve.stores.base import EventStore
 
 # Queries of one call in the queue at a time, so that it leaves room for other calls.
 AT_ONCE = 16
-# A history of so many events is read in about a millisecond.
-BRIEF_EVENTS = 64
 # Clocks differ, and a request takes time: a request time within so many seconds counts as now.
 RECENT_S = 60.0
 
@@ -103,10 +101,10 @@ class LoadedModel:
         batcher = self._stored if known else self._others
         return batcher.put(self._asked(query), deadline_s, is_cancelled, on_done)
 
-    def run(self, *, here: bool) -> None:
-        """Has the model run for what was started, without waiting; with `here` in this thread, if it takes little."""
-        self._stored.run(lambda _: here and self.states.is_free)
-        self._others.run(lambda query: here and query.user_id is None and len(query.events) <= BRIEF_EVENTS)
+    def run(self) -> None:
+        """Has the model run for what was started, without waiting."""
+        self._stored.run()
+        self._others.run()
 
     def _finished_or_failed(self, query: Query, pending: Pending) -> Answer | Exception:
         try:

@@ -108,11 +108,6 @@ class StateCache:
         """Whether the state of a user is in memory."""
         return user_id in self._users
 
-    @property
-    def is_free(self) -> bool:
-        """Whether nobody works with the states at the moment."""
-        return not self._lock.locked()
-
     def newest(self, user_id: str) -> int | None:
         """When a user's newest event was, in seconds, as far as it was read; None: that is not in memory. Waits for
         nothing."""
