@@ -228,7 +228,7 @@ def encode_answer(recommendation: Recommendation, *, with_metadata: bool = False
     return response
 
 
-def check_answer(field: str, answer: pb.RecommendResponse | pb.BatchRecommendResponse) -> None:
+def check_answer(field: str, answer: pb.RecommendResponse | pb.BatchRecommendResponse | pb.TrendingResponse) -> None:
     """Raises InvalidRequest for an answer that clients do not take: titles, tags and explanations may be long."""
     size = answer.ByteSize()
     if size > MAX_ANSWER_BYTES:

@@ -21,7 +21,9 @@ from serve.model.recommender import Recommender
 from serve.pb import recommender_pb2 as pb
 
 
-def decode_filter(request: pb.RecommendRequest | pb.SimilarItemsRequest, model: Recommender) -> ItemFilter | None:
+def decode_filter(
+    request: pb.RecommendRequest | pb.SimilarItemsRequest | pb.TrendingRequest, model: Recommender
+) -> ItemFilter | None:
     """What a request allows of a model's items, once what it excludes is checked too; None: every item."""
     index, excluded = model.catalog.index, request.exclude_item_ids
     _item_indices("exclude_item_ids", excluded, MAX_EXCLUDED_ITEMS, index)

@@ -21,6 +21,7 @@ from serve.api.items import decode_items, encode_item, encode_items
 from serve.api.pages import checked_page_size, decode_item_page_token, decode_page_token, page_token
 from serve.api.rules import MAX_DELETED_EVENTS, MAX_UPSERTED_ITEMS, check_id, checked_count, checked_ids
 from serve.api.service import RecommenderService
+from serve.api.trending import answer_trending
 from serve.pb import recommender_pb2 as pb
 from serve.pb import recommender_pb2_grpc
 
@@ -107,6 +108,11 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         withheld = model.live.withheld()
         ranking = model.similar(request.item_id, k, request.exclude_item_ids, item_filter, withheld)
         return encode_similar(ranking, model, with_metadata=request.with_metadata)
+
+    def Trending(self, request: pb.TrendingRequest, context: Any) -> pb.TrendingResponse:
+        response = answer_trending(request, self._models.version("").model)
+        check_answer("k", response)
+        return response
 
     def UpsertItems(self, request: pb.UpsertItemsRequest, context: Any) -> pb.UpsertItemsResponse:
         items = decode_items(request)

@@ -8,14 +8,20 @@ import click
 from click.core import ParameterSource
 
 from serve.cli.connecting import Connecting, connected, connection_options, table
-from serve.client import Event, ItemFilter, RecommenderClient
+from serve.client import Event, ItemFilter, RecommenderClient, TrendWindow
 from serve.pb.recommender_pb2 import RecommendResponse
 
 DAY_S = 86_400
 
 
+WINDOWS = {
+    "six-hours": TrendWindow.TREND_WINDOW_SIX_HOURS,
+    "day": TrendWindow.TREND_WINDOW_DAY,
+    "week": TrendWindow.TREND_WINDOW_WEEK,
+    "month": TrendWindow.TREND_WINDOW_MONTH,
+}
 FILTERS = ("exclude", "allow", "any_tag", "all_tag", "no_tag", "minimum_score")
-"""Options of recommendations and of similar items."""
+"""Options of recommendations, of similar items and of what is popular now."""
 OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why")
 
 
@@ -29,6 +35,11 @@ OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why")
     help="Recommend after this item. Repeat it for several items, oldest first; they count as one a day up to now.",
 )
 @click.option("--similar", "similar_to", metavar="ITEM", help="Show items similar to this one.")
+@click.option(
+    "--trending",
+    type=click.Choice(list(WINDOWS)),
+    help="Show what is popular now. Events lose half of their weight in this time.",
+)
 @click.option("--profile", "profile_of", metavar="ID", help="Show what is stored of a user.")
 @click.option("--events", "events_of", metavar="ID", help="Show the last events of a user, of all types.")
 @click.option("--k", type=click.IntRange(1, 1000), default=10, show_default=True, help="Number of lines.")
@@ -59,6 +70,7 @@ def command(
     user: str | None,
     watched: tuple[str, ...],
     similar_to: str | None,
+    trending: str | None,
     profile_of: str | None,
     events_of: str | None,
     k: int,
@@ -74,14 +86,15 @@ def command(
     why: bool,
 ) -> None:
     """Ask a running server and print its answer as a table: recommendations, similar items, a user's profile or
-    events, or, without a question, which model answers."""
-    if sum((user is not None, bool(watched), *(one is not None for one in (similar_to, profile_of, events_of)))) > 1:
-        raise click.UsageError("expected one of --user, --watched, --similar, --profile and --events")
+    events, what is popular now, or, without a question, which model answers."""
+    others = similar_to, trending, profile_of, events_of
+    if sum((user is not None, bool(watched), *(one is not None for one in others))) > 1:
+        raise click.UsageError("expected one of --user, --watched, --similar, --trending, --profile and --events")
     recommending = user is not None or bool(watched)
     if not recommending:
         _refuse(context, OF_RECOMMENDATIONS, "--user or --watched")
-        if similar_to is None:
-            _refuse(context, FILTERS, "--user, --watched or --similar")
+        if similar_to is None and trending is None:
+            _refuse(context, FILTERS, "--user, --watched, --similar or --trending")
     allow_seen = None if seen is None else seen == "allow"
     with connected(connection) as client:
         allowed = ItemFilter(
@@ -94,6 +107,8 @@ def command(
             click.echo(recommendations(client, user, watched, **asked))
         elif similar_to is not None:
             click.echo(similar(client, similar_to, **asked))
+        elif trending is not None:
+            click.echo(popular(client, trending, **asked))
         elif profile_of is not None:
             click.echo(profile(client, profile_of, k))
         elif events_of is not None:
@@ -147,6 +162,15 @@ def similar(client: RecommenderClient, item_id: str, **asked: Any) -> str:
         for rank, one in enumerate(client.similar_items(item_id, **asked).items, start=1)
     ]
     return table(["", "item", "title", "genres", "similarity"], rows)
+
+
+def popular(client: RecommenderClient, window: str, **asked: Any) -> str:
+    """What is popular now; `asked`: what else `RecommenderClient.trending` is given."""
+    rows = [
+        [str(rank), one.item_id, one.title, ", ".join(one.genres), f"{one.count:.2f}"]
+        for rank, one in enumerate(client.trending(window=WINDOWS[window], **asked).items, start=1)
+    ]
+    return table(["", "item", "title", "genres", "events"], rows)
 
 
 def profile(client: RecommenderClient, user_id: str, k: int) -> str:

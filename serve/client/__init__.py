@@ -16,7 +16,7 @@ from serve.client.aio import AsyncRecommenderClient
 from serve.client.connection import Connection
 from serve.client.requests import recommend_request
 from serve.client.sync import RecommenderClient
-from serve.pb.recommender_pb2 import Event, Impression, Item, ItemFilter, UserEvent
+from serve.pb.recommender_pb2 import Event, Impression, Item, ItemFilter, TrendWindow, UserEvent
 
 __all__ = [
     "AsyncRecommenderClient",
@@ -26,6 +26,7 @@ __all__ = [
     "Item",
     "ItemFilter",
     "RecommenderClient",
+    "TrendWindow",
     "UserEvent",
     "recommend_request",
 ]

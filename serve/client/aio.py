@@ -24,6 +24,7 @@ from serve.pb.recommender_pb2 import (
     RecordEventsResponse,
     RecordImpressionsResponse,
     SimilarItemsResponse,
+    TrendingResponse,
     UpsertItemsResponse,
 )
 
@@ -44,6 +45,7 @@ class AsyncRecommenderClient(
         Awaitable[DeleteItemsResponse],
         Awaitable[GetItemResponse],
         Awaitable[ListItemsResponse],
+        Awaitable[TrendingResponse],
     ]
 ):
     """As `RecommenderClient`, with every call awaited. Close it, or use `async with`."""

@@ -28,6 +28,8 @@ from serve.pb.recommender_pb2 import (
     RecordImpressionsRequest,
     Seen,
     SimilarItemsRequest,
+    TrendingRequest,
+    TrendWindow,
     UpsertItemsRequest,
     UserEvent,
 )
@@ -40,6 +42,7 @@ Recorded = TypeVar("Recorded")
 Profile = TypeVar("Profile")
 Deleted = TypeVar("Deleted")
 Similar = TypeVar("Similar")
+Trended = TypeVar("Trended")
 Info = TypeVar("Info")
 Listed = TypeVar("Listed")
 DeletedEvents = TypeVar("DeletedEvents")
@@ -120,6 +123,7 @@ class Requests(
         DeletedItems,
         GotItem,
         ListedItems,
+        Trended,
     ],
 ):
     """A connection to one server. The types are those of the answers, or of what is awaited for them."""
@@ -218,6 +222,22 @@ class Requests(
             item_id=item_id, k=k, exclude_item_ids=exclude_item_ids, filter=filter, with_metadata=with_metadata
         )
         return self._call(self._stub.SimilarItems, request)
+
+    def trending(
+        self,
+        k: int = 10,
+        window: "TrendWindow.ValueType" = TrendWindow.TREND_WINDOW_DAY,
+        exclude_item_ids: Iterable[str] = (),
+        filter: ItemFilter | None = None,
+        with_metadata: bool = False,
+    ) -> Trended:
+        """The `k` items (1 to 1000) that most users interact with now, without those of `exclude_item_ids`, of those
+        that `filter` allows (None: of all), if asked for with their metadata. An event loses half of its weight in a
+        `window`."""
+        request = TrendingRequest(
+            k=k, window=window, exclude_item_ids=exclude_item_ids, filter=filter, with_metadata=with_metadata
+        )
+        return self._call(self._stub.Trending, request)
 
     def upsert_items(self, items: Iterable[Item]) -> Upserted:
         """Stores items, at most 1,000; they are on the server's disk when the answer comes. Each replaces the one with

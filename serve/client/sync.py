@@ -20,6 +20,7 @@ from serve.pb.recommender_pb2 import (
     RecordEventsResponse,
     RecordImpressionsResponse,
     SimilarItemsResponse,
+    TrendingResponse,
     UpsertItemsResponse,
 )
 
@@ -40,6 +41,7 @@ class RecommenderClient(
         DeleteItemsResponse,
         GetItemResponse,
         ListItemsResponse,
+        TrendingResponse,
     ]
 ):
     """A connection to one server, to be shared between threads. Close it, or use it in a `with` statement.

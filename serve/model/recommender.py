@@ -1,7 +1,8 @@
 """Answers questions in raw ids with one model. Knows no gRPC and keeps nothing between calls."""
 
 import heapq
-from collections.abc import Container, Sequence
+import time
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -15,14 +16,14 @@ from serve.model.events import Event, KnownEvent, disliked_items, known_events, 
 from serve.model.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
 from serve.model.features import Features, features
 from serve.model.filters import Filters, ItemFilter
-from serve.model.live_catalog import LiveCatalog, Withheld
+from serve.model.live_catalog import Item, LiveCatalog, Withheld
+from serve.model.popular import NO_OTHERS, RECENT_POPULARITY, WEEK, OtherCounts, PopularNow
 from serve.model.ranking.engine import Engine, Ranking
 from serve.model.ranking.live_trend import Blocked, Trend
 from serve.model.ranking.search import best_of
 from serve.model.trend import Counted
 from serve.settings import Provider, SearchBy
 
-POPULARITY = "popularity"
 SORTED_AT_ONCE = 20_000
 
 
@@ -68,9 +69,9 @@ class Answer:
     items: NDArray[np.int32]
     """`[n]`, item indices from 1 on; n <= k."""
     scores: NDArray[np.float32]
-    """`[n]`, logits of the model, or events in the training data for popular items."""
+    """`[n]`, logits of the model, or numbers of events for popular items."""
     policy: str
-    """What ranked the items: the model's policy or `popularity`."""
+    """What ranked the items: the model's policy, or one of `serve.model.popular.FALLBACKS`."""
     ignored_event_count: int
     """Positive events of the history on items that the model does not know."""
     explanations: tuple[Explanation, ...]
@@ -84,7 +85,8 @@ class Answer:
 
 
 class Recommender:
-    """One loaded model. Immutable but for its trend and its catalogue, and safe to share between threads."""
+    """One loaded model. Immutable but for its trend, what is popular now and its catalogue, and safe to share between
+    threads."""
 
     def __init__(
         self,
@@ -115,8 +117,13 @@ class Recommender:
         """Those of the model directory."""
         self.stored_tags: Container[str] = ()
         """Those of the items of a store, also of items that the model does not know."""
+        self.stored_items: Mapping[str, Item] = {}
+        """The items of the store by their ids, also those that the model does not know."""
         self.engine = Engine(artifact, provider, intra_op_threads, search_by)
         self.provider = self.engine.provider
+        now = int(time.time())
+        self.popular_now = PopularNow.of(artifact.catalog, artifact.trend.at(now), Counted(now, None))
+        """It is replaced as a whole, some time after the trend."""
         new_item_count = int(np.count_nonzero(self.catalog.new))
         self._lacks_new_vectors = artifact.index is not None and new_item_count > 0
         self.new_item_count = 0 if self._lacks_new_vectors else new_item_count
@@ -144,12 +151,26 @@ class Recommender:
         """Those of the catalogue as of now."""
         return self.live.filters
 
+    def use_counts(self, counts: NDArray[np.float32], counted: Counted, others: OtherCounts = NO_OTHERS) -> None:
+        """From the next answer on, the trend and what is popular now are those of these counts.
+
+        Args:
+            counts: `[half-lives, items+1]` float32, decayed to now; column 0 is zeros.
+            counted: The events in the counts.
+            others: Those of items that the model does not know.
+
+        Raises:
+            ValueError: As `Engine.use_counts`; then what is popular now stays as it was, too.
+        """
+        self.engine.use_counts(counts, counted)
+        self.popular_now = PopularNow.of(self.own_catalog, counts, counted, others)
+
     def recommend(self, queries: Sequence[Query]) -> list[Answer]:
         """Answers each query from its events; queries with a known event share runs of the model.
 
         Returns:
-            The answers in the order of the queries. A query without an event that the model knows gets the most popular
-            items, scored by their number of training events.
+            The answers in the order of the queries. A query without an event that the model knows gets what is popular
+            now.
         """
         # One for all: which items are new, and their scores, must be of the same counts.
         trend = self.engine.trend
@@ -246,18 +267,31 @@ class Recommender:
 
     def popular(self, query: Query, ignored_event_count: int, disliked: Sequence[int] = ()) -> Answer:
         """The answer, without `disliked` items, to a query without a positive event that the model knows."""
+        now = self.popular_now
         exclude = [*self.indices(query.exclude_item_ids), *disliked]
         blocked = self._blocked(query.filter, query.withheld)
-        items = self.catalog.by_popularity
+        items = now.items
         if blocked is not None:
             items = items[~blocked[items]]
         # Among the first k + len(exclude) at most len(exclude) are dropped.
         items = items[: query.k + len(exclude)]
         items = items[~np.isin(items, np.array(exclude, np.int32))][: query.k]
-        scores = self.catalog.popularity[items].astype(np.float32)
-        items, scores, _ = _at_least(Ranking(items, scores), query.filter)
-        explanations = explain_popularity(items, self.catalog) if query.explain else ()
-        return Answer(items, scores, POPULARITY, ignored_event_count, explanations, disliked=disliked)
+        items, scores, _ = _at_least(Ranking(items, now.scores[items]), query.filter)
+        explanations = self.explain_popular(items, now) if query.explain else ()
+        return Answer(items, scores, now.policy, ignored_event_count, explanations, disliked=disliked)
+
+    def explain_popular(self, items: NDArray[np.int32], now: PopularNow) -> tuple[Explanation, ...]:
+        """Why items were recommended that are popular at a time.
+
+        Args:
+            items: `[n]` int32, item indices.
+            now: What ranked them.
+
+        Returns:
+            An explanation for each item.
+        """
+        recent = now.counts[WEEK] if now.policy == RECENT_POPULARITY else None
+        return explain_popularity(items, recent, self.catalog)
 
     def explain(self, query: Query, items: NDArray[np.int32]) -> tuple[Explanation, ...]:
         """Why the model recommended these items.

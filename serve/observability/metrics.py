@@ -1,7 +1,7 @@
 """Metrics for Prometheus: calls, models, and whether the traffic still resembles the training data.
 
 Shares and rates are computed by queries over counters: the share of fallback answers is
-`rate(jaxrec_answers_total{policy="popularity"}[5m]) / rate(jaxrec_answers_total[5m])`, that of unknown items
+`rate(jaxrec_answers_total{policy=~"popularity|recent_popularity"}[5m]) / rate(jaxrec_answers_total[5m])`, that of unknown items
 `rate(jaxrec_events_total{known="false"}[5m]) / rate(jaxrec_events_total[5m])`, and the feedback rate
 `rate(jaxrec_feedback_events_total[5m]) / rate(jaxrec_answers_total[5m])`.
 """

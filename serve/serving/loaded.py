@@ -9,9 +9,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.model.explain import Explanation, explain_popularity
+from serve.model.explain import Explanation
 from serve.model.exploration import Exploration
-from serve.model.recommender import POPULARITY, Answer, Query, Recommender
+from serve.model.popular import FALLBACKS
+from serve.model.recommender import Answer, Query, Recommender
 from serve.observability.metrics import Metrics
 from serve.serving.batching import Batcher, Pending, Run
 from serve.serving.errors import QueueFull
@@ -111,8 +112,8 @@ class LoadedModel:
         return replace(answer, explanations=self._explanations(query, answer))
 
     def _explanations(self, query: Query, answer: Answer) -> tuple[Explanation, ...]:
-        if answer.policy == POPULARITY:
-            return explain_popularity(answer.items, self.model.catalog)
+        if answer.policy in FALLBACKS:
+            return self.model.explain_popular(answer.items, self.model.popular_now)
         events = query.events
         if query.user_id is not None:
             events = self._store.history(query.user_id, query.request_time)
@@ -123,7 +124,7 @@ def _drawn(query: Query, answer: Answer, exploration: Exploration) -> Answer:
     """The answer whose items are drawn from those of a wider one; what is popular is not drawn."""
     places: NDArray[np.intp] = np.arange(min(query.k, len(answer.items)))
     log_propensities: tuple[float, ...] = ()
-    if answer.policy != POPULARITY:
+    if answer.policy not in FALLBACKS:
         slate = exploration.draw(answer.scores, query.k)
         places, log_propensities = slate.places, tuple(slate.log_propensities.tolist())
     return replace(answer, items=answer.items[places], scores=answer.scores[places], log_propensities=log_propensities)

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.model.popular import NO_OTHERS, OtherCounts
 from serve.model.recommender import Recommender
 from serve.model.trend import HALF_LIVES_S, Counted, TrendFiles, halved
 from serve.serving.refresher import Refresher
@@ -91,12 +92,13 @@ class TrendRefresher(Refresher):
         """Has a model make its trend of the counts as of now."""
         # Whole seconds, as slates note them: the counts can be computed again.
         now = int(self._clock())
-        counts = model.engine.exported.at(now)
+        counts, others = model.engine.exported.at(now), NO_OTHERS
         if self._arrival is not None:
             counts = np.maximum(counts, self._counters.of(model, now).T.astype(np.float32))
+            others = self._counters.others(model, now)
         keeping = f"the model {model.info.model_version} keeps its trend of before"
         try:
-            model.engine.use_counts(counts, Counted(now, self._arrival))
+            model.use_counts(counts, Counted(now, self._arrival), others)
         except Exception as error:
             self._failed(keeping, error)
         else:
@@ -126,16 +128,29 @@ class _Counters:
 
     def of(self, model: Recommender, now: int) -> NDArray[np.float64]:
         """The counts of a model's items, decayed to `now`, `[items+1, half-lives]`."""
+        counts = np.zeros((len(model.catalog) + 1, len(HALF_LIVES_S)))
+        # Each item is there once, but 0.
+        counts[self._indices(model)] = self._counts * halved(now - self._references.astype(np.float64))
+        counts[0] = 0
+        return counts
+
+    def others(self, model: Recommender, now: int) -> OtherCounts:
+        """The counts of the items that a model does not know, decayed to `now`."""
+        rows = np.flatnonzero(self._indices(model) == 0)
+        if not len(rows):
+            return NO_OTHERS
+        item_ids = list(self._rows)
+        seconds = now - self._references[rows].astype(np.float64)
+        return OtherCounts([item_ids[row] for row in rows.tolist()], self._counts[rows] * halved(seconds))
+
+    def _indices(self, model: Recommender) -> NDArray[np.intp]:
+        """The rows' item indices in a model, 0 for those that it does not know."""
         items = self._items.get(model, np.zeros(0, np.intp))
         if len(items) < len(self._rows):
             index = model.catalog.index
             new = [index.get(item_id, 0) for item_id in islice(self._rows, len(items), None)]
             items = self._items[model] = np.concatenate([items, np.array(new, np.intp)])
-        counts = np.zeros((len(model.catalog) + 1, len(HALF_LIVES_S)))
-        # Each item is there once, but 0.
-        counts[items] = self._counts * halved(now - self._references.astype(np.float64))
-        counts[0] = 0
-        return counts
+        return items
 
 
 def _by_item(exported: TrendFiles, item_ids: Sequence[str]) -> ItemCounts:

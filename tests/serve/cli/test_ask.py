@@ -83,7 +83,18 @@ def test_options_of_recommendations_are_refused_elsewhere(question: list[str], o
 def test_filters_are_refused_where_no_items_are_ranked(question: list[str], option: str) -> None:
     refused = ask("127.0.0.1:1", *question, option, "1")
     assert refused.startswith("exit 2: ")
-    assert f"Error: {option}: expected --user, --watched or --similar with it" in refused
+    assert f"Error: {option}: expected --user, --watched, --similar or --trending with it" in refused
+
+
+def test_what_is_popular_now(address: str, model: Recommender) -> None:
+    ids, tag = model.catalog.item_ids, model.catalog.genres[1][0]
+    lines = ask(address, "--trending", "week", "--k", "60", "--any-tag", tag, "--exclude", ids[1]).splitlines()
+    assert lines[0].split() == ["item", "title", "genres", "events"]
+    with_tag = {item_id for item_id, of_item in zip(ids, model.catalog.genres, strict=True) if tag in of_item}
+    assert {line.split()[1] for line in lines[1:]} == with_tag - {ids[1]}
+    assert "expected one of --user, --watched, --similar, --trending" in ask(
+        address, "--trending", "day", "--user", "7"
+    )
 
 
 def test_an_argument_that_is_no_text_is_one_line(address: str) -> None:

@@ -1,0 +1,179 @@
+"""What is popular now, by the decayed counts of all users' events: for users without a history, and for Trending."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.model.catalog import Catalog
+from serve.model.filters import ItemFilter
+from serve.model.live_catalog import Item, LiveCatalog, Withheld
+from serve.model.trend import HALF_LIVES_S, Counted
+
+POPULARITY = "popularity"
+"""The policy that ranks by the events of the training data."""
+RECENT_POPULARITY = "recent_popularity"
+"""The policy that ranks by recent events, blended with those of the training data."""
+FALLBACKS = frozenset({POPULARITY, RECENT_POPULARITY})
+"""The policies for users without an event that the model knows."""
+PRIOR_EVENTS = 1_000
+"""The events of the training data count as so many recent ones, shared among the items: with few recent events the
+order is that of the training data, with many it is theirs, and one event moves no item to the top."""
+WEEK, LONGEST = HALF_LIVES_S.index(604_800), len(HALF_LIVES_S) - 1
+
+
+class OtherCounts(NamedTuple):
+    """Counts of items that a model does not know."""
+
+    item_ids: Sequence[str] = ()
+    counts: NDArray[np.float64] = np.zeros((0, len(HALF_LIVES_S)))
+    """`[n, half-lives]`, decayed to the time of the others."""
+
+
+NO_OTHERS = OtherCounts()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PopularNow:
+    """What is popular at a time. It is replaced as a whole."""
+
+    counts: NDArray[np.float32]
+    """`[half-lives, items+1]`, decayed to `counted.time`; column 0 is zeros."""
+    counted: Counted
+    """The events in the counts."""
+    others: OtherCounts
+    """Of items that the model does not know, at the same time."""
+    policy: str
+    """`RECENT_POPULARITY`; or `POPULARITY`, if the counts are less than one event together."""
+    items: NDArray[np.int32]
+    """`[items]`, item indices, most popular first by the policy."""
+    scores: NDArray[np.float32]
+    """`[items+1]`, by the policy: a number of events."""
+
+    @classmethod
+    def of(
+        cls, catalog: Catalog, counts: NDArray[np.float32], counted: Counted, others: OtherCounts = NO_OTHERS
+    ) -> Self:
+        """What counts make popular.
+
+        Args:
+            catalog: Of the model directory.
+            counts: `[half-lives, items+1]`.
+            counted: The events in them.
+            others: Those of other items.
+        """
+        items, training = catalog.by_popularity, catalog.popularity.astype(np.float64)
+        recent = counts[WEEK].astype(np.float64)
+        if recent.sum() < 1:
+            return cls(counts, counted, others, POPULARITY, items, training.astype(np.float32))
+        scores = recent + PRIOR_EVENTS * training / max(training.sum(), 1.0)
+        # Stable, so that ties are in the order of the training data.
+        items = items[np.argsort(-scores[items], kind="stable")]
+        return cls(counts, counted, others, RECENT_POPULARITY, items, scores.astype(np.float32))
+
+
+class TrendingItem(NamedTuple):
+    """An item that is popular now."""
+
+    item: Item
+    events: float
+    """How many there are now, decayed."""
+    known: bool
+    """Whether the model knows it."""
+
+
+class Allowed(NamedTuple):
+    """Which items may be answered."""
+
+    filter: ItemFilter | None
+    item_ids: Collection[str]
+    """The allow-list of `filter`, also with ids that the model does not know. Empty: every item."""
+    excluded: Collection[str]
+
+
+def trending(
+    now: PopularNow,
+    live: LiveCatalog,
+    stored: Mapping[str, Item],
+    half_life: int,
+    k: int,
+    allowed: Allowed,
+    time: int,
+) -> list[TrendingItem]:
+    """The items with the highest counts.
+
+    Args:
+        now: What is popular now.
+        live: The model's catalogue.
+        stored: The items of the store by their ids, also those that the model does not know.
+        half_life: A place in HALF_LIVES_S.
+        k: Most items.
+        allowed: Which items may be answered.
+        time: In seconds, for which items have to be available.
+
+    Returns:
+        Highest count first; equal counts by the longest half-life, then by the events of the training data.
+    """
+    known = _known(now, live, half_life, k, allowed, live.withheld(time))
+    others = _others(now.others, stored, half_life, k, allowed, time)
+    least = -np.inf if allowed.filter is None else allowed.filter.minimum_score
+    found = sorted([*known, *others], key=lambda one: one[0], reverse=True)
+    return [item for _, item in found if least is None or item.events >= least][:k]
+
+
+Rank = tuple[float, float, int]
+
+
+def _known(
+    now: PopularNow, live: LiveCatalog, half_life: int, k: int, allowed: Allowed, withheld: Withheld | None
+) -> list[tuple[Rank, TrendingItem]]:
+    catalog, index = live.catalog, live.catalog.index
+    is_allowed = np.ones(len(catalog) + 1, np.bool_)
+    blocked = live.filters.blocked(allowed.filter)
+    if blocked is not None:
+        is_allowed = ~blocked
+    if withheld is not None:
+        is_allowed &= ~withheld.mask
+    is_allowed[[0, *(index[item_id] for item_id in allowed.excluded if item_id in index)]] = False
+    items = np.flatnonzero(is_allowed)
+    counts, longest = now.counts[half_life], now.counts[LONGEST]
+    if len(items) > k:
+        # Only what is among the first k by the count alone, with its ties, has to be sorted.
+        least = np.partition(counts[items], len(items) - k)[len(items) - k]
+        items = items[counts[items] >= least]
+    items = items[np.lexsort((-catalog.popularity[items], -longest[items], -counts[items]))][:k]
+    return [
+        (
+            (float(counts[at]), float(longest[at]), int(catalog.popularity[at])),
+            TrendingItem(
+                Item(catalog.item_ids[at], catalog.titles[at], catalog.genres[at], metadata=live.metadata.get(at, {})),
+                float(counts[at]),
+                True,
+            ),
+        )
+        for at in items.tolist()
+    ]
+
+
+def _others(
+    others: OtherCounts, stored: Mapping[str, Item], half_life: int, k: int, allowed: Allowed, time: int
+) -> list[tuple[Rank, TrendingItem]]:
+    found: list[tuple[Rank, TrendingItem]] = []
+    counts, longest = others.counts[:, half_life], others.counts[:, LONGEST]
+    for at in np.lexsort((-longest, -counts)).tolist():
+        item = stored.get(others.item_ids[at])
+        if len(found) == k:
+            break
+        if item is not None and item.is_available(time) and _allows(allowed, item):
+            count = float(counts[at])
+            found.append(((count, float(longest[at]), 0), TrendingItem(item, count, False)))
+    return found
+
+
+def _allows(allowed: Allowed, item: Item) -> bool:
+    """Whether an item that the model does not know may be answered."""
+    if item.item_id in allowed.excluded or (allowed.item_ids and item.item_id not in allowed.item_ids):
+        return False
+    return allowed.filter is None or allowed.filter.allows_tags(item.tags)
