@@ -5,6 +5,7 @@ import struct
 import time
 from collections.abc import Sequence
 
+from serve.api.answer_rules import APPLIED, decode_rules
 from serve.api.errors import InvalidRequest
 from serve.api.event_types import EventTypes
 from serve.api.filters import decode_filter, decode_seen, own_seen
@@ -81,7 +82,8 @@ def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: 
         raise InvalidRequest("not_shown_within", "user_id with it", "a history")
     exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots)
     withheld = model.live.withheld(request_time)
-    options = (item_filter, allow_seen, slots, not_shown_within, withheld)
+    rules = decode_rules(request, k, model, item_filter, withheld)
+    options = (item_filter, allow_seen, slots, not_shown_within, withheld, rules)
     return Query(events, k, exclude, request_time, request.explain, user_id, started, *options)
 
 
@@ -222,6 +224,9 @@ def encode_answer(recommendation: Recommendation, *, with_metadata: bool = False
             item.log_propensity = log_propensity
     for item, explanation in zip(response.recommendations, answer.explanations, strict=False):
         item.explanation.CopyFrom(_encode_explanation(explanation, live.catalog))
+    if answer.applied:
+        for item, index in zip(response.recommendations, answer.items.tolist(), strict=True):
+            item.applied.extend([APPLIED[rule] for rule in answer.applied.get(index, ())])
     if with_metadata:
         for item, index in zip(response.recommendations, answer.items.tolist(), strict=True):
             item.metadata.update(live.metadata.get(index, {}))

@@ -37,10 +37,7 @@ def decode_filter(
     for name, of_rule in tags.items():
         check_length(f"filter.{name}", of_rule, MAX_TAGS)
         for at, tag in enumerate(of_rule):
-            # Not only a tag that an item of the model has now: a change of the catalogue must not fail requests.
-            if tag not in model.own_tags and tag not in model.stored_tags:
-                expected = f"one of the {len(model.own_tags)} tags of the model directory, or one of a stored item"
-                raise InvalidRequest(f"filter.{name}[{at}]", expected, repr(tag[:MAX_ID_LENGTH]))
+            check_tag(f"filter.{name}[{at}]", tag, model)
     _check_tags(**tags)
     # In one order and once, so that requests with the same tags share a mask.
     different = {name: tuple(sorted(set(of_rule))) for name, of_rule in tags.items()}
@@ -50,6 +47,14 @@ def decode_filter(
     if not allowed and not any(different.values()) and minimum is None:
         return None
     return ItemFilter(items[items > 0] if allowed else None, **different, minimum_score=minimum)
+
+
+def check_tag(field: str, tag: str, model: Recommender) -> None:
+    """Raises InvalidRequest for a tag that neither the model directory nor an item of the store has."""
+    # Not only a tag that an item of the model has now: a change of the catalogue must not fail requests.
+    if tag not in model.own_tags and tag not in model.stored_tags:
+        expected = f"one of the {len(model.own_tags)} tags of the model directory, or one of a stored item"
+        raise InvalidRequest(field, expected, repr(tag[:MAX_ID_LENGTH]))
 
 
 def _item_indices(field: str, item_ids: Sequence[str], most: int, index: Mapping[str, int]) -> NDArray[np.int32]:

@@ -200,6 +200,8 @@ class RecommenderService:
             "new_item_slots": query.new_item_slots,
             "not_shown_within": query.not_shown_within,
             "catalogue": withheld is None,
+            "rules": query.rules is not None,
+            "reranker": loaded.reranks(query),
         }
         self._store.log_slate(
             Slate(

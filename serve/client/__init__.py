@@ -16,16 +16,31 @@ from serve.client.aio import AsyncRecommenderClient
 from serve.client.connection import Connection
 from serve.client.requests import recommend_request
 from serve.client.sync import RecommenderClient
-from serve.pb.recommender_pb2 import Event, Impression, Item, ItemFilter, TrendWindow, UserEvent
+from serve.pb.recommender_pb2 import (
+    AppliedRule,
+    Boost,
+    Event,
+    Impression,
+    Item,
+    ItemFilter,
+    Pin,
+    Rules,
+    TrendWindow,
+    UserEvent,
+)
 
 __all__ = [
+    "AppliedRule",
     "AsyncRecommenderClient",
+    "Boost",
     "Connection",
     "Event",
     "Impression",
     "Item",
     "ItemFilter",
+    "Pin",
     "RecommenderClient",
+    "Rules",
     "TrendWindow",
     "UserEvent",
     "recommend_request",

@@ -26,6 +26,7 @@ from serve.pb.recommender_pb2 import (
     RecommendRequest,
     RecordEventsRequest,
     RecordImpressionsRequest,
+    Rules,
     Seen,
     SimilarItemsRequest,
     TrendingRequest,
@@ -67,6 +68,7 @@ def recommend_request(
     new_item_slots: int = 0,
     not_shown_within: int = 0,
     with_metadata: bool = False,
+    rules: Rules | None = None,
 ) -> RecommendRequest:
     """The message for one question.
 
@@ -82,6 +84,7 @@ def recommend_request(
         new_item_slots: Number of the `k` places that are reserved for items that the model was not trained on.
         not_shown_within: What was recommended to the user within so many seconds is left out; 0: it is not.
         with_metadata: Whether each item comes with the metadata that was stored for it.
+        rules: What is done to the answer after the model; None: nothing.
 
     Raises:
         ValueError: Both or none of `user_id` and `history` are given.
@@ -98,6 +101,7 @@ def recommend_request(
         new_item_slots=new_item_slots,
         not_shown_within=not_shown_within,
         with_metadata=with_metadata,
+        rules=rules,
     )
     if user_id is not None:
         request.user_id = user_id
@@ -160,6 +164,7 @@ class Requests(
         new_item_slots: int = 0,
         not_shown_within: int = 0,
         with_metadata: bool = False,
+        rules: Rules | None = None,
     ) -> Recommended:
         """The best `k` items for a stored user or for a history; arguments and errors as of `recommend_request`."""
         request = recommend_request(
@@ -174,6 +179,7 @@ class Requests(
             new_item_slots=new_item_slots,
             not_shown_within=not_shown_within,
             with_metadata=with_metadata,
+            rules=rules,
         )
         return self._call(self._stub.Recommend, request)
 

@@ -3,7 +3,7 @@
 import heapq
 import time
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from serve.model.popular import NO_OTHERS, RECENT_POPULARITY, WEEK, OtherCounts,
 from serve.model.ranking.engine import Engine, Ranking
 from serve.model.ranking.live_trend import Blocked, Trend
 from serve.model.ranking.search import best_of
+from serve.model.rules import Applied, Rules
 from serve.model.trend import Counted
 from serve.settings import Provider, SearchBy
 
@@ -60,6 +61,8 @@ class Query(NamedTuple):
     """What was recommended to the stored user in so many seconds before now is excluded; 0: it is not."""
     withheld: Withheld | None = None
     """The items that the catalogue does not let be answered at the time of the request; None: every item may be."""
+    rules: Rules | None = None
+    """What is done after the model, by `LoadedModel`: a `Recommender` by itself applies none. None: nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,8 @@ class Answer:
     """The events of the trend that ranked the items; None: no trend did."""
     disliked: Sequence[int] = ()
     """Item indices that were excluded since the user's last event on them is negative."""
+    applied: Mapping[int, tuple[Applied, ...]] = field(default_factory=dict)
+    """By item index, which rules changed the item's score or place; other items are missing."""
 
 
 class Recommender:
@@ -310,10 +315,10 @@ class Recommender:
     ) -> tuple[Explanation, ...]:
         asked = history[-ASKED_EVENTS:]
         influences = self._influences(query, history, items) if len(history) > 1 and len(items) else None
-        of_items, of_events = self._directions(items), self._directions([event.item for event in asked])
+        of_items, of_events = self.directions(items), self.directions([event.item for event in asked])
         return explain(items, asked, influences, np.clip(of_items @ of_events.T, -1, 1), self.catalog)
 
-    def _directions(self, items: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
+    def directions(self, items: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
         """Vectors of length 1."""
         return self._vectors[items] / self._lengths[items, None]
 
@@ -379,7 +384,7 @@ class Recommender:
         item = self.catalog.index.get(item_id)
         if item is None:
             raise UnknownItem(f"the model {self.info.model_version} does not know the item {item_id!r}")
-        cosines = np.clip(self._vectors @ self._directions([item])[0] / self._lengths, -1, 1)
+        cosines = np.clip(self._vectors @ self.directions([item])[0] / self._lengths, -1, 1)
         allowed = np.ones(len(cosines), np.bool_)
         blocked = self._blocked(item_filter, withheld)
         if blocked is not None:

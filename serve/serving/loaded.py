@@ -13,9 +13,12 @@ from serve.model.explain import Explanation
 from serve.model.exploration import Exploration
 from serve.model.popular import FALLBACKS
 from serve.model.recommender import Answer, Query, Recommender
+from serve.model.rules import NO_RULES, WIDER, candidate_count, reordered
 from serve.observability.metrics import Metrics
 from serve.serving.batching import Batcher, Pending, Run
 from serve.serving.errors import QueueFull
+from serve.serving.reranker import Reranker
+from serve.serving.ruled import candidates_of, choose, followed_by, for_reranker, more_queries, rerank_request
 from serve.serving.states import StateCache
 from serve.stores.base import EventStore
 
@@ -31,10 +34,16 @@ class LoadedModel:
     """One model, the states of its users, and its queue. Safe to share between threads."""
 
     def __init__(
-        self, model: Recommender, store: EventStore, metrics: Metrics, exploration: Exploration | None = None
+        self,
+        model: Recommender,
+        store: EventStore,
+        metrics: Metrics,
+        exploration: Exploration | None = None,
+        reranker: Reranker | None = None,
     ) -> None:
         self.model = model
         self.exploration = exploration
+        self._reranker = reranker
         self.states = StateCache(model, store)
         self._store = store
         self._metrics = metrics
@@ -57,6 +66,8 @@ class LoadedModel:
         self, query: Query, deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
     ) -> Answer:
         """Answers one query; raises as `Batcher.recommend`."""
+        if query.rules is not None or self.reranks(query):
+            return self._ruled(query, deadline_s, is_cancelled)
         pending = self._batcher.enqueue(self._asked(query), deadline_s, is_cancelled)
         self._batcher.complete(pending)
         return self._finished(query, pending)
@@ -66,7 +77,26 @@ class LoadedModel:
     ) -> list[Answer]:
         """Answers several queries of one call, all or none; raises as `Batcher.recommend`."""
         end = None if deadline_s is None else time.monotonic() + deadline_s
-        asked = [self._asked(query) for query in queries]
+        plain = [query for query in queries if query.rules is None and not self.reranks(query)]
+        found = iter(self._all(plain, end, is_cancelled))
+        return [
+            self._ruled(query, None if end is None else end - time.monotonic(), is_cancelled)
+            if query.rules is not None or self.reranks(query)
+            else next(found)
+            for query in queries
+        ]
+
+    def reranks(self, query: Query) -> bool:
+        """Whether the server's own re-ranker orders the answer."""
+        return self._reranker is not None and not query.new_item_slots
+
+    def _all(self, queries: Sequence[Query], end: float | None, is_cancelled: IsCancelled | None) -> list[Answer]:
+        """The answers to queries without rules; `end`: when they are of no use any more, by `time.monotonic()`."""
+        answered = self._answered([self._asked(query) for query in queries], end, is_cancelled)
+        return [self._finished(query, one) for query, one in zip(queries, answered, strict=True)]
+
+    def _answered(self, asked: Sequence[Query], end: float | None, is_cancelled: IsCancelled | None) -> list[Pending]:
+        """What the batches answered."""
         answered: list[Pending] = []
         for start in range(0, len(asked), AT_ONCE):
             pending: list[Pending] = []
@@ -83,7 +113,43 @@ class LoadedModel:
             for one in pending:
                 one.result()
             answered += pending
-        return [self._finished(query, one) for query, one in zip(queries, answered, strict=True)]
+        return answered
+
+    def _ruled(self, query: Query, deadline_s: float | None, is_cancelled: IsCancelled | None) -> Answer:
+        """The answer to a query with rules, or with an own re-ranker."""
+        rules, model = query.rules or NO_RULES, self.model
+        end = None if deadline_s is None else time.monotonic() + deadline_s
+        # One for all rules: it is replaced as a whole.
+        live = model.live
+        asked = self._asked(query)
+        asked = asked._replace(k=max(asked.k, candidate_count(query.k)))
+        pending = self._answered([asked, *more_queries(asked, rules, live)], end, is_cancelled)
+        answer = pending[0].result()
+        candidates = candidates_of([one.result() for one in pending], rules, live)
+        exploration = None if answer.policy in FALLBACKS else self._exploration(query)
+        if exploration is not None:
+            # By boosts alone, which change the scores from which the slate is drawn.
+            pool = max(query.k, exploration.pool)
+            slate = exploration.draw(candidates.scores[:pool], query.k)
+            found = candidates.at(slate.places)
+            answer = replace(answer, log_propensities=tuple(slate.log_propensities.tolist()))
+        else:
+            if self._reranker is not None:
+                left_s = None if end is None else end - time.monotonic()
+                request = rerank_request(query, answer.policy)
+                candidates = reordered(
+                    candidates, self._reranker.order(request, for_reranker(candidates, live), left_s)
+                )
+            found = choose(candidates, query.k, rules, model, live)
+            first, best = len(candidates), answer
+            while rules.max_per_tag and len(found) < query.k and len(best.items) == asked.k:
+                asked = asked._replace(k=WIDER * asked.k)
+                (more,) = self._answered([asked], end, is_cancelled)
+                best = more.result()
+                candidates = followed_by(candidates, candidates_of([best], rules, live))
+                found = choose(candidates, query.k, rules, model, live, first)
+        answer = replace(answer, items=found.items, scores=found.scores, applied=found.applied)
+        return self._explained(query, answer, pending[0])
 
     def _asked(self, query: Query) -> Query:
         """What the batch is asked: without explanations and old histories, for which its neighbours would have to
@@ -99,13 +165,18 @@ class LoadedModel:
 
     def _exploration(self, query: Query) -> Exploration | None:
         """By which the answer to a query is drawn; None: it is not drawn."""
-        return None if query.new_item_slots else self.exploration
+        is_chosen = query.rules is not None and not query.rules.only_boosts
+        return None if query.new_item_slots or is_chosen or self._reranker is not None else self.exploration
 
     def _finished(self, query: Query, pending: Pending) -> Answer:
         """The answer to a query from what the batch answered."""
         answer, exploration = pending.result(), self._exploration(query)
         if exploration is not None:
             answer = _drawn(query, answer, exploration)
+        return self._explained(query, answer, pending)
+
+    def _explained(self, query: Query, answer: Answer, pending: Pending) -> Answer:
+        """The answer with explanations, if they are asked for."""
         if not query.explain:
             return answer
         pending.check()
