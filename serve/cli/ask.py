@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from serve.cli.connecting import Connecting, connected, connection_options, table
-from serve.client import Event, ItemFilter, RecommenderClient, TrendWindow
+from serve.client import AppliedRule, Boost, Event, ItemFilter, Pin, RecommenderClient, Rules, TrendWindow
 from serve.pb.recommender_pb2 import RecommendResponse
 
 DAY_S = 86_400
@@ -22,7 +22,9 @@ WINDOWS = {
 }
 FILTERS = ("exclude", "allow", "any_tag", "all_tag", "no_tag", "minimum_score")
 """Options of recommendations, of similar items and of what is popular now."""
-OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why")
+RULES = ("diversity", "max_per_tag", "boost", "boost_tag", "pin", "pin_tag")
+"""Options that are rules after the model."""
+OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why", *RULES)
 
 
 @click.command("ask")
@@ -62,6 +64,12 @@ OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why")
     metavar="SECONDS",
     help="With --user: leave out what was recommended lately.",
 )
+@click.option("--diversity", type=float, default=0.0, help="Weight of being unlike the items above, 0 to 1.")
+@click.option("--max-per-tag", type=int, default=0, help="Most items with the same tag.")
+@click.option("--boost", multiple=True, metavar="ITEM=FACTOR", help="Multiply the item's weight, by .01 to 100.")
+@click.option("--boost-tag", multiple=True, metavar="TAG=FACTOR", help="Multiply the weight of all items with the tag.")
+@click.option("--pin", multiple=True, metavar="ITEM=PLACE", help="Put the item at this place; 1 is the first.")
+@click.option("--pin-tag", multiple=True, metavar="TAG=PLACE", help="Put the best item with the tag at this place.")
 @click.option("--why", is_flag=True, help="Say why each item is recommended.")
 @click.pass_context
 def command(
@@ -84,6 +92,7 @@ def command(
     new_items: int,
     not_shown_within: int,
     why: bool,
+    **ruled: Any,
 ) -> None:
     """Ask a running server and print its answer as a table: recommendations, similar items, a user's profile or
     events, what is popular now, or, without a question, which model answers."""
@@ -103,7 +112,7 @@ def command(
         asked: dict[str, Any] = {"exclude_item_ids": exclude, "filter": allowed, "k": k}
         if recommending:
             asked |= {"allow_seen": allow_seen, "new_item_slots": new_items, "explain": why}
-            asked["not_shown_within"] = not_shown_within
+            asked |= {"not_shown_within": not_shown_within, "rules": _rules(**ruled)}
             click.echo(recommendations(client, user, watched, **asked))
         elif similar_to is not None:
             click.echo(similar(client, similar_to, **asked))
@@ -134,6 +143,37 @@ def recommendations(client: RecommenderClient, user_id: str | None, watched: Seq
     return _answer(client.recommend(history=history, request_time=now, **asked), asked["explain"])
 
 
+def _rules(
+    diversity: float,
+    max_per_tag: int,
+    boost: Sequence[str],
+    boost_tag: Sequence[str],
+    pin: Sequence[str],
+    pin_tag: Sequence[str],
+) -> Rules:
+    """Raises ValueError."""
+    return Rules(
+        diversity=diversity,
+        max_per_tag=max_per_tag,
+        boosts=[
+            *(Boost(item_id=name, factor=float(value)) for name, value in map(_named, boost)),
+            *(Boost(tag=name, factor=float(value)) for name, value in map(_named, boost_tag)),
+        ],
+        pins=[
+            *(Pin(item_id=name, position=int(value)) for name, value in map(_named, pin)),
+            *(Pin(tag=name, position=int(value)) for name, value in map(_named, pin_tag)),
+        ],
+    )
+
+
+def _named(text: str) -> tuple[str, str]:
+    """NAME and VALUE of NAME=VALUE; raises ValueError."""
+    name, separator, value = text.rpartition("=")
+    if not separator:
+        raise ValueError(f"expected NAME=VALUE, came {text}")
+    return name, value
+
+
 def _event(text: str, timestamp: int) -> Event:
     """ITEM or ITEM=RATING; raises ValueError."""
     item_id, separator, rating = text.rpartition("=")
@@ -143,16 +183,23 @@ def _event(text: str, timestamp: int) -> Event:
 
 
 def _answer(answer: RecommendResponse, why: bool) -> str:
+    ruled = any(one.applied for one in answer.recommendations)
     rows = [
         [str(rank), one.item_id, one.title, ", ".join(one.genres), f"{one.score:.3f}"]
+        + ([", ".join(map(_rule, one.applied))] if ruled else [])
         + ([one.explanation.text] if why else [])
         for rank, one in enumerate(answer.recommendations, start=1)
     ]
-    lines = [table(["", "item", "title", "genres", "score", *(["why"] if why else [])], rows)]
+    more = [*(["rules"] if ruled else []), *(["why"] if why else [])]
+    lines = [table(["", "item", "title", "genres", "score", *more], rows)]
     lines.append(f"\npolicy {answer.policy}, model {answer.model_version}, recommendation {answer.recommendation_id}")
     if answer.ignored_event_count:
         lines.append(f"{answer.ignored_event_count} events on items that the model does not know were left out")
     return "\n".join(lines)
+
+
+def _rule(applied: "AppliedRule.ValueType") -> str:
+    return AppliedRule.Name(applied).removeprefix("APPLIED_RULE_").lower().replace("_", " ")
 
 
 def similar(client: RecommenderClient, item_id: str, **asked: Any) -> str:

@@ -141,9 +141,8 @@ def load_reranker(name: str) -> Rerank:
             entry_points = importlib.metadata.entry_points(group=GROUP)
             if name not in entry_points.names:
                 known = ", ".join(sorted(entry_points.names)) or "none"
-                raise RerankerError(
-                    f"reranker: expected MODULE:FUNCTION or an entry point of {GROUP}, which are: {known}"
-                )
+                expected = f"MODULE:FUNCTION or an entry point of {GROUP} ({known})"
+                raise RerankerError(f"reranker: expected {expected}, came {name!r}")
             found = entry_points[name].load()
     # A module may raise anything when it is imported.
     except Exception as error:

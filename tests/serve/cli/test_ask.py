@@ -70,7 +70,9 @@ def test_filters_and_other_options(address: str, client: RecommenderClient, mode
     assert len(ask(address, "--watched", ids[1], "--new-items", "3").splitlines()) == 1 + 10 + 2
 
 
-@pytest.mark.parametrize("option", [["--seen", "allow"], ["--new-items", "3"], ["--why"]], ids=lambda option: option[0])
+@pytest.mark.parametrize(
+    "option", [["--seen", "allow"], ["--new-items", "3"], ["--why"], ["--pin", "1=1"]], ids=lambda option: option[0]
+)
 @pytest.mark.parametrize(
     "question", [["--similar", "1007"], ["--profile", "7"], []], ids=["similar", "profile", "model"]
 )
@@ -95,6 +97,24 @@ def test_what_is_popular_now(address: str, model: Recommender) -> None:
     assert "expected one of --user, --watched, --similar, --trending" in ask(
         address, "--trending", "day", "--user", "7"
     )
+
+
+def test_rules_after_the_model(address: str, model: Recommender) -> None:
+    ids = model.catalog.item_ids
+    whole = [line.split()[1] for line in ask(address, "--watched", ids[1], "--k", "60").splitlines()[1:-2]]
+    last = whole[-1]
+    pinned = ask(address, "--watched", ids[1], "--pin", f"{last}=2", "--k", "3").splitlines()
+    assert pinned[0].split() == ["item", "title", "genres", "score", "rules"]
+    assert [line.split()[1] for line in pinned[1:4]] == [whole[0], last, whole[1]]
+    assert [line.endswith("pin") for line in pinned[1:4]] == [False, True, False]
+    boosted = ask(address, "--watched", ids[1], "--boost-tag", "Drama=100", "--boost", f"{last}=100", "--why")
+    assert "boost" in boosted
+    tagged = ask(address, "--watched", ids[1], "--pin-tag", "Drama=1", "--diversity", ".5", "--max-per-tag", "2")
+    assert "Drama" in tagged.splitlines()[1]
+    assert "rules.diversity: expected 0 to 1" in ask(address, "--watched", ids[1], "--diversity", "2")
+    assert ask(address, "--watched", ids[1], "--pin", last).splitlines() == [
+        f"exit 1: Error: expected NAME=VALUE, came {last}"
+    ]
 
 
 def test_an_argument_that_is_no_text_is_one_line(address: str) -> None:
