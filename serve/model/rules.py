@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 CANDIDATES = 200
-"""At least so many candidates. Of MovieLens' 3,650 movies the first 200 have 2 of 3 of the next movies that a user
-takes; to compare each with ten chosen ones takes less time than a step of the model."""
+"""At least so many candidates. Of 3,650 movies the first 200 hold the next one of 64 % of the users, the first 50 of
+41 % (bench/diversity.md); to choose ten of 200 takes some 0.2 ms, and further ones cost NDCG."""
 CANDIDATES_OF_A_PLACE = 4
 """And for each place that is asked for so many: so that there is a choice for the last one too."""
 WIDER = 8
