@@ -6,9 +6,9 @@ A log is prepared and trained by the defaults of `jaxrec`, but for at most 8 epo
 each user is the target. The history before it goes to the exported model as a server would send it, without request
 time, and `rules.diversity` chooses 10 of the candidates. Likeness is the mean cosine of the item vectors of each two
 items of an answer, which diversity lowers, and the mean share of tags that they have in common (Jaccard), of which it
-knows nothing. Coverage is the share of all items that are in some answer. "ms" is the median time to choose, without the
-model. Intervals are 95 % bootstrap intervals over the users, and differences are paired by user. The log is old, so the
-trend of the export has decayed to nothing.
+knows nothing. Coverage is the share of all items that are in some answer. "ms" is the median time to choose, without
+the model. Intervals are 95 % bootstrap intervals over the users, and differences are paired by user. The log is old,
+so the trend of the export has decayed to nothing.
 """
 
 import time
