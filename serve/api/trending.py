@@ -8,16 +8,17 @@ from serve.api.filters import decode_filter
 from serve.api.rules import checked_count
 from serve.model.popular import Allowed, trending
 from serve.model.recommender import Recommender
-from serve.model.trend import HALF_LIVES_S
+from serve.model.trend import COUNTED_S
 from serve.pb import recommender_pb2 as pb
 
-DAY_S = 86_400
+HOUR_S, DAY_S = 3_600, 86_400
 WINDOWS: Mapping[int, int] = {
-    pb.TREND_WINDOW_UNSPECIFIED: HALF_LIVES_S.index(DAY_S),
-    pb.TREND_WINDOW_SIX_HOURS: HALF_LIVES_S.index(DAY_S // 4),
-    pb.TREND_WINDOW_DAY: HALF_LIVES_S.index(DAY_S),
-    pb.TREND_WINDOW_WEEK: HALF_LIVES_S.index(7 * DAY_S),
-    pb.TREND_WINDOW_MONTH: HALF_LIVES_S.index(30 * DAY_S),
+    pb.TREND_WINDOW_UNSPECIFIED: COUNTED_S.index(DAY_S),
+    pb.TREND_WINDOW_HOUR: COUNTED_S.index(HOUR_S),
+    pb.TREND_WINDOW_SIX_HOURS: COUNTED_S.index(6 * HOUR_S),
+    pb.TREND_WINDOW_DAY: COUNTED_S.index(DAY_S),
+    pb.TREND_WINDOW_WEEK: COUNTED_S.index(7 * DAY_S),
+    pb.TREND_WINDOW_MONTH: COUNTED_S.index(30 * DAY_S),
 }
 """The place of the half-life of each window."""
 

@@ -15,6 +15,7 @@ DAY_S = 86_400
 
 
 WINDOWS = {
+    "hour": TrendWindow.TREND_WINDOW_HOUR,
     "six-hours": TrendWindow.TREND_WINDOW_SIX_HOURS,
     "day": TrendWindow.TREND_WINDOW_DAY,
     "week": TrendWindow.TREND_WINDOW_WEEK,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from serve.model.catalog import Catalog
 from serve.model.filters import ItemFilter
 from serve.model.live_catalog import Item, LiveCatalog, Withheld
-from serve.model.trend import HALF_LIVES_S, Counted
+from serve.model.trend import COUNTED_S, Counted
 
 POPULARITY = "popularity"
 """The policy that ranks by the events of the training data."""
@@ -21,18 +21,30 @@ FALLBACKS = frozenset({POPULARITY, RECENT_POPULARITY})
 PRIOR_EVENTS = 1_000
 """The events of the training data count as so many recent ones, shared among the items: with few recent events the
 order is that of the training data, with many it is theirs, and one event moves no item to the top."""
-WEEK, LONGEST = HALF_LIVES_S.index(604_800), len(HALF_LIVES_S) - 1
+WEEK, LONGEST = COUNTED_S.index(604_800), COUNTED_S.index(7_776_000)
 
 
 class OtherCounts(NamedTuple):
     """Counts of items that a model does not know."""
 
     item_ids: Sequence[str] = ()
-    counts: NDArray[np.float64] = np.zeros((0, len(HALF_LIVES_S)))
+    counts: NDArray[np.float64] = np.zeros((0, len(COUNTED_S)))
     """`[n, half-lives]`, decayed to the time of the others."""
 
 
 NO_OTHERS = OtherCounts()
+
+
+def with_hour(counts: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The counts of a model's export as those of a store: of the last hour, an export says nothing.
+
+    Args:
+        counts: `[half-lives of models, items+1]`.
+
+    Returns:
+        `[half-lives of stores, items+1]`.
+    """
+    return np.concatenate([counts, np.zeros_like(counts[:1])])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +120,7 @@ def trending(
         now: What is popular now.
         live: The model's catalogue.
         stored: The items of the store by their ids, also those that the model does not know.
-        half_life: A place in HALF_LIVES_S.
+        half_life: A place in COUNTED_S.
         k: Most items.
         allowed: Which items may be answered.
         time: In seconds, for which items have to be available.

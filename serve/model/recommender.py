@@ -17,12 +17,12 @@ from serve.model.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain,
 from serve.model.features import Features, features
 from serve.model.filters import Filters, ItemFilter
 from serve.model.live_catalog import Item, LiveCatalog, Withheld
-from serve.model.popular import NO_OTHERS, RECENT_POPULARITY, WEEK, OtherCounts, PopularNow
+from serve.model.popular import NO_OTHERS, RECENT_POPULARITY, WEEK, OtherCounts, PopularNow, with_hour
 from serve.model.ranking.engine import Engine, Ranking
 from serve.model.ranking.live_trend import Blocked, Trend
 from serve.model.ranking.search import best_of
 from serve.model.rules import Applied, Rules
-from serve.model.trend import Counted
+from serve.model.trend import HALF_LIVES_S, Counted
 from serve.settings import Provider, SearchBy
 
 SORTED_AT_ONCE = 20_000
@@ -127,7 +127,7 @@ class Recommender:
         self.engine = Engine(artifact, provider, intra_op_threads, search_by)
         self.provider = self.engine.provider
         now = int(time.time())
-        self.popular_now = PopularNow.of(artifact.catalog, artifact.trend.at(now), Counted(now, None))
+        self.popular_now = PopularNow.of(artifact.catalog, with_hour(artifact.trend.at(now)), Counted(now, None))
         """It is replaced as a whole, some time after the trend."""
         new_item_count = int(np.count_nonzero(self.catalog.new))
         self._lacks_new_vectors = artifact.index is not None and new_item_count > 0
@@ -160,14 +160,14 @@ class Recommender:
         """From the next answer on, the trend and what is popular now are those of these counts.
 
         Args:
-            counts: `[half-lives, items+1]` float32, decayed to now; column 0 is zeros.
+            counts: `[half-lives of stores, items+1]` float32, decayed to now; column 0 is zeros.
             counted: The events in the counts.
             others: Those of items that the model does not know.
 
         Raises:
             ValueError: As `Engine.use_counts`; then what is popular now stays as it was, too.
         """
-        self.engine.use_counts(counts, counted)
+        self.engine.use_counts(counts[: len(HALF_LIVES_S)], counted)
         self.popular_now = PopularNow.of(self.own_catalog, counts, counted, others)
 
     def recommend(self, queries: Sequence[Query]) -> list[Answer]:

@@ -93,31 +93,35 @@ class _TrendWindowEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TrendWind
     DESCRIPTOR: _descriptor.EnumDescriptor
     TREND_WINDOW_UNSPECIFIED: _TrendWindow.ValueType  # 0
     """TREND_WINDOW_DAY."""
-    TREND_WINDOW_SIX_HOURS: _TrendWindow.ValueType  # 1
-    """6 hours, the shortest window for which stores keep counts."""
-    TREND_WINDOW_DAY: _TrendWindow.ValueType  # 2
+    TREND_WINDOW_HOUR: _TrendWindow.ValueType  # 1
+    """An hour."""
+    TREND_WINDOW_SIX_HOURS: _TrendWindow.ValueType  # 2
+    """6 hours."""
+    TREND_WINDOW_DAY: _TrendWindow.ValueType  # 3
     """A day."""
-    TREND_WINDOW_WEEK: _TrendWindow.ValueType  # 3
+    TREND_WINDOW_WEEK: _TrendWindow.ValueType  # 4
     """7 days."""
-    TREND_WINDOW_MONTH: _TrendWindow.ValueType  # 4
+    TREND_WINDOW_MONTH: _TrendWindow.ValueType  # 5
     """30 days."""
 
 class TrendWindow(_TrendWindow, metaclass=_TrendWindowEnumTypeWrapper):
     """How fast an event loses its weight: it counts 1 when it happens, half of that after the
     window, a quarter after two, and so on. So of an item with a steady stream of events, 3/4
     of the count are of the last two windows. The counts of a store begin with those of the
-    first model's export.
+    first model's export, but for the hour, of which an export says nothing.
     """
 
 TREND_WINDOW_UNSPECIFIED: TrendWindow.ValueType  # 0
 """TREND_WINDOW_DAY."""
-TREND_WINDOW_SIX_HOURS: TrendWindow.ValueType  # 1
-"""6 hours, the shortest window for which stores keep counts."""
-TREND_WINDOW_DAY: TrendWindow.ValueType  # 2
+TREND_WINDOW_HOUR: TrendWindow.ValueType  # 1
+"""An hour."""
+TREND_WINDOW_SIX_HOURS: TrendWindow.ValueType  # 2
+"""6 hours."""
+TREND_WINDOW_DAY: TrendWindow.ValueType  # 3
 """A day."""
-TREND_WINDOW_WEEK: TrendWindow.ValueType  # 3
+TREND_WINDOW_WEEK: TrendWindow.ValueType  # 4
 """7 days."""
-TREND_WINDOW_MONTH: TrendWindow.ValueType  # 4
+TREND_WINDOW_MONTH: TrendWindow.ValueType  # 5
 """30 days."""
 Global___TrendWindow: _TypeAlias = TrendWindow  # noqa: Y015
 

@@ -52,7 +52,7 @@ from jaxrec.rl.served.recommendations import NO_REQUEST_TIME, History, Recommend
 from jaxrec.rl.served.trends import ArrivedEvents, Moment
 
 APPLICATION_ID = 0x6A787263
-STORE_VERSION = 8
+STORE_VERSION = 9
 NOT_DRAWN = frozenset({"new_item_slots", "rules"})
 # What it excluded is noted as excluded items.
 NOT_SHOWN_WITHIN = "not_shown_within"
