@@ -5,7 +5,7 @@ import struct
 import time
 from collections.abc import Sequence
 
-from serve.api.answer_rules import APPLIED, decode_rules
+from serve.api.answer_rules import APPLIED, MAX_BOOSTS, MAX_PINS, MAX_RULE_TAGS, decode_rules
 from serve.api.errors import InvalidRequest
 from serve.api.event_types import EventTypes
 from serve.api.filters import decode_filter, decode_seen, own_seen
@@ -345,6 +345,9 @@ def encode_model_info(
         seen=own_seen(model),
         new_item_count=model.new_item_count,
         event_types=[pb.EventType(name=name, weight=weight) for name, weight in sorted(event_types.items())],
+        max_boosts=MAX_BOOSTS,
+        max_pins=MAX_PINS,
+        max_rule_tags=MAX_RULE_TAGS,
         max_upserted_items=MAX_UPSERTED_ITEMS,
         max_title_length=MAX_TITLE_LENGTH,
         max_item_tags=MAX_ITEM_TAGS,

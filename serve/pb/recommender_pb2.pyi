@@ -410,7 +410,9 @@ class Rules(_message.Message):
     """
     @_builtins.property
     def boosts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Boost]:
-        """Which items are to be recommended more or less often. At most 100."""
+        """Which items are to be recommended more or less often. At most 100. Boosts and pins may
+        have 10 different tags together.
+        """
 
     @_builtins.property
     def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pin]:
@@ -2051,6 +2053,9 @@ class GetModelInfoResponse(_message.Message):
     MAX_TAG_LENGTH_FIELD_NUMBER: _builtins.int
     MAX_METADATA_BYTES_FIELD_NUMBER: _builtins.int
     MAX_ITEM_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BOOSTS_FIELD_NUMBER: _builtins.int
+    MAX_PINS_FIELD_NUMBER: _builtins.int
+    MAX_RULE_TAGS_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """Starts with the time of the export, so later models sort later."""
     policy: _builtins.str
@@ -2098,6 +2103,12 @@ class GetModelInfoResponse(_message.Message):
     """Most bytes of `Item.metadata`: keys and values as UTF-8."""
     max_item_bytes: _builtins.int
     """Most bytes of an `Item` as a message."""
+    max_boosts: _builtins.int
+    """Most `Rules.boosts`."""
+    max_pins: _builtins.int
+    """Most `Rules.pins`."""
+    max_rule_tags: _builtins.int
+    """Most different tags in boosts and pins of a request."""
     @_builtins.property
     def rating_scale(self) -> Global___RatingScale:
         """Absent: the training data had no ratings, and the model ignores them."""
@@ -2136,10 +2147,13 @@ class GetModelInfoResponse(_message.Message):
         max_tag_length: _builtins.int = ...,
         max_metadata_bytes: _builtins.int = ...,
         max_item_bytes: _builtins.int = ...,
+        max_boosts: _builtins.int = ...,
+        max_pins: _builtins.int = ...,
+        max_rule_tags: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rating_scale", b"rating_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "event_types", b"event_types", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "max_allow_item_ids", b"max_allow_item_ids", "max_history", b"max_history", "max_item_bytes", b"max_item_bytes", "max_item_tags", b"max_item_tags", "max_k", b"max_k", "max_metadata_bytes", b"max_metadata_bytes", "max_tag_length", b"max_tag_length", "max_tags", b"max_tags", "max_title_length", b"max_title_length", "max_upserted_items", b"max_upserted_items", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "event_types", b"event_types", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "max_allow_item_ids", b"max_allow_item_ids", "max_boosts", b"max_boosts", "max_history", b"max_history", "max_item_bytes", b"max_item_bytes", "max_item_tags", b"max_item_tags", "max_k", b"max_k", "max_metadata_bytes", b"max_metadata_bytes", "max_pins", b"max_pins", "max_rule_tags", b"max_rule_tags", "max_tag_length", b"max_tag_length", "max_tags", b"max_tags", "max_title_length", b"max_title_length", "max_upserted_items", b"max_upserted_items", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

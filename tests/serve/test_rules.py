@@ -311,6 +311,11 @@ def test_pins_of_hidden_items_and_many_tags_are_refused(model: Recommender, tmp_
             assert hidden not in ids_of(client.recommend(user_id="ada", k=ITEMS, rules=few))
 
 
+def test_limits_are_in_the_models_information(client: RecommenderClient) -> None:
+    info = client.get_model_info()
+    assert (info.max_boosts, info.max_pins, info.max_rule_tags) == (100, 20, 10)
+
+
 def backwards(request: RerankRequest, candidates: Sequence[Candidate]) -> Sequence[str]:
     return [one.item_id for one in reversed(candidates)]
 
