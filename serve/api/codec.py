@@ -17,6 +17,7 @@ from serve.api.rules import (
     MAX_BATCH_EVENTS,
     MAX_BATCH_ITEMS,
     MAX_BATCH_METADATA,
+    MAX_BATCH_RULED,
     MAX_HISTORY_EVENTS,
     MAX_IMPRESSIONS,
     MAX_ITEM_BYTES,
@@ -98,6 +99,9 @@ def decode_batch(
     detailed = sum(single.k or DEFAULT_K for single in request.requests if single.with_metadata)
     if detailed > MAX_BATCH_METADATA:
         raise InvalidRequest("requests", f"at most {MAX_BATCH_METADATA} items (k) with metadata in all", detailed)
+    ruled = sum(single.k or DEFAULT_K for single in request.requests if single.HasField("rules"))
+    if ruled > MAX_BATCH_RULED:
+        raise InvalidRequest("requests", f"at most {MAX_BATCH_RULED} items (k) with rules in all", ruled)
     events = sum(len(single.history.events) for single in request.requests)
     if events > MAX_BATCH_EVENTS:
         raise InvalidRequest("requests", f"at most {MAX_BATCH_EVENTS} events in all", events)

@@ -30,6 +30,8 @@ MAX_ITEM_BYTES = 4_096
 """Of an item as a message. 1,000 items are within the 4 MiB that clients take by default."""
 MAX_BATCH_METADATA = 1_000
 """Items of a batch that come with their metadata: as many as one answer has."""
+MAX_BATCH_RULED = 1_000
+"""Items of a batch that come by rules: as many as one answer has. To choose so many takes some tenths of a second."""
 MAX_ANSWER_BYTES = 4 * 2**20
 """More is not taken by clients by default."""
 LATEST_TIME = 253_402_300_799

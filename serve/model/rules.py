@@ -18,8 +18,6 @@ CANDIDATES = 200
 41 % (bench/diversity.md); to choose ten of 200 takes some 0.2 ms, and further ones cost NDCG."""
 CANDIDATES_OF_A_PLACE = 4
 """And for each place that is asked for so many: so that there is a choice for the last one too."""
-WIDER = 8
-"""If `max_per_tag` leaves too few of the candidates, so many times as many are looked at next."""
 
 
 class Applied(IntEnum):

@@ -667,7 +667,7 @@ class BatchRecommendRequest(_message.Message):
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecommendRequest]:
         """All are checked before any is answered: one bad request and none is answered.
         Empty: nothing to do. At most 256, with at most 10,000 items (`k`), 1,000 items with
-        metadata and 100,000 events of histories in all. If the answer is longer than 4 MiB,
+        metadata, 1,000 items with rules and 100,000 events of histories in all. If the answer is longer than 4 MiB,
         since titles, tags and explanations are long, that is an error.
         """
 

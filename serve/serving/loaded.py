@@ -13,12 +13,20 @@ from serve.model.explain import Explanation
 from serve.model.exploration import Exploration
 from serve.model.popular import FALLBACKS
 from serve.model.recommender import Answer, Query, Recommender
-from serve.model.rules import NO_RULES, WIDER, candidate_count, reordered
+from serve.model.rules import NO_RULES, candidate_count, reordered
 from serve.observability.metrics import Metrics
 from serve.serving.batching import Batcher, Pending, Run
 from serve.serving.errors import QueueFull
 from serve.serving.reranker import Reranker
-from serve.serving.ruled import candidates_of, choose, followed_by, for_reranker, more_queries, rerank_request
+from serve.serving.ruled import (
+    candidates_of,
+    choose,
+    followed_by,
+    for_reranker,
+    more_queries,
+    rerank_request,
+    without_full_tags,
+)
 from serve.serving.states import StateCache
 from serve.stores.base import EventStore
 
@@ -142,9 +150,11 @@ class LoadedModel:
                 )
             found = choose(candidates, query.k, rules, model, live)
             first, best = len(candidates), answer
+            # Items without a tag of which there are enough, in their order: as if all items had been candidates. Each
+            # round adds one at least, or finds that there are no more.
             while rules.max_per_tag and len(found) < query.k and len(best.items) == asked.k:
-                asked = asked._replace(k=WIDER * asked.k)
-                (more,) = self._answered([asked], end, is_cancelled)
+                left = without_full_tags(asked, rules, found, live)
+                (more,) = self._answered([left], end, is_cancelled)
                 best = more.result()
                 candidates = followed_by(candidates, candidates_of([best], rules, live))
                 found = choose(candidates, query.k, rules, model, live, first)

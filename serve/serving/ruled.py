@@ -1,5 +1,6 @@
 """What rules ask a loaded model, and what they make of its answers; `serve.model.rules` has the rules themselves."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,6 +49,14 @@ def candidates_of(answers: Sequence[Answer], rules: Rules, live: LiveCatalog) ->
     best, *more = answers
     ranked = merged((best.items, best.scores), [(one.items, one.scores) for one in more])
     return boosted(Candidates.of(*ranked), rules.boosts, live.filters.of_tag, logits=best.policy not in FALLBACKS)
+
+
+def without_full_tags(query: Query, rules: Rules, answer: Candidates, live: LiveCatalog) -> Query:
+    """The query for items that can still be added to an answer, as `max_per_tag` is concerned."""
+    counts = Counter(tag for item in answer.items.tolist() for tag in live.catalog.genres[item])
+    full = {tag for tag, count in counts.items() if count >= rules.max_per_tag}
+    asked = query.filter or ItemFilter()
+    return query._replace(filter=asked._replace(none_tags=tuple(sorted(full.union(asked.none_tags)))))
 
 
 def followed_by(candidates: Candidates, wider: Candidates) -> Candidates:

@@ -67,8 +67,7 @@ def asking(model: Recommender, store: EventStore, **options: object) -> Iterator
 def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the small catalogue is larger than the candidates."""
     monkeypatch.setattr(model_rules, "CANDIDATES", 8)
-    monkeypatch.setattr(model_rules, "CANDIDATES_OF_A_PLACE", 1)
-    monkeypatch.setattr(model_rules, "WIDER", 2)
+    monkeypatch.setattr(model_rules, "CANDIDATES_OF_A_PLACE", 2)
 
 
 @pytest.mark.usefixtures("few_candidates")
@@ -309,6 +308,15 @@ def test_pins_of_hidden_items_and_many_tags_are_refused(model: Recommender, tmp_
                 assert failure.value.details().startswith(message)
             few = Rules(boosts=many.boosts[:10], diversity=1.0)
             assert hidden not in ids_of(client.recommend(user_id="ada", k=ITEMS, rules=few))
+
+
+def test_a_batch_has_no_more_ruled_items_than_one_answer(client: RecommenderClient) -> None:
+    ruled = recommend_request(user_id="ada", k=500, rules=Rules(diversity=0.5))
+    plain = recommend_request(user_id="ada", k=500)
+    assert len(client.batch_recommend([ruled, ruled, plain])) == 3
+    with pytest.raises(grpc.RpcError) as failure:
+        client.batch_recommend([ruled, ruled, recommend_request(user_id="ada", rules=Rules(diversity=0.5))])
+    assert failure.value.details() == "requests: expected at most 1000 items (k) with rules in all, came 1010"
 
 
 def test_limits_are_in_the_models_information(client: RecommenderClient) -> None:
