@@ -481,8 +481,8 @@ class Pin(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     """By this item, which the model has to know. It is an error if it is hidden or not
-    available, or if `filter` or `exclude_item_ids` leave it out. If it is in the history
-    of the user and `seen` leaves it out, or the user disliked it, the pin is ignored.
+    available, or if `filter` or `exclude_item_ids` leave it out. If `seen`, a dislike of
+    the user or `not_shown_within` leaves it out, the pin is ignored.
     """
     tag: _builtins.str
     """By the best item with this tag that has no place yet. If there is none, the pin is
