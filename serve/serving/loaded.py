@@ -117,7 +117,7 @@ class LoadedModel:
                     one.is_cancelled = lambda: True
                 raise
             for one in pending:
-                self._batcher.drive(one)
+                self._batcher.wait(one)
             for one in pending:
                 one.result()
             answered += pending
