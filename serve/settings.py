@@ -138,6 +138,15 @@ class Settings:
         "Sample the items of an answer in proportion to exp(score / TEMPERATURE), with their probabilities in the"
         " answer and in the store, so that a policy can learn from the log. 0: always the best items.",
     ] = 0.0
+    reranker: Annotated[
+        str | None,
+        "FUNCTION",
+        "Python function that orders the model's candidates before they are answered, as MODULE:FUNCTION or the name of"
+        " an entry point of the group jaxrec.rerankers. With it, answers are not drawn (--explore).",
+    ] = None
+    reranker_timeout_s: Annotated[
+        float, "SECONDS", "How long the re-ranker may take; after that, the model's order is answered."
+    ] = 0.05
     front: Annotated[
         Front,
         "Which thread answers Recommend: the one that polls for calls, or one of a pool. auto: the polling one when"

@@ -23,6 +23,7 @@ from serve.api.items import decode_items, encode_item, encode_items
 from serve.api.pages import DEFAULT_PAGE_SIZE, checked_page_size, decode_item_page_token, decode_page_token
 from serve.api.rules import DEFAULT_K, MAX_DELETED_EVENTS, MAX_UPSERTED_ITEMS, check_id, checked_count, checked_ids
 from serve.api.service import Recommendation, RecommenderService
+from serve.api.trending import answer_trending
 from serve.model.recommender import Query
 from serve.pb import recommender_pb2 as pb
 from serve.pb import recommender_pb2_grpc
@@ -157,6 +158,11 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         found.raise_any()
         ranking = model.similar(request.item_id, k, live, request.exclude_item_ids, item_filter)
         response = encode_similar(ranking, model, live, request.view)
+        check_answer("k", response)
+        return response
+
+    def Trending(self, request: pb.TrendingRequest, context: Any) -> pb.TrendingResponse:
+        response = answer_trending(request, self._models.version("").model)
         check_answer("k", response)
         return response
 

@@ -16,6 +16,8 @@ from serve.settings import Settings, SettingsError, read_settings
 
 if TYPE_CHECKING:
     from serve.front.server import Listener
+    from serve.observability.metrics import Metrics
+    from serve.serving.reranker import Reranker
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ def serve(settings: Settings) -> None:
     from serve.model.manifest import ArtifactError
     from serve.observability.metrics import Metrics
     from serve.serving.loading import ModelLoader, open_models
+    from serve.serving.reranker import RerankerError
     from serve.serving.sweeper import SlatePruner
     from serve.stores import open_store
     from serve.stores.base import StoreError
@@ -73,10 +76,13 @@ def serve(settings: Settings) -> None:
         listener, metrics = _listener(settings), Metrics()
         event_types = BUILT_IN if settings.event_types is None else read_event_types(settings.event_types)
         exploration = Exploration(settings.explore) if settings.explore else None
+        reranker = _reranker(settings, metrics)
         with open_store(settings.store) as events, ExitStack() as stack:
             if settings.slate_retention:
                 stack.callback(SlatePruner(events, settings.slate_retention).close)
-            loader = ModelLoader(events, metrics, settings.provider, settings.threads, settings.search, exploration)
+            loader = ModelLoader(
+                *(events, metrics, settings.provider, settings.threads, settings.search, exploration, reranker)
+            )
             with open_models(
                 *(settings.model, loader),
                 watch_s=settings.watch,
@@ -94,7 +100,7 @@ def serve(settings: Settings) -> None:
                     slate_log=settings.slate_log,
                     slate_retention=settings.slate_retention,
                     log_calls=settings.log_calls,
-                    polling=None if settings.front == "auto" else settings.front == "polling",
+                    polling=_polls(settings),
                     on_failure=fail,
                 )
                 exposed = settings.allow_insecure or settings.allow_insecure_metrics
@@ -113,9 +119,25 @@ def serve(settings: Settings) -> None:
                     logger.warning("calls were still under way after %g s, and are cut off", settings.drain)
                 if callable(stop_metrics):
                     stop_metrics()
-    except (AddressError, ArtifactError, EventTypesError, ProviderError, SecurityError, StoreError) as error:
+    except (
+        AddressError,
+        ArtifactError,
+        EventTypesError,
+        ProviderError,
+        RerankerError,
+        SecurityError,
+        StoreError,
+    ) as error:
         raise click.ClickException(str(error)) from error
     leave_process(int(failed.is_set()))
+
+
+def _polls(settings: Settings) -> bool | None:
+    """Whether the polling thread answers Recommend itself; None: if the store is a local file."""
+    if settings.front == "auto":
+        # All calls would wait while it is called.
+        return None if settings.reranker is None else False
+    return settings.front == "polling"
 
 
 def _start_logging(settings: Settings) -> None:
@@ -125,6 +147,15 @@ def _start_logging(settings: Settings) -> None:
         log_as_json()
     else:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+
+
+def _reranker(settings: Settings, metrics: "Metrics") -> "Reranker | None":
+    """The server's own re-ranker, if it has one; raises RerankerError."""
+    from serve.serving.reranker import Reranker, load_reranker
+
+    if settings.reranker is None:
+        return None
+    return Reranker(load_reranker(settings.reranker), settings.reranker_timeout_s, metrics.reranked)
 
 
 def _listener(settings: Settings) -> "Listener":

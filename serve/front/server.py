@@ -87,8 +87,8 @@ AT_ONCE = (
 
 def takes_long(models: Models, method: str, message: bytes) -> bool:
     """Whether a call would hold up all others: long histories, sent along or to be read again as of an earlier time,
-    stored ones with events that are sent along, what was recommended lately, up to 17 rows to explain an answer, whole
-    batches."""
+    stored ones with events that are sent along, what was recommended lately, up to 17 rows to explain an answer, the
+    candidates of rules, whole batches."""
     if method != RECOMMEND:
         return method in SLOW
     if len(message) > LONG_MESSAGE_BYTES:
@@ -98,7 +98,8 @@ def takes_long(models: Models, method: str, message: bytes) -> bool:
     except DecodeError:
         return False
     both = request.user_id != "" and request.HasField("history")
-    return request.explain or request.not_shown_within > 0 or both or _asks_for_the_past(models, request)
+    asks_for_more = request.explain or request.HasField("rules") or request.not_shown_within > 0
+    return asks_for_more or both or _asks_for_the_past(models, request)
 
 
 def _asks_for_the_past(models: Models, request: recommender_pb2.RecommendRequest) -> bool:

@@ -139,12 +139,16 @@ class Batcher:
 
     def complete(self, pending: Pending) -> Answer:
         """Waits for the answer, running the model itself if no other thread does; raises as `recommend`."""
+        self.wait(pending)
+        return pending.result()
+
+    def wait(self, pending: Pending) -> None:
+        """As `complete`, and raises nothing."""
         loop: Loop | None = getattr(_of_thread, "loop", None)
         if loop is None:
             self.drive(pending)
         else:
             loop.park(self, pending)
-        return pending.result()
 
     def drive(self, pending: Pending) -> None:
         """Returns when a request is done, having run the model itself if no other thread did."""

@@ -99,6 +99,7 @@ def test_reflection(address: str) -> None:
         "DeleteEvents",
         "MergeUsers",
         "SimilarItems",
+        "Trending",
         "GetModelInfo",
         "UpsertItems",
         "DeleteItems",
