@@ -84,6 +84,16 @@ class Settings:
         "HOST:PORT",
         "Where to listen. Port 0: a free one. An address that other machines reach needs TLS and authentication.",
     ] = "127.0.0.1:50051"
+    http: Annotated[
+        str | None,
+        "HOST:PORT",
+        "Where to answer HTTP with JSON, and a browser with a page, with the TLS and the tokens of the address.",
+    ] = None
+    http_origins: Annotated[
+        str | None,
+        "ORIGINS",
+        "Origins of other sites' pages that may call over HTTP, joined by commas, such as https://example.org; or *.",
+    ] = None
     store: Annotated[
         str,
         "STORE",
@@ -167,6 +177,8 @@ class Settings:
             raise SettingsError("expected tls_cert and tls_key together, and tls_client_ca only with them")
         if self.slate_log > 1:
             raise SettingsError(f"slate_log: expected a share of 0 to 1, came {self.slate_log:g}")
+        if self.http_origins is not None and self.http is None:
+            raise SettingsError("expected http_origins only with http")
         if self.tokens is not None and self.tokens_file is not None:
             raise SettingsError("expected tokens or tokens_file, and not both")
 
