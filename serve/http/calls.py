@@ -54,7 +54,7 @@ class Calls:
     def __init__(self, address: str) -> None:
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
         self._methods: dict[str, grpc.UnaryUnaryMultiCallable[bytes, bytes]] = {}
-        self._under_way = 0
+        self.under_way = 0
 
     def close(self) -> None:
         """Cancels what is under way."""
@@ -83,7 +83,7 @@ class Calls:
         Raises:
             Failed: The call ended with another status than OK, or too many are under way.
         """
-        if self._under_way >= MAX_CALLS and not is_check:
+        if self.under_way >= MAX_CALLS and not is_check:
             raise Failed(full(MAX_CALLS))
         if method not in self._methods:
             self._methods[method] = self._channel.unary_unary(method)
@@ -95,13 +95,13 @@ class Calls:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(ended.set)
 
-        self._under_way += 1
+        self.under_way += 1
         call: Any = self._methods[method].future(message, timeout=timeout_s, metadata=metadata)
         try:
             call.add_done_callback(wake)
             await ended.wait()
         finally:
-            self._under_way -= 1
+            self.under_way -= 1
             call.cancel()
         trailing = tuple(call.trailing_metadata() or ())
         if call.code() is not grpc.StatusCode.OK:

@@ -20,7 +20,7 @@ from serve.api.errors import InvalidRequest, status_of
 from serve.http.calls import Failed
 from serve.http.connect import Gateway, in_loop_or_thread
 from serve.http.errors import json_response, plain_error_response, refused
-from serve.http.messages import from_value, load_json
+from serve.http.messages import from_value, kind_of, load_json
 from serve.pb import open_inference_pb2 as pb
 
 SERVICE = "/inference.GRPCInferenceService"
@@ -119,10 +119,10 @@ def _request(body: bytes, name: str, version: str) -> Message:
     """The message of a JSON inference request; raises InvalidRequest."""
     value = load_json(body)
     if not isinstance(value, dict):
-        raise InvalidRequest("message", "a JSON object", "something else")
+        raise InvalidRequest("message", "a JSON object", kind_of(value))
     inputs = value.get("inputs")
     if not isinstance(inputs, list) or not all(isinstance(one, dict) for one in inputs):
-        raise InvalidRequest("inputs", "a list of tensors", "something else")
+        raise InvalidRequest("inputs", "a list of tensors", kind_of(inputs))
     # Parameters change nothing, and those of others' extensions need not be of the contract's types.
     outputs = [
         {name: one[name] for name in one if name != "parameters"} if isinstance(one, dict) else one
@@ -138,9 +138,9 @@ def _tensor(tensor: dict[str, Any], where: str) -> dict[str, Any]:
     known = {name: tensor[name] for name in tensor if name not in ("data", "parameters")}
     datatype = tensor.get("datatype")
     if not isinstance(datatype, str) or datatype not in TYPES:
-        raise InvalidRequest(f"{where}.datatype", f"one of {', '.join(TYPES)}", "something else")
+        raise InvalidRequest(f"{where}.datatype", f"one of {', '.join(TYPES)}", kind_of(datatype))
     if not isinstance(tensor.get("data"), list):
-        raise InvalidRequest(f"{where}.data", "a list", "something else")
+        raise InvalidRequest(f"{where}.data", "a list", kind_of(tensor.get("data")))
     return known | {"contents": {TYPES[datatype][0]: _flat(tensor["data"], f"{where}.data")}}
 
 

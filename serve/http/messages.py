@@ -66,7 +66,7 @@ def from_json(body: bytes, kind: Descriptor) -> Message:
 def from_value(value: Any, kind: Descriptor) -> Message:
     """The message of a JSON value; raises InvalidRequest that names the field."""
     if not isinstance(value, dict):
-        raise InvalidRequest("message", "a JSON object", _kind(value))
+        raise InvalidRequest("message", "a JSON object", kind_of(value))
     try:
         return ParseDict(value, GetMessageClass(kind)())
     except (ParseError, RecursionError) as error:
@@ -86,7 +86,7 @@ def to_json(encoded: bytes, kind: Descriptor) -> bytes:
 def _blame(value: Any, kind: Descriptor, where: str) -> None:
     """Raises InvalidRequest for the first field of a message that cannot be read, with the path that gRPC has too."""
     if not isinstance(value, dict):
-        raise InvalidRequest(where or "message", f"the object of a {kind.name}", _kind(value))
+        raise InvalidRequest(where or "message", f"the object of a {kind.name}", kind_of(value))
     fields = {name: one for one in kind.fields for name in (one.name, one.json_name)}
     groups: dict[str, str] = {}
     for name, inner in value.items():
@@ -105,7 +105,7 @@ def _blame(value: Any, kind: Descriptor, where: str) -> None:
         if not one.is_repeated or (one.message_type is not None and one.message_type.GetOptions().map_entry):
             _blame_value(inner, one, path)
         elif not isinstance(inner, list):
-            raise InvalidRequest(path, "a list", _kind(inner))
+            raise InvalidRequest(path, "a list", kind_of(inner))
         else:
             for at, element in enumerate(inner):
                 _blame_value(element, one, f"{path}[{at}]")
@@ -125,10 +125,11 @@ def _blame_value(value: Any, one: FieldDescriptor, path: str) -> None:
         expected = "an object of texts" if is_map else _EXPECTED[one.cpp_type]
         if one.type == FieldDescriptor.TYPE_BYTES:
             expected = "bytes in base64"
-        raise InvalidRequest(path, expected, _kind(value)) from error
+        raise InvalidRequest(path, expected, kind_of(value)) from error
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in a few words, for an error."""
     return _KINDS.get(type(value), f"{str(value)[:LONGEST_NAME]}") if not isinstance(value, str) else _text(value)
 
 

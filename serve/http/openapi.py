@@ -176,7 +176,8 @@ def _schema(kind: Descriptor | EnumDescriptor, comments: dict[str, str]) -> dict
             for name in values
             if f"{kind.full_name}.{name}" in comments
         ]
-        return {"description": "\n".join([*described.values(), *lines]), "type": "string", "enum": values}
+        text = "\n".join([*described.values(), *lines])
+        return ({"description": text} if text else {}) | {"type": "string", "enum": values}
     properties = {
         one.json_name: _described(comments, f"{kind.full_name}.{one.name}") | _field(one) for one in kind.fields
     }

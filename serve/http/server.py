@@ -43,8 +43,8 @@ class HttpServer:
         opened = open_socket(listener.address, listener.shared_port)
         self._private = PrivateSocket()
         self.grpc_address = self._private.address
-        self._calls = Calls(self.grpc_address)
-        self._door = Door(create_app(self._calls, listener.tokens, origins, hosts), opened, tls, on_failure)
+        self.calls = Calls(self.grpc_address)
+        self._door = Door(create_app(self.calls, listener.tokens, origins, hosts), opened, tls, on_failure)
         self.port = self._door.port
         host = listener.address.rpartition(":")[0]
         self.url = f"{'http' if tls is None else 'https'}://{host}:{self.port}"
@@ -56,5 +56,5 @@ class HttpServer:
     def close(self) -> None:
         """Ends after the answers that are under way; first let the gRPC server finish its calls."""
         self._door.close()
-        self._calls.close()
+        self.calls.close()
         self._private.close()
