@@ -84,6 +84,11 @@ class Settings:
         "HOST:PORT",
         "Where to listen. Port 0: a free one. An address that other machines reach needs TLS and authentication.",
     ] = "127.0.0.1:50051"
+    store: Annotated[
+        str,
+        "STORE",
+        "SQLite file with the events of all users, created when missing; or postgresql://... or redis://...",
+    ] = field(default="events.sqlite", repr=False)  # a URL may hold a password
     http: Annotated[
         str | None,
         "HOST:PORT",
@@ -94,11 +99,6 @@ class Settings:
         "ORIGINS",
         "Origins of other sites' pages that may call over HTTP, joined by commas, such as https://example.org; or *.",
     ] = None
-    store: Annotated[
-        str,
-        "STORE",
-        "SQLite file with the events of all users, created when missing; or postgresql://... or redis://...",
-    ] = field(default="events.sqlite", repr=False)  # a URL may hold a password
     provider: Annotated[
         Provider, "What runs the model. auto: CUDA where it works, else the CPU. cuda: fail without CUDA."
     ] = "auto"
