@@ -18,6 +18,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         "prometheus_client",
         "faiss",
         "greenlet",
+        "h11",
         "numpy",
         "starlette",
         "tqdm",
