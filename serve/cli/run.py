@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from serve.front.server import Listener
     from serve.http.server import HttpServer
     from serve.model.recommender import Recommender
+    from serve.observability.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def serve(settings: Settings) -> None:
 
     try:
         listener, metrics = _listener(settings), Metrics()
-        http = _http(settings, listener, fail)
+        http = _http(settings, listener, metrics, fail)
         event_types = BUILT_IN if settings.event_types is None else read_event_types(settings.event_types)
         exploration = Exploration(settings.explore) if settings.explore else None
         with open_store(settings.store) as events:
@@ -159,11 +160,13 @@ def _listener(settings: Settings) -> "Listener":
     return Listener(settings.address, tls, tokens, settings.allow_insecure, settings.shared_port)
 
 
-def _http(settings: Settings, listener: "Listener", fail: Callable[[], None]) -> "HttpServer | None":
+def _http(
+    settings: Settings, listener: "Listener", metrics: "Metrics", fail: Callable[[], None]
+) -> "HttpServer | None":
     """The HTTP door, for the same callers; raises AddressError and SecurityError."""
     if settings.http is None:
         return None
     from serve.http.server import HttpServer
 
     origins = [] if settings.http_origins is None else [one.strip() for one in settings.http_origins.split(",")]
-    return HttpServer(dataclasses.replace(listener, address=settings.http), origins, fail)
+    return HttpServer(dataclasses.replace(listener, address=settings.http), metrics, origins, fail)

@@ -238,5 +238,8 @@ def create_server(
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, server)
     port = listener.bind(server)
     for address in also_listen:
-        server.add_insecure_port(address)
+        try:
+            server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise AddressError(f"cannot listen on {address}: {error}") from error
     return RecommenderServer(server, gate, health_servicer, port, inference, services)

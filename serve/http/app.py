@@ -25,6 +25,7 @@ from serve.http.connect import TIMEOUT, VERSION, Gateway, connect_routes
 from serve.http.errors import error_response, json_response, plain_error_response, refused
 from serve.http.inference import inference_routes
 from serve.http.openapi import openapi
+from serve.observability.metrics import Metrics
 from serve.pb import model_admin_pb2, open_inference_pb2, recommender_pb2
 
 SERVICES = tuple(
@@ -38,17 +39,22 @@ _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 def create_app(
-    calls: Calls, tokens: Tokens | None = None, origins: Sequence[str] = (), hosts: Sequence[str] = ()
+    calls: Calls,
+    metrics: Metrics,
+    tokens: Tokens | None = None,
+    origins: Sequence[str] = (),
+    hosts: Sequence[str] = (),
 ) -> Starlette:
     """The app.
 
     Args:
         calls: Of the gRPC server.
+        metrics: Where requests are counted that never reach it.
         tokens: Those of the gRPC server: bodies are read of callers whom it will not refuse. None: of all.
         origins: Pages of these origins may call from a browser, such as `https://example.org`; `*` means all.
         hosts: Names under which the server may be asked. Empty: all.
     """
-    gateway = Gateway(calls, tokens)
+    gateway = Gateway(calls, tokens, metrics)
     document = json_response(openapi(SERVICES, importlib.metadata.version("jaxrec"), tokens is not None))
     page = _page()
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from serve.api.errors import Status, status_of
 from serve.front.limits import MAX_MESSAGE_BYTES
-from serve.http.calls import Failed
+from serve.http.calls import Refused
 from serve.http.limits import BODY_S, MAX_BODIES_BYTES
 from serve.serving.batching import RETRY_AFTER_S
 from serve.serving.errors import QueueFull
@@ -34,7 +34,7 @@ class Bodies:
         """The body of a request, which is held until the block ends.
 
         Raises:
-            Failed: It is too long, comes too slowly, or there is no room for it.
+            Refused: It is too long, comes too slowly, or there is no room for it.
             starlette.requests.ClientDisconnect: The client went away.
         """
         # The HTTP library lets only a number through.
@@ -50,12 +50,12 @@ class Bodies:
                     if size > MAX_MESSAGE_BYTES:
                         raise _too_long()
                     if self.held > MAX_BODIES_BYTES:
-                        raise Failed(status_of(BodiesFull()))
+                        raise Refused(status_of(BodiesFull()))
                     chunks.append(chunk)
         except TimeoutError as error:
             self.held -= size
             text = f"expected the whole body within {BODY_S:g} s"
-            raise Failed(Status(grpc.StatusCode.DEADLINE_EXCEEDED, text), 408) from error
+            raise Refused(Status(grpc.StatusCode.DEADLINE_EXCEEDED, text), 408) from error
         except BaseException:
             self.held -= size
             raise
@@ -65,6 +65,6 @@ class Bodies:
             self.held -= size
 
 
-def _too_long() -> Failed:
+def _too_long() -> Refused:
     text = f"expected a body of at most {MAX_MESSAGE_BYTES} bytes, came a longer one"
-    return Failed(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, text), 413)
+    return Refused(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, text), 413)

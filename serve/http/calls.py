@@ -32,6 +32,10 @@ class Failed(Exception):
         self.http = http
 
 
+class Refused(Failed):
+    """A request that was not handed on to the gRPC server."""
+
+
 class PrivateSocket:
     """The address of a Unix socket in a folder that only this user can enter; the folder goes with it."""
 
@@ -84,7 +88,7 @@ class Calls:
             Failed: The call ended with another status than OK, or too many are under way.
         """
         if self.under_way >= MAX_CALLS and not is_check:
-            raise Failed(full(MAX_CALLS))
+            raise Refused(full(MAX_CALLS))
         if method not in self._methods:
             self._methods[method] = self._channel.unary_unary(method)
         loop = asyncio.get_running_loop()

@@ -18,10 +18,11 @@ from starlette.routing import Route
 from serve.api.errors import InvalidRequest, status_of
 from serve.front.auth import Tokens, needed_right
 from serve.http.bodies import Bodies
-from serve.http.calls import Calls, Failed, Metadata, passed_on
+from serve.http.calls import Calls, Failed, Metadata, Refused, passed_on
 from serve.http.errors import JSON, error_response, headers_of, refused
 from serve.http.limits import LONG_BYTES
 from serve.http.messages import from_json, to_json
+from serve.observability.metrics import Metrics
 
 PROTO = "application/proto"
 TYPES = (JSON, PROTO)
@@ -56,8 +57,9 @@ def path_of(method: MethodDescriptor) -> str:
 class Gateway:
     """What every request needs on its way to the gRPC server."""
 
-    def __init__(self, calls: Calls, tokens: Tokens | None) -> None:
+    def __init__(self, calls: Calls, tokens: Tokens | None, metrics: Metrics) -> None:
         self._calls = calls
+        self._metrics = metrics
         self._tokens = tokens
         self._bodies = Bodies()
 
@@ -76,6 +78,12 @@ class Gateway:
         """The answer to the caller of a request; cancelled when the client is gone. Raises Failed."""
         metadata = passed_on(request.headers.raw, PASSED_ON)
         return await _unless_gone(request, self._calls.call(path, message, metadata, timeout_s, path in CHECKS))
+
+    def failed(self, failed: Failed, path: str, response: Callable[[Failed], Response]) -> Response:
+        """The response for a call that failed; counted here if the gRPC server does not know of it."""
+        if isinstance(failed, Refused):
+            self._metrics.rejected("http", path)
+        return response(failed)
 
     def _may_call(self, request: Request, path: str) -> bool:
         right, given = needed_right(path), request.headers.getlist("authorization")
@@ -99,7 +107,7 @@ def _endpoint(method: MethodDescriptor, gateway: Gateway) -> Endpoint:
                 answer, trailing = await gateway.call(request, path, message, timeout_s)
             content = await converted(answer, method) if content_type == JSON else answer
         except Failed as failed:
-            return error_response(failed)
+            return gateway.failed(failed, path, error_response)
         return Response(content, 200, headers_of(trailing), content_type)
 
     return endpoint
@@ -137,7 +145,7 @@ async def encoded(body: bytes, method: MethodDescriptor) -> bytes:
     try:
         return await in_loop_or_thread(len(body), encode)
     except InvalidRequest as error:
-        raise Failed(status_of(error)) from error
+        raise Refused(status_of(error)) from error
 
 
 async def converted(answer: bytes, method: MethodDescriptor) -> bytes:

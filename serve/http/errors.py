@@ -17,7 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 from starlette.responses import Response
 
 from serve.api.errors import DETAILS_KEY, Status
-from serve.http.calls import Failed, Metadata
+from serve.http.calls import Failed, Metadata, Refused
 
 JSON = "application/json"
 # https://connectrpc.com/docs/protocol#error-codes
@@ -47,9 +47,9 @@ def code_name(code: grpc.StatusCode) -> str:
     return _SPELLED.get(code, code.name.lower())
 
 
-def refused(code: grpc.StatusCode, message: str, http: int | None = None) -> Failed:
+def refused(code: grpc.StatusCode, message: str, http: int | None = None) -> Refused:
     """A request that is not handed on to the gRPC server."""
-    return Failed(Status(code, message), http)
+    return Refused(Status(code, message), http)
 
 
 def error_response(failed: Failed) -> Response:

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from serve.api.errors import InvalidRequest, status_of
-from serve.http.calls import Failed
+from serve.http.calls import Failed, Refused
 from serve.http.connect import Gateway, in_loop_or_thread
 from serve.http.errors import json_response, plain_error_response, refused
 from serve.http.messages import from_value, kind_of, load_json
@@ -102,17 +102,18 @@ async def _state(gateway: Gateway, request: Request, method: str, asked: Message
 
 
 async def _infer(gateway: Gateway, request: Request) -> Response:
+    path = f"{SERVICE}/ModelInfer"
     try:
         if "inference-header-content-length" in request.headers:
             raise refused(grpc.StatusCode.UNIMPLEMENTED, "expected tensors as JSON, came the binary extension", 415)
-        async with gateway.body(request, f"{SERVICE}/ModelInfer") as body:
+        async with gateway.body(request, path) as body:
             message = await in_loop_or_thread(len(body), lambda: _request(body, **_model(request)))
-            content, _ = await gateway.call(request, f"{SERVICE}/ModelInfer", message.SerializeToString())
+            content, _ = await gateway.call(request, path, message.SerializeToString())
         return await in_loop_or_thread(len(content), lambda: json_response(_response(content)))
     except InvalidRequest as error:
-        return plain_error_response(Failed(status_of(error)))
+        return gateway.failed(Refused(status_of(error)), path, plain_error_response)
     except Failed as failed:
-        return plain_error_response(failed)
+        return gateway.failed(failed, path, plain_error_response)
 
 
 def _request(body: bytes, name: str, version: str) -> Message:

@@ -24,6 +24,8 @@ _EXPECTED = {
     FieldDescriptor.CPPTYPE_STRING: "a text",
 }
 LONGEST_NAME = 80
+WELL_KNOWN = "google.protobuf."
+"""The package of types with a JSON form of their own."""
 
 
 def load_json(body: bytes) -> Any:
@@ -114,7 +116,7 @@ def _blame(value: Any, kind: Descriptor, where: str) -> None:
 def _blame_value(value: Any, one: FieldDescriptor, path: str) -> None:
     assert one.containing_type is not None
     is_map = one.message_type is not None and one.message_type.GetOptions().map_entry
-    if one.message_type is not None and not is_map:
+    if one.message_type is not None and not is_map and not one.message_type.full_name.startswith(WELL_KNOWN):
         _blame(value, one.message_type, path)
         return
     try:

@@ -9,6 +9,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSe
 
 from serve.http.connect import path_of
 from serve.http.errors import HTTP_STATUS, JSON, code_name
+from serve.http.messages import WELL_KNOWN
 
 COMMENTS = "contract.binpb"
 """In serve/pb: the contract with its comments, which the generated code leaves out (`make stubs`)."""
@@ -136,7 +137,9 @@ def _reached(kinds: Iterable[Descriptor]) -> list[Descriptor | EnumDescriptor]:
         if not kind.GetOptions().map_entry:
             found[kind.full_name] = kind
         for one in kind.fields:
-            waiting += [inner for inner in (one.message_type, one.enum_type) if inner is not None]
+            inner = one.message_type or one.enum_type
+            if inner is not None and not inner.full_name.startswith(WELL_KNOWN):
+                waiting.append(inner)
     return [found[name] for name in sorted(found)]
 
 
@@ -179,7 +182,7 @@ def _schema(kind: Descriptor | EnumDescriptor, comments: dict[str, str]) -> dict
         text = "\n".join([*described.values(), *lines])
         return ({"description": text} if text else {}) | {"type": "string", "enum": values}
     properties = {
-        one.json_name: _described(comments, f"{kind.full_name}.{one.name}") | _field(one) for one in kind.fields
+        one.json_name: _field(one) | _described(comments, f"{kind.full_name}.{one.name}") for one in kind.fields
     }
     return described | {"type": "object", "properties": properties}
 
@@ -192,6 +195,8 @@ def _field(one: FieldDescriptor) -> dict[str, Any]:
 
 def _value(one: FieldDescriptor) -> dict[str, Any]:
     kind = one.message_type or one.enum_type
+    if kind is not None and kind.full_name.startswith(WELL_KNOWN):
+        return {"description": f"{kind.full_name}, as protobuf's JSON has it."}
     if kind is not None:
         return _reference(kind.full_name)
     if one.type == FieldDescriptor.TYPE_BYTES:

@@ -8,6 +8,7 @@ from serve.http.app import create_app
 from serve.http.calls import Calls, PrivateSocket
 from serve.http.connections import Door, open_socket
 from serve.http.tls import server_context
+from serve.observability.metrics import Metrics
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
@@ -21,6 +22,7 @@ class HttpServer:
     def __init__(
         self,
         listener: Listener,
+        metrics: Metrics | None = None,
         origins: Sequence[str] = (),
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
@@ -28,6 +30,7 @@ class HttpServer:
 
         Args:
             listener: Where to listen and for whom: with the gRPC server's own TLS and tokens.
+            metrics: Those of the gRPC server; None: metrics that are not published.
             origins: Pages of these origins may call from a browser; `*` means all.
             on_failure: Called when the door ends without having been asked to.
 
@@ -44,7 +47,9 @@ class HttpServer:
         self._private = PrivateSocket()
         self.grpc_address = self._private.address
         self.calls = Calls(self.grpc_address)
-        self._door = Door(create_app(self.calls, listener.tokens, origins, hosts), opened, tls, on_failure)
+        self._door = Door(
+            create_app(self.calls, metrics or Metrics(), listener.tokens, origins, hosts), opened, tls, on_failure
+        )
         self.port = self._door.port
         host = listener.address.rpartition(":")[0]
         self.url = f"{'http' if tls is None else 'https'}://{host}:{self.port}"

@@ -158,7 +158,7 @@ class Metrics:
 
     def rejected(self, reason: str, method: str) -> None:
         """One call that was turned away before it was looked at: `unauthenticated`, `permission` or `overload`; or that
-        was ended because its message did not come: `no_message`."""
+        was ended because its message did not come: `no_message`; or that came over HTTP and is no call: `http`."""
         self._rejected.labels(reason, method if method in self._methods else "unknown").inc()
 
     def answered(self, policy: str, items: NDArray[np.int32]) -> None:

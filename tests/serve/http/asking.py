@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from serve.front.lifecycle import RecommenderServer
 from serve.http.server import HttpServer
+from serve.observability.metrics import Metrics
 
 TIMEOUT_S = 30
 
@@ -30,6 +31,7 @@ class Doors(NamedTuple):
 
     server: RecommenderServer
     http: HttpServer
+    metrics: Metrics
 
     @property
     def address(self) -> str:

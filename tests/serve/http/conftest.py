@@ -9,6 +9,7 @@ import pytest
 from serve.front.server import Listener, create_server
 from serve.http.server import HttpServer
 from serve.model.recommender import Recommender
+from serve.observability.metrics import Metrics
 from serve.stores.base import EventStore
 from tests.serve.http.asking import Doors, Opening
 from tests.serve.one_model import one_model
@@ -21,12 +22,15 @@ def opening(model: Recommender, store: EventStore) -> Opening:
     @contextmanager
     def opened(origins: tuple[str, ...] = (), **parts: Any) -> Iterator[Doors]:
         listener = Listener("localhost:0", **parts)
-        http = HttpServer(listener, origins)
-        server = create_server(one_model(model, store), store, listener, also_listen=(http.grpc_address,))
+        metrics = Metrics()
+        http = HttpServer(listener, metrics, origins)
+        server = create_server(
+            one_model(model, store), store, listener, metrics=metrics, also_listen=(http.grpc_address,)
+        )
         server.start()
         http.start()
         try:
-            yield Doors(server, http)
+            yield Doors(server, http, metrics)
         finally:
             http.close()
             server.drain()

@@ -25,6 +25,7 @@ from serve.http.connect import path_of
 from serve.http.errors import HTTP_STATUS, code_name
 from serve.http.messages import from_json, load_json, to_json
 from serve.model.recommender import Recommender
+from serve.pb import open_inference_pb2
 from serve.pb import recommender_pb2 as pb
 from tests.serve.http.asking import Doors, ask
 
@@ -63,10 +64,18 @@ def asked_by_grpc(address: str, path: str, message: bytes) -> tuple[grpc.StatusC
 
 
 def without_ids(answer: Message) -> bytes:
-    for one in (answer, *getattr(answer, "responses", ())):
-        if "recommendation_id" in one.DESCRIPTOR.fields_by_name:
-            one.ClearField("recommendation_id")  # type: ignore[arg-type]
+    """Each answer has a new one."""
+    clear_ids(answer)
     return answer.SerializeToString(deterministic=True)
+
+
+def clear_ids(message: Message) -> None:
+    for field, value in message.ListFields():
+        if field.name == "recommendation_id":
+            message.ClearField(field.name)
+        elif field.message_type is not None and not field.message_type.GetOptions().map_entry:
+            for one in value if field.is_repeated else [value]:
+                clear_ids(one)
 
 
 def test_every_unary_method_of_the_server_has_its_path() -> None:
@@ -153,7 +162,6 @@ def test_any_json_is_a_message_or_an_error_of_a_field(value: Any) -> None:
         ('{"k": 99999999999}', "k: expected a whole number, within the bounds of its type, came 99999999999"),
         ('{"k": true}', "k: expected a whole number, within the bounds of its type, came true or false"),
         ('{"seen": "SEEN_NEVER"}', "seen: expected a name of the enum, came the text 'SEEN_NEVER'"),
-        ('{"userId": "a", "history": {}}', "history: expected one field of subject, came user_id too"),
         ('{"excludeItemIds": ["1", 2]}', "exclude_item_ids[1]: expected a text, came 2"),
         ('{"filter": {"minimumScore": 1e39}}', "filter.minimum_score: expected a number, came 1e+39"),
         ('{"userId": "\\ud800"}', "user_id: expected a text, came the text '?'"),
@@ -166,6 +174,20 @@ def test_bad_json_is_blamed_where_it_is(doors: Doors, text: bytes | str, message
     assert said.json["message"].startswith(message)
     violations = said.json["details"][0]["debug"]["fieldViolations"]
     assert violations[0]["field"] == message.partition(":")[0]
+
+
+def test_of_fields_that_exclude_each_other_one_may_be_there() -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"^int64_param: expected one field of parameter_choice, came bool_param too"
+    ):
+        from_json(b'{"boolParam": true, "int64Param": 1}', open_inference_pb2.InferParameter.DESCRIPTOR)
+
+
+def test_what_is_not_handed_on_is_counted(doors: Doors) -> None:
+    for body in ("{", '{"nothing": 1}', '{"k": -1}', '{"userId": "u"}'):
+        ask(doors.port, RECOMMEND, body)
+    counted = {"reason": "http", "method": RECOMMEND}
+    assert doors.metrics.registry.get_sample_value("jaxrec_rejected_calls_total", counted) == 2
 
 
 def test_numbers_that_json_cannot_have_come_as_texts_and_go_back() -> None:
