@@ -67,14 +67,7 @@ def serve(settings: Settings) -> None:
     from serve.stores.base import StoreError
 
     _start_logging(settings)
-    stopped, failed = threading.Event(), threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
-
-    def fail() -> None:
-        failed.set()
-        stopped.set()
-
+    stopped, failed, fail = _reasons_to_stop()
     try:
         listener, metrics = _listener(settings), Metrics()
         http = _http(settings, listener, metrics, fail)
@@ -128,6 +121,19 @@ def serve(settings: Settings) -> None:
     except (AddressError, ArtifactError, EventTypesError, ProviderError, SecurityError, StoreError) as error:
         raise click.ClickException(str(error)) from error
     leave_process(int(failed.is_set()))
+
+
+def _reasons_to_stop() -> tuple[threading.Event, threading.Event, Callable[[], None]]:
+    """What is set by a signal or a failure, what is set by a failure alone, and what a failure calls."""
+    stopped, failed = threading.Event(), threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+
+    def fail() -> None:
+        failed.set()
+        stopped.set()
+
+    return stopped, failed, fail
 
 
 def _said(model: "Recommender", where: str) -> str:

@@ -1,6 +1,7 @@
 """The page in a real browser: what a reader sees and does, by mouse and by keyboard, against a real server."""
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -205,10 +206,24 @@ def test_reasons_scores_filters_similar_items_and_the_profile(
         assert "100 % of the users" in page.one("#model-list").text
 
 
+def trending(page: Page) -> list[str]:
+    """The ids of the trending items, asked for once more."""
+    page.script("trending.open = false")
+    page.script("$('trending-items').replaceChildren(); trending.open = true")
+    page.wait(lambda: page.all("#trending-items button"))
+    return list(
+        page.script("return [...$('trending-items').querySelectorAll('button')].map((one) => one.dataset.item)")
+    )
+
+
 @needs_browser
 def test_what_the_server_does_not_have_is_hidden(page: Page, serving: tuple[str, int]) -> None:
     offered = "/jaxrec.v1.Recommender/Trending" in ask(serving[1], "/openapi.json").json["paths"]
     assert page.one("#trending").is_displayed() is offered
+    if offered:
+        with RecommenderClient(serving[0]) as client:
+            client.record_events([UserEvent(event_id="now", user_id="now", item_id="1014", timestamp=int(time.time()))])
+        page.wait(lambda: trending(page)[:1] == ["1014"])
     assert not page.one("#profile").is_displayed()
     assert not page.one("#similar").is_displayed()
     page.script("arguments[0].click()", page.one("input[value=user]"))
