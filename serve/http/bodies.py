@@ -8,9 +8,8 @@ import grpc
 from starlette.requests import Request
 
 from serve.api.errors import Status, status_of
-from serve.front.limits import MAX_MESSAGE_BYTES
 from serve.http.calls import Refused
-from serve.http.limits import BODY_S, MAX_BODIES_BYTES
+from serve.http.limits import BODY_S, MAX_BODIES_BYTES, MAX_BODY_BYTES
 from serve.serving.batching import RETRY_AFTER_S
 from serve.serving.errors import QueueFull
 
@@ -38,7 +37,7 @@ class Bodies:
             starlette.requests.ClientDisconnect: The client went away.
         """
         # The HTTP library lets only a number through.
-        if int(request.headers.get("content-length", "0")) > MAX_MESSAGE_BYTES:
+        if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:
             raise _too_long()
         chunks: list[bytes] = []
         size = 0
@@ -47,7 +46,7 @@ class Bodies:
                 async for chunk in request.stream():
                     size += len(chunk)
                     self.held += len(chunk)
-                    if size > MAX_MESSAGE_BYTES:
+                    if size > MAX_BODY_BYTES:
                         raise _too_long()
                     if self.held > MAX_BODIES_BYTES:
                         raise Refused(status_of(BodiesFull()))
@@ -66,5 +65,5 @@ class Bodies:
 
 
 def _too_long() -> Refused:
-    text = f"expected a body of at most {MAX_MESSAGE_BYTES} bytes, came a longer one"
+    text = f"expected a body of at most {MAX_BODY_BYTES} bytes, came a longer one"
     return Refused(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, text), 413)

@@ -1,7 +1,9 @@
-"""What the HTTP door allows a caller, in bytes, seconds and counts. A message may be as long as gRPC allows it."""
+"""What the HTTP door allows a caller, in bytes, seconds and counts."""
 
-from serve.front.limits import MAX_CALLS_OF_A_CONNECTION
+from serve.front.limits import MAX_CALLS_OF_A_CONNECTION, MAX_MESSAGE_BYTES
 
+# As long as gRPC allows a message, which as JSON is longer.
+MAX_BODY_BYTES = MAX_MESSAGE_BYTES
 # Request line and headers together.
 MAX_HEAD_BYTES = 16 * 2**10
 # Bodies that are being read, of all connections together: a few of the longest, or thousands of usual ones.

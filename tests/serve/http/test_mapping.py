@@ -136,7 +136,7 @@ def test_any_json_is_a_message_or_an_error_of_a_field(value: Any) -> None:
     try:
         from_json(json.dumps(value).encode(), pb.RecommendRequest.DESCRIPTOR)
     except InvalidRequest as error:
-        found = str(error).startswith(f"{error.field}: expected ")
+        found = ": expected " in str(error)
     else:
         found = isinstance(value, dict)
     assert found
@@ -172,7 +172,8 @@ def test_bad_json_is_blamed_where_it_is(doors: Doors, text: bytes | str, message
     said = ask(doors.port, RECOMMEND, text)
     assert (said.status, said.json["code"]) == (400, "invalid_argument")
     assert said.json["message"].startswith(message)
-    violations = said.json["details"][0]["debug"]["fieldViolations"]
+    details = {detail["type"]: detail["debug"] for detail in said.json["details"]}
+    violations = details["google.rpc.BadRequest"]["fieldViolations"]
     assert violations[0]["field"] == message.partition(":")[0]
 
 

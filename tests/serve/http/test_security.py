@@ -11,11 +11,11 @@ import pytest
 from serve.addresses import SecurityError
 from serve.client import Connection, RecommenderClient
 from serve.front.auth import parse_tokens
-from serve.front.limits import MAX_MESSAGE_BYTES
 from serve.front.server import Listener
 from serve.front.tls import Tls
 from serve.http.connect import path_of
 from serve.http.errors import HTTP_STATUS, code_name
+from serve.http.limits import MAX_BODY_BYTES
 from serve.http.server import HttpServer
 from tests.serve.cli.test_run import BEYOND, said_by
 from tests.serve.front.test_security import TOKENS, Authority
@@ -66,7 +66,7 @@ def test_the_body_of_a_caller_without_the_right_is_not_read(opening: Opening) ->
         connection = http.client.HTTPConnection("localhost", doors.port, timeout=TIMEOUT_S)
         connection.putrequest("POST", "/jaxrec.v1.Recommender/UpsertItems")
         connection.putheader("content-type", "application/json")
-        connection.putheader("content-length", str(MAX_MESSAGE_BYTES))
+        connection.putheader("content-length", str(MAX_BODY_BYTES))
         connection.putheader("authorization", f"Bearer {READER}")
         connection.endheaders()
         assert connection.getresponse().status == 403
