@@ -6,13 +6,25 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from serve.http.limits import MAX_BODY_BYTES
+from serve.addresses import AddressError
+from serve.http.connections import open_socket
+from serve.http.limits import (
+    BODY_S,
+    HEAD_S,
+    MAX_BODIES_BYTES,
+    MAX_BODY_BYTES,
+    MAX_CALLS,
+    MAX_CONNECTIONS,
+    MAX_HEAD_BYTES,
+    UNREAD_S,
+)
 from serve.stores.base import EventStore
-from tests.serve.http.asking import TIMEOUT_S, Doors, Opening, ask
+from tests.serve.http.asking import TIMEOUT_S, Doors, ask
 
 RECOMMEND = "/jaxrec.v1.Recommender/Recommend"
 RECORD = "/jaxrec.v1.Recommender/RecordEvents"
@@ -232,9 +244,23 @@ def test_an_upgrade_is_not_taken(doors: Doors) -> None:
     assert said.status == 200
 
 
-def test_other_doors_cannot_be_opened_at_the_same_port(opening: Opening, doors: Doors) -> None:
-    from serve.addresses import AddressError
-    from serve.http.connections import open_socket
+def test_connections_send_at_once() -> None:
+    with open_socket("localhost:0") as opened, socket.create_connection(opened.getsockname()[:2]):
+        accepted, _ = opened.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
+
+def test_the_limits_are_those_of_the_docs() -> None:
+    text = " ".join((Path(__file__).parents[3] / "docs" / "http.md").read_text("utf-8").split())
+    for limit in (
+        f"{MAX_BODY_BYTES // 2**20} MiB a body, {MAX_BODIES_BYTES // 2**20} MiB for the bodies of all requests",
+        f"{MAX_HEAD_BYTES // 2**10} KiB for request line and headers, {MAX_CONNECTIONS} connections, {MAX_CALLS} calls",
+        f"within {HEAD_S:g} seconds, its body within {BODY_S:g}, and an answer has to be read within {UNREAD_S:g}",
+    ):
+        assert limit in text
+
+
+def test_other_doors_cannot_be_opened_at_the_same_port(doors: Doors) -> None:
     with pytest.raises(AddressError, match="cannot listen on localhost"):
         open_socket(f"localhost:{doors.port}")
