@@ -153,8 +153,8 @@ def open_socket(address: str, shared_port: bool = False) -> socket.socket:
         opened = socket.create_server(
             (host, port), family=family, reuse_port=shared_port, dualstack_ipv6=both, backlog=BACKLOG
         )
-        # Connections inherit it. asyncio sets it only if the socket names its protocol. Without it the body of an answer
-        # waits some 40 ms for the client to acknowledge the head.
+        # Connections inherit it. asyncio sets it only if the socket names its protocol. Without it the body of an
+        # answer waits some 40 ms for the client to acknowledge the head.
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return opened
     except OSError as error:

@@ -1,6 +1,7 @@
 """Messages of the contract as JSON, by protobuf's own mapping, and errors that say which field is at fault."""
 
 import json
+from collections import Counter
 from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -37,8 +38,7 @@ def load_json(body: bytes) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = dict(pairs)
         if len(names) < len(pairs):
-            keys = [name for name, _ in pairs]
-            twice = next(name for at, name in enumerate(keys) if name in keys[:at])
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
             raise InvalidRequest("message", "each name once in an object", repr(twice[:LONGEST_NAME]))
         return names
 
@@ -104,30 +104,39 @@ def _blame(value: Any, kind: Descriptor, where: str) -> None:
             if group in groups:
                 raise InvalidRequest(path, f"one field of {group}", f"{groups[group]} too")
             groups[group] = one.name
-        if not one.is_repeated or (one.message_type is not None and one.message_type.GetOptions().map_entry):
+        if _fails(one, inner):
             _blame_value(inner, one, path)
-        elif not isinstance(inner, list):
-            raise InvalidRequest(path, "a list", kind_of(inner))
-        else:
-            for at, element in enumerate(inner):
-                _blame_value(element, one, f"{path}[{at}]")
 
 
 def _blame_value(value: Any, one: FieldDescriptor, path: str) -> None:
-    assert one.containing_type is not None
+    """Raises InvalidRequest for a value that cannot be read as a field's, or for what is wrong within it."""
     is_map = one.message_type is not None and one.message_type.GetOptions().map_entry
+    if one.is_repeated and not is_map:
+        if not isinstance(value, list):
+            raise InvalidRequest(path, "a list", kind_of(value))
+        # By halves, so that a long list is not read as often as it has elements.
+        first, end = 0, len(value)
+        while end - first > 1:
+            middle = (first + end) // 2
+            first, end = (first, middle) if _fails(one, value[first:middle]) else (middle, end)
+        value, path = value[first], f"{path}[{first}]"
     if one.message_type is not None and not is_map and not one.message_type.full_name.startswith(WELL_KNOWN):
         _blame(value, one.message_type, path)
         return
+    expected = "an object" if is_map or one.message_type is not None else _EXPECTED[one.cpp_type]
+    if one.type == FieldDescriptor.TYPE_BYTES:
+        expected = "bytes in base64"
+    raise InvalidRequest(path, expected, kind_of(value))
+
+
+def _fails(one: FieldDescriptor, value: Any) -> bool:
+    """Whether a value cannot be read as a field's."""
+    assert one.containing_type is not None
     try:
-        ParseDict(
-            {one.name: [value] if one.is_repeated and not is_map else value}, GetMessageClass(one.containing_type)()
-        )
-    except ParseError as error:
-        expected = "an object of texts" if is_map else _EXPECTED[one.cpp_type]
-        if one.type == FieldDescriptor.TYPE_BYTES:
-            expected = "bytes in base64"
-        raise InvalidRequest(path, expected, kind_of(value)) from error
+        ParseDict({one.name: value}, GetMessageClass(one.containing_type)())
+    except ParseError:
+        return True
+    return False
 
 
 def kind_of(value: Any) -> str:
