@@ -41,7 +41,12 @@ from google.protobuf.message_factory import GetMessageClass
 from serve.api.rules import MAX_ID_LENGTH
 from serve.client import Event, RecommenderClient, UserEvent, recommend_request
 from serve.pb import model_admin_pb2, open_inference_pb2, recommender_pb2
-from serve.pb.recommender_pb2 import RecommendRequest, RecommendResponse
+from serve.pb.recommender_pb2 import (
+    BatchRecommendRequest,
+    BatchRecommendResponse,
+    RecommendRequest,
+    RecommendResponse,
+)
 from tests.serve.process import running_server
 
 CALLERS = 64
@@ -50,6 +55,7 @@ GOOD_EVERY = 10
 DEADLINE_S = 60.0
 GOOD_USER = "hostile-test-good-user"
 RECOMMEND = "/jaxrec.v1.Recommender/Recommend"
+BATCH_RECOMMEND = "/jaxrec.v1.Recommender/BatchRecommend"
 SERVICES = (
     recommender_pb2.DESCRIPTOR.services_by_name["Recommender"],
     recommender_pb2.DESCRIPTOR.services_by_name["Recommender"],  # twice: it is what clients meet
@@ -353,6 +359,18 @@ def is_answer(request: bytes, answer: bytes, item_ids: frozenset[str]) -> bool:
     )
 
 
+def are_answers(request: bytes, answer: bytes, item_ids: frozenset[str]) -> bool:
+    """Whether an answer of BatchRecommend has for each request an answer, or an error that blames it."""
+    asked, got = BatchRecommendRequest.FromString(request), BatchRecommendResponse.FromString(answer)
+    blamed = {code.value[0] for code in BLAMES_THE_REQUEST}
+    return len(got.results) == len(asked.requests) and all(
+        one.error.code in blamed
+        if one.HasField("error")
+        else is_answer(single.SerializeToString(), one.response.SerializeToString(), item_ids)
+        for single, one in zip(asked.requests, got.results, strict=True)
+    )
+
+
 def same_answer(first: RecommendResponse, second: RecommendResponse) -> bool:
     """Whether two answers recommend the same, up to the rounding of batches of other sizes."""
     if [one.item_id for one in first.recommendations] != [one.item_id for one in second.recommendations]:
@@ -381,7 +399,7 @@ def attack_server(
             UserEvent(event_id=f"hostile-test-{at}", user_id=GOOD_USER, item_id=item_ids[at], timestamp=at)
             for at in range(1, 11)
         )
-        expected = client.batch_recommend(good)
+        expected = [one for one in client.batch_recommend(good) if isinstance(one, RecommendResponse)]
     return asyncio.run(_attack(address, process_id, frozenset(item_ids), requests, seed, good, expected, progress))
 
 
@@ -417,6 +435,8 @@ async def _attack(
         outcome.statuses["OK"] += 1
         if one.method == RECOMMEND and not is_answer(one.message, answer, item_ids):
             outcome.broken.append(f"no valid answer to {one}")
+        if one.method == BATCH_RECOMMEND and not are_answers(one.message, answer, item_ids):
+            outcome.broken.append(f"no valid answers to {one}")
 
     async def asked(channel: grpc.aio.Channel, at: int) -> None:
         outcome.good += 1

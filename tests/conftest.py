@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 
 from jaxrec.config import ModelConfig, PrepareConfig, RatingScale, TrainConfig, to_json
+from jaxrec.data.content import item_content
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER
@@ -29,9 +30,11 @@ from jaxrec.models.repeat import TABLE_SIZE, Repeat
 from jaxrec.models.reranker import CONTEXT, FEATURES, Reranker, RerankerWeights, Scales
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.models.trend import Trend
+from jaxrec.onnx.added_items import ContentHeads
 from jaxrec.onnx.model_directory import export_model
 from jaxrec.rl.logged.tables import with_reranker
 from jaxrec.runs.directory import SCHEMA_VERSION
+from jaxrec.training.content_head import ridge_head
 from tests.once import made_once
 
 # A program for the CPU runs only where its instructions are known.
@@ -174,6 +177,13 @@ def repeating_hybrid(small_hybrid: Hybrid) -> Hybrid:
     return Hybrid(*models, small_hybrid.mix_weights(), small_hybrid.trend, repeat=Repeat(table))
 
 
+def heads(hybrid: Hybrid, data: PreparedData) -> ContentHeads:
+    """Those of the ridge regression, with a shift of half a logit."""
+    features, popularity = item_content(data), data.train_popularity()
+    fitted = (ridge_head(model, features.matrix, popularity) for model in (hybrid.lstm, hybrid.content))
+    return ContentHeads(*fitted, features, 0.5)
+
+
 @pytest.fixture(scope="session")
 def model_directory(small_data: PreparedData, small_hybrid: Hybrid, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The exported `small_hybrid`. Shared: copy it before changing it."""
@@ -186,6 +196,7 @@ def model_directory(small_data: PreparedData, small_hybrid: Hybrid, tmp_path_fac
             training={"note": "random weights"},
             metrics={},
             licence="Synthetic data, free for any use.",
+            heads=heads(small_hybrid, small_data),
         )
 
     return made_once(tmp_path_factory, "model_directory", export)

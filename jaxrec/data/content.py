@@ -30,11 +30,15 @@ class ItemContent:
         names: One for each column of the matrix: genres, then the columns of `--features`, then years of titles.
         matrix: [items + 1, features] float32 of 0 and 1; row 0 (padding) is zero.
         model_features: How many of them, from the first, the content model reads.
+        columns: How the columns of `--features` are encoded.
+        title_years: How the years of titles are encoded; None: no feature says them.
     """
 
     names: tuple[str, ...]
     matrix: np.ndarray
     model_features: int
+    columns: tuple[ColumnEncoding, ...] = ()
+    title_years: ColumnEncoding | None = None
 
     def model_matrix(self) -> np.ndarray:
         """[items + 1, max(1, model_features)] float32: what the content model reads; one zero column for nothing."""
@@ -74,14 +78,16 @@ def item_content(data: PreparedData) -> ItemContent:
     years, fitted = [match[1] if match else "" for match in found], _fitted(data)
     with_year = sum(bool(year) for year, of_fit in zip(years, fitted, strict=True) if of_fit)
     of_titles = fit_column("title year", years, fitted, bins=YEAR_BINS)
-    if of_titles is not None and with_year > LEAST_YEARS * fitted.sum():
+    if of_titles is not None and with_year <= LEAST_YEARS * fitted.sum():
+        of_titles = None
+    if of_titles is not None:
         rows, of_features = of_titles.cells(years)
         ones.append(np.stack([rows, of_features + len(names)]))
         names += of_titles.features
     matrix = np.zeros((len(catalog) + 1, len(names)), np.float32)
     rows, of_features = np.concatenate(ones, axis=1)
     matrix[rows + 1, of_features] = 1
-    return ItemContent(tuple(names), matrix, model_features)
+    return ItemContent(tuple(names), matrix, model_features, columns, of_titles)
 
 
 def model_feature_names(data: PreparedData) -> list[str]:

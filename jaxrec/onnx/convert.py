@@ -28,14 +28,14 @@ _SEQUENCE_LENS = 4  # the place of the lengths among the inputs of ONNX' LSTM
 
 def sequence_graph(weights: Weights) -> bytes:
     """`sequence.onnx`, as `sequence_signature` has it. Raises ExportError."""
-    return _graph(
-        "sequence", weights, sequence_signature(weights.state_width, weights.allow_seen), _item_arrays(weights)
-    )
+    signature = sequence_signature(weights.state_width, weights.width, weights.allow_seen)
+    return _graph("sequence", weights, signature, _item_arrays(weights))
 
 
 def step_graph(weights: Weights) -> bytes:
     """`step.onnx`, as `step_signature` has it. Raises ExportError."""
-    return _graph("step", weights, step_signature(weights.state_width, weights.allow_seen), _item_arrays(weights))
+    signature = step_signature(weights.state_width, weights.width, weights.allow_seen)
+    return _graph("step", weights, signature, _item_arrays(weights))
 
 
 def sequence_query_graph(weights: Weights) -> bytes:

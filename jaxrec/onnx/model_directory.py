@@ -17,6 +17,7 @@ from jaxrec.evaluation.baselines import decayed_popularity
 from jaxrec.files import new_directory, sha256
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.repeat import EDGES, FEATURE_NAMES
+from jaxrec.onnx.added_items import ContentHeads, added_items
 from jaxrec.onnx.ann_index import FROM_ITEMS
 from jaxrec.onnx.convert import sequence_graph, step_graph, trend_graph
 from jaxrec.onnx.parity import check_parity
@@ -25,7 +26,7 @@ from jaxrec.onnx.search import externalized, make_search, write_array
 from jaxrec.onnx.signature import OPSET, sequence_signature, step_signature, trend_signature
 from jaxrec.onnx.weights import extract_weights
 
-MANIFEST_SCHEMA_VERSION = 3
+MANIFEST_SCHEMA_VERSION = 4
 MANIFEST_FILE = "manifest.json"
 SEQUENCE_FILE = "sequence.onnx"
 STEP_FILE = "step.onnx"
@@ -33,6 +34,7 @@ TREND_FILE = "trend.onnx"
 TREND_COUNTS_FILE = "trend_counts.npy"
 MODEL_CATALOG_FILE = "catalog.csv"
 ITEM_VECTORS_FILE = "item_vectors.npy"
+ADDED_ITEMS_FILE = "added_items.npy"
 LICENCE_FILE = "DATA_LICENCE.txt"
 
 
@@ -46,6 +48,7 @@ def export_model(
     licence: str,
     int8: bool = False,
     index: bool | None = None,
+    heads: ContentHeads | None = None,
 ) -> dict[str, Any]:
     """Converts `hybrid`, verifies the graphs against JAX, and writes the model directory `out`; returns its manifest.
 
@@ -63,13 +66,14 @@ def export_model(
             on, unless the hybrid has a reranker, which needs the whole graphs. The cap of new items is part of the
             whole graphs alone: beside an index their vectors are zero, so that
             they rank low (`Hybrid.without_new_items`). One line on the terminal says so with their number.
+        heads: what says of items that come after the export how they rank; None: nothing does, and they rank low until
+            the trend of their first events lifts them.
 
     Raises:
         ExportError: the model, its graphs or a summary are not fit to be exported; nothing is written then.
     """
     summaries = {"dataset": data.summary(), "training": training, "metrics": metrics}
-    for name, summary in summaries.items():
-        _require_json(name, summary)
+    _require_json(summaries)
     indexed = _is_indexed(hybrid, index)
     new = None if hybrid.new_items is None else np.asarray(hybrid.new_items[...])
     if indexed and new is not None:
@@ -88,18 +92,19 @@ def export_model(
     sequence, step, trend = sequence_graph(weights), step_graph(weights), trend_graph(weights)
     parity = check_parity(hybrid, sequence, step, trend, max_history)
     counts = DecayedCounts.of(data)
-    latest = counts.until(counts.last_time)
+    latest, added = counts.until(counts.last_time), added_items(hybrid, data, heads)
     search = None
     if indexed:
         search = make_search(weights, sequence, np.asarray(hybrid.trend(latest)), data, max_history, int8)
-        parity["max_abs_query_difference"] = search.parity
+        parity["max_abs_query_difference"] = max(parity["max_abs_query_difference"], search.parity)
     if int8:
         quantized = quantize_lstms(sequence)
         parity["int8"] = check_quality(sequence, quantized, data, max_history, hybrid.repeat)
         sequence, step = quantized, quantize_lstms(step)
+    widths = weights.state_width, weights.width
     graphs = {
-        "sequence": {"file": SEQUENCE_FILE, **sequence_signature(weights.state_width, weights.allow_seen).to_json()},
-        "step": {"file": STEP_FILE, **step_signature(weights.state_width, weights.allow_seen).to_json()},
+        "sequence": {"file": SEQUENCE_FILE, **sequence_signature(*widths, weights.allow_seen).to_json()},
+        "step": {"file": STEP_FILE, **step_signature(*widths, weights.allow_seen).to_json()},
         "trend": {"file": TREND_FILE, **trend_signature(len(HALF_LIVES_S)).to_json()},
     }
     if search is not None:
@@ -116,6 +121,7 @@ def export_model(
             (folder / STEP_FILE).write_bytes(externalized(step, folder))
         (folder / TREND_FILE).write_bytes(trend)
         write_array(folder / TREND_COUNTS_FILE, latest)
+        write_array(folder / ADDED_ITEMS_FILE, added.rows)
         _write_catalog(data, new, folder / MODEL_CATALOG_FILE)
         (folder / LICENCE_FILE).write_text(licence.rstrip() + "\n", encoding="utf-8")
         files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
@@ -138,6 +144,7 @@ def export_model(
                 "half_lives_s": HALF_LIVES_S,
                 "counted_until": counts.last_time,
             },
+            "added_items": {"file": ADDED_ITEMS_FILE, **added.encoding()},
             "seen": _seen_section(hybrid),
             **({} if search is None else {"index": search.summary}),
             "files": files,
@@ -181,11 +188,12 @@ def _is_indexed(hybrid: Hybrid, index: bool | None) -> bool:
     return False
 
 
-def _require_json(name: str, summary: dict[str, Any]) -> None:
-    try:
-        json.dumps(summary, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ExportError(f"{name} must hold JSON values only: {error}") from error
+def _require_json(summaries: dict[str, dict[str, Any]]) -> None:
+    for name, summary in summaries.items():
+        try:
+            json.dumps(summary, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ExportError(f"{name} must hold JSON values only: {error}") from error
 
 
 def _write_catalog(data: PreparedData, new: np.ndarray | None, path: Path) -> None:

@@ -112,19 +112,20 @@ def check_parity(hybrid: Hybrid, sequence: bytes, step: bytes, trend: bytes, max
 
     Returns what was compared, as JSON values.
 
-    Compared within TOLERANCE: every logit and the state of `sequence`, of each row alone, and of the same history
-    fed to `step` event by event; the order of all items, where a pair closer than that may change places; and the
-    trend of made-up counts.
+    Compared within TOLERANCE: every logit, the state and the query of `sequence`, of each row alone, and of the same
+    history fed to `step` event by event; the order of all items, where a pair closer than that may change places; and
+    the trend of made-up counts.
     Raises ExportError.
     """
     item_count = len(hybrid.item_bias()) - 1
     probe = make_probe(item_count, max_history, allow_seen=hybrid.repeat is not None)
-    logits, state = _jax_answer(hybrid, probe)
+    logits, state, query = _jax_answer(hybrid, probe)
     graphs = {"sequence.onnx": open_session(sequence), "step.onnx": open_session(step)}
     everything = np.array([item_count], np.int64)
 
     answer = _run(graphs["sequence.onnx"], **probe.inputs(), k=everything)
     differences = [_compare("sequence.onnx", answer, logits, state, probe.never())]
+    of_query = _difference("sequence.onnx: queries", answer["query"], query)
     for at in range(PROBE_ROWS):
         row = probe.row(at)
         alone = _run(graphs["sequence.onnx"], **row.inputs(), k=everything)
@@ -132,6 +133,7 @@ def check_parity(hybrid: Hybrid, sequence: bytes, step: bytes, trend: bytes, max
         differences.append(_compare(name, alone, logits[at, None], state[at, None], row.never()))
     replayed = _replay(graphs["step.onnx"], probe, everything, state.shape[1])
     differences.append(_compare("step.onnx", replayed, logits, state, probe.never()))
+    of_query = max(of_query, _difference("step.onnx: queries", replayed["query"], query))
     few = _run(graphs["sequence.onnx"], **probe.inputs(), k=np.array([min(3, item_count)], np.int64))
     if not np.array_equal(few["items"], answer["items"][:, : few["items"].shape[1]]):
         raise ExportError("sequence.onnx: the 3 best items are not the first 3 of all items")
@@ -141,9 +143,10 @@ def check_parity(hybrid: Hybrid, sequence: bytes, step: bytes, trend: bytes, max
     of_trend = _difference("trend.onnx", found[None], np.asarray(hybrid.trend(counts))[None])
     largest = np.max(differences, axis=0)
     return {
-        "max_abs_difference": max(float(largest.max()), of_trend),
+        "max_abs_difference": max(float(largest.max()), of_query, of_trend),
         "max_abs_logit_difference": float(largest[0]),
         "max_abs_state_difference": float(largest[1]),
+        "max_abs_query_difference": of_query,
         "max_abs_trend_difference": of_trend,
         "tolerance": TOLERANCE,
         "probe_rows": PROBE_ROWS,
@@ -198,7 +201,7 @@ def _logits(weights: Weights, query: np.ndarray, state: np.ndarray) -> np.ndarra
     return logits
 
 
-def _jax_answer(hybrid: Hybrid, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
+def _jax_answer(hybrid: Hybrid, probe: Probe) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     definition, weights = nnx.split(hybrid)
 
     @jax.jit
@@ -209,16 +212,18 @@ def _jax_answer(hybrid: Hybrid, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
         exclude: jax.Array,
         trend: jax.Array,
         seen: SeenScores | None,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         hybrid = nnx.merge(definition, weights)
-        return hybrid.logits(events, request_gap, exclude=exclude, trend=trend, seen=seen)
+        logits, state = hybrid.logits(events, request_gap, exclude=exclude, trend=trend, seen=seen)
+        h_lstm, _, h_content, _, _ = hybrid.split_state(state)
+        return logits, state, hybrid.query_at((h_lstm, h_content), request_gap)
 
     with jax.default_matmul_precision("highest"):
         events = Events(*(jax.numpy.asarray(x) for x in (probe.item, probe.rating, probe.gap, probe.length)))
         seen = None if probe.seen is None or probe.seen_score is None else SeenScores(probe.seen, probe.seen_score)
         request = map(jax.numpy.asarray, (probe.request_gap, probe.never(), probe.trend))
-        logits, state = answer(weights, events, *request, seen)
-    return np.asarray(logits), np.asarray(state)
+        logits, state, query = answer(weights, events, *request, seen)
+    return np.asarray(logits), np.asarray(state), np.asarray(query)
 
 
 def open_session(graph: bytes) -> Any:

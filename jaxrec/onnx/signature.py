@@ -37,9 +37,9 @@ _NO_QUERY = ("trend", "exclude", "blocked", "k", *_SEEN)
 _RANKING = {"items": Tensor("int32", ("batch", "k")), "scores": Tensor("float32", ("batch", "k"))}
 
 
-def sequence_signature(state_width: int, allow_seen: bool = False) -> Signature:
-    """A batch of right-padded histories -> their states and answers. With `allow_seen` items of the histories, 0 for
-    none, come with what is added to their logits."""
+def sequence_signature(state_width: int, vector_width: int, allow_seen: bool = False) -> Signature:
+    """A batch of right-padded histories -> their states, answers, and queries: what an item's vector is multiplied
+    with. With `allow_seen` items of the histories, 0 for none, come with what is added to their logits."""
     return Signature(
         inputs={
             "item": Tensor("int32", ("batch", "length")),
@@ -49,12 +49,16 @@ def sequence_signature(state_width: int, allow_seen: bool = False) -> Signature:
             **_REQUEST,
             **(_SEEN if allow_seen else {}),
         },
-        outputs={"state": Tensor("float32", ("batch", state_width)), **_RANKING},
+        outputs={
+            "state": Tensor("float32", ("batch", state_width)),
+            **_RANKING,
+            "query": Tensor("float32", ("batch", vector_width)),
+        },
     )
 
 
-def step_signature(state_width: int, allow_seen: bool = False) -> Signature:
-    """A batch of states and one event for each -> their next states and answers; `allow_seen` as above."""
+def step_signature(state_width: int, vector_width: int, allow_seen: bool = False) -> Signature:
+    """A batch of states and one event for each -> their next states, answers and queries; `allow_seen` as above."""
     state = Tensor("float32", ("batch", state_width))
     return Signature(
         inputs={
@@ -66,7 +70,7 @@ def step_signature(state_width: int, allow_seen: bool = False) -> Signature:
             **(_SEEN if allow_seen else {}),
         },
         # ONNX wants different names for an input and an output.
-        outputs={"next_state": state, **_RANKING},
+        outputs={"next_state": state, **_RANKING, "query": Tensor("float32", ("batch", vector_width))},
     )
 
 
@@ -79,20 +83,20 @@ def trend_signature(half_lives: int) -> Signature:
 
 def sequence_query_signature(state_width: int, vector_width: int) -> Signature:
     """As `sequence_signature`, with the vectors of the items, and the query instead of an answer."""
-    whole = sequence_signature(state_width)
+    whole = sequence_signature(state_width, vector_width)
     inputs = {name: tensor for name, tensor in whole.inputs.items() if name not in _NO_QUERY}
     return Signature(
         inputs={"vector": Tensor("float32", ("batch", "length", vector_width)), **inputs},
-        outputs={"state": whole.outputs["state"], "query": Tensor("float32", ("batch", vector_width))},
+        outputs={name: whole.outputs[name] for name in ("state", "query")},
     )
 
 
 def step_query_signature(state_width: int, vector_width: int) -> Signature:
     """As `step_signature`, with the vector of the item, and the query instead of an answer."""
-    whole = step_signature(state_width)
+    whole = step_signature(state_width, vector_width)
     inputs = {name: tensor for name, tensor in whole.inputs.items() if name not in _NO_QUERY}
     vector = Tensor("float32", ("batch", vector_width))
     return Signature(
         inputs={"vector": vector, **inputs},
-        outputs={"next_state": whole.outputs["next_state"], "query": vector},
+        outputs={name: whole.outputs[name] for name in ("next_state", "query")},
     )

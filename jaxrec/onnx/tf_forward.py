@@ -75,13 +75,14 @@ def sequence(
     k: Any,
     **seen: Any,
 ) -> dict[str, Any]:
-    """A batch of histories -> state, items, scores. `seen`: the inputs of models that allow items of the history."""
+    """A batch of histories -> state, items, scores, query. `seen`: the inputs of models that allow items of the
+    history."""
     vectors = tf.gather(items.vectors, tf.transpose(item))
     recurrent, recent = _read(weights, vectors, item, rating, gap, length)
     summary = None if items.reranker is None else _summary(items.reranker, item, rating, gap, length)
     asked = _query(weights, recurrent, request_gap), recent, summary, request_gap
-    best, scores = _answer(weights, items, *asked, trend, exclude, blocked, k, **seen)
-    return {"state": _state(recurrent, recent, summary), "items": best, "scores": scores}
+    best, scores, query = _answer(weights, items, *asked, trend, exclude, blocked, k, **seen)
+    return {"state": _state(recurrent, recent, summary), "items": best, "scores": scores, "query": query}
 
 
 def step(
@@ -99,15 +100,15 @@ def step(
     k: Any,
     **seen: Any,
 ) -> dict[str, Any]:
-    """A batch of states and one event for each -> next_state, items, scores; `seen` as above."""
+    """A batch of states and one event for each -> next_state, items, scores, query; `seen` as above."""
     recurrent, recent, before = _step(weights, state, tf.gather(items.vectors, item), item, rating, gap)
     summary = None
     if items.reranker is not None:
         codes, numbers = before
         summary = _next_summary(codes, numbers, tf.gather(items.reranker.encoder, item), rating, gap)
     asked = _query(weights, recurrent, request_gap), recent, summary, request_gap
-    best, scores = _answer(weights, items, *asked, trend, exclude, blocked, k, **seen)
-    return {"next_state": _state(recurrent, recent, summary), "items": best, "scores": scores}
+    best, scores, query = _answer(weights, items, *asked, trend, exclude, blocked, k, **seen)
+    return {"next_state": _state(recurrent, recent, summary), "items": best, "scores": scores, "query": query}
 
 
 def sequence_query(
@@ -273,9 +274,9 @@ def _answer(
     k: Any,
     seen: Any = None,
     seen_score: Any = None,
-) -> tuple[Any, Any]:
-    """The k best items [batch, k] int32 and their logits. `seen_score` is added to those of `seen`, where there are.
-    Items of `exclude` and of `blocked` ([1 or batch, items + 1] bool) are NEVER."""
+) -> tuple[Any, Any, Any]:
+    """The k best items [batch, k] int32, their logits, and the query with the policy's shift. `seen_score` is added to
+    those of `seen`, where there are. Items of `exclude` and of `blocked` ([1 or batch, items + 1] bool) are NEVER."""
     logits = tf.matmul(query, items.vectors, transpose_b=True) + items.bias
     in_one_row = [-1, RECENT_ITEMS * items.neighbours.shape[1]]
     neighbours = tf.reshape(tf.gather(items.neighbours, recent), in_one_row)
@@ -297,13 +298,14 @@ def _answer(
             weights.reranker, items, logits, new, cooccurrence, trend, query, request_gap, recent, summary
         )
         if weights.policy is not None:
-            shift = tf.matmul(_policy_shift(weights.policy, query), items.vectors, transpose_b=True)
-            logits = logits + shift + weights.policy.item_bias
+            shift = _policy_shift(weights.policy, query)
+            logits = logits + tf.matmul(shift, items.vectors, transpose_b=True) + weights.policy.item_bias
+            query = query + shift
     if new is not None:
         logits = _capped(logits, new)
     # Without the column of the padding, which so cannot be an answer even when all others are excluded.
     scores, columns = tf.math.top_k(logits[:, 1:], tf.squeeze(k, 0))
-    return columns + 1, scores
+    return columns + 1, scores, query
 
 
 def _reranked(

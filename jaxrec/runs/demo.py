@@ -126,7 +126,7 @@ def ask_server(model: Path, data: PreparedData, user: int) -> dict[str, Any]:
         print(line)
         with RecommenderClient(line.split(" on ")[1].split()[0]) as client:
             _record(client, data, user)
-            profile = client.get_user_profile(raw_user, limit=10)
+            profile = client.get_user_profile(raw_user, page_size=10)
             answer = client.recommend(user_id=raw_user, k=10, explain=True)
     preferences = {
         preference.genre: {

@@ -9,8 +9,8 @@ RUN/cooccurrence.npz            the neighbours of each item, and the item vector
 RUN/content_head.npz            what gives items without training events their vectors and biases: the features' names,
                                 and a kernel and an offset for each model (`jaxrec.training.content_head`)
 RUN/hybrid.json                 the weights of the mix (`jaxrec.training.mix.Mix`), with its validation figures;
-                                `new_items`: how high the items without training events rank
-                                (`jaxrec.training.new_items`)
+                                `new_items`: how high the items without training events rank, and `hidden_items`: how
+                                high those will that come after the training (`jaxrec.training.new_items`)
 RUN/reranker.npz                the reranker that `jaxrec rl logged` learned, whether it is used, and the one that only
                                 imitates
 RUN/reranker.json               whether it is used and why, the figures, their course and frontier, the configuration
@@ -63,7 +63,7 @@ from jaxrec.training.loop import load_trained
 from jaxrec.training.mix import Mix
 from jaxrec.training.new_items import new_items, place_rows, shift_logits
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 DATA_FOLDER = "data"
 RUN_FILE = "run.json"
 HYBRID_FILE = "hybrid.json"
@@ -279,7 +279,7 @@ def load_supervised(run: Run, data: PreparedData, reranker: bool = True) -> Hybr
         reranker: Whether its reranker, if it uses one, is on top of the mix.
     """
     mix = read_json(run.folder / HYBRID_FILE, "finish the training: `jaxrec train DATA --out RUN --resume`")
-    ranked = mix.pop("new_items")
+    ranked, _ = mix.pop("new_items"), mix.pop("hidden_items")
     lstm, content = new_models(data, run.model_config, run.train_config.seed)
     lstm = load_trained(lstm, run.train_config, run.folder / LSTM_FOLDER).model
     content = load_trained(content, run.train_config, run.folder / CONTENT_FOLDER).model

@@ -4,9 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from jaxrec.config import to_json
+from jaxrec.data.content import item_content
+from jaxrec.data.prepared import PreparedData
 from jaxrec.files import read_json
+from jaxrec.onnx.added_items import ContentHeads
 from jaxrec.onnx.model_directory import export_model
-from jaxrec.runs.directory import EVALUATION_FILE, Run, load_supervised, open_run
+from jaxrec.runs.directory import (
+    CONTENT_HEAD_FILE,
+    EVALUATION_FILE,
+    HYBRID_FILE,
+    Run,
+    load_supervised,
+    open_run,
+    read_content_heads,
+)
 from jaxrec.runs.policy import load_served
 from jaxrec.runs.tracking import Tracker
 
@@ -63,8 +74,18 @@ def export(
         licence=licence,
         int8=int8,
         index=index,
+        heads=_content_heads(run, data),
     )
     if tracker is not None:
         tracker.begin(run, "FINISHED")
         tracker.log_model(Path(out), manifest["metrics"])
     return manifest
+
+
+def _content_heads(run: Run, data: PreparedData) -> ContentHeads | None:
+    """None where the run has none, since nothing is known of any item."""
+    if not (run.folder / CONTENT_HEAD_FILE).is_file():
+        return None
+    features = item_content(data)
+    shift = read_json(run.folder / HYBRID_FILE, "train again")["hidden_items"]["shift"]
+    return ContentHeads(*read_content_heads(run, features.names), features, shift)

@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from jaxrec.data.store import SUMMARY_FILE, read_prepared, unchanged_folder, wri
 from jaxrec.errors import DataError, TrainingStopped
 from jaxrec.files import new_file, sha256, write_text
 from jaxrec.models.cooccurrence import CoOccurrence
+from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.neighbours import MAX_START_ITEMS, Neighbours, initial_embedding, neighbours
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.runs.directory import (
@@ -43,6 +44,7 @@ from jaxrec.runs.directory import (
     new_models,
     open_run,
     place_new_items,
+    read_content_heads,
     read_cooccurrence,
 )
 from jaxrec.runs.tracking import begin, connect, tracked
@@ -50,7 +52,14 @@ from jaxrec.training.content_head import ridge_head, train_head
 from jaxrec.training.log import Track
 from jaxrec.training.loop import require_trainable, train_model
 from jaxrec.training.mix import learn_mix
-from jaxrec.training.new_items import tune_shift
+from jaxrec.training.new_items import (
+    NewItems,
+    counts_without,
+    hidden_items,
+    shift_logits,
+    tune_shift,
+    without_events_of,
+)
 from jaxrec.training.processes import any_process, in_first, is_first, noticing_loss, wait_for_all
 from jaxrec.training.seen import found_repeats
 from jaxrec.training.sharding import building_device, data_mesh
@@ -218,10 +227,16 @@ def _train_models(
         if new is not None:
             hybrid = mix.hybrid(trained_lstm.model, trained_content.model, model)
             ranked = tune_shift(hybrid, new, *asked)
+        whole = mix.hybrid(trained_lstm.model, trained_content.model, model, new)
+        if new is not None and ranked is not None:
+            shift_logits(whole, new, ranked.shift)
+        hidden = _tune_on_hidden_items(run, data, whole, excludes_seen, stop_where_asked)
     if is_first():
         from jaxrec.evaluation.plots import plot_training
 
-        content = {**dataclasses.asdict(mix), "new_items": None if ranked is None else dataclasses.asdict(ranked)}
+        of_items = {"new_items": ranked, "hidden_items": hidden}
+        shifts = {name: None if found is None else dataclasses.asdict(found) for name, found in of_items.items()}
+        content = {**dataclasses.asdict(mix), **shifts}
         write_text(out / HYBRID_FILE, json.dumps(content, indent=2) + "\n")
         epochs = {"TimeRatingAwareLSTM": trained_lstm.epochs, "TimeRatingAwareContentModel": trained_content.epochs}
         plot_training(epochs, out / PLOT_FILE)
@@ -343,3 +358,15 @@ def _run_content_heads(
 
     if missing:
         in_first(make_heads)
+
+
+def _tune_on_hidden_items(
+    run: Run, data: PreparedData, hybrid: Hybrid, excludes_seen: bool, before_batch: Callable[[], None]
+) -> NewItems | None:
+    """How high items rank that come after the training, as known items that are hidden would; None without heads."""
+    if not (run.folder / CONTENT_HEAD_FILE).is_file():
+        return None
+    hidden, features = hidden_items(data, run.train_config.seed), item_content(data)
+    heads = read_content_heads(run, features.names)
+    unseen = without_events_of(hybrid, hidden, [np.asarray(head.rows(features.matrix)) for head in heads])
+    return tune_shift(unseen, hidden, data, excludes_seen, before_batch, counts_without(data, hidden))

@@ -1,11 +1,17 @@
-"""Puts new items, those without training events, into trained models, and chooses how high they rank."""
+"""Puts new items, those without training events, into trained models, and chooses how high they rank.
+
+Items may also be new after the training: a server learns of them from its catalogue. How high those rank is chosen on
+known items that are hidden: they get their rows from the heads, and no co-occurrence and no trend, as if nobody had
+interacted with them.
+"""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxrec.data.batches import CaseBatch, case_batches
 from jaxrec.data.prepared import PreparedData
@@ -13,8 +19,10 @@ from jaxrec.data.trend import DecayedCounts
 from jaxrec.evaluation.metrics import rank_of_target
 from jaxrec.evaluation.ranking import in_time, without_request_time
 from jaxrec.evaluation.scorers import hybrid_scorer
+from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.masks import NEVER, exclude_items
+from jaxrec.models.neighbours import Neighbours
 from jaxrec.models.new_items import FIRST_PLACES
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.training.mix import MAX_MIX_CASES
@@ -22,6 +30,8 @@ from jaxrec.training.mix import MAX_MIX_CASES
 TOP = 50
 LEAST_KEPT = 0.975
 """Of the known items' validation HR@50 so much stays beside new items."""
+HIDDEN_SHARE = 0.05
+"""Of the items with training events so many are hidden."""
 SHIFTS = np.arange(-200, 41) / 20
 """The candidates. With a shift above 2, a catalogue with only a few new items would have all of them in every answer,
 since so few items cost little HR@50."""
@@ -69,23 +79,25 @@ def tune_shift(
     data: PreparedData,
     exclude_seen: bool = True,
     before_batch: Callable[[], None] = lambda: None,
+    counts: DecayedCounts | None = None,
 ) -> NewItems:
     """The largest of SHIFTS with LEAST_KEPT of the validation HR@50 of known items.
 
     Args:
-        hybrid: Without a cap; its new items have the heads' rows.
+        hybrid: Without a cap of these new items, which have the heads' rows.
         new: [items + 1] bool.
         data: Whose validation cases decide, MAX_MIX_CASES at most. Cases of new items are left out: of their hits there
             are too few to weigh against others'.
         exclude_seen: Whether items of the history are no candidates.
         before_batch: Called before each batch of cases; what it raises ends the call.
+        counts: Of the events that make the trend; None: all events of `data`.
 
     Returns:
         The shift, and what it costs; 0 where no known item is among the first TOP.
     """
     cases, _ = in_time(data, data.split.validation.at_most(MAX_MIX_CASES))
     max_length = hybrid.lstm.config.max_length
-    scorer, where = hybrid_scorer(hybrid, DecayedCounts.of(data)), jnp.asarray(new)
+    scorer, where = hybrid_scorer(hybrid, counts or DecayedCounts.of(data)), jnp.asarray(new)
 
     def largest_shifts(asked: Callable[[CaseBatch], CaseBatch]) -> np.ndarray:
         found = []
@@ -101,6 +113,40 @@ def tune_shift(
     allowed = SHIFTS <= 0 if without == 0 else rates >= LEAST_KEPT * without
     place = int(np.flatnonzero(allowed).max(initial=0))
     return NewItems(int(new.sum()), float(SHIFTS[place]), without, float(rates[place]))
+
+
+def hidden_items(data: PreparedData, seed: int) -> np.ndarray:
+    """[items + 1] bool: HIDDEN_SHARE of the items with training events, at least one, chosen by `seed`."""
+    known = np.flatnonzero(data.train_popularity() > 0)
+    count = max(1, round(HIDDEN_SHARE * len(known)))
+    hidden = np.zeros(len(data.catalog) + 1, bool)
+    hidden[np.random.default_rng(seed).choice(known, count, replace=False)] = True
+    return hidden
+
+
+def without_events_of(hybrid: Hybrid, hidden: np.ndarray, rows: Sequence[np.ndarray]) -> Hybrid:
+    """A copy of a hybrid that never saw some items.
+
+    Args:
+        hybrid: Without a reranker and a policy.
+        hidden: [items + 1] bool: the items.
+        rows: For the LSTM and the content model, [items + 1, embedding + 1] each: what the heads say of the items.
+    """
+    models = nnx.clone(hybrid.lstm), nnx.clone(hybrid.content)
+    for model, of_model in zip(models, rows, strict=True):
+        place_rows(model, hidden, of_model)
+    item = np.asarray(hybrid.cooccurrence.neighbour_item[...])
+    weight = np.where(hidden[item] | hidden[:, None], 0, np.asarray(hybrid.cooccurrence.neighbour_weight[...]))
+    cooccurrence = CoOccurrence(Neighbours(item, weight))
+    new = None if hybrid.new_items is None else np.asarray(hybrid.new_items[...])
+    return Hybrid(*models, cooccurrence, hybrid.mix_weights(), hybrid.trend, new_items=new, repeat=hybrid.repeat)
+
+
+def counts_without(data: PreparedData, hidden: np.ndarray) -> DecayedCounts:
+    """Of all events of prepared data but those on the items of `hidden` [items + 1] bool."""
+    items = np.asarray(data.histories.items)
+    kept = ~hidden[items]
+    return DecayedCounts(items[kept], np.asarray(data.histories.times)[kept], len(data.catalog))
 
 
 @jax.jit

@@ -2,12 +2,20 @@
 
 import grpc
 
-from serve.api.errors import InvalidRequest
-from serve.api.rules import check_id
+from serve.api.errors import InvalidRequest, Violations
+from serve.api.pages import (
+    DEFAULT_PAGE_SIZE,
+    checked_page_size,
+    decode_model_page_token,
+    fitting_count,
+    model_page_token,
+)
+from serve.api.rules import check_id, shown
 from serve.pb import model_admin_pb2 as pb
 from serve.pb import model_admin_pb2_grpc
 from serve.serving.versions import SHARE_TOLERANCE, ModelLibrary, State
 
+LONGEST_REASON = 1_000
 STATES = {state: pb.ModelState.Value(f"MODEL_STATE_{state.name}") for state in State}
 
 
@@ -18,18 +26,29 @@ class ModelAdminServicer(model_admin_pb2_grpc.ModelAdminServicer):
         self._models = models
 
     def ListModels(self, request: pb.ListModelsRequest, context: grpc.ServicerContext) -> pb.ListModelsResponse:
+        found = Violations()
+        size = found.check(checked_page_size, "page_size", request.page_size) or DEFAULT_PAGE_SIZE
+        before = found.check(decode_model_page_token, "page_token", request.page_token)
+        found.raise_any()
+        reports = [one for one in self._models.report() if before is None or (one.model_version, one.folder) < before]
         models = [
             pb.Model(
                 model_version=report.model_version,
                 folder=report.folder,
                 state=STATES[report.state],
-                reason=report.reason,
+                reason=report.reason[:LONGEST_REASON],
                 traffic_share=report.traffic_share,
                 loaded_time=report.loaded_time,
             )
-            for report in self._models.report()
+            for report in reports[:size]
         ]
-        return pb.ListModelsResponse(models=models, automatic_reload=self._models.automatic)
+        fitting = fitting_count(models)
+        last = models[fitting - 1] if fitting < len(reports) else None
+        return pb.ListModelsResponse(
+            models=models[:fitting],
+            automatic_reload=self._models.automatic,
+            next_page_token="" if last is None else model_page_token(last.model_version, last.folder),
+        )
 
     def LoadModel(self, request: pb.LoadModelRequest, context: grpc.ServicerContext) -> pb.LoadModelResponse:
         loaded = self._models.load(request.model_version) if request.model_version else self._models.load_newest()
@@ -37,14 +56,16 @@ class ModelAdminServicer(model_admin_pb2_grpc.ModelAdminServicer):
 
     def SetTraffic(self, request: pb.SetTrafficRequest, context: grpc.ServicerContext) -> pb.SetTrafficResponse:
         shares: dict[str, float] = {}
+        if not 1 <= len(request.shares) <= 2:
+            raise InvalidRequest("shares", "one or two versions", len(request.shares))
+        found = Violations()
         for at, entry in enumerate(request.shares):
             field = f"shares[{at}].model_version"
-            check_id(field, entry.model_version)
+            found.check(check_id, field, entry.model_version)
             if entry.model_version in shares:
-                raise InvalidRequest(field, "different versions", f"{entry.model_version!r} twice")
+                found.add(field, "different versions", f"{shown(entry.model_version)} twice")
             shares[entry.model_version] = entry.share
-        if not 1 <= len(shares) <= 2:
-            raise InvalidRequest("shares", "one or two versions", len(shares))
+        found.raise_any()
         if not all(0 < share <= 1 for share in shares.values()) or abs(sum(shares.values()) - 1) > SHARE_TOLERANCE:
             raise InvalidRequest("shares", "shares above 0 that add up to 1", list(shares.values()))
         self._models.set_traffic(shares)

@@ -3,34 +3,28 @@
 import math
 import struct
 import time
-from collections.abc import Sequence
+from typing import Any
 
-from serve.api.errors import InvalidRequest
+from serve.api.errors import InvalidRequest, Violations
 from serve.api.event_types import EventTypes
 from serve.api.filters import decode_filter, decode_seen, own_seen
+from serve.api.pages import fitting_count, page_token
 from serve.api.rules import (
     DEFAULT_K,
-    MAX_ALLOWED_ITEMS,
+    LIMITS,
     MAX_ANSWER_BYTES,
     MAX_BATCH,
     MAX_BATCH_EVENTS,
     MAX_BATCH_ITEMS,
     MAX_BATCH_METADATA,
+    MAX_GENRE_PREFERENCES,
     MAX_HISTORY_EVENTS,
     MAX_IMPRESSIONS,
-    MAX_ITEM_BYTES,
-    MAX_ITEM_TAGS,
-    MAX_K,
     MAX_LISTED_TAGS,
-    MAX_METADATA_BYTES,
     MAX_NOT_SHOWN_S,
     MAX_POSITION,
     MAX_RECOMMENDATION_ID_LENGTH,
     MAX_RECORDED_EVENTS,
-    MAX_TAG_LENGTH,
-    MAX_TAGS,
-    MAX_TITLE_LENGTH,
-    MAX_UPSERTED_ITEMS,
     check_event_time,
     check_id,
     check_length,
@@ -40,13 +34,13 @@ from serve.api.rules import (
     checked_weight,
     latest_time,
 )
-from serve.api.service import Profile, Recommendation
+from serve.api.service import EventPage, Profile, Recommendation, repeatable_id
 from serve.model.catalog import Catalog
 from serve.model.events import INTERACTION, Event, RatingScale
 from serve.model.explain import Explanation
 from serve.model.live_catalog import LiveCatalog
 from serve.model.ranking.engine import Ranking
-from serve.model.recommender import NoNewItems, Query, Recommender
+from serve.model.recommender import Query, Recommender
 from serve.pb import recommender_pb2 as pb
 from serve.stores.base import ShownItem, UserEvent
 
@@ -55,88 +49,126 @@ _SCORE = struct.Struct("<f")
 
 def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: EventTypes) -> Query:
     """The question that a request asks the model that answers it, from now on."""
-    started = time.monotonic()
-    k = checked_count("k", request.k)
-    item_filter = decode_filter(request, model)
-    allow_seen = decode_seen(request.seen, model)
+    started, found, live = time.monotonic(), Violations(), model.live
+    k = found.check(checked_count, "k", request.k) or DEFAULT_K
+    item_filter = found.check(decode_filter, request, model, live)
+    allow_seen = found.check(decode_seen, request.seen, model)
     if not 0 <= request.new_item_slots <= k:
-        raise InvalidRequest("new_item_slots", f"0 to k, which is {k}", request.new_item_slots)
+        found.add("new_item_slots", f"0 to k, which is {k}", request.new_item_slots)
     request_time = request.request_time if request.HasField("request_time") else None
     if request_time is not None:
-        check_time("request_time", request_time, latest_time())
-    subject = request.WhichOneof("subject")
-    if subject is None:
-        raise InvalidRequest("subject", "user_id or history", "neither")
-    events: Sequence[Event] = ()
-    user_id = None
-    if subject == "history":
-        events = _decode_history(request.history, request_time, model.info.rating_scale, event_types)
-    else:
-        user_id = request.user_id
-        check_id("user_id", user_id)
+        first = len(found)
+        found.check(check_time, "request_time", request_time, latest_time())
+        if len(found) > first:
+            request_time = None
+    user_id, events, event_ids = request.user_id or None, list[Event](), list[str]()
+    if user_id is not None:
+        found.check(check_id, "user_id", user_id)
+    elif not request.HasField("history"):
+        found.add("user_id", "a user, or a history", "neither")
+    if request.HasField("history"):
+        history = found.check(_decode_history, request.history, request_time, model.info.rating_scale, event_types)
+        events, event_ids = history or (events, event_ids)
+    found.check(check_version, request, user_id)
+    found.check(check_view, request.view)
+    if request.request_id:
+        found.check(check_id, "request_id", request.request_id)
     not_shown_within = request.not_shown_within
     if not 0 <= not_shown_within <= MAX_NOT_SHOWN_S:
-        raise InvalidRequest("not_shown_within", f"0 to {MAX_NOT_SHOWN_S} seconds", not_shown_within)
-    if not_shown_within and user_id is None:
-        raise InvalidRequest("not_shown_within", "user_id with it", "a history")
-    exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots)
-    withheld = model.live.withheld(request_time)
-    options = (item_filter, allow_seen, slots, not_shown_within, withheld)
+        found.add("not_shown_within", f"0 to {MAX_NOT_SHOWN_S} seconds", not_shown_within)
+    elif not_shown_within and user_id is None:
+        found.add("not_shown_within", "user_id with it", "a history")
+    found.raise_any()
+    exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots, live)
+    withheld = live.withheld(request_time)
+    recommendation_id = repeatable_id(user_id, request.request_id) if request.request_id else ""
+    options = (item_filter, allow_seen, slots, not_shown_within, withheld, live, event_ids, recommendation_id)
     return Query(events, k, exclude, request_time, request.explain, user_id, started, *options)
 
 
-def decode_batch(
-    request: pb.BatchRecommendRequest, models: Sequence[Recommender], event_types: EventTypes
-) -> list[Query]:
-    """The questions of a batch, each for the model that answers it."""
+def check_version(request: pb.RecommendRequest | pb.SimilarItemsRequest, user_id: str | None = None) -> None:
+    """Raises InvalidRequest unless at most one thing says which model version answers."""
+    if not request.bucket_key:
+        return
+    check_id("bucket_key", request.bucket_key)
+    if user_id is not None:
+        raise InvalidRequest("bucket_key", "none with user_id, which divides users already", "both")
+    if request.model_version:
+        raise InvalidRequest("bucket_key", "none with model_version", "both")
+
+
+def check_view(view: int) -> None:
+    """Raises InvalidRequest for a number that no view has."""
+    if view not in pb.View.values():
+        raise InvalidRequest("view", f"one of {', '.join(pb.View.keys())}", view)
+
+
+def check_batch(request: pb.BatchRecommendRequest) -> None:
+    """Raises InvalidRequest for a batch that is too large as a whole."""
     check_length("requests", request.requests, MAX_BATCH)
+    found = Violations()
     items = sum(single.k or DEFAULT_K for single in request.requests)
     if items > MAX_BATCH_ITEMS:
-        raise InvalidRequest("requests", f"at most {MAX_BATCH_ITEMS} items (k) in all", items)
-    detailed = sum(single.k or DEFAULT_K for single in request.requests if single.with_metadata)
+        found.add("requests", f"at most {MAX_BATCH_ITEMS} items (k) in all", items)
+    detailed = sum(single.k or DEFAULT_K for single in request.requests if single.view == pb.VIEW_FULL)
     if detailed > MAX_BATCH_METADATA:
-        raise InvalidRequest("requests", f"at most {MAX_BATCH_METADATA} items (k) with metadata in all", detailed)
+        found.add("requests", f"at most {MAX_BATCH_METADATA} items (k) with VIEW_FULL in all", detailed)
     events = sum(len(single.history.events) for single in request.requests)
     if events > MAX_BATCH_EVENTS:
-        raise InvalidRequest("requests", f"at most {MAX_BATCH_EVENTS} events in all", events)
-    queries = []
-    for at, (single, model) in enumerate(zip(request.requests, models, strict=True)):
-        try:
-            queries.append(decode_query(single, model, event_types))
-        except InvalidRequest as error:
-            raise error.within(f"requests[{at}]") from error
-        except NoNewItems as error:
-            raise NoNewItems(f"requests[{at}].{error}") from error
-    return queries
+        found.add("requests", f"at most {MAX_BATCH_EVENTS} events in all", events)
+    found.raise_any()
 
 
 def _decode_history(
     history: pb.History, request_time: int | None, scale: RatingScale | None, event_types: EventTypes
-) -> Sequence[Event]:
+) -> tuple[list[Event], list[str]]:
+    """The events and their ids. Of equal ids the first is decoded; without any id, there are none."""
     check_length("history.events", history.events, MAX_HISTORY_EVENTS)
-    latest, events = latest_time(), []
+    latest, events, event_ids, ids = latest_time(), list[Event](), list[str](), set[str]()
+    found = Violations()
     for at, event in enumerate(history.events):
-        try:
-            events.append(_decode_event(event, scale, latest, event_types))
-        except InvalidRequest as error:
-            raise error.within(f"history.events[{at}]") from error
+        event_id, first = event.event_id, len(found)
+        decoded = _decode_event(event, scale, latest, event_types, found)
+        if event_id:
+            found.check(check_id, "event_id", event_id)
+        if len(found) > first:
+            found.put_within(f"history.events[{at}]", first)
+            if found.is_full:
+                break
+        if event_id in ids or decoded is None:
+            continue
+        events.append(decoded)
+        event_ids.append(event_id)
+        if event_id:
+            ids.add(event_id)
+    found.raise_any()
     if events and request_time is not None:
         last = max(event.timestamp for event in events)
         if request_time < last:
             raise InvalidRequest("request_time", f"not before the last event at {last}", request_time)
-    return events
+    return events, event_ids if ids else []
 
 
 def _decode_event(
-    event: pb.Event | pb.UserEvent, scale: RatingScale | None, latest: int, event_types: EventTypes
-) -> Event:
-    item_id, timestamp, rating = event.item_id, event.timestamp, None
-    check_id("item_id", item_id)
-    if event.HasField("rating"):
-        rating = event.rating
-        check_rating("rating", rating, scale)
-    check_event_time("timestamp", timestamp, latest)
-    return Event(item_id, rating, timestamp, checked_weight("type", event.type, event_types))
+    event: pb.Event | pb.UserEvent, scale: RatingScale | None, latest: int, event_types: EventTypes, found: Violations
+) -> Event | None:
+    """The event; None: it has violations, which `found` has then."""
+    item_id, timestamp = event.item_id, event.timestamp
+    rating = event.rating if event.HasField("rating") else None
+    try:
+        check_id("item_id", item_id)
+        if rating is not None:
+            check_rating("rating", rating, scale)
+        check_event_time("timestamp", timestamp, latest)
+        return Event(item_id, rating, timestamp, checked_weight("type", event.type, event_types))
+    except InvalidRequest:
+        # Once more and one by one: that takes longer, and most events have none.
+        found.check(check_id, "item_id", item_id)
+        if rating is not None:
+            found.check(check_rating, "rating", rating, scale)
+        found.check(check_event_time, "timestamp", timestamp, latest)
+        found.check(checked_weight, "type", event.type, event_types)
+        return None
 
 
 def decode_user_events(
@@ -144,72 +176,81 @@ def decode_user_events(
 ) -> list[UserEvent]:
     """The events to store."""
     check_length("events", request.events, MAX_RECORDED_EVENTS)
-    latest, events = latest_time(), []
+    latest, events, found = latest_time(), list[UserEvent](), Violations()
     for at, event in enumerate(request.events):
-        try:
-            check_id("event_id", event.event_id)
-            check_id("user_id", event.user_id)
-            if event.recommendation_id:
-                check_id("recommendation_id", event.recommendation_id)
-            decoded = _decode_event(event, scale, latest, event_types)
-            value = event.value if event.HasField("value") else None
-            if value is not None and not 0 <= value < math.inf:
-                raise InvalidRequest("value", "a finite number from 0 on", f"{value:g}")
+        first = len(found)
+        found.check(check_id, "event_id", event.event_id)
+        found.check(check_id, "user_id", event.user_id)
+        if event.recommendation_id:
+            found.check(check_id, "recommendation_id", event.recommendation_id)
+        decoded = _decode_event(event, scale, latest, event_types, found)
+        value = event.value if event.HasField("value") else None
+        if value is not None and not 0 <= value < math.inf:
+            found.add("value", "a finite number from 0 on", f"{value:g}")
+        found.put_within(f"events[{at}]", first)
+        if found.is_full:
+            break
+        if decoded is not None:
             named = (event.recommendation_id or None, event.type or INTERACTION)
             events.append(UserEvent(event.event_id, event.user_id, decoded, *named, value))
-        except InvalidRequest as error:
-            raise error.within(f"events[{at}]") from error
+    found.raise_any()
     return events
 
 
 def decode_impressions(request: pb.RecordImpressionsRequest) -> list[ShownItem]:
     """The items that were shown."""
     check_length("impressions", request.impressions, MAX_IMPRESSIONS)
-    latest, now, items = latest_time(), int(time.time()), []
+    latest, now, items, found = latest_time(), int(time.time()), list[ShownItem](), Violations()
     for at, one in enumerate(request.impressions):
-        try:
-            check_id("recommendation_id", one.recommendation_id)
-            if len(one.recommendation_id) > MAX_RECOMMENDATION_ID_LENGTH:
-                expected = f"an id of 1 to {MAX_RECOMMENDATION_ID_LENGTH} characters"
-                raise InvalidRequest("recommendation_id", expected, f"{len(one.recommendation_id)} characters")
-            check_id("item_id", one.item_id)
-            if not 0 <= one.position <= MAX_POSITION:
-                raise InvalidRequest("position", f"1 to {MAX_POSITION}, or 0 for not known", one.position)
-            check_event_time("timestamp", one.timestamp, latest)
-        except InvalidRequest as error:
-            raise error.within(f"impressions[{at}]") from error
+        first = len(found)
+        found.check(check_id, "recommendation_id", one.recommendation_id, MAX_RECOMMENDATION_ID_LENGTH)
+        found.check(check_id, "item_id", one.item_id)
+        if not 0 <= one.position <= MAX_POSITION:
+            found.add("position", f"1 to {MAX_POSITION}, or 0 for not known", one.position)
+        found.check(check_event_time, "timestamp", one.timestamp, latest)
+        found.put_within(f"impressions[{at}]", first)
+        if found.is_full:
+            break
         items.append(ShownItem(one.recommendation_id, one.item_id, one.position, one.timestamp, now))
+    found.raise_any()
     return items
 
 
-def encode_events(events: Sequence[UserEvent], next_page_token: str) -> pb.ListEventsResponse:
-    """The message for a page of a user's events."""
-    return pb.ListEventsResponse(
-        events=[
-            pb.UserEvent(
-                event_id=one.event_id,
-                user_id=one.user_id,
-                item_id=one.event.item_id,
-                rating=one.event.rating,
-                timestamp=one.event.timestamp,
-                recommendation_id=one.recommendation_id or "",
-                type=one.type,
-                value=one.value,
-            )
-            for one in events
-        ],
-        next_page_token=next_page_token,
-    )
+def encode_events(user_id: str, page: EventPage) -> pb.ListEventsResponse:
+    """The message for a page of a user's events, with as many as fit."""
+    messages = [
+        pb.UserEvent(
+            event_id=one.event_id,
+            user_id=one.user_id,
+            item_id=one.event.item_id,
+            rating=one.event.rating,
+            timestamp=one.event.timestamp,
+            recommendation_id=one.recommendation_id or "",
+            type=one.type,
+            value=one.value,
+        )
+        for _, one in page.events
+    ]
+    fitting = fitting_count(messages)
+    return pb.ListEventsResponse(events=messages[:fitting], next_page_token=_next_page(user_id, page, fitting))
 
 
-def encode_answer(recommendation: Recommendation, *, with_metadata: bool = False) -> pb.RecommendResponse:
+def _next_page(user_id: str, page: EventPage, fitting: int) -> str:
+    """The token of the page after so many of a page's events; "": there is none."""
+    if not page.more and fitting == len(page.events):
+        return ""
+    arrival, last = page.events[fitting - 1]
+    return page_token(user_id, last.event.timestamp, arrival)
+
+
+def encode_answer(recommendation: Recommendation, view: int = pb.VIEW_BASIC) -> pb.RecommendResponse:
     """The message for one answer."""
-    answer, model = recommendation.answer, recommendation.model
-    live = model.live
-    messages = live.messages
+    answer, model, live = recommendation.answer, recommendation.model, recommendation.live
+    ids_alone = view == pb.VIEW_IDS
+    messages = live.id_messages if ids_alone else live.messages
     parts: list[bytes] = []
     for index, score in zip(answer.items.tolist(), answer.scores.tolist(), strict=True):
-        parts += (messages.get(index) or _item_message(index, live), _SCORE.pack(score))
+        parts += (messages.get(index) or _item_message(index, live, ids_alone=ids_alone), _SCORE.pack(score))
     # Joined and parsed at once: a third of the time of one message after the other.
     response = pb.RecommendResponse.FromString(b"".join(parts))
     response.model_version = model.info.model_version
@@ -222,24 +263,27 @@ def encode_answer(recommendation: Recommendation, *, with_metadata: bool = False
             item.log_propensity = log_propensity
     for item, explanation in zip(response.recommendations, answer.explanations, strict=False):
         item.explanation.CopyFrom(_encode_explanation(explanation, live.catalog))
-    if with_metadata:
+    if view == pb.VIEW_FULL:
         for item, index in zip(response.recommendations, answer.items.tolist(), strict=True):
             item.metadata.update(live.metadata.get(index, {}))
     return response
 
 
-def check_answer(field: str, answer: pb.RecommendResponse | pb.BatchRecommendResponse) -> None:
+def check_answer(
+    field: str, answer: pb.RecommendResponse | pb.BatchRecommendResponse | pb.SimilarItemsResponse
+) -> None:
     """Raises InvalidRequest for an answer that clients do not take: titles, tags and explanations may be long."""
     size = answer.ByteSize()
     if size > MAX_ANSWER_BYTES:
         raise InvalidRequest(field, f"few enough items for an answer of {MAX_ANSWER_BYTES} bytes", f"{size} bytes")
 
 
-def _item_message(item: int, live: LiveCatalog) -> bytes:
+def _item_message(item: int, live: LiveCatalog, *, ids_alone: bool) -> bytes:
     """All of an item's `recommendations` in a response but the four bytes of the score, which is its last field."""
     catalog = live.catalog
     message = pb.RecommendResponse()
-    message.recommendations.add(item_id=catalog.item_ids[item], title=catalog.titles[item], genres=catalog.genres[item])
+    texts: Any = {} if ids_alone else {"title": catalog.titles[item], "genres": catalog.genres[item]}
+    message.recommendations.add(item_id=catalog.item_ids[item], **texts)
     unscored = message.recommendations[0].SerializeToString()
     # Length-delimited field 1 of the response; field 4 with four bytes within it. protobuf's encoding guide.
     length, head = len(unscored) + 1 + _SCORE.size, bytearray(b"\x0a")
@@ -247,7 +291,8 @@ def _item_message(item: int, live: LiveCatalog) -> bytes:
         head.append(length & 0x7F | 0x80)
         length >>= 7
     head.append(length)
-    encoded = live.messages[item] = bytes(head) + unscored + b"\x25"
+    encoded = bytes(head) + unscored + b"\x25"
+    (live.id_messages if ids_alone else live.messages)[item] = encoded
     return encoded
 
 
@@ -269,10 +314,12 @@ def _encode_explanation(explanation: Explanation, catalog: Catalog) -> pb.Explan
     )
 
 
-def encode_profile(profile: Profile, limit: int) -> pb.GetUserProfileResponse:
-    """The message for a user's profile; the last `limit` events are the watch list."""
+def encode_profile(user_id: str, profile: Profile, page: EventPage) -> pb.GetUserProfileResponse:
+    """The message for a user's profile, with as many of a page of the watch list as fit."""
+    watched = [_encode_watched(one.event, profile.model.catalog) for _, one in page.events]
+    fitting = fitting_count(watched)
     return pb.GetUserProfileResponse(
-        watch_list=[_encode_watched(event, profile.model.catalog) for event in reversed(profile.events[-limit:])],
+        watch_list=watched[:fitting],
         genre_preferences=[
             pb.GenrePreference(
                 genre=preference.genre,
@@ -280,10 +327,11 @@ def encode_profile(profile: Profile, limit: int) -> pb.GetUserProfileResponse:
                 mean_rating=preference.mean_rating,
                 recency_weighted_share=preference.recency_weighted_share,
             )
-            for preference in profile.preferences
+            for preference in profile.preferences[:MAX_GENRE_PREFERENCES]
         ],
-        event_count=len(profile.events),
+        event_count=profile.event_count,
         model_version=profile.model.info.model_version,
+        next_page_token=_next_page(user_id, page, fitting),
     )
 
 
@@ -299,16 +347,18 @@ def _encode_watched(event: Event, catalog: Catalog) -> pb.WatchedItem:
     )
 
 
-def encode_similar(ranking: Ranking, model: Recommender, *, with_metadata: bool = False) -> pb.SimilarItemsResponse:
-    """The message for an item's neighbours."""
-    live = model.live
-    catalog, metadata = live.catalog, live.metadata if with_metadata else {}
+def encode_similar(
+    ranking: Ranking, model: Recommender, live: LiveCatalog, view: int = pb.VIEW_BASIC
+) -> pb.SimilarItemsResponse:
+    """The message for an item's neighbours among the items of a catalogue."""
+    catalog, metadata = live.catalog, live.metadata if view == pb.VIEW_FULL else {}
+    texts = view != pb.VIEW_IDS
     return pb.SimilarItemsResponse(
         items=[
             pb.SimilarItem(
                 item_id=catalog.item_ids[item],
-                title=catalog.titles[item],
-                genres=catalog.genres[item],
+                title=catalog.titles[item] if texts else "",
+                genres=catalog.genres[item] if texts else (),
                 similarity=similarity,
                 metadata=metadata.get(item),
             )
@@ -327,23 +377,16 @@ def encode_model_info(
     return pb.GetModelInfoResponse(
         model_version=info.model_version,
         policy=info.policy,
-        created=info.created,
+        created_time=info.created_time,
         item_count=info.item_count,
         rating_scale=None if scale is None else pb.RatingScale(minimum=scale.minimum, maximum=scale.maximum),
         genres=model.filters.tags[:MAX_LISTED_TAGS],
         execution_provider=model.provider,
         max_history=info.max_history,
-        max_k=MAX_K,
         exploration_temperature=exploration_temperature,
-        max_allow_item_ids=MAX_ALLOWED_ITEMS,
-        max_tags=MAX_TAGS,
         seen=own_seen(model),
         new_item_count=model.new_item_count,
         event_types=[pb.EventType(name=name, weight=weight) for name, weight in sorted(event_types.items())],
-        max_upserted_items=MAX_UPSERTED_ITEMS,
-        max_title_length=MAX_TITLE_LENGTH,
-        max_item_tags=MAX_ITEM_TAGS,
-        max_tag_length=MAX_TAG_LENGTH,
-        max_metadata_bytes=MAX_METADATA_BYTES,
-        max_item_bytes=MAX_ITEM_BYTES,
+        limits=pb.Limits(**LIMITS),
+        added_item_count=len(model.live.added_ids),
     )

@@ -2,7 +2,8 @@
 
 import logging
 import uuid
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, TypeVar, TypeVarTuple
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -17,20 +18,86 @@ logger = logging.getLogger(__name__)
 
 DETAILS_KEY = "grpc-status-details-bin"
 """The metadata in which gRPC libraries look for a `google.rpc.Status`."""
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+"""The metadata that says to a gRPC library, if it repeats the call at all, when: in milliseconds."""
+DOMAIN = "jaxrec"
+MOST_VIOLATIONS = 16
+# gRPC's libraries take 8 KiB of metadata. In it, a byte of the message can take three, and three of the details four.
+LONGEST_MESSAGE = 500
+LONGEST_REASON = 400
+MOST_DETAILS = 3_000
+
+Arguments = TypeVarTuple("Arguments")
+T = TypeVar("T")
+
+
+class Violation(NamedTuple):
+    """What is wrong with a field of a request."""
+
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.reason}"
 
 
 class InvalidRequest(ValueError):
-    """A field of a request breaks a rule."""
+    """Fields of a request break rules."""
 
     def __init__(self, field: str, expected: str, came: object) -> None:
-        self.reason = f"expected {expected}, came {came}"
-        super().__init__(f"{field}: {self.reason}")
-        self.field = field
-        self._rest = (expected, came)
+        """One field does; for several see `Violations`."""
+        self.violations: tuple[Violation, ...] = (Violation(field, f"expected {expected}, came {came}"),)
+        super().__init__(str(self.violations[0]))
+
+    @classmethod
+    def of(cls, violations: Iterable[Violation]) -> "InvalidRequest":
+        """At least one."""
+        error = cls.__new__(cls)
+        error.violations = tuple(violations)
+        error.args = ("; ".join(map(str, error.violations)),)
+        return error
 
     def within(self, message: str) -> "InvalidRequest":
-        """The same failure of a field that lies within a message, such as `history.events[3]`."""
-        return InvalidRequest(f"{message}.{self.field}", *self._rest)
+        """The same failure of fields that lie within a message, such as `history.events[3]`."""
+        return self.of(Violation(f"{message}.{field}", reason) for field, reason in self.violations)
+
+
+class Violations:
+    """Gathers what is wrong with a request, up to `MOST_VIOLATIONS`, so that its client learns of all at once."""
+
+    def __init__(self) -> None:
+        self._found: list[Violation] = []
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether more would not be named."""
+        return len(self._found) >= MOST_VIOLATIONS
+
+    def check(self, check: Callable[[*Arguments], T], *arguments: *Arguments) -> T | None:
+        """What a check returns; None if it raised InvalidRequest, which is kept."""
+        try:
+            return check(*arguments)
+        except InvalidRequest as error:
+            self._found += error.violations
+            return None
+
+    def add(self, field: str, expected: str, came: object) -> None:
+        """Keeps one."""
+        self._found += InvalidRequest(field, expected, came).violations
+
+    def put_within(self, message: str, first: int) -> None:
+        """Says of those from the `first` on that their fields lie within a message, such as `history.events[3]`."""
+        for at in range(first, len(self._found)):
+            field, reason = self._found[at]
+            self._found[at] = Violation(f"{message}.{field}", reason)
+
+    def raise_any(self) -> None:
+        """Raises InvalidRequest if there is something."""
+        if self._found:
+            raise InvalidRequest.of(self._found[:MOST_VIOLATIONS])
 
 
 class UnknownUser(LookupError):
@@ -41,59 +108,112 @@ class SlatesNotLogged(Exception):
     """A request needs what was recommended before, and the server does not log that for all users, or for so long."""
 
 
+class NoToken(Exception):
+    """A call comes without a token that the server knows."""
+
+    def __init__(self) -> None:
+        super().__init__("expected the metadata authorization: Bearer TOKEN")
+
+
+class NoRight(Exception):
+    """A call comes with a token that may not make it."""
+
+    def __init__(self, right: str) -> None:
+        super().__init__(f"the token has not the right {right!r}")
+
+
+class NotServing(Exception):
+    """The server is starting or ending."""
+
+
 class Status(NamedTuple):
     """How a call ends for the client."""
 
     code: grpc.StatusCode
     message: str
-    metadata: tuple[tuple[str, bytes], ...] = ()
-    """The same with details, as gRPC libraries expect them in the trailing metadata."""
+    metadata: tuple[tuple[str, str | bytes], ...] = ()
+    """The trailing metadata: the same with details, as gRPC libraries expect them, and when to try again."""
+
+    @property
+    def details(self) -> bytes:
+        """The same as a `google.rpc.Status`."""
+        return next((value for _, value in self.metadata if isinstance(value, bytes)), b"")
 
 
-# With None the exception's own message is answered, which is written for clients. Other messages can hold
-# paths and values of others, so they are logged and the client gets the text given here.
-STATUS: dict[type[Exception], tuple[grpc.StatusCode, str | None]] = {
-    InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, None),
-    UnknownItem: (grpc.StatusCode.NOT_FOUND, None),
-    UnknownUser: (grpc.StatusCode.NOT_FOUND, None),
-    UnknownModel: (grpc.StatusCode.NOT_FOUND, None),
-    NoNewItems: (grpc.StatusCode.FAILED_PRECONDITION, None),
-    SlatesNotLogged: (grpc.StatusCode.FAILED_PRECONDITION, None),
-    TooManyToMerge: (grpc.StatusCode.FAILED_PRECONDITION, None),
-    RefusedModel: (grpc.StatusCode.FAILED_PRECONDITION, None),
-    QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, None),
-    Expired: (grpc.StatusCode.DEADLINE_EXCEEDED, None),
-    Cancelled: (grpc.StatusCode.CANCELLED, None),
-    StoreError: (grpc.StatusCode.UNAVAILABLE, "the event store is not available"),
+class Meaning(NamedTuple):
+    """What an exception is for a client."""
+
+    code: grpc.StatusCode
+    reason: str
+    """Of `google.rpc.ErrorInfo`; it stays the same while messages change. docs/serving.md has all."""
+    message: str | None = None
+    """None: the exception's own message, which is written for clients. Other messages can hold paths and values of
+    others, so they are logged and the client gets this text."""
+
+
+STATUS: Mapping[type[Exception], Meaning] = {
+    InvalidRequest: Meaning(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    UnknownItem: Meaning(grpc.StatusCode.NOT_FOUND, "ITEM_NOT_FOUND"),
+    UnknownUser: Meaning(grpc.StatusCode.NOT_FOUND, "USER_NOT_FOUND"),
+    UnknownModel: Meaning(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
+    NoNewItems: Meaning(grpc.StatusCode.FAILED_PRECONDITION, "NO_NEW_ITEM_VECTORS"),
+    SlatesNotLogged: Meaning(grpc.StatusCode.FAILED_PRECONDITION, "RECOMMENDATIONS_NOT_LOGGED"),
+    TooManyToMerge: Meaning(grpc.StatusCode.FAILED_PRECONDITION, "TOO_MUCH_TO_MERGE"),
+    RefusedModel: Meaning(grpc.StatusCode.FAILED_PRECONDITION, "MODEL_REFUSED"),
+    QueueFull: Meaning(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    Expired: Meaning(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    Cancelled: Meaning(grpc.StatusCode.CANCELLED, "CANCELLED"),
+    NoToken: Meaning(grpc.StatusCode.UNAUTHENTICATED, "TOKEN_REQUIRED"),
+    NoRight: Meaning(grpc.StatusCode.PERMISSION_DENIED, "RIGHT_REQUIRED"),
+    NotServing: Meaning(grpc.StatusCode.UNAVAILABLE, "NOT_SERVING"),
+    StoreError: Meaning(grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE", "the event store is not available"),
 }
-UNEXPECTED = (grpc.StatusCode.INTERNAL, "internal error")
+UNEXPECTED = Meaning(grpc.StatusCode.INTERNAL, "INTERNAL", "internal error")
+OF_THE_SERVER = (QueueFull, Expired, Cancelled, StoreError)
+"""What fails a whole batch, not one of its requests: it can be repeated as it is."""
 
 
 def status_of(error: Exception) -> Status:
     """The status for an exception. What the client must not see is logged, under an id that it gets."""
-    code, message = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), UNEXPECTED)
+    code, reason, message = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), UNEXPECTED)
+    info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
     if message is not None:
-        log_id = uuid.uuid4().hex
+        info.metadata["log_id"] = log_id = uuid.uuid4().hex
         logger.error("%s [%s]", message, log_id, exc_info=error)
-        return Status(code, f"{message}, logged as {log_id}")
-    return with_details(code, str(error), _details(error))
-
-
-def with_details(code: grpc.StatusCode, message: str, details: Message | None) -> Status:
-    """A status with a message of `google.rpc` (error_details.proto), or without."""
-    if details is None:
-        return Status(code, message)
-    status = status_pb2.Status(code=code.value[0], message=message)
-    status.details.add().Pack(details)
-    return Status(code, message, ((DETAILS_KEY, status.SerializeToString()),))
-
-
-def _details(error: Exception) -> Message | None:
-    if isinstance(error, InvalidRequest):
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.reason)
-        return error_details_pb2.BadRequest(field_violations=[violation])
+        return _status(code, f"{message}, logged as {log_id}", info)
     if isinstance(error, QueueFull):
         delay = Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
-        return error_details_pb2.RetryInfo(retry_delay=delay)
-    return None
+        # At least 1: 0 would be at once.
+        pushback = (PUSHBACK_KEY, str(max(1, round(error.retry_after_s * 1e3))))
+        return _status(code, str(error), info, error_details_pb2.RetryInfo(retry_delay=delay), pushback=pushback)
+    if isinstance(error, InvalidRequest):
+        return _status(code, str(error), info, _bad_request(error.violations))
+    return _status(code, str(error), info)
+
+
+def _status(code: grpc.StatusCode, message: str, *details: Message, pushback: tuple[str, str] | None = None) -> Status:
+    """A status with messages of `google.rpc` (error_details.proto)."""
+    text = _cut(message, LONGEST_MESSAGE)
+    status = status_pb2.Status(code=code.value[0], message=text)
+    for one in details:
+        status.details.add().Pack(one)
+    encoded = (DETAILS_KEY, status.SerializeToString())
+    return Status(code, text, (encoded,) if pushback is None else (encoded, pushback))
+
+
+def _bad_request(violations: Iterable[Violation]) -> error_details_pb2.BadRequest:
+    """As many of the violations as fit, at least the first."""
+    found = error_details_pb2.BadRequest()
+    for field, reason in violations:
+        found.field_violations.add(field=field, description=_cut(reason, LONGEST_REASON))
+        if found.ByteSize() > MOST_DETAILS:
+            found.field_violations.pop()
+            break
+    return found
+
+
+def _cut(text: str, most: int) -> str:
+    """At most so many bytes of UTF-8, with dots where something is missing."""
+    encoded = text.encode("utf-8", "backslashreplace")
+    return encoded.decode() if len(encoded) <= most else f"{encoded[: most - 3].decode(errors='ignore')}..."

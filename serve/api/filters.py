@@ -7,47 +7,48 @@ from itertools import repeat
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.api.errors import InvalidRequest
+from serve.api.errors import InvalidRequest, Violations
 from serve.api.rules import (
     MAX_ALLOWED_ITEMS,
     MAX_EXCLUDED_ITEMS,
-    MAX_ID_LENGTH,
     MAX_TAGS,
     check_id,
     check_length,
+    shown,
 )
 from serve.model.filters import ItemFilter
+from serve.model.live_catalog import LiveCatalog
 from serve.model.recommender import Recommender
 from serve.pb import recommender_pb2 as pb
 
 
-def decode_filter(request: pb.RecommendRequest | pb.SimilarItemsRequest, model: Recommender) -> ItemFilter | None:
-    """What a request allows of a model's items, once what it excludes is checked too; None: every item."""
-    index, excluded = model.catalog.index, request.exclude_item_ids
-    _item_indices("exclude_item_ids", excluded, MAX_EXCLUDED_ITEMS, index)
+def decode_filter(
+    request: pb.RecommendRequest | pb.SimilarItemsRequest, model: Recommender, live: LiveCatalog
+) -> ItemFilter | None:
+    """What a request allows of the items of a model's catalogue, once what it excludes is checked too; None: every
+    item."""
+    index, excluded, found = live.catalog.index, request.exclude_item_ids, Violations()
+    found.check(_item_indices, "exclude_item_ids", excluded, MAX_EXCLUDED_ITEMS, index)
     if not request.HasField("filter"):
+        found.raise_any()
         return None
     allowed = request.filter.allow_item_ids
-    items = _item_indices("filter.allow_item_ids", allowed, MAX_ALLOWED_ITEMS, index)
+    items = found.check(_item_indices, "filter.allow_item_ids", allowed, MAX_ALLOWED_ITEMS, index)
     if allowed and excluded and set(allowed) <= set(excluded):
-        raise InvalidRequest("filter.allow_item_ids", "an item that is not in exclude_item_ids", "none")
+        found.add("filter.allow_item_ids", "an item that is not in exclude_item_ids", "none")
     tags = {name: getattr(request.filter, name) for name in ("any_tags", "all_tags", "none_tags")}
     for name, of_rule in tags.items():
-        check_length(f"filter.{name}", of_rule, MAX_TAGS)
-        for at, tag in enumerate(of_rule):
-            # Not only a tag that an item of the model has now: a change of the catalogue must not fail requests.
-            if tag not in model.own_tags and tag not in model.stored_tags:
-                expected = f"one of the {len(model.own_tags)} tags of the model directory, or one of a stored item"
-                raise InvalidRequest(f"filter.{name}[{at}]", expected, repr(tag[:MAX_ID_LENGTH]))
-    _check_tags(**tags)
-    # In one order and once, so that requests with the same tags share a mask.
-    different = {name: tuple(sorted(set(of_rule))) for name, of_rule in tags.items()}
+        found.check(_check_known, f"filter.{name}", of_rule, model)
+    found.check(_check_tags, tags["any_tags"], tags["all_tags"], tags["none_tags"])
     minimum = request.filter.minimum_score if request.filter.HasField("minimum_score") else None
     if minimum is not None and not math.isfinite(minimum):
-        raise InvalidRequest("filter.minimum_score", "a finite number", f"{minimum:g}")
+        found.add("filter.minimum_score", "a finite number", f"{minimum:g}")
+    found.raise_any()
+    # In one order and once, so that requests with the same tags share a mask.
+    different = {name: tuple(sorted(set(of_rule))) for name, of_rule in tags.items()}
     if not allowed and not any(different.values()) and minimum is None:
         return None
-    return ItemFilter(items[items > 0] if allowed else None, **different, minimum_score=minimum)
+    return ItemFilter(items[items > 0] if allowed and items is not None else None, **different, minimum_score=minimum)
 
 
 def _item_indices(field: str, item_ids: Sequence[str], most: int, index: Mapping[str, int]) -> NDArray[np.int32]:
@@ -55,19 +56,34 @@ def _item_indices(field: str, item_ids: Sequence[str], most: int, index: Mapping
     check_length(field, item_ids, most)
     # In one pass that is not Python's: a thousand ids are a third of a request. Known ids are valid.
     items = np.fromiter(map(index.get, item_ids, repeat(0)), np.int32, len(item_ids))
+    found = Violations()
     for at in np.flatnonzero(items == 0).tolist():
-        check_id(f"{field}[{at}]", item_ids[at])
+        found.check(check_id, f"{field}[{at}]", item_ids[at])
+    found.raise_any()
     return items
+
+
+def _check_known(field: str, tags: Sequence[str], model: Recommender) -> None:
+    """Raises InvalidRequest for tags that neither the model directory nor an item of the store has."""
+    check_length(field, tags, MAX_TAGS)
+    found = Violations()
+    for at, tag in enumerate(tags):
+        # Not only a tag that an item of the model has now: a change of the catalogue must not fail requests.
+        if tag not in model.own_tags and tag not in model.stored_tags:
+            expected = f"one of the {len(model.own_tags)} tags of the model directory, or one of a stored item"
+            found.add(f"{field}[{at}]", expected, shown(tag))
+    found.raise_any()
 
 
 def _check_tags(any_tags: Sequence[str], all_tags: Sequence[str], none_tags: Sequence[str]) -> None:
     """Raises InvalidRequest for tags that exclude every possible item."""
-    none = set(none_tags)
+    none, found = set(none_tags), Violations()
     both = [tag for tag in all_tags if tag in none]
     if both:
-        raise InvalidRequest("filter.all_tags", "no tag of filter.none_tags", repr(both[0]))
+        found.add("filter.all_tags", "no tag of filter.none_tags", shown(both[0]))
     if any_tags and none.issuperset(any_tags):
-        raise InvalidRequest("filter.any_tags", "a tag that is not in filter.none_tags", "none")
+        found.add("filter.any_tags", "a tag that is not in filter.none_tags", "none")
+    found.raise_any()
 
 
 def decode_seen(seen: int, model: Recommender) -> bool | None:

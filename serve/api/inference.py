@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.api.errors import InvalidRequest
-from serve.api.rules import MAX_BATCH, MAX_EXCLUDED_ITEMS, MAX_HISTORY_EVENTS, MAX_K, latest_time
-from serve.model.graphs import BLOCKED, SEQUENCE_OUTPUTS, TREND, Signature, sequence_inputs
+from serve.api.rules import MAX_BATCH, MAX_BATCH_EVENTS, MAX_EXCLUDED_ITEMS, MAX_HISTORY_EVENTS, MAX_K, latest_time
+from serve.model.graphs import BLOCKED, QUERY, SEQUENCE_OUTPUTS, TREND, Signature, sequence_inputs
 from serve.model.recommender import Recommender
 from serve.pb import open_inference_pb2 as pb
 from serve.pb import open_inference_pb2_grpc
@@ -24,6 +24,7 @@ from serve.serving.loaded import Models
 MODEL_NAME = "jaxrec"
 PLATFORM = "onnxruntime_onnx"
 # By ONNX Runtime's name of a type: the protocol's, NumPy's (little-endian, as in raw contents), and the typed field.
+OUTPUTS = {name: kind for name, kind in SEQUENCE_OUTPUTS.items() if name != QUERY}
 _TYPES: dict[str, tuple[str, np.dtype[Any], str]] = {
     "int32": ("INT32", np.dtype("<i4"), "int_contents"),
     "int64": ("INT64", np.dtype("<i8"), "int64_contents"),
@@ -40,8 +41,6 @@ _INPUT_SHAPES: dict[str, tuple[int, ...]] = {
     "seen_score": (-1, -1),
     "k": (1,),
 }
-# No graph sees more values than this in one call: what 256 histories of 390 events are.
-MAX_EVENTS = 100_000
 MOST_SEEN_SCORE = 1e6
 
 Tensors = dict[str, NDArray[Any]]
@@ -87,17 +86,16 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
                 for name, dtype in _inputs(model).items()
             ],
             outputs=[
-                tensor(name=name, datatype=_TYPES[dtype][0], shape=shapes[name])
-                for name, dtype in SEQUENCE_OUTPUTS.items()
+                tensor(name=name, datatype=_TYPES[dtype][0], shape=shapes[name]) for name, dtype in OUTPUTS.items()
             ],
         )
 
     def ModelInfer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> pb.ModelInferResponse:
         model = self._model(request.model_name, request.model_version)
-        wanted = [output.name for output in request.outputs] or list(SEQUENCE_OUTPUTS)
+        wanted = [output.name for output in request.outputs] or list(OUTPUTS)
         for at, name in enumerate(wanted):
-            if name not in SEQUENCE_OUTPUTS or name in wanted[:at]:
-                raise InvalidRequest(f"outputs[{at}]", f"one of {', '.join(SEQUENCE_OUTPUTS)}, each once", repr(name))
+            if name not in OUTPUTS or name in wanted[:at]:
+                raise InvalidRequest(f"outputs[{at}]", f"one of {', '.join(OUTPUTS)}, each once", repr(name))
         inputs = _decoded(request, _inputs(model))
         _check(inputs, model)
         if not context.is_active():
@@ -108,7 +106,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         outputs = model.engine.run_sequence(inputs, wanted, None if withheld is None else withheld.mask)
         response = pb.ModelInferResponse(model_name=MODEL_NAME, model_version=model.info.model_version, id=request.id)
         for name, values in zip(wanted, outputs, strict=True):
-            datatype, dtype, _ = _TYPES[SEQUENCE_OUTPUTS[name]]
+            datatype, dtype, _ = _TYPES[OUTPUTS[name]]
             response.outputs.add(name=name, datatype=datatype, shape=values.shape)
             response.raw_output_contents.append(values.astype(dtype, copy=False).tobytes())
         return response
@@ -169,8 +167,8 @@ def _check(inputs: Mapping[str, NDArray[Any]], model: Recommender) -> None:
     """Raises InvalidRequest for what the contract of `sequence.onnx` excludes."""
     item, exclude, length = inputs["item"], inputs["exclude"], inputs["length"]
     batch, longest = item.shape
-    if batch > MAX_BATCH or longest > MAX_HISTORY_EVENTS or item.size > MAX_EVENTS:
-        limits = f"at most {MAX_BATCH} rows of {MAX_HISTORY_EVENTS} events, and {MAX_EVENTS} in all"
+    if batch > MAX_BATCH or longest > MAX_HISTORY_EVENTS or item.size > MAX_BATCH_EVENTS:
+        limits = f"at most {MAX_BATCH} rows of {MAX_HISTORY_EVENTS} events, and {MAX_BATCH_EVENTS} in all"
         raise InvalidRequest("inputs[item].shape", limits, [batch, longest])
     for name in ("rating", "gap"):
         if inputs[name].shape != item.shape:
@@ -200,8 +198,8 @@ def _check(inputs: Mapping[str, NDArray[Any]], model: Recommender) -> None:
 
 
 def _check_seen(seen: NDArray[np.int32], score: NDArray[np.float32], batch: int, items: int) -> None:
-    if len(seen) != batch or seen.shape[1] > MAX_HISTORY_EVENTS or seen.size > MAX_EVENTS:
-        limits = f"{batch} rows as in item, of at most {MAX_HISTORY_EVENTS} items, and {MAX_EVENTS} in all"
+    if len(seen) != batch or seen.shape[1] > MAX_HISTORY_EVENTS or seen.size > MAX_BATCH_EVENTS:
+        limits = f"{batch} rows as in item, of at most {MAX_HISTORY_EVENTS} items, and {MAX_BATCH_EVENTS} in all"
         raise InvalidRequest("inputs[seen].shape", limits, list(seen.shape))
     if score.shape != seen.shape:
         raise InvalidRequest("inputs[seen_score].shape", f"{list(seen.shape)} as seen", list(score.shape))

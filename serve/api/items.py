@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from serve.api.errors import InvalidRequest
-from serve.api.pages import item_page_token
+from serve.api.errors import InvalidRequest, Violations
+from serve.api.pages import fitting_count, item_page_token
 from serve.api.rules import (
-    LATEST_TIME,
+    MAX_AVAILABILITY_TIME,
     MAX_ITEM_BYTES,
     MAX_ITEM_TAGS,
     MAX_METADATA_BYTES,
@@ -14,31 +14,31 @@ from serve.api.rules import (
     MAX_UPSERTED_ITEMS,
     check_id,
     check_length,
+    check_time,
 )
 from serve.api.service import CatalogItem
 from serve.model.live_catalog import Item
 from serve.pb import recommender_pb2 as pb
-
-MOST_BYTES = 2 * 2**20
-"""About so long is a page at most: clients take 4 MB by default."""
 
 
 def decode_items(request: pb.UpsertItemsRequest) -> list[Item]:
     """The items to store."""
     check_length("items", request.items, MAX_UPSERTED_ITEMS)
     places: dict[str, int] = {}
-    items = []
+    items, found = list[Item](), Violations()
     for at, message in enumerate(request.items):
-        try:
-            item = _decode_item(message)
-            first = places.setdefault(item.item_id, at)
-            if first != at:
-                raise InvalidRequest("item_id", "each id once", f"that of items[{first}]")
-        except InvalidRequest as error:
-            raise error.within(f"items[{at}]") from error
+        first = len(found)
+        item = _decode_item(message, found)
+        place = places.setdefault(item.item_id, at)
+        if place != at:
+            found.add("item_id", "each id once", f"that of items[{place}]")
+        found.put_within(f"items[{at}]", first)
         if message.ByteSize() > MAX_ITEM_BYTES:
-            raise InvalidRequest(f"items[{at}]", f"an item of at most {MAX_ITEM_BYTES} bytes", message.ByteSize())
+            found.add(f"items[{at}]", f"an item of at most {MAX_ITEM_BYTES} bytes", message.ByteSize())
+        if found.is_full:
+            break
         items.append(item)
+    found.raise_any()
     return items
 
 
@@ -59,43 +59,40 @@ def encode_item(entry: CatalogItem) -> pb.CatalogItem:
 
 def encode_items(entries: Sequence[CatalogItem], *, more: bool, model_version: str) -> pb.ListItemsResponse:
     """The message for a page of the catalogue, with as many of the entries as fit; `more`: others come after them."""
-    response, size = pb.ListItemsResponse(model_version=model_version), 0
-    for entry in entries:
-        message = encode_item(entry)
-        size += message.ByteSize()
-        if size > MOST_BYTES and response.items:
-            more = True
-            break
-        response.items.append(message)
-    if more:
-        response.next_page_token = item_page_token(response.items[-1].item.item_id)
-    return response
+    messages = [encode_item(entry) for entry in entries]
+    fitting = fitting_count(messages)
+    more |= fitting < len(messages)
+    next_page = item_page_token(entries[fitting - 1].item.item_id) if more else ""
+    return pb.ListItemsResponse(items=messages[:fitting], model_version=model_version, next_page_token=next_page)
 
 
-def _decode_item(message: pb.Item) -> Item:
-    check_id("item_id", message.item_id)
-    _check_text("title", message.title, 0, MAX_TITLE_LENGTH)
-    check_length("tags", message.tags, MAX_ITEM_TAGS)
-    for at, tag in enumerate(message.tags):
-        _check_text(f"tags[{at}]", tag, 1, MAX_TAG_LENGTH)
-        if tag != tag.strip(" "):
-            raise InvalidRequest(f"tags[{at}]", "a tag without spaces around it", "one with spaces")
+def _decode_item(message: pb.Item, found: Violations) -> Item:
+    found.check(check_id, "item_id", message.item_id)
+    found.check(_check_text, "title", message.title, 0, MAX_TITLE_LENGTH)
+    found.check(_check_tags, message.tags)
     since, until = (
-        _decode_time(name, getattr(message, name)) if message.HasField(name) else None
-        for name in ("available_from", "available_until")
+        getattr(message, name) if message.HasField(name) else None for name in ("available_from", "available_until")
     )
-    if since is not None and until is not None and until <= since:
-        raise InvalidRequest("available_until", f"a time after available_from, which is {since}", until)
+    if since is not None:
+        found.check(check_time, "available_from", since, MAX_AVAILABILITY_TIME)
+    if until is not None:
+        found.check(check_time, "available_until", until, MAX_AVAILABILITY_TIME)
+        if since is not None and until <= since:
+            found.add("available_until", f"a time after available_from, which is {since}", until)
     metadata = dict(sorted(message.metadata.items()))
-    _check_metadata(metadata)
+    found.check(_check_metadata, metadata)
     tags = tuple(sorted(set(message.tags)))
     return Item(message.item_id, message.title, tags, since, until, message.hidden, metadata)
 
 
-def _decode_time(field: str, value: int) -> int:
-    if not 0 <= value <= LATEST_TIME:
-        raise InvalidRequest(field, f"seconds since 1970-01-01T00:00Z in 0..{LATEST_TIME}", value)
-    return value
+def _check_tags(tags: Sequence[str]) -> None:
+    check_length("tags", tags, MAX_ITEM_TAGS)
+    found = Violations()
+    for at, tag in enumerate(tags):
+        found.check(_check_text, f"tags[{at}]", tag, 1, MAX_TAG_LENGTH)
+        if tag != tag.strip(" "):
+            found.add(f"tags[{at}]", "a tag without spaces around it", "one with spaces")
+    found.raise_any()
 
 
 def _check_text(field: str, value: str, least: int, most: int) -> None:
@@ -107,11 +104,12 @@ def _check_text(field: str, value: str, least: int, most: int) -> None:
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> None:
+    found = Violations()
     size = sum(len(text.encode()) for entry in metadata.items() for text in entry)
     if size > MAX_METADATA_BYTES:
-        raise InvalidRequest("metadata", f"at most {MAX_METADATA_BYTES} bytes of keys and values", size)
-    for key, value in metadata.items():
-        if not key:
-            raise InvalidRequest("metadata", "no empty key", "one")
-        if "\0" in key or "\0" in value:
-            raise InvalidRequest("metadata", "texts without the character U+0000", "one with it")
+        found.add("metadata", f"at most {MAX_METADATA_BYTES} bytes of keys and values", size)
+    if "" in metadata:
+        found.add("metadata", "no empty key", "one")
+    if any("\0" in text for entry in metadata.items() for text in entry):
+        found.add("metadata", "texts without the character U+0000", "one with it")
+    found.raise_any()

@@ -4,14 +4,18 @@ import base64
 import binascii
 import hashlib
 import struct
+from collections.abc import Sequence
+
+from google.protobuf.message import Message
 
 from serve.api.errors import InvalidRequest
-from serve.api.rules import MAX_PAGE_SIZE
+from serve.api.rules import MAX_PAGE_BYTES, MAX_PAGE_SIZE
 
 DEFAULT_PAGE_SIZE = 100
 _PLACE = struct.Struct("<qq")
 _CHECK_BYTES = 8
 _CATALOGUE = "\0catalogue"  # no user's id
+_MODELS = "\0models"
 
 
 def checked_page_size(field: str, value: int) -> int:
@@ -19,6 +23,16 @@ def checked_page_size(field: str, value: int) -> int:
     if not 0 <= value <= MAX_PAGE_SIZE:
         raise InvalidRequest(field, f"1 to {MAX_PAGE_SIZE}, or 0 for {DEFAULT_PAGE_SIZE}", value)
     return value or DEFAULT_PAGE_SIZE
+
+
+def fitting_count(messages: Sequence[Message]) -> int:
+    """How many of the first messages a page has: at least one, unless there is none."""
+    size = 0
+    for at, message in enumerate(messages):
+        size += message.ByteSize()
+        if at and size > MAX_PAGE_BYTES:
+            return at
+    return len(messages)
 
 
 def page_token(user_id: str, timestamp: int, arrival: int) -> str:
@@ -60,6 +74,26 @@ def decode_item_page_token(field: str, token: str) -> str:
     if item_id is None or "\0" in item_id:
         raise InvalidRequest(field, "next_page_token of an answer", "another text")
     return item_id
+
+
+def model_page_token(model_version: str, folder: str) -> str:
+    """What names the place after a model version, in the same characters."""
+    return _token(_MODELS, f"{model_version}\0{folder}".encode("utf-8", "surrogateescape"))
+
+
+def decode_model_page_token(field: str, token: str) -> tuple[str, str] | None:
+    """Version and folder before the page; None for "", the first page.
+
+    Raises:
+        InvalidRequest: The text is no token of the models.
+    """
+    if not token:
+        return None
+    place = _place(token, _MODELS)
+    version, separator, folder = (place or b"").decode("utf-8", "surrogateescape").rpartition("\0")
+    if not separator:
+        raise InvalidRequest(field, "next_page_token of an answer", "another text")
+    return version, folder
 
 
 def _token(name: str, place: bytes) -> str:

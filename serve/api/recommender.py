@@ -4,7 +4,9 @@ from typing import Any
 
 from serve.api.codec import (
     check_answer,
-    decode_batch,
+    check_batch,
+    check_version,
+    check_view,
     decode_impressions,
     decode_query,
     decode_user_events,
@@ -14,15 +16,17 @@ from serve.api.codec import (
     encode_profile,
     encode_similar,
 )
-from serve.api.errors import InvalidRequest
+from serve.api.errors import OF_THE_SERVER, InvalidRequest, Violations, status_of
 from serve.api.event_types import BUILT_IN, EventTypes
 from serve.api.filters import decode_filter
 from serve.api.items import decode_items, encode_item, encode_items
-from serve.api.pages import checked_page_size, decode_item_page_token, decode_page_token, page_token
-from serve.api.rules import MAX_DELETED_EVENTS, MAX_UPSERTED_ITEMS, check_id, checked_count, checked_ids
-from serve.api.service import RecommenderService
+from serve.api.pages import DEFAULT_PAGE_SIZE, checked_page_size, decode_item_page_token, decode_page_token
+from serve.api.rules import DEFAULT_K, MAX_DELETED_EVENTS, MAX_UPSERTED_ITEMS, check_id, checked_count, checked_ids
+from serve.api.service import Recommendation, RecommenderService
+from serve.model.recommender import Query
 from serve.pb import recommender_pb2 as pb
 from serve.pb import recommender_pb2_grpc
+from serve.serving.loaded import LoadedModel
 
 
 class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
@@ -33,27 +37,61 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         self._event_types = event_types
         self._models = service.models
 
+    def _loaded(self, request: pb.RecommendRequest | pb.SimilarItemsRequest) -> LoadedModel:
+        """The model that answers; raises UnknownModel."""
+        if request.model_version:
+            return self._models.version(request.model_version)
+        user_id = request.user_id if isinstance(request, pb.RecommendRequest) else ""
+        return self._models.for_user(user_id or request.bucket_key or None)
+
     def Recommend(self, request: pb.RecommendRequest, context: Any) -> pb.RecommendResponse:
-        loaded = self._models.for_user(request.user_id or None)
+        loaded = self._loaded(request)
         query = decode_query(request, loaded.model, self._event_types)
         answer = self._service.recommend(loaded, query, context.time_remaining(), lambda: not context.is_active())
-        response = encode_answer(answer, with_metadata=request.with_metadata)
-        if request.explain:
-            check_answer("k", response)
+        return self._encoded(request, answer)
+
+    def _encoded(self, request: pb.RecommendRequest, answer: Recommendation) -> pb.RecommendResponse:
+        response = encode_answer(answer, request.view)
+        check_answer("k", response)
         return response
 
     def BatchRecommend(self, request: pb.BatchRecommendRequest, context: Any) -> pb.BatchRecommendResponse:
-        loaded = [self._models.for_user(single.user_id or None) for single in request.requests]
-        queries = decode_batch(request, [one.model for one in loaded], self._event_types)
-        answers = self._service.recommend_all(loaded, queries, context.time_remaining, lambda: not context.is_active())
-        response = pb.BatchRecommendResponse(
-            responses=[
-                encode_answer(answer, with_metadata=single.with_metadata)
-                for single, answer in zip(request.requests, answers, strict=True)
-            ]
+        check_batch(request)
+        results: dict[int, pb.RecommendResult] = {}
+        asked: dict[int, tuple[LoadedModel, Query]] = {}
+        names: dict[str, int] = {}
+        for at, single in enumerate(request.requests):
+            try:
+                loaded = self._loaded(single)
+                query = decode_query(single, loaded.model, self._event_types)
+                first = names.setdefault(query.recommendation_id, at) if query.recommendation_id else at
+                if first != at:
+                    raise InvalidRequest("request_id", "each once for a user", f"that of requests[{first}]")
+            except Exception as error:
+                results[at] = self._failed(error)
+            else:
+                asked[at] = (loaded, query)
+        answers = self._service.recommend_all(
+            list(asked.values()), context.time_remaining, lambda: not context.is_active()
         )
+        for at, answer in zip(asked, answers, strict=True):
+            try:
+                if isinstance(answer, Exception):
+                    raise answer
+                results[at] = pb.RecommendResult(response=self._encoded(request.requests[at], answer))
+            except Exception as error:
+                results[at] = self._failed(error)
+        response = pb.BatchRecommendResponse(results=[results[at] for at in range(len(results))])
         check_answer("requests", response)
         return response
+
+    def _failed(self, error: Exception) -> pb.RecommendResult:
+        """What became of one request of a batch; raises an error that concerns the server, and so the whole call."""
+        if isinstance(error, OF_THE_SERVER):
+            raise error
+        status = status_of(error)
+        self._service.failed_in_batch(status.code.name)
+        return pb.RecommendResult(error=pb.Status.FromString(status.details))
 
     def RecordEvents(self, request: pb.RecordEventsRequest, context: Any) -> pb.RecordEventsResponse:
         scale = self._models.version("").model.info.rating_scale
@@ -66,9 +104,13 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         return pb.RecordImpressionsResponse(recorded_count=recorded, duplicate_count=len(items) - recorded)
 
     def GetUserProfile(self, request: pb.GetUserProfileRequest, context: Any) -> pb.GetUserProfileResponse:
-        check_id("user_id", request.user_id)
-        limit = checked_count("limit", request.limit)
-        return encode_profile(self._service.profile(request.user_id), limit)
+        found, user_id = Violations(), request.user_id
+        found.check(check_id, "user_id", user_id)
+        size = found.check(checked_page_size, "page_size", request.page_size) or DEFAULT_PAGE_SIZE
+        before = found.check(decode_page_token, "page_token", request.page_token, user_id)
+        found.raise_any()
+        profile = self._service.profile(user_id)
+        return encode_profile(user_id, profile, self._service.watched(user_id, size, before))
 
     def DeleteUser(self, request: pb.DeleteUserRequest, context: Any) -> pb.DeleteUserResponse:
         check_id("user_id", request.user_id)
@@ -78,35 +120,45 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         )
 
     def ListEvents(self, request: pb.ListEventsRequest, context: Any) -> pb.ListEventsResponse:
-        user_id = request.user_id
-        check_id("user_id", user_id)
-        size = checked_page_size("page_size", request.page_size)
-        page = self._service.events(user_id, size, decode_page_token("page_token", request.page_token, user_id))
-        return encode_events(page.events, "" if page.last is None else page_token(user_id, *page.last))
+        found, user_id = Violations(), request.user_id
+        found.check(check_id, "user_id", user_id)
+        size = found.check(checked_page_size, "page_size", request.page_size) or DEFAULT_PAGE_SIZE
+        before = found.check(decode_page_token, "page_token", request.page_token, user_id)
+        found.raise_any()
+        return encode_events(user_id, self._service.events(user_id, size, before))
 
     def DeleteEvents(self, request: pb.DeleteEventsRequest, context: Any) -> pb.DeleteEventsResponse:
-        check_id("user_id", request.user_id)
-        event_ids = checked_ids("event_ids", request.event_ids, MAX_DELETED_EVENTS)
+        found = Violations()
+        found.check(check_id, "user_id", request.user_id)
+        event_ids = found.check(checked_ids, "event_ids", request.event_ids, MAX_DELETED_EVENTS) or []
+        found.raise_any()
         return pb.DeleteEventsResponse(deleted_event_count=self._service.delete_events(request.user_id, event_ids))
 
     def MergeUsers(self, request: pb.MergeUsersRequest, context: Any) -> pb.MergeUsersResponse:
-        check_id("source_user_id", request.source_user_id)
-        check_id("target_user_id", request.target_user_id)
+        found = Violations()
+        found.check(check_id, "source_user_id", request.source_user_id)
+        found.check(check_id, "target_user_id", request.target_user_id)
         if request.source_user_id == request.target_user_id:
-            raise InvalidRequest("target_user_id", "another user than source_user_id", "the same")
+            found.add("target_user_id", "another user than source_user_id", "the same")
+        found.raise_any()
         merged = self._service.merge_users(request.source_user_id, request.target_user_id)
         return pb.MergeUsersResponse(
             merged_event_count=merged.event_count, merged_recommendation_count=merged.slate_count
         )
 
     def SimilarItems(self, request: pb.SimilarItemsRequest, context: Any) -> pb.SimilarItemsResponse:
-        check_id("item_id", request.item_id)
-        k = checked_count("k", request.k)
-        model = self._models.version("").model
-        item_filter = decode_filter(request, model)
-        withheld = model.live.withheld()
-        ranking = model.similar(request.item_id, k, request.exclude_item_ids, item_filter, withheld)
-        return encode_similar(ranking, model, with_metadata=request.with_metadata)
+        model, found = self._loaded(request).model, Violations()
+        live = model.live
+        found.check(check_id, "item_id", request.item_id)
+        k = found.check(checked_count, "k", request.k) or DEFAULT_K
+        item_filter = found.check(decode_filter, request, model, live)
+        found.check(check_version, request)
+        found.check(check_view, request.view)
+        found.raise_any()
+        ranking = model.similar(request.item_id, k, live, request.exclude_item_ids, item_filter)
+        response = encode_similar(ranking, model, live, request.view)
+        check_answer("k", response)
+        return response
 
     def UpsertItems(self, request: pb.UpsertItemsRequest, context: Any) -> pb.UpsertItemsResponse:
         items = decode_items(request)
@@ -123,8 +175,10 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         return pb.GetItemResponse(item=encode_item(entry), model_version=model.info.model_version)
 
     def ListItems(self, request: pb.ListItemsRequest, context: Any) -> pb.ListItemsResponse:
-        size = checked_page_size("page_size", request.page_size)
-        after = decode_item_page_token("page_token", request.page_token)
+        found = Violations()
+        size = found.check(checked_page_size, "page_size", request.page_size) or DEFAULT_PAGE_SIZE
+        after = found.check(decode_item_page_token, "page_token", request.page_token) or ""
+        found.raise_any()
         page = self._service.items(after, size, stored_only=request.stored_only)
         return encode_items(page.items, more=page.more, model_version=page.model.info.model_version)
 

@@ -4,11 +4,19 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 
-from serve.api.errors import InvalidRequest
+from serve.api.errors import MOST_VIOLATIONS, InvalidRequest, Violations
 from serve.model.events import INTERACTION, RatingScale
+from serve.stores.base import MOST_EVENTS, MOST_MERGED, MOST_SLATES
 
 DEFAULT_K = 10
+# Each MAX_ is a field of `Limits` in the contract (LIMITS below) and a line of docs/serving.md.
 MAX_K = 1_000
+MAX_STORED_EVENTS = MOST_EVENTS
+MAX_MERGED = MOST_MERGED
+MAX_VIOLATIONS = MOST_VIOLATIONS
+MAX_MESSAGE_BYTES = 8 * 2**20
+"""A history of 10,000 events with ids of 36 characters takes 0.5 MB."""
+MAX_SECONDS_AHEAD = 86_400
 MAX_HISTORY_EVENTS = 10_000
 MAX_EXCLUDED_ITEMS = 10_000
 MAX_ALLOWED_ITEMS = 10_000
@@ -32,30 +40,41 @@ MAX_BATCH_METADATA = 1_000
 """Items of a batch that come with their metadata: as many as one answer has."""
 MAX_ANSWER_BYTES = 4 * 2**20
 """More is not taken by clients by default."""
-LATEST_TIME = 253_402_300_799
-"""The end of the year 9999, for the availability of items."""
+MAX_AVAILABILITY_TIME = 253_402_300_799
+"""The end of the year 9999."""
 MAX_LISTED_TAGS = 10_000
 """In GetModelInfo."""
+MAX_GENRE_PREFERENCES = 100
 MAX_PAGE_SIZE = 1_000
+MAX_PAGE_BYTES = 2 * 2**20
+"""About so long is a page at most: clients take 4 MiB by default."""
 MAX_NOT_SHOWN_S = 31 * 86_400
+MAX_NOT_SHOWN_ANSWERS = MOST_SLATES
+MAX_NOT_SHOWN_ITEMS = 10_000
 MAX_BATCH = 256
 MAX_BATCH_ITEMS = 10_000
 MAX_BATCH_EVENTS = 100_000
 # Characters; `jaxrec prepare` has the same limit. As UTF-8 at most 2,048 bytes: an entry of PostgreSQL's indexes of ids
 # (a user with time and arrival, or with a model's version) must stay below 2,704. SQLite and Redis have no such limit.
 MAX_ID_LENGTH = 512
-MAX_SHOWN = 200
+LONGEST_SHOWN = 200
 """Characters of a value or of a list of names in an error."""
-SECONDS_PER_DAY = 86_400
 FIRST_OF_FINER_UNITS_S = 100_000_000
 """March 1973: a number that as milliseconds is before it is rather a time in seconds that is out of range."""
 FINER_UNITS = {"milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
+LIMITS = {name.lower(): value for name, value in list(globals().items()) if name.startswith("MAX_")}
+"""By the names of `Limits`."""
 
 
-def check_id(field: str, value: str) -> None:
-    """Raises InvalidRequest unless a raw id has 1 to 512 characters, none of them U+0000, and no spaces around it."""
-    if not 1 <= len(value) <= MAX_ID_LENGTH:
-        raise InvalidRequest(field, f"an id of 1 to {MAX_ID_LENGTH} characters", f"{len(value)} characters")
+def shown(name: str) -> str:
+    """A name in a message, cut where it is long."""
+    return repr(name) if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]!r}..."
+
+
+def check_id(field: str, value: str, most: int = MAX_ID_LENGTH) -> None:
+    """Raises InvalidRequest unless a raw id has 1 to `most` characters, without U+0000 and spaces around it."""
+    if not 1 <= len(value) <= most:
+        raise InvalidRequest(field, f"an id of 1 to {most} characters", f"{len(value)} characters")
     # PostgreSQL cannot store it.
     if "\0" in value:
         raise InvalidRequest(field, "an id without the character U+0000", "one with it")
@@ -65,17 +84,19 @@ def check_id(field: str, value: str) -> None:
 
 def latest_time() -> int:
     """The latest time that is valid now: a day after the server's clock, in seconds."""
-    return int(time.time()) + SECONDS_PER_DAY
+    return int(time.time()) + MAX_SECONDS_AHEAD
 
 
 def check_time(field: str, value: int, latest: int) -> None:
-    """Raises InvalidRequest unless a time is in 0..`latest` (`latest_time`, once for all times of a request)."""
+    """Raises InvalidRequest unless a time is in 0..`latest`: `latest_time`, once for all times of a request, or for the
+    availability of items MAX_AVAILABILITY_TIME."""
     if not 0 <= value <= latest:
         came = str(value)
         for unit, per_second in FINER_UNITS.items():
             if FIRST_OF_FINER_UNITS_S <= value // per_second <= latest:
                 came = f"{value}, which looks like {unit}"
-        raise InvalidRequest(field, f"seconds since 1970-01-01T00:00Z in 0..{latest} (a day from now)", came)
+        ends = "the end of the year 9999" if latest == MAX_AVAILABILITY_TIME else "a day from now"
+        raise InvalidRequest(field, f"seconds since 1970-01-01T00:00Z in 0..{latest} ({ends})", came)
 
 
 def check_event_time(field: str, value: int, latest: int) -> None:
@@ -104,9 +125,8 @@ def checked_weight(field: str, name: str, event_types: Mapping[str, float]) -> f
     weight = event_types.get(name or INTERACTION)
     if weight is None:
         names = ", ".join(sorted(event_types))
-        known = names if len(names) <= MAX_SHOWN else f"{names[:MAX_SHOWN]}..."
-        came = repr(name[:MAX_SHOWN]) + ("..." if len(name) > MAX_SHOWN else "")
-        raise InvalidRequest(field, f"one of {known}", came)
+        known = names if len(names) <= LONGEST_SHOWN else f"{names[:LONGEST_SHOWN]}..."
+        raise InvalidRequest(field, f"one of {known}", shown(name))
     return weight
 
 
@@ -121,8 +141,10 @@ def checked_ids(field: str, ids: Sequence[str], most: int) -> list[str]:
     check_length(field, ids, most)
     if not ids:
         raise InvalidRequest(field, "at least one id", "none")
+    found = Violations()
     for at, one in enumerate(ids):
-        check_id(f"{field}[{at}]", one)
+        found.check(check_id, f"{field}[{at}]", one)
+    found.raise_any()
     return list(dict.fromkeys(ids))
 
 

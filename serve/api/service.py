@@ -9,29 +9,35 @@ import os
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
-from serve.api.errors import SlatesNotLogged, UnknownUser
-from serve.model.events import Event, known_events, positive_count
-from serve.model.live_catalog import Item
+from serve.api.errors import OF_THE_SERVER, SlatesNotLogged, UnknownUser
+from serve.api.rules import MAX_NOT_SHOWN_ITEMS
+from serve.model.events import known_events, positive_count
+from serve.model.live_catalog import Item, LiveCatalog
 from serve.model.profile import GenrePreference, genre_preferences
 from serve.model.recommender import Answer, Query, Recommender, UnknownItem
 from serve.observability.metrics import Metrics
 from serve.serving.errors import Cancelled, Expired
 from serve.serving.loaded import LoadedModel, Models
-from serve.stores.base import Deleted, EventStore, ShownItem, Slate, UserEvent
+from serve.stores.base import MOST_EVENTS, Deleted, EventStore, ShownItem, Slate, UserEvent
 
 SECONDS_PER_DAY = 86_400
-MOST_NOT_SHOWN = 10_000
-"""Items that `not_shown_within` excludes from an answer."""
+READ_AT_ONCE = 1_000
+"""Events, to find positive ones."""
+MOST_READS = 5
+"""So often a user's history is read again if it changes while it is read."""
 
 
 class Recommendation(NamedTuple):
-    """An answer under the id by which events can refer to it, and the model whose item indices it has."""
+    """An answer under the id by which events can refer to it, and the model and the catalogue whose item indices it
+    has."""
 
     recommendation_id: str
     answer: Answer
     model: Recommender
+    live: LiveCatalog
 
 
 class Recorded(NamedTuple):
@@ -44,9 +50,10 @@ class Recorded(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """A user's positive events in time order and preferences, as the model sees them that answers the user."""
+    """What a user's history says, as the model sees it that answers the user."""
 
-    events: Sequence[Event]
+    event_count: int
+    """Its positive events."""
     preferences: Sequence[GenrePreference]
     model: Recommender
 
@@ -73,12 +80,21 @@ class ItemPage(NamedTuple):
     """The one that answers most requests."""
 
 
-class Page(NamedTuple):
+class EventPage(NamedTuple):
     """Some of a user's events, newest first."""
 
-    events: Sequence[UserEvent]
-    last: tuple[int, int] | None
-    """Timestamp and arrival of the last one; None: there are no more."""
+    events: Sequence[tuple[int, UserEvent]]
+    """With their arrivals."""
+    more: bool
+    """Whether there are others after them."""
+
+
+def repeatable_id(user_id: str | None, request_id: str) -> str:
+    """The id of the answers to a request that its client may repeat: 32 hexadecimal digits, the same for the same
+    arguments in each process. None: the history came with the request."""
+    # Ids have no U+0000.
+    name = f"{user_id or ''}\0{request_id}"
+    return hashlib.blake2b(name.encode(), digest_size=16, person=b"request id").hexdigest()
 
 
 def is_logged(name: str, share: float) -> bool:
@@ -128,44 +144,74 @@ class RecommenderService:
     ) -> Recommendation:
         """Answers a query with the model of its user, and logs the slate; raises as `LoadedModel.recommend`."""
         start = time.monotonic()
-        query = self._without_shown(query, self._recently_shown)
+        query = self._with_stored(self._without_shown(query, self._recently_shown))
         if deadline_s is not None:
             deadline_s -= time.monotonic() - start
         return self._logged(loaded, query, loaded.recommend(query, deadline_s, is_cancelled))
 
     def recommend_all(
         self,
-        loaded: Sequence[LoadedModel],
-        queries: Sequence[Query],
+        asked: Sequence[tuple[LoadedModel, Query]],
         remaining_s: Callable[[], float | None],
         is_cancelled: Callable[[], bool],
-    ) -> list[Recommendation]:
-        """As `recommend`, for queries with a model each; all are answered or none. An error about a query names it."""
+    ) -> list[Recommendation | Exception]:
+        """As `recommend`, for queries with a model each; in place of an answer, why this query has none.
+
+        Raises what concerns the server (`OF_THE_SERVER`): then none is answered.
+        """
 
         @functools.cache
-        def recently_shown(user_id: str, seconds: int) -> list[str]:
-            if is_cancelled():
-                raise Cancelled("cancelled by the client")
-            left_s = remaining_s()
-            if left_s is not None and left_s <= 0:
-                raise Expired("the deadline passed before it was read what was recommended lately")
-            return self._recently_shown(user_id, seconds)
+        def recently_shown(user_id: str, seconds: int, but: str) -> list[str]:
+            return self._recently_shown(user_id, seconds, but)
 
-        asked = list(queries)
-        for at, query in enumerate(asked):
+        found: dict[int, Recommendation | Exception] = {}
+        of_model: dict[LoadedModel, dict[int, Query]] = {}
+        for at, (loaded, query) in enumerate(asked):
+            if query.not_shown_within or query.events:
+                if is_cancelled():
+                    raise Cancelled("cancelled by the client")
+                left_s = remaining_s()
+                if left_s is not None and left_s <= 0:
+                    raise Expired("the deadline passed before the user's data were read")
             try:
-                asked[at] = self._without_shown(query, recently_shown)
+                whole = self._with_stored(self._without_shown(query, recently_shown))
             except SlatesNotLogged as error:
-                raise SlatesNotLogged(f"requests[{at}].{error}") from error
-        queries = asked
-        answers: dict[int, Answer] = {}
-        for model in set(loaded):
-            places = [at for at, one in enumerate(loaded) if one is model]
-            found = model.recommend_all([queries[at] for at in places], remaining_s(), is_cancelled)
-            answers.update(zip(places, found, strict=True))
-        return [self._logged(one, queries[at], answers[at]) for at, one in enumerate(loaded)]
+                found[at] = error
+            else:
+                of_model.setdefault(loaded, {})[at] = whole
+        answered: list[tuple[int, LoadedModel, Query, Answer]] = []
+        for loaded, queries in of_model.items():
+            answers = loaded.recommend_all(list(queries.values()), remaining_s(), is_cancelled)
+            for (at, query), answer in zip(queries.items(), answers, strict=True):
+                if isinstance(answer, OF_THE_SERVER):
+                    raise answer
+                if isinstance(answer, Exception):
+                    found[at] = answer
+                else:
+                    answered.append((at, loaded, query, answer))
+        found |= {at: self._logged(loaded, query, answer) for at, loaded, query, answer in answered}
+        return [found[at] for at in range(len(asked))]
 
-    def _without_shown(self, query: Query, recently_shown: Callable[[str, int], list[str]]) -> Query:
+    def _with_stored(self, query: Query) -> Query:
+        """The query with the stored events of its user before those that are sent along, as if these had been recorded
+        just now."""
+        user_id = query.user_id
+        if user_id is None or not query.events:
+            return query
+        ids, recorded = [one for one in query.event_ids if one], set[str]()
+        for _ in range(MOST_READS):
+            # An event that is recorded between the two reads would count twice.
+            revision = self._store.revision(user_id) if ids else 0
+            recorded = self._store.recorded_ids(ids) if ids else recorded
+            stored = self._store.history(user_id, query.request_time)
+            if not ids or self._store.revision(user_id) == revision:
+                break
+        named = zip(query.events, query.event_ids or [""] * len(query.events), strict=True)
+        sent = [event for event, event_id in named if event.weight and event_id not in recorded]
+        # Sorting keeps the order of equal times.
+        return query._replace(events=sorted([*stored, *sent], key=attrgetter("timestamp"))[-MOST_EVENTS:])
+
+    def _without_shown(self, query: Query, recently_shown: Callable[[str, int, str], list[str]]) -> Query:
         """The query without what was recommended lately, if it asks for that; raises SlatesNotLogged."""
         seconds = query.not_shown_within
         if not seconds or query.user_id is None:
@@ -176,29 +222,31 @@ class RecommenderService:
         if 0 < self._slate_retention_s < seconds:
             expected = f"at most {self._slate_retention_s:.0f} seconds, for which recommendations are kept"
             raise SlatesNotLogged(f"not_shown_within: expected {expected} (--slate-retention), came {seconds}")
-        shown = recently_shown(query.user_id, seconds)
+        shown = recently_shown(query.user_id, seconds, query.recommendation_id)
         return query._replace(exclude_item_ids=(*query.exclude_item_ids, *shown))
 
-    def _recently_shown(self, user_id: str, seconds: int) -> list[str]:
-        return self._store.shown_items(user_id, int(time.time()) - seconds, MOST_NOT_SHOWN)
+    def _recently_shown(self, user_id: str, seconds: int, but: str) -> list[str]:
+        return self._store.shown_items(user_id, int(time.time()) - seconds, MAX_NOT_SHOWN_ITEMS, but)
 
     def _logged(self, loaded: LoadedModel, query: Query, answer: Answer) -> Recommendation:
         model, now = loaded.model, time.time()
+        live = query.live or model.own_live
         # The time first: an index of ids in their order grows at one end, which costs half of one in no order.
-        recommendation_id = f"{int(now * 1e3):012x}{os.urandom(10).hex()}"
+        recommendation_id = query.recommendation_id or f"{int(now * 1e3):012x}{os.urandom(10).hex()}"
         self._metrics.answered(answer.policy, answer.items)
-        if query.events:
+        if query.events and query.user_id is None:
             self._metrics.events(positive_count(query.events) - answer.ignored_event_count, answer.ignored_event_count)
         if not is_logged(query.user_id or recommendation_id, self._slate_log):
-            return Recommendation(recommendation_id, answer, model)
-        item_ids = model.catalog.item_ids
+            return Recommendation(recommendation_id, answer, model, live)
+        item_ids = live.catalog.item_ids
         withheld = () if query.withheld is None else query.withheld.items
-        excluded = dict.fromkeys([*model.indices(query.exclude_item_ids), *answer.disliked, *(withheld or ())])
+        excluded = dict.fromkeys([*live.indices(query.exclude_item_ids), *answer.disliked, *(withheld or ())])
         options = {
             "filter": query.filter,
             "seen": query.allow_seen is not None,
             "new_item_slots": query.new_item_slots,
             "not_shown_within": query.not_shown_within,
+            "history": query.events and query.user_id is not None,
             "catalogue": withheld is None,
         }
         self._store.log_slate(
@@ -219,11 +267,15 @@ class RecommenderService:
             ),
             started=query.started,
         )
-        return Recommendation(recommendation_id, answer, model)
+        return Recommendation(recommendation_id, answer, model, live)
+
+    def failed_in_batch(self, code: str) -> None:
+        """Counts a request of a batch that failed with a status."""
+        self._metrics.failed_in_batch(code)
 
     def record(self, events: Sequence[UserEvent]) -> Recorded:
         """Stores the events whose ids are new; they are on disk on return."""
-        index = self.models.version("").model.catalog.index
+        index = self.models.version("").model.own_catalog.index
         recorded = self._store.record(events)
         unknown = sum(new.event.item_id not in index for new in recorded)
         duplicates = len(events) - len(recorded)
@@ -272,15 +324,26 @@ class RecommenderService:
         if not events and not self._store.revision(user_id):
             raise UnknownUser(f"no event of the user {user_id!r} is stored")
         model = self.models.for_user(user_id).model
-        return Profile(events, genre_preferences(known_events(events, model.catalog), model.catalog), model)
+        return Profile(len(events), genre_preferences(known_events(events, model.own_catalog), model.catalog), model)
 
-    def events(self, user_id: str, most: int, before: tuple[int, int] | None) -> Page:
+    def events(self, user_id: str, most: int, before: tuple[int, int] | None) -> EventPage:
         """At most so many of a user's events, newest first, from the one after `before` (timestamp, arrival) on."""
         # One more says whether there is another page.
         found = self._store.list_events(user_id, most + 1, before)
-        events = [event for _, event in found[:most]]
-        arrival, last = found[:most][-1] if found else (0, None)
-        return Page(events, None if last is None or len(found) <= most else (last.event.timestamp, arrival))
+        return EventPage(found[:most], len(found) > most)
+
+    def watched(self, user_id: str, most: int, before: tuple[int, int] | None) -> EventPage:
+        """As `events`, of the positive ones alone."""
+        found: list[tuple[int, UserEvent]] = []
+        at_once = max(most + 1, READ_AT_ONCE)
+        while len(found) <= most:
+            part = self._store.list_events(user_id, at_once, before)
+            found += [one for one in part if one[1].event.weight > 0]
+            if len(part) < at_once:
+                break
+            arrival, last = part[-1]
+            before = (last.event.timestamp, arrival)
+        return EventPage(found[:most], len(found) > most)
 
     def delete_events(self, user_id: str, event_ids: Sequence[str]) -> int:
         """Deletes some of a user's events; how many there were."""

@@ -16,7 +16,7 @@ DAY_S = 86_400
 
 FILTERS = ("exclude", "allow", "any_tag", "all_tag", "no_tag", "minimum_score")
 """Options of recommendations and of similar items."""
-OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why")
+OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why", "request_id")
 
 
 @click.command("ask")
@@ -26,7 +26,8 @@ OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why")
     "--watched",
     multiple=True,
     metavar="ITEM[=RATING]",
-    help="Recommend after this item. Repeat it for several items, oldest first; they count as one a day up to now.",
+    help="Recommend after this item. Repeat it for several items, oldest first; they count as one a day up to now."
+    " With --user they are added to the stored events, for this answer only.",
 )
 @click.option("--similar", "similar_to", metavar="ITEM", help="Show items similar to this one.")
 @click.option("--profile", "profile_of", metavar="ID", help="Show what is stored of a user.")
@@ -52,6 +53,13 @@ OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why")
     help="With --user: leave out what was recommended lately.",
 )
 @click.option("--why", is_flag=True, help="Say why each item is recommended.")
+@click.option("--request-id", default="", metavar="ID", help="Repeated with the same id, the server logs one answer.")
+@click.option(
+    "--model-version",
+    default="",
+    metavar="VERSION",
+    help="Ask this version; by default the user's, or the main one.",
+)
 @click.pass_context
 def command(
     context: click.Context,
@@ -72,12 +80,16 @@ def command(
     new_items: int,
     not_shown_within: int,
     why: bool,
+    request_id: str,
+    model_version: str,
 ) -> None:
     """Ask a running server and print its answer as a table: recommendations, similar items, a user's profile or
     events, or, without a question, which model answers."""
-    if sum((user is not None, bool(watched), *(one is not None for one in (similar_to, profile_of, events_of)))) > 1:
-        raise click.UsageError("expected one of --user, --watched, --similar, --profile and --events")
     recommending = user is not None or bool(watched)
+    if sum((recommending, *(one is not None for one in (similar_to, profile_of, events_of)))) > 1:
+        raise click.UsageError("expected one of --user or --watched, --similar, --profile and --events")
+    if profile_of is not None or events_of is not None:
+        _refuse(context, ["model_version"], "--user, --watched, --similar or nothing")
     if not recommending:
         _refuse(context, OF_RECOMMENDATIONS, "--user or --watched")
         if similar_to is None:
@@ -88,9 +100,10 @@ def command(
             allow_item_ids=allow, any_tags=any_tag, all_tags=all_tag, none_tags=no_tag, minimum_score=minimum_score
         )
         asked: dict[str, Any] = {"exclude_item_ids": exclude, "filter": allowed, "k": k}
+        asked["model_version"] = model_version
         if recommending:
             asked |= {"allow_seen": allow_seen, "new_item_slots": new_items, "explain": why}
-            asked["not_shown_within"] = not_shown_within
+            asked |= {"not_shown_within": not_shown_within, "request_id": request_id}
             click.echo(recommendations(client, user, watched, **asked))
         elif similar_to is not None:
             click.echo(similar(client, similar_to, **asked))
@@ -99,7 +112,7 @@ def command(
         elif events_of is not None:
             click.echo(events(client, events_of, k))
         else:
-            click.echo(model(client))
+            click.echo(model(client, model_version))
 
 
 def _refuse(context: click.Context, names: Sequence[str], needed: str) -> None:
@@ -110,13 +123,18 @@ def _refuse(context: click.Context, names: Sequence[str], needed: str) -> None:
 
 
 def recommendations(client: RecommenderClient, user_id: str | None, watched: Sequence[str], **asked: Any) -> str:
-    """The best items for a stored user, or after items that were watched, one a day up to now; `asked`: what else
-    `RecommenderClient.recommend` is given."""
-    if user_id is not None:
+    """The best items for a stored user, or after items that were watched, one a day up to now, or both; `asked`: what
+    else `RecommenderClient.recommend` is given."""
+    if not watched:
         return _answer(client.recommend(user_id=user_id, **asked), asked["explain"])
     now = int(time.time())
     history = [_event(text, now - DAY_S * (len(watched) - at)) for at, text in enumerate(watched)]
-    return _answer(client.recommend(history=history, request_time=now, **asked), asked["explain"])
+    answer = client.recommend(user_id=user_id, history=history, request_time=now, **asked)
+    return _answer(answer, asked["explain"])
+
+
+def _time(seconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
 
 
 def _event(text: str, timestamp: int) -> Event:
@@ -154,7 +172,7 @@ def profile(client: RecommenderClient, user_id: str, k: int) -> str:
     found = client.get_user_profile(user_id, k)
     watched = [
         [
-            time.strftime("%Y-%m-%d %H:%M", time.gmtime(one.timestamp)),
+            _time(one.timestamp),
             one.item_id,
             one.title,
             f"{one.rating:g}" if one.HasField("rating") else "",
@@ -184,7 +202,7 @@ def events(client: RecommenderClient, user_id: str, k: int) -> str:
     """A user's last k events, of all types."""
     rows = [
         [
-            time.strftime("%Y-%m-%d %H:%M", time.gmtime(one.timestamp)),
+            _time(one.timestamp),
             one.type,
             one.item_id,
             f"{one.rating:g}" if one.HasField("rating") else "",
@@ -196,18 +214,19 @@ def events(client: RecommenderClient, user_id: str, k: int) -> str:
     return table(["time (UTC)", "type", "item", "rating", "value", "event"], rows)
 
 
-def model(client: RecommenderClient) -> str:
+def model(client: RecommenderClient, model_version: str = "") -> str:
     """What answers, and within which limits."""
-    info = client.get_model_info()
+    info = client.get_model_info(model_version)
     scale = info.rating_scale
     rows = [
         ["model", info.model_version],
         ["policy", info.policy],
-        ["exported", info.created],
+        ["exported", _time(info.created_time)],
         ["items", f"{info.item_count}"],
         ["ratings", f"{scale.minimum:g} to {scale.maximum:g}" if info.HasField("rating_scale") else "none"],
         ["history", f"last {info.max_history} events"],
         ["new items", f"{info.new_item_count}"],
+        ["items added", f"{info.added_item_count}"],
         ["runs on", info.execution_provider],
     ]
     return "\n".join(f"{name:<9} {value}" for name, value in rows)

@@ -8,15 +8,16 @@
             print(item.title, item.score)
 
 `RecommenderClient(Connection("recommender.example:443", tls=True, token=...))` encrypts and says who calls. Every call
-has a deadline, and is repeated with backoff while the server is unavailable. A call that fails raises `grpc.RpcError`,
-with the status in `code()` and the reason in `details()`.
+has a deadline, and is repeated with backoff while the server is unavailable or overloaded. A call that fails raises
+`grpc.RpcError`, with the status in `code()` and the reason in `details()`. In place of an answer of `batch_recommend`
+there may be a `Status`, which says why there is none.
 """
 
 from serve.client.aio import AsyncRecommenderClient
 from serve.client.connection import Connection
 from serve.client.requests import recommend_request
 from serve.client.sync import RecommenderClient
-from serve.pb.recommender_pb2 import Event, Impression, Item, ItemFilter, UserEvent
+from serve.pb.recommender_pb2 import Event, Impression, Item, ItemFilter, Status, UserEvent
 
 __all__ = [
     "AsyncRecommenderClient",
@@ -26,6 +27,7 @@ __all__ = [
     "Item",
     "ItemFilter",
     "RecommenderClient",
+    "Status",
     "UserEvent",
     "recommend_request",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Iterable
 from typing import Any, Self
 
 from serve.client.connection import Connection
-from serve.client.requests import Requests, is_serving
+from serve.client.requests import Requests, is_serving, unpacked
 from serve.pb.recommender_pb2 import (
     DeleteEventsResponse,
     DeleteItemsResponse,
@@ -24,6 +24,7 @@ from serve.pb.recommender_pb2 import (
     RecordEventsResponse,
     RecordImpressionsResponse,
     SimilarItemsResponse,
+    Status,
     UpsertItemsResponse,
 )
 
@@ -61,9 +62,10 @@ class AsyncRecommenderClient(
         """Ends the connection and the calls under way."""
         await self._channel.close(None)
 
-    async def batch_recommend(self, requests: Iterable[RecommendRequest]) -> list[RecommendResponse]:
-        """The answers to several questions (`recommend_request`, at most 256) in their order."""
-        return list((await self._batch(requests)).responses)
+    async def batch_recommend(self, requests: Iterable[RecommendRequest]) -> list[RecommendResponse | Status]:
+        """The answers to several questions (`recommend_request`, at most 256) in their order; in place of an
+        answer, why there is none."""
+        return unpacked(await self._batch(requests))
 
     async def is_serving(self) -> bool:
         """Whether the server says that it is ready; raises `grpc.RpcError` when it cannot be reached."""

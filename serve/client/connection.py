@@ -10,7 +10,9 @@ from serve.addresses import is_loopback
 
 # Each call can be repeated: what RecordEvents and RecordImpressions store counts once, UpsertItems stores the same
 # again, DeleteUser, DeleteEvents, DeleteItems and MergeUsers do what is left to do, and the others change nothing.
-# gRPC waits between tries, longer each time and by a random share.
+# gRPC waits between tries, longer each time and by a random share, or as long as an overloaded server says. Each
+# failure takes a token, and ten successes give one back; with half of the tokens no call is tried again: else clients
+# would keep a server overloaded.
 SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [
@@ -21,10 +23,11 @@ SERVICE_CONFIG = json.dumps(
                     "initialBackoff": "0.1s",
                     "maxBackoff": "2s",
                     "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
+                    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
                 },
             }
-        ]
+        ],
+        "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
     }
 )
 OPTIONS = (("grpc.service_config", SERVICE_CONFIG),)

@@ -1,14 +1,15 @@
 """The calls of both clients: which request each sends. How its answer comes is up to the channel."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, Generic, Literal, TypeVar
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serve.client.connection import Connection
 from serve.pb.recommender_pb2 import (
     BatchRecommendRequest,
+    BatchRecommendResponse,
     DeleteEventsRequest,
     DeleteItemsRequest,
     DeleteUserRequest,
@@ -24,15 +25,20 @@ from serve.pb.recommender_pb2 import (
     ListItemsRequest,
     MergeUsersRequest,
     RecommendRequest,
+    RecommendResponse,
     RecordEventsRequest,
     RecordImpressionsRequest,
     Seen,
     SimilarItemsRequest,
+    Status,
     UpsertItemsRequest,
     UserEvent,
+    View,
 )
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 
+ViewName = Literal["ids", "basic", "full"]
+VIEWS: Mapping[ViewName, View.ValueType] = {"ids": View.VIEW_IDS, "basic": View.VIEW_BASIC, "full": View.VIEW_FULL}
 SEEN = {None: Seen.SEEN_UNSPECIFIED, True: Seen.SEEN_ALLOW, False: Seen.SEEN_EXCLUDE}
 
 Recommended = TypeVar("Recommended")
@@ -63,13 +69,16 @@ def recommend_request(
     allow_seen: bool | None = None,
     new_item_slots: int = 0,
     not_shown_within: int = 0,
-    with_metadata: bool = False,
+    view: ViewName = "basic",
+    bucket_key: str = "",
+    model_version: str = "",
+    request_id: str = "",
 ) -> RecommendRequest:
     """The message for one question.
 
     Args:
         user_id: A user whose events the server has stored.
-        history: The user's events, if the server has not stored them.
+        history: Events that the server has not stored: all of the user, or with `user_id` those to be added.
         k: Number of items, 1 to 1000.
         exclude_item_ids: Items not to recommend.
         request_time: When the user asks, in seconds since 1970; None: not known. Later stored events are ignored.
@@ -78,13 +87,17 @@ def recommend_request(
         allow_seen: Whether items of the history may be recommended; None: the model decides.
         new_item_slots: Number of the `k` places that are reserved for items that the model was not trained on.
         not_shown_within: What was recommended to the user within so many seconds is left out; 0: it is not.
-        with_metadata: Whether each item comes with the metadata that was stored for it.
+        view: "ids": the answer has ids, scores and propensities alone; "basic": titles and genres too; "full": and the
+            metadata that was stored.
+        bucket_key: Without `user_id`: which model version answers, as for a user with this id; "": the main one.
+        model_version: The model version that is to answer; "": that of the user or of `bucket_key`.
+        request_id: Repeated calls with the same id are one entry of the server's log; "": each call is one.
 
     Raises:
-        ValueError: Both or none of `user_id` and `history` are given.
+        ValueError: None of `user_id` and `history` is given.
     """
-    if (user_id is None) == (history is None):
-        raise ValueError("expected user_id or history, and not both")
+    if user_id is None and history is None:
+        raise ValueError("expected user_id, history or both")
     request = RecommendRequest(
         k=k,
         exclude_item_ids=exclude_item_ids,
@@ -94,11 +107,14 @@ def recommend_request(
         seen=SEEN[allow_seen],
         new_item_slots=new_item_slots,
         not_shown_within=not_shown_within,
-        with_metadata=with_metadata,
+        view=VIEWS[view],
+        bucket_key=bucket_key,
+        model_version=model_version,
+        request_id=request_id,
     )
     if user_id is not None:
         request.user_id = user_id
-    else:
+    if history is not None:
         request.history.CopyFrom(History(events=history))
     return request
 
@@ -155,7 +171,10 @@ class Requests(
         allow_seen: bool | None = None,
         new_item_slots: int = 0,
         not_shown_within: int = 0,
-        with_metadata: bool = False,
+        view: ViewName = "basic",
+        bucket_key: str = "",
+        model_version: str = "",
+        request_id: str = "",
     ) -> Recommended:
         """The best `k` items for a stored user or for a history; arguments and errors as of `recommend_request`."""
         request = recommend_request(
@@ -169,7 +188,10 @@ class Requests(
             allow_seen=allow_seen,
             new_item_slots=new_item_slots,
             not_shown_within=not_shown_within,
-            with_metadata=with_metadata,
+            view=view,
+            bucket_key=bucket_key,
+            model_version=model_version,
+            request_id=request_id,
         )
         return self._call(self._stub.Recommend, request)
 
@@ -181,9 +203,10 @@ class Requests(
         """Notes which items of answers were really shown, at most 1,000. Those that the server knows are skipped."""
         return self._call(self._stub.RecordImpressions, RecordImpressionsRequest(impressions=impressions))
 
-    def get_user_profile(self, user_id: str, limit: int = 10) -> Profile:
-        """The last `limit` events (1 to 1000) and the genre preferences of a stored user."""
-        return self._call(self._stub.GetUserProfile, GetUserProfileRequest(user_id=user_id, limit=limit))
+    def get_user_profile(self, user_id: str, page_size: int = 100, page_token: str = "") -> Profile:
+        """The genre preferences of a stored user, and a page of the positive events; pages are as in `list_events`."""
+        request = GetUserProfileRequest(user_id=user_id, page_size=page_size, page_token=page_token)
+        return self._call(self._stub.GetUserProfile, request)
 
     def delete_user(self, user_id: str) -> Deleted:
         """Deletes all that is stored of a user."""
@@ -210,12 +233,21 @@ class Requests(
         k: int = 10,
         exclude_item_ids: Iterable[str] = (),
         filter: ItemFilter | None = None,
-        with_metadata: bool = False,
+        view: ViewName = "basic",
+        bucket_key: str = "",
+        model_version: str = "",
     ) -> Similar:
         """The `k` items (1 to 1000) most similar to one item, without those of `exclude_item_ids`, of those that
-        `filter` allows (None: of all), if asked for with their metadata."""
+        `filter` allows (None: of all). `view` is as of `recommend_request`. `bucket_key`, such as a user's id, or
+        `model_version` says which model version answers ("": the main one)."""
         request = SimilarItemsRequest(
-            item_id=item_id, k=k, exclude_item_ids=exclude_item_ids, filter=filter, with_metadata=with_metadata
+            item_id=item_id,
+            k=k,
+            exclude_item_ids=exclude_item_ids,
+            filter=filter,
+            view=VIEWS[view],
+            bucket_key=bucket_key,
+            model_version=model_version,
         )
         return self._call(self._stub.SimilarItems, request)
 
@@ -250,6 +282,11 @@ class Requests(
 
     def _call(self, method: Any, request: Any) -> Any:
         return method(request, timeout=self._timeout_s, metadata=self._metadata)
+
+
+def unpacked(response: BatchRecommendResponse) -> list[RecommendResponse | Status]:
+    """What became of each question."""
+    return [one.error if one.HasField("error") else one.response for one in response.results]
 
 
 def is_serving(response: health_pb2.HealthCheckResponse) -> bool:

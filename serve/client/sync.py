@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 from serve.client.connection import Connection
-from serve.client.requests import Requests, is_serving
+from serve.client.requests import Requests, is_serving, unpacked
 from serve.pb.recommender_pb2 import (
     DeleteEventsResponse,
     DeleteItemsResponse,
@@ -20,6 +20,7 @@ from serve.pb.recommender_pb2 import (
     RecordEventsResponse,
     RecordImpressionsResponse,
     SimilarItemsResponse,
+    Status,
     UpsertItemsResponse,
 )
 
@@ -60,9 +61,10 @@ class RecommenderClient(
         """Ends the connection and the calls under way."""
         self._channel.close()
 
-    def batch_recommend(self, requests: Iterable[RecommendRequest]) -> list[RecommendResponse]:
-        """The answers to several questions (`recommend_request`, at most 256) in their order."""
-        return list(self._batch(requests).responses)
+    def batch_recommend(self, requests: Iterable[RecommendRequest]) -> list[RecommendResponse | Status]:
+        """The answers to several questions (`recommend_request`, at most 256) in their order; in place of an
+        answer, why there is none."""
+        return unpacked(self._batch(requests))
 
     def is_serving(self) -> bool:
         """Whether the server says that it is ready; raises `grpc.RpcError` when it cannot be reached."""

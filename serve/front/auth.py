@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 
 from serve.addresses import SecurityError
+from serve.api.errors import NoRight, NoToken, Status, status_of
 from serve.observability.metrics import Metrics
 
 RIGHTS = ("read", "write", "users", "catalogue", "admin")
@@ -116,13 +117,8 @@ class TokenInterceptor(grpc.ServerInterceptor):
     def __init__(self, tokens: Tokens, metrics: Metrics) -> None:
         self._tokens = tokens
         self._metrics = metrics
-        self._unauthenticated = _abort(
-            grpc.StatusCode.UNAUTHENTICATED, "expected the metadata authorization: Bearer TOKEN"
-        )
-        self._forbidden = {
-            right: _abort(grpc.StatusCode.PERMISSION_DENIED, f"the token has not the right {right!r}")
-            for right in RIGHTS
-        }
+        self._unauthenticated = _abort(status_of(NoToken()))
+        self._forbidden = {right: _abort(status_of(NoRight(right))) for right in RIGHTS}
 
     def intercept_service(
         self,
@@ -144,9 +140,10 @@ class TokenInterceptor(grpc.ServerInterceptor):
         return continuation(handler_call_details)
 
 
-def _abort(code: grpc.StatusCode, message: str) -> grpc.RpcMethodHandler:
+def _abort(status: Status) -> grpc.RpcMethodHandler:
     def abort(_: Any, context: grpc.ServicerContext) -> Any:
-        context.abort(code, message)
+        context.set_trailing_metadata(status.metadata)
+        context.abort(status.code, status.message)
 
     # For `serve.front.polling`: a call that is refused in any case need not wait for its message.
     abort.refuses = True  # type: ignore[attr-defined]

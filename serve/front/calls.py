@@ -91,9 +91,10 @@ class Calls(UnaryInterceptor):
                 if status is not None:
                     # The RPC ended the call itself.
                     raise
-                status, text, details = status_of(error)
-                context.set_trailing_metadata(((REQUEST_ID_KEY, request_id), *details))
-                context.abort(status, text)
+                failed = status_of(error)
+                status = failed.code
+                context.set_trailing_metadata(((REQUEST_ID_KEY, request_id), *failed.metadata))
+                context.abort(status, failed.message)
                 raise
             finally:
                 seconds = time.perf_counter() - start

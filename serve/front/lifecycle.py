@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import grpc
 from grpc_health.v1 import health, health_pb2
 
+from serve.api.errors import NotServing, status_of
 from serve.api.inference import InferenceServicer
 from serve.front.calls import UnaryInterceptor
 
@@ -73,7 +74,9 @@ class Gate(UnaryInterceptor):
                 if not closed:
                     self._under_way += 1
             if closed:
-                context.abort(grpc.StatusCode.UNAVAILABLE, closed)
+                status = status_of(NotServing(closed))
+                context.set_trailing_metadata(status.metadata)
+                context.abort(status.code, status.message)
             try:
                 return answer(request, context)
             finally:

@@ -8,8 +8,6 @@ WORKERS = 8
 SLOW_WORKERS = 3
 # A history of 300 events. To decode and check the longest that is allowed takes as long as a run of the model.
 LONG_MESSAGE_BYTES = 16 * 2**10
-# A history of 10,000 events with ids of 36 characters takes 0.5 MB. gRPC refuses more with RESOURCE_EXHAUSTED.
-MAX_MESSAGE_BYTES = 8 * 2**20
 # Further calls wait at the client, where they cost the server nothing. HTTP/2 recommends no less.
 MAX_CALLS_OF_A_CONNECTION = 100
 # Calls that run in the pool of threads, or wait for one of them.

@@ -19,6 +19,7 @@ from serve.api.health import HealthServicer
 from serve.api.inference import InferenceServicer
 from serve.api.recommender import RecommenderServicer
 from serve.api.reflection import ReflectionServicer
+from serve.api.rules import MAX_MESSAGE_BYTES
 from serve.api.service import RecommenderService
 from serve.front.auth import TokenInterceptor, Tokens
 from serve.front.calls import Calls
@@ -27,7 +28,6 @@ from serve.front.limits import (
     LONG_MESSAGE_BYTES,
     MAX_CALLS,
     MAX_CALLS_OF_A_CONNECTION,
-    MAX_MESSAGE_BYTES,
     SLOW_WORKERS,
     WORKERS,
 )
@@ -87,7 +87,8 @@ AT_ONCE = (
 
 def takes_long(models: Models, method: str, message: bytes) -> bool:
     """Whether a call would hold up all others: long histories, sent along or to be read again as of an earlier time,
-    what was recommended lately, up to 17 rows to explain an answer, whole batches."""
+    stored ones with events that are sent along, what was recommended lately, up to 17 rows to explain an answer, whole
+    batches."""
     if method != RECOMMEND:
         return method in SLOW
     if len(message) > LONG_MESSAGE_BYTES:
@@ -96,7 +97,8 @@ def takes_long(models: Models, method: str, message: bytes) -> bool:
         request = recommender_pb2.RecommendRequest.FromString(message)
     except DecodeError:
         return False
-    return request.explain or request.not_shown_within > 0 or _asks_for_the_past(models, request)
+    both = request.user_id != "" and request.HasField("history")
+    return request.explain or request.not_shown_within > 0 or both or _asks_for_the_past(models, request)
 
 
 def _asks_for_the_past(models: Models, request: recommender_pb2.RecommendRequest) -> bool:

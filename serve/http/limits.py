@@ -1,6 +1,7 @@
 """What the HTTP door allows a caller, in bytes, seconds and counts."""
 
-from serve.front.limits import MAX_CALLS_OF_A_CONNECTION, MAX_MESSAGE_BYTES
+from serve.api.rules import MAX_MESSAGE_BYTES
+from serve.front.limits import MAX_CALLS_OF_A_CONNECTION
 
 # As long as gRPC allows a message, which as JSON is longer.
 MAX_BODY_BYTES = MAX_MESSAGE_BYTES

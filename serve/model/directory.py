@@ -22,14 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.model.catalog import Catalog, CatalogError, parse_catalog
+from serve.model.item_rows import KINDS, Column, ItemRows
 from serve.model.manifest import MANIFEST, ArtifactError, Fields, ModelInfo, model_info, read_manifest
 from serve.model.trend import HALF_LIVES_S, TrendFiles
 
 TREND_COUNTS = "trend_counts.npy"
+ADDED_ITEMS = "added_items.npy"
 GRAPHS = ("sequence", "step", "trend")
 REQUIRED_FILES = (
     *(f"{name}.onnx" for name in GRAPHS),
-    *("catalog.csv", "item_vectors.npy", TREND_COUNTS, "DATA_LICENCE.txt"),
+    *("catalog.csv", "item_vectors.npy", TREND_COUNTS, ADDED_ITEMS, "DATA_LICENCE.txt"),
 )
 INDEX_ARRAYS = ("item_bias.npy", "neighbour_item.npy", "neighbour_weight.npy")
 INDEX_GRAPHS = ("sequence_query", "step_query")
@@ -69,6 +71,8 @@ class Artifact:
     sequence_graph: bytes
     step_graph: bytes
     trend: TrendFiles
+    item_rows: ItemRows
+    """Of items that the model was not exported with."""
     index: IndexFiles | None = None
 
 
@@ -83,14 +87,17 @@ def read_artifact(directory: Path) -> Artifact:
         if file != f"{name}.onnx":
             graphs.section(name).fail("file", f"{name}.onnx", file)
     contents = _verified_files(directory, fields.section("files"), indexed)
+    catalog = _catalog(directory / "catalog.csv", contents["catalog.csv"], info)
+    vectors = _item_vectors(directory / "item_vectors.npy", contents["item_vectors.npy"], info)
     return Artifact(
         directory=directory,
         info=info,
-        catalog=_catalog(directory / "catalog.csv", contents["catalog.csv"], info),
-        item_vectors=_item_vectors(directory / "item_vectors.npy", contents["item_vectors.npy"], info),
+        catalog=catalog,
+        item_vectors=vectors,
         sequence_graph=bytes(contents["sequence.onnx"]),
         step_graph=bytes(contents["step.onnx"]),
         trend=_trend_files(directory, fields.section("trend"), contents, info),
+        item_rows=_item_rows(directory, fields.section("added_items"), contents, info, vectors.shape[1]),
         index=None if indexed is None else _index_files(directory, indexed, contents, info),
     )
 
@@ -169,6 +176,33 @@ def _trend_files(directory: Path, fields: Fields, contents: Mapping[str, Content
     if counts[:, 0].any() or not ((counts >= 0) & (counts < np.inf)).all():
         raise ArtifactError(f"{path}: expected finite numbers from 0 on, and zeros in column 0")
     return TrendFiles(bytes(contents["trend.onnx"]), counts, fields.get("counted_until", int))
+
+
+def _item_rows(
+    directory: Path, fields: Fields, contents: Mapping[str, Content], info: ModelInfo, width: int
+) -> ItemRows:
+    if fields.get("file", str) != ADDED_ITEMS:
+        fields.fail("file", ADDED_ITEMS, fields.get("file", str))
+    genres = {genre: at for at, genre in enumerate(info.genres)} if fields.get("genres", bool) else {}
+    columns = [_column(column) for column in fields.sections("columns")]
+    years = fields.rising("title_years")
+    count = len(genres) + sum(column.feature_count for column in columns) + len(years)
+    rows, path = _array(directory / ADDED_ITEMS, contents[ADDED_ITEMS]), directory / ADDED_ITEMS
+    if rows.dtype != np.float32 or rows.shape != (count + 1, width + 1) or not np.isfinite(rows).all():
+        expected = f"finite float32 {(count + 1, width + 1)}"
+        raise ArtifactError(f"{path}: is {rows.dtype} {rows.shape}, expected {expected}")
+    return ItemRows(rows, genres, columns, years)
+
+
+def _column(fields: Fields) -> Column:
+    kind = fields.get("kind", str)
+    if kind not in KINDS:
+        fields.fail("kind", " or ".join(KINDS), kind)
+    categories = fields.get("categories", list)
+    if not all(isinstance(one, str) for one in categories) or len(set(categories)) < len(categories):
+        fields.fail("categories", "a list of different texts", categories)
+    places = {category: at for at, category in enumerate(categories)}
+    return Column(fields.get("name", str), kind, places, fields.rising("starts"))
 
 
 def _index_files(directory: Path, fields: Fields, contents: Mapping[str, Content], info: ModelInfo) -> IndexFiles:

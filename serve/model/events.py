@@ -1,8 +1,9 @@
 """Events of users, and the scale of their ratings."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -85,6 +86,39 @@ def with_dislikes(disliked: Iterable[int], events: Iterable[Event], catalog: Cat
         elif event.weight > 0:
             items.pop(item, None)
     return items
+
+
+UnknownItems = Mapping[str, bool]
+"""Items of a history that the model does not know, by raw id in the order of their last events; True: the user does not
+want it."""
+NO_UNKNOWN: UnknownItems = MappingProxyType({})
+MOST_UNKNOWN = 1_000
+
+
+def unknown_items(events: Iterable[Event], catalog: Catalog, before: UnknownItems = NO_UNKNOWN) -> UnknownItems:
+    """The items of a history that the model does not know.
+
+    Args:
+        events: In time order, after those that `before` says.
+        catalog: The model's own.
+        before: What was known until then; not changed.
+
+    Returns:
+        MOST_UNKNOWN of them at most, without those that have neutral events only: those that the user does not want
+        before all others, then the last ones.
+    """
+    new = [event for event in events if event.weight and event.item_id not in catalog.index]
+    if not new:
+        return before
+    found = dict(before)
+    for event in new:
+        found.pop(event.item_id, None)
+        found[event.item_id] = event.weight < 0
+    if len(found) > MOST_UNKNOWN:
+        in_order = sorted(found, key=lambda item_id: found[item_id])  # stable: unwanted items are last
+        kept = set(in_order[-MOST_UNKNOWN:])
+        found = {item_id: is_unwanted for item_id, is_unwanted in found.items() if item_id in kept}
+    return found
 
 
 @dataclass(frozen=True, slots=True)

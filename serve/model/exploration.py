@@ -1,5 +1,6 @@
 """Exploration: slates sampled with known probabilities, so that other policies can be evaluated from the log."""
 
+import hashlib
 import threading
 from dataclasses import dataclass
 
@@ -50,8 +51,11 @@ class Exploration:
         self._seeds = np.random.SeedSequence(seed)
         self._local = threading.local()
 
-    def draw(self, scores: NDArray[np.float32], k: int) -> Slate:
-        """As `draw`, with this thread's noise."""
+    def draw(self, scores: NDArray[np.float32], k: int, name: str = "") -> Slate:
+        """As `draw`, with this thread's noise, or with that of a name, which is the same in each process."""
+        if name:
+            seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest())
+            return draw(scores, k, self.temperature, np.random.default_rng(seed))
         random: np.random.Generator | None = getattr(self._local, "random", None)
         if random is None:
             random = self._local.random = np.random.default_rng(self._seeds.spawn(1)[0])

@@ -23,6 +23,8 @@ Signature = dict[str, str]
 
 _REQUEST = {"request_gap": "float", "exclude": "int32", "k": "int64"}
 _RANKING = {"items": "int32", "scores": "float"}
+# What the items' vectors are multiplied with.
+QUERY = "query"
 _EVENTS = {"item": "int32", "rating": "float", "gap": "float"}
 # What is added to the logits of each item, the same for all rows.
 TREND = "trend"
@@ -31,10 +33,10 @@ BLOCKED = "blocked"
 # What is added to items of the history, of models that may answer them.
 SEEN: Signature = {"seen": "int32", "seen_score": "float"}
 SEQUENCE_INPUTS: Signature = {**_EVENTS, "length": "int32", **_REQUEST, TREND: "float", BLOCKED: "bool"}
-SEQUENCE_OUTPUTS: Signature = {"state": "float", **_RANKING}
+SEQUENCE_OUTPUTS: Signature = {"state": "float", **_RANKING, QUERY: "float"}
 STEP_INPUTS: Signature = {"state": "float", **_EVENTS, **_REQUEST, TREND: "float", BLOCKED: "bool"}
 # A graph cannot call an output as one of its inputs, hence not `state`.
-STEP_OUTPUTS: Signature = {"next_state": "float", **_RANKING}
+STEP_OUTPUTS: Signature = {"next_state": "float", **_RANKING, QUERY: "float"}
 TREND_INPUTS: Signature = {"counts": "float"}
 TREND_OUTPUTS: Signature = {TREND: "float"}
 # The graphs of a directory with an index, which answer a query.

@@ -1,26 +1,35 @@
 """A model's catalogue with the items of a store over it: titles, tags, metadata, and which items may be answered.
 
-A store has an item as a whole, so its title and tags replace those of the model directory. What a request uses is a
+A store has an item as a whole, so its title and tags replace those of the model directory. Items of the store that the
+model was not exported with are added after the model's own. What a request uses is a
 `LiveCatalog`, which is immutable and replaced as a whole; `Overlay` makes it, and makes the next one of what changed.
 """
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import NamedTuple, Self
+from itertools import chain
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.model.added_items import AddedItems
 from serve.model.catalog import Catalog
 from serve.model.filters import Filters
+from serve.model.item_rows import ItemRows
+
+logger = logging.getLogger(__name__)
 
 MOST_NOTED = 200
 """If more items are withheld, they are not named one by one: the log of a slate would be long."""
 KEPT = 4
 """For so many stretches of time, in which the same items are available, the withheld items are in memory: one byte for
 each item of the catalogue."""
+MOST_ADDED = 100_000
+"""Added items of a model. Each request multiplies the vectors of all of them."""
 ALWAYS, NEVER = -1, 2**62
 """Times in seconds: before the first, and after the last."""
 
@@ -51,11 +60,11 @@ class Withheld(NamedTuple):
     """The items that may not be answered at a time: they are hidden, or not available."""
 
     mask: NDArray[np.bool_]
-    """`[items+1]`, not to be written to, True also at 0."""
+    """`[items+1]` of own and added items, not to be written to, True also at 0."""
     total: int
-    """How many they are, at least 1."""
+    """How many of the model's own they are."""
     items: tuple[int, ...] | None
-    """Their indices; None: they are more than `MOST_NOTED`."""
+    """The indices of the model's own; None: they are more than `MOST_NOTED`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +72,7 @@ class LiveCatalog:
     """What requests use of a model's catalogue. Safe to share between threads."""
 
     catalog: Catalog
-    """With the titles and the tags (genres) of the store's items."""
+    """With the titles and the tags (genres) of the store's items, the added ones last."""
     filters: Filters
     metadata: Mapping[int, Mapping[str, str]]
     """By item index; items without metadata are missing."""
@@ -73,13 +82,27 @@ class LiveCatalog:
     """What is withheld from one of the boundaries on, until the next one."""
     withheld_now: Callable[[int], Withheld | None]
     """The same, with a memory of its own: times that requests name do not push out what is withheld now."""
+    added: AddedItems | None = None
+    """None: there are none."""
     messages: dict[int, bytes] = field(default_factory=dict)
     """By item index, what of an answer does not depend on the query, encoded once: see `serve.api.codec`."""
+    id_messages: dict[int, bytes] = field(default_factory=dict)
+    """The same of answers without titles and tags."""
 
     @classmethod
     def of(cls, catalog: Catalog) -> Self:
         """Without items of a store."""
         return cls(catalog, Filters(catalog), {}, np.zeros(0, np.int64), _nothing, _nothing)
+
+    @property
+    def added_ids(self) -> Sequence[str]:
+        """The raw ids of the added items, in the order of their indices."""
+        return () if self.added is None else self.added.ids
+
+    def indices(self, item_ids: Iterable[str]) -> list[int]:
+        """Item indices of the ids that the catalogue has."""
+        index = self.catalog.index
+        return [index[item_id] for item_id in item_ids if item_id in index]
 
     def withheld(self, request_time: int | None = None) -> Withheld | None:
         """The items that may not be answered.
@@ -95,52 +118,168 @@ class LiveCatalog:
         return of_time(int(self.boundaries[at - 1]) if at else ALWAYS)
 
 
+class JoinedIndex(Mapping[str, int]):
+    """The index of the model's own items and that of the added ones, without a copy of the larger one."""
+
+    def __init__(self, own: Mapping[str, int], added: Mapping[str, int]) -> None:
+        self._own, self._added = own, added
+
+    def get(self, item_id: str, default: Any = None) -> Any:
+        found = self._own.get(item_id)
+        return self._added.get(item_id, default) if found is None else found
+
+    def __getitem__(self, item_id: str) -> int:
+        found = self._own.get(item_id)
+        return self._added[item_id] if found is None else found
+
+    def __contains__(self, item_id: object) -> bool:
+        return item_id in self._own or item_id in self._added
+
+    def __iter__(self) -> Iterator[str]:
+        return chain(self._own, self._added)
+
+    def __len__(self) -> int:
+        return len(self._own) + len(self._added)
+
+
 class Overlay:
     """The items of a store over one model's catalogue. For one thread at a time."""
 
-    def __init__(self, live: LiveCatalog) -> None:
+    def __init__(self, live: LiveCatalog, item_rows: ItemRows) -> None:
         """Without items of a store.
 
         Args:
             live: `LiveCatalog.of` the catalogue of the model directory.
+            item_rows: What ranks added items.
         """
         self._base = catalog = live.catalog
+        self._item_rows = item_rows
+        self._first = len(catalog) + 1
+        self._added: dict[str, int] = {}
+        self._added_ids: list[str] = []
+        self._waiting: dict[str, Item] = {}
         self._titles, self._tags = list(catalog.titles), list(catalog.genres)
         self._of_tag = dict(live.filters.of_tag)
-        size = len(catalog) + 1
-        self._hidden = np.zeros(size, np.bool_)
-        self._since = np.full(size, ALWAYS, np.int64)
-        self._until = np.full(size, NEVER, np.int64)
         self._metadata: dict[int, Mapping[str, str]] = {}
+        # Of all items, and of the added ones; with room for more.
+        self._hidden = np.zeros(self._first, np.bool_)
+        self._since = np.full(self._first, ALWAYS, np.int64)
+        self._until = np.full(self._first, NEVER, np.int64)
+        self._rows = np.zeros((0, item_rows.rows.shape[1]), np.float32)
+        self._rows_are_shared = False
 
     def apply(self, changes: Iterable[tuple[str, Item | None]]) -> bool:
-        """Takes in changed items. Those that the model does not know change nothing.
+        """Takes in changed items.
 
         Args:
             changes: Ids, each once, and the items as they are now; None: the store has the item no more.
 
         Returns:
-            Whether the model knows one of them.
+            Whether the catalogue is another one.
         """
-        is_changed = False
-        gained: dict[str, list[int]] = {}
-        lost: dict[str, list[int]] = {}
+        # The tags of the changed indices, as they were.
+        before: dict[int, tuple[str, ...]] = {}
         for item_id, stored in changes:
             at = self._base.index.get(item_id)
-            if at is None:
-                continue
-            is_changed = True
-            item = stored or Item(item_id, self._base.titles[at], self._base.genres[at])
-            for tag in self._tags[at]:
-                lost.setdefault(tag, []).append(at)
-            for tag in item.tags:
-                gained.setdefault(tag, []).append(at)
-            self._titles[at], self._tags[at], self._hidden[at] = item.title, item.tags, item.hidden
-            self._since[at], self._until[at] = _window(item)
-            if item.metadata:
-                self._metadata[at] = item.metadata
+            if at is not None:
+                self._set(at, stored or Item(item_id, self._base.titles[at], self._base.genres[at]), before)
+            elif stored is None:
+                self._waiting.pop(item_id, None)
+                self._remove(item_id, before)
             else:
-                self._metadata.pop(at, None)
+                self._set_added(stored, before)
+        while self._waiting and len(self._added) < MOST_ADDED:
+            self._set_added(self._waiting.pop(next(iter(self._waiting))), before)
+        self._change_tags(before)
+        return bool(before)
+
+    def _set(self, at: int, item: Item, before: dict[int, tuple[str, ...]]) -> None:
+        before.setdefault(at, self._tags[at])
+        self._titles[at], self._tags[at], self._hidden[at] = item.title, item.tags, item.hidden
+        self._since[at], self._until[at] = _window(item)
+        if item.metadata:
+            self._metadata[at] = item.metadata
+        else:
+            self._metadata.pop(at, None)
+
+    def _set_added(self, item: Item, before: dict[int, tuple[str, ...]]) -> None:
+        """Sets an item that the model was not exported with, once it has an index; if there is no room, it waits."""
+        at = self._added.get(item.item_id)
+        if at is None:
+            if len(self._added) >= MOST_ADDED:
+                self._wait(item)
+                return
+            at = self._added[item.item_id] = len(self._titles)
+            self._added_ids.append(item.item_id)
+            self._titles.append("")
+            self._tags.append(())
+            self._make_room(len(self._titles))
+        self._set(at, item, before)
+        self._own_rows()[at - self._first] = self._item_rows.row(item.title, item.tags, item.metadata)
+
+    def _own_rows(self) -> NDArray[np.float32]:
+        """The rows, which no catalogue has: they may be changed."""
+        if self._rows_are_shared:
+            self._rows, self._rows_are_shared = self._rows.copy(), False
+        return self._rows
+
+    def _wait(self, item: Item) -> None:
+        if not self._waiting:
+            logger.warning(
+                "the store has more than %d items that a model was not exported with; the others are not recommended"
+                " until some of these are deleted, or a model knows them",
+                MOST_ADDED,
+            )
+        self._waiting[item.item_id] = item
+
+    def _make_room(self, count: int) -> None:
+        """For so many items in all."""
+        if count > len(self._hidden):
+            more = max(count, len(self._hidden) + len(self._added)) - len(self._hidden)
+            self._hidden = np.append(self._hidden, np.zeros(more, np.bool_))
+            self._since = np.append(self._since, np.full(more, ALWAYS, np.int64))
+            self._until = np.append(self._until, np.full(more, NEVER, np.int64))
+            self._rows = np.concatenate([self._rows, np.zeros((more, self._rows.shape[1]), np.float32)])
+            self._rows_are_shared = False
+
+    def _remove(self, item_id: str, before: dict[int, tuple[str, ...]]) -> None:
+        """Removes an added item, if it is one; the last one gets its index."""
+        at, last = self._added.get(item_id), len(self._titles) - 1
+        if at is None:
+            return
+        moved = self._added_ids[-1]
+        before.setdefault(last, self._tags[last])
+        before.setdefault(at, self._tags[at])
+        if at != last:
+            self._set(at, self._as_item(last, moved), before)
+            self._own_rows()[at - self._first] = self._rows[last - self._first]
+            self._added[moved], self._added_ids[at - self._first] = at, moved
+        del self._added[item_id]
+        self._metadata.pop(last, None)
+        for column in (self._titles, self._tags, self._added_ids):
+            column.pop()
+
+    def _as_item(self, at: int, item_id: str) -> Item:
+        since, until = int(self._since[at]), int(self._until[at])
+        return Item(
+            item_id,
+            self._titles[at],
+            self._tags[at],
+            None if since == ALWAYS else since,
+            None if until == NEVER else until,
+            bool(self._hidden[at]),
+            self._metadata.get(at, {}),
+        )
+
+    def _change_tags(self, before: Mapping[int, tuple[str, ...]]) -> None:
+        """Brings the items of each tag up to date, once items have other tags than `before`, or are gone."""
+        gained: dict[str, list[int]] = {}
+        lost: dict[str, list[int]] = {}
+        for at, tags in before.items():
+            for tag in tags:
+                lost.setdefault(tag, []).append(at)
+            for tag in self._tags[at] if at < len(self._tags) else ():
+                gained.setdefault(tag, []).append(at)
         is_lost = np.zeros(len(self._hidden), np.bool_)
         for tag in lost.keys() | gained.keys():
             kept = self._of_tag.get(tag, _NO_ITEMS)
@@ -153,15 +292,19 @@ class Overlay:
                 self._of_tag[tag] = of_tag
             else:
                 self._of_tag.pop(tag, None)
-        return is_changed
 
     def live(self) -> LiveCatalog:
         """The catalogue as it is now; later changes do not change it."""
-        catalog = replace(self._base, titles=tuple(self._titles), genres=tuple(self._tags))
-        timed = np.flatnonzero((self._since > ALWAYS) | (self._until < NEVER))
-        windows = timed, self._since[timed], self._until[timed]
+        catalog, count, added = self._catalog(), len(self._titles), None
+        if self._added:
+            self._rows_are_shared = True
+            rows = self._rows[: len(self._added)]
+            added = AddedItems(self._first, tuple(self._added_ids), rows[:, :-1], rows[:, -1])
+        since, until = self._since[:count], self._until[:count]
+        timed = np.flatnonzero((since > ALWAYS) | (until < NEVER))
+        windows = timed, since[timed], until[timed]
         times = np.sort(np.concatenate(windows[1:]))
-        withheld = partial(_withheld, self._hidden.copy(), *windows)
+        withheld = partial(_withheld, self._first, self._hidden[:count].copy(), *windows)
         return LiveCatalog(
             catalog=catalog,
             filters=Filters(catalog, dict(self._of_tag)),
@@ -170,6 +313,22 @@ class Overlay:
             # Not a method: a cache that holds its owner would keep it in memory until a garbage collection.
             withheld_from=lru_cache(KEPT)(withheld),
             withheld_now=lru_cache(1)(withheld),
+            added=added,
+        )
+
+    def _catalog(self) -> Catalog:
+        titled = replace(self._base, titles=tuple(self._titles), genres=tuple(self._tags))
+        count = len(self._added)
+        if not count:
+            return titled
+        return replace(
+            titled,
+            item_ids=(*self._base.item_ids, *self._added_ids),
+            popularity=np.append(titled.popularity, np.zeros(count, np.int64)),
+            recent_popularity=np.append(titled.recent_popularity, np.zeros(count)),
+            by_popularity=np.append(titled.by_popularity, np.arange(self._first, self._first + count, dtype=np.int32)),
+            new=np.append(titled.new, np.ones(count, np.bool_)),
+            index=JoinedIndex(self._base.index, dict(self._added)),
         )
 
 
@@ -189,14 +348,18 @@ def _nothing(time: int) -> None:
 
 
 def _withheld(
-    hidden: NDArray[np.bool_], items: NDArray[np.intp], since: NDArray[np.int64], until: NDArray[np.int64], time: int
+    first_added: int,
+    hidden: NDArray[np.bool_],
+    items: NDArray[np.intp],
+    since: NDArray[np.int64],
+    until: NDArray[np.int64],
+    time: int,
 ) -> Withheld | None:
     mask = hidden.copy()
     mask[items[(time < since) | (until <= time)]] = True
-    total = int(np.count_nonzero(mask))
-    if not total:
+    if not mask.any():
         return None
-    found = tuple(np.flatnonzero(mask).tolist()) if total <= MOST_NOTED else None
+    own = np.flatnonzero(mask[:first_added])
     mask[0] = True
     mask.setflags(write=False)
-    return Withheld(mask, total, found)
+    return Withheld(mask, len(own), tuple(own.tolist()) if len(own) <= MOST_NOTED else None)

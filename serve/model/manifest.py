@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from serve.model.events import RatingScale
 from serve.model.repeat import Buckets, Repeat
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 POLICIES = ("reinforce", "supervised")
 LARGEST_ITEM_COUNT = 2**31 - 2
 SEEN_ITEMS = EXCLUDE, _ = "exclude", "allow"
@@ -35,6 +36,14 @@ class ModelInfo:
     genres: tuple[str, ...]
     repeat: Repeat | None
     """None: items of the history are not answered."""
+
+    @property
+    def created_time(self) -> int:
+        """When it was exported, in seconds since 1970-01-01T00:00Z; 0: `created` is no time."""
+        try:
+            return int(datetime.fromisoformat(self.created).timestamp())
+        except ValueError:
+            return 0
 
 
 def read_manifest(directory: Path) -> "Fields":
@@ -90,11 +99,26 @@ class Fields:
     def section(self, name: str) -> "Fields":
         return Fields(self._file, f"{self._path}{name}.", self.get(name, dict))
 
+    def sections(self, name: str) -> "list[Fields]":
+        """Of a list of objects."""
+        found = enumerate(self.get(name, list))
+        return [Fields(self._file, f"{self._path}{name}[{at}].", value) for at, value in found]
+
+    def rising(self, name: str) -> tuple[float, ...]:
+        """A list of finite numbers that increase; it may be empty."""
+        numbers = self.get(name, list)
+        if not _numbers(numbers) or any(low >= high for low, high in pairwise(numbers)):
+            self.fail(name, "finite numbers that increase", numbers)
+        return tuple(numbers)
+
     def fail(self, name: str, expected: str, value: object) -> None:
         raise ArtifactError(f"{self._file}: {self._path}{name} is {shortened(value)}, expected {expected}")
 
 
-_KINDS = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}
+_KINDS = {
+    **{str: "a text", int: "a whole number", float: "a number"},
+    **{bool: "true or false", list: "a list", dict: "an object"},
+}
 
 
 def shortened(value: object) -> str:
@@ -144,9 +168,7 @@ def _repeat(fields: Fields) -> Repeat | None:
 
 
 def _buckets(fields: Fields) -> Buckets:
-    edges, scores = fields.get("edges", list), fields.get("scores", list)
-    if not _numbers(edges) or any(low >= high for low, high in pairwise(edges)):
-        fields.fail("edges", "finite numbers that increase", edges)
+    edges, scores = fields.rising("edges"), fields.get("scores", list)
     if not 1 <= len(scores) <= 2 or not all(_numbers(row) and len(row) == len(edges) + 1 for row in scores):
         fields.fail("scores", f"one or two lists of {len(edges) + 1} finite numbers", scores)
     return Buckets(np.array(edges, np.float64), np.array(scores, np.float32))

@@ -4,14 +4,25 @@ import heapq
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.model.added_items import FIRST_PLACES, AddedItems, with_added
 from serve.model.catalog import Catalog
 from serve.model.directory import Artifact
-from serve.model.events import Event, KnownEvent, disliked_items, known_events, positive_count
+from serve.model.events import (
+    NO_UNKNOWN,
+    Event,
+    KnownEvent,
+    UnknownItems,
+    disliked_items,
+    known_events,
+    positive_count,
+    unknown_items,
+)
 from serve.model.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
 from serve.model.features import Features, features
 from serve.model.filters import Filters, ItemFilter
@@ -38,7 +49,8 @@ class Query(NamedTuple):
     """What to recommend for a history or a stored user; times in seconds."""
 
     events: Sequence[Event]
-    """The history that was sent along; empty with `user_id`."""
+    """The history. Empty with `user_id`: the stored one. With `user_id` and events, those are sent along and the stored
+    ones are still to be added (`RecommenderService`), or they are the whole."""
     k: int
     """Number of items, at least 1."""
     exclude_item_ids: Sequence[str] = ()
@@ -59,6 +71,14 @@ class Query(NamedTuple):
     """What was recommended to the stored user in so many seconds before now is excluded; 0: it is not."""
     withheld: Withheld | None = None
     """The items that the catalogue does not let be answered at the time of the request; None: every item may be."""
+    live: LiveCatalog | None = None
+    """The catalogue that `filter` and `withheld` are of; None: that of the model directory."""
+    event_ids: Sequence[str] = ()
+    """Of each of the events that are sent along, "" for none; empty: none has an id."""
+    recommendation_id: str = ""
+    """Of the answer, the same each time that the request is repeated; "": the answer gets one of its own."""
+    own_items: bool = False
+    """Whether only the model's own items are ranked, and no added ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +128,10 @@ class Recommender:
         self.info = artifact.info
         self.own_catalog = artifact.catalog
         """That of the model directory alone."""
-        self.live = LiveCatalog.of(artifact.catalog)
+        self.own_live = self.live = LiveCatalog.of(artifact.catalog)
         """The catalogue, with the items of a store over it. It is replaced as a whole, so that no call sees half of
         each."""
+        self.item_rows = artifact.item_rows
         self.own_tags = frozenset(self.live.filters.of_tag)
         """Those of the model directory."""
         self.stored_tags: Container[str] = ()
@@ -122,19 +143,18 @@ class Recommender:
         self.new_item_count = 0 if self._lacks_new_vectors else new_item_count
         """Items that the model was not trained on, for which places can be reserved."""
         self._vectors = artifact.item_vectors
-        lengths = np.sqrt(np.einsum("ij,ij->i", self._vectors, self._vectors))
-        # Padding, and an item that was never trained, may have no direction; they resemble nothing.
-        self._lengths: NDArray[np.float32] = np.where(lengths == 0, np.float32(1), lengths)
+        self._lengths = _lengths(self._vectors)
+        self._last_moment: _Moment | None = None
 
     @property
     def catalog(self) -> Catalog:
-        """As of now. Items keep their indices; their titles and genres may change."""
+        """As of now. Items keep their indices; their titles and genres may change, and more may be added."""
         return self.live.catalog
 
     @cached_property
     def ids_in_order(self) -> list[str]:
-        """The raw ids of all items, sorted."""
-        ids = self.catalog.item_ids[1:]
+        """The raw ids of the model's own items, sorted."""
+        ids = self.own_catalog.item_ids[1:]
         parts = [sorted(ids[start : start + SORTED_AT_ONCE]) for start in range(0, len(ids), SORTED_AT_ONCE)]
         # Not one sort: no other thread runs during that.
         return list(heapq.merge(*parts))
@@ -153,8 +173,10 @@ class Recommender:
         """
         # One for all: which items are new, and their scores, must be of the same counts.
         trend = self.engine.trend
-        histories = [known_events(query.events, self.catalog) for query in queries]
-        dislikes = [disliked_items(query.events, self.catalog) for query in queries]
+        own = self.own_catalog
+        histories = [known_events(query.events, own) for query in queries]
+        dislikes = [disliked_items(query.events, own) for query in queries]
+        unknown = [unknown_items(sorted(query.events, key=attrgetter("timestamp")), own) for query in queries]
         masks = [self.masks(query, trend) if history else () for query, history in zip(queries, histories, strict=True)]
         asked = [
             (query, history, disliked, mask)
@@ -165,29 +187,41 @@ class Recommender:
             self._features(query, history, [*self.indices(query.exclude_item_ids), *disliked], mask)
             for query, history, disliked, mask in asked
         ]
-        rankings = iter(self.engine.rank(rows, [query.k for query, *_ in asked], trend) if rows else ())
+        ks = [self.asked_k(query) for query, *_ in asked]
+        queries_too = any(self.added_of(query) is not None for query in queries)
+        rankings = iter(self.engine.rank(rows, ks, trend, queries=queries_too) if rows else ())
         return [
             self.ranked(
-                *(query, [next(rankings) for _ in of_query], positive_count(query.events) - len(history)),
-                *(disliked, history),
+                *(query, [next(rankings) for _ in of_query], of_query, trend),
+                *(positive_count(query.events) - len(history), disliked, unknown_to_it, history),
             )
             if history
-            else self.popular(query, positive_count(query.events), disliked)
-            for query, history, disliked, of_query in zip(queries, histories, dislikes, masks, strict=True)
+            else self.popular(query, positive_count(query.events), disliked, unknown_to_it)
+            for query, history, disliked, unknown_to_it, of_query in zip(
+                queries, histories, dislikes, unknown, masks, strict=True
+            )
         ]
 
-    def new_item_slots(self, asked: int) -> int:
+    def added_of(self, query: Query) -> AddedItems | None:
+        """The added items that may be in the answer to a query; None: there are none."""
+        return None if query.live is None or query.own_items else query.live.added
+
+    def asked_k(self, query: Query) -> int:
+        """How many items a ranking of the model's own must have for `ranked`."""
+        return query.k if self.added_of(query) is None else max(query.k, FIRST_PLACES)
+
+    def new_item_slots(self, asked: int, live: LiveCatalog) -> int:
         """How many places of an answer are reserved for new items if a request asks for `asked`: 0 without new items.
 
         Raises:
             NoNewItems: There are new items, but the model directory has an index, in which their vectors are zero.
         """
-        if asked and self._lacks_new_vectors:
+        if asked and self._lacks_new_vectors and live.added is None:
             raise NoNewItems(
                 f"new_item_slots: the model {self.info.model_version} was exported with an index, so it has no vectors"
                 " of its new items; export it with --index never"
             )
-        return asked if self.new_item_count else 0
+        return asked if self.new_item_count or live.added is not None else 0
 
     def masks(self, query: Query, trend: Trend) -> list[Blocked | None]:
         """The blocked items of each ranking that the answer to a query is made of, in the order of `ranked`.
@@ -201,20 +235,23 @@ class Recommender:
             trend: The one that ranks the items. An item with a trend is not new.
 
         Returns:
-            One or two arrays `[items+1]`; None: no item is blocked.
+            One or two arrays `[items+1]` of own and added items; None: no item is blocked.
         """
-        blocked = self._blocked(query.filter, query.withheld)
+        live = query.live or self.own_live
+        blocked = _blocked(live, query.filter, query.withheld)
         if not query.new_item_slots:
             return [blocked]
-        new = self.catalog.new & (trend.values == 0)
+        new = self._moment(live, trend).new
         return [new | blocked, ~new | blocked] if blocked is not None else [new, ~new]
 
-    def _blocked(self, item_filter: ItemFilter | None, withheld: Withheld | None) -> Blocked | None:
-        """The items that neither a filter nor the catalogue lets be answered; None: every item may be."""
-        blocked = self.filters.blocked(item_filter)
-        if withheld is None:
-            return blocked
-        return withheld.mask if blocked is None else blocked | withheld.mask
+    def _moment(self, live: LiveCatalog, trend: Trend) -> "_Moment":
+        """What follows from a catalogue and a trend, which serve many requests."""
+        found = self._last_moment
+        if found is None or found.live is not live or found.trend is not trend:
+            added = np.array([trend.added.get(item_id, 0.0) for item_id in live.added_ids], np.float32)
+            values = np.concatenate([trend.values, added]) if len(added) else trend.values
+            found = self._last_moment = _Moment(live, trend, live.catalog.new & (values == 0), added)
+        return found
 
     def allows_seen(self, query: Query) -> bool:
         """Whether items of the history may be answered."""
@@ -224,19 +261,61 @@ class Recommender:
         self,
         query: Query,
         rankings: Sequence[Ranking],
+        masks: Sequence[Blocked | None],
+        trend: Trend,
         ignored_event_count: int,
         disliked: Sequence[int] = (),
+        unknown: UnknownItems = NO_UNKNOWN,
         history: Sequence[KnownEvent] = (),
     ) -> Answer:
-        """The answer to a query whose items, without `disliked`, the model ranked, once for each of `masks`; `history`
-        is needed to explain it."""
+        """The answer to a query whose own items, without `disliked`, the model ranked.
+
+        Args:
+            query: The query.
+            rankings: One for each of `masks`, of `asked_k` items, with the query if there are added items.
+            masks: Of `Recommender.masks`.
+            trend: The one that ranked the items.
+            ignored_event_count: For the answer.
+            disliked: For the answer.
+            unknown: The items of the history that the model does not know.
+            history: Needed to explain the answer.
+        """
+        added = self.added_of(query)
+        if added is not None:
+            rankings = [
+                self._with_added(query, ranking, mask, trend, unknown)
+                for ranking, mask in zip(rankings, masks, strict=True)
+            ]
         whole, *new = (_at_least(ranking, query.filter) for ranking in rankings)
-        items, scores, counted = with_new_items(whole, new[0], query.k, query.new_item_slots) if new else whole
-        items, scores = items[: query.k], scores[: query.k]
+        best = with_new_items(whole, new[0], query.k, query.new_item_slots) if new else whole
+        items, scores, counted = best.items[: query.k], best.scores[: query.k], best.counted
         explanations = self._explain(query, history, items) if query.explain else ()
         return Answer(
             items, scores, self.info.policy, ignored_event_count, explanations, counted=counted, disliked=disliked
         )
+
+    def _with_added(
+        self, query: Query, ranking: Ranking, blocked: Blocked | None, trend: Trend, unknown: UnknownItems
+    ) -> Ranking:
+        """A ranking with the added items that `blocked` lets be answered."""
+        live, added = query.live, self.added_of(query)
+        assert live is not None
+        assert added is not None
+        assert ranking.query is not None
+        allowed = np.ones(len(added.ids), np.bool_) if blocked is None else ~blocked[added.first :]
+        for item in self._never(query, unknown):
+            if item >= added.first:
+                allowed[item - added.first] = False
+        places, moment = np.flatnonzero(allowed), self._moment(live, trend)
+        scores = added.scores(ranking.query, moment.of_added)[places]
+        items = (places + added.first).astype(np.int32)
+        return with_added(ranking, items, scores, moment.new, self.asked_k(query))
+
+    def _never(self, query: Query, unknown: UnknownItems) -> list[int]:
+        """Item indices, own and added, that a query excludes, and those of `unknown` that are not to be answered."""
+        live, allows_seen = query.live or self.own_live, self.allows_seen(query)
+        unwanted = [item_id for item_id, is_disliked in unknown.items() if is_disliked or not allows_seen]
+        return live.indices([*query.exclude_item_ids, *unwanted])
 
     def _features(
         self, query: Query, history: Sequence[KnownEvent], exclude: Sequence[int], blocked: Blocked | None
@@ -244,19 +323,23 @@ class Recommender:
         allow_seen = self.allows_seen(query)
         return features(history, query.request_time, exclude, self.info, allow_seen=allow_seen, blocked=blocked)
 
-    def popular(self, query: Query, ignored_event_count: int, disliked: Sequence[int] = ()) -> Answer:
-        """The answer, without `disliked` items, to a query without a positive event that the model knows."""
-        exclude = [*self.indices(query.exclude_item_ids), *disliked]
-        blocked = self._blocked(query.filter, query.withheld)
-        items = self.catalog.by_popularity
+    def popular(
+        self, query: Query, ignored_event_count: int, disliked: Sequence[int] = (), unknown: UnknownItems = NO_UNKNOWN
+    ) -> Answer:
+        """The answer, without `disliked` items and those of `unknown` that are not to be answered, to a query without a
+        positive event that the model knows."""
+        live = query.live or self.own_live
+        exclude = [*self._never(query, unknown), *disliked]
+        blocked = _blocked(live, query.filter, query.withheld)
+        items = live.catalog.by_popularity
         if blocked is not None:
             items = items[~blocked[items]]
         # Among the first k + len(exclude) at most len(exclude) are dropped.
         items = items[: query.k + len(exclude)]
         items = items[~np.isin(items, np.array(exclude, np.int32))][: query.k]
-        scores = self.catalog.popularity[items].astype(np.float32)
-        items, scores, _ = _at_least(Ranking(items, scores), query.filter)
-        explanations = explain_popularity(items, self.catalog) if query.explain else ()
+        scores = live.catalog.popularity[items].astype(np.float32)
+        items, scores, *_ = _at_least(Ranking(items, scores), query.filter)
+        explanations = explain_popularity(items, live.catalog) if query.explain else ()
         return Answer(items, scores, POPULARITY, ignored_event_count, explanations, disliked=disliked)
 
     def explain(self, query: Query, items: NDArray[np.int32]) -> tuple[Explanation, ...]:
@@ -269,23 +352,30 @@ class Recommender:
         Returns:
             An explanation for each item.
         """
-        return self._explain(query, known_events(query.events, self.catalog), items)
+        return self._explain(query, known_events(query.events, self.own_catalog), items)
 
     def _explain(
         self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]
     ) -> tuple[Explanation, ...]:
         asked = history[-ASKED_EVENTS:]
         influences = self._influences(query, history, items) if len(history) > 1 and len(items) else None
-        of_items, of_events = self._directions(items), self._directions([event.item for event in asked])
-        return explain(items, asked, influences, np.clip(of_items @ of_events.T, -1, 1), self.catalog)
+        live = query.live or self.own_live
+        of_items = self._directions(items, live)
+        of_events = self._directions(np.array([event.item for event in asked], np.int32), live)
+        return explain(items, asked, influences, np.clip(of_items @ of_events.T, -1, 1), live.catalog)
 
-    def _directions(self, items: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
+    def _directions(self, items: NDArray[np.int32], live: LiveCatalog) -> NDArray[np.float32]:
         """Vectors of length 1."""
-        return self._vectors[items] / self._lengths[items, None]
+        if live.added is None:
+            return self._vectors[items] / self._lengths[items, None]
+        is_added = items >= live.added.first
+        vectors = self._vectors[np.where(is_added, 0, items)]
+        vectors[is_added] = live.added.vectors[items[is_added] - live.added.first]
+        return vectors / _lengths(vectors)[:, None]
 
     def _influences(self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]) -> NDArray[np.float32]:
         """By how much each item's score is lower without each of the last events, `[items, events]`."""
-        excluded = [*self.indices(query.exclude_item_ids), *disliked_items(query.events, self.catalog)]
+        excluded = [*self.indices(query.exclude_item_ids), *disliked_items(query.events, self.own_catalog)]
         if not self.allows_seen(query):
             excluded += [event.item for event in history]
         # The history may have got events on the items since they were answered.
@@ -298,12 +388,19 @@ class Recommender:
         # An item that the filter allows no more, since its tags changed meanwhile, stays without influences.
         scores = np.zeros((len(histories), len(items)), np.float32)
         # All items must be in the ranking with every event, or the difference would be that of others' scores.
-        asked_items = max(ASKED_ITEMS, query.k)
+        asked_items, added = max(ASKED_ITEMS, query.k), self.added_of(query)
+        is_own = np.ones(len(items), np.bool_) if added is None else items < added.first
         for mask in self.masks(query, trend):
-            own = np.ones(len(items), np.bool_) if mask is None else ~mask[items]
-            rows = [self._features(query, one, exclude, mask) for one in histories] if own.any() else []
-            for at, ranking in enumerate(self.engine.rank(rows, asked_items, trend) if rows else ()):
-                scores[at, own] = self._scores(ranking, items[own])
+            allowed = np.ones(len(items), np.bool_) if mask is None else ~mask[items]
+            rows = [self._features(query, one, exclude, mask) for one in histories] if allowed.any() else []
+            rankings = self.engine.rank(rows, asked_items, trend, queries=added is not None) if rows else []
+            of_model = allowed & is_own
+            for at, ranking in enumerate(rankings):
+                if of_model.any():
+                    scores[at, of_model] = self._scores(ranking, items[of_model])
+                if added is not None and ranking.query is not None:
+                    others = allowed & ~is_own
+                    scores[at, others] = added.vectors[items[others] - added.first] @ ranking.query
         return (scores[0] - scores[1:]).T
 
     @staticmethod
@@ -314,26 +411,25 @@ class Recommender:
         return np.where(ranking.items[found] == items, ranking.scores[found], ranking.scores[-1])
 
     def indices(self, item_ids: Sequence[str]) -> list[int]:
-        """Item indices of the ids that the model knows."""
-        index = self.catalog.index
-        return [index[item_id] for item_id in item_ids if item_id in index]
+        """Indices of the model's own items among the ids."""
+        return self.own_live.indices(item_ids)
 
     def similar(
         self,
         item_id: str,
         k: int,
+        live: LiveCatalog,
         exclude_item_ids: Sequence[str] = (),
         item_filter: ItemFilter | None = None,
-        withheld: Withheld | None = None,
     ) -> Ranking:
         """The items nearest to one item.
 
         Args:
             item_id: A raw id.
             k: Number of items, cut to those that there are.
+            live: The catalogue. The item itself may be withheld now.
             exclude_item_ids: Items that are not answered.
             item_filter: Which of the other items may be answered; None: every item.
-            withheld: The items that the catalogue does not let be answered; the item itself may be one of them.
 
         Returns:
             Item indices `[k]` int32, the item itself not among them, and the cosines of their vectors with that of the
@@ -342,17 +438,47 @@ class Recommender:
         Raises:
             UnknownItem: The model does not know the item.
         """
-        item = self.catalog.index.get(item_id)
+        item = live.catalog.index.get(item_id)
         if item is None:
             raise UnknownItem(f"the model {self.info.model_version} does not know the item {item_id!r}")
-        cosines = np.clip(self._vectors @ self._directions([item])[0] / self._lengths, -1, 1)
+        (direction,) = self._directions(np.array([item], np.int32), live)
+        cosines = self._vectors @ direction / self._lengths
+        if live.added is not None:
+            vectors = live.added.vectors
+            cosines = np.append(cosines, vectors @ direction / _lengths(vectors))
+        cosines = np.clip(cosines, -1, 1)
         allowed = np.ones(len(cosines), np.bool_)
-        blocked = self._blocked(item_filter, withheld)
+        blocked = _blocked(live, item_filter, live.withheld())
         if blocked is not None:
             allowed = ~blocked
-        allowed[[0, item, *self.indices(exclude_item_ids)]] = False
+        allowed[[0, item, *live.indices(exclude_item_ids)]] = False
         items = np.flatnonzero(allowed).astype(np.int32)
         return _at_least(Ranking(*best_of(items, cosines[items], min(k, len(items)))), item_filter)
+
+
+def _blocked(live: LiveCatalog, item_filter: ItemFilter | None, withheld: Withheld | None) -> Blocked | None:
+    """The items that neither a filter nor the catalogue lets be answered; None: every item may be."""
+    blocked = live.filters.blocked(item_filter)
+    if withheld is None:
+        return blocked
+    return withheld.mask if blocked is None else blocked | withheld.mask
+
+
+class _Moment(NamedTuple):
+    """A catalogue and a trend, and what follows from them."""
+
+    live: LiveCatalog
+    trend: Trend
+    new: NDArray[np.bool_]
+    """`[items+1]`, own and added items that are new: without events at the training, and in the trend."""
+    of_added: NDArray[np.float32]
+    """`[added]`, the trend of the added items."""
+
+
+def _lengths(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`[n]` of `[n, width]`; 1 for a vector without a direction, such as that of padding: it resembles nothing."""
+    lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+    return np.where(lengths == 0, np.float32(1), lengths)
 
 
 def with_new_items(known: Ranking, new: Ranking, k: int, slots: int) -> Ranking:
@@ -368,7 +494,7 @@ def with_new_items(known: Ranking, new: Ranking, k: int, slots: int) -> Ranking:
     items = np.concatenate([known.items[: k - count], new.items[:count]])
     scores = np.concatenate([known.scores[: k - count], new.scores[:count]])
     order = np.lexsort((items, -scores))
-    return Ranking(items[order], scores[order], known.counted)
+    return known._replace(items=items[order], scores=scores[order])
 
 
 def _at_least(ranking: Ranking, item_filter: ItemFilter | None) -> Ranking:
@@ -376,4 +502,4 @@ def _at_least(ranking: Ranking, item_filter: ItemFilter | None) -> Ranking:
     if item_filter is None or item_filter.minimum_score is None:
         return ranking
     n = int(np.count_nonzero(ranking.scores >= np.float32(item_filter.minimum_score)))
-    return Ranking(ranking.items[:n], ranking.scores[:n], ranking.counted)
+    return ranking._replace(items=ranking.items[:n], scores=ranking.scores[:n])

@@ -94,6 +94,9 @@ class Metrics:
         self._under_way = self._gauge("rpcs_under_way", "Calls that are being answered.")
         self._dropped = self._gauge("dropped_log_entries", "Slates and states that the store gave up since the start.")
         self._rejected = self._counter("rejected_calls_total", "Calls that were turned away.", ("reason", "method"))
+        self._batch_failures = self._counter(
+            "batch_failures_total", "Requests of batches that failed by themselves, in calls that are OK.", ("code",)
+        )
         self._methods: frozenset[str] = frozenset()
         self._reloads = self._counter("model_reloads_total", "Attempts to load a model.", ("result",))
         self._model_info = self._gauge("model_info", "1 for each loaded version.", ("model_version", "policy"))
@@ -160,6 +163,10 @@ class Metrics:
         """One call that was turned away before it was looked at: `unauthenticated`, `permission` or `overload`; or that
         was ended because its message did not come: `no_message`; or that came over HTTP and is no call: `http`."""
         self._rejected.labels(reason, method if method in self._methods else "unknown").inc()
+
+    def failed_in_batch(self, code: str) -> None:
+        """One request of a batch that has an error in place of an answer, by its status."""
+        self._batch_failures.labels(code).inc()
 
     def answered(self, policy: str, items: NDArray[np.int32]) -> None:
         """One recommendation, and the indices of its items."""

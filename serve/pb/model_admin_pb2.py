@@ -24,35 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aserve/pb/model_admin.proto\x12\tjaxrec.v1\"\x90\x01\n\x05Model\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.jaxrec.v1.ModelState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rtraffic_share\x18\x05 \x01(\x02\x12\x13\n\x0bloaded_time\x18\x06 \x01(\x03\"\x13\n\x11ListModelsRequest\"P\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.jaxrec.v1.Model\x12\x18\n\x10\x61utomatic_reload\x18\x02 \x01(\x08\")\n\x10LoadModelRequest\x12\x15\n\rmodel_version\x18\x01 \x01(\t\":\n\x11LoadModelResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x0e\n\x06loaded\x18\x02 \x01(\x08\"4\n\x0cTrafficShare\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x02\"<\n\x11SetTrafficRequest\x12\'\n\x06shares\x18\x01 \x03(\x0b\x32\x17.jaxrec.v1.TrafficShare\"=\n\x12SetTrafficResponse\x12\'\n\x06shares\x18\x01 \x03(\x0b\x32\x17.jaxrec.v1.TrafficShare\"\x11\n\x0fRollBackRequest\")\n\x10RollBackResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t*\x8d\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x17\n\x13MODEL_STATE_REFUSED\x10\x04\x32\xaf\x02\n\nModelAdmin\x12I\n\nListModels\x12\x1c.jaxrec.v1.ListModelsRequest\x1a\x1d.jaxrec.v1.ListModelsResponse\x12\x46\n\tLoadModel\x12\x1b.jaxrec.v1.LoadModelRequest\x1a\x1c.jaxrec.v1.LoadModelResponse\x12I\n\nSetTraffic\x12\x1c.jaxrec.v1.SetTrafficRequest\x1a\x1d.jaxrec.v1.SetTrafficResponse\x12\x43\n\x08RollBack\x12\x1a.jaxrec.v1.RollBackRequest\x1a\x1b.jaxrec.v1.RollBackResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aserve/pb/model_admin.proto\x12\tjaxrec.v1\"\x90\x01\n\x05Model\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.jaxrec.v1.ModelState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rtraffic_share\x18\x05 \x01(\x02\x12\x13\n\x0bloaded_time\x18\x06 \x01(\x03\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"i\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.jaxrec.v1.Model\x12\x18\n\x10\x61utomatic_reload\x18\x02 \x01(\x08\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\")\n\x10LoadModelRequest\x12\x15\n\rmodel_version\x18\x01 \x01(\t\":\n\x11LoadModelResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x0e\n\x06loaded\x18\x02 \x01(\x08\"4\n\x0cTrafficShare\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x02\"<\n\x11SetTrafficRequest\x12\'\n\x06shares\x18\x01 \x03(\x0b\x32\x17.jaxrec.v1.TrafficShare\"=\n\x12SetTrafficResponse\x12\'\n\x06shares\x18\x01 \x03(\x0b\x32\x17.jaxrec.v1.TrafficShare\"\x11\n\x0fRollBackRequest\")\n\x10RollBackResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t*\x8d\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x17\n\x13MODEL_STATE_REFUSED\x10\x04\x32\xaf\x02\n\nModelAdmin\x12I\n\nListModels\x12\x1c.jaxrec.v1.ListModelsRequest\x1a\x1d.jaxrec.v1.ListModelsResponse\x12\x46\n\tLoadModel\x12\x1b.jaxrec.v1.LoadModelRequest\x1a\x1c.jaxrec.v1.LoadModelResponse\x12I\n\nSetTraffic\x12\x1c.jaxrec.v1.SetTrafficRequest\x1a\x1d.jaxrec.v1.SetTrafficResponse\x12\x43\n\x08RollBack\x12\x1a.jaxrec.v1.RollBackRequest\x1a\x1b.jaxrec.v1.RollBackResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'serve.pb.model_admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=636
-  _globals['_MODELSTATE']._serialized_end=777
+  _globals['_MODELSTATE']._serialized_start=700
+  _globals['_MODELSTATE']._serialized_end=841
   _globals['_MODEL']._serialized_start=42
   _globals['_MODEL']._serialized_end=186
   _globals['_LISTMODELSREQUEST']._serialized_start=188
-  _globals['_LISTMODELSREQUEST']._serialized_end=207
-  _globals['_LISTMODELSRESPONSE']._serialized_start=209
-  _globals['_LISTMODELSRESPONSE']._serialized_end=289
-  _globals['_LOADMODELREQUEST']._serialized_start=291
-  _globals['_LOADMODELREQUEST']._serialized_end=332
-  _globals['_LOADMODELRESPONSE']._serialized_start=334
-  _globals['_LOADMODELRESPONSE']._serialized_end=392
-  _globals['_TRAFFICSHARE']._serialized_start=394
-  _globals['_TRAFFICSHARE']._serialized_end=446
-  _globals['_SETTRAFFICREQUEST']._serialized_start=448
-  _globals['_SETTRAFFICREQUEST']._serialized_end=508
-  _globals['_SETTRAFFICRESPONSE']._serialized_start=510
-  _globals['_SETTRAFFICRESPONSE']._serialized_end=571
-  _globals['_ROLLBACKREQUEST']._serialized_start=573
-  _globals['_ROLLBACKREQUEST']._serialized_end=590
-  _globals['_ROLLBACKRESPONSE']._serialized_start=592
-  _globals['_ROLLBACKRESPONSE']._serialized_end=633
-  _globals['_MODELADMIN']._serialized_start=780
-  _globals['_MODELADMIN']._serialized_end=1083
+  _globals['_LISTMODELSREQUEST']._serialized_end=246
+  _globals['_LISTMODELSRESPONSE']._serialized_start=248
+  _globals['_LISTMODELSRESPONSE']._serialized_end=353
+  _globals['_LOADMODELREQUEST']._serialized_start=355
+  _globals['_LOADMODELREQUEST']._serialized_end=396
+  _globals['_LOADMODELRESPONSE']._serialized_start=398
+  _globals['_LOADMODELRESPONSE']._serialized_end=456
+  _globals['_TRAFFICSHARE']._serialized_start=458
+  _globals['_TRAFFICSHARE']._serialized_end=510
+  _globals['_SETTRAFFICREQUEST']._serialized_start=512
+  _globals['_SETTRAFFICREQUEST']._serialized_end=572
+  _globals['_SETTRAFFICRESPONSE']._serialized_start=574
+  _globals['_SETTRAFFICRESPONSE']._serialized_end=635
+  _globals['_ROLLBACKREQUEST']._serialized_start=637
+  _globals['_ROLLBACKREQUEST']._serialized_end=654
+  _globals['_ROLLBACKRESPONSE']._serialized_start=656
+  _globals['_ROLLBACKRESPONSE']._serialized_end=697
+  _globals['_MODELADMIN']._serialized_start=844
+  _globals['_MODELADMIN']._serialized_end=1147
 # @@protoc_insertion_point(module_scope)

@@ -70,11 +70,11 @@ class Model(_message.Message):
     state: Global___ModelState.ValueType
     """What became of it."""
     reason: _builtins.str
-    """Why it was refused, in English. Empty: it was not."""
+    """Why it was refused, in English, at most the first 1,000 characters. Empty: it was not."""
     traffic_share: _builtins.float
     """Share of the users whom it answers, 0 to 1. 0: none."""
     loaded_time: _builtins.int
-    """When it was loaded, in seconds since 1970-01-01T00:00Z. 0: it is not loaded."""
+    """When it was loaded, in seconds. 0: it is not loaded."""
     def __init__(
         self,
         *,
@@ -99,12 +99,25 @@ class ListModelsRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most versions of a page, 1 to 1000. 0: 100. A page whose entries are long can be
+    shorter.
+    """
+    page_token: _builtins.str
+    """`ListModelsResponse.next_page_token` of the page before. Any other text is an error.
+    Empty: the first page.
+    """
     def __init__(
         self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -112,27 +125,31 @@ Global___ListModelsRequest: _TypeAlias = ListModelsRequest  # noqa: Y015
 
 @_typing.final
 class ListModelsResponse(_message.Message):
-    """The versions in the model directory."""
+    """One page of the versions in the model directory."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODELS_FIELD_NUMBER: _builtins.int
     AUTOMATIC_RELOAD_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     automatic_reload: _builtins.bool
     """Whether a newer version in the directory is loaded by itself."""
+    next_page_token: _builtins.str
+    """For the next page. Empty: this is the last one."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
-        """Newest first."""
+        """Newest first, by their names and those of their folders."""
 
     def __init__(
         self,
         *,
         models: _abc.Iterable[Global___Model] | None = ...,
         automatic_reload: _builtins.bool = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["automatic_reload", b"automatic_reload", "models", b"models"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["automatic_reload", b"automatic_reload", "models", b"models", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from google.protobuf import any_pb2 as _any_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -49,6 +50,34 @@ and when they were in the history is part of their score.
 """
 Global___Seen: _TypeAlias = Seen  # noqa: Y015
 
+class _View:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ViewEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_View.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VIEW_UNSPECIFIED: _View.ValueType  # 0
+    """As VIEW_BASIC."""
+    VIEW_IDS: _View.ValueType  # 1
+    """The item's id and the numbers of the answer: scores and propensities."""
+    VIEW_BASIC: _View.ValueType  # 2
+    """Title and genres too."""
+    VIEW_FULL: _View.ValueType  # 3
+    """All of VIEW_BASIC, and the metadata that UpsertItems stored."""
+
+class View(_View, metaclass=_ViewEnumTypeWrapper):
+    """How much of an item an answer has."""
+
+VIEW_UNSPECIFIED: View.ValueType  # 0
+"""As VIEW_BASIC."""
+VIEW_IDS: View.ValueType  # 1
+"""The item's id and the numbers of the answer: scores and propensities."""
+VIEW_BASIC: View.ValueType  # 2
+"""Title and genres too."""
+VIEW_FULL: View.ValueType  # 3
+"""All of VIEW_BASIC, and the metadata that UpsertItems stored."""
+Global___View: _TypeAlias = View  # noqa: Y015
+
 @_typing.final
 class Event(_message.Message):
     """One past event of one user: an item was rated, clicked or watched."""
@@ -59,6 +88,7 @@ class Event(_message.Message):
     RATING_FIELD_NUMBER: _builtins.int
     TIMESTAMP_FIELD_NUMBER: _builtins.int
     TYPE_FIELD_NUMBER: _builtins.int
+    EVENT_ID_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     """Required. The model ignores items that it does not know, see
     `RecommendResponse.ignored_event_count`.
@@ -73,6 +103,12 @@ class Event(_message.Message):
     """
     type: _builtins.str
     """As `UserEvent.type`, with the same meaning. Empty: `interaction`."""
+    event_id: _builtins.str
+    """As `UserEvent.event_id`, if the client recorded the event or is about to. With
+    `RecommendRequest.user_id`, an event whose id is recorded is left out here, so that
+    it counts once. Of equal ids in one history the first counts. Empty: the event has
+    no id, and counts.
+    """
     def __init__(
         self,
         *,
@@ -80,10 +116,11 @@ class Event(_message.Message):
         rating: _builtins.float | None = ...,
         timestamp: _builtins.int = ...,
         type: _builtins.str = ...,
+        event_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "rating", b"rating"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "item_id", b"item_id", "rating", b"rating", "timestamp", b"timestamp", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rating", b"_rating", "event_id", b"event_id", "item_id", b"item_id", "rating", b"rating", "timestamp", b"timestamp", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rating: _TypeAlias = _typing.Literal["rating"]  # noqa: Y015
     _WhichOneofArgType__rating: _TypeAlias = _typing.Literal["_rating", b"_rating"]  # noqa: Y015
@@ -101,8 +138,8 @@ class History(_message.Message):
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
         """In any order: events are sorted by timestamp, and events of the same second
-        keep the order in which they were sent. Empty: a user without history. At most
-        10,000.
+        keep the order in which they were sent, after those that are stored. Empty: no
+        event. At most 10,000.
         """
 
     def __init__(
@@ -203,18 +240,23 @@ class RecommendRequest(_message.Message):
     SEEN_FIELD_NUMBER: _builtins.int
     NEW_ITEM_SLOTS_FIELD_NUMBER: _builtins.int
     NOT_SHOWN_WITHIN_FIELD_NUMBER: _builtins.int
-    WITH_METADATA_FIELD_NUMBER: _builtins.int
+    BUCKET_KEY_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VIEW_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """A user whose events were recorded with RecordEvents. A user without events,
     or only with events on items that the model does not know, is answered with
-    the most popular items.
+    the most popular items. Empty: `history` alone says for whom.
     """
     k: _builtins.int
-    """How many items to answer, 1 to 1000. 0: 10."""
+    """How many items to answer, 1 to 1000. 0: 10. An answer that is longer than 4 MiB, since
+    titles, tags and explanations are long, is an error.
+    """
     request_time: _builtins.int
     """The time for which to recommend, in seconds. Absent: not known, and the model
-    answers without it. With `history` it must not be before the last event. With
-    `user_id`, events after it are left out, as if asked at that time.
+    answers without it. It must not be before the last event of `history`. With
+    `user_id`, stored events after it are left out, as if asked at that time.
     """
     explain: _builtins.bool
     """Whether each recommendation comes with an explanation. False: without."""
@@ -222,8 +264,8 @@ class RecommendRequest(_message.Message):
     """Whether items of the history may be recommended."""
     new_item_slots: _builtins.int
     """The number of places reserved for new items. New items are those that the model was
-    not trained on. If the model has a trend, an item with counted events since the
-    training is not new any more.
+    not trained on, in the model directory or in the store. If the model has a trend, an
+    item with counted events since the training is not new any more.
 
     The best new items by their scores get the places. If there are fewer new items,
     all of them are in the answer. If too few other items are left to fill the other
@@ -232,8 +274,9 @@ class RecommendRequest(_message.Message):
     reserved places. The answer is not drawn by exploration.
 
     Nothing is reserved if the model has no new items, or with the policy `popularity`.
-    If the model directory has an index, it has no vectors of its new items, and the
-    call fails with FAILED_PRECONDITION. 0: no place is reserved. At most `k`.
+    If the model directory has an index, it has no vectors of its new items: without new
+    items of the store the call fails with FAILED_PRECONDITION. 0: no place is reserved.
+    At most `k`.
     """
     not_shown_within: _builtins.int
     """With `user_id` only: items that were recommended to the user within so many seconds
@@ -242,13 +285,35 @@ class RecommendRequest(_message.Message):
     count about a second later. FAILED_PRECONDITION if the server does not keep the answers
     to all users for so long. 0: no item is left out. At most 2,678,400 (31 days).
     """
-    with_metadata: _builtins.bool
-    """Whether each recommendation comes with the metadata that UpsertItems stored for its
-    item. False: without.
+    bucket_key: _builtins.str
+    """With a `history` alone: what divides such requests between model versions, for
+    example the id of a visit. Requests with the same key are answered by the same
+    version as long as the shares of the versions stay, namely by that of a user with
+    this id. It is not kept. Empty: the version that answers most requests.
     """
+    model_version: _builtins.str
+    """The version that is to answer, whatever its share. A version that is not loaded is
+    NOT_FOUND, and the message names those that are. Not together with `bucket_key`.
+    Empty: as `user_id` or `bucket_key` has it.
+    """
+    request_id: _builtins.str
+    """The client's own id of this request, different from those of all other requests for
+    the same user; requests without `user_id` count as those of one user. A call that is
+    repeated with the same id, as after a lost answer, is answered with the same
+    `RecommendResponse.recommendation_id` and is one entry of the log, namely the first
+    one, whichever servers of a store answered. This holds as long as the entry is
+    in the log. The repeated call is answered anew, as of now; what exploration
+    draws, it draws again in the same way, and `not_shown_within` does not count the
+    answer to the first call. Empty: each call is a request of its own.
+    """
+    view: Global___View.ValueType
+    """How much of each item is in the answer. What `explain` asks for comes in each view."""
     @_builtins.property
     def history(self) -> Global___History:
-        """The events themselves, used for this answer only."""
+        """Events that are used for this answer only and not kept. With `user_id`, they are
+        added to the stored ones, as if they had been recorded just now; the newest 10,000
+        of all count. Absent: `user_id` must be set.
+        """
 
     @_builtins.property
     def exclude_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -274,20 +339,18 @@ class RecommendRequest(_message.Message):
         seen: Global___Seen.ValueType = ...,
         new_item_slots: _builtins.int = ...,
         not_shown_within: _builtins.int = ...,
-        with_metadata: _builtins.bool = ...,
+        bucket_key: _builtins.str = ...,
+        model_version: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        view: Global___View.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "filter", b"filter", "history", b"history", "request_time", b"request_time", "subject", b"subject", "user_id", b"user_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "filter", b"filter", "history", b"history", "request_time", b"request_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "filter", b"filter", "history", b"history", "k", b"k", "new_item_slots", b"new_item_slots", "not_shown_within", b"not_shown_within", "request_time", b"request_time", "seen", b"seen", "subject", b"subject", "user_id", b"user_id", "with_metadata", b"with_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "bucket_key", b"bucket_key", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "filter", b"filter", "history", b"history", "k", b"k", "model_version", b"model_version", "new_item_slots", b"new_item_slots", "not_shown_within", b"not_shown_within", "request_id", b"request_id", "request_time", b"request_time", "seen", b"seen", "user_id", b"user_id", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__request_time: _TypeAlias = _typing.Literal["request_time"]  # noqa: Y015
     _WhichOneofArgType__request_time: _TypeAlias = _typing.Literal["_request_time", b"_request_time"]  # noqa: Y015
-    _WhichOneofReturnType_subject: _TypeAlias = _typing.Literal["user_id", "history"]  # noqa: Y015
-    _WhichOneofArgType_subject: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
-    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__request_time) -> _WhichOneofReturnType__request_time | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_subject) -> _WhichOneofReturnType_subject | None: ...
 
 Global___RecommendRequest: _TypeAlias = RecommendRequest  # noqa: Y015
 
@@ -315,7 +378,7 @@ class RecommendResponse(_message.Message):
     """
     recommendation_id: _builtins.str
     """Names this answer: 32 hexadecimal digits. What the user does with it is recorded
-    with `UserEvent.recommendation_id`. Never empty.
+    with `UserEvent.recommendation_id`. Never empty. See `RecommendRequest.request_id`.
     """
     log_propensity: _builtins.float
     """Natural logarithm of the probability with which the policy shows exactly these
@@ -387,7 +450,9 @@ class Recommendation(_message.Message):
     item_id: _builtins.str
     """Raw id of the item. Never empty."""
     title: _builtins.str
-    """Empty: neither the catalogue of the store nor the training data has a title."""
+    """Empty: neither the catalogue of the store nor the training data has a title, or the
+    answer has VIEW_IDS.
+    """
     score: _builtins.float
     """Higher is better. A logit of the model; with the policy `popularity` the number
     of training events. Comparable within one answer only.
@@ -399,7 +464,7 @@ class Recommendation(_message.Message):
     """
     @_builtins.property
     def genres(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Sorted. Empty: no genre is known."""
+        """Sorted. Empty: no genre is known, or the answer has VIEW_IDS."""
 
     @_builtins.property
     def explanation(self) -> Global___Explanation:
@@ -407,7 +472,7 @@ class Recommendation(_message.Message):
 
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Empty unless asked for with `RecommendRequest.with_metadata`."""
+        """Empty unless the answer has VIEW_FULL."""
 
     def __init__(
         self,
@@ -437,10 +502,10 @@ class BatchRecommendRequest(_message.Message):
     REQUESTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecommendRequest]:
-        """All are checked before any is answered: one bad request and none is answered.
-        Empty: nothing to do. At most 256, with at most 10,000 items (`k`), 1,000 items with
-        metadata and 100,000 events of histories in all. If the answer is longer than 4 MiB,
-        since titles, tags and explanations are long, that is an error.
+        """Each is answered or fails by itself. Empty: nothing to do. At most 256, with at most
+        10,000 items (`k`), 1,000 items with VIEW_FULL and 100,000 events of histories in all;
+        with more the call fails. It also fails if the answer is longer than 4 MiB, since
+        titles, tags and explanations are long. A `request_id` comes once for a user.
         """
 
     def __init__(
@@ -458,27 +523,95 @@ Global___BatchRecommendRequest: _TypeAlias = BatchRecommendRequest  # noqa: Y015
 
 @_typing.final
 class BatchRecommendResponse(_message.Message):
-    """The answers to one BatchRecommendRequest."""
+    """What became of each question of one BatchRecommendRequest."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    RESPONSES_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def responses(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecommendResponse]:
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecommendResult]:
         """One for each request, in the order of the requests."""
 
     def __init__(
         self,
         *,
-        responses: _abc.Iterable[Global___RecommendResponse] | None = ...,
+        results: _abc.Iterable[Global___RecommendResult] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["responses", b"responses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BatchRecommendResponse: _TypeAlias = BatchRecommendResponse  # noqa: Y015
+
+@_typing.final
+class RecommendResult(_message.Message):
+    """What became of one question of several."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def response(self) -> Global___RecommendResponse:
+        """The answer."""
+
+    @_builtins.property
+    def error(self) -> Global___Status:
+        """Why there is none, with the details that Recommend would have failed with; its
+        fields are those of the one request, such as `k`. What concerns the server, such as
+        UNAVAILABLE, RESOURCE_EXHAUSTED or DEADLINE_EXCEEDED, fails the whole call instead,
+        so that clients repeat it.
+        """
+
+    def __init__(
+        self,
+        *,
+        response: Global___RecommendResponse | None = ...,
+        error: Global___Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "response", b"response", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "response", b"response", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["response", "error"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___RecommendResult: _TypeAlias = RecommendResult  # noqa: Y015
+
+@_typing.final
+class Status(_message.Message):
+    """Why something failed. It has the fields of `google.rpc.Status` and can be read as one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """A code of gRPC, such as 3 for INVALID_ARGUMENT. Never 0."""
+    message: _builtins.str
+    """In English."""
+    @_builtins.property
+    def details(self) -> _containers.RepeatedCompositeFieldContainer[_any_pb2.Any]:
+        """Messages of `google.rpc`, see the conventions of `Recommender`."""
+
+    def __init__(
+        self,
+        *,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
+        details: _abc.Iterable[_any_pb2.Any] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "details", b"details", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Status: _TypeAlias = Status  # noqa: Y015
 
 @_typing.final
 class Explanation(_message.Message):
@@ -796,20 +929,28 @@ class GetUserProfileRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_ID_FIELD_NUMBER: _builtins.int
-    LIMIT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Required."""
-    limit: _builtins.int
-    """Longest watch list to answer, 1 to 1000. 0: 10."""
+    page_size: _builtins.int
+    """Most entries of the watch list in a page, 1 to 1000. 0: 100. A page whose entries are
+    long can be shorter.
+    """
+    page_token: _builtins.str
+    """`GetUserProfileResponse.next_page_token` of the page before, for the same user. Any
+    other text is an error. Empty: the first page.
+    """
     def __init__(
         self,
         *,
         user_id: _builtins.str = ...,
-        limit: _builtins.int = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -825,20 +966,24 @@ class GetUserProfileResponse(_message.Message):
     GENRE_PREFERENCES_FIELD_NUMBER: _builtins.int
     EVENT_COUNT_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     event_count: _builtins.int
-    """All positive events of the user's history, also those beyond `limit` or on unknown
+    """All positive events of the user's history, also those of other pages or on unknown
     items; at most 10,000.
     """
     model_version: _builtins.str
     """Version of the model whose catalogue gave titles and genres."""
+    next_page_token: _builtins.str
+    """For the next page of the watch list. Empty: this is the last one."""
     @_builtins.property
     def watch_list(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchedItem]:
-        """The user's positive events, most recent first."""
+        """The user's positive events, most recent first, a page of them."""
 
     @_builtins.property
     def genre_preferences(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenrePreference]:
-        """Sorted by recency-weighted share, largest first. Only events on items that the
-        model knows count. Empty: no such event has a genre.
+        """Of the whole history, the same on each page. Sorted by recency-weighted share,
+        largest first; at most the first 100. Only events on items that the model knows
+        count. Empty: no such event has a genre.
         """
 
     def __init__(
@@ -848,10 +993,11 @@ class GetUserProfileResponse(_message.Message):
         genre_preferences: _abc.Iterable[Global___GenrePreference] | None = ...,
         event_count: _builtins.int = ...,
         model_version: _builtins.str = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_count", b"event_count", "genre_preferences", b"genre_preferences", "model_version", b"model_version", "watch_list", b"watch_list"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_count", b"event_count", "genre_preferences", b"genre_preferences", "model_version", b"model_version", "next_page_token", b"next_page_token", "watch_list", b"watch_list"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -999,7 +1145,7 @@ class ListEventsRequest(_message.Message):
     user_id: _builtins.str
     """Required."""
     page_size: _builtins.int
-    """Most events of a page, 1 to 1000. 0: 100."""
+    """Most events of a page, 1 to 1000. 0: 100. A page whose events are long can be shorter."""
     page_token: _builtins.str
     """`ListEventsResponse.next_page_token` of the page before, for the same user. Any other
     text is an error. Empty: the first page.
@@ -1208,9 +1354,10 @@ class Item(_message.Message):
 
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """What belongs to the item and comes back with it, such as an image's address. It changes
-        no recommendation. No empty key, and at most 2,048 bytes of UTF-8 for keys and values
-        together.
+        """What belongs to the item and comes back with it, such as an image's address. Of an item
+        that the model was not exported with, values whose keys are columns that the model was
+        trained with (`jaxrec prepare --features`) help to rank it. No empty key, and at most
+        2,048 bytes of UTF-8 for keys and values together.
         """
 
     def __init__(
@@ -1401,8 +1548,9 @@ class CatalogItem(_message.Message):
     stored: _builtins.bool
     """True: UpsertItems stored it. False: it is as the model directory has it."""
     known: _builtins.bool
-    """Whether the model that answers most requests knows the item. If not, it is not
-    recommended.
+    """Whether the model that answers most requests was exported with the item. If not, its
+    tags, its metadata, the year in its title and the trend of its events rank it, and
+    events on it are no part of the histories that the model reads.
     """
     available: _builtins.bool
     """Whether it is available now, by the server's clock, and not hidden."""
@@ -1500,13 +1648,19 @@ class SimilarItemsRequest(_message.Message):
     K_FIELD_NUMBER: _builtins.int
     EXCLUDE_ITEM_IDS_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
-    WITH_METADATA_FIELD_NUMBER: _builtins.int
+    BUCKET_KEY_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    VIEW_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     """Required. The item itself may be hidden, or not available."""
     k: _builtins.int
     """How many items to answer, 1 to 1000. 0: 10."""
-    with_metadata: _builtins.bool
-    """Whether each neighbour comes with its metadata, as in `RecommendRequest`."""
+    bucket_key: _builtins.str
+    """As in `RecommendRequest`. With a user's id, the version that answers the user."""
+    model_version: _builtins.str
+    """As in `RecommendRequest`."""
+    view: Global___View.ValueType
+    """How much of each neighbour is in the answer."""
     @_builtins.property
     def exclude_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Items that must not be answered, as in `RecommendRequest`."""
@@ -1524,11 +1678,13 @@ class SimilarItemsRequest(_message.Message):
         k: _builtins.int = ...,
         exclude_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         filter: Global___ItemFilter | None = ...,
-        with_metadata: _builtins.bool = ...,
+        bucket_key: _builtins.str = ...,
+        model_version: _builtins.str = ...,
+        view: Global___View.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exclude_item_ids", b"exclude_item_ids", "filter", b"filter", "item_id", b"item_id", "k", b"k", "with_metadata", b"with_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_key", b"bucket_key", "exclude_item_ids", b"exclude_item_ids", "filter", b"filter", "item_id", b"item_id", "k", b"k", "model_version", b"model_version", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1598,16 +1754,18 @@ class SimilarItem(_message.Message):
     item_id: _builtins.str
     """Raw id of the neighbour. Never empty."""
     title: _builtins.str
-    """Empty: neither the catalogue of the store nor the training data has a title."""
+    """Empty: neither the catalogue of the store nor the training data has a title, or the
+    answer has VIEW_IDS.
+    """
     similarity: _builtins.float
     """Cosine of the two item vectors, -1 to 1."""
     @_builtins.property
     def genres(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Sorted. Empty: no genre is known."""
+        """Sorted. Empty: no genre is known, or the answer has VIEW_IDS."""
 
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Empty unless asked for with `SimilarItemsRequest.with_metadata`."""
+        """Empty unless the answer has VIEW_FULL."""
 
     def __init__(
         self,
@@ -1658,72 +1816,53 @@ class GetModelInfoResponse(_message.Message):
 
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
-    CREATED_FIELD_NUMBER: _builtins.int
+    CREATED_TIME_FIELD_NUMBER: _builtins.int
     ITEM_COUNT_FIELD_NUMBER: _builtins.int
     RATING_SCALE_FIELD_NUMBER: _builtins.int
     GENRES_FIELD_NUMBER: _builtins.int
     EXECUTION_PROVIDER_FIELD_NUMBER: _builtins.int
     MAX_HISTORY_FIELD_NUMBER: _builtins.int
-    MAX_K_FIELD_NUMBER: _builtins.int
     EXPLORATION_TEMPERATURE_FIELD_NUMBER: _builtins.int
-    MAX_ALLOW_ITEM_IDS_FIELD_NUMBER: _builtins.int
-    MAX_TAGS_FIELD_NUMBER: _builtins.int
     SEEN_FIELD_NUMBER: _builtins.int
     NEW_ITEM_COUNT_FIELD_NUMBER: _builtins.int
     EVENT_TYPES_FIELD_NUMBER: _builtins.int
-    MAX_UPSERTED_ITEMS_FIELD_NUMBER: _builtins.int
-    MAX_TITLE_LENGTH_FIELD_NUMBER: _builtins.int
-    MAX_ITEM_TAGS_FIELD_NUMBER: _builtins.int
-    MAX_TAG_LENGTH_FIELD_NUMBER: _builtins.int
-    MAX_METADATA_BYTES_FIELD_NUMBER: _builtins.int
-    MAX_ITEM_BYTES_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    ADDED_ITEM_COUNT_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """Starts with the time of the export, so later models sort later."""
     policy: _builtins.str
     """`reinforce` or `supervised`: what ranks the items of a user with a history."""
-    created: _builtins.str
-    """When the model was exported, as RFC 3339 in UTC: `2026-11-23T00:45:00Z`."""
+    created_time: _builtins.int
+    """When the model was exported, in seconds."""
     item_count: _builtins.int
-    """How many items the model knows."""
+    """How many items the model was exported with."""
     execution_provider: _builtins.str
     """ONNX Runtime's name of what runs the model: `CPUExecutionProvider` or
     `CUDAExecutionProvider`.
     """
     max_history: _builtins.int
     """Of a longer history the model sees this many of the last events."""
-    max_k: _builtins.int
-    """Largest `k` and `limit` that a request may ask for."""
     exploration_temperature: _builtins.float
     """Temperature of the exploration: the items of an answer are drawn from the best 100,
     or from as many as are asked for if that is more, without replacement, in
     proportion to exp(score / temperature). 0: no exploration, the same question gets
     the same answer.
     """
-    max_allow_item_ids: _builtins.int
-    """Most `ItemFilter.allow_item_ids`."""
-    max_tags: _builtins.int
-    """Most tags in each of the three lists of `ItemFilter`."""
     seen: Global___Seen.ValueType
     """What the model does with items of the history if the request does not say:
     SEEN_EXCLUDE or SEEN_ALLOW.
     """
     new_item_count: _builtins.int
-    """Number of items that the model was not trained on, for which a request may reserve
-    places. Items that have got events since the training are counted too. 0: there are
-    none, or the model directory has an index, with which no place can be reserved.
+    """Number of items of the model directory that the model was not trained on, for which a
+    request may reserve places. Items that have got events since the training are counted
+    too. 0: there are none, or the model directory has an index, which has no vectors of
+    them. Places can be reserved if this or `added_item_count` is above 0.
     """
-    max_upserted_items: _builtins.int
-    """Most items of one UpsertItems or DeleteItems call."""
-    max_title_length: _builtins.int
-    """Longest `Item.title`, in characters."""
-    max_item_tags: _builtins.int
-    """Most `Item.tags`."""
-    max_tag_length: _builtins.int
-    """Longest tag of `Item.tags`, in characters."""
-    max_metadata_bytes: _builtins.int
-    """Most bytes of `Item.metadata`: keys and values as UTF-8."""
-    max_item_bytes: _builtins.int
-    """Most bytes of an `Item` as a message."""
+    added_item_count: _builtins.int
+    """How many items of the store the model ranks besides its own: those that it was not
+    exported with, hidden ones too. At most 100,000: if the store has more, the others
+    are not recommended.
+    """
     @_builtins.property
     def rating_scale(self) -> Global___RatingScale:
         """Absent: the training data had no ratings, and the model ignores them."""
@@ -1738,38 +1877,197 @@ class GetModelInfoResponse(_message.Message):
     def event_types(self) -> _containers.RepeatedCompositeFieldContainer[Global___EventType]:
         """The types of events that the server accepts, sorted by name."""
 
+    @_builtins.property
+    def limits(self) -> Global___Limits:
+        """What a request may ask for, the same for each model."""
+
     def __init__(
         self,
         *,
         model_version: _builtins.str = ...,
         policy: _builtins.str = ...,
-        created: _builtins.str = ...,
+        created_time: _builtins.int = ...,
         item_count: _builtins.int = ...,
         rating_scale: Global___RatingScale | None = ...,
         genres: _abc.Iterable[_builtins.str] | None = ...,
         execution_provider: _builtins.str = ...,
         max_history: _builtins.int = ...,
-        max_k: _builtins.int = ...,
         exploration_temperature: _builtins.float = ...,
-        max_allow_item_ids: _builtins.int = ...,
-        max_tags: _builtins.int = ...,
         seen: Global___Seen.ValueType = ...,
         new_item_count: _builtins.int = ...,
         event_types: _abc.Iterable[Global___EventType] | None = ...,
+        limits: Global___Limits | None = ...,
+        added_item_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "rating_scale", b"rating_scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_item_count", b"added_item_count", "created_time", b"created_time", "event_types", b"event_types", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "limits", b"limits", "max_history", b"max_history", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetModelInfoResponse: _TypeAlias = GetModelInfoResponse  # noqa: Y015
+
+@_typing.final
+class Limits(_message.Message):
+    """The largest number, length or size of what each name says. A request with more is
+    INVALID_ARGUMENT, unless the field says otherwise.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_K_FIELD_NUMBER: _builtins.int
+    MAX_PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    MAX_ID_LENGTH_FIELD_NUMBER: _builtins.int
+    MAX_RECOMMENDATION_ID_LENGTH_FIELD_NUMBER: _builtins.int
+    MAX_SECONDS_AHEAD_FIELD_NUMBER: _builtins.int
+    MAX_AVAILABILITY_TIME_FIELD_NUMBER: _builtins.int
+    MAX_HISTORY_EVENTS_FIELD_NUMBER: _builtins.int
+    MAX_EXCLUDED_ITEMS_FIELD_NUMBER: _builtins.int
+    MAX_ALLOWED_ITEMS_FIELD_NUMBER: _builtins.int
+    MAX_TAGS_FIELD_NUMBER: _builtins.int
+    MAX_NOT_SHOWN_S_FIELD_NUMBER: _builtins.int
+    MAX_NOT_SHOWN_ANSWERS_FIELD_NUMBER: _builtins.int
+    MAX_NOT_SHOWN_ITEMS_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_ITEMS_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_METADATA_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_EVENTS_FIELD_NUMBER: _builtins.int
+    MAX_RECORDED_EVENTS_FIELD_NUMBER: _builtins.int
+    MAX_IMPRESSIONS_FIELD_NUMBER: _builtins.int
+    MAX_POSITION_FIELD_NUMBER: _builtins.int
+    MAX_DELETED_EVENTS_FIELD_NUMBER: _builtins.int
+    MAX_STORED_EVENTS_FIELD_NUMBER: _builtins.int
+    MAX_MERGED_FIELD_NUMBER: _builtins.int
+    MAX_UPSERTED_ITEMS_FIELD_NUMBER: _builtins.int
+    MAX_TITLE_LENGTH_FIELD_NUMBER: _builtins.int
+    MAX_ITEM_TAGS_FIELD_NUMBER: _builtins.int
+    MAX_TAG_LENGTH_FIELD_NUMBER: _builtins.int
+    MAX_METADATA_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_ITEM_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_LISTED_TAGS_FIELD_NUMBER: _builtins.int
+    MAX_GENRE_PREFERENCES_FIELD_NUMBER: _builtins.int
+    MAX_VIOLATIONS_FIELD_NUMBER: _builtins.int
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_ANSWER_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_PAGE_BYTES_FIELD_NUMBER: _builtins.int
+    max_k: _builtins.int
+    """`k` of a request."""
+    max_page_size: _builtins.int
+    """`page_size`."""
+    max_id_length: _builtins.int
+    """Characters of an id, a page token aside."""
+    max_recommendation_id_length: _builtins.int
+    """Characters of `Impression.recommendation_id`."""
+    max_seconds_ahead: _builtins.int
+    """Seconds that a time may be after the server's clock."""
+    max_availability_time: _builtins.int
+    """The latest time of `Item.available_from` and `available_until`."""
+    max_history_events: _builtins.int
+    """Events of `RecommendRequest.history`."""
+    max_excluded_items: _builtins.int
+    """Ids of `exclude_item_ids`."""
+    max_allowed_items: _builtins.int
+    """Ids of `ItemFilter.allow_item_ids`."""
+    max_tags: _builtins.int
+    """Tags in each of the three lists of `ItemFilter`."""
+    max_not_shown_s: _builtins.int
+    """Seconds of `RecommendRequest.not_shown_within`."""
+    max_not_shown_answers: _builtins.int
+    """Answers that `not_shown_within` looks at, the newest ones."""
+    max_not_shown_items: _builtins.int
+    """Items that `not_shown_within` leaves out, those of the newest answers."""
+    max_batch: _builtins.int
+    """Requests of a BatchRecommend call."""
+    max_batch_items: _builtins.int
+    """Items (`k`) of a BatchRecommend call in all."""
+    max_batch_metadata: _builtins.int
+    """Items (`k`) with VIEW_FULL of a BatchRecommend call in all."""
+    max_batch_events: _builtins.int
+    """Events of a BatchRecommend call in all, and of a ModelInfer call."""
+    max_recorded_events: _builtins.int
+    """Events of a RecordEvents call."""
+    max_impressions: _builtins.int
+    """Impressions of a RecordImpressions call."""
+    max_position: _builtins.int
+    """`Impression.position`."""
+    max_deleted_events: _builtins.int
+    """Ids of a DeleteEvents call."""
+    max_stored_events: _builtins.int
+    """Events of a user's history, the newest ones; all are kept."""
+    max_merged: _builtins.int
+    """Events and recommendations of a user that MergeUsers merges. With more the call
+    fails with FAILED_PRECONDITION.
+    """
+    max_upserted_items: _builtins.int
+    """Items of an UpsertItems or DeleteItems call."""
+    max_title_length: _builtins.int
+    """Characters of `Item.title`."""
+    max_item_tags: _builtins.int
+    """Tags of an item."""
+    max_tag_length: _builtins.int
+    """Characters of a tag of an item."""
+    max_metadata_bytes: _builtins.int
+    """Bytes of `Item.metadata`: keys and values as UTF-8."""
+    max_item_bytes: _builtins.int
+    """Bytes of an `Item` as a message."""
+    max_listed_tags: _builtins.int
+    """Entries of `GetModelInfoResponse.genres`; filters know the others too."""
+    max_genre_preferences: _builtins.int
+    """Entries of `GetUserProfileResponse.genre_preferences`."""
+    max_violations: _builtins.int
+    """Field violations that an error names; there may be more."""
+    max_message_bytes: _builtins.int
+    """Bytes of a request. gRPC refuses more with RESOURCE_EXHAUSTED."""
+    max_answer_bytes: _builtins.int
+    """Bytes of an answer: what gRPC's clients take by default."""
+    max_page_bytes: _builtins.int
+    """About how many bytes a page has; a longer one has fewer entries."""
+    def __init__(
+        self,
+        *,
+        max_k: _builtins.int = ...,
+        max_page_size: _builtins.int = ...,
+        max_id_length: _builtins.int = ...,
+        max_recommendation_id_length: _builtins.int = ...,
+        max_seconds_ahead: _builtins.int = ...,
+        max_availability_time: _builtins.int = ...,
+        max_history_events: _builtins.int = ...,
+        max_excluded_items: _builtins.int = ...,
+        max_allowed_items: _builtins.int = ...,
+        max_tags: _builtins.int = ...,
+        max_not_shown_s: _builtins.int = ...,
+        max_not_shown_answers: _builtins.int = ...,
+        max_not_shown_items: _builtins.int = ...,
+        max_batch: _builtins.int = ...,
+        max_batch_items: _builtins.int = ...,
+        max_batch_metadata: _builtins.int = ...,
+        max_batch_events: _builtins.int = ...,
+        max_recorded_events: _builtins.int = ...,
+        max_impressions: _builtins.int = ...,
+        max_position: _builtins.int = ...,
+        max_deleted_events: _builtins.int = ...,
+        max_stored_events: _builtins.int = ...,
+        max_merged: _builtins.int = ...,
         max_upserted_items: _builtins.int = ...,
         max_title_length: _builtins.int = ...,
         max_item_tags: _builtins.int = ...,
         max_tag_length: _builtins.int = ...,
         max_metadata_bytes: _builtins.int = ...,
         max_item_bytes: _builtins.int = ...,
+        max_listed_tags: _builtins.int = ...,
+        max_genre_preferences: _builtins.int = ...,
+        max_violations: _builtins.int = ...,
+        max_message_bytes: _builtins.int = ...,
+        max_answer_bytes: _builtins.int = ...,
+        max_page_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["rating_scale", b"rating_scale"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "event_types", b"event_types", "execution_provider", b"execution_provider", "exploration_temperature", b"exploration_temperature", "genres", b"genres", "item_count", b"item_count", "max_allow_item_ids", b"max_allow_item_ids", "max_history", b"max_history", "max_item_bytes", b"max_item_bytes", "max_item_tags", b"max_item_tags", "max_k", b"max_k", "max_metadata_bytes", b"max_metadata_bytes", "max_tag_length", b"max_tag_length", "max_tags", b"max_tags", "max_title_length", b"max_title_length", "max_upserted_items", b"max_upserted_items", "model_version", b"model_version", "new_item_count", b"new_item_count", "policy", b"policy", "rating_scale", b"rating_scale", "seen", b"seen"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_allowed_items", b"max_allowed_items", "max_answer_bytes", b"max_answer_bytes", "max_availability_time", b"max_availability_time", "max_batch", b"max_batch", "max_batch_events", b"max_batch_events", "max_batch_items", b"max_batch_items", "max_batch_metadata", b"max_batch_metadata", "max_deleted_events", b"max_deleted_events", "max_excluded_items", b"max_excluded_items", "max_genre_preferences", b"max_genre_preferences", "max_history_events", b"max_history_events", "max_id_length", b"max_id_length", "max_impressions", b"max_impressions", "max_item_bytes", b"max_item_bytes", "max_item_tags", b"max_item_tags", "max_k", b"max_k", "max_listed_tags", b"max_listed_tags", "max_merged", b"max_merged", "max_message_bytes", b"max_message_bytes", "max_metadata_bytes", b"max_metadata_bytes", "max_not_shown_answers", b"max_not_shown_answers", "max_not_shown_items", b"max_not_shown_items", "max_not_shown_s", b"max_not_shown_s", "max_page_bytes", b"max_page_bytes", "max_page_size", b"max_page_size", "max_position", b"max_position", "max_recommendation_id_length", b"max_recommendation_id_length", "max_recorded_events", b"max_recorded_events", "max_seconds_ahead", b"max_seconds_ahead", "max_stored_events", b"max_stored_events", "max_tag_length", b"max_tag_length", "max_tags", b"max_tags", "max_title_length", b"max_title_length", "max_upserted_items", b"max_upserted_items", "max_violations", b"max_violations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetModelInfoResponse: _TypeAlias = GetModelInfoResponse  # noqa: Y015
+Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
 class EventType(_message.Message):

@@ -29,13 +29,20 @@ class RecommenderStub:
     """Recommends the next items from a sequence of past events.
 
     Conventions: ids are the raw ids of the training data as text, 1 to 512
-    characters and none of them U+0000. Times are whole seconds since
-    1970-01-01T00:00Z, not negative and at most a day after the server's clock.
-    A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
-    names the field, for example `history.events[3].rating`, and so does the detail
-    `google.rpc.BadRequest`. A server with more waiting requests than it can answer
-    fails with RESOURCE_EXHAUSTED at once, and the detail `google.rpc.RetryInfo` says
-    when to come again.
+    characters and none of them U+0000. Each time is an int64: whole seconds since
+    1970-01-01T00:00Z, not negative, and at most a day after the server's clock; only those
+    of an item's availability may be later, up to the end of the year 9999. Spans of time
+    are seconds too. A list that can become long comes in pages: `page_size`, `page_token`
+    and `next_page_token` mean the same in each RPC that has them. Each limit is in
+    `GetModelInfoResponse.limits`.
+
+    Errors have details. Each has a `google.rpc.ErrorInfo` with the domain `jaxrec` and a
+    reason that stays the same, such as `INVALID_REQUEST`; docs/serving.md has all of them.
+    A request that breaks rules stated here fails with INVALID_ARGUMENT. The message names
+    the fields, for example `history.events[3].rating`, and `google.rpc.BadRequest` has one
+    violation for each, at most 16. A server with more waiting requests than it can answer
+    fails with RESOURCE_EXHAUSTED at once; the detail `google.rpc.RetryInfo` and the
+    trailing metadata `grpc-retry-pushback-ms` say when to come again.
     """
 
     def __init__(self, channel):
@@ -125,13 +132,20 @@ class RecommenderServicer:
     """Recommends the next items from a sequence of past events.
 
     Conventions: ids are the raw ids of the training data as text, 1 to 512
-    characters and none of them U+0000. Times are whole seconds since
-    1970-01-01T00:00Z, not negative and at most a day after the server's clock.
-    A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
-    names the field, for example `history.events[3].rating`, and so does the detail
-    `google.rpc.BadRequest`. A server with more waiting requests than it can answer
-    fails with RESOURCE_EXHAUSTED at once, and the detail `google.rpc.RetryInfo` says
-    when to come again.
+    characters and none of them U+0000. Each time is an int64: whole seconds since
+    1970-01-01T00:00Z, not negative, and at most a day after the server's clock; only those
+    of an item's availability may be later, up to the end of the year 9999. Spans of time
+    are seconds too. A list that can become long comes in pages: `page_size`, `page_token`
+    and `next_page_token` mean the same in each RPC that has them. Each limit is in
+    `GetModelInfoResponse.limits`.
+
+    Errors have details. Each has a `google.rpc.ErrorInfo` with the domain `jaxrec` and a
+    reason that stays the same, such as `INVALID_REQUEST`; docs/serving.md has all of them.
+    A request that breaks rules stated here fails with INVALID_ARGUMENT. The message names
+    the fields, for example `history.events[3].rating`, and `google.rpc.BadRequest` has one
+    violation for each, at most 16. A server with more waiting requests than it can answer
+    fails with RESOURCE_EXHAUSTED at once; the detail `google.rpc.RetryInfo` and the
+    trailing metadata `grpc-retry-pushback-ms` say when to come again.
     """
 
     def Recommend(self, request, context):
@@ -211,8 +225,8 @@ class RecommenderServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SimilarItems(self, request, context):
-        """The items whose learned vectors are nearest to one item's. An item that the
-        model does not know is NOT_FOUND.
+        """The items whose vectors are nearest to one item's. An item that neither the model nor
+        the store has is NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -221,8 +235,9 @@ class RecommenderServicer:
     def UpsertItems(self, request, context):
         """Stores items: their titles, tags and availability, for all models from now on. When
         the answer arrives, the items are on disk; all servers of the store answer with them
-        within about two seconds. Of an item that the model does not know, all is stored, and
-        its events are recorded, but it is not recommended yet. Safe to repeat.
+        within about two seconds. An item that the model was not trained on is recommended
+        too: it is ranked by its tags, its metadata, the year in its title, and the trend of
+        its events, as a new item (`new_item_slots`). Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -349,13 +364,20 @@ class Recommender:
     """Recommends the next items from a sequence of past events.
 
     Conventions: ids are the raw ids of the training data as text, 1 to 512
-    characters and none of them U+0000. Times are whole seconds since
-    1970-01-01T00:00Z, not negative and at most a day after the server's clock.
-    A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
-    names the field, for example `history.events[3].rating`, and so does the detail
-    `google.rpc.BadRequest`. A server with more waiting requests than it can answer
-    fails with RESOURCE_EXHAUSTED at once, and the detail `google.rpc.RetryInfo` says
-    when to come again.
+    characters and none of them U+0000. Each time is an int64: whole seconds since
+    1970-01-01T00:00Z, not negative, and at most a day after the server's clock; only those
+    of an item's availability may be later, up to the end of the year 9999. Spans of time
+    are seconds too. A list that can become long comes in pages: `page_size`, `page_token`
+    and `next_page_token` mean the same in each RPC that has them. Each limit is in
+    `GetModelInfoResponse.limits`.
+
+    Errors have details. Each has a `google.rpc.ErrorInfo` with the domain `jaxrec` and a
+    reason that stays the same, such as `INVALID_REQUEST`; docs/serving.md has all of them.
+    A request that breaks rules stated here fails with INVALID_ARGUMENT. The message names
+    the fields, for example `history.events[3].rating`, and `google.rpc.BadRequest` has one
+    violation for each, at most 16. A server with more waiting requests than it can answer
+    fails with RESOURCE_EXHAUSTED at once; the detail `google.rpc.RetryInfo` and the
+    trailing metadata `grpc-retry-pushback-ms` say when to come again.
     """
 
     @staticmethod

@@ -30,13 +30,20 @@ class RecommenderStub:
     """Recommends the next items from a sequence of past events.
 
     Conventions: ids are the raw ids of the training data as text, 1 to 512
-    characters and none of them U+0000. Times are whole seconds since
-    1970-01-01T00:00Z, not negative and at most a day after the server's clock.
-    A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
-    names the field, for example `history.events[3].rating`, and so does the detail
-    `google.rpc.BadRequest`. A server with more waiting requests than it can answer
-    fails with RESOURCE_EXHAUSTED at once, and the detail `google.rpc.RetryInfo` says
-    when to come again.
+    characters and none of them U+0000. Each time is an int64: whole seconds since
+    1970-01-01T00:00Z, not negative, and at most a day after the server's clock; only those
+    of an item's availability may be later, up to the end of the year 9999. Spans of time
+    are seconds too. A list that can become long comes in pages: `page_size`, `page_token`
+    and `next_page_token` mean the same in each RPC that has them. Each limit is in
+    `GetModelInfoResponse.limits`.
+
+    Errors have details. Each has a `google.rpc.ErrorInfo` with the domain `jaxrec` and a
+    reason that stays the same, such as `INVALID_REQUEST`; docs/serving.md has all of them.
+    A request that breaks rules stated here fails with INVALID_ARGUMENT. The message names
+    the fields, for example `history.events[3].rating`, and `google.rpc.BadRequest` has one
+    violation for each, at most 16. A server with more waiting requests than it can answer
+    fails with RESOURCE_EXHAUSTED at once; the detail `google.rpc.RetryInfo` and the
+    trailing metadata `grpc-retry-pushback-ms` say when to come again.
     """
 
     @_typing.overload
@@ -82,14 +89,15 @@ class RecommenderStub:
     more than 10,000 events and recommendations fails with FAILED_PRECONDITION.
     """
     SimilarItems: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.SimilarItemsRequest, _recommender_pb2.SimilarItemsResponse]
-    """The items whose learned vectors are nearest to one item's. An item that the
-    model does not know is NOT_FOUND.
+    """The items whose vectors are nearest to one item's. An item that neither the model nor
+    the store has is NOT_FOUND.
     """
     UpsertItems: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.UpsertItemsRequest, _recommender_pb2.UpsertItemsResponse]
     """Stores items: their titles, tags and availability, for all models from now on. When
     the answer arrives, the items are on disk; all servers of the store answer with them
-    within about two seconds. Of an item that the model does not know, all is stored, and
-    its events are recorded, but it is not recommended yet. Safe to repeat.
+    within about two seconds. An item that the model was not trained on is recommended
+    too: it is ranked by its tags, its metadata, the year in its title, and the trend of
+    its events, as a new item (`new_item_slots`). Safe to repeat.
     """
     DeleteItems: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.DeleteItemsRequest, _recommender_pb2.DeleteItemsResponse]
     """Deletes what UpsertItems stored of items. An item of the model is then what the model
@@ -110,13 +118,20 @@ class RecommenderAsyncStub(RecommenderStub):
     """Recommends the next items from a sequence of past events.
 
     Conventions: ids are the raw ids of the training data as text, 1 to 512
-    characters and none of them U+0000. Times are whole seconds since
-    1970-01-01T00:00Z, not negative and at most a day after the server's clock.
-    A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
-    names the field, for example `history.events[3].rating`, and so does the detail
-    `google.rpc.BadRequest`. A server with more waiting requests than it can answer
-    fails with RESOURCE_EXHAUSTED at once, and the detail `google.rpc.RetryInfo` says
-    when to come again.
+    characters and none of them U+0000. Each time is an int64: whole seconds since
+    1970-01-01T00:00Z, not negative, and at most a day after the server's clock; only those
+    of an item's availability may be later, up to the end of the year 9999. Spans of time
+    are seconds too. A list that can become long comes in pages: `page_size`, `page_token`
+    and `next_page_token` mean the same in each RPC that has them. Each limit is in
+    `GetModelInfoResponse.limits`.
+
+    Errors have details. Each has a `google.rpc.ErrorInfo` with the domain `jaxrec` and a
+    reason that stays the same, such as `INVALID_REQUEST`; docs/serving.md has all of them.
+    A request that breaks rules stated here fails with INVALID_ARGUMENT. The message names
+    the fields, for example `history.events[3].rating`, and `google.rpc.BadRequest` has one
+    violation for each, at most 16. A server with more waiting requests than it can answer
+    fails with RESOURCE_EXHAUSTED at once; the detail `google.rpc.RetryInfo` and the
+    trailing metadata `grpc-retry-pushback-ms` say when to come again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -159,14 +174,15 @@ class RecommenderAsyncStub(RecommenderStub):
     more than 10,000 events and recommendations fails with FAILED_PRECONDITION.
     """
     SimilarItems: _aio.UnaryUnaryMultiCallable[_recommender_pb2.SimilarItemsRequest, _recommender_pb2.SimilarItemsResponse]  # type: ignore[assignment]
-    """The items whose learned vectors are nearest to one item's. An item that the
-    model does not know is NOT_FOUND.
+    """The items whose vectors are nearest to one item's. An item that neither the model nor
+    the store has is NOT_FOUND.
     """
     UpsertItems: _aio.UnaryUnaryMultiCallable[_recommender_pb2.UpsertItemsRequest, _recommender_pb2.UpsertItemsResponse]  # type: ignore[assignment]
     """Stores items: their titles, tags and availability, for all models from now on. When
     the answer arrives, the items are on disk; all servers of the store answer with them
-    within about two seconds. Of an item that the model does not know, all is stored, and
-    its events are recorded, but it is not recommended yet. Safe to repeat.
+    within about two seconds. An item that the model was not trained on is recommended
+    too: it is ranked by its tags, its metadata, the year in its title, and the trend of
+    its events, as a new item (`new_item_slots`). Safe to repeat.
     """
     DeleteItems: _aio.UnaryUnaryMultiCallable[_recommender_pb2.DeleteItemsRequest, _recommender_pb2.DeleteItemsResponse]  # type: ignore[assignment]
     """Deletes what UpsertItems stored of items. An item of the model is then what the model
@@ -186,13 +202,20 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
     """Recommends the next items from a sequence of past events.
 
     Conventions: ids are the raw ids of the training data as text, 1 to 512
-    characters and none of them U+0000. Times are whole seconds since
-    1970-01-01T00:00Z, not negative and at most a day after the server's clock.
-    A request that breaks a rule stated here fails with INVALID_ARGUMENT, the message
-    names the field, for example `history.events[3].rating`, and so does the detail
-    `google.rpc.BadRequest`. A server with more waiting requests than it can answer
-    fails with RESOURCE_EXHAUSTED at once, and the detail `google.rpc.RetryInfo` says
-    when to come again.
+    characters and none of them U+0000. Each time is an int64: whole seconds since
+    1970-01-01T00:00Z, not negative, and at most a day after the server's clock; only those
+    of an item's availability may be later, up to the end of the year 9999. Spans of time
+    are seconds too. A list that can become long comes in pages: `page_size`, `page_token`
+    and `next_page_token` mean the same in each RPC that has them. Each limit is in
+    `GetModelInfoResponse.limits`.
+
+    Errors have details. Each has a `google.rpc.ErrorInfo` with the domain `jaxrec` and a
+    reason that stays the same, such as `INVALID_REQUEST`; docs/serving.md has all of them.
+    A request that breaks rules stated here fails with INVALID_ARGUMENT. The message names
+    the fields, for example `history.events[3].rating`, and `google.rpc.BadRequest` has one
+    violation for each, at most 16. A server with more waiting requests than it can answer
+    fails with RESOURCE_EXHAUSTED at once; the detail `google.rpc.RetryInfo` and the
+    trailing metadata `grpc-retry-pushback-ms` say when to come again.
     """
 
     @_abc_1.abstractmethod
@@ -293,8 +316,8 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
         request: _recommender_pb2.SimilarItemsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recommender_pb2.SimilarItemsResponse, _abc.Awaitable[_recommender_pb2.SimilarItemsResponse]]:
-        """The items whose learned vectors are nearest to one item's. An item that the
-        model does not know is NOT_FOUND.
+        """The items whose vectors are nearest to one item's. An item that neither the model nor
+        the store has is NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
@@ -305,8 +328,9 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_recommender_pb2.UpsertItemsResponse, _abc.Awaitable[_recommender_pb2.UpsertItemsResponse]]:
         """Stores items: their titles, tags and availability, for all models from now on. When
         the answer arrives, the items are on disk; all servers of the store answer with them
-        within about two seconds. Of an item that the model does not know, all is stored, and
-        its events are recorded, but it is not recommended yet. Safe to repeat.
+        within about two seconds. An item that the model was not trained on is recommended
+        too: it is ranked by its tags, its metadata, the year in its title, and the trend of
+        its events, as a new item (`new_item_slots`). Safe to repeat.
         """
 
     @_abc_1.abstractmethod

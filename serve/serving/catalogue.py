@@ -1,8 +1,8 @@
 """Keeps the catalogues of the loaded models up to date with the items of the store, which all its servers share.
 
 One thread reads every second which items changed, and makes each model in use a new `LiveCatalog`, which replaces the
-last one as a whole. All items of the store are in memory, also those that no model knows: the next one may know them,
-and has to withhold what is hidden from its first answer on, also if the store is away.
+last one as a whole. All items of the store are in memory: the next model, which may know others of them, has to
+withhold what is hidden from its first answer on, also if the store is away.
 """
 
 import time
@@ -63,7 +63,7 @@ class CatalogueRefresher(Refresher):
         with self._lock:
             # For all models: what changed is read once.
             self._read()
-            overlay = self._overlays[model] = Overlay(model.live)
+            overlay = self._overlays[model] = Overlay(model.own_live, model.item_rows)
             overlay.apply(self._items.items())
             model.live, model.stored_tags = overlay.live(), self._tags
 

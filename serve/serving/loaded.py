@@ -14,7 +14,7 @@ from serve.model.exploration import Exploration
 from serve.model.recommender import POPULARITY, Answer, Query, Recommender
 from serve.observability.metrics import Metrics
 from serve.serving.batching import Batcher, Pending, Run
-from serve.serving.errors import QueueFull
+from serve.serving.errors import Cancelled, Expired, QueueFull
 from serve.serving.states import StateCache
 from serve.stores.base import EventStore
 
@@ -62,8 +62,9 @@ class LoadedModel:
 
     def recommend_all(
         self, queries: Sequence[Query], deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
-    ) -> list[Answer]:
-        """Answers several queries of one call, all or none; raises as `Batcher.recommend`."""
+    ) -> list[Answer | Exception]:
+        """Answers several queries of one call; in place of an answer, what the model or the store raised for this
+        query. Raises QueueFull, Expired and Cancelled as `Batcher.recommend`."""
         end = None if deadline_s is None else time.monotonic() + deadline_s
         asked = [self._asked(query) for query in queries]
         answered: list[Pending] = []
@@ -80,20 +81,33 @@ class LoadedModel:
             for one in pending:
                 self._batcher.drive(one)
             for one in pending:
-                one.result()
+                if isinstance(one.error, (Cancelled, Expired)):
+                    raise one.error
             answered += pending
-        return [self._finished(query, one) for query, one in zip(queries, answered, strict=True)]
+        return [self._finished_or_failed(query, one) for query, one in zip(queries, answered, strict=True)]
+
+    def _finished_or_failed(self, query: Query, pending: Pending) -> Answer | Exception:
+        try:
+            return self._finished(query, pending)
+        except (Cancelled, Expired):
+            raise
+        except Exception as error:
+            return error
 
     def _asked(self, query: Query) -> Query:
         """What the batch is asked: without explanations and old histories, for which its neighbours would have to
         wait."""
+        if query.events:
+            query = query._replace(user_id=None)
         if query.user_id is not None and query.request_time is not None:
             newest = self.states.newest(query.user_id)
             if newest is not None and query.request_time < newest:
                 query = query._replace(user_id=None, events=self._store.history(query.user_id, query.request_time))
         exploration = self._exploration(query)
         if exploration is not None:
-            query = query._replace(k=max(query.k, exploration.pool))
+            # A run knows its own items. Slates with these options are not learned from.
+            is_learned = query.filter is None and query.allow_seen is None
+            query = query._replace(k=max(query.k, exploration.pool), own_items=is_learned)
         return query._replace(explain=False) if query.explain else query
 
     def _exploration(self, query: Query) -> Exploration | None:
@@ -112,9 +126,9 @@ class LoadedModel:
 
     def _explanations(self, query: Query, answer: Answer) -> tuple[Explanation, ...]:
         if answer.policy == POPULARITY:
-            return explain_popularity(answer.items, self.model.catalog)
+            return explain_popularity(answer.items, (query.live or self.model.own_live).catalog)
         events = query.events
-        if query.user_id is not None:
+        if query.user_id is not None and not events:
             events = self._store.history(query.user_id, query.request_time)
         return self.model.explain(query._replace(events=events), answer.items)
 
@@ -124,7 +138,7 @@ def _drawn(query: Query, answer: Answer, exploration: Exploration) -> Answer:
     places: NDArray[np.intp] = np.arange(min(query.k, len(answer.items)))
     log_propensities: tuple[float, ...] = ()
     if answer.policy != POPULARITY:
-        slate = exploration.draw(answer.scores, query.k)
+        slate = exploration.draw(answer.scores, query.k, query.recommendation_id)
         places, log_propensities = slate.places, tuple(slate.log_propensities.tolist())
     return replace(answer, items=answer.items[places], scores=answer.scores[places], log_propensities=log_propensities)
 
@@ -141,7 +155,8 @@ class Models(Protocol):
     """The models that are loaded."""
 
     def for_user(self, user_id: str | None) -> LoadedModel:
-        """The model that answers a user, always the same while the traffic stays; None: no certain user."""
+        """The model that answers a user, or what has the same key, always the same while the traffic stays; None: no
+        certain user."""
 
     def version(self, model_version: str) -> LoadedModel:
         """One loaded version, or with "" the one that answers most; raises UnknownModel."""

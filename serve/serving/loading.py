@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +80,7 @@ def open_models(
         refresher.keep([loaded.model for loaded in models])
         catalogue.keep([loaded.model for loaded in models])
         loader.metrics.serving(
-            [(info.model_version, info.policy, _seconds(info.created), info.item_count) for info in infos]
+            [(info.model_version, info.policy, info.created_time, info.item_count) for info in infos]
         )
 
     def close() -> None:
@@ -132,10 +131,3 @@ def _check(ranking: Ranking, item_count: int) -> None:
         raise ValueError("scores that are not finite")
     if ranking.items.min(initial=1) < 1 or ranking.items.max(initial=1) > item_count:
         raise ValueError(f"expected items in 1..{item_count}, came {ranking.items.min()}..{ranking.items.max()}")
-
-
-def _seconds(created: str) -> float:
-    try:
-        return datetime.fromisoformat(created).timestamp()
-    except ValueError:
-        return 0.0

@@ -25,9 +25,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.model.events import Event, disliked_items, known_events, positive_count, with_dislikes
+from serve.model.events import (
+    Event,
+    UnknownItems,
+    disliked_items,
+    known_events,
+    positive_count,
+    unknown_items,
+    with_dislikes,
+)
 from serve.model.features import history_features, unit_ratings
-from serve.model.ranking.engine import Step
+from serve.model.ranking.engine import Ranking, Step
 from serve.model.ranking.live_trend import Blocked, Trend
 from serve.model.recommender import Answer, Query, Recommender
 from serve.model.repeat import SeenScores, item_stats, updated_stats
@@ -53,6 +61,7 @@ class StateCache:
     def __init__(self, model: Recommender, store: EventStore, capacity: int = STATES_CAPACITY) -> None:
         self._model = model
         self._engine = model.engine
+        self._catalog = model.own_catalog
         self._repeat = model.info.repeat
         self._store = store
         self._capacity = capacity
@@ -83,10 +92,13 @@ class StateCache:
                     stored.append(_Stored(at, query, users[query.user_id], masks[at]))
                 else:
                     user = users[query.user_id]
-                    answers[at] = self._model.popular(query, user.ignored_count, user.disliked.tolist())
-            if stored:
-                answers.update(self._stepped(stored, trend))
+                    of_user = _OfUser(user.ignored_count, user.disliked.tolist(), user.unknown)
+                    answers[at] = self._model.popular(query, *of_user)
+            stepped = self._stepped(stored, trend) if stored else []
             self._make_room()
+        # What follows the run of the model needs no user's state.
+        for one, rankings, of_user in stepped:
+            answers[one.at] = self._model.ranked(one.query, rankings, one.masks, trend, *of_user)
         if replayed:
             found = self._model.recommend([query for _, query in replayed])
             answers.update((at, answer) for (at, _), answer in zip(replayed, found, strict=True))
@@ -108,7 +120,8 @@ class StateCache:
         with self._lock:
             self._save(self._users.items())
 
-    def _stepped(self, stored: "Sequence[_Stored]", trend: Trend) -> list[tuple[int, Answer]]:
+    def _stepped(self, stored: "Sequence[_Stored]", trend: Trend) -> "list[tuple[_Stored, list[Ranking], _OfUser]]":
+        """The rankings of each query, and what of its user `Recommender.ranked` wants to know."""
         rows = [
             Step(
                 user.before,
@@ -123,15 +136,16 @@ class StateCache:
             for _, query, user, masks in stored
             for mask in masks
         ]
-        ks = [query.k for _, query, _, masks in stored for _ in masks]
+        ks = [self._model.asked_k(query) for _, query, _, masks in stored for _ in masks]
+        queries = any(self._model.added_of(query) is not None for _, query, _, _ in stored)
         found = []
-        results = iter(self._engine.step(rows, ks, trend))
-        for at, query, user, masks in stored:
-            rankings = []
-            for _ in masks:
+        results = iter(self._engine.step(rows, ks, trend, queries=queries))
+        for one in stored:
+            user, rankings = one.user, []
+            for _ in one.masks:
                 ranking, user.after = next(results)
                 rankings.append(ranking)
-            found.append((at, self._model.ranked(query, rankings, user.ignored_count, user.disliked.tolist())))
+            found.append((one, rankings, _OfUser(user.ignored_count, user.disliked.tolist(), user.unknown)))
         return found
 
     def _seen_scores(self, query: Query, user: UserState) -> SeenScores | None:
@@ -178,7 +192,7 @@ class StateCache:
         disliked = self._disliked(user, changes.events)
         if disliked is None or (self._repeat is not None and not _is_whole(user, changes)):
             return None
-        known = known_events(changes.events, self._model.catalog)
+        known = known_events(changes.events, self._catalog)
         if known and (
             not user.known_count
             or known[0].timestamp < user.last
@@ -192,6 +206,7 @@ class StateCache:
         user.ignored_count += positive - len(known)
         user.negative_count += len(changes.events) - positive
         user.disliked = disliked
+        user.unknown = unknown_items(changes.events, self._catalog, user.unknown)
         if not known:
             return user
         if self._repeat is not None:
@@ -214,17 +229,20 @@ class StateCache:
     def _disliked(self, user: UserState, events: Sequence[Event]) -> NDArray[np.int32] | None:
         """The user's disliked items with events that arrived; None where the whole history has to say it, since one of
         them came late, or there are too many."""
-        index, disliked = self._model.catalog.index, set(user.disliked.tolist())
-        if all(event.weight > 0 and index.get(event.item_id) not in disliked for event in events):
+        index, disliked = self._catalog.index, set(user.disliked.tolist())
+        if all(
+            event.weight > 0 and index.get(event.item_id) not in disliked and not user.unknown.get(event.item_id)
+            for event in events
+        ):
             return user.disliked
         if min(event.timestamp for event in events) < user.newest or len(disliked) + len(events) > MOST_EXCLUDED:
             return None
-        return np.array(list(with_dislikes(user.disliked.tolist(), events, self._model.catalog)), np.int32)
+        return np.array(list(with_dislikes(user.disliked.tolist(), events, self._catalog)), np.int32)
 
     def _to_be_read(self, user_id: str, user: UserState, changes: Changes) -> "_Unread":
         """What a rebuild needs, once some events arrived: of a history that is longer than the model reads, only what
         the model reads. Else every event of a user with thousands of them would cost as much as all of those."""
-        window, new = self._model.info.max_history, known_events(changes.events, self._model.catalog)
+        window, new = self._model.info.max_history, known_events(changes.events, self._catalog)
         if self._repeat is not None:
             # A late event changes the places of those after it, and the stats must not count events that are not read.
             keepable = _is_whole(user, changes) and not (new and new[0].timestamp < user.last)
@@ -233,7 +251,7 @@ class StateCache:
         if user.known_count > window and keepable and self._disliked(user, changes.events) is not None:
             # Some may be on items that the model does not know.
             recent = self._store.changes(user_id, 0, 2 * window)
-            known = known_events(recent.events, self._model.catalog)
+            known = known_events(recent.events, self._catalog)
             if recent.revision == changes.revision and len(known) > window:
                 return _Unread(recent, user, changes.events)
         return _Unread(self._store.changes(user_id))
@@ -243,18 +261,22 @@ class StateCache:
         rebuilt = {}
         rows, replayed = [], []
         for user_id, (changes, before, new) in unread.items():
-            known = known_events(changes.events, self._model.catalog)
+            known = known_events(changes.events, self._catalog)
             user = rebuilt[user_id] = empty_state(changes, len(known), self._engine.state_width)
             disliked = None if before is None else self._disliked(before, new)
             if disliked is None:
-                disliked = np.array(disliked_items(changes.events, self._model.catalog), np.int32)
+                disliked = np.array(disliked_items(changes.events, self._catalog), np.int32)
             user.disliked = disliked
+            if before is None:
+                user.unknown = unknown_items(changes.events, self._catalog)
+            else:
+                user.unknown = unknown_items(new, self._catalog, before.unknown)
             if not known:
                 continue
             row = history_features(known, self._model.info)
             user.known_count, user.last = len(known), known[-1].timestamp
             user.item, user.rating, user.gap = row.item[-1:].copy(), row.rating[-1:].copy(), row.gap[-1:].copy()
-            arrived = known_events(new, self._model.catalog)
+            arrived = known_events(new, self._catalog)
             if self._repeat is None:
                 items = np.array([event.item for event in known], np.int32)
                 if before is not None:
@@ -310,6 +332,14 @@ class _Stored(NamedTuple):
     user: UserState
     masks: Sequence[Blocked | None]
     """See `Recommender.masks`."""
+
+
+class _OfUser(NamedTuple):
+    """As the last arguments of `Recommender.ranked`."""
+
+    ignored_event_count: int
+    disliked: Sequence[int]
+    unknown: UnknownItems
 
 
 class _Unread(NamedTuple):

@@ -77,7 +77,7 @@ class TrendRefresher(Refresher):
         try:
             if self._store.counted_until() is None:
                 exported = model.engine.exported
-                self._store.seed_counts(_by_item(exported, model.catalog.item_ids), exported.counted_until)
+                self._store.seed_counts(_by_item(exported, model.own_catalog.item_ids), exported.counted_until)
             changed = self._store.item_counts(self._change)
         except StoreError as error:
             self._failed(READING, error)
@@ -91,12 +91,14 @@ class TrendRefresher(Refresher):
         """Has a model make its trend of the counts as of now."""
         # Whole seconds, as slates note them: the counts can be computed again.
         now = int(self._clock())
-        counts = model.engine.exported.at(now)
+        counts, added = model.engine.exported.at(now), model.live.added_ids
+        of_added = None
         if self._arrival is not None:
             counts = np.maximum(counts, self._counters.of(model, now).T.astype(np.float32))
+            of_added = self._counters.of_items(added, now).T.astype(np.float32) if added else None
         keeping = f"the model {model.info.model_version} keeps its trend of before"
         try:
-            model.engine.use_counts(counts, Counted(now, self._arrival))
+            model.engine.use_counts(counts, Counted(now, self._arrival), added, of_added)
         except Exception as error:
             self._failed(keeping, error)
         else:
@@ -125,16 +127,25 @@ class _Counters:
         self._counts[places] = changed.counts
 
     def of(self, model: Recommender, now: int) -> NDArray[np.float64]:
-        """The counts of a model's items, decayed to `now`, `[items+1, half-lives]`."""
+        """The counts of a model's own items, decayed to `now`, `[items+1, half-lives]`."""
         items = self._items.get(model, np.zeros(0, np.intp))
         if len(items) < len(self._rows):
-            index = model.catalog.index
+            index = model.own_catalog.index
             new = [index.get(item_id, 0) for item_id in islice(self._rows, len(items), None)]
             items = self._items[model] = np.concatenate([items, np.array(new, np.intp)])
-        counts = np.zeros((len(model.catalog) + 1, len(HALF_LIVES_S)))
+        counts = np.zeros((len(model.own_catalog) + 1, len(HALF_LIVES_S)))
         # Each item is there once, but 0.
         counts[items] = self._counts * halved(now - self._references.astype(np.float64))
         counts[0] = 0
+        return counts
+
+    def of_items(self, item_ids: Sequence[str], now: int) -> NDArray[np.float64]:
+        """The counts of some items, decayed to `now`, `[items, half-lives]`."""
+        rows = [(at, self._rows[item_id]) for at, item_id in enumerate(item_ids) if item_id in self._rows]
+        counts = np.zeros((len(item_ids), len(HALF_LIVES_S)))
+        if rows:
+            at, row = np.array(rows).T
+            counts[at] = self._counts[row] * halved(now - self._references[row].astype(np.float64))
         return counts
 
 

@@ -1,5 +1,6 @@
 """What the cache of states keeps of one user, and its bytes in the store."""
 
+import json
 import struct
 from dataclasses import dataclass
 from typing import Any, Self
@@ -7,15 +8,16 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.model.events import positive_count
+from serve.model.events import NO_UNKNOWN, UnknownItems, positive_count
 from serve.model.repeat import ITEM_STATS, ItemStats
 from serve.stores.base import Changes
 
-# Format, number of disliked items, last, newest, known_count, ignored_count, negative_count, item, rating, gap; then
-# the state, the disliked items, and the excluded items or the ITEM_STATS.
-_HEADER = struct.Struct("<IIqqqqqiff")
+# Format, number of disliked items, bytes of the unknown items, last, newest, known_count, ignored_count,
+# negative_count, item, rating, gap; then the state, the disliked items, the unknown items as JSON, and the excluded
+# items or the ITEM_STATS.
+_HEADER = struct.Struct("<IIIqqqqqiff")
 # States of servers before there were negative events begin with a time, of which this is the lower half in 2106 only.
-_FORMAT = 0xFFFFFFF1
+_FORMAT = 0xFFFFFFF2
 
 
 @dataclass(slots=True)
@@ -48,17 +50,20 @@ class UserState:
     """Of the whole history, for a model that may recommend its items again; else none."""
     disliked: NDArray[np.int32]
     """`[d]`, items of which the last event is negative."""
+    unknown: UnknownItems
+    """Items that the model does not know."""
     spilled: bool
     """Whether the store has it as it is."""
 
     def to_bytes(self) -> bytes:
+        unknown = json.dumps(dict(self.unknown)).encode() if self.unknown else b""
         header = _HEADER.pack(
-            *(_FORMAT, len(self.disliked)),
+            *(_FORMAT, len(self.disliked), len(unknown)),
             *(self.last, self.newest, self.known_count, self.ignored_count, self.negative_count),
             *(self.item.item(), self.rating.item(), self.gap.item()),
         )
         seen = self.stats.tobytes() if len(self.stats) else self.exclude.tobytes()
-        return header + self.before.tobytes() + self.disliked.tobytes() + seen
+        return header + self.before.tobytes() + self.disliked.tobytes() + unknown + seen
 
     @classmethod
     def from_bytes(cls, revision: int, content: bytes, width: int, item_count: int, repeats: bool) -> Self | None:
@@ -76,15 +81,17 @@ class UserState:
         """
         if len(content) < _HEADER.size:
             return None
-        found, disliked_count, last, newest, *counts, item, rating, gap = _HEADER.unpack_from(content)
+        found, disliked_count, unknown_size, last, newest, *counts, item, rating, gap = _HEADER.unpack_from(content)
         of_disliked = _HEADER.size + 4 * width
-        end = of_disliked + 4 * disliked_count
+        of_unknown = of_disliked + 4 * disliked_count
+        end = of_unknown + unknown_size
         kind = ITEM_STATS if repeats else np.dtype(np.int32)
         if found != _FORMAT or len(content) <= end or (len(content) - end) % kind.itemsize:
             return None
         known_count, ignored_count, negative_count = counts
         before = np.frombuffer(content, np.float32, width, _HEADER.size)
         disliked = np.frombuffer(content, np.int32, disliked_count, of_disliked)
+        unknown = _unknown(content[of_unknown:end])
         rest: NDArray[Any] = np.frombuffer(content, kind, -1, end)
         items = rest["item"] if repeats else rest
         if not (
@@ -94,6 +101,7 @@ class UserState:
             and disliked.min(initial=1) > 0
             and disliked.max(initial=1) <= item_count
             and known_count > 0
+            and unknown is not None
             and np.isfinite(before).all()
             and np.isfinite((rating, gap)).all()
             and (not repeats or _are_stats(rest, known_count))
@@ -114,8 +122,21 @@ class UserState:
             exclude=_NO_ITEM if repeats else rest[None],
             stats=rest if repeats else _NO_STATS,
             disliked=disliked,
+            unknown=unknown,
             spilled=True,
         )
+
+
+def _unknown(content: bytes) -> UnknownItems | None:
+    """None for bytes that are none."""
+    if not content:
+        return NO_UNKNOWN
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return None
+    is_right = isinstance(found, dict) and all(isinstance(value, bool) for value in found.values())
+    return found if is_right else None
 
 
 _NO_ITEM = np.zeros((1, 1), np.int32)
@@ -160,5 +181,6 @@ def empty_state(changes: Changes, known_count: int, width: int) -> UserState:
         exclude=_NO_ITEM,
         stats=_NO_STATS,
         disliked=np.zeros(0, np.int32),
+        unknown=NO_UNKNOWN,
         spilled=False,
     )

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 WATCH_S = 2.0
 SHARE_TOLERANCE = 1e-3
+LONGEST_SHOWN = 200
+"""Characters of a version's name in a message."""
 
 Load = Callable[[Path], LoadedModel]
 
@@ -160,7 +162,8 @@ class ModelLibrary:
         traffic = self._traffic
         ready = traffic.ready.get(model_version or traffic.main)
         if ready is None:
-            raise UnknownModel(f"the version {model_version!r} is not loaded, {sorted(traffic.ready)} are")
+            loaded = ", ".join(map(repr, sorted(traffic.ready)))
+            raise UnknownModel(f"the loaded versions are {loaded}; {model_version[:LONGEST_SHOWN]!r} is not loaded")
         return ready.model
 
     def versions(self) -> Sequence[str]:
@@ -196,7 +199,7 @@ class ModelLibrary:
             reports.append(self._report(traffic, version.model_version, version.folder, state, reason))
         gone = traffic.ready.keys() - {version.model_version for version in found}
         reports += [self._report(traffic, version, "", State.READY, "") for version in gone]
-        return sorted(reports, key=lambda report: report.model_version, reverse=True)
+        return sorted(reports, key=lambda report: (report.model_version, report.folder), reverse=True)
 
     def load_newest(self) -> bool:
         """Gives the newest valid version all traffic, and follows the directory again; whether anything changed."""
@@ -255,7 +258,7 @@ class ModelLibrary:
     def _named(self, model_version: str) -> _Ready:
         found = [one for one in find_versions(self._directory) if one.model_version == model_version]
         if not found:
-            raise UnknownModel(f"the version {model_version!r} is not in the model directory")
+            raise UnknownModel(f"the version {model_version[:LONGEST_SHOWN]!r} is not in the model directory")
         try:
             return self._loaded(found[0])
         except (ArtifactError, ProviderError) as error:

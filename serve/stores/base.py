@@ -91,7 +91,8 @@ class Slate(NamedTuple):
     request_options: tuple[str, ...] = ()
     """Which of `filter`, `seen`, `new_item_slots` and `not_shown_within` the request set to something else than the
     model does by itself. The values of the first three are not noted, so the propensities cannot be computed again.
-    What the last one excluded is in `excluded_item_ids`. Also `catalogue` if more items were hidden or not available
+    What the last one excluded is in `excluded_item_ids`. Also `history` if events were sent along with the user, which
+    are not noted. Also `catalogue` if more items were hidden or not available
     than are noted (`serve.model.live_catalog.MOST_NOTED`)."""
 
 
@@ -196,6 +197,10 @@ class EventStore(ABC):
             user_id: The user.
             until: The last timestamp that counts, in seconds; None: all count.
         """
+
+    @abstractmethod
+    def recorded_ids(self, event_ids: Sequence[str]) -> set[str]:
+        """Those of some event ids under which an event is stored, of any user."""
 
     @abstractmethod
     def revision(self, user_id: str) -> int:
@@ -374,13 +379,14 @@ class EventStore(ABC):
         """
 
     @abstractmethod
-    def shown_items(self, user_id: str, since: int, most: int) -> list[str]:
+    def shown_items(self, user_id: str, since: int, most: int, but: str = "") -> list[str]:
         """What was recommended to a user from a time on, also if it waits here to be written.
 
         Args:
             user_id: The user.
             since: By `Slate.timestamp`, in seconds.
             most: How many items.
+            but: The `recommendation_id` of a slate that does not count.
 
         Returns:
             Item ids, each once, of the newest `MOST_SLATES` slates, newest first.

@@ -236,20 +236,21 @@ class DeferringStore(EventStore):
     def save_states(self, states: Sequence[SpilledState]) -> None:
         self._deferred.add(states)
 
-    def shown_items(self, user_id: str, since: int, most: int) -> list[str]:
+    def shown_items(self, user_id: str, since: int, most: int, but: str = "") -> list[str]:
         # First: what is written meanwhile is found there.
-        waiting = [one.item_ids for one in self._deferred.slates(user_id, since)]
+        waiting = [(one.recommendation_id, one.item_ids) for one in self._deferred.slates(user_id, since)]
         slates = islice(chain(waiting, self._stored_slates(user_id, since)), MOST_SLATES)
         found: dict[str, None] = {}
-        for item_ids in slates:
-            found |= dict.fromkeys(item_ids)
+        for recommendation_id, item_ids in slates:
+            if recommendation_id != but:
+                found |= dict.fromkeys(item_ids)
             if len(found) >= most:
                 break
         return list(found)[:most]
 
     @abstractmethod
-    def _stored_slates(self, user_id: str, since: int) -> Iterable[Sequence[str]]:
-        """The items of a user's newest `MOST_SLATES` written slates from a timestamp on, newest first."""
+    def _stored_slates(self, user_id: str, since: int) -> Iterable[tuple[str, Sequence[str]]]:
+        """Id and items of a user's newest `MOST_SLATES` written slates from a timestamp on, newest first."""
 
     @property
     def dropped_count(self) -> int:

@@ -44,7 +44,9 @@ class Queries(NamedTuple):
     """Arrival and the columns of `UserEvent`, newest first: of events that are not neutral, and of those that are
     (user, timestamp and arrival that come after, limit)."""
     recent_slates: LiteralString
-    """The item ids of a user's slates, newest first (user, first timestamp, limit, how many to pass over)."""
+    """Id and item ids of a user's slates, newest first (user, first timestamp, limit, how many to pass over)."""
+    recorded: LiteralString
+    """Those of some event ids that are stored (the ids as JSON)."""
     state: LiteralString
     """The columns of `SpilledState` (user, model version)."""
     events: LiteralString
@@ -81,6 +83,10 @@ class SqlStore(DeferringStore):
     def history(self, user_id: str, until: int | None = None) -> list[Event]:
         return self._newest(user_id, LARGEST, LARGEST if until is None else until, MOST_EVENTS)
 
+    def recorded_ids(self, event_ids: Sequence[str]) -> set[str]:
+        rows = self._read(self._queries.recorded, json.dumps(event_ids, ensure_ascii=False))
+        return {event_id for (event_id,) in rows}
+
     def revision(self, user_id: str) -> int:
         return self._life(user_id)[1]
 
@@ -105,12 +111,12 @@ class SqlStore(DeferringStore):
         events.sort(key=lambda row: (row[1].event.timestamp, row[0]), reverse=True)
         return events[:most]
 
-    def _stored_slates(self, user_id: str, since: int) -> Iterator[Sequence[str]]:
+    def _stored_slates(self, user_id: str, since: int) -> Iterator[tuple[str, Sequence[str]]]:
         # What is logged meanwhile shifts the others, which are then found twice.
         for start in range(0, MOST_SLATES, SLATES_AT_ONCE):
             limit = min(SLATES_AT_ONCE, MOST_SLATES - start)
             rows = self._read(self._queries.recent_slates, user_id, since, limit, start)
-            yield from (json.loads(items) for (items,) in rows)
+            yield from ((recommendation_id, json.loads(items)) for recommendation_id, items in rows)
             if len(rows) < limit:
                 return
 

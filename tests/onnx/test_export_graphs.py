@@ -123,6 +123,7 @@ def test_types_and_shapes_follow_the_inputs(exported) -> None:
             "state": ("float32", (batch, 64 + summary + RECENT_ITEMS)),
             "items": ("int32", (batch, k)),
             "scores": ("float32", (batch, k)),
+            "query": ("float32", (batch, exported.hybrid.item_vectors().shape[1])),
         }
 
 

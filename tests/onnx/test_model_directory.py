@@ -32,7 +32,7 @@ def manifest(model_directory: Path) -> dict:
 
 
 def test_manifest_says_what_the_model_is(manifest: dict, small_data: PreparedData) -> None:
-    assert manifest["schema_version"] == 3
+    assert manifest["schema_version"] == 4
     assert manifest["policy"] == "reinforce"
     assert manifest["opset"] == 17
     assert manifest["item_count"] == 60
@@ -63,6 +63,7 @@ def test_every_file_is_in_the_manifest_with_its_checksum(manifest: dict, model_d
         "catalog.csv",
         "item_vectors.npy",
         "DATA_LICENCE.txt",
+        "added_items.npy",
         *of_trend,
     }
 
@@ -73,7 +74,7 @@ def test_manifest_describes_the_graphs(manifest: dict) -> None:
     assert manifest["graphs"]["sequence"]["inputs"]["item"] == {"dtype": "int32", "shape": ["batch", "length"]}
     state = manifest["graphs"]["sequence"]["outputs"]["state"]
     assert state == {"dtype": "float32", "shape": ["batch", 64 + RECENT_ITEMS]}
-    assert list(manifest["graphs"]["step"]["outputs"]) == ["next_state", "items", "scores"]
+    assert list(manifest["graphs"]["step"]["outputs"]) == ["next_state", "items", "scores", "query"]
 
 
 def test_counts_of_the_trend_are_those_of_the_last_event(

@@ -1,8 +1,19 @@
 """When two answers are the same but for rounding."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from serve.client import Status
 from serve.model.recommender import Answer
+from serve.pb.recommender_pb2 import RecommendResponse
+
+
+def answered(results: Sequence[RecommendResponse | Status]) -> list[RecommendResponse]:
+    """The answers of a batch, of which no question failed."""
+    answers = [one for one in results if isinstance(one, RecommendResponse)]
+    assert len(answers) == len(results), results
+    return answers
 
 
 def assert_same(found: Answer, expected: Answer) -> None:

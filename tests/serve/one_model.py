@@ -22,7 +22,7 @@ class OneModel:
     def version(self, model_version: str) -> LoadedModel:
         version = self._loaded.model.info.model_version
         if model_version not in ("", version):
-            raise UnknownModel(f"the version {model_version!r} is not loaded, {version!r} is")
+            raise UnknownModel(f"the loaded versions are {version!r}; {model_version!r} is not loaded")
         return self._loaded
 
     def versions(self) -> Sequence[str]:

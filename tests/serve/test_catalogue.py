@@ -23,12 +23,15 @@ from serve.model.directory import Artifact, read_artifact
 from serve.model.events import Event as Seen
 from serve.model.exploration import Exploration
 from serve.model.filters import ItemFilter as Allowed
+from serve.model.live_catalog import Item as StoredItem
 from serve.model.recommender import Query, Recommender
 from serve.pb import open_inference_pb2 as inference
 from serve.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from serve.serving.catalogue import CatalogueRefresher
+from serve.serving.trend import TrendRefresher
 from serve.stores.base import EventStore
 from tests.rl.served.test_event_store import EXACT, distances
+from tests.serve.answers import answered
 from tests.serve.one_model import one_model
 from tests.serve.stores.slates import slates_of
 
@@ -44,7 +47,10 @@ class Served:
         self.ids = model.catalog.item_ids
         self._refresher = CatalogueRefresher(store, 3_600.0)
         self._refresher.prepare(model)
-        self._server = create_server(one_model(model, store, exploration=exploration), store, "127.0.0.1:0")
+        models = one_model(model, store, exploration=exploration)
+        self.states = models.for_user(None).states
+        self._store = store
+        self._server = create_server(models, store, "127.0.0.1:0")
         self._server.start()
         self.address = f"127.0.0.1:{self._server.port}"
         self.client = RecommenderClient(self.address, timeout_s=30)
@@ -59,6 +65,13 @@ class Served:
     def delete(self, *item_ids: str) -> None:
         self.client.delete_items(item_ids)
         self._refresher.refresh()
+
+    def spill(self) -> None:
+        """Users' states go to the store, and none stays in memory."""
+        self.states.spill()
+        self._store.flush()
+        for user in ("u", "only x"):
+            self.states.forget(user)
 
     def history(self, *items: int) -> list[Event]:
         return [Event(item_id=self.ids[item], rating=4.0, timestamp=START + at * DAY) for at, item in enumerate(items)]
@@ -99,7 +112,7 @@ def every_way(served: Served, **asked: Any) -> list[list[str]]:
     )
     subjects: list[dict[str, Any]] = [{"user_id": "u"}, {"history": history}, {"user_id": "v"}, {"history": []}]
     single = [ids_of(served.client.recommend(**subject, **asked)) for subject in subjects]
-    batched = served.client.batch_recommend([recommend_request(**subject, **asked) for subject in subjects])
+    batched = answered(served.client.batch_recommend([recommend_request(**subject, **asked) for subject in subjects]))
     assert [ids_of(answer) for answer in batched] == single
     return single
 
@@ -196,25 +209,22 @@ def test_a_change_of_the_catalogue_fails_no_filter(served: Served) -> None:
     having = [one for one, tags in zip(own.item_ids, own.genres, strict=True) if tag in tags]
     served.store(*(Item(item_id=item_id) for item_id in having), Item(item_id="new", tags=["Jazz"]))
     assert tag not in client.get_model_info().genres
-    for asked in (tag, "Jazz"):
-        assert not ids_of(client.recommend(history=[], filter=ItemFilter(any_tags=[asked])))
-        assert len(ids_of(client.recommend(history=[], k=ITEMS, filter=ItemFilter(none_tags=[asked])))) == ITEMS
+    for asked, having_it in ((tag, []), ("Jazz", ["new"])):
+        assert ids_of(client.recommend(history=[], filter=ItemFilter(any_tags=[asked]))) == having_it
+        others = ids_of(client.recommend(history=[], k=ITEMS + 1, filter=ItemFilter(none_tags=[asked])))
+        assert len(others) == ITEMS + 1 - len(having_it)
 
 
-def test_an_item_that_lost_its_tag_since_it_was_answered_is_explained_by_nothing(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And not by what the memory happens to hold."""
+def test_an_item_that_lost_its_tag_since_it_was_answered_is_explained_as_it_was_then(served: Served) -> None:
     model, ids = served.model, served.ids
     tag = next(tag for tags in model.own_catalog.genres for tag in tags)
-    query = Query([Seen(ids[item], None, START + item) for item in (8, 9, 10)], 5, filter=Allowed(any_tags=(tag,)))
+    events = [Seen(ids[item], None, START + item) for item in (8, 9, 10)]
+    query = Query(events, 5, filter=Allowed(any_tags=(tag,)), live=model.live)
     (answer,) = model.recommend([query])
+    before = model.explain(query, answer.items)
+    assert any(explanation.events for explanation in before)
     served.store(*(Item(item_id=ids[item]) for item in answer.items.tolist()))
-    monkeypatch.setattr(
-        np, "empty", lambda shape, dtype: np.linspace(1, 0, math.prod(shape), dtype=dtype).reshape(shape)
-    )
-    for explanation in model.explain(query, answer.items):
-        assert explanation.events == ()
+    assert model.explain(query, answer.items) == before
 
 
 def test_metadata_comes_back_if_it_is_asked_for(served: Served) -> None:
@@ -223,14 +233,14 @@ def test_metadata_comes_back_if_it_is_asked_for(served: Served) -> None:
     metadata = {"poster": "https://example.org/ä.png", "price": "3.50"}
     served.store(Item(item_id=second, metadata=metadata))
     for answer in (
-        client.recommend(history=history, k=2, with_metadata=True),
-        *client.batch_recommend([recommend_request(history=history, k=2, with_metadata=True)]),
+        client.recommend(history=history, k=2, view="full"),
+        *answered(client.batch_recommend([recommend_request(history=history, k=2, view="full")])),
     ):
         assert [dict(one.metadata) for one in answer.recommendations] == [{}, metadata]
         assert ids_of(answer) == [first, second]
     assert not any(one.metadata for one in client.recommend(history=history, k=2).recommendations)
     for asked, expected in ((True, metadata), (False, {})):
-        found = client.similar_items(first, ITEMS, with_metadata=asked).items
+        found = client.similar_items(first, ITEMS, view="full" if asked else "basic").items
         assert [dict(one.metadata) for one in found if one.item_id == second] == [expected]
 
 
@@ -241,14 +251,14 @@ def test_an_answer_that_clients_do_not_take_is_refused_with_its_field(
     """By the number of items with metadata, before it is made; or by its length."""
     long = {"title": "x" * 1_000, "tags": [f"{at:010}" for at in range(80)], "metadata": {"k": "v" * 2_000}}
     served.store(*(Item(item_id=item_id, **long) for item_id in served.ids[1:]))
-    asked = [recommend_request(history=[], k=50, with_metadata=detailed) for _ in range(60)]
+    asked = [recommend_request(history=[], k=50, view="full" if detailed else "basic") for _ in range(60)]
     with pytest.raises(grpc.RpcError) as failure:
         served.client.batch_recommend(asked)
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    counted = "requests: expected at most 1000 items (k) with metadata in all, came 3000"
+    counted = "requests: expected at most 1000 items (k) with VIEW_FULL in all, came 3000"
     measured = "requests: expected few enough items for an answer of 4194304 bytes, came "
     assert (failure.value.details() or "").startswith(counted if detailed else measured)
-    assert len(served.client.batch_recommend(asked[:20])) == 20
+    assert len(answered(served.client.batch_recommend(asked[:20]))) == 20
     monkeypatch.setattr(codec, "MAX_ANSWER_BYTES", 10_000)
     with pytest.raises(grpc.RpcError) as failure:
         served.client.recommend(history=served.history(3, 8), k=50, explain=True)
@@ -310,17 +320,6 @@ def test_the_log_names_withheld_items_and_slates_can_be_learned_from(
     assert (len(log.recommendations), log.skipped) == (len(users), {OPTIONS: len(users)})
 
 
-def test_items_that_the_model_does_not_know_are_kept_and_not_recommended(served: Served) -> None:
-    served.store(Item(item_id="new film", title="New", tags=["Jazz"], metadata={"k": "v"}))
-    recorded = served.client.record_events([UserEvent(event_id="1", user_id="u", item_id="new film", timestamp=1)])
-    assert (recorded.recorded_count, recorded.unknown_item_count) == (1, 1)
-    assert "new film" not in ids_of(served.client.recommend(user_id="u", k=ITEMS))
-    # None of the items that can be filtered has its tag.
-    assert "Jazz" not in served.client.get_model_info().genres
-    found = served.client.get_item("new film").item
-    assert (found.stored, found.known, found.available, found.item.title) == (True, False, True, "New")
-
-
 def test_all_items_withheld_is_an_empty_answer(served: Served) -> None:
     served.hide(*served.ids[1:])
     assert every_way(served, k=5, explain=True) == [[], [], [], []]
@@ -349,3 +348,136 @@ def test_the_open_inference_protocol_does_not_answer_withheld_items(served: Serv
     whole = inferred(10)
     served.hide(*(served.ids[item] for item in whole[:4]))
     assert inferred(6) == whole[4:]
+
+
+def test_an_item_that_the_model_does_not_know_is_recommended_at_once(served: Served) -> None:
+    client, metadata = served.client, {"k": "v"}
+    before = every_way(served, k=ITEMS)
+    served.store(Item(item_id="new film", title="New (1990)", tags=["Drama", "Jazz"], metadata=metadata))
+    after = every_way(served, k=ITEMS + 1)
+    for was, now in zip(before, after, strict=True):
+        assert now.index("new film") >= 10
+        assert [one for one in now if one != "new film"] == was
+    only = ItemFilter(any_tags=["Jazz"])
+    assert every_way(served, k=5, filter=only) == [["new film"]] * 4
+    assert every_way(served, k=5, filter=ItemFilter(allow_item_ids=["new film"])) == [["new film"]] * 4
+    assert "Jazz" in client.get_model_info().genres
+    (answer,) = client.recommend(history=served.history(3, 8), filter=only, view="full").recommendations
+    assert (answer.title, list(answer.genres), dict(answer.metadata)) == ("New (1990)", ["Drama", "Jazz"], metadata)
+    assert client.get_item("new film").item.known is False
+    similar = client.similar_items("new film", ITEMS).items
+    assert len(similar) == ITEMS
+    assert "new film" in [one.item_id for one in client.similar_items(similar[0].item_id, ITEMS).items]
+    assert not any("new film" in of_way for of_way in every_way(served, k=ITEMS, exclude_item_ids=["new film"]))
+
+
+def test_an_added_item_is_answered_while_it_is_available(served: Served) -> None:
+    now = int(time.time())
+    of_item = {"item_id": "x", "title": "X", "tags": ["Jazz"]}
+    for window, is_answered in (
+        ({"available_from": now + 1000}, False),
+        ({"available_until": now + 1000}, True),
+        ({"hidden": True}, False),
+        ({}, True),
+    ):
+        served.store(Item(**of_item, **window))
+        assert every_way(served, k=5, filter=ItemFilter(any_tags=["Jazz"])) == [["x"] if is_answered else []] * 4
+    served.delete("x")
+    assert not any("x" in of_way for of_way in every_way(served, k=ITEMS + 1))
+    assert served.client.get_model_info().added_item_count == 0
+    with pytest.raises(grpc.RpcError) as failure:
+        served.client.similar_items("x")
+    assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+    served.store(Item(item_id="x", tags=["Jazz"]))
+    assert every_way(served, k=5, filter=ItemFilter(any_tags=["Jazz"])) == [["x"]] * 4
+
+
+@pytest.mark.parametrize("weight", [1.0, -1.0])
+def test_an_added_item_of_the_history_is_as_one_that_the_model_knows(
+    serve_with: Callable[..., Served], store: EventStore, weight: float
+) -> None:
+    """It is not recommended again, whether the user came with it or has it in the store, also from a state that comes
+    back; if the request allows items of the history, it is, unless the user does not want it."""
+    served = serve_with()
+    client, only = served.client, ItemFilter(any_tags=["Jazz"])
+    served.store(Item(item_id="x", tags=["Jazz"]), Item(item_id="y", tags=["Jazz"]))
+    history = served.history(3, 8)
+    liked = {"type": "dislike"} if weight < 0 else {}
+    client.record_events(
+        [
+            *(UserEvent(event_id=one.item_id, user_id="u", item_id=one.item_id, timestamp=START) for one in history),
+            *(
+                UserEvent(event_id=f"x{user}", user_id=user, item_id="x", timestamp=START + 9 * DAY, **liked)
+                for user in ("u", "only x")
+            ),
+        ]
+    )
+    subjects: list[dict[str, Any]] = [
+        {"user_id": "u"},
+        {"user_id": "only x"},
+        {"history": [*history, Event(item_id="x", timestamp=START + 9 * DAY, **liked)]},
+    ]
+
+    def found(**asked: Any) -> list[set[str]]:
+        return [set(ids_of(client.recommend(**subject, filter=only, **asked))) for subject in subjects]
+
+    assert found() == [{"y"}] * 3
+    assert found(allow_seen=True) == [{"x", "y"} if weight > 0 else {"y"}] * 3
+    served.spill()
+    assert found() == [{"y"}] * 3
+
+
+def test_a_draw_holds_the_models_own_items_only(serve_with: Callable[..., Served], store: EventStore) -> None:
+    """So that slates can be learned from: the run knows all that could have been drawn."""
+    served = serve_with(Exploration(TEMPERATURE, seed=0))
+    served.store(*(Item(item_id=f"x{at}", tags=["Jazz"]) for at in range(5)))
+    for subject in ({"history": served.history(3, 8)}, {"history": []}):  # a slate with a filter is not learned from
+        only = ItemFilter(any_tags=["Jazz"])
+        assert len(ids_of(served.client.recommend(**subject, filter=only))) == 5
+    drawn = served.client.recommend(history=served.history(3, 8), k=ITEMS + 5)
+    assert not any(one.startswith("x") for one in ids_of(drawn))
+    assert len(ids_of(drawn)) == ITEMS - 2
+    reserved = served.client.recommend(history=served.history(3, 8), k=10, new_item_slots=3)
+    assert sum(one.startswith("x") for one in ids_of(reserved)) == 3
+    assert reserved.log_propensity == 0
+
+
+def test_events_of_an_added_item_are_in_the_trend(served: Served, store: EventStore) -> None:
+    """And it is no new item any more: its score is not held below the tenth's."""
+    client, ask = served.client, {"history": served.history(3, 8)}
+
+    def scores(**asked: Any) -> dict[str, float]:
+        return {one.item_id: one.score for one in client.recommend(**ask, **asked).recommendations}
+
+    def alone() -> float:
+        return scores(filter=ItemFilter(allow_item_ids=["x"]))["x"]
+
+    # The best of eight of different genres: above the tenth, and held below it.
+    genres = sorted(served.model.own_tags)
+    served.store(*(Item(item_id=f"{at}", tags=[genre]) for at, genre in enumerate(genres)))
+    best = max(range(len(genres)), key=lambda at: scores(filter=ItemFilter(allow_item_ids=[f"{at}"]))[f"{at}"])
+    served.delete(*(f"{at}" for at in range(len(genres))))
+    served.store(Item(item_id="x", tags=[genres[best]]))
+    found = scores(k=ITEMS)
+    tenth = sorted(found.values(), reverse=True)[9]
+    assert found["x"] < tenth
+    now = int(time.time())
+    client.record_events(
+        UserEvent(event_id=f"{at}", user_id=f"{at}", item_id="x", timestamp=now - at) for at in range(200)
+    )
+    refresher = TrendRefresher(store, 3_600.0)
+    refresher.prepare(served.model)
+    refresher.close()
+    assert list(served.model.engine.trend.added) == ["x"]
+    assert scores(k=ITEMS)["x"] == pytest.approx(alone(), abs=1e-6)
+
+
+def test_a_catalogue_is_given_to_a_model_twice(served: Served, store: EventStore) -> None:
+    served.store(Item(item_id="x", tags=["Jazz"]))
+    again = CatalogueRefresher(store, 3_600.0)
+    again.prepare(served.model)
+    store.upsert_items([StoredItem("y", "", ("Jazz",))])
+    again.refresh()
+    again.close()
+    found = served.client.recommend(history=served.history(3, 8), filter=ItemFilter(any_tags=["Jazz"]))
+    assert set(ids_of(found)) == {"x", "y"}

@@ -11,6 +11,7 @@ from serve.observability.metrics import Metrics
 from serve.pb.recommender_pb2 import RecommendResponse
 from serve.serving.errors import Expired
 from serve.stores.base import EventStore
+from tests.serve.answers import answered
 from tests.serve.one_model import one_model
 from tests.serve.stores.slates import log_now, slates_of
 from tests.serve.stores.test_stores import SLATE
@@ -34,7 +35,7 @@ def test_answers_go_on_where_the_last_one_ended(client: RecommenderClient, model
         if user_id == "new":
             client.delete_events("new", ["new 2"])
         pages = [items(client.recommend(user_id=user_id, k=5, not_shown_within=DAY)) for _ in range(3)]
-        (last,) = client.batch_recommend([recommend_request(user_id=user_id, k=5, not_shown_within=DAY)])
+        (last,) = answered(client.batch_recommend([recommend_request(user_id=user_id, k=5, not_shown_within=DAY)]))
         assert [*pages[0], *pages[1], *pages[2], *items(last)] == expected
     assert set(items(client.recommend(user_id="other", k=5))) == set(expected[:5])
     # Without the option nothing is left out.
@@ -70,7 +71,7 @@ def test_the_log_notes_what_was_left_out(client: RecommenderClient, store: Event
 def test_of_very_many_items_the_newest_count(
     client: RecommenderClient, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    monkeypatch.setattr("serve.api.service.MOST_NOT_SHOWN", most)
+    monkeypatch.setattr("serve.api.service.MAX_NOT_SHOWN_ITEMS", most)
     expected = items(client.recommend(user_id="u", k=4))
     found = items(client.recommend(user_id="u", k=4, not_shown_within=DAY))
     assert set(expected[most:]) <= set(found)
@@ -83,12 +84,14 @@ def test_a_batch_reads_each_user_once(
     asked: list[str] = []
     read = store.shown_items
 
-    def reading(user_id: str, since: int, most: int) -> list[str]:
+    def reading(user_id: str, since: int, most: int, but: str) -> list[str]:
         asked.append(user_id)
-        return read(user_id, since, most)
+        return read(user_id, since, most, but)
 
     monkeypatch.setattr(store, "shown_items", reading)
-    client.batch_recommend([recommend_request(user_id=name, k=1, not_shown_within=DAY) for name in "uvuuv"])
+    assert answered(
+        client.batch_recommend([recommend_request(user_id=name, k=1, not_shown_within=DAY) for name in "uvuuv"])
+    )
     assert asked == ["u", "v"]
 
 
@@ -98,7 +101,7 @@ def test_reading_what_was_shown_stops_at_the_deadline(
     """Of three users one is read within it."""
     left, asked = iter([1.0, 0.0]), list[str]()
 
-    def reading(user_id: str, since: int, most: int) -> list[str]:
+    def reading(user_id: str, since: int, most: int, but: str) -> list[str]:
         asked.append(user_id)
         return []
 
@@ -107,7 +110,7 @@ def test_reading_what_was_shown_stops_at_the_deadline(
     service = RecommenderService(models, store, Metrics())
     queries = [Query((), 1, user_id=name, not_shown_within=DAY) for name in "uvw"]
     with pytest.raises(Expired):
-        service.recommend_all([models.for_user("u")] * 3, queries, lambda: next(left), lambda: False)
+        service.recommend_all([(models.for_user("u"), one) for one in queries], lambda: next(left), lambda: False)
     assert asked == ["u"]
 
 

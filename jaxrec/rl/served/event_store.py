@@ -11,9 +11,10 @@ does not say which events came late.
 
 Request options: with a filter, `seen` or reserved places for new items, a request may have ranked other items than the
 model alone would have. The server notes which of these options were set, but not their values. The propensities cannot
-be computed again without them, so these slates are left out. What `not_shown_within` excluded is noted. The items that
-were hidden or not available are noted as excluded items. If they were too many to be noted, the server notes the
-option `catalogue` instead, and the slate is left out.
+be computed again without them, so these slates are left out. So are slates for which events were sent along with the
+user (`history`): these are not stored. What `not_shown_within` excluded is noted. The items that were hidden or not
+available are noted as excluded items. If they were too many to be noted, the server notes the option
+`catalogue` instead, and the slate is left out.
 
 Only positive events count, as history and as responses. A slate's `excluded_item_ids` include the items that the user
 disliked, and those that were hidden or not available.
@@ -61,7 +62,7 @@ QUANTILE = 0.99  # of the responses: by when the log ends, and within which wind
 # Why a recommendation cannot be learned from.
 SENT_ALONG = "histories that came with the request"
 DETERMINISTIC = "shown without drawing (no propensities)"
-OPTIONS = "ranked with options of the request (filter, seen, new_item_slots), or many items were hidden"
+OPTIONS = "ranked with options of the request (filter, seen, new_item_slots, events), or many items were hidden"
 UNNOTED = "logged before servers noted their temperature"
 UNKNOWN_ITEM = "with an item that the run does not know"
 SHOWN_OTHERWISE = "shown in another order, or with gaps"

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from serve.model.directory import Artifact
 from serve.model.features import Features
 from serve.model.graphs import (
+    QUERY,
     TREND,
     exact_graphs,
     graph_arrays,
@@ -42,6 +43,8 @@ class Ranking(NamedTuple):
     scores: NDArray[np.float32]
     counted: Counted | None = None
     """The events of the trend that ranked them; None: they are not noted."""
+    query: NDArray[np.float32] | None = None
+    """`[width]`, what the items' vectors were multiplied with; None: it was not asked for."""
 
 
 class Step(NamedTuple):
@@ -138,41 +141,73 @@ class Engine:
                 f"{artifact.directory / 'trend.onnx'}: fails on the export's counts: {error}"
             ) from error
 
-    def use_counts(self, counts: NDArray[np.float32], counted: Counted | None = None) -> None:
+    def use_counts(
+        self,
+        counts: NDArray[np.float32],
+        counted: Counted | None = None,
+        added: Sequence[str] = (),
+        of_added: NDArray[np.float32] | None = None,
+    ) -> None:
         """From the next run on, the trend is that of these counts.
 
         Args:
             counts: `[half-lives, items+1]` float32, decayed to now; column 0 is zeros.
             counted: The events in the counts, for the answers; None: they are not noted.
+            added: The raw ids of added items.
+            of_added: `[half-lives, added]`, their counts; None: there are none. They do not change the trend of the
+                model's own items, which can so be computed again from the log.
 
         Raises:
             ValueError: `trend.onnx` made numbers of them that are not finite, or not one for each item. The trend
                 stays as it was. What ONNX Runtime raises is passed on.
         """
+        trend = self._trend_of(counts)
+        trends: dict[str, float] = {}
+        if of_added is not None:
+            # A trend depends on the sum over all items. The first column has what is missing to that of the model's
+            # own, so that an added item with as many events as one of these has the same trend.
+            missing = counts.sum(axis=1, keepdims=True) - of_added.sum(axis=1, keepdims=True)
+            found = self._trend_of(np.concatenate([missing, of_added], axis=1), first=1)
+            trends = {added[at]: float(found[at]) for at in np.flatnonzero(found).tolist()}
+        trending = None if self._search is None else self._search.trending(trend)
+        self.trend = Trend(trend, trending, counted, trends)
+
+    def _trend_of(self, counts: NDArray[np.float32], first: int = 0) -> NDArray[np.float32]:
+        """`[items - first]`, not writeable, without that of the first columns; raises ValueError as `use_counts`."""
+        trend: NDArray[np.float32]
         (trend,) = self._trend_of_counts.run([TREND], {"counts": counts})
-        if trend.shape != (self.item_count + 1,) or not np.isfinite(trend).all():
-            shape = f"({self.item_count + 1},)"
+        trend, counts = trend[first:], counts[:, first:]
+        if trend.shape != counts.shape[1:] or not np.isfinite(trend).all():
+            shape = f"({counts.shape[1]},)"
             raise ValueError(f"expected a trend of finite numbers {shape}, came {trend.dtype} {trend.shape}")
         trend.setflags(write=False)
-        self.trend = Trend(trend, None if self._search is None else self._search.trending(trend), counted)
+        return trend
 
-    def rank(self, rows: Sequence[Features], k: int | Sequence[int], trend: Trend | None = None) -> list[Ranking]:
+    def rank(
+        self, rows: Sequence[Features], k: int | Sequence[int], trend: Trend | None = None, *, queries: bool = False
+    ) -> list[Ranking]:
         """Ranks the items for each row with `sequence.onnx`, rows of like length in one run.
 
         A row's answer does not depend on its neighbours. `k`, one for all or one for each row, is cut to the number of
         items; without the index a row can get as many as the neighbour that asked for most. `trend` None: the newest.
+        `queries`: whether each ranking comes with its query.
         """
-        return [ranking for ranking, _ in self.replay(rows, k, trend)]
+        return [ranking for ranking, _ in self.replay(rows, k, trend, queries=queries)]
 
     def replay(
-        self, rows: Sequence[Features], k: int | Sequence[int] = 1, trend: Trend | None = None
+        self,
+        rows: Sequence[Features],
+        k: int | Sequence[int] = 1,
+        trend: Trend | None = None,
+        *,
+        queries: bool = False,
     ) -> list[tuple[Ranking, NDArray[np.float32]]]:
         """As `rank`, with the state `[1, width]` after each row's last event."""
         ks = [k] * len(rows) if isinstance(k, int) else k
         trend = trend or self.trend  # one for all groups: their scores may be compared
         answers: list[tuple[Ranking, NDArray[np.float32]] | None] = [None] * len(rows)
         for group in like_lengths([len(row.item) for row in rows]):
-            found = self._run_sequence([rows[at] for at in group], [ks[at] for at in group], trend)
+            found = self._run_sequence([rows[at] for at in group], [ks[at] for at in group], trend, queries)
             for at, answer in zip(group, found, strict=True):
                 answers[at] = answer
         return [answer for answer in answers if answer is not None]
@@ -185,7 +220,7 @@ class Engine:
         return self._sequence.run(outputs, dict(inputs), self.trend, [blocked] * len(inputs["length"]))
 
     def step(
-        self, rows: Sequence[Step], k: int | Sequence[int], trend: Trend | None = None
+        self, rows: Sequence[Step], k: int | Sequence[int], trend: Trend | None = None, *, queries: bool = False
     ) -> list[tuple[Ranking, NDArray[np.float32]]]:
         """Ranks the items after each row's event, in one run of `step.onnx`, with the next state `[1, width]`.
 
@@ -198,7 +233,7 @@ class Engine:
             state, item, rating, gap = (np.concatenate([row[at] for row in rows]) for at in range(4))
             exclude = _padded([row.exclude[0] for row in rows])
         inputs = {"state": state, "item": item, "rating": rating, "gap": gap, "exclude": exclude}
-        return self._run(self._step, "next_state", inputs, rows, k, trend or self.trend)
+        return self._run(self._step, "next_state", inputs, rows, k, trend or self.trend, queries)
 
     def _k(self, k: int | Sequence[int]) -> NDArray[np.int64]:
         """What the graphs take: one number, the largest; with the index one for each row, if they were given so."""
@@ -206,7 +241,7 @@ class Engine:
         return np.minimum(np.atleast_1d(np.array(largest, np.int64)), self.item_count)
 
     def _run_sequence(
-        self, rows: Sequence[Features], k: Sequence[int], trend: Trend
+        self, rows: Sequence[Features], k: Sequence[int], trend: Trend, queries: bool
     ) -> list[tuple[Ranking, NDArray[np.float32]]]:
         lengths = np.array([len(row.item) for row in rows], np.int32)
         shape = (len(rows), int(lengths.max()))
@@ -216,7 +251,7 @@ class Engine:
             item[at, :n], rating[at, :n], gap[at, :n] = row.item, row.rating, row.gap
         exclude = _padded([row.exclude for row in rows])
         inputs = {"item": item, "rating": rating, "gap": gap, "length": lengths, "exclude": exclude}
-        return self._run(self._sequence, "state", inputs, rows, k, trend)
+        return self._run(self._sequence, "state", inputs, rows, k, trend, queries)
 
     def _run(
         self,
@@ -226,6 +261,7 @@ class Engine:
         rows: Sequence[Features] | Sequence[Step],
         k: int | Sequence[int],
         trend: Trend,
+        queries: bool,
     ) -> list[tuple[Ranking, NDArray[np.float32]]]:
         """One run of a graph for some rows, with each row's state `[1, width]` from the output called `state`."""
         inputs["request_gap"] = np.array([row.request_gap for row in rows], np.float32)
@@ -233,10 +269,14 @@ class Engine:
         if self._repeats:
             inputs["seen"] = _padded([_NOTHING.items if row.seen is None else row.seen.items for row in rows])
             inputs["seen_score"] = _padded([_NOTHING.scores if row.seen is None else row.seen.scores for row in rows])
-        states, items, scores = graph.run([state, "items", "scores"], inputs, trend, [row.blocked for row in rows])
+        outputs = [state, "items", "scores", *([QUERY] if queries else [])]
+        states, items, scores, *query = graph.run(outputs, inputs, trend, [row.blocked for row in rows])
+        rankings = _rankings(items, scores, trend.counted)
+        if query:
+            rankings = [ranking._replace(query=query[0][at]) for at, ranking in enumerate(rankings)]
         # Copies of the rows of a batch, else one kept state would keep those of all its neighbours.
         kept = [states] if len(rows) == 1 else [states[at : at + 1].copy() for at in range(len(rows))]
-        return list(zip(_rankings(items, scores, trend.counted), kept, strict=True))
+        return list(zip(rankings, kept, strict=True))
 
 
 def _rankings(items: NDArray[np.int32], scores: NDArray[np.float32], counted: Counted | None) -> list[Ranking]:

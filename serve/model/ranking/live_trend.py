@@ -35,10 +35,13 @@ class Trend:
     """None: there is no index to search."""
     counted: Counted | None
     """The events in the counts; None: they are not noted."""
+    added: Mapping[str, float]
+    """Of added items by raw id, those that have one."""
 
 
 Blocked = NDArray[np.bool_]
-"""`[items+1]`, True: the item is never answered."""
+"""`[items+1]`, True: the item is never answered. What comes after the model's own items is of added ones, which the
+graphs do not know."""
 
 
 class TrendGraph(Protocol):
@@ -79,10 +82,10 @@ class ExactGraph:
         Returns:
             The outputs in the order of their names.
         """
-        rows = self._none
+        rows, count = self._none, self._none.shape[1]
         if blocked and all(row is blocked[0] for row in blocked):
             # One for all rows, and no copy.
-            rows = rows if blocked[0] is None else blocked[0][None]
+            rows = rows if blocked[0] is None else blocked[0][None, :count]
         elif blocked:
-            rows = np.stack([self._none[0] if row is None else row for row in blocked])
+            rows = np.stack([self._none[0] if row is None else row[:count] for row in blocked])
         return self._graph.run(outputs, {**inputs, "trend": trend.values, "blocked": rows})

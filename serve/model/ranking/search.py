@@ -70,7 +70,7 @@ class IndexedGraph:
         """As a session of ONNX Runtime.
 
         Args:
-            outputs: Names among `items`, `scores` and that of the state.
+            outputs: Names among `items`, `scores`, `query` and that of the state.
             inputs: Those of the graph but the trend and `blocked`; `k` int64 `[1]` or `[batch]`.
             trend: With what `Search.trending` made of it.
             blocked: What is blocked in each row, None: nothing; empty: nothing in any row.
@@ -85,7 +85,7 @@ class IndexedGraph:
         seen = (inputs["seen"], inputs["seen_score"]) if "seen" in inputs else None
         assert trend.trending is not None
         items, scores = self._search.best(query, state, inputs["exclude"], k, trend.trending, seen, blocked)
-        answer = {self._state: state, "items": items, "scores": scores}
+        answer = {self._state: state, "items": items, "scores": scores, "query": query}
         return [answer[name] for name in outputs]
 
 
@@ -170,7 +170,8 @@ class Search:
         own, own_scores = (exclude[:, :0], np.zeros((len(query), 0), np.float32)) if seen is None else seen
         # What is subtracted from an item may take it out of the answer; then another one has to be found.
         counts += np.count_nonzero(own_scores < 0, axis=1)
-        rows = [None] * len(query) if not blocked else [None if row is None else _Allowed(row) for row in blocked]
+        masks = blocked or [None] * len(query)
+        rows = [None if row is None else _Allowed(row[: self._count + 1]) for row in masks]
         found = self._found_allowed(query, counts, rows)
         recent = state[:, -self._recent :].astype(np.int32)
         more = self._zeros()

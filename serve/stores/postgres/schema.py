@@ -110,8 +110,11 @@ QUERIES = Queries(
     ),
     listed=(_LISTED.format("<>"), _LISTED.format("=")),
     recent_slates=(
-        "SELECT item_ids FROM jaxrec.shown WHERE user_id = %s AND timestamp >= %s"
+        "SELECT recommendation_id, item_ids FROM jaxrec.shown WHERE user_id = %s AND timestamp >= %s"
         " ORDER BY timestamp DESC, number DESC LIMIT %s OFFSET %s"
+    ),
+    recorded=(
+        "SELECT event_id FROM jaxrec.events WHERE event_id IN (SELECT value FROM json_array_elements_text(%s::json))"
     ),
     state="SELECT * FROM jaxrec.states WHERE user_id = %s AND model_version = %s",
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM jaxrec.events WHERE arrival > %s ORDER BY arrival LIMIT %s"),

@@ -135,6 +135,13 @@ class RedisStore(RedisCounters, RedisItems):
             events = [event for event in events if event.timestamp <= until]
         return events[-MOST_EVENTS:]
 
+    def recorded_ids(self, event_ids: Sequence[str]) -> set[str]:
+        # Not SMISMEMBER, which came with Redis 6.2.
+        with self._failures("cannot be read"), self._redis.pipeline(transaction=False) as pipeline:
+            for event_id in event_ids:
+                pipeline.sismember("jaxrec:event_ids", event_id)
+            return {event_id for event_id, stored in zip(event_ids, pipeline.execute(), strict=True) if stored}
+
     def revision(self, user_id: str) -> int:
         return int(self._read(lambda: self._redis.hget(f"jaxrec:user:{user_id}", "last")) or 0)
 
@@ -220,7 +227,7 @@ class RedisStore(RedisCounters, RedisItems):
                 found = heapq.nlargest(most, (one for one in found if before is None or place(one) < before), key=place)
         return found
 
-    def _stored_slates(self, user_id: str, since: int) -> Iterator[Sequence[str]]:
+    def _stored_slates(self, user_id: str, since: int) -> Iterator[tuple[str, Sequence[str]]]:
         """Of the slates that were logged last, which are in about the order of their times."""
         for start in range(0, MOST_SLATES, SLATES_AT_ONCE):
             first, last = -min(start + SLATES_AT_ONCE, MOST_SLATES), -start - 1
@@ -228,7 +235,8 @@ class RedisStore(RedisCounters, RedisItems):
             slates = [one for one in (slate_of(value, user_id) for value in values) if one.timestamp >= since]
             if not slates:
                 return
-            yield from (one.item_ids for one in sorted(reversed(slates), key=lambda one: -one.timestamp))
+            newest_first = sorted(reversed(slates), key=lambda one: -one.timestamp)
+            yield from ((one.recommendation_id, one.item_ids) for one in newest_first)
 
     def record_shown(self, items: Sequence[ShownItem]) -> int:
         arguments = [argument for one in items for argument in shown_item_arguments(one)]

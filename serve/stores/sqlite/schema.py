@@ -117,9 +117,11 @@ QUERIES = Queries(
     ),
     listed=(_LISTED.format("history", "<>"), _LISTED.format("neutral", "=")),
     recent_slates=(
-        "SELECT item_ids FROM shown WHERE user_id = ? AND timestamp >= ? ORDER BY timestamp DESC, number DESC"
-        " LIMIT ? OFFSET ?"
+        "SELECT recommendation_id, item_ids FROM shown WHERE user_id = ? AND timestamp >= ?"
+        " ORDER BY timestamp DESC, number DESC LIMIT ? OFFSET ?"
     ),
+    # In one parameter: an older SQLite takes no more than 999.
+    recorded="SELECT event_id FROM events WHERE event_id IN (SELECT value FROM json_each(?))",
     state="SELECT * FROM states WHERE user_id = ? AND model_version = ?",
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM events WHERE arrival > ? ORDER BY arrival LIMIT ?"),
     slates=f"SELECT number, {SLATE_COLUMNS} FROM shown WHERE number > ? ORDER BY number LIMIT ?",

@@ -377,6 +377,7 @@ def test_slates_with_request_options_are_counted_and_left_out(
         {"filter": client.ItemFilter(any_tags=["Drama"])},
         {"filter": client.ItemFilter(minimum_score=-1.0)},
         {"allow_seen": True},
+        {"history": [client.Event(item_id=raw[1], timestamp=START)]},
     ]
     with SQLiteStore(path) as store:
         for user in range(users):
@@ -392,7 +393,7 @@ def test_slates_with_request_options_are_counted_and_left_out(
                 assert all(answer.log_propensity < 0 for answer in answers)
         server.drain()
     log = read_served_log(path, small_data.catalog)
-    assert (len(log.recommendations), log.skipped, log.shown) == (users, {OPTIONS: 3 * users}, 4 * users)
+    assert (len(log.recommendations), log.skipped, log.shown) == (users, {OPTIONS: 4 * users}, 5 * users)
     assert distances(log.recommendations, small_data, small_hybrid).max() <= EXACT / 10
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE shown SET request_options = '[]' WHERE request_options = '[\"filter\"]'")

@@ -16,6 +16,7 @@ from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
 from serve.pb.recommender_pb2 import BatchRecommendRequest, RecommendResponse
 from serve.stores.base import EventStore
+from tests.serve.answers import answered
 from tests.serve.one_model import one_model
 from tests.serve.stores.slates import slates_of
 
@@ -56,11 +57,11 @@ def test_a_batch_is_its_single_requests(client: RecommenderClient, model: Recomm
         recommend_request(history=events_of(model, list(range(1, 2 + at))), k=1 + at, explain=at % 7 == 0)
         for at in range(40)
     ]
-    answers = client.batch_recommend(requests)
+    answers = answered(client.batch_recommend(requests))
     assert len({answer.recommendation_id for answer in answers}) == len(requests)
     for at, (request, answer) in enumerate(zip(requests, answers, strict=True)):
         assert len(answer.recommendations) == min(request.k or 10, 60 - len(request.history.events))
-        (alone,) = client.batch_recommend([request])
+        (alone,) = answered(client.batch_recommend([request]))
         assert content(answer) == content(alone), at
         assert [one.explanation.text for one in answer.recommendations] == [
             one.explanation.text for one in alone.recommendations
@@ -168,7 +169,7 @@ def test_propensities_of_a_history_are_those_of_its_scores(
         weight = math.exp(scores[one.item_id] / TEMPERATURE)
         assert one.log_propensity == pytest.approx(math.log(weight / left), abs=1e-3)
         left -= weight
-    (batched,) = exploring.batch_recommend([recommend_request(history=history, k=5)])
+    (batched,) = answered(exploring.batch_recommend([recommend_request(history=history, k=5)]))
     assert batched.log_propensity < 0
 
 

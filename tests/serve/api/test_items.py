@@ -5,7 +5,6 @@ import time
 import grpc
 import pytest
 
-from serve.api import items as api_items
 from serve.api import rules
 from serve.client import Item, RecommenderClient
 from serve.model.recommender import Recommender
@@ -100,7 +99,7 @@ def test_a_page_goes_on_where_the_one_before_ended_whatever_changed(client: Reco
 
 def test_a_page_of_long_items_is_shorter(client: RecommenderClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """All come in the end, and an item that is too long for a page by itself too."""
-    monkeypatch.setattr(api_items, "MOST_BYTES", 200)
+    monkeypatch.setattr("serve.api.pages.MAX_PAGE_BYTES", 200)
     client.upsert_items([Item(item_id=f"{at}", title="x" * (150 if at else 900)) for at in range(3)])
     sizes, token = [], None
     while token != "":
@@ -111,9 +110,9 @@ def test_a_page_of_long_items_is_shorter(client: RecommenderClient, monkeypatch:
 
 
 def test_limits_are_valid_and_told(client: RecommenderClient) -> None:
-    info = client.get_model_info()
-    assert (info.max_upserted_items, info.max_title_length, info.max_item_tags) == (1_000, 1_000, 100)
-    assert (info.max_tag_length, info.max_metadata_bytes, info.max_item_bytes) == (100, 2_048, 4_096)
+    limits = client.get_model_info().limits
+    assert (limits.max_upserted_items, limits.max_title_length, limits.max_item_tags) == (1_000, 1_000, 100)
+    assert (limits.max_tag_length, limits.max_metadata_bytes, limits.max_item_bytes) == (100, 2_048, 4_096)
     largest = [
         Item(item_id=LONGEST, title="\u20ac" * 600, metadata={"k": "v" * 100}),
         Item(item_id="title", title="x" * 1_000, metadata={"k" * 48: "v" * 2_000}),

@@ -31,6 +31,7 @@ from serve.pb.recommender_pb2 import (
     RecordImpressionsRequest,
     SimilarItemsRequest,
     UpsertItemsRequest,
+    View,
 )
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 
@@ -64,7 +65,7 @@ FILTERS = [
     (ItemFilter(any_tags=["Drama", "drama"]), f"filter.any_tags[1]: {NO_TAG} 'drama'"),
     (ItemFilter(all_tags=[""]), f"filter.all_tags[0]: {NO_TAG} ''"),
     (ItemFilter(none_tags=["a\0"]), f"filter.none_tags[0]: {NO_TAG} 'a\\x00'"),
-    (ItemFilter(none_tags=["x" * 10**6]), f"filter.none_tags[0]: {NO_TAG} '{'x' * 512}'"),
+    (ItemFilter(none_tags=["x" * 10**6]), f"filter.none_tags[0]: {NO_TAG} '{'x' * 200}'..."),
     (
         ItemFilter(all_tags=["Action", "Drama"], none_tags=["Comedy", "Drama"]),
         "filter.all_tags: expected no tag of filter.none_tags, came 'Drama'",
@@ -78,8 +79,19 @@ FILTERS = [
 ]
 KNOWN_TYPES = "expected one of click, dislike, interaction, like, play, purchase, skip, view, came"
 RECOMMEND = [
-    (RecommendRequest(), "subject: expected user_id or history, came neither"),
-    (RecommendRequest(user_id=""), "user_id: expected an id of 1 to 512 characters, came 0 characters"),
+    (RecommendRequest(), "user_id: expected a user, or a history, came neither"),
+    (RecommendRequest(user_id=""), "user_id: expected a user, or a history, came neither"),
+    (RecommendRequest(user_id=LONG, history=History()), "user_id: expected an id of 1 to 512 characters, came 513"),
+    (with_event(event_id=LONG), "history.events[2].event_id: expected an id"),
+    (
+        RecommendRequest(user_id="u", history=History(events=[Event(item_id="1", timestamp=9)]), request_time=8),
+        "request_time: expected not before the last event at 9, came 8",
+    ),
+    (RecommendRequest(user_id="u", view=4), "view: expected one of VIEW_UNSPECIFIED, VIEW_IDS, VIEW_BASIC, VIEW_FULL"),
+    (RecommendRequest(user_id="u", bucket_key="b"), "bucket_key: expected none with user_id"),
+    (RecommendRequest(history=History(), bucket_key=LONG), "bucket_key: expected an id"),
+    (RecommendRequest(user_id="u", request_id=LONG), "request_id: expected an id"),
+    (RecommendRequest(user_id="u", request_id="a\0"), "request_id: expected an id without the character U+0000"),
     (RecommendRequest(user_id=LONG), "user_id: expected an id of 1 to 512 characters, came 513 characters"),
     (RecommendRequest(user_id="u", k=-1), "k: expected 1 to 1000, or 0 for 10, came -1"),
     (RecommendRequest(user_id="u", k=1001), "k: expected 1 to 1000, or 0 for 10, came 1001"),
@@ -144,13 +156,15 @@ RECORD = [
 ]
 PROFILE = [
     (GetUserProfileRequest(), "user_id: expected an id"),
-    (GetUserProfileRequest(user_id="u", limit=-1), "limit: expected 1 to 1000"),
-    (GetUserProfileRequest(user_id="u", limit=1001), "limit: expected 1 to 1000"),
+    (GetUserProfileRequest(user_id="u", page_size=-1), "page_size: expected 1 to 1000, or 0 for 100, came -1"),
+    (GetUserProfileRequest(user_id="u", page_size=1001), "page_size: expected 1 to 1000, or 0 for 100, came 1001"),
+    (GetUserProfileRequest(user_id="u", page_token="\0"), "page_token: expected next_page_token of an answer for this"),
 ]
 SIMILAR = [
     (SimilarItemsRequest(), "item_id: expected an id"),
     (SimilarItemsRequest(item_id="1007", k=-1), "k: expected 1 to 1000"),
     (SimilarItemsRequest(item_id="1007", k=1001), "k: expected 1 to 1000"),
+    (SimilarItemsRequest(item_id="1007", bucket_key=LONG), "bucket_key: expected an id"),
     (SimilarItemsRequest(item_id="1007", exclude_item_ids=["1007", ""]), "exclude_item_ids[1]: expected an id"),
     (SimilarItemsRequest(item_id="1007", exclude_item_ids=["1"] * 10_001), "exclude_item_ids: expected at most 10000"),
     *((SimilarItemsRequest(item_id="1007", filter=asked), message) for asked, message in FILTERS),
@@ -158,11 +172,6 @@ SIMILAR = [
 
 
 BATCH = [
-    (
-        BatchRecommendRequest(requests=[RecommendRequest(user_id="u"), RecommendRequest(user_id="u", k=-1)]),
-        "requests[1].k: expected 1 to 1000, or 0 for 10, came -1",
-    ),
-    (BatchRecommendRequest(requests=[with_event(rating=9)]), "requests[0].history.events[2].rating: expected a rating"),
     (BatchRecommendRequest(requests=[RecommendRequest(user_id="u")] * 257), "requests: expected at most 256 entries"),
     (
         BatchRecommendRequest(requests=[RecommendRequest(user_id="u", k=1000)] * 11),
@@ -173,8 +182,8 @@ BATCH = [
         "requests: expected at most 100000 events in all, came 110000",
     ),
     (
-        BatchRecommendRequest(requests=[RecommendRequest(user_id="u", filter=ItemFilter(any_tags=["?"]))]),
-        f"requests[0].filter.any_tags[0]: {NO_TAG} '?'",
+        BatchRecommendRequest(requests=[RecommendRequest(user_id="u", k=1000, view=View.VIEW_FULL)] * 2),
+        "requests: expected at most 1000 items (k) with VIEW_FULL in all, came 2000",
     ),
 ]
 DELETE = [
@@ -217,7 +226,7 @@ def showing(**fields: Any) -> RecordImpressionsRequest:
 
 
 IMPRESSIONS = [
-    (showing(recommendation_id=""), "impressions[1].recommendation_id: expected an id of 1 to 512 characters, came 0"),
+    (showing(recommendation_id=""), "impressions[1].recommendation_id: expected an id of 1 to 64 characters, came 0"),
     (
         showing(recommendation_id="x" * 65),
         "impressions[1].recommendation_id: expected an id of 1 to 64 characters, came 65",
@@ -240,7 +249,7 @@ def storing(**fields: Any) -> UpsertItemsRequest:
     return UpsertItemsRequest(items=[Item(**good), Item(**{**good, "item_id": "b", **fields})])
 
 
-IN_TIME = "expected seconds since 1970-01-01T00:00Z in 0..253402300799, came"
+IN_TIME = "expected seconds since 1970-01-01T00:00Z in 0..253402300799 (the end of the year 9999), came"
 ITEMS = [
     (storing(item_id=""), "items[1].item_id: expected an id of 1 to 512 characters, came 0 characters"),
     (storing(item_id=LONG), "items[1].item_id: expected an id"),
@@ -259,6 +268,7 @@ ITEMS = [
         storing(available_from=5, available_until=5),
         "items[1].available_until: expected a time after available_from, which is 5, came 5",
     ),
+    (storing(available_until=10**15), f"items[1].available_until: {IN_TIME} 1000000000000000, which looks like micro"),
     (storing(available_from=5, available_until=0), "items[1].available_until: expected a time after available_from"),
     (storing(metadata={"": "v"}), "items[1].metadata: expected no empty key, came one"),
     (storing(metadata={"k": "\0"}), "items[1].metadata: expected texts without the character U+0000"),
@@ -282,6 +292,18 @@ LIST_ITEMS = [
         for token in ("\0", "abc", "YWJjZGVmZ2hpamts", "ü", page_token("u", 1, 2))
     ),
 ]
+
+
+def violations(error: grpc.RpcError) -> list[str]:
+    """Those that the details name, as `field: description`; the reason is that of such errors."""
+    status = rpc_status.from_call(error)
+    assert status is not None
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    first, second = status.details
+    assert first.Unpack(info)
+    assert second.Unpack(bad)
+    assert (info.domain, info.reason) == ("jaxrec", "INVALID_REQUEST")
+    return [f"{one.field}: {one.description}" for one in bad.field_violations]
 
 
 @pytest.mark.parametrize(
@@ -309,12 +331,8 @@ def test_bad_request_names_the_field(stub: RecommenderStub, rpc: str, request_: 
         getattr(stub, rpc)(request_, timeout=10)
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert failure.value.details().startswith(message)
-    details = error_details_pb2.BadRequest()
-    status = rpc_status.from_call(failure.value)
-    assert status is not None
-    assert status.details[0].Unpack(details)
-    (violation,) = details.field_violations
-    assert f"{violation.field}: {violation.description}" == failure.value.details()
+    (violation,) = violations(failure.value)
+    assert violation == failure.value.details()
 
 
 def test_nothing_of_a_bad_request_is_recorded(stub: RecommenderStub, client: RecommenderClient) -> None:

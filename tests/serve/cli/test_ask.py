@@ -48,6 +48,19 @@ def test_recommendations(address: str, client: RecommenderClient, model: Recomme
     assert "1 events on items that the model does not know were left out" in inline
 
 
+def test_events_with_a_user_an_id_and_a_version(address: str, client: RecommenderClient, model: Recommender) -> None:
+    ids, version = model.catalog.item_ids, model.info.model_version
+    client.record_events([UserEvent(event_id="1", user_id="7", item_id=ids[3], timestamp=3)])
+    asked = ["--user", "7", "--watched", ids[9], "--k", "60"]
+    found = ask(address, *asked, "--request-id", "r", "--model-version", version)
+    assert {line.split()[1] for line in found.splitlines()[1:59]} == set(ids[1:]) - {ids[3], ids[9]}
+    assert found.splitlines()[-1] == ask(address, *asked, "--request-id", "r").splitlines()[-1]
+    assert f"the loaded versions are '{version}'; 'x' is not loaded" in ask(address, *asked, "--model-version", "x")
+    assert version in ask(address, "--model-version", version)
+    refused = ask("127.0.0.1:1", "--profile", "7", "--model-version", "x")
+    assert "Error: --model-version: expected --user, --watched, --similar or nothing with it" in refused
+
+
 def test_filters_and_other_options(address: str, client: RecommenderClient, model: Recommender) -> None:
     ids, genres = model.catalog.item_ids, model.catalog.genres
     both = next(item for item in range(4, 61) if {"Drama", "Horror"} <= set(genres[item]))

@@ -9,13 +9,16 @@ import threading
 import time
 import urllib.request
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from grpc_status import rpc_status
 
 from serve.api.errors import status_of
 from serve.client import Event, RecommenderClient, UserEvent, recommend_request
@@ -40,12 +43,12 @@ def test_model_info(client: RecommenderClient, model: Recommender) -> None:
     info = client.get_model_info()
     assert info.model_version == model.info.model_version
     assert info.policy == "reinforce"
-    assert info.created == model.info.created
+    assert info.created_time == datetime.fromisoformat(model.info.created).timestamp() > 0
     assert info.item_count == len(model.catalog)
     assert (info.rating_scale.minimum, info.rating_scale.maximum) == (0.5, 5.0)
     assert tuple(info.genres) == model.info.genres
     assert info.execution_provider == "CPUExecutionProvider"
-    assert (info.max_history, info.max_k) == (50, 1000)
+    assert (info.max_history, info.limits.max_k) == (50, 1000)
 
 
 def test_health(address: str) -> None:
@@ -245,6 +248,9 @@ def test_the_port_is_open_before_the_model_is_loaded(
                 stub.Recommend(request, timeout=TIMEOUT_S)
             assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
             assert failure.value.details() == "the model is being loaded, try again"
+            status, info = rpc_status.from_call(failure.value), error_details_pb2.ErrorInfo()
+            assert status.details[0].Unpack(info)
+            assert info.reason == "NOT_SERVING"
             models.open()
             server.start()
             assert health_stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S).status == states.SERVING

@@ -113,7 +113,7 @@ def test_calls_turned_away_from_the_pool_are_counted_and_get_a_time_to_retry(
         with pytest.raises(grpc.RpcError) as refused:
             stub.RecordEvents(request, timeout=PATIENCE_S)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        (detail,) = rpc_status.from_call(refused.value).details
+        _, detail = rpc_status.from_call(refused.value).details
         assert detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR)
         health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
         assert health.status == health_pb2.HealthCheckResponse.SERVING

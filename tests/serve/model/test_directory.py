@@ -95,8 +95,8 @@ def test_half_written_manifest(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("schema_version", 2, "schema_version is 2, expected 3, the only one this server reads; export it again"),
-        ("schema_version", 4, "schema_version is 4, expected 3, the only one this server reads$"),
+        ("schema_version", 3, "schema_version is 3, expected 4, the only one this server reads; export it again"),
+        ("schema_version", 5, "schema_version is 5, expected 4, the only one this server reads$"),
         ("schema_version", "1", 'schema_version is "1", expected a whole number'),
         ("schema_version", True, "schema_version is true, expected a whole number"),
         ("model_version", "", "expected a text that is not empty"),

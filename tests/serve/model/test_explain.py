@@ -17,6 +17,7 @@ from serve.observability.metrics import Metrics
 from serve.serving.errors import Cancelled
 from serve.serving.loaded import LoadedModel
 from serve.stores.base import EventStore
+from tests.serve.answers import answered
 
 TARGET, SAME, CLOSE, ACROSS, OPPOSITE = 1, 2, 3, 4, 5
 VECTORS = np.array([[0, 0], [1, 0], [1, 0], [0.8, 0.6], [0, 1], [-1, 0]], np.float32)
@@ -161,7 +162,7 @@ def test_explaining_a_batch_holds_up_no_other_call(
         assert started.wait(30)
         plain = client.recommend(history=events, k=3)
         goes_on.set()
-    (answer,) = batch.result()
+    (answer,) = answered(batch.result())
     assert all(one.explanation.text for one in answer.recommendations)
     assert [one.item_id for one in answer.recommendations] == [one.item_id for one in plain.recommendations]
 

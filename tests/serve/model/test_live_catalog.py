@@ -10,17 +10,19 @@ from hypothesis import strategies as st
 from serve.model import live_catalog
 from serve.model.catalog import Catalog, parse_catalog
 from serve.model.filters import ItemFilter
+from serve.model.item_rows import ItemRows
 from serve.model.live_catalog import Item, LiveCatalog, Overlay
 
 CATALOG = parse_catalog(
     "item_id,title,genres,popularity,recent_popularity,new\n"
     "a,A,Comedy|Drama,3,3,0\nb,B,Drama,2,2,0\nc,C,,1,1,0\nd,D,Comedy,0,0,1\n"
 )
+ROWS = ItemRows(np.array([[1, 10], [2, 20], [0, 5]], np.float32), {"Comedy": 0, "Drama": 1}, (), ())
 LATEST = 253_402_300_799
 
 
 def overlaid(*items: Item) -> LiveCatalog:
-    overlay = Overlay(LiveCatalog.of(CATALOG))
+    overlay = Overlay(LiveCatalog.of(CATALOG), ROWS)
     overlay.apply((item.item_id, item) for item in items)
     return overlay.live()
 
@@ -30,9 +32,9 @@ def withheld(live: LiveCatalog, time: int) -> set[str]:
     if found is None:
         return set()
     assert found.mask[0]
-    assert found.items == tuple(np.flatnonzero(found.mask[1:]) + 1)
+    assert found.items == tuple(np.flatnonzero(found.mask[1:5]) + 1)
     assert found.total == len(found.items)
-    return {CATALOG.item_ids[item] for item in found.items}
+    return {live.catalog.item_ids[item] for item in np.flatnonzero(found.mask) if item}
 
 
 def allowed(live: LiveCatalog, asked: ItemFilter) -> set[str]:
@@ -42,7 +44,7 @@ def allowed(live: LiveCatalog, asked: ItemFilter) -> set[str]:
 
 
 def test_the_items_of_a_store_replace_titles_and_tags_and_bring_metadata() -> None:
-    live = overlaid(Item("b", "New B", ("Comedy", "Jazz"), metadata={"year": "1995"}), Item("d"), Item("unknown", "U"))
+    live = overlaid(Item("b", "New B", ("Comedy", "Jazz"), metadata={"year": "1995"}), Item("d"))
     assert live.catalog.titles == ("", "A", "New B", "C", "")
     assert live.catalog.genres == ((), ("Comedy", "Drama"), ("Comedy", "Jazz"), (), ())
     assert live.metadata == {2: {"year": "1995"}}
@@ -100,9 +102,69 @@ def test_the_mask_of_now_stays_whatever_times_requests_name() -> None:
     assert now.total == 4
 
 
-def test_only_changes_of_the_models_items_change_its_catalogue() -> None:
-    overlay = Overlay(LiveCatalog.of(CATALOG))
-    assert overlay.apply([("unknown", Item("unknown", "U")), ("gone", None)]) is False
+def test_items_that_the_model_does_not_know_come_after_its_own() -> None:
+    live = overlaid(Item("x", "X", ("Comedy", "Jazz"), metadata={"k": "v"}), Item("a", "A"), Item("y", "", ("Drama",)))
+    assert live.catalog.item_ids == ("", "a", "b", "c", "d", "x", "y")
+    assert live.catalog.titles[5:] == ("X", "")
+    assert [live.catalog.index[one] for one in ("d", "x", "y")] == [4, 5, 6]
+    assert live.catalog.new.tolist() == [False] * 4 + [True] * 3
+    assert live.catalog.by_popularity.tolist() == [1, 2, 3, 4, 5, 6]
+    assert (live.catalog.popularity[5:].tolist(), live.metadata) == ([0, 0], {5: {"k": "v"}})
+    assert allowed(live, ItemFilter(any_tags=("Comedy",))) == {"x", "d"}
+    assert live.added is not None
+    # What each tag adds, and every item has: [0, 5] + [1, 10], and [0, 5] + [2, 20].
+    assert (live.added.first, live.added.vectors.tolist(), live.added.bias.tolist()) == (5, [[1], [2]], [15, 25])
+    assert live.added_ids == ("x", "y")
+    index = live.catalog.index
+    assert dict(index) == {item_id: at for at, item_id in enumerate(live.catalog.item_ids) if at}
+    assert (len(index), "x" in index, "w" in index, index.get("w"), index.get("w", 0)) == (6, True, False, None, 0)
+    with pytest.raises(KeyError):
+        index["w"]
+
+
+def test_a_deleted_item_leaves_no_trace_and_changes_no_catalogue_of_before() -> None:
+    overlay = Overlay(LiveCatalog.of(CATALOG), ROWS)
+    overlay.apply(
+        [("x", Item("x", "X", ("Comedy",))), ("y", Item("y", hidden=True)), ("z", Item("z", "Z", ("Drama",)))]
+    )
+    before = overlay.live()
+    assert overlay.apply([("x", None)])
+    after = overlay.live()
+    assert sorted(after.added_ids) == ["y", "z"]
+    assert withheld(after, 0) == {"y"}
+    assert "x" not in after.catalog.index
+    assert after.catalog.titles[after.catalog.index["z"]] == "Z"
+    assert allowed(after, ItemFilter(any_tags=("Comedy",))) == {"a", "d"}
+    assert allowed(after, ItemFilter(any_tags=("Drama",))) == {"a", "b", "z"}
+    assert (before.added_ids, before.catalog.titles[5:]) == (("x", "y", "z"), ("X", "", "Z"))
+    assert before.added is not None
+    assert before.added.bias.tolist() == [15, 5, 25]
+    overlay.apply([("z", None), ("y", None)])
+    empty = overlay.live()
+    assert (empty.added, empty.catalog.item_ids, empty.withheld(0)) == (None, CATALOG.item_ids, None)
+
+
+def test_more_than_so_many_items_wait_until_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(live_catalog, "MOST_ADDED", 2)
+    overlay = Overlay(LiveCatalog.of(CATALOG), ROWS)
+    overlay.apply((one, Item(one)) for one in "xyz")
+    assert not overlay.apply([("w", Item("w")), ("z", Item("z", "Z"))])
+    assert overlay.live().added_ids == ("x", "y")
+    assert caplog.text.count("more than 2 items") == 1
+    overlay.apply([("x", None)])
+    live = overlay.live()
+    assert set(live.added_ids) == {"y", "z"}
+    assert live.catalog.titles[live.catalog.index["z"]] == "Z"
+    assert not overlay.apply([("w", None)])
+    overlay.apply([("y", None)])
+    assert overlay.live().added_ids == ("z",)
+
+
+def test_what_nobody_knows_changes_nothing() -> None:
+    overlay = Overlay(LiveCatalog.of(CATALOG), ROWS)
+    assert overlay.apply([("gone", None)]) is False
     assert overlay.apply([("unknown", None), ("a", Item("a"))]) is True
 
 
@@ -116,7 +178,7 @@ def test_many_withheld_items_are_not_named(monkeypatch: pytest.MonkeyPatch) -> N
 TAGS = st.lists(st.sampled_from(["Comedy", "Drama", "Jazz", "x"]), unique=True).map(lambda tags: tuple(sorted(tags)))
 TIMES = st.none() | st.integers(0, 4)
 CHANGES = st.tuples(
-    st.sampled_from("abcdu"),
+    st.sampled_from("abcduvwx"),
     st.none()
     | st.tuples(st.sampled_from(["", "T"]), TAGS, TIMES, TIMES, st.booleans(), st.just({"k": "v"}) | st.just({})),
 )
@@ -125,7 +187,7 @@ CHANGES = st.tuples(
 @settings(deadline=None)
 @given(st.lists(st.lists(CHANGES, unique_by=lambda change: change[0], max_size=4), max_size=6))
 def test_changes_in_parts_come_to_the_same_as_a_plain_model(parts: list[list[tuple[str, tuple | None]]]) -> None:  # type: ignore[type-arg]
-    overlay, stored = Overlay(LiveCatalog.of(CATALOG)), dict[str, Item]()
+    overlay, stored = Overlay(LiveCatalog.of(CATALOG), ROWS), dict[str, Item]()
     for part in parts:
         changes = [(item_id, None if fields is None else Item(item_id, *fields)) for item_id, fields in part]
         overlay.apply(changes)
@@ -140,8 +202,17 @@ def test_changes_in_parts_come_to_the_same_as_a_plain_model(parts: list[list[tup
 def assert_equals(live: LiveCatalog, base: Catalog, stored: Mapping[str, Item]) -> None:
     """Item by item."""
     tags: dict[str, set[int]] = {}
-    for at, item_id in enumerate(base.item_ids[1:], start=1):
-        item = stored.get(item_id, Item(item_id, base.titles[at], base.genres[at]))
+    assert set(live.catalog.index) == {*base.index, *stored}
+    for at, item_id in enumerate(live.catalog.item_ids[1:], start=1):
+        if item_id in base.index:
+            item = stored.get(item_id, Item(item_id, base.titles[at], base.genres[at]))
+        else:
+            item = stored[item_id]
+            assert live.added is not None
+            row = ROWS.row(item.title, item.tags, item.metadata).tolist()
+            place = at - live.added.first
+            assert [*live.added.vectors[place].tolist(), live.added.bias[place]] == row
+        assert live.catalog.index[item_id] == at
         assert (live.catalog.titles[at], live.catalog.genres[at]) == (item.title, item.tags)
         assert live.metadata.get(at, {}) == item.metadata
         for time in range(6):

@@ -59,7 +59,7 @@ def test_profile_of_a_stored_user(client: RecommenderClient, model: Recommender)
         ]
     )
 
-    profile = client.get_user_profile("u", limit=2)
+    profile = client.get_user_profile("u", 2)
 
     newest, older = profile.watch_list
     assert (newest.item_id, newest.title, list(newest.genres)) == ("no such film", "", [])
@@ -93,9 +93,9 @@ def test_an_event_without_rating_is_listed_without(client: RecommenderClient) ->
 def test_limit(client: RecommenderClient) -> None:
     events = [UserEvent(event_id=f"{at}", user_id="u", item_id="1007", timestamp=at) for at in range(1, 13)]
     client.record_events(events)
-    assert [one.timestamp for one in client.get_user_profile("u", limit=0).watch_list] == list(range(12, 2, -1))
-    assert [one.timestamp for one in client.get_user_profile("u", limit=1).watch_list] == [12]
-    assert client.get_user_profile("u", limit=1).event_count == 12
+    assert [one.timestamp for one in client.get_user_profile("u", 0).watch_list] == list(range(12, 0, -1))
+    assert [one.timestamp for one in client.get_user_profile("u", 1).watch_list] == [12]
+    assert client.get_user_profile("u", 1).event_count == 12
 
 
 def test_unknown_user(client: RecommenderClient) -> None:

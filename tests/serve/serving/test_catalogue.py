@@ -91,9 +91,12 @@ def test_without_a_change_of_its_items_a_model_keeps_its_catalogue(
 ) -> None:
     refresher.prepare(fresh)
     before = fresh.live
-    store.upsert_items([Item("unknown", "U", ("Jazz",))])
+    store.delete_items(["unknown"])
     refresher.refresh()
     assert fresh.live is before
+    store.upsert_items([Item("unknown", "U", ("Jazz",))])
+    refresher.refresh()
+    assert fresh.live.added_ids == ("unknown",)
     assert ("Jazz" in fresh.stored_tags, refresher.item_count()) == (True, 1)
 
 

@@ -14,6 +14,7 @@ import grpc
 import pytest
 
 from bench.model_versions import DAMAGES, add_version, edit_manifest, flip_a_byte, garble_the_manifest
+from serve.api.pages import item_page_token
 from serve.client import RecommenderClient
 from serve.front.server import create_server
 from serve.model.events import Event
@@ -277,6 +278,11 @@ def test_admin_service(versions: Path, model_directory: Path, models: ModelLibra
             ("0", "0", pb.MODEL_STATE_READY, 1.0),
         ]
         assert listed.models[1].loaded_time > 0
+        first = admin.ListModels(pb.ListModelsRequest(page_size=1), timeout=DEADLINE_S)
+        rest = admin.ListModels(pb.ListModelsRequest(page_token=first.next_page_token), timeout=DEADLINE_S)
+        assert ([*first.models, *rest.models], rest.next_page_token) == (list(listed.models), "")
+        for bad in (pb.ListModelsRequest(page_size=-1), pb.ListModelsRequest(page_token=item_page_token("1"))):
+            assert failure(admin.ListModels, bad) is grpc.StatusCode.INVALID_ARGUMENT
         answer = admin.LoadModel(pb.LoadModelRequest(), timeout=DEADLINE_S)
         assert (answer.model_version, answer.loaded) == ("1", True)
         assert admin.RollBack(pb.RollBackRequest(), timeout=DEADLINE_S).model_version == "0"

@@ -52,9 +52,10 @@ ratings = st.one_of(st.none(), st.sampled_from([0.5, 3.0, 5.0]))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_interleaving_equals_a_replay(windowed: Recommender, tmp_path: Path, data: st.DataObject) -> None:
-    ids = [*windowed.catalog.item_ids[1:], UNKNOWN]
-    overlay = Overlay(windowed.live)
+    ids = [*windowed.catalog.item_ids[1:], UNKNOWN, UNKNOWN, "added", "known to nobody"]
+    overlay = Overlay(windowed.own_live, windowed.item_rows)
     overlay.apply((item_id, Item(item_id, tags=("Drama",), hidden=True)) for item_id in ids[::3])
+    overlay.apply((item_id, Item(item_id, tags=("Drama", "Jazz"))) for item_id in (UNKNOWN, "added"))
     live = overlay.live()
     weights = st.sampled_from([1.0, 1.0, 1.0, 2.5, -1.0, -0.5, 0.0])
     events = st.builds(Event, st.sampled_from(ids), ratings, times, weights)
@@ -69,6 +70,7 @@ def test_any_interleaving_equals_a_replay(windowed: Recommender, tmp_path: Path,
         allow_seen=st.sampled_from([None, True, False]),
         new_item_slots=st.just(0),
         withheld=st.sampled_from([None, live.withheld(0)]),
+        live=st.just(live),
     )
     number = 0
     with open_store(tmp_path / f"{data.draw(st.uuids())}.sqlite") as store:
@@ -112,13 +114,13 @@ class CountedRuns:
         self.replayed = self.stepped = 0
         replay, step = model.engine.replay, model.engine.step
 
-        def counted_replay(rows, k=1, *trend):  # type: ignore[no-untyped-def]
+        def counted_replay(rows, k=1, *trend, **options):  # type: ignore[no-untyped-def]
             self.replayed += len(rows)
-            return replay(rows, k, *trend)
+            return replay(rows, k, *trend, **options)
 
-        def counted_step(rows, k, *trend):  # type: ignore[no-untyped-def]
+        def counted_step(rows, k, *trend, **options):  # type: ignore[no-untyped-def]
             self.stepped += len(rows)
-            return step(rows, k, *trend)
+            return step(rows, k, *trend, **options)
 
         monkeypatch.setattr(model.engine, "replay", counted_replay)
         monkeypatch.setattr(model.engine, "step", counted_step)

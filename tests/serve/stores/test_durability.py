@@ -77,5 +77,5 @@ def test_killed_server_lost_nothing_that_it_acknowledged(model_directory: Path, 
         for user in range(USERS):
             for number in range(sent[user]):
                 client.record_events(batch(user, number))
-            profile = client.get_user_profile(str(user), limit=1000)
+            profile = client.get_user_profile(str(user), 1000)
             assert profile.event_count == 3 * sent[user]

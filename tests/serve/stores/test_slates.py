@@ -34,6 +34,7 @@ def test_shown_items_are_found_newest_first_also_those_that_wait(
     log_now(store, shown("v", 20, "v", user_id="v"))
     store.log_slate(shown("3", 20, "d"))
     store.log_slate(shown("4", 5, "e"))
+    assert store.shown_items("u", 0, 99, but="3") == ["e", "c", "a", "b"]
     store.log_slate(shown("w", 30, "w", user_id="w"))
     assert store.shown_items("u", 10, 99) == ["d", "c", "a", "b"]
     store.flush()
@@ -41,6 +42,7 @@ def test_shown_items_are_found_newest_first_also_those_that_wait(
     assert store.shown_items("u", 11, 99) == ["d", "c", "a"]
     assert store.shown_items("u", 0, 99) == ["d", "c", "a", "b", "e"]
     assert store.shown_items("u", 0, 2) == ["d", "c"]
+    assert store.shown_items("u", 0, 99, but="2") == ["d", "a", "b", "e"]
     assert store.shown_items("u", 21, 99) == store.shown_items("unknown", 0, 99) == []
     for module in ("deferred", "sql", "redis.store"):
         monkeypatch.setattr(f"serve.stores.{module}.MOST_SLATES", 2)

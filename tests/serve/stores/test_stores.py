@@ -176,6 +176,14 @@ def test_the_longest_ids_fit_every_index(store: EventStore) -> None:
     assert store.delete_user(user_id) == Deleted(1, 1)
 
 
+def test_recorded_ids_are_those_of_stored_events_of_any_user(store: EventStore) -> None:
+    store.record([user_event("1"), user_event('ü"\n', user_id="v"), user_event("3")])
+    store.delete_events("u", ["3"])
+    asked = ["1", "2", "3", 'ü"\n', *(f"none {at}" for at in range(10_000))]
+    assert store.recorded_ids(asked) == {"1", 'ü"\n'}
+    assert store.recorded_ids([]) == set()
+
+
 def test_an_event_id_counts_once(store: EventStore) -> None:
     first = user_event("1", "first")
     assert store.record([first, user_event("1", "same request")]) == [first]
