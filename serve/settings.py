@@ -89,6 +89,16 @@ class Settings:
         "STORE",
         "SQLite file with the events of all users, created when missing; or postgresql://... or redis://...",
     ] = field(default="events.sqlite", repr=False)  # a URL may hold a password
+    http: Annotated[
+        str | None,
+        "HOST:PORT",
+        "Where to answer HTTP with JSON, and a browser with a page, with the TLS and the tokens of the address.",
+    ] = None
+    http_origins: Annotated[
+        str | None,
+        "ORIGINS",
+        "Origins of other sites' pages that may call over HTTP, joined by commas, such as https://example.org; or *.",
+    ] = None
     provider: Annotated[
         Provider, "What runs the model. auto: CUDA where it works, else the CPU. cuda: fail without CUDA."
     ] = "auto"
@@ -176,6 +186,8 @@ class Settings:
             raise SettingsError("expected tls_cert and tls_key together, and tls_client_ca only with them")
         if self.slate_log > 1:
             raise SettingsError(f"slate_log: expected a share of 0 to 1, came {self.slate_log:g}")
+        if self.http_origins is not None and self.http is None:
+            raise SettingsError("expected http_origins only with http")
         if self.tokens is not None and self.tokens_file is not None:
             raise SettingsError("expected tokens or tokens_file, and not both")
 

@@ -1,7 +1,7 @@
 """Puts the servicer, health checking and reflection on one port."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -155,6 +155,7 @@ def create_server(
     slate_log: float = 1.0,
     slate_retention: float = 0.0,
     polling: bool | None = None,
+    also_listen: Sequence[str] = (),
     max_calls: int = MAX_CALLS,
     on_failure: Callable[[], None] = lambda: None,
 ) -> RecommenderServer:
@@ -172,6 +173,8 @@ def create_server(
         slate_log: The share of the users whose answers are logged, 0 to 1.
         slate_retention: For how many days answers stay in the log; 0: without an end.
         polling: Whether the polling thread answers Recommend itself; None: when the store is a local file.
+        also_listen: Further addresses for this process alone, such as `unix:PATH` in a folder that nobody else can
+            enter: without TLS; tokens are asked for there, too.
         max_calls: So many calls run in the pool or wait for it; further ones are RESOURCE_EXHAUSTED at once, except
             health checks.
         on_failure: Called when the polling thread fails: the server answers nothing any more and should end.
@@ -236,4 +239,10 @@ def create_server(
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflected = ReflectionServicer((*services, health.SERVICE_NAME, reflection.SERVICE_NAME))
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, server)
-    return RecommenderServer(server, gate, health_servicer, listener.bind(server), inference, services)
+    port = listener.bind(server)
+    for address in also_listen:
+        try:
+            server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise AddressError(f"cannot listen on {address}: {error}") from error
+    return RecommenderServer(server, gate, health_servicer, port, inference, services)

@@ -162,7 +162,7 @@ class Metrics:
 
     def rejected(self, reason: str, method: str) -> None:
         """One call that was turned away before it was looked at: `unauthenticated`, `permission` or `overload`; or that
-        was ended because its message did not come: `no_message`."""
+        was ended because its message did not come: `no_message`; or that came over HTTP and is no call: `http`."""
         self._rejected.labels(reason, method if method in self._methods else "unknown").inc()
 
     def failed_in_batch(self, code: str) -> None:

@@ -79,7 +79,11 @@ def test_the_image_installs_its_lock_by_hashes_and_nothing_besides() -> None:
 
 def test_compose_publishes_to_this_machine_only() -> None:
     ports = {name: service.get("ports", []) for name, service in COMPOSE["services"].items()}
-    assert ports["server"] == [f"127.0.0.1:50051:{port_of(SETTINGS['compose'].address)}"]
+    settings = SETTINGS["compose"]
+    assert ports["server"] == [
+        f"127.0.0.1:50051:{port_of(settings.address)}",
+        f"127.0.0.1:8080:{port_of(settings.http)}",
+    ]
     assert SETTINGS["compose"].allow_insecure
     assert all(port.startswith("127.0.0.1:") for published in ports.values() for port in published)
 
