@@ -66,13 +66,15 @@ format: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-# The folders of the protos stand in for serve/pb, so that the generated code imports from serve.pb.
+# The folders of the protos stand in for serve/pb, so that the generated code imports from serve.pb. The comments, which
+# code has not, are in contract.binpb, for the OpenAPI document.
 STUBS_ROOT ?= .
 stubs: .venv/installed
 	$(BIN)/python -m grpc_tools.protoc $(foreach folder,$(sort $(dir $(PROTOS))),-I$(STUBS)=$(folder)) \
 		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 		--python_out=$(STUBS_ROOT) --grpc_python_out=$(STUBS_ROOT) \
-		--mypy_out=quiet:$(STUBS_ROOT) --mypy_grpc_out=quiet:$(STUBS_ROOT) $(PROTOS)
+		--mypy_out=quiet:$(STUBS_ROOT) --mypy_grpc_out=quiet:$(STUBS_ROOT) \
+		--include_source_info --descriptor_set_out=$(STUBS_ROOT)/$(STUBS)/contract.binpb $(PROTOS)
 
 # Needs `uv` on the path; everything else needs only the lock. The image has a lock of its own, with the same versions.
 lock:

@@ -5,18 +5,27 @@
 Every RPC of the server gets random bytes, mutilated messages, messages with hostile values in every field (by its
 type: NaN, infinities, negative and huge numbers, empty and overlong and strange texts, overlong lists), wire data that
 lies about its lengths, messages beyond the size limit, odd and repeated metadata, impossible deadlines and
-cancellations, and there are calls of methods that do not exist. Each must end with an error status that blames the
-request, or with a valid answer: never INTERNAL, UNKNOWN or UNAVAILABLE. Every tenth request is a good one, in the same
-batches as the bad, and its answer must be what it was before. The server's memory is noted along the way.
+cancellations, and there are calls of methods that do not exist. With `--http` the messages are JSON, and JSON and HTTP
+are mutilated too: texts that break off, that are nested too deep, or that have numbers of thousands of digits or a name
+twice; odd headers, paths and verbs; bodies shorter than they say; connections that break off. Each request must
+end with an error status that blames the request, or with a valid answer: never INTERNAL, UNKNOWN or UNAVAILABLE. Every
+tenth request is a good one, in the same batches as the bad, and its answer must be what it was before. The server's
+memory is noted along the way.
 """
 
 import asyncio
+import contextlib
+import http.client
+import json
 import math
 import random
+import socket
 import struct
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +34,7 @@ import click
 import grpc
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.descriptor_pool import Default
+from google.protobuf.json_format import MessageToJson, Parse, ParseError
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
@@ -40,6 +50,7 @@ from serve.pb.recommender_pb2 import (
 from tests.serve.process import running_server
 
 CALLERS = 64
+HTTP_CALLERS = 16
 GOOD_EVERY = 10
 DEADLINE_S = 60.0
 GOOD_USER = "hostile-test-good-user"
@@ -98,6 +109,46 @@ RANGES = {
 }
 
 
+JSON_TEXTS = [
+    b"",
+    b"null",
+    b"[]",
+    b'"x"',
+    b"1",
+    b"[" * 5_000,
+    b'{"history":' * 5_000,
+    b'{"k": ' + b"9" * 5_000 + b"}",
+    b'{"k": 1e400}',
+    b'{"k": NaN}',
+    b'{"k": -Infinity}',
+    b'{"k": 1, "k": 2}',
+    b'{"userId": "\\ud800"}',
+    b'{"userId": "\xff"}',
+    b'\xef\xbb\xbf{"userId": "u"}',
+    b'{"userId": null}',
+    b'{"userId": {"a": 1}}',
+    b'{"no such field": 1}',
+    b'{"history": {"events": [null]}}',
+    b'{"filter": {"anyTags": "Comedy"}}',
+    b"{" + b" " * 100_000 + b"}",
+    b'{"@type": "x"}',
+]
+VERBS = ["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE"]
+PATHS = [
+    *("/", "/healthz", "/openapi.json", "/v2", "/v2/health/ready", "/v2/models/jaxrec", "/v2/models/%00/ready"),
+    *("/../../etc/passwd", "//", "/%ff", "/v2/models/" + "x" * 5_000, "/jaxrec.v1.Recommender/", "/a?b=c&d", "/;"),
+]
+HTTP_HEADERS = [
+    *(("content-type", "text/plain"), ("content-type", ""), ("content-type", "application/proto")),
+    *(("content-encoding", "gzip"), ("connect-timeout-ms", "-1"), ("connect-timeout-ms", "1")),
+    *(("connect-protocol-version", "9"), ("authorization", "Bearer nobody-asked-for-it"), ("x-request-id", "x" * 1000)),
+    *(("traceparent", "00-zz-1"), ("expect", "100-continue"), ("upgrade", "h2c"), ("te", "trailers")),
+    *(("host", "example.org"), ("x-many", "y" * 3000), ("accept", "\x01"), ("range", "bytes=0-1")),
+]
+# By what an HTTP client may be told of a bad request, 503 and other fives aside.
+BLAMES_THE_HTTP_REQUEST = {400, 404, 405, 408, 413, 415, 421, 429, 431, 499, 501, 504}
+
+
 class Attack(NamedTuple):
     """One hostile call."""
 
@@ -106,6 +157,18 @@ class Attack(NamedTuple):
     metadata: tuple[tuple[str, str | bytes], ...] = ()
     timeout_s: float = DEADLINE_S
     cancelled: bool = False
+
+
+@dataclass(frozen=True)
+class HttpAttack:
+    """One hostile request."""
+
+    verb: str
+    path: str
+    body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
+    raw: bytes = b""
+    """Sent as it is in place of all of it, and the connection ended."""
 
 
 @dataclass
@@ -149,6 +212,29 @@ class Attacker:
             chance.choice([1e-6, 1e-3]) if 0.55 < kind < 0.57 else DEADLINE_S,
             cancelled=0.57 < kind < 0.59,
         )
+
+    def http_attack(self) -> HttpAttack:
+        chance = self._random
+        service = chance.choice(SERVICES)
+        method = chance.choice(service.methods)
+        path = f"/{service.full_name}/{method.name}"
+        message = self._message(_class_of(method.input_type.full_name))
+        text = MessageToJson(message, indent=None, ensure_ascii=chance.random() < 0.5).encode("utf-8", "surrogatepass")
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
+        whole = head + f"Content-Length: {len(text) + chance.choice([0, 5])}\r\n\r\n".encode() + text
+        headers = tuple(chance.choices(HTTP_HEADERS, k=chance.choice([1, 2, 5])))
+        attacks = {
+            HttpAttack("POST", path, text): 35,
+            HttpAttack("POST", path, self._mutilated(text)): 20,
+            HttpAttack("POST", path, chance.randbytes(chance.choice([0, 1, 5, 50, 500]))): 10,
+            HttpAttack("POST", path, chance.choice(JSON_TEXTS)): 10,
+            HttpAttack("POST", path, text, headers): 10,
+            HttpAttack("POST", "/v2/models/jaxrec/infer", text): 5,
+            HttpAttack(chance.choice(VERBS), chance.choice([path, *PATHS]), text): 5,
+            HttpAttack("", path, b"", raw=self._mutilated(whole)): 3,
+            HttpAttack("", path, b"", raw=whole[: chance.randrange(len(whole))]): 2,
+        }
+        return chance.choices(list(attacks), list(attacks.values()))[0]
 
     def _message(self, kind: type[Message], depth: int = 0) -> Message:
         """Every field is left out, or filled with what its type can hold at worst, or with something plausible."""
@@ -380,20 +466,137 @@ async def _attack(
     return outcome
 
 
+def attack_http(
+    address: str,
+    url: str,
+    process_id: int,
+    item_ids: Sequence[str],
+    requests: int,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """As `attack_server`, over HTTP; the good requests too."""
+    port = int(url.rpartition(":")[2])
+    good = good_requests(item_ids)
+    with RecommenderClient(address, DEADLINE_S) as client:
+        client.record_events(
+            UserEvent(event_id=f"hostile-test-{at}", user_id=GOOD_USER, item_id=item_ids[at], timestamp=at)
+            for at in range(1, 11)
+        )
+        expected = client.batch_recommend(good)
+    attacker, outcome, lock = Attacker(sorted(item_ids), seed), Outcome(), threading.Lock()
+    outcome.memory_mb.append(resident_mb(process_id))
+    numbers = iter(range(1, requests + 1))
+
+    def caller() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
+        while len(outcome.broken) < 20:
+            with lock:
+                number = next(numbers, None)
+                attack = attacker.http_attack()
+            if number is None:
+                break
+            if number % GOOD_EVERY == 0:
+                at = (number // GOOD_EVERY) % len(good)
+                outcome.good += 1
+                flaw = _asked_over_http(connection, good[at], expected[at])
+            else:
+                outcome.hostile += 1
+                status, flaw = _attacked_over_http(connection, port, attack)
+                outcome.statuses[status] += 1
+            if flaw:
+                outcome.broken.append(flaw)
+            if number % max(1, requests // 10) == 0:
+                outcome.memory_mb.append(resident_mb(process_id))
+                progress(f"{number} requests, {outcome.memory_mb[-1]:.0f} MB, {len(outcome.broken)} broken")
+        connection.close()
+
+    with ThreadPoolExecutor(HTTP_CALLERS) as pool:
+        for ended in [pool.submit(caller) for _ in range(HTTP_CALLERS)]:
+            ended.result()
+    return outcome
+
+
+def _asked_over_http(
+    connection: http.client.HTTPConnection, request: RecommendRequest, expected: RecommendResponse
+) -> str:
+    """What is wrong with the answer to a good request; empty: nothing."""
+    try:
+        connection.request("POST", RECOMMEND, MessageToJson(request), {"content-type": "application/json"})
+        answer = connection.getresponse()
+        body = answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        connection.close()
+        return f"{error!r} for a good request"
+    if answer.status != 200:
+        return f"{answer.status} for a good request: {body[:200]!r}"
+    same = same_answer(Parse(body, RecommendResponse()), expected)
+    return "" if same else f"another answer to {request}"
+
+
+def _attacked_over_http(connection: http.client.HTTPConnection, port: int, attack: HttpAttack) -> tuple[str, str]:
+    """The status, and what is wrong with it."""
+    if attack.raw:
+        with socket.create_connection(("127.0.0.1", port), DEADLINE_S) as opened, contextlib.suppress(OSError):
+            opened.sendall(attack.raw)
+            opened.shutdown(socket.SHUT_WR)
+            while opened.recv(2**16):
+                pass
+        return "cut off", ""
+    try:
+        connection.putrequest(attack.verb, attack.path, skip_host=any(name == "host" for name, _ in attack.headers))
+        for name, value in (("content-type", "application/json"), ("content-length", str(len(attack.body)))):
+            if name not in dict(attack.headers):
+                connection.putheader(name, value)
+        for name, value in attack.headers:
+            connection.putheader(name, value)
+        connection.endheaders(attack.body)
+        answer = connection.getresponse()
+        body = answer.read()
+    except (OSError, http.client.HTTPException):
+        # The server may end the connection of what is not HTTP; whether it lives, the good requests tell.
+        connection.close()
+        return "ended", ""
+    return str(answer.status), _flaw(attack, answer.status, body)
+
+
+def _flaw(attack: HttpAttack, status: int, body: bytes) -> str:
+    if attack.path.endswith("/ready") and status == 503:
+        return ""  # of a model that there is not
+    if status == 200:
+        encoded = ("content-type", "application/proto") in attack.headers
+        if attack.path == RECOMMEND and attack.verb == "POST" and not encoded:
+            try:
+                Parse(body, RecommendResponse())
+            except ParseError:
+                return f"no valid answer to {attack}"
+        return ""
+    if status not in BLAMES_THE_HTTP_REQUEST:
+        return f"{status} {body[:200]!r} for {attack}"
+    if attack.verb == "HEAD" or body == b"Invalid HTTP request received.":
+        return ""
+    said = json.loads(body).keys()
+    return "" if {"code", "message"} <= said or "error" in said else f"{body[:200]!r} is no error, for {attack}"
+
+
 @click.command()
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--requests", type=click.IntRange(1), default=200_000, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-def main(model: Path, requests: int, seed: int) -> None:
+@click.option("--http", "over_http", is_flag=True, help="Over HTTP, not over gRPC.")
+def main(model: Path, requests: int, seed: int, over_http: bool) -> None:
     """Attack the server on the model directory MODEL."""
     from serve.model.directory import read_artifact
 
     item_ids = read_artifact(model).catalog.item_ids[1:]
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w") as log:
-        with running_server(model, Path(folder) / "events.sqlite", stderr=log) as server:
-            outcome = attack_server(
-                server.address, server.process.pid, item_ids, requests, seed, lambda line: click.echo(line, err=True)
-            )
+        options = ("--http", "127.0.0.1:0") if over_http else ()
+        with running_server(model, Path(folder) / "events.sqlite", options=options, stderr=log) as server:
+            rest = (server.process.pid, item_ids, requests, seed, lambda line: click.echo(line, err=True))
+            if over_http:
+                outcome = attack_http(server.address, server.line.split(" and ")[1].split(" ")[0], *rest)
+            else:
+                outcome = attack_server(server.address, *rest)
             alive = server.process.poll() is None
         errors = (Path(folder) / "log").read_text(encoding="utf-8").count('"level": "ERROR"')
     click.echo(f"{outcome.hostile} hostile and {outcome.good} good requests, seed {seed}; the server lives: {alive}")

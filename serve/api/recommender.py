@@ -24,6 +24,7 @@ from serve.api.items import decode_items, encode_item, encode_items
 from serve.api.pages import DEFAULT_PAGE_SIZE, checked_page_size, decode_item_page_token, decode_page_token
 from serve.api.rules import DEFAULT_K, MAX_DELETED_EVENTS, MAX_UPSERTED_ITEMS, check_id, checked_count, checked_ids
 from serve.api.service import Recommendation, RecommenderService
+from serve.api.trending import answer_trending
 from serve.model.recommender import Query
 from serve.pb import recommender_pb2 as pb
 from serve.pb import recommender_pb2_grpc
@@ -63,9 +64,13 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         return loaded, lambda: self._encoded(request, answer())
 
     def is_slow(self, request: pb.RecommendRequest) -> bool:
-        """Whether a request needs reasons, what was recommended lately, a history as of an earlier time, or the stored
-        one with events that are sent along: up to 17 rows for the model, and reads of the store."""
-        if request.explain or request.not_shown_within > 0 or (request.user_id and request.HasField("history")):
+        """Whether a request needs reasons, the candidates of rules or of the server's own re-ranker, what was
+        recommended lately, a history as of an earlier time, or the stored one with events that are sent along: many
+        rows for the model, and reads of the store."""
+        both = request.user_id and request.HasField("history")
+        if request.explain or request.HasField("rules") or request.not_shown_within > 0 or both:
+            return True
+        if self._loaded(request).has_reranker:
             return True
         if not (request.user_id and request.HasField("request_time")):
             return False
@@ -178,6 +183,11 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         found.raise_any()
         ranking = model.similar(request.item_id, k, live, request.exclude_item_ids, item_filter)
         response = encode_similar(ranking, model, live, request.view)
+        check_answer("k", response)
+        return response
+
+    def Trending(self, request: pb.TrendingRequest, context: Context) -> pb.TrendingResponse:
+        response = answer_trending(request, self._models.version("").model)
         check_answer("k", response)
         return response
 

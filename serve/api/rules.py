@@ -38,6 +38,8 @@ MAX_ITEM_BYTES = 4_096
 """Of an item as a message. 1,000 items are within the 4 MiB that clients take by default."""
 MAX_BATCH_METADATA = 1_000
 """Items of a batch that come with their metadata: as many as one answer has."""
+MAX_BATCH_RULED = 1_000
+"""Items of a batch that come by rules: as many as one answer has. To choose so many takes some tenths of a second."""
 MAX_ANSWER_BYTES = 4 * 2**20
 """More is not taken by clients by default."""
 MAX_AVAILABILITY_TIME = 253_402_300_799
@@ -53,6 +55,10 @@ MAX_NOT_SHOWN_ANSWERS = MOST_SLATES
 MAX_NOT_SHOWN_ITEMS = 10_000
 MAX_BATCH = 256
 MAX_BATCH_ITEMS = 10_000
+MAX_BOOSTS = 100
+MAX_PINS = 20
+MAX_RULE_TAGS = 10
+"""Different tags in the boosts and pins of a request: for each the model ranks its items."""
 MAX_BATCH_EVENTS = 100_000
 # Characters; `jaxrec prepare` has the same limit. As UTF-8 at most 2,048 bytes: an entry of PostgreSQL's indexes of ids
 # (a user with time and arrival, or with a model's version) must stay below 2,704. SQLite and Redis have no such limit.

@@ -261,6 +261,8 @@ class RecommenderService:
             "not_shown_within": query.not_shown_within,
             "history": query.events and query.user_id is not None,
             "catalogue": withheld is None,
+            "rules": query.rules is not None,
+            "reranker": loaded.reranks(query),
         }
         self._store.log_slate(
             Slate(

@@ -8,15 +8,24 @@ import click
 from click.core import ParameterSource
 
 from serve.cli.connecting import Connecting, connected, connection_options, table
-from serve.client import Event, ItemFilter, RecommenderClient
+from serve.client import AppliedRule, Boost, Event, ItemFilter, Pin, RecommenderClient, Rules, TrendWindow
 from serve.pb.recommender_pb2 import RecommendResponse
 
 DAY_S = 86_400
 
 
+WINDOWS = {
+    "hour": TrendWindow.TREND_WINDOW_HOUR,
+    "six-hours": TrendWindow.TREND_WINDOW_SIX_HOURS,
+    "day": TrendWindow.TREND_WINDOW_DAY,
+    "week": TrendWindow.TREND_WINDOW_WEEK,
+    "month": TrendWindow.TREND_WINDOW_MONTH,
+}
 FILTERS = ("exclude", "allow", "any_tag", "all_tag", "no_tag", "minimum_score")
-"""Options of recommendations and of similar items."""
-OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why", "request_id")
+"""Options of recommendations, of similar items and of what is popular now."""
+RULES = ("diversity", "max_per_tag", "boost", "boost_tag", "pin", "pin_tag")
+"""Options that are rules after the model."""
+OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why", "request_id", *RULES)
 
 
 @click.command("ask")
@@ -30,6 +39,11 @@ OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why", "request_i
     " With --user they are added to the stored events, for this answer only.",
 )
 @click.option("--similar", "similar_to", metavar="ITEM", help="Show items similar to this one.")
+@click.option(
+    "--trending",
+    type=click.Choice(list(WINDOWS)),
+    help="Show what is popular now. Events lose half of their weight in this time.",
+)
 @click.option("--profile", "profile_of", metavar="ID", help="Show what is stored of a user.")
 @click.option("--events", "events_of", metavar="ID", help="Show the last events of a user, of all types.")
 @click.option("--k", type=click.IntRange(1, 1000), default=10, show_default=True, help="Number of lines.")
@@ -52,6 +66,12 @@ OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why", "request_i
     metavar="SECONDS",
     help="With --user: leave out what was recommended lately.",
 )
+@click.option("--diversity", type=float, default=0.0, help="Weight of being unlike the items above, 0 to 1.")
+@click.option("--max-per-tag", type=int, default=0, help="Most items with the same tag.")
+@click.option("--boost", multiple=True, metavar="ITEM=FACTOR", help="Multiply the item's weight, by .01 to 100.")
+@click.option("--boost-tag", multiple=True, metavar="TAG=FACTOR", help="Multiply the weight of all items with the tag.")
+@click.option("--pin", multiple=True, metavar="ITEM=PLACE", help="Put the item at this place; 1 is the first.")
+@click.option("--pin-tag", multiple=True, metavar="TAG=PLACE", help="Put the best item with the tag at this place.")
 @click.option("--why", is_flag=True, help="Say why each item is recommended.")
 @click.option("--request-id", default="", metavar="ID", help="Repeated with the same id, the server logs one answer.")
 @click.option(
@@ -67,6 +87,7 @@ def command(
     user: str | None,
     watched: tuple[str, ...],
     similar_to: str | None,
+    trending: str | None,
     profile_of: str | None,
     events_of: str | None,
     k: int,
@@ -82,31 +103,35 @@ def command(
     why: bool,
     request_id: str,
     model_version: str,
+    **ruled: Any,
 ) -> None:
     """Ask a running server and print its answer as a table: recommendations, similar items, a user's profile or
-    events, or, without a question, which model answers."""
-    recommending = user is not None or bool(watched)
-    if sum((recommending, *(one is not None for one in (similar_to, profile_of, events_of)))) > 1:
-        raise click.UsageError("expected one of --user or --watched, --similar, --profile and --events")
-    if profile_of is not None or events_of is not None:
+    events, what is popular now, or, without a question, which model answers."""
+    recommending, others = user is not None or bool(watched), (similar_to, trending, profile_of, events_of)
+    if sum((recommending, *(one is not None for one in others))) > 1:
+        raise click.UsageError("expected one of --user or --watched, --similar, --trending, --profile and --events")
+    if any(one is not None for one in (trending, profile_of, events_of)):
         _refuse(context, ["model_version"], "--user, --watched, --similar or nothing")
     if not recommending:
         _refuse(context, OF_RECOMMENDATIONS, "--user or --watched")
-        if similar_to is None:
-            _refuse(context, FILTERS, "--user, --watched or --similar")
+        if similar_to is None and trending is None:
+            _refuse(context, FILTERS, "--user, --watched, --similar or --trending")
     allow_seen = None if seen is None else seen == "allow"
     with connected(connection) as client:
         allowed = ItemFilter(
             allow_item_ids=allow, any_tags=any_tag, all_tags=all_tag, none_tags=no_tag, minimum_score=minimum_score
         )
         asked: dict[str, Any] = {"exclude_item_ids": exclude, "filter": allowed, "k": k}
-        asked["model_version"] = model_version
+        if trending is None:
+            asked["model_version"] = model_version
         if recommending:
             asked |= {"allow_seen": allow_seen, "new_item_slots": new_items, "explain": why}
-            asked |= {"not_shown_within": not_shown_within, "request_id": request_id}
+            asked |= {"not_shown_within": not_shown_within, "request_id": request_id, "rules": _rules(**ruled)}
             click.echo(recommendations(client, user, watched, **asked))
         elif similar_to is not None:
             click.echo(similar(client, similar_to, **asked))
+        elif trending is not None:
+            click.echo(popular(client, trending, **asked))
         elif profile_of is not None:
             click.echo(profile(client, profile_of, k))
         elif events_of is not None:
@@ -137,6 +162,37 @@ def _time(seconds: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
 
 
+def _rules(
+    diversity: float,
+    max_per_tag: int,
+    boost: Sequence[str],
+    boost_tag: Sequence[str],
+    pin: Sequence[str],
+    pin_tag: Sequence[str],
+) -> Rules:
+    """Raises ValueError."""
+    return Rules(
+        diversity=diversity,
+        max_per_tag=max_per_tag,
+        boosts=[
+            *(Boost(item_id=name, factor=float(value)) for name, value in map(_named, boost)),
+            *(Boost(tag=name, factor=float(value)) for name, value in map(_named, boost_tag)),
+        ],
+        pins=[
+            *(Pin(item_id=name, position=int(value)) for name, value in map(_named, pin)),
+            *(Pin(tag=name, position=int(value)) for name, value in map(_named, pin_tag)),
+        ],
+    )
+
+
+def _named(text: str) -> tuple[str, str]:
+    """NAME and VALUE of NAME=VALUE; raises ValueError."""
+    name, separator, value = text.rpartition("=")
+    if not separator:
+        raise ValueError(f"expected NAME=VALUE, came {text}")
+    return name, value
+
+
 def _event(text: str, timestamp: int) -> Event:
     """ITEM or ITEM=RATING; raises ValueError."""
     item_id, separator, rating = text.rpartition("=")
@@ -146,16 +202,23 @@ def _event(text: str, timestamp: int) -> Event:
 
 
 def _answer(answer: RecommendResponse, why: bool) -> str:
+    ruled = any(one.applied for one in answer.recommendations)
     rows = [
         [str(rank), one.item_id, one.title, ", ".join(one.genres), f"{one.score:.3f}"]
+        + ([", ".join(map(_rule, one.applied))] if ruled else [])
         + ([one.explanation.text] if why else [])
         for rank, one in enumerate(answer.recommendations, start=1)
     ]
-    lines = [table(["", "item", "title", "genres", "score", *(["why"] if why else [])], rows)]
+    more = [*(["rules"] if ruled else []), *(["why"] if why else [])]
+    lines = [table(["", "item", "title", "genres", "score", *more], rows)]
     lines.append(f"\npolicy {answer.policy}, model {answer.model_version}, recommendation {answer.recommendation_id}")
     if answer.ignored_event_count:
         lines.append(f"{answer.ignored_event_count} events on items that the model does not know were left out")
     return "\n".join(lines)
+
+
+def _rule(applied: "AppliedRule.ValueType") -> str:
+    return AppliedRule.Name(applied).removeprefix("APPLIED_RULE_").lower().replace("_", " ")
 
 
 def similar(client: RecommenderClient, item_id: str, **asked: Any) -> str:
@@ -165,6 +228,15 @@ def similar(client: RecommenderClient, item_id: str, **asked: Any) -> str:
         for rank, one in enumerate(client.similar_items(item_id, **asked).items, start=1)
     ]
     return table(["", "item", "title", "genres", "similarity"], rows)
+
+
+def popular(client: RecommenderClient, window: str, **asked: Any) -> str:
+    """What is popular now; `asked`: what else `RecommenderClient.trending` is given."""
+    rows = [
+        [str(rank), one.item_id, one.title, ", ".join(one.genres), f"{one.count:.2f}"]
+        for rank, one in enumerate(client.trending(window=WINDOWS[window], **asked).items, start=1)
+    ]
+    return table(["", "item", "title", "genres", "events"], rows)
 
 
 def profile(client: RecommenderClient, user_id: str, k: int) -> str:

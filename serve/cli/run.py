@@ -1,10 +1,12 @@
 """`python -m serve run`: a server from its settings to its end."""
 
+import dataclasses
 import gc
 import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,10 @@ from serve.settings import Settings, SettingsError, read_settings
 
 if TYPE_CHECKING:
     from serve.front.server import Listener
+    from serve.http.server import HttpServer
+    from serve.model.recommender import Recommender
+    from serve.observability.metrics import Metrics
+    from serve.serving.reranker import Reranker
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +41,8 @@ def command(file: Path | None, **options: Any) -> None:
     """Answer gRPC calls with the model directory MODEL, or the newest of the model directories in it, until SIGTERM
     or SIGINT.
 
-    Prints `serving MODEL_VERSION on HOST:PORT (provider NAME, search WAY)` when it is ready. After SIGTERM or SIGINT it
+    Prints `serving MODEL_VERSION on HOST:PORT (provider NAME, search WAY)` when it is ready, with `--http` also
+    ` and http://HOST:PORT` after the first address. After SIGTERM or SIGINT it
     finishes the calls under way, accepts no new ones, and exits with 0; after a failure of its own, with 1.
     """
     try:
@@ -56,33 +63,34 @@ def serve(settings: Settings) -> None:
     from serve.model.manifest import ArtifactError
     from serve.observability.metrics import Metrics
     from serve.serving.loading import ModelLoader, open_models
+    from serve.serving.reranker import RerankerError
     from serve.serving.sweeper import SlatePruner
     from serve.stores import open_store
     from serve.stores.base import StoreError
 
     _start_logging(settings)
-    stopped, failed = threading.Event(), threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
-
-    def fail() -> None:
-        failed.set()
-        stopped.set()
-
+    stopped, failed, fail = _reasons_to_stop()
     try:
         listener, metrics = _listener(settings), Metrics()
+        http = _http(settings, listener, metrics, fail)
         event_types = BUILT_IN if settings.event_types is None else read_event_types(settings.event_types)
         exploration = Exploration(settings.explore) if settings.explore else None
-        with open_store(settings.store) as events, ExitStack() as stack:
-            if settings.slate_retention:
-                stack.callback(SlatePruner(events, settings.slate_retention).close)
-            loader = ModelLoader(events, metrics, settings.provider, settings.threads, settings.search, exploration)
-            with open_models(
-                *(settings.model, loader),
-                watch_s=settings.watch,
-                trend_refresh_s=settings.trend_refresh_s,
-                load_now=False,
-            ) as models:
+        reranker = _reranker(settings, metrics)
+        with open_store(settings.store) as events:
+            loader = ModelLoader(
+                *(events, metrics, settings.provider, settings.threads, settings.search, exploration, reranker)
+            )
+            with (
+                open_models(
+                    *(settings.model, loader),
+                    watch_s=settings.watch,
+                    trend_refresh_s=settings.trend_refresh_s,
+                    load_now=False,
+                ) as models,
+                ExitStack() as stack,
+            ):
+                if settings.slate_retention:
+                    stack.callback(SlatePruner(events, settings.slate_retention).close)
                 # Libraries stay: without them a full collection takes microseconds, not tens of milliseconds.
                 gc.collect()
                 gc.freeze()
@@ -93,29 +101,56 @@ def serve(settings: Settings) -> None:
                     slate_log=settings.slate_log,
                     slate_retention=settings.slate_retention,
                     log_calls=settings.log_calls,
+                    also_listen=() if http is None else (http.grpc_address,),
                     connection_age_s=settings.connection_age,
                     on_failure=fail,
                 )
                 exposed = settings.allow_insecure or settings.allow_insecure_metrics
-                stop_metrics = None if settings.metrics is None else metrics.serve(settings.metrics, exposed)
+                if settings.metrics is not None:
+                    stack.callback(metrics.serve(settings.metrics, exposed))
                 # Open from here on, so that health checks see a server that is not ready, and not none.
                 server.listen()
+                if http is not None:
+                    http.start()
+                    stack.callback(http.close)
                 models.open()
                 # A server that was stopped meanwhile must not attract calls.
                 if not stopped.is_set():
                     server.start()
-                    main = models.version("").model
-                    how = f"{main.provider}, search {main.engine.search_by}"
                     where = listener.at(server.port)
-                    click.echo(f"serving {main.info.model_version} on {where} (provider {how})")
+                    click.echo(_said(models.version("").model, where if http is None else f"{where} and {http.url}"))
                     stopped.wait()
                 if not server.finish_calls(settings.drain):
                     logger.warning("calls were still under way after %g s, and are cut off", settings.drain)
-                if callable(stop_metrics):
-                    stop_metrics()
-    except (AddressError, ArtifactError, EventTypesError, ProviderError, SecurityError, StoreError) as error:
+    except (
+        AddressError,
+        ArtifactError,
+        EventTypesError,
+        ProviderError,
+        RerankerError,
+        SecurityError,
+        StoreError,
+    ) as error:
         raise click.ClickException(str(error)) from error
     leave_process(int(failed.is_set()))
+
+
+def _reasons_to_stop() -> tuple[threading.Event, threading.Event, Callable[[], None]]:
+    """What is set by a signal or a failure, what is set by a failure alone, and what a failure calls."""
+    stopped, failed = threading.Event(), threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+
+    def fail() -> None:
+        failed.set()
+        stopped.set()
+
+    return stopped, failed, fail
+
+
+def _said(model: "Recommender", where: str) -> str:
+    how = f"{model.provider}, search {model.engine.search_by}"
+    return f"serving {model.info.model_version} on {where} (provider {how})"
 
 
 def _start_logging(settings: Settings) -> None:
@@ -123,6 +158,15 @@ def _start_logging(settings: Settings) -> None:
 
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     start_logging(JsonFormatter() if settings.log_format == "json" else text)
+
+
+def _reranker(settings: Settings, metrics: "Metrics") -> "Reranker | None":
+    """The server's own re-ranker, if it has one; raises RerankerError."""
+    from serve.serving.reranker import Reranker, load_reranker
+
+    if settings.reranker is None:
+        return None
+    return Reranker(load_reranker(settings.reranker), settings.reranker_timeout_s, metrics.reranked)
 
 
 def _listener(settings: Settings) -> "Listener":
@@ -139,3 +183,15 @@ def _listener(settings: Settings) -> "Listener":
     if settings.tls_cert is not None and settings.tls_key is not None:
         tls = Tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     return Listener(settings.address, tls, tokens, settings.allow_insecure, settings.shared_port)
+
+
+def _http(
+    settings: Settings, listener: "Listener", metrics: "Metrics", fail: Callable[[], None]
+) -> "HttpServer | None":
+    """The HTTP door, for the same callers; raises AddressError and SecurityError."""
+    if settings.http is None:
+        return None
+    from serve.http.server import HttpServer
+
+    origins = [] if settings.http_origins is None else [one.strip() for one in settings.http_origins.split(",")]
+    return HttpServer(dataclasses.replace(listener, address=settings.http), metrics, origins, fail)

@@ -17,17 +17,34 @@ from serve.client.aio import AsyncRecommenderClient
 from serve.client.connection import Connection
 from serve.client.requests import recommend_request
 from serve.client.sync import RecommenderClient
-from serve.pb.recommender_pb2 import Event, Impression, Item, ItemFilter, Status, UserEvent
+from serve.pb.recommender_pb2 import (
+    AppliedRule,
+    Boost,
+    Event,
+    Impression,
+    Item,
+    ItemFilter,
+    Pin,
+    Rules,
+    Status,
+    TrendWindow,
+    UserEvent,
+)
 
 __all__ = [
+    "AppliedRule",
     "AsyncRecommenderClient",
+    "Boost",
     "Connection",
     "Event",
     "Impression",
     "Item",
     "ItemFilter",
+    "Pin",
     "RecommenderClient",
+    "Rules",
     "Status",
+    "TrendWindow",
     "UserEvent",
     "recommend_request",
 ]

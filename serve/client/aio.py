@@ -25,6 +25,7 @@ from serve.pb.recommender_pb2 import (
     RecordImpressionsResponse,
     SimilarItemsResponse,
     Status,
+    TrendingResponse,
     UpsertItemsResponse,
 )
 
@@ -45,6 +46,7 @@ class AsyncRecommenderClient(
         Awaitable[DeleteItemsResponse],
         Awaitable[GetItemResponse],
         Awaitable[ListItemsResponse],
+        Awaitable[TrendingResponse],
     ]
 ):
     """As `RecommenderClient`, with every call awaited. Close it, or use `async with`."""

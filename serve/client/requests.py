@@ -28,9 +28,12 @@ from serve.pb.recommender_pb2 import (
     RecommendResponse,
     RecordEventsRequest,
     RecordImpressionsRequest,
+    Rules,
     Seen,
     SimilarItemsRequest,
     Status,
+    TrendingRequest,
+    TrendWindow,
     UpsertItemsRequest,
     UserEvent,
     View,
@@ -46,6 +49,7 @@ Recorded = TypeVar("Recorded")
 Profile = TypeVar("Profile")
 Deleted = TypeVar("Deleted")
 Similar = TypeVar("Similar")
+Trended = TypeVar("Trended")
 Info = TypeVar("Info")
 Listed = TypeVar("Listed")
 DeletedEvents = TypeVar("DeletedEvents")
@@ -73,6 +77,7 @@ def recommend_request(
     bucket_key: str = "",
     model_version: str = "",
     request_id: str = "",
+    rules: Rules | None = None,
 ) -> RecommendRequest:
     """The message for one question.
 
@@ -92,6 +97,7 @@ def recommend_request(
         bucket_key: Without `user_id`: which model version answers, as for a user with this id; "": the main one.
         model_version: The model version that is to answer; "": that of the user or of `bucket_key`.
         request_id: Repeated calls with the same id are one entry of the server's log; "": each call is one.
+        rules: What is done to the answer after the model; None: nothing.
 
     Raises:
         ValueError: None of `user_id` and `history` is given.
@@ -111,6 +117,7 @@ def recommend_request(
         bucket_key=bucket_key,
         model_version=model_version,
         request_id=request_id,
+        rules=rules,
     )
     if user_id is not None:
         request.user_id = user_id
@@ -136,6 +143,7 @@ class Requests(
         DeletedItems,
         GotItem,
         ListedItems,
+        Trended,
     ],
 ):
     """A connection to one server. The types are those of the answers, or of what is awaited for them."""
@@ -175,6 +183,7 @@ class Requests(
         bucket_key: str = "",
         model_version: str = "",
         request_id: str = "",
+        rules: Rules | None = None,
     ) -> Recommended:
         """The best `k` items for a stored user or for a history; arguments and errors as of `recommend_request`."""
         request = recommend_request(
@@ -192,6 +201,7 @@ class Requests(
             bucket_key=bucket_key,
             model_version=model_version,
             request_id=request_id,
+            rules=rules,
         )
         return self._call(self._stub.Recommend, request)
 
@@ -250,6 +260,22 @@ class Requests(
             model_version=model_version,
         )
         return self._call(self._stub.SimilarItems, request)
+
+    def trending(
+        self,
+        k: int = 10,
+        window: "TrendWindow.ValueType" = TrendWindow.TREND_WINDOW_DAY,
+        exclude_item_ids: Iterable[str] = (),
+        filter: ItemFilter | None = None,
+        view: ViewName = "basic",
+    ) -> Trended:
+        """The `k` items (1 to 1000) that most users interact with now, without those of `exclude_item_ids`, of those
+        that `filter` allows (None: of all), if asked for with their metadata. An event loses half of its weight in a
+        `window`."""
+        request = TrendingRequest(
+            k=k, window=window, exclude_item_ids=exclude_item_ids, filter=filter, view=VIEWS[view]
+        )
+        return self._call(self._stub.Trending, request)
 
     def upsert_items(self, items: Iterable[Item]) -> Upserted:
         """Stores items, at most 1,000; they are on the server's disk when the answer comes. Each replaces the one with

@@ -21,6 +21,7 @@ from serve.pb.recommender_pb2 import (
     RecordImpressionsResponse,
     SimilarItemsResponse,
     Status,
+    TrendingResponse,
     UpsertItemsResponse,
 )
 
@@ -41,6 +42,7 @@ class RecommenderClient(
         DeleteItemsResponse,
         GetItemResponse,
         ListItemsResponse,
+        TrendingResponse,
     ]
 ):
     """A connection to one server, to be shared between threads. Close it, or use it in a `with` statement.

@@ -23,7 +23,7 @@ SHORTEST_TOKEN = 16
 METHODS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "jaxrec.v1.Recommender": {
         "read": (
-            *("Recommend", "BatchRecommend", "SimilarItems", "GetUserProfile", "ListEvents"),
+            *("Recommend", "BatchRecommend", "SimilarItems", "Trending", "GetUserProfile", "ListEvents"),
             *("GetItem", "ListItems", "GetModelInfo"),
         ),
         "write": ("RecordEvents", "RecordImpressions"),

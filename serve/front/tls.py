@@ -22,12 +22,12 @@ class Tls:
 
     def credentials(self) -> grpc.ServerCredentials:
         """Reads the files, and again for each new connection once they changed; raises SecurityError."""
-        read = self._contents()
+        read = self.contents()
         last = [read]
 
         def changed() -> Any:
             try:
-                contents = self._contents()
+                contents = self.contents()
             except SecurityError as error:
                 logger.error("the certificate stays as it was: %s", error)
                 return None
@@ -41,7 +41,8 @@ class Tls:
             _configuration(read), changed, require_client_authentication=self.client_ca is not None
         )
 
-    def _contents(self) -> tuple[bytes, bytes, bytes | None]:
+    def contents(self) -> tuple[bytes, bytes, bytes | None]:
+        """Certificate, key and authorities of clients as they are now; raises SecurityError."""
         client_ca = None if self.client_ca is None else _pem(self.client_ca, b"CERTIFICATE")
         return _pem(self.certificate, b"CERTIFICATE"), _pem(self.key, b"PRIVATE KEY"), client_ca
 

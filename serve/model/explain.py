@@ -88,10 +88,22 @@ def _shared_genres(item: int, other: int, catalog: Catalog) -> tuple[str, ...]:
     return tuple(genre for genre in catalog.genres[item] if genre in catalog.genres[other])
 
 
-def explain_popularity(items: NDArray[np.int32], catalog: Catalog) -> tuple[Explanation, ...]:
-    """Explains items that were recommended for their popularity."""
-    counts = catalog.popularity[items]
-    return tuple(Explanation((), (), f"Popular: {count} events in the training data") for count in counts)
+def explain_popularity(
+    items: NDArray[np.int32], recent: NDArray[np.float32] | None, catalog: Catalog
+) -> tuple[Explanation, ...]:
+    """Explains items that were recommended for their popularity.
+
+    Args:
+        items: `[n]`, item indices.
+        recent: `[items+1]`, the recent events that ranked them, decayed; None: none did.
+        catalog: With the events of the training data.
+    """
+    lately = [""] * len(items) if recent is None else [f"{count:.1f} recent events, " for count in recent[items]]
+    counts = catalog.popularity[items].tolist()
+    return tuple(
+        Explanation((), (), f"Popular: {of_now}{count} events in the training data")
+        for of_now, count in zip(lately, counts, strict=True)
+    )
 
 
 def _explanation(item: int, reasons: list[ExplainingEvent], catalog: Catalog) -> Explanation:

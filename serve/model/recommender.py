@@ -1,8 +1,9 @@
 """Answers questions in raw ids with one model. Knows no gRPC and keeps nothing between calls."""
 
 import heapq
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
 from typing import NamedTuple
@@ -26,14 +27,15 @@ from serve.model.events import (
 from serve.model.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
 from serve.model.features import Features, features
 from serve.model.filters import Filters, ItemFilter
-from serve.model.live_catalog import LiveCatalog, Withheld
+from serve.model.live_catalog import Item, LiveCatalog, Withheld
+from serve.model.popular import NO_OTHERS, OtherCounts, PopularItems, PopularNow, with_hour
 from serve.model.ranking.engine import Engine, Ranking
 from serve.model.ranking.live_trend import Blocked, Trend
 from serve.model.ranking.search import best_of
-from serve.model.trend import Counted
+from serve.model.rules import Applied, Rules
+from serve.model.trend import HALF_LIVES_S, Counted
 from serve.settings import Provider, SearchBy
 
-POPULARITY = "popularity"
 SORTED_AT_ONCE = 20_000
 
 
@@ -77,6 +79,8 @@ class Query(NamedTuple):
     """Of each of the events that are sent along, "" for none; empty: none has an id."""
     recommendation_id: str = ""
     """Of the answer, the same each time that the request is repeated; "": the answer gets one of its own."""
+    rules: Rules | None = None
+    """What is done after the model, by `LoadedModel`: a `Recommender` by itself applies none. None: nothing."""
     own_items: bool = False
     """Whether only the model's own items are ranked, and no added ones."""
 
@@ -88,9 +92,9 @@ class Answer:
     items: NDArray[np.int32]
     """`[n]`, item indices from 1 on; n <= k."""
     scores: NDArray[np.float32]
-    """`[n]`, logits of the model, or events in the training data for popular items."""
+    """`[n]`, logits of the model, or numbers of events for popular items."""
     policy: str
-    """What ranked the items: the model's policy or `popularity`."""
+    """What ranked the items: the model's policy, or one of `serve.model.popular.FALLBACKS`."""
     ignored_event_count: int
     """Positive events of the history on items that the model does not know."""
     explanations: tuple[Explanation, ...]
@@ -101,10 +105,13 @@ class Answer:
     """The events of the trend that ranked the items; None: no trend did."""
     disliked: Sequence[int] = ()
     """Item indices that were excluded since the user's last event on them is negative."""
+    applied: Mapping[int, tuple[Applied, ...]] = field(default_factory=dict)
+    """By item index, which rules changed the item's score or place; other items are missing."""
 
 
 class Recommender:
-    """One loaded model. Immutable but for its trend and its catalogue, and safe to share between threads."""
+    """One loaded model. Immutable but for its trend, what is popular now and its catalogue, and safe to share between
+    threads."""
 
     def __init__(
         self,
@@ -136,8 +143,13 @@ class Recommender:
         """Those of the model directory."""
         self.stored_tags: Container[str] = ()
         """Those of the items of a store, also of items that the model does not know."""
+        self.stored_items: Mapping[str, Item] = {}
+        """The items of the store by their ids, also those that the model does not know."""
         self.engine = Engine(artifact, provider, intra_op_threads, search_by)
         self.provider = self.engine.provider
+        now = int(time.time())
+        self.popular_now = PopularNow.of(artifact.catalog, with_hour(artifact.trend.at(now)), Counted(now, None))
+        """It is replaced as a whole, some time after the trend."""
         new_item_count = int(np.count_nonzero(self.catalog.new))
         self._lacks_new_vectors = artifact.index is not None and new_item_count > 0
         self.new_item_count = 0 if self._lacks_new_vectors else new_item_count
@@ -145,6 +157,7 @@ class Recommender:
         self._vectors = artifact.item_vectors
         self._lengths = _lengths(self._vectors)
         self._last_moment: _Moment | None = None
+        self._last_popular: PopularItems | None = None
 
     @property
     def catalog(self) -> Catalog:
@@ -164,12 +177,36 @@ class Recommender:
         """Those of the catalogue as of now."""
         return self.live.filters
 
+    def use_counts(self, counts: NDArray[np.float32], counted: Counted, others: OtherCounts = NO_OTHERS) -> None:
+        """From the next answer on, the trend and what is popular now are those of these counts.
+
+        Args:
+            counts: `[half-lives of stores, items+1]` float32, decayed to now; column 0 is zeros.
+            counted: The events in the counts.
+            others: Those of items that the model does not know.
+
+        Raises:
+            ValueError: As `Engine.use_counts`; then what is popular now stays as it was, too.
+        """
+        of_models, stored = len(HALF_LIVES_S), self.stored_items
+        rows = [at for at, item_id in enumerate(others.item_ids) if item_id in stored]
+        added, of_added = [others.item_ids[at] for at in rows], others.counts[rows, :of_models].T.astype(np.float32)
+        self.engine.use_counts(counts[:of_models], counted, added, of_added if rows else None)
+        self.popular_now = PopularNow.of(self.own_catalog, counts, counted, others)
+
+    def popular_in(self, live: LiveCatalog) -> PopularItems:
+        """What is popular now, with the added items of a catalogue."""
+        now, found = self.popular_now, self._last_popular
+        if found is None or found.live is not live or found.now is not now:
+            found = self._last_popular = PopularItems.of(now, live)
+        return found
+
     def recommend(self, queries: Sequence[Query]) -> list[Answer]:
         """Answers each query from its events; queries with a known event share runs of the model.
 
         Returns:
-            The answers in the order of the queries. A query without an event that the model knows gets the most popular
-            items, scored by their number of training events.
+            The answers in the order of the queries. A query without an event that the model knows gets what is popular
+            now.
         """
         # One for all: which items are new, and their scores, must be of the same counts.
         trend = self.engine.trend
@@ -329,18 +366,18 @@ class Recommender:
         """The answer, without `disliked` items and those of `unknown` that are not to be answered, to a query without a
         positive event that the model knows."""
         live = query.live or self.own_live
+        now = self.popular_in(live)
         exclude = [*self._never(query, unknown), *disliked]
         blocked = _blocked(live, query.filter, query.withheld)
-        items = live.catalog.by_popularity
+        items = now.items
         if blocked is not None:
             items = items[~blocked[items]]
         # Among the first k + len(exclude) at most len(exclude) are dropped.
         items = items[: query.k + len(exclude)]
         items = items[~np.isin(items, np.array(exclude, np.int32))][: query.k]
-        scores = live.catalog.popularity[items].astype(np.float32)
-        items, scores, *_ = _at_least(Ranking(items, scores), query.filter)
-        explanations = explain_popularity(items, live.catalog) if query.explain else ()
-        return Answer(items, scores, POPULARITY, ignored_event_count, explanations, disliked=disliked)
+        items, scores, *_ = _at_least(Ranking(items, now.scores[items]), query.filter)
+        explanations = explain_popularity(items, now.recent, live.catalog) if query.explain else ()
+        return Answer(items, scores, now.now.policy, ignored_event_count, explanations, disliked=disliked)
 
     def explain(self, query: Query, items: NDArray[np.int32]) -> tuple[Explanation, ...]:
         """Why the model recommended these items.
@@ -360,11 +397,11 @@ class Recommender:
         asked = history[-ASKED_EVENTS:]
         influences = self._influences(query, history, items) if len(history) > 1 and len(items) else None
         live = query.live or self.own_live
-        of_items = self._directions(items, live)
-        of_events = self._directions(np.array([event.item for event in asked], np.int32), live)
+        of_items = self.directions(items, live)
+        of_events = self.directions(np.array([event.item for event in asked], np.int32), live)
         return explain(items, asked, influences, np.clip(of_items @ of_events.T, -1, 1), live.catalog)
 
-    def _directions(self, items: NDArray[np.int32], live: LiveCatalog) -> NDArray[np.float32]:
+    def directions(self, items: NDArray[np.int32], live: LiveCatalog) -> NDArray[np.float32]:
         """Vectors of length 1."""
         if live.added is None:
             return self._vectors[items] / self._lengths[items, None]
@@ -441,7 +478,7 @@ class Recommender:
         item = live.catalog.index.get(item_id)
         if item is None:
             raise UnknownItem(f"the model {self.info.model_version} does not know the item {item_id!r}")
-        (direction,) = self._directions(np.array([item], np.int32), live)
+        (direction,) = self.directions(np.array([item], np.int32), live)
         cosines = self._vectors @ direction / self._lengths
         if live.added is not None:
             vectors = live.added.vectors

@@ -3,6 +3,7 @@
 An event at t counts 0.5 ** ((now - t) / half-life) at a later time, once for each half-life.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 HALF_LIVES_S = (21_600, 86_400, 259_200, 604_800, 2_592_000, 7_776_000)
 """6 hours, 1, 3, 7, 30 and 90 days. Stores keep counts for these, so models must have been trained with them."""
+COUNTED_S = (*HALF_LIVES_S, 3_600)
+"""The half-lives of the counts in stores: an hour too, which no model uses, but Trending."""
 
 
 class Counted(NamedTuple):
@@ -45,7 +48,7 @@ class TrendFiles:
         return self.counts * halved(np.array(now - self.counted_until)).astype(np.float32)[:, None]
 
 
-def halved(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+def halved(seconds: NDArray[np.float64], half_lives: Sequence[int] = HALF_LIVES_S) -> NDArray[np.float64]:
     """What is left of 1 after some time.
 
     >>> halved(np.array([0.0, 86_400.0])).tolist()[1][:2]
@@ -53,8 +56,9 @@ def halved(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
 
     Args:
         seconds: `[...]`; what is below 0 counts as 0.
+        half_lives: In seconds.
 
     Returns:
         `[..., half-lives]` float64, 0..1.
     """
-    return np.exp2(np.maximum(seconds, 0.0)[..., None] / -np.array(HALF_LIVES_S, np.float64))
+    return np.exp2(np.maximum(seconds, 0.0)[..., None] / -np.array(half_lives, np.float64))

@@ -1,8 +1,8 @@
 """Metrics for Prometheus: calls, models, and whether the traffic still resembles the training data.
 
 Shares and rates are computed by queries over counters: the share of fallback answers is
-`rate(jaxrec_answers_total{policy="popularity"}[5m]) / rate(jaxrec_answers_total[5m])`, that of unknown items
-`rate(jaxrec_events_total{known="false"}[5m]) / rate(jaxrec_events_total[5m])`, and the feedback rate
+`rate(jaxrec_answers_total{policy=~"popularity|recent_popularity"}[5m]) / rate(jaxrec_answers_total[5m])`, that of
+unknown items `rate(jaxrec_events_total{known="false"}[5m]) / rate(jaxrec_events_total[5m])`, and the feedback rate
 `rate(jaxrec_feedback_events_total[5m]) / rate(jaxrec_answers_total[5m])`.
 """
 
@@ -121,6 +121,7 @@ class Metrics:
         recorded = self._counter("recorded_events_total", "Events sent to be recorded.", ("result",))
         self._recorded, self._duplicate = recorded.labels("recorded"), recorded.labels("duplicate")
         self._feedback = self._counter("feedback_events_total", "Recorded events that refer to a recommendation.")
+        self._reranked = self._counter("reranker_calls_total", "Calls of the own re-ranker.", ("result",))
         self._coverage = Coverage()
         coverage = self._gauge("catalogue_coverage_ratio", "Share of items recommended in the last 10 to 20 minutes.")
         coverage.set_function(self._coverage.ratio)
@@ -161,7 +162,7 @@ class Metrics:
 
     def rejected(self, reason: str, method: str) -> None:
         """One call that was turned away before it was looked at: `unauthenticated`, `permission` or `overload`; or that
-        was ended because its message did not come: `no_message`."""
+        was ended because its message did not come: `no_message`; or that came over HTTP and is no call: `http`."""
         self._rejected.labels(reason, method if method in self._methods else "unknown").inc()
 
     def failed_in_batch(self, code: str) -> None:
@@ -188,6 +189,10 @@ class Metrics:
         self._recorded.inc(recorded)
         self._duplicate.inc(duplicates)
         self._feedback.inc(feedback)
+
+    def reranked(self, result: str) -> None:
+        """One answer that the own re-ranker was to order: `ok`, `failed`, `late` or `busy`."""
+        self._reranked.labels(result).inc()
 
     def reloaded(self, result: str) -> None:
         """One attempt to load a model: `loaded` or `refused`."""

@@ -78,6 +78,82 @@ VIEW_FULL: View.ValueType  # 3
 """All of VIEW_BASIC, and the metadata that UpsertItems stored."""
 Global___View: _TypeAlias = View  # noqa: Y015
 
+class _AppliedRule:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AppliedRuleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AppliedRule.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    APPLIED_RULE_UNSPECIFIED: _AppliedRule.ValueType  # 0
+    """Not used."""
+    APPLIED_RULE_BOOST: _AppliedRule.ValueType  # 1
+    """Its score was boosted."""
+    APPLIED_RULE_RERANKER: _AppliedRule.ValueType  # 2
+    """The server's own re-ranker moved it."""
+    APPLIED_RULE_DIVERSITY: _AppliedRule.ValueType  # 3
+    """Diversity moved it."""
+    APPLIED_RULE_MAX_PER_TAG: _AppliedRule.ValueType  # 4
+    """It moved up since others were left out."""
+    APPLIED_RULE_PIN: _AppliedRule.ValueType  # 5
+    """It was pinned."""
+
+class AppliedRule(_AppliedRule, metaclass=_AppliedRuleEnumTypeWrapper):
+    """What changed the place of an item after the model."""
+
+APPLIED_RULE_UNSPECIFIED: AppliedRule.ValueType  # 0
+"""Not used."""
+APPLIED_RULE_BOOST: AppliedRule.ValueType  # 1
+"""Its score was boosted."""
+APPLIED_RULE_RERANKER: AppliedRule.ValueType  # 2
+"""The server's own re-ranker moved it."""
+APPLIED_RULE_DIVERSITY: AppliedRule.ValueType  # 3
+"""Diversity moved it."""
+APPLIED_RULE_MAX_PER_TAG: AppliedRule.ValueType  # 4
+"""It moved up since others were left out."""
+APPLIED_RULE_PIN: AppliedRule.ValueType  # 5
+"""It was pinned."""
+Global___AppliedRule: _TypeAlias = AppliedRule  # noqa: Y015
+
+class _TrendWindow:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TrendWindowEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TrendWindow.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TREND_WINDOW_UNSPECIFIED: _TrendWindow.ValueType  # 0
+    """TREND_WINDOW_DAY."""
+    TREND_WINDOW_HOUR: _TrendWindow.ValueType  # 1
+    """An hour."""
+    TREND_WINDOW_SIX_HOURS: _TrendWindow.ValueType  # 2
+    """6 hours."""
+    TREND_WINDOW_DAY: _TrendWindow.ValueType  # 3
+    """A day."""
+    TREND_WINDOW_WEEK: _TrendWindow.ValueType  # 4
+    """7 days."""
+    TREND_WINDOW_MONTH: _TrendWindow.ValueType  # 5
+    """30 days."""
+
+class TrendWindow(_TrendWindow, metaclass=_TrendWindowEnumTypeWrapper):
+    """How fast an event loses its weight: it counts 1 when it happens, half of that after the
+    window, a quarter after two, and so on. So of an item with a steady stream of events, 3/4
+    of the count are of the last two windows. The counts of a store begin with those of the
+    first model's export, but for the hour, of which an export says nothing.
+    """
+
+TREND_WINDOW_UNSPECIFIED: TrendWindow.ValueType  # 0
+"""TREND_WINDOW_DAY."""
+TREND_WINDOW_HOUR: TrendWindow.ValueType  # 1
+"""An hour."""
+TREND_WINDOW_SIX_HOURS: TrendWindow.ValueType  # 2
+"""6 hours."""
+TREND_WINDOW_DAY: TrendWindow.ValueType  # 3
+"""A day."""
+TREND_WINDOW_WEEK: TrendWindow.ValueType  # 4
+"""7 days."""
+TREND_WINDOW_MONTH: TrendWindow.ValueType  # 5
+"""30 days."""
+Global___TrendWindow: _TypeAlias = TrendWindow  # noqa: Y015
+
 @_typing.final
 class Event(_message.Message):
     """One past event of one user: an item was rated, clicked or watched."""
@@ -170,8 +246,9 @@ class ItemFilter(_message.Message):
     MINIMUM_SCORE_FIELD_NUMBER: _builtins.int
     minimum_score: _builtins.float
     """Only items with at least this score. In Recommend and BatchRecommend it is compared
-    with `Recommendation.score`: a logit, or with the policy `popularity` a number of
-    training events. In SimilarItems it is compared with `SimilarItem.similarity`.
+    with `Recommendation.score`: a logit, or with the policies `popularity` and
+    `recent_popularity` a number of events. In SimilarItems it is compared with
+    `SimilarItem.similarity`.
     Absent: any score.
     """
     @_builtins.property
@@ -244,6 +321,7 @@ class RecommendRequest(_message.Message):
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     VIEW_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """A user whose events were recorded with RecordEvents. A user without events,
     or only with events on items that the model does not know, is answered with
@@ -273,10 +351,10 @@ class RecommendRequest(_message.Message):
     of new items are not held below those of the first places, as they are without
     reserved places. The answer is not drawn by exploration.
 
-    Nothing is reserved if the model has no new items, or with the policy `popularity`.
-    If the model directory has an index, it has no vectors of its new items: without new
-    items of the store the call fails with FAILED_PRECONDITION. 0: no place is reserved.
-    At most `k`.
+    Nothing is reserved if the model and the store have no new items, or if no event of the
+    history was known. If the model directory has an index, it has no vectors of its new
+    items: without new items of the store the call fails with FAILED_PRECONDITION. 0: no
+    place is reserved. At most `k`.
     """
     not_shown_within: _builtins.int
     """With `user_id` only: items that were recommended to the user within so many seconds
@@ -326,6 +404,10 @@ class RecommendRequest(_message.Message):
     def filter(self) -> Global___ItemFilter:
         """Which items may be recommended. Absent: every item."""
 
+    @_builtins.property
+    def rules(self) -> Global___Rules:
+        """What is done to the answer after the model. Absent: nothing."""
+
     def __init__(
         self,
         *,
@@ -343,16 +425,149 @@ class RecommendRequest(_message.Message):
         model_version: _builtins.str = ...,
         request_id: _builtins.str = ...,
         view: Global___View.ValueType = ...,
+        rules: Global___Rules | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "filter", b"filter", "history", b"history", "request_time", b"request_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "filter", b"filter", "history", b"history", "request_time", b"request_time", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "bucket_key", b"bucket_key", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "filter", b"filter", "history", b"history", "k", b"k", "model_version", b"model_version", "new_item_slots", b"new_item_slots", "not_shown_within", b"not_shown_within", "request_id", b"request_id", "request_time", b"request_time", "seen", b"seen", "user_id", b"user_id", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_time", b"_request_time", "bucket_key", b"bucket_key", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "filter", b"filter", "history", b"history", "k", b"k", "model_version", b"model_version", "new_item_slots", b"new_item_slots", "not_shown_within", b"not_shown_within", "request_id", b"request_id", "request_time", b"request_time", "rules", b"rules", "seen", b"seen", "user_id", b"user_id", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__request_time: _TypeAlias = _typing.Literal["request_time"]  # noqa: Y015
     _WhichOneofArgType__request_time: _TypeAlias = _typing.Literal["_request_time", b"_request_time"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__request_time) -> _WhichOneofReturnType__request_time | None: ...
 
 Global___RecommendRequest: _TypeAlias = RecommendRequest  # noqa: Y015
+
+@_typing.final
+class Rules(_message.Message):
+    """What is done to the answer of the model, in this order: boosts, the server's own
+    re-ranker if it has one, diversity and `max_per_tag`, pins. They work on candidates: the
+    best items by the model, 200 or 4 * `k` if that is more, as many of the best items with a
+    boosted or pinned tag, and the items that boosts and pins name. All candidates keep to
+    the filter, the exclusions and the catalogue.
+
+    If `max_per_tag` leaves fewer than `k` of the candidates, further items follow in the
+    order of the model, down to the last one.
+
+    With boosts alone, the server can explore, and the propensities are exact. With other
+    rules the answer is not drawn and has no propensity. `new_item_slots` must be 0.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOOSTS_FIELD_NUMBER: _builtins.int
+    DIVERSITY_FIELD_NUMBER: _builtins.int
+    MAX_PER_TAG_FIELD_NUMBER: _builtins.int
+    PINS_FIELD_NUMBER: _builtins.int
+    diversity: _builtins.float
+    """The weight of diversity against the score, 0 to 1. Each place is filled with the
+    candidate that has the highest (1 - diversity) * r - diversity * s: r is its score, the
+    lowest one of the candidates being 0 and the highest one 1, and s is the highest cosine
+    of its item vector with one of the items above it, as in SimilarItems. That is maximal
+    marginal relevance (MMR). 0: the order of the scores, to the bit.
+    """
+    max_per_tag: _builtins.int
+    """At most so many items of the answer have the same tag, for every tag. From the first
+    place on, an item that would be one too many is left out. Pinned items count first.
+    0: any number. At most 1000.
+    """
+    @_builtins.property
+    def boosts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Boost]:
+        """Which items are to be recommended more or less often. At most 100. Boosts and pins may
+        have 10 different tags together.
+        """
+
+    @_builtins.property
+    def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pin]:
+        """Which items have to be at which places. At most `k`, and at most 20; each place once."""
+
+    def __init__(
+        self,
+        *,
+        boosts: _abc.Iterable[Global___Boost] | None = ...,
+        diversity: _builtins.float = ...,
+        max_per_tag: _builtins.int = ...,
+        pins: _abc.Iterable[Global___Pin] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boosts", b"boosts", "diversity", b"diversity", "max_per_tag", b"max_per_tag", "pins", b"pins"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rules: _TypeAlias = Rules  # noqa: Y015
+
+@_typing.final
+class Boost(_message.Message):
+    """A change of scores."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    TAG_FIELD_NUMBER: _builtins.int
+    FACTOR_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.str
+    """One that the model knows."""
+    tag: _builtins.str
+    """Those with this tag, of the tags that filters know."""
+    factor: _builtins.float
+    """By how much an item's weight is multiplied: ln(factor) is added to a logit, and a number
+    of events (see `RecommendResponse.policy`) is multiplied. Required, 0.01 to 100; below 1
+    the item is recommended less often. The factors of several boosts of an item are
+    multiplied. `ItemFilter.minimum_score` is compared with the score before.
+    """
+    def __init__(
+        self,
+        *,
+        item_id: _builtins.str = ...,
+        tag: _builtins.str = ...,
+        factor: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "subject", b"subject", "tag", b"tag"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["factor", b"factor", "item_id", b"item_id", "subject", b"subject", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_subject: _TypeAlias = _typing.Literal["item_id", "tag"]  # noqa: Y015
+    _WhichOneofArgType_subject: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_subject) -> _WhichOneofReturnType_subject | None: ...
+
+Global___Boost: _TypeAlias = Boost  # noqa: Y015
+
+@_typing.final
+class Pin(_message.Message):
+    """A place of the answer that is taken."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    TAG_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.str
+    """By this item, which the model has to know. It is an error if it is hidden or not
+    available, or if `filter` or `exclude_item_ids` leave it out. If `seen`, a dislike of
+    the user or `not_shown_within` leaves it out, the pin is ignored.
+    """
+    tag: _builtins.str
+    """By the best item with this tag that has no place yet. If there is none, the pin is
+    ignored.
+    """
+    position: _builtins.int
+    """From 1, the first place, to `k`. If fewer items are in the answer, the last ones."""
+    def __init__(
+        self,
+        *,
+        item_id: _builtins.str = ...,
+        tag: _builtins.str = ...,
+        position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "subject", b"subject", "tag", b"tag"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "position", b"position", "subject", b"subject", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_subject: _TypeAlias = _typing.Literal["item_id", "tag"]  # noqa: Y015
+    _WhichOneofArgType_subject: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_subject) -> _WhichOneofReturnType_subject | None: ...
+
+Global___Pin: _TypeAlias = Pin  # noqa: Y015
 
 @_typing.final
 class RecommendResponse(_message.Message):
@@ -369,8 +584,11 @@ class RecommendResponse(_message.Message):
     model_version: _builtins.str
     """Version of the model that answered."""
     policy: _builtins.str
-    """What ranked the items: `reinforce` or `supervised` (the policy the model was
-    exported with), or `popularity` when no event of the history was known.
+    """What ranked the items: `reinforce` or `supervised` (the policy the model was exported
+    with). If no event of the history was known: `recent_popularity`, the events of all
+    users, each with the weight 0.5 ** (days ago / 7), and 1,000 more, shared among the
+    items as the events of the training data are; or `popularity`, the events of the
+    training data alone, if those weights are less than one event together.
     """
     ignored_event_count: _builtins.int
     """Positive events of the history that were left out since the model does not know the
@@ -388,8 +606,9 @@ class RecommendResponse(_message.Message):
     that.
 
     0: the answer was not drawn, or there was only one possible answer. It is not drawn
-    if the server does not explore, with the policy `popularity`, or with
-    `new_item_slots`. Only one answer is possible if one item or none is left to draw
+    if the server does not explore, if no event of the history was known, with
+    `new_item_slots`, with other `rules` than boosts, or if the server has a re-ranker of
+    its own. Only one answer is possible if one item or none is left to draw
     from. A probability that is closer to 1 than a double can tell is 1 too.
     """
     @_builtins.property
@@ -447,6 +666,7 @@ class Recommendation(_message.Message):
     EXPLANATION_FIELD_NUMBER: _builtins.int
     LOG_PROPENSITY_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    APPLIED_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     """Raw id of the item. Never empty."""
     title: _builtins.str
@@ -454,8 +674,8 @@ class Recommendation(_message.Message):
     answer has VIEW_IDS.
     """
     score: _builtins.float
-    """Higher is better. A logit of the model; with the policy `popularity` the number
-    of training events. Comparable within one answer only.
+    """Higher is better. A logit of the model, with what boosts add to it; with the policies `popularity` and
+    `recent_popularity` a number of events. Comparable within one answer only.
     """
     log_propensity: _builtins.float
     """Natural logarithm of the probability with which the policy shows this item next,
@@ -474,6 +694,12 @@ class Recommendation(_message.Message):
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Empty unless the answer has VIEW_FULL."""
 
+    @_builtins.property
+    def applied(self) -> _containers.RepeatedScalarFieldContainer[Global___AppliedRule.ValueType]:
+        """Which rules (`RecommendRequest.rules`, or the server's own re-ranker) changed its score
+        or its place, in the order in which rules are applied. Empty: none.
+        """
+
     def __init__(
         self,
         *,
@@ -484,10 +710,11 @@ class Recommendation(_message.Message):
         explanation: Global___Explanation | None = ...,
         log_propensity: _builtins.float = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        applied: _abc.Iterable[Global___AppliedRule.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "genres", b"genres", "item_id", b"item_id", "log_propensity", b"log_propensity", "metadata", b"metadata", "score", b"score", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "explanation", b"explanation", "genres", b"genres", "item_id", b"item_id", "log_propensity", b"log_propensity", "metadata", b"metadata", "score", b"score", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -503,9 +730,10 @@ class BatchRecommendRequest(_message.Message):
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecommendRequest]:
         """Each is answered or fails by itself. Empty: nothing to do. At most 256, with at most
-        10,000 items (`k`), 1,000 items with VIEW_FULL and 100,000 events of histories in all;
-        with more the call fails. It also fails if the answer is longer than 4 MiB, since
-        titles, tags and explanations are long. A `request_id` comes once for a user.
+        10,000 items (`k`), 1,000 items with VIEW_FULL, 1,000 items with rules and 100,000
+        events of histories in all; with more the call fails. It also fails if the answer is
+        longer than 4 MiB, since titles, tags and explanations are long. A `request_id` comes
+        once for a user.
         """
 
     def __init__(
@@ -629,7 +857,7 @@ class Explanation(_message.Message):
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainingEvent]:
         """The events that speak most for the item, strongest first, at most 3 of the last 16.
-        Empty with the policy `popularity`, and when no event speaks for the item.
+        Empty if no event of the history was known, and when no event speaks for the item.
         """
 
     @_builtins.property
@@ -1785,6 +2013,154 @@ class SimilarItem(_message.Message):
 Global___SimilarItem: _TypeAlias = SimilarItem  # noqa: Y015
 
 @_typing.final
+class TrendingRequest(_message.Message):
+    """A question for what is popular now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    K_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    EXCLUDE_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    VIEW_FIELD_NUMBER: _builtins.int
+    k: _builtins.int
+    """How many items to answer, 1 to 1000. 0: 10."""
+    window: Global___TrendWindow.ValueType
+    """How old the events are that count."""
+    view: Global___View.ValueType
+    """How much of each item is in the answer."""
+    @_builtins.property
+    def exclude_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Items that must not be answered, as in `RecommendRequest`."""
+
+    @_builtins.property
+    def filter(self) -> Global___ItemFilter:
+        """Which items may be answered, for example those of a tag. Absent: every item. Those that
+        are hidden, or not available now, are never answered. Ids of `allow_item_ids` can be
+        those of stored items that the model does not know. `minimum_score` is compared with
+        `TrendingItem.count`.
+        """
+
+    def __init__(
+        self,
+        *,
+        k: _builtins.int = ...,
+        window: Global___TrendWindow.ValueType = ...,
+        exclude_item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        filter: Global___ItemFilter | None = ...,
+        view: Global___View.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exclude_item_ids", b"exclude_item_ids", "filter", b"filter", "k", b"k", "view", b"view", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrendingRequest: _TypeAlias = TrendingRequest  # noqa: Y015
+
+@_typing.final
+class TrendingResponse(_message.Message):
+    """What is popular now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    COUNTED_TIME_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    counted_time: _builtins.int
+    """The second for which the counts were computed, at most some seconds ago."""
+    model_version: _builtins.str
+    """Version of the model whose catalogue and export were used."""
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrendingItem]:
+        """Highest count first; of equal counts, in the order of the count of 90 days, and then of
+        the events in the training data. Fewer than `k` when not so many items are left.
+        """
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___TrendingItem] | None = ...,
+        counted_time: _builtins.int = ...,
+        model_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counted_time", b"counted_time", "items", b"items", "model_version", b"model_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrendingResponse: _TypeAlias = TrendingResponse  # noqa: Y015
+
+@_typing.final
+class TrendingItem(_message.Message):
+    """One item that is popular now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MetadataEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    GENRES_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.str
+    """Raw id of the item. Never empty."""
+    title: _builtins.str
+    """Empty: neither the catalogue of the store nor the training data has a title."""
+    count: _builtins.float
+    """The events of all users on the item, each with the weight that the window gives it.
+    0: none that still counts.
+    """
+    known: _builtins.bool
+    """Whether the model knows the item."""
+    @_builtins.property
+    def genres(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sorted. Empty: no tag is known."""
+
+    @_builtins.property
+    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Empty unless asked for with VIEW_FULL."""
+
+    def __init__(
+        self,
+        *,
+        item_id: _builtins.str = ...,
+        title: _builtins.str = ...,
+        genres: _abc.Iterable[_builtins.str] | None = ...,
+        count: _builtins.float = ...,
+        known: _builtins.bool = ...,
+        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "genres", b"genres", "item_id", b"item_id", "known", b"known", "metadata", b"metadata", "title", b"title"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrendingItem: _TypeAlias = TrendingItem  # noqa: Y015
+
+@_typing.final
 class GetModelInfoRequest(_message.Message):
     """A question for the model that answers."""
 
@@ -1950,6 +2326,10 @@ class Limits(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_ANSWER_BYTES_FIELD_NUMBER: _builtins.int
     MAX_PAGE_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BOOSTS_FIELD_NUMBER: _builtins.int
+    MAX_PINS_FIELD_NUMBER: _builtins.int
+    MAX_RULE_TAGS_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_RULED_FIELD_NUMBER: _builtins.int
     max_k: _builtins.int
     """`k` of a request."""
     max_page_size: _builtins.int
@@ -2022,6 +2402,14 @@ class Limits(_message.Message):
     """Bytes of an answer: what gRPC's clients take by default."""
     max_page_bytes: _builtins.int
     """About how many bytes a page has; a longer one has fewer entries."""
+    max_boosts: _builtins.int
+    """`Rules.boosts`."""
+    max_pins: _builtins.int
+    """`Rules.pins`."""
+    max_rule_tags: _builtins.int
+    """Different tags in boosts and pins of a request."""
+    max_batch_ruled: _builtins.int
+    """Items (`k`) with rules of a BatchRecommend call in all."""
     def __init__(
         self,
         *,
@@ -2060,10 +2448,14 @@ class Limits(_message.Message):
         max_message_bytes: _builtins.int = ...,
         max_answer_bytes: _builtins.int = ...,
         max_page_bytes: _builtins.int = ...,
+        max_boosts: _builtins.int = ...,
+        max_pins: _builtins.int = ...,
+        max_rule_tags: _builtins.int = ...,
+        max_batch_ruled: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_allowed_items", b"max_allowed_items", "max_answer_bytes", b"max_answer_bytes", "max_availability_time", b"max_availability_time", "max_batch", b"max_batch", "max_batch_events", b"max_batch_events", "max_batch_items", b"max_batch_items", "max_batch_metadata", b"max_batch_metadata", "max_deleted_events", b"max_deleted_events", "max_excluded_items", b"max_excluded_items", "max_genre_preferences", b"max_genre_preferences", "max_history_events", b"max_history_events", "max_id_length", b"max_id_length", "max_impressions", b"max_impressions", "max_item_bytes", b"max_item_bytes", "max_item_tags", b"max_item_tags", "max_k", b"max_k", "max_listed_tags", b"max_listed_tags", "max_merged", b"max_merged", "max_message_bytes", b"max_message_bytes", "max_metadata_bytes", b"max_metadata_bytes", "max_not_shown_answers", b"max_not_shown_answers", "max_not_shown_items", b"max_not_shown_items", "max_not_shown_s", b"max_not_shown_s", "max_page_bytes", b"max_page_bytes", "max_page_size", b"max_page_size", "max_position", b"max_position", "max_recommendation_id_length", b"max_recommendation_id_length", "max_recorded_events", b"max_recorded_events", "max_seconds_ahead", b"max_seconds_ahead", "max_stored_events", b"max_stored_events", "max_tag_length", b"max_tag_length", "max_tags", b"max_tags", "max_title_length", b"max_title_length", "max_upserted_items", b"max_upserted_items", "max_violations", b"max_violations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_allowed_items", b"max_allowed_items", "max_answer_bytes", b"max_answer_bytes", "max_availability_time", b"max_availability_time", "max_batch", b"max_batch", "max_batch_events", b"max_batch_events", "max_batch_items", b"max_batch_items", "max_batch_metadata", b"max_batch_metadata", "max_batch_ruled", b"max_batch_ruled", "max_boosts", b"max_boosts", "max_deleted_events", b"max_deleted_events", "max_excluded_items", b"max_excluded_items", "max_genre_preferences", b"max_genre_preferences", "max_history_events", b"max_history_events", "max_id_length", b"max_id_length", "max_impressions", b"max_impressions", "max_item_bytes", b"max_item_bytes", "max_item_tags", b"max_item_tags", "max_k", b"max_k", "max_listed_tags", b"max_listed_tags", "max_merged", b"max_merged", "max_message_bytes", b"max_message_bytes", "max_metadata_bytes", b"max_metadata_bytes", "max_not_shown_answers", b"max_not_shown_answers", "max_not_shown_items", b"max_not_shown_items", "max_not_shown_s", b"max_not_shown_s", "max_page_bytes", b"max_page_bytes", "max_page_size", b"max_page_size", "max_pins", b"max_pins", "max_position", b"max_position", "max_recommendation_id_length", b"max_recommendation_id_length", "max_recorded_events", b"max_recorded_events", "max_rule_tags", b"max_rule_tags", "max_seconds_ahead", b"max_seconds_ahead", "max_stored_events", b"max_stored_events", "max_tag_length", b"max_tag_length", "max_tags", b"max_tags", "max_title_length", b"max_title_length", "max_upserted_items", b"max_upserted_items", "max_violations", b"max_violations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -101,6 +101,11 @@ class RecommenderStub:
                 request_serializer=serve_dot_pb_dot_recommender__pb2.SimilarItemsRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_recommender__pb2.SimilarItemsResponse.FromString,
                 _registered_method=True)
+        self.Trending = channel.unary_unary(
+                '/jaxrec.v1.Recommender/Trending',
+                request_serializer=serve_dot_pb_dot_recommender__pb2.TrendingRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_recommender__pb2.TrendingResponse.FromString,
+                _registered_method=True)
         self.UpsertItems = channel.unary_unary(
                 '/jaxrec.v1.Recommender/UpsertItems',
                 request_serializer=serve_dot_pb_dot_recommender__pb2.UpsertItemsRequest.SerializeToString,
@@ -232,6 +237,14 @@ class RecommenderServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trending(self, request, context):
+        """What all users interact with now: the items with the highest decayed counts of events,
+        those that the model does not know too, as long as the catalogue of the store has them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UpsertItems(self, request, context):
         """Stores items: their titles, tags and availability, for all models from now on. When
         the answer arrives, the items are on disk; all servers of the store answer with them
@@ -326,6 +339,11 @@ def add_RecommenderServicer_to_server(servicer, server):
                     servicer.SimilarItems,
                     request_deserializer=serve_dot_pb_dot_recommender__pb2.SimilarItemsRequest.FromString,
                     response_serializer=serve_dot_pb_dot_recommender__pb2.SimilarItemsResponse.SerializeToString,
+            ),
+            'Trending': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trending,
+                    request_deserializer=serve_dot_pb_dot_recommender__pb2.TrendingRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_recommender__pb2.TrendingResponse.SerializeToString,
             ),
             'UpsertItems': grpc.unary_unary_rpc_method_handler(
                     servicer.UpsertItems,
@@ -640,6 +658,33 @@ class Recommender:
             '/jaxrec.v1.Recommender/SimilarItems',
             serve_dot_pb_dot_recommender__pb2.SimilarItemsRequest.SerializeToString,
             serve_dot_pb_dot_recommender__pb2.SimilarItemsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trending(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxrec.v1.Recommender/Trending',
+            serve_dot_pb_dot_recommender__pb2.TrendingRequest.SerializeToString,
+            serve_dot_pb_dot_recommender__pb2.TrendingResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -92,6 +92,10 @@ class RecommenderStub:
     """The items whose vectors are nearest to one item's. An item that neither the model nor
     the store has is NOT_FOUND.
     """
+    Trending: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.TrendingRequest, _recommender_pb2.TrendingResponse]
+    """What all users interact with now: the items with the highest decayed counts of events,
+    those that the model does not know too, as long as the catalogue of the store has them.
+    """
     UpsertItems: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.UpsertItemsRequest, _recommender_pb2.UpsertItemsResponse]
     """Stores items: their titles, tags and availability, for all models from now on. When
     the answer arrives, the items are on disk; all servers of the store answer with them
@@ -176,6 +180,10 @@ class RecommenderAsyncStub(RecommenderStub):
     SimilarItems: _aio.UnaryUnaryMultiCallable[_recommender_pb2.SimilarItemsRequest, _recommender_pb2.SimilarItemsResponse]  # type: ignore[assignment]
     """The items whose vectors are nearest to one item's. An item that neither the model nor
     the store has is NOT_FOUND.
+    """
+    Trending: _aio.UnaryUnaryMultiCallable[_recommender_pb2.TrendingRequest, _recommender_pb2.TrendingResponse]  # type: ignore[assignment]
+    """What all users interact with now: the items with the highest decayed counts of events,
+    those that the model does not know too, as long as the catalogue of the store has them.
     """
     UpsertItems: _aio.UnaryUnaryMultiCallable[_recommender_pb2.UpsertItemsRequest, _recommender_pb2.UpsertItemsResponse]  # type: ignore[assignment]
     """Stores items: their titles, tags and availability, for all models from now on. When
@@ -318,6 +326,16 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_recommender_pb2.SimilarItemsResponse, _abc.Awaitable[_recommender_pb2.SimilarItemsResponse]]:
         """The items whose vectors are nearest to one item's. An item that neither the model nor
         the store has is NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def Trending(
+        self,
+        request: _recommender_pb2.TrendingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommender_pb2.TrendingResponse, _abc.Awaitable[_recommender_pb2.TrendingResponse]]:
+        """What all users interact with now: the items with the highest decayed counts of events,
+        those that the model does not know too, as long as the catalogue of the store has them.
         """
 
     @_abc_1.abstractmethod

@@ -11,10 +11,22 @@ from numpy.typing import NDArray
 
 from serve.model.explain import Explanation, explain_popularity
 from serve.model.exploration import Exploration
-from serve.model.recommender import POPULARITY, Answer, Query, Recommender
+from serve.model.popular import FALLBACKS
+from serve.model.recommender import Answer, Query, Recommender
+from serve.model.rules import NO_RULES, candidate_count, reordered
 from serve.observability.metrics import Metrics
 from serve.serving.batching import Batcher, IsCancelled, Pending, Run
-from serve.serving.errors import Cancelled, Expired
+from serve.serving.errors import Cancelled, Expired, QueueFull
+from serve.serving.reranker import Reranker
+from serve.serving.ruled import (
+    candidates_of,
+    choose,
+    followed_by,
+    for_reranker,
+    more_queries,
+    rerank_request,
+    without_full_tags,
+)
 from serve.serving.states import StateCache
 from serve.stores.base import EventStore
 
@@ -28,10 +40,16 @@ class LoadedModel:
     """One model, the states of its users, and its queue. Safe to share between threads."""
 
     def __init__(
-        self, model: Recommender, store: EventStore, metrics: Metrics, exploration: Exploration | None = None
+        self,
+        model: Recommender,
+        store: EventStore,
+        metrics: Metrics,
+        exploration: Exploration | None = None,
+        reranker: Reranker | None = None,
     ) -> None:
         self.model = model
         self.exploration = exploration
+        self._reranker = reranker
         self.states = StateCache(model, store)
         self._store = store
         self._metrics = metrics
@@ -57,10 +75,10 @@ class LoadedModel:
         self, query: Query, deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
     ) -> Answer:
         """Answers one query; raises as `Batcher.recommend`."""
-        (answer,) = self.recommend_all([query], deadline_s, is_cancelled)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        if self._is_ruled(query):
+            return self._ruled(query, deadline_s, is_cancelled)
+        (pending,) = self._others.complete([self._asked(query)], deadline_s, is_cancelled)
+        return self.finished(query, pending)
 
     def recommend_all(
         self, queries: Sequence[Query], deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
@@ -68,7 +86,32 @@ class LoadedModel:
         """Answers several queries of one call; in place of an answer, what the model or the store raised for this
         query. Raises QueueFull, Expired and Cancelled as `Batcher.recommend`."""
         end = None if deadline_s is None else time.monotonic() + deadline_s
-        asked = [self._asked(query) for query in queries]
+        plain = [query for query in queries if not self._is_ruled(query)]
+        found = iter(self._answered([self._asked(query) for query in plain], end, is_cancelled))
+
+        def answer(query: Query) -> Answer:
+            if self._is_ruled(query):
+                return self._ruled(query, None if end is None else end - time.monotonic(), is_cancelled)
+            return self.finished(query, next(found))
+
+        return [_or_error(partial(answer, query)) for query in queries]
+
+    def _is_ruled(self, query: Query) -> bool:
+        """Whether something is done after the model."""
+        return query.rules is not None or self.reranks(query)
+
+    @property
+    def has_reranker(self) -> bool:
+        """Whether the server's own re-ranker orders answers."""
+        return self._reranker is not None
+
+    def reranks(self, query: Query) -> bool:
+        """Whether the server's own re-ranker orders the answer."""
+        return self._reranker is not None and not query.new_item_slots
+
+    def _answered(self, asked: Sequence[Query], end: float | None, is_cancelled: IsCancelled | None) -> list[Pending]:
+        """What the batches answered or failed with; `end`: when that is of no use any more, by `time.monotonic()`.
+        Raises QueueFull, Expired and Cancelled."""
         answered: list[Pending] = []
         for start in range(0, len(asked), AT_ONCE):
             left_s = None if end is None else end - time.monotonic()
@@ -77,7 +120,7 @@ class LoadedModel:
                 if isinstance(one.error, (Cancelled, Expired)):
                     raise one.error
             answered += pending
-        return [self._finished_or_failed(query, one) for query, one in zip(queries, answered, strict=True)]
+        return answered
 
     def start(
         self,
@@ -106,13 +149,42 @@ class LoadedModel:
         self._stored.run()
         self._others.run()
 
-    def _finished_or_failed(self, query: Query, pending: Pending) -> Answer | Exception:
-        try:
-            return self.finished(query, pending)
-        except (Cancelled, Expired):
-            raise
-        except Exception as error:
-            return error
+    def _ruled(self, query: Query, deadline_s: float | None, is_cancelled: IsCancelled | None) -> Answer:
+        """The answer to a query with rules, or with an own re-ranker."""
+        rules, model = query.rules or NO_RULES, self.model
+        end = None if deadline_s is None else time.monotonic() + deadline_s
+        live = query.live or model.own_live
+        asked = self._asked(query)
+        asked = asked._replace(k=max(asked.k, candidate_count(query.k)))
+        pending = self._answered([asked, *more_queries(asked, rules, live)], end, is_cancelled)
+        answer = pending[0].result()
+        candidates = candidates_of([one.result() for one in pending], rules, live)
+        exploration = None if answer.policy in FALLBACKS else self._exploration(query)
+        if exploration is not None:
+            # By boosts alone, which change the scores from which the slate is drawn.
+            pool = max(query.k, exploration.pool)
+            slate = exploration.draw(candidates.scores[:pool], query.k, query.recommendation_id)
+            found = candidates.at(slate.places)
+            answer = replace(answer, log_propensities=tuple(slate.log_propensities.tolist()))
+        else:
+            if self._reranker is not None:
+                left_s = None if end is None else end - time.monotonic()
+                request = rerank_request(query, answer.policy)
+                candidates = reordered(
+                    candidates, self._reranker.order(request, for_reranker(candidates, live), left_s)
+                )
+            found = choose(candidates, query.k, rules, model, live)
+            first, best = len(candidates), answer
+            # Items without a tag of which there are enough, in their order: as if all items had been candidates. Each
+            # round adds one at least, or finds that there are no more.
+            while rules.max_per_tag and len(found) < query.k and len(best.items) == asked.k:
+                left = without_full_tags(asked, rules, found, live)
+                (more,) = self._answered([left], end, is_cancelled)
+                best = more.result()
+                candidates = followed_by(candidates, candidates_of([best], rules, live))
+                found = choose(candidates, query.k, rules, model, live, first)
+        answer = replace(answer, items=found.items, scores=found.scores, applied=found.applied)
+        return self._explained(query, answer, pending[0])
 
     def _asked(self, query: Query) -> Query:
         """What the batch is asked: without explanations and old histories, for which its neighbours would have to
@@ -126,38 +198,54 @@ class LoadedModel:
         exploration = self._exploration(query)
         if exploration is not None:
             # A run knows its own items. Slates with these options are not learned from.
-            is_learned = query.filter is None and query.allow_seen is None
+            is_learned = query.filter is None and query.allow_seen is None and query.rules is None
             query = query._replace(k=max(query.k, exploration.pool), own_items=is_learned)
         return query._replace(explain=False) if query.explain else query
 
     def _exploration(self, query: Query) -> Exploration | None:
         """By which the answer to a query is drawn; None: it is not drawn."""
-        return None if query.new_item_slots else self.exploration
+        is_chosen = query.rules is not None and not query.rules.only_boosts
+        return None if query.new_item_slots or is_chosen or self._reranker is not None else self.exploration
 
     def finished(self, query: Query, pending: Pending) -> Answer:
         """The answer to a query from what the batch answered; raises as `Batcher.recommend`."""
         answer, exploration = pending.result(), self._exploration(query)
         if exploration is not None:
             answer = _drawn(query, answer, exploration)
+        return self._explained(query, answer, pending)
+
+    def _explained(self, query: Query, answer: Answer, pending: Pending) -> Answer:
+        """The answer with explanations, if they are asked for."""
         if not query.explain:
             return answer
         pending.check()
         return replace(answer, explanations=self._explanations(query, answer))
 
     def _explanations(self, query: Query, answer: Answer) -> tuple[Explanation, ...]:
-        if answer.policy == POPULARITY:
-            return explain_popularity(answer.items, (query.live or self.model.own_live).catalog)
+        if answer.policy in FALLBACKS:
+            live = query.live or self.model.own_live
+            return explain_popularity(answer.items, self.model.popular_in(live).recent, live.catalog)
         events = query.events
         if query.user_id is not None and not events:
             events = self._store.history(query.user_id, query.request_time)
         return self.model.explain(query._replace(events=events), answer.items)
 
 
+def _or_error(answer: Callable[[], Answer]) -> Answer | Exception:
+    """An answer, or what it failed with if that concerns it alone."""
+    try:
+        return answer()
+    except (Cancelled, Expired, QueueFull):
+        raise
+    except Exception as error:
+        return error
+
+
 def _drawn(query: Query, answer: Answer, exploration: Exploration) -> Answer:
     """The answer whose items are drawn from those of a wider one; what is popular is not drawn."""
     places: NDArray[np.intp] = np.arange(min(query.k, len(answer.items)))
     log_propensities: tuple[float, ...] = ()
-    if answer.policy != POPULARITY:
+    if answer.policy not in FALLBACKS:
         slate = exploration.draw(answer.scores, query.k, query.recommendation_id)
         places, log_propensities = slate.places, tuple(slate.log_propensities.tolist())
     return replace(answer, items=answer.items[places], scores=answer.scores[places], log_propensities=log_propensities)

@@ -18,6 +18,7 @@ from serve.observability.metrics import Metrics
 from serve.serving.catalogue import REFRESH_S as CATALOGUE_REFRESH_S
 from serve.serving.catalogue import CatalogueRefresher
 from serve.serving.loaded import LoadedModel
+from serve.serving.reranker import Reranker
 from serve.serving.sweeper import StateSweeper
 from serve.serving.trend import REFRESH_S, TrendRefresher
 from serve.serving.versions import WATCH_S, ModelLibrary
@@ -39,12 +40,13 @@ class ModelLoader:
     threads: int = 1
     search: SearchBy = "auto"
     exploration: Exploration | None = None
+    reranker: Reranker | None = None
 
     def load(self, directory: Path) -> LoadedModel:
         """Raises ArtifactError for a directory that cannot be served, and ProviderError."""
         model = Recommender(read_artifact(directory), self.provider, self.threads, self.search)
         warm_up(model)
-        return LoadedModel(model, self.store, self.metrics, self.exploration)
+        return LoadedModel(model, self.store, self.metrics, self.exploration, self.reranker)
 
 
 def open_models(

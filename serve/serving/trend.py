@@ -16,8 +16,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.model.popular import NO_OTHERS, OtherCounts, with_hour
 from serve.model.recommender import Recommender
-from serve.model.trend import HALF_LIVES_S, Counted, TrendFiles, halved
+from serve.model.trend import COUNTED_S, Counted, TrendFiles, halved
 from serve.serving.refresher import Refresher
 from serve.stores.base import EventStore, StoreError
 from serve.stores.counters import NONE_READ, ItemCounts
@@ -91,14 +92,13 @@ class TrendRefresher(Refresher):
         """Has a model make its trend of the counts as of now."""
         # Whole seconds, as slates note them: the counts can be computed again.
         now = int(self._clock())
-        counts, added = model.engine.exported.at(now), model.live.added_ids
-        of_added = None
+        counts, others = with_hour(model.engine.exported.at(now)), NO_OTHERS
         if self._arrival is not None:
             counts = np.maximum(counts, self._counters.of(model, now).T.astype(np.float32))
-            of_added = self._counters.of_items(added, now).T.astype(np.float32) if added else None
+            others = self._counters.others(model, now)
         keeping = f"the model {model.info.model_version} keeps its trend of before"
         try:
-            model.engine.use_counts(counts, Counted(now, self._arrival), added, of_added)
+            model.use_counts(counts, Counted(now, self._arrival), others)
         except Exception as error:
             self._failed(keeping, error)
         else:
@@ -111,7 +111,7 @@ class _Counters:
     def __init__(self) -> None:
         self._rows: dict[str, int] = {}
         self._references = np.zeros(0, np.int64)
-        self._counts = np.zeros((0, len(HALF_LIVES_S)))
+        self._counts = np.zeros((0, len(COUNTED_S)))
         # The rows' item indices in each model, 0 for those that it does not know.
         self._items: WeakKeyDictionary[Recommender, NDArray[np.intp]] = WeakKeyDictionary()
 
@@ -122,31 +122,35 @@ class _Counters:
         new = len(rows) - len(self._references)
         if new:
             self._references = np.concatenate([self._references, np.zeros(new, np.int64)])
-            self._counts = np.concatenate([self._counts, np.zeros((new, len(HALF_LIVES_S)))])
+            self._counts = np.concatenate([self._counts, np.zeros((new, len(COUNTED_S)))])
         self._references[places] = changed.references
         self._counts[places] = changed.counts
 
     def of(self, model: Recommender, now: int) -> NDArray[np.float64]:
         """The counts of a model's own items, decayed to `now`, `[items+1, half-lives]`."""
+        counts = np.zeros((len(model.own_catalog) + 1, len(COUNTED_S)))
+        # Each item is there once, but 0.
+        counts[self._indices(model)] = self._counts * halved(now - self._references.astype(np.float64), COUNTED_S)
+        counts[0] = 0
+        return counts
+
+    def others(self, model: Recommender, now: int) -> OtherCounts:
+        """The counts of the items that a model does not know, decayed to `now`."""
+        rows = np.flatnonzero(self._indices(model) == 0)
+        if not len(rows):
+            return NO_OTHERS
+        item_ids = list(self._rows)
+        seconds = now - self._references[rows].astype(np.float64)
+        return OtherCounts([item_ids[row] for row in rows.tolist()], self._counts[rows] * halved(seconds, COUNTED_S))
+
+    def _indices(self, model: Recommender) -> NDArray[np.intp]:
+        """The rows' item indices in a model, 0 for those that it does not know."""
         items = self._items.get(model, np.zeros(0, np.intp))
         if len(items) < len(self._rows):
             index = model.own_catalog.index
             new = [index.get(item_id, 0) for item_id in islice(self._rows, len(items), None)]
             items = self._items[model] = np.concatenate([items, np.array(new, np.intp)])
-        counts = np.zeros((len(model.own_catalog) + 1, len(HALF_LIVES_S)))
-        # Each item is there once, but 0.
-        counts[items] = self._counts * halved(now - self._references.astype(np.float64))
-        counts[0] = 0
-        return counts
-
-    def of_items(self, item_ids: Sequence[str], now: int) -> NDArray[np.float64]:
-        """The counts of some items, decayed to `now`, `[items, half-lives]`."""
-        rows = [(at, self._rows[item_id]) for at, item_id in enumerate(item_ids) if item_id in self._rows]
-        counts = np.zeros((len(item_ids), len(HALF_LIVES_S)))
-        if rows:
-            at, row = np.array(rows).T
-            counts[at] = self._counts[row] * halved(now - self._references[row].astype(np.float64))
-        return counts
+        return items
 
 
 def _by_item(exported: TrendFiles, item_ids: Sequence[str]) -> ItemCounts:
@@ -155,5 +159,5 @@ def _by_item(exported: TrendFiles, item_ids: Sequence[str]) -> ItemCounts:
     return ItemCounts(
         item_ids=[item_ids[item] for item in items.tolist()],
         references=np.full(len(items), exported.counted_until, np.int64),
-        counts=exported.counts.T[items].astype(np.float64),
+        counts=with_hour(exported.counts).T[items].astype(np.float64),
     )

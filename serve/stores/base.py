@@ -89,11 +89,11 @@ class Slate(NamedTuple):
     """The arrival, as `EventStore.all_events` numbers it, of the last event in these counts; 0: no event is in them.
     None: the counts were those of the model's export alone, or `trend_time` is None."""
     request_options: tuple[str, ...] = ()
-    """Which of `filter`, `seen`, `new_item_slots` and `not_shown_within` the request set to something else than the
-    model does by itself. The values of the first three are not noted, so the propensities cannot be computed again.
-    What the last one excluded is in `excluded_item_ids`. Also `history` if events were sent along with the user, which
-    are not noted. Also `catalogue` if more items were hidden or not available
-    than are noted (`serve.model.live_catalog.MOST_NOTED`)."""
+    """Which of `filter`, `seen`, `new_item_slots`, `rules` and `not_shown_within` the request set to something else
+    than the model does by itself. The values of the first four are not noted, so the propensities cannot be computed
+    again. What the last one excluded is in `excluded_item_ids`. Also `history` if events were sent along with the user,
+    which are not noted, `reranker` if the server has an own re-ranker, and `catalogue` if more items were hidden or not
+    available than are noted (`serve.model.live_catalog.MOST_NOTED`)."""
 
 
 class ShownItem(NamedTuple):

@@ -13,13 +13,13 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.model.trend import HALF_LIVES_S
+from serve.model.trend import COUNTED_S
 
 logger = logging.getLogger(__name__)
 
 NONE_READ = -1
-ONE_EVENT = (1.0,) * len(HALF_LIVES_S)
-EXPECTED = f"{len(HALF_LIVES_S)} finite numbers from 0 on"
+ONE_EVENT = (1.0,) * len(COUNTED_S)
+EXPECTED = f"{len(COUNTED_S)} finite numbers from 0 on"
 
 
 class Counter(NamedTuple):
@@ -64,7 +64,7 @@ class ItemCounts(NamedTuple):
             item_ids.append(item_id)
             references.append(reference)
             rows.append(counts)
-        columns = np.array(rows, np.float64).reshape(-1, len(HALF_LIVES_S))
+        columns = np.array(rows, np.float64).reshape(-1, len(COUNTED_S))
         return cls(item_ids, np.array(references, np.int64), columns, change, arrival)
 
     def counters(self) -> dict[str, Counter]:
@@ -103,14 +103,23 @@ class Damaged:
             logger.error(self._message, self._where, item_id)
 
 
+def with_hour(counts: Sequence[float]) -> Sequence[float]:
+    """The counts of a counter, also of one that was written by a server of before, which counted no last hour.
+
+    >>> with_hour([1.0] * 6)
+    [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
+    """
+    return [*counts, 0.0] if len(counts) == len(COUNTED_S) - 1 else counts
+
+
 def are_counts(counts: Sequence[float]) -> bool:
     """Whether these are one finite number from 0 on for each half-life.
 
-    >>> are_counts([0.0] * 6), are_counts([0.0] * 5), are_counts([0.0] * 5 + [math.nan])
+    >>> are_counts([0.0] * 7), are_counts([0.0] * 6), are_counts([0.0] * 6 + [math.nan])
     (True, False, False)
     """
     try:
-        return len(counts) == len(HALF_LIVES_S) and all(0 <= count < math.inf for count in counts)
+        return len(counts) == len(COUNTED_S) and all(0 <= count < math.inf for count in counts)
     except TypeError:
         return False
 
@@ -125,7 +134,7 @@ def added(one: Counter, other: Counter) -> Counter:
     seconds = late.reference - early.reference
     counts = (
         of_late + of_early * 0.5 ** (seconds / half_life)
-        for of_late, of_early, half_life in zip(late.counts, early.counts, HALF_LIVES_S, strict=True)
+        for of_late, of_early, half_life in zip(late.counts, early.counts, COUNTED_S, strict=True)
     )
     return Counter(late.reference, tuple(counts))
 

@@ -18,7 +18,7 @@ from jaxrec.runs.learn.metrics import metrics_text
 from jaxrec.runs.learn.state import Round, State
 from serve.addresses import host_and_port
 from serve.cli.main import main
-from serve.model.recommender import POPULARITY
+from serve.model.popular import FALLBACKS
 from serve.observability.metrics import Metrics
 from serve.settings import Settings, read_settings
 
@@ -133,7 +133,7 @@ def series() -> dict[str, dict[str, set[str]]]:
         metrics.reloaded(result)
     metrics.serving([("v", "hybrid", 0.0, 1)])
     metrics.age_of_trend(lambda: 0.0)
-    for policy in ("hybrid", POPULARITY):
+    for policy in ("hybrid", *FALLBACKS):
         metrics.answered(policy, np.array([1], np.int32))
     found: dict[str, dict[str, set[str]]] = {}
     for family in (*metrics.registry.collect(), *text_string_to_metric_families(metrics_text(after_a_round()))):

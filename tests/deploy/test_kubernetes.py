@@ -43,7 +43,9 @@ def test_the_autoscaler_keeps_more_pods_than_the_budget_needs() -> None:
 
 
 def test_ports_of_the_pod_are_those_of_the_server_the_service_and_the_policy() -> None:
-    expected = {"grpc": port_of(SETTINGS["kubernetes"].address), "metrics": port_of(SETTINGS["kubernetes"].metrics)}
+    settings = SETTINGS["kubernetes"]
+    addresses = {"grpc": settings.address, "https": settings.http, "metrics": settings.metrics}
+    expected = {name: port_of(address) for name, address in addresses.items()}
     assert {port["name"]: port["containerPort"] for port in CONTAINER["ports"]} == expected
     service = MANIFESTS["service"]["spec"]["ports"]
     assert {port["targetPort"]: port["port"] for port in service} == expected

@@ -1,14 +1,26 @@
 """What the demo shows of one user, on the small exported model; and the log that it writes."""
 
+import json
+import shutil
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.reading.movies import read_movies
 from jaxrec.data.reading.read import read_ratings
+from jaxrec.data.store import write_prepared
 from jaxrec.errors import DataError
-from jaxrec.runs.demo import ask_server, example_user, format_answer, genre_alignment, run_demo, write_movielens
+from jaxrec.runs.demo import (
+    ask_server,
+    example_user,
+    format_answer,
+    genre_alignment,
+    run_demo,
+    served_page,
+    write_movielens,
+)
 
 
 def test_genre_alignment_by_hand() -> None:
@@ -39,6 +51,23 @@ def test_the_server_answers_for_one_user(small_data: PreparedData, model_directo
     for item in answer["recommendations"]:
         assert item["title"] in text
         assert item["explanation"] in text
+
+
+def test_the_page_of_a_demo(small_data: PreparedData, model_directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected a whole demo"), served_page(tmp_path):
+        pass
+    write_prepared(small_data, tmp_path / "data")
+    shutil.copytree(model_directory, tmp_path / "model")
+    for name in ("DEMO.txt", "user.txt"):
+        (tmp_path / name).touch()
+    with served_page(tmp_path) as address:
+        page, user = address.split("#user=")
+        with urlopen(page, timeout=30) as answer:
+            assert b"<title>jaxrec</title>" in answer.read()
+        asked = Request(f"{page}jaxrec.v1.Recommender/ListEvents", json.dumps({"userId": user}).encode())
+        asked.add_header("content-type", "application/json")
+        with urlopen(asked, timeout=30) as answer:
+            assert {event["userId"] for event in json.load(answer)["events"]} == {user}
 
 
 def test_the_demo_log_is_movielens(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
 from serve.serving.errors import UnknownModel
 from serve.serving.loaded import LoadedModel
+from serve.serving.reranker import Reranker
 from serve.stores.base import EventStore
 
 
@@ -37,6 +38,7 @@ def one_model(
     store: EventStore,
     metrics: Metrics | None = None,
     exploration: Exploration | None = None,
+    reranker: Reranker | None = None,
 ) -> OneModel:
     """All users are answered by one model."""
-    return OneModel(LoadedModel(model, store, metrics or Metrics(), exploration))
+    return OneModel(LoadedModel(model, store, metrics or Metrics(), exploration, reranker))

@@ -25,7 +25,8 @@ from serve.model.directory import read_artifact
 from serve.model.events import Event
 from serve.model.exploration import Exploration
 from serve.model.filters import ItemFilter
-from serve.model.recommender import POPULARITY, Answer, Query, Recommender
+from serve.model.popular import POPULARITY
+from serve.model.recommender import Answer, Query, Recommender
 from serve.pb.recommender_pb2 import RecommendRequest, RecommendResponse, Seen
 from serve.serving.states import StateCache
 from serve.stores import open_store

@@ -53,8 +53,8 @@ from jaxrec.rl.served.recommendations import NO_REQUEST_TIME, History, Recommend
 from jaxrec.rl.served.trends import ArrivedEvents, Moment
 
 APPLICATION_ID = 0x6A787263
-STORE_VERSION = 8
-NEW_ITEM_SLOTS = "new_item_slots"
+STORE_VERSION = 9
+NOT_DRAWN = frozenset({"new_item_slots", "rules"})
 # What it excluded is noted as excluded items.
 NOT_SHOWN_WITHIN = "not_shown_within"
 QUANTILE = 0.99  # of the responses: by when the log ends, and within which window they come by default
@@ -62,7 +62,7 @@ QUANTILE = 0.99  # of the responses: by when the log ends, and within which wind
 # Why a recommendation cannot be learned from.
 SENT_ALONG = "histories that came with the request"
 DETERMINISTIC = "shown without drawing (no propensities)"
-OPTIONS = "ranked with options of the request (filter, seen, new_item_slots, events), or many items were hidden"
+OPTIONS = "ranked with options of the request (filter, seen, new_item_slots, rules, events), or many items were hidden"
 UNNOTED = "logged before servers noted their temperature"
 UNKNOWN_ITEM = "with an item that the run does not know"
 SHOWN_OTHERWISE = "shown in another order, or with gaps"
@@ -319,7 +319,7 @@ def _unusable(one: _Shown, index: Mapping[str, int]) -> str:
     """Why never to learn from a recommendation, whatever its user did; empty: there is no reason."""
     options = [option for option in one.options if option != NOT_SHOWN_WITHIN]
     # Without propensities, but a server with --explore has none here either.
-    if NEW_ITEM_SLOTS in options or (options and not one.slate):
+    if NOT_DRAWN.intersection(options) or (options and not one.slate):
         return OPTIONS
     if not one.log_propensities or not one.slate:
         return DETERMINISTIC

@@ -6,7 +6,7 @@ from typing import Any, LiteralString
 
 import psycopg
 
-from serve.model.trend import HALF_LIVES_S
+from serve.model.trend import COUNTED_S
 from serve.stores.base import UserEvent
 from serve.stores.counters import Counter, ItemCounts, add_events, counted
 from serve.stores.sql import LARGEST
@@ -18,6 +18,8 @@ COUNTERS_SCHEMA: tuple[LiteralString, ...] = (
         counts double precision[] NOT NULL,
         changed bigint NOT NULL
     )""",
+    # Servers of before counted no last hour.
+    f"UPDATE jaxrec.trend SET counts = counts || 0::float8 WHERE cardinality(counts) = {len(COUNTED_S) - 1}",
     "CREATE INDEX IF NOT EXISTS trend_changed ON jaxrec.trend (changed)",
     """CREATE TABLE IF NOT EXISTS jaxrec.trend_start (
         number integer PRIMARY KEY CHECK (number = 1),
@@ -52,10 +54,10 @@ LAST_ARRIVAL: LiteralString = (
 _AGED: LiteralString = (
     "{0}.counts[{2}] * power(0.5::float8, least(greatest({1}.reference::float8 - {0}.reference, 0) / {3}, 200))"
 )
-_PLACES = range(1, len(HALF_LIVES_S) + 1)
+_PLACES = range(1, len(COUNTED_S) + 1)
 _ADDED = ", ".join(
     f"{_AGED.format('old', 'excluded', at, half_life)} + {_AGED.format('excluded', 'old', at, half_life)}"
-    for at, half_life in zip(_PLACES, HALF_LIVES_S, strict=True)
+    for at, half_life in zip(_PLACES, COUNTED_S, strict=True)
 )
 _NAMES = ", ".join(f"of_{at}" for at in _PLACES)
 ADD = (

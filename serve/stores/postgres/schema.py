@@ -10,7 +10,7 @@ from serve.stores.postgres.counters import COUNTED_UNTIL, COUNTERS_SCHEMA, TIMES
 from serve.stores.rows import EVENT_COLUMNS, SHOWN_ITEM_COLUMNS, SLATE_COLUMNS
 from serve.stores.sql import Queries
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 VERSION_TABLE: tuple[LiteralString, ...] = (
     "CREATE SCHEMA IF NOT EXISTS jaxrec",
     "CREATE TABLE IF NOT EXISTS jaxrec.store (version integer NOT NULL)",

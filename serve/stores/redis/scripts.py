@@ -3,7 +3,7 @@
 What depends on the length of a list is limited, or done in parts, so that no script takes longer than a client waits.
 """
 
-from serve.model.trend import HALF_LIVES_S
+from serve.model.trend import COUNTED_S
 
 # A counter is a text: its reference, and its counts, each as exactly as a number is.
 COUNTERS = """
@@ -20,7 +20,8 @@ local function numbers_of(text)
         end
         numbers[#numbers + 1] = number
     end
-    return #numbers == 1 + #half_lives and numbers
+    -- One less: a server of before, which counted no last hour, has written it.
+    return (#numbers == 1 + #half_lives or #numbers == #half_lives) and numbers
 end
 
 -- Empty: there is none yet. False: it cannot be decoded.
@@ -50,7 +51,7 @@ local function write(item, counter, revision)
     redis.call('HSET', 'jaxrec:trend', item, table.concat(numbers, ' '))
     redis.call('ZADD', 'jaxrec:trend_changed', string.format('%d', revision), item)
 end
-""".replace("HALF_LIVES", ", ".join(map(str, HALF_LIVES_S)))
+""".replace("HALF_LIVES", ", ".join(map(str, COUNTED_S)))
 # ARGV: the time now, and for each event its id, user, value, item, time and the sign of its weight (1, 0 or -1).
 # Returns for each event whether it is new (1) or not (0), and the items whose counters cannot be decoded. Scripts get
 # keys in ARGV, not in KEYS: there is no cluster, see `serve.stores.redis.store`.

@@ -6,7 +6,7 @@ from typing import Any
 
 from serve.model.events import INTERACTION, Event
 from serve.stores.base import ShownItem, Slate, UserEvent, digest
-from serve.stores.counters import EXPECTED, Counter, are_counts
+from serve.stores.counters import EXPECTED, Counter, are_counts, with_hour
 from serve.stores.rows import Started
 
 
@@ -18,7 +18,7 @@ def counter_of(item_id: str, text: bytes) -> Counter:
     """
     try:
         reference, *counts = map(float, text.split())
-        counter = Counter(int(reference), counts)
+        counter = Counter(int(reference), with_hour(counts))
     except (OverflowError, ValueError):
         counter = None
     if counter is None or not are_counts(counter.counts):

@@ -7,7 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import LiteralString
 
 from serve.stores.base import UserEvent
-from serve.stores.counters import EXPECTED, ONE_EVENT, Counter, ItemCounts, add_events, added, are_counts, counted
+from serve.stores.counters import (
+    EXPECTED,
+    ONE_EVENT,
+    Counter,
+    ItemCounts,
+    add_events,
+    added,
+    are_counts,
+    counted,
+    with_hour,
+)
 from serve.stores.sql import LARGEST
 
 SCHEMA = """
@@ -37,6 +47,8 @@ INSERT_COUNTER = "INSERT OR REPLACE INTO trend VALUES (?, ?, ?, ?)"
 # An older SQLite takes no more than 999 parameters.
 ASKED_AT_ONCE = 900
 COUNTS = struct.Struct(f"<{len(ONE_EVENT)}d")
+COUNTS_OF_ONE = 8
+"""Bytes of a count."""
 
 
 def counts_of_rows(rows: Sequence[tuple[str, int, bytes, int]], since: int) -> ItemCounts:
@@ -130,7 +142,8 @@ def counter_rows(counters: Iterable[tuple[str, Counter]], changed: int) -> Itera
 
 
 def _counter(item_id: str, reference: int, counts: bytes) -> Counter:
-    numbers = COUNTS.unpack(counts) if len(counts) == COUNTS.size else ()
+    whole = COUNTS.size, COUNTS.size - COUNTS_OF_ONE
+    numbers = with_hour(struct.unpack(f"<{len(counts) // COUNTS_OF_ONE}d", counts)) if len(counts) in whole else ()
     if not are_counts(numbers):
         raise sqlite3.DataError(
             f"table trend, counter of the item {item_id!r}: expected {EXPECTED}, of 8 bytes each, came"

@@ -10,7 +10,7 @@ from serve.stores.sqlite import counters, items
 
 # "jxrc": marks the file, so that another program's database is not used as a store.
 APPLICATION_ID = 0x6A787263
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 # `arrival` is never given twice (AUTOINCREMENT), so a user's latest is a revision that never comes back.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (

@@ -405,7 +405,7 @@ def test_slates_with_request_options_are_counted_and_left_out(
 def test_what_was_not_drawn_is_counted_as_that_with_request_options_too(
     small_data: PreparedData, tmp_path: Path
 ) -> None:
-    """So that the hint about --explore is given; of places for new items, which are never drawn, it would be wrong."""
+    """So that the hint about --explore is given; of places for new items and most rules, it would be wrong."""
     item, path = str(small_data.catalog.ids.raw_ids[0]), tmp_path / "events.sqlite"
     with SQLiteStore(path) as store:
         store.record([UserEvent("1", "ada", Event(item, None, START))])
@@ -414,6 +414,8 @@ def test_what_was_not_drawn_is_counted_as_that_with_request_options_too(
             (("filter",), (item,), (-1.0,)),
             (("filter",), (), ()),
             (("filter", "new_item_slots"), (item,), ()),
+            (("rules",), (item,), ()),
+            (("rules",), (item,), (-1.0,)),
             (("not_shown_within",), (item,), ()),
             (("not_shown_within", "filter"), (item,), (-1.0,)),
         ]
@@ -421,7 +423,7 @@ def test_what_was_not_drawn_is_counted_as_that_with_request_options_too(
             one = Slate(f"{at}", "ada", slate, log_propensities, "reinforce", "v", START + 1)
             store.log_slate(one._replace(temperature=1.0, request_options=options))
     log = read_served_log(path, small_data.catalog)
-    assert log.skipped == {DETERMINISTIC: 2, OPTIONS: 4}
+    assert log.skipped == {DETERMINISTIC: 2, OPTIONS: 6}
 
 
 SLATE_OF_SHOWN = {

@@ -115,6 +115,7 @@ def test_pages_are_asked_for_alike() -> None:
         "RecommendResponse.recommendations",
         "BatchRecommendResponse.results",
         "SimilarItemsResponse.items",
+        "TrendingResponse.items",
         "GetModelInfoResponse.genres",
         "GetModelInfoResponse.event_types",
         "SetTrafficResponse.shares",
@@ -163,6 +164,10 @@ def item_of_size(size: int) -> pb.UpsertItemsRequest:
     return request
 
 
+def ruled(**rules: Any) -> pb.RecommendRequest:
+    return pb.RecommendRequest(user_id="u", k=100, rules=pb.Rules(**rules))
+
+
 # By limit: the RPC, and a request with so much.
 ASKED: dict[str, tuple[str, Callable[[int], Message]]] = {
     "max_k": ("Recommend", lambda n: pb.RecommendRequest(user_id="u", k=n)),
@@ -183,6 +188,12 @@ ASKED: dict[str, tuple[str, Callable[[int], Message]]] = {
     "max_batch": ("BatchRecommend", lambda n: batch(n, k=1)),
     "max_batch_items": ("BatchRecommend", lambda n: batch(n // 100, k=100 + n % 100)),
     "max_batch_metadata": ("BatchRecommend", lambda n: batch(n // 100, k=100 + n % 100, view=pb.VIEW_FULL)),
+    "max_batch_ruled": (
+        "BatchRecommend",
+        lambda n: batch(n // 100, k=100 + n % 100, rules=pb.Rules(diversity=0.5)),
+    ),
+    "max_boosts": ("Recommend", lambda n: ruled(boosts=[pb.Boost(tag="Drama", factor=2)] * n)),
+    "max_pins": ("Recommend", lambda n: ruled(pins=[pb.Pin(tag="Drama", position=1 + at) for at in range(n)])),
     "max_batch_events": (
         "BatchRecommend",
         lambda n: pb.BatchRecommendRequest(requests=[with_events(10_000)] * (n // 10_000) + [with_events(n % 10_000)]),
@@ -210,6 +221,7 @@ ELSEWHERE = {
     "max_not_shown_items": "test_not_shown.py",
     "max_stored_events": "stores/test_users.py",
     "max_merged": "api/test_users.py",
+    "max_rule_tags": "test_rules.py",
     "max_listed_tags": "api/test_items.py",
     "max_genre_preferences": "api/test_contract.py",
     "max_violations": "api/test_errors.py",

@@ -11,9 +11,14 @@ import serve
 
 ROOT = Path(serve.__file__).parent.parent
 GENERATED = sorted(
-    f"{proto}_{kind}"
-    for proto in ("model_admin", "open_inference", "recommender")
-    for kind in ("pb2.py", "pb2.pyi", "pb2_grpc.py", "pb2_grpc.pyi")
+    [
+        "contract.binpb",
+        *(
+            f"{proto}_{kind}"
+            for proto in ("model_admin", "open_inference", "recommender")
+            for kind in ("pb2.py", "pb2.pyi", "pb2_grpc.py", "pb2_grpc.pyi")
+        ),
+    ]
 )
 
 
@@ -34,7 +39,7 @@ def test_nothing_else_is_generated(generated: Path) -> None:
 @pytest.mark.parametrize("name", GENERATED)
 def test_stub_is_current(generated: Path, name: str) -> None:
     committed = ROOT / "serve" / "pb" / name
-    assert (generated / name).read_text() == committed.read_text(), f"{committed} is out of date: run `make stubs`"
+    assert (generated / name).read_bytes() == committed.read_bytes(), f"{committed} is out of date: run `make stubs`"
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,9 @@ def test_filters_and_other_options(address: str, client: RecommenderClient, mode
     assert len(ask(address, "--watched", ids[1], "--new-items", "3").splitlines()) == 1 + 10 + 2
 
 
-@pytest.mark.parametrize("option", [["--seen", "allow"], ["--new-items", "3"], ["--why"]], ids=lambda option: option[0])
+@pytest.mark.parametrize(
+    "option", [["--seen", "allow"], ["--new-items", "3"], ["--why"], ["--pin", "1=1"]], ids=lambda option: option[0]
+)
 @pytest.mark.parametrize(
     "question", [["--similar", "1007"], ["--profile", "7"], []], ids=["similar", "profile", "model"]
 )
@@ -96,7 +98,36 @@ def test_options_of_recommendations_are_refused_elsewhere(question: list[str], o
 def test_filters_are_refused_where_no_items_are_ranked(question: list[str], option: str) -> None:
     refused = ask("127.0.0.1:1", *question, option, "1")
     assert refused.startswith("exit 2: ")
-    assert f"Error: {option}: expected --user, --watched or --similar with it" in refused
+    assert f"Error: {option}: expected --user, --watched, --similar or --trending with it" in refused
+
+
+def test_what_is_popular_now(address: str, model: Recommender) -> None:
+    ids, tag = model.catalog.item_ids, model.catalog.genres[1][0]
+    lines = ask(address, "--trending", "week", "--k", "60", "--any-tag", tag, "--exclude", ids[1]).splitlines()
+    assert lines[0].split() == ["item", "title", "genres", "events"]
+    with_tag = {item_id for item_id, of_item in zip(ids, model.catalog.genres, strict=True) if tag in of_item}
+    assert {line.split()[1] for line in lines[1:]} == with_tag - {ids[1]}
+    assert "expected one of --user or --watched, --similar, --trending" in ask(
+        address, "--trending", "day", "--user", "7"
+    )
+
+
+def test_rules_after_the_model(address: str, model: Recommender) -> None:
+    ids = model.catalog.item_ids
+    whole = [line.split()[1] for line in ask(address, "--watched", ids[1], "--k", "60").splitlines()[1:-2]]
+    last = whole[-1]
+    pinned = ask(address, "--watched", ids[1], "--pin", f"{last}=2", "--k", "3").splitlines()
+    assert pinned[0].split() == ["item", "title", "genres", "score", "rules"]
+    assert [line.split()[1] for line in pinned[1:4]] == [whole[0], last, whole[1]]
+    assert [line.endswith("pin") for line in pinned[1:4]] == [False, True, False]
+    boosted = ask(address, "--watched", ids[1], "--boost-tag", "Drama=100", "--boost", f"{last}=100", "--why")
+    assert "boost" in boosted
+    tagged = ask(address, "--watched", ids[1], "--pin-tag", "Drama=1", "--diversity", ".5", "--max-per-tag", "2")
+    assert "Drama" in tagged.splitlines()[1]
+    assert "rules.diversity: expected 0 to 1" in ask(address, "--watched", ids[1], "--diversity", "2")
+    assert ask(address, "--watched", ids[1], "--pin", last).splitlines() == [
+        f"exit 1: Error: expected NAME=VALUE, came {last}"
+    ]
 
 
 def test_an_argument_that_is_no_text_is_one_line(address: str) -> None:

@@ -35,6 +35,25 @@ def test_a_server_withstands_hostile_requests(model_directory: Path, model: Reco
     assert '"level": "ERROR"' not in log.read_text()
 
 
+def test_the_http_door_withstands_hostile_requests(model_directory: Path, model: Recommender, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    store, options = tmp_path / "events.sqlite", ("--http", "127.0.0.1:0")
+    with (
+        log.open("w") as stream,
+        running_server(model_directory, store, provider="cpu", options=options, stderr=stream) as server,
+    ):
+        url = server.line.split(" and ")[1].split(" ")[0]
+        outcome = fault_hostile.attack_http(
+            server.address, url, server.process.pid, model.catalog.item_ids[1:], requests=2_000, seed=1
+        )
+        assert server.process.poll() is None
+    assert outcome.broken == []
+    assert (outcome.hostile, outcome.good) == (1_800, 200)
+    assert outcome.statuses["200"] > 200
+    assert outcome.statuses["400"] > 200
+    assert '"level": "ERROR"' not in log.read_text()
+
+
 def test_a_wrong_answer_and_a_broken_server_would_be_found(model: Recommender) -> None:
     ids = frozenset(model.catalog.item_ids[1:])
     request = fault_hostile.recommend_request(history=[fault_hostile.Event(item_id="1007", timestamp=1)], k=2)

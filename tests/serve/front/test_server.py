@@ -112,6 +112,7 @@ def test_reflection(address: str) -> None:
         "DeleteEvents",
         "MergeUsers",
         "SimilarItems",
+        "Trending",
         "GetModelInfo",
         "UpsertItems",
         "DeleteItems",

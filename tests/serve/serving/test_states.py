@@ -13,7 +13,8 @@ from serve.model.directory import Artifact
 from serve.model.events import Event
 from serve.model.filters import ItemFilter
 from serve.model.live_catalog import Item, Overlay
-from serve.model.recommender import POPULARITY, Answer, Query, Recommender
+from serve.model.popular import POPULARITY
+from serve.model.recommender import Answer, Query, Recommender
 from serve.serving import states as states_module
 from serve.serving.states import StateCache
 from serve.stores import open_store

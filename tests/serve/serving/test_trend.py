@@ -21,7 +21,7 @@ from serve.front.server import create_server
 from serve.model.directory import Artifact
 from serve.model.events import Event
 from serve.model.recommender import Query, Recommender
-from serve.model.trend import HALF_LIVES_S
+from serve.model.trend import COUNTED_S, HALF_LIVES_S
 from serve.observability.metrics import Metrics
 from serve.serving.loading import ModelLoader, open_models
 from serve.serving.trend import TrendRefresher
@@ -221,7 +221,7 @@ def test_a_model_that_fails_on_its_counts_is_logged_once_and_keeps_its_trend(
     refresher.prepare(fresh)
     refresher.keep([fresh])
     before = fresh.engine.trend
-    many = ItemCounts.of([(fresh.catalog.item_ids[ITEM], Counter(NOW, [1e39] * len(HALF_LIVES_S)))])
+    many = ItemCounts.of([(fresh.catalog.item_ids[ITEM], Counter(NOW, [1e39] * len(COUNTED_S)))])
     with pytest.MonkeyPatch.context() as patched, np.errstate(over="ignore"):
         patched.setattr(store, "item_counts", lambda since: many)
         for _ in range(3):

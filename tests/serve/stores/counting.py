@@ -9,7 +9,7 @@ import psycopg
 import redis
 
 from serve.model.events import Event
-from serve.model.trend import HALF_LIVES_S, halved
+from serve.model.trend import COUNTED_S, halved
 from serve.stores import open_store
 from serve.stores.base import UserEvent
 from serve.stores.counters import Counter, ItemCounts
@@ -25,14 +25,14 @@ def event(event_id: str, item_id: str = "i", timestamp: int = NOW, user_id: str 
 
 def at(counts: ItemCounts, now: int) -> dict[str, list[float]]:
     """Counts of each item, decayed to `now`."""
-    decayed = counts.counts * halved(now - counts.references.astype(np.float64))
+    decayed = counts.counts * halved(now - counts.references.astype(np.float64), COUNTED_S)
     return dict(zip(counts.item_ids, decayed.tolist(), strict=True))
 
 
 def sums(events: Mapping[str, Sequence[int]], now: int) -> dict[str, list[float]]:
     """The definition: for each item and half-life the sum over its events, from their times."""
     return {
-        item: [sum(0.5 ** ((now - time) / half_life) for time in times) for half_life in HALF_LIVES_S]
+        item: [sum(0.5 ** ((now - time) / half_life) for time in times) for half_life in COUNTED_S]
         for item, times in events.items()
     }
 
@@ -77,4 +77,4 @@ def seeded(location: str) -> str:
 
 def seed_of(counts: Mapping[str, float], until: int) -> ItemCounts:
     """So many events of each item at `until`, for all half-lives."""
-    return ItemCounts.of((item, Counter(until, [count] * len(HALF_LIVES_S))) for item, count in counts.items())
+    return ItemCounts.of((item, Counter(until, [count] * len(COUNTED_S))) for item, count in counts.items())

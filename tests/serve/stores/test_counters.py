@@ -18,7 +18,7 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.model.trend import HALF_LIVES_S
+from serve.model.trend import COUNTED_S
 from serve.stores import open_store
 from serve.stores.base import EventStore, StoreError
 from serve.stores.counters import Counter, ItemCounts, add_events, counted
@@ -70,11 +70,11 @@ def test_an_event_ahead_of_the_clock_counts_as_of_now() -> None:
 
 
 def test_columns_of_counters_and_back() -> None:
-    counters = {"ü\n": Counter(2**40, [1 / 3] * 6), "": Counter(-5, [1.0] * 6)}
+    counters = {"ü\n": Counter(2**40, [1 / 3] * 7), "": Counter(-5, [1.0] * 7)}
     assert ItemCounts.of(counters.items()).counters() == counters
-    assert ItemCounts.of([]).counts.shape == (0, len(HALF_LIVES_S))
-    for wrong in ([1.0] * 5, [1.0] * 5 + [math.nan], [math.inf] * 6, [-1.0] * 6, [None] * 6):
-        with pytest.raises(ValueError, match=r"counter of the item 'i': expected 6 finite numbers from 0 on, came \["):
+    assert ItemCounts.of([]).counts.shape == (0, len(COUNTED_S))
+    for wrong in ([1.0] * 6, [1.0] * 6 + [math.nan], [math.inf] * 7, [-1.0] * 7, [None] * 7):
+        with pytest.raises(ValueError, match=r"counter of the item 'i': expected 7 finite numbers from 0 on, came \["):
             ItemCounts.of([("i", Counter(0, wrong))])  # type: ignore[arg-type]
 
 
@@ -149,7 +149,7 @@ def test_a_transaction_that_commits_late_is_not_missed_in_postgres(
 ) -> None:
     location = seeded(emptied("postgres", servers, tmp_path))
     with open_store(location) as store, psycopg.connect(location) as slow:
-        slow.execute("INSERT INTO jaxrec.trend VALUES ('slow', 0, '{1,1,1,1,1,1}', txid_current())")
+        slow.execute("INSERT INTO jaxrec.trend VALUES ('slow', 0, '{1,1,1,1,1,1,1}', txid_current())")
         store.record([event("1", "fast")])
         first = store.item_counts()
         assert list(first.item_ids) == ["fast"]
@@ -180,7 +180,7 @@ def test_two_servers_count_all_of_each_others_events(location: str) -> None:
             assert_counts(at(store.item_counts(), NOW), sums(dict.fromkeys("abc", times), NOW))
 
 
-@pytest.mark.parametrize("counts", [[1.0, 2.0], [math.nan] + [1.0] * 5, [-1.0] * 6], ids=["short", "NaN", "negative"])
+@pytest.mark.parametrize("counts", [[1.0, 2.0], [math.nan] + [1.0] * 6, [-1.0] * 7], ids=["short", "NaN", "negative"])
 def test_a_counter_that_cannot_be_decoded_stays_and_its_events_are_recorded(
     store: EventStore, location: str, counts: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -253,3 +253,31 @@ def test_reading_costs_what_changed(tmp_path: Path) -> None:
         store.record([event("new", "i7", int(time.time()))])
         assert list(store.item_counts(change).item_ids) == ["i7"]
         assert hundreds < 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counters_of_before_have_no_hour_and_are_counted_on(
+    kind: str,
+    servers: dict[str, DatabaseServer],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Of a store whose servers kept six counts of an item."""
+    location = seeded(emptied(kind, servers, tmp_path))
+    with open_store(location) as store:
+        store.record([event("1", "bad", NOW - HOUR), event("2", "other", NOW)])
+    before = [2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    damage(location, before)
+    if kind == "sqlite":
+        with closing(sqlite3.connect(location)) as connection:
+            connection.execute("PRAGMA user_version = 8")
+    elif kind == "postgres":
+        with psycopg.connect(location) as connection:
+            connection.execute("UPDATE jaxrec.store SET version = 7")
+    else:
+        with redis.Redis.from_url(location) as client:
+            client.set("jaxrec:version", "7")
+    with open_store(location) as store:
+        (reference, counts) = store.item_counts().counters()["bad"]
+        assert list(counts) == [*before, 0.0]
+        store.record([event("3", "bad", reference)])
+        assert list(store.item_counts().counters()["bad"].counts) == [one + 1 for one in [*before, 0.0]]

@@ -665,9 +665,9 @@ def test_a_store_that_did_not_note_how_it_drew_is_brought_up_to_date(
             assert store.history("u") == [Event("i", None, 0)]
     # Those servers knew of one version less, and refused others as this one does.
     name, before = {
-        "sqlite": ("sqlite.store.SCHEMA_VERSION", 7),
-        "postgres": ("postgres.schema.SCHEMA_VERSION", 6),
-        "redis": ("redis.server.VERSION", "6"),
+        "sqlite": ("sqlite.store.SCHEMA_VERSION", 8),
+        "postgres": ("postgres.schema.SCHEMA_VERSION", 7),
+        "redis": ("redis.server.VERSION", "7"),
     }[kind]
     monkeypatch.setattr(f"serve.stores.{name}", before)
     with pytest.raises(StoreError, match=rf"in version {int(before) + 1}, expected .*1\.\.{before}"):

@@ -1,0 +1,25 @@
+"""What the HTTP door allows a caller, in bytes, seconds and counts."""
+
+from serve.api.rules import MAX_MESSAGE_BYTES
+from serve.front.limits import MAX_CALLS_OF_A_CONNECTION
+
+# As long as gRPC allows a message, which as JSON is longer.
+MAX_BODY_BYTES = MAX_MESSAGE_BYTES
+# Request line and headers together.
+MAX_HEAD_BYTES = 16 * 2**10
+# Bodies that are being read, of all connections together: a few of the longest, or thousands of usual ones.
+MAX_BODIES_BYTES = 64 * 2**20
+MAX_CONNECTIONS = 512
+# All calls share one connection to the gRPC server. Health checks have the rest of it to themselves.
+MAX_CALLS = MAX_CALLS_OF_A_CONNECTION - 10
+# From the first byte of a request to the end of its headers, and from there to the end of its body.
+HEAD_S = 10.0
+BODY_S = 30.0
+# A connection without a request is kept for so long.
+IDLE_S = 60
+# An answer that the client does not read is dropped after so long.
+UNREAD_S = 30.0
+# Longer messages are converted in a thread, since the loop must not stand still for them.
+LONG_BYTES = 16 * 2**10
+# How long connections may take to end once all calls are answered.
+CLOSE_S = 2

@@ -1,0 +1,347 @@
+"""The page in a real browser: what a reader sees and does, by mouse and by keyboard, against a real server."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve.client import Connection, RecommenderClient, UserEvent
+from tests.serve.http.asking import ask
+from tests.serve.http.browser import WAIT_S, browser, missing
+from tests.serve.process import running_server
+
+PAGE = files("serve.http").joinpath("page.html").read_text("utf-8")
+TOKEN = "reader-token-0123"
+needs_browser = pytest.mark.skipif(bool(missing()), reason=missing())
+
+
+def port_of(line: str) -> int:
+    return int(line.split(" and ")[1].split(" ", maxsplit=1)[0].rpartition(":")[2])
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def serving(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """The address of gRPC and the port of HTTP."""
+    store = tmp_path_factory.mktemp("page") / "events.sqlite"
+    with running_server(model_directory, store, provider="cpu", options=("--http", "127.0.0.1:0")) as server:
+        yield server.address, port_of(server.line)
+
+
+class Page:
+    """The open page."""
+
+    def __init__(self, driver: Any, port: int, fragment: str = "") -> None:
+        self.driver = driver
+        driver.get("about:blank")
+        driver.get(f"http://localhost:{port}/{fragment}")
+
+    def script(self, text: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(text, *arguments)
+
+    def one(self, selector: str) -> Any:
+        return self.driver.find_element("css selector", selector)
+
+    def all(self, selector: str) -> list[Any]:
+        return list(self.driver.find_elements("css selector", selector))
+
+    def wait(self, condition: Callable[[], Any]) -> Any:
+        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        ignored = [StaleElementReferenceException]
+        return WebDriverWait(self.driver, WAIT_S, 0.05, ignored).until(lambda _: condition())
+
+    @property
+    def serial(self) -> int:
+        return int(self.one("#recommendations").get_attribute("data-serial") or 0)
+
+    def after(self, act: Callable[[], Any]) -> list[str]:
+        """The ids of the list, once it was made anew."""
+        before = self.serial
+        act()
+        self.wait(lambda: self.serial > before)
+        return self.listed()
+
+    def listed(self) -> list[str]:
+        return [row.get_attribute("data-item") for row in self.all("#recommendations > li")]
+
+    def press(self, *keys: str) -> None:
+        self.driver.switch_to.active_element.send_keys(*keys)
+
+
+@pytest.fixture
+def page(driver: Any, serving: tuple[str, int]) -> Page:
+    opened = Page(driver, serving[1])
+    opened.wait(lambda: opened.serial > 0)
+    driver.get_log("browser")
+    return opened
+
+
+@pytest.fixture
+def user(serving: tuple[str, int], request: pytest.FixtureRequest) -> str:
+    """A user with three events."""
+    name = request.node.name
+    with RecommenderClient(serving[0]) as client:
+        client.record_events(
+            UserEvent(event_id=f"{name}-{at}", user_id=name, item_id=str(1007 + 7 * at), timestamp=at + 1, rating=4)
+            for at in range(3)
+        )
+    return name
+
+
+def test_it_is_small_and_loads_nothing_from_elsewhere() -> None:
+    assert len(PAGE.encode()) < 200_000
+    assert not re.search(r"(src|href)\s*=\s*[\"'](?!data:|#)|@import|url\(|https?://", PAGE)
+
+
+@needs_browser
+def test_the_browser_lets_the_page_run_and_nothing_else(page: Page, serving: tuple[str, int]) -> None:
+    assert page.driver.title == "jaxrec"
+    assert [entry for entry in page.driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+    refused = page.driver.execute_async_script(
+        "document.addEventListener('securitypolicyviolation', (e) => arguments[0](e.violatedDirective));"
+        "const script = document.createElement('script'); script.textContent = 'window.stranger = 1';"
+        "document.head.append(script);"
+    )
+    assert refused.startswith("script-src")
+    assert page.script("return window.stranger") is None
+    policy = ask(serving[1], "/").headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    page.driver.get_log("browser")
+
+
+@needs_browser
+def test_a_history_is_built_by_the_keyboard_alone(page: Page) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    page.script("document.body.focus()")
+    page.one("body").send_keys("/")
+    assert page.script("return document.activeElement.id") == "search"
+    page.press("movie 1")
+    page.wait(lambda: len(page.all("[role=option]")) > 1)
+    first = page.one("[role=option][aria-selected=true]").get_attribute("data-item")
+    page.press(Keys.ARROW_DOWN)
+    second = page.one("[role=option][aria-selected=true]").get_attribute("data-item")
+    assert first != second
+    assert page.one("#search").get_attribute("aria-activedescendant") == "found-1"
+    before = page.listed()
+    after = page.after(lambda: page.press(Keys.ENTER))
+    assert before != after
+    assert second not in after
+    assert "moved" in page.one("#said").text
+    assert len(page.all("#events li button")) == 1
+    page.press("1007")
+    page.wait(lambda: page.all("[role=option]"))
+    page.after(lambda: page.press(Keys.ENTER))
+    assert len(page.all("#events li button")) == 2
+    # From the list: Enter on a title is a click, and the focus stays in the list.
+    page.script("document.querySelector('#recommendations .title').focus()")
+    clicked = page.listed()[0]
+    assert clicked not in page.after(lambda: page.press(Keys.ENTER))
+    assert page.script("return document.activeElement.className") == "title"
+
+
+@needs_browser
+def test_a_click_records_the_event_of_a_stored_user_and_the_list_moves(
+    page: Page, serving: tuple[str, int], user: str
+) -> None:
+    page.script("arguments[0].click()", page.one("input[value=user]"))
+    page.one("#user").send_keys(user)
+    page.after(lambda: page.one("#user").submit())
+    page.wait(lambda: "Movie" in page.one("#events").text and len(page.all("#events li")) == 3)
+    shown = page.listed()
+    with RecommenderClient(serving[0]) as client:
+        assert [one.item_id for one in client.recommend(user_id=user, k=10).recommendations] == shown
+        moved = page.after(page.one("#recommendations .title").click)
+        newest = client.list_events(user).events[0]
+        assert (newest.item_id, newest.type, len(newest.recommendation_id)) == (shown[0], "click", 32)
+        assert [one.item_id for one in client.recommend(user_id=user, k=10).recommendations] == moved
+        assert shown[0] not in moved
+        assert page.all("#recommendations .moved")
+        page.wait(lambda: len(page.all("#events li")) == 4)
+        page.after(page.one("#events li button").click)
+        page.wait(lambda: len(page.all("#events li")) == 3)
+        assert len(client.list_events(user).events) == 3
+
+
+@needs_browser
+def test_reasons_scores_filters_similar_items_and_the_profile(
+    page: Page, driver: Any, serving: tuple[str, int], user: str
+) -> None:
+    page = Page(driver, serving[1], f"#user={user}")
+    page.wait(lambda: page.serial > 0 and page.all("#recommendations li"))
+    with RecommenderClient(serving[0]) as client:
+        answer = client.recommend(user_id=user, k=10, explain=True)
+        first = page.one("#recommendations li").text
+        assert f"{answer.recommendations[0].score:.3f}" in first
+        assert answer.recommendations[0].explanation.text in first
+        assert f"“{answer.policy}”" in page.one("#answer").text
+        page.wait(lambda: page.all("#tags option"))
+        tag = page.one("#recommendations .tags button").text
+        only = page.after(page.one("#recommendations .tags button").click)
+        assert all(tag in client.get_item(item).item.item.tags for item in only)
+        page.after(page.one("#chosen-tags button").click)
+        page.one(".actions button:last-child").click()
+        page.wait(lambda: page.one("#similar").is_displayed() and page.all("#similar-items button"))
+        similar = client.similar_items(page.listed()[0], k=10).items
+        assert [one.text.split(",")[0] for one in page.all("#similar-items button")] == [
+            one.title.split(",")[0] for one in similar
+        ]
+        page.one("#profile summary").click()
+        page.wait(lambda: "3 positive events" in page.one("#profile-text").text)
+        assert page.one("#profile-genres").text
+        page.one("#models summary").click()
+        page.wait(lambda: client.get_model_info().model_version in page.one("#model-list").text)
+        assert "100 % of the users" in page.one("#model-list").text
+
+
+def trending(page: Page) -> list[str]:
+    """The ids of the trending items, asked for once more."""
+    page.script("trending.open = false")
+    page.script("$('trending-items').replaceChildren(); trending.open = true")
+    page.wait(lambda: page.all("#trending-items button"))
+    return list(
+        page.script("return [...$('trending-items').querySelectorAll('button')].map((one) => one.dataset.item)")
+    )
+
+
+@needs_browser
+def test_what_the_server_does_not_have_is_hidden(page: Page, serving: tuple[str, int]) -> None:
+    offered = "/jaxrec.v1.Recommender/Trending" in ask(serving[1], "/openapi.json").json["paths"]
+    assert page.one("#trending").is_displayed() is offered
+    if offered:
+        with RecommenderClient(serving[0]) as client:
+            client.record_events([UserEvent(event_id="now", user_id="now", item_id="1014", timestamp=int(time.time()))])
+        page.wait(lambda: trending(page)[:1] == ["1014"])
+    assert not page.one("#profile").is_displayed()
+    assert not page.one("#similar").is_displayed()
+    page.script("arguments[0].click()", page.one("input[value=user]"))
+    page.wait(lambda: page.one("#profile").is_displayed())
+
+
+@needs_browser
+def test_an_error_is_said_and_goes_away(page: Page) -> None:
+    page.script("const k = document.getElementById('k'); k.value = 5000; k.dispatchEvent(new Event('change'))")
+    page.wait(lambda: page.one("#failed").is_displayed())
+    assert page.one("#failed").text.startswith("invalid_argument: k: expected 1 to 1000")
+    assert page.one("#failed").get_attribute("role") == "alert"
+    page.after(
+        lambda: page.script("const k = document.getElementById('k'); k.value = 3; k.dispatchEvent(new Event('change'))")
+    )
+    assert not page.one("#failed").is_displayed()
+    assert len(page.listed()) == 3
+
+
+@needs_browser
+def test_texts_of_the_catalogue_are_texts(page: Page, serving: tuple[str, int]) -> None:
+    from serve.client import Item
+
+    with RecommenderClient(serving[0]) as client:
+        client.upsert_items([Item(item_id="1007", title="<img src=x onerror=window.stranger=1>", tags=["<b>"])])
+        try:
+            opened = Page(page.driver, serving[1])
+            opened.wait(lambda: opened.serial > 0)
+            opened.one("#search").click()
+            opened.one("#search").send_keys("<img")
+            opened.wait(lambda: "<img src=x" in opened.one("#found").text)
+            assert opened.script("return [document.images.length, window.stranger]") == [0, None]
+        finally:
+            client.delete_items(["1007"])
+
+
+@needs_browser
+def test_every_control_has_a_name_for_a_screen_reader(page: Page) -> None:
+    for details in page.all("details"):
+        page.script("arguments[0].open = true", details)
+    controls = [one for one in page.all("input, select, button, summary, [role]") if one.is_displayed()]
+    assert len(controls) > 20
+    names = {one.get_attribute("id") or one.text: one.accessible_name for one in controls if one.tag_name != "p"}
+    assert all(names.values()), names
+    assert page.one("html").get_attribute("lang") == "en"
+    assert page.one("#said").get_attribute("role") == "status"
+
+
+CONTRAST = """
+const part = (text) => text.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255)
+    .map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+const light = (text) => part(text).reduce((sum, v, at) => sum + v * [0.2126, 0.7152, 0.0722][at], 0);
+const ground = (node) => {
+    for (; node; node = node.parentElement) {
+        const color = getComputedStyle(node).backgroundColor;
+        if (!/, 0\\)$/.test(color)) return color;
+    }
+};
+return [...document.querySelectorAll("h1, h2, p, label, button, summary, .faint, .number, a")]
+    .filter((one) => one.checkVisibility() && one.textContent.trim())
+    .map((one) => [light(getComputedStyle(one).color), light(ground(one))])
+    .map(([a, b]) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05));
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_both_themes_can_be_read(page: Page, theme: str) -> None:
+    media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    try:
+        page.wait(lambda: page.script("return document.getAnimations().length") == 0)
+        ratios = page.script(CONTRAST)
+        assert len(ratios) > 20
+        assert min(ratios) >= 4.5  # WCAG 2, AA
+        ground = page.script("return getComputedStyle(document.body).backgroundColor")
+        page.one("#theme").click()
+        page.one("#theme").click()
+        dark = page.script("return getComputedStyle(document.body).backgroundColor")
+        assert page.one("#theme").text == "Theme: dark"
+        assert (ground == dark) is (theme == "dark")
+        page.one("#theme").click()
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@needs_browser
+def test_a_narrow_window_does_not_scroll_sideways(page: Page) -> None:
+    size = page.driver.get_window_size()
+    try:
+        page.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 700, "deviceScaleFactor": 1, "mobile": True}
+        )
+        assert page.script("return document.documentElement.scrollWidth") <= 360
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        page.driver.set_window_size(size["width"], size["height"])
+
+
+@needs_browser
+def test_the_token_of_the_field_is_sent(driver: Any, model_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text(f"read {TOKEN}\n")
+    options = ("--http", "127.0.0.1:0", "--tokens-file", str(tmp_path / "tokens"))
+    with running_server(model_directory, tmp_path / "events.sqlite", provider="cpu", options=options) as server:
+        page = Page(driver, port_of(server.line))
+        page.wait(lambda: page.one("#failed").is_displayed())
+        assert page.one("#failed").text.startswith("unauthenticated: ")
+        assert page.script("return document.activeElement.id") == "token"
+        page.press(TOKEN, "\t")
+        page.wait(lambda: page.serial > 0)
+        assert not page.one("#failed").is_displayed()
+        # The right to read is not the right to record.
+        page.script("arguments[0].click()", page.one("input[value=user]"))
+        page.one("#user").send_keys("u")
+        page.after(lambda: page.one("#user").submit())
+        page.one("#recommendations .title").click()
+        page.wait(lambda: page.one("#failed").is_displayed())
+        assert page.one("#failed").text.startswith("permission_denied: ")
+        with RecommenderClient(Connection(server.address, token=TOKEN)) as client:
+            assert not client.list_events("u").events
+        page.script("sessionStorage.clear()")
