@@ -9,8 +9,8 @@ ratings before it (at least 5; up to 5 cases of each user)? Recall@50 is the sha
 first 50: of all movies that the user has not rated, and of the hidden movies alone. What this costs known movies is
 measured on their test cases: NDCG@10 and HR@50 (means of without and with the request time) beside the new ones,
 relative to those of the same hybrid with new movies shut out. It is an upper bound, since no hidden movie is the target
-of a test case. A movie that comes after the export, into the catalogue of a server, has the same vector, and ranks as high
-as known movies did that were hidden for that (`jaxrec.training.new_items`): the row "if they come while serving".
+of a test case. A movie that comes after the export, into the catalogue of a server, has the same vector, and ranks as
+high as known movies did that were hidden for that (`jaxrec.training.new_items`): the row "if they come while serving".
 """
 
 import itertools

@@ -135,7 +135,7 @@ def _load(url: str, body: Path, how: list[str], seconds: float) -> None:
 
 
 def _answered(metrics: str) -> dict[str, float]:
-    """So many calls of Recommend were answered by status since the server started, and turned away unread."""
+    """So many calls of Recommend ended with each status since the server started."""
     with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=DEADLINE_S) as response:
         lines = response.read().decode().splitlines()
     counts: dict[str, float] = {}
@@ -143,14 +143,11 @@ def _answered(metrics: str) -> dict[str, float]:
         name, _, value = line.rpartition(" ")
         if name.startswith("jaxrec_rpc_seconds_count") and METHOD in name:
             counts[name.split('code="')[1].split('"')[0]] = float(value)
-        elif name.startswith("jaxrec_rejected_calls_total") and 'reason="overload"' in name and METHOD in name:
-            counts["unread"] = float(value)
     return counts
 
 
 def _rate(before: dict[str, float], after: dict[str, float], code: str, seconds: float) -> float:
-    codes = [code, "unread"] if code == "RESOURCE_EXHAUSTED" else [code]
-    return sum(after.get(code, 0) - before.get(code, 0) for code in codes) / seconds
+    return (after.get(code, 0) - before.get(code, 0)) / seconds
 
 
 def _probe(address: str, stop: threading.Event, probed: Probed) -> None:

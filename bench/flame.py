@@ -28,20 +28,18 @@ RATE = 100
 PARTS = (
     ("ONNX Runtime", ("onnxruntime_inference_collection.py",)),
     ("log of slates, in its own thread", ("deferred.py", "_write_deferred", "_insert_slates")),
-    ("revision of the history, from SQLite", ("sqlite.py",)),
+    ("revision of the history, from SQLite", ("sqlite/store.py",)),
     (
         "arrays around the run, states, batching",
         ("states.py", "batching.py", "engine.py", "numpy", "model/recommender.py"),
     ),
-    ("sending", ("_send ",)),
-    ("polling, and gRPC's work in it", ("run (serve/front/polling.py",)),
-    ("taking calls in", ("polling.py", "grpc/")),
     ("metrics", ("metrics.py", "prometheus_client")),
     ("decoding and encoding", ("codec.py", "rules.py", "RecommendResponse", "recommender_pb2")),
     (
         "around the call: request id, gate, servicer",
-        ("calls.py", "lifecycle.py", "api/recommender.py", "service.py", "loaded.py", "threading.py"),
+        ("calls.py", "gate.py", "recommends.py", "waiting.py", "api/recommender.py", "service.py", "loaded.py"),
     ),
+    ("gRPC, and the event loop", ("loop.py", "asyncio/", "grpc/")),
 )
 
 

@@ -222,7 +222,7 @@ def start_all(
         stack.enter_context(channel)
         targets.append(target)
 
-    for kind in ("polling", "threaded"):
+    for kind in ("loop", "threaded"):
         server = stack.enter_context(peer_servers.echo(kind, folder))
         add(f"echo, {kind}", [server.process.pid], server.port, "/bench.Echo/Echo", [b""], lambda *_: None)
     ours = stack.enter_context(running_server(work.model, folder / "events.sqlite"))

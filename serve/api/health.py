@@ -1,32 +1,56 @@
-"""Health checking whose memory no client can fill: it needs no token."""
+"""`grpc.health.v1.Health`, for services that are known from the start; names that clients invent leave nothing here."""
 
-from collections.abc import Callable, Collection
-from typing import Any
+import asyncio
+from collections.abc import AsyncIterator, Collection
 
-from grpc_health.v1 import health, health_pb2
+import grpc
+from grpc_health.v1 import health_pb2 as pb
+
+from serve.api.context import Context
+from serve.api.errors import Refused
+
+OVERALL = ""
+"""The name of the whole server."""
 
 
-class HealthServicer(health.HealthServicer):
-    """grpc's, for services that are known from the start.
+class HealthServicer:
+    """Says how services stand; all are NOT_SERVING at first, and so is the whole.
 
-    grpc keeps every name that was ever watched. Here a watch of another service gets SERVICE_UNKNOWN, stays
-    open as the protocol wants it, and leaves nothing behind: such a service will never come.
+    Watches run in one event loop; the rest is for any thread.
     """
 
-    def __init__(self, services: Collection[str]) -> None:
-        """All services are NOT_SERVING, and so is the whole, which is called ""."""
-        super().__init__()
-        self._services = frozenset(services) | {health.OVERALL_HEALTH}
-        for name in self._services:
-            self.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+    def __init__(self, services: Collection[str], loop: asyncio.AbstractEventLoop) -> None:
+        self._services = frozenset(services) | {OVERALL}
+        self._status = pb.HealthCheckResponse.NOT_SERVING
+        self._loop = loop
+        self._changed: asyncio.Future[None] = loop.create_future()
 
-    def Watch(
-        self,
-        request: health_pb2.HealthCheckRequest,
-        context: Any,
-        send_response_callback: Callable[[health_pb2.HealthCheckResponse | None], None] | None = None,
-    ) -> Any:
-        if request.service in self._services or send_response_callback is None:
-            return super().Watch(request, context, send_response_callback)
-        send_response_callback(health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN))
-        return None
+    def set_all(self, status: pb.HealthCheckResponse.ServingStatus.ValueType) -> None:
+        """From now on all services have this status."""
+        self._status = status
+        self._loop.call_soon_threadsafe(self._tell)
+
+    def Check(self, request: pb.HealthCheckRequest, context: Context) -> pb.HealthCheckResponse:
+        if request.service not in self._services:
+            raise Refused(grpc.StatusCode.NOT_FOUND, "there is no such service")
+        return pb.HealthCheckResponse(status=self._status)
+
+    def List(self, request: pb.HealthListRequest, context: Context) -> pb.HealthListResponse:
+        status = pb.HealthCheckResponse(status=self._status)
+        return pb.HealthListResponse(statuses=dict.fromkeys(sorted(self._services), status))
+
+    async def Watch(self, request: pb.HealthCheckRequest, context: Context) -> AsyncIterator[pb.HealthCheckResponse]:
+        """How the service stands, at once and whenever that changes. A client that reads slowly misses what is past."""
+        if request.service not in self._services:
+            # It stays open, as the protocol wants it; such a service will never come.
+            yield pb.HealthCheckResponse(status=pb.HealthCheckResponse.SERVICE_UNKNOWN)
+            await self._loop.create_future()
+        while True:
+            told = self._status
+            yield pb.HealthCheckResponse(status=told)
+            while self._status == told:
+                await asyncio.shield(self._changed)
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, self._loop.create_future()
+        changed.set_result(None)

@@ -6,12 +6,14 @@ answers an index that is out of range with an error at best.
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.api.context import Context
 from serve.api.errors import InvalidRequest
 from serve.api.rules import MAX_BATCH, MAX_BATCH_EVENTS, MAX_EXCLUDED_ITEMS, MAX_HISTORY_EVENTS, MAX_K, latest_time
 from serve.model.graphs import BLOCKED, QUERY, SEQUENCE_OUTPUTS, TREND, Signature, sequence_inputs
@@ -53,27 +55,23 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         self._models = models
         self.ready = False
 
-    def ServerLive(self, request: pb.ServerLiveRequest, context: grpc.ServicerContext) -> pb.ServerLiveResponse:
+    def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
 
-    def ServerReady(self, request: pb.ServerReadyRequest, context: grpc.ServicerContext) -> pb.ServerReadyResponse:
+    def ServerReady(self, request: pb.ServerReadyRequest, context: Context) -> pb.ServerReadyResponse:
         return pb.ServerReadyResponse(ready=self.ready)
 
-    def ModelReady(self, request: pb.ModelReadyRequest, context: grpc.ServicerContext) -> pb.ModelReadyResponse:
+    def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
         try:
             self._model(request.name, request.version)
         except UnknownModel:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=self.ready)
 
-    def ServerMetadata(
-        self, request: pb.ServerMetadataRequest, context: grpc.ServicerContext
-    ) -> pb.ServerMetadataResponse:
-        return pb.ServerMetadataResponse(name=MODEL_NAME, version=importlib.metadata.version("jaxrec"))
+    def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
+        return pb.ServerMetadataResponse(name=MODEL_NAME, version=_version())
 
-    def ModelMetadata(
-        self, request: pb.ModelMetadataRequest, context: grpc.ServicerContext
-    ) -> pb.ModelMetadataResponse:
+    def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> pb.ModelMetadataResponse:
         model = self._model(request.name, request.version)
         tensor = pb.ModelMetadataResponse.TensorMetadata
         shapes = {"state": (-1, model.engine.state_width), "items": (-1, -1), "scores": (-1, -1)}
@@ -90,7 +88,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             ],
         )
 
-    def ModelInfer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> pb.ModelInferResponse:
+    def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         model = self._model(request.model_name, request.model_version)
         wanted = [output.name for output in request.outputs] or list(OUTPUTS)
         for at, name in enumerate(wanted):
@@ -100,7 +98,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         _check(inputs, model)
         if not context.is_active():
             raise Cancelled("cancelled by the client")
-        if not context.time_remaining():
+        if context.time_remaining() == 0:
             raise Expired("the deadline passed before the model ran")
         withheld = model.live.withheld()
         outputs = model.engine.run_sequence(inputs, wanted, None if withheld is None else withheld.mask)
@@ -115,6 +113,14 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         if name != MODEL_NAME:
             raise UnknownModel(f"there is no model {name!r}, the one here is {MODEL_NAME!r}")
         return self._models.version(version).model
+
+
+@cache
+def _version() -> str:
+    """Of the installed package; "" for a copy of the sources that is not installed."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("jaxrec")
+    return ""
 
 
 def _inputs(model: Recommender) -> Signature:

@@ -1,6 +1,6 @@
 """The RPCs of `jaxrec.v1.Recommender`: decode, call, encode."""
 
-from typing import Any
+from collections.abc import Callable
 
 from serve.api.codec import (
     check_answer,
@@ -16,6 +16,7 @@ from serve.api.codec import (
     encode_profile,
     encode_similar,
 )
+from serve.api.context import Context
 from serve.api.errors import OF_THE_SERVER, InvalidRequest, Violations, status_of
 from serve.api.event_types import BUILT_IN, EventTypes
 from serve.api.filters import decode_filter
@@ -45,18 +46,42 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         user_id = request.user_id if isinstance(request, pb.RecommendRequest) else ""
         return self._models.for_user(user_id or request.bucket_key or None)
 
-    def Recommend(self, request: pb.RecommendRequest, context: Any) -> pb.RecommendResponse:
+    def Recommend(self, request: pb.RecommendRequest, context: Context) -> pb.RecommendResponse:
         loaded = self._loaded(request)
         query = decode_query(request, loaded.model, self._event_types)
         answer = self._service.recommend(loaded, query, context.time_remaining(), lambda: not context.is_active())
         return self._encoded(request, answer)
+
+    def start_recommend(
+        self, request: pb.RecommendRequest, context: Context, on_done: Callable[[], None]
+    ) -> tuple[LoadedModel, Callable[[], pb.RecommendResponse]]:
+        """As `Recommend`, for a request that is not `slow`, without waiting: the model that is to run, and what gives
+        the response once `on_done` is called, in any thread."""
+        loaded = self._loaded(request)
+        query = decode_query(request, loaded.model, self._event_types)
+        remaining = context.time_remaining()
+        answer = self._service.start(loaded, query, remaining, lambda: not context.is_active(), on_done)
+        return loaded, lambda: self._encoded(request, answer())
+
+    def is_slow(self, request: pb.RecommendRequest) -> bool:
+        """Whether a request needs reasons, the candidates of rules or of the server's own re-ranker, what was
+        recommended lately, a history as of an earlier time, or the stored one with events that are sent along: many
+        rows for the model, and reads of the store."""
+        both = request.user_id and request.HasField("history")
+        if request.explain or request.HasField("rules") or request.not_shown_within > 0 or both:
+            return True
+        if self._loaded(request).has_reranker:
+            return True
+        if not (request.user_id and request.HasField("request_time")):
+            return False
+        return self._loaded(request).asks_for_the_past(request.user_id, request.request_time)
 
     def _encoded(self, request: pb.RecommendRequest, answer: Recommendation) -> pb.RecommendResponse:
         response = encode_answer(answer, request.view)
         check_answer("k", response)
         return response
 
-    def BatchRecommend(self, request: pb.BatchRecommendRequest, context: Any) -> pb.BatchRecommendResponse:
+    def BatchRecommend(self, request: pb.BatchRecommendRequest, context: Context) -> pb.BatchRecommendResponse:
         check_batch(request)
         results: dict[int, pb.RecommendResult] = {}
         asked: dict[int, tuple[LoadedModel, Query]] = {}
@@ -94,17 +119,17 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         self._service.failed_in_batch(status.code.name)
         return pb.RecommendResult(error=pb.Status.FromString(status.details))
 
-    def RecordEvents(self, request: pb.RecordEventsRequest, context: Any) -> pb.RecordEventsResponse:
+    def RecordEvents(self, request: pb.RecordEventsRequest, context: Context) -> pb.RecordEventsResponse:
         scale = self._models.version("").model.info.rating_scale
         events = decode_user_events(request, scale, self._event_types)
         return pb.RecordEventsResponse(**self._service.record(events)._asdict())
 
-    def RecordImpressions(self, request: pb.RecordImpressionsRequest, context: Any) -> pb.RecordImpressionsResponse:
+    def RecordImpressions(self, request: pb.RecordImpressionsRequest, context: Context) -> pb.RecordImpressionsResponse:
         items = decode_impressions(request)
         recorded = self._service.record_shown(items)
         return pb.RecordImpressionsResponse(recorded_count=recorded, duplicate_count=len(items) - recorded)
 
-    def GetUserProfile(self, request: pb.GetUserProfileRequest, context: Any) -> pb.GetUserProfileResponse:
+    def GetUserProfile(self, request: pb.GetUserProfileRequest, context: Context) -> pb.GetUserProfileResponse:
         found, user_id = Violations(), request.user_id
         found.check(check_id, "user_id", user_id)
         size = found.check(checked_page_size, "page_size", request.page_size) or DEFAULT_PAGE_SIZE
@@ -113,14 +138,14 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         profile = self._service.profile(user_id)
         return encode_profile(user_id, profile, self._service.watched(user_id, size, before))
 
-    def DeleteUser(self, request: pb.DeleteUserRequest, context: Any) -> pb.DeleteUserResponse:
+    def DeleteUser(self, request: pb.DeleteUserRequest, context: Context) -> pb.DeleteUserResponse:
         check_id("user_id", request.user_id)
         deleted = self._service.delete_user(request.user_id)
         return pb.DeleteUserResponse(
             deleted_event_count=deleted.event_count, deleted_recommendation_count=deleted.slate_count
         )
 
-    def ListEvents(self, request: pb.ListEventsRequest, context: Any) -> pb.ListEventsResponse:
+    def ListEvents(self, request: pb.ListEventsRequest, context: Context) -> pb.ListEventsResponse:
         found, user_id = Violations(), request.user_id
         found.check(check_id, "user_id", user_id)
         size = found.check(checked_page_size, "page_size", request.page_size) or DEFAULT_PAGE_SIZE
@@ -128,14 +153,14 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         found.raise_any()
         return encode_events(user_id, self._service.events(user_id, size, before))
 
-    def DeleteEvents(self, request: pb.DeleteEventsRequest, context: Any) -> pb.DeleteEventsResponse:
+    def DeleteEvents(self, request: pb.DeleteEventsRequest, context: Context) -> pb.DeleteEventsResponse:
         found = Violations()
         found.check(check_id, "user_id", request.user_id)
         event_ids = found.check(checked_ids, "event_ids", request.event_ids, MAX_DELETED_EVENTS) or []
         found.raise_any()
         return pb.DeleteEventsResponse(deleted_event_count=self._service.delete_events(request.user_id, event_ids))
 
-    def MergeUsers(self, request: pb.MergeUsersRequest, context: Any) -> pb.MergeUsersResponse:
+    def MergeUsers(self, request: pb.MergeUsersRequest, context: Context) -> pb.MergeUsersResponse:
         found = Violations()
         found.check(check_id, "source_user_id", request.source_user_id)
         found.check(check_id, "target_user_id", request.target_user_id)
@@ -147,7 +172,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
             merged_event_count=merged.event_count, merged_recommendation_count=merged.slate_count
         )
 
-    def SimilarItems(self, request: pb.SimilarItemsRequest, context: Any) -> pb.SimilarItemsResponse:
+    def SimilarItems(self, request: pb.SimilarItemsRequest, context: Context) -> pb.SimilarItemsResponse:
         model, found = self._loaded(request).model, Violations()
         live = model.live
         found.check(check_id, "item_id", request.item_id)
@@ -161,26 +186,26 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         check_answer("k", response)
         return response
 
-    def Trending(self, request: pb.TrendingRequest, context: Any) -> pb.TrendingResponse:
+    def Trending(self, request: pb.TrendingRequest, context: Context) -> pb.TrendingResponse:
         response = answer_trending(request, self._models.version("").model)
         check_answer("k", response)
         return response
 
-    def UpsertItems(self, request: pb.UpsertItemsRequest, context: Any) -> pb.UpsertItemsResponse:
+    def UpsertItems(self, request: pb.UpsertItemsRequest, context: Context) -> pb.UpsertItemsResponse:
         items = decode_items(request)
         created = self._service.upsert_items(items)
         return pb.UpsertItemsResponse(created_count=created, replaced_count=len(items) - created)
 
-    def DeleteItems(self, request: pb.DeleteItemsRequest, context: Any) -> pb.DeleteItemsResponse:
+    def DeleteItems(self, request: pb.DeleteItemsRequest, context: Context) -> pb.DeleteItemsResponse:
         ids = checked_ids("item_ids", request.item_ids, MAX_UPSERTED_ITEMS)
         return pb.DeleteItemsResponse(deleted_count=self._service.delete_items(ids))
 
-    def GetItem(self, request: pb.GetItemRequest, context: Any) -> pb.GetItemResponse:
+    def GetItem(self, request: pb.GetItemRequest, context: Context) -> pb.GetItemResponse:
         check_id("item_id", request.item_id)
         entry, model = self._service.item(request.item_id)
         return pb.GetItemResponse(item=encode_item(entry), model_version=model.info.model_version)
 
-    def ListItems(self, request: pb.ListItemsRequest, context: Any) -> pb.ListItemsResponse:
+    def ListItems(self, request: pb.ListItemsRequest, context: Context) -> pb.ListItemsResponse:
         found = Violations()
         size = found.check(checked_page_size, "page_size", request.page_size) or DEFAULT_PAGE_SIZE
         after = found.check(decode_item_page_token, "page_token", request.page_token) or ""
@@ -188,6 +213,6 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         page = self._service.items(after, size, stored_only=request.stored_only)
         return encode_items(page.items, more=page.more, model_version=page.model.info.model_version)
 
-    def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.GetModelInfoResponse:
+    def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         loaded = self._models.version(request.model_version)
         return encode_model_info(loaded.model, loaded.temperature or 0.0, self._event_types)

@@ -149,6 +149,19 @@ class RecommenderService:
             deadline_s -= time.monotonic() - start
         return self._logged(loaded, query, loaded.recommend(query, deadline_s, is_cancelled))
 
+    def start(
+        self,
+        loaded: LoadedModel,
+        query: Query,
+        deadline_s: float | None,
+        is_cancelled: Callable[[], bool],
+        on_done: Callable[[], None],
+    ) -> Callable[[], Recommendation]:
+        """As `recommend`, for a query that needs neither reasons, an old history nor what was shown, without waiting;
+        raises as `LoadedModel.start`. What it returns gives the answer once the model ran and `on_done` is called."""
+        pending = loaded.start(query, deadline_s, is_cancelled, on_done)
+        return lambda: self._logged(loaded, query, loaded.finished(query, pending))
+
     def recommend_all(
         self,
         asked: Sequence[tuple[LoadedModel, Query]],

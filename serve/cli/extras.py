@@ -17,7 +17,6 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         "google.rpc",
         "prometheus_client",
         "faiss",
-        "greenlet",
         "h11",
         "numpy",
         "starlette",

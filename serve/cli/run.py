@@ -91,8 +91,7 @@ def serve(settings: Settings) -> None:
             ):
                 if settings.slate_retention:
                     stack.callback(SlatePruner(events, settings.slate_retention).close)
-                # Catalogue and libraries stay: without them a full collection takes microseconds, not tens of
-                # milliseconds.
+                # Libraries stay: without them a full collection takes microseconds, not tens of milliseconds.
                 gc.collect()
                 gc.freeze()
                 server = create_server(
@@ -103,7 +102,7 @@ def serve(settings: Settings) -> None:
                     slate_retention=settings.slate_retention,
                     log_calls=settings.log_calls,
                     also_listen=() if http is None else (http.grpc_address,),
-                    polling=_polls(settings),
+                    connection_age_s=settings.connection_age,
                     on_failure=fail,
                 )
                 exposed = settings.allow_insecure or settings.allow_insecure_metrics
@@ -118,7 +117,7 @@ def serve(settings: Settings) -> None:
                 # A server that was stopped meanwhile must not attract calls.
                 if not stopped.is_set():
                     server.start()
-                    where = f"{settings.address.rpartition(':')[0]}:{server.port}"
+                    where = listener.at(server.port)
                     click.echo(_said(models.version("").model, where if http is None else f"{where} and {http.url}"))
                     stopped.wait()
                 if not server.finish_calls(settings.drain):
@@ -134,14 +133,6 @@ def serve(settings: Settings) -> None:
     ) as error:
         raise click.ClickException(str(error)) from error
     leave_process(int(failed.is_set()))
-
-
-def _polls(settings: Settings) -> bool | None:
-    """Whether the polling thread answers Recommend itself; None: if the store is a local file."""
-    if settings.front == "auto":
-        # All calls would wait while it is called.
-        return None if settings.reranker is None else False
-    return settings.front == "polling"
 
 
 def _reasons_to_stop() -> tuple[threading.Event, threading.Event, Callable[[], None]]:
@@ -163,12 +154,10 @@ def _said(model: "Recommender", where: str) -> str:
 
 
 def _start_logging(settings: Settings) -> None:
-    from serve.observability.logs import log_as_json
+    from serve.observability.logs import JsonFormatter, start_logging
 
-    if settings.log_format == "json":
-        log_as_json()
-    else:
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_logging(JsonFormatter() if settings.log_format == "json" else text)
 
 
 def _reranker(settings: Settings, metrics: "Metrics") -> "Reranker | None":

@@ -7,16 +7,15 @@ is in no table needs `admin`. Without tokens, every caller may do everything.
 
 import hashlib
 import hmac
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import grpc
 
 from serve.addresses import SecurityError
-from serve.api.errors import NoRight, NoToken, Status, status_of
-from serve.observability.metrics import Metrics
+from serve.api.errors import NoRight, NoToken
+
+logger = logging.getLogger(__name__)
 
 RIGHTS = ("read", "write", "users", "catalogue", "admin")
 SHORTEST_TOKEN = 16
@@ -58,7 +57,32 @@ class Tokens:
         for token in rights_by_token:
             if len(token) < SHORTEST_TOKEN or not token.isascii() or any(c.isspace() for c in token):
                 raise SecurityError(f"expected tokens of at least {SHORTEST_TOKEN} ASCII characters without spaces")
+        self._path: Path | None = None
+        self._contents = b""
         self._rights = [(_digest(token), frozenset(rights)) for token, rights in rights_by_token.items()]
+
+    def follow(self, path: Path, contents: bytes) -> None:
+        """Notes the file that the tokens come from, as it was read; see `read_again`."""
+        self._path, self._contents = path, hashlib.sha256(contents).digest()
+
+    def read_again(self) -> None:
+        """Takes the tokens of the file that is followed, if it changed; what cannot be used changes nothing."""
+        if self._path is None:
+            return
+        try:
+            contents = hashlib.sha256(self._path.read_bytes()).digest()
+        except OSError:
+            # It is being replaced.
+            return
+        if contents == self._contents:
+            return
+        self._contents = contents
+        try:
+            self._rights = read_tokens(self._path)._rights
+        except SecurityError as error:
+            logger.error("the tokens stay as they were: %s", error)
+        else:
+            logger.info("the tokens were read again")
 
     def rights(self, authorization: str) -> frozenset[str] | None:
         """The rights of `Bearer TOKEN`; None: no such token. Takes the same time whatever came."""
@@ -68,6 +92,18 @@ class Tokens:
             if hmac.compare_digest(known, digest):
                 found = rights
         return found if scheme.lower() == "bearer" else None
+
+    def check(self, right: str | None, metadata: Iterable[tuple[str, str | bytes]]) -> None:
+        """Raises NoToken or NoRight unless the metadata of a call have a token with a right; None: it needs none."""
+        if right is None:
+            return
+        given = [value for key, value in metadata if key == "authorization"]
+        # Of several headers, it would not be clear which one counts.
+        rights = self.rights(str(given[0])) if len(given) == 1 else None
+        if rights is None:
+            raise NoToken
+        if right not in rights:
+            raise NoRight(right)
 
 
 def _digest(token: str) -> bytes:
@@ -98,54 +134,17 @@ def parse_tokens(text: str, where: str) -> Tokens:
 
 
 def read_tokens(path: Path) -> Tokens:
-    """The tokens of a file; raises SecurityError."""
+    """The tokens of a file, to be read again when it changes; raises SecurityError."""
     try:
-        return parse_tokens(path.read_text(encoding="utf-8"), str(path))
+        contents = path.read_bytes()
+        tokens = parse_tokens(contents.decode("utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise SecurityError(f"{path}: expected lines of text: {type(error).__name__}") from error
+    tokens.follow(path, contents)
+    return tokens
 
 
 @lru_cache(maxsize=256)
 def needed_right(method: str) -> str | None:
     """What a call of `/package.Service/Method` needs."""
     return None if method.startswith(HEALTH) else NEEDED.get(method, "admin")
-
-
-class TokenInterceptor(grpc.ServerInterceptor):
-    """Turns away calls without a token that has the right; the outermost interceptor."""
-
-    def __init__(self, tokens: Tokens, metrics: Metrics) -> None:
-        self._tokens = tokens
-        self._metrics = metrics
-        self._unauthenticated = _abort(status_of(NoToken()))
-        self._forbidden = {right: _abort(status_of(NoRight(right))) for right in RIGHTS}
-
-    def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
-        right = needed_right(handler_call_details.method)
-        if right is None:
-            return continuation(handler_call_details)
-        given = [value for key, value in handler_call_details.invocation_metadata if key == "authorization"]
-        # Of several headers, it would not be clear which one counts.
-        rights = self._tokens.rights(str(given[0])) if len(given) == 1 else None
-        if rights is None:
-            self._metrics.rejected("unauthenticated", handler_call_details.method)
-            return self._unauthenticated
-        if right not in rights:
-            self._metrics.rejected("permission", handler_call_details.method)
-            return self._forbidden[right]
-        return continuation(handler_call_details)
-
-
-def _abort(status: Status) -> grpc.RpcMethodHandler:
-    def abort(_: Any, context: grpc.ServicerContext) -> Any:
-        context.set_trailing_metadata(status.metadata)
-        context.abort(status.code, status.message)
-
-    # For `serve.front.polling`: a call that is refused in any case need not wait for its message.
-    abort.refuses = True  # type: ignore[attr-defined]
-    # gRPC asks a handler for what the client began; a stream that is never read ends all the same.
-    return grpc.unary_unary_rpc_method_handler(abort)

@@ -1,110 +1,350 @@
-"""What happens around every call, whatever it asks: decoding, request ids, statuses, metrics, logs and traces."""
+"""The path of every call: token, gate, message, decoding, answer, status; with its request id, metrics, log and trace.
 
+Every method is registered with gRPC as one that takes a stream of requests, which on the wire is the same. So it is up
+to this server how many messages it waits for and how long (`serve.front.waiting`), and a call without one costs a
+coroutine and not a thread. What answers a call does not know gRPC (`serve.api.context`).
+"""
+
+import asyncio
 import itertools
 import logging
 import os
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from serve.api.errors import InvalidRequest, status_of
+from serve.api.errors import InvalidRequest, NoRight, NoToken, Refused, Status, status_of
+from serve.front.auth import Tokens, needed_right
+from serve.front.gate import Gate
+from serve.front.limits import LONG_MESSAGE_BYTES, MAX_REFLECTIONS, MAX_WATCHES
+from serve.front.pool import Pool, interrupted
+from serve.front.waiting import (
+    LOOK_S,
+    MESSAGE_S,
+    MOST_IN_LINE,
+    MOST_RECEIVING,
+    MOST_SHORT_RECEIVING,
+    SHORT_MESSAGE_S,
+    SHORT_YIELD_S,
+    YIELD_S,
+    Open,
+    Unreceived,
+    Unsent,
+)
 from serve.observability.logs import REQUEST_ID
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracer
+from serve.serving.batching import QUEUE_CAPACITY, RETRY_AFTER_S
+from serve.serving.errors import QueueFull
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
 LONGEST_REQUEST_ID = 128
+FULL = QueueFull(QUEUE_CAPACITY, RETRY_AFTER_S)
 
-Handle = Callable[[bytes, Any], Any]
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How the calls of one method are answered."""
+
+    name: str
+    """`/package.Service/Method`"""
+    decode: Callable[[bytes], Any]
+    answer: Callable[[Any, Any], Any]
+    """Of a request and a `serve.api.context.Context`; for a stream an asynchronous iterator of responses."""
+    encode: Callable[[Any], bytes]
+    pool: Pool | None = None
+    """Where it is answered; None: in the loop, which must not wait."""
+    in_loop: "Callable[[Any, Call], Awaitable[Any] | None]" = lambda request, call: None
+    """Of a method with a pool: what answers a call in the loop after all; None: this one needs the pool."""
+    is_full: Callable[[], bool] = lambda: False
+    """Of a method with a pool: whether no more calls are answered in the loop."""
+    at_once: bool = False
+    """Whether it is answered in any state of the server, in the loop, with messages of a few bytes. A caller who may
+    call nothing else takes no place from other calls by not sending them."""
+    streams: Open | None = None
+    """Of a method with a stream of responses: those that are open."""
+    reads_stream: bool = False
+    """Whether its requests are a stream too."""
+
+    @classmethod
+    def of(cls, name: str, handler: Any, pool: Pool | None, *, at_once: bool) -> Self:
+        """The method of a generated handler; one that only answers with a stream is answered at once."""
+        answer = handler.unary_unary or handler.unary_stream or handler.stream_stream
+        streams = Open(MAX_REFLECTIONS if handler.request_streaming else MAX_WATCHES)
+        return cls(
+            name,
+            handler.request_deserializer,
+            answer,
+            handler.response_serializer,
+            pool,
+            at_once=at_once or handler.unary_stream is not None,
+            streams=streams if handler.response_streaming else None,
+            reads_stream=handler.request_streaming,
+        )
 
 
-class UnaryInterceptor(grpc.ServerInterceptor, ABC):
-    """Wraps every unary RPC of a server, once for each method."""
+def methods_of(add: Callable[[Any, Any], None], servicer: Any) -> dict[str, grpc.RpcMethodHandler]:
+    """The handlers that a generated `add_...Servicer_to_server` gives to a server, by the methods' full names."""
+    found: dict[str, grpc.RpcMethodHandler] = {}
 
-    def __init__(self) -> None:
-        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
+    class Server:
+        def add_generic_rpc_handlers(self, handlers: object) -> None:
+            """The same ones again."""
 
-    @abstractmethod
-    def wrapped(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-        """What answers `/package.Service/Method` instead of its unary handler."""
+        def add_registered_method_handlers(self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler]) -> None:
+            found.update({f"/{service}/{name}": handler for name, handler in handlers.items()})
 
-    def intercept_service(
+    add(servicer, Server())
+    return found
+
+
+class Call:
+    """One call under way: what `serve.api.context` and `serve.front.waiting` want to know of it."""
+
+    def __init__(self, method: str, context: Any) -> None:
+        self.method = method
+        self.request_id = ""
+        self.started: float | None = None
+        """When its message was there, on the clock of `time.perf_counter`."""
+        self.may_receive = False
+        self.turn: asyncio.Future[None] | None = None
+        self.writes = False
+        self.ended: Refused | None = None
+        self.cancelled = False
+        self.metadata = context.invocation_metadata()
+        remaining = context.time_remaining()
+        self._deadline = None if remaining is None else time.monotonic() + remaining
+        self._context = context
+        self._task = asyncio.current_task()
+        self._peer = ""
+
+    def time_remaining(self) -> float | None:
+        return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
+
+    def is_active(self) -> bool:
+        return not self.cancelled
+
+    def method_name(self) -> str:
+        return self.method
+
+    def peer(self) -> str:
+        if not self._peer:
+            self._peer = self._context.peer()
+        return self._peer
+
+    def receive(self) -> None:
+        self.may_receive = True
+        if self.turn is not None and not self.turn.done():
+            self.turn.set_result(None)
+
+    def give_up(self, code: grpc.StatusCode, details: str) -> None:
+        assert self._task is not None
+        self.ended = Refused(code, details)
+        if not self.writes:
+            self._task.cancel()
+
+
+class Calls(grpc.GenericRpcHandler):
+    """Answers all calls of a server; its methods run in the event loop."""
+
+    def __init__(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
-        method = handler_call_details.method
-        handler = self._handlers.get(method)
-        if handler is None:
-            handler = continuation(handler_call_details)
-            if handler is None or handler.unary_unary is None:
-                return handler
-            handler = self._handlers[method] = self.wrapped(method, handler)
-        return handler
-
-
-class Calls(UnaryInterceptor):
-    """Request ids, statuses, metrics, log lines and traces of unary calls.
-
-    An exception becomes a status by the table of `serve.api.errors`, a message that cannot be decoded too. The id that
-    came as `x-request-id`, or a new one, goes back in the trailing metadata and into the log. Must be the innermost
-    interceptor: those outside of it can turn a call away, and are asked for every call.
-    """
-
-    def __init__(self, metrics: Metrics, tracer: Tracer | None = None, log_calls: bool = False) -> None:
-        """`log_calls`: a log line for every call, and not only for those that fail by the server's fault."""
-        super().__init__()
+        methods: Sequence[Method],
+        gate: Gate,
+        metrics: Metrics,
+        tokens: Tokens | None = None,
+        tracer: Tracer | None = None,
+        log_calls: bool = False,
+    ) -> None:
+        """`tokens`: those that are accepted, None: none is asked for. `log_calls`: a log line for every call, and not
+        only for those that fail by the server's fault."""
+        self._gate = gate
         self._metrics = metrics
+        self._tokens = tokens
         self._tracer = tracer
         self._log_calls = log_calls
         # Ids are unique among servers by their first part, and cost a count.
         self._id_prefix = os.urandom(6).hex()
         self._id_numbers = itertools.count(1)
+        self._unreceived, self._short_unreceived = (
+            Unreceived(most, yield_s, seconds, MOST_IN_LINE, partial(metrics.rejected, "no_message"))
+            for most, yield_s, seconds in (
+                (MOST_RECEIVING, YIELD_S, MESSAGE_S),
+                (MOST_SHORT_RECEIVING, SHORT_YIELD_S, SHORT_MESSAGE_S),
+            )
+        )
+        self._unsent = Unsent()
+        self._methods = methods
+        self._timer: asyncio.TimerHandle | None = None
+        self._handlers = {method.name: self._handler(method) for method in methods}
 
-    def wrapped(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-        return grpc.unary_unary_rpc_method_handler(self._around(method, handler), None, handler.response_serializer)
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        """What answers a call, for gRPC."""
+        name = handler_call_details.method
+        return self._handlers.get(name) or grpc.stream_unary_rpc_method_handler(partial(self._unimplemented, name))
 
-    def _around(self, method: str, handler: grpc.RpcMethodHandler) -> Handle:
-        decode, answer = handler.request_deserializer, handler.unary_unary
-        assert answer is not None
-        observe, log_calls = self._metrics.call, self._log_calls
+    def begin(self) -> None:
+        """From now on calls that wait too long for their client are ended, and tokens are read again when their file
+        changes; in the event loop."""
+        if self._tokens is not None:
+            self._tokens.read_again()
+        self._unreceived.end_overdue()
+        self._short_unreceived.end_overdue()
+        self._timer = asyncio.get_running_loop().call_later(LOOK_S, self.begin)
 
-        # `Any`: the types of grpc-stubs don't know `code`.
-        def handle(message: bytes, context: Any) -> Any:
-            start = time.perf_counter()
-            request_id = self._request_id(context.invocation_metadata())
-            token = REQUEST_ID.set(request_id)
-            status: grpc.StatusCode | None = None
+    def close(self) -> None:
+        """Once the server has stopped; in the event loop."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for method in self._methods:
+            if method.pool is not None:
+                method.pool.close()
+
+    def _handler(self, method: Method) -> grpc.RpcMethodHandler:
+        if method.streams is None:
+            return grpc.stream_unary_rpc_method_handler(partial(self._unary, method))
+        return grpc.stream_stream_rpc_method_handler(partial(self._stream, method))
+
+    async def _unimplemented(self, name: str, _: object, context: Any) -> bytes:
+        async def refuse(call: Call) -> bytes:
+            self._check_token(call)
+            raise Refused(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+
+        return await self._around(name, context, refuse)
+
+    async def _unary(self, method: Method, _: object, context: Any) -> bytes:
+        async def answer(call: Call) -> bytes:
+            message = await self._message(method, call, context)
+            with nullcontext() if method.at_once else self._gate.call():
+                response = await self._answered(method, call, message)
+            self._unsent.add(call, len(response))
+            context.add_done_callback(lambda _: self._unsent.remove(call))
+            return response
+
+        return await self._around(method.name, context, answer)
+
+    async def _stream(self, method: Method, messages: AsyncIterator[bytes], context: Any) -> None:
+        async def answer(call: Call) -> bytes:
+            assert method.streams is not None
+            if method.reads_stream:
+                self._check_token(call)
+                request: Any = _decoded_all(method.decode, messages)
+            else:
+                request = _decoded(method.decode, await self._message(method, call, context))
+            method.streams.add(call)
             try:
-                response = answer(_decoded(decode, message), context)
-                context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
-                status = context.code()
-                return response
-            except Exception as error:
-                status = context.code()
-                if status is not None:
-                    # The RPC ended the call itself.
-                    raise
-                failed = status_of(error)
-                status = failed.code
-                context.set_trailing_metadata(((REQUEST_ID_KEY, request_id), *failed.metadata))
-                context.abort(status, failed.message)
-                raise
+                async for response in method.answer(request, call):
+                    # gRPC cannot end a call whose write was broken off.
+                    call.writes = True
+                    await context.write(method.encode(response))
+                    call.writes = False
+                    if call.ended is not None:
+                        raise call.ended
             finally:
-                seconds = time.perf_counter() - start
-                code = "OK" if status is None else status.name
-                observe(method, code, seconds)
-                if log_calls:
-                    logger.info("%s %s", method, code, extra={"method": method, "code": code, "seconds": seconds})
-                REQUEST_ID.reset(token)
+                method.streams.remove(call)
+            return b""
 
-        return handle if self._tracer is None else self._tracer.around(method, handle)
+        await self._around(method.name, context, answer)
+
+    async def _around(self, method: str, context: Any, answer: Callable[[Call], Awaitable[bytes]]) -> bytes:
+        """The answer to a call, or its end with a status."""
+        call = Call(method, context)
+        call.request_id = self._request_id(call.metadata)
+        REQUEST_ID.set(call.request_id)
+        status = Status(grpc.StatusCode.OK, "")
+        with nullcontext() if self._tracer is None else self._tracer.span(method, call.metadata) as span:
+            try:
+                response = await answer(call)
+                context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
+                return response
+            except asyncio.CancelledError:
+                call.cancelled = True
+                if call.ended is None:
+                    late = call.time_remaining() == 0
+                    status = Status(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED, "")
+                    raise
+                status = status_of(call.ended)
+            except Exception as error:
+                status = status_of(error)
+            except BaseException as error:
+                status = status_of(interrupted(error))
+            finally:
+                self._note(call, status.code.name)
+                if span is not None:
+                    span(status.code)
+        await context.abort(status.code, status.message, ((REQUEST_ID_KEY, call.request_id), *status.metadata))
+        raise AssertionError("gRPC's abort raises")
+
+    def _check_token(self, call: Call) -> None:
+        if self._tokens is None:
+            return
+        try:
+            self._tokens.check(needed_right(call.method), call.metadata)
+        except (NoToken, NoRight) as error:
+            self._metrics.rejected("unauthenticated" if isinstance(error, NoToken) else "permission", call.method)
+            raise
+
+    async def _message(self, method: Method, call: Call, context: Any) -> bytes:
+        """The request's message, of a call that may be answered."""
+        self._check_token(call)
+        unreceived = self._unreceived
+        if method.at_once:
+            unreceived = self._short_unreceived
+        elif not self._unsent.has_room(call) or method.is_full() or (method.pool and method.pool.is_full):
+            self._metrics.rejected("overload", call.method)
+            raise FULL
+        unreceived.add(call)
+        try:
+            if not call.may_receive:
+                call.turn = asyncio.get_running_loop().create_future()
+                await call.turn
+            message = await context.read()
+        finally:
+            unreceived.remove(call)
+        if message is grpc.aio.EOF:
+            raise Refused(grpc.StatusCode.UNIMPLEMENTED, "expected one request message, came none")
+        call.started = time.perf_counter()
+        assert isinstance(message, bytes)
+        return message
+
+    async def _answered(self, method: Method, call: Call, message: bytes) -> bytes:
+        if method.pool is None:
+            return method.encode(method.answer(_decoded(method.decode, message), call))
+        request = None
+        if len(message) <= LONG_MESSAGE_BYTES:
+            request = _decoded(method.decode, message)
+            response = method.in_loop(request, call)
+            if response is not None:
+                return method.encode(await response)
+        if method.pool.is_full:
+            self._metrics.rejected("overload", call.method)
+            raise FULL
+
+        def answer() -> bytes:
+            asked = _decoded(method.decode, message) if request is None else request
+            return method.encode(method.answer(asked, call))
+
+        try:
+            return await method.pool.run(answer)
+        except asyncio.CancelledError:
+            # For the thread, before it begins or goes on.
+            call.cancelled = True
+            raise
+
+    def _note(self, call: Call, code: str) -> None:
+        seconds = 0.0 if call.started is None else time.perf_counter() - call.started
+        self._metrics.call(call.method, code, seconds)
+        if self._log_calls:
+            extra = {"method": call.method, "code": code, "seconds": seconds}
+            logger.info("%s %s", call.method, code, extra=extra)
 
     def _request_id(self, metadata: Any) -> str:
         for key, value in metadata:
@@ -117,10 +357,13 @@ class Calls(UnaryInterceptor):
         return f"{self._id_prefix}-{next(self._id_numbers):x}"
 
 
-def _decoded(decode: Callable[[bytes], Any] | None, message: bytes) -> Any:
-    if decode is None:
-        return message
+def _decoded(decode: Callable[[bytes], Any], message: bytes) -> Any:
     try:
         return decode(message)
     except DecodeError as error:
         raise InvalidRequest("message", "a message of this RPC", f"{len(message)} bytes that are none") from error
+
+
+async def _decoded_all(decode: Callable[[bytes], Any], messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async for message in messages:
+        yield _decoded(decode, message)

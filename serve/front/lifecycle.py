@@ -3,90 +3,17 @@
 import atexit
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import grpc
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health_pb2
 
-from serve.api.errors import NotServing, status_of
+from serve.api.health import HealthServicer
 from serve.api.inference import InferenceServicer
-from serve.front.calls import UnaryInterceptor
-
-# These are answered in any state of the server, since they report it.
-UNGATED = (
-    "/grpc.health.v1.Health/",
-    "/inference.GRPCInferenceService/ServerLive",
-    "/inference.GRPCInferenceService/ServerReady",
-)
-LOADING = "the model is being loaded, try again"
-DRAINING = "the server is shutting down, try another or again"
-DRAIN_S = 10.0
-LINGER_S = 0.05
-
-
-class Gate(UnaryInterceptor):
-    """Counts the calls under way, and turns calls away while it is closed, which it is at first.
-
-    Health checks and streams pass uncounted.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._changed = threading.Condition()
-        self._under_way = 0
-        self._closed = LOADING
-
-    def wrapped(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-        if method.startswith(UNGATED):
-            return handler
-        assert handler.unary_unary is not None
-        return grpc.unary_unary_rpc_method_handler(
-            self._counted(handler.unary_unary), handler.request_deserializer, handler.response_serializer
-        )
-
-    def open(self) -> None:
-        """From now on calls are answered."""
-        with self._changed:
-            self._closed = ""
-
-    def close(self) -> None:
-        """From now on every call that is not under way ends with UNAVAILABLE, upon which a client tries again."""
-        with self._changed:
-            self._closed = DRAINING
-
-    @property
-    def under_way(self) -> int:
-        """How many calls are being answered."""
-        return self._under_way
-
-    def wait_until_idle(self, timeout_s: float) -> bool:
-        """Whether no call is under way any more, within so many seconds."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._under_way, timeout_s)
-
-    def _counted(self, answer: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        def handle(request: Any, context: Any) -> Any:
-            with self._changed:
-                closed = self._closed
-                if not closed:
-                    self._under_way += 1
-            if closed:
-                status = status_of(NotServing(closed))
-                context.set_trailing_metadata(status.metadata)
-                context.abort(status.code, status.message)
-            try:
-                return answer(request, context)
-            finally:
-                with self._changed:
-                    self._under_way -= 1
-                    if self._closed:
-                        self._changed.notify_all()
-
-        return handle
-
+from serve.front.calls import Calls
+from serve.front.gate import Gate
+from serve.front.loop import shared_loop
 
 DRAIN_S = 10.0
 LINGER_S = 0.05
@@ -97,24 +24,24 @@ class RecommenderServer:
 
     def __init__(
         self,
-        server: grpc.Server,
-        gate: Gate,
-        health_servicer: health.HealthServicer,
+        server: grpc.aio.Server,
         port: int,
+        calls: Calls,
+        gate: Gate,
+        health: HealthServicer,
         inference: InferenceServicer,
-        services: Sequence[str],
     ) -> None:
-        self._server = server
-        self._gate = gate
-        self._health = health_servicer
-        self._inference = inference
-        self._services = services
-        self._listens = False
         self.port = port
+        self._server = server
+        self._calls = calls
+        self._gate = gate
+        self._health = health
+        self._inference = inference
+        self._listens = False
 
     def listen(self) -> None:
         """Opens the port: health checks get NOT_SERVING, calls are UNAVAILABLE until `start`."""
-        self._server.start()
+        shared_loop().wait_for(self._begin())
         self._listens = True
 
     def start(self) -> None:
@@ -122,8 +49,7 @@ class RecommenderServer:
         if not self._listens:
             self.listen()
         self._gate.open()
-        for name in ("", *self._services):
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._health.set_all(health_pb2.HealthCheckResponse.SERVING)
         self._inference.ready = True
 
     def finish_calls(self, timeout_s: float = DRAIN_S) -> bool:
@@ -133,7 +59,7 @@ class RecommenderServer:
         are notified and not waited for. gRPC itself is left running: it would end calls that have just arrived with
         CANCELLED, which no client repeats. Let the process end (`leave_process`), or `drain`.
         """
-        self._health.enter_graceful_shutdown()
+        self._health.set_all(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._inference.ready = False
         self._gate.close()
         finished = self._gate.wait_until_idle(timeout_s)
@@ -144,7 +70,15 @@ class RecommenderServer:
     def drain(self, timeout_s: float = DRAIN_S) -> None:
         """As `finish_calls`, and then stops the server within this process; what is still under way is cancelled."""
         self.finish_calls(timeout_s)
-        self._server.stop(None).wait()
+        shared_loop().wait_for(self._end())
+
+    async def _begin(self) -> None:
+        self._calls.begin()
+        await self._server.start()
+
+    async def _end(self) -> None:
+        await self._server.stop(None)
+        self._calls.close()
 
 
 def leave_process(status: int = 0) -> NoReturn:

@@ -1,37 +1,37 @@
 """Puts the servicer, health checking and reflection on one port."""
 
-import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import grpc
-from google.protobuf.message import DecodeError
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha.reflection import aio
 
 from serve.addresses import AddressError, check_exposure, host_and_port
 from serve.api.admin import ModelAdminServicer
-from serve.api.errors import status_of
 from serve.api.event_types import BUILT_IN, EventTypes
 from serve.api.health import HealthServicer
 from serve.api.inference import InferenceServicer
 from serve.api.recommender import RecommenderServicer
-from serve.api.reflection import ReflectionServicer
-from serve.api.rules import MAX_MESSAGE_BYTES
 from serve.api.service import RecommenderService
-from serve.front.auth import TokenInterceptor, Tokens
-from serve.front.calls import Calls
-from serve.front.lifecycle import Gate, RecommenderServer
+from serve.front.auth import Tokens
+from serve.front.calls import Calls, Method, methods_of
+from serve.front.gate import Gate
+from serve.front.lifecycle import RecommenderServer
 from serve.front.limits import (
-    LONG_MESSAGE_BYTES,
+    CONNECTION_AGE_S,
+    CONNECTION_GRACE_S,
+    MAX_ADMIN_CALLS,
     MAX_CALLS,
-    MAX_CALLS_OF_A_CONNECTION,
+    MAX_SLOW_CALLS,
+    OPTIONS,
     SLOW_WORKERS,
     WORKERS,
 )
-from serve.front.polling import Front, TurnedAway, is_supported, polling_server
+from serve.front.loop import shared_loop
+from serve.front.pool import Pool
+from serve.front.recommends import Recommends
 from serve.front.tls import Tls
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracer, tracer_of_the_process
@@ -43,18 +43,15 @@ from serve.pb import (
     recommender_pb2,
     recommender_pb2_grpc,
 )
-from serve.serving.batching import QUEUE_CAPACITY, RETRY_AFTER_S
-from serve.serving.errors import QueueFull
 from serve.serving.loaded import Models
 from serve.serving.versions import ModelLibrary
 from serve.stores.base import EventStore
-from serve.stores.sqlite.store import SQLiteStore
-
-logger = logging.getLogger(__name__)
 
 SERVICE = recommender_pb2.DESCRIPTOR.services_by_name["Recommender"].full_name
 INFERENCE_SERVICE = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 ADMIN_SERVICE = model_admin_pb2.DESCRIPTOR.services_by_name["ModelAdmin"].full_name
+HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+REFLECTION_SERVICE = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].full_name
 SERVICES = (SERVICE, INFERENCE_SERVICE)
 FILES = (recommender_pb2, open_inference_pb2, model_admin_pb2, health_pb2)
 METHODS = frozenset(
@@ -64,52 +61,17 @@ METHODS = frozenset(
     for method in service.methods
 )
 
-# These read a little of the store's file at most, and wait for the model: the polling thread answers them itself.
 RECOMMEND = f"/{SERVICE}/Recommend"
-INLINE = (RECOMMEND,)
-# These run the model for many rows, or load one: in a few threads of their own, for which no event waits.
-SLOW = (
-    f"/{SERVICE}/BatchRecommend",
-    f"/{INFERENCE_SERVICE}/ModelInfer",
-    *(
-        f"/{ADMIN_SERVICE}/{method.name}"
-        for method in model_admin_pb2.DESCRIPTOR.services_by_name["ModelAdmin"].methods
-    ),
-)
-# So that a busy server is not mistaken for a dead one.
+# These run the model for many rows: in a few threads of their own.
+SLOW = (f"/{SERVICE}/BatchRecommend", f"/{INFERENCE_SERVICE}/ModelInfer")
+# In the loop and in any state of the server, since they report it: a busy server must not be mistaken for a dead one.
 AT_ONCE = (
-    f"/{health.SERVICE_NAME}/Check",
-    f"/{health.SERVICE_NAME}/Watch",
+    f"/{HEALTH_SERVICE}/Check",
+    f"/{HEALTH_SERVICE}/List",
     f"/{INFERENCE_SERVICE}/ServerLive",
     f"/{INFERENCE_SERVICE}/ServerReady",
+    f"/{INFERENCE_SERVICE}/ModelReady",
 )
-
-
-def takes_long(models: Models, method: str, message: bytes) -> bool:
-    """Whether a call would hold up all others: long histories, sent along or to be read again as of an earlier time,
-    stored ones with events that are sent along, what was recommended lately, up to 17 rows to explain an answer, the
-    candidates of rules, whole batches."""
-    if method != RECOMMEND:
-        return method in SLOW
-    if len(message) > LONG_MESSAGE_BYTES:
-        return True
-    try:
-        request = recommender_pb2.RecommendRequest.FromString(message)
-    except DecodeError:
-        return False
-    both = request.user_id != "" and request.HasField("history")
-    asks_for_more = request.explain or request.HasField("rules") or request.not_shown_within > 0
-    return asks_for_more or both or _asks_for_the_past(models, request)
-
-
-def _asks_for_the_past(models: Models, request: recommender_pb2.RecommendRequest) -> bool:
-    if not (request.user_id and request.HasField("request_time")):
-        return False
-    try:
-        return models.for_user(request.user_id).asks_for_the_past(request.user_id, request.request_time)
-    except LookupError:
-        # None is loaded yet, which the gate will say.
-        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +79,7 @@ class Listener:
     """Where a server listens and for whom."""
 
     address: str
-    """HOST:PORT, with port 0 for a free one."""
+    """HOST:PORT, with port 0 for a free one; or unix:PATH."""
     tls: Tls | None = None
     tokens: Tokens | None = None
     """None: every caller may do everything."""
@@ -128,18 +90,29 @@ class Listener:
 
     def __post_init__(self) -> None:
         """Raises AddressError, and SecurityError for an address that others reach without TLS or authentication."""
-        host_and_port(self.address)
+        if not self.address.startswith("unix:"):
+            host_and_port(self.address)
         authenticated = self.tokens is not None or (self.tls is not None and self.tls.client_ca is not None)
         check_exposure(self.address, self.tls is not None, authenticated, self.allow_insecure)
 
-    def bind(self, server: grpc.Server) -> int:
+    def at(self, port: int) -> str:
+        """The address with the port that it was bound to."""
+        host = self.address.rpartition(":")[0]
+        return self.address if self.address.startswith("unix:") else f"{host}:{port}"
+
+    def bind(self, server: grpc.aio.Server) -> int:
         """The port, once the server has it; raises AddressError."""
-        try:
-            if self.tls is None:
-                return server.add_insecure_port(self.address)
-            return server.add_secure_port(self.address, self.tls.credentials())
-        except RuntimeError as error:
-            raise AddressError(f"cannot listen on {self.address}: {error}") from error
+        if self.tls is None:
+            return _bound(self.address, server.add_insecure_port)
+        credentials = self.tls.credentials()
+        return _bound(self.address, lambda address: server.add_secure_port(address, credentials))
+
+
+def _bound(address: str, bind: Callable[[str], int]) -> int:
+    try:
+        return bind(address)
+    except RuntimeError as error:
+        raise AddressError(f"cannot listen on {address}: {error}") from error
 
 
 def create_server(
@@ -147,6 +120,7 @@ def create_server(
     store: EventStore,
     listener: str | Listener,
     *,
+    also_listen: Sequence[str] = (),
     workers: int = WORKERS,
     metrics: Metrics | None = None,
     tracer: Tracer | None = None,
@@ -154,9 +128,9 @@ def create_server(
     event_types: EventTypes = BUILT_IN,
     slate_log: float = 1.0,
     slate_retention: float = 0.0,
-    polling: bool | None = None,
-    also_listen: Sequence[str] = (),
     max_calls: int = MAX_CALLS,
+    connection_age_s: float = CONNECTION_AGE_S,
+    connection_grace_s: float = CONNECTION_GRACE_S,
     on_failure: Callable[[], None] = lambda: None,
 ) -> RecommenderServer:
     """Binds a port for a server that is not started yet.
@@ -165,84 +139,73 @@ def create_server(
         models: The loaded models; a `ModelLibrary` comes with the admin service.
         store: The events of all users.
         listener: Where to listen and for whom, or just HOST:PORT.
-        workers: Threads of the pool, which answers what the polling thread does not.
+        also_listen: Unix sockets (`unix:PATH`) for this machine, where the same tokens are asked for.
+        workers: Threads for what neither the event loop answers nor runs the model for many rows.
         metrics: Where to count; None: metrics that are not published.
         tracer: Makes a span for each call; None: that of the process, if it has one.
         log_calls: Whether every call gets a line in the log.
         event_types: The types of events that are accepted, with their weights.
         slate_log: The share of the users whose answers are logged, 0 to 1.
         slate_retention: For how many days answers stay in the log; 0: without an end.
-        polling: Whether the polling thread answers Recommend itself; None: when the store is a local file.
-        also_listen: Further addresses for this process alone, such as `unix:PATH` in a folder that nobody else can
-            enter: without TLS; tokens are asked for there, too.
-        max_calls: So many calls run in the pool or wait for it; further ones are RESOURCE_EXHAUSTED at once, except
-            health checks.
-        on_failure: Called when the polling thread fails: the server answers nothing any more and should end.
+        max_calls: So many calls have one of `workers` or wait for it; further ones are RESOURCE_EXHAUSTED at once.
+        connection_age_s: After so long a client is asked to connect anew.
+        connection_grace_s: After so long more what is still under way on the old connection ends.
+        on_failure: Called when the event loop fails: the server answers nothing any more and should end.
 
     Raises:
         AddressError: The address cannot be used.
         SecurityError: Other machines reach it without TLS or authentication.
     """
     listener = Listener(listener) if isinstance(listener, str) else listener
-    metrics = metrics or Metrics()
-    gate = Gate()
+    for address in also_listen:
+        if not address.startswith("unix:"):
+            raise AddressError(f"expected unix:PATH, came {address}")
+    metrics, gate, shared = metrics or Metrics(), Gate(), shared_loop()
+    shared.on_failure(on_failure)
     metrics.know_methods(METHODS)
     metrics.count_under_way(lambda: gate.under_way)
     metrics.count_dropped(lambda: store.dropped_count)
-    calls = Calls(metrics, tracer or tracer_of_the_process(), log_calls)
-    interceptors: list[grpc.ServerInterceptor] = (
-        [gate, calls] if listener.tokens is None else [TokenInterceptor(listener.tokens, metrics), gate, calls]
-    )
-    # Unless asked for: a forgotten old server would answer every other call.
-    options = [
-        ("grpc.so_reuseport", int(listener.shared_port)),
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_concurrent_streams", MAX_CALLS_OF_A_CONNECTION),
-    ]
-    pool = ThreadPoolExecutor(workers)
-    server: grpc.Server
-    if polling is None:
-        polling = isinstance(store, SQLiteStore)
-    full = status_of(QueueFull(QUEUE_CAPACITY, RETRY_AFTER_S))
 
-    def turn_away(method: str) -> TurnedAway:
-        metrics.rejected("overload", method)
-        return full
-
-    if is_supported():
-        front = Front(
-            INLINE if polling else (),
-            AT_ONCE,
-            partial(takes_long, models),
-            most_in_pool=max_calls,
-            turn_away=turn_away,
-            on_no_message=lambda method: metrics.rejected("no_message", method),
-            on_failure=on_failure,
-        )
-        slow_pool = ThreadPoolExecutor(SLOW_WORKERS, "grpc-slow")
-        server = polling_server(pool, slow_pool, front, interceptors=interceptors, options=options)
-    else:
-        logger.warning(
-            "this grpcio has no front that polls (serve.front.polling): calls without a message hold threads"
-        )
-        server = grpc.server(pool, interceptors=interceptors, options=options, maximum_concurrent_rpcs=max_calls)
     service = RecommenderService(models, store, metrics, slate_log, slate_retention)
-    servicer = RecommenderServicer(service, event_types)
-    recommender_pb2_grpc.add_RecommenderServicer_to_server(servicer, server)
+    recommender = RecommenderServicer(service, event_types)
     inference = InferenceServicer(models)
-    open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)
-    services = list(SERVICES)
+    services = [*SERVICES, *([ADMIN_SERVICE] if isinstance(models, ModelLibrary) else [])]
+    health = HealthServicer(services, shared.loop)
+    reflection = aio.ReflectionServicer((*services, HEALTH_SERVICE, REFLECTION_SERVICE))
+    handlers = methods_of(recommender_pb2_grpc.add_RecommenderServicer_to_server, recommender)
+    handlers |= methods_of(open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, inference)
+    handlers |= methods_of(health_pb2_grpc.add_HealthServicer_to_server, health)
+    handlers |= methods_of(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, reflection)
+    pool, slow = Pool(workers, max_calls, "grpc-pool"), Pool(SLOW_WORKERS, MAX_SLOW_CALLS, "grpc-slow")
+    recommends = Recommends(recommender, shared.loop)
+    pools: dict[str, Pool | None] = dict.fromkeys(handlers, pool)
+    pools |= dict.fromkeys(SLOW, slow) | dict.fromkeys(AT_ONCE) | {RECOMMEND: slow}
     if isinstance(models, ModelLibrary):
-        model_admin_pb2_grpc.add_ModelAdminServicer_to_server(ModelAdminServicer(models), server)
-        services.append(ADMIN_SERVICE)
-    health_servicer = HealthServicer(services)
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflected = ReflectionServicer((*services, health.SERVICE_NAME, reflection.SERVICE_NAME))
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, server)
-    port = listener.bind(server)
-    for address in also_listen:
-        try:
-            server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise AddressError(f"cannot listen on {address}: {error}") from error
-    return RecommenderServer(server, gate, health_servicer, port, inference, services)
+        admin = methods_of(model_admin_pb2_grpc.add_ModelAdminServicer_to_server, ModelAdminServicer(models))
+        # One at a time anyway, and loading one may take a minute.
+        pools |= dict.fromkeys(admin, Pool(1, MAX_ADMIN_CALLS, "grpc-admin"))
+        handlers |= admin
+    methods = [Method.of(name, handler, pools[name], at_once=name in AT_ONCE) for name, handler in handlers.items()]
+    methods = [
+        replace(method, in_loop=recommends, is_full=recommends.is_full) if method.name == RECOMMEND else method
+        for method in methods
+    ]
+    calls = Calls(methods, gate, metrics, listener.tokens, tracer or tracer_of_the_process(), log_calls)
+    options = [
+        *OPTIONS,
+        # Unless asked for: a forgotten old server would answer every other call.
+        ("grpc.so_reuseport", int(listener.shared_port)),
+        ("grpc.max_connection_age_ms", round(1e3 * connection_age_s)),
+        ("grpc.max_connection_age_grace_ms", round(1e3 * connection_grace_s)),
+    ]
+
+    async def bind() -> tuple[grpc.aio.Server, int]:
+        server = grpc.aio.server(options=options)
+        server.add_generic_rpc_handlers((calls,))
+        port = listener.bind(server)
+        for address in also_listen:
+            _bound(address, server.add_insecure_port)
+        return server, port
+
+    server, port = shared.wait_for(bind())
+    return RecommenderServer(server, port, calls, gate, health, inference)

@@ -1,15 +1,21 @@
 """Log lines as JSON objects, each with the id of the request that it is about."""
 
+import atexit
 import json
 import logging
 import sys
+import threading
 import time
+from contextlib import suppress
 from contextvars import ContextVar
+from queue import Full, Queue
 from typing import Any, TextIO
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """Of the call that this thread answers; empty outside of calls."""
 
+MOST_LINES = 10_000
+LONGEST_END_S = 2.0
 # What every record has; anything else came with `extra=`.
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -34,8 +40,49 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def log_as_json(level: str = "INFO", stream: TextIO | None = None) -> None:
-    """Sends all logging to `stream` (standard error by default), one JSON object per line."""
-    handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+class DetachedHandler(logging.Handler):
+    """Writes lines in a thread of its own, so that a reader of the log that stands still holds up no call.
+
+    Lines for which there is no room are dropped, and counted in a line of their own once there is.
+    """
+
+    def __init__(self, stream: TextIO, most_lines: int = MOST_LINES) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lines: Queue[str | None] = Queue(most_lines)
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # In the thread of the call, whose request id the line has.
+        try:
+            self._lines.put_nowait(self.format(record))
+        except Full:
+            self._dropped += 1
+            return
+        if self._dropped:
+            count, self._dropped = self._dropped, 0
+            message = f"{count} lines of the log were dropped"
+            self.handle(logging.makeLogRecord({"name": __name__, "levelname": "WARNING", "msg": message}))
+
+    def finish(self, timeout_s: float = LONGEST_END_S) -> None:
+        """Writes what waits, as long as that takes no longer; for the end of the process."""
+        with suppress(Full):
+            self._lines.put(None, timeout=timeout_s)
+            self._thread.join(timeout_s)
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            # Nobody could be told.
+            with suppress(OSError, ValueError):
+                self._stream.write(f"{line}\n")
+                self._stream.flush()
+
+
+def start_logging(formatter: logging.Formatter, stream: TextIO | None = None) -> None:
+    """Sends all logging to `stream`, standard error by default, from a thread of its own."""
+    handler = DetachedHandler(stream or sys.stderr)
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    atexit.register(handler.finish)

@@ -4,10 +4,11 @@ The usual way to set it up: `opentelemetry-instrument python -m serve run ...`, 
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-Handle = Callable[[bytes, Any], Any]
+from grpc import StatusCode
 
 
 class Tracer:
@@ -22,30 +23,26 @@ class Tracer:
         self._error = trace.Status(trace.StatusCode.ERROR)
         self._tracer = trace.get_tracer("jaxrec.serve", tracer_provider=provider)
 
-    def around(self, method: str, handle: Handle) -> Handle:
-        """The handler of a method, with a span for each call; how the call ended is read from gRPC's context."""
+    @contextmanager
+    def span(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> Iterator[Callable[[StatusCode], None]]:
+        """A span around a call of `/package.Service/Method` with such metadata; gives what takes the call's status."""
         service, _, name = method[1:].partition("/")
-        attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
+        with self._tracer.start_as_current_span(
+            method[1:],
+            context=self._propagate.extract({key: value for key, value in metadata if isinstance(value, str)}),
+            kind=self._kind,
+            attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
+            # The exception is the answer's status.
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
 
-        def traced(message: bytes, context: Any) -> Any:
-            metadata = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
-            with self._tracer.start_as_current_span(
-                method[1:],
-                context=self._propagate.extract(metadata),
-                kind=self._kind,
-                attributes=attributes,
-                # The exception is the answer's status.
-                record_exception=False,
-                set_status_on_exception=False,
-            ) as span:
-                try:
-                    return handle(message, context)
-                finally:
-                    if context.code() is not None:
-                        span.set_attribute("rpc.grpc.status", context.code().name)
-                        span.set_status(self._error)
+            def end(code: StatusCode) -> None:
+                span.set_attribute("rpc.grpc.status_code", code.value[0])
+                if code is not StatusCode.OK:
+                    span.set_status(self._error)
 
-        return traced
+            yield end
 
 
 def tracer_of_the_process() -> Tracer | None:

@@ -1,13 +1,14 @@
 """Runs requests together that wait when the model is free; a lone request never waits for company.
 
-There is no batching thread and no waiting time. A request that finds the model free runs it, alone and at once, in
-its own thread. Requests that come meanwhile wait in a bounded queue; when the run ends, the first of them runs the
-model for all that wait. So batches grow with the load, and at low load there are none.
+There is no waiting time. A request that finds the model free starts a run at once. Requests that come meanwhile wait in
+a bounded queue; when the run ends, the next one is for all that wait. So batches grow with the load, and at low load
+there are none. A thread that waits for its answer runs the model itself if nobody does; for an event loop a thread of
+`RUNNERS` does.
 
     batcher = Batcher(states.recommend)        # or the `recommend` of a `Recommender`
     answer = batcher.recommend(query, deadline_s=0.2, is_cancelled=lambda: not context.is_active())
 
-One batcher belongs to one loaded model. It keeps no state beyond its queue and needs no closing: when the last
+A batcher belongs to one loaded model. It keeps no state beyond its queue and needs no closing: when the last
 `recommend` has returned, it is done.
 """
 
@@ -15,7 +16,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from serve.model.recommender import Answer, Query
 from serve.serving.errors import Cancelled, Expired, QueueFull
@@ -25,6 +27,10 @@ QUEUE_CAPACITY = 256
 # 32 keeps the others waiting for 14 ms.
 LARGEST_BATCH = 16
 RETRY_AFTER_S = 0.1
+RUNNERS = ThreadPoolExecutor(4, "model-run")
+"""Each runs the model for one batcher at a time."""
+
+IsCancelled = Callable[[], bool]
 
 
 class Run(NamedTuple):
@@ -39,9 +45,11 @@ class Run(NamedTuple):
 class Pending:
     """A request in the queue, and in the end its answer or error."""
 
-    __slots__ = ("answer", "deadline", "done", "error", "is_cancelled", "query", "signal", "since")
+    __slots__ = ("answer", "deadline", "done", "error", "is_cancelled", "on_done", "query", "since")
 
-    def __init__(self, query: Query, deadline: float | None, is_cancelled: Callable[[], bool] | None) -> None:
+    def __init__(
+        self, query: Query, deadline: float | None, is_cancelled: IsCancelled | None, on_done: Callable[[], None]
+    ) -> None:
         self.query = query
         self.deadline = deadline
         self.is_cancelled = is_cancelled
@@ -49,8 +57,7 @@ class Pending:
         self.done = False
         self.answer: Answer | None = None
         self.error: BaseException | None = None
-        # Held while its thread sleeps; released when it is done, or when it is its turn to run the model.
-        self.signal: threading.Lock | None = None
+        self.on_done = on_done
 
     def result(self) -> Answer:
         """Raises what the request failed with."""
@@ -78,21 +85,6 @@ class Pending:
         return self.done
 
 
-class Loop(Protocol):
-    """A thread that serves many requests by turns, and must not sleep for one of them."""
-
-    def park(self, batcher: "Batcher", pending: Pending) -> None:
-        """Sets the caller aside until the request is done; the loop sees to that with `Batcher.drive`."""
-
-
-_of_thread = threading.local()
-
-
-def use_loop(loop: Loop) -> None:
-    """From now on requests of this thread are parked in `loop`."""
-    _of_thread.loop = loop
-
-
 class Batcher:
     """Answers single requests in batches, from any number of threads."""
 
@@ -115,99 +107,102 @@ class Batcher:
         self._seconds_per_request = RETRY_AFTER_S / capacity
 
     def recommend(
-        self, query: Query, deadline_s: float | None = None, is_cancelled: Callable[[], bool] | None = None
+        self, query: Query, deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
     ) -> Answer:
         """The answer to one query; `deadline_s` is how many seconds it is of use from now on, None: without end.
 
         Raises QueueFull at once, Expired and Cancelled before the model runs for the request, or when it has run in
         vain, and whatever the model raises for this very query.
         """
-        return self.complete(self.enqueue(query, deadline_s, is_cancelled))
+        return self.complete([query], deadline_s, is_cancelled)[0].result()
 
-    def enqueue(
-        self, query: Query, deadline_s: float | None = None, is_cancelled: Callable[[], bool] | None = None
-    ) -> Pending:
-        """Puts a query into the queue, to be followed by `complete`; raises QueueFull."""
-        deadline = None if deadline_s is None else time.monotonic() + deadline_s
-        pending = Pending(query, deadline, is_cancelled)
+    def complete(
+        self, queries: Sequence[Query], deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
+    ) -> list[Pending]:
+        """Some queries, all done, or QueueFull; the caller waits, and runs the model itself if nobody does."""
+        last = threading.Lock()
+        last.acquire()
+        pending = self._pending(queries, deadline_s, is_cancelled)
+        pending[-1].on_done = last.release
+        self._add(pending)
         with self._lock:
-            if len(self._queue) >= self._capacity:
-                waiting_s = self._seconds_per_request * len(self._queue)
-                raise QueueFull(self._capacity, min(max(waiting_s, 0.01), 10.0))
-            self._queue.append(pending)
+            leads, self._running = not self._running, True
+        if leads:
+            self._lead(pending[-1])
+        # The queue keeps its order, so the others are done too.
+        last.acquire()
         return pending
 
-    def complete(self, pending: Pending) -> Answer:
-        """Waits for the answer, running the model itself if no other thread does; raises as `recommend`."""
-        self.wait(pending)
-        return pending.result()
+    def put(
+        self, query: Query, deadline_s: float | None, is_cancelled: IsCancelled | None, on_done: Callable[[], None]
+    ) -> Pending:
+        """As `complete`, for one query and without waiting: it is answered by the next run, which calls `on_done`."""
+        (pending,) = self._pending([query], deadline_s, is_cancelled)
+        pending.on_done = on_done
+        self._add([pending])
+        return pending
 
-    def wait(self, pending: Pending) -> None:
-        """As `complete`, and raises nothing."""
-        loop: Loop | None = getattr(_of_thread, "loop", None)
-        if loop is None:
-            self.drive(pending)
-        else:
-            loop.park(self, pending)
-
-    def drive(self, pending: Pending) -> None:
-        """Returns when a request is done, having run the model itself if no other thread did."""
+    def run(self) -> None:
+        """Has the model run, in another thread, for those that were put into the queue."""
         with self._lock:
-            if pending.done:
+            if self._running or not self._queue:
                 return
-            leads = not self._running
             self._running = True
-            if not leads:
-                pending.signal = threading.Lock()
-                pending.signal.acquire()
-        if pending.signal is not None:
-            # Released by the thread that ran the model: with the answer, or for this thread to go on running it.
-            pending.signal.acquire()
-        try:
-            while not pending.done:
-                self._run()
-                leads = True
-        finally:
-            if leads:
-                self._hand_over()
+        RUNNERS.submit(self._lead, None)
 
-    def _hand_over(self) -> None:
-        """Has the first of the sleeping threads run the model; with none, the next one to come will."""
+    @staticmethod
+    def _pending(queries: Sequence[Query], deadline_s: float | None, is_cancelled: IsCancelled | None) -> list[Pending]:
+        deadline = None if deadline_s is None else time.monotonic() + deadline_s
+        return [Pending(query, deadline, is_cancelled, _nothing) for query in queries]
+
+    def _add(self, pending: Sequence[Pending]) -> None:
         with self._lock:
-            for pending in self._queue:
-                if pending.signal is not None:
-                    pending.signal.release()
-                    return
-            self._running = False
+            if len(self._queue) + len(pending) > self._capacity:
+                waiting_s = self._seconds_per_request * len(self._queue)
+                raise QueueFull(self._capacity, min(max(waiting_s, 0.01), 10.0))
+            self._queue.extend(pending)
+
+    def _lead(self, until: Pending | None) -> None:
+        """Runs the model for all that wait, or until one of them is done; then another thread goes on."""
+        try:
+            while until is None or not until.done:
+                self._run()
+                with self._lock:
+                    if not self._queue:
+                        self._running = False
+                        return
+        except BaseException:
+            RUNNERS.submit(self._lead, None)
+            raise
+        RUNNERS.submit(self._lead, None)
 
     def _run(self) -> None:
         """One run of the model for those that wait longest and are still wanted."""
         batch: list[Pending] = []
-        finished: list[Pending] = []
+        taken: list[Pending] = []
         with self._lock:
             while self._queue and len(batch) < self._largest_batch:
                 pending = self._queue.popleft()
-                (finished if pending.is_dropped() else batch).append(pending)
-        if batch:
-            start = time.monotonic()
-            try:
+                taken.append(pending)
+                if not pending.is_dropped():
+                    batch.append(pending)
+        try:
+            if batch:
+                start = time.monotonic()
                 self._answer_all(batch)
-            finally:
-                # Should the thread be interrupted, the others must not wait without end.
+                seconds = time.monotonic() - start
+                self._seconds_per_request += 0.1 * (seconds / len(batch) - self._seconds_per_request)
                 for pending in batch:
-                    if not pending.done:
-                        pending.finish(None, RuntimeError("the run of the model was interrupted"))
-            seconds = time.monotonic() - start
-            self._seconds_per_request += 0.1 * (seconds / len(batch) - self._seconds_per_request)
-            for pending in batch:
-                if pending.error is None:
-                    pending.is_dropped()
-            if self._on_run is not None:
-                self._on_run(Run(len(batch), tuple(start - pending.since for pending in batch), seconds))
-        with self._lock:
-            for pending in (*finished, *batch):
-                if pending.signal is not None:
-                    pending.signal.release()
+                    if pending.error is None:
+                        pending.is_dropped()
+                if self._on_run is not None:
+                    self._on_run(Run(len(batch), tuple(start - pending.since for pending in batch), seconds))
+        finally:
+            for pending in taken:
+                # Should the thread be interrupted, the others must not wait without end.
+                if not pending.done:
+                    pending.finish(None, RuntimeError("the run of the model was interrupted"))
+                pending.on_done()
 
     def _answer_all(self, batch: Sequence[Pending]) -> None:
         """Finishes each request. When a run fails each runs alone, so that only the bad one fails."""
@@ -223,3 +218,7 @@ class Batcher:
             return
         for pending, answer in zip(batch, answers, strict=True):
             pending.finish(answer)
+
+
+def _nothing() -> None:
+    """Called when a request is done for which nobody waits by itself."""

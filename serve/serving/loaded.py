@@ -15,7 +15,7 @@ from serve.model.popular import FALLBACKS
 from serve.model.recommender import Answer, Query, Recommender
 from serve.model.rules import NO_RULES, candidate_count, reordered
 from serve.observability.metrics import Metrics
-from serve.serving.batching import Batcher, Pending, Run
+from serve.serving.batching import Batcher, IsCancelled, Pending, Run
 from serve.serving.errors import Cancelled, Expired, QueueFull
 from serve.serving.reranker import Reranker
 from serve.serving.ruled import (
@@ -35,8 +35,6 @@ AT_ONCE = 16
 # Clocks differ, and a request takes time: a request time within so many seconds counts as now.
 RECENT_S = 60.0
 
-IsCancelled = Callable[[], bool]
-
 
 class LoadedModel:
     """One model, the states of its users, and its queue. Safe to share between threads."""
@@ -55,7 +53,10 @@ class LoadedModel:
         self.states = StateCache(model, store)
         self._store = store
         self._metrics = metrics
-        self._batcher = Batcher(self.states.recommend, on_run=partial(_observe, metrics))
+        # Those of the first wait for none of the second, whose runs take longer.
+        self._stored, self._others = (
+            Batcher(self.states.recommend, on_run=partial(_observe, metrics)) for _ in range(2)
+        )
 
     @property
     def temperature(self) -> float | None:
@@ -76,9 +77,8 @@ class LoadedModel:
         """Answers one query; raises as `Batcher.recommend`."""
         if self._is_ruled(query):
             return self._ruled(query, deadline_s, is_cancelled)
-        pending = self._batcher.enqueue(self._asked(query), deadline_s, is_cancelled)
-        self._batcher.complete(pending)
-        return self._finished(query, pending)
+        (pending,) = self._others.complete([self._asked(query)], deadline_s, is_cancelled)
+        return self.finished(query, pending)
 
     def recommend_all(
         self, queries: Sequence[Query], deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
@@ -92,13 +92,18 @@ class LoadedModel:
         def answer(query: Query) -> Answer:
             if self._is_ruled(query):
                 return self._ruled(query, None if end is None else end - time.monotonic(), is_cancelled)
-            return self._finished(query, next(found))
+            return self.finished(query, next(found))
 
         return [_or_error(partial(answer, query)) for query in queries]
 
     def _is_ruled(self, query: Query) -> bool:
         """Whether something is done after the model."""
         return query.rules is not None or self.reranks(query)
+
+    @property
+    def has_reranker(self) -> bool:
+        """Whether the server's own re-ranker orders answers."""
+        return self._reranker is not None
 
     def reranks(self, query: Query) -> bool:
         """Whether the server's own re-ranker orders the answer."""
@@ -109,22 +114,40 @@ class LoadedModel:
         Raises QueueFull, Expired and Cancelled."""
         answered: list[Pending] = []
         for start in range(0, len(asked), AT_ONCE):
-            pending: list[Pending] = []
-            try:
-                for query in asked[start : start + AT_ONCE]:
-                    left_s = None if end is None else end - time.monotonic()
-                    pending.append(self._batcher.enqueue(query, left_s, is_cancelled))
-            except QueueFull:
-                for one in pending:
-                    one.is_cancelled = lambda: True
-                raise
-            for one in pending:
-                self._batcher.wait(one)
+            left_s = None if end is None else end - time.monotonic()
+            pending = self._others.complete(asked[start : start + AT_ONCE], left_s, is_cancelled)
             for one in pending:
                 if isinstance(one.error, (Cancelled, Expired)):
                     raise one.error
             answered += pending
         return answered
+
+    def start(
+        self,
+        query: Query,
+        deadline_s: float | None,
+        is_cancelled: IsCancelled | None,
+        on_done: Callable[[], None],
+    ) -> Pending:
+        """Puts a query into the queue that needs neither reasons nor an old history; it is to be `run` and `finished`.
+
+        Args:
+            query: What is asked.
+            deadline_s: For how many seconds from now on the answer is of use; None: without end.
+            is_cancelled: Whether it is of no use any more.
+            on_done: Called when it is done, in any thread.
+
+        Raises:
+            QueueFull: Too many wait.
+        """
+        known = query.user_id is not None and self.states.has(query.user_id)
+        batcher = self._stored if known else self._others
+        return batcher.put(self._asked(query), deadline_s, is_cancelled, on_done)
+
+    def run(self) -> None:
+        """Has the model run for what was started, without waiting."""
+        self._stored.run()
+        self._others.run()
 
     def _ruled(self, query: Query, deadline_s: float | None, is_cancelled: IsCancelled | None) -> Answer:
         """The answer to a query with rules, or with an own re-ranker."""
@@ -184,8 +207,8 @@ class LoadedModel:
         is_chosen = query.rules is not None and not query.rules.only_boosts
         return None if query.new_item_slots or is_chosen or self._reranker is not None else self.exploration
 
-    def _finished(self, query: Query, pending: Pending) -> Answer:
-        """The answer to a query from what the batch answered."""
+    def finished(self, query: Query, pending: Pending) -> Answer:
+        """The answer to a query from what the batch answered; raises as `Batcher.recommend`."""
         answer, exploration = pending.result(), self._exploration(query)
         if exploration is not None:
             answer = _drawn(query, answer, exploration)

@@ -104,6 +104,10 @@ class StateCache:
             answers.update((at, answer) for (at, _), answer in zip(replayed, found, strict=True))
         return [answers[at] for at in range(len(queries))]
 
+    def has(self, user_id: str) -> bool:
+        """Whether the state of a user is in memory."""
+        return user_id in self._users
+
     def newest(self, user_id: str) -> int | None:
         """When a user's newest event was, in seconds, as far as it was read; None: that is not in memory. Waits for
         nothing."""
@@ -168,23 +172,29 @@ class StateCache:
         """The users' states as of their stored histories."""
         current: dict[str, UserState] = {}
         unread: dict[str, _Unread] = {}
-        for user_id in user_ids:
-            user = self._users.get(user_id) or self._unspilled(user_id)
+        kept = {user_id: self._users.get(user_id) or self._unspilled(user_id) for user_id in user_ids}
+        revisions = self._store.revisions([user_id for user_id, user in kept.items() if user is not None])
+        for user_id, user in kept.items():
             if user is None:
                 unread[user_id] = _Unread(self._store.changes(user_id))
                 continue
-            if user.revision != self._store.revision(user_id):
+            if user.revision != revisions[user_id]:
                 changes = self._store.changes(user_id, user.revision)
                 advanced = None if changes.complete else self._advanced(user, changes)
                 if advanced is None:
                     unread[user_id] = _Unread(changes) if changes.complete else self._to_be_read(user_id, user, changes)
                     continue
-                user = advanced
-            current[user_id] = user
+                current[user_id] = advanced
+            else:
+                current[user_id] = user
         current.update(self._rebuilt(unread))
         for user_id, user in current.items():
-            self._users[user_id] = user
-            self._users.move_to_end(user_id)
+            if user.revision:
+                self._users[user_id] = user
+                self._users.move_to_end(user_id)
+            else:
+                # Ids that nobody has recorded an event for are without number, and would push out all others.
+                self._users.pop(user_id, None)
         return current
 
     def _advanced(self, user: UserState, changes: Changes) -> UserState | None:

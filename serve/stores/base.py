@@ -212,6 +212,14 @@ class EventStore(ABC):
             user_id: The user.
         """
 
+    def revisions(self, user_ids: Sequence[str]) -> dict[str, int]:
+        """The `revision` of each of some users, with one question to the store where it is far away.
+
+        Args:
+            user_ids: The users.
+        """
+        return {user_id: self.revision(user_id) for user_id in user_ids}
+
     @abstractmethod
     def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
         """What came to a user's history after a revision. Costs little when nothing did.

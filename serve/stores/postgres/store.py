@@ -110,6 +110,10 @@ class PostgresStore(SqlStore):
         self._damaged.log(damaged)
         return recorded
 
+    def revisions(self, user_ids: Sequence[str]) -> dict[str, int]:
+        query = "SELECT user_id, last_arrival FROM jaxrec.users WHERE user_id = ANY(%s)"
+        return {**dict.fromkeys(user_ids, 0), **dict(self._read(query, list(user_ids)))}
+
     def record_shown(self, items: Sequence[ShownItem]) -> int:
         if not items:
             return 0

@@ -145,6 +145,16 @@ class RedisStore(RedisCounters, RedisItems):
     def revision(self, user_id: str) -> int:
         return int(self._read(lambda: self._redis.hget(f"jaxrec:user:{user_id}", "last")) or 0)
 
+    def revisions(self, user_ids: Sequence[str]) -> dict[str, int]:
+        def read() -> list[bytes | None]:
+            with self._redis.pipeline(transaction=False) as pipeline:
+                for user_id in user_ids:
+                    pipeline.hget(f"jaxrec:user:{user_id}", "last")
+                found: list[bytes | None] = pipeline.execute()
+                return found
+
+        return {user_id: int(last or 0) for user_id, last in zip(user_ids, self._read(read), strict=True)}
+
     def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
         first, last = self._read(lambda: self._redis.hmget(f"jaxrec:user:{user_id}", "first", "last"))
         first, revision = int(first or 0), int(last or 0)

@@ -19,6 +19,7 @@ from serve.client import Connection, Event, Item, ItemFilter, RecommenderClient,
 from serve.client.connection import SERVICE_CONFIG
 from serve.front.auth import Tokens
 from serve.front.server import Listener, create_server
+from serve.model.manifest import ArtifactError
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
 from serve.pb import recommender_pb2_grpc
@@ -64,7 +65,7 @@ def test_every_error_has_a_reason(kind: type[Exception]) -> None:
     meaning = STATUS.get(kind, UNEXPECTED)
     assert (found.code, found.message) == (status.code.value[0], status.message)
     assert (status.code, info.reason, info.domain) == (meaning.code, meaning.reason, "jaxrec")
-    assert ("log_id" in info.metadata) == (kind in {StoreError, RuntimeError})
+    assert ("log_id" in info.metadata) == (kind in {ArtifactError, StoreError, RuntimeError})
     assert info.metadata.get("log_id", "") in status.message
 
 

@@ -217,7 +217,7 @@ def test_a_span_for_every_call_continues_the_clients_trace(model: Recommender, s
     assert good.attributes["rpc.method"] == "GetModelInfo"
     assert bad.status.status_code is StatusCode.ERROR
     assert bad.attributes is not None
-    assert bad.attributes["rpc.grpc.status"] == "INVALID_ARGUMENT"
+    assert bad.attributes["rpc.grpc.status_code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
 
 
 def test_what_the_store_gave_up_is_counted(

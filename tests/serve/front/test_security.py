@@ -1,6 +1,7 @@
 """Who gets in: TLS, client certificates, tokens and their rights, and no open door by mistake."""
 
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -310,6 +311,31 @@ def test_tokens_from_a_file(tmp_path: Path) -> None:
     assert READER not in repr(vars(tokens))
     with pytest.raises(SecurityError, match="nowhere: expected lines of text"):
         read_tokens(tmp_path / "nowhere")
+
+
+def test_a_changed_tokens_file_counts_without_a_restart_and_a_broken_one_does_not(
+    serving: Serving, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    file = tmp_path / "tokens"
+    file.write_text(f"read {READER}")
+    with (
+        serving(tokens=read_tokens(file)) as address,
+        RecommenderClient(Connection(address, TIMEOUT_S, token=READER)) as reader,
+        RecommenderClient(Connection(address, TIMEOUT_S, token=WRITER)) as writer,
+    ):
+        assert reader.get_model_info().item_count == 60
+        assert denied(writer.get_model_info) is grpc.StatusCode.UNAUTHENTICATED
+        for content, message in ((f"read {WRITER}", "were read again"), ("half a li", "stay as they were")):
+            (tmp_path / "new").write_text(content)
+            (tmp_path / "new").rename(file)
+            end = time.monotonic() + TIMEOUT_S
+            while not any(message in record.getMessage() for record in caplog.records):
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            assert denied(reader.get_model_info) is grpc.StatusCode.UNAUTHENTICATED
+            assert writer.get_model_info().item_count == 60
+    assert WRITER not in caplog.text
 
 
 @pytest.mark.parametrize(

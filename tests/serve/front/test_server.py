@@ -1,6 +1,7 @@
 """The server around the servicer: health, reflection, start, shutdown, and what a client learns of a failure."""
 
 import json
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -20,15 +21,26 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from grpc_status import rpc_status
 
+from serve.api import recommender
 from serve.api.errors import status_of
+from serve.api.recommender import RecommenderServicer
+from serve.api.service import RecommenderService
 from serve.client import Event, RecommenderClient, UserEvent, recommend_request
-from serve.front.server import RECOMMEND, SERVICE, SERVICES, AddressError, create_server, takes_long
+from serve.front.server import SERVICE, SERVICES, AddressError, create_server
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
-from serve.pb.open_inference_pb2 import ServerReadyRequest
+from serve.pb.model_admin_pb2 import ListModelsRequest, LoadModelRequest
+from serve.pb.model_admin_pb2_grpc import ModelAdminStub
+from serve.pb.open_inference_pb2 import (
+    ModelInferRequest,
+    ModelMetadataRequest,
+    ServerLiveRequest,
+    ServerReadyRequest,
+)
 from serve.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
-from serve.pb.recommender_pb2 import RecommendRequest, RecordEventsRequest
+from serve.pb.recommender_pb2 import GetModelInfoRequest, RecommendRequest, RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
+from serve.serving.loaded import LoadedModel
 from serve.serving.loading import ModelLoader, open_models
 from serve.stores import open_store
 from serve.stores.base import EventStore
@@ -36,6 +48,7 @@ from tests.serve.one_model import one_model
 from tests.serve.process import StartError, running_server
 
 TIMEOUT_S = 30
+NOT_FOUND = grpc.StatusCode.NOT_FOUND
 ONE_EVENT = RecordEventsRequest(events=[UserEvent(event_id="1", user_id="u", item_id="1007", timestamp=1)])
 
 
@@ -204,9 +217,8 @@ def test_unexpected_error_is_logged_under_an_id_and_not_sent(caplog: pytest.LogC
     assert "/secret/path" in str(record.exc_info[1])
 
 
-@pytest.mark.parametrize("polling", [True, False])
-def test_more_calls_than_may_wait_are_turned_away_at_once(model: Recommender, store: EventStore, polling: bool) -> None:
-    server = create_server(one_model(model, store), store, "127.0.0.1:0", workers=1, max_calls=2, polling=polling)
+def test_more_calls_than_may_wait_are_turned_away_at_once(model: Recommender, store: EventStore) -> None:
+    server = create_server(one_model(model, store), store, "127.0.0.1:0", workers=1, max_calls=2)
     server.start()
     goes_on = threading.Event()
     record = store.record
@@ -260,25 +272,50 @@ def test_the_port_is_open_before_the_model_is_loaded(
         server.drain()
 
 
-DEAF = """
+def test_a_call_that_would_end_its_thread_is_internal_and_the_server_lives_on(
+    model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leave(*_: object) -> None:
+        raise SystemExit
+
+    server = create_server(one_model(model, store), store, "127.0.0.1:0", workers=1)
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = RecommenderStub(channel)
+        # One in a thread of the pool, one in the loop.
+        for target, call in (
+            (store, lambda: stub.RecordEvents(ONE_EVENT, timeout=TIMEOUT_S)),
+            (LoadedModel, lambda: stub.Recommend(RecommendRequest(user_id="u"), timeout=TIMEOUT_S)),
+        ):
+            with monkeypatch.context() as patched:
+                patched.setattr(target, "record" if target is store else "start", leave)
+                with pytest.raises(grpc.RpcError) as failure:
+                    call()
+            assert failure.value.code() is grpc.StatusCode.INTERNAL
+            assert "logged as" in failure.value.details()
+            assert call() is not None
+    server.drain()
+    assert [record.levelname for record in caplog.records] == ["CRITICAL", "ERROR"] * 2
+
+
+LOOPLESS = """
 import sys
-from serve.api import recommender as servicer
+from serve.front import server
+from serve.front.loop import shared_loop
 from serve.cli.main import main
 
-recommend = servicer.RecommenderServicer.Recommend
+class Deadly(server.InferenceServicer):
+    def ServerLive(self, request, context):
+        shared_loop().loop.call_soon(sys.exit)
+        return super().ServerLive(request, context)
 
-def fail(self, request, context):
-    if request.user_id == "the one":
-        raise SystemExit
-    return recommend(self, request, context)
-
-servicer.RecommenderServicer.Recommend = fail
+server.InferenceServicer = Deadly
 main()
 """
 
 
-def test_a_server_whose_polling_thread_fails_ends(model_directory: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", DEAF, "run", str(model_directory), "--address", "127.0.0.1:0", "--drain", "5"]
+def test_a_server_whose_loop_fails_ends(model_directory: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOOPLESS, "run", str(model_directory), "--address", "127.0.0.1:0", "--drain", "5"]
     command += ["--store", str(tmp_path / "s"), "--provider", "cpu"]
     log = tmp_path / "log"
     with (
@@ -288,12 +325,10 @@ def test_a_server_whose_polling_thread_fails_ends(model_directory: Path, tmp_pat
         assert process.stdout is not None
         address = process.stdout.readline().split(" on ")[1].split()[0]
         with grpc.insecure_channel(address) as channel:
-            stub = RecommenderStub(channel)
-            assert stub.RecordEvents(ONE_EVENT, timeout=TIMEOUT_S).recorded_count == 1
-            with pytest.raises(grpc.RpcError) as failure:
-                stub.Recommend(RecommendRequest(user_id="the one"), timeout=TIMEOUT_S)
-            assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert process.wait(TIMEOUT_S) == 1
+            assert RecommenderStub(channel).RecordEvents(ONE_EVENT, timeout=TIMEOUT_S).recorded_count == 1
+            live = GRPCInferenceServiceStub(channel).ServerLive.future(ServerLiveRequest(), timeout=TIMEOUT_S)
+            assert process.wait(TIMEOUT_S) == 1
+            live.cancel()
     critical = [line for line in map(json.loads, log.read_text().splitlines()) if line["level"] == "CRITICAL"]
     assert ["no call is answered any more" in line["message"] for line in critical] == [True]
     with open_store(tmp_path / "s") as store:
@@ -302,21 +337,39 @@ def test_a_server_whose_polling_thread_fails_ends(model_directory: Path, tmp_pat
 
 def test_slow_calls_are_recognized_by_their_message(model: Recommender, store: EventStore) -> None:
     models = one_model(model, store)
-    short = recommend_request(history=[Event(item_id="0" * 20, timestamp=at) for at in range(100)])
-    long = recommend_request(history=[Event(item_id="0" * 20, timestamp=at) for at in range(10_000)])
+    servicer = RecommenderServicer(RecommenderService(models, store, Metrics()))
     explained = recommend_request(user_id="u", explain=True)
     not_shown = recommend_request(user_id="u", not_shown_within=1)
+    past = recommend_request(user_id="u", request_time=1)
     # As few write it, but protobuf reads it: another number for true, and more bytes than needed for it.
     odd = [recommend_request(user_id="u").SerializeToString() + field for field in (b"\x30\x02", b"\xb0\x00\x81\x00")]
-    assert not any(takes_long(models, RECOMMEND, message) for message in (b"", b"\xff", short.SerializeToString()))
-    assert all(takes_long(models, RECOMMEND, one.SerializeToString()) for one in (long, explained, not_shown))
-    assert [RecommendRequest.FromString(message).explain for message in odd] == [True, True]
-    assert all(takes_long(models, RECOMMEND, message) for message in odd)
-    assert takes_long(models, "/jaxrec.v1.Recommender/BatchRecommend", b"")
-    assert not takes_long(models, "/jaxrec.v1.Recommender/RecordEvents", explained.SerializeToString())
+    now = recommend_request(user_id="u", request_time=int(time.time()))
+    assert not any(servicer.is_slow(one) for one in (RecommendRequest(), recommend_request(user_id="u"), now))
+    assert all(servicer.is_slow(one) for one in (explained, not_shown, past, *map(RecommendRequest.FromString, odd)))
 
 
-def test_a_history_as_of_an_earlier_time_is_not_read_by_the_thread_that_polls(
+@pytest.mark.parametrize("count", [200, 2_000])
+def test_a_long_history_is_decoded_in_a_thread(
+    model: Recommender, store: EventStore, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    decode = recommender.decode_query
+
+    def decoded(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return decode(*arguments)
+
+    monkeypatch.setattr(recommender, "decode_query", decoded)
+    item = model.catalog.item_ids[1]
+    server = create_server(one_model(model, store), store, "127.0.0.1:0")
+    server.start()
+    with RecommenderClient(f"127.0.0.1:{server.port}") as client:
+        client.recommend(history=[Event(item_id=item, timestamp=10**9 + at) for at in range(count)], k=3)
+    server.drain()
+    assert [name.startswith("grpc-slow") for name in threads] == [count > 1_000]
+
+
+def test_a_history_as_of_an_earlier_time_is_not_read_by_the_loop(
     model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readers: list[str] = []
@@ -349,3 +402,61 @@ def test_a_history_as_of_an_earlier_time_is_not_read_by_the_thread_that_polls(
         client.recommend(user_id="u", k=3, request_time=int(time.time()))
         assert len(readers) == 5
     server.drain()
+
+
+def test_a_server_on_a_unix_socket(model_directory: Path, tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/grpc.sock"
+    with (
+        running_server(model_directory, tmp_path / "s", address=address, provider="cpu") as server,
+        grpc.insecure_channel(address) as channel,
+    ):
+        assert f" on {address} (" in server.line
+        assert RecommenderStub(channel).RecordEvents(ONE_EVENT, timeout=TIMEOUT_S).recorded_count == 1
+
+
+@pytest.mark.parametrize("value", ["x" * 20_000, "é" * 20_000])
+def test_a_long_name_in_an_error_is_cut_and_the_status_stays(
+    model_directory: Path, store: EventStore, value: str
+) -> None:
+    with open_models(model_directory, ModelLoader(store, Metrics(), "cpu"), watch_s=0) as models:
+        server = create_server(models, store, "127.0.0.1:0")
+        server.start()
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            inference = GRPCInferenceServiceStub(channel)
+            calls: list[tuple[Any, Any, grpc.StatusCode]] = [
+                (RecommenderStub(channel).GetModelInfo, GetModelInfoRequest(model_version=value), NOT_FOUND),
+                (ModelAdminStub(channel).LoadModel, LoadModelRequest(model_version=value), NOT_FOUND),
+                (inference.ModelInfer, ModelInferRequest(model_name=value), NOT_FOUND),
+                (inference.ModelMetadata, ModelMetadataRequest(name=value), NOT_FOUND),
+                (
+                    inference.ModelInfer,
+                    ModelInferRequest(
+                        model_name="jaxrec", outputs=[ModelInferRequest.InferRequestedOutputTensor(name=value)]
+                    ),
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                ),
+            ]
+            for call, request, code in calls:
+                with pytest.raises(grpc.RpcError) as failure:
+                    call(request, timeout=TIMEOUT_S)
+                assert failure.value.code() is code
+                assert len(failure.value.details()) < 600
+        server.drain()
+
+
+def test_a_model_directory_that_is_gone_is_unavailable_to_admins(
+    model_directory: Path, store: EventStore, tmp_path: Path
+) -> None:
+    shutil.copytree(model_directory, tmp_path / "model")
+    with open_models(tmp_path / "model", ModelLoader(store, Metrics(), "cpu"), watch_s=0) as models:
+        server = create_server(models, store, "127.0.0.1:0")
+        server.start()
+        shutil.rmtree(tmp_path / "model")
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            with pytest.raises(grpc.RpcError) as failure:
+                ModelAdminStub(channel).ListModels(ListModelsRequest(), timeout=TIMEOUT_S)
+            assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert str(tmp_path) not in failure.value.details()
+            # What is loaded is still served.
+            assert RecommenderStub(channel).Recommend(RecommendRequest(user_id="u"), timeout=TIMEOUT_S).recommendations
+        server.drain()

@@ -53,8 +53,7 @@ def call_until_failure(call: Callable[[], object]) -> None:
         call()
 
 
-@pytest.mark.parametrize("front", ["polling", "threads"])
-def test_no_call_fails_over_a_restart(model_directory: Path, tmp_path: Path, front: str) -> None:
+def test_no_call_fails_over_a_restart(model_directory: Path, tmp_path: Path) -> None:
     stop = threading.Event()
     done = [0] * CALLERS
 
@@ -75,7 +74,7 @@ def test_no_call_fails_over_a_restart(model_directory: Path, tmp_path: Path, fro
             assert not any(caller.done() for caller in callers), [caller.exception() for caller in callers]
             time.sleep(0.01)
 
-    options = ["--drain", "300", "--front", front]
+    options = ["--drain", "300"]
     address = "127.0.0.1:0"
     callers = []
     with ThreadPoolExecutor(CALLERS) as threads:

@@ -54,14 +54,11 @@ def half_open(channel: grpc.Channel, each: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("with_token", [True, False])
-@pytest.mark.parametrize("polling", [True, False])
 def test_calls_that_never_continue_keep_no_other_waiting(
-    model: Recommender, store: EventStore, with_token: bool, polling: bool
+    model: Recommender, store: EventStore, with_token: bool
 ) -> None:
     tokens = parse_tokens(f"read,write {TOKEN}", "tokens") if with_token else None
-    server = create_server(
-        one_model(model, store), store, Listener("127.0.0.1:0", tokens=tokens, allow_insecure=True), polling=polling
-    )
+    server = create_server(one_model(model, store), store, Listener("127.0.0.1:0", tokens=tokens, allow_insecure=True))
     server.start()
     connection = Connection(f"127.0.0.1:{server.port}", PATIENCE_S, token=TOKEN if with_token else None)
     options = [("grpc.use_local_subchannel_pool", 1)]

@@ -236,3 +236,37 @@ def test_stored_users_cost_nothing_until_they_come(model: Recommender, store: Ev
     assert len(states) == 0
     states.recommend([Query((), 5, user_id="ada")])
     assert len(states) == 1
+
+
+def test_users_without_events_push_no_state_out(model: Recommender, store: EventStore) -> None:
+    item = model.catalog.item_ids[1]
+    store.record([UserEvent("e", "real", Event(item, 4.0, 1))])
+    states = StateCache(model, store, capacity=10)
+    states.recommend([Query((), 3, user_id="real")])
+    for number in range(100):
+        states.recommend([Query((), 3, user_id=f"nobody {number}")])
+    assert states.has("real")
+    assert len(states) == 1
+    store.delete_user("real")
+    checked(states, model, store, [Query((), 3, user_id="real")])
+    assert len(states) == 0
+
+
+def test_a_batch_asks_once_for_the_revisions_of_all_its_users(
+    model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = [f"user {number}" for number in range(5)]
+    store.record([UserEvent(user, user, Event(model.catalog.item_ids[1], 4.0, 1)) for user in users])
+    states = StateCache(model, store)
+    queries = [Query((), 3, user_id=user) for user in users]
+    states.recommend(queries)
+    asked: list[Sequence[str]] = []
+    revisions = store.revisions
+
+    def counted(user_ids: Sequence[str]) -> dict[str, int]:
+        asked.append(user_ids)
+        return revisions(user_ids)
+
+    monkeypatch.setattr(store, "revisions", counted)
+    states.recommend(queries)
+    assert [sorted(one) for one in asked] == [users]

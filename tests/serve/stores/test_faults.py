@@ -4,18 +4,13 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import grpc
 import pytest
 
 from bench import fault_reload, fault_soak, fault_store
 from bench.model_versions import replace_file
-from serve.api.errors import status_of
-from serve.front.polling import Front, is_supported, polling_server
-from serve.serving.errors import QueueFull
 from tests.serve.stores.databases import NotInstalled, redis_server
 
 ROOT = Path(__file__).parents[3]
@@ -65,24 +60,3 @@ def test_soak(model_directory: Path, tmp_path: Path) -> None:
     _, memory_mb, descriptors = result.settled()
     assert max(descriptors) < descriptors[0] + 40
     assert max(memory_mb) < memory_mb[0] + 60
-
-
-@pytest.mark.skipif(not is_supported(), reason="the installed grpcio is another")
-def test_a_full_queue_turns_calls_away_with_a_hint() -> None:
-    full = status_of(QueueFull(0, 0.5))
-    server = polling_server(
-        ThreadPoolExecutor(1), ThreadPoolExecutor(1), Front(["/t.S/Ask"], most_parked=0, turn_away=lambda method: full)
-    )
-    handler = grpc.unary_unary_rpc_method_handler(lambda request, context: request)
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("t.S", {"Ask": handler})])
-    server.add_registered_method_handlers("t.S", {"Ask": handler})
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        ask = channel.unary_unary("/t.S/Ask", _registered_method=True)
-        for _ in range(50):
-            with pytest.raises(grpc.RpcError) as failure:
-                ask(b"", timeout=30)
-            assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert dict(failure.value.trailing_metadata())["grpc-status-details-bin"] == full.metadata[0][1]
-    assert server.stop(10).wait(30)

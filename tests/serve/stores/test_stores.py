@@ -211,6 +211,13 @@ def test_revision_changes_with_every_new_event_of_the_user_and_with_nothing_else
     assert store.revision("u") > seen[-1]
 
 
+def test_revisions_of_several_users_are_those_of_each(store: EventStore) -> None:
+    store.record([user_event("1"), user_event("2", user_id="v"), user_event("3", user_id="v")])
+    users = ["v", "nobody", "u"]
+    assert store.revisions(users) == {user: store.revision(user) for user in users}
+    assert store.revisions([]) == {}
+
+
 def test_changes_since_a_revision(store: EventStore) -> None:
     assert store.changes("u") == Changes(0, [], complete=True)
     assert store.changes("u", 7) == Changes(0, [], complete=True)

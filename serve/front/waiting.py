@@ -1,10 +1,10 @@
 """Calls that wait for their client, to send its message or to take its answer: they hold memory, so they are few.
 
-gRPC has no bound on that memory which could be set from Python. A call that was begun may send 64 KiB, the window that
-HTTP/2 gives it; once gRPC is asked for the message, it takes as much as the client announced, up to the largest message
-that is allowed. So it is asked for few messages at a time, while other calls stand in line: with 8 MiB,
-`MOST_RECEIVING` hold 512 MiB, `MOST_SHORT_RECEIVING` 128 MiB, and a line of `MOST_IN_LINE` 64 MiB. Callers without a
-token, who may call only what needs no token, have the short ones and one of the two lines.
+A call that was begun may send 64 KiB, the window that HTTP/2 gives it; once gRPC is asked for the message, it takes as
+much as the client announced, up to the largest message that is allowed. So it is asked for few messages at a time,
+while other calls stand in line: with 8 MiB, `MOST_RECEIVING` hold 512 MiB, `MOST_SHORT_RECEIVING` 128 MiB, and a line
+of `MOST_IN_LINE` 64 MiB. Callers without a token, who may call only what needs no token, have the short ones and one of
+the two lines.
 """
 
 import time
@@ -26,29 +26,30 @@ SHORT_YIELD_S = 0.25
 # 30 connections that begin 100 calls each at once put 2,000 in line for some milliseconds if their messages have 20 KB,
 # and 140 if they have 50 bytes. What is in line has sent 64 KiB at most.
 MOST_IN_LINE = 1_000
-# A client reads its answer as it comes; one that has not by then is very far away or malicious.
-ANSWER_S = 30.0
-# What may wait for clients that do not read; of more the oldest goes. Most answers have a few KB.
+# Answers that gRPC still has, since their clients do not read. Most have a few KB.
 MOST_UNSENT = 1_000
 MOST_UNSENT_BYTES = 64 * 2**20
+# How often to look for calls that wait too long for their client.
+LOOK_S = 0.25
 
 
 class Call(Protocol):
-    """As much of a `PolledCall` as is needed here."""
+    """As much of a call as is needed here."""
 
-    method: str
+    def method_name(self) -> str: ...
 
-    def receive(self) -> None: ...
+    def receive(self) -> None:
+        """From now on the message is waited for."""
 
-    def cancel(self) -> None: ...
+    def give_up(self, code: grpc.StatusCode, details: str) -> None:
+        """Ends the call with a status."""
 
-    def give_up(self, code: grpc.StatusCode, details: str) -> None: ...
-
-    def peer(self) -> str: ...
+    def peer(self) -> str:
+        """Names the connection."""
 
 
 class Unreceived:
-    """Calls whose message has not come; in the thread that polls.
+    """Calls whose message has not come.
 
     For so many of them gRPC waits for the message. The others stand in line, in which connections take turns.
     """
@@ -123,38 +124,55 @@ class Unreceived:
     def _end(self, call: Call, code: grpc.StatusCode, details: str) -> None:
         self.remove(call)
         call.give_up(code, details)
-        self._on_end(call.method)
+        self._on_end(call.method_name())
+
+
+class Open:
+    """Streams that are open, each until it is closed or makes way: with `most` of them the next one ends the oldest of
+    the connection that has most."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        # The oldest first.
+        self._calls: dict[Call, None] = {}
+
+    def add(self, call: Call) -> None:
+        self._calls[call] = None
+        if len(self._calls) > self._most:
+            counts = Counter(other.peer() for other in self._calls)
+            oldest = max(self._calls, key=lambda other: counts[other.peer()])
+            self.remove(oldest)
+            oldest.give_up(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many streams are open")
+
+    def remove(self, call: Call) -> None:
+        self._calls.pop(call, None)
 
 
 class Unsent:
-    """Calls that were answered and whose answer gRPC still has, the oldest first.
+    """Answers that were given to gRPC, until their calls are over.
 
-    gRPC sends as much as the client has room for, which may be nothing. Any thread adds; one looks and removes.
+    gRPC sends as much as the client has room for, which may be nothing, until the connection is too old.
     """
 
     def __init__(self) -> None:
-        self._since: dict[Call, tuple[float, int]] = {}
+        self._sizes: dict[Call, int] = {}
+        self._bytes = 0
 
     def __len__(self) -> int:
-        return len(self._since)
+        return len(self._sizes)
 
     def add(self, call: Call, size: int) -> None:
-        """An answer of so many bytes, before gRPC has it."""
-        self._since[call] = time.monotonic(), size
+        """An answer of so many bytes."""
+        self._sizes[call] = size
+        self._bytes += size
 
     def remove(self, call: Call) -> None:
         """The call is over."""
-        self._since.pop(call, None)
+        self._bytes -= self._sizes.pop(call, 0)
 
-    def end_overdue(self) -> None:
-        """Cancels calls whose answers are too old, or too many or too large together."""
-        # In one step: other threads add meanwhile.
-        waiting = list(self._since.items())
-        count, size = len(waiting), sum(size for _, (_, size) in waiting)
-        now = time.monotonic()
-        for call, (since, its_size) in waiting:
-            if now - since <= ANSWER_S and count <= MOST_UNSENT and size <= MOST_UNSENT_BYTES:
-                return
-            count, size = count - 1, size - its_size
-            self.remove(call)
-            call.cancel()
+    def has_room(self, call: Call) -> bool:
+        """Whether a call may have an answer. While too much is not read, none of a connection that has not read all."""
+        if len(self._sizes) < MOST_UNSENT and self._bytes < MOST_UNSENT_BYTES:
+            return True
+        peer = call.peer()
+        return all(other.peer() != peer for other in self._sizes)

@@ -1,0 +1,58 @@
+"""Threads for calls that the event loop must not answer, since they compute or wait for long."""
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+logger = logging.getLogger(__name__)
+
+
+class Pool:
+    """Threads, and how many calls may have or wait for one of them."""
+
+    def __init__(self, threads: int, most: int, name: str) -> None:
+        self._threads = ThreadPoolExecutor(threads, name)
+        self._most = most
+        self._count = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self._count >= self._most
+
+    async def run(self, work: Callable[[], bytes]) -> bytes:
+        """What `work` returns or raises in a thread; a caller that is cancelled leaves its place when that is done."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[bytes] = loop.create_future()
+
+        def finish(result: bytes | None, error: BaseException | None) -> None:
+            self._count -= 1
+            if done.done():
+                return
+            if error is None:
+                assert result is not None
+                done.set_result(result)
+            else:
+                done.set_exception(error)
+
+        def run() -> None:
+            result, error = None, None
+            try:
+                result = work()
+            except BaseException as failure:
+                error = failure if isinstance(failure, Exception) else interrupted(failure)
+            loop.call_soon_threadsafe(finish, result, error)
+
+        self._count += 1
+        self._threads.submit(contextvars.copy_context().run, run)
+        return await done
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False)
+
+
+def interrupted(error: BaseException) -> RuntimeError:
+    """What a call fails with that was to end its thread, such as SystemExit."""
+    logger.critical("a call was to end the thread that answers it", exc_info=error)
+    return RuntimeError(f"{type(error).__name__} in a call")

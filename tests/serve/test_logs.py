@@ -1,0 +1,58 @@
+"""The log is written by a thread of its own."""
+
+import io
+import json
+import logging
+import threading
+
+from serve.observability.logs import REQUEST_ID, DetachedHandler, JsonFormatter
+
+PATIENCE_S = 30.0
+
+
+class SlowStream(io.StringIO):
+    """Of which nobody reads at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_read = threading.Event()
+        self.is_written = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.is_written.set()
+        assert self.is_read.wait(PATIENCE_S)
+        return super().write(text)
+
+
+def test_a_log_that_nobody_reads_holds_up_no_call_and_says_what_was_dropped() -> None:
+    stream = SlowStream()
+    handler = DetachedHandler(stream, most_lines=2)
+    handler.setFormatter(JsonFormatter())
+    logger = logging.Logger("test")
+    logger.addHandler(handler)
+    REQUEST_ID.set("mine")
+    logger.warning("line %d", 0)
+    assert stream.is_written.wait(PATIENCE_S)
+    for number in range(1, 6):
+        logger.warning("line %d", number)
+    stream.is_read.set()
+    handler.finish(PATIENCE_S)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["message"] for line in lines] == ["line 0", "line 1", "line 2"]
+    assert {line["request_id"] for line in lines} == {"mine"}
+
+    handler = DetachedHandler(stream, most_lines=2)
+    handler.setFormatter(JsonFormatter())
+    stream.is_read.clear()
+    stream.is_written.clear()
+    handler.handle(logging.makeLogRecord({"msg": "first"}))
+    assert stream.is_written.wait(PATIENCE_S)
+    for _ in range(4):
+        handler.handle(logging.makeLogRecord({"msg": "more"}))
+    stream.is_read.set()
+    while stream.getvalue().count("more") < 2:
+        pass
+    handler.handle(logging.makeLogRecord({"msg": "last"}))
+    handler.finish(PATIENCE_S)
+    messages = [json.loads(line)["message"] for line in stream.getvalue().splitlines()[3:]]
+    assert messages == ["first", "more", "more", "last", "2 lines of the log were dropped"]
