@@ -57,6 +57,14 @@ def test_events_with_a_user_an_id_and_a_version(address: str, client: Recommende
     assert found.splitlines()[-1] == ask(address, *asked, "--request-id", "r").splitlines()[-1]
     assert f"the loaded versions are '{version}'; 'x' is not loaded" in ask(address, *asked, "--model-version", "x")
     assert version in ask(address, "--model-version", version)
+    for other in (["--user", "7"], ["--profile", "7"], []):
+        refused = ask("127.0.0.1:1", *other, "--bucket-key", "x")
+        assert "--bucket-key: expected --watched or --similar, without --user, with it" in refused
+    for question in (["--watched", ids[3]], ["--similar", ids[3]]):
+        assert ask(address, *question, "--bucket-key", "visit").startswith(" ")
+        assert "expected none with model_version" in ask(
+            address, *question, "--bucket-key", "v", "--model-version", version
+        )
     refused = ask("127.0.0.1:1", "--profile", "7", "--model-version", "x")
     assert "Error: --model-version: expected --user, --watched, --similar or nothing with it" in refused
 
