@@ -160,7 +160,7 @@ class ModelLibrary:
         traffic = self._traffic
         ready = traffic.ready.get(model_version or traffic.main)
         if ready is None:
-            loaded = ", ".join(map(repr, sorted(traffic.ready)))
+            loaded = ", ".join(map(shown, sorted(traffic.ready)))
             raise UnknownModel(f"the loaded versions are {loaded}; {shown(model_version)} is not loaded")
         return ready.model
 
