@@ -385,8 +385,9 @@ class RecommendRequest(_message.Message):
     draws, it draws again in the same way, and `not_shown_within` does not count the
     answer to the first call. If events, items or models changed meanwhile, an answer can
     have items that the entry does not have: events on these with the
-    `recommendation_id` are recorded, but nothing learns from them as responses, and no
-    comparison of versions counts them. Empty: each call is a request of its own.
+    `recommendation_id` are recorded, but they are no hits. No comparison of versions
+    counts them, and policies learn from them only by their genres. Empty: each call is a
+    request of its own.
     """
     view: Global___View.ValueType
     """How much of each item is in the answer. What `explain` asks for comes in each view."""
