@@ -38,7 +38,7 @@ from google.protobuf.json_format import MessageToJson, Parse, ParseError
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from serve.api.rules import MAX_ID_LENGTH
+from serve.api.rules import MAX_BATCH, MAX_BATCH_ITEMS, MAX_BATCH_METADATA, MAX_BATCH_RULED, MAX_ID_LENGTH, MAX_K
 from serve.client import Event, RecommenderClient, UserEvent, recommend_request
 from serve.pb import model_admin_pb2, open_inference_pb2, recommender_pb2
 from serve.pb.recommender_pb2 import (
@@ -205,6 +205,8 @@ class Attacker:
             return Attack(name, self._mutilated(message) if kind < 0.3 else self._lying())
         if kind < 0.44:
             return Attack(f"/{chance.choice(['no.Service', service.full_name])}/{chance.randbytes(4).hex()}", message)
+        if kind > 0.98:
+            return Attack(BATCH_RECOMMEND, self._too_large_batch())
         return Attack(
             name,
             message,
@@ -255,6 +257,15 @@ class Attacker:
             else:
                 setattr(message, one.name, self._value(one, depth))
         return message
+
+    def _too_large_batch(self) -> bytes:
+        """Too many items in all, by whichever limit, with counts among them that would lower the sum."""
+        chance = self._random
+        kind = chance.choice([{}, {"view": recommender_pb2.VIEW_FULL}, {"rules": recommender_pb2.Rules(diversity=0.5)}])
+        counts = [*[MAX_K] * chance.randrange(MAX_BATCH_ITEMS // MAX_K + 1, MAX_BATCH - 5), *[-(2**31)] * 5]
+        chance.shuffle(counts)
+        requests = [RecommendRequest(user_id=chance.choice(self._item_ids), k=k, **kind) for k in counts]
+        return BatchRecommendRequest(requests=requests).SerializeToString()
 
     def _count(self, one: FieldDescriptor, depth: int) -> int:
         if depth == 0 and one.message_type is None and self._random.random() < 0.02:
@@ -360,14 +371,25 @@ def is_answer(request: bytes, answer: bytes, item_ids: frozenset[str]) -> bool:
 
 
 def are_answers(request: bytes, answer: bytes, item_ids: frozenset[str]) -> bool:
-    """Whether an answer of BatchRecommend has for each request an answer, or an error that blames it."""
+    """Whether an answer of BatchRecommend has for each request an answer, or an error that blames it, and the batch was
+    within the limits."""
     asked, got = BatchRecommendRequest.FromString(request), BatchRecommendResponse.FromString(answer)
     blamed = {code.value[0] for code in BLAMES_THE_REQUEST}
-    return len(got.results) == len(asked.requests) and all(
-        one.error.code in blamed
-        if one.HasField("error")
-        else is_answer(single.SerializeToString(), one.response.SerializeToString(), item_ids)
-        for single, one in zip(asked.requests, got.results, strict=True)
+    counts = [(one.k or 10, one) for one in asked.requests if 0 <= one.k <= MAX_K]
+    within = (
+        sum(k for k, _ in counts) <= MAX_BATCH_ITEMS
+        and sum(k for k, one in counts if one.view == recommender_pb2.VIEW_FULL) <= MAX_BATCH_METADATA
+        and sum(k for k, one in counts if one.HasField("rules")) <= MAX_BATCH_RULED
+    )
+    return (
+        within
+        and len(got.results) == len(asked.requests)
+        and all(
+            one.error.code in blamed
+            if one.HasField("error")
+            else is_answer(single.SerializeToString(), one.response.SerializeToString(), item_ids)
+            for single, one in zip(asked.requests, got.results, strict=True)
+        )
     )
 
 

@@ -9,9 +9,10 @@ from serve.api.pages import (
     fitting_count,
     model_page_token,
 )
-from serve.api.rules import check_id, shown
+from serve.api.rules import check_id
 from serve.pb import model_admin_pb2 as pb
 from serve.pb import model_admin_pb2_grpc
+from serve.serving.errors import shown
 from serve.serving.versions import SHARE_TOLERANCE, ModelLibrary, State
 
 LONGEST_REASON = 1_000

@@ -1,16 +1,17 @@
 """The rules after the model that a request asks for, from its message. Each failure is an InvalidRequest."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from serve.api.errors import InvalidRequest
+from serve.api.errors import InvalidRequest, Violations
 from serve.api.filters import check_tag
-from serve.api.rules import MAX_BOOSTS, MAX_K, MAX_PINS, MAX_RULE_TAGS, check_id, check_length, shown
+from serve.api.rules import MAX_BOOSTS, MAX_K, MAX_PINS, MAX_RULE_TAGS, check_id, check_length
 from serve.model.filters import ItemFilter
 from serve.model.live_catalog import LiveCatalog, Withheld
 from serve.model.recommender import Recommender
 from serve.model.rules import Applied, Boost, Pin, Rules, Subject
 from serve.pb import recommender_pb2 as pb
+from serve.serving.errors import shown
 
 APPLIED: Mapping[Applied, "pb.AppliedRule.ValueType"] = {
     Applied.BOOST: pb.APPLIED_RULE_BOOST,
@@ -24,52 +25,53 @@ SMALLEST_FACTOR, LARGEST_FACTOR = 0.01, 100.0
 
 def decode_rules(
     request: pb.RecommendRequest,
-    k: int,
+    k: int | None,
     model: Recommender,
     live: LiveCatalog,
-    item_filter: ItemFilter | None,
-    withheld: Withheld | None,
+    answerable: "Answerable | None",
 ) -> Rules | None:
     """What a request wants to be done after the model.
 
     Args:
         request: Its other fields are checked already.
-        k: Number of items.
+        k: Number of items; None: it is not valid.
         model: The one that answers.
         live: Its catalogue.
-        item_filter: Which items the request allows.
-        withheld: The items that may not be answered at the time of the request.
+        answerable: The items that may be answered; None: what decides that is not valid.
 
     Returns:
         The rules; None: there are none.
+
+    Raises:
+        InvalidRequest: The rules break some.
     """
     if not request.HasField("rules"):
         return None
-    asked = request.rules
-    check_length("rules.boosts", asked.boosts, MAX_BOOSTS)
-    boosts = [_boost(f"rules.boosts[{at}]", one, model, live) for at, one in enumerate(asked.boosts)]
+    asked, found = request.rules, Violations()
+    boosts, pins = list[Boost](), list[Pin]()
+    if found.passes(check_length, "rules.boosts", asked.boosts, MAX_BOOSTS):
+        boosts = [one for at, boost in enumerate(asked.boosts) if (one := _boost(at, boost, model, live, found))]
     # NaN is not in any range.
     if not 0 <= asked.diversity <= 1:
-        raise InvalidRequest("rules.diversity", "0 to 1", f"{asked.diversity:g}")
+        found.add("rules.diversity", "0 to 1", f"{asked.diversity:g}")
     if not 0 <= asked.max_per_tag <= MAX_K:
-        raise InvalidRequest("rules.max_per_tag", f"1 to {MAX_K}, or 0 for any number", asked.max_per_tag)
-    check_length("rules.pins", asked.pins, min(k, MAX_PINS))
-    pins = [_pin(f"rules.pins[{at}]", one, k, model, live) for at, one in enumerate(asked.pins)]
-    _check_pins(pins, live, _Answerable(request, live, item_filter, withheld), asked.max_per_tag)
+        found.add("rules.max_per_tag", f"1 to {MAX_K}, or 0 for any number", asked.max_per_tag)
+    most_pins = MAX_PINS if k is None else min(k, MAX_PINS)
+    if found.passes(check_length, "rules.pins", asked.pins, most_pins):
+        pins = _pins(asked, k, model, live, answerable, found)
     tags = {subject.tag for subject in (*(one.subject for one in boosts), *(one.subject for one in pins))} - {""}
     if len(tags) > MAX_RULE_TAGS:
-        raise InvalidRequest("rules", f"at most {MAX_RULE_TAGS} different tags in boosts and pins", len(tags))
+        found.add("rules", f"at most {MAX_RULE_TAGS} different tags in boosts and pins", len(tags))
     rules = Rules(
         tuple(one for one in boosts if one.factor != 1),
         asked.diversity,
         asked.max_per_tag,
         tuple(sorted(pins, key=lambda pin: pin.position)),
     )
-    if rules == Rules():
-        return None
-    if request.new_item_slots:
-        raise InvalidRequest("new_item_slots", "0 with rules", request.new_item_slots)
-    return rules
+    if rules != Rules() and request.new_item_slots:
+        found.add("new_item_slots", "0 with rules", request.new_item_slots)
+    found.raise_any()
+    return None if rules == Rules() else rules
 
 
 def _subject(field: str, message: pb.Boost | pb.Pin, model: Recommender, live: LiveCatalog) -> Subject:
@@ -87,21 +89,16 @@ def _subject(field: str, message: pb.Boost | pb.Pin, model: Recommender, live: L
     return Subject(item)
 
 
-def _boost(field: str, message: pb.Boost, model: Recommender, live: LiveCatalog) -> Boost:
-    subject = _subject(field, message, model, live)
+def _boost(at: int, message: pb.Boost, model: Recommender, live: LiveCatalog, found: Violations) -> Boost | None:
+    """The boost; None: its subject is not valid."""
+    field = f"rules.boosts[{at}]"
+    subject = found.check(_subject, field, message, model, live)
     if not SMALLEST_FACTOR <= message.factor <= LARGEST_FACTOR:
-        raise InvalidRequest(f"{field}.factor", f"{SMALLEST_FACTOR:g} to {LARGEST_FACTOR:g}", f"{message.factor:g}")
-    return Boost(subject, message.factor)
+        found.add(f"{field}.factor", f"{SMALLEST_FACTOR:g} to {LARGEST_FACTOR:g}", f"{message.factor:g}")
+    return None if subject is None else Boost(subject, message.factor)
 
 
-def _pin(field: str, message: pb.Pin, k: int, model: Recommender, live: LiveCatalog) -> Pin:
-    subject = _subject(field, message, model, live)
-    if not 1 <= message.position <= k:
-        raise InvalidRequest(f"{field}.position", f"1 to k, which is {k}", message.position)
-    return Pin(subject, message.position)
-
-
-class _Answerable:
+class Answerable:
     """Which items a request lets be answered."""
 
     def __init__(
@@ -111,8 +108,8 @@ class _Answerable:
         item_filter: ItemFilter | None,
         withheld: Withheld | None,
     ) -> None:
-        self.excluded = frozenset(request.exclude_item_ids)
         self.none_tags = frozenset(request.filter.none_tags)
+        self._excluded = frozenset(request.exclude_item_ids)
         self._blocked = live.filters.blocked(item_filter)
         self._withheld = withheld
 
@@ -122,30 +119,46 @@ class _Answerable:
             return "one that is hidden or not available"
         if self._blocked is not None and self._blocked[item]:
             return "one that filter leaves out"
-        return "one of exclude_item_ids" if item_id in self.excluded else ""
+        return "one of exclude_item_ids" if item_id in self._excluded else ""
 
 
-def _check_pins(pins: Sequence[Pin], live: LiveCatalog, answerable: _Answerable, max_per_tag: int) -> None:
-    """Raises InvalidRequest for pins that contradict each other or the rest of the request."""
-    catalog, positions, items, tags = live.catalog, set(), set(), Counter[str]()
-    for at, (subject, position) in enumerate(pins):
-        field = f"rules.pins[{at}]"
-        if position in positions:
-            raise InvalidRequest(f"{field}.position", "each position once", position)
+def _pins(
+    asked: pb.Rules,
+    k: int | None,
+    model: Recommender,
+    live: LiveCatalog,
+    answerable: Answerable | None,
+    found: Violations,
+) -> list[Pin]:
+    """The pins whose subjects are valid. Those that contradict each other or the rest of the request are found."""
+    catalog, positions, items, tags, pins = live.catalog, set[int](), set[int](), Counter[str](), list[Pin]()
+    for at, message in enumerate(asked.pins):
+        field, position = f"rules.pins[{at}]", message.position
+        subject = found.check(_subject, field, message, model, live)
+        if not 1 <= position <= (MAX_K if k is None else k):
+            found.add(f"{field}.position", "1 to k" if k is None else f"1 to k, which is {k}", position)
+        elif position in positions:
+            found.add(f"{field}.position", "each position once", position)
         positions.add(position)
+        if subject is None:
+            continue
+        pins.append(Pin(subject, position))
         if not subject.item:
-            if subject.tag in answerable.none_tags:
-                raise InvalidRequest(f"{field}.tag", "no tag of filter.none_tags", repr(subject.tag))
+            if answerable is not None and subject.tag in answerable.none_tags:
+                found.add(f"{field}.tag", "no tag of filter.none_tags", shown(subject.tag))
             tags[subject.tag] += 1
             continue
+        item_id = catalog.item_ids[subject.item]
         if subject.item in items:
-            raise InvalidRequest(f"{field}.item_id", "each item once", repr(catalog.item_ids[subject.item]))
+            found.add(f"{field}.item_id", "each item once", shown(item_id))
+            continue
         items.add(subject.item)
-        contradiction = answerable.contradiction(subject.item, catalog.item_ids[subject.item])
+        contradiction = "" if answerable is None else answerable.contradiction(subject.item, item_id)
         if contradiction:
-            raise InvalidRequest(f"{field}.item_id", "an item that may be answered", contradiction)
+            found.add(f"{field}.item_id", "an item that may be answered", contradiction)
         tags.update(catalog.genres[subject.item])
     most = tags.most_common(1)
-    if max_per_tag and most and most[0][1] > max_per_tag:
+    if 0 < asked.max_per_tag <= MAX_K and most and most[0][1] > asked.max_per_tag:
         tag, count = most[0]
-        raise InvalidRequest("rules.pins", f"at most max_per_tag, {max_per_tag}, of a tag", f"{count} of {tag!r}")
+        found.add("rules.pins", f"at most max_per_tag, {asked.max_per_tag}, of a tag", f"{count} of {shown(tag)}")
+    return pins

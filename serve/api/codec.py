@@ -5,7 +5,7 @@ import struct
 import time
 from typing import Any
 
-from serve.api.answer_rules import APPLIED, decode_rules
+from serve.api.answer_rules import APPLIED, Answerable, decode_rules
 from serve.api.errors import InvalidRequest, Violations
 from serve.api.event_types import EventTypes
 from serve.api.filters import decode_filter, decode_seen, own_seen
@@ -22,6 +22,7 @@ from serve.api.rules import (
     MAX_GENRE_PREFERENCES,
     MAX_HISTORY_EVENTS,
     MAX_IMPRESSIONS,
+    MAX_K,
     MAX_LISTED_TAGS,
     MAX_NOT_SHOWN_S,
     MAX_POSITION,
@@ -36,7 +37,7 @@ from serve.api.rules import (
     checked_weight,
     latest_time,
 )
-from serve.api.service import EventPage, Profile, Recommendation, repeatable_id
+from serve.api.service import EventPage, Profile, Recommendation, WatchPage, repeatable_id
 from serve.model.catalog import Catalog
 from serve.model.events import INTERACTION, Event, RatingScale
 from serve.model.explain import Explanation
@@ -52,17 +53,16 @@ _SCORE = struct.Struct("<f")
 def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: EventTypes) -> Query:
     """The question that a request asks the model that answers it, from now on."""
     started, found, live = time.monotonic(), Violations(), model.live
-    k = found.check(checked_count, "k", request.k) or DEFAULT_K
+    k = found.check(checked_count, "k", request.k)
+    before = len(found)
     item_filter = found.check(decode_filter, request, model, live)
+    is_known = len(found) == before
     allow_seen = found.check(decode_seen, request.seen, model)
-    if not 0 <= request.new_item_slots <= k:
-        found.add("new_item_slots", f"0 to k, which is {k}", request.new_item_slots)
+    if not 0 <= request.new_item_slots <= (MAX_K if k is None else k):
+        found.add("new_item_slots", "0 to k" if k is None else f"0 to k, which is {k}", request.new_item_slots)
     request_time = request.request_time if request.HasField("request_time") else None
-    if request_time is not None:
-        first = len(found)
-        found.check(check_time, "request_time", request_time, latest_time())
-        if len(found) > first:
-            request_time = None
+    if request_time is not None and not found.passes(check_time, "request_time", request_time, latest_time()):
+        request_time, is_known = None, False
     user_id, events, event_ids = request.user_id or None, list[Event](), list[str]()
     if user_id is not None:
         found.check(check_id, "user_id", user_id)
@@ -78,26 +78,39 @@ def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: 
     not_shown_within = request.not_shown_within
     if not 0 <= not_shown_within <= MAX_NOT_SHOWN_S:
         found.add("not_shown_within", f"0 to {MAX_NOT_SHOWN_S} seconds", not_shown_within)
-    elif not_shown_within and user_id is None:
+    elif not_shown_within and user_id is None and request.HasField("history"):
         found.add("not_shown_within", "user_id with it", "a history")
-    rules = found.check(decode_rules, request, k, model, live, item_filter, live.withheld(request_time))
+    answerable = Answerable(request, live, item_filter, live.withheld(request_time)) if is_known else None
+    rules = found.check(decode_rules, request, k, model, live, answerable)
     found.raise_any()
     exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots, live)
     withheld = live.withheld(request_time)
     recommendation_id = repeatable_id(user_id, request.request_id) if request.request_id else ""
     options = (item_filter, allow_seen, slots, not_shown_within, withheld, live, event_ids, recommendation_id, rules)
-    return Query(events, k, exclude, request_time, request.explain, user_id, started, *options)
+    return Query(
+        events,
+        k or DEFAULT_K,
+        exclude,
+        request_time,
+        request.explain,
+        user_id,
+        started,
+        *options,
+        model_version=request.model_version,
+    )
 
 
 def check_version(request: pb.RecommendRequest | pb.SimilarItemsRequest, user_id: str | None = None) -> None:
     """Raises InvalidRequest unless at most one thing says which model version answers."""
     if not request.bucket_key:
         return
-    check_id("bucket_key", request.bucket_key)
+    found = Violations()
+    found.check(check_id, "bucket_key", request.bucket_key)
     if user_id is not None:
-        raise InvalidRequest("bucket_key", "none with user_id, which divides users already", "both")
+        found.add("bucket_key", "none with user_id, which divides users already", "both")
     if request.model_version:
-        raise InvalidRequest("bucket_key", "none with model_version", "both")
+        found.add("bucket_key", "none with model_version", "both")
+    found.raise_any()
 
 
 def check_view(view: int) -> None:
@@ -107,19 +120,22 @@ def check_view(view: int) -> None:
 
 
 def check_batch(request: pb.BatchRecommendRequest) -> None:
-    """Raises InvalidRequest for a batch that is too large as a whole."""
+    """Raises InvalidRequest for a batch that is too large as a whole. What breaks a rule by itself fails alone, and is
+    not counted."""
     check_length("requests", request.requests, MAX_BATCH)
     found = Violations()
-    items = sum(single.k or DEFAULT_K for single in request.requests)
+    valid = [(single.k or DEFAULT_K, single) for single in request.requests if 0 <= single.k <= MAX_K]
+    items = sum(k for k, _ in valid)
     if items > MAX_BATCH_ITEMS:
         found.add("requests", f"at most {MAX_BATCH_ITEMS} items (k) in all", items)
-    detailed = sum(single.k or DEFAULT_K for single in request.requests if single.view == pb.VIEW_FULL)
+    detailed = sum(k for k, single in valid if single.view == pb.VIEW_FULL)
     if detailed > MAX_BATCH_METADATA:
         found.add("requests", f"at most {MAX_BATCH_METADATA} items (k) with VIEW_FULL in all", detailed)
-    ruled = sum(single.k or DEFAULT_K for single in request.requests if single.HasField("rules"))
+    ruled = sum(k for k, single in valid if single.HasField("rules"))
     if ruled > MAX_BATCH_RULED:
         found.add("requests", f"at most {MAX_BATCH_RULED} items (k) with rules in all", ruled)
-    events = sum(len(single.history.events) for single in request.requests)
+    counts = [len(single.history.events) for single in request.requests]
+    events = sum(count for count in counts if count <= MAX_HISTORY_EVENTS)
     if events > MAX_BATCH_EVENTS:
         found.add("requests", f"at most {MAX_BATCH_EVENTS} events in all", events)
     found.raise_any()
@@ -324,9 +340,9 @@ def _encode_explanation(explanation: Explanation, catalog: Catalog) -> pb.Explan
     )
 
 
-def encode_profile(user_id: str, profile: Profile, page: EventPage) -> pb.GetUserProfileResponse:
-    """The message for a user's profile, with as many of a page of the watch list as fit."""
-    watched = [_encode_watched(one.event, profile.model.catalog) for _, one in page.events]
+def encode_profile(user_id: str, profile: Profile) -> pb.GetUserProfileResponse:
+    """The message for a user's profile, with as many of its page of the watch list as fit."""
+    watched = [_encode_watched(event, profile.model.catalog) for _, event in profile.watched.events]
     fitting = fitting_count(watched)
     return pb.GetUserProfileResponse(
         watch_list=watched[:fitting],
@@ -341,8 +357,16 @@ def encode_profile(user_id: str, profile: Profile, page: EventPage) -> pb.GetUse
         ],
         event_count=profile.event_count,
         model_version=profile.model.info.model_version,
-        next_page_token=_next_page(user_id, page, fitting),
+        next_page_token=_next_watched(user_id, profile.watched, fitting),
     )
+
+
+def _next_watched(user_id: str, page: WatchPage, fitting: int) -> str:
+    """As `_next_page`, of the watch list."""
+    if not page.more and fitting == len(page.events):
+        return ""
+    place, last = page.events[fitting - 1]
+    return page_token(user_id, last.timestamp, place)
 
 
 def _encode_watched(event: Event, catalog: Catalog) -> pb.WatchedItem:

@@ -1,6 +1,7 @@
 """How failures reach a client: one table from exceptions to statuses, with details that a program can read."""
 
 import logging
+import random
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, TypeVar, TypeVarTuple
@@ -23,6 +24,9 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """The metadata that says to a gRPC library, if it repeats the call at all, when: in milliseconds."""
 DOMAIN = "jaxrec"
 MOST_VIOLATIONS = 16
+RETRY_SHARES = 0.5, 1.5
+"""An overloaded server names a random time between so many of its own: else all that it turned away at once would come
+again at once."""
 # gRPC's libraries take 8 KiB of metadata. In it, a byte of the message can take three, and three of the details four.
 LONGEST_MESSAGE = 500
 LONGEST_REASON = 400
@@ -64,7 +68,7 @@ class InvalidRequest(ValueError):
 
 
 class Violations:
-    """Gathers what is wrong with a request, up to `MOST_VIOLATIONS`, so that its client learns of all at once."""
+    """Gathers what is wrong with a request, the first `MOST_VIOLATIONS`, so that its client learns of all at once."""
 
     def __init__(self) -> None:
         self._found: list[Violation] = []
@@ -82,12 +86,25 @@ class Violations:
         try:
             return check(*arguments)
         except InvalidRequest as error:
-            self._found += error.violations
+            self._keep(error)
             return None
+
+    def passes(self, check: Callable[[*Arguments], object], *arguments: *Arguments) -> bool:
+        """Whether a check raises nothing; as `check`, for what depends on the checked value."""
+        try:
+            check(*arguments)
+        except InvalidRequest as error:
+            self._keep(error)
+            return False
+        return True
 
     def add(self, field: str, expected: str, came: object) -> None:
         """Keeps one."""
-        self._found += InvalidRequest(field, expected, came).violations
+        if not self.is_full:
+            self._keep(InvalidRequest(field, expected, came))
+
+    def _keep(self, error: InvalidRequest) -> None:
+        self._found += error.violations[: MOST_VIOLATIONS - len(self._found)]
 
     def put_within(self, message: str, first: int) -> None:
         """Says of those from the `first` on that their fields lie within a message, such as `history.events[3]`."""
@@ -98,7 +115,7 @@ class Violations:
     def raise_any(self) -> None:
         """Raises InvalidRequest if there is something."""
         if self._found:
-            raise InvalidRequest.of(self._found[:MOST_VIOLATIONS])
+            raise InvalidRequest.of(self._found)
 
 
 class UnknownUser(LookupError):
@@ -194,10 +211,10 @@ def status_of(error: Exception) -> Status:
         logger.error("%s [%s]", message, log_id, exc_info=error)
         return _status(code, f"{message}, logged as {log_id}", info)
     if isinstance(error, QueueFull):
-        delay = Duration()
-        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        after_s, delay = error.retry_after_s * random.uniform(*RETRY_SHARES), Duration()
+        delay.FromNanoseconds(int(after_s * 1e9))
         # At least 1: 0 would be at once.
-        pushback = (PUSHBACK_KEY, str(max(1, round(error.retry_after_s * 1e3))))
+        pushback = (PUSHBACK_KEY, str(max(1, round(after_s * 1e3))))
         return _status(code, str(error), info, error_details_pb2.RetryInfo(retry_delay=delay), pushback=pushback)
     if isinstance(error, InvalidRequest):
         return _status(code, str(error), info, _bad_request(error.violations))

@@ -92,6 +92,8 @@ def _check_tags(tags: Sequence[str]) -> None:
         found.check(_check_text, f"tags[{at}]", tag, 1, MAX_TAG_LENGTH)
         if tag != tag.strip(" "):
             found.add(f"tags[{at}]", "a tag without spaces around it", "one with spaces")
+        if found.is_full:
+            break
     found.raise_any()
 
 

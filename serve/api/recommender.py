@@ -23,7 +23,7 @@ from serve.api.filters import decode_filter
 from serve.api.items import decode_items, encode_item, encode_items
 from serve.api.pages import DEFAULT_PAGE_SIZE, checked_page_size, decode_item_page_token, decode_page_token
 from serve.api.rules import DEFAULT_K, MAX_DELETED_EVENTS, MAX_UPSERTED_ITEMS, check_id, checked_count, checked_ids
-from serve.api.service import Recommendation, RecommenderService
+from serve.api.service import Recommendation, RecommenderService, check_wanted
 from serve.api.trending import answer_trending
 from serve.model.recommender import Query
 from serve.pb import recommender_pb2 as pb
@@ -50,7 +50,9 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         loaded = self._loaded(request)
         query = decode_query(request, loaded.model, self._event_types)
         answer = self._service.recommend(loaded, query, context.time_remaining(), lambda: not context.is_active())
-        return self._encoded(request, answer)
+        response = self._encoded(request, answer)
+        self._service.log(answer)
+        return response
 
     def start_recommend(
         self, request: pb.RecommendRequest, context: Context, on_done: Callable[[], None]
@@ -87,6 +89,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         asked: dict[int, tuple[LoadedModel, Query]] = {}
         names: dict[str, int] = {}
         for at, single in enumerate(request.requests):
+            check_wanted(context.time_remaining, lambda: not context.is_active())
             try:
                 loaded = self._loaded(single)
                 query = decode_query(single, loaded.model, self._event_types)
@@ -100,15 +103,19 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         answers = self._service.recommend_all(
             list(asked.values()), context.time_remaining, lambda: not context.is_active()
         )
+        sent: list[Recommendation] = []
         for at, answer in zip(asked, answers, strict=True):
             try:
                 if isinstance(answer, Exception):
                     raise answer
                 results[at] = pb.RecommendResult(response=self._encoded(request.requests[at], answer))
+                sent.append(answer)
             except Exception as error:
                 results[at] = self._failed(error)
         response = pb.BatchRecommendResponse(results=[results[at] for at in range(len(results))])
         check_answer("requests", response)
+        for answer in sent:
+            self._service.log(answer)
         return response
 
     def _failed(self, error: Exception) -> pb.RecommendResult:
@@ -135,8 +142,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         size = found.check(checked_page_size, "page_size", request.page_size) or DEFAULT_PAGE_SIZE
         before = found.check(decode_page_token, "page_token", request.page_token, user_id)
         found.raise_any()
-        profile = self._service.profile(user_id)
-        return encode_profile(user_id, profile, self._service.watched(user_id, size, before))
+        return encode_profile(user_id, self._service.profile(user_id, size, before))
 
     def DeleteUser(self, request: pb.DeleteUserRequest, context: Context) -> pb.DeleteUserResponse:
         check_id("user_id", request.user_id)

@@ -3,9 +3,11 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 
 from serve.api.errors import MOST_VIOLATIONS, InvalidRequest, Violations
 from serve.model.events import INTERACTION, RatingScale
+from serve.serving.errors import LONGEST_SHOWN, shown
 from serve.stores.base import MOST_EVENTS, MOST_MERGED, MOST_SLATES
 
 DEFAULT_K = 10
@@ -63,18 +65,11 @@ MAX_BATCH_EVENTS = 100_000
 # Characters; `jaxrec prepare` has the same limit. As UTF-8 at most 2,048 bytes: an entry of PostgreSQL's indexes of ids
 # (a user with time and arrival, or with a model's version) must stay below 2,704. SQLite and Redis have no such limit.
 MAX_ID_LENGTH = 512
-LONGEST_SHOWN = 200
-"""Characters of a value or of a list of names in an error."""
 FIRST_OF_FINER_UNITS_S = 100_000_000
 """March 1973: a number that as milliseconds is before it is rather a time in seconds that is out of range."""
 FINER_UNITS = {"milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 LIMITS = {name.lower(): value for name, value in list(globals().items()) if name.startswith("MAX_")}
 """By the names of `Limits`."""
-
-
-def shown(name: str) -> str:
-    """A name in a message, cut where it is long."""
-    return repr(name) if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]!r}..."
 
 
 def check_id(field: str, value: str, most: int = MAX_ID_LENGTH) -> None:
@@ -86,6 +81,21 @@ def check_id(field: str, value: str, most: int = MAX_ID_LENGTH) -> None:
         raise InvalidRequest(field, "an id without the character U+0000", "one with it")
     if value != value.strip(" "):
         raise InvalidRequest(field, "an id without spaces around it", "one with spaces")
+
+
+def check_ids(field: str, ids: Sequence[str]) -> None:
+    """Raises InvalidRequest unless `check_id` accepts each id of a list."""
+    # All at once first, without a step of Python's for each: a batch can have millions of ids.
+    lengths = set(map(len, ids))
+    is_long = bool(lengths) and not 1 <= min(lengths) <= max(lengths) <= MAX_ID_LENGTH
+    if not is_long and "\0" not in "".join(ids) and list(map(str.strip, ids, repeat(" "))) == list(ids):
+        return
+    found = Violations()
+    for at, one in enumerate(ids):
+        found.check(check_id, f"{field}[{at}]", one)
+        if found.is_full:
+            break
+    found.raise_any()
 
 
 def latest_time() -> int:
@@ -147,10 +157,7 @@ def checked_ids(field: str, ids: Sequence[str], most: int) -> list[str]:
     check_length(field, ids, most)
     if not ids:
         raise InvalidRequest(field, "at least one id", "none")
-    found = Violations()
-    for at, one in enumerate(ids):
-        found.check(check_id, f"{field}[{at}]", one)
-    found.raise_any()
+    check_ids(field, ids)
     return list(dict.fromkeys(ids))
 
 

@@ -7,37 +7,47 @@ import functools
 import hashlib
 import os
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
 from serve.api.errors import OF_THE_SERVER, SlatesNotLogged, UnknownUser
 from serve.api.rules import MAX_NOT_SHOWN_ITEMS
-from serve.model.events import known_events, positive_count
+from serve.model.events import Event, known_events, positive_count
 from serve.model.live_catalog import Item, LiveCatalog
 from serve.model.profile import GenrePreference, genre_preferences
 from serve.model.recommender import Answer, Query, Recommender, UnknownItem
 from serve.observability.metrics import Metrics
 from serve.serving.errors import Cancelled, Expired
-from serve.serving.loaded import LoadedModel, Models
+from serve.serving.loaded import AT_ONCE, LoadedModel, Models
 from serve.stores.base import MOST_EVENTS, Deleted, EventStore, ShownItem, Slate, UserEvent
 
 SECONDS_PER_DAY = 86_400
-READ_AT_ONCE = 1_000
-"""Events, to find positive ones."""
 MOST_READS = 5
 """So often a user's history is read again if it changes while it is read."""
 
 
 class Recommendation(NamedTuple):
-    """An answer under the id by which events can refer to it, and the model and the catalogue whose item indices it
-    has."""
+    """An answer under the id by which events can refer to it, and what was asked of which model."""
 
     recommendation_id: str
     answer: Answer
-    model: Recommender
-    live: LiveCatalog
+    loaded: LoadedModel
+    query: Query
+    """Without the stored events of its user, and without sent ones that did not count."""
+    time: float
+    """When it was answered, in seconds since 1970-01-01T00:00Z."""
+
+    @property
+    def model(self) -> Recommender:
+        """The model that answered."""
+        return self.loaded.model
+
+    @property
+    def live(self) -> LiveCatalog:
+        """The catalogue whose item indices the answer has."""
+        return self.query.live or self.model.own_live
 
 
 class Recorded(NamedTuple):
@@ -49,12 +59,23 @@ class Recorded(NamedTuple):
     """Of the recorded ones."""
 
 
+class WatchPage(NamedTuple):
+    """Some of the positive events of a user's history, newest first."""
+
+    events: Sequence[tuple[int, Event]]
+    """With their places among those of the same second, from 0 on."""
+    more: bool
+    """Whether there are others after them."""
+
+
 class Profile(NamedTuple):
     """What a user's history says, as the model sees it that answers the user."""
 
     event_count: int
     """Its positive events."""
     preferences: Sequence[GenrePreference]
+    """Empty but on the first page."""
+    watched: WatchPage
     model: Recommender
 
 
@@ -142,12 +163,14 @@ class RecommenderService:
     def recommend(
         self, loaded: LoadedModel, query: Query, deadline_s: float | None, is_cancelled: Callable[[], bool]
     ) -> Recommendation:
-        """Answers a query with the model of its user, and logs the slate; raises as `LoadedModel.recommend`."""
+        """Answers a query with the model of its user; raises as `LoadedModel.recommend`. `log` comes once the answer
+        can be sent."""
         start = time.monotonic()
-        query = self._with_stored(self._without_shown(query, self._recently_shown))
+        query = self._without_shown(query, self._recently_shown)
+        query, whole = self._with_stored(query, self._history)
         if deadline_s is not None:
             deadline_s -= time.monotonic() - start
-        return self._logged(loaded, query, loaded.recommend(query, deadline_s, is_cancelled))
+        return _named(loaded, query, loaded.recommend(whole, deadline_s, is_cancelled))
 
     def start(
         self,
@@ -177,52 +200,58 @@ class RecommenderService:
         def recently_shown(user_id: str, seconds: int, but: str) -> list[str]:
             return self._recently_shown(user_id, seconds, but)
 
+        # Histories can have 10,000 events: few are in memory at a time.
+        history = functools.lru_cache(AT_ONCE)(self._history)
         found: dict[int, Recommendation | Exception] = {}
-        of_model: dict[LoadedModel, dict[int, Query]] = {}
-        for at, (loaded, query) in enumerate(asked):
-            if query.not_shown_within or query.events:
-                if is_cancelled():
-                    raise Cancelled("cancelled by the client")
-                left_s = remaining_s()
-                if left_s is not None and left_s <= 0:
-                    raise Expired("the deadline passed before the user's data were read")
-            try:
-                whole = self._with_stored(self._without_shown(query, recently_shown))
-            except SlatesNotLogged as error:
-                found[at] = error
-            else:
-                of_model.setdefault(loaded, {})[at] = whole
-        answered: list[tuple[int, LoadedModel, Query, Answer]] = []
-        for loaded, queries in of_model.items():
-            answers = loaded.recommend_all(list(queries.values()), remaining_s(), is_cancelled)
-            for (at, query), answer in zip(queries.items(), answers, strict=True):
-                if isinstance(answer, OF_THE_SERVER):
-                    raise answer
-                if isinstance(answer, Exception):
-                    found[at] = answer
-                else:
-                    answered.append((at, loaded, query, answer))
-        found |= {at: self._logged(loaded, query, answer) for at, loaded, query, answer in answered}
+        of_model: dict[LoadedModel, list[int]] = {}
+        for at, (loaded, _) in enumerate(asked):
+            of_model.setdefault(loaded, []).append(at)
+        for loaded, places in of_model.items():
+            for start in range(0, len(places), AT_ONCE):
+                queries: dict[int, tuple[Query, Query]] = {}
+                for at in places[start : start + AT_ONCE]:
+                    check_wanted(remaining_s, is_cancelled)
+                    try:
+                        queries[at] = self._with_stored(self._without_shown(asked[at][1], recently_shown), history)
+                    except SlatesNotLogged as error:
+                        found[at] = error
+                wholes = [whole for _, whole in queries.values()]
+                answers = loaded.recommend_all(wholes, remaining_s(), is_cancelled)
+                for (at, (query, _)), answer in zip(queries.items(), answers, strict=True):
+                    if isinstance(answer, OF_THE_SERVER):
+                        raise answer
+                    found[at] = answer if isinstance(answer, Exception) else _named(loaded, query, answer)
         return [found[at] for at in range(len(asked))]
 
-    def _with_stored(self, query: Query) -> Query:
-        """The query with the stored events of its user before those that are sent along, as if these had been recorded
-        just now."""
+    def _history(self, user_id: str, until: int | None, revision: int | None) -> list[Event]:
+        """The stored history; `revision` is for caches, None where it does not matter."""
+        return self._store.history(user_id, until)
+
+    def _with_stored(
+        self, query: Query, history: Callable[[str, int | None, int | None], list[Event]]
+    ) -> tuple[Query, Query]:
+        """The query with those of the events that are sent along with a user that count, and the query with the stored
+        events before these, as if they had been recorded just now."""
         user_id = query.user_id
         if user_id is None or not query.events:
-            return query
-        ids, recorded = [one for one in query.event_ids if one], set[str]()
+            return query, query
+        named = list(zip(query.events, query.event_ids or [""] * len(query.events), strict=True))
+        ids = [event_id for _, event_id in named if event_id]
         for _ in range(MOST_READS):
             # An event that is recorded between the two reads would count twice.
-            revision = self._store.revision(user_id) if ids else 0
-            recorded = self._store.recorded_ids(ids) if ids else recorded
-            stored = self._store.history(user_id, query.request_time)
+            revision = self._store.revision(user_id) if ids else None
+            recorded = self._store.recorded_ids(ids) if ids else set[str]()
+            sent = [event for event, event_id in named if event.weight and event_id not in recorded]
+            query = query._replace(events=sent, event_ids=())
+            if not sent:
+                # The stored state answers.
+                return query, query
+            stored = history(user_id, query.request_time, revision)
             if not ids or self._store.revision(user_id) == revision:
                 break
-        named = zip(query.events, query.event_ids or [""] * len(query.events), strict=True)
-        sent = [event for event, event_id in named if event.weight and event_id not in recorded]
         # Sorting keeps the order of equal times.
-        return query._replace(events=sorted([*stored, *sent], key=attrgetter("timestamp"))[-MOST_EVENTS:])
+        whole = query._replace(events=sorted([*stored, *sent], key=attrgetter("timestamp"))[-MOST_EVENTS:])
+        return query, whole
 
     def _without_shown(self, query: Query, recently_shown: Callable[[str, int, str], list[str]]) -> Query:
         """The query without what was recommended lately, if it asks for that; raises SlatesNotLogged."""
@@ -241,16 +270,15 @@ class RecommenderService:
     def _recently_shown(self, user_id: str, seconds: int, but: str) -> list[str]:
         return self._store.shown_items(user_id, int(time.time()) - seconds, MAX_NOT_SHOWN_ITEMS, but)
 
-    def _logged(self, loaded: LoadedModel, query: Query, answer: Answer) -> Recommendation:
-        model, now = loaded.model, time.time()
-        live = query.live or model.own_live
-        # The time first: an index of ids in their order grows at one end, which costs half of one in no order.
-        recommendation_id = query.recommendation_id or f"{int(now * 1e3):012x}{os.urandom(10).hex()}"
+    def log(self, recommendation: Recommendation) -> None:
+        """Counts and logs an answer that is about to be sent; one that is refused, as it is too long, was not seen."""
+        recommendation_id, answer, loaded, query, now = recommendation
+        live = recommendation.live
         self._metrics.answered(answer.policy, answer.items)
         if query.events and query.user_id is None:
             self._metrics.events(positive_count(query.events) - answer.ignored_event_count, answer.ignored_event_count)
         if not is_logged(query.user_id or recommendation_id, self._slate_log):
-            return Recommendation(recommendation_id, answer, model, live)
+            return
         item_ids = live.catalog.item_ids
         withheld = () if query.withheld is None else query.withheld.items
         excluded = dict.fromkeys([*live.indices(query.exclude_item_ids), *answer.disliked, *(withheld or ())])
@@ -260,6 +288,7 @@ class RecommenderService:
             "new_item_slots": query.new_item_slots,
             "not_shown_within": query.not_shown_within,
             "history": query.events and query.user_id is not None,
+            "model_version": query.model_version,
             "catalogue": withheld is None,
             "rules": query.rules is not None,
             "reranker": loaded.reranks(query),
@@ -271,7 +300,7 @@ class RecommenderService:
                 item_ids=tuple([item_ids[item] for item in answer.items.tolist()]),
                 log_propensities=answer.log_propensities,
                 policy=answer.policy,
-                model_version=model.info.model_version,
+                model_version=recommendation.model.info.model_version,
                 timestamp=int(now),
                 temperature=loaded.temperature if answer.log_propensities else None,
                 request_time=query.request_time,
@@ -282,7 +311,6 @@ class RecommenderService:
             ),
             started=query.started,
         )
-        return Recommendation(recommendation_id, answer, model, live)
 
     def failed_in_batch(self, code: str) -> None:
         """Counts a request of a batch that failed with a status."""
@@ -333,31 +361,22 @@ class RecommenderService:
         """Stores which items were shown; how many are new."""
         return self._store.record_shown(items)
 
-    def profile(self, user_id: str) -> Profile:
-        """What is stored of a user; raises UnknownUser."""
+    def profile(self, user_id: str, most: int, before: tuple[int, int] | None) -> Profile:
+        """What is stored of a user, with at most so many positive events, from the one after `before` (timestamp, place
+        among those of the second) on; raises UnknownUser."""
         events = [event for event in self._store.history(user_id) if event.weight > 0]
         if not events and not self._store.revision(user_id):
             raise UnknownUser(f"no event of the user {user_id!r} is stored")
         model = self.models.for_user(user_id).model
-        return Profile(len(events), genre_preferences(known_events(events, model.own_catalog), model.catalog), model)
+        # Of the whole history: no need to compute them anew for each page.
+        first = before is None
+        preferences = genre_preferences(known_events(events, model.own_catalog), model.catalog) if first else []
+        return Profile(len(events), preferences, _watched(events, most, before), model)
 
     def events(self, user_id: str, most: int, before: tuple[int, int] | None) -> EventPage:
         """At most so many of a user's events, newest first, from the one after `before` (timestamp, arrival) on."""
         # One more says whether there is another page.
         found = self._store.list_events(user_id, most + 1, before)
-        return EventPage(found[:most], len(found) > most)
-
-    def watched(self, user_id: str, most: int, before: tuple[int, int] | None) -> EventPage:
-        """As `events`, of the positive ones alone."""
-        found: list[tuple[int, UserEvent]] = []
-        at_once = max(most + 1, READ_AT_ONCE)
-        while len(found) <= most:
-            part = self._store.list_events(user_id, at_once, before)
-            found += [one for one in part if one[1].event.weight > 0]
-            if len(part) < at_once:
-                break
-            arrival, last = part[-1]
-            before = (last.event.timestamp, arrival)
         return EventPage(found[:most], len(found) > most)
 
     def delete_events(self, user_id: str, event_ids: Sequence[str]) -> int:
@@ -375,6 +394,36 @@ class RecommenderService:
         deleted = self._store.delete_user(user_id)
         self.models.forget(user_id)
         return deleted
+
+
+def check_wanted(remaining_s: Callable[[], float | None], is_cancelled: Callable[[], bool]) -> None:
+    """Raises Cancelled or Expired if the client of a call does not wait for its answer any more."""
+    if is_cancelled():
+        raise Cancelled("cancelled by the client")
+    left_s = remaining_s()
+    if left_s is not None and left_s <= 0:
+        raise Expired("the deadline passed before all requests of the batch were read")
+
+
+def _named(loaded: LoadedModel, query: Query, answer: Answer) -> Recommendation:
+    """An answer under its id."""
+    now = time.time()
+    # The time first: an index of ids in their order grows at one end, which costs half of one in no order.
+    recommendation_id = query.recommendation_id or f"{int(now * 1e3):012x}{os.urandom(10).hex()}"
+    return Recommendation(recommendation_id, answer, loaded, query, now)
+
+
+def _watched(events: Sequence[Event], most: int, before: tuple[int, int] | None) -> WatchPage:
+    """A page of events that are in their order."""
+    places = list[int]()
+    for at, event in enumerate(events):
+        same_second = at > 0 and events[at - 1].timestamp == event.timestamp
+        places.append(places[-1] + 1 if same_second else 0)
+    end = len(events)
+    if before is not None:
+        end = bisect_left(range(end), before, key=lambda at: (events[at].timestamp, places[at]))
+    first = max(0, end - most)
+    return WatchPage([(places[at], events[at]) for at in range(end - 1, first - 1, -1)], first > 0)
 
 
 def _entry(item_id: str, stored: Item | None, model: Recommender) -> CatalogItem:

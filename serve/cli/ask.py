@@ -78,7 +78,13 @@ OF_RECOMMENDATIONS = ("seen", "new_items", "not_shown_within", "why", "request_i
     "--model-version",
     default="",
     metavar="VERSION",
-    help="Ask this version; by default the user's, or the main one.",
+    help="Ask for this version; by default the user's, or the main one.",
+)
+@click.option(
+    "--bucket-key",
+    default="",
+    metavar="KEY",
+    help="With --watched or --similar: be answered by the version of a user with this id.",
 )
 @click.pass_context
 def command(
@@ -103,6 +109,7 @@ def command(
     why: bool,
     request_id: str,
     model_version: str,
+    bucket_key: str,
     **ruled: Any,
 ) -> None:
     """Ask a running server and print its answer as a table: recommendations, similar items, a user's profile or
@@ -112,6 +119,8 @@ def command(
         raise click.UsageError("expected one of --user or --watched, --similar, --trending, --profile and --events")
     if any(one is not None for one in (trending, profile_of, events_of)):
         _refuse(context, ["model_version"], "--user, --watched, --similar or nothing")
+    if user is not None or (not recommending and similar_to is None):
+        _refuse(context, ["bucket_key"], "--watched or --similar, without --user,")
     if not recommending:
         _refuse(context, OF_RECOMMENDATIONS, "--user or --watched")
         if similar_to is None and trending is None:
@@ -123,7 +132,7 @@ def command(
         )
         asked: dict[str, Any] = {"exclude_item_ids": exclude, "filter": allowed, "k": k}
         if trending is None:
-            asked["model_version"] = model_version
+            asked |= {"model_version": model_version, "bucket_key": bucket_key}
         if recommending:
             asked |= {"allow_seen": allow_seen, "new_item_slots": new_items, "explain": why}
             asked |= {"not_shown_within": not_shown_within, "request_id": request_id, "rules": _rules(**ruled)}
@@ -159,6 +168,9 @@ def recommendations(client: RecommenderClient, user_id: str | None, watched: Seq
 
 
 def _time(seconds: int) -> str:
+    """A time in UTC; 0 is not known."""
+    if not seconds:
+        return "unknown"
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
 
 

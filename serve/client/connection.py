@@ -30,7 +30,9 @@ SERVICE_CONFIG = json.dumps(
         "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
     }
 )
-OPTIONS = (("grpc.service_config", SERVICE_CONFIG),)
+# gRPC repeats no call that needs more: by default 256 KiB. A request may have 8 MiB, and its metadata some more.
+RETRY_BUFFER_BYTES = 8 * 2**20 + 64 * 2**10
+OPTIONS = (("grpc.service_config", SERVICE_CONFIG), ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES))
 
 Metadata = tuple[tuple[str, str], ...]
 

@@ -214,7 +214,8 @@ class Requests(
         return self._call(self._stub.RecordImpressions, RecordImpressionsRequest(impressions=impressions))
 
     def get_user_profile(self, user_id: str, page_size: int = 100, page_token: str = "") -> Profile:
-        """The genre preferences of a stored user, and a page of the positive events; pages are as in `list_events`."""
+        """The genre preferences of a stored user (on the first page), and a page of the positive events of the history;
+        pages are as in `list_events`."""
         request = GetUserProfileRequest(user_id=user_id, page_size=page_size, page_token=page_token)
         return self._call(self._stub.GetUserProfile, request)
 

@@ -13,6 +13,7 @@ QUANTILE = 0.99  # of the responses: by when the log ends, and within which wind
 SENT_ALONG = "without a user id"
 EMPTY = "without an item"
 STILL_OPEN = "with an open attribution window"
+NAMED = "of a version that the request named"
 
 
 class Arm(NamedTuple):
@@ -47,8 +48,9 @@ def read_slates(store: EventStore, attribution_window: int | None = None) -> Sla
     A positive event is a response to the slate that it names, if it is on an item of the slate, by the same user, and
     comes within the attribution window by its own clock; one before the slate counts as immediate. Only events on
     items of their slate count for the default window. The log ends with the last slate, or with the responses, if
-    these end later (all but the last one in a hundred). Slates less than the window before that are left out. Events
-    dated after now have a wrong clock and count for neither.
+    these end later (all but the last one in a hundred). Slates less than the window before that are left out. So are
+    slates of a model version that the request named: no draw decided who got them. Events dated after now have a wrong
+    clock and count for neither.
 
     Args:
         store: Servers may use it. Some 300 bytes for each slate, 50 for each of its items and 30 for each
@@ -67,13 +69,13 @@ def read_slates(store: EventStore, attribution_window: int | None = None) -> Sla
     items: dict[str, int] = {}
     arm, user, shown_at = array("i"), array("i"), array("q")
     slots, offsets = array("i"), array("q", [0])
-    left_out = {SENT_ALONG: 0, EMPTY: 0}
+    left_out = {SENT_ALONG: 0, EMPTY: 0, NAMED: 0}
     last = 0
     for slates in store.all_slates():
         for one in slates:
             last = max(last, one.timestamp)
-            if one.user_id is None or not one.item_ids:
-                left_out[SENT_ALONG if one.user_id is None else EMPTY] += 1
+            if one.user_id is None or not one.item_ids or "model_version" in one.request_options:
+                left_out[SENT_ALONG if one.user_id is None else NAMED if one.item_ids else EMPTY] += 1
                 continue
             if one.recommendation_id in numbers:
                 continue

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,12 @@ class ModelInfo:
 
     @property
     def created_time(self) -> int:
-        """When it was exported, in seconds since 1970-01-01T00:00Z; 0: `created` is no time."""
+        """When it was exported, in seconds since 1970-01-01T00:00Z; 0: `created` is no time after that. A time without
+        a zone is UTC."""
         try:
-            return int(datetime.fromisoformat(self.created).timestamp())
-        except ValueError:
+            time = datetime.fromisoformat(self.created)
+            return max(0, int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()))
+        except (ValueError, OverflowError):
             return 0
 
 

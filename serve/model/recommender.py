@@ -83,6 +83,8 @@ class Query(NamedTuple):
     """What is done after the model, by `LoadedModel`: a `Recommender` by itself applies none. None: nothing."""
     own_items: bool = False
     """Whether only the model's own items are ranked, and no added ones."""
+    model_version: str = ""
+    """The version that the request named; "": none, and the traffic decides."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -371,7 +371,8 @@ class RecommendRequest(_message.Message):
     """
     model_version: _builtins.str
     """The version that is to answer, whatever its share. A version that is not loaded is
-    NOT_FOUND, and the message names those that are. Not together with `bucket_key`.
+    NOT_FOUND, and the message names those that are. Not together with `bucket_key`. The
+    log notes that it was named: the answer is left out where versions are compared.
     Empty: as `user_id` or `bucket_key` has it.
     """
     request_id: _builtins.str
@@ -379,10 +380,14 @@ class RecommendRequest(_message.Message):
     the same user; requests without `user_id` count as those of one user. A call that is
     repeated with the same id, as after a lost answer, is answered with the same
     `RecommendResponse.recommendation_id` and is one entry of the log, namely the first
-    one, whichever servers of a store answered. This holds as long as the entry is
-    in the log. The repeated call is answered anew, as of now; what exploration
+    one that was written, whichever servers of a store answered. This holds as long as the
+    entry is in the log. The repeated call is answered anew, as of now; what exploration
     draws, it draws again in the same way, and `not_shown_within` does not count the
-    answer to the first call. Empty: each call is a request of its own.
+    answer to the first call. If events, items or models changed meanwhile, an answer can
+    have items that the entry does not have: events on these with the
+    `recommendation_id` are recorded, but they are no hits. No comparison of versions
+    counts them, and policies learn from them only by their genres. Empty: each call is a
+    request of its own.
     """
     view: Global___View.ValueType
     """How much of each item is in the answer. What `explain` asks for comes in each view."""
@@ -674,8 +679,9 @@ class Recommendation(_message.Message):
     answer has VIEW_IDS.
     """
     score: _builtins.float
-    """Higher is better. A logit of the model, with what boosts add to it; with the policies `popularity` and
-    `recent_popularity` a number of events. Comparable within one answer only.
+    """Higher is better. A logit of the model, with what boosts add to it; with the policies
+    `popularity` and `recent_popularity` a number of events. Comparable within one answer
+    only.
     """
     log_propensity: _builtins.float
     """Natural logarithm of the probability with which the policy shows this item next,
@@ -731,9 +737,10 @@ class BatchRecommendRequest(_message.Message):
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecommendRequest]:
         """Each is answered or fails by itself. Empty: nothing to do. At most 256, with at most
         10,000 items (`k`), 1,000 items with VIEW_FULL, 1,000 items with rules and 100,000
-        events of histories in all; with more the call fails. It also fails if the answer is
-        longer than 4 MiB, since titles, tags and explanations are long. A `request_id` comes
-        once for a user.
+        events of histories in all; with more the call fails. A `k` or a history that is too
+        large for Recommend is not counted, since its request fails. The call also fails if the
+        answer is longer than 4 MiB, since titles, tags and explanations are long. A
+        `request_id` comes once for a user.
         """
 
     def __init__(
@@ -1205,13 +1212,17 @@ class GetUserProfileResponse(_message.Message):
     """For the next page of the watch list. Empty: this is the last one."""
     @_builtins.property
     def watch_list(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchedItem]:
-        """The user's positive events, most recent first, a page of them."""
+        """The `event_count` positive events of the user's history, most recent first, a page of
+        them. ListEvents has all events. If events of the second at which a page ends are
+        deleted, or come from another user (MergeUsers), before the next page is asked for, an
+        event of this second can come twice or not at all.
+        """
 
     @_builtins.property
     def genre_preferences(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenrePreference]:
-        """Of the whole history, the same on each page. Sorted by recency-weighted share,
+        """Of the whole history, on the first page only. Sorted by recency-weighted share,
         largest first; at most the first 100. Only events on items that the model knows
-        count. Empty: no such event has a genre.
+        count. Empty: no such event has a genre, or this is a later page.
         """
 
     def __init__(
@@ -1884,9 +1895,12 @@ class SimilarItemsRequest(_message.Message):
     k: _builtins.int
     """How many items to answer, 1 to 1000. 0: 10."""
     bucket_key: _builtins.str
-    """As in `RecommendRequest`. With a user's id, the version that answers the user."""
+    """Requests with the same key are answered by the same version as long as the shares of
+    the versions stay. With a user's id, that is the version that answers the user. Empty:
+    the version that answers most requests.
+    """
     model_version: _builtins.str
-    """As in `RecommendRequest`."""
+    """As in `RecommendRequest`: not together with `bucket_key`."""
     view: Global___View.ValueType
     """How much of each neighbour is in the answer."""
     @_builtins.property
@@ -2255,7 +2269,7 @@ class GetModelInfoResponse(_message.Message):
 
     @_builtins.property
     def limits(self) -> Global___Limits:
-        """What a request may ask for, the same for each model."""
+        """What a request of `Recommender` may ask for, the same for each model."""
 
     def __init__(
         self,
@@ -2285,8 +2299,8 @@ Global___GetModelInfoResponse: _TypeAlias = GetModelInfoResponse  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
-    """The largest number, length or size of what each name says. A request with more is
-    INVALID_ARGUMENT, unless the field says otherwise.
+    """The largest number, length or size of what each name says, in requests of `Recommender`.
+    A request with more is INVALID_ARGUMENT, unless the field says otherwise.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -2335,7 +2349,7 @@ class Limits(_message.Message):
     max_page_size: _builtins.int
     """`page_size`."""
     max_id_length: _builtins.int
-    """Characters of an id, a page token aside."""
+    """Characters of an id."""
     max_recommendation_id_length: _builtins.int
     """Characters of `Impression.recommendation_id`."""
     max_seconds_ahead: _builtins.int

@@ -33,8 +33,8 @@ class RecommenderStub:
     1970-01-01T00:00Z, not negative, and at most a day after the server's clock; only those
     of an item's availability may be later, up to the end of the year 9999. Spans of time
     are seconds too. A list that can become long comes in pages: `page_size`, `page_token`
-    and `next_page_token` mean the same in each RPC that has them. Each limit is in
-    `GetModelInfoResponse.limits`.
+    and `next_page_token` mean the same in each RPC that has them. The limits of this
+    service's requests are in `GetModelInfoResponse.limits`.
 
     Errors have details. Each has a `google.rpc.ErrorInfo` with the domain `jaxrec` and a
     reason that stays the same, such as `INVALID_REQUEST`; docs/serving.md has all of them.
@@ -42,7 +42,8 @@ class RecommenderStub:
     the fields, for example `history.events[3].rating`, and `google.rpc.BadRequest` has one
     violation for each, at most 16. A server with more waiting requests than it can answer
     fails with RESOURCE_EXHAUSTED at once; the detail `google.rpc.RetryInfo` and the
-    trailing metadata `grpc-retry-pushback-ms` say when to come again.
+    trailing metadata `grpc-retry-pushback-ms` say when to come again, each time at random.
+    An error without an ErrorInfo comes from gRPC's libraries, or from a proxy.
     """
 
     def __init__(self, channel):
@@ -141,8 +142,8 @@ class RecommenderServicer:
     1970-01-01T00:00Z, not negative, and at most a day after the server's clock; only those
     of an item's availability may be later, up to the end of the year 9999. Spans of time
     are seconds too. A list that can become long comes in pages: `page_size`, `page_token`
-    and `next_page_token` mean the same in each RPC that has them. Each limit is in
-    `GetModelInfoResponse.limits`.
+    and `next_page_token` mean the same in each RPC that has them. The limits of this
+    service's requests are in `GetModelInfoResponse.limits`.
 
     Errors have details. Each has a `google.rpc.ErrorInfo` with the domain `jaxrec` and a
     reason that stays the same, such as `INVALID_REQUEST`; docs/serving.md has all of them.
@@ -150,7 +151,8 @@ class RecommenderServicer:
     the fields, for example `history.events[3].rating`, and `google.rpc.BadRequest` has one
     violation for each, at most 16. A server with more waiting requests than it can answer
     fails with RESOURCE_EXHAUSTED at once; the detail `google.rpc.RetryInfo` and the
-    trailing metadata `grpc-retry-pushback-ms` say when to come again.
+    trailing metadata `grpc-retry-pushback-ms` say when to come again, each time at random.
+    An error without an ErrorInfo comes from gRPC's libraries, or from a proxy.
     """
 
     def Recommend(self, request, context):
@@ -179,8 +181,9 @@ class RecommenderServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RecordImpressions(self, request, context):
-        """Notes which items of answers were displayed, for learning from the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
-        recommendation counts once.
+        """Notes which items of answers were displayed, for learning from the log. When the
+        answer arrives, that is on disk. Safe to repeat: an item of a recommendation counts
+        once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -386,8 +389,8 @@ class Recommender:
     1970-01-01T00:00Z, not negative, and at most a day after the server's clock; only those
     of an item's availability may be later, up to the end of the year 9999. Spans of time
     are seconds too. A list that can become long comes in pages: `page_size`, `page_token`
-    and `next_page_token` mean the same in each RPC that has them. Each limit is in
-    `GetModelInfoResponse.limits`.
+    and `next_page_token` mean the same in each RPC that has them. The limits of this
+    service's requests are in `GetModelInfoResponse.limits`.
 
     Errors have details. Each has a `google.rpc.ErrorInfo` with the domain `jaxrec` and a
     reason that stays the same, such as `INVALID_REQUEST`; docs/serving.md has all of them.
@@ -395,7 +398,8 @@ class Recommender:
     the fields, for example `history.events[3].rating`, and `google.rpc.BadRequest` has one
     violation for each, at most 16. A server with more waiting requests than it can answer
     fails with RESOURCE_EXHAUSTED at once; the detail `google.rpc.RetryInfo` and the
-    trailing metadata `grpc-retry-pushback-ms` say when to come again.
+    trailing metadata `grpc-retry-pushback-ms` say when to come again, each time at random.
+    An error without an ErrorInfo comes from gRPC's libraries, or from a proxy.
     """
 
     @staticmethod

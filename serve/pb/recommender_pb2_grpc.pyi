@@ -34,8 +34,8 @@ class RecommenderStub:
     1970-01-01T00:00Z, not negative, and at most a day after the server's clock; only those
     of an item's availability may be later, up to the end of the year 9999. Spans of time
     are seconds too. A list that can become long comes in pages: `page_size`, `page_token`
-    and `next_page_token` mean the same in each RPC that has them. Each limit is in
-    `GetModelInfoResponse.limits`.
+    and `next_page_token` mean the same in each RPC that has them. The limits of this
+    service's requests are in `GetModelInfoResponse.limits`.
 
     Errors have details. Each has a `google.rpc.ErrorInfo` with the domain `jaxrec` and a
     reason that stays the same, such as `INVALID_REQUEST`; docs/serving.md has all of them.
@@ -43,7 +43,8 @@ class RecommenderStub:
     the fields, for example `history.events[3].rating`, and `google.rpc.BadRequest` has one
     violation for each, at most 16. A server with more waiting requests than it can answer
     fails with RESOURCE_EXHAUSTED at once; the detail `google.rpc.RetryInfo` and the
-    trailing metadata `grpc-retry-pushback-ms` say when to come again.
+    trailing metadata `grpc-retry-pushback-ms` say when to come again, each time at random.
+    An error without an ErrorInfo comes from gRPC's libraries, or from a proxy.
     """
 
     @_typing.overload
@@ -63,8 +64,9 @@ class RecommenderStub:
     newest 10,000 by their time are the history; older ones may be recommended again.
     """
     RecordImpressions: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.RecordImpressionsRequest, _recommender_pb2.RecordImpressionsResponse]
-    """Notes which items of answers were displayed, for learning from the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
-    recommendation counts once.
+    """Notes which items of answers were displayed, for learning from the log. When the
+    answer arrives, that is on disk. Safe to repeat: an item of a recommendation counts
+    once.
     """
     GetUserProfile: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.GetUserProfileRequest, _recommender_pb2.GetUserProfileResponse]
     """What a stored user watched and which genres the user prefers. A user without
@@ -126,8 +128,8 @@ class RecommenderAsyncStub(RecommenderStub):
     1970-01-01T00:00Z, not negative, and at most a day after the server's clock; only those
     of an item's availability may be later, up to the end of the year 9999. Spans of time
     are seconds too. A list that can become long comes in pages: `page_size`, `page_token`
-    and `next_page_token` mean the same in each RPC that has them. Each limit is in
-    `GetModelInfoResponse.limits`.
+    and `next_page_token` mean the same in each RPC that has them. The limits of this
+    service's requests are in `GetModelInfoResponse.limits`.
 
     Errors have details. Each has a `google.rpc.ErrorInfo` with the domain `jaxrec` and a
     reason that stays the same, such as `INVALID_REQUEST`; docs/serving.md has all of them.
@@ -135,7 +137,8 @@ class RecommenderAsyncStub(RecommenderStub):
     the fields, for example `history.events[3].rating`, and `google.rpc.BadRequest` has one
     violation for each, at most 16. A server with more waiting requests than it can answer
     fails with RESOURCE_EXHAUSTED at once; the detail `google.rpc.RetryInfo` and the
-    trailing metadata `grpc-retry-pushback-ms` say when to come again.
+    trailing metadata `grpc-retry-pushback-ms` say when to come again, each time at random.
+    An error without an ErrorInfo comes from gRPC's libraries, or from a proxy.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -152,8 +155,9 @@ class RecommenderAsyncStub(RecommenderStub):
     newest 10,000 by their time are the history; older ones may be recommended again.
     """
     RecordImpressions: _aio.UnaryUnaryMultiCallable[_recommender_pb2.RecordImpressionsRequest, _recommender_pb2.RecordImpressionsResponse]  # type: ignore[assignment]
-    """Notes which items of answers were displayed, for learning from the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
-    recommendation counts once.
+    """Notes which items of answers were displayed, for learning from the log. When the
+    answer arrives, that is on disk. Safe to repeat: an item of a recommendation counts
+    once.
     """
     GetUserProfile: _aio.UnaryUnaryMultiCallable[_recommender_pb2.GetUserProfileRequest, _recommender_pb2.GetUserProfileResponse]  # type: ignore[assignment]
     """What a stored user watched and which genres the user prefers. A user without
@@ -214,8 +218,8 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
     1970-01-01T00:00Z, not negative, and at most a day after the server's clock; only those
     of an item's availability may be later, up to the end of the year 9999. Spans of time
     are seconds too. A list that can become long comes in pages: `page_size`, `page_token`
-    and `next_page_token` mean the same in each RPC that has them. Each limit is in
-    `GetModelInfoResponse.limits`.
+    and `next_page_token` mean the same in each RPC that has them. The limits of this
+    service's requests are in `GetModelInfoResponse.limits`.
 
     Errors have details. Each has a `google.rpc.ErrorInfo` with the domain `jaxrec` and a
     reason that stays the same, such as `INVALID_REQUEST`; docs/serving.md has all of them.
@@ -223,7 +227,8 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
     the fields, for example `history.events[3].rating`, and `google.rpc.BadRequest` has one
     violation for each, at most 16. A server with more waiting requests than it can answer
     fails with RESOURCE_EXHAUSTED at once; the detail `google.rpc.RetryInfo` and the
-    trailing metadata `grpc-retry-pushback-ms` say when to come again.
+    trailing metadata `grpc-retry-pushback-ms` say when to come again, each time at random.
+    An error without an ErrorInfo comes from gRPC's libraries, or from a proxy.
     """
 
     @_abc_1.abstractmethod
@@ -262,8 +267,9 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
         request: _recommender_pb2.RecordImpressionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recommender_pb2.RecordImpressionsResponse, _abc.Awaitable[_recommender_pb2.RecordImpressionsResponse]]:
-        """Notes which items of answers were displayed, for learning from the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
-        recommendation counts once.
+        """Notes which items of answers were displayed, for learning from the log. When the
+        answer arrives, that is on disk. Safe to repeat: an item of a recommendation counts
+        once.
         """
 
     @_abc_1.abstractmethod

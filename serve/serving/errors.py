@@ -1,4 +1,12 @@
-"""Why a request is not answered by a loaded model."""
+"""Why a request is not answered by a loaded model, and how a message names what a client sent."""
+
+LONGEST_SHOWN = 200
+"""Characters of a name or of a list of names in a message."""
+
+
+def shown(name: str) -> str:
+    """A name in a message, cut where it is long."""
+    return repr(name) if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]!r}..."
 
 
 class QueueFull(Exception):

@@ -21,15 +21,13 @@ from typing import NamedTuple
 from serve.model.directory import Fingerprint, Version, find_versions
 from serve.model.graphs import ProviderError
 from serve.model.manifest import ArtifactError
-from serve.serving.errors import RefusedModel, UnknownModel
+from serve.serving.errors import RefusedModel, UnknownModel, shown
 from serve.serving.loaded import LoadedModel
 
 logger = logging.getLogger(__name__)
 
 WATCH_S = 2.0
 SHARE_TOLERANCE = 1e-3
-LONGEST_SHOWN = 200
-"""Characters of a version's name in a message."""
 
 Load = Callable[[Path], LoadedModel]
 
@@ -162,8 +160,8 @@ class ModelLibrary:
         traffic = self._traffic
         ready = traffic.ready.get(model_version or traffic.main)
         if ready is None:
-            loaded = ", ".join(map(repr, sorted(traffic.ready)))
-            raise UnknownModel(f"the loaded versions are {loaded}; {model_version[:LONGEST_SHOWN]!r} is not loaded")
+            loaded = ", ".join(map(shown, sorted(traffic.ready)))
+            raise UnknownModel(f"the loaded versions are {loaded}; {shown(model_version)} is not loaded")
         return ready.model
 
     def versions(self) -> Sequence[str]:
@@ -221,8 +219,10 @@ class ModelLibrary:
 
         Raises UnknownModel, and RefusedModel when a version cannot be loaded or the shares don't add up to 1.
         """
-        if not 1 <= len(shares) <= 2 or any(share <= 0 for share in shares.values()):
-            raise RefusedModel(f"expected one or two versions with shares above 0, came {dict(shares)}")
+        if not 1 <= len(shares) <= 2:
+            raise RefusedModel(f"expected one or two versions, came {len(shares)}")
+        if any(share <= 0 for share in shares.values()):
+            raise RefusedModel(f"expected shares above 0, came {', '.join(f'{share:g}' for share in shares.values())}")
         total = sum(shares.values())
         if abs(total - 1) > SHARE_TOLERANCE:
             raise RefusedModel(f"expected shares that add up to 1, came {total:g}")
@@ -258,11 +258,11 @@ class ModelLibrary:
     def _named(self, model_version: str) -> _Ready:
         found = [one for one in find_versions(self._directory) if one.model_version == model_version]
         if not found:
-            raise UnknownModel(f"the version {model_version[:LONGEST_SHOWN]!r} is not in the model directory")
+            raise UnknownModel(f"the version {shown(model_version)} is not in the model directory")
         try:
             return self._loaded(found[0])
         except (ArtifactError, ProviderError) as error:
-            raise RefusedModel(f"the version {model_version!r} is refused: {error}") from error
+            raise RefusedModel(f"the version {shown(model_version)} is refused: {error}") from error
 
     def _watch(self, watch_s: float) -> None:
         while not self._closed.wait(watch_s):

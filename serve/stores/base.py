@@ -92,8 +92,9 @@ class Slate(NamedTuple):
     """Which of `filter`, `seen`, `new_item_slots`, `rules` and `not_shown_within` the request set to something else
     than the model does by itself. The values of the first four are not noted, so the propensities cannot be computed
     again. What the last one excluded is in `excluded_item_ids`. Also `history` if events were sent along with the user,
-    which are not noted, `reranker` if the server has an own re-ranker, and `catalogue` if more items were hidden or not
-    available than are noted (`serve.model.live_catalog.MOST_NOTED`)."""
+    which are not noted, `model_version` if the request named the version that was to answer, `reranker` if the server
+    has an own re-ranker, and `catalogue` if more items were hidden or not available than are noted
+    (`serve.model.live_catalog.MOST_NOTED`)."""
 
 
 class ShownItem(NamedTuple):

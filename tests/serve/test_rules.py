@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 
+from serve.api.rules import MAX_RULE_TAGS
 from serve.client import (
     AppliedRule,
     Boost,
@@ -299,7 +300,7 @@ def test_pins_of_hidden_items_and_many_tags_are_refused(model: Recommender, tmp_
         refresher.prepare(fresh)
         with asking(fresh, store) as client:
             hidden, tagged = fresh.catalog.item_ids[1], fresh.catalog.item_ids[2]
-            names = [f"tag {at}" for at in range(11)]
+            names = [f"tag {at}" for at in range(MAX_RULE_TAGS + 1)]
             client.upsert_items([Item(item_id=hidden, hidden=True), Item(item_id=tagged, tags=names)])
             refresher.refresh()
             pinned = Rules(pins=[Pin(item_id=hidden, position=1)])
@@ -311,7 +312,12 @@ def test_pins_of_hidden_items_and_many_tags_are_refused(model: Recommender, tmp_
                 with pytest.raises(grpc.RpcError) as failure:
                     client.recommend(user_id="ada", k=3, rules=rules)
                 assert failure.value.details().startswith(message)
-            few = Rules(boosts=many.boosts[:10], diversity=1.0)
+            # Whether it may be answered then is not known.
+            with pytest.raises(grpc.RpcError) as failure:
+                client.recommend(user_id="ada", k=3, rules=pinned, request_time=-1)
+            assert failure.value.details().startswith("request_time: ")
+            assert "rules.pins" not in failure.value.details()
+            few = Rules(boosts=many.boosts[:MAX_RULE_TAGS], diversity=1.0)
             assert hidden not in ids_of(client.recommend(user_id="ada", k=ITEMS, rules=few))
 
 

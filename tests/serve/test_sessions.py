@@ -16,6 +16,7 @@ from serve.front.server import create_server
 from serve.model.recommender import Recommender
 from serve.observability.metrics import Metrics
 from serve.pb.recommender_pb2 import RecommendResponse
+from serve.serving.errors import shown
 from serve.serving.loading import ModelLoader, open_models
 from serve.serving.versions import position
 from serve.stores.base import EventStore
@@ -132,6 +133,28 @@ def test_the_log_says_that_events_were_sent_along(client: RecommenderClient, sto
     assert [one.request_options for one in slates_of(store, "u")] == [("history",), ()]
 
 
+@pytest.mark.parametrize("batch", [False, True])
+def test_events_of_which_none_counts_are_no_history(
+    client: RecommenderClient, store: EventStore, model: Recommender, monkeypatch: pytest.MonkeyPatch, batch: bool
+) -> None:
+    """Those that are recorded, and neutral ones: the stored state answers, and policies learn from the slate."""
+    ids = model.catalog.item_ids
+    client.record_events([UserEvent(event_id="1", user_id="u", item_id=ids[3], timestamp=10)])
+    expected = client.recommend(user_id="u", k=ALL)
+    sent = [
+        Event(item_id=ids[3], timestamp=10, event_id="1"),
+        Event(item_id=ids[9], timestamp=20, type="skip", event_id="2"),
+    ]
+    monkeypatch.setattr(store, "history", lambda *_: pytest.fail("the history was read"))
+    asked = recommend_request(user_id="u", history=sent, k=ALL)
+    found = (
+        answered(client.batch_recommend([asked]))[0] if batch else client.recommend(user_id="u", history=sent, k=ALL)
+    )
+    assert found.recommendations == expected.recommendations
+    store.flush()
+    assert [one.request_options for one in slates_of(store, "u")] == [(), ()]
+
+
 @pytest.fixture
 def divided(tmp_path: Path, model_directory: Path, store: EventStore) -> Iterator[RecommenderClient]:
     """A client of a server that divides users between the versions 0 (most) and 1."""
@@ -159,6 +182,16 @@ def test_a_bucket_key_divides_what_has_no_user(divided: RecommenderClient) -> No
     assert divided.recommend(history=history, k=1).model_version == "0"
 
 
+def test_the_log_says_that_the_version_was_named(divided: RecommenderClient, store: EventStore) -> None:
+    divided.recommend(user_id="u", k=1, model_version="1")
+    divided.batch_recommend([recommend_request(user_id="u", k=1, model_version="0")])
+    divided.recommend(user_id="u", k=1)
+    divided.recommend(history=[], k=1, bucket_key="u")
+    store.flush()
+    assert [one.request_options for one in slates_of(store, "u")] == [("model_version",), ("model_version",), ()]
+    assert [one.request_options for one in slates_of(store, None)] == [()]
+
+
 def test_a_request_can_name_its_version(divided: RecommenderClient) -> None:
     divided.record_events([UserEvent(event_id="1", user_id="u", item_id="1007", timestamp=1)])
     for version in ("0", "1"):
@@ -179,5 +212,5 @@ def test_a_version_that_is_not_loaded_is_not_found(divided: RecommenderClient, v
         with pytest.raises(grpc.RpcError) as failure:
             call()
         assert failure.value.code() is grpc.StatusCode.NOT_FOUND
-        expected = f"the loaded versions are '0', '1'; {version[:200]!r} is not loaded"
+        expected = f"the loaded versions are '0', '1'; {shown(version)} is not loaded"
         assert failure.value.details() == (expected if len(expected) <= 500 else f"{expected[:497]}...")

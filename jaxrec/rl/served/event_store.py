@@ -14,7 +14,8 @@ model alone would have. The server notes which of these options were set, but no
 be computed again without them, so these slates are left out. So are slates for which events were sent along with the
 user (`history`): these are not stored. What `not_shown_within` excluded is noted. The items that were hidden or not
 available are noted as excluded items. If they were too many to be noted, the server notes the option
-`catalogue` instead, and the slate is left out.
+`catalogue` instead, and the slate is left out. Slates of requests that named their model version (`model_version`) are
+used like others.
 
 Only positive events count, as history and as responses. A slate's `excluded_item_ids` include the items that the user
 disliked, and those that were hidden or not available.
@@ -55,8 +56,8 @@ from jaxrec.rl.served.trends import ArrivedEvents, Moment
 APPLICATION_ID = 0x6A787263
 STORE_VERSION = 9
 NOT_DRAWN = frozenset({"new_item_slots", "rules"})
-# What it excluded is noted as excluded items.
-NOT_SHOWN_WITHIN = "not_shown_within"
+# What the first excluded is noted as excluded items; the second says which model answered, as the slate does.
+HARMLESS = frozenset({"not_shown_within", "model_version"})
 QUANTILE = 0.99  # of the responses: by when the log ends, and within which window they come by default
 
 # Why a recommendation cannot be learned from.
@@ -317,7 +318,7 @@ def _quantile(values: np.ndarray) -> int:
 
 def _unusable(one: _Shown, index: Mapping[str, int]) -> str:
     """Why never to learn from a recommendation, whatever its user did; empty: there is no reason."""
-    options = [option for option in one.options if option != NOT_SHOWN_WITHIN]
+    options = [option for option in one.options if option not in HARMLESS]
     # Without propensities, but a server with --explore has none here either.
     if NOT_DRAWN.intersection(options) or (options and not one.slate):
         return OPTIONS

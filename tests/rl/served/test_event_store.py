@@ -387,8 +387,10 @@ def test_slates_with_request_options_are_counted_and_left_out(
         server.start()
         with client.RecommenderClient(f"127.0.0.1:{server.port}", timeout_s=30.0) as asking:
             for user in range(users):
-                # What the model does with the history by itself, and a filter without a condition.
-                asking.recommend(user_id=f"user {user}", k=3, allow_seen=False, filter=client.ItemFilter())
+                # What the model does with the history by itself, a filter without a condition, and the same version.
+                version = model.info.model_version
+                named = {"model_version": version if user % 2 else ""}
+                asking.recommend(user_id=f"user {user}", k=3, allow_seen=False, filter=client.ItemFilter(), **named)
                 answers = [asking.recommend(user_id=f"user {user}", k=3, **one) for one in options]
                 assert all(answer.log_propensity < 0 for answer in answers)
         server.drain()
@@ -417,13 +419,15 @@ def test_what_was_not_drawn_is_counted_as_that_with_request_options_too(
             (("rules",), (item,), ()),
             (("rules",), (item,), (-1.0,)),
             (("not_shown_within",), (item,), ()),
+            (("model_version",), (item,), ()),
+            (("model_version", "filter"), (item,), (-1.0,)),
             (("not_shown_within", "filter"), (item,), (-1.0,)),
         ]
         for at, (options, slate, log_propensities) in enumerate(cases):
             one = Slate(f"{at}", "ada", slate, log_propensities, "reinforce", "v", START + 1)
             store.log_slate(one._replace(temperature=1.0, request_options=options))
     log = read_served_log(path, small_data.catalog)
-    assert log.skipped == {DETERMINISTIC: 2, OPTIONS: 6}
+    assert log.skipped == {DETERMINISTIC: 3, OPTIONS: 7}
 
 
 SLATE_OF_SHOWN = {

@@ -77,15 +77,33 @@ def test_an_absurd_time_is_refused_with_its_field(
     assert ".".join(path) in fields
 
 
-def test_no_request_has_a_number_of_which_a_part_could_be_a_time() -> None:
-    """`new_item_slots` or `value` are numbers, and spans of time are whole seconds too."""
+def reachable(message: Descriptor, found: set[Descriptor]) -> set[Descriptor]:
+    """A message and all those within it."""
+    if message not in found:
+        found.add(message)
+        for field in message.fields:
+            if field.message_type is not None:
+                reachable(field.message_type, found)
+    return found
+
+
+def test_no_number_with_a_fraction_in_a_request_is_a_time() -> None:
+    """Spans of time are whole seconds too."""
+    services = (RECOMMENDER, model_admin_pb2.DESCRIPTOR.services_by_name["ModelAdmin"])
+    asked: set[Descriptor] = set()
+    for service in services:
+        for method in service.methods:
+            reachable(method.input_type, asked)
     floats = {
         field.full_name.removeprefix("jaxrec.v1.")
-        for message in MESSAGES
+        for message in asked
         for field in message.fields
-        if field.type in (FieldDescriptor.TYPE_FLOAT, FieldDescriptor.TYPE_DOUBLE) and message.name.endswith("Request")
+        if field.type in (FieldDescriptor.TYPE_FLOAT, FieldDescriptor.TYPE_DOUBLE)
     }
-    assert floats == set()
+    assert floats == {
+        *("Event.rating", "UserEvent.rating", "UserEvent.value", "ItemFilter.minimum_score"),
+        *("Rules.diversity", "Boost.factor", "TrafficShare.share"),
+    }
 
 
 PAGED = {
@@ -215,25 +233,30 @@ ASKED: dict[str, tuple[str, Callable[[int], Message]]] = {
     "max_metadata_bytes": ("UpsertItems", lambda n: item(metadata={"k": "x" * (n - 1)})),
     "max_item_bytes": ("UpsertItems", item_of_size),
 }
-# How much is answered or kept, and what gRPC refuses; and the tests of that.
+# How much is answered or kept, and what gRPC refuses; and where the tests of that name the limit or its constant.
 ELSEWHERE = {
-    "max_not_shown_answers": "stores/test_slates.py",
-    "max_not_shown_items": "test_not_shown.py",
-    "max_stored_events": "stores/test_users.py",
-    "max_merged": "api/test_users.py",
-    "max_rule_tags": "test_rules.py",
-    "max_listed_tags": "api/test_items.py",
-    "max_genre_preferences": "api/test_contract.py",
-    "max_violations": "api/test_errors.py",
-    "max_message_bytes": "api/test_contract.py",
-    "max_answer_bytes": "test_catalogue.py",
-    "max_page_bytes": "api/test_contract.py",
+    "max_not_shown_answers": ("stores/test_slates.py", "MOST_SLATES"),
+    "max_not_shown_items": ("test_not_shown.py", "MAX_NOT_SHOWN_ITEMS"),
+    "max_stored_events": ("stores/test_users.py", "MOST_EVENTS"),
+    "max_merged": ("api/test_users.py", "MOST_MERGED"),
+    "max_rule_tags": ("test_rules.py", "MAX_RULE_TAGS"),
+    "max_listed_tags": ("api/test_items.py", "MAX_LISTED_TAGS"),
+    "max_genre_preferences": ("api/test_contract.py", "MAX_GENRE_PREFERENCES"),
+    "max_violations": ("api/test_bounds.py", "MOST_VIOLATIONS"),
+    "max_message_bytes": ("api/test_contract.py", "max_message_bytes"),
+    "max_answer_bytes": ("test_catalogue.py", "MAX_ANSWER_BYTES"),
+    "max_page_bytes": ("api/test_contract.py", "MAX_PAGE_BYTES"),
 }
 
 
 def test_every_limit_has_a_test() -> None:
     assert ASKED.keys() | ELSEWHERE.keys() == rules.LIMITS.keys()
     assert not ASKED.keys() & ELSEWHERE.keys()
+    for limit, (file, names) in ELSEWHERE.items():
+        text = (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
+        # Of this file only what is below this test, which names each.
+        text = text.rpartition("def test_every_limit_has_a_test")[2]
+        assert re.search(rf"\b{names}\b", text), f"{file} does not name {names}, the constant of {limit}"
 
 
 @pytest.mark.parametrize("limit", ASKED)
@@ -278,16 +301,6 @@ def test_a_page_of_a_profile_goes_on_where_the_one_before_ended(client: Recommen
     assert [one.timestamp for one in first.watch_list] == [10, 8, 7]
     # Those of the places 9 (deleted), 6, 3 and 0, and the late one.
     assert rest == [4, 2, 1, 1]
-
-
-def test_a_profile_reads_on_until_its_page_is_full(client: RecommenderClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.api.service.READ_AT_ONCE", 2)
-    kinds = ["click", *["dislike"] * 9, "click"]
-    client.record_events(event(event_id=f"{at}", type=kind, timestamp=1 + at) for at, kind in enumerate(kinds))
-    page = client.get_user_profile("u", 1)
-    assert [one.timestamp for one in page.watch_list] == [11]
-    page = client.get_user_profile("u", 1, page.next_page_token)
-    assert ([one.timestamp for one in page.watch_list], page.next_page_token) == ([1], "")
 
 
 def test_a_profile_has_the_first_genres(client: RecommenderClient, monkeypatch: pytest.MonkeyPatch) -> None:

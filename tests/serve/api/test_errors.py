@@ -15,7 +15,20 @@ from grpc_status import rpc_status
 
 import serve.api.errors
 from serve.api.errors import DETAILS_KEY, STATUS, UNEXPECTED, InvalidRequest, NoRight, NoToken, status_of
-from serve.client import Connection, Event, Item, ItemFilter, RecommenderClient, Status, UserEvent, recommend_request
+from serve.api.rules import MAX_MESSAGE_BYTES
+from serve.client import (
+    Boost,
+    Connection,
+    Event,
+    Item,
+    ItemFilter,
+    Pin,
+    RecommenderClient,
+    Rules,
+    Status,
+    UserEvent,
+    recommend_request,
+)
 from serve.client.connection import SERVICE_CONFIG
 from serve.front.auth import Tokens
 from serve.front.server import Listener, create_server
@@ -118,6 +131,44 @@ def test_all_violations_of_a_request_come_at_once(stub: RecommenderStub) -> None
         stub.Recommend(few, timeout=10)
     found = [one.split(":")[0] for one in violations(failure.value)]
     assert found == ["k", "bucket_key", "view", "request_id", "not_shown_within"]
+
+
+def fields_of(stub: RecommenderStub, request: RecommendRequest) -> list[str]:
+    with pytest.raises(grpc.RpcError) as failure:
+        stub.Recommend(request, timeout=10)
+    return [one.split(", came")[0] for one in violations(failure.value)]
+
+
+def test_no_violation_is_a_consequence_of_another(stub: RecommenderStub) -> None:
+    k = "k: expected 1 to 1000, or 0 for 10"
+    assert fields_of(stub, RecommendRequest(user_id="u", k=2_000, new_item_slots=15)) == [k]
+    assert fields_of(stub, RecommendRequest(user_id="u", k=2_000, new_item_slots=1_001)) == [
+        k,
+        "new_item_slots: expected 0 to k",
+    ]
+    assert fields_of(stub, RecommendRequest(not_shown_within=5)) == ["user_id: expected a user, or a history"]
+    pin = Rules(pins=[Pin(item_id="1007", position=30)])
+    assert fields_of(stub, RecommendRequest(user_id="u", k=2_000, rules=pin)) == [k]
+
+
+def test_all_violations_of_rules_come_at_once(stub: RecommenderStub) -> None:
+    bad = Rules(
+        boosts=[Boost(item_id="", factor=-1), Boost(tag="?", factor=2), Boost(factor=2)],
+        diversity=2,
+        max_per_tag=-1,
+        pins=[
+            Pin(item_id="no such item", position=0),
+            Pin(item_id="1007", position=3),
+            Pin(item_id="1007", position=3),
+        ],
+    )
+    request = RecommendRequest(user_id="u", k=5, rules=bad, new_item_slots=1)
+    assert [one.split(":")[0].removeprefix("rules.") for one in fields_of(stub, request)] == [
+        *("boosts[0].item_id", "boosts[0].factor", "boosts[1].tag", "boosts[2].subject", "diversity", "max_per_tag"),
+        *("pins[0].item_id", "pins[0].position", "pins[2].position", "pins[2].item_id", "new_item_slots"),
+    ]
+    versions = RecommendRequest(user_id="u", bucket_key=LONG, model_version="")
+    assert [one.split(":")[0] for one in fields_of(stub, versions)] == ["bucket_key", "bucket_key"]
 
 
 def test_all_violations_of_other_requests_come_at_once(client: RecommenderClient, stub: RecommenderStub) -> None:
@@ -252,7 +303,7 @@ class Overloaded(recommender_pb2_grpc.RecommenderServicer):
 @pytest.fixture
 def overloaded(request: pytest.FixtureRequest) -> Iterator[tuple[Overloaded, str]]:
     servicer = Overloaded(*request.param)
-    server = grpc.server(ThreadPoolExecutor(2))
+    server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)])
     recommender_pb2_grpc.add_RecommenderServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -268,6 +319,18 @@ def test_clients_come_again_when_an_overloaded_server_says(overloaded: tuple[Ove
     assert servicer.tries == 4
 
 
+@pytest.mark.parametrize("overloaded", [(2, 0.02)], indirect=True)
+def test_clients_repeat_the_largest_requests_too(overloaded: tuple[Overloaded, str]) -> None:
+    """gRPC keeps 256 KiB for that by default."""
+    servicer, address = overloaded
+    request = RecommendRequest(user_id="u", exclude_item_ids=["x" * 500] * 10_000)
+    request.request_id = "x" * (MAX_MESSAGE_BYTES - request.ByteSize() - 6)
+    assert MAX_MESSAGE_BYTES - 2 <= request.ByteSize() <= MAX_MESSAGE_BYTES
+    with Connection(address, timeout_s=30.0).channel() as channel:
+        answer = RecommenderStub(channel).Recommend(request, timeout=30, metadata=[("authorization", "x" * 4_000)])
+    assert (answer.policy, servicer.tries) == ("answered", 3)
+
+
 @pytest.mark.parametrize("overloaded", [(1, 60.0)], indirect=True)
 def test_clients_do_not_come_before_that(overloaded: tuple[Overloaded, str]) -> None:
     """By itself gRPC would try again within a second."""
@@ -279,13 +342,19 @@ def test_clients_do_not_come_before_that(overloaded: tuple[Overloaded, str]) -> 
 
 
 def test_the_hint_is_in_the_details_and_in_the_metadata() -> None:
-    for after_s, expected in ((0.25, "250"), (0.0001, "1")):
-        status = status_of(QueueFull(256, after_s))
+    """The same in both, and another time for each call: else all would come again at once."""
+    hints = []
+    for _ in range(200):
+        status = status_of(QueueFull(256, 0.25))
         found, _ = details(status)
         retry = error_details_pb2.RetryInfo()
         assert found.details[1].Unpack(retry)
-        assert retry.retry_delay.ToTimedelta().total_seconds() == pytest.approx(after_s, abs=1e-6)
-        assert dict(status.metadata)["grpc-retry-pushback-ms"] == expected
+        delay_ms = retry.retry_delay.ToTimedelta().total_seconds() * 1e3
+        hints.append(int(dict(status.metadata)["grpc-retry-pushback-ms"]))
+        assert hints[-1] == pytest.approx(delay_ms, abs=0.51)
+    assert 125 <= min(hints) < 200
+    assert 300 < max(hints) <= 375
+    assert dict(status_of(QueueFull(256, 0.0001)).metadata)["grpc-retry-pushback-ms"] == "1"
 
 
 def test_the_service_config_of_the_docs_is_that_of_the_clients() -> None:

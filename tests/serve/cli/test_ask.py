@@ -11,10 +11,15 @@ import pytest
 import trustme
 from click.testing import CliRunner
 
+from bench.model_versions import add_version, edit_manifest
 from serve.cli.connecting import table
 from serve.cli.main import main
 from serve.client import RecommenderClient, UserEvent
+from serve.front.server import create_server
+from serve.model.directory import read_artifact
 from serve.model.recommender import Recommender
+from serve.stores.base import EventStore
+from tests.serve.one_model import one_model
 from tests.serve.process import running_server
 
 TOKENS = "read,write writer-token-0123\nread reader-token-0123\n"
@@ -57,6 +62,14 @@ def test_events_with_a_user_an_id_and_a_version(address: str, client: Recommende
     assert found.splitlines()[-1] == ask(address, *asked, "--request-id", "r").splitlines()[-1]
     assert f"the loaded versions are '{version}'; 'x' is not loaded" in ask(address, *asked, "--model-version", "x")
     assert version in ask(address, "--model-version", version)
+    for other in (["--user", "7"], ["--profile", "7"], []):
+        refused = ask("127.0.0.1:1", *other, "--bucket-key", "x")
+        assert "--bucket-key: expected --watched or --similar, without --user, with it" in refused
+    for question in (["--watched", ids[3]], ["--similar", ids[3]]):
+        assert ask(address, *question, "--bucket-key", "visit").startswith(" ")
+        assert "expected none with model_version" in ask(
+            address, *question, "--bucket-key", "v", "--model-version", version
+        )
     refused = ask("127.0.0.1:1", "--profile", "7", "--model-version", "x")
     assert "Error: --model-version: expected --user, --watched, --similar or nothing with it" in refused
 
@@ -175,6 +188,15 @@ def test_failures_are_one_line(address: str, arguments: list[str], message: str)
 
 def test_no_server_listens() -> None:
     assert ask("127.0.0.1:1", "--timeout", "0.3").startswith("exit 1: Error: ")
+
+
+def test_a_time_that_is_not_known_is_not_1970(model_directory: Path, store: EventStore, tmp_path: Path) -> None:
+    folder = add_version(tmp_path / "versions", model_directory, "1")
+    edit_manifest(folder, lambda manifest: manifest.update(created="yesterday"))
+    server = create_server(one_model(Recommender(read_artifact(folder), "cpu"), store), store, "127.0.0.1:0")
+    server.start()
+    assert "exported  unknown" in ask(f"127.0.0.1:{server.port}")
+    server.drain()
 
 
 @pytest.fixture(scope="module")

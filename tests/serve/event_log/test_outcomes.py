@@ -37,8 +37,17 @@ def store(location: str) -> Iterator[EventStore]:
         yield opened
 
 
-def slate(store: EventStore, name: str, user_id: str | None, arm: Arm, at: int, items: str = "abc") -> None:
-    store.log_slate(Slate(name, user_id, tuple(items), (), arm.policy, arm.model_version, START + at))
+def slate(
+    store: EventStore,
+    name: str,
+    user_id: str | None,
+    arm: Arm,
+    at: int,
+    items: str = "abc",
+    options: tuple[str, ...] = (),
+) -> None:
+    one = Slate(name, user_id, tuple(items), (), arm.policy, arm.model_version, START + at)
+    store.log_slate(one._replace(request_options=options))
 
 
 def response(store: EventStore, slate_id: str, user_id: str, item_id: str, at: int) -> None:
@@ -63,6 +72,19 @@ def small_log(store: EventStore) -> None:
     response(store, "r2", "v", "b", 21)  # another user
     response(store, "r3", "v", "z", 31)  # on no item of the slate
     response(store, "r4", "v", "a", 39)  # before it, by the client's clock: immediate
+
+
+def test_slates_of_a_version_that_the_request_named_are_left_out(store: EventStore) -> None:
+    """With what came of them; other options do not matter."""
+    slate(store, "named", "u", NEW, 0, options=("filter", "model_version"))
+    slate(store, "r", "u", OLD, 0, options=("filter",))
+    slate(store, "last", "u", OLD, 100)
+    store.flush()
+    response(store, "named", "u", "a", 5)
+    response(store, "r", "u", "b", 5)
+    found = read_slates(store, 10)
+    assert (found.arms, found.responded.tolist()) == ([OLD], [1.0])
+    assert found.left_out == {"of a version that the request named": 1, "with an open attribution window": 1}
 
 
 def test_rates_and_rewards_by_hand(store: EventStore) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,30 @@ def test_half_written_manifest(copy: Path) -> None:
     (copy / "manifest.json").write_text(text[: len(text) // 2])
     with pytest.raises(ArtifactError, match=r"manifest\.json: expected one JSON object"):
         read_artifact(copy)
+
+
+@pytest.mark.parametrize(
+    ("created", "expected"),
+    [
+        ("1970-01-02T00:00:00+00:00", 86_400),
+        ("1970-01-02T00:00:00Z", 86_400),
+        ("1970-01-02T02:00:00+02:00", 86_400),
+        ("1970-01-02", 86_400),
+        ("1970-01-02T00:00:00", 86_400),
+        ("1969-12-31T23:59:59", 0),
+        ("0001-01-01T00:00:00+14:00", 0),
+        ("yesterday", 0),
+    ],
+)
+def test_when_a_model_was_exported(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, created: str, expected: int
+) -> None:
+    """A time without a zone is UTC, wherever the server is."""
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    request.addfinalizer(time.tzset)
+    edit_manifest(copy, lambda manifest: manifest.update(created=created))
+    assert read_artifact(copy).info.created_time == expected
 
 
 @pytest.mark.parametrize(

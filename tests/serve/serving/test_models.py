@@ -181,6 +181,31 @@ def test_a_damaged_version_is_refused_and_the_old_one_serves(
     assert attempts(metrics, "refused") == 1
 
 
+def test_long_names_of_versions_are_cut_in_messages(
+    versions: Path, model_directory: Path, store: EventStore, metrics: Metrics
+) -> None:
+    name = "9" * 1_000
+
+    def damage(folder: Path) -> None:
+        edit_manifest(folder, lambda manifest: manifest.update(model_version=name))
+        flip_a_byte(folder)
+
+    with open_models(versions, ModelLoader(store, metrics, "cpu"), watch_s=0) as models:
+        with pytest.raises(UnknownModel) as unknown:
+            models.version(name)
+        with pytest.raises(UnknownModel) as absent:
+            models.load(name)
+        add_version(versions, model_directory, "2", damage=damage)
+        with pytest.raises(RefusedModel) as refused:
+            models.load(name)
+        with pytest.raises(RefusedModel) as too_many:
+            models.set_traffic({f"{name}{at}": 0.5 for at in range(3)})
+    for failure in (unknown, absent, refused):
+        assert f"'{'9' * 200}'..." in str(failure.value)
+        assert "9" * 201 not in str(failure.value)
+    assert str(too_many.value) == "expected one or two versions, came 3"
+
+
 def test_half_a_copy_is_refused_until_it_is_whole(versions: Path, model_directory: Path, models: ModelLibrary) -> None:
     """Somebody copies file by file into place, and the manifest comes early."""
     whole = add_version(versions.parent / "elsewhere", model_directory, "2")

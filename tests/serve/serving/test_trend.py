@@ -297,6 +297,7 @@ def test_the_trend_of_a_slate_can_be_made_again_from_the_log(
         store.record([event("1", ids[9])])
         query = Query([Event(ids[5], None, NOW)], k=60, request_time=NOW)
         by_export = service.recommend(loaded, query, None, lambda: False)
+        service.log(by_export)
         refresher.prepare(fresh)
         refresher.keep([fresh])
         store.record([event("2", ids[OTHER], NOW - HOUR), event("3", ids[OTHER], NOW - DAY + 1)])
@@ -307,6 +308,8 @@ def test_the_trend_of_a_slate_can_be_made_again_from_the_log(
         with_trend = service.recommend(loaded, query, None, lambda: False)
         of_user = service.recommend(loaded, Query([], k=3, user_id="u"), None, lambda: False)
         popular = service.recommend(loaded, Query([], k=3), None, lambda: False)
+        for answer in (with_trend, of_user, popular):
+            service.log(answer)
     store.flush()
     shown = {one.recommendation_id: one for part in store.all_slates() for one in part}
     noted = shown[with_trend.recommendation_id]
