@@ -50,9 +50,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         loaded = self._loaded(request)
         query = decode_query(request, loaded.model, self._event_types)
         answer = self._service.recommend(loaded, query, context.time_remaining(), lambda: not context.is_active())
-        response = self._encoded(request, answer)
-        self._service.log(answer)
-        return response
+        return self._logged(request, answer)
 
     def start_recommend(
         self, request: pb.RecommendRequest, context: Context, on_done: Callable[[], None]
@@ -63,7 +61,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         query = decode_query(request, loaded.model, self._event_types)
         remaining = context.time_remaining()
         answer = self._service.start(loaded, query, remaining, lambda: not context.is_active(), on_done)
-        return loaded, lambda: self._encoded(request, answer())
+        return loaded, lambda: self._logged(request, answer())
 
     def is_slow(self, request: pb.RecommendRequest) -> bool:
         """Whether a request needs reasons, the candidates of rules or of the server's own re-ranker, what was
@@ -77,6 +75,12 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         if not (request.user_id and request.HasField("request_time")):
             return False
         return self._loaded(request).asks_for_the_past(request.user_id, request.request_time)
+
+    def _logged(self, request: pb.RecommendRequest, answer: Recommendation) -> pb.RecommendResponse:
+        """The response, once it is known that it can be sent and the answer is in the log."""
+        response = self._encoded(request, answer)
+        self._service.log(answer)
+        return response
 
     def _encoded(self, request: pb.RecommendRequest, answer: Recommendation) -> pb.RecommendResponse:
         response = encode_answer(answer, request.view)
