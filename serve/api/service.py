@@ -181,8 +181,8 @@ class RecommenderService:
         on_done: Callable[[], None],
     ) -> Callable[[], Recommendation]:
         """As `recommend`, for a query that needs neither reasons, an old history nor what was shown, without waiting;
-        raises as `LoadedModel.start`. What it returns gives the answer once the model ran and `on_done` is called; `log`
-        comes after it."""
+        raises as `LoadedModel.start`. What it returns gives the answer once the model ran and `on_done` is called;
+        `log` comes after it."""
         pending = loaded.start(query, deadline_s, is_cancelled, on_done)
         return lambda: _named(loaded, query, loaded.finished(query, pending))
 
