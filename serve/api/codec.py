@@ -5,7 +5,7 @@ import struct
 import time
 from typing import Any
 
-from serve.api.answer_rules import APPLIED, decode_rules
+from serve.api.answer_rules import APPLIED, decode_rules, row_count
 from serve.api.errors import InvalidRequest, Violations
 from serve.api.event_types import EventTypes
 from serve.api.filters import decode_filter, decode_seen, own_seen
@@ -106,8 +106,13 @@ def check_view(view: int) -> None:
         raise InvalidRequest("view", f"one of {', '.join(pb.View.keys())}", view)
 
 
-def check_batch(request: pb.BatchRecommendRequest) -> None:
-    """Raises InvalidRequest for a batch that is too large as a whole."""
+def check_batch(request: pb.BatchRecommendRequest, *, is_reranked: bool = False) -> None:
+    """Raises InvalidRequest for a batch that is too large as a whole.
+
+    Args:
+        request: The batch.
+        is_reranked: Whether the server's own re-ranker orders the answers.
+    """
     check_length("requests", request.requests, MAX_BATCH)
     found = Violations()
     items = sum(single.k or DEFAULT_K for single in request.requests)
@@ -116,9 +121,13 @@ def check_batch(request: pb.BatchRecommendRequest) -> None:
     detailed = sum(single.k or DEFAULT_K for single in request.requests if single.view == pb.VIEW_FULL)
     if detailed > MAX_BATCH_METADATA:
         found.add("requests", f"at most {MAX_BATCH_METADATA} items (k) with VIEW_FULL in all", detailed)
-    ruled = sum(single.k or DEFAULT_K for single in request.requests if single.HasField("rules"))
+    ruled = sum(
+        max(single.k or DEFAULT_K, row_count(single.rules))
+        for single in request.requests
+        if is_reranked or single.HasField("rules")
+    )
     if ruled > MAX_BATCH_RULED:
-        found.add("requests", f"at most {MAX_BATCH_RULED} items (k) with rules in all", ruled)
+        found.add("requests", f"at most {MAX_BATCH_RULED} items (k), or rankings, with rules in all", ruled)
     events = sum(len(single.history.events) for single in request.requests)
     if events > MAX_BATCH_EVENTS:
         found.add("requests", f"at most {MAX_BATCH_EVENTS} events in all", events)
