@@ -179,8 +179,8 @@ class RecommenderServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RecordImpressions(self, request, context):
-        """Notes which items of answers were displayed, for learning from the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
-        recommendation counts once.
+        """Notes which items of answers were displayed, for learning from the log. When the answer
+        arrives, that is on disk. Safe to repeat: an item of a recommendation counts once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

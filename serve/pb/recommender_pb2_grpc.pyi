@@ -63,8 +63,8 @@ class RecommenderStub:
     newest 10,000 by their time are the history; older ones may be recommended again.
     """
     RecordImpressions: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.RecordImpressionsRequest, _recommender_pb2.RecordImpressionsResponse]
-    """Notes which items of answers were displayed, for learning from the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
-    recommendation counts once.
+    """Notes which items of answers were displayed, for learning from the log. When the answer
+    arrives, that is on disk. Safe to repeat: an item of a recommendation counts once.
     """
     GetUserProfile: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.GetUserProfileRequest, _recommender_pb2.GetUserProfileResponse]
     """What a stored user watched and which genres the user prefers. A user without
@@ -152,8 +152,8 @@ class RecommenderAsyncStub(RecommenderStub):
     newest 10,000 by their time are the history; older ones may be recommended again.
     """
     RecordImpressions: _aio.UnaryUnaryMultiCallable[_recommender_pb2.RecordImpressionsRequest, _recommender_pb2.RecordImpressionsResponse]  # type: ignore[assignment]
-    """Notes which items of answers were displayed, for learning from the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
-    recommendation counts once.
+    """Notes which items of answers were displayed, for learning from the log. When the answer
+    arrives, that is on disk. Safe to repeat: an item of a recommendation counts once.
     """
     GetUserProfile: _aio.UnaryUnaryMultiCallable[_recommender_pb2.GetUserProfileRequest, _recommender_pb2.GetUserProfileResponse]  # type: ignore[assignment]
     """What a stored user watched and which genres the user prefers. A user without
@@ -262,8 +262,8 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
         request: _recommender_pb2.RecordImpressionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recommender_pb2.RecordImpressionsResponse, _abc.Awaitable[_recommender_pb2.RecordImpressionsResponse]]:
-        """Notes which items of answers were displayed, for learning from the log. When the answer arrives, that is on disk. Safe to repeat: an item of a
-        recommendation counts once.
+        """Notes which items of answers were displayed, for learning from the log. When the answer
+        arrives, that is on disk. Safe to repeat: an item of a recommendation counts once.
         """
 
     @_abc_1.abstractmethod

@@ -45,12 +45,13 @@ class Candidate(NamedTuple):
 
 
 class RerankRequest(NamedTuple):
-    """For what the candidates are."""
+    """The request that the candidates may answer."""
 
     user_id: str | None
     """A stored user; None: the history came with the request."""
     history: Sequence[Event]
-    """What came with the request; empty with `user_id`."""
+    """What came with the request. Empty for a stored user, whose events are not read for this; if events came with the
+    user, the whole."""
     k: int
     """How many of the candidates are answered."""
     request_time: int | None
@@ -88,7 +89,7 @@ class Reranker:
         """The places of candidates in the order that is wanted.
 
         Args:
-            request: For what they are.
+            request: The request that they may answer.
             candidates: The best ones first.
             left_s: Seconds until the request's deadline; None: there is none.
 
