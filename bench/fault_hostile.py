@@ -1,6 +1,6 @@
 """Sends malformed and hostile requests to a server, with good ones among them, and looks whether anything breaks.
 
-    python bench/fault_hostile.py MODEL --requests 200000
+    python -m bench.fault_hostile MODEL --requests 200000
 
 Every RPC of the server gets random bytes, mutilated messages, messages with hostile values in every field (by its
 type: NaN, infinities, negative and huge numbers, empty and overlong and strange texts, overlong lists), wire data that
