@@ -4,11 +4,11 @@
 
 A log is prepared and trained by the defaults of `jaxrec`, but for at most 8 epochs, and exported. The last event of
 each user is the target. The history before it goes to the exported model as a server would send it, without request
-time, and `rules.diversity` chooses 10 of the candidates. Likeness is the mean cosine of the item vectors of each two
-items of an answer, which diversity lowers, and the mean share of tags that they have in common (Jaccard), of which it
-knows nothing. Coverage is the share of all items that are in some answer. "ms" is the median time to choose, without
-the model. Intervals are 95 % bootstrap intervals over the users, and differences are paired by user. The log is old,
-so the trend of the export has decayed to nothing.
+time, and `rules.diversity` chooses 10 of the candidates. In each row scores are scaled by the first 200 candidates, as
+in a server. Likeness is the mean cosine of the item vectors of each two items of an answer, which diversity lowers, and
+the mean share of tags that they have in common (Jaccard), of which it knows nothing. Coverage is the share of all items
+that are in some answer. "ms" is the median time to choose, without the model. Intervals are 95 % bootstrap intervals
+over the users, and differences are paired by user. The log is old, so the trend of the export has decayed to nothing.
 """
 
 import time
@@ -140,7 +140,7 @@ def rank(items: np.ndarray, target: int) -> int:
 
 def cosine(items: np.ndarray, model: Recommender) -> float:
     """Mean cosine of each two items."""
-    directions = model.directions(items)
+    directions = model.directions(items, model.live)
     return float((directions @ directions.T)[np.triu_indices(len(items), 1)].mean())
 
 
@@ -164,10 +164,10 @@ def table(name: str, arrays: dict[str, np.ndarray]) -> list[str]:
     resamples = resample(arrays["users"])
     plain = ndcg(arrays[f"{name_of(CANDIDATES, 0.0)}|ranks"], K)
     places = arrays["place"]
-    within = ", ".join(f"{np.mean(places <= count):.2f} among the first {count}" for count in (50, 200, 1_000))
+    within = ", ".join(f"{100 * np.mean(places <= count):.0f} % ({count})" for count in (50, 200, 1_000))
     lines = [
         f"\n## {name}\n",
-        f"{len(places)} users, {int(arrays['items'])} items. Of the targets are {within}.\n",
+        f"{len(places)} users, {int(arrays['items'])} items. Targets that are among the first candidates: {within}.\n",
         "| candidates | diversity | NDCG@10 | less without | cosine | tags in common | coverage | ms |",
         "|---|---|---|---|---|---|---|---|",
     ]

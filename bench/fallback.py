@@ -8,7 +8,8 @@ are the first events of the users who begin after that: what would a server have
 whom it knows nothing? Popularity ranks by the events of the training data. Recent popularity ranks by the events of all
 users before the case, each with a weight that halves in so many days, and by so many more events (the prior), which are
 shared among the items as those of the training data are. A server has the half-life and the prior that are marked. All
-items are ranked, ties count against the target, and the intervals are 95 % bootstrap intervals over the users.
+events count, whatever their rating is, as they do in a server. All items are ranked, and ties count against the target.
+Intervals are 95 % bootstrap intervals over the users; differences from popularity are paired by user.
 """
 
 from pathlib import Path
@@ -21,7 +22,7 @@ from bench.quality import RATING_SCALES
 from jaxrec.config import PrepareConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
-from jaxrec.evaluation.bootstrap import bootstrap, resample
+from jaxrec.evaluation.bootstrap import Estimate, bootstrap, resample
 from jaxrec.evaluation.metrics import ndcg
 from serve.model.popular import PRIOR_EVENTS, WEEK
 from serve.model.trend import COUNTED_S
@@ -31,6 +32,7 @@ DAY_S, TRAINING, K = 86_400, 0.8, 10
 DAYS, PRIORS = (1, 3, 7, 30), (100, 1_000, 10_000)
 Way = tuple[int, int]
 POPULARITY: Way = (0, 0)
+HEAD = ("| half-life, days | prior, events | NDCG@10 | more than popularity |", "|---|---|---|---|")
 
 
 @click.command()
@@ -80,14 +82,20 @@ def table(name: str, found: dict[Way, np.ndarray]) -> list[str]:
     """The table of one log."""
     cases = len(found[POPULARITY])
     resamples = resample(np.arange(cases))
-    lines = [f"\n## {name}\n", f"{cases} users.\n", "| half-life, days | prior, events | NDCG@10 |", "|---|---|---|"]
+    lines = [f"\n## {name}\n", f"{cases} users.\n", *HEAD]
+    popularity = ndcg(found[POPULARITY], K)
     for (days, prior), of_way in found.items():
-        estimate = bootstrap(ndcg(of_way, K), resamples)
-        figure = f"{estimate.mean:.4f} ({estimate.low:.4f} to {estimate.high:.4f})"
+        own_ndcg = ndcg(of_way, K)
+        figure = _interval(bootstrap(own_ndcg, resamples), ".4f")
+        more = _interval(bootstrap(own_ndcg - popularity, resamples), "+.4f") if days else ""
         own = (days * DAY_S, prior) == (COUNTED_S[WEEK], PRIOR_EVENTS)
         cells = [f"{days}", f"{prior:,}"] if days else ["popularity", ""]
-        lines.append(f"| {' | '.join(cells)} | {f'**{figure}**' if own else figure} |")
+        lines.append(f"| {' | '.join(cells)} | {f'**{figure}**' if own else figure} | {more} |")
     return lines
+
+
+def _interval(estimate: Estimate, form: str) -> str:
+    return f"{estimate.mean:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"
 
 
 if __name__ == "__main__":

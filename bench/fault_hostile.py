@@ -1,11 +1,12 @@
 """Sends malformed and hostile requests to a server, with good ones among them, and looks whether anything breaks.
 
-    python bench/fault_hostile.py MODEL --requests 200000
+    python -m bench.fault_hostile MODEL --requests 200000
 
 Every RPC of the server gets random bytes, mutilated messages, messages with hostile values in every field (by its
 type: NaN, infinities, negative and huge numbers, empty and overlong and strange texts, overlong lists), wire data that
 lies about its lengths, messages beyond the size limit, odd and repeated metadata, impossible deadlines and
-cancellations, and there are calls of methods that do not exist. With `--http` the messages are JSON, and JSON and HTTP
+cancellations, and there are calls of methods that do not exist. One call in twelve has rules that are mostly good, or
+asks what is popular now. With `--http` the messages are JSON, and JSON and HTTP
 are mutilated too: texts that break off, that are nested too deep, or that have numbers of thousands of digits or a name
 twice; odd headers, paths and verbs; bodies shorter than they say; connections that break off. Each request must
 end with an error status that blames the request, or with a valid answer: never INTERNAL, UNKNOWN or UNAVAILABLE. Every
@@ -44,8 +45,13 @@ from serve.pb import model_admin_pb2, open_inference_pb2, recommender_pb2
 from serve.pb.recommender_pb2 import (
     BatchRecommendRequest,
     BatchRecommendResponse,
+    Boost,
+    Pin,
     RecommendRequest,
     RecommendResponse,
+    Rules,
+    TrendingRequest,
+    TrendingResponse,
 )
 from tests.serve.process import running_server
 
@@ -56,6 +62,7 @@ DEADLINE_S = 60.0
 GOOD_USER = "hostile-test-good-user"
 RECOMMEND = "/jaxrec.v1.Recommender/Recommend"
 BATCH_RECOMMEND = "/jaxrec.v1.Recommender/BatchRecommend"
+TRENDING = "/jaxrec.v1.Recommender/Trending"
 SERVICES = (
     recommender_pb2.DESCRIPTOR.services_by_name["Recommender"],
     recommender_pb2.DESCRIPTOR.services_by_name["Recommender"],  # twice: it is what clients meet
@@ -187,8 +194,9 @@ class Outcome:
 class Attacker:
     """Makes hostile calls; the same seed makes the same."""
 
-    def __init__(self, item_ids: Sequence[str], seed: int) -> None:
+    def __init__(self, item_ids: Sequence[str], tags: Sequence[str], seed: int) -> None:
         self._random = random.Random(seed)
+        self._tags = tags
         # Few, since they are users' names too, and the server may remember ten thousand users.
         self._item_ids = self._random.sample(list(item_ids), min(200, len(item_ids)))
 
@@ -198,6 +206,8 @@ class Attacker:
         method = chance.choice(service.methods)
         name = f"/{service.full_name}/{method.name}"
         kind = chance.random()
+        if chance.random() < 1 / 12:
+            return self._with_rules()
         message = self._message(_class_of(method.input_type.full_name)).SerializeToString()
         if kind < 0.15:
             return Attack(name, chance.randbytes(chance.choice([0, 1, 5, 50, 500])))
@@ -214,6 +224,38 @@ class Attacker:
             chance.choice([1e-6, 1e-3]) if 0.55 < kind < 0.57 else DEADLINE_S,
             cancelled=0.57 < kind < 0.59,
         )
+
+    def _with_rules(self) -> Attack:
+        """Rules that are mostly good, of a request or of a batch, and what is popular now."""
+        chance = self._random
+
+        def subject() -> dict[str, Any]:
+            return chance.choice([{"tag": chance.choice(self._tags)}, {"item_id": chance.choice(self._item_ids)}])
+
+        def single() -> RecommendRequest:
+            k = chance.choice([1, 3, 10, 200])
+            factors = chance.choices([0.01, 2, 100], k=chance.choice([0, 2, 12]))
+            rules = Rules(
+                boosts=[Boost(**subject(), factor=factor) for factor in factors],
+                diversity=chance.choice([0, 0.3, 1, *FLOATS]),
+                max_per_tag=chance.choice([0, 1, 3]),
+                pins=[Pin(**subject(), position=chance.randint(1, k)) for _ in range(chance.choice([0, 1, 3]))],
+            )
+            history = [Event(item_id=chance.choice(self._item_ids), timestamp=at) for at in range(1, 6)]
+            return recommend_request(history=history, k=k, rules=rules)
+
+        kind = chance.random()
+        if kind < 0.2:
+            asked = TrendingRequest(
+                k=chance.choice([0, 5, 1000, 1001]),
+                window=chance.choice([0, 1, 5, 6]),  # type: ignore[arg-type]
+                exclude_item_ids=chance.sample(self._item_ids, 5),
+            )
+            return Attack(TRENDING, asked.SerializeToString())
+        if kind < 0.4:
+            batch = BatchRecommendRequest(requests=[single() for _ in range(chance.choice([1, 5, 60]))])
+            return Attack(BATCH_RECOMMEND, batch.SerializeToString())
+        return Attack(RECOMMEND, single().SerializeToString())
 
     def http_attack(self) -> HttpAttack:
         chance = self._random
@@ -353,7 +395,13 @@ def good_requests(item_ids: Sequence[str]) -> list[RecommendRequest]:
         for length in (1, 2, 5, 20, 45)
     ]
     requests = [recommend_request(history=history, k=5, request_time=10**6) for history in histories]
-    return [*requests, recommend_request(user_id=GOOD_USER, k=5)]
+    # No diversity: items that hostile calls store may be more unlike the others than those of the model.
+    rules = Rules(pins=[Pin(item_id=item_ids[-1], position=2)])
+    return [
+        *requests,
+        recommend_request(user_id=GOOD_USER, k=5),
+        recommend_request(history=histories[2], k=5, request_time=10**6, rules=rules),
+    ]
 
 
 def is_answer(request: bytes, answer: bytes, item_ids: frozenset[str]) -> bool:
@@ -367,6 +415,26 @@ def is_answer(request: bytes, answer: bytes, item_ids: frozenset[str]) -> bool:
         and not {event.item_id for event in asked.history.events} & set(ids)
         and all(math.isfinite(one.score) for one in got.recommendations)
         and bool(got.recommendation_id and got.model_version and got.policy)
+        and _keeps_rules(asked.rules, got)
+    )
+
+
+def _keeps_rules(rules: Rules, got: RecommendResponse) -> bool:
+    """Whether no tag comes more often than it may, as far as the answer has tags."""
+    counts = Counter(tag for one in got.recommendations for tag in one.genres)
+    return not rules.max_per_tag or max(counts.values(), default=0) <= rules.max_per_tag
+
+
+def is_trending(request: bytes, answer: bytes) -> bool:
+    """Whether an answer of Trending is one that a client can use."""
+    asked, got = TrendingRequest.FromString(request), TrendingResponse.FromString(answer)
+    ids, counts = [one.item_id for one in got.items], [one.count for one in got.items]
+    return (
+        len(ids) <= (asked.k or 10)
+        and len(set(ids)) == len(ids)
+        and not set(asked.exclude_item_ids) & set(ids)
+        and all(math.isfinite(count) and count >= 0 for count in counts)
+        and counts == sorted(counts, reverse=True)
     )
 
 
@@ -422,7 +490,10 @@ def attack_server(
             for at in range(1, 11)
         )
         expected = [one for one in client.batch_recommend(good) if isinstance(one, RecommendResponse)]
-    return asyncio.run(_attack(address, process_id, frozenset(item_ids), requests, seed, good, expected, progress))
+        tags = list(client.get_model_info().genres)
+    attacker = Attacker(sorted(item_ids), tags, seed)
+    known = frozenset([*item_ids, *STORED_ITEM_IDS])
+    return asyncio.run(_attack(address, process_id, known, requests, attacker, good, expected, progress))
 
 
 async def _attack(
@@ -430,12 +501,12 @@ async def _attack(
     process_id: int,
     item_ids: frozenset[str],
     requests: int,
-    seed: int,
+    attacker: Attacker,
     good: Sequence[RecommendRequest],
     expected: Sequence[RecommendResponse],
     progress: Callable[[str], None],
 ) -> Outcome:
-    attacker, outcome = Attacker(sorted(item_ids), seed), Outcome()
+    outcome = Outcome()
     outcome.memory_mb.append(resident_mb(process_id))
     sent = 0
 
@@ -456,6 +527,8 @@ async def _attack(
             return
         outcome.statuses["OK"] += 1
         if one.method == RECOMMEND and not is_answer(one.message, answer, item_ids):
+            outcome.broken.append(f"no valid answer to {one}")
+        if one.method == TRENDING and not is_trending(one.message, answer):
             outcome.broken.append(f"no valid answer to {one}")
         if one.method == BATCH_RECOMMEND and not are_answers(one.message, answer, item_ids):
             outcome.broken.append(f"no valid answers to {one}")

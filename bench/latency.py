@@ -42,7 +42,7 @@ from bench.publish import here, spread
 from bench.workload import HISTORIES, Feed, Workload, step_feed, workload
 from serve.client import Event, RecommenderClient, UserEvent
 from serve.pb import open_inference_pb2 as v2
-from serve.pb.recommender_pb2 import History, RecommendRequest, RecommendResponse
+from serve.pb.recommender_pb2 import Boost, History, Pin, RecommendRequest, RecommendResponse, Rules
 from tests.ports import reserved_port
 from tests.serve.process import running_server
 
@@ -106,6 +106,24 @@ def recommend_check(expected: Sequence[Sequence[str]]) -> Callable[[int, bytes],
     def check(number: int, response: bytes) -> None:
         answer = RecommendResponse.FromString(response)
         must("Recommend", [one.item_id for one in answer.recommendations], expected[number])
+
+    return check
+
+
+def ruled(work: Workload) -> dict[str, Rules]:
+    """Rules that need one ranking of the model, and some that need three."""
+    tag = next(asked.any_tags[0] for asked, _ in work.filters.values() if asked.any_tags)
+    pins = [Pin(tag=tag, position=1), Pin(item_id=work.ids[-1], position=2)]
+    return {"diversity": Rules(diversity=0.2), "pins": Rules(pins=pins, boosts=[Boost(tag=tag, factor=2)])}
+
+
+def ruled_check(name: str, k: int) -> Callable[[int, bytes], None]:
+    """Each item once, as many as are asked for, and not all of them by score alone."""
+
+    def check(number: int, response: bytes) -> None:
+        found = RecommendResponse.FromString(response).recommendations
+        if len({one.item_id for one in found}) != k or not any(one.applied for one in found):
+            raise click.ClickException(f"{name}: expected {k} items by rules, came {[one.item_id for one in found]}")
 
     return check
 
@@ -238,6 +256,10 @@ def start_all(
         way = f"stored user, {name}"
         ways[way] = [RecommendRequest(user_id=str(user), filter=asked_filter, **asked) for user in range(HISTORIES)]
         checks[way] = recommend_check(expected)
+    for name, rules in ruled(work).items():
+        way = f"stored user, {name}"
+        ways[way] = [RecommendRequest(user_id=str(user), rules=rules, **asked) for user in range(HISTORIES)]
+        checks[way] = ruled_check(name, work.k)
     for name, requests in ways.items():
         messages = [request.SerializeToString() for request in requests]
         port = int(ours.address.rpartition(":")[2])

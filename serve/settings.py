@@ -152,7 +152,7 @@ class Settings:
         str | None,
         "FUNCTION",
         "Python function that orders the model's candidates before they are answered, as MODULE:FUNCTION or the name of"
-        " an entry point of the group jaxrec.rerankers. With it, answers are not drawn (--explore).",
+        " an entry point of the group jaxrec.rerankers. Not with --explore, which draws answers.",
     ] = None
     reranker_timeout_s: Annotated[
         float, "SECONDS", "How long the re-ranker may take; after that, the model's order is answered."
@@ -193,6 +193,10 @@ class Settings:
             raise SettingsError("expected http_origins only with http")
         if self.tokens is not None and self.tokens_file is not None:
             raise SettingsError("expected tokens or tokens_file, and not both")
+        if self.reranker is not None and self.explore:
+            raise SettingsError("expected explore or reranker, and not both: what a re-ranker orders is not drawn")
+        if self.reranker is not None and not self.reranker_timeout_s:
+            raise SettingsError("reranker_timeout_s: expected a number above 0, came 0: every call would be late")
 
 
 def _setting(hint: Any) -> Setting:

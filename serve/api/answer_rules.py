@@ -74,6 +74,18 @@ def decode_rules(
     return None if rules == Rules() else rules
 
 
+def row_count(rules: pb.Rules) -> int:
+    """How many rankings of the model the rules of a request need: of all items, of those that are named to be pinned or
+    boosted up, and of those of each tag that is.
+
+    >>> row_count(pb.Rules(pins=[pb.Pin(tag="a"), pb.Pin(tag="b"), pb.Pin(item_id="1"), pb.Pin(item_id="2")]))
+    4
+    """
+    subjects: list[pb.Boost | pb.Pin] = [*rules.pins, *(one for one in rules.boosts if one.factor > 1)]
+    tags = {one.tag for one in subjects if one.WhichOneof("subject") == "tag"}
+    return 1 + len(tags) + any(one.WhichOneof("subject") == "item_id" for one in subjects)
+
+
 def _subject(field: str, message: pb.Boost | pb.Pin, model: Recommender, live: LiveCatalog) -> Subject:
     kind = message.WhichOneof("subject")
     if kind is None:

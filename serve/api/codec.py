@@ -5,7 +5,7 @@ import struct
 import time
 from typing import Any
 
-from serve.api.answer_rules import APPLIED, Answerable, decode_rules
+from serve.api.answer_rules import APPLIED, Answerable, decode_rules, row_count
 from serve.api.errors import InvalidRequest, Violations
 from serve.api.event_types import EventTypes
 from serve.api.filters import decode_filter, decode_seen, own_seen
@@ -119,9 +119,14 @@ def check_view(view: int) -> None:
         raise InvalidRequest("view", f"one of {', '.join(pb.View.keys())}", view)
 
 
-def check_batch(request: pb.BatchRecommendRequest) -> None:
+def check_batch(request: pb.BatchRecommendRequest, *, is_reranked: bool = False) -> None:
     """Raises InvalidRequest for a batch that is too large as a whole. What breaks a rule by itself fails alone, and is
-    not counted."""
+    not counted.
+
+    Args:
+        request: The batch.
+        is_reranked: Whether the server's own re-ranker orders the answers.
+    """
     check_length("requests", request.requests, MAX_BATCH)
     found = Violations()
     valid = [(single.k or DEFAULT_K, single) for single in request.requests if 0 <= single.k <= MAX_K]
@@ -131,9 +136,9 @@ def check_batch(request: pb.BatchRecommendRequest) -> None:
     detailed = sum(k for k, single in valid if single.view == pb.VIEW_FULL)
     if detailed > MAX_BATCH_METADATA:
         found.add("requests", f"at most {MAX_BATCH_METADATA} items (k) with VIEW_FULL in all", detailed)
-    ruled = sum(k for k, single in valid if single.HasField("rules"))
+    ruled = sum(max(k, row_count(single.rules)) for k, single in valid if is_reranked or single.HasField("rules"))
     if ruled > MAX_BATCH_RULED:
-        found.add("requests", f"at most {MAX_BATCH_RULED} items (k) with rules in all", ruled)
+        found.add("requests", f"at most {MAX_BATCH_RULED} items (k), or rankings, with rules in all", ruled)
     counts = [len(single.history.events) for single in request.requests]
     events = sum(count for count in counts if count <= MAX_HISTORY_EVENTS)
     if events > MAX_BATCH_EVENTS:

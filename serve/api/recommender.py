@@ -88,7 +88,7 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         return response
 
     def BatchRecommend(self, request: pb.BatchRecommendRequest, context: Context) -> pb.BatchRecommendResponse:
-        check_batch(request)
+        check_batch(request, is_reranked=self._models.version("").has_reranker)
         results: dict[int, pb.RecommendResult] = {}
         asked: dict[int, tuple[LoadedModel, Query]] = {}
         names: dict[str, int] = {}

@@ -41,7 +41,8 @@ MAX_ITEM_BYTES = 4_096
 MAX_BATCH_METADATA = 1_000
 """Items of a batch that come with their metadata: as many as one answer has."""
 MAX_BATCH_RULED = 1_000
-"""Items of a batch that come by rules: as many as one answer has. To choose so many takes some tenths of a second."""
+"""Items of a batch that come by rules, or by an own re-ranker: as many as one answer has. To choose so many takes some
+tenths of a second. A request that has more rankings than items counts by these."""
 MAX_ANSWER_BYTES = 4 * 2**20
 """More is not taken by clients by default."""
 MAX_AVAILABILITY_TIME = 253_402_300_799

@@ -7,7 +7,7 @@ from serve.api.codec import check_view
 from serve.api.errors import Violations
 from serve.api.filters import decode_filter
 from serve.api.rules import DEFAULT_K, checked_count
-from serve.model.popular import Allowed, trending
+from serve.model.popular import trending
 from serve.model.recommender import Recommender
 from serve.model.trend import COUNTED_S
 from serve.pb import recommender_pb2 as pb
@@ -30,8 +30,8 @@ def answer_trending(request: pb.TrendingRequest, model: Recommender) -> pb.Trend
     Raises:
         InvalidRequest: A field of the request breaks a rule.
     """
-    # One of each: they are replaced as a whole.
-    now, live, found = model.popular_now, model.live, Violations()
+    # One of them: it is replaced as a whole.
+    live, found = model.live, Violations()
     k = found.check(checked_count, "k", request.k) or DEFAULT_K
     half_life = WINDOWS.get(request.window, 0)
     if request.window not in WINDOWS:
@@ -39,21 +39,21 @@ def answer_trending(request: pb.TrendingRequest, model: Recommender) -> pb.Trend
     item_filter = found.check(decode_filter, request, model, live)
     found.check(check_view, request.view)
     found.raise_any()
-    allowed = Allowed(item_filter, frozenset(request.filter.allow_item_ids), frozenset(request.exclude_item_ids))
     texts, metadata = request.view != pb.VIEW_IDS, request.view == pb.VIEW_FULL
-    best = trending(now, live, model.stored_items, half_life, k, allowed, int(time.time()))
+    popular, catalog = model.popular_in(live), live.catalog
+    best = trending(popular, half_life, k, item_filter, request.exclude_item_ids, int(time.time()))
     return pb.TrendingResponse(
         items=[
             pb.TrendingItem(
-                item_id=one.item.item_id,
-                title=one.item.title if texts else "",
-                genres=one.item.tags if texts else (),
+                item_id=catalog.item_ids[one.item],
+                title=catalog.titles[one.item] if texts else "",
+                genres=catalog.genres[one.item] if texts else (),
                 count=one.events,
-                known=one.known,
-                metadata=one.item.metadata if metadata else None,
+                known=live.added is None or one.item < live.added.first,
+                metadata=live.metadata.get(one.item) if metadata else None,
             )
             for one in best
         ],
-        counted_time=now.counted.time,
+        counted_time=popular.now.counted.time,
         model_version=model.info.model_version,
     )

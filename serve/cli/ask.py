@@ -12,8 +12,6 @@ from serve.client import AppliedRule, Boost, Event, ItemFilter, Pin, Recommender
 from serve.pb.recommender_pb2 import RecommendResponse
 
 DAY_S = 86_400
-
-
 WINDOWS = {
     "hour": TrendWindow.TREND_WINDOW_HOUR,
     "six-hours": TrendWindow.TREND_WINDOW_SIX_HOURS,

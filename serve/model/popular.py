@@ -1,7 +1,8 @@
 """What is popular now, by the decayed counts of all users' events: for users without a history, and for Trending."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from serve.model.catalog import Catalog
 from serve.model.filters import ItemFilter
-from serve.model.live_catalog import Item, LiveCatalog, Withheld
+from serve.model.live_catalog import LiveCatalog, Withheld
 from serve.model.trend import COUNTED_S, Counted
 
 POPULARITY = "popularity"
@@ -27,7 +28,7 @@ WEEK, LONGEST = COUNTED_S.index(604_800), COUNTED_S.index(7_776_000)
 
 
 class OtherCounts(NamedTuple):
-    """Counts of items that a model does not know."""
+    """Counts of the added items of a model, those that have one."""
 
     item_ids: Sequence[str] = ()
     counts: NDArray[np.float64] = np.zeros((0, len(COUNTED_S)))
@@ -37,7 +38,7 @@ class OtherCounts(NamedTuple):
 NO_OTHERS = OtherCounts()
 
 
-def with_hour(counts: NDArray[np.float32]) -> NDArray[np.float32]:
+def with_no_hour(counts: NDArray[np.float32]) -> NDArray[np.float32]:
     """The counts of a model's export as those of a store: of the last hour, an export says nothing.
 
     Args:
@@ -58,7 +59,7 @@ class PopularNow:
     counted: Counted
     """The events in the counts."""
     others: OtherCounts
-    """Of items that the model does not know, at the same time."""
+    """Of added items, at the same time."""
     policy: str
     """`RECENT_POPULARITY`; or `POPULARITY`, if the counts are less than one event together."""
     items: NDArray[np.int32]
@@ -76,7 +77,7 @@ class PopularNow:
             catalog: Of the model directory.
             counts: `[half-lives, items+1]`.
             counted: The events in them.
-            others: Those of other items.
+            others: Those of added items.
         """
         items, training = catalog.by_popularity, catalog.popularity.astype(np.float64)
         recent = counts[WEEK].astype(np.float64)
@@ -88,8 +89,9 @@ class PopularNow:
         return cls(counts, counted, others, RECENT_POPULARITY, items, scores.astype(np.float32))
 
 
-class PopularItems(NamedTuple):
-    """What is popular now among the items of a catalogue, added ones too."""
+@dataclass(frozen=True, eq=False)
+class PopularItems:
+    """What is popular now among the items of a catalogue, added ones too. It is replaced as a whole."""
 
     live: LiveCatalog
     now: PopularNow
@@ -99,6 +101,8 @@ class PopularItems(NamedTuple):
     """`[items+1]`, as `PopularNow.scores`; an added item has its recent events."""
     recent: NDArray[np.float32] | None
     """`[items+1]`, the counts of 7 days; None: the policy does not rank by them."""
+    of_added: NDArray[np.float32]
+    """`[half-lives, added items]`, their counts."""
 
     @classmethod
     def of(cls, now: PopularNow, live: LiveCatalog) -> Self:
@@ -106,119 +110,78 @@ class PopularItems(NamedTuple):
         is_recent = now.policy == RECENT_POPULARITY
         recent = now.counts[WEEK] if is_recent else None
         if live.added is None:
-            return cls(live, now, now.items, now.scores, recent)
-        weeks = dict(zip(now.others.item_ids, now.others.counts[:, WEEK].tolist(), strict=True)) if is_recent else {}
-        of_added = np.array([weeks.get(item_id, 0.0) for item_id in live.added.ids], np.float32)
-        scores = np.concatenate([now.scores, of_added])
+            return cls(live, now, now.items, now.scores, recent, np.zeros((len(COUNTED_S), 0), np.float32))
+        place_of = {item_id: at for at, item_id in enumerate(now.others.item_ids)}
+        # The last row is of items without a count.
+        rows = [place_of.get(item_id, len(place_of)) for item_id in live.added.ids]
+        of_added = np.concatenate([now.others.counts, np.zeros((1, len(COUNTED_S)))])[rows].T.astype(np.float32)
+        weeks = of_added[WEEK] if is_recent else np.zeros_like(of_added[WEEK])
+        scores = np.concatenate([now.scores, weeks])
         first = live.added.first
-        items = np.concatenate([now.items, np.arange(first, first + len(of_added), dtype=np.int32)])
+        items = np.concatenate([now.items, np.arange(first, first + len(weeks), dtype=np.int32)])
         items = items[np.argsort(-scores[items], kind="stable")]
-        return cls(live, now, items, scores, None if recent is None else np.concatenate([recent, of_added]))
+        return cls(live, now, items, scores, None if recent is None else np.concatenate([recent, weeks]), of_added)
+
+    def counts(self, half_life: int) -> NDArray[np.float32]:
+        """`[items+1]`, by a place in COUNTED_S."""
+        own, added = self.now.counts[half_life], self.of_added[half_life]
+        return np.concatenate([own, added]) if len(added) else own
+
+    @cached_property
+    def by_longest(self) -> NDArray[np.int32]:
+        """`[items]`, by the count of the longest half-life, then by the events of the training data."""
+        longest, items = self.counts(LONGEST), self.live.catalog.by_popularity
+        has_count = longest[items] > 0
+        counted = items[has_count]
+        # Stable, so that ties are in the order of the training data.
+        return np.concatenate([counted[np.argsort(-longest[counted], kind="stable")], items[~has_count]])
 
 
 class TrendingItem(NamedTuple):
     """An item that is popular now."""
 
-    item: Item
+    item: int
+    """Its index."""
     events: float
-    """How many there are now, decayed."""
-    known: bool
-    """Whether the model knows it."""
-
-
-class Allowed(NamedTuple):
-    """Which items may be answered."""
-
-    filter: ItemFilter | None
-    item_ids: Collection[str]
-    """The allow-list of `filter`, also with ids that the model does not know. Empty: every item."""
-    excluded: Collection[str]
+    """How many events there are now, decayed."""
 
 
 def trending(
-    now: PopularNow,
-    live: LiveCatalog,
-    stored: Mapping[str, Item],
-    half_life: int,
-    k: int,
-    allowed: Allowed,
-    time: int,
+    popular: PopularItems, half_life: int, k: int, item_filter: ItemFilter | None, excluded: Iterable[str], time: int
 ) -> list[TrendingItem]:
-    """The items with the highest counts.
+    """The items with the highest counts; added ones only if they have a count.
 
     Args:
-        now: What is popular now.
-        live: The model's catalogue.
-        stored: The items of the store by their ids, also those that the model does not know.
+        popular: What is popular now.
         half_life: A place in COUNTED_S.
         k: Most items.
-        allowed: Which items may be answered.
+        item_filter: Which items may be answered; None: every item.
+        excluded: Ids that are not answered.
         time: In seconds, for which items have to be available.
 
     Returns:
         Highest count first; equal counts by the longest half-life, then by the events of the training data.
     """
-    known = _known(now, live, half_life, k, allowed, live.withheld(time))
-    others = _others(now.others, stored, half_life, k, allowed, time)
-    least = -np.inf if allowed.filter is None else allowed.filter.minimum_score
-    found = sorted([*known, *others], key=lambda one: one[0], reverse=True)
-    return [item for _, item in found if least is None or item.events >= least][:k]
-
-
-Rank = tuple[float, float, int]
-
-
-def _known(
-    now: PopularNow, live: LiveCatalog, half_life: int, k: int, allowed: Allowed, withheld: Withheld | None
-) -> list[tuple[Rank, TrendingItem]]:
-    catalog, index = live.catalog, live.catalog.index
-    # Of the model's own items: the counts of the added ones are among the others.
-    own = now.counts.shape[1]
-    is_allowed = np.ones(own, np.bool_)
-    blocked = live.filters.blocked(allowed.filter)
-    if blocked is not None:
-        is_allowed = ~blocked[:own]
-    if withheld is not None:
-        is_allowed &= ~withheld.mask[:own]
-    excluded = (index.get(item_id, 0) for item_id in allowed.excluded)
-    is_allowed[[0, *(item for item in excluded if item < own)]] = False
-    items = np.flatnonzero(is_allowed)
-    counts, longest = now.counts[half_life], now.counts[LONGEST]
+    live, counts = popular.live, popular.counts(half_life)
+    is_allowed = np.ones(len(counts), np.bool_)
+    for blocked in (live.filters.blocked(item_filter), live.withheld(time)):
+        if blocked is not None:
+            is_allowed &= ~(blocked.mask if isinstance(blocked, Withheld) else blocked)
+    is_allowed[live.indices(excluded)] = False
+    if live.added is not None:
+        is_allowed[live.added.first :] &= counts[live.added.first :] > 0
+    least = None if item_filter is None else item_filter.minimum_score
+    if least is not None:
+        is_allowed &= counts >= least
+    items = popular.by_longest
+    items = items[is_allowed[items]]
     if len(items) > k:
-        # Only what is among the first k by the count alone, with its ties, has to be sorted.
-        least = np.partition(counts[items], len(items) - k)[len(items) - k]
-        items = items[counts[items] >= least]
-    items = items[np.lexsort((-catalog.popularity[items], -longest[items], -counts[items]))][:k]
-    return [
-        (
-            (float(counts[at]), float(longest[at]), int(catalog.popularity[at])),
-            TrendingItem(
-                Item(catalog.item_ids[at], catalog.titles[at], catalog.genres[at], metadata=live.metadata.get(at, {})),
-                float(counts[at]),
-                True,
-            ),
-        )
-        for at in items.tolist()
-    ]
-
-
-def _others(
-    others: OtherCounts, stored: Mapping[str, Item], half_life: int, k: int, allowed: Allowed, time: int
-) -> list[tuple[Rank, TrendingItem]]:
-    found: list[tuple[Rank, TrendingItem]] = []
-    counts, longest = others.counts[:, half_life], others.counts[:, LONGEST]
-    for at in np.lexsort((-longest, -counts)).tolist():
-        item = stored.get(others.item_ids[at])
-        if len(found) == k:
-            break
-        if item is not None and item.is_available(time) and _allows(allowed, item):
-            count = float(counts[at])
-            found.append(((count, float(longest[at]), 0), TrendingItem(item, count, False)))
-    return found
-
-
-def _allows(allowed: Allowed, item: Item) -> bool:
-    """Whether an item that the model does not know may be answered."""
-    if item.item_id in allowed.excluded or (allowed.item_ids and item.item_id not in allowed.item_ids):
-        return False
-    return allowed.filter is None or allowed.filter.allows_tags(item.tags)
+        # Only what is above the k-th count has to be sorted. What is equal to it is in its order already, and without
+        # events that may be the whole catalogue.
+        of_items = counts[items]
+        positive = of_items[of_items > 0]
+        last = np.partition(positive, len(positive) - k)[len(positive) - k] if len(positive) >= k else 0
+        above = items[of_items > last]
+        items = np.concatenate([above, items[of_items == last][: k - len(above)]])
+    items = items[np.argsort(-counts[items], kind="stable")]
+    return [TrendingItem(*one) for one in zip(items.tolist(), counts[items].tolist(), strict=True)]

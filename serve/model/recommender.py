@@ -27,8 +27,8 @@ from serve.model.events import (
 from serve.model.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
 from serve.model.features import Features, features
 from serve.model.filters import Filters, ItemFilter
-from serve.model.live_catalog import Item, LiveCatalog, Withheld
-from serve.model.popular import NO_OTHERS, OtherCounts, PopularItems, PopularNow, with_hour
+from serve.model.live_catalog import LiveCatalog, Withheld
+from serve.model.popular import NO_OTHERS, OtherCounts, PopularItems, PopularNow, with_no_hour
 from serve.model.ranking.engine import Engine, Ranking
 from serve.model.ranking.live_trend import Blocked, Trend
 from serve.model.ranking.search import best_of
@@ -145,12 +145,10 @@ class Recommender:
         """Those of the model directory."""
         self.stored_tags: Container[str] = ()
         """Those of the items of a store, also of items that the model does not know."""
-        self.stored_items: Mapping[str, Item] = {}
-        """The items of the store by their ids, also those that the model does not know."""
         self.engine = Engine(artifact, provider, intra_op_threads, search_by)
         self.provider = self.engine.provider
         now = int(time.time())
-        self.popular_now = PopularNow.of(artifact.catalog, with_hour(artifact.trend.at(now)), Counted(now, None))
+        self.popular_now = PopularNow.of(artifact.catalog, with_no_hour(artifact.trend.at(now)), Counted(now, None))
         """It is replaced as a whole, some time after the trend."""
         new_item_count = int(np.count_nonzero(self.catalog.new))
         self._lacks_new_vectors = artifact.index is not None and new_item_count > 0
@@ -185,15 +183,14 @@ class Recommender:
         Args:
             counts: `[half-lives of stores, items+1]` float32, decayed to now; column 0 is zeros.
             counted: The events in the counts.
-            others: Those of items that the model does not know.
+            others: Those of added items.
 
         Raises:
             ValueError: As `Engine.use_counts`; then what is popular now stays as it was, too.
         """
-        of_models, stored = len(HALF_LIVES_S), self.stored_items
-        rows = [at for at, item_id in enumerate(others.item_ids) if item_id in stored]
-        added, of_added = [others.item_ids[at] for at in rows], others.counts[rows, :of_models].T.astype(np.float32)
-        self.engine.use_counts(counts[:of_models], counted, added, of_added if rows else None)
+        of_models = len(HALF_LIVES_S)
+        of_added = others.counts[:, :of_models].T.astype(np.float32) if others.item_ids else None
+        self.engine.use_counts(counts[:of_models], counted, others.item_ids, of_added)
         self.popular_now = PopularNow.of(self.own_catalog, counts, counted, others)
 
     def popular_in(self, live: LiveCatalog) -> PopularItems:

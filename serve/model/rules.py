@@ -6,7 +6,7 @@ something to choose from: see `candidate_count`.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple, Self
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 CANDIDATES = 200
 """At least so many candidates. Of 3,650 movies the first 200 hold the next one of 64 % of the users, the first 50 of
-41 % (bench/diversity.md); to choose ten of 200 takes some 0.2 ms, and further ones cost NDCG."""
+41 % (bench/diversity.md); to choose ten of 200 takes some 0.2 ms."""
 CANDIDATES_OF_A_PLACE = 4
 """And for each place that is asked for so many: so that there is a choice for the last one too."""
 
@@ -96,6 +96,32 @@ def candidate_count(k: int) -> int:
     return max(CANDIDATES, CANDIDATES_OF_A_PLACE * k)
 
 
+class Scale(NamedTuple):
+    """Of relevance: what pins, boosts and further candidates add does not change it, nor does k."""
+
+    lowest: float
+    """The score of the 200th item by the model, or of the last one if there are fewer."""
+    span: float
+    """To the score of the best item; above 0."""
+
+    @classmethod
+    def of(cls, scores: NDArray[np.float32]) -> Self:
+        """Of the model's ranking.
+
+        Args:
+            scores: `[n]`, not increasing, without boosts.
+        """
+        if not len(scores):
+            return cls(0.0, 1.0)
+        lowest = float(scores[min(CANDIDATES, len(scores)) - 1])
+        return cls(lowest, (float(scores[0]) - lowest) or 1.0)
+
+    def relevance(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
+        """`[n]`: 1 for the best item, below 0 for what is behind the 200th one. Not cut there, since all of these
+        would be alike."""
+        return (scores.astype(np.float64) - self.lowest) / self.span
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidates:
     """Items in the order in which they would be answered."""
@@ -105,19 +131,22 @@ class Candidates:
     scores: NDArray[np.float32]
     """`[n]`, with what boosts change."""
     relevance: NDArray[np.float64]
-    """`[n]`, for diversity: not increasing. That is the score, unless the order is a re-ranker's."""
+    """`[n]`, for diversity: not increasing. That is the score on the scale, unless the order is a re-ranker's."""
+    scale: Scale
     applied: Mapping[int, tuple[Applied, ...]]
     """By item, what changed it; others are missing."""
 
     @classmethod
-    def of(cls, items: NDArray[np.int32], scores: NDArray[np.float32]) -> Self:
-        """As the model has them.
+    def of(cls, items: NDArray[np.int32], scores: NDArray[np.float32], scale: Scale | None = None) -> Self:
+        """By their scores.
 
         Args:
             items: `[n]`, each once.
             scores: `[n]`, not increasing.
+            scale: None: the scores are all those of the model, and the scale is theirs.
         """
-        return cls(items, scores, scores.astype(np.float64), {})
+        scale = scale or Scale.of(scores)
+        return cls(items, scores, scale.relevance(scores), scale, {})
 
     def __len__(self) -> int:
         return len(self.items)
@@ -126,7 +155,7 @@ class Candidates:
         """Those at some places."""
         items = self.items[places]
         applied = {item: self.applied[item] for item in items.tolist() if item in self.applied}
-        return Candidates(items, self.scores[places], self.relevance[places], applied)
+        return Candidates(items, self.scores[places], self.relevance[places], self.scale, applied)
 
 
 def merged(
@@ -178,8 +207,8 @@ def boosted(
     scores = np.where(log_factors == 0, before, changed.astype(np.float32))
     order = np.argsort(-scores, kind="stable")
     moved = candidates.items[log_factors != 0].tolist()
-    found = Candidates.of(candidates.items[order], scores[order])
-    return Candidates(found.items, found.scores, found.relevance, _with(candidates.applied, moved, Applied.BOOST))
+    found = Candidates.of(candidates.items[order], scores[order], candidates.scale)
+    return replace(found, applied=_with(candidates.applied, moved, Applied.BOOST))
 
 
 def reordered(candidates: Candidates, order: Sequence[int]) -> Candidates:
@@ -196,6 +225,7 @@ def reordered(candidates: Candidates, order: Sequence[int]) -> Candidates:
         candidates.scores[places],
         # What is first is most relevant.
         np.sort(candidates.relevance)[::-1],
+        candidates.scale,
         _with(candidates.applied, moved, Applied.RERANKER),
     )
 
@@ -222,7 +252,7 @@ def chosen(candidates: Candidates, k: int, rules: Rules, model: Model, first: in
     Returns:
         Fewer than k items if not so many may be answered, or `max_per_tag` allows no more of them.
     """
-    pinned = _pinned(candidates, rules.pins, model.tags)
+    pinned = _pinned(candidates, rules, model.tags)
     first = len(candidates) if first is None else first
     places = _places(candidates, k, rules, pinned, model, first)
     found = candidates.at(places)
@@ -239,7 +269,7 @@ def chosen(candidates: Candidates, k: int, rules: Rules, model: Model, first: in
     applied = _with(applied, [int(candidates.items[place]) for place in pinned.values()], Applied.PIN)
     answered = found.items.tolist()
     kept = {item: tuple(sorted(applied[item])) for item in answered if item in applied}
-    return Candidates(found.items, found.scores, found.relevance, kept)
+    return replace(found, applied=kept)
 
 
 def _free(places: Sequence[int], pinned: set[int]) -> list[int]:
@@ -258,19 +288,26 @@ def _with(
     return {**applied, **{item: (*applied.get(item, ()), rule) for item in items}}
 
 
-def _pinned(candidates: Candidates, pins: Sequence[Pin], tags: Sequence[Sequence[str]]) -> dict[int, int]:
+def _pinned(candidates: Candidates, rules: Rules, tags: Sequence[Sequence[str]]) -> dict[int, int]:
     """The candidates' places of pinned items, by position; pins without a candidate are missing."""
-    place_of = {item: place for place, item in enumerate(candidates.items.tolist())}
-    # Items first: the best item with a tag is one that has no place yet.
-    found = {pin.position: place_of[pin.subject.item] for pin in pins if pin.subject.item in place_of}
-    taken = set(found.values())
-    for pin in pins:
+    if not rules.pins:
+        return {}
+    caps, items = _Caps(rules.max_per_tag, candidates.items, tags), candidates.items.tolist()
+    place_of = {item: place for place, item in enumerate(items)}
+    # Items first: the best item with a tag is one that has no place yet, and of whose tags there may be one more.
+    found = {pin.position: place_of[pin.subject.item] for pin in rules.pins if pin.subject.item in place_of}
+    free = np.ones(len(items), np.bool_)
+    for place in found.values():
+        free[place] = False
+        caps.take(place)
+    for pin in rules.pins:
         if pin.subject.item:
             continue
-        for place, item in enumerate(candidates.items.tolist()):
-            if place not in taken and pin.subject.tag in tags[item]:
+        for place in np.flatnonzero(free & caps.allowed).tolist():
+            if pin.subject.tag in tags[items[place]]:
                 found[pin.position] = place
-                taken.add(place)
+                free[place] = False
+                caps.take(place)
                 break
     return dict(sorted(found.items()))
 
@@ -285,8 +322,6 @@ def _places(
     free = np.ones(n, np.bool_)
     free[list(pinned.values())] = False
     relevance = candidates.relevance[:first]
-    span = float(relevance.max() - relevance.min()) if len(relevance) else 0.0
-    relevance = (relevance - relevance.min()) / span if span else np.zeros(len(relevance))
     # Of each candidate, how much it is like one of those that have a place.
     likeness = np.full(first, -np.inf)
     found: list[int] = []

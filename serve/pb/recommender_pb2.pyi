@@ -87,31 +87,43 @@ class _AppliedRuleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AppliedRu
     APPLIED_RULE_UNSPECIFIED: _AppliedRule.ValueType  # 0
     """Not used."""
     APPLIED_RULE_BOOST: _AppliedRule.ValueType  # 1
-    """Its score was boosted."""
+    """Its score was changed by boosts, whether its place is another one or not."""
     APPLIED_RULE_RERANKER: _AppliedRule.ValueType  # 2
-    """The server's own re-ranker moved it."""
+    """The server's own re-ranker gave it another place among the candidates."""
     APPLIED_RULE_DIVERSITY: _AppliedRule.ValueType  # 3
-    """Diversity moved it."""
+    """Of the items that are not pinned it would have another place, or none, without
+    diversity.
+    """
     APPLIED_RULE_MAX_PER_TAG: _AppliedRule.ValueType  # 4
-    """It moved up since others were left out."""
+    """Of the items that are not pinned it would have another place, or none, without
+    `max_per_tag` and diversity: it moved up since others were left out.
+    """
     APPLIED_RULE_PIN: _AppliedRule.ValueType  # 5
-    """It was pinned."""
+    """A pin put it at its place, which may be the one that it had anyway. The items that move
+    down for it are not marked.
+    """
 
 class AppliedRule(_AppliedRule, metaclass=_AppliedRuleEnumTypeWrapper):
-    """What changed the place of an item after the model."""
+    """What was done with an item after the model."""
 
 APPLIED_RULE_UNSPECIFIED: AppliedRule.ValueType  # 0
 """Not used."""
 APPLIED_RULE_BOOST: AppliedRule.ValueType  # 1
-"""Its score was boosted."""
+"""Its score was changed by boosts, whether its place is another one or not."""
 APPLIED_RULE_RERANKER: AppliedRule.ValueType  # 2
-"""The server's own re-ranker moved it."""
+"""The server's own re-ranker gave it another place among the candidates."""
 APPLIED_RULE_DIVERSITY: AppliedRule.ValueType  # 3
-"""Diversity moved it."""
+"""Of the items that are not pinned it would have another place, or none, without
+diversity.
+"""
 APPLIED_RULE_MAX_PER_TAG: AppliedRule.ValueType  # 4
-"""It moved up since others were left out."""
+"""Of the items that are not pinned it would have another place, or none, without
+`max_per_tag` and diversity: it moved up since others were left out.
+"""
 APPLIED_RULE_PIN: AppliedRule.ValueType  # 5
-"""It was pinned."""
+"""A pin put it at its place, which may be the one that it had anyway. The items that move
+down for it are not marked.
+"""
 Global___AppliedRule: _TypeAlias = AppliedRule  # noqa: Y015
 
 class _TrendWindow:
@@ -465,10 +477,12 @@ class Rules(_message.Message):
     PINS_FIELD_NUMBER: _builtins.int
     diversity: _builtins.float
     """The weight of diversity against the score, 0 to 1. Each place is filled with the
-    candidate that has the highest (1 - diversity) * r - diversity * s: r is its score, the
-    lowest one of the candidates being 0 and the highest one 1, and s is the highest cosine
-    of its item vector with one of the items above it, as in SimilarItems. That is maximal
-    marginal relevance (MMR). 0: the order of the scores, to the bit.
+    candidate that has the highest (1 - diversity) * r - diversity * s: r is its score with
+    boosts, on a scale that has 1 at the best item by the model and 0 at the 200th one, or
+    the last one if fewer may be answered, and goes on above and below. Neither `k` nor other
+    rules change the scale. s is the highest cosine of its item vector with one of the items
+    above it, as in SimilarItems. That is maximal marginal relevance (MMR). 0: the order of
+    the scores, to the bit.
     """
     max_per_tag: _builtins.int
     """At most so many items of the answer have the same tag, for every tag. From the first
@@ -552,8 +566,9 @@ class Pin(_message.Message):
     the user or `not_shown_within` leaves it out, the pin is ignored.
     """
     tag: _builtins.str
-    """By the best item with this tag that has no place yet. If there is none, the pin is
-    ignored.
+    """By the best item with this tag that has no place yet, and that `Rules.max_per_tag`
+    lets follow the pinned items and the pinned tags at places before. If there is none,
+    the pin is ignored.
     """
     position: _builtins.int
     """From 1, the first place, to `k`. If fewer items are in the answer, the last ones."""
@@ -680,8 +695,7 @@ class Recommendation(_message.Message):
     """
     score: _builtins.float
     """Higher is better. A logit of the model, with what boosts add to it; with the policies
-    `popularity` and `recent_popularity` a number of events. Comparable within one answer
-    only.
+    `popularity` and `recent_popularity` a number of events. Comparable within one answer only.
     """
     log_propensity: _builtins.float
     """Natural logarithm of the probability with which the policy shows this item next,
@@ -702,8 +716,8 @@ class Recommendation(_message.Message):
 
     @_builtins.property
     def applied(self) -> _containers.RepeatedScalarFieldContainer[Global___AppliedRule.ValueType]:
-        """Which rules (`RecommendRequest.rules`, or the server's own re-ranker) changed its score
-        or its place, in the order in which rules are applied. Empty: none.
+        """What rules (`RecommendRequest.rules`, or the server's own re-ranker) did with it, in the
+        order of the values: see `AppliedRule`. Empty: nothing.
         """
 
     def __init__(
@@ -736,11 +750,11 @@ class BatchRecommendRequest(_message.Message):
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecommendRequest]:
         """Each is answered or fails by itself. Empty: nothing to do. At most 256, with at most
-        10,000 items (`k`), 1,000 items with VIEW_FULL, 1,000 items with rules and 100,000
-        events of histories in all; with more the call fails. A `k` or a history that is too
-        large for Recommend is not counted, since its request fails. The call also fails if the
-        answer is longer than 4 MiB, since titles, tags and explanations are long. A
-        `request_id` comes once for a user.
+        10,000 items (`k`), 1,000 items with VIEW_FULL, 1,000 items with rules
+        (`Limits.max_batch_ruled`) and 100,000 events of histories in all; with more the call
+        fails. A `k` or a history that is too large for Recommend is not counted, since its
+        request fails. The call also fails if the answer is longer than 4 MiB, since titles,
+        tags and explanations are long. A `request_id` comes once for a user.
         """
 
     def __init__(
@@ -2423,7 +2437,11 @@ class Limits(_message.Message):
     max_rule_tags: _builtins.int
     """Different tags in boosts and pins of a request."""
     max_batch_ruled: _builtins.int
-    """Items (`k`) with rules of a BatchRecommend call in all."""
+    """Items (`k`) with rules of a BatchRecommend call in all. A request whose rules need more
+    rankings of the model than it has items counts by these: one of all items, one of the
+    items that are pinned or boosted up, and one for each tag that is. If the server has a
+    re-ranker of its own, all requests count.
+    """
     def __init__(
         self,
         *,

@@ -65,7 +65,7 @@ class CatalogueRefresher(Refresher):
             self._read()
             overlay = self._overlays[model] = Overlay(model.own_live, model.item_rows)
             overlay.apply(self._items.items())
-            model.live, model.stored_tags, model.stored_items = overlay.live(), self._tags, self._items
+            model.live, model.stored_tags = overlay.live(), self._tags
 
     def refresh(self) -> None:
         """Reads what changed, and gives each model in use its catalogue."""

@@ -34,6 +34,8 @@ from serve.stores.base import EventStore
 AT_ONCE = 16
 # Clocks differ, and a request takes time: a request time within so many seconds counts as now.
 RECENT_S = 60.0
+MORE_CANDIDATES = 4
+"""If `max_per_tag` leaves too few candidates, so many times as many are ranked, again and again."""
 
 
 class LoadedModel:
@@ -76,7 +78,8 @@ class LoadedModel:
     ) -> Answer:
         """Answers one query; raises as `Batcher.recommend`."""
         if self._is_ruled(query):
-            return self._ruled(query, deadline_s, is_cancelled)
+            end, needed = None if deadline_s is None else time.monotonic() + deadline_s, self._needed(query)
+            return self._ruled(query, needed[0], self._answered(needed, end, is_cancelled), end, is_cancelled)
         (pending,) = self._others.complete([self._asked(query)], deadline_s, is_cancelled)
         return self.finished(query, pending)
 
@@ -86,15 +89,24 @@ class LoadedModel:
         """Answers several queries of one call; in place of an answer, what the model or the store raised for this
         query. Raises QueueFull, Expired and Cancelled as `Batcher.recommend`."""
         end = None if deadline_s is None else time.monotonic() + deadline_s
-        plain = [query for query in queries if not self._is_ruled(query)]
-        found = iter(self._answered([self._asked(query) for query in plain], end, is_cancelled))
+        asked = [self._needed(query) for query in queries]
+        found = iter(self._answered([one for needed in asked for one in needed], end, is_cancelled))
+        pending = [[next(found) for _ in needed] for needed in asked]
 
-        def answer(query: Query) -> Answer:
+        def answer(query: Query, needed: Sequence[Query], of_query: Sequence[Pending]) -> Answer:
             if self._is_ruled(query):
-                return self._ruled(query, None if end is None else end - time.monotonic(), is_cancelled)
-            return self.finished(query, next(found))
+                return self._ruled(query, needed[0], of_query, end, is_cancelled)
+            return self.finished(query, of_query[0])
 
-        return [_or_error(partial(answer, query)) for query in queries]
+        return [_or_error(partial(answer, *one)) for one in zip(queries, asked, pending, strict=True)]
+
+    def _needed(self, query: Query) -> list[Query]:
+        """What the batches are asked for a query: one, and for rules more."""
+        asked = self._asked(query)
+        if not self._is_ruled(query):
+            return [asked]
+        asked = asked._replace(k=max(asked.k, candidate_count(query.k)))
+        return [asked, *more_queries(asked, query.rules or NO_RULES, query.live or self.model.own_live)]
 
     def _is_ruled(self, query: Query) -> bool:
         """Whether something is done after the model."""
@@ -102,7 +114,7 @@ class LoadedModel:
 
     @property
     def has_reranker(self) -> bool:
-        """Whether the server's own re-ranker orders answers."""
+        """Whether the server has an own re-ranker."""
         return self._reranker is not None
 
     def reranks(self, query: Query) -> bool:
@@ -149,14 +161,26 @@ class LoadedModel:
         self._stored.run()
         self._others.run()
 
-    def _ruled(self, query: Query, deadline_s: float | None, is_cancelled: IsCancelled | None) -> Answer:
-        """The answer to a query with rules, or with an own re-ranker."""
+    def _ruled(
+        self,
+        query: Query,
+        asked: Query,
+        pending: Sequence[Pending],
+        end: float | None,
+        is_cancelled: IsCancelled | None,
+    ) -> Answer:
+        """The answer to a query with rules, or with an own re-ranker.
+
+        Args:
+            query: The query.
+            asked: The first one of `_needed`.
+            pending: What the batches answered to `_needed`.
+            end: When the answer is of no use any more, by `time.monotonic()`.
+            is_cancelled: Whether the client cancelled the call.
+        """
         rules, model = query.rules or NO_RULES, self.model
-        end = None if deadline_s is None else time.monotonic() + deadline_s
         live = query.live or model.own_live
-        asked = self._asked(query)
-        asked = asked._replace(k=max(asked.k, candidate_count(query.k)))
-        pending = self._answered([asked, *more_queries(asked, rules, live)], end, is_cancelled)
+        pending[0].check()
         answer = pending[0].result()
         candidates = candidates_of([one.result() for one in pending], rules, live)
         exploration = None if answer.policy in FALLBACKS else self._exploration(query)
@@ -176,12 +200,15 @@ class LoadedModel:
             found = choose(candidates, query.k, rules, model, live)
             first, best = len(candidates), answer
             # Items without a tag of which there are enough, in their order: as if all items had been candidates. Each
-            # round adds one at least, or finds that there are no more.
+            # round asks for more than the last one, so that a few rounds see the whole catalogue.
             while rules.max_per_tag and len(found) < query.k and len(best.items) == asked.k:
-                left = without_full_tags(asked, rules, found, live)
-                (more,) = self._answered([left], end, is_cancelled)
+                asked = asked._replace(k=MORE_CANDIDATES * asked.k)
+                (more,) = self._answered([without_full_tags(asked, rules, found, live)], end, is_cancelled)
                 best = more.result()
-                candidates = followed_by(candidates, candidates_of([best], rules, live))
+                wider = followed_by(candidates, candidates_of([best], rules, live))
+                if len(wider) == len(candidates):
+                    break
+                candidates = wider
                 found = choose(candidates, query.k, rules, model, live, first)
         answer = replace(answer, items=found.items, scores=found.scores, applied=found.applied)
         return self._explained(query, answer, pending[0])

@@ -14,8 +14,7 @@ import logging
 import pkgutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as Late
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 from serve.model.events import Event
@@ -46,12 +45,13 @@ class Candidate(NamedTuple):
 
 
 class RerankRequest(NamedTuple):
-    """For what the candidates are."""
+    """The request that the candidates may answer."""
 
     user_id: str | None
     """A stored user; None: the history came with the request."""
     history: Sequence[Event]
-    """What came with the request; empty with `user_id`."""
+    """What came with the request. Empty for a stored user, whose events are not read for this; if events came with the
+    user, the whole."""
     k: int
     """How many of the candidates are answered."""
     request_time: int | None
@@ -89,7 +89,7 @@ class Reranker:
         """The places of candidates in the order that is wanted.
 
         Args:
-            request: For what they are.
+            request: The request that they may answer.
             candidates: The best ones first.
             left_s: Seconds until the request's deadline; None: there is none.
 
@@ -100,20 +100,17 @@ class Reranker:
         if not self._free.acquire(blocking=False):
             self._on_result("busy")
             return []
-        result = "ok"
-        try:
-            return self._pool.submit(self._call, request, candidates).result(timeout_s)
-        except Late:
-            result = "late"
-        except Exception:
-            result = "failed"
-            logger.exception("the re-ranker failed, and the order of the model is answered")
-        finally:
-            self._on_result(result)
-        return []
+        call = self._pool.submit(self._call, request, candidates)
+        # Not `result(timeout)`: a function may raise a TimeoutError of its own.
+        if not wait([call], timeout_s).done:
+            self._on_result("late")
+            return []
+        order = call.result()
+        self._on_result("failed" if order is None else "ok")
+        return order or []
 
-    def _call(self, request: RerankRequest, candidates: Sequence[Candidate]) -> list[int]:
-        """Raises what the function raises, and ValueError for what is no order."""
+    def _call(self, request: RerankRequest, candidates: Sequence[Candidate]) -> list[int] | None:
+        """The order; None: the function failed, or what it returned is no order."""
         try:
             place_of = {one.item_id: place for place, one in enumerate(candidates)}
             ids = list(self._function(request, candidates))
@@ -121,6 +118,10 @@ class Reranker:
             if unknown or len(set(ids)) < len(ids):
                 raise ValueError(f"expected ids of candidates, each at most once, came {(unknown or ids)[:3]}")
             return [place_of[item_id] for item_id in ids]
+        # Also SystemExit, with which libraries end programs: it must not end the server.
+        except BaseException:
+            logger.exception("the re-ranker failed, and the order of the model is answered")
+            return None
         finally:
             self._free.release()
 
@@ -144,8 +145,8 @@ def load_reranker(name: str) -> Rerank:
                 expected = f"MODULE:FUNCTION or an entry point of {GROUP} ({known})"
                 raise RerankerError(f"reranker: expected {expected}, came {name!r}")
             found = entry_points[name].load()
-    # A module may raise anything when it is imported.
-    except Exception as error:
+    # A module may raise anything when it is imported, and may end the program, as one without a main guard does.
+    except (Exception, SystemExit) as error:
         if isinstance(error, RerankerError):
             raise
         raise RerankerError(f"reranker: {name!r} cannot be imported: {type(error).__name__}: {error}") from error

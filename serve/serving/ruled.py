@@ -10,7 +10,7 @@ from serve.model.filters import ItemFilter
 from serve.model.live_catalog import LiveCatalog
 from serve.model.popular import FALLBACKS
 from serve.model.recommender import Answer, Query, Recommender
-from serve.model.rules import Candidates, Model, Rules, boosted, chosen, merged
+from serve.model.rules import Candidates, Model, Rules, Scale, boosted, chosen, merged
 from serve.serving.reranker import Candidate, RerankRequest
 
 
@@ -48,7 +48,8 @@ def candidates_of(answers: Sequence[Answer], rules: Rules, live: LiveCatalog) ->
     """
     best, *more = answers
     ranked = merged((best.items, best.scores), [(one.items, one.scores) for one in more])
-    return boosted(Candidates.of(*ranked), rules.boosts, live.filters.of_tag, logits=best.policy not in FALLBACKS)
+    candidates = Candidates.of(*ranked, Scale.of(best.scores))
+    return boosted(candidates, rules.boosts, live.filters.of_tag, logits=best.policy not in FALLBACKS)
 
 
 def without_full_tags(query: Query, rules: Rules, answer: Candidates, live: LiveCatalog) -> Query:
@@ -61,11 +62,12 @@ def without_full_tags(query: Query, rules: Rules, answer: Candidates, live: Live
 
 def followed_by(candidates: Candidates, wider: Candidates) -> Candidates:
     """The candidates, and behind them what is not there yet."""
-    new = ~np.isin(wider.items, candidates.items)
+    new, scale = ~np.isin(wider.items, candidates.items), candidates.scale
     return Candidates(
         np.concatenate([candidates.items, wider.items[new]]),
         np.concatenate([candidates.scores, wider.scores[new]]),
-        np.concatenate([candidates.relevance, wider.relevance[new]]),
+        np.concatenate([candidates.relevance, scale.relevance(wider.scores[new])]),
+        scale,
         {**wider.applied, **candidates.applied},
     )
 

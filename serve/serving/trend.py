@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.model.popular import NO_OTHERS, OtherCounts, with_hour
+from serve.model.popular import NO_OTHERS, OtherCounts, with_no_hour
 from serve.model.recommender import Recommender
 from serve.model.trend import COUNTED_S, Counted, TrendFiles, halved
 from serve.serving.refresher import Refresher
@@ -92,7 +92,7 @@ class TrendRefresher(Refresher):
         """Has a model make its trend of the counts as of now."""
         # Whole seconds, as slates note them: the counts can be computed again.
         now = int(self._clock())
-        counts, others = with_hour(model.engine.exported.at(now)), NO_OTHERS
+        counts, others = with_no_hour(model.engine.exported.at(now)), NO_OTHERS
         if self._arrival is not None:
             counts = np.maximum(counts, self._counters.of(model, now).T.astype(np.float32))
             others = self._counters.others(model, now)
@@ -135,13 +135,14 @@ class _Counters:
         return counts
 
     def others(self, model: Recommender, now: int) -> OtherCounts:
-        """The counts of the items that a model does not know, decayed to `now`."""
-        rows = np.flatnonzero(self._indices(model) == 0)
-        if not len(rows):
+        """The counts of a model's added items, decayed to `now`. Not of all ids that were ever recorded: anyone who may
+        record events makes these more and more."""
+        of_added = {item_id: self._rows[item_id] for item_id in model.live.added_ids if item_id in self._rows}
+        if not of_added:
             return NO_OTHERS
-        item_ids = list(self._rows)
+        rows = np.array(list(of_added.values()), np.intp)
         seconds = now - self._references[rows].astype(np.float64)
-        return OtherCounts([item_ids[row] for row in rows.tolist()], self._counts[rows] * halved(seconds, COUNTED_S))
+        return OtherCounts(list(of_added), self._counts[rows] * halved(seconds, COUNTED_S))
 
     def _indices(self, model: Recommender) -> NDArray[np.intp]:
         """The rows' item indices in a model, 0 for those that it does not know."""
@@ -159,5 +160,5 @@ def _by_item(exported: TrendFiles, item_ids: Sequence[str]) -> ItemCounts:
     return ItemCounts(
         item_ids=[item_ids[item] for item in items.tolist()],
         references=np.full(len(items), exported.counted_until, np.int64),
-        counts=with_hour(exported.counts).T[items].astype(np.float64),
+        counts=with_no_hour(exported.counts).T[items].astype(np.float64),
     )

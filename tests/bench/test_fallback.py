@@ -31,3 +31,5 @@ def test_recent_events_rank_what_is_new_first() -> None:
     lines = table("changing", found)
     assert lines[1] == "2000 users.\n"
     assert sum("**" in line for line in lines) == 1
+    assert lines[4].endswith(" |  |")
+    assert all(line.count(" to ") == 2 for line in lines[5:])

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -28,11 +29,15 @@ from serve.client import (
 )
 from serve.front.server import create_server
 from serve.model import rules as model_rules
+from serve.model.events import Event as ModelEvent
 from serve.model.exploration import Exploration
-from serve.model.recommender import Recommender
+from serve.model.filters import ItemFilter as FilterOfModel
+from serve.model.recommender import Query, Recommender
+from serve.model.rules import Rules as RulesOfModel
 from serve.observability.metrics import Metrics
 from serve.pb.recommender_pb2 import RecommendResponse
 from serve.serving.catalogue import CatalogueRefresher
+from serve.serving.loaded import LoadedModel
 from serve.serving.reranker import Candidate, Reranker, RerankRequest
 from serve.stores import open_store
 from serve.stores.base import EventStore
@@ -72,6 +77,13 @@ def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_rules, "CANDIDATES_OF_A_PLACE", 2)
 
 
+def tag_pins_beside(pins: Sequence[Pin], k: int, tags: Sequence[str], rng: np.random.Generator) -> list[Pin]:
+    """At most two pins of tags, at the first places that are free."""
+    free = [position for position in range(1, k + 1) if position not in [pin.position for pin in pins]]
+    chosen = [str(tag) for tag in rng.choice(tags, rng.integers(0, 3))]
+    return [Pin(tag=tag, position=position) for tag, position in zip(chosen, free, strict=False)]
+
+
 @pytest.mark.usefixtures("few_candidates")
 def test_rules_never_break_what_the_request_says(client: RecommenderClient, model: Recommender) -> None:
     """For random rules, filters and exclusions, of histories, stored users and users without a history: nothing comes
@@ -83,7 +95,7 @@ def test_rules_never_break_what_the_request_says(client: RecommenderClient, mode
         UserEvent(event_id=f"{item}", user_id="ada", item_id=ids[item], timestamp=START + item) for item in (3, 9, 27)
     ]
     client.record_events(stored)
-    short = 0
+    short = tag_pins_held = 0
     for seed in range(120):
         rng = np.random.default_rng(seed)
         k = int(rng.integers(1, 20))
@@ -102,14 +114,18 @@ def test_rules_never_break_what_the_request_says(client: RecommenderClient, mode
                 strict=False,
             )
         ]
-        pinned = Counter(tag for pin in pins for tag in tags_of[pin.item_id])
+        tag_pins = tag_pins_beside(pins, k, [tag for tag in tags if tag not in none_tags], rng)
+        asked_for = Counter(tag for pin in pins for tag in tags_of[pin.item_id])
+        asked_for.update(pin.tag for pin in tag_pins)
         if max_per_tag:
-            max_per_tag = max([max_per_tag, *pinned.values()])
+            max_per_tag = max([max_per_tag, *asked_for.values()])
         boosts = [
             Boost(tag=str(rng.choice(tags)), factor=float(rng.choice([0.1, 5, 100]))),
             Boost(item_id=str(rng.choice(ids[1:])), factor=50),
         ][: rng.integers(0, 3)]
-        rules = Rules(boosts=boosts, diversity=float(rng.choice([0, 0.4, 1])), max_per_tag=max_per_tag, pins=pins)
+        rules = Rules(
+            boosts=boosts, diversity=float(rng.choice([0, 0.4, 1])), max_per_tag=max_per_tag, pins=[*pins, *tag_pins]
+        )
         whom = [{"user_id": "nobody"}, {"user_id": "ada"}, {"history": history_of(model, 3, 9, 27)}][seed % 3]
         question = {"k": k, "rules": rules, "filter": ItemFilter(none_tags=none_tags), "exclude_item_ids": excluded}
         if seed % 2:
@@ -122,6 +138,9 @@ def test_rules_never_break_what_the_request_says(client: RecommenderClient, mode
         if len(found) == k:
             assert all(found[pin.position - 1] == pin.item_id for pin in pins)
         assert {pin.item_id for pin in pins} <= set(found)
+        if not max_per_tag and len(found) == k:
+            assert all(pin.tag in tags_of[found[pin.position - 1]] for pin in tag_pins)
+            tag_pins_held += len(tag_pins)
         counts = Counter(tag for item_id in found for tag in tags_of[item_id])
         if max_per_tag:
             assert max(counts.values(), default=0) <= max_per_tag
@@ -131,6 +150,7 @@ def test_rules_never_break_what_the_request_says(client: RecommenderClient, mode
             assert max_per_tag
             assert all(any(counts[tag] >= max_per_tag for tag in tags_of[item_id]) for item_id in allowed - set(found))
     assert short > 5
+    assert tag_pins_held > 5
 
 
 def test_no_rules_are_no_change(client: RecommenderClient, model: Recommender) -> None:
@@ -327,7 +347,9 @@ def test_a_batch_has_no_more_ruled_items_than_one_answer(client: RecommenderClie
     assert len(client.batch_recommend([ruled, ruled, plain])) == 3
     with pytest.raises(grpc.RpcError) as failure:
         client.batch_recommend([ruled, ruled, recommend_request(user_id="ada", rules=Rules(diversity=0.5))])
-    assert failure.value.details() == "requests: expected at most 1000 items (k) with rules in all, came 1010"
+    assert failure.value.details() == (
+        "requests: expected at most 1000 items (k), or rankings, with rules in all, came 1010"
+    )
 
 
 def backwards(request: RerankRequest, candidates: Sequence[Candidate]) -> Sequence[str]:
@@ -369,29 +391,114 @@ def test_an_own_re_ranker_orders_the_candidates(model: Recommender, store: Event
     assert [one.request_options for one in slates_of(store, None)][-1] == ("reranker",)
 
 
-def test_a_re_ranker_that_fails_or_is_late_changes_nothing(model: Recommender, store: EventStore) -> None:
-    metrics, history, released = Metrics(), history_of(model, 1, 2), threading.Event()
+class Interrupt(BaseException):
+    """None of the exceptions that programs usually catch."""
+
+
+def test_a_re_ranker_that_fails_changes_nothing(model: Recommender, store: EventStore) -> None:
+    """Whatever it raises, also what would end a program, and whatever it returns."""
+    metrics, history = Metrics(), history_of(model, 1, 2)
+    raised = {
+        1: RuntimeError("bad"),
+        4: SystemExit(1),
+        5: TimeoutError("its own"),
+        6: Interrupt(),
+        7: KeyboardInterrupt(),
+    }
 
     def bad(request: RerankRequest, candidates: Sequence[Candidate]) -> Sequence[str]:
-        if request.k == 1:
-            raise RuntimeError("bad")
-        if request.k == 2:
-            return ["none such"]
-        if request.k == 3:
-            return [candidates[0].item_id] * 2
-        released.wait(60)
+        if request.k in raised:
+            raise raised[request.k]
+        return ["none such"] if request.k == 2 else [candidates[0].item_id] * 2
+
+    with asking(model, store) as client:
+        expected = ids_of(client.recommend(history=history, k=7))
+    with asking(model, store, reranker=Reranker(bad, 30.0, metrics.reranked)) as client:
+        for k in range(1, 8):
+            answer = client.recommend(history=history, k=k)
+            assert ids_of(answer) == expected[:k]
+            assert not any(one.applied for one in answer.recommendations)
+    assert counted(metrics, "failed") == 7
+    assert not counted(metrics, "ok") + counted(metrics, "late") + counted(metrics, "busy")
+
+
+def test_a_re_ranker_that_is_late_changes_nothing(model: Recommender, store: EventStore) -> None:
+    metrics, history, released = Metrics(), history_of(model, 1, 2), threading.Event()
+
+    def blocked(request: RerankRequest, candidates: Sequence[Candidate]) -> Sequence[str]:
+        released.wait()
         return backwards(request, candidates)
 
     with asking(model, store) as client:
         expected = ids_of(client.recommend(history=history, k=4))
-    with asking(model, store, reranker=Reranker(bad, 0.05, metrics.reranked)) as client:
-        for k in (1, 2, 3):
-            answer = client.recommend(history=history, k=k)
-            assert ids_of(answer) == expected[:k]
-            assert not any(one.applied for one in answer.recommendations)
-        assert counted(metrics, "failed") == 3
-        for _ in range(6):
-            assert ids_of(client.recommend(history=history, k=4)) == expected
-        # Each late call holds one of four threads.
-        assert (counted(metrics, "late"), counted(metrics, "busy")) == (4, 2)
-        released.set()
+    with asking(model, store, reranker=Reranker(blocked, 0.05, metrics.reranked)) as client:
+        try:
+            for _ in range(6):
+                assert ids_of(client.recommend(history=history, k=4)) == expected
+        finally:
+            released.set()
+    # Each late call holds one of four threads.
+    assert (counted(metrics, "late"), counted(metrics, "busy")) == (4, 2)
+
+
+def test_a_catalogue_that_contradicts_itself_ends_no_call(model: Recommender, store: EventStore) -> None:
+    """Tags that no filter knows: what `max_per_tag` asks to leave out comes again, and the answer is short."""
+    catalog = model.own_catalog
+    tagged = replace(catalog, genres=tuple(("everywhere",) for _ in catalog.genres))
+    query = Query(
+        events=[ModelEvent(catalog.item_ids[1], None, START)],
+        k=3,
+        rules=RulesOfModel(max_per_tag=1),
+        live=replace(model.own_live, catalog=tagged),
+        filter=FilterOfModel(),
+    )
+    loaded = LoadedModel(model, store, Metrics())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_rules, "CANDIDATES", 8)
+        patch.setattr(model_rules, "CANDIDATES_OF_A_PLACE", 2)
+        answer = loaded.recommend(query, deadline_s=60.0)
+    assert len(answer.items) == 1
+
+
+@pytest.mark.usefixtures("few_candidates")
+def test_a_batch_with_rules_is_ranked_at_once(model: Recommender, store: EventStore) -> None:
+    """All rankings of a batch share runs of the model, and each answer is that of the request alone."""
+    metrics, ids = Metrics(), model.catalog.item_ids
+    requests = [
+        recommend_request(
+            history=history_of(model, at, at + 1),
+            k=5,
+            rules=Rules(pins=[Pin(item_id=ids[40], position=1), Pin(tag="Drama", position=2 + at % 3)], diversity=0.2),
+        )
+        for at in range(1, 17)
+    ]
+    server = create_server(one_model(model, store, metrics), store, "127.0.0.1:0", metrics=metrics)
+    server.start()
+    with RecommenderClient(f"127.0.0.1:{server.port}", timeout_s=60) as client:
+        answers = client.batch_recommend(requests)
+        runs = metrics.registry.get_sample_value("jaxrec_batch_size_count")
+        rows = metrics.registry.get_sample_value("jaxrec_batch_size_sum")
+        singly = [client.batch_recommend([one])[0] for one in requests]
+    server.drain()
+    # Of all items, of the pinned item and of the tag: sixteen at a time.
+    assert (runs, rows) == (3, 48)
+    assert [ids_of(one) for one in answers] == [ids_of(one) for one in singly]
+
+
+def test_a_batch_is_bounded_by_its_rankings_and_re_ranked_requests(model: Recommender, store: EventStore) -> None:
+    tags = model.filters.tags[:5]
+    many = recommend_request(user_id="ada", k=1, rules=Rules(boosts=[Boost(tag=tag, factor=2) for tag in tags]))
+    plain = recommend_request(user_id="ada", k=500)
+    with asking(model, store) as client:
+        assert len(client.batch_recommend([many] * 166)) == 166
+        assert len(client.batch_recommend([plain] * 3)) == 3
+        with pytest.raises(grpc.RpcError) as failure:
+            client.batch_recommend([many] * 167)
+        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        expected = "requests: expected at most 1000 items (k), or rankings, with rules in all, came"
+        assert failure.value.details() == f"{expected} 1002"
+    with asking(model, store, reranker=Reranker(backwards, 30.0)) as client:
+        assert len(client.batch_recommend([plain] * 2)) == 2
+        with pytest.raises(grpc.RpcError) as failure:
+            client.batch_recommend([plain] * 3)
+        assert failure.value.details() == f"{expected} 1500"

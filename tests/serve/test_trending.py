@@ -214,6 +214,41 @@ def test_each_answer_is_that_of_one_item_after_the_other(artifact: Artifact, tmp
                 assert answered == sorted(answered, reverse=True)
                 best = sorted((counts[item_id] for item_id in possible), reverse=True)[:k]
                 np.testing.assert_allclose(answered, best, rtol=1e-4, atol=1e-6)
+                # Those without an event follow in the order of the training data.
+                popularity = [own.popularity[own.index[item_id]] for item_id, one in found.items() if not one.count]
+                assert popularity == sorted(popularity, reverse=True)
+
+
+def test_ids_that_the_store_has_no_item_of_cost_nothing(artifact: Artifact, tmp_path: Path) -> None:
+    """Anyone who may record events makes such ids; only those that are items are kept for the answers."""
+    with serving(exported(artifact, {}, 0), str(tmp_path / "ids.sqlite")) as served:
+        served.client.upsert_items([Item(item_id="new"), Item(item_id="unseen")])
+        served.record([("new", 0), (served.ids[1], 0), *((f"nowhere {at}", 0) for at in range(500))])
+        served.refresh()
+        popular = served.model.popular_in(served.model.live)
+        assert list(popular.now.others.item_ids) == ["new"]
+        assert popular.of_added.shape == (len(COUNTED_S), 2)
+        assert list(served.trending(k=2)) == [served.ids[1], "new"]
+        # An item that becomes one later has its events of before.
+        served.client.upsert_items([Item(item_id="nowhere 7")])
+        served.refresh()
+        assert served.trending()["nowhere 7"].count == pytest.approx(1)
+
+
+def test_equal_counts_are_by_the_longest_half_life_then_by_the_training_data(
+    artifact: Artifact, tmp_path: Path
+) -> None:
+    """Also of more items than are asked for, some with a count, and none with one in the last hour."""
+    with serving(exported(artifact, {}, 0), str(tmp_path / "ties.sqlite")) as served:
+        catalog = served.model.own_catalog
+        rare = catalog.item_ids[catalog.by_popularity[-1]]
+        served.record([(rare, 40 * 3_600)])
+        served.refresh()
+        by_popularity = [catalog.item_ids[at] for at in catalog.by_popularity[:-1]]
+        for k in (1, 5, ITEMS - 1, ITEMS):
+            assert list(served.trending("MONTH", k)) == [rare, *by_popularity][:k]
+            # 0.5 ** 40 is a count still.
+            assert list(served.trending("HOUR", k)) == [rare, *by_popularity][:k]
 
 
 def test_without_events_the_order_is_that_of_the_export(artifact: Artifact, tmp_path: Path) -> None:

@@ -72,3 +72,22 @@ def test_a_wrong_answer_and_a_broken_server_would_be_found(model: Recommender) -
         broken.recommendations.add(**bad)
         assert not fault_hostile.is_answer(asked, broken.SerializeToString(), ids)
         assert not fault_hostile.same_answer(answer, broken)
+
+
+def test_an_answer_that_breaks_its_rules_would_be_found() -> None:
+    asked = fault_hostile.recommend_request(user_id="u", rules=fault_hostile.Rules(max_per_tag=1))
+    answer = fault_hostile.RecommendResponse(recommendation_id="a", model_version="v", policy="p")
+    for item_id, tag in (("1", "Drama"), ("2", "Comedy")):
+        answer.recommendations.add(item_id=item_id, genres=[tag])
+    ids = frozenset({"1", "2", "3"})
+    assert fault_hostile.is_answer(asked.SerializeToString(), answer.SerializeToString(), ids)
+    answer.recommendations.add(item_id="3", genres=["Drama"])
+    assert not fault_hostile.is_answer(asked.SerializeToString(), answer.SerializeToString(), ids)
+    popular = fault_hostile.TrendingRequest(k=2, exclude_item_ids=["9"]).SerializeToString()
+    answers = {(("1", 2.0), ("2", 1.0)): True, (("1", 1.0), ("2", 2.0)): False, (("9", 1.0),): False}
+    answers |= {(("1", 2.0), ("1", 2.0)): False, (("1", 3.0), ("2", 2.0), ("3", 1.0)): False, (("1", -1.0),): False}
+    for items, is_good in answers.items():
+        found = fault_hostile.TrendingResponse()
+        for item_id, count in items:
+            found.items.add(item_id=item_id, count=count)
+        assert fault_hostile.is_trending(popular, found.SerializeToString()) == is_good

@@ -13,6 +13,7 @@ from serve.model.rules import (
     Model,
     Pin,
     Rules,
+    Scale,
     Subject,
     boosted,
     chosen,
@@ -39,16 +40,25 @@ def plain(candidates: Candidates, k: int, rules: Rules, model: Model) -> list[in
     """The items of the answer: place by place, each candidate looked at by itself."""
     n, items = len(candidates), candidates.items.tolist()
     pins: dict[int, int] = {}
+    counts = Counter[str]()
+
+    def is_full(place: int) -> bool:
+        return bool(rules.max_per_tag) and any(counts[tag] >= rules.max_per_tag for tag in model.tags[items[place]])
+
     for pin in sorted(rules.pins, key=lambda pin: (not pin.subject.item, pin.position)):
         fits = [
             place
             for place in range(n)
             if place not in pins.values()
-            and (items[place] == pin.subject.item if pin.subject.item else pin.subject.tag in model.tags[items[place]])
+            and (
+                items[place] == pin.subject.item
+                if pin.subject.item
+                else pin.subject.tag in model.tags[items[place]] and not is_full(place)
+            )
         ]
         if fits:
             pins[pin.position] = fits[0]
-    counts = Counter(tag for place in pins.values() for tag in model.tags[items[place]])
+            counts.update(model.tags[items[fits[0]]])
     scores = candidates.scores.astype(np.float64)
     span = scores.max() - scores.min() if n else 0
     relevance = [(score - scores.min()) / span if span else 0.0 for score in scores]
@@ -58,11 +68,7 @@ def plain(candidates: Candidates, k: int, rules: Rules, model: Model) -> list[in
             answer.append(pins.pop(position))
             continue
         possible = [
-            place
-            for place in range(n)
-            if place not in answer
-            and place not in pins.values()
-            and not (rules.max_per_tag and any(counts[tag] >= rules.max_per_tag for tag in model.tags[items[place]]))
+            place for place in range(n) if place not in answer and place not in pins.values() and not is_full(place)
         ]
         if not possible:
             break
@@ -104,15 +110,61 @@ def test_each_place_is_that_of_a_plain_loop() -> None:
                 at = found.items.tolist().index(pin.subject.item) + 1
                 assert at == pin.position if len(found) == k else at <= pin.position
                 assert Applied.PIN in found.applied[pin.subject.item]
-        pinned = {item for item, applied in found.applied.items() if Applied.PIN in applied}
         if rules.max_per_tag:
-            counts = Counter(tag for item in found.items.tolist() if item not in pinned for tag in model.tags[item])
-            assert all(count <= rules.max_per_tag for count in counts.values())
+            # Of all items. Only items that are pinned themselves may be more: requests with such pins are refused.
+            counts = Counter(tag for item in found.items.tolist() for tag in model.tags[item])
+            of_pins = Counter(tag for pin in pins if pin.subject.item for tag in model.tags[pin.subject.item])
+            assert all(count <= max(rules.max_per_tag, of_pins[tag]) for tag, count in counts.items())
         kinds.update(f"{rule.name}" for applied in found.applied.values() for rule in applied)
         kinds["short"] += len(found) < min(k, len(candidates))
         if rules == Rules():
             assert not found.applied
     assert min(kinds[name] for name in ("PIN", "DIVERSITY", "MAX_PER_TAG", "short")) > 50
+
+
+def test_pinned_tags_keep_max_per_tag() -> None:
+    """The best item with tag a has b too: then the next one with b may not be pinned, nor may it come by itself."""
+    candidates = Candidates.of(np.array([1, 2, 3, 4], np.int32), np.array([4, 3, 2, 1], np.float32))
+    model = Model([(), ("a", "b"), ("b",), ("c",), ("b", "c")], np.zeros((4, 1), np.float32))
+    pins = (Pin(Subject(tag="a"), 1), Pin(Subject(tag="b"), 2))
+    found = chosen(candidates, 3, Rules(max_per_tag=1, pins=pins), model)
+    assert found.items.tolist() == [1, 3]
+    assert found.applied == {1: (Applied.PIN,), 3: (Applied.MAX_PER_TAG,)}
+    # An item that is pinned itself counts before all tags.
+    pins = (Pin(Subject(tag="b"), 1), Pin(Subject(2), 2))
+    assert chosen(candidates, 3, Rules(max_per_tag=2, pins=pins), model).items.tolist() == [1, 2, 3]
+    assert chosen(candidates, 3, Rules(max_per_tag=1, pins=pins), model).items.tolist() == [3, 2]
+
+
+def test_pins_boosts_and_further_candidates_do_not_change_what_diversity_means() -> None:
+    """Three hundred candidates: the scale of relevance is that of the first 200 of the model."""
+    rng = np.random.default_rng(0)
+    items = np.arange(1, 301, dtype=np.int32)
+    scores = np.linspace(3, 0, 300, dtype=np.float32)
+    vectors = rng.normal(size=(301, 4)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    tags: list[tuple[str, ...]] = [()] * 400
+
+    def answered(candidates: Candidates, rules: Rules) -> list[int]:
+        directions = vectors[np.minimum(candidates.items, 300)]
+        return chosen(candidates, 10, rules, Model(tags, directions)).items.tolist()
+
+    whole = Candidates.of(items, scores)
+    np.testing.assert_allclose(whole.relevance[[0, 199]], [1, 0])
+    assert whole.relevance[299] == pytest.approx(-100 / 199)
+    first = answered(whole.at(np.arange(200)), Rules(diversity=0.3))
+    assert answered(whole, Rules(diversity=0.3)) == first
+    # A candidate from far behind, as a pin or a boost of it adds.
+    far = Candidates.of(np.append(items, np.int32(301)), np.append(scores, np.float32(-500)), Scale.of(scores))
+    assert answered(far, Rules(diversity=0.3)) == first
+    up = boosted(far, [Boost(Subject(301), 100.0)], {}, logits=True)
+    assert answered(up, Rules(diversity=0.3)) == first
+    pinned = answered(far, Rules(diversity=0.3, pins=(Pin(Subject(301), 10),)))
+    assert (pinned[:9], pinned[9]) == (first[:9], 301)
+    # One that is boosted to the top changes what is above the others, not how relevant they are.
+    top = boosted(whole, [Boost(Subject(5), 100.0)], {}, logits=True)
+    kept = top.items != 5
+    np.testing.assert_array_equal(top.relevance[kept], whole.relevance[whole.items != 5])
 
 
 def test_without_rules_the_answer_is_the_first_candidates_to_the_bit() -> None:
@@ -170,7 +222,7 @@ def test_a_re_rankers_order_is_kept_and_others_follow() -> None:
     found = reordered(candidates, [2, 0])
     assert found.items.tolist() == [7, 5, 6, 8]
     assert found.scores.tolist() == [2, 4, 3, 1]
-    assert found.relevance.tolist() == [4, 3, 2, 1]
+    assert found.relevance.tolist() == [1, 2 / 3, 1 / 3, 0]
     assert found.applied == {item: (Applied.RERANKER,) for item in (7, 5, 6)}
     assert reordered(candidates, []).items.tolist() == [5, 6, 7, 8]
 
