@@ -35,6 +35,7 @@ import click
 import grpc
 import numpy as np
 import onnxruntime
+from google.protobuf.json_format import MessageToJson
 
 from bench import peer_servers
 from bench.load import Sample, Target, drive, framed, memory_mb, require_h2load
@@ -154,15 +155,24 @@ def fastapi_target(server: peer_servers.Started, work: Workload) -> Target:
         for feed in work.feeds
     ]
     url = f"http://127.0.0.1:{server.port}/recommend"
+    found: Found = lambda answer: [work.ids[item] for item in answer["items"]]  # noqa: E731
+    return json_target("FastAPI, JSON", server.process.pid, url, requests, found, work)
+
+
+Found = Callable[[Any], list[str]]
+
+
+def json_target(name: str, pid: int, url: str, requests: Sequence[bytes], found: Found, work: Workload) -> Target:
+    """A server that is asked over HTTP/1.1 with JSON; `found`: the items of an answer."""
 
     def answer(number: int) -> bytes:
         request = urllib.request.Request(url, requests[number], {"content-type": "application/json"})
         with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
             body: bytes = response.read()
-        must("FastAPI", [work.ids[item] for item in json.loads(body)["items"]], work.expected[number])
+        must(name, found(json.loads(body)), work.expected[number])
         return body
 
-    return Target("FastAPI, JSON", [server.process.pid], url, requests, answer, is_http1=True)
+    return Target(name, [pid], url, requests, answer, is_http1=True)
 
 
 def record(address: str, histories: Sequence[Sequence[Event]]) -> None:
@@ -243,7 +253,8 @@ def start_all(
     for kind in ("loop", "threaded"):
         server = stack.enter_context(peer_servers.echo(kind, folder))
         add(f"echo, {kind}", [server.process.pid], server.port, "/bench.Echo/Echo", [b""], lambda *_: None)
-    ours = stack.enter_context(running_server(work.model, folder / "events.sqlite"))
+    http = f"127.0.0.1:{stack.enter_context(reserved_port())}"
+    ours = stack.enter_context(running_server(work.model, folder / "events.sqlite", options=["--http", http]))
     record(ours.address, work.histories)
     asked: dict[str, Any] = {"k": work.k, "request_time": work.request_time}
     ways = {
@@ -264,6 +275,10 @@ def start_all(
         messages = [request.SerializeToString() for request in requests]
         port = int(ours.address.rpartition(":")[2])
         add(f"ours, {name}", [ours.process.pid], port, RECOMMEND, messages, checks[name])
+    texts = [MessageToJson(request, indent=None).encode() for request in ways["stored user"]]
+    items: Found = lambda answer: [one["itemId"] for one in answer["recommendations"]]  # noqa: E731
+    url = f"http://{http}{RECOMMEND}"
+    targets.append(json_target("ours, stored user, HTTP and JSON", ours.process.pid, url, texts, items, work))
     # One process for each core: on one port, which the kernel divides, and on one store.
     shared = f"127.0.0.1:{stack.enter_context(reserved_port())}"
     both = [
