@@ -31,11 +31,9 @@ def test_an_option_beats_a_variable_which_beats_the_file_which_beats_the_default
 
 def test_every_setting_can_be_a_variable_and_a_key(tmp_path: Path) -> None:
     texts = {
-        name: {"provider": "cuda", "search": "index", "front": "threads", "log_format": "text", "slate_log": "0.5"}.get(
-            name, "1"
-        )
-        for name in SETTINGS
-        if name != "tokens"
+        **{name: "1" for name in SETTINGS if name != "tokens"},
+        **{"provider": "cuda", "search": "index", "front": "threads", "log_format": "text", "slate_log": "0.5"},
+        "http_origins": "https://example.org",
     }
     (tmp_path / "f.toml").write_text("\n".join(f'{name} = "{text}"' for name, text in texts.items()))
     from_file = read_settings({}, {}, tmp_path / "f.toml")

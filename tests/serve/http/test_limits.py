@@ -297,11 +297,12 @@ def test_too_many_calls_are_told_to_come_again_and_health_is_answered(
 def test_checks_take_no_room_from_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server whose checks do not end answers a call."""
     monkeypatch.setattr("serve.http.calls.MAX_CALLS", 1)
-    goes_on = threading.Event()
+    begun, goes_on = threading.Event(), threading.Event()
 
     class Handlers(grpc.GenericRpcHandler):
         def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
             def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
+                begun.set()
                 return str(details.method != CHECK or goes_on.wait(TIMEOUT_S)).encode()
 
             return grpc.unary_unary_rpc_method_handler(answer)
@@ -309,6 +310,7 @@ def test_checks_take_no_room_from_calls(monkeypatch: pytest.MonkeyPatch) -> None
     async def ask_both(address: str) -> list[bytes]:
         calls = Calls(address)
         checks = [asyncio.ensure_future(calls.call(CHECK, b"", is_check=True)) for _ in range(2 * MAX_CHECKS)]
+        assert await asyncio.to_thread(begun.wait, TIMEOUT_S)
         answer, _ = await calls.call(RECOMMEND, b"")
         assert not any(check.done() for check in checks)
         goes_on.set()
