@@ -5,8 +5,9 @@ from serve.front.limits import MAX_CALLS_OF_A_CONNECTION
 
 # An encoded message may be as long as over gRPC.
 MAX_BODY_BYTES = MAX_MESSAGE_BYTES
-# Of JSON, which costs far more: 2 MiB take up to .3 s of one core and some 60 MB. It holds 10,000 usual events.
+# Of JSON, which costs far more, most of all for its objects. It holds 10,000 usual events.
 MAX_JSON_BYTES = 2 * 2**20
+MAX_JSON_OBJECTS = 2**16
 # Of a method that needs no right, so that a stranger's body costs nothing.
 MAX_FREE_BYTES = 2**10
 FREE_BODY_S = 2.0

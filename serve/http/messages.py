@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from serve.api.errors import InvalidRequest
+from serve.http.limits import MAX_JSON_OBJECTS
 
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 _WHOLE = "a whole number, within the bounds of its type"
@@ -38,10 +39,16 @@ def load_json(body: bytes) -> Any:
     """The value of a JSON text in UTF-8; raises InvalidRequest that says where it breaks.
 
     A name that comes twice in an object is an error, and so are NaN and Infinity outside of quotes, numbers that no
-    double holds, and half a character.
+    double holds, half a character, and too many objects.
     """
 
+    objects = 0
+
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal objects
+        objects += 1
+        if objects > MAX_JSON_OBJECTS:
+            raise InvalidRequest("message", f"JSON of at most {MAX_JSON_OBJECTS} objects", "more")
         names = dict(pairs)
         if len(names) < len(pairs):
             twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]

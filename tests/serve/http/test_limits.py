@@ -33,6 +33,7 @@ from serve.http.limits import (
     MAX_FREE_BYTES,
     MAX_HEAD_BYTES,
     MAX_JSON_BYTES,
+    MAX_JSON_OBJECTS,
     UNREAD_S,
 )
 from serve.stores.base import EventStore
@@ -390,6 +391,7 @@ def test_the_limits_are_those_of_the_docs() -> None:
     text = " ".join((Path(__file__).parents[3] / "docs" / "http.md").read_text("utf-8").split())
     for limit in (
         f"{MAX_JSON_BYTES // 2**20} MiB of JSON or {MAX_BODY_BYTES // 2**20} MiB of an encoded message",
+        f"at most {MAX_JSON_OBJECTS} objects",
         f"{MAX_BODIES_BYTES // 2**20} MiB for the bodies of all requests",
         f"{MAX_HEAD_BYTES // 2**10} KiB for request line and headers, {MAX_CONNECTIONS} connections, {MAX_CALLS} calls",
         f"within {HEAD_S:g} seconds, its body within {BODY_S:g}, and an answer has to be read within {UNREAD_S:g}",

@@ -167,6 +167,7 @@ def test_any_json_is_a_message_or_an_error_of_a_field(value: Any) -> None:
         ('{"userId": "\\ud800"}', "message: expected JSON in UTF-8, came half of a surrogate pair"),
         ('{"\\ud800": 1}', "message: expected JSON in UTF-8, came half of a surrogate pair"),
         ('{"history": {"events": ["\\uDFFF"]}}', "message: expected JSON in UTF-8, came half of a surrogate pair"),
+        ('{"history": {"events": [' + "{}," * 2**16 + "{}]}}", "message: expected JSON of at most 65536 objects, came"),
         ('{"seen": 1e400}', "message: expected JSON of a message, came a number that is too large"),
         ('{"filter": {"minimumScore": 1' + "0" * 400 + "}}", "filter.minimum_score: expected a number, came 1000"),
         ('{"' + "x" * 500 + '": 1}', "x" * 80 + ": expected a field of RecommendRequest"),
