@@ -59,7 +59,7 @@ from tests.serve.process import running_server
 CALLERS = 64
 HTTP_CALLERS = 16
 MOST_HELD = 1500
-# File descriptors of the server beside the bounded connections: those that are no connections of the HTTP door, and what
+# File descriptors of the server beside the bounded connections: those that are no connections of the door, and what
 # one turn of its loop accepts and what the turn before ends, each up to the backlog of 128.
 MOST_OTHERS = 350
 GOOD_EVERY = 10
