@@ -8,7 +8,9 @@ lies about its lengths, messages beyond the size limit, odd and repeated metadat
 cancellations, and there are calls of methods that do not exist. One call in twelve has rules that are mostly good, or
 asks what is popular now. With `--http` the messages are JSON, and JSON and HTTP
 are mutilated too: texts that break off, that are nested too deep, or that have numbers of thousands of digits or a name
-twice; odd headers, paths and verbs; bodies shorter than they say; connections that break off. Each request must
+twice; values of another type in each field; inference requests; odd headers, paths and verbs; bodies shorter than they
+say; connections that break off. Hundreds of connections stay open: some send nothing, some the head of a request, some
+8 MiB for a health check. With `--tls`, that is over TLS, with tokens, and with strangers. Each request must
 end with an error status that blames the request, or with a valid answer: never INTERNAL, UNKNOWN or UNAVAILABLE. Every
 tenth request is a good one, in the same batches as the bad, and its answer must be what it was before. The server's
 memory is noted along the way.
@@ -19,13 +21,16 @@ import contextlib
 import http.client
 import json
 import math
+import os
 import random
+import secrets
 import socket
+import ssl
 import struct
 import tempfile
 import threading
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,14 +38,15 @@ from typing import Any, NamedTuple
 
 import click
 import grpc
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.descriptor_pool import Default
 from google.protobuf.json_format import MessageToJson, Parse, ParseError
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from serve.api.rules import MAX_BATCH, MAX_BATCH_ITEMS, MAX_BATCH_METADATA, MAX_BATCH_RULED, MAX_ID_LENGTH, MAX_K
-from serve.client import Event, RecommenderClient, UserEvent, recommend_request
+from serve.client import Connection, Event, RecommenderClient, UserEvent, recommend_request
+from serve.http.limits import MAX_CONNECTIONS
 from serve.pb import model_admin_pb2, open_inference_pb2, recommender_pb2
 from serve.pb.recommender_pb2 import (
     BatchRecommendRequest,
@@ -53,10 +59,15 @@ from serve.pb.recommender_pb2 import (
     TrendingRequest,
     TrendingResponse,
 )
+from tests.serve.front.test_security import Authority
 from tests.serve.process import running_server
 
 CALLERS = 64
 HTTP_CALLERS = 16
+MOST_HELD = 1500
+# File descriptors of the server beside the bounded connections: those that are no connections of the door, and what
+# one turn of its loop accepts and what the turn before ends, each up to the backlog of 128.
+MOST_OTHERS = 350
 GOOD_EVERY = 10
 DEADLINE_S = 60.0
 GOOD_USER = "hostile-test-good-user"
@@ -140,6 +151,24 @@ JSON_TEXTS = [
     b"{" + b" " * 100_000 + b"}",
     b'{"@type": "x"}',
 ]
+# Texts of JSON values that no field has, or few.
+ODD_VALUES = [
+    *("null", "true", "1", "-1", "1.5", "1e400", "-1e400", "1" + "0" * 30, "1" + "0" * 400, "1" + "0" * 4000),
+    *('""', '"x"', '"NaN"', '"1e400"', '"\\ud800"', '" 1"', '"1_0"', '"\u0661"', '"="', "[]", "[null]", "[[]]", "[1]"),
+    *('["x"]', "[{}]", "{}", '{"x": 1}', '{"": null}', '{"a": [1, null, 1e400]}', '{"\\ud800": "x"}'),
+    *('{"a": "\\ud800"}', '{"a": 1' + "0" * 400 + "}", "[[[[[[[[[[1]]]]]]]]]]", '{"a": ' * 200 + "1" + "}" * 200),
+]
+INFER = "/v2/models/jaxrec/infer"
+# Of one row; a tensor is one of each.
+INFER_FIELDS = {"name": '"k"', "datatype": '"INT64"', "shape": "[1]", "data": "[3]"}
+INFER_TOP = {"inputs": "[]", "outputs": "[]", "id": '"1"', "parameters": "{}", "modelName": '"x"', "contents": "{}"}
+# What a stranger may call.
+HEALTH = (
+    b"POST /grpc.health.v1.Health/Check HTTP/1.1\r\nHost: localhost\r\n"
+    b"Content-Type: application/json\r\nContent-Length: "
+)
+# Eight of these would fill what the bodies of all requests may have together; the last byte does not come.
+LONG = HEALTH + b"8388608\r\n\r\n" + b" " * (2**23 - 1)
 VERBS = ["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE"]
 PATHS = [
     *("/", "/healthz", "/openapi.json", "/v2", "/v2/health/ready", "/v2/models/jaxrec", "/v2/models/%00/ready"),
@@ -153,7 +182,7 @@ HTTP_HEADERS = [
     *(("host", "example.org"), ("x-many", "y" * 3000), ("accept", "\x01"), ("range", "bytes=0-1")),
 ]
 # By what an HTTP client may be told of a bad request, 503 and other fives aside.
-BLAMES_THE_HTTP_REQUEST = {400, 404, 405, 408, 413, 415, 421, 429, 431, 499, 501, 504}
+BLAMES_THE_HTTP_REQUEST = {400, 401, 404, 405, 408, 413, 415, 421, 429, 431, 499, 501, 504}
 
 
 class Attack(NamedTuple):
@@ -176,6 +205,8 @@ class HttpAttack:
     headers: tuple[tuple[str, str], ...] = ()
     raw: bytes = b""
     """Sent as it is in place of all of it, and the connection ended."""
+    held: int = 0
+    """So many connections that send `raw`, or nothing, and stay open."""
 
 
 @dataclass
@@ -189,6 +220,8 @@ class Outcome:
     """Of the first failures, what they were."""
     memory_mb: list[float] = field(default_factory=list)
     """Resident, before the first request and after each tenth of them."""
+    descriptors: int = 0
+    """Most file descriptors of the server."""
 
 
 class Attacker:
@@ -273,12 +306,38 @@ class Attacker:
             HttpAttack("POST", path, chance.randbytes(chance.choice([0, 1, 5, 50, 500]))): 10,
             HttpAttack("POST", path, chance.choice(JSON_TEXTS)): 10,
             HttpAttack("POST", path, text, headers): 10,
-            HttpAttack("POST", "/v2/models/jaxrec/infer", text): 5,
+            HttpAttack("POST", path, self._odd(method.input_type).encode()): 20,
+            HttpAttack("POST", INFER, self._odd_inference().encode()): 10,
+            HttpAttack("POST", INFER, text): 2,
+            HttpAttack("", path, b"", raw=LONG, held=8): 0.05,
+            HttpAttack("", path, b"", raw=HEALTH + b"9\r\n\r\n", held=chance.choices([1, 600], [30, 1])[0]): 1,
+            HttpAttack("", path, b"", held=chance.choices([1, 600], [30, 1])[0]): 1,
             HttpAttack(chance.choice(VERBS), chance.choice([path, *PATHS]), text): 5,
             HttpAttack("", path, b"", raw=self._mutilated(whole)): 3,
             HttpAttack("", path, b"", raw=whole[: chance.randrange(len(whole))]): 2,
         }
         return chance.choices(list(attacks), list(attacks.values()))[0]
+
+    def _odd(self, kind: Descriptor, depth: int = 0) -> str:
+        """JSON of a message with an odd value somewhere in it."""
+        chance = self._random
+        if not kind.fields:
+            return chance.choice(ODD_VALUES)
+        one = chance.choice(kind.fields)
+        if one.message_type is None or depth > 3 or chance.random() < 0.3:
+            value = chance.choice(ODD_VALUES)
+        else:
+            value = self._odd(one.message_type, depth + 1)
+            value = f"[{value}]" if one.is_repeated and not one.message_type.GetOptions().map_entry else value
+        return f'{{"{one.json_name}": {value}}}'
+
+    def _odd_inference(self) -> str:
+        chance = self._random
+        tensor = INFER_FIELDS | {chance.choice([*INFER_FIELDS, *INFER_TOP]): chance.choice(ODD_VALUES)}
+        whole = {"inputs": f"[{_object(tensor)}]"}
+        if chance.random() < 0.5:
+            whole[chance.choice(list(INFER_TOP))] = chance.choice([*INFER_TOP.values(), *ODD_VALUES])
+        return _object(whole)
 
     def _message(self, kind: type[Message], depth: int = 0) -> Message:
         """Every field is left out, or filled with what its type can hold at worst, or with something plausible."""
@@ -382,6 +441,10 @@ class Attacker:
             ("x-many", "y" * 3000),
         ]
         return tuple(chance.choices(entries, k=chance.choice([1, 2, 5])))
+
+
+def _object(fields: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f'"{name}": {value}' for name, value in fields.items()) + "}"
 
 
 def _class_of(full_name: str) -> type[Message]:
@@ -561,6 +624,29 @@ async def _attack(
     return outcome
 
 
+class Way(NamedTuple):
+    """How the HTTP door is reached."""
+
+    port: int
+    tls: ssl.SSLContext | None
+    token: str | None
+
+    def connection(self) -> http.client.HTTPConnection:
+        if self.tls is None:
+            return http.client.HTTPConnection("localhost", self.port, timeout=DEADLINE_S)
+        return http.client.HTTPSConnection("localhost", self.port, timeout=DEADLINE_S, context=self.tls)
+
+    def opened(self, handshake: bool = True) -> socket.socket:
+        plain = socket.create_connection(("localhost", self.port), DEADLINE_S)
+        if self.tls is None or not handshake:
+            return plain
+        return self.tls.wrap_socket(plain, server_hostname="localhost")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.token is None else {"authorization": f"Bearer {self.token}"}
+
+
 def attack_http(
     address: str,
     url: str,
@@ -569,11 +655,18 @@ def attack_http(
     requests: int,
     seed: int = 0,
     progress: Callable[[str], None] = lambda line: None,
+    ca: Path | None = None,
+    token: str | None = None,
 ) -> Outcome:
-    """As `attack_server`, over HTTP; the good requests too."""
-    port = int(url.rpartition(":")[2])
+    """As `attack_server`, over HTTP; the good requests too, each on a connection of its own.
+
+    With a token, each fifth hostile request is a stranger's.
+    """
+    way = Way(int(url.rpartition(":")[2]), None if ca is None else ssl.create_default_context(cafile=str(ca)), token)
     good = good_requests(item_ids)
-    with RecommenderClient(address, DEADLINE_S) as client:
+    held: deque[socket.socket] = deque()
+    server = address if ca is None else f"localhost:{address.rpartition(':')[2]}"
+    with RecommenderClient(Connection(server, DEADLINE_S, ca=ca, token=token)) as client:
         client.record_events(
             UserEvent(event_id=f"hostile-test-{at}", user_id=GOOD_USER, item_id=item_ids[at], timestamp=at)
             for at in range(1, 11)
@@ -584,7 +677,7 @@ def attack_http(
     numbers = iter(range(1, requests + 1))
 
     def caller() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
+        connection = way.connection()
         while len(outcome.broken) < 20:
             with lock:
                 number = next(numbers, None)
@@ -594,11 +687,15 @@ def attack_http(
             if number % GOOD_EVERY == 0:
                 at = (number // GOOD_EVERY) % len(good)
                 outcome.good += 1
-                flaw = _asked_over_http(connection, good[at], expected[at])
+                flaw = _asked_over_http(way, good[at], expected[at])
             else:
                 outcome.hostile += 1
-                status, flaw = _attacked_over_http(connection, port, attack)
+                status, flaw = _attacked_over_http(connection, way, attack, number % 5 == 0, held)
                 outcome.statuses[status] += 1
+                if attack.held:
+                    outcome.descriptors = max(outcome.descriptors, len(os.listdir(f"/proc/{process_id}/fd")))
+                    if ca is None and outcome.descriptors > MAX_CONNECTIONS + MOST_OTHERS:
+                        flaw = f"{outcome.descriptors} file descriptors"
             if flaw:
                 outcome.broken.append(flaw)
             if number % max(1, requests // 10) == 0:
@@ -609,30 +706,54 @@ def attack_http(
     with ThreadPoolExecutor(HTTP_CALLERS) as pool:
         for ended in [pool.submit(caller) for _ in range(HTTP_CALLERS)]:
             ended.result()
+    for opened in held:
+        opened.close()
     return outcome
 
 
-def _asked_over_http(
-    connection: http.client.HTTPConnection, request: RecommendRequest, expected: RecommendResponse
-) -> str:
+def _asked_over_http(way: Way, request: RecommendRequest, expected: RecommendResponse) -> str:
     """What is wrong with the answer to a good request; empty: nothing."""
     try:
-        connection.request("POST", RECOMMEND, MessageToJson(request), {"content-type": "application/json"})
+        return _asked_once(way, request, expected)
+    except (OSError, http.client.HTTPException):
+        # One connection too many may have ended it.
+        try:
+            return _asked_once(way, request, expected)
+        except (OSError, http.client.HTTPException) as error:
+            return f"{error!r} for a good request"
+
+
+def _asked_once(way: Way, request: RecommendRequest, expected: RecommendResponse) -> str:
+    connection = way.connection()
+    try:
+        headers = {"content-type": "application/json"} | way.headers
+        connection.request("POST", RECOMMEND, MessageToJson(request), headers)
         answer = connection.getresponse()
         body = answer.read()
-    except (OSError, http.client.HTTPException) as error:
+    finally:
         connection.close()
-        return f"{error!r} for a good request"
     if answer.status != 200:
         return f"{answer.status} for a good request: {body[:200]!r}"
     same = same_answer(Parse(body, RecommendResponse()), expected)
     return "" if same else f"another answer to {request}"
 
 
-def _attacked_over_http(connection: http.client.HTTPConnection, port: int, attack: HttpAttack) -> tuple[str, str]:
+def _attacked_over_http(
+    connection: http.client.HTTPConnection, way: Way, attack: HttpAttack, stranger: bool, held: deque[socket.socket]
+) -> tuple[str, str]:
     """The status, and what is wrong with it."""
+    if attack.held:
+        for _ in range(attack.held):
+            with contextlib.suppress(OSError):
+                # Without anything sent, TLS is not begun either.
+                held.append(opened := way.opened(handshake=bool(attack.raw)))
+                opened.settimeout(1)
+                opened.sendall(attack.raw)
+        while len(held) > MOST_HELD:
+            held.popleft().close()
+        return "held", ""
     if attack.raw:
-        with socket.create_connection(("127.0.0.1", port), DEADLINE_S) as opened, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), way.opened() as opened:
             opened.sendall(attack.raw)
             opened.shutdown(socket.SHUT_WR)
             while opened.recv(2**16):
@@ -640,7 +761,8 @@ def _attacked_over_http(connection: http.client.HTTPConnection, port: int, attac
         return "cut off", ""
     try:
         connection.putrequest(attack.verb, attack.path, skip_host=any(name == "host" for name, _ in attack.headers))
-        for name, value in (("content-type", "application/json"), ("content-length", str(len(attack.body)))):
+        usual = {"content-type": "application/json", "content-length": str(len(attack.body))}
+        for name, value in (usual | ({} if stranger else way.headers)).items():
             if name not in dict(attack.headers):
                 connection.putheader(name, value)
         for name, value in attack.headers:
@@ -652,10 +774,10 @@ def _attacked_over_http(connection: http.client.HTTPConnection, port: int, attac
         # The server may end the connection of what is not HTTP; whether it lives, the good requests tell.
         connection.close()
         return "ended", ""
-    return str(answer.status), _flaw(attack, answer.status, body)
+    return str(answer.status), _flaw(attack, answer.status, body, way.token is not None)
 
 
-def _flaw(attack: HttpAttack, status: int, body: bytes) -> str:
+def _flaw(attack: HttpAttack, status: int, body: bytes, with_tokens: bool) -> str:
     if attack.path.endswith("/ready") and status == 503:
         return ""  # of a model that there is not
     if status == 200:
@@ -666,7 +788,7 @@ def _flaw(attack: HttpAttack, status: int, body: bytes) -> str:
             except ParseError:
                 return f"no valid answer to {attack}"
         return ""
-    if status not in BLAMES_THE_HTTP_REQUEST:
+    if (status == 401) > with_tokens or status not in BLAMES_THE_HTTP_REQUEST:
         return f"{status} {body[:200]!r} for {attack}"
     if attack.verb == "HEAD" or body == b"Invalid HTTP request received.":
         return ""
@@ -679,17 +801,25 @@ def _flaw(attack: HttpAttack, status: int, body: bytes) -> str:
 @click.option("--requests", type=click.IntRange(1), default=200_000, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--http", "over_http", is_flag=True, help="Over HTTP, not over gRPC.")
-def main(model: Path, requests: int, seed: int, over_http: bool) -> None:
+@click.option("--tls", "over_tls", is_flag=True, help="With --http: over TLS, with tokens.")
+def main(model: Path, requests: int, seed: int, over_http: bool, over_tls: bool) -> None:
     """Attack the server on the model directory MODEL."""
     from serve.model.directory import read_artifact
 
     item_ids = read_artifact(model).catalog.item_ids[1:]
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w") as log:
-        options = ("--http", "127.0.0.1:0") if over_http else ()
+        options: tuple[str, ...] = ("--http", "127.0.0.1:0") if over_http else ()
+        ca = token = None
+        if over_tls:
+            authority, token = Authority(Path(folder) / "authority"), secrets.token_hex(16)
+            ca, (certificate, key) = authority.ca, authority.issue("localhost")
+            (Path(folder) / "tokens").write_text(f"read,write,users,catalogue,admin {token}\n")
+            options += ("--tls-cert", str(certificate), "--tls-key", str(key))
+            options += ("--tokens-file", str(Path(folder) / "tokens"))
         with running_server(model, Path(folder) / "events.sqlite", options=options, stderr=log) as server:
             rest = (server.process.pid, item_ids, requests, seed, lambda line: click.echo(line, err=True))
             if over_http:
-                outcome = attack_http(server.address, server.line.split(" and ")[1].split(" ")[0], *rest)
+                outcome = attack_http(server.address, server.line.split(" and ")[1].split(" ")[0], *rest, ca, token)
             else:
                 outcome = attack_server(server.address, *rest)
             alive = server.process.poll() is None
@@ -697,10 +827,12 @@ def main(model: Path, requests: int, seed: int, over_http: bool) -> None:
     click.echo(f"{outcome.hostile} hostile and {outcome.good} good requests, seed {seed}; the server lives: {alive}")
     click.echo(f"statuses: {', '.join(f'{name} {count}' for name, count in outcome.statuses.most_common())}")
     click.echo(f"memory, MB: {' '.join(f'{mb:.0f}' for mb in outcome.memory_mb)}; errors in the server's log: {errors}")
+    if over_http:
+        click.echo(f"most file descriptors of the server: {outcome.descriptors}")
     click.echo(f"broken: {len(outcome.broken)}")
     for line in outcome.broken[:20]:
         click.echo(line[:2000])
-    if outcome.broken or not alive:
+    if outcome.broken or not alive or (over_http and errors):
         raise click.ClickException("the server did not withstand")
 
 

@@ -20,6 +20,11 @@ OTHER_VARIABLES = (FILE_VARIABLE, f"{PREFIX}TOKEN")
 LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_\d+_|$)")
 
 
+# As browsers write them: in lower case, without the port that the scheme has anyway.
+HOST = re.compile(r"[a-z0-9_.-]+")
+ORIGIN = re.compile(rf"(http(?!.*:80$)|https(?!.*:443$))://({HOST.pattern}|\[[0-9a-f:]+\])(:\d{{1,5}})?")
+
+
 class SettingsError(ValueError):
     """A setting is unknown, missing or has a bad value; the message names it and where it came from."""
 
@@ -98,6 +103,12 @@ class Settings:
         str | None,
         "ORIGINS",
         "Origins of other sites' pages that may call over HTTP, joined by commas, such as https://example.org; or *.",
+    ] = None
+    http_hosts: Annotated[
+        str | None,
+        "NAMES",
+        "Names, joined by commas, under which a server is asked over HTTP that needs neither a token nor a client"
+        " certificate, beside localhost, its own and IP addresses; or *.",
     ] = None
     provider: Annotated[
         Provider, "What runs the model. auto: CUDA where it works, else the CPU. cuda: fail without CUDA."
@@ -189,14 +200,26 @@ class Settings:
             raise SettingsError("connection_age: expected more than 0 seconds, came 0")
         if self.slate_log > 1:
             raise SettingsError(f"slate_log: expected a share of 0 to 1, came {self.slate_log:g}")
-        if self.http_origins is not None and self.http is None:
-            raise SettingsError("expected http_origins only with http")
+        if self.http is None and (self.http_origins is not None or self.http_hosts is not None):
+            raise SettingsError("expected http_origins and http_hosts only with http")
+        for name, form, expected in (
+            ("http_origins", ORIGIN, "origins such as https://example.org:8443, without a path"),
+            ("http_hosts", HOST, "names without a scheme or a port"),
+        ):
+            for one in listed(getattr(self, name)):
+                if one != "*" and not form.fullmatch(one):
+                    raise SettingsError(f"{name}: expected {expected}, or *, came {one!r}")
         if self.tokens is not None and self.tokens_file is not None:
             raise SettingsError("expected tokens or tokens_file, and not both")
         if self.reranker is not None and self.explore:
             raise SettingsError("expected explore or reranker, and not both: what a re-ranker orders is not drawn")
         if self.reranker is not None and not self.reranker_timeout_s:
             raise SettingsError("reranker_timeout_s: expected a number above 0, came 0: every call would be late")
+
+
+def listed(text: str | None) -> list[str]:
+    """The parts of a setting that are joined by commas."""
+    return [] if text is None else [one.strip() for one in text.split(",")]
 
 
 def _setting(hint: Any) -> Setting:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from serve.cli.options import FILE, all_settings
-from serve.settings import Settings, SettingsError, read_settings
+from serve.settings import Settings, SettingsError, listed, read_settings
 
 if TYPE_CHECKING:
     from serve.front.server import Listener
@@ -193,5 +193,5 @@ def _http(
         return None
     from serve.http.server import HttpServer
 
-    origins = [] if settings.http_origins is None else [one.strip() for one in settings.http_origins.split(",")]
-    return HttpServer(dataclasses.replace(listener, address=settings.http), metrics, origins, fail)
+    where = dataclasses.replace(listener, address=settings.http)
+    return HttpServer(where, metrics, listed(settings.http_origins), listed(settings.http_hosts), fail)

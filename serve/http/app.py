@@ -3,7 +3,10 @@
 import base64
 import hashlib
 import importlib.metadata
+import ipaddress
+import logging
 import re
+import traceback
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
@@ -28,6 +31,8 @@ from serve.http.openapi import openapi
 from serve.observability.metrics import Metrics
 from serve.pb import model_admin_pb2, open_inference_pb2, recommender_pb2
 
+logger = logging.getLogger(__name__)
+
 SERVICES = tuple(
     service
     for file in (recommender_pb2, model_admin_pb2, open_inference_pb2, health_pb2)
@@ -35,6 +40,7 @@ SERVICES = tuple(
 )
 CHECK = "/grpc.health.v1.Health/Check"
 PAGE = "page.html"
+INTERNAL = "the server failed, see its log"
 _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
@@ -52,7 +58,7 @@ def create_app(
         metrics: Where requests are counted that never reach it.
         tokens: Those of the gRPC server: bodies are read of callers whom it will not refuse. None: of all.
         origins: Pages of these origins may call from a browser, such as `https://example.org`; `*` means all.
-        hosts: Names under which the server may be asked. Empty: all.
+        hosts: Names under which the server may be asked, beside all IP addresses. Empty: all names.
     """
     gateway = Gateway(calls, tokens, metrics)
     document = json_response(openapi(SERVICES, importlib.metadata.version("jaxrec"), tokens is not None))
@@ -74,7 +80,7 @@ def create_app(
     async def shown(request: Request) -> Response:
         return page
 
-    middleware = [Middleware(OwnHeaders, hosts=hosts)]
+    middleware = [Middleware(Outermost, hosts=hosts)]
     if origins:
         cors = Middleware(
             CORSMiddleware,
@@ -84,7 +90,7 @@ def create_app(
             expose_headers=["x-request-id", "trailer-x-request-id", "retry-after"],
         )
         middleware.append(cors)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/", shown),
             Route("/healthz", healthz),
@@ -95,35 +101,53 @@ def create_app(
         middleware=middleware,
         exception_handlers={HTTPException: _refusal, ClientDisconnect: _nobody},
     )
+    app.router.redirect_slashes = False
+    return app
 
 
-class OwnHeaders:
-    """Adds to each answer that its content is what it says, and refuses requests for another host's name.
+class Outermost:
+    """Adds to each answer that its content is what it says, refuses other hosts' names, and answers for bugs.
 
-    Without the latter, a page of another site could let its name point to this machine, and call what has no password.
+    If all names were let in, a page of another site could let its name point to this machine, and call what has no
+    password. It cannot do that with an IP address.
     """
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
         self._app = app
-        self._hosts = frozenset(hosts)
+        self._hosts = frozenset(host.lower() for host in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
         async def answer(message: Message) -> None:
+            nonlocal begun
+            begun = True
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
             await send(message)
 
         host = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
-        if self._hosts and host and _name_of(host) not in self._hosts:
-            text = f"host: expected one of {', '.join(sorted(self._hosts))}, came another one"
+        if self._hosts and host and not self._is_own(host):
+            text = f"host: expected an IP address or one of {', '.join(sorted(self._hosts))}, came another one"
             refusal = error_response(refused(grpc.StatusCode.PERMISSION_DENIED, text, 421))
             await refusal(scope, receive, answer)
-        else:
+            return
+        try:
             await self._app(scope, receive, answer)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{place.filename}:{place.lineno}"
+            logger.error("%s %.200r failed: %s at %s", scope["method"], scope["path"], type(error).__name__, where)
+            if not begun:
+                await error_response(refused(grpc.StatusCode.INTERNAL, INTERNAL))(scope, receive, answer)
 
-
-def _name_of(host: str) -> str:
-    return re.sub(r":\d*$", "", host).lower()
+    def _is_own(self, host: str) -> bool:
+        name = re.sub(r":\d*$", "", host).lower()
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            return name in self._hosts
+        return True
 
 
 async def _refusal(request: Request, error: Exception) -> Response:

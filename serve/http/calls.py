@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from serve.api.errors import Status, status_of
-from serve.http.limits import MAX_CALLS
+from serve.http.limits import MAX_CALLS, MAX_CHECKS
 from serve.serving.batching import RETRY_AFTER_S
 from serve.serving.errors import QueueFull
 
@@ -58,7 +58,10 @@ class Calls:
     def __init__(self, address: str) -> None:
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
         self._methods: dict[str, grpc.UnaryUnaryMultiCallable[bytes, bytes]] = {}
+        # Checks queue among themselves, so that a flood of them takes no room from calls.
+        self._checks = asyncio.Semaphore(MAX_CHECKS)
         self.under_way = 0
+        """Calls other than checks."""
 
     def close(self) -> None:
         """Cancels what is under way."""
@@ -79,7 +82,7 @@ class Calls:
             message: The request, encoded.
             metadata: Sent along.
             timeout_s: The deadline, from now on; None: none.
-            is_check: Whether it is a health check, for which there is always room.
+            is_check: Whether it is a health check, which is never refused for want of room.
 
         Returns:
             The response, encoded, and the trailing metadata.
@@ -87,8 +90,20 @@ class Calls:
         Raises:
             Failed: The call ended with another status than OK, or too many are under way.
         """
-        if self.under_way >= MAX_CALLS and not is_check:
+        if is_check:
+            async with self._checks:
+                return await self._sent(method, message, metadata, timeout_s)
+        if self.under_way >= MAX_CALLS:
             raise Refused(full(MAX_CALLS))
+        self.under_way += 1
+        try:
+            return await self._sent(method, message, metadata, timeout_s)
+        finally:
+            self.under_way -= 1
+
+    async def _sent(
+        self, method: str, message: bytes, metadata: Metadata, timeout_s: float | None
+    ) -> tuple[bytes, Metadata]:
         if method not in self._methods:
             self._methods[method] = self._channel.unary_unary(method)
         loop = asyncio.get_running_loop()
@@ -99,13 +114,11 @@ class Calls:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(ended.set)
 
-        self.under_way += 1
         call: Any = self._methods[method].future(message, timeout=timeout_s, metadata=metadata)
         try:
             call.add_done_callback(wake)
             await ended.wait()
         finally:
-            self.under_way -= 1
             call.cancel()
         trailing = tuple(call.trailing_metadata() or ())
         if call.code() is not grpc.StatusCode.OK:

@@ -5,7 +5,7 @@ https://connectrpc.com/docs/protocol. The methods, their messages and all fields
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -15,12 +15,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from serve.api.errors import InvalidRequest, status_of
+from serve.api.errors import InvalidRequest, NoRight, NoToken, status_of
 from serve.front.auth import Tokens, needed_right
 from serve.http.bodies import Bodies
 from serve.http.calls import Calls, Failed, Metadata, Refused, passed_on
 from serve.http.errors import JSON, error_response, headers_of, refused
-from serve.http.limits import LONG_BYTES
+from serve.http.limits import BODY_S, FREE_BODY_S, LONG_BYTES, MAX_BODY_BYTES, MAX_FREE_BYTES, MAX_JSON_BYTES
 from serve.http.messages import from_json, to_json
 from serve.observability.metrics import Metrics
 
@@ -64,18 +64,20 @@ class Gateway:
         self._bodies = Bodies()
 
     @asynccontextmanager
-    async def body(self, request: Request, path: str) -> AsyncIterator[bytes]:
+    async def body(self, request: Request, path: str, content_type: str) -> AsyncIterator[bytes]:
         """The body of a request for a method; not read if the caller may not call it. Raises Failed."""
-        if not self._may_call(request, path):
-            # The gRPC server refuses it, says why, and counts it.
-            await self.call(request, path, b"")
-        async with self._bodies.read(request) as body:
+        self._check_right(request, path)
+        most, within_s = MAX_JSON_BYTES if content_type == JSON else MAX_BODY_BYTES, BODY_S
+        if needed_right(path) is None:
+            most, within_s = MAX_FREE_BYTES, FREE_BODY_S
+        async with self._bodies.read(request, most, within_s) as body:
             yield body
 
     async def call(
         self, request: Request, path: str, message: bytes, timeout_s: float | None = None
     ) -> tuple[bytes, Metadata]:
         """The answer to the caller of a request; cancelled when the client is gone. Raises Failed."""
+        self._check_right(request, path)
         metadata = passed_on(request.headers.raw, PASSED_ON)
         return await _unless_gone(request, self._calls.call(path, message, metadata, timeout_s, path in CHECKS))
 
@@ -85,11 +87,20 @@ class Gateway:
             self._metrics.rejected("http", path)
         return response(failed)
 
-    def _may_call(self, request: Request, path: str) -> bool:
+    def _check_right(self, request: Request, path: str) -> None:
+        """Refuses whom the gRPC server would refuse, as it does; raises Failed."""
         right, given = needed_right(path), request.headers.getlist("authorization")
         if self._tokens is None or right is None:
-            return True
-        return len(given) == 1 and right in (self._tokens.rights(given[0]) or ())
+            return
+        # Of several headers it would not be clear which one counts. gRPC can send printable ASCII only.
+        is_one = len(given) == 1 and given[0].isascii() and given[0].isprintable()
+        rights = self._tokens.rights(given[0]) if is_one else None
+        if rights is None:
+            self._metrics.rejected("unauthenticated", path)
+            raise Failed(status_of(NoToken()))
+        if right not in rights:
+            self._metrics.rejected("permission", path)
+            raise Failed(status_of(NoRight(right)))
 
 
 def _endpoint(method: MethodDescriptor, gateway: Gateway) -> Endpoint:
@@ -98,8 +109,8 @@ def _endpoint(method: MethodDescriptor, gateway: Gateway) -> Endpoint:
     async def endpoint(request: Request) -> Response:
         arrived = time.monotonic()
         try:
-            content_type, timeout_s = _content_type(request), _timeout_s(request)
-            async with gateway.body(request, path) as body:
+            content_type, timeout_s = content_type_of(request, TYPES), _timeout_s(request)
+            async with gateway.body(request, path, content_type) as body:
                 message = await encoded(body, method) if content_type == JSON else body
                 if timeout_s is not None:
                     # What the body took to arrive and to be read is a part of it.
@@ -113,15 +124,16 @@ def _endpoint(method: MethodDescriptor, gateway: Gateway) -> Endpoint:
     return endpoint
 
 
-def _content_type(request: Request) -> str:
+def content_type_of(request: Request, types: Sequence[str]) -> str:
+    """The type of the body of a request, one of some types; raises Refused."""
     if request.headers.get(VERSION, "1") != "1":
         raise refused(grpc.StatusCode.INVALID_ARGUMENT, f"{VERSION}: expected 1, came another version")
     if request.headers.get("content-encoding", "identity") != "identity":
         raise refused(grpc.StatusCode.UNIMPLEMENTED, "content-encoding: expected identity, came another one", 415)
     name, _, rest = request.headers.get("content-type", "").partition(";")
     name, rest = name.strip().lower(), rest.strip().lower()
-    if name not in TYPES or rest not in ("", "charset=utf-8"):
-        text = f"content-type: expected {' or '.join(TYPES)}, came another one"
+    if name not in types or rest not in ("", "charset=utf-8"):
+        text = f"content-type: expected {' or '.join(types)}, came another one"
         raise refused(grpc.StatusCode.UNIMPLEMENTED, text, 415)
     return name
 

@@ -27,35 +27,47 @@ class BoundedConnection(H11Protocol):
     """uvicorn's, with limits that it leaves to a proxy.
 
     A connection is ended that takes too long over the head of a request, or leaves an answer unread. One connection too
-    many ends the one that has waited for a request for the longest time, so that idle ones keep nobody out.
+    many ends the one that has waited for its client for the longest time, so that those who send or read nothing keep
+    nobody out.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
-        self.idle_since = 0.0
+        self.waits_since = 0.0
 
     @property
     def is_idle(self) -> bool:
         """Whether no request is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
+    @property
+    def waits(self) -> bool:
+        """Whether it is the client's turn: to send a request or the rest of one, or to read the answer."""
+        return self.is_idle or self.cycle.more_body or self.flow.write_paused
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.idle_since = self.loop.time()
+        self.waits_since = self.loop.time()
         self._watch_head()
         if len(self.connections) > MAX_CONNECTIONS:
-            idle = [one for one in self.connections if isinstance(one, BoundedConnection) and one.is_idle]
-            # This one is idle, too.
-            min(idle, key=lambda one: one.idle_since).transport.abort()
+            waiting = [one for one in self.connections if isinstance(one, BoundedConnection) and one.waits]
+            # This one waits, too.
+            oldest = min(waiting, key=lambda one: one.waits_since)
+            # It ends in the next turn of the loop, and more may come in this one.
+            self.connections.discard(oldest)
+            oldest.transport.abort()
 
     def data_received(self, data: bytes) -> None:
+        before = self.cycle
         super().data_received(data)
+        if self.cycle is not before:
+            self.waits_since = self.loop.time()
         self._watch_head()
 
     def on_response_complete(self) -> None:
-        self.idle_since = self.loop.time()
+        self.waits_since = self.loop.time()
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -89,6 +101,15 @@ class BoundedConnection(H11Protocol):
             self._head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
 
 
+class Loop(asyncio.SelectorEventLoop):
+    """asyncio's, with a limit for the TLS handshake that uvicorn leaves at a minute."""
+
+    async def create_server(self, *args: Any, **kwargs: Any) -> asyncio.Server:
+        if kwargs.get("ssl") is not None:
+            kwargs["ssl_handshake_timeout"] = HEAD_S
+        return await super().create_server(*args, **kwargs)
+
+
 class Door:
     """An ASGI app on a socket that is already open, in a thread with an event loop of its own."""
 
@@ -105,8 +126,8 @@ class Door:
             lifespan="off",
             loop="asyncio",
             log_config=None,
-            # What strangers send is not worth a line.
-            log_level=logging.ERROR,
+            # What strangers send is not worth a line; the app logs its own failures.
+            log_level=logging.CRITICAL,
             access_log=False,
             proxy_headers=False,
             server_header=False,
@@ -137,7 +158,8 @@ class Door:
             await self._server.serve([self._socket])
 
         try:
-            asyncio.run(serve())
+            with asyncio.Runner(loop_factory=Loop) as runner:
+                runner.run(serve())
         except BaseException:
             logger.exception("the HTTP door failed")
         if not self._server.should_exit:

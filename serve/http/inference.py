@@ -5,7 +5,7 @@ binary tensors.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -18,8 +18,8 @@ from starlette.routing import Route
 
 from serve.api.errors import InvalidRequest, status_of
 from serve.http.calls import Failed, Refused
-from serve.http.connect import Gateway, in_loop_or_thread
-from serve.http.errors import json_response, plain_error_response, refused
+from serve.http.connect import Gateway, content_type_of, in_loop_or_thread
+from serve.http.errors import JSON, json_response, plain_error_response, refused
 from serve.http.messages import from_value, kind_of, load_json
 from serve.pb import open_inference_pb2 as pb
 
@@ -33,6 +33,9 @@ TYPES = {
     "FP64": ("fp64Contents", "<f8"),
 }
 DEEPEST_TENSOR = 8
+REQUEST_FIELDS = ("id", "parameters", "inputs", "outputs")
+INPUT_FIELDS = ("name", "shape", "datatype", "parameters", "data")
+OUTPUT_FIELDS = ("name", "parameters")
 
 
 def inference_routes(gateway: Gateway) -> Iterator[Route]:
@@ -106,7 +109,8 @@ async def _infer(gateway: Gateway, request: Request) -> Response:
     try:
         if "inference-header-content-length" in request.headers:
             raise refused(grpc.StatusCode.UNIMPLEMENTED, "expected tensors as JSON, came the binary extension", 415)
-        async with gateway.body(request, path) as body:
+        content_type = content_type_of(request, (JSON,))
+        async with gateway.body(request, path, content_type) as body:
             message = await in_loop_or_thread(len(body), lambda: _request(body, **_model(request)))
             content, _ = await gateway.call(request, path, message.SerializeToString())
         return await in_loop_or_thread(len(content), lambda: json_response(_response(content)))
@@ -118,31 +122,44 @@ async def _infer(gateway: Gateway, request: Request) -> Response:
 
 def _request(body: bytes, name: str, version: str) -> Message:
     """The message of a JSON inference request; raises InvalidRequest."""
-    value = load_json(body)
-    if not isinstance(value, dict):
-        raise InvalidRequest("message", "a JSON object", kind_of(value))
-    inputs = value.get("inputs")
-    if not isinstance(inputs, list) or not all(isinstance(one, dict) for one in inputs):
-        raise InvalidRequest("inputs", "a list of tensors", kind_of(inputs))
-    # Parameters change nothing, and those of others' extensions need not be of the contract's types.
-    outputs = [
-        {name: one[name] for name in one if name != "parameters"} if isinstance(one, dict) else one
-        for one in value.get("outputs") or ()
-    ]
-    rest = {name: value[name] for name in value if name not in ("inputs", "outputs", "parameters")}
-    tensors = [_tensor(one, f"inputs[{at}]") for at, one in enumerate(inputs)]
-    whole = {**rest, "inputs": tensors, "outputs": outputs, "modelName": name, "modelVersion": version}
+    value = _fields(load_json(body), "", REQUEST_FIELDS)
+    inputs, outputs = (_list(value.get(field), field) for field in ("inputs", "outputs"))
+    whole = value | {
+        "inputs": [_tensor(one, f"inputs[{at}]") for at, one in enumerate(inputs)],
+        "outputs": [_fields(one, f"outputs[{at}]", OUTPUT_FIELDS) for at, one in enumerate(outputs)],
+        "modelName": name,
+        "modelVersion": version,
+    }
     return from_value(whole, pb.ModelInferRequest.DESCRIPTOR)
 
 
-def _tensor(tensor: dict[str, Any], where: str) -> dict[str, Any]:
-    known = {name: tensor[name] for name in tensor if name not in ("data", "parameters")}
-    datatype = tensor.get("datatype")
+def _list(value: Any, where: str) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise InvalidRequest(where, "a list of tensors", kind_of(value))
+    return value
+
+
+def _fields(value: Any, where: str, known: Sequence[str]) -> dict[str, Any]:
+    """The fields of a JSON object without its parameters; raises InvalidRequest for a field that is not known."""
+    if not isinstance(value, dict):
+        raise InvalidRequest(where or "message", "a JSON object", kind_of(value))
+    unknown = next((name for name in value if name not in known), None)
+    if unknown is not None:
+        raise InvalidRequest(where or "message", f"fields of {', '.join(known)}", kind_of(unknown))
+    # Parameters change nothing, and those of others' extensions need not be of the contract's types.
+    return {name: value[name] for name in value if name != "parameters"}
+
+
+def _tensor(value: Any, where: str) -> dict[str, Any]:
+    tensor = _fields(value, where, INPUT_FIELDS)
+    datatype, data = tensor.get("datatype"), tensor.pop("data", None)
     if not isinstance(datatype, str) or datatype not in TYPES:
         raise InvalidRequest(f"{where}.datatype", f"one of {', '.join(TYPES)}", kind_of(datatype))
-    if not isinstance(tensor.get("data"), list):
-        raise InvalidRequest(f"{where}.data", "a list", kind_of(tensor.get("data")))
-    return known | {"contents": {TYPES[datatype][0]: _flat(tensor["data"], f"{where}.data")}}
+    if not isinstance(data, list):
+        raise InvalidRequest(f"{where}.data", "a list", kind_of(data))
+    return tensor | {"contents": {TYPES[datatype][0]: _flat(data, f"{where}.data")}}
 
 
 def _flat(values: list[Any], where: str) -> list[Any]:

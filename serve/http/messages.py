@@ -1,6 +1,8 @@
 """Messages of the contract as JSON, by protobuf's own mapping, and errors that say which field is at fault."""
 
 import json
+import math
+import re
 from collections import Counter
 from typing import Any
 
@@ -10,6 +12,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from serve.api.errors import InvalidRequest
+from serve.http.limits import MAX_JSON_OBJECTS
 
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 _WHOLE = "a whole number, within the bounds of its type"
@@ -25,6 +28,9 @@ _EXPECTED = {
     FieldDescriptor.CPPTYPE_STRING: "a text",
 }
 LONGEST_NAME = 80
+# What protobuf raises for values that it cannot read: numbers that no double holds, among others.
+UNREADABLE = (ParseError, OverflowError, SystemError, TypeError, ValueError)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 WELL_KNOWN = "google.protobuf."
 """The package of types with a JSON form of their own."""
 
@@ -32,10 +38,17 @@ WELL_KNOWN = "google.protobuf."
 def load_json(body: bytes) -> Any:
     """The value of a JSON text in UTF-8; raises InvalidRequest that says where it breaks.
 
-    A name that comes twice in an object is an error, and so are NaN and Infinity outside of quotes.
+    A name that comes twice in an object is an error, and so are NaN and Infinity outside of quotes, numbers that no
+    double holds, half a character, and too many objects.
     """
 
+    objects = 0
+
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal objects
+        objects += 1
+        if objects > MAX_JSON_OBJECTS:
+            raise InvalidRequest("message", f"JSON of at most {MAX_JSON_OBJECTS} objects", "more")
         names = dict(pairs)
         if len(names) < len(pairs):
             twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
@@ -45,10 +58,21 @@ def load_json(body: bytes) -> Any:
     def refuse(constant: str) -> float:
         raise InvalidRequest("message", "JSON, in which such a number is in quotes", constant)
 
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise InvalidRequest("message", "JSON of a message", "a number that is too large")
+        return value
+
     try:
-        return json.loads(body.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
+        text = body.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=once, parse_constant=refuse, parse_float=finite)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except InvalidRequest:
         raise
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("message", "JSON in UTF-8", "half of a surrogate pair") from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise InvalidRequest("message", "JSON", f"at {where}: {error.msg}") from error
@@ -71,7 +95,7 @@ def from_value(value: Any, kind: Descriptor) -> Message:
         raise InvalidRequest("message", "a JSON object", kind_of(value))
     try:
         return ParseDict(value, GetMessageClass(kind)())
-    except (ParseError, RecursionError) as error:
+    except (*UNREADABLE, RecursionError) as error:
         try:
             _blame(value, kind, "")
         except RecursionError:
@@ -134,14 +158,16 @@ def _fails(one: FieldDescriptor, value: Any) -> bool:
     assert one.containing_type is not None
     try:
         ParseDict({one.name: value}, GetMessageClass(one.containing_type)())
-    except ParseError:
+    except UNREADABLE:
         return True
     return False
 
 
 def kind_of(value: Any) -> str:
     """What a JSON value is, in a few words, for an error."""
-    return _KINDS.get(type(value), f"{str(value)[:LONGEST_NAME]}") if not isinstance(value, str) else _text(value)
+    if isinstance(value, str):
+        return _text(value)
+    return _KINDS.get(type(value)) or str(value)[:LONGEST_NAME]
 
 
 def _text(value: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor, MethodDescriptor, ServiceDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 
+from serve.front.auth import needed_right
 from serve.http.connect import path_of
 from serve.http.errors import HTTP_STATUS, JSON, code_name
 from serve.http.messages import WELL_KNOWN
@@ -148,6 +149,7 @@ def _operation(method: MethodDescriptor, comments: dict[str, str]) -> dict[str, 
         "operationId": f"{method.containing_service.name}_{method.name}",
         "tags": [method.containing_service.full_name],
         **_described(comments, method.full_name),
+        **_free(path_of(method)),
         "requestBody": {"required": True, "content": {JSON: {"schema": _reference(method.input_type.full_name)}}},
         "responses": {
             "200": {
@@ -159,10 +161,16 @@ def _operation(method: MethodDescriptor, comments: dict[str, str]) -> dict[str, 
     }
 
 
+def _free(path: str) -> dict[str, Any]:
+    """That a method asks for no token, if that is so."""
+    return {"security": []} if needed_right(path) is None else {}
+
+
 def _others() -> Iterator[tuple[str, dict[str, Any]]]:
     for path, verb, what in _OTHERS:
         names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
         operation: dict[str, Any] = {"description": what, "responses": {"default": {"description": "JSON."}}}
+        operation |= {"security": []} if path == "/healthz" else {}
         if names:
             operation["parameters"] = [
                 {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names

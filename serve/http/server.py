@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from serve.addresses import host_and_port, is_loopback
+from serve.addresses import host_and_port
 from serve.front.server import Listener
 from serve.http.app import create_app
 from serve.http.calls import Calls, PrivateSocket
@@ -10,7 +10,7 @@ from serve.http.connections import Door, open_socket
 from serve.http.tls import server_context
 from serve.observability.metrics import Metrics
 
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+LOOPBACK = ("localhost",)
 
 
 class HttpServer:
@@ -24,6 +24,7 @@ class HttpServer:
         listener: Listener,
         metrics: Metrics | None = None,
         origins: Sequence[str] = (),
+        hosts: Sequence[str] = (),
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         """Binds the port.
@@ -32,6 +33,8 @@ class HttpServer:
             listener: Where to listen and for whom: with the gRPC server's own TLS and tokens.
             metrics: Those of the gRPC server; None: metrics that are not published.
             origins: Pages of these origins may call from a browser; `*` means all.
+            hosts: Further names under which a server is asked that needs neither a token nor a client certificate,
+                beside those of loopback, the listener's host and all IP addresses; `*` means all.
             on_failure: Called when the door ends without having been asked to.
 
         Raises:
@@ -39,16 +42,14 @@ class HttpServer:
             SecurityError: The certificate cannot be used.
         """
         tls = None if listener.tls is None else server_context(listener.tls)
-        # Who needs neither a token nor a certificate is asked for under this machine's own names only.
-        is_private = is_loopback(listener.address) and listener.tokens is None and not listener.allow_insecure
-        is_private = is_private and (listener.tls is None or listener.tls.client_ca is None)
-        hosts = (*LOOPBACK, host_and_port(listener.address)[0]) if is_private else ()
+        is_open = listener.tokens is None and (listener.tls is None or listener.tls.client_ca is None)
+        names = (*LOOPBACK, host_and_port(listener.address)[0], *hosts) if is_open and "*" not in hosts else ()
         opened = open_socket(listener.address, listener.shared_port)
         self._private = PrivateSocket()
         self.grpc_address = self._private.address
         self.calls = Calls(self.grpc_address)
         self._door = Door(
-            create_app(self.calls, metrics or Metrics(), listener.tokens, origins, hosts), opened, tls, on_failure
+            create_app(self.calls, metrics or Metrics(), listener.tokens, origins, names), opened, tls, on_failure
         )
         self.port = self._door.port
         host = listener.address.rpartition(":")[0]

@@ -36,7 +36,10 @@ def server_context(tls: Tls) -> ssl.SSLContext:
 
 def _context(tls: Tls) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # A resumed session would let in a client whose authority was removed meanwhile. TLS 1.2 needs no tickets for that.
+    context.minimum_version = ssl.TLSVersion.TLSv1_2 if tls.client_ca is None else ssl.TLSVersion.TLSv1_3
+    context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 0
     context.set_alpn_protocols(["http/1.1"])
     try:
         context.load_cert_chain(tls.certificate, tls.key)

@@ -31,11 +31,9 @@ def test_an_option_beats_a_variable_which_beats_the_file_which_beats_the_default
 
 def test_every_setting_can_be_a_variable_and_a_key(tmp_path: Path) -> None:
     texts = {
-        name: {"provider": "cuda", "search": "index", "front": "threads", "log_format": "text", "slate_log": "0.5"}.get(
-            name, "1"
-        )
-        for name in SETTINGS
-        if name not in ("tokens", "reranker")
+        **{name: "1" for name in SETTINGS if name not in ("tokens", "reranker")},
+        **{"provider": "cuda", "search": "index", "log_format": "text", "slate_log": "0.5"},
+        "http_origins": "https://example.org",
     }
     (tmp_path / "f.toml").write_text("\n".join(f'{name} = "{text}"' for name, text in texts.items()))
     from_file = read_settings({}, {}, tmp_path / "f.toml")
@@ -69,6 +67,21 @@ def test_variables_of_the_client_and_of_a_service_called_jaxrec_are_not_settings
         ({}, {"JAXREC_WATCH": "soon"}, "", "JAXREC_WATCH: expected a number from 0 on, came 'soon'"),
         ({}, {"JAXREC_DRAIN": "-1"}, "", "JAXREC_DRAIN: expected a number from 0 on, came '-1'"),
         ({}, {"JAXREC_DRAIN": "nan"}, "", "JAXREC_DRAIN: expected a number from 0 on, came 'nan'"),
+        ({}, {"JAXREC_HTTP_HOSTS": "example.org"}, "", "expected http_origins and http_hosts only with http"),
+        *(
+            ({"http": "127.0.0.1:0", name: f"{good},{bad}"}, {}, "", f"{name}: expected ")
+            for name, good, bads in (
+                (
+                    *("http_origins", "https://example.org:8443"),
+                    (
+                        *("example.org", "https://example.org/", "ftp://example.org", "https://", "https://a:b"),
+                        *("https://*.example.org", "HTTPS://example.org", "https://a:443", "http://a:80", "", "null"),
+                    ),
+                ),
+                ("http_hosts", "example.org", ("https://example.org", "example.org:80", "Example.org", "", "a b")),
+            )
+            for bad in bads
+        ),
         ({}, {"JAXREC_SHARED_PORT": "yes"}, "", "JAXREC_SHARED_PORT: expected true or false, came 'yes'"),
         ({}, {"JAXREC_TOKENS": ""}, "", "JAXREC_TOKENS: expected a text, came another value"),
         ({}, {}, "threads = 1.5", "serve.toml: threads: expected a whole number from 1 on, came 1.5"),

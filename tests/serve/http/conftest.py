@@ -17,13 +17,13 @@ from tests.serve.one_model import one_model
 
 @pytest.fixture
 def opening(model: Recommender, store: EventStore) -> Opening:
-    """Opens both doors for a block, with parts of a `Listener` and `origins`."""
+    """Opens both doors for a block, with parts of a `Listener`, `origins` and `hosts`."""
 
     @contextmanager
-    def opened(origins: tuple[str, ...] = (), **parts: Any) -> Iterator[Doors]:
+    def opened(origins: tuple[str, ...] = (), hosts: tuple[str, ...] = (), **parts: Any) -> Iterator[Doors]:
         listener = Listener("localhost:0", **parts)
         metrics = Metrics()
-        http = HttpServer(listener, metrics, origins)
+        http = HttpServer(listener, metrics, origins, hosts)
         server = create_server(
             one_model(model, store), store, listener, metrics=metrics, also_listen=(http.grpc_address,)
         )

@@ -77,8 +77,14 @@ def test_states_and_metadata(doors: Doors) -> None:
         ({"inputs": []}, 400, "inputs: expected item, rating, gap"),
         ({"inputs": "x"}, 400, "inputs: expected a list of tensors"),
         ({"outputs": [{"name": "x"}]}, 400, "outputs[0]: expected one of "),
-        ({"outputs": ["x"]}, 400, "outputs[0]: expected the object of a InferRequestedOutputTensor"),
-        ({"more": 1}, 400, "more: expected a field of ModelInferRequest"),
+        ({"outputs": ["x"]}, 400, "outputs[0]: expected a JSON object, came the text 'x'"),
+        ({"outputs": 5}, 400, "outputs: expected a list of tensors, came 5"),
+        ({"outputs": {"name": "items"}}, 400, "outputs: expected a list of tensors, came an object"),
+        ({"outputs": [{"name": "items", "data": 1}]}, 400, "outputs[0]: expected fields of name, parameters, came"),
+        ({"more": 1}, 400, "message: expected fields of id, parameters, inputs, outputs, came the text 'more'"),
+        ({"modelName": "x"}, 400, "message: expected fields of id, parameters, inputs, outputs, came"),
+        ({"model_version": "x"}, 400, "message: expected fields of id, parameters, inputs, outputs, came"),
+        ({"data": [3], "contents": {"int64Contents": [9]}}, 400, "inputs[6]: expected fields of name, shape, "),
         ({"data": [1]}, 400, "inputs[k].shape"),
         ({"data": ["x"], "shape": [1]}, 400, "inputs[6].contents.int64_contents[0]: expected a whole number"),
         ({"data": "x"}, 400, "inputs[6].data: expected a list"),
@@ -105,6 +111,9 @@ def test_other_models_and_other_protocols(doors: Doors) -> None:
     assert ask(doors.port, "/v2/models/jaxrec/versions/none").status == 404
     binary = ask(doors.port, INFER, b"{}", {"inference-header-content-length": "2"})
     assert (binary.status, list(binary.json)) == (415, ["error"])
+    # As a form of another site's page can send it.
+    plain = ask(doors.port, INFER, '{"inputs": []}', {"content-type": "text/plain", "origin": "https://example.org"})
+    assert (plain.status, list(plain.json)) == (415, ["error"])
     assert ask(doors.port, INFER, "{").json["error"].startswith("message: expected JSON, came at line 1")
     assert ask(doors.port, INFER, "[]").json["error"] == "message: expected a JSON object, came a list"
     assert list(ask(doors.port, "/v2/nothing").json) == ["error"]

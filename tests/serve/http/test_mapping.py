@@ -164,7 +164,12 @@ def test_any_json_is_a_message_or_an_error_of_a_field(value: Any) -> None:
         ('{"seen": "SEEN_NEVER"}', "seen: expected a name of the enum, came the text 'SEEN_NEVER'"),
         ('{"excludeItemIds": ["1", 2]}', "exclude_item_ids[1]: expected a text, came 2"),
         ('{"filter": {"minimumScore": 1e39}}', "filter.minimum_score: expected a number, came 1e+39"),
-        ('{"userId": "\\ud800"}', "user_id: expected a text, came the text '?'"),
+        ('{"userId": "\\ud800"}', "message: expected JSON in UTF-8, came half of a surrogate pair"),
+        ('{"\\ud800": 1}', "message: expected JSON in UTF-8, came half of a surrogate pair"),
+        ('{"history": {"events": ["\\uDFFF"]}}', "message: expected JSON in UTF-8, came half of a surrogate pair"),
+        ('{"history": {"events": [' + "{}," * 2**16 + "{}]}}", "message: expected JSON of at most 65536 objects, came"),
+        ('{"seen": 1e400}', "message: expected JSON of a message, came a number that is too large"),
+        ('{"filter": {"minimumScore": 1' + "0" * 400 + "}}", "filter.minimum_score: expected a number, came 1000"),
         ('{"' + "x" * 500 + '": 1}', "x" * 80 + ": expected a field of RecommendRequest"),
     ],
 )  # fmt: skip
@@ -175,6 +180,40 @@ def test_bad_json_is_blamed_where_it_is(doors: Doors, text: bytes | str, message
     details = {detail["type"]: detail["debug"] for detail in said.json["details"]}
     violations = details["google.rpc.BadRequest"]["fieldViolations"]
     assert violations[0]["field"] == message.partition(":")[0]
+
+
+def all_kinds() -> list[Any]:
+    kinds = {method.input_type.full_name: method.input_type for method in UNARY}
+    for kind in (waiting := list(kinds.values())):
+        for field in kind.fields:
+            if (inner := field.message_type) is not None and inner.full_name not in kinds:
+                kinds[inner.full_name] = inner
+                waiting.append(inner)
+    return list(kinds.values())
+
+
+@pytest.mark.parametrize("kind", all_kinds(), ids=lambda kind: kind.name)
+def test_odd_values_of_every_field_are_read_or_refused(hostile: Any, kind: Any) -> None:
+    for field in kind.fields:
+        for value in hostile.ODD_VALUES:
+            try:
+                from_json(f'{{"{field.json_name}": {value}}}'.encode(), kind).SerializeToString()
+            except InvalidRequest as error:
+                assert ": expected " in str(error).encode().decode()  # noqa: PT017
+
+
+def test_a_failure_of_the_server_is_an_internal_error_and_one_line(
+    doors: Doors, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> bytes:
+        raise AttributeError("secret")
+
+    monkeypatch.setattr("serve.http.connect.to_json", broken)
+    said = ask(doors.port, "/jaxrec.v1.Recommender/GetModelInfo", {})
+    assert (said.status, said.json) == (500, {"code": "internal", "message": "the server failed, see its log"})
+    (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "GetModelInfo' failed: AttributeError at " in line.getMessage()
+    assert (line.exc_info, "secret" in line.getMessage()) == (None, False)
 
 
 def test_of_fields_that_exclude_each_other_one_may_be_there() -> None:
@@ -242,6 +281,7 @@ def test_the_id_of_a_request_comes_back(doors: Doors) -> None:
         (RECOMMEND, "GET", 405),
         ("/openapi.json", "POST", 405),
         (RECOMMEND, "OPTIONS", 405),
+        ("/healthz/", "GET", 404),
     ],
 )
 def test_paths_that_are_not_there(doors: Doors, path: str, verb: str, status: int) -> None:

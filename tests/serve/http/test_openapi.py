@@ -46,6 +46,12 @@ def test_every_unary_method_is_there(document: dict[str, Any]) -> None:
     assert {path_of(one) for one in methods} <= document["paths"].keys()
 
 
+def test_health_checks_ask_for_no_token() -> None:
+    paths = openapi(SERVICES, "1", needs_token=True)["paths"]
+    free = {path for path, verbs in paths.items() for one in verbs.values() if one.get("security") == []}
+    assert free == {"/healthz", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/List"}
+
+
 def test_the_comments_of_the_contract_are_the_descriptions(document: dict[str, Any]) -> None:
     comments = read_comments()
     assert comments["jaxrec.v1.RecommendRequest.k"].startswith("How many items to answer, 1 to 1000. 0: 10.")

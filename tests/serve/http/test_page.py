@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from serve.client import Connection, RecommenderClient, UserEvent
+from serve.client import Connection, Item, RecommenderClient, UserEvent
+from serve.pb.recommender_pb2 import Boost, Rules, TrendWindow
 from tests.serve.http.asking import ask
 from tests.serve.http.browser import WAIT_S, browser, missing
 from tests.serve.process import running_server
@@ -206,6 +207,62 @@ def test_reasons_scores_filters_similar_items_and_the_profile(
         assert "100 % of the users" in page.one("#model-list").text
 
 
+def change(page: Page, control: str, value: str) -> list[str]:
+    """The list after a control of the page has another value."""
+    text = "const one = $(arguments[0]); one.value = arguments[1]; one.dispatchEvent(new Event('change'))"
+    return page.after(lambda: page.script(text, control, value))
+
+
+@needs_browser
+def test_rules_and_what_they_did(page: Page, driver: Any, serving: tuple[str, int], user: str) -> None:
+    page = Page(driver, serving[1], f"#user={user}")
+    page.wait(lambda: page.serial > 0 and page.all("#recommendations li"))
+    with RecommenderClient(serving[0]) as client:
+
+        def expected(rules: Rules | None) -> list[str]:
+            return [one.item_id for one in client.recommend(user_id=user, rules=rules).recommendations]
+
+        plain = page.listed()
+        diverse = change(page, "diversity", "0.9")
+        assert diverse == expected(Rules(diversity=0.9)) != plain
+        assert "rules: diversity" in page.one("#recommendations").text
+        assert change(page, "diversity", "0") == plain
+        assert change(page, "max-per-tag", "2") == expected(Rules(max_per_tag=2)) != plain
+        change(page, "max-per-tag", "0")
+        page.one("#how").send_keys("less of")
+        tag = page.one("#recommendations .tags button").text
+        page.one("#tag").send_keys(tag)
+        boosted = page.after(lambda: page.one("#tag-form").submit())
+        assert boosted == expected(Rules(boosts=[Boost(tag=tag, factor=0.25)]))
+        scores = [one.text for one in page.all("#recommendations .actions > .small")]
+        assert page.after(page.one("#chosen-tags button").click) == plain
+        assert scores != [one.text for one in page.all("#recommendations .actions > .small")]
+        # Pinned to its place, an item stays there when the others move.
+        page.after(page.all("#recommendations li:nth-child(3) .actions button")[-2].click)
+        assert page.one("#chosen-tags button").text.startswith("place 3: ")
+        moved = page.after(page.one("#recommendations .title").click)
+        assert moved[2] == plain[2]
+
+
+@needs_browser
+def test_metadata_and_items_of_the_store(page: Page, driver: Any, serving: tuple[str, int]) -> None:
+    with RecommenderClient(serving[0]) as client:
+        known = page.listed()[0]
+        client.upsert_items(
+            [Item(item_id=known, title="Stored", metadata={"year": "1999"}), Item(item_id="added", title="Added")]
+        )
+        try:
+            page.wait(lambda: client.get_model_info().added_item_count == 1)
+            page = Page(driver, serving[1])
+            page.wait(lambda: page.serial > 0)
+            assert "and 1 of the store" in page.one("#model").text
+            assert page.one("#new-items").is_displayed()
+            page.after(page.one("#metadata").click)
+            assert "year: 1999" in page.one("#recommendations").text
+        finally:
+            client.delete_items([known, "added"])
+
+
 def trending(page: Page) -> list[str]:
     """The ids of the trending items, asked for once more."""
     page.script("trending.open = false")
@@ -217,13 +274,29 @@ def trending(page: Page) -> list[str]:
 
 
 @needs_browser
-def test_what_the_server_does_not_have_is_hidden(page: Page, serving: tuple[str, int]) -> None:
-    offered = "/jaxrec.v1.Recommender/Trending" in ask(serving[1], "/openapi.json").json["paths"]
-    assert page.one("#trending").is_displayed() is offered
-    if offered:
-        with RecommenderClient(serving[0]) as client:
-            client.record_events([UserEvent(event_id="now", user_id="now", item_id="1014", timestamp=int(time.time()))])
-        page.wait(lambda: trending(page)[:1] == ["1014"])
+def test_trending_by_windows(page: Page, serving: tuple[str, int]) -> None:
+    with RecommenderClient(serving[0]) as client:
+        now = int(time.time())
+        # More than other tests click.
+        recent = [UserEvent(event_id=f"now-{at}", user_id="now", item_id="1014", timestamp=now) for at in range(20)]
+        earlier = [
+            UserEvent(event_id=f"then-{at}", user_id="then", item_id="1021", timestamp=now - 86_400 - at)
+            for at in range(200)
+        ]
+        client.record_events([*recent, *earlier])
+    for window, first in (("HOUR", "1014"), ("MONTH", "1021")):
+        page.script("$('trending-window').value = arguments[0]", f"TREND_WINDOW_{window}")
+        page.wait(lambda first=first: trending(page)[:1] == [first])
+
+
+def test_the_windows_are_those_of_the_contract() -> None:
+    windows = set(TrendWindow.keys()) - {"TREND_WINDOW_UNSPECIFIED"}
+    assert set(re.findall(r"TREND_WINDOW_\w+", PAGE)) == windows
+
+
+@needs_browser
+def test_what_is_not_there_is_hidden(page: Page) -> None:
+    assert not page.one("#new-items").is_displayed()
     assert not page.one("#profile").is_displayed()
     assert not page.one("#similar").is_displayed()
     page.script("arguments[0].click()", page.one("input[value=user]"))
@@ -245,8 +318,6 @@ def test_an_error_is_said_and_goes_away(page: Page) -> None:
 
 @needs_browser
 def test_texts_of_the_catalogue_are_texts(page: Page, serving: tuple[str, int]) -> None:
-    from serve.client import Item
-
     with RecommenderClient(serving[0]) as client:
         client.upsert_items([Item(item_id="1007", title="<img src=x onerror=window.stranger=1>", tags=["<b>"])])
         try:
