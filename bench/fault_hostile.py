@@ -671,8 +671,9 @@ def attack_http(
             UserEvent(event_id=f"hostile-test-{at}", user_id=GOOD_USER, item_id=item_ids[at], timestamp=at)
             for at in range(1, 11)
         )
-        expected = client.batch_recommend(good)
-    attacker, outcome, lock = Attacker(sorted(item_ids), seed), Outcome(), threading.Lock()
+        expected = [one for one in client.batch_recommend(good) if isinstance(one, RecommendResponse)]
+        tags = list(client.get_model_info().genres)
+    attacker, outcome, lock = Attacker(sorted(item_ids), tags, seed), Outcome(), threading.Lock()
     outcome.memory_mb.append(resident_mb(process_id))
     numbers = iter(range(1, requests + 1))
 

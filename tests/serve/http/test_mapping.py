@@ -84,7 +84,7 @@ def test_every_unary_method_of_the_server_has_its_path() -> None:
 
 @pytest.mark.parametrize("method", UNARY, ids=lambda method: method.name)
 def test_answers_and_errors_are_those_of_grpc(doors: Doors, model: Recommender, hostile: Any, method: Any) -> None:
-    attacker, path = hostile.Attacker(model.catalog.item_ids[1:], seed=3), path_of(method)
+    attacker, path = hostile.Attacker(model.catalog.item_ids[1:], model.filters.tags, seed=3), path_of(method)
     asked, answered = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
     with RecommenderClient(doors.address) as client:
         client.record_events([UserEvent(event_id="1", user_id="u", item_id="1007", timestamp=1)])
@@ -117,7 +117,7 @@ def test_answers_and_errors_are_those_of_grpc(doors: Doors, model: Recommender, 
 @settings(max_examples=60, deadline=None)
 def test_every_message_survives_json(hostile: Any, seed: int, at: int) -> None:
     kind = UNARY[at].input_type
-    message = hostile.Attacker(["1", "2"], seed)._message(GetMessageClass(kind))
+    message = hostile.Attacker(["1", "2"], ["tag"], seed)._message(GetMessageClass(kind))
     back = from_json(to_json(message.SerializeToString(), kind), kind)
     assert back.SerializeToString(deterministic=True) == message.SerializeToString(deterministic=True)
 
