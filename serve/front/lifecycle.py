@@ -6,7 +6,6 @@ import sys
 import time
 from typing import NoReturn
 
-import grpc
 from grpc_health.v1 import health_pb2
 
 from serve.api.health import HealthServicer
@@ -14,6 +13,7 @@ from serve.api.inference import InferenceServicer
 from serve.front.calls import Calls
 from serve.front.gate import Gate
 from serve.front.loop import shared_loop
+from serve.front.restarts import KeptServer
 
 DRAIN_S = 10.0
 LINGER_S = 0.05
@@ -24,14 +24,13 @@ class RecommenderServer:
 
     def __init__(
         self,
-        server: grpc.aio.Server,
-        port: int,
+        server: KeptServer,
         calls: Calls,
         gate: Gate,
         health: HealthServicer,
         inference: InferenceServicer,
     ) -> None:
-        self.port = port
+        self.port = server.port
         self._server = server
         self._calls = calls
         self._gate = gate
@@ -77,7 +76,7 @@ class RecommenderServer:
         await self._server.start()
 
     async def _end(self) -> None:
-        await self._server.stop(None)
+        await self._server.stop()
         self._calls.close()
 
 

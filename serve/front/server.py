@@ -32,6 +32,7 @@ from serve.front.limits import (
 from serve.front.loop import shared_loop
 from serve.front.pool import Pool
 from serve.front.recommends import Recommends
+from serve.front.restarts import KeptServer
 from serve.front.tls import Tls
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracer, tracer_of_the_process
@@ -199,13 +200,17 @@ def create_server(
         ("grpc.max_connection_age_grace_ms", round(1e3 * connection_grace_s)),
     ]
 
-    async def bind() -> tuple[grpc.aio.Server, int]:
+    def open_server(port: int | None) -> tuple[grpc.aio.Server, int]:
         server = grpc.aio.server(options=options)
         server.add_generic_rpc_handlers((calls,))
-        port = listener.bind(server)
+        port = (listener if port is None else replace(listener, address=listener.at(port))).bind(server)
         for address in also_listen:
             _bound(address, server.add_insecure_port)
         return server, port
 
-    server, port = shared.wait_for(bind())
-    return RecommenderServer(server, port, calls, gate, health, inference)
+    sockets = [one.removeprefix("unix:") for one in (listener.address, *also_listen) if one.startswith("unix:")]
+
+    async def bind() -> KeptServer:
+        return KeptServer(open_server, sockets, metrics.restarted, on_failure)
+
+    return RecommenderServer(shared.wait_for(bind()), calls, gate, health, inference)

@@ -97,6 +97,10 @@ class Metrics:
         self._batch_failures = self._counter(
             "batch_failures_total", "Requests of batches that failed by themselves, in calls that are OK.", ("code",)
         )
+        self.restarted: Callable[[], None] = self._counter(
+            "front_restarts_total", "gRPC servers that failed and were replaced."
+        ).inc
+        """One gRPC server that failed, such as by a path that is not UTF-8, and was replaced."""
         self._methods: frozenset[str] = frozenset()
         self._reloads = self._counter("model_reloads_total", "Attempts to load a model.", ("result",))
         self._model_info = self._gauge("model_info", "1 for each loaded version.", ("model_version", "policy"))
