@@ -54,17 +54,19 @@ class RecommenderServer:
     def finish_calls(self, timeout_s: float = DRAIN_S) -> bool:
         """Sets health checks to NOT_SERVING, turns new calls away with UNAVAILABLE, and waits for those under way.
 
-        Returns whether all were answered within `timeout_s` seconds. Streams, such as the watch of a health check,
-        are notified and not waited for. gRPC itself is left running: it would end calls that have just arrived with
-        CANCELLED, which no client repeats. Let the process end (`leave_process`), or `drain`.
+        Returns whether all were answered, and all answers taken, within `timeout_s` seconds. Streams, such as the watch
+        of a health check, are notified and not waited for. gRPC itself is left running: it would end calls that have
+        just arrived with CANCELLED, which no client repeats. Let the process end (`leave_process`), or `drain`.
         """
         self._health.set_all(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._inference.ready = False
         self._gate.close()
+        until = time.monotonic() + timeout_s
         finished = self._gate.wait_until_idle(timeout_s)
-        # Handlers have returned; this is for their answers to leave.
+        # Handlers have returned; this is for their answers to leave, and for statuses that have none.
+        sent = shared_loop().wait_for(self._calls.wait_until_sent(until - time.monotonic()))
         time.sleep(LINGER_S)
-        return finished
+        return finished and sent
 
     def drain(self, timeout_s: float = DRAIN_S) -> None:
         """As `finish_calls`, and then stops the server within this process; what is still under way is cancelled."""

@@ -188,7 +188,7 @@ def create_server(
         handlers |= admin
     methods = [Method.of(name, handler, pools[name], at_once=name in AT_ONCE) for name, handler in handlers.items()]
     methods = [
-        replace(method, in_loop=recommends, is_full=recommends.is_full) if method.name == RECOMMEND else method
+        replace(method, in_loop=recommends, check=recommends.check) if method.name == RECOMMEND else method
         for method in methods
     ]
     calls = Calls(methods, gate, metrics, listener.tokens, tracer or tracer_of_the_process(), log_calls)

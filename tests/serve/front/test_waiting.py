@@ -66,11 +66,11 @@ def test_a_connection_that_does_not_read_gets_no_more_answers_and_others_do(
     monkeypatch.setattr(waiting, limit, 1)
     answered = threading.Semaphore(0)
     with echo_server(counting(answered)) as address, RawClient(address, window=0) as stranger:
-        stranger.call(POOLED, b"x")
+        stranger.call(SLOW, b"x")
         wait_for(answered, 1)
         # Once this is answered, the first one's answer is counted.
         with grpc.insecure_channel(address) as channel:
-            assert method(channel, POOLED)(b"y", timeout=PATIENCE_S) == b"y"
+            assert method(channel, SLOW)(b"y", timeout=PATIENCE_S) == b"y"
             wait_for(answered, 1)
             # RESOURCE_EXHAUSTED.
             assert b"grpc-status\x018" in ended(stranger.call(POOLED, b"x"), stranger)
@@ -134,6 +134,9 @@ class OnlyCall:
 
     def receive(self) -> None:
         self.last = "receive"
+
+    def is_written_to(self) -> bool:
+        return self.last == "writes"
 
     def give_up(self, code: grpc.StatusCode, details: str) -> None:
         self.last = code.name
