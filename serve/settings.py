@@ -20,6 +20,10 @@ OTHER_VARIABLES = (FILE_VARIABLE, f"{PREFIX}TOKEN")
 LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_\d+_|$)")
 
 
+# gRPC counts milliseconds in 32 bits.
+LONGEST_CONNECTION_S = 2_000_000
+
+
 class SettingsError(ValueError):
     """A setting is unknown, missing or has a bad value; the message names it and where it came from."""
 
@@ -185,8 +189,10 @@ class Settings:
         """Raises SettingsError for settings that exclude each other, and for a share above 1."""
         if (self.tls_cert is None) != (self.tls_key is None) or (self.tls_client_ca and not self.tls_cert):
             raise SettingsError("expected tls_cert and tls_key together, and tls_client_ca only with them")
-        if not self.connection_age:
-            raise SettingsError("connection_age: expected more than 0 seconds, came 0")
+        if not 1 <= self.connection_age <= LONGEST_CONNECTION_S:
+            raise SettingsError(
+                f"connection_age: expected 1 to {LONGEST_CONNECTION_S} seconds, came {self.connection_age:g}"
+            )
         if self.slate_log > 1:
             raise SettingsError(f"slate_log: expected a share of 0 to 1, came {self.slate_log:g}")
         if self.http_origins is not None and self.http is None:

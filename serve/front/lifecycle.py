@@ -4,6 +4,7 @@ import atexit
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 from grpc_health.v1 import health_pb2
@@ -29,6 +30,7 @@ class RecommenderServer:
         gate: Gate,
         health: HealthServicer,
         inference: InferenceServicer,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self.port = server.port
         self._server = server
@@ -36,6 +38,7 @@ class RecommenderServer:
         self._gate = gate
         self._health = health
         self._inference = inference
+        self._on_end: Callable[[], None] | None = on_end
         self._listens = False
 
     def listen(self) -> None:
@@ -80,6 +83,9 @@ class RecommenderServer:
     async def _end(self) -> None:
         await self._server.stop()
         self._calls.close()
+        if self._on_end is not None:
+            self._on_end()
+            self._on_end = None
 
 
 def leave_process(status: int = 0) -> NoReturn:

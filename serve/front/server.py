@@ -162,7 +162,6 @@ def create_server(
         if not address.startswith("unix:"):
             raise AddressError(f"expected unix:PATH, came {address}")
     metrics, gate, shared = metrics or Metrics(), Gate(), shared_loop()
-    shared.on_failure(on_failure)
     metrics.know_methods(METHODS)
     metrics.count_under_way(lambda: gate.under_way)
     metrics.count_dropped(lambda: store.dropped_count)
@@ -213,4 +212,6 @@ def create_server(
     async def bind() -> KeptServer:
         return KeptServer(open_server, sockets, metrics.restarted, on_failure)
 
-    return RecommenderServer(shared.wait_for(bind()), calls, gate, health, inference)
+    kept = shared.wait_for(bind())
+    shared.on_failure(on_failure)
+    return RecommenderServer(kept, calls, gate, health, inference, lambda: shared.forget(on_failure))
