@@ -66,6 +66,10 @@ class RawClient:
         """The rest of a message that was begun."""
         self._send(DATA, END_STREAM, stream, content)
 
+    def give_room(self, size: int) -> None:
+        """So many more bytes the server may send on the connection."""
+        self._send(WINDOW_UPDATE, 0, 0, struct.pack(">I", size))
+
     def upload(self, method: str, size: int) -> int:
         """A call with a message of `size` bytes, all but the last of which are sent as the server has room,
         until it ends the call."""

@@ -16,8 +16,8 @@ from serve.front.server import Listener
 from serve.front.waiting import MOST_SHORT_BYTES, MOST_SHORT_RECEIVING, Open
 from serve.observability.metrics import Metrics
 from tests.serve.front.echo import AT_ONCE, PATIENCE_S, POOLED, echo_server, method, wait_for
-from tests.serve.front.http2 import RawClient
-from tests.serve.front.test_waiting import OnlyCall
+from tests.serve.front.http2 import DATA, RawClient
+from tests.serve.front.test_waiting import OnlyCall, ended
 
 
 def test_a_long_health_check_is_refused_before_it_is_decoded() -> None:
@@ -99,18 +99,7 @@ def test_a_full_pool_refuses_nothing_that_is_answered_in_the_loop() -> None:
     ]
     calls = Calls(methods, gate, metrics)
     gate.open()
-
-    def open_server(port: int | None) -> tuple[grpc.aio.Server, int]:
-        server = grpc.aio.server()
-        server.add_generic_rpc_handlers((calls,))
-        return server, Listener(f"127.0.0.1:{port or 0}").bind(server)
-
-    async def begin() -> KeptServer:
-        kept = KeptServer(open_server)
-        await kept.start()
-        return kept
-
-    kept = shared_loop().wait_for(begin())
+    kept = begun_server(calls)
     with grpc.insecure_channel(f"127.0.0.1:{kept.port}") as channel:
         first = method(channel, "/t/Batch").future(b"x", timeout=PATIENCE_S)
         wait_for(begun, 1)
@@ -145,3 +134,38 @@ def test_a_stream_that_makes_way_is_counted_until_its_handler_returns() -> None:
     streams.remove(those[0])
     streams.add(those[2])
     assert those[1].last == "RESOURCE_EXHAUSTED"
+
+
+def test_answers_that_are_being_sent_are_waited_for() -> None:
+    size, gate = 200_000, Gate()
+
+    def answer(request: bytes, _: Context) -> bytes:
+        return bytes(size)
+
+    gate.open()
+    calls = Calls([Method("/t/Long", bytes, answer, bytes, Pool(1, 1, "long"))], gate, Metrics())
+    kept = begun_server(calls)
+    with RawClient(f"127.0.0.1:{kept.port}", window=2 * size) as client:
+        stream = client.call("/t/Long", b"x")
+        # The connection has room for 64 KiB.
+        assert any(kind == DATA for kind, _, _, _ in client.frames())
+        assert gate.wait_until_idle(PATIENCE_S)
+        assert not shared_loop().wait_for(calls.wait_until_sent(0))
+        client.give_room(2 * size)
+        ended(stream, client)
+        assert shared_loop().wait_for(calls.wait_until_sent(PATIENCE_S))
+    shared_loop().wait_for(kept.stop())
+
+
+def begun_server(calls: Calls) -> KeptServer:
+    def open_server(port: int | None) -> tuple[grpc.aio.Server, int]:
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers((calls,))
+        return server, Listener(f"127.0.0.1:{port or 0}").bind(server)
+
+    async def begin() -> KeptServer:
+        kept = KeptServer(open_server)
+        await kept.start()
+        return kept
+
+    return shared_loop().wait_for(begin())
