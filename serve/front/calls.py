@@ -207,13 +207,13 @@ class Calls(grpc.GenericRpcHandler):
             self._tokens.watch(self._closed)
         self._look()
 
-    async def wait_until_sent(self, timeout_s: float) -> bool:
-        """Whether all responses have left, within so many seconds."""
+    def wait_until_sent(self, timeout_s: float) -> bool:
+        """Whether all responses have left, within so many seconds; not in the event loop, which may have failed."""
         until = time.monotonic() + timeout_s
         while self._unsent or self._short_unsent:
             if time.monotonic() >= until:
                 return False
-            await asyncio.sleep(SENT_LOOK_S)
+            time.sleep(SENT_LOOK_S)
         return True
 
     def close(self) -> None:

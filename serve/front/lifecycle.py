@@ -67,7 +67,7 @@ class RecommenderServer:
         until = time.monotonic() + timeout_s
         finished = self._gate.wait_until_idle(timeout_s)
         # Handlers have returned; this is for their answers to leave, and for statuses that have none.
-        sent = shared_loop().wait_for(self._calls.wait_until_sent(until - time.monotonic()))
+        sent = self._calls.wait_until_sent(until - time.monotonic())
         time.sleep(LINGER_S)
         return finished and sent
 

@@ -150,10 +150,10 @@ def test_answers_that_are_being_sent_are_waited_for() -> None:
         # The connection has room for 64 KiB.
         assert any(kind == DATA for kind, _, _, _ in client.frames())
         assert gate.wait_until_idle(PATIENCE_S)
-        assert not shared_loop().wait_for(calls.wait_until_sent(0))
+        assert not calls.wait_until_sent(0)
         client.give_room(2 * size)
         ended(stream, client)
-        assert shared_loop().wait_for(calls.wait_until_sent(PATIENCE_S))
+        assert calls.wait_until_sent(PATIENCE_S)
     shared_loop().wait_for(kept.stop())
 
 
