@@ -23,6 +23,8 @@ LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_\d+_|$)")
 # As browsers write them: in lower case, without the port that the scheme has anyway.
 HOST = re.compile(r"[a-z0-9_.-]+")
 ORIGIN = re.compile(rf"(http(?!.*:80$)|https(?!.*:443$))://({HOST.pattern}|\[[0-9a-f:]+\])(:\d{{1,5}})?")
+# gRPC counts milliseconds in 32 bits.
+LONGEST_CONNECTION_S = 2_000_000
 
 
 class SettingsError(ValueError):
@@ -196,8 +198,10 @@ class Settings:
         """Raises SettingsError for settings that exclude each other, and for a share above 1."""
         if (self.tls_cert is None) != (self.tls_key is None) or (self.tls_client_ca and not self.tls_cert):
             raise SettingsError("expected tls_cert and tls_key together, and tls_client_ca only with them")
-        if not self.connection_age:
-            raise SettingsError("connection_age: expected more than 0 seconds, came 0")
+        if not 1 <= self.connection_age <= LONGEST_CONNECTION_S:
+            raise SettingsError(
+                f"connection_age: expected 1 to {LONGEST_CONNECTION_S} seconds, came {self.connection_age:g}"
+            )
         if self.slate_log > 1:
             raise SettingsError(f"slate_log: expected a share of 0 to 1, came {self.slate_log:g}")
         if self.http is None and (self.http_origins is not None or self.http_hosts is not None):

@@ -8,9 +8,11 @@ is in no table needs `admin`. Without tokens, every caller may do everything.
 import hashlib
 import hmac
 import logging
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from serve.addresses import SecurityError
 from serve.api.errors import NoRight, NoToken
@@ -19,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 RIGHTS = ("read", "write", "users", "catalogue", "admin")
 SHORTEST_TOKEN = 16
+# How often to look whether the file changed.
+READ_EVERY_S = 2.0
 # Methods by the service, and by the right that they need.
 METHODS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "jaxrec.v1.Recommender": {
@@ -58,25 +62,38 @@ class Tokens:
             if len(token) < SHORTEST_TOKEN or not token.isascii() or any(c.isspace() for c in token):
                 raise SecurityError(f"expected tokens of at least {SHORTEST_TOKEN} ASCII characters without spaces")
         self._path: Path | None = None
-        self._contents = b""
+        self._read: FileState | None = None
         self._rights = [(_digest(token), frozenset(rights)) for token, rights in rights_by_token.items()]
 
-    def follow(self, path: Path, contents: bytes) -> None:
+    def follow(self, path: Path, state: "FileState") -> None:
         """Notes the file that the tokens come from, as it was read; see `read_again`."""
-        self._path, self._contents = path, hashlib.sha256(contents).digest()
+        self._path, self._read = path, state
+
+    def watch(self, until: threading.Event) -> None:
+        """Begins to read the file again when it changes, in a thread of its own."""
+
+        def look() -> None:
+            while not until.wait(READ_EVERY_S):
+                try:
+                    self.read_again()
+                except Exception:
+                    logger.exception("the tokens stay as they were")
+
+        if self._path is not None:
+            threading.Thread(target=look, name="tokens", daemon=True).start()
 
     def read_again(self) -> None:
         """Takes the tokens of the file that is followed, if it changed; what cannot be used changes nothing."""
         if self._path is None:
             return
         try:
-            contents = hashlib.sha256(self._path.read_bytes()).digest()
+            state = _state(self._path)
         except OSError:
             # It is being replaced.
             return
-        if contents == self._contents:
+        if state == self._read:
             return
-        self._contents = contents
+        self._read = state
         try:
             self._rights = read_tokens(self._path)._rights
         except SecurityError as error:
@@ -104,6 +121,20 @@ class Tokens:
             raise NoToken
         if right not in rights:
             raise NoRight(right)
+
+
+class FileState(NamedTuple):
+    """By which a file that changed is known."""
+
+    inode: int
+    size: int
+    changed_ns: int
+
+
+def _state(path: Path) -> FileState:
+    """Raises OSError."""
+    stat = path.stat()
+    return FileState(stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 def _digest(token: str) -> bytes:
@@ -136,11 +167,11 @@ def parse_tokens(text: str, where: str) -> Tokens:
 def read_tokens(path: Path) -> Tokens:
     """The tokens of a file, to be read again when it changes; raises SecurityError."""
     try:
-        contents = path.read_bytes()
+        state, contents = _state(path), path.read_bytes()
         tokens = parse_tokens(contents.decode("utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise SecurityError(f"{path}: expected lines of text: {type(error).__name__}") from error
-    tokens.follow(path, contents)
+    tokens.follow(path, state)
     return tokens
 
 

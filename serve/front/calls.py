@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import logging
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -29,6 +30,7 @@ from serve.front.waiting import (
     MESSAGE_S,
     MOST_IN_LINE,
     MOST_RECEIVING,
+    MOST_SHORT_BYTES,
     MOST_SHORT_RECEIVING,
     SHORT_MESSAGE_S,
     SHORT_YIELD_S,
@@ -38,16 +40,16 @@ from serve.front.waiting import (
     Unsent,
 )
 from serve.observability.logs import REQUEST_ID
-from serve.observability.metrics import Metrics
+from serve.observability.metrics import UNKNOWN, Metrics
 from serve.observability.tracing import Tracer
-from serve.serving.batching import QUEUE_CAPACITY, RETRY_AFTER_S
-from serve.serving.errors import QueueFull
+from serve.serving.batching import RETRY_AFTER_S
+from serve.serving.errors import Cancelled, Expired, QueueFull
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
 LONGEST_REQUEST_ID = 128
-FULL = QueueFull(QUEUE_CAPACITY, RETRY_AFTER_S)
+SENT_LOOK_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,11 @@ class Method:
     encode: Callable[[Any], bytes]
     pool: Pool | None = None
     """Where it is answered; None: in the loop, which must not wait."""
-    in_loop: "Callable[[Any, Call], Awaitable[Any] | None]" = lambda request, call: None
-    """Of a method with a pool: what answers a call in the loop after all; None: this one needs the pool."""
-    is_full: Callable[[], bool] = lambda: False
-    """Of a method with a pool: whether no more calls are answered in the loop."""
+    in_loop: "Callable[[Any, Call], Awaitable[Any] | None] | None" = None
+    """Of a method with a pool: what answers a call in the loop after all; it returns None for one that needs the
+    pool."""
+    check: Callable[[], None] = lambda: None
+    """Raises QueueFull if no more calls are answered in the loop."""
     at_once: bool = False
     """Whether it is answered in any state of the server, in the loop, with messages of a few bytes. A caller who may
     call nothing else takes no place from other calls by not sending them."""
@@ -112,8 +115,7 @@ class Call:
     def __init__(self, method: str, context: Any) -> None:
         self.method = method
         self.request_id = ""
-        self.started: float | None = None
-        """When its message was there, on the clock of `time.perf_counter`."""
+        self.arrived = time.perf_counter()
         self.may_receive = False
         self.turn: asyncio.Future[None] | None = None
         self.writes = False
@@ -138,7 +140,13 @@ class Call:
     def peer(self) -> str:
         if not self._peer:
             self._peer = self._context.peer()
+            if self._peer.startswith("unix:"):
+                # gRPC does not say which connection.
+                self._peer = f"{self._peer}:{id(self)}"
         return self._peer
+
+    def is_written_to(self) -> bool:
+        return self.writes
 
     def receive(self) -> None:
         self.may_receive = True
@@ -181,9 +189,10 @@ class Calls(grpc.GenericRpcHandler):
                 (MOST_SHORT_RECEIVING, SHORT_YIELD_S, SHORT_MESSAGE_S),
             )
         )
-        self._unsent = Unsent()
+        self._unsent, self._short_unsent = Unsent(), Unsent()
         self._methods = methods
         self._timer: asyncio.TimerHandle | None = None
+        self._closed = threading.Event()
         self._handlers = {method.name: self._handler(method) for method in methods}
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
@@ -195,18 +204,31 @@ class Calls(grpc.GenericRpcHandler):
         """From now on calls that wait too long for their client are ended, and tokens are read again when their file
         changes; in the event loop."""
         if self._tokens is not None:
-            self._tokens.read_again()
-        self._unreceived.end_overdue()
-        self._short_unreceived.end_overdue()
-        self._timer = asyncio.get_running_loop().call_later(LOOK_S, self.begin)
+            self._tokens.watch(self._closed)
+        self._look()
+
+    def wait_until_sent(self, timeout_s: float) -> bool:
+        """Whether all responses have left, within so many seconds; not in the event loop, which may have failed."""
+        until = time.monotonic() + timeout_s
+        while self._unsent or self._short_unsent:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(SENT_LOOK_S)
+        return True
 
     def close(self) -> None:
         """Once the server has stopped; in the event loop."""
+        self._closed.set()
         if self._timer is not None:
             self._timer.cancel()
         for method in self._methods:
             if method.pool is not None:
                 method.pool.close()
+
+    def _look(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
+        self._unreceived.end_overdue()
+        self._short_unreceived.end_overdue()
 
     def _handler(self, method: Method) -> grpc.RpcMethodHandler:
         if method.streams is None:
@@ -225,8 +247,9 @@ class Calls(grpc.GenericRpcHandler):
             message = await self._message(method, call, context)
             with nullcontext() if method.at_once else self._gate.call():
                 response = await self._answered(method, call, message)
-            self._unsent.add(call, len(response))
-            context.add_done_callback(lambda _: self._unsent.remove(call))
+            unsent = self._short_unsent if method.at_once else self._unsent
+            unsent.add(call, len(response))
+            context.add_done_callback(lambda _: unsent.remove(call))
             return response
 
         return await self._around(method.name, context, answer)
@@ -240,27 +263,36 @@ class Calls(grpc.GenericRpcHandler):
             else:
                 request = _decoded(method.decode, await self._message(method, call, context))
             method.streams.add(call)
-            try:
-                async for response in method.answer(request, call):
-                    # gRPC cannot end a call whose write was broken off.
-                    call.writes = True
-                    await context.write(method.encode(response))
-                    call.writes = False
-                    if call.ended is not None:
-                        raise call.ended
-            finally:
-                method.streams.remove(call)
+            opened.append(call)
+            async for response in method.answer(request, call):
+                # gRPC cannot end a call whose write was broken off.
+                call.writes = True
+                await context.write(method.encode(response))
+                call.writes = False
+                if call.ended is not None:
+                    raise call.ended
             return b""
 
-        await self._around(method.name, context, answer)
+        opened: list[Call] = []
+        try:
+            await self._around(method.name, context, answer, is_stream=True)
+        finally:
+            # Its status was sent too.
+            for call in opened:
+                assert method.streams is not None
+                method.streams.remove(call)
 
-    async def _around(self, method: str, context: Any, answer: Callable[[Call], Awaitable[bytes]]) -> bytes:
+    async def _around(
+        self, method: str, context: Any, answer: Callable[[Call], Awaitable[bytes]], *, is_stream: bool = False
+    ) -> bytes:
         """The answer to a call, or its end with a status."""
         call = Call(method, context)
         call.request_id = self._request_id(call.metadata)
         REQUEST_ID.set(call.request_id)
         status = Status(grpc.StatusCode.OK, "")
-        with nullcontext() if self._tracer is None else self._tracer.span(method, call.metadata) as span:
+        with (
+            nullcontext() if self._tracer is None else self._tracer.span(self._span_name(method), call.metadata) as span
+        ):
             try:
                 response = await answer(call)
                 context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
@@ -272,12 +304,19 @@ class Calls(grpc.GenericRpcHandler):
                     status = Status(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED, "")
                     raise
                 status = status_of(call.ended)
+            except QueueFull as error:
+                self._metrics.rejected("overload", method)
+                status = status_of(error)
             except Exception as error:
                 status = status_of(error)
+            except GeneratorExit:
+                # The loop is gone, and nothing can be awaited.
+                status = Status(grpc.StatusCode.CANCELLED, "")
+                raise
             except BaseException as error:
                 status = status_of(interrupted(error))
             finally:
-                self._note(call, status.code.name)
+                self._note(call, status.code.name, is_stream)
                 if span is not None:
                     span(status.code)
         await context.abort(status.code, status.message, ((REQUEST_ID_KEY, call.request_id), *status.metadata))
@@ -295,12 +334,15 @@ class Calls(grpc.GenericRpcHandler):
     async def _message(self, method: Method, call: Call, context: Any) -> bytes:
         """The request's message, of a call that may be answered."""
         self._check_token(call)
-        unreceived = self._unreceived
+        unreceived, unsent = self._unreceived, self._unsent
         if method.at_once:
-            unreceived = self._short_unreceived
-        elif not self._unsent.has_room(call) or method.is_full() or (method.pool and method.pool.is_full):
-            self._metrics.rejected("overload", call.method)
-            raise FULL
+            unreceived, unsent = self._short_unreceived, self._short_unsent
+        if not unsent.has_room(call):
+            raise QueueFull(len(unsent), RETRY_AFTER_S)
+        method.check()
+        # Of a method with both, only the message says which one answers it.
+        if method.pool is not None and method.in_loop is None:
+            method.pool.check()
         unreceived.add(call)
         try:
             if not call.may_receive:
@@ -311,24 +353,28 @@ class Calls(grpc.GenericRpcHandler):
             unreceived.remove(call)
         if message is grpc.aio.EOF:
             raise Refused(grpc.StatusCode.UNIMPLEMENTED, "expected one request message, came none")
-        call.started = time.perf_counter()
         assert isinstance(message, bytes)
+        if method.at_once:
+            _check_short(message)
         return message
 
     async def _answered(self, method: Method, call: Call, message: bytes) -> bytes:
         if method.pool is None:
             return method.encode(method.answer(_decoded(method.decode, message), call))
         request = None
-        if len(message) <= LONG_MESSAGE_BYTES:
+        if method.in_loop is not None and len(message) <= LONG_MESSAGE_BYTES:
             request = _decoded(method.decode, message)
             response = method.in_loop(request, call)
             if response is not None:
                 return method.encode(await response)
-        if method.pool.is_full:
-            self._metrics.rejected("overload", call.method)
-            raise FULL
+        method.pool.check()
 
         def answer() -> bytes:
+            # The client may have gone while the call waited for a thread.
+            if not call.is_active():
+                raise Cancelled("cancelled by the client")
+            if call.time_remaining() == 0:
+                raise Expired("the deadline passed before a thread was free")
             asked = _decoded(method.decode, message) if request is None else request
             return method.encode(method.answer(asked, call))
 
@@ -339,9 +385,14 @@ class Calls(grpc.GenericRpcHandler):
             call.cancelled = True
             raise
 
-    def _note(self, call: Call, code: str) -> None:
-        seconds = 0.0 if call.started is None else time.perf_counter() - call.started
-        self._metrics.call(call.method, code, seconds)
+    def _span_name(self, method: str) -> str:
+        """Names that clients invent are one."""
+        return method if method in self._handlers else f"/{UNKNOWN}"
+
+    def _note(self, call: Call, code: str, is_stream: bool) -> None:
+        seconds = time.perf_counter() - call.arrived
+        if not is_stream:
+            self._metrics.call(call.method, code, seconds)
         if self._log_calls:
             extra = {"method": call.method, "code": code, "seconds": seconds}
             logger.info("%s %s", call.method, code, extra=extra)
@@ -364,6 +415,13 @@ def _decoded(decode: Callable[[bytes], Any], message: bytes) -> Any:
         raise InvalidRequest("message", "a message of this RPC", f"{len(message)} bytes that are none") from error
 
 
+def _check_short(message: bytes) -> None:
+    """Raises InvalidRequest for a message that is too long to be decoded in the loop."""
+    if len(message) > MOST_SHORT_BYTES:
+        raise InvalidRequest("message", f"at most {MOST_SHORT_BYTES} bytes", f"{len(message)} bytes")
+
+
 async def _decoded_all(decode: Callable[[bytes], Any], messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
     async for message in messages:
+        _check_short(message)
         yield _decoded(decode, message)

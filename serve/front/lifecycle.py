@@ -4,9 +4,9 @@ import atexit
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
-import grpc
 from grpc_health.v1 import health_pb2
 
 from serve.api.health import HealthServicer
@@ -14,6 +14,7 @@ from serve.api.inference import InferenceServicer
 from serve.front.calls import Calls
 from serve.front.gate import Gate
 from serve.front.loop import shared_loop
+from serve.front.restarts import KeptServer
 
 DRAIN_S = 10.0
 LINGER_S = 0.05
@@ -24,19 +25,20 @@ class RecommenderServer:
 
     def __init__(
         self,
-        server: grpc.aio.Server,
-        port: int,
+        server: KeptServer,
         calls: Calls,
         gate: Gate,
         health: HealthServicer,
         inference: InferenceServicer,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
-        self.port = port
+        self.port = server.port
         self._server = server
         self._calls = calls
         self._gate = gate
         self._health = health
         self._inference = inference
+        self._on_end: Callable[[], None] | None = on_end
         self._listens = False
 
     def listen(self) -> None:
@@ -55,17 +57,19 @@ class RecommenderServer:
     def finish_calls(self, timeout_s: float = DRAIN_S) -> bool:
         """Sets health checks to NOT_SERVING, turns new calls away with UNAVAILABLE, and waits for those under way.
 
-        Returns whether all were answered within `timeout_s` seconds. Streams, such as the watch of a health check,
-        are notified and not waited for. gRPC itself is left running: it would end calls that have just arrived with
-        CANCELLED, which no client repeats. Let the process end (`leave_process`), or `drain`.
+        Returns whether all were answered, and all answers taken, within `timeout_s` seconds. Streams, such as the watch
+        of a health check, are notified and not waited for. gRPC itself is left running: it would end calls that have
+        just arrived with CANCELLED, which no client repeats. Let the process end (`leave_process`), or `drain`.
         """
         self._health.set_all(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._inference.ready = False
         self._gate.close()
+        until = time.monotonic() + timeout_s
         finished = self._gate.wait_until_idle(timeout_s)
-        # Handlers have returned; this is for their answers to leave.
+        # Handlers have returned; this is for their answers to leave, and for statuses that have none.
+        sent = self._calls.wait_until_sent(until - time.monotonic())
         time.sleep(LINGER_S)
-        return finished
+        return finished and sent
 
     def drain(self, timeout_s: float = DRAIN_S) -> None:
         """As `finish_calls`, and then stops the server within this process; what is still under way is cancelled."""
@@ -77,8 +81,11 @@ class RecommenderServer:
         await self._server.start()
 
     async def _end(self) -> None:
-        await self._server.stop(None)
+        await self._server.stop()
         self._calls.close()
+        if self._on_end is not None:
+            self._on_end()
+            self._on_end = None
 
 
 def leave_process(status: int = 0) -> NoReturn:

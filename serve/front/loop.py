@@ -27,6 +27,10 @@ class LoopThread:
         """To be called should the loop end: no call is answered any more."""
         self._on_failure.append(callback)
 
+    def forget(self, callback: Callable[[], None]) -> None:
+        """Undoes one `on_failure`."""
+        self._on_failure.remove(callback)
+
     def wait_for(self, work: Coroutine[Any, Any, Result]) -> Result:
         """What a coroutine returns that runs in the loop; for other threads."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()

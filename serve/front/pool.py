@@ -6,6 +6,9 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from serve.serving.batching import RETRY_AFTER_S
+from serve.serving.errors import QueueFull
+
 logger = logging.getLogger(__name__)
 
 
@@ -17,9 +20,10 @@ class Pool:
         self._most = most
         self._count = 0
 
-    @property
-    def is_full(self) -> bool:
-        return self._count >= self._most
+    def check(self) -> None:
+        """Raises QueueFull."""
+        if self._count >= self._most:
+            raise QueueFull(self._most, RETRY_AFTER_S)
 
     async def run(self, work: Callable[[], bytes]) -> bytes:
         """What `work` returns or raises in a thread; a caller that is cancelled leaves its place when that is done."""

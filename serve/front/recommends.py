@@ -9,7 +9,8 @@ from typing import Any
 from serve.api.recommender import RecommenderServicer
 from serve.front.calls import Call
 from serve.pb import recommender_pb2 as pb
-from serve.serving.batching import LARGEST_BATCH, QUEUE_CAPACITY
+from serve.serving.batching import LARGEST_BATCH, QUEUE_CAPACITY, RETRY_AFTER_S
+from serve.serving.errors import QueueFull
 from serve.serving.loaded import LoadedModel
 
 # grpc takes calls in one by one, some 0.2 ms each, so that of 32 callers one or two would wait when the model is free;
@@ -32,9 +33,10 @@ class Recommends:
         self._waiting: list[LoadedModel] = []
         self._timer: asyncio.TimerHandle | None = None
 
-    def is_full(self) -> bool:
-        """Whether so many wait that there is no room for another."""
-        return self._under_way >= QUEUE_CAPACITY
+    def check(self) -> None:
+        """Raises QueueFull while so many wait that there is no room for another."""
+        if self._under_way >= QUEUE_CAPACITY:
+            raise QueueFull(QUEUE_CAPACITY, RETRY_AFTER_S)
 
     def __call__(self, request: pb.RecommendRequest, call: Call) -> Awaitable[Any] | None:
         """What answers a call; None: it takes long."""

@@ -32,6 +32,7 @@ from serve.front.limits import (
 from serve.front.loop import shared_loop
 from serve.front.pool import Pool
 from serve.front.recommends import Recommends
+from serve.front.restarts import KeptServer
 from serve.front.tls import Tls
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracer, tracer_of_the_process
@@ -161,7 +162,6 @@ def create_server(
         if not address.startswith("unix:"):
             raise AddressError(f"expected unix:PATH, came {address}")
     metrics, gate, shared = metrics or Metrics(), Gate(), shared_loop()
-    shared.on_failure(on_failure)
     metrics.know_methods(METHODS)
     metrics.count_under_way(lambda: gate.under_way)
     metrics.count_dropped(lambda: store.dropped_count)
@@ -187,7 +187,7 @@ def create_server(
         handlers |= admin
     methods = [Method.of(name, handler, pools[name], at_once=name in AT_ONCE) for name, handler in handlers.items()]
     methods = [
-        replace(method, in_loop=recommends, is_full=recommends.is_full) if method.name == RECOMMEND else method
+        replace(method, in_loop=recommends, check=recommends.check) if method.name == RECOMMEND else method
         for method in methods
     ]
     calls = Calls(methods, gate, metrics, listener.tokens, tracer or tracer_of_the_process(), log_calls)
@@ -199,13 +199,19 @@ def create_server(
         ("grpc.max_connection_age_grace_ms", round(1e3 * connection_grace_s)),
     ]
 
-    async def bind() -> tuple[grpc.aio.Server, int]:
+    def open_server(port: int | None) -> tuple[grpc.aio.Server, int]:
         server = grpc.aio.server(options=options)
         server.add_generic_rpc_handlers((calls,))
-        port = listener.bind(server)
+        port = (listener if port is None else replace(listener, address=listener.at(port))).bind(server)
         for address in also_listen:
             _bound(address, server.add_insecure_port)
         return server, port
 
-    server, port = shared.wait_for(bind())
-    return RecommenderServer(server, port, calls, gate, health, inference)
+    sockets = [one.removeprefix("unix:") for one in (listener.address, *also_listen) if one.startswith("unix:")]
+
+    async def bind() -> KeptServer:
+        return KeptServer(open_server, sockets, metrics.restarted, on_failure)
+
+    kept = shared.wait_for(bind())
+    shared.on_failure(on_failure)
+    return RecommenderServer(kept, calls, gate, health, inference, lambda: shared.forget(on_failure))

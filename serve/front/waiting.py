@@ -14,6 +14,8 @@ from typing import Protocol
 
 import grpc
 
+from serve.api.errors import Refused
+
 # A message travels with its call, and an ordinary one is there when gRPC is asked for it.
 MESSAGE_S = 30.0
 MOST_RECEIVING = 64
@@ -26,11 +28,16 @@ SHORT_YIELD_S = 0.25
 # 30 connections that begin 100 calls each at once put 2,000 in line for some milliseconds if their messages have 20 KB,
 # and 140 if they have 50 bytes. What is in line has sent 64 KiB at most.
 MOST_IN_LINE = 1_000
+# A health check names a service. To decode 8 MiB of it takes the event loop 0.1 to 0.3 s.
+MOST_SHORT_BYTES = 2**10
 # Answers that gRPC still has, since their clients do not read. Most have a few KB.
 MOST_UNSENT = 1_000
 MOST_UNSENT_BYTES = 64 * 2**20
+# Of one connection, in any case: the largest answer there can be, and some.
+MOST_UNSENT_BYTES_OF_ONE = 16 * 2**20
 # How often to look for calls that wait too long for their client.
 LOOK_S = 0.25
+TOO_MANY_STREAMS = "too many streams are open"
 
 
 class Call(Protocol):
@@ -45,7 +52,10 @@ class Call(Protocol):
         """Ends the call with a status."""
 
     def peer(self) -> str:
-        """Names the connection."""
+        """Names the connection; over a Unix socket, where gRPC names none, the call."""
+
+    def is_written_to(self) -> bool:
+        """Whether a response is being written, so that the call cannot be ended."""
 
 
 class Unreceived:
@@ -128,24 +138,35 @@ class Unreceived:
 
 
 class Open:
-    """Streams that are open, each until it is closed or makes way: with `most` of them the next one ends the oldest of
+    """Streams that are open, each until its handler has returned: with `most` of them the next one ends the oldest of
     the connection that has most."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         # The oldest first.
         self._calls: dict[Call, None] = {}
+        # Those of them that were given up.
+        self._ending: set[Call] = set()
+
+    def __len__(self) -> int:
+        return len(self._calls)
 
     def add(self, call: Call) -> None:
+        """Raises Refused if the one that would have to go cannot, since its client does not read."""
+        going_on = [other for other in self._calls if other not in self._ending]
+        if len(going_on) >= self._most:
+            counts = Counter(other.peer() for other in [*going_on, call])
+            oldest = max(going_on, key=lambda other: counts[other.peer()])
+            if oldest.is_written_to() or len(self._ending) >= self._most:
+                raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, TOO_MANY_STREAMS)
+            self._ending.add(oldest)
+            oldest.give_up(grpc.StatusCode.RESOURCE_EXHAUSTED, TOO_MANY_STREAMS)
         self._calls[call] = None
-        if len(self._calls) > self._most:
-            counts = Counter(other.peer() for other in self._calls)
-            oldest = max(self._calls, key=lambda other: counts[other.peer()])
-            self.remove(oldest)
-            oldest.give_up(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many streams are open")
 
     def remove(self, call: Call) -> None:
+        """Its handler returns."""
         self._calls.pop(call, None)
+        self._ending.discard(call)
 
 
 class Unsent:
@@ -157,6 +178,8 @@ class Unsent:
     def __init__(self) -> None:
         self._sizes: dict[Call, int] = {}
         self._bytes = 0
+        self._bytes_of: Counter[str] = Counter()
+        self._count_of: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -165,14 +188,22 @@ class Unsent:
         """An answer of so many bytes."""
         self._sizes[call] = size
         self._bytes += size
+        self._bytes_of[call.peer()] += size
+        self._count_of[call.peer()] += 1
 
     def remove(self, call: Call) -> None:
         """The call is over."""
-        self._bytes -= self._sizes.pop(call, 0)
+        size, peer = self._sizes.pop(call), call.peer()
+        self._bytes -= size
+        self._bytes_of[peer] -= size
+        self._count_of[peer] -= 1
+        if not self._count_of[peer]:
+            del self._count_of[peer], self._bytes_of[peer]
 
     def has_room(self, call: Call) -> bool:
-        """Whether a call may have an answer. While too much is not read, none of a connection that has not read all."""
-        if len(self._sizes) < MOST_UNSENT and self._bytes < MOST_UNSENT_BYTES:
-            return True
+        """Whether a call may have an answer. None of a connection that has much unread; and while too much is not read,
+        none of one that has not read all."""
         peer = call.peer()
-        return all(other.peer() != peer for other in self._sizes)
+        if len(self._sizes) < MOST_UNSENT and self._bytes < MOST_UNSENT_BYTES:
+            return self._bytes_of.get(peer, 0) < MOST_UNSENT_BYTES_OF_ONE
+        return peer not in self._count_of

@@ -61,6 +61,10 @@ class DetachedHandler(logging.Handler):
         except Full:
             self._dropped += 1
             return
+        except Exception:
+            # A bad call of the log must not fail who calls it.
+            self.handleError(record)
+            return
         if self._dropped:
             count, self._dropped = self._dropped, 0
             message = f"{count} lines of the log were dropped"

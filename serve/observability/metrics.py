@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 COVERAGE_WINDOW_S = 600.0
+UNKNOWN = "unknown"
 
 
 class Observe(Protocol):
@@ -97,6 +98,10 @@ class Metrics:
         self._batch_failures = self._counter(
             "batch_failures_total", "Requests of batches that failed by themselves, in calls that are OK.", ("code",)
         )
+        self.restarted: Callable[[], None] = self._counter(
+            "front_restarts_total", "gRPC servers that failed and were replaced."
+        ).inc
+        """One gRPC server that failed, such as by a path that is not UTF-8, and was replaced."""
         self._methods: frozenset[str] = frozenset()
         self._reloads = self._counter("model_reloads_total", "Attempts to load a model.", ("result",))
         self._model_info = self._gauge("model_info", "1 for each loaded version.", ("model_version", "policy"))
@@ -128,6 +133,7 @@ class Metrics:
 
     def call(self, method: str, code: str, seconds: float) -> None:
         """One finished call: `/package.Service/Method`, the status' name, and how long it took."""
+        method = self.known(method)
         observe = self._observers.get((method, code))
         if observe is None:
             observe = self._observers[method, code] = self._calls.labels(method, code).observe
@@ -160,10 +166,14 @@ class Metrics:
         """The methods of the server; all others are counted as one, since clients can invent names."""
         self._methods = frozenset(methods)
 
+    def known(self, method: str) -> str:
+        """The name by which a method is counted."""
+        return method if method in self._methods else UNKNOWN
+
     def rejected(self, reason: str, method: str) -> None:
         """One call that was turned away before it was looked at: `unauthenticated`, `permission` or `overload`; or that
         was ended because its message did not come: `no_message`; or that came over HTTP and is no call: `http`."""
-        self._rejected.labels(reason, method if method in self._methods else "unknown").inc()
+        self._rejected.labels(reason, self.known(method)).inc()
 
     def failed_in_batch(self, code: str) -> None:
         """One request of a batch that has an error in place of an answer, by its status."""

@@ -163,14 +163,17 @@ class Batcher:
             self._queue.extend(pending)
 
     def _lead(self, until: Pending | None) -> None:
-        """Runs the model for all that wait, or until one of them is done; then another thread goes on."""
+        """Runs the model until a request is done, or once; then another thread goes on if others wait. So the batchers
+        take turns in `RUNNERS`."""
         try:
-            while until is None or not until.done:
+            while True:
                 self._run()
                 with self._lock:
                     if not self._queue:
                         self._running = False
                         return
+                if until is None or until.done:
+                    break
         except BaseException:
             RUNNERS.submit(self._lead, None)
             raise

@@ -55,7 +55,7 @@ class LoadedModel:
         self.states = StateCache(model, store)
         self._store = store
         self._metrics = metrics
-        # Those of the first wait for none of the second, whose runs take longer.
+        # A run of the first has no row of the second, whose rows take longer; the states of users they read in turns.
         self._stored, self._others = (
             Batcher(self.states.recommend, on_run=partial(_observe, metrics)) for _ in range(2)
         )

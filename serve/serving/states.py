@@ -173,7 +173,8 @@ class StateCache:
         current: dict[str, UserState] = {}
         unread: dict[str, _Unread] = {}
         kept = {user_id: self._users.get(user_id) or self._unspilled(user_id) for user_id in user_ids}
-        revisions = self._store.revisions([user_id for user_id, user in kept.items() if user is not None])
+        known = [user_id for user_id, user in kept.items() if user is not None]
+        revisions = self._store.revisions(known) if known else {}
         for user_id, user in kept.items():
             if user is None:
                 unread[user_id] = _Unread(self._store.changes(user_id))

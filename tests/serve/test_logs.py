@@ -5,6 +5,8 @@ import json
 import logging
 import threading
 
+import pytest
+
 from serve.observability.logs import REQUEST_ID, DetachedHandler, JsonFormatter
 
 PATIENCE_S = 30.0
@@ -22,6 +24,16 @@ class SlowStream(io.StringIO):
         self.is_written.set()
         assert self.is_read.wait(PATIENCE_S)
         return super().write(text)
+
+
+def test_a_bad_call_of_the_log_does_not_fail_its_caller(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = DetachedHandler(io.StringIO())
+    handler.setFormatter(JsonFormatter())
+    logger = logging.Logger("test")
+    logger.addHandler(handler)
+    logger.warning("%d", "no number")
+    handler.finish(PATIENCE_S)
+    assert "no number" in capsys.readouterr().err
 
 
 def test_a_log_that_nobody_reads_holds_up_no_call_and_says_what_was_dropped() -> None:

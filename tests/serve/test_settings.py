@@ -134,3 +134,9 @@ def test_run_is_configured_by_all_sources(file: Path, monkeypatch: pytest.Monkey
     wrong = CliRunner().invoke(main, ["run", "m", "--threads", "none"])
     assert wrong.exit_code == 2
     assert "--threads': expected a whole number from 1 on, came 'none'" in wrong.output
+
+
+@pytest.mark.parametrize("seconds", [0, 0.0004, 0.9, 1e7])
+def test_an_age_of_connections_that_grpc_cannot_count_is_refused(seconds: float) -> None:
+    with pytest.raises(SettingsError, match="connection_age: expected 1 to 2000000 seconds"):
+        Settings(model=Path("model"), connection_age=seconds)

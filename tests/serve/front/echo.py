@@ -12,6 +12,8 @@ from serve.front.gate import Gate
 from serve.front.limits import OPTIONS
 from serve.front.loop import shared_loop
 from serve.front.pool import Pool
+from serve.front.restarts import KeptServer
+from serve.front.server import Listener
 from serve.observability.metrics import Metrics
 
 PATIENCE_S = 30.0
@@ -44,21 +46,24 @@ def echo_server(
     gate.open()
     calls = Calls(methods, gate, metrics)
 
-    async def begin() -> tuple[grpc.aio.Server, int]:
+    def open_server(port: int | None) -> tuple[grpc.aio.Server, int]:
         server = grpc.aio.server(options=[*options, *OPTIONS])
         server.add_generic_rpc_handlers((calls,))
-        port = server.add_insecure_port("127.0.0.1:0")
+        return server, Listener(f"127.0.0.1:{port or 0}").bind(server)
+
+    async def begin() -> KeptServer:
+        server = KeptServer(open_server)
         calls.begin()
         await server.start()
-        return server, port
+        return server
 
     async def end() -> None:
-        await server.stop(None)
+        await server.stop()
         calls.close()
 
-    server, port = shared_loop().wait_for(begin())
+    server = shared_loop().wait_for(begin())
     try:
-        yield f"127.0.0.1:{port}"
+        yield f"127.0.0.1:{server.port}"
     finally:
         shared_loop().wait_for(end())
 

@@ -1,6 +1,7 @@
 """An HTTP/2 client that does not do as it should, on a bare socket."""
 
 import socket
+import ssl
 import struct
 from collections.abc import Iterator
 from typing import Self
@@ -13,10 +14,15 @@ INITIAL_WINDOW_SIZE, INITIAL_WINDOW, LARGEST_FRAME = 4, 65_535, 16_384
 class RawClient:
     """Frames as in RFC 9113, headers without compression (RFC 7541, 6.2.2); no flow control but in `upload`."""
 
-    def __init__(self, address: str, window: int = INITIAL_WINDOW, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self, address: str, window: int = INITIAL_WINDOW, timeout_s: float = 30.0, tls: ssl.SSLContext | None = None
+    ) -> None:
         """`window`: so many bytes of each answer the server may send."""
         host, _, port = address.rpartition(":")
         self._socket = socket.create_connection((host, int(port)), timeout_s)
+        if tls is not None:
+            tls.set_alpn_protocols(["h2"])
+            self._socket = tls.wrap_socket(self._socket, server_hostname=host)
         self._next_stream = 1
         self._received = b""
         self._room = INITIAL_WINDOW
@@ -32,7 +38,7 @@ class RawClient:
 
     def call(
         self,
-        method: str,
+        method: str | bytes,
         message: bytes | None = None,
         metadata: tuple[tuple[str, bytes], ...] = (),
         announced: int | None = None,
@@ -42,7 +48,7 @@ class RawClient:
         headers: list[tuple[str, bytes]] = [
             (":method", b"POST"),
             (":scheme", b"http"),
-            (":path", method.encode()),
+            (":path", method.encode() if isinstance(method, str) else method),
             (":authority", b"test"),
             ("content-type", b"application/grpc"),
             ("te", b"trailers"),
@@ -59,6 +65,10 @@ class RawClient:
     def finish(self, stream: int, content: bytes) -> None:
         """The rest of a message that was begun."""
         self._send(DATA, END_STREAM, stream, content)
+
+    def give_room(self, size: int) -> None:
+        """So many more bytes the server may send on the connection."""
+        self._send(WINDOW_UPDATE, 0, 0, struct.pack(">I", size))
 
     def upload(self, method: str, size: int) -> int:
         """A call with a message of `size` bytes, all but the last of which are sent as the server has room,

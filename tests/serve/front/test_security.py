@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from serve.addresses import SecurityError, check_exposure
 from serve.client import Connection, Item, RecommenderClient, UserEvent
+from serve.front import auth
 from serve.front.auth import NEEDED, Tokens, needed_right, parse_tokens, read_tokens
 from serve.front.server import Listener, create_server
 from serve.front.tls import Tls
@@ -314,9 +315,10 @@ def test_tokens_from_a_file(tmp_path: Path) -> None:
 
 
 def test_a_changed_tokens_file_counts_without_a_restart_and_a_broken_one_does_not(
-    serving: Serving, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    serving: Serving, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO")
+    monkeypatch.setattr(auth, "READ_EVERY_S", 0.01)
     file = tmp_path / "tokens"
     file.write_text(f"read {READER}")
     with (

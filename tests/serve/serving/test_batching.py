@@ -177,3 +177,31 @@ def test_rows_of_like_length_share_a_run() -> None:
     assert like_lengths([50, 3, 48, 200, 9, 190, 1]) == [[3, 5], [0, 2], [4, 1, 6]]
     # Each is padded by a tenth of the longest, but the last by more than a quarter.
     assert like_lengths([100, 90, 80, 70]) == [[0, 1, 2], [3]]
+
+
+def test_batchers_take_turns_in_a_thread(model: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = ThreadPoolExecutor(1)
+    monkeypatch.setattr("serve.serving.batching.RUNNERS", runner)
+    order: list[str] = []
+    gated, done, query = GatedModel(model), threading.Semaphore(0), Query((), 3)
+
+    def first(queries: Sequence[Query]) -> list[Answer]:
+        order.append("first")
+        return gated.recommend(queries)
+
+    def second(queries: Sequence[Query]) -> list[Answer]:
+        order.append("second")
+        return model.recommend(queries)
+
+    with runner:
+        busy, other = Batcher(first, largest_batch=1), Batcher(second)
+        for _ in range(3):
+            busy.put(query, None, None, done.release)
+        busy.run()
+        assert gated.started.wait(PATIENCE_S)
+        other.put(query, None, None, done.release)
+        other.run()
+        gated.gate.set()
+        for _ in range(4):
+            assert done.acquire(timeout=PATIENCE_S)
+    assert order == ["first", "second", "first", "first"]

@@ -270,3 +270,14 @@ def test_a_batch_asks_once_for_the_revisions_of_all_its_users(
     monkeypatch.setattr(store, "revisions", counted)
     states.recommend(queries)
     assert [sorted(one) for one in asked] == [users]
+
+
+def test_without_stored_users_the_store_is_not_asked(
+    model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(store, "revisions", asked.append)
+    states = StateCache(model, store)
+    (answer,) = states.recommend([Query((Event(model.catalog.item_ids[1], 4.0, 1),), 5)])
+    assert len(answer.items) == 5
+    assert asked == []
