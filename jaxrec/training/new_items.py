@@ -30,7 +30,7 @@ from jaxrec.training.mix import MAX_MIX_CASES
 TOP = 50
 LEAST_KEPT = 0.975
 """Of the known items' validation HR@50 so much stays beside new items."""
-HIDDEN_SHARE = 0.05
+HIDDEN_SHARE = 0.1
 """Of the items with training events so many are hidden."""
 SHIFTS = np.arange(-200, 41) / 20
 """The candidates. With a shift above 2, a catalogue with only a few new items would have all of them in every answer,
