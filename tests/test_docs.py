@@ -47,7 +47,7 @@ SECTIONS = {
 REQUEST_TIME = {"jaxrec, without request time": "no", "jaxrec, with request time": "yes"}
 # The rows of README's table of latency, as bench/latency.md calls them.
 SERVERS = {
-    "empty call to jaxrec's server": "echo, polling",
+    "empty call to jaxrec's server": "echo, loop",
     "empty call to `grpc.server`": "echo, threaded",
     "jaxrec, stored user": "ours, stored user",
     "jaxrec, stored user, two servers on one port": "ours, stored user, 2 processes",
