@@ -81,7 +81,7 @@ class PopularNow:
         """
         items, training = catalog.by_popularity, catalog.popularity.astype(np.float64)
         recent = counts[WEEK].astype(np.float64)
-        if recent.sum() < 1:
+        if recent.sum() + others.counts[:, WEEK].sum() < 1:
             return cls(counts, counted, others, POPULARITY, items, training.astype(np.float32))
         scores = recent + PRIOR_EVENTS * training / max(training.sum(), 1.0)
         # Stable, so that ties are in the order of the training data.

@@ -16,7 +16,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.served.event_store import OPTIONS, read_served_log
 from serve.api import codec
-from serve.client import Event, Item, ItemFilter, RecommenderClient, UserEvent, recommend_request
+from serve.client import Boost, Event, Item, ItemFilter, Pin, RecommenderClient, Rules, UserEvent, recommend_request
 from serve.front.server import create_server
 from serve.model import live_catalog
 from serve.model.directory import Artifact, read_artifact
@@ -481,3 +481,39 @@ def test_a_catalogue_is_given_to_a_model_twice(served: Served, store: EventStore
     again.close()
     found = served.client.recommend(history=served.history(3, 8), filter=ItemFilter(any_tags=["Jazz"]))
     assert set(ids_of(found)) == {"x", "y"}
+
+
+def test_rules_know_added_items(served: Served) -> None:
+    served.store(Item(item_id="x", tags=["Jazz"]), Item(item_id="y", tags=["Jazz"]))
+    asked = {"history": served.history(3, 8), "k": 5}
+    plain = ids_of(served.client.recommend(**asked))
+    pins = [Pin(item_id="x", position=2), Pin(tag="Jazz", position=4)]
+    pinned = served.client.recommend(**asked, rules=Rules(pins=pins))
+    assert ids_of(pinned) == [plain[0], "x", plain[1], "y", plain[2]]
+    boosted = served.client.recommend(**asked, rules=Rules(boosts=[Boost(tag="Jazz", factor=100)], max_per_tag=1))
+    assert len({"x", "y"} & set(ids_of(boosted))) <= 1
+    diverse = served.client.recommend(history=asked["history"], k=ITEMS + 2, rules=Rules(diversity=0.5))
+    assert {"x", "y"} <= set(ids_of(diverse))
+    served.hide("x")
+    with pytest.raises(grpc.RpcError) as failure:
+        served.client.recommend(**asked, rules=Rules(pins=[Pin(item_id="x", position=1)]))
+    assert "hidden" in failure.value.details()
+
+
+def test_trending_has_added_items(served: Served, store: EventStore) -> None:
+    served.store(Item(item_id="x", title="X", tags=["Jazz"], metadata={"k": "v"}))
+    now = int(time.time())
+    for start in range(0, 3_000, 1_000):
+        served.client.record_events(
+            UserEvent(event_id=f"{at}", user_id=f"{at}", item_id="x", timestamp=now)
+            for at in range(start, start + 1_000)
+        )
+    refresher = TrendRefresher(store, 3_600.0)
+    refresher.prepare(served.model)
+    refresher.close()
+    best = served.client.trending(k=1, view="full").items[0]
+    assert (best.item_id, best.title, best.known, dict(best.metadata)) == ("x", "X", False, {"k": "v"})
+    # And users without a history get it, by its events.
+    popular = served.client.recommend(history=[], k=1)
+    assert (ids_of(popular), popular.policy) == (["x"], "recent_popularity")
+    assert popular.recommendations[0].score == pytest.approx(3_000, rel=0.01)
