@@ -138,7 +138,7 @@ def test_counts_are_those_of_all_servers_of_the_store(artifact: Artifact, locati
                 found = served.trending(window)
                 assert len(found) == ITEMS + 1
                 assert list(found)[:4] == sorted(expected, key=expected.__getitem__, reverse=True)
-                lag = abs(served.now - one.now)
+                lag = abs(other.now - one.now)  # each dates its events by its own
                 for item_id, count in expected.items():
                     assert found[item_id].count == pytest.approx(count, rel=1e-4 + lag / HOUR, abs=1e-30)
                 assert not any(one.count for one in list(found.values())[4:])
