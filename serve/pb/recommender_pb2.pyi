@@ -265,9 +265,9 @@ class ItemFilter(_message.Message):
     """
     @_builtins.property
     def allow_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Only these items. The order of the ids does not matter. Ids that the model does not
-        know are ignored; if it knows none of them, the answer is empty. Empty: every item.
-        At most 10,000.
+        """Only these items. The order of the ids does not matter. Ids that neither the model nor
+        the store has are ignored; if none of them is left, the answer is empty. Empty: every
+        item. At most 10,000.
         """
 
     @_builtins.property
@@ -337,7 +337,7 @@ class RecommendRequest(_message.Message):
     user_id: _builtins.str
     """A user whose events were recorded with RecordEvents. A user without events,
     or only with events on items that the model does not know, is answered with
-    the most popular items. Empty: `history` alone says for whom.
+    the items that are popular now. Empty: `history` alone says for whom.
     """
     k: _builtins.int
     """How many items to answer, 1 to 1000. 0: 10. An answer that is longer than 4 MiB, since
@@ -413,7 +413,7 @@ class RecommendRequest(_message.Message):
     @_builtins.property
     def exclude_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Items that must not be recommended; for those of the history see `seen`. Ids that
-        the model does not know are ignored. Empty: nothing more is excluded. At most
+        neither the model nor the store has are ignored. Empty: nothing more is excluded. At most
         10,000. If all of `filter.allow_item_ids` are here, that is an error.
         """
 
