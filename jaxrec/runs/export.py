@@ -87,5 +87,7 @@ def _content_heads(run: Run, data: PreparedData) -> ContentHeads | None:
     if not (run.folder / CONTENT_HEAD_FILE).is_file():
         return None
     features = item_content(data)
-    shift = read_json(run.folder / HYBRID_FILE, "train again")["hidden_items"]["shift"]
-    return ContentHeads(*read_content_heads(run, features.names), features, shift)
+    mix = read_json(run.folder / HYBRID_FILE, "train again")
+    # No higher than the new items that the catalogue has: of those it is known what they cost.
+    shifts = [mix[name]["shift"] for name in ("hidden_items", "new_items") if mix[name] is not None]
+    return ContentHeads(*read_content_heads(run, features.names), features, min(shifts))
