@@ -33,20 +33,18 @@ def decode_rules(
     """What a request wants to be done after the model.
 
     Args:
-        request: Its other fields are checked already.
+        request: With rules; its other fields are checked already.
         k: Number of items; None: it is not valid.
         model: The one that answers.
         live: Its catalogue.
         answerable: The items that may be answered; None: what decides that is not valid.
 
     Returns:
-        The rules; None: there are none.
+        The rules; None: they change nothing.
 
     Raises:
         InvalidRequest: The rules break some.
     """
-    if not request.HasField("rules"):
-        return None
     asked, found = request.rules, Violations()
     boosts, pins = list[Boost](), list[Pin]()
     if found.passes(check_length, "rules.boosts", asked.boosts, MAX_BOOSTS):

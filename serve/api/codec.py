@@ -80,11 +80,12 @@ def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: 
         found.add("not_shown_within", f"0 to {MAX_NOT_SHOWN_S} seconds", not_shown_within)
     elif not_shown_within and user_id is None and request.HasField("history"):
         found.add("not_shown_within", "user_id with it", "a history")
-    answerable = Answerable(request, live, item_filter, live.withheld(request_time)) if is_known else None
-    rules = found.check(decode_rules, request, k, model, live, answerable)
+    withheld, rules = live.withheld(request_time), None
+    if request.HasField("rules"):
+        answerable = Answerable(request, live, item_filter, withheld) if is_known else None
+        rules = found.check(decode_rules, request, k, model, live, answerable)
     found.raise_any()
     exclude, slots = tuple(request.exclude_item_ids), model.new_item_slots(request.new_item_slots, live)
-    withheld = live.withheld(request_time)
     recommendation_id = repeatable_id(user_id, request.request_id) if request.request_id else ""
     options = (item_filter, allow_seen, slots, not_shown_within, withheld, live, event_ids, recommendation_id, rules)
     return Query(

@@ -99,7 +99,8 @@ def unknown_items(events: Iterable[Event], catalog: Catalog, before: UnknownItem
     """The items of a history that the model does not know.
 
     Args:
-        events: In time order, after those that `before` says.
+        events: Those that came after what `before` says, in any order; of the same second, the later in the list is the
+            later one.
         catalog: The model's own.
         before: What was known until then; not changed.
 
@@ -110,6 +111,7 @@ def unknown_items(events: Iterable[Event], catalog: Catalog, before: UnknownItem
     new = [event for event in events if event.weight and event.item_id not in catalog.index]
     if not new:
         return before
+    new.sort(key=attrgetter("timestamp"))
     found = dict(before)
     for event in new:
         found.pop(event.item_id, None)

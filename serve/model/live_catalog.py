@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from serve.model.added_items import AddedItems
 from serve.model.catalog import Catalog
-from serve.model.filters import Filters
+from serve.model.filters import Filters, ItemFilter
 from serve.model.item_rows import ItemRows
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,21 @@ class LiveCatalog:
         """Item indices of the ids that the catalogue has."""
         index = self.catalog.index
         return [index[item_id] for item_id in item_ids if item_id in index]
+
+    def blocked(self, item_filter: ItemFilter | None, withheld: Withheld | None) -> NDArray[np.bool_] | None:
+        """The items that a filter does not allow, or that are withheld.
+
+        Args:
+            item_filter: As for `Filters.blocked`.
+            withheld: Of this catalogue.
+
+        Returns:
+            `[items+1]` of own and added items, not to be written to, True also at 0; None: every item may be answered.
+        """
+        blocked = self.filters.blocked(item_filter)
+        if withheld is None:
+            return blocked
+        return withheld.mask if blocked is None else blocked | withheld.mask
 
     def withheld(self, request_time: int | None = None) -> Withheld | None:
         """The items that may not be answered.

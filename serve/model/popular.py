@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from serve.model.catalog import Catalog
 from serve.model.filters import ItemFilter
-from serve.model.live_catalog import LiveCatalog, Withheld
+from serve.model.live_catalog import LiveCatalog
 from serve.model.trend import COUNTED_S, Counted
 
 POPULARITY = "popularity"
@@ -163,10 +163,8 @@ def trending(
         Highest count first; equal counts by the longest half-life, then by the events of the training data.
     """
     live, counts = popular.live, popular.counts(half_life)
-    is_allowed = np.ones(len(counts), np.bool_)
-    for blocked in (live.filters.blocked(item_filter), live.withheld(time)):
-        if blocked is not None:
-            is_allowed &= ~(blocked.mask if isinstance(blocked, Withheld) else blocked)
+    blocked = live.blocked(item_filter, live.withheld(time))
+    is_allowed = np.ones(len(counts), np.bool_) if blocked is None else ~blocked
     is_allowed[live.indices(excluded)] = False
     if live.added is not None:
         is_allowed[live.added.first :] &= counts[live.added.first :] > 0

@@ -5,7 +5,6 @@ import time
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -212,7 +211,7 @@ class Recommender:
         own = self.own_catalog
         histories = [known_events(query.events, own) for query in queries]
         dislikes = [disliked_items(query.events, own) for query in queries]
-        unknown = [unknown_items(sorted(query.events, key=attrgetter("timestamp")), own) for query in queries]
+        unknown = [unknown_items(query.events, own) for query in queries]
         masks = [self.masks(query, trend) if history else () for query, history in zip(queries, histories, strict=True)]
         asked = [
             (query, history, disliked, mask)
@@ -274,7 +273,7 @@ class Recommender:
             One or two arrays `[items+1]` of own and added items; None: no item is blocked.
         """
         live = query.live or self.own_live
-        blocked = _blocked(live, query.filter, query.withheld)
+        blocked = live.blocked(query.filter, query.withheld)
         if not query.new_item_slots:
             return [blocked]
         new = self._moment(live, trend).new
@@ -367,7 +366,7 @@ class Recommender:
         live = query.live or self.own_live
         now = self.popular_in(live)
         exclude = [*self._never(query, unknown), *disliked]
-        blocked = _blocked(live, query.filter, query.withheld)
+        blocked = live.blocked(query.filter, query.withheld)
         items = now.items
         if blocked is not None:
             items = items[~blocked[items]]
@@ -484,20 +483,12 @@ class Recommender:
             cosines = np.append(cosines, vectors @ direction / _lengths(vectors))
         cosines = np.clip(cosines, -1, 1)
         allowed = np.ones(len(cosines), np.bool_)
-        blocked = _blocked(live, item_filter, live.withheld())
+        blocked = live.blocked(item_filter, live.withheld())
         if blocked is not None:
             allowed = ~blocked
         allowed[[0, item, *live.indices(exclude_item_ids)]] = False
         items = np.flatnonzero(allowed).astype(np.int32)
         return _at_least(Ranking(*best_of(items, cosines[items], min(k, len(items)))), item_filter)
-
-
-def _blocked(live: LiveCatalog, item_filter: ItemFilter | None, withheld: Withheld | None) -> Blocked | None:
-    """The items that neither a filter nor the catalogue lets be answered; None: every item may be."""
-    blocked = live.filters.blocked(item_filter)
-    if withheld is None:
-        return blocked
-    return withheld.mask if blocked is None else blocked | withheld.mask
 
 
 class _Moment(NamedTuple):
