@@ -243,6 +243,20 @@ class Hybrid(nnx.Module):
             allowed = jnp.where(self._new(trend), NEVER, allowed)
         return logits, Mixed(allowed, cooccurrence, jnp.asarray(trend), query, request_gap, recent, summary)
 
+    def parts(self, state: Array, request_gap: Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """What the parts of the model add to the logits of requests [batch] after a state [batch, ...]: the LSTM, the
+        content model, the policy head and co-occurrence, each [batch, items + 1]. The trend, items of the history, a
+        reranker and what holds new items down are the rest."""
+        h_lstm, _, h_content, _, recent = self.split_state(jnp.asarray(state))
+        query = self.supervised_query((h_lstm, h_content), jnp.asarray(request_gap))
+        (of_lstm, of_content), weights = jnp.split(query, 2, axis=1), self.weights[...]
+        lstm = of_lstm @ self.lstm.item_vectors().T + weights[0] * self.lstm.item_bias()
+        content = of_content @ self.content.item_vectors().T + weights[1] * self.content.item_bias()
+        policy = jnp.zeros_like(lstm)
+        if self.policy is not None:
+            policy = (self.policy(query) - query) @ self.item_vectors().T + self.policy.item_bias[...]
+        return lstm, content, policy, self.cooccurrence_logits(recent)
+
     def _new(self, trend: jax.Array | float) -> jax.Array:
         """[items + 1] or [batch, items + 1] bool. An item with a trend has recent events: it is not new any more."""
         assert self.new_items is not None

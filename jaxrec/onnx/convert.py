@@ -14,6 +14,7 @@ from jaxrec.errors import ExportError
 from jaxrec.onnx.signature import (
     OPSET,
     Signature,
+    parts_signature,
     sequence_query_signature,
     sequence_signature,
     step_query_signature,
@@ -51,6 +52,13 @@ def step_query_graph(weights: Weights) -> bytes:
 def trend_graph(weights: Weights) -> bytes:
     """`trend.onnx`, as `trend_signature` has it. Raises ExportError."""
     return _graph("trend", weights, trend_signature(len(weights.trend.typical)), {})
+
+
+def parts_graph(weights: Weights) -> bytes:
+    """`parts.onnx`, as `parts_signature` has it. Raises ExportError."""
+    names = ("neighbour_item", "neighbour_weight", "part_bias")
+    arrays = {name: getattr(weights, name) for name in names}
+    return _graph("parts", weights, parts_signature(weights.state_width, weights.width), arrays)
 
 
 def _item_arrays(weights: Weights) -> dict[str, np.ndarray]:

@@ -19,17 +19,18 @@ from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.repeat import EDGES, FEATURE_NAMES
 from jaxrec.onnx.added_items import ContentHeads, added_items
 from jaxrec.onnx.ann_index import FROM_ITEMS
-from jaxrec.onnx.convert import sequence_graph, step_graph, trend_graph
+from jaxrec.onnx.convert import parts_graph, sequence_graph, step_graph, trend_graph
 from jaxrec.onnx.parity import check_parity
 from jaxrec.onnx.quantize import check_quality, quantize_lstms
 from jaxrec.onnx.search import externalized, make_search, write_array
-from jaxrec.onnx.signature import OPSET, sequence_signature, step_signature, trend_signature
+from jaxrec.onnx.signature import OPSET, parts_signature, sequence_signature, step_signature, trend_signature
 from jaxrec.onnx.weights import extract_weights
 
-MANIFEST_SCHEMA_VERSION = 4
+MANIFEST_SCHEMA_VERSION = 5
 MANIFEST_FILE = "manifest.json"
 SEQUENCE_FILE = "sequence.onnx"
 STEP_FILE = "step.onnx"
+PARTS_FILE = "parts.onnx"
 TREND_FILE = "trend.onnx"
 TREND_COUNTS_FILE = "trend_counts.npy"
 MODEL_CATALOG_FILE = "catalog.csv"
@@ -90,7 +91,8 @@ def export_model(
         raise ExportError(f"the model knows {weights.item_count} items, the catalogue has {len(data.catalog)}")
     max_history = min(hybrid.lstm.config.max_length, hybrid.content.config.max_length)
     sequence, step, trend = sequence_graph(weights), step_graph(weights), trend_graph(weights)
-    parity = check_parity(hybrid, sequence, step, trend, max_history)
+    parts = parts_graph(weights)
+    parity = check_parity(hybrid, sequence, step, parts, trend, max_history)
     counts = DecayedCounts.of(data)
     latest, added = counts.until(counts.last_time), added_items(hybrid, data, heads)
     search = None
@@ -105,6 +107,7 @@ def export_model(
     graphs = {
         "sequence": {"file": SEQUENCE_FILE, **sequence_signature(*widths, weights.allow_seen).to_json()},
         "step": {"file": STEP_FILE, **step_signature(*widths, weights.allow_seen).to_json()},
+        "parts": {"file": PARTS_FILE, **parts_signature(*widths).to_json()},
         "trend": {"file": TREND_FILE, **trend_signature(len(HALF_LIVES_S)).to_json()},
     }
     if search is not None:
@@ -115,10 +118,12 @@ def export_model(
         if search is None:
             (folder / SEQUENCE_FILE).write_bytes(sequence)
             (folder / STEP_FILE).write_bytes(step)
+            (folder / PARTS_FILE).write_bytes(parts)
         else:
             search.write(folder)
             (folder / SEQUENCE_FILE).write_bytes(externalized(sequence, folder))
             (folder / STEP_FILE).write_bytes(externalized(step, folder))
+            (folder / PARTS_FILE).write_bytes(externalized(parts, folder))
         (folder / TREND_FILE).write_bytes(trend)
         write_array(folder / TREND_COUNTS_FILE, latest)
         write_array(folder / ADDED_ITEMS_FILE, added.rows)

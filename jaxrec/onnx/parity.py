@@ -18,11 +18,13 @@ from jaxrec.models.features import GAP_EDGES
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.masks import NEVER
 from jaxrec.models.repeat import SeenScores
+from jaxrec.onnx.signature import PARTS
 from jaxrec.onnx.weights import RECENT_WEIGHTS, Weights
 
 TOLERANCE = 1e-4
 PROBE_SEED = 20
 PROBE_ROWS = 12
+PROBE_ITEMS = 50
 OF_ANSWER = ("trend", "exclude", "blocked", "seen", "seen_score")
 """Inputs that the state and the query do not depend on."""
 
@@ -107,14 +109,16 @@ def make_probe(item_count: int, max_history: int, seed: int = PROBE_SEED, allow_
     )
 
 
-def check_parity(hybrid: Hybrid, sequence: bytes, step: bytes, trend: bytes, max_history: int) -> dict[str, Any]:
-    """Runs the graphs with ONNX Runtime on the CPU beside `Hybrid.logits` and `Hybrid.trend`.
+def check_parity(
+    hybrid: Hybrid, sequence: bytes, step: bytes, parts: bytes, trend: bytes, max_history: int
+) -> dict[str, Any]:
+    """Runs the graphs with ONNX Runtime on the CPU beside `Hybrid.logits`, `Hybrid.parts` and `Hybrid.trend`.
 
     Returns what was compared, as JSON values.
 
     Compared within TOLERANCE: every logit, the state and the query of `sequence`, of each row alone, and of the same
-    history fed to `step` event by event; the order of all items, where a pair closer than that may change places; and
-    the trend of made-up counts.
+    history fed to `step` event by event; the order of all items, where a pair closer than that may change places; the
+    parts of every logit; and the trend of made-up counts.
     Raises ExportError.
     """
     item_count = len(hybrid.item_bias()) - 1
@@ -141,13 +145,15 @@ def check_parity(hybrid: Hybrid, sequence: bytes, step: bytes, trend: bytes, max
     counts = np.where(counts < 1, 0, counts).astype(np.float32)
     found = _run(open_session(trend), counts=counts)["trend"]
     of_trend = _difference("trend.onnx", found[None], np.asarray(hybrid.trend(counts))[None])
+    of_parts = _parts_difference(hybrid, open_session(parts), state, probe.request_gap)
     largest = np.max(differences, axis=0)
     return {
-        "max_abs_difference": max(float(largest.max()), of_query, of_trend),
+        "max_abs_difference": max(float(largest.max()), of_query, of_trend, of_parts),
         "max_abs_logit_difference": float(largest[0]),
         "max_abs_state_difference": float(largest[1]),
         "max_abs_query_difference": of_query,
         "max_abs_trend_difference": of_trend,
+        "max_abs_part_difference": of_parts,
         "tolerance": TOLERANCE,
         "probe_rows": PROBE_ROWS,
         "longest_history": int(probe.length.max()),
@@ -224,6 +230,23 @@ def _jax_answer(hybrid: Hybrid, probe: Probe) -> tuple[np.ndarray, np.ndarray, n
         request = map(jax.numpy.asarray, (probe.request_gap, probe.never(), probe.trend))
         logits, state, query = answer(weights, events, *request, seen)
     return np.asarray(logits), np.asarray(state), np.asarray(query)
+
+
+def _parts_difference(hybrid: Hybrid, session: Any, state: np.ndarray, request_gap: np.ndarray) -> float:
+    """How far the parts of some items' logits in `parts.onnx` are from JAX': of those with the most co-occurrence, and
+    of others."""
+    with jax.default_matmul_precision("highest"):
+        parts = [np.asarray(part) for part in hybrid.parts(state, request_gap)]
+        vectors = np.asarray(hybrid.item_vectors())
+    near = np.argsort(-parts[PARTS.index("cooccurrence")][:, 1:], axis=1)[:, :PROBE_ITEMS] + 1
+    rows, items = parts[0].shape
+    others = np.random.default_rng(PROBE_SEED).integers(1, items, (rows, PROBE_ITEMS))
+    item = np.concatenate([near, others], axis=1)
+    found = _run(
+        session, state=state, request_gap=request_gap, item=item.astype(np.int32), vector=vectors[item]
+    )["parts"]
+    expected = [np.take_along_axis(part, item, axis=1) for part in parts]
+    return max(_difference(f"parts.onnx: {name}", found[:, :, at], expected[at]) for at, name in enumerate(PARTS))
 
 
 def open_session(graph: bytes) -> Any:

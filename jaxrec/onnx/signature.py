@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 OPSET = 17
+PARTS = ("lstm", "content", "policy", "cooccurrence")
+"""The columns of what `parts.onnx` answers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,20 @@ def trend_signature(half_lives: int) -> Signature:
     """The decayed counts of all items, padding included -> what is added to their logits."""
     return Signature(
         inputs={"counts": Tensor("float32", (half_lives, "items"))}, outputs={"trend": Tensor("float32", ("items",))}
+    )
+
+
+def parts_signature(state_width: int, vector_width: int) -> Signature:
+    """States and some items, 0 for one that the model does not know, with their vectors -> what PARTS add to their
+    logits."""
+    return Signature(
+        inputs={
+            "state": Tensor("float32", ("batch", state_width)),
+            "request_gap": Tensor("float32", ("batch",)),
+            "item": Tensor("int32", ("batch", "count")),
+            "vector": Tensor("float32", ("batch", "count", vector_width)),
+        },
+        outputs={"parts": Tensor("float32", ("batch", "count", len(PARTS)))},
     )
 
 

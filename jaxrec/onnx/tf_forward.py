@@ -34,25 +34,27 @@ from jaxrec.onnx.weights import RECENT_WEIGHTS, LSTMWeights, PolicyWeights, Rera
 class ItemArrays(NamedTuple):
     """`vectors` [items + 1, width], `bias` [items + 1], `neighbours` [items + 1, neighbours] int32 and their weights,
     `closeness`, of the same shape; `new` [items + 1] bool, None without new items; `reranker`: what it looks up, None
-    without one."""
+    without one. `parts` has `part_bias` [items + 1, 3] in place of the vectors and the bias."""
 
-    vectors: Any
-    bias: Any
     neighbours: Any
     closeness: Any
+    vectors: Any = None
+    bias: Any = None
     new: Any = None
     reranker: RerankerItems | None = None
+    part_bias: Any = None
 
 
 def item_arrays(named: dict[str, Any]) -> ItemArrays:
     """The arrays by the names of the graph's initializers."""
     return ItemArrays(
-        named["item_vectors"],
-        named["item_bias"],
         named["neighbour_item"],
         named["neighbour_weight"],
+        named.get("item_vectors"),
+        named.get("item_bias"),
         named.get("new_items"),
         RerankerItems(*(named[name] for name in RerankerItems._fields)) if "encoder" in named else None,
+        named.get("part_bias"),
     )
 
 
@@ -136,6 +138,23 @@ def trend(weights: Weights, *, counts: Any) -> dict[str, Any]:
     return {"trend": tf.reduce_sum(tf.constant(weights.trend.views[:, :, None]) * views, axis=[0, 1])}
 
 
+def parts(weights: Weights, items: ItemArrays, *, state: Any, request_gap: Any, item: Any, vector: Any) -> dict[str, Any]:
+    """States [batch, width] and items [batch, count] -> parts [batch, count, 4], in the order of
+    `jaxrec.onnx.signature.PARTS`."""
+    recurrent, recent, _ = _split(weights, state)
+    query = _supervised_query(weights, recurrent, request_gap)
+    directions = tf.expand_dims(query, 2) * np.repeat(np.eye(2, 3, dtype=np.float32), weights.width // 2, axis=0)
+    if weights.policy is not None:
+        of_policy = np.array([0, 0, 1], np.float32)
+        directions = directions + tf.expand_dims(_policy_shift(weights.policy, query), 2) * of_policy
+    of_vectors = tf.matmul(vector, directions) + tf.gather(items.part_bias, item)
+    neighbours, closeness = _neighbours(items, recent)
+    same = tf.cast(tf.equal(tf.expand_dims(item, 2), tf.expand_dims(neighbours, 1)), tf.float32)
+    is_known = tf.expand_dims(tf.minimum(tf.cast(item, tf.float32), 1.0), 2)
+    of_cooccurrence = tf.matmul(same, tf.expand_dims(closeness, 2)) * is_known
+    return {"parts": tf.concat([of_vectors, of_cooccurrence], axis=2)}
+
+
 def _read(weights: Weights, vectors: Any, item: Any, rating: Any, gap: Any, length: Any) -> tuple[Any, Any]:
     """Whole histories, vectors [length, batch, width] -> what is recurrent of the state, and the recent items."""
     batch = tf.shape(item)[0]
@@ -149,12 +168,17 @@ def _read(weights: Weights, vectors: Any, item: Any, rating: Any, gap: Any, leng
 
 def _step(weights: Weights, state: Any, vector: Any, item: Any, rating: Any, gap: Any) -> tuple[Any, Any, list[Any]]:
     """One event each, vector [batch, width] -> as `_read`, and the summary before the event, in two parts."""
-    summary = [] if weights.reranker is None else [2 * weights.reranker.rank, NUMBERS]
-    parts = tf.split(state, [weights.recurrent_width // 4] * 4 + summary + [RECENT_ITEMS], axis=1)
+    recurrent, recent, summary = _split(weights, state)
     views = (tf.reshape(column, [1, -1, 1]) for column in (rating, gap))
-    recurrent = _advance(weights, parts[:4], tf.expand_dims(vector, 0), *views)
-    recent = tf.concat([tf.expand_dims(item, 1), tf.cast(parts[-1][:, :-1], tf.int32)], axis=1)
-    return recurrent, recent, parts[4:-1]
+    recurrent = _advance(weights, recurrent, tf.expand_dims(vector, 0), *views)
+    return recurrent, tf.concat([tf.expand_dims(item, 1), recent[:, :-1]], axis=1), summary
+
+
+def _split(weights: Weights, state: Any) -> tuple[list[Any], Any, list[Any]]:
+    """What is recurrent of a state [batch, width], in four parts, the recent items, and the summary in two parts."""
+    summary = [] if weights.reranker is None else [2 * weights.reranker.rank, NUMBERS]
+    of_state = tf.split(state, [weights.recurrent_width // 4] * 4 + summary + [RECENT_ITEMS], axis=1)
+    return of_state[:4], tf.cast(of_state[-1], tf.int32), of_state[4:-1]
 
 
 def _state(recurrent: list[Any], recent: Any, summary: tuple[Any, Any] | None = None) -> Any:
@@ -251,14 +275,18 @@ def _lstm(weights: LSTMWeights, x: Any, h: Any, c: Any) -> tuple[Any, Any]:
 def _query(weights: Weights, recurrent: list[Any], request_gap: Any) -> Any:
     """[batch, width]: what the items' vectors are multiplied with, the policy's shift included unless there is a
     reranker."""
+    query = _supervised_query(weights, recurrent, request_gap)
+    if weights.policy is None or weights.reranker is not None:
+        return query
+    return query + _policy_shift(weights.policy, query)
+
+
+def _supervised_query(weights: Weights, recurrent: list[Any], request_gap: Any) -> Any:
     h_lstm, _, h_content, _ = recurrent
     bucket = _gap_bucket(tf.expand_dims(request_gap, 1))
     scale, shift = tf.gather(weights.request_scale, bucket), tf.gather(weights.request_shift, bucket)
     hidden = tf.concat([h_lstm, h_content], axis=1) * scale + shift
-    query = tf.matmul(hidden, weights.projection) + weights.projection_bias
-    if weights.policy is None or weights.reranker is not None:
-        return query
-    return query + _policy_shift(weights.policy, query)
+    return tf.matmul(hidden, weights.projection) + weights.projection_bias
 
 
 def _answer(
@@ -278,9 +306,7 @@ def _answer(
     """The k best items [batch, k] int32, their logits, and the query with the policy's shift. `seen_score` is added to
     those of `seen`, where there are. Items of `exclude` and of `blocked` ([1 or batch, items + 1] bool) are NEVER."""
     logits = tf.matmul(query, items.vectors, transpose_b=True) + items.bias
-    in_one_row = [-1, RECENT_ITEMS * items.neighbours.shape[1]]
-    neighbours = tf.reshape(tf.gather(items.neighbours, recent), in_one_row)
-    closeness = tf.reshape(tf.gather(items.closeness, recent) * RECENT_WEIGHTS[:, None], in_one_row)
+    neighbours, closeness = _neighbours(items, recent)
     cooccurrence = None
     if items.reranker is None:
         logits = tf.tensor_scatter_nd_add(logits, places(neighbours), closeness) + trend
@@ -306,6 +332,13 @@ def _answer(
     # Without the column of the padding, which so cannot be an answer even when all others are excluded.
     scores, columns = tf.math.top_k(logits[:, 1:], tf.squeeze(k, 0))
     return columns + 1, scores, query
+
+
+def _neighbours(items: ItemArrays, recent: Any) -> tuple[Any, Any]:
+    """The neighbours of the recent items [batch, RECENT_ITEMS] side by side, and what is added to their logits."""
+    in_one_row = [-1, RECENT_ITEMS * items.neighbours.shape[1]]
+    closeness = tf.gather(items.closeness, recent) * RECENT_WEIGHTS[:, None]
+    return tf.reshape(tf.gather(items.neighbours, recent), in_one_row), tf.reshape(closeness, in_one_row)
 
 
 def _reranked(

@@ -83,7 +83,8 @@ class Weights:
     """Float32 arrays. width = 2 * embedding; `ratings` and `times` are twice the width of one model's features.
 
     `item_vectors` [items + 1, width] (row 0 zero), `item_bias` [items + 1] (with the policy's, unless there is a
-    reranker: it ranks what the mix ranks best, and the policy comes after it), `rating_slope`, `rating_offset`,
+    reranker: it ranks what the mix ranks best, and the policy comes after it), `part_bias` [items + 1, 3]: those of the
+    LSTM, of the content model and of the policy (row 0 zero), `rating_slope`, `rating_offset`,
     `rating_missing` [ratings], `gap_vectors` [gap buckets, times], `request_scale` and `request_shift`
     [gap buckets, 2 * hidden],
     `projection` [2 * hidden, width] (block-diagonal), `projection_bias` [width], `neighbour_item` int32 and
@@ -94,6 +95,7 @@ class Weights:
 
     item_vectors: np.ndarray
     item_bias: np.ndarray
+    part_bias: np.ndarray
     rating_slope: np.ndarray
     rating_offset: np.ndarray
     rating_missing: np.ndarray
@@ -153,6 +155,7 @@ def extract_weights(hybrid: Hybrid) -> Weights:
     return Weights(
         item_vectors=item_vectors,
         item_bias=np.asarray(hybrid.item_bias() if hybrid.reranker is None else hybrid.supervised_bias()),
+        part_bias=_part_bias(hybrid),
         rating_slope=np.concatenate([model.rating.slope[...] for model in models]),
         rating_offset=np.concatenate([model.rating.offset[...] for model in models]),
         rating_missing=np.concatenate([model.rating.missing[...] for model in models]),
@@ -175,6 +178,15 @@ def extract_weights(hybrid: Hybrid) -> Weights:
         allow_seen=hybrid.repeat is not None,
         reranker=None if hybrid.reranker is None else _reranker_arrays(hybrid.reranker),
     )
+
+
+def _part_bias(hybrid: Hybrid) -> np.ndarray:
+    of_lstm, of_content, _ = np.asarray(hybrid.weights[...])
+    biases = [of_lstm * np.asarray(hybrid.lstm.item_bias()), of_content * np.asarray(hybrid.content.item_bias())]
+    biases.append(np.zeros_like(biases[0]) if hybrid.policy is None else np.asarray(hybrid.policy.item_bias[...]))
+    stacked = np.stack(biases, axis=1).astype(np.float32)
+    stacked[0] = 0
+    return stacked
 
 
 def _reranker_arrays(reranker: Reranker) -> RerankerArrays:

@@ -2,6 +2,7 @@
 
 from serve.api.context import Context
 from serve.api.errors import InvalidRequest, Violations
+from serve.api.outcomes import OutcomesReport, decode_outcomes
 from serve.api.pages import (
     DEFAULT_PAGE_SIZE,
     checked_page_size,
@@ -14,6 +15,7 @@ from serve.pb import model_admin_pb2 as pb
 from serve.pb import model_admin_pb2_grpc
 from serve.serving.errors import shown
 from serve.serving.versions import SHARE_TOLERANCE, ModelLibrary, State
+from serve.stores.base import EventStore
 
 LONGEST_REASON = 1_000
 STATES = {state: pb.ModelState.Value(f"MODEL_STATE_{state.name}") for state in State}
@@ -22,8 +24,9 @@ STATES = {state: pb.ModelState.Value(f"MODEL_STATE_{state.name}") for state in S
 class ModelAdminServicer(model_admin_pb2_grpc.ModelAdminServicer):
     """Manages the versions of one library."""
 
-    def __init__(self, models: ModelLibrary) -> None:
+    def __init__(self, models: ModelLibrary, store: EventStore) -> None:
         self._models = models
+        self._outcomes = OutcomesReport(store)
 
     def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         found = Violations()
@@ -75,3 +78,6 @@ class ModelAdminServicer(model_admin_pb2_grpc.ModelAdminServicer):
 
     def RollBack(self, request: pb.RollBackRequest, context: Context) -> pb.RollBackResponse:
         return pb.RollBackResponse(model_version=self._models.roll_back())
+
+    def GetOutcomes(self, request: pb.GetOutcomesRequest, context: Context) -> pb.GetOutcomesResponse:
+        return self._outcomes.get(decode_outcomes(request))

@@ -3,6 +3,7 @@
 import math
 import struct
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from serve.api.answer_rules import APPLIED, Answerable, decode_rules, row_count
@@ -42,12 +43,14 @@ from serve.model.catalog import Catalog
 from serve.model.events import INTERACTION, Event, RatingScale
 from serve.model.explain import Explanation
 from serve.model.live_catalog import LiveCatalog
+from serve.model.parts import Part
 from serve.model.ranking.engine import Ranking
 from serve.model.recommender import Query, Recommender
 from serve.pb import recommender_pb2 as pb
 from serve.stores.base import ShownItem, UserEvent
 
 _SCORE = struct.Struct("<f")
+PARTS: Mapping[Part, "pb.Part.ValueType"] = {part: pb.Part.Value(f"PART_{part.name}") for part in Part}
 
 
 def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: EventTypes) -> Query:
@@ -343,6 +346,7 @@ def _encode_explanation(explanation: Explanation, catalog: Catalog) -> pb.Explan
         ],
         shared_genres=explanation.shared_genres,
         text=explanation.text,
+        parts=[pb.ScorePart(part=PARTS[part], value=value) for part, value in explanation.parts.items()],
     )
 
 

@@ -11,6 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from serve.event_log.slates import TooLong
 from serve.model.manifest import ArtifactError
 from serve.model.recommender import NoNewItems, UnknownItem
 from serve.serving.errors import Cancelled, Expired, QueueFull, RefusedModel, UnknownModel
@@ -185,6 +186,7 @@ STATUS: Mapping[type[Exception], Meaning] = {
     NoNewItems: Meaning(grpc.StatusCode.FAILED_PRECONDITION, "NO_NEW_ITEM_VECTORS"),
     SlatesNotLogged: Meaning(grpc.StatusCode.FAILED_PRECONDITION, "RECOMMENDATIONS_NOT_LOGGED"),
     TooManyToMerge: Meaning(grpc.StatusCode.FAILED_PRECONDITION, "TOO_MUCH_TO_MERGE"),
+    TooLong: Meaning(grpc.StatusCode.FAILED_PRECONDITION, "LOG_TOO_LONG"),
     RefusedModel: Meaning(grpc.StatusCode.FAILED_PRECONDITION, "MODEL_REFUSED"),
     QueueFull: Meaning(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     Expired: Meaning(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),

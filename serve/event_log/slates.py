@@ -14,6 +14,9 @@ SENT_ALONG = "without a user id"
 EMPTY = "without an item"
 STILL_OPEN = "with an open attribution window"
 NAMED = "of a version that the request named"
+NO_EVENTS = "from before the events that are read"
+FIRST_EVENTS = 101
+"""The median of their times is when the first event that is read arrived: single ones have a wrong clock."""
 
 
 class Arm(NamedTuple):
@@ -21,6 +24,32 @@ class Arm(NamedTuple):
 
     model_version: str
     policy: str
+
+
+class TooLong(Exception):
+    """There is more in a log than may be read."""
+
+
+class Bounds(NamedTuple):
+    """How much of a log is read."""
+
+    since: int
+    """Slates from this second on."""
+    slates: int
+    """At most so many."""
+    events: int
+    """So many of the newest events."""
+    until: float
+    """By when it must have been read, by `time.monotonic()`."""
+
+    def check(self, slates: int) -> None:
+        """Raises TooLong if more than so many slates were read, or it took too long."""
+        seconds = int(time.time()) - self.since
+        shorter = "ask for a shorter time, or use `python -m serve outcomes`"
+        if slates > self.slates:
+            raise TooLong(f"there are more than {self.slates} recommendations in the last {seconds} seconds: {shorter}")
+        if time.monotonic() > self.until:
+            raise TooLong(f"the log of the last {seconds} seconds cannot be read in time: {shorter}")
 
 
 class Slates(NamedTuple):
@@ -42,7 +71,7 @@ class Slates(NamedTuple):
     """How many other slates there are, by reason."""
 
 
-def read_slates(store: EventStore, attribution_window: int | None = None) -> Slates:
+def read_slates(store: EventStore, attribution_window: int | None = None, bounds: Bounds | None = None) -> Slates:
     """Reads a store, and attributes events to slates as `jaxrec rl served` does.
 
     A positive event is a response to the slate that it names, if it is on an item of the slate, by the same user, and
@@ -56,12 +85,14 @@ def read_slates(store: EventStore, attribution_window: int | None = None) -> Sla
         store: Servers may use it. Some 300 bytes for each slate, 50 for each of its items and 30 for each
             response are in memory.
         attribution_window: In seconds; None: within which 99 % of the log's responses came.
+        bounds: How much is read; None: all. If the events do not reach back to the first slates, these are left out.
 
     Returns:
         The slates.
 
     Raises:
         StoreError: The store cannot be read.
+        TooLong: There is more than `bounds` allow.
     """
     numbers: dict[str, int] = {}  # of a slate, by its recommendation id
     arms: dict[Arm, int] = {}
@@ -71,7 +102,9 @@ def read_slates(store: EventStore, attribution_window: int | None = None) -> Sla
     slots, offsets = array("i"), array("q", [0])
     left_out = {SENT_ALONG: 0, EMPTY: 0, NAMED: 0}
     last = 0
-    for slates in store.all_slates():
+    for slates in store.all_slates(0 if bounds is None else bounds.since):
+        if bounds is not None:
+            bounds.check(len(arm) + sum(left_out.values()) + len(slates))
         for one in slates:
             last = max(last, one.timestamp)
             if one.user_id is None or not one.item_ids or "model_version" in one.request_options:
@@ -87,7 +120,14 @@ def read_slates(store: EventStore, attribution_window: int | None = None) -> Sla
             offsets.append(len(slots))
     slate, item, came, delay = array("q"), array("i"), array("q"), array("q")
     now = int(time.time())
-    for events in store.all_events():
+    after = 0 if bounds is None else max(0, store.last_arrival() - bounds.events)
+    arrivals, times = array("q"), array("q")
+    for events in store.all_events(after):
+        if bounds is not None:
+            bounds.check(0)
+        if after:
+            arrivals.extend(arrival for arrival, _ in events)
+            times.extend(new.event.timestamp for _, new in events)
         for _, new in events:
             number = numbers.get(new.recommendation_id or "")
             at = new.event.timestamp
@@ -103,11 +143,16 @@ def read_slates(store: EventStore, attribution_window: int | None = None) -> Sla
             delay.append(max(0, at - shown_at[number]))
     window = _quantile(np.array(delay)) if attribution_window is None else attribution_window
     closed = np.array(shown_at, np.int64) <= max(_quantile(np.array(came)), last) - window
+    left_out[STILL_OPEN] = int((~closed).sum())
+    if after:
+        first = np.array(times)[np.argsort(np.array(arrivals))[:FIRST_EVENTS]]
+        has_events = np.array(shown_at, np.int64) >= (np.median(first) if len(first) else now)
+        left_out[NO_EVENTS] = int((closed & ~has_events).sum())
+        closed &= has_events
     within = np.array(delay, np.int64) <= window
     starts = np.array(offsets, np.int64)
     hits = _hits(np.array(slate, np.int64)[within], np.array(item)[within], np.array(slots, np.int32), starts)
     number_of = np.repeat(np.arange(len(arm)), np.diff(starts))  # [slots] the slate of each
-    left_out[STILL_OPEN] = int((~closed).sum())
     return Slates(
         list(arms),
         np.array(arm, np.int32)[closed],

@@ -65,6 +65,7 @@ METHODS = frozenset(
 RECOMMEND = f"/{SERVICE}/Recommend"
 # These run the model for many rows: in a few threads of their own.
 SLOW = (f"/{SERVICE}/BatchRecommend", f"/{INFERENCE_SERVICE}/ModelInfer")
+GET_OUTCOMES = f"/{ADMIN_SERVICE}/GetOutcomes"
 # In the loop and in any state of the server, since they report it: a busy server must not be mistaken for a dead one.
 AT_ONCE = (
     f"/{HEALTH_SERVICE}/Check",
@@ -181,9 +182,9 @@ def create_server(
     pools: dict[str, Pool | None] = dict.fromkeys(handlers, pool)
     pools |= dict.fromkeys(SLOW, slow) | dict.fromkeys(AT_ONCE) | {RECOMMEND: slow}
     if isinstance(models, ModelLibrary):
-        admin = methods_of(model_admin_pb2_grpc.add_ModelAdminServicer_to_server, ModelAdminServicer(models))
+        admin = methods_of(model_admin_pb2_grpc.add_ModelAdminServicer_to_server, ModelAdminServicer(models, store))
         # One at a time anyway, and loading one may take a minute.
-        pools |= dict.fromkeys(admin, Pool(1, MAX_ADMIN_CALLS, "grpc-admin"))
+        pools |= dict.fromkeys(admin, Pool(1, MAX_ADMIN_CALLS, "grpc-admin")) | {GET_OUTCOMES: slow}
         handlers |= admin
     methods = [Method.of(name, handler, pools[name], at_once=name in AT_ONCE) for name, handler in handlers.items()]
     methods = [

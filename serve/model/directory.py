@@ -28,7 +28,7 @@ from serve.model.trend import HALF_LIVES_S, TrendFiles
 
 TREND_COUNTS = "trend_counts.npy"
 ADDED_ITEMS = "added_items.npy"
-GRAPHS = ("sequence", "step", "trend")
+GRAPHS = ("sequence", "step", "parts", "trend")
 REQUIRED_FILES = (
     *(f"{name}.onnx" for name in GRAPHS),
     *("catalog.csv", "item_vectors.npy", TREND_COUNTS, ADDED_ITEMS, "DATA_LICENCE.txt"),
@@ -70,6 +70,7 @@ class Artifact:
     """`[items+1, width]`, not writeable; row 0 is zeros."""
     sequence_graph: bytes
     step_graph: bytes
+    parts_graph: bytes
     trend: TrendFiles
     item_rows: ItemRows
     """Of items that the model was not exported with."""
@@ -96,6 +97,7 @@ def read_artifact(directory: Path) -> Artifact:
         item_vectors=vectors,
         sequence_graph=bytes(contents["sequence.onnx"]),
         step_graph=bytes(contents["step.onnx"]),
+        parts_graph=bytes(contents["parts.onnx"]),
         trend=_trend_files(directory, fields.section("trend"), contents, info),
         item_rows=_item_rows(directory, fields.section("added_items"), contents, info, vectors.shape[1]),
         index=None if indexed is None else _index_files(directory, indexed, contents, info),

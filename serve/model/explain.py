@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from serve.model.catalog import Catalog
 from serve.model.events import KnownEvent
+from serve.model.parts import Parts
 
 MOST_EXPLAINED_EVENTS = 3
 ASKED_EVENTS = 16
@@ -40,6 +41,8 @@ class Explanation:
     events: tuple[ExplainingEvent, ...]
     shared_genres: tuple[str, ...]
     text: str
+    parts: Parts
+    """Of the item's score."""
 
 
 def explain(
@@ -48,12 +51,14 @@ def explain(
     influences: NDArray[np.float32] | None,
     similarities: NDArray[np.float32],
     catalog: Catalog,
+    parts: Sequence[Parts],
 ) -> tuple[Explanation, ...]:
     """Explains each recommended item by events that the model saw, in time order.
 
     `influences` is `[items, events]`: by how much an item's score would be lower without an event. Events with a
     positive one are reasons, the strongest first, and of several on one item the strongest. Without influences (None)
-    the cosine of the two item vectors counts instead, which is `similarities` `[items, events]`.
+    the cosine of the two item vectors counts instead, which is `similarities` `[items, events]`. `parts` are those of
+    the items' scores.
     """
     weights = similarities if influences is None else influences
     return tuple(
@@ -69,6 +74,7 @@ def explain(
                 for at in _strongest(weights[row], events)
             ],
             catalog,
+            parts[row],
         )
         for row, item in enumerate(items.tolist())
     )
@@ -89,7 +95,7 @@ def _shared_genres(item: int, other: int, catalog: Catalog) -> tuple[str, ...]:
 
 
 def explain_popularity(
-    items: NDArray[np.int32], recent: NDArray[np.float32] | None, catalog: Catalog
+    items: NDArray[np.int32], recent: NDArray[np.float32] | None, catalog: Catalog, parts: Sequence[Parts]
 ) -> tuple[Explanation, ...]:
     """Explains items that were recommended for their popularity.
 
@@ -97,19 +103,20 @@ def explain_popularity(
         items: `[n]`, item indices.
         recent: `[items+1]`, the recent events that ranked them, decayed; None: none did.
         catalog: With the events of the training data.
+        parts: Of their scores.
     """
     lately = [""] * len(items) if recent is None else [f"{count:.1f} recent events, " for count in recent[items]]
     counts = catalog.popularity[items].tolist()
     return tuple(
-        Explanation((), (), f"Popular: {of_now}{count} events in the training data")
-        for of_now, count in zip(lately, counts, strict=True)
+        Explanation((), (), f"Popular: {of_now}{count} events in the training data", of_item)
+        for of_now, count, of_item in zip(lately, counts, parts, strict=True)
     )
 
 
-def _explanation(item: int, reasons: list[ExplainingEvent], catalog: Catalog) -> Explanation:
+def _explanation(item: int, reasons: list[ExplainingEvent], catalog: Catalog, parts: Parts) -> Explanation:
     genres = {genre for reason in reasons for genre in reason.shared_genres}
     shared = tuple(genre for genre in catalog.genres[item] if genre in genres)
-    return Explanation(tuple(reasons), shared, _text(reasons, shared, catalog))
+    return Explanation(tuple(reasons), shared, _text(reasons, shared, catalog), parts)
 
 
 def _text(reasons: Sequence[ExplainingEvent], shared: Sequence[str], catalog: Catalog) -> str:

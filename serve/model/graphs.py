@@ -37,6 +37,8 @@ SEQUENCE_OUTPUTS: Signature = {"state": "float", **_RANKING, QUERY: "float"}
 STEP_INPUTS: Signature = {"state": "float", **_EVENTS, **_REQUEST, TREND: "float", BLOCKED: "bool"}
 # A graph cannot call an output as one of its inputs, hence not `state`.
 STEP_OUTPUTS: Signature = {"next_state": "float", **_RANKING, QUERY: "float"}
+PARTS_INPUTS: Signature = {"state": "float", "request_gap": "float", "item": "int32", "vector": "float"}
+PARTS_OUTPUTS: Signature = {"parts": "float"}
 TREND_INPUTS: Signature = {"counts": "float"}
 TREND_OUTPUTS: Signature = {TREND: "float"}
 # The graphs of a directory with an index, which answer a query.
@@ -86,6 +88,10 @@ def exact_graphs(artifact: Artifact) -> tuple[GraphFile, GraphFile]:
     )
 
 
+def parts_graph(artifact: Artifact) -> GraphFile:
+    return GraphFile(artifact.directory / "parts.onnx", artifact.parts_graph, PARTS_INPUTS, PARTS_OUTPUTS)
+
+
 def trend_graph(artifact: Artifact) -> GraphFile:
     return GraphFile(artifact.directory / "trend.onnx", artifact.trend.graph, TREND_INPUTS, TREND_OUTPUTS)
 
@@ -106,12 +112,14 @@ def searches_index(asked: SearchBy, provider: str) -> bool:
 
 def graph_arrays(item_vectors: NDArray[np.float32], index: IndexFiles) -> dict[str, onnxruntime.OrtValue]:
     """The weights that `sequence.onnx` and `step.onnx` of a directory with an index have in files of their own."""
-    arrays = {
-        "item_vectors": item_vectors,
-        "item_bias": index.item_bias,
-        "neighbour_item": index.neighbour_item,
-        "neighbour_weight": index.neighbour_weight,
-    }
+    arrays = {"item_vectors": item_vectors, "item_bias": index.item_bias}
+    of_vectors = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+    return {**of_vectors, **neighbour_arrays(index)}
+
+
+def neighbour_arrays(index: IndexFiles) -> dict[str, onnxruntime.OrtValue]:
+    """As `graph_arrays`, those of `parts.onnx`."""
+    arrays = {"neighbour_item": index.neighbour_item, "neighbour_weight": index.neighbour_weight}
     return {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
 
 

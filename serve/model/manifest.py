@@ -13,8 +13,8 @@ from serve.model.events import RatingScale
 from serve.model.repeat import Buckets, Repeat
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 4
-POLICIES = ("reinforce", "supervised")
+SCHEMA_VERSION = 5
+POLICIES = _, SUPERVISED = "reinforce", "supervised"
 LARGEST_ITEM_COUNT = 2**31 - 2
 SEEN_ITEMS = EXCLUDE, _ = "exclude", "allow"
 

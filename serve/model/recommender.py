@@ -3,7 +3,7 @@
 import heapq
 import time
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -27,11 +27,13 @@ from serve.model.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain,
 from serve.model.features import Features, features
 from serve.model.filters import Filters, ItemFilter
 from serve.model.live_catalog import LiveCatalog, Withheld
+from serve.model.manifest import SUPERVISED
+from serve.model.parts import Part, Parts, parts_of_logits, parts_of_popularity
 from serve.model.popular import NO_OTHERS, OtherCounts, PopularItems, PopularNow, with_no_hour
-from serve.model.ranking.engine import Engine, Ranking
+from serve.model.ranking.engine import Basis, Engine, Ranking
 from serve.model.ranking.live_trend import Blocked, Trend
 from serve.model.ranking.search import best_of
-from serve.model.rules import Applied, Rules
+from serve.model.rules import Applied, Rules, boost_log_factors
 from serve.model.trend import HALF_LIVES_S, Counted
 from serve.settings import Provider, SearchBy
 
@@ -108,6 +110,8 @@ class Answer:
     """Item indices that were excluded since the user's last event on them is negative."""
     applied: Mapping[int, tuple[Applied, ...]] = field(default_factory=dict)
     """By item index, which rules changed the item's score or place; other items are missing."""
+    basis: Basis | None = None
+    """What the scores were computed from; None: the items are popular ones."""
 
 
 class Recommender:
@@ -323,11 +327,11 @@ class Recommender:
             ]
         whole, *new = (_at_least(ranking, query.filter) for ranking in rankings)
         best = with_new_items(whole, new[0], query.k, query.new_item_slots) if new else whole
-        items, scores, counted = best.items[: query.k], best.scores[: query.k], best.counted
-        explanations = self._explain(query, history, items) if query.explain else ()
-        return Answer(
-            items, scores, self.info.policy, ignored_event_count, explanations, counted=counted, disliked=disliked
+        items, scores, counted, basis = best.items[: query.k], best.scores[: query.k], best.counted, best.basis
+        answer = Answer(
+            items, scores, self.info.policy, ignored_event_count, (), counted=counted, disliked=disliked, basis=basis
         )
+        return replace(answer, explanations=self._explain(query, history, answer)) if query.explain else answer
 
     def _with_added(
         self, query: Query, ranking: Ranking, blocked: Blocked | None, trend: Trend, unknown: UnknownItems
@@ -374,30 +378,66 @@ class Recommender:
         items = items[: query.k + len(exclude)]
         items = items[~np.isin(items, np.array(exclude, np.int32))][: query.k]
         items, scores, *_ = _at_least(Ranking(items, now.scores[items]), query.filter)
-        explanations = explain_popularity(items, now.recent, live.catalog) if query.explain else ()
-        return Answer(items, scores, now.now.policy, ignored_event_count, explanations, disliked=disliked)
+        answer = Answer(items, scores, now.now.policy, ignored_event_count, (), disliked=disliked)
+        return replace(answer, explanations=self.explain(query, answer)) if query.explain else answer
 
-    def explain(self, query: Query, items: NDArray[np.int32]) -> tuple[Explanation, ...]:
-        """Why the model recommended these items.
+    def explain(self, query: Query, answer: Answer) -> tuple[Explanation, ...]:
+        """Why items were recommended.
 
         Args:
-            query: The query that they answer; at least one of its events is known.
-            items: `[n]` int32, item indices of the answer.
+            query: The query that they answer; with its stored events, if the model ranked them.
+            answer: The answer without explanations.
 
         Returns:
             An explanation for each item.
         """
-        return self._explain(query, known_events(query.events, self.own_catalog), items)
+        if answer.basis is not None:
+            return self._explain(query, known_events(query.events, self.own_catalog), answer)
+        live = query.live or self.own_live
+        parts = parts_of_popularity(answer.scores, np.exp(self._boosts(query, answer)))
+        return explain_popularity(answer.items, self.popular_in(live).recent, live.catalog, parts)
 
-    def _explain(
-        self, query: Query, history: Sequence[KnownEvent], items: NDArray[np.int32]
-    ) -> tuple[Explanation, ...]:
+    def _boosts(self, query: Query, answer: Answer) -> NDArray[np.float64]:
+        """`[n]`: the logarithms of the factors by which the items of an answer are boosted."""
+        if query.rules is None or not answer.applied:
+            return np.zeros(len(answer.items))
+        live = query.live or self.own_live
+        return boost_log_factors(answer.items, query.rules.boosts, live.filters.of_tag)
+
+    def _parts(self, query: Query, answer: Answer) -> list[Parts]:
+        """What parts of the model gave to the scores of the items that it ranked."""
+        basis, live, items = answer.basis, query.live or self.own_live, answer.items
+        assert basis is not None
+        own = np.where(items <= self.engine.item_count, items, np.int32(0))
+        vectors, trend = self._vectors[own], basis.trend.values[own]
+        moment, is_added = self._moment(live, basis.trend), own == 0
+        bias_of_added = np.zeros(len(items), np.float32)
+        if live.added is not None:
+            at = items[is_added] - live.added.first
+            vectors[is_added], trend[is_added] = live.added.vectors[at], moment.of_added[at]
+            bias_of_added[is_added] = live.added.bias[at]
+        given = self.engine.parts(basis, own, vectors)
+        # It comes from the features of the item.
+        given[Part.CONTENT] = given[Part.CONTENT] + bias_of_added
+        given[Part.TREND] = trend
+        given[Part.BOOST] = self._boosts(query, answer).astype(np.float32)
+        if basis.seen is not None:
+            of_item = dict(zip(basis.seen.items.tolist(), basis.seen.scores.tolist(), strict=True))
+            given[Part.REPEAT] = np.array([of_item.get(item, 0.0) for item in own.tolist()], np.float32)
+        in_policy = ~moment.new[items] & (self.info.policy != SUPERVISED)
+        return parts_of_logits(answer.scores, given, in_policy)
+
+    def _explain(self, query: Query, history: Sequence[KnownEvent], answer: Answer) -> tuple[Explanation, ...]:
+        items = answer.items
+        if not len(items):
+            return ()
         asked = history[-ASKED_EVENTS:]
-        influences = self._influences(query, history, items) if len(history) > 1 and len(items) else None
+        influences = self._influences(query, history, items) if len(history) > 1 else None
         live = query.live or self.own_live
         of_items = self.directions(items, live)
         of_events = self.directions(np.array([event.item for event in asked], np.int32), live)
-        return explain(items, asked, influences, np.clip(of_items @ of_events.T, -1, 1), live.catalog)
+        cosines = np.clip(of_items @ of_events.T, -1, 1)
+        return explain(items, asked, influences, cosines, live.catalog, self._parts(query, answer))
 
     def directions(self, items: NDArray[np.int32], live: LiveCatalog) -> NDArray[np.float32]:
         """Vectors of length 1."""

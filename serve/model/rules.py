@@ -184,6 +184,17 @@ def merged(
     return all_items[order], all_scores[order]
 
 
+def boost_log_factors(
+    items: NDArray[np.int32], boosts: Sequence[Boost], of_tag: Mapping[str, NDArray[np.int32]]
+) -> NDArray[np.float64]:
+    """`[n]`: the logarithms of what the weights of `items` `[n]` are multiplied with. `of_tag`: item indices by tag."""
+    log_factors = np.zeros(len(items))
+    for one in boosts:
+        boosted = [one.subject.item] if one.subject.item else of_tag.get(one.subject.tag, ())
+        log_factors[np.isin(items, boosted)] += math.log(one.factor)
+    return log_factors
+
+
 def boosted(
     candidates: Candidates, boosts: Sequence[Boost], of_tag: Mapping[str, NDArray[np.int32]], *, logits: bool
 ) -> Candidates:
@@ -197,10 +208,7 @@ def boosted(
     """
     if not boosts:
         return candidates
-    log_factors = np.zeros(len(candidates))
-    for one in boosts:
-        items = [one.subject.item] if one.subject.item else of_tag.get(one.subject.tag, ())
-        log_factors[np.isin(candidates.items, items)] += math.log(one.factor)
+    log_factors = boost_log_factors(candidates.items, boosts, of_tag)
     before = candidates.scores
     changed = before + log_factors if logits else before * np.exp(log_factors)
     # The others to the bit as they were.

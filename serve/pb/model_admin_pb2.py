@@ -24,15 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aserve/pb/model_admin.proto\x12\tjaxrec.v1\"\x90\x01\n\x05Model\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.jaxrec.v1.ModelState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rtraffic_share\x18\x05 \x01(\x02\x12\x13\n\x0bloaded_time\x18\x06 \x01(\x03\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"i\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.jaxrec.v1.Model\x12\x18\n\x10\x61utomatic_reload\x18\x02 \x01(\x08\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\")\n\x10LoadModelRequest\x12\x15\n\rmodel_version\x18\x01 \x01(\t\":\n\x11LoadModelResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x0e\n\x06loaded\x18\x02 \x01(\x08\"4\n\x0cTrafficShare\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x02\"<\n\x11SetTrafficRequest\x12\'\n\x06shares\x18\x01 \x03(\x0b\x32\x17.jaxrec.v1.TrafficShare\"=\n\x12SetTrafficResponse\x12\'\n\x06shares\x18\x01 \x03(\x0b\x32\x17.jaxrec.v1.TrafficShare\"\x11\n\x0fRollBackRequest\")\n\x10RollBackResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t*\x8d\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x17\n\x13MODEL_STATE_REFUSED\x10\x04\x32\xaf\x02\n\nModelAdmin\x12I\n\nListModels\x12\x1c.jaxrec.v1.ListModelsRequest\x1a\x1d.jaxrec.v1.ListModelsResponse\x12\x46\n\tLoadModel\x12\x1b.jaxrec.v1.LoadModelRequest\x1a\x1c.jaxrec.v1.LoadModelResponse\x12I\n\nSetTraffic\x12\x1c.jaxrec.v1.SetTrafficRequest\x1a\x1d.jaxrec.v1.SetTrafficResponse\x12\x43\n\x08RollBack\x12\x1a.jaxrec.v1.RollBackRequest\x1a\x1b.jaxrec.v1.RollBackResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aserve/pb/model_admin.proto\x12\tjaxrec.v1\"\x90\x01\n\x05Model\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.jaxrec.v1.ModelState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rtraffic_share\x18\x05 \x01(\x02\x12\x13\n\x0bloaded_time\x18\x06 \x01(\x03\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"i\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.jaxrec.v1.Model\x12\x18\n\x10\x61utomatic_reload\x18\x02 \x01(\x08\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\")\n\x10LoadModelRequest\x12\x15\n\rmodel_version\x18\x01 \x01(\t\":\n\x11LoadModelResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x0e\n\x06loaded\x18\x02 \x01(\x08\"4\n\x0cTrafficShare\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x02\"<\n\x11SetTrafficRequest\x12\'\n\x06shares\x18\x01 \x03(\x0b\x32\x17.jaxrec.v1.TrafficShare\"=\n\x12SetTrafficResponse\x12\'\n\x06shares\x18\x01 \x03(\x0b\x32\x17.jaxrec.v1.TrafficShare\"\x11\n\x0fRollBackRequest\")\n\x10RollBackResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\"\\\n\x12GetOutcomesRequest\x12\x0e\n\x06window\x18\x01 \x01(\x03\x12\x1f\n\x12\x61ttribution_window\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x15\n\x13_attribution_window\"\x90\x02\n\x13GetOutcomesResponse\x12$\n\x08outcomes\x18\x01 \x03(\x0b\x32\x12.jaxrec.v1.Outcome\x12\x31\n\x0b\x64ifferences\x18\x02 \x03(\x0b\x32\x1c.jaxrec.v1.OutcomeDifference\x12\x1a\n\x12\x61ttribution_window\x18\x03 \x01(\x03\x12=\n\x08left_out\x18\x04 \x03(\x0b\x32+.jaxrec.v1.GetOutcomesResponse.LeftOutEntry\x12\x15\n\rcomputed_time\x18\x05 \x01(\x03\x1a.\n\x0cLeftOutEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xb6\x01\n\x07Outcome\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x1c\n\x14recommendation_count\x18\x03 \x01(\x03\x12\x12\n\nuser_count\x18\x04 \x01(\x03\x12-\n\x10interaction_rate\x18\x05 \x01(\x0b\x32\x13.jaxrec.v1.Estimate\x12#\n\x06reward\x18\x06 \x01(\x0b\x32\x13.jaxrec.v1.Estimate\"\x9f\x01\n\x11OutcomeDifference\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12-\n\x10interaction_rate\x18\x03 \x01(\x0b\x32\x13.jaxrec.v1.Estimate\x12#\n\x06reward\x18\x04 \x01(\x0b\x32\x13.jaxrec.v1.Estimate\x12\x0f\n\x07verdict\x18\x05 \x01(\t\"N\n\x08\x45stimate\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x10\n\x03low\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04high\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x06\n\x04_lowB\x07\n\x05_high*\x8d\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x17\n\x13MODEL_STATE_REFUSED\x10\x04\x32\xfd\x02\n\nModelAdmin\x12I\n\nListModels\x12\x1c.jaxrec.v1.ListModelsRequest\x1a\x1d.jaxrec.v1.ListModelsResponse\x12\x46\n\tLoadModel\x12\x1b.jaxrec.v1.LoadModelRequest\x1a\x1c.jaxrec.v1.LoadModelResponse\x12I\n\nSetTraffic\x12\x1c.jaxrec.v1.SetTrafficRequest\x1a\x1d.jaxrec.v1.SetTrafficResponse\x12\x43\n\x08RollBack\x12\x1a.jaxrec.v1.RollBackRequest\x1a\x1b.jaxrec.v1.RollBackResponse\x12L\n\x0bGetOutcomes\x12\x1d.jaxrec.v1.GetOutcomesRequest\x1a\x1e.jaxrec.v1.GetOutcomesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'serve.pb.model_admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=700
-  _globals['_MODELSTATE']._serialized_end=841
+  _globals['_GETOUTCOMESRESPONSE_LEFTOUTENTRY']._loaded_options = None
+  _globals['_GETOUTCOMESRESPONSE_LEFTOUTENTRY']._serialized_options = b'8\001'
+  _globals['_MODELSTATE']._serialized_start=1496
+  _globals['_MODELSTATE']._serialized_end=1637
   _globals['_MODEL']._serialized_start=42
   _globals['_MODEL']._serialized_end=186
   _globals['_LISTMODELSREQUEST']._serialized_start=188
@@ -53,6 +55,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROLLBACKREQUEST']._serialized_end=654
   _globals['_ROLLBACKRESPONSE']._serialized_start=656
   _globals['_ROLLBACKRESPONSE']._serialized_end=697
-  _globals['_MODELADMIN']._serialized_start=844
-  _globals['_MODELADMIN']._serialized_end=1147
+  _globals['_GETOUTCOMESREQUEST']._serialized_start=699
+  _globals['_GETOUTCOMESREQUEST']._serialized_end=791
+  _globals['_GETOUTCOMESRESPONSE']._serialized_start=794
+  _globals['_GETOUTCOMESRESPONSE']._serialized_end=1066
+  _globals['_GETOUTCOMESRESPONSE_LEFTOUTENTRY']._serialized_start=1020
+  _globals['_GETOUTCOMESRESPONSE_LEFTOUTENTRY']._serialized_end=1066
+  _globals['_OUTCOME']._serialized_start=1069
+  _globals['_OUTCOME']._serialized_end=1251
+  _globals['_OUTCOMEDIFFERENCE']._serialized_start=1254
+  _globals['_OUTCOMEDIFFERENCE']._serialized_end=1413
+  _globals['_ESTIMATE']._serialized_start=1415
+  _globals['_ESTIMATE']._serialized_end=1493
+  _globals['_MODELADMIN']._serialized_start=1640
+  _globals['_MODELADMIN']._serialized_end=2021
 # @@protoc_insertion_point(module_scope)

@@ -321,3 +321,230 @@ class RollBackResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RollBackResponse: _TypeAlias = RollBackResponse  # noqa: Y015
+
+@_typing.final
+class GetOutcomesRequest(_message.Message):
+    """A question for what came of recommendations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WINDOW_FIELD_NUMBER: _builtins.int
+    ATTRIBUTION_WINDOW_FIELD_NUMBER: _builtins.int
+    window: _builtins.int
+    """Recommendations of so many seconds before now count. 0: 604,800 (7 days). At most
+    2,678,400 (31 days).
+    """
+    attribution_window: _builtins.int
+    """Within how many seconds an event is a response to the recommendation that it names, at
+    most 2,678,400. Absent: within which 99 % of the responses came.
+    """
+    def __init__(
+        self,
+        *,
+        window: _builtins.int = ...,
+        attribution_window: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_attribution_window", b"_attribution_window", "attribution_window", b"attribution_window"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attribution_window", b"_attribution_window", "attribution_window", b"attribution_window", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__attribution_window: _TypeAlias = _typing.Literal["attribution_window"]  # noqa: Y015
+    _WhichOneofArgType__attribution_window: _TypeAlias = _typing.Literal["_attribution_window", b"_attribution_window"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__attribution_window) -> _WhichOneofReturnType__attribution_window | None: ...
+
+Global___GetOutcomesRequest: _TypeAlias = GetOutcomesRequest  # noqa: Y015
+
+@_typing.final
+class GetOutcomesResponse(_message.Message):
+    """What came of recommendations. Versions compare fairly if they answered at the same time,
+    to users divided at random between them (SetTraffic).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LeftOutEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    DIFFERENCES_FIELD_NUMBER: _builtins.int
+    ATTRIBUTION_WINDOW_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
+    COMPUTED_TIME_FIELD_NUMBER: _builtins.int
+    attribution_window: _builtins.int
+    """In seconds."""
+    computed_time: _builtins.int
+    """When this was computed, in seconds."""
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Outcome]:
+        """By version and policy, the one with the most recommendations first. Empty: there is
+        nothing to compare.
+        """
+
+    @_builtins.property
+    def differences(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutcomeDifference]:
+        """Each of the others less the first."""
+
+    @_builtins.property
+    def left_out(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """How many recommendations are left out, by reason in English."""
+
+    def __init__(
+        self,
+        *,
+        outcomes: _abc.Iterable[Global___Outcome] | None = ...,
+        differences: _abc.Iterable[Global___OutcomeDifference] | None = ...,
+        attribution_window: _builtins.int = ...,
+        left_out: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        computed_time: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribution_window", b"attribution_window", "computed_time", b"computed_time", "differences", b"differences", "left_out", b"left_out", "outcomes", b"outcomes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetOutcomesResponse: _TypeAlias = GetOutcomesResponse  # noqa: Y015
+
+@_typing.final
+class Outcome(_message.Message):
+    """What came of the recommendations of one version and policy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    RECOMMENDATION_COUNT_FIELD_NUMBER: _builtins.int
+    USER_COUNT_FIELD_NUMBER: _builtins.int
+    INTERACTION_RATE_FIELD_NUMBER: _builtins.int
+    REWARD_FIELD_NUMBER: _builtins.int
+    model_version: _builtins.str
+    """Which version answered."""
+    policy: _builtins.str
+    """What ranked the items, as in `RecommendResponse.policy`."""
+    recommendation_count: _builtins.int
+    """How many recommendations there were: answers, not items."""
+    user_count: _builtins.int
+    """How many users got them."""
+    @_builtins.property
+    def interaction_rate(self) -> Global___Estimate:
+        """The share of the recommendations with an interaction, 0 to 1."""
+
+    @_builtins.property
+    def reward(self) -> Global___Estimate:
+        """Per recommendation: the share of its places that were interacted with, weighted by the
+        discounts of DCG, 0 to 1.
+        """
+
+    def __init__(
+        self,
+        *,
+        model_version: _builtins.str = ...,
+        policy: _builtins.str = ...,
+        recommendation_count: _builtins.int = ...,
+        user_count: _builtins.int = ...,
+        interaction_rate: Global___Estimate | None = ...,
+        reward: Global___Estimate | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["interaction_rate", b"interaction_rate", "reward", b"reward"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interaction_rate", b"interaction_rate", "model_version", b"model_version", "policy", b"policy", "recommendation_count", b"recommendation_count", "reward", b"reward", "user_count", b"user_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
+
+@_typing.final
+class OutcomeDifference(_message.Message):
+    """One outcome less that with the most recommendations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    INTERACTION_RATE_FIELD_NUMBER: _builtins.int
+    REWARD_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    model_version: _builtins.str
+    """Which version answered."""
+    policy: _builtins.str
+    """What ranked the items."""
+    verdict: _builtins.str
+    """Which is better, in an English sentence. Never empty."""
+    @_builtins.property
+    def interaction_rate(self) -> Global___Estimate:
+        """As in Outcome, less that of the first one."""
+
+    @_builtins.property
+    def reward(self) -> Global___Estimate:
+        """As in Outcome, less that of the first one."""
+
+    def __init__(
+        self,
+        *,
+        model_version: _builtins.str = ...,
+        policy: _builtins.str = ...,
+        interaction_rate: Global___Estimate | None = ...,
+        reward: Global___Estimate | None = ...,
+        verdict: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["interaction_rate", b"interaction_rate", "reward", b"reward"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interaction_rate", b"interaction_rate", "model_version", b"model_version", "policy", b"policy", "reward", b"reward", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OutcomeDifference: _TypeAlias = OutcomeDifference  # noqa: Y015
+
+@_typing.final
+class Estimate(_message.Message):
+    """A figure with its 95 % interval, for which users were resampled."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEAN_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    mean: _builtins.float
+    """The figure."""
+    low: _builtins.float
+    """The lower end. Absent: there are too few users for an interval."""
+    high: _builtins.float
+    """The upper end. Absent: there are too few users for an interval."""
+    def __init__(
+        self,
+        *,
+        mean: _builtins.float = ...,
+        low: _builtins.float | None = ...,
+        high: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "high", b"high", "low", b"low"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "high", b"high", "low", b"low", "mean", b"mean"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__high: _TypeAlias = _typing.Literal["high"]  # noqa: Y015
+    _WhichOneofArgType__high: _TypeAlias = _typing.Literal["_high", b"_high"]  # noqa: Y015
+    _WhichOneofReturnType__low: _TypeAlias = _typing.Literal["low"]  # noqa: Y015
+    _WhichOneofArgType__low: _TypeAlias = _typing.Literal["_low", b"_low"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__high) -> _WhichOneofReturnType__high | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__low) -> _WhichOneofReturnType__low | None: ...
+
+Global___Estimate: _TypeAlias = Estimate  # noqa: Y015

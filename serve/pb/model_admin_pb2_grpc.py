@@ -56,6 +56,11 @@ class ModelAdminStub:
                 request_serializer=serve_dot_pb_dot_model__admin__pb2.RollBackRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_model__admin__pb2.RollBackResponse.FromString,
                 _registered_method=True)
+        self.GetOutcomes = channel.unary_unary(
+                '/jaxrec.v1.ModelAdmin/GetOutcomes',
+                request_serializer=serve_dot_pb_dot_model__admin__pb2.GetOutcomesRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_model__admin__pb2.GetOutcomesResponse.FromString,
+                _registered_method=True)
 
 
 class ModelAdminServicer:
@@ -96,6 +101,17 @@ class ModelAdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetOutcomes(self, request, context):
+        """What came of the recommendations of each version in the last time, as
+        `python -m serve outcomes` computes it of a whole store. An answer is up to 10 seconds
+        old. FAILED_PRECONDITION if there are more than 50,000 recommendations in this time, or
+        the log cannot be read in 5 seconds: ask for a shorter one. Of a longer log the newest
+        200,000 events count, and recommendations before these are left out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelAdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -118,6 +134,11 @@ def add_ModelAdminServicer_to_server(servicer, server):
                     servicer.RollBack,
                     request_deserializer=serve_dot_pb_dot_model__admin__pb2.RollBackRequest.FromString,
                     response_serializer=serve_dot_pb_dot_model__admin__pb2.RollBackResponse.SerializeToString,
+            ),
+            'GetOutcomes': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOutcomes,
+                    request_deserializer=serve_dot_pb_dot_model__admin__pb2.GetOutcomesRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_model__admin__pb2.GetOutcomesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -230,6 +251,33 @@ class ModelAdmin:
             '/jaxrec.v1.ModelAdmin/RollBack',
             serve_dot_pb_dot_model__admin__pb2.RollBackRequest.SerializeToString,
             serve_dot_pb_dot_model__admin__pb2.RollBackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetOutcomes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxrec.v1.ModelAdmin/GetOutcomes',
+            serve_dot_pb_dot_model__admin__pb2.GetOutcomesRequest.SerializeToString,
+            serve_dot_pb_dot_model__admin__pb2.GetOutcomesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,13 @@ class ModelAdminStub:
     Automatic reloading rests until LoadModel is called without a version. Without an
     earlier version: FAILED_PRECONDITION.
     """
+    GetOutcomes: _grpc.UnaryUnaryMultiCallable[_model_admin_pb2.GetOutcomesRequest, _model_admin_pb2.GetOutcomesResponse]
+    """What came of the recommendations of each version in the last time, as
+    `python -m serve outcomes` computes it of a whole store. An answer is up to 10 seconds
+    old. FAILED_PRECONDITION if there are more than 50,000 recommendations in this time, or
+    the log cannot be read in 5 seconds: ask for a shorter one. Of a longer log the newest
+    200,000 events count, and recommendations before these are left out.
+    """
 
 @_typing.type_check_only
 class ModelAdminAsyncStub(ModelAdminStub):
@@ -74,6 +81,13 @@ class ModelAdminAsyncStub(ModelAdminStub):
     """Gives all traffic back to the version that had most of it before the last change.
     Automatic reloading rests until LoadModel is called without a version. Without an
     earlier version: FAILED_PRECONDITION.
+    """
+    GetOutcomes: _aio.UnaryUnaryMultiCallable[_model_admin_pb2.GetOutcomesRequest, _model_admin_pb2.GetOutcomesResponse]  # type: ignore[assignment]
+    """What came of the recommendations of each version in the last time, as
+    `python -m serve outcomes` computes it of a whole store. An answer is up to 10 seconds
+    old. FAILED_PRECONDITION if there are more than 50,000 recommendations in this time, or
+    the log cannot be read in 5 seconds: ask for a shorter one. Of a longer log the newest
+    200,000 events count, and recommendations before these are left out.
     """
 
 class ModelAdminServicer(metaclass=_abc_1.ABCMeta):
@@ -119,6 +133,19 @@ class ModelAdminServicer(metaclass=_abc_1.ABCMeta):
         """Gives all traffic back to the version that had most of it before the last change.
         Automatic reloading rests until LoadModel is called without a version. Without an
         earlier version: FAILED_PRECONDITION.
+        """
+
+    @_abc_1.abstractmethod
+    def GetOutcomes(
+        self,
+        request: _model_admin_pb2.GetOutcomesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_admin_pb2.GetOutcomesResponse, _abc.Awaitable[_model_admin_pb2.GetOutcomesResponse]]:
+        """What came of the recommendations of each version in the last time, as
+        `python -m serve outcomes` computes it of a whole store. An answer is up to 10 seconds
+        old. FAILED_PRECONDITION if there are more than 50,000 recommendations in this time, or
+        the log cannot be read in 5 seconds: ask for a shorter one. Of a longer log the newest
+        200,000 events count, and recommendations before these are left out.
         """
 
 def add_ModelAdminServicer_to_server(servicer: ModelAdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

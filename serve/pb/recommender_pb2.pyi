@@ -126,6 +126,70 @@ down for it are not marked.
 """
 Global___AppliedRule: _TypeAlias = AppliedRule  # noqa: Y015
 
+class _Part:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PART_UNSPECIFIED: _Part.ValueType  # 0
+    """Never answered."""
+    PART_LSTM: _Part.ValueType  # 1
+    """The sequence model of items, ratings and times."""
+    PART_CONTENT: _Part.ValueType  # 2
+    """The sequence model that reads genres and features of items too."""
+    PART_COOCCURRENCE: _Part.ValueType  # 3
+    """Items that were often interacted with near the last ones of the history."""
+    PART_TREND: _Part.ValueType  # 4
+    """What many users interact with now."""
+    PART_REPEAT: _Part.ValueType  # 5
+    """How often and when the item was in the history, if `GetModelInfoResponse.seen` is
+    SEEN_ALLOW.
+    """
+    PART_POLICY: _Part.ValueType  # 6
+    """The policy: what reinforcement learning adds to the other parts."""
+    PART_PLACE: _Part.ValueType  # 7
+    """What holds the item below others, 0 or less: a new item below the first places, or an
+    item that only a rule made a candidate below the model's own candidates.
+    """
+    PART_BOOST: _Part.ValueType  # 8
+    """Boosts of the request."""
+    PART_POPULARITY: _Part.ValueType  # 9
+    """The number of events, of the policies `popularity` and `recent_popularity`. With
+    boosts, without them.
+    """
+
+class Part(_Part, metaclass=_PartEnumTypeWrapper):
+    """A part of the model, or what is done after it."""
+
+PART_UNSPECIFIED: Part.ValueType  # 0
+"""Never answered."""
+PART_LSTM: Part.ValueType  # 1
+"""The sequence model of items, ratings and times."""
+PART_CONTENT: Part.ValueType  # 2
+"""The sequence model that reads genres and features of items too."""
+PART_COOCCURRENCE: Part.ValueType  # 3
+"""Items that were often interacted with near the last ones of the history."""
+PART_TREND: Part.ValueType  # 4
+"""What many users interact with now."""
+PART_REPEAT: Part.ValueType  # 5
+"""How often and when the item was in the history, if `GetModelInfoResponse.seen` is
+SEEN_ALLOW.
+"""
+PART_POLICY: Part.ValueType  # 6
+"""The policy: what reinforcement learning adds to the other parts."""
+PART_PLACE: Part.ValueType  # 7
+"""What holds the item below others, 0 or less: a new item below the first places, or an
+item that only a rule made a candidate below the model's own candidates.
+"""
+PART_BOOST: Part.ValueType  # 8
+"""Boosts of the request."""
+PART_POPULARITY: Part.ValueType  # 9
+"""The number of events, of the policies `popularity` and `recent_popularity`. With
+boosts, without them.
+"""
+Global___Part: _TypeAlias = Part  # noqa: Y015
+
 class _TrendWindow:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -873,6 +937,7 @@ class Explanation(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     SHARED_GENRES_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The same as a sentence in English. Never empty."""
     @_builtins.property
@@ -885,20 +950,55 @@ class Explanation(_message.Message):
     def shared_genres(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Genres of the item that one of these events has too, sorted. Empty: none."""
 
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScorePart]:
+        """What each part of the model gave to `Recommendation.score`: the score is their sum, up
+        to rounding. In the order of the values of `Part`; without parts that add nothing.
+        """
+
     def __init__(
         self,
         *,
         events: _abc.Iterable[Global___ExplainingEvent] | None = ...,
         shared_genres: _abc.Iterable[_builtins.str] | None = ...,
         text: _builtins.str = ...,
+        parts: _abc.Iterable[Global___ScorePart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "shared_genres", b"shared_genres", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "parts", b"parts", "shared_genres", b"shared_genres", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Explanation: _TypeAlias = Explanation  # noqa: Y015
+
+@_typing.final
+class ScorePart(_message.Message):
+    """What one part gave to a score."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PART_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    part: Global___Part.ValueType
+    """Which part."""
+    value: _builtins.float
+    """In the unit of `Recommendation.score`: a logit, or a number of events. Comparable
+    between the items of one answer only.
+    """
+    def __init__(
+        self,
+        *,
+        part: Global___Part.ValueType = ...,
+        value: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScorePart: _TypeAlias = ScorePart  # noqa: Y015
 
 @_typing.final
 class ExplainingEvent(_message.Message):

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.model.explain import Explanation, explain_popularity
+from serve.model.explain import Explanation
 from serve.model.exploration import Exploration
 from serve.model.popular import FALLBACKS
 from serve.model.recommender import Answer, Query, Recommender
@@ -249,13 +249,9 @@ class LoadedModel:
         return replace(answer, explanations=self._explanations(query, answer))
 
     def _explanations(self, query: Query, answer: Answer) -> tuple[Explanation, ...]:
-        if answer.policy in FALLBACKS:
-            live = query.live or self.model.own_live
-            return explain_popularity(answer.items, self.model.popular_in(live).recent, live.catalog)
-        events = query.events
-        if query.user_id is not None and not events:
-            events = self._store.history(query.user_id, query.request_time)
-        return self.model.explain(query._replace(events=events), answer.items)
+        if query.user_id is not None and not query.events and answer.policy not in FALLBACKS:
+            query = query._replace(events=self._store.history(query.user_id, query.request_time))
+        return self.model.explain(query, answer)
 
 
 def _or_error(answer: Callable[[], Answer]) -> Answer | Exception:

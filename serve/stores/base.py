@@ -402,8 +402,12 @@ class EventStore(ABC):
         """
 
     @abstractmethod
-    def all_slates(self) -> Iterator[Sequence[Slate]]:
-        """Every slate that was logged, in parts; those of one user in their order."""
+    def all_slates(self, since: int = 0) -> Iterator[Sequence[Slate]]:
+        """Every slate that was logged, in parts; those of one user in their order.
+
+        Args:
+            since: Only slates from this second on.
+        """
 
     @abstractmethod
     def item_counts(self, since: int = NONE_READ) -> ItemCounts:

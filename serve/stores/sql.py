@@ -53,6 +53,8 @@ class Queries(NamedTuple):
     """Arrival and the columns of `UserEvent` in order of arrival (arrival before the first, limit)."""
     slates: LiteralString
     """Number and SLATE_COLUMNS in order of numbers (number before the first, limit)."""
+    first_slate: LiteralString
+    """One row: the least number of the slates from a time on, None without one (timestamp)."""
     shown_items: LiteralString
     """The columns of `ShownItem` in order (recommendation and item that come before, limit)."""
     times: LiteralString
@@ -128,9 +130,14 @@ class SqlStore(DeferringStore):
         for rows in self._parts(self._queries.events, after):
             yield [(row[0], event_of_row(row[1:])) for row in rows]
 
-    def all_slates(self) -> Iterator[Sequence[Slate]]:
-        for rows in self._parts(self._queries.slates):
-            yield [slate_of_row(row[1:]) for row in rows]
+    def all_slates(self, since: int = 0) -> Iterator[Sequence[Slate]]:
+        ((first,),) = self._read(self._queries.first_slate, since) if since else ((1,),)
+        if first is None:
+            return
+        for rows in self._parts(self._queries.slates, first - 1):
+            slates = [slate_of_row(row[1:]) for row in rows]
+            # Those of one second are written in any order, and by several servers.
+            yield [one for one in slates if one.timestamp >= since] if since else slates
 
     def all_shown(self) -> Iterator[Sequence[ShownItem]]:
         last = ("", "")

@@ -15,7 +15,7 @@ from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.linear import RANK
 from jaxrec.models.summary import NUMBERS
 from jaxrec.onnx import convert
-from jaxrec.onnx.convert import sequence_graph, step_graph, trend_graph
+from jaxrec.onnx.convert import parts_graph, sequence_graph, step_graph, trend_graph
 from jaxrec.onnx.parity import check_parity, make_probe
 from jaxrec.onnx.weights import LSTMWeights, TrendWeights, Weights, extract_weights
 
@@ -158,6 +158,7 @@ def one_unit_weights(gates: tuple[list[float], list[float]]) -> Weights:
     return Weights(
         item_vectors=np.array([[0, 0], [2, 3]], np.float32),
         item_bias=bias,
+        part_bias=np.zeros((2, 3), np.float32),
         rating_slope=zeros,
         rating_offset=zeros,
         rating_missing=zeros,
@@ -223,26 +224,37 @@ def tampered(weights: Weights, name: str) -> Weights:
 @pytest.mark.parametrize("name", ["item_vectors", "rating_missing", "projection_bias"])
 def test_one_number_that_differs_is_found(small_hybrid: Hybrid, model_directory: Path, name: str) -> None:
     sequence = sequence_graph(tampered(extract_weights(small_hybrid), name))
-    step, trend = ((model_directory / name).read_bytes() for name in ("step.onnx", "trend.onnx"))
+    names = ("step.onnx", "parts.onnx", "trend.onnx")
+    step, parts, trend = ((model_directory / name).read_bytes() for name in names)
     with pytest.raises(ExportError, match=r"sequence\.onnx: \w+ differ from JAX by up to .*, tolerance 0\.0001"):
-        check_parity(small_hybrid, sequence, step, trend, max_history=50)
+        check_parity(small_hybrid, sequence, step, parts, trend, max_history=50)
 
 
 def test_a_step_that_differs_is_found(small_hybrid: Hybrid, model_directory: Path) -> None:
-    sequence, trend = ((model_directory / name).read_bytes() for name in ("sequence.onnx", "trend.onnx"))
+    names = ("sequence.onnx", "parts.onnx", "trend.onnx")
+    sequence, parts, trend = ((model_directory / name).read_bytes() for name in names)
     weights = extract_weights(small_hybrid)
     swapped = step_graph(dataclasses.replace(weights, lstm=weights.content, content=weights.lstm))
     with pytest.raises(ExportError, match=r"step\.onnx: states differ from JAX"):
-        check_parity(small_hybrid, sequence, swapped, trend, max_history=50)
+        check_parity(small_hybrid, sequence, swapped, parts, trend, max_history=50)
+
+
+def test_parts_that_differ_are_found(small_hybrid: Hybrid, model_directory: Path) -> None:
+    names = ("sequence.onnx", "step.onnx", "trend.onnx")
+    sequence, step, trend = ((model_directory / name).read_bytes() for name in names)
+    parts = parts_graph(tampered(extract_weights(small_hybrid), "part_bias"))
+    with pytest.raises(ExportError, match=r"parts\.onnx: lstm differ from JAX"):
+        check_parity(small_hybrid, sequence, step, parts, trend, max_history=50)
 
 
 def test_a_trend_that_differs_is_found(small_hybrid: Hybrid, model_directory: Path) -> None:
-    sequence, step = ((model_directory / name).read_bytes() for name in ("sequence.onnx", "step.onnx"))
+    names = ("sequence.onnx", "step.onnx", "parts.onnx")
+    sequence, step, parts = ((model_directory / name).read_bytes() for name in names)
     weights = extract_weights(small_hybrid)
     other = TrendWeights(weights.trend.views + np.float32(0.01), weights.trend.typical)
     trend = trend_graph(dataclasses.replace(weights, trend=other))
     with pytest.raises(ExportError, match=r"trend\.onnx differ from JAX"):
-        check_parity(small_hybrid, sequence, step, trend, max_history=50)
+        check_parity(small_hybrid, sequence, step, parts, trend, max_history=50)
 
 
 def test_trend_by_hand(small_hybrid: Hybrid) -> None:

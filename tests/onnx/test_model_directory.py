@@ -32,7 +32,7 @@ def manifest(model_directory: Path) -> dict:
 
 
 def test_manifest_says_what_the_model_is(manifest: dict, small_data: PreparedData) -> None:
-    assert manifest["schema_version"] == 4
+    assert manifest["schema_version"] == 5
     assert manifest["policy"] == "reinforce"
     assert manifest["opset"] == 17
     assert manifest["item_count"] == 60
@@ -60,6 +60,7 @@ def test_every_file_is_in_the_manifest_with_its_checksum(manifest: dict, model_d
     assert set(files) == {
         "sequence.onnx",
         "step.onnx",
+        "parts.onnx",
         "catalog.csv",
         "item_vectors.npy",
         "DATA_LICENCE.txt",

@@ -11,7 +11,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.trend import DecayedCounts
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.masks import NEVER
-from jaxrec.onnx.convert import sequence_graph, step_graph, trend_graph
+from jaxrec.onnx.convert import parts_graph, sequence_graph, step_graph, trend_graph
 from jaxrec.onnx.parity import check_parity, make_probe
 from jaxrec.onnx.weights import extract_weights
 from jaxrec.rl.logged.decisions import decide
@@ -30,7 +30,8 @@ def test_what_is_no_candidate_keeps_its_logit(
     items = len(data.catalog)
     assert items > 130
     weights = extract_weights(hybrid)
-    found = check_parity(hybrid, sequence_graph(weights), step_graph(weights), trend_graph(weights), 40)
+    graphs = (sequence_graph(weights), step_graph(weights), parts_graph(weights), trend_graph(weights))
+    found = check_parity(hybrid, *graphs, 40)
     assert found["max_abs_logit_difference"] < 1e-3
 
     probe = make_probe(items, 40)

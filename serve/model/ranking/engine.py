@@ -14,6 +14,8 @@ from serve.model.graphs import (
     TREND,
     exact_graphs,
     graph_arrays,
+    neighbour_arrays,
+    parts_graph,
     query_graphs,
     searches_index,
     session,
@@ -21,6 +23,7 @@ from serve.model.graphs import (
     trend_graph,
 )
 from serve.model.manifest import ArtifactError
+from serve.model.parts import OF_GRAPH, Part
 from serve.model.ranking.live_trend import Blocked, ExactGraph, Graph, Trend, TrendGraph
 from serve.model.ranking.search import NEVER, IndexedGraph, Search
 from serve.model.repeat import SeenScores
@@ -36,6 +39,18 @@ EXCLUDED_SCORE = NEVER
 PADDING = 10
 
 
+class Basis(NamedTuple):
+    """What the scores of a ranking were computed from."""
+
+    state: NDArray[np.float32]
+    """`[1, width]`, after the last event."""
+    request_gap: float
+    """As in `Features`."""
+    seen: SeenScores | None
+    """As in `Features`."""
+    trend: Trend
+
+
 class Ranking(NamedTuple):
     """Items best first, at most as many as were asked for."""
 
@@ -45,6 +60,8 @@ class Ranking(NamedTuple):
     """The events of the trend that ranked them; None: they are not noted."""
     query: NDArray[np.float32] | None = None
     """`[width]`, what the items' vectors were multiplied with; None: it was not asked for."""
+    basis: Basis | None = None
+    """None: it is no ranking by the model."""
 
 
 class Step(NamedTuple):
@@ -129,6 +146,10 @@ class Engine:
             self._search = search = Search(artifact, index)
             self._sequence = IndexedGraph(sequence, "state", search)
             self._step = IndexedGraph(step, "next_state", search)
+        # Asked for explanations alone.
+        self._arrays_of_parts = {} if artifact.index is None else neighbour_arrays(artifact.index)
+        self._parts: Graph = session(parts_graph(artifact), "cpu", 1, self._arrays_of_parts)
+        self._check_parts(artifact)
         self.exported = artifact.trend
         """The counts that the model was exported with."""
         # Small, and not worth the way to a GPU.
@@ -171,6 +192,36 @@ class Engine:
             trends = {added[at]: float(found[at]) for at in np.flatnonzero(found).tolist()}
         trending = None if self._search is None else self._search.trending(trend)
         self.trend = Trend(trend, trending, counted, trends)
+
+    def parts(
+        self, basis: Basis, items: NDArray[np.int32], vectors: NDArray[np.float32]
+    ) -> dict[Part, NDArray[np.float32]]:
+        """What parts of the model gave to the logits of items.
+
+        Args:
+            basis: Of a ranking.
+            items: `[n]` item indices; 0: one that the model does not know.
+            vectors: `[n, width]`, theirs.
+
+        Returns:
+            `[n]` for each part of `OF_GRAPH`.
+        """
+        request_gap = np.array([basis.request_gap], np.float32)
+        inputs = {"state": basis.state, "request_gap": request_gap, "item": items[None], "vector": vectors[None]}
+        ((parts,),) = self._parts.run(["parts"], inputs)
+        return dict(zip(OF_GRAPH, parts.T, strict=True))
+
+    def _check_parts(self, artifact: Artifact) -> None:
+        """Raises ArtifactError for a graph that does not know the parts of the model's scores."""
+        state, item = np.zeros((1, self.state_width), np.float32), np.ones(1, np.int32)
+        trend = Trend(np.zeros(self.item_count + 1, np.float32), None, None, {})
+        try:
+            found = self.parts(Basis(state, -1.0, None, trend), item, artifact.item_vectors[item])
+            if any(part.shape != (1,) for part in found.values()):
+                raise ValueError(f"expected a number for each part, came {found}")
+        # ONNX Runtime's exceptions have no common base and no public names.
+        except Exception as error:
+            raise ArtifactError(f"{artifact.directory / 'parts.onnx'}: fails on a state: {error}") from error
 
     def _trend_of(self, counts: NDArray[np.float32], first: int = 0) -> NDArray[np.float32]:
         """`[items - first]`, not writeable, without that of the first columns; raises ValueError as `use_counts`."""
@@ -258,7 +309,7 @@ class Engine:
         graph: TrendGraph,
         state: str,
         inputs: dict[str, NDArray[Any]],
-        rows: Sequence[Features] | Sequence[Step],
+        rows: Sequence[Features | Step],
         k: int | Sequence[int],
         trend: Trend,
         queries: bool,
@@ -271,20 +322,25 @@ class Engine:
             inputs["seen_score"] = _padded([_NOTHING.scores if row.seen is None else row.seen.scores for row in rows])
         outputs = [state, "items", "scores", *([QUERY] if queries else [])]
         states, items, scores, *query = graph.run(outputs, inputs, trend, [row.blocked for row in rows])
-        rankings = _rankings(items, scores, trend.counted)
-        if query:
-            rankings = [ranking._replace(query=query[0][at]) for at, ranking in enumerate(rankings)]
         # Copies of the rows of a batch, else one kept state would keep those of all its neighbours.
         kept = [states] if len(rows) == 1 else [states[at : at + 1].copy() for at in range(len(rows))]
-        return list(zip(rankings, kept, strict=True))
-
-
-def _rankings(items: NDArray[np.int32], scores: NDArray[np.float32], counted: Counted | None) -> list[Ranking]:
-    """The rows without the excluded items, which are last."""
-    if scores[:, -1].min() > EXCLUDED_SCORE:
-        return [Ranking(items[at], scores[at], counted) for at in range(len(items))]
-    answered = (scores > EXCLUDED_SCORE).sum(axis=1)
-    return [Ranking(items[at, :n], scores[at, :n], counted) for at, n in enumerate(answered)]
+        counts = [items.shape[1]] * len(rows)
+        if scores[:, -1].min() <= EXCLUDED_SCORE:
+            # Excluded items are last.
+            counts = (scores > EXCLUDED_SCORE).sum(axis=1).tolist()
+        return [
+            (
+                Ranking(
+                    items[at, : counts[at]],
+                    scores[at, : counts[at]],
+                    trend.counted,
+                    query[0][at] if query else None,
+                    Basis(kept[at], row.request_gap, row.seen, trend),
+                ),
+                kept[at],
+            )
+            for at, row in enumerate(rows)
+        ]
 
 
 def like_lengths(lengths: Sequence[int]) -> list[list[int]]:

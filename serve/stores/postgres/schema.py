@@ -119,6 +119,7 @@ QUERIES = Queries(
     state="SELECT * FROM jaxrec.states WHERE user_id = %s AND model_version = %s",
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM jaxrec.events WHERE arrival > %s ORDER BY arrival LIMIT %s"),
     slates=f"SELECT number, {SLATE_COLUMNS} FROM jaxrec.shown WHERE number > %s ORDER BY number LIMIT %s",
+    first_slate="SELECT min(number) FROM jaxrec.shown WHERE timestamp >= %s",
     shown_items=(
         f"SELECT {SHOWN_ITEM_COLUMNS} FROM jaxrec.shown_items WHERE (recommendation_id, item_id) > (%s, %s)"
         " ORDER BY recommendation_id, item_id LIMIT %s"

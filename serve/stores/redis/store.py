@@ -296,12 +296,12 @@ class RedisStore(RedisCounters, RedisItems):
                 for values in self._parts(key):
                     yield [one for one in (user_event(user_id, value) for value in values) if one[0] > after]
 
-    def all_slates(self) -> Iterator[Sequence[Slate]]:
+    def all_slates(self, since: int = 0) -> Iterator[Sequence[Slate]]:
         prefix = b"jaxrec:shown:"
         for key in (b"jaxrec:shown", *self._keys(prefix + b"*")):
             user_id = key.removeprefix(prefix).decode() if key.startswith(prefix) else None
             for values in self._parts(key):
-                yield [slate_of(value, user_id) for value in values]
+                yield [one for one in (slate_of(value, user_id) for value in values) if one.timestamp >= since]
 
     def _finish_deletions(self) -> None:
         """Of long lists, also where another server began; may be broken off, and done by two at once."""

@@ -125,6 +125,7 @@ QUERIES = Queries(
     state="SELECT * FROM states WHERE user_id = ? AND model_version = ?",
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM events WHERE arrival > ? ORDER BY arrival LIMIT ?"),
     slates=f"SELECT number, {SLATE_COLUMNS} FROM shown WHERE number > ? ORDER BY number LIMIT ?",
+    first_slate="SELECT min(number) FROM shown WHERE timestamp >= ?",
     shown_items=(
         f"SELECT {SHOWN_ITEM_COLUMNS} FROM shown_items WHERE (recommendation_id, item_id) > (?, ?)"
         " ORDER BY recommendation_id, item_id LIMIT ?"

@@ -18,7 +18,7 @@ from serve.model.manifest import ArtifactError
 from serve.model.ranking.engine import Engine
 
 FILES = (
-    *("sequence.onnx", "step.onnx", "trend.onnx"),
+    *("sequence.onnx", "step.onnx", "parts.onnx", "trend.onnx"),
     *("catalog.csv", "item_vectors.npy", "trend_counts.npy", "DATA_LICENCE.txt"),
 )
 
@@ -120,8 +120,8 @@ def test_when_a_model_was_exported(
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("schema_version", 3, "schema_version is 3, expected 4, the only one this server reads; export it again"),
-        ("schema_version", 5, "schema_version is 5, expected 4, the only one this server reads$"),
+        ("schema_version", 4, "schema_version is 4, expected 5, the only one this server reads; export it again"),
+        ("schema_version", 6, "schema_version is 6, expected 5, the only one this server reads$"),
         ("schema_version", "1", 'schema_version is "1", expected a whole number'),
         ("schema_version", True, "schema_version is true, expected a whole number"),
         ("model_version", "", "expected a text that is not empty"),

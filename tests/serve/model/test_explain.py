@@ -12,7 +12,8 @@ from serve.model.catalog import Catalog, parse_catalog
 from serve.model.events import Event as HistoryEvent
 from serve.model.events import KnownEvent
 from serve.model.explain import Explanation, explain
-from serve.model.recommender import Query, Recommender
+from serve.model.recommender import Answer, Query, Recommender
+from serve.model.parts import Part
 from serve.observability.metrics import Metrics
 from serve.serving.errors import Cancelled
 from serve.serving.loaded import LoadedModel
@@ -20,6 +21,7 @@ from serve.stores.base import EventStore
 from tests.serve.answers import answered
 
 TARGET, SAME, CLOSE, ACROSS, OPPOSITE = 1, 2, 3, 4, 5
+NO_PARTS: list[dict[Part, float]] = [{}]
 VECTORS = np.array([[0, 0], [1, 0], [1, 0], [0.8, 0.6], [0, 1], [-1, 0]], np.float32)
 
 
@@ -43,7 +45,7 @@ def test_what_the_model_would_miss_most_comes_first(catalog: Catalog) -> None:
     events = [KnownEvent(SAME, 2.0, 0), KnownEvent(CLOSE, None, 1), KnownEvent(ACROSS, 5.0, 2)]
     # Without the last the score would be higher: it speaks against the item.
     influences = np.array([[0.1, 0.4, -0.2]], np.float32)
-    (explanation,) = explain(np.array([TARGET], np.int32), events, influences, similarities(events), catalog)
+    (explanation,) = explain(np.array([TARGET], np.int32), events, influences, similarities(events), catalog, NO_PARTS)
     assert [reason.event for reason in explanation.events] == [events[1], events[0]]
     assert [reason.influence for reason in explanation.events] == pytest.approx([0.4, 0.1])
     assert [reason.similarity for reason in explanation.events] == pytest.approx([0.8, 1.0])
@@ -55,15 +57,15 @@ def test_what_the_model_would_miss_most_comes_first(catalog: Catalog) -> None:
 def test_of_several_events_on_one_item_the_strongest_counts_and_at_most_three_do(catalog: Catalog) -> None:
     events = [KnownEvent(item, 5.0, at) for at, item in enumerate([SAME, SAME, CLOSE, ACROSS, OPPOSITE])]
     influences = np.array([[0.5, 0.6, 0.3, 0.4, 0.2]], np.float32)
-    (explanation,) = explain(np.array([TARGET], np.int32), events, influences, similarities(events), catalog)
+    (explanation,) = explain(np.array([TARGET], np.int32), events, influences, similarities(events), catalog, NO_PARTS)
     assert [reason.event for reason in explanation.events] == [events[1], events[3], events[2]]
 
 
 def test_without_influences_the_vectors_speak(catalog: Catalog) -> None:
     same, opposite = KnownEvent(SAME, 5.0, 0), KnownEvent(OPPOSITE, 5.0, 0)
-    (explanation,) = explain(np.array([TARGET], np.int32), [same], None, similarities([same]), catalog)
+    (explanation,) = explain(np.array([TARGET], np.int32), [same], None, similarities([same]), catalog, NO_PARTS)
     assert [(reason.event, reason.influence) for reason in explanation.events] == [(same, None)]
-    (explanation,) = explain(np.array([TARGET], np.int32), [opposite], None, similarities([opposite]), catalog)
+    (explanation,) = explain(np.array([TARGET], np.int32), [opposite], None, similarities([opposite]), catalog, NO_PARTS)
     assert explanation.events == explanation.shared_genres == ()
     assert explanation.text == "Fits the order of your history; no single event speaks for it"
 
@@ -150,10 +152,10 @@ def test_explaining_a_batch_holds_up_no_other_call(
     started, goes_on = threading.Event(), threading.Event()
     explained = model.explain
 
-    def slow(query: Query, items: NDArray[np.int32]) -> tuple[Explanation, ...]:
+    def slow(query: Query, answer: Answer) -> tuple[Explanation, ...]:
         started.set()
         assert goes_on.wait(30)
-        return explained(query, items)
+        return explained(query, answer)
 
     monkeypatch.setattr(model, "explain", slow)
     events = [Event(item_id=model.catalog.item_ids[at], timestamp=at) for at in (3, 9)]
@@ -171,7 +173,7 @@ def test_a_cancelled_answer_is_not_explained(
     model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics, explained = Metrics(), []
-    monkeypatch.setattr(model, "explain", lambda query, items: explained.append(query))
+    monkeypatch.setattr(model, "explain", lambda query, answer: explained.append(query))
     loaded = LoadedModel(model, store, metrics)
     query = Query([HistoryEvent("1007", None, 0)], k=3, explain=True)
 

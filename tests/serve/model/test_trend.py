@@ -191,5 +191,5 @@ def test_a_model_of_before_has_to_be_exported_again(model_directory: Path, tmp_p
     manifest = json.loads((copy / "manifest.json").read_text())
     del manifest["trend"]
     (copy / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 1}))
-    with pytest.raises(ArtifactError, match=r"schema_version is 1, expected 4.*; export it again"):
+    with pytest.raises(ArtifactError, match=r"schema_version is 1, expected 5.*; export it again"):
         read_artifact(copy)
