@@ -242,9 +242,9 @@ def _parts_difference(hybrid: Hybrid, session: Any, state: np.ndarray, request_g
     rows, items = parts[0].shape
     others = np.random.default_rng(PROBE_SEED).integers(1, items, (rows, PROBE_ITEMS))
     item = np.concatenate([near, others], axis=1)
-    found = _run(
-        session, state=state, request_gap=request_gap, item=item.astype(np.int32), vector=vectors[item]
-    )["parts"]
+    found = _run(session, state=state, request_gap=request_gap, item=item.astype(np.int32), vector=vectors[item])[
+        "parts"
+    ]
     expected = [np.take_along_axis(part, item, axis=1) for part in parts]
     return max(_difference(f"parts.onnx: {name}", found[:, :, at], expected[at]) for at, name in enumerate(PARTS))
 

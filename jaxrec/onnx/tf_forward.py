@@ -138,7 +138,9 @@ def trend(weights: Weights, *, counts: Any) -> dict[str, Any]:
     return {"trend": tf.reduce_sum(tf.constant(weights.trend.views[:, :, None]) * views, axis=[0, 1])}
 
 
-def parts(weights: Weights, items: ItemArrays, *, state: Any, request_gap: Any, item: Any, vector: Any) -> dict[str, Any]:
+def parts(
+    weights: Weights, items: ItemArrays, *, state: Any, request_gap: Any, item: Any, vector: Any
+) -> dict[str, Any]:
     """States [batch, width] and items [batch, count] -> parts [batch, count, 4], in the order of
     `jaxrec.onnx.signature.PARTS`."""
     recurrent, recent, _ = _split(weights, state)

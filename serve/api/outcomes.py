@@ -19,6 +19,7 @@ MOST_EVENTS = 200_000
 READ_S = 5.0
 KEPT_S = 10.0
 MOST_KEPT = 16
+MOST_ARMS = 100
 
 
 class Asked(NamedTuple):
@@ -84,7 +85,7 @@ def _message(slates: Slates, found: Outcomes, now: int) -> pb.GetOutcomesRespons
                 interaction_rate=_estimate(one.interaction_rate),
                 reward=_estimate(one.reward),
             )
-            for one in found.arms
+            for one in found.arms[:MOST_ARMS]
         ],
         differences=[
             pb.OutcomeDifference(
@@ -94,7 +95,7 @@ def _message(slates: Slates, found: Outcomes, now: int) -> pb.GetOutcomesRespons
                 reward=_estimate(one.reward),
                 verdict=one.verdict,
             )
-            for one in found.differences
+            for one in found.differences[: MOST_ARMS - 1]
         ],
         attribution_window=slates.attribution_window,
         left_out=slates.left_out,

@@ -8,8 +8,8 @@ import click
 from click.core import ParameterSource
 
 from serve.cli.connecting import Connecting, connected, connection_options, table
-from serve.client import AppliedRule, Boost, Event, ItemFilter, Pin, RecommenderClient, Rules, TrendWindow
-from serve.pb.recommender_pb2 import RecommendResponse
+from serve.client import AppliedRule, Boost, Event, ItemFilter, Part, Pin, RecommenderClient, Rules, TrendWindow
+from serve.pb.recommender_pb2 import RecommendResponse, ScorePart
 
 DAY_S = 86_400
 WINDOWS = {
@@ -216,15 +216,19 @@ def _answer(answer: RecommendResponse, why: bool) -> str:
     rows = [
         [str(rank), one.item_id, one.title, ", ".join(one.genres), f"{one.score:.3f}"]
         + ([", ".join(map(_rule, one.applied))] if ruled else [])
-        + ([one.explanation.text] if why else [])
+        + ([one.explanation.text, ", ".join(map(_part, one.explanation.parts))] if why else [])
         for rank, one in enumerate(answer.recommendations, start=1)
     ]
-    more = [*(["rules"] if ruled else []), *(["why"] if why else [])]
+    more = [*(["rules"] if ruled else []), *(["why", "parts of the score"] if why else [])]
     lines = [table(["", "item", "title", "genres", "score", *more], rows)]
     lines.append(f"\npolicy {answer.policy}, model {answer.model_version}, recommendation {answer.recommendation_id}")
     if answer.ignored_event_count:
         lines.append(f"{answer.ignored_event_count} events on items that the model does not know were left out")
     return "\n".join(lines)
+
+
+def _part(one: ScorePart) -> str:
+    return f"{Part.Name(one.part).removeprefix('PART_').lower()} {one.value:+.3f}"
 
 
 def _rule(applied: "AppliedRule.ValueType") -> str:

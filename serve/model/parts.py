@@ -65,6 +65,6 @@ def parts_of_popularity(scores: NDArray[np.float32], factors: NDArray[np.float64
     """
     before = scores / factors
     return [
-        {Part.POPULARITY: own, **({Part.BOOST: added} if added else {})}
+        {part: value for part, value in ((Part.BOOST, added), (Part.POPULARITY, own)) if value}
         for own, added in zip(before.tolist(), (scores - before).tolist(), strict=True)
     ]

@@ -393,8 +393,8 @@ class GetOutcomesResponse(_message.Message):
     """When this was computed, in seconds."""
     @_builtins.property
     def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Outcome]:
-        """By version and policy, the one with the most recommendations first. Empty: there is
-        nothing to compare.
+        """By version and policy, the one with the most recommendations first, at most 100.
+        Empty: there is nothing to compare.
         """
 
     @_builtins.property

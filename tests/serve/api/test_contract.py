@@ -137,6 +137,9 @@ def test_pages_are_asked_for_alike() -> None:
         "GetModelInfoResponse.genres",
         "GetModelInfoResponse.event_types",
         "SetTrafficResponse.shares",
+        "GetOutcomesResponse.outcomes",
+        "GetOutcomesResponse.differences",
+        "GetOutcomesResponse.left_out",
     }
 
 

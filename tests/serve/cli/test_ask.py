@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from bench.model_versions import add_version, edit_manifest
 from serve.cli.connecting import table
 from serve.cli.main import main
-from serve.client import RecommenderClient, UserEvent
+from serve.client import Part, RecommenderClient, UserEvent
 from serve.front.server import create_server
 from serve.model.directory import read_artifact
 from serve.model.recommender import Recommender
@@ -43,10 +43,12 @@ def test_recommendations(address: str, client: RecommenderClient, model: Recomme
     )
     expected = client.recommend(user_id="7", k=2, explain=True).recommendations
     lines = ask(address, "--user", "7", "--k", "2", "--why").splitlines()
-    assert lines[0].split() == ["item", "title", "genres", "score", "why"]
+    assert lines[0].split() == ["item", "title", "genres", "score", "why", "parts", "of", "the", "score"]
     for line, one in zip(lines[1:3], expected, strict=True):
         for text in (one.item_id, one.title, ", ".join(one.genres), f"{one.score:.3f}", one.explanation.text):
             assert text in line
+        for part in one.explanation.parts:
+            assert f"{Part.Name(part.part).removeprefix('PART_').lower()} {part.value:+.3f}" in line
     assert f"policy reinforce, model {model.info.model_version}, recommendation " in lines[4]
     inline = ask(address, "--watched", ids[3], "--watched", f"{ids[9]}=4.5", "--watched", "no such film", "--k", "3")
     assert len(inline.splitlines()) == 1 + 3 + 3

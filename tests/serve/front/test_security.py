@@ -95,8 +95,10 @@ def test_admin_calls_need_the_admin_right(model_directory: Path, store: EventSto
                 (admin.LoadModel, pb.LoadModelRequest()),
                 (admin.SetTraffic, pb.SetTrafficRequest()),
                 (admin.RollBack, pb.RollBackRequest()),
+                (admin.GetOutcomes, pb.GetOutcomesRequest()),
             ]
-            expected = [None, None, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION]
+            assert len(calls) == len(pb.DESCRIPTOR.services_by_name["ModelAdmin"].methods)
+            expected = [None, None, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, None]
             for (call, request), code in zip(calls, expected, strict=True):
                 for token in (READER, WRITER):
                     metadata = (("authorization", f"Bearer {token}"),)

@@ -416,3 +416,57 @@ def test_the_token_of_the_field_is_sent(driver: Any, model_directory: Path, tmp_
         with RecommenderClient(Connection(server.address, token=TOKEN)) as client:
             assert not client.list_events("u").events
         page.script("sessionStorage.clear()")
+
+
+@needs_browser
+def test_each_item_says_what_the_parts_gave_to_its_score(page: Page, serving: tuple[str, int], user: str) -> None:
+    page.script("document.querySelector('input[name=who][value=user]').click()")
+    page.wait(lambda: page.one("#user").is_displayed())
+    page.one("#user").send_keys(user)
+    page.after(lambda: page.one("#user-form button").click())
+    with RecommenderClient(serving[0]) as client:
+        expected = client.recommend(user_id=user, k=10, explain=True).recommendations
+    rows = page.script(
+        "return [...document.querySelectorAll('#recommendations > li')].map((row) =>"
+        " [...row.querySelectorAll('.parts dt')].map((part) => [part.textContent, part.nextSibling.textContent]))"
+    )
+    assert len(rows) == len(expected) == 10
+    for row, one in zip(rows, expected, strict=True):
+        shown = {name: float(value.replace("−", "-")) for name, value in row}
+        assert list(shown)[:2] == ["LSTM", "content"]
+        assert list(shown.values()) == [pytest.approx(part.value, abs=6e-4) for part in one.explanation.parts]
+        assert sum(shown.values()) == pytest.approx(one.score, abs=0.01)
+    assert page.script("return document.querySelector('.parts').getAttribute('aria-label')")
+
+
+@needs_browser
+def test_outcomes_of_versions(page: Page, serving: tuple[str, int], user: str) -> None:
+    """They are there once there is something to compare."""
+    now = int(time.time())
+    with RecommenderClient(serving[0]) as client:
+        for at in range(3):
+            answer = client.recommend(user_id=user, k=3)
+            first = answer.recommendations[0].item_id
+            seen = {"item_id": first, "timestamp": now, "recommendation_id": answer.recommendation_id}
+            client.record_events([UserEvent(event_id=f"{user}-outcome-{at}", user_id=user, **seen)])  # type: ignore[arg-type]
+        version = answer.model_version
+    page.one("#models > summary").click()
+
+    def rows() -> list[list[str]]:
+        found: list[list[str]] = page.script(
+            "return [...document.querySelectorAll('#outcome-list tbody tr')].map((row) =>"
+            " [...row.cells].map((cell) => cell.textContent))"
+        )
+        return found
+
+    def compared() -> list[list[str]]:
+        # Recommendations are written within a second, and an answer is kept for ten.
+        page.script("document.getElementById('outcomes-window').dispatchEvent(new Event('change'))")
+        page.wait(lambda: page.one("#outcome-list").text and "Comparing" not in page.one("#outcome-list").text)
+        return [row for row in rows() if row[:2] == [version, "reinforce"]]
+
+    page.wait(lambda: page.one("#outcomes").is_displayed())
+    (row,) = page.wait(compared)
+    assert int(row[2]) >= 1
+    assert [cell.get_attribute("scope") for cell in page.all("#outcome-list th")] == ["col"] * 6
+    assert page.script("return document.querySelector('#outcome-list .scroll').tabIndex") == 0

@@ -12,8 +12,8 @@ from serve.model.catalog import Catalog, parse_catalog
 from serve.model.events import Event as HistoryEvent
 from serve.model.events import KnownEvent
 from serve.model.explain import Explanation, explain
-from serve.model.recommender import Answer, Query, Recommender
 from serve.model.parts import Part
+from serve.model.recommender import Answer, Query, Recommender
 from serve.observability.metrics import Metrics
 from serve.serving.errors import Cancelled
 from serve.serving.loaded import LoadedModel
@@ -65,7 +65,9 @@ def test_without_influences_the_vectors_speak(catalog: Catalog) -> None:
     same, opposite = KnownEvent(SAME, 5.0, 0), KnownEvent(OPPOSITE, 5.0, 0)
     (explanation,) = explain(np.array([TARGET], np.int32), [same], None, similarities([same]), catalog, NO_PARTS)
     assert [(reason.event, reason.influence) for reason in explanation.events] == [(same, None)]
-    (explanation,) = explain(np.array([TARGET], np.int32), [opposite], None, similarities([opposite]), catalog, NO_PARTS)
+    (explanation,) = explain(
+        np.array([TARGET], np.int32), [opposite], None, similarities([opposite]), catalog, NO_PARTS
+    )
     assert explanation.events == explanation.shared_genres == ()
     assert explanation.text == "Fits the order of your history; no single event speaks for it"
 

@@ -314,6 +314,10 @@ def test_admin_service(versions: Path, model_directory: Path, models: ModelLibra
         assert failure(admin.LoadModel, pb.LoadModelRequest(model_version="7")) is grpc.StatusCode.NOT_FOUND
         add_version(versions, model_directory, "8", damage=flip_a_byte)
         assert failure(admin.LoadModel, pb.LoadModelRequest(model_version="8")) is grpc.StatusCode.FAILED_PRECONDITION
+        store.flush()
+        outcomes = admin.GetOutcomes(pb.GetOutcomesRequest(), timeout=DEADLINE_S)
+        assert sum(outcomes.left_out.values()) + sum(one.recommendation_count for one in outcomes.outcomes) == 40
+        assert failure(admin.GetOutcomes, pb.GetOutcomesRequest(window=-1)) is grpc.StatusCode.INVALID_ARGUMENT
         for bad in ([], [*shares, *shares], [shares[0]], [shares[0], shares[0]]):
             request = pb.SetTrafficRequest(shares=bad)
             assert failure(admin.SetTraffic, request) is grpc.StatusCode.INVALID_ARGUMENT
