@@ -90,8 +90,8 @@ def export_model(
     if weights.item_count != len(data.catalog):
         raise ExportError(f"the model knows {weights.item_count} items, the catalogue has {len(data.catalog)}")
     max_history = min(hybrid.lstm.config.max_length, hybrid.content.config.max_length)
-    sequence, step, trend = sequence_graph(weights), step_graph(weights), trend_graph(weights)
-    parts = parts_graph(weights)
+    sequence, step, parts = sequence_graph(weights), step_graph(weights), parts_graph(weights)
+    trend = trend_graph(weights)
     parity = check_parity(hybrid, sequence, step, parts, trend, max_history)
     counts = DecayedCounts.of(data)
     latest, added = counts.until(counts.last_time), added_items(hybrid, data, heads)
@@ -115,15 +115,10 @@ def export_model(
 
     with new_directory(out, MANIFEST_FILE) as folder:
         write_array(folder / ITEM_VECTORS_FILE, weights.item_vectors)
-        if search is None:
-            (folder / SEQUENCE_FILE).write_bytes(sequence)
-            (folder / STEP_FILE).write_bytes(step)
-            (folder / PARTS_FILE).write_bytes(parts)
-        else:
+        if search is not None:
             search.write(folder)
-            (folder / SEQUENCE_FILE).write_bytes(externalized(sequence, folder))
-            (folder / STEP_FILE).write_bytes(externalized(step, folder))
-            (folder / PARTS_FILE).write_bytes(externalized(parts, folder))
+        for name, graph in ((SEQUENCE_FILE, sequence), (STEP_FILE, step), (PARTS_FILE, parts)):
+            (folder / name).write_bytes(graph if search is None else externalized(graph, folder))
         (folder / TREND_FILE).write_bytes(trend)
         write_array(folder / TREND_COUNTS_FILE, latest)
         write_array(folder / ADDED_ITEMS_FILE, added.rows)

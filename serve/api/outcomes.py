@@ -1,4 +1,4 @@
-"""What came of the recommendations in a store, for the admin service: bounded work, and an answer that is kept a while."""
+"""What came of the recommendations in a store, for the admin service: bounded work, and an answer that is kept."""
 
 import math
 import threading

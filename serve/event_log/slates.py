@@ -2,12 +2,13 @@
 
 import time
 from array import array
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.stores.base import EventStore
+from serve.stores.base import EventStore, Slate, UserEvent
 
 QUANTILE = 0.99  # of the responses: by when the log ends, and within which window they come by default
 SENT_ALONG = "without a user id"
@@ -102,9 +103,7 @@ def read_slates(store: EventStore, attribution_window: int | None = None, bounds
     slots, offsets = array("i"), array("q", [0])
     left_out = {SENT_ALONG: 0, EMPTY: 0, NAMED: 0}
     last = 0
-    for slates in store.all_slates(0 if bounds is None else bounds.since):
-        if bounds is not None:
-            bounds.check(len(arm) + sum(left_out.values()) + len(slates))
+    for slates in _slates(store, bounds):
         for one in slates:
             last = max(last, one.timestamp)
             if one.user_id is None or not one.item_ids or "model_version" in one.request_options:
@@ -120,14 +119,8 @@ def read_slates(store: EventStore, attribution_window: int | None = None, bounds
             offsets.append(len(slots))
     slate, item, came, delay = array("q"), array("i"), array("q"), array("q")
     now = int(time.time())
-    after = 0 if bounds is None else max(0, store.last_arrival() - bounds.events)
-    arrivals, times = array("q"), array("q")
-    for events in store.all_events(after):
-        if bounds is not None:
-            bounds.check(0)
-        if after:
-            arrivals.extend(arrival for arrival, _ in events)
-            times.extend(new.event.timestamp for _, new in events)
+    newest = _NewestEvents(store, bounds)
+    for events in newest:
         for _, new in events:
             number = numbers.get(new.recommendation_id or "")
             at = new.event.timestamp
@@ -144,11 +137,9 @@ def read_slates(store: EventStore, attribution_window: int | None = None, bounds
     window = _quantile(np.array(delay)) if attribution_window is None else attribution_window
     closed = np.array(shown_at, np.int64) <= max(_quantile(np.array(came)), last) - window
     left_out[STILL_OPEN] = int((~closed).sum())
-    if after:
-        first = np.array(times)[np.argsort(np.array(arrivals))[:FIRST_EVENTS]]
-        has_events = np.array(shown_at, np.int64) >= (np.median(first) if len(first) else now)
-        left_out[NO_EVENTS] = int((closed & ~has_events).sum())
-        closed &= has_events
+    has_events = np.array(shown_at, np.int64) >= newest.first_time(now)
+    left_out[NO_EVENTS] = int((closed & ~has_events).sum())
+    closed &= has_events
     within = np.array(delay, np.int64) <= window
     starts = np.array(offsets, np.int64)
     hits = _hits(np.array(slate, np.int64)[within], np.array(item)[within], np.array(slots, np.int32), starts)
@@ -162,6 +153,42 @@ def read_slates(store: EventStore, attribution_window: int | None = None, bounds
         window,
         {reason: count for reason, count in left_out.items() if count},
     )
+
+
+def _slates(store: EventStore, bounds: Bounds | None) -> Iterator[Sequence[Slate]]:
+    """Those within the bounds; raises TooLong."""
+    count = 0
+    for slates in store.all_slates(0 if bounds is None else bounds.since):
+        count += len(slates)
+        if bounds is not None:
+            bounds.check(count)
+        yield slates
+
+
+class _NewestEvents:
+    """The newest events of a store, in parts."""
+
+    def __init__(self, store: EventStore, bounds: Bounds | None) -> None:
+        """Reads nothing yet but how many there may be."""
+        self._store, self._bounds = store, bounds
+        self._after = 0 if bounds is None else max(0, store.last_arrival() - bounds.events)
+        self._arrivals, self._times = array("q"), array("q")
+
+    def __iter__(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
+        for events in self._store.all_events(self._after):
+            if self._bounds is not None:
+                self._bounds.check(0)
+            if self._after:
+                self._arrivals.extend(arrival for arrival, _ in events)
+                self._times.extend(new.event.timestamp for _, new in events)
+            yield events
+
+    def first_time(self, now: int) -> float:
+        """When the first of them arrived, by their own times; `now`: there is none. 0: they are all events."""
+        if not self._after:
+            return 0.0
+        first = np.array(self._times)[np.argsort(np.array(self._arrivals))[:FIRST_EVENTS]]
+        return float(np.median(first)) if len(first) else now
 
 
 def _hits(

@@ -105,7 +105,7 @@ def test_an_answer_is_kept_for_some_seconds(store: EventStore, now: int, monkeyp
 def test_too_many_recommendations_are_a_status(store: EventStore, now: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(store, now)
     monkeypatch.setattr(report, "MOST_SLATES", 10)
-    with pytest.raises(TooLong, match="more than 10 recommendations in the last .* seconds: ask for a shorter") as no:
+    with pytest.raises(TooLong, match=r"more than 10 recommendations in the last .* seconds: ask for a shorter") as no:
         OutcomesReport(store).get(Asked(31 * DAY, 60))
     assert status_of(no.value).code.name == "FAILED_PRECONDITION"
     assert OutcomesReport(store).get(Asked(9 * HOUR, 60)).outcomes

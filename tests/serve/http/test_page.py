@@ -432,7 +432,7 @@ def test_each_item_says_what_the_parts_gave_to_its_score(page: Page, serving: tu
     )
     assert len(rows) == len(expected) == 10
     for row, one in zip(rows, expected, strict=True):
-        shown = {name: float(value.replace("−", "-")) for name, value in row}
+        shown = {name: float(value) for name, value in row}
         assert list(shown)[:2] == ["LSTM", "content"]
         assert list(shown.values()) == [pytest.approx(part.value, abs=6e-4) for part in one.explanation.parts]
         assert sum(shown.values()) == pytest.approx(one.score, abs=0.01)
