@@ -88,6 +88,8 @@ class LiveCatalog:
     """By item index, what of an answer does not depend on the query, encoded once: see `serve.api.codec`."""
     id_messages: dict[int, bytes] = field(default_factory=dict)
     """The same of answers without titles and tags."""
+    allow_lists: dict[bytes, ItemFilter] = field(default_factory=dict)
+    """Filters with allow-lists that requests had, by their messages: see `serve.api.filters`."""
 
     @classmethod
     def of(cls, catalog: Catalog) -> Self:
