@@ -1,6 +1,6 @@
 """Keeps the catalogues of the loaded models up to date with the items of the store, which all its servers share.
 
-One thread reads every second which items changed, and makes each model in use a new `LiveCatalog`, which replaces the
+One thread reads every half second which items changed, and makes each model in use a new `LiveCatalog`, which replaces the
 last one as a whole. All items of the store are in memory: the next model, which may know others of them, has to
 withhold what is hidden from its first answer on, also if the store is away.
 """
@@ -15,7 +15,7 @@ from serve.model.recommender import Recommender
 from serve.serving.refresher import Refresher
 from serve.stores.base import EventStore, ItemCursor, StoreError
 
-REFRESH_S = 1.0
+REFRESH_S = 0.5
 AT_ONCE = 1_000
 """Items of a page: while Redis gathers it, all other calls of Redis wait."""
 READING = "the store's items cannot be read, and the catalogue stays as it was last read"
