@@ -38,7 +38,7 @@ ITEMS, SECONDS, CHANGED = 1_000_000, 20, 1_000
 STORES = ("SQLite", "Redis", "PostgreSQL")
 NEEDED = ("SQLite", "Redis")
 NEIGHBOURS = 4
-START_S = 300.0
+START_S = 900.0
 GOAL_S = 2.0
 
 

@@ -15,7 +15,6 @@ from serve.model.recommender import Recommender
 from serve.pb import recommender_pb2 as pb
 from serve.serving.errors import shown
 
-
 LONGEST_KEPT, MOST_KEPT = 2**16, 64
 """Filters with allow-lists that a catalogue keeps: of at most so many bytes, and how many."""
 
