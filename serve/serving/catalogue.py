@@ -1,7 +1,7 @@
 """Keeps the catalogues of the loaded models up to date with the items of the store, which all its servers share.
 
-One thread reads every half second which items changed, and makes each model in use a new `LiveCatalog`, which replaces the
-last one as a whole. All items of the store are in memory: the next model, which may know others of them, has to
+One thread reads every half second which items changed, and makes each model in use a new `LiveCatalog`, which replaces
+the last one as a whole. All items of the store are in memory: the next model, which may know others of them, has to
 withhold what is hidden from its first answer on, also if the store is away.
 """
 
