@@ -221,10 +221,10 @@ def test_an_item_that_lost_its_tag_since_it_was_answered_is_explained_as_it_was_
     events = [Seen(ids[item], None, START + item) for item in (8, 9, 10)]
     query = Query(events, 5, filter=Allowed(any_tags=(tag,)), live=model.live)
     (answer,) = model.recommend([query])
-    before = model.explain(query, answer.items)
+    before = model.explain(query, answer)
     assert any(explanation.events for explanation in before)
     served.store(*(Item(item_id=ids[item]) for item in answer.items.tolist()))
-    assert model.explain(query, answer.items) == before
+    assert model.explain(query, answer) == before
 
 
 def test_metadata_comes_back_if_it_is_asked_for(served: Served) -> None:

@@ -309,15 +309,16 @@ def test_items_that_have_been_excluded_since_are_explained(model: Recommender, e
     """The history that explains an answer is read later: by then it can have the only allowed item."""
     ids = model.catalog.item_ids
     events = [Event(ids[item], 4.0, START + at * DAY) for at, item in enumerate((4, 10, 23))]
-    (item,) = model.recommend([Query(events, 1)])[0].items.tolist()
+    (answer,) = model.recommend([Query(events, 1)])
+    (item,) = answer.items.tolist()
     query = Query(events, 1, filter=ItemFilter(items=np.array([item], np.int32)))
-    (expected,) = model.explain(query, np.array([item], np.int32))
+    (expected,) = model.explain(query, answer)
     if excluded == "request":
-        (found,) = model.explain(query._replace(exclude_item_ids=(ids[item],)), np.array([item], np.int32))
+        (found,) = model.explain(query._replace(exclude_item_ids=(ids[item],)), answer)
         assert found == expected
         return
     more = query._replace(events=[*events, Event(ids[item], None, START + 9 * DAY)])
-    (found,) = model.explain(more, np.array([item], np.int32))
+    (found,) = model.explain(more, answer)
     assert found.text
 
 
@@ -327,7 +328,7 @@ def test_an_empty_answer_has_no_explanations(either: Recommender) -> None:
     nothing = ItemFilter(items=np.array([4], np.int32))
     (answer,) = either.recommend([Query(events, 3, explain=True, filter=nothing, allow_seen=False)])
     assert (len(answer.items), answer.explanations) == (0, ())
-    assert either.explain(Query(events, 3, filter=nothing), answer.items) == ()
+    assert either.explain(Query(events, 3, filter=nothing), answer) == ()
 
 
 def test_popular_items_are_filtered_too(model: Recommender) -> None:
