@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 from serve.api.health import HealthServicer
 from serve.api.inference import InferenceServicer
 from serve.front.calls import Calls
+from serve.front.fast import FastFront
 from serve.front.gate import Gate
 from serve.front.loop import shared_loop
 from serve.front.restarts import KeptServer
@@ -31,6 +32,7 @@ class RecommenderServer:
         health: HealthServicer,
         inference: InferenceServicer,
         on_end: Callable[[], None] = lambda: None,
+        fast: FastFront | None = None,
     ) -> None:
         self.port = server.port
         self._server = server
@@ -38,8 +40,14 @@ class RecommenderServer:
         self._gate = gate
         self._health = health
         self._inference = inference
+        self._fast = fast
         self._on_end: Callable[[], None] | None = on_end
         self._listens = False
+
+    @property
+    def fast_address(self) -> str | None:
+        """Where the fast front listens; None: there is none."""
+        return None if self._fast is None else self._fast.address
 
     def listen(self) -> None:
         """Opens the port: health checks get NOT_SERVING, calls are UNAVAILABLE until `start`."""
@@ -74,11 +82,15 @@ class RecommenderServer:
     def drain(self, timeout_s: float = DRAIN_S) -> None:
         """As `finish_calls`, and then stops the server within this process; what is still under way is cancelled."""
         self.finish_calls(timeout_s)
+        if self._fast is not None:
+            self._fast.close()
         shared_loop().wait_for(self._end())
 
     async def _begin(self) -> None:
         self._calls.begin()
         await self._server.start()
+        if self._fast is not None:
+            self._fast.start()
 
     async def _end(self) -> None:
         await self._server.stop()
