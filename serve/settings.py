@@ -99,8 +99,8 @@ class Settings:
     fast: Annotated[
         str | None,
         "ADDRESS",
-        "Where to answer Recommend alone, faster, for a proxy on this machine: unix:PATH or HOST:PORT of loopback. Needs"
-        " the extra fast; strangers must not reach it.",
+        "Where to answer Recommend alone, faster, for a proxy on this machine: unix:PATH or HOST:PORT of loopback."
+        " Needs the extra fast; strangers must not reach it.",
     ] = None
     http: Annotated[
         str | None,

@@ -25,7 +25,7 @@ from typing import Any
 import grpc
 
 from serve.addresses import AddressError, SecurityError, host_and_port, is_loopback
-from serve.api.errors import Refused, Status, status_of
+from serve.api.errors import PUSHBACK_KEY, Refused, status_of
 from serve.api.recommender import Answered, Begun, RecommenderServicer
 from serve.api.rules import MAX_MESSAGE_BYTES
 from serve.front.calls import REQUEST_ID_KEY, Calls, decoded
@@ -36,11 +36,14 @@ from serve.observability.logs import REQUEST_ID
 from serve.pb import recommender_pb2 as pb
 from serve.serving.batching import LARGEST_BATCH, QUEUE_CAPACITY, RETRY_AFTER_S
 from serve.serving.errors import Cancelled, Expired, QueueFull
+from serve.serving.loaded import LoadedModel
 
 logger = logging.getLogger(__name__)
 
 # More than can wait: those for which there is no room are refused, and the native part has no bound.
 MOST_TAKEN = 10_000
+PUSHBACK_HEADER = f"x-{PUSHBACK_KEY}"
+"""By which nginx learns after how many milliseconds a client is to come again."""
 # For what arrives while the model does not run; a run is made by the thread that takes the calls.
 IO_THREADS = 1
 METADATA_BYTES = 16 * 2**10
@@ -180,14 +183,14 @@ class FastFront:
 
     def _answer_waiting(self) -> None:
         """Has the model run for those that wait longest, and answers those that need no other thread."""
-        loaded = {}
+        loaded: dict[LoadedModel, None] = {}
         with self._beginning:
             for _ in range(min(len(self._waiting), LARGEST_BATCH)):
                 call, message = self._waiting.popleft()
                 try:
                     self._begin(call, message)
-                except Exception as error:
-                    self._fail(call, error)
+                except BaseException as error:
+                    self._fail(call, error if isinstance(error, Exception) else interrupted(error))
                 if call.begun is not None:
                     loaded[call.begun.loaded] = None
         for one in loaded:
@@ -199,10 +202,11 @@ class FastFront:
     def _begin(self, call: FastCall, message: bytes) -> None:
         """Raises what the call fails with."""
         REQUEST_ID.set(call.request_id)
-        if call.cancelled:
-            raise Cancelled("cancelled by the client")
+        # Before the other: a call whose deadline passed is cancelled too.
         if call.time_remaining() == 0:
             raise Expired("the deadline passed before the call was looked at")
+        if call.cancelled:
+            raise Cancelled("cancelled by the client")
         self._calls.check_token(call)
         if len(message) > MAX_MESSAGE_BYTES:
             text = f"expected a message of at most {MAX_MESSAGE_BYTES} bytes, came {len(message)}"
@@ -238,10 +242,10 @@ class FastFront:
 
     def _answer_slowly(self, call: FastCall, message: bytes) -> bytes:
         REQUEST_ID.set(call.request_id)
-        if not call.is_active():
-            raise Cancelled("cancelled by the client")
         if call.time_remaining() == 0:
             raise Expired("the deadline passed before a thread was free")
+        if not call.is_active():
+            raise Cancelled("cancelled by the client")
         request = decoded(pb.RecommendRequest.FromString, message)
         return self._servicer.Recommend(request, call).SerializeToString()
 
@@ -274,13 +278,11 @@ class FastFront:
         """Ends a call with the status of what it failed with."""
         if isinstance(error, QueueFull):
             self._calls.turned_away(call)
-        status: Status = status_of(error)
-        metadata = ((REQUEST_ID_KEY, call.request_id), *status.metadata)
-        try:
-            self._native.fail(call.number, status.code.value[0], status.message, metadata)
-        except ValueError:
-            # The call would stay open.
-            self._native.fail(call.number, status.code.value[0], "", None)
+        status = status_of(error)
+        # The native part takes no keys of gRPC, so the proxy gives this one its name.
+        renamed = [(PUSHBACK_HEADER if key == PUSHBACK_KEY else key, value) for key, value in status.metadata]
+        metadata = ((REQUEST_ID_KEY, call.request_id), *renamed)
+        self._native.fail(call.number, status.code.value[0], status.message, metadata)
         self._end(call, status.code)
 
     def _end(self, call: FastCall, code: grpc.StatusCode) -> None:

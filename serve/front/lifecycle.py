@@ -5,17 +5,19 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from grpc_health.v1 import health_pb2
 
 from serve.api.health import HealthServicer
 from serve.api.inference import InferenceServicer
 from serve.front.calls import Calls
-from serve.front.fast import FastFront
 from serve.front.gate import Gate
 from serve.front.loop import shared_loop
 from serve.front.restarts import KeptServer
+
+if TYPE_CHECKING:
+    from serve.front.fast import FastFront
 
 DRAIN_S = 10.0
 LINGER_S = 0.05
@@ -32,7 +34,7 @@ class RecommenderServer:
         health: HealthServicer,
         inference: InferenceServicer,
         on_end: Callable[[], None] = lambda: None,
-        fast: FastFront | None = None,
+        fast: "FastFront | None" = None,
     ) -> None:
         self.port = server.port
         self._server = server

@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 from serve.serving.batching import RETRY_AFTER_S
 from serve.serving.errors import QueueFull
@@ -42,7 +41,7 @@ class Pool:
             else:
                 done.set_exception(error)
 
-        self.start(work, partial(loop.call_soon_threadsafe, finish))
+        self.start(work, lambda result, error: loop.call_soon_threadsafe(finish, result, error))
         return await done
 
     def start(self, work: Callable[[], bytes], finish: Callable[[bytes | None, Exception | None], object]) -> None:

@@ -25,9 +25,7 @@ RUNS = 4
 class Recommends:
     """The Recommends of a server that are answered in the event loop: all but those that are slow."""
 
-    def __init__(
-        self, servicer: RecommenderServicer, loop: asyncio.AbstractEventLoop, loop_thread: int | None
-    ) -> None:
+    def __init__(self, servicer: RecommenderServicer, loop: asyncio.AbstractEventLoop, loop_thread: int | None) -> None:
         """`loop_thread`: the number of the thread of the loop."""
         self._servicer = servicer
         self._loop = loop
@@ -77,10 +75,11 @@ class Recommends:
             return
         waiting, self._waiting = self._waiting, []
         self._lately.append(self._under_way)
-        # The loop has nothing else to do meanwhile, and the way to another thread and back takes as long as a run.
-        is_all = len(waiting) == self._under_way
+        # For one call the way to another thread and back takes about as long as a run. For more, the loop can look at
+        # further calls meanwhile.
+        is_alone = self._under_way == 1
         for loaded in dict.fromkeys(waiting):
-            loaded.run(at_once=is_all)
+            loaded.run(at_once=is_alone)
 
     def _wake(self, turn: "_Turn") -> None:
         """The run for a call is over; in any thread."""

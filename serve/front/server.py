@@ -17,7 +17,6 @@ from serve.api.recommender import RecommenderServicer
 from serve.api.service import RecommenderService
 from serve.front.auth import Tokens
 from serve.front.calls import Calls, Method, methods_of
-from serve.front.fast import FastFront
 from serve.front.gate import Gate
 from serve.front.lifecycle import RecommenderServer
 from serve.front.limits import (
@@ -216,11 +215,13 @@ def create_server(
     async def bind() -> KeptServer:
         return KeptServer(open_server, sockets, metrics.restarted, on_failure)
 
-    fast_front = fast and FastFront(
-        *(fast, RECOMMEND, recommender, calls, gate, slow), shared_port=listener.shared_port, on_failure=on_failure
-    )
+    fast_front = None
+    if fast is not None:
+        from serve.front.fast import FastFront
+
+        fast_front = FastFront(
+            *(fast, RECOMMEND, recommender, calls, gate, slow), shared_port=listener.shared_port, on_failure=on_failure
+        )
     kept = shared.wait_for(bind())
     shared.on_failure(on_failure)
-    return RecommenderServer(
-        kept, calls, gate, health, inference, lambda: shared.forget(on_failure), fast_front or None
-    )
+    return RecommenderServer(kept, calls, gate, health, inference, lambda: shared.forget(on_failure), fast_front)
