@@ -166,9 +166,12 @@ class Batcher:
                 return
             self._running = True
             batch = list(islice(self._queue, self._largest_batch))
-        is_short = at_once and self._seconds_per_request * len(batch) <= LONGEST_AT_ONCE_S
-        if not (is_short and self._run_at_once(batch)):
-            RUNNERS.submit(self._lead, None)
+        is_short, is_done = at_once and self._seconds_per_request * len(batch) <= LONGEST_AT_ONCE_S, False
+        try:
+            is_done = is_short and self._run_at_once(batch)
+        finally:
+            if not is_done:
+                RUNNERS.submit(self._lead, None)
 
     def _run_at_once(self, batch: Sequence[Pending]) -> bool:
         """Whether the first of the queue are answered and nobody else waits; else another thread is to run for all."""
@@ -185,22 +188,20 @@ class Batcher:
         with self._lock:
             for _ in batch:
                 self._queue.popleft()
+        seconds = time.monotonic() - start
         for pending, answer in zip(batch, answers, strict=True):
             pending.finish(answer)
-        self._note(batch, start)
+            pending.is_dropped()
         for pending in batch:
             pending.on_done()
+        self._note(batch, start, seconds)
         with self._lock:
             self._running = bool(self._queue)
         return not self._running
 
-    def _note(self, batch: Sequence[Pending], start: float) -> None:
-        """A run that began at `start` is over."""
-        seconds = time.monotonic() - start
+    def _note(self, batch: Sequence[Pending], start: float, seconds: float) -> None:
+        """A run that began at `start` took so long."""
         self._seconds_per_request += 0.1 * (seconds / len(batch) - self._seconds_per_request)
-        for pending in batch:
-            if pending.error is None:
-                pending.is_dropped()
         if self._on_run is not None:
             self._on_run(Run(len(batch), tuple(start - pending.since for pending in batch), seconds))
 
@@ -247,7 +248,11 @@ class Batcher:
             if batch:
                 start = time.monotonic()
                 self._answer_all(batch)
-                self._note(batch, start)
+                seconds = time.monotonic() - start
+                for pending in batch:
+                    if pending.error is None:
+                        pending.is_dropped()
+                self._note(batch, start, seconds)
         finally:
             for pending in taken:
                 # Should the thread be interrupted, the others must not wait without end.

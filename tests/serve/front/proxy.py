@@ -63,7 +63,7 @@ def configured(sockets: Sockets, certificate: tuple[Path, Path] | None) -> str:
         "listen 443 ssl http2 backlog=4096;": listen,
         "listen [::]:443 ssl http2 backlog=4096;": "",
         "127.0.0.1:50051": sockets.default,
-        "unix:/run/jaxrec/fast.sock": sockets.fast,
+        "127.0.0.1:50053": sockets.fast,
         "ssl_certificate /etc/jaxrec/certificate.pem;": f"ssl_certificate {certificate[0]};" if certificate else "",
         "ssl_certificate_key /etc/jaxrec/key.pem;": f"ssl_certificate_key {certificate[1]};" if certificate else "",
     }
