@@ -8,19 +8,11 @@ import pytest
 from serve.front.server import create_server
 from serve.model.recommender import Recommender
 from serve.stores.base import EventStore
-from tests.serve.front.proxy import MISSING, Sockets, running_proxy
+from tests.serve.front.proxy import FRONTS, Sockets, running_proxy
 from tests.serve.one_model import one_model
 
 
-@pytest.fixture(
-    params=[
-        "default",
-        pytest.param(
-            "fast behind nginx",
-            marks=pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
-        ),
-    ]
-)
+@pytest.fixture(params=FRONTS)
 def address(request: pytest.FixtureRequest, model: Recommender, store: EventStore, tmp_path: Path) -> Iterator[str]:
     if request.param == "default":
         server = create_server(one_model(model, store), store, "127.0.0.1:0")

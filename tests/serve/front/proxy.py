@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import pytest
+
 CONFIGURATION = Path(__file__).parents[3] / "deploy/nginx/nginx.conf"
 PATIENCE_S = 30.0
 MISSING = [
@@ -23,6 +25,13 @@ MISSING = [
     if not is_there
 ]
 """What is not installed of what the tests of the fast front need."""
+FRONTS = [
+    "default",
+    pytest.param(
+        "fast behind nginx", marks=pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+    ),
+]
+"""Each in the way in which it is deployed."""
 
 
 @dataclass(frozen=True, slots=True)
