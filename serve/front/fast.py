@@ -241,7 +241,6 @@ class FastFront:
             self._answered.append((call, answered))
 
     def _answer_slowly(self, call: FastCall, message: bytes) -> bytes:
-        REQUEST_ID.set(call.request_id)
         if call.time_remaining() == 0:
             raise Expired("the deadline passed before a thread was free")
         if not call.is_active():
@@ -249,17 +248,16 @@ class FastFront:
         request = decoded(pb.RecommendRequest.FromString, message)
         return self._servicer.Recommend(request, call).SerializeToString()
 
-    def _slowly_answered(self, call: FastCall, response: bytes | None, error: BaseException | None) -> None:
-        if error is None:
-            try:
-                assert response is not None
-                self._respond(call, response)
-            except Exception as failure:
-                error = failure
-        if error is None:
-            self._end(call, grpc.StatusCode.OK)
+    def _slowly_answered(self, call: FastCall, response: bytes | None, error: Exception | None) -> None:
+        try:
+            if error is not None:
+                raise error
+            assert response is not None
+            self._respond(call, response)
+        except Exception as failure:
+            self._fail(call, failure)
         else:
-            self._fail(call, error if isinstance(error, Exception) else interrupted(error))
+            self._end(call, grpc.StatusCode.OK)
 
     def _respond(self, call: FastCall, response: bytes) -> None:
         # False: the client has gone, or does not wait any longer.
@@ -282,7 +280,12 @@ class FastFront:
         # The native part takes no keys of gRPC, so the proxy gives this one its name.
         renamed = [(PUSHBACK_HEADER if key == PUSHBACK_KEY else key, value) for key, value in status.metadata]
         metadata = ((REQUEST_ID_KEY, call.request_id), *renamed)
-        self._native.fail(call.number, status.code.value[0], status.message, metadata)
+        try:
+            self._native.fail(call.number, status.code.value[0], status.message, metadata)
+        except ValueError as bad:
+            # The call would stay open.
+            logger.error("a status could not be sent", exc_info=bad)
+            self._native.fail(call.number, grpc.StatusCode.INTERNAL.value[0], "internal error", None)
         self._end(call, status.code)
 
     def _end(self, call: FastCall, code: grpc.StatusCode) -> None:

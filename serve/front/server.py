@@ -222,6 +222,11 @@ def create_server(
         fast_front = FastFront(
             *(fast, RECOMMEND, recommender, calls, gate, slow), shared_port=listener.shared_port, on_failure=on_failure
         )
-    kept = shared.wait_for(bind())
+    try:
+        kept = shared.wait_for(bind())
+    except BaseException:
+        if fast_front is not None:
+            fast_front.close()
+        raise
     shared.on_failure(on_failure)
     return RecommenderServer(kept, calls, gate, health, inference, lambda: shared.forget(on_failure), fast_front)
