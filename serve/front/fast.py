@@ -46,6 +46,8 @@ PUSHBACK_HEADER = f"x-{PUSHBACK_KEY}"
 """By which nginx learns after how many milliseconds a client is to come again."""
 # For what arrives while the model does not run; a run is made by the thread that takes the calls.
 IO_THREADS = 1
+# A run that is expected to take longer is made in another thread: all other calls would wait for it.
+LONGEST_HERE_S = 0.02
 METADATA_BYTES = 16 * 2**10
 # The native part reserves the announced length of a message before it comes, which the process must survive.
 LONGEST_ANNOUNCED = 2**32
@@ -194,7 +196,7 @@ class FastFront:
                 if call.begun is not None:
                     loaded[call.begun.loaded] = None
         for one in loaded:
-            one.run(at_once=True)
+            one.run(LONGEST_HERE_S)
         answered, self._answered = self._answered, []
         for call, answer in answered:
             self._close(call, answer)

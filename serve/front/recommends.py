@@ -18,6 +18,8 @@ from serve.serving.loaded import LoadedModel
 COMPANY = 0.5
 # but no longer than this.
 LONGEST_WAIT_S = 0.002
+# A run that is expected to take longer is not made in the loop, in which all calls would wait for it.
+LONGEST_HERE_S = 0.002
 # Lately is: at so many runs of the model, and now.
 RUNS = 4
 
@@ -77,9 +79,9 @@ class Recommends:
         self._lately.append(self._under_way)
         # For one call the way to another thread and back takes about as long as a run. For more, the loop can look at
         # further calls meanwhile.
-        is_alone = self._under_way == 1
+        here_s = LONGEST_HERE_S if self._under_way == 1 else 0.0
         for loaded in dict.fromkeys(waiting):
-            loaded.run(at_once=is_alone)
+            loaded.run(here_s)
 
     def _wake(self, turn: "_Turn") -> None:
         """The run for a call is over; in any thread."""

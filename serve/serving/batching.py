@@ -28,8 +28,6 @@ QUEUE_CAPACITY = 256
 # 32 keeps the others waiting for 14 ms.
 LARGEST_BATCH = 16
 RETRY_AFTER_S = 0.1
-LONGEST_AT_ONCE_S = 0.002
-"""A run that is expected to take longer is not made in an event loop, in which all calls would wait for it."""
 RUNNERS = ThreadPoolExecutor(4, "model-run")
 """Each runs the model for one batcher at a time."""
 
@@ -155,18 +153,18 @@ class Batcher:
         self._add([pending])
         return pending
 
-    def run(self, *, at_once: bool) -> None:
+    def run(self, here_s: float) -> None:
         """Has the model run for those that were put into the queue, in another thread.
 
         Args:
-            at_once: Whether it runs in this thread if that is known to be short.
+            here_s: In this one, if the run is expected to take no more seconds and waits for nothing else.
         """
         with self._lock:
             if self._running or not self._queue:
                 return
             self._running = True
             batch = list(islice(self._queue, self._largest_batch))
-        is_short, is_done = at_once and self._seconds_per_request * len(batch) <= LONGEST_AT_ONCE_S, False
+        is_short, is_done = self._seconds_per_request * len(batch) <= here_s, False
         try:
             is_done = is_short and self._run_at_once(batch)
         finally:

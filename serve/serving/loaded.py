@@ -156,10 +156,10 @@ class LoadedModel:
         batcher = self._stored if known else self._others
         return batcher.put(self._asked(query), deadline_s, is_cancelled, on_done)
 
-    def run(self, *, at_once: bool) -> None:
+    def run(self, here_s: float) -> None:
         """Has the model run for what was started, as `Batcher.run`."""
-        self._stored.run(at_once=at_once)
-        self._others.run(at_once=at_once)
+        self._stored.run(here_s)
+        self._others.run(here_s)
 
     def _ruled(
         self,

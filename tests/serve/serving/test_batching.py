@@ -197,10 +197,10 @@ def test_batchers_take_turns_in_a_thread(model: Recommender, monkeypatch: pytest
         busy, other = Batcher(first, largest_batch=1), Batcher(second)
         for _ in range(3):
             busy.put(query, None, None, done.release)
-        busy.run(at_once=False)
+        busy.run(0.0)
         assert gated.started.wait(PATIENCE_S)
         other.put(query, None, None, done.release)
-        other.run(at_once=False)
+        other.run(0.0)
         gated.gate.set()
         for _ in range(4):
             assert done.acquire(timeout=PATIENCE_S)
@@ -235,7 +235,7 @@ def test_a_short_run_is_made_where_it_is_asked_for(
     batcher = Batcher(model.recommend, on_run=runs.append, at_once=at_once)
     queries = queries_of(model, 3)
     pending = [batcher.put(query, None, None, finished) for query in queries]
-    batcher.run(at_once=asked)
+    batcher.run(PATIENCE_S if asked else 0.0)
     for _ in queries:
         assert done.acquire(timeout=PATIENCE_S)
     for query, one in zip(queries, pending, strict=True):
@@ -246,13 +246,12 @@ def test_a_short_run_is_made_where_it_is_asked_for(
     assert_equal(batcher.recommend(queries[0]), model.recommend(queries[:1])[0])
 
 
-def test_runs_that_took_long_are_made_in_another_thread(model: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_took_long_are_made_in_another_thread(model: Recommender) -> None:
     asked, done = list[int](), threading.Semaphore(0)
     batcher = Batcher(model.recommend, at_once=lambda queries: asked.append(len(queries)))
-    monkeypatch.setattr("serve.serving.batching.LONGEST_AT_ONCE_S", 0.0)
     (query,) = queries_of(model, 1)
     batcher.put(query, None, None, done.release)
-    batcher.run(at_once=True)
+    batcher.run(1e-9)
     assert done.acquire(timeout=PATIENCE_S)
     assert asked == []
 
@@ -262,7 +261,7 @@ def test_more_than_a_run_takes_go_on_in_another_thread(model: Recommender) -> No
     batcher = Batcher(model.recommend, largest_batch=2, on_run=runs.append, at_once=model.recommend)
     queries = queries_of(model, 5)
     pending = [batcher.put(query, None, None, done.release) for query in queries]
-    batcher.run(at_once=True)
+    batcher.run(PATIENCE_S)
     for _ in queries:
         assert done.acquire(timeout=PATIENCE_S)
     for query, one in zip(queries, pending, strict=True):
@@ -275,7 +274,7 @@ def test_cancelled_requests_cost_no_run_here_either(model: Recommender) -> None:
     batcher = Batcher(model.recommend, at_once=lambda queries: asked.append(len(queries)))
     (query,) = queries_of(model, 1)
     pending = batcher.put(query, None, lambda: True, done.release)
-    batcher.run(at_once=True)
+    batcher.run(PATIENCE_S)
     assert done.acquire(timeout=PATIENCE_S)
     with pytest.raises(Cancelled):
         pending.result()
