@@ -5,8 +5,9 @@
     python -m bench.latency runs/bench-model --peers runs/peers --plot runs/latency.svg
 
 Starts `python -m serve run MODEL`, an empty echo server of the same kind and one with grpc's thread pool, and with
-`--peers` Triton, FastAPI and MLServer on the same `sequence.onnx`, each in a process of its own. They are driven one
-after the other by h2load at several concurrencies, in interleaved rounds, so that a busy moment of the machine hits
+`--peers` Triton, FastAPI and MLServer on the same `sequence.onnx`, each in a process of its own. Where nginx and the
+extra `fast` are installed, the server has the fast front too, which is asked directly and behind nginx. They are driven
+one after the other by h2load at several concurrencies, in interleaved rounds, so that a busy moment of the machine hits
 all alike. `session.run` is the graph alone on one thread, in this process.
 
 The peers get features ready for the graph and answer indices and scores. Ours gets raw ids, keeps (stored user) or
@@ -45,7 +46,8 @@ from serve.client import Event, RecommenderClient, UserEvent
 from serve.pb import open_inference_pb2 as v2
 from serve.pb.recommender_pb2 import Boost, History, Pin, RecommendRequest, RecommendResponse, Rules
 from tests.ports import reserved_port
-from tests.serve.process import running_server
+from tests.serve.front.proxy import MISSING, Sockets, running_proxy
+from tests.serve.process import ServerProcess, running_server
 
 DEADLINE_S = 30.0
 RECOMMEND = "/jaxrec.v1.Recommender/Recommend"
@@ -238,6 +240,22 @@ def plot(measured: Measured, file: Path) -> None:
     figure.savefig(file)
 
 
+def add_fast(
+    stack: ExitStack, ours: ServerProcess, folder: Path, add: Callable[[str, Sequence[int], int, str], None]
+) -> None:
+    """Has `add` take the fast front of our server, and nginx before it, by name, processes, port and way of asking."""
+    fast, port = ours.line.split(" and fast ", 1)[1].split(" ", 1)[0], stack.enter_context(reserved_port())
+    sockets = Sockets(folder, ours.address, fast, f"127.0.0.1:{port} reuseport")
+    proxy = stack.enter_context(running_proxy(sockets))
+    for way in ("stored user", "inline history"):
+        add(f"ours, fast front, {way}", [ours.process.pid], int(fast.rpartition(":")[2]), way)
+    add("ours, fast front, stored user, nginx", [ours.process.pid, proxy.pid], port, "stored user")
+
+
+def encoded(requests: Sequence[RecommendRequest]) -> list[bytes]:
+    return [request.SerializeToString() for request in requests]
+
+
 def start_all(
     stack: ExitStack, work: Workload, peers: Path | None, folder: Path
 ) -> tuple[list[Target], dict[str, float]]:
@@ -254,7 +272,8 @@ def start_all(
         server = stack.enter_context(peer_servers.echo(kind, folder))
         add(f"echo, {kind}", [server.process.pid], server.port, "/bench.Echo/Echo", [b""], lambda *_: None)
     http = f"127.0.0.1:{stack.enter_context(reserved_port())}"
-    ours = stack.enter_context(running_server(work.model, folder / "events.sqlite", options=["--http", http]))
+    options = ["--http", http, *([] if MISSING else ["--fast", "127.0.0.1:0"])]
+    ours = stack.enter_context(running_server(work.model, folder / "events.sqlite", options=options))
     record(ours.address, work.histories)
     asked: dict[str, Any] = {"k": work.k, "request_time": work.request_time}
     ways = {
@@ -272,9 +291,15 @@ def start_all(
         ways[way] = [RecommendRequest(user_id=str(user), rules=rules, **asked) for user in range(HISTORIES)]
         checks[way] = ruled_check(name, work.k)
     for name, requests in ways.items():
-        messages = [request.SerializeToString() for request in requests]
+        messages = encoded(requests)
         port = int(ours.address.rpartition(":")[2])
         add(f"ours, {name}", [ours.process.pid], port, RECOMMEND, messages, checks[name])
+    if not MISSING:
+
+        def add_way(name: str, pids: Sequence[int], port: int, way: str) -> None:
+            add(name, pids, port, RECOMMEND, encoded(ways[way]), check)
+
+        add_fast(stack, ours, folder, add_way)
     texts = [MessageToJson(request, indent=None).encode() for request in ways["stored user"]]
     items: Found = lambda answer: [one["itemId"] for one in answer["recommendations"]]  # noqa: E731
     url = f"http://{http}{RECOMMEND}"
@@ -287,7 +312,7 @@ def start_all(
         )
         for _ in range(2)
     ]
-    messages = [request.SerializeToString() for request in ways["stored user"]]
+    messages = encoded(ways["stored user"])
     port = int(shared.rpartition(":")[2])
     add("ours, stored user, 2 processes", [one.process.pid for one in both], port, RECOMMEND, messages, check)
     if peers is not None:

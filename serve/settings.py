@@ -96,6 +96,12 @@ class Settings:
         "STORE",
         "SQLite file with the events of all users, created when missing; or postgresql://... or redis://...",
     ] = field(default="events.sqlite", repr=False)  # a URL may hold a password
+    fast: Annotated[
+        str | None,
+        "ADDRESS",
+        "Where to answer Recommend alone, faster, for a proxy on this machine: unix:PATH or HOST:PORT of loopback."
+        " Needs the extra fast; strangers must not reach it.",
+    ] = None
     http: Annotated[
         str | None,
         "HOST:PORT",

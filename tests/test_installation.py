@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "serve/stores/redis": ("serve-cpu", "redis"),
     "serve/event_log/export.py": ("serve-cpu", "distributed"),  # pyarrow, for Parquet where it is installed
     "serve/observability/tracing.py": ("serve-cpu", "dev"),  # opentelemetry, used where it is installed
+    "serve/front/fast.py": ("serve-cpu", "fast"),
     "serve/pyfunc.py": ("serve-cpu", "mlflow"),
     "serve": ("serve-cpu",),
     "jaxrec/data/distributed": ("distributed",),
@@ -92,6 +93,7 @@ PACKAGES_OF = {  # by module
     "distributed": {"dask"},  # its extra `distributed`
     "google.protobuf": {"protobuf"},
     "google.rpc": {"googleapis-common-protos"},
+    "pygrpc_native": {"pygrpc-native"},
     "tensorflow": {"tensorflow-cpu"},
     "onnxruntime": RUNTIMES,
 }
@@ -112,7 +114,7 @@ def test_the_modules_that_a_command_looks_for_are_those_that_are_imported() -> N
         assert set(modules) <= everywhere, extra
         assert all(PACKAGES_OF[module] & (packages(extra) - packages(BASE)) for module in modules), extra
     of_extras = {module for modules in EXTRAS.values() for module in modules}
-    optional = {"gymnasium", "mlflow", "opentelemetry", "psycopg", "redis", "sqlalchemy", "uvloop"}
+    optional = {"gymnasium", "mlflow", "opentelemetry", "psycopg", "pygrpc_native", "redis", "sqlalchemy", "uvloop"}
     in_base = {module for module in everywhere if PACKAGES_OF[module] & packages(BASE)}
     assert everywhere == of_extras | optional | in_base
     for extra, included in INCLUDED.items():
@@ -134,7 +136,7 @@ def test_a_server_needs_no_package_of_the_training() -> None:
 
 
 def test_all_has_every_extra_for_users() -> None:
-    users = set(PROJECT["optional-dependencies"]) - {"docs", "cuda", "serve-cpu", "mlflow", "dev"}
+    users = set(PROJECT["optional-dependencies"]) - {"docs", "cuda", "serve-cpu", "mlflow", "fast", "dev"}
     assert set().union(*(packages(extra) for extra in users)) == packages("all")
 
 

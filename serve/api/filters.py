@@ -17,6 +17,8 @@ from serve.serving.errors import shown
 
 LONGEST_KEPT, MOST_KEPT = 2**16, 64
 """Filters with allow-lists that a catalogue keeps: of at most so many bytes, and how many."""
+SEEN = frozenset(pb.Seen.values())
+NO_ITEMS = np.zeros(0, np.int32)
 
 
 def decode_filter(
@@ -70,6 +72,8 @@ def check_tag(field: str, tag: str, model: Recommender) -> None:
 
 def _item_indices(field: str, item_ids: Sequence[str], most: int, index: Mapping[str, int]) -> NDArray[np.int32]:
     """`[n]`: of each id, 0 where the model does not know it."""
+    if not item_ids:
+        return NO_ITEMS
     check_length(field, item_ids, most)
     # In passes that are not Python's. A list, since protobuf's own takes half as long again. Known ids are valid.
     items = np.fromiter(map(index.get, item_ids[:], repeat(0)), np.int32, len(item_ids))
@@ -102,7 +106,7 @@ def _check_tags(any_tags: Sequence[str], all_tags: Sequence[str], none_tags: Seq
 
 def decode_seen(seen: int, model: Recommender) -> bool | None:
     """Whether items of the history may be answered; None: as the model has it."""
-    if seen not in pb.Seen.values():
+    if seen not in SEEN:
         raise InvalidRequest("seen", f"one of {', '.join(pb.Seen.keys())}", seen)
     allow = seen == pb.SEEN_ALLOW
     return None if seen in (pb.SEEN_UNSPECIFIED, own_seen(model)) else allow

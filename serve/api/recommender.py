@@ -1,8 +1,11 @@
 """The RPCs of `jaxrec.v1.Recommender`: decode, call, encode."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 from serve.api.codec import (
+    answer_bytes,
     check_answer,
     check_batch,
     check_version,
@@ -31,6 +34,24 @@ from serve.pb import recommender_pb2_grpc
 from serve.serving.loaded import LoadedModel
 
 
+class Answered(NamedTuple):
+    """An answer to Recommend."""
+
+    response: bytes
+    """The message, serialized."""
+    log: Callable[[], None]
+    """Counts and logs it, once it is known that it is sent."""
+
+
+class Begun(NamedTuple):
+    """A Recommend under way."""
+
+    loaded: LoadedModel
+    """The model that is to run for it."""
+    answer: Callable[[], Answered]
+    """Its answer, after the run; raises what the call fails with."""
+
+
 class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
     """The service behind gRPC's messages."""
 
@@ -52,16 +73,30 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         answer = self._service.recommend(loaded, query, context.time_remaining(), lambda: not context.is_active())
         return self._logged(request, answer)
 
-    def start_recommend(
-        self, request: pb.RecommendRequest, context: Context, on_done: Callable[[], None]
-    ) -> tuple[LoadedModel, Callable[[], pb.RecommendResponse]]:
-        """As `Recommend`, for a request that is not `slow`, without waiting: the model that is to run, and what gives
-        the response once `on_done` is called, in any thread."""
+    def start_recommend(self, request: pb.RecommendRequest, context: Context, on_done: Callable[[], None]) -> Begun:
+        """As `Recommend`, for a request that is not `slow`, without waiting.
+
+        Args:
+            request: What is asked.
+            context: The call.
+            on_done: Called when it can be answered, in any thread.
+
+        Returns:
+            The model that is to run, and what answers then.
+
+        Raises:
+            QueueFull: Too many wait.
+        """
         loaded = self._loaded(request)
         query = decode_query(request, loaded.model, self._event_types)
         remaining = context.time_remaining()
-        answer = self._service.start(loaded, query, remaining, lambda: not context.is_active(), on_done)
-        return loaded, lambda: self._logged(request, answer())
+        ranked = self._service.start(loaded, query, remaining, lambda: not context.is_active(), on_done)
+
+        def answer() -> Answered:
+            recommendation = ranked()
+            return Answered(answer_bytes(recommendation, request.view), partial(self._service.log, recommendation))
+
+        return Begun(loaded, answer)
 
     def is_slow(self, request: pb.RecommendRequest) -> bool:
         """Whether a request needs reasons, the candidates of rules or of the server's own re-ranker, what was

@@ -42,7 +42,7 @@ def command(file: Path | None, **options: Any) -> None:
     or SIGINT.
 
     Prints `serving MODEL_VERSION on HOST:PORT (provider NAME, search WAY)` when it is ready, with `--http` also
-    ` and http://HOST:PORT` after the first address. After SIGTERM or SIGINT it
+    ` and http://HOST:PORT` after the first address, with `--fast` also ` and fast ADDRESS`. After SIGTERM or SIGINT it
     finishes the calls under way, accepts no new ones, and exits with 0; after a failure of its own, with 1.
     """
     try:
@@ -103,6 +103,7 @@ def serve(settings: Settings) -> None:
                     log_calls=settings.log_calls,
                     also_listen=() if http is None else (http.grpc_address,),
                     connection_age_s=settings.connection_age,
+                    fast=settings.fast,
                     on_failure=fail,
                 )
                 exposed = settings.allow_insecure or settings.allow_insecure_metrics
@@ -118,6 +119,8 @@ def serve(settings: Settings) -> None:
                 if not stopped.is_set():
                     server.start()
                     where = listener.at(server.port)
+                    if server.fast_address is not None:
+                        where += f" and fast {server.fast_address}"
                     click.echo(_said(models.version("").model, where if http is None else f"{where} and {http.url}"))
                     stopped.wait()
                 if not server.finish_calls(settings.drain):

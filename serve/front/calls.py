@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -64,9 +64,9 @@ class Method:
     encode: Callable[[Any], bytes]
     pool: Pool | None = None
     """Where it is answered; None: in the loop, which must not wait."""
-    in_loop: "Callable[[Any, Call], Awaitable[Any] | None] | None" = None
-    """Of a method with a pool: what answers a call in the loop after all; it returns None for one that needs the
-    pool."""
+    in_loop: "Callable[[Any, Call], Awaitable[bytes] | None] | None" = None
+    """Of a method with a pool: what answers a call in the loop after all, with the response encoded; it returns None
+    for one that needs the pool."""
     check: Callable[[], None] = lambda: None
     """Raises QueueFull if no more calls are answered in the loop."""
     at_once: bool = False
@@ -107,6 +107,15 @@ def methods_of(add: Callable[[Any, Any], None], servicer: Any) -> dict[str, grpc
 
     add(servicer, Server())
     return found
+
+
+class CheckedCall(Protocol):
+    """What is checked, counted and logged of a call, whichever front it came through."""
+
+    method: str
+    metadata: Any
+    arrived: float
+    """By `time.perf_counter`."""
 
 
 class Call:
@@ -232,17 +241,21 @@ class Calls(grpc.GenericRpcHandler):
 
     def _handler(self, method: Method) -> grpc.RpcMethodHandler:
         if method.streams is None:
-            return grpc.stream_unary_rpc_method_handler(partial(self._unary, method))
+            # A function: of other things gRPC asks at every call, and with more effort, whether they are coroutines.
+            async def unary(messages: object, context: Any) -> bytes:
+                return await self._unary(method, context)
+
+            return grpc.stream_unary_rpc_method_handler(unary)
         return grpc.stream_stream_rpc_method_handler(partial(self._stream, method))
 
     async def _unimplemented(self, name: str, _: object, context: Any) -> bytes:
         async def refuse(call: Call) -> bytes:
-            self._check_token(call)
+            self.check_token(call)
             raise Refused(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
 
         return await self._around(name, context, refuse)
 
-    async def _unary(self, method: Method, _: object, context: Any) -> bytes:
+    async def _unary(self, method: Method, context: Any) -> bytes:
         async def answer(call: Call) -> bytes:
             message = await self._message(method, call, context)
             with nullcontext() if method.at_once else self._gate.call():
@@ -258,10 +271,10 @@ class Calls(grpc.GenericRpcHandler):
         async def answer(call: Call) -> bytes:
             assert method.streams is not None
             if method.reads_stream:
-                self._check_token(call)
+                self.check_token(call)
                 request: Any = _decoded_all(method.decode, messages)
             else:
-                request = _decoded(method.decode, await self._message(method, call, context))
+                request = decoded(method.decode, await self._message(method, call, context))
             method.streams.add(call)
             opened.append(call)
             async for response in method.answer(request, call):
@@ -287,7 +300,7 @@ class Calls(grpc.GenericRpcHandler):
     ) -> bytes:
         """The answer to a call, or its end with a status."""
         call = Call(method, context)
-        call.request_id = self._request_id(call.metadata)
+        call.request_id = self.request_id(call.metadata)
         REQUEST_ID.set(call.request_id)
         status = Status(grpc.StatusCode.OK, "")
         with (
@@ -305,7 +318,7 @@ class Calls(grpc.GenericRpcHandler):
                     raise
                 status = status_of(call.ended)
             except QueueFull as error:
-                self._metrics.rejected("overload", method)
+                self.turned_away(call)
                 status = status_of(error)
             except Exception as error:
                 status = status_of(error)
@@ -316,13 +329,14 @@ class Calls(grpc.GenericRpcHandler):
             except BaseException as error:
                 status = status_of(interrupted(error))
             finally:
-                self._note(call, status.code.name, is_stream)
+                self.note(call, status.code.name, is_stream=is_stream)
                 if span is not None:
                     span(status.code)
         await context.abort(status.code, status.message, ((REQUEST_ID_KEY, call.request_id), *status.metadata))
         raise AssertionError("gRPC's abort raises")
 
-    def _check_token(self, call: Call) -> None:
+    def check_token(self, call: CheckedCall) -> None:
+        """Raises NoToken or NoRight, which it counts, unless a call may be made."""
         if self._tokens is None:
             return
         try:
@@ -333,7 +347,7 @@ class Calls(grpc.GenericRpcHandler):
 
     async def _message(self, method: Method, call: Call, context: Any) -> bytes:
         """The request's message, of a call that may be answered."""
-        self._check_token(call)
+        self.check_token(call)
         unreceived, unsent = self._unreceived, self._unsent
         if method.at_once:
             unreceived, unsent = self._short_unreceived, self._short_unsent
@@ -360,13 +374,13 @@ class Calls(grpc.GenericRpcHandler):
 
     async def _answered(self, method: Method, call: Call, message: bytes) -> bytes:
         if method.pool is None:
-            return method.encode(method.answer(_decoded(method.decode, message), call))
+            return method.encode(method.answer(decoded(method.decode, message), call))
         request = None
         if method.in_loop is not None and len(message) <= LONG_MESSAGE_BYTES:
-            request = _decoded(method.decode, message)
+            request = decoded(method.decode, message)
             response = method.in_loop(request, call)
             if response is not None:
-                return method.encode(await response)
+                return await response
         method.pool.check()
 
         def answer() -> bytes:
@@ -375,7 +389,7 @@ class Calls(grpc.GenericRpcHandler):
                 raise Cancelled("cancelled by the client")
             if call.time_remaining() == 0:
                 raise Expired("the deadline passed before a thread was free")
-            asked = _decoded(method.decode, message) if request is None else request
+            asked = decoded(method.decode, message) if request is None else request
             return method.encode(method.answer(asked, call))
 
         try:
@@ -389,7 +403,16 @@ class Calls(grpc.GenericRpcHandler):
         """Names that clients invent are one."""
         return method if method in self._handlers else f"/{UNKNOWN}"
 
-    def _note(self, call: Call, code: str, is_stream: bool) -> None:
+    def turned_away(self, call: CheckedCall) -> None:
+        """Counts a call for which there is no room."""
+        self._metrics.rejected("overload", call.method)
+
+    def begin_span(self, call: CheckedCall) -> Callable[[grpc.StatusCode], None] | None:
+        """Begins the trace of a call that no coroutine answers; what ends it with a status, None without a tracer."""
+        return None if self._tracer is None else self._tracer.begin(self._span_name(call.method), call.metadata)
+
+    def note(self, call: CheckedCall, code: str, *, is_stream: bool = False) -> None:
+        """Counts and logs a call that ended with a status."""
         seconds = time.perf_counter() - call.arrived
         if not is_stream:
             self._metrics.call(call.method, code, seconds)
@@ -397,7 +420,8 @@ class Calls(grpc.GenericRpcHandler):
             extra = {"method": call.method, "code": code, "seconds": seconds}
             logger.info("%s %s", call.method, code, extra=extra)
 
-    def _request_id(self, metadata: Any) -> str:
+    def request_id(self, metadata: Any) -> str:
+        """The id that a call brings, or a new one."""
         for key, value in metadata:
             if key == REQUEST_ID_KEY:
                 # gRPC sends nothing else back, and fails the call.
@@ -408,7 +432,8 @@ class Calls(grpc.GenericRpcHandler):
         return f"{self._id_prefix}-{next(self._id_numbers):x}"
 
 
-def _decoded(decode: Callable[[bytes], Any], message: bytes) -> Any:
+def decoded(decode: Callable[[bytes], Any], message: bytes) -> Any:
+    """The message; raises InvalidRequest."""
     try:
         return decode(message)
     except DecodeError as error:
@@ -424,4 +449,4 @@ def _check_short(message: bytes) -> None:
 async def _decoded_all(decode: Callable[[bytes], Any], messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
     async for message in messages:
         _check_short(message)
-        yield _decoded(decode, message)
+        yield decoded(decode, message)

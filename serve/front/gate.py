@@ -13,7 +13,7 @@ DRAINING = "the server is shutting down, try another or again"
 class Gate:
     """Counts the calls under way, and turns calls away while it is closed, which it is at first.
 
-    Health checks and streams pass uncounted. Calls pass in the event loop; the rest is for any thread.
+    Health checks and streams pass uncounted. All is for any thread.
     """
 
     def __init__(self) -> None:
@@ -44,14 +44,22 @@ class Gate:
     @contextmanager
     def call(self) -> Iterator[None]:
         """A call, for as long as it is answered; raises NotServing."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self) -> None:
+        """A call begins, which is to `leave`; raises NotServing."""
         with self._changed:
             if self._closed:
                 raise NotServing(self._closed)
             self._under_way += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._under_way -= 1
-                if self._closed:
-                    self._changed.notify_all()
+
+    def leave(self) -> None:
+        """A call that entered is answered."""
+        with self._changed:
+            self._under_way -= 1
+            if self._closed:
+                self._changed.notify_all()

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from grpc_health.v1 import health_pb2
 
@@ -15,6 +15,9 @@ from serve.front.calls import Calls
 from serve.front.gate import Gate
 from serve.front.loop import shared_loop
 from serve.front.restarts import KeptServer
+
+if TYPE_CHECKING:
+    from serve.front.fast import FastFront
 
 DRAIN_S = 10.0
 LINGER_S = 0.05
@@ -31,6 +34,7 @@ class RecommenderServer:
         health: HealthServicer,
         inference: InferenceServicer,
         on_end: Callable[[], None] = lambda: None,
+        fast: "FastFront | None" = None,
     ) -> None:
         self.port = server.port
         self._server = server
@@ -38,8 +42,14 @@ class RecommenderServer:
         self._gate = gate
         self._health = health
         self._inference = inference
+        self._fast = fast
         self._on_end: Callable[[], None] | None = on_end
         self._listens = False
+
+    @property
+    def fast_address(self) -> str | None:
+        """Where the fast front listens; None: there is none."""
+        return None if self._fast is None else self._fast.address
 
     def listen(self) -> None:
         """Opens the port: health checks get NOT_SERVING, calls are UNAVAILABLE until `start`."""
@@ -74,11 +84,15 @@ class RecommenderServer:
     def drain(self, timeout_s: float = DRAIN_S) -> None:
         """As `finish_calls`, and then stops the server within this process; what is still under way is cancelled."""
         self.finish_calls(timeout_s)
+        if self._fast is not None:
+            self._fast.close()
         shared_loop().wait_for(self._end())
 
     async def _begin(self) -> None:
         self._calls.begin()
         await self._server.start()
+        if self._fast is not None:
+            self._fast.start()
 
     async def _end(self) -> None:
         await self._server.stop()

@@ -21,7 +21,10 @@ class LoopThread:
     def __init__(self) -> None:
         self.loop = _new_loop()
         self._on_failure: list[Callable[[], None]] = []
-        threading.Thread(target=self._run, name="grpc-loop", daemon=True).start()
+        thread = threading.Thread(target=self._run, name="grpc-loop", daemon=True)
+        thread.start()
+        self.ident = thread.ident
+        """The number of its thread."""
 
     def on_failure(self, callback: Callable[[], None]) -> None:
         """To be called should the loop end: no call is answered any more."""

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +20,7 @@ class Pool:
         self._threads = ThreadPoolExecutor(threads, name)
         self._most = most
         self._count = 0
+        self._lock = threading.Lock()
 
     def check(self) -> None:
         """Raises QueueFull."""
@@ -30,8 +32,7 @@ class Pool:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[bytes] = loop.create_future()
 
-        def finish(result: bytes | None, error: BaseException | None) -> None:
-            self._count -= 1
+        def finish(result: bytes | None, error: Exception | None) -> None:
             if done.done():
                 return
             if error is None:
@@ -40,17 +41,30 @@ class Pool:
             else:
                 done.set_exception(error)
 
+        self.start(work, lambda result, error: loop.call_soon_threadsafe(finish, result, error))
+        return await done
+
+    def start(self, work: Callable[[], bytes], finish: Callable[[bytes | None, Exception | None], object]) -> None:
+        """Has a thread do some work.
+
+        Args:
+            work: What is to be done.
+            finish: Called in the thread, with what `work` returned or raised.
+        """
+
         def run() -> None:
             result, error = None, None
             try:
                 result = work()
             except BaseException as failure:
                 error = failure if isinstance(failure, Exception) else interrupted(failure)
-            loop.call_soon_threadsafe(finish, result, error)
+            with self._lock:
+                self._count -= 1
+            finish(result, error)
 
-        self._count += 1
+        with self._lock:
+            self._count += 1
         self._threads.submit(contextvars.copy_context().run, run)
-        return await done
 
     def close(self) -> None:
         self._threads.shutdown(wait=False)

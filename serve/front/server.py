@@ -133,6 +133,7 @@ def create_server(
     max_calls: int = MAX_CALLS,
     connection_age_s: float = CONNECTION_AGE_S,
     connection_grace_s: float = CONNECTION_GRACE_S,
+    fast: str | None = None,
     on_failure: Callable[[], None] = lambda: None,
 ) -> RecommenderServer:
     """Binds a port for a server that is not started yet.
@@ -152,6 +153,8 @@ def create_server(
         max_calls: So many calls have one of `workers` or wait for it; further ones are RESOURCE_EXHAUSTED at once.
         connection_age_s: After so long a client is asked to connect anew.
         connection_grace_s: After so long more what is still under way on the old connection ends.
+        fast: Where the fast front listens, which answers Recommend alone: unix:PATH or HOST:PORT of loopback. None:
+            there is none.
         on_failure: Called when the event loop fails: the server answers nothing any more and should end.
 
     Raises:
@@ -178,7 +181,7 @@ def create_server(
     handlers |= methods_of(health_pb2_grpc.add_HealthServicer_to_server, health)
     handlers |= methods_of(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, reflection)
     pool, slow = Pool(workers, max_calls, "grpc-pool"), Pool(SLOW_WORKERS, MAX_SLOW_CALLS, "grpc-slow")
-    recommends = Recommends(recommender, shared.loop)
+    recommends = Recommends(recommender, shared.loop, shared.ident)
     pools: dict[str, Pool | None] = dict.fromkeys(handlers, pool)
     pools |= dict.fromkeys(SLOW, slow) | dict.fromkeys(AT_ONCE) | {RECOMMEND: slow}
     if isinstance(models, ModelLibrary):
@@ -213,6 +216,18 @@ def create_server(
     async def bind() -> KeptServer:
         return KeptServer(open_server, sockets, metrics.restarted, on_failure)
 
-    kept = shared.wait_for(bind())
+    fast_front = None
+    if fast is not None:
+        from serve.front.fast import FastFront
+
+        fast_front = FastFront(
+            *(fast, RECOMMEND, recommender, calls, gate, slow), shared_port=listener.shared_port, on_failure=on_failure
+        )
+    try:
+        kept = shared.wait_for(bind())
+    except BaseException:
+        if fast_front is not None:
+            fast_front.close()
+        raise
     shared.on_failure(on_failure)
-    return RecommenderServer(kept, calls, gate, health, inference, lambda: shared.forget(on_failure))
+    return RecommenderServer(kept, calls, gate, health, inference, lambda: shared.forget(on_failure), fast_front)

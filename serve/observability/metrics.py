@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 COVERAGE_WINDOW_S = 600.0
+MARKED_AT_ONCE = 100
 UNKNOWN = "unknown"
 
 
@@ -35,7 +36,8 @@ class Observe(Protocol):
 class Coverage:
     """Which items were recommended in the last 10 to 20 minutes: a bit per item for this window and for the one before.
 
-    Writers don't lock: a mark that is lost while the window turns is one item of thousands.
+    Answers are noted, and marked many at a time. Writers don't lock: a mark that is lost while the window turns is one
+    item of thousands.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -43,23 +45,30 @@ class Coverage:
         self._lock = threading.Lock()
         self._windows: tuple[NDArray[np.bool_], NDArray[np.bool_]] = (np.zeros(1, bool), np.zeros(1, bool))
         self._ends = 0.0
+        self._noted: list[NDArray[np.int32]] = []
 
     def reset(self, item_count: int) -> None:
         """Forgets all, for a model with so many items."""
         with self._lock:
             self._windows = (np.zeros(item_count + 1, bool), np.zeros(item_count + 1, bool))
             self._ends = self._clock() + COVERAGE_WINDOW_S
+            self._noted = []
 
     def mark(self, items: NDArray[np.int32]) -> None:
         """Notes item indices that were recommended; those beyond the catalogue, of another model, don't count."""
+        self._noted.append(items)
+        if len(self._noted) >= MARKED_AT_ONCE:
+            self._mark_noted()
+
+    def _mark_noted(self) -> None:
+        noted, self._noted = self._noted, []
         window = self._windows[0] if self._clock() < self._ends else self._turned()
-        try:
-            window[items] = True
-        except IndexError:
-            window[items[items < len(window)]] = True
+        items = np.concatenate([np.zeros(0, np.int32), *noted])
+        window[items[items < len(window)]] = True
 
     def ratio(self) -> float:
         """Share of the catalogue that was recommended, 0..1."""
+        self._mark_noted()
         if self._clock() >= self._ends:
             self._turned()
         current, last = self._windows

@@ -26,23 +26,35 @@ class Tracer:
     @contextmanager
     def span(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> Iterator[Callable[[StatusCode], None]]:
         """A span around a call of `/package.Service/Method` with such metadata; gives what takes the call's status."""
+        with self._tracer.start_as_current_span(**self._options(method, metadata)) as span:
+            yield lambda code: self._note(span, code)
+
+    def begin(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> Callable[[StatusCode], None]:
+        """As `span`, for a call that several threads answer: what is called ends the span with the call's status."""
+        span = self._tracer.start_span(**self._options(method, metadata))
+
+        def end(code: StatusCode) -> None:
+            self._note(span, code)
+            span.end()
+
+        return end
+
+    def _options(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
         service, _, name = method[1:].partition("/")
-        with self._tracer.start_as_current_span(
-            method[1:],
-            context=self._propagate.extract({key: value for key, value in metadata if isinstance(value, str)}),
-            kind=self._kind,
-            attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
+        return {
+            "name": method[1:],
+            "context": self._propagate.extract({key: value for key, value in metadata if isinstance(value, str)}),
+            "kind": self._kind,
+            "attributes": {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
             # The exception is the answer's status.
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
+            "record_exception": False,
+            "set_status_on_exception": False,
+        }
 
-            def end(code: StatusCode) -> None:
-                span.set_attribute("rpc.grpc.status_code", code.value[0])
-                if code is not StatusCode.OK:
-                    span.set_status(self._error)
-
-            yield end
+    def _note(self, span: Any, code: StatusCode) -> None:
+        span.set_attribute("rpc.grpc.status_code", code.value[0])
+        if code is not StatusCode.OK:
+            span.set_status(self._error)
 
 
 def tracer_of_the_process() -> Tracer | None:

@@ -2,8 +2,8 @@
 
 There is no waiting time. A request that finds the model free starts a run at once. Requests that come meanwhile wait in
 a bounded queue; when the run ends, the next one is for all that wait. So batches grow with the load, and at low load
-there are none. A thread that waits for its answer runs the model itself if nobody does; for an event loop a thread of
-`RUNNERS` does.
+there are none. A thread that waits for its answer runs the model itself if nobody does. An event loop
+does if nobody else waits for it and the run is known to be short; else a thread of `RUNNERS` does.
 
     batcher = Batcher(states.recommend)        # or the `recommend` of a `Recommender`
     answer = batcher.recommend(query, deadline_s=0.2, is_cancelled=lambda: not context.is_active())
@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple
 
 from serve.model.recommender import Answer, Query
@@ -95,9 +96,19 @@ class Batcher:
         *,
         largest_batch: int = LARGEST_BATCH,
         on_run: Callable[[Run], None] | None = None,
+        at_once: Callable[[Sequence[Query]], list[Answer] | None] = lambda _: None,
     ) -> None:
-        """`answer` is called by one thread at a time; `capacity` is the longest queue, besides the run under way."""
+        """Has an empty queue.
+
+        Args:
+            answer: Answers queries; called by one thread at a time.
+            capacity: The longest queue, besides the run under way.
+            largest_batch: So many queries go together at most.
+            on_run: Is told of every run.
+            at_once: As `answer`, for an event loop: it waits for nothing but the model, or returns None.
+        """
         self._answer = answer
+        self._at_once = at_once
         self._capacity = capacity
         self._largest_batch = largest_batch
         self._on_run = on_run
@@ -142,13 +153,55 @@ class Batcher:
         self._add([pending])
         return pending
 
-    def run(self) -> None:
-        """Has the model run, in another thread, for those that were put into the queue."""
+    def run(self, here_s: float) -> None:
+        """Has the model run for those that were put into the queue, in another thread.
+
+        Args:
+            here_s: In this one, if the run is expected to take no more seconds and waits for nothing else.
+        """
         with self._lock:
             if self._running or not self._queue:
                 return
             self._running = True
-        RUNNERS.submit(self._lead, None)
+            batch = list(islice(self._queue, self._largest_batch))
+        is_short, is_done = self._seconds_per_request * len(batch) <= here_s, False
+        try:
+            is_done = is_short and self._run_at_once(batch)
+        finally:
+            if not is_done:
+                RUNNERS.submit(self._lead, None)
+
+    def _run_at_once(self, batch: Sequence[Pending]) -> bool:
+        """Whether the first of the queue are answered and nobody else waits; else another thread is to run for all."""
+        if any(pending.is_dropped() for pending in batch):
+            return False
+        start = time.monotonic()
+        try:
+            answers = self._at_once([pending.query for pending in batch])
+        except Exception:
+            # The run that follows says which request is to blame.
+            return False
+        if answers is None:
+            return False
+        with self._lock:
+            for _ in batch:
+                self._queue.popleft()
+        seconds = time.monotonic() - start
+        for pending, answer in zip(batch, answers, strict=True):
+            pending.finish(answer)
+            pending.is_dropped()
+        for pending in batch:
+            pending.on_done()
+        self._note(batch, start, seconds)
+        with self._lock:
+            self._running = bool(self._queue)
+        return not self._running
+
+    def _note(self, batch: Sequence[Pending], start: float, seconds: float) -> None:
+        """A run that began at `start` took so long."""
+        self._seconds_per_request += 0.1 * (seconds / len(batch) - self._seconds_per_request)
+        if self._on_run is not None:
+            self._on_run(Run(len(batch), tuple(start - pending.since for pending in batch), seconds))
 
     @staticmethod
     def _pending(queries: Sequence[Query], deadline_s: float | None, is_cancelled: IsCancelled | None) -> list[Pending]:
@@ -194,12 +247,10 @@ class Batcher:
                 start = time.monotonic()
                 self._answer_all(batch)
                 seconds = time.monotonic() - start
-                self._seconds_per_request += 0.1 * (seconds / len(batch) - self._seconds_per_request)
                 for pending in batch:
                     if pending.error is None:
                         pending.is_dropped()
-                if self._on_run is not None:
-                    self._on_run(Run(len(batch), tuple(start - pending.since for pending in batch), seconds))
+                self._note(batch, start, seconds)
         finally:
             for pending in taken:
                 # Should the thread be interrupted, the others must not wait without end.

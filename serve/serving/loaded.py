@@ -56,9 +56,9 @@ class LoadedModel:
         self._store = store
         self._metrics = metrics
         # A run of the first has no row of the second, whose rows take longer; the states of users they read in turns.
-        self._stored, self._others = (
-            Batcher(self.states.recommend, on_run=partial(_observe, metrics)) for _ in range(2)
-        )
+        observe = partial(_observe, metrics)
+        self._stored = Batcher(self.states.recommend, on_run=observe, at_once=self.states.recommend_at_once)
+        self._others = Batcher(self.states.recommend, on_run=observe)
 
     @property
     def temperature(self) -> float | None:
@@ -156,10 +156,10 @@ class LoadedModel:
         batcher = self._stored if known else self._others
         return batcher.put(self._asked(query), deadline_s, is_cancelled, on_done)
 
-    def run(self) -> None:
-        """Has the model run for what was started, without waiting."""
-        self._stored.run()
-        self._others.run()
+    def run(self, here_s: float) -> None:
+        """Has the model run for what was started, as `Batcher.run`."""
+        self._stored.run(here_s)
+        self._others.run(here_s)
 
     def _ruled(
         self,

@@ -104,6 +104,40 @@ class StateCache:
             answers.update((at, answer) for (at, _), answer in zip(replayed, found, strict=True))
         return [answers[at] for at in range(len(queries))]
 
+    def recommend_at_once(self, queries: Sequence[Query]) -> list[Answer] | None:
+        """As `recommend`, for an event loop: it takes no more than a run of the model for states that are in memory.
+
+        Args:
+            queries: What is asked.
+
+        Returns:
+            The answers; None: a state is not in memory or not up to date, or one would have to wait for another thread
+            or for the store.
+        """
+        user_ids = {query.user_id for query in queries if query.user_id is not None}
+        trend = self._engine.trend
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            users = {user_id: user for user_id in user_ids if (user := self._users.get(user_id)) is not None}
+            revisions = self._store.revisions_at_once(list(users))
+            if revisions is None or any(user.revision != revisions[user_id] for user_id, user in users.items()):
+                return None
+            stored: list[_Stored] = []
+            for at, query in enumerate(queries):
+                user = None if query.user_id is None else users.get(query.user_id)
+                if user is None or not user.known_count or _asks_for_events(query, user):
+                    return None
+                stored.append(_Stored(at, query, user, self._model.masks(query, trend)))
+            for user_id in users:
+                self._users.move_to_end(user_id)
+            stepped = self._stepped(stored, trend)
+        finally:
+            self._lock.release()
+        return [
+            self._model.ranked(one.query, rankings, one.masks, trend, *of_user) for one, rankings, of_user in stepped
+        ]
+
     def has(self, user_id: str) -> bool:
         """Whether the state of a user is in memory."""
         return user_id in self._users

@@ -221,6 +221,17 @@ class EventStore(ABC):
         """
         return {user_id: self.revision(user_id) for user_id in user_ids}
 
+    def revisions_at_once(self, user_ids: Sequence[str]) -> dict[str, int] | None:
+        """As `revisions`, for an event loop: waits neither for a network nor for a lock.
+
+        Args:
+            user_ids: The users.
+
+        Returns:
+            The revisions; None: the store cannot say it without waiting.
+        """
+        return None
+
     @abstractmethod
     def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
         """What came to a user's history after a revision. Costs little when nothing did.

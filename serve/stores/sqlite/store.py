@@ -134,6 +134,18 @@ class SQLiteStore(SqlStore):
     def _seed_after(self, last: int, counters: dict[str, Counter], until: int) -> None:
         self._damaged.log(self._write(lambda connection: sqlite_counters.seed(connection, last, counters, until)))
 
+    def revisions_at_once(self, user_ids: Sequence[str]) -> dict[str, int] | None:
+        try:
+            connection: sqlite3.Connection | None = getattr(self._readers, "at_once", None)
+            if connection is None:
+                connection = self._readers.at_once = self._connect()
+                # A file that another process has locked is not waited for.
+                connection.execute("PRAGMA busy_timeout = 0")
+            lives = {user_id: connection.execute(QUERIES.life, (user_id,)).fetchone() for user_id in user_ids}
+        except (sqlite3.Error, StoreError):
+            return None
+        return {user_id: 0 if life is None else int(life[1]) for user_id, life in lives.items()}
+
     def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
         with self._failures("cannot be read"):
             return self._reader().execute(query, parameters).fetchall()

@@ -3,7 +3,7 @@
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import serve
 from serve.api.context import Context
-from serve.client import Event, recommend_request
+from serve.client import Event, RecommenderClient, UserEvent, recommend_request
+from serve.front import recommends
 from serve.front.calls import Call
 from serve.front.loop import shared_loop
 from serve.front.server import create_server
@@ -253,6 +254,47 @@ def test_calls_that_are_there_go_together_and_get_their_own_answers(model: Recom
             [item.score for item in one.recommendations], [item.score for item in other.recommendations], atol=1e-5
         )
     assert metrics.registry.get_sample_value("jaxrec_batch_size_count") - before < 200  # type: ignore[operator]
+
+
+def test_a_lone_call_for_a_state_in_memory_is_answered_by_the_loop(
+    model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a busy machine a run may take long.
+    monkeypatch.setattr(recommends, "LONGEST_HERE_S", PATIENCE_S)
+    asked: list[str] = []
+    at_once = store.revisions_at_once
+
+    def revisions_at_once(user_ids: Sequence[str]) -> dict[str, int] | None:
+        asked.append(threading.current_thread().name)
+        return at_once(user_ids)
+
+    monkeypatch.setattr(store, "revisions_at_once", revisions_at_once)
+    in_threads: list[str] = []
+    of_threads = store.revisions
+
+    def revisions(user_ids: Sequence[str]) -> dict[str, int]:
+        in_threads.append(threading.current_thread().name)
+        return of_threads(user_ids)
+
+    monkeypatch.setattr(store, "revisions", revisions)
+    ids = model.catalog.item_ids
+    server = create_server(one_model(model, store), store, "127.0.0.1:0")
+    server.start()
+    with RecommenderClient(f"127.0.0.1:{server.port}") as client:
+
+        def record(number: int) -> None:
+            client.record_events([UserEvent(event_id=str(number), user_id="u", item_id=ids[number], timestamp=number)])
+
+        record(1)
+        first = client.recommend(user_id="u", k=3)
+        assert client.recommend(user_id="u", k=3).recommendations == first.recommendations
+        assert (asked, in_threads) == (["grpc-loop"], [])
+        # What is new takes more than a step, and the answer counts it.
+        record(2)
+        assert ids[2] not in [one.item_id for one in client.recommend(user_id="u", k=50).recommendations]
+        assert (len(asked), len(in_threads)) == (2, 1)
+        assert not in_threads[0].startswith("grpc-loop")
+    server.drain()
 
 
 def test_a_server_listens_on_a_unix_socket_too(model: Recommender, store: EventStore, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -19,6 +20,7 @@ from serve.observability.metrics import Metrics
 from serve.pb.recommender_pb2 import RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.stores.base import EventStore
+from tests.serve.front.proxy import FRONTS, Sockets, running_proxy
 from tests.serve.one_model import one_model
 
 PATIENCE_S = 30.0
@@ -54,15 +56,21 @@ def half_open(channel: grpc.Channel, each: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("with_token", [True, False])
+@pytest.mark.parametrize("front", FRONTS)
 def test_calls_that_never_continue_keep_no_other_waiting(
-    model: Recommender, store: EventStore, with_token: bool
+    model: Recommender, store: EventStore, with_token: bool, front: str, tmp_path: Path
 ) -> None:
-    tokens = parse_tokens(f"read,write {TOKEN}", "tokens") if with_token else None
-    server = create_server(one_model(model, store), store, Listener("127.0.0.1:0", tokens=tokens, allow_insecure=True))
+    tokens, sockets = parse_tokens(f"read,write {TOKEN}", "tokens") if with_token else None, Sockets.of(tmp_path)
+    behind = front != "default"
+    listener = Listener(sockets.default if behind else "127.0.0.1:0", tokens=tokens, allow_insecure=True)
+    server = create_server(one_model(model, store), store, listener, fast=sockets.fast if behind else None)
     server.start()
-    connection = Connection(f"127.0.0.1:{server.port}", PATIENCE_S, token=TOKEN if with_token else None)
+    address = sockets.proxy if behind else f"127.0.0.1:{server.port}"
+    connection = Connection(address, PATIENCE_S, token=TOKEN if with_token else None)
     options = [("grpc.use_local_subchannel_pool", 1)]
     with ExitStack() as stack:
+        if behind:
+            stack.enter_context(running_proxy(sockets))
         for _ in range(3):
             stranger = stack.enter_context(grpc.insecure_channel(connection.address, options))
             stack.enter_context(half_open(stranger, 12))

@@ -197,11 +197,85 @@ def test_batchers_take_turns_in_a_thread(model: Recommender, monkeypatch: pytest
         busy, other = Batcher(first, largest_batch=1), Batcher(second)
         for _ in range(3):
             busy.put(query, None, None, done.release)
-        busy.run()
+        busy.run(0.0)
         assert gated.started.wait(PATIENCE_S)
         other.put(query, None, None, done.release)
-        other.run()
+        other.run(0.0)
         gated.gate.set()
         for _ in range(4):
             assert done.acquire(timeout=PATIENCE_S)
     assert order == ["first", "second", "first", "first"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "answers_at_once", "is_here"),
+    [
+        (True, lambda model, queries: model.recommend(queries), True),
+        (False, lambda model, queries: model.recommend(queries), False),
+        (True, lambda model, queries: None, False),
+        (True, lambda model, queries: 1 / 0, False),
+    ],
+    ids=["short", "not asked for", "has to wait", "fails"],
+)
+def test_a_short_run_is_made_where_it_is_asked_for(
+    model: Recommender,
+    asked: bool,
+    answers_at_once: Callable[[Recommender, Sequence[Query]], list[Answer] | None],
+    is_here: bool,
+) -> None:
+    threads, done, runs = list[int](), threading.Semaphore(0), list[Run]()
+
+    def at_once(queries: Sequence[Query]) -> list[Answer] | None:
+        return answers_at_once(model, queries)
+
+    def finished() -> None:
+        threads.append(threading.get_ident())
+        done.release()
+
+    batcher = Batcher(model.recommend, on_run=runs.append, at_once=at_once)
+    queries = queries_of(model, 3)
+    pending = [batcher.put(query, None, None, finished) for query in queries]
+    batcher.run(PATIENCE_S if asked else 0.0)
+    for _ in queries:
+        assert done.acquire(timeout=PATIENCE_S)
+    for query, one in zip(queries, pending, strict=True):
+        assert_equal(one.result(), model.recommend([query])[0])
+    assert [run.size for run in runs] == [3]
+    assert [thread == threading.get_ident() for thread in threads] == [is_here] * 3
+    # And the next one is not held up.
+    assert_equal(batcher.recommend(queries[0]), model.recommend(queries[:1])[0])
+
+
+def test_runs_that_took_long_are_made_in_another_thread(model: Recommender) -> None:
+    asked, done = list[int](), threading.Semaphore(0)
+    batcher = Batcher(model.recommend, at_once=lambda queries: asked.append(len(queries)))
+    (query,) = queries_of(model, 1)
+    batcher.put(query, None, None, done.release)
+    batcher.run(1e-9)
+    assert done.acquire(timeout=PATIENCE_S)
+    assert asked == []
+
+
+def test_more_than_a_run_takes_go_on_in_another_thread(model: Recommender) -> None:
+    runs, done = list[Run](), threading.Semaphore(0)
+    batcher = Batcher(model.recommend, largest_batch=2, on_run=runs.append, at_once=model.recommend)
+    queries = queries_of(model, 5)
+    pending = [batcher.put(query, None, None, done.release) for query in queries]
+    batcher.run(PATIENCE_S)
+    for _ in queries:
+        assert done.acquire(timeout=PATIENCE_S)
+    for query, one in zip(queries, pending, strict=True):
+        assert_equal(one.result(), model.recommend([query])[0])
+    assert [run.size for run in runs] == [2, 2, 1]
+
+
+def test_cancelled_requests_cost_no_run_here_either(model: Recommender) -> None:
+    asked, done = list[int](), threading.Semaphore(0)
+    batcher = Batcher(model.recommend, at_once=lambda queries: asked.append(len(queries)))
+    (query,) = queries_of(model, 1)
+    pending = batcher.put(query, None, lambda: True, done.release)
+    batcher.run(PATIENCE_S)
+    assert done.acquire(timeout=PATIENCE_S)
+    with pytest.raises(Cancelled):
+        pending.result()
+    assert asked == []

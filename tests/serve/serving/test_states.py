@@ -41,8 +41,12 @@ def replayed(model: Recommender, store: EventStore, query: Query) -> Answer:
 
 
 def checked(states: StateCache, model: Recommender, store: EventStore, queries: Sequence[Query]) -> None:
-    for query, answer in zip(queries, states.recommend(queries), strict=True):
-        assert_same(answer, replayed(model, store, query))
+    expected = [replayed(model, store, query) for query in queries]
+    for answer, of_query in zip(states.recommend(queries), expected, strict=True):
+        assert_same(answer, of_query)
+    # Not all can be answered so.
+    for answer, of_query in zip(states.recommend_at_once(queries) or expected, expected, strict=True):
+        assert_same(answer, of_query)
 
 
 users = st.sampled_from(USERS)
@@ -281,3 +285,48 @@ def test_without_stored_users_the_store_is_not_asked(
     (answer,) = states.recommend([Query((Event(model.catalog.item_ids[1], 4.0, 1),), 5)])
     assert len(answer.items) == 5
     assert asked == []
+
+
+def test_states_in_memory_are_answered_at_once(model: Recommender, store: EventStore) -> None:
+    record(store, "ada", history(model, 5))
+    record(store, "bob", history(model, 3, first=20))
+    states = StateCache(model, store)
+    queries = [Query((), 5, user_id="ada"), Query((), 7, user_id="bob"), Query((), 3, user_id="ada")]
+    assert states.recommend_at_once(queries) is None
+    expected = states.recommend(queries)
+    for answer, other in zip(states.recommend_at_once(queries) or [], expected, strict=True):
+        assert_same(answer, other)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        Query((), 5, user_id="bob"),
+        Query((), 5, user_id="ada", request_time=1),
+        Query([Event("x", 4.0, 1)], 5),
+    ],
+    ids=["not in memory", "as of an earlier time", "sent along"],
+)
+def test_what_takes_longer_is_not_answered_at_once(model: Recommender, store: EventStore, query: Query) -> None:
+    record(store, "ada", history(model, 5))
+    record(store, "bob", history(model, 3, first=20))
+    states, ada = StateCache(model, store), Query((), 5, user_id="ada")
+    states.recommend([ada])
+    assert states.recommend_at_once([ada]) is not None
+    assert states.recommend_at_once([ada, query]) is None
+
+
+def test_new_events_and_other_threads_are_not_waited_for(
+    model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(store, "ada", history(model, 5))
+    states, query = StateCache(model, store), Query((), 5, user_id="ada")
+    states.recommend([query])
+    record(store, "ada", history(model, 1, first=40), "later")
+    assert states.recommend_at_once([query]) is None
+    states.recommend([query])
+    assert states.recommend_at_once([query]) is not None
+    with states._lock:
+        assert states.recommend_at_once([query]) is None
+    monkeypatch.setattr(store, "revisions_at_once", lambda user_ids: None)
+    assert states.recommend_at_once([query]) is None

@@ -101,3 +101,16 @@ def test_another_programs_database(tmp_path: Path) -> None:
 def test_no_such_folder(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="s: cannot be opened"):
         open_store(tmp_path / "nowhere" / "s")
+
+
+def test_an_event_loop_learns_revisions_without_waiting_or_failing(tmp_path: Path) -> None:
+    path = tmp_path / "events.sqlite"
+    with open_store(path) as store:
+        store.record([user_event("1"), user_event("2", user_id="v")])
+        users = ["u", "v", "nobody"]
+        assert store.revisions_at_once(users) == store.revisions(users)
+        with sqlite3.connect(path) as other:
+            other.execute("ALTER TABLE users RENAME TO lost")
+        assert store.revisions_at_once(users) is None
+        with sqlite3.connect(path) as other:
+            other.execute("ALTER TABLE lost RENAME TO users")

@@ -216,6 +216,7 @@ def test_revisions_of_several_users_are_those_of_each(store: EventStore) -> None
     users = ["v", "nobody", "u"]
     assert store.revisions(users) == {user: store.revision(user) for user in users}
     assert store.revisions([]) == {}
+    assert store.revisions_at_once(users) in (store.revisions(users), None)
 
 
 def test_changes_since_a_revision(store: EventStore) -> None:
