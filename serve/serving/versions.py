@@ -53,6 +53,15 @@ class Report(NamedTuple):
     """Seconds since 1970-01-01T00:00Z; 0: not loaded."""
 
 
+class Division(NamedTuple):
+    """How users are divided, for another process of the same server."""
+
+    shares: Mapping[str, float]
+    automatic: bool
+    previous: str | None
+    """The version that had most of them before."""
+
+
 class _Ready(NamedTuple):
     """A loaded version."""
 
@@ -109,6 +118,8 @@ class ModelLibrary:
         self._traffic = _Traffic({}, {})
         self._previous: str | None = None
         self._has_changed = False
+        self.on_division: Callable[[Division], None] = lambda division: None
+        """Called with each division of users by hand."""
         self.automatic = watch_s > 0
         self._watches = self.automatic
         self._closed = threading.Event()
@@ -205,6 +216,7 @@ class ModelLibrary:
             self.automatic = self._watches
             before = self._traffic
             self._follow(find_versions(self._directory), older_too=True)
+            self._divided()
             return before is not self._traffic
 
     def load(self, model_version: str) -> bool:
@@ -229,6 +241,7 @@ class ModelLibrary:
         with self._changing:
             changed = self._divide({version: share / total for version, share in shares.items()})
             self.automatic = False
+            self._divided()
             return changed
 
     def roll_back(self) -> str:
@@ -245,7 +258,21 @@ class ModelLibrary:
             except UnknownModel as error:
                 raise RefusedModel(str(error)) from error
             self.automatic = False
+            self._divided()
             return previous
+
+    def follow_division(self, division: Division) -> None:
+        """Divides users as another process does; logs why, if that cannot be done."""
+        with self._changing:
+            try:
+                self._divide(division.shares)
+            except (UnknownModel, RefusedModel) as error:
+                logger.error("users are divided otherwise than in the other processes: %s", error)
+            self.automatic = division.automatic and self._watches
+            self._previous = division.previous
+
+    def _divided(self) -> None:
+        self.on_division(Division(self._traffic.shares, self.automatic, self._previous))
 
     def _divide(self, shares: Mapping[str, float]) -> bool:
         traffic = self._traffic
