@@ -77,9 +77,7 @@ def channels_to_both(stack: ExitStack, address: str) -> Sequence[grpc.Channel]:
     """A connection to each process: the first part of a call's id tells them apart."""
     found: dict[str, grpc.Channel] = {}
     for _ in range(MOST_CONNECTIONS):
-        channel = stack.enter_context(
-            grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
-        )
+        channel = stack.enter_context(grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]))
         _, call = RecommenderStub(channel).GetModelInfo.with_call(GetModelInfoRequest(), timeout=PATIENCE_S)
         found.setdefault(dict(call.trailing_metadata())["x-request-id"].split("-")[0], channel)
         if len(found) == 2:
@@ -169,7 +167,7 @@ def test_a_signal_ends_all_once_the_calls_under_way_are_answered(
         other_writer.execute("BEGIN IMMEDIATE")
         recordings = [
             stub.RecordEvents.future(RecordEventsRequest(events=[event(at, "1007")]), timeout=PATIENCE_S)
-            for at, stub in enumerate(stubs)
+            for at, stub in enumerate(stubs, 1)
         ]
         wait_for(lambda: one.metric("jaxrec_rpcs_under_way") == 2)
         one.server.process.send_signal(number)
