@@ -17,7 +17,6 @@ GRACE_S = 10.0
 # For so long its addresses are waited for.
 LONGEST_REOPENING_S = 10.0
 LOOK_S = 0.05
-LOG_EVERY_S = 60.0
 
 Open = Callable[[int | None], tuple[grpc.aio.Server, int]]
 
@@ -47,7 +46,6 @@ class KeptServer:
         self._server, self.port = open_server(None)
         self._keeper: asyncio.Task[None] | None = None
         self._failed: list[tuple[grpc.aio.Server, asyncio.Task[None]]] = []
-        self._logged: float | None = None
 
     async def start(self) -> None:
         """Begins to take calls."""
@@ -69,8 +67,8 @@ class KeptServer:
                     if not await self._server.wait_for_termination(LOOK_S):
                         return
                     continue
-                except Exception as error:
-                    self._log(error)
+                except Exception:
+                    logger.exception("gRPC's server failed, another takes its place")
                 self._on_restart()
                 await self._replace()
         except Exception:
@@ -102,9 +100,3 @@ class KeptServer:
             await server.stop(None)
             await stopping
         self._failed.clear()
-
-    def _log(self, error: Exception) -> None:
-        now = time.monotonic()
-        if self._logged is None or now - self._logged >= LOG_EVERY_S:
-            self._logged = now
-            logger.error("gRPC's server failed, another takes its place", exc_info=error)
