@@ -187,6 +187,11 @@ class Settings:
         " response that its client does not read is kept for no longer.",
     ] = 600.0
     watch: Annotated[float, "SECONDS", "How often to look for a newer version of MODEL. 0: never."] = 2.0
+    forget_previous: Annotated[
+        bool,
+        "Do not keep the version that answered before in memory: RollBack then loads it from its folder, which takes as"
+        " long as at the start and fails if the folder is gone.",
+    ] = False
     trend_refresh_s: Annotated[
         float,
         "SECONDS",

@@ -131,6 +131,7 @@ def _serve(
                 *(settings.model, loader),
                 watch_s=settings.watch,
                 trend_refresh_s=settings.trend_refresh_s,
+                keep_previous=not settings.forget_previous,
                 load_now=False,
             ) as models,
             ExitStack() as stack,
