@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -45,7 +46,7 @@ class KeptServer:
         self._on_failure = on_failure
         self._server, self.port = open_server(None)
         self._keeper: asyncio.Task[None] | None = None
-        self._failed: list[tuple[grpc.aio.Server, asyncio.Task[None]]] = []
+        self._failed: list[tuple[asyncio.Event, asyncio.Task[None]]] = []
 
     async def start(self) -> None:
         """Begins to take calls."""
@@ -80,7 +81,8 @@ class KeptServer:
         failed = self._server
         await self._end_failed()
         # gRPC has begun to close what it listens on.
-        self._failed.append((failed, asyncio.create_task(failed.stop(GRACE_S))))
+        cut = asyncio.Event()
+        self._failed.append((cut, asyncio.create_task(_end(failed, cut))))
         until = time.monotonic() + LONGEST_REOPENING_S
         # It deletes the files of its sockets, which must not be those of the new server.
         while any(Path(path).exists() for path in self._sockets) and time.monotonic() < until:
@@ -96,7 +98,17 @@ class KeptServer:
         await self._server.start()
 
     async def _end_failed(self) -> None:
-        for server, stopping in self._failed:
-            await server.stop(None)
-            await stopping
+        for cut, ending in self._failed:
+            cut.set()
+            await ending
         self._failed.clear()
+
+
+async def _end(failed: grpc.aio.Server, cut: asyncio.Event) -> None:
+    """Ends a failed server after its grace, or when that is cut short.
+
+    Only here: gRPC 1.85 crashes if a server is stopped while an earlier `stop` waits.
+    """
+    with suppress(TimeoutError):
+        await asyncio.wait_for(cut.wait(), GRACE_S)
+    await failed.stop(None)
