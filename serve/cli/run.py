@@ -75,7 +75,7 @@ def supervise(settings: Settings) -> None:
 
 
 def serve(settings: Settings, supervised: "Supervised | None" = None) -> None:
-    """Serves until a signal or a failure, then ends the process; raises click.ClickException before it serves.
+    """Serves until a signal or a failure, then ends the process, with 1 and a message if it cannot serve.
 
     Args:
         settings: Of this server.
@@ -102,7 +102,12 @@ def serve(settings: Settings, supervised: "Supervised | None" = None) -> None:
         SecurityError,
         StoreError,
     ) as error:
-        raise click.ClickException(str(error)) from error
+        if supervised is None:
+            click.ClickException(str(error)).show()
+        else:
+            supervised.failed(str(error))
+        # gRPC's threads may be there, and crash if Python takes itself apart.
+        failed.set()
     leave_process(int(failed.is_set()))
 
 

@@ -4,8 +4,6 @@ import os
 import socket
 import sys
 
-import click
-
 from serve.cli.run import serve
 from serve.front.channel import Channel
 from serve.front.supervised import Supervised
@@ -16,11 +14,7 @@ def main(number: int) -> None:
     # Not for what a re-ranker starts: the supervisor sees the end of this process by it.
     os.set_inheritable(number, False)
     supervised = Supervised(Channel(socket.socket(fileno=number)))
-    try:
-        serve(supervised.settings, supervised)
-    except click.ClickException as error:
-        supervised.failed(error.message)
-        sys.exit(1)
+    serve(supervised.settings, supervised)
 
 
 if __name__ == "__main__":

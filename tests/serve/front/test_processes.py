@@ -155,10 +155,13 @@ def test_no_process_outlives_a_supervisor_that_is_killed(model_directory: Path, 
         after.bind((host, int(port)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)]
+)
 def test_a_signal_ends_all_once_the_calls_under_way_are_answered(
-    model_directory: Path, tmp_path: Path, number: signal.Signals
+    model_directory: Path, tmp_path: Path, number: signal.Signals, to_all: bool
 ) -> None:
+    """To the supervisor, or as from systemd to all processes."""
     with several(model_directory, tmp_path) as one, ExitStack() as stack:
         # Recording waits for this writer, so the calls are under way until it is done.
         other_writer = sqlite3.connect(tmp_path / "s", isolation_level=None)
@@ -170,7 +173,8 @@ def test_a_signal_ends_all_once_the_calls_under_way_are_answered(
             for at, stub in enumerate(stubs, 1)
         ]
         wait_for(lambda: one.metric("jaxrec_rpcs_under_way") == 2)
-        one.server.process.send_signal(number)
+        for process_id in (*(one.children() if to_all else ()), one.server.process.pid):
+            os.kill(process_id, number)
         other_writer.execute("ROLLBACK")
         assert [recording.result(PATIENCE_S).recorded_count for recording in recordings] == [1, 1]
         assert one.server.process.wait(PATIENCE_S) == 0
