@@ -305,16 +305,10 @@ def start_all(
     url = f"http://{http}{RECOMMEND}"
     targets.append(json_target("ours, stored user, HTTP and JSON", ours.process.pid, url, texts, items, work))
     # One process for each core: on one port, which the kernel divides, and on one store.
-    shared = f"127.0.0.1:{stack.enter_context(reserved_port())}"
-    both = [
-        stack.enter_context(
-            running_server(work.model, folder / "events.sqlite", address=shared, options=["--shared-port"])
-        )
-        for _ in range(2)
-    ]
+    both = stack.enter_context(running_server(work.model, folder / "events.sqlite", options=["--processes", "2"]))
     messages = encoded(ways["stored user"])
-    port = int(shared.rpartition(":")[2])
-    add("ours, stored user, 2 processes", [one.process.pid for one in both], port, RECOMMEND, messages, check)
+    port = int(both.address.rpartition(":")[2])
+    add("ours, stored user, 2 processes", [both.process.pid], port, RECOMMEND, messages, check)
     if peers is not None:
         graph = (work.model / "sequence.onnx").resolve()
         for name, start in (("Triton", peer_servers.triton), ("MLServer", peer_servers.mlserver)):

@@ -176,10 +176,15 @@ class Settings:
     reranker_timeout_s: Annotated[
         float, "SECONDS", "How long the re-ranker may take; after that, the model's order is answered."
     ] = 0.05
+    processes: Annotated[
+        int,
+        "Server processes, for example one for each core. They share the port, over which the kernel spreads"
+        " connections, and the store; a process that ends is started again.",
+    ] = 1
     shared_port: Annotated[
         bool,
-        "Let other servers that have this setting listen on the same port, for example one for each core: the kernel"
-        " spreads connections over them. They may share a store.",
+        "Let other servers that have this setting listen on the same port: the kernel spreads connections over them."
+        " They may share a store.",
     ] = False
     connection_age: Annotated[
         float,
@@ -188,6 +193,11 @@ class Settings:
         " response that its client does not read is kept for no longer.",
     ] = 600.0
     watch: Annotated[float, "SECONDS", "How often to look for a newer version of MODEL. 0: never."] = 2.0
+    forget_previous: Annotated[
+        bool,
+        "Do not keep the version that answered before in memory: RollBack then loads it from its folder, which takes as"
+        " long as at the start and fails if the folder is gone.",
+    ] = False
     trend_refresh_s: Annotated[
         float,
         "SECONDS",
@@ -208,6 +218,10 @@ class Settings:
             raise SettingsError(
                 f"connection_age: expected 1 to {LONGEST_CONNECTION_S} seconds, came {self.connection_age:g}"
             )
+        if self.processes > 1 and self.address.startswith("unix:"):
+            raise SettingsError("expected processes = 1 with unix:PATH: processes cannot share a Unix socket")
+        if self.processes > 1 and self.fast is not None and (self.fast.startswith("unix:") or self.fast.endswith(":0")):
+            raise SettingsError(f"fast: expected 127.0.0.1:PORT, which {self.processes} processes share, came {self.fast}")
         if self.slate_log > 1:
             raise SettingsError(f"slate_log: expected a share of 0 to 1, came {self.slate_log:g}")
         if self.http is None and (self.http_origins is not None or self.http_hosts is not None):

@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,11 +18,16 @@ from serve.cli.options import FILE, all_settings
 from serve.settings import Settings, SettingsError, listed, read_settings
 
 if TYPE_CHECKING:
+    from serve.api.event_types import EventTypes
+    from serve.front.lifecycle import RecommenderServer
     from serve.front.server import Listener
+    from serve.front.supervised import Supervised
     from serve.http.server import HttpServer
     from serve.model.recommender import Recommender
     from serve.observability.metrics import Metrics
     from serve.serving.reranker import Reranker
+    from serve.serving.versions import ModelLibrary
+    from serve.stores.base import EventStore
 
 logger = logging.getLogger(__name__)
 
@@ -49,82 +55,44 @@ def command(file: Path | None, **options: Any) -> None:
         settings = read_settings(options, os.environ, file)
     except SettingsError as error:
         raise click.UsageError(str(error)) from error
-    serve(settings)
+    if settings.processes > 1:
+        supervise(settings)
+    else:
+        serve(settings)
 
 
-def serve(settings: Settings) -> None:
-    """Serves until a signal or a failure, then ends the process; raises click.ClickException before it serves."""
+def supervise(settings: Settings) -> None:
+    """Has several processes serve until a signal, then ends this one; raises click.ClickException if none can."""
     from serve.addresses import AddressError, SecurityError
-    from serve.api.event_types import BUILT_IN, EventTypesError, read_event_types
+    from serve.front.supervisor import StartError, Supervisor
+
+    _start_logging(settings)
+    try:
+        status = Supervisor(settings, click.echo).run()
+    except (AddressError, SecurityError, StartError) as error:
+        raise click.ClickException(str(error)) from error
+    sys.exit(status)
+
+
+def serve(settings: Settings, supervised: "Supervised | None" = None) -> None:
+    """Serves until a signal or a failure, then ends the process, with 1 and a message if it cannot serve.
+
+    Args:
+        settings: Of this server.
+        supervised: Of one process of several; then `settings` are what it says.
+    """
+    from serve.addresses import AddressError, SecurityError
+    from serve.api.event_types import EventTypesError
     from serve.front.lifecycle import leave_process
-    from serve.front.server import create_server
-    from serve.model.exploration import Exploration
     from serve.model.graphs import ProviderError
     from serve.model.manifest import ArtifactError
-    from serve.observability.metrics import Metrics
-    from serve.serving.loading import ModelLoader, open_models
     from serve.serving.reranker import RerankerError
-    from serve.serving.sweeper import SlatePruner
-    from serve.stores import open_store
     from serve.stores.base import StoreError
 
     _start_logging(settings)
     stopped, failed, fail = _reasons_to_stop()
     try:
-        listener, metrics = _listener(settings), Metrics()
-        http = _http(settings, listener, metrics, fail)
-        event_types = BUILT_IN if settings.event_types is None else read_event_types(settings.event_types)
-        exploration = Exploration(settings.explore) if settings.explore else None
-        reranker = _reranker(settings, metrics)
-        with open_store(settings.store) as events:
-            loader = ModelLoader(
-                *(events, metrics, settings.provider, settings.threads, settings.search, exploration, reranker)
-            )
-            with (
-                open_models(
-                    *(settings.model, loader),
-                    watch_s=settings.watch,
-                    trend_refresh_s=settings.trend_refresh_s,
-                    load_now=False,
-                ) as models,
-                ExitStack() as stack,
-            ):
-                if settings.slate_retention:
-                    stack.callback(SlatePruner(events, settings.slate_retention).close)
-                # Libraries stay: without them a full collection takes microseconds, not tens of milliseconds.
-                gc.collect()
-                gc.freeze()
-                server = create_server(
-                    *(models, events, listener),
-                    metrics=metrics,
-                    event_types=event_types,
-                    slate_log=settings.slate_log,
-                    slate_retention=settings.slate_retention,
-                    log_calls=settings.log_calls,
-                    also_listen=() if http is None else (http.grpc_address,),
-                    connection_age_s=settings.connection_age,
-                    fast=settings.fast,
-                    on_failure=fail,
-                )
-                exposed = settings.allow_insecure or settings.allow_insecure_metrics
-                if settings.metrics is not None:
-                    stack.callback(metrics.serve(settings.metrics, exposed))
-                # Open from here on, so that health checks see a server that is not ready, and not none.
-                server.listen()
-                if http is not None:
-                    http.start()
-                    stack.callback(http.close)
-                models.open()
-                # A server that was stopped meanwhile must not attract calls.
-                if not stopped.is_set():
-                    server.start()
-                    where = listener.at(server.port)
-                    if server.fast_address is not None:
-                        where += f" and fast {server.fast_address}"
-                    click.echo(_said(models.version("").model, where if http is None else f"{where} and {http.url}"))
-                    stopped.wait()
-                if not server.finish_calls(settings.drain):
-                    logger.warning("calls were still under way after %g s, and are cut off", settings.drain)
+        _serve(settings, supervised, stopped, fail)
     except (
         AddressError,
         ArtifactError,
@@ -134,8 +102,110 @@ def serve(settings: Settings) -> None:
         SecurityError,
         StoreError,
     ) as error:
-        raise click.ClickException(str(error)) from error
+        if supervised is None:
+            click.ClickException(str(error)).show()
+        else:
+            supervised.failed(str(error))
+        # gRPC's threads may be there, and crash if Python takes itself apart.
+        failed.set()
     leave_process(int(failed.is_set()))
+
+
+def _serve(
+    settings: Settings, supervised: "Supervised | None", stopped: threading.Event, fail: Callable[[], None]
+) -> None:
+    from serve.api.event_types import BUILT_IN, read_event_types
+    from serve.model.exploration import Exploration
+    from serve.observability.metrics import Metrics
+    from serve.serving.loading import ModelLoader, open_models
+    from serve.serving.sweeper import SlatePruner
+    from serve.stores import open_store
+
+    listener, metrics = _listener(settings), Metrics()
+    if supervised is not None:
+        supervised.follow(metrics, stopped.set)
+    event_types = BUILT_IN if settings.event_types is None else read_event_types(settings.event_types)
+    exploration = Exploration(settings.explore) if settings.explore else None
+    reranker = _reranker(settings, metrics)
+    with open_store(settings.store) as events:
+        loader = ModelLoader(
+            *(events, metrics, settings.provider, settings.threads, settings.search, exploration, reranker)
+        )
+        with (
+            open_models(
+                *(settings.model, loader),
+                watch_s=settings.watch,
+                trend_refresh_s=settings.trend_refresh_s,
+                keep_previous=not settings.forget_previous,
+                load_now=False,
+            ) as models,
+            ExitStack() as stack,
+        ):
+            if settings.slate_retention:
+                stack.callback(SlatePruner(events, settings.slate_retention).close)
+            # Libraries stay: without them a full collection takes microseconds, not tens of milliseconds.
+            gc.collect()
+            gc.freeze()
+            # Nobody may connect to one of several processes that comes late before it can answer.
+            is_late = supervised is not None and supervised.is_late
+            if is_late:
+                models.open()
+            server, where = _opened(settings, listener, models, events, event_types, metrics, fail, stack)
+            if not is_late:
+                models.open()
+            if supervised is not None:
+                supervised.loaded(models)
+            # A server that was stopped meanwhile must not attract calls.
+            if not stopped.is_set():
+                server.start()
+                say = click.echo if supervised is None else supervised.serves
+                say(_said(models.version("").model, where, settings.processes))
+                stopped.wait()
+            if not server.finish_calls(settings.drain):
+                logger.warning("calls were still under way after %g s, and are cut off", settings.drain)
+
+
+def _opened(
+    settings: Settings,
+    listener: "Listener",
+    models: "ModelLibrary",
+    events: "EventStore",
+    event_types: "EventTypes",
+    metrics: "Metrics",
+    fail: Callable[[], None],
+    stack: ExitStack,
+) -> tuple["RecommenderServer", str]:
+    """Opens the ports until `stack` ends, so that health checks see a server that is not ready, and not none.
+
+    Returns the server, and where it is to be reached. Raises AddressError and SecurityError.
+    """
+    from serve.front.server import create_server
+    from serve.observability.merged import publish
+
+    http = _http(settings, listener, metrics, fail)
+    server = create_server(
+        *(models, events, listener),
+        metrics=metrics,
+        event_types=event_types,
+        slate_log=settings.slate_log,
+        slate_retention=settings.slate_retention,
+        log_calls=settings.log_calls,
+        also_listen=() if http is None else (http.grpc_address,),
+        connection_age_s=settings.connection_age,
+        fast=settings.fast,
+        on_failure=fail,
+    )
+    if settings.metrics is not None:
+        exposed = settings.allow_insecure or settings.allow_insecure_metrics
+        stack.callback(publish(metrics.registry, settings.metrics, exposed))
+    server.listen()
+    if http is not None:
+        http.start()
+        stack.callback(http.close)
+    where = listener.at(server.port)
+    if server.fast_address is not None:
+        where += f" and fast {server.fast_address}"
+    return server, where if http is None else f"{where} and {http.url}"
 
 
 def _reasons_to_stop() -> tuple[threading.Event, threading.Event, Callable[[], None]]:
@@ -151,16 +221,20 @@ def _reasons_to_stop() -> tuple[threading.Event, threading.Event, Callable[[], N
     return stopped, failed, fail
 
 
-def _said(model: "Recommender", where: str) -> str:
+def _said(model: "Recommender", where: str, processes: int) -> str:
     how = f"{model.provider}, search {model.engine.search_by}"
+    if processes > 1:
+        how += f", {processes} processes"
     return f"serving {model.info.model_version} on {where} (provider {how})"
 
 
 def _start_logging(settings: Settings) -> None:
     from serve.observability.logs import JsonFormatter, start_logging
 
-    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    start_logging(JsonFormatter() if settings.log_format == "json" else text)
+    of_several = settings.processes > 1
+    process = " %(process)d" if of_several else ""
+    text = logging.Formatter(f"%(asctime)s{process} %(levelname)s %(name)s: %(message)s")
+    start_logging(JsonFormatter(with_process=of_several) if settings.log_format == "json" else text)
 
 
 def _reranker(settings: Settings, metrics: "Metrics") -> "Reranker | None":

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -17,7 +18,6 @@ GRACE_S = 10.0
 # For so long its addresses are waited for.
 LONGEST_REOPENING_S = 10.0
 LOOK_S = 0.05
-LOG_EVERY_S = 60.0
 
 Open = Callable[[int | None], tuple[grpc.aio.Server, int]]
 
@@ -46,8 +46,7 @@ class KeptServer:
         self._on_failure = on_failure
         self._server, self.port = open_server(None)
         self._keeper: asyncio.Task[None] | None = None
-        self._failed: list[tuple[grpc.aio.Server, asyncio.Task[None]]] = []
-        self._logged: float | None = None
+        self._failed: list[tuple[asyncio.Event, asyncio.Task[None]]] = []
 
     async def start(self) -> None:
         """Begins to take calls."""
@@ -69,8 +68,8 @@ class KeptServer:
                     if not await self._server.wait_for_termination(LOOK_S):
                         return
                     continue
-                except Exception as error:
-                    self._log(error)
+                except Exception:
+                    logger.exception("gRPC's server failed, another takes its place")
                 self._on_restart()
                 await self._replace()
         except Exception:
@@ -82,7 +81,8 @@ class KeptServer:
         failed = self._server
         await self._end_failed()
         # gRPC has begun to close what it listens on.
-        self._failed.append((failed, asyncio.create_task(failed.stop(GRACE_S))))
+        cut = asyncio.Event()
+        self._failed.append((cut, asyncio.create_task(_end(failed, cut))))
         until = time.monotonic() + LONGEST_REOPENING_S
         # It deletes the files of its sockets, which must not be those of the new server.
         while any(Path(path).exists() for path in self._sockets) and time.monotonic() < until:
@@ -98,13 +98,17 @@ class KeptServer:
         await self._server.start()
 
     async def _end_failed(self) -> None:
-        for server, stopping in self._failed:
-            await server.stop(None)
-            await stopping
+        for cut, ending in self._failed:
+            cut.set()
+            await ending
         self._failed.clear()
 
-    def _log(self, error: Exception) -> None:
-        now = time.monotonic()
-        if self._logged is None or now - self._logged >= LOG_EVERY_S:
-            self._logged = now
-            logger.error("gRPC's server failed, another takes its place", exc_info=error)
+
+async def _end(failed: grpc.aio.Server, cut: asyncio.Event) -> None:
+    """Ends a failed server after its grace, or when that is cut short.
+
+    Only here: gRPC 1.85 crashes if a server is stopped while an earlier `stop` waits.
+    """
+    with suppress(TimeoutError):
+        await asyncio.wait_for(cut.wait(), GRACE_S)
+    await failed.stop(None)

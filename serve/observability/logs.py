@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from queue import Full, Queue
@@ -16,12 +17,21 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 
 MOST_LINES = 10_000
 LONGEST_END_S = 2.0
+# Of one place in a minute, and places that are remembered.
+MOST_REPEATED = 10
+MINUTE_S = 60.0
+MOST_PLACES = 1_000
 # What every record has; anything else came with `extra=`.
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 class JsonFormatter(logging.Formatter):
     """One JSON object per line: time (RFC 3339, UTC), level, logger, message, request_id, and what `extra=` gave."""
+
+    def __init__(self, *, with_process: bool = False) -> None:
+        """`with_process`: whether lines have the process' id."""
+        super().__init__()
+        self._with_process = with_process
 
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -34,10 +44,52 @@ class JsonFormatter(logging.Formatter):
         request_id = REQUEST_ID.get()
         if request_id:
             line["request_id"] = request_id
+        if self._with_process:
+            line["process"] = record.process
         line.update((key, value) for key, value in vars(record).items() if key not in _STANDARD)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class Repeated(logging.Filter):
+    """Lets through so many warnings and errors from one place in a minute, and counts the others.
+
+    A store that is away fails every call, and a stranger can make gRPC and asyncio log, with tracebacks. Lines are from
+    one place if the code that logs is the same, and the code that failed.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._lock = threading.Lock()
+        # By place: when its minute began, and how many lines came in it.
+        self._counts: dict[tuple[object, ...], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        place, now = _place(record), self._clock()
+        with self._lock:
+            since, count = self._counts.get(place, (now, 0))
+            left_out = 0
+            if now - since >= MINUTE_S:
+                since, count, left_out = now, 0, max(0, count - MOST_REPEATED)
+            if len(self._counts) >= MOST_PLACES:
+                self._counts.clear()
+            self._counts[place] = since, count + 1
+        if left_out:
+            record.msg, record.args = f"{record.getMessage()} (and {left_out} times before, left out here)", None
+        return count < MOST_REPEATED
+
+
+def _place(record: logging.LogRecord) -> tuple[object, ...]:
+    error = record.exc_info[1] if record.exc_info else None
+    traceback = None if error is None else error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    failed = None if traceback is None else (traceback.tb_frame.f_code, traceback.tb_lineno)
+    return record.name, record.pathname, record.lineno, type(error), failed
 
 
 class DetachedHandler(logging.Handler):
@@ -88,5 +140,6 @@ def start_logging(formatter: logging.Formatter, stream: TextIO | None = None) ->
     """Sends all logging to `stream`, standard error by default, from a thread of its own."""
     handler = DetachedHandler(stream or sys.stderr)
     handler.setFormatter(formatter)
+    handler.addFilter(Repeated())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     atexit.register(handler.finish)

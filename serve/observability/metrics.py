@@ -6,7 +6,6 @@ unknown items `rate(jaxrec_events_total{known="false"}[5m]) / rate(jaxrec_events
 `rate(jaxrec_feedback_events_total[5m]) / rate(jaxrec_answers_total[5m])`.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,11 +13,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
-
-from serve.addresses import AddressError, check_exposure, host_and_port
-
-logger = logging.getLogger(__name__)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -226,27 +221,6 @@ class Metrics:
         self._model_created.set(self._created or 0)
         if models:
             self._coverage.reset(models[0][3])
-
-    def serve(self, address: str, allow_insecure: bool = False) -> Callable[[], None]:
-        """Answers Prometheus on HOST:PORT over HTTP; returns what ends it.
-
-        Raises AddressError, and SecurityError for an address beyond this machine that is not explicitly allowed.
-        """
-        host, port = host_and_port(address)
-        check_exposure(address, encrypted=False, authenticated=False, allow_insecure=allow_insecure)
-        try:
-            server, thread = start_http_server(port, host, self.registry)
-        except OSError as error:
-            raise AddressError(f"cannot listen on {address}: {error.strerror}") from error
-
-        logger.info("metrics are served", extra={"address": f"{host}:{server.server_port}"})
-
-        def stop() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        return stop
 
     def _histogram(self, name: str, what: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
         return Histogram(name, what, labels, namespace="jaxrec", buckets=buckets, registry=self.registry)

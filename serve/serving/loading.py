@@ -55,6 +55,7 @@ def open_models(
     *,
     watch_s: float = WATCH_S,
     trend_refresh_s: float = REFRESH_S,
+    keep_previous: bool = True,
     load_now: bool = True,
 ) -> ModelLibrary:
     """The versions of a directory, with their attempts and what serves in the metrics; raises as `ModelLibrary`.
@@ -76,11 +77,13 @@ def open_models(
         refresher.prepare(loaded.model)
         return loaded
 
-    def changed(models: Sequence[LoadedModel]) -> None:
-        infos = [loaded.model.info for loaded in models]
-        sweeper.keep([info.model_version for info in infos])
+    def resident(models: Sequence[LoadedModel]) -> None:
+        sweeper.keep([loaded.model.info.model_version for loaded in models])
         refresher.keep([loaded.model for loaded in models])
         catalogue.keep([loaded.model for loaded in models])
+
+    def changed(models: Sequence[LoadedModel]) -> None:
+        infos = [loaded.model.info for loaded in models]
         loader.metrics.serving(
             [(info.model_version, info.policy, info.created_time, info.item_count) for info in infos]
         )
@@ -95,6 +98,8 @@ def open_models(
         watch_s=watch_s,
         on_attempt=loader.metrics.reloaded,
         on_change=changed,
+        on_resident=resident,
+        keep_previous=keep_previous,
         on_close=close,
         load_now=load_now,
     )

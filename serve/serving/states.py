@@ -18,7 +18,7 @@ back from there; if there is none, or one that cannot be used, it is rebuilt fro
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -80,8 +80,11 @@ class StateCache:
         # the same counts.
         trend = self._engine.trend
         masks = [() if query.user_id is None else self._model.masks(query, trend) for query in queries]
+        user_ids = {query.user_id for query in queries if query.user_id is not None}
+        # Before the lock: others, whose states are in memory, do not wait for the store and for a replay.
+        read = self._brought_up({user_id: self._unspilled(user_id) for user_id in user_ids if not self.has(user_id)})
         with self._lock:
-            users = self._current({query.user_id for query in queries if query.user_id is not None})
+            users = self._current(user_ids, read)
             for at, query in enumerate(queries):
                 if query.user_id is None:
                     replayed.append((at, query))
@@ -202,11 +205,26 @@ class StateCache:
         more = np.array([self._model.indices(query.exclude_item_ids)], np.int32)
         return np.concatenate([seen, more, user.disliked[None]], axis=1)
 
-    def _current(self, user_ids: Iterable[str]) -> dict[str, UserState]:
-        """The users' states as of their stored histories."""
+    def _current(self, user_ids: Iterable[str], read: Mapping[str, UserState]) -> dict[str, UserState]:
+        """The users' states as of their stored histories; `read` are those that were not in memory. What neither is
+        there any more is read again."""
+        current = self._brought_up(
+            {user_id: self._users.get(user_id) or read.get(user_id) or self._unspilled(user_id) for user_id in user_ids}
+        )
+        for user_id, user in current.items():
+            if user.revision:
+                self._users[user_id] = user
+                self._users.move_to_end(user_id)
+            else:
+                # Ids that nobody has recorded an event for are without number, and would push out all others.
+                self._users.pop(user_id, None)
+        return current
+
+    def _brought_up(self, kept: "Mapping[str, UserState | None]") -> dict[str, UserState]:
+        """States as of the stored histories, from earlier ones or from nothing. Needs no lock, and changes none of
+        them."""
         current: dict[str, UserState] = {}
         unread: dict[str, _Unread] = {}
-        kept = {user_id: self._users.get(user_id) or self._unspilled(user_id) for user_id in user_ids}
         known = [user_id for user_id, user in kept.items() if user is not None]
         revisions = self._store.revisions(known) if known else {}
         for user_id, user in kept.items():
@@ -223,13 +241,6 @@ class StateCache:
             else:
                 current[user_id] = user
         current.update(self._rebuilt(unread))
-        for user_id, user in current.items():
-            if user.revision:
-                self._users[user_id] = user
-                self._users.move_to_end(user_id)
-            else:
-                # Ids that nobody has recorded an event for are without number, and would push out all others.
-                self._users.pop(user_id, None)
         return current
 
     def _advanced(self, user: UserState, changes: Changes) -> UserState | None:

@@ -53,6 +53,15 @@ class Report(NamedTuple):
     """Seconds since 1970-01-01T00:00Z; 0: not loaded."""
 
 
+class Division(NamedTuple):
+    """How users are divided, for another process of the same server."""
+
+    shares: Mapping[str, float]
+    automatic: bool
+    previous: str | None
+    """The version that had most of them before."""
+
+
 class _Ready(NamedTuple):
     """A loaded version."""
 
@@ -88,6 +97,8 @@ class ModelLibrary:
         watch_s: float = WATCH_S,
         on_attempt: Callable[[str], None] = lambda result: None,
         on_change: Callable[[Sequence[LoadedModel]], None] = lambda models: None,
+        on_resident: Callable[[Sequence[LoadedModel]], None] = lambda models: None,
+        keep_previous: bool = True,
         on_close: Callable[[], None] = lambda: None,
         load_now: bool = True,
     ) -> None:
@@ -95,12 +106,16 @@ class ModelLibrary:
 
         `load` verifies, loads and warms up, and raises ArtifactError or ProviderError. Every `watch_s` seconds the
         directory is looked at for a newer version; 0: never. `on_attempt` gets `loaded` or `refused`, `on_change`
-        the loaded models, most traffic first; `on_close` is called at the end.
+        the loaded models, most traffic first, `on_resident` all that are in memory; `on_close` is called at the end.
+        `keep_previous`: the version that answered most before the last change stays in memory for `roll_back`, until
+        another one is loaded.
         """
         self._directory = directory
         self._load = load
         self._on_attempt = on_attempt
         self._on_change = on_change
+        self._on_resident = on_resident
+        self._keep_previous = keep_previous
         self._on_close = on_close
         # Held while versions are loaded and traffic changes; answering needs no lock.
         self._changing = threading.Lock()
@@ -108,7 +123,11 @@ class ModelLibrary:
         self._loading = ""
         self._traffic = _Traffic({}, {})
         self._previous: str | None = None
+        self._kept: dict[str, _Ready] = {}
+        """The version to roll back to, unless it answers or has to be loaded again."""
         self._has_changed = False
+        self.on_division: Callable[[Division], None] = lambda division: None
+        """Called with each division of users by hand."""
         self.automatic = watch_s > 0
         self._watches = self.automatic
         self._closed = threading.Event()
@@ -171,7 +190,7 @@ class ModelLibrary:
 
     def forget(self, user_id: str) -> None:
         """Drops what is in memory of a user that was deleted from the store."""
-        for ready in self._traffic.ready.values():
+        for ready in (*self._traffic.ready.values(), *self._kept.values()):
             ready.model.states.forget(user_id)
 
     def shares(self) -> list[tuple[str, float]]:
@@ -205,6 +224,7 @@ class ModelLibrary:
             self.automatic = self._watches
             before = self._traffic
             self._follow(find_versions(self._directory), older_too=True)
+            self._divided()
             return before is not self._traffic
 
     def load(self, model_version: str) -> bool:
@@ -229,6 +249,7 @@ class ModelLibrary:
         with self._changing:
             changed = self._divide({version: share / total for version, share in shares.items()})
             self.automatic = False
+            self._divided()
             return changed
 
     def roll_back(self) -> str:
@@ -245,13 +266,28 @@ class ModelLibrary:
             except UnknownModel as error:
                 raise RefusedModel(str(error)) from error
             self.automatic = False
+            self._divided()
             return previous
+
+    def follow_division(self, division: Division) -> None:
+        """Divides users as another process does; logs why, if that cannot be done."""
+        with self._changing:
+            try:
+                self._divide(division.shares)
+            except (UnknownModel, RefusedModel) as error:
+                logger.error("users are divided otherwise than in the other processes: %s", error)
+            self.automatic = division.automatic and self._watches
+            self._previous = division.previous
+
+    def _divided(self) -> None:
+        self.on_division(Division(self._traffic.shares, self.automatic, self._previous))
 
     def _divide(self, shares: Mapping[str, float]) -> bool:
         traffic = self._traffic
         if dict(shares) == dict(traffic.shares):
             return False
-        ready = {version: traffic.ready.get(version) or self._named(version) for version in shares}
+        there = {**self._kept, **traffic.ready}
+        ready = {version: there.get(version) or self._named(version) for version in shares}
         self._serve(_Traffic(ready, shares))
         return True
 
@@ -316,6 +352,9 @@ class ModelLibrary:
     def _loaded(self, version: Version) -> _Ready:
         """Raises ArtifactError or ProviderError, having noted the reason."""
         self._loading = version.model_version
+        if self._kept:
+            # Not three at once; if the new one is refused, the one before is loaded again to roll back to it.
+            self._keep({})
         try:
             model = self._load(version.path)
             if model.model.info.model_version != version.model_version:
@@ -340,6 +379,16 @@ class ModelLibrary:
             self._previous = before.main
         logger.info("serving %s", ", ".join(f"{version} to {share:.1%}" for version, share in self.shares()))
         self._on_change([traffic.ready[version].model for version in self.versions()])
+        previous = self._previous
+        there = {**self._kept, **before.ready}
+        is_kept = self._keep_previous and previous in there and previous not in traffic.ready
+        self._keep({previous: there[previous]} if is_kept and previous is not None else {})
+
+    def _keep(self, kept: dict[str, _Ready]) -> None:
+        self._kept = kept
+        traffic = self._traffic
+        serving = [traffic.ready[version].model for version in self.versions()]
+        self._on_resident([*serving, *(ready.model for ready in kept.values())])
 
     @staticmethod
     def _report(traffic: _Traffic, version: str, folder: str, state: State, reason: str) -> Report:

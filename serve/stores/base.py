@@ -249,7 +249,8 @@ class EventStore(ABC):
 
         It is written with others within about a second. A crash, or a store that stays broken, loses it (counted in
         `dropped_count`), since an answer is worth more than its log. A slate whose user was deleted after the
-        request began is not written, and does not count as dropped.
+        request began is not written, and does not count as dropped. Nor is one of a user who comes back within the
+        second in which another server has yet to see the deletion.
 
         Args:
             slate: What was recommended.

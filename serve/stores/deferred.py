@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from abc import abstractmethod
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -39,8 +40,13 @@ class _Waiting(NamedTuple):
 class DeferredWrites:
     """Hands what was added to `write`, at the latest a second later; keeps and repeats what could not be written."""
 
-    def __init__(self, write: Write) -> None:
+    def __init__(self, write: Write, last_deletion: Callable[[], int]) -> None:
+        """`last_deletion` is the number of the store's last deletion of a user; raises what that raises."""
         self._write = write
+        self._last_deletion = last_deletion
+        self._deletions: deque[tuple[float, int]] = deque([(time.monotonic(), last_deletion())])
+        """Since when this process knows of a deletion, by `time.monotonic()`, and its number. A number and not the time
+        of the deletion says what was asked before it: clocks are set, and those of servers differ."""
         self._waiting: deque[_Waiting] = deque()
         self._bytes = 0
         self._changed = threading.Condition()
@@ -72,6 +78,16 @@ class DeferredWrites:
         with self._writing, self._changed:
             self._keep([waiting for waiting in self._waiting if waiting.entry.user_id != user_id])
 
+    def look(self) -> None:
+        """Notes the store's last deletion of a user; raises what that raises."""
+        number = self._last_deletion()
+        now = time.monotonic()
+        with self._changed:
+            if number != self._deletions[-1][1]:
+                self._deletions.append((now, number))
+            while len(self._deletions) > 1 and now - self._deletions[1][0] > LONGEST_WAIT_S:
+                self._deletions.popleft()
+
     @contextmanager
     def merging(self, source: str, target: str) -> Iterator[None]:
         """Writes what waits, and then nothing else within the block. What was added of the source meanwhile becomes the
@@ -102,6 +118,8 @@ class DeferredWrites:
 
     def flush(self) -> None:
         """Writes all that waits now, or raises what came of it and keeps it: a StoreError, unless an entry is bad."""
+        with suppress(StoreError):
+            self.look()
         with self._writing:
             self._flush()
 
@@ -175,8 +193,10 @@ class DeferredWrites:
         self._bytes = sum(one.size for one in waiting)
 
     def _write_batch(self, batch: Sequence[_Waiting]) -> None:
+        with self._changed:
+            known = list(self._deletions)
         self._write(
-            [Started(entry, since) for entry, since, _ in batch if isinstance(entry, Slate)],
+            [Started(entry, _known_at(since, known)) for entry, since, _ in batch if isinstance(entry, Slate)],
             [entry for entry, *_ in batch if isinstance(entry, SpilledState)],
         )
 
@@ -215,6 +235,12 @@ class DeferredWrites:
 
     def _has_cause_to_write(self) -> bool:
         return self._closed or (len(self._waiting) >= DEFERRED_BATCH and not self._failing)
+
+
+def _known_at(time_s: float, deletions: Sequence[tuple[float, int]]) -> int:
+    """The last deletion that was known at a time; -1: none."""
+    at = bisect_right(deletions, time_s, key=lambda one: one[0])
+    return deletions[at - 1][1] if at else -1
 
 
 def _size(entry: Slate | SpilledState) -> int:

@@ -1,10 +1,8 @@
 """Events, slates and items as rows of databases, and which slates are still to be written."""
 
 import json
-import math
 import secrets
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,27 +13,23 @@ from serve.stores.counters import Damaged
 
 
 class Started(NamedTuple):
-    """A slate to log, and when its request began, by `time.monotonic()` of this process."""
+    """A slate to log, and the last deletion of a user that was known when its request began."""
 
     slate: Slate
-    started: float
-
-    def by(self, now: float) -> float:
-        """The same by another clock, which showed `now` a moment ago: clocks of several servers need not agree."""
-        return now - (time.monotonic() - self.started)
+    deletion: int
 
 
-def still_wanted(started: Sequence[Started], deleted: Mapping[str, float], now: float) -> list[Slate]:
+def still_wanted(started: Sequence[Started], deleted: Mapping[str, int]) -> list[Slate]:
     """Those whose request did not begin before its user was deleted.
 
-    `deleted` has the times of deletion by digest, `now` is the time by the same clock.
+    `deleted` has the numbers of deletions by digest.
     """
     if not deleted:
         return [slate for slate, _ in started]
     return [
-        one.slate
-        for one in started
-        if one.slate.user_id is None or one.by(now) > deleted.get(digest(one.slate.user_id), -math.inf)
+        slate
+        for slate, deletion in started
+        if slate.user_id is None or deleted.get(digest(slate.user_id), deletion) <= deletion
     ]
 
 

@@ -3,7 +3,7 @@
 import json
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, LiteralString, NamedTuple
 
 from serve.model.events import Event
@@ -25,6 +25,8 @@ from serve.stores.rows import event_of_row, item_of_text, slate_of_row
 
 LARGEST = 2**63 - 1
 LAST = (LARGEST, LARGEST)
+FIRST = ("", "")
+SWEPT_AT_ONCE = 1_000  # states
 COPIED_AT_ONCE = 10_000
 SLATES_AT_ONCE = 50
 LOOKED_AT_AT_ONCE = 100_000  # arrivals, of which few may be wanted: a statement must not take long
@@ -49,6 +51,8 @@ class Queries(NamedTuple):
     """Those of some event ids that are stored (the ids as JSON)."""
     state: LiteralString
     """The columns of `SpilledState` (user, model version)."""
+    state_keys: LiteralString
+    """User and model version of states in order (user and model version before the first, limit)."""
     events: LiteralString
     """Arrival and the columns of `UserEvent` in order of arrival (arrival before the first, limit)."""
     slates: LiteralString
@@ -57,6 +61,8 @@ class Queries(NamedTuple):
     """One row: the least number of the slates from a time on, None without one (timestamp)."""
     shown_items: LiteralString
     """The columns of `ShownItem` in order (recommendation and item that come before, limit)."""
+    last_deletion: LiteralString
+    """One row: the number of the last deletion of a user, 0 without one."""
     times: LiteralString
     """Item and timestamp (arrival before the first, last arrival, timestamp before the first)."""
     counted_until: LiteralString
@@ -77,6 +83,8 @@ class SqlStore(DeferringStore):
 
     _queries: Queries
     _damaged_items: Damaged
+    _drop_from = FIRST
+    """The user and the model version of the state after which `drop_states` goes on."""
 
     @abstractmethod
     def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
@@ -126,6 +134,27 @@ class SqlStore(DeferringStore):
         rows = self._read(self._queries.state, user_id, model_version)
         return SpilledState(*rows[0]) if rows else None
 
+    def drop_states(self, keep_versions: Collection[str], most: int) -> int:
+        """Goes through the states from where the last call ended. They are read outside of a transaction, so that those
+        that stay keep no other write waiting."""
+        sees_all, at_once = self._drop_from == FIRST, min(most, SWEPT_AT_ONCE)
+        while True:
+            keys = self._read(self._queries.state_keys, *self._drop_from, at_once)
+            gone = [key for key in keys if key[1] not in keep_versions]
+            dropped = self._delete_states(gone) if gone else 0
+            self._drop_from = keys[-1] if len(keys) == at_once else FIRST
+            if dropped:
+                return dropped
+            if self._drop_from == FIRST:
+                # Before "none is left" is said, all are seen once.
+                if sees_all:
+                    return 0
+                sees_all = True
+
+    @abstractmethod
+    def _delete_states(self, keys: Sequence[tuple[str, str]]) -> int:
+        """Deletes states by user and model version, in this order; how many there were."""
+
     def all_events(self, after: int = 0) -> Iterator[Sequence[tuple[int, UserEvent]]]:
         for rows in self._parts(self._queries.events, after):
             yield [(row[0], event_of_row(row[1:])) for row in rows]
@@ -140,7 +169,7 @@ class SqlStore(DeferringStore):
             yield [one for one in slates if one.timestamp >= since] if since else slates
 
     def all_shown(self) -> Iterator[Sequence[ShownItem]]:
-        last = ("", "")
+        last = FIRST
         while rows := self._read(self._queries.shown_items, *last, COPIED_AT_ONCE):
             yield [ShownItem(*row) for row in rows]
             last = rows[-1][:2]
@@ -191,6 +220,10 @@ class SqlStore(DeferringStore):
         while rows := self._read(query, last, COPIED_AT_ONCE):
             yield rows
             last = rows[-1][0]
+
+    def _last_deletion(self) -> int:
+        ((number,),) = self._read(self._queries.last_deletion)
+        return int(number)
 
     def _life(self, user_id: str) -> tuple[int, int]:
         """First and last arrival of a user's events; zeros: there are none."""

@@ -40,7 +40,8 @@ def running_server(
     `options` are further options of the command, such as `("--watch", "0.5")`; `stderr` takes its log, which else goes
     where this process' goes.
 
-    Raises StartError when it ends before it serves, or does not serve within `timeout_s` seconds.
+    Raises StartError when it ends before it serves, or does not serve within `timeout_s` seconds, and
+    subprocess.TimeoutExpired when it does not end within as long after SIGTERM.
     """
     command = [sys.executable, "-m", "serve", "run", str(model), "--address", address]
     command += ["--store", str(store), "--provider", provider, *options]
@@ -57,3 +58,8 @@ def running_server(
             process.kill()
             raise
         process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from serve.observability.logs import REQUEST_ID, DetachedHandler, JsonFormatter
+from serve.observability.logs import MINUTE_S, MOST_REPEATED, REQUEST_ID, DetachedHandler, JsonFormatter, Repeated
 
 PATIENCE_S = 30.0
 
@@ -68,3 +68,29 @@ def test_a_log_that_nobody_reads_holds_up_no_call_and_says_what_was_dropped() ->
     handler.finish(PATIENCE_S)
     messages = [json.loads(line)["message"] for line in stream.getvalue().splitlines()[3:]]
     assert messages == ["first", "more", "more", "last", "2 lines of the log were dropped"]
+
+
+def test_a_failure_that_comes_with_every_call_is_logged_some_times_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    logger = logging.Logger("test")
+    logger.addHandler(caplog.handler)
+    caplog.handler.addFilter(only_some := Repeated(lambda: now))
+
+    def fail(divisor: object) -> None:
+        try:
+            1 / divisor  # type: ignore[operator]
+        except Exception as error:
+            logger.error("cannot be answered [%d]", now, exc_info=error)
+
+    for _ in range(MOST_REPEATED + 90):
+        fail(0)
+        logger.info("a call")
+    assert caplog.messages.count("cannot be answered [0]") == MOST_REPEATED
+    assert caplog.messages.count("a call") == MOST_REPEATED + 90
+    # Another failure in the same place is not hidden by it.
+    fail("text")
+    assert caplog.messages.count("cannot be answered [0]") == MOST_REPEATED + 1
+    now = MINUTE_S
+    fail(0)
+    assert caplog.messages[-1] == "cannot be answered [60] (and 90 times before, left out here)"
+    caplog.handler.removeFilter(only_some)

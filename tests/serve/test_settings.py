@@ -32,7 +32,7 @@ def test_an_option_beats_a_variable_which_beats_the_file_which_beats_the_default
 def test_every_setting_can_be_a_variable_and_a_key(tmp_path: Path) -> None:
     texts = {
         **{name: "1" for name in SETTINGS if name not in ("tokens", "reranker")},
-        **{"provider": "cuda", "search": "index", "log_format": "text", "slate_log": "0.5"},
+        **{"provider": "cuda", "search": "index", "log_format": "text", "slate_log": "0.5", "processes": "2"},
         "http_origins": "https://example.org",
     }
     (tmp_path / "f.toml").write_text("\n".join(f'{name} = "{text}"' for name, text in texts.items()))
@@ -90,6 +90,9 @@ def test_variables_of_the_client_and_of_a_service_called_jaxrec_are_not_settings
         ({}, {}, "shared_port = 1", "serve.toml: shared_port: expected true or false, came 1"),
         ({}, {}, "watch", "serve.toml: expected TOML in UTF-8: "),
         ({}, {"JAXREC_TLS_CERT": "x"}, "", "expected tls_cert and tls_key together, and tls_client_ca only with them"),
+        ({"address": "unix:/a"}, {}, "processes = 2", "expected processes = 1 with unix:PATH"),
+        ({"fast": "unix:/a"}, {}, "processes = 2", "fast: expected 127.0.0.1:PORT, which 2 processes share, came unix:/a"),
+        ({"fast": "127.0.0.1:0"}, {}, "processes = 2", "fast: expected 127.0.0.1:PORT, which 2 processes share, came "),
         ({"explore": 0.5, "reranker": "m:f"}, {}, "", "expected explore or reranker, and not both"),
         ({"reranker": "m:f"}, {}, "reranker_timeout_s = 0", "reranker_timeout_s: expected a number above 0, came 0"),
         ({"model": None}, {}, "", "expected a model directory: MODEL, JAXREC_MODEL or the key model"),

@@ -54,7 +54,7 @@ from jaxrec.rl.served.recommendations import NO_REQUEST_TIME, History, Recommend
 from jaxrec.rl.served.trends import ArrivedEvents, Moment
 
 APPLICATION_ID = 0x6A787263
-STORE_VERSION = 9
+STORE_VERSION = 10
 NOT_DRAWN = frozenset({"new_item_slots", "rules"})
 # What the first excluded is noted as excluded items; the second says which model answered, as the slate does.
 HARMLESS = frozenset({"not_shown_within", "model_version"})

@@ -10,7 +10,7 @@ from serve.stores.postgres.counters import COUNTED_UNTIL, COUNTERS_SCHEMA, TIMES
 from serve.stores.rows import EVENT_COLUMNS, SHOWN_ITEM_COLUMNS, SLATE_COLUMNS
 from serve.stores.sql import Queries
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 VERSION_TABLE: tuple[LiteralString, ...] = (
     "CREATE SCHEMA IF NOT EXISTS jaxrec",
     "CREATE TABLE IF NOT EXISTS jaxrec.store (version integer NOT NULL)",
@@ -78,8 +78,11 @@ SCHEMA: tuple[LiteralString, ...] = (
     "CREATE INDEX IF NOT EXISTS shown_items_at ON jaxrec.shown_items (recorded)",
     """CREATE TABLE IF NOT EXISTS jaxrec.deletions (
         digest text PRIMARY KEY,
-        time timestamptz NOT NULL
+        time timestamptz NOT NULL,
+        number bigint NOT NULL DEFAULT 0
     )""",
+    "ALTER TABLE jaxrec.deletions ADD COLUMN IF NOT EXISTS number bigint NOT NULL DEFAULT 0",
+    "CREATE INDEX IF NOT EXISTS deletion_numbers ON jaxrec.deletions (number)",
     """CREATE TABLE IF NOT EXISTS jaxrec.states (
         user_id text NOT NULL,
         model_version text NOT NULL,
@@ -117,6 +120,10 @@ QUERIES = Queries(
         "SELECT event_id FROM jaxrec.events WHERE event_id IN (SELECT value FROM json_array_elements_text(%s::json))"
     ),
     state="SELECT * FROM jaxrec.states WHERE user_id = %s AND model_version = %s",
+    state_keys=(
+        "SELECT user_id, model_version FROM jaxrec.states WHERE (user_id, model_version) > (%s, %s)"
+        " ORDER BY user_id, model_version LIMIT %s"
+    ),
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM jaxrec.events WHERE arrival > %s ORDER BY arrival LIMIT %s"),
     slates=f"SELECT number, {SLATE_COLUMNS} FROM jaxrec.shown WHERE number > %s ORDER BY number LIMIT %s",
     first_slate="SELECT min(number) FROM jaxrec.shown WHERE timestamp >= %s",
@@ -124,6 +131,7 @@ QUERIES = Queries(
         f"SELECT {SHOWN_ITEM_COLUMNS} FROM jaxrec.shown_items WHERE (recommendation_id, item_id) > (%s, %s)"
         " ORDER BY recommendation_id, item_id LIMIT %s"
     ),
+    last_deletion="SELECT coalesce(max(number), 0) FROM jaxrec.deletions",
     times=TIMES,
     counted_until=COUNTED_UNTIL,
     changed_items=items.CHANGED,

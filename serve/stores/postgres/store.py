@@ -6,7 +6,7 @@ locked after the users and events of a call, in the order of ids.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, LiteralString
 
@@ -44,8 +44,9 @@ CONNECT_TIMEOUT_S = 5
 # Kept open between calls; there are never more than threads that call at once.
 IDLE_CONNECTIONS = 16
 # A statement that waits longer, say for a lock, fails; the client may try again.
-STATEMENT_TIMEOUT_MS = 5_000
-SETTINGS = f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c synchronous_commit=on"
+STATEMENT_TIMEOUT_MS: LiteralString = "5000"
+# For each transaction, in one message: PgBouncer refuses connections with options, and lends them to others.
+BEGIN: LiteralString = f"BEGIN; SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}; SET LOCAL synchronous_commit = on"
 
 
 class PostgresStore(SqlStore):
@@ -73,7 +74,7 @@ class PostgresStore(SqlStore):
             self._where = f"PostgreSQL {connection.info.host}:{connection.info.port}/{connection.info.dbname}"
         self._damaged = Damaged(self._where)
         self._damaged_items = Damaged(self._where, DAMAGED_ITEM)
-        self._deferred = DeferredWrites(self._write_deferred)
+        self._deferred = DeferredWrites(self._write_deferred, self._last_deletion)
 
     def close(self) -> None:
         self._deferred.close()
@@ -86,10 +87,16 @@ class PostgresStore(SqlStore):
         columns = [list(column) for column in zip(*map(event_row, events), strict=True)]
         with self._connection("cannot be written") as connection:
             users.lock_users(connection, user_ids)
+            # They arrive in the order of the call, but are inserted in that of their ids: two calls with the same new
+            # ids don't wait for each other in a circle.
             rows = connection.execute(
-                f"INSERT INTO jaxrec.events ({EVENT_COLUMNS}) SELECT {EVENT_COLUMNS} FROM unnest("
-                "%s::text[], %s::text[], %s::text[], %s::float8[], %s::bigint[], %s::float8[], %s::text[], %s::text[],"
-                f" %s::float8[]) WITH ORDINALITY AS new ({EVENT_COLUMNS}, at) ORDER BY at"
+                f"WITH given AS (SELECT {EVENT_COLUMNS} FROM unnest(%s::text[], %s::text[], %s::text[], %s::float8[],"
+                " %s::bigint[], %s::float8[], %s::text[], %s::text[], %s::float8[])"
+                f" WITH ORDINALITY AS columns ({EVENT_COLUMNS}, at) ORDER BY at),"
+                " arrived AS MATERIALIZED (SELECT"
+                f" nextval(pg_get_serial_sequence('jaxrec.events', 'arrival')) AS arrival, {EVENT_COLUMNS} FROM given)"
+                f" INSERT INTO jaxrec.events (arrival, {EVENT_COLUMNS}) OVERRIDING SYSTEM VALUE"
+                f" SELECT arrival, {EVENT_COLUMNS} FROM arrived ORDER BY event_id, arrival"
                 " ON CONFLICT (event_id) DO NOTHING RETURNING event_id",
                 columns,
             ).fetchall()
@@ -126,14 +133,6 @@ class PostgresStore(SqlStore):
                 columns,
             ).rowcount
 
-    def drop_states(self, keep_versions: Collection[str], most: int) -> int:
-        with self._connection("cannot be written") as connection:
-            return connection.execute(
-                "DELETE FROM jaxrec.states WHERE (user_id, model_version) IN (SELECT user_id, model_version"
-                " FROM jaxrec.states WHERE NOT model_version = ANY(%s) LIMIT %s FOR UPDATE SKIP LOCKED)",
-                [list(keep_versions), most],
-            ).rowcount
-
     def prune_slates(self, before: int, most: int) -> bool:
         with self._connection("cannot be written") as connection:
             return users.prune_slates(connection, before, most)
@@ -141,7 +140,9 @@ class PostgresStore(SqlStore):
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
         with self._connection("cannot be written") as connection:
-            return users.delete_user(connection, user_id)
+            deleted = users.delete_user(connection, user_id)
+        self._deferred.look()
+        return deleted
 
     def delete_events(self, user_id: str, event_ids: Sequence[str]) -> int:
         with self._connection("cannot be written") as connection:
@@ -186,6 +187,15 @@ class PostgresStore(SqlStore):
         with self._connection("cannot be read") as connection:
             return connection.execute(query, parameters).fetchall()
 
+    def _delete_states(self, keys: Sequence[tuple[str, str]]) -> int:
+        with self._connection("cannot be written") as connection:
+            return connection.execute(
+                "DELETE FROM jaxrec.states WHERE (user_id, model_version) IN (SELECT user_id, model_version"
+                " FROM jaxrec.states JOIN unnest(%s::text[], %s::text[]) AS swept (user_id, model_version)"
+                " USING (user_id, model_version) FOR UPDATE OF states SKIP LOCKED)",
+                [list(column) for column in zip(*keys, strict=True)],
+            ).rowcount
+
     def _write_deferred(self, slates: Sequence[Started], states: Sequence[SpilledState]) -> None:
         with self._connection("cannot be written") as connection:
             _insert_slates(connection, slates)
@@ -204,12 +214,11 @@ class PostgresStore(SqlStore):
             try:
                 connection = self._idle.pop()
             except IndexError:
-                connection = psycopg.connect(
-                    self._location, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S, options=SETTINGS
-                )
+                connection = psycopg.connect(self._location, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S)
             try:
-                with connection.transaction():
-                    yield connection
+                connection.execute(BEGIN, prepare=False)
+                yield connection
+                connection.execute("COMMIT")
             except BaseException:
                 connection.close()
                 raise
@@ -233,12 +242,10 @@ def _insert_slates(connection: psycopg.Connection, slates: Sequence[Started]) ->
     """Leaves out what was recommended to users before they were deleted."""
     connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", [DELETION_LOCK])
     rows = connection.execute(
-        "SELECT digest, extract(epoch FROM time)::float8 FROM jaxrec.deletions WHERE digest = ANY(%s)",
-        [digests(slates)],
+        "SELECT digest, number FROM jaxrec.deletions WHERE digest = ANY(%s)", [digests(slates)]
     ).fetchall()
-    (now,) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone() or (0.0,)
     connection.cursor().executemany(
         f"INSERT INTO jaxrec.shown ({SLATE_COLUMNS}) VALUES ({', '.join(['%s'] * len(Slate._fields))})"
         " ON CONFLICT (recommendation_id) DO NOTHING",
-        [slate_row(one) for one in still_wanted(slates, dict(rows), now)],
+        [slate_row(one) for one in still_wanted(slates, dict(rows))],
     )

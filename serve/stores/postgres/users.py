@@ -124,10 +124,14 @@ def _begin_anew(connection: psycopg.Connection, user_id: str) -> None:
 
 def _note_deletion(connection: psycopg.Connection, user_id: str) -> None:
     connection.execute(
-        "DELETE FROM jaxrec.deletions WHERE time < clock_timestamp() - make_interval(secs => %s)", [DELETION_S]
-    )
-    connection.execute(
-        "INSERT INTO jaxrec.deletions VALUES (%s, clock_timestamp())"
-        " ON CONFLICT (digest) DO UPDATE SET time = excluded.time",
+        "INSERT INTO jaxrec.deletions"
+        " SELECT %s, clock_timestamp(), coalesce(max(number), 0) + 1 FROM jaxrec.deletions"
+        " ON CONFLICT (digest) DO UPDATE SET time = excluded.time, number = excluded.number",
         [digest(user_id)],
+    )
+    # Never the last one, so that numbers grow.
+    connection.execute(
+        "DELETE FROM jaxrec.deletions WHERE time < clock_timestamp() - make_interval(secs => %s)"
+        " AND number < (SELECT max(number) FROM jaxrec.deletions)",
+        [DELETION_S],
     )

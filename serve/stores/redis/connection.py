@@ -49,11 +49,6 @@ class RedisConnection(DeferringStore):
                 return
             yield values
 
-    def _now(self) -> float:
-        """By the server's clock, which the times of deletions are of."""
-        seconds, microseconds = self._redis.time()
-        return float(seconds + microseconds / 1e6)
-
     def _read(self, call: Callable[[], Any]) -> Any:
         with self._failures("cannot be read"):
             return call()

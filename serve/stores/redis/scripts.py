@@ -199,11 +199,11 @@ for _, user in ipairs(found[2]) do
 end
 return {found[1], dropped}
 """
-# ARGV: list, id and value of a slate, when its request began (seconds, by the server's clock) and
+# ARGV: list, id and value of a slate, the number of the last deletion that was known when its request began, and
 # the digest of its user ('': no user). Only once, and not if the user was deleted since.
 LOG_SLATE = """
-local deleted = redis.call('ZSCORE', 'jaxrec:deletions', ARGV[5])
-if deleted and tonumber(ARGV[4]) <= tonumber(deleted) then
+local deleted = redis.call('HGET', 'jaxrec:deletion_numbers', ARGV[5])
+if deleted and tonumber(ARGV[4]) < tonumber(deleted) then
     return
 end
 if redis.call('SADD', 'jaxrec:shown_ids', ARGV[2]) == 1 then

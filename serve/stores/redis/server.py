@@ -7,8 +7,8 @@ import redis
 from serve.stores.base import StoreError
 from serve.stores.redis.scripts import END_UPDATE, UPDATE_SLATES
 
-VERSION = "8"
-UPDATED_AS_THEY_ARE = (b"2", b"3", b"4", b"5", b"6", b"7")
+VERSION = "9"
+UPDATED_AS_THEY_ARE = (b"2", b"3", b"4", b"5", b"6", b"7", b"8")
 """Older versions whose entries are read as they are."""
 UPDATED_AT_ONCE = 1_000
 FIRST_WITH_WAITAOF = (7, 2)
@@ -37,8 +37,8 @@ def check_server(client: redis.Redis) -> bool:
         elif found in UPDATED_AS_THEY_ARE:
             # Servers of version 2 could not read what is logged from now on, those of version 3 would not count
             # what they record, those of version 4 would not log the request options, those of version 5 would take
-            # every event for a positive one, those of version 6 would answer items that are hidden, and those of
-            # version 7 could not read counters with an hour.
+            # every event for a positive one, those of version 6 would answer items that are hidden, those of
+            # version 7 could not read counters with an hour, and those of version 8 would not number deletions.
             client.set("jaxrec:version", VERSION)
         elif found != VERSION.encode():
             version_there = found.decode() if isinstance(found, bytes) else found

@@ -9,7 +9,8 @@ Keys, all below `jaxrec:`: `event_ids` (set), `revision` (counter), `user:ID` (h
 `events:ID` and `neutral:ID` (lists in order of arrival: the events that are not neutral, and those that are),
 `shown:ID` and `shown` (lists), `shown_ids` (set of what is in them), `shown_items:RECOMMENDATION` (hash by item),
 `states:ID` (hash by model version), `states` (set of the IDs that have one, so that they can be found), `deletions`
-(sorted set of digests of deleted users by time), `deleted` (hash of lists `deleted:NUMBER`, what is left of long
+(sorted set of digests of deleted users by time), `deletion_numbers` (hash of digests: the how manieth deletion it was),
+`deletion` (counter of them), `deleted` (hash of lists `deleted:NUMBER`, what is left of long
 deleted lists, and of which set it has ids), `trend` (hash of the counters by item ID), `trend_changed` (sorted set of
 those IDs by the revision of the last change), `trend_until` (events after this time are counted); while a store is
 seeded, `trend_held` (the revision up to which the events have still to be added up), `trend_seed` (list: what is still
@@ -112,7 +113,7 @@ class RedisStore(RedisCounters, RedisItems):
         except BaseException:
             self._redis.close()
             raise
-        self._deferred = DeferredWrites(self._write_deferred)
+        self._deferred = DeferredWrites(self._write_deferred, self._last_deletion)
 
     def close(self) -> None:
         self._deferred.close()
@@ -222,6 +223,7 @@ class RedisStore(RedisCounters, RedisItems):
         self._deferred.discard(user_id)
         arguments: list[Any] = [user_id, digest(user_id), DELETION_S, DELETED_AT_ONCE]
         events, neutral, slates = self._written(lambda client: self._delete(args=arguments, client=client))
+        self._deferred.look()
         # Also what an attempt that failed left.
         self._finish_deletions()
         return Deleted(events + neutral, slates)
@@ -330,11 +332,13 @@ class RedisStore(RedisCounters, RedisItems):
                 end, left, size = start, left - len(values), 4 * size
         return list(chain.from_iterable(reversed(parts)))
 
+    def _last_deletion(self) -> int:
+        return int(self._read(lambda: self._redis.get("jaxrec:deletion")) or 0)
+
     def _write_deferred(self, slates: Sequence[Started], states: Sequence[SpilledState]) -> None:
         with self._failures("cannot be written"), self._redis.pipeline(transaction=True) as pipeline:
-            now = self._now()
             for one in slates:
-                self._log_slate(args=slate_arguments(one, now), client=pipeline)
+                self._log_slate(args=slate_arguments(one), client=pipeline)
             for state in states:
                 value = REVISION.pack(state.revision) + state.state
                 self._save_state(args=[state.user_id, state.model_version, state.revision, value], client=pipeline)

@@ -5,8 +5,12 @@ NOTE_DELETION = """
 local function note_deletion(digest, kept)
     local time = redis.call('TIME')
     local now = time[1] + time[2] / 1e6
-    redis.call('ZREMRANGEBYSCORE', 'jaxrec:deletions', '-inf', now - kept)
+    for _, old in ipairs(redis.call('ZRANGEBYSCORE', 'jaxrec:deletions', '-inf', now - kept)) do
+        redis.call('ZREM', 'jaxrec:deletions', old)
+        redis.call('HDEL', 'jaxrec:deletion_numbers', old)
+    end
     redis.call('ZADD', 'jaxrec:deletions', string.format('%.6f', now), digest)
+    redis.call('HSET', 'jaxrec:deletion_numbers', digest, redis.call('INCR', 'jaxrec:deletion'))
 end
 """
 # Gives the history of a user a revision above all that were before, as of which it is read as a whole.

@@ -28,12 +28,12 @@ def counter_of(item_id: str, text: bytes) -> Counter:
     return counter
 
 
-def slate_arguments(one: Started, now: float) -> list[Any]:
-    """Those of the script LOG_SLATE; `now` is the server's time."""
+def slate_arguments(one: Started) -> list[Any]:
+    """Those of the script LOG_SLATE."""
     slate = one.slate
     user = "" if slate.user_id is None else digest(slate.user_id)
     key = "jaxrec:shown" if slate.user_id is None else f"jaxrec:shown:{slate.user_id}"
-    return [key, slate.recommendation_id, json.dumps(slate), one.by(now), user]
+    return [key, slate.recommendation_id, json.dumps(slate), one.deletion, user]
 
 
 def slate_of(value: bytes, user_id: str | None) -> Slate:

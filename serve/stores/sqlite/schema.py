@@ -10,7 +10,7 @@ from serve.stores.sqlite import counters, items
 
 # "jxrc": marks the file, so that another program's database is not used as a store.
 APPLICATION_ID = 0x6A787263
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 # `arrival` is never given twice (AUTOINCREMENT), so a user's latest is a revision that never comes back.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
@@ -63,8 +63,10 @@ CREATE TABLE IF NOT EXISTS shown_items (
 CREATE INDEX IF NOT EXISTS shown_items_at ON shown_items (recorded);
 CREATE TABLE IF NOT EXISTS deletions (
     user TEXT PRIMARY KEY,
-    time REAL NOT NULL
+    time REAL NOT NULL,
+    number INTEGER NOT NULL DEFAULT 0
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS deletion_numbers ON deletions (number);
 CREATE TABLE IF NOT EXISTS states (
     user_id TEXT NOT NULL,
     model_version TEXT NOT NULL,
@@ -89,6 +91,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
         "trend_arrival": "INTEGER",
         "request_options": "TEXT NOT NULL DEFAULT '[]'",
     },
+    "deletions": {"number": "INTEGER NOT NULL DEFAULT 0"},
 }
 # Indexes that had other columns then.
 CHANGED_INDEXES = ("history", "neutral", "shown_to")
@@ -123,6 +126,10 @@ QUERIES = Queries(
     # In one parameter: an older SQLite takes no more than 999.
     recorded="SELECT event_id FROM events WHERE event_id IN (SELECT value FROM json_each(?))",
     state="SELECT * FROM states WHERE user_id = ? AND model_version = ?",
+    state_keys=(
+        "SELECT user_id, model_version FROM states WHERE (user_id, model_version) > (?, ?)"
+        " ORDER BY user_id, model_version LIMIT ?"
+    ),
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM events WHERE arrival > ? ORDER BY arrival LIMIT ?"),
     slates=f"SELECT number, {SLATE_COLUMNS} FROM shown WHERE number > ? ORDER BY number LIMIT ?",
     first_slate="SELECT min(number) FROM shown WHERE timestamp >= ?",
@@ -130,6 +137,7 @@ QUERIES = Queries(
         f"SELECT {SHOWN_ITEM_COLUMNS} FROM shown_items WHERE (recommendation_id, item_id) > (?, ?)"
         " ORDER BY recommendation_id, item_id LIMIT ?"
     ),
+    last_deletion="SELECT coalesce(max(number), 0) FROM deletions",
     times=counters.TIMES,
     counted_until=counters.COUNTED_UNTIL,
     changed_items=items.CHANGED,

@@ -8,8 +8,7 @@ the end of the process and, as far as fsync keeps its word, of the power. Reads 
 import queue
 import sqlite3
 import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,6 +53,14 @@ class _Write(NamedTuple):
     """Whether the result is the events that were recorded."""
 
 
+class _Reader(NamedTuple):
+    """The connection of a thread that reads."""
+
+    connection: sqlite3.Connection
+    reading: threading.Lock
+    """Held while it reads, and for good by what closes it."""
+
+
 class SQLiteStore(SqlStore):
     """The store of one server process; a second process may read and write the same file."""
 
@@ -65,25 +72,33 @@ class SQLiteStore(SqlStore):
         self._damaged = Damaged(str(path))
         self._damaged_items = Damaged(str(path), DAMAGED_ITEM)
         self._readers = threading.local()
-        self._connections: list[sqlite3.Connection] = []
-        self._connections_lock = threading.Lock()
+        self._all_readers: list[_Reader] = []
+        self._closing = threading.Lock()
+        self._closed = False
         self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._writer = self._connect()
         try:
-            self._writer = self._connect()
             with self._failures("cannot be opened"):
                 self._prepare(self._writer)
         except BaseException:
-            self._close_connections()
+            self._writer.close()
             raise
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
-        self._deferred = DeferredWrites(self._write_deferred)
+        self._deferred = DeferredWrites(self._write_deferred, self._last_deletion)
 
     def close(self) -> None:
         self._deferred.close()
-        self._writes.put(None)
+        with self._closing:
+            self._closed = True
+            self._writes.put(None)
+            readers = self._all_readers
         self._thread.join()
-        self._close_connections()
+        self._writer.close()
+        for reader in readers:
+            # A thread that still reads, since its call was cut off, keeps its connection.
+            if reader.reading.acquire(blocking=False):
+                reader.connection.close()
 
     def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
         if not events:
@@ -95,20 +110,14 @@ class SQLiteStore(SqlStore):
             return 0
         return self._write(lambda connection: connection.executemany(INSERT_SHOWN_ITEM, items).rowcount)
 
-    def drop_states(self, keep_versions: Collection[str], most: int) -> int:
-        kept = ", ".join("?" * len(keep_versions))
-        query = (
-            "DELETE FROM states WHERE (user_id, model_version) IN"
-            f" (SELECT user_id, model_version FROM states WHERE model_version NOT IN ({kept}) LIMIT ?)"
-        )
-        return self._write(lambda connection: connection.execute(query, (*keep_versions, most)).rowcount)
-
     def prune_slates(self, before: int, most: int) -> bool:
         return self._write(lambda connection: users.prune_slates(connection, before, most))
 
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
-        return self._write(lambda connection: users.delete_user(connection, user_id))
+        deleted = self._write(lambda connection: users.delete_user(connection, user_id))
+        self._deferred.look()
+        return deleted
 
     def delete_events(self, user_id: str, event_ids: Sequence[str]) -> int:
         return self._write(lambda connection: users.delete_events(connection, user_id, event_ids))
@@ -147,8 +156,13 @@ class SQLiteStore(SqlStore):
         return {user_id: 0 if life is None else int(life[1]) for user_id, life in lives.items()}
 
     def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
-        with self._failures("cannot be read"):
-            return self._reader().execute(query, parameters).fetchall()
+        reader = self._reader()
+        with reader.reading, self._failures("cannot be read"):
+            return reader.connection.execute(query, parameters).fetchall()
+
+    def _delete_states(self, keys: Sequence[tuple[str, str]]) -> int:
+        query = "DELETE FROM states WHERE user_id = ? AND model_version = ?"
+        return self._write(lambda connection: connection.executemany(query, keys).rowcount)
 
     def _write_deferred(self, slates: Sequence[Started], states: Sequence[SpilledState]) -> None:
         def work(connection: sqlite3.Connection) -> None:
@@ -160,7 +174,10 @@ class SQLiteStore(SqlStore):
     def _write(self, work: Callable[[sqlite3.Connection], T], *, records: bool = False) -> T:
         """Has the writer do some work within a transaction, and returns its result when that is on disk."""
         done: Future[T] = Future()
-        self._writes.put(_Write(work, done, records))
+        with self._closing:
+            if self._closed:
+                raise StoreError(f"{self._path}: cannot be written: it is closed")
+            self._writes.put(_Write(work, done, records))
         with self._failures("cannot be written"):
             return done.result()
 
@@ -216,29 +233,26 @@ class SQLiteStore(SqlStore):
         for done, result in results:
             done.set_result(result)
 
-    def _reader(self) -> sqlite3.Connection:
+    def _reader(self) -> "_Reader":
         """This thread's own connection: on a shared one, overlapping reads could keep an old snapshot."""
-        connection: sqlite3.Connection | None = getattr(self._readers, "connection", None)
-        if connection is None:
-            connection = self._readers.connection = self._connect()
-        return connection
+        reader: _Reader | None = getattr(self._readers, "reader", None)
+        if reader is None:
+            with self._closing:
+                if self._closed:
+                    raise StoreError(f"{self._path}: cannot be read: it is closed")
+                reader = self._readers.reader = _Reader(self._connect(), threading.Lock())
+                self._all_readers.append(reader)
+        return reader
 
     def _connect(self) -> sqlite3.Connection:
         with self._failures("cannot be opened"):
             connection = sqlite3.connect(
                 self._path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
-            with self._connections_lock:
-                self._connections.append(connection)
             connection.execute("PRAGMA synchronous = FULL")
             # What is deleted is overwritten, not only unlinked.
             connection.execute("PRAGMA secure_delete = ON")
         return connection
-
-    def _close_connections(self) -> None:
-        with self._connections_lock:
-            while self._connections:
-                self._connections.pop().close()
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         self._version(connection)
@@ -306,9 +320,9 @@ def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) 
 def _insert_slates(connection: sqlite3.Connection, slates: Sequence[Started]) -> None:
     """Leaves out what was recommended to users before they were deleted."""
     named = digests(slates)
-    query = f"SELECT user, time FROM deletions WHERE user IN ({', '.join('?' * len(named))})"
+    query = f"SELECT user, number FROM deletions WHERE user IN ({', '.join('?' * len(named))})"
     deleted = dict(connection.execute(query, named).fetchall())
-    rows = [slate_row(one) for one in still_wanted(slates, deleted, time.time())]
+    rows = [slate_row(one) for one in still_wanted(slates, deleted)]
     # Many in one statement: after each statement Python takes its lock again, which the threads that answer want too.
     for start in range(0, len(rows), INSERTED_AT_ONCE):
         part = rows[start : start + INSERTED_AT_ONCE]

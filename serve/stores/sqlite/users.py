@@ -88,5 +88,11 @@ def _begin_anew(connection: sqlite3.Connection, user_id: str) -> None:
 
 def _note_deletion(connection: sqlite3.Connection, user_id: str) -> None:
     now = time.time()
-    connection.execute("DELETE FROM deletions WHERE time < ?", (now - DELETION_S,))
-    connection.execute("INSERT OR REPLACE INTO deletions VALUES (?, ?)", (digest(user_id), now))
+    connection.execute(
+        "INSERT OR REPLACE INTO deletions SELECT ?, ?, coalesce(max(number), 0) + 1 FROM deletions",
+        (digest(user_id), now),
+    )
+    # Never the last one, so that numbers grow.
+    connection.execute(
+        "DELETE FROM deletions WHERE time < ? AND number < (SELECT max(number) FROM deletions)", (now - DELETION_S,)
+    )

@@ -1,7 +1,9 @@
 """A stored user is answered as if the whole history were sent along, whatever happened before."""
 
 import dataclasses
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,11 @@ from serve.model.recommender import Answer, Query, Recommender
 from serve.serving import states as states_module
 from serve.serving.states import StateCache
 from serve.stores import open_store
-from serve.stores.base import MOST_EVENTS, Changes, EventStore, UserEvent
+from serve.stores.base import MOST_EVENTS, Changes, EventStore, SpilledState, UserEvent
+from serve.stores.sqlite.store import SQLiteStore
 from tests.serve.answers import assert_same
+
+PATIENCE_S = 30.0
 
 USERS = ("ada", "bob", "cy")
 UNKNOWN = "no such movie"
@@ -240,6 +245,41 @@ def test_stored_users_cost_nothing_until_they_come(model: Recommender, store: Ev
     assert len(states) == 0
     states.recommend([Query((), 5, user_id="ada")])
     assert len(states) == 1
+
+
+class SlowStore(SQLiteStore):
+    """Whose reads of some users wait."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.slow: set[str] = set()
+        self.is_read, self.goes_on = threading.Event(), threading.Event()
+
+    def load_state(self, user_id: str, model_version: str) -> SpilledState | None:
+        if user_id in self.slow:
+            self.is_read.set()
+            assert self.goes_on.wait(PATIENCE_S)
+        return super().load_state(user_id, model_version)
+
+
+def test_a_user_whose_history_is_read_keeps_nobody_waiting(model: Recommender, tmp_path: Path) -> None:
+    with SlowStore(tmp_path / "s") as store, ThreadPoolExecutor(2) as threads:
+        for user in ("cold", "warm"):
+            record(store, user, history(model, 3), user)
+        states, store.slow = StateCache(model, store), {"cold"}
+        states.recommend([Query((), 3, user_id="warm")])
+        cold = threads.submit(states.recommend, [Query((), 3, user_id="cold")])
+        try:
+            assert store.is_read.wait(PATIENCE_S)
+            warm = threads.submit(states.recommend, [Query((), 3, user_id="warm")])
+            (answer,) = warm.result(PATIENCE_S)
+            assert not cold.done()
+            # What is recorded while the history is read is in the answer.
+            record(store, "cold", history(model, 1, 4), "late")
+        finally:
+            store.goes_on.set()
+        assert_same(answer, replayed(model, store, Query((), 3, user_id="warm")))
+        assert_same(cold.result(PATIENCE_S)[0], replayed(model, store, Query((), 3, user_id="cold")))
 
 
 def test_users_without_events_push_no_state_out(model: Recommender, store: EventStore) -> None:

@@ -249,7 +249,7 @@ def test_reading_costs_what_changed(tmp_path: Path) -> None:
             nonlocal hundreds
             hundreds += 1
 
-        store._reader().set_progress_handler(count, 100)  # type: ignore[attr-defined]
+        store._reader().connection.set_progress_handler(count, 100)  # type: ignore[attr-defined]
         store.record([event("new", "i7", int(time.time()))])
         assert list(store.item_counts(change).item_ids) == ["i7"]
         assert hundreds < 3

@@ -161,7 +161,7 @@ def test_what_waits_for_a_broken_store_is_limited_in_bytes(monkeypatch: pytest.M
         raise StoreError("away")
 
     monkeypatch.setattr("serve.stores.deferred.LIMIT_BYTES", 3 * 82_000)
-    waiting = DeferredWrites(broken)
+    waiting = DeferredWrites(broken, lambda: 0)
     for number in range(5):
         slate = SLATE._replace(recommendation_id=f"r{number}", item_ids=("i",) * 10_000)
         waiting.add([slate._replace(user_id=f"u{number}", log_propensities=(), excluded_item_ids=())])

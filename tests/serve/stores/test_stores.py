@@ -319,6 +319,101 @@ def test_what_another_server_has_still_to_write_does_not_bring_a_deleted_user_ba
         assert (one.dropped_count, other.dropped_count) == (0, 0)
 
 
+@pytest.mark.parametrize("jump_s", [3_600.0, -3_600.0])
+def test_a_clock_that_is_set_brings_no_deleted_user_back_and_drops_nobody_else(
+    jump_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    location, clock = tmp_path / "s", time.time
+    with open_store(location) as one, open_store(location) as other:
+        one.record([user_event("1")])
+        other.log_slate(SLATE)
+        one.delete_user("u")
+        monkeypatch.setattr(time, "time", lambda: clock() + jump_s)
+        other.flush()
+        assert slates_of(one, "u") == []
+        for store, name in ((one, "r2"), (other, "r3")):
+            log_now(store, SLATE._replace(recommendation_id=name))
+        assert [slate.recommendation_id for slate in slates_of(one, "u")] == ["r2", "r3"]
+
+
+def test_a_deletion_that_is_long_past_leaves_the_numbers_of_later_ones_growing(
+    store: EventStore, location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("sqlite.users", "postgres.users", "redis.store"):
+        monkeypatch.setattr(f"serve.stores.{module}.DELETION_S", 0)
+    with open_store(location) as other:
+        for number, user_id in enumerate(("u", "v", "w")):
+            slate = SLATE._replace(user_id=user_id)
+            other.log_slate(slate._replace(recommendation_id=f"before {number}"))
+            store.delete_user(user_id)
+            other.flush()
+            log_now(other, slate._replace(recommendation_id=f"after {number}"))
+            assert [one.recommendation_id for one in slates_of(store, user_id)] == [f"after {number}"]
+
+
+def test_states_that_stay_keep_no_writer_waiting(tmp_path: Path) -> None:
+    """Another process writes meanwhile."""
+    with open_store(tmp_path / "s") as store:
+        assert isinstance(store, SQLiteStore)
+        store.record([user_event("1")])
+        store.save_states([SpilledState("u", "v1", store.revision("u"), b"x")])
+        store.flush()
+        store._writer.execute("PRAGMA busy_timeout = 0")
+        with closing(sqlite3.connect(tmp_path / "s", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            assert store.drop_states(["v1"], 10) == 0
+            with pytest.raises(StoreError, match="locked"):
+                store.drop_states([], 10)
+
+
+def test_a_store_that_is_closed_refuses_reads_and_writes(tmp_path: Path) -> None:
+    """Of calls that were cut off."""
+    with open_store(tmp_path / "s") as store:
+        pass
+    with pytest.raises(StoreError, match="cannot be written: it is closed"):
+        store.record([user_event("1")])
+    with ThreadPoolExecutor(1) as threads, pytest.raises(StoreError, match="cannot be read: it is closed"):
+        threads.submit(store.history, "u").result()
+
+
+def test_postgres_calls_with_the_same_new_ids_in_any_order_wait_in_no_circle(
+    servers: dict[str, DatabaseServer], tmp_path: Path
+) -> None:
+    location = emptied("postgres", servers, tmp_path)
+    ids = ["a", "m", "z"]
+    with ThreadPoolExecutor(2) as threads, open_store(location) as store, psycopg.connect(location) as holder:
+        holder.execute(
+            "INSERT INTO jaxrec.events (event_id, user_id, item_id, timestamp) VALUES ('m', 'holder', 'i', 0)"
+        )
+        calls = [
+            threads.submit(store.record, [user_event(event_id, user_id=f"{user} {event_id}") for event_id in order])
+            for user, order in (("one", ids), ("other", ids[::-1]))
+        ]
+
+        def both_wait() -> None:
+            with psycopg.connect(location) as look:
+                waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+                assert look.execute(waiting).fetchone() == (2,)
+
+        wait_until(both_wait, lambda: not any(call.done() for call in calls))
+        holder.rollback()
+        assert sorted(one.event_id for call in calls for one in call.result(DEADLINE_S)) == ids
+        # In the order of the call, which says which of two events of the same time came first.
+        store.record([user_event(event_id, event_id) for event_id in ("y", "x")])
+        assert [event.item_id for event in store.history("u")] == ["y", "x"]
+
+
+def test_postgres_is_connected_to_without_options_which_poolers_refuse(
+    servers: dict[str, DatabaseServer], tmp_path: Path
+) -> None:
+    with open_store(emptied("postgres", servers, tmp_path)) as store:
+        with store._connection("cannot be read") as connection:  # type: ignore[attr-defined]
+            assert not connection.info.options
+            assert connection.execute("SHOW statement_timeout").fetchone() == ("5s",)
+        # It is for this transaction alone: a pooler lends the connection to others.
+        assert connection.execute("SHOW statement_timeout").fetchone() == ("0",)
+
+
 def test_a_recommendation_is_logged_once(store: EventStore) -> None:
     """As when the answer to a commit is lost, and what was put off is written again."""
     log_now(store, SLATE)
@@ -395,7 +490,7 @@ def test_changes_of_a_user_with_very_many_events_cost_what_they_are(tmp_path: Pa
             nonlocal hundreds
             hundreds += 1
 
-        store._reader().set_progress_handler(count, 100)
+        store._reader().connection.set_progress_handler(count, 100)
         assert store.changes("u", known).events == [Event("new", None, 5)]
         assert hundreds < 5
         assert len(store.changes("u", 0, 10).events) == len(store.changes("u", 1, 10).events) == 10
@@ -666,9 +761,9 @@ def test_a_store_that_did_not_note_how_it_drew_is_brought_up_to_date(
             assert store.history("u") == [Event("i", None, 0)]
     # Those servers knew of one version less, and refused others as this one does.
     name, before = {
-        "sqlite": ("sqlite.store.SCHEMA_VERSION", 8),
-        "postgres": ("postgres.schema.SCHEMA_VERSION", 7),
-        "redis": ("redis.server.VERSION", "7"),
+        "sqlite": ("sqlite.store.SCHEMA_VERSION", 9),
+        "postgres": ("postgres.schema.SCHEMA_VERSION", 8),
+        "redis": ("redis.server.VERSION", "8"),
     }[kind]
     monkeypatch.setattr(f"serve.stores.{name}", before)
     with pytest.raises(StoreError, match=rf"in version {int(before) + 1}, expected .*1\.\.{before}"):
@@ -789,7 +884,10 @@ def test_a_long_redis_list_is_deleted_in_parts(
         assert client.info("commandstats")["cmdstat_evalsha"]["calls"] >= 10 + 1
         assert sorted(client.keys("jaxrec:*")) == sorted(
             f"jaxrec:{name}".encode()
-            for name in ("deletions", "event_ids", "events:v", "revision", "user:v", "version")
+            for name in (
+                *("deletion", "deletion_numbers", "deletions"),
+                *("event_ids", "events:v", "revision", "user:v", "version"),
+            )
         )
         assert client.smembers("jaxrec:event_ids") == {b"v"}
         assert store.record(events) == events
@@ -830,7 +928,7 @@ def test_a_server_waits_for_another_that_brings_postgres_up_to_date(
     servers: dict[str, DatabaseServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Longer than a statement may take."""
-    monkeypatch.setattr("serve.stores.postgres.store.SETTINGS", "-c statement_timeout=100")
+    monkeypatch.setattr("serve.stores.postgres.store.BEGIN", "BEGIN; SET LOCAL statement_timeout = 100")
     location = emptied("postgres", servers, tmp_path)
     with ThreadPoolExecutor(1) as threads, psycopg.connect(location) as first:
         first.execute("SELECT pg_advisory_xact_lock(%s)", [SCHEMA_LOCK])
@@ -896,11 +994,11 @@ def test_another_version_is_refused(kind: str, servers: dict[str, DatabaseServer
     open_store(location).close()
     if kind == "postgres":
         with psycopg.connect(location) as connection:
-            connection.execute("UPDATE jaxrec.store SET version = 9")
+            connection.execute("UPDATE jaxrec.store SET version = 10")
     else:
         with redis.Redis.from_url(location) as client:
-            client.set("jaxrec:version", "9")
-    with pytest.raises(StoreError, match="is a store in version 9, expected 1"):
+            client.set("jaxrec:version", "10")
+    with pytest.raises(StoreError, match="is a store in version 10, expected 1"):
         open_store(location)
 
 
