@@ -1,10 +1,10 @@
 """Recommendations for everybody: equal to a real server's, whatever the number of workers, and after a kill."""
 
 import csv
+import multiprocessing
 import os
 import re
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -199,7 +199,7 @@ def test_a_worker_that_dies_is_named_and_the_job_goes_on(
     class Dying(local.ProcessPoolExecutor):
         def submit(self, function: Callable, *arguments: object) -> object:  # type: ignore[override]
             future = super().submit(function, *arguments)
-            os.kill(next(iter(self._processes)), signal.SIGKILL)
+            multiprocessing.active_children()[0].kill()
             return future
 
     with monkeypatch.context() as patch:
@@ -272,7 +272,10 @@ def test_the_answers_are_those_of_a_real_server(
         RecommenderClient(server.address) as client,
     ):
         for user, of_user in log.groupby("userId"):
-            events = [Event(str(row.movieId), float(row.rating), int(row.timestamp)) for row in of_user.itertuples()]
+            events = [
+                Event(item_id=str(row.movieId), rating=row.rating, timestamp=row.timestamp)
+                for row in of_user.itertuples()
+            ]
             answer = client.recommend(history=events, k=20).recommendations
             mine = found[found["userId"] == user]
             assert mine["movieId"].tolist() == [one.item_id for one in answer]
