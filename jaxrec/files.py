@@ -1,7 +1,6 @@
 """Files that are whole or absent: written under a temporary name, fsynced, then renamed."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -67,6 +66,8 @@ def locked(folder: Path, command: str, mode: int = 0o755) -> Iterator[None]:
     Raises:
         DataError: Another process holds it.
     """
+    import fcntl  # not on Windows
+
     folder.mkdir(mode=mode, parents=True, exist_ok=True)
     descriptor = os.open(folder / f".jaxrec-{command}.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:

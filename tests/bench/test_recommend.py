@@ -12,7 +12,7 @@ def test_a_tiny_run_prints_both_rows_and_is_not_to_be_published(tmp_path: Path) 
     result = CliRunner().invoke(recommend.main, options, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     page = (tmp_path / "recommend.md").read_text()
-    assert "- not to be published: users: 30 of 100000" in page
+    assert "- not to be published: users: 30 of 200000" in page
     rows = [line for line in page.splitlines() if line[:3] in ("| 1", "| 2")]
     cells = [[cell.split()[0] for cell in row.split("|")[1:-1]] for row in rows]
     assert [row[0] for row in cells] == ["1", "2"]
@@ -30,5 +30,5 @@ def test_ratios_are_those_of_the_rounds() -> None:
 def test_less_than_the_page_needs_is_refused_before_it_is_measured(tmp_path: Path) -> None:
     result = CliRunner().invoke(recommend.main, ["--users", "30", "--work", str(tmp_path / "work"), "--publish"])
     assert result.exit_code == 1
-    assert "bench/recommend.md is left as it is: users: 30 of 100000" in result.output
+    assert "bench/recommend.md is left as it is: users: 30 of 200000" in result.output
     assert not (tmp_path / "work").exists()
