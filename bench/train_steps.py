@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxrec.models.lstm import LSTM
+from jaxrec.models.lstm import LSTM, Recurrence
 from jaxrec.training.losses import next_item_loss
 
 LEARNING_RATE = 1e-3
@@ -76,15 +76,34 @@ def random_batch(shape: Shape, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return np.where(where, item, 0).astype(np.int32), np.where(where, target, 0).astype(np.int32)
 
 
-def our_step(weights: Weights, item: np.ndarray, target: np.ndarray) -> Step:
-    """With jaxrec's recurrence and loss."""
+def our_step(
+    weights: Weights,
+    item: np.ndarray,
+    target: np.ndarray,
+    kind: Recurrence | None = None,
+    dtype: jnp.dtype = jnp.float32,
+) -> Step:
+    """With jaxrec's recurrence and loss, as `our_loss`; parameters and moments are float32."""
+    return _jax_step(our_loss(weights, item, target, kind, dtype), weights)
+
+
+def our_loss(
+    weights: Weights,
+    item: np.ndarray,
+    target: np.ndarray,
+    kind: Recurrence | None = None,
+    dtype: jnp.dtype = jnp.float32,
+) -> Callable[[dict[str, jax.Array]], jax.Array]:
+    """The loss as a function of the weights, by jaxrec's recurrence and loss, computed in `dtype`. `kind` None: that of
+    the backend."""
     layers = []
     for layer in range(sum(name.startswith("kernel") for name in weights)):
-        lstm = LSTM(*np.array(weights[f"kernel_{layer}"].shape) // (1, 4), rngs=nnx.Rngs(0))
+        lstm = LSTM(*np.array(weights[f"kernel_{layer}"].shape) // (1, 4), rngs=nnx.Rngs(0), kind=kind)
         layers.append(nnx.split(lstm)[0])
     where = target > 0
 
     def loss_of(params: dict[str, jax.Array]) -> jax.Array:
+        params = {name: value.astype(dtype) for name, value in params.items()}
         x = params["item"][item]
         for layer, graphdef in enumerate(layers):
             names = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
@@ -92,7 +111,7 @@ def our_step(weights: Weights, item: np.ndarray, target: np.ndarray) -> Step:
             x, _ = lstm(x, where)
         return next_item_loss(x, params["item"], params["item_bias"], target, where)
 
-    return _jax_step(loss_of, weights)
+    return loss_of
 
 
 def plain_jax_step(weights: Weights, item: np.ndarray, target: np.ndarray) -> Step:
@@ -139,11 +158,12 @@ def _jax_step(loss_of: Callable[[dict[str, jax.Array]], jax.Array], weights: Wei
     return step
 
 
-def torch_step(weights: Weights, item: np.ndarray, target: np.ndarray, threads: int) -> Step:
-    """PyTorch's `nn.LSTM` and fused Adam."""
+def torch_step(weights: Weights, item: np.ndarray, target: np.ndarray, threads: int, device: str = "cpu") -> Step:
+    """PyTorch's `nn.LSTM` and fused Adam; on `cuda` by cuDNN, with products as exact as JAX has them by default."""
     import torch
 
     torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     count, width = weights["item"].shape
     layers = sum(name.startswith("kernel") for name in weights)
     embedding = torch.nn.Embedding(count, width, padding_idx=0)
@@ -156,8 +176,10 @@ def torch_step(weights: Weights, item: np.ndarray, target: np.ndarray, threads: 
             getattr(lstm, f"weight_hh_l{layer}").copy_(torch.from_numpy(weights[f"recurrent_{layer}"].T))
             getattr(lstm, f"bias_ih_l{layer}").copy_(torch.from_numpy(weights[f"bias_{layer}"]))
             getattr(lstm, f"bias_hh_l{layer}").zero_()
+    embedding, lstm = embedding.to(device), lstm.to(device)
+    bias = torch.nn.Parameter(bias.detach().to(device))
     optimizer = torch.optim.Adam([*embedding.parameters(), bias, *lstm.parameters()], lr=LEARNING_RATE, fused=True)
-    items, targets = torch.from_numpy(item).long(), torch.from_numpy(target).long().flatten()
+    items, targets = (torch.from_numpy(each).long().to(device) for each in (item, target.ravel()))
 
     def step() -> float:
         optimizer.zero_grad()

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def new_file(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; what was written there replaces `path` when the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # hosts may share the folder
     try:
         yield temporary
         sync(temporary)
@@ -55,6 +56,28 @@ def new_file(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, command: str, mode: int = 0o755) -> Iterator[None]:
+    """Holds the lock of the folder, which it makes, for `jaxrec COMMAND`. The system releases the lock when the process
+    ends, however it ends.
+
+    Raises:
+        DataError: Another process holds it.
+    """
+    import fcntl  # not on Windows
+
+    folder.mkdir(mode=mode, parents=True, exist_ok=True)
+    descriptor = os.open(folder / f".jaxrec-{command}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"{folder}: another `jaxrec {command}` is at work there; one works at a time") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -231,3 +231,15 @@ def test_python_blocks_name_what_exists(page: Path) -> None:
                 assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == [], node.module
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "jaxrec":
                 assert hasattr(importlib.import_module("jaxrec"), node.attr), f"jaxrec.{node.attr}"
+
+
+def test_what_scaling_computes_is_what_it_shows() -> None:
+    shown = 0
+    for what, *cells in rows_of((ROOT / "docs/scaling.md").read_text("utf-8")):
+        if len(cells) == 2 and re.fullmatch(r"`[\d\s.e*/+()-]+`", cells[0]):
+            figure = NUMBER.match(cells[1])
+            assert figure, what
+            digits = len(figure[0].partition(".")[2])
+            assert f"{eval(cells[0].strip('`')):,.{digits}f}" == figure[0], what
+            shown += 1
+    assert shown > 30

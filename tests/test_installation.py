@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "serve": ("serve-cpu",),
     "jaxrec/data/distributed": ("distributed",),
     "jaxrec/rl/simulated/gymnasium_adapter.py": ("gymnasium",),
+    "jaxrec/runs/batch/cluster.py": ("distributed", "serve-cpu"),
     "jaxrec/runs/demo.py": ("demo", "serve-cpu"),
     "jaxrec/runs/learn/metrics.py": ("train", "serve-cpu"),
     "jaxrec/runs/tracking.py": ("train", "mlflow"),

@@ -1,10 +1,11 @@
 """`jaxrec recommend`: the answers of the server's engine, for every shape of log that `jaxrec prepare` reads."""
 
 import csv
-import dataclasses
 import datetime
 import gzip
+import json
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jaxrec.cli.main import main
-from jaxrec.runs import batch_scoring
+from jaxrec.runs.batch import scoring
 from serve.model.directory import read_artifact
 from serve.model.events import Event
 from serve.model.recommender import Query, Recommender
@@ -175,9 +176,9 @@ def test_batches_do_not_change_answers(
     monkeypatch: pytest.MonkeyPatch,
     with_requests: bool,
 ) -> None:
-    monkeypatch.setattr(batch_scoring, "ANSWERED_AT_ONCE", 4)
-    monkeypatch.setattr(batch_scoring, "BATCHES_AT_ONCE", 2)
-    monkeypatch.setattr(batch_scoring, "EVENTS_AT_ONCE", 100)
+    monkeypatch.setattr(scoring, "ANSWERED_AT_ONCE", 4)
+    monkeypatch.setattr(scoring, "BATCHES_OF_PART", 2)
+    monkeypatch.setattr(scoring, "EVENTS_OF_PART", 100)
     rng = np.random.default_rng(0)
     events = {
         str(user): [Event(str(1000 + 7 * rng.integers(1, 61)), None, at) for at in range(rng.integers(1, 40))]
@@ -305,14 +306,15 @@ def test_a_log_without_ratings(model_directory: Path, model: Recommender, tmp_pa
 
 
 def test_a_model_without_ratings_takes_any(model_directory: Path, tmp_path: Path) -> None:
-    artifact = read_artifact(model_directory)
-    unrated = Recommender(
-        dataclasses.replace(artifact, info=dataclasses.replace(artifact.info, rating_scale=None)), "cpu"
-    )
+    folder = tmp_path / "model"
+    shutil.copytree(model_directory, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"rating_scale": None}))
+    unrated = Recommender(read_artifact(folder), "cpu")
     answers = []
     for rating in ("", "0", "97"):
-        (tmp_path / "history.csv").write_text(HEADER + f"7,1007,{rating},100\n7,1014,5,101\n")
-        batch_scoring.recommend_log(unrated, tmp_path / "history.csv", tmp_path / "out.csv", k=3)
+        result = recommend_text(folder, tmp_path, HEADER + f"7,1007,{rating},100\n7,1014,5,101\n")
+        assert result.exit_code == 0, result.output
         answers.append(output(tmp_path))
     assert_rows(answers[0], rows(unrated, "7", Query([Event("1007", None, 100), Event("1014", None, 101)], 3)))
     assert answers[0] == answers[1] == answers[2]

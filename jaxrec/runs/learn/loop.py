@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrec.errors import DataError, TrainingStopped
+from jaxrec.files import locked
 from jaxrec.runs.directory import DATA_FOLDER, open_run
 from jaxrec.runs.learn import stages
 from jaxrec.runs.learn.config import LearnConfig, Places
@@ -19,7 +20,6 @@ from jaxrec.runs.learn.state import (
     Round,
     State,
     UnderWay,
-    locked,
     read_state,
     write_state,
 )
@@ -59,7 +59,7 @@ def learn(places: Places, config: LearnConfig = LearnConfig(), stop: StopRequest
         ExportError: The run that the loop begins with cannot be exported.
         TrainingStopped: `stop()` became true.
     """
-    with locked(places.work), locked(places.models, 0o755):
+    with locked(places.work, "learn", 0o700), locked(places.models, "learn"):
         try:
             for left in places.work.glob(f".{STATE_FILE}.*"):
                 left.unlink()

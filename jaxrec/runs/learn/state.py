@@ -5,20 +5,17 @@ WORK/rounds/N/    what round N made: events.parquet, data/ and run/, or policy/ 
 WORK/.jaxrec-learn.lock      held by the process that works; the folder of models has one, too
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxrec.errors import DataError
 from jaxrec.files import read_json, write_text
 
-STATE_FILE, LOCK_FILE, ROUNDS_FOLDER = "state.json", ".jaxrec-learn.lock", "rounds"
+STATE_FILE, ROUNDS_FOLDER = "state.json", "rounds"
 STATE_SCHEMA_VERSION = 1
 MOST_ROUNDS = 100  # finished ones that the state remembers
 MODELS, POLICY = "models", "policy"  # what a round changed
@@ -120,26 +117,6 @@ def write_state(work: Path, state: State) -> None:
     content = {"schema_version": STATE_SCHEMA_VERSION, **dataclasses.asdict(state)}
     content["history"] = content["history"][-MOST_ROUNDS:]
     write_text(work / STATE_FILE, json.dumps(content, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def locked(folder: Path, mode: int = 0o700) -> Iterator[None]:
-    """Holds the lock of the folder, which it makes. The system releases the lock when the process
-    ends, however it ends.
-
-    Raises:
-        DataError: Another process holds it.
-    """
-    folder.mkdir(mode=mode, parents=True, exist_ok=True)
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{folder}: another `jaxrec learn` is at work there; one works at a time") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 class UnderWay:

@@ -13,11 +13,12 @@ from click.testing import CliRunner
 import jaxrec
 from jaxrec.cli.main import main
 from jaxrec.errors import DataError, TrainingStopped
+from jaxrec.files import locked
 from jaxrec.runs.learn import stages
 from jaxrec.runs.learn.loop import learn
 from jaxrec.runs.learn.metrics import metrics_text
 from jaxrec.runs.learn.start import location
-from jaxrec.runs.learn.state import State, locked, read_state
+from jaxrec.runs.learn.state import State, read_state
 from serve.model.events import Event
 from serve.stores.base import UserEvent
 from tests.runs.learn.conftest import CONFIG, Loop, events_of_round, new_loop
@@ -151,7 +152,7 @@ def test_a_foreign_version_is_not_published_as_the_loops_own(
 
 
 def test_one_loop_at_a_time_writes_a_folder_of_models(loop: Loop) -> None:
-    with locked(loop.places.models), pytest.raises(DataError, match="another `jaxrec learn` is at work there"):
+    with locked(loop.places.models, "learn"), pytest.raises(DataError, match="another `jaxrec learn` is at work there"):
         learn(loop.places, CONFIG)
 
 

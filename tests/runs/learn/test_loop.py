@@ -18,12 +18,12 @@ from onnx import numpy_helper
 
 import jaxrec
 from jaxrec.errors import DataError
-from jaxrec.files import sha256
+from jaxrec.files import locked, sha256
 from jaxrec.runs.directory import HYBRID_FILE, open_run
 from jaxrec.runs.learn import stages
 from jaxrec.runs.learn.loop import learn
 from jaxrec.runs.learn.metrics import metrics_text
-from jaxrec.runs.learn.state import State, locked, read_state, write_state
+from jaxrec.runs.learn.state import State, read_state, write_state
 from serve.client import RecommenderClient
 from serve.client import UserEvent as Recorded
 from serve.stores.base import UserEvent
@@ -237,7 +237,7 @@ def test_an_error_is_noted(base: Path, tmp_path: Path) -> None:
 
 def test_one_works_at_a_time(base: Path, tmp_path: Path) -> None:
     loop = new_loop(base, tmp_path / "loop")
-    with locked(loop.places.work), pytest.raises(DataError, match="another `jaxrec learn` is at work there"):
+    with locked(loop.places.work, "learn"), pytest.raises(DataError, match="another `jaxrec learn` is at work there"):
         learn(loop.places, CONFIG)
     assert read_state(loop.places.work) is None
 

@@ -1,0 +1,34 @@
+"""bench/recommend.py, at a tiny size: it measures what it says, and no page comes of so little."""
+
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from bench import recommend
+
+
+def test_a_tiny_run_prints_both_rows_and_is_not_to_be_published(tmp_path: Path) -> None:
+    options = ["--users", "30", "--items", "200", "--rounds", "1", "--work", str(tmp_path)]
+    result = CliRunner().invoke(recommend.main, options, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "recommend.md").read_text()
+    assert "- not to be published: users: 30 of 200000" in page
+    rows = [line for line in page.splitlines() if line[:3] in ("| 1", "| 2")]
+    cells = [[cell.split()[0] for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[0] for row in cells] == ["1", "2"]
+    assert all(float(cell) > 0 for row in cells for cell in row)
+    assert len((tmp_path / "top-1.csv").read_text().splitlines()) == 1 + 30 * 10
+
+
+def test_ratios_are_those_of_the_rounds() -> None:
+    runs = {1: [recommend.Measured(8, 8, 0.5)] * 2, 2: [recommend.Measured(4, 9, 0.6), recommend.Measured(5, 9, 0.6)]}
+    lines = recommend.table(1000, 10, 0.0, runs)
+    assert lines[-1].startswith("Two workers are 1.80 (1.60 to 2.00) times as fast as one")
+    assert lines[-3] == "| 2 | 4.5 (4.0 to 5.0) | 225 (200 to 250) | 9.00 (9.00 to 9.00) | 0.60 (0.60 to 0.60) |"
+
+
+def test_less_than_the_page_needs_is_refused_before_it_is_measured(tmp_path: Path) -> None:
+    result = CliRunner().invoke(recommend.main, ["--users", "30", "--work", str(tmp_path / "work"), "--publish"])
+    assert result.exit_code == 1
+    assert "bench/recommend.md is left as it is: users: 30 of 200000" in result.output
+    assert not (tmp_path / "work").exists()
