@@ -204,11 +204,15 @@ class TrainingData:
         """Puts the events of windows of one part into the batch."""
         histories, lengths = part.histories, self._lengths[windows]
         rows, into = expand_ranges(self._starts[windows], lengths), expand_ranges(slots, lengths)
-        batch.events.item.flat[into] = histories.items[rows]
-        batch.events.rating.flat[into] = part.unit_ratings(rows)
-        batch.events.gap.flat[into] = gaps_at(histories, rows)
-        batch.target.flat[into] = histories.items[rows + 1]
-        batch.target_gap.flat[into] = gaps_at(histories, rows + 1)
+        columns = (
+            (batch.events.item, histories.items[rows]),
+            (batch.events.rating, part.unit_ratings(rows)),
+            (batch.events.gap, gaps_at(histories, rows)),
+            (batch.target, histories.items[rows + 1]),
+            (batch.target_gap, gaps_at(histories, rows + 1)),
+        )
+        for array, values in columns:
+            np.put(np.asarray(array), into, values)
         counts = np.minimum(self._earlier_counts[windows], self._earlier_width)
         of_window = np.repeat(np.arange(len(windows)), counts)
         ago = expand_ranges(np.zeros_like(counts), counts)

@@ -30,7 +30,8 @@ class PreparedData:
         columns: How the columns of `features` are encoded; what `append` makes of this data keeps it. None: not fitted
             yet, so that it follows from `features` and the training events.
         popularity: [items + 1] int64, training events per item of the whole that this is a part of; None: it is whole.
-        folder: Where exactly this data, or its shards, lie; None in memory, and for what `dataclasses.replace` makes of it.
+        folder: Where exactly this data, or its shards, lie; None in memory, and for what `dataclasses.replace` makes of
+            it.
         digest: SHA-256 of the folder's summary file when it was read.
     """
 

@@ -24,7 +24,7 @@ from jaxrec.data.distributed.prepare import cluster, prepare_distributed
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER
-from jaxrec.data.store import check_prepared, open_share, open_shards, read_prepared
+from jaxrec.data.store import check_prepared, open_shards, open_share, read_prepared
 from jaxrec.errors import DataError
 
 PIECE = 250
@@ -135,9 +135,7 @@ def test_equals_one_machine_in_its_variants(config: dict[str, Any], client: Clie
         _assert_equal(shards, _one_machine(log, None, CONFIG))
 
 
-@settings(
-    max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 99),
     events=st.integers(60, 600),
