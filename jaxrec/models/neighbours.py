@@ -39,7 +39,7 @@ PAIRS_PER_CHUNK = 2**22  # pairs of events that are added up together
 INITIAL_DEVIATION = 0.3
 DENSE_ITEMS = 2000  # up to here a full eigendecomposition takes a second
 OVERSAMPLE = 64  # dimensions beyond those asked for, in which the randomized factorization searches
-POWER_ITERATIONS = 8
+POWER_ITERATIONS = 12
 
 
 class Neighbours(NamedTuple):
@@ -150,7 +150,8 @@ def randomized_eigenpairs(symmetric: scipy.sparse.csr_array, rank: int) -> tuple
 
     Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.3: a random subspace is multiplied with the matrix
     POWER_ITERATIONS times, and the matrix is decomposed within it. It costs as many products with rank + OVERSAMPLE
-    columns and is the same for the same matrix.
+    columns and is the same for the same matrix. Deviation: the powers are those of the matrix plus half of its lowest
+    eigenvalue's size times the identity, since the lowest eigenvalues would take the place of the largest ones.
 
     Args:
         symmetric: [n, n].
@@ -164,7 +165,9 @@ def randomized_eigenpairs(symmetric: scipy.sparse.csr_array, rank: int) -> tuple
     symmetric = symmetric.astype(np.float32)
     basis = np.linalg.qr(symmetric @ start)[0]
     for _ in range(POWER_ITERATIONS):
-        basis = np.linalg.qr(symmetric @ basis)[0]
+        product = symmetric @ basis
+        lowest = np.linalg.eigvalsh(basis.T @ product)[0]
+        basis = np.linalg.qr(product - min(lowest, 0.0) / 2 * basis)[0]
     values, vectors = np.linalg.eigh(basis.T @ (symmetric @ basis))
     return values[-rank:], basis @ vectors[:, -rank:]
 

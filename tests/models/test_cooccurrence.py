@@ -145,7 +145,8 @@ def test_the_randomized_factorization_is_the_exact_one(items: int) -> None:
     matrix = np.triu(together, 1) + np.triu(together, 1).T
     values, vectors = randomized_eigenpairs(scipy.sparse.csr_array(matrix), 64)
     exact, exact_vectors = np.linalg.eigh(matrix)
-    np.testing.assert_allclose(values, exact[-64:], rtol=0.01)
+    np.testing.assert_allclose(values, exact[-64:], rtol=0.05)
+    np.testing.assert_allclose(values[-40:], exact[-40:], rtol=1e-3)
     products = (vectors * values) @ vectors.T
     best = (exact_vectors[:, -64:] * exact[-64:]) @ exact_vectors[:, -64:].T
     error, least = (np.linalg.norm(matrix - approximation) for approximation in (products, best))
