@@ -63,7 +63,7 @@ def prepare_distributed(
         client: Of the cluster, whose workers reach `folder` and `out` under the same paths.
         folder: Parquet files of one schema.
         out: A folder; one that this function wrote is replaced.
-        shards: At least as many as there will be hosts.
+        shards: Their number, best a multiple of that of the training processes.
         movies: Their file, or a frame of item_id, title and genres.
         config: Thresholds, split, order of equal timestamps, rating scale and seed.
         rows_per_piece: Rows that a task reads, or one row group if that is more.
