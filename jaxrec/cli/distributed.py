@@ -14,7 +14,10 @@ from jaxrec.cli.options import EXISTING_FILE, EXISTING_FOLDER, NEW_FOLDER
 @click.option("--movies", type=EXISTING_FILE, help="movieId,title,genres; without it there are no titles and genres.")
 @click.option("--out", type=NEW_FOLDER, required=True, help="Folder for the shards; replaced if it exists.")
 @click.option(
-    "--shards", type=click.IntRange(1), required=True, help="Number of shards, at least that of the training hosts."
+    "--shards",
+    type=click.IntRange(1),
+    required=True,
+    help="Number of shards, a multiple of the training processes is best.",
 )
 @click.option("--scheduler", help="Address of a Dask scheduler; without it, workers are started on this machine.")
 @click.option("--workers", type=click.IntRange(1), default=2, help="Number of worker processes on this machine.")

@@ -104,7 +104,8 @@ def train(
     process_index: int | None,
     mlflow: str | None,
 ) -> None:
-    """Trains both sequence models on DATA (from `jaxrec prepare`) and tunes their mix on validation.
+    """Trains both sequence models on DATA (from `jaxrec prepare` or `prepare-distributed`) and tunes their mix on
+    validation.
 
     SIGTERM and Ctrl-C save and end the run; --resume continues it with exactly the same result, and needs no DATA.
     """

@@ -9,14 +9,16 @@ import numpy as np
 
 from jaxrec.config import MISSING_RATING
 from jaxrec.data.events import Events
-from jaxrec.data.histories import Histories, padded_history
+from jaxrec.data.histories import Histories, expand_ranges, padded_history
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import UNKNOWN_GAP
+from jaxrec.data.shares import TrainingShare, share_of
 from jaxrec.data.split import Cases
 
 Item = TypeVar("Item")
 
 
+OTHERS = -1  # the part of a user whose events another process has
 MAX_EARLIER = 1000  # of the items before a window, so many of the most recent ones are excluded from the candidates
 
 
@@ -73,13 +75,12 @@ def training_windows(counts: np.ndarray, max_length: int) -> tuple[np.ndarray, n
         >>> [column.tolist() for column in training_windows(np.array([6, 1, 3]), max_length=4)]
         [[0, 0, 2], [1, 0, 0], [4, 1, 2]]
     """
-    windows = [
-        (user, max(0, stop - max_length), min(stop, max_length))
-        for user, count in enumerate(counts)
-        for stop in range(int(count) - 1, 0, -max_length)
-    ]
-    columns = np.asarray(windows, np.int64).reshape(-1, 3)
-    return columns[:, 0], columns[:, 1], columns[:, 2]
+    positions = np.maximum(np.asarray(counts, np.int64) - 1, 0)
+    of_user = -(-positions // max_length)
+    users = np.repeat(np.arange(len(positions)), of_user)
+    stops = positions[users] - max_length * expand_ranges(np.zeros_like(of_user), of_user)
+    starts = np.maximum(stops - max_length, 0)
+    return users, starts, stops - starts
 
 
 def pack_windows(lengths: np.ndarray, row_length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -116,15 +117,27 @@ def pack_windows(lengths: np.ndarray, row_length: int, rng: np.random.Generator)
 
 
 class TrainingData:
-    """The training part of prepared data as batches of one shape: [batch_tokens / max_length, max_length]."""
+    """The training part of prepared data as batches of one shape: [batch_tokens / max_length, max_length].
 
-    def __init__(self, data: PreparedData, max_length: int, batch_tokens: int, multiple_of: int = 1) -> None:
+    The batches are those of all users, also where this process has a share of them: every process packs the windows of
+    all, whose lengths it knows, and fills in the events of its own users. At the events of others it has zeros, so that
+    the sum over the processes is the batch (`jaxrec.training.sharding.whole_batch`).
+    """
+
+    def __init__(
+        self, data: PreparedData | TrainingShare, max_length: int, batch_tokens: int, multiple_of: int = 1
+    ) -> None:
         """A batch has about `batch_tokens` positions; its number of rows is a multiple of `multiple_of`."""
-        self._data = data
+        share = data if isinstance(data, TrainingShare) else share_of(data)
+        self._parts = share.parts
         self.max_length = max_length
         self.rows_per_batch = max(1, round(batch_tokens / max_length / multiple_of)) * multiple_of
-        users, starts, self._lengths = training_windows(data.split.train_counts, max_length)
-        self._starts = data.histories.offsets[users] + starts
+        users, starts, self._lengths = training_windows(share.train_counts, max_length)
+        first_rows, part_of_user = np.zeros((2, len(share.train_counts)), np.int64)
+        part_of_user[:] = OTHERS
+        for number, (part, places) in enumerate(zip(share.parts, share.places, strict=True)):
+            first_rows[places], part_of_user[places] = part.histories.offsets[:-1], number
+        self._starts, self._part_of = first_rows[users] + starts, part_of_user[users]
         # Only a full window has something before it, so a row has one such window at most, and no other one.
         self._earlier_counts = starts
         self._earlier_width = int(np.clip(starts.max(initial=0), 1, MAX_EARLIER))
@@ -166,28 +179,45 @@ class TrainingData:
     def _batch(self, windows: np.ndarray, slots: np.ndarray) -> TrainBatch:
         """The batch with each window's events from its slot on; slots count through the rows."""
         shape = (self.rows_per_batch, self.max_length)
-        lengths = self._lengths[windows]
-        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        rows, where, starts = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, bool)
-        occupied = np.repeat(slots, lengths) + within
-        rows.flat[occupied] = np.repeat(self._starts[windows], lengths) + within
-        where.flat[occupied] = True
-        starts.flat[slots] = True
-        events = _events(self._data, rows, where, where.sum(axis=1, dtype=np.int32))
-        histories, following = self._data.histories, np.where(where, rows + 1, 0)
-        target = np.where(where, histories.items[following], 0).astype(np.int32)
-        target_gap = np.where(where, gaps_at(histories, following), UNKNOWN_GAP).astype(np.float32)
-        return TrainBatch(events, starts, target, target_gap, self._earlier(windows, slots))
+        lengths, part_of = self._lengths[windows], self._part_of[windows]
+        occupied = expand_ranges(slots, lengths)
+        where, starts = np.zeros(shape, bool), np.zeros(shape, bool)
+        where.flat[occupied] = starts.flat[slots] = True
+        batch = TrainBatch(
+            Events(
+                item=np.zeros(shape, np.int32),
+                rating=np.where(where, 0, MISSING_RATING).astype(np.float32),
+                gap=np.where(where, 0, UNKNOWN_GAP).astype(np.float32),
+                length=where.sum(axis=1, dtype=np.int32),
+            ),
+            starts,
+            target=np.zeros(shape, np.int32),
+            target_gap=np.where(where, 0, UNKNOWN_GAP).astype(np.float32),
+            earlier=np.zeros((self.rows_per_batch, self._earlier_width), np.int32),
+        )
+        for number, part in enumerate(self._parts):
+            mine = part_of == number
+            self._fill(batch, part, windows[mine], slots[mine])
+        return batch
 
-    def _earlier(self, windows: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        """[batch, width] int32: the items before each row's window."""
-        earlier = np.zeros((self.rows_per_batch, self._earlier_width), np.int32)
-        counts = self._earlier_counts[windows]
-        later, ago = np.flatnonzero(counts), np.arange(self._earlier_width)
-        where = ago < counts[later, None]
-        rows = np.where(where, self._starts[windows[later], None] - 1 - ago, 0)
-        earlier[slots[later] // self.max_length] = np.where(where, self._data.histories.items[rows], 0)
-        return earlier
+    def _fill(self, batch: TrainBatch, part: PreparedData, windows: np.ndarray, slots: np.ndarray) -> None:
+        """Puts the events of windows of one part into the batch."""
+        histories, lengths = part.histories, self._lengths[windows]
+        rows, into = expand_ranges(self._starts[windows], lengths), expand_ranges(slots, lengths)
+        columns = (
+            (batch.events.item, histories.items[rows]),
+            (batch.events.rating, part.unit_ratings(rows)),
+            (batch.events.gap, gaps_at(histories, rows)),
+            (batch.target, histories.items[rows + 1]),
+            (batch.target_gap, gaps_at(histories, rows + 1)),
+        )
+        for array, values in columns:
+            np.put(np.asarray(array), into, values)
+        counts = np.minimum(self._earlier_counts[windows], self._earlier_width)
+        of_window = np.repeat(np.arange(len(windows)), counts)
+        ago = expand_ranges(np.zeros_like(counts), counts)
+        earlier = histories.items[self._starts[windows][of_window] - 1 - ago]
+        batch.earlier[slots[of_window] // self.max_length, ago] = earlier
 
 
 def prefetch(batches: Iterable[Item], depth: int = 2) -> Iterator[Item]:

@@ -21,36 +21,50 @@ class Core:
     items: np.ndarray
 
 
-def k_core(log: EventLog, fitted: FittedEvents, min_user_ratings: int, min_item_ratings: int) -> Core:
-    """Drops users and items with few fitted events, again and again until none is left (the literature's k-core).
+def count_items(
+    log: EventLog, fitted: FittedEvents, items: np.ndarray, min_user_ratings: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Counts the fitted events on some items, of the users that have enough of them.
 
     Args:
-        log: All events.
+        log: All events, or those of some users.
         fitted: Which of them count.
-        min_user_ratings: Events that a user needs; one without any is dropped whatever the threshold.
-        min_item_ratings: The same of an item.
+        items: [items + 1] bool: the items that are left.
+        min_user_ratings: Events on these that a user needs; one without any is dropped whatever the threshold.
 
     Returns:
-        What stays.
+        Events per item [items + 1] int64, and the users [log users] bool that have enough.
     """
-    events = log.events
-    core = Core(np.ones(len(log.users), bool), np.ones(len(log.items) + 1, bool))
-    core.items[0] = False
+    counts, users = np.zeros(len(items), np.int64), np.zeros(len(log.users), bool)
+    for block in blocks(log.events.offsets):
+        of_events = log.events.items[block.rows]
+        kept = fitted(block) & items[of_events]
+        users[block.users] = block.sums(kept) >= max(1, min_user_ratings)
+        kept &= block.per_event(users[block.users])
+        counts += np.bincount(of_events[kept], minlength=len(counts))
+        release(log.events.items)
+    return counts, users
+
+
+def k_core(count: Callable[[np.ndarray], np.ndarray], items: int, min_item_ratings: int) -> np.ndarray:
+    """The items that are left when no user and no item has few fitted events (the literature's k-core).
+
+    Args:
+        count: Counts the events of the items [items + 1] bool that are left so far: the sum of `count_items` over the
+            parts of the log. A user that falls out in one round has no more events in the next, so nothing has to be
+            remembered of users.
+        items: Number of items of the log.
+        min_item_ratings: Events that an item needs; one without any is dropped whatever the threshold.
+
+    Returns:
+        [items + 1] bool (0 = padding, False); all False where nothing is left.
+    """
+    kept = np.arange(items + 1) > 0
     while True:
-        by_user = np.zeros(len(core.users), np.int64)
-        by_item = np.zeros(len(core.items), np.int64)
-        for block in blocks(events.offsets):
-            items = events.items[block.rows]
-            kept = fitted(block) & block.per_event(core.users[block.users]) & core.items[items]
-            by_user[block.users] = block.sums(kept)
-            by_item += np.bincount(items[kept], minlength=len(by_item))
-            release(events.items)
-        users = by_user >= max(1, min_user_ratings)
-        items_kept = by_item >= max(1, min_item_ratings)
-        stable = (users == core.users).all() and (items_kept == core.items).all()
-        core = Core(users, items_kept)
-        if stable:
-            return core
+        left = kept & (count(kept) >= max(1, min_item_ratings))
+        if np.array_equal(left, kept) or not left.any():
+            return left
+        kept = left
 
 
 @dataclasses.dataclass(frozen=True)

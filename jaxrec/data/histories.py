@@ -114,7 +114,7 @@ class ColumnWriter:
     """Writes one-dimensional arrays one after the other into one .npy file."""
 
     def __init__(self, path: Path, dtype: type[np.generic]) -> None:
-        self._dtype = np.dtype(dtype)
+        self.dtype = np.dtype(dtype)
         self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
         self._length = 0
         self._write_header()
@@ -135,12 +135,12 @@ class ColumnWriter:
 
     def write(self, values: np.ndarray) -> None:
         """Appends `values`, cast to the column's type."""
-        values = np.ascontiguousarray(values, self._dtype)
+        values = np.ascontiguousarray(values, self.dtype)
         self._file.write(values.data)
         self._length += len(values)
 
     def _write_header(self) -> None:
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)}
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self._length,)}
         np.lib.format.write_array_header_1_0(self._file, header)
 
 

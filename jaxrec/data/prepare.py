@@ -12,7 +12,7 @@ from jaxrec.config import MEMORY_GB, PrepareConfig
 from jaxrec.data.catalog import build_catalog, catalog_items
 from jaxrec.data.content import feature_notes, fit_columns
 from jaxrec.data.encoding import ColumnEncoding
-from jaxrec.data.filtering import filter_log, k_core
+from jaxrec.data.filtering import Core, count_items, filter_log, k_core
 from jaxrec.data.histories import EventLog
 from jaxrec.data.ids import IdMap
 from jaxrec.data.prepared import AddFiles, PreparedData
@@ -117,13 +117,18 @@ def prepare_log(
     """
     rule = SplitRule.of(log, config)
     fitted = rule.fitted(log)
-    core = k_core(log, fitted, config.min_user_ratings, config.min_movie_ratings)
-    if not core.items.any():
+
+    def count(items: np.ndarray) -> np.ndarray:
+        return count_items(log, fitted, items, config.min_user_ratings)[0]
+
+    items = k_core(count, len(log.items), config.min_movie_ratings)
+    if not items.any():
         raise DataError(
             f"no event is left of {log.events.event_count} after dropping users with fewer than "
             f"{config.min_user_ratings} and items with fewer than {config.min_movie_ratings} events"
         )
-    item_ids = catalog_items(log.items.raw_ids[core.items[1:]], config.min_movie_ratings, movies, features)
+    core = Core(count_items(log, fitted, items, config.min_user_ratings)[1], items)
+    item_ids = catalog_items(log.items.raw_ids[items[1:]], config.min_movie_ratings, movies, features)
     catalog = build_catalog(_with_known(item_ids, known_items), movies)
     kept = filter_log(log, fitted, core, catalog.ids, known_users, rule.keeps_every_user, folder, item_ids)
     users = IdMap(log.users.raw_ids[kept.order], distinct=True)

@@ -11,7 +11,7 @@ import pandas as pd
 from jaxrec.config import PrepareConfig, RatingScale
 from jaxrec.data.catalog import Catalog
 from jaxrec.data.encoding import ColumnEncoding
-from jaxrec.data.histories import BLOCK_EVENTS, EventLog, Histories, release
+from jaxrec.data.histories import BLOCK_EVENTS, EventLog, Histories, blocks, release
 from jaxrec.data.ids import IdMap
 from jaxrec.data.split import Split
 
@@ -29,7 +29,9 @@ class PreparedData:
             (`jaxrec.data.content.item_content` makes a matrix of it).
         columns: How the columns of `features` are encoded; what `append` makes of this data keeps it. None: not fitted
             yet, so that it follows from `features` and the training events.
-        folder: Where exactly this data lies; None in memory, and for what `dataclasses.replace` makes of it.
+        popularity: [items + 1] int64, training events per item of the whole that this is a part of; None: it is whole.
+        folder: Where exactly this data, or its shards, lie; None in memory, and for what `dataclasses.replace` makes of
+            it.
         digest: SHA-256 of the folder's summary file when it was read.
     """
 
@@ -43,6 +45,7 @@ class PreparedData:
     input: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     features: pd.DataFrame | None = None
     columns: tuple[ColumnEncoding, ...] | None = None
+    popularity: np.ndarray | None = None
     folder: Path | None = dataclasses.field(default=None, init=False, compare=False)
     digest: str = dataclasses.field(default="", init=False, compare=False)
 
@@ -52,9 +55,18 @@ class PreparedData:
         return scale.to_unit(self.histories.ratings[rows])
 
     def train_popularity(self) -> np.ndarray:
-        """[items + 1] int64: training events per item."""
-        rows = self.split.train_rows(self.histories)
-        return np.bincount(self.histories.items[rows], minlength=len(self.catalog) + 1)
+        """[items + 1] int64: training events per item, of the whole where this is a part."""
+        return self.own_popularity() if self.popularity is None else self.popularity
+
+    def own_popularity(self) -> np.ndarray:
+        """[items + 1] int64: training events per item of these histories alone."""
+        counts = np.zeros(len(self.catalog) + 1, np.int64)
+        for block in blocks(self.histories.offsets):
+            items = self.histories.items[block.rows]
+            trains = block.positions() < block.per_event(self.split.train_counts[block.users])
+            counts += np.bincount(items[trains], minlength=len(counts))
+            release(self.histories.items)
+        return counts
 
     def summary(self) -> dict[str, Any]:
         """Counts that describe the data, as JSON values."""

@@ -11,6 +11,11 @@ DATA/{train_counts,validation_users,validation_rows,test_users,test_rows}.npy   
 DATA/log/                   the whole log before the filters, in the same form: what `jaxrec append` builds on
 DATA/quarantine.csv         rows that were set aside, if there are any
 DATA/report.{json,png}      what the log looks like, where it was asked for
+
+Or the shards that `jaxrec prepare-distributed` writes, each of them such a folder with whole users and all items:
+
+SHARDS/shards.json          version, configuration, counts, and the name and SHA-256 of prepared.json of every shard
+SHARDS/shard-00000/         the first of them
 """
 
 import contextlib
@@ -33,6 +38,7 @@ from jaxrec.data.ids import IdMap, open_ids, write_ids
 from jaxrec.data.prepared import AddFiles, PreparedData
 from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.data.schema import ITEM
+from jaxrec.data.shares import TrainingShare, joined, share_of, share_of_shards
 from jaxrec.data.split import Cases, Split
 from jaxrec.errors import DataError
 from jaxrec.files import new_directory, read_json, sha256
@@ -43,6 +49,8 @@ CATALOG_FILE = "catalog.json"
 LOG_FOLDER = "log"
 MOVIES_FILE = "movies.csv"
 FEATURES_FILE = "features.csv"
+SHARDS_SCHEMA_VERSION = 2
+SHARDS_FILE = "shards.json"
 SPLIT_COLUMNS = ("train_counts", "validation_users", "validation_rows", "test_users", "test_rows")
 
 
@@ -162,8 +170,11 @@ def finish(data: PreparedData, folder: Path, add_files: AddFiles | None = None) 
 def read_prepared(path: Path | str) -> PreparedData:
     """Opens prepared data as memory maps: nothing is read before it is used.
 
+    Shards are opened as one: their events are gathered in temporary files (in TMPDIR), which take 16 bytes an event and
+    last as long as the data.
+
     Args:
-        path: The folder that `prepare`, `append` or `write_prepared` wrote.
+        path: The folder that `prepare`, `append`, `write_prepared` or `prepare_distributed` wrote.
 
     Returns:
         The data; its movies are read when they are needed (`all_movies`).
@@ -173,6 +184,55 @@ def read_prepared(path: Path | str) -> PreparedData:
             `check_prepared` compares contents.
     """
     path = Path(path).resolve()
+    if not (path / SHARDS_FILE).is_file():
+        return _read_folder(path)
+    return _opened(joined(open_shards(path)), path)
+
+
+def open_shards(path: Path) -> list[PreparedData]:
+    """Opens the shards that `prepare_distributed` wrote, each as memory maps; they share one catalogue.
+
+    Raises DataError where one is missing, damaged or not of this folder.
+    """
+    index: dict[str, Any] = read_json(path / SHARDS_FILE, "expected a folder written by `jaxrec prepare-distributed`")
+    if index.get("schema_version") != SHARDS_SCHEMA_VERSION:
+        came = index.get("schema_version")
+        raise DataError(f"{path / SHARDS_FILE}: schema version {came}, expected {SHARDS_SCHEMA_VERSION}; prepare again")
+    shards: list[PreparedData] = []
+    for shard in index["shards"]:
+        folder = path / shard["name"]
+        shards.append(_read_folder(folder, shards[0].catalog if shards else None))
+        if shards[-1].digest != shard["sha256"]:
+            raise DataError(f"{folder}: not the shard that {path / SHARDS_FILE} names; prepare again")
+    return shards
+
+
+def open_share(path: Path, index: int = 0, count: int = 1) -> TrainingShare:
+    """What training process `index` of `count` reads of a prepared folder, or of shards.
+
+    Raises DataError as `read_prepared` does; ValueError for an index outside 0..count - 1.
+    """
+    if not 0 <= index < count:
+        raise ValueError(f"index must be in 0..{count - 1}, not {index}")
+    if (path / SHARDS_FILE).is_file():
+        return share_of_shards(open_shards(path), index, count)
+    return share_of(_read_folder(path.resolve()), index, count)
+
+
+def summary_file(folder: Path) -> Path:
+    """The file of prepared data, or of shards, that is another one whenever anything of the data is."""
+    shards = folder / SHARDS_FILE
+    return shards if shards.is_file() else folder / SUMMARY_FILE
+
+
+def _opened(data: PreparedData, path: Path) -> PreparedData:
+    object.__setattr__(data, "folder", path)
+    object.__setattr__(data, "digest", sha256(summary_file(path)))
+    return data
+
+
+def _read_folder(path: Path, catalog: Catalog | None = None) -> PreparedData:
+    """One folder; `catalog`: its own, where that is open already."""
     content = _read_summary(path)
     for name, expected in content["files"].items():
         size = os.stat(path / name).st_size if (path / name).is_file() else None
@@ -186,7 +246,7 @@ def read_prepared(path: Path | str) -> PreparedData:
         log = open_log(path / LOG_FOLDER) if (path / LOG_FOLDER).is_dir() else None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: damaged: {error}; prepare again") from error
-    catalog = read_catalog(path / CATALOG_FILE)
+    catalog = catalog or read_catalog(path / CATALOG_FILE)
     split = Split(train_counts, Cases(*cases[:2]), Cases(*cases[2:]))
     config = from_json(PrepareConfig, content["config"])
     movies = path / LOG_FOLDER / MOVIES_FILE
@@ -194,9 +254,7 @@ def read_prepared(path: Path | str) -> PreparedData:
     features = _typed(path / FEATURES_FILE, catalog) if (path / FEATURES_FILE).is_file() else None
     columns = _encodings(content.get("columns"), path)
     data = PreparedData(catalog, users, histories, split, config, log, kept, content["input"], features, columns)
-    object.__setattr__(data, "folder", path)
-    object.__setattr__(data, "digest", sha256(path / SUMMARY_FILE))
-    return data
+    return _opened(data, path)
 
 
 def _encodings(content: Any, path: Path) -> tuple[ColumnEncoding, ...] | None:
@@ -210,7 +268,7 @@ def unchanged_folder(data: PreparedData) -> Path | None:
     """The folder that `data` was read from, if any. Raises DataError where other data has been written there since."""
     if data.folder is None:
         return None
-    summary = data.folder / SUMMARY_FILE
+    summary = summary_file(data.folder)
     if not summary.is_file() or sha256(summary) != data.digest:
         raise DataError(f"{data.folder} was written anew since it was read; read it again (`jaxrec.read_prepared`)")
     return data.folder
@@ -239,6 +297,8 @@ def check_prepared(path: Path) -> int:
     Raises:
         DataError: Naming the file that is missing or differs.
     """
+    if (path / SHARDS_FILE).is_file():
+        return sum(check_prepared(shard.folder) for shard in open_shards(path) if shard.folder is not None)
     total = 0
     for name, expected in _read_summary(path)["files"].items():
         if not (path / name).is_file() or sha256(path / name) != expected["sha256"]:

@@ -10,28 +10,36 @@ and the sum for (i, j) is divided by count(i)**POWER * count(j)**(1 - POWER), a 
 item. It is item-item nearest neighbours (Sarwar et al. 2001; Deshpande and Karypis 2004, equation 4 for the power)
 with pairs weighted by their distance, as in skip-gram's shrinking windows (Mikolov et al. 2013). Kept are the
 strongest neighbours of each item.
+
+All training events count. The rows of the table are counted in blocks, each in a pass over the events, so that memory
+is bounded for any log; several processes count their own events and add up one block each. A weight is rounded to a
+multiple of 2**-24, so that sums are exact: the result is the same to the last bit in any order and for any number of
+processes.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
-import scipy.sparse.linalg
 
+from jaxrec.data.histories import blocks, release, user_blocks
 from jaxrec.data.prepared import PreparedData
+from jaxrec.data.shares import TrainingShare, share_of
 
 WINDOW = 20
 LAG_DECAY = 0.85
 BACKWARD = 0.5
 POWER = 0.68
 NEIGHBOURS = 100
-MAX_EVENTS = 2_000_000  # of a larger log, the most recent part of it: more events change the counts little
-EVENTS_PER_CHUNK = 500_000
-ITEMS_PER_CHUNK = 1000  # sorted together: sorting takes several times the memory of the counts
+CELLS_PER_BLOCK = 2**25  # pairs of items whose counts are in memory at a time, at most
+PAIRS_PER_CHUNK = 2**22  # pairs of events that are added up together
 INITIAL_DEVIATION = 0.3
-MAX_START_ITEMS = 100_000  # beyond, the factorization takes longer than it can save
 DENSE_ITEMS = 2000  # up to here a full eigendecomposition takes a second
+OVERSAMPLE = 64  # dimensions beyond those asked for, in which the randomized factorization searches
+POWER_ITERATIONS = 12
 
 
 class Neighbours(NamedTuple):
@@ -44,26 +52,69 @@ class Neighbours(NamedTuple):
     weight: np.ndarray
 
 
-def neighbours(data: PreparedData, width: int = NEIGHBOURS) -> Neighbours:
-    """Counted in the training events of `data` alone."""
-    size = len(data.catalog) + 1
+class Together(NamedTuple):
+    """How several processes count together: which of how many this is, an empty folder that all of them see, and a
+    function that returns when all have come to the point of a name."""
+
+    process: int
+    processes: int
+    folder: Path
+    wait: Callable[[str], None]
+
+
+def neighbours(
+    data: PreparedData | TrainingShare, width: int = NEIGHBOURS, together: Together | None = None
+) -> Neighbours:
+    """Counted in the training events of `data` alone.
+
+    Args:
+        data: All events, or of several processes its own share, which knows the popularity of all.
+        width: Neighbours of an item that are kept.
+        together: How several processes count; None: this one alone.
+
+    Returns:
+        The neighbours; in the processes after the first only those of the items that it added up.
+    """
+    share = data if isinstance(data, TrainingShare) else share_of(data)
+    index, count = (0, 1) if together is None else (together.process, together.processes)
+    size = len(share.catalog) + 1
     width = min(width, size - 1)
-    items, users = _recent_events(data)
-    counts = np.maximum(np.bincount(items, minlength=size), 1).astype(np.float64)
-    total = scipy.sparse.csr_array((size, size), dtype=np.float64)
-    for first, second, lag in _pairs(items, users):
-        weight = LAG_DECAY ** (lag - 1.0)
-        total = total + scipy.sparse.csr_array((weight, (first, second)), shape=(size, size))
-    total = (total + BACKWARD * total.T).tocsr()
+    popularity = share.train_popularity()
     found = Neighbours(np.zeros((size, width), np.int32), np.zeros((size, width), np.float32))
-    for start in range(0, size, ITEMS_PER_CHUNK):
-        part = total[start : start + ITEMS_PER_CHUNK].tocoo()
-        row, column = part.row + start, part.col
-        apart = row != column
-        row, column = row[apart], column[apart]
-        weight = part.data[apart] / (counts[row] ** POWER * counts[column] ** (1.0 - POWER))
-        _keep_strongest(row, column, weight, found)
+    bounds = _row_blocks(popularity)
+    for start in range(0, len(bounds), count):
+        own = None
+        for owner, (first, stop) in enumerate(bounds[start : start + count]):
+            counted = _count_rows(share.parts, first, stop, size)
+            if owner == index:
+                own = counted
+            else:
+                assert together is not None
+                scipy.sparse.save_npz(together.folder / f"{start + owner}-{index}.npz", counted, compressed=False)
+        if together is not None and count > 1:
+            together.wait("a block of neighbours is counted")
+            for other in range(count):
+                path = together.folder / f"{start + index}-{other}.npz"
+                if own is not None and other != index:
+                    own = own + scipy.sparse.load_npz(path)
+                    path.unlink()
+        if own is not None:
+            _keep_strongest(own, bounds[start + index][0], popularity, found)
+    if together is not None and count > 1:
+        _collect(found, bounds, together)
     return found
+
+
+def _collect(found: Neighbours, bounds: Sequence[tuple[int, int]], together: Together) -> None:
+    """Gives the first process the rows of all."""
+    if together.process:
+        np.savez(together.folder / f"{together.process}.npz", **found._asdict())
+    together.wait("the neighbours of all blocks are known")
+    for other in range(1, 0 if together.process else together.processes):
+        with np.load(together.folder / f"{other}.npz") as arrays:
+            for first, stop in bounds[other :: together.processes]:
+                for name, table in found._asdict().items():
+                    table[first:stop] = arrays[name][first:stop]
 
 
 def initial_embedding(neighbours: Neighbours, width: int) -> np.ndarray:
@@ -83,45 +134,98 @@ def initial_embedding(neighbours: Neighbours, width: int) -> np.ndarray:
     table = scipy.sparse.csr_array((strength, (row[known], neighbours.item.ravel()[known])), shape=(size, size))
     symmetric = (table + table.T) / 2
     rank = min(width, size - 1)
-    if size <= DENSE_ITEMS:
-        values, vectors = np.linalg.eigh(symmetric.toarray())
-        values, vectors = values[-rank:], vectors[:, -rank:]
-    else:
-        values, vectors = scipy.sparse.linalg.eigsh(symmetric, rank, which="LA", v0=np.ones(size), tol=1e-3)
+    values, vectors = _exact(symmetric, rank) if size <= DENSE_ITEMS else randomized_eigenpairs(symmetric, rank)
     embedding = np.zeros((size, width), np.float32)
     embedding[:, :rank] = vectors * np.sqrt(np.maximum(values, 0.0))
     return embedding * np.float32(INITIAL_DEVIATION / max(float(embedding.std()), 1e-12))
 
 
-def _recent_events(data: PreparedData) -> tuple[np.ndarray, np.ndarray]:
-    """Items and users of the training events, users' events together and in order; the most recent MAX_EVENTS."""
-    rows = data.split.train_rows(data.histories)
-    if len(rows) > MAX_EVENTS:
-        times = data.histories.times[rows]
-        rows = rows[times >= np.partition(times, -MAX_EVENTS)[-MAX_EVENTS]]
-    users = np.searchsorted(data.histories.offsets, rows, side="right")
-    return np.asarray(data.histories.items[rows]), users
+def _exact(symmetric: scipy.sparse.csr_array, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    values, vectors = np.linalg.eigh(symmetric.toarray())
+    return values[-rank:], vectors[:, -rank:]
 
 
-def _pairs(items: np.ndarray, users: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(earlier item, later item, lag) of all pairs of one user's events at most WINDOW apart, in chunks."""
-    for start in range(0, len(items), EVENTS_PER_CHUNK):
-        stop = min(start + EVENTS_PER_CHUNK, len(items))
-        first, second, lags = [], [], []
-        for lag in range(1, WINDOW + 1):
-            earlier = np.arange(start, min(stop, len(items) - lag))
-            earlier = earlier[users[earlier] == users[earlier + lag]]
-            first.append(items[earlier])
-            second.append(items[earlier + lag])
-            lags.append(np.full(len(earlier), lag))
-        yield np.concatenate(first), np.concatenate(second), np.concatenate(lags)
+def randomized_eigenpairs(symmetric: scipy.sparse.csr_array, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The largest eigenvalues of a large symmetric matrix and their vectors, by randomized subspace iteration.
+
+    Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.3: a random subspace is multiplied with the matrix
+    POWER_ITERATIONS times, and the matrix is decomposed within it. It costs as many products with rank + OVERSAMPLE
+    columns and is the same for the same matrix. Deviation: the powers are those of the matrix plus half of its lowest
+    eigenvalue's size times the identity, since the lowest eigenvalues would take the place of the largest ones.
+
+    Args:
+        symmetric: [n, n].
+        rank: How many, at most n.
+
+    Returns:
+        Eigenvalues [rank], which rise, and vectors [n, rank].
+    """
+    size = symmetric.shape[0]
+    start = np.random.default_rng(0).standard_normal((size, min(size, rank + OVERSAMPLE)), np.float32)
+    symmetric = symmetric.astype(np.float32)
+    basis = np.linalg.qr(symmetric @ start)[0]
+    for _ in range(POWER_ITERATIONS):
+        product = symmetric @ basis
+        lowest = np.linalg.eigvalsh(basis.T @ product)[0]
+        basis = np.linalg.qr(product - min(lowest, 0.0) / 2 * basis)[0]
+    values, vectors = np.linalg.eigh(basis.T @ (symmetric @ basis))
+    return values[-rank:], basis @ vectors[:, -rank:]
 
 
-def _keep_strongest(row: np.ndarray, column: np.ndarray, weight: np.ndarray, found: Neighbours) -> None:
-    """Fills the given rows of `found` with their largest weights; equal ones in the order of the items."""
-    order = np.lexsort((column, -weight, row))
-    row, column, weight = row[order], column[order], weight[order]
-    place = np.arange(len(row)) - np.searchsorted(row, row)
-    kept = place < found.item.shape[1]
-    found.item[row[kept], place[kept]] = column[kept]
-    found.weight[row[kept], place[kept]] = weight[kept]
+def _row_blocks(popularity: np.ndarray) -> list[tuple[int, int]]:
+    """Ranges of items (first, stop) whose rows have at most CELLS_PER_BLOCK neighbours, or of a single item."""
+    cells = np.minimum(2 * WINDOW * popularity, len(popularity))
+    bounds = user_blocks(np.concatenate([[0], np.cumsum(cells)]), CELLS_PER_BLOCK)
+    return list(bounds)
+
+
+def _count_rows(parts: Sequence[PreparedData], first: int, stop: int, size: int) -> scipy.sparse.csr_array:
+    """[stop - first, size] float64: the sums of the items first..stop - 1 with every item, of the events of `parts`."""
+    total = scipy.sparse.csr_array((stop - first, size), dtype=np.float64)
+    for row, column, weight in itertools.chain.from_iterable(_pairs(part, first, stop) for part in parts):
+        total = total + scipy.sparse.csr_array((weight, (row - first, column)), shape=total.shape)
+    return total
+
+
+def _pairs(data: PreparedData, first: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Item, other item and weight of all pairs of one user's training events at most WINDOW apart, in chunks; the first
+    items are first..stop - 1."""
+    histories = data.histories
+    weights = np.round(LAG_DECAY ** np.arange(WINDOW) * 2**24) / 2**24
+    for block in blocks(histories.offsets):
+        items = histories.items[block.rows]
+        ends = np.cumsum(block.lengths)
+        chosen = np.flatnonzero((items >= first) & (items < stop))
+        users = np.searchsorted(ends, chosen, side="right")
+        lows = ends[users] - block.lengths[users]
+        highs = lows + data.split.train_counts[block.users[users]]
+        for start in range(0, len(chosen), max(1, PAIRS_PER_CHUNK // (2 * WINDOW))):
+            some = slice(start, start + max(1, PAIRS_PER_CHUNK // (2 * WINDOW)))
+            at, low, high = chosen[some], lows[some], highs[some]
+            of_item, others, of_pair = [], [], []
+            for lag in range(1, WINDOW + 1):
+                for other, weight in ((at + lag, weights[lag - 1]), (at - lag, BACKWARD * weights[lag - 1])):
+                    where = (at < high) & (other < high) & (other >= low)
+                    of_item.append(items[at[where]])
+                    others.append(items[other[where]])
+                    of_pair.append(np.full(len(others[-1]), weight))
+            yield np.concatenate(of_item), np.concatenate(others), np.concatenate(of_pair)
+        release(histories.items)
+
+
+def _keep_strongest(counts: scipy.sparse.csr_array, first: int, popularity: np.ndarray, found: Neighbours) -> None:
+    """Fills the rows of `found` from `first` on with the largest weights of `counts` [rows, items + 1], each divided by
+    what its two items say; equal weights in the order of the items."""
+    width = found.item.shape[1]
+    popularity = np.maximum(popularity, 1).astype(np.float64)
+    of_item, of_other = popularity**POWER, popularity ** (1.0 - POWER)
+    counts.sort_indices()
+    for row, (start, end) in enumerate(itertools.pairwise(counts.indptr), start=first):
+        column = counts.indices[start:end]
+        weight = np.where(column == row, 0, counts.data[start:end] / (of_item[row] * of_other[column]))
+        if len(column) > width:
+            kept = np.flatnonzero(weight >= np.partition(weight, -width)[-width])
+            column, weight = column[kept], weight[kept]
+        best = np.argsort(-weight, kind="stable")[:width]
+        best = best[weight[best] > 0]
+        found.item[row, : len(best)], found.weight[row, : len(best)] = column[best], weight[best]

@@ -6,6 +6,7 @@ RUN/lstm/                       checkpoints and logs of TimeRatingAwareLSTM (`ja
 RUN/content/                    the same of TimeRatingAwareContentModel
 RUN/training.png                loss and validation figures by epoch
 RUN/cooccurrence.npz            the neighbours of each item, and the item vectors that training started from
+RUN/cooccurrence.partial/       while several processes count: what they hand each other
 RUN/content_head.npz            what gives items without training events their vectors and biases: the features' names,
                                 and a kernel and an offset for each model (`jaxrec.training.content_head`)
 RUN/hybrid.json                 the weights of the mix (`jaxrec.training.mix.Mix`), with its validation figures;
@@ -48,10 +49,10 @@ from flax import nnx
 from jaxrec.config import ModelConfig, TrainConfig, from_json
 from jaxrec.data.content import item_content
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.store import read_prepared
+from jaxrec.data.store import read_prepared, summary_file
 from jaxrec.data.trend import DecayedCounts
 from jaxrec.errors import DataError
-from jaxrec.files import read_json
+from jaxrec.files import read_json, sha256
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.neighbours import Neighbours
@@ -68,6 +69,7 @@ DATA_FOLDER = "data"
 RUN_FILE = "run.json"
 HYBRID_FILE = "hybrid.json"
 NEIGHBOURS_FILE = "cooccurrence.npz"
+NEIGHBOURS_PARTIAL_FOLDER = "cooccurrence.partial"
 CONTENT_HEAD_FILE = "content_head.npz"
 EVALUATION_FILE = "evaluation.json"
 MLFLOW_FILE = "mlflow.json"
@@ -112,7 +114,7 @@ class Run:
 
     Attributes:
         folder: The run directory.
-        data_folder: The prepared data that it was trained on.
+        data_folder: The prepared data, or the shards, that it was trained on.
         data_digest: SHA-256 of that data's summary file.
         item_count: Number of items of the catalogue.
         items_digest: SHA-256 of their raw ids.
@@ -133,14 +135,23 @@ class Run:
     scratch: object = dataclasses.field(default=None, repr=False, compare=False)
 
     def read_data(self) -> PreparedData:
-        """The prepared data that the run was trained on. Raises DataError where it is gone or was prepared anew."""
-        data = read_prepared(self.data_folder)
-        if data.digest != self.data_digest:
+        """The prepared data that the run was trained on, shards as one (`jaxrec.data.store.read_prepared`).
+
+        Raises DataError where it is gone or was prepared anew.
+        """
+        self.require_data()
+        return read_prepared(self.data_folder)
+
+    def require_data(self) -> None:
+        """Raises DataError where the data that the run was trained on is gone or was prepared anew."""
+        summary = summary_file(self.data_folder)
+        if not summary.is_file():
+            raise DataError(f"{summary} is not there; {self.folder} was trained on that data: put it back")
+        if sha256(summary) != self.data_digest:
             raise DataError(
                 f"{self.data_folder} was prepared anew since {self.folder} was trained on it; train again, or go on "
                 f"with what was appended: `jaxrec train --out {self.folder} --resume --data {self.data_folder}`"
             )
-        return data
 
     def recommend(self, histories: pd.DataFrame | Sequence[int] | Sequence[str], k: int = 10) -> pd.DataFrame:
         """The best `k` items for each history, by the policy in use: what a server of the exported run answers.

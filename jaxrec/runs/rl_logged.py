@@ -18,7 +18,7 @@ from jaxrec.evaluation.plots import plot_logged
 from jaxrec.files import new_file, write_text
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.models.neighbours import MAX_START_ITEMS, initial_embedding, neighbours
+from jaxrec.models.neighbours import initial_embedding, neighbours
 from jaxrec.models.reranker import Reranker, RerankerTables
 from jaxrec.rl.checkpoint import PolicyCheckpoint, models_digest
 from jaxrec.rl.config import LoggedConfig
@@ -177,9 +177,7 @@ def _fold_models(
 ) -> Hybrid:
     """The mix of `like` over models that are trained on `data`; an interrupted training resumes in `folder`."""
     near = neighbours(data)
-    start = None
-    if len(data.catalog) <= MAX_START_ITEMS:
-        start = initial_embedding(near, like.lstm.config.embedding)
+    start = initial_embedding(near, like.lstm.config.embedding)
     lstm, content = new_models(data, like.lstm.config, train_config.seed, start)
     fewer = dataclasses.replace(train_config, max_epochs=config.fold_epochs, patience=config.fold_epochs)
     names = f"{folder.name} TimeRatingAwareLSTM", f"{folder.name} TimeRatingAwareContentModel"

@@ -18,15 +18,17 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxrec.config import CheckpointConfig, ModelConfig, SeenItems, TrainConfig, to_json
+from jaxrec.data.catalog import Catalog
 from jaxrec.data.content import item_content
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.store import SUMMARY_FILE, read_prepared, unchanged_folder, write_prepared
+from jaxrec.data.shares import TrainingShare
+from jaxrec.data.store import open_share, summary_file, unchanged_folder, write_prepared
 from jaxrec.errors import DataError, TrainingStopped
 from jaxrec.files import new_file, sha256, write_text
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.models.neighbours import MAX_START_ITEMS, Neighbours, initial_embedding, neighbours
+from jaxrec.models.neighbours import Neighbours, Together, initial_embedding, neighbours
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.runs.directory import (
     CONTENT_FOLDER,
@@ -36,6 +38,7 @@ from jaxrec.runs.directory import (
     HYBRID_FILE,
     LSTM_FOLDER,
     NEIGHBOURS_FILE,
+    NEIGHBOURS_PARTIAL_FOLDER,
     PLOT_FILE,
     POLICY_FILES,
     RUN_FILE,
@@ -50,7 +53,7 @@ from jaxrec.runs.directory import (
 from jaxrec.runs.tracking import begin, connect, tracked
 from jaxrec.training.content_head import ridge_head, train_head
 from jaxrec.training.log import Track
-from jaxrec.training.loop import require_trainable, train_model
+from jaxrec.training.loop import TrainedModel, known_share, require_trainable, train_model
 from jaxrec.training.mix import learn_mix
 from jaxrec.training.new_items import (
     NewItems,
@@ -64,6 +67,8 @@ from jaxrec.training.processes import any_process, in_first, is_first, noticing_
 from jaxrec.training.seen import found_repeats
 from jaxrec.training.sharding import building_device, data_mesh
 from jaxrec.training.stopping import StopRequested, never
+
+STOPPED_BEFORE_MIX = "stopped: both models are trained and saved, their mix is not tuned yet"
 
 
 def train(
@@ -81,9 +86,9 @@ def train(
     """Trains both sequence models on prepared data and tunes their mix; the run directory `out` holds the result.
 
     Args:
-        data: Prepared data: a folder, which the run refers to, or an object, which is written to OUT/data if it lies in
-            no folder. Or a log (a file or a frame), which is prepared into OUT/data with the default PrepareConfig.
-            None with `resume`: the data that the run started with.
+        data: Prepared data: a folder or shards, which the run refers to, or an object, which is written to OUT/data if
+            it lies in no folder. Or a log (a file or a frame), which is prepared into OUT/data with the default
+            PrepareConfig. None with `resume`: the data that the run started with.
         out: The run directory. None: a temporary folder, which is removed together with the returned object.
         model_config: Widths of the models.
         train_config: Epochs, steps, learning rate, seed. Whether items of a history may come again is looked up in
@@ -119,7 +124,8 @@ def train(
         given = data.folder if isinstance(data, PreparedData) else data
         if data is not None and not (isinstance(given, Path | str) and run.data_folder == Path(given).resolve()):
             raise DataError(f"{out} was trained on {run.data_folder}, not on {_name(data)} (to change that: --data)")
-        prepared = run.read_data()
+        run.require_data()
+        share = _open_share(run.data_folder)
         begin(mlflow, tracker, run)
     elif (out / RUN_FILE).exists():
         raise DataError(f"{out} already holds a run; resume it (--resume) or choose another folder")
@@ -127,21 +133,21 @@ def train(
         raise DataError("which data is the run to be trained on?")
     else:
         data_folder = _data_folder(data, out)
-        prepared = read_prepared(data_folder)
-        require_trainable(prepared)
+        share = _open_share(data_folder)
+        require_trainable(share)
         if train_config.seen is SeenItems.AUTO:
-            found = found_repeats(prepared)
+            found = found_repeats(share)
             train_config = dataclasses.replace(train_config, seen=found.choice())
             if is_first():
                 print(found)
-        run = _new_run(out, data_folder, prepared, model_config, train_config)
+        run = _new_run(out, data_folder, share.catalog, model_config, train_config)
         begin(mlflow, tracker, run)
         wait_for_all("no process writes a run where another one still looks for it")
         _write_run(run)
     if is_first() and not (resume and (out / HYBRID_FILE).exists()):  # a run with a mix is finished: its weights stay
         (out / EVALUATION_FILE).unlink(missing_ok=True)
     with noticing_loss(), tracked(tracker) as track:
-        _train_models(run, prepared, mesh, checkpoint_config, item_shards, stop, track)
+        _train_models(run, share, mesh, checkpoint_config, item_shards, stop, track)
     return run
 
 
@@ -186,60 +192,72 @@ def _data_folder(data: PreparedData | pd.DataFrame | Path | str, out: Path) -> P
     return folder
 
 
+def _open_share(folder: Path) -> TrainingShare:
+    return known_share(open_share(folder, jax.process_index(), jax.process_count()))
+
+
 def _name(data: object) -> str:
     return str(data) if isinstance(data, Path | str) else f"a {type(data).__name__} in memory"
 
 
 def _train_models(
     run: Run,
-    data: PreparedData,
+    share: TrainingShare,
     mesh: Mesh,
     checkpoint_config: CheckpointConfig,
     item_shards: int,
     stop: StopRequested,
     track: Track | None,
 ) -> None:
-    """Trains what is left of both models, and writes their mix."""
+    """Trains what is left of both models in all processes; the first one then makes the content heads and the mix."""
     out = run.folder
     with building_device(item_shards):
-        cooccurrence, start = _run_cooccurrence(run, data)
-        lstm, content_model = new_models(data, run.model_config, run.train_config.seed, start)
+        cooccurrence, start = _run_cooccurrence(run, share)
+        lstm, content_model = new_models(share.parts[0], run.model_config, run.train_config.seed, start)
         common = (mesh, checkpoint_config, run.data_version, stop, track)
-        trained_lstm = train_model(lstm, data, run.train_config, out / LSTM_FOLDER, "TimeRatingAwareLSTM", *common)
+        trained_lstm = train_model(lstm, share, run.train_config, out / LSTM_FOLDER, "TimeRatingAwareLSTM", *common)
         trained_content = train_model(
-            content_model, data, run.train_config, out / CONTENT_FOLDER, "TimeRatingAwareContentModel", *common
+            content_model, share, run.train_config, out / CONTENT_FOLDER, "TimeRatingAwareContentModel", *common
         )
+        if any_process(stop())[0]:
+            raise TrainingStopped(STOPPED_BEFORE_MIX)
+        in_first(lambda: _finish(run, trained_lstm, trained_content, CoOccurrence(cooccurrence), stop))
 
-        def stop_where_asked() -> None:
-            # Asked by all processes at the same points, so that all of them stop or none.
-            if any_process(stop())[0]:
-                raise TrainingStopped("stopped: both models are trained and saved, their mix is not tuned yet")
 
-        stop_where_asked()
-        model = CoOccurrence(cooccurrence)
-        excludes_seen = run.train_config.excludes_seen
-        _run_content_heads(run, data, trained_lstm.model, trained_content.model, stop)
-        stop_where_asked()
-        asked = (data, excludes_seen, stop_where_asked)
-        mix = learn_mix(trained_lstm.model, trained_content.model, model, *asked)
-        new = place_new_items(run, data, trained_lstm.model, trained_content.model)
-        ranked = None
-        if new is not None:
-            hybrid = mix.hybrid(trained_lstm.model, trained_content.model, model)
-            ranked = tune_shift(hybrid, new, *asked)
-        whole = mix.hybrid(trained_lstm.model, trained_content.model, model, new)
-        if new is not None and ranked is not None:
-            shift_logits(whole, new, ranked.shift)
-        hidden = _tune_on_hidden_items(run, data, whole, excludes_seen, stop_where_asked)
-    if is_first():
-        from jaxrec.evaluation.plots import plot_training
+def _finish(
+    run: Run,
+    trained_lstm: TrainedModel[TimeRatingAwareLSTM],
+    trained_content: TrainedModel[TimeRatingAwareContentModel],
+    cooccurrence: CoOccurrence,
+    stop: StopRequested,
+) -> None:
+    """Makes the content heads and the mix of trained models, from all of the data, in one process."""
+    from jaxrec.evaluation.plots import plot_training
 
-        of_items = {"new_items": ranked, "hidden_items": hidden}
-        shifts = {name: None if found is None else dataclasses.asdict(found) for name, found in of_items.items()}
-        content = {**dataclasses.asdict(mix), **shifts}
-        write_text(out / HYBRID_FILE, json.dumps(content, indent=2) + "\n")
-        epochs = {"TimeRatingAwareLSTM": trained_lstm.epochs, "TimeRatingAwareContentModel": trained_content.epochs}
-        plot_training(epochs, out / PLOT_FILE)
+    def stop_where_asked() -> None:
+        if stop():
+            raise TrainingStopped(STOPPED_BEFORE_MIX)
+
+    data, models = run.read_data(), (trained_lstm.model, trained_content.model)
+    excludes_seen = run.train_config.excludes_seen
+    _run_content_heads(run, data, *models, stop)
+    stop_where_asked()
+    asked = (data, excludes_seen, stop_where_asked)
+    mix = learn_mix(trained_lstm.model, trained_content.model, cooccurrence, *asked)
+    new = place_new_items(run, data, *models)
+    ranked = None
+    if new is not None:
+        ranked = tune_shift(mix.hybrid(*models, cooccurrence), new, *asked)
+    whole = mix.hybrid(*models, cooccurrence, new)
+    if new is not None and ranked is not None:
+        shift_logits(whole, new, ranked.shift)
+    hidden = _tune_on_hidden_items(run, data, whole, excludes_seen, stop_where_asked)
+    of_items = {"new_items": ranked, "hidden_items": hidden}
+    shifts = {name: None if found is None else dataclasses.asdict(found) for name, found in of_items.items()}
+    content = {**dataclasses.asdict(mix), **shifts}
+    write_text(run.folder / HYBRID_FILE, json.dumps(content, indent=2) + "\n")
+    epochs = {"TimeRatingAwareLSTM": trained_lstm.epochs, "TimeRatingAwareContentModel": trained_content.epochs}
+    plot_training(epochs, run.folder / PLOT_FILE)
 
 
 def extend_run(out: Path, data_folder: Path, changes: Mapping[str, Any] = {}) -> None:
@@ -250,18 +268,19 @@ def extend_run(out: Path, data_folder: Path, changes: Mapping[str, Any] = {}) ->
     Raises DataError where the catalogue does not begin with that of the run, or there is nothing to train on.
     """
     run = open_run(out)
-    digest = sha256(data_folder / SUMMARY_FILE) if (data_folder / SUMMARY_FILE).is_file() else ""
+    summary = summary_file(data_folder)
+    digest = sha256(summary) if summary.is_file() else ""
     if run.data_folder == data_folder.resolve() and run.data_digest == digest:
         return
-    data = read_prepared(data_folder)
-    require_trainable(data)
-    if _items_digest(data, run.item_count) != run.items_digest:
+    share = _open_share(data_folder)
+    require_trainable(share)
+    if _items_digest(share.catalog, run.item_count) != run.items_digest:
         raise DataError(
             f"{data_folder}: its catalogue does not begin with the {run.item_count} items that {out} was trained on; "
             "expected what `jaxrec append` makes of that data"
         )
     train_config = dataclasses.replace(run.train_config, **changes)
-    extended = _new_run(out, data_folder, data, run.model_config, train_config, run.data_version + 1)
+    extended = _new_run(out, data_folder, share.catalog, run.model_config, train_config, run.data_version + 1)
     wait_for_all("every process has seen the run as it was")
     if is_first():
         for path in (
@@ -277,19 +296,19 @@ def extend_run(out: Path, data_folder: Path, changes: Mapping[str, Any] = {}) ->
 def _new_run(
     out: Path,
     data_folder: Path,
-    data: PreparedData,
+    catalog: Catalog,
     model_config: ModelConfig,
     train_config: TrainConfig,
     data_version: int = 0,
 ) -> Run:
-    digest, count = sha256(data_folder / SUMMARY_FILE), len(data.catalog)
-    items_digest = _items_digest(data, count)
+    digest, count = sha256(summary_file(data_folder)), len(catalog)
+    items_digest = _items_digest(catalog, count)
     return Run(out, data_folder.resolve(), digest, count, items_digest, model_config, train_config, data_version)
 
 
-def _items_digest(data: PreparedData, count: int) -> str:
+def _items_digest(catalog: Catalog, count: int) -> str:
     """SHA-256 of the raw ids of the first `count` items, in their order."""
-    return hashlib.sha256("\n".join(map(str, data.catalog.ids.raw_ids[:count].tolist())).encode()).hexdigest()
+    return hashlib.sha256("\n".join(map(str, catalog.ids.raw_ids[:count].tolist())).encode()).hexdigest()
 
 
 def _write_run(run: Run) -> None:
@@ -311,19 +330,27 @@ def _write_run(run: Run) -> None:
     wait_for_all("run.json is written")
 
 
-def _run_cooccurrence(run: Run, data: PreparedData) -> tuple[Neighbours, np.ndarray | None]:
+def _run_cooccurrence(run: Run, share: TrainingShare) -> tuple[Neighbours, np.ndarray | None]:
     """The neighbours that the run keeps, and what its item vectors start from (None: at random). Where it has none yet
-    the first process counts and writes them, so that all processes have the same."""
+    all processes count them, and the first writes them, so that all have the same."""
     path = run.folder / NEIGHBOURS_FILE
     missing = not path.is_file()
     wait_for_all("every process has seen whether the neighbours are to be counted")
-    if missing and is_first():
-        counted = neighbours(data)
-        # Vectors that start from other counts would not fit what is trained already.
-        at_random = run.data_version > 0 or len(data.catalog) > MAX_START_ITEMS
-        start = np.zeros((0, 0)) if at_random else initial_embedding(counted, run.model_config.embedding)
-        with new_file(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **counted._asdict(), start=start)
+    if missing:
+        partial = run.folder / NEIGHBOURS_PARTIAL_FOLDER
+        if is_first():
+            shutil.rmtree(partial, ignore_errors=True)  # of a count that was interrupted
+            partial.mkdir()
+        wait_for_all("the folder of the partial counts is empty")
+        together = Together(jax.process_index(), jax.process_count(), partial, wait_for_all)
+        counted = neighbours(share, together=together)
+        if is_first():
+            # Vectors that start from other counts would not fit what is trained already.
+            known = run.data_version > 0
+            start = np.zeros((0, 0)) if known else initial_embedding(counted, run.model_config.embedding)
+            with new_file(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, **counted._asdict(), start=start)
+            shutil.rmtree(partial)
     wait_for_all("the neighbours are written")
     return read_cooccurrence(run)
 
@@ -335,29 +362,24 @@ def _run_content_heads(
     content_model: TimeRatingAwareContentModel,
     stop: StopRequested,
 ) -> None:
-    """Sees to it that the run has the heads of both models; the first process makes them where it has none yet.
+    """Sees to it that the run has the heads of both models, which are made where it has none yet.
 
     Only the content model's is trained: a head of the LSTM beyond the ridge regression was never measured.
     """
     path = run.folder / CONTENT_HEAD_FILE
-    missing = not path.is_file()
-    wait_for_all("every process has seen whether the content head is to be trained")
-
-    def make_heads() -> None:
-        content = item_content(data)
-        if not content.names:
-            tqdm.write("content head: skipped, since no genre, year or other feature of any item is known")
-            return
-        popularity = data.train_popularity()
-        of_lstm, of_content = (ridge_head(model, content.matrix, popularity) for model in (lstm, content_model))
-        of_content = train_head(content_model, of_content, content.matrix, data, run.train_config, stop)
-        arrays = {"lstm": of_lstm._asdict(), "content": of_content._asdict()}
-        named = {f"{name}_{key}": array for name, head in arrays.items() for key, array in head.items()}
-        with new_file(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, names=np.array(content.names), **named)
-
-    if missing:
-        in_first(make_heads)
+    if path.is_file():
+        return
+    content = item_content(data)
+    if not content.names:
+        tqdm.write("content head: skipped, since no genre, year or other feature of any item is known")
+        return
+    popularity = data.train_popularity()
+    of_lstm, of_content = (ridge_head(model, content.matrix, popularity) for model in (lstm, content_model))
+    of_content = train_head(content_model, of_content, content.matrix, data, run.train_config, stop)
+    arrays = {"lstm": of_lstm._asdict(), "content": of_content._asdict()}
+    named = {f"{name}_{key}": array for name, head in arrays.items() for key, array in head.items()}
+    with new_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, names=np.array(content.names), **named)
 
 
 def _tune_on_hidden_items(

@@ -17,20 +17,21 @@ from jaxrec.config import CheckpointConfig, TrainConfig
 from jaxrec.data.batches import TrainBatch, TrainingData, prefetch
 from jaxrec.data.content import model_feature_names
 from jaxrec.data.prepared import PreparedData
+from jaxrec.data.shares import TrainingShare, share_of
 from jaxrec.errors import DataError, TrainingError, TrainingStopped
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import ranks_by_request_time
 from jaxrec.training.checkpoints import METRIC, Checkpoints, TrainProgress
 from jaxrec.training.log import Track, TrainingLog, read_epochs
-from jaxrec.training.processes import any_process, is_first, noticing_loss, of_first
+from jaxrec.training.processes import any_process, is_first, noticing_loss, sum_of_all
 from jaxrec.training.resize import restored_state
 from jaxrec.training.sharding import (
     DATA_AXIS,
-    batch_sharding,
     data_mesh,
     item_rows,
     local_view,
     put,
+    put_batch,
     state_sharding,
     with_item_rows,
 )
@@ -58,7 +59,7 @@ class TrainedModel(Generic[SequenceModel]):
 
 def train_model(
     model: SequenceModel,
-    data: PreparedData,
+    data: PreparedData | TrainingShare,
     config: TrainConfig,
     folder: Path,
     name: str,
@@ -70,16 +71,17 @@ def train_model(
 ) -> TrainedModel[SequenceModel]:
     """Trains `model` and returns it as it was after its best epoch.
 
-    `folder` receives checkpoints and logs; where it holds checkpoints of an earlier call with the same arguments,
-    training resumes from the latest and ends with the same result as if it had never stopped. If `data_version` is
-    newer than theirs, training restarts its schedule from their best epoch on data that extends theirs, with embeddings
-    added for new items.
+    `data`: of several processes each gives all of it, or its own share. `folder` receives checkpoints and logs; where
+    it holds checkpoints of an earlier call with the same arguments, training resumes from the latest and ends with the
+    same result as if it had never stopped. If `data_version` is newer than theirs, training restarts its schedule from
+    their best epoch on data that extends theirs, with embeddings added for new items.
     Raises DataError where there is nothing to train on, TrainingError when a loss is not finite, TrainingStopped when
     `stop()` became true: everything is saved then.
     """
-    require_trainable(data)
+    share = known_share(data)
+    require_trainable(share)
     with Checkpoints(folder / CHECKPOINT_FOLDER, checkpoint_config.keep) as checkpoints:
-        training = _Training(model, data, config, mesh or data_mesh(), checkpoints, checkpoint_config, stop, name)
+        training = _Training(model, share, config, mesh or data_mesh(), checkpoints, checkpoint_config, stop, name)
         training.restore(data_version)
         log = TrainingLog(folder, name, training.progress.step, training.last_step(), is_first(), track)
         with log, noticing_loss():
@@ -96,11 +98,23 @@ def steps_key(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def require_trainable(data: PreparedData) -> None:
-    """Raises DataError where there is nothing to learn from, or nothing that tells when to stop."""
-    if not (data.split.train_counts > 1).any():
+def known_share(data: PreparedData | TrainingShare) -> TrainingShare:
+    """This process' share of all the data, or the given one, with the popularity of all. All processes have to call
+    this."""
+    share = data
+    if isinstance(share, PreparedData):
+        share = share_of(share, jax.process_index(), jax.process_count())
+    if share.parts[0].popularity is not None:
+        return share
+    return share.with_popularity(sum_of_all(share.own_popularity()))
+
+
+def require_trainable(share: TrainingShare) -> None:
+    """Raises DataError where there is nothing to learn from, or nothing that tells when to stop. All processes have to
+    call this."""
+    if not (share.train_counts > 1).any():
         raise DataError("no user has two training events; there is nothing to learn from")
-    if not len(data.split.validation):
+    if not sum_of_all(np.array([sum(len(part.split.validation) for part in share.parts)])).any():
         raise DataError("no validation case is left; the log is too short to tell when to stop")
 
 
@@ -131,7 +145,7 @@ class _Training(Generic[SequenceModel]):
     def __init__(
         self,
         model: SequenceModel,
-        data: PreparedData,
+        data: TrainingShare,
         config: TrainConfig,
         mesh: Mesh,
         checkpoints: Checkpoints,
@@ -155,7 +169,7 @@ class _Training(Generic[SequenceModel]):
         self.compile_seconds = 0.0
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.key = jax.jit(lambda: steps_key(config.seed, name), out_shardings=self.replicated)()
-        self.progress = TrainProgress(len(data.catalog), rows, model_feature_names(data))
+        self.progress = TrainProgress(len(data.catalog), rows, model_feature_names(data.parts[0]))
         self.pending: dict[str, jax.Array] | None = None  # measured by the last step, not read yet
         self.saved_at, self.saved_step = time.monotonic(), 0
 
@@ -227,9 +241,9 @@ class _Training(Generic[SequenceModel]):
         self.progress.seconds += time.perf_counter() - asked
 
     def _batches_on_device(self) -> Iterator[TrainBatch]:
-        epoch, split = len(self.progress.epochs), batch_sharding(self.mesh)
+        epoch = len(self.progress.epochs)
         batches = self.batches.epoch(self.config.seed, epoch, self.progress.epoch_steps)
-        return prefetch(put(batch, split) for batch in batches)
+        return prefetch(put_batch(batch, self.mesh) for batch in batches)
 
     def _read_pending(self, log: TrainingLog) -> None:
         """Takes the last step's loss into the progress and the log. Raises TrainingError where it is not finite."""
@@ -303,15 +317,18 @@ class _Training(Generic[SequenceModel]):
                 self._save(log)
                 self._stop()
 
-        cases = self.data.split.validation
-        ranks = ranks_by_request_time(model, self.data, cases, before_batch, self.config.excludes_seen)
-        without, with_time = (float(value) for value in ndcg(ranks, 10).mean(axis=1))
-        values = {
-            METRIC: (without + with_time) / 2,
-            f"{METRIC}_without_request_time": without,
-            f"{METRIC}_with_request_time": with_time,
+        sums = np.zeros(3)
+        for part in self.data.parts:
+            cases = part.split.validation
+            ranks = ranks_by_request_time(model, part, cases, before_batch, self.config.excludes_seen)
+            sums += [*ndcg(ranks, 10).sum(axis=1), len(cases)]
+        without, with_time, count = sum_of_all(sums).tolist()
+        return {
+            METRIC: (without + with_time) / count / 2,
+            f"{METRIC}_without_request_time": without / count,
+            f"{METRIC}_with_request_time": with_time / count,
+            "validation_seconds": time.perf_counter() - started,
         }
-        return {**of_first(values), "validation_seconds": time.perf_counter() - started}
 
     def _end_epoch(self, validation: dict[str, float], log: TrainingLog) -> None:
         progress = self.progress

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
@@ -123,8 +122,8 @@ def learn_mix(
         cooccurrence: As counted.
         data: That they were trained on.
         exclude_seen: Whether items of the history are no candidates.
-        before_batch: Called before each batch of cases, and in a single process after each iteration of the fit; what
-            it raises ends the call.
+        before_batch: Called before each batch of cases and after each iteration of the fit; what it raises ends the
+            call.
 
     Returns:
         The mix, with its validation figures.
@@ -142,10 +141,8 @@ def learn_mix(
         raise TrainingError(
             "a score of a model or of co-occurrence is not finite; both models are trained and saved, no mix is written"
         )
-    # Processes may differ in their numbers of iterations, so that they could not ask each other in between.
-    alone = before_batch if jax.process_count() == 1 else lambda: None
     mix, plain = (
-        _mix(fit_weights(one, after_iteration=alone), one.views.shape[1], typical, exclude_seen)
+        _mix(fit_weights(one, after_iteration=before_batch), one.views.shape[1], typical, exclude_seen)
         for one in (found, found._replace(views=found.views[:, :0]))
     )
     if not len(found.parts):  # every target is excluded

@@ -1,7 +1,8 @@
 """One training run in several operating-system processes (on one host or many), tied together by `jax.distributed`.
 
-Every process runs the same program on the same prepared data, and works on its share of each batch. The first one
-writes the logs; all write their parts of a checkpoint, so the run directory is on storage that all of them see.
+Every process runs the same program, reads the events of its own users (`jaxrec.data.shares`), and works on its share of
+each batch. The first one writes the logs; all write their parts of a checkpoint, so the run directory is on storage
+that all of them see.
 """
 
 import contextlib
@@ -40,6 +41,21 @@ def any_process(*flags: bool) -> tuple[bool, ...]:
     if jax.process_count() == 1:
         return flags
     return tuple(bool(flag) for flag in multihost_utils.process_allgather(np.asarray(flags)).any(axis=0))
+
+
+def sum_of_all(values: np.ndarray) -> np.ndarray:
+    """The sum of the processes' arrays, in every process to the last bit. All processes have to call this.
+
+    Args:
+        values: [any] float64 or int64, of the same shape in all processes.
+
+    Returns:
+        The sum, of the same shape and type.
+    """
+    if jax.process_count() == 1:
+        return values
+    words = np.ascontiguousarray(values).view(np.uint32)  # JAX would make 32 bits of 64
+    return np.asarray(multihost_utils.process_allgather(words)).view(values.dtype).sum(axis=0)
 
 
 def of_first(values: dict[str, float]) -> dict[str, float]:

@@ -7,6 +7,9 @@ import numpy as np
 
 from jaxrec.config import SeenItems
 from jaxrec.data.prepared import PreparedData
+from jaxrec.data.shares import TrainingShare
+from jaxrec.training.loop import known_share
+from jaxrec.training.processes import sum_of_all
 
 LEAST_SHARE = 0.03
 """Of the validation targets that must be in their user's history."""
@@ -43,27 +46,37 @@ class FoundRepeats(NamedTuple):
         )
 
 
-def found_repeats(data: PreparedData) -> FoundRepeats:
-    """Counts the validation targets that are items of their user's history.
+def found_repeats(data: PreparedData | TrainingShare) -> FoundRepeats:
+    """Counts the validation targets that are items of their user's history. All processes have to call this.
 
     Args:
-        data: With at least one validation case.
+        data: With at least one validation case; of several processes each gives all of it, or its own share.
 
     Returns:
         Their share, beside that of targets drawn by training popularity.
     """
+    share = known_share(data)
+    popularity = share.train_popularity() / max(share.train_popularity().sum(), 1)
+    totals = sum_of_all(np.sum([_sums(part, popularity) for part in share.parts], axis=0))
+    cases, repeated, chance, users, of_users, of_squares = totals.tolist()
+    z, mean = 0.0, of_users / users
+    if users > 1 and mean > 0:
+        error = math.sqrt(max(of_squares - users * mean**2, 0.0) / (users - 1) / users)
+        z = mean / error if error else math.inf
+    return FoundRepeats(repeated / cases, chance / cases, z)
+
+
+def _sums(data: PreparedData, popularity: np.ndarray) -> list[float]:
+    """Of one part: validation cases, those whose target is in the history, and the chances of that; users with cases,
+    the sum of their shares of such cases, and of the squares of these."""
     histories, cases = data.histories, data.split.validation
+    if not len(cases):
+        return [0.0] * 6
     repeated = cases.repeated(histories)
-    popularity = data.train_popularity()
-    popularity = popularity / max(popularity.sum(), 1)
     starts = histories.offsets[cases.users]
     chance = [
         popularity[np.unique(histories.items[start:row])].sum() for start, row in zip(starts, cases.rows, strict=True)
     ]
     users, user = np.unique(cases.users, return_inverse=True)
     shares = np.bincount(user, repeated) / np.bincount(user)
-    z, mean = 0.0, float(shares.mean())
-    if len(users) > 1 and mean > 0:
-        error = float(shares.std(ddof=1)) / math.sqrt(len(users))
-        z = mean / error if error else math.inf
-    return FoundRepeats(float(repeated.mean()), float(np.mean(chance)), z)
+    return [len(cases), repeated.sum(), np.sum(chance), len(users), shares.sum(), np.square(shares).sum()]

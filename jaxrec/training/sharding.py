@@ -16,6 +16,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrec.config import MISSING_RATING
+from jaxrec.data.batches import TrainBatch
+from jaxrec.data.events import Events
+from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.errors import DataError
 from jaxrec.models.tables import GENRE_ROWS, ITEM_ROWS, has_rows_of
 
@@ -87,6 +91,46 @@ def put(tree: Any, sharding: Any) -> Any:
         return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
     return jax.tree.map(place, tree, sharding)
+
+
+def put_batch(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
+    """Places a batch of `TrainingData`, its rows over DATA_AXIS.
+
+    Of several processes each has the events of its own users only. There the arrays of events get an axis [processes]
+    in front, over which `whole_batch` sums; what every process knows (lengths and starts) is placed as it is.
+    """
+    rows, count = batch_sharding(mesh), jax.process_count()
+    if count == 1:
+        return jax.device_put(batch, rows)
+    of_process = Mesh(mesh.devices.reshape(count, -1), ("process", "device"))
+    own = NamedSharding(of_process, PartitionSpec("process"))
+
+    def place(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(own, array[None], (count, *array.shape))
+
+    placed = jax.tree.map(place, batch)
+    events = placed.events._replace(length=put(batch.events.length, rows))
+    return placed._replace(events=events, starts=put(batch.starts, rows))
+
+
+def whole_batch(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
+    """The batch of all processes, within the compiled step; as it is where it has no axis of processes."""
+    if batch.target.ndim == 2:
+        return batch
+
+    def total(of_processes: Any) -> Any:
+        return jax.lax.with_sharding_constraint(of_processes.sum(axis=0), batch_sharding(mesh))
+
+    item = total(jnp.asarray(batch.events.item))
+    where = jnp.arange(item.shape[1]) < jnp.asarray(batch.events.length)[:, None]
+    rating, gap, until = (total(x) for x in (batch.events.rating, batch.events.gap, batch.target_gap))
+    events = Events(
+        item, jnp.where(where, rating, MISSING_RATING), jnp.where(where, gap, UNKNOWN_GAP), batch.events.length
+    )
+    target_gap: Any = jnp.where(where, until, UNKNOWN_GAP)
+    return batch._replace(
+        events=events, target=total(batch.target), target_gap=target_gap, earlier=total(batch.earlier)
+    )
 
 
 def local_view(tree: Any, mesh: Mesh) -> Any:

@@ -16,7 +16,7 @@ from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.models.masks import NEVER
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.training.losses import next_item_loss, sampled_softmax_loss
-from jaxrec.training.sharding import state_sharding, with_item_rows
+from jaxrec.training.sharding import state_sharding, whole_batch, with_item_rows
 
 FULL_SOFTMAX_ITEMS = 100_000  # the largest catalogue whose softmax is computed in full unless the configuration says so
 SAMPLED_ITEMS = 8192
@@ -137,6 +137,8 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: TrainBatch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = whole_batch(batch, mesh)
+
         def loss_of(params: Any) -> jax.Array:
             model = nnx.merge(graphdef, params, state.fixed)
             step_key = jax.random.fold_in(key, state.step)

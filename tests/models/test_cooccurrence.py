@@ -1,15 +1,30 @@
 """Co-occurrence counts, by hand and by their properties, and the item vectors that models start from."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 
 from jaxrec.config import PrepareConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, TIME, TITLE, USER
+from jaxrec.data.shares import share_of
 from jaxrec.models import neighbours as cooccurrence
-from jaxrec.models.neighbours import BACKWARD, LAG_DECAY, POWER, Neighbours, initial_embedding, neighbours
+from jaxrec.models.neighbours import (
+    BACKWARD,
+    LAG_DECAY,
+    POWER,
+    Neighbours,
+    Together,
+    initial_embedding,
+    neighbours,
+    randomized_eigenpairs,
+)
 
 
 def log(*histories: str) -> PreparedData:
@@ -62,12 +77,32 @@ def test_pairs_stay_within_a_user_and_the_window(monkeypatch: pytest.MonkeyPatch
     }
 
 
-def test_chunks_do_not_change_the_counts(small_data: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_and_blocks_do_not_change_the_counts(small_data: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = neighbours(small_data)
-    monkeypatch.setattr(cooccurrence, "EVENTS_PER_CHUNK", 37)
-    monkeypatch.setattr(cooccurrence, "ITEMS_PER_CHUNK", 7)
+    assert len(cooccurrence._row_blocks(small_data.train_popularity())) == 1
+    monkeypatch.setattr(cooccurrence, "PAIRS_PER_CHUNK", 37)
+    monkeypatch.setattr(cooccurrence, "CELLS_PER_BLOCK", 300)
+    assert len(cooccurrence._row_blocks(small_data.train_popularity())) > 5
     for left, right in zip(neighbours(small_data), whole, strict=True):
-        np.testing.assert_allclose(left, right, rtol=1e-6)
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_that_count_together_count_as_one(
+    count: int, small_data: PreparedData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = neighbours(small_data)
+    monkeypatch.setattr(cooccurrence, "CELLS_PER_BLOCK", 300)
+    barrier = threading.Barrier(count)
+
+    def process(index: int) -> Neighbours:
+        share = share_of(small_data, index, count).with_popularity(small_data.train_popularity())
+        return neighbours(share, together=Together(index, count, tmp_path, lambda point: barrier.wait(60)))
+
+    with ThreadPoolExecutor(count) as pool:
+        first, *_ = pool.map(process, range(count))
+    for left, right in zip(first, whole, strict=True):
+        np.testing.assert_array_equal(left, right)
 
 
 def test_the_strongest_are_kept_best_first(small_data: PreparedData) -> None:
@@ -76,12 +111,6 @@ def test_the_strongest_are_kept_best_first(small_data: PreparedData) -> None:
     np.testing.assert_array_equal(few.item, whole.item[:, :5])
     assert not whole.item[0].any()
     assert (whole.item[1:] != np.arange(1, len(whole.item))[:, None]).all()
-
-
-def test_of_a_large_log_the_most_recent_part_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cooccurrence, "MAX_EVENTS", 2)
-    data = log("ab", "cd")
-    assert set(table(data, neighbours(data))) == {("c", "d"), ("d", "c")}
 
 
 def test_only_training_events_count() -> None:
@@ -105,6 +134,23 @@ def test_initial_vectors_point_where_items_occur_together(dense: bool, monkeypat
     within = min(products[np.ix_(group, group)].min() for group in (first, second))
     assert within > products[np.ix_(first, second)].max()
     np.testing.assert_allclose(embedding[[0, place["y"], place["z"]]], 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("items", [300, 1500])
+def test_the_randomized_factorization_is_the_exact_one(items: int) -> None:
+    """On a matrix with groups of items that occur together, and noise: as a co-occurrence table is."""
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 40, items)
+    together = (groups[:, None] == groups) * rng.random((items, items)) + 0.2 * (rng.random((items, items)) < 0.05)
+    matrix = np.triu(together, 1) + np.triu(together, 1).T
+    values, vectors = randomized_eigenpairs(scipy.sparse.csr_array(matrix), 64)
+    exact, exact_vectors = np.linalg.eigh(matrix)
+    np.testing.assert_allclose(values, exact[-64:], rtol=0.05)
+    np.testing.assert_allclose(values[-40:], exact[-40:], rtol=1e-3)
+    products = (vectors * values) @ vectors.T
+    best = (exact_vectors[:, -64:] * exact[-64:]) @ exact_vectors[:, -64:].T
+    error, least = (np.linalg.norm(matrix - approximation) for approximation in (products, best))
+    assert error < 1.01 * least
 
 
 def test_without_pairs_there_is_nothing_to_start_from() -> None:

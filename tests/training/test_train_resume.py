@@ -236,7 +236,7 @@ def test_a_run_traces_its_step_once_and_transfers_nothing_by_accident(
     monkeypatch.setattr(jaxrec.training.step, "training_loss", lambda *arguments: traces.append(1) or loss(*arguments))
     train(data, tmp_path / "run", checkpoints=OFTEN)
     assert len(traces) == 1
-    monkeypatch.setattr(jaxrec.training.loop, "put", lambda tree, _: tree)  # batches stay on the host
+    monkeypatch.setattr(jaxrec.training.loop, "put_batch", lambda batch, _: batch)  # batches stay on the host
     with pytest.raises(Exception, match=r"[Dd]isallowed host-to-device transfer"):
         train(data, tmp_path / "other")
 

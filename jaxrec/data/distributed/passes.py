@@ -1,5 +1,6 @@
 """The passes as the driver sees them: what is handed to Dask, and what is decided from all that comes back."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,16 +14,16 @@ from jaxrec.config import PrepareConfig, RatingScale, SplitKind
 from jaxrec.data.catalog import build_catalog, catalog_items, write_catalog
 from jaxrec.data.distributed.partition import partition
 from jaxrec.data.distributed.plan import plan
-from jaxrec.data.distributed.reading import shard_name
 from jaxrec.data.distributed.shard import (
     ShardSize,
     count_days,
-    count_items,
+    count_shard_items,
     find_known,
     sort_shard,
     times_of_day,
     write_shard,
 )
+from jaxrec.data.filtering import k_core
 from jaxrec.data.ids import IdMap, write_ids
 from jaxrec.data.reading.scale import choose_scale
 from jaxrec.data.schema import SECONDS_PER_DAY
@@ -85,24 +86,19 @@ class Passes:
 
     def filter(self, config: PrepareConfig, cut: int) -> Path:
         """The file of [items + 1] bool: the items of the vocabulary that are left when no user or item is rare."""
-        kept = np.ones(len(self.raw_items) + 1, bool)
-        kept[0] = False
-        for round_number in range(len(kept)):  # each but the last round drops an item
-            path = self._scratch / f"kept-{round_number}.npy"
-            np.save(path, kept)
+        path, rounds = self._scratch / "kept.npy", itertools.count(1)
+
+        def count(items: np.ndarray) -> np.ndarray:
+            np.save(path, items)
             tasks = [(folder, path, config, cut) for folder in self._sorted]
-            counts = np.zeros(len(kept), np.int64)
-            for count in self._run(f"count, round {round_number + 1}", count_items, tasks):
-                counts += count
-            left = kept & (counts >= max(1, config.min_movie_ratings))
-            if not left.any():
-                raise DataError(
-                    f"no event is left after dropping users with fewer than {config.min_user_ratings} "
-                    f"and items with fewer than {config.min_movie_ratings} events"
-                )
-            if np.array_equal(left, kept):
-                break
-            kept = left
+            return sum(self._run(f"count, round {next(rounds)}", count_shard_items, tasks), np.zeros(1, np.int64))
+
+        kept = k_core(count, len(self.raw_items), config.min_movie_ratings)
+        if not kept.any():
+            raise DataError(
+                f"no event is left after dropping users with fewer than {config.min_user_ratings} "
+                f"and items with fewer than {config.min_movie_ratings} events"
+            )
         return path
 
     def write(
@@ -120,7 +116,7 @@ class Passes:
                 known |= found
             np.save(known_file, known)
         tasks = [
-            (folder, kept_items, self._catalog, known_file, config, cut, out / shard_name(shard))
+            (folder, kept_items, self._catalog, known_file, config, cut, out / f"shard-{shard:05d}")
             for shard, folder in enumerate(self._sorted)
         ]
         return sorted(self._run("write", write_shard, tasks), key=lambda size: size.name)

@@ -15,8 +15,8 @@ from distributed import Client, LocalCluster
 
 from jaxrec.config import PrepareConfig, SplitKind, to_json
 from jaxrec.data.distributed.passes import Passes, Progress
-from jaxrec.data.distributed.reading import SHARDS_INDEX_FILE, SHARDS_SCHEMA_VERSION
 from jaxrec.data.reading.movies import movies_like
+from jaxrec.data.store import SHARDS_FILE, SHARDS_SCHEMA_VERSION
 from jaxrec.errors import DataError
 from jaxrec.files import new_directory
 
@@ -63,7 +63,7 @@ def prepare_distributed(
         client: Of the cluster, whose workers reach `folder` and `out` under the same paths.
         folder: Parquet files of one schema.
         out: A folder; one that this function wrote is replaced.
-        shards: At least as many as there will be hosts.
+        shards: Their number, best a multiple of that of the training processes.
         movies: Their file, or a frame of item_id, title and genres.
         config: Thresholds, split, order of equal timestamps, rating scale and seed.
         rows_per_piece: Rows that a task reads, or one row group if that is more.
@@ -92,7 +92,7 @@ def _prepare(
 ) -> dict[str, Any]:
     with (
         _scratch_folder(out) as scratch,
-        new_directory(out, SHARDS_INDEX_FILE) as result,
+        new_directory(out, SHARDS_FILE) as result,
     ):
         passes = Passes(client, scratch, shards, progress)
         scale = passes.partition(folder, rows_per_piece, config.rating_scale)
@@ -111,7 +111,7 @@ def _prepare(
         }
         for left_over in result.glob(".*"):  # of a task whose worker died while it wrote
             shutil.rmtree(left_over)
-        (result / SHARDS_INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (result / SHARDS_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return index
 
 

@@ -11,23 +11,24 @@ import pyarrow as pa
 from jaxrec.config import PrepareConfig, Repeats, Ties
 from jaxrec.data.catalog import Catalog, read_catalog
 from jaxrec.data.distributed.partition import ROW, WITHIN
-from jaxrec.data.filtering import Core, FilteredLog, filter_log
-from jaxrec.data.histories import EventLog, Histories, blocks, open_log
+from jaxrec.data.filtering import Core, FilteredLog, count_items, filter_log
+from jaxrec.data.histories import EventLog, Histories, open_log
 from jaxrec.data.ids import IdMap, open_ids
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.reading.sort import repeated_events, tie_draw
 from jaxrec.data.schema import ITEM, RATING, SECONDS_PER_DAY, TIME, USER
 from jaxrec.data.split import Split, SplitRule, items_in_training
-from jaxrec.data.store import LOG_FOLDER, finish, new_data_folder, write_log
+from jaxrec.data.store import LOG_FOLDER, SUMMARY_FILE, finish, new_data_folder, write_log
 from jaxrec.errors import DataError
-from jaxrec.files import new_directory
+from jaxrec.files import new_directory, sha256
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardSize:
-    """What a shard holds in the end."""
+    """What a shard holds in the end, and the SHA-256 of its prepared.json."""
 
     name: str
+    sha256: str
     users: int
     events: int
 
@@ -82,21 +83,11 @@ def times_of_day(folder: Path, day: int) -> np.ndarray:
     return times[times // SECONDS_PER_DAY == day]
 
 
-def count_items(folder: Path, kept_items: Path, config: PrepareConfig, cut: int) -> np.ndarray:
-    """[items + 1] int64: the shard's fitted events per item, of users with enough of them among `kept_items`.
-
-    A user that falls out in one round has no more events in the next, so nothing has to be remembered of users.
-    """
+def count_shard_items(folder: Path, kept_items: Path, config: PrepareConfig, cut: int) -> np.ndarray:
+    """`jaxrec.data.filtering.count_items` of the shard."""
     log = open_log(folder / LOG_FOLDER)
-    kept_item = np.load(kept_items)
-    counts = np.zeros(len(kept_item), np.int64)
     fitted = SplitRule.of(log, config, cut).fitted(log)
-    for block in blocks(log.events.offsets):
-        items = log.events.items[block.rows]
-        kept = fitted(block) & kept_item[items]
-        kept &= block.per_event(_enough(block.sums(kept), config))
-        counts += np.bincount(items[kept], minlength=len(counts))
-    return counts
+    return count_items(log, fitted, np.load(kept_items), config.min_user_ratings)[0]
 
 
 def find_known(folder: Path, kept_items: Path, catalog_file: Path, config: PrepareConfig, cut: int) -> np.ndarray:
@@ -120,7 +111,7 @@ def write_shard(
         seen = None if known is None else np.load(known)
         kept, split, users = _filtered(open_log(folder / LOG_FOLDER), kept_items, catalog, config, cut, seen, result)
         finish(PreparedData(catalog, users, kept.histories, split, config), result)
-        return ShardSize(out.name, kept.histories.user_count, kept.histories.event_count)
+    return ShardSize(out.name, sha256(out / SUMMARY_FILE), kept.histories.user_count, kept.histories.event_count)
 
 
 def _filtered(
@@ -134,16 +125,10 @@ def _filtered(
 ) -> tuple[FilteredLog, Split, IdMap]:
     """Writes the kept events' columns to `out`; returns them with their split and their users."""
     rule = SplitRule.of(log, config, cut)
-    core, fitted = Core(np.zeros(len(log.users), bool), np.load(kept_items)), rule.fitted(log)
-    for block in blocks(log.events.offsets):
-        kept = fitted(block) & core.items[log.events.items[block.rows]]
-        core.users[block.users] = _enough(block.sums(kept), config)
+    fitted, items = rule.fitted(log), np.load(kept_items)
+    core = Core(count_items(log, fitted, items, config.min_user_ratings)[1], items)
     found = filter_log(log, fitted, core, catalog.ids, None, rule.keeps_every_user, out)
     return found, rule.split(found, known), IdMap(log.users.raw_ids[found.order], distinct=True)
-
-
-def _enough(counts: np.ndarray, config: PrepareConfig) -> np.ndarray:
-    return counts >= max(1, config.min_user_ratings)
 
 
 def _draws(table: pa.Table, seed: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -14,14 +15,16 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from distributed import Client
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from jaxrec.cli.main import main
 from jaxrec.config import FilterOn, PrepareConfig, RatingScale, Repeats, SplitKind, Ties
 from jaxrec.data.distributed.prepare import cluster, prepare_distributed
-from jaxrec.data.distributed.reading import open_shards
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER
+from jaxrec.data.store import check_prepared, open_shards, open_share, read_prepared
 from jaxrec.errors import DataError
 
 PIECE = 250
@@ -74,6 +77,21 @@ def _histories(parts: list[PreparedData]) -> dict[object, tuple[list, ...]]:
     return found
 
 
+def _assert_one(folder: Path, expected: PreparedData) -> None:
+    """The shards, opened as one, are the prepared data of one machine to the last array."""
+    data = read_prepared(folder)
+    np.testing.assert_array_equal(data.users.raw_ids, expected.users.raw_ids)
+    for of_one in ("offsets", "items", "ratings", "times"):
+        np.testing.assert_array_equal(getattr(data.histories, of_one), getattr(expected.histories, of_one))
+    np.testing.assert_array_equal(data.split.train_counts, expected.split.train_counts)
+    for cases in ("validation", "test"):
+        for column in ("users", "rows"):
+            ours, theirs = (getattr(getattr(each.split, cases), column) for each in (data, expected))
+            np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(data.train_popularity(), expected.train_popularity())
+    assert data.summary() == expected.summary()
+
+
 def _assert_equal(parts: list[PreparedData], expected: PreparedData) -> None:
     for data in parts:
         assert data.catalog.to_frame().equals(expected.catalog.to_frame())
@@ -93,7 +111,7 @@ def test_equals_one_machine(shards: int, client: Client, tmp_path: Path) -> None
     index = prepare_distributed(client, _write(log, tmp_path / "log"), tmp_path / "out", shards, None, CONFIG, PIECE)
     expected = _one_machine(log, None, CONFIG)
     assert 0 < expected.histories.event_count < len(log)  # the filter does something
-    _assert_equal(open_shards(tmp_path / "out", 0, 1), expected)
+    _assert_equal(open_shards(tmp_path / "out"), expected)
     assert (index["users"], index["events"]) == (len(expected.users), expected.histories.event_count)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
 
@@ -110,10 +128,51 @@ def test_equals_one_machine(shards: int, client: Client, tmp_path: Path) -> None
 def test_equals_one_machine_in_its_variants(config: dict[str, Any], client: Client, tmp_path: Path) -> None:
     log, config = _log(), dataclasses.replace(CONFIG, **config)
     prepare_distributed(client, _write(log, tmp_path / "log"), tmp_path / "out", 12, None, config, PIECE)
-    shards = open_shards(tmp_path / "out", 0, 1)
+    shards = open_shards(tmp_path / "out")
     _assert_equal(shards, _one_machine(log, None, config))
+    _assert_one(tmp_path / "out", _one_machine(log, None, config))
     with pytest.raises(AssertionError):
         _assert_equal(shards, _one_machine(log, None, CONFIG))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 99),
+    events=st.integers(60, 600),
+    shards=st.integers(1, 9),
+    least=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    split=st.sampled_from(SplitKind),
+    filter_on=st.sampled_from(FilterOn),
+    ties=st.sampled_from(Ties),
+    text=st.booleans(),
+)
+def test_any_log_is_prepared_as_on_one_machine(
+    seed: int,
+    events: int,
+    shards: int,
+    least: tuple[int, int],
+    split: SplitKind,
+    filter_on: FilterOn,
+    ties: Ties,
+    text: bool,
+    client: Client,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    log = _log(seed).head(events)
+    if text:
+        log = log.assign(**{USER: "u" + log[USER].astype(str), ITEM: "m" + log[ITEM].astype(str)})
+    if split is not SplitKind.LEAVE_ONE_OUT:
+        filter_on = PrepareConfig.filter_on
+    config = PrepareConfig(*least, split=split, filter_on=filter_on, ties=ties, seed=seed)
+    folder = tmp_path_factory.mktemp("any")
+    try:
+        expected = _one_machine(log, None, config)
+    except DataError as error:
+        with pytest.raises(DataError, match=str(error)[:15]):
+            prepare_distributed(client, _write(log, folder / "log"), folder / "out", shards, None, config, PIECE)
+        return
+    prepare_distributed(client, _write(log, folder / "log"), folder / "out", shards, None, config, PIECE)
+    _assert_one(folder / "out", expected)
 
 
 @pytest.mark.parametrize("unit", ["ms", "us"])
@@ -124,7 +183,7 @@ def test_times_are_ordered_within_a_second(unit: str, client: Client, tmp_path: 
         log[TIME] = pd.to_datetime(log[TIME], unit="ms")
     folder = _write(log, tmp_path / "log")
     prepare_distributed(client, folder, tmp_path / "out", 3, None, CONFIG, PIECE)
-    _assert_equal(open_shards(tmp_path / "out", 0, 1), prepare(folder, None, CONFIG))
+    _assert_equal(open_shards(tmp_path / "out"), prepare(folder, None, CONFIG))
 
 
 def test_text_ids_movies_and_missing_ratings(client: Client, tmp_path: Path) -> None:
@@ -140,7 +199,7 @@ def test_text_ids_movies_and_missing_ratings(client: Client, tmp_path: Path) -> 
     expected = _one_machine(log, movies, config)
     assert "unseen" in expected.catalog.ids.raw_ids
     assert np.isnan(expected.histories.ratings).sum() > 100
-    _assert_equal(open_shards(tmp_path / "out", 0, 1), expected)
+    _assert_equal(open_shards(tmp_path / "out"), expected)
 
 
 class _Killer:
@@ -169,24 +228,41 @@ def test_killing_a_worker_loses_nothing(stage: str, tmp_path: Path) -> None:
         prepare_distributed(client, folder, tmp_path / "out", 16, None, CONFIG, 100, progress=killer)
         assert killer.lost_tasks > 0
         assert killer.killed not in client.run(os.getpid).values()
-    _assert_equal(open_shards(tmp_path / "out", 0, 1), _one_machine(log, None, CONFIG))
+    _assert_equal(open_shards(tmp_path / "out"), _one_machine(log, None, CONFIG))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
     assert len(list((tmp_path / "out").iterdir())) == 16 + 1
 
 
-def test_hosts_share_the_users(client: Client, tmp_path: Path) -> None:
-    log = _log()
-    out = tmp_path / "out"
+@pytest.mark.parametrize("count", [1, 3, 5, 12])
+def test_processes_share_the_users(count: int, client: Client, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", _log()
     prepare_distributed(client, _write(log, tmp_path / "log"), out, 5, None, CONFIG, PIECE)
-    hosts = [open_shards(out, host, 3) for host in range(3)]
-    assert [len(shards) for shards in hosts] == [2, 2, 1]
-    _assert_equal([data for shards in hosts for data in shards], _one_machine(log, None, CONFIG))
-    with pytest.raises(DataError, match="5 shards cannot feed 6 hosts"):
-        open_shards(out, 0, 6)
-    with pytest.raises(ValueError, match=r"host_index must be in 0..1"):
-        open_shards(out, 2, 2)
+    expected = _one_machine(log, None, CONFIG)
+    shares = [open_share(out, index, count) for index in range(count)]
+    _assert_equal([part for share in shares for part in share.parts], expected)
+    places = np.concatenate([place for share in shares for place in share.places])
+    raw_ids = np.concatenate([part.users.raw_ids for share in shares for part in share.parts])
+    assert dict(zip(places, raw_ids, strict=True)) == dict(enumerate(expected.users.raw_ids))
+    for share in shares:
+        np.testing.assert_array_equal(share.train_counts, expected.split.train_counts)
+    counted = sum(share.own_popularity() for share in shares)
+    np.testing.assert_array_equal(counted, expected.train_popularity())
+
+
+def test_shards_that_do_not_belong_together_are_refused(client: Client, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
     with pytest.raises(DataError, match="expected a folder written by `jaxrec prepare-distributed`"):
-        open_shards(tmp_path, 0, 1)
+        open_shards(tmp_path)
+    for folder, seed in ((out, 0), (other, 1)):
+        log = _write(_log(seed), tmp_path / f"log-{seed}")
+        prepare_distributed(client, log, folder, 2, None, CONFIG, PIECE)
+    with pytest.raises(ValueError, match=r"index must be in 0..1"):
+        open_share(out, 2, 2)
+    assert check_prepared(out) > 0
+    shutil.rmtree(out / "shard-00001")
+    shutil.copytree(other / "shard-00001", out / "shard-00001")
+    with pytest.raises(DataError, match=r"not the shard that .*shards.json names; prepare again"):
+        read_prepared(out)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +316,7 @@ def test_command_line(client: Client, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [*arguments, "--min-movie-ratings", "6", "--min-user-ratings", "8"])
     assert result.exit_code == 0, result.output
     expected = _one_machine(_log(), None, CONFIG)
-    _assert_equal(open_shards(out, 0, 1), expected)
+    _assert_equal(open_shards(out), expected)
     counts = f"{expected.histories.event_count} events of {len(expected.users)} users in 2 shards"
     assert result.stdout == f"{out}: {counts}\n"
     for path in folder.iterdir():
