@@ -37,7 +37,6 @@ TRAINING = SimulatedConfig(
     learning_rate=1e-2,
     discount=0.95,
     entropy_weight=0.1,
-    kl_target=None,
 )
 
 

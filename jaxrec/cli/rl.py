@@ -192,7 +192,11 @@ def served(run: Path, log: Path, **values: Any) -> None:
     SimulatedConfig,
     users=(click.IntRange(2), "Simulated users per update."),
     discount=(SHARE, "Discount of the reward one request later."),
-    logged_kl_weight=(WEIGHT, "Weight of the KL penalty in the states of RUN's own users."),
+    likelihood_budget=(
+        WEIGHT,
+        "Nats that the real events of those who train may lose in log-likelihood. The weight of the KL penalty is "
+        "controlled to that.",
+    ),
     temperature=(POSITIVE, "Temperature that slates are drawn at, as by the server's --explore."),
 )
 def simulated(run: Path, simulator: Path, resume: bool, **values: Any) -> None:

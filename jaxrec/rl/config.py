@@ -131,7 +131,8 @@ class ServedConfig:
 class SimulatedConfig:
     """Training with simulated users (`jaxrec.rl.simulated`): short rollouts of many users.
 
-    The KL penalty keeps the policy's entropy up, so that no entropy bonus is needed by default.
+    A KL penalty, whose weight is a Lagrange multiplier, keeps the policy near its start. It also keeps the entropy up,
+    so that no entropy bonus is needed by default.
 
     Attributes:
         seed: Of everything random.
@@ -144,9 +145,8 @@ class SimulatedConfig:
         discount: Of the reward one request later (γ).
         trace: λ of the TD(λ) returns.
         entropy_weight: Of an entropy bonus, which falls linearly to 0.
-        kl_target: Nats of KL to the policy at the start that the weight of the KL penalty is controlled to; None: there
-            is no such penalty.
-        logged_kl_weight: Weight of a second KL penalty, in the logged states of the run's own users.
+        likelihood_budget: Nats of log-likelihood that the real events of the people behind the simulated users that
+            train may lose, on average.
         temperature: That slates are drawn at, as by `python -m serve run --explore`.
     """
 
@@ -160,6 +160,5 @@ class SimulatedConfig:
     discount: float = 0.5
     trace: float = 0.9
     entropy_weight: float = 0.0
-    kl_target: float | None = 0.1
-    logged_kl_weight: float = 20.0
+    likelihood_budget: float = 0.0
     temperature: float = 0.5

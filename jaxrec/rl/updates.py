@@ -15,11 +15,9 @@ import optax
 from tqdm import tqdm
 
 from jaxrec.errors import TrainingError, TrainingStopped
-from jaxrec.rl.losses.kl_penalty import next_kl_weight
 from jaxrec.rl.scoring import PolicyParams
 from jaxrec.training.stopping import StopRequested, never
 
-KL_COEFFICIENT_START = 1.0
 CRITIC_LEARNING_RATE = 1e-2
 WARMUP_FRACTION = 0.1  # of the updates; the critic learns its level before the policy moves
 
@@ -44,30 +42,34 @@ class Learner(NamedTuple):
 
 Loss = Callable[[Any, Learner, Any, jax.Array], tuple[jax.Array, tuple[dict[str, jax.Array], Any]]]
 """loss(params, learner, data, key) -> (loss, (metrics, users after the update)). The key is that of the whole training:
-a loss folds `learner.step` in. The metric `kl` steers the weight of the KL penalty."""
+a loss folds `learner.step` in."""
+KlControl = Callable[[jax.Array, dict[str, jax.Array]], jax.Array]
+"""control(weight of the KL penalty, metrics of an update) -> its weight in the next update."""
 Updates = Callable[[Learner, Any, jax.Array, int], tuple[Learner, dict[str, jax.Array]]]
 
 
-def new_learner(params: Any, optimizer: optax.GradientTransformation, users: Any = ()) -> Learner:
+def new_learner(
+    params: Any, optimizer: optax.GradientTransformation, users: Any = (), kl_coefficient: float = 1.0
+) -> Learner:
     """A learner before its first update. Arrays are copied, since updates donate them."""
     state = optimizer.init(params)
-    learner = Learner(params, state, jnp.float32(KL_COEFFICIENT_START), jnp.zeros((), jnp.int32), users)
+    learner = Learner(params, state, jnp.float32(kl_coefficient), jnp.zeros((), jnp.int32), users)
     return jax.tree.map(jnp.array, learner)
 
 
-def make_updates(loss: Loss, optimizer: optax.GradientTransformation, kl_target: float | None = None) -> Updates:
+def make_updates(loss: Loss, optimizer: optax.GradientTransformation, control: KlControl | None = None) -> Updates:
     """Compiles updates(learner, data, key, count) -> (learner, metrics, each [count]).
 
-    The learner is donated. `kl_target` in nats; None: the weight of the KL penalty stays as it is.
+    The learner is donated. Without `control` the weight of the KL penalty stays as it is.
     """
 
     def update(learner: Learner, data: Any, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
         gradients, (metrics, users) = jax.grad(loss, has_aux=True)(learner.params, learner, data, key)
         changes, state = optimizer.update(gradients, learner.optimizer, learner.params)
         coefficient = learner.kl_coefficient
-        if kl_target is not None:
+        if control is not None:
             metrics = {**metrics, "kl_coefficient": coefficient}
-            coefficient = next_kl_weight(coefficient, metrics["kl"], kl_target)
+            coefficient = control(coefficient, metrics)
         params = optax.apply_updates(learner.params, changes)
         return Learner(params, state, coefficient, learner.step + 1, users), metrics
 

@@ -146,7 +146,12 @@ def _fold_decisions(
     done = folder / DECISIONS_FILE
     if not done.is_file():
         held_out = fold == number
-        cases = last_events(data, held_out, config.events, config.decisions // config.folds)
+        cases = last_events(
+            data.histories,
+            np.where(held_out, data.split.train_counts, 0),
+            config.events,
+            config.decisions // config.folds,
+        )
         others = without_users(data, held_out)
         if not len(cases) or not len(others.split.validation):
             raise DataError(

@@ -28,7 +28,7 @@ from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import PolicyParams, frozen_scoring
 from jaxrec.rl.simulated.environment import Environment
 from jaxrec.rl.simulated.evaluate import RolloutResults, SimulatedResults, rollout_evaluator, simulated_outcome
-from jaxrec.rl.simulated.policy import Penalty, RecommenderPolicy, logged_kl_penalty, recommender_policy
+from jaxrec.rl.simulated.policy import Anchor, RecommenderPolicy, real_events_anchor, recommender_policy
 from jaxrec.rl.simulated.recommender import every_user, recommender_environment, recommender_of, start_states
 from jaxrec.rl.simulated.split_people import TwoSimulators, two_simulators
 from jaxrec.rl.simulated.train import train_simulated
@@ -38,16 +38,16 @@ from jaxrec.runs.policy import LoadedRun, PolicyInUse, digest_in_use, policy_in_
 from jaxrec.training.stopping import StopRequested, never
 
 SIMULATED_METHOD = "simulated"
-LOGGED_EVENTS, LOGGED_STATES = 40, 10_000  # of each user at most, and in all, that the second KL penalty looks at
+EVENTS_OF_EACH, EVENTS_IN_ALL = 40, 10_000  # real events, at most, that the policy is compared with its start at
 
 
 class SimulatedTraining(NamedTuple):
-    """The users that train, the policy as it starts, and its KL penalty in the run's own log. `rollouts` are by the
-    users that evaluate, `drawn_rollouts` the same with drawn slates; `on_cases(head)`: on validation."""
+    """The users that train, the policy as it starts, and its anchor in their real events. `rollouts` are by the users
+    that evaluate, `drawn_rollouts` the same with drawn slates; `on_cases(head)`: on validation."""
 
     environment: Environment
     policy: RecommenderPolicy
-    penalty: Penalty
+    anchor: Anchor
     rollouts: Callable[[PolicyParams], RolloutResults]
     drawn_rollouts: Callable[[PolicyParams], RolloutResults]
     on_cases: Callable[[object], CaseResults]
@@ -97,7 +97,7 @@ def run_simulated(
         }
     )
     params, records = train_simulated(
-        training.environment, training.policy, config, checkpoint, penalty=training.penalty, stop=stop
+        training.environment, training.policy, config, checkpoint, anchor=training.anchor, stop=stop
     )
     new, before = training.evaluate(params), training.evaluate(training.policy.start)
     outcome = simulated_outcome(new, before, training.supervised())
@@ -145,15 +145,16 @@ def simulated_training(
     others = recommender_environment(recommender, evaluation, starts, config.slate_size)
     first = every_user(evaluation, starts)
     item_ratings = np.asarray(scoring.tables.item_ratings)
-    logged = last_events(data, np.ones(data.histories.user_count, bool), LOGGED_EVENTS, LOGGED_STATES)
-    if not len(logged):
-        raise DataError("no user has two training events; the KL penalty in the states of the run's own users has none")
-    states = policy_states(supervised, data, logged, np.arange(len(logged)) % 2 == 0)
+    real = simulators.training_histories
+    events = last_events(real, np.diff(real.offsets), EVENTS_OF_EACH, EVENTS_IN_ALL)
+    # The states of other people are read as those of the run's users are.
+    others_data = dataclasses.replace(data, histories=real)
+    states = policy_states(supervised, others_data, events, np.arange(len(events)) % 2 == 0)
     cases = case_states(supervised, data, data.split.validation, item_ratings)
     return SimulatedTraining(
         environment,
         policy,
-        logged_kl_penalty(policy, *states, config.logged_kl_weight, config.users),
+        real_events_anchor(policy, *states, np.asarray(real.items)[events.rows], config.users),
         rollout_evaluator(others, first, policy, config.seed),
         rollout_evaluator(others, first, policy, config.seed, drawn=True),
         case_evaluator(base.graphdef, scoring, cases, RewardWeights()),

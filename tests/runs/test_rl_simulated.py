@@ -42,7 +42,7 @@ from jaxrec.runs.policy import LoadedRun, load_policy, policy_in_use, read_recor
 from jaxrec.runs.rl_simulated import SIMULATED_METHOD, SimulatedTraining, require_slates, run_simulated
 from tests.rl.simulated.simulated import FIRST_USER, genre_lovers, hand_made
 
-CONFIG = SimulatedConfig(updates=20, users=16, slate_size=3, learning_rate=1e-3, kl_target=0.05, logged_kl_weight=0.2)
+CONFIG = SimulatedConfig(updates=20, users=16, slate_size=3, learning_rate=1e-3)
 STRANGERS = 60
 
 

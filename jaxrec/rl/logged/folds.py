@@ -10,6 +10,7 @@ import dataclasses
 
 import numpy as np
 
+from jaxrec.data.histories import Histories
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.split import Cases
 from jaxrec.rl.config import LoggedConfig
@@ -35,19 +36,19 @@ def without_users(data: PreparedData, held_out: np.ndarray) -> PreparedData:
     )
 
 
-def last_events(data: PreparedData, users: np.ndarray, events: int, limit: int) -> Cases:
-    """The last training events of the `users` [users] bool, but no user's first event.
+def last_events(histories: Histories, counts: np.ndarray, events: int, limit: int) -> Cases:
+    """The last of each user's first events, but no user's first one.
 
     Args:
-        data: That the users are of.
-        users: [users] bool, whose events.
+        histories: Of the users.
+        counts: [users] int, how many of each user's first events may be used, such as those of training; 0: none.
         events: Largest number of each user.
         limit: Largest number in all. If there would be more, each user has fewer, and at one each some have none.
     """
-    others = np.maximum(np.where(users, data.split.train_counts, 0) - 1, 0)
+    others = np.maximum(counts - 1, 0)
     each = next((n for n in range(events, 1, -1) if np.minimum(others, n).sum() <= limit), 1)
     of_user = np.minimum(others, each)
     owner = np.repeat(np.arange(len(others)), of_user)
     ago = np.arange(len(owner)) - np.repeat(np.cumsum(of_user) - of_user, of_user)
-    rows = data.histories.offsets[owner] + (others + 1 - of_user)[owner] + ago
+    rows = histories.offsets[owner] + (others + 1 - of_user)[owner] + ago
     return Cases(owner, rows).at_most(limit)

@@ -1,4 +1,5 @@
-"""The weight of a KL penalty, which keeps a policy near the one that it started from."""
+"""The weight of a KL penalty, which keeps a policy near the one that it started from: by the KL itself, or by what the
+policy's changes cost."""
 
 import chex
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 KL_WEIGHT_RANGE = (1e-3, 1e3)
 KL_CONTROL_RATE = 0.1  # Ziegler et al. 2019: K_beta
 KL_CONTROL_CLIP = 0.2
+MULTIPLIER_RATE = 0.05  # of its logarithm in an update, if the cost exceeds its budget by COST_SCALE
+COST_SCALE = 0.01  # nats
 
 
 def next_kl_weight(kl_weight: jax.Array, kl: jax.Array, target: float) -> jax.Array:
@@ -31,3 +34,28 @@ def next_kl_weight(kl_weight: jax.Array, kl: jax.Array, target: float) -> jax.Ar
     chex.assert_rank([kl_weight, kl], 0)
     error = jnp.clip(kl / target - 1.0, -KL_CONTROL_CLIP, KL_CONTROL_CLIP)
     return jnp.clip(kl_weight * (1.0 + KL_CONTROL_RATE * error), *KL_WEIGHT_RANGE)
+
+
+def next_multiplier(multiplier: jax.Array, cost: jax.Array, budget: float) -> jax.Array:
+    """The Lagrange multiplier of the constraint cost <= budget after an update in which the cost was `cost`.
+
+    Dual ascent by the excess over the budget (Stooke, Achiam and Abbeel 2020, "Responsive Safety in Reinforcement
+    Learning by PID Lagrangian Methods", section 3). Deviations: it is the logarithm that ascends; the excess is limited
+    to COST_SCALE, so that one noisy batch moves the multiplier by 5 % at most; it stays within KL_WEIGHT_RANGE.
+
+    Args:
+        multiplier: [] float32, above 0.
+        cost: [] float32, nats, an estimate by one batch.
+        budget: nats.
+
+    Returns:
+        [] float32.
+
+    Examples:
+        >>> following = next_multiplier(jnp.float32(2.0), cost=jnp.float32(0.012), budget=0.002)
+        >>> round(float(following), 4)  # 2 e^0.05
+        2.1025
+    """
+    chex.assert_rank([multiplier, cost], 0)
+    excess = jnp.clip((cost - budget) / COST_SCALE, -1.0, 1.0)
+    return jnp.clip(multiplier * jnp.exp(MULTIPLIER_RATE * excess), *KL_WEIGHT_RANGE)

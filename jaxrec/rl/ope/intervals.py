@@ -3,7 +3,9 @@
 Whole groups of rows (users) are resampled, and a policy and what it is compared with are resampled together, because
 they share rows. The interval is the studentized one (bootstrap-t: Efron & Tibshirani 1993, "An Introduction to the
 Bootstrap", section 12.5): sums of weights are skewed to the right, and where few rows carry them the percentile
-interval covers the truth less often than it says (bench/rl_estimators.md).
+interval covers the truth less often than it says (bench/rl_estimators.md). Where the weights have heavy tails this
+interval is too narrow as well, since the log lacks the rows of the tail. It is therefore widened by how uncertain its
+variance is (bench/rl_coverage.md).
 """
 
 import dataclasses
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
 from jaxrec.evaluation.bootstrap import draw_counts, group_sums
 from jaxrec.rl.ope.estimators import Terms
@@ -51,10 +54,15 @@ IntervalMethod = Callable[[Replicates, float], tuple[float, float]]
 
 
 def studentized(replicates: Replicates, level: float) -> tuple[float, float]:
-    """value - t* standard_error, with t* the quantiles of (value* - value) / standard_error*.
+    """value - t* standard_error, with t* the quantiles of (value* - value) / standard_error*, widened.
 
     Second-order accurate, for skewed means too (Hall 1988, "Theoretical Comparison of Bootstrap Confidence Intervals").
     Where resamples have no spread left t* is infinite, and so may be a bound: the log is then too small to tell.
+
+    Both t* are multiplied by the ratio of the quantiles of Student's t, with `degrees_of_freedom`, and of the normal
+    distribution: a few per cent in most logs. Resamples repeat the rows of the log, so that they do not know the tail
+    of the weights that the log lacks. Without the factor, intervals of 95 % cover the truth some 93 % of the time where
+    few visits carry the weight (bench/rl_coverage.md).
 
     Args:
         replicates: the estimate and its bootstrap samples.
@@ -69,7 +77,34 @@ def studentized(replicates: Replicates, level: float) -> tuple[float, float]:
     low, high = np.quantile(t, (1 - level) / 2, method="lower"), np.quantile(t, (1 + level) / 2, method="higher")
     if replicates.standard_error == 0:
         return replicates.value, replicates.value
-    return replicates.value - high * replicates.standard_error, replicates.value - low * replicates.standard_error
+    quantile = (1 + level) / 2
+    wider = stdtrit(degrees_of_freedom(replicates.influence), quantile) / ndtri(quantile) * replicates.standard_error
+    return replicates.value - high * wider, replicates.value - low * wider
+
+
+def degrees_of_freedom(influence: np.ndarray) -> float:
+    """Those of a chi-squared variable that is as uncertain as the variance of these values.
+
+    The variance of a sample variance s^2 of n values with the excess kurtosis g is s^4 (2 / (n - 1) + g / n). That of
+    s^2 chi^2 / m is 2 s^4 / m. So m = 2 / (2 / (n - 1) + g / n) (O'Neill 2014, "Some Useful Moment Results in Sampling
+    Problems", section 3). A negative g counts as 0.
+
+    Args:
+        influence: [groups] float64 with mean 0, at least two, not all 0.
+
+    Returns:
+        m, at most n - 1.
+
+    Examples:
+        >>> degrees_of_freedom(np.array([-1.0, 1.0, -1.0, 1.0]))  # no tails
+        3.0
+        >>> round(degrees_of_freedom(np.array([9.0] + [-1.0] * 9)), 4)  # g = 10 * 6570 / 90^2 - 3 = 5.1111
+        2.7273
+    """
+    count = len(influence)
+    squares = np.square(influence / np.max(np.abs(influence)))
+    excess = max(count * np.sum(np.square(squares)) / np.square(np.sum(squares)) - 3, 0.0)
+    return float(2 / (2 / (count - 1) + excess / count))
 
 
 def interval(

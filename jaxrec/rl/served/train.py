@@ -25,6 +25,7 @@ from jaxrec.models.hybrid import PolicyHead
 from jaxrec.rl.config import ServedConfig
 from jaxrec.rl.constraints import floor_penalty, slate_coverage
 from jaxrec.rl.losses.clipped_surrogate import clipped_surrogate_loss
+from jaxrec.rl.losses.kl_penalty import next_kl_weight
 from jaxrec.rl.losses.off_policy import capped_importance_weights, weight_metrics
 from jaxrec.rl.losses.policy_gradient import baseline_loss
 from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
@@ -86,7 +87,11 @@ def train_served(
     optimizer = policy_optimizer(config.learning_rate, config.updates)
     critic = zero_critic(states.state.query.shape[1], states.slate.shape[1])
     learner = new_learner(PolicyParams(current, critic), optimizer)
-    updates = make_updates(served_loss(graphdef, config), optimizer, config.kl_target)
+    updates = make_updates(
+        served_loss(graphdef, config),
+        optimizer,
+        lambda weight, metrics: next_kl_weight(weight, metrics["kl"], config.kl_target),
+    )
     data, key, records = (current, scoring, training), jax.random.key(config.seed), list[dict[str, float]]()
     name, kept = "training on the server's log", "the policy in use stays"
     chunks = run_updates(updates, learner, data, key, config.updates, UPDATES_PER_CHUNK, name, stop, kept)

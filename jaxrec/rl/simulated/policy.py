@@ -2,7 +2,7 @@
 
 The latter is PolicyHead on top of the frozen models, and a critic. It draws as a server with `--explore TEMPERATURE`
 does, from the logits divided by the temperature, but from the whole catalogue instead of a pool of the best items.
-Thus it can learn an item outside of the pool, and the KL penalty is exact.
+Thus it can learn an item outside of the pool, and the KL is exact.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,9 @@ from jaxrec.rl.states import PolicyState
 
 CRITIC_SCALE = 30.0
 Params = Any
-Penalty = Callable[[Params, jax.Array], jax.Array]
-"""penalty(parameters, key of the update) -> a loss [] that is added to that of the rewards."""
+Anchor = Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]
+"""anchor(parameters, key of the update) -> (KL to the policy at the start, log-likelihood that is lost) at real events,
+[] nats each."""
 
 
 class Policy(Protocol):
@@ -73,28 +74,42 @@ def recommender_policy(
     return RecommenderPolicy(graphdef, scoring, temperature, PolicyParams(jax.tree.map(jnp.asarray, variables), critic))
 
 
-def logged_kl_penalty(
-    policy: RecommenderPolicy, states: PolicyState, histories: np.ndarray, weight: float, batch_size: int
-) -> Penalty:
-    """`weight` times the KL, in nats, to the policy as it starts, in `batch_size` of the run's own logged states.
+def real_events_anchor(
+    policy: RecommenderPolicy, states: PolicyState, histories: np.ndarray, targets: np.ndarray, batch_size: int
+) -> Anchor:
+    """Compares the policy with its start at real events of people whom the models do not know.
 
-    The KL penalty of `jaxrec.rl.simulated.train` only covers states of simulated users. This one prevents that their
-    rewards are gained at the expense of real users in other states. (Imitation of the logged items is no substitute:
-    the models have learned these already, and the policy would memorize them.) The `states` [states] and the items of
-    their `histories` [states, width] int32 are those of `jaxrec.rl.states.policy_states`.
+    Rewards of simulated users may be gained at the expense of real ones, in states that no simulated user reaches and
+    for events that the simulator does not predict. The KL keeps the policy near its start; what the real events lose in
+    likelihood says how near it has to be. The likelihood has no gradient: by it the policy would memorize these few
+    events, and then nothing would tell what others lose. Events of the run's own users tell nothing, since the models
+    know them by heart.
+
+    Args:
+        policy: With its start.
+        states: [events], before each, by `jaxrec.rl.states.policy_states`.
+        histories: [events, width] int32, the items before, which are not recommended; 0 = none.
+        targets: [events] int32, the item that came next.
+        batch_size: Events of one update, drawn with replacement.
+
+    Returns:
+        The anchor.
     """
 
-    def penalty(params: PolicyParams, key: jax.Array) -> jax.Array:
+    def anchor(params: PolicyParams, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = jax.random.randint(key, (batch_size,), 0, len(histories))
         state = jax.tree.map(lambda column: jnp.asarray(column)[rows], states)
-        exclude = jnp.asarray(histories)[rows]
+        exclude, target = jnp.asarray(histories)[rows], jnp.asarray(targets)[rows]
         now, before = (
             exclude_items(policy_logits(nnx.merge(policy.graphdef, head), state, policy.scoring), exclude)
             for head in (params.head, policy.start.head)
         )
-        return weight * jnp.mean(kl_divergence(now, before))
+        likely_now, likely_before = (
+            jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], axis=1) for logits in (now, before)
+        )
+        return jnp.mean(kl_divergence(now, before)), jax.lax.stop_gradient(jnp.mean(likely_before - likely_now))
 
-    return penalty
+    return anchor
 
 
 def draw_actions(environment: Environment, key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:

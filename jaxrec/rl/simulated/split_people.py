@@ -33,13 +33,15 @@ MAX_SIMULATED_ITEMS = 10_000  # the item-item matrix has the square of that
 
 
 class TwoSimulators(NamedTuple):
-    """`training` and `evaluation`, and the raw ids of the users of each; `summary`: how many users are in which, and
-    how well they fit; `digest`: of the events they were fitted on."""
+    """`training` and `evaluation`, and the raw ids of the users of each; `training_histories`: the real events of those
+    that train; `summary`: how many users are in which, and how well they fit; `digest`: of the events they were fitted
+    on."""
 
     training: SimulatorFit
     evaluation: SimulatorFit
     training_users: np.ndarray
     evaluation_users: np.ndarray
+    training_histories: Histories
     summary: str
     digest: str
 
@@ -81,7 +83,7 @@ def two_simulators(interactions: pd.DataFrame, data: PreparedData, seed: int) ->
             f"{MIN_RATED} of each"
         )
 
-    def fit(part: pd.DataFrame, item_item: ItemItem, name: str) -> tuple[SimulatorFit, np.ndarray]:
+    def fit(part: pd.DataFrame, item_item: ItemItem, name: str) -> tuple[SimulatorFit, np.ndarray, Histories]:
         histories, names = simulator_histories(part, data.catalog, data.users)
         digest.update(_digest(histories, names.raw_ids))
         star = float(np.diff(stars).min())
@@ -91,10 +93,10 @@ def two_simulators(interactions: pd.DataFrame, data: PreparedData, seed: int) ->
                 f"the {name} simulator does not predict its users: {_fitted(found)}, expected less than both; a log "
                 "of more users may help"
             )
-        return found, names.raw_ids
+        return found, names.raw_ids, histories
 
-    train, training_users = fit(parts[0], shrunk_cosine, "training")
-    evaluation, evaluation_users = fit(parts[1], ease, "evaluation")
+    train, training_users, training_histories = fit(parts[0], shrunk_cosine, "training")
+    evaluation, evaluation_users, _ = fit(parts[1], ease, "evaluation")
     trained_on = everybody - strange[USER].nunique()
     summary = (
         f"{everybody} users, of whom {trained_on} are left out because the run was trained on them, and "
@@ -103,7 +105,8 @@ def two_simulators(interactions: pd.DataFrame, data: PreparedData, seed: int) ->
         f"{(~training).sum()} for evaluation (taste by EASE). Held-out events, training: {_fitted(train)}; evaluation: "
         f"{_fitted(evaluation)}"
     )
-    return TwoSimulators(train, evaluation, training_users, evaluation_users, summary, digest.hexdigest())
+    digests = digest.hexdigest()
+    return TwoSimulators(train, evaluation, training_users, evaluation_users, training_histories, summary, digests)
 
 
 def _fitted(fit: SimulatorFit) -> str:

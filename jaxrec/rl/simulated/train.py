@@ -8,9 +8,9 @@ the policy follows its gradient once. The return of a step is the TD(λ) return
 whose distance to v(s_t) is the generalized advantage estimate (Schulman et al. 2016, equation 16); the value continues
 the last step. With λ = 1 and long rollouts it is REINFORCE with a learned baseline; with γ = 0 only the next reward
 counts. Advantages are divided by their root mean square in the batch, so that one learning rate fits every γ; this
-changes the length of the gradient, not its direction. Three terms can be added: an entropy bonus (Williams and Peng
-1991) that falls to 0, a KL penalty to the policy at the start (with `kl_target`), and another penalty of the
-parameters.
+changes the length of the gradient, not its direction. Two terms can be added: an entropy bonus (Williams and Peng 1991)
+that falls to 0, and a KL penalty to the policy at the start. The latter is a Lagrangian: its weight rises while real
+events lose more likelihood than `likelihood_budget`, and falls otherwise.
 """
 
 from typing import Any, NamedTuple
@@ -22,12 +22,15 @@ import optax
 from jaxrec.rl.checkpoint import PolicyCheckpoint
 from jaxrec.rl.config import SimulatedConfig
 from jaxrec.rl.constraints import slate_coverage
+from jaxrec.rl.losses.kl_penalty import next_multiplier
 from jaxrec.rl.losses.policy_gradient import baseline_loss, reinforce_loss
 from jaxrec.rl.policy import entropy, kl_divergence
 from jaxrec.rl.simulated.environment import Environment
-from jaxrec.rl.simulated.policy import Params, Penalty, Policy, draw_actions, drawn_logprobs
+from jaxrec.rl.simulated.policy import Anchor, Params, Policy, draw_actions, drawn_logprobs
 from jaxrec.rl.updates import Learner, Loss, Updates, make_updates, means, new_learner, run_updates
 from jaxrec.training.stopping import StopRequested, never
+
+KL_COEFFICIENT_START = 5.0  # near where it ends on the development logs
 
 
 class Rollout(NamedTuple):
@@ -47,7 +50,7 @@ def train_simulated(
     config: SimulatedConfig,
     checkpoint: PolicyCheckpoint | None = None,
     permuted: bool = False,
-    penalty: Penalty | None = None,
+    anchor: Anchor | None = None,
     stop: StopRequested = never,
 ) -> tuple[Params, list[dict[str, float]]]:
     """Trains `policy` from its start on.
@@ -58,7 +61,7 @@ def train_simulated(
         config: Its `slate_size` and `temperature` are those of environment and policy.
         checkpoint: Is resumed from, and written after every `updates_per_record` updates.
         permuted: See `simulated_updates`.
-        penalty: See `simulated_updates`.
+        anchor: See `simulated_updates`.
         stop: Ends the training after such a chunk.
 
     Returns:
@@ -72,7 +75,7 @@ def train_simulated(
     learner, records = first_learner(environment, policy, config), list[dict[str, float]]()
     if checkpoint is not None and (progress := checkpoint.progress()) is not None:
         learner, records = checkpoint.arrays(learner), progress["updates"]
-    updates = simulated_updates(environment, policy, config, permuted, penalty)
+    updates = simulated_updates(environment, policy, config, permuted, anchor)
     kept = "nothing is kept" if checkpoint is None else "the checkpoint is written"
     key, chunk = jax.random.key(config.seed), config.updates_per_record
     name = "training with simulated users"
@@ -87,7 +90,7 @@ def train_simulated(
 def first_learner(environment: Environment, policy: Policy, config: SimulatedConfig) -> Learner:
     """A learner before its first update, with new users."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), config.updates), config.users)
-    return new_learner(policy.start, _optimizer(config), jax.vmap(environment.reset)(keys))
+    return new_learner(policy.start, _optimizer(config), jax.vmap(environment.reset)(keys), KL_COEFFICIENT_START)
 
 
 def simulated_updates(
@@ -95,19 +98,23 @@ def simulated_updates(
     policy: Policy,
     config: SimulatedConfig,
     permuted: bool = False,
-    penalty: Penalty | None = None,
+    anchor: Anchor | None = None,
 ) -> Updates:
-    """Compiled updates (`jaxrec.rl.updates`), whose data are the parameters that the KL penalty refers to.
+    """Compiled updates (`jaxrec.rl.updates`), whose data are the parameters that the KL refers to.
 
     With `permuted` each user gets the reward of another one of the same step, drawn at random: a control, which has
-    nothing to learn. `penalty` is added to the loss.
+    nothing to learn. The KL of `anchor` is the penalty, and its cost controls the weight; None: there is no penalty.
     """
-    loss = simulated_loss(environment, policy, config, permuted, penalty)
-    return make_updates(loss, _optimizer(config), config.kl_target)
+
+    def control(weight: jax.Array, metrics: dict[str, jax.Array]) -> jax.Array:
+        return next_multiplier(weight, metrics["likelihood_lost"], config.likelihood_budget)
+
+    loss = simulated_loss(environment, policy, config, permuted, anchor)
+    return make_updates(loss, _optimizer(config), None if anchor is None else control)
 
 
 def simulated_loss(
-    environment: Environment, policy: Policy, config: SimulatedConfig, permuted: bool, penalty: Penalty | None
+    environment: Environment, policy: Policy, config: SimulatedConfig, permuted: bool, anchor: Anchor | None
 ) -> Loss:
     """The loss of the policy's parameters after a rollout; it also returns where the users stand then."""
 
@@ -118,7 +125,7 @@ def simulated_loss(
         state, observation = learner.users
         users, rollout = roll_out(environment, policy, acting, state, observation, rollout_key, config.steps)
         # Keys beyond those of the updates and of the first users, so that neither changes the rollouts.
-        permuted_key, penalty_key = (
+        permuted_key, anchor_key = (
             jax.random.fold_in(key, rounds * config.updates + 1 + learner.step) for rounds in (1, 2)
         )
         reward = _permuted_among_users(permuted_key, rollout.reward) if permuted else rollout.reward
@@ -153,11 +160,9 @@ def simulated_loss(
         }
         bonus = config.entropy_weight * jnp.maximum(1.0 - learner.step / config.updates, 0.0)
         total = policy_loss + value_loss - bonus * spread
-        if config.kl_target is not None:
-            total += learner.kl_coefficient * kl
-        if penalty is not None:
-            metrics["penalty"] = penalty(params, penalty_key)
-            total += metrics["penalty"]
+        if anchor is not None:
+            metrics["real_kl"], metrics["likelihood_lost"] = anchor(params, anchor_key)
+            total += learner.kl_coefficient * metrics["real_kl"]
         return total, (metrics, users)
 
     return loss

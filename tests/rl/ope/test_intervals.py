@@ -6,7 +6,7 @@ import scipy.stats
 
 from bench.estimators import bias_corrected_accelerated, ips, percentile
 from jaxrec.rl.ope.estimators import Terms, on_policy, snips
-from jaxrec.rl.ope.intervals import IntervalMethod, interval, replicates, studentized
+from jaxrec.rl.ope.intervals import IntervalMethod, degrees_of_freedom, interval, replicates, studentized
 from jaxrec.rl.ope.weights import importance_weights
 from tests.rl.ope.logs import VALUE_LOGGED, VALUE_NEW, draw_bandit
 
@@ -113,3 +113,28 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
             found = interval(terms, samples=400, seed=seed)
             covered[seed, column] = found.low <= truth <= found.high
     np.testing.assert_allclose(covered.mean(axis=0), 0.95, atol=0.045)
+
+
+def test_heavy_tails_widen_the_interval() -> None:
+    """Ten values of which one is nine times the others: t with 2.7 degrees of freedom has 1.73 times the normal's
+    quantile, and both bounds are that much further away than those of the bootstrap alone."""
+    values = np.array([10.0] + [0.0] * 9)
+    drawn = replicates(mean_of(values), None, 2000, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(drawn.values == drawn.value, 0.0, (drawn.values - drawn.value) / drawn.standard_errors)
+    low, _ = studentized(drawn, 0.95)
+    alone = drawn.value - np.quantile(t, 0.975, method="higher") * drawn.standard_error
+    ratio = scipy.stats.t.ppf(0.975, 2.727272727) / scipy.stats.norm.ppf(0.975)
+    assert ratio == pytest.approx(1.72, abs=0.01)
+    assert drawn.value - low == pytest.approx(ratio * (drawn.value - alone))
+
+
+def test_degrees_of_freedom_are_those_of_the_variance_of_the_variance() -> None:
+    """2 s^4 / m is the variance of s^2, by 40,000 samples of 50 values of an exponential distribution (g = 6)."""
+    values = np.random.default_rng(0).exponential(size=(40_000, 50))
+    expected = 2 / np.var(values.var(axis=1, ddof=1))  # the variance of the distribution is 1
+    whole = np.random.default_rng(1).exponential(size=2_000_000)
+    whole = whole - whole.mean()
+    excess = np.mean(whole**4) / np.mean(whole**2) ** 2 - 3
+    assert 2 / (2 / 49 + excess / 50) == pytest.approx(expected, rel=0.05)
+    assert degrees_of_freedom(whole) == pytest.approx(2 / (2 / (len(whole) - 1) + excess / len(whole)))

@@ -25,7 +25,7 @@ from jaxrec.rl.scoring import frozen_scoring, new_head, supervised_logits
 from jaxrec.rl.simulated import evaluate as simulator_evaluation
 from jaxrec.rl.simulated.evaluate import rollout_evaluator
 from jaxrec.rl.simulated.fit import fit_simulator, simulator_histories
-from jaxrec.rl.simulated.policy import RecommenderPolicy, logged_kl_penalty, recommender_policy
+from jaxrec.rl.simulated.policy import RecommenderPolicy, real_events_anchor, recommender_policy
 from jaxrec.rl.simulated.recommender import (
     Recommender,
     every_user,
@@ -221,17 +221,17 @@ def logits_of(policy: RecommenderPolicy, environment, observation) -> jax.Array:
     return policy.logits(policy.start, jax.vmap(environment.features)(observation), allowed)
 
 
-def test_penalty_is_the_distance_in_the_run_s_own_log(small_data: PreparedData, supervised: Hybrid) -> None:
-    """Of a log of one decision: item 9's logit is 2 higher than it was, so its share p becomes p e^2 / (1 - p + p e^2),
-    and all others' are 1 - p + p e^2 times smaller."""
+def test_anchor_is_the_distance_and_the_loss_at_real_events(small_data: PreparedData, supervised: Hybrid) -> None:
+    """Of one event: item 9's logit is 2 higher than it was, so its share p becomes p e^2 / (1 - p + p e^2), and the
+    others' are 1 - p + p e^2 times smaller. If item 9 comes next, 2 - log(1 - p + p e^2) nats are won."""
     tables = fit_reward_tables(small_data)
-    logged = last_events(small_data, np.ones(small_data.histories.user_count, bool), 40, 10_000)
+    logged = last_events(small_data.histories, small_data.split.train_counts, 40, 10_000)
     row = int(np.flatnonzero(small_data.histories.items[logged.rows] == 9)[0])
     one = Cases(logged.users[[row]], logged.rows[[row]])
     state, histories = policy_states(supervised, small_data, one, np.ones(1, bool))
     policy = recommender_policy(*new_head(2 * 16, 60, hidden=128, seed=0), frozen_scoring(supervised, tables))
-    penalty = logged_kl_penalty(policy, state, histories, weight=0.7, batch_size=4)
-    assert float(penalty(policy.start, jax.random.key(0))) == 0.0
+    anchor = real_events_anchor(policy, state, histories, np.array([9]), batch_size=4)
+    assert tuple(map(float, anchor(policy.start, jax.random.key(0)))) == (0.0, 0.0)
     bias = policy.start.head["item_bias"].at[9].add(2.0)
     moved = policy.start._replace(head={**policy.start.head, "item_bias": bias})
 
@@ -241,7 +241,10 @@ def test_penalty_is_the_distance_in_the_run_s_own_log(small_data: PreparedData, 
     p = float(jax.nn.softmax(logits)[9])
     total = 1 - p + p * np.exp(2.0)
     expected = 2.0 * p * np.exp(2.0) / total - np.log(total)
-    np.testing.assert_allclose(penalty(moved, jax.random.key(0)), 0.7 * expected, rtol=1e-4)
+    kl, lost = anchor(moved, jax.random.key(0))
+    np.testing.assert_allclose([kl, lost], [expected, np.log(total) - 2.0], rtol=1e-4)
+    gradient = jax.grad(lambda params: anchor(params, jax.random.key(0))[1])(moved)
+    assert all(not np.asarray(part).any() for part in jax.tree.leaves(gradient))
 
 
 def test_learns_to_put_first_the_item_that_all_choose(
@@ -263,9 +266,7 @@ def test_learns_to_put_first_the_item_that_all_choose(
     scoring = frozen_scoring(supervised, fit_reward_tables(small_data))
     head = new_head(scoring.item_vectors.shape[1], 60, hidden=8, seed=0)
     policy = recommender_policy(*head, scoring, temperature=5.0)
-    config = SimulatedConfig(
-        users=64, steps=2, updates=80, discount=0.0, learning_rate=0.1, kl_target=None, updates_per_record=40
-    )
+    config = SimulatedConfig(users=64, steps=2, updates=80, discount=0.0, learning_rate=0.1, updates_per_record=40)
     params, records = train_simulated(environment, policy, config)
     _, observation = every_user(simple, starts)
 

@@ -71,28 +71,36 @@ def test_learns_what_pays_later_and_greed_does_not() -> None:
     assert share_of_best(0.0) <= greedy + 0.02 < 0.75
 
 
-def test_kl_penalty_holds_the_policy_near_its_start() -> None:
-    short = dataclasses.replace(SMALL, updates=100)
-    _, loose = train_simulated(ENVIRONMENT, POLICY, short)
-    _, near = train_simulated(ENVIRONMENT, POLICY, dataclasses.replace(short, kl_target=0.02))
-    assert loose[-1]["kl"] > 0.5
-    assert 0.005 < near[-1]["kl"] < 0.06
+def distance(params: Params) -> jax.Array:
+    """Of the parameters from the start, squared."""
+    parts = zip(jax.tree.leaves(params), jax.tree.leaves(POLICY.start), strict=True)
+    return sum((jnp.sum(jnp.square(now - before)) for now, before in parts), jnp.float32(0))
 
 
-def test_a_penalty_adds_its_loss_and_changes_no_rollout() -> None:
+def test_the_weight_of_the_penalty_keeps_the_loss_within_its_budget() -> None:
+    """The loss is the distance from the start here. Without an anchor the policy goes far beyond the budget. With one
+    the weight rises as long as the loss exceeds the budget, and the policy ends near it."""
+    short = dataclasses.replace(SMALL, updates=200, likelihood_budget=0.5)
+
+    def anchor(params: Params, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        far = distance(params)
+        return far, jax.lax.stop_gradient(far)
+
+    loose, _ = train_simulated(ENVIRONMENT, POLICY, short)
+    near, records = train_simulated(ENVIRONMENT, POLICY, short, anchor=anchor)
+    assert float(distance(loose)) > 2.0
+    assert 0.1 < float(distance(near)) < 0.7
+    assert min(record["kl_coefficient"] for record in records) < 0.9 * max(r["kl_coefficient"] for r in records)
+
+
+def test_an_anchor_that_says_nothing_changes_no_rollout() -> None:
     short = dataclasses.replace(SMALL, updates=2, updates_per_record=1)
     without, records = train_simulated(ENVIRONMENT, POLICY, short)
-    idle, idle_records = train_simulated(ENVIRONMENT, POLICY, short, penalty=lambda params, key: jnp.float32(3.0))
+    nothing = jnp.float32(3.0), jnp.float32(0.0)
+    idle, idle_records = train_simulated(ENVIRONMENT, POLICY, short, anchor=lambda params, key: nothing)
     jax.tree.map(np.testing.assert_array_equal, idle, without)
-    assert [record["penalty"] for record in idle_records] == [3.0, 3.0]
+    assert [record["real_kl"] for record in idle_records] == [3.0, 3.0]
     assert [record["reward"] for record in idle_records] == [record["reward"] for record in records]
-
-    def below(params: dict, key: jax.Array) -> jax.Array:
-        return 100.0 * jnp.square(params["value_out"]["bias"] + 1.0).sum()
-
-    pulled, pulled_records = train_simulated(ENVIRONMENT, POLICY, short, penalty=below)
-    assert pulled["value_out"]["bias"][0] < 0 < without["value_out"]["bias"][0]
-    assert pulled_records[0]["reward"] == records[0]["reward"]
 
 
 def test_permuted_rewards_stay_in_their_step() -> None:
