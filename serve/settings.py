@@ -221,7 +221,9 @@ class Settings:
         if self.processes > 1 and self.address.startswith("unix:"):
             raise SettingsError("expected processes = 1 with unix:PATH: processes cannot share a Unix socket")
         if self.processes > 1 and self.fast is not None and (self.fast.startswith("unix:") or self.fast.endswith(":0")):
-            raise SettingsError(f"fast: expected 127.0.0.1:PORT, which {self.processes} processes share, came {self.fast}")
+            raise SettingsError(
+                f"fast: expected 127.0.0.1:PORT, which {self.processes} processes share, came {self.fast}"
+            )
         if self.slate_log > 1:
             raise SettingsError(f"slate_log: expected a share of 0 to 1, came {self.slate_log:g}")
         if self.http is None and (self.http_origins is not None or self.http_hosts is not None):

@@ -163,7 +163,7 @@ class FastFront:
             # One thread receives: of two that wait, the end would wake one.
             while (events := self._native.recv_batch_details(MOST_TAKEN, 0 if self._waiting else None)) is not None:
                 for kind, number, _, message, _, details in events:
-                    if kind == self._call:
+                    if kind == self._call and message is not None and details is not None:
                         self._take(number, message, *details)
                     elif kind == self._cancel and number in self._under_way:
                         self._under_way[number].cancelled = True
