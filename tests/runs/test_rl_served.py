@@ -252,7 +252,7 @@ def test_recommendations_are_reproduced_with_the_trends_that_ranked_them(
         hybrid, model_directory = with_random_reranker(small_hybrid, small_data), tmp_path / "model"
         export_model(hybrid, small_data, model_directory, training={}, metrics={}, licence="none")
         loaded = loaded._replace(supervised=hybrid.with_policy(None))
-        head = in_use(nnx.to_pure_dict(nnx.state(small_hybrid.policy)))
+        head = in_use(nnx.to_pure_dict(nnx.state(hybrid.policy)))
         write_policy(loaded.run, loaded.supervised, head, CONFIG, "reinforce")
     end = int(np.asarray(small_data.histories.times).max())
     with SQLiteStore(tmp_path / "events.sqlite") as store:

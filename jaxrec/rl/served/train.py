@@ -38,6 +38,7 @@ from jaxrec.rl.updates import Learner, Loss, make_updates, new_learner, policy_o
 from jaxrec.training.stopping import StopRequested, never
 
 TRAIN_SHARE = 0.5  # of the log's users; the others evaluate
+KEPT = ()
 UPDATES_PER_CHUNK = 50  # between two checks whether to stop
 
 
@@ -83,7 +84,7 @@ def train_served(
     device = jax.devices()[0]
     current = jax.device_put(jax.tree.map(jnp.asarray, current), device)
     training, evaluation = jax.device_put(states.at(rows[0]), device), states.at(rows[1])
-    optimizer = policy_optimizer(config.learning_rate, config.updates)
+    optimizer = policy_optimizer(config.learning_rate, config.updates, KEPT)
     critic = zero_critic(states.state.query.shape[1], states.slate.shape[1])
     learner = new_learner(PolicyParams(current, critic), optimizer)
     updates = make_updates(served_loss(graphdef, config), optimizer, config.kl_target)

@@ -17,7 +17,7 @@ from jaxrec.models.hybrid import PolicyHead
 from jaxrec.models.masks import NEVER, exclude_items
 from jaxrec.rl.config import SimulatedConfig
 from jaxrec.rl.policy import kl_divergence, sample_slates, slate_logprobs
-from jaxrec.rl.scoring import PolicyParams, Scoring, policy_logits, zero_critic
+from jaxrec.rl.scoring import OF_RERANKER, PolicyParams, Scoring, policy_logits, zero_critic
 from jaxrec.rl.simulated.environment import Environment
 from jaxrec.rl.states import PolicyState
 
@@ -51,9 +51,12 @@ class RecommenderPolicy(NamedTuple):
     start: PolicyParams
 
     def logits(self, params: PolicyParams, features: PolicyState, recommendable: jax.Array) -> jax.Array:
-        """[..., items + 1], divided by the temperature; NEVER where `recommendable` is off."""
-        state = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), features)
-        logits = policy_logits(nnx.merge(self.graphdef, params.head), state, self.scoring)
+        """[..., items + 1], divided by the temperature; NEVER where `recommendable` is off. The shift of the reranker's
+        weights is part of the policy, but has no gradient: it is learned from servers' logs."""
+        leading = recommendable.ndim - 1
+        state = jax.tree.map(lambda x: x.reshape(-1, *x.shape[leading:]), features)
+        head = {name: jax.lax.stop_gradient(x) if name in OF_RERANKER else x for name, x in params.head.items()}
+        logits = policy_logits(nnx.merge(self.graphdef, head), state, self.scoring)
         return jnp.where(recommendable, logits.reshape(recommendable.shape) / self.temperature, NEVER)
 
     def value(self, params: PolicyParams, features: PolicyState) -> jax.Array:
