@@ -13,7 +13,6 @@ from jaxrec.models.reranker import RerankerWeights
 from jaxrec.rl.rewards import RewardTables, rank_discounts
 from jaxrec.rl.states import PolicyState
 
-
 OF_RERANKER = ("direct", "by_context")
 """The variables of PolicyHead that shift the reranker's weights."""
 

@@ -50,13 +50,16 @@ class RecommenderPolicy(NamedTuple):
     temperature: float
     start: PolicyParams
 
+    def head(self, params: PolicyParams) -> PolicyHead:
+        """With these parameters. The shift of the reranker's weights has no gradient: servers' logs train it."""
+        fixed = {name: jax.lax.stop_gradient(x) for name, x in params.head.items() if name in OF_RERANKER}
+        return nnx.merge(self.graphdef, {**params.head, **fixed})
+
     def logits(self, params: PolicyParams, features: PolicyState, recommendable: jax.Array) -> jax.Array:
-        """[..., items + 1], divided by the temperature; NEVER where `recommendable` is off. The shift of the reranker's
-        weights is part of the policy, but has no gradient: it is learned from servers' logs."""
+        """[..., items + 1], divided by the temperature; NEVER where `recommendable` is off."""
         leading = recommendable.ndim - 1
         state = jax.tree.map(lambda x: x.reshape(-1, *x.shape[leading:]), features)
-        head = {name: jax.lax.stop_gradient(x) if name in OF_RERANKER else x for name, x in params.head.items()}
-        logits = policy_logits(nnx.merge(self.graphdef, head), state, self.scoring)
+        logits = policy_logits(self.head(params), state, self.scoring)
         return jnp.where(recommendable, logits.reshape(recommendable.shape) / self.temperature, NEVER)
 
     def value(self, params: PolicyParams, features: PolicyState) -> jax.Array:
@@ -92,8 +95,8 @@ def logged_kl_penalty(
         state = jax.tree.map(lambda column: jnp.asarray(column)[rows], states)
         exclude = jnp.asarray(histories)[rows]
         now, before = (
-            exclude_items(policy_logits(nnx.merge(policy.graphdef, head), state, policy.scoring), exclude)
-            for head in (params.head, policy.start.head)
+            exclude_items(policy_logits(policy.head(of), state, policy.scoring), exclude)
+            for of in (params, policy.start)
         )
         return weight * jnp.mean(kl_divergence(now, before))
 

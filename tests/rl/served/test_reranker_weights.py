@@ -128,6 +128,8 @@ def trained(strength: float) -> TrainedPolicy:
 def test_a_weight_that_the_reward_depends_on_moves_and_the_policy_is_used() -> None:
     found = trained(strength=2.0)
     assert found.outcome.used, found.outcome.reason
+    assert not found.head["item_bias"].any()  # the network is not trained beside it
+    assert not found.head["outer"]["kernel"].any()
     by_context = found.head["by_context"]
     place = np.unravel_index(np.argmax(np.abs(by_context)), by_context.shape)
     assert place == (OF_CONTEXT, FEATURE)
