@@ -156,7 +156,7 @@ def small_hybrid(small_data: PreparedData) -> Hybrid:
 
 @pytest.fixture(scope="session")
 def with_random_reranker() -> Callable[[Hybrid, PreparedData], Hybrid]:
-    """Puts a reranker with random weights on a hybrid of the data; its tables are fitted."""
+    """Puts a reranker with random weights on a hybrid of the data; its tables are fitted. A policy shifts them."""
 
     def build(hybrid: Hybrid, data: PreparedData) -> Hybrid:
         start, rng = with_reranker(hybrid, data), np.random.default_rng(0)
@@ -164,7 +164,18 @@ def with_random_reranker() -> Callable[[Hybrid, PreparedData], Hybrid]:
         features, context = len(FEATURES), len(CONTEXT)
         scales = Scales(np.ones(features), np.zeros(context), np.full(context, 10.0))
         weights = RerankerWeights(rng.normal(size=features), rng.normal(size=(context, features)))
-        return hybrid.with_reranker(Reranker(start.reranker.tables, scales, weights))
+        reranked = hybrid.with_reranker(Reranker(start.reranker.tables, scales, weights))
+        if hybrid.policy is None:
+            return reranked
+        policy, items = hybrid.policy, len(data.catalog)
+        width, hidden = policy.inner.kernel.shape
+        shifting = PolicyHead(width, hidden, items, reranks=True, rngs=nnx.Rngs(0))
+        shift = {
+            "direct": 0.1 * rng.normal(size=features).astype(np.float32),
+            "by_context": 0.1 * rng.normal(size=(context, features)).astype(np.float32),
+        }
+        nnx.update(shifting, nnx.to_pure_dict(nnx.state(policy)) | shift)
+        return reranked.with_policy(shifting)
 
     return build
 

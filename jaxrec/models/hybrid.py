@@ -19,7 +19,7 @@ from jaxrec.models.lstm import State
 from jaxrec.models.masks import NEVER, exclude_items
 from jaxrec.models.new_items import capped_logits
 from jaxrec.models.repeat import Repeat, SeenScores
-from jaxrec.models.reranker import Mixed, Reranker
+from jaxrec.models.reranker import CONTEXT, FEATURES, Mixed, Reranker, RerankerWeights
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.models.summary import Summary, last_summary
 from jaxrec.models.tables import FixedTable
@@ -29,16 +29,26 @@ MAX_ITEMS = 2**24  # larger indices are not exact as float32, which is what the 
 
 
 class PolicyHead(nnx.Module):
-    """Shifts the query and the item biases. Both shifts start at zero: the policy starts as the supervised one."""
+    """Shifts the query, the item biases and, with `reranks`, the weights of the reranker. All shifts start at zero: the
+    policy starts as the supervised one."""
 
-    def __init__(self, width: int, hidden: int, item_count: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, hidden: int, item_count: int, reranks: bool = False, *, rngs: nnx.Rngs) -> None:
         self.inner = nnx.Linear(width, hidden, rngs=rngs)
         self.outer = nnx.Linear(hidden, width, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
         self.item_bias = nnx.Param(jnp.zeros(item_count + 1))
+        self.direct = nnx.Param(jnp.zeros(len(FEATURES))) if reranks else None
+        self.by_context = nnx.Param(jnp.zeros((len(CONTEXT), len(FEATURES)))) if reranks else None
 
     def __call__(self, query: jax.Array) -> jax.Array:
         """[..., width] -> [..., width]."""
         return query + self.outer(jax.nn.relu(self.inner(query)))
+
+    @property
+    def reranker_shift(self) -> RerankerWeights | None:
+        """What is added to the reranker's weights; None: nothing is."""
+        if self.direct is None or self.by_context is None:
+            return None
+        return RerankerWeights(self.direct[...], self.by_context[...])
 
 
 class MixWeights(NamedTuple):
@@ -212,7 +222,8 @@ class Hybrid(nnx.Module):
         query = self.supervised_query(outputs, request_gap)
         logits, mixed = self.mixed(query, request_gap, recent, summary, exclude, trend, seen)
         if self.reranker is not None:
-            logits = self.reranker.changes(mixed, self.item_vectors()).added_to(logits)
+            shift = None if self.policy is None else self.policy.reranker_shift
+            logits = self.reranker.reranked(mixed, self.item_vectors()).changes(shift).added_to(logits)
         if self.policy is not None:
             logits += (self.policy(query) - query) @ self.item_vectors().T + self.policy.item_bias[...]
         if self.new_items is not None:

@@ -10,7 +10,7 @@ The mix's probability of all candidates together is kept, and s divides it among
     logit_i = s_i - logsumexp(s) + logsumexp(m)
 
 So all logits together stay those of a distribution over the catalogue, w = W = 0 changes nothing, and items that are no
-candidates keep theirs. w and W are learned by `jaxrec.rl.logged`.
+candidates keep theirs. w and W are learned by `jaxrec.rl.logged`; `jaxrec.rl.served` learns shifts of both.
 """
 
 from typing import NamedTuple
@@ -247,6 +247,32 @@ def changes(found: Candidates, scores: jax.Array) -> Changes:
     return Changes(found.items, jnp.where(where, scores - of_scores + of_mix - found.mix, 0.0))
 
 
+class Reranked(NamedTuple):
+    """Candidates as a reranker scores them, with what other weights would score them by.
+
+    `items` [..., candidates] int32 with their logits in the `mix` (NEVER where there is no candidate) and their
+    `scores`; `features` [..., candidates, FEATURES] and `context` [..., CONTEXT] are scaled.
+    """
+
+    items: Array
+    mix: Array
+    scores: Array
+    features: Array
+    context: Array
+
+    def changes(self, shift: RerankerWeights | None = None) -> Changes:
+        """What is added to the logits so that the candidates [batch, candidates] are ranked by their scores, or by
+        those of weights that differ from the reranker's by `shift`.
+
+        Only the shift is multiplied by the features, so that without one it does not matter how exact these are.
+        """
+        found = Candidates(*map(jnp.asarray, (self.items, self.mix, self.features, self.context)))
+        new = jnp.asarray(self.scores)
+        if shift is not None:
+            new = scores(shift, new, found.features.astype(jnp.float32), found.context)
+        return changes(found, new)
+
+
 class Reranker(nnx.Module):
     """The second stage of a hybrid, with all that it looks up."""
 
@@ -270,10 +296,11 @@ class Reranker(nnx.Module):
         """As arrays."""
         return RerankerWeights(*(weight[...] for weight in self._weights))
 
-    def changes(self, mixed: Mixed, item_vectors: jax.Array) -> Changes:
-        """What it adds to the mix's logits; `item_vectors` [items + 1, width] are those of both models."""
+    def reranked(self, mixed: Mixed, item_vectors: jax.Array) -> Reranked:
+        """The candidates of the mix's answer; `item_vectors` [items + 1, width] are those of both models."""
         found = candidates(mixed, item_vectors, self.tables)
-        return changes(found, scores(self.weights, found.mix, *scaled(found, self.scales)))
+        features, context = scaled(found, self.scales)
+        return Reranked(found.items, found.mix, scores(self.weights, found.mix, features, context), features, context)
 
 
 def _fixed(array: Array) -> FixedTable:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxrec.errors import ExportError
 from jaxrec.models.cooccurrence import RECENT_DECAY, RECENT_ITEMS
-from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.models.lstm import LSTM
 from jaxrec.models.reranker import Reranker, RerankerWeights, Scales
 from jaxrec.models.sequence import TimeRatingAwareLSTM
@@ -176,7 +176,7 @@ def extract_weights(hybrid: Hybrid) -> Weights:
         trend=TrendWeights(np.asarray(hybrid.trend.weights[...]), np.asarray(hybrid.trend.typical[...])),
         new_items=None if hybrid.new_items is None else np.asarray(hybrid.new_items[...]),
         allow_seen=hybrid.repeat is not None,
-        reranker=None if hybrid.reranker is None else _reranker_arrays(hybrid.reranker),
+        reranker=None if hybrid.reranker is None else _reranker_arrays(hybrid.reranker, hybrid.policy),
     )
 
 
@@ -189,8 +189,11 @@ def _part_bias(hybrid: Hybrid) -> np.ndarray:
     return stacked
 
 
-def _reranker_arrays(reranker: Reranker) -> RerankerArrays:
+def _reranker_arrays(reranker: Reranker, policy: PolicyHead | None) -> RerankerArrays:
+    """With the policy's shift of the weights."""
     tables, scales, weights = jax.tree.map(np.asarray, (reranker.tables, reranker.scales, reranker.weights))
+    if policy is not None and policy.reranker_shift is not None:
+        weights = jax.tree.map(np.add, weights, policy.reranker_shift)
     of_candidates = tables.decoder, tables.genres, tables.part_bias, tables.item_rating[:, None]
     items = RerankerItems(tables.encoder, np.concatenate(of_candidates, axis=1))
     return RerankerArrays(items, tables.encoder.shape[1], float(tables.item_rating[0]), scales, weights)

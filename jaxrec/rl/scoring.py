@@ -9,8 +9,12 @@ from flax import nnx
 from jaxrec.models.cooccurrence import neighbour_scores
 from jaxrec.models.features import Array
 from jaxrec.models.hybrid import Hybrid, PolicyHead
+from jaxrec.models.reranker import RerankerWeights
 from jaxrec.rl.rewards import RewardTables, rank_discounts
 from jaxrec.rl.states import PolicyState
+
+OF_RERANKER = ("direct", "by_context")
+"""The variables of PolicyHead that shift the reranker's weights."""
 
 
 class PolicyParams(NamedTuple):
@@ -73,9 +77,11 @@ def frozen_scoring(supervised: Hybrid, tables: RewardTables) -> Scoring:
     return Scoring(vectors, bias, near.neighbour_item[...], weight, tables, new_items)
 
 
-def new_head(width: int, item_count: int, hidden: int, seed: int) -> tuple[nnx.GraphDef[PolicyHead], Any]:
+def new_head(
+    width: int, item_count: int, hidden: int, seed: int, reranks: bool = False
+) -> tuple[nnx.GraphDef[PolicyHead], Any]:
     """The structure and the variables of a policy head that changes nothing yet."""
-    graphdef, variables = nnx.split(PolicyHead(width, hidden, item_count, rngs=nnx.Rngs(seed)))
+    graphdef, variables = nnx.split(PolicyHead(width, hidden, item_count, reranks, rngs=nnx.Rngs(seed)))
     return graphdef, nnx.to_pure_dict(variables)
 
 
@@ -84,17 +90,17 @@ def zero_critic(width: int, outputs: int) -> Linear:
     return Linear(jnp.zeros((width, outputs)), jnp.zeros(outputs))
 
 
-def supervised_logits(state: PolicyState, scoring: Scoring) -> jax.Array:
-    """[batch, items + 1] of states [batch], with what the reranker changes."""
+def supervised_logits(state: PolicyState, scoring: Scoring, shift: RerankerWeights | None = None) -> jax.Array:
+    """[batch, items + 1] of states [batch], with what the reranker changes, its weights shifted by `shift`."""
     of_neighbours = neighbour_scores(scoring.neighbour_item, scoring.neighbour_weight, jnp.asarray(state.recent))
     logits = jnp.asarray(state.query) @ scoring.item_vectors.T + scoring.item_bias + of_neighbours
-    return logits if state.changes is None else state.changes.added_to(logits)
+    return logits if state.reranked is None else state.reranked.changes(shift).added_to(logits)
 
 
 def policy_logits(head: PolicyHead, state: PolicyState, scoring: Scoring) -> jax.Array:
     """The policy's logits [batch, items + 1] in states [batch]."""
     shifted = state._replace(query=head(jnp.asarray(state.query)))
-    return supervised_logits(shifted, scoring) + head.item_bias[...]
+    return supervised_logits(shifted, scoring, head.reranker_shift) + head.item_bias[...]
 
 
 def returns(rewards: jax.Array) -> jax.Array:

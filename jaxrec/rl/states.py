@@ -1,4 +1,4 @@
-"""What a policy sees: the supervised query after a history, the most recent items, and what the reranker changes.
+"""What a policy sees: the supervised query after a history, the most recent items, and what the reranker ranks.
 
 States before logged events are computed once: a policy on top of frozen models does not change them.
 """
@@ -22,7 +22,7 @@ from jaxrec.models.cooccurrence import RECENT_ITEMS
 from jaxrec.models.features import Array
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.masks import NEVER
-from jaxrec.models.reranker import Changes
+from jaxrec.models.reranker import Reranked
 from jaxrec.models.summary import Summary, summaries
 
 Results = TypeVar("Results")
@@ -31,11 +31,11 @@ USERS_PER_BATCH, CASES_PER_BATCH = 32, 256
 
 class PolicyState(NamedTuple):
     """Requests [...]: the supervised `query` [..., width] float32, the `recent` items [..., RECENT_ITEMS] int32, the
-    last one first, and the `changes` of the reranker [...]; None without one."""
+    last one first, and the reranker's candidates `reranked` [...], their features as float16; None without one."""
 
     query: Array
     recent: Array
-    changes: Changes | None = None
+    reranked: Reranked | None = None
 
 
 class HistoryStates(NamedTuple):
@@ -86,7 +86,8 @@ def policy_state(
     _, mixed = hybrid.mixed(query, request_gap, recent, states.summary, exclude, trend)
     if allowed is not None:
         mixed = mixed._replace(logits=jnp.where(allowed, mixed.logits, NEVER))
-    return PolicyState(query, recent, hybrid.reranker.changes(mixed, hybrid.item_vectors()))
+    found = hybrid.reranker.reranked(mixed, hybrid.item_vectors())
+    return PolicyState(query, recent, found._replace(features=found.features.astype(jnp.float16)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -5,7 +5,7 @@ request are the same for all.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -130,13 +130,17 @@ def means(records: list[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([record[name] for record in records])) for name in records[0] if name != "step"}
 
 
-def policy_optimizer(learning_rate: float, updates: int) -> optax.GradientTransformation:
-    """Adam for both parts of PolicyParams.
+def policy_optimizer(learning_rate: float, updates: int, kept: Collection[str] = ()) -> optax.GradientTransformation:
+    """Adam for both parts of PolicyParams; the head's variables whose names are in `kept` stay as they are.
 
     The head's rate warms up to `learning_rate`, then follows a cosine down to 0 after `updates`. The critic, whose
     error adds no bias, learns faster.
     """
     warmup = max(1, int(WARMUP_FRACTION * updates))
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(updates, warmup + 1))
-    transforms = {"head": optax.adam(schedule), "critic": optax.adam(CRITIC_LEARNING_RATE)}
-    return optax.multi_transform(transforms, PolicyParams("head", "critic"))
+    transforms = {"head": optax.adam(schedule), "critic": optax.adam(CRITIC_LEARNING_RATE), "kept": optax.set_to_zero()}
+
+    def labels(params: PolicyParams) -> PolicyParams:
+        return PolicyParams({name: "kept" if name in kept else "head" for name in params.head}, "critic")
+
+    return optax.multi_transform(transforms, labels)

@@ -22,7 +22,8 @@ RUN/mlflow.json                 which run of MLflow this one is, and of which da
 RUN/evaluation.json             written by `jaxrec evaluate`; goes into the manifest of the exported model
 RUN/policy/                     the policy that `jaxrec rl served` or `simulated` trained last, on top of the reranker:
     policy.json                 whether the policy is used and why, the figures, the configuration, its models' digest
-    policy.npz                  the variables of PolicyHead, after the last update
+    policy.npz                  the variables of PolicyHead, after the last update; with a reranker also the shift of
+                                its weights
     steps.jsonl                 one record per update; of a policy from simulated users, one per 10 updates
     training.png                the same as a plot
 RUN/policy.previous/            the policy that was in use before, where there was one
@@ -83,7 +84,8 @@ POLICY_VARIABLES_FILE = "policy.npz"
 POLICY_STEPS_FILE = "steps.jsonl"
 POLICY_PREVIOUS_FOLDER = "policy.previous"
 POLICY_PLOT_FILE = "training.png"
-POLICY_SCHEMA_VERSION = 4
+POLICY_SCHEMA_VERSION = 5
+POLICY_VERSIONS_READ = (4, 5)
 RERANKER_FILE = "reranker.npz"
 RERANKER_OUTCOME_FILE = "reranker.json"
 RERANKER_PLOT_FILE = "reranker.png"

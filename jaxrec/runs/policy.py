@@ -20,7 +20,7 @@ from jaxrec.models.hybrid import Hybrid, PolicyHead
 from jaxrec.rl.checkpoint import models_digest
 from jaxrec.rl.config import POLICY_WIDTH
 from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
-from jaxrec.rl.scoring import new_head
+from jaxrec.rl.scoring import OF_RERANKER, new_head
 from jaxrec.runs.directory import (
     EVALUATION_FILE,
     POLICY_FILE,
@@ -30,6 +30,7 @@ from jaxrec.runs.directory import (
     POLICY_SCHEMA_VERSION,
     POLICY_STEPS_FILE,
     POLICY_VARIABLES_FILE,
+    POLICY_VERSIONS_READ,
     Run,
     load_supervised,
     open_run,
@@ -161,6 +162,8 @@ def load_policy(run: Run, supervised: Hybrid, only_if_used: bool = True) -> Hybr
     with np.load(path, allow_pickle=False) as arrays:
         variables = unflatten_dict(dict(arrays), sep="/")
     graphdef, fresh = _head_of(supervised, variables["inner"]["kernel"].shape[1])
+    # Version 4 had no shift of the reranker's weights.
+    variables = {name: fresh[name] for name in OF_RERANKER if name in fresh} | variables
     if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, fresh):
         raise DataError(f"{path}: its arrays do not fit the models of {run.folder}; {AGAIN}")
     return supervised.with_policy(nnx.merge(graphdef, jax.tree.map(jnp.asarray, variables)))
@@ -178,7 +181,7 @@ def policy_in_use(run: Run, supervised: Hybrid, seed: int = 0) -> PolicyInUse:
 
 def _head_of(supervised: Hybrid, hidden: int, seed: int = 0) -> tuple[nnx.GraphDef[PolicyHead], Any]:
     vectors = supervised.item_vectors()
-    return new_head(vectors.shape[1], len(vectors) - 1, hidden, seed)
+    return new_head(vectors.shape[1], len(vectors) - 1, hidden, seed, supervised.reranker is not None)
 
 
 def load_served(run: Run, supervised: Hybrid) -> Hybrid:
@@ -194,8 +197,9 @@ def read_record(run: Run) -> PolicyRecord | None:
     path = run.folder / POLICY_FOLDER / POLICY_FILE
     content = read_json(path, AGAIN)
     try:
-        if content["schema_version"] != POLICY_SCHEMA_VERSION:
-            raise ValueError(f"schema version {content['schema_version']}, expected {POLICY_SCHEMA_VERSION}")
+        if content["schema_version"] not in POLICY_VERSIONS_READ:
+            versions = " or ".join(map(str, POLICY_VERSIONS_READ))
+            raise ValueError(f"schema version {content['schema_version']}, expected {versions}")
         outcome = PolicyOutcome(**content.pop("outcome"))
         return PolicyRecord(
             outcome, **{name: content[name] for name in ("config", "method", "models_sha256", "sha256")}

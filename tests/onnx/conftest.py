@@ -62,7 +62,7 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Exported:
     """A model with a policy head, one without, one whose catalogue has no genres, one with new items, and one with new
-    items, a reranker and a policy head."""
+    items, a reranker and a policy head that shifts its weights."""
     if request.param == "policy":
         return _exported(small_hybrid, model_directory)
     if request.param == "no genres":

@@ -185,7 +185,10 @@ def rerank(
     ]
     context = np.clip((np.array(context, float) - scales.context_mean) / scales.context, -4, 4)
     mix = logits[best]
-    scores = mix + features @ (weights.direct + context @ weights.by_context)
+    direct, by_context = weights
+    if hybrid.policy is not None:
+        direct, by_context = direct + array(hybrid.policy.direct), by_context + array(hybrid.policy.by_context)
+    scores = mix + features @ (direct + context @ by_context)
     logits[best] = scores - np.log(np.exp(scores - scores.max()).sum()) - scores.max()
     logits[best] += np.log(np.exp(mix - mix.max()).sum()) + mix.max()
 

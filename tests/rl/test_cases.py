@@ -68,7 +68,7 @@ def test_evaluated_is_what_the_recommender_does(
     supervised = hybrid.with_policy(None)
     recommender = hybrid if with_policy else supervised
     scoring = frozen_scoring(supervised, tables)
-    graphdef, head = new_head(32, len(small_data.catalog), 8, seed=0)
+    graphdef, head = new_head(32, len(small_data.catalog), 8, seed=0, reranks=reranked)
     if with_policy:
         head = nnx.to_pure_dict(nnx.state(hybrid.policy))
     states = case_states(supervised, small_data, cases, item_ratings)

@@ -17,6 +17,7 @@ from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx.model_directory import export_model
 from jaxrec.rl.config import RewardWeights, ServedConfig
 from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
+from jaxrec.rl.scoring import OF_RERANKER
 from jaxrec.rl.served.event_store import (
     DETERMINISTIC,
     NO_HISTORY,
@@ -252,7 +253,7 @@ def test_recommendations_are_reproduced_with_the_trends_that_ranked_them(
         hybrid, model_directory = with_random_reranker(small_hybrid, small_data), tmp_path / "model"
         export_model(hybrid, small_data, model_directory, training={}, metrics={}, licence="none")
         loaded = loaded._replace(supervised=hybrid.with_policy(None))
-        head = in_use(nnx.to_pure_dict(nnx.state(small_hybrid.policy)))
+        head = in_use(nnx.to_pure_dict(nnx.state(hybrid.policy)))
         write_policy(loaded.run, loaded.supervised, head, CONFIG, "reinforce")
     end = int(np.asarray(small_data.histories.times).max())
     with SQLiteStore(tmp_path / "events.sqlite") as store:
@@ -265,6 +266,35 @@ def test_recommendations_are_reproduced_with_the_trends_that_ranked_them(
     assert set(log.moments) == {(end, None), (end + 86_400, None)}
     found = run_served(loaded, tmp_path / "events.sqlite", dataclasses.replace(CONFIG, updates=2))
     assert f"{ROUNDS * 40} by v1 (the policy in use)" in found.summary
+
+
+def test_a_policy_of_the_version_before_shifts_no_weights(
+    loaded: LoadedRun,
+    small_data: PreparedData,
+    small_hybrid: Hybrid,
+    with_random_reranker: Callable[[Hybrid, PreparedData], Hybrid],
+) -> None:
+    """It starts from the weights that the reranker has; of an earlier version no policy is read."""
+    hybrid = with_random_reranker(small_hybrid, small_data)
+    supervised, head = hybrid.with_policy(None), nnx.to_pure_dict(nnx.state(hybrid.policy))
+    write_policy(loaded.run, supervised, in_use(head), CONFIG, "served")
+    found = load_policy(loaded.run, supervised)
+    assert found is not None
+    assert found.policy is not None
+    np.testing.assert_array_equal(found.policy.by_context[...], head["by_context"])
+    folder = loaded.run.folder / POLICY_FOLDER
+    with np.load(folder / "policy.npz") as arrays:
+        np.savez(folder / "policy.npz", **{name: arrays[name] for name in arrays if name not in OF_RERANKER})
+    record = json.loads((folder / "policy.json").read_text())
+    before = {**record, "sha256": sha256(folder / "policy.npz"), "schema_version": 4}
+    (folder / "policy.json").write_text(json.dumps(before))
+    variables = policy_in_use(loaded.run, supervised).variables
+    np.testing.assert_array_equal(variables["item_bias"], head["item_bias"])
+    assert not variables["direct"].any()
+    assert not variables["by_context"].any()
+    (folder / "policy.json").write_text(json.dumps({**before, "schema_version": 3}))
+    with pytest.raises(DataError, match=r"not a policy that this version can read \(schema version 3, expected 4 or 5"):
+        load_policy(loaded.run, supervised)
 
 
 def test_a_log_without_responses_says_so(loaded: LoadedRun, liked: Path, tmp_path: Path) -> None:

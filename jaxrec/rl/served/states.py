@@ -31,7 +31,9 @@ class ServedStates(NamedTuple):
     (0 = none) of the history and the request, the `slate` [rows, k] int32 (0 = empty slot) with its `log_propensities`
     [rows, k] float32 at `temperature` [rows] float32, and the `terms` of its rewards, each [rows, k]. `answered` [rows]
     int32 is how many items the answer had, at most k, of which the slate may be only those that were shown. `user`,
-    `version` and `moment` [rows] int32, as `ServedLog` counts them."""
+    `version` and `moment` [rows] int32, as `ServedLog` counts them.
+
+    With a reranker a row takes 3.4 kB more, for 100 candidates with their features."""
 
     state: PolicyState
     exclude: Array

@@ -8,7 +8,8 @@ slots of a slate as its steps): the sum over the slots of W_i (d_i r_i - b_i(sta
 
 b_i is a baseline, linear in the query, that learns a slot's logged reward; W_i b_i has no gradient in expectation. pi
 is the policy as it is served: the same pool of best items, at the temperature that the slate was drawn at
-(`jaxrec.rl.served.policy`). A KL penalty keeps it near the policy in use.
+(`jaxrec.rl.served.policy`). A KL penalty keeps it near the policy in use. What is trained is the shift of the
+reranker's weights where the run uses one, otherwise the shifts of the query and of the items.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ from jaxrec.rl.losses.policy_gradient import baseline_loss
 from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
 from jaxrec.rl.policy import kl_divergence
 from jaxrec.rl.rewards import slot_discounts, total_reward
-from jaxrec.rl.scoring import PolicyParams, Scoring, zero_critic
+from jaxrec.rl.scoring import OF_RERANKER, PolicyParams, Scoring, zero_critic
 from jaxrec.rl.served.evaluate import LogEvaluation, evaluate_on_log
 from jaxrec.rl.served.policy import slot_logprobs, state_logits, tempered
 from jaxrec.rl.served.states import ServedStates
@@ -67,6 +68,15 @@ def split_users(users: np.ndarray, names: Sequence[str], own: np.ndarray) -> tup
     return training, evaluation
 
 
+def not_trained(head: Any) -> set[str]:
+    """The variables of PolicyHead (`head`) that stay as they are.
+
+    Where the run uses a reranker, the shift of its weights is trained alone: it is small and sees the request, so that
+    it gains more from a log of few users than the shifts of the query and of the items, or than all together.
+    """
+    return set(head).difference(OF_RERANKER) if set(OF_RERANKER) <= set(head) else set()
+
+
 def train_served(
     graphdef: nnx.GraphDef[PolicyHead],
     current: Any,
@@ -84,7 +94,7 @@ def train_served(
     device = jax.devices()[0]
     current = jax.device_put(jax.tree.map(jnp.asarray, current), device)
     training, evaluation = jax.device_put(states.at(rows[0]), device), states.at(rows[1])
-    optimizer = policy_optimizer(config.learning_rate, config.updates)
+    optimizer = policy_optimizer(config.learning_rate, config.updates, not_trained(current))
     critic = zero_critic(states.state.query.shape[1], states.slate.shape[1])
     learner = new_learner(PolicyParams(current, critic), optimizer)
     updates = make_updates(

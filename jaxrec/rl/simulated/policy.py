@@ -17,7 +17,7 @@ from jaxrec.models.hybrid import PolicyHead
 from jaxrec.models.masks import NEVER, exclude_items
 from jaxrec.rl.config import SimulatedConfig
 from jaxrec.rl.policy import kl_divergence, sample_slates, slate_logprobs
-from jaxrec.rl.scoring import PolicyParams, Scoring, policy_logits, zero_critic
+from jaxrec.rl.scoring import OF_RERANKER, PolicyParams, Scoring, policy_logits, zero_critic
 from jaxrec.rl.simulated.environment import Environment
 from jaxrec.rl.states import PolicyState
 
@@ -51,10 +51,16 @@ class RecommenderPolicy(NamedTuple):
     temperature: float
     start: PolicyParams
 
+    def head(self, params: PolicyParams) -> PolicyHead:
+        """With these parameters. The shift of the reranker's weights has no gradient: servers' logs train it."""
+        fixed = {name: jax.lax.stop_gradient(x) for name, x in params.head.items() if name in OF_RERANKER}
+        return nnx.merge(self.graphdef, {**params.head, **fixed})
+
     def logits(self, params: PolicyParams, features: PolicyState, recommendable: jax.Array) -> jax.Array:
         """[..., items + 1], divided by the temperature; NEVER where `recommendable` is off."""
-        state = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), features)
-        logits = policy_logits(nnx.merge(self.graphdef, params.head), state, self.scoring)
+        leading = recommendable.ndim - 1
+        state = jax.tree.map(lambda x: x.reshape(-1, *x.shape[leading:]), features)
+        logits = policy_logits(self.head(params), state, self.scoring)
         return jnp.where(recommendable, logits.reshape(recommendable.shape) / self.temperature, NEVER)
 
     def value(self, params: PolicyParams, features: PolicyState) -> jax.Array:
@@ -101,8 +107,8 @@ def real_events_anchor(
         state = jax.tree.map(lambda column: jnp.asarray(column)[rows], states)
         exclude, target = jnp.asarray(histories)[rows], jnp.asarray(targets)[rows]
         now, before = (
-            exclude_items(policy_logits(nnx.merge(policy.graphdef, head), state, policy.scoring), exclude)
-            for head in (params.head, policy.start.head)
+            exclude_items(policy_logits(policy.head(of), state, policy.scoring), exclude)
+            for of in (params, policy.start)
         )
         likely_now, likely_before = (
             jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], axis=1) for logits in (now, before)

@@ -1,6 +1,7 @@
 """The simulated users as the run's recommender sees them, and its policy as it starts and as it learns."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jaxrec.rl.config import SimulatedConfig
 from jaxrec.rl.logged.folds import last_events
 from jaxrec.rl.policy import greedy_slates, sample_slates
 from jaxrec.rl.reward_tables import fit_reward_tables
-from jaxrec.rl.scoring import frozen_scoring, new_head, supervised_logits
+from jaxrec.rl.scoring import OF_RERANKER, frozen_scoring, new_head, supervised_logits
 from jaxrec.rl.simulated import evaluate as simulator_evaluation
 from jaxrec.rl.simulated.evaluate import rollout_evaluator
 from jaxrec.rl.simulated.fit import fit_simulator, simulator_histories
@@ -214,6 +215,42 @@ def test_starts_as_what_is_evaluated(
         case = CaseBatch(history, unknown, none, items, none, items, np.zeros_like(items))
         expected = jax.lax.top_k(exclude_items(hybrid_scorer(served)(case), history.item), SLATE)[1]
         np.testing.assert_array_equal(slates[user], expected[0])
+
+
+def test_a_shift_of_the_reranker_ranks_but_is_not_trained(
+    small_data: PreparedData,
+    small_hybrid: Hybrid,
+    params: SimulatorParams,
+    with_random_reranker: Callable[[Hybrid, PreparedData], Hybrid],
+) -> None:
+    """Neither by the rewards nor by the KL penalty in the run's own log; requests may have any leading axes."""
+    hybrid = with_random_reranker(small_hybrid, small_data)
+    supervised, (graphdef, variables) = hybrid.with_policy(None), nnx.split(hybrid.policy)
+    scoring = frozen_scoring(supervised, fit_reward_tables(small_data))
+    policy = recommender_policy(graphdef, nnx.to_pure_dict(variables), scoring)
+    recommender = recommender_of(supervised, small_data)
+    starts = start_states(recommender, params)
+    _, observation = jax.tree.map(lambda x: x[:2], every_user(params, starts))
+    environment = recommender_environment(recommender, params, starts, SLATE)
+    features, allowed = jax.vmap(environment.features)(observation), jax.vmap(environment.recommendable)(observation)
+    logits = policy.logits(policy.start, features, allowed)
+    features, allowed = jax.tree.map(lambda x: x[:, None], (features, allowed))
+    np.testing.assert_allclose(policy.logits(policy.start, features, allowed)[:, 0], logits, rtol=1e-6)
+    none = {name: jnp.zeros_like(policy.start.head[name]) for name in OF_RERANKER}
+    unshifted = policy.start._replace(head={**policy.start.head, **none})
+    assert np.abs(policy.logits(unshifted, features, allowed)[:, 0] - logits)[allowed[:, 0]].max() > 0.1
+
+    logged = last_events(small_data, np.ones(small_data.histories.user_count, bool), 1, 8)
+    states, histories = policy_states(supervised, small_data, logged, np.ones(len(logged), bool))
+    penalty = logged_kl_penalty(policy, states, histories, weight=1.0, batch_size=4)
+    moved = policy.start._replace(
+        head={**policy.start.head, "item_bias": policy.start.head["item_bias"].at[9].add(2.0)}
+    )
+    of_logits = jax.grad(lambda params: policy.logits(params, features, allowed)[0, 0, 60])(moved).head
+    of_penalty = jax.grad(lambda params: penalty(params, jax.random.key(0)))(moved).head
+    for found in (of_logits, of_penalty):
+        assert np.abs(found["item_bias"]).max() > 0
+        assert not any(found[name].any() for name in OF_RERANKER)
 
 
 def logits_of(policy: RecommenderPolicy, environment, observation) -> jax.Array:  # type: ignore[no-untyped-def]
