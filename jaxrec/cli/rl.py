@@ -194,8 +194,8 @@ def served(run: Path, log: Path, **values: Any) -> None:
     discount=(SHARE, "Discount of the reward one request later."),
     likelihood_budget=(
         WEIGHT,
-        "Nats that the real events of those who train may lose in log-likelihood. The weight of the KL penalty is "
-        "controlled to that.",
+        "Nats that real events of the people whose simulated copies train may lose in log-likelihood. The weight of "
+        "the KL penalty is controlled to that.",
     ),
     temperature=(POSITIVE, "Temperature that slates are drawn at, as by the server's --explore."),
 )
@@ -211,6 +211,9 @@ def simulated(run: Path, simulator: Path, resume: bool, **values: Any) -> None:
     from jaxrec.runs.policy import load_run
     from jaxrec.runs.rl_simulated import run_simulated
 
-    config = _config(SimulatedConfig, values)
+    try:
+        config = _config(SimulatedConfig, values)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     again = f"jaxrec rl simulated {run} --resume --simulator {simulator}"
     _echo(lambda stop: run_simulated(load_run(run), simulator, config, resume, stop), again)

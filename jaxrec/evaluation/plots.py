@@ -31,24 +31,25 @@ def plot_training(epochs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def plot_rl(steps: Sequence[Mapping[str, float]], path: Path) -> None:
-    """The training of a policy: by update its reward, distance, spread and importance weights (those that it has)."""
+    """The training of a policy: by update its reward, distance, spread, importance weights and the likelihood that real
+    events lose, as far as it has them."""
     panels = {
         "Mean reward of a slate": ("reward",),
         "KL to where it started (nats)": ("kl",),
         "Entropy (nats)": ("entropy",),
         "Coverage of a batch's slates": ("coverage",),
         "Importance weights": ("ess_share", "clipped_share"),
+        "Likelihood that real events lose (nats)": ("likelihood_lost",),
     }
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplots(2, 3).ravel()
-    for axis, (title, names) in zip(axes, panels.items(), strict=False):
+    for axis, (title, names) in zip(axes, panels.items(), strict=True):
         for name in names:
             points = [(record["step"], record[name]) for record in steps if name in record]
             axis.plot([step for step, _ in points], [value for _, value in points], linewidth=0.8, label=name)
         axis.set(title=title, xlabel="update")
         if len(names) > 1:
             axis.legend(fontsize="small")
-    axes[-1].set_axis_off()
     _save(figure, path)
 
 

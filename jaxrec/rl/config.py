@@ -131,8 +131,8 @@ class ServedConfig:
 class SimulatedConfig:
     """Training with simulated users (`jaxrec.rl.simulated`): short rollouts of many users.
 
-    A KL penalty, whose weight is a Lagrange multiplier, keeps the policy near its start. It also keeps the entropy up,
-    so that no entropy bonus is needed by default.
+    A KL penalty, whose weight is controlled by what real events lose, keeps the policy near its start. It also keeps
+    the entropy up, so that no entropy bonus is needed by default.
 
     Attributes:
         seed: Of everything random.
@@ -145,8 +145,8 @@ class SimulatedConfig:
         discount: Of the reward one request later (γ).
         trace: λ of the TD(λ) returns.
         entropy_weight: Of an entropy bonus, which falls linearly to 0.
-        likelihood_budget: Nats of log-likelihood that the real events of the people behind the simulated users that
-            train may lose, on average.
+        likelihood_budget: Nats of log-likelihood that real events may lose on average: those of the people whose
+            simulated copies train the policy, as far as their taste was not fitted to them.
         temperature: That slates are drawn at, as by `python -m serve run --explore`.
     """
 
@@ -162,3 +162,8 @@ class SimulatedConfig:
     entropy_weight: float = 0.0
     likelihood_budget: float = 0.0
     temperature: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a budget that is no number of at least 0."""
+        if not 0 <= self.likelihood_budget < float("inf"):
+            raise ValueError(f"likelihood_budget is {self.likelihood_budget}, expected a number of at least 0")

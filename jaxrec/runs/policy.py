@@ -31,6 +31,7 @@ from jaxrec.runs.directory import (
     POLICY_STEPS_FILE,
     POLICY_VARIABLES_FILE,
     POLICY_VERSIONS_READ,
+    POLICY_WITHOUT_SHIFT,
     Run,
     load_supervised,
     open_run,
@@ -50,13 +51,15 @@ class LoadedRun(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class PolicyRecord:
     """policy.json: the outcome, the configuration and the `method` of the training, `models_sha256` of the models under
-    the policy (`jaxrec.rl.checkpoint.models_digest`), and `sha256` of the variables' file."""
+    the policy (`jaxrec.rl.checkpoint.models_digest`), and `sha256` of the variables' file. `schema_version` is that of
+    the format."""
 
     outcome: PolicyOutcome
     config: dict[str, Any]
     method: str
     models_sha256: str
     sha256: str
+    schema_version: int = POLICY_SCHEMA_VERSION
 
 
 class PolicyInUse(NamedTuple):
@@ -96,7 +99,7 @@ def write_policy(run: Run, supervised: Hybrid, trained: TrainedPolicy, config: A
         np.savez(new / POLICY_VARIABLES_FILE, **flatten_dict(trained.head, sep="/"))
         digest = sha256(new / POLICY_VARIABLES_FILE)
         record = PolicyRecord(trained.outcome, to_json(config), method, models_digest(supervised), digest)
-        content = {"schema_version": POLICY_SCHEMA_VERSION, **dataclasses.asdict(record)}
+        content = dataclasses.asdict(record)
         (new / POLICY_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         write_json_lines(new / POLICY_STEPS_FILE, trained.updates)
         plot_rl(trained.updates, new / POLICY_PLOT_FILE)
@@ -162,8 +165,8 @@ def load_policy(run: Run, supervised: Hybrid, only_if_used: bool = True) -> Hybr
     with np.load(path, allow_pickle=False) as arrays:
         variables = unflatten_dict(dict(arrays), sep="/")
     graphdef, fresh = _head_of(supervised, variables["inner"]["kernel"].shape[1])
-    # Version 4 had no shift of the reranker's weights.
-    variables = {name: fresh[name] for name in OF_RERANKER if name in fresh} | variables
+    if record.schema_version == POLICY_WITHOUT_SHIFT:
+        variables = {name: fresh[name] for name in OF_RERANKER if name in fresh} | variables
     if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, fresh):
         raise DataError(f"{path}: its arrays do not fit the models of {run.folder}; {AGAIN}")
     return supervised.with_policy(nnx.merge(graphdef, jax.tree.map(jnp.asarray, variables)))
@@ -202,7 +205,8 @@ def read_record(run: Run) -> PolicyRecord | None:
             raise ValueError(f"schema version {content['schema_version']}, expected {versions}")
         outcome = PolicyOutcome(**content.pop("outcome"))
         return PolicyRecord(
-            outcome, **{name: content[name] for name in ("config", "method", "models_sha256", "sha256")}
+            outcome,
+            **{name: content[name] for name in ("config", "method", "models_sha256", "sha256", "schema_version")},
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not a policy that this version can read ({error}); {AGAIN}") from error

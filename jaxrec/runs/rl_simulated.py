@@ -16,6 +16,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.reading.check import ReadOptions
 from jaxrec.data.reading.read import read_ratings
 from jaxrec.data.reading.rules import IdKind
+from jaxrec.data.split import Cases
 from jaxrec.errors import DataError
 from jaxrec.files import write_text
 from jaxrec.models.hybrid import Hybrid
@@ -28,7 +29,7 @@ from jaxrec.rl.reward_tables import fit_reward_tables
 from jaxrec.rl.scoring import PolicyParams, frozen_scoring
 from jaxrec.rl.simulated.environment import Environment
 from jaxrec.rl.simulated.evaluate import RolloutResults, SimulatedResults, rollout_evaluator, simulated_outcome
-from jaxrec.rl.simulated.policy import Anchor, RecommenderPolicy, real_events_anchor, recommender_policy
+from jaxrec.rl.simulated.policy import RealEvents, RecommenderPolicy, recommender_policy
 from jaxrec.rl.simulated.recommender import every_user, recommender_environment, recommender_of, start_states
 from jaxrec.rl.simulated.split_people import TwoSimulators, two_simulators
 from jaxrec.rl.simulated.train import train_simulated
@@ -42,12 +43,12 @@ EVENTS_OF_EACH, EVENTS_IN_ALL = 40, 10_000  # real events, at most, that the pol
 
 
 class SimulatedTraining(NamedTuple):
-    """The users that train, the policy as it starts, and its anchor in their real events. `rollouts` are by the users
+    """The users that train, the policy as it starts, and the real events that anchor it. `rollouts` are by the users
     that evaluate, `drawn_rollouts` the same with drawn slates; `on_cases(head)`: on validation."""
 
     environment: Environment
     policy: RecommenderPolicy
-    anchor: Anchor
+    real_events: RealEvents
     rollouts: Callable[[PolicyParams], RolloutResults]
     drawn_rollouts: Callable[[PolicyParams], RolloutResults]
     on_cases: Callable[[object], CaseResults]
@@ -97,11 +98,16 @@ def run_simulated(
         }
     )
     params, records = train_simulated(
-        training.environment, training.policy, config, checkpoint, anchor=training.anchor, stop=stop
+        training.environment, training.policy, config, checkpoint, anchor=training.real_events.anchor, stop=stop
     )
     new, before = training.evaluate(params), training.evaluate(training.policy.start)
     outcome = simulated_outcome(new, before, training.supervised())
-    outcome = dataclasses.replace(outcome, summary=f"{ratings}: {simulators.summary}.")
+    lost, count = training.real_events.lost(params), len(training.real_events.targets)
+    summary = (
+        f"{ratings}: {simulators.summary}. {count} real events lost {lost:.4f} nats of log-likelihood each (budget "
+        f"{config.likelihood_budget:g}); the KL penalty had a weight of {records[-1]['kl_coefficient']:.2f} at the end."
+    )
+    outcome = dataclasses.replace(outcome, summary=summary)
     if outcome.used:
         require_in_use(run, compared_with)
         head = jax.tree.map(np.array, params.head)
@@ -145,17 +151,33 @@ def simulated_training(
     others = recommender_environment(recommender, evaluation, starts, config.slate_size)
     first = every_user(evaluation, starts)
     item_ratings = np.asarray(scoring.tables.item_ratings)
-    real = simulators.training_histories
-    events = last_events(real, np.diff(real.offsets), EVENTS_OF_EACH, EVENTS_IN_ALL)
-    # The states of other people are read as those of the run's users are.
-    others_data = dataclasses.replace(data, histories=real)
-    states = policy_states(supervised, others_data, events, np.arange(len(events)) % 2 == 0)
+    real_events = real_events_of(simulators, supervised, data, policy, config.users)
     cases = case_states(supervised, data, data.split.validation, item_ratings)
     return SimulatedTraining(
         environment,
         policy,
-        real_events_anchor(policy, *states, np.asarray(real.items)[events.rows], config.users),
+        real_events,
         rollout_evaluator(others, first, policy, config.seed),
         rollout_evaluator(others, first, policy, config.seed, drawn=True),
         case_evaluator(base.graphdef, scoring, cases, RewardWeights()),
     )
+
+
+def real_events_of(
+    simulators: TwoSimulators, supervised: Hybrid, data: PreparedData, policy: RecommenderPolicy, batch_size: int
+) -> RealEvents:
+    """The last events of the people whose simulated copies train, as far as their taste was not fitted to them.
+
+    Events on an item of the history are left out: it is never recommended again.
+    """
+    real = simulators.training_histories
+    counts = np.where(simulators.training.without_taste, np.diff(real.offsets), 0)
+    events = last_events(real, counts, EVENTS_OF_EACH, EVENTS_IN_ALL)
+    new = ~events.repeated(real)
+    events = Cases(events.users[new], events.rows[new])
+    if not len(events):
+        raise DataError("the log of the simulated users has no event left that could show what a policy costs them")
+    # The states of other people are read as those of the run's users are.
+    others = dataclasses.replace(data, histories=real)
+    states = policy_states(supervised, others, events, np.arange(len(events)) % 2 == 0)
+    return RealEvents(policy, *states, np.asarray(real.items)[events.rows], batch_size)

@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxrec.config import to_json
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.schema import ITEM, USER
+from jaxrec.data.schema import ITEM, TIME, USER
 from jaxrec.errors import DataError, TrainingStopped
 from jaxrec.files import read_json_lines, sha256
 from jaxrec.models.hybrid import Hybrid
@@ -39,7 +39,13 @@ from jaxrec.runs.directory import (
     open_run,
 )
 from jaxrec.runs.policy import LoadedRun, load_policy, policy_in_use, read_record, write_policy
-from jaxrec.runs.rl_simulated import SIMULATED_METHOD, SimulatedTraining, require_slates, run_simulated
+from jaxrec.runs.rl_simulated import (
+    SIMULATED_METHOD,
+    SimulatedTraining,
+    real_events_of,
+    require_slates,
+    run_simulated,
+)
 from tests.rl.simulated.simulated import FIRST_USER, genre_lovers, hand_made
 
 CONFIG = SimulatedConfig(updates=20, users=16, slate_size=3, learning_rate=1e-3)
@@ -133,6 +139,28 @@ def test_what_passes_is_used_and_started_from_the_policy_in_use(passed: Path, of
     assert before is not None
     moved = np.abs(new.policy.item_bias[...] - before.policy.item_bias[...])[1:]
     assert 0 < moved.max() < 2 * CONFIG.updates * CONFIG.learning_rate < np.abs(before.policy.item_bias[...]).max()
+
+
+def test_real_events_are_those_of_people_whose_taste_is_not_known(
+    small_data: PreparedData, small_hybrid: Hybrid, supervised: Hybrid
+) -> None:
+    """The last 40 events of two fifths of the people whose simulated copies train, without repeats."""
+    log = log_of(small_data)
+    simulators = two_simulators(log, small_data, 0)
+    graphdef, variables = nnx.split(small_hybrid.policy)
+    scoring = frozen_scoring(supervised, fit_reward_tables(small_data))
+    policy = recommender_policy(graphdef, nnx.to_pure_dict(variables), scoring)
+    found = real_events_of(simulators, supervised, small_data, policy, 8)
+    of_taste = simulators.training.without_taste
+    assert of_taste.sum() == len(of_taste) - 3 * len(of_taste) // 5
+    expected = []
+    for name in simulators.training_users[of_taste]:
+        items = small_data.catalog.ids.encode(log[log[USER] == name].sort_values(TIME, kind="stable")[ITEM].to_numpy())
+        for row in range(max(1, len(items) - 40), len(items)):
+            if items[row] not in items[:row]:
+                expected.append((items[row], sorted(set(items[:row]))))
+    before = [sorted(set(row[row > 0])) for row in np.asarray(found.histories)]
+    assert list(zip(np.asarray(found.targets), before, strict=True)) == expected
 
 
 def test_training_on_a_server_s_log_starts_from_it(passed: Path, supervised: Hybrid) -> None:
@@ -316,7 +344,7 @@ def test_simulators_that_predict_nothing_are_refused(
 
     def fit(*_: object, **__: object) -> SimulatorFit:
         of_this = figures if bad == ("evaluation" if made else "training") else (2.0, 3.0, 4.0)
-        made.append(SimulatorFit(hand_made(), *of_this, 0.0, 0.0, 1.0, 1.0))
+        made.append(SimulatorFit(hand_made(), *of_this, 0.0, 0.0, 1.0, 1.0, np.zeros(0, bool)))
         return made[-1]
 
     monkeypatch.setattr("jaxrec.rl.simulated.split_people.fit_simulator", fit)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 KL_WEIGHT_RANGE = (1e-3, 1e3)
 KL_CONTROL_RATE = 0.1  # Ziegler et al. 2019: K_beta
 KL_CONTROL_CLIP = 0.2
-MULTIPLIER_RATE = 0.05  # of its logarithm in an update, if the cost exceeds its budget by COST_SCALE
-COST_SCALE = 0.01  # nats
+COST_RATE = 0.03  # by which the weight's logarithm changes in an update, if the cost is COST_SCALE above its budget
+COST_SCALE = 0.002  # nats
 
 
 def next_kl_weight(kl_weight: jax.Array, kl: jax.Array, target: float) -> jax.Array:
@@ -36,15 +36,16 @@ def next_kl_weight(kl_weight: jax.Array, kl: jax.Array, target: float) -> jax.Ar
     return jnp.clip(kl_weight * (1.0 + KL_CONTROL_RATE * error), *KL_WEIGHT_RANGE)
 
 
-def next_multiplier(multiplier: jax.Array, cost: jax.Array, budget: float) -> jax.Array:
-    """The Lagrange multiplier of the constraint cost <= budget after an update in which the cost was `cost`.
+def next_weight_by_cost(weight: jax.Array, cost: jax.Array, budget: float) -> jax.Array:
+    """The weight of a penalty after an update in which the changes that it limits cost `cost`: larger above the budget.
 
-    Dual ascent by the excess over the budget (Stooke, Achiam and Abbeel 2020, "Responsive Safety in Reinforcement
-    Learning by PID Lagrangian Methods", section 3). Deviations: it is the logarithm that ascends; the excess is limited
-    to COST_SCALE, so that one noisy batch moves the multiplier by 5 % at most; it stays within KL_WEIGHT_RANGE.
+    An integral controller, as the multiplier of a Lagrangian is (Stooke, Achiam and Abbeel 2020, "Responsive Safety in
+    Reinforcement Learning by PID Lagrangian Methods", section 3). Deviations: the penalty need not be the cost itself;
+    the logarithm of the weight is what changes; the excess is limited to COST_SCALE, so that one noisy batch moves the
+    weight by 3 % at most; the weight stays within KL_WEIGHT_RANGE.
 
     Args:
-        multiplier: [] float32, above 0.
+        weight: [] float32, above 0.
         cost: [] float32, nats, an estimate by one batch.
         budget: nats.
 
@@ -52,10 +53,10 @@ def next_multiplier(multiplier: jax.Array, cost: jax.Array, budget: float) -> ja
         [] float32.
 
     Examples:
-        >>> following = next_multiplier(jnp.float32(2.0), cost=jnp.float32(0.012), budget=0.002)
-        >>> round(float(following), 4)  # 2 e^0.05
-        2.1025
+        >>> following = next_weight_by_cost(jnp.float32(2.0), cost=jnp.float32(0.012), budget=0.002)
+        >>> round(float(following), 4)  # 2 e^0.03
+        2.0609
     """
-    chex.assert_rank([multiplier, cost], 0)
+    chex.assert_rank([weight, cost], 0)
     excess = jnp.clip((cost - budget) / COST_SCALE, -1.0, 1.0)
-    return jnp.clip(multiplier * jnp.exp(MULTIPLIER_RATE * excess), *KL_WEIGHT_RANGE)
+    return jnp.clip(weight * jnp.exp(COST_RATE * excess), *KL_WEIGHT_RANGE)

@@ -40,7 +40,8 @@ ItemItem = Callable[[Histories, np.ndarray, int], np.ndarray]
 @dataclasses.dataclass(frozen=True)
 class SimulatorFit:
     """`params`, and how well they fit held-out users' next items: nats per event of the choice model, of popularity
-    alone, and of all items alike; NDCG@10 of both; the error of held-out ratings in stars, and of their mean."""
+    alone, and of all items alike; NDCG@10 of both; the error of held-out ratings in stars, and of their mean.
+    `without_taste` [users] bool: whose events the taste model and the popularity were not made of."""
 
     params: SimulatorParams
     nats: float
@@ -50,6 +51,7 @@ class SimulatorFit:
     popularity_ndcg_10: float
     rating_rmse: float
     mean_rating_rmse: float
+    without_taste: np.ndarray
 
 
 def simulator_histories(interactions: pd.DataFrame, catalog: Catalog, trained_on: IdMap) -> tuple[Histories, IdMap]:
@@ -190,7 +192,10 @@ def fit_simulator(
         **{name: jnp.float32(number) for name, number in scalars.items()},
     )
     uniform = float(np.log(items - np.array([len(set(history)) for history, _ in test])).mean())
-    return SimulatorFit(params, nats, popularity_nats, uniform, ranked, popularity_ranked, rating_rmse, mean_rmse)
+    without_taste = ~np.isin(np.arange(histories.user_count), matrix_users)
+    return SimulatorFit(
+        params, nats, popularity_nats, uniform, ranked, popularity_ranked, rating_rmse, mean_rmse, without_taste
+    )
 
 
 def profiles(histories: Histories, first: np.ndarray, events: int) -> dict[str, jax.Array]:

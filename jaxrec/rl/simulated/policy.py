@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxrec.models.features import Array
 from jaxrec.models.hybrid import PolicyHead
 from jaxrec.models.masks import NEVER, exclude_items
 from jaxrec.rl.config import SimulatedConfig
 from jaxrec.rl.policy import kl_divergence, sample_slates, slate_logprobs
 from jaxrec.rl.scoring import OF_RERANKER, PolicyParams, Scoring, policy_logits, zero_critic
 from jaxrec.rl.simulated.environment import Environment
-from jaxrec.rl.states import PolicyState
+from jaxrec.rl.states import PolicyState, by_batches
 
 CRITIC_SCALE = 30.0
 Params = Any
@@ -80,10 +81,8 @@ def recommender_policy(
     return RecommenderPolicy(graphdef, scoring, temperature, PolicyParams(jax.tree.map(jnp.asarray, variables), critic))
 
 
-def real_events_anchor(
-    policy: RecommenderPolicy, states: PolicyState, histories: np.ndarray, targets: np.ndarray, batch_size: int
-) -> Anchor:
-    """Compares the policy with its start at real events of people whom the models do not know.
+class RealEvents(NamedTuple):
+    """Real events of people whom the models do not know, at which a policy is compared with its start.
 
     Rewards of simulated users may be gained at the expense of real ones, in states that no simulated user reaches and
     for events that the simulator does not predict. The KL keeps the policy near its start; what the real events lose in
@@ -91,31 +90,44 @@ def real_events_anchor(
     events, and then nothing would tell what others lose. Events of the run's own users tell nothing, since the models
     know them by heart.
 
-    Args:
+    Attributes:
         policy: With its start.
         states: [events], before each, by `jaxrec.rl.states.policy_states`.
         histories: [events, width] int32, the items before, which are not recommended; 0 = none.
-        targets: [events] int32, the item that came next.
-        batch_size: Events of one update, drawn with replacement.
-
-    Returns:
-        The anchor.
+        targets: [events] int32, the item that came next, which is none of them.
+        batch_size: Events that are looked at together.
     """
 
-    def anchor(params: PolicyParams, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows = jax.random.randint(key, (batch_size,), 0, len(histories))
-        state = jax.tree.map(lambda column: jnp.asarray(column)[rows], states)
-        exclude, target = jnp.asarray(histories)[rows], jnp.asarray(targets)[rows]
+    policy: RecommenderPolicy
+    states: PolicyState
+    histories: Array
+    targets: Array
+    batch_size: int
+
+    def compared(self, params: PolicyParams, rows: Array) -> tuple[jax.Array, jax.Array]:
+        """The KL to the start, in nats, and the log-likelihood that is lost, [rows] each, at some of the events."""
+        state = jax.tree.map(lambda column: jnp.asarray(column)[rows], self.states)
+        exclude, target = jnp.asarray(self.histories)[rows], jnp.asarray(self.targets)[rows]
         now, before = (
-            exclude_items(policy_logits(policy.head(of), state, policy.scoring), exclude)
-            for of in (params, policy.start)
+            exclude_items(policy_logits(self.policy.head(of), state, self.policy.scoring), exclude)
+            for of in (params, self.policy.start)
         )
         likely_now, likely_before = (
-            jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], axis=1) for logits in (now, before)
+            jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], axis=1)[:, 0] for logits in (now, before)
         )
-        return jnp.mean(kl_divergence(now, before)), jax.lax.stop_gradient(jnp.mean(likely_before - likely_now))
+        return kl_divergence(now, before), jax.lax.stop_gradient(likely_before - likely_now)
 
-    return anchor
+    def anchor(self, params: PolicyParams, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """An `Anchor`: the means over a batch that is drawn with replacement."""
+        rows = jax.random.randint(key, (self.batch_size,), 0, len(self.targets))
+        kl, lost = self.compared(params, rows)
+        return jnp.mean(kl), jnp.mean(lost)
+
+    def lost(self, params: PolicyParams) -> float:
+        """The log-likelihood that all events lose on average, in nats; below 0 if they gain."""
+        compared = jax.jit(self.compared)
+        _, lost = by_batches(lambda rows: compared(params, jnp.asarray(rows)), len(self.targets), self.batch_size)
+        return float(np.mean(lost))
 
 
 def draw_actions(environment: Environment, key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:

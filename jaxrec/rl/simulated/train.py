@@ -9,8 +9,8 @@ whose distance to v(s_t) is the generalized advantage estimate (Schulman et al. 
 the last step. With λ = 1 and long rollouts it is REINFORCE with a learned baseline; with γ = 0 only the next reward
 counts. Advantages are divided by their root mean square in the batch, so that one learning rate fits every γ; this
 changes the length of the gradient, not its direction. Two terms can be added: an entropy bonus (Williams and Peng 1991)
-that falls to 0, and a KL penalty to the policy at the start. The latter is a Lagrangian: its weight rises while real
-events lose more likelihood than `likelihood_budget`, and falls otherwise.
+that falls to 0, and a KL penalty to the policy at the start. The weight of the latter rises while real events lose more
+likelihood than `likelihood_budget`, and falls otherwise.
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ import optax
 from jaxrec.rl.checkpoint import PolicyCheckpoint
 from jaxrec.rl.config import SimulatedConfig
 from jaxrec.rl.constraints import slate_coverage
-from jaxrec.rl.losses.kl_penalty import next_multiplier
+from jaxrec.rl.losses.kl_penalty import next_weight_by_cost
 from jaxrec.rl.losses.policy_gradient import baseline_loss, reinforce_loss
 from jaxrec.rl.policy import entropy, kl_divergence
 from jaxrec.rl.simulated.environment import Environment
@@ -30,7 +30,7 @@ from jaxrec.rl.simulated.policy import Anchor, Params, Policy, draw_actions, dra
 from jaxrec.rl.updates import Learner, Loss, Updates, make_updates, means, new_learner, run_updates
 from jaxrec.training.stopping import StopRequested, never
 
-KL_COEFFICIENT_START = 5.0  # near where it ends on the development logs
+KL_COEFFICIENT_START = 5.0
 
 
 class Rollout(NamedTuple):
@@ -107,7 +107,7 @@ def simulated_updates(
     """
 
     def control(weight: jax.Array, metrics: dict[str, jax.Array]) -> jax.Array:
-        return next_multiplier(weight, metrics["likelihood_lost"], config.likelihood_budget)
+        return next_weight_by_cost(weight, metrics["likelihood_lost"], config.likelihood_budget)
 
     loss = simulated_loss(environment, policy, config, permuted, anchor)
     return make_updates(loss, _optimizer(config), None if anchor is None else control)
@@ -161,8 +161,8 @@ def simulated_loss(
         bonus = config.entropy_weight * jnp.maximum(1.0 - learner.step / config.updates, 0.0)
         total = policy_loss + value_loss - bonus * spread
         if anchor is not None:
-            metrics["real_kl"], metrics["likelihood_lost"] = anchor(params, anchor_key)
-            total += learner.kl_coefficient * metrics["real_kl"]
+            metrics["kl"], metrics["likelihood_lost"] = anchor(params, anchor_key)
+            total += learner.kl_coefficient * metrics["kl"]
         return total, (metrics, users)
 
     return loss

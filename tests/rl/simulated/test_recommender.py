@@ -26,7 +26,7 @@ from jaxrec.rl.scoring import OF_RERANKER, frozen_scoring, new_head, supervised_
 from jaxrec.rl.simulated import evaluate as simulator_evaluation
 from jaxrec.rl.simulated.evaluate import rollout_evaluator
 from jaxrec.rl.simulated.fit import fit_simulator, simulator_histories
-from jaxrec.rl.simulated.policy import RecommenderPolicy, real_events_anchor, recommender_policy
+from jaxrec.rl.simulated.policy import RealEvents, RecommenderPolicy, recommender_policy
 from jaxrec.rl.simulated.recommender import (
     Recommender,
     every_user,
@@ -223,7 +223,7 @@ def test_a_shift_of_the_reranker_ranks_but_is_not_trained(
     params: SimulatorParams,
     with_random_reranker: Callable[[Hybrid, PreparedData], Hybrid],
 ) -> None:
-    """Neither by the rewards nor by the KL penalty in the run's own log; requests may have any leading axes."""
+    """Neither by the rewards nor by the KL penalty at real events; requests may have any leading axes."""
     hybrid = with_random_reranker(small_hybrid, small_data)
     supervised, (graphdef, variables) = hybrid.with_policy(None), nnx.split(hybrid.policy)
     scoring = frozen_scoring(supervised, fit_reward_tables(small_data))
@@ -240,14 +240,14 @@ def test_a_shift_of_the_reranker_ranks_but_is_not_trained(
     unshifted = policy.start._replace(head={**policy.start.head, **none})
     assert np.abs(policy.logits(unshifted, features, allowed)[:, 0] - logits)[allowed[:, 0]].max() > 0.1
 
-    logged = last_events(small_data, np.ones(small_data.histories.user_count, bool), 1, 8)
-    states, histories = policy_states(supervised, small_data, logged, np.ones(len(logged), bool))
-    penalty = logged_kl_penalty(policy, states, histories, weight=1.0, batch_size=4)
+    logged = last_events(small_data.histories, small_data.split.train_counts, 1, 8)
+    states = policy_states(supervised, small_data, logged, np.ones(len(logged), bool))
+    events = RealEvents(policy, *states, small_data.histories.items[logged.rows], batch_size=4)
     moved = policy.start._replace(
         head={**policy.start.head, "item_bias": policy.start.head["item_bias"].at[9].add(2.0)}
     )
     of_logits = jax.grad(lambda params: policy.logits(params, features, allowed)[0, 0, 60])(moved).head
-    of_penalty = jax.grad(lambda params: penalty(params, jax.random.key(0)))(moved).head
+    of_penalty = jax.grad(lambda params: events.anchor(params, jax.random.key(0))[0])(moved).head
     for found in (of_logits, of_penalty):
         assert np.abs(found["item_bias"]).max() > 0
         assert not any(found[name].any() for name in OF_RERANKER)
@@ -267,7 +267,8 @@ def test_anchor_is_the_distance_and_the_loss_at_real_events(small_data: Prepared
     one = Cases(logged.users[[row]], logged.rows[[row]])
     state, histories = policy_states(supervised, small_data, one, np.ones(1, bool))
     policy = recommender_policy(*new_head(2 * 16, 60, hidden=128, seed=0), frozen_scoring(supervised, tables))
-    anchor = real_events_anchor(policy, state, histories, np.array([9]), batch_size=4)
+    events = RealEvents(policy, state, histories, np.array([9]), batch_size=4)
+    anchor = events.anchor
     assert tuple(map(float, anchor(policy.start, jax.random.key(0)))) == (0.0, 0.0)
     bias = policy.start.head["item_bias"].at[9].add(2.0)
     moved = policy.start._replace(head={**policy.start.head, "item_bias": bias})
@@ -280,6 +281,7 @@ def test_anchor_is_the_distance_and_the_loss_at_real_events(small_data: Prepared
     expected = 2.0 * p * np.exp(2.0) / total - np.log(total)
     kl, lost = anchor(moved, jax.random.key(0))
     np.testing.assert_allclose([kl, lost], [expected, np.log(total) - 2.0], rtol=1e-4)
+    assert events.lost(moved) == pytest.approx(float(lost))
     gradient = jax.grad(lambda params: anchor(params, jax.random.key(0))[1])(moved)
     assert all(not np.asarray(part).any() for part in jax.tree.leaves(gradient))
 

@@ -99,7 +99,7 @@ def test_an_anchor_that_says_nothing_changes_no_rollout() -> None:
     nothing = jnp.float32(3.0), jnp.float32(0.0)
     idle, idle_records = train_simulated(ENVIRONMENT, POLICY, short, anchor=lambda params, key: nothing)
     jax.tree.map(np.testing.assert_array_equal, idle, without)
-    assert [record["real_kl"] for record in idle_records] == [3.0, 3.0]
+    assert [record["kl"] for record in idle_records] == [3.0, 3.0]
     assert [record["reward"] for record in idle_records] == [record["reward"] for record in records]
 
 
