@@ -68,12 +68,14 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @functools.lru_cache(maxsize=256)
 def _remove_left_over(folder: Path) -> None:
-    """Removes the temporary files in the folder whose processes are gone, once in this process."""
+    """Removes this user's temporary files in the folder whose processes are gone, once in this process."""
     name = re.compile(rf"\..+\.jaxrec-{_machine()}-(\d+)-(\d+)-[0-9a-f]{{12}}")
     for entry in os.scandir(folder):
         found = name.fullmatch(entry.name)
         if found is not None and _start(int(found[1])) != int(found[2]):
-            Path(entry.path).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another process may have removed it
+                if entry.stat(follow_symlinks=False).st_uid == os.getuid():  # not all see the processes of others
+                    os.unlink(entry.path)
 
 
 @functools.cache

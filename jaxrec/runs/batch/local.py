@@ -66,10 +66,10 @@ def recommend_log(
     """Writes the best `k` items of each request, or of each user of the log, as CSV.
 
     Items of the user's history are not recommended, unless the model was trained to repeat. A user without an event
-    that the model knows gets the most popular items, with their number of training events as the score.
+    that the model knows gets the most popular items, by training events and, where the model has them, recent counts.
 
     A call that was interrupted, by whatever, is continued by the same call: neither the log nor a finished part is read
-    or answered again. `memory_gb` and `workers` may differ.
+    or answered again. `memory_gb`, `workers` and the threads of `source` may differ.
 
     Args:
         source: What answers.

@@ -453,6 +453,16 @@ def test_options_of_one_machine_are_refused_for_a_cluster(
     assert message in " ".join(result.output.split())
 
 
+def test_a_result_is_copied_where_it_cannot_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*of: object) -> None:
+        raise PermissionError
+
+    (tmp_path / "part").write_text("rows")
+    monkeypatch.setattr(os, "link", refuse)
+    on_cluster._link(tmp_path / "part", tmp_path / "copy")
+    assert (tmp_path / "copy").read_text() == "rows"
+
+
 def test_a_job_on_a_cluster_ends_when_its_tasks_do(
     client: Client, source: ModelSource, parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
