@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import IO, Any
 
@@ -282,15 +282,12 @@ def test_one_process_works_at_a_job(source: ModelSource, history: Path, tmp_path
 def test_a_worker_that_dies_is_named_and_the_job_goes_on(
     source: ModelSource, history: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Dying(local.ProcessPoolExecutor):
-        def submit(self, function: Callable, *arguments: object) -> object:  # type: ignore[override]
-            future = super().submit(function, *arguments)
-            for child in multiprocessing.active_children():  # none where the pool has seen it already
-                child.kill()
-            return future
+    def kill_first(futures: Sequence[Future[int]]) -> Iterator[Future[int]]:
+        multiprocessing.active_children()[0].kill()
+        return as_completed(futures)
 
     with monkeypatch.context() as patch:
-        patch.setattr(local, "ProcessPoolExecutor", Dying)
+        patch.setattr(local, "as_completed", kill_first)
         with pytest.raises(DataError, match="ended from outside"):
             recommend_log(source, history, tmp_path / "top.csv", k=3, workers=2)
     recommend_log(source, history, tmp_path / "top.csv", k=3, workers=2)
