@@ -1,14 +1,17 @@
 """Measures an accelerator: parity, the recurrence, a training step, an epoch, exact search, and ML-100K end to end.
 
-    pip install ".[export,serve]" "jax[cuda12]" torch
+    pip install ".[export,serve,cuda]" torch
     python -m bench.gpu --ml-100k u.data --work FOLDER [--publish]
 
-A part writes WORK/PART.json when it ends, so that a time limit loses only what follows, and the same command measures
-what is missing. The page is published only if all parts were measured on an accelerator at their full sizes. All parts
-run on the CPU, too, with --tiny in some minutes. PyTorch is a peer: it is measured where it can be imported.
+A part writes WORK/PART.json when it ends, so that a time limit or a failure loses only that part, and the same command
+measures what is missing. Nothing is begun after the time limit, and a process of its own is ended then: only the figure
+that is under way can exceed it. The page is published only if all parts were measured on one GPU at their full sizes,
+with PyTorch, which is a peer, and ONNX Runtime's CUDA provider. With --tiny all parts run on the CPU in some minutes.
 """
 
+import functools
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
@@ -29,19 +32,16 @@ TITLE = "An accelerator: parity, training, search"
 @click.command(context_settings={"show_default": True})
 @click.option("--ml-100k", type=click.Path(exists=True, path_type=Path), help="The ratings of ML-100K, such as u.data.")
 @click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True)
-@click.option("--seconds", type=click.IntRange(1), default=SECONDS, help="No part begins after so many.")
+@click.option("--seconds", type=click.IntRange(1), default=SECONDS, help="No figure is begun after so many.")
 @click.option("--tiny", is_flag=True, help="All parts at sizes for a test on the CPU.")
 @publish_option
 def main(ml_100k: Path | None, work: Path, seconds: int, tiny: bool, publish: bool) -> None:
     """Measures the parts that WORK does not have yet, and writes WORK/gpu.md."""
-    sizes, reasons = (parts.TINY if tiny else parts.FULL), []
-    if jax.default_backend() == "cpu":
-        reasons.append("there is no accelerator")
-    if tiny:
-        reasons.append("the sizes are tiny")
-    page = Page("gpu", TITLE, publish, work, reasons)
+    until = monotonic() + seconds
+    sizes, now = (parts.TINY if tiny else parts.FULL), conditions(tiny)
+    page = Page("gpu", TITLE, publish, work, too_little("", now) if publish else [])
     work.mkdir(parents=True, exist_ok=True)
-    measures: dict[str, Callable[[Sizes], Figures]] = {
+    measures: dict[str, Callable[[Sizes, float], Figures]] = {
         "device": parts.device,
         "parity": parts.parity,
         "recurrence": parts.recurrence,
@@ -50,20 +50,54 @@ def main(ml_100k: Path | None, work: Path, seconds: int, tiny: bool, publish: bo
         "search": parts.search,
     }
     if ml_100k is not None:
-        measures["end_to_end"] = lambda sizes: parts.end_to_end(ml_100k, work / "ml-100k", sizes)
-    start = monotonic()
+        measures["end_to_end"] = functools.partial(parts.end_to_end, ml_100k, work / "ml-100k")
+    failed = []
     for name, measure in measures.items():
         file = work / f"{name}.json"
-        if file.is_file() and origin(file) == here():
+        if file.is_file() and origin(file) == here() and read_figures(file).get("conditions") == now:
             continue
-        if monotonic() - start > seconds:
+        click.echo(name)
+        try:
+            write_figures(file, {**measure(sizes, until), "conditions": now})
+        except (TimeoutError, subprocess.TimeoutExpired):
             click.echo(f"{name} and what follows: no time is left; the same command goes on")
             break
-        click.echo(name)
-        write_figures(file, measure(sizes))
-    files = [work / f"{name}.json" for name in (*measures, "end_to_end")]
-    files = list(dict.fromkeys(files))
-    page.write(lines({file.stem: read_figures(file) for file in files if file.is_file()}), files)
+        except Exception as error:  # of any library: the other parts are measured nevertheless
+            failed.append(f"{name} failed: {' '.join(str(error).split())[:200] or type(error).__name__}")
+            click.echo(failed[-1], err=True)
+    files = [work / f"{name}.json" for name in SECTIONS]
+    figures = {file.stem: read_figures(file) for file in files if file.is_file()}
+    page.write(lines(figures), files, [*failed, *reasons(figures)])
+
+
+def conditions(tiny: bool) -> Figures:
+    """How this process measures: the sizes, JAX's backend and its device."""
+    return {"tiny": tiny, "backend": jax.default_backend(), "device": jax.devices()[0].device_kind}
+
+
+def reasons(figures: dict[str, Figures]) -> list[str]:
+    """Why parts that were measured must not be published."""
+    found, devices = [], set()
+    for name, part in figures.items():
+        how = part.get("conditions")
+        if how is None:
+            found.append(f"{name} does not say on which device it was measured")
+            continue
+        found += too_little(f"{name}: ", how)
+        devices.add(how["device"])
+    if len(devices) > 1:
+        found.append(f"the parts are of different devices: {', '.join(sorted(devices))}")
+    if "step" in figures and figures["step"]["torch"] is None:
+        found.append("step: without PyTorch on the accelerator")
+    if "search" in figures and not any(row[0] == "CUDA" for row in figures["search"]["rows"]):
+        found.append("search: without ONNX Runtime's CUDA provider")
+    return found
+
+
+def too_little(part: str, how: Figures) -> list[str]:
+    """Why what was measured under such `conditions` must not be published, each reason with `part` before it."""
+    found = [f"{part}there is no accelerator"] if how["backend"] == "cpu" else []
+    return [*found, f"{part}the sizes are tiny"] if how["tiny"] else found
 
 
 def lines(figures: dict[str, Figures]) -> list[str]:
@@ -107,8 +141,7 @@ def fastest(figures: Figures) -> str:
 def _step(figures: Figures) -> list[str]:
     rows = [[*row[:2], f"{row[2]:.2f}", f"{row[3]:,.0f}", f"{row[4]:.3g}", f"{row[5]:.0%}"] for row in figures["rows"]]
     names = ["batch", "way", "ms a step", "tokens/s", "TFLOP/s", "share of the product's rate"]
-    without = [] if figures["torch"] else ["", "PyTorch was not there, so it was not measured."]
-    return ["## A training step", "", *_table(names, rows), *without]
+    return ["## A training step", "", *_table(names, rows)]
 
 
 def _epoch(figures: Figures) -> list[str]:

@@ -1,4 +1,8 @@
-"""What bench/gpu.py measures, a function for each part. All run on the CPU, too, at the sizes of TINY."""
+"""What bench/gpu.py measures, a function for each part. All run on the CPU, too, at the sizes of TINY.
+
+Each part gets `until`, by `time.monotonic`: no figure is begun after it, which raises TimeoutError, and a stage in a
+process of its own is ended then, which raises subprocess.TimeoutExpired.
+"""
 
 import functools
 import json
@@ -20,11 +24,12 @@ import onnx
 import onnxruntime
 from flax import nnx
 
+from bench.recurrences import Weights, ways
 from bench.train_steps import Shape, Step, our_loss, our_step, plain_jax_step, random_batch, random_weights, torch_step
 from jaxrec.config import ModelConfig, TrainConfig
 from jaxrec.data.batches import MAX_EARLIER, TrainBatch
 from jaxrec.data.events import Events
-from jaxrec.models.lstm import LSTM, Recurrence
+from jaxrec.models.lstm import LSTM
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.training.sharding import data_mesh
 from jaxrec.training.step import initial_state, make_optimizer, make_train_step, softmax_sample
@@ -84,7 +89,7 @@ TINY = Sizes(
 )
 
 
-def device(sizes: Sizes) -> Figures:
+def device(sizes: Sizes, until: float) -> Figures:
     """Which device it is, and the peak of a square matrix product, in TFLOP/s by precision."""
     first, size = jax.devices()[0], sizes.product
     factor = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
@@ -96,11 +101,11 @@ def device(sizes: Sizes) -> Figures:
     ):
         on_device = jnp.asarray(factor, dtype)
         product = jax.jit(functools.partial(jnp.matmul, precision=precision))
-        peaks[name] = 2 * size**3 / 1e12 / min(_times(lambda: product(on_device, on_device), sizes.seconds))  # noqa: B023
+        peaks[name] = 2 * size**3 / 1e12 / min(_times(lambda: product(on_device, on_device), sizes.seconds, until))  # noqa: B023
     return {"platform": first.platform, "device": first.device_kind, "driver": _driver(), "peak": peaks}
 
 
-def parity(sizes: Sizes) -> Figures:
+def parity(sizes: Sizes, until: float) -> Figures:
     """Loss and gradients of the network of bench/train_steps.py on each device, beside float64 on the CPU."""
     weights, batch = random_weights(sizes.parity), random_batch(sizes.parity)
     cpu = jax.devices("cpu")[0]
@@ -109,41 +114,42 @@ def parity(sizes: Sizes) -> Figures:
     rows = []
     for one in dict.fromkeys((cpu, jax.devices()[0])):
         for name, limit in LIMITS.items():
+            _check(until)
             dtype = jnp.bfloat16 if name == "bfloat16" else jnp.float32
             with jax.default_device(one), jax.default_matmul_precision("highest" if "highest" in name else "default"):
                 found = _loss_and_gradients(weights, batch, dtype)
             deviations = [_deviation(found[:1], expected[:1]), _deviation(found[1:], expected[1:])]
-            rows.append([one.platform, name, *deviations, limit, max(deviations) <= limit])
+            rows.append([one.platform, name, *deviations, limit, all(one <= limit for one in deviations)])
     return {"rows": rows}
 
 
-def recurrence(sizes: Sizes) -> Figures:
-    """One layer forwards and backwards, each way that the backend has, without resets within a row."""
-    kinds = [kind for kind in Recurrence if kind is not Recurrence.CUDNN or jax.default_backend() == "gpu"]
+def recurrence(sizes: Sizes, until: float) -> Figures:
+    """One layer forwards and backwards, each way of bench/recurrences.py, without resets within a row."""
     width, length = sizes.step.width, sizes.step.length
+    lstm = LSTM(width, width, rngs=nnx.Rngs(0))
+    weights = Weights(lstm.kernel[...], lstm.recurrent_kernel[...], lstm.bias[...])
     rows = []
     for batch in sizes.batches:
         rng, scan = np.random.default_rng(0), None
         x = jnp.asarray(rng.normal(size=(batch, length, width)), jnp.float32)
         where = np.ones((batch, length), bool)
-        for kind in kinds:
-            graphdef, params = nnx.split(LSTM(width, width, rngs=nnx.Rngs(0), kind=kind))
+        for name, way in ways(jax.default_backend()).items():
 
             @jax.jit
-            def both(params: Any, x: jax.Array, graphdef: Any = graphdef, where: Any = where) -> Any:
-                return jax.value_and_grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(x, where)[0] ** 2))(params)
+            def both(weights: Weights, x: jax.Array, way: Any = way, where: Any = where) -> Any:
+                return jax.value_and_grad(lambda w: jnp.sum(way(w, x, where) ** 2))(weights)
 
-            found = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(both(params, x))]
+            took = statistics.median(_times(lambda: both(weights, x), sizes.seconds, until))  # noqa: B023
+            found = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(both(weights, x))]
             scan = found if scan is None else scan
-            took = statistics.median(_times(lambda: both(params, x), sizes.seconds))  # noqa: B023
-            rows.append([batch, str(kind), 1e3 * took, _deviation(found, scan)])
+            rows.append([batch, name, 1e3 * took, _deviation(found, scan)])
     return {"rows": rows}
 
 
-def step(sizes: Sizes) -> Figures:
+def step(sizes: Sizes, until: float) -> Figures:
     """A training step beside plain JAX and PyTorch, as a share of the peak of a float32 product."""
     torch = _torch_device()
-    peak = device(sizes)["peak"]
+    peak = device(sizes, until)["peak"]
     rows = []
     for batch_size in sizes.batches:
         shape = sizes.step._replace(batch=batch_size)
@@ -156,13 +162,13 @@ def step(sizes: Sizes) -> Figures:
         if torch is not None:
             ways["PyTorch nn.LSTM"] = (lambda: torch_step(weights, *batch, _cores(), torch), "float32, default")  # noqa: B023
         for name, (make, precision) in ways.items():
-            took = statistics.median(_times(make(), sizes.seconds))
+            took = statistics.median(_times(make(), sizes.seconds, until))
             rate = shape.flop / 1e12 / took
             rows.append([batch_size, name, 1e3 * took, shape.positions / took, rate, rate / peak[precision]])
     return {"rows": rows, "torch": torch}
 
 
-def epoch(sizes: Sizes) -> Figures:
+def epoch(sizes: Sizes, until: float) -> Figures:
     """The product's step on generated batches of the shape of a log of 25 million events; an epoch of such steps."""
     rows = []
     for batch_rows in sizes.epoch_rows:
@@ -178,13 +184,13 @@ def epoch(sizes: Sizes) -> Figures:
             held[0], metrics = run(held[0], batch, key)
             return float(metrics["loss"])
 
-        took = statistics.median(_times(one, sizes.seconds))
+        took = statistics.median(_times(one, sizes.seconds, until))
         tokens = batch_rows * sizes.epoch_length
         rows.append([tokens, 1e3 * took, tokens / took, sizes.epoch_events / tokens * took])
     return {"rows": rows, "sampled": softmax_sample(sizes.epoch_items, None)}
 
 
-def search(sizes: Sizes) -> Figures:
+def search(sizes: Sizes, until: float) -> Figures:
     """The best items of each query by ONNX Runtime, all products computed, on each provider, with and without bound
     inputs and outputs."""
     rng = np.random.default_rng(0)
@@ -202,7 +208,7 @@ def search(sizes: Sizes) -> Figures:
             _, items = session.run(None, {"query": query})
             best = expected.setdefault(batch, items)
             plain, with_binding = (
-                statistics.median(_times(run, sizes.seconds))
+                statistics.median(_times(run, sizes.seconds, until))
                 for run in (functools.partial(session.run, None, {"query": query}), bound)
             )
             same = float(np.mean([len({*a} & {*b}) / len(a) for a, b in zip(items, best, strict=True)]))
@@ -210,7 +216,7 @@ def search(sizes: Sizes) -> Figures:
     return {"rows": rows, "items": sizes.search_items}
 
 
-def end_to_end(ratings: Path, work: Path, sizes: Sizes) -> Figures:
+def end_to_end(ratings: Path, work: Path, sizes: Sizes, until: float) -> Figures:
     """prepare, train, evaluate and export as a user runs them; seconds of each, and the figures of the evaluation."""
     shutil.rmtree(work, ignore_errors=True)
     data, run = work / "data", work / "run"
@@ -223,7 +229,8 @@ def end_to_end(ratings: Path, work: Path, sizes: Sizes) -> Figures:
     rows = []
     for name, arguments in stages.items():
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "jaxrec.cli.main", *map(str, arguments)], check=True, stdout=sys.stderr)
+        command = [sys.executable, "-m", "jaxrec.cli.main", *map(str, arguments)]
+        subprocess.run(command, check=True, stdout=sys.stderr, timeout=max(0.0, until - time.monotonic()))
         rows.append([name, time.perf_counter() - start])
     return {"rows": rows, "evaluation": json.loads((work / "evaluation.json").read_text("utf-8"))}
 
@@ -255,15 +262,22 @@ def _deviation(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
     return float(np.sqrt(difference / sum(float(np.sum(b**2)) for b in expected)))
 
 
-def _times(run: Callable[[], Any], seconds: float) -> list[float]:
-    """Of repeated calls for about so long, at least three, after one that compiles."""
+def _check(until: float) -> None:
+    if time.monotonic() > until:
+        raise TimeoutError("no time is left")
+
+
+def _times(run: Callable[[], Any], seconds: float, until: float) -> list[float]:
+    """Of repeated calls for about so long, at least three, after one that compiles. Raises TimeoutError."""
+    _check(until)
     jax.block_until_ready(run())
-    return list(_timed(run, time.perf_counter() + seconds))
+    return list(_timed(run, time.perf_counter() + seconds, until))
 
 
-def _timed(run: Callable[[], Any], until: float) -> Iterator[float]:
+def _timed(run: Callable[[], Any], stop: float, until: float) -> Iterator[float]:
     count = 0
-    while count < 3 or time.perf_counter() < until:
+    while count < 3 or time.perf_counter() < stop:
+        _check(until)
         start = time.perf_counter()
         jax.block_until_ready(run())
         yield time.perf_counter() - start

@@ -157,18 +157,19 @@ class Page:
         if self.publish:
             self._refuse(self._reasons(()))
 
-    def write(self, body: Sequence[str], results: Sequence[Path] = ()) -> None:
+    def write(self, body: Sequence[str], results: Sequence[Path] = (), less: Sequence[str] = ()) -> None:
         """Writes or prints the page, and publishes it if that was asked for.
 
         Args:
             body: lines below the head.
             results: all files that were asked for, by `write_figures` or `write_arrays`. None: all was measured by
                 this process.
+            less: why the results are less than a page needs.
 
         Raises:
             click.ClickException: the page is to be published and must not be; it is written to the work folder.
         """
-        reasons = self._reasons(results)
+        reasons = [*self._reasons(results), *less]
         origins = _origins(results)
         lines = [f"# {self.title}", "", f"`{_command(self.name)}`", ""]
         lines += [f"- measured at commit {', '.join(sorted({one.commit for one in origins}))}"]

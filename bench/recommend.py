@@ -3,12 +3,15 @@
     python -m bench.recommend --work FOLDER [--publish]
 
 The model has random weights, 10,000 items, two LSTMs of 128 and a reranker: what an answer costs does not depend on
-what was learned. Each user has 50 events. Each run is a process of its own, from the command to the whole CSV, and all
-results must be equal to the byte. With 1,000,000 users (`--users 1000000 --rounds 1`) a run takes five times as long.
+what was learned. Each user has 50 events. Each run is a process of its own, from the command to the whole CSV, in a
+folder that is empty before, so that no run continues another one. All results must have all users, and be equal to the
+byte. With 1,000,000 users (`--users 1000000 --rounds 1`) a run takes five times as long.
 """
 
 import filecmp
+import itertools
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,11 +24,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench.publish import Page, less, publish_option, spread
+from jaxrec.files import new_directory
 
 USERS, ROUNDS = 200_000, 2  # of the page
 EVENTS, ITEMS = 50, 10_000
 WORKERS = (1, 2)
-USERS_OF_FILE = 100_000
+USERS_OF_FILE, FIRST_FILE = 100_000, "part-00000.parquet"
 
 
 class Measured(NamedTuple):
@@ -37,8 +41,12 @@ class Measured(NamedTuple):
 
 
 def write_log(folder: Path, users: int, items: int, seed: int = 0) -> None:
-    """A new folder of Parquet files: EVENTS events of each user on random items, one a day."""
-    folder.mkdir()
+    """A new folder of Parquet files, whole or absent: EVENTS events of each user on random items, one a day."""
+    with new_directory(folder, FIRST_FILE) as new:
+        _write_files(new, users, items, seed)
+
+
+def _write_files(folder: Path, users: int, items: int, seed: int) -> None:
     for number, first in enumerate(range(0, users, USERS_OF_FILE)):
         rng, count = np.random.default_rng([seed, number]), min(USERS_OF_FILE, users - first)
         rows = count * EVENTS
@@ -52,7 +60,9 @@ def write_log(folder: Path, users: int, items: int, seed: int = 0) -> None:
 
 
 def measure(model: Path, log: Path, out: Path, workers: int) -> Measured:
-    """One run. Raises click.ClickException where it fails."""
+    """One run, into a new folder around `out`. Raises click.ClickException where it fails."""
+    shutil.rmtree(out.parent, ignore_errors=True)  # with the job of a run that was interrupted
+    out.parent.mkdir()
     command = [sys.executable, "-m", "jaxrec.cli.main", "recommend", str(model), "--history", str(log)]
     start = time.perf_counter()
     child = subprocess.Popen(
@@ -66,6 +76,13 @@ def measure(model: Path, log: Path, out: Path, workers: int) -> Measured:
         raise click.ClickException(f"exit status {child.returncode}: {' '.join(child.args)}")
     seconds = time.perf_counter() - start
     return Measured(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)
+
+
+def users_of(result: Path) -> int:
+    """How many users a result has, whose rows lie together."""
+    with open(result, encoding="utf-8") as lines:
+        next(lines)
+        return sum(1 for _ in itertools.groupby(line.partition(",")[0] for line in lines))
 
 
 @click.command(context_settings={"show_default": True})
@@ -87,10 +104,13 @@ def main(users: int, items: int, rounds: int, work: Path, publish: bool) -> None
         write_log(log, users, items)
     load = os.getloadavg()[0]
     found: dict[int, list[Measured]] = {workers: [] for workers in WORKERS}
+    results = {workers: work / f"run-{workers}/top.csv" for workers in WORKERS}
     for _ in range(rounds):
-        for workers in WORKERS:
-            found[workers].append(measure(model, log, work / f"top-{workers}.csv", workers))
-    first, *others = (work / f"top-{workers}.csv" for workers in WORKERS)
+        for workers, result in results.items():
+            found[workers].append(measure(model, log, result, workers))
+            if (answered := users_of(result)) != users:
+                raise click.ClickException(f"{result} has {answered} users of {users}")
+    first, *others = results.values()
     if not all(filecmp.cmp(first, other, shallow=False) for other in others):
         raise click.ClickException("the results of one and of two workers differ")
     page.write(table(users, items, load, found))

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxrec.models.lstm import LSTM, Recurrence
+from jaxrec.models.lstm import LSTM
 from jaxrec.training.losses import next_item_loss
 
 LEARNING_RATE = 1e-3
@@ -80,25 +80,22 @@ def our_step(
     weights: Weights,
     item: np.ndarray,
     target: np.ndarray,
-    kind: Recurrence | None = None,
     dtype: jnp.dtype = jnp.float32,
 ) -> Step:
     """With jaxrec's recurrence and loss, as `our_loss`; parameters and moments are float32."""
-    return _jax_step(our_loss(weights, item, target, kind, dtype), weights)
+    return _jax_step(our_loss(weights, item, target, dtype), weights)
 
 
 def our_loss(
     weights: Weights,
     item: np.ndarray,
     target: np.ndarray,
-    kind: Recurrence | None = None,
     dtype: jnp.dtype = jnp.float32,
 ) -> Callable[[dict[str, jax.Array]], jax.Array]:
-    """The loss as a function of the weights, by jaxrec's recurrence and loss, computed in `dtype`. `kind` None: that of
-    the backend."""
+    """The loss as a function of the weights, by jaxrec's recurrence and loss, computed in `dtype`."""
     layers = []
     for layer in range(sum(name.startswith("kernel") for name in weights)):
-        lstm = LSTM(*np.array(weights[f"kernel_{layer}"].shape) // (1, 4), rngs=nnx.Rngs(0), kind=kind)
+        lstm = LSTM(*np.array(weights[f"kernel_{layer}"].shape) // (1, 4), rngs=nnx.Rngs(0))
         layers.append(nnx.split(lstm)[0])
     where = target > 0
 

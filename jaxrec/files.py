@@ -1,9 +1,11 @@
 """Files that are whole or absent: written under a temporary name, fsynced, then renamed."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -45,10 +47,16 @@ def new_directory(path: Path, marker: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; what was written there replaces `path` when the block ends well."""
+    """Yields a temporary name beside `path`; what was written there replaces `path` when the block ends well.
+
+    What a process leaves that is killed is removed by a later process of the same machine, when it first writes into
+    the folder. After a restart of the machine it stays.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # hosts may share the folder
+    _remove_left_over(path.parent.absolute())
+    owner = f"{_machine()}-{os.getpid()}-{_start(os.getpid())}"  # other machines may share the folder
+    temporary = path.with_name(f".{path.name}.jaxrec-{owner}-{uuid.uuid4().hex[:12]}")
     try:
         yield temporary
         sync(temporary)
@@ -58,26 +66,82 @@ def new_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@functools.lru_cache(maxsize=256)
+def _remove_left_over(folder: Path) -> None:
+    """Removes this user's temporary files in the folder whose processes are gone, once in this process."""
+    name = re.compile(rf"\..+\.jaxrec-{_machine()}-(\d+)-(\d+)-[0-9a-f]{{12}}")
+    for entry in os.scandir(folder):
+        found = name.fullmatch(entry.name)
+        if found is not None and _start(int(found[1])) != int(found[2]):
+            with contextlib.suppress(OSError):  # another process may have removed it
+                if entry.stat(follow_symlinks=False).st_uid == os.getuid():  # not all see the processes of others
+                    os.unlink(entry.path)
+
+
+@functools.cache
+def _machine() -> str:
+    """The running system and its space of process ids, as 12 hexadecimal digits. Another container is another one."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii")
+        return hashlib.sha256(f"{boot}{os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:12]
+    except OSError:  # not Linux: unknown to all other processes, so that nothing of theirs is removed
+        return uuid.uuid4().hex[:12]
+
+
+def _start(process: int) -> int:
+    """When a process began, in ticks of the system's clock, since its id is used again later; 0: there is none."""
+    try:
+        # The second field is the name of the program in brackets, and can hold any character.
+        return int(Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    except OSError:
+        return 0
+
+
 @contextlib.contextmanager
 def locked(folder: Path, command: str, mode: int = 0o755) -> Iterator[None]:
     """Holds the lock of the folder, which it makes, for `jaxrec COMMAND`. The system releases the lock when the process
-    ends, however it ends.
+    ends, however it ends. Its holder may delete the folder, `lock_file` last: another process can enter from then on.
 
     Raises:
         DataError: Another process holds it.
     """
-    import fcntl  # not on Windows
-
-    folder.mkdir(mode=mode, parents=True, exist_ok=True)
-    descriptor = os.open(folder / f".jaxrec-{command}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = _lock(folder, command, mode)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{folder}: another `jaxrec {command}` is at work there; one works at a time") from error
         yield
     finally:
         os.close(descriptor)
+
+
+def lock_file(folder: Path, command: str) -> Path:
+    """What `locked` locks."""
+    return folder / f".jaxrec-{command}.lock"
+
+
+def _lock(folder: Path, command: str, mode: int) -> int:
+    """A descriptor of the locked file, which is the one that has the name now."""
+    import fcntl  # not on Windows
+
+    while True:
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(lock_file(folder, command), os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue  # its holder deleted the folder just now
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_named(descriptor, lock_file(folder, command)):
+                return descriptor
+            os.close(descriptor)  # its holder deleted the file before the lock was had
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise DataError(f"{folder}: another `jaxrec {command}` is at work there; one works at a time") from error
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def write_text(path: Path, text: str) -> None:

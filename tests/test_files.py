@@ -1,11 +1,17 @@
 """Directories and files are whole or absent, whatever happens while they are written."""
 
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jaxrec.errors import DataError
-from jaxrec.files import new_directory, new_file, read_json_lines, write_json_lines
+from jaxrec.files import lock_file, locked, new_directory, new_file, read_json_lines, write_json_lines
 
 MARKER = "kind.json"
 
@@ -96,3 +102,61 @@ def test_json_lines_come_back_and_damage_is_named(tmp_path: Path) -> None:
         read_json_lines(path, "train first")
     with pytest.raises(DataError, match=r"none\.jsonl: cannot be read .*; train first"):
         read_json_lines(tmp_path / "none.jsonl", "train first")
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    program = f"""
+import os, signal
+from pathlib import Path
+from jaxrec.files import new_file
+with new_file(Path({str(tmp_path / "x.csv")!r})) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode < 0
+    (left,) = tmp_path.iterdir()
+    head, process, start, _ = left.name.rsplit("-", 3)
+    others = [
+        f"{head[:-12]}{'0' * 12}-{process}-{start}-{'0' * 12}",  # of another machine
+        f"{head}-{os.getppid()}-{_start_of(os.getppid())}-{'0' * 12}",  # of a process that lives
+        ".x.csv.jaxrec-mine",
+    ]
+    for name in others:
+        (tmp_path / name).write_text("kept")
+    (tmp_path / f"{head}-{os.getpid()}-{_start_of(os.getpid()) - 1}-{'0' * 12}").write_text("its id is used again")
+    with new_file(tmp_path / "y.csv") as temporary:
+        temporary.write_text("whole")
+        assert not left.exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, temporary.name])
+
+
+def _start_of(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[19])
+
+
+def _once_before(function: Callable[..., Any], act: Callable[[], object]) -> Callable[..., Any]:
+    """The function, with `act` before its first call."""
+    acts = [act]
+
+    def acting(*of: Any) -> Any:
+        if acts:
+            acts.pop()()
+        return function(*of)
+
+    return acting
+
+
+def test_a_lock_whose_file_was_deleted_meanwhile_is_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "job"
+    file = lock_file(folder, "recommend")
+    monkeypatch.setattr(fcntl, "flock", _once_before(fcntl.flock, file.unlink))
+    with locked(folder, "recommend"), pytest.raises(DataError, match="another"), locked(folder, "recommend"):
+        pass
+    assert file.is_file()
+
+
+def test_a_folder_that_was_deleted_meanwhile_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "job"
+    monkeypatch.setattr(os, "open", _once_before(os.open, folder.rmdir))
+    with locked(folder, "recommend"):
+        assert lock_file(folder, "recommend").is_file()

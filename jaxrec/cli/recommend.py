@@ -77,9 +77,9 @@ def recommend(
 ) -> None:
     """Recommends for many users at once with the model directory MODEL, as the server would.
 
-    Items of a user's history are not recommended. A user without history gets the most popular items, with their number
-    of training events as the score. Rows in quarantine lie beside OUT: in top.quarantine.csv if OUT is top.csv. The
-    same command continues after an interruption.
+    Items of a user's history are not recommended. A user without history gets the most popular items, by training
+    events and recent counts. Rows in quarantine lie beside OUT: in top.quarantine.csv if OUT is top.csv. The same
+    command continues after an interruption.
     """
     from jaxrec.runs.batch.local import quarantine_file, recommend_log
     from jaxrec.runs.batch.scoring import ModelSource

@@ -1,47 +1,24 @@
 """The recurrence: one LSTM layer over right-padded sequences (Hochreiter and Schmidhuber 1997, with forget gate)."""
 
-import enum
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import rnn
 
 from jaxrec.models.features import Array
 
 State = tuple[jax.Array, jax.Array]
-UNROLLED_STEPS = 8
-
-
-class Recurrence(enum.StrEnum):
-    """How the steps are computed; the results are equal up to rounding.
-
-    SCAN: a loop of XLA, a step at a time. UNROLLED: the same with UNROLLED_STEPS steps in each round of the loop.
-    CUDNN: the library's LSTM, on CUDA, for sequences without `starts`: it cannot forget within a row.
-    """
-
-    SCAN = "scan"
-    UNROLLED = "unrolled"
-    CUDNN = "cudnn"
-
-
-def recurrence_of(backend: str) -> Recurrence:
-    """What is used on a backend of JAX unless a layer says otherwise.
-
-    On the CPU a step at a time is fastest: at width 128, batch 64, length 50 a layer's forward and backward pass took
-    39 ms of CPU time, and 40, 49 and 61 ms with 2, 5 and 8 steps in a round. Elsewhere nothing was measured yet. Each
-    round costs launches there, so rounds are few. `python -m bench.gpu` compares all of them.
-    """
-    return Recurrence.SCAN if backend == "cpu" else Recurrence.UNROLLED
+# Steps in a round of the loop. On the CPU one is fastest: at width 128, batch 64, length 50 a layer's forward and
+# backward pass took 39 ms of CPU time, and 40, 49 and 61 ms with 2, 5 and 8. No accelerator was measured yet.
+UNROLLED = 1
 
 
 class LSTM(nnx.Module):
     """Gates in the order input, forget, candidate, output, as in Flax and Keras (ONNX has i, o, f, c)."""
 
-    def __init__(self, inputs: int, hidden: int, *, rngs: nnx.Rngs, kind: Recurrence | None = None) -> None:
-        """`kind` None: `recurrence_of` the backend that JAX uses."""
+    def __init__(self, inputs: int, hidden: int, *, rngs: nnx.Rngs) -> None:
         orthogonal = jax.nn.initializers.orthogonal(column_axis=0)
         self.kernel = nnx.Param(jax.nn.initializers.glorot_uniform()(rngs.params(), (inputs, 4 * hidden)))
         blocks = [orthogonal(rngs.params(), (hidden, hidden)) for _ in range(4)]
@@ -49,7 +26,6 @@ class LSTM(nnx.Module):
         forget_open = jnp.zeros(4 * hidden).at[hidden : 2 * hidden].set(1.0)  # Jozefowicz et al. 2015, section 3.2
         self.bias = nnx.Param(forget_open)
         self.hidden = hidden
-        self.kind = kind
 
     def __call__(
         self, x: jax.Array, where: Array, state: State | None = None, starts: Array | None = None
@@ -63,14 +39,10 @@ class LSTM(nnx.Module):
         if state is None:
             zeros = jnp.zeros((x.shape[0], self.hidden), x.dtype)
             state = (zeros, zeros)
-        kind = self.kind or recurrence_of(jax.default_backend())
-        if kind is Recurrence.CUDNN and starts is None:
-            return cudnn(self.kernel[...], self.recurrent_kernel[...], self.bias[...], x, where, state)
         kernel = jnp.concatenate([self.kernel[...], self.recurrent_kernel[...]])
         x_first = jnp.swapaxes(x, 0, 1)
         forget = None if starts is None else jnp.swapaxes(starts, 0, 1)[..., None]
-        unroll = 1 if kind is Recurrence.SCAN else UNROLLED_STEPS
-        h_all, c_all = recurrence(unroll, kernel, self.bias[...], x_first, state, forget)
+        h_all, c_all = recurrence(UNROLLED, kernel, self.bias[...], x_first, state, forget)
         # Padding comes last, so the recurrence runs through it and the final state is picked afterwards: cheaper than
         # choosing between the old and the new state in every step.
         count = jnp.sum(where, axis=1, dtype=jnp.int32)
@@ -89,42 +61,6 @@ class _Saved(NamedTuple):
     gates: jax.Array
     x_h: jax.Array
     c_tm1: jax.Array
-
-
-def cudnn(
-    kernel: jax.Array, recurrent_kernel: jax.Array, bias: jax.Array, x: jax.Array, where: Array, state: State
-) -> tuple[jax.Array, State]:
-    """The layer by cuDNN, whose gates have our order.
-
-    Args:
-        kernel: [inputs, 4 * hidden] float32.
-        recurrent_kernel: [hidden, 4 * hidden] float32.
-        bias: [4 * hidden] float32.
-        x: [batch, length, inputs] float32.
-        where: [batch, length] bool, as in `LSTM`.
-        state: (h, c), each [batch, hidden].
-
-    Returns:
-        Outputs [batch, length, hidden], zeros at padding, and the state after each row's last real event.
-    """
-    inputs, hidden = kernel.shape[0], recurrent_kernel.shape[0]
-    weights = jnp.concatenate([kernel.T.ravel(), recurrent_kernel.T.ravel(), bias, jnp.zeros_like(bias)])
-    count = jnp.sum(where, axis=1, dtype=jnp.int32)
-    h_0, c_0 = state
-    outputs, h, c = rnn.lstm(
-        x,
-        h_0[None],
-        c_0[None],
-        weights,
-        jnp.maximum(count, 1),  # it refuses empty rows
-        input_size=inputs,
-        hidden_size=hidden,
-        num_layers=1,
-        dropout=0.0,
-        bidirectional=False,
-    )
-    some = count[:, None] > 0
-    return outputs, (jnp.where(some, h[0], h_0), jnp.where(some, c[0], c_0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from bench import recommend
@@ -17,7 +18,30 @@ def test_a_tiny_run_prints_both_rows_and_is_not_to_be_published(tmp_path: Path) 
     cells = [[cell.split()[0] for cell in row.split("|")[1:-1]] for row in rows]
     assert [row[0] for row in cells] == ["1", "2"]
     assert all(float(cell) > 0 for row in cells for cell in row)
-    assert len((tmp_path / "top-1.csv").read_text().splitlines()) == 1 + 30 * 10
+    result = tmp_path / "run-1/top.csv"
+    assert len(result.read_text().splitlines()) == 1 + 30 * 10
+    # A run that was interrupted before is not continued, and a log with fewer users is no log of these.
+    expected = result.read_bytes()
+    job = result.with_name(".top.csv.job")
+    job.mkdir()
+    (job / "job.json").write_text("of a run that was interrupted")
+    recommend.measure(tmp_path / "model-200", tmp_path / "log-30-200", result, 1)
+    assert result.read_bytes() == expected
+    (tmp_path / "log-30-200").rename(tmp_path / "log-40-200")
+    options[1] = "40"
+    assert "has 30 users of 40" in CliRunner().invoke(recommend.main, options).output
+
+
+def test_a_log_that_was_interrupted_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*of: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recommend, "USERS_OF_FILE", 20)
+    write = recommend.pq.write_table
+    monkeypatch.setattr(recommend.pq, "write_table", lambda *of: write(*of) if "00000" in of[1].name else stop())
+    with pytest.raises(KeyboardInterrupt):
+        recommend.write_log(tmp_path / "log", 30, 200)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ratios_are_those_of_the_rounds() -> None:

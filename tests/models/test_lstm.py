@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental import rnn
 
-from jaxrec.models.lstm import LSTM, Recurrence, State, recurrence_of
+from jaxrec.models.lstm import LSTM, State
 
 BATCH, LENGTH, INPUTS, HIDDEN = 5, 7, 3, 4
 COUNTS = np.array([7, 4, 1, 0, 6])
@@ -35,25 +34,18 @@ def plain(
 
 
 def ours(
-    parameters: tuple[jax.Array, ...], x: jax.Array, state: State, starts: np.ndarray | None, kind: Recurrence
+    parameters: tuple[jax.Array, ...], x: jax.Array, state: State, starts: np.ndarray | None, unroll: int
 ) -> tuple[jax.Array, State]:
-    lstm = LSTM(INPUTS, HIDDEN, rngs=nnx.Rngs(0), kind=kind)
+    lstm = LSTM(INPUTS, HIDDEN, rngs=nnx.Rngs(0))
     lstm.kernel[...], lstm.recurrent_kernel[...], lstm.bias[...] = parameters
-    return lstm(x, WHERE, state, starts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxrec.models.lstm.UNROLLED", unroll)
+        return lstm(x, WHERE, state, starts)
 
 
-KINDS = [
-    Recurrence.SCAN,
-    Recurrence.UNROLLED,
-    pytest.param(
-        Recurrence.CUDNN, marks=pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
-    ),
-]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unroll", [1, 8])
 @pytest.mark.parametrize("with_starts", [False, True])
-def test_values_and_gradients_equal_the_plain_ones(with_starts: bool, kind: Recurrence) -> None:
+def test_values_and_gradients_equal_the_plain_ones(with_starts: bool, unroll: int) -> None:
     rng = np.random.default_rng(0)
     starts = WHERE & (rng.random((BATCH, LENGTH)) < 0.3) if with_starts else None
     shapes = [(INPUTS, 4 * HIDDEN), (HIDDEN, 4 * HIDDEN), (4 * HIDDEN,), (BATCH, LENGTH, INPUTS)]
@@ -71,7 +63,7 @@ def test_values_and_gradients_equal_the_plain_ones(with_starts: bool, kind: Recu
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-        weighted(functools.partial(ours, kind=kind)),
+        weighted(functools.partial(ours, unroll=unroll)),
         weighted(plain),
     )
 
@@ -84,45 +76,3 @@ def test_a_row_without_events_keeps_its_state() -> None:
     np.testing.assert_array_equal(h[3], state[0][3])
     np.testing.assert_array_equal(c[3], state[1][3])
     assert not np.allclose(h[2], state[0][2])
-
-
-def test_the_weights_that_cudnn_gets_are_those_of_the_layer() -> None:
-    """By the reference implementation of `jax.experimental.rnn`, which runs anywhere."""
-    rng = np.random.default_rng(2)
-    lstm = LSTM(INPUTS, HIDDEN, rngs=nnx.Rngs(0))
-    lstm.bias[...] = jnp.asarray(rng.normal(size=4 * HIDDEN), jnp.float32)
-    x = jnp.asarray(rng.normal(size=(BATCH, LENGTH, INPUTS)), jnp.float32)
-    h_0, c_0 = (jnp.asarray(rng.normal(size=(BATCH, HIDDEN)), jnp.float32) for _ in range(2))
-    calls = []
-
-    def reference(
-        x: jax.Array, h: jax.Array, c: jax.Array, weights: jax.Array, lengths: jax.Array, **shape: int
-    ) -> object:
-        calls.append(shape)
-        sizes = shape["input_size"], shape["hidden_size"], shape["num_layers"], shape["bidirectional"]
-        unpacked = rnn.unpack_lstm_weights(weights, *sizes)
-        return rnn.lstm_ref(x, h, c, *unpacked, lengths, *sizes[:3], shape["dropout"], sizes[3])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rnn, "lstm", reference)
-        lstm.kind = Recurrence.CUDNN
-        outputs, state = lstm(x, WHERE, (h_0, c_0))
-    lstm.kind = Recurrence.SCAN
-    expected, expected_state = lstm(x, WHERE, (h_0, c_0))
-    assert len(calls) == 1
-    np.testing.assert_allclose(outputs[WHERE], expected[WHERE], atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, expected_state)
-
-
-def test_a_row_that_begins_anew_is_not_left_to_cudnn() -> None:
-    """It would carry the state on; here it would not even run."""
-    lstm = LSTM(INPUTS, HIDDEN, rngs=nnx.Rngs(0), kind=Recurrence.CUDNN)
-    x, starts = jnp.ones((BATCH, LENGTH, INPUTS)), np.zeros((BATCH, LENGTH), bool)
-    starts[:, 2] = True
-    outputs, _ = lstm(x, WHERE, starts=starts)
-    np.testing.assert_allclose(outputs[0, 2:4], outputs[0, :2], atol=1e-6)
-
-
-def test_each_backend_has_a_recurrence_that_runs_anywhere_on_it() -> None:
-    assert recurrence_of("cpu") is Recurrence.SCAN
-    assert {recurrence_of(backend) for backend in ("gpu", "tpu")} == {Recurrence.UNROLLED}

@@ -37,11 +37,13 @@ Result = TypeVar("Result")
 class Passes:
     """The passes over one input, in their order, and where their files lie."""
 
-    def __init__(self, client: Client, scratch: Path, shards: int, progress: Progress) -> None:
+    def __init__(self, client: Client, scratch: Path, shards: int, progress: Progress, advice: str) -> None:
+        """`advice`: what a user can do when workers die again and again, for the message."""
         self._client = client
         self._scratch = scratch
         self._shards = shards
         self._progress = progress
+        self._advice = advice
         self._parts: list[tuple[Path, str]] = []
         self._latest = int(time.time()) + 2 * SECONDS_PER_DAY  # a day from now is the latest time that is accepted
         self.raw_items = np.empty(0, np.int64)
@@ -130,17 +132,15 @@ class Passes:
                 yield result
                 self._progress(name, done, len(futures))
         except KilledWorker as error:
-            raise DataError(
-                f"{name}: workers died again and again in one task ({error}); if they lack memory, take more shards"
-            ) from error
+            raise DataError(f"{name}: workers died again and again in one task ({error}); {self._advice}") from error
         except OSError as error:
             raise DataError(f"{name}: a worker cannot read or write: {error}") from error
         finally:
             self._client.cancel(futures)
-            _wait_until_idle(self._client)  # else a task still writes to where nothing is read any more
+            wait_until_idle(self._client)  # else a task still writes to where nothing is read any more
 
 
-def _wait_until_idle(client: Client) -> None:
+def wait_until_idle(client: Client) -> None:
     """Returns when no task runs on any worker. A task that has begun cannot be stopped, also not by cancelling it."""
     while any(client.run(_running_tasks, on_error="ignore").values()):
         time.sleep(0.05)

@@ -94,7 +94,7 @@ def _prepare(
         _scratch_folder(out) as scratch,
         new_directory(out, SHARDS_FILE) as result,
     ):
-        passes = Passes(client, scratch, shards, progress)
+        passes = Passes(client, scratch, shards, progress, "if they lack memory, take more shards")
         scale = passes.partition(folder, rows_per_piece, config.rating_scale)
         config = dataclasses.replace(config, rating_scale=scale)
         known_movies, _ = movies_like(movies, passes.raw_items, others=config.min_movie_ratings == 0)

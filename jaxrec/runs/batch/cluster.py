@@ -5,6 +5,7 @@ is answered by one task. The folder of the job lies beside the output, and all w
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from distributed import Client, KilledWorker, as_completed
 
 from jaxrec.config import PrepareConfig, Repeats
-from jaxrec.data.distributed.passes import Passes, Progress
+from jaxrec.data.distributed.passes import Passes, Progress, wait_until_idle
 from jaxrec.data.histories import open_log
 from jaxrec.data.reading.sources import parquet_files
 from jaxrec.data.store import LOG_FOLDER
@@ -39,6 +40,7 @@ from jaxrec.runs.batch.scoring import (
 INDEX_FILE = "recommendations.json"
 ROWS_OF_SHARD = 1_000_000  # on average
 ROWS_OF_PIECE = 1_000_000  # that a task reads, or one row group if that is more
+IF_WORKERS_DIE = "if they lack memory, start workers with more of it, or with one thread each"
 
 
 def recommend_folder(
@@ -107,7 +109,7 @@ def recommend_folder(
             users = 0
             for file in files:
                 users += int(pq.read_schema(file).metadata[b"users"])
-                shutil.copyfile(file, result / file.name)
+                _link(file, result / file.name)
             counts = {**counts, "users": users}
             (result / INDEX_FILE).write_text(json.dumps({**counts, "files": names}, indent=2) + "\n", "utf-8")
         job.remove()
@@ -127,7 +129,7 @@ def _read(
     model = opened(scoring)
     rows = sum(pq.read_metadata(path).num_rows for path in parquet_files(history))
     shards = max(1, -(-rows // rows_of_shard))
-    passes = Passes(client, job.new_input(), shards, progress)
+    passes = Passes(client, job.new_input(), shards, progress, IF_WORKERS_DIE)
     scale = passes.partition(history, ROWS_OF_PIECE, rating_scale(model))
     passes.sort(PrepareConfig(rating_scale=scale, repeats=repeats))
     counts = {"rows": rows, "shards": shards, "notes": notes(model, passes.raw_items)}
@@ -143,9 +145,19 @@ def _by_workers(client: Client, scoring: Scoring, todo: list[tuple[Path, Path]])
             future.release()
             yield
     except KilledWorker as error:
-        raise DataError(f"workers died again and again in one task ({error}); the same command continues") from error
+        advice = f"{IF_WORKERS_DIE}; the same command continues"
+        raise DataError(f"workers died again and again in one task ({error}); {advice}") from error
     finally:
         client.cancel(futures)
+        wait_until_idle(client)  # else a task still writes into a job that is continued or deleted
+
+
+def _link(file: Path, new: Path) -> None:
+    """The same file under another name, which a continued job still finds under its first."""
+    try:
+        os.link(file, new)
+    except OSError:  # not all file systems can
+        shutil.copyfile(file, new)
 
 
 def _answer_shard(scoring: Scoring, folder: Path, out: Path) -> None:

@@ -1,5 +1,6 @@
 """Recommendations for a log of any form by the processes of one machine, as CSV."""
 
+import contextlib
 import csv
 import functools
 import multiprocessing
@@ -23,7 +24,7 @@ from jaxrec.data.reading.bad_rows import QUARANTINE_FILE, OnBadRows, bad_rows
 from jaxrec.data.reading.check import ReadOptions
 from jaxrec.data.reading.read import input_counts, open_workspace, read_log
 from jaxrec.errors import DataError
-from jaxrec.files import new_file
+from jaxrec.files import new_file, sync
 from jaxrec.runs.batch.job import Job, open_job, states
 from jaxrec.runs.batch.requests import Requests, all_users, read_requests
 from jaxrec.runs.batch.scoring import (
@@ -31,6 +32,7 @@ from jaxrec.runs.batch.scoring import (
     ModelSource,
     Scoring,
     answers,
+    forget_opened,
     notes,
     opened,
     parts_of,
@@ -64,10 +66,10 @@ def recommend_log(
     """Writes the best `k` items of each request, or of each user of the log, as CSV.
 
     Items of the user's history are not recommended, unless the model was trained to repeat. A user without an event
-    that the model knows gets the most popular items, with their number of training events as the score.
+    that the model knows gets the most popular items, by training events and, where the model has them, recent counts.
 
     A call that was interrupted, by whatever, is continued by the same call: neither the log nor a finished part is read
-    or answered again. `memory_gb` and `workers` may differ.
+    or answered again. `memory_gb`, `workers` and the threads of `source` may differ.
 
     Args:
         source: What answers.
@@ -101,7 +103,7 @@ def recommend_log(
         "k": k,
         "reading": [repr(options), repeats, on_bad_rows],
     }
-    with open_job(out, settings) as job:
+    with _caches_of_one_call(), open_job(out, settings) as job:
         scoring = Scoring(source, version, job.moment, k)
         try:
             model = opened(scoring)
@@ -112,14 +114,20 @@ def recommend_log(
             raise
         del model
         _answer(scoring, job, workers)
-        with new_file(out) as new, open(new, "wb") as file:
-            file.write((",".join(OUTPUT_COLUMNS) + "\n").encode())
-            for part in sorted(job.parts.glob("*.csv")):
-                with open(part, "rb") as one:
-                    shutil.copyfileobj(one, file)
+        _join(job, out)
         _keep_quarantine(job.input / QUARANTINE_FILE, quarantine_file(out))
         job.remove()
     return counts
+
+
+@contextlib.contextmanager
+def _caches_of_one_call() -> Iterator[None]:
+    """Frees the model and the log at the end, however the call ends."""
+    try:
+        yield
+    finally:
+        _open_input.cache_clear()
+        forget_opened()
 
 
 def quarantine_file(out: Path) -> Path:
@@ -180,7 +188,6 @@ def _open_input(folder: Path) -> tuple[EventLog, list[str], Requests]:
 
 def _answer(scoring: Scoring, job: Job, workers: int) -> None:
     """Answers the parts that are not finished."""
-    _open_input.cache_clear()  # of a job before, whose folder may have had this name
     _, _, asked = _open_input(job.input)
     parts = [Part(first, stop, job.parts / f"{first:012d}.csv") for first, stop in parts_of(asked)]
     todo = [part for part in parts if not part.file.is_file()]
@@ -196,7 +203,7 @@ def _by_workers(scoring: Scoring, folder: Path, todo: Sequence[Part], workers: i
         for part in todo:
             yield _answer_part(scoring, folder, part)
         return
-    opened.cache_clear()  # the workers have models of their own
+    forget_opened()  # the workers have models of their own
     try:
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
             futures = [pool.submit(_answer_part, scoring, folder, part) for part in todo]
@@ -236,6 +243,18 @@ def _answer_part(scoring: Scoring, folder: Path, part: Part) -> int:
                 # Nine digits give a float32 back exactly.
                 writer.writerow((user, rank, name, f"{score:.9g}"))
     return len(found)
+
+
+def _join(job: Job, out: Path) -> None:
+    """Makes the result of the parts. A kill leaves nothing of it outside the job."""
+    with open(job.joined, "wb") as file:
+        file.write((",".join(OUTPUT_COLUMNS) + "\n").encode())
+        for part in sorted(job.parts.glob("*.csv")):
+            with open(part, "rb") as one:
+                shutil.copyfileobj(one, file)
+    sync(job.joined)
+    job.joined.replace(out)
+    sync(out.parent)
 
 
 def _keep_quarantine(found: Path, kept: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -87,9 +88,23 @@ class Scoring:
     k: int
 
 
-@functools.lru_cache(maxsize=1)
+_loading = threading.Lock()  # a worker of Dask has several threads
+
+
 def opened(scoring: Scoring) -> Recommender:
     """The model, once for all parts that this process answers. Raises DataError as `ModelSource.open` does."""
+    with _loading:
+        return _opened(scoring)
+
+
+def forget_opened() -> None:
+    """Frees the model of this process."""
+    with _loading:
+        _opened.cache_clear()
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(scoring: Scoring) -> Recommender:
     return scoring.source.open(scoring.moment, scoring.version)
 
 

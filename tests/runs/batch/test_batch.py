@@ -1,16 +1,22 @@
 """Recommendations for everybody: equal to a real server's, whatever the number of workers, and after a kill."""
 
 import csv
+import gc
+import itertools
 import multiprocessing
 import os
-import re
 import select
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import IO, Any
 
+import dask
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -23,17 +29,28 @@ from jaxrec.config import PrepareConfig, RatingScale
 from jaxrec.data.distributed.prepare import cluster
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
+from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER
 from jaxrec.errors import DataError
-from jaxrec.files import locked
+from jaxrec.files import locked, sync
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.repeat import TABLE_SIZE, Repeat
 from jaxrec.onnx.model_directory import export_model
 from jaxrec.runs.batch import cluster as on_cluster
 from jaxrec.runs.batch import local
+from jaxrec.runs.batch.job import Job
 from jaxrec.runs.batch.local import recommend_log
-from jaxrec.runs.batch.scoring import ANSWERED_AT_ONCE, BATCHES_OF_PART, ModelSource, opened
+from jaxrec.runs.batch.scoring import (
+    ANSWERED_AT_ONCE,
+    BATCHES_OF_PART,
+    ModelSource,
+    Scoring,
+    forget_opened,
+    opened,
+)
 from serve.client import Event, RecommenderClient
+from serve.model.recommender import Recommender
+from tests.runs.batch import held_back
 from tests.serve.process import running_server
 
 USERS_OF_PART = ANSWERED_AT_ONCE * BATCHES_OF_PART
@@ -97,64 +114,133 @@ def test_every_user_is_answered_once_and_two_workers_write_the_same_bytes(
 def test_a_kill_loses_no_finished_part_and_shows_no_half_result(
     source: ModelSource, history: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "top.csv"
+    """Two workers, of which one is held back in the last part."""
+    out, fifo = tmp_path / "top.csv", tmp_path / "fifo"
     out.write_text("as it was")
-    command = [sys.executable, "-m", "jaxrec.cli.main", "recommend", str(source.directory), "--history", str(history)]
-    options = ["--k", "3", "--out", str(out), "--provider", "cpu"]
-    with subprocess.Popen([*command, *options, "--workers", "2"], stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        shown = b""
-        while not re.search(rb" [1-9]\d*/%d" % USERS, shown):  # progress is on stderr
-            shown += (piece := os.read(process.stderr.fileno(), 1000))
-            assert piece, shown.decode()
+    os.mkfifo(fifo)
+    command = ["recommend", str(source.directory), "--history", str(history)]
+    command += ["--k", "3", "--out", str(out), "--provider", "cpu", "--workers", "2"]
+    held = [sys.executable, "-m", "tests.runs.batch.held_back", str((PARTS - 1) * USERS_OF_PART), str(fifo)]
+    with subprocess.Popen([*held, *command], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(PARTS - 1)] == [b"finished\n"] * (PARTS - 1)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         ends = [os.pidfd_open(int(child)) for child in children]
         process.kill()
     for end in ends:  # no worker outlives it
         assert select.select([end], [], [], 60.0)[0] == [end]
         os.close(end)
+    fifo.unlink()
     assert out.read_text() == "as it was"
-    finished = len(list((tmp_path / ".top.csv.job/parts").glob("*.csv")))
-    assert finished >= 1
+    (folder,) = tmp_path.glob(".top.csv.job")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert len(list(folder.glob("parts-*/*.csv"))) == PARTS - 1
     answered = []
     answer = local._answer_part
     monkeypatch.setattr(local, "_answer_part", lambda *of: answered.append(of) or answer(*of))
     monkeypatch.setattr(local, "read_log", None)  # the log is not read again
-    result = CliRunner().invoke(main, [*command[3:], *options])
+    result = CliRunner().invoke(main, command[:-2])
     assert result.exit_code == 0, result.output
-    assert len(answered) == PARTS - finished
+    assert len(answered) == 1
     assert out.read_bytes() == expected
     assert [path.name for path in tmp_path.iterdir()] == ["top.csv"]
 
 
-@pytest.mark.parametrize("at", range(PARTS + 1))
-def test_what_was_interrupted_anywhere_is_continued(
-    source: ModelSource,
-    history: Path,
-    expected: bytes,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    at: int,
-) -> None:
-    """Part `at` ends with its file half written; the last one: the join does."""
-    count = 0
+class _Stopping:
+    """A writer of CSV that stops after so many rows, all files together."""
 
-    def fail(*of: object) -> int:
-        nonlocal count
-        count += 1
-        if count > at:
+    def __init__(self, rows: int) -> None:
+        self.left = rows
+
+    def writer(self, file: IO[str], **options: Any) -> "_Stopping":
+        self._file, self._write = file, csv.writer(file, **options).writerow
+        return self
+
+    def writerow(self, row: Sequence[object]) -> None:
+        self._write(row)
+        self.left -= 1
+        if self.left == 0:
+            self._file.flush()
+            assert os.fstat(self._file.fileno()).st_size > 0
             raise KeyboardInterrupt
-        return answer(*of)
 
-    answer = local._answer_part
+
+@pytest.mark.parametrize("at", range(PARTS))
+def test_a_part_that_is_half_written_is_written_anew(
+    source: ModelSource, history: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(local, "_answer_part", fail)
-        patch.setattr(local, "_keep_quarantine", fail)
+        patch.setattr(local, "csv", _Stopping(3 * USERS_OF_PART * at + 100))
         with pytest.raises(KeyboardInterrupt):
             recommend_log(source, history, tmp_path / "top.csv", k=3)
-    assert (tmp_path / "top.csv").exists() == (at == PARTS)
+    assert [path.name for path in tmp_path.iterdir()] == [".top.csv.job"]
+    assert len(list(tmp_path.glob(".top.csv.job/parts-*/*"))) == at
     recommend_log(source, history, tmp_path / "top.csv", k=3)
     assert (tmp_path / "top.csv").read_bytes() == expected
+
+
+def test_a_join_that_was_interrupted_is_done_anew(
+    source: ModelSource, history: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(path: Path) -> None:
+        if path.name == "joined":
+            raise KeyboardInterrupt
+        sync(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "sync", stop)
+        with pytest.raises(KeyboardInterrupt):
+            recommend_log(source, history, tmp_path / "top.csv", k=3)
+    assert [path.name for path in tmp_path.iterdir()] == [".top.csv.job"]
+    monkeypatch.setattr(local, "_answer_part", None)
+    recommend_log(source, history, tmp_path / "top.csv", k=3)
+    assert (tmp_path / "top.csv").read_bytes() == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["top.csv"]
+
+
+def test_a_deletion_that_was_interrupted_anywhere_loses_nothing(
+    source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the result nor the rows that were set aside; and the same command ends well."""
+    log, out = tmp_path / "log.csv", tmp_path / "top.csv"
+    log.write_text("userId,movieId,rating,timestamp\n1,1007,4.0,1500000000\n2,1014,9.0,1500000000\n")
+
+    def write() -> tuple[bytes, bytes]:
+        recommend_log(source, log, out, on_bad_rows=OnBadRows.QUARANTINE)
+        return out.read_bytes(), local.quarantine_file(out).read_bytes()
+
+    expected, remove, stops = write(), Job.remove, 0
+    assert b"9.0" in expected[1]
+
+    def removed_up_to(job: Job) -> None:
+        """Stops after `stops` deletions."""
+        deletions = itertools.count()
+
+        def counting(delete: Callable[..., None]) -> Callable[..., None]:
+            def stopping(*of: Any, **how: Any) -> None:
+                if next(deletions) == stops:
+                    raise KeyboardInterrupt
+                delete(*of, **how)
+
+            return stopping
+
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "rmdir"):
+                patch.setattr(os, name, counting(getattr(os, name)))
+            remove(job)
+
+    while True:
+        with monkeypatch.context() as patch:
+            patch.setattr(Job, "remove", removed_up_to)
+            try:
+                write()
+                break
+            except KeyboardInterrupt:
+                pass
+        assert write() == expected
+        stops += 1
+    assert stops > 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "top.csv", "top.quarantine.csv"]
 
 
 def test_an_interrupted_reading_begins_anew(
@@ -164,7 +250,7 @@ def test_an_interrupted_reading_begins_anew(
         patch.setattr(local, "input_counts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             recommend_log(source, history, tmp_path / "top.csv", k=3)
-    assert (tmp_path / ".top.csv.job/input/log/times.npy").is_file()
+    assert len(list(tmp_path.glob(".top.csv.job/input-*/log/times.npy"))) == 1
     recommend_log(source, history, tmp_path / "top.csv", k=3)
     assert (tmp_path / "top.csv").read_bytes() == expected
 
@@ -183,7 +269,7 @@ def test_another_command_does_not_continue(
         patch.setattr(local, "_answer_part", fail)
         with pytest.raises(KeyboardInterrupt):
             recommend_log(source, history, out, k=2)
-    assert len(list((tmp_path / ".top.csv.job/parts").iterdir())) == 1
+    assert len(list(tmp_path.glob(".top.csv.job/parts-*/*"))) == 1
     recommend_log(source, history, out, k=3)
     assert out.read_bytes() == expected
 
@@ -196,14 +282,12 @@ def test_one_process_works_at_a_job(source: ModelSource, history: Path, tmp_path
 def test_a_worker_that_dies_is_named_and_the_job_goes_on(
     source: ModelSource, history: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Dying(local.ProcessPoolExecutor):
-        def submit(self, function: Callable, *arguments: object) -> object:  # type: ignore[override]
-            future = super().submit(function, *arguments)
-            multiprocessing.active_children()[0].kill()
-            return future
+    def kill_first(futures: Sequence[Future[int]]) -> Iterator[Future[int]]:
+        multiprocessing.active_children()[0].kill()
+        return as_completed(futures)
 
     with monkeypatch.context() as patch:
-        patch.setattr(local, "ProcessPoolExecutor", Dying)
+        patch.setattr(local, "as_completed", kill_first)
         with pytest.raises(DataError, match="ended from outside"):
             recommend_log(source, history, tmp_path / "top.csv", k=3, workers=2)
     recommend_log(source, history, tmp_path / "top.csv", k=3, workers=2)
@@ -335,7 +419,7 @@ def test_a_job_on_a_cluster_is_continued(
     with pytest.raises(KeyboardInterrupt):
         on_cluster.recommend_folder(client, source, parquet, out, k=3, rows_of_shard=3000, progress=stop)
     assert not out.exists()
-    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.job/parts").glob("*.parquet")}
+    finished = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob(".out.job/parts-*/*.parquet")}
     assert len(finished) >= 2
     stages = []
     with monkeypatch.context() as patch:
@@ -343,7 +427,8 @@ def test_a_job_on_a_cluster_is_continued(
         on_cluster.recommend_folder(
             client, source, parquet, out, k=3, rows_of_shard=3000, progress=lambda *at: stages.append(at)
         )
-    assert len(stages) <= stages[-1][2] - 2
+    assert len(stages) == stages[-1][2] - len(finished)
+    assert finished == {name: (out / name).stat().st_mtime_ns for name in finished}
     pd.testing.assert_frame_equal(_read(out), _read(tmp_path / "whole"))
 
 
@@ -365,7 +450,68 @@ def test_options_of_one_machine_are_refused_for_a_cluster(
     assert message in " ".join(result.output.split())
 
 
-def test_models_are_opened_once_a_process(source: ModelSource, history: Path, tmp_path: Path) -> None:
-    opened.cache_clear()
+def test_a_result_is_copied_where_it_cannot_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*of: object) -> None:
+        raise PermissionError
+
+    (tmp_path / "part").write_text("rows")
+    monkeypatch.setattr(os, "link", refuse)
+    on_cluster._link(tmp_path / "part", tmp_path / "copy")
+    assert (tmp_path / "copy").read_text() == "rows"
+
+
+def test_a_job_on_a_cluster_ends_when_its_tasks_do(
+    client: Client, source: ModelSource, parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they would write into a job that was deleted, or into the next one."""
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "recommend":
+            threading.Thread(target=(tmp_path / "go").write_bytes, args=[b""]).start()
+            raise KeyboardInterrupt
+
+    for name in ("begun", "go"):
+        os.mkfifo(tmp_path / name)
+    monkeypatch.setattr(on_cluster, "_answer_shard", held_back.answer_in_turn)
+    with pytest.raises(KeyboardInterrupt):
+        on_cluster.recommend_folder(client, source, parquet, tmp_path / "out", k=3, rows_of_shard=10_000, progress=stop)
+    assert len(list(tmp_path.glob(".out.job/parts-*/part-00001.parquet"))) == 1
+
+
+def test_workers_that_die_again_and_again_are_an_error_with_advice(
+    source: ModelSource, parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_cluster, "_answer_shard", held_back.die)
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        cluster(None, workers=1) as client,
+        pytest.raises(DataError, match="start workers with more of it, or with one thread each; the same command con"),
+    ):
+        on_cluster.recommend_folder(client, source, parquet, tmp_path / "out", k=3)
+
+
+def test_models_are_opened_once_for_all_parts_and_not_kept(
+    source: ModelSource, history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, load = [], ModelSource.open
+    monkeypatch.setattr(ModelSource, "open", lambda *of: models.append(weakref.ref(model := load(*of))) or model)
     recommend_log(source, history, tmp_path / "top.csv", k=3)
-    assert opened.cache_info().misses == 1
+    gc.collect()
+    assert [model() for model in models] == [None]
+
+
+def test_threads_share_one_model(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ask before the first has it."""
+    loads, everybody, load = [], threading.Barrier(4), ModelSource.open
+    monkeypatch.setattr(ModelSource, "open", lambda *of: loads.append(of) or load(*of))
+    scoring = Scoring(source, source.version(), 1_500_000_000, 3)
+
+    def ask(_: int) -> Recommender:
+        everybody.wait()
+        return opened(scoring)
+
+    forget_opened()
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(ask, range(4)))) == 1
+    forget_opened()
+    assert len(loads) == 1
