@@ -30,7 +30,7 @@ from serve.api.recommender import Answered, Begun, RecommenderServicer
 from serve.api.rules import MAX_MESSAGE_BYTES
 from serve.front.calls import REQUEST_ID_KEY, Calls, decoded
 from serve.front.gate import Gate
-from serve.front.limits import LONG_MESSAGE_BYTES, MAX_CALLS_OF_A_CONNECTION
+from serve.front.limits import LONG_MESSAGE_BYTES, MAX_CALLS_OF_A_CONNECTION, METADATA_BYTES
 from serve.front.pool import Pool, interrupted
 from serve.observability.logs import REQUEST_ID
 from serve.pb import recommender_pb2 as pb
@@ -48,7 +48,6 @@ PUSHBACK_HEADER = f"x-{PUSHBACK_KEY}"
 IO_THREADS = 1
 # A run that is expected to take longer is made in another thread: all other calls would wait for it.
 LONGEST_HERE_S = 0.02
-METADATA_BYTES = 16 * 2**10
 # The native part reserves the announced length of a message before it comes, which the process must survive.
 LONGEST_ANNOUNCED = 2**32
 OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
