@@ -44,6 +44,8 @@ class Sockets:
     default: str
     fast: str
     proxy: str
+    listen_options: str = ""
+    """Of nginx's `listen`, beside those for TLS and HTTP/2."""
 
     @classmethod
     def of(cls, folder: Path) -> Self:
@@ -66,7 +68,10 @@ def configured(
 ) -> str:
     """The configuration for these sockets, with TLS if there is a certificate, and with other values of settings."""
     text = CONFIGURATION.read_text("utf-8")
-    folder, listen = sockets.folder, f"listen {sockets.proxy} {'ssl ' if certificate else ''}http2;"
+    folder, listen = (
+        sockets.folder,
+        f"listen {sockets.proxy} {sockets.listen_options} {'ssl ' if certificate else ''}http2;",
+    )
     changes = {
         "user www-data;": "user root;" if os.geteuid() == 0 else "",
         "worker_processes auto;": "worker_processes 1;",

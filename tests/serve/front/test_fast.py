@@ -1,18 +1,22 @@
 """The fast front alone and behind nginx: what it answers, whom it turns away, and how it ends."""
 
+import logging
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import trustme
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
@@ -21,10 +25,12 @@ from serve.api.recommender import RecommenderServicer
 from serve.client import Event, UserEvent, recommend_request
 from serve.front import fast
 from serve.front.auth import Tokens
-from serve.front.fast import check_fast_address
+from serve.front.fast import FastCall, check_fast_address
 from serve.front.lifecycle import RecommenderServer
 from serve.front.server import Listener, create_server
+from serve.front.tls import Tls
 from serve.model.recommender import Recommender
+from serve.observability.logs import REQUEST_ID
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracer
 from serve.pb.recommender_pb2 import GetModelInfoRequest, History, ItemFilter, RecommendRequest, RecordEventsRequest
@@ -114,6 +120,34 @@ def test_a_machine_that_one_announced_message_would_end_is_refused(
     monkeypatch.setattr(fast, "LONGEST_ANNOUNCED", 2**60)
     with pytest.raises(SecurityError, match="reserve"):
         check_fast_address("127.0.0.1:0", shared_port=False)
+
+
+@pytest.mark.parametrize("limit", [resource.RLIMIT_AS, resource.RLIMIT_DATA], ids=["address space", "data"])
+def test_a_process_that_some_announced_messages_would_end_is_refused(limit: int) -> None:
+    before, enough_for_one = resource.getrlimit(limit), 2**50
+    resource.setrlimit(limit, (enough_for_one, before[1]))
+    try:
+        with pytest.raises(SecurityError, match="ulimit"):
+            check_fast_address("127.0.0.1:0", shared_port=False)
+    finally:
+        resource.setrlimit(limit, before)
+
+
+@needs_native
+def test_a_server_that_knows_its_callers_by_certificates_alone_is_refused(
+    model: Recommender, store: EventStore, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    issued, pem = authority.issue_cert("localhost"), tmp_path / "ca.pem"
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    authority.cert_pem.write_to_path(pem)
+    issued.cert_chain_pems[0].write_to_path(certificate)
+    issued.private_key_pem.write_to_path(key)
+    listener = Listener("127.0.0.1:0", tls=Tls(certificate, key, pem))
+    with pytest.raises(SecurityError, match="expected tokens beside tls_client_ca"):
+        create_server(one_model(model, store), store, listener, fast=Sockets.of(tmp_path).fast)
+    with_tokens = replace(listener, tokens=Tokens({"reader-token-0123": ["read"]}))
+    create_server(one_model(model, store), store, with_tokens, fast=Sockets.of(tmp_path).fast).drain()
 
 
 @needs_native
@@ -268,20 +302,25 @@ def test_more_calls_than_may_wait_are_turned_away_with_a_hint(
 def test_calls_that_expired_or_were_cancelled_while_they_waited_cost_no_run(
     model: Recommender, store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, metrics = Held(monkeypatch), Metrics()
+    held, metrics, time_remaining = Held(monkeypatch), Metrics(), FastCall.time_remaining
+
+    def remaining(call: FastCall) -> float | None:
+        return 0.0 if "x-late" in dict(call.metadata) else time_remaining(call)
+
+    monkeypatch.setattr(FastCall, "time_remaining", remaining)
     with serving(model, store, tmp_path, metrics=metrics) as server, stub_at(Sockets.of(tmp_path).fast) as stub:
         first = stub.Recommend.future(ASKED, timeout=PATIENCE_S)
         assert held.is_held.wait(PATIENCE_S)
-        late = stub.Recommend.future(ASKED, timeout=0.01)
+        late = stub.Recommend.future(ASKED, timeout=PATIENCE_S, metadata=[("x-late", "")])
         gone = stub.Recommend.future(ASKED, timeout=PATIENCE_S)
         # Both are there, since a later call was looked at.
         failed(lambda: stub.GetModelInfo(GetModelInfoRequest(), timeout=PATIENCE_S))
         gone.cancel()
-        assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         # So is the end of the second one.
         failed(lambda: stub.GetModelInfo(GetModelInfoRequest(), timeout=PATIENCE_S))
         held.goes_on.set()
         assert first.code() is grpc.StatusCode.OK
+        assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert len(stub.Recommend(ASKED, timeout=PATIENCE_S).recommendations) == 3
         assert held.count == 2
         assert server.finish_calls(PATIENCE_S)
@@ -303,6 +342,74 @@ def test_a_call_that_would_end_the_thread_is_internal_and_the_front_lives_on(
                 error = failed(lambda request=request: stub.Recommend(request, timeout=PATIENCE_S))
             assert error.code() is grpc.StatusCode.INTERNAL
             assert stub.Recommend(request, timeout=PATIENCE_S) is not None
+
+
+@needs_native
+def test_a_call_that_cannot_be_traced_fails_alone(model: Recommender, store: EventStore, tmp_path: Path) -> None:
+    class Broken(SpanProcessor):
+        """Raises where the next call says."""
+
+        at = ""
+
+        def on_start(self, span: object, parent_context: object = None) -> None:
+            if self.at == "start":
+                raise RuntimeError("no spans today")
+
+        def on_end(self, span: object) -> None:
+            if self.at == "end":
+                raise RuntimeError("no spans today")
+
+    broken, provider, metrics = Broken(), TracerProvider(), Metrics()
+    provider.add_span_processor(broken)
+    with (
+        serving(model, store, tmp_path, metrics=metrics, tracer=Tracer(provider)),
+        stub_at(Sockets.of(tmp_path).fast) as stub,
+    ):
+        broken.at = "start"
+        assert failed(lambda: stub.Recommend(ASKED, timeout=PATIENCE_S)).code() is grpc.StatusCode.INTERNAL
+        broken.at = "end"
+        assert len(stub.Recommend(ASKED, timeout=PATIENCE_S).recommendations) == 3
+        broken.at = ""
+        assert len(stub.Recommend(ASKED, timeout=PATIENCE_S).recommendations) == 3
+    assert metrics.registry.get_sample_value("jaxrec_rpcs_under_way") == 0
+
+
+@needs_native
+@pytest.mark.parametrize("here_s", [PATIENCE_S, -1.0], ids=["in its thread", "in another thread"])
+def test_lines_of_the_log_have_the_request_ids_of_their_calls(
+    here_s: float, model: Recommender, store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lines(logging.Handler):
+        """The request id of each line about a call."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith(METHOD):
+                found.append((REQUEST_ID.get(), record.getMessage().removeprefix(f"{METHOD} ")))
+
+    found: list[tuple[str, str]] = []
+    handler, logger = Lines(), logging.getLogger("serve.front.calls")
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    monkeypatch.setattr(fast, "LONGEST_OWN_RUN_S", here_s)
+    held, sockets = Held(monkeypatch), Sockets.of(tmp_path)
+    logger.addHandler(handler)
+    try:
+        with serving(model, store, tmp_path, log_calls=True) as server, stub_at(sockets.fast) as stub:
+            # Bad ones end while others of their batch are under way.
+            requests = {"first": ASKED, "bad": RecommendRequest()} | dict.fromkeys(("a", "b", "c"), ASKED)
+            calls = []
+            for name, request in requests.items():
+                metadata = [("x-request-id", name)]
+                calls.append(stub.Recommend.future(request, timeout=PATIENCE_S, metadata=metadata))
+                assert held.is_held.wait(PATIENCE_S)
+            # They are there, since a later call was looked at.
+            failed(lambda: stub.GetModelInfo(GetModelInfoRequest(), timeout=PATIENCE_S))
+            held.goes_on.set()
+            codes = [call.code().name for call in calls]
+            assert server.finish_calls(PATIENCE_S)
+    finally:
+        logger.removeHandler(handler)
+    assert sorted(found) == sorted(zip(requests, codes, strict=True))
+    assert codes == ["OK", "INVALID_ARGUMENT", "OK", "OK", "OK"]
 
 
 @needs_native
